@@ -1,0 +1,19 @@
+"""Row 7 of 10 of Narayanan's weak-scaling ladder: 145.6 billion parameters.
+
+    python launch/pretrain.py --config=configs/ladder_145p6b.py --set=data.path=PREPARED --workdir=RUN
+
+Hardware: 1,536 A100 (80 GB); 148 TFLOP/s each, 47 % of peak, recompute counted.
+Source: Narayanan et al. 2021, arXiv 2104.04473, Table 1. It times steps, trains nothing to the end, and gives
+no micro-batch and no learning rate.
+"""
+
+from mtnlg_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
+
+
+def get_config() -> Config:
+    return Config(
+        name="ladder_145p6b",
+        model=ModelConfig(num_layers=80, hidden_size=12288, num_attention_heads=96, vocab_size=51200),
+        mesh=MeshConfig(pipe=8, data=24, tensor=8, zero=0),
+        train=TrainConfig(steps=20, global_batch_size=2304, micro_batch_size=1, recompute="full"),
+    )

@@ -1,0 +1,19 @@
+"""Row 8 of 10 of Narayanan's weak-scaling ladder: 310.1 billion parameters.
+
+    python launch/pretrain.py --config=configs/ladder_310p1b.py --set=data.path=PREPARED --workdir=RUN
+
+Hardware: 1,920 A100 (80 GB); 155 TFLOP/s each, 50 % of peak, recompute counted.
+Source: Narayanan et al. 2021, arXiv 2104.04473, Table 1. It times steps, trains nothing to the end, and gives
+no micro-batch and no learning rate.
+"""
+
+from mtnlg_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
+
+
+def get_config() -> Config:
+    return Config(
+        name="ladder_310p1b",
+        model=ModelConfig(num_layers=96, hidden_size=16384, num_attention_heads=128, vocab_size=51200),
+        mesh=MeshConfig(pipe=16, data=15, tensor=8, zero=0),
+        train=TrainConfig(steps=20, global_batch_size=2160, micro_batch_size=1, recompute="full"),
+    )

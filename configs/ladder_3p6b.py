@@ -1,0 +1,19 @@
+"""Row 2 of 10 of Narayanan's weak-scaling ladder: 3.6 billion parameters.
+
+    python launch/pretrain.py --config=configs/ladder_3p6b.py --set=data.path=PREPARED --workdir=RUN
+
+Hardware: 64 A100 (80 GB); 138 TFLOP/s each, 44 % of peak, recompute counted.
+Source: Narayanan et al. 2021, arXiv 2104.04473, Table 1. It times steps, trains nothing to the end, and gives
+no micro-batch and no learning rate.
+"""
+
+from mtnlg_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
+
+
+def get_config() -> Config:
+    return Config(
+        name="ladder_3p6b",
+        model=ModelConfig(num_layers=30, hidden_size=3072, num_attention_heads=32, vocab_size=51200),
+        mesh=MeshConfig(pipe=1, data=32, tensor=2, zero=0),
+        train=TrainConfig(steps=20, global_batch_size=512, micro_batch_size=1, recompute="full"),
+    )

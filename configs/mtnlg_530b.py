@@ -1,0 +1,83 @@
+"""Megatron-Turing NLG: 529.6 billion parameters, 270 billion tokens.
+
+    python launch/pretrain.py --config=configs/mtnlg_530b.py --workdir=RUN
+
+Hardware: 280 DGX A100 of the paper (2,240 GPUs of 80 GB): tensor 8 x pipe 35 x data 8, 60.1 s a step at full
+batch. data/NAME are the fifteen sets, each prepared by launch/prepare_data.py with one vocabulary.
+Source: Smith et al. 2022, arXiv 2201.11990; the shape is Narayanan et al. 2021, Table 1. Figures marked [M]
+are remembered, not read in the paper; the same team's published scripts agree with most of them.
+"""
+
+from mtnlg_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+
+SEQUENCE = 2048
+SAMPLES = 270_000_000_000 // SEQUENCE  # of a corpus of 339 billion tokens
+WARMUP_SAMPLES = 1_000_000_000 // SEQUENCE
+DECAY_SAMPLES = 340_000_000_000 // SEQUENCE
+BATCH, RAMP_START, RAMP_STEP = 1920, 32, 32
+RAMP_SAMPLES = 12_000_000_000 // SEQUENCE
+
+BLEND = (
+    ("data/books3", 0.14336),
+    ("data/openwebtext2", 0.19336),
+    ("data/stack_exchange", 0.05689),
+    ("data/pubmed_abstracts", 0.02897),
+    ("data/wikipedia", 0.04771),
+    ("data/gutenberg_pg19", 0.00873),
+    ("data/bookcorpus2", 0.01007),
+    ("data/nih_exporter", 0.00208),
+    ("data/arxiv", 0.01359),
+    ("data/github", 0.01588),
+    ("data/pile_cc", 0.09446),
+    ("data/cc_2020_50", 0.13017),
+    ("data/cc_2021_04", 0.15652),
+    ("data/realnews", 0.08962),
+    ("data/cc_stories", 0.00859),
+)
+
+
+def steps_for(samples: int) -> int:
+    """Steps that consume ``samples`` sequences. The ramp and its small batches take 14,475 of 80,087."""
+    steps = done = 0
+    while done < samples:
+        grown = (BATCH - RAMP_START) // RAMP_STEP * done // RAMP_SAMPLES
+        done += min(BATCH, RAMP_START + RAMP_STEP * grown)
+        steps += 1
+    return steps
+
+
+def get_config() -> Config:
+    return Config(
+        name="mtnlg_530b",
+        model=ModelConfig(
+            num_layers=105,
+            hidden_size=20480,
+            num_attention_heads=128,
+            vocab_size=51200,  # GPT-2's 50,257 padded to a multiple of 128 x tensor 8
+            max_position_embeddings=SEQUENCE,
+            position_embedding_type="learned",  # [M], as are pre-LayerNorm and the next line
+            tie_embeddings=True,
+            init_method_std=0.004,  # about sqrt(1 / (3 x hidden_size))
+        ),
+        mesh=MeshConfig(pipe=35, data=8, tensor=8, zero=0),  # each replica kept its whole optimizer state
+        data=DataConfig(blend=BLEND),
+        optimizer=OptimizerConfig(
+            learning_rate=5e-5,  # [M]
+            min_learning_rate_ratio=0.1,  # [M]
+            warmup_fraction=WARMUP_SAMPLES / SAMPLES,
+            decay_fraction=DECAY_SAMPLES / SAMPLES,  # the run ends before the cosine does
+            b1=0.9,  # [M], as are the next two and the clipping
+            b2=0.95,
+            eps=1e-8,
+            weight_decay=0.1,
+            clip_grad_norm=1.0,
+        ),
+        train=TrainConfig(
+            steps=steps_for(SAMPLES),
+            global_batch_size=BATCH,
+            micro_batch_size=1,
+            rampup_batch_size=(RAMP_START, RAMP_STEP, RAMP_SAMPLES),
+            compute_dtype="bfloat16",
+            recompute="full",
+        ),
+    )

@@ -1,0 +1,7 @@
+"""Megatron-Turing NLG in JAX and Flax NNX: raw text in, a trained model out, text back.
+
+Importing the package imports nothing else, not even JAX: name the room you need, as in
+`from mtnlg_jax.data import tokenizer`.
+"""
+
+__version__ = "0.1.0"

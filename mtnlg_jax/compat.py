@@ -1,0 +1,23 @@
+"""What moves between platforms and JAX releases, in one place."""
+
+import os
+
+import jax
+
+
+def configure_cache() -> None:
+    """Keeps compiled programs between runs, so that a resumed run starts in seconds. An accelerator's compile
+    is worth minutes; $JAX_COMPILATION_CACHE_DIR moves the cache, an empty value turns it off."""
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if folder is None:
+        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        folder = os.path.join(base, "mtnlg_jax", "xla")
+    if folder:
+        jax.config.update("jax_compilation_cache_dir", folder)
+
+
+def serialize_cpu_collectives() -> None:
+    """Several programs in flight on more CPU devices than cores can wait for each other for ever inside their
+    collectives; one program at a time cannot."""
+    if jax.default_backend() == "cpu" and jax.device_count() > 1:
+        jax.config.update("jax_cpu_enable_async_dispatch", False)

@@ -1,0 +1,470 @@
+"""What a run is: frozen dataclasses, one check of the whole, one way to change a value.
+
+A run file in ``configs/`` defines ``get_config() -> Config``; the command line changes single values:
+``--config=configs/tiny.py --set=train.steps=10 --set=mesh.tensor=2``. Every default stands here, once.
+"""
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import json
+import math
+import os
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of the Transformer. The defaults are the block of MT-NLG (pre-LayerNorm, learned positions,
+    tanh-GELU MLP of four widths, biases, tied embeddings); names follow Megatron-LM."""
+
+    num_layers: int = 12
+    hidden_size: int = 768
+    num_attention_heads: int = 12
+    num_query_groups: int | None = None  # key/value heads; None: one for each attention head
+    kv_channels: int | None = None  # width of one head; None: hidden_size / num_attention_heads
+    ffn_hidden_size: int | None = None  # None: 4 x hidden_size
+    vocab_size: int | None = None  # None: the tokenizer's, rounded up to vocab_size_divisible_by
+    vocab_size_divisible_by: int = 128
+    max_position_embeddings: int = 2048  # longest sequence, in tokens
+    position_embedding_type: str = "learned"  # learned | rotary
+    rotary_base: float = 10000.0
+    normalization: str = "layernorm"  # layernorm | rmsnorm
+    norm_epsilon: float = 1e-5
+    activation: str = "gelu"  # gelu (tanh form) | swiglu
+    add_bias: bool = True
+    tie_embeddings: bool = True
+    dropout_rate: float = 0.0  # on the embedding and on what each half block adds
+    init_method_std: float = 0.02
+    attention_impl: str = "auto"  # see mtnlg_jax.model.attention.SUPPORT
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def head_width(self) -> int:
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def mlp_width(self) -> int:
+        return self.ffn_hidden_size or 4 * self.hidden_size
+
+    def parameter_count(self) -> int:
+        """Exact number of parameters; for the default block this is Narayanan 2021 (2),
+        12 l h^2 (1 + 13/(12 h) + (V + s)/(12 l h)), plus the 2h of the final LayerNorm."""
+        if self.vocab_size is None:
+            raise ValueError("model.vocab_size is not known yet: set it, or give data.path")
+        hidden, mlp = self.hidden_size, self.mlp_width
+        query, kv = self.num_attention_heads * self.head_width, self.kv_heads * self.head_width
+        norm = hidden * (2 if self.normalization == "layernorm" else 1)
+        inputs = 2 if self.activation == "swiglu" else 1
+        block = 2 * norm + hidden * (2 * query + 2 * kv) + (inputs + 1) * hidden * mlp
+        if self.add_bias:
+            block += query + 2 * kv + hidden + inputs * mlp + hidden
+        embeddings = self.vocab_size * hidden * (1 if self.tie_embeddings else 2)
+        if self.position_embedding_type == "learned":
+            embeddings += self.max_position_embeddings * hidden
+        return self.num_layers * block + embeddings + norm
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes, slowest network first; -1 takes the devices that the others leave."""
+
+    pipe: int = 1
+    data: int = -1
+    context: int = 1
+    tensor: int = 1
+    zero: int = 1  # 0: replicate over data; 1: shard masters and optimizer, gather once a step; 3: per layer
+
+
+@dataclass(frozen=True)
+class MaskingConfig:
+    """Whole-word masking for the masked objective (Devlin 2018, whole-word variant)."""
+
+    word_share: float = 0.10  # share of the words of a sequence that are predicted
+    mask_share: float = 0.80  # of those, replaced by <mask>
+    random_share: float = 0.10  # of those, replaced by another random word; the rest is kept
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where tokens come from: one prepared folder, or a weighted blend of several."""
+
+    path: str = ""
+    blend: tuple[tuple[str, float], ...] = ()  # ((folder, weight), ...), instead of path
+    sequence_length: int | None = None  # tokens in a row; None: model.max_position_embeddings
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+
+    @property
+    def sources(self) -> tuple[tuple[str, float], ...]:
+        return self.blend or (((self.path, 1.0),) if self.path else ())
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay, in samples: so a batch ramp does not bend it."""
+
+    learning_rate: float = 3e-4  # peak
+    min_learning_rate_ratio: float = 0.1  # floor, as a share of the peak
+    warmup_fraction: float = 0.01  # of the run's samples
+    decay_fraction: float = 1.0  # the cosine reaches its floor after this share of the run; may exceed 1
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # on matrices only: not on norms, biases
+    clip_grad_norm: float = 1.0  # 0: off
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One stage of a run: its share of the steps and what is learnt in it."""
+
+    name: str = "causal"
+    fraction: float = 1.0  # share of train.steps, relative to the other stages
+    masked: float = 0.0  # share of the steps with the masked objective: 0 causal, 1 masked, between: a mix
+    learning_rate_scale: float = 1.0
+    blend: tuple[tuple[str, float], ...] = ()  # data of this stage; empty: those of the run
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    steps: int = 1000
+    global_batch_size: int = 32  # sequences a step
+    micro_batch_size: int | None = None  # sequences a device takes at once; None: all of its share
+    rampup_batch_size: tuple[int, int, int] | None = None  # (start, increment, samples), as Megatron-LM
+    stages: tuple[StageConfig, ...] = (StageConfig(),)
+    seed: int = 0
+    compute_dtype: str = "bfloat16"  # bfloat16 | float32; masters and sums are float32
+    recompute: str = "none"  # none | full: what the backward pass computes again, a layer at a time
+    loss_chunk: int = 1024  # tokens of logits in memory at once
+    log_every: int = 1
+    eval_every: int = 200  # 0: only at the end
+    eval_batches: int = 16
+    save_every: int = 200  # 0: only at the end
+    keep_last: int = 2
+    keep_best: bool = True
+    max_bad_steps: int = 5  # non-finite steps in a row that stop the run
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """How text is written; names and meanings follow Hugging Face's GenerationConfig, and OpenAI's for the
+    presence and frequency penalties. Off by default: top_k is 0 here, not 50."""
+
+    max_new_tokens: int = 128
+    min_new_tokens: int = 0
+    temperature: float = 0.0  # 0: greedy
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0  # (0, 1]; 1: off
+    min_p: float = 0.0  # [0, 1); 0: off
+    typical_p: float = 1.0  # (0, 1]; 1: off
+    repetition_penalty: float = 1.0  # > 0; 1: off; counts the prompt
+    presence_penalty: float = 0.0  # counts generated tokens only
+    frequency_penalty: float = 0.0  # counts generated tokens only
+    no_repeat_ngram_size: int = 0  # 0: off
+    stop_strings: tuple[str, ...] = ()
+    seed: int = 0
+    num_return_sequences: int = 1
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str = "run"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+
+    @property
+    def sequence_length(self) -> int:
+        return self.data.sequence_length or self.model.max_position_embeddings
+
+
+# --- reading and changing -------------------------------------------------------------------------------
+
+
+def load_config(path: str, overrides: Iterable[str] = ()) -> Config:
+    """Runs ``get_config()`` of the Python file ``path``, applies ``overrides`` ("train.steps=10") and
+    validates. Raises FileNotFoundError or ValueError."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"config {path!r} is not a file; give one of configs/*.py")
+    spec = importlib.util.spec_from_file_location("mtnlg_config", path)
+    if spec is None:
+        raise ValueError(f"config {path!r} is not a Python file; give one of configs/*.py")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"config {path!r} does not load: {type(error).__name__}: {error}") from error
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"config {path!r} defines no get_config(); see configs/tiny.py")
+    config = module.get_config()
+    if not isinstance(config, Config):
+        raise ValueError(f"get_config() of {path!r} gives a {type(config).__name__}; it must return a Config")
+    config = override(config, *overrides)
+    validate(config)
+    return from_json(to_json(config))  # lists, where the file wrote them, become tuples
+
+
+def override(config: Config, *assignments: str) -> Config:
+    """A copy of ``config`` with each "section.key=value" applied; the value is read as the field's type."""
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals:
+            raise ValueError(f"--set={assignment!r} has no '='; write it as --set=train.steps=10")
+        config = _replace(config, path.strip().split("."), text.strip(), path.strip())
+    return config
+
+
+def _replace(node, keys: list[str], text: str, path: str):
+    names = [f.name for f in dataclasses.fields(node)]
+    if keys[0] not in names:
+        close = difflib.get_close_matches(keys[0], names, 1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(f"{path}: {type(node).__name__} has no {keys[0]!r}; {hint}it has {', '.join(names)}")
+    value = getattr(node, keys[0])
+    if dataclasses.is_dataclass(value):
+        if len(keys) == 1:
+            inner = ", ".join(f.name for f in dataclasses.fields(value))
+            raise ValueError(f"{path} is a section; set one of its keys: {inner}")
+        return dataclasses.replace(node, **{keys[0]: _replace(value, keys[1:], text, path)})
+    if len(keys) > 1:
+        raise ValueError(f"{path}: {keys[0]} is a value, not a section; nothing lies below it")
+    kind = typing.get_type_hints(type(node))[keys[0]]
+    return dataclasses.replace(node, **{keys[0]: _parse(text, kind, path)})
+
+
+def _parse(text: str, kind, path: str):
+    if kind is str:
+        return text
+    try:
+        value = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text.lower(), text))
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # all that literal_eval raises
+        raise ValueError(f"{path}={text!r} is not a value of type {_kind_name(kind)}") from None
+    return _coerce(value, kind, path)
+
+
+def _coerce(value, kind, path: str):
+    """``value`` as an instance of the annotation ``kind``: what JSON and literals lose is put back."""
+    if isinstance(kind, types.UnionType):
+        if value is None and type(None) in kind.__args__:
+            return None
+        kind = next(k for k in kind.__args__ if k is not type(None))
+    origin = typing.get_origin(kind)
+    if origin is tuple and isinstance(value, list | tuple):
+        kinds = typing.get_args(kind)
+        if kinds[-1] is Ellipsis:
+            return tuple(_coerce(v, kinds[0], path) for v in value)
+        if len(kinds) == len(value):
+            return tuple(_coerce(v, k, path) for v, k in zip(value, kinds, strict=True))
+    elif dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        return _from_dict(kind, value, path)
+    elif origin is None and not dataclasses.is_dataclass(kind):
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(str(value))  # float(value) raises above 1e308; this gives inf, for validate()
+        if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+            return value
+    raise ValueError(f"{path}={value!r} is {type(value).__name__}; it must be {_kind_name(kind)}")
+
+
+def _kind_name(kind) -> str:
+    return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
+
+
+def _from_dict(kind, tree: dict, path: str):
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(map(str, set(tree) - set(hints)))
+    if unknown:
+        raise ValueError(f"{path}: unknown {', '.join(unknown)}; it has {', '.join(hints)}")
+    return kind(**{key: _coerce(value, hints[key], f"{path}.{key}") for key, value in tree.items()})
+
+
+def to_json(config: Config) -> str:
+    return json.dumps(dataclasses.asdict(config), indent=1)
+
+
+def from_json(text: str) -> Config:
+    return _coerce(json.loads(text), Config, "config")
+
+
+# --- checks -----------------------------------------------------------------------------------------------
+
+
+def _near_divisors(number: int, size: int) -> str:
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    near = sorted(sorted({*small, *(number // d for d in small)}, key=lambda d: abs(d - size))[:2])
+    return " or ".join(map(str, near))
+
+
+def _must_divide(what: str, number: int, axis: str, size: int) -> None:
+    if number % size:
+        raise ValueError(
+            f"{what}={number} does not divide by {axis}={size}; try {axis}={_near_divisors(number, size)}"
+        )
+
+
+def _within(what: str, value: float, low: float, high: float, *, low_open=False, high_open=False) -> None:
+    above = value > low if low_open else value >= low
+    below = value < high if high_open else value <= high
+    if not (above and below):
+        left, right = "(" if low_open else "[", ")" if high_open else "]"
+        raise ValueError(f"{what}={value} lies outside {left}{low}, {high}{right}")
+
+
+def _one_of(what: str, value, allowed: tuple) -> None:
+    if value not in allowed:
+        raise ValueError(f"{what}={value!r} is not known; choose one of {', '.join(map(str, allowed))}")
+
+
+def validate(config: Config) -> None:
+    """Raises ValueError, naming both numbers and a way out, where the parts of ``config`` do not fit."""
+    _coerce(dataclasses.asdict(config), Config, "config")  # a config file can put anything anywhere
+    validate_model(config.model)
+    validate_decode(config.decode)
+    model, mesh, train, data = config.model, config.mesh, config.train, config.data
+    for axis in ("pipe", "context", "tensor"):
+        _within(f"mesh.{axis}", getattr(mesh, axis), 1, 2**20)
+    if mesh.data != -1:
+        _within("mesh.data", mesh.data, 1, 2**20)
+    _one_of("mesh.zero", mesh.zero, (0, 1, 3))
+    _must_divide("model.num_attention_heads", model.num_attention_heads, "mesh.tensor", mesh.tensor)
+    _must_divide("model.num_query_groups", model.kv_heads, "mesh.tensor", mesh.tensor)
+    _must_divide("model.ffn_hidden_size", model.mlp_width, "mesh.tensor", mesh.tensor)
+    if model.vocab_size is not None:
+        _must_divide("model.vocab_size", model.vocab_size, "mesh.tensor", mesh.tensor)
+    _must_divide("model.num_layers", model.num_layers, "mesh.pipe", mesh.pipe)
+
+    if data.sequence_length is not None:
+        _within("data.sequence_length", data.sequence_length, 1, 2**31)
+    if model.position_embedding_type == "learned" and config.sequence_length > model.max_position_embeddings:
+        raise ValueError(
+            f"data.sequence_length={config.sequence_length} is longer than "
+            f"model.max_position_embeddings={model.max_position_embeddings}; raise that, shorten the "
+            f"sequence, or set model.position_embedding_type=rotary"
+        )
+    _must_divide("data.sequence_length", config.sequence_length, "mesh.context x mesh.tensor",
+                 mesh.context * mesh.tensor)
+    if data.path and data.blend:
+        raise ValueError("data.path and data.blend are both set; keep one of them")
+    for blend in (data.blend, *(stage.blend for stage in train.stages)):
+        for path, weight in blend:
+            if not (weight > 0 and math.isfinite(weight)):
+                raise ValueError(
+                    f"blend weight {weight} of {path!r} must be above 0; leave the source out instead"
+                )
+    masking = data.masking
+    _within("data.masking.word_share", masking.word_share, 0, 1, low_open=True)
+    _within("data.masking.mask_share", masking.mask_share, 0, 1)
+    _within("data.masking.random_share", masking.random_share, 0, 1)
+    if masking.mask_share + masking.random_share > 1 + 1e-9:
+        raise ValueError(
+            f"data.masking.mask_share={masking.mask_share} and random_share={masking.random_share} add up to "
+            f"more than 1; lower one of them"
+        )
+
+    optimizer = config.optimizer
+    _within("optimizer.learning_rate", optimizer.learning_rate, 0, math.inf, low_open=True, high_open=True)
+    _within("optimizer.min_learning_rate_ratio", optimizer.min_learning_rate_ratio, 0, 1)
+    _within("optimizer.warmup_fraction", optimizer.warmup_fraction, 0, 1, high_open=True)
+    _within("optimizer.decay_fraction", optimizer.decay_fraction, optimizer.warmup_fraction, math.inf,
+            low_open=True, high_open=True)
+    for key in ("b1", "b2"):
+        _within(f"optimizer.{key}", getattr(optimizer, key), 0, 1, high_open=True)
+    _within("optimizer.eps", optimizer.eps, 0, 1, low_open=True)
+    _within("optimizer.weight_decay", optimizer.weight_decay, 0, math.inf, high_open=True)
+    _within("optimizer.clip_grad_norm", optimizer.clip_grad_norm, 0, math.inf, high_open=True)
+
+    _within("train.steps", train.steps, 1, 2**31)
+    for key in ("global_batch_size", "loss_chunk", "log_every", "max_bad_steps", "keep_last", "eval_batches"):
+        _within(f"train.{key}", getattr(train, key), 1, 2**31)
+    for key in ("eval_every", "save_every"):
+        _within(f"train.{key}", getattr(train, key), 0, 2**31)
+    _within("train.seed", train.seed, 0, 2**31)
+    _one_of("train.compute_dtype", train.compute_dtype, ("bfloat16", "float32"))
+    _one_of("train.recompute", train.recompute, ("none", "full"))
+    if not train.stages:
+        raise ValueError("train.stages is empty; give at least one StageConfig")
+    for stage in train.stages:
+        name = f"stage {stage.name!r}:"
+        _within(f"{name} masked", stage.masked, 0, 1)
+        _within(f"{name} fraction", stage.fraction, 0, math.inf, low_open=True, high_open=True)
+        _within(f"{name} learning_rate_scale", stage.learning_rate_scale, 0, math.inf, high_open=True)
+    validate_batch(config, 1 if mesh.data == -1 else mesh.data)
+
+
+def validate_batch(config: Config, data_size: int) -> None:
+    """The batch against a data axis of ``data_size``: every batch of the ramp must split evenly."""
+    train = config.train
+    micro = train.micro_batch_size
+    if micro is not None:
+        _within("train.micro_batch_size", micro, 1, 2**31)
+    unit, name = (micro or 1) * data_size, "train.micro_batch_size x mesh.data" if micro else "mesh.data"
+    sizes = {"train.global_batch_size": train.global_batch_size}
+    if train.rampup_batch_size:
+        start, increment, samples = train.rampup_batch_size
+        _within("train.rampup_batch_size start", start, 1, train.global_batch_size)
+        _within("train.rampup_batch_size increment", increment, 1, train.global_batch_size)
+        _within("train.rampup_batch_size samples", samples, 0, 2**62)
+        growth = train.global_batch_size - start
+        _must_divide("train.global_batch_size - start", growth, "increment", increment)
+        if micro is None:
+            raise ValueError(
+                "train.rampup_batch_size needs train.micro_batch_size: the ramp adds micro-batches; set it"
+            )
+        sizes |= {"train.rampup_batch_size start": start, "train.rampup_batch_size increment": increment}
+    for what, size in sizes.items():
+        if size % unit:
+            low, high = size // unit * unit, -(-size // unit) * unit
+            raise ValueError(f"{what}={size} does not divide by {name}={unit}; try {low or high} or {high}")
+
+
+def validate_model(model: ModelConfig) -> None:
+    for key in ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings",
+                "vocab_size_divisible_by"):
+        _within(f"model.{key}", getattr(model, key), 1, 2**31)
+    for key in ("num_query_groups", "kv_channels", "ffn_hidden_size", "vocab_size"):
+        if getattr(model, key) is not None:
+            _within(f"model.{key}", getattr(model, key), 1, 2**31)
+    heads = model.num_attention_heads
+    if model.kv_channels is None:
+        _must_divide("model.hidden_size", model.hidden_size, "model.num_attention_heads", heads)
+    _must_divide("model.num_attention_heads", heads, "model.num_query_groups", model.kv_heads)
+    _one_of("model.position_embedding_type", model.position_embedding_type, ("learned", "rotary"))
+    if model.position_embedding_type == "rotary" and model.head_width % 2:
+        raise ValueError(
+            f"rotary positions need an even head width, not {model.head_width}; set model.kv_channels"
+        )
+    _within("model.rotary_base", model.rotary_base, 0, math.inf, low_open=True, high_open=True)
+    _one_of("model.normalization", model.normalization, ("layernorm", "rmsnorm"))
+    _one_of("model.activation", model.activation, ("gelu", "swiglu"))
+    _within("model.dropout_rate", model.dropout_rate, 0, 1, high_open=True)
+    _within("model.norm_epsilon", model.norm_epsilon, 0, 1, low_open=True)
+    _within("model.init_method_std", model.init_method_std, 0, 10, low_open=True)
+
+
+def validate_decode(decode: DecodeConfig) -> None:
+    _within("max_new_tokens", decode.max_new_tokens, 1, 2**31)
+    _within("min_new_tokens", decode.min_new_tokens, 0, decode.max_new_tokens)
+    _within("temperature", decode.temperature, 0, math.inf, high_open=True)
+    _within("top_k", decode.top_k, 0, 2**31)
+    _within("top_p", decode.top_p, 0, 1, low_open=True)
+    _within("min_p", decode.min_p, 0, 1, high_open=True)
+    _within("typical_p", decode.typical_p, 0, 1, low_open=True)
+    _within("repetition_penalty", decode.repetition_penalty, 0, math.inf, low_open=True, high_open=True)
+    for key in ("presence_penalty", "frequency_penalty"):
+        _within(key, getattr(decode, key), -math.inf, math.inf, low_open=True, high_open=True)
+    _within("no_repeat_ngram_size", decode.no_repeat_ngram_size, 0, 2**31)
+    _within("num_return_sequences", decode.num_return_sequences, 1, 2**20)
+    _within("seed", decode.seed, 0, 2**32, high_open=True)
+    if "" in decode.stop_strings:
+        raise ValueError("a stop string is empty; leave it out")

@@ -1,0 +1,61 @@
+"""Where data lie: a local folder, or a TensorStore URL (gs://, s3://, memory://), read and written alike."""
+
+import os
+from pathlib import Path
+
+import tensorstore
+
+# Decoded chunks of every open array share this cache: random rows of a corpus of some hundred million tokens
+# are decompressed once. One context a process also makes memory:// one store.
+CONTEXT = tensorstore.Context({"cache_pool": {"total_bytes_limit": 256 << 20}})
+
+
+def is_remote(location: str | os.PathLike) -> bool:
+    return "://" in str(location)
+
+
+def join(location: str | os.PathLike, *names: str) -> str:
+    return "/".join([str(location).rstrip("/") or "/", *names])
+
+
+def key_value_spec(location: str | os.PathLike) -> dict:
+    """The TensorStore spec of a folder given as a path or a URL."""
+    if not is_remote(location):
+        return {"driver": "file", "path": os.path.abspath(location) + "/"}
+    try:
+        return tensorstore.KvStore.Spec(str(location).rstrip("/") + "/").to_json()
+    except ValueError as error:
+        raise ValueError(f"{location} is no URL that TensorStore knows; use a path, gs://, s3:// or memory://"
+                         f" ({first_line(error)})") from None
+
+
+def read_file(location: str | os.PathLike, name: str) -> bytes | None:
+    """The content of one small file, or None where there is none."""
+    if not is_remote(location):
+        path = Path(location, name)
+        return path.read_bytes() if path.is_file() else None
+    found = tensorstore.KvStore.open(key_value_spec(location), context=CONTEXT).result().read(name).result()
+    return found.value if found.state == "value" else None
+
+
+def write_file(location: str | os.PathLike, name: str, content: bytes) -> None:
+    """Write one small file whole or not at all, and make it last."""
+    if is_remote(location):
+        tensorstore.KvStore.open(key_value_spec(location), context=CONTEXT).result().write(name, content).result()
+        return
+    path = Path(location, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(beside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def first_line(error: Exception) -> str:
+    """TensorStore's messages carry the whole spec in brackets: what a person needs stands before it."""
+    return str(error).split(" [")[0].split("\n")[0]

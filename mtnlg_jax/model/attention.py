@@ -1,0 +1,328 @@
+"""attention(): one public function, fixed semantics, several implementations.
+
+Shapes: q (B, T, N, H); k and v (B, S, K, H); N is a multiple of K. Softmax and sums are float32 always. A query
+that sees no key gives 0 and a log-sum-exp of -inf. Causality is aligned by ``q_offset`` and never guessed:
+query i stands at position ``q_offset + i`` of the key axis and sees keys j <= that position.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+NEG_INF = -jnp.inf
+
+# What each implementation can do; drives the choice, the errors and explain_attention().
+SUPPORT = {
+    "xla": {"bias": True, "dropout": True, "note": "exact, holds T x S scores"},
+    "xla_blockwise": {"bias": False, "dropout": False, "note": "online softmax, memory linear in T and S"},
+}
+BLOCKWISE_ABOVE = 1 << 20  # T x S from which "auto" takes the blockwise path: measured on CPU, 2 k x 2 k
+
+
+def attention(q, k, v, *, causal: bool = True, segment_ids=None, kv_lengths=None, q_offset=0, window=None,
+              softcap=None, bias=None, scale=None, dropout_rate: float = 0.0, dropout_key=None,
+              impl: str = "auto", block_sizes: tuple[int, int] | None = None, return_lse: bool = False):
+    """Scaled dot-product attention.
+
+    Args:
+      q: (B, T, N, H). k, v: (B, S, K, H), N % K == 0 (grouped heads when K < N).
+      causal: query i sees key j only if j <= q_offset + i. False: both ways.
+      segment_ids: int32 (B, T), or a pair ((B, T), (B, S)); only equal ids see each other.
+      kv_lengths: int32 (B,); keys at or past the length are invisible.
+      q_offset: int or (B,), position of q[:, 0] on the key axis.
+      window: int; key j is visible only if j > q_offset + i - window (and, not causal, j < q_offset + i + window).
+      softcap: scores become softcap * tanh(scores / softcap).
+      bias: added to the scaled scores, broadcastable to (B, N, T, S).
+      scale: default 1 / sqrt(H).
+      dropout_rate, dropout_key: dropout on the attention weights.
+      impl: "auto" or a key of SUPPORT; one that cannot do what is asked raises.
+      block_sizes: (queries, keys) of the blockwise path.
+      return_lse: also return the float32 log-sum-exp of the scores, (B, N, T).
+    Returns: (B, T, N, H) in q's dtype, or that and the log-sum-exp.
+    """
+    _check_shapes(q, k, v, segment_ids)
+    chosen = None
+    for name, verdict in explain_attention(q, k, v, bias=bias, dropout_rate=dropout_rate, impl=impl):
+        if verdict == "chosen":
+            chosen = name
+        elif name == impl:
+            raise ValueError(f"attention impl={impl!r} cannot serve this call: {verdict}; use impl='auto'")
+    if chosen is None:
+        raise ValueError(f"attention impl={impl!r} is not known; choose auto, {', '.join(SUPPORT)}")
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    q_ids, kv_ids = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+    mask = _Mask(causal, window, q_ids, kv_ids, kv_lengths, q_offset)
+    if chosen == "xla_blockwise":
+        out, lse = _blockwise(q, k, v, mask, scale, softcap, block_sizes or (256, 512))
+    else:
+        out, lse = _exact(q, k, v, mask, scale, softcap, bias, dropout_rate, dropout_key)
+    return (out, lse) if return_lse else out
+
+
+def explain_attention(q, k, v, *, bias=None, dropout_rate: float = 0.0, impl: str = "auto", **_):
+    """[(implementation, "chosen" or the reason it was not)] for a call of ``attention`` with these arguments."""
+    verdicts = {}
+    for name, can in SUPPORT.items():
+        if bias is not None and not can["bias"]:
+            verdicts[name] = "does not take a bias"
+        elif dropout_rate > 0 and not can["dropout"]:
+            verdicts[name] = "does not drop attention weights"
+    if impl == "auto":
+        area = q.shape[1] * k.shape[1]
+        large = area >= BLOCKWISE_ABOVE and "xla_blockwise" not in verdicts
+        chosen = "xla_blockwise" if large else "xla"
+        verdicts.setdefault("xla_blockwise", f"T x S = {area} is below {BLOCKWISE_ABOVE}: exact is faster")
+        verdicts.setdefault("xla", f"T x S = {area} reaches {BLOCKWISE_ABOVE}: scores would not fit the cache")
+        verdicts[chosen] = "chosen"
+    elif impl in SUPPORT and impl not in verdicts:
+        verdicts[impl] = "chosen"
+    return [(name, verdicts.get(name, f"impl={impl!r} was asked for")) for name in SUPPORT]
+
+
+def decode_attention(q, k_cache, v_cache, lengths, *, scale=None, softcap=None):
+    """One query a row against a cache: q (B, N, H), caches (B, K, S, H), lengths (B,) -> (B, N, H)."""
+    batch, heads, width = q.shape
+    kv_heads = k_cache.shape[1]
+    scale = 1 / math.sqrt(width) if scale is None else scale
+    grouped = q.reshape(batch, kv_heads, heads // kv_heads, width)
+    scores = jnp.einsum("BKGH,BKSH->BKGS", grouped, k_cache, preferred_element_type=jnp.float32) * scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    visible = jnp.arange(k_cache.shape[2]) < lengths[:, None]
+    scores = jnp.where(visible[:, None, None], scores, NEG_INF)
+    weights, _ = _softmax(scores)
+    out = jnp.einsum("BKGS,BKSH->BKGH", weights.astype(v_cache.dtype), v_cache,
+                     preferred_element_type=jnp.float32)
+    return out.reshape(batch, heads, width).astype(q.dtype)
+
+
+def _check_shapes(q, k, v, segment_ids):
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"attention wants q (B,T,N,H), k and v (B,S,K,H), not {q.shape}, {k.shape}, {v.shape}")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"{q.shape[2]} query heads do not divide over {k.shape[2]} key/value heads")
+    if segment_ids is not None and not isinstance(segment_ids, tuple) and q.shape[1] != k.shape[1]:
+        raise ValueError(f"T={q.shape[1]} and S={k.shape[1]} differ: give segment_ids as (q_ids, kv_ids)")
+
+
+class _Mask:
+    """Which keys a query sees, asked for any block of queries and keys."""
+
+    def __init__(self, causal, window, q_ids, kv_ids, kv_lengths, q_offset):
+        self.causal, self.window, self.q_ids, self.kv_ids = causal, window, q_ids, kv_ids
+        self.kv_lengths, self.q_offset = kv_lengths, jnp.asarray(q_offset)
+
+    def arrays(self):
+        return self.q_ids, self.kv_ids, self.kv_lengths, self.q_offset
+
+    def block(self, q_start, q_size, k_start, k_size):
+        """Boolean, broadcastable to (B, q_size, k_size), or None when all is visible."""
+        queries = (self.q_offset[..., None] + q_start + jnp.arange(q_size))[..., :, None]  # (q, 1) or (B, q, 1)
+        keys = k_start + jnp.arange(k_size)
+        parts = []
+        if self.causal:
+            parts.append(keys <= queries)
+        if self.window is not None:
+            parts.append(keys > queries - self.window)
+            if not self.causal:
+                parts.append(keys < queries + self.window)
+        if self.kv_lengths is not None:
+            parts.append(keys < self.kv_lengths[:, None, None])
+        if self.q_ids is not None:
+            q_ids = lax.dynamic_slice_in_dim(self.q_ids, q_start, q_size, 1)
+            kv_ids = lax.dynamic_slice_in_dim(self.kv_ids, k_start, k_size, 1)
+            parts.append(q_ids[:, :, None] == kv_ids[:, None, :])
+        return functools.reduce(jnp.logical_and, parts) if parts else None
+
+
+def _softmax(scores):
+    """Weights and log-sum-exp over the last dim; a row of -inf gives zeros and -inf."""
+    top = jnp.max(scores, -1, keepdims=True)
+    weights = jnp.exp(scores - jnp.where(top == NEG_INF, 0.0, top))
+    total = jnp.sum(weights, -1, keepdims=True)
+    lse = jnp.where(total == 0, NEG_INF, top + jnp.log(jnp.where(total == 0, 1.0, total)))
+    return weights / jnp.where(total == 0, 1.0, total), lse[..., 0]
+
+
+def _scores(q, k, scale, softcap):
+    """q (B, T, K, G, H), k (B, S, K, H) -> float32 (B, K, G, T, S)."""
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32) * scale
+    return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+
+
+def _group(q, kv_heads):
+    batch, length, heads, width = q.shape
+    return q.reshape(batch, length, kv_heads, heads // kv_heads, width)
+
+
+def _per_group(mask_block):
+    """(B, T, S) or (T, S) -> broadcastable to (B, K, G, T, S)."""
+    return mask_block if mask_block.ndim == 2 else mask_block[:, None, None]
+
+
+def _exact(q, k, v, mask, scale, softcap, bias, dropout_rate, dropout_key):
+    grouped = _group(q, k.shape[2])
+    scores = _scores(grouped, k, scale, softcap)
+    if bias is not None:
+        shape = (*scores.shape[:1], q.shape[2], *scores.shape[3:])
+        scores = scores + jnp.broadcast_to(bias, shape).reshape(scores.shape)
+    visible = mask.block(0, q.shape[1], 0, k.shape[1])
+    if visible is not None:
+        scores = jnp.where(_per_group(visible), scores, NEG_INF)
+    weights, lse = _softmax(scores)
+    if dropout_rate > 0:
+        kept = jax.random.bernoulli(dropout_key, 1 - dropout_rate, weights.shape)
+        weights = jnp.where(kept, weights / (1 - dropout_rate), 0.0)
+    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v.dtype), v)
+    return out.reshape(q.shape).astype(q.dtype), lse.reshape(q.shape[0], q.shape[2], q.shape[1])
+
+
+# --- blockwise: FlashAttention's forward and backward (Dao 2023, algorithms 1 and 2) as XLA loops -----------
+
+
+def _blockwise(q, k, v, mask, scale, softcap, blocks):
+    """Pads T and S to whole blocks, runs the loops, slices the padding off."""
+    length, keys = q.shape[1], k.shape[1]
+    block_q, block_k = min(blocks[0], length), min(blocks[1], keys)
+    pad_q, pad_k = -length % block_q, -keys % block_k
+    lengths = jnp.full(q.shape[:1], keys) if mask.kv_lengths is None else mask.kv_lengths
+    q_ids, kv_ids = mask.q_ids, mask.kv_ids
+    if q_ids is not None:
+        q_ids, kv_ids = jnp.pad(q_ids, ((0, 0), (0, pad_q))), jnp.pad(kv_ids, ((0, 0), (0, pad_k)))
+    q_pad = jnp.pad(q, ((0, 0), (0, pad_q), (0, 0), (0, 0)))
+    k_pad, v_pad = (jnp.pad(x, ((0, 0), (0, pad_k), (0, 0), (0, 0))) for x in (k, v))
+    out, lse = _flash((mask.causal, mask.window, scale, softcap, block_q, block_k),
+                      q_pad, k_pad, v_pad, (q_ids, kv_ids, lengths if pad_k else mask.kv_lengths, mask.q_offset))
+    out, lse = out[:, :length], lse[..., :length]
+    return out.astype(q.dtype), lse.reshape(q.shape[0], q.shape[2], length)
+
+
+def _key_range(static, q_offset, q_start, keys):
+    """First and last + 1 key block that a block of queries can see."""
+    causal, window, _, _, block_q, block_k = static
+    count = keys // block_k
+    first, last = 0, count
+    if causal:
+        last = jnp.clip((jnp.max(q_offset) + q_start + block_q + block_k - 1) // block_k, 0, count)
+    elif window is not None:
+        last = jnp.clip((jnp.max(q_offset) + q_start + block_q + window + block_k - 2) // block_k, 0, count)
+    if window is not None:
+        first = jnp.clip((jnp.min(q_offset) + q_start - window + 1) // block_k, 0, last)
+    return first, last
+
+
+def _block_scores(static, arrays, q_block, k, q_start, k_start):
+    """Masked scores of one block, and the softcap's derivative (or None)."""
+    causal, window, scale, softcap, block_q, block_k = static
+    scores = _scores(q_block, k, scale, softcap)
+    slope = None if softcap is None else 1 - (scores / softcap) ** 2
+    visible = _Mask(causal, window, *arrays).block(q_start, block_q, k_start, block_k)
+    if visible is not None:
+        scores = jnp.where(_per_group(visible), scores, NEG_INF)
+    return scores, slope
+
+
+def _varying_like(inputs, *arrays):
+    """``arrays`` marked as differing over the mesh axes that any of ``inputs`` differs over: a loop's carry
+    must start with the type that it ends with."""
+    axes = set().union(*(jax.typeof(x).manual_axis_type.varying for x in inputs))
+    return tuple(lax.pcast(x, tuple(axes), to="varying") if axes else x for x in arrays)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _flash(static, q, k, v, arrays):
+    return _flash_forward(static, q, k, v, arrays)[0]
+
+
+def _flash_forward(static, q, k, v, arrays):
+    block_q, block_k = static[4:]
+    batch, length, heads, width = q.shape
+    kv_heads = k.shape[2]
+    grouped = _group(q, kv_heads)
+
+    def one_query_block(_, q_start):
+        q_block = lax.dynamic_slice_in_dim(grouped, q_start, block_q, 1)
+
+        def one_key_block(i, carry):
+            acc, top, total = carry
+            k_start = i * block_k
+            k_block, v_block = (lax.dynamic_slice_in_dim(x, k_start, block_k, 1) for x in (k, v))
+            scores, _ = _block_scores(static, arrays, q_block, k_block, q_start, k_start)
+            new_top = jnp.maximum(top, scores.max(-1))
+            safe = jnp.where(new_top == NEG_INF, 0.0, new_top)
+            weights = jnp.exp(scores - safe[..., None])
+            shrink = jnp.exp(top - safe)
+            acc = acc * shrink[..., None] + jnp.einsum(
+                "BKGTS,BSKH->BKGTH", weights.astype(v.dtype), v_block, preferred_element_type=jnp.float32)
+            return acc, new_top, total * shrink + weights.sum(-1)
+
+        shape = (batch, kv_heads, heads // kv_heads, block_q)
+        start = _varying_like((q, k, v), jnp.zeros((*shape, width)), jnp.full(shape, NEG_INF), jnp.zeros(shape))
+        first, last = _key_range(static, arrays[3], q_start, k.shape[1])
+        acc, top, total = lax.fori_loop(first, last, one_key_block, start)
+        safe = jnp.where(total == 0, 1.0, total)
+        return None, (acc / safe[..., None], jnp.where(total == 0, NEG_INF, top + jnp.log(safe)))
+
+    _, (out, lse) = lax.scan(one_query_block, None, jnp.arange(0, length, block_q))
+    out = out.transpose(1, 0, 4, 2, 3, 5).reshape(q.shape).astype(q.dtype)  # (n, B, K, G, q, H) -> (B, T, N, H)
+    lse = lse.transpose(1, 2, 3, 0, 4).reshape(batch, kv_heads, heads // kv_heads, length)
+    return (out, lse), (q, k, v, arrays, out, lse)
+
+
+def _flash_backward(static, residuals, cotangents):
+    block_q, block_k = static[4:]
+    scale = static[2]
+    q, k, v, arrays, out, lse = residuals
+    d_out, d_lse = cotangents
+    kv_heads, length, keys = k.shape[2], q.shape[1], k.shape[1]
+    grouped, d_grouped = _group(q, kv_heads), _group(d_out, kv_heads)
+    # d score = weight * (d weight - delta); the log-sum-exp's own cotangent enters with the other sign.
+    delta = jnp.einsum("BTKGH,BTKGH->BKGT", _group(out, kv_heads).astype(jnp.float32),
+                       d_grouped.astype(jnp.float32)) - d_lse
+    safe_lse = jnp.where(lse == NEG_INF, 0.0, lse)
+    inputs = (q, k, v, d_out)
+
+    def one_query_block(carry, q_start):
+        def cut(x, axis):
+            return lax.dynamic_slice_in_dim(x, q_start, block_q, axis)
+
+        q_block, d_block = cut(grouped, 1), cut(d_grouped, 1)
+        lse_block, delta_block = cut(safe_lse, 3), cut(delta, 3)
+
+        def one_key_block(i, carry):
+            dq, dk, dv = carry
+            k_start = i * block_k
+            k_block, v_block = (lax.dynamic_slice_in_dim(x, k_start, block_k, 1) for x in (k, v))
+            scores, slope = _block_scores(static, arrays, q_block, k_block, q_start, k_start)
+            weights = jnp.exp(scores - lse_block[..., None])
+            dv_part = jnp.einsum("BKGTS,BTKGH->BSKH", weights.astype(v.dtype), d_block,
+                                 preferred_element_type=jnp.float32)
+            d_weights = jnp.einsum("BTKGH,BSKH->BKGTS", d_block, v_block, preferred_element_type=jnp.float32)
+            d_scores = weights * (d_weights - delta_block[..., None]) * scale
+            if slope is not None:
+                d_scores = d_scores * slope
+            d_scores = d_scores.astype(q.dtype)
+            dq = dq + jnp.einsum("BKGTS,BSKH->BTKGH", d_scores, k_block, preferred_element_type=jnp.float32)
+            dk_part = jnp.einsum("BKGTS,BTKGH->BSKH", d_scores, q_block, preferred_element_type=jnp.float32)
+
+            def add(total, part):
+                old = lax.dynamic_slice_in_dim(total, k_start, block_k, 1)
+                return lax.dynamic_update_slice_in_dim(total, old + part, k_start, 1)
+
+            return dq, add(dk, dk_part), add(dv, dv_part)
+
+        first, last = _key_range(static, arrays[3], q_start, keys)
+        (dq,) = _varying_like(inputs, jnp.zeros(q_block.shape))
+        dq, dk, dv = lax.fori_loop(first, last, one_key_block, (dq, *carry))
+        return (dk, dv), dq
+
+    start = _varying_like(inputs, jnp.zeros(k.shape), jnp.zeros(k.shape))
+    (dk, dv), dq = lax.scan(one_query_block, start, jnp.arange(0, length, block_q))
+    dq = dq.transpose(1, 0, 2, 3, 4, 5).reshape(q.shape)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_flash.defvjp(_flash_forward, _flash_backward)

@@ -1,0 +1,105 @@
+"""The few communications of the model. Inside the manual region they are collectives; on an axis of size 1,
+or outside the region, they do nothing, so the same model code runs on one core and on a pod."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mtnlg_jax.parallel.mesh import AXES, dims_of, spec_of
+
+
+def axis_size(axis: str) -> int:
+    """Size of ``axis`` if the caller runs manually over it, else 1."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.shape[axis] if axis in mesh.manual_axes else 1
+
+
+def axis_index(axis: str):
+    return lax.axis_index(axis) if axis_size(axis) > 1 else 0
+
+
+def gather(x, axis: str, dim: int):
+    """Joins the shards of ``x`` along ``dim``. Its transpose is ``scatter_sum``."""
+    return lax.all_gather(x, axis, axis=dim, tiled=True) if axis_size(axis) > 1 else x
+
+
+def scatter_sum(x, axis: str, dim: int):
+    """Sums ``x`` over ``axis`` and keeps this device's part of ``dim``. Its transpose is ``gather``."""
+    return lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True) if axis_size(axis) > 1 else x
+
+
+def sum_over(x, axis: str):
+    return lax.psum(x, axis) if axis_size(axis) > 1 else x
+
+
+def max_over(x, axis: str):
+    return lax.pmax(x, axis) if axis_size(axis) > 1 else x
+
+
+def own_part(x, axis: str, dim: int):
+    """This device's part of ``dim`` of an ``x`` that every device of ``axis`` holds whole."""
+    size = axis_size(axis)
+    if size == 1:
+        return x
+    part = x.shape[dim] // size
+    return lax.dynamic_slice_in_dim(x, axis_index(axis) * part, part, dim)
+
+
+def vary(tree):
+    """Marks every leaf as differing between all devices, so that autodiff sums nothing by itself: the
+    reductions of gradients are then written out, once, in ``reduce_gradients``."""
+    manual = [axis for axis in AXES if axis in jax.sharding.get_abstract_mesh().manual_axes]
+
+    def one(leaf):
+        missing = tuple(axis for axis in manual if axis not in jax.typeof(leaf).manual_axis_type.varying)
+        return lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(one, tree) if manual else tree
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather_weight(w, dim: int, dtype):
+    return lax.all_gather(w.astype(dtype), "data", axis=dim, tiled=True)
+
+
+def _gather_weight_backward(dim, dtype, _, grad):
+    # Gradients are summed in float32 whatever the weights travel in: bf16 sums lose 1 % of the gradient.
+    return (lax.psum_scatter(grad.astype(jnp.float32), "data", scatter_dimension=dim, tiled=True),)
+
+
+_gather_weight.defvjp(lambda w, dim, dtype: (_gather_weight(w, dim, dtype), None), _gather_weight_backward)
+
+
+def gather_weights(params, dtype, zero: int):
+    """Float32 master shards -> compute weights in ``dtype``, whole along D. The transpose sums gradients over
+    data in float32 and hands each device its part (ZeRO)."""
+
+    def one(path, leaf):
+        spec = spec_of(dims_of(path), zero)
+        # A layer's slice inside the scan over layers has lost its leading L.
+        dim = list(spec).index("data") - (len(spec) - leaf.ndim) if "data" in spec else None
+        if dim is None or axis_size("data") == 1:
+            return leaf.astype(dtype)
+        return _gather_weight(leaf, dim, dtype)
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def reduce_gradients(grads, zero: int, scattered: bool):
+    """Local gradients -> gradients as the parameters are stored: summed over every axis that the parameter is
+    not split over. ``scattered`` says that the sum over data along D was done already (zero=3)."""
+    manual = [axis for axis in AXES if axis in jax.sharding.get_abstract_mesh().manual_axes]
+    if not manual:
+        return grads
+
+    def one(path, grad):
+        spec = spec_of(dims_of(path), zero)
+        grad = grad.astype(jnp.float32)
+        if "data" in spec and not scattered:
+            grad = scatter_sum(grad, "data", list(spec).index("data"))
+        missing = tuple(axis for axis in manual if axis not in spec)
+        return lax.psum(grad, missing) if missing else grad
+
+    return jax.tree_util.tree_map_with_path(one, grads)

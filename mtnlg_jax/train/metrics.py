@@ -1,0 +1,126 @@
+"""What a run tells: metrics.jsonl, TensorBoard, loss.png, a progress bar; and how fast it goes."""
+
+import json
+import math
+import os
+import time
+
+import jax
+import jax.numpy as jnp
+
+from mtnlg_jax.config import ModelConfig
+
+# Dense bf16 peak of one device, FLOP/s, by a part of jax's device_kind; vendors' figures (NVIDIA data sheets,
+# Google Cloud TPU pages). A CPU is measured.
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "TPU v4": 275e12,
+              "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5p": 459e12, "TPU v5": 459e12, "TPU v6": 918e12,
+              "TPU7x": 1153.5e12}
+
+
+def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
+    """Forward and backward FLOPs a token, 6 N + 12 L H Q T (PaLM, appendix B): attention counted in full, not
+    halved for causality; N leaves out the input embeddings, which are looked up, and keeps the output's."""
+    looked_up = model.max_position_embeddings * model.hidden_size
+    looked_up = looked_up if model.position_embedding_type == "learned" else 0
+    if not model.tie_embeddings:
+        looked_up += model.vocab_size * model.hidden_size
+    products = model.parameter_count() - looked_up
+    return 6 * products + 12 * model.num_layers * model.num_attention_heads * model.head_width * sequence_length
+
+
+def peak_flops() -> float:
+    """FLOP/s of all devices together: the vendor's dense bf16 figure, or, on a CPU, what a float32 matrix product
+    reaches here (the devices of a CPU share its cores)."""
+    device = jax.devices()[0]
+    for kind, peak in PEAK_FLOPS.items():
+        if kind in device.device_kind:
+            return peak * jax.device_count()
+    size = 1536
+    x = jnp.ones((size, size), jnp.float32)
+    product = jax.jit(jnp.dot)
+    product(x, x).block_until_ready()
+    seconds = math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        product(x, x).block_until_ready()
+        seconds = min(seconds, time.perf_counter() - start)
+    return 2 * size**3 / seconds
+
+
+class MetricsLog:
+    """metrics.jsonl and TensorBoard of a run folder. A resume at ``step`` forgets what was written after it:
+    those steps will be taken, and written, again."""
+
+    def __init__(self, workdir: str, step: int):
+        from tensorboardX import SummaryWriter
+
+        self.path = os.path.join(workdir, "metrics.jsonl")
+        self.records = [r for r in read_metrics(self.path) if r["step"] <= step]
+        beside = self.path + ".partial"
+        with open(beside, "w") as file:
+            file.writelines(json.dumps(record) + "\n" for record in self.records)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, self.path)
+        self._file = open(self.path, "a", buffering=1)
+        self._board = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=step + 1, flush_secs=30)
+
+    def write(self, record: dict) -> None:
+        """``record`` has "kind" (train | eval) and "step"; numbers go to TensorBoard under kind/name."""
+        self.records.append(record)
+        self._file.write(json.dumps(record) + "\n")
+        for name, value in record.items():
+            if name != "step" and isinstance(value, int | float):
+                self._board.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def read_metrics(path: str) -> list[dict]:
+    """The whole records of a metrics.jsonl; a last line cut short by a kill is left out."""
+    if not os.path.exists(path):
+        return []
+    records = []
+    with open(path) as file:
+        for line in file:
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return records
+
+
+def plot_loss(records: list[dict], path: str) -> None:
+    """loss.png: training loss by objective, thin and smoothed, and the held-out losses."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    colours = {"causal": "tab:blue", "masked": "tab:orange"}
+    for objective, colour in colours.items():
+        points = [(r["step"], r["loss"]) for r in records
+                  if r["kind"] == "train" and r["objective"] == objective and math.isfinite(r["loss"])]
+        if points:
+            steps, losses = zip(*points, strict=True)
+            smooth, mean = [], losses[0]
+            for loss in losses:
+                mean += 0.1 * (loss - mean)
+                smooth.append(mean)
+            axes.plot(steps, losses, color=colour, alpha=0.2, linewidth=0.8)
+            axes.plot(steps, smooth, color=colour, label=f"{objective}, training")
+        held_out = [(r["step"], r[f"{objective}_loss"]) for r in records if f"{objective}_loss" in r]
+        if held_out:
+            axes.plot(*zip(*held_out, strict=True), "o--", color=colour, markersize=4, label=f"{objective}, held out")
+    axes.set(xlabel="step", ylabel="loss, nats a token")
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
+    figure.tight_layout()
+    beside = path + ".partial.png"
+    figure.savefig(beside, dpi=120)
+    pyplot.close(figure)
+    os.replace(beside, path)

@@ -1,0 +1,116 @@
+"""What makes a folder a checkpoint: a record, written last, of what it holds and of the bytes of every file."""
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+from etils import epath
+
+from mtnlg_jax.data.storage import is_remote, write_file
+
+RECORD = "record.json"
+HASH_THREADS = 4
+
+
+def marker(folder: epath.Path, step: int) -> epath.Path:
+    """The empty file that stands while checkpoint ``step`` is written or deleted."""
+    return folder / f"{step}.unfinished"
+
+
+def candidates(folder: epath.Path) -> list[int]:
+    """Steps of the checkpoints of ``folder`` that are not known to be unfinished, ascending."""
+    if not folder.exists():
+        return []
+    steps = sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+    return [step for step in steps if _has_record(folder, step) or not marker(folder, step).exists()]
+
+
+def finished(folder: epath.Path) -> list[int]:
+    """Steps of the checkpoints of ``folder`` that have a record, ascending."""
+    return [step for step in candidates(folder) if _has_record(folder, step)]
+
+
+def best(folder: epath.Path) -> int | None:
+    """The step with the lowest metric, the newest of equals; None where no metric was recorded."""
+    records = [read_record(folder / str(step))[0] for step in finished(folder)]
+    rated = [(found["metric"], -found["step"]) for found in records if found and found["metric"] is not None]
+    return -min(rated)[1] if rated else None
+
+
+def write_record(path: epath.Path, content: dict) -> None:
+    """Makes ``path`` a checkpoint: all its files reach the disk, then a record of ``content`` and of them. The
+    record's first line is the SHA-256 of the rest."""
+    body = json.dumps(content | {"files": _inventory(path)}, indent=1)
+    write_file(path, RECORD, f"{_digest_of_text(body)}\n{body}".encode())
+    if not is_remote(path):
+        _sync(path)
+
+
+def read_record(path: epath.Path) -> tuple[dict | None, str | None]:
+    """(record, None), or (None, what is wrong with it)."""
+    try:
+        digest, _, body = (path / RECORD).read_bytes().decode("utf-8", "replace").partition("\n")
+    except FileNotFoundError:
+        return None, f"{RECORD} is missing"
+    if _digest_of_text(body) != digest:
+        return None, f"{RECORD} is not what was written"
+    return json.loads(body), None
+
+
+def damage(path: epath.Path, record: dict, below: str = "") -> str | None:
+    """What is wrong with the files of ``path`` whose names begin with ``below``; None if nothing."""
+    files = {name: pair for name, pair in record["files"].items() if name.startswith(below)}
+    for name, (size, _) in files.items():
+        if not (path / name).exists():
+            return f"{name} is missing"
+        found = (path / name).stat().length
+        if found != size:
+            return f"{name} has {found} bytes instead of {size}"
+    hashed = {name: digest for name, (_, digest) in files.items() if digest is not None}
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
+        for name, digest in zip(hashed, pool.map(lambda name: _digest(path / name), hashed), strict=True):
+            if digest != hashed[name]:
+                return f"{name} is not what was written (SHA-256 differs)"
+    return None
+
+
+def _has_record(folder: epath.Path, step: int) -> bool:
+    return (folder / str(step) / RECORD).exists()
+
+
+def _inventory(path: epath.Path) -> dict[str, tuple[int, str | None]]:
+    """{relative name: (bytes, SHA-256)} of all files below ``path``; local ones are on the disk after this."""
+    files = [file for file in path.rglob("*") if not file.is_dir()]
+    names = [os.fspath(file.relative_to(path)) for file in files]
+    sizes = [file.stat().length for file in files]
+    if is_remote(path):
+        return {name: (size, None) for name, size in zip(names, sizes, strict=True)}
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
+        digests = list(pool.map(_sync_and_digest, files))
+    for folder, _, _ in os.walk(path):
+        _sync(folder)
+    _sync(path.parent)
+    return {name: (size, digest) for name, size, digest in zip(names, sizes, digests, strict=True)}
+
+
+def _digest_of_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _digest(path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync_and_digest(path) -> str:
+    _sync(path)
+    return _digest(path)

@@ -1,0 +1,42 @@
+"""Installs mtnlg_jax. Ranges say what the code is written for; launch/constraints.txt says what is tested."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+# Read, not imported: a build runs in an environment of its own, where this folder is not importable.
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "mtnlg_jax/__init__.py").read_text(), re.MULTILINE)[1]
+
+setup(
+    name="mtnlg_jax",
+    version=VERSION,
+    description="Megatron-Turing NLG in JAX and Flax NNX: pretraining, decoding and ranking on any mesh",
+    packages=find_packages(include=["mtnlg_jax", "mtnlg_jax.*"]),
+    package_data={"mtnlg_jax": ["**/*.json"]},
+    python_requires=">=3.12",
+    install_requires=[
+        # Pallas and the typing of shard_map move with each minor release of JAX.
+        "jax>=0.11.1,<0.13",
+        "flax>=0.12.12,<0.13",
+        "optax>=0.2.8,<0.3",
+        "orbax-checkpoint>=0.12,<0.13",
+        "tensorstore>=0.1.84,<0.2",
+        "sentencepiece>=0.2.1,<0.3",
+        "tokenizers>=0.22,<0.24",
+        "numpy>=2.2,<3",
+        "pyarrow>=21",
+        "zstandard>=0.23,<1",
+        "absl-py>=2.1,<3",
+        "tqdm>=4.66,<5",
+        "matplotlib>=3.10,<4",
+        "tensorboardX>=2.6.4,<3",
+    ],
+    extras_require={
+        "gpu": ["jax[cuda12]"],
+        "tpu": ["jax[tpu]"],
+        "dev": ["pytest>=9,<10", "pytest-xdist>=3.8,<4", "ruff>=0.14", "nbclient", "nbformat", "ipykernel"],
+        "benchmarks": ["torch", "transformers"],
+    },
+)

@@ -1,0 +1,33 @@
+"""What every test stands on: eight virtual CPU devices, and skipping what is slow or wants hardware."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before the first import of JAX, which reads both once. To test on an accelerator: JAX_PLATFORMS=cuda.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+_flags = os.environ.get("XLA_FLAGS", "")
+if "xla_force_host_platform_device_count" not in _flags:
+    os.environ["XLA_FLAGS"] = f"{_flags} --xla_force_host_platform_device_count=8".strip()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow, too")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: give --slow to run it"))
+        if item.get_closest_marker("hardware") and os.environ["JAX_PLATFORMS"] == "cpu":
+            item.add_marker(pytest.mark.skip(reason="needs an accelerator: JAX_PLATFORMS is cpu"))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real corpora and published weights beside the checkout; without it a test skips."""
+    folder = Path(__file__).resolve().parents[2] / "shared"
+    if not folder.is_dir():
+        pytest.skip(f"needs the data of {folder.name}/ beside the checkout")
+    return folder

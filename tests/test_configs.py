@@ -1,0 +1,136 @@
+"""Every run file in configs/ loads, fits together, and has the size that was published."""
+
+import ast
+import dataclasses
+import math
+from pathlib import Path
+
+import jax
+import pytest
+
+from mtnlg_jax.config import ModelConfig, load_config
+from mtnlg_jax.model.transformer import abstract_model
+from mtnlg_jax.parallel.mesh import shardings_of
+from mtnlg_jax.train.schedule import batch_size_at, samples_before
+
+CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.py"))
+VOCABULARY = 1024  # stands in where the tokenizer decides
+
+# Narayanan 2021, Table 1: billions, heads, width, layers, tensor, pipe, GPUs, batch.
+LADDER = """
+    1.7     24   2304   24  1   1    32   512
+    3.6     32   3072   30  2   1    64   512
+    7.5     32   4096   36  4   1   128   512
+    18.4    48   6144   40  8   1   256  1024
+    39.1    64   8192   48  8   2   512  1536
+    76.1    80  10240   60  8   4  1024  1792
+    145.6   96  12288   80  8   8  1536  2304
+    310.1  128  16384   96  8  16  1920  2160
+    529.6  128  20480  105  8  35  2520  2520
+    1008.0 160  25600  128  8  64  3072  3072
+"""
+ROWS = [line.split() for line in LADDER.strip().splitlines()]
+
+
+def _config(name: str):
+    return load_config(str(CONFIGS[0].parent / f"{name}.py"))
+
+
+def _size(tree) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def test_the_folder_holds_all_that_are_published():
+    ladder = {"ladder_" + row[0].removesuffix(".0").replace(".", "p") + "b" for row in ROWS}
+    assert {"tiny", "mtnlg_530b"} | ladder <= {path.stem for path in CONFIGS}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_loads_and_counts_its_parameters(path):
+    config = load_config(str(path))
+    assert config.name == path.stem
+    model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or VOCABULARY)
+    assert _size(abstract_model(model)[1]) == model.parameter_count()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_says_how_to_run_it_and_imports_only_the_package(path):
+    tree = ast.parse(path.read_text())
+    text = ast.get_docstring(tree)
+    assert f"--config=configs/{path.name}" in text and "Hardware:" in text and "Source:" in text
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert {getattr(node, "module", "").split(".")[0] for node in imports} == {"mtnlg_jax"}
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
+def test_the_ladder_is_the_published_table(row):
+    config = _config("ladder_" + row[0].removesuffix(".0").replace(".", "p") + "b")
+    model, mesh, train = config.model, config.mesh, config.train
+    assert f"{model.parameter_count() / 1e9:.1f}" == row[0]
+    heads, width, layers, tensor, pipe, gpus, batch = map(int, row[1:])
+    assert (model.num_attention_heads, model.hidden_size, model.num_layers) == (heads, width, layers)
+    assert (mesh.tensor, mesh.pipe, mesh.context) == (tensor, pipe, 1)
+    assert mesh.pipe * mesh.data * mesh.tensor == gpus
+    assert (train.global_batch_size, config.sequence_length, model.vocab_size) == (batch, 2048, 51200)
+    # The formula of section 5.1 leaves out the final LayerNorm's 2h.
+    h, l, V, s = width, layers, 51200, 2048  # noqa: E741
+    formula = 12 * l * h**2 * (1 + 13 / (12 * h) + (V + s) / (12 * l * h))
+    assert model.parameter_count() - 2 * h == round(formula)
+
+
+def test_megatron_turing_is_the_papers_recipe():
+    config = _config("mtnlg_530b")
+    model, mesh, train, optimizer = config.model, config.mesh, config.train, config.optimizer
+    assert f"{model.parameter_count() / 1e9:.1f}" == "529.6"
+    assert model.parameter_count() == _config("ladder_529p6b").model.parameter_count()
+    assert (model.head_width, model.mlp_width, model.init_method_std) == (160, 81920, 0.004)
+    assert mesh.tensor * mesh.pipe == 280 and mesh.tensor * mesh.pipe * mesh.data == 2240
+    assert len(config.data.blend) == 15
+    assert sum(weight for _, weight in config.data.blend) == pytest.approx(1, abs=1e-9)
+    tokens = samples_before(train, train.steps) * config.sequence_length
+    assert 0 <= tokens - 270e9 + config.sequence_length < 1920 * 2048  # the last step goes at most a batch beyond
+    assert optimizer.warmup_fraction * tokens == pytest.approx(1e9, rel=1e-4)
+    assert optimizer.decay_fraction * tokens == pytest.approx(340e9, rel=1e-4)
+
+
+def test_megatron_turings_batch_grows_to_1920_over_twelve_billion_tokens():
+    train = _config("mtnlg_530b").train
+    ramp = round(12e9 / 2048)
+    sizes = [batch_size_at(train, samples) for samples in range(0, ramp + 1, ramp // 590)]
+    assert sizes[0] == 32 and sizes[-2] < 1920 and batch_size_at(train, ramp) == 1920
+    assert sorted(set(sizes)) == list(range(32, 1921, 32)) and sizes == sorted(sizes)
+
+
+@pytest.mark.parametrize("name", ["mtnlg_530b", "ladder_310p1b", "ladder_1008b"])
+def test_every_tensor_of_the_largest_divides_over_its_axes(name):
+    # An abstract mesh: the plan of thousands of chips needs none of them.
+    config = _config(name)
+    mesh = config.mesh
+    shape = (1, mesh.data, mesh.context, mesh.tensor)
+    abstract = jax.sharding.AbstractMesh(shape, ("pipe", "data", "context", "tensor"))
+    shardings_of(abstract_model(config.model)[1], abstract, mesh.zero)
+
+
+SMALL = {"num_layers": 3, "hidden_size": 24, "num_attention_heads": 4, "vocab_size": 40, "max_position_embeddings": 8}
+VARIANTS = {
+    "rotary": {"position_embedding_type": "rotary"},
+    "rmsnorm": {"normalization": "rmsnorm"},
+    "swiglu": {"activation": "swiglu"},
+    "swiglu_no_bias": {"activation": "swiglu", "add_bias": False},
+    "grouped_heads": {"num_query_groups": 2, "kv_channels": 10, "ffn_hidden_size": 20},
+    "untied": {"tie_embeddings": False},
+    "no_bias": {"add_bias": False},
+    "all": {"position_embedding_type": "rotary", "normalization": "rmsnorm", "activation": "swiglu",
+            "num_query_groups": 1, "tie_embeddings": False, "add_bias": False},
+}
+
+
+@pytest.mark.parametrize("switches", VARIANTS.values(), ids=VARIANTS)
+def test_the_closed_form_counts_what_every_switch_makes(switches):
+    model = ModelConfig(**SMALL, **switches)
+    assert model.parameter_count() == _size(abstract_model(model)[1]) != ModelConfig(**SMALL).parameter_count()
+
+
+def test_an_unknown_vocabulary_cannot_be_counted():
+    with pytest.raises(ValueError, match="model.vocab_size is not known yet"):
+        ModelConfig().parameter_count()

@@ -1,0 +1,178 @@
+"""The house rules: what may import what, what lies where, and that the pinned versions cover setup.py."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# A room may import itself and the rooms on the lines above it; rooms of one line do not see each other.
+ORDER = """
+    compat
+    config
+    parallel.mesh
+    parallel.collectives
+    model
+    parallel.pipeline parallel.context
+    parallel.planner
+    parallel.aot
+    data
+    train
+    decode
+    tasks evaluate interop serve
+"""
+
+TOP_LEVEL = {"mtnlg_jax", "configs", "launch", "tests", "notebooks", "benchmarks", "setup.py", "README.md"}
+
+
+def _room_of(module: str) -> str | None:
+    """The room of ORDER in which "mtnlg_jax.parallel.mesh" lies; None for what lies in none."""
+    inside = module.removeprefix("mtnlg_jax.") + "."
+    return next((room for room in ORDER.split() if inside.startswith(room + ".")), None)
+
+
+def _imports(path: Path, module: str):
+    """Yields (line, dotted name) of every import in a file, also those inside functions."""
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, name.name) for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            start = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            source = ".".join([*start, *filter(None, [node.module])])
+            # `from mtnlg_jax.parallel import mesh` imports the module mtnlg_jax.parallel.mesh.
+            yield from ((node.lineno, f"{source}.{name.name}") for name in node.names)
+
+
+def _violations(package: Path) -> list[str]:
+    height = {room: line for line, rooms in enumerate(ORDER.strip().splitlines()) for room in rooms.split()}
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        relative = path.relative_to(package)
+        parts = [package.name, *relative.with_suffix("").parts]
+        module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        room = _room_of(module)
+        if room is None and path.name != "__init__.py":
+            found.append(f"{relative}: stands in no room of ORDER")
+        for line, name in _imports(path, module):
+            if name.split(".")[0] in ("configs", "launch", "tests"):
+                found.append(f"{relative}:{line}: imports {name}, which stands above the package")
+            elif name.startswith("mtnlg_jax.") and not name.startswith("mtnlg_jax.__"):
+                target = _room_of(name)
+                if target is None:
+                    found.append(f"{relative}:{line}: imports {name}, which stands in no room of ORDER")
+                elif room is None or (room != target and height[target] >= height[room]):
+                    found.append(f"{relative}:{line}: {room or module} imports {name}")
+    return found
+
+
+def test_imports_flow_one_way():
+    assert _violations(ROOT / "mtnlg_jax") == []
+
+
+@pytest.mark.parametrize(
+    ("where", "line"),
+    [
+        ("config.py", "import mtnlg_jax.model.attention"),
+        ("data/clean.py", "from mtnlg_jax.train import loop"),
+        ("parallel/mesh.py", "from mtnlg_jax import model"),
+        ("parallel/mesh.py", "from . import pipeline"),
+        ("parallel/pipeline.py", "from mtnlg_jax.parallel.context import ring"),
+        ("model/kernels/flash_tpu.py", "from ...train.step import step"),
+        ("model/transformer.py", "def late():\n    from mtnlg_jax.decode.cache import Cache"),
+        ("evaluate/cloze.py", "import configs.tiny"),
+        ("parallel/__init__.py", "from mtnlg_jax.parallel.mesh import make_mesh"),
+        ("attic.py", ""),
+        ("decode/cache.py", "from mtnlg_jax.attic import old"),
+    ],
+)
+def test_a_planted_import_is_found(tmp_path, where, line):
+    path = tmp_path / "mtnlg_jax" / where
+    path.parent.mkdir(parents=True)
+    path.write_text(line + "\n")
+    assert len(_violations(tmp_path / "mtnlg_jax")) == 1
+
+
+@pytest.mark.parametrize(
+    ("where", "line"),
+    [
+        ("model/attention.py", "from mtnlg_jax.parallel import collectives, mesh"),
+        ("model/attention.py", "from .kernels import flash_tpu"),
+        ("parallel/pipeline.py", "from ..model.transformer import Block\nfrom .mesh import spec_of"),
+        ("train/loop.py", "from mtnlg_jax import __version__, compat, config"),
+        ("data/tokens.py", "import numpy\nfrom mtnlg_jax.data.tokenizer import load"),
+    ],
+)
+def test_an_import_downwards_is_free(tmp_path, where, line):
+    path = tmp_path / "mtnlg_jax" / where
+    path.parent.mkdir(parents=True)
+    path.write_text(line + "\n")
+    assert _violations(tmp_path / "mtnlg_jax") == []
+
+
+def test_the_data_room_does_without_jax():
+    modules = []
+    for path in sorted((ROOT / "mtnlg_jax/data").glob("*.py")):
+        modules.append(f"mtnlg_jax.data.{path.stem}".removesuffix(".__init__"))
+        heads = {name.split(".")[0] for _, name in _imports(path, modules[-1])}
+        assert not heads & {"jax", "jaxlib", "flax", "optax", "orbax"}, path.name
+    # What a module imports may import JAX in turn, so a fresh process looks at the result.
+    program = f"import sys\nfor name in {modules}: __import__(name)\nprint('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_importing_the_package_imports_nothing_else():
+    program = "import sys; before = set(sys.modules); import mtnlg_jax; print(*set(sys.modules) - before)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["mtnlg_jax"]
+
+
+def test_the_top_level_is_fixed():
+    listing = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if listing.returncode:
+        pytest.skip("not a git checkout: " + listing.stderr.strip())
+    names = {path.split("/")[0] for path in listing.stdout.split("\0") if path}
+    assert {name for name in names if not name.startswith(".")} <= TOP_LEVEL
+
+
+def _requirements() -> list[Requirement]:
+    tree = ast.parse((ROOT / "setup.py").read_text())
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+    call = next(node for node in calls if ast.unparse(node.func) == "setup")
+    given = {keyword.arg: keyword.value for keyword in call.keywords}
+    extras = ast.literal_eval(given["extras_require"])
+    return [Requirement(line) for line in ast.literal_eval(given["install_requires"]) + extras["dev"]]
+
+
+def test_every_requirement_is_pinned_within_its_range():
+    lines = (ROOT / "launch/constraints.txt").read_text().splitlines()
+    assert lines[0].startswith("# ") and "uv pip compile" in lines[0]
+    pins = dict(re.fullmatch(r"([^=]+)==([^ ;]+)(?: ;.*)?", line).groups() for line in lines[1:])
+    assert all("://" not in line and "@" not in line for line in lines), "an address among the pins"
+    for requirement in _requirements():
+        version = pins.get(canonicalize_name(requirement.name))
+        assert version, f"{requirement.name} is not pinned; line 1 of constraints.txt says how to renew it"
+        assert requirement.specifier.contains(version), f"pinned {version}, but setup.py wants {requirement}"
+
+
+SCRIPTS = [*sorted((ROOT / "launch").rglob("*.sh")), ROOT / ".ci/run"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shell_scripts_parse(script):
+    subprocess.run(["bash", "-n", script], check=True)
+    if shutil.which("shellcheck"):
+        subprocess.run(["shellcheck", "-x", "-P", "SCRIPTDIR", script], check=True)
