@@ -44,10 +44,9 @@ else:
 
 # uv knows interpreters that stand on no PATH, and brings one where there is none.
 python_of_uv() {
-  command -v uv >/dev/null || return 1
   uv python find --system '>=3.12,<3.15' 2>/dev/null && return
   say "no Python 3.12 to 3.14 here; asking uv for one"
-  uv python install --quiet 3.13 >&2 && uv python find --system 3.13
+  uv python install --quiet 3.13 >&2 && uv python find --system 3.13 2>/dev/null
 }
 
 # Prints what `describe` says of the first suitable interpreter.
@@ -63,7 +62,10 @@ find_python() {
   # sort -V: 3.13.10 is newer than 3.13.9.
   for candidate in python3.13 python3.12 python3 python3.14 \
     $(printf '%s\n' "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.*/bin/python | sort -rV) uv; do
-    if [[ "$candidate" == uv ]]; then candidate="$(python_of_uv)" || continue; fi
+    if [[ "$candidate" == uv ]]; then
+      command -v uv >/dev/null || continue
+      candidate="$(python_of_uv)" || found="${found:-no Python}, and uv could not download one"
+    fi
     # What exists need not run: pyenv keeps a shim called python3.13 on the PATH whichever version is active.
     answer="$(describe "$candidate")" || continue
     if [[ "$answer" == yes* ]]; then
@@ -126,7 +128,7 @@ install() {
 # Reads what `install` says: all of it to the log, one moving line to a terminal, the cause of a failure to
 # standard output.
 watch_install() {
-  local line last="" cause="" step="" count=0
+  local line last="" cause="" step="" shown="" count=0
   while IFS= read -r line; do
     last="$line"
     { printf '%s\n' "$line" >>"$log"; } 2>/dev/null || true
@@ -139,7 +141,8 @@ watch_install() {
       "Installing collected"*) step="installing" ;;
       [Ee][Rr][Rr][Oo][Rr]:*) cause="${cause:-${line#*: }}" ;;
     esac
-    if [[ -t 2 ]]; then printf '\r\033[K  %s' "$step" >&2; fi
+    if [[ -t 2 && "$step" != "$shown" ]]; then printf '\r\033[K  %s' "$step" >&2; fi
+    shown="$step"
   done
   if [[ -t 2 ]]; then printf '\r\033[K' >&2; fi
   printf '%s\n' "${cause:-$last}"

@@ -12,6 +12,12 @@ if "xla_force_host_platform_device_count" not in _flags:
     os.environ["XLA_FLAGS"] = f"{_flags} --xla_force_host_platform_device_count=8".strip()
 
 
+import jax  # noqa: E402
+
+# Several programs in flight on more CPU devices than cores can wait for each other inside their collectives.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests marked slow, too")
 

@@ -15,7 +15,7 @@ import re
 import sys
 import sysconfig
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Document:
-    """``source`` is the path below the folder read (with ``:line`` in files of many), never an absolute one."""
+    """``source`` is the path below the folder read, with ``:line`` in files of many; never absolute."""
 
     text: str
     source: str
@@ -66,8 +66,8 @@ def read_documents(path: str | os.PathLike, text_key: str = "text", on_error: st
     their text under ``text_key`` (a list of strings there is joined by newlines). Hidden files are skipped.
     Memory is bounded by the longest document.
 
-    Raises FileNotFoundError at once; ValueError at once for a file of unknown suffix that was named itself and,
-    unless ``on_error="skip"``, when it comes to a damaged line or file, naming the place.
+    Raises FileNotFoundError at once, and ValueError for a file of unknown suffix that was named itself;
+    later, unless ``on_error="skip"``, ValueError with the place of a damaged line or file.
     """
     path = Path(path)
     if on_error not in ("raise", "skip"):
@@ -105,7 +105,7 @@ def _readable_files(folder: Path, report: ReadReport) -> list[str]:
         names += [Path(parent, name).relative_to(folder).as_posix() for name in readable]
         report.skipped_files += len(shown) - len(readable)
     if report.skipped_files:
-        _log.warning("%s: skipped %d files whose suffix is none of %s", folder, report.skipped_files, READABLE)
+        _log.warning("%s: skipped %d files; what is read is %s", folder, report.skipped_files, READABLE)
     return sorted(names)
 
 
@@ -131,7 +131,8 @@ def _clean(text: str, source: str, report: ReadReport) -> str:
     """Valid text without control characters, or "" where nothing is left; counts what it does."""
     if _SURROGATES.search(text):
         before = text.count("\ufffd")
-        text = _OTHER_SURROGATES.sub("\ufffd", text).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        data = _OTHER_SURROGATES.sub("\ufffd", text).encode("utf-8", "surrogateescape")
+        text = data.decode("utf-8", "replace")
         report.repaired += 1
         if text.count("\ufffd") - before > _SUSPICIOUS_SHARE * len(text):
             _log.warning("%s: much of it is not UTF-8; if it is in another encoding, convert it first, "
@@ -173,14 +174,17 @@ def _text_of(value, text_key: str) -> str | None:
     """The text of a JSON value: a string, or what an object holds under the key."""
     if isinstance(value, dict):
         if text_key not in value:
-            return _Damaged(f"no key {text_key!r} among {', '.join(map(repr, list(value)[:8]))}; name the right one "
-                            "with text_key")
+            return _no_text(text_key, value)
         value = value[text_key]
     if isinstance(value, list) and all(isinstance(line, str) for line in value):
         return "\n".join(value)
     if value is None or isinstance(value, str):
         return value
     return _Damaged(f"{text_key!r} holds {type(value).__name__}, not text")
+
+
+def _no_text(text_key: str, names: Iterable[str]) -> _Damaged:
+    return _Damaged(f"no {text_key!r} among {', '.join(list(names)[:8])}; name the right one with text_key")
 
 
 def _read_lines(stream: io.BufferedIOBase, kind: str) -> Iterator[tuple[int, object]]:
@@ -232,13 +236,13 @@ def _read_parquet(path: Path, text_key: str) -> Iterator[tuple[int, str | None]]
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             if text_key not in names:
-                yield 0, _Damaged(f"no column {text_key!r} among {', '.join(names[:8])}; name the right one with "
-                                  "text_key")
+                yield 0, _no_text(text_key, names)
                 return
             for batch in file.iter_batches(batch_size=64, columns=[text_key]):
                 column = batch.column(0)
                 if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
-                    column = column.cast(pyarrow.large_binary())  # as_py() refuses invalid UTF-8, we repair it
+                    # As strings, pyarrow would refuse invalid UTF-8 instead of letting us repair it.
+                    column = column.cast(pyarrow.large_binary())
                 for value in column.to_pylist():
                     number += 1
                     yield number, _decode(value) if isinstance(value, bytes) else _text_of(value, text_key)
@@ -302,9 +306,9 @@ class _ZstdFile(io.RawIOBase):
 def embedded_documents() -> Iterator[Document]:
     """A corpus that needs no download: the prose of the running interpreter's own documentation, about 1 MB.
 
-    The topics of ``help()``, then a document for each module of the standard library with the docstrings of the
-    module, its classes and its functions; parsed, never imported. Code, tables and signatures are left out, and
-    no paragraph comes twice. The same text on every machine with the same version of Python.
+    The topics of ``help()``, then a document for each module of the standard library with the docstrings of
+    the module, its classes and its functions; parsed, never imported. Code, tables and signatures are left
+    out, and no paragraph comes twice. The same text on every machine with the same version of Python.
     """
     seen = set()
     for source, docstrings in _documentation():
@@ -347,7 +351,8 @@ def _docstrings(node: ast.AST) -> Iterator[str]:
 
 
 _BULLET = re.compile(r"^\s*(?:[-*+•]|\(?\w{1,2}[.)])\s+")
-_MARKUP = re.compile(r":[a-z:]+:(?=`)|``|`|\*\*|(?<!\w)\*(?=\w)|(?<=\w)\*(?!\w)")
+_ROLE = re.compile(r":[a-z:]+:(?=`)|`")
+_EMPHASIS = re.compile(r"(?<![\w\"'*])(\*\*?)(\w(?:[^*]*\w)?)\1(?![\w\"'*])")
 
 
 def _prose(docstring: str) -> Iterator[str]:
@@ -363,7 +368,7 @@ def _prose(docstring: str) -> Iterator[str]:
             if any(line.startswith((">>>", "...", "::=")) for line in lines):
                 continue
             paragraph = " ".join(" ".join(line for line in lines if line).split())
-            paragraph = _MARKUP.sub("", paragraph)
+            paragraph = _EMPHASIS.sub(r"\2", _ROLE.sub("", paragraph))
             if _is_prose(paragraph):
                 yield paragraph
 
@@ -372,4 +377,5 @@ def _is_prose(paragraph: str) -> bool:
     words = paragraph.split()
     plain = sum(word.strip("'\"(),.;:!?-").isalpha() for word in words)
     return (len(words) >= 5 and plain >= 0.75 * len(words) and paragraph[0].isupper()
-            and paragraph.rstrip("\"')").endswith((".", ":", "!", "?")))
+            # Not ":", which announces the code or table that was left out.
+            and paragraph.rstrip("\"')").endswith((".", "!", "?")))

@@ -29,19 +29,23 @@ def key_value_spec(location: str | os.PathLike) -> dict:
                          f" ({first_line(error)})") from None
 
 
+def _open(location: str | os.PathLike) -> tensorstore.KvStore:
+    return tensorstore.KvStore.open(key_value_spec(location), context=CONTEXT).result()
+
+
 def read_file(location: str | os.PathLike, name: str) -> bytes | None:
     """The content of one small file, or None where there is none."""
     if not is_remote(location):
         path = Path(location, name)
         return path.read_bytes() if path.is_file() else None
-    found = tensorstore.KvStore.open(key_value_spec(location), context=CONTEXT).result().read(name).result()
+    found = _open(location).read(name).result()
     return found.value if found.state == "value" else None
 
 
 def write_file(location: str | os.PathLike, name: str, content: bytes) -> None:
     """Write one small file whole or not at all, and make it last."""
     if is_remote(location):
-        tensorstore.KvStore.open(key_value_spec(location), context=CONTEXT).result().write(name, content).result()
+        _open(location).write(name, content).result()
         return
     path = Path(location, name)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,6 +58,11 @@ def write_file(location: str | os.PathLike, name: str, content: bytes) -> None:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def remove_file(location: str, name: str) -> None:
+    """Remove one file below a URL, if it is there."""
+    _open(location).write(name, None).result()
 
 
 def first_line(error: Exception) -> str:

@@ -1,8 +1,9 @@
-"""What makes a folder a checkpoint: a record, written last, of what it holds and of the bytes of every file."""
+"""What makes a folder a checkpoint: a record, written last, of what it holds and of every file's bytes."""
 
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from etils import epath
@@ -39,8 +40,8 @@ def best(folder: epath.Path) -> int | None:
 
 
 def write_record(path: epath.Path, content: dict) -> None:
-    """Makes ``path`` a checkpoint: all its files reach the disk, then a record of ``content`` and of them. The
-    record's first line is the SHA-256 of the rest."""
+    """Makes ``path`` a checkpoint: all its files reach the disk, then a record of ``content`` and of them.
+    The record's first line is the SHA-256 of the rest."""
     body = json.dumps(content | {"files": _inventory(path)}, indent=1)
     write_file(path, RECORD, f"{_digest_of_text(body)}\n{body}".encode())
     if not is_remote(path):
@@ -79,9 +80,17 @@ def _has_record(folder: epath.Path, step: int) -> bool:
     return (folder / str(step) / RECORD).exists()
 
 
+def _files(path: epath.Path) -> Iterator[epath.Path]:
+    for child in path.iterdir():
+        if child.is_dir():
+            yield from _files(child)
+        else:
+            yield child
+
+
 def _inventory(path: epath.Path) -> dict[str, tuple[int, str | None]]:
-    """{relative name: (bytes, SHA-256)} of all files below ``path``; local ones are on the disk after this."""
-    files = [file for file in path.rglob("*") if not file.is_dir()]
+    """{relative name: (bytes, SHA-256)} of all files below ``path``; local ones reach the disk by this."""
+    files = list(_files(path))
     names = [os.fspath(file.relative_to(path)) for file in files]
     sizes = [file.stat().length for file in files]
     if is_remote(path):

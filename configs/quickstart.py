@@ -1,0 +1,23 @@
+"""The newcomer's run: about 1 MB of text, masked, then causal, then a mix of both, on 2 CPU cores.
+
+bash launch/quickstart.sh
+
+Hardware: a laptop; 6 minutes of training or less on 2 cores. The last stage keeps both objectives alive, so
+that one checkpoint continues texts and fills masks.
+"""
+
+from mtnlg_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, StageConfig, TrainConfig
+
+
+def get_config() -> Config:
+    return Config(
+        name="quickstart",
+        model=ModelConfig(num_layers=4, hidden_size=192, num_attention_heads=4, max_position_embeddings=256),
+        data=DataConfig(path="runs/quickstart/data"),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_fraction=0.05),
+        train=TrainConfig(
+            steps=360, global_batch_size=16, compute_dtype="float32", eval_every=90, save_every=90, eval_batches=8,
+            stages=(StageConfig("masked", fraction=0.2, masked=1.0), StageConfig("causal", fraction=0.6),
+                    StageConfig("both", fraction=0.2, masked=0.25)),
+        ),
+    )

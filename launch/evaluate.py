@@ -1,0 +1,78 @@
+"""Scores a text with a trained model: python launch/evaluate.py --workdir=RUN --input=FILE [--json]
+
+FILE is anything that launch/prepare_data.py reads (text, JSON lines, Parquet; a folder too), or - for standard
+input. Every token counts once and is scored with context (--stride).
+"""
+
+import dataclasses
+import json
+import sys
+
+from absl import app, flags
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
+_INPUT = flags.DEFINE_string("input", None, "file or folder to score, - for standard input", required=True)
+_CHECKPOINT = flags.DEFINE_enum("checkpoint", "best", ["best", "last"], "which checkpoint")
+_STRIDE = flags.DEFINE_integer("stride", None, "tokens that a window scores; default: half the context")
+_JSON = flags.DEFINE_bool("json", False, "print one JSON object")
+
+
+def main(argv) -> int:
+    if len(argv) > 1:
+        print(f"unknown arguments: {' '.join(argv[1:])}", file=sys.stderr)
+        return 2
+    from flax import nnx
+    from tqdm import tqdm
+
+    from mtnlg_jax import compat
+    from mtnlg_jax.data.documents import read_documents
+    from mtnlg_jax.evaluate.perplexity import evaluate_text
+    from mtnlg_jax.model.transformer import abstract_model
+    from mtnlg_jax.train.checkpoint import load_run
+
+    compat.configure_cache()
+    try:
+        if _INPUT.value == "-":
+            texts = [sys.stdin.read()]
+        else:
+            texts = [document.text for document in read_documents(_INPUT.value)]
+        run = load_run(_WORKDIR.value, _CHECKPOINT.value)
+        model = nnx.merge(abstract_model(run.config.model)[0], run.params)
+        results = []
+        for text in texts:
+            with tqdm(unit="window", disable=None, leave=False) as bar:
+
+                def show(done, total, bar=bar):
+                    bar.total = total
+                    bar.update(done - bar.n)
+
+                results.append(evaluate_text(model, run.tokenizer, text, _STRIDE.value, on_batch=show))
+        total = merge(results)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if _JSON.value:
+        print(json.dumps(dataclasses.asdict(total) | {"step": run.step, "documents": len(texts)}))
+    else:
+        print(f"{_INPUT.value}: {len(texts)} document(s), {total.bytes:,} bytes, {total.tokens:,} tokens\n"
+              f"loss {total.loss:.4f} nats a token, perplexity {total.perplexity:.2f}, "
+              f"{total.bits_per_byte:.4f} bits per byte (checkpoint of step {run.step})")
+    return 0
+
+
+def merge(results: list):
+    """One Evaluation for several documents."""
+    import math
+
+    from mtnlg_jax.evaluate.perplexity import Evaluation
+
+    tokens, size = sum(r.tokens for r in results), sum(r.bytes for r in results)
+    nats = sum(r.loss * r.tokens for r in results)
+    if not tokens:
+        raise ValueError(f"{_INPUT.value} holds no text")
+    loss = nats / tokens
+    return Evaluation(tokens, size, loss, math.exp(min(loss, 700.0)), nats / math.log(2) / size)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,178 @@
+"""The whole road in one command: text, tokenizer, training, and three ways to write.
+
+bash launch/quickstart.sh [--corpus=PATH] [--workdir=DIR] [--set=train.steps=300]
+
+Without --corpus it reads the prose of Python's own documentation, so nothing is downloaded. Start it again to
+go on where it stopped; what is done is not done twice.
+"""
+
+import lzma
+import os
+import sys
+import time
+
+from absl import app, flags
+
+_CORPUS = flags.DEFINE_string("corpus", None, "your own text: a file or folder (txt, jsonl, parquet, .gz, .zst)")
+_WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "where everything goes")
+_CONFIG = flags.DEFINE_string("config", os.path.join(os.path.dirname(__file__), "../configs/quickstart.py"),
+                              "the run")
+_SET = flags.DEFINE_multi_string("set", [], "a value of the config, as train.steps=300; repeat for more")
+_VOCAB = flags.DEFINE_integer("vocab_size", 4096, "pieces of the tokenizer")
+
+
+def main(argv) -> int:
+    if len(argv) > 1:
+        print(f"unknown arguments: {' '.join(argv[1:])}", file=sys.stderr)
+        return 2
+    from mtnlg_jax.train.loop import Diverged, Preempted
+
+    try:
+        return quickstart()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Diverged as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
+    except Preempted as error:
+        print(f"{error}; the same command goes on from there", file=sys.stderr)
+        return 75
+
+
+def quickstart() -> int:
+    from flax import nnx
+
+    from mtnlg_jax import compat
+    from mtnlg_jax.config import load_config
+    from mtnlg_jax.data.prepare import prepare
+    from mtnlg_jax.model.transformer import abstract_model
+    from mtnlg_jax.train.checkpoint import load_run
+    from mtnlg_jax.train.loop import load_data, train
+
+    began = time.monotonic()
+    compat.configure_cache()
+    workdir, data_folder = _WORKDIR.value, os.path.join(_WORKDIR.value, "data")
+    config = load_config(_CONFIG.value, [f"data.path={data_folder}", *_SET.value])
+    _heading("1. Text and tokenizer")
+    corpus = os.path.abspath(_CORPUS.value) if _CORPUS.value else None
+    if os.path.exists(data_folder):
+        print(f"{data_folder} is there already: going on with it (remove it to start from other text)")
+    else:
+        prepare(corpus, data_folder, vocab_size=_VOCAB.value, held_out=0.02)
+
+    _heading("2. Training: " + ", then ".join(stage.name for stage in config.train.stages))
+    summary = train(config, workdir)
+    run = load_run(workdir)
+    model = nnx.merge(abstract_model(run.config.model)[0], run.params)
+    data = load_data(run.config)
+
+    _heading("3. What it learnt")
+    print(curve(os.path.join(workdir, "metrics.jsonl")))
+    unigram, compressed = baselines(data)
+    print(f"held-out text, bits per byte: this model {summary.final['bits_per_byte']:.3f}, "
+          f"a unigram model of the same tokens {unigram:.3f}, xz -9e {compressed:.3f}")
+
+    _heading("4. Writing")
+    samples(model, run.tokenizer, data)
+    again = f"bash launch/quickstart.sh --corpus=YOUR_FOLDER --workdir={workdir}-mine"
+    print(f"""
+{summary.parameters:,} parameters, {summary.tokens:,} tokens in {summary.seconds:.0f} s of training \
+({summary.tokens_per_second:,.0f} tokens/s, MFU {summary.mfu:.0%}); {time.monotonic() - began:.0f} s in all
+  {workdir}/loss.png       the curve
+  {workdir}/metrics.jsonl  every step;  tensorboard --logdir={workdir}/tensorboard
+  {workdir}/checkpoints    the model (best: step {summary.best_step})
+next: .venv/bin/python launch/generate.py --workdir={workdir} --prompt="The function returns" --temperature=0.8
+      .venv/bin/python launch/generate.py --workdir={workdir} --mode=ranking --n=8 --prompt="The function returns"
+      {again}
+      more steps:  bash launch/quickstart.sh --workdir={workdir}-long --set=train.steps={4 * summary.steps}""")
+    return 0
+
+
+def samples(model, tokenizer, data) -> None:
+    """A filled mask, and a greedy, a sampled and a ranked continuation of held-out text."""
+    import dataclasses
+
+    from mtnlg_jax.config import DecodeConfig
+    from mtnlg_jax.decode.fill import fill
+    from mtnlg_jax.decode.generate import generate
+    from mtnlg_jax.decode.rank import rank
+
+    text = held_out_text(data, limit=4000)
+    paragraph = max(text.split("\n\n")[:20], key=len).replace("\n", " ").strip()
+    words = paragraph.split(" ") if paragraph.count(" ") > 8 else list(paragraph)
+    joint = " " if paragraph.count(" ") > 8 else ""
+    blank = 7
+    masked = joint.join([*words[:blank], "<mask>", *words[blank + 1 : 20]])
+    filled = fill(model, tokenizer, masked, top_k=5)
+    print(f"a filled mask      {masked!r}")
+    for candidate in filled.masks[0]:
+        print(f"                   {candidate.probability:6.1%} {candidate.text!r}")
+    print(f"                   (the author wrote {words[blank]!r})")
+    prompt = joint.join(words[:12])
+    greedy = DecodeConfig(max_new_tokens=48)
+    sampled = dataclasses.replace(greedy, temperature=0.8, top_p=0.95)
+    for name, decode in (("greedy", greedy), ("sampled", sampled)):
+        result = generate(model, tokenizer, [prompt], decode)[0]
+        print(f"\n{name:<18} {prompt} [...]{result.text}")
+    ranked = rank(model, tokenizer, prompt, decode=dataclasses.replace(sampled, num_return_sequences=6))
+    print(f"\nranked             best of {len(ranked)} by log-probability a token")
+    for candidate in ranked:
+        print(f"  {candidate.score:8.3f}  {' '.join(candidate.text.split())[:90]}")
+
+
+def held_out_text(data, limit: int) -> str:
+    """The beginning of the held-out documents, as text."""
+    tokens = data.held_out.read(0, min(limit, len(data.held_out)))
+    return data.tokenizer.decode([int(t) for t in tokens])
+
+
+def baselines(data) -> tuple[float, float]:
+    """Bits per byte of the held-out text under a unigram model of the training tokens, and under xz -9e."""
+    import numpy as np
+
+    held_out = data.held_out
+    train = data.stages[-1].sources[0][0]
+    counts = np.ones(data.tokenizer.vocab_size)
+    for begin in range(0, len(train), 1 << 20):
+        counts += np.bincount(train.read(begin, min(begin + (1 << 20), len(train))), minlength=len(counts))
+    bits = -np.log2(counts / counts.sum())
+    text = held_out_text(data, len(held_out)).encode()
+    tokens = held_out.read(0, len(held_out))
+    spoken = tokens[tokens != data.tokenizer.bos_id]
+    compressed = lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)
+    return float(bits[spoken].sum() / held_out.meta["bytes"]), 8 * len(compressed) / len(text)
+
+
+def curve(metrics_path: str, width: int = 72, height: int = 8) -> str:
+    """The training loss as text, masked and causal steps apart, for terminals without pictures."""
+    from mtnlg_jax.train.metrics import read_metrics
+
+    steps = [r for r in read_metrics(metrics_path) if r["kind"] == "train"]
+    width = min(width, len(steps))
+    columns = [steps[i * len(steps) // width : (i + 1) * len(steps) // width] for i in range(width)]
+    marks = {"masked": "o", "causal": "*"}
+    means = {name: [_mean([r["loss"] for r in column if r["objective"] == name]) for column in columns]
+             for name in marks}
+    seen = [m for values in means.values() for m in values if m is not None]
+    low, high = min(seen), max(seen)
+    grid = [[" "] * width for _ in range(height)]
+    for name, values in means.items():
+        for x, value in enumerate(values):
+            if value is not None:
+                grid[round((high - value) / max(high - low, 1e-9) * (height - 1))][x] = marks[name]
+    lines = [f"{high - i * (high - low) / (height - 1):6.2f} |{''.join(row)}" for i, row in enumerate(grid)]
+    return "\n".join([*lines, " " * 7 + "+" + "-" * width,
+                      f"        loss over {len(steps):,} steps (* causal, o masked)"])
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _heading(text: str) -> None:
+    print(f"\n== {text} " + "=" * max(0, 76 - len(text)), flush=True)
+
+
+if __name__ == "__main__":
+    app.run(main)

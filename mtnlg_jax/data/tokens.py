@@ -1,0 +1,192 @@
+"""Token arrays: every document as <bos> text <eos>, one after another, in TensorStore zarr arrays.
+
+A prepared data set is a folder (or a URL below gs://, s3://):
+
+    prepared.json   the fingerprint of it all, the settings, the counts; written last
+    tokenizer/      what `load_tokenizer` reads
+    train/          tokens (uint16, or uint32 above 65,536 pieces), document_offsets (int64, documents + 1),
+    heldout/        meta.json
+
+Each document begins with bos and ends with eos also where both are one token, as <|endoftext|> is in GPT-2:
+attention does not leave the document, so its first word needs something to be predicted from. (Megatron's own
+index files have the eos only.)
+"""
+
+import hashlib
+import json
+import os
+from array import array
+
+import numpy as np
+import tensorstore
+
+from mtnlg_jax.data import storage
+
+# A chunk is what a random window decompresses, a shard is one file: 16.8 M tokens, 33 MB of memory to write.
+_CHUNK, _SHARD = 1 << 16, 1 << 24
+_AGAIN = "prepare the data again (launch/prepare_data.py --overwrite)"
+
+
+class TokenWriter:
+    """Streams documents into ``tokens``, ``document_offsets`` and ``meta.json`` below a folder or a URL.
+
+    Holds one shard and 8 bytes a document in memory. Nothing can be opened before `finish`.
+    """
+
+    def __init__(self, location: str | os.PathLike, vocab_size: int, tokenizer_fingerprint: str,
+                 seed: int = 0):
+        self._location, self._dtype = location, np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+        self._meta = {"vocab_size": vocab_size, "tokenizer": tokenizer_fingerprint, "seed": seed}
+        self._array = _create(storage.join(location, "tokens"), self._dtype)
+        self._buffer, self._filled, self._written = np.empty(_SHARD, self._dtype), 0, 0
+        self._offsets, self._bytes, self._digest = array("q", [0]), 0, hashlib.sha256()
+
+    def add(self, tokens: np.ndarray, text_bytes: int) -> None:
+        """One document, with its bos and eos; ``text_bytes`` is the length of its text as UTF-8."""
+        tokens = np.asarray(tokens)
+        if tokens.size == 0 or tokens.min() < 0 or tokens.max() >= self._meta["vocab_size"]:
+            raise ValueError(f"document {len(self._offsets) - 1} is empty or has tokens outside the "
+                             f"vocabulary of {self._meta['vocab_size']}")
+        self._offsets.append(self._offsets[-1] + tokens.size)
+        self._bytes += text_bytes
+        while tokens.size:
+            part = tokens[: _SHARD - self._filled]
+            self._buffer[self._filled : self._filled + part.size] = part
+            self._filled += part.size
+            tokens = tokens[part.size :]
+            if self._filled == _SHARD:
+                self._flush()
+
+    def finish(self) -> dict:
+        """Write what is left and, last, meta.json; returns its content."""
+        self._flush()
+        offsets = np.array(self._offsets, "<i8")
+        stored = _create(storage.join(self._location, "document_offsets"), offsets.dtype, offsets.size)
+        stored.write(offsets).result()
+        self._digest.update(offsets.tobytes())
+        meta = {"dtype": self._dtype.name, "tokens": self._offsets[-1], "documents": offsets.size - 1,
+                "bytes": self._bytes, **self._meta, "sha256": self._digest.hexdigest()}
+        storage.write_file(self._location, "meta.json", json.dumps(meta, indent=1).encode())
+        return meta
+
+    def _flush(self) -> None:
+        if self._filled:
+            part, end = self._buffer[: self._filled], self._written + self._filled
+            # Growing rewrites the metadata only; nobody knows the length before the last document.
+            self._array = self._array.resize(exclusive_max=[end], expand_only=True,
+                                             resize_metadata_only=True).result()
+            self._array[self._written : end].write(part).result()
+            self._digest.update(part.tobytes())
+            self._written, self._filled = end, 0
+
+
+class Tokens:
+    """The tokens of one part (train or heldout); `open_tokens` makes it. ``len`` counts tokens.
+
+    ``document_offsets`` [documents + 1] int64: document i is tokens ``offsets[i]`` to ``offsets[i + 1]``.
+    """
+
+    def __init__(self, location: str, meta: dict, array: tensorstore.TensorStore,
+                 document_offsets: np.ndarray):
+        self.location, self.meta, self.document_offsets = location, meta, document_offsets
+        self._array = array
+
+    def __len__(self) -> int:
+        return self.meta["tokens"]
+
+    @property
+    def documents(self) -> int:
+        return self.meta["documents"]
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop), of the dtype on disk; 0 <= start <= stop <= len."""
+        if not 0 <= start <= stop <= len(self):
+            raise IndexError(f"tokens {start} to {stop} were asked for, {self.location} has {len(self)}")
+        return self.read_windows(np.array([start]), stop - start)[0]
+
+    def read_windows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """[n, length] tokens from each start on; after the last token comes the first."""
+        starts = [int(start) for start in starts]
+        windows = np.empty((len(starts), length), self.meta["dtype"])
+        pending = []  # all reads are under way before the first is waited for
+        for row, start in zip(windows, starts, strict=True):
+            head = min(length, len(self) - start)
+            pending.append((row[:head], self._array[start : start + head].read()))
+            if head < length:
+                pending.append((row[head:], self._array[: length - head].read()))
+        try:
+            for target, future in pending:
+                target[:] = future.result()
+        except ValueError as error:
+            raise _damaged(self.location, storage.first_line(error)) from None
+        return windows
+
+
+def open_tokens(location: str | os.PathLike) -> Tokens:
+    """The tokens in a folder (path or URL) such as ``OUT/train``.
+
+    Raises FileNotFoundError where nothing was prepared, ValueError where something is damaged or missing.
+    """
+    location = str(location).rstrip("/")
+    content = storage.read_file(location, "meta.json")
+    if content is None:
+        raise FileNotFoundError(f"{location} holds no tokens (no meta.json): give the train or heldout "
+                                "folder of what launch/prepare_data.py wrote")
+    try:
+        meta = json.loads(content)
+        tokens, documents, dtype = meta["tokens"], meta["documents"], meta["dtype"]
+        stored = _open(storage.join(location, "tokens"))
+        offsets = _open(storage.join(location, "document_offsets")).read().result()
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(location, storage.first_line(error)) from None
+    if stored.shape != (tokens,) or stored.dtype.name != dtype:
+        raise _damaged(location, f"it holds {stored.shape[0]} tokens of {stored.dtype.name}, meta.json says "
+                                 f"{tokens} of {dtype}")
+    whole = offsets.shape == (documents + 1,) and offsets[0] == 0 and offsets[-1] == tokens
+    if not whole or (np.diff(offsets) < 1).any():
+        raise _damaged(location, f"document_offsets do not divide {tokens} tokens into {documents} documents")
+    return Tokens(location, meta, stored, offsets)
+
+
+def read_prepared(location: str | os.PathLike) -> dict:
+    """prepared.json of a data set, as `prepare` returned it.
+
+    Raises FileNotFoundError where nothing was prepared, ValueError where it is damaged."""
+    content = storage.read_file(location, "prepared.json")
+    if content is None:
+        raise FileNotFoundError(f"{location} holds no prepared data (no prepared.json): make it with "
+                                "python launch/prepare_data.py --output=" + str(location))
+    try:
+        prepared = json.loads(content)
+        prepared["fingerprint"], prepared["train"], prepared["heldout"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(location, f"prepared.json: {error!r}") from None
+    return prepared
+
+
+def _damaged(location: str | os.PathLike, reason: str) -> ValueError:
+    return ValueError(f"{location} is damaged: {reason}; {_AGAIN}")
+
+
+def _create(location: str, dtype: np.dtype, size: int = 0) -> tensorstore.TensorStore:
+    little = {"name": "bytes", "configuration": {"endian": "little"}}
+    chunk = [little, {"name": "zstd", "configuration": {"level": 3}}, {"name": "crc32c"}]
+    sharding = {"chunk_shape": [_CHUNK], "codecs": chunk, "index_codecs": [little, {"name": "crc32c"}]}
+    return tensorstore.open({
+        "driver": "zarr3", "kvstore": storage.key_value_spec(location),
+        # Else a chunk of zeros would not be stored, and could not be told from one that is missing.
+        "store_data_equal_to_fill_value": True,
+        "metadata": {
+            "shape": [size], "data_type": dtype.name,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [_SHARD]}},
+            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        },
+    }, create=True, delete_existing=True, context=storage.CONTEXT).result()
+
+
+def _open(location: str) -> tensorstore.TensorStore:
+    return tensorstore.open({
+        "driver": "zarr3", "kvstore": storage.key_value_spec(location),
+        "fill_missing_data_reads": False,  # a missing chunk is an error, not zeros
+        "recheck_cached_data": "open",  # not at each read: what is written once does not change
+    }, read=True, context=storage.CONTEXT).result()

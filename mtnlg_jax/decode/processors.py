@@ -1,0 +1,160 @@
+"""What stands between the model's logits and the next token. Pure functions; every value is one a row.
+
+Order and definitions follow Hugging Face's logits processors (transformers 5), the presence and frequency
+penalties OpenAI's API. Values are arrays, so rows with different settings share one compiled step; static are
+only which families any row uses, and the sizes of the n-grams.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtnlg_jax.config import DecodeConfig
+
+NEG_INF = -jnp.inf
+
+
+class Families(NamedTuple):
+    """The static part: which processors run at all."""
+
+    names: frozenset[str]
+    ngrams: tuple[int, ...]
+
+
+class Rows(NamedTuple):
+    """The settings of each row, (B,) each."""
+
+    temperature: np.ndarray
+    top_k: np.ndarray
+    top_p: np.ndarray
+    min_p: np.ndarray
+    typical_p: np.ndarray
+    repetition_penalty: np.ndarray
+    presence_penalty: np.ndarray
+    frequency_penalty: np.ndarray
+    no_repeat_ngram_size: np.ndarray
+    min_new_tokens: np.ndarray
+
+
+def rows_and_families(configs: Sequence[DecodeConfig]) -> tuple[Rows, Families]:
+    """The settings of all rows as arrays, and the families that any of them uses."""
+    values = {name: np.array([getattr(config, name) for config in configs]) for name in Rows._fields}
+    off = DecodeConfig()
+    names = frozenset(name for name, column in values.items() if (column != getattr(off, name)).any())
+    ngrams = tuple(sorted({int(n) for n in values["no_repeat_ngram_size"] if n}))
+    # One type whatever the values are: a second type would be a second compile.
+    whole = {"top_k", "no_repeat_ngram_size", "min_new_tokens"}
+    return (Rows(**{name: column.astype(np.int32 if name in whole else np.float32)
+                    for name, column in values.items()}), Families(names, ngrams))
+
+
+def process(logits_BV, rows: Rows, families: Families, tokens_BS, lengths_B, prompts_B, allowed_V, eos: int):
+    """Everything before sampling, so also for greedy rows: penalties, n-grams, the least length, and tokens that
+    are never written. ``lengths_B`` counts the known tokens of ``tokens_BS``, ``prompts_B`` the prompt's."""
+    positions = jnp.arange(tokens_BS.shape[1])
+    known_BS = positions < lengths_B[:, None]
+    generated_BS = known_BS & (positions >= prompts_B[:, None])
+    if "repetition_penalty" in families.names:
+        seen_BV = counts(tokens_BS, known_BS, logits_BV.shape[1]) > 0
+        logits_BV = repetition(logits_BV, seen_BV, rows.repetition_penalty)
+    if families.names & {"presence_penalty", "frequency_penalty"}:
+        counts_BV = counts(tokens_BS, generated_BS, logits_BV.shape[1])
+        logits_BV = presence_frequency(logits_BV, counts_BV, rows.presence_penalty, rows.frequency_penalty)
+    for n in families.ngrams:
+        logits_BV = no_repeat_ngram(logits_BV, tokens_BS, lengths_B, n, rows.no_repeat_ngram_size == n)
+    if "min_new_tokens" in families.names:
+        early_B = lengths_B - prompts_B < rows.min_new_tokens
+        logits_BV = jnp.where(early_B[:, None] & (jnp.arange(logits_BV.shape[1]) == eos), NEG_INF, logits_BV)
+    return jnp.where(allowed_V, logits_BV, NEG_INF)
+
+
+def warp(logits_BV, rows: Rows, families: Families):
+    """What sampling adds, in Hugging Face's order."""
+    logits_BV = temper(logits_BV, rows.temperature)
+    for name, function in (("top_k", top_k), ("top_p", top_p), ("min_p", min_p), ("typical_p", typical)):
+        if name in families.names:
+            logits_BV = function(logits_BV, getattr(rows, name))
+    return logits_BV
+
+
+def choose(logits_BV, rows: Rows, families: Families, keys_B, index_B):
+    """The next token of each row from processed logits: the best where the temperature is 0, else one drawn with
+    key fold_in(row's key, ``index_B``), so that neither neighbours nor chunks change a row's draw."""
+    best_B = jnp.argmax(logits_BV, -1)
+    if "temperature" not in families.names:
+        return best_B
+    keys = jax.vmap(jax.random.fold_in)(keys_B, index_B)
+    drawn_B = jax.vmap(jax.random.categorical)(keys, warp(logits_BV, rows, families))
+    return jnp.where(rows.temperature > 0, drawn_B, best_B)
+
+
+def counts(tokens_BS, counted_BS, vocabulary: int):
+    """How often each token stands at the counted positions, int32 (B, V)."""
+    rows = jnp.arange(tokens_BS.shape[0])[:, None]
+    return jnp.zeros((tokens_BS.shape[0], vocabulary), jnp.int32).at[rows, tokens_BS].add(counted_BS)
+
+
+def repetition(logits_BV, seen_BV, penalty_B):
+    """Divides positive and multiplies negative logits of the tokens seen, prompt included (Keskar 2019)."""
+    penalty = penalty_B[:, None]
+    return jnp.where(seen_BV, jnp.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty), logits_BV)
+
+
+def presence_frequency(logits_BV, counts_BV, presence_B, frequency_B):
+    """Subtracts presence once and frequency each time that a token was generated."""
+    return logits_BV - presence_B[:, None] * (counts_BV > 0) - frequency_B[:, None] * counts_BV
+
+
+def no_repeat_ngram(logits_BV, tokens_BS, lengths_B, n: int, on_B):
+    """Forbids every token that would complete an n-gram which the row, prompt included, already holds."""
+    batch, size = tokens_BS.shape
+    if size < n:
+        return logits_BV
+    grams = tokens_BS[:, jnp.arange(size - n + 1)[:, None] + jnp.arange(n)]  # (B, grams, n)
+    tail_at = jnp.maximum(lengths_B[:, None] - (n - 1) + jnp.arange(n - 1), 0)
+    tail = jnp.take_along_axis(tokens_BS, tail_at, 1)
+    known = jnp.arange(size - n + 1) + n <= lengths_B[:, None]
+    hit = (grams[:, :, : n - 1] == tail[:, None]).all(-1) & known & on_B[:, None]
+    return jnp.where(counts(grams[:, :, -1], hit, logits_BV.shape[1]) > 0, NEG_INF, logits_BV)
+
+
+def temper(logits_BV, temperature_B):
+    return logits_BV / jnp.where(temperature_B > 0, temperature_B, 1.0)[:, None]
+
+
+def top_k(logits_BV, k_B):
+    """Keeps the k best, and what equals the k-th; 0 keeps all."""
+    k_B = jnp.clip(k_B, 0, logits_BV.shape[1])
+    worst = jnp.take_along_axis(jnp.sort(logits_BV, -1, descending=True), jnp.maximum(k_B - 1, 0)[:, None], 1)
+    return jnp.where((k_B[:, None] > 0) & (logits_BV < worst), NEG_INF, logits_BV)
+
+
+def top_p(logits_BV, p_B):
+    """Keeps the fewest best tokens whose probability reaches p (Holtzman 2019), as Hugging Face cuts: drops where
+    the ascending cumulative sum is at most 1 - p, never the best."""
+    order = jnp.argsort(logits_BV, -1)
+    below = jnp.cumsum(jax.nn.softmax(jnp.take_along_axis(logits_BV, order, -1), -1), -1)
+    drop = (below <= 1 - p_B[:, None]).at[:, -1].set(False)
+    drop = jnp.put_along_axis(jnp.zeros_like(drop), order, drop, -1, inplace=False)
+    return jnp.where(drop & (p_B[:, None] < 1), NEG_INF, logits_BV)
+
+
+def min_p(logits_BV, p_B):
+    """Drops tokens less probable than p times the best."""
+    probability = jax.nn.softmax(logits_BV, -1)
+    return jnp.where(probability < p_B[:, None] * probability.max(-1, keepdims=True), NEG_INF, logits_BV)
+
+
+def typical(logits_BV, p_B):
+    """Keeps the tokens whose surprise is nearest to the entropy, up to probability p (Meister 2022)."""
+    log_p = jax.nn.log_softmax(logits_BV, -1)
+    entropy = -jnp.where(log_p == NEG_INF, 0.0, log_p * jnp.exp(log_p)).sum(-1, keepdims=True)
+    distance = jnp.abs(-log_p - entropy)
+    order = jnp.argsort(distance, -1)
+    mass = jnp.cumsum(jnp.exp(jnp.take_along_axis(log_p, order, -1)), -1)
+    last = jnp.minimum((mass < p_B[:, None]).sum(-1), logits_BV.shape[1] - 1)
+    farthest = jnp.take_along_axis(distance, jnp.take_along_axis(order, last[:, None], -1), -1)
+    return jnp.where((distance > farthest) & (p_B[:, None] < 1), NEG_INF, logits_BV)

@@ -1,0 +1,78 @@
+"""Loss, perplexity and bits per byte of any text, long or short."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mtnlg_jax.model.loss import token_log_probs
+from mtnlg_jax.model.transformer import Transformer
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    tokens: int
+    bytes: int  # of the text in UTF-8
+    loss: float  # nats a token
+    perplexity: float  # e^loss, a token
+    bits_per_byte: float  # independent of the tokenizer, so comparable between models and with xz
+
+
+def windows(tokens: np.ndarray, length: int, stride: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Inputs, labels and weights, each (windows, length), that score tokens[1:] once each. Every window after the
+    first has length - stride tokens of context before the first token that it scores."""
+    inputs, labels, weights = [], [], []
+    scored, begin, total = 0, 0, len(tokens) - 1
+    while scored < total:
+        end = min(begin + length, total)
+        pad = length - (end - begin)
+        inputs.append(np.pad(tokens[begin:end], (0, pad)))
+        labels.append(np.pad(tokens[begin + 1 : end + 1], (0, pad)))
+        counts = np.zeros(length, np.float32)
+        counts[scored - begin : end - begin] = 1
+        weights.append(counts)
+        scored, begin = end, begin + stride
+    return tuple(np.stack(x) for x in (inputs, labels, weights))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _window_losses(graph, params, inputs, labels, weights):
+    model = nnx.merge(graph, params)
+    x_BSD = model.hidden(inputs)
+    log_probs = token_log_probs(x_BSD.reshape(-1, x_BSD.shape[-1]), model.head(), labels.reshape(-1))
+    return -jnp.where(weights > 0, log_probs.reshape(labels.shape), 0.0).sum()
+
+
+def evaluate_text(model: Transformer, tokenizer, text: str, stride: int | None = None, batch: int = 8,
+                  on_batch=lambda done, total: None) -> Evaluation:
+    """Scores every token of ``text`` once, after <bos>, in windows of the model's context.
+
+    Args:
+      stride: tokens that each window scores, 1 to the context; default half the context, so that a token has at
+        least half a context before it, save at the beginning.
+      on_batch: called with (windows done, windows) after each batch.
+    Raises ValueError on a text without tokens.
+    """
+    length = model.config.max_position_embeddings
+    stride = max(1, length // 2) if stride is None else stride
+    if not 1 <= stride <= length:
+        raise ValueError(f"stride={stride} lies outside [1, {length}], the model's context")
+    tokens = np.asarray([tokenizer.bos_id, *tokenizer.encode(text)], np.int32)
+    if len(tokens) < 2:
+        raise ValueError("the text is empty: there is nothing to score")
+    parts = windows(tokens, length, stride)
+    count = len(parts[0])
+    batch = min(batch, count)
+    padded = [np.pad(x, ((0, -count % batch), (0, 0))) for x in parts]
+    graph, params = nnx.split(model)
+    total = np.float64(0)
+    for begin in range(0, len(padded[0]), batch):
+        total += float(_window_losses(graph, params, *(x[begin : begin + batch] for x in padded)))
+        on_batch(min(begin + batch, count), count)
+    scored, size = len(tokens) - 1, len(text.encode())
+    loss = float(total / scored)
+    return Evaluation(scored, size, loss, math.exp(min(loss, 700.0)), float(total / math.log(2) / size))

@@ -1,0 +1,205 @@
+import random
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from mtnlg_jax.data import tokenizer as module
+from mtnlg_jax.data.tokenizer import (
+    ByteLevelBPETokenizer,
+    SentencePieceTokenizer,
+    load_tokenizer,
+    train_tokenizer,
+)
+
+TEXTS = ["", " ", "a", " a ", "  two   spaces  ", "\n", "\n\n line \n", "\ttab\t\t", "cr\r\nlf", "nul\0", "\0\0",
+         "\u2581", "a\u2581b \u2581\u2581\n\u2581", "\u2585 \u2047 \ufffd \ufeff", "\u00e9 e\u0301", "\U0001f600\U0001f468\u200d\U0001f469",
+         "天下大势，分久必合。龘", "mixed 天下 text\u3000ok", "<eos> <pad><bos><mask> <sep><unk>", "<0x41><0x00>",
+         "<|endoftext|>", "".join(map(chr, range(0x180))), "x" * 5000, " " * 3000, "the end " * 700, "天下" * 3000,
+         "\u2028\x85\x0b\x0c", "\U0010ffff"]
+
+
+def _random_texts(count):
+    rng = random.Random(0)
+    alphabet = [*"etaoin \n\t'.,", "  ", "\u2581", "\0", "the ", "天", "\U0001f600", "\u0301", "<eos>", "\ufffd"]
+    for _ in range(count):
+        yield "".join(rng.choice(alphabet) if rng.random() < 0.8 else chr(rng.randrange(0xD800))
+                      for _ in range(rng.randrange(80)))
+
+
+def test_every_text_comes_back(tokenizer):
+    texts = [*TEXTS, *_random_texts(300)]
+    encoded = tokenizer.encode_batch(texts, threads=2)
+    for text, ids in zip(texts, encoded, strict=True):
+        assert tokenizer.decode(ids) == text
+        assert not tokenizer.is_special[ids].any(), text
+        # as it is generated: byte by byte, and in two parts
+        assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
+        assert tokenizer.encode(text) == ids
+
+
+def test_specials(tokenizer):
+    ids = [tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.mask_id, tokenizer.sep_id]
+    assert len(set(ids)) == (4 if tokenizer.kind == "byte-level BPE" else 5)
+    assert tokenizer.is_special[ids].all() and not tokenizer.starts_word[ids].any()
+    assert tokenizer.is_special.shape == tokenizer.starts_word.shape == (tokenizer.vocab_size,)
+    text = tokenizer.encode("the end")
+    assert tokenizer.decode([ids[1], *text, *ids]) == "the end"
+    assert tokenizer.decode([*text, tokenizer.mask_id], skip_special=False) == "the end<mask>"
+    assert tokenizer.token_bytes(tokenizer.mask_id) == b""
+    for wrong in (-1, tokenizer.vocab_size):
+        with pytest.raises(ValueError, match=f"token {wrong} .* ends at {tokenizer.vocab_size - 1}"):
+            tokenizer.decode([wrong])
+
+
+def test_a_lone_surrogate_is_replaced(tokenizer):
+    assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
+
+
+def test_half_a_character(tokenizer):
+    ids = tokenizer.encode("\U0001f600")
+    assert len(ids) == 4 and tokenizer.decode(ids[:3]) == "\ufffd" and tokenizer.decode(ids) == "\U0001f600"
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_our_layout(trained, kind):
+    ours = trained[kind]
+    assert (ours.pad_id, ours.bos_id, ours.eos_id, ours.mask_id, ours.sep_id) == (0, 2, 3, 4, 5)
+    assert ours.vocab_size == 800 and ours.is_special.sum() == 6  # and <unk>, which never comes
+    assert ours.token_bytes(ours.encode("\n")[0]) == b"\n" and len(ours.encode("\n\t\n")) == 3
+
+
+def test_words(trained):
+    ours = trained["bpe"]
+    text = "the value, of\nthe 天下大势 \U0001f600"
+    words, ids = [], ours.encode(text)
+    for index in ids:
+        if ours.starts_word[index] or not words:
+            words.append(b"")
+        words[-1] += ours.token_bytes(index)
+    pieces = [word.decode() for word in words]
+    assert pieces[:4] == ["the", " value", ",", " of"] and pieces[4] == "\nthe"
+    assert "".join(pieces[5:7]) in (" 天下大势", " 天下") and pieces[-1] == " \U0001f600"
+    assert all(not ours.starts_word[index] for index in ours.encode("\U0001f600"))
+
+
+def test_words_of_gpt2(gpt2_files):
+    gpt2 = load_tokenizer(gpt2_files)
+    assert [(gpt2.token_bytes(index), bool(gpt2.starts_word[index])) for index in gpt2.encode("the, the7天")] == [
+        (b"the", False), (b",", True), (b" the", True), (b"7", False),
+        (b"\xe5", True), (b"\xa4", False), (b"\xa9", False)]
+    assert gpt2.vocab_size == 263 and gpt2.bos_id == gpt2.eos_id == 259 and gpt2.pad_id == 260
+    assert gpt2.decode([gpt2.eos_id], skip_special=False) == "<|endoftext|>"
+
+
+def test_saved_and_loaded(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "there")
+    loaded = load_tokenizer(tmp_path / "there")
+    assert loaded.fingerprint == tokenizer.fingerprint and loaded.vocab_size == tokenizer.vocab_size
+    assert loaded.encode("the end 天") == tokenizer.encode("the end 天")
+    assert np.array_equal(loaded.starts_word, tokenizer.starts_word)
+    tokenizer.save("memory://tokenizers/" + tokenizer.fingerprint)
+    assert load_tokenizer("memory://tokenizers/" + tokenizer.fingerprint).fingerprint == tokenizer.fingerprint
+
+
+def test_gpt2_files_under_either_name(gpt2_files, tmp_path):
+    (tmp_path / "vocab.json").write_bytes((gpt2_files / "encoder.json").read_bytes())
+    (tmp_path / "merges.txt").write_bytes((gpt2_files / "vocab.bpe").read_bytes())
+    assert load_tokenizer(tmp_path).fingerprint == load_tokenizer(gpt2_files).fingerprint
+
+
+def test_what_is_damaged_or_missing_is_named(trained, gpt2_files, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        load_tokenizer(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="holds no tokenizer"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "text.model").write_text("no model")
+    with pytest.raises(ValueError, match="text.model: not a SentencePiece model"):
+        load_tokenizer(tmp_path / "text.model")
+    trained["bpe"].save(tmp_path / "ours")
+    (tmp_path / "ours" / "tokenizer.model").write_bytes(trained["unigram"].files()["tokenizer.model"])
+    with pytest.raises(ValueError, match="fingerprint"):
+        load_tokenizer(tmp_path / "ours")
+    with pytest.raises(ValueError, match="not the vocabulary and merges"):
+        ByteLevelBPETokenizer(b"{}", b"a b\n")
+    with pytest.raises(ValueError, match="all 256 bytes"):
+        ByteLevelBPETokenizer(b'{"a": 0, "b": 1}', b"")
+    assert trained["bpe"].fingerprint != trained["unigram"].fingerprint
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_vocabulary_that_the_text_does_not_support(kind):
+    text = ["hello world this is a small text, small as it is\n"]
+    with pytest.raises(ValueError, match="vocab_size=5000 .* largest possible is") as error:
+        train_tokenizer(text, 5000, kind)
+    largest = int(str(error.value).split("possible is ")[1].split(":")[0])
+    assert train_tokenizer(text, largest, kind).vocab_size == largest
+    with pytest.raises(ValueError, match="vocab_size=200 .* smallest possible is 28"):
+        train_tokenizer(text, 200, kind)
+    with pytest.raises(ValueError, match="no text"):
+        train_tokenizer(["", "\n\n"], 300, kind)
+    with pytest.raises(ValueError, match="model_type='word'"):
+        train_tokenizer(text, 300, "word")
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_training_is_repeatable(texts, trained, kind):
+    assert train_tokenizer(iter(texts), 800, kind).fingerprint == trained[kind].fingerprint
+
+
+def test_a_sample_of_a_large_corpus(texts):
+    sample = lambda seed, size=20_000: module._sample(texts[0].split("\n") + texts[1].split("\n"), size, seed)  # noqa: E731
+    assert sample(0) == sample(0) != sample(1)
+    assert 15_000 < sum(len(line.encode()) for line in sample(0)) <= 20_000
+    assert sample(0, 10**9) == texts[0].split("\n") + texts[1].split("\n")
+    same = [train_tokenizer(texts, 500, "bpe", seed=7, max_train_bytes=30_000).fingerprint for _ in range(2)]
+    assert same[0] == same[1] != train_tokenizer(texts, 500, "bpe", seed=8, max_train_bytes=30_000).fingerprint
+
+
+def test_one_giant_line(texts):
+    line = " ".join(texts[:10]).replace("\n", " ") * 12
+    assert len(line) > 1_000_000
+    giant = train_tokenizer([line], 400)
+    assert giant.decode(giant.encode(line)) == line
+    blank = "x" * 1_000_000
+    assert giant.decode(giant.encode(blank)) == blank
+
+
+def test_cutting_a_text_changes_nothing(texts, trained):
+    """Long texts go to SentencePiece in parts; where there are spaces the ids are those of the whole."""
+    text = (" ".join(texts[:3]).replace("\n", "  ") + "\nnew line \u3002 " + texts[3])[:30_000]
+    assert text.index("\n") > 5 * module._UNIT
+    for ours in trained.values():
+        whole = sentencepiece.SentencePieceProcessor(model_proto=ours.files()["tokenizer.model"])
+        assert ours.encode(text) == whole.encode(text)
+
+
+@pytest.fixture(scope="module")
+def foreign(texts, tmp_path_factory):
+    """As others train: a space before each text, normalised, no bytes, <mask> found inside texts, no <sep>."""
+    prefix = tmp_path_factory.mktemp("foreign") / "spiece"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(line for text in texts for line in text.split("\n")), model_prefix=str(prefix),
+        vocab_size=500, user_defined_symbols=["<mask>"], control_symbols=["<pad>"], minloglevel=2)
+    return load_tokenizer(f"{prefix}.model")
+
+
+def test_a_model_from_elsewhere(foreign):
+    assert isinstance(foreign, SentencePieceTokenizer)
+    sp = sentencepiece.SentencePieceProcessor(model_proto=foreign.files()["tokenizer.model"])
+    assert (foreign.bos_id, foreign.eos_id) == (sp.bos_id(), sp.eos_id())
+    assert (foreign.mask_id, foreign.pad_id) == (sp.piece_to_id("<mask>"), sp.piece_to_id("<pad>"))
+    assert foreign.sep_id == 500 and foreign.vocab_size == 501
+    assert foreign.encode("the end of it") == sp.encode("the end of it")
+    assert foreign.decode(foreign.encode("the end of it")) == "the end of it"
+    assert foreign.mask_id in sp.encode("a <mask> b") and foreign.mask_id not in foreign.encode("a <mask> b")
+    assert "\ufffd" in foreign.decode(foreign.encode("龘"))
+
+
+def test_published_vocabularies(shared):
+    gpt2 = load_tokenizer(shared / "data/tokenizers/gpt2")
+    assert gpt2.encode("Hello world") == [15496, 995] and gpt2.vocab_size == 50260
+    assert (gpt2.eos_id, gpt2.bos_id, gpt2.pad_id, gpt2.mask_id, gpt2.sep_id) == (50256, 50256, 50257, 50258, 50259)
+    xlnet = load_tokenizer(shared / "data/tokenizers/xlnet_zh/spiece.model")
+    assert (xlnet.pad_id, xlnet.bos_id, xlnet.eos_id, xlnet.mask_id, xlnet.sep_id) == (5, 1, 2, 6, 4)
+    assert xlnet.vocab_size == 32000 and xlnet.decode(xlnet.encode("天下大势")) == "天下大势"

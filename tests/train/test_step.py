@@ -1,0 +1,209 @@
+"""The promise of every mesh: loss and gradients on any factorisation of the devices equal one device."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from mtnlg_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
+from mtnlg_jax.model.transformer import abstract_model, init_parameters
+from mtnlg_jax.parallel.mesh import make_mesh, shardings_of
+from mtnlg_jax.train.step import init_state, make_eval, make_loss_and_gradients, make_train_step, put_batch
+
+MESH_TOLERANCE = 2e-6  # float32; relative to the largest gradient of all parameters
+MODEL = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=8, vocab_size=128, max_position_embeddings=16)
+ROWS, LENGTH = 16, 16
+
+
+@functools.cache
+def rows():
+    rng = np.random.default_rng(0)
+    made = {"tokens": rng.integers(0, 128, (ROWS, LENGTH)), "labels": rng.integers(0, 128, (ROWS, LENGTH)),
+            "segment_ids": np.sort(rng.integers(1, 4, (ROWS, LENGTH)), 1),
+            "positions": np.tile(np.arange(LENGTH), (ROWS, 1))}
+    weights = (rng.random((ROWS, LENGTH)) > 0.3).astype(np.float32)
+    return {k: v.astype(np.int32) for k, v in made.items()} | {"weights": weights}
+
+
+def config_of(data, tensor, zero=1, micro_batches=2, model=MODEL, **train):
+    train = {"compute_dtype": "float32", "loss_chunk": 24, "steps": 10} | train
+    micro = ROWS // micro_batches // data
+    return Config(model=model, mesh=MeshConfig(data=data, tensor=tensor, zero=zero),
+                  train=TrainConfig(global_batch_size=ROWS, micro_batch_size=micro, **train))
+
+
+def batch_on(mesh, micro_batches=2, data=None):
+    data = rows() if data is None else data
+    return put_batch(lambda numbers: {k: v[numbers] for k, v in data.items()},
+                     (micro_batches, ROWS // micro_batches, LENGTH), mesh)
+
+
+@functools.cache
+def parameters(model):
+    return init_parameters(model, seed=0)
+
+
+def loss_and_gradients(config, causal=True, micro_batches=2, count=None):
+    devices = jax.devices()[: config.mesh.data * config.mesh.tensor]
+    mesh = make_mesh(config.mesh, devices)
+    params = jax.device_put(parameters(config.model), shardings_of(parameters(config.model), mesh, config.mesh.zero))
+    function = jax.jit(make_loss_and_gradients(config, mesh, causal))
+    key = jax.random.key_data(jax.random.key(3))
+    loss, grads = function(params, batch_on(mesh, micro_batches), jnp.int32(count or micro_batches), key)
+    return float(loss), [np.asarray(g) for g in jax.tree.leaves(grads)]
+
+
+@functools.cache
+def one_device(causal=True, model=MODEL):
+    return loss_and_gradients(config_of(data=1, tensor=1, model=model), causal)
+
+
+def assert_equal_numbers(got, wanted, tolerance=MESH_TOLERANCE):
+    assert got[0] == pytest.approx(wanted[0], rel=tolerance)
+    largest = max(np.abs(g).max() for g in wanted[1])
+    for a, b in zip(got[1], wanted[1], strict=True):
+        assert np.abs(a - b).max() <= tolerance * largest
+
+
+@pytest.mark.parametrize("zero", [0, 1, 3])
+@pytest.mark.parametrize(("data", "tensor"), [(1, 8), (2, 4), (4, 2), (8, 1)])
+def test_every_factorisation_of_8_devices_equals_one(data, tensor, zero):
+    assert_equal_numbers(loss_and_gradients(config_of(data, tensor, zero)), one_device())
+
+
+def test_the_masked_objective_too():
+    assert one_device(causal=False)[0] != one_device(causal=True)[0]
+    assert_equal_numbers(loss_and_gradients(config_of(2, 4, 3), causal=False), one_device(causal=False))
+
+
+def test_dropout_drops_the_same_on_every_mesh():
+    model = dataclasses.replace(MODEL, dropout_rate=0.1)
+    assert one_device(model=model)[0] != one_device()[0]
+    assert_equal_numbers(loss_and_gradients(config_of(2, 4, 1, model=model)), one_device(model=model))
+
+
+@pytest.mark.parametrize("model", [
+    dataclasses.replace(MODEL, position_embedding_type="rotary", normalization="rmsnorm", activation="swiglu",
+                        add_bias=False, tie_embeddings=False, num_query_groups=4),
+])
+def test_other_architectures_on_a_mesh(model):
+    wanted = loss_and_gradients(config_of(1, 1, model=model))
+    assert_equal_numbers(loss_and_gradients(config_of(2, 4, 3, model=model)), wanted)
+
+
+@pytest.mark.parametrize("change", [{"micro_batches": 1}, {"recompute": "full"}, {"loss_chunk": 7}])
+def test_accumulation_recompute_and_chunks_change_nothing(change):
+    got = loss_and_gradients(config_of(1, 1, **change), micro_batches=change.get("micro_batches", 2))
+    assert_equal_numbers(got, one_device())
+
+
+def test_gradients_equal_plain_autodiff_of_the_logits():
+    config = config_of(1, 1)
+    loss, grads = loss_and_gradients(config)
+    graph, params = abstract_model(MODEL)[0], parameters(MODEL)
+    data = rows()
+
+    def plain(params):
+        logits = nnx.merge(graph, params)(data["tokens"], positions_BS=data["positions"],
+                                          segment_ids_BS=data["segment_ids"])
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, data["labels"])
+        return (losses * data["weights"]).sum() / data["weights"].sum()
+
+    wanted, wanted_grads = jax.value_and_grad(plain)(params)
+    assert_equal_numbers((loss, grads), (float(wanted), [np.asarray(g) for g in jax.tree.leaves(wanted_grads)]))
+
+
+def test_bf16_is_close_and_masters_stay_float32():
+    config = config_of(2, 4, 3, compute_dtype="bfloat16")
+    got, wanted = loss_and_gradients(config), one_device()
+    assert got[0] != wanted[0]
+    assert_equal_numbers(got, wanted, tolerance=3e-2)
+    assert all(g.dtype == np.float32 for g in got[1])
+
+
+def test_evaluation_on_a_mesh_equals_one_device():
+    def evaluate(data, tensor):
+        config = config_of(data, tensor, 3)
+        mesh = make_mesh(config.mesh, jax.devices()[: data * tensor])
+        nats, weight = make_eval(config, mesh, True)(init_state(config, mesh)["params"], batch_on(mesh))
+        return float(nats), float(weight)
+
+    assert evaluate(4, 2) == pytest.approx(evaluate(1, 1), rel=1e-6)
+    assert evaluate(1, 1)[1] == rows()["weights"].sum()
+
+
+@functools.cache
+def stepper():
+    config = config_of(1, 1, max_bad_steps=3)
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    return config, mesh, make_train_step(config, mesh, causal=True)
+
+
+def test_a_ramp_of_the_batch_compiles_once_and_equals_the_small_batch():
+    config, mesh, step = stepper()
+    small = {k: v.copy() for k, v in rows().items()}
+    small["weights"][ROWS // 2 :] = 0
+    states = []
+    for count, data in ((2, rows()), (1, small), (2, small)):
+        state, metrics = step(init_state(config, mesh), batch_on(mesh, data=data), jnp.int32(count),
+                              jnp.int32(8 * count), 1.0)
+        states.append((float(metrics["loss"]), state))
+    assert step._cache_size() == 1
+    assert states[1][0] == pytest.approx(states[2][0], rel=1e-6)
+    assert states[0][0] != states[1][0]
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_a_non_finite_step_changes_nothing_and_is_counted(poison):
+    config, mesh, step = stepper()
+    before = init_state(config, mesh)
+    kept = jax.tree.map(np.asarray, before["params"]), jax.tree.map(np.asarray, before["opt_state"])
+    broken = {k: v.copy() for k, v in rows().items()}
+    broken["weights"][0, 0] = poison
+    state, metrics = step(before, batch_on(mesh, data=broken), jnp.int32(2), jnp.int32(16), 1.0)
+    assert not np.isfinite(float(metrics["loss"]))
+    for old, new in zip(jax.tree.leaves(kept), jax.tree.leaves((state["params"], state["opt_state"])), strict=True):
+        np.testing.assert_array_equal(old, new)
+    assert (int(state["bad"]), int(state["skipped"]), int(state["step"])) == (1, 1, 1)
+    state, _ = step(state, batch_on(mesh), jnp.int32(2), jnp.int32(16), 1.0)
+    assert (int(state["bad"]), int(state["skipped"])) == (0, 1)
+
+
+def test_the_state_is_donated_not_copied():
+    config, mesh, step = stepper()
+    state = init_state(config, mesh)
+    compiled = step.lower(state, batch_on(mesh), jnp.int32(2), jnp.int32(16), 1.0).compile()
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    assert compiled.memory_analysis().alias_size_in_bytes >= 0.99 * held
+
+
+def test_training_learns_one_batch_by_heart():
+    config = config_of(1, 1, steps=60)
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=1e-2))
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    state, step, batch = init_state(config, mesh), make_train_step(config, mesh, True), batch_on(mesh)
+    for _ in range(60):
+        state, metrics = step(state, batch, jnp.int32(2), jnp.int32(16), 1.0)
+    assert float(metrics["loss"]) < 1.0
+
+
+def test_biases_and_norms_are_not_decayed():
+    config = config_of(1, 1)
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=1.0,
+                                                                       weight_decay=0.5, warmup_fraction=0.0))
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    silent = {k: v.copy() for k, v in rows().items()}
+    silent["weights"][:] = 0  # no gradient: only decay moves parameters
+    state = init_state(config, mesh)
+    before = jax.tree.map(np.asarray, state["params"])
+    state, metrics = make_train_step(config, mesh, True)(state, batch_on(mesh, data=silent), jnp.int32(2),
+                                                         jnp.int32(16), 1.0)
+    moved = jax.tree_util.tree_map_with_path(
+        lambda path, old, new: (str(path), bool((old != np.asarray(new)).any())), before, state["params"])
+    for path, changed in [x for x in jax.tree.leaves(moved, is_leaf=lambda x: isinstance(x, tuple))]:
+        assert changed == any(name in path for name in ("w_", "tokens_VD", "positions_PD")), path
