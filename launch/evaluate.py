@@ -30,6 +30,7 @@ def main(argv) -> int:
     from mtnlg_jax.model.transformer import abstract_model
     from mtnlg_jax.train.checkpoint import load_run
 
+    compat.quiet()
     compat.configure_cache()
     try:
         if _INPUT.value == "-":

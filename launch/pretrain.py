@@ -22,6 +22,7 @@ def main(argv) -> int:
     from mtnlg_jax.config import load_config
     from mtnlg_jax.train.loop import Diverged, Preempted, train
 
+    compat.quiet()
     compat.configure_cache()
     try:
         summary = train(load_config(_CONFIG.value, _SET.value), _WORKDIR.value, _PROGRESS.value)

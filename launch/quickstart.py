@@ -45,12 +45,13 @@ def quickstart() -> int:
 
     from mtnlg_jax import compat
     from mtnlg_jax.config import load_config
-    from mtnlg_jax.data.prepare import prepare
+    from mtnlg_jax.data.prepare import describe, prepare
     from mtnlg_jax.model.transformer import abstract_model
     from mtnlg_jax.train.checkpoint import load_run
     from mtnlg_jax.train.loop import load_data, train
 
     began = time.monotonic()
+    compat.quiet()
     compat.configure_cache()
     workdir, data_folder = _WORKDIR.value, os.path.join(_WORKDIR.value, "data")
     config = load_config(_CONFIG.value, [f"data.path={data_folder}", *_SET.value])
@@ -59,7 +60,8 @@ def quickstart() -> int:
     if os.path.exists(data_folder):
         print(f"{data_folder} is there already: going on with it (remove it to start from other text)")
     else:
-        prepare(corpus, data_folder, vocab_size=_VOCAB.value, held_out=0.02)
+        os.makedirs(workdir, exist_ok=True)
+        print(describe(prepare(corpus, data_folder, vocab_size=_VOCAB.value, heldout=0.02)))
 
     _heading("2. Training: " + ", then ".join(stage.name for stage in config.train.stages))
     summary = train(config, workdir)
@@ -131,8 +133,10 @@ def baselines(data) -> tuple[float, float]:
     """Bits per byte of the held-out text under a unigram model of the training tokens, and under xz -9e."""
     import numpy as np
 
+    from mtnlg_jax.data.tokens import open_tokens
+
     held_out = data.held_out
-    train = data.stages[-1].sources[0][0]
+    train = open_tokens(os.path.join(_WORKDIR.value, "data", "train"))
     counts = np.ones(data.tokenizer.vocab_size)
     for begin in range(0, len(train), 1 << 20):
         counts += np.bincount(train.read(begin, min(begin + (1 << 20), len(train))), minlength=len(counts))

@@ -3,6 +3,7 @@
 import os
 
 import jax
+from absl import logging
 
 
 def configure_cache() -> None:
@@ -14,6 +15,11 @@ def configure_cache() -> None:
         folder = os.path.join(base, "mtnlg_jax", "xla")
     if folder:
         jax.config.update("jax_compilation_cache_dir", folder)
+
+
+def quiet() -> None:
+    """Libraries' chatter at INFO is for their developers; warnings stay."""
+    logging.set_verbosity(logging.WARNING)
 
 
 def serialize_cpu_collectives() -> None:

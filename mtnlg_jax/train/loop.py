@@ -84,7 +84,8 @@ def train(config: Config, workdir: str, show_progress: bool = True) -> Summary:
         step, state = (restored[0], restored[1]) if restored else (0, init_state(config, mesh))
         _describe(config, data.tokenizer, workdir)
         log = MetricsLog(workdir, step)
-        bar = tqdm(total=config.train.steps, initial=step, unit="step", disable=not show_progress, smoothing=0.05)
+        bar = tqdm(total=config.train.steps, initial=step, unit="step", dynamic_ncols=True,
+                   smoothing=0.05, disable=None if show_progress else True)
         meter = _Meter(config)
         steps = {masked: make_train_step(config, mesh, causal=not masked) for masked in (False, True)}
         evaluate = Evaluator(config, mesh, data)
@@ -103,7 +104,7 @@ def train(config: Config, workdir: str, show_progress: bool = True) -> Summary:
                         or done == config.train.steps:
                     _report(config, log, bar, meter, pending)
                     pending = None
-                    _housekeeping(config, state, done, checkpoints, evaluate, log, workdir, identity, stop, bar)
+                    _housekeeping(config, state, done, checkpoints, evaluate, log, workdir, identity, stop, show_progress)
                     meter.restart()
                 if stop.is_set():
                     raise Preempted(f"stopped by a signal after step {done}; state saved in {workdir}")
@@ -128,7 +129,7 @@ def load_data(config: Config) -> Data:
     blends = [stage.blend or config.data.sources for stage in config.train.stages]
     folders = list(dict.fromkeys(path for blend in blends for path, _ in blend))
     opened = {path: open_tokens(os.path.join(path, "train")) for path in folders}
-    prints = {path: tokens.meta["tokenizer_fingerprint"] for path, tokens in opened.items()}
+    prints = {path: tokens.meta["tokenizer"] for path, tokens in opened.items()}
     if len(set(prints.values())) > 1:
         raise ValueError(f"the sources were tokenized differently: {prints}; prepare them with one --tokenizer")
     tokenizer = load_tokenizer(os.path.join(folders[0], "tokenizer"))
@@ -247,7 +248,7 @@ def _report(config: Config, log: MetricsLog, bar: tqdm, meter: "_Meter", pending
                        f"{last}. Lower optimizer.learning_rate or set optimizer.clip_grad_norm, then run again")
 
 
-def _housekeeping(config, state, done, checkpoints, evaluate, log, workdir, identity, stop, bar) -> None:
+def _housekeeping(config, state, done, checkpoints, evaluate, log, workdir, identity, stop, show_progress) -> None:
     """Evaluates and saves, as due."""
     last = done == config.train.steps
     save = last or stop.is_set() or _due(config.train.save_every, done)
@@ -256,7 +257,8 @@ def _housekeeping(config, state, done, checkpoints, evaluate, log, workdir, iden
         result = evaluate(state["params"])
         log.write({"kind": "eval", "step": done, **result, "saved": save})
         text = ", ".join(f"{name} {value:.3f}" for name, value in result.items())
-        bar.write(f"step {done}: held out: {text}") if not bar.disable else None
+        if show_progress:
+            tqdm.write(f"step {done}: held out: {text}")
         plot_loss(log.records, os.path.join(workdir, "loss.png"))
     if save:
         metric = result.get("causal_loss", result.get("masked_loss"))

@@ -15,7 +15,7 @@ CHINESE = ("天下大势，分久必合，合久必分。学而时习之，不�
 
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
-    """Some 100 KB: the first documents of the embedded text are help topics, read without parsing a module."""
+    """Some 100 KB: the embedded text begins with help topics, so no module is parsed for it."""
     return [document.text for document in itertools.islice(embedded_documents(), 30)] + [CHINESE]
 
 

@@ -1,5 +1,6 @@
 import gzip
 import json
+import random
 import subprocess
 import sys
 import sysconfig
@@ -65,7 +66,7 @@ def test_one_object_over_several_lines_and_a_list_of_lines(tmp_path):
 
 
 def test_folders_are_read_in_one_order_and_what_is_hidden_or_unknown_is_left_out(tmp_path, caplog):
-    names = ["b.txt", "a/z.txt", "a.txt", "a/b/c.md", "Z.jsonl", ".hidden.txt", ".git/x.txt", "a.pdf", "a.txt.xz"]
+    names = ["b.txt", "a/z.txt", "a.txt", "a/b/c.md", "Z.jsonl", ".b.txt", ".git/x", "a.pdf", "a.tar.gz"]
     for name in names:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +85,7 @@ def test_folders_are_read_in_one_order_and_what_is_hidden_or_unknown_is_left_out
     (b"nul\0 bell\x07 feed\x0c tab\t", "nul bell feed tab\t", {"control_characters": 3}),
     ("kept \ufffd \u200b \x7f \x85".encode(), "kept \ufffd \u200b \x7f \x85", {}),
     (b"caf\xc3\xa9 caf\xe9 \xe5\xad end", "caf\u00e9 caf\ufffd \ufffd end", {"repaired": 1}),
-    (b"\xed\xa0\x80surrogate \xc0\xaf overlong", b"\xed\xa0\x80surrogate \xc0\xaf overlong".decode(errors="replace"),
+    (b"surrogate \xed\xa0\x80 overlong \xc0\xaf", "surrogate \ufffd\ufffd\ufffd overlong \ufffd\ufffd",
      {"repaired": 1}),
 ])
 def test_what_is_mended(tmp_path, content, text, counts):
@@ -121,7 +122,7 @@ def test_empty_documents_are_dropped_and_counted(tmp_path):
     assert report.empty == 5
 
 
-LONG = _lines(["a", "b"]) + _lines(["".join(chr(33 + (i * i) % 90) for i in range(200_000))])
+LONG = _lines(["a", "b", random.Random(0).randbytes(100_000).hex()])
 
 
 @pytest.mark.parametrize("name, content, place, sound", [

@@ -1,0 +1,353 @@
+"""The Transformer against longhand float64 NumPy; its laws: causality, packing, padding, dropout, init."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from mtnlg_jax.config import MeshConfig, ModelConfig
+from mtnlg_jax.model.transformer import (
+    Mlp,
+    Norm,
+    Transformer,
+    abstract_model,
+    dropout,
+    init_parameters,
+    rotate,
+)
+from mtnlg_jax.parallel.mesh import make_mesh, parameter_name, shardings_of, specs_of
+
+FLOAT32 = 3e-5  # two layers of float32 products, logits of size ten
+LAST_BITS = 1e-6  # the same float32 formula, vectorised differently: a few units in the last place
+
+SMALL = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 4, "vocab_size": 24,
+         "max_position_embeddings": 12}
+GPT2 = ModelConfig(**SMALL)
+LLAMA = ModelConfig(**SMALL, num_query_groups=2, kv_channels=6, ffn_hidden_size=20, rotary_base=50.0,
+                    position_embedding_type="rotary", normalization="rmsnorm", activation="swiglu",
+                    add_bias=False, tie_embeddings=False)
+TOKENS = np.array([[3, 17, 0, 9, 22, 4, 11, 6, 15, 1, 20, 8], [23, 2, 2, 7, 7, 7, 19, 5, 13, 0, 10, 12]], np.int32)
+
+
+def _random(tree, seed=0):
+    """Parameters with nothing left at zero or one, so that nothing can be left out unnoticed."""
+    random = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.asarray(0.3 * random.standard_normal(leaf.shape), leaf.dtype), tree)
+
+
+@functools.cache
+def _parts(config):
+    graph, shapes = abstract_model(config)
+    return graph, _random(shapes)
+
+
+def _model(config):
+    return nnx.merge(*_parts(config))
+
+
+def _assert_near(tree, other, tolerance):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), tree, other)
+
+
+@functools.cache
+def _hidden(config, **options):
+    """jitted (tokens, **arrays) -> last hidden states of the model of ``config``."""
+    return jax.jit(functools.partial(_model(config).hidden, **options))
+
+
+# --- longhand -----------------------------------------------------------------------------------------------
+
+
+def _norm(x, scale, bias, epsilon):
+    """Over the last dim; bias None: RMSNorm."""
+    if bias is not None:
+        x = x - x.mean(-1, keepdims=True)
+    x = x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon) * scale
+    return x if bias is None else x + bias
+
+
+def _gelu(x):
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def _rotate(vector, position, base):
+    """One head's vector: the pairs (i, i + H/2) as complex numbers, turned."""
+    half = len(vector) // 2
+    pairs = vector[:half] + 1j * vector[half:]
+    pairs = pairs * np.exp(1j * position * base ** (-2 * np.arange(half) / len(vector)))
+    return np.concatenate([pairs.real, pairs.imag])
+
+
+def _forward(config, params, tokens, causal=True):
+    """Logits of one sequence, float64: GPT-2 (Radford 2019), or the switches of Llama."""
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), nnx.to_pure_dict(params))
+    length, epsilon = len(tokens), config.norm_epsilon
+    x = p["tokens_VD"][tokens]
+    if "positions_PD" in p:
+        x = x + p["positions_PD"][:length]
+    for layer in range(config.num_layers):
+        block = jax.tree.map(lambda leaf, layer=layer: leaf[layer], p["blocks"])
+        a, mlp = block["attention"], block["mlp"]
+        h = _norm(x, block["norm_1"]["scale_D"], block["norm_1"].get("bias_D"), epsilon)
+        update = np.zeros_like(x)
+        for n in range(config.num_attention_heads):
+            g = n // (config.num_attention_heads // config.kv_heads)
+            q, k, v = h @ a["w_q_DNH"][:, n], h @ a["w_k_DKH"][:, g], h @ a["w_v_DKH"][:, g]
+            if config.add_bias:
+                q, k, v = q + a["b_q_NH"][n], k + a["b_k_KH"][g], v + a["b_v_KH"][g]
+            if config.position_embedding_type == "rotary":
+                base = config.rotary_base
+                q, k = (np.stack([_rotate(row, i, base) for i, row in enumerate(y)]) for y in (q, k))
+            for i in range(length):
+                last = i + 1 if causal else length
+                weights = np.exp(k[:last] @ q[i] / math.sqrt(config.head_width))
+                update[i] += weights / weights.sum() @ v[:last] @ a["w_o_NHD"][n]
+        x = x + update + (a["b_o_D"] if config.add_bias else 0)
+        h = _norm(x, block["norm_2"]["scale_D"], block["norm_2"].get("bias_D"), epsilon)
+        inner = h @ mlp["w_in_DF"] + (mlp["b_in_F"] if config.add_bias else 0)
+        if config.activation == "swiglu":
+            gate = h @ mlp["w_gate_DF"]
+            inner = inner * gate / (1 + np.exp(-gate))
+        else:
+            inner = _gelu(inner)
+        x = x + inner @ mlp["w_out_FD"] + (mlp["b_out_D"] if config.add_bias else 0)
+    x = _norm(x, p["final_norm"]["scale_D"], p["final_norm"].get("bias_D"), epsilon)
+    return x @ p.get("head_VD", p["tokens_VD"]).T
+
+
+@pytest.mark.parametrize(("config", "causal"), [(GPT2, True), (GPT2, False), (LLAMA, True)],
+                         ids=["gpt2", "gpt2_both_ways", "llama"])
+def test_logits_equal_the_longhand(config, causal):
+    got = jax.jit(functools.partial(_model(config), causal=causal))(TOKENS)
+    want = np.stack([_forward(config, _parts(config)[1], row, causal) for row in TOKENS])
+    assert got.shape == (2, 12, 24) and got.dtype == jnp.float32 and np.abs(want).max() > 0.5
+    np.testing.assert_allclose(got, want, rtol=FLOAT32, atol=FLOAT32)
+
+
+@pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
+def test_norm_equals_the_longhand(kind):
+    graph, params = nnx.split(Norm(ModelConfig(**SMALL, normalization=kind, norm_epsilon=0.01)))
+    params = _random(params)
+    x = np.random.default_rng(1).standard_normal((2, 3, 16)).astype(np.float32) + 5  # far from centred
+    p = nnx.to_pure_dict(params)
+    assert ("bias_D" in p) == (kind == "layernorm")
+    want = _norm(x.astype(np.float64), p["scale_D"], p.get("bias_D"), 0.01)
+    norm = nnx.merge(graph, params)
+    np.testing.assert_allclose(norm(x), want, rtol=FLOAT32, atol=FLOAT32)
+    low = norm(jnp.asarray(x, jnp.bfloat16))
+    assert low.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.float32(low), want, atol=0.03)  # the input's own rounding
+
+
+def test_gelu_is_the_tanh_form():
+    # One width, identity weights: the MLP is its activation. Erf's form differs by up to 5e-4 here.
+    mlp = nnx.eval_shape(lambda: Mlp(ModelConfig(num_layers=1, hidden_size=1, num_attention_heads=1,
+                                                 ffn_hidden_size=1), rngs=nnx.Rngs(0)))
+    graph, params = nnx.split(mlp)
+    identity = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jnp.full(leaf.shape, float("'w_" in jax.tree_util.keystr(path))), params)
+    x = np.linspace(-4, 4, 33, dtype=np.float32)
+    got = nnx.merge(graph, identity)(x.reshape(1, -1, 1)).reshape(-1)
+    np.testing.assert_allclose(got, _gelu(x.astype(np.float64)), atol=2e-6)
+
+
+def test_rotary_positions_equal_complex_turns_and_see_only_distances():
+    x = np.random.default_rng(2).standard_normal((2, 3, 2, 8)).astype(np.float32)
+    positions = np.array([[0, 5, 900], [7, 1, 2]], np.int32)
+    got = jax.jit(functools.partial(rotate, base=100.0))(x, positions)
+    for b, s, n in np.ndindex(2, 3, 2):
+        want = _rotate(x[b, s, n].astype(np.float64), positions[b, s], 100.0)
+        np.testing.assert_allclose(got[b, s, n], want, atol=3e-4)  # float32 angles up to 900
+    moved = jax.jit(functools.partial(rotate, base=100.0))(x, positions + 3)
+    products, moved_products = (np.einsum("bsnh,btnh->bnst", y, y) for y in (got, moved))
+    np.testing.assert_allclose(products, moved_products, atol=2e-3)
+
+
+# --- laws ---------------------------------------------------------------------------------------------------
+
+
+def test_no_gradient_reaches_a_later_token():
+    graph, params = _parts(GPT2)
+    direction = np.random.default_rng(3).standard_normal(16)
+    tokens = TOKENS[:1]  # all different: each row of the embedding is one place in the text
+
+    def of_embedding(table):
+        other = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: table if "tokens_VD" in jax.tree_util.keystr(path) else leaf, params)
+        return nnx.merge(graph, other).hidden(tokens)[0] @ direction
+
+    table = nnx.to_pure_dict(params)["tokens_VD"]
+    reach = np.abs(jax.jit(jax.jacrev(of_embedding))(table)).sum(-1)[:, tokens[0]]
+    later = np.triu(np.ones((12, 12), bool), 1)
+    assert (reach[later] == 0).all() and (reach[~later] > 0).all()
+
+
+FIRST, SECOND = slice(0, 5), slice(5, 9)  # two documents in a row; the rest is padding
+SEGMENTS = np.array([[1] * 5 + [2] * 4 + [0] * 3], np.int32)
+POSITIONS = np.array([[*range(5), *range(4), *range(3)]], np.int32)
+
+
+@pytest.mark.parametrize(("config", "causal", "impl"), [
+    (GPT2, True, "xla"), (GPT2, False, "xla_blockwise"), (LLAMA, False, "xla")])
+def test_packing_leaks_nothing_and_padding_changes_nothing(config, causal, impl):
+    config = ModelConfig(**(vars(config) | {"attention_impl": impl}))
+    tokens = TOKENS[:1]
+    run = _hidden(config, causal=causal)
+    packed = run(tokens, segment_ids_BS=SEGMENTS, positions_BS=POSITIONS)
+    for part in (FIRST, SECOND):
+        np.testing.assert_allclose(packed[:, part], run(tokens[:, part]), rtol=FLOAT32, atol=FLOAT32)
+    filled = np.concatenate([tokens[:, :9], [[1, 1, 1]]], 1)
+    other = run(filled, segment_ids_BS=SEGMENTS, positions_BS=POSITIONS)
+    assert np.array_equal(other[:, :9], packed[:, :9]) and not np.array_equal(other[:, 9:], packed[:, 9:])
+    # Without the ids the second document does see the first: the test can fail.
+    leaking = run(tokens, segment_ids_BS=np.ones_like(SEGMENTS), positions_BS=POSITIONS)
+    assert np.abs(leaking[:, SECOND] - packed[:, SECOND]).max() > 0.01
+
+
+def test_recomputing_changes_no_number():
+    graph, params = _parts(GPT2)
+
+    def loss(params, remat):
+        return (nnx.merge(graph, params).hidden(TOKENS, remat=remat) ** 2).sum()
+
+    texts = [str(jax.make_jaxpr(functools.partial(loss, remat=remat))(params)) for remat in (True, False)]
+    assert "remat" in texts[0] and "remat" not in texts[1]
+    (value, grads), (plain, plain_grads) = (
+        jax.jit(jax.value_and_grad(functools.partial(loss, remat=remat)))(params) for remat in (True, False))
+    np.testing.assert_allclose(value, plain, rtol=LAST_BITS)
+    _assert_near(grads, plain_grads, FLOAT32)
+
+
+def test_bfloat16_weights_give_float32_logits_near_the_exact():
+    graph, params = _parts(GPT2)
+    low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    model = nnx.merge(graph, low)
+    assert jax.eval_shape(model.hidden, TOKENS).dtype == jnp.bfloat16
+    logits = jax.jit(model)(TOKENS)
+    want = np.stack([_forward(GPT2, params, row) for row in TOKENS])
+    assert logits.dtype == jnp.float32
+    assert np.abs(logits - want).max() < 0.05 * np.abs(want).max()
+
+
+# --- dropout ------------------------------------------------------------------------------------------------
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean():
+    dropped = jax.jit(functools.partial(dropout, rate=0.3))(
+        jnp.ones((16, 64, 32)), key=jax.random.key(0), rows_B=jnp.arange(16))
+    assert set(np.unique(dropped)) == {0.0, np.float32(1 / 0.7)}
+    error = 5 * math.sqrt(0.3 * 0.7 / dropped.size)
+    assert (dropped == 0).mean() == pytest.approx(0.3, abs=error)
+    for dims in ((0, 1), (0, 2), (1, 2)):  # no row, position or width is favoured
+        assert np.ptp((dropped == 0).mean(dims)) < 0.2
+
+
+def test_a_row_takes_its_mask_along():
+    run = jax.jit(functools.partial(dropout, jnp.ones((3, 4, 32)), 0.5, jax.random.key(0)))
+    masks = run(jnp.int32([4, 9, 2]))
+    assert np.array_equal(run(jnp.int32([2, 4, 9])), masks[jnp.array([2, 0, 1])])
+    assert len({row.tobytes() for row in np.asarray(masks).reshape(12, 32)}) == 12
+
+
+def test_dropout_is_off_without_a_rate_or_a_key():
+    dropping = ModelConfig(**SMALL, dropout_rate=0.5)
+    key, rows = jax.random.key(1), jnp.arange(2)
+
+    def draws(config, **options):
+        return "random_bits" in str(jax.make_jaxpr(functools.partial(_model(config).hidden, **options))(TOKENS))
+
+    assert draws(dropping, dropout_key=key, rows_B=rows)
+    assert not draws(dropping) and not draws(GPT2, dropout_key=key, rows_B=rows)
+
+
+def test_hidden_states_with_dropout_are_equal_on_a_mesh():
+    config = ModelConfig(**SMALL, dropout_rate=0.5)
+    graph, params = _parts(config)
+    rows, key = np.array([5, 3], np.int32), jax.random.key_data(jax.random.key(1))
+
+    def run(params, tokens, segments, rows, key):
+        return nnx.merge(graph, params).hidden(
+            tokens, segment_ids_BS=segments, dropout_key=jax.random.wrap_key_data(key), rows_B=rows)
+
+    def run_local(*args):
+        return run(*args)[None]  # whole on every device of tensor: one copy of each is looked at
+
+    segments = np.repeat(SEGMENTS, 2, 0)
+    mesh = make_mesh(MeshConfig(data=2, tensor=4, zero=0))
+    over_mesh = jax.shard_map(run_local, mesh=mesh, out_specs=P("tensor", "data"),
+                              in_specs=(specs_of(params, zero=0), *[P("data")] * 3, P()))
+    copies = jax.jit(over_mesh)(params, TOKENS, segments, rows, key)
+    alone = jax.jit(run)(params, TOKENS, segments, rows, key)
+    assert copies.shape == (4, 2, 12, 16)
+    for copy in copies:
+        np.testing.assert_allclose(copy, alone, rtol=FLOAT32, atol=FLOAT32)
+    assert np.abs(alone - _hidden(GPT2)(TOKENS, segment_ids_BS=segments)).max() > 0.5  # dropout did drop
+
+
+# --- initialisation -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def initial():
+    config = ModelConfig(num_layers=8, hidden_size=64, num_attention_heads=8, vocab_size=512,
+                         max_position_embeddings=64, init_method_std=0.02)
+    return config, init_parameters(config, 0)
+
+
+def test_matrices_start_normal_and_what_writes_to_the_residual_smaller(initial):
+    config, params = initial
+    small = 0.02 / math.sqrt(2 * config.num_layers)  # Radford 2019; Shoeybi 2019, section 4.2
+    stds = {"w_o_NHD": small, "w_out_FD": small}
+    seen = set()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = parameter_name(path)
+        if name.startswith(("scale_", "b")):
+            assert (leaf == (1 if name.startswith("scale_") else 0)).all(), name
+            continue
+        std, error = stds.get(name, 0.02), 5 / math.sqrt(2 * leaf.size)
+        assert np.std(leaf) == pytest.approx(std, rel=error), name
+        assert abs(np.mean(leaf)) < 5 * std / math.sqrt(leaf.size), name
+        assert 3 < np.abs(leaf).max() / std < 7, name
+        seen.add(name)
+    assert seen == {"tokens_VD", "positions_PD", *(f"w_{name}" for name in (
+        "q_DNH", "k_DKH", "v_DKH", "o_NHD", "in_DF", "out_FD"))}
+
+
+def test_no_two_matrices_and_no_two_layers_start_equal(initial):
+    blocks = nnx.to_pure_dict(initial[1])["blocks"]
+    starts = [np.asarray(blocks["attention"][name]).reshape(8, -1)[:, :16]
+              for name in ("w_q_DNH", "w_k_DKH", "w_v_DKH")]
+    starts.append(np.asarray(blocks["mlp"]["w_in_DF"]).reshape(8, -1)[:, :16])
+    assert len({row.tobytes() for row in np.concatenate(starts)}) == 4 * 8
+
+
+def test_parameters_start_equal_on_a_mesh(initial):
+    config, params = initial
+    mesh = make_mesh(MeshConfig(data=2, tensor=4))
+    spread = init_parameters(config, 0, shardings_of(abstract_model(config)[1], mesh, zero=1))
+    tokens = nnx.to_pure_dict(spread)["tokens_VD"]
+    assert tokens.sharding.shard_shape(tokens.shape) == (128, 32)
+    _assert_near(spread, params, LAST_BITS)
+
+
+def test_the_seed_decides():
+    def table(seed):  # of the whole model the compiler keeps this one tensor, which is fast
+        return jax.jit(lambda: nnx.to_pure_dict(init_parameters(GPT2, seed))["tokens_VD"])()
+
+    assert not np.isclose(table(0), table(1)).any()
+
+
+def test_an_abstract_model_allocates_nothing():
+    config = ModelConfig(num_layers=105, hidden_size=20480, num_attention_heads=128, vocab_size=51200)
+    graph, shapes = abstract_model(config)
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(shapes))
+    model = nnx.merge(graph, shapes)
+    assert isinstance(model, Transformer) and model.config == config
+    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    logits = jax.eval_shape(lambda params, tokens: nnx.merge(graph, params)(tokens), shapes, tokens)
+    assert logits.shape == (1, 8, 51200)
