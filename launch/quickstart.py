@@ -41,12 +41,10 @@ def main(argv) -> int:
 
 
 def quickstart() -> int:
-    from flax import nnx
-
     from mtnlg_jax import compat
     from mtnlg_jax.config import load_config
     from mtnlg_jax.data.prepare import describe, prepare
-    from mtnlg_jax.model.transformer import abstract_model
+    from mtnlg_jax.decode.cache import unstack
     from mtnlg_jax.train.checkpoint import load_run
     from mtnlg_jax.train.loop import load_data, train
 
@@ -66,7 +64,7 @@ def quickstart() -> int:
     _heading("2. Training: " + ", then ".join(stage.name for stage in config.train.stages))
     summary = train(config, workdir)
     run = load_run(workdir)
-    model = nnx.merge(abstract_model(run.config.model)[0], run.params)
+    decoder = unstack(run.config.model, run.params)
     data = load_data(run.config)
 
     _heading("3. What it learnt")
@@ -76,7 +74,7 @@ def quickstart() -> int:
           f"a unigram model of the same tokens {unigram:.3f}, xz -9e {compressed:.3f}")
 
     _heading("4. Writing")
-    samples(model, run.tokenizer, data)
+    samples(decoder, run.tokenizer, data)
     again = f"bash launch/quickstart.sh --corpus=YOUR_FOLDER --workdir={workdir}-mine"
     print(f"""
 {summary.parameters:,} parameters, {summary.tokens:,} tokens in {summary.seconds:.0f} s of training \
@@ -91,7 +89,7 @@ next: .venv/bin/python launch/generate.py --workdir={workdir} --prompt="The func
     return 0
 
 
-def samples(model, tokenizer, data) -> None:
+def samples(decoder, tokenizer, data) -> None:
     """A filled mask, and a greedy, a sampled and a ranked continuation of held-out text."""
     import dataclasses
 
@@ -106,7 +104,7 @@ def samples(model, tokenizer, data) -> None:
     joint = " " if paragraph.count(" ") > 8 else ""
     blank = 7
     masked = joint.join([*words[:blank], "<mask>", *words[blank + 1 : 20]])
-    filled = fill(model, tokenizer, masked, top_k=5)
+    filled = fill(decoder, tokenizer, masked, top_k=5)
     print(f"a filled mask      {masked!r}")
     for candidate in filled.masks[0]:
         print(f"                   {candidate.probability:6.1%} {candidate.text!r}")
@@ -115,9 +113,9 @@ def samples(model, tokenizer, data) -> None:
     greedy = DecodeConfig(max_new_tokens=48)
     sampled = dataclasses.replace(greedy, temperature=0.8, top_p=0.95)
     for name, decode in (("greedy", greedy), ("sampled", sampled)):
-        result = generate(model, tokenizer, [prompt], decode)[0]
+        result = generate(decoder, tokenizer, [prompt], decode)[0]
         print(f"\n{name:<18} {prompt} [...]{result.text}")
-    ranked = rank(model, tokenizer, prompt, decode=dataclasses.replace(sampled, num_return_sequences=6))
+    ranked = rank(decoder, tokenizer, prompt, decode=dataclasses.replace(sampled, num_return_sequences=6))
     print(f"\nranked             best of {len(ranked)} by log-probability a token")
     for candidate in ranked:
         print(f"  {candidate.score:8.3f}  {' '.join(candidate.text.split())[:90]}")

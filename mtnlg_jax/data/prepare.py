@@ -1,5 +1,6 @@
 """Prepare: documents -> held-out split -> tokenizer -> token arrays, whole or not at all."""
 
+import errno
 import hashlib
 import json
 import os
@@ -262,10 +263,12 @@ def _put_in_place(work: str, output: str, overwrite: bool) -> None:
         os.rename(output, before)
     try:
         os.rename(work, output)
-    except OSError:
+    except OSError as error:
         if replaced:
             os.rename(before, output)
-        raise FileExistsError(f"{output} came into being meanwhile; choose another output") from None
+        if error.errno == errno.ENOTEMPTY:
+            raise FileExistsError(f"{output} was made by another run meanwhile; choose another") from None
+        raise
     folder = os.open(os.path.dirname(os.path.abspath(output)), os.O_RDONLY)
     try:
         os.fsync(folder)

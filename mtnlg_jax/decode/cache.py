@@ -53,7 +53,7 @@ def unstack(config: ModelConfig, params, dtype="float32") -> Decoder:
 
     Args:
       params: as ``init_parameters`` or a checkpoint gives them, blocks with a leading L.
-      dtype: "float32" or "bfloat16": of parameters, products and cache. Softmax, norms and logits are float32.
+      dtype: "float32" or "bfloat16", of parameters, products and cache; float32 stay softmax, norms, logits.
     """
     if str(jnp.dtype(dtype)) not in ("float32", "bfloat16"):
         raise ValueError(f"dtype={dtype!r} cannot decode; choose float32 or bfloat16")
@@ -102,7 +102,7 @@ def prefill(decoder: Decoder, prompts: Sequence[Sequence[int]], size: int) -> Pr
     """
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     if not len(lengths) or lengths.min() < 1 or lengths.max() > size:
-        raise ValueError(f"prompts of {lengths.tolist()} tokens do not fit a cache of {size}; give each 1 to {size}")
+        raise ValueError(f"prompts of {lengths.tolist()} tokens do not fit a cache of {size}: give 1 to {size}")
     padded = np.zeros((len(prompts), bucket(int(lengths.max()), size)), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
@@ -143,7 +143,9 @@ def step(config: ModelConfig, params, cache, tokens_B, positions_B):
 
 def _write(cache_BKSH, new_BSKH, positions_B):
     rows_B = jnp.arange(cache_BKSH.shape[0])
-    return cache_BKSH.at[rows_B, :, positions_B].set(new_BSKH[:, 0].astype(cache_BKSH.dtype))
+    written = cache_BKSH.at[rows_B, :, positions_B].set(new_BSKH[:, 0].astype(cache_BKSH.dtype))
+    # Unhindered, XLA:CPU writes a second time inside the attention's fusion, and so copies the whole cache.
+    return jax.lax.optimization_barrier(written)
 
 
 def _logits(x_BD, head_VD):

@@ -56,38 +56,38 @@ def encode_prompt(tokenizer, text: str) -> list[int]:
     return [tokenizer.bos_id, *tokenizer.encode(text)]
 
 
-def generate(decoder: Decoder, tokenizer, prompts: Sequence[Sequence[int]],
-             config: DecodeConfig | Sequence[DecodeConfig], *,
+def generate(decoder: Decoder, tokenizer, prompts: Sequence[str | Sequence[int]],
+             decode: DecodeConfig | Sequence[DecodeConfig], *,
              on_text: Callable[[int, str], None] | None = None) -> list[Generated]:
     """Continuations of ``prompts``, num_return_sequences of the first, then of the second ...
 
     Args:
-      prompts: token ids each, as from ``encode_prompt``; one without tokens starts from <bos>.
-      config: of all prompts, or one for each; rows of different settings share one compiled step.
+      prompts: texts, which get a <bos>, or token ids, taken as they are; an empty one starts from <bos> alone.
+      decode: settings of all prompts, or one for each; rows that differ share one compiled step.
       on_text: called with (index in the result, text) as text comes; pieces joined are the result's text.
-    Raises ValueError, before any work, on settings out of range, ids outside the vocabulary and a prompt that is
-    longer than the context. Specials (but the end token) and the padding of the vocabulary are never written.
+    Raises ValueError, before any work, on settings out of range, ids outside the vocabulary and a prompt longer
+    than the context. Specials (but the end token) and the padding of the vocabulary are never written.
     The i-th sequence of a prompt draws with seed + i.
     """
-    prompts = [list(prompt) or [tokenizer.bos_id] for prompt in prompts]
-    configs = [config] * len(prompts) if isinstance(config, DecodeConfig) else list(config)
+    prompts = [encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else list(prompt) or [tokenizer.bos_id]
+               for prompt in prompts]
+    configs = [decode] * len(prompts) if isinstance(decode, DecodeConfig) else list(decode)
     if len(configs) != len(prompts):
-        raise ValueError(f"{len(configs)} settings for {len(prompts)} prompts; give one, or as many as prompts")
+        raise ValueError(f"{len(configs)} settings for {len(prompts)} prompts; give one, or one for each")
     for each in configs:
         validate_decode(each)
     if not prompts:
         return []
-    check_context(decoder, prompts)
+    check_context(decoder, max(map(len, prompts)))
     longest = max(len(p) + c.max_new_tokens for p, c in zip(prompts, configs, strict=True))
     prefix = prefill(decoder, prompts, capacity(longest, decoder.context))
     return continue_prefix(decoder, tokenizer, prefix, configs, on_text)
 
 
-def check_context(decoder: Decoder, prompts: Sequence[Sequence[int]]) -> None:
-    longest = max(map(len, prompts))
-    if longest > decoder.context:
-        raise ValueError(f"the prompt has {longest} tokens and the model's context holds {decoder.context}; "
-                         f"keep its last {decoder.context - 1} or fewer, or use a model with more positions")
+def check_context(decoder: Decoder, length: int, what: str = "the prompt") -> None:
+    if length > decoder.context:
+        raise ValueError(f"{what} has {length} tokens and the model's context holds {decoder.context}; shorten it, "
+                         "or use a model with more positions")
 
 
 def continue_prefix(decoder: Decoder, tokenizer, prefix: Prefix, configs: Sequence[DecodeConfig],
@@ -100,8 +100,8 @@ def continue_prefix(decoder: Decoder, tokenizer, prefix: Prefix, configs: Sequen
                       for config in configs for copy in range(config.num_return_sequences)], np.uint32)
     rows, families = rows_and_families(per_row)
     news = np.array([min(config.max_new_tokens, decoder.context) for config in per_row], np.int32)
-    static = dict(families=families, eos=tokenizer.eos_id)
-    allowed_V = _allowed(tokenizer, decoder.config.vocab_size)
+    static = {"families": families, "eos": tokenizer.eos_id}
+    allowed_V = writable(tokenizer, decoder.config.vocab_size)
     state, limits = _begin(prefix, np.array(owners, np.int32), news, seeds, rows, allowed_V, **static)
     streams = [TextStream(tokenizer, config.stop_strings) for config in per_row]
     looking = on_text is not None or any(config.stop_strings for config in per_row)
@@ -140,7 +140,7 @@ def continue_prefix(decoder: Decoder, tokenizer, prefix: Prefix, configs: Sequen
     return results
 
 
-def _allowed(tokenizer, vocabulary: int) -> np.ndarray:
+def writable(tokenizer, vocabulary: int) -> np.ndarray:
     """Which ids may be written: no specials but the end, nothing beyond the tokenizer's vocabulary."""
     size = min(tokenizer.vocab_size, vocabulary)
     allowed = np.zeros(vocabulary, bool)

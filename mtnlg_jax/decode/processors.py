@@ -52,7 +52,7 @@ def rows_and_families(configs: Sequence[DecodeConfig]) -> tuple[Rows, Families]:
 
 
 def process(logits_BV, rows: Rows, families: Families, tokens_BS, lengths_B, prompts_B, allowed_V, eos: int):
-    """Everything before sampling, so also for greedy rows: penalties, n-grams, the least length, and tokens that
+    """Everything before sampling, so for greedy rows too: penalties, n-grams, the least length, and tokens that
     are never written. ``lengths_B`` counts the known tokens of ``tokens_BS``, ``prompts_B`` the prompt's."""
     positions = jnp.arange(tokens_BS.shape[1])
     known_BS = positions < lengths_B[:, None]
@@ -81,8 +81,8 @@ def warp(logits_BV, rows: Rows, families: Families):
 
 
 def choose(logits_BV, rows: Rows, families: Families, keys_B, index_B):
-    """The next token of each row from processed logits: the best where the temperature is 0, else one drawn with
-    key fold_in(row's key, ``index_B``), so that neither neighbours nor chunks change a row's draw."""
+    """The next token of each row from processed logits: the best where the temperature is 0, else one drawn
+    with key fold_in(row's key, ``index_B``): neither neighbours nor chunks change a row's draw."""
     best_B = jnp.argmax(logits_BV, -1)
     if "temperature" not in families.names:
         return best_B
@@ -133,8 +133,8 @@ def top_k(logits_BV, k_B):
 
 
 def top_p(logits_BV, p_B):
-    """Keeps the fewest best tokens whose probability reaches p (Holtzman 2019), as Hugging Face cuts: drops where
-    the ascending cumulative sum is at most 1 - p, never the best."""
+    """Keeps the fewest best tokens whose probability reaches p (Holtzman 2019), cut as Hugging Face does it:
+    drops where the ascending cumulative sum is at most 1 - p, never the best."""
     order = jnp.argsort(logits_BV, -1)
     below = jnp.cumsum(jax.nn.softmax(jnp.take_along_axis(logits_BV, order, -1), -1), -1)
     drop = (below <= 1 - p_B[:, None]).at[:, -1].set(False)

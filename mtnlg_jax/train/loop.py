@@ -81,17 +81,17 @@ def train(config: Config, workdir: str, show_progress: bool = True) -> Summary:
                     "data": data.fingerprints}
         # Precedence: 1. the newest good checkpoint of this folder; 2. fresh parameters from train.seed.
         restored = checkpoints.restore(abstract_state(config, mesh), identity)
-        step, state = (restored[0], restored[1]) if restored else (0, init_state(config, mesh))
+        start, state = (restored[0], restored[1]) if restored else (0, init_state(config, mesh))
         _describe(config, data.tokenizer, workdir)
-        log = MetricsLog(workdir, step)
-        bar = tqdm(total=config.train.steps, initial=step, unit="step", dynamic_ncols=True,
+        log = MetricsLog(workdir, start)
+        bar = tqdm(total=config.train.steps, initial=start, unit="step", dynamic_ncols=True,
                    smoothing=0.05, disable=None if show_progress else True)
         meter = _Meter(config)
         steps = {masked: make_train_step(config, mesh, causal=not masked) for masked in (False, True)}
         evaluate = Evaluator(config, mesh, data)
         pending = None
         try:
-            for step in range(step, config.train.steps):
+            for step in range(start, config.train.steps):
                 masked = is_masked(config.train, step)
                 batch, micro, sequences = batch_at(config, mesh, data, step)
                 scale = stage_at(config.train, step)[2].learning_rate_scale
@@ -104,7 +104,8 @@ def train(config: Config, workdir: str, show_progress: bool = True) -> Summary:
                         or done == config.train.steps:
                     _report(config, log, bar, meter, pending)
                     pending = None
-                    _housekeeping(config, state, done, checkpoints, evaluate, log, workdir, identity, stop, show_progress)
+                    _housekeeping(config, state, done, checkpoints, evaluate, log, workdir, identity, stop,
+                                  show_progress)
                     meter.restart()
                 if stop.is_set():
                     raise Preempted(f"stopped by a signal after step {done}; state saved in {workdir}")
@@ -248,7 +249,8 @@ def _report(config: Config, log: MetricsLog, bar: tqdm, meter: "_Meter", pending
                        f"{last}. Lower optimizer.learning_rate or set optimizer.clip_grad_norm, then run again")
 
 
-def _housekeeping(config, state, done, checkpoints, evaluate, log, workdir, identity, stop, show_progress) -> None:
+def _housekeeping(config, state, done, checkpoints, evaluate, log, workdir, identity, stop,
+                                  show_progress) -> None:
     """Evaluates and saves, as due."""
     last = done == config.train.steps
     save = last or stop.is_set() or _due(config.train.save_every, done)

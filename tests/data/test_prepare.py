@@ -88,12 +88,19 @@ def test_of_many_documents_whole_ones_are_held_out(many, tmp_path):
     share = sum(map(len, held)) / sum(map(len, train + held))
     assert 0.07 < share <= 0.12
     wholes = _read(many)
-    order = [wholes.index(text) for text in train]
-    assert order != sorted(order)
+    assert train != [text for text in wholes if text in train]
 
     prepare(many, tmp_path / "other", heldout=0.1, seed=1, **SETTINGS)
     other_train, other_held = _parts(tmp_path / "other")
     assert set(other_held) != set(held) and other_train != train
+
+
+@pytest.mark.parametrize("share", [0.11, 0.12, 0.13, 0.14, 0.15])
+def test_copies_of_a_text_stay_on_one_side(many, tmp_path, share):
+    with module._Spool(str(tmp_path / "texts"), seed=0) as spool:
+        spool.fill(documents.read_documents(many))
+        train, held = ({spool.read(*span) for span in spans} for spans in module._split(spool, share))
+    assert train and held and not train & held
 
 
 def test_a_small_corpus_keeps_some_back(many, few, tmp_path):
@@ -182,10 +189,35 @@ def test_an_output_that_exists_is_kept_until_the_new_one_is_whole(few, many, tmp
         patch.setattr(TokenWriter, "finish", full_later)
         with pytest.raises(OSError, match=f"No space left on device; nothing was kept: '{output}'"):
             prepare(many, output, overwrite=True, **SETTINGS)
+    with monkeypatch.context() as patch:
+        rename = module.os.rename
+
+        def refuse(source, target):
+            if ".partial-" in source:
+                raise OSError(errno.EIO, "Input/output error")
+            rename(source, target)
+        patch.setattr(module.os, "rename", refuse)
+        with pytest.raises(OSError, match="Input/output error"):
+            prepare(many, output, overwrite=True, **SETTINGS)
     assert _content(output) == before and list(tmp_path.iterdir()) == [output]
 
     info = prepare(many, output, overwrite=True, **SETTINGS)
     assert read_prepared(output) == info and list(tmp_path.iterdir()) == [output]
+
+
+def test_two_runs_into_one_output(few, many, tmp_path, monkeypatch):
+    """The one that ends first has it."""
+    finish = TokenWriter.finish
+
+    def other_run_first(writer):
+        if not (tmp_path / "out").exists():
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out/prepared.json").write_text("theirs")
+        return finish(writer)
+    monkeypatch.setattr(TokenWriter, "finish", other_run_first)
+    with pytest.raises(FileExistsError, match="out was made by another run meanwhile"):
+        prepare(few, tmp_path / "out", **SETTINGS)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "prepared.json"]
 
 
 def test_what_is_no_data_set_is_never_replaced(few, tmp_path):

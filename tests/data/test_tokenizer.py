@@ -93,6 +93,8 @@ def test_words_of_gpt2(gpt2_files):
     assert [(gpt2.token_bytes(index), bool(gpt2.starts_word[index])) for index in ids] == [
         (b"the", False), (b",", True), (b" the", True), (b"7", False),
         (b"\xe5", True), (b"\xa4", False), (b"\xa9", False)]
+    # A piece may begin inside one character and end with the next.
+    assert not module._starts_word("天天".encode()[2:]) and module._starts_word("天天".encode()[:4])
     assert gpt2.vocab_size == 263 and gpt2.bos_id == gpt2.eos_id == 259 and gpt2.pad_id == 260
     assert gpt2.decode([gpt2.eos_id], skip_special=False) == "<|endoftext|>"
 
@@ -176,6 +178,11 @@ def test_cutting_a_text_changes_nothing(texts, trained):
     """Long texts go to SentencePiece in parts; where there are spaces the ids are those of the whole."""
     text = (" ".join(texts[:3]).replace("\n", "  ") + "\nnew line \u3002 " + texts[3])[:30_000]
     assert text.index("\n") > 5 * module._UNIT
+    for line in (text, "x  " * 3000, "x" * 3000, " " * 3000 + "x", "x" * 1023 + "   " + "x" * 2000):
+        parts = list(module._split(line))
+        assert "".join(parts) == line and all(0 < len(part) <= module._UNIT for part in parts)
+        if line.strip(" ").count(" "):
+            assert not any(part.endswith(" ") for part in parts[:-1])
     for ours in trained.values():
         whole = sentencepiece.SentencePieceProcessor(model_proto=ours.files()["tokenizer.model"])
         assert ours.encode(text) == whole.encode(text)

@@ -109,7 +109,14 @@ def _meta(name, value):
     return change
 
 
+def _offsets(folder):
+    offsets = open_tokens(folder).document_offsets.copy()
+    offsets[3] = offsets[2]
+    module._create(str(folder / "document_offsets"), offsets.dtype, offsets.size).write(offsets).result()
+
+
 @pytest.mark.parametrize("damage, message", [
+    (_offsets, "do not divide"),
     (lambda folder: (folder / "meta.json").write_text('{"tokens"'), "Expecting"),
     (lambda folder: (folder / "meta.json").write_text("{}"), "tokens"),
     (_meta("tokens", 1041), "1040 tokens of uint16, meta.json says 1041"),
@@ -118,7 +125,7 @@ def _meta(name, value):
     (lambda folder: shutil.rmtree(folder / "tokens"), "tokens/zarr.json"),
     (lambda folder: (folder / "document_offsets/zarr.json").unlink(), "document_offsets/zarr.json"),
     (lambda folder: (folder / "document_offsets/c/0").unlink(), "is missing"),
-], ids=range(8))
+], ids=range(9))
 def test_damage_is_seen_at_opening(tmp_path, damage, message):
     _write(tmp_path)
     damage(tmp_path)

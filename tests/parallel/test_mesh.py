@@ -1,0 +1,143 @@
+"""The plan: which dim lies on which axis, and what is said when something does not fit."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
+
+from mtnlg_jax.config import MeshConfig, ModelConfig
+from mtnlg_jax.model.transformer import abstract_model
+from mtnlg_jax.parallel.mesh import AXES, dims_of, make_mesh, plan_table, shardings_of, spec_of, specs_of
+
+SMALL = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 4, "vocab_size": 24,
+         "max_position_embeddings": 12}
+EVERY_SWITCH = ModelConfig(**SMALL, activation="swiglu", num_query_groups=2, tie_embeddings=False)
+
+
+@pytest.mark.parametrize(
+    ("dims", "zero", "spec"),
+    [
+        ("VD", 1, P("tensor", "data")),
+        ("VD", 0, P("tensor", None)),
+        ("VD", 3, P("tensor", "data")),
+        ("LDNH", 1, P(None, "data", "tensor", None)),
+        ("LDKH", 1, P(None, "data", "tensor", None)),
+        ("LNHD", 1, P(None, "tensor", None, "data")),
+        ("LDF", 1, P(None, "data", "tensor")),
+        ("LF", 0, P(None, "tensor")),
+        ("PD", 1, P(None, "data")),
+        ("D", 1, P("data")),
+        ("D", 0, P(None)),
+        ("LHPC", 1, P(None, None, None, None)),
+        ("", 1, P()),
+    ],
+)
+def test_the_table_gives_the_spec(dims, zero, spec):
+    assert spec_of(dims, zero) == spec
+
+
+@pytest.mark.parametrize(("dims", "axis"), [("VF", "tensor"), ("NK", "tensor"), ("FHF", "tensor"), ("DD", "data")])
+def test_an_axis_is_not_used_twice(dims, axis):
+    with pytest.raises(ValueError, match=f"'{dims}' would use mesh axis '{axis}' twice; name its dims apart"):
+        spec_of(dims)
+
+
+def test_two_widths_are_fine_where_width_is_not_split():
+    assert spec_of("DD", zero=0) == P(None, None)
+
+
+@pytest.mark.parametrize("dims", ["DX", "d", "D_"])
+def test_a_dim_outside_the_plan_is_refused(dims):
+    with pytest.raises(ValueError, match=f"of '{dims}' is not in the plan; add a row to AXIS_OF or UNSPLIT"):
+        spec_of(dims)
+
+
+def test_every_parameter_is_in_the_plan_and_its_name_counts_its_dims():
+    params = abstract_model(EVERY_SWITCH)[1]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        dims = dims_of(path)
+        assert len(dims) == leaf.ndim and dims.startswith("L") == ("blocks" in jax.tree_util.keystr(path))
+        sizes = {"L": 2, "D": 16, "N": 4, "K": 2, "H": 4, "F": 64, "V": 24, "P": 12}
+        assert tuple(sizes[dim] for dim in dims) == leaf.shape
+
+
+def test_moments_and_counters_follow_their_parameters():
+    params = abstract_model(EVERY_SWITCH)[1]
+    state = {"params": params, "opt_state": [{"mu": params, "nu": params}], "step": jnp.int32(0)}
+    specs = specs_of(state, zero=1)
+    assert specs["opt_state"][0]["mu"] == specs["params"] == specs_of(params, zero=1)
+    assert specs["step"] == P()
+
+
+def test_what_does_not_divide_is_named_with_the_way_out():
+    params = abstract_model(EVERY_SWITCH)[1]
+    for shape, zero, words in [
+        ((1, 1, 1, 3), 1, r"b_gate_F: F=64 does not divide by tensor=3; choose mesh.tensor among the divisors of 64$"),
+        ((1, 3, 1, 1), 1, r": D=16 does not divide by data=3; choose .*divisors of 16, or mesh.zero=0$"),
+        ((1, 1, 1, 4), 1, r"b_k_KH: K=2 does not divide by tensor=4; choose mesh.tensor among the divisors of 2$"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            shardings_of(params, AbstractMesh(shape, AXES), zero)
+    shardings_of(params, AbstractMesh((1, 3, 1, 2), AXES), zero=0)  # the way out works
+
+
+def test_shardings_of_the_model_put_each_part_on_its_device():
+    mesh = make_mesh(MeshConfig(data=2, tensor=4))
+    params = abstract_model(ModelConfig(**SMALL))[1]
+    for leaf, sharding in zip(jax.tree.leaves(params), jax.tree.leaves(shardings_of(params, mesh)), strict=True):
+        share = math.prod(leaf.shape) / math.prod(sharding.shard_shape(leaf.shape))
+        assert share == math.prod(mesh.shape[axis] for axis in sharding.spec if axis)
+
+
+def test_the_plan_table_accounts_for_every_byte():
+    config = ModelConfig(**SMALL)
+    rows = plan_table(abstract_model(config)[1], {"pipe": 1, "data": 2, "context": 1, "tensor": 4})
+    assert sum(4 * math.prod(shape) for _, _, shape, _, _ in rows) == 4 * config.parameter_count()
+    table = {name: row for name, *row in rows}
+    assert table["blocks.mlp.w_in_DF"] == ["LDF", (2, 16, 64), str(P(None, "data", "tensor")), 4 * 2 * 16 * 64 // 8]
+    assert table["final_norm.bias_D"][-1] == 4 * 16 // 2
+
+
+# --- make_mesh ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [
+        (MeshConfig(), (1, 8, 1, 1)),
+        (MeshConfig(tensor=4), (1, 2, 1, 4)),
+        (MeshConfig(data=1, tensor=8), (1, 1, 1, 8)),
+        (MeshConfig(data=4, tensor=2), (1, 4, 1, 2)),
+    ],
+)
+def test_a_mesh_takes_all_devices_and_spells_its_axis_types_out(config, sizes):
+    mesh = make_mesh(config)
+    assert mesh.axis_names == AXES and tuple(mesh.shape.values()) == sizes
+    assert set(mesh.axis_types) == {AxisType.Auto}
+    assert set(mesh.devices.flat) == set(jax.devices())
+
+
+def test_a_mesh_of_some_devices():
+    mesh = make_mesh(MeshConfig(tensor=2), jax.devices()[2:6])
+    assert tuple(mesh.shape.values()) == (1, 2, 1, 2)
+    assert set(mesh.devices.flat) == set(jax.devices()[2:6])
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (MeshConfig(data=3), r"data=3 .*tensor=1 does not fit 8 devices; their product must be 8 \(data=-1"),
+        (MeshConfig(data=4, tensor=4), "data=4 .*tensor=4 does not fit 8 devices"),
+        (MeshConfig(data=2, tensor=2), "does not fit 8 devices"),
+        (MeshConfig(tensor=3), "tensor=3 does not fit 8 devices"),
+        (MeshConfig(tensor=16), "tensor=16 does not fit 8 devices"),
+        (MeshConfig(pipe=2), "mesh.pipe=2: .* set mesh.pipe=1"),
+        (MeshConfig(context=4), "mesh.context=4: .* set mesh.context=1"),
+    ],
+)
+def test_sizes_that_do_not_fit_the_devices_are_refused(config, words):
+    with pytest.raises(ValueError, match=words):
+        make_mesh(config)
