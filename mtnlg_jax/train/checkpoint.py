@@ -23,6 +23,7 @@ import math
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -47,6 +48,14 @@ from mtnlg_jax.train import record as records
 python_logging.getLogger("absl").addFilter(lambda line: f"orbax{os.sep}checkpoint" not in line.pathname)
 
 
+def _without_late_writes(hook: Callable) -> Callable:
+    """When one write fails, Orbax leaves the others; each of them would print a stack trace as it ends."""
+    return lambda late: None if str(late.exc_value) == "Event loop is closed" else hook(late)
+
+
+sys.unraisablehook = _without_late_writes(sys.unraisablehook)
+
+
 class Checkpoints:
     """The checkpoints of one run in ``folder`` (a path or ``gs://...``): the ``keep_last`` newest, and the
     one with the lowest metric if ``keep_best``. ``warnings`` lists what ``restore`` found damaged.
@@ -68,14 +77,16 @@ class Checkpoints:
         self._saving = None
 
     def steps(self) -> list[int]:
-        """Steps of the finished checkpoints, ascending. Damage is looked for only when one is read."""
+        """Steps of the finished checkpoints, ascending; damage is looked for when one is read. Other processes
+        than 0 may not see yet what ``wait`` has promised to process 0."""
         return records.finished(self.folder)
 
     def best_step(self) -> int | None:
         """The step with the lowest metric, the newest of equals; None where no metric was given."""
         return records.best(self.folder)
 
-    def save(self, step: int, state: dict, meta: dict, metric: float | None = None, wait: bool = False):
+    def save(self, step: int, state: dict, meta: dict, metric: float | None = None,
+             wait: bool = False) -> None:
         """Saves ``state`` ({"params": ..., ...} of jax arrays) and ``meta`` (JSON; ``restore`` compares its
         "identity", ``load_run`` reads its "config"), unless ``step`` is there already.
 
@@ -178,7 +189,7 @@ class Checkpoints:
         with self._failure_named(step):
             free = math.inf if is_remote(self.folder) else shutil.disk_usage(self.folder).free
             if free < size:
-                raise OSError(errno.ENOSPC, f"it needs {size / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free")
+                raise OSError(f"the disk is full: {free / 1e6:,.1f} MB are free, {size / 1e6:,.1f} MB needed")
             records.marker(self.folder, step).touch()
         return True
 
@@ -230,10 +241,10 @@ class Checkpoints:
             record, damage = records.read_record(path)
             if record is not None:
                 saved = record["meta"].get("identity", {})
-                _refuse_difference(path, "settings", saved, identity,
-                                   "give the same ones, or another --workdir")
-                _refuse_difference(path, "arrays", record["arrays"], arrays,
-                                   "set the model and the optimizer as they were, or give another --workdir")
+                records.refuse_difference(path, "settings", saved, identity,
+                                          "give the same ones, or another --workdir")
+                records.refuse_difference(path, "arrays", record["arrays"], arrays,
+                                          "set model and optimizer as they were, or give another --workdir")
                 damage = records.damage(path, record)
             if damage is None:
                 return {"step": step, "meta": record["meta"]}, warnings
@@ -350,7 +361,7 @@ def _read_params(path: epath.Path, config: Config, mesh: Mesh | None) -> nnx.Sta
     return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in flat])
 
 
-# --- processes, differences, reasons ----------------------------------------------------------------------
+# --- processes and reasons ---------------------------------------------------------------------------------
 
 
 def _agree(function: Callable):
@@ -372,24 +383,8 @@ def _agree(function: Callable):
     return outcome["value"]
 
 
-def _leaves(tree: dict, path: str = "") -> dict[str, object]:
-    flat = {}
-    for key, value in tree.items():
-        flat |= _leaves(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
-    return flat
-
-
-def _refuse_difference(path: epath.Path, what: str, saved: dict, given: dict, way_out: str) -> None:
-    saved, given = _leaves(saved), _leaves(given)
-    pairs = {key: (saved.get(key, "absent"), given.get(key, "absent")) for key in {**saved, **given}}
-    differences = [f"{key}: {old} -> {new}" for key, (old, new) in pairs.items() if old != new]
-    if differences:
-        more = f" and {len(differences) - 8} more" if len(differences) > 8 else ""
-        raise ValueError(f"checkpoint {path} was saved with other {what} (saved -> given): "
-                         f"{', '.join(differences[:8])}{more}; {way_out}")
-
-
 def _reason(error: Exception) -> str:
     text = getattr(error, "strerror", None) or first_line(error)
-    full = getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in text
-    return f"the disk is full ({text})" if full else f"{type(error).__name__}: {text}"
+    if os.strerror(errno.ENOSPC) in text:
+        return "the disk is full"
+    return text if isinstance(error, OSError) else f"{type(error).__name__}: {text}"

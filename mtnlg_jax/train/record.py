@@ -76,8 +76,26 @@ def damage(path: epath.Path, record: dict, below: str = "") -> str | None:
     return None
 
 
+def refuse_difference(path: epath.Path, what: str, saved: dict, given: dict, way_out: str) -> None:
+    """Raises ValueError naming each key of which ``saved`` and ``given``, nested dicts, do not agree."""
+    saved, given = _leaves(saved), _leaves(given)
+    pairs = {key: (saved.get(key, "absent"), given.get(key, "absent")) for key in {**saved, **given}}
+    differences = [f"{key}: {old} -> {new}" for key, (old, new) in pairs.items() if old != new]
+    if differences:
+        more = f" and {len(differences) - 8} more" if len(differences) > 8 else ""
+        raise ValueError(f"checkpoint {path} was saved with other {what} (saved -> given): "
+                         f"{', '.join(differences[:8])}{more}; {way_out}")
+
+
 def _has_record(folder: epath.Path, step: int) -> bool:
     return (folder / str(step) / RECORD).exists()
+
+
+def _leaves(tree: dict, path: str = "") -> dict[str, object]:
+    flat = {}
+    for key, value in tree.items():
+        flat |= _leaves(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
+    return flat
 
 
 def _files(path: epath.Path) -> Iterator[epath.Path]:

@@ -246,7 +246,7 @@ SAVER = """
 """
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [1, pytest.param(12, marks=pytest.mark.slow)])
 def test_kill_nine_in_the_middle_of_saves(tmp_path, kills):
     """A process that does nothing but save is killed at seeded moments; the next one finds what it left."""
     moments = random.Random(kills)
@@ -405,7 +405,7 @@ def test_other_arrays_are_refused(run, one):
 
 
 def assert_full_disk_is_told(folder, one, checkpoints, amount=""):
-    with pytest.raises(OSError, match=f"checkpoint 2 .*{folder}: the disk is full .*{amount}.* from step 1"):
+    with pytest.raises(OSError, match=f"checkpoint 2 .*{folder}: the disk is full.*{amount}.* from step 1"):
         checkpoints.save(2, state_of(2, one), meta_of(2))
         checkpoints.save(3, state_of(3, one), meta_of(3))
     checkpoints.wait()  # told once
@@ -438,21 +438,20 @@ def small_disk(tmp_path):
     if mounted.returncode:
         pytest.skip("needs the right to mount a small tmpfs")
     yield folder
-    subprocess.run(["umount", folder], check=True)
+    subprocess.run(["umount", "-l", folder], check=True)
 
 
 @pytest.mark.parametrize("announced", [True, False])
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax drops its other writes
-def test_disk_full_at_the_arrays(small_disk, one, capfd, monkeypatch, announced):
+def test_disk_full_at_the_arrays(small_disk, one, capfd, monkeypatch, recwarn, announced):
     checkpoints = Checkpoints(small_disk)
     checkpoints.save(1, state_of(1, one), meta_of(1), wait=True)
     free = os.statvfs(small_disk)
     (small_disk / "ballast").write_bytes(bytes(free.f_bavail * free.f_bsize - 60_000))
     if not announced:  # another program takes the space while the arrays are written
         monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 10**9))
-    amount = "it needs 0.. MB, 0.1 MB are free" if announced else ""
+    amount = "0.1 MB are free, 0.2 MB needed" if announced else ""
     assert_full_disk_is_told(small_disk, one, checkpoints, amount)
-    assert "".join(capfd.readouterr()) == ""
+    assert "".join(capfd.readouterr()) == "" and not recwarn.list
     (small_disk / "ballast").unlink()
     checkpoints.save(2, state_of(2, one), meta_of(2), wait=True)
     assert checkpoints.steps() == [1, 2]

@@ -82,7 +82,7 @@ def wait_for_step(process: subprocess.Popen, workdir: Path, step: int) -> None:
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(start, unkilled, kills):
     name, moments = f"killed-{kills}", random.Random(kills)
-    for number, target in enumerate(sorted(moments.randrange(1, STEPS - 5) for _ in range(kills))):
+    for number, target in enumerate(sorted(moments.randrange(1, STEPS - 10) for _ in range(kills))):
         process, workdir = start(name)
         if number % 5 == 4:  # some come between the imports and the first step
             time.sleep(moments.uniform(0, 6))
@@ -94,13 +94,13 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(start, unkilled, kills)
         assert process.returncode == -signal.SIGKILL, output
 
     process, workdir = start(name)
-    wait_for_step(process, workdir, STEPS - 5)
+    wait_for_step(process, workdir, STEPS - 10)
     process.terminate()
     output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 75, output
     assert "the same command goes on from there" in output and "Traceback" not in output
     stopped = step_reached(workdir)
-    assert STEPS - 5 <= stopped < STEPS and (workdir / "checkpoints" / str(stopped) / "record.json").exists()
+    assert STEPS - 10 <= stopped < STEPS and (workdir / "checkpoints" / str(stopped) / "record.json").exists()
 
     process, workdir = start(name)
     output, _ = process.communicate(timeout=PATIENCE)

@@ -1,0 +1,88 @@
+"""The cache: equal to no cache at every position, and changed in place."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtnlg_jax.config import DecodeConfig
+from mtnlg_jax.decode import cache, generate
+from mtnlg_jax.decode.processors import rows_and_families
+
+ROUNDING = 1e-5  # float32, products of other shapes
+STEPS = 12
+LENGTHS = (3, 17, 30)
+
+
+def _tokens(tiny):
+    return np.random.default_rng(0).integers(0, tiny.config.vocab_size, (3, 48)).astype(np.int32)
+
+
+_step = jax.jit(cache.step, static_argnums=0)
+
+
+def _decoded(decoder, tokens, lengths):
+    """Logits of every row from the end of its prompt on: (B, STEPS + 1, V)."""
+    prefix = cache.prefill(decoder, [row[:n] for row, n in zip(tokens.tolist(), lengths, strict=True)], 48)
+    logits, layers, positions = [prefix.logits_BV], prefix.cache, np.array(lengths)
+    for _ in range(STEPS):
+        read = tokens[np.arange(len(tokens)), positions]
+        new, layers = _step(decoder.config, decoder.params, layers, read, positions)
+        logits.append(new)
+        positions = positions + 1
+    return np.stack(logits, 1)
+
+
+def test_cached_decoding_equals_the_full_forward_pass_at_every_position(tiny):
+    tokens = _tokens(tiny)
+    full, decoded = tiny.logits(tokens), _decoded(tiny.decoder, tokens, LENGTHS)
+    assert np.abs(full).max() > 1, "logits near 0 would prove nothing"
+    for row, length in enumerate(LENGTHS):
+        expected = full[row, length - 1 : length + STEPS]
+        np.testing.assert_allclose(decoded[row], expected, atol=ROUNDING, rtol=ROUNDING)
+
+
+def test_bfloat16_cache_holds_bfloat16_and_stays_near(learned):
+    tokens = _tokens(learned)
+    half = cache.unstack(learned.config, learned.params, "bfloat16")
+    prefix = cache.prefill(half, [tokens[0, :9].tolist()], 48)
+    assert {x.dtype for x in jax.tree.leaves(prefix.cache)} == {jnp.dtype("bfloat16")}
+    assert prefix.logits_BV.dtype == jnp.float32
+    exact, near = _decoded(learned.decoder, tokens, LENGTHS), _decoded(half, tokens, LENGTHS)
+    assert 0 < np.abs(exact - near).max() < 0.05 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_steps_change_the_cache_in_place(learned, tokenizer, rows):
+    prefix = cache.prefill(learned.decoder, [[5, 6, 7]] * rows, 64)
+    settings, families = rows_and_families([DecodeConfig()] * rows)
+    static = {"families": families, "eos": tokenizer.eos_id}
+    allowed = generate.writable(tokenizer, learned.config.vocab_size)
+    state, limits = generate._begin(prefix, np.arange(rows), np.full(rows, 9), np.zeros(rows, np.uint32),
+                                    settings, allowed, **static)
+    compiled = generate._advance.lower(learned.decoder.params, state, limits, settings, allowed, np.int32(1),
+                                       config=learned.config, **static).compile()
+    memory, held = compiled.memory_analysis(), sum(x.nbytes for x in jax.tree.leaves(state.cache))
+    assert held <= memory.alias_size_in_bytes
+    # The loop's own copies of the cache would be temporaries.
+    assert memory.temp_size_in_bytes < held / 2
+
+
+def test_buckets():
+    assert [cache.bucket(n, 100) for n in (1, 16, 17, 33, 64, 65, 100)] == [16, 16, 32, 64, 64, 100, 100]
+    assert [cache.capacity(n, 1000) for n in (1, 128, 129, 192, 193, 256, 257, 385, 600, 999)] == [
+        128, 128, 192, 192, 256, 256, 384, 512, 768, 1000]
+    assert cache.capacity(5, 64) == 64
+
+
+def test_bad_input(learned):
+    with pytest.raises(ValueError, match="0, 4.* 16"):
+        cache.prefill(learned.decoder, [[], [1, 2, 3, 4]], 16)
+    with pytest.raises(ValueError, match="17.* 16"):
+        cache.prefill(learned.decoder, [[1] * 17], 16)
+    last = learned.config.vocab_size - 1
+    for bad in (-1, last + 1):
+        with pytest.raises(ValueError, match=f"{bad} .*0 to {last}"):
+            cache.prefill(learned.decoder, [[1, bad]], 16)
+    with pytest.raises(ValueError, match="float16.*float32 or bfloat16"):
+        cache.unstack(learned.config, learned.params, "float16")

@@ -1,0 +1,188 @@
+"""Generation: the model's own tokens, whatever the batch, the chunks and the settings of others."""
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+
+from mtnlg_jax.config import DecodeConfig
+from mtnlg_jax.decode import generate as module
+from mtnlg_jax.decode.generate import CHUNK, encode_prompt, generate
+
+ROUNDING = 1e-5
+GREEDY = DecodeConfig(max_new_tokens=20, min_new_tokens=20)
+SAMPLED = dataclasses.replace(GREEDY, temperature=1.5, seed=5)
+PROMPTS = ["The cat", "In the town where I was", "天地", ""]
+
+
+def _argmax_loop(tiny, tokenizer, prompt, count):
+    """Greedy tokens and their log-probabilities, each from a full forward pass; ends are not written."""
+    tokens, logprobs = list(prompt), []
+    for _ in range(count):
+        logits = tiny.logits([tokens])[0, -1].astype(np.float64)
+        allowed = logits.copy()
+        allowed[tokenizer.vocab_size :] = -np.inf
+        allowed[: tokenizer.vocab_size][tokenizer.is_special] = -np.inf
+        tokens.append(int(allowed.argmax()))
+        logprobs.append(logits[tokens[-1]] - np.log(np.exp(logits).sum()))
+    return tokens[len(prompt) :], logprobs
+
+
+def test_greedy_equals_argmax_of_full_forward_passes(tiny, tokenizer):
+    results = generate(tiny.decoder, tokenizer, PROMPTS, GREEDY)
+    assert len({result.tokens for result in results}) == len(PROMPTS)
+    for number, (prompt, result) in enumerate(zip(PROMPTS, results, strict=True)):
+        tokens, logprobs = _argmax_loop(tiny, tokenizer, encode_prompt(tokenizer, prompt), 20)
+        assert list(result.tokens) == tokens
+        np.testing.assert_allclose(result.logprobs, logprobs, atol=ROUNDING)
+        assert (result.prompt, result.finish_reason) == (number, "length")
+        whole = b"".join(map(tokenizer.token_bytes, tokens)).decode("utf-8", "replace")
+        assert result.text in (whole, whole[:-1]), "only a character cut in two at the end may be missing"
+
+
+def test_a_prompt_without_tokens_starts_from_bos(learned, tokenizer):
+    empty, bos, text = generate(learned.decoder, tokenizer, [[], [tokenizer.bos_id], ""], GREEDY)
+    assert empty.tokens == bos.tokens == text.tokens
+
+
+def test_a_row_does_not_depend_on_its_neighbours_or_its_place(learned, tokenizer):
+    alone = [generate(learned.decoder, tokenizer, [prompt], SAMPLED)[0] for prompt in PROMPTS]
+    others = dataclasses.replace(SAMPLED, temperature=0.7, top_k=9, seed=77, repetition_penalty=1.2)
+    batch = generate(learned.decoder, tokenizer, [*PROMPTS[::-1], *PROMPTS], [SAMPLED] * 4 + [others] * 4)
+    assert [result.tokens for result in batch[:4]] == [result.tokens for result in alone[::-1]]
+    assert all(a.tokens != b.tokens for a, b in zip(batch[4:], alone, strict=True))
+
+
+def test_sequences_of_one_prompt_have_seeds_that_follow(learned, tokenizer):
+    three = dataclasses.replace(SAMPLED, num_return_sequences=3)
+    several = generate(learned.decoder, tokenizer, PROMPTS[:2], three)
+    assert [result.prompt for result in several] == [0, 0, 0, 1, 1, 1]
+    single = [generate(learned.decoder, tokenizer, [prompt], dataclasses.replace(SAMPLED, seed=5 + i))[0]
+              for prompt in PROMPTS[:2] for i in range(3)]
+    assert [result.tokens for result in several] == [result.tokens for result in single]
+    assert len({result.tokens for result in several}) == 6
+
+
+def test_the_step_compiles_once_for_mixed_requests_and_all_lengths(learned, tokenizer):
+    def batch(rng):
+        values = [DecodeConfig(max_new_tokens=int(rng.integers(2, 30)), temperature=t, top_k=k, top_p=0.9,
+                               min_p=0.01, typical_p=0.95, repetition_penalty=1.1, presence_penalty=0.1,
+                               frequency_penalty=0.1, no_repeat_ngram_size=n, min_new_tokens=1, seed=int(k))
+                  for t, k, n in ((0.0, rng.integers(1, 50), 3), (1.3, rng.integers(1, 50), 0))]
+        prompts = [rng.integers(10, 400, rng.integers(1, 30)).tolist() for _ in values]
+        return generate(learned.decoder, tokenizer, prompts, values)
+
+    rng = np.random.default_rng(0)
+    steps, prefills = module._advance._cache_size(), module.prefill.__globals__["_prefill"]._cache_size()
+    for _ in range(6):
+        batch(rng)
+    assert module._advance._cache_size() == steps + 1
+    assert module.prefill.__globals__["_prefill"]._cache_size() <= prefills + 2  # prompts of 16 and of 32
+
+
+def test_specials_and_padding_of_the_vocabulary_are_never_written(learned, tokenizer):
+    hot = DecodeConfig(max_new_tokens=60, temperature=50.0, num_return_sequences=40)
+    results = generate(learned.decoder, tokenizer, [""], hot)
+    tokens = np.concatenate([result.tokens for result in results]).astype(int)
+    assert len(tokens) > 1500 and tokens.max() < tokenizer.vocab_size
+    assert not tokenizer.is_special[tokens].any()
+    assert {result.finish_reason for result in results} == {"stop", "length"}, "some rows should draw the end"
+
+
+def _ending_with(tokenizer, token):
+    """The tokenizer, with another token as its end."""
+    other = copy.copy(tokenizer)
+    other.eos_id = token
+    return other
+
+
+def test_the_end_token_stops_a_row_and_is_not_part_of_it(learned, tokenizer):
+    free = generate(learned.decoder, tokenizer, PROMPTS, GREEDY)
+    end = free[0].tokens[11]
+    ending = dataclasses.replace(GREEDY, min_new_tokens=0)
+    for result, whole in zip(generate(learned.decoder, _ending_with(tokenizer, end), PROMPTS, ending), free,
+                             strict=True):
+        at = whole.tokens.index(end) if end in whole.tokens else None
+        assert result.tokens == whole.tokens[:at]
+        assert result.finish_reason == ("length" if at is None else "stop")
+        assert len(result.logprobs) == len(result.tokens)
+
+
+def test_min_new_tokens_holds_the_end_back(learned, tokenizer):
+    end = generate(learned.decoder, tokenizer, ["The cat"], GREEDY)[0].tokens[0]
+    result, = generate(learned.decoder, _ending_with(tokenizer, end), ["The cat"],
+                       dataclasses.replace(GREEDY, min_new_tokens=6))
+    assert len(result.tokens) >= 6 and end not in result.tokens
+
+
+def test_no_repeat_of_single_tokens_ends_a_row_that_may_say_nothing_more(learned, tokenizer):
+    """With all but three tokens made special, the fourth has nothing left."""
+    narrow = copy.copy(tokenizer)
+    narrow.is_special = np.ones(tokenizer.vocab_size, bool)
+    narrow.is_special[[100, 101, 102]] = False
+    result, = generate(learned.decoder, narrow, [""], dataclasses.replace(GREEDY, no_repeat_ngram_size=1))
+    assert sorted(result.tokens) == [100, 101, 102] and result.finish_reason == "stop"
+
+
+def test_generation_ends_where_the_context_does(learned, tokenizer):
+    tokens = np.random.default_rng(2).integers(10, 300, 64).tolist()
+    short, full = generate(learned.decoder, tokenizer, [tokens[:59], tokens], GREEDY)
+    assert len(short.tokens) == 5 and short.finish_reason == "length"
+    assert full.tokens == () and full.finish_reason == "length"
+    assert list(short.tokens) == _argmax_loop(learned, tokenizer, tokens[:59], 5)[0]
+
+
+@pytest.mark.parametrize("decode", [GREEDY, SAMPLED])
+def test_streamed_text_equals_text_at_once(learned, tokenizer, decode):
+    pieces = {}
+    streamed = generate(learned.decoder, tokenizer, PROMPTS, decode,
+                        on_text=lambda row, text: pieces.setdefault(row, []).append(text))
+    assert streamed == generate(learned.decoder, tokenizer, PROMPTS, decode)
+    assert [result.text for result in streamed] == ["".join(pieces[row]) for row in range(len(PROMPTS))]
+    assert all(len(parts) > 3 for parts in pieces.values())
+
+
+def test_stop_strings_across_the_borders_of_tokens_and_chunks(learned, letters):
+    free, = generate(learned.decoder, letters, ["The cat"], SAMPLED)
+    before = letters.decode(free.tokens[: CHUNK + 1])  # one token comes before the first chunk
+    for width in (1, 2, 4):
+        stop = free.text[len(before) - width : len(before) + width]
+        end = free.text.index(stop)
+        shown = []
+        result, = generate(learned.decoder, letters, ["The cat"],
+                           dataclasses.replace(SAMPLED, stop_strings=(stop, "never written")),
+                           on_text=lambda _, text, shown=shown: shown.append(text))
+        assert result.text == "".join(shown) == free.text[:end]
+        assert result.finish_reason == "stop"
+        assert result.tokens == free.tokens[: len(result.tokens)]
+        assert len(result.logprobs) == len(result.tokens)
+
+
+def test_one_row_stops_and_the_others_go_on(learned, letters):
+    free = generate(learned.decoder, letters, PROMPTS, SAMPLED)
+    stop = free[0].text[3:8]
+    assert not any(stop in result.text for result in free[1:])
+    first, *others = generate(learned.decoder, letters, PROMPTS, dataclasses.replace(SAMPLED, stop_strings=(stop,)))
+    assert first.text == free[0].text[:3] and others == free[1:]
+
+
+@pytest.mark.parametrize(("setting", "message"), [
+    ({"temperature": -0.1}, "temperature=-0.1"), ({"top_p": 0.0}, "top_p=0.0"), ({"top_p": 1.1}, "top_p=1.1"),
+    ({"min_p": 1.0}, "min_p=1.0"), ({"typical_p": 0.0}, "typical_p=0.0"), ({"top_k": -1}, "top_k=-1"),
+    ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"), ({"max_new_tokens": 0}, "max_new_tokens=0"),
+    ({"min_new_tokens": 200}, "min_new_tokens=200"), ({"stop_strings": ("",)}, "stop string"),
+    ({"seed": -1}, "seed=-1"), ({"temperature": float("nan")}, "temperature=nan")])
+def test_settings_out_of_range(learned, tokenizer, setting, message):
+    with pytest.raises(ValueError, match=message):
+        generate(learned.decoder, tokenizer, ["The"], DecodeConfig(**setting))
+
+
+def test_bad_prompts(learned, tokenizer):
+    with pytest.raises(ValueError, match="65 tokens .* 64; shorten"):
+        generate(learned.decoder, tokenizer, [[5] * 65], GREEDY)
+    with pytest.raises(ValueError, match="token 9999 .* 0 to"):
+        generate(learned.decoder, tokenizer, [[5, 9999]], GREEDY)
+    with pytest.raises(ValueError, match="1 settings for 2 prompts"):
+        generate(learned.decoder, tokenizer, ["a", "b"], [GREEDY])
+    assert generate(learned.decoder, tokenizer, [], GREEDY) == []

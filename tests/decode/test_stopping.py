@@ -1,0 +1,68 @@
+"""Text as it comes: whole characters, and nothing of a stop string, wherever tokens end."""
+
+import random
+
+import pytest
+
+from mtnlg_jax.decode.stopping import TextStream
+
+
+class Bytes:
+    """A token is a piece of UTF-8 by its index in ``pieces``."""
+
+    def __init__(self, pieces):
+        self.pieces = pieces
+
+    def token_bytes(self, index):
+        return self.pieces[index]
+
+
+def _stream(pieces, stops=()):
+    """(pieces shown, the stream) after all tokens or the stop."""
+    stream = TextStream(Bytes(pieces), stops)
+    shown = [stream.push(i) for i in range(len(pieces))]
+    return [*shown, stream.finish()], stream
+
+
+def test_characters_come_whole():
+    shown, stream = _stream([bytes([byte]) for byte in "a你好🙂".encode()])
+    assert [piece for piece in shown if piece] == ["a", "你", "好", "🙂"]
+    assert stream.text == "a你好🙂"
+
+
+def test_a_character_cut_by_the_end_is_left_out():
+    assert _stream(["你".encode(), "好".encode()[:2]])[1].text == "你"
+
+
+def test_bytes_that_are_no_utf8_become_the_replacement_character():
+    assert _stream([b"a", b"\xff", b"b"])[1].text == "a\ufffdb"
+
+
+def test_what_may_become_a_stop_string_is_held_back():
+    shown, stream = _stream([b"one\n", b"\n", b"two"], ["\n\n"])
+    assert shown == ["one", "", "", ""] and stream.stopped
+    shown, stream = _stream([b"one\n", b"two\n"], ["\n\n"])
+    assert shown == ["one", "\ntwo", "\n"] and not stream.stopped
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_any_split_gives_the_text_before_the_first_stop_string(seed):
+    """Tokens of one to five bytes of a random text, whose few letters meet the stop strings often."""
+    rng = random.Random(seed)
+    text = "".join(rng.choices("ab你\n", k=30))
+    stops = ["".join(rng.choices("ab你\n", k=rng.randint(1, 4))) for _ in range(rng.randint(0, 3))]
+    data, pieces, longest = text.encode(), [], rng.choice([1, 5])
+    while data:
+        size = rng.randint(1, longest)
+        pieces.append(data[:size])
+        data = data[size:]
+    shown, stream = _stream(pieces, stops)
+    assert "".join(shown) == stream.text
+    assert stream.stopped == any(stop in text for stop in stops)
+    # One byte a token: a stop counts as soon as it is whole. Longer tokens may end several at once.
+    ends = [text.index(stop) + len(stop) for stop in stops if stop in text]
+    if not ends or all(len(piece) == 1 for piece in pieces):
+        read = text[: min(ends, default=len(text))]
+        assert stream.text == min((read.split(stop)[0] for stop in stops), key=len, default=read)
+    assert not any(stop in stream.text for stop in stops)
+    assert text.startswith(stream.text)
