@@ -10,8 +10,8 @@ from mtnlg_jax.config import Config, ModelConfig, OptimizerConfig, TrainConfig
 def get_config() -> Config:
     return Config(
         name="small",
-        model=ModelConfig(num_layers=6, hidden_size=256, num_attention_heads=4, max_position_embeddings=256,
+        model=ModelConfig(num_layers=4, hidden_size=256, num_attention_heads=4, max_position_embeddings=256,
                           dropout_rate=0.1),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_fraction=0.03),
-        train=TrainConfig(steps=1000, global_batch_size=16, compute_dtype="float32", eval_every=100, save_every=100),
+        train=TrainConfig(steps=2000, global_batch_size=8, compute_dtype="float32", eval_every=200, save_every=200),
     )

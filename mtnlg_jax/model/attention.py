@@ -11,6 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 NEG_INF = -jnp.inf
 
@@ -19,7 +20,14 @@ SUPPORT = {
     "xla": {"bias": True, "dropout": True, "note": "exact, holds T x S scores"},
     "xla_blockwise": {"bias": False, "dropout": False, "note": "online softmax, memory linear in T and S"},
 }
-BLOCKWISE_ABOVE = 1 << 20  # T x S from which "auto" takes the blockwise path: measured on CPU, 2 k x 2 k
+
+
+def _tuning() -> tuple[int, tuple[int, int]]:
+    """(T x S from which "auto" takes the blockwise path, its block sizes). On CPU a block of scores should stay
+    in the cache, which pays from 256 x 256 on; elsewhere each turn of a loop should be worth its launch."""
+    if jax.default_backend() == "cpu":
+        return 1 << 16, (128, 128)
+    return 1 << 20, (256, 512)
 
 
 def attention(q, k, v, *, causal: bool = True, segment_ids=None, kv_lengths=None, q_offset=0, window=None,
@@ -56,7 +64,7 @@ def attention(q, k, v, *, causal: bool = True, segment_ids=None, kv_lengths=None
     q_ids, kv_ids = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
     mask = _Mask(causal, window, q_ids, kv_ids, kv_lengths, q_offset)
     if chosen == "xla_blockwise":
-        out, lse = _blockwise(q, k, v, mask, scale, softcap, block_sizes or (256, 512))
+        out, lse = _blockwise(q, k, v, mask, scale, softcap, block_sizes or _tuning()[1])
     else:
         out, lse = _exact(q, k, v, mask, scale, softcap, bias, dropout_rate, dropout_key)
     return (out, lse) if return_lse else out
@@ -72,10 +80,11 @@ def explain_attention(q, k, v, *, bias=None, dropout_rate: float = 0.0, impl: st
             verdicts[name] = "does not drop attention weights"
     if impl == "auto":
         area = q.shape[1] * k.shape[1]
-        large = area >= BLOCKWISE_ABOVE and "xla_blockwise" not in verdicts
+        above, _ = _tuning()
+        large = area >= above and "xla_blockwise" not in verdicts
         chosen = "xla_blockwise" if large else "xla"
-        verdicts.setdefault("xla_blockwise", f"T x S = {area} is below {BLOCKWISE_ABOVE}: exact is faster")
-        verdicts.setdefault("xla", f"T x S = {area} reaches {BLOCKWISE_ABOVE}: scores would not fit the cache")
+        verdicts.setdefault("xla_blockwise", f"T x S = {area} is below {above}: exact is faster")
+        verdicts.setdefault("xla", f"T x S = {area} reaches {above}: scores would not fit the cache")
         verdicts[chosen] = "chosen"
     elif impl in SUPPORT and impl not in verdicts:
         verdicts[impl] = "chosen"
@@ -138,8 +147,10 @@ class _Mask:
         return functools.reduce(jnp.logical_and, parts) if parts else None
 
 
+@jax.custom_vjp
 def _softmax(scores):
-    """Weights and log-sum-exp over the last dim; a row of -inf gives zeros and -inf."""
+    """Weights and log-sum-exp over the last dim; a row of -inf gives zeros and -inf. The backward pass keeps the
+    weights only: differentiating through the maximum would keep four arrays of T x S."""
     top = jnp.max(scores, -1, keepdims=True)
     weights = jnp.exp(scores - jnp.where(top == NEG_INF, 0.0, top))
     total = jnp.sum(weights, -1, keepdims=True)
@@ -147,15 +158,44 @@ def _softmax(scores):
     return weights / jnp.where(total == 0, 1.0, total), lse[..., 0]
 
 
+def _softmax_forward(scores):
+    weights, lse = _softmax(scores)
+    return (weights, lse), weights
+
+
+def _softmax_backward(weights, cotangents):
+    d_weights, d_lse = cotangents
+    shift = jnp.sum(weights * d_weights, -1) - d_lse
+    return (weights * (d_weights - shift[..., None]),)
+
+
+_softmax.defvjp(_softmax_forward, _softmax_backward)
+
+
 def _scores(q, k, scale, softcap):
-    """q (B, T, K, G, H), k (B, S, K, H) -> float32 (B, K, G, T, S)."""
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32) * scale
+    """q (B, K, G, T, H), k (B, K, S, H) -> float32 (B, K, G, T, S)."""
+    scores = jnp.einsum("BKGTH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32) * scale
     return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+
+
+# Inside, heads stand before positions: every product is then a plain batched matmul, and the scores (T x S, by
+# far the largest array) are never transposed.
+
+
+def _heads_first(q, k, v):
+    """(B, T, N, H), (B, S, K, H) twice -> (B, K, G, T, H), (B, K, S, H) twice."""
+    return _group(q, k.shape[2]), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
 
 
 def _group(q, kv_heads):
     batch, length, heads, width = q.shape
-    return q.reshape(batch, length, kv_heads, heads // kv_heads, width)
+    return q.reshape(batch, length, kv_heads, heads // kv_heads, width).transpose(0, 2, 3, 1, 4)
+
+
+def _ungroup(x):
+    """(B, K, G, T, H) -> (B, T, N, H)."""
+    batch, kv_heads, group, length, width = x.shape
+    return x.transpose(0, 3, 1, 2, 4).reshape(batch, length, kv_heads * group, width)
 
 
 def _per_group(mask_block):
@@ -164,20 +204,21 @@ def _per_group(mask_block):
 
 
 def _exact(q, k, v, mask, scale, softcap, bias, dropout_rate, dropout_key):
-    grouped = _group(q, k.shape[2])
-    scores = _scores(grouped, k, scale, softcap)
-    if bias is not None:
-        shape = (*scores.shape[:1], q.shape[2], *scores.shape[3:])
-        scores = scores + jnp.broadcast_to(bias, shape).reshape(scores.shape)
+    heads, dtype = q.shape[2], q.dtype
     visible = mask.block(0, q.shape[1], 0, k.shape[1])
+    q, k, v = _heads_first(q, k, v)
+    scores = _scores(q, k, scale, softcap)
+    if bias is not None:
+        shape = (scores.shape[0], heads, *scores.shape[3:])
+        scores = scores + jnp.broadcast_to(bias, shape).reshape(scores.shape)
     if visible is not None:
         scores = jnp.where(_per_group(visible), scores, NEG_INF)
     weights, lse = _softmax(scores)
     if dropout_rate > 0:
         kept = jax.random.bernoulli(dropout_key, 1 - dropout_rate, weights.shape)
         weights = jnp.where(kept, weights / (1 - dropout_rate), 0.0)
-    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v.dtype), v)
-    return out.reshape(q.shape).astype(q.dtype), lse.reshape(q.shape[0], q.shape[2], q.shape[1])
+    out = jnp.einsum("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), v)
+    return _ungroup(out).astype(dtype), lse.reshape(lse.shape[0], heads, lse.shape[3])
 
 
 # --- blockwise: FlashAttention's forward and backward (Dao 2023, algorithms 1 and 2) as XLA loops -----------
@@ -188,16 +229,16 @@ def _blockwise(q, k, v, mask, scale, softcap, blocks):
     length, keys = q.shape[1], k.shape[1]
     block_q, block_k = min(blocks[0], length), min(blocks[1], keys)
     pad_q, pad_k = -length % block_q, -keys % block_k
-    lengths = jnp.full(q.shape[:1], keys) if mask.kv_lengths is None else mask.kv_lengths
+    lengths = jnp.full(q.shape[:1], keys) if mask.kv_lengths is None else jnp.minimum(mask.kv_lengths, keys)
     q_ids, kv_ids = mask.q_ids, mask.kv_ids
     if q_ids is not None:
         q_ids, kv_ids = jnp.pad(q_ids, ((0, 0), (0, pad_q))), jnp.pad(kv_ids, ((0, 0), (0, pad_k)))
     q_pad = jnp.pad(q, ((0, 0), (0, pad_q), (0, 0), (0, 0)))
     k_pad, v_pad = (jnp.pad(x, ((0, 0), (0, pad_k), (0, 0), (0, 0))) for x in (k, v))
     out, lse = _flash((mask.causal, mask.window, scale, softcap, block_q, block_k),
-                      q_pad, k_pad, v_pad, (q_ids, kv_ids, lengths if pad_k else mask.kv_lengths, mask.q_offset))
-    out, lse = out[:, :length], lse[..., :length]
-    return out.astype(q.dtype), lse.reshape(q.shape[0], q.shape[2], length)
+                      *_heads_first(q_pad, k_pad, v_pad),
+                      (q_ids, kv_ids, lengths if pad_k else mask.kv_lengths, mask.q_offset))
+    return _ungroup(out)[:, :length], lse[..., :length].reshape(q.shape[0], q.shape[2], length)
 
 
 def _key_range(static, q_offset, q_start, keys):
@@ -239,36 +280,35 @@ def _flash(static, q, k, v, arrays):
 
 def _flash_forward(static, q, k, v, arrays):
     block_q, block_k = static[4:]
-    batch, length, heads, width = q.shape
-    kv_heads = k.shape[2]
-    grouped = _group(q, kv_heads)
+    length, width = q.shape[3:]
 
     def one_query_block(_, q_start):
-        q_block = lax.dynamic_slice_in_dim(grouped, q_start, block_q, 1)
+        q_block = lax.dynamic_slice_in_dim(q, q_start, block_q, 3)
 
         def one_key_block(i, carry):
             acc, top, total = carry
             k_start = i * block_k
-            k_block, v_block = (lax.dynamic_slice_in_dim(x, k_start, block_k, 1) for x in (k, v))
+            k_block, v_block = (lax.dynamic_slice_in_dim(x, k_start, block_k, 2) for x in (k, v))
             scores, _ = _block_scores(static, arrays, q_block, k_block, q_start, k_start)
             new_top = jnp.maximum(top, scores.max(-1))
             safe = jnp.where(new_top == NEG_INF, 0.0, new_top)
             weights = jnp.exp(scores - safe[..., None])
             shrink = jnp.exp(top - safe)
             acc = acc * shrink[..., None] + jnp.einsum(
-                "BKGTS,BSKH->BKGTH", weights.astype(v.dtype), v_block, preferred_element_type=jnp.float32)
+                "BKGTS,BKSH->BKGTH", weights.astype(v.dtype), v_block, preferred_element_type=jnp.float32)
             return acc, new_top, total * shrink + weights.sum(-1)
 
-        shape = (batch, kv_heads, heads // kv_heads, block_q)
+        shape = q_block.shape[:-1]
         start = _varying_like((q, k, v), jnp.zeros((*shape, width)), jnp.full(shape, NEG_INF), jnp.zeros(shape))
-        first, last = _key_range(static, arrays[3], q_start, k.shape[1])
+        first, last = _key_range(static, arrays[3], q_start, k.shape[2])
         acc, top, total = lax.fori_loop(first, last, one_key_block, start)
         safe = jnp.where(total == 0, 1.0, total)
         return None, (acc / safe[..., None], jnp.where(total == 0, NEG_INF, top + jnp.log(safe)))
 
     _, (out, lse) = lax.scan(one_query_block, None, jnp.arange(0, length, block_q))
-    out = out.transpose(1, 0, 4, 2, 3, 5).reshape(q.shape).astype(q.dtype)  # (n, B, K, G, q, H) -> (B, T, N, H)
-    lse = lse.transpose(1, 2, 3, 0, 4).reshape(batch, kv_heads, heads // kv_heads, length)
+    out = jnp.moveaxis(out, 0, 3).reshape(q.shape).astype(q.dtype)  # (n, B, K, G, q, H) -> (B, K, G, T, H)
+    lse = jnp.moveaxis(lse, 0, 3).reshape(q.shape[:-1])
+    out, lse = checkpoint_name(out, "attention"), checkpoint_name(lse, "attention")
     return (out, lse), (q, k, v, arrays, out, lse)
 
 
@@ -277,40 +317,35 @@ def _flash_backward(static, residuals, cotangents):
     scale = static[2]
     q, k, v, arrays, out, lse = residuals
     d_out, d_lse = cotangents
-    kv_heads, length, keys = k.shape[2], q.shape[1], k.shape[1]
-    grouped, d_grouped = _group(q, kv_heads), _group(d_out, kv_heads)
+    length, keys = q.shape[3], k.shape[2]
     # d score = weight * (d weight - delta); the log-sum-exp's own cotangent enters with the other sign.
-    delta = jnp.einsum("BTKGH,BTKGH->BKGT", _group(out, kv_heads).astype(jnp.float32),
-                       d_grouped.astype(jnp.float32)) - d_lse
+    delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), -1) - d_lse
     safe_lse = jnp.where(lse == NEG_INF, 0.0, lse)
     inputs = (q, k, v, d_out)
 
     def one_query_block(carry, q_start):
-        def cut(x, axis):
-            return lax.dynamic_slice_in_dim(x, q_start, block_q, axis)
-
-        q_block, d_block = cut(grouped, 1), cut(d_grouped, 1)
-        lse_block, delta_block = cut(safe_lse, 3), cut(delta, 3)
+        q_block, d_block, lse_block, delta_block = (
+            lax.dynamic_slice_in_dim(x, q_start, block_q, 3) for x in (q, d_out, safe_lse, delta))
 
         def one_key_block(i, carry):
             dq, dk, dv = carry
             k_start = i * block_k
-            k_block, v_block = (lax.dynamic_slice_in_dim(x, k_start, block_k, 1) for x in (k, v))
+            k_block, v_block = (lax.dynamic_slice_in_dim(x, k_start, block_k, 2) for x in (k, v))
             scores, slope = _block_scores(static, arrays, q_block, k_block, q_start, k_start)
             weights = jnp.exp(scores - lse_block[..., None])
-            dv_part = jnp.einsum("BKGTS,BTKGH->BSKH", weights.astype(v.dtype), d_block,
+            dv_part = jnp.einsum("BKGTS,BKGTH->BKSH", weights.astype(v.dtype), d_block,
                                  preferred_element_type=jnp.float32)
-            d_weights = jnp.einsum("BTKGH,BSKH->BKGTS", d_block, v_block, preferred_element_type=jnp.float32)
+            d_weights = jnp.einsum("BKGTH,BKSH->BKGTS", d_block, v_block, preferred_element_type=jnp.float32)
             d_scores = weights * (d_weights - delta_block[..., None]) * scale
             if slope is not None:
                 d_scores = d_scores * slope
             d_scores = d_scores.astype(q.dtype)
-            dq = dq + jnp.einsum("BKGTS,BSKH->BTKGH", d_scores, k_block, preferred_element_type=jnp.float32)
-            dk_part = jnp.einsum("BKGTS,BTKGH->BSKH", d_scores, q_block, preferred_element_type=jnp.float32)
+            dq = dq + jnp.einsum("BKGTS,BKSH->BKGTH", d_scores, k_block, preferred_element_type=jnp.float32)
+            dk_part = jnp.einsum("BKGTS,BKGTH->BKSH", d_scores, q_block, preferred_element_type=jnp.float32)
 
             def add(total, part):
-                old = lax.dynamic_slice_in_dim(total, k_start, block_k, 1)
-                return lax.dynamic_update_slice_in_dim(total, old + part, k_start, 1)
+                old = lax.dynamic_slice_in_dim(total, k_start, block_k, 2)
+                return lax.dynamic_update_slice_in_dim(total, old + part, k_start, 2)
 
             return dq, add(dk, dk_part), add(dv, dv_part)
 
@@ -321,7 +356,7 @@ def _flash_backward(static, residuals, cotangents):
 
     start = _varying_like(inputs, jnp.zeros(k.shape), jnp.zeros(k.shape))
     (dk, dv), dq = lax.scan(one_query_block, start, jnp.arange(0, length, block_q))
-    dq = dq.transpose(1, 0, 2, 3, 4, 5).reshape(q.shape)
+    dq = jnp.moveaxis(dq, 0, 3).reshape(q.shape)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 

@@ -177,11 +177,11 @@ class Checkpoints:
         """Removes what a killed run left half written or half deleted. Only under the lock."""
         for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
             path.rmtree()
-        for marker in self.folder.glob("*.unfinished"):
-            if int(marker.stem) in self.steps():
-                marker.unlink()
+        for step in [int(path.stem) for path in self.folder.glob("*.unfinished") if path.stem.isdigit()]:
+            if step in self.steps():
+                records.marker(self.folder, step).unlink()
             else:
-                self._remove(int(marker.stem))
+                self._remove(step)
 
     def _begin(self, step: int, size: int) -> bool:
         if step in self.steps():

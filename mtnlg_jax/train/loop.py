@@ -70,49 +70,52 @@ def train(config: Config, workdir: str, show_progress: bool = True) -> Summary:
     train.max_bad_steps non-finite steps in a row.
     """
     validate(config)
-    with _own(workdir), _signals() as stop:
+    with _own(workdir), _signals() as stop, contextlib.ExitStack() as open_until_the_end:
         compat.serialize_cpu_collectives()
         data = load_data(config)
         config = resolve(config, data.tokenizer)
         mesh = make_mesh(config.mesh)
         validate_batch(config, mesh.shape["data"])
         checkpoints = Checkpoints(os.path.join(workdir, "checkpoints"), config.train.keep_last, config.train.keep_best)
-        identity = {"model": dataclasses.asdict(config.model), "tokenizer": {"sha256": data.tokenizer.fingerprint},
-                    "data": data.fingerprints}
+        open_until_the_end.callback(checkpoints.close)
+        identity = _identity(config, data)
         # Precedence: 1. the newest good checkpoint of this folder; 2. fresh parameters from train.seed.
         restored = checkpoints.restore(abstract_state(config, mesh), identity)
         start, state = (restored[0], restored[1]) if restored else (0, init_state(config, mesh))
         _describe(config, data.tokenizer, workdir)
         log = MetricsLog(workdir, start)
-        bar = tqdm(total=config.train.steps, initial=start, unit="step", dynamic_ncols=True,
-                   smoothing=0.05, disable=None if show_progress else True)
+        open_until_the_end.callback(log.close)
+        bar = open_until_the_end.enter_context(tqdm(
+            total=config.train.steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.05,
+            disable=None if show_progress else True))
         meter = _Meter(config)
         steps = {masked: make_train_step(config, mesh, causal=not masked) for masked in (False, True)}
         evaluate = Evaluator(config, mesh, data)
         pending = None
-        try:
-            for step in range(start, config.train.steps):
-                masked = is_masked(config.train, step)
-                batch, micro, sequences = batch_at(config, mesh, data, step)
-                scale = stage_at(config.train, step)[2].learning_rate_scale
-                state, metrics = steps[masked](state, batch, micro, sequences, scale)
-                # The previous step's numbers are fetched while this one runs.
+        for step in range(start, config.train.steps):
+            masked = is_masked(config.train, step)
+            batch, micro, sequences = batch_at(config, mesh, data, step)
+            scale = stage_at(config.train, step)[2].learning_rate_scale
+            state, metrics = steps[masked](state, batch, micro, sequences, scale)
+            # The previous step's numbers are fetched while this one runs.
+            _report(config, log, bar, meter, pending)
+            pending = (step, metrics, int(sequences))
+            done, stopping = step + 1, stop.is_set()
+            evaluating = _due(config.train.eval_every, done, config)
+            saving = stopping or _due(config.train.save_every, done, config)
+            if evaluating or saving:
                 _report(config, log, bar, meter, pending)
-                pending = (step, metrics, int(sequences))
-                done = step + 1
-                if _due(config.train.eval_every, done) or _due(config.train.save_every, done) or stop.is_set() \
-                        or done == config.train.steps:
-                    _report(config, log, bar, meter, pending)
-                    pending = None
-                    _housekeeping(config, state, done, checkpoints, evaluate, log, workdir, identity, stop,
-                                  show_progress)
-                    meter.restart()
-                if stop.is_set():
-                    raise Preempted(f"stopped by a signal after step {done}; state saved in {workdir}")
-        finally:
-            bar.close()
-            log.close()
-            checkpoints.close()
+                pending = None
+                result = {}
+                if evaluating:
+                    result = _evaluate(evaluate, state, done, saving, log, workdir, show_progress)
+                if saving:
+                    _save(config, state, done, checkpoints, identity, result)
+                meter.restart()
+            if stopping and done < config.train.steps:
+                checkpoints.wait()
+                raise Preempted(f"stopped by a signal after step {done}; state saved in {workdir}")
+        checkpoints.wait()
         if not any(r["kind"] == "eval" for r in log.records):  # a finished run, started again
             raise ValueError(f"{workdir} holds a run without evaluation; give another --workdir")
         plot_loss(log.records, os.path.join(workdir, "loss.png"))
@@ -137,7 +140,8 @@ def load_data(config: Config) -> Data:
     batches = tuple(Batches([(opened[path], weight) for path, weight in blend], config.sequence_length,
                             config.train.seed) for blend in blends)
     held_out = open_tokens(os.path.join(folders[0], "heldout"))
-    return Data(tokenizer, batches, held_out, {path: t.meta["sha256"] for path, t in opened.items()})
+    prints = {f"source {i}": opened[path].meta["sha256"] for i, path in enumerate(folders)}
+    return Data(tokenizer, batches, held_out, prints)
 
 
 def resolve(config: Config, tokenizer: Tokenizer) -> Config:
@@ -178,6 +182,13 @@ def batch_at(config: Config, mesh, data: Data, step: int):
     return put_batch(rows_of, shape, mesh), jnp.int32(-(-sequences // rows)), jnp.int32(sequences)
 
 
+def _identity(config: Config, data: Data) -> dict[str, dict]:
+    """What a run may not change when it goes on: what its parameters mean, and what its steps read."""
+    free = ("attention_impl", "dropout_rate", "init_method_std", "vocab_size_divisible_by")
+    model = {key: value for key, value in dataclasses.asdict(config.model).items() if key not in free}
+    return {"model": model, "tokenizer": {"sha256": data.tokenizer.fingerprint}, "data": data.fingerprints}
+
+
 class Evaluator:
     """Held-out loss, perplexity and bits per byte, for the objectives that the run trains."""
 
@@ -189,8 +200,9 @@ class Evaluator:
         self._steps = {name: make_eval(config, mesh, causal=name == "causal") for name in self.objectives}
 
     def __call__(self, params) -> dict[str, float]:
-        result = {}
-        meta = self.data.held_out.meta
+        result, meta = {}, self.data.held_out.meta
+        if len(self.data.held_out) < 2:  # prepared without a held-out part
+            return result
         for name in self.objectives:
             total, weight = np.float64(0), np.float64(0)
             for batch in self._batches(name):
@@ -222,8 +234,8 @@ class Evaluator:
 # --- what happens around a step ---------------------------------------------------------------------------
 
 
-def _due(every: int, done: int) -> bool:
-    return every > 0 and done % every == 0
+def _due(every: int, done: int, config: Config) -> bool:
+    return done == config.train.steps or (every > 0 and done % every == 0)
 
 
 def _report(config: Config, log: MetricsLog, bar: tqdm, meter: "_Meter", pending) -> None:
@@ -249,24 +261,19 @@ def _report(config: Config, log: MetricsLog, bar: tqdm, meter: "_Meter", pending
                        f"{last}. Lower optimizer.learning_rate or set optimizer.clip_grad_norm, then run again")
 
 
-def _housekeeping(config, state, done, checkpoints, evaluate, log, workdir, identity, stop,
-                                  show_progress) -> None:
-    """Evaluates and saves, as due."""
-    last = done == config.train.steps
-    save = last or stop.is_set() or _due(config.train.save_every, done)
-    result = {}
-    if last or _due(config.train.eval_every, done):
-        result = evaluate(state["params"])
-        log.write({"kind": "eval", "step": done, **result, "saved": save})
-        text = ", ".join(f"{name} {value:.3f}" for name, value in result.items())
-        if show_progress:
-            tqdm.write(f"step {done}: held out: {text}")
-        plot_loss(log.records, os.path.join(workdir, "loss.png"))
-    if save:
-        metric = result.get("causal_loss", result.get("masked_loss"))
-        meta = {"config": json.loads(to_json(config)), "identity": identity, "samples": int(state["samples"]),
-                "metrics": result}
-        checkpoints.save(done, state, meta, metric, wait=last or stop.is_set())
+def _evaluate(evaluate, state, done, saving, log, workdir, show_progress) -> dict[str, float]:
+    result = evaluate(state["params"])
+    log.write({"kind": "eval", "step": done, **result, "saved": saving})
+    if show_progress:
+        tqdm.write(f"step {done}: held out: " + ", ".join(f"{name} {value:.3f}" for name, value in result.items()))
+    plot_loss(log.records, os.path.join(workdir, "loss.png"))
+    return result
+
+
+def _save(config, state, done, checkpoints, identity, result) -> None:
+    meta = {"config": json.loads(to_json(config)), "identity": identity, "samples": int(state["samples"]),
+            "metrics": result}
+    checkpoints.save(done, state, meta, result.get("causal_loss", result.get("masked_loss")))
 
 
 class _Meter:

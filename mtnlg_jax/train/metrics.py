@@ -70,7 +70,7 @@ class MetricsLog:
         self.records.append(record)
         self._file.write(json.dumps(record) + "\n")
         for name, value in record.items():
-            if name != "step" and isinstance(value, int | float):
+            if name != "step" and isinstance(value, int | float) and math.isfinite(value):
                 self._board.add_scalar(f"{record['kind']}/{name}", value, record["step"])
 
     def close(self) -> None:
