@@ -1,0 +1,203 @@
+"""Times greedy decoding against Hugging Face's GPT-2 in PyTorch on the CPU, in one run, with the same weights.
+
+    python benchmarks/cpu_decode.py --peer_python=PYTHON     a Python that has torch and transformers
+
+GPT-2 124M: 12 layers, width 768, 12 heads, vocabulary 50257 (not padded), 1024 positions, float32. A round is one
+call of ``generate`` on each side, a prompt of 64 random tokens a row and 128 new ones, prefill included; rounds of
+the two sides alternate, and both use all cores. The peer runs in eager mode, with its cache and its default
+attention (sdpa). Both are to write the same tokens: the result says for how long they do.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+LAYERS, WIDTH, HEADS, VOCABULARY, POSITIONS, END = 12, 768, 12, 50257, 1024, 50256
+REST = 0.5  # seconds between the sides: PyTorch's threads spin for 0.2 s after their work
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer_python", default=sys.executable, help="a Python that has torch and transformers")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--rounds", type=int, default=5, help="timed calls of each side and batch")
+    parser.add_argument("--prompt", type=int, default=64, help="tokens in a prompt")
+    parser.add_argument("--new", type=int, default=128, help="new tokens a row")
+    parser.add_argument("--output", default=str(Path(__file__).parent / "results" / "cpu_decode.json"))
+    parser.add_argument("--peer_weights", help=argparse.SUPPRESS)  # makes this process the peer
+    args = parser.parse_args()
+    if args.peer_weights:
+        serve_peer(args.peer_weights)
+        return
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    result = compare(args)
+    Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written to {args.output}")
+
+
+def compare(args) -> dict:
+    import jax
+    import numpy as np
+
+    from mtnlg_jax.config import DecodeConfig, ModelConfig
+    from mtnlg_jax.decode.cache import unstack
+    from mtnlg_jax.decode.generate import generate
+    from mtnlg_jax.model.transformer import init_parameters
+
+    config = ModelConfig(num_layers=LAYERS, hidden_size=WIDTH, num_attention_heads=HEADS, vocab_size=VOCABULARY,
+                         max_position_embeddings=POSITIONS)
+    params = init_parameters(config, 0)
+    decode = DecodeConfig(max_new_tokens=args.new, min_new_tokens=args.new)
+    load = os.getloadavg()
+    with tempfile.TemporaryDirectory() as folder:
+        weights = os.path.join(folder, "gpt2.npz")
+        np.savez(weights, **peer_weights(params))
+        decoder = unstack(config, params)
+        del params
+        peer = subprocess.Popen([args.peer_python, __file__, f"--peer_weights={weights}"], text=True,
+                                stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        try:
+            versions = read(peer)
+            results = {}
+            for batch in args.batches:
+                prompts = np.random.default_rng(batch).integers(0, END, (batch, args.prompt)).tolist()
+
+                def ours(prompts=prompts):
+                    begin = time.perf_counter()
+                    written = generate(decoder, Ids(), prompts, decode)
+                    return time.perf_counter() - begin, [list(row.tokens) for row in written]
+
+                def theirs(prompts=prompts):
+                    print(json.dumps({"prompts": prompts, "new": args.new}), file=peer.stdin, flush=True)
+                    reply = read(peer)
+                    return reply["seconds"], reply["tokens"]
+
+                results[f"batch_{batch}"] = alternate(ours, theirs, args.rounds, batch * args.new)
+        finally:
+            peer.stdin.close()
+            peer.wait()
+    return {
+        "what": f"greedy decoding, GPT-2 124M shape, float32, {args.prompt} prompt + {args.new} new tokens a row",
+        "command": f"python benchmarks/cpu_decode.py --peer_python=PYTHON --rounds={args.rounds}",
+        "date_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": processor(), "cores": os.cpu_count(), "load_average": {"before": load[0], "after": os.getloadavg()[0]},
+        "versions": {"python": platform.python_version(), "jax": jax.__version__, "numpy": np.__version__} | versions,
+        **results,
+    }
+
+
+def alternate(ours, theirs, rounds: int, tokens: int) -> dict:
+    """Medians over ``rounds`` calls of each side in turn, after one call of each that is not timed."""
+    (_, our_tokens), (_, their_tokens) = ours(), theirs()
+    equal = [next((i for i, (a, b) in enumerate(zip(*rows, strict=True)) if a != b), len(rows[0]))
+             for rows in zip(our_tokens, their_tokens, strict=True)]
+    seconds = {"ours": [], "theirs": []}
+    for _ in range(rounds):
+        for name, side in (("ours", ours), ("theirs", theirs)):
+            time.sleep(REST)
+            seconds[name].append(round(side()[0], 4))
+        print({name: values[-1] for name, values in seconds.items()}, flush=True)
+    ours_s, theirs_s = (statistics.median(values) for values in seconds.values())
+    result = {"ours_tokens_per_second": round(tokens / ours_s, 2),
+              "theirs_tokens_per_second": round(tokens / theirs_s, 2),
+              "ratio": round(theirs_s / ours_s, 3), "seconds": seconds,
+              "equal_first_tokens": {"fewest": min(equal), "of": len(our_tokens[0])}}
+    print(result, flush=True)
+    return result
+
+
+class Ids:
+    """What generation asks of a tokenizer, for tokens that are but numbers."""
+
+    vocab_size, bos_id, eos_id = VOCABULARY, END, END
+
+    @property
+    def is_special(self):
+        import numpy as np
+
+        return np.arange(VOCABULARY) == END
+
+    def token_bytes(self, index):
+        return b""
+
+
+def peer_weights(params) -> dict:
+    """Our parameters by GPT-2's names and shapes; its products are x @ w, queries, keys and values joined."""
+    import numpy as np
+    from flax import nnx
+
+    tree = nnx.to_pure_dict(params)
+    blocks = tree["blocks"]
+    attention, mlp = blocks["attention"], blocks["mlp"]
+
+    def joined(names, *shape):
+        return np.concatenate([np.asarray(attention[name]).reshape(LAYERS, *shape) for name in names], -1)
+
+    stacked = {
+        "ln_1.weight": blocks["norm_1"]["scale_D"], "ln_1.bias": blocks["norm_1"]["bias_D"],
+        "ln_2.weight": blocks["norm_2"]["scale_D"], "ln_2.bias": blocks["norm_2"]["bias_D"],
+        "attn.c_attn.weight": joined(("w_q_DNH", "w_k_DKH", "w_v_DKH"), WIDTH, WIDTH),
+        "attn.c_attn.bias": joined(("b_q_NH", "b_k_KH", "b_v_KH"), WIDTH),
+        "attn.c_proj.weight": np.asarray(attention["w_o_NHD"]).reshape(LAYERS, WIDTH, WIDTH),
+        "attn.c_proj.bias": attention["b_o_D"],
+        "mlp.c_fc.weight": mlp["w_in_DF"], "mlp.c_fc.bias": mlp["b_in_F"],
+        "mlp.c_proj.weight": mlp["w_out_FD"], "mlp.c_proj.bias": mlp["b_out_D"],
+    }
+    named = {f"h.{layer}.{name}": np.asarray(array)[layer] for name, array in stacked.items()
+             for layer in range(LAYERS)}
+    return named | {"wte.weight": np.asarray(tree["tokens_VD"]), "wpe.weight": np.asarray(tree["positions_PD"]),
+                    "ln_f.weight": np.asarray(tree["final_norm"]["scale_D"]),
+                    "ln_f.bias": np.asarray(tree["final_norm"]["bias_D"])}
+
+
+def serve_peer(weights: str) -> None:
+    """Answers each line of standard input, a JSON request, with seconds and tokens."""
+    import numpy as np
+    import torch
+    import transformers
+
+    config = transformers.GPT2Config(n_layer=LAYERS, n_embd=WIDTH, n_head=HEADS, vocab_size=VOCABULARY,
+                                     n_positions=POSITIONS)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    missing, unexpected = model.transformer.load_state_dict(
+        {name: torch.from_numpy(array) for name, array in np.load(weights).items()}, strict=False)
+    assert not missing and not unexpected, (missing, unexpected)
+    print(json.dumps({"torch": torch.__version__, "transformers": transformers.__version__,
+                      "peer_python": platform.python_version(), "peer_threads": torch.get_num_threads(),
+                      "peer_attention": model.config._attn_implementation}), flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        prompts = torch.tensor(request["prompts"])
+        begin = time.perf_counter()
+        with torch.inference_mode():
+            written = model.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=False,
+                                     use_cache=True, max_new_tokens=request["new"], min_new_tokens=request["new"],
+                                     eos_token_id=END, pad_token_id=END)
+        seconds = time.perf_counter() - begin
+        print(json.dumps({"seconds": seconds, "tokens": written[:, prompts.shape[1] :].tolist()}), flush=True)
+
+
+def read(peer) -> dict:
+    """The peer's next JSON line; what its libraries print besides is passed over."""
+    for line in peer.stdout:
+        if line.startswith("{"):
+            return json.loads(line)
+    raise SystemExit("the peer ended before it answered; does --peer_python have torch and transformers?")
+
+
+def processor() -> str:
+    names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+             if line.startswith("model name")] if os.path.exists("/proc/cpuinfo") else []
+    return f"CPU, {names[0] if names else platform.processor()}"
+
+
+if __name__ == "__main__":
+    main()
