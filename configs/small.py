@@ -2,6 +2,8 @@
 
 python launch/prepare_data.py --input=FOLDER --output=OUT --vocab_size=8000
 python launch/pretrain.py --config=configs/small.py --set=data.path=OUT --workdir=RUN
+
+Hardware: 2 cores of a laptop. Source: chosen here, on English and on Chinese novels.
 """
 
 from mtnlg_jax.config import Config, ModelConfig, OptimizerConfig, TrainConfig

@@ -446,6 +446,7 @@ def validate_model(model: ModelConfig) -> None:
         )
     _within("model.rotary_base", model.rotary_base, 0, math.inf, low_open=True, high_open=True)
     _one_of("model.normalization", model.normalization, ("layernorm", "rmsnorm"))
+    _one_of("model.attention_impl", model.attention_impl, ("auto", "xla", "xla_blockwise"))
     _one_of("model.activation", model.activation, ("gelu", "swiglu"))
     _within("model.dropout_rate", model.dropout_rate, 0, 1, high_open=True)
     _within("model.norm_epsilon", model.norm_epsilon, 0, 1, low_open=True)

@@ -19,7 +19,9 @@ from mtnlg_jax.parallel.collectives import axis_index, axis_size, gather, own_pa
 
 
 def _normal(rngs: nnx.Rngs, std: float, *shape: int) -> nnx.Param:
-    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
+    # Drawn as a matrix: XLA takes seconds to compile a draw of more dims.
+    flat = jax.random.normal(rngs.params(), (shape[0], math.prod(shape[1:])), jnp.float32)
+    return nnx.Param(std * flat.reshape(shape))
 
 
 def _constant(value: float, *shape: int) -> nnx.Param:
@@ -224,7 +226,7 @@ def abstract_model(config: ModelConfig):
 
 
 def init_parameters(config: ModelConfig, seed: int, shardings=None):
-    """Parameters from ``seed``, made on the devices where they will live; equal on every mesh."""
+    """Parameters from ``seed``, made on the devices where they will live; equal on every mesh to rounding."""
 
     def make():
         return nnx.split(Transformer(config, rngs=nnx.Rngs(seed)))[1]

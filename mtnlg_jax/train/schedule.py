@@ -24,13 +24,13 @@ def batch_size_at(train: TrainConfig, samples: int) -> int:
 def _ramp(train: TrainConfig) -> tuple[int, ...]:
     """Samples before each step of the ramp, and before the first step at full batch."""
     before = [0]
-    while train.rampup_batch_size and before[-1] < train.rampup_batch_size[2]:
+    while train.rampup_batch_size and before[-1] < train.rampup_batch_size[2] and len(before) <= train.steps:
         before.append(before[-1] + batch_size_at(train, before[-1]))
     return tuple(before)
 
 
 def samples_before(train: TrainConfig, step: int) -> int:
-    """Sequences consumed by the steps before ``step``."""
+    """Sequences consumed by the steps before ``step``, at most train.steps."""
     ramp = _ramp(train)
     if step < len(ramp):
         return ramp[step]

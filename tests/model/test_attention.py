@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from mtnlg_jax.config import MeshConfig
-from mtnlg_jax.model.attention import attention, decode_attention, explain_attention
+from mtnlg_jax.model.attention import SUPPORT, attention, decode_attention, explain_attention
 from mtnlg_jax.parallel.mesh import make_mesh
 
 IMPLS = ("xla", "xla_blockwise")
@@ -323,3 +323,11 @@ def test_blockwise_memory_grows_linearly_and_exact_memory_does_not():
     scores = 2 * 4 * 2048 * 2048  # two heads, float32
     assert long < 5 * short and long < scores / 4
     assert _temporary_bytes("xla", 2048) > scores  # so the measure does see the scores
+
+def test_the_config_knows_every_implementation():
+    from mtnlg_jax.config import ModelConfig, validate_model
+
+    for name in ("auto", *SUPPORT):
+        validate_model(ModelConfig(attention_impl=name))
+    with pytest.raises(ValueError, match="attention_impl"):
+        validate_model(ModelConfig(attention_impl="flash"))

@@ -6,7 +6,7 @@ import pytest
 from mtnlg_jax.config import Config, OptimizerConfig, StageConfig, TrainConfig
 from mtnlg_jax.train.schedule import batch_size_at, is_masked, learning_rate, samples_before, stage_at
 
-RAMP = TrainConfig(steps=10_000, global_batch_size=1920, micro_batch_size=1, rampup_batch_size=(32, 32, 5_859_375))
+RAMP = TrainConfig(steps=20_000, global_batch_size=1920, micro_batch_size=1, rampup_batch_size=(32, 32, 5_859_375))
 
 
 def test_the_papers_ramp_goes_from_32_to_1920_by_32():
@@ -60,3 +60,8 @@ def test_a_decay_longer_than_the_run_ends_above_the_floor():
     config = Config(optimizer=OptimizerConfig(learning_rate=1.0, decay_fraction=340 / 270, warmup_fraction=0.0))
     config = dataclasses.replace(config, train=TrainConfig(steps=100, global_batch_size=4))
     assert 0.1 < float(learning_rate(config, 400)) < 0.3
+
+
+def test_a_ramp_longer_than_the_run_ends_with_it():
+    train = TrainConfig(steps=5, global_batch_size=64, micro_batch_size=1, rampup_batch_size=(1, 1, 2**40))
+    assert samples_before(train, 5) == 5
