@@ -88,7 +88,8 @@ def compare(args) -> dict:
         "what": f"greedy decoding, GPT-2 124M shape, float32, {args.prompt} prompt + {args.new} new tokens a row",
         "command": f"python benchmarks/cpu_decode.py --peer_python=PYTHON --rounds={args.rounds}",
         "date_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": processor(), "cores": os.cpu_count(), "load_average": {"before": load[0], "after": os.getloadavg()[0]},
+        "device": processor(), "cores": os.cpu_count(),
+        "load_average": {"before": load[0], "after": os.getloadavg()[0]},
         "versions": {"python": platform.python_version(), "jax": jax.__version__, "numpy": np.__version__} | versions,
         **results,
     }

@@ -3,7 +3,7 @@
     python benchmarks/cpu_train.py [--peer_python=PATH] [--rounds=5] [--steps=1] [--threads=2]
 
 Each side is a process of its own that starts from the same weights, trains on the same batch with the same AdamW,
-and waits while the other runs; the order turns round every round. The losses of the first steps must agree, so
+and waits while the others run; the order turns round every round. The losses of the first steps must agree, so
 both compute the same thing: loss, gradients and update. PyTorch may live in another environment (--peer_python).
 
 Where XLA:CPU lost time, and what was done. Seconds of processor time of the six layers, forward and backward, at
@@ -13,18 +13,18 @@ Where XLA:CPU lost time, and what was done. Seconds of processor time of the six
 | --- | --- | --- |
 | first plain version | 3.2 s | 798 MB |
 | softmax keeps its weights only, not what differentiating its maximum wants | 2.8 s | 596 MB |
-| heads before positions inside attention (XLA had transposed the scores); blocks of 128 x 128 that stay in | | |
-| the cache, those above the diagonal left out, from 256 x 256 positions on | 2.2 s | 479 MB |
+| attention in blocks of 128 x 128, heads first (no transposed scores, nothing above the diagonal) | 2.2 s | 479 MB |
 | a layer keeps its products and computes the rest again (model.transformer.KEPT) | 1.9 s | 191 MB |
 
-Attention alone fell from 148 to 44 ms a layer. What a loop over layers keeps, XLA:CPU copies on one thread, twice:
-that was most of the waiting. Tried and left: unrolled layers (2.3 s instead of 1.9, compile twice as long), a
+Attention alone fell from 148 to 44 ms a layer. What a loop over layers keeps is copied
+on one thread by XLA:CPU, twice, while other cores wait: keeping less pays there again. Tried and left: unrolled layers (2.3 s instead of 1.9, compile twice as long), a
 hand-written GELU backward (2.0), checkpointed norms (no gain), XLA's older matmuls
 (--xla_cpu_experimental_ynn_fusion_type= : 17.7 instead of 16.7 s a step), malloc with huge pages (no gain). The loss
 over the vocabulary took 1.4 s of 1.26 possible, the embedding's scatter-add 0.05 s: left alone.
 """
 
 import argparse
+import contextlib
 import datetime
 import importlib.util
 import json
@@ -150,8 +150,10 @@ def peer(args):
 def as_gpt2(named, args, torch):
     """Our stacked parameters under GPT-2's names; its matrices are stored (in, out) like ours."""
     width = args.width
-    state = {"transformer.wte.weight": named["tokens_VD"], "transformer.wpe.weight": named["positions_PD"],
-             "transformer.ln_f.weight": named["final_norm.scale_D"], "transformer.ln_f.bias": named["final_norm.bias_D"]}
+    state = {
+        "transformer.wte.weight": named["tokens_VD"], "transformer.wpe.weight": named["positions_PD"],
+        "transformer.ln_f.weight": named["final_norm.scale_D"], "transformer.ln_f.bias": named["final_norm.bias_D"],
+    }
     for i in range(args.layers):
         layer = {name[len("blocks."):]: x[i] for name, x in named.items() if name.startswith("blocks.")}
         qkv = [layer[f"attention.{name}"] for name in ("w_q_DNH", "w_k_DKH", "w_v_DKH")]
@@ -175,7 +177,11 @@ def work(args) -> None:
     if hasattr(os, "sched_setaffinity"):  # before any library counts the cores
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not mix with the answers
-    versions, step = (ours if args.worker == "ours" else peer)(args)
+    try:
+        versions, step = (ours if args.worker == "ours" else peer)(args)
+    except ValueError as error:
+        print(json.dumps({"error": str(error)}), file=answers, flush=True)
+        return
     print(json.dumps({"python": platform.python_version(), **versions}), file=answers, flush=True)
     for line in sys.stdin:
         begin, begin_cpu = time.perf_counter(), time.process_time()
@@ -187,20 +193,29 @@ def work(args) -> None:
 # --- the run ------------------------------------------------------------------------------------------------
 
 
+# Idle OpenMP threads of PyTorch spin, or (passive) sleep: spinning is faster on an idle machine and far slower on a
+# busy one. The peer runs both ways and counts by the faster.
+SIDES = {"ours": {}, "peer": {}, "peer_passive": {"OMP_WAIT_POLICY": "passive"}}
+
+
 class Worker:
-    def __init__(self, python: str, side: str, argv: list[str], folder: str):
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "", "CUDA_VISIBLE_DEVICES": ""}
-        del environment["OMP_NUM_THREADS"]
-        self.side = side
-        self.process = subprocess.Popen([python, __file__, *argv, f"--worker={side}", f"--folder={folder}"],
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    def __init__(self, name: str, args, argv: list[str], folder: str):
+        self.name = name
+        python = sys.executable if name == "ours" else args.peer_python
+        self.process = subprocess.Popen(
+            [python, __file__, *argv, f"--worker={name.partition('_')[0]}", f"--folder={folder}"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""} | SIDES[name])
         self.versions = self._answer()
 
     def _answer(self) -> dict:
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the worker {self.side!r} ended with code {self.process.wait()}; its message is above")
-        return json.loads(line)
+            raise RuntimeError(f"the worker {self.name!r} ended with code {self.process.wait()}; its message is above")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise ValueError(answer["error"])
+        return answer
 
     def run(self, steps: int) -> dict:
         self.process.stdin.write(f"{steps}\n")
@@ -237,46 +252,55 @@ def processor() -> str:
 
 
 def measure(args, argv: list[str]) -> dict:
-    with tempfile.TemporaryDirectory() as folder:
-        # Ours first: it writes the weights that both start from.
-        sides = [Worker(sys.executable, "ours", argv, folder), Worker(args.peer_python, "peer", argv, folder)]
-        losses = [side.run(3)["losses"] for side in sides]  # compiles, warms up, and shows that both agree
-        difference = max(abs(a - b) for a, b in zip(*losses, strict=True))
-        if difference > LOSS_TOLERANCE:
-            raise RuntimeError(f"the losses differ by {difference:.2g}, above {LOSS_TOLERANCE}: ours {losses[0]}, "
-                               f"theirs {losses[1]}; the two do not compute the same thing")
-        turns = [[], []]
+    load = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        workers = []
+        for name in SIDES:  # ours first: it writes the weights that all start from
+            workers.append(Worker(name, args, argv, folder))
+            stack.callback(workers[-1].close)
+        losses = {worker.name: worker.run(3)["losses"] for worker in workers}  # compiles and warms up too
+        difference = max(abs(a - b) for a, b in zip(losses["ours"], losses["peer"], strict=True))
+        if not difference <= LOSS_TOLERANCE:
+            raise RuntimeError(f"the losses differ by {difference:.2g}, above {LOSS_TOLERANCE}: {losses}; the sides do "
+                               f"not compute the same thing")
+        turns = {name: [] for name in SIDES}
         for number in range(args.rounds):
-            for i in (0, 1) if number % 2 == 0 else (1, 0):
-                turns[i].append(sides[i].run(args.steps))
-            print(f"round {number + 1}: ours {turns[0][-1]['seconds']:.2f} s, peer {turns[1][-1]['seconds']:.2f} s",
-                  flush=True)
-        for side in sides:
-            side.close()
+            for worker in workers if number % 2 == 0 else reversed(workers):
+                turns[worker.name].append(worker.run(args.steps))
+            print(f"round {number + 1}: " + ", ".join(f"{name} {side[-1]['seconds']:.2f} s"
+                                                      for name, side in turns.items()), flush=True)
+        versions = {worker.name: worker.versions for worker in workers[:2]}
+    seconds = {name: [round(turn["seconds"], 4) for turn in side] for name, side in turns.items()}
+    processor_seconds = {name: [round(turn["cpu_seconds"], 4) for turn in side] for name, side in turns.items()}
+    median = {name: statistics.median(side) for name, side in seconds.items()}
+    best = min(("peer", "peer_passive"), key=median.get)
     tokens = args.batch * args.length * args.steps
-    seconds = [statistics.median(turn["seconds"] for turn in side) for side in turns]
-    cpu_seconds = [statistics.median(turn["cpu_seconds"] for turn in side) for side in turns]
     return {
-        "ratio_tokens_per_second": round(seconds[1] / seconds[0], 3),
-        "ratio_by_round": [round(b["seconds"] / a["seconds"], 3) for a, b in zip(*turns, strict=True)],
-        "ratio_processor_time": round(cpu_seconds[1] / cpu_seconds[0], 3),
-        "tokens_per_second": {"ours": round(tokens / seconds[0], 1), "peer": round(tokens / seconds[1], 1)},
-        "seconds": {name: [round(turn["seconds"], 3) for turn in side]
-                    for name, side in zip(("ours", "peer"), turns, strict=True)},
-        "processor_seconds": {name: [round(turn["cpu_seconds"], 3) for turn in side]
-                              for name, side in zip(("ours", "peer"), turns, strict=True)},
-        "first_losses": {"ours": losses[0], "peer": losses[1], "largest_difference": difference},
+        "ratio_tokens_per_second": round(median[best] / median["ours"], 3),
+        "counted_peer": best,
+        "ratio_by_round": [round(theirs / ours, 3)
+                           for ours, theirs in zip(seconds["ours"], seconds[best], strict=True)],
+        "tokens_per_second": {name: round(tokens / m, 1) for name, m in median.items()},
+        "seconds": seconds,
+        "processor_seconds": processor_seconds,
+        "first_losses": {"ours": losses["ours"], "peer": losses["peer"], "largest_difference": difference},
         "shapes": {name: getattr(args, name)
                    for name in ("layers", "width", "heads", "vocabulary", "batch", "length", "steps")},
         "dtype": "float32", "optimizer": {"name": "AdamW", **ADAMW},
         "device": processor(), "cores": os.cpu_count(), "threads": args.threads,
-        "load_average": [round(x, 1) for x in os.getloadavg()],
-        "versions": {"ours": sides[0].versions, "peer": sides[1].versions},
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        # The place of the peer's Python says nothing about the result.
-        "command": " ".join(["python benchmarks/cpu_train.py", *("--peer_python=PATH" if "--peer_python" in word else
-                                                                 word for word in argv)]),
+        "load_average": {"before": round(load, 1), "after": round(os.getloadavg()[0], 1)},
+        "versions": versions,
+        "date_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": command(args),
     }
+
+
+def command(args) -> str:
+    """The line that repeats the run; where the peer's Python lies says nothing about the result."""
+    defaults = parse([])
+    words = [f"--{name}={'PYTHON' if name == 'peer_python' else value}" for name, value in vars(args).items()
+             if value != getattr(defaults, name) and name not in ("output", "worker", "folder")]
+    return " ".join(["python benchmarks/cpu_train.py", *words])
 
 
 def main(argv: list[str]) -> int:
@@ -296,7 +320,7 @@ def main(argv: list[str]) -> int:
     beside.write_text(json.dumps(result, indent=1) + "\n")
     beside.replace(output)
     print(f"ours {result['tokens_per_second']['ours']} tokens/s, peer {result['tokens_per_second']['peer']} tokens/s: "
-          f"ratio {result['ratio_tokens_per_second']}; losses differ by "
+          f"ratio {result['ratio_tokens_per_second']} to the faster peer; losses differ by "
           f"{result['first_losses']['largest_difference']:.1e}; written to {output}")
     return 0
 
