@@ -16,9 +16,9 @@ Where XLA:CPU lost time, and what was done. Seconds of processor time of the six
 | attention in blocks of 128 x 128, heads first (no transposed scores, nothing above the diagonal) | 2.2 s | 479 MB |
 | a layer keeps its products and computes the rest again (model.transformer.KEPT) | 1.9 s | 191 MB |
 
-Attention alone fell from 148 to 44 ms a layer. What a loop over layers keeps is copied
-on one thread by XLA:CPU, twice, while other cores wait: keeping less pays there again. Tried and left: unrolled layers (2.3 s instead of 1.9, compile twice as long), a
-hand-written GELU backward (2.0), checkpointed norms (no gain), XLA's older matmuls
+Attention alone fell from 148 to 44 ms a layer. What a loop over layers keeps is copied on one thread by XLA:CPU,
+twice, while other cores wait: keeping less pays there again. Tried and left: unrolled layers (2.3 s instead of 1.9,
+compile twice as long), a hand-written GELU backward (2.0), checkpointed norms (no gain), XLA's older matmuls
 (--xla_cpu_experimental_ynn_fusion_type= : 17.7 instead of 16.7 s a step), malloc with huge pages (no gain). The loss
 over the vocabulary took 1.4 s of 1.26 possible, the embedding's scatter-add 0.05 s: left alone.
 """
@@ -119,6 +119,7 @@ def peer(args):
     import transformers
 
     torch.set_num_threads(args.threads)
+    transformers.logging.set_verbosity_error()  # GPT-2's own ids of special tokens lie outside this vocabulary
     config = transformers.GPT2Config(
         vocab_size=args.vocabulary, n_positions=args.length, n_embd=args.width, n_layer=args.layers,
         n_head=args.heads, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False)

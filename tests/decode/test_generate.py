@@ -159,6 +159,16 @@ def test_stop_strings_across_the_borders_of_tokens_and_chunks(learned, letters):
         assert len(result.logprobs) == len(result.tokens)
 
 
+def test_work_ends_when_all_rows_have_stopped(learned, letters, monkeypatch):
+    calls, advance = [], module._advance
+    monkeypatch.setattr(module, "_advance", lambda *args, **static: calls.append(1) or advance(*args, **static))
+    free, = generate(learned.decoder, letters, ["The cat"], SAMPLED, on_text=lambda row, text: None)
+    assert len(calls) == 3  # 1 + 3 x CHUNK reach 20 tokens
+    calls.clear()
+    generate(learned.decoder, letters, ["The cat"], dataclasses.replace(SAMPLED, stop_strings=(free.text[:2],)))
+    assert len(calls) <= 1
+
+
 def test_one_row_stops_and_the_others_go_on(learned, letters):
     free = generate(learned.decoder, letters, PROMPTS, SAMPLED)
     stop = free[0].text[3:8]
