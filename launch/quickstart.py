@@ -9,6 +9,7 @@ go on where it stopped; what is done is not done twice.
 import lzma
 import os
 import sys
+import textwrap
 import time
 
 from absl import app, flags
@@ -105,20 +106,24 @@ def samples(decoder, tokenizer, data) -> None:
     blank = 7
     masked = joint.join([*words[:blank], "<mask>", *words[blank + 1 : 20]])
     filled = fill(decoder, tokenizer, masked, top_k=5)
-    print(f"a filled mask      {masked!r}")
-    for candidate in filled.masks[0]:
-        print(f"                   {candidate.probability:6.1%} {candidate.text!r}")
-    print(f"                   (the author wrote {words[blank]!r})")
+    print(_wrapped("a filled mask", masked))
+    guesses = ", ".join(f"{candidate.text!r} {candidate.probability:.1%}" for candidate in filled.masks[0])
+    print(_wrapped("", f"{guesses} (the author wrote {words[blank]!r})"))
     prompt = joint.join(words[:12])
     greedy = DecodeConfig(max_new_tokens=48)
     sampled = dataclasses.replace(greedy, temperature=0.8, top_p=0.95)
     for name, decode in (("greedy", greedy), ("sampled", sampled)):
         result = generate(decoder, tokenizer, [prompt], decode)[0]
-        print(f"\n{name:<18} {prompt} [...]{result.text}")
+        print("\n" + _wrapped(name, f"{prompt} |{result.text}"))
     ranked = rank(decoder, tokenizer, prompt, decode=dataclasses.replace(sampled, num_return_sequences=6))
-    print(f"\nranked             best of {len(ranked)} by log-probability a token")
+    print("\n" + _wrapped("ranked", f"{len(ranked)} samples by log-probability a token, the best first"))
     for candidate in ranked:
-        print(f"  {candidate.score:8.3f}  {' '.join(candidate.text.split())[:90]}")
+        print(_wrapped(f"  {candidate.score:.3f}", candidate.text))
+
+
+def _wrapped(label: str, text: str) -> str:
+    """``text`` without its line breaks, beside ``label``."""
+    return textwrap.fill(" ".join(text.split()), 100, initial_indent=f"{label:<15}", subsequent_indent=" " * 15)
 
 
 def held_out_text(data, limit: int) -> str:

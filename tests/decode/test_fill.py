@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from mtnlg_jax.decode import fill as module
 from mtnlg_jax.decode.fill import fill
 
 ROUNDING = 1e-5
@@ -42,10 +43,17 @@ def test_what_follows_a_mask_matters(learned, tokenizer):
     assert left[0].probability != pytest.approx(right[0].probability, abs=1e-3)
 
 
+def test_a_piece_with_its_space_does_not_double_the_space_of_the_text(learned, tokenizer, monkeypatch):
+    ids = {tokenizer.token_bytes(i): i for i in range(tokenizer.vocab_size)}
+    for piece, text, expected in ((b" the", "on <mask> mat", "on the mat"), (b" the", "on<mask> mat", "on the mat"),
+                                  (b"t", "on <mask> mat", "on t mat"), (b"t", "ca<mask> mat", "cat mat")):
+        guesses = np.ones((1, 1)), np.array([[ids[piece]]])
+        monkeypatch.setattr(module, "_guess", lambda *args, guesses=guesses, **static: guesses)
+        assert fill(learned.decoder, tokenizer, text, top_k=1).text == expected
+
+
 def test_pieces_of_one_character_join(learned, tokenizer, monkeypatch):
     """Three masks in a row that are guessed as the bytes of one character make that character."""
-    from mtnlg_jax.decode import fill as module
-
     byte_ids = [next(i for i in range(tokenizer.vocab_size) if tokenizer.token_bytes(i) == bytes([byte]))
                 for byte in "你".encode()]
     guesses = np.ones((4, 1)), np.array(byte_ids + [0])[:, None]
