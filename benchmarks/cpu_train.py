@@ -6,8 +6,9 @@ Each side is a process of its own that starts from the same weights, trains on t
 and waits while the others run; the order turns round every round. The losses of the first steps must agree, so
 both compute the same thing: loss, gradients and update. PyTorch may live in another environment (--peer_python).
 
-Where XLA:CPU lost time, and what was done. Seconds of processor time of the six layers, forward and backward, at
-2 x 512 tokens, where the products alone take about 1.7 at their measured 80 GFLOP/s a core:
+Where XLA:CPU lost time, and what was done. Seconds of processor time (least of five or six, several runs, on a busy
+machine) of the six layers, forward and backward, at 2 x 512 tokens, where the products alone take about 1.7 at their
+measured 80 GFLOP/s a core:
 
 | change | layers | memory for temporaries |
 | --- | --- | --- |
@@ -17,10 +18,14 @@ Where XLA:CPU lost time, and what was done. Seconds of processor time of the six
 | a layer keeps its products and computes the rest again (model.transformer.KEPT) | 1.9 s | 191 MB |
 
 Attention alone fell from 148 to 44 ms a layer. What a loop over layers keeps is copied on one thread by XLA:CPU,
-twice, while other cores wait: keeping less pays there again. Tried and left: unrolled layers (2.3 s instead of 1.9,
-compile twice as long), a hand-written GELU backward (2.0), checkpointed norms (no gain), XLA's older matmuls
-(--xla_cpu_experimental_ynn_fusion_type= : 17.7 instead of 16.7 s a step), malloc with huge pages (no gain). The loss
-over the vocabulary took 1.4 s of 1.26 possible, the embedding's scatter-add 0.05 s: left alone.
+twice, while other cores wait: keeping less pays there again. The whole step fell from 17.2 to about 13 s of processor
+time and, on two cores with little else running, used 1.9 of them.
+
+Tried and left: unrolled layers (2.3 s instead of 1.9, and twice the time to compile), a hand-written GELU backward
+(2.0 instead of 1.9), checkpointed norms (between 0.1 worse and 0.2 better before the last row, which covers them),
+XLA's older matmuls (--xla_cpu_experimental_ynn_fusion_type= : 17.7 instead of 16.7 s a step), huge pages in malloc
+(no less processor time). At the same shapes the loss over the vocabulary takes 1.4 s of 1.3 possible and the
+embedding's scatter-add 0.05 s: left alone.
 """
 
 import argparse

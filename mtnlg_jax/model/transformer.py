@@ -140,7 +140,8 @@ def dropout(x_BSD, rate: float, key, rows_B):
 
 
 # What the forward pass of a layer keeps for the backward: products, the blockwise attention's output, the sum
-# between the half blocks. The rest is cheaper to compute again than to store and fetch (on CPU 1.7 times).
+# between the half blocks. The rest is cheaper to compute again than to store and fetch: on CPU the layers are 1.16
+# times as fast in 0.4 of the memory.
 KEPT = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_saveable,
     jax.checkpoint_policies.save_only_these_names("attention", "half_block"))
