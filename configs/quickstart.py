@@ -16,7 +16,7 @@ def get_config() -> Config:
         data=DataConfig(path="runs/quickstart/data"),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_fraction=0.05),
         train=TrainConfig(
-            steps=360, global_batch_size=16, compute_dtype="float32", eval_every=90, save_every=90, eval_batches=8,
+            steps=320, global_batch_size=16, compute_dtype="float32", eval_every=80, save_every=80, eval_batches=8,
             stages=(StageConfig("masked", fraction=0.2, masked=1.0), StageConfig("causal", fraction=0.6),
                     StageConfig("both", fraction=0.2, masked=0.25)),
         ),
