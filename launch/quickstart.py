@@ -110,7 +110,7 @@ def samples(decoder, tokenizer, data) -> None:
     guesses = ", ".join(f"{candidate.text!r} {candidate.probability:.1%}" for candidate in filled.masks[0])
     print(_wrapped("", f"{guesses} (the author wrote {words[blank]!r})"))
     prompt = joint.join(words[:12])
-    greedy = DecodeConfig(max_new_tokens=48)
+    greedy = DecodeConfig(max_new_tokens=48, min_new_tokens=24)
     sampled = dataclasses.replace(greedy, temperature=0.8, top_p=0.95)
     for name, decode in (("greedy", greedy), ("sampled", sampled)):
         result = generate(decoder, tokenizer, [prompt], decode)[0]

@@ -143,7 +143,7 @@ class TrainConfig:
     stages: tuple[StageConfig, ...] = (StageConfig(),)
     seed: int = 0
     compute_dtype: str = "bfloat16"  # bfloat16 | float32; masters and sums are float32
-    recompute: str = "none"  # none | full: what the backward pass computes again, a layer at a time
+    recompute: str = "none"  # none: keeps products, recomputes elementwise work | full: recomputes each layer
     loss_chunk: int = 1024  # tokens of logits in memory at once
     log_every: int = 1
     eval_every: int = 200  # 0: only at the end

@@ -331,3 +331,14 @@ def test_the_config_knows_every_implementation():
         validate_model(ModelConfig(attention_impl=name))
     with pytest.raises(ValueError, match="attention_impl"):
         validate_model(ModelConfig(attention_impl="flash"))
+
+
+def test_the_choice_of_platform_changes_the_path_not_the_numbers(monkeypatch):
+    q, k, v = (jax.random.normal(jax.random.key(i), (1, 300, 2, 8)) for i in range(3))
+    outputs, chosen = [], []
+    for backend in ("cpu", "gpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        chosen.append(dict(explain_attention(q, k, v))["xla_blockwise"] == "chosen")
+        outputs.append(attention(q, k, v))
+    assert chosen == [True, False]
+    np.testing.assert_allclose(outputs[0], outputs[1], atol=2e-6)
