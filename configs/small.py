@@ -13,7 +13,8 @@ def get_config() -> Config:
     return Config(
         name="small",
         model=ModelConfig(num_layers=4, hidden_size=256, num_attention_heads=4, max_position_embeddings=256,
-                          dropout_rate=0.1),
-        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_fraction=0.03),
-        train=TrainConfig(steps=2000, global_batch_size=8, compute_dtype="float32", eval_every=200, save_every=200),
+                          position_embedding_type="rotary", dropout_rate=0.1),
+        optimizer=OptimizerConfig(name="muon", learning_rate=4e-3, min_learning_rate_ratio=0.0,
+                                  warmup_fraction=0.03),
+        train=TrainConfig(steps=1400, global_batch_size=8, compute_dtype="float32", eval_every=200, save_every=200),
     )

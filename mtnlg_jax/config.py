@@ -108,14 +108,16 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay, in samples: so a batch ramp does not bend it."""
+    """AdamW or Muon with linear warm-up and cosine decay, in samples: so a batch ramp does not bend it."""
 
+    name: str = "adamw"  # adamw | muon: orthogonal updates of the blocks' matrices, AdamW for all else
     learning_rate: float = 3e-4  # peak
     min_learning_rate_ratio: float = 0.1  # floor, as a share of the peak
     warmup_fraction: float = 0.01  # of the run's samples
     decay_fraction: float = 1.0  # the cosine reaches its floor after this share of the run; may exceed 1
     b1: float = 0.9
     b2: float = 0.95
+    muon_momentum: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1  # on matrices only: not on norms, biases
     clip_grad_norm: float = 1.0  # 0: off
@@ -378,7 +380,8 @@ def validate(config: Config) -> None:
     _within("optimizer.warmup_fraction", optimizer.warmup_fraction, 0, 1, high_open=True)
     _within("optimizer.decay_fraction", optimizer.decay_fraction, optimizer.warmup_fraction, math.inf,
             low_open=True, high_open=True)
-    for key in ("b1", "b2"):
+    _one_of("optimizer.name", optimizer.name, ("adamw", "muon"))
+    for key in ("b1", "b2", "muon_momentum"):
         _within(f"optimizer.{key}", getattr(optimizer, key), 0, 1, high_open=True)
     _within("optimizer.eps", optimizer.eps, 0, 1, low_open=True)
     _within("optimizer.weight_decay", optimizer.weight_decay, 0, math.inf, high_open=True)
