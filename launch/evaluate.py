@@ -8,7 +8,9 @@ import dataclasses
 import json
 import sys
 
-from absl import app, flags
+from absl import flags
+
+from mtnlg_jax import command
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
 _INPUT = flags.DEFINE_string("input", None, "file or folder to score, - for standard input", required=True)
@@ -17,10 +19,7 @@ _STRIDE = flags.DEFINE_integer("stride", None, "tokens that a window scores; def
 _JSON = flags.DEFINE_bool("json", False, "print one JSON object")
 
 
-def main(argv) -> int:
-    if len(argv) > 1:
-        print(f"unknown arguments: {' '.join(argv[1:])}", file=sys.stderr)
-        return 2
+def main() -> None:
     from flax import nnx
     from tqdm import tqdm
 
@@ -32,33 +31,28 @@ def main(argv) -> int:
 
     compat.quiet()
     compat.configure_cache()
-    try:
-        if _INPUT.value == "-":
-            texts = [sys.stdin.read()]
-        else:
-            texts = [document.text for document in read_documents(_INPUT.value)]
-        run = load_run(_WORKDIR.value, _CHECKPOINT.value)
-        model = nnx.merge(abstract_model(run.config.model)[0], run.params)
-        results = []
-        for text in texts:
-            with tqdm(unit="window", disable=None, leave=False) as bar:
+    if _INPUT.value == "-":
+        texts = [sys.stdin.buffer.read().decode("utf-8", "replace")]
+    else:
+        texts = [document.text for document in read_documents(_INPUT.value)]
+    run = load_run(_WORKDIR.value, _CHECKPOINT.value)
+    model = nnx.merge(abstract_model(run.config.model)[0], run.params)
+    results = []
+    for text in texts:
+        with tqdm(unit="window", disable=None, leave=False) as bar:
 
-                def show(done, total, bar=bar):
-                    bar.total = total
-                    bar.update(done - bar.n)
+            def show(done, total, bar=bar):
+                bar.total = total
+                bar.update(done - bar.n)
 
-                results.append(evaluate_text(model, run.tokenizer, text, _STRIDE.value, on_batch=show))
-        total = merge(results)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+            results.append(evaluate_text(model, run.tokenizer, text, _STRIDE.value, on_batch=show))
+    total = merge(results)
     if _JSON.value:
         print(json.dumps(dataclasses.asdict(total) | {"step": run.step, "documents": len(texts)}))
     else:
         print(f"{_INPUT.value}: {len(texts)} document(s), {total.bytes:,} bytes, {total.tokens:,} tokens\n"
               f"loss {total.loss:.4f} nats a token, perplexity {total.perplexity:.2f}, "
               f"{total.bits_per_byte:.4f} bits per byte (checkpoint of step {run.step})")
-    return 0
 
 
 def merge(results: list):
@@ -76,4 +70,4 @@ def merge(results: list):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

@@ -13,7 +13,9 @@ import dataclasses
 import json
 import sys
 
-from absl import app, flags
+from absl import flags
+
+from mtnlg_jax import command
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
 _CHECKPOINT = flags.DEFINE_enum("checkpoint", "best", ["best", "last"], "which checkpoint")
@@ -47,18 +49,12 @@ _SETTINGS = {
 }
 
 
-def main(argv) -> int:
-    try:
-        if len(argv) > 1:
-            raise ValueError(f"unknown argument {argv[1]!r}; flags are written --name=value")
-        prompt = _prompt()
-        given = {name: flag.value for name, flag in _SETTINGS.items() if flag.value is not None}
-        if "stop_strings" in given:
-            given["stop_strings"] = tuple(given["stop_strings"])
-        return _answer(prompt, given)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def main() -> None:
+    prompt = _prompt()
+    given = {name: flag.value for name, flag in _SETTINGS.items() if flag.value is not None}
+    if "stop_strings" in given:
+        given["stop_strings"] = tuple(given["stop_strings"])
+    _answer(prompt, given)
 
 
 def _prompt() -> str:
@@ -80,7 +76,7 @@ def _prompt() -> str:
         raise ValueError(f"{name} is not UTF-8 at byte {error.start}; convert it, as with iconv") from None
 
 
-def _answer(prompt: str, given: dict) -> int:
+def _answer(prompt: str, given: dict) -> None:
     from mtnlg_jax import compat
     from mtnlg_jax.config import validate_decode
     from mtnlg_jax.decode.cache import unstack
@@ -99,7 +95,6 @@ def _answer(prompt: str, given: dict) -> int:
     result = answer(decoder, run.tokenizer, prompt, decode)
     if _JSON.value:
         print(json.dumps({"mode": _MODE.value, "step": run.step, "prompt": prompt} | result, ensure_ascii=False))
-    return 0
 
 
 def _generate(decoder, tokenizer, prompt, decode) -> dict:
@@ -151,13 +146,5 @@ def _fill(decoder, tokenizer, prompt, _) -> dict:
     return dataclasses.asdict(filled)
 
 
-def _parse(argv) -> list[str]:
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        print(f"error: {' '.join(str(error).split())}; see --help", file=sys.stderr)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse)
+    command.run(main)

@@ -5,10 +5,9 @@
     python launch/prepare_data.py --input=web.jsonl.zst --output=data/web --tokenizer=gpt2_files
 """
 
-import sys
+from absl import flags
 
-from absl import app, flags
-
+from mtnlg_jax import command
 from mtnlg_jax.data.prepare import describe, prepare
 
 _INPUT = flags.DEFINE_string("input", None, "File or folder: .txt .md .text .jsonl .json (also .gz .zst), "
@@ -24,25 +23,15 @@ _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a prepared data set,
 _ON_ERROR = flags.DEFINE_enum("on_error", "raise", ["raise", "skip"], "Damaged input: stop, or drop it.")
 
 
-def main(arguments: list[str]) -> None:
-    if arguments[1:]:
-        sys.exit(_fail(f"unknown argument {arguments[1]}; flags are written --name=value"))
-    try:
-        info = prepare(_INPUT.value, _OUTPUT.value, vocab_size=_VOCAB_SIZE.value, tokenizer=_TOKENIZER.value,
-                       heldout=_HELDOUT.value, seed=_SEED.value, text_key=_TEXT_KEY.value,
-                       on_error=_ON_ERROR.value, overwrite=_OVERWRITE.value)
-    except (ValueError, OSError) as error:
-        sys.exit(_fail(error))
+def main() -> None:
+    info = prepare(_INPUT.value, _OUTPUT.value, vocab_size=_VOCAB_SIZE.value, tokenizer=_TOKENIZER.value,
+                   heldout=_HELDOUT.value, seed=_SEED.value, text_key=_TEXT_KEY.value,
+                   on_error=_ON_ERROR.value, overwrite=_OVERWRITE.value)
     print(describe(info))
     print(f"next       python launch/pretrain.py --config=configs/small.py --set=data.path={_OUTPUT.value} "
           "--workdir=RUN")
 
 
-def _fail(error: Exception | str) -> int:
-    print(f"prepare_data: {error}", file=sys.stderr)
-    return 2
-
-
 if __name__ == "__main__":
     flags.mark_flag_as_required("output")
-    app.run(main)
+    command.run(main)

@@ -4,9 +4,9 @@ Start it again with the same flags to go on where it stopped. Exit codes: 0 done
 75 stopped by a signal with its state saved.
 """
 
-import sys
+from absl import flags
 
-from absl import app, flags
+from mtnlg_jax import command
 
 _CONFIG = flags.DEFINE_string("config", None, "a file of configs/", required=True)
 _SET = flags.DEFINE_multi_string("set", [], "a value of the config, as train.steps=10; repeat for more")
@@ -14,29 +14,14 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=Tr
 _PROGRESS = flags.DEFINE_bool("progress", True, "show a progress bar")
 
 
-def main(argv) -> int:
-    if len(argv) > 1:
-        print(f"unknown arguments: {' '.join(argv[1:])}", file=sys.stderr)
-        return 2
+def main() -> None:
     from mtnlg_jax import compat
     from mtnlg_jax.config import load_config
-    from mtnlg_jax.train.loop import Diverged, Preempted, train
+    from mtnlg_jax.train.loop import train
 
     compat.quiet()
     compat.configure_cache()
-    try:
-        summary = train(load_config(_CONFIG.value, _SET.value), _WORKDIR.value, _PROGRESS.value)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Diverged as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
-    except Preempted as error:
-        print(f"{error}; the same command goes on from there", file=sys.stderr)
-        return 75
-    print(describe(summary))
-    return 0
+    print(describe(train(load_config(_CONFIG.value, _SET.value), _WORKDIR.value, _PROGRESS.value)))
 
 
 def describe(summary) -> str:
@@ -57,4 +42,4 @@ next: python launch/generate.py --workdir={run} --prompt="Once upon a time"
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

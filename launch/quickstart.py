@@ -8,11 +8,12 @@ go on where it stopped; what is done is not done twice.
 
 import lzma
 import os
-import sys
 import textwrap
 import time
 
-from absl import app, flags
+from absl import flags
+
+from mtnlg_jax import command
 
 _CORPUS = flags.DEFINE_string("corpus", None, "your own text: a file or folder (txt, jsonl, parquet, .gz, .zst)")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "where everything goes")
@@ -22,26 +23,7 @@ _SET = flags.DEFINE_multi_string("set", [], "a value of the config, as train.ste
 _VOCAB = flags.DEFINE_integer("vocab_size", 4096, "pieces of the tokenizer")
 
 
-def main(argv) -> int:
-    if len(argv) > 1:
-        print(f"unknown arguments: {' '.join(argv[1:])}", file=sys.stderr)
-        return 2
-    from mtnlg_jax.train.loop import Diverged, Preempted
-
-    try:
-        return quickstart()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Diverged as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
-    except Preempted as error:
-        print(f"{error}; the same command goes on from there", file=sys.stderr)
-        return 75
-
-
-def quickstart() -> int:
+def main() -> None:
     from mtnlg_jax import compat
     from mtnlg_jax.config import load_config
     from mtnlg_jax.data.prepare import describe, prepare
@@ -87,7 +69,6 @@ next: .venv/bin/python launch/generate.py --workdir={workdir} --prompt="The func
       .venv/bin/python launch/generate.py --workdir={workdir} --mode=ranking --n=8 --prompt="The function returns"
       {again}
       more steps:  bash launch/quickstart.sh --workdir={workdir}-long --set=train.steps={4 * summary.steps}""")
-    return 0
 
 
 def samples(decoder, tokenizer, data) -> None:
@@ -182,4 +163,4 @@ def _heading(text: str) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A room may import itself and the rooms on the lines above it; rooms of one line do not see each other.
 ORDER = """
-    compat
+    compat command
     config
     parallel.mesh
     parallel.collectives

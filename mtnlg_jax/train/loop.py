@@ -32,9 +32,13 @@ from mtnlg_jax.train.step import abstract_state, init_state, make_eval, make_tra
 class Preempted(Exception):
     """SIGTERM or SIGINT came: the state was saved, the same command goes on from there."""
 
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again
+
 
 class Diverged(Exception):
     """Too many non-finite steps in a row."""
+
+    exit_code = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +118,8 @@ def train(config: Config, workdir: str, show_progress: bool = True) -> Summary:
                 meter.restart()
             if stopping and done < config.train.steps:
                 checkpoints.wait()
-                raise Preempted(f"stopped by a signal after step {done}; state saved in {workdir}")
+                raise Preempted(f"stopped by a signal after step {done}; state saved in {workdir}; the same command "
+                                "goes on from there")
         checkpoints.wait()
         if not any(r["kind"] == "eval" for r in log.records):  # a finished run, started again
             raise ValueError(f"{workdir} holds a run without evaluation; give another --workdir")

@@ -283,7 +283,7 @@ def test_the_command(few, tmp_path):
         assert part in done.stdout
     again = _launch(f"--input={few}", f"--output={tmp_path}/out")
     assert again.returncode == 2 and again.stdout == ""
-    assert again.stderr == (f"prepare_data: {tmp_path}/out exists; choose another output or replace it with "
+    assert again.stderr == (f"error: {tmp_path}/out exists; choose another output or replace it with "
                             "--overwrite\n")
     assert _launch("--output=x", "--nonsense=1").returncode not in (0, None)
     assert _launch(f"--output={tmp_path}/y", "stray").returncode == 2

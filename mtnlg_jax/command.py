@@ -1,0 +1,36 @@
+"""What every script of launch/ does around its work: bad input is one line on standard error and exit code 2."""
+
+import functools
+import sys
+from collections.abc import Callable
+
+from absl import app, flags
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Parses the flags and exits with what ``main`` returns. ValueError and OSError are bad input (exit code 2);
+    other exceptions that end a run as planned name their code as ``exit_code``."""
+    app.run(functools.partial(_run, main), flags_parser=_parse)
+
+
+def _run(main: Callable, argv: list[str]) -> int | None:
+    try:
+        if len(argv) > 1:
+            raise ValueError(f"unknown argument {argv[1]!r}; flags are written --name=value")
+        return main()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if not hasattr(error, "exit_code"):
+            raise
+        print(error, file=sys.stderr)
+        return error.exit_code
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        print(f"error: {' '.join(str(error).split())}; see --help", file=sys.stderr)
+        sys.exit(2)
