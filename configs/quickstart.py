@@ -12,9 +12,11 @@ from mtnlg_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, S
 def get_config() -> Config:
     return Config(
         name="quickstart",
-        model=ModelConfig(num_layers=4, hidden_size=192, num_attention_heads=4, max_position_embeddings=256),
+        model=ModelConfig(num_layers=4, hidden_size=192, num_attention_heads=4, max_position_embeddings=256,
+                          position_embedding_type="rotary"),
         data=DataConfig(path="runs/quickstart/data"),
-        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_fraction=0.05),
+        optimizer=OptimizerConfig(name="muon", learning_rate=5e-3, min_learning_rate_ratio=0.0,
+                                  warmup_fraction=0.05),
         train=TrainConfig(
             steps=320, global_batch_size=16, compute_dtype="float32", eval_every=80, save_every=80, eval_batches=8,
             stages=(StageConfig("masked", fraction=0.2, masked=1.0), StageConfig("causal", fraction=0.6),

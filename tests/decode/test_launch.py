@@ -17,7 +17,7 @@ DRIVER = """
     import jax, jax.numpy as jnp, numpy as np
     from absl import flags
     from absl.testing import flagsaver
-    from mtnlg_jax import compat
+    from mtnlg_jax import command, compat
     from mtnlg_jax.config import Config, DecodeConfig, ModelConfig
     from mtnlg_jax.data.tokenizer import load_tokenizer
     from mtnlg_jax.model.transformer import abstract_model
@@ -44,9 +44,10 @@ DRIVER = """
         with flagsaver.flagsaver(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             real, sys.stdin = sys.stdin, stdin
             try:
-                code = names["main"](names["_parse"](["generate.py", *request["arguments"]]))
+                sys.argv = [script, *request["arguments"]]
+                command.run(names["main"])
             except SystemExit as stop:
-                code = stop.code
+                code = stop.code or 0
             sys.stdin = real
         print("answer", json.dumps([code, out.getvalue(), err.getvalue()]), flush=True)
 """
