@@ -24,8 +24,8 @@ PATIENCE = 180  # seconds, for a start on a busy machine
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """start(name) -> (process, workdir): a small run with all that is random in one (the mix of objectives,
-    masking, dropout), saving so often that one save hardly ends before the next."""
+    """start(name) -> (process, workdir, when metrics.jsonl was last written): a small run with all that is random
+    in one (the mix of objectives, masking, dropout), saving so often that one save hardly ends before the next."""
     folder = tmp_path_factory.mktemp("kill")
     words = random.Random(0)
     texts = [" ".join(words.choices("sun moon tree river stone bird wind road".split(), k=60)) for _ in range(150)]
@@ -42,17 +42,18 @@ def start(tmp_path_factory):
         "XLA_FLAGS": "--xla_backend_optimization_level=0",  # halves what compiling costs this test
     }
 
-    def start(name: str) -> tuple[subprocess.Popen, Path]:
+    def start(name: str) -> tuple[subprocess.Popen, Path, int]:
+        before = changed(folder / name)
         process = subprocess.Popen([*command, f"--workdir={folder / name}"], env=environment, text=True,
                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        return process, folder / name
+        return process, folder / name, before
 
     return start
 
 
 @pytest.fixture(scope="module")
 def unkilled(start) -> Path:
-    process, workdir = start("unkilled")
+    process, workdir, _ = start("unkilled")
     output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, output
     assert len(numbers(workdir)) == STEPS + 3  # each step, and the evaluations
@@ -65,15 +66,22 @@ def numbers(workdir: Path) -> list[dict]:
     return [{key: value for key, value in json.loads(line).items() if key not in MEASURED} for line in lines]
 
 
+def changed(workdir: Path) -> int:
+    """When metrics.jsonl was last written to; a run that goes on writes it as it enters the loop."""
+    path = workdir / "metrics.jsonl"
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
 def step_reached(workdir: Path) -> int:
     path = workdir / "metrics.jsonl"
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     return json.loads(lines[-1])["step"] if lines else 0
 
 
-def wait_for_step(process: subprocess.Popen, workdir: Path, step: int) -> None:
+def wait_for_step(process: subprocess.Popen, workdir: Path, step: int, before: int) -> None:
+    """Until ``process`` itself has written, not one before it, and ``step`` is done."""
     deadline = time.monotonic() + PATIENCE
-    while step_reached(workdir) < step:
+    while changed(workdir) == before or step_reached(workdir) < step:
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < deadline, f"step {step} was not reached in {PATIENCE} s"
         time.sleep(0.002)
@@ -83,18 +91,18 @@ def wait_for_step(process: subprocess.Popen, workdir: Path, step: int) -> None:
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(start, unkilled, kills):
     name, moments = f"killed-{kills}", random.Random(kills)
     for number, target in enumerate(sorted(moments.randrange(1, STEPS - 10) for _ in range(kills))):
-        process, workdir = start(name)
+        process, workdir, before = start(name)
         if number % 5 == 4:  # some come between the imports and the first step
             time.sleep(moments.uniform(0, 6))
         else:
-            wait_for_step(process, workdir, target)
+            wait_for_step(process, workdir, target, before)
             time.sleep(moments.uniform(0, 0.2))
         process.kill()
         output, _ = process.communicate()
         assert process.returncode == -signal.SIGKILL, output
 
-    process, workdir = start(name)
-    wait_for_step(process, workdir, STEPS - 10)
+    process, workdir, before = start(name)
+    wait_for_step(process, workdir, STEPS - 10, before)
     process.terminate()
     output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 75, output
@@ -102,7 +110,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(start, unkilled, kills)
     stopped = step_reached(workdir)
     assert STEPS - 10 <= stopped < STEPS and (workdir / "checkpoints" / str(stopped) / "record.json").exists()
 
-    process, workdir = start(name)
+    process, workdir, _ = start(name)
     output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, output
     assert numbers(workdir) == numbers(unkilled)
