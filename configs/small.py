@@ -1,9 +1,19 @@
-"""A few million parameters on a few megabytes of one kind of text: novels in 20 to 30 minutes on 2 CPU cores.
+"""A few million parameters on a few megabytes of one kind of text: novels, on 2 CPU cores.
 
 python launch/prepare_data.py --input=FOLDER --output=OUT --vocab_size=8000
 python launch/pretrain.py --config=configs/small.py --set=data.path=OUT --workdir=RUN
 
-Hardware: 2 cores of a laptop. Source: chosen here, on English and on Chinese novels.
+Hardware: 2 cores of a laptop. Source: chosen here. Bits per byte after these 1400 steps, and xz -9e's:
+
+| trained on | scored | bits per byte | xz |
+| --- | --- | --- | --- |
+| seven English novels, 4.5 MB | The War of the Worlds, unseen | 1.870 | 2.65 |
+| Water Margin, in Chinese, 2.5 MB | its held-out end | 2.110 | 2.50, of all of it |
+| Water Margin | Journey to the West, unseen, in an edition without commas | 2.946 | 2.80 |
+
+The last line is not won: the two editions are punctuated in different ways, and 600,000 tokens are few: the model
+knows them nearly by heart (loss 4.4 there, 5.6 on the held-out end). With a context of 512 and dropout 0.3 the
+first 200 kB of Journey to the West go from 3.079 to 3.044.
 """
 
 from mtnlg_jax.config import Config, ModelConfig, OptimizerConfig, TrainConfig
