@@ -18,7 +18,7 @@ def get_config() -> Config:
         optimizer=OptimizerConfig(name="muon", learning_rate=5e-3, min_learning_rate_ratio=0.0,
                                   warmup_fraction=0.05),
         train=TrainConfig(
-            steps=280, global_batch_size=16, compute_dtype="float32", eval_every=80, save_every=80, eval_batches=8,
+            steps=240, global_batch_size=16, compute_dtype="float32", eval_every=80, save_every=80, eval_batches=8,
             stages=(StageConfig("masked", fraction=0.25, masked=1.0), StageConfig("causal", fraction=0.35),
                     StageConfig("both", fraction=0.4, masked=0.5)),
         ),
