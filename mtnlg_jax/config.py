@@ -147,6 +147,7 @@ class TrainConfig:
     compute_dtype: str = "bfloat16"  # bfloat16 | float32; masters and sums are float32
     recompute: str = "none"  # none: keeps products, recomputes elementwise work | full: recomputes each layer
     loss_chunk: int = 1024  # tokens of logits in memory at once
+    label_smoothing: float = 0.0  # [0, 1): of each target, spread evenly; in training's loss, not the held-out one
     log_every: int = 1
     eval_every: int = 200  # 0: only at the end
     eval_batches: int = 16
@@ -392,6 +393,7 @@ def validate(config: Config) -> None:
         _within(f"train.{key}", getattr(train, key), 1, 2**31)
     for key in ("eval_every", "save_every"):
         _within(f"train.{key}", getattr(train, key), 0, 2**31)
+    _within("train.label_smoothing", train.label_smoothing, 0, 1, high_open=True)
     _within("train.seed", train.seed, 0, 2**31)
     _one_of("train.compute_dtype", train.compute_dtype, ("bfloat16", "float32"))
     _one_of("train.recompute", train.recompute, ("none", "full"))

@@ -297,6 +297,7 @@ def test_validate_changes_nothing():
         (["train.steps=0"], ["train.steps=0", "[1, "]),
         (["train.micro_batch_size=0"], ["micro_batch_size=0", "[1, "]),
         (["train.seed=-1"], ["seed=-1", "[0, "]),
+        (["train.label_smoothing=1"], ["label_smoothing=1", "[0, 1)"]),
         (["train.compute_dtype=float16"], ["'float16'", "bfloat16, float32"]),
         (["train.recompute=some"], ["'some'", "none, full"]),
         (["train.stages=()"], ["train.stages is empty", "StageConfig"]),

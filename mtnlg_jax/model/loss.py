@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mtnlg_jax.parallel.collectives import axis_index, max_over, sum_over, vary
+from mtnlg_jax.parallel.collectives import axis_index, axis_size, max_over, sum_over, vary
 
 
-def cross_entropy(x_TD, head_VD, labels_T, weights_T, chunk: int = 1024):
+def cross_entropy(x_TD, head_VD, labels_T, weights_T, chunk: int = 1024, smoothing: float = 0.0):
     """Sum over tokens of weight x -log p(label), a float32 scalar.
 
     Args:
@@ -21,6 +21,8 @@ def cross_entropy(x_TD, head_VD, labels_T, weights_T, chunk: int = 1024):
       head_VD: this device's part of the output embedding.
       labels_T: int32 ids in the whole vocabulary. weights_T: float32; 0 leaves a token out.
       chunk: tokens whose logits exist at once.
+      smoothing: in [0, 1), the share of a target that is spread evenly over the rows of the embedding, so that no
+        token is held impossible (Szegedy 2016, Rethinking the Inception Architecture, section 7).
     """
     tokens = x_TD.shape[0]
     chunk = min(chunk, tokens)
@@ -29,7 +31,7 @@ def cross_entropy(x_TD, head_VD, labels_T, weights_T, chunk: int = 1024):
         x_TD = jnp.pad(x_TD, ((0, pad), (0, 0)))
         labels_T, weights_T = jnp.pad(labels_T, (0, pad)), jnp.pad(weights_T, (0, pad))
     x_TD, head_VD, labels_T, weights_T = vary((x_TD, head_VD, labels_T, weights_T))
-    return _summed(chunk, x_TD, head_VD, labels_T, weights_T)
+    return _summed(chunk, smoothing, x_TD, head_VD, labels_T, weights_T)
 
 
 def token_log_probs(x_TD, head_VD, labels_T, chunk: int = 1024):
@@ -43,8 +45,8 @@ def token_log_probs(x_TD, head_VD, labels_T, chunk: int = 1024):
     return -losses.reshape(-1)[:tokens]
 
 
-def _chunk_losses(x, head, labels):
-    """Losses (T,) of a chunk, and what their gradient needs: exp(logits - max), the sums, the label hits."""
+def _chunk_losses(x, head, labels, smoothing=0.0):
+    """Losses (T,) of a chunk, and what their gradient needs: exp(logits - max), the sums, the targets."""
     logits = jnp.einsum("TD,VD->TV", x, head, preferred_element_type=jnp.float32)
     top = max_over(lax.stop_gradient(logits.max(-1)), "tensor")
     exped = jnp.exp(logits - top[:, None])
@@ -54,14 +56,18 @@ def _chunk_losses(x, head, labels):
     picked = jnp.take_along_axis(logits, jnp.where(mine, local, 0)[:, None], -1)[:, 0]
     target = sum_over(jnp.where(mine, picked, 0.0), "tensor")
     hits = jnp.arange(head.shape[0]) == jnp.where(mine, local, -1)[:, None]
+    if smoothing:
+        even = 1 / (head.shape[0] * axis_size("tensor"))
+        target = (1 - smoothing) * target + smoothing * even * sum_over(logits.sum(-1), "tensor")
+        hits = (1 - smoothing) * hits + smoothing * even
     return jnp.log(total) + top - target, (exped, total, hits)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _summed(chunk, x_TD, head_VD, labels_T, weights_T):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _summed(chunk, smoothing, x_TD, head_VD, labels_T, weights_T):
     def one(total, part):
         x, labels, weights = part
-        return total + jnp.dot(_chunk_losses(x, head_VD, labels)[0], weights), None
+        return total + jnp.dot(_chunk_losses(x, head_VD, labels, smoothing)[0], weights), None
 
     total, _ = lax.scan(one, vary(jnp.float32(0)), _chunks(chunk, x_TD, labels_T, weights_T))
     return total
@@ -71,12 +77,12 @@ def _chunks(chunk, *arrays):
     return tuple(a.reshape(-1, chunk, *a.shape[1:]) for a in arrays)
 
 
-def _forward(chunk, x_TD, head_VD, labels_T, weights_T):
+def _forward(chunk, smoothing, x_TD, head_VD, labels_T, weights_T):
     def one(carry, part):
         total, d_head = carry
         x, labels, weights = part
-        losses, (exped, sums, hits) = _chunk_losses(x, head_VD, labels)
-        d_logits = (exped / sums[:, None] - hits) * weights[:, None]
+        losses, (exped, sums, targets) = _chunk_losses(x, head_VD, labels, smoothing)
+        d_logits = (exped / sums[:, None] - targets) * weights[:, None]
         d_logits = d_logits.astype(head_VD.dtype)
         d_head = d_head + jnp.einsum("TV,TD->VD", d_logits, x, preferred_element_type=jnp.float32)
         return vary((total + jnp.dot(losses, weights), d_head)), jnp.einsum("TV,VD->TD", d_logits, head_VD)
@@ -86,7 +92,7 @@ def _forward(chunk, x_TD, head_VD, labels_T, weights_T):
     return total, (d_x.reshape(x_TD.shape), d_head, head_VD, weights_T)
 
 
-def _backward(chunk, residuals, grad):
+def _backward(chunk, smoothing, residuals, grad):
     d_x, d_head, head_VD, weights_T = residuals
     return ((d_x * grad).astype(d_x.dtype), (d_head * grad).astype(head_VD.dtype), None,
             jnp.zeros_like(weights_T))

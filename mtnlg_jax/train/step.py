@@ -66,8 +66,10 @@ def make_loss_and_gradients(config: Config, mesh: Mesh, causal: bool) -> Callabl
             micro["tokens"], positions_BS=micro["positions"], segment_ids_BS=micro["segment_ids"], causal=causal,
             prepare=prepare, remat=config.train.recompute == "full",
             dropout_key=key if config.model.dropout_rate else None, rows_B=micro["rows"])
-        return cross_entropy(x_BSD.reshape(-1, x_BSD.shape[-1]), model.head(), micro["labels"].reshape(-1),
-                             micro["weights"].reshape(-1), config.train.loss_chunk) / total
+        train = config.train
+        loss = cross_entropy(x_BSD.reshape(-1, x_BSD.shape[-1]), model.head(), micro["labels"].reshape(-1),
+                             micro["weights"].reshape(-1), train.loss_chunk, train.label_smoothing)
+        return loss / total
 
     def local(params, batch, count, key):
         total = jnp.maximum(sum_over(batch["weights"].sum(), "data"), 1.0)

@@ -32,30 +32,33 @@ def _inputs(seed=0, size=1.0):
     return x, head, labels, weights
 
 
-def _longhand(x, head, labels, weights):
+def _longhand(x, head, labels, weights, smoothing=0.0):
     """Losses of the tokens, and the gradients of their weighted sum, in float64."""
     x, head = np.asarray(x, np.float64), np.asarray(head, np.float64)
     losses, d_x, d_head = np.zeros(len(x)), np.zeros_like(x), np.zeros_like(head)
     for t in range(len(x)):
         logits = head @ x[t]
         logits = logits - logits.max()
-        p = np.exp(logits) / np.exp(logits).sum()
-        losses[t] = -(logits[labels[t]] - math.log(np.exp(logits).sum()))
-        p[labels[t]] -= 1
-        d_x[t] = weights[t] * (p @ head)
-        d_head += weights[t] * np.outer(p, x[t])
+        log_p = logits - math.log(np.exp(logits).sum())
+        target = np.full(len(head), smoothing / len(head))
+        target[labels[t]] += 1 - smoothing
+        losses[t] = -target @ log_p
+        d_logits = weights[t] * (np.exp(log_p) - target)
+        d_x[t] = d_logits @ head
+        d_head += np.outer(d_logits, x[t])
     return losses, d_x, d_head
 
 
-def _loss_and_gradients(chunk):
-    return jax.jit(jax.value_and_grad(functools.partial(cross_entropy, chunk=chunk), (0, 1)))
+def _loss_and_gradients(chunk, smoothing=0.0):
+    return jax.jit(jax.value_and_grad(functools.partial(cross_entropy, chunk=chunk, smoothing=smoothing), (0, 1)))
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("chunk", [1, 7, 13, 1000])  # 7 leaves a rest, 13 does not, 1000 is more than all
-def test_loss_and_gradients_equal_the_longhand(chunk):
+def test_loss_and_gradients_equal_the_longhand(chunk, smoothing):
     x, head, labels, weights = _inputs()
-    value, (d_x, d_head) = _loss_and_gradients(chunk)(x, head, labels, weights)
-    losses, want_x, want_head = _longhand(x, head, labels, weights)
+    value, (d_x, d_head) = _loss_and_gradients(chunk, smoothing)(x, head, labels, weights)
+    losses, want_x, want_head = _longhand(x, head, labels, weights, smoothing)
     assert value.shape == () and value.dtype == jnp.float32
     np.testing.assert_allclose(value, losses @ weights, rtol=FLOAT32)
     np.testing.assert_allclose(d_x, want_x, rtol=FLOAT32, atol=FLOAT32)
@@ -136,11 +139,12 @@ def test_the_logits_of_all_tokens_never_exist(dtype):
 # --- a split vocabulary -------------------------------------------------------------------------------------
 
 
-def test_a_vocabulary_split_over_tensor_gives_the_same_loss_and_gradients():
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_vocabulary_split_over_tensor_gives_the_same_loss_and_gradients(smoothing):
     x, head, labels, weights = _inputs()
 
     def local(x, head, labels, weights):
-        value, grads = _loss_and_gradients(7)(x, head, labels, weights)
+        value, grads = _loss_and_gradients(7, smoothing)(x, head, labels, weights)
         return value[None], *grads, token_log_probs(x, head, labels, chunk=7)[None]
 
     mesh = make_mesh(MeshConfig(data=2, tensor=4))
@@ -148,12 +152,13 @@ def test_a_vocabulary_split_over_tensor_gives_the_same_loss_and_gradients():
     over_mesh = jax.shard_map(local, mesh=mesh, in_specs=(rows, P("tensor"), rows, rows),
                               out_specs=(P(AXES), rows, P("tensor"), P("tensor", "data")))
     values, d_x, d_head, log_probs = jax.jit(over_mesh)(x, head, labels, weights)
-    losses, want_x, want_head = _longhand(x, head, labels, weights)
+    losses, want_x, want_head = _longhand(x, head, labels, weights, smoothing)
     values = np.asarray(values).reshape(2, 4)
     np.testing.assert_allclose(values.sum(0), [losses @ weights] * 4, rtol=FLOAT32)  # alike along tensor
     np.testing.assert_allclose(d_x, want_x, rtol=FLOAT32, atol=FLOAT32)
     np.testing.assert_allclose(d_head, want_head, rtol=FLOAT32, atol=FLOAT32)
-    np.testing.assert_allclose(log_probs, [-losses] * 4, rtol=FLOAT32, atol=FLOAT32)
+    plain = _longhand(x, head, labels, weights)[0]
+    np.testing.assert_allclose(log_probs, [-plain] * 4, rtol=FLOAT32, atol=FLOAT32)
 
 
 def test_logits_far_below_zero_survive_the_padding_and_the_split():

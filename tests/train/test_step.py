@@ -102,8 +102,9 @@ def test_accumulation_recompute_and_chunks_change_nothing(change):
     assert_equal_numbers(got, one_device())
 
 
-def test_gradients_equal_plain_autodiff_of_the_logits():
-    config = config_of(1, 1)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_gradients_equal_plain_autodiff_of_the_logits(smoothing):
+    config = config_of(1, 1, label_smoothing=smoothing)
     loss, grads = loss_and_gradients(config)
     graph, params = abstract_model(MODEL)[0], parameters(MODEL)
     data = rows()
@@ -111,7 +112,8 @@ def test_gradients_equal_plain_autodiff_of_the_logits():
     def plain(params):
         logits = nnx.merge(graph, params)(data["tokens"], positions_BS=data["positions"],
                                           segment_ids_BS=data["segment_ids"])
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, data["labels"])
+        targets = optax.smooth_labels(jax.nn.one_hot(data["labels"], logits.shape[-1]), smoothing)
+        losses = optax.softmax_cross_entropy(logits, targets)
         return (losses * data["weights"]).sum() / data["weights"].sum()
 
     wanted, wanted_grads = jax.value_and_grad(plain)(params)
