@@ -118,7 +118,6 @@ class OptimizerConfig:
     b1: float = 0.9
     b2: float = 0.95
     muon_momentum: float = 0.95
-    muon_adam_scale: float = 1.0  # > 0; what Muon leaves to AdamW moves at this share of the learning rate
     eps: float = 1e-8
     weight_decay: float = 0.1  # on matrices only: not on norms, biases
     clip_grad_norm: float = 1.0  # 0: off
@@ -385,7 +384,6 @@ def validate(config: Config) -> None:
     _one_of("optimizer.name", optimizer.name, ("adamw", "muon"))
     for key in ("b1", "b2", "muon_momentum"):
         _within(f"optimizer.{key}", getattr(optimizer, key), 0, 1, high_open=True)
-    _within("optimizer.muon_adam_scale", optimizer.muon_adam_scale, 0, math.inf, low_open=True, high_open=True)
     _within("optimizer.eps", optimizer.eps, 0, 1, low_open=True)
     _within("optimizer.weight_decay", optimizer.weight_decay, 0, math.inf, high_open=True)
     _within("optimizer.clip_grad_norm", optimizer.clip_grad_norm, 0, math.inf, high_open=True)

@@ -26,8 +26,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """Clip by global norm, moments, decoupled weight decay. Updates are to be scaled by -learning rate."""
     clip = optax.clip_by_global_norm(config.clip_grad_norm) if config.clip_grad_norm else optax.identity()
     adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
-    slower = optax.chain(adam, optax.scale(config.muon_adam_scale))
-    moments = adam if config.name == "adamw" else optax.partition({"adam": slower, "muon": _muon(config)}, _labels)
+    moments = adam if config.name == "adamw" else optax.partition({"adam": adam, "muon": _muon(config)}, _labels)
     return optax.chain(clip, moments, optax.add_decayed_weights(config.weight_decay, decay_mask))
 
 

@@ -40,12 +40,10 @@ def test_each_matrix_of_each_layer_moves_by_an_orthogonal_matrix():
         assert 0.5 < values[-3] and values.max() < 1.3
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.25])
-def test_everything_else_moves_as_by_adamw(scale):
-    muon = updates_of(dataclasses.replace(MUON, muon_adam_scale=scale))
-    adam = updates_of(dataclasses.replace(MUON, name="adamw"))
+def test_everything_else_moves_as_by_adamw():
+    muon, adam = updates_of(MUON), updates_of(dataclasses.replace(MUON, name="adamw"))
     same = jax.tree_util.tree_map_with_path(
-        lambda path, a, b: (jax.tree_util.keystr(path), bool((a == scale * b).all())), muon, adam)
+        lambda path, a, b: (jax.tree_util.keystr(path), bool((a == b).all())), muon, adam)
     for path, equal in jax.tree.leaves(same, is_leaf=lambda x: isinstance(x, tuple)):
         assert equal == ("'w_" not in path), path
 
