@@ -1,7 +1,8 @@
 """Scores a text with a trained model: python launch/evaluate.py --workdir=RUN --input=FILE [--json]
 
 FILE is anything that launch/prepare_data.py reads (text, JSON lines, Parquet; a folder too), or - for standard
-input. Every token counts once and is scored with context (--stride).
+input. Every token counts once and is scored with context (--stride). --adapt=4e-4 lets the model learn from each
+window after it has scored it, as a compressor does: three times as long, and a fairer comparison with one.
 """
 
 import dataclasses
@@ -16,6 +17,8 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=Tr
 _INPUT = flags.DEFINE_string("input", None, "file or folder to score, - for standard input", required=True)
 _CHECKPOINT = flags.DEFINE_enum("checkpoint", "best", ["best", "last"], "which checkpoint")
 _STRIDE = flags.DEFINE_integer("stride", None, "tokens that a window scores; default: half the context")
+_ADAPT = flags.DEFINE_float("adapt", 0.0, "learning rate of dynamic evaluation, from the trained weights anew for "
+                            "each document; 0: the weights stay as they are")
 _JSON = flags.DEFINE_bool("json", False, "print one JSON object")
 
 
@@ -45,14 +48,17 @@ def main() -> None:
                 bar.total = total
                 bar.update(done - bar.n)
 
-            results.append(evaluate_text(model, run.tokenizer, text, _STRIDE.value, on_batch=show))
+            results.append(evaluate_text(model, run.tokenizer, text, _STRIDE.value, adapt=_ADAPT.value,
+                                         on_batch=show))
     total = merge(results)
     if _JSON.value:
-        print(json.dumps(dataclasses.asdict(total) | {"step": run.step, "documents": len(texts)}))
+        print(json.dumps(dataclasses.asdict(total) | {"step": run.step, "documents": len(texts),
+                                                       "adapt": _ADAPT.value}))
     else:
         print(f"{_INPUT.value}: {len(texts)} document(s), {total.bytes:,} bytes, {total.tokens:,} tokens\n"
               f"loss {total.loss:.4f} nats a token, perplexity {total.perplexity:.2f}, "
-              f"{total.bits_per_byte:.4f} bits per byte (checkpoint of step {run.step})")
+              f"{total.bits_per_byte:.4f} bits per byte (checkpoint of step {run.step}"
+              f"{f', adapting at {_ADAPT.value:g}' if _ADAPT.value else ''})")
 
 
 def merge(results: list):

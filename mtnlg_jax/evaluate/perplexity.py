@@ -7,9 +7,10 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 
-from mtnlg_jax.model.loss import token_log_probs
+from mtnlg_jax.model.loss import cross_entropy, token_log_probs
 from mtnlg_jax.model.transformer import Transformer
 
 
@@ -47,31 +48,65 @@ def _window_losses(graph, params, inputs, labels, weights):
     return -jnp.where(weights > 0, log_probs.reshape(labels.shape), 0.0).sum()
 
 
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
+def _score_then_learn(graph, rate, params, state, inputs, labels, weights):
+    """The loss of one window before the step, and parameters and Adam's state after a step on what it scored."""
+
+    def loss(params):
+        model = nnx.merge(graph, params)
+        x_BSD = model.hidden(inputs)
+        return cross_entropy(x_BSD.reshape(-1, x_BSD.shape[-1]), model.head(), labels.reshape(-1), weights.reshape(-1))
+
+    total, gradients = jax.value_and_grad(loss)(params)
+    gradients = jax.tree.map(lambda g: g / weights.sum(), gradients)
+    updates, state = _adam(rate).update(gradients, state)
+    return total, optax.apply_updates(params, updates), state
+
+
+def _adam(rate):
+    # The mean of the gradients would only delay what the last window taught.
+    return optax.adam(rate, b1=0.0)
+
+
 def evaluate_text(model: Transformer, tokenizer, text: str, stride: int | None = None, batch: int = 8,
-                  on_batch=lambda done, total: None) -> Evaluation:
+                  adapt: float = 0.0, on_batch=lambda done, total: None) -> Evaluation:
     """Scores every token of ``text`` once, after <bos>, in windows of the model's context.
 
     Args:
       stride: tokens that each window scores, 1 to the context; default half the context, so that a token has at
         least half a context before it, save at the beginning.
+      batch: windows scored at once; adapting takes one after the other.
+      adapt: 0, or the learning rate of dynamic evaluation (Krause 2018, arXiv:1709.07432): every window is scored
+        first and learnt from then, by one step of Adam, so that the model grows used to the text as a compressor
+        does. A token is still predicted from earlier tokens alone. ``model`` keeps its weights. About 4e-4.
       on_batch: called with (windows done, windows) after each batch.
-    Raises ValueError on a text without tokens.
+    Raises ValueError on a text without tokens, on a stride outside the context, on a negative rate.
     """
     length = model.config.max_position_embeddings
     stride = max(1, length // 2) if stride is None else stride
     if not 1 <= stride <= length:
         raise ValueError(f"stride={stride} lies outside [1, {length}], the model's context")
+    if not 0 <= adapt < math.inf:
+        raise ValueError(f"adapt={adapt}, but a learning rate is 0 (off) or above, such as 4e-4")
     tokens = np.asarray([tokenizer.bos_id, *tokenizer.encode(text)], np.int32)
     if len(tokens) < 2:
         raise ValueError("the text is empty: there is nothing to score")
     parts = windows(tokens, length, stride)
     count = len(parts[0])
-    batch = min(batch, count)
+    batch = 1 if adapt else min(batch, count)
     padded = [np.pad(x, ((0, -count % batch), (0, 0))) for x in parts]
     graph, params = nnx.split(model)
+    if adapt:
+        params = jax.tree.map(jnp.copy, params)  # donated, and the caller's model must live on
+        state = _adam(adapt).init(params)
     total = np.float64(0)
     for begin in range(0, len(padded[0]), batch):
-        total += float(_window_losses(graph, params, *(x[begin : begin + batch] for x in padded)))
+        window = [x[begin : begin + batch] for x in padded]
+        if adapt:
+            loss, params, state = _score_then_learn(graph, adapt, params, state, *window)
+        else:
+            loss = _window_losses(graph, params, *window)
+        total += float(loss)
         on_batch(min(begin + batch, count), count)
     scored, size = len(tokens) - 1, len(text.encode())
     loss = float(total / scored)

@@ -57,6 +57,33 @@ def test_a_long_text_by_longhand_windows(model):
     assert evaluate_text(model, TOKENIZER, text, stride=6).loss == pytest.approx(nats / len(text), rel=1e-5)
 
 
+def test_adapting_learns_a_window_after_it_is_scored(model):
+    text, rate = "0123456789" * 2, 0.01
+    ids = np.array([1, *TOKENIZER.encode(text)], np.int32)
+    graph, params = nnx.split(model)
+
+    def nats(params, begin, end, first):
+        log_probs = jax.nn.log_softmax(nnx.merge(graph, params)(ids[None, begin:end]))[0]
+        return -sum(log_probs[i - begin, ids[i + 1]] for i in range(first, end))
+
+    first, gradient = jax.value_and_grad(nats)(params, 0, 16, 0)
+    # Adam's first step: a gradient g moves by rate x g / (|g| + 1e-8), here of the mean over 16 tokens.
+    after = jax.tree.map(lambda p, g: p - rate * (g / 16) / (abs(g / 16) + 1e-8), params, gradient)
+    want = first + nats(after, 8, 20, 16)
+    result = evaluate_text(model, TOKENIZER, text, adapt=rate)
+    assert result.loss == pytest.approx(float(want) / 20, rel=1e-5)
+    assert abs(result.loss - evaluate_text(model, TOKENIZER, text).loss) > 1e-2
+
+
+def test_adapting_cheats_nowhere_and_leaves_the_model(model):
+    before = evaluate_text(model, TOKENIZER, "one window long")
+    assert evaluate_text(model, TOKENIZER, "one window long", adapt=0.1).loss == pytest.approx(before.loss, rel=1e-6)
+    repeated = "0123456789" * 30
+    static = evaluate_text(model, TOKENIZER, repeated)
+    assert evaluate_text(model, TOKENIZER, repeated, adapt=0.01).loss < 0.5 * static.loss
+    assert evaluate_text(model, TOKENIZER, repeated) == static
+
+
 def test_bytes_are_utf8(model):
     result = evaluate_text(model, TOKENIZER, "中文")
     assert result.bytes == 6
@@ -67,3 +94,6 @@ def test_bad_input(model):
         evaluate_text(model, TOKENIZER, "")
     with pytest.raises(ValueError, match=r"stride=17.*16"):
         evaluate_text(model, TOKENIZER, "text", stride=17)
+    for rate in (-1e-3, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"adapt={rate}.*4e-4"):
+            evaluate_text(model, TOKENIZER, "text", adapt=rate)

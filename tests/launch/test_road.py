@@ -44,6 +44,8 @@ def test_evaluate_for_people_and_for_programs(road):
     folder, _ = road
     counts = json.loads(run("evaluate.py", f"--workdir={folder}/run", f"--input={folder}/book.txt", "--json"))
     assert counts["bytes"] == (folder / "book.txt").stat().st_size and counts["bits_per_byte"] > 0
+    said = run("evaluate.py", f"--workdir={folder}/run", f"--input={folder}/book.txt", "--adapt=1e-3")
+    assert "adapting at 0.001" in said
 
 
 def test_generate_in_three_modes(road):
@@ -63,6 +65,7 @@ def test_generate_in_three_modes(road):
     ("pretrain.py", ["--config={configs}/tiny.py", "--set=train.step=3", "--workdir=x"], "did you mean 'steps'"),
     ("evaluate.py", ["--workdir=/nowhere", "--input={book}"], "/nowhere"),
     ("evaluate.py", ["--workdir={folder}/run", "--input=/nowhere.txt"], "/nowhere.txt"),
+    ("evaluate.py", ["--workdir={folder}/run", "--input={book}", "--adapt=-1"], "adapt=-1.0"),
 ])
 def test_bad_input_is_one_line_and_code_2(road, script, flags, message):
     folder, _ = road
