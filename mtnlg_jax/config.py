@@ -81,6 +81,10 @@ class MeshConfig:
     context: int = 1
     tensor: int = 1
     zero: int = 1  # 0: replicate over data; 1: shard masters and optimizer, gather once a step; 3: per layer
+    schedule: str = "circular"  # of the pipeline: circular | 1f1b, which holds 2 pipe - 1 activations
+    virtual_pipe: int = 1  # chunks of layers a stage holds; more make the circular schedule's bubble smaller
+    flush: int | None = None  # micro-batches a circular pipeline takes at a time, None: all; a ramp counts in these
+    context_mode: str = "auto"  # attention over context: ulysses | gather | ring; auto: ulysses where heads divide
 
 
 @dataclass(frozen=True)
@@ -345,7 +349,22 @@ def validate(config: Config) -> None:
     _must_divide("model.ffn_hidden_size", model.mlp_width, "mesh.tensor", mesh.tensor)
     if model.vocab_size is not None:
         _must_divide("model.vocab_size", model.vocab_size, "mesh.tensor", mesh.tensor)
-    _must_divide("model.num_layers", model.num_layers, "mesh.pipe", mesh.pipe)
+    _within("mesh.virtual_pipe", mesh.virtual_pipe, 1, 2**20)
+    _one_of("mesh.schedule", mesh.schedule, ("circular", "1f1b"))
+    _one_of("mesh.context_mode", mesh.context_mode, ("auto", "ulysses", "gather", "ring"))
+    if mesh.schedule == "1f1b" and mesh.virtual_pipe > 1:
+        raise ValueError(f"mesh.schedule=1f1b passes each stage once, not mesh.virtual_pipe={mesh.virtual_pipe} "
+                         "times; set it to 1, or mesh.schedule=circular")
+    _must_divide("model.num_layers", model.num_layers, "mesh.pipe x mesh.virtual_pipe", mesh.pipe * mesh.virtual_pipe)
+    if mesh.flush is not None:
+        _within("mesh.flush", mesh.flush, 1, 2**31)
+        _must_divide("mesh.flush", mesh.flush, "mesh.pipe", mesh.pipe)
+    if mesh.context_mode == "ulysses":
+        _must_divide("model.num_query_groups / mesh.tensor", model.kv_heads // mesh.tensor, "mesh.context",
+                     mesh.context)
+    if mesh.pipe > 1 and train.micro_batch_size is None:
+        raise ValueError(f"mesh.pipe={mesh.pipe} needs train.micro_batch_size: a pipeline is fed micro-batches; set it "
+                         f"so that each data shard has {mesh.pipe} or more")
 
     if data.sequence_length is not None:
         _within("data.sequence_length", data.sequence_length, 1, 2**31)
@@ -355,8 +374,10 @@ def validate(config: Config) -> None:
             f"model.max_position_embeddings={model.max_position_embeddings}; raise that, shorten the "
             f"sequence, or set model.position_embedding_type=rotary"
         )
-    _must_divide("data.sequence_length", config.sequence_length, "mesh.context x mesh.tensor",
-                 mesh.context * mesh.tensor)
+    places, name = mesh.context * mesh.tensor, "mesh.context x mesh.tensor"
+    if mesh.context > 1:  # two chunks a device
+        places, name = 2 * places, "2 x " + name
+    _must_divide("data.sequence_length", config.sequence_length, name, places)
     if data.path and data.blend:
         raise ValueError("data.path and data.blend are both set; keep one of them")
     for blend in (data.blend, *(stage.blend for stage in train.stages)):

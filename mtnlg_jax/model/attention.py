@@ -226,6 +226,33 @@ def _exact(q, k, v, mask, scale, softcap, bias, dropout_rate, dropout_key):
 
 def _blockwise(q, k, v, mask, scale, softcap, blocks):
     """Pads T and S to whole blocks, runs the loops, slices the padding off."""
+    length = q.shape[1]
+    static, arrays, padded = _padded(q, k, v, mask, scale, softcap, blocks)
+    out, lse = _flash(static, *padded, arrays)
+    return _ungroup(out)[:, :length], lse[..., :length].reshape(q.shape[0], q.shape[2], length)
+
+
+def attention_gradients(q, k, v, out, lse, d_out, *, causal: bool, segment_ids=None, scale=None, block_sizes=None):
+    """Gradients (dq, dk, dv) of what these keys contribute to an attention over more of them.
+
+    Args:
+      q, k, v, causal, segment_ids, scale, block_sizes: as for attention().
+      out, lse: the output (B, T, N, H) and log-sum-exp (B, N, T) over all keys. d_out: the output's cotangent.
+    The ring's backward pass is a sum of these (Dao 2023, algorithm 2: a block needs no more than that)."""
+    q_ids, kv_ids = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    mask = _Mask(causal, None, q_ids, kv_ids, None, 0)
+    static, arrays, padded = _padded(q, k, v, mask, scale, None, block_sizes or _tuning()[1])
+    pad = padded[0].shape[3] - q.shape[1]
+    out, d_out = (_group(jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))), k.shape[2]) for x in (out, d_out))
+    # Padded queries have no cotangent; a finite log-sum-exp keeps their weights finite, too.
+    lse = jnp.pad(lse, ((0, 0), (0, 0), (0, pad)), constant_values=jnp.inf).reshape(out.shape[:-1])
+    dq, dk, dv, _ = _flash_backward(static, (*padded, arrays, out, lse), (d_out, jnp.zeros_like(lse)))
+    return (_ungroup(dq)[:, : q.shape[1]], *(x.transpose(0, 2, 1, 3)[:, : k.shape[1]] for x in (dk, dv)))
+
+
+def _padded(q, k, v, mask, scale, softcap, blocks):
+    """What the loops take: their constants, the mask's arrays, and q, k, v with heads first, in whole blocks."""
     length, keys = q.shape[1], k.shape[1]
     block_q, block_k = min(blocks[0], length), min(blocks[1], keys)
     pad_q, pad_k = -length % block_q, -keys % block_k
@@ -235,10 +262,8 @@ def _blockwise(q, k, v, mask, scale, softcap, blocks):
         q_ids, kv_ids = jnp.pad(q_ids, ((0, 0), (0, pad_q))), jnp.pad(kv_ids, ((0, 0), (0, pad_k)))
     q_pad = jnp.pad(q, ((0, 0), (0, pad_q), (0, 0), (0, 0)))
     k_pad, v_pad = (jnp.pad(x, ((0, 0), (0, pad_k), (0, 0), (0, 0))) for x in (k, v))
-    out, lse = _flash((mask.causal, mask.window, scale, softcap, block_q, block_k),
-                      *_heads_first(q_pad, k_pad, v_pad),
-                      (q_ids, kv_ids, lengths if pad_k else mask.kv_lengths, mask.q_offset))
-    return _ungroup(out)[:, :length], lse[..., :length].reshape(q.shape[0], q.shape[2], length)
+    return ((mask.causal, mask.window, scale, softcap, block_q, block_k),
+            (q_ids, kv_ids, lengths if pad_k else mask.kv_lengths, mask.q_offset), _heads_first(q_pad, k_pad, v_pad))
 
 
 def _key_range(static, q_offset, q_start, keys):

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mtnlg_jax.config import ModelConfig
 from mtnlg_jax.model.attention import attention
-from mtnlg_jax.parallel.collectives import axis_index, axis_size, gather, own_part, scatter_sum
+from mtnlg_jax.parallel.collectives import axis_index, axis_size, gather, own_part, scatter_sum, sequence_places
 
 
 def _normal(rngs: nnx.Rngs, std: float, *shape: int) -> nnx.Param:
@@ -131,8 +131,7 @@ class Block(nnx.Module):
 
 def dropout(x_BSD, rate: float, key, rows_B):
     """Inverted dropout whose mask depends on (key, row, position) alone, so that every mesh drops the same."""
-    first = axis_index("tensor") * x_BSD.shape[1]
-    positions = first + jnp.arange(x_BSD.shape[1])
+    positions = sequence_places(x_BSD.shape[1])
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows_B)
     keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(row_keys, positions)
     kept = jax.vmap(jax.vmap(lambda k: jax.random.bernoulli(k, 1 - rate, x_BSD.shape[-1:])))(keys)
@@ -185,35 +184,54 @@ class Transformer(nnx.Module):
         return (self.tokens_VD if self.head_VD is None else self.head_VD)[...]
 
     def hidden(self, tokens_BS, *, positions_BS=None, segment_ids_BS=None, causal: bool = True,
-               prepare: Callable = lambda params: params, remat: bool = False, dropout_key=None, rows_B=None):
-        """The last hidden states after the final norm, (B, S, D), whole in S.
-
-        ``prepare`` turns one layer's stored parameters into compute weights (ZeRO-3 gathers here);
-        ``dropout_key`` turns dropout on, ``rows_B`` then number the rows within the global batch.
-        """
+               prepare: Callable = lambda params: params, remat: bool = False, dropout_key=None, rows_B=None,
+               attend: Callable = attention):
+        """The last hidden states after the final norm, (B, S, D), whole in S: ``start``, ``run`` over all layers,
+        ``finish``, of which the trainer puts a pipeline between the first and the last."""
         if positions_BS is None:
             positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1]), tokens_BS.shape)
-        graph, stacked = nnx.split(self.blocks)
-        layers = jnp.arange(jax.tree.leaves(stacked)[0].shape[0])
+        x_BSD = self.start(tokens_BS, positions_BS, dropout_key, rows_B)
+        x_BSD = self.run(nnx.state(self.blocks), 0, x_BSD, positions_BS, segment_ids_BS, causal=causal,
+                         prepare=prepare, remat=remat, dropout_key=dropout_key, rows_B=rows_B, attend=attend)
+        return self.finish(x_BSD)
 
-        def drop(x, number):
-            if dropout_key is None or self.config.dropout_rate == 0:
-                return x
-            return dropout(x, self.config.dropout_rate, jax.random.fold_in(dropout_key, number), rows_B)
+    def start(self, tokens_BS, positions_BS, dropout_key=None, rows_B=None):
+        """What the first layer reads, (B, S, D)."""
+        return self._drop(self.embed(tokens_BS, positions_BS), 0, dropout_key, rows_B)
 
-        def attend(q, k, v):
-            return attention(q, k, v, causal=causal, segment_ids=segment_ids_BS, impl=self.config.attention_impl)
+    def run(self, layers, first, x_BSD, positions_BS, segment_ids_BS=None, *, causal: bool = True,
+            prepare: Callable = lambda params: params, remat: bool = False, dropout_key=None, rows_B=None,
+            attend: Callable = attention):
+        """``x_BSD`` through the stacked ``layers``, any run of the model's, numbered from ``first`` on.
+
+        ``prepare`` turns one layer's stored parameters into compute weights (ZeRO-3 gathers here);
+        ``dropout_key`` turns dropout on, ``rows_B`` then number the rows within the global batch; ``attend`` is
+        attention(), or what does the same over a sequence split between devices.
+        """
+        graph = nnx.graphdef(self.blocks)
+        numbers = first + jnp.arange(jax.tree.leaves(layers)[0].shape[0])
+
+        def look(q, k, v):
+            return attend(q, k, v, causal=causal, segment_ids=segment_ids_BS, impl=self.config.attention_impl)
 
         def layer(x_BSD, numbered):
             number, params = numbered
             block = nnx.merge(graph, prepare(params))
-            return block(x_BSD, positions_BS, attend, lambda x, part: drop(x, 1 + 2 * number + part)), None
+            return block(x_BSD, positions_BS, look,
+                         lambda x, part: self._drop(x, 1 + 2 * number + part, dropout_key, rows_B)), None
 
-        x_BSD = drop(self.embed(tokens_BS, positions_BS), 0)
         # A loop's body cannot be merged with its backward's, so nothing needs to be kept apart (prevent_cse).
         layer = jax.checkpoint(layer, policy=None if remat else KEPT, prevent_cse=False)
-        x_BSD, _ = lax.scan(layer, x_BSD, (layers, stacked))
+        return lax.scan(layer, x_BSD, (numbers, layers))[0]
+
+    def finish(self, x_BSD):
+        """The last layer's output through the final norm, whole in S for the head."""
         return gather(self.final_norm(x_BSD), "tensor", 1)
+
+    def _drop(self, x_BSD, number, key, rows_B):
+        if key is None or self.config.dropout_rate == 0:
+            return x_BSD
+        return dropout(x_BSD, self.config.dropout_rate, jax.random.fold_in(key, number), rows_B)
 
     def __call__(self, tokens_BS, **options):
         """Float32 logits (B, S, V) of every position; for whole vocabularies (outside the manual region)."""

@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from mtnlg_jax.parallel.mesh import AXES, dims_of, spec_of
@@ -47,6 +48,24 @@ def own_part(x, axis: str, dim: int):
     return lax.dynamic_slice_in_dim(x, axis_index(axis) * part, part, dim)
 
 
+def zigzag(length: int, parts: int):
+    """The order of a sequence's places when ``context`` splits it over ``parts`` devices: of 2 x parts chunks
+    device i has chunks i and 2 x parts - 1 - i, so that causal attention is the same work for each."""
+    if parts == 1:
+        return np.arange(length)
+    chunks = np.arange(length).reshape(2 * parts, -1)
+    return np.concatenate([np.concatenate([chunks[i], chunks[-1 - i]]) for i in range(parts)])
+
+
+def sequence_places(length: int):
+    """Places in the whole sequence of the ``length`` tokens that this device has between the half blocks."""
+    inside = axis_index("tensor") * length + jnp.arange(length)
+    parts, whole = axis_size("context"), length * axis_size("tensor")
+    if parts == 1:
+        return inside
+    return jnp.asarray(zigzag(parts * whole, parts))[axis_index("context") * whole + inside]
+
+
 def vary(tree):
     """Marks every leaf as differing between all devices, so that autodiff sums nothing by itself: the
     reductions of gradients are then written out, once, in ``reduce_gradients``."""
@@ -72,17 +91,21 @@ def _gather_weight_backward(dim, dtype, _, grad):
 _gather_weight.defvjp(lambda w, dim, dtype: (_gather_weight(w, dim, dtype), None), _gather_weight_backward)
 
 
+def _data_dim(spec, leaf) -> int:
+    """Which dim of ``leaf`` is split over data. A layer inside the scan over layers has lost its leading L, the
+    rounds of a pipeline have two dims for it: so it is counted from the end."""
+    return list(spec).index("data") - len(spec) + leaf.ndim
+
+
 def gather_weights(params, dtype, zero: int):
     """Float32 master shards -> compute weights in ``dtype``, whole along D. The transpose sums gradients over
     data in float32 and hands each device its part (ZeRO)."""
 
     def one(path, leaf):
         spec = spec_of(dims_of(path), zero)
-        # A layer's slice inside the scan over layers has lost its leading L.
-        dim = list(spec).index("data") - (len(spec) - leaf.ndim) if "data" in spec else None
-        if dim is None or axis_size("data") == 1:
+        if "data" not in spec or axis_size("data") == 1:
             return leaf.astype(dtype)
-        return _gather_weight(leaf, dim, dtype)
+        return _gather_weight(leaf, _data_dim(spec, leaf), dtype)
 
     return jax.tree_util.tree_map_with_path(one, params)
 
@@ -98,7 +121,7 @@ def reduce_gradients(grads, zero: int, scattered: bool):
         spec = spec_of(dims_of(path), zero)
         grad = grad.astype(jnp.float32)
         if "data" in spec and not scattered:
-            grad = scatter_sum(grad, "data", list(spec).index("data"))
+            grad = scatter_sum(grad, "data", _data_dim(spec, grad))
         missing = tuple(axis for axis in manual if axis not in spec)
         return lax.psum(grad, missing) if missing else grad
 

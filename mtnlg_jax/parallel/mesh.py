@@ -9,9 +9,11 @@ axis. Parameters, gradients, optimizer moments and checkpoints carry the same na
 | N query heads, K key/value heads | tensor | gather of the sequence before, reduce-scatter after the half block |
 | F MLP width | tensor | the same |
 | D width, of weights only | data (ZeRO) | all-gather of the weight, reduce-scatter of its gradient |
+| L layers | pipe | one activation to the neighbour a tick, each way |
+| M micro-batches, in embedding and head | pipe | none: the pipeline hands each to its home |
 | B batch | data | one sum of the gradients a step |
-| S sequence, between half blocks | tensor | none: norms and residuals work on their own tokens |
-| L layers | none yet: pipe has size 1 | |
+| S sequence | context | keys and values, or heads, change places in attention |
+| S sequence, between half blocks | tensor too | none: norms and residuals work on their own tokens |
 | H head width, P positions, C | none | |
 """
 
@@ -25,20 +27,16 @@ from mtnlg_jax.config import MeshConfig
 
 AXES = ("pipe", "data", "context", "tensor")  # slowest network first
 
-AXIS_OF = {"V": "tensor", "N": "tensor", "K": "tensor", "F": "tensor", "D": "data"}
-UNSPLIT = "LHPC"
+AXIS_OF = {"L": "pipe", "V": "tensor", "N": "tensor", "K": "tensor", "F": "tensor", "D": "data"}
+UNSPLIT = "HPC"
 
-BATCH = P("data")  # tokens, labels and masks: rows over data
+BATCH = P(None, "data", "context")  # tokens, labels, weights (M, B, S): rows over data, places over context
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     """A mesh of AXES over ``devices`` (default: all of them). ``config.data=-1`` takes what the others leave.
     Raises ValueError when the sizes do not multiply to the number of devices."""
     devices = jax.devices() if devices is None else devices
-    for axis in ("pipe", "context"):
-        if getattr(config, axis) != 1:
-            raise ValueError(f"mesh.{axis}={getattr(config, axis)}: the trainer splits over data and tensor "
-                             f"only; set mesh.{axis}=1 and use mesh.tensor or mesh.zero=3 for memory")
     fixed = config.pipe * config.context * config.tensor
     data = len(devices) // fixed if config.data == -1 else config.data
     if fixed * data != len(devices) or data == 0:

@@ -1,0 +1,171 @@
+"""Attention over a sequence that ``context`` splits, in three ways behind one call.
+
+Device i of c holds chunks i and 2 c - 1 - i of the sequence's 2 c (zigzag): causal attention is then the same work
+for all. Inputs and outputs lie so; the ways differ in what travels.
+
+| mode | travels | asks |
+| --- | --- | --- |
+| ulysses | queries, keys, values, outputs: each device attends to all places with some of the heads | heads % c == 0 |
+| gather | keys and values, to everyone | room for all keys and values |
+| ring | keys and values, to the neighbour, c - 1 times; the backward pass sends them round again | |
+
+Sources: Jacobs 2023 (DeepSpeed Ulysses), Llama Team 2024 (Llama 3, section 3.3.2), Liu 2023 (Ring Attention).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mtnlg_jax.model.attention import attention, attention_gradients
+from mtnlg_jax.parallel.collectives import axis_index, axis_size, gather, vary, zigzag
+
+MODES = ("auto", "ulysses", "gather", "ring")
+
+
+def context_attention(q, k, v, *, causal: bool = True, segment_ids=None, mode: str = "auto", impl: str = "auto"):
+    """attention() over the whole sequence. q (B, S/c, N, H), k and v (B, S/c, K, H), segment_ids (B, S/c), each the
+    device's own places in zigzag order -> (B, S/c, N, H). On a context axis of size 1 it is attention().
+
+    mode "auto" is ulysses where the heads of this device divide by c, else gather.
+    Raises ValueError where ulysses is asked for and they do not."""
+    parts = axis_size("context")
+    if parts == 1:
+        return attention(q, k, v, causal=causal, segment_ids=segment_ids, impl=impl)
+    divides = k.shape[2] % parts == 0
+    if mode == "auto":
+        mode = "ulysses" if divides else "gather"
+    if mode == "ulysses":
+        if not divides:
+            raise ValueError(f"mesh.context_mode=ulysses: {k.shape[2]} key/value heads a device do not divide by "
+                             f"mesh.context={parts}; take mesh.context_mode=gather or ring")
+        return _ulysses(q, k, v, causal, segment_ids, impl)
+    if mode == "gather":
+        return _gathered(q, k, v, causal, segment_ids, impl)
+    if mode == "ring":
+        return _ring(causal, impl, q, k, v, segment_ids)
+    raise ValueError(f"context mode {mode!r} is not known; choose one of {', '.join(MODES)}")
+
+
+def _natural(x):
+    """(B, S, ...) of all devices one after the other -> the order of the sequence."""
+    parts = axis_size("context")
+    chunks = x.reshape(x.shape[0], parts, 2, -1, *x.shape[2:])
+    return jnp.concatenate([chunks[:, :, 0], chunks[:, ::-1, 1]], 1).reshape(x.shape)
+
+
+def _whole(x):
+    return None if x is None else _natural(gather(x, "context", 1))
+
+
+def _ulysses(q, k, v, causal, segment_ids, impl):
+    q, k, v = (_natural(lax.all_to_all(x, "context", 2, 1, tiled=True)) for x in (q, k, v))
+    out = attention(q, k, v, causal=causal, segment_ids=_whole(segment_ids), impl=impl)
+    out = out[:, zigzag(out.shape[1], axis_size("context"))]
+    return lax.all_to_all(out, "context", 1, 2, tiled=True)
+
+
+def _own_chunks():
+    """Numbers of this device's two chunks."""
+    here = axis_index("context")
+    return here, 2 * axis_size("context") - 1 - here
+
+
+def _gathered(q, k, v, causal, segment_ids, impl):
+    k, v, ids = _whole(k), _whole(v), _whole(segment_ids)
+    half = q.shape[1] // 2
+    halves = []
+    for number, part in zip(_own_chunks(), (slice(0, half), slice(half, None)), strict=True):
+        pair = None if ids is None else (segment_ids[:, part], ids)
+        halves.append(attention(q[:, part], k, v, causal=causal, segment_ids=pair, q_offset=number * half, impl=impl))
+    return jnp.concatenate(halves, 1)
+
+
+# --- ring: hop by hop, each hop only the blocks of which something is visible -----------------------------------
+
+
+def _visible_pairs(hop: int, causal: bool, source):
+    """[(query half, key half, causal)] of a hop; a half may be a choice made by the device.
+
+    With its own keys a device sees (first, first) and (second, second) up to the diagonal and (second, first)
+    wholly. Of those of device ``source`` the second half sees the first chunk; the other whole block is (first,
+    first) where they come from before, (second, second) where from behind."""
+    if not causal:
+        return [(i, j, False) for i in (0, 1) for j in (0, 1)]
+    if hop == 0:
+        return [(0, 0, True), (1, 0, False), (1, 1, True)]
+    behind = (source > axis_index("context")).astype(jnp.int32)
+    return [(1, 0, False), (behind, behind, False)]
+
+
+def _half(x, which):
+    if x is None:
+        return None
+    half = x.shape[1] // 2
+    return lax.dynamic_slice_in_dim(x, which * half, half, 1)
+
+
+def _hops(causal, kv):
+    """For each hop its keys, values, ids and the pairs to look at; the ring turns in between."""
+    parts, here = axis_size("context"), axis_index("context")
+    right = [(i, (i + 1) % parts) for i in range(parts)]
+    for hop in range(parts):
+        yield kv, _visible_pairs(hop, causal, (here - hop) % parts)
+        if hop < parts - 1:
+            kv = jax.tree.map(lambda x: lax.ppermute(x, "context", right), kv)
+
+
+def _pair_ids(ids, kv_ids, i, j):
+    return None if ids is None else (_half(ids, i), _half(kv_ids, j))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _ring(causal, impl, q, k, v, ids):
+    return _ring_forward(causal, impl, q, k, v, ids)[0]
+
+
+def _ring_forward(causal, impl, q, k, v, ids):
+    batch, length, heads, width = q.shape
+    # Softmax over the union of blocks: outputs weighted by their share of the sum (Milakov 2018), halves apart.
+    out = vary(jnp.zeros((batch, length, heads, width), jnp.float32))
+    lse = vary(jnp.full((batch, length, heads), -jnp.inf))
+    for (k_now, v_now, kv_ids), pairs in _hops(causal, (k, v, ids)):
+        for i, j, diagonal in pairs:
+            new, new_lse = attention(_half(q, i), _half(k_now, j), _half(v_now, j), causal=diagonal,
+                                     segment_ids=_pair_ids(ids, kv_ids, i, j), impl=impl, return_lse=True)
+            new_lse = new_lse.transpose(0, 2, 1)
+            old, old_lse = _half(out, i), _half(lse, i)
+            total = jnp.logaddexp(old_lse, new_lse)
+            safe = jnp.where(total == -jnp.inf, 0.0, total)
+            merged = (old * jnp.exp(old_lse - safe)[..., None]
+                      + new.astype(jnp.float32) * jnp.exp(new_lse - safe)[..., None])
+            half = length // 2
+            out = lax.dynamic_update_slice_in_dim(out, merged, i * half, 1)
+            lse = lax.dynamic_update_slice_in_dim(lse, total, i * half, 1)
+    out = out.astype(q.dtype)
+    return out, (q, k, v, ids, out, lse)
+
+
+def _ring_backward(causal, impl, residuals, d_out):
+    q, k, v, ids, out, lse = residuals
+    half = q.shape[1] // 2
+    dq, dk, dv = (vary(jnp.zeros(x.shape, jnp.float32)) for x in (q, k, v))
+    parts = axis_size("context")
+    right = [(i, (i + 1) % parts) for i in range(parts)]
+
+    def add(total, part, which):
+        return lax.dynamic_update_slice_in_dim(total, _half(total, which) + part.astype(jnp.float32), which * half, 1)
+
+    # The gradients of keys and values go round with them, and once more: home.
+    for (k_now, v_now, kv_ids), pairs in _hops(causal, (k, v, ids)):
+        for i, j, diagonal in pairs:
+            grads = attention_gradients(
+                _half(q, i), _half(k_now, j), _half(v_now, j), _half(out, i), _half(lse, i).transpose(0, 2, 1),
+                _half(d_out, i), causal=diagonal, segment_ids=_pair_ids(ids, kv_ids, i, j))
+            dq, dk, dv = add(dq, grads[0], i), add(dk, grads[1], j), add(dv, grads[2], j)
+        dk, dv = (lax.ppermute(x, "context", right) for x in (dk, dv))
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_ring.defvjp(_ring_forward, _ring_backward)
