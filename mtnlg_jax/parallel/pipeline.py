@@ -99,7 +99,7 @@ def circular_loss_and_gradients(start: Callable, stage: Callable, finish: Callab
     """(loss, gradients of ``weights``, gradients of ``rest``), all float32, of ``micro_batches`` micro-batches.
 
     Args:
-      start: (rest, m) -> what the first layer reads of micro-batch m.
+      start: (rest, micro-batches) -> what the first layer reads of each, stacked.
       stage: (weights, round, m, x) -> y. finish: (rest, m, y) -> loss.
       weights: this stage's layers. rest: the parameters outside the pipeline.
     Embedding and head stand outside: each device does those of its own micro-batches, so they cost no bubble."""
@@ -107,7 +107,7 @@ def circular_loss_and_gradients(start: Callable, stage: Callable, finish: Callab
     mine = jnp.arange(micro_batches // size) * size + here
 
     def forward(weights, rest):
-        x_GBSD = vary(lax.map(lambda m: start(rest, m), mine))
+        x_GBSD = vary(start(rest, mine))
         return circular(lambda round, m, x: stage(weights, round, m, x), x_GBSD, rounds)
 
     y_GBSD, back = jax.vjp(forward, weights, rest)
@@ -126,7 +126,8 @@ def circular_loss_and_gradients(start: Callable, stage: Callable, finish: Callab
 
 
 def one_f_one_b(start: Callable, stage: Callable, finish: Callable, weights, rest, micro_batches, skip: bool = True):
-    """As ``circular_loss_and_gradients`` with one round, in lockstep 1F1B: gradients are formed in the loop, so
+    """As ``circular_loss_and_gradients`` with one round and one micro-batch for ``start``, (rest, m) -> x, and without
+    the round, (weights, m, x) -> y, for ``stage``, in lockstep 1F1B: gradients are formed in the loop, so
     2 P - 1 inputs are held whatever the number of micro-batches, which may be traced.
 
     Each tick a stage does one forward and one backward. ``skip`` leaves out what a stage has nothing to do for, by
@@ -134,7 +135,7 @@ def one_f_one_b(start: Callable, stage: Callable, finish: Callable, weights, res
     size, here = axis_size("pipe"), axis_index("pipe")
     right, left = _rings(size)
     held, last = 2 * size - 1, here == size - 1
-    empty = jax.eval_shape(lambda: start(rest, 0))
+    empty = jax.eval_shape(lambda: start(rest, jnp.int32(0)))
     nothing = jnp.zeros(empty.shape, empty.dtype)
 
     def when(condition, function, otherwise, *args):
@@ -148,7 +149,7 @@ def one_f_one_b(start: Callable, stage: Callable, finish: Callable, weights, res
         busy, m = (m >= 0) & (m < micro_batches), jnp.clip(m, 0, micro_batches - 1)
         x = jnp.where(here == 0, vary(start(rest, m)), forward)
         inputs = lax.dynamic_update_index_in_dim(inputs, x, jnp.mod(t - here, held), 0)
-        y = when(busy, lambda x: stage(weights, 0, m, x), nothing, x)
+        y = when(busy, lambda x: stage(weights, m, x), nothing, x)
         part, d_head, d_y = when(
             busy & last, lambda y: _flat(jax.value_and_grad(finish, argnums=(0, 2))(rest, m, y)),
             (jnp.float32(0), _zeros_like(rest), nothing), y)
@@ -157,7 +158,7 @@ def one_f_one_b(start: Callable, stage: Callable, finish: Callable, weights, res
         due, n = (n >= 0) & (n < micro_batches), jnp.clip(n, 0, micro_batches - 1)
         x = _at(inputs, jnp.mod(t - 2 * (size - 1) + here, held))
         d_stage, d_x = when(
-            due, lambda dy, x: jax.vjp(lambda w, x: vary(stage(w, 0, n, x)), weights, x)[1](dy),
+            due, lambda dy, x: jax.vjp(lambda w, x: vary(stage(w, n, x)), weights, x)[1](dy),
             (_zeros_like(weights), nothing), jnp.where(last, d_y, backward), x)
         d_start = jax.vjp(lambda r: vary(start(r, n)), rest)[1](jnp.where(due & (here == 0), d_x, nothing))[0]
         return vary((lax.ppermute(y, "pipe", right), lax.ppermute(d_x, "pipe", left), inputs,

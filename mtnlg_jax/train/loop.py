@@ -26,7 +26,7 @@ from mtnlg_jax.train.checkpoint import Checkpoints
 from mtnlg_jax.train.metrics import MetricsLog, flops_per_token, peak_flops, plot_loss
 from mtnlg_jax.train.objectives import causal_batch, masked_batch
 from mtnlg_jax.train.schedule import batch_size_at, is_masked, samples_before, stage_at
-from mtnlg_jax.train.step import abstract_state, init_state, make_eval, make_train_step, put_batch
+from mtnlg_jax.train.step import abstract_state, init_state, make_eval, make_train_step, micro_batch_shape, put_batch
 
 
 class Preempted(Exception):
@@ -167,8 +167,7 @@ def batch_at(config: Config, mesh, data: Data, step: int):
     step of the ramp that is smaller than the largest fills the rest with rows of weight 0."""
     first = samples_before(config.train, step)
     sequences = batch_size_at(config.train, first)
-    size = mesh.shape["data"]
-    rows = (config.train.micro_batch_size or config.train.global_batch_size // size) * size
+    micro_batches, rows = micro_batch_shape(config, mesh)
     number, _, _ = stage_at(config.train, step)
     masked = is_masked(config.train, step)
 
@@ -183,7 +182,7 @@ def batch_at(config: Config, mesh, data: Data, step: int):
         made["weights"] = made["weights"] * used[:, None]
         return made
 
-    shape = (config.train.global_batch_size // rows, rows, config.sequence_length)
+    shape = (micro_batches, rows, config.sequence_length)
     return put_batch(rows_of, shape, mesh), jnp.int32(-(-sequences // rows)), jnp.int32(sequences)
 
 
@@ -221,8 +220,8 @@ class Evaluator:
         return result
 
     def _batches(self, objective: str):
-        size = self.mesh.shape["data"]
-        rows = (self.config.train.micro_batch_size or self.config.train.global_batch_size // size) * size
+        pipe = self.mesh.shape["pipe"]
+        rows = pipe * micro_batch_shape(self.config, self.mesh)[1]
         batches = heldout_batches(self.data.held_out, self.config.sequence_length, rows)
         for number, raw in enumerate(batches):
             if number == self.config.train.eval_batches:
@@ -233,7 +232,7 @@ class Evaluator:
             def rows_of(numbers, made=made):
                 return {key: value[numbers] for key, value in made.items()}
 
-            yield put_batch(rows_of, (1, rows, self.config.sequence_length), self.mesh)
+            yield put_batch(rows_of, (pipe, rows // pipe, self.config.sequence_length), self.mesh)
 
 
 # --- what happens around a step ---------------------------------------------------------------------------

@@ -1,9 +1,10 @@
 """One training step: loss and gradients in one manual region over the whole mesh, then the update.
 
-The batch is int32/float32 arrays (M, B, S): M micro-batches of B rows, B split over ``data``. The number of
-micro-batches in use is traced, so a ramp of the batch never compiles again.
+The batch is int32/float32 arrays (M, B, S): M micro-batches of B rows, B split over ``data``, S over ``context``.
+The number of micro-batches in use is traced, so a ramp of the batch never compiles again.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -18,8 +19,18 @@ from jax.sharding import PartitionSpec as P
 from mtnlg_jax.config import Config
 from mtnlg_jax.model.loss import cross_entropy
 from mtnlg_jax.model.transformer import abstract_model, init_parameters
-from mtnlg_jax.parallel.collectives import axis_index, gather_weights, reduce_gradients, sum_over, vary
-from mtnlg_jax.parallel.mesh import AXES, shardings_of, specs_of
+from mtnlg_jax.parallel.collectives import (
+    axis_index,
+    axis_size,
+    gather_weights,
+    reduce_gradients,
+    sum_over,
+    vary,
+    zigzag,
+)
+from mtnlg_jax.parallel.context import context_attention
+from mtnlg_jax.parallel.mesh import AXES, BATCH, shardings_of, specs_of
+from mtnlg_jax.parallel.pipeline import circular, circular_loss_and_gradients, one_f_one_b, to_rounds
 from mtnlg_jax.train.optimizer import make_optimizer
 from mtnlg_jax.train.schedule import learning_rate
 
@@ -55,91 +66,203 @@ def state_shardings(config: Config, mesh: Mesh):
 
 def make_loss_and_gradients(config: Config, mesh: Mesh, causal: bool) -> Callable:
     """(params, batch, micro_batches, key) -> (mean loss, gradients like params), over the whole mesh."""
-    graph, params = abstract_model(config.model)
-    dtype, zero = jnp.dtype(config.train.compute_dtype), config.mesh.zero
-
-    def micro_loss(weights, micro, total, key):
-        """This device's share of the loss of one micro-batch. Devices along ``tensor`` hold the same number;
-        each one's gradient is only its own part, which is what makes the parts add up."""
-        model, prepare = _compute_model(graph, weights, dtype, zero)
-        x_BSD = model.hidden(
-            micro["tokens"], positions_BS=micro["positions"], segment_ids_BS=micro["segment_ids"], causal=causal,
-            prepare=prepare, remat=config.train.recompute == "full",
-            dropout_key=key if config.model.dropout_rate else None, rows_B=micro["rows"])
-        train = config.train
-        loss = cross_entropy(x_BSD.reshape(-1, x_BSD.shape[-1]), model.head(), micro["labels"].reshape(-1),
-                             micro["weights"].reshape(-1), train.loss_chunk, train.label_smoothing)
-        return loss / total
+    params, zero, schedule = abstract_model(config.model)[1], config.mesh.zero, config.mesh.schedule
+    piped, rounds = mesh.shape["pipe"] > 1, config.mesh.virtual_pipe
+    if not piped:
+        of_micro_batches = _one_after_the_other
+    else:
+        of_micro_batches = _through_1f1b if schedule == "1f1b" else _through_circular
 
     def local(params, batch, count, key):
-        total = jnp.maximum(sum_over(batch["weights"].sum(), "data"), 1.0)
+        total = jnp.maximum(sum_over(sum_over(batch["weights"].sum(), "data"), "context"), 1.0)
         params, batch, total = vary((params, batch, total))
-        weights = params if zero == 3 else gather_weights(params, dtype, zero)
-
-        def one(m, carry):
-            loss, grads = carry
-            micro = {name: lax.dynamic_index_in_dim(x, m, 0, keepdims=False) for name, x in batch.items()}
-            part, new = jax.value_and_grad(micro_loss)(weights, micro, total, jax.random.wrap_key_data(key))
-            return loss + part, jax.tree.map(lambda a, g: a + g.astype(jnp.float32), grads, new)
-
-        zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights)
-        start = vary((jnp.float32(0), zeros))
-        if batch["tokens"].shape[0] == 1:
-            loss, grads = one(0, start)
-        else:
-            loss, grads = lax.fori_loop(0, count, one, start)
-        return _report(loss), reduce_gradients(grads, zero, scattered=zero == 3)
+        if piped:
+            blocks, to_natural = jax.vjp(lambda blocks: to_rounds(blocks, rounds), params["blocks"])
+            params = _with_blocks(params, blocks)
+        weights = params if zero == 3 else gather_weights(params, jnp.dtype(config.train.compute_dtype), zero)
+        parts = _Parts(config, causal, weights, batch, total, jax.random.wrap_key_data(key))
+        loss, grads = of_micro_batches(parts, weights, count, mesh)
+        grads = reduce_gradients(grads, zero, scattered=zero == 3)
+        if piped:
+            grads = _with_blocks(grads, to_natural(grads["blocks"])[0])
+        return _report(loss, apart=("pipe", "data", "context")), grads
 
     return _over_mesh(local, mesh, params, zero, lambda specs: (P(), specs))
 
 
+class _Parts:
+    """The loss of a micro-batch in three parts, between which a pipeline fits. ``number`` picks it from the batch.
+
+    A loss is this device's share: devices along ``tensor`` hold the same number; each one's gradient is only its
+    own part, which is what makes the parts add up."""
+
+    def __init__(self, config: Config, causal: bool, weights, batch, total, key):
+        self.config, self.batch, self.total, self.causal = config, batch, total, causal
+        self.graph = abstract_model(config.model)[0]
+        self.dtype, self.zero = jnp.dtype(config.train.compute_dtype), config.mesh.zero
+        self.blocks, self.key = weights["blocks"], key if config.model.dropout_rate else None
+
+    def micro(self, number):
+        return {name: lax.dynamic_index_in_dim(x, number, 0, keepdims=False) for name, x in self.batch.items()}
+
+    def model(self, rest):
+        """The module over compute weights; its layers are whatever this device has of them."""
+        if self.zero == 3:
+            rest = gather_weights(rest, self.dtype, self.zero)
+        return nnx.merge(self.graph, _with_blocks(rest, self.blocks))
+
+    def start(self, rest, numbers):
+        """Micro-batches ``numbers`` (G,) -> what the first layer reads of each, (G, B, S, D)."""
+        tokens, positions, rows = (self.batch[name][numbers] for name in ("tokens", "positions", "rows"))
+        flat = [x.reshape(-1, *x.shape[2:]) for x in (tokens, positions)]
+        x_BSD = self.model(rest).start(*flat, self.key, rows.reshape(-1))
+        return x_BSD.reshape(*tokens.shape[:2], *x_BSD.shape[1:])
+
+    def stage(self, rest, layers, first, number, x_BSD):
+        """``x_BSD`` through ``layers``, the model's from ``first`` on. ``rest`` is only asked for the module."""
+        micro, context_mode = self.micro(number), self.config.mesh.context_mode
+
+        def prepare(layer):
+            if self.zero != 3:
+                return layer
+            return gather_weights({"blocks": layer}, self.dtype, self.zero)["blocks"]
+
+        return self.model(rest).run(
+            layers, first, x_BSD, micro["positions"], micro["segment_ids"], causal=self.causal, prepare=prepare,
+            remat=self.config.train.recompute == "full", dropout_key=self.key, rows_B=micro["rows"],
+            attend=functools.partial(context_attention, mode=context_mode))
+
+    def finish(self, rest, number, x_BSD, smoothing=None):
+        model, micro, train = self.model(rest), self.micro(number), self.config.train
+        x_BSD = model.finish(x_BSD)
+        loss = cross_entropy(x_BSD.reshape(-1, x_BSD.shape[-1]), model.head(), micro["labels"].reshape(-1),
+                             micro["weights"].reshape(-1), train.loss_chunk,
+                             train.label_smoothing if smoothing is None else smoothing)
+        return loss / self.total
+
+
+def _with_blocks(params, blocks):
+    return type(params)({**{key: value for key, value in params.items() if key != "blocks"}, "blocks": blocks})
+
+
+def _without_blocks(params):
+    return type(params)({key: value for key, value in params.items() if key != "blocks"})
+
+
+def _one_after_the_other(parts: _Parts, weights, count, mesh):
+    def loss_of(weights, m):
+        rest, blocks = _without_blocks(weights), weights["blocks"]
+        x_BSD = parts.start(rest, jnp.asarray(m)[None])[0]
+        return parts.finish(rest, m, parts.stage(rest, blocks, 0, m, x_BSD))
+
+    def one(m, carry):
+        loss, grads = carry
+        part, new = jax.value_and_grad(loss_of)(weights, m)
+        return loss + part, jax.tree.map(lambda a, g: a + g.astype(jnp.float32), grads, new)
+
+    start = vary((jnp.float32(0), jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights)))
+    if parts.batch["tokens"].shape[0] == 1:
+        return one(0, start)
+    return lax.fori_loop(0, count, one, start)
+
+
+@jax.custom_vjp
+def _summed_apart(w, total):
+    """``w``; its gradient goes to the float32 ``total`` instead: a weight used once a micro-batch would have its
+    gradients added in its own type."""
+    return w
+
+
+_summed_apart.defvjp(lambda w, total: (w, None), lambda _, grad: (jnp.zeros_like(grad), grad.astype(jnp.float32)))
+
+
+def _chunk_of(parts: _Parts, blocks, round):
+    """The layers of this stage's chunk for ``round``, and the number of the first."""
+    layers = jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, round, 0, keepdims=False), blocks)
+    chunk = round * axis_size("pipe") + axis_index("pipe")
+    return layers, chunk * jax.tree.leaves(layers)[0].shape[0]
+
+
+def _through_circular(parts: _Parts, weights, count, mesh):
+    rest, blocks, mesh_config = _without_blocks(weights), weights["blocks"], parts.config.mesh
+    micro_batches = parts.batch["tokens"].shape[0]
+    flush = min(mesh_config.flush or micro_batches, micro_batches)
+    apart = parts.zero != 3 and parts.dtype != jnp.float32
+    held = vary(jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), blocks)) if apart else blocks
+
+    def one(f, carry):
+        def stage(held, round, m, x):
+            layers, first = _chunk_of(parts, held, round)
+            if apart:
+                layers = jax.tree.map(_summed_apart, _chunk_of(parts, blocks, round)[0], layers)
+            return parts.stage(rest, layers, first, f * flush + m, x)
+
+        new = circular_loss_and_gradients(
+            lambda rest, numbers: parts.start(rest, f * flush + numbers), stage,
+            lambda rest, m, x: parts.finish(rest, f * flush + m, x), held, rest, flush, mesh_config.virtual_pipe)
+        return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), carry, new)
+
+    zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), (blocks, rest))
+    start = vary((jnp.float32(0), *zeros))
+    if flush == micro_batches:
+        loss, d_blocks, d_rest = one(0, start)
+    else:
+        loss, d_blocks, d_rest = lax.fori_loop(0, -(-count // flush), one, start)
+    return loss, _with_blocks(d_rest, d_blocks)
+
+
+def _through_1f1b(parts: _Parts, weights, count, mesh):
+    rest, blocks = _without_blocks(weights), weights["blocks"]
+    # Collectives inside a branch that only some devices take are not proved on TPU: there the bubble is computed.
+    loss, d_blocks, d_rest = one_f_one_b(
+        lambda rest, m: parts.start(rest, m[None])[0],
+        lambda blocks, m, x: parts.stage(rest, *_chunk_of(parts, blocks, 0), m, x),
+        parts.finish, blocks, rest, count, skip=mesh.devices.flat[0].platform != "tpu")
+    return loss, _with_blocks(d_rest, d_blocks)
+
+
 def make_eval(config: Config, mesh: Mesh, causal: bool) -> Callable:
     """(params, batch) -> (sum of weight x -log p, sum of weights) of a batch (M, B, S)."""
-    graph, params = abstract_model(config.model)
-    dtype, zero = jnp.dtype(config.train.compute_dtype), config.mesh.zero
+    params, zero = abstract_model(config.model)[1], config.mesh.zero
+    piped, rounds = mesh.shape["pipe"] > 1, config.mesh.virtual_pipe
+    undropped = dataclasses.replace(config, model=dataclasses.replace(config.model, dropout_rate=0.0))
 
     def local(params, batch, count, key):
         params, batch = vary((params, batch))
-        weights = params if zero == 3 else gather_weights(params, dtype, zero)
+        if piped:
+            params = _with_blocks(params, to_rounds(params["blocks"], rounds))
+        weights = params if zero == 3 else gather_weights(params, jnp.dtype(config.train.compute_dtype), zero)
+        parts = _Parts(undropped, causal, weights, batch, 1.0, None)
+        rest, blocks, micro_batches = _without_blocks(weights), weights["blocks"], batch["tokens"].shape[0]
+        if piped:
+            mine = jnp.arange(micro_batches // axis_size("pipe")) * axis_size("pipe") + axis_index("pipe")
+            ys = circular(lambda round, m, x: parts.stage(rest, *_chunk_of(parts, blocks, round), m, x),
+                          vary(parts.start(rest, mine)), rounds)
+            losses = lax.map(lambda args: parts.finish(rest, *args, smoothing=0.0), (mine, ys))
+        else:
+            def one(m):
+                x_BSD = parts.stage(rest, blocks, 0, m, parts.start(rest, m[None])[0])
+                return parts.finish(rest, m, x_BSD, smoothing=0.0)
 
-        def one(micro):
-            model, prepare = _compute_model(graph, weights, dtype, zero)
-            x_BSD = model.hidden(micro["tokens"], positions_BS=micro["positions"],
-                                 segment_ids_BS=micro["segment_ids"], causal=causal, prepare=prepare)
-            return cross_entropy(x_BSD.reshape(-1, x_BSD.shape[-1]), model.head(),
-                                 micro["labels"].reshape(-1), micro["weights"].reshape(-1), config.train.loss_chunk)
-
-        return _report(lax.map(one, batch).sum()), _report(batch["weights"].sum())
+            losses = lax.map(one, jnp.arange(micro_batches))
+        return _report(losses.sum(), ("pipe", "data", "context")), _report(batch["weights"].sum(), ("data", "context"))
 
     return jax.jit(_over_mesh(local, mesh, params, zero, lambda specs: (P(), P())))
 
 
-def _compute_model(graph, weights, dtype, zero):
-    """The module over compute weights, and how a layer's weights are prepared inside the scan."""
-    if zero != 3:
-        return nnx.merge(graph, weights), lambda layer: layer
-    gathered = gather_weights({k: v for k, v in weights.items() if k != "blocks"}, dtype, zero)
-    whole = type(weights)({**gathered, "blocks": weights["blocks"]})
-
-    def prepare(layer):
-        return gather_weights({"blocks": layer}, dtype, zero)["blocks"]
-
-    return nnx.merge(graph, whole), prepare
-
-
-def _report(x):
-    """The sum over ``data`` of a number that devices along the other axes hold alike, typed as one number."""
+def _report(x, apart):
+    """The sum over the axes ``apart`` of a number that devices along the others hold alike, typed as one number."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
     if not manual:
         return x
-    first = functools.reduce(jnp.logical_and, [axis_index(axis) == 0 for axis in AXES if axis != "data"])
+    first = functools.reduce(jnp.logical_and, [axis_index(axis) == 0 for axis in AXES if axis not in apart])
     return lax.psum(jnp.where(first, vary(x), 0.0), AXES)
 
 
 def _over_mesh(local, mesh: Mesh, params, zero: int, out_specs):
     """``local`` as one shard_map, manual over every axis; on a single device, ``local`` itself."""
     specs = specs_of(params, zero)
-    rows = {name: P(None, "data") for name in BATCH_KEYS}
+    rows = {name: BATCH for name in BATCH_KEYS} | {"rows": P(None, "data")}
 
     def run(params, batch, count=None, key=None):
         if key is None:
@@ -187,23 +310,38 @@ def make_train_step(config: Config, mesh: Mesh, causal: bool) -> Callable:
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
+def micro_batch_shape(config: Config, mesh: Mesh) -> tuple[int, int]:
+    """(micro-batches, rows of each over the whole mesh) of the largest batch; a circular pipeline takes micro-batches
+    by the flush, so that some may have to stay empty."""
+    size, train = mesh.shape["data"], config.train
+    rows = (train.micro_batch_size or train.global_batch_size // size) * size
+    micro_batches = train.global_batch_size // rows
+    unit = 1
+    if mesh.shape["pipe"] > 1 and config.mesh.schedule == "circular":
+        unit = config.mesh.flush or mesh.shape["pipe"]
+    return -(-micro_batches // unit) * unit, rows
+
+
 def put_batch(rows_of: Callable, shape: tuple[int, int, int], mesh: Mesh):
-    """The global batch (M, B, S) as sharded arrays. ``rows_of(numbers)`` gives a dict of (n, S) arrays for
-    global row numbers m * B + b; it is asked only for the rows that this process holds."""
+    """The global batch (M, B, S) as sharded arrays, places in the zigzag order of the context axis.
+    ``rows_of(numbers)`` gives a dict of (n, S) arrays for global row numbers m * B + b; it is asked only for the
+    rows that this process holds."""
     micro, rows, length = shape
-    sharding = NamedSharding(mesh, P(None, "data"))
+    order = zigzag(length, mesh.shape["context"])
     parts: dict[tuple, dict] = {}
 
     def part(index) -> dict:
         key = (index[1].start or 0, rows if index[1].stop is None else index[1].stop)
         if key not in parts:
             numbers = (np.arange(micro)[:, None] * rows + np.arange(*key)).reshape(-1)
-            flat = rows_of(numbers) | {"rows": numbers.astype(np.int32)}
+            flat = {name: x[:, order] for name, x in rows_of(numbers).items()}
+            flat["rows"] = numbers.astype(np.int32)
             parts[key] = {name: x.reshape(micro, key[1] - key[0], *x.shape[1:]) for name, x in flat.items()}
         return parts[key]
 
     def array(name):
-        size = (micro, rows) if name == "rows" else shape
-        return jax.make_array_from_callback(size, sharding, lambda index: part(index)[name])
+        size, spec = ((micro, rows), P(None, "data")) if name == "rows" else (shape, BATCH)
+        return jax.make_array_from_callback(size, NamedSharding(mesh, spec),
+                                            lambda index: part(index)[name][:, :, *index[2:]])
 
     return {name: array(name) for name in BATCH_KEYS}
