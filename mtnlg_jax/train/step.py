@@ -75,10 +75,10 @@ def make_loss_and_gradients(config: Config, mesh: Mesh, causal: bool) -> Callabl
 
     def local(params, batch, count, key):
         total = jnp.maximum(sum_over(sum_over(batch["weights"].sum(), "data"), "context"), 1.0)
-        params, batch, total = vary((params, batch, total))
         if piped:
             blocks, to_natural = jax.vjp(lambda blocks: to_rounds(blocks, rounds), params["blocks"])
             params = _with_blocks(params, blocks)
+        params, batch, total = vary((params, batch, total))
         weights = params if zero == 3 else gather_weights(params, jnp.dtype(config.train.compute_dtype), zero)
         parts = _Parts(config, causal, weights, batch, total, jax.random.wrap_key_data(key))
         loss, grads = of_micro_batches(parts, weights, count, mesh)
@@ -142,7 +142,8 @@ class _Parts:
 
 
 def _with_blocks(params, blocks):
-    return type(params)({**{key: value for key, value in params.items() if key != "blocks"}, "blocks": blocks})
+    blocks = blocks.raw_mapping if isinstance(blocks, nnx.State) else blocks
+    return type(params)({**_without_blocks(params).raw_mapping, "blocks": blocks})
 
 
 def _without_blocks(params):
