@@ -143,11 +143,11 @@ class _Parts:
 
 def _with_blocks(params, blocks):
     blocks = blocks.raw_mapping if isinstance(blocks, nnx.State) else blocks
-    return type(params)({**_without_blocks(params).raw_mapping, "blocks": blocks})
+    return type(params)({**params.raw_mapping, "blocks": blocks})
 
 
 def _without_blocks(params):
-    return type(params)({key: value for key, value in params.items() if key != "blocks"})
+    return type(params)({key: value for key, value in params.raw_mapping.items() if key != "blocks"})
 
 
 def _one_after_the_other(parts: _Parts, weights, count, mesh):
