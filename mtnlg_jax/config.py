@@ -355,7 +355,8 @@ def validate(config: Config) -> None:
     if mesh.schedule == "1f1b" and mesh.virtual_pipe > 1:
         raise ValueError(f"mesh.schedule=1f1b passes each stage once, not mesh.virtual_pipe={mesh.virtual_pipe} "
                          "times; set it to 1, or mesh.schedule=circular")
-    _must_divide("model.num_layers", model.num_layers, "mesh.pipe x mesh.virtual_pipe", mesh.pipe * mesh.virtual_pipe)
+    name = "mesh.pipe x mesh.virtual_pipe" if mesh.virtual_pipe > 1 else "mesh.pipe"
+    _must_divide("model.num_layers", model.num_layers, name, mesh.pipe * mesh.virtual_pipe)
     if mesh.flush is not None:
         _within("mesh.flush", mesh.flush, 1, 2**31)
         _must_divide("mesh.flush", mesh.flush, "mesh.pipe", mesh.pipe)
@@ -375,7 +376,7 @@ def validate(config: Config) -> None:
             f"sequence, or set model.position_embedding_type=rotary"
         )
     places, name = mesh.context * mesh.tensor, "mesh.context x mesh.tensor"
-    if mesh.context > 1:  # two chunks a device
+    if mesh.context > 1 and mesh.tensor % 2:  # two chunks a device
         places, name = 2 * places, "2 x " + name
     _must_divide("data.sequence_length", config.sequence_length, name, places)
     if data.path and data.blend:

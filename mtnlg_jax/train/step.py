@@ -214,11 +214,13 @@ def _through_circular(parts: _Parts, weights, count, mesh):
 
 def _through_1f1b(parts: _Parts, weights, count, mesh):
     rest, blocks = _without_blocks(weights), weights["blocks"]
-    # Collectives inside a branch that only some devices take are not proved on TPU: there the bubble is computed.
+    # Where the bubble is computed and thrown away instead of skipped: on TPU, where collectives inside a branch that
+    # only some devices take are not proved; around a ring, whose permutes have no groups and wait for all devices.
+    on_tpu, ring = mesh.devices.flat[0].platform == "tpu", parts.config.mesh.context_mode == "ring"
     loss, d_blocks, d_rest = one_f_one_b(
         lambda rest, m: parts.start(rest, m[None])[0],
         lambda blocks, m, x: parts.stage(rest, *_chunk_of(parts, blocks, 0), m, x),
-        parts.finish, blocks, rest, count, skip=mesh.devices.flat[0].platform != "tpu")
+        parts.finish, blocks, rest, count, skip=not (on_tpu or (ring and mesh.shape["context"] > 1)))
     return loss, _with_blocks(d_rest, d_blocks)
 
 

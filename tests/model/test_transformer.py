@@ -20,7 +20,8 @@ from mtnlg_jax.model.transformer import (
     init_parameters,
     rotate,
 )
-from mtnlg_jax.parallel.mesh import make_mesh, parameter_name, shardings_of, specs_of
+from mtnlg_jax.parallel.collectives import vary
+from mtnlg_jax.parallel.mesh import AXES, make_mesh, parameter_name, shardings_of, specs_of
 
 FLOAT32 = 3e-5  # two layers of float32 products, logits of size ten
 LAST_BITS = 1e-6  # the same float32 formula, vectorised differently: a few units in the last place
@@ -291,11 +292,11 @@ def test_hidden_states_with_dropout_are_equal_on_a_mesh():
             tokens, segment_ids_BS=segments, dropout_key=jax.random.wrap_key_data(key), rows_B=rows)
 
     def run_local(*args):
-        return run(*args)[None]  # whole on every device of tensor: one copy of each is looked at
+        return run(*vary(args))[None]  # whole on every device of tensor: one copy of each is looked at
 
     segments = np.repeat(SEGMENTS, 2, 0)
     mesh = make_mesh(MeshConfig(data=2, tensor=4, zero=0))
-    over_mesh = jax.shard_map(run_local, mesh=mesh, out_specs=P("tensor", "data"),
+    over_mesh = jax.shard_map(run_local, mesh=mesh, out_specs=P(AXES[:1] + AXES[2:], "data"),
                               in_specs=(specs_of(params, zero=0), *[P("data")] * 3, P()))
     copies = jax.jit(over_mesh)(params, TOKENS, segments, rows, key)
     alone = jax.jit(run)(params, TOKENS, segments, rows, key)

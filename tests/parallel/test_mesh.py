@@ -23,15 +23,15 @@ EVERY_SWITCH = ModelConfig(**SMALL, activation="swiglu", num_query_groups=2, tie
         ("VD", 1, P("tensor", "data")),
         ("VD", 0, P("tensor", None)),
         ("VD", 3, P("tensor", "data")),
-        ("LDNH", 1, P(None, "data", "tensor", None)),
-        ("LDKH", 1, P(None, "data", "tensor", None)),
-        ("LNHD", 1, P(None, "tensor", None, "data")),
-        ("LDF", 1, P(None, "data", "tensor")),
-        ("LF", 0, P(None, "tensor")),
+        ("LDNH", 1, P("pipe", "data", "tensor", None)),
+        ("LDKH", 1, P("pipe", "data", "tensor", None)),
+        ("LNHD", 1, P("pipe", "tensor", None, "data")),
+        ("LDF", 1, P("pipe", "data", "tensor")),
+        ("LF", 0, P("pipe", "tensor")),
         ("PD", 1, P(None, "data")),
         ("D", 1, P("data")),
         ("D", 0, P(None)),
-        ("LHPC", 1, P(None, None, None, None)),
+        ("LHPC", 1, P("pipe", None, None, None)),
         ("", 1, P()),
     ],
 )
@@ -96,7 +96,7 @@ def test_the_plan_table_accounts_for_every_byte():
     rows = plan_table(abstract_model(config)[1], {"pipe": 1, "data": 2, "context": 1, "tensor": 4})
     assert sum(4 * math.prod(shape) for _, _, shape, _, _ in rows) == 4 * config.parameter_count()
     table = {name: row for name, *row in rows}
-    assert table["blocks.mlp.w_in_DF"] == ["LDF", (2, 16, 64), str(P(None, "data", "tensor")), 4 * 2 * 16 * 64 // 8]
+    assert table["blocks.mlp.w_in_DF"] == ["LDF", (2, 16, 64), str(P("pipe", "data", "tensor")), 4 * 2 * 16 * 64 // 8]
     assert table["final_norm.bias_D"][-1] == 4 * 16 // 2
 
 
@@ -110,6 +110,7 @@ def test_the_plan_table_accounts_for_every_byte():
         (MeshConfig(tensor=4), (1, 2, 1, 4)),
         (MeshConfig(data=1, tensor=8), (1, 1, 1, 8)),
         (MeshConfig(data=4, tensor=2), (1, 4, 1, 2)),
+        (MeshConfig(pipe=2, context=2), (2, 2, 2, 1)),
     ],
 )
 def test_a_mesh_takes_all_devices_and_spells_its_axis_types_out(config, sizes):
@@ -133,8 +134,8 @@ def test_a_mesh_of_some_devices():
         (MeshConfig(data=2, tensor=2), "does not fit 8 devices"),
         (MeshConfig(tensor=3), "tensor=3 does not fit 8 devices"),
         (MeshConfig(tensor=16), "tensor=16 does not fit 8 devices"),
-        (MeshConfig(pipe=2), "mesh.pipe=2: .* set mesh.pipe=1"),
-        (MeshConfig(context=4), "mesh.context=4: .* set mesh.context=1"),
+        (MeshConfig(pipe=3), "pipe=3 .* does not fit 8 devices"),
+        (MeshConfig(pipe=2, data=1, context=8), "pipe=2 x data=1 x context=8 .* does not fit 8 devices"),
     ],
 )
 def test_sizes_that_do_not_fit_the_devices_are_refused(config, words):
