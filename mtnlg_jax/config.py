@@ -149,7 +149,8 @@ class TrainConfig:
     stages: tuple[StageConfig, ...] = (StageConfig(),)
     seed: int = 0
     compute_dtype: str = "bfloat16"  # bfloat16 | float32; masters and sums are float32
-    recompute: str = "none"  # none: keeps products, recomputes elementwise work | full: recomputes each layer
+    recompute: str = "elementwise"  # none | elementwise | mlp | projections | full: model.transformer.RECOMPUTE
+    reduce_dtype: str = "float32"  # float32 | bfloat16: what gradients are summed in between devices; on one, float32
     loss_chunk: int = 1024  # tokens of logits in memory at once
     label_smoothing: float = 0.0  # [0, 1): of each target, spread evenly; in training's loss, not the held-out one
     log_every: int = 1
@@ -418,7 +419,8 @@ def validate(config: Config) -> None:
     _within("train.label_smoothing", train.label_smoothing, 0, 1, high_open=True)
     _within("train.seed", train.seed, 0, 2**31)
     _one_of("train.compute_dtype", train.compute_dtype, ("bfloat16", "float32"))
-    _one_of("train.recompute", train.recompute, ("none", "full"))
+    _one_of("train.recompute", train.recompute, ("none", "elementwise", "mlp", "projections", "full"))
+    _one_of("train.reduce_dtype", train.reduce_dtype, ("float32", "bfloat16"))
     if not train.stages:
         raise ValueError("train.stages is empty; give at least one StageConfig")
     for stage in train.stages:

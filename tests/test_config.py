@@ -307,7 +307,7 @@ def test_validate_changes_nothing():
         (["train.seed=-1"], ["seed=-1", "[0, "]),
         (["train.label_smoothing=1"], ["label_smoothing=1", "[0, 1)"]),
         (["train.compute_dtype=float16"], ["'float16'", "bfloat16, float32"]),
-        (["train.recompute=some"], ["'some'", "none, full"]),
+        (["train.recompute=some"], ["'some'", "none, elementwise, mlp, projections, full"]),
         (["train.stages=()"], ["train.stages is empty", "StageConfig"]),
         (["train.stages=[{'masked': 1.5}]"], ["stage 'causal'", "masked=1.5", "[0, 1]"]),
         (["train.stages=[{'fraction': 0}]"], ["fraction=0.0", "(0, inf)"]),

@@ -157,8 +157,8 @@ def test_another_architecture_in_a_pipeline_with_context():
     assert_equal_numbers(got, deep_alone(model=model))
 
 
-@pytest.mark.parametrize("mesh", [{"pipe": 2}, {"pipe": 4, "virtual_pipe": 2}, {"context": 2}, {"pipe": 2, "context": 2}],
-                         ids=str)
+@pytest.mark.parametrize("mesh", [{"pipe": 2}, {"pipe": 4, "virtual_pipe": 2}, {"context": 2},
+                                  {"pipe": 2, "context": 2}], ids=str)
 def test_evaluation_through_pipeline_and_context_equals_one_device(mesh):
     def evaluate(**mesh):
         config = config_of(1, 2, 1, 4, DEEP, mesh)

@@ -1,4 +1,4 @@
-"""What a step holds: temporaries as the pipeline's micro-batches grow, and bytes a layer keeps for its backward pass."""
+"""What a step holds as the micro-batches of a pipeline grow in number."""
 
 import functools
 
