@@ -78,6 +78,6 @@ def get_config() -> Config:
             micro_batch_size=1,
             rampup_batch_size=(RAMP_START, RAMP_STEP, RAMP_SAMPLES),
             compute_dtype="bfloat16",
-            recompute="full",
+            recompute="elementwise",  # besides the stages, which a pipeline computes again: the paper's full recompute
         ),
     )
