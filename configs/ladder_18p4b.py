@@ -15,5 +15,5 @@ def get_config() -> Config:
         name="ladder_18p4b",
         model=ModelConfig(num_layers=40, hidden_size=6144, num_attention_heads=48, vocab_size=51200),
         mesh=MeshConfig(pipe=1, data=32, tensor=8, zero=0),
-        train=TrainConfig(steps=20, global_batch_size=1024, micro_batch_size=1, recompute="elementwise"),
+        train=TrainConfig(steps=20, global_batch_size=1024, micro_batch_size=1, recompute="full"),
     )

@@ -15,5 +15,5 @@ def get_config() -> Config:
         name="ladder_1p7b",
         model=ModelConfig(num_layers=24, hidden_size=2304, num_attention_heads=24, vocab_size=51200),
         mesh=MeshConfig(pipe=1, data=32, tensor=1, zero=0),
-        train=TrainConfig(steps=20, global_batch_size=512, micro_batch_size=1, recompute="elementwise"),
+        train=TrainConfig(steps=20, global_batch_size=512, micro_batch_size=1, recompute="full"),
     )

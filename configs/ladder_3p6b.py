@@ -15,5 +15,5 @@ def get_config() -> Config:
         name="ladder_3p6b",
         model=ModelConfig(num_layers=30, hidden_size=3072, num_attention_heads=32, vocab_size=51200),
         mesh=MeshConfig(pipe=1, data=32, tensor=2, zero=0),
-        train=TrainConfig(steps=20, global_batch_size=512, micro_batch_size=1, recompute="elementwise"),
+        train=TrainConfig(steps=20, global_batch_size=512, micro_batch_size=1, recompute="full"),
     )

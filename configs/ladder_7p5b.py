@@ -15,5 +15,5 @@ def get_config() -> Config:
         name="ladder_7p5b",
         model=ModelConfig(num_layers=36, hidden_size=4096, num_attention_heads=32, vocab_size=51200),
         mesh=MeshConfig(pipe=1, data=32, tensor=4, zero=0),
-        train=TrainConfig(steps=20, global_batch_size=512, micro_batch_size=1, recompute="elementwise"),
+        train=TrainConfig(steps=20, global_batch_size=512, micro_batch_size=1, recompute="full"),
     )
