@@ -249,6 +249,8 @@ def test_validate_changes_nothing():
         (["mesh.pipe=5"], ["num_layers=12", "mesh.pipe=5", "4 or 6"]),
         (["mesh.context=3"], ["sequence_length=2048", "2 x mesh.context x mesh.tensor=6", "4 or 8"]),
         (["mesh.pipe=2"], ["mesh.pipe=2 needs train.micro_batch_size"]),
+        (["mesh.pipe=2", "train.micro_batch_size=1", "train.rampup_batch_size=(8, 8, 80)"],
+         ["needs mesh.flush", "mesh.pipe=2", "mesh.schedule=1f1b"]),
         (["mesh.pipe=0"], ["mesh.pipe=0", "[1, "]),
         (["mesh.virtual_pipe=5"], ["num_layers=12", "mesh.pipe x mesh.virtual_pipe=5", "4 or 6"]),
         (["mesh.schedule=zb"], ["'zb'", "circular, 1f1b"]),
