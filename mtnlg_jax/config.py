@@ -369,9 +369,9 @@ def validate(config: Config) -> None:
                          f"so that each data shard has {mesh.pipe} or more")
 
     if mesh.pipe > 1 and mesh.schedule == "circular" and mesh.flush is None and train.rampup_batch_size:
-        raise ValueError("train.rampup_batch_size with mesh.schedule=circular needs mesh.flush, the micro-batches taken "
-                         f"at a time, a multiple of mesh.pipe={mesh.pipe}; without it small batches cost as much as the "
-                         "largest. Or set mesh.schedule=1f1b")
+        raise ValueError("train.rampup_batch_size with mesh.schedule=circular needs mesh.flush, the micro-batches "
+                         f"taken at a time, a multiple of mesh.pipe={mesh.pipe}; without it small batches cost as much "
+                         "as the largest. Or set mesh.schedule=1f1b")
 
     if data.sequence_length is not None:
         _within("data.sequence_length", data.sequence_length, 1, 2**31)
