@@ -28,6 +28,22 @@ def _constant(value: float, *shape: int) -> nnx.Param:
     return nnx.Param(jnp.full(shape, value, jnp.float32))
 
 
+@jax.custom_vjp
+def look_up(table, ids):
+    """Rows ``ids`` of ``table``. Its gradient adds in float32: a frequent token's thousands of parts, in the bfloat16
+    of the table, would lose most of them."""
+    return table[ids]
+
+
+def _look_up_backward(residuals, grad):
+    table, ids = residuals
+    _, back = jax.vjp(lambda table: table[ids], table.astype(jnp.float32))
+    return back(grad.astype(jnp.float32))[0].astype(table.dtype), None
+
+
+look_up.defvjp(lambda table, ids: (table[ids], (table, ids)), _look_up_backward)
+
+
 class Norm(nnx.Module):
     """LayerNorm (Ba 2016) or RMSNorm (Zhang 2019), computed in float32."""
 
@@ -184,14 +200,14 @@ class Transformer(nnx.Module):
         """(B, S) ids below vocab_size -> (B, S, D); in the manual region this device's part of S."""
         table = self.tokens_VD[...]
         if axis_size("tensor") == 1:
-            x_BSD = table[tokens_BS]
+            x_BSD = look_up(table, tokens_BS)
         else:
             local = tokens_BS - axis_index("tensor") * table.shape[0]
             mine = (local >= 0) & (local < table.shape[0])
-            x_BSD = jnp.where(mine[..., None], table[jnp.where(mine, local, 0)], 0)
+            x_BSD = jnp.where(mine[..., None], look_up(table, jnp.where(mine, local, 0)), 0)
             x_BSD = scatter_sum(x_BSD, "tensor", 1)
         if self.positions_PD is not None:
-            x_BSD = x_BSD + self.positions_PD[...][own_part(positions_BS, "tensor", 1)]
+            x_BSD = x_BSD + look_up(self.positions_PD[...], own_part(positions_BS, "tensor", 1))
         return x_BSD
 
     def head(self):

@@ -55,12 +55,12 @@ def mesh_of(config):
     return make_mesh(mesh, jax.devices()[: mesh.pipe * mesh.data * mesh.context * mesh.tensor])
 
 
-def loss_and_gradients(config, causal=True, micro_batches=2, count=None):
+def loss_and_gradients(config, causal=True, micro_batches=2, count=None, data=None):
     mesh = mesh_of(config)
     params = jax.device_put(parameters(config.model), shardings_of(parameters(config.model), mesh, config.mesh.zero))
     function = jax.jit(make_loss_and_gradients(config, mesh, causal))
     key = jax.random.key_data(jax.random.key(3))
-    loss, grads = function(params, batch_on(mesh, micro_batches), jnp.int32(count or micro_batches), key)
+    loss, grads = function(params, batch_on(mesh, micro_batches, data), jnp.int32(count or micro_batches), key)
     return float(loss), [np.asarray(g) for g in jax.tree.leaves(grads)]
 
 
@@ -92,10 +92,10 @@ MODES = ("ulysses", "gather", "ring")
 
 
 def on_a_mesh(pipe, data, context, tensor, zero=1, dtype="float32", micro_batches=4, causal=True, model=DEEP,
-              count=None, **mesh):
+              count=None, data_rows=None, **mesh):
     config = config_of(data, tensor, zero, micro_batches, model, {"pipe": pipe, "context": context, **mesh},
                        compute_dtype=dtype)
-    return loss_and_gradients(config, causal, micro_batches, count)
+    return loss_and_gradients(config, causal, micro_batches, count, data_rows)
 
 
 @functools.cache
@@ -140,6 +140,19 @@ def test_a_pipeline_takes_fewer_micro_batches_and_flushes(mesh):
     assert wanted[0] < 0.9 * deep_alone()[0]
     assert_equal_numbers(on_a_mesh(2, 1, 1, 2, count=2, **mesh), wanted)
     assert_equal_numbers(on_a_mesh(2, 1, 1, 2, **mesh), deep_alone())
+
+
+@pytest.mark.parametrize(("few", "many"), [
+    ({"pipe": 1}, {"pipe": 1}), ({"schedule": "1f1b"}, {"schedule": "1f1b"}), ({"flush": 2}, {"flush": 2}),
+    ({"flush": 2}, {"flush": 16}), ({"flush": 2, "virtual_pipe": 2}, {"flush": 16, "virtual_pipe": 2})], ids=str)
+def test_gradients_of_micro_batches_add_in_float32(few, many):
+    # Sixteen times the same row, each a micro-batch: the gradient is eight times that of two, but for what sums lose.
+    same = {key: np.repeat(value[:1], ROWS, 0) for key, value in rows().items()}
+    (_, few), (_, many) = (
+        on_a_mesh(mesh.pop("pipe", 2), 1, 1, 1, dtype="bfloat16", micro_batches=16, count=count, data_rows=same, **mesh)
+        for count, mesh in ((2, dict(few)), (16, dict(many))))
+    for two, sixteen in zip(few, many, strict=True):
+        assert np.abs(8 * two - sixteen).max() <= 1e-5 * np.abs(sixteen).max()
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
