@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import threading
 import time
 
@@ -374,7 +375,7 @@ def _own(workdir: str):
     path = os.path.join(workdir, f".lock-{jax.process_index()}")
     try:
         os.makedirs(workdir, exist_ok=True)
-        file = open(path, "w")
+        file = open(path, "a")
     except OSError as error:
         raise OSError(f"cannot write in {workdir}: {error.strerror}; give another --workdir") from None
     with file:
@@ -384,6 +385,9 @@ def _own(workdir: str):
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise OSError(f"another run is writing in {workdir}; wait for it or give another --workdir") from None
             # A file system without locks: it is up to the person not to start two.
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {socket.gethostname()}\n")  # for whoever wants to look into this process
+        file.flush()
         yield
 
 
