@@ -87,13 +87,13 @@ def test_two_processes_give_the_losses_of_one(two, folder):
     assert told["processes"] == 2 and told["devices"]["count"] == 8 and told["versions"]["jax"]
 
 
-def kill_one(workdir: Path, process: int, step: int, started: subprocess.Popen) -> None:
-    """SIGKILL to one process of the run, as soon as it has done ``step``."""
+def kill_one(workdir: Path, process: int, step: int, started: subprocess.Popen, how=signal.SIGKILL) -> None:
+    """The signal ``how`` to one process of the run, as soon as it has done ``step``."""
     deadline = time.monotonic() + PATIENCE
     while not any(r["step"] >= step for r in read_metrics(str(workdir / "metrics.jsonl"))):
         assert started.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
-    os.kill(int((workdir / f".lock-{process}").read_text().split()[0]), signal.SIGKILL)
+    os.kill(int((workdir / f".lock-{process}").read_text().split()[0]), how)
 
 
 def test_one_killed_ends_all_and_the_next_start_ends_bit_for_bit_as_unkilled(two, folder, environment):
@@ -130,13 +130,9 @@ def test_a_killed_run_goes_on_with_other_processes_bit_for_bit(two, folder, envi
 
 @pytest.mark.slow
 def test_a_signal_to_one_stops_all_at_the_same_step(two, folder, environment):
-    started = subprocess.Popen(local(folder, "stopped", 2, 4, "train.steps=400"), env=environment, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    kill_later = folder / "stopped"
-    while not any(r["step"] >= 3 for r in read_metrics(str(kill_later / "metrics.jsonl"))):
-        assert started.poll() is None
-        time.sleep(0.05)
-    started.terminate()
+    started = subprocess.Popen([*local(folder, "stopped", 2, 4, "train.steps=400"), "--restarts=0"], env=environment,
+                               text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    kill_one(folder / "stopped", 1, 3, started, signal.SIGTERM)
     output, _ = started.communicate(timeout=PATIENCE)
     assert started.returncode == 75, output
     lines = [line.partition(": ")[2] for line in output.splitlines() if "stopped by a signal after step" in line]
@@ -253,8 +249,8 @@ def test_slurm_queues_again_what_is_worth_it(tools, tmp_path, codes, calls):
         done = subprocess.run(["bash", CLUSTER / "slurm.sbatch", "--workdir=a b"], env=environment | {
             "CODE": str(code)}, text=True, capture_output=True)
         assert done.returncode == code, done.stderr
-    assert (tmp_path / "calls").read_text().split() if calls else not (tmp_path / "calls").exists()
-    assert not calls or (tmp_path / "calls").read_text().split() == calls
+    queued = tmp_path / "calls"
+    assert (queued.read_text().split() if queued.exists() else []) == calls
     assert (tmp_path / "calls.srun").read_text().splitlines()[0].endswith(
         "launch/pretrain.py --distributed=on --noprogress --workdir=a b")
 
@@ -291,9 +287,29 @@ def test_the_slurm_script_runs_here(two, folder, tools):
 
 
 @pytest.mark.slow
-def test_the_command_of_a_tpu_pod_and_of_a_manifest_runs_here(two, folder, environment, tools):
-    """Each host gets the command; here there are two, in this folder, and they are told of each other by flags,
-    which a TPU's metadata does there."""
+def test_the_tpu_pod_script_runs_here(two, folder, tools, tmp_path):
+    """gcloud's part is to run the command on every host; SLURM's variables stand in for a TPU's metadata."""
+    home = tmp_path / "mtnlg_jax"
+    (home / ".venv/bin").mkdir(parents=True)
+    (home / ".venv/bin/python").write_text(f'#!/usr/bin/env bash\nexec {sys.executable} "$@"\n')
+    (home / ".venv/bin/python").chmod(0o755)
+    (home / "launch").symlink_to(ROOT / "launch")
+    environment = tools("gcloud", """
+        for argument; do case $argument in --command=*) command="${argument#--command=}" ;; esac; done
+        export SLURM_STEP_NODELIST=localhost SLURM_NTASKS=2 SLURM_JOB_ID=$RANDOM
+        for host in 0 1; do SLURM_PROCID=$host SLURM_LOCALID=$host bash -c "$command" & done
+        wait
+    """)
+    done = subprocess.run(["bash", CLUSTER / "tpu_pod.sh", "pod", "zone", *flags_of(folder, "pod"),
+                           "--local_devices=4"], env=environment, cwd=tmp_path, text=True, capture_output=True,
+                          timeout=PATIENCE)
+    assert done.returncode == 0 and done.stdout.count("host ended with 0") == 2, done.stdout + done.stderr
+    assert numbers(folder / "pod") == numbers(two)
+
+
+@pytest.mark.slow
+def test_the_command_of_a_manifest_runs_here(two, folder, tools):
+    """A pod's part is its number; here the name of the first pod is localhost."""
     tools("python", f'exec {sys.executable} "$@"\n')
     found = manifest("gke_gpu", "--accelerator=x")
     [text] = found["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]["args"]
