@@ -1,7 +1,11 @@
 """Trains one run: python launch/pretrain.py --config=configs/small.py --set=data.path=OUT --workdir=RUN
 
-Start it again with the same flags to go on where it stopped. Exit codes: 0 done, 2 bad input, 3 diverged,
-75 stopped by a signal with its state saved.
+Start it again with the same flags to go on where it stopped. On SLURM, TPU pods and GKE start it once on every host
+or for every card (launch/cluster/launch.py does); elsewhere with --coordinator=HOST:PORT --processes=N --process_id=I.
+
+Exit codes: 0 done, 2 bad input, 3 diverged, 4 no step was done in time (RUN/stacks-PROCESS.txt), 5 the processes
+disagree, 6 another process ended (134: so JAX found), 75 stopped by a signal with its state saved. 4, 6, 75, 134 and a
+kill are worth another start of all processes.
 """
 
 from absl import flags
@@ -12,16 +16,33 @@ _CONFIG = flags.DEFINE_string("config", None, "a file of configs/", required=Tru
 _SET = flags.DEFINE_multi_string("set", [], "a value of the config, as train.steps=10; repeat for more")
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
 _PROGRESS = flags.DEFINE_bool("progress", True, "show a progress bar")
+_DISTRIBUTED = flags.DEFINE_enum("distributed", "auto", ["auto", "on", "off"],
+                                 "join the processes that SLURM, a TPU pod or GKE tells of; on: insist on it")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, the same in every process")
+_PROCESSES = flags.DEFINE_integer("processes", None, "how many there are")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "which one this is, from 0 on")
+_LOCAL_DEVICES = flags.DEFINE_integer("local_devices", None, "simulate so many devices on the CPU of this process")
+_COORDINATOR_TIMEOUT = flags.DEFINE_integer("coordinator_timeout", 300, "seconds to wait for all processes to come")
+_FLAGS = flags.DEFINE_enum("flags", "on", ["on", "off"], "set the compiler's flags that mtnlg_jax/xla_flags.py lists")
 
 
 def main() -> None:
-    from mtnlg_jax import compat
+    from mtnlg_jax import compat, xla_flags
     from mtnlg_jax.config import load_config
+    from mtnlg_jax.train import processes
     from mtnlg_jax.train.loop import train
 
     compat.quiet()
     compat.configure_cache()
-    print(describe(train(load_config(_CONFIG.value, _SET.value), _WORKDIR.value, _PROGRESS.value)))
+    config = load_config(_CONFIG.value, _SET.value)
+    processes.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value, config.train.heartbeat_seconds,
+                    _LOCAL_DEVICES.value, _DISTRIBUTED.value, _COORDINATOR_TIMEOUT.value)
+    if _FLAGS.value == "on":
+        xla_flags.set_flags(pipelined=config.mesh.pipe > 1)
+    with processes.leaving_at_once():
+        summary = train(config, _WORKDIR.value, _PROGRESS.value)
+        if processes.is_first():
+            print(describe(summary))
 
 
 def describe(summary) -> str:

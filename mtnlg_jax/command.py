@@ -18,14 +18,21 @@ def _run(main: Callable, argv: list[str]) -> int | None:
         if len(argv) > 1:
             raise ValueError(f"unknown argument {argv[1]!r}; flags are written --name=value")
         return main()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except Exception as error:
-        if not hasattr(error, "exit_code"):
+        line, code = explain(error)
+        if line is None:
             raise
-        print(error, file=sys.stderr)
-        return error.exit_code
+        print(line, file=sys.stderr)
+        return code
+
+
+def explain(error: Exception) -> tuple[str | None, int]:
+    """(one line for a person, exit code); no line for what nobody planned: that wants its stack."""
+    if isinstance(error, ValueError | OSError):
+        return f"error: {error}", 2
+    if hasattr(error, "exit_code"):
+        return str(error), error.exit_code
+    return None, 1
 
 
 def _parse(argv: list[str]) -> list[str]:

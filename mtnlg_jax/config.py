@@ -160,6 +160,10 @@ class TrainConfig:
     keep_last: int = 2
     keep_best: bool = True
     max_bad_steps: int = 5  # non-finite steps in a row that stop the run
+    watchdog_seconds: float = 300.0  # a step that takes longer, and 10 times the median, ends its process; 0: off
+    phase_seconds: float = 3600.0  # the same for all that is no step: compiling, restoring, evaluating, saving
+    heartbeat_seconds: int = 100  # a process that is silent for so long counts as dead, and ends the others
+    compare_every: int = 100  # steps until all processes compare config, step, data, program; 0: only at the end
 
 
 @dataclass(frozen=True)
@@ -419,7 +423,10 @@ def validate(config: Config) -> None:
     _within("train.steps", train.steps, 1, 2**31)
     for key in ("global_batch_size", "loss_chunk", "log_every", "max_bad_steps", "keep_last", "eval_batches"):
         _within(f"train.{key}", getattr(train, key), 1, 2**31)
-    for key in ("eval_every", "save_every"):
+    _within("train.watchdog_seconds", train.watchdog_seconds, 0, math.inf, high_open=True)
+    _within("train.phase_seconds", train.phase_seconds, 1, math.inf, high_open=True)
+    _within("train.heartbeat_seconds", train.heartbeat_seconds, 1, 2**20)
+    for key in ("eval_every", "save_every", "compare_every"):
         _within(f"train.{key}", getattr(train, key), 0, 2**31)
     _within("train.label_smoothing", train.label_smoothing, 0, 1, high_open=True)
     _within("train.seed", train.seed, 0, 2**31)

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A room may import itself and the rooms on the lines above it; rooms of one line do not see each other.
 ORDER = """
     compat command
+    xla_flags
     config
     parallel.mesh
     parallel.collectives

@@ -34,7 +34,6 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from mtnlg_jax.config import Config, from_json
@@ -43,6 +42,7 @@ from mtnlg_jax.data.tokenizer import load_tokenizer
 from mtnlg_jax.model.transformer import abstract_model
 from mtnlg_jax.parallel.mesh import shardings_of
 from mtnlg_jax.train import record as records
+from mtnlg_jax.train.processes import agree
 
 # Orbax logs every phase of its work, and what fails with a stack trace; what matters is raised here instead.
 python_logging.getLogger("absl").addFilter(lambda line: f"orbax{os.sep}checkpoint" not in line.pathname)
@@ -70,7 +70,7 @@ class Checkpoints:
         self.keep_last, self.keep_best = keep_last, keep_best
         self.warnings: list[str] = []
         self._lock = None
-        _agree(self._open)
+        agree(self._open)
         handler = ocp.CompositeCheckpointHandler(params=_handler(), rest=_handler())
         self._orbax = ocp.AsyncCheckpointer(handler)
         self._background = ThreadPoolExecutor(1, "checkpoint")
@@ -99,7 +99,7 @@ class Checkpoints:
         meta = json.loads(json.dumps(meta))
         record = {"step": step, "metric": metric, "meta": meta, "arrays": _shapes(flat)}
         size = sum(array.size * array.dtype.itemsize for array in flat.values())
-        if not _agree(lambda: self._begin(step, size)):
+        if not agree(lambda: self._begin(step, size)):
             return
         params, rest = _split(flat)
         with self._failure_named(step):
@@ -120,7 +120,7 @@ class Checkpoints:
         self.wait()
         flat = _flat(abstract_state)
         given = json.loads(json.dumps(identity))
-        record, warnings = _agree(lambda: self._choose(given, _shapes(flat)))
+        record, warnings = agree(lambda: self._choose(given, _shapes(flat)))
         for warning in warnings:
             logging.warning("%s", warning)
         self.warnings += warnings
@@ -359,28 +359,6 @@ def _read_params(path: epath.Path, config: Config, mesh: Mesh | None) -> nnx.Sta
     flat = _flat(abstract)
     arrays = _read(path, flat)
     return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in flat])
-
-
-# --- processes and reasons ---------------------------------------------------------------------------------
-
-
-def _agree(function: Callable):
-    """What ``function`` returns (JSON) or raises (ValueError, OSError) in process 0, in every process."""
-    if jax.process_count() == 1:
-        return function()
-    outcome = {}
-    if jax.process_index() == 0:
-        try:
-            outcome = {"value": function()}
-        except (ValueError, OSError) as error:
-            outcome = {"error": str(error), "is_value": isinstance(error, ValueError)}
-    text = json.dumps(outcome).encode()
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
-    sent = np.frombuffer(text[:size].ljust(size), np.uint8)
-    outcome = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(sent), np.uint8).tobytes())
-    if "error" in outcome:
-        raise (ValueError if outcome["is_value"] else OSError)(outcome["error"])
-    return outcome["value"]
 
 
 def _reason(error: Exception) -> str:

@@ -2,12 +2,14 @@
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import json
 import math
 import os
 import shutil
 import signal
+import socket
 import threading
 import time
 
@@ -22,11 +24,14 @@ from mtnlg_jax.data.batches import Batches, heldout_batches
 from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mtnlg_jax.data.tokens import Tokens, open_tokens
 from mtnlg_jax.parallel.mesh import make_mesh
+from mtnlg_jax.train import processes
 from mtnlg_jax.train.checkpoint import Checkpoints
-from mtnlg_jax.train.metrics import MetricsLog, flops_per_token, peak_flops, plot_loss
+from mtnlg_jax.train.metrics import MetricsLog, environment, flops_per_token, peak_flops
 from mtnlg_jax.train.objectives import causal_batch, masked_batch
+from mtnlg_jax.train.program import Program
 from mtnlg_jax.train.schedule import batch_size_at, is_masked, samples_before, stage_at
 from mtnlg_jax.train.step import abstract_state, init_state, make_eval, make_train_step, micro_batch_shape, put_batch
+from mtnlg_jax.train.watchdog import Watchdog
 
 
 class Preempted(Exception):
@@ -68,13 +73,19 @@ class Data:
 
 
 def train(config: Config, workdir: str, show_progress: bool = True) -> Summary:
-    """Trains ``config`` in ``workdir``, going on from the newest good checkpoint there.
+    """Trains ``config`` in ``workdir``, going on from the newest good checkpoint there. Of several processes each
+    calls this; the first one writes.
 
-    Raises ValueError on what does not fit, Preempted after SIGTERM (state saved), Diverged after
-    train.max_bad_steps non-finite steps in a row.
+    Raises ValueError on what does not fit, Preempted after SIGTERM to any process (state saved), Diverged after
+    train.max_bad_steps non-finite steps in a row, Disagreement. Ends the process on any other exception where there
+    are several, and on a phase that takes too long (train.watchdog_seconds).
     """
     validate(config)
-    with _own(workdir), _signals() as stop, contextlib.ExitStack() as open_until_the_end:
+    _refuse_other_settings(config, workdir)
+    show_progress = show_progress and processes.is_first()
+    with (_own(workdir), _signals() as stop, contextlib.ExitStack() as open_until_the_end,
+          Watchdog(config.train.watchdog_seconds, config.train.phase_seconds, workdir) as watchdog,
+          processes.leaving_at_once()):
         compat.serialize_cpu_collectives()
         data = load_data(config)
         config = resolve(config, data.tokenizer)
@@ -87,43 +98,51 @@ def train(config: Config, workdir: str, show_progress: bool = True) -> Summary:
         restored = checkpoints.restore(abstract_state(config, mesh), identity)
         start, state = (restored[0], restored[1]) if restored else (0, init_state(config, mesh))
         _describe(config, data.tokenizer, workdir)
-        log = MetricsLog(workdir, start)
+        log = MetricsLog(workdir, start, writing=processes.is_first())
         open_until_the_end.callback(log.close)
         bar = open_until_the_end.enter_context(tqdm(
             total=config.train.steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.05,
             disable=None if show_progress else True))
         meter = _Meter(config)
-        steps = {masked: make_train_step(config, mesh, causal=not masked) for masked in (False, True)}
+        steps = {masked: Program(make_train_step(config, mesh, causal=not masked), watchdog)
+                 for masked in (False, True)}
         evaluate = Evaluator(config, mesh, data)
-        pending = None
+        asked, pending = processes.Asked(), None
         for step in range(start, config.train.steps):
             masked = is_masked(config.train, step)
             batch, micro, sequences = batch_at(config, mesh, data, step)
-            scale = stage_at(config.train, step)[2].learning_rate_scale
+            scale = float(stage_at(config.train, step)[2].learning_rate_scale)
             state, metrics = steps[masked](state, batch, micro, sequences, scale)
             # The previous step's numbers are fetched while this one runs.
             _report(config, log, bar, meter, pending)
+            watchdog.enter("step")
             pending = (step, metrics, int(sequences))
-            done, stopping = step + 1, stop.is_set()
+            done, stopping = step + 1, asked(stop.is_set())
+            if processes.several() and _due(config.train.compare_every, done, config):
+                _refuse_other_course(config, data, steps, state, done)
             evaluating = _due(config.train.eval_every, done, config)
             saving = stopping or _due(config.train.save_every, done, config)
             if evaluating or saving:
                 _report(config, log, bar, meter, pending)
+                watchdog.enter("evaluation or saving")
                 pending = None
                 result = {}
                 if evaluating:
-                    result = _evaluate(evaluate, state, done, saving, log, workdir, show_progress)
+                    result = _evaluate(evaluate, state, done, saving, log, show_progress)
                 if saving:
                     _save(config, state, done, checkpoints, identity, result)
                 meter.restart()
             if stopping and done < config.train.steps:
                 checkpoints.wait()
+                processes.meet("saved")
                 raise Preempted(f"stopped by a signal after step {done}; state saved in {workdir}; the same command "
                                 "goes on from there")
+        watchdog.enter("saving")
         checkpoints.wait()
+        processes.meet("saved")
         if not any(r["kind"] == "eval" for r in log.records):  # a finished run, started again
             raise ValueError(f"{workdir} holds a run without evaluation; give another --workdir")
-        plot_loss(log.records, os.path.join(workdir, "loss.png"))
+        log.plot()
         return _summary(config, workdir, log.records, meter, checkpoints, state)
 
 
@@ -241,6 +260,27 @@ class Evaluator:
 # --- what happens around a step ---------------------------------------------------------------------------
 
 
+def _refuse_other_settings(config: Config, workdir: str) -> None:
+    """Before any work: ValueError in every process unless all were started alike."""
+    settings = {"jax": jax.__version__, "workdir": os.path.abspath(workdir), "XLA_FLAGS": os.environ.get("XLA_FLAGS")}
+    for section, value in json.loads(to_json(config)).items():
+        settings |= {f"{section}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {
+            section: value}
+    line = processes.disagreement(settings)
+    if line:
+        raise ValueError(f"{line}; start all processes with the same flags")
+
+
+def _refuse_other_course(config: Config, data: Data, steps: dict[bool, Program], state, done: int) -> None:
+    """Disagreement in every process unless all are at the same step of the same run."""
+    line = processes.disagreement({
+        "config": processes.fingerprint(to_json(config)), "step": [done, int(state["step"])],
+        "data": [int(state["samples"]), *data.fingerprints.values()],
+        "program": [steps[masked].fingerprint for masked in sorted(steps)]})
+    if line:
+        raise processes.Disagreement(f"after step {done} {line}; see to that, then start all again")
+
+
 def _due(every: int, done: int, config: Config) -> bool:
     return done == config.train.steps or (every > 0 and done % every == 0)
 
@@ -268,12 +308,12 @@ def _report(config: Config, log: MetricsLog, bar: tqdm, meter: "_Meter", pending
                        f"{last}. Lower optimizer.learning_rate or set optimizer.clip_grad_norm, then run again")
 
 
-def _evaluate(evaluate, state, done, saving, log, workdir, show_progress) -> dict[str, float]:
+def _evaluate(evaluate, state, done, saving, log, show_progress) -> dict[str, float]:
     result = evaluate(state["params"])
     log.write({"kind": "eval", "step": done, **result, "saved": saving})
     if show_progress:
         tqdm.write(f"step {done}: held out: " + ", ".join(f"{name} {value:.3f}" for name, value in result.items()))
-    plot_loss(log.records, os.path.join(workdir, "loss.png"))
+    log.plot()
     return result
 
 
@@ -316,13 +356,15 @@ def _summary(config, workdir, records, meter, checkpoints, state) -> Summary:
 
 
 def _describe(config: Config, tokenizer: Tokenizer, workdir: str) -> None:
-    """config.json and the tokenizer, beside the checkpoints: a run folder needs nothing else to be used."""
-    if jax.process_index():
+    """config.json and the tokenizer, beside the checkpoints: a run folder needs nothing else to be used. And
+    environment.json: on what, and with which compiler flags, it last ran."""
+    if not processes.is_first():
         return
-    beside = os.path.join(workdir, "config.json.partial")
-    with open(beside, "w") as file:
-        file.write(to_json(config))
-    os.replace(beside, os.path.join(workdir, "config.json"))
+    for name, text in (("config.json", to_json(config)), ("environment.json", json.dumps(environment(), indent=1))):
+        beside = os.path.join(workdir, name + ".partial")
+        with open(beside, "w") as file:
+            file.write(text)
+        os.replace(beside, os.path.join(workdir, name))
     target = os.path.join(workdir, "tokenizer")
     if not os.path.exists(target):
         shutil.rmtree(target + ".partial", ignore_errors=True)
@@ -336,14 +378,19 @@ def _own(workdir: str):
     path = os.path.join(workdir, f".lock-{jax.process_index()}")
     try:
         os.makedirs(workdir, exist_ok=True)
-        file = open(path, "w")
+        file = open(path, "a")
     except OSError as error:
         raise OSError(f"cannot write in {workdir}: {error.strerror}; give another --workdir") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OSError(f"another run is writing in {workdir}; wait for it or give another --workdir") from None
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise OSError(f"another run is writing in {workdir}; wait for it or give another --workdir") from None
+            # A file system without locks: it is up to the person not to start two.
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {socket.gethostname()}\n")  # for whoever wants to look into this process
+        file.flush()
         yield
 
 

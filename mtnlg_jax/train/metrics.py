@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import platform
 import time
+from importlib import metadata
 
 import jax
 import jax.numpy as jnp
@@ -47,15 +49,33 @@ def peak_flops() -> float:
     return 2 * size**3 / seconds
 
 
-class MetricsLog:
-    """metrics.jsonl and TensorBoard of a run folder. A resume at ``step`` forgets what was written after it:
-    those steps will be taken, and written, again."""
+def environment() -> dict:
+    """On what this run runs: versions, devices, processes, and what the environment tells the compiler."""
+    device = jax.devices()[0]
+    told = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_", "NCCL_", "XLA_PYTHON_CLIENT_")
+    packages = ("mtnlg_jax", "jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "flax", "optax",
+                "orbax-checkpoint", "numpy")
+    installed = {found.name.lower().replace("_", "-"): found.version for found in metadata.distributions()}
+    return {
+        "versions": {"python": platform.python_version()} | {
+            name: installed[name.replace("_", "-")] for name in packages if name.replace("_", "-") in installed},
+        "devices": {"kind": device.device_kind, "platform": device.platform, "count": jax.device_count()},
+        "processes": jax.process_count(),
+        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(told)},
+    }
 
-    def __init__(self, workdir: str, step: int):
+
+class MetricsLog:
+    """metrics.jsonl and TensorBoard of a run folder; without ``writing``, only the records. A resume at ``step``
+    forgets what was written after it: those steps will be taken, and written, again."""
+
+    def __init__(self, workdir: str, step: int, writing: bool = True):
+        self.path, self.writing = os.path.join(workdir, "metrics.jsonl"), writing
+        self.records = [r for r in read_metrics(self.path) if r["step"] <= step]
+        if not writing:
+            return
         from tensorboardX import SummaryWriter
 
-        self.path = os.path.join(workdir, "metrics.jsonl")
-        self.records = [r for r in read_metrics(self.path) if r["step"] <= step]
         beside = self.path + ".partial"
         with open(beside, "w") as file:
             file.writelines(json.dumps(record) + "\n" for record in self.records)
@@ -68,14 +88,22 @@ class MetricsLog:
     def write(self, record: dict) -> None:
         """``record`` has "kind" (train | eval) and "step"; numbers go to TensorBoard under kind/name."""
         self.records.append(record)
+        if not self.writing:
+            return
         self._file.write(json.dumps(record) + "\n")
         for name, value in record.items():
             if name != "step" and isinstance(value, int | float) and math.isfinite(value):
                 self._board.add_scalar(f"{record['kind']}/{name}", value, record["step"])
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        if self.writing:
+            self._file.close()
+            self._board.close()
+
+    def plot(self) -> None:
+        """loss.png beside the records."""
+        if self.writing:
+            plot_loss(self.records, os.path.join(os.path.dirname(self.path), "loss.png"))
 
 
 def read_metrics(path: str) -> list[dict]:

@@ -1,0 +1,165 @@
+"""Starts a run of launch/pretrain.py on many hosts, or here in several processes, and starts it again when it fails.
+
+python launch/cluster/launch.py --cluster=local --nodes=2 --local_devices=4 --config=C --workdir=RUN
+python launch/cluster/launch.py --cluster=slurm --nodes=4 --chips=8 --option=--partition=gpu --config=C --workdir=RUN
+python launch/cluster/launch.py --cluster=gke_gpu --nodes=4 --chips=8 --accelerator=nvidia-h100-80gb --image=I ...
+python launch/cluster/launch.py --cluster=gke_tpu --nodes=4 --chips=4 --accelerator=tpu-v6e-slice --topology=4x4 ...
+python launch/cluster/launch.py --cluster=tpu_pod --name=TPU --zone=ZONE --config=C --workdir=RUN
+
+--dry_run prints what would run, and that is all. --config, --set, --workdir and --flags are launch/pretrain.py's.
+"""
+
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+from absl import flags
+
+from mtnlg_jax import command
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(os.path.dirname(HERE))
+FINAL = (0, 2, 3, 5)  # exit codes of launch/pretrain.py after which another start would end in the same way
+
+_CLUSTER = flags.DEFINE_enum("cluster", None, ["local", "slurm", "gke_gpu", "gke_tpu", "tpu_pod"], "where to run",
+                             required=True)
+_CONFIG = flags.DEFINE_string("config", None, "a file of configs/", required=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run, seen by every host", required=True)
+_SET = flags.DEFINE_multi_string("set", [], "a value of the config, as train.steps=10; repeat for more")
+_FLAGS = flags.DEFINE_enum("flags", "on", ["on", "off"], "the compiler's flags of mtnlg_jax/xla_flags.py")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "print what would run")
+_NAME = flags.DEFINE_string("name", "mtnlg-jax", "of the job; tpu_pod: of the TPU")
+_NODES = flags.DEFINE_integer("nodes", 1, "hosts (gke_tpu: of a slice); local: processes", lower_bound=1)
+_CHIPS = flags.DEFINE_integer("chips", 8, "cards or chips of a host", lower_bound=1)
+_RESTARTS = flags.DEFINE_integer("restarts", 20, "how often a failed run is started again", lower_bound=0)
+_OPTION = flags.DEFINE_multi_string("option", [], "slurm: an option of sbatch, as --option=--partition=gpu")
+_ZONE = flags.DEFINE_string("zone", None, "tpu_pod: of Google Cloud")
+_IMAGE = flags.DEFINE_string("image", None, "gke: a container image with the repository as its working directory")
+_ACCELERATOR = flags.DEFINE_string("accelerator", None, "gke: the node pool's label, as nvidia-h100-80gb")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "gke_tpu: of a slice, as 4x4")
+_SLICES = flags.DEFINE_integer("slices", 1, "gke_tpu: how many", lower_bound=1)
+_CLAIM = flags.DEFINE_string("claim", None, "gke: the volume claim that holds --workdir and the data")
+_MOUNT = flags.DEFINE_string("mount", "/runs", "gke: where the claim is mounted")
+_LOCAL_DEVICES = flags.DEFINE_integer("local_devices", None, "local: devices that each process simulates on the CPU")
+_GRACE = flags.DEFINE_integer("grace", 120, "local: seconds for the others to end by themselves after a failure")
+
+
+def main() -> int:
+    given = [f"--config={_CONFIG.value}", f"--workdir={_WORKDIR.value}", *(f"--set={value}" for value in _SET.value)]
+    if _FLAGS.value == "off":
+        given.append("--flags=off")
+    if _CLUSTER.value == "local":
+        return local(given)
+    environment = {"MTNLG_RESTARTS": str(_RESTARTS.value)}
+    text, asked = None, " ".join(f"{name}={value}" for name, value in environment.items())
+    if _CLUSTER.value == "slurm":
+        argv = ["sbatch", f"--job-name={_NAME.value}", f"--nodes={_NODES.value}", f"--gpus-per-node={_CHIPS.value}",
+                f"--ntasks-per-node={_CHIPS.value}", "--export=ALL", *_OPTION.value, "launch/cluster/slurm.sbatch",
+                *given]
+    elif _CLUSTER.value == "tpu_pod":
+        _need(zone=_ZONE.value)
+        argv = ["bash", "launch/cluster/tpu_pod.sh", _NAME.value, _ZONE.value, *given]
+    else:
+        argv, text, asked = ["kubectl", "apply", "-f", "-"], manifest(given), ""
+    if _DRY_RUN.value:
+        print(f"{text or ''}{'# ' if text else ''}{asked}{' ' if asked else ''}{shlex.join(argv)}")
+        return 0
+    try:
+        return subprocess.run(argv, cwd=ROOT, env=os.environ | environment, input=text, text=True).returncode
+    except FileNotFoundError:
+        raise ValueError(f"{argv[0]} is not installed here; run this where it is, or see the command with --dry_run"
+                         ) from None
+
+
+def manifest(given: list[str]) -> str:
+    """The JobSet of gke_gpu.yaml or gke_tpu.yaml with this run in it."""
+    _need(image=_IMAGE.value, accelerator=_ACCELERATOR.value, claim=_CLAIM.value)
+    if _CLUSTER.value == "gke_tpu":
+        _need(topology=_TOPOLOGY.value)
+    if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", _NAME.value):
+        raise ValueError(f"--name={_NAME.value!r} does not suit Kubernetes: small letters, digits and -, 40 at most")
+    values = {"NAME": _NAME.value, "NODES": _NODES.value, "CHIPS": _CHIPS.value, "RESTARTS": _RESTARTS.value,
+              "IMAGE": _IMAGE.value, "ACCELERATOR": _ACCELERATOR.value, "TOPOLOGY": _TOPOLOGY.value,
+              "SLICES": _SLICES.value, "CLAIM": _CLAIM.value, "MOUNT": _MOUNT.value, "FLAGS": shlex.join(given)}
+    with open(os.path.join(HERE, f"{_CLUSTER.value}.yaml")) as file:
+        return re.sub(r"@([A-Z]+)@", lambda found: str(values[found[1]]), file.read())
+
+
+def _need(**values) -> None:
+    missing = [f"--{name}" for name, value in values.items() if not value]
+    if missing:
+        raise ValueError(f"--cluster={_CLUSTER.value} needs {' and '.join(missing)}; see --help")
+
+
+def local(given: list[str]) -> int:
+    """Runs --nodes processes here, again after a failure; returns the exit code of the last ones."""
+    stop = threading.Event()
+    running: list[subprocess.Popen] = []
+
+    def pass_on(number, frame):
+        stop.set()
+        for process in running:
+            process.send_signal(number)
+
+    if not _DRY_RUN.value:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, pass_on)
+    for failure in range(1, _RESTARTS.value + 2):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = 1234 if _DRY_RUN.value else free.getsockname()[1]
+        commands = [_local_command(given, port, process) for process in range(_NODES.value)]
+        if _DRY_RUN.value:
+            print("\n".join(shlex.join(argv) for argv in commands))
+            return 0
+        running[:] = [subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                       errors="replace", start_new_session=True) for argv in commands]
+        codes = _follow(running)
+        final = [code for code in codes if code in FINAL and code]
+        code = final[0] if final else max(codes)
+        if not any(codes) or final or stop.is_set() or failure > _RESTARTS.value:
+            break
+        wait = min(10 * 2 ** (failure - 1), 300)
+        print(f"exit codes {codes}: failure {failure}, starting again in {wait} s", file=sys.stderr, flush=True)
+        if stop.wait(wait):
+            break
+    return code
+
+
+def _local_command(given: list[str], port: int, process: int) -> list[str]:
+    devices = [f"--local_devices={_LOCAL_DEVICES.value}"] if _LOCAL_DEVICES.value else []
+    return [sys.executable, os.path.join(ROOT, "launch", "pretrain.py"), *given, "--noprogress", *devices,
+            f"--coordinator=localhost:{port}", f"--processes={_NODES.value}", f"--process_id={process}"]
+
+
+def _follow(running: list[subprocess.Popen]) -> list[int]:
+    """Exit codes of all (128 + n for signal n), whose lines it prints with the number of each; what has not ended
+    --grace seconds after the first failure is killed."""
+    def say(number, process):
+        for line in process.stdout:
+            print(f"{number}: {line}", end="", flush=True)
+
+    readers = [threading.Thread(target=say, args=pair) for pair in enumerate(running)]
+    for reader in readers:
+        reader.start()
+    failed = None
+    while any(process.poll() is None for process in running):
+        time.sleep(0.1)
+        if failed is None and any(process.returncode for process in running):
+            failed = time.monotonic()
+        if failed is not None and time.monotonic() - failed > _GRACE.value:
+            for process in running:
+                process.kill()
+    for reader in readers:
+        reader.join()
+    return [128 - process.returncode if process.returncode < 0 else process.returncode for process in running]
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,323 @@
+"""launch/cluster: what each script would run, and that this runs here, with processes over gloo."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from mtnlg_jax.config import load_config
+from mtnlg_jax.data.prepare import prepare
+from mtnlg_jax.train import loop
+from mtnlg_jax.train.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+CLUSTER = ROOT / "launch" / "cluster"
+PATIENCE = 240  # seconds, for a start on a busy machine
+HEARTBEAT = 8  # seconds
+MEASURED = {"tokens_per_second", "mfu"}  # of the clock, not of the run
+# One process adds up in its memory, several over gloo, in another order: one unit in the last place of a float32
+# was measured.
+OTHER_ORDER = 4e-7
+SETTINGS = ["train.steps=8", "train.save_every=2", "train.eval_every=4", f"train.heartbeat_seconds={HEARTBEAT}",
+            "train.compare_every=3", "mesh.pipe=2", "train.micro_batch_size=1"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cluster")
+    words = np.random.default_rng(0).choice("sun moon tree river stone bird wind road".split(), (150, 60))
+    (folder / "text.txt").write_text("\n\n".join(" ".join(line) for line in words))
+    prepare(folder / "text.txt", folder / "data", vocab_size=280, heldout=0.1, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def environment(folder):
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "PYTHON": sys.executable, "TMPDIR": str(folder),
+        "XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "MTNLG_WAIT": "0"}
+
+
+def flags_of(folder, name, *more) -> list[str]:
+    return [f"--config={ROOT / 'configs' / 'tiny.py'}", f"--workdir={folder / name}",
+            *(f"--set={setting}" for setting in (f"data.path={folder / 'data'}", *SETTINGS, *more))]
+
+
+def launch(*flags) -> list[str]:
+    return [sys.executable, str(CLUSTER / "launch.py"), *flags]
+
+
+def local(folder, name, processes, devices, *more) -> list[str]:
+    return launch("--cluster=local", f"--nodes={processes}", f"--local_devices={devices}",
+                  *flags_of(folder, name, *more))
+
+
+def numbers(workdir: Path) -> list[dict]:
+    return [{key: value for key, value in record.items() if key not in MEASURED}
+            for record in read_metrics(str(workdir / "metrics.jsonl"))]
+
+
+@pytest.fixture(scope="module")
+def two(folder, environment) -> Path:
+    """The run of two processes with four devices each, with a pipeline across them."""
+    done = subprocess.run(local(folder, "two", 2, 4), env=environment, text=True, capture_output=True,
+                          timeout=PATIENCE)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("held out at step 8") == 1 and "\n1: next" not in done.stdout
+    return folder / "two"
+
+
+def test_two_processes_give_the_losses_of_one(two, folder):
+    config = load_config(str(ROOT / "configs" / "tiny.py"), [f"data.path={folder / 'data'}", *SETTINGS])
+    loop.train(config, str(folder / "one"), show_progress=False)
+    here, there = numbers(folder / "one"), numbers(two)
+    assert [r["kind"] for r in here] == [r["kind"] for r in there] == 2 * (["train"] * 4 + ["eval"])
+    for ours, theirs in zip(here, there, strict=True):
+        for key in ours.keys() & {"loss", "causal_loss", "learning_rate"}:
+            assert theirs[key] == pytest.approx(ours[key], rel=OTHER_ORDER), (ours["step"], key)
+    told = json.loads((two / "environment.json").read_text())
+    assert told["processes"] == 2 and told["devices"]["count"] == 8 and told["versions"]["jax"]
+
+
+def kill_one(workdir: Path, process: int, step: int, started: subprocess.Popen, how=signal.SIGKILL) -> None:
+    """The signal ``how`` to one process of the run, as soon as it has done ``step``."""
+    deadline = time.monotonic() + PATIENCE
+    while not any(r["step"] >= step for r in read_metrics(str(workdir / "metrics.jsonl"))):
+        assert started.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(int((workdir / f".lock-{process}").read_text().split()[0]), how)
+
+
+def test_one_killed_ends_all_and_the_next_start_ends_bit_for_bit_as_unkilled(two, folder, environment):
+    started = subprocess.Popen(local(folder, "killed", 2, 4), env=environment, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT)
+    kill_one(folder / "killed", 1, 5, started)
+    killed = time.monotonic()
+    for line in started.stdout:
+        if "starting again" in line:
+            break
+    ended = time.monotonic() - killed
+    output = line + started.communicate(timeout=PATIENCE)[0]
+    assert started.returncode == 0, output
+    assert "137" in line and "failure 1" in line, line
+    assert ended < HEARTBEAT * 3, ended  # the service looks every so often
+    assert numbers(folder / "killed") == numbers(two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "devices"), [(1, 8), (4, 2)])
+def test_a_killed_run_goes_on_with_other_processes_bit_for_bit(two, folder, environment, processes, devices):
+    name = f"other-{processes}"
+    started = subprocess.Popen([*local(folder, name, 2, 4), "--restarts=0"], env=environment, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    kill_one(folder / name, 0, 5, started)
+    assert started.wait(PATIENCE) != 0
+    before = len(numbers(folder / name))
+    assert 5 <= before < 10
+    done = subprocess.run(local(folder, name, processes, devices), env=environment, text=True, capture_output=True,
+                          timeout=PATIENCE)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert numbers(folder / name) == numbers(two)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_stops_all_at_the_same_step(two, folder, environment):
+    started = subprocess.Popen([*local(folder, "stopped", 2, 4, "train.steps=400"), "--restarts=0"], env=environment,
+                               text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    kill_one(folder / "stopped", 1, 3, started, signal.SIGTERM)
+    output, _ = started.communicate(timeout=PATIENCE)
+    assert started.returncode == 75, output
+    lines = [line.partition(": ")[2] for line in output.splitlines() if "stopped by a signal after step" in line]
+    assert len(lines) == 2 and lines[0] == lines[1]
+
+
+@pytest.mark.slow
+def test_processes_with_other_settings_get_one_line_each(folder, environment):
+    commands = subprocess.run([*local(folder, "other", 2, 4), "--dry_run"], env=environment, text=True,
+                              capture_output=True, check=True).stdout.splitlines()
+    started = [subprocess.Popen(["bash", "-c", f"{line} --set=train.seed={number}"], env=environment, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+               for number, line in enumerate(commands)]
+    said = [process.communicate(timeout=PATIENCE)[1] for process in started]
+    assert [process.returncode for process in started] == [2, 2], said
+    assert "train.seed=1 here, 0 in process 0" in said[1] and "disagrees with 1" in said[0]
+    assert not (folder / "other").exists()
+
+
+def dry_run(*flags) -> str:
+    return subprocess.run(launch("--config=C", "--workdir=/runs/a", "--set=train.steps=5", "--dry_run", *flags),
+                          text=True, capture_output=True, check=True).stdout
+
+
+def test_what_would_run():
+    assert dry_run("--cluster=slurm", "--nodes=4", "--chips=8", "--option=--partition=gpu") == (
+        "MTNLG_RESTARTS=20 sbatch --job-name=mtnlg-jax --nodes=4 --gpus-per-node=8 --ntasks-per-node=8 --export=ALL "
+        "--partition=gpu launch/cluster/slurm.sbatch --config=C --workdir=/runs/a --set=train.steps=5\n")
+    assert dry_run("--cluster=tpu_pod", "--name=pod", "--zone=us-east5-a", "--restarts=3") == (
+        "MTNLG_RESTARTS=3 bash launch/cluster/tpu_pod.sh pod us-east5-a --config=C --workdir=/runs/a "
+        "--set=train.steps=5\n")
+    lines = dry_run("--cluster=local", "--nodes=2", "--local_devices=4", "--flags=off").splitlines()
+    assert [line.partition(" ")[2] for line in lines] == [
+        f"{ROOT}/launch/pretrain.py --config=C --workdir=/runs/a --set=train.steps=5 --flags=off --noprogress "
+        f"--local_devices=4 --coordinator=localhost:1234 --processes=2 --process_id={number}" for number in (0, 1)]
+    said = subprocess.run(["bash", CLUSTER / "tpu_pod.sh", "--dry_run", "pod", "zone", "--set=a b"], text=True,
+                          capture_output=True, check=True).stdout
+    assert said.startswith("gcloud compute tpus tpu-vm ssh pod --zone=zone --worker=all --command=cd")
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (("--cluster=gke_gpu",), "needs --image and --accelerator and --claim"),
+    (("--cluster=tpu_pod",), "needs --zone"),
+    (("--cluster=gke_gpu", "--image=i", "--accelerator=a", "--claim=c", "--name=A_B"), "'A_B' does not suit"),
+])
+def test_what_is_missing_is_one_line(flags, message):
+    done = subprocess.run(launch("--config=C", "--workdir=W", "--dry_run", *flags), text=True, capture_output=True)
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+
+
+def manifest(kind: str, *flags) -> dict:
+    return yaml.safe_load(dry_run(f"--cluster={kind}", "--name=big", "--nodes=2", "--image=i", "--claim=runs",
+                                  "--set=train.stages=[{'name': 'a: b', 'masked': 0.5}]", *flags))
+
+
+@pytest.mark.parametrize(("kind", "flags", "resource", "replicas"), [
+    ("gke_gpu", ["--accelerator=nvidia-h100-80gb"], "nvidia.com/gpu", 1),
+    ("gke_tpu", ["--accelerator=tpu-v6e-slice", "--topology=4x4", "--slices=3"], "google.com/tpu", 3),
+])
+def test_manifests_are_jobsets(kind, flags, resource, replicas):
+    """The fields that the JobSet API (jobset.x-k8s.io/v1alpha2) and the Job API behind it require or that the
+    restart depends on."""
+    found = manifest(kind, *flags)
+    assert (found["apiVersion"], found["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    assert found["metadata"]["name"] == "big"
+    assert found["spec"].keys() == {"failurePolicy", "replicatedJobs"}
+    policy = found["spec"]["failurePolicy"]
+    assert policy["maxRestarts"] == 20 and policy["rules"] == [
+        {"name": "badInput", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}]
+    [jobs] = found["spec"]["replicatedJobs"]
+    assert jobs["replicas"] == replicas
+    job = jobs["template"]["spec"]
+    assert (job["parallelism"], job["completions"], job["completionMode"]) == (2, 2, "Indexed")
+    assert job["backoffLimit"] == 0
+    [rule] = job["podFailurePolicy"]["rules"]
+    pod = job["template"]["spec"]
+    assert pod["restartPolicy"] == "Never"  # what a podFailurePolicy requires
+    [container] = pod["containers"]
+    assert rule == {"action": "FailJob", "onExitCodes": {"containerName": container["name"], "operator": "In",
+                                                         "values": [2, 3, 5]}}
+    assert container["resources"]["limits"] == {resource: 8}
+    volumes = {volume["name"] for volume in pod["volumes"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == volumes
+    assert container["command"] == ["bash", "-c"] and len(container["args"]) == 1
+    words = subprocess.run(["bash", "-c", container["args"][0].replace("exec python", "printf '%s\\n'")], text=True,
+                           capture_output=True, check=True, env={"JOB_COMPLETION_INDEX": "1"}).stdout.splitlines()
+    assert words[:1] == ["launch/pretrain.py"] and "--set=train.stages=[{'name': 'a: b', 'masked': 0.5}]" in words
+    assert ("--process_id=1" in words) == (kind == "gke_gpu") and ("--distributed=on" in words) == (kind == "gke_tpu")
+
+
+@pytest.fixture
+def tools(tmp_path, environment):
+    """tools(name, text): a program of that name before all others on the PATH, in an environment."""
+    (tmp_path / "bin").mkdir()
+
+    def add(name: str, text: str) -> dict:
+        program = tmp_path / "bin" / name
+        program.write_text("#!/usr/bin/env bash\n" + text)
+        program.chmod(0o755)
+        return environment | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls"),
+                              "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7"}
+
+    return add
+
+
+@pytest.mark.parametrize(("codes", "calls"), [
+    ([0], []), ([75, 75, 0], ["requeue", "requeue"]), ([134, 6, 0], ["requeue", "requeue"]), ([2], []), ([3], []),
+    ([6, 134, 6], ["requeue", "requeue"]),  # no third one: MTNLG_RESTARTS=2
+])
+def test_slurm_queues_again_what_is_worth_it(tools, tmp_path, codes, calls):
+    tools("scontrol", 'echo "$1" >>"$CALLS"\n')
+    environment = tools("srun", 'echo "$@" >>"$CALLS.srun"; exit "$CODE"\n') | {"MTNLG_RESTARTS": "2"}
+    for code in codes:
+        done = subprocess.run(["bash", CLUSTER / "slurm.sbatch", "--workdir=a b"], env=environment | {
+            "CODE": str(code)}, text=True, capture_output=True)
+        assert done.returncode == code, done.stderr
+    queued = tmp_path / "calls"
+    assert (queued.read_text().split() if queued.exists() else []) == calls
+    assert (tmp_path / "calls.srun").read_text().splitlines()[0].endswith(
+        "launch/pretrain.py --distributed=on --noprogress --workdir=a b")
+
+
+@pytest.mark.parametrize(("runs", "code"), [
+    (["0 0"], 0), (["6 134", "0 0"], 0), (["6 2"], 2), (["134 6", "6 6", "75 75"], 1), (["", "0 0"], 0)])
+def test_a_tpu_pod_starts_again_what_is_worth_it(tools, tmp_path, runs, code):
+    (tmp_path / "runs").write_text("".join(run + "\n" for run in runs))
+    environment = tools("gcloud", f"""
+        codes=$(head -n 1 {tmp_path}/runs); sed -i 1d {tmp_path}/runs
+        for code in $codes; do echo "host ended with $code"; done
+        echo "$@" >>"$CALLS"
+    """) | {"MTNLG_RESTARTS": "2"}
+    done = subprocess.run(["bash", CLUSTER / "tpu_pod.sh", "pod", "zone", "--set=x"], env=environment, text=True,
+                          capture_output=True)
+    assert done.returncode == code, done.stderr
+    assert (tmp_path / "runs").read_text() == "" and len((tmp_path / "calls").read_text().splitlines()) == len(runs)
+
+
+@pytest.mark.slow
+def test_the_slurm_script_runs_here(two, folder, tools):
+    """srun's part is to start the tasks and to tell each of them which one it is."""
+    environment = tools("srun", """
+        while [[ "$1" == -* ]]; do shift; done
+        export SLURM_STEP_NODELIST=localhost SLURM_NTASKS=2 SLURM_JOB_ID=$RANDOM
+        SLURM_PROCID=0 SLURM_LOCALID=0 "$@" & first=$!
+        SLURM_PROCID=1 SLURM_LOCALID=1 "$@" || exit
+        wait $first
+    """) | {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "7"}
+    done = subprocess.run(["bash", CLUSTER / "slurm.sbatch", *flags_of(folder, "slurm"), "--local_devices=4"],
+                          env=environment, text=True, capture_output=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert numbers(folder / "slurm") == numbers(two)
+
+
+@pytest.mark.slow
+def test_the_tpu_pod_script_runs_here(two, folder, tools, tmp_path):
+    """gcloud's part is to run the command on every host; SLURM's variables stand in for a TPU's metadata."""
+    home = tmp_path / "mtnlg_jax"
+    (home / ".venv/bin").mkdir(parents=True)
+    (home / ".venv/bin/python").write_text(f'#!/usr/bin/env bash\nexec {sys.executable} "$@"\n')
+    (home / ".venv/bin/python").chmod(0o755)
+    (home / "launch").symlink_to(ROOT / "launch")
+    environment = tools("gcloud", """
+        for argument; do case $argument in --command=*) command="${argument#--command=}" ;; esac; done
+        export SLURM_STEP_NODELIST=localhost SLURM_NTASKS=2 SLURM_JOB_ID=$RANDOM
+        for host in 0 1; do SLURM_PROCID=$host SLURM_LOCALID=$host bash -c "$command" & done
+        wait
+    """)
+    done = subprocess.run(["bash", CLUSTER / "tpu_pod.sh", "pod", "zone", *flags_of(folder, "pod"),
+                           "--local_devices=4"], env=environment, cwd=tmp_path, text=True, capture_output=True,
+                          timeout=PATIENCE)
+    assert done.returncode == 0 and done.stdout.count("host ended with 0") == 2, done.stdout + done.stderr
+    assert numbers(folder / "pod") == numbers(two)
+
+
+@pytest.mark.slow
+def test_the_command_of_a_manifest_runs_here(two, folder, tools):
+    """A pod's part is its number; here the name of the first pod is localhost."""
+    tools("python", f'exec {sys.executable} "$@"\n')
+    found = manifest("gke_gpu", "--accelerator=x")
+    [text] = found["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]["args"]
+    text = text.partition(" --config")[0].replace("big-workers-0-0.big:1234", "localhost:$PORT")
+    port = str(20000 + os.getpid() % 20000)
+    started = [subprocess.Popen(["bash", "-c", f'{text} "$@"', "bash", *flags_of(folder, "gke"), "--local_devices=4"],
+                                env=tools("true", "") | {"JOB_COMPLETION_INDEX": str(number), "PORT": port}, cwd=ROOT,
+                                text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for number in (0, 1)]
+    said = [process.communicate(timeout=PATIENCE)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    assert numbers(folder / "gke") == numbers(two)

@@ -1,0 +1,140 @@
+"""Several processes (gloo on localhost): how they meet, agree and part; runs of them stand in tests/launch."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from mtnlg_jax import compat
+from mtnlg_jax.train import processes
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+PATIENCE = 120  # seconds, for a start on a busy machine
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def run_all(program: str, count: int, *arguments, environment=None) -> list[tuple[int, str]]:
+    """(exit code, output) of ``count`` processes that know their number, and a port of their own."""
+    port = free_port()
+    started = [
+        subprocess.Popen([sys.executable, "-c", textwrap.dedent(program), str(number), str(port), *map(str, arguments)],
+                         env=ENVIRONMENT | (environment(number) if environment else {}), text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for number in range(count)]
+    try:
+        return [(process.wait(PATIENCE), process.stdout.read()) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+
+
+TOGETHER = """
+    import sys, time
+    import numpy as np
+    import jax
+    from mtnlg_jax.config import MeshConfig
+    from mtnlg_jax.parallel.mesh import make_mesh
+    from mtnlg_jax.train import processes
+    from mtnlg_jax.train.step import put_batch
+
+    me, port = int(sys.argv[1]), sys.argv[2]
+    time.sleep(2 * me)  # one that starts late is waited for
+    processes.start(f"localhost:{port}", 2, me, 10, local_devices=4)
+    assert processes.several() and jax.device_count() == 8 and jax.process_index() == me
+
+    asked = []
+    def rows_of(numbers):
+        asked.extend(numbers.tolist())
+        return {name: np.zeros((len(numbers), 16), np.int32)
+                for name in ("tokens", "labels", "segment_ids", "positions", "weights")}
+    put_batch(rows_of, (3, 8, 16), make_mesh(MeshConfig(data=4, tensor=2)))
+    mine = [micro * 8 + row for micro in range(3) for row in range(4 * me, 4 * me + 4)]
+    assert sorted(asked) == mine, asked
+
+    stop = processes.Asked()
+    heard = [stop(me == 1 and step == 3) for step in range(6)]
+    assert heard == [False] * 4 + [True, False], heard
+
+    assert processes.disagreement({"a": 1, "b": [2]}) is None
+    line = processes.disagreement({"a": 1, "b": [2, me]})
+    told = "b=[2, 1] here, [2, 0] in process 0" if me else "it holds what process 0 does, and they do not"
+    assert line == f"process {me} of 2 disagrees with {1 - me}: {told}", line
+
+    def fails():
+        raise ValueError("full")
+    try:
+        processes.agree(fails)
+    except ValueError as error:
+        assert str(error) == "full"
+    processes.meet("the end")
+    with processes.leaving_at_once():
+        if me == 0:
+            raise OSError("no such disk")
+        time.sleep(60)
+"""
+
+
+def test_two_processes_read_their_rows_agree_and_leave():
+    (code, output), (other, heard) = run_all(TOGETHER, 2)
+    assert code == 2 and "process 0 of 2: error: no such disk" in output, output
+    assert other == -signal.SIGABRT and "another task died" in heard, heard  # long before its sleep is over
+
+
+START = """
+    import sys
+    from mtnlg_jax import command
+    from mtnlg_jax.train import processes
+    number, port, count, me, timeout = map(int, sys.argv[1:])
+    def main():
+        processes.start(f"localhost:{port}", count, me, 10, local_devices=1, timeout=timeout)
+    command.run(main)
+"""
+
+
+@pytest.mark.parametrize(("me", "what"), [(1, "no process 0 answers at localhost:"),
+                                          (0, "not every process came to process 0")])
+def test_nobody_comes_is_one_line(me, what):
+    program = textwrap.dedent(START).replace("command.run(main)", "main()")
+    began = time.monotonic()
+    [(code, output)] = run_all(program, 1, 2, me, 2)
+    assert code == 2 and output.splitlines()[-1].startswith("error: " + what), output
+    assert output.count("\n") == 1 and time.monotonic() - began < 60
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (("localhost:1", 2, None), "--process_id missing"),
+    ((None, 2, 0), "--coordinator missing"),
+    (("localhost", 2, 0), "is not HOST:PORT"),
+    (("localhost:123456", 2, 0), "is not HOST:PORT"),
+    (("localhost:1", 2, 2), "--process_id=2 of --processes=2 does not exist"),
+    (("localhost:1", 0, 0), "does not exist"),
+])
+def test_flags_that_do_not_fit(flags, message):
+    with pytest.raises(ValueError, match=message):
+        processes.start(*flags, 10)
+
+
+def test_on_insists_on_a_cluster_and_auto_does_not():
+    with pytest.raises(ValueError, match="no SLURM"):
+        processes.start(None, None, None, 10, distributed="on")
+    processes.start(None, None, None, 10)
+    assert not processes.several()
+
+
+def test_slurm_is_found(monkeypatch):
+    assert compat.cluster_processes() == 0
+    for name, value in {"SLURM_JOB_ID": 7, "SLURM_STEP_NODELIST": "node[001-003]", "SLURM_NTASKS": 3,
+                        "SLURM_PROCID": 1, "SLURM_LOCALID": 0}.items():
+        monkeypatch.setenv(name, str(value))
+    assert compat.cluster_processes() == 3
