@@ -281,6 +281,8 @@ def _collective(instruction: Instruction, shape_of, mesh, scattered: bool):
     if kind not in KINDS:
         return None
     axes, size = groups_of(instruction.attributes, mesh)
+    if size == 1:  # the CPU compiler keeps these
+        return None
     given = sum(bytes_of(shape_of(name)) for name in instruction.operands)
     whole = given * size if kind == "all-gather" else given
     if kind == "all-reduce" and scattered:
