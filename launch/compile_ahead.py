@@ -20,7 +20,7 @@ _TOPOLOGY = flags.DEFINE_string("topology", None, "as v5p:8x8x16, v5p:8x8x8*2, H
 _STEP = flags.DEFINE_enum("step", "train", ["train", "prefill", "decode"], "which step")
 _TARGET_CONFIG = flags.DEFINE_string("target_config", None, "description of the GPU, dumped from a real card; default: "
                                      "the project's")
-_MEMORY = flags.DEFINE_float("memory", None, "GiB that a device has; default: what the compiler or the card says", 0.001)
+_MEMORY = flags.DEFINE_float("memory", None, "GiB that a device has; default: what the compiler or the card says", 0.0)
 _PROVE = flags.DEFINE_integer("prove", 2, "how many changes to compile where the step does not fit", 0)
 _JSON = flags.DEFINE_string("json", None, "file for the measurement, as JSON")
 

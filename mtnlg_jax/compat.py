@@ -5,7 +5,6 @@ import os
 import jax
 from absl import logging
 
-
 _DESCRIBED: list[str] = []
 
 

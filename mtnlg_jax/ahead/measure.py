@@ -16,7 +16,7 @@ import time
 
 from mtnlg_jax.ahead import topology as described
 from mtnlg_jax.config import Config, from_json, to_json
-from mtnlg_jax.parallel import hlo
+from mtnlg_jax.parallel import hlo, hlo_cost
 
 SUSPECTS = 8
 
@@ -41,7 +41,7 @@ class Measurement:
     code: int = 0
     peak: int = 0
     flops: float = 0.0
-    collectives: list = dataclasses.field(default_factory=list)  # hlo.Collective
+    collectives: list = dataclasses.field(default_factory=list)  # hlo_cost.Collective
     guessed_loops: int = 0
     suspects: list = dataclasses.field(default_factory=list)  # hlo.Tensor
     compiler_seconds: float | None = None  # its own estimate of a step
@@ -102,7 +102,7 @@ def _last_words(done) -> str:
 
 def _from_json(said: dict) -> Measurement:
     found = Measurement(**said)
-    found.collectives = [hlo.Collective(**row | {"axes": tuple(row["axes"])}) for row in found.collectives]
+    found.collectives = [hlo_cost.Collective(**row | {"axes": tuple(row["axes"])}) for row in found.collectives]
     found.suspects = [hlo.Tensor(**row) for row in found.suspects]
     return found
 
@@ -167,13 +167,14 @@ def _compile(config: Config, topology: described.Topology, step: str, target_con
     result.arguments, result.temporaries = sizes_of.argument_size_in_bytes, sizes_of.temp_size_in_bytes
     result.code, result.peak = sizes_of.generated_code_size_in_bytes, sizes_of.peak_memory_in_bytes
     if topology.platform == "cpu":  # whose peak leaves the temporaries out
-        result.peak = result.arguments + result.temporaries + sizes_of.output_size_in_bytes - sizes_of.alias_size_in_bytes
+        new = sizes_of.output_size_in_bytes - sizes_of.alias_size_in_bytes
+        result.peak = result.arguments + result.temporaries + new
     program = hlo.Program(compiled.as_text())
     arguments = hlo.arguments_of(program)
     result.arguments_exact = sum(hlo.bytes_of(shape) for _, shape in arguments)
     lost = sorted(((hlo.padded_bytes(shape) - hlo.bytes_of(shape), name) for name, shape in arguments), reverse=True)
     result.padded = [[name, size] for size, name in lost[:SUSPECTS] if size > 0]
-    cost = hlo.cost_of(program, sizes, steps.dynamic_trips(config, mesh, step))
+    cost = hlo_cost.cost_of(program, sizes, steps.dynamic_trips(config, mesh, step))
     result.flops, result.collectives, result.guessed_loops = cost.flops, list(cost.collectives), cost.guessed_loops
     result.suspects = hlo.largest(program, SUSPECTS)
     said = compiled.cost_analysis()
@@ -183,11 +184,8 @@ def _compile(config: Config, topology: described.Topology, step: str, target_con
 
 def _needed(failure: str) -> int | None:
     """Bytes that the message of a failure for want of memory says are needed."""
-    found = re.search(r"total memory required for HLO temporaries \(([\d.]+)([KMGT])\)|Used ([\d.]+)([KMGT]) of", failure)
-    if not found:
-        return None
-    number, unit = (found[1], found[2]) if found[1] else (found[3], found[4])
-    return int(float(number) * 1024 ** ("KMGT".index(unit) + 1))
+    found = re.search(r"(?:required for HLO temporaries \(|Used )([\d.]+)([KMGT])", failure)
+    return int(float(found[1]) * 1024 ** ("KMGT".index(found[2]) + 1)) if found else None
 
 
 def _compiler(topology: described.Topology) -> str:

@@ -1,8 +1,9 @@
 """A measurement as a page for a person; the same measurement gives the same text."""
 
 from mtnlg_jax.ahead.measure import Measurement
-from mtnlg_jax.ahead.topology import GIB
+from mtnlg_jax.ahead.topology import GIB, GPUS
 from mtnlg_jax.config import Config
+from mtnlg_jax.decode.generate import CHUNK
 
 _INDENT = " " * 13
 
@@ -46,9 +47,11 @@ def size_of(size: float) -> str:
 
 
 def _layout(config: Config, m: Measurement) -> str:
-    text = " x ".join(f"{axis} {size}" for axis, size in m.mesh.items()) + f", zero {config.mesh.zero}"
+    text = " x ".join(f"{axis} {size}" for axis, size in m.mesh.items())
     if m.step != "train":
-        return text
+        tokens = f"prompts of {config.sequence_length}" if m.step == "prefill" else f"{CHUNK} tokens"
+        return f"{text}, {tokens}, {config.train.micro_batch_size or 1} rows a data shard"
+    text += f", zero {config.mesh.zero}"
     if m.mesh["pipe"] > 1:
         text += f", {config.mesh.schedule}" + (f" x{config.mesh.virtual_pipe}" if config.mesh.virtual_pipe > 1 else "")
     rows = config.train.micro_batch_size or config.train.global_batch_size // m.mesh["data"]
@@ -64,9 +67,11 @@ def _verdict(m: Measurement) -> str:
         return f"DOES NOT FIT: {m.failure}"
     spare = m.limit - m.most
     if m.fits:
-        text = f"FITS: peak {size_of(m.peak)} of {size_of(m.limit)} a device, {size_of(spare)} ({spare / m.limit:.0%}) to spare"
-        if m.topology[0] in "ABH" and m.peak > 0.75 * m.limit:
-            text += f"; needs XLA_PYTHON_CLIENT_MEM_FRACTION={min(m.peak / m.limit + 0.02, 0.98):.2f}, JAX's own is 0.75"
+        text = (f"FITS: peak {size_of(m.peak)} of {size_of(m.limit)} a device, {size_of(spare)} "
+                f"({spare / m.limit:.0%}) to spare")
+        share = m.peak / m.limit
+        if m.topology.split(":")[0] in GPUS and share > 0.75:  # the share of a card that JAX takes by itself
+            text += f"; set XLA_PYTHON_CLIENT_MEM_FRACTION={min(share + 0.02, 0.98):.2f}"
         return text
     source = "at least, by the compiler's first look" if m.failure else "peak"
     return f"DOES NOT FIT: {size_of(m.most)} a device ({source}) of {size_of(m.limit)}, {size_of(-spare)} too much"
