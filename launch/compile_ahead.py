@@ -23,6 +23,7 @@ _TARGET_CONFIG = flags.DEFINE_string("target_config", None, "description of the 
 _MEMORY = flags.DEFINE_float("memory", None, "GiB that a device has; default: what the compiler or the card says", 0.0)
 _PROVE = flags.DEFINE_integer("prove", 2, "how many changes to compile where the step does not fit", 0)
 _JSON = flags.DEFINE_string("json", None, "file for the measurement, as JSON")
+_TEXT = flags.DEFINE_string("hlo", None, "file for the compiled program's text")
 
 
 def main() -> int:
@@ -32,7 +33,7 @@ def main() -> int:
     described = topology.parse(_TOPOLOGY.value)
     config = load_config(_CONFIG.value, _SET.value)
     memory = None if _MEMORY.value is None else int(_MEMORY.value * topology.GIB)
-    result = measure.measure(config, described, _STEP.value, _TARGET_CONFIG.value, memory)
+    result = measure.measure(config, described, _STEP.value, _TARGET_CONFIG.value, memory, _TEXT.value)
     print(report.render(config, result), flush=True)
     if _JSON.value:
         with open(_JSON.value + ".new", "w", encoding="utf-8") as file:

@@ -63,8 +63,9 @@ class Measurement:
 
 
 def measure(config: Config, topology: described.Topology, step: str = "train", target_config: str | None = None,
-            memory: int | None = None) -> Measurement:
-    """Compiles ``step`` in a process of its own. ``memory``: bytes of a device, instead of the chip's.
+            memory: int | None = None, text: str | None = None) -> Measurement:
+    """Compiles ``step`` in a process of its own. ``memory``: bytes of a device, instead of the chip's. ``text``: a
+    file for the compiled program.
 
     Raises ValueError on what is wrong with config, mesh or topology. A compiler that gives up or dies is no
     error: the measurement says so."""
@@ -75,7 +76,7 @@ def measure(config: Config, topology: described.Topology, step: str = "train", t
     with tempfile.TemporaryDirectory() as folder:
         answer = os.path.join(folder, "answer.json")
         request = {"config": to_json(config), "topology": str(topology), "step": step, "target_config": target_config,
-                   "memory": memory, "answer": answer}
+                   "memory": memory, "text": text and os.path.abspath(text), "answer": answer}
         done = subprocess.run([sys.executable, "-m", "mtnlg_jax.ahead.measure"], input=json.dumps(request),
                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace",
                               env=described.environment(topology))
@@ -125,13 +126,13 @@ def _answer() -> None:
 
     try:
         for state in _compile(from_json(request["config"]), described.parse(request["topology"]), request["step"],
-                              request["target_config"], request["memory"]):
+                              request["target_config"], request["memory"], request["text"]):
             say(dataclasses.asdict(state))
     except (ValueError, OSError) as error:
         say({"error": str(error)})
 
 
-def _compile(config: Config, topology: described.Topology, step: str, target_config, memory):
+def _compile(config: Config, topology: described.Topology, step: str, target_config, memory, text):
     """Yields what is known before the compiler starts, which may take this process with it, and then all."""
     import jax
 
@@ -169,7 +170,11 @@ def _compile(config: Config, topology: described.Topology, step: str, target_con
     if topology.platform == "cpu":  # whose peak leaves the temporaries out
         new = sizes_of.output_size_in_bytes - sizes_of.alias_size_in_bytes
         result.peak = result.arguments + result.temporaries + new
-    program = hlo.Program(compiled.as_text())
+    written = compiled.as_text()
+    if text:
+        with open(text, "w", encoding="utf-8") as file:
+            file.write(written)
+    program = hlo.Program(written)
     arguments = hlo.arguments_of(program)
     result.arguments_exact = sum(hlo.bytes_of(shape) for _, shape in arguments)
     lost = sorted(((hlo.padded_bytes(shape) - hlo.bytes_of(shape), name) for name, shape in arguments), reverse=True)

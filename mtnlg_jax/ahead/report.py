@@ -50,12 +50,16 @@ def _layout(config: Config, m: Measurement) -> str:
     text = " x ".join(f"{axis} {size}" for axis, size in m.mesh.items())
     if m.step != "train":
         tokens = f"prompts of {config.sequence_length}" if m.step == "prefill" else f"{CHUNK} tokens"
-        return f"{text}, {tokens}, {config.train.micro_batch_size or 1} rows a data shard"
+        return f"{text}, {tokens}, {_rows(config.train.micro_batch_size or 1)}"
     text += f", zero {config.mesh.zero}"
     if m.mesh["pipe"] > 1:
         text += f", {config.mesh.schedule}" + (f" x{config.mesh.virtual_pipe}" if config.mesh.virtual_pipe > 1 else "")
     rows = config.train.micro_batch_size or config.train.global_batch_size // m.mesh["data"]
-    return text + f", recompute {config.train.recompute}, {m.micro_batches} micro-batches of {rows} a data shard"
+    return text + f", recompute {config.train.recompute}, {m.micro_batches} micro-batches, {_rows(rows)}"
+
+
+def _rows(count: int) -> str:
+    return f"{count} row{'s' * (count != 1)} a data shard"
 
 
 def _verdict(m: Measurement) -> str:

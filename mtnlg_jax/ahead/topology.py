@@ -28,7 +28,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Chips of one kind. ``dims``: a TPU slice's chips along its torus; of GPUs hosts, cards a host; of CPUs devices."""
+    """Chips of one kind. ``dims``: a TPU slice's chips along its torus; of GPUs hosts x cards; of CPUs devices."""
 
     kind: str
     dims: tuple[int, ...]

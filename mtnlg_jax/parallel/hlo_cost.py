@@ -93,37 +93,50 @@ def groups_of(attributes: str, mesh: dict[str, int]) -> tuple[tuple[str, ...], i
     The devices of the program are numbered along the mesh, its last axis fastest. Four ways of writing occur:
     {{0,1},{2,3}}, [2,4]<=[4,2]T(1,0), mesh['x'=2,'y'=4] {'y'}, and source_target_pairs={{0,1},{1,0}}. Axes are ()
     where the groups are not those of whole axes."""
-    sizes = list(mesh.values())
     pairs = re.search(r"source_target_pairs=\{(\{.*?\})\}", attributes)
     if pairs:
-        ids = np.array([[int(n) for n in pair.split(",")] for pair in re.findall(r"\{([\d,]+)\}", pairs[1])])
-        places = np.stack(np.unravel_index(ids, sizes), -1)
-        moved = (places[:, 0] != places[:, 1]).any(0)
-        return tuple(axis for axis, differs in zip(mesh, moved, strict=True) if differs), 2
-    named = re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\S+)? *\{(.*?)\}", attributes)
-    if named:
-        within = {axis: int(n) for axis, n in re.findall(r"'(\w+)'=(\d+)", named[1])}
-        axes = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", named[2])
-        size = math.prod(int(part) if part else within[axis] for axis, _, part in axes)
-        if any(part for *_, part in axes) or not set(within) <= set(mesh):
-            return (), size
-        return tuple(axis for axis in mesh if axis in {a for a, *_ in axes} and mesh[axis] > 1), size
-    count = math.prod(sizes)
+        return _differing(_listed(pairs[1]), mesh), 2
+    groups = _groups(attributes, math.prod(mesh.values()))
+    axes = _differing(groups, mesh)
+    size = groups.shape[1]
+    return (axes if math.prod(mesh[axis] for axis in axes) == size else ()), size
+
+
+def _listed(text: str) -> np.ndarray:
+    return np.array([[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", text)])
+
+
+def _differing(groups: np.ndarray, mesh: dict[str, int]) -> tuple[str, ...]:
+    places = np.stack(np.unravel_index(groups, list(mesh.values())), -1)
+    moved = (places != places[:, :1]).any((0, 1))
+    return tuple(axis for axis, differs in zip(mesh, moved, strict=True) if differs)
+
+
+def _groups(attributes: str, count: int) -> np.ndarray:
+    """(groups, devices of each)."""
+    named = re.search(r"replica_groups=mesh\[(.*?)\] *\{(.*?)\}", attributes)
+    if named:  # of the compiler's own mesh, whose names need not be ours
+        sizes = {axis: int(n) for axis, n in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        chosen = {}
+        for axis, before, part in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", named[2]):
+            chosen.setdefault(axis, []).append((int(before or 1), int(part or sizes[axis])))
+        shape, inside = [], []
+        for axis, size in sizes.items():  # an axis may take part with a factor of its size
+            for before, part in sorted(chosen.get(axis, [])):
+                shape += [before, part]
+                inside.append(len(shape) - 1)
+                size //= before * part
+            shape.append(size)
+        outside = [dim for dim in range(len(shape)) if dim not in inside]
+        group = math.prod(shape[dim] for dim in inside)
+        return np.arange(math.prod(shape)).reshape(shape).transpose(outside + inside).reshape(-1, group)
     iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
     if iota:
         shape, reshaped = ([int(n) for n in part.split(",")] for part in iota.groups()[:2])
         ids = np.arange(math.prod(reshaped)).reshape(reshaped)
-        if iota[3]:
-            ids = ids.transpose([int(n) for n in iota[3].split(",")])
-        ids = ids.reshape(shape)
-    else:
-        listed = re.search(r"replica_groups=\{(.*?\})\}", attributes)
-        ids = (np.array([[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])])
-               if listed else np.arange(count)[None])
-    places = np.stack(np.unravel_index(ids, sizes), -1)
-    moved = (places != places[:, :1]).any((0, 1))
-    axes = tuple(axis for axis, differs in zip(mesh, moved, strict=True) if differs)
-    return (axes if math.prod(mesh[axis] for axis in axes) == ids.shape[1] else ()), ids.shape[1]
+        return (ids.transpose([int(n) for n in iota[3].split(",")]) if iota[3] else ids).reshape(shape)
+    listed = re.search(r"replica_groups=\{(.*?\})\}", attributes)
+    return _listed(listed[1]) if listed else np.arange(count)[None]
 
 
 def _sent(kind: str, whole: float, size: int) -> float:

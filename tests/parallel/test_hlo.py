@@ -93,7 +93,9 @@ def test_of_a_condition_the_costlier_branch_counts():
     ("replica_groups=[4,2]<=[2,4]T(1,0), x", ("a",), 2),
     ("replica_groups=mesh['a'=2,'b'=4] {'b'}, x", ("b",), 4),
     ("replica_groups=mesh['a'=2,'b'=4] {'b','a'}, x", ("a", "b"), 8),
-    ("replica_groups=mesh['a'=2,'b'=4], device_ids=([8]) {'a'}, x", ("a",), 2),
+    ("replica_groups=mesh['axis_0'=8] {'axis_0'}, x", ("a", "b"), 8),
+    ("replica_groups=mesh['axis_0'=8] {'axis_0':(2)4}, x", ("b",), 4),
+    ("replica_groups=mesh['axis_0'=8] {'axis_0':(1)2}, x", ("a",), 2),
     ("replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}, x", (), 2),
     ("source_target_pairs={{0,1},{1,2},{2,3},{3,0}}", ("b",), 2),
     ("source_target_pairs={{0,4},{4,0}}", ("a",), 2),
@@ -150,7 +152,8 @@ ENTRY %main (a: f32[8,512], b: bf16[8,128], q: f32[16,128,160], k: f32[16,128,16
   %s.2 = ((bf16[8,128]), bf16[32,128], u32[]) async-start(%b), calls=%started
   %u = ((bf16[8,128]), bf16[32,128], u32[]) async-update(%s.2), calls=%started
   %d = bf16[32,128]{1,0:T(8,128)(2,1)} async-done(%u), calls=%started
-  ROOT %c = f32[16,128,128]{2,1,0:T(8,128)} convolution(%q, %k), window={size=16 stride=15 lhs_dilate=16}, dim_labels=0bf_0oi->0bf
+  ROOT %c = f32[16,128,128]{2,1,0:T(8,128)} convolution(%q, %k), window={size=16 stride=15 lhs_dilate=16}, \
+dim_labels=0bf_0oi->0bf
 }
 """
 
