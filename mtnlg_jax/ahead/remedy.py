@@ -58,7 +58,7 @@ def estimate(config: Config, devices: int, step: str) -> dict[str, float]:
         kept = kept / mesh.virtual_pipe + 2 * unit * stored
     parts["activations"] = kept
     parts["one layer at work"] = rows * length / context * (8 * width + 12 * model.mlp_width / tensor)
-    parts["logits"] = 10 * train.loss_chunk * model.vocab_size / tensor
+    parts["logits"] = 10 * min(train.loss_chunk, rows * length) * model.vocab_size / tensor
     return parts
 
 
@@ -99,7 +99,8 @@ def _candidates(config: Config, topology: Topology, devices: int, step: str):
             yield of("train.recompute=full")
         if mesh.pipe > 1 and mesh.schedule != "1f1b":
             yield of("mesh.schedule=1f1b", *(["mesh.virtual_pipe=1"] if mesh.virtual_pipe > 1 else []))
-        yield from (of(f"mesh.zero={zero}") for zero in (1, 3) if mesh.zero < zero)
+        # ZeRO-3 gathers a stage's weights anew for every micro-batch of a pipeline.
+        yield from (of(f"mesh.zero={zero}") for zero in ((1, 3) if mesh.pipe == 1 else (1,)) if mesh.zero < zero)
     for factor in (2, 4, 8):
         yield of(f"mesh.tensor={mesh.tensor * factor}", "mesh.data=-1")
     if step == "train":
@@ -155,7 +156,7 @@ def _roomy(devices: int) -> Topology | None:
     if devices % 4:
         return None
     left = devices // 4
-    first = max((n for n in range(1, left + 1) if left % n == 0 and n ** 3 <= 2 * left), default=1)
+    first = max((n for n in range(1, left + 1) if left % n == 0 and n ** 3 <= left), default=1)
     left //= first
     second = max(n for n in range(1, left + 1) if left % n == 0 and n * n <= 2 * left)
     return Topology("v5p", (2 * first, 2 * second, left // second))

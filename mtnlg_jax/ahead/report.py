@@ -17,7 +17,7 @@ def render(config: Config, m: Measurement) -> str:
                                  f"{size_of(m.code)}; peak {size_of(m.peak)} a device"),
                   _row("padding", _padding(m))]
         lines += largest_tensors(m)
-        lines += [_row("products", f"{m.flops:.4g} FLOPs a device and step{_guessed(config, m)}"),
+        lines += [_row("products", _products(m)),
                   _row("collectives", _collectives_head(m))]
         lines += [f"{_INDENT}{c.kind:<18} {'+'.join(c.axes) or 'mixed':<14} {c.depth:>5} {c.count:>9,.0f} "
                   f"{size_of(c.bytes):>11}" for c in m.collectives]
@@ -66,7 +66,7 @@ def _verdict(m: Measurement) -> str:
     if m.failure and m.fits is None:
         return f"UNKNOWN: {m.failure}"
     if m.fits is None:
-        return f"compiles, peak {size_of(m.peak)} a device; how much a device has is not known (--memory=GIB says it)"
+        return f"compiles, peak {size_of(m.peak)} a device; what a device has is not known (--memory=GIB says it)"
     if m.limit is None:
         return f"DOES NOT FIT: {m.failure}"
     spare = m.limit - m.most
@@ -99,11 +99,14 @@ def _whence(name: str) -> str:
     return "/".join(parts[1:][-4:])
 
 
-def _guessed(config: Config, m: Measurement) -> str:
-    if not m.guessed_loops:
-        return ""
-    return (f"; {m.guessed_loops} loops know their trips only when they run: counted for the full batch"
-            " and for causal attention")
+def _products(m: Measurement) -> str:
+    if not m.flops:  # of one row times a matrix
+        return "none left: the compiler made sums over elements of them"
+    text = f"{m.flops:.4g} FLOPs a device and step"
+    if m.guessed_loops:
+        loops = "1 loop knows its" if m.guessed_loops == 1 else f"{m.guessed_loops} loops know their"
+        text += f"; {loops} trips only when run: counted for the full batch and causal attention"
+    return text
 
 
 def _collectives_head(m: Measurement) -> str:
