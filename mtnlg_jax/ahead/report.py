@@ -1,5 +1,7 @@
 """A measurement as a page for a person; the same measurement gives the same text."""
 
+import math
+
 from mtnlg_jax.ahead.measure import Measurement
 from mtnlg_jax.ahead.topology import GIB, GPUS
 from mtnlg_jax.config import Config
@@ -19,7 +21,7 @@ def render(config: Config, m: Measurement) -> str:
         lines += largest_tensors(m)
         lines += [_row("products", _products(m)),
                   _row("collectives", _collectives_head(m))]
-        lines += [f"{_INDENT}{c.kind:<18} {'+'.join(c.axes) or 'mixed':<14} {c.depth:>5} {c.count:>9,.0f} "
+        lines += [f"{_INDENT}{c.kind:<18} {_axes(c, m):<14} {c.depth:>5} {c.count:>9,.0f} "
                   f"{size_of(c.bytes):>11}" for c in m.collectives]
         lines += [_row("compiler's", _estimate(m))]
     lines += [_row("took", f"{m.lower_seconds:.1f} s to trace, {m.compile_seconds:.1f} s to compile, "
@@ -107,6 +109,12 @@ def _products(m: Measurement) -> str:
         loops = "1 loop knows its" if m.guessed_loops == 1 else f"{m.guessed_loops} loops know their"
         text += f"; {loops} trips only when run: counted for the full batch and causal attention"
     return text
+
+
+def _axes(collective, m: Measurement) -> str:
+    """data+tensor, or data:16 where a group is 16 devices of a larger axis."""
+    name, whole = "+".join(collective.axes), math.prod(m.mesh[axis] for axis in collective.axes)
+    return name if collective.group == whole else f"{name}:{collective.group}"
 
 
 def _collectives_head(m: Measurement) -> str:

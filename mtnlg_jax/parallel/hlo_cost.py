@@ -23,7 +23,8 @@ class Collective:
     """All collectives of one kind, over one set of mesh axes, at one depth of loops."""
 
     kind: str  # one of KINDS
-    axes: tuple[str, ...]  # mesh axes along which the devices of a group differ; empty: no whole axes
+    axes: tuple[str, ...]  # mesh axes along which the devices of a group differ
+    group: int  # devices of a group: the product of the axes, or less where a group is a part of them
     depth: int  # loops around it
     count: float  # executions a step
     bytes: float  # that a device sends in them, by the ring's count: (n - 1)/n of the whole, twice for a sum
@@ -91,15 +92,13 @@ def groups_of(attributes: str, mesh: dict[str, int]) -> tuple[tuple[str, ...], i
     """(mesh axes along which devices of one group differ, size of a group) of a collective.
 
     The devices of the program are numbered along the mesh, its last axis fastest. Four ways of writing occur:
-    {{0,1},{2,3}}, [2,4]<=[4,2]T(1,0), mesh['x'=2,'y'=4] {'y'}, and source_target_pairs={{0,1},{1,0}}. Axes are ()
-    where the groups are not those of whole axes."""
+    {{0,1},{2,3}}, [2,4]<=[4,2]T(1,0), mesh['x'=2,'y'=4] {'y'}, and source_target_pairs={{0,1},{1,0}}."""
     pairs = re.search(r"source_target_pairs=\{(\{.*?\})\}", attributes)
-    if pairs:
-        return _differing(_listed(pairs[1]), mesh), 2
+    if pairs:  # those that pass on to each other are one group
+        axes = _differing(_listed(pairs[1]), mesh)
+        return axes, math.prod(mesh[axis] for axis in axes)
     groups = _groups(attributes, math.prod(mesh.values()))
-    axes = _differing(groups, mesh)
-    size = groups.shape[1]
-    return (axes if math.prod(mesh[axis] for axis in axes) == size else ()), size
+    return _differing(groups, mesh), groups.shape[1]
 
 
 def _listed(text: str) -> np.ndarray:
@@ -146,7 +145,7 @@ def _sent(kind: str, whole: float, size: int) -> float:
 
 
 def _collective(instruction: Instruction, shape_of, mesh, scattered: bool):
-    """((kind, axes), bytes that a device sends), or None."""
+    """((kind, axes, group), bytes that a device sends), or None."""
     kind = instruction.opcode.removesuffix("-start")
     if kind not in KINDS:
         return None
@@ -157,7 +156,7 @@ def _collective(instruction: Instruction, shape_of, mesh, scattered: bool):
     whole = given * size if kind == "all-gather" else given
     if kind == "all-reduce" and scattered:
         kind = "reduce-scatter"
-    return (kind, axes), _sent(kind, whole, size)
+    return (kind, axes, size), _sent(kind, whole, size)
 
 
 # --- adding up ----------------------------------------------------------------------------------------------------
@@ -193,9 +192,8 @@ def cost_of(program: Program, mesh: dict[str, int], dynamic_trips: Callable[[int
             flops += _flops(instruction, shape_of)
             collective = _collective(instruction, shape_of, mesh, scattered)
             if collective:
-                (kind, axes), sent = collective
-                found[kind, axes, depth, "count"] += 1
-                found[kind, axes, depth, "bytes"] += sent
+                found[*collective[0], depth, "count"] += 1
+                found[*collective[0], depth, "bytes"] += collective[1]
             elif opcode == "while":
                 trips = trips_of(program, computation, instruction)
                 if trips is None:
@@ -214,13 +212,13 @@ def cost_of(program: Program, mesh: dict[str, int], dynamic_trips: Callable[[int
         return flops, found
 
     flops, found = walk(program.entry, 0)
-    keys = sorted({key[:3] for key in found}, key=lambda key: (KINDS.index(key[0]), key[2], key[1]))
+    keys = sorted({key[:4] for key in found}, key=lambda key: (KINDS.index(key[0]), key[3], key[1:3]))
     rows = tuple(Collective(*key, found[*key, "count"], found[*key, "bytes"]) for key in keys)
     return Cost(flops, tuple(row for row in rows if row.count), len(guessed))
 
 
 def _weight(result):
-    return result[0], sum(value for key, value in result[1].items() if key[3] == "bytes")
+    return result[0], sum(value for key, value in result[1].items() if key[-1] == "bytes")
 
 
 def trips_of(program: Program, computation: str, loop: Instruction) -> int | None:

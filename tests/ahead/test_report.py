@@ -26,9 +26,9 @@ def measurement(**changes):
     state = "state['params']['blocks']['attention']['w_q_DNH'].value"
     tensors = [Tensor(3 * GIB // 2, "f32[105,160]", "argument", 3, state),
                Tensor(2**20, "bf16[8]", "loop", 12, "jit(step)/shard_map/while/body/jvp()/mul")]
-    collectives = [Collective("all-gather", ("data",), 2, 18900.0, 2.5 * GIB),
-                   Collective("all-reduce", ("data", "tensor"), 0, 1.0, 64.0),
-                   Collective("all-to-all", (), 1, 2.0, 3e6)]
+    collectives = [Collective("all-gather", ("data",), 128, 2, 18900.0, 2.5 * GIB),
+                   Collective("all-reduce", ("data", "tensor"), 1024, 0, 1.0, 64.0),
+                   Collective("all-to-all", ("data",), 16, 1, 2.0, 3e6)]
     found = Measurement("v5p:8x8x16", 1024, {"pipe": 1, "data": 128, "context": 1, "tensor": 8}, "train", 15,
                         "libtpu 1.2", 96 * GIB, "", None, int(6.5 * GIB), 6 * GIB, [[state, GIB // 8]], 16 * GIB,
                         38 * 2**20, 24 * GIB, 1.5e16, collectives, 4, tensors, 0.05, 1.04, 32.96, int(1.5 * GIB))
@@ -50,7 +50,7 @@ causal attention
 collectives  kind               axes           loops     times        sent  a device and step
              all-gather         data               2    18,900    2.50 GiB
              all-reduce         data+tensor        0         1        64 B
-             all-to-all         mixed              1         2    2.86 MiB
+             all-to-all         data:16            1         2    2.86 MiB
 compiler's   estimate 0.0500 s, which counts the body of each loop once: no step time
 took         1.0 s to trace, 33.0 s to compile, 1.50 GiB of this machine's memory"""
 
@@ -65,9 +65,10 @@ def test_the_page_of_a_measurement():
      "first look) of 96.00 GiB, 1.00 GiB too much"),
     ({"failure": "the compiler ended with SIGABRT: Check failed"}, "UNKNOWN: the compiler ended with SIGABRT: Check "
      "failed"),
-    ({"limit": None}, "compiles, peak 24.00 GiB a device; what a device has is not known (--memory=GIB says it)"),
-    ({"topology": "H100:1x8", "peak": 80 * GIB}, "FITS: peak 80.00 GiB of 96.00 GiB a device, 16.00 GiB (17%) to spare; "
-     "set XLA_PYTHON_CLIENT_MEM_FRACTION=0.85"),
+    ({"limit": None},
+     "compiles, peak 24.00 GiB a device; what a device has is not known (--memory=GIB says it)"),
+    ({"topology": "H100:1x8", "peak": 80 * GIB}, "FITS: peak 80.00 GiB of 96.00 GiB a device, 16.00 GiB (17%) to "
+     "spare; set XLA_PYTHON_CLIENT_MEM_FRACTION=0.85"),
 ])
 def test_verdicts(changes, verdict):
     assert f"verdict      {verdict}\n" in render(config(*POD), measurement(**changes))

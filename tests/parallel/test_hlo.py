@@ -87,7 +87,7 @@ def test_of_a_condition_the_costlier_branch_counts():
 @pytest.mark.parametrize(("written", "axes", "size"), [
     ("replica_groups={{0,1,2,3},{4,5,6,7}}, x", ("b",), 4),
     ("replica_groups={{0,4},{1,5},{2,6},{3,7}}", ("a",), 2),
-    ("replica_groups={{0,1},{2,3},{4,5},{6,7}}", (), 2),  # half of b
+    ("replica_groups={{0,1},{2,3},{4,5},{6,7}}", ("b",), 2),  # half of it
     ("replica_groups={}, x", ("a", "b"), 8),
     ("replica_groups=[2,4]<=[8], x", ("b",), 4),
     ("replica_groups=[4,2]<=[2,4]T(1,0), x", ("a",), 2),
@@ -96,8 +96,8 @@ def test_of_a_condition_the_costlier_branch_counts():
     ("replica_groups=mesh['axis_0'=8] {'axis_0'}, x", ("a", "b"), 8),
     ("replica_groups=mesh['axis_0'=8] {'axis_0':(2)4}, x", ("b",), 4),
     ("replica_groups=mesh['axis_0'=8] {'axis_0':(1)2}, x", ("a",), 2),
-    ("replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}, x", (), 2),
-    ("source_target_pairs={{0,1},{1,2},{2,3},{3,0}}", ("b",), 2),
+    ("replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}, x", ("b",), 2),
+    ("source_target_pairs={{0,1},{1,2},{2,3},{3,0}}", ("b",), 4),
     ("source_target_pairs={{0,4},{4,0}}", ("a",), 2),
 ])
 def test_groups_in_every_way_of_writing(written, axes, size):
