@@ -108,11 +108,21 @@ def _candidates(config: Config, topology: Topology, devices: int, step: str):
             if mesh.pipe == 1 and config.model.num_layers % pipe == 0 and not devices % pipe:
                 yield of(f"mesh.pipe={pipe}", "mesh.data=-1", f"train.micro_batch_size={train.micro_batch_size or 1}")
     for factor in (2, 4, 8, 16):
-        dims = list(topology.dims)
-        for _ in range(int(math.log2(factor))):
-            dims[dims.index(min(dims)) if topology.platform == "tpu" else 0] *= 2
-        larger = dataclasses.replace(topology, dims=tuple(dims))
+        larger = _grown(topology, factor)
         yield (f"--topology={larger}", "--set=mesh.data=-1"), larger
+
+
+def _grown(topology: Topology, factor: int) -> Topology:
+    """``factor`` (a power of two) times the chips: a torus grows along its shortest sides, v5e and v6e beyond 16x16
+    in slices, GPUs in hosts."""
+    dims, slices = list(topology.dims), topology.slices
+    for _ in range(int(math.log2(factor))):
+        shortest = dims.index(min(dims)) if topology.platform == "tpu" else 0
+        if len(dims) == 2 and topology.platform == "tpu" and dims[shortest] >= 16:
+            slices *= 2
+        else:
+            dims[shortest] *= 2
+    return dataclasses.replace(topology, dims=tuple(dims), slices=slices)
 
 
 def way_out(config: Config, topology: Topology, found: Measurement, target_config: str | None, memory: int | None,

@@ -66,7 +66,7 @@ def test_the_report_has_all_that_is_asked_of_it(folder):
 def test_what_does_not_fit_is_blamed_and_a_change_that_fits_is_proved():
     said = run(*TINY, "--topology=cpu:8", "--memory=0.0125", "--set=train.global_batch_size=128",
                "--set=train.micro_batch_size=32", "--prove=1", code=1)
-    assert "verdict      DOES NOT FIT: 1" in said and "by sums      activations " in said
+    assert "verdict      DOES NOT FIT: 1" in said and "\nby sums      " in said
     assert "\nway out      --set=train.micro_batch_size=16: compiled, FITS with a peak of " in said
 
 

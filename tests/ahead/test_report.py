@@ -123,6 +123,13 @@ def test_no_change_is_suggested_that_the_config_refuses():
         assert change.predicted <= remedy.MARGIN * 16 * GIB
 
 
+@pytest.mark.parametrize(("small", "large"), [
+    ("v5e:16x16", "v5e:16x16*4"), ("v6e:8x16", "v6e:16x16*2"), ("v5p:8x8x16", "v5p:16x16x16"), ("H100:2x8", "H100:8x8"),
+])
+def test_a_topology_grows_in_shapes_that_there_are(small, large):
+    assert str(remedy._grown(parse(small), 4)) == large
+
+
 def test_ways_out_are_proved_in_turn(monkeypatch):
     tried = []
 
