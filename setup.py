@@ -14,7 +14,7 @@ setup(
     version=VERSION,
     description="Megatron-Turing NLG in JAX and Flax NNX: pretraining, decoding and ranking on any mesh",
     packages=find_packages(include=["mtnlg_jax", "mtnlg_jax.*"]),
-    package_data={"mtnlg_jax": ["**/*.json"]},
+    package_data={"mtnlg_jax": ["**/*.json", "**/*.txtpb"]},
     python_requires=">=3.12",
     install_requires=[
         # Pallas and the typing of shard_map move with each minor release of JAX.
@@ -36,6 +36,8 @@ setup(
     extras_require={
         "gpu": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
+        # Compilers without the chips' libraries. libtpu must be the one that jax[tpu] asks for.
+        "ahead": ["libtpu==0.0.50.*", "jax-cuda12-plugin>=0.12,<0.13", "jax-cuda12-pjrt>=0.12,<0.13"],
         "dev": ["pytest>=9,<10", "pytest-xdist>=3.8,<4", "ruff>=0.14", "nbclient", "nbformat", "ipykernel"],
         "benchmarks": ["torch", "transformers"],
     },

@@ -5,6 +5,18 @@ import os
 import jax
 from absl import logging
 
+_DESCRIBED: list[str] = []
+
+
+def compile_for(platform: str) -> None:
+    """Says that this process makes programs for ``platform`` ("tpu", "cuda", "cpu"), of which it has no device."""
+    _DESCRIBED[:] = [platform]
+
+
+def platform() -> str:
+    """What programs are made for: "cpu", "tpu", "gpu" or "cuda"."""
+    return _DESCRIBED[0] if _DESCRIBED else jax.default_backend()
+
 
 def configure_cache() -> None:
     """Keeps compiled programs between runs, so that a resumed run starts in seconds. An accelerator's compile

@@ -17,17 +17,18 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = """
     compat command
     xla_flags
+    parallel.hlo
+    parallel.hlo_cost
     config
     parallel.mesh
     parallel.collectives
     model
     parallel.pipeline parallel.context
     parallel.planner
-    parallel.aot
     data
     train
     decode
-    tasks evaluate interop serve
+    tasks evaluate interop serve ahead
 """
 
 TOP_LEVEL = {"mtnlg_jax", "configs", "launch", "tests", "notebooks", "benchmarks", "setup.py", "README.md"}
@@ -155,7 +156,7 @@ def _requirements() -> list[Requirement]:
     call = next(node for node in calls if ast.unparse(node.func) == "setup")
     given = {keyword.arg: keyword.value for keyword in call.keywords}
     extras = ast.literal_eval(given["extras_require"])
-    return [Requirement(line) for line in ast.literal_eval(given["install_requires"]) + extras["dev"]]
+    return [Requirement(line) for line in ast.literal_eval(given["install_requires"]) + extras["dev"] + extras["ahead"]]
 
 
 def test_every_requirement_is_pinned_within_its_range():

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from mtnlg_jax import compat
+
 NEG_INF = -jnp.inf
 
 # What each implementation can do; drives the choice, the errors and explain_attention().
@@ -25,7 +27,7 @@ SUPPORT = {
 def _tuning() -> tuple[int, tuple[int, int]]:
     """(T x S from which "auto" takes the blockwise path, its block sizes). On CPU a block of scores should stay
     in the cache, which pays from 256 x 256 on; elsewhere each turn of a loop should be worth its launch."""
-    if jax.default_backend() == "cpu":
+    if compat.platform() == "cpu":
         return 1 << 16, (128, 128)
     return 1 << 20, (256, 512)
 
@@ -278,6 +280,14 @@ def _key_range(static, q_offset, q_start, keys):
     if window is not None:
         first = jnp.clip((jnp.min(q_offset) + q_start - window + 1) // block_k, 0, last)
     return first, last
+
+
+def mean_key_blocks(length: int) -> float:
+    """Blocks of keys that a block of queries visits on the blockwise path, the mean over a causal sequence."""
+    block_q, block_k = (min(size, length) for size in _tuning()[1])
+    static, keys = (True, None, None, None, block_q, block_k), -(-length // block_k) * block_k
+    starts = range(0, length, block_q)
+    return sum(int(_key_range(static, jnp.asarray(0), start, keys)[1]) for start in starts) / len(starts)
 
 
 def _block_scores(static, arrays, q_block, k, q_start, k_start):

@@ -33,18 +33,23 @@ UNSPLIT = "HPC"
 BATCH = P(None, "data", "context")  # tokens, labels, weights (M, B, S): rows over data, places over context
 
 
-def make_mesh(config: MeshConfig, devices=None) -> Mesh:
-    """A mesh of AXES over ``devices`` (default: all of them). ``config.data=-1`` takes what the others leave.
-    Raises ValueError when the sizes do not multiply to the number of devices."""
-    devices = jax.devices() if devices is None else devices
+def shape_of(config: MeshConfig, count: int) -> tuple[int, int, int, int]:
+    """Sizes of AXES over ``count`` devices. ``config.data=-1`` takes what the others leave.
+    Raises ValueError when the sizes do not multiply to ``count``."""
     fixed = config.pipe * config.context * config.tensor
-    data = len(devices) // fixed if config.data == -1 else config.data
-    if fixed * data != len(devices) or data == 0:
+    data = count // fixed if config.data == -1 else config.data
+    if fixed * data != count or data == 0:
         raise ValueError(
             f"mesh pipe={config.pipe} x data={config.data} x context={config.context} x tensor={config.tensor} "
-            f"does not fit {len(devices)} devices; their product must be {len(devices)} (data=-1 takes the rest)"
+            f"does not fit {count} devices; their product must be {count} (data=-1 takes the rest)"
         )
-    shape = (config.pipe, data, config.context, config.tensor)
+    return config.pipe, data, config.context, config.tensor
+
+
+def make_mesh(config: MeshConfig, devices=None) -> Mesh:
+    """A mesh of AXES over ``devices`` (default: all of them), sized as ``shape_of`` says."""
+    devices = jax.devices() if devices is None else devices
+    shape = shape_of(config, len(devices))
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
 
 

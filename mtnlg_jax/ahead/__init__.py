@@ -1,0 +1,1 @@
+"""Compiles the project's own steps for accelerators that are only described."""

@@ -1,0 +1,207 @@
+"""One step compiled for a described topology, and what the compiler says of it.
+
+The compiler runs in a process of its own: it may abort, and libtpu wants an environment that nothing else should
+see. This module is both ends: ``measure`` starts ``python -m mtnlg_jax.ahead.measure``."""
+
+import dataclasses
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+from mtnlg_jax.ahead import topology as described
+from mtnlg_jax.config import Config, from_json, to_json
+from mtnlg_jax.parallel import hlo, hlo_cost
+
+SUSPECTS = 8
+
+
+@dataclasses.dataclass
+class Measurement:
+    """Bytes are of one device."""
+
+    topology: str
+    devices: int
+    mesh: dict[str, int]
+    step: str
+    micro_batches: int  # 0: the step has none
+    compiler: str
+    limit: int | None  # main memory that a program may use; None: not known
+    failure: str = ""  # why there is no program, in the compiler's words
+    needed: int | None = None  # what it says is needed, where that is why
+    arguments: int = 0
+    arguments_exact: int = 0  # without padding
+    padded: list = dataclasses.field(default_factory=list)  # [[name, bytes lost]], the largest first
+    temporaries: int = 0
+    code: int = 0
+    peak: int = 0
+    flops: float = 0.0
+    collectives: list = dataclasses.field(default_factory=list)  # hlo_cost.Collective
+    guessed_loops: int = 0
+    suspects: list = dataclasses.field(default_factory=list)  # hlo.Tensor
+    compiler_seconds: float | None = None  # its own estimate of a step
+    lower_seconds: float = 0.0
+    compile_seconds: float = 0.0
+    resident: int = 0  # peak resident memory of the compiling process
+
+    @property
+    def fits(self) -> bool | None:
+        """None where it cannot be told."""
+        if self.failure:
+            return False if self.needed is not None else None
+        return None if self.limit is None else self.peak <= self.limit
+
+    @property
+    def most(self) -> int:
+        """Bytes needed, as far as known."""
+        return self.needed or self.peak
+
+
+def measure(config: Config, topology: described.Topology, step: str = "train", target_config: str | None = None,
+            memory: int | None = None, text: str | None = None) -> Measurement:
+    """Compiles ``step`` in a process of its own. ``memory``: bytes of a device, instead of the chip's. ``text``: a
+    file for the compiled program.
+
+    Raises ValueError on what is wrong with config, mesh or topology. A compiler that gives up or dies is no
+    error: the measurement says so."""
+    described.check_installed(topology)
+    if config.model.vocab_size is None:
+        raise ValueError("model.vocab_size is the tokenizer's, which compiling does not read; add "
+                         "--set=model.vocab_size=51200, or what the tokenizer has")
+    if target_config is not None and not os.path.isfile(target_config):
+        raise FileNotFoundError(f"--target_config={target_config} is not a file; give a dumped GpuTargetConfigProto "
+                                "in text form, or leave it out")
+    with tempfile.TemporaryDirectory() as folder:
+        answer = os.path.join(folder, "answer.json")
+        request = {"config": to_json(config), "topology": str(topology), "step": step, "target_config": target_config,
+                   "memory": memory, "text": text and os.path.abspath(text), "answer": answer}
+        done = subprocess.run([sys.executable, "-m", "mtnlg_jax.ahead.measure"], input=json.dumps(request),
+                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace",
+                              env=described.environment(topology))
+        if os.path.exists(answer):
+            with open(answer, encoding="utf-8") as file:
+                said = json.load(file)
+            if "error" in said:
+                raise ValueError(said["error"])
+            if not done.returncode or not said["failure"].startswith("unfinished"):
+                return _from_json(said)
+            lost = _from_json(said)
+            lost.failure = _last_words(done)
+            return lost
+    raise ValueError(f"compiling for {topology} did not begin: {_last_words(done)}")
+
+
+def _last_words(done) -> str:
+    """Why a process ended, in a line."""
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    telling = [line for line in lines if re.search(r"Check failed|Error|^F\d{4}", line)] or lines or ["it said nothing"]
+    how = signal.Signals(-done.returncode).name if done.returncode < 0 else f"exit code {done.returncode}"
+    return f"the compiler ended with {how}: {telling[-1][:300]}"
+
+
+def _from_json(said: dict) -> Measurement:
+    found = Measurement(**said)
+    found.collectives = [hlo_cost.Collective(**row | {"axes": tuple(row["axes"])}) for row in found.collectives]
+    found.suspects = [hlo.Tensor(**row) for row in found.suspects]
+    return found
+
+
+def to_text(measurement: Measurement) -> str:
+    return json.dumps(dataclasses.asdict(measurement), indent=1)
+
+
+# --- the other end --------------------------------------------------------------------------------------------------
+
+
+def _answer() -> None:
+    request = json.load(sys.stdin)
+
+    def say(said: dict):
+        beside = request["answer"] + ".new"
+        with open(beside, "w", encoding="utf-8") as file:
+            json.dump(said, file)
+        os.replace(beside, request["answer"])
+
+    try:
+        for state in _compile(from_json(request["config"]), described.parse(request["topology"]), request["step"],
+                              request["target_config"], request["memory"], request["text"]):
+            say(dataclasses.asdict(state))
+    except (ValueError, OSError) as error:
+        say({"error": str(error)})
+
+
+def _compile(config: Config, topology: described.Topology, step: str, target_config, memory, text):
+    """Yields what is known before the compiler starts, which may take this process with it, and then all."""
+    import jax
+
+    from mtnlg_jax import compat
+    from mtnlg_jax.ahead import steps
+    from mtnlg_jax.train.step import micro_batch_shape
+
+    devices = described.devices(topology, target_config)
+    compat.compile_for(topology.platform)
+    mesh = described.mesh_over(config.mesh, topology, devices)
+    sizes = dict(mesh.shape)
+    limit = memory or described.memory_of(topology, devices, target_config)
+    start = time.perf_counter()
+    lowered = steps.lower(config, mesh, step)
+    result = Measurement(str(topology), len(devices), sizes, step,
+                         micro_batch_shape(config, mesh)[0] if step == "train" else 0,
+                         _compiler(topology), limit, failure="unfinished")
+    result.lower_seconds = time.perf_counter() - start
+    yield result
+    start = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        result.failure = " ".join(str(error).split())
+        result.needed = _needed(result.failure)
+        result.compile_seconds = time.perf_counter() - start
+        result.resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        yield result
+        return
+    result.failure, result.compile_seconds = "", time.perf_counter() - start
+    result.resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    sizes_of = compiled.memory_analysis()
+    result.arguments, result.temporaries = sizes_of.argument_size_in_bytes, sizes_of.temp_size_in_bytes
+    result.code, result.peak = sizes_of.generated_code_size_in_bytes, sizes_of.peak_memory_in_bytes
+    if topology.platform == "cpu":  # whose peak leaves the temporaries out
+        new = sizes_of.output_size_in_bytes - sizes_of.alias_size_in_bytes
+        result.peak = result.arguments + result.temporaries + new
+    written = compiled.as_text()
+    if text:
+        with open(text, "w", encoding="utf-8") as file:
+            file.write(written)
+    program = hlo.Program(written)
+    arguments = hlo.arguments_of(program)
+    result.arguments_exact = sum(hlo.bytes_of(shape) for _, shape in arguments)
+    lost = sorted(((hlo.padded_bytes(shape) - hlo.bytes_of(shape), name) for name, shape in arguments), reverse=True)
+    result.padded = [[name, size] for size, name in lost[:SUSPECTS] if size > 0]
+    cost = hlo_cost.cost_of(program, sizes, steps.dynamic_trips(config, mesh, step))
+    result.flops, result.collectives, result.guessed_loops = cost.flops, list(cost.collectives), cost.guessed_loops
+    result.suspects = hlo.largest(program, SUSPECTS)
+    said = compiled.cost_analysis()
+    result.compiler_seconds = (said[0] if isinstance(said, list) else said or {}).get("optimal_seconds")
+    yield result
+
+
+def _needed(failure: str) -> int | None:
+    """Bytes that the message of a failure for want of memory says are needed."""
+    found = re.search(r"(?:required for HLO temporaries \(|Used )([\d.]+)([KMGT])", failure)
+    return int(float(found[1]) * 1024 ** ("KMGT".index(found[2]) + 1)) if found else None
+
+
+def _compiler(topology: described.Topology) -> str:
+    import importlib.metadata
+
+    package = {"tpu": "libtpu", "cuda": "jax-cuda12-pjrt"}.get(topology.platform, "jaxlib")
+    return f"{package} {importlib.metadata.version(package)}"
+
+
+if __name__ == "__main__":
+    _answer()

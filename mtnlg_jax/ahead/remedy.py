@@ -1,0 +1,172 @@
+"""What to change where a step does not fit: ranked by arithmetic, proved by compiling."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+from mtnlg_jax.ahead.measure import Measurement, measure
+from mtnlg_jax.ahead.report import largest_tensors, size_of
+from mtnlg_jax.ahead.topology import Topology
+from mtnlg_jax.config import Config, override, validate, validate_batch
+from mtnlg_jax.parallel.mesh import shape_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """``flags`` are what the command line is given more; one change of layout may need two of them."""
+
+    flags: tuple[str, ...]
+    config: Config
+    topology: Topology
+    predicted: int  # bytes a device
+
+
+# Bytes a layer keeps for its backward pass, in units of rows x sequence x width / tensor: compute_dtype's input of
+# the layer alone, or with its products and norms (counted from a block's residuals).
+_KEPT = {"full": 2, "none": 20}
+MARGIN = 0.95  # a prediction is believed up to this share of the memory
+
+
+def estimate(config: Config, devices: int, step: str) -> dict[str, float]:
+    """Bytes of a step on a device by what they are for. It ranks configs; what the compiler adds is left out."""
+    model, mesh, train = config.model, config.mesh, config.train
+    pipe, data, context, tensor = shape_of(mesh, devices)
+    layers, width, length = model.num_layers, model.hidden_size, config.sequence_length
+    outside = model.vocab_size * width * (1 if model.tie_embeddings else 2) / tensor
+    layer = (model.parameter_count() - outside * tensor) / layers / tensor
+    local = layer * layers / pipe + outside
+    if step != "train":
+        size = 2 if train.compute_dtype == "bfloat16" else 4
+        cache = 2 * layers * (train.micro_batch_size or 1) * length * model.kv_heads * model.head_width / tensor
+        return {"weights": size * local, "cache": size * cache}
+    shards = data if mesh.zero else 1
+    parts = {"state": 12 * local / shards}
+    if mesh.zero == 3:
+        parts["weights"] = 2 * local / shards + 4 * layer
+        parts["gradients"] = 8 * local / shards + 4 * layer
+    else:
+        parts["weights"], parts["gradients"] = 2 * local, 8 * local
+    rows = train.micro_batch_size or train.global_batch_size // data
+    unit = rows * length * width / tensor / context
+    kept = _KEPT.get(train.recompute, _KEPT["none"]) * unit * layers / pipe
+    if pipe > 1:
+        micro_batches = train.global_batch_size // (rows * data)
+        if mesh.schedule == "1f1b":
+            stored = 2 * pipe - 1
+        else:
+            stored = 3 * mesh.virtual_pipe * min(mesh.flush or micro_batches, micro_batches)
+        kept = kept / mesh.virtual_pipe + 2 * unit * stored
+    parts["activations"] = kept
+    parts["one layer at work"] = rows * length / context * (8 * width + 12 * model.mlp_width / tensor)
+    parts["logits"] = 10 * min(train.loss_chunk, rows * length) * model.vocab_size / tensor
+    return parts
+
+
+def suggest(config: Config, topology: Topology, devices: int, needed: int, limit: int, step: str) -> list[Change]:
+    """Changes that are predicted to fit, the least intrusive first: what a step needs moves as the estimate does."""
+    base = sum(estimate(config, devices, step).values())
+    found = []
+    for flags, larger in _candidates(config, topology, devices, step):
+        grown = larger or topology
+        try:
+            changed = override(config, *(flag.removeprefix("--set=") for flag in flags if flag.startswith("--set=")))
+            validate(changed)
+            count = devices * grown.chips // topology.chips
+            shape = shape_of(changed.mesh, count)
+            validate_batch(changed, shape[1])
+            if changed.mesh.zero and changed.model.hidden_size % shape[1]:
+                continue
+            predicted = int(needed * sum(estimate(changed, count, step).values()) / base)
+        except ValueError:  # this one is no way out
+            continue
+        if predicted <= MARGIN * limit:
+            found.append(Change(flags, changed, grown, predicted))
+    return found
+
+
+def _candidates(config: Config, topology: Topology, devices: int, step: str):
+    """(flags, larger topology or None)."""
+    mesh, train = config.mesh, config.train
+
+    def of(*values):
+        return tuple(f"--set={value}" for value in values), None
+
+    if step == "train":
+        rows = train.micro_batch_size or train.global_batch_size // shape_of(mesh, devices)[1]
+        smaller = [rows // 2**n for n in range(1, rows.bit_length()) if rows % 2**n == 0]
+        yield from (of(f"train.micro_batch_size={size}") for size in smaller)
+        if train.recompute != "full":
+            yield of("train.recompute=full")
+        if mesh.pipe > 1 and mesh.schedule != "1f1b":
+            yield of("mesh.schedule=1f1b", *(["mesh.virtual_pipe=1"] if mesh.virtual_pipe > 1 else []))
+        # ZeRO-3 gathers a stage's weights anew for every micro-batch of a pipeline.
+        yield from (of(f"mesh.zero={zero}") for zero in ((1, 3) if mesh.pipe == 1 else (1,)) if mesh.zero < zero)
+    for factor in (2, 4, 8):
+        yield of(f"mesh.tensor={mesh.tensor * factor}", "mesh.data=-1")
+    if step == "train":
+        for pipe in range(2, config.model.num_layers + 1):
+            if mesh.pipe == 1 and config.model.num_layers % pipe == 0 and not devices % pipe:
+                yield of(f"mesh.pipe={pipe}", "mesh.data=-1", f"train.micro_batch_size={train.micro_batch_size or 1}")
+    for factor in (2, 4, 8, 16):
+        larger = _grown(topology, factor)
+        yield (f"--topology={larger}", "--set=mesh.data=-1"), larger
+
+
+def _grown(topology: Topology, factor: int) -> Topology:
+    """``factor`` (a power of two) times the chips: a torus grows along its shortest sides, v5e and v6e beyond 16x16
+    in slices, GPUs in hosts."""
+    dims, slices = list(topology.dims), topology.slices
+    for _ in range(int(math.log2(factor))):
+        shortest = dims.index(min(dims)) if topology.platform == "tpu" else 0
+        if len(dims) == 2 and topology.platform == "tpu" and dims[shortest] >= 16:
+            slices *= 2
+        else:
+            dims[shortest] *= 2
+    return dataclasses.replace(topology, dims=tuple(dims), slices=slices)
+
+
+def way_out(config: Config, topology: Topology, found: Measurement, target_config: str | None, memory: int | None,
+            prove: int) -> Iterator[str]:
+    """Lines on what fills the memory and which single change makes room; at most ``prove`` changes are compiled,
+    until one fits."""
+    needed = found.most
+    if found.failure and topology.platform == "tpu":
+        # The compiler gave up before it had placed a tensor. The same step for as many devices with more memory
+        # differs in little but its kernels.
+        roomy = _roomy(found.devices)
+        stand_in = measure(config, roomy, found.step) if roomy and topology.kind != roomy.kind else None
+        if stand_in and not stand_in.failure:
+            needed = stand_in.peak
+            yield f"to blame     on {roomy}, where it compiles, the step's peak is {size_of(needed)} a device"
+            yield from largest_tensors(stand_in)
+    limit = found.limit
+    if not limit or not needed:
+        yield "way out      none is known: the compiler said neither what is needed nor what there is"
+        return
+    parts = sorted(estimate(config, found.devices, found.step).items(), key=lambda part: -part[1])
+    yield "by sums      " + ", ".join(f"{name} {size_of(size)}" for name, size in parts) + " a device"
+    changes = suggest(config, topology, found.devices, needed, limit, found.step)
+    for change in changes[:prove]:
+        proof = measure(change.config, change.topology, found.step, target_config, memory)
+        flags = " ".join(change.flags)
+        if proof.fits:
+            yield (f"way out      {flags}: compiled, FITS with a peak of {size_of(proof.peak)} of "
+                   f"{size_of(proof.limit)} a device")
+            return
+        yield (f"tried        {flags}: " + (proof.failure[:120] if proof.failure and not proof.needed else
+               f"{size_of(proof.most)} a device, still too much") + f" ({size_of(change.predicted)} expected)")
+    for change in changes[prove:prove + 1]:
+        yield f"perhaps      {' '.join(change.flags)}: {size_of(change.predicted)} a device expected, not compiled"
+    if not changes:
+        yield "way out      no single change is expected to fit; take more devices and change the layout, too"
+
+
+def _roomy(devices: int) -> Topology | None:
+    """As many v5p chips, in a shape that there is: the first two sizes even."""
+    if devices % 4:
+        return None
+    left = devices // 4
+    first = max((n for n in range(1, left + 1) if left % n == 0 and n ** 3 <= left), default=1)
+    left //= first
+    second = max(n for n in range(1, left + 1) if left % n == 0 and n * n <= 2 * left)
+    return Topology("v5p", (2 * first, 2 * second, left // second))

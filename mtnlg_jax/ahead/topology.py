@@ -1,0 +1,156 @@
+"""Described accelerators: ``v5p:8x8x16``, ``v5p:8x8x8*2`` (slices), ``H100:280x8`` (hosts x cards), ``cpu:8``."""
+
+import dataclasses
+import functools
+import importlib.util
+import math
+import os
+import re
+from importlib import resources
+
+import numpy as np
+
+from mtnlg_jax.config import MeshConfig
+from mtnlg_jax.parallel.mesh import AXES, make_mesh, shape_of
+
+TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")  # what libtpu 0.0.50 knows
+GPUS = ("A100", "H100", "H200", "B200")  # each has a file in gpus/
+
+# libtpu is loaded by programs that compile, never on a machine with the chip, so several may do it at once; it
+# must not ask the network what machine this is, nor fill standard error.
+_TPU_ENVIRONMENT = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0", "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3",
+}
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Chips of one kind. ``dims``: a TPU slice's chips along its torus; of GPUs hosts x cards; of CPUs devices."""
+
+    kind: str
+    dims: tuple[int, ...]
+    slices: int = 1
+
+    @property
+    def platform(self) -> str:
+        return "tpu" if self.kind in TPUS else "cuda" if self.kind in GPUS else "cpu"
+
+    @property
+    def chips(self) -> int:
+        return math.prod(self.dims) * self.slices
+
+    def __str__(self):
+        return f"{self.kind}:{'x'.join(map(str, self.dims))}" + (f"*{self.slices}" if self.slices > 1 else "")
+
+
+def parse(text: str) -> Topology:
+    """"v5p:8x8x8*2" as a Topology. Raises ValueError on another form or an unknown kind."""
+    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)(?:\*(\d+))?", text)
+    kinds = {kind.lower(): kind for kind in (*TPUS, *GPUS, "cpu")}
+    if not found or found[1].lower() not in kinds:
+        raise ValueError(f"topology {text!r} is not known; write KIND:SIZE, as v5p:8x8x16, v5e:16x16, v5p:8x8x8*2 for "
+                         f"two slices, H100:280x8 for hosts x cards, cpu:8; KIND is one of {', '.join(kinds.values())}")
+    topology = Topology(kinds[found[1].lower()], tuple(map(int, found[2].split("x"))), int(found[3] or 1))
+    wanted = {"cuda": (2,), "cpu": (1,)}.get(topology.platform, (2,) if topology.kind in ("v5e", "v6e") else (3,))
+    if len(topology.dims) not in wanted or 0 in topology.dims or topology.slices < 1:
+        raise ValueError(f"topology {text!r}: a {topology.kind} has {wanted[0]} sizes, each at least 1, as "
+                         f"{topology.kind}:{'x'.join('2' * wanted[0])}")
+    if topology.platform == "cpu" and topology.slices > 1:
+        raise ValueError(f"topology {text!r}: CPU devices have no slices; write cpu:{topology.chips}")
+    return topology
+
+
+def check_installed(topology: Topology) -> None:
+    """Raises ValueError, with what to install, where the compiler for ``topology`` is missing."""
+    module = {"tpu": "libtpu", "cuda": "jax_plugins.xla_cuda12"}.get(topology.platform)
+    try:
+        missing = module is not None and importlib.util.find_spec(module) is None
+    except ModuleNotFoundError:
+        missing = True
+    if missing:
+        raise ValueError(f"compiling for {topology.kind} needs {module.split('.')[-1]}, which is not here; install it "
+                         "with: pip install -c launch/constraints.txt -e '.[ahead]'")
+
+
+def environment(topology: Topology) -> dict[str, str]:
+    """The environment of a process that compiles for ``topology``; only of that one."""
+    values = os.environ | {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3",
+                           "JAX_ENABLE_COMPILATION_CACHE": "false"}  # a compile is to be measured, not looked up
+    if topology.platform == "tpu":
+        values |= _TPU_ENVIRONMENT
+    if topology.platform == "cpu":
+        flag = "--xla_force_host_platform_device_count"
+        others = [f for f in os.environ.get("XLA_FLAGS", "").split() if not f.startswith(flag)]
+        values["XLA_FLAGS"] = " ".join([*others, f"{flag}={topology.chips}"])
+    return values
+
+
+def card(topology: Topology, path: str | None = None) -> str:
+    """The text (a GpuTargetConfigProto) that describes the card to the compiler: of the project, or of ``path``."""
+    if path is not None:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    return resources.files(__package__).joinpath(f"gpus/{topology.kind.lower()}.txtpb").read_text(encoding="utf-8")
+
+
+def devices(topology: Topology, target_config: str | None = None) -> list:
+    """The described devices, or with "cpu" this process's own. Raises ValueError where the compiler refuses."""
+    import jax
+    from jax.experimental import topologies
+
+    if topology.platform == "cpu":
+        return jax.devices("cpu")
+    hosts = "x".join(map(str, topology.dims))
+    try:
+        if topology.platform == "cuda":
+            return topologies.get_topology_desc(
+                platform="cuda", topology_name="", topology=f"{topology.slices}x{hosts}",
+                target_config=card(topology, target_config)).devices
+        slices = {"num_slices": topology.slices} if topology.slices > 1 else {}
+        return topologies.get_topology_desc(platform="tpu", topology_name=f"{topology.kind}:{hosts}", **slices).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(f"topology {topology}: the compiler refuses it: {' '.join(str(error).split())}") from None
+
+
+def mesh_over(config: MeshConfig, topology: Topology, devices: list):
+    """The project's mesh over described devices; slices lie along ``data``, or ``pipe`` where that alone divides.
+    Raises ValueError where the sizes do not multiply to the devices."""
+    from jax.experimental import mesh_utils
+    from jax.sharding import AxisType, Mesh
+
+    shape = shape_of(config, len(devices))
+    mesh = functools.partial(Mesh, axis_names=AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    try:
+        if topology.slices == 1 or topology.platform != "tpu":
+            return make_mesh(config, devices)
+        outer = [1, 1, 1, 1]
+        outer[AXES.index("data" if shape[1] % topology.slices == 0 else "pipe")] = topology.slices
+        inner = [size // n for size, n in zip(shape, outer, strict=True)]
+        return mesh(mesh_utils.create_hybrid_device_mesh(inner, outer, devices=devices))
+    except (NotImplementedError, ValueError):  # no assignment to this torus: neighbours need not be neighbours
+        return mesh(np.array(devices).reshape(shape))
+
+
+def memory_of(topology: Topology, devices: list, target_config: str | None = None) -> int | None:
+    """Bytes of main memory that a program may use on one device: by the compiler's own word, or the card's
+    description; None on CPU."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import SingleDeviceSharding
+
+    if topology.platform == "cpu":
+        return None
+    if topology.platform == "cuda":
+        found = re.search(r"device_memory_size: *(\d+)", card(topology, target_config))
+        return int(found[1]) if found else None
+    huge = jax.ShapeDtypeStruct((2**40,), jnp.bfloat16, sharding=SingleDeviceSharding(devices[0]))
+    try:
+        jax.jit(lambda x: x + 1).lower(huge).compile()
+    except jax.errors.JaxRuntimeError as error:
+        found = re.search(r"exceeds available HBM \(([\d.]+)([GM])\)", str(error))
+        if found:
+            return int(float(found[1]) * {"G": GIB, "M": 2**20}[found[2]])
+    return None

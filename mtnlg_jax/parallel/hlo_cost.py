@@ -1,0 +1,246 @@
+"""FLOPs and collectives of a compiled program, each counted as often as it runs.
+
+XLA's own cost analysis counts the body of a loop once. Here every count is multiplied by the trips of the loops
+around it; loops that know their trips only when they run are asked for (``dynamic_trips``). Of a conditional, the
+costlier branch counts.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+
+from mtnlg_jax.parallel.hlo import Instruction, Program, arrays_of, bytes_of, dims_of
+
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """All collectives of one kind, over one set of mesh axes, at one depth of loops."""
+
+    kind: str  # one of KINDS
+    axes: tuple[str, ...]  # mesh axes along which the devices of a group differ
+    group: int  # devices of a group: the product of the axes, or less where a group is a part of them
+    depth: int  # loops around it
+    count: float  # executions a step
+    bytes: float  # that a device sends in them, by the ring's count: (n - 1)/n of the whole, twice for a sum
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    flops: float  # of the products a device computes, 2 for a multiplication and addition
+    collectives: tuple[Collective, ...]
+    guessed_loops: int  # loops whose trips were asked for
+
+
+# --- products -----------------------------------------------------------------------------------------------------
+
+
+def _numbers(attributes: str, key: str) -> list[int]:
+    found = re.search(rf'"?{key}"?[=:][{{\[]([\d",\s]*)[}}\]]', attributes)
+    return [int(n) for n in re.findall(r"\d+", found[1])] if found else []
+
+
+def _window_hits(size, stride, low, lhs_dilate, rhs_dilate, length, out) -> int:
+    """Pairs (output place, window place) of one dim that fall on an element of the input and not on padding."""
+    place = (np.arange(out)[:, None] * stride - low + np.arange(size)[None] * rhs_dilate)
+    return int(((place >= 0) & (place % lhs_dilate == 0) & (place // lhs_dilate < length)).sum())
+
+
+def _convolution_flops(attributes: str, lhs: tuple, rhs: tuple, out: tuple) -> float:
+    """TPU programs write products as convolutions, those of a batch with one spatial dim a batch dim, of whose
+    window only one place hits."""
+    left, right, result = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes).groups()
+    window = {key: value.split("x") for key, value in re.findall(r"(\w+)=([\w\-x]+)",
+              (re.search(r"window=\{([^}]*)\}", attributes) or ["", ""])[1])}
+    hits = 1
+    for dim in sorted(set(left) & set("0123456789")):
+        n = int(dim)
+
+        def of(key, default, n=n):
+            return window[key][n] if key in window else default
+
+        hits *= _window_hits(int(of("size", 1)), int(of("stride", 1)), int(of("pad", "0_0").split("_")[0]),
+                             int(of("lhs_dilate", 1)), int(of("rhs_dilate", 1)), lhs[left.index(dim)],
+                             out[result.index(dim)])
+    return 2.0 * hits * out[result.index("b")] * out[result.index("f")] * rhs[right.index("i")]
+
+
+def _flops(instruction: Instruction, shape_of: Callable[[str], str]) -> float:
+    opcode, attributes = instruction.opcode, instruction.attributes
+    if opcode == "convolution":
+        lhs, rhs = (dims_of(shape_of(name)) for name in instruction.operands[:2])
+        return _convolution_flops(attributes, lhs, rhs, dims_of(instruction.shape))
+    if opcode == "dot":
+        contracted = _numbers(attributes, "lhs_contracting_dims")
+    elif opcode == "custom-call" and re.search(r'target="(__cublas\$|__onednn\$matmul)', attributes):
+        contracted = _numbers(attributes, "lhs_contracting_dimensions")
+    else:
+        return 0.0
+    lhs = dims_of(shape_of(instruction.operands[0]))
+    return 2.0 * math.prod(dims_of(arrays_of(instruction.shape)[0])) * math.prod(lhs[d] for d in contracted)
+
+
+# --- collectives --------------------------------------------------------------------------------------------------
+
+
+def groups_of(attributes: str, mesh: dict[str, int]) -> tuple[tuple[str, ...], int]:
+    """(mesh axes along which devices of one group differ, size of a group) of a collective.
+
+    The devices of the program are numbered along the mesh, its last axis fastest. Four ways of writing occur:
+    {{0,1},{2,3}}, [2,4]<=[4,2]T(1,0), mesh['x'=2,'y'=4] {'y'}, and source_target_pairs={{0,1},{1,0}}."""
+    pairs = re.search(r"source_target_pairs=\{(\{.*?\})\}", attributes)
+    if pairs:  # those that pass on to each other are one group
+        axes = _differing(_listed(pairs[1]), mesh)
+        return axes, math.prod(mesh[axis] for axis in axes)
+    groups = _groups(attributes, math.prod(mesh.values()))
+    return _differing(groups, mesh), groups.shape[1]
+
+
+def _listed(text: str) -> np.ndarray:
+    return np.array([[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", text)])
+
+
+def _differing(groups: np.ndarray, mesh: dict[str, int]) -> tuple[str, ...]:
+    places = np.stack(np.unravel_index(groups, list(mesh.values())), -1)
+    moved = (places != places[:, :1]).any((0, 1))
+    return tuple(axis for axis, differs in zip(mesh, moved, strict=True) if differs)
+
+
+def _groups(attributes: str, count: int) -> np.ndarray:
+    """(groups, devices of each)."""
+    named = re.search(r"replica_groups=mesh\[(.*?)\] *\{(.*?)\}", attributes)
+    if named:  # of the compiler's own mesh, whose names need not be ours
+        sizes = {axis: int(n) for axis, n in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        chosen = {}
+        for axis, before, part in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", named[2]):
+            chosen.setdefault(axis, []).append((int(before or 1), int(part or sizes[axis])))
+        shape, inside = [], []
+        for axis, size in sizes.items():  # an axis may take part with a factor of its size
+            for before, part in sorted(chosen.get(axis, [])):
+                shape += [before, part]
+                inside.append(len(shape) - 1)
+                size //= before * part
+            shape.append(size)
+        outside = [dim for dim in range(len(shape)) if dim not in inside]
+        group = math.prod(shape[dim] for dim in inside)
+        return np.arange(math.prod(shape)).reshape(shape).transpose(outside + inside).reshape(-1, group)
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
+    if iota:
+        shape, reshaped = ([int(n) for n in part.split(",")] for part in iota.groups()[:2])
+        ids = np.arange(math.prod(reshaped)).reshape(reshaped)
+        return (ids.transpose([int(n) for n in iota[3].split(",")]) if iota[3] else ids).reshape(shape)
+    listed = re.search(r"replica_groups=\{(.*?\})\}", attributes)
+    return _listed(listed[1]) if listed else np.arange(count)[None]
+
+
+def _sent(kind: str, whole: float, size: int) -> float:
+    if kind == "collective-permute":
+        return whole
+    return (2 if kind == "all-reduce" else 1) * whole * (size - 1) / size
+
+
+def _collective(instruction: Instruction, shape_of, mesh, scattered: bool):
+    """((kind, axes, group), bytes that a device sends), or None."""
+    kind = instruction.opcode.removesuffix("-start")
+    if kind not in KINDS:
+        return None
+    axes, size = groups_of(instruction.attributes, mesh)
+    if size == 1:  # the CPU compiler keeps these
+        return None
+    given = sum(bytes_of(shape_of(name)) for name in instruction.operands)
+    whole = given * size if kind == "all-gather" else given
+    if kind == "all-reduce" and scattered:
+        kind = "reduce-scatter"
+    return (kind, axes, size), _sent(kind, whole, size)
+
+
+# --- adding up ----------------------------------------------------------------------------------------------------
+
+_INLINE = ("calls", "to_apply", "called_computations")
+
+
+def cost_of(program: Program, mesh: dict[str, int], dynamic_trips: Callable[[int], float] = lambda depth: 1) -> Cost:
+    """FLOPs and collectives of one run of ``program`` on one device.
+
+    Args:
+      mesh: {axis: size}, in the order in which the program's devices are numbered.
+      dynamic_trips: trips of a loop that only knows them when it runs, given the number of loops around it.
+    """
+    guessed = set()
+
+    @functools.cache
+    def walk(computation: str, depth: int, scattered: bool = False):
+        shapes = program.index(computation)
+        flops, found = 0.0, Counter()
+
+        def shape_of(name):
+            return shapes[name].shape
+
+        def add(result, times=1.0):
+            nonlocal flops
+            flops += times * result[0]
+            for key, value in result[1].items():
+                found[key] += times * value
+
+        for instruction in program.computations[computation]:
+            opcode = instruction.opcode
+            flops += _flops(instruction, shape_of)
+            collective = _collective(instruction, shape_of, mesh, scattered)
+            if collective:
+                found[*collective[0], depth, "count"] += 1
+                found[*collective[0], depth, "bytes"] += collective[1]
+            elif opcode == "while":
+                trips = trips_of(program, computation, instruction)
+                if trips is None:
+                    guessed.add(instruction.name)
+                    trips = dynamic_trips(depth)
+                for body in program.called(instruction, "body"):
+                    add(walk(body, depth + 1), trips)
+            elif opcode == "conditional":
+                branches = program.called(instruction, "branch_computations", "true_computation", "false_computation")
+                add(max((walk(branch, depth) for branch in branches), key=_weight))
+            elif opcode not in ("async-update", "async-done"):  # these name what async-start has started
+                for name in program.called(instruction, *_INLINE):
+                    # The TPU compiler writes a sum of which each device keeps its part as such a fusion.
+                    part = "all-reduce-scatter" in instruction.name or "all-reduce-scatter" in name
+                    add(walk(name, depth, part))
+        return flops, found
+
+    flops, found = walk(program.entry, 0)
+    keys = sorted({key[:4] for key in found}, key=lambda key: (KINDS.index(key[0]), key[3], key[1:3]))
+    rows = tuple(Collective(*key, found[*key, "count"], found[*key, "bytes"]) for key in keys)
+    return Cost(flops, tuple(row for row in rows if row.count), len(guessed))
+
+
+def _weight(result):
+    return result[0], sum(value for key, value in result[1].items() if key[-1] == "bytes")
+
+
+def trips_of(program: Program, computation: str, loop: Instruction) -> int | None:
+    """Trips of a while loop: what the compiler has noted, or what its condition says; None if known only later."""
+    noted = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
+    if noted:
+        return int(noted[1])
+    condition = next(iter(program.called(loop, "condition")), None)
+    test = program.roots.get(condition)
+    if test is None or test.opcode != "compare" or "direction=LT" not in test.attributes:
+        return None
+    init = program.index(computation).get(loop.operands[0])
+
+    def value(name: str) -> int | None:
+        """A constant of the condition, or one that the loop carries from its start."""
+        inside = program.index(condition).get(name)
+        if inside is not None and inside.opcode == "get-tuple-element" and init is not None and init.opcode == "tuple":
+            place = int(re.search(r"index=(\d+)", inside.attributes)[1])
+            inside = program.index(computation).get(init.operands[place])
+            while inside is not None and inside.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
+                inside = program.index(computation).get(inside.operands[0])
+        return int(inside.operands[0]) if inside is not None and inside.opcode == "constant" else None
+
+    first, last = (value(name) for name in test.operands)
+    return None if last is None else max(last - (first or 0), 0)

@@ -1,0 +1,154 @@
+"""The command from end to end on virtual CPU devices; on TPU and GPU compilers where they are installed."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from mtnlg_jax.ahead import measure as measuring
+from mtnlg_jax.ahead.measure import Measurement, measure
+from mtnlg_jax.ahead.topology import parse
+from mtnlg_jax.config import load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ["--config=configs/tiny.py", "--set=model.vocab_size=512", "--set=mesh.tensor=2"]
+
+
+def config(*changes):
+    return load_config(str(ROOT / "configs/tiny.py"), ["model.vocab_size=512", *changes])
+
+
+def run(*flags, code=0):
+    done = subprocess.run([sys.executable, "launch/compile_ahead.py", *flags], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}, timeout=300)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout if code < 2 else done.stderr
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Holds the report, the measurement and the program of the smallest config over data 4 x tensor 2."""
+    folder = tmp_path_factory.mktemp("ahead")
+    said = run(*TINY, "--topology=cpu:8", f"--json={folder}/m.json", f"--hlo={folder}/program.txt")
+    (folder / "report.txt").write_text(said)
+    return folder
+
+
+def test_the_projects_own_train_step_is_measured(folder):
+    m = json.loads((folder / "m.json").read_text())
+    assert m["mesh"] == {"pipe": 1, "data": 4, "context": 1, "tensor": 2} and not m["failure"]
+    found = {(c["kind"], tuple(c["axes"]), c["depth"]): c["count"] for c in m["collectives"]}
+    # ZeRO gathers once a step: nothing over data stands in a loop, and each of the 16 kinds of weights split along D
+    # (6 matrices, 6 vectors a block; embeddings, the final norm's two) is gathered and scattered once.
+    assert not [key for key in found if "data" in key[1] and key[2]]
+    assert found["all-gather", ("data",), 0] == found["reduce-scatter", ("data",), 0] == 16
+    # 2 layers: before each half block a gather, after it a scatter, forward and back; the gathers again for the
+    # backward pass, since their results are not kept.
+    assert found["all-gather", ("tensor",), 1] == 2 * 6 and found["reduce-scatter", ("tensor",), 1] == 2 * 4
+    layers, rows, length, width, vocabulary = 2, 2, 64, 64, 512
+    block = 24 * length * width**2 + 4 * length**2 * width  # forward, of a row: 24 s h^2 (1 + s / 6 h)
+    once = rows * (layers * block + 2 * length * width * vocabulary)
+    assert m["flops"] == 3 * once / 2  # two devices share a row
+
+
+def test_the_report_has_all_that_is_asked_of_it(folder):
+    said = (folder / "report.txt").read_text()
+    for word in ("tiny: train step on cpu:8", "layout", "verdict", "padding", "products", "collectives", "took"):
+        assert word in said
+    assert "ENTRY" in (folder / "program.txt").read_text()
+
+
+def test_what_does_not_fit_is_blamed_and_a_change_that_fits_is_proved():
+    said = run(*TINY, "--topology=cpu:8", "--memory=0.0125", "--set=train.global_batch_size=128",
+               "--set=train.micro_batch_size=32", "--prove=1", code=1)
+    assert "verdict      DOES NOT FIT: 1" in said and "\nby sums      " in said
+    assert "\nway out      --set=train.micro_batch_size=16: compiled, FITS with a peak of " in said
+
+
+@pytest.mark.parametrize("step", ["prefill", "decode"])
+def test_the_steps_of_decoding(step):
+    m = measure(config("mesh.tensor=2"), parse("cpu:8"), step)
+    assert not m.failure and m.flops > 0
+    # Weights, and a cache of 64 positions for one row: float32, tensor 2; matrices and the embeddings dominate.
+    weights = 4 * (2 * 12 * 64**2 + 512 * 64) // 2 + 4 * 64 * 64
+    assert weights < m.arguments < 1.5 * weights
+
+
+def test_what_cannot_be_compiled_is_one_line():
+    said = run("--config=configs/tiny.py", "--topology=cpu:8", code=2)
+    assert said.count("\n") == 1 and "--set=model.vocab_size=51200" in said
+    # What is only found where the compiler runs comes back as an error, too.
+    with pytest.raises(ValueError, match="mesh pipe=1 x data=8 x context=1 x tensor=2 does not fit 8 devices"):
+        measure(config("mesh.data=8", "mesh.tensor=2"), parse("cpu:8"))
+
+
+def test_a_compiler_that_aborts_is_a_measurement(monkeypatch):
+    def dies(command, input, env, **_):
+        started = Measurement("cpu:8", 8, {"data": 8}, "train", 1, "jaxlib", None, failure="unfinished")
+        Path(json.loads(input)["answer"]).write_text(measuring.to_text(started))
+        return SimpleNamespace(returncode=-6, stderr="W chatter\nF0101 thunk.cc:59 Check failed: 1 vs 2\nat 0x1\n")
+
+    monkeypatch.setattr(subprocess, "run", dies)
+    m = measure(config(), parse("cpu:8"))
+    assert m.failure == "the compiler ended with SIGABRT: F0101 thunk.cc:59 Check failed: 1 vs 2"
+    assert m.fits is None
+
+
+def test_a_process_that_does_not_begin_is_an_error(monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stderr="ImportError: x\n"))
+    with pytest.raises(ValueError, match="did not begin: the compiler ended with exit code 1: ImportError: x"):
+        measure(config(), parse("cpu:8"))
+
+
+@pytest.mark.parametrize(("words", "needed"), [
+    ("the total memory required for HLO temporaries (45.71G) exceeds available HBM (15.75G)", int(45.71 * 2**30)),
+    ("Ran out of memory in memory space hbm. Used 100.5M of 15.75G hbm.", int(100.5 * 2**20)),
+    ("INTERNAL: something else", None),
+])
+def test_what_the_compiler_says_is_needed(words, needed):
+    assert measuring._needed(words) == needed
+
+
+def test_a_missing_description_is_refused():
+    with pytest.raises(FileNotFoundError, match="--target_config=nowhere is not a file"):
+        measure(config(), parse("cpu:8"), target_config="nowhere")
+
+
+# --- the real compilers -----------------------------------------------------------------------------------------------
+
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (extra ahead)")
+needs_cuda = pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is None
+                                or importlib.util.find_spec("jax_plugins.xla_cuda12") is None,
+                                reason="needs jax-cuda12-plugin (extra ahead)")
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_tpu_program():
+    m = measure(config(), parse("v5e:2x2"))
+    assert m.fits and m.flops > 0 and m.limit == int(15.75 * 2**30)
+    assert m.arguments > m.arguments_exact and m.padded  # heads of width 16 do not fill a tile
+    with pytest.raises(ValueError, match=r"topology v5p:3x3x3: the compiler refuses it: .*2x2x1"):
+        measure(config(), parse("v5p:3x3x3"))
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_530b_on_a_v5p_pod_fits_in_minutes_and_4_gb():
+    big = load_config(str(ROOT / "configs/mtnlg_530b.py"), ["mesh.pipe=1", "mesh.data=128", "mesh.zero=3",
+                                                             "train.rampup_batch_size=none"])
+    m = measure(big, parse("v5p:8x8x16"))
+    assert m.fits and m.peak < 0.5 * m.limit
+    assert m.compile_seconds < 300 and m.resident < 4e9
+
+
+@pytest.mark.slow
+@needs_cuda
+def test_a_gpu_program():
+    m = measure(config(), parse("H100:1x8"))
+    assert m.fits and m.flops > 0 and m.limit == 84942979072

@@ -1,0 +1,163 @@
+"""The page that a measurement becomes, and the ways out of one that does not fit."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from mtnlg_jax.ahead import remedy
+from mtnlg_jax.ahead.measure import Measurement
+from mtnlg_jax.ahead.report import render, size_of
+from mtnlg_jax.ahead.topology import GIB, parse
+from mtnlg_jax.config import load_config
+from mtnlg_jax.parallel.hlo import Tensor
+from mtnlg_jax.parallel.hlo_cost import Collective
+
+ROOT = Path(__file__).resolve().parents[2]
+POD = ["mesh.pipe=1", "mesh.data=128", "mesh.zero=3", "train.rampup_batch_size=none"]
+
+
+def config(*changes):
+    return load_config(str(ROOT / "configs/mtnlg_530b.py"), changes)
+
+
+def measurement(**changes):
+    """Made up but for its shapes."""
+    state = "state['params']['blocks']['attention']['w_q_DNH'].value"
+    tensors = [Tensor(3 * GIB // 2, "f32[105,160]", "argument", 3, state),
+               Tensor(2**20, "bf16[8]", "loop", 12, "jit(step)/shard_map/while/body/jvp()/mul")]
+    collectives = [Collective("all-gather", ("data",), 128, 2, 18900.0, 2.5 * GIB),
+                   Collective("all-reduce", ("data", "tensor"), 1024, 0, 1.0, 64.0),
+                   Collective("all-to-all", ("data",), 16, 1, 2.0, 3e6)]
+    found = Measurement("v5p:8x8x16", 1024, {"pipe": 1, "data": 128, "context": 1, "tensor": 8}, "train", 15,
+                        "libtpu 1.2", 96 * GIB, "", None, int(6.5 * GIB), 6 * GIB, [[state, GIB // 8]], 16 * GIB,
+                        38 * 2**20, 24 * GIB, 1.5e16, collectives, 4, tensors, 0.05, 1.04, 32.96, int(1.5 * GIB))
+    return dataclasses.replace(found, **changes)
+
+
+GOLDEN = """\
+mtnlg_530b: train step on v5p:8x8x16, 1,024 devices, libtpu 1.2
+layout       pipe 1 x data 128 x context 1 x tensor 8, zero 3, recompute full, 15 micro-batches, 1 row a data shard
+verdict      FITS: peak 24.00 GiB of 96.00 GiB a device, 72.00 GiB (75%) to spare
+memory       arguments 6.50 GiB, temporaries 16.00 GiB, code 38.00 MiB; peak 24.00 GiB a device
+padding      512.00 MiB of the arguments (8.3%), tiles that dims do not fill; the most in \
+params.blocks.attention.w_q_DNH 128.00 MiB
+largest      size of one, how many in the program, held as, shape, the first one's origin
+               1.50 GiB  x3   argument   f32[105,160]  params.blocks.attention.w_q_DNH
+               1.00 MiB  x12  loop       bf16[8]  while/jvp()/mul
+products     1.5e+16 FLOPs a device and step; 4 loops know their trips only when run: counted for the full batch and \
+causal attention
+collectives  kind               axes           loops     times        sent  a device and step
+             all-gather         data               2    18,900    2.50 GiB
+             all-reduce         data+tensor        0         1        64 B
+             all-to-all         data:16            1         2    2.86 MiB
+compiler's   estimate 0.0500 s, which counts the body of each loop once: no step time
+took         1.0 s to trace, 33.0 s to compile, 1.50 GiB of this machine's memory"""
+
+
+def test_the_page_of_a_measurement():
+    assert render(config(*POD), measurement()) == GOLDEN
+
+
+@pytest.mark.parametrize(("changes", "verdict"), [
+    ({"peak": 100 * GIB}, "DOES NOT FIT: 100.00 GiB a device (peak) of 96.00 GiB, 4.00 GiB too much"),
+    ({"failure": "out of memory", "needed": 97 * GIB}, "DOES NOT FIT: 97.00 GiB a device (at least, by the compiler's "
+     "first look) of 96.00 GiB, 1.00 GiB too much"),
+    ({"failure": "the compiler ended with SIGABRT: Check failed"}, "UNKNOWN: the compiler ended with SIGABRT: Check "
+     "failed"),
+    ({"limit": None},
+     "compiles, peak 24.00 GiB a device; what a device has is not known (--memory=GIB says it)"),
+    ({"topology": "H100:1x8", "peak": 80 * GIB}, "FITS: peak 80.00 GiB of 96.00 GiB a device, 16.00 GiB (17%) to "
+     "spare; set XLA_PYTHON_CLIENT_MEM_FRACTION=0.85"),
+])
+def test_verdicts(changes, verdict):
+    assert f"verdict      {verdict}\n" in render(config(*POD), measurement(**changes))
+
+
+def test_a_pipeline_names_its_schedule():
+    page = render(config("mesh.schedule=1f1b"), measurement(mesh={"pipe": 35, "data": 8, "context": 1, "tensor": 8}))
+    assert "tensor 8, zero 0, 1f1b, recompute full, 15 micro-batches" in page
+
+
+@pytest.mark.parametrize(("size", "text"), [(0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (-3 * GIB, "-3.00 GiB")])
+def test_sizes_in_a_unit_of_which_there_is_one(size, text):
+    assert size_of(size) == text
+
+
+# --- the way out ------------------------------------------------------------------------------------------------------
+
+
+def flags(changes):
+    return [" ".join(change.flags) for change in changes]
+
+
+def test_the_state_is_what_the_masters_and_moments_take():
+    parts = remedy.estimate(config(*POD), 1024, "train")
+    assert parts["state"] == pytest.approx(12 * config().model.parameter_count() / 1024, rel=1e-3)
+    assert remedy.estimate(config(), 2240, "train")["state"] == pytest.approx(12 * 2.02e9, rel=0.03)  # zero 0
+
+
+def test_smaller_micro_batches_come_first():
+    changes = remedy.suggest(config(*POD, "train.micro_batch_size=15"), parse("v5p:8x8x16"), 1024, 100 * GIB, 96 * GIB,
+                             "train")
+    assert changes and not flags(changes)[0].startswith("--set=train.micro")  # 15 has no half
+    changes = remedy.suggest(config(*POD, "train.global_batch_size=2048", "train.micro_batch_size=16"),
+                             parse("v5p:8x8x16"), 1024, 100 * GIB, 96 * GIB, "train")
+    assert flags(changes)[0] == "--set=train.micro_batch_size=8"
+    assert all(change.predicted < 96 * GIB for change in changes)
+
+
+def test_a_pipeline_that_holds_too_much_is_sent_to_1f1b():
+    changes = remedy.suggest(config("mesh.zero=1"), parse("H100:280x8"), 2240, 90 * GIB, 80 * GIB, "train")
+    assert flags(changes)[0] == "--set=mesh.schedule=1f1b"
+
+
+def test_masters_held_by_every_replica_are_sharded():
+    changes = remedy.suggest(config("mesh.schedule=1f1b"), parse("H100:280x8"), 2240, 90 * GIB, 80 * GIB, "train")
+    assert flags(changes)[0] == "--set=mesh.zero=1"
+
+
+def test_no_change_is_suggested_that_the_config_refuses():
+    for change in remedy.suggest(config(*POD), parse("v5e:16x16*4"), 1024, 40 * GIB, 16 * GIB, "train"):
+        assert "pipe=2 " not in " ".join(change.flags)  # 105 layers do not divide
+        assert change.predicted <= remedy.MARGIN * 16 * GIB
+
+
+@pytest.mark.parametrize(("small", "large"), [
+    ("v5e:16x16", "v5e:16x16*4"), ("v6e:8x16", "v6e:16x16*2"), ("v5p:8x8x16", "v5p:16x16x16"), ("H100:2x8", "H100:8x8"),
+])
+def test_a_topology_grows_in_shapes_that_there_are(small, large):
+    assert str(remedy._grown(parse(small), 4)) == large
+
+
+def test_ways_out_are_proved_in_turn(monkeypatch):
+    tried = []
+
+    def measured(config, topology, step, target_config=None, memory=None):
+        tried.append((config.train.micro_batch_size, str(topology)))
+        return measurement(peak=(97 if len(tried) == 1 else 50) * GIB)
+
+    monkeypatch.setattr(remedy, "measure", measured)
+    big = config(*POD, "train.global_batch_size=2048", "train.micro_batch_size=16")
+    said = list(remedy.way_out(big, parse("v5p:8x8x16"), measurement(peak=120 * GIB), None, None, 2))
+    assert tried == [(8, "v5p:8x8x16"), (4, "v5p:8x8x16")]
+    assert said[0].startswith("by sums      activations ")
+    assert said[1].startswith("tried        --set=train.micro_batch_size=8: 97.00 GiB a device, still too much (")
+    assert said[2] == ("way out      --set=train.micro_batch_size=4: compiled, FITS with a peak of 50.00 GiB of "
+                       "96.00 GiB a device")
+
+
+def test_a_compiler_that_gave_up_is_asked_about_a_chip_with_more_memory(monkeypatch):
+    monkeypatch.setattr(remedy, "measure", lambda config, topology, *_: measurement(topology=str(topology)))
+    failed = measurement(topology="v5e:16x16*4", failure="HbmOom", needed=70 * GIB, limit=16 * GIB)
+    said = list(remedy.way_out(config(*POD), parse("v5e:16x16*4"), failed, None, None, 0))
+    assert said[0] == "to blame     on v5p:8x16x8, where it compiles, the step's peak is 24.00 GiB a device"
+    assert "f32[105,160]  params.blocks.attention.w_q_DNH" in said[2]
+
+
+@pytest.mark.parametrize(("devices", "dims"), [(4, (2, 2, 1)), (256, (8, 8, 4)), (1024, (8, 16, 8)), (2240, None)])
+def test_the_stand_in_has_as_many_devices_in_a_shape_that_there_is(devices, dims):
+    roomy = remedy._roomy(devices)
+    assert roomy.chips == devices and not (roomy.dims[0] % 2 or roomy.dims[1] % 2)
+    assert dims in (None, roomy.dims)
+    assert remedy._roomy(6) is None

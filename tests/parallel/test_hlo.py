@@ -1,0 +1,207 @@
+"""Reading compiled programs: known counts of small programs of the CPU compiler, and the texts of other compilers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mtnlg_jax.parallel.hlo import Program, arguments_of, bytes_of, largest, padded_bytes
+from mtnlg_jax.parallel.hlo_cost import cost_of, groups_of
+
+MESH = {"a": 2, "b": 4}
+
+
+def compiled(function, *shapes, in_specs, out_specs):
+    """The text of ``function`` as one manual region over MESH."""
+    mesh = jax.make_mesh(tuple(MESH.values()), tuple(MESH), axis_types=(AxisType.Auto,) * 2)
+    region = jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+                 for shape, spec in zip(shapes, in_specs, strict=True)]
+    return jax.jit(region).lower(*arguments).compile().as_text()
+
+
+def rows(text, dynamic=lambda depth: 1):
+    cost = cost_of(Program(text), MESH, dynamic)
+    return {(c.kind, c.axes, c.depth): (c.count, c.bytes) for c in cost.collectives}
+
+
+def test_each_collective_with_its_axes_and_what_a_device_sends():
+    def region(x):  # float32 (8, 128), 4096 bytes a device
+        gathered = lax.all_gather(x, "b", tiled=True)
+        part = lax.psum_scatter(gathered * 2, "b", tiled=True)
+        total = lax.psum(part, "a")
+        moved = lax.ppermute(total, "b", [(i, (i + 1) % 4) for i in range(4)])
+        return lax.psum(lax.all_to_all(moved, "b", 0, 0, tiled=True), ("a", "b"))
+
+    found = rows(compiled(region, (64, 128), in_specs=(P(("a", "b")),), out_specs=P(None)))
+    assert found == {
+        ("all-gather", ("b",), 0): (1, 3 * 4096),
+        ("reduce-scatter", ("b",), 0): (1, 3 * 4096),
+        ("all-reduce", ("a",), 0): (1, 4096),  # 2 x half of it
+        ("all-reduce", ("a", "b"), 0): (1, 2 * 4096 * 7 / 8),
+        ("all-to-all", ("b",), 0): (1, 3 / 4 * 4096),
+        ("collective-permute", ("b",), 0): (1, 4096),
+    }
+
+
+def test_loops_multiply_what_stands_in_them():
+    def region(w, x):
+        def inner(_, y):
+            return lax.psum(jnp.sin(y @ w), "b")
+
+        def outer(y, _):
+            return lax.ppermute(lax.fori_loop(0, 3, inner, y), "a", [(0, 1), (1, 0)]), None
+
+        return lax.scan(outer, x, None, length=5)[0]
+
+    text = compiled(region, (16, 16), (8, 16), in_specs=(P(), P()), out_specs=P())
+    assert rows(text) == {("all-reduce", ("b",), 2): (15, 15 * 2 * 8 * 16 * 4 * 3 / 4),
+                          ("collective-permute", ("a",), 1): (5, 5 * 8 * 16 * 4)}
+    assert cost_of(Program(text), MESH).flops == 15 * 2 * 8 * 16 * 16
+
+
+def test_a_loop_with_a_traced_end_is_asked_for():
+    def function(w, x, count):
+        return lax.fori_loop(0, count, lambda _, y: jnp.sin(y @ w), x)
+
+    text = jax.jit(function).lower(np.ones((16, 16), np.float32), np.ones((8, 16), np.float32),
+                                   np.int32(3)).compile().as_text()
+    asked = []
+    cost = cost_of(Program(text), MESH, lambda depth: asked.append(depth) or 7)
+    assert asked == [0] and cost.guessed_loops == 1
+    assert cost.flops == 7 * 2 * 8 * 16 * 16
+
+
+def test_of_a_condition_the_costlier_branch_counts():
+    def function(which, w, x):
+        return lax.cond(which, lambda: x @ w @ w, lambda: x @ w)
+
+    text = jax.jit(function).lower(np.bool_(True), np.ones((16, 16), np.float32),
+                                   np.ones((8, 16), np.float32)).compile().as_text()
+    assert cost_of(Program(text), MESH).flops == 2 * 2 * 8 * 16 * 16
+
+
+@pytest.mark.parametrize(("written", "axes", "size"), [
+    ("replica_groups={{0,1,2,3},{4,5,6,7}}, x", ("b",), 4),
+    ("replica_groups={{0,4},{1,5},{2,6},{3,7}}", ("a",), 2),
+    ("replica_groups={{0,1},{2,3},{4,5},{6,7}}", ("b",), 2),  # half of it
+    ("replica_groups={}, x", ("a", "b"), 8),
+    ("replica_groups=[2,4]<=[8], x", ("b",), 4),
+    ("replica_groups=[4,2]<=[2,4]T(1,0), x", ("a",), 2),
+    ("replica_groups=mesh['a'=2,'b'=4] {'b'}, x", ("b",), 4),
+    ("replica_groups=mesh['a'=2,'b'=4] {'b','a'}, x", ("a", "b"), 8),
+    ("replica_groups=mesh['axis_0'=8] {'axis_0'}, x", ("a", "b"), 8),
+    ("replica_groups=mesh['axis_0'=8] {'axis_0':(2)4}, x", ("b",), 4),
+    ("replica_groups=mesh['axis_0'=8] {'axis_0':(1)2}, x", ("a",), 2),
+    ("replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}, x", ("b",), 2),
+    ("source_target_pairs={{0,1},{1,2},{2,3},{3,0}}", ("b",), 4),
+    ("source_target_pairs={{0,4},{4,0}}", ("a",), 2),
+])
+def test_groups_in_every_way_of_writing(written, axes, size):
+    assert groups_of(f" channel_id=1, {written}", MESH) == (axes, size)
+
+
+# As the TPU compiler writes: products as convolutions, a sum kept in parts as a fusion, started collectives, trips
+# only in the loop's condition, comments between the elements of a tuple.
+TPU = """HloModule jit_f, is_scheduled=true
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[]{:T(128)} parameter(0)
+  %y = f32[]{:T(128)} parameter(1)
+  ROOT %sum = f32[]{:T(128)} add(%x, %y)
+}
+
+%all-reduce-scatter.1 (p: f32[8,512]) -> f32[8,128] {
+  %p = f32[8,512]{1,0:T(8,128)} parameter(0)
+  %whole = f32[8,512]{1,0:T(8,128)} all-reduce(%p), channel_id=2, replica_groups=[2,4]<=[8], to_apply=%add
+  ROOT %part = f32[8,128]{1,0:T(8,128)} slice(%whole), slice={[0:8], [0:128]}
+}
+
+%started (p.1: bf16[8,128]) -> bf16[32,128] {
+  %p.1 = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %g = bf16[32,128]{1,0:T(8,128)(2,1)} all-gather(%p.1), replica_groups=[2,4]<=[8], dimensions={0}
+}
+
+%condition (s: (s32[], f32[8,512], s32[])) -> pred[] {
+  %s = (s32[]{:T(128)}, f32[8,512]{1,0:T(8,128)}, /*index=2*/s32[]{:T(128)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%s), index=0
+  %n = s32[]{:T(128)} get-tuple-element(%s), index=2
+  ROOT %less = pred[]{:T(512)} compare(%i, %n), direction=LT
+}
+
+%body (s.1: (s32[], f32[8,512], s32[])) -> (s32[], f32[8,512], s32[]) {
+  %s.1 = (s32[]{:T(128)}, f32[8,512]{1,0:T(8,128)}, /*index=2*/s32[]{:T(128)}) parameter(0)
+  %x.1 = f32[8,512]{1,0:T(8,128)} get-tuple-element(%s.1), index=1
+  %fused = f32[8,128]{1,0:T(8,128)S(1)} fusion(%x.1), kind=kCustom, calls=%all-reduce-scatter.1
+  ROOT %t = (s32[]{:T(128)}, f32[8,512]{1,0:T(8,128)}, /*index=2*/s32[]{:T(128)}) tuple(%s.1)
+}
+
+ENTRY %main (a: f32[8,512], b: bf16[8,128], q: f32[16,128,160], k: f32[16,128,160]) -> f32[16,128,128] {
+  %a = f32[8,512]{1,0:T(8,128)} parameter(0), metadata={op_name="state['w']"}
+  %b = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(1), metadata={op_name="b (of \\"two\\")"}
+  %q = f32[16,128,160]{2,1,0:T(8,128)} parameter(2)
+  %k = f32[16,128,160]{2,1,0:T(8,128)} parameter(3)
+  %zero = s32[]{:T(128)} constant(0)
+  %five = s32[]{:T(128)} constant(5)
+  %copied = s32[]{:T(128)} copy(%five)
+  %start = (s32[]{:T(128)}, f32[8,512]{1,0:T(8,128)}, /*index=2*/s32[]{:T(128)}) tuple(%zero, %a, /*index=2*/%copied)
+  %loop = (s32[]{:T(128)}, f32[8,512]{1,0:T(8,128)}, s32[]{:T(128)}) while(%start), condition=%condition, body=%body
+  %s.2 = ((bf16[8,128]), bf16[32,128], u32[]) async-start(%b), calls=%started
+  %u = ((bf16[8,128]), bf16[32,128], u32[]) async-update(%s.2), calls=%started
+  %d = bf16[32,128]{1,0:T(8,128)(2,1)} async-done(%u), calls=%started
+  ROOT %c = f32[16,128,128]{2,1,0:T(8,128)} convolution(%q, %k), window={size=16 stride=15 lhs_dilate=16}, \
+dim_labels=0bf_0oi->0bf
+}
+"""
+
+
+def test_the_text_of_the_tpu_compiler():
+    cost = cost_of(Program(TPU), MESH)
+    assert [(c.kind, c.axes, c.depth, c.count, c.bytes) for c in cost.collectives] == [
+        ("all-gather", ("b",), 0, 1, 3 * 8 * 128 * 2), ("reduce-scatter", ("b",), 1, 5, 5 * 8 * 512 * 4 * 3 / 4)]
+    # A product of a batch of 16: of a window of 16 places one hits.
+    assert cost.flops == 2 * 16 * 128 * 128 * 160
+    assert cost.guessed_loops == 0
+
+
+def test_products_that_a_library_computes():
+    text = """HloModule jit_f
+ENTRY %main (a: bf16[8,16], b: bf16[16,32]) -> bf16[8,32] {
+  %a = bf16[8,16]{1,0} parameter(0)
+  %b = bf16[16,32]{1,0} parameter(1)
+  ROOT %c = (bf16[8,32]{1,0}, s8[64]{0}) custom-call(%a, %b), custom_call_target="__cublas$gemm", \
+backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}
+}
+"""
+    assert cost_of(Program(text), MESH).flops == 2 * 8 * 32 * 16
+
+
+@pytest.mark.parametrize(("shape", "exact", "padded"), [
+    ("f32[105,160,16,160]{3,2,1,0:T(8,128)}", 4 * 105 * 160 * 16 * 160, 4 * 105 * 160 * 16 * 256),
+    ("f32[105,160,16,160]{0,3,2,1:T(8,128)}", 4 * 105 * 160 * 16 * 160, 4 * 128 * 160 * 16 * 160),
+    ("bf16[10,100]{1,0:T(8,128)(2,1)S(1)}", 2000, 2 * 16 * 128),
+    ("f32[160]{0:T(256)}", 640, 1024),
+    ("s32[]{:T(128)}", 4, 4),
+    ("(f32[3]{0}, pred[5]{0})", 17, 17),
+    ("f8e4m3fn[4]{0}", 4, 4),
+    ("s4[3]{0}", 2, 2),
+])
+def test_bytes_with_and_without_padding(shape, exact, padded):
+    assert (bytes_of(shape), padded_bytes(shape)) == (exact, padded)
+
+
+def test_arguments_and_the_largest_tensors():
+    program = Program(TPU)
+    assert arguments_of(program)[0] == ("state['w']", "f32[8,512]{1,0:T(8,128)}")
+    first, *others = largest(program, 20)
+    assert (first.bytes, first.shape, first.held, first.count) == (16 * 128 * 256 * 4, "f32[16,128,160]", "argument", 2)
+    assert "f32[8,128]" not in {t.shape for t in others}  # S(1) is another memory
+    assert ("f32[16,128,128]", "temporary") in {(t.shape, t.held) for t in others}
+
+
+def test_what_is_no_program_is_refused():
+    with pytest.raises(ValueError, match="no HLO text"):
+        Program("nothing\n")

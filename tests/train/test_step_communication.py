@@ -1,0 +1,78 @@
+"""What a step says between devices, counted in the compiled program with the trips of its loops."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mtnlg_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
+from mtnlg_jax.model.transformer import abstract_model
+from mtnlg_jax.parallel.hlo import Program
+from mtnlg_jax.parallel.hlo_cost import cost_of
+from mtnlg_jax.parallel.mesh import BATCH, make_mesh, specs_of
+from mtnlg_jax.train.step import BATCH_KEYS, abstract_state, make_loss_and_gradients
+
+MODEL = ModelConfig(num_layers=8, hidden_size=32, num_attention_heads=4, vocab_size=128, max_position_embeddings=32)
+MICRO_BATCHES = 8
+SCHEDULES = {"circular": {}, "interleaved": {"virtual_pipe": 2}, "1f1b": {"schedule": "1f1b"}}
+
+
+@functools.cache
+def collectives(recompute="elementwise", **mesh):
+    """{(kind, axes, in a loop): count} of loss and gradients on a mesh of 8 devices."""
+    config = Config(model=MODEL, mesh=MeshConfig(data=2, **mesh), train=TrainConfig(
+        global_batch_size=2 * MICRO_BATCHES, micro_batch_size=1, compute_dtype="float32", recompute=recompute))
+    on = make_mesh(config.mesh)
+    batch = {name: jax.ShapeDtypeStruct((MICRO_BATCHES, 2, 32), jnp.float32 if name == "weights" else jnp.int32,
+                                        sharding=NamedSharding(on, BATCH)) for name in BATCH_KEYS}
+    batch["rows"] = jax.ShapeDtypeStruct((MICRO_BATCHES, 2), jnp.int32, sharding=NamedSharding(on, P(None, "data")))
+    key = jax.random.key_data(jax.random.key(0))
+    step = jax.jit(make_loss_and_gradients(config, on, causal=True))
+    compiled = step.lower(abstract_state(config, on)["params"], batch, jnp.int32(MICRO_BATCHES), key).compile()
+    # The only loop whose trips are traced is the one over micro-batches; 1F1B fills and drains in it, too.
+    trips = MICRO_BATCHES + (2 * (on.shape["pipe"] - 1) if config.mesh.schedule == "1f1b" else 0)
+    rows = cost_of(Program(compiled.as_text()), dict(on.shape), lambda depth: trips).collectives
+    counts = {}
+    for row in rows:
+        counts[row.kind, row.axes, row.depth] = counts.get((row.kind, row.axes, row.depth), 0) + row.count
+    return counts
+
+
+@pytest.mark.parametrize("mesh", [{"pipe": 2, "tensor": 2, **schedule} for schedule in SCHEDULES.values()]
+                         + [{"tensor": 4}, {"context": 2, "tensor": 2}], ids=str)
+def test_zero_gathers_weights_once_and_scatters_gradients_once(mesh):
+    counts = collectives(**mesh)
+    assert not [key for key in counts if "data" in key[1] and key[2] > 0]
+    split = sum("data" in spec for spec in jax.tree.leaves(specs_of(abstract_model(MODEL)[1]),
+                                                           is_leaf=lambda x: isinstance(x, P)))
+    assert counts["all-gather", ("data",), 0] == counts["reduce-scatter", ("data",), 0] == split
+
+
+def test_zero_3_does_so_for_every_layer():
+    counts = collectives(tensor=4, zero=3)
+    assert counts["all-gather", ("data",), 2] > 8 * MICRO_BATCHES
+    assert counts["reduce-scatter", ("data",), 2] > 8 * MICRO_BATCHES
+
+
+@pytest.mark.parametrize(("recompute", "gathers", "scatters"), [
+    ("none", 6, 4), ("elementwise", 6, 4), ("mlp", 6, 4), ("projections", 6, 4), ("full", 6, 5)])
+def test_a_layer_gathers_and_scatters_as_often_as_is_written(recompute, gathers, scatters):
+    counts, layers = collectives(recompute, tensor=4), 8 * MICRO_BATCHES
+    assert counts["all-gather", ("tensor",), 2] / layers == gathers  # forward 2, again for the backward 2, backward 2
+    assert counts["reduce-scatter", ("tensor",), 2] / layers == scatters  # forward 2, again 0 or 1, backward 2
+
+
+@pytest.mark.parametrize(("schedule", "ticks"), [("circular", 9), ("interleaved", 17)])
+def test_a_pipeline_passes_each_stage_once_more_and_hands_on_twice_a_tick_each_way(schedule, ticks):
+    counts = collectives(pipe=2, tensor=2, **SCHEDULES[schedule])
+    layers = ticks * 8 // 2 // (2 if schedule == "interleaved" else 1)
+    assert counts["all-gather", ("tensor",), 2] / layers == 8
+    assert counts["reduce-scatter", ("tensor",), 2] / layers == 6
+    assert counts["collective-permute", ("pipe",), 1] == 4 * ticks
+
+
+def test_1f1b_hands_on_once_a_tick_each_way():
+    assert collectives(pipe=2, tensor=2, schedule="1f1b")["collective-permute", ("pipe",), 1] == 2 * (MICRO_BATCHES + 2)
