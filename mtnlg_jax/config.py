@@ -307,7 +307,8 @@ def from_json(text: str) -> Config:
 # --- checks -----------------------------------------------------------------------------------------------
 
 
-def _near_divisors(number: int, size: int) -> str:
+def near_divisors(number: int, size: int) -> str:
+    """The two divisors of ``number`` nearest to ``size``, for a message: "4 or 8"."""
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
     near = sorted(sorted({*small, *(number // d for d in small)}, key=lambda d: abs(d - size))[:2])
     return " or ".join(map(str, near))
@@ -316,7 +317,7 @@ def _near_divisors(number: int, size: int) -> str:
 def _must_divide(what: str, number: int, axis: str, size: int) -> None:
     if number % size:
         raise ValueError(
-            f"{what}={number} does not divide by {axis}={size}; try {axis}={_near_divisors(number, size)}"
+            f"{what}={number} does not divide by {axis}={size}; try {axis}={near_divisors(number, size)}"
         )
 
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = """
     compat command
     config
-    parallel.mesh
+    parallel.mesh parallel.hardware
     parallel.collectives
     model
     parallel.pipeline parallel.context

@@ -21,9 +21,10 @@ from mtnlg_jax.config import Config, to_json, validate, validate_batch
 from mtnlg_jax.data.batches import Batches, heldout_batches
 from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mtnlg_jax.data.tokens import Tokens, open_tokens
+from mtnlg_jax.parallel.hardware import flops_per_token
 from mtnlg_jax.parallel.mesh import make_mesh
 from mtnlg_jax.train.checkpoint import Checkpoints
-from mtnlg_jax.train.metrics import MetricsLog, flops_per_token, peak_flops, plot_loss
+from mtnlg_jax.train.metrics import MetricsLog, peak_flops, plot_loss
 from mtnlg_jax.train.objectives import causal_batch, masked_batch
 from mtnlg_jax.train.schedule import batch_size_at, is_masked, samples_before, stage_at
 from mtnlg_jax.train.step import abstract_state, init_state, make_eval, make_train_step, micro_batch_shape, put_batch

@@ -23,15 +23,15 @@ EVERY_SWITCH = ModelConfig(**SMALL, activation="swiglu", num_query_groups=2, tie
         ("VD", 1, P("tensor", "data")),
         ("VD", 0, P("tensor", None)),
         ("VD", 3, P("tensor", "data")),
-        ("LDNH", 1, P(None, "data", "tensor", None)),
-        ("LDKH", 1, P(None, "data", "tensor", None)),
-        ("LNHD", 1, P(None, "tensor", None, "data")),
-        ("LDF", 1, P(None, "data", "tensor")),
-        ("LF", 0, P(None, "tensor")),
+        ("LDNH", 1, P("pipe", "data", "tensor", None)),
+        ("LDKH", 1, P("pipe", "data", "tensor", None)),
+        ("LNHD", 1, P("pipe", "tensor", None, "data")),
+        ("LDF", 1, P("pipe", "data", "tensor")),
+        ("LF", 0, P("pipe", "tensor")),
         ("PD", 1, P(None, "data")),
         ("D", 1, P("data")),
         ("D", 0, P(None)),
-        ("LHPC", 1, P(None, None, None, None)),
+        ("LHPC", 1, P("pipe", None, None, None)),
         ("", 1, P()),
     ],
 )
@@ -75,8 +75,8 @@ def test_moments_and_counters_follow_their_parameters():
 def test_what_does_not_divide_is_named_with_the_way_out():
     params = abstract_model(EVERY_SWITCH)[1]
     for shape, zero, words in [
-        ((1, 3, 1, 1), 1, r": D=16 does not divide by data=3; choose .*divisors of 16, or mesh.zero=0$"),
-        ((1, 1, 1, 4), 1, r"b_k_KH: K=2 does not divide by tensor=4; choose mesh.tensor among the divisors of 2$"),
+        ((1, 3, 1, 1), 1, r": D=16 does not divide by data=3; try mesh.data=2 or 4, or mesh.zero=0$"),
+        ((1, 1, 1, 4), 1, r"b_k_KH: K=2 does not divide by tensor=4; try mesh.tensor=2 or 1$"),
     ]:
         with pytest.raises(ValueError, match=words):
             shardings_of(params, AbstractMesh(shape, AXES), zero)
@@ -93,11 +93,12 @@ def test_shardings_of_the_model_put_each_part_on_its_device():
 
 def test_the_plan_table_accounts_for_every_byte():
     config = ModelConfig(**SMALL)
-    rows = plan_table(abstract_model(config)[1], {"pipe": 1, "data": 2, "context": 1, "tensor": 4})
-    assert sum(4 * math.prod(shape) for _, _, shape, _, _ in rows) == 4 * config.parameter_count()
-    table = {name: row for name, *row in rows}
-    assert table["blocks.mlp.w_in_DF"] == ["LDF", (2, 16, 64), str(P(None, "data", "tensor")), 4 * 2 * 16 * 64 // 8]
-    assert table["final_norm.bias_D"][-1] == 4 * 16 // 2
+    rows = plan_table(abstract_model(config)[1], {"pipe": 2, "data": 2, "context": 3, "tensor": 4})
+    assert sum(math.prod(row.shape) for row in rows) == config.parameter_count()
+    table = {row.path: row for row in rows}
+    assert table["blocks.mlp.w_in_DF"] == ("blocks.mlp.w_in_DF", "LDF", (2, 16, 64),
+                                           str(P("pipe", "data", "tensor")), (1, 8, 16), 4 * 8 * 16)
+    assert table["final_norm.bias_D"].bytes == 4 * 16 // 2
 
 
 # --- make_mesh ----------------------------------------------------------------------------------------------
@@ -110,6 +111,7 @@ def test_the_plan_table_accounts_for_every_byte():
         (MeshConfig(tensor=4), (1, 2, 1, 4)),
         (MeshConfig(data=1, tensor=8), (1, 1, 1, 8)),
         (MeshConfig(data=4, tensor=2), (1, 4, 1, 2)),
+        (MeshConfig(pipe=2, context=2, tensor=2), (2, 1, 2, 2)),
     ],
 )
 def test_a_mesh_takes_all_devices_and_spells_its_axis_types_out(config, sizes):
@@ -133,8 +135,8 @@ def test_a_mesh_of_some_devices():
         (MeshConfig(data=2, tensor=2), "does not fit 8 devices"),
         (MeshConfig(tensor=3), "tensor=3 does not fit 8 devices"),
         (MeshConfig(tensor=16), "tensor=16 does not fit 8 devices"),
-        (MeshConfig(pipe=2), "mesh.pipe=2: .* set mesh.pipe=1"),
-        (MeshConfig(context=4), "mesh.context=4: .* set mesh.context=1"),
+        (MeshConfig(pipe=3), "pipe=3 .* does not fit 8 devices"),
+        (MeshConfig(context=4, data=4), "context=4 .* does not fit 8 devices"),
     ],
 )
 def test_sizes_that_do_not_fit_the_devices_are_refused(config, words):
