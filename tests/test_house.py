@@ -21,6 +21,7 @@ ORDER = """
     parallel.collectives
     model
     parallel.pipeline parallel.context
+    parallel.cost
     parallel.planner
     parallel.aot
     data

@@ -121,7 +121,7 @@ class Row(NamedTuple):
     path: str
     dims: str
     shape: tuple[int, ...]
-    spec: str
+    spec: P
     local: tuple[int, ...]
     bytes: int
 
@@ -133,5 +133,5 @@ def plan_table(tree, sizes: dict[str, int], zero: int = 1) -> list[Row]:
         dims = dims_of(path)
         name = ".".join(key.key for key in path if isinstance(getattr(key, "key", None), str))
         local = local_shape(parameter_name(path), dims, leaf.shape, sizes, zero)
-        rows.append(Row(name, dims, leaf.shape, str(spec_of(dims, zero)), local, 4 * math.prod(local)))
+        rows.append(Row(name, dims, leaf.shape, spec_of(dims, zero), local, 4 * math.prod(local)))
     return rows

@@ -97,7 +97,7 @@ def test_the_plan_table_accounts_for_every_byte():
     assert sum(math.prod(row.shape) for row in rows) == config.parameter_count()
     table = {row.path: row for row in rows}
     assert table["blocks.mlp.w_in_DF"] == ("blocks.mlp.w_in_DF", "LDF", (2, 16, 64),
-                                           str(P("pipe", "data", "tensor")), (1, 8, 16), 4 * 8 * 16)
+                                           P("pipe", "data", "tensor"), (1, 8, 16), 4 * 8 * 16)
     assert table["final_norm.bias_D"].bytes == 4 * 16 // 2
 
 
