@@ -93,7 +93,7 @@ def print_columns(lines: list[tuple[str, ...]], left: int) -> None:
 # --- layouts --------------------------------------------------------------------------------------------------
 
 HEADER = ("", "pipe", "data", "context", "tensor", "zero", "schedule", "flush", "micro", "recompute", "step",
-          "tokens/s", "MFU", "HFU", "bubble", "GiB", "binds")
+          "tokens/s", "MFU", "HFU", "bubble", "GiB of {}", "binds")
 
 
 def print_layouts(config, name: str, number: int) -> None:
@@ -115,14 +115,15 @@ def print_layouts(config, name: str, number: int) -> None:
           f"sequences of {config.sequence_length:,} tokens a step\n"
           f"{number:,} {name}" + (f" = {devices:,} devices, each" if chip.devices > 1 else ", each")
           + f" {chip.flops / 1e12:.0f} TFLOP/s bf16, {chip.memory / 2**30:.1f} GiB at {chip.memory_speed / 1e12:.2f} "
-          f"TB/s, {chip.fast / 1e9:.0f} GB/s among {chip.domain:,}, {chip.slow / 1e9:g} GB/s beyond ({chip.source}, "
-          f"{chip.date})\n"
+          f"TB/s, {chip.fast / 1e9:.0f} GB/s among {chip.domain:,}, {chip.slow / 1e9:g} GB/s beyond\n"
+          f"({chip.source}, {chip.date})\n"
           f"products at {efficiency:.1%} of peak ({origin}); up to {MEMORY_SHARE:.0%} of memory is used\n")
     marked = [(str(i), estimate) for i, estimate in enumerate(found[:_TOP.value], 1)]
     own = own_layout(config, devices)
     if own and own not in (estimate.layout for _, estimate in marked):
         marked.append(("own", job.estimate(own)))
-    print_columns([HEADER, *(_cells(mark, estimate) for mark, estimate in marked)], left=0)
+    header = tuple(cell.format(f"{chip.memory / 2**30:.1f}") for cell in HEADER)
+    print_columns([header, *(_cells(mark, estimate) for mark, estimate in marked)], left=0)
     for mark, estimate in marked:
         seconds = estimate.step_seconds
         idle, over = devices - estimate.layout.devices, estimate.bytes - job.room
@@ -175,9 +176,8 @@ def _amount(number: float) -> str:
 
 
 def _time(seconds: float) -> str:
-    for unit, size in (("days", 86400), ("hours", 3600), ("s", 1), ("ms", 1e-3)):
-        if seconds >= size:
-            break
+    units = (("days", 86400), ("hours", 3600), ("s", 1), ("ms", 1e-3))
+    unit, size = next((unit for unit in units if seconds >= unit[1]), units[-1])
     return f"{seconds / size:,.{0 if seconds >= 1000 * size else 1 if seconds >= 10 * size else 2}f} {unit}"
 
 
@@ -217,8 +217,8 @@ def what_is_missing(job, name: str, number: int) -> str:
     enough = smallest_devices(job)
     return (f"{job.config.name} does not fit {number:,} {name}: the leanest layout, pipe x data x context x tensor "
             f"{' x '.join(map(str, best.layout.mesh))} with zero {best.layout.zero}, needs "
-            f"{best.bytes / 2**30:.1f} GiB a device of {job.room / 2**30:.1f} ({MEMORY_SHARE:.0%} of its memory), most for "
-            + " and ".join(f"{what} ({best.memory[what] / 2**30:.1f})" for what in largest)
+            f"{best.bytes / 2**30:.1f} GiB a device of {job.room / 2**30:.1f} ({MEMORY_SHARE:.0%} of its memory), "
+            "most for " + " and ".join(f"{what} ({best.memory[what] / 2**30:.1f})" for what in largest)
             + (f"; {-(-enough // job.chip.devices):,} {name} would do" if enough else
                "; no number of them would do: lower train.global_batch_size or the sequence"))
 

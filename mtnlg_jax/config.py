@@ -451,8 +451,8 @@ def validate_batch(config: Config, data_size: int) -> None:
         sizes |= {"train.rampup_batch_size start": start, "train.rampup_batch_size increment": increment}
     for what, size in sizes.items():
         if size % unit:
-            low, high = size // unit * unit, -(-size // unit) * unit
-            raise ValueError(f"{what}={size} does not divide by {name}={unit}; try {low or high} or {high}")
+            near = [str(rounds * unit) for rounds in (size // unit, size // unit + 1) if rounds]
+            raise ValueError(f"{what}={size} does not divide by {name}={unit}; try {' or '.join(near)}")
 
 
 def validate_model(model: ModelConfig) -> None:

@@ -1,9 +1,10 @@
 """Memory and time of a run's step on a layout, from arithmetic.
 
 A step is added up from what each device does: products at EFFICIENCY of the chip's peak, collectives at the network
-speed of their axis, and the ticks in which a pipeline waits. Nothing overlaps but ZeRO-3, which inside a layer can move
-the later weights while the earlier multiply; the other collectives feed the very next product. So a prediction is of the
-right order and ranks layouts; a run of your own corrects it (planner.measured_efficiency).
+speed of their axis, and the ticks in which a pipeline waits. Nothing overlaps but ZeRO-3, which inside a layer can
+move the later weights while the earlier multiply; the other collectives feed the very next product. A message takes no
+time to start. So a prediction is of the right order and ranks layouts of large models; a run of your own corrects it
+(planner.measured_efficiency).
 
 Formulas: Narayanan 2021 (bubble, FLOPs), Korthikanti 2022 (activation bytes), Jacobs 2023 and Llama Team 2024
 (context traffic). Collectives a layer and FLOPs recomputed are those of this repository's step, counted.

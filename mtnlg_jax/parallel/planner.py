@@ -1,5 +1,6 @@
 """Every layout that a config admits on a number of chips, ranked by the time of its step (cost.py)."""
 
+import copy
 import dataclasses
 import functools
 import math
@@ -88,16 +89,24 @@ def search(job: Job, devices: int) -> list[Estimate]:
     """The fastest layout of each mesh of up to ``devices`` devices in which the run fits, fastest mesh first.
 
     Where a count does not factor (105 layers on 1,024 chips) a mesh may leave devices out, up to half of them."""
-    laws, best = _Laws(job.config), {}
+    laws, found = _Laws(job.config), []
     for pipe, context, tensor in _meshes(job, laws, devices):
         fit = devices // (pipe * context * tensor)
         datas = [data for data in _divisors(job.batch) if fit / 2 < data <= fit]
         for data in datas or [max(data for data in _divisors(job.batch) if data <= fit)]:
-            mesh = (pipe, data, context, tensor)
-            found = min(_fitting(job, laws, mesh), key=lambda estimate: estimate.step_seconds, default=None)
-            if found:
-                best[mesh] = found
-    return sorted(best.values(), key=lambda estimate: (estimate.step_seconds, estimate.bytes))
+            found.append(_fastest(job, laws, (pipe, data, context, tensor)))
+    return sorted(filter(None, found), key=lambda estimate: (estimate.step_seconds, estimate.bytes))
+
+
+def fastest_on(job: Job, mesh: tuple[int, int, int, int]) -> Estimate | None:
+    """The fastest layout of one mesh, (pipe, data, context, tensor); None where nothing fits or is allowed."""
+    laws = _Laws(job.config)
+    pipe, _, context, tensor = mesh
+    return _fastest(job, laws, mesh) if laws.split(pipe=pipe, context=context, tensor=tensor) else None
+
+
+def _fastest(job: Job, laws: _Laws, mesh: tuple[int, int, int, int]) -> Estimate | None:
+    return min(_fitting(job, laws, mesh), key=lambda estimate: (estimate.step_seconds, estimate.bytes), default=None)
 
 
 def _fitting(job: Job, laws: _Laws, mesh: tuple[int, int, int, int]) -> Iterator[Estimate]:
@@ -149,8 +158,11 @@ def measured_efficiency(job: Job, layout: Layout, step_seconds: float) -> float:
     """The efficiency with which ``job`` predicts that a step of ``layout`` takes ``step_seconds``. Raises ValueError
     where not even products at the chip's peak would be so fast."""
 
+    probe = copy.copy(job)
+
     def predicted(efficiency: float) -> float:
-        return Job(job.config, job.chip, efficiency).estimate(layout).step_seconds
+        probe.efficiency = efficiency
+        return probe.estimate(layout).step_seconds
 
     low, high = 1e-6, 1.0
     if not predicted(high) <= step_seconds <= predicted(low):

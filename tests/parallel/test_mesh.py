@@ -76,7 +76,7 @@ def test_what_does_not_divide_is_named_with_the_way_out():
     params = abstract_model(EVERY_SWITCH)[1]
     for shape, zero, words in [
         ((1, 3, 1, 1), 1, r": D=16 does not divide by data=3; try mesh.data=2 or 4, or mesh.zero=0$"),
-        ((1, 1, 1, 4), 1, r"b_k_KH: K=2 does not divide by tensor=4; try mesh.tensor=2 or 1$"),
+        ((1, 1, 1, 4), 1, r"b_k_KH: K=2 does not divide by tensor=4; try mesh.tensor=1 or 2$"),
     ]:
         with pytest.raises(ValueError, match=words):
             shardings_of(params, AbstractMesh(shape, AXES), zero)
