@@ -248,8 +248,12 @@ class Job:
         rate = tensor * chip.flops * self.efficiency
         remote = (data - 1) / data / self.speed(layout, "data")
 
-        # One micro-batch in one stage. A pipeline's stage is recomputed as a whole, besides what its layers recompute.
-        again = sum(self.layer[name] for name in policy.again) / self.forward + piped
+        # One micro-batch in one stage. A pipeline's stage is recomputed as a whole, besides what its layers recompute;
+        # where it is one layer, XLA makes one recomputation of the two.
+        twice = piped and layers > rounds
+        if piped and not twice:
+            policy = POLICIES["full"]
+        again = sum(self.layer[name] for name in policy.again) / self.forward + twice
         forward = layers * max(tokens * self.forward / rate, self.item * all_blocks / layers / chip.memory_speed)
         compute, recompute = 3 * forward, again * forward
         by_tensor = x * (tensor - 1) / self.speed(layout, "tensor")
@@ -259,7 +263,7 @@ class Job:
             moved = remote * ((2 + piped) * self.item + 4) * all_blocks
             hidden = min(moved * self.behind, compute + recompute)
             fetched = moved - hidden + remote * 2 * (self.item + 4) * all_rest
-        in_tensor = (policy.collectives + 4 * piped) * layers * by_tensor
+        in_tensor = (policy.collectives + 4 * twice) * layers * by_tensor
         stage = compute + recompute + in_tensor + by_context + fetched
         head = tokens * self.head / rate
         seconds = {"compute": used * (compute + head / pipe), "recompute": used * recompute,
