@@ -15,7 +15,7 @@ measured 80 GFLOP/s a core:
 | first plain version | 3.2 s | 798 MB |
 | softmax keeps its weights only, not what differentiating its maximum wants | 2.8 s | 596 MB |
 | attention in blocks of 128 x 128, heads first (no transposed scores, nothing above the diagonal) | 2.2 s | 479 MB |
-| a layer keeps its products and computes the rest again (model.transformer.KEPT) | 1.9 s | 191 MB |
+| a layer keeps its products and computes the rest again (model.transformer.RECOMPUTE, elementwise) | 1.9 s | 191 MB |
 
 Attention alone fell from 148 to 44 ms a layer. What a loop over layers keeps is copied on one thread by XLA:CPU,
 twice, while other cores wait: keeping less pays there again. The whole step fell from 17.2 to about 13 s of processor

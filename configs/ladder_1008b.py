@@ -15,5 +15,5 @@ def get_config() -> Config:
         name="ladder_1008b",
         model=ModelConfig(num_layers=128, hidden_size=25600, num_attention_heads=160, vocab_size=51200),
         mesh=MeshConfig(pipe=64, data=6, tensor=8, zero=0),
-        train=TrainConfig(steps=20, global_batch_size=3072, micro_batch_size=1, recompute="full"),
+        train=TrainConfig(steps=20, global_batch_size=3072, micro_batch_size=1, recompute="elementwise"),
     )

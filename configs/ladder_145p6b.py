@@ -15,5 +15,5 @@ def get_config() -> Config:
         name="ladder_145p6b",
         model=ModelConfig(num_layers=80, hidden_size=12288, num_attention_heads=96, vocab_size=51200),
         mesh=MeshConfig(pipe=8, data=24, tensor=8, zero=0),
-        train=TrainConfig(steps=20, global_batch_size=2304, micro_batch_size=1, recompute="full"),
+        train=TrainConfig(steps=20, global_batch_size=2304, micro_batch_size=1, recompute="elementwise"),
     )

@@ -15,5 +15,5 @@ def get_config() -> Config:
         name="ladder_310p1b",
         model=ModelConfig(num_layers=96, hidden_size=16384, num_attention_heads=128, vocab_size=51200),
         mesh=MeshConfig(pipe=16, data=15, tensor=8, zero=0),
-        train=TrainConfig(steps=20, global_batch_size=2160, micro_batch_size=1, recompute="full"),
+        train=TrainConfig(steps=20, global_batch_size=2160, micro_batch_size=1, recompute="elementwise"),
     )

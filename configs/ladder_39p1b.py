@@ -15,5 +15,5 @@ def get_config() -> Config:
         name="ladder_39p1b",
         model=ModelConfig(num_layers=48, hidden_size=8192, num_attention_heads=64, vocab_size=51200),
         mesh=MeshConfig(pipe=2, data=32, tensor=8, zero=0),
-        train=TrainConfig(steps=20, global_batch_size=1536, micro_batch_size=1, recompute="full"),
+        train=TrainConfig(steps=20, global_batch_size=1536, micro_batch_size=1, recompute="elementwise"),
     )

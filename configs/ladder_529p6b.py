@@ -15,5 +15,5 @@ def get_config() -> Config:
         name="ladder_529p6b",
         model=ModelConfig(num_layers=105, hidden_size=20480, num_attention_heads=128, vocab_size=51200),
         mesh=MeshConfig(pipe=35, data=9, tensor=8, zero=0),
-        train=TrainConfig(steps=20, global_batch_size=2520, micro_batch_size=1, recompute="full"),
+        train=TrainConfig(steps=20, global_batch_size=2520, micro_batch_size=1, recompute="elementwise"),
     )

@@ -15,5 +15,5 @@ def get_config() -> Config:
         name="ladder_76p1b",
         model=ModelConfig(num_layers=60, hidden_size=10240, num_attention_heads=80, vocab_size=51200),
         mesh=MeshConfig(pipe=4, data=32, tensor=8, zero=0),
-        train=TrainConfig(steps=20, global_batch_size=1792, micro_batch_size=1, recompute="full"),
+        train=TrainConfig(steps=20, global_batch_size=1792, micro_batch_size=1, recompute="elementwise"),
     )

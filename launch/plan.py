@@ -192,7 +192,8 @@ def print_lengths(config, best) -> None:
 
 
 def print_what_the_ramp_costs(job, devices: int, best) -> None:
-    """A ramp's small batches must split over data, too; says so where the run could be much faster without."""
+    """A ramp's small batches must split over data and not wait for a whole flush; says so where the run could be much
+    faster without."""
     from mtnlg_jax.parallel.cost import Job
     from mtnlg_jax.parallel.planner import search
 
@@ -202,8 +203,8 @@ def print_what_the_ramp_costs(job, devices: int, best) -> None:
     flat = dataclasses.replace(job.config, train=dataclasses.replace(train, rampup_batch_size=None))
     faster = search(Job(flat, job.chip, job.efficiency), devices)[0]
     if faster.step_seconds < 0.98 * best.step_seconds:
-        print(f"data x micro must divide the batch ramp's {train.rampup_batch_size[0]}; without it "
-              f"(--set=train.rampup_batch_size=None) a step takes {_time(faster.step_seconds)} on "
+        print(f"the batch ramp asks that data x micro divide {train.rampup_batch_size[0]} and that circular pipelines "
+              f"flush; without it (--set=train.rampup_batch_size=None) a step takes {_time(faster.step_seconds)} on "
               + " x ".join(map(str, faster.layout.mesh)))
 
 

@@ -149,7 +149,8 @@ class TrainConfig:
     stages: tuple[StageConfig, ...] = (StageConfig(),)
     seed: int = 0
     compute_dtype: str = "bfloat16"  # bfloat16 | float32; masters and sums are float32
-    recompute: str = "none"  # none: keeps products, recomputes elementwise work | full: recomputes each layer
+    recompute: str = "elementwise"  # none | elementwise | mlp | projections | full: model.transformer.RECOMPUTE
+    reduce_dtype: str = "float32"  # float32 | bfloat16: what gradients are summed in between devices; on one, float32
     loss_chunk: int = 1024  # tokens of logits in memory at once
     label_smoothing: float = 0.0  # [0, 1): of each target, spread evenly; in training's loss, not the held-out one
     log_every: int = 1
@@ -356,7 +357,8 @@ def validate(config: Config) -> None:
     if mesh.schedule == "1f1b" and mesh.virtual_pipe > 1:
         raise ValueError(f"mesh.schedule=1f1b passes each stage once, not mesh.virtual_pipe={mesh.virtual_pipe} "
                          "times; set it to 1, or mesh.schedule=circular")
-    _must_divide("model.num_layers", model.num_layers, "mesh.pipe x mesh.virtual_pipe", mesh.pipe * mesh.virtual_pipe)
+    name = "mesh.pipe x mesh.virtual_pipe" if mesh.virtual_pipe > 1 else "mesh.pipe"
+    _must_divide("model.num_layers", model.num_layers, name, mesh.pipe * mesh.virtual_pipe)
     if mesh.flush is not None:
         _within("mesh.flush", mesh.flush, 1, 2**31)
         _must_divide("mesh.flush", mesh.flush, "mesh.pipe", mesh.pipe)
@@ -367,6 +369,11 @@ def validate(config: Config) -> None:
         raise ValueError(f"mesh.pipe={mesh.pipe} needs train.micro_batch_size: a pipeline is fed micro-batches; set it "
                          f"so that each data shard has {mesh.pipe} or more")
 
+    if mesh.pipe > 1 and mesh.schedule == "circular" and mesh.flush is None and train.rampup_batch_size:
+        raise ValueError("train.rampup_batch_size with mesh.schedule=circular needs mesh.flush, the micro-batches "
+                         f"taken at a time, a multiple of mesh.pipe={mesh.pipe}; without it small batches cost as much "
+                         "as the largest. Or set mesh.schedule=1f1b")
+
     if data.sequence_length is not None:
         _within("data.sequence_length", data.sequence_length, 1, 2**31)
     if model.position_embedding_type == "learned" and config.sequence_length > model.max_position_embeddings:
@@ -376,7 +383,7 @@ def validate(config: Config) -> None:
             f"sequence, or set model.position_embedding_type=rotary"
         )
     places, name = mesh.context * mesh.tensor, "mesh.context x mesh.tensor"
-    if mesh.context > 1:  # two chunks a device
+    if mesh.context > 1 and mesh.tensor % 2:  # two chunks a device
         places, name = 2 * places, "2 x " + name
     _must_divide("data.sequence_length", config.sequence_length, name, places)
     if data.path and data.blend:
@@ -418,7 +425,8 @@ def validate(config: Config) -> None:
     _within("train.label_smoothing", train.label_smoothing, 0, 1, high_open=True)
     _within("train.seed", train.seed, 0, 2**31)
     _one_of("train.compute_dtype", train.compute_dtype, ("bfloat16", "float32"))
-    _one_of("train.recompute", train.recompute, ("none", "full"))
+    _one_of("train.recompute", train.recompute, ("none", "elementwise", "mlp", "projections", "full"))
+    _one_of("train.reduce_dtype", train.reduce_dtype, ("float32", "bfloat16"))
     if not train.stages:
         raise ValueError("train.stages is empty; give at least one StageConfig")
     for stage in train.stages:

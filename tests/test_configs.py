@@ -109,7 +109,7 @@ def test_every_tensor_of_the_largest_divides_over_its_axes(name):
     # An abstract mesh: the plan of thousands of chips needs none of them.
     config = _config(name)
     mesh = config.mesh
-    shape = (1, mesh.data, mesh.context, mesh.tensor)
+    shape = (mesh.pipe, mesh.data, mesh.context, mesh.tensor)
     abstract = jax.sharding.AbstractMesh(shape, ("pipe", "data", "context", "tensor"))
     shardings_of(abstract_model(config.model)[1], abstract, mesh.zero)
 

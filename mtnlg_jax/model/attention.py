@@ -217,7 +217,7 @@ def _exact(q, k, v, mask, scale, softcap, bias, dropout_rate, dropout_key):
     if dropout_rate > 0:
         kept = jax.random.bernoulli(dropout_key, 1 - dropout_rate, weights.shape)
         weights = jnp.where(kept, weights / (1 - dropout_rate), 0.0)
-    out = jnp.einsum("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), v)
+    out = checkpoint_name(jnp.einsum("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), v), "attention")
     return _ungroup(out).astype(dtype), lse.reshape(lse.shape[0], heads, lse.shape[3])
 
 

@@ -28,6 +28,22 @@ def _constant(value: float, *shape: int) -> nnx.Param:
     return nnx.Param(jnp.full(shape, value, jnp.float32))
 
 
+@jax.custom_vjp
+def look_up(table, ids):
+    """Rows ``ids`` of ``table``. Its gradient adds in float32: a frequent token's thousands of parts, in the bfloat16
+    of the table, would lose most of them."""
+    return table[ids]
+
+
+def _look_up_backward(residuals, grad):
+    table, ids = residuals
+    _, back = jax.vjp(lambda table: table[ids], table.astype(jnp.float32))
+    return back(grad.astype(jnp.float32))[0].astype(table.dtype), None
+
+
+look_up.defvjp(lambda table, ids: (table[ids], (table, ids)), _look_up_backward)
+
+
 class Norm(nnx.Module):
     """LayerNorm (Ba 2016) or RMSNorm (Zhang 2019), computed in float32."""
 
@@ -78,7 +94,7 @@ class Attention(nnx.Module):
             q, k, v = q + self.b_q_NH[...], k + self.b_k_KH[...], v + self.b_v_KH[...]
         if self.rotary_base is not None:
             q, k = rotate(q, positions_BS, self.rotary_base), rotate(k, positions_BS, self.rotary_base)
-        return q, k, v
+        return checkpoint_name((q, k, v), "qkv")
 
     def output(self, o_BSNH):
         """Heads back to width; the sum over heads ends as this device's part of the sequence."""
@@ -109,6 +125,7 @@ class Mlp(nnx.Module):
         else:
             g_BSF = jnp.einsum("BSD,DF->BSF", x_BSD, self.w_gate_DF[...])
             h_BSF = h_BSF * jax.nn.silu(g_BSF if self.b_gate_F is None else g_BSF + self.b_gate_F[...])
+        h_BSF = checkpoint_name(h_BSF, "activation")
         y_BSD = scatter_sum(jnp.einsum("BSF,FD->BSD", h_BSF, self.w_out_FD[...]), "tensor", 1)
         return y_BSD if self.b_out_D is None else y_BSD + self.b_out_D[...]
 
@@ -124,9 +141,12 @@ class Block(nnx.Module):
     def __call__(self, x_BSD, positions_BS, attend: Callable, drop: Callable = lambda x, part: x):
         """``attend(q, k, v)`` is the attention over whatever keys there are: this sequence, or a cache.
         ``drop(x, part)`` is the dropout of the block's two parts."""
-        q, k, v = self.attention.project(gather(self.norm_1(x_BSD), "tensor", 1), positions_BS)
+        # Norms are named before the gather: what is kept of them splits over tensor, too, and is gathered again.
+        normed = checkpoint_name(self.norm_1(x_BSD), "norm")
+        q, k, v = self.attention.project(gather(normed, "tensor", 1), positions_BS)
         x_BSD = checkpoint_name(x_BSD + drop(self.attention.output(attend(q, k, v)), 0), "half_block")
-        return x_BSD + drop(self.mlp(gather(self.norm_2(x_BSD), "tensor", 1)), 1)
+        normed = checkpoint_name(self.norm_2(x_BSD), "norm")
+        return x_BSD + drop(self.mlp(gather(normed, "tensor", 1)), 1)
 
 
 def dropout(x_BSD, rate: float, key, rows_B):
@@ -138,12 +158,23 @@ def dropout(x_BSD, rate: float, key, rows_B):
     return jnp.where(kept, x_BSD / (1 - rate), 0).astype(x_BSD.dtype)
 
 
-# What the forward pass of a layer keeps for the backward: products, the blockwise attention's output, the sum
-# between the half blocks. The rest is cheaper to compute again than to store and fetch: on CPU the layers are 1.16
-# times as fast in 0.4 of the memory.
-KEPT = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_saveable,
-    jax.checkpoint_policies.save_only_these_names("attention", "half_block"))
+_named = jax.checkpoint_policies.save_only_these_names
+
+
+def _products_and(*names: str):
+    return jax.checkpoint_policies.save_from_both_policies(jax.checkpoint_policies.dots_saveable, _named(*names))
+
+
+# What a layer computes again in its backward pass, by name, and so what its forward pass keeps besides its input. Bytes
+# a token and unit of width for the MT-NLG block in bf16 with the blockwise attention, split over tensor and context
+# (Korthikanti 2022, section 4, counts 34, two of them for dropout masks; tests hold these figures):
+RECOMPUTE = {
+    "none": _products_and("attention", "half_block", "norm", "activation"),  # 32
+    "elementwise": _products_and("attention", "half_block"),  # 20; on CPU faster than none, in 0.4 of the memory
+    "mlp": _named("qkv", "attention", "half_block"),  # 12: the first product of the MLP, too
+    "projections": _named("attention", "half_block"),  # 6: queries, keys, values, too
+    "full": _named(),  # 2: all
+}
 
 
 class Transformer(nnx.Module):
@@ -169,14 +200,14 @@ class Transformer(nnx.Module):
         """(B, S) ids below vocab_size -> (B, S, D); in the manual region this device's part of S."""
         table = self.tokens_VD[...]
         if axis_size("tensor") == 1:
-            x_BSD = table[tokens_BS]
+            x_BSD = look_up(table, tokens_BS)
         else:
             local = tokens_BS - axis_index("tensor") * table.shape[0]
             mine = (local >= 0) & (local < table.shape[0])
-            x_BSD = jnp.where(mine[..., None], table[jnp.where(mine, local, 0)], 0)
+            x_BSD = jnp.where(mine[..., None], look_up(table, jnp.where(mine, local, 0)), 0)
             x_BSD = scatter_sum(x_BSD, "tensor", 1)
         if self.positions_PD is not None:
-            x_BSD = x_BSD + self.positions_PD[...][own_part(positions_BS, "tensor", 1)]
+            x_BSD = x_BSD + look_up(self.positions_PD[...], own_part(positions_BS, "tensor", 1))
         return x_BSD
 
     def head(self):
@@ -184,7 +215,7 @@ class Transformer(nnx.Module):
         return (self.tokens_VD if self.head_VD is None else self.head_VD)[...]
 
     def hidden(self, tokens_BS, *, positions_BS=None, segment_ids_BS=None, causal: bool = True,
-               prepare: Callable = lambda params: params, remat: bool = False, dropout_key=None, rows_B=None,
+               prepare: Callable = lambda params: params, recompute: str = "elementwise", dropout_key=None, rows_B=None,
                attend: Callable = attention):
         """The last hidden states after the final norm, (B, S, D), whole in S: ``start``, ``run`` over all layers,
         ``finish``, of which the trainer puts a pipeline between the first and the last."""
@@ -192,7 +223,7 @@ class Transformer(nnx.Module):
             positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1]), tokens_BS.shape)
         x_BSD = self.start(tokens_BS, positions_BS, dropout_key, rows_B)
         x_BSD = self.run(nnx.state(self.blocks), 0, x_BSD, positions_BS, segment_ids_BS, causal=causal,
-                         prepare=prepare, remat=remat, dropout_key=dropout_key, rows_B=rows_B, attend=attend)
+                         prepare=prepare, recompute=recompute, dropout_key=dropout_key, rows_B=rows_B, attend=attend)
         return self.finish(x_BSD)
 
     def start(self, tokens_BS, positions_BS, dropout_key=None, rows_B=None):
@@ -200,9 +231,10 @@ class Transformer(nnx.Module):
         return self._drop(self.embed(tokens_BS, positions_BS), 0, dropout_key, rows_B)
 
     def run(self, layers, first, x_BSD, positions_BS, segment_ids_BS=None, *, causal: bool = True,
-            prepare: Callable = lambda params: params, remat: bool = False, dropout_key=None, rows_B=None,
+            prepare: Callable = lambda params: params, recompute: str = "elementwise", dropout_key=None, rows_B=None,
             attend: Callable = attention):
-        """``x_BSD`` through the stacked ``layers``, any run of the model's, numbered from ``first`` on.
+        """``x_BSD`` through the stacked ``layers``, any run of the model's, numbered from ``first`` on; ``recompute``
+        is a key of RECOMPUTE.
 
         ``prepare`` turns one layer's stored parameters into compute weights (ZeRO-3 gathers here);
         ``dropout_key`` turns dropout on, ``rows_B`` then number the rows within the global batch; ``attend`` is
@@ -221,7 +253,7 @@ class Transformer(nnx.Module):
                          lambda x, part: self._drop(x, 1 + 2 * number + part, dropout_key, rows_B)), None
 
         # A loop's body cannot be merged with its backward's, so nothing needs to be kept apart (prevent_cse).
-        layer = jax.checkpoint(layer, policy=None if remat else KEPT, prevent_cse=False)
+        layer = jax.checkpoint(layer, policy=RECOMPUTE[recompute], prevent_cse=False)
         return lax.scan(layer, x_BSD, (numbers, layers))[0]
 
     def finish(self, x_BSD):

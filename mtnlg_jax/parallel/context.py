@@ -17,6 +17,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from mtnlg_jax.model.attention import attention, attention_gradients
 from mtnlg_jax.parallel.collectives import axis_index, axis_size, gather, vary, zigzag
@@ -143,7 +144,7 @@ def _ring_forward(causal, impl, q, k, v, ids):
             half = length // 2
             out = lax.dynamic_update_slice_in_dim(out, merged, i * half, 1)
             lse = lax.dynamic_update_slice_in_dim(lse, total, i * half, 1)
-    out = out.astype(q.dtype)
+    out, lse = checkpoint_name(out.astype(q.dtype), "attention"), checkpoint_name(lse, "attention")
     return out, (q, k, v, ids, out, lse)
 
 

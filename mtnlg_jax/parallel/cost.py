@@ -25,7 +25,7 @@ from mtnlg_jax.parallel.mesh import AXES, plan_table
 EFFICIENCY = 0.50
 
 MEMORY_SHARE = 0.9  # of the chip's memory; the rest is XLA's workspace, the networks' buffers, the runtime
-CIRCULAR_COPIES = 2.5  # stage inputs that XLA holds for each that the circular schedule needs; measured 1.5 to 3.5
+CIRCULAR_COPIES = 1.25  # stage inputs held for each that the circular schedule needs; 530 B compiled for v5p, H100: 1.0
 LAYER_BYTES = 34  # of s b h: what one layer's backward pass has at hand (Korthikanti 2022, equation 4)
 
 
@@ -39,11 +39,11 @@ class Policy(NamedTuple):
     collectives: int
 
 
-POLICIES = {  # dearest in memory first; the backward pass needs no second fc2
-    "none": Policy(LAYER_BYTES, (), 10),
-    "dots": Policy(20, (), 10),
-    "qkv": Policy(12, ("fc1",), 10),
-    "attention": Policy(6, ("qkv", "fc1"), 10),
+POLICIES = {  # model.transformer.RECOMPUTE; most kept first. The backward pass needs no second fc2
+    "none": Policy(32, (), 10),
+    "elementwise": Policy(20, (), 10),
+    "mlp": Policy(12, ("fc1",), 10),
+    "projections": Policy(6, ("qkv", "fc1"), 10),
     "full": Policy(2, ("qkv", "scores", "out", "fc1"), 11),
 }
 
@@ -155,6 +155,7 @@ class Job:
         model = config.model
         self.sequence, self.batch = config.sequence_length, config.train.global_batch_size
         self.item = 2 if config.train.compute_dtype == "bfloat16" else 4
+        self.reduced = 2 if config.train.reduce_dtype == "bfloat16" else 4
         self.layer = layer_flops(model, self.sequence)
         self.forward = sum(self.layer.values())
         weights = {name: part for name, part in self.layer.items() if name != "scores"}
@@ -210,8 +211,11 @@ class Job:
         else:
             weights = self.item * (all_blocks + all_rest)
             # The sums, those of the micro-batch or flush at hand, and what the reduction over data leaves.
-            gradients = 4 * (all_blocks + all_rest) + (4 if flush < taken else self.item) * all_blocks
-            gradients += 4 * (blocks + rest) if data > 1 and layout.zero else 0
+            gradients = 4 * (all_blocks + all_rest) + (4 * (blocks + rest) if data > 1 and layout.zero else 0)
+            if pipe == 1 or layout.schedule == "1f1b":
+                gradients += self.item * all_blocks
+            elif flush < taken:
+                gradients += 4 * all_blocks
         tokens = layout.micro_batch_size * self.sequence / context
         x = self.item * tokens * model.hidden_size / tensor  # a stage's input
         if pipe == 1:
@@ -260,9 +264,9 @@ class Job:
         by_context = (3 + piped) * layers * self._context_bytes(layout, tokens) / self.speed(layout, "context")
         hidden = fetched = 0.0
         if layout.zero == 3:
-            moved = remote * ((2 + piped) * self.item + 4) * all_blocks
+            moved = remote * ((2 + piped) * self.item + self.reduced) * all_blocks
             hidden = min(moved * self.behind, compute + recompute)
-            fetched = moved - hidden + remote * 2 * (self.item + 4) * all_rest
+            fetched = moved - hidden + remote * 2 * (self.item + self.reduced) * all_rest
         in_tensor = (policy.collectives + 4 * twice) * layers * by_tensor
         stage = compute + recompute + in_tensor + by_context + fetched
         head = tokens * self.head / rate
@@ -272,9 +276,10 @@ class Job:
 
         if piped:
             if layout.schedule == "1f1b":
-                # On TPU the bubble is computed, not skipped; head and loss are work of the last stage alone.
-                ticks = hops = used + (2 if chip.tpu else 1) * (pipe - 1)
-                seconds["bubble"] = ((ticks if chip.tpu else used) - used / pipe) * (head + 4 * by_tensor)
+                # On TPU and around a ring the bubble is computed, not skipped; the last stage alone has the head.
+                computed = chip.tpu or (context > 1 and self.context_mode(layout) == "ring")
+                ticks = hops = used + (2 if computed else 1) * (pipe - 1)
+                seconds["bubble"] = ((ticks if computed else used) - used / pipe) * (head + 4 * by_tensor)
             else:
                 hops = taken // flush * (rounds * flush + pipe - 1)
                 ticks = hops / rounds
@@ -288,11 +293,11 @@ class Job:
         if layout.zero == 3:
             by_data = used * fetched
         elif layout.zero:
-            by_data = (self.item + 4) * (all_blocks + all_rest) * remote  # weights gathered, gradients reduced
+            by_data = (self.item + self.reduced) * (all_blocks + all_rest) * remote  # weights there, gradients back
         else:
-            by_data = 8 * (all_blocks + all_rest) * remote
-        by_data += 8 * (blocks + rest) * (context - 1) / context / self.speed(layout, "context")
-        by_data += 8 * rest * (pipe - 1) / pipe / self.speed(layout, "pipe")
+            by_data = 2 * self.reduced * (all_blocks + all_rest) * remote
+        by_data += 2 * self.reduced * (blocks + rest) * (context - 1) / context / self.speed(layout, "context")
+        by_data += 2 * self.reduced * rest * (pipe - 1) / pipe / self.speed(layout, "pipe")
         seconds |= {"data": by_data, "update": 28 * (blocks + rest) / chip.memory_speed}
         done = self.batch * self.sequence * (self.flops + model.num_layers * again * self.forward)
         return seconds, done, used * hidden

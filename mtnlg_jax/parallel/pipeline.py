@@ -112,13 +112,13 @@ def circular_loss_and_gradients(start: Callable, stage: Callable, finish: Callab
 
     y_GBSD, back = jax.vjp(forward, weights, rest)
 
-    def one(carry, numbered):
-        m, y = numbered
-        part, (d_rest, d_y) = jax.value_and_grad(finish, argnums=(0, 2))(rest, m, y)
-        return _add(carry, (part, d_rest)), d_y
+    def one(group, carry):
+        total, held = carry  # each output gives way to its gradient
+        part, (d_rest, d_y) = jax.value_and_grad(finish, argnums=(0, 2))(rest, mine[group], _at(held, group))
+        return _add(total, (part, d_rest)), lax.dynamic_update_index_in_dim(held, d_y, group, 0)
 
-    (loss, d_rest), d_y = lax.scan(one, vary((jnp.float32(0), _zeros(rest))), (mine, y_GBSD))
-    d_weights, d_rest_too = back(d_y)
+    (loss, d_rest), d_y_GBSD = lax.fori_loop(0, len(mine), one, (vary((jnp.float32(0), _zeros(rest))), y_GBSD))
+    d_weights, d_rest_too = back(d_y_GBSD)
     return loss, d_weights, _add(d_rest, d_rest_too)
 
 

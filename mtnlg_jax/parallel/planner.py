@@ -45,8 +45,8 @@ class _Laws:
     """What config.validate accepts, asked once for each group of values that it looks at together."""
 
     def __init__(self, config: Config):
-        train = dataclasses.replace(config.train, micro_batch_size=1, rampup_batch_size=None)
-        mesh = dataclasses.replace(config.mesh, data=1, schedule="circular", virtual_pipe=1, flush=None)
+        train = dataclasses.replace(config.train, micro_batch_size=1)
+        mesh = dataclasses.replace(config.mesh, data=1, schedule="1f1b", virtual_pipe=1, flush=None)
         self.config, self.plain = config, dataclasses.replace(config, mesh=mesh, train=train)
         self.split = functools.cache(self._split)
         self.batch = functools.cache(self._batch)
@@ -67,13 +67,25 @@ class _Laws:
 def _schedules(job: Job, laws: _Laws, pipe: int, micro_batches: int) -> Iterator[list[tuple]]:
     """Runs of (schedule, virtual_pipe, flush), each run from fast and large to slow and small."""
     if pipe == 1:
-        yield [("circular", 1, None)]
+        yield [_unpiped(job)]
         return
     yield [("1f1b", 1, None)]
-    flushes = [None, *reversed([pipe << k for k in range(20) if pipe << k < micro_batches])]
+    flushes = [None, *reversed([pipe << k for k in range(20) if pipe << k < micro_batches] or [pipe])]
     for rounds in _divisors(job.config.model.num_layers // pipe):
-        if laws.split(pipe=pipe, virtual_pipe=rounds):
-            yield [("circular", rounds, flush) for flush in flushes]
+        yield [("circular", rounds, flush) for flush in flushes
+               if laws.split(pipe=pipe, schedule="circular", virtual_pipe=rounds, flush=flush)]
+
+
+def _unpiped(job: Job) -> tuple[str, int, None]:
+    return job.config.mesh.schedule, 1, None  # without a pipeline it says nothing: so it stays
+
+
+def _lean(job: Job, laws: _Laws, pipe: int) -> list[tuple]:
+    """The (schedule, virtual_pipe, flush) of which one needs the least memory."""
+    if pipe == 1:
+        return [_unpiped(job)]
+    flushes = [flush for flush in (None, pipe) if laws.split(pipe=pipe, schedule="circular", flush=flush)]
+    return [("1f1b", 1, None), *(("circular", 1, flush) for flush in flushes)]
 
 
 def _meshes(job: Job, laws: _Laws, devices: int) -> Iterator[tuple[int, int, int]]:
@@ -106,7 +118,9 @@ def fastest_on(job: Job, mesh: tuple[int, int, int, int]) -> Estimate | None:
 
 
 def _fastest(job: Job, laws: _Laws, mesh: tuple[int, int, int, int]) -> Estimate | None:
-    return min(_fitting(job, laws, mesh), key=lambda estimate: (estimate.step_seconds, estimate.bytes), default=None)
+    own = job.config.train.recompute  # where a stage is one layer all policies are one
+    return min(_fitting(job, laws, mesh), default=None,
+               key=lambda found: (found.step_seconds, found.layout.recompute != own, found.bytes))
 
 
 def _fitting(job: Job, laws: _Laws, mesh: tuple[int, int, int, int]) -> Iterator[Estimate]:
@@ -118,9 +132,7 @@ def _fitting(job: Job, laws: _Laws, mesh: tuple[int, int, int, int]) -> Iterator
         for micro in _divisors(job.batch // data):
             if not laws.batch(data, micro):
                 continue
-            smallest = Layout(*mesh, zero, "1f1b" if pipe > 1 else "circular", 1, None, micro, laws.policies[-1])
-            if not job.fits(smallest) and (pipe == 1 or not job.fits(smallest._replace(schedule="circular",
-                                                                                       flush=pipe))):
+            if not any(job.fits(Layout(*mesh, zero, *how, micro, laws.policies[-1])) for how in _lean(job, laws, pipe)):
                 break  # a larger micro-batch fits even less
             for run in _schedules(job, laws, pipe, job.batch // (data * micro)):
                 for policy in laws.policies:
@@ -137,7 +149,7 @@ def leanest(job: Job, devices: int) -> Estimate:
                   for pipe, context, tensor in _meshes(job, laws, devices)
                   for data in _divisors(job.batch) if pipe * context * tensor * data <= devices and laws.batch(data, 1)
                   for zero in ((1, 3) if data > 1 else (1,)) if _allowed(job.state, pipe, data, tensor)
-                  for how in ([("1f1b", 1, None), ("circular", 1, pipe)] if pipe > 1 else [("circular", 1, None)]))
+                  for how in _lean(job, laws, pipe))
     return job.estimate(min(candidates, key=lambda layout: sum(job.memory(layout).values())))
 
 

@@ -221,19 +221,22 @@ class Evaluator:
         return result
 
     def _batches(self, objective: str):
-        pipe = self.mesh.shape["pipe"]
-        rows = pipe * micro_batch_shape(self.config, self.mesh)[1]
-        batches = heldout_batches(self.data.held_out, self.config.sequence_length, rows)
+        # A batch is the global one, so that every mesh reads the same text; a pipeline fills it up with empty rows.
+        size, pipe = self.config.train.global_batch_size, self.mesh.shape["pipe"]
+        micro_batches, rows = micro_batch_shape(self.config, self.mesh)
+        shape = (-(-micro_batches // pipe) * pipe, rows, self.config.sequence_length)
+        batches = heldout_batches(self.data.held_out, self.config.sequence_length, size)
         for number, raw in enumerate(batches):
             if number == self.config.train.eval_batches:
                 return
             made = causal_batch(raw) if objective == "causal" else masked_batch(
-                raw, range(number * rows, (number + 1) * rows), 0, self.config.data.masking, self.data.tokenizer)
+                raw, range(number * size, (number + 1) * size), 0, self.config.data.masking, self.data.tokenizer)
 
             def rows_of(numbers, made=made):
-                return {key: value[numbers] for key, value in made.items()}
+                picked = {key: value[np.minimum(numbers, size - 1)] for key, value in made.items()}
+                return picked | {"weights": picked["weights"] * (numbers < size)[:, None]}
 
-            yield put_batch(rows_of, (pipe, rows // pipe, self.config.sequence_length), self.mesh)
+            yield put_batch(rows_of, shape, self.mesh)
 
 
 # --- what happens around a step ---------------------------------------------------------------------------

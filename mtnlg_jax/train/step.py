@@ -68,6 +68,7 @@ def make_loss_and_gradients(config: Config, mesh: Mesh, causal: bool) -> Callabl
     """(params, batch, micro_batches, key) -> (mean loss, gradients like params), over the whole mesh."""
     params, zero, schedule = abstract_model(config.model)[1], config.mesh.zero, config.mesh.schedule
     piped, rounds = mesh.shape["pipe"] > 1, config.mesh.virtual_pipe
+    dtype, reduce_dtype = jnp.dtype(config.train.compute_dtype), jnp.dtype(config.train.reduce_dtype)
     if not piped:
         of_micro_batches = _one_after_the_other
     else:
@@ -79,10 +80,10 @@ def make_loss_and_gradients(config: Config, mesh: Mesh, causal: bool) -> Callabl
             blocks, to_natural = jax.vjp(lambda blocks: to_rounds(blocks, rounds), params["blocks"])
             params = _with_blocks(params, blocks)
         params, batch, total = vary((params, batch, total))
-        weights = params if zero == 3 else gather_weights(params, jnp.dtype(config.train.compute_dtype), zero)
+        weights = params if zero == 3 else gather_weights(params, dtype, zero)
         parts = _Parts(config, causal, weights, batch, total, jax.random.wrap_key_data(key))
         loss, grads = of_micro_batches(parts, weights, count, mesh)
-        grads = reduce_gradients(grads, zero, scattered=zero == 3)
+        grads = reduce_gradients(grads, zero, zero == 3, reduce_dtype)
         if piped:
             grads = _with_blocks(grads, to_natural(grads["blocks"])[0])
         return _report(loss, apart=("pipe", "data", "context")), grads
@@ -99,7 +100,9 @@ class _Parts:
     def __init__(self, config: Config, causal: bool, weights, batch, total, key):
         self.config, self.batch, self.total, self.causal = config, batch, total, causal
         self.graph = abstract_model(config.model)[0]
-        self.dtype, self.zero = jnp.dtype(config.train.compute_dtype), config.mesh.zero
+        train, zero = config.train, config.mesh.zero
+        self.zero, self.gather = zero, functools.partial(
+            gather_weights, dtype=jnp.dtype(train.compute_dtype), zero=zero, reduce_dtype=jnp.dtype(train.reduce_dtype))
         self.blocks, self.key = weights["blocks"], key if config.model.dropout_rate else None
 
     def micro(self, number):
@@ -108,7 +111,7 @@ class _Parts:
     def model(self, rest):
         """The module over compute weights; its layers are whatever this device has of them."""
         if self.zero == 3:
-            rest = gather_weights(rest, self.dtype, self.zero)
+            rest = self.gather(rest)
         return nnx.merge(self.graph, _with_blocks(rest, self.blocks))
 
     def start(self, rest, numbers):
@@ -125,11 +128,11 @@ class _Parts:
         def prepare(layer):
             if self.zero != 3:
                 return layer
-            return gather_weights({"blocks": layer}, self.dtype, self.zero)["blocks"]
+            return self.gather({"blocks": layer})["blocks"]
 
         return self.model(rest).run(
             layers, first, x_BSD, micro["positions"], micro["segment_ids"], causal=self.causal, prepare=prepare,
-            remat=self.config.train.recompute == "full", dropout_key=self.key, rows_B=micro["rows"],
+            recompute=self.config.train.recompute, dropout_key=self.key, rows_B=micro["rows"],
             attend=functools.partial(context_attention, mode=context_mode))
 
     def finish(self, rest, number, x_BSD, smoothing=None):
@@ -188,7 +191,7 @@ def _through_circular(parts: _Parts, weights, count, mesh):
     rest, blocks, mesh_config = _without_blocks(weights), weights["blocks"], parts.config.mesh
     micro_batches = parts.batch["tokens"].shape[0]
     flush = min(mesh_config.flush or micro_batches, micro_batches)
-    apart = parts.zero != 3 and parts.dtype != jnp.float32
+    apart = parts.zero != 3 and parts.config.train.compute_dtype != "float32"
     held = vary(jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), blocks)) if apart else blocks
 
     def one(f, carry):
@@ -214,11 +217,13 @@ def _through_circular(parts: _Parts, weights, count, mesh):
 
 def _through_1f1b(parts: _Parts, weights, count, mesh):
     rest, blocks = _without_blocks(weights), weights["blocks"]
-    # Collectives inside a branch that only some devices take are not proved on TPU: there the bubble is computed.
+    # Where the bubble is computed and thrown away instead of skipped: on TPU, where collectives inside a branch that
+    # only some devices take are not proved; around a ring, whose permutes have no groups and wait for all devices.
+    on_tpu, ring = mesh.devices.flat[0].platform == "tpu", parts.config.mesh.context_mode == "ring"
     loss, d_blocks, d_rest = one_f_one_b(
         lambda rest, m: parts.start(rest, m[None])[0],
         lambda blocks, m, x: parts.stage(rest, *_chunk_of(parts, blocks, 0), m, x),
-        parts.finish, blocks, rest, count, skip=mesh.devices.flat[0].platform != "tpu")
+        parts.finish, blocks, rest, count, skip=not (on_tpu or (ring and mesh.shape["context"] > 1)))
     return loss, _with_blocks(d_rest, d_blocks)
 
 

@@ -91,7 +91,7 @@ def test_another_vocabulary(ask):
     (["--chips=v5e:256"], "mtnlg_530b does not fit 256 v5e: the leanest layout, "),
     (["--chips=H100:8", "--config=nowhere.py"], "'nowhere.py' is not a file"),
     (["--devices=7"], "does not fit 7 devices; their product must be 7"),
-    (["--set=mesh.pipe=4"], "model.num_layers=105 does not divide by mesh.pipe x mesh.virtual_pipe=4; try"),
+    (["--set=mesh.pipe=4"], "model.num_layers=105 does not divide by mesh.pipe=4; try mesh.pipe=3 or 5"),
     (["--set=mesh.zero=1", "--set=mesh.data=6", "--set=train.global_batch_size=1926",
       "--set=train.rampup_batch_size=None"], "D=20480 does not divide by data=6; try mesh.data=4 or 5, or mesh.zero=0"),
     (["--set=train.micro_batch_size=7"], "try"),

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from mtnlg_jax.config import MeshConfig, ModelConfig
 from mtnlg_jax.model.transformer import (
+    RECOMPUTE,
     Mlp,
     Norm,
     Transformer,
@@ -20,7 +21,8 @@ from mtnlg_jax.model.transformer import (
     init_parameters,
     rotate,
 )
-from mtnlg_jax.parallel.mesh import make_mesh, parameter_name, shardings_of, specs_of
+from mtnlg_jax.parallel.collectives import vary
+from mtnlg_jax.parallel.mesh import AXES, make_mesh, parameter_name, shardings_of, specs_of
 
 FLOAT32 = 3e-5  # two layers of float32 products, logits of size ten
 LAST_BITS = 1e-6  # the same float32 formula, vectorised differently: a few units in the last place
@@ -209,19 +211,42 @@ def test_packing_leaks_nothing_and_padding_changes_nothing(config, causal, impl)
     assert np.abs(leaking[:, SECOND] - packed[:, SECOND]).max() > 0.01
 
 
-def test_recomputing_changes_no_number():
+@pytest.mark.parametrize("recompute", [name for name in RECOMPUTE if name != "none"])
+def test_recomputing_changes_no_number(recompute):
     graph, params = _parts(GPT2)
 
-    def loss(params, remat):
-        return (nnx.merge(graph, params).hidden(TOKENS, remat=remat) ** 2).sum()
+    def loss(params, recompute):
+        return (nnx.merge(graph, params).hidden(TOKENS, recompute=recompute) ** 2).sum()
 
-    products = [str(jax.make_jaxpr(jax.grad(functools.partial(loss, remat=remat)))(params)).count("dot_general")
-                for remat in (True, False)]
-    assert products[0] > products[1]  # the backward pass computes the layer again
     (value, grads), (plain, plain_grads) = (
-        jax.jit(jax.value_and_grad(functools.partial(loss, remat=remat)))(params) for remat in (True, False))
+        jax.jit(jax.value_and_grad(functools.partial(loss, recompute=name)))(params) for name in (recompute, "none"))
     np.testing.assert_allclose(value, plain, rtol=LAST_BITS)
     _assert_near(grads, plain_grads, FLOAT32)
+
+
+@pytest.mark.parametrize("tensor", [1, 4])
+@pytest.mark.parametrize(("recompute", "kept"), [("none", 32), ("elementwise", 20), ("mlp", 12), ("projections", 6),
+                                                 ("full", 2)])
+def test_a_recompute_policy_keeps_the_bytes_that_the_table_says(recompute, kept, tensor):
+    config = ModelConfig(num_layers=1, hidden_size=512, num_attention_heads=4, vocab_size=128,
+                         max_position_embeddings=256, attention_impl="xla_blockwise")
+    graph, params = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+    params = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, jnp.bfloat16), params)
+    mesh, found = make_mesh(MeshConfig(data=1, tensor=tensor), jax.devices()[:tensor]), []
+
+    def local(params, x_BSD):
+        params, x_BSD = vary((params, x_BSD))
+        model, positions = nnx.merge(graph, params), jnp.zeros((3, 256), jnp.int32)
+        layers = nnx.state(model.blocks)
+        _, back = jax.vjp(lambda layers, x: model.run(layers, 0, x, positions, recompute=recompute), layers, x_BSD)
+        whole = [w.size for w in jax.tree.leaves(layers)]
+        found.append(sum(leaf.nbytes for leaf in jax.tree.leaves(back) if leaf.size not in whole))
+        return x_BSD
+
+    x = jax.ShapeDtypeStruct((3, 256, 512), jnp.bfloat16)
+    jax.eval_shape(jax.shard_map(local, mesh=mesh, in_specs=(specs_of(params), P("data", "tensor")),
+                                 out_specs=P(("pipe", "data", "context"), "tensor")), params, x)
+    assert found[0] / (3 * 256 * 512) * tensor == pytest.approx(kept, rel=0.05)
 
 
 def test_bfloat16_weights_give_float32_logits_near_the_exact():
@@ -291,11 +316,11 @@ def test_hidden_states_with_dropout_are_equal_on_a_mesh():
             tokens, segment_ids_BS=segments, dropout_key=jax.random.wrap_key_data(key), rows_B=rows)
 
     def run_local(*args):
-        return run(*args)[None]  # whole on every device of tensor: one copy of each is looked at
+        return run(*vary(args))[None]  # whole on every device of tensor: one copy of each is looked at
 
     segments = np.repeat(SEGMENTS, 2, 0)
     mesh = make_mesh(MeshConfig(data=2, tensor=4, zero=0))
-    over_mesh = jax.shard_map(run_local, mesh=mesh, out_specs=P("tensor", "data"),
+    over_mesh = jax.shard_map(run_local, mesh=mesh, out_specs=P(AXES[:1] + AXES[2:], "data"),
                               in_specs=(specs_of(params, zero=0), *[P("data")] * 3, P()))
     copies = jax.jit(over_mesh)(params, TOKENS, segments, rows, key)
     alone = jax.jit(run)(params, TOKENS, segments, rows, key)

@@ -122,6 +122,22 @@ def test_weights_arrive_whole_and_their_gradients_are_summed_in_float32():
     assert np.float32(jnp.bfloat16(8 + 28 / 128)) != 8 + 28 / 128
 
 
+def test_gradients_may_be_summed_in_bfloat16():
+    mesh = make_mesh(MeshConfig(data=8))
+
+    def local(w):
+        share = 1 + axis_index("data") / 128  # bfloat16 holds each of these, but not their sum
+        through = functools.partial(gather_weights, dtype=jnp.float32, zero=1, reduce_dtype=jnp.bfloat16)
+        scattered = jax.vjp(through, vary({"w_in_DF": w}))[1]({"w_in_DF": vary(jnp.full((8, 2), share))})[0]
+        return scattered, reduce_gradients({"b_in_F": vary(jnp.full((2,), share))}, 1, False, jnp.bfloat16)
+
+    specs = ({"w_in_DF": P("data", ("pipe", "context", "tensor"))}, {"b_in_F": P("tensor")})
+    for grad in jax.tree.leaves(_over(mesh, local, (P("data", "tensor"),), specs)(np.ones((8, 2), np.float32))):
+        assert grad.dtype == jnp.float32
+        np.testing.assert_array_equal(grad, np.float32(jnp.asarray(grad, jnp.bfloat16)))
+        assert 0 < np.abs(grad - (8 + 28 / 128)).max() < 0.1
+
+
 def test_a_layers_slice_is_gathered_though_it_lost_its_leading_dim():
     mesh = make_mesh(MeshConfig(data=2, tensor=4))
     w = np.arange(3 * 4 * 8 * 2, dtype=np.float32).reshape(3, 4, 8, 2)  # LDNH

@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
-from mtnlg_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
+from mtnlg_jax.config import Config, MeshConfig, ModelConfig, TrainConfig, validate
 from mtnlg_jax.model.transformer import abstract_model, init_parameters
 from mtnlg_jax.parallel.mesh import make_mesh, shardings_of
 from mtnlg_jax.train.step import init_state, make_eval, make_loss_and_gradients, make_train_step, put_batch
@@ -30,11 +30,13 @@ def rows():
     return {k: v.astype(np.int32) for k, v in made.items()} | {"weights": weights}
 
 
-def config_of(data, tensor, zero=1, micro_batches=2, model=MODEL, **train):
+def config_of(data, tensor, zero=1, micro_batches=2, model=MODEL, mesh=(), **train):
     train = {"compute_dtype": "float32", "loss_chunk": 24, "steps": 10} | train
     micro = ROWS // micro_batches // data
-    return Config(model=model, mesh=MeshConfig(data=data, tensor=tensor, zero=zero),
-                  train=TrainConfig(global_batch_size=ROWS, micro_batch_size=micro, **train))
+    config = Config(model=model, mesh=MeshConfig(data=data, tensor=tensor, zero=zero, **dict(mesh)),
+                    train=TrainConfig(global_batch_size=ROWS, micro_batch_size=micro, **train))
+    validate(config)
+    return config
 
 
 def batch_on(mesh, micro_batches=2, data=None):
@@ -48,13 +50,17 @@ def parameters(model):
     return init_parameters(model, seed=0)
 
 
-def loss_and_gradients(config, causal=True, micro_batches=2, count=None):
-    devices = jax.devices()[: config.mesh.data * config.mesh.tensor]
-    mesh = make_mesh(config.mesh, devices)
+def mesh_of(config):
+    mesh = config.mesh
+    return make_mesh(mesh, jax.devices()[: mesh.pipe * mesh.data * mesh.context * mesh.tensor])
+
+
+def loss_and_gradients(config, causal=True, micro_batches=2, count=None, data=None):
+    mesh = mesh_of(config)
     params = jax.device_put(parameters(config.model), shardings_of(parameters(config.model), mesh, config.mesh.zero))
     function = jax.jit(make_loss_and_gradients(config, mesh, causal))
     key = jax.random.key_data(jax.random.key(3))
-    loss, grads = function(params, batch_on(mesh, micro_batches), jnp.int32(count or micro_batches), key)
+    loss, grads = function(params, batch_on(mesh, micro_batches, data), jnp.int32(count or micro_batches), key)
     return float(loss), [np.asarray(g) for g in jax.tree.leaves(grads)]
 
 
@@ -74,6 +80,106 @@ def assert_equal_numbers(got, wanted, tolerance=MESH_TOLERANCE):
 @pytest.mark.parametrize(("data", "tensor"), [(1, 8), (2, 4), (4, 2), (8, 1)])
 def test_every_factorisation_of_8_devices_equals_one(data, tensor, zero):
     assert_equal_numbers(loss_and_gradients(config_of(data, tensor, zero)), one_device())
+
+
+# --- pipeline and context ---------------------------------------------------------------------------------------
+
+DEEP = dataclasses.replace(MODEL, num_layers=8)
+# pipe, data, context, tensor
+MESHES = [(2, 1, 2, 2), (2, 2, 1, 2), (4, 1, 1, 2), (1, 2, 2, 2)]
+SCHEDULES = {"circular": {}, "interleaved": {"virtual_pipe": 2}, "1f1b": {"schedule": "1f1b"}}
+MODES = ("ulysses", "gather", "ring")
+
+
+def on_a_mesh(pipe, data, context, tensor, zero=1, dtype="float32", micro_batches=4, causal=True, model=DEEP,
+              count=None, data_rows=None, **mesh):
+    config = config_of(data, tensor, zero, micro_batches, model, {"pipe": pipe, "context": context, **mesh},
+                       compute_dtype=dtype)
+    return loss_and_gradients(config, causal, micro_batches, count, data_rows)
+
+
+@functools.cache
+def deep_alone(causal=True, model=DEEP):
+    return on_a_mesh(1, 1, 1, 1, causal=causal, model=model)
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("mesh", [mesh for mesh in MESHES if mesh[0] > 1], ids=str)
+def test_every_schedule_on_every_mesh_equals_one_device(mesh, schedule, zero):
+    assert_equal_numbers(on_a_mesh(*mesh, zero, **SCHEDULES[schedule]), deep_alone())
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mesh", [(1, 2, 2, 2), (1, 1, 4, 1)], ids=str)
+def test_every_context_mode_equals_one_device(mesh, mode, zero):
+    assert_equal_numbers(on_a_mesh(*mesh, zero, context_mode=mode), deep_alone())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_context_inside_a_pipeline_and_with_the_masked_objective(mode):
+    got = on_a_mesh(2, 1, 2, 2, causal=False, context_mode=mode, schedule="1f1b")
+    assert_equal_numbers(got, deep_alone(causal=False))
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_bf16_on_every_mesh_is_close_to_float32(mesh, schedule):
+    if mesh[0] == 1 and schedule != "circular":
+        pytest.skip("no pipeline: one schedule says it all")
+    got = on_a_mesh(*mesh, dtype="bfloat16", **(SCHEDULES[schedule] if mesh[0] > 1 else {}))
+    assert got[0] != deep_alone()[0]
+    assert_equal_numbers(got, deep_alone(), tolerance=3e-2)
+
+
+@pytest.mark.parametrize("mesh", [{"schedule": "1f1b"}, {"flush": 2}, {"flush": 2, "virtual_pipe": 2}], ids=str)
+def test_a_pipeline_takes_fewer_micro_batches_and_flushes(mesh):
+    # A count of 2 leaves out the second half of the rows, whose weights the mean counts nevertheless.
+    wanted = on_a_mesh(1, 1, 1, 1, count=2)
+    assert wanted[0] < 0.9 * deep_alone()[0]
+    assert_equal_numbers(on_a_mesh(2, 1, 1, 2, count=2, **mesh), wanted)
+    assert_equal_numbers(on_a_mesh(2, 1, 1, 2, **mesh), deep_alone())
+
+
+@pytest.mark.parametrize(("few", "many"), [
+    ({"pipe": 1}, {"pipe": 1}), ({"schedule": "1f1b"}, {"schedule": "1f1b"}), ({"flush": 2}, {"flush": 2}),
+    ({"flush": 2}, {"flush": 16}), ({"flush": 2, "virtual_pipe": 2}, {"flush": 16, "virtual_pipe": 2})], ids=str)
+def test_gradients_of_micro_batches_add_in_float32(few, many):
+    # Sixteen times the same row, each a micro-batch: the gradient is eight times that of two, but for what sums lose.
+    same = {key: np.repeat(value[:1], ROWS, 0) for key, value in rows().items()}
+    (_, few), (_, many) = (
+        on_a_mesh(mesh.pop("pipe", 2), 1, 1, 1, dtype="bfloat16", micro_batches=16, count=count, data_rows=same, **mesh)
+        for count, mesh in ((2, dict(few)), (16, dict(many))))
+    for two, sixteen in zip(few, many, strict=True):
+        assert np.abs(8 * two - sixteen).max() <= 1e-5 * np.abs(sixteen).max()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_dropout_drops_the_same_in_a_pipeline(schedule):
+    model = dataclasses.replace(DEEP, dropout_rate=0.1)
+    assert deep_alone(model=model)[0] != deep_alone()[0]
+    got = on_a_mesh(2, 1, 2, 2, model=model, **SCHEDULES[schedule])
+    assert_equal_numbers(got, deep_alone(model=model))
+
+
+def test_another_architecture_in_a_pipeline_with_context():
+    model = dataclasses.replace(DEEP, position_embedding_type="rotary", normalization="rmsnorm", activation="swiglu",
+                                add_bias=False, tie_embeddings=False, num_query_groups=4)
+    got = on_a_mesh(2, 1, 2, 2, 3, model=model, virtual_pipe=2, context_mode="ring")
+    assert_equal_numbers(got, deep_alone(model=model))
+
+
+@pytest.mark.parametrize("mesh", [{"pipe": 2}, {"pipe": 4, "virtual_pipe": 2}, {"context": 2},
+                                  {"pipe": 2, "context": 2}], ids=str)
+def test_evaluation_through_pipeline_and_context_equals_one_device(mesh):
+    def evaluate(**mesh):
+        config = config_of(1, 2, 1, 4, DEEP, mesh)
+        on = mesh_of(config)
+        params = jax.device_put(parameters(DEEP), shardings_of(parameters(DEEP), on))
+        return [float(x) for x in make_eval(config, on, True)(params, batch_on(on, 4))]
+
+    assert evaluate(**mesh) == pytest.approx(evaluate(), rel=1e-6)
 
 
 def test_the_masked_objective_too():

@@ -1,0 +1,84 @@
+"""A run that goes on elsewhere: saved on one mesh, restored on another, the same losses as if it had stayed."""
+
+import contextlib
+import dataclasses
+import os
+
+import numpy as np
+import pytest
+
+from mtnlg_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, StageConfig, TrainConfig
+from mtnlg_jax.data.prepare import prepare
+from mtnlg_jax.train import loop
+from mtnlg_jax.train.metrics import read_metrics
+from mtnlg_jax.train.step import make_train_step
+
+LOSSES = 1e-5  # float32, after updates by Adam
+WORDS = "the whale swam north while the old captain slept and nobody on the ship dared to wake him again".split()
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("other-mesh")
+    rng = np.random.default_rng(0)
+    (folder / "book.txt").write_text("\n".join(" ".join(rng.choice(WORDS, 12)) + "." for _ in range(300)))
+    prepare(folder / "book.txt", folder / "data", vocab_size=300, heldout=0.1, progress=False)
+    return str(folder / "data")
+
+
+def config_of(prepared, mesh, micro=1):
+    """Six steps of 8, 12 and 16 rows, masked and causal; 16 rows are 2 micro-batches of each of 8 data shards."""
+    return Config(
+        model=ModelConfig(num_layers=4, hidden_size=32, num_attention_heads=8, max_position_embeddings=32),
+        mesh=mesh, data=DataConfig(path=prepared), optimizer=OptimizerConfig(learning_rate=1e-3),
+        train=TrainConfig(steps=6, global_batch_size=16, micro_batch_size=micro, rampup_batch_size=(8, 8, 24),
+                          compute_dtype="float32", eval_every=2, save_every=2, eval_batches=2,
+                          stages=(StageConfig("masked", 0.5, masked=1.0), StageConfig("causal", 0.5))))
+
+
+def told(workdir):
+    records = read_metrics(os.path.join(workdir, "metrics.jsonl"))
+    return ([r["loss"] for r in records if r["kind"] == "train"],
+            [r["sequences"] for r in records if r["kind"] == "train"],
+            [r["causal_loss"] for r in records if r["kind"] == "eval"])
+
+
+MESHES = (MeshConfig(pipe=4, data=2, schedule="1f1b"),
+          MeshConfig(pipe=2, data=2, tensor=2, zero=3, virtual_pipe=2, flush=2),
+          MeshConfig(data=1, context=4, tensor=2, zero=0))
+
+
+def test_a_run_that_moves_from_mesh_to_mesh_tells_what_one_that_stayed_does(prepared, tmp_path, monkeypatch):
+    loop.train(config_of(prepared, MeshConfig(data=8)), str(tmp_path / "stayed"), show_progress=False)
+    real, stops = loop.batch_at, [2, 4]
+
+    def failing(config, mesh, data, step):
+        if step in stops:
+            stops.remove(step)
+            raise RuntimeError("the machine is gone")
+        return real(config, mesh, data, step)
+
+    monkeypatch.setattr(loop, "batch_at", failing)
+    for mesh in MESHES:
+        ends = pytest.raises(RuntimeError, match="the machine is gone") if stops else contextlib.nullcontext()
+        with ends:
+            loop.train(config_of(prepared, mesh), str(tmp_path / "moved"), show_progress=False)
+    (losses, sequences, held_out), stayed = told(tmp_path / "moved"), told(tmp_path / "stayed")
+    assert sequences == stayed[1] == [8, 8, 8, 16, 16, 16]
+    np.testing.assert_allclose(losses, stayed[0], rtol=LOSSES)
+    np.testing.assert_allclose(held_out, stayed[2], rtol=LOSSES)
+
+
+def test_a_ramp_through_a_pipeline_compiles_once(prepared, monkeypatch, tmp_path):
+    made = []
+
+    def counted(*args, **kwargs):
+        made.append(make_train_step(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(loop, "make_train_step", counted)
+    config = config_of(prepared, MeshConfig(pipe=2, data=2, tensor=2, schedule="1f1b"))
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, stages=(StageConfig(),), steps=4))
+    loop.train(config, str(tmp_path), show_progress=False)
+    assert told(tmp_path)[1] == [8, 8, 8, 16]
+    assert sorted(step._cache_size() for step in made) == [0, 1]

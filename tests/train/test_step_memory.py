@@ -1,0 +1,44 @@
+"""What a step holds as the micro-batches of a pipeline grow in number."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mtnlg_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
+from mtnlg_jax.parallel.mesh import BATCH, make_mesh
+from mtnlg_jax.train.step import BATCH_KEYS, abstract_state, make_loss_and_gradients
+
+MODEL = ModelConfig(num_layers=8, hidden_size=128, num_attention_heads=4, vocab_size=128, max_position_embeddings=256)
+
+
+@functools.cache
+def temporaries(micro_batches, dtype, **mesh):
+    config = Config(model=MODEL, mesh=MeshConfig(pipe=2, data=1, tensor=2, **mesh),
+                    train=TrainConfig(global_batch_size=micro_batches, micro_batch_size=1, compute_dtype=dtype,
+                                      recompute="full"))
+    on = make_mesh(config.mesh, jax.devices()[:4])
+    batch = {name: jax.ShapeDtypeStruct((micro_batches, 1, 256), jnp.float32 if name == "weights" else jnp.int32,
+                                        sharding=NamedSharding(on, BATCH)) for name in BATCH_KEYS}
+    batch["rows"] = jax.ShapeDtypeStruct((micro_batches, 1), jnp.int32, sharding=NamedSharding(on, P(None, "data")))
+    key = jax.random.key_data(jax.random.key(0))
+    step = jax.jit(make_loss_and_gradients(config, on, causal=True))
+    lowered = step.lower(abstract_state(config, on)["params"], batch, jnp.int32(micro_batches), key)
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize(("dtype", "mesh", "low", "high"), [
+    ("float32", {}, 1, 3),
+    ("bfloat16", {}, 1, 3),
+    ("float32", {"virtual_pipe": 2}, 2, 4),
+    ("float32", {"schedule": "1f1b"}, 0, 0.1),
+    ("bfloat16", {"schedule": "1f1b"}, 0, 0.1),
+], ids=str)
+def test_temporaries_grow_with_micro_batches_by_a_few_stage_inputs(dtype, mesh, low, high):
+    # A stage's input is this device's places of one row; circular keeps one for each round of each micro-batch.
+    stage_input = 256 // 2 * MODEL.hidden_size * jnp.dtype(dtype).itemsize
+    growth = (temporaries(32, dtype, **mesh) - temporaries(8, dtype, **mesh)) / 24 / stage_input
+    assert low <= growth <= high
