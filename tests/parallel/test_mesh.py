@@ -1,6 +1,7 @@
 """The plan: which dim lies on which axis, and what is said when something does not fit."""
 
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from mtnlg_jax.config import MeshConfig, ModelConfig
 from mtnlg_jax.model.transformer import abstract_model
+from mtnlg_jax.parallel import mesh
 from mtnlg_jax.parallel.mesh import AXES, dims_of, make_mesh, plan_table, shardings_of, spec_of, specs_of
 
 SMALL = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 4, "vocab_size": 24,
@@ -142,3 +144,10 @@ def test_a_mesh_of_some_devices():
 def test_sizes_that_do_not_fit_the_devices_are_refused(config, words):
     with pytest.raises(ValueError, match=words):
         make_mesh(config)
+
+
+def test_the_readme_shows_this_table():
+    table = [line for line in mesh.__doc__.splitlines() if line.startswith("|")]
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text().splitlines()
+    start = readme.index(table[0])
+    assert len(table) > 8 and readme[start:start + len(table)] == table
