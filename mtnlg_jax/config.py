@@ -312,7 +312,8 @@ def from_json(text: str) -> Config:
 # --- checks -----------------------------------------------------------------------------------------------
 
 
-def _near_divisors(number: int, size: int) -> str:
+def near_divisors(number: int, size: int) -> str:
+    """The two divisors of ``number`` nearest to ``size``, for a message: "4 or 8"."""
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
     near = sorted(sorted({*small, *(number // d for d in small)}, key=lambda d: abs(d - size))[:2])
     return " or ".join(map(str, near))
@@ -321,7 +322,7 @@ def _near_divisors(number: int, size: int) -> str:
 def _must_divide(what: str, number: int, axis: str, size: int) -> None:
     if number % size:
         raise ValueError(
-            f"{what}={number} does not divide by {axis}={size}; try {axis}={_near_divisors(number, size)}"
+            f"{what}={number} does not divide by {axis}={size}; try {axis}={near_divisors(number, size)}"
         )
 
 
@@ -465,8 +466,8 @@ def validate_batch(config: Config, data_size: int) -> None:
         sizes |= {"train.rampup_batch_size start": start, "train.rampup_batch_size increment": increment}
     for what, size in sizes.items():
         if size % unit:
-            low, high = size // unit * unit, -(-size // unit) * unit
-            raise ValueError(f"{what}={size} does not divide by {name}={unit}; try {low or high} or {high}")
+            near = [str(rounds * unit) for rounds in (size // unit, size // unit + 1) if rounds]
+            raise ValueError(f"{what}={size} does not divide by {name}={unit}; try {' or '.join(near)}")
 
 
 def validate_model(model: ModelConfig) -> None:

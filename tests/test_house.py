@@ -20,10 +20,11 @@ ORDER = """
     parallel.hlo
     parallel.hlo_cost
     config
-    parallel.mesh
+    parallel.mesh parallel.hardware
     parallel.collectives
     model
     parallel.pipeline parallel.context
+    parallel.cost
     parallel.planner
     data
     train

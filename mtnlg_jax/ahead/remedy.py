@@ -8,7 +8,8 @@ from mtnlg_jax.ahead.measure import Measurement, measure
 from mtnlg_jax.ahead.report import largest_tensors, size_of
 from mtnlg_jax.ahead.topology import Topology
 from mtnlg_jax.config import Config, override, validate, validate_batch
-from mtnlg_jax.parallel.mesh import shape_of
+from mtnlg_jax.parallel.cost import Job, layout_of
+from mtnlg_jax.parallel.mesh import mesh_shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,45 +22,19 @@ class Change:
     predicted: int  # bytes a device
 
 
-# Bytes a layer keeps for its backward pass, in units of rows x sequence x width / tensor: compute_dtype's input of
-# the layer alone, or with its products and norms (counted from a block's residuals).
-_KEPT = {"full": 2, "none": 20}
 MARGIN = 0.95  # a prediction is believed up to this share of the memory
 
 
 def estimate(config: Config, devices: int, step: str) -> dict[str, float]:
-    """Bytes of a step on a device by what they are for. It ranks configs; what the compiler adds is left out."""
+    """Bytes of a step on a device by what they are for; of a train step, as the planner counts them."""
     model, mesh, train = config.model, config.mesh, config.train
-    pipe, data, context, tensor = shape_of(mesh, devices)
-    layers, width, length = model.num_layers, model.hidden_size, config.sequence_length
-    outside = model.vocab_size * width * (1 if model.tie_embeddings else 2) / tensor
-    layer = (model.parameter_count() - outside * tensor) / layers / tensor
-    local = layer * layers / pipe + outside
-    if step != "train":
-        size = 2 if train.compute_dtype == "bfloat16" else 4
-        cache = 2 * layers * (train.micro_batch_size or 1) * length * model.kv_heads * model.head_width / tensor
-        return {"weights": size * local, "cache": size * cache}
-    shards = data if mesh.zero else 1
-    parts = {"state": 12 * local / shards}
-    if mesh.zero == 3:
-        parts["weights"] = 2 * local / shards + 4 * layer
-        parts["gradients"] = 8 * local / shards + 4 * layer
-    else:
-        parts["weights"], parts["gradients"] = 2 * local, 8 * local
-    rows = train.micro_batch_size or train.global_batch_size // data
-    unit = rows * length * width / tensor / context
-    kept = _KEPT.get(train.recompute, _KEPT["none"]) * unit * layers / pipe
-    if pipe > 1:
-        micro_batches = train.global_batch_size // (rows * data)
-        if mesh.schedule == "1f1b":
-            stored = 2 * pipe - 1
-        else:
-            stored = 3 * mesh.virtual_pipe * min(mesh.flush or micro_batches, micro_batches)
-        kept = kept / mesh.virtual_pipe + 2 * unit * stored
-    parts["activations"] = kept
-    parts["one layer at work"] = rows * length / context * (8 * width + 12 * model.mlp_width / tensor)
-    parts["logits"] = 10 * min(train.loss_chunk, rows * length) * model.vocab_size / tensor
-    return parts
+    sizes = mesh_shape(mesh, devices)
+    if step == "train":
+        config = dataclasses.replace(config, mesh=dataclasses.replace(mesh, data=sizes["data"]))
+        return Job(config, None).memory(layout_of(config))
+    size, rows = (2 if train.compute_dtype == "bfloat16" else 4), train.micro_batch_size or 1
+    cache = 2 * model.num_layers * rows * config.sequence_length * model.kv_heads * model.head_width
+    return {"weights": size * model.parameter_count() / sizes["tensor"], "cache": size * cache / sizes["tensor"]}
 
 
 def suggest(config: Config, topology: Topology, devices: int, needed: int, limit: int, step: str) -> list[Change]:
@@ -72,7 +47,7 @@ def suggest(config: Config, topology: Topology, devices: int, needed: int, limit
             changed = override(config, *(flag.removeprefix("--set=") for flag in flags if flag.startswith("--set=")))
             validate(changed)
             count = devices * grown.chips // topology.chips
-            shape = shape_of(changed.mesh, count)
+            shape = tuple(mesh_shape(changed.mesh, count).values())
             validate_batch(changed, shape[1])
             if changed.mesh.zero and changed.model.hidden_size % shape[1]:
                 continue
@@ -92,7 +67,7 @@ def _candidates(config: Config, topology: Topology, devices: int, step: str):
         return tuple(f"--set={value}" for value in values), None
 
     if step == "train":
-        rows = train.micro_batch_size or train.global_batch_size // shape_of(mesh, devices)[1]
+        rows = train.micro_batch_size or train.global_batch_size // mesh_shape(mesh, devices)["data"]
         smaller = [rows // 2**n for n in range(1, rows.bit_length()) if rows % 2**n == 0]
         yield from (of(f"train.micro_batch_size={size}") for size in smaller)
         if train.recompute != "full":

@@ -11,7 +11,7 @@ from importlib import resources
 import numpy as np
 
 from mtnlg_jax.config import MeshConfig
-from mtnlg_jax.parallel.mesh import AXES, make_mesh, shape_of
+from mtnlg_jax.parallel.mesh import AXES, make_mesh, mesh_shape
 
 TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")  # what libtpu 0.0.50 knows
 GPUS = ("A100", "H100", "H200", "B200")  # each has a file in gpus/
@@ -121,7 +121,7 @@ def mesh_over(config: MeshConfig, topology: Topology, devices: list):
     from jax.experimental import mesh_utils
     from jax.sharding import AxisType, Mesh
 
-    shape = shape_of(config, len(devices))
+    shape = tuple(mesh_shape(config, len(devices)).values())
     mesh = functools.partial(Mesh, axis_names=AXES, axis_types=(AxisType.Auto,) * len(AXES))
     try:
         if topology.slices == 1 or topology.platform != "tpu":

@@ -18,12 +18,13 @@ axis. Parameters, gradients, optimizer moments and checkpoints carry the same na
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mtnlg_jax.config import MeshConfig
+from mtnlg_jax.config import MeshConfig, near_divisors
 
 AXES = ("pipe", "data", "context", "tensor")  # slowest network first
 
@@ -33,24 +34,24 @@ UNSPLIT = "HPC"
 BATCH = P(None, "data", "context")  # tokens, labels, weights (M, B, S): rows over data, places over context
 
 
-def shape_of(config: MeshConfig, count: int) -> tuple[int, int, int, int]:
-    """Sizes of AXES over ``count`` devices. ``config.data=-1`` takes what the others leave.
-    Raises ValueError when the sizes do not multiply to ``count``."""
+def mesh_shape(config: MeshConfig, devices: int) -> dict[str, int]:
+    """Sizes of AXES on ``devices`` devices; ``config.data=-1`` takes what the others leave.
+    Raises ValueError when the sizes do not multiply to ``devices``."""
     fixed = config.pipe * config.context * config.tensor
-    data = count // fixed if config.data == -1 else config.data
-    if fixed * data != count or data == 0:
+    data = devices // fixed if config.data == -1 else config.data
+    if fixed * data != devices or data == 0:
         raise ValueError(
             f"mesh pipe={config.pipe} x data={config.data} x context={config.context} x tensor={config.tensor} "
-            f"does not fit {count} devices; their product must be {count} (data=-1 takes the rest)"
+            f"does not fit {devices} devices; their product must be {devices} (data=-1 takes the rest)"
         )
-    return config.pipe, data, config.context, config.tensor
+    return dict(zip(AXES, (config.pipe, data, config.context, config.tensor), strict=True))
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
-    """A mesh of AXES over ``devices`` (default: all of them), sized as ``shape_of`` says."""
+    """A mesh of AXES over ``devices`` (default: all of them), of the sizes of ``mesh_shape``."""
     devices = jax.devices() if devices is None else devices
-    shape = shape_of(config, len(devices))
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
+    shape = mesh_shape(config, len(devices))
+    return jax.make_mesh(tuple(shape.values()), AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
 
 
 def parameter_name(path) -> str:
@@ -88,6 +89,19 @@ def specs_of(tree, zero: int = 1):
     )
 
 
+def local_shape(name: str, dims: str, shape: tuple[int, ...], sizes, zero: int = 1) -> tuple[int, ...]:
+    """What one device has of a tensor ``shape`` on a mesh of ``sizes`` (axis -> size). Raises ValueError naming the
+    tensor when a dim does not divide."""
+    local = []
+    for dim, size, axis in zip(dims, shape, spec_of(dims, zero), strict=True):
+        parts = sizes[axis] if axis else 1
+        if size % parts:
+            way_out = f"try mesh.{axis}={near_divisors(size, parts)}" + (", or mesh.zero=0" if axis == "data" else "")
+            raise ValueError(f"{name}: {dim}={size} does not divide by {axis}={parts}; {way_out}")
+        local.append(size // parts)
+    return tuple(local)
+
+
 def shardings_of(tree, mesh: Mesh, zero: int = 1):
     """Like ``specs_of``, as NamedShardings. Raises ValueError naming the first tensor that does not divide."""
 
@@ -95,26 +109,29 @@ def shardings_of(tree, mesh: Mesh, zero: int = 1):
         if not getattr(leaf, "ndim", 0):
             return NamedSharding(mesh, P())
         dims = dims_of(path)
-        spec = spec_of(dims, zero)
-        for dim, size, axis in zip(dims, leaf.shape, spec, strict=True):
-            if axis and size % mesh.shape[axis]:
-                way_out = f"choose mesh.{axis} among the divisors of {size}"
-                if axis == "data":
-                    way_out += ", or mesh.zero=0"
-                raise ValueError(f"{parameter_name(path)}: {dim}={size} does not divide by "
-                                 f"{axis}={mesh.shape[axis]}; {way_out}")
-        return NamedSharding(mesh, spec)
+        local_shape(parameter_name(path), dims, leaf.shape, mesh.shape, zero)
+        return NamedSharding(mesh, spec_of(dims, zero))
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
-def plan_table(tree, mesh_shape: dict[str, int], zero: int = 1) -> list[tuple[str, str, tuple, str, int]]:
-    """Rows (path, dims, shape, spec, bytes a device of one float32 copy) for every parameter of ``tree``."""
+class Row(NamedTuple):
+    """A parameter in the plan; ``bytes`` is what one device has of one float32 copy."""
+
+    path: str
+    dims: str
+    shape: tuple[int, ...]
+    spec: P
+    local: tuple[int, ...]
+    bytes: int
+
+
+def plan_table(tree, sizes: dict[str, int], zero: int = 1) -> list[Row]:
+    """A Row for every parameter of ``tree``. Raises ValueError naming the first that does not divide."""
     rows = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         dims = dims_of(path)
-        spec = spec_of(dims, zero)
-        split = math.prod(mesh_shape[axis] for axis in spec if axis)
         name = ".".join(key.key for key in path if isinstance(getattr(key, "key", None), str))
-        rows.append((name, dims, leaf.shape, str(spec), 4 * math.prod(leaf.shape) // split))
+        local = local_shape(parameter_name(path), dims, leaf.shape, sizes, zero)
+        rows.append(Row(name, dims, leaf.shape, spec_of(dims, zero), local, 4 * math.prod(local)))
     return rows

@@ -23,10 +23,11 @@ from mtnlg_jax.config import Config, to_json, validate, validate_batch
 from mtnlg_jax.data.batches import Batches, heldout_batches
 from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mtnlg_jax.data.tokens import Tokens, open_tokens
+from mtnlg_jax.parallel.hardware import flops_per_token
 from mtnlg_jax.parallel.mesh import make_mesh
 from mtnlg_jax.train import processes
 from mtnlg_jax.train.checkpoint import Checkpoints
-from mtnlg_jax.train.metrics import MetricsLog, environment, flops_per_token, peak_flops
+from mtnlg_jax.train.metrics import MetricsLog, environment, peak_flops
 from mtnlg_jax.train.objectives import causal_batch, masked_batch
 from mtnlg_jax.train.program import Program
 from mtnlg_jax.train.schedule import batch_size_at, is_masked, samples_before, stage_at

@@ -10,33 +10,16 @@ from importlib import metadata
 import jax
 import jax.numpy as jnp
 
-from mtnlg_jax.config import ModelConfig
-
-# Dense bf16 peak of one device, FLOP/s, by a part of jax's device_kind; vendors' figures (NVIDIA data sheets,
-# Google Cloud TPU pages). A CPU is measured.
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "TPU v4": 275e12,
-              "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5p": 459e12, "TPU v5": 459e12, "TPU v6": 918e12,
-              "TPU7x": 1153.5e12}
-
-
-def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
-    """Forward and backward FLOPs a token, 6 N + 12 L H Q T (PaLM, appendix B): attention counted in full, not
-    halved for causality; N leaves out the input embeddings, which are looked up, and keeps the output's."""
-    looked_up = model.max_position_embeddings * model.hidden_size
-    looked_up = looked_up if model.position_embedding_type == "learned" else 0
-    if not model.tie_embeddings:
-        looked_up += model.vocab_size * model.hidden_size
-    products = model.parameter_count() - looked_up
-    return 6 * products + 12 * model.num_layers * model.num_attention_heads * model.head_width * sequence_length
+from mtnlg_jax.parallel.hardware import CHIPS
 
 
 def peak_flops() -> float:
     """FLOP/s of all devices together: the vendor's dense bf16 figure, or, on a CPU, what a float32 matrix product
     reaches here (the devices of a CPU share its cores)."""
     device = jax.devices()[0]
-    for kind, peak in PEAK_FLOPS.items():
-        if kind in device.device_kind:
-            return peak * jax.device_count()
+    for chip in CHIPS.values():
+        if any(kind in device.device_kind for kind in chip.kinds):
+            return chip.flops * jax.device_count()
     size = 1536
     x = jnp.ones((size, size), jnp.float32)
     product = jax.jit(jnp.dot)

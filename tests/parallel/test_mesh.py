@@ -1,6 +1,7 @@
 """The plan: which dim lies on which axis, and what is said when something does not fit."""
 
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from mtnlg_jax.config import MeshConfig, ModelConfig
 from mtnlg_jax.model.transformer import abstract_model
+from mtnlg_jax.parallel import mesh
 from mtnlg_jax.parallel.mesh import AXES, dims_of, make_mesh, plan_table, shardings_of, spec_of, specs_of
 
 SMALL = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 4, "vocab_size": 24,
@@ -75,8 +77,8 @@ def test_moments_and_counters_follow_their_parameters():
 def test_what_does_not_divide_is_named_with_the_way_out():
     params = abstract_model(EVERY_SWITCH)[1]
     for shape, zero, words in [
-        ((1, 3, 1, 1), 1, r": D=16 does not divide by data=3; choose .*divisors of 16, or mesh.zero=0$"),
-        ((1, 1, 1, 4), 1, r"b_k_KH: K=2 does not divide by tensor=4; choose mesh.tensor among the divisors of 2$"),
+        ((1, 3, 1, 1), 1, r": D=16 does not divide by data=3; try mesh.data=2 or 4, or mesh.zero=0$"),
+        ((1, 1, 1, 4), 1, r"b_k_KH: K=2 does not divide by tensor=4; try mesh.tensor=1 or 2$"),
     ]:
         with pytest.raises(ValueError, match=words):
             shardings_of(params, AbstractMesh(shape, AXES), zero)
@@ -93,11 +95,12 @@ def test_shardings_of_the_model_put_each_part_on_its_device():
 
 def test_the_plan_table_accounts_for_every_byte():
     config = ModelConfig(**SMALL)
-    rows = plan_table(abstract_model(config)[1], {"pipe": 1, "data": 2, "context": 1, "tensor": 4})
-    assert sum(4 * math.prod(shape) for _, _, shape, _, _ in rows) == 4 * config.parameter_count()
-    table = {name: row for name, *row in rows}
-    assert table["blocks.mlp.w_in_DF"] == ["LDF", (2, 16, 64), str(P("pipe", "data", "tensor")), 4 * 2 * 16 * 64 // 8]
-    assert table["final_norm.bias_D"][-1] == 4 * 16 // 2
+    rows = plan_table(abstract_model(config)[1], {"pipe": 2, "data": 2, "context": 3, "tensor": 4})
+    assert sum(math.prod(row.shape) for row in rows) == config.parameter_count()
+    table = {row.path: row for row in rows}
+    assert table["blocks.mlp.w_in_DF"] == ("blocks.mlp.w_in_DF", "LDF", (2, 16, 64),
+                                           P("pipe", "data", "tensor"), (1, 8, 16), 4 * 8 * 16)
+    assert table["final_norm.bias_D"].bytes == 4 * 16 // 2
 
 
 # --- make_mesh ----------------------------------------------------------------------------------------------
@@ -110,7 +113,7 @@ def test_the_plan_table_accounts_for_every_byte():
         (MeshConfig(tensor=4), (1, 2, 1, 4)),
         (MeshConfig(data=1, tensor=8), (1, 1, 1, 8)),
         (MeshConfig(data=4, tensor=2), (1, 4, 1, 2)),
-        (MeshConfig(pipe=2, context=2), (2, 2, 2, 1)),
+        (MeshConfig(pipe=2, context=2, tensor=2), (2, 1, 2, 2)),
     ],
 )
 def test_a_mesh_takes_all_devices_and_spells_its_axis_types_out(config, sizes):
@@ -135,9 +138,16 @@ def test_a_mesh_of_some_devices():
         (MeshConfig(tensor=3), "tensor=3 does not fit 8 devices"),
         (MeshConfig(tensor=16), "tensor=16 does not fit 8 devices"),
         (MeshConfig(pipe=3), "pipe=3 .* does not fit 8 devices"),
-        (MeshConfig(pipe=2, data=1, context=8), "pipe=2 x data=1 x context=8 .* does not fit 8 devices"),
+        (MeshConfig(context=4, data=4), "context=4 .* does not fit 8 devices"),
     ],
 )
 def test_sizes_that_do_not_fit_the_devices_are_refused(config, words):
     with pytest.raises(ValueError, match=words):
         make_mesh(config)
+
+
+def test_the_readme_shows_this_table():
+    table = [line for line in mesh.__doc__.splitlines() if line.startswith("|")]
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text().splitlines()
+    start = readme.index(table[0])
+    assert len(table) > 8 and readme[start:start + len(table)] == table

@@ -10,9 +10,10 @@ import pytest
 
 from mtnlg_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, StageConfig, TrainConfig
 from mtnlg_jax.data.prepare import prepare
+from mtnlg_jax.parallel.hardware import flops_per_token
 from mtnlg_jax.train import loop
 from mtnlg_jax.train.checkpoint import Checkpoints, load_run
-from mtnlg_jax.train.metrics import flops_per_token, read_metrics
+from mtnlg_jax.train.metrics import read_metrics
 
 WORDS = "the whale swam north while the old captain slept and nobody on the ship dared to wake him again".split()
 

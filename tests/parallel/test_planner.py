@@ -1,0 +1,138 @@
+"""The search: what it prints is allowed and fits, and nothing better was left out."""
+
+import dataclasses
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+
+from mtnlg_jax.config import Config, ModelConfig, TrainConfig, load_config, override, validate
+from mtnlg_jax.parallel.cost import EFFICIENCY, POLICIES, Job, Layout
+from mtnlg_jax.parallel.hardware import CHIPS
+from mtnlg_jax.parallel.planner import (
+    fastest_on,
+    flags_of,
+    leanest,
+    measured_efficiency,
+    search,
+    smallest_devices,
+    with_layout,
+)
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+A100 = CHIPS["A100-80"]
+SMALL = Config(
+    model=ModelConfig(num_layers=6, hidden_size=384, num_attention_heads=4, vocab_size=1024,
+                      max_position_embeddings=256),
+    train=TrainConfig(global_batch_size=12))
+
+
+def configured(name, *changes):
+    return load_config(str(CONFIGS / f"{name}.py"), changes)
+
+
+def _every_layout(job, devices):
+    """All that validate and the tensors' sizes admit and the search may choose: the longhand."""
+    config, sizes = job.config, [n for n in range(1, devices + 1) if devices % n == 0]
+    for mesh in itertools.product((1, 2, 3, 6), sizes, sizes, (1, 2, 4)):
+        schedules = [("1f1b", 1, None), *(("circular", rounds, flush) for rounds in (1, 2, 3, 6)
+                                          for flush in (None, mesh[0], 2 * mesh[0], 4 * mesh[0]))]
+        if math.prod(mesh) != devices:
+            continue
+        for zero, micro, how in itertools.product((0, 1, 3), (1, 2, 3, 4, 6, 12),
+                                                  schedules if mesh[0] > 1 else [("circular", 1, None)]):
+            layout = Layout(*mesh, zero, *how, micro, "full")
+            try:
+                validate(with_layout(config, layout))
+                job.memory(layout)
+            except ValueError:
+                continue
+            yield from (layout._replace(recompute=policy) for policy in POLICIES)
+
+
+def test_no_layout_is_faster_than_those_found():
+    job, devices = Job(SMALL, A100), 6
+    every = list(_every_layout(job, devices))
+    sizes = sorted(sum(job.memory(layout).values()) for layout in every)
+    for share in (1.0, 0.5, 0.2):  # of the layouts fit in memory
+        job.room, best = sizes[int(share * (len(sizes) - 1))], {}
+        for estimate in (job.estimate(layout) for layout in every if job.fits(layout)):
+            mesh, seconds = estimate.layout.mesh, estimate.step_seconds
+            best[mesh] = min(seconds, best.get(mesh, seconds))
+        found = {estimate.layout.mesh: estimate.step_seconds for estimate in search(job, devices)
+                 if estimate.layout.devices == devices}
+        assert len(best) > 4 and found == pytest.approx(best, rel=1e-9)
+
+
+@pytest.mark.parametrize(("chips", "devices"), [("H100", 1024), ("v5p", 1024)])
+def test_what_is_found_is_allowed_and_fits_and_comes_in_order(chips, devices):
+    config = configured("mtnlg_530b")
+    job = Job(config, CHIPS[chips])
+    found = search(job, devices)
+    assert len(found) > 10
+    seconds = [estimate.step_seconds for estimate in found]
+    assert seconds == sorted(seconds) and len({estimate.layout.mesh for estimate in found}) == len(found)
+    for estimate in found:
+        assert estimate.bytes <= 0.9 * CHIPS[chips].memory and estimate.layout.devices <= devices
+        validate(with_layout(config, estimate.layout))
+        assert job.estimate(estimate.layout) == estimate
+
+
+def test_the_flags_make_the_layout():
+    config = configured("mtnlg_530b")
+    for estimate in search(Job(config, CHIPS["H100"]), 1024)[:5]:
+        flags = [flag.removeprefix("--set=") for flag in flags_of(config, estimate.layout)]
+        assert override(config, *flags) == with_layout(config, estimate.layout)
+        assert flags and all(override(config, flag) != config for flag in flags)
+
+
+def test_the_papers_mesh_is_among_the_first_on_its_machine():
+    found = search(Job(configured("mtnlg_530b", "train.rampup_batch_size=None"), A100), 2240)
+    assert (35, 8, 1, 8) in [estimate.layout.mesh for estimate in found[:3]]
+
+
+@pytest.mark.parametrize("name", ["1p7b", "3p6b", "7p5b", "18p4b", "39p1b", "76p1b", "145p6b", "310p1b", "529p6b",
+                                  "1008b"])
+def test_each_mesh_of_the_ladder_fits_its_gpus(name):
+    config = configured(f"ladder_{name}")
+    mesh = config.mesh
+    assert fastest_on(Job(config, A100), (mesh.pipe, mesh.data, mesh.context, mesh.tensor))
+
+
+@pytest.mark.parametrize(("name", "devices"), [("1008b", 3072), ("529p6b", 2520)])
+def test_the_ladders_largest_meshes_are_within_two_percent_of_the_best(name, devices):
+    config = configured(f"ladder_{name}")
+    mesh, job = config.mesh, Job(config, A100)
+    own = fastest_on(job, (mesh.pipe, mesh.data, mesh.context, mesh.tensor))
+    assert own.step_seconds <= 1.02 * search(job, devices)[0].step_seconds
+
+
+def test_the_smallest_number_of_chips_is_the_smallest():
+    job = Job(configured("mtnlg_530b"), CHIPS["v5e"])
+    enough = smallest_devices(job)
+    assert search(job, enough) and not search(job, enough - 1)
+    assert leanest(job, enough).bytes <= job.room < leanest(job, enough - 1).bytes
+
+
+def test_where_nothing_is_enough_there_is_no_number():
+    job = Job(configured("mtnlg_530b"), dataclasses.replace(A100, memory=1e6))
+    assert smallest_devices(job, limit=64) is None
+
+
+def test_nothing_fits_and_nothing_is_found():
+    assert search(Job(configured("mtnlg_530b"), CHIPS["v5e"]), 256) == []
+
+
+def test_a_mesh_that_is_not_allowed_has_no_layout():
+    assert fastest_on(Job(SMALL, A100), (4, 1, 1, 1)) is None and fastest_on(Job(SMALL, A100), (1, 1, 1, 3)) is None
+
+
+def test_a_measured_time_gives_its_efficiency_back():
+    config = configured("mtnlg_530b")
+    layout = Layout(35, 8, 1, 8, 1, "1f1b", 1, None, 1, "none")
+    for efficiency in (0.2, EFFICIENCY, 0.9):
+        seconds = Job(config, A100, efficiency).estimate(layout).step_seconds
+        assert measured_efficiency(Job(config, A100), layout, seconds) == pytest.approx(efficiency, rel=1e-6)
+    with pytest.raises(ValueError, match="^1 s a step lies outside what this chip can do, 3.* s and more; is it the"):
+        measured_efficiency(Job(config, A100), layout, 1.0)
