@@ -3,7 +3,7 @@
     python launch/compile_ahead.py --config=configs/mtnlg_530b.py --topology=v5p:8x8x16 --set=mesh.pipe=1 \
         --set=mesh.data=128 --set=mesh.zero=3 --set=train.rampup_batch_size=none
 
-Topologies: v4, v5p, tpu7x (three sizes), v5e, v6e (two), each with *N for N slices; A100, H100, H200, B200 as
+Topologies: v5p, tpu7x (three sizes), v5e, v6e (two), each with *N for N slices; A100, H100, H200, B200 as
 hosts x cards; cpu:N. Needs the extra `ahead`, but for cpu. Exit codes: 0 it compiles and, as far as memory is known,
 fits; 1 it does not fit, or the compiler died; 2 bad input.
 """

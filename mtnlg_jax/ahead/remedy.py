@@ -24,7 +24,7 @@ class Change:
 # Bytes a layer keeps for its backward pass, in units of rows x sequence x width / tensor: compute_dtype's input of
 # the layer alone, or with its products and norms (counted from a block's residuals).
 _KEPT = {"full": 2, "none": 20}
-MARGIN = 0.95  # a prediction is believed up to this share of the memory
+MARGIN = 1.1  # of the memory, up to which a prediction is worth a compile, which decides
 
 
 def estimate(config: Config, devices: int, step: str) -> dict[str, float]:
@@ -157,8 +157,8 @@ def way_out(config: Config, topology: Topology, found: Measurement, target_confi
                f"{size_of(proof.most)} a device, still too much") + f" ({size_of(change.predicted)} expected)")
     for change in changes[prove:prove + 1]:
         yield f"perhaps      {' '.join(change.flags)}: {size_of(change.predicted)} a device expected, not compiled"
-    if not changes:
-        yield "way out      no single change is expected to fit; take more devices and change the layout, too"
+    if len(changes) <= prove:
+        yield "way out      no single change fits, as far as is known; take more devices and change the layout, too"
 
 
 def _roomy(devices: int) -> Topology | None:
