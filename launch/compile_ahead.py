@@ -3,9 +3,9 @@
     python launch/compile_ahead.py --config=configs/mtnlg_530b.py --topology=v5p:8x8x16 --set=mesh.pipe=1 \
         --set=mesh.data=128 --set=mesh.zero=3 --set=train.rampup_batch_size=none
 
-Topologies: v4, v5p, tpu7x (three sizes), v5e, v6e (two), each with *N for N slices; A100, H100, H200, B200 as
-hosts x cards; cpu:N. Needs the extra `ahead`. Exit codes: 0 it compiles and no limit is known to be
-passed, 1 it does not fit or the compiler died, 2 bad input.
+Topologies: v5p, tpu7x (three sizes), v5e, v6e (two), each with *N for N slices; A100, H100, H200, B200 as
+hosts x cards; cpu:N. Needs the extra `ahead`, but for cpu. Exit codes: 0 it compiles and, as far as memory is known,
+fits; 1 it does not fit, or the compiler died; 2 bad input.
 """
 
 import os
@@ -30,6 +30,9 @@ def main() -> int:
     from mtnlg_jax.ahead import measure, remedy, report, topology
     from mtnlg_jax.config import load_config
 
+    for flag in (_JSON, _TEXT):
+        if flag.value and not os.path.isdir(os.path.dirname(flag.value) or "."):
+            raise FileNotFoundError(f"--{flag.name}={flag.value} lies in no folder that there is; make it first")
     described = topology.parse(_TOPOLOGY.value)
     config = load_config(_CONFIG.value, _SET.value)
     memory = None if _MEMORY.value is None else int(_MEMORY.value * topology.GIB)

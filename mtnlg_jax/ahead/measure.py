@@ -73,6 +73,8 @@ def measure(config: Config, topology: described.Topology, step: str = "train", t
     if config.model.vocab_size is None:
         raise ValueError("model.vocab_size is the tokenizer's, which compiling does not read; add "
                          "--set=model.vocab_size=51200, or what the tokenizer has")
+    if target_config is not None and topology.platform != "cuda":
+        raise ValueError(f"--target_config={target_config} describes a GPU, and {topology} has none; leave it out")
     if target_config is not None and not os.path.isfile(target_config):
         raise FileNotFoundError(f"--target_config={target_config} is not a file; give a dumped GpuTargetConfigProto "
                                 "in text form, or leave it out")

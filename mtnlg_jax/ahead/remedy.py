@@ -22,7 +22,7 @@ class Change:
     predicted: int  # bytes a device
 
 
-MARGIN = 0.95  # a prediction is believed up to this share of the memory
+MARGIN = 1.1  # of the memory, up to which a prediction is worth a compile, which decides
 
 
 def estimate(config: Config, devices: int, step: str) -> dict[str, float]:
@@ -132,8 +132,8 @@ def way_out(config: Config, topology: Topology, found: Measurement, target_confi
                f"{size_of(proof.most)} a device, still too much") + f" ({size_of(change.predicted)} expected)")
     for change in changes[prove:prove + 1]:
         yield f"perhaps      {' '.join(change.flags)}: {size_of(change.predicted)} a device expected, not compiled"
-    if not changes:
-        yield "way out      no single change is expected to fit; take more devices and change the layout, too"
+    if len(changes) <= prove:
+        yield "way out      no single change fits, as far as is known; take more devices and change the layout, too"
 
 
 def _roomy(devices: int) -> Topology | None:

@@ -113,7 +113,7 @@ def _products(m: Measurement) -> str:
 
 def _axes(collective, m: Measurement) -> str:
     """data+tensor, or data:16 where a group is 16 devices of a larger axis."""
-    name, whole = "+".join(collective.axes), math.prod(m.mesh[axis] for axis in collective.axes)
+    name, whole = "+".join(collective.axes), math.prod(m.mesh.get(axis, collective.group) for axis in collective.axes)
     return name if collective.group == whole else f"{name}:{collective.group}"
 
 

@@ -13,7 +13,8 @@ import numpy as np
 from mtnlg_jax.config import MeshConfig
 from mtnlg_jax.parallel.mesh import AXES, make_mesh, mesh_shape
 
-TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")  # what libtpu 0.0.50 knows
+# What libtpu 0.0.50 knows, but v4: it describes that with two devices a chip, where the real one has one.
+TPUS = ("v5e", "v5p", "v6e", "tpu7x")
 GPUS = ("A100", "H100", "H200", "B200")  # each has a file in gpus/
 
 # libtpu is loaded by programs that compile, never on a machine with the chip, so several may do it at once; it

@@ -23,7 +23,7 @@ class Collective:
     """All collectives of one kind, over one set of mesh axes, at one depth of loops."""
 
     kind: str  # one of KINDS
-    axes: tuple[str, ...]  # mesh axes along which the devices of a group differ
+    axes: tuple[str, ...]  # mesh axes along which the devices of a group differ; ("slices",) between TPU slices
     group: int  # devices of a group: the product of the axes, or less where a group is a part of them
     depth: int  # loops around it
     count: float  # executions a step
@@ -147,12 +147,17 @@ def _sent(kind: str, whole: float, size: int) -> float:
 def _collective(instruction: Instruction, shape_of, mesh, scattered: bool):
     """((kind, axes, group), bytes that a device sends), or None."""
     kind = instruction.opcode.removesuffix("-start")
-    if kind not in KINDS:
+    between = kind == "send" and re.search(
+        r'megascale_target="\{([\d,]+)\}.*megascale_transfer_type="(\w+)"', instruction.attributes)
+    if kind not in KINDS and not between:
         return None
+    given = sum(bytes_of(shape_of(name)) for name in instruction.operands)
+    if between:  # the part of a collective that leaves a TPU slice
+        kind, size = between[2].lower().replace("_", "-"), between[1].count(",") + 1
+        return (kind, ("slices",), size), _sent(kind, given * size if kind == "all-gather" else given, size)
     axes, size = groups_of(instruction.attributes, mesh)
     if size == 1:  # the CPU compiler keeps these
         return None
-    given = sum(bytes_of(shape_of(name)) for name in instruction.operands)
     whole = given * size if kind == "all-gather" else given
     if kind == "all-reduce" and scattered:
         kind = "reduce-scatter"
@@ -212,7 +217,7 @@ def cost_of(program: Program, mesh: dict[str, int], dynamic_trips: Callable[[int
         return flops, found
 
     flops, found = walk(program.entry, 0)
-    keys = sorted({key[:4] for key in found}, key=lambda key: (KINDS.index(key[0]), key[3], key[1:3]))
+    keys = sorted({key[:4] for key in found}, key=lambda key: ((*KINDS, key[0]).index(key[0]), key[3], key[1:3]))
     rows = tuple(Collective(*key, found[*key, "count"], found[*key, "bytes"]) for key in keys)
     return Cost(flops, tuple(row for row in rows if row.count), len(guessed))
 

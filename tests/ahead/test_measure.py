@@ -114,9 +114,16 @@ def test_what_the_compiler_says_is_needed(words, needed):
     assert measuring._needed(words) == needed
 
 
-def test_a_missing_description_is_refused():
+def test_a_description_that_cannot_serve_is_refused(monkeypatch):
+    monkeypatch.setattr(measuring.described, "check_installed", lambda topology: None)
     with pytest.raises(FileNotFoundError, match="--target_config=nowhere is not a file"):
-        measure(config(), parse("cpu:8"), target_config="nowhere")
+        measure(config(), parse("H100:1x8"), target_config="nowhere")
+    with pytest.raises(ValueError, match="--target_config=x describes a GPU, and cpu:8 has none"):
+        measure(config(), parse("cpu:8"), target_config="x")
+
+
+def test_a_place_that_is_not_there_is_found_before_any_work():
+    assert "lies in no folder that there is" in run(*TINY, "--topology=cpu:8", "--json=nowhere/m.json", code=2)
 
 
 # --- the real compilers -----------------------------------------------------------------------------------------------

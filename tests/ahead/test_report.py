@@ -105,17 +105,17 @@ def test_smaller_micro_batches_come_first():
     changes = remedy.suggest(config(*POD, "train.global_batch_size=2048", "train.micro_batch_size=16"),
                              parse("v5p:8x8x16"), 1024, 100 * GIB, 96 * GIB, "train")
     assert flags(changes)[0] == "--set=train.micro_batch_size=8"
-    assert all(change.predicted < 96 * GIB for change in changes)
+    assert all(change.predicted <= remedy.MARGIN * 96 * GIB for change in changes)
 
 
 def test_a_pipeline_that_holds_too_much_is_sent_to_1f1b():
     circular = config("mesh.zero=1", "mesh.schedule=circular", "mesh.virtual_pipe=3", "train.rampup_batch_size=none")
-    changes = remedy.suggest(circular, parse("H100:280x8"), 2240, 90 * GIB, 80 * GIB, "train")
+    changes = remedy.suggest(circular, parse("H100:280x8"), 2240, 110 * GIB, 80 * GIB, "train")
     assert flags(changes)[0] == "--set=mesh.schedule=1f1b --set=mesh.virtual_pipe=1"
 
 
 def test_masters_held_by_every_replica_are_sharded():
-    changes = remedy.suggest(config("mesh.schedule=1f1b"), parse("H100:280x8"), 2240, 90 * GIB, 80 * GIB, "train")
+    changes = remedy.suggest(config("mesh.schedule=1f1b"), parse("H100:280x8"), 2240, 110 * GIB, 80 * GIB, "train")
     assert flags(changes)[0] == "--set=mesh.zero=1"
 
 

@@ -152,6 +152,9 @@ ENTRY %main (a: f32[8,512], b: bf16[8,128], q: f32[16,128,160], k: f32[16,128,16
   %s.2 = ((bf16[8,128]), bf16[32,128], u32[]) async-start(%b), calls=%started
   %u = ((bf16[8,128]), bf16[32,128], u32[]) async-update(%s.2), calls=%started
   %d = bf16[32,128]{1,0:T(8,128)(2,1)} async-done(%u), calls=%started
+  %token = token[] after-all()
+  %leaves = (bf16[8,128], u32[], token[]) send(%b, %token), channel_id=5, is_host_transfer=true, frontend_attributes=\
+{_xla_megascale_target="{1,2}x{0:511}",_xla_megascale_transfer_type="ALL_GATHER"}
   ROOT %c = f32[16,128,128]{2,1,0:T(8,128)} convolution(%q, %k), window={size=16 stride=15 lhs_dilate=16}, \
 dim_labels=0bf_0oi->0bf
 }
@@ -161,7 +164,8 @@ dim_labels=0bf_0oi->0bf
 def test_the_text_of_the_tpu_compiler():
     cost = cost_of(Program(TPU), MESH)
     assert [(c.kind, c.axes, c.depth, c.count, c.bytes) for c in cost.collectives] == [
-        ("all-gather", ("b",), 0, 1, 3 * 8 * 128 * 2), ("reduce-scatter", ("b",), 1, 5, 5 * 8 * 512 * 4 * 3 / 4)]
+        ("all-gather", ("b",), 0, 1, 3 * 8 * 128 * 2), ("all-gather", ("slices",), 0, 1, 8 * 128 * 2),
+        ("reduce-scatter", ("b",), 1, 5, 5 * 8 * 512 * 4 * 3 / 4)]
     # A product of a batch of 16: of a window of 16 places one hits.
     assert cost.flops == 2 * 16 * 128 * 128 * 160
     assert cost.guessed_loops == 0

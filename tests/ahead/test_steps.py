@@ -1,0 +1,51 @@
+"""Steps traced over arrays that do not exist: loops whose trips are guessed, and what has no layout."""
+
+from pathlib import Path
+
+import jax
+import pytest
+
+from mtnlg_jax import compat
+from mtnlg_jax.ahead.steps import dynamic_trips, lower
+from mtnlg_jax.config import load_config
+from mtnlg_jax.model.attention import mean_key_blocks
+from mtnlg_jax.parallel.mesh import make_mesh
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def config(*changes):
+    return load_config(str(ROOT / "configs/tiny.py"), ["model.vocab_size=512", "train.micro_batch_size=1", *changes])
+
+
+@pytest.mark.parametrize(("changes", "step", "turns"), [
+    (["train.global_batch_size=32"], "train", 4),  # 32 rows over data 8
+    (["mesh.pipe=2", "train.global_batch_size=24"], "train", 1),  # 6 micro-batches in one flush
+    (["mesh.pipe=2", "train.global_batch_size=24", "mesh.flush=2"], "train", 3),
+    (["mesh.pipe=2", "train.global_batch_size=24", "mesh.schedule=1f1b"], "train", 6 + 2 * (2 - 1)),
+    ([], "decode", 1),
+])
+def test_the_outermost_loop_turns_for_the_full_batch(changes, step, turns):
+    changed = config(*changes)
+    trips = dynamic_trips(changed, make_mesh(changed.mesh, jax.devices()), step)
+    assert trips(0) == turns and trips(2) == mean_key_blocks(64) == 1
+
+
+def test_causal_attention_visits_half_of_the_keys():
+    assert mean_key_blocks(512) == (1 + 2 + 3 + 4) / 4  # blocks of 128 on CPU
+    assert mean_key_blocks(300) == (1 + 2 + 3) / 3
+
+
+def test_the_described_platform_chooses_the_blocks(monkeypatch):
+    monkeypatch.setattr(compat, "_DESCRIBED", [])
+    assert compat.platform() == jax.default_backend()
+    compat.compile_for("tpu")
+    # Blocks of 256 queries and 512 keys: two blocks of queries see one of keys, the next two both.
+    assert compat.platform() == "tpu" and mean_key_blocks(1024) == 1.5
+
+
+@pytest.mark.parametrize("axis", ["pipe", "context"])
+def test_decoding_runs_over_data_and_tensor_only(axis):
+    changed = config(f"mesh.{axis}=2")
+    with pytest.raises(ValueError, match=rf"--step=decode runs over data and tensor only.*--set=mesh.{axis}=1"):
+        lower(changed, make_mesh(changed.mesh, jax.devices()), "decode")
