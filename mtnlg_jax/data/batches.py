@@ -4,7 +4,7 @@ No state, no shuffle buffer, no number of processes: a run resumes from one inte
 computes the rows that it needs. Sample -> (source, number within the source) -> (epoch, window) -> tokens.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -101,24 +101,26 @@ class Batches:
         return (window * self._length + shift.astype(np.int64)) % size
 
 
-def heldout_batches(tokens: Tokens, sequence_length: int, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
-    """Batches of `Batches.rows`' form, [batch_size, S + 1], in order: every token is predicted once, at most.
+def heldout_count(tokens: Tokens, sequence_length: int) -> int:
+    """How many rows `heldout_rows` has: the last token is only predicted, no window begins there."""
+    if sequence_length < 1:
+        raise ValueError(f"sequence_length={sequence_length} must be at least 1")
+    return -(-max(len(tokens) - 1, 0) // sequence_length)
 
-    No window wraps; what is left over in the last ones is token 0 of segment 0.
+
+def heldout_rows(tokens: Tokens, sequence_length: int, numbers: np.ndarray) -> dict[str, np.ndarray]:
+    """Rows of `Batches.rows`' form, by their numbers [n]: all of them together predict every token once.
+
+    No window wraps; what is left over in the last one, and in rows after it, is token 0 of segment 0.
     """
     length, size = sequence_length, len(tokens)
-    if length < 1 or batch_size < 1:
-        raise ValueError(f"sequence_length={length} and batch_size={batch_size} must be at least 1")
-    # The last token is only predicted: no window begins there.
-    starts = np.arange(0, max(size - 1, 0), length)
-    for first in range(0, len(starts), batch_size):
-        batch = {name: np.zeros((batch_size, length + 1), np.int32)
-                 for name in ("tokens", "segment_ids", "positions")}
-        for row, start in enumerate(starts[first : first + batch_size]):
-            width = min(length + 1, size - int(start))
+    rows = {name: np.zeros((len(numbers), length + 1), np.int32) for name in ("tokens", "segment_ids", "positions")}
+    for row, start in enumerate(np.asarray(numbers, np.int64) * length):
+        width = min(length + 1, size - int(start))
+        if width > 1:
             for name, values in _windows(tokens, np.array([start]), width).items():
-                batch[name][row, :width] = values[0]
-        yield batch
+                rows[name][row, :width] = values[0]
+    return rows
 
 
 def _windows(tokens: Tokens, starts: np.ndarray, length: int) -> dict[str, np.ndarray]:

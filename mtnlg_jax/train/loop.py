@@ -20,13 +20,14 @@ from tqdm import tqdm
 
 from mtnlg_jax import compat
 from mtnlg_jax.config import Config, to_json, validate, validate_batch
-from mtnlg_jax.data.batches import Batches, heldout_batches
+from mtnlg_jax.data.batches import Batches, heldout_count, heldout_rows
 from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mtnlg_jax.data.tokens import Tokens, open_tokens
 from mtnlg_jax.parallel.hardware import flops_per_token
 from mtnlg_jax.parallel.mesh import make_mesh
 from mtnlg_jax.train import processes
 from mtnlg_jax.train.checkpoint import Checkpoints
+from mtnlg_jax.train.course import refuse_other_course, refuse_other_settings
 from mtnlg_jax.train.metrics import MetricsLog, environment, peak_flops
 from mtnlg_jax.train.objectives import causal_batch, masked_batch
 from mtnlg_jax.train.program import Program
@@ -82,7 +83,7 @@ def train(config: Config, workdir: str, show_progress: bool = True) -> Summary:
     are several, and on a phase that takes too long (train.watchdog_seconds).
     """
     validate(config)
-    _refuse_other_settings(config, workdir)
+    refuse_other_settings(config, workdir)
     show_progress = show_progress and processes.is_first()
     with (_own(workdir), _signals() as stop, contextlib.ExitStack() as open_until_the_end,
           Watchdog(config.train.watchdog_seconds, config.train.phase_seconds, workdir) as watchdog,
@@ -120,7 +121,7 @@ def train(config: Config, workdir: str, show_progress: bool = True) -> Summary:
             pending = (step, metrics, int(sequences))
             done, stopping = step + 1, asked(stop.is_set())
             if processes.several() and _due(config.train.compare_every, done, config):
-                _refuse_other_course(config, data, steps, state, done)
+                refuse_other_course(config, data.fingerprints, steps, state, done)
             evaluating = _due(config.train.eval_every, done, config)
             saving = stopping or _due(config.train.save_every, done, config)
             if evaluating or saving:
@@ -243,43 +244,19 @@ class Evaluator:
         # A batch is the global one, so that every mesh reads the same text; a pipeline fills it up with empty rows.
         size, pipe = self.config.train.global_batch_size, self.mesh.shape["pipe"]
         micro_batches, rows = micro_batch_shape(self.config, self.mesh)
-        shape = (-(-micro_batches // pipe) * pipe, rows, self.config.sequence_length)
-        batches = heldout_batches(self.data.held_out, self.config.sequence_length, size)
-        for number, raw in enumerate(batches):
-            if number == self.config.train.eval_batches:
-                return
-            made = causal_batch(raw) if objective == "causal" else masked_batch(
-                raw, range(number * size, (number + 1) * size), 0, self.config.data.masking, self.data.tokenizer)
+        length, held_out = self.config.sequence_length, self.data.held_out
+        for first in range(0, heldout_count(held_out, length), size)[:self.config.train.eval_batches]:
+            def rows_of(numbers, first=first):
+                chosen = first + np.minimum(numbers, size - 1)
+                raw = heldout_rows(held_out, length, chosen)
+                made = causal_batch(raw) if objective == "causal" else masked_batch(
+                    raw, chosen, 0, self.config.data.masking, self.data.tokenizer)
+                return made | {"weights": made["weights"] * (numbers < size)[:, None]}
 
-            def rows_of(numbers, made=made):
-                picked = {key: value[np.minimum(numbers, size - 1)] for key, value in made.items()}
-                return picked | {"weights": picked["weights"] * (numbers < size)[:, None]}
-
-            yield put_batch(rows_of, shape, self.mesh)
+            yield put_batch(rows_of, (-(-micro_batches // pipe) * pipe, rows, length), self.mesh)
 
 
 # --- what happens around a step ---------------------------------------------------------------------------
-
-
-def _refuse_other_settings(config: Config, workdir: str) -> None:
-    """Before any work: ValueError in every process unless all were started alike."""
-    settings = {"jax": jax.__version__, "workdir": os.path.abspath(workdir), "XLA_FLAGS": os.environ.get("XLA_FLAGS")}
-    for section, value in json.loads(to_json(config)).items():
-        settings |= {f"{section}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {
-            section: value}
-    line = processes.disagreement(settings)
-    if line:
-        raise ValueError(f"{line}; start all processes with the same flags")
-
-
-def _refuse_other_course(config: Config, data: Data, steps: dict[bool, Program], state, done: int) -> None:
-    """Disagreement in every process unless all are at the same step of the same run."""
-    line = processes.disagreement({
-        "config": processes.fingerprint(to_json(config)), "step": [done, int(state["step"])],
-        "data": [int(state["samples"]), *data.fingerprints.values()],
-        "program": [steps[masked].fingerprint for masked in sorted(steps)]})
-    if line:
-        raise processes.Disagreement(f"after step {done} {line}; see to that, then start all again")
 
 
 def _due(every: int, done: int, config: Config) -> bool:

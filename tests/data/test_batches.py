@@ -3,7 +3,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from mtnlg_jax.data.batches import Batches, heldout_batches, permute
+from mtnlg_jax.data.batches import Batches, heldout_count, heldout_rows, permute
 from mtnlg_jax.data.tokens import TokenWriter, open_tokens
 
 SIZES = [7, 1, 40, 3, 90, 2, 58]  # 201 tokens
@@ -140,7 +140,8 @@ def test_the_shortest_corpus(tokens):
 @pytest.mark.parametrize("length, batch", [(1, 3), (10, 4), (50, 4), (200, 2), (500, 2)])
 def test_heldout_tokens_are_predicted_once_each(tokens, length, batch):
     seen = []
-    for rows in heldout_batches(tokens, length, batch):
+    for first in range(0, heldout_count(tokens, length), batch):
+        rows = heldout_rows(tokens, length, np.arange(first, first + batch))
         assert {values.shape for values in rows.values()} == {(batch, length + 1)}
         assert {values.dtype.name for values in rows.values()} == {"int32"}
         real = rows["segment_ids"] > 0
@@ -153,7 +154,6 @@ def test_heldout_tokens_are_predicted_once_each(tokens, length, batch):
 
 
 def test_heldout_of_nothing(tmp_path):
-    assert list(heldout_batches(_tokens(tmp_path / "none", []), 8, 2)) == []
-    assert list(heldout_batches(_tokens(tmp_path / "one", [1]), 8, 2)) == []
-    with pytest.raises(ValueError, match="batch_size=0"):
-        next(heldout_batches(_tokens(tmp_path / "two", [2]), 8, 0))
+    assert heldout_count(_tokens(tmp_path / "none", []), 8) == heldout_count(_tokens(tmp_path / "one", [1]), 8) == 0
+    with pytest.raises(ValueError, match="sequence_length=0"):
+        heldout_count(_tokens(tmp_path / "two", [2]), 0)

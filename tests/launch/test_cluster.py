@@ -83,6 +83,7 @@ def test_two_processes_give_the_losses_of_one(two, folder):
     for ours, theirs in zip(here, there, strict=True):
         for key in ours.keys() & {"loss", "causal_loss", "learning_rate"}:
             assert theirs[key] == pytest.approx(ours[key], rel=OTHER_ORDER), (ours["step"], key)
+    assert len(list((two / "tensorboard").iterdir())) == 1  # one process writes
     told = json.loads((two / "environment.json").read_text())
     assert told["processes"] == 2 and told["devices"]["count"] == 8 and told["versions"]["jax"]
 

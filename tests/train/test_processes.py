@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from mtnlg_jax import compat
+from mtnlg_jax.data.prepare import prepare
 from mtnlg_jax.train import processes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,6 +90,38 @@ def test_two_processes_read_their_rows_agree_and_leave():
     (code, output), (other, heard) = run_all(TOGETHER, 2)
     assert code == 2 and "process 0 of 2: error: no such disk" in output, output
     assert other == -signal.SIGABRT and "another task died" in heard, heard  # long before its sleep is over
+
+
+COURSE = """
+    import sys
+    from mtnlg_jax import command
+    from mtnlg_jax.config import load_config
+    from mtnlg_jax.train import loop, processes
+
+    me, port, tiny, data, workdir = int(sys.argv[1]), *sys.argv[2:]
+    real = loop.load_data
+    def load_data(config):
+        made = real(config)
+        made.fingerprints["source 0"] += str(me)  # as if this host's copy were another one
+        return made
+    loop.load_data = load_data
+    def main():
+        processes.start(f"localhost:{port}", 2, me, 10, local_devices=1)
+        loop.train(load_config(tiny, [f"data.path={data}", "train.compare_every=2", "train.eval_every=0"]), workdir)
+    sys.argv[1:] = []
+    command.run(main)
+"""
+
+
+@pytest.mark.slow
+def test_processes_on_another_course_say_so_and_end(tmp_path):
+    (tmp_path / "text.txt").write_text("\n\n".join("a bird sat on a stone by the river" for _ in range(300)))
+    prepare(tmp_path / "text.txt", tmp_path / "data", vocab_size=285, heldout=0.1, progress=False)
+    ended = run_all(COURSE, 2, ROOT / "configs" / "tiny.py", tmp_path / "data", tmp_path / "run")
+    for me, (code, output) in enumerate(ended):
+        assert code == processes.Disagreement.exit_code, output
+        assert f"after step 2 process {me} of 2 disagrees with {1 - me}: " in output
+    assert "data=[16, '" in ended[1][1]
 
 
 START = """
