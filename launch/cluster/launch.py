@@ -143,7 +143,8 @@ def _follow(running: list[subprocess.Popen]) -> list[int]:
     --grace seconds after the first failure is killed."""
     def say(number, process):
         for line in process.stdout:
-            print(f"{number}: {line}", end="", flush=True)
+            if not line.startswith("[Gloo] Rank"):  # one line for every group of devices
+                print(f"{number}: {line}", end="", flush=True)
 
     readers = [threading.Thread(target=say, args=pair) for pair in enumerate(running)]
     for reader in readers:
