@@ -230,16 +230,15 @@ def what_is_missing(job, name: str, number: int) -> str:
 def calibrate(workdir: str, name: str, number: int) -> None:
     """Writes RUN/calibration.json: the efficiency with which the planner predicts the speed that the run had."""
     from mtnlg_jax.config import from_json
+    from mtnlg_jax.data.storage import write_file
     from mtnlg_jax.parallel.cost import Job, layout_of
     from mtnlg_jax.parallel.hardware import CHIPS
-    from mtnlg_jax.parallel.mesh import mesh_shape
     from mtnlg_jax.parallel.planner import measured_efficiency
     from mtnlg_jax.train.metrics import read_metrics
 
     with open(os.path.join(workdir, "config.json")) as file:
         config = from_json(file.read())
-    sizes = mesh_shape(config.mesh, number * CHIPS[name].devices)
-    config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=sizes["data"]))
+    layout = layout_of(config, number * CHIPS[name].devices)
     # The first half still carries compilation, in a mean that fades.
     rates = [record["tokens_per_second"] for record in read_metrics(os.path.join(workdir, "metrics.jsonl"))
              if record["kind"] == "train" and record["sequences"] == config.train.global_batch_size
@@ -248,13 +247,11 @@ def calibrate(workdir: str, name: str, number: int) -> None:
     if not rates:
         raise ValueError(f"{workdir}/metrics.jsonl has no timed step of {config.train.global_batch_size} sequences yet")
     seconds = config.train.global_batch_size * config.sequence_length / statistics.median(rates)
-    layout = layout_of(config)
     efficiency = measured_efficiency(Job(config, CHIPS[name]), layout, seconds)
     path = os.path.join(workdir, "calibration.json")
-    with open(path + ".partial", "w") as file:
-        json.dump({"chip": name, "chips": number, "run": config.name, "efficiency": round(efficiency, 4),
-                   "step_seconds": round(seconds, 4), "steps": len(rates), "layout": layout._asdict()}, file, indent=1)
-    os.replace(path + ".partial", path)
+    write_file(workdir, "calibration.json", json.dumps({
+        "chip": name, "chips": number, "run": config.name, "efficiency": round(efficiency, 4),
+        "step_seconds": round(seconds, 4), "steps": len(rates), "layout": layout._asdict()}, indent=1).encode())
     print(f"{path}: {seconds:.4g} s a step (median of {len(rates)}), so products run at {efficiency:.1%} of peak\n"
           f"next: python launch/plan.py --config=... --chips={name}:N --calibration={path}")
 

@@ -312,10 +312,15 @@ def from_json(text: str) -> Config:
 # --- checks -----------------------------------------------------------------------------------------------
 
 
+def divisors(number: int) -> list[int]:
+    """From 1 up to ``number`` itself."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
+
+
 def near_divisors(number: int, size: int) -> str:
     """The two divisors of ``number`` nearest to ``size``, for a message: "4 or 8"."""
-    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
-    near = sorted(sorted({*small, *(number // d for d in small)}, key=lambda d: abs(d - size))[:2])
+    near = sorted(sorted(divisors(number), key=lambda d: abs(d - size))[:2])
     return " or ".join(map(str, near))
 
 

@@ -27,11 +27,9 @@ MARGIN = 1.1  # of the memory, up to which a prediction is worth a compile, whic
 
 def estimate(config: Config, devices: int, step: str) -> dict[str, float]:
     """Bytes of a step on a device by what they are for; of a train step, as the planner counts them."""
-    model, mesh, train = config.model, config.mesh, config.train
-    sizes = mesh_shape(mesh, devices)
     if step == "train":
-        config = dataclasses.replace(config, mesh=dataclasses.replace(mesh, data=sizes["data"]))
-        return Job(config, None).memory(layout_of(config))
+        return Job(config, None).memory(layout_of(config, devices))
+    model, train, sizes = config.model, config.train, mesh_shape(config.mesh, devices)
     size, rows = (2 if train.compute_dtype == "bfloat16" else 4), train.micro_batch_size or 1
     cache = 2 * model.num_layers * rows * config.sequence_length * model.kv_heads * model.head_width
     return {"weights": size * model.parameter_count() / sizes["tensor"], "cache": size * cache / sizes["tensor"]}
@@ -47,9 +45,9 @@ def suggest(config: Config, topology: Topology, devices: int, needed: int, limit
             changed = override(config, *(flag.removeprefix("--set=") for flag in flags if flag.startswith("--set=")))
             validate(changed)
             count = devices * grown.chips // topology.chips
-            shape = tuple(mesh_shape(changed.mesh, count).values())
-            validate_batch(changed, shape[1])
-            if changed.mesh.zero and changed.model.hidden_size % shape[1]:
+            data = mesh_shape(changed.mesh, count)["data"]
+            validate_batch(changed, data)
+            if changed.mesh.zero and changed.model.hidden_size % data:
                 continue
             predicted = int(needed * sum(estimate(changed, count, step).values()) / base)
         except ValueError:  # this one is no way out

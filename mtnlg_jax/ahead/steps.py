@@ -12,8 +12,8 @@ from mtnlg_jax.decode import generate as generating
 from mtnlg_jax.decode.processors import rows_and_families
 from mtnlg_jax.model.attention import mean_key_blocks
 from mtnlg_jax.model.transformer import abstract_model
-from mtnlg_jax.parallel.mesh import BATCH, shardings_of
-from mtnlg_jax.train.step import BATCH_KEYS, abstract_state, make_train_step, micro_batch_shape
+from mtnlg_jax.parallel.mesh import shardings_of
+from mtnlg_jax.train.step import abstract_batch, abstract_state, make_train_step, micro_batch_shape
 
 STEPS = ("train", "prefill", "decode")
 
@@ -26,17 +26,10 @@ def lower(config: Config, mesh: Mesh, step: str) -> jax.stages.Lowered:
 
 
 def _train(config: Config, mesh: Mesh):
-    micro, rows = micro_batch_shape(config, mesh)
-    batch = {}
-    for name in BATCH_KEYS:
-        shape, spec = ((micro, rows), P(None, "data")) if name == "rows" else (
-            (micro, rows, config.sequence_length), BATCH)
-        batch[name] = jax.ShapeDtypeStruct(shape, jnp.float32 if name == "weights" else jnp.int32,
-                                           sharding=NamedSharding(mesh, spec))
     whole = jax.ShapeDtypeStruct((), jnp.int32)
     causal = any(stage.masked < 1 for stage in config.train.stages)
     return make_train_step(config, mesh, causal).lower(
-        abstract_state(config, mesh), batch, whole, whole, jax.ShapeDtypeStruct((), jnp.float32))
+        abstract_state(config, mesh), abstract_batch(config, mesh), whole, whole, jax.ShapeDtypeStruct((), jnp.float32))
 
 
 def _decode(config: Config, mesh: Mesh, step: str):

@@ -11,6 +11,7 @@ from importlib import resources
 import numpy as np
 
 from mtnlg_jax.config import MeshConfig
+from mtnlg_jax.parallel.hardware import GIB
 from mtnlg_jax.parallel.mesh import AXES, make_mesh, mesh_shape
 
 # What libtpu 0.0.50 knows, but v4: it describes that with two devices a chip, where the real one has one.
@@ -23,8 +24,6 @@ _TPU_ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-8",
     "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0", "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3",
 }
-
-GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from mtnlg_jax.config import Config
 from mtnlg_jax.model.transformer import abstract_model
 from mtnlg_jax.parallel.hardware import Chip, flops_per_token, layer_flops
-from mtnlg_jax.parallel.mesh import AXES, plan_table
+from mtnlg_jax.parallel.mesh import AXES, mesh_shape, plan_table
 
 # Share of peak that products reach while a stage is busy. The one constant of the model, from MT-NLG on A100s:
 # with it the paper's 60.1, 50.2 and 44.4 s a step on 2,240, 2,800 and 3,360 of them come out within 3 %. Software
@@ -120,11 +120,13 @@ class Estimate(NamedTuple):
         return worst if sum(losses.values()) > 0.2 * self.step_seconds else "compute"
 
 
-def layout_of(config: Config) -> Layout:
-    """The layout that ``config`` chose; its mesh.data must be known."""
+def layout_of(config: Config, devices: int | None = None) -> Layout:
+    """The layout that ``config`` chose; without ``devices`` its mesh.data must be known. Raises ValueError where the
+    mesh does not multiply to ``devices``."""
     mesh, train = config.mesh, config.train
-    micro = train.micro_batch_size or train.global_batch_size // mesh.data
-    return Layout(mesh.pipe, mesh.data, mesh.context, mesh.tensor, mesh.zero, mesh.schedule, mesh.virtual_pipe,
+    data = mesh.data if devices is None else mesh_shape(mesh, devices)["data"]
+    micro = train.micro_batch_size or train.global_batch_size // data
+    return Layout(mesh.pipe, data, mesh.context, mesh.tensor, mesh.zero, mesh.schedule, mesh.virtual_pipe,
                   mesh.flush, micro, train.recompute)
 
 

@@ -115,11 +115,11 @@ def circular_loss_and_gradients(start: Callable, stage: Callable, finish: Callab
     def one(group, carry):
         total, held = carry  # each output gives way to its gradient
         part, (d_rest, d_y) = jax.value_and_grad(finish, argnums=(0, 2))(rest, mine[group], _at(held, group))
-        return _add(total, (part, d_rest)), lax.dynamic_update_index_in_dim(held, d_y, group, 0)
+        return add(total, (part, d_rest)), lax.dynamic_update_index_in_dim(held, d_y, group, 0)
 
-    (loss, d_rest), d_y_GBSD = lax.fori_loop(0, len(mine), one, (vary((jnp.float32(0), _zeros(rest))), y_GBSD))
+    (loss, d_rest), d_y_GBSD = lax.fori_loop(0, len(mine), one, (vary((jnp.float32(0), zeros(rest))), y_GBSD))
     d_weights, d_rest_too = back(d_y_GBSD)
-    return loss, d_weights, _add(d_rest, d_rest_too)
+    return loss, d_weights, add(d_rest, d_rest_too)
 
 
 # --- 1F1B -----------------------------------------------------------------------------------------------------
@@ -162,9 +162,9 @@ def one_f_one_b(start: Callable, stage: Callable, finish: Callable, weights, res
             (_zeros_like(weights), nothing), jnp.where(last, d_y, backward), x)
         d_start = jax.vjp(lambda r: vary(start(r, n)), rest)[1](jnp.where(due & (here == 0), d_x, nothing))[0]
         return vary((lax.ppermute(y, "pipe", right), lax.ppermute(d_x, "pipe", left), inputs,
-                     _add(d_weights, d_stage), _add(_add(d_rest, d_head), d_start), loss + part))
+                     add(d_weights, d_stage), add(add(d_rest, d_head), d_start), loss + part))
 
-    begin = vary((nothing, nothing, jnp.zeros((held, *nothing.shape), nothing.dtype), _zeros(weights), _zeros(rest),
+    begin = vary((nothing, nothing, jnp.zeros((held, *nothing.shape), nothing.dtype), zeros(weights), zeros(rest),
                   jnp.float32(0)))
     *_, d_weights, d_rest, loss = lax.fori_loop(0, micro_batches + 2 * (size - 1), tick, begin)
     return loss, d_weights, d_rest
@@ -175,7 +175,8 @@ def _flat(value_and_gradients):
     return value, d_rest, d_y
 
 
-def _zeros(tree):
+def zeros(tree):
+    """Float32, of the shapes of ``tree``: what ``add`` starts from."""
     return jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), tree)
 
 
@@ -183,5 +184,6 @@ def _zeros_like(tree):
     return jax.tree.map(jnp.zeros_like, tree)
 
 
-def _add(total, part):
+def add(total, part):
+    """``total`` with ``part``, of whatever type, added in float32."""
     return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, part)

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Iterator
 
-from mtnlg_jax.config import Config, validate, validate_batch
+from mtnlg_jax.config import Config, divisors, validate, validate_batch
 from mtnlg_jax.parallel.cost import POLICIES, Estimate, Job, Layout
 
 
@@ -34,11 +34,6 @@ def _allowed(check, *args) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _divisors(number: int) -> list[int]:
-    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
-    return sorted({*small, *(number // d for d in small)})
 
 
 class _Laws:
@@ -71,7 +66,7 @@ def _schedules(job: Job, laws: _Laws, pipe: int, micro_batches: int) -> Iterator
         return
     yield [("1f1b", 1, None)]
     flushes = [None, *reversed([pipe << k for k in range(20) if pipe << k < micro_batches] or [pipe])]
-    for rounds in _divisors(job.config.model.num_layers // pipe):
+    for rounds in divisors(job.config.model.num_layers // pipe):
         yield [("circular", rounds, flush) for flush in flushes
                if laws.split(pipe=pipe, schedule="circular", virtual_pipe=rounds, flush=flush)]
 
@@ -90,9 +85,9 @@ def _lean(job: Job, laws: _Laws, pipe: int) -> list[tuple]:
 
 def _meshes(job: Job, laws: _Laws, devices: int) -> Iterator[tuple[int, int, int]]:
     model = job.config.model
-    for pipe in _divisors(model.num_layers):
-        for tensor in _divisors(model.num_attention_heads):
-            for context in _divisors(job.sequence):
+    for pipe in divisors(model.num_layers):
+        for tensor in divisors(model.num_attention_heads):
+            for context in divisors(job.sequence):
                 if pipe * tensor * context <= devices and laws.split(pipe=pipe, tensor=tensor, context=context):
                     yield pipe, context, tensor
 
@@ -104,8 +99,8 @@ def search(job: Job, devices: int) -> list[Estimate]:
     laws, found = _Laws(job.config), []
     for pipe, context, tensor in _meshes(job, laws, devices):
         fit = devices // (pipe * context * tensor)
-        datas = [data for data in _divisors(job.batch) if fit / 2 < data <= fit]
-        for data in datas or [max(data for data in _divisors(job.batch) if data <= fit)]:
+        datas = [data for data in divisors(job.batch) if fit / 2 < data <= fit]
+        for data in datas or [max(data for data in divisors(job.batch) if data <= fit)]:
             found.append(_fastest(job, laws, (pipe, data, context, tensor)))
     return sorted(filter(None, found), key=lambda estimate: (estimate.step_seconds, estimate.bytes))
 
@@ -129,7 +124,7 @@ def _fitting(job: Job, laws: _Laws, mesh: tuple[int, int, int, int]) -> Iterator
     for zero in (0, 1, 3) if data > 1 else (1,):
         if not _allowed(job.state, pipe, data if zero else 1, mesh[3]):
             continue
-        for micro in _divisors(job.batch // data):
+        for micro in divisors(job.batch // data):
             if not laws.batch(data, micro):
                 continue
             if not any(job.fits(Layout(*mesh, zero, *how, micro, laws.policies[-1])) for how in _lean(job, laws, pipe)):
@@ -147,7 +142,7 @@ def leanest(job: Job, devices: int) -> Estimate:
     laws = _Laws(job.config)
     candidates = (Layout(pipe, data, context, tensor, zero, *how, 1, laws.policies[-1])
                   for pipe, context, tensor in _meshes(job, laws, devices)
-                  for data in _divisors(job.batch) if pipe * context * tensor * data <= devices and laws.batch(data, 1)
+                  for data in divisors(job.batch) if pipe * context * tensor * data <= devices and laws.batch(data, 1)
                   for zero in ((1, 3) if data > 1 else (1,)) if _allowed(job.state, pipe, data, tensor)
                   for how in _lean(job, laws, pipe))
     return job.estimate(min(candidates, key=lambda layout: sum(job.memory(layout).values())))

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from mtnlg_jax import compat
 from mtnlg_jax.config import Config, to_json, validate, validate_batch
 from mtnlg_jax.data.batches import Batches, heldout_count, heldout_rows
+from mtnlg_jax.data.storage import write_file
 from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mtnlg_jax.data.tokens import Tokens, open_tokens
 from mtnlg_jax.parallel.hardware import flops_per_token
@@ -339,10 +340,7 @@ def _describe(config: Config, tokenizer: Tokenizer, workdir: str) -> None:
     if not processes.is_first():
         return
     for name, text in (("config.json", to_json(config)), ("environment.json", json.dumps(environment(), indent=1))):
-        beside = os.path.join(workdir, name + ".partial")
-        with open(beside, "w") as file:
-            file.write(text)
-        os.replace(beside, os.path.join(workdir, name))
+        write_file(workdir, name, text.encode())
     target = os.path.join(workdir, "tokenizer")
     if not os.path.exists(target):
         shutil.rmtree(target + ".partial", ignore_errors=True)

@@ -1,7 +1,6 @@
 """A step as a program: compiled when it is first called, and known by its text."""
 
-import hashlib
-
+from mtnlg_jax.train.processes import fingerprint
 from mtnlg_jax.train.watchdog import Watchdog
 
 
@@ -16,6 +15,6 @@ class Program:
         if self._compiled is None:
             self._watchdog.enter("compilation")
             lowered = self._function.lower(*args)
-            self.fingerprint = hashlib.sha256(lowered.as_text().encode()).hexdigest()[:16]
+            self.fingerprint = fingerprint(lowered.as_text())
             self._compiled = lowered.compile()
         return self._compiled(*args)

@@ -30,7 +30,7 @@ from mtnlg_jax.parallel.collectives import (
 )
 from mtnlg_jax.parallel.context import context_attention
 from mtnlg_jax.parallel.mesh import AXES, BATCH, shardings_of, specs_of
-from mtnlg_jax.parallel.pipeline import circular, circular_loss_and_gradients, one_f_one_b, to_rounds
+from mtnlg_jax.parallel.pipeline import add, circular, circular_loss_and_gradients, one_f_one_b, to_rounds, zeros
 from mtnlg_jax.train.optimizer import make_optimizer
 from mtnlg_jax.train.schedule import learning_rate
 
@@ -68,7 +68,7 @@ def make_loss_and_gradients(config: Config, mesh: Mesh, causal: bool) -> Callabl
     """(params, batch, micro_batches, key) -> (mean loss, gradients like params), over the whole mesh."""
     params, zero, schedule = abstract_model(config.model)[1], config.mesh.zero, config.mesh.schedule
     piped, rounds = mesh.shape["pipe"] > 1, config.mesh.virtual_pipe
-    dtype, reduce_dtype = jnp.dtype(config.train.compute_dtype), jnp.dtype(config.train.reduce_dtype)
+    reduce_dtype, gather = jnp.dtype(config.train.reduce_dtype), _gather_of(config)
     if not piped:
         of_micro_batches = _one_after_the_other
     else:
@@ -80,7 +80,7 @@ def make_loss_and_gradients(config: Config, mesh: Mesh, causal: bool) -> Callabl
             blocks, to_natural = jax.vjp(lambda blocks: to_rounds(blocks, rounds), params["blocks"])
             params = _with_blocks(params, blocks)
         params, batch, total = vary((params, batch, total))
-        weights = params if zero == 3 else gather_weights(params, dtype, zero)
+        weights = params if zero == 3 else gather(params)
         parts = _Parts(config, causal, weights, batch, total, jax.random.wrap_key_data(key))
         loss, grads = of_micro_batches(parts, weights, count, mesh)
         grads = reduce_gradients(grads, zero, zero == 3, reduce_dtype)
@@ -89,6 +89,13 @@ def make_loss_and_gradients(config: Config, mesh: Mesh, causal: bool) -> Callabl
         return _report(loss, apart=("pipe", "data", "context")), grads
 
     return _over_mesh(local, mesh, params, zero, lambda specs: (P(), specs))
+
+
+def _gather_of(config: Config) -> Callable:
+    """Master shards -> compute weights; its transpose, their gradients."""
+    train = config.train
+    return functools.partial(gather_weights, dtype=jnp.dtype(train.compute_dtype), zero=config.mesh.zero,
+                             reduce_dtype=jnp.dtype(train.reduce_dtype))
 
 
 class _Parts:
@@ -100,9 +107,7 @@ class _Parts:
     def __init__(self, config: Config, causal: bool, weights, batch, total, key):
         self.config, self.batch, self.total, self.causal = config, batch, total, causal
         self.graph = abstract_model(config.model)[0]
-        train, zero = config.train, config.mesh.zero
-        self.zero, self.gather = zero, functools.partial(
-            gather_weights, dtype=jnp.dtype(train.compute_dtype), zero=zero, reduce_dtype=jnp.dtype(train.reduce_dtype))
+        self.zero, self.gather = config.mesh.zero, _gather_of(config)
         self.blocks, self.key = weights["blocks"], key if config.model.dropout_rate else None
 
     def micro(self, number):
@@ -160,11 +165,9 @@ def _one_after_the_other(parts: _Parts, weights, count, mesh):
         return parts.finish(rest, m, parts.stage(rest, blocks, 0, m, x_BSD))
 
     def one(m, carry):
-        loss, grads = carry
-        part, new = jax.value_and_grad(loss_of)(weights, m)
-        return loss + part, jax.tree.map(lambda a, g: a + g.astype(jnp.float32), grads, new)
+        return add(carry, jax.value_and_grad(loss_of)(weights, m))
 
-    start = vary((jnp.float32(0), jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights)))
+    start = vary((jnp.float32(0), zeros(weights)))
     if parts.batch["tokens"].shape[0] == 1:
         return one(0, start)
     return lax.fori_loop(0, count, one, start)
@@ -192,7 +195,7 @@ def _through_circular(parts: _Parts, weights, count, mesh):
     micro_batches = parts.batch["tokens"].shape[0]
     flush = min(mesh_config.flush or micro_batches, micro_batches)
     apart = parts.zero != 3 and parts.config.train.compute_dtype != "float32"
-    held = vary(jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), blocks)) if apart else blocks
+    held = vary(zeros(blocks)) if apart else blocks
 
     def one(f, carry):
         def stage(held, round, m, x):
@@ -204,10 +207,9 @@ def _through_circular(parts: _Parts, weights, count, mesh):
         new = circular_loss_and_gradients(
             lambda rest, numbers: parts.start(rest, f * flush + numbers), stage,
             lambda rest, m, x: parts.finish(rest, f * flush + m, x), held, rest, flush, mesh_config.virtual_pipe)
-        return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), carry, new)
+        return add(carry, new)
 
-    zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), (blocks, rest))
-    start = vary((jnp.float32(0), *zeros))
+    start = vary((jnp.float32(0), *zeros((blocks, rest))))
     if flush == micro_batches:
         loss, d_blocks, d_rest = one(0, start)
     else:
@@ -237,7 +239,7 @@ def make_eval(config: Config, mesh: Mesh, causal: bool) -> Callable:
         params, batch = vary((params, batch))
         if piped:
             params = _with_blocks(params, to_rounds(params["blocks"], rounds))
-        weights = params if zero == 3 else gather_weights(params, jnp.dtype(config.train.compute_dtype), zero)
+        weights = params if zero == 3 else _gather_of(config)(params)
         parts = _Parts(undropped, causal, weights, batch, 1.0, None)
         rest, blocks, micro_batches = _without_blocks(weights), weights["blocks"], batch["tokens"].shape[0]
         if piped:
@@ -268,7 +270,7 @@ def _report(x, apart):
 def _over_mesh(local, mesh: Mesh, params, zero: int, out_specs):
     """``local`` as one shard_map, manual over every axis; on a single device, ``local`` itself."""
     specs = specs_of(params, zero)
-    rows = {name: BATCH for name in BATCH_KEYS} | {"rows": P(None, "data")}
+    rows = {name: _layout_of(name, (0, 0, 0))[1] for name in BATCH_KEYS}
 
     def run(params, batch, count=None, key=None):
         if key is None:
@@ -328,6 +330,23 @@ def micro_batch_shape(config: Config, mesh: Mesh) -> tuple[int, int]:
     return -(-micro_batches // unit) * unit, rows
 
 
+def abstract_batch(config: Config, mesh: Mesh):
+    """The largest batch as ShapeDtypeStructs with shardings: what ``put_batch`` makes, and a step is compiled for."""
+    micro, rows = micro_batch_shape(config, mesh)
+
+    def one(name):
+        shape, spec = _layout_of(name, (micro, rows, config.sequence_length))
+        return jax.ShapeDtypeStruct(shape, jnp.float32 if name == "weights" else jnp.int32,
+                                    sharding=NamedSharding(mesh, spec))
+
+    return {name: one(name) for name in BATCH_KEYS}
+
+
+def _layout_of(name: str, shape: tuple[int, int, int]) -> tuple[tuple[int, ...], P]:
+    """Shape and spec of one array of a batch (M, B, S)."""
+    return (shape[:2], P(None, "data")) if name == "rows" else (shape, BATCH)
+
+
 def put_batch(rows_of: Callable, shape: tuple[int, int, int], mesh: Mesh):
     """The global batch (M, B, S) as sharded arrays, places in the zigzag order of the context axis.
     ``rows_of(numbers)`` gives a dict of (n, S) arrays for global row numbers m * B + b; it is asked only for the
@@ -346,7 +365,7 @@ def put_batch(rows_of: Callable, shape: tuple[int, int, int], mesh: Mesh):
         return parts[key]
 
     def array(name):
-        size, spec = ((micro, rows), P(None, "data")) if name == "rows" else (shape, BATCH)
+        size, spec = _layout_of(name, shape)
         return jax.make_array_from_callback(size, NamedSharding(mesh, spec),
                                             lambda index: part(index)[name][:, :, *index[2:]])
 

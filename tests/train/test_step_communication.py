@@ -5,15 +5,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mtnlg_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
 from mtnlg_jax.model.transformer import abstract_model
 from mtnlg_jax.parallel.hlo import Program
 from mtnlg_jax.parallel.hlo_cost import cost_of
-from mtnlg_jax.parallel.mesh import BATCH, make_mesh, specs_of
-from mtnlg_jax.train.step import BATCH_KEYS, abstract_state, make_loss_and_gradients
+from mtnlg_jax.parallel.mesh import make_mesh, specs_of
+from mtnlg_jax.train.step import abstract_batch, abstract_state, make_loss_and_gradients
 
 MODEL = ModelConfig(num_layers=8, hidden_size=32, num_attention_heads=4, vocab_size=128, max_position_embeddings=32)
 MICRO_BATCHES = 8
@@ -26,12 +25,10 @@ def collectives(recompute="elementwise", **mesh):
     config = Config(model=MODEL, mesh=MeshConfig(data=2, **mesh), train=TrainConfig(
         global_batch_size=2 * MICRO_BATCHES, micro_batch_size=1, compute_dtype="float32", recompute=recompute))
     on = make_mesh(config.mesh)
-    batch = {name: jax.ShapeDtypeStruct((MICRO_BATCHES, 2, 32), jnp.float32 if name == "weights" else jnp.int32,
-                                        sharding=NamedSharding(on, BATCH)) for name in BATCH_KEYS}
-    batch["rows"] = jax.ShapeDtypeStruct((MICRO_BATCHES, 2), jnp.int32, sharding=NamedSharding(on, P(None, "data")))
     key = jax.random.key_data(jax.random.key(0))
     step = jax.jit(make_loss_and_gradients(config, on, causal=True))
-    compiled = step.lower(abstract_state(config, on)["params"], batch, jnp.int32(MICRO_BATCHES), key).compile()
+    params, batch = abstract_state(config, on)["params"], abstract_batch(config, on)
+    compiled = step.lower(params, batch, jnp.int32(MICRO_BATCHES), key).compile()
     # The only loop whose trips are traced is the one over micro-batches; 1F1B fills and drains in it, too.
     trips = MICRO_BATCHES + (2 * (on.shape["pipe"] - 1) if config.mesh.schedule == "1f1b" else 0)
     rows = cost_of(Program(compiled.as_text()), dict(on.shape), lambda depth: trips).collectives

@@ -5,12 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from mtnlg_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
-from mtnlg_jax.parallel.mesh import BATCH, make_mesh
-from mtnlg_jax.train.step import BATCH_KEYS, abstract_state, make_loss_and_gradients
+from mtnlg_jax.parallel.mesh import make_mesh
+from mtnlg_jax.train.step import abstract_batch, abstract_state, make_loss_and_gradients
 
 MODEL = ModelConfig(num_layers=8, hidden_size=128, num_attention_heads=4, vocab_size=128, max_position_embeddings=256)
 
@@ -21,12 +19,10 @@ def temporaries(micro_batches, dtype, **mesh):
                     train=TrainConfig(global_batch_size=micro_batches, micro_batch_size=1, compute_dtype=dtype,
                                       recompute="full"))
     on = make_mesh(config.mesh, jax.devices()[:4])
-    batch = {name: jax.ShapeDtypeStruct((micro_batches, 1, 256), jnp.float32 if name == "weights" else jnp.int32,
-                                        sharding=NamedSharding(on, BATCH)) for name in BATCH_KEYS}
-    batch["rows"] = jax.ShapeDtypeStruct((micro_batches, 1), jnp.int32, sharding=NamedSharding(on, P(None, "data")))
     key = jax.random.key_data(jax.random.key(0))
     step = jax.jit(make_loss_and_gradients(config, on, causal=True))
-    lowered = step.lower(abstract_state(config, on)["params"], batch, jnp.int32(micro_batches), key)
+    params, batch = abstract_state(config, on)["params"], abstract_batch(config, on)
+    lowered = step.lower(params, batch, jnp.int32(micro_batches), key)
     return lowered.compile().memory_analysis().temp_size_in_bytes
 
 
