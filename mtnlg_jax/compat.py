@@ -1,5 +1,6 @@
 """What moves between platforms and JAX releases, in one place."""
 
+import contextlib
 import os
 
 import jax
@@ -8,14 +9,57 @@ from absl import logging
 _DESCRIBED: list[str] = []
 
 
-def compile_for(platform: str) -> None:
+def compile_for(platform: str, device_kind: str = "") -> None:
     """Says that this process makes programs for ``platform`` ("tpu", "cuda", "cpu"), of which it has no device."""
-    _DESCRIBED[:] = [platform]
+    _DESCRIBED[:] = [platform, device_kind]
+
+
+def described() -> bool:
+    """True where programs are made for devices that are not here."""
+    return bool(_DESCRIBED)
 
 
 def platform() -> str:
-    """What programs are made for: "cpu", "tpu", "gpu" or "cuda"."""
-    return _DESCRIBED[0] if _DESCRIBED else jax.default_backend()
+    """What programs are made for: "cpu", "tpu" or "gpu"."""
+    name = _DESCRIBED[0] if _DESCRIBED else jax.default_backend()
+    return {"cuda": "gpu"}.get(name, name)
+
+
+def device_kind() -> str:
+    """Its devices in JAX's words: "cpu", "TPU v5 lite", "NVIDIA H100 80GB HBM3"."""
+    return _DESCRIBED[1] if _DESCRIBED else jax.devices()[0].device_kind
+
+
+# What stands for a kernel's hardware while ``interpreted`` is on.
+_INTERPRETED: list[bool] = []
+
+
+@contextlib.contextmanager
+def interpreted(detect_races: bool = False):
+    """Runs the kernels of any platform here, on the CPU, slowly: for tests. ``detect_races`` also watches every read
+    and write for an order that the kernel does not force."""
+    _INTERPRETED.append(detect_races)
+    try:
+        yield
+    finally:
+        _INTERPRETED.pop()
+
+
+def interpret_params(impl: str):
+    """What the kernels of ``impl`` take as ``interpret``: False and None mean the hardware."""
+    if not _INTERPRETED:
+        return None if impl == "pallas_gpu" else False
+    if impl == "pallas_gpu":
+        from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+        return InterpretGPUParams(detect_races=_INTERPRETED[-1])
+    from jax.experimental.pallas import tpu as pltpu
+
+    return pltpu.InterpretParams(detect_races=_INTERPRETED[-1])
+
+
+def interpreting() -> bool:
+    return bool(_INTERPRETED)
 
 
 def configure_cache() -> None:
@@ -53,3 +97,12 @@ def cluster_processes() -> int:
     found = (env for env in ClusterEnv._cluster_types if not env.opt_in_only_method and env.is_env_present())
     env = next(found, None)
     return env.get_process_count() if env else 0
+
+
+def result_like(shape, dtype, *inputs) -> jax.ShapeDtypeStruct:
+    """The type of a kernel's result made from ``inputs``: inside a shard_map it varies over the mesh axes that any of
+    them varies over."""
+    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in inputs))
+    if not axes:
+        return jax.ShapeDtypeStruct(shape, dtype)
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.sharding.ManualAxisType(varying=axes))

@@ -40,7 +40,7 @@ class ModelConfig:
     tie_embeddings: bool = True
     dropout_rate: float = 0.0  # on the embedding and on what each half block adds
     init_method_std: float = 0.02
-    attention_impl: str = "auto"  # see mtnlg_jax.model.attention.SUPPORT
+    attention_impl: str = "auto"  # or a key of mtnlg_jax.model.attention.SUPPORT
 
     @property
     def kv_heads(self) -> int:
@@ -493,7 +493,8 @@ def validate_model(model: ModelConfig) -> None:
         )
     _within("model.rotary_base", model.rotary_base, 0, math.inf, low_open=True, high_open=True)
     _one_of("model.normalization", model.normalization, ("layernorm", "rmsnorm"))
-    _one_of("model.attention_impl", model.attention_impl, ("auto", "xla", "xla_blockwise"))
+    _one_of("model.attention_impl", model.attention_impl,
+            ("auto", "pallas_tpu", "pallas_gpu", "cudnn", "xla_blockwise", "xla"))
     _one_of("model.activation", model.activation, ("gelu", "swiglu"))
     _within("model.dropout_rate", model.dropout_rate, 0, 1, high_open=True)
     _within("model.norm_epsilon", model.norm_epsilon, 0, 1, low_open=True)

@@ -146,7 +146,7 @@ def _compile(config: Config, topology: described.Topology, step: str, target_con
     from mtnlg_jax.train.step import micro_batch_shape
 
     devices = described.devices(topology, target_config)
-    compat.compile_for(topology.platform)
+    compat.compile_for(topology.platform, devices[0].device_kind)
     mesh = described.mesh_over(config.mesh, topology, devices)
     sizes = dict(mesh.shape)
     limit = memory or described.memory_of(topology, devices, target_config)

@@ -74,5 +74,5 @@ def dynamic_trips(config: Config, mesh: Mesh, step: str):
         turns = micro_batch_shape(config, mesh)[0]
         if pipe > 1:
             turns = turns + 2 * (pipe - 1) if config.mesh.schedule == "1f1b" else -(-turns // (flush or turns))
-    keys = mean_key_blocks(config.sequence_length)
+    keys = mean_key_blocks(config.sequence_length, config.model.head_width, config.train.compute_dtype)
     return lambda depth: turns if depth == 0 else keys

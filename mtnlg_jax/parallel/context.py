@@ -163,7 +163,7 @@ def _ring_backward(causal, impl, residuals, d_out):
         for i, j, diagonal in pairs:
             grads = attention_gradients(
                 _half(q, i), _half(k_now, j), _half(v_now, j), _half(out, i), _half(lse, i).transpose(0, 2, 1),
-                _half(d_out, i), causal=diagonal, segment_ids=_pair_ids(ids, kv_ids, i, j))
+                _half(d_out, i), causal=diagonal, segment_ids=_pair_ids(ids, kv_ids, i, j), impl=impl)
             dq, dk, dv = add(dq, grads[0], i), add(dk, grads[1], j), add(dv, grads[2], j)
         dk, dv = (lax.ppermute(x, "context", right) for x in (dk, dv))
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None

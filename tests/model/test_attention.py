@@ -1,6 +1,9 @@
 """attention() against a float64 longhand reference, its laws, its errors, and its memory."""
 
 import functools
+import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -8,92 +11,18 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from mtnlg_jax.config import MeshConfig
+from mtnlg_jax import compat
+from mtnlg_jax.config import MeshConfig, ModelConfig, validate_model
 from mtnlg_jax.model.attention import SUPPORT, attention, decode_attention, explain_attention
+from mtnlg_jax.model.kernels import blocks, cudnn
+from mtnlg_jax.model.kernels.support import support_table
 from mtnlg_jax.parallel.mesh import make_mesh
 
 IMPLS = ("xla", "xla_blockwise")
+IMPLS_OF_CONFIG = ("auto", *SUPPORT)
 FLOAT32 = 2e-5  # float32 sums of at most some dozens of numbers of size one
 BFLOAT16 = 4e-2  # eight bits of mantissa: 1/256 a rounding, several roundings, values up to about 3
 BLOCKS = (4, 3)  # small, unequal, and dividing none of the lengths below but where said
-
-
-# --- the reference: loops over rows, heads, queries and keys ------------------------------------------------
-
-
-def _visible(rows, queries, keys, *, causal=True, segment_ids=None, kv_lengths=None, q_offset=0, window=None):
-    """(rows, queries, keys) booleans: the sentences of attention()'s docstring, one pair at a time."""
-    seen = np.zeros((rows, queries, keys), bool)
-    for b, i, j in np.ndindex(seen.shape):
-        position = (q_offset if np.ndim(q_offset) == 0 else q_offset[b]) + i
-        see = not (causal and j > position)
-        if segment_ids is not None:
-            q_ids, kv_ids = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
-            see = see and q_ids[b][i] == kv_ids[b][j]
-        if kv_lengths is not None:
-            see = see and j < kv_lengths[b]
-        if window is not None:
-            see = see and j > position - window and (causal or j < position + window)
-        seen[b, i, j] = see
-    return seen
-
-
-def _reference(q, k, v, d_out, d_lse, *, softcap=None, scale=None, bias=None, **mask):
-    """out, lse, dq, dk, dv in float64, for the loss sum(out * d_out) + sum(finite lse * d_lse)."""
-    q, k, v, d_out, d_lse = (np.asarray(x, np.float64) for x in (q, k, v, d_out, d_lse))
-    rows, queries, heads, width = q.shape
-    keys, kv_heads = k.shape[1:3]
-    scale = width**-0.5 if scale is None else scale
-    seen = _visible(rows, queries, keys, **mask)
-    out, lse = np.zeros_like(q), np.full((rows, heads, queries), -np.inf)
-    dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
-    for b, n, i in np.ndindex(rows, heads, queries):
-        g = n * kv_heads // heads  # the key/value head of query head n
-        at = np.flatnonzero(seen[b, i])
-        if not len(at):
-            continue
-        scores, slope = k[b, at, g] @ q[b, i, n] * scale, 1.0
-        if softcap is not None:
-            scores = softcap * np.tanh(scores / softcap)
-            slope = 1 - (scores / softcap) ** 2
-        if bias is not None:
-            scores = scores + np.broadcast_to(bias, (rows, heads, queries, keys))[b, n, i, at]
-        total = np.exp(scores).sum()
-        weights = np.exp(scores) / total
-        out[b, i, n], lse[b, n, i] = weights @ v[b, at, g], np.log(total)
-        d_weights = v[b, at, g] @ d_out[b, i, n]
-        d_scores = (weights * (d_weights - weights @ d_weights) + weights * d_lse[b, n, i]) * slope * scale
-        dq[b, i, n] = d_scores @ k[b, at, g]
-        dk[b, at, g] += np.outer(d_scores, q[b, i, n])
-        dv[b, at, g] += np.outer(weights, d_out[b, i, n])
-    return out, lse, dq, dk, dv
-
-
-def _inputs(seed, rows, queries, keys, heads, kv_heads, width=4):
-    """q, k, v and the cotangents of the output and of the log-sum-exp."""
-    random = np.random.default_rng(seed)
-    shapes = [(rows, queries, heads, width), *[(rows, keys, kv_heads, width)] * 2,
-              (rows, queries, heads, width), (rows, heads, queries)]
-    return [random.standard_normal(shape).astype(np.float32) for shape in shapes]
-
-
-def _everything(q, k, v, d_out, d_lse, **options):
-    """out, lse, dq, dk, dv of attention(), in one compilation."""
-
-    def loss(q, k, v):
-        out, lse = attention(q, k, v, return_lse=True, **options)
-        finite = jnp.where(jnp.isfinite(lse), lse, 0.0)
-        return jnp.sum(out.astype(jnp.float32) * d_out) + jnp.sum(finite * d_lse), (out, lse)
-
-    grads, (out, lse) = jax.grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
-    return out, lse, *grads
-
-
-def _compare(got, want, tolerance):
-    for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), got, want, strict=True):
-        a = np.asarray(a, np.float64)
-        assert a.shape == b.shape, name
-        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance, err_msg=name)
 
 
 # What is compiled: (queries, keys, heads, key/value heads, static options, the arrays of each run). Every
@@ -103,7 +32,7 @@ CASES = {
     "causal": (10, 10, 4, 2, {}, [{}]),
     "both_ways": (5, 11, 4, 1, {"causal": False}, [{}]),
     "one_query": (1, 9, 2, 2, {"q_offset": 6}, [{}]),
-    "before_the_keys": (11, 4, 2, 1, {"q_offset": -2}, [{}]),  # the first two queries see nothing
+    "before_the_keys": (11, 4, 2, 1, {}, [{"q_offset": [-2, -2]}]),  # the first two queries see nothing
     "window_both_ways": (12, 12, 2, 2, {"window": 3, "causal": False}, [{}]),
     "all_arrays": (7, 14, 4, 2, {}, [
         {"segment_ids": SEGMENTS, "kv_lengths": [14, 14], "q_offset": [7, 7]},
@@ -117,65 +46,60 @@ CASES = {
 }
 
 
-def _as_arrays(run):
-    return {key: tuple(map(jnp.int32, value)) if isinstance(value, tuple) else jnp.int32(value)
-            for key, value in run.items()}
-
-
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("case", CASES)
-def test_output_lse_and_gradients_equal_the_longhand(case, impl):
+def test_output_lse_and_gradients_equal_the_longhand(case, impl, longhand):
     queries, keys, heads, kv_heads, options, runs = CASES[case]
-    arrays = _inputs(0, 2, queries, keys, heads, kv_heads)
-    compute = jax.jit(functools.partial(_everything, impl=impl, block_sizes=BLOCKS, **options))
+    arrays = longhand.inputs(0, 2, queries, keys, heads, kv_heads)
+    compute = jax.jit(functools.partial(longhand.everything, impl=impl, block_sizes=BLOCKS, **options))
     for run in runs:
-        got = compute(*arrays, **_as_arrays(run))
-        want = _reference(*arrays, **options, **run)
-        _compare(got, want, FLOAT32)
+        got = compute(*arrays, **longhand.as_arrays(run))
+        want = longhand.reference(*arrays, **options, **run)
+        longhand.compare(got, want, FLOAT32)
         assert np.array_equal(np.isneginf(got[1]), np.isneginf(want[1]))
 
 
-def test_cases_hold_queries_that_see_nothing():
+def test_cases_hold_queries_that_see_nothing(longhand):
     blind = {}
     for name, (queries, keys, _, _, options, runs) in CASES.items():
         mask = {key: value for key, value in options.items() if key in ("causal", "window", "q_offset")}
-        blind[name] = [int((~_visible(2, queries, keys, **mask, **run)).all(-1).sum()) for run in runs]
+        blind[name] = [int((~longhand.visible(2, queries, keys, **mask, **run)).all(-1).sum()) for run in runs]
     assert blind["before_the_keys"] == [4] and min(blind["all_arrays"][2], blind["all_options"][1]) > 0
 
 
-def test_bias_equals_the_longhand():
-    arrays = _inputs(1, 2, 5, 7, 4, 2)
+def test_bias_equals_the_longhand(longhand):
+    arrays = longhand.inputs(1, 2, 5, 7, 4, 2)
     bias = np.random.default_rng(2).standard_normal((4, 1, 7)).astype(np.float32)
-    got = jax.jit(functools.partial(_everything, bias=bias, causal=False))(*arrays)
-    _compare(got, _reference(*arrays, bias=bias, causal=False), FLOAT32)
+    got = jax.jit(functools.partial(longhand.everything, bias=bias, causal=False))(*arrays)
+    longhand.compare(got, longhand.reference(*arrays, bias=bias, causal=False), FLOAT32)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_bfloat16_stays_near_the_longhand(impl):
+def test_bfloat16_stays_near_the_longhand(impl, longhand):
     queries, keys, heads, kv_heads, options, runs = CASES["all_options"]
-    arrays = _inputs(3, 2, queries, keys, heads, kv_heads)
+    arrays = longhand.inputs(3, 2, queries, keys, heads, kv_heads)
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in arrays[:3])
-    compute = functools.partial(_everything, impl=impl, block_sizes=BLOCKS, **options)
-    got = jax.jit(compute)(q, k, v, *arrays[3:], **_as_arrays(runs[0]))
+    compute = functools.partial(longhand.everything, impl=impl, block_sizes=BLOCKS, **options)
+    got = jax.jit(compute)(q, k, v, *arrays[3:], **longhand.as_arrays(runs[0]))
     assert [x.dtype for x in got] == [jnp.bfloat16, jnp.float32, *[jnp.bfloat16] * 3]
-    want = _reference(*(np.asarray(x, np.float32) for x in (q, k, v)), *arrays[3:], **options, **runs[0])
-    _compare(got, want, BFLOAT16)
+    want = longhand.reference(*(np.asarray(x, np.float32) for x in (q, k, v)), *arrays[3:], **options, **runs[0])
+    longhand.compare(got, want, BFLOAT16)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_large_scores_neither_overflow_nor_lose_the_winner(impl):
-    arrays = _inputs(4, 1, 7, 7, 2, 2)
+def test_large_scores_neither_overflow_nor_lose_the_winner(impl, longhand):
+    arrays = longhand.inputs(4, 1, 7, 7, 2, 2)
     q, k, v = arrays[:3]
-    got = jax.jit(functools.partial(_everything, impl=impl, block_sizes=BLOCKS, scale=1e4))(*arrays)
+    got = jax.jit(functools.partial(longhand.everything, impl=impl, block_sizes=BLOCKS, scale=1e4))(*arrays)
     assert all(np.isfinite(x).all() for x in got)
     best = np.where(np.tri(7, dtype=bool), q[0, :, 0] @ k[0, :, 0].T, -np.inf).argmax(-1)
     np.testing.assert_allclose(got[0][0, :, 0], v[0, best, 0], atol=1e-6)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_lengths_beyond_the_keys_show_all_keys_and_no_more(impl):
+def test_lengths_beyond_the_keys_show_all_keys_and_no_more(impl, longhand):
     # Blocks of 3 pad ten keys to twelve: the padding must stay invisible whatever the lengths say.
-    q, k, v, _, _ = _inputs(5, 2, 4, 10, 2, 2)
+    q, k, v, _, _ = longhand.inputs(5, 2, 4, 10, 2, 2)
     run = jax.jit(functools.partial(attention, causal=False, impl=impl, block_sizes=BLOCKS))
     beyond, all_keys = (run(q, k, v, kv_lengths=jnp.int32(lengths)) for lengths in ([99, 11], [10, 10]))
     np.testing.assert_allclose(beyond, all_keys, atol=FLOAT32)
@@ -185,17 +109,17 @@ def test_lengths_beyond_the_keys_show_all_keys_and_no_more(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_permuted_heads_give_permuted_outputs(impl):
-    q, k, v, _, _ = _inputs(6, 2, 7, 7, 4, 4)
+def test_permuted_heads_give_permuted_outputs(impl, longhand):
+    q, k, v, _, _ = longhand.inputs(6, 2, 7, 7, 4, 4)
     run = jax.jit(functools.partial(attention, impl=impl, block_sizes=BLOCKS))
     order = np.array([2, 0, 3, 1])
     assert np.array_equal(run(q[:, :, order], k[:, :, order], v[:, :, order]), run(q, k, v)[:, :, order])
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_parts_of_the_keys_merge_by_their_log_sum_exp(impl):
+def test_parts_of_the_keys_merge_by_their_log_sum_exp(impl, longhand):
     # What ring attention and split-K decoding rest on.
-    q, k, v, _, _ = _inputs(7, 2, 7, 12, 4, 2)
+    q, k, v, _, _ = longhand.inputs(7, 2, 7, 12, 4, 2)
     run = functools.partial(attention, causal=False, return_lse=True, impl=impl, block_sizes=BLOCKS)
     halves = slice(0, 5), slice(5, 12)
     run_parts = jax.jit(lambda q, k, v: [run(q, k[:, part], v[:, part]) for part in (*halves, slice(None))])
@@ -208,8 +132,8 @@ def test_parts_of_the_keys_merge_by_their_log_sum_exp(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_packed_documents_equal_separate_ones(impl):
-    q, k, v, _, _ = _inputs(8, 1, 12, 12, 4, 2)
+def test_packed_documents_equal_separate_ones(impl, longhand):
+    q, k, v, _, _ = longhand.inputs(8, 1, 12, 12, 4, 2)
     ids = jnp.int32([[3] * 5 + [1] * 7])
     run = functools.partial(attention, impl=impl, block_sizes=BLOCKS)
     packed, first, second = jax.jit(lambda *qkv: [run(*qkv, segment_ids=ids), run(*(x[:, :5] for x in qkv)),
@@ -217,8 +141,8 @@ def test_packed_documents_equal_separate_ones(impl):
     np.testing.assert_allclose(packed, np.concatenate([first, second], 1), atol=FLOAT32)
 
 
-def test_one_query_against_a_cache_equals_attention():
-    q, k, v, _, _ = _inputs(9, 3, 1, 9, 4, 2)
+def test_one_query_against_a_cache_equals_attention(longhand):
+    q, k, v, _, _ = longhand.inputs(9, 3, 1, 9, 4, 2)
     lengths = jnp.int32([9, 4, 0])  # the last row has an empty cache
     options = {"softcap": 2.0, "scale": 0.7}
     got = jax.jit(functools.partial(decode_attention, **options))(
@@ -228,12 +152,12 @@ def test_one_query_against_a_cache_equals_attention():
     assert np.array_equal(got[2], np.zeros_like(got[2])) and np.abs(got[:2]).min() > 0
 
 
-def test_dropout_keeps_the_mean_and_follows_its_key():
-    q, k, v, _, _ = _inputs(10, 1, 4, 6, 2, 2)
+def test_dropout_keeps_the_mean_and_follows_its_key(longhand):
+    q, k, v, _, _ = longhand.inputs(10, 1, 4, 6, 2, 2)
     keys = jax.random.split(jax.random.key(0), 2000)
     dropped = jax.jit(jax.vmap(lambda key: attention(
         q, k, v, causal=False, dropout_rate=0.25, dropout_key=key)))(keys.at[1].set(keys[0]))
-    want = _reference(*_inputs(10, 1, 4, 6, 2, 2), causal=False)[0]
+    want = longhand.reference(*longhand.inputs(10, 1, 4, 6, 2, 2), causal=False)[0]
     np.testing.assert_allclose(dropped.mean(0), want, atol=0.07)  # five standard errors
     assert np.array_equal(dropped[0], dropped[1]) and not np.array_equal(dropped[0], dropped[2])
 
@@ -242,58 +166,153 @@ def test_dropout_keeps_the_mean_and_follows_its_key():
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_inside_the_manual_region_rows_and_heads_split(impl):
+def test_inside_the_manual_region_rows_and_heads_split(impl, longhand):
     mesh = make_mesh(MeshConfig(data=2, tensor=4))
-    arrays = _inputs(11, 4, 7, 7, 8, 4)
+    arrays = longhand.inputs(11, 4, 7, 7, 8, 4)
     ids = np.array([[1] * 3 + [2] * 4, [1] * 7, [5] * 6 + [0], [2] * 7], np.int32)
     heads, lse_spec = P("data", None, "tensor"), P("data", "tensor")
 
     def compute(q, k, v, d_out, d_lse, ids):
-        return _everything(q, k, v, d_out, d_lse, segment_ids=ids, impl=impl, block_sizes=BLOCKS)
+        return longhand.everything(q, k, v, d_out, d_lse, segment_ids=ids, impl=impl, block_sizes=BLOCKS)
 
     over_mesh = jax.shard_map(compute, mesh=mesh, in_specs=(*[heads] * 4, lse_spec, P("data")),
                               out_specs=(heads, lse_spec, *[heads] * 3))
     got = jax.jit(over_mesh)(*arrays, ids)
     assert got[0].sharding.shard_shape(got[0].shape) == (2, 7, 2, 4)
-    _compare(got, _reference(*arrays, segment_ids=ids), FLOAT32)
+    longhand.compare(got, longhand.reference(*arrays, segment_ids=ids), FLOAT32)
 
 
 # --- the choice, the errors, the memory ---------------------------------------------------------------------
 
 
-def _shapes(queries, keys, heads=2, kv_heads=2, width=4, rows=1):
-    return (jax.ShapeDtypeStruct((rows, queries, heads, width), jnp.float32),
-            *[jax.ShapeDtypeStruct((rows, keys, kv_heads, width), jnp.float32)] * 2)
+def _shapes(queries, keys, heads=2, kv_heads=2, width=4, rows=1, dtype="float32"):
+    return (jax.ShapeDtypeStruct((rows, queries, heads, width), dtype),
+            *[jax.ShapeDtypeStruct((rows, keys, kv_heads, width), dtype)] * 2)
+
+
+def _chosen(verdicts):
+    return [name for name, verdict in verdicts if verdict.startswith("chosen: ")]
+
+
+IDS = jax.ShapeDtypeStruct((1, 4096), "int32")
+LENGTHS = jax.ShapeDtypeStruct((1,), "int32")
 
 
 @pytest.mark.parametrize(
-    ("lengths", "options", "chosen"),
+    ("device", "shapes", "options", "chosen"),
     [
-        ((64, 64), {}, "xla"),
-        ((4096, 4096), {}, "xla_blockwise"),
-        ((4096, 4096), {"bias": 0.0}, "xla"),
-        ((4096, 4096), {"dropout_rate": 0.1}, "xla"),
-        ((64, 64), {"impl": "xla_blockwise"}, "xla_blockwise"),
-        ((4096, 4096), {"impl": "xla"}, "xla"),
+        ("cpu", _shapes(64, 64), {}, "xla"),
+        ("cpu", _shapes(4096, 4096), {}, "xla_blockwise"),
+        ("cpu", _shapes(4096, 4096), {"bias": 0.0}, "xla"),
+        ("cpu", _shapes(4096, 4096), {"dropout_rate": 0.1, "dropout_key": 0}, "xla"),
+        ("cpu", _shapes(64, 64), {"impl": "xla_blockwise"}, "xla_blockwise"),
+        ("cpu", _shapes(4096, 4096), {"impl": "xla"}, "xla"),
+        ("TPU v5p", _shapes(4096, 4096, width=160, dtype="bfloat16"), {"segment_ids": IDS}, "pallas_tpu"),
+        ("TPU v5 lite", _shapes(2048, 2048, width=128), {}, "pallas_tpu"),
+        ("TPU v6 lite", _shapes(32, 32, width=128), {}, "xla"),
+        ("TPU v5p", _shapes(4096, 4096, width=288, dtype="bfloat16"), {}, "xla_blockwise"),
+        ("TPU v5p", _shapes(4096, 4096, width=128), {"bias": 0.0}, "xla"),
+        # Described cards: cuDNN cannot be compiled for what is not here.
+        ("NVIDIA H100 80GB HBM3", _shapes(4096, 4096, width=160, dtype="bfloat16"), {"segment_ids": IDS}, "pallas_gpu"),
+        ("NVIDIA H100 80GB HBM3", _shapes(4096, 4096, width=128, dtype="bfloat16"), {"return_lse": True}, "pallas_gpu"),
+        ("NVIDIA H100 80GB HBM3", _shapes(4096, 4096, width=128), {}, "xla_blockwise"),
+        ("NVIDIA A100-SXM4-80GB", _shapes(4096, 4096, width=128, dtype="bfloat16"), {}, "xla_blockwise"),
     ],
 )
-def test_explain_names_one_choice_and_a_reason_for_every_other(lengths, options, chosen):
-    verdicts = dict(explain_attention(*_shapes(*lengths), **options))
-    assert [name for name, verdict in verdicts.items() if verdict == "chosen"] == [chosen]
-    assert all(len(verdict) > 10 for name, verdict in verdicts.items() if name != chosen)
+def test_explain_names_one_choice_and_a_reason_for_every_other(monkeypatch, device, shapes, options, chosen):
+    if device != "cpu":
+        monkeypatch.setattr(compat, "_DESCRIBED", ["tpu" if "TPU" in device else "cuda", device])
+    verdicts = explain_attention(*shapes, **options)
+    assert _chosen(verdicts) == [chosen] and [name for name, _ in verdicts] == list(SUPPORT)
+    assert all(len(verdict) > 10 for _, verdict in verdicts)
+
+
+def _on_a_card(monkeypatch, capability="9.0", kind="NVIDIA H100 80GB HBM3"):
+    """As if this process had a card with cuDNN."""
+    card = SimpleNamespace(device_kind=kind, compute_capability=capability)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda *_: [card])
+    monkeypatch.setattr(cudnn, "_installed", lambda: True)
+
+
+@pytest.mark.parametrize(
+    ("capability", "options", "width", "chosen"),
+    [
+        ("9.0", {}, 160, "cudnn"),  # until the table says otherwise
+        ("9.0", {"segment_ids": IDS}, 160, "pallas_gpu"),  # where cuDNN would need a mask of T x S
+        ("9.0", {"kv_lengths": LENGTHS}, 128, "pallas_gpu"),
+        ("9.0", {"window": 512}, 128, "cudnn"),
+        ("9.0", {"window": 512, "causal": False}, 128, "pallas_gpu"),
+        ("9.0", {"softcap": 20.0}, 128, "pallas_gpu"),
+        ("9.0", {}, 40, "cudnn"),
+        ("8.0", {}, 128, "cudnn"),
+        ("8.0", {}, 160, "xla_blockwise"),
+        ("8.0", {"segment_ids": IDS}, 128, "xla_blockwise"),
+    ],
+)
+def test_the_choice_on_a_card(monkeypatch, capability, options, width, chosen):
+    _on_a_card(monkeypatch, capability, "NVIDIA H100 80GB HBM3" if capability == "9.0" else "NVIDIA A100-SXM4-80GB")
+    assert _chosen(explain_attention(*_shapes(4096, 4096, width=width, dtype="bfloat16"), **options)) == [chosen]
+
+
+def test_a_measurement_moves_the_choice(monkeypatch):
+    _on_a_card(monkeypatch)
+    shapes = _shapes(4096, 4096, width=128, dtype="bfloat16")
+    row = {"device": "H100", "dtype": "bfloat16", "head_width": 128, "length": 4096, "causal": True, "pass": "both",
+           "source": "a test"}
+    for ours, theirs, chosen in ((2.0, 3.0, "pallas_gpu"), (3.0, 2.0, "cudnn"), (2.0, None, "cudnn")):
+        rows = [row | {"impl": "pallas_gpu", "ms": ours}, row | {"impl": "cudnn", "ms": theirs}]
+        monkeypatch.setattr(blocks, "table", lambda rows=rows: blocks.read(json.dumps({"rows": rows})))
+        verdicts = explain_attention(*shapes)
+        assert _chosen(verdicts) == [chosen]
+        assert ("pallas_gpu 2 ms, cudnn 3 ms" in dict(verdicts)["pallas_gpu"]) == (theirs == 3.0)
+
+
+def test_falling_back_on_an_accelerator_is_said_once_with_the_reasons(monkeypatch, caplog):
+    monkeypatch.setattr(compat, "_DESCRIBED", ["tpu", "TPU v5p"])
+    for _ in range(2):
+        jax.eval_shape(functools.partial(attention, impl="auto"), *_shapes(2048, 2048, width=264, dtype="bfloat16"))
+    said = [record.message for record in caplog.records if "falls back" in record.message]
+    assert len(said) == 1 and "pallas_tpu takes head widths" in said[0] and "264" in said[0]
+
+
+Q, K, V = (np.zeros((1, 8, 2, 4), np.float32) for _ in range(3))
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"impl": "flash9"}, "'flash9' is not known; choose auto, xla"),
-        ({"impl": "xla_blockwise", "bias": np.zeros(1)}, "'xla_blockwise' cannot serve.*bias.*auto"),
-        ({"impl": "xla_blockwise", "dropout_rate": 0.5}, "'xla_blockwise' cannot serve.*auto"),
+        ({"impl": "flash9"}, "'flash9' is not known; choose auto, pallas_tpu"),
+        ({"impl": "xla_blockwise", "bias": np.zeros(1)}, "'xla_blockwise' cannot serve.*bias.*impl='auto', or xla"),
+        ({"impl": "xla_blockwise", "dropout_rate": 0.5, "dropout_key": 0}, "'xla_blockwise' cannot serve.*dropout"),
+        ({"impl": "pallas_tpu"}, "'pallas_tpu' cannot serve.*runs on TPU, and this is cpu.*xla_blockwise or xla"),
+        ({"impl": "pallas_gpu"}, "runs on Hopper, and this is cpu"),
+        ({"impl": "cudnn"}, "runs on NVIDIA GPU, and this is cpu"),
+        ({"segment_ids": np.zeros((1, 7), int)}, r"segment_ids of the queries have shape \(1, 7\); .* \(1, 8\)"),
+        ({"segment_ids": (np.zeros((1, 8), int),) * 3}, "segment_ids has 3 parts; give"),
+        ({"segment_ids": np.zeros((1, 8))}, "segment_ids are float"),
+        ({"kv_lengths": np.array([9])}, "kv_lengths=9 is above 8, the number of keys"),
+        ({"kv_lengths": np.array([-1])}, "kv_lengths=-1 is below 0"),
+        ({"kv_lengths": 8}, r"kv_lengths has shape \(\); it must be \(1,\)"),
+        ({"kv_lengths": np.array([1.5])}, "kv_lengths is float.*int32"),
+        ({"q_offset": -1}, "q_offset=-1 is below 0"),
+        ({"q_offset": np.array([-3])}, "q_offset=-3 is below 0"),
+        ({"q_offset": np.array([1, 2])}, r"q_offset has shape \(2,\); it must be \(1,\) or an int"),
+        ({"window": 0}, "window=0 must be an int of at least 1"),
+        ({"softcap": 0.0}, "softcap=0.0 must be a number above 0"),
+        ({"scale": float("nan")}, "scale=nan must be a finite number"),
+        ({"dropout_rate": 1.0}, r"dropout_rate=1.0 lies outside \[0, 1\)"),
+        ({"dropout_rate": 0.5}, "dropout_rate=0.5 needs a dropout_key"),
+        ({"block_sizes": (0, 8)}, r"block_sizes=\(0, 8\) must be two sizes"),
     ],
 )
-def test_an_implementation_that_cannot_is_refused(options, words):
+def test_bad_options_are_refused_by_name(options, words):
+    for call in (attention, explain_attention):
+        if "cannot serve" not in words and not words.startswith("runs on"):
+            with pytest.raises(ValueError, match=words):
+                call(Q, K, V, **options)
     with pytest.raises(ValueError, match=words):
-        jax.eval_shape(functools.partial(attention, **options), *_shapes(8, 8))
+        attention(Q, K, V, **options)
 
 
 @pytest.mark.parametrize(
@@ -302,12 +321,50 @@ def test_an_implementation_that_cannot_is_refused(options, words):
         (_shapes(8, 8, heads=3, kv_heads=2), {}, "3 query heads .* 2 key/value heads"),
         (_shapes(8, 8)[:2] + _shapes(8, 9)[2:], {}, r"attention wants q .*\(1, 8, 2, 4\).*\(1, 9, 2, 4\)"),
         (_shapes(8, 8, rows=2)[:1] + _shapes(8, 8)[1:], {}, "attention wants q"),
-        (_shapes(3, 8), {"segment_ids": np.zeros((1, 3))}, "T=3 and S=8 differ: give segment_ids as"),
+        (_shapes(8, 0), {}, "none of them empty"),
+        (_shapes(8, 8, width=6)[:1] + _shapes(8, 8)[1:], {}, "attention wants q"),
+        (_shapes(3, 8), {"segment_ids": np.zeros((1, 3), int)}, "T=3 and S=8 differ: give segment_ids as"),
+        (_shapes(8, 8, dtype="float64"), {}, "q is float64; attention takes float32, bfloat16, float16: cast it"),
+        (_shapes(8, 8, dtype="int32"), {}, "q is int32"),
+        (_shapes(8, 8)[:1] + _shapes(8, 8, dtype="bfloat16")[1:], {}, "float32, bfloat16 and bfloat16; cast them"),
     ],
 )
-def test_shapes_that_do_not_fit_are_refused(shapes, options, words):
+def test_shapes_and_types_that_do_not_fit_are_refused(shapes, options, words):
     with pytest.raises(ValueError, match=words):
-        jax.eval_shape(functools.partial(attention, **options), *shapes)
+        explain_attention(*shapes, **options)
+
+
+CACHE = {"q": ((1, 4, 64), "float32"), "k_cache": ((1, 2, 16, 64), "float32"), "v_cache": ((1, 2, 16, 64), "float32"),
+         "lengths": ((1,), "int32")}
+SCALES = np.zeros((1, 2, 16), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "words"),
+    [
+        ({"q": ((1, 3, 64), "float32")}, {}, "3 query heads"),
+        ({"q": ((1, 4, 32), "float32")}, {}, "decode_attention wants q"),
+        ({"v_cache": ((1, 2, 17, 64), "float32")}, {}, "decode_attention wants q"),
+        ({"lengths": ((2,), "int32")}, {}, r"lengths has shape \(2,\)"),
+        ({"k_cache": ((1, 2, 16, 64), "int8")}, {}, "k and v are .* cast"),
+        ({"k_cache": ((1, 2, 16, 64), "int8"), "v_cache": ((1, 2, 16, 64), "int8")}, {}, "k_scale is missing"),
+        ({}, {"k_scale": SCALES}, "k_scale is given with a cache of float32"),
+        ({}, {"impl": "pallas_tpu"}, "runs on TPU"),
+        ({}, {"impl": "cudnn"}, "one query against a cache"),
+        ({}, {"num_splits": 0}, "num_splits=0"),
+        ({}, {"scale": float("inf")}, "scale=inf"),
+    ],
+)
+def test_bad_calls_of_decode_attention_are_refused(changes, options, words):
+    given = {name: np.zeros(*what) for name, what in (CACHE | changes).items()}
+    with pytest.raises(ValueError, match=words):
+        decode_attention(**given, **options)
+
+
+def test_lengths_beyond_the_cache_are_refused():
+    given = {name: np.zeros(*what) for name, what in CACHE.items()} | {"lengths": np.array([17])}
+    with pytest.raises(ValueError, match="lengths=17 is above 16, the positions of the cache"):
+        decode_attention(**given)
 
 
 def _temporary_bytes(impl, length):
@@ -324,21 +381,14 @@ def test_blockwise_memory_grows_linearly_and_exact_memory_does_not():
     assert long < 5 * short and long < scores / 4
     assert _temporary_bytes("xla", 2048) > scores  # so the measure does see the scores
 
-def test_the_config_knows_every_implementation():
-    from mtnlg_jax.config import ModelConfig, validate_model
 
-    for name in ("auto", *SUPPORT):
+def test_the_config_knows_every_implementation():
+    for name in IMPLS_OF_CONFIG:
         validate_model(ModelConfig(attention_impl=name))
     with pytest.raises(ValueError, match="attention_impl"):
         validate_model(ModelConfig(attention_impl="flash"))
 
 
-def test_the_choice_of_platform_changes_the_path_not_the_numbers(monkeypatch):
-    q, k, v = (jax.random.normal(jax.random.key(i), (1, 300, 2, 8)) for i in range(3))
-    outputs, chosen = [], []
-    for backend in ("cpu", "gpu"):
-        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
-        chosen.append(dict(explain_attention(q, k, v))["xla_blockwise"] == "chosen")
-        outputs.append(attention(q, k, v))
-    assert chosen == [True, False]
-    np.testing.assert_allclose(outputs[0], outputs[1], atol=2e-6)
+def test_the_readme_has_the_table_of_what_each_can_do():
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    assert support_table() in readme

@@ -1,0 +1,261 @@
+"""Attention in XLA: exact, which holds all scores, and blockwise, FlashAttention's algorithms 1 and 2 (Dao 2023) as
+loops, with memory linear in the lengths.
+
+Inside, heads stand before positions: every product is then a plain batched matmul, and the scores (T x S, by far the
+largest array) are never transposed. G = N / K query heads share a key/value head.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from mtnlg_jax.model.kernels.blocks import Blocks
+from mtnlg_jax.model.kernels.mask import Mask, block_ranges, visible
+
+NEG_INF = -jnp.inf
+
+
+@jax.custom_vjp
+def softmax(scores):
+    """Weights and log-sum-exp over the last dim; a row of -inf gives zeros and -inf. The backward pass keeps the
+    weights only: differentiating through the maximum would keep four arrays of T x S."""
+    top = jnp.max(scores, -1, keepdims=True)
+    weights = jnp.exp(scores - jnp.where(top == NEG_INF, 0.0, top))
+    total = jnp.sum(weights, -1, keepdims=True)
+    lse = jnp.where(total == 0, NEG_INF, top + jnp.log(jnp.where(total == 0, 1.0, total)))
+    return weights / jnp.where(total == 0, 1.0, total), lse[..., 0]
+
+
+def _softmax_forward(scores):
+    weights, lse = softmax(scores)
+    return (weights, lse), weights
+
+
+def _softmax_backward(weights, cotangents):
+    d_weights, d_lse = cotangents
+    shift = jnp.sum(weights * d_weights, -1) - d_lse
+    return (weights * (d_weights - shift[..., None]),)
+
+
+softmax.defvjp(_softmax_forward, _softmax_backward)
+
+
+def _scores(q, k, scale, softcap):
+    """q (B, K, G, T, H), k (B, K, S, H) -> float32 (B, K, G, T, S)."""
+    scores = jnp.einsum("BKGTH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32) * scale
+    return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+
+
+def _group(x, kv_heads):
+    """(B, T, N, H) -> (B, K, G, T, H)."""
+    batch, length, heads, width = x.shape
+    return x.reshape(batch, length, kv_heads, heads // kv_heads, width).transpose(0, 2, 3, 1, 4)
+
+
+def _ungroup(x):
+    """(B, K, G, T, H) -> (B, T, N, H)."""
+    batch, kv_heads, group, length, width = x.shape
+    return x.transpose(0, 3, 1, 2, 4).reshape(batch, length, kv_heads * group, width)
+
+
+def _visible(mask: Mask, q_ids, kv_ids, q_start, q_size, k_start, k_size):
+    """Booleans that broadcast to (B, K, G, q_size, k_size), or None where all is visible. The ids are the block's."""
+    offset = jnp.asarray(mask.q_offset)
+    positions = (offset[..., None] + q_start + jnp.arange(q_size))[..., :, None]  # (q, 1) or (B, q, 1)
+    length = None if mask.kv_lengths is None else mask.kv_lengths[:, None, None]
+    ids = (None, None) if q_ids is None else (q_ids[:, :, None], kv_ids[:, None, :])
+    seen = visible(positions, k_start + jnp.arange(k_size), causal=mask.causal, window=mask.window, length=length,
+                   q_ids=ids[0], kv_ids=ids[1])
+    return seen if seen is None or seen.ndim == 2 else seen[:, None, None]
+
+
+def exact(q, k, v, mask: Mask, *, scale: float, softcap: float | None, bias=None, dropout_rate: float = 0.0,
+          dropout_key=None):
+    """(out (B, T, N, H), lse (B, N, T)); ``bias`` broadcasts to (B, N, T, S)."""
+    heads, dtype, (length, keys) = q.shape[2], q.dtype, (q.shape[1], k.shape[1])
+    seen = _visible(mask, mask.q_ids, mask.kv_ids, 0, length, 0, keys)
+    scores = _scores(_group(q, k.shape[2]), k.transpose(0, 2, 1, 3), scale, softcap)
+    if bias is not None:
+        shape = (scores.shape[0], heads, length, keys)
+        scores = scores + jnp.broadcast_to(bias, shape).reshape(scores.shape)
+    if seen is not None:
+        scores = jnp.where(seen, scores, NEG_INF)
+    weights, lse = softmax(scores)
+    if dropout_rate > 0:
+        kept = jax.random.bernoulli(dropout_key, 1 - dropout_rate, weights.shape)
+        weights = jnp.where(kept, weights / (1 - dropout_rate), 0.0)
+    out = jnp.einsum("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), v.transpose(0, 2, 1, 3))
+    out = checkpoint_name(out, "attention")
+    return _ungroup(out).astype(dtype), lse.reshape(lse.shape[0], heads, length)
+
+
+def decode(q, k_cache, v_cache, lengths, *, scale: float, softcap: float | None, k_scale=None, v_scale=None):
+    """One query a row: q (B, N, H), caches (B, K, S, H), int8 with scales (B, K, S) -> out (B, N, H), lse (B, N)."""
+    batch, heads, width = q.shape
+    kv_heads = k_cache.shape[1]
+    grouped = q.reshape(batch, kv_heads, heads // kv_heads, width)
+    if k_scale is not None:
+        k_cache, v_cache = k_cache.astype(q.dtype), v_cache.astype(q.dtype)
+    scores = jnp.einsum("BKGH,BKSH->BKGS", grouped, k_cache, preferred_element_type=jnp.float32) * scale
+    if k_scale is not None:
+        scores = scores * k_scale[:, :, None]
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    seen = visible(0, jnp.arange(k_cache.shape[2]), causal=False, length=lengths[:, None])
+    weights, lse = softmax(jnp.where(seen[:, None, None], scores, NEG_INF))
+    if v_scale is not None:
+        weights = weights * v_scale[:, :, None]
+    out = jnp.einsum("BKGS,BKSH->BKGH", weights.astype(v_cache.dtype), v_cache, preferred_element_type=jnp.float32)
+    return out.reshape(q.shape).astype(q.dtype), lse.reshape(batch, heads)
+
+
+# --- blockwise ----------------------------------------------------------------------------------------------------
+
+
+def _key_blocks(mask: Mask, rows, queries, keys, blocks: Blocks):
+    """(first, end) of the blocks of keys that each block of queries visits, for all rows at once."""
+    first, end = block_ranges(mask, rows, queries, keys, blocks.q, blocks.kv)
+    some = end > first
+    return jnp.where(some.any(0), jnp.where(some, first, keys).min(0), 0), end.max(0)
+
+
+def mean_key_blocks(length: int, blocks: Blocks) -> float:
+    """Blocks of keys that a block of queries visits, the mean over a causal sequence."""
+    first, end = block_ranges(Mask(True), 1, length, length, min(blocks.q, length), min(blocks.kv, length))
+    return float((end - first).mean())
+
+
+def _fit(blocks: Blocks, queries: int, keys: int) -> Blocks:
+    return Blocks(min(blocks.q, queries), min(blocks.kv, keys))
+
+
+def _pad(x, block: int, axis: int = 1):
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % block)
+    return jnp.pad(x, widths)
+
+
+class _Loop:
+    """What both passes share: operands in whole blocks with heads first, and the scores of any block."""
+
+    def __init__(self, q, k, v, mask: Mask, scale, softcap, blocks: Blocks):
+        queries, keys = q.shape[1], k.shape[1]
+        self.blocks = blocks = _fit(blocks, queries, keys)
+        self.ranges = _key_blocks(mask, q.shape[0], queries, keys, blocks)
+        if keys % blocks.kv:  # what pads the keys must stay invisible
+            whole = jnp.full(q.shape[:1], keys)
+            lengths = whole if mask.kv_lengths is None else jnp.minimum(mask.kv_lengths, keys)
+            mask = mask._replace(kv_lengths=lengths)
+        if mask.q_ids is not None:
+            mask = mask._replace(q_ids=_pad(mask.q_ids, blocks.q), kv_ids=_pad(mask.kv_ids, blocks.kv))
+        self.mask, self.scale, self.softcap = mask, scale, softcap
+        self.q = _group(_pad(q, blocks.q), k.shape[2])
+        self.k, self.v = (_pad(x, blocks.kv).transpose(0, 2, 1, 3) for x in (k, v))
+        self.starts = jnp.arange(0, self.q.shape[3], blocks.q)
+
+    def of_queries(self, x, start, axis=3):
+        return lax.dynamic_slice_in_dim(x, start, self.blocks.q, axis)
+
+    def of_keys(self, x, start, axis=2):
+        return lax.dynamic_slice_in_dim(x, start, self.blocks.kv, axis)
+
+    def scores(self, q_block, k_block, q_start, k_start):
+        """Masked scores of one block, and the softcap's derivative (or None)."""
+        scores = _scores(q_block, k_block, self.scale, self.softcap)
+        slope = None if self.softcap is None else 1 - (scores / self.softcap) ** 2
+        q_ids = kv_ids = None
+        if self.mask.q_ids is not None:
+            q_ids, kv_ids = self.of_queries(self.mask.q_ids, q_start, 1), self.of_keys(self.mask.kv_ids, k_start, 1)
+        seen = _visible(self.mask, q_ids, kv_ids, q_start, self.blocks.q, k_start, self.blocks.kv)
+        return (scores if seen is None else jnp.where(seen, scores, NEG_INF)), slope
+
+
+def _varying_like(inputs, *arrays):
+    """``arrays`` marked as differing over the mesh axes that any of ``inputs`` differs over: a loop's carry
+    must start with the type that it ends with."""
+    axes = set().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(inputs)))
+    return tuple(lax.pcast(x, tuple(axes), to="varying") if axes else x for x in arrays)
+
+
+def forward(q, k, v, mask: Mask, *, scale: float, softcap: float | None, blocks: Blocks):
+    """(out (B, T, N, H), lse float32 (B, N, T))."""
+    loop = _Loop(q, k, v, mask, scale, softcap, blocks)
+    batch, length, heads, width = q.shape
+
+    def one_query_block(_, of_block):
+        q_start, first, end = of_block
+        q_block = loop.of_queries(loop.q, q_start)
+
+        def one_key_block(i, carry):
+            acc, top, total = carry
+            k_block, v_block = (loop.of_keys(x, i * loop.blocks.kv) for x in (loop.k, loop.v))
+            scores, _ = loop.scores(q_block, k_block, q_start, i * loop.blocks.kv)
+            new_top = jnp.maximum(top, scores.max(-1))
+            safe = jnp.where(new_top == NEG_INF, 0.0, new_top)
+            weights = jnp.exp(scores - safe[..., None])
+            shrink = jnp.exp(top - safe)
+            acc = acc * shrink[..., None] + jnp.einsum(
+                "BKGTS,BKSH->BKGTH", weights.astype(v.dtype), v_block, preferred_element_type=jnp.float32)
+            return acc, new_top, total * shrink + weights.sum(-1)
+
+        shape = q_block.shape[:-1]
+        start = _varying_like((q, k, v, mask), jnp.zeros((*shape, width)), jnp.full(shape, NEG_INF), jnp.zeros(shape))
+        acc, top, total = lax.fori_loop(first, end, one_key_block, start)
+        safe = jnp.where(total == 0, 1.0, total)
+        return None, (acc / safe[..., None], jnp.where(total == 0, NEG_INF, top + jnp.log(safe)))
+
+    _, (out, lse) = lax.scan(one_query_block, None, (loop.starts, *loop.ranges))
+    out = jnp.moveaxis(out, 0, 3).reshape(loop.q.shape).astype(q.dtype)  # (n, B, K, G, q, H) -> (B, K, G, T, H)
+    lse = jnp.moveaxis(lse, 0, 3).reshape(batch, heads, -1)
+    return _ungroup(out)[:, :length], lse[:, :, :length]
+
+
+def backward(q, k, v, mask: Mask, out, lse, d_out, d_lse, *, scale: float, softcap: float | None, blocks: Blocks):
+    """Gradients (dq, dk, dv) for the cotangents ``d_out`` and ``d_lse`` of out and lse."""
+    loop = _Loop(q, k, v, mask, scale, softcap, blocks)
+    length, kv_heads = q.shape[1], k.shape[2]
+    # d score = weight * (d weight - delta); the log-sum-exp's own cotangent enters with the other sign.
+    delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), -1).swapaxes(1, 2) - d_lse
+    # A padded query has no cotangent, and a finite log-sum-exp keeps the weights of rows that see nothing finite.
+    lse = jnp.where(lse == NEG_INF, 0.0, lse)
+    shape = loop.q.shape[:-1]
+    delta, lse = (_pad(x, loop.blocks.q, 2).reshape(shape) for x in (delta, lse))
+    d_out = _group(_pad(d_out, loop.blocks.q), kv_heads)
+    inputs = (q, k, v, mask, d_out)
+
+    def one_query_block(carry, of_block):
+        q_start, first, end = of_block
+        q_block, d_block, lse_block, delta_block = (
+            loop.of_queries(x, q_start) for x in (loop.q, d_out, lse, delta))
+
+        def one_key_block(i, carry):
+            dq, dk, dv = carry
+            k_start = i * loop.blocks.kv
+            k_block, v_block = (loop.of_keys(x, k_start) for x in (loop.k, loop.v))
+            scores, slope = loop.scores(q_block, k_block, q_start, k_start)
+            weights = jnp.exp(scores - lse_block[..., None])
+            dv_part = jnp.einsum("BKGTS,BKGTH->BKSH", weights.astype(v.dtype), d_block,
+                                 preferred_element_type=jnp.float32)
+            d_weights = jnp.einsum("BKGTH,BKSH->BKGTS", d_block, v_block, preferred_element_type=jnp.float32)
+            d_scores = weights * (d_weights - delta_block[..., None]) * scale
+            if slope is not None:
+                d_scores = d_scores * slope
+            d_scores = d_scores.astype(q.dtype)
+            dq = dq + jnp.einsum("BKGTS,BKSH->BKGTH", d_scores, k_block, preferred_element_type=jnp.float32)
+            dk_part = jnp.einsum("BKGTS,BKGTH->BKSH", d_scores, q_block, preferred_element_type=jnp.float32)
+
+            def add(total, part):
+                return lax.dynamic_update_slice_in_dim(total, loop.of_keys(total, k_start) + part, k_start, 2)
+
+            return dq, add(dk, dk_part), add(dv, dv_part)
+
+        (dq,) = _varying_like(inputs, jnp.zeros(q_block.shape))
+        dq, dk, dv = lax.fori_loop(first, end, one_key_block, (dq, *carry))
+        return (dk, dv), dq
+
+    start = _varying_like(inputs, jnp.zeros(loop.k.shape), jnp.zeros(loop.k.shape))
+    (dk, dv), dq = lax.scan(one_query_block, start, (loop.starts, *loop.ranges))
+    dq = _ungroup(jnp.moveaxis(dq, 0, 3).reshape(loop.q.shape))[:, :length]
+    dk, dv = (x.transpose(0, 2, 1, 3)[:, : k.shape[1]] for x in (dk, dv))
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
