@@ -25,6 +25,8 @@ setup(
         "tensorstore>=0.1.84,<0.2",
         "sentencepiece>=0.2.1,<0.3",
         "tokenizers>=0.22,<0.24",
+        "safetensors>=0.8,<0.9",
+        "sacrebleu>=2.6,<3",
         "numpy>=2.2,<3",
         "pyarrow>=21",
         "zstandard>=0.23,<1",

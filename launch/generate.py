@@ -1,17 +1,22 @@
 """Asks a trained model: python launch/generate.py --workdir=RUN --prompt="Once upon a time"
 
-    --mode=generative  continues the prompt; greedy, or sampled with --temperature, --top_k, --top_p ...
-    --mode=ranking     scores what may follow: --candidates=" Paris" --candidates=" Rome", or --n=8 samples
+    --mode=generative  continues the prompt; greedy, or sampled with --temperature, --top_k, --top_p ..., or by a
+                       search with --num_beams
+    --mode=ranking     scores what may follow: --candidates=" Paris" --candidates=" Rome", or --n=8 samples, or
+                       --num_beams=8; by --scorer=pmi, or several with weights: --scorer=logprob=1 --scorer=pmi=0.5
     --mode=fill        fills <mask> or [MASK] in the prompt
 
 The prompt comes from --prompt, --input=FILE or standard input; an empty one starts a new text. Settings that are
 not given are those of the run's config.decode. The prompt and its continuation share the model's context: where
-it is full, the text ends. Exit codes: 0 done, 2 bad input.
+it is full, the text ends. Tokens are given as ids: --suppress_tokens=5,6 --bad_words_ids=7,8 (a sequence; repeat the
+flag for more) --logit_bias=13:-5 (an id and its bias) --sequence_bias=7,8:2.5. Exit codes: 0 done, 2 bad input.
 """
 
 import dataclasses
+import functools
 import json
 import sys
+import unicodedata
 
 from absl import flags
 
@@ -24,7 +29,22 @@ _PROMPT = flags.DEFINE_string("prompt", None, "the prompt")
 _INPUT = flags.DEFINE_string("input", None, "file that holds the prompt, - for standard input")
 _CANDIDATES = flags.DEFINE_multi_string("candidates", [], "a text to rank, with its leading space; repeat for more")
 _NORMALISE = flags.DEFINE_enum("normalise", "per_token", ["sum", "per_token", "per_char", "per_byte"],
-                               "score that ranking sorts by")
+                               "what ranking divides log-probabilities by")
+_SCORER = flags.DEFINE_multi_string("scorer", ["logprob"], "NAME or NAME=WEIGHT: logprob, gnmt, pmi, noisy_channel, "
+                                    "pseudo_log_likelihood, mbr, self_consistency; repeat to mix several")
+# Names of ScorerOptions.
+_SCORING = {
+    "gnmt_alpha": flags.DEFINE_float("gnmt_alpha", None, "gnmt: 0 does not mind the length"),
+    "neutral": flags.DEFINE_string("neutral", None, "pmi, noisy_channel: context that says nothing; default: none"),
+    "source": flags.DEFINE_string("source", None, "noisy_channel: what candidates explain; default: the prompt"),
+    "reverse": flags.DEFINE_string("reverse", None, "noisy_channel: prompt for the source, with {candidate} in it"),
+    "channel_weight": flags.DEFINE_float("channel_weight", None, "noisy_channel: of log p(source | candidate)"),
+    "language_weight": flags.DEFINE_float("language_weight", None, "noisy_channel: of log p(candidate)"),
+    "within_word_l2r": flags.DEFINE_bool("within_word_l2r", None, "pseudo_log_likelihood: hide the word's rest, too"),
+    "utility": flags.DEFINE_enum("utility", None, ["chrf", "bleu", "bleu_zh", "token_f1", "exact"], "mbr"),
+    "answer": flags.DEFINE_string("answer", None, "self_consistency: regular expression of the answer"),
+    "votes": flags.DEFINE_enum("votes", None, ["count", "probability"], "self_consistency"),
+}
 _GUESSES = flags.DEFINE_integer("guesses", 5, "tokens shown for each mask", lower_bound=1)
 _STREAM = flags.DEFINE_bool("stream", None, "write text as it comes; default: on a terminal")
 _JSON = flags.DEFINE_bool("json", False, "print one JSON object")
@@ -39,22 +59,81 @@ _SETTINGS = {
     "top_p": flags.DEFINE_float("top_p", None, "draw from the best with this probability together, (0, 1]"),
     "min_p": flags.DEFINE_float("min_p", None, "draw from those with this share of the best's probability, [0, 1)"),
     "typical_p": flags.DEFINE_float("typical_p", None, "draw from the most typical, (0, 1]"),
+    "epsilon_cutoff": flags.DEFINE_float("epsilon_cutoff", None, "draw from those with this probability, [0, 1)"),
+    "eta_cutoff": flags.DEFINE_float("eta_cutoff", None, "the same, lower where the model is less certain, [0, 1)"),
     "repetition_penalty": flags.DEFINE_float("repetition_penalty", None, "above 1: what was seen, less"),
     "presence_penalty": flags.DEFINE_float("presence_penalty", None, "taken off once for each token written"),
     "frequency_penalty": flags.DEFINE_float("frequency_penalty", None, "taken off each time that it was written"),
     "no_repeat_ngram_size": flags.DEFINE_integer("no_repeat_ngram_size", None, "no n tokens twice; 0: off"),
+    "min_length": flags.DEFINE_integer("min_length", None, "no end before so many tokens of prompt and text"),
+    "forced_bos_token_id": flags.DEFINE_integer("forced_bos_token_id", None, "the first new token"),
+    "forced_eos_token_id": flags.DEFINE_integer("forced_eos_token_id", None, "the token at the longest length"),
     "stop_strings": flags.DEFINE_multi_string("stop_strings", None, "end before this text; repeat for more"),
+    "max_time": flags.DEFINE_float("max_time", None, "end after so many seconds"),
+    "num_beams": flags.DEFINE_integer("num_beams", None, "beam search; with --temperature, different draws"),
+    "length_penalty": flags.DEFINE_float("length_penalty", None, "of beams; above 0 long texts gain"),
+    "length_penalty_type": flags.DEFINE_enum("length_penalty_type", None, ["hf", "gnmt"], "its formula"),
+    "num_beam_groups": flags.DEFINE_integer("num_beam_groups", None, "groups of beams that differ"),
+    "diversity_penalty": flags.DEFINE_float("diversity_penalty", None, "for the tokens of earlier groups"),
     "seed": flags.DEFINE_integer("seed", None, "the i-th sequence draws with seed + i"),
     "num_return_sequences": flags.DEFINE_integer("n", None, "sequences to write, or to sample for ranking"),
 }
+_EARLY = {"false": False, "true": True, "never": "never"}
+_SETTINGS["early_stopping"] = flags.DEFINE_enum("early_stopping", None, list(_EARLY), "when the search ends")
+
+
+def _ids(text: str) -> tuple[int, ...]:
+    return tuple(int(token) for token in text.split(","))
+
+
+def _biased(text: str) -> tuple[tuple[int, ...], float]:
+    tokens, _, bias = text.rpartition(":")
+    return _ids(tokens), float(bias)
+
+
+def _forced(text: str) -> tuple[int, int]:
+    place, token = text.split(":")
+    return int(place), int(token)
+
+
+# What is read from texts: how one is read, its form, whether the flag is repeated, and the flag.
+_LISTS = {name: (read, form, several, (flags.DEFINE_multi_string if several else flags.DEFINE_string)(
+    name, None, f"{meaning}: {form}" + "; repeat for more" * several)) for name, read, form, several, meaning in (
+        ("eos_token_id", _ids, "ID,ID", False, "ends, instead of the tokenizer's"),
+        ("stop_token_ids", _ids, "ID,ID", False, "end before these"),
+        ("stop_sequences", _ids, "ID,ID", True, "end before these in a row"),
+        ("suppress_tokens", _ids, "ID,ID", False, "never"),
+        ("begin_suppress_tokens", _ids, "ID,ID", False, "not at the beginning"),
+        ("bad_words_ids", _ids, "ID,ID", True, "never in a row"),
+        ("logit_bias", _biased, "ID:BIAS", True, "added to a token's logit"),
+        ("sequence_bias", _biased, "ID,ID:BIAS", True, "added to the last one's logit behind the others"),
+        ("forced_tokens", _forced, "PLACE:ID", True, "what stands at a place, from 0, of the text"))}
 
 
 def main() -> None:
-    prompt = _prompt()
+    _answer(_prompt(), _given())
+
+
+def _given() -> dict:
+    """The settings of the command line."""
     given = {name: flag.value for name, flag in _SETTINGS.items() if flag.value is not None}
-    if "stop_strings" in given:
-        given["stop_strings"] = tuple(given["stop_strings"])
-    _answer(prompt, given)
+    if "early_stopping" in given:
+        given["early_stopping"] = _EARLY[given["early_stopping"]]
+    for name, (read, form, several, flag) in _LISTS.items():
+        texts = flag.value if several else [flag.value]
+        if flag.value is None:
+            continue
+        try:
+            entries = [read(text) for text in texts]
+        except ValueError:
+            raise ValueError(f"--{name}={' '.join(texts)} is not of the form {form}, as in --{name}="
+                             f"{form.replace('BIAS', '-2.5').replace('PLACE', '0').replace('ID', '7')}") from None
+        if name == "logit_bias":
+            if any(len(tokens) > 1 for tokens, _ in entries):
+                raise ValueError("--logit_bias is for one token; give several in a row to --sequence_bias")
+            entries = [(tokens[0], bias) for tokens, bias in entries]
+        given[name] = tuple(entries) if several else entries[0]
+    return given
 
 
 def _prompt() -> str:
@@ -82,16 +161,20 @@ def _answer(prompt: str, given: dict) -> None:
     from mtnlg_jax.decode.cache import unstack
     from mtnlg_jax.train.checkpoint import load_run
 
+    if _MODE.value == "ranking" and _CANDIDATES.value and given:
+        raise ValueError(f"--{next(iter(given))} is for candidates that are written, and --candidates gives them; "
+                         "leave one of the two out")
     compat.quiet()
     compat.configure_cache()
     run = load_run(_WORKDIR.value, _CHECKPOINT.value)
     decode = dataclasses.replace(run.config.decode, **given)
     sampling = _MODE.value == "ranking" and not _CANDIDATES.value
-    if sampling and decode.temperature == 0 and "temperature" not in given:
+    if sampling and decode.temperature == 0 and decode.num_beams == 1 and "temperature" not in given:
         decode = dataclasses.replace(decode, temperature=1.0)
     validate_decode(decode)
     decoder = unstack(run.config.model, run.params, _DTYPE.value)
-    answer = {"generative": _generate, "ranking": _rank, "fill": _fill}[_MODE.value]
+    ranking = functools.partial(_rank, stages=run.config.train.stages)
+    answer = {"generative": _generate, "ranking": ranking, "fill": _fill}[_MODE.value]
     result = answer(decoder, run.tokenizer, prompt, decode)
     if _JSON.value:
         print(json.dumps({"mode": _MODE.value, "step": run.step, "prompt": prompt} | result, ensure_ascii=False))
@@ -114,23 +197,64 @@ def _generate(decoder, tokenizer, prompt, decode) -> dict:
         if stream:
             print()
         elif not _JSON.value:
-            print(f"--- {number} ---\n" * (len(results) > 1) + prompt + result.text)
+            score = "" if result.score is None else f", score {result.score:.4f}"
+            print(f"--- {number}{score} ---\n" * (len(results) > 1) + prompt + result.text)
         if len(encode_prompt(tokenizer, prompt)) + len(result.tokens) == decoder.context and not _JSON.value:
             print(f"(ended: the context of {decoder.context} tokens is full)", file=sys.stderr)
     return {"sequences": [dataclasses.asdict(result) for result in results]}
 
 
-def _rank(decoder, tokenizer, prompt, decode) -> dict:
+def _rank(decoder, tokenizer, prompt, decode, stages) -> dict:
     from mtnlg_jax.decode.rank import rank
+    from mtnlg_jax.decode.scorers import ScorerOptions
 
-    ranked = rank(decoder, tokenizer, prompt, _CANDIDATES.value or None, decode=decode, normalise=_NORMALISE.value)
+    options = ScorerOptions(**{name: flag.value for name, flag in _SCORING.items() if flag.value is not None})
+    ranked = rank(decoder, tokenizer, prompt, _CANDIDATES.value or None, decode=None if _CANDIDATES.value else decode,
+                  scorers=_weights(), normalise=_NORMALISE.value, options=options, stages=stages)
     if not _JSON.value:
-        print(f"by {_NORMALISE.value}, log-probabilities (natural logarithm)\nrank       sum per_token  per_char  "
-              "per_byte tokens times  text")
-        for place, each in enumerate(ranked, 1):
-            print(f"{place:4} {each.sum:9.3f} {each.per_token:9.4f} {each.per_char:9.4f} {each.per_byte:9.4f} "
-                  f"{len(each.tokens):6} {each.count:5}  {each.text!r}")
-    return {"normalise": _NORMALISE.value, "candidates": [dataclasses.asdict(each) for each in ranked]}
+        mixture = " + ".join(f"{weight:g} {name}" for name, weight in ranked.weights.items())
+        print(f"{mixture}, {ranked.normalise}, natural logarithms; candidates: {ranked.size}, duplicates: "
+              f"{ranked.duplicates}")
+        sums = ("sum", "per_token", "per_char", "per_byte")
+        # The part logprob is the one of these that was asked for.
+        parts = [name for name in ranked[0].parts if name != "logprob"]
+        answers = ["answer"] * any(each.answer is not None for each in ranked)
+        rows = [["rank", "score", *sums, *parts, "tokens", *answers, "text", "times"]]
+        for each in ranked:
+            numbers = [each.score, *(getattr(each, name) for name in sums), *(each.parts[name] for name in parts)]
+            rows.append([str(each.rank), *(f"{number:.4f}" for number in numbers), str(len(each.tokens)),
+                         *([repr(each.answer)] * len(answers)), repr(each.text), str(each.count)])
+        _print_table(rows, {"answer", "text"})
+    return dataclasses.asdict(ranked)
+
+
+def _weights() -> dict[str, float]:
+    weights = {}
+    for entry in _SCORER.value:
+        name, equals, weight = entry.partition("=")
+        if name in weights:
+            raise ValueError(f"--scorer={name} is given twice; keep one of them")
+        try:
+            weights[name] = float(weight) if equals else 1.0
+        except ValueError:
+            raise ValueError(f"--scorer={entry} is not of the form NAME or NAME=WEIGHT, as in "
+                             "--scorer=pmi=0.5") from None
+    return weights
+
+
+def _print_table(rows: list[list[str]], left: set[str]) -> None:
+    """Columns as wide as a terminal shows them; those whose head is in ``left`` begin at their left edge."""
+    def width(text):
+        # A Chinese character takes two places, a mark upon the character before it takes none.
+        return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
+
+    widths = [max(map(width, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = []
+        for head, cell, wide in zip(rows[0], row, widths, strict=True):
+            space = " " * (wide - width(cell))
+            cells.append(cell + space if head in left else space + cell)
+        print("  ".join(cells).rstrip())
 
 
 def _fill(decoder, tokenizer, prompt, _) -> dict:

@@ -168,23 +168,58 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """How text is written; names and meanings follow Hugging Face's GenerationConfig, and OpenAI's for the
-    presence and frequency penalties. Off by default: top_k is 0 here, not 50."""
+    """How text is written; names and meanings follow Hugging Face's GenerationConfig, and OpenAI's for logit_bias and
+    the presence and frequency penalties. Off by default: top_k is 0 here, not 50. Lists and dicts become tuples."""
 
     max_new_tokens: int = 128
     min_new_tokens: int = 0
+    min_length: int = 0  # of prompt and continuation
+    # A draw, or with num_beams above 1 stochastic beams: distinct sequences, drawn without replacement (Kool 2019).
     temperature: float = 0.0  # 0: greedy
     top_k: int = 0  # 0: off
     top_p: float = 1.0  # (0, 1]; 1: off
     min_p: float = 0.0  # [0, 1); 0: off
     typical_p: float = 1.0  # (0, 1]; 1: off
+    epsilon_cutoff: float = 0.0  # [0, 1); 0: off
+    eta_cutoff: float = 0.0  # [0, 1); 0: off
     repetition_penalty: float = 1.0  # > 0; 1: off; counts the prompt
     presence_penalty: float = 0.0  # counts generated tokens only
     frequency_penalty: float = 0.0  # counts generated tokens only
     no_repeat_ngram_size: int = 0  # 0: off
-    stop_strings: tuple[str, ...] = ()
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit); -inf: never
+    sequence_bias: tuple[tuple[tuple[int, ...], float], ...] = ()  # (tokens, added to the last one after the others)
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()  # sequences of tokens that are never completed
+    suppress_tokens: tuple[int, ...] = ()
+    begin_suppress_tokens: tuple[int, ...] = ()  # not as the first new token
+    forced_bos_token_id: int | None = None  # the first new token
+    forced_eos_token_id: int | None = None  # the last, where max_new_tokens or the context ends the row
+    forced_tokens: tuple[tuple[int, int], ...] = ()  # (which new token, from 0; its id)
+    eos_token_id: tuple[int, ...] = ()  # ends, not part of the result; none: the tokenizer's
+    stop_token_ids: tuple[int, ...] = ()  # ends, kept in the tokens and left out of the text
+    stop_sequences: tuple[tuple[int, ...], ...] = ()  # the same for several tokens in a row
+    stop_strings: tuple[str, ...] = ()  # looked for in the new text alone: the prompt may hold them
+    max_time: float | None = None  # seconds
     seed: int = 0
     num_return_sequences: int = 1
+    num_beams: int = 1  # 1: no beam search
+    length_penalty: float = 1.0  # scores are divided by length ** length_penalty; above 0 long ones gain
+    length_penalty_type: str = "hf"  # hf | gnmt: ((5 + length) / 6) ** length_penalty (Wu 2016)
+    early_stopping: bool | str = False  # True: at num_beams ended ones; False: no better one likely; "never": possible
+    num_beam_groups: int = 1  # diverse beams (Vijayakumar 2016)
+    diversity_penalty: float = 0.0  # taken off for each beam of an earlier group that wrote the token in this step
+
+    def __post_init__(self):
+        for key in ("logit_bias", "sequence_bias"):
+            if isinstance(getattr(self, key), dict):
+                object.__setattr__(self, key, tuple(getattr(self, key).items()))
+        if isinstance(self.eos_token_id, int):
+            object.__setattr__(self, "eos_token_id", (self.eos_token_id,))
+        for each in dataclasses.fields(self):
+            object.__setattr__(self, each.name, _tuples(getattr(self, each.name)))
+
+
+def _tuples(value):
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 @dataclass(frozen=True)
@@ -262,6 +297,8 @@ def _parse(text: str, kind, path: str):
     try:
         value = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text.lower(), text))
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # all that literal_eval raises
+        if isinstance(kind, types.UnionType) and str in kind.__args__:
+            return text
         raise ValueError(f"{path}={text!r} is not a value of type {_kind_name(kind)}") from None
     return _coerce(value, kind, path)
 
@@ -271,7 +308,8 @@ def _coerce(value, kind, path: str):
     if isinstance(kind, types.UnionType):
         if value is None and type(None) in kind.__args__:
             return None
-        kind = next(k for k in kind.__args__ if k is not type(None))
+        kinds = [k for k in kind.__args__ if k is not type(None)]
+        kind = next((k for k in kinds if k is type(value)), kinds[0])
     origin = typing.get_origin(kind)
     if origin is tuple and isinstance(value, list | tuple):
         kinds = typing.get_args(kind)
@@ -502,18 +540,80 @@ def validate_model(model: ModelConfig) -> None:
 
 
 def validate_decode(decode: DecodeConfig) -> None:
+    hints = typing.get_type_hints(DecodeConfig)
+    for key, kind in hints.items():
+        if typing.get_origin(kind) is tuple:
+            _coerce(getattr(decode, key), kind, key)
     _within("max_new_tokens", decode.max_new_tokens, 1, 2**31)
     _within("min_new_tokens", decode.min_new_tokens, 0, decode.max_new_tokens)
+    _within("min_length", decode.min_length, 0, 2**31, high_open=True)
     _within("temperature", decode.temperature, 0, math.inf, high_open=True)
     _within("top_k", decode.top_k, 0, 2**31)
-    _within("top_p", decode.top_p, 0, 1, low_open=True)
-    _within("min_p", decode.min_p, 0, 1, high_open=True)
-    _within("typical_p", decode.typical_p, 0, 1, low_open=True)
+    for key in ("top_p", "typical_p"):
+        _within(key, getattr(decode, key), 0, 1, low_open=True)
+    for key in ("min_p", "epsilon_cutoff", "eta_cutoff"):
+        _within(key, getattr(decode, key), 0, 1, high_open=True)
     _within("repetition_penalty", decode.repetition_penalty, 0, math.inf, low_open=True, high_open=True)
-    for key in ("presence_penalty", "frequency_penalty"):
+    for key in ("presence_penalty", "frequency_penalty", "length_penalty"):
         _within(key, getattr(decode, key), -math.inf, math.inf, low_open=True, high_open=True)
     _within("no_repeat_ngram_size", decode.no_repeat_ngram_size, 0, 2**31)
     _within("num_return_sequences", decode.num_return_sequences, 1, 2**20)
     _within("seed", decode.seed, 0, 2**32, high_open=True)
+    if decode.max_time is not None:
+        _within("max_time", decode.max_time, 0, math.inf, low_open=True)
     if "" in decode.stop_strings:
         raise ValueError("a stop string is empty; leave it out")
+    for key in ("bad_words_ids", "stop_sequences"):
+        if () in getattr(decode, key):
+            raise ValueError(f"{key} has a sequence without tokens; leave it out")
+    if any(not tokens for tokens, _ in decode.sequence_bias):
+        raise ValueError("sequence_bias has a sequence without tokens; leave it out")
+    for what, bias in (*decode.logit_bias, *decode.sequence_bias):
+        _within(f"the bias of {what}", bias, -math.inf, math.inf, high_open=True)
+    for index, _ in decode.forced_tokens:
+        _within("forced_tokens, which new token", index, 0, decode.max_new_tokens, high_open=True)
+    forced = {decode.forced_bos_token_id, decode.forced_eos_token_id, *(token for _, token in decode.forced_tokens)}
+    if both := sorted(forced & set(decode.suppress_tokens)):
+        raise ValueError(f"token {both[0]} is both forced and in suppress_tokens; take it out of one of them")
+    _validate_beams(decode)
+
+
+# What only draws, and what only orders beams.
+SAMPLING_LIMITS = ("top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+BEAM_ORDER = ("length_penalty", "length_penalty_type", "early_stopping", "num_beam_groups", "diversity_penalty")
+
+
+def _validate_beams(decode: DecodeConfig) -> None:
+    beams, groups = decode.num_beams, decode.num_beam_groups
+    _within("num_beams", beams, 1, 2**10)
+    _within("num_beam_groups", groups, 1, 2**10)
+    _within("diversity_penalty", decode.diversity_penalty, 0, math.inf, high_open=True)
+    _one_of("length_penalty_type", decode.length_penalty_type, ("hf", "gnmt"))
+    _one_of("early_stopping", decode.early_stopping, (False, True, "never"))
+    _must_divide("num_beams", beams, "num_beam_groups", groups)
+    if groups > 1 and decode.diversity_penalty == 0:
+        raise ValueError(f"num_beam_groups={groups} with diversity_penalty=0 would write the same {groups} times; set "
+                         "diversity_penalty above 0, or num_beam_groups=1")
+    if groups == 1 and decode.diversity_penalty > 0:
+        raise ValueError(f"diversity_penalty={decode.diversity_penalty} acts between groups, and num_beam_groups=1; "
+                         "set num_beam_groups to a divisor of num_beams above 1, or diversity_penalty=0")
+    off = DecodeConfig
+    changed = [f"{key}={getattr(decode, key)}" for key in BEAM_ORDER if getattr(decode, key) != getattr(off, key)]
+    if beams == 1:
+        if changed:
+            raise ValueError(f"{changed[0]} acts on beams alone, and num_beams=1; set num_beams above 1, or "
+                             "leave it out")
+        return
+    if decode.num_return_sequences > beams:
+        raise ValueError(f"num_return_sequences={decode.num_return_sequences} is above num_beams={beams}; raise "
+                         f"num_beams, or ask for at most {beams}")
+    if decode.stop_strings:
+        raise ValueError(f"stop_strings are not known while num_beams={beams} beams are chosen; give stop_sequences "
+                         "(tokens), or num_beams=1")
+    limits = [f"{key}={getattr(decode, key)}" for key in SAMPLING_LIMITS if getattr(decode, key) != getattr(off, key)]
+    if decode.temperature == 0 and limits:
+        raise ValueError(f"{limits[0]} limits what is drawn, and beam search at temperature=0 draws nothing; leave it "
+                         "out, or set temperature above 0 for stochastic beams")
+    if decode.temperature > 0 and changed:
+        raise ValueError(f"{changed[0]} orders the beams of a search, and temperature={decode.temperature} draws them; "
+                         "leave it out, or set temperature=0")

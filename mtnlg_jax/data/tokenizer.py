@@ -23,6 +23,7 @@ from mtnlg_jax.data import storage
 _SPACE = "\u2581"  # how SentencePiece writes a space; texts may hold it themselves
 _UNIT = 1024  # characters handed to SentencePiece at once, at most 4 KB; its BPE slows down on long texts
 _META = "tokenizer_meta.json"
+_SPECIAL_IDS = "special_ids.json"
 _ROLES = ("pad", "bos", "eos", "mask", "sep")
 # Scripts that put no space between words: each piece that begins with one of their characters is a word.
 _UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u2fdf\u3040-\u30ff\u31f0-\u31ff"
@@ -35,20 +36,23 @@ class Tokenizer:
     ``pad_id bos_id eos_id mask_id sep_id``; ``vocab_size``, what a model must hold before any padding of its
     own; ``starts_word`` and ``is_special``, boolean arrays of that length: the piece begins a word (with a
     space, a punctuation mark or a character of an unspaced script), the piece is no text. ``fingerprint`` is
-    a sha256 over the content: equal fingerprints mean equal ids.
+    a sha256 over the content: equal fingerprints mean equal ids. ``special_names``: special tokens, id to spelling.
+    ``prompt_bos``: a text to continue stands behind bos, as documents did in training.
     """
 
     kind: str
+    prompt_bos = True
 
     def __init__(self, pieces: list[bytes], roles: dict[str, int], names: dict[int, str],
                  continues: Iterable[int], files: dict[str, bytes]):
         """``names``: the special tokens; ``continues``: pieces that begin no word whatever they look like."""
-        self.pad_id, self.bos_id, self.eos_id, self.mask_id, self.sep_id = (roles[role] for role in _ROLES)
+        self.pad_id, self.bos_id, self.eos_id, self.sep_id = (roles[role] for role in ("pad", "bos", "eos", "sep"))
+        self._mask_id = roles.get("mask")
         self.vocab_size = max(len(pieces), 1 + max(roles.values()))
-        self._names = {index: f"<{role}>" for role, index in roles.items()} | names
+        self.special_names = {index: f"<{role}>" for role, index in roles.items()} | names
         self._bytes = pieces + [b""] * (self.vocab_size - len(pieces))
         self.is_special = np.zeros(self.vocab_size, bool)
-        self.is_special[list(self._names)] = True
+        self.is_special[list(self.special_names)] = True
         self.starts_word = np.array([_starts_word(piece) for piece in self._bytes]) & ~self.is_special
         self.starts_word[list(continues)] = False
         self._files = files
@@ -56,6 +60,14 @@ class Tokenizer:
         for name in sorted(files):
             digest.update(hashlib.sha256(files[name]).digest())
         self.fingerprint = digest.hexdigest()
+
+    @property
+    def mask_id(self) -> int:
+        """Raises ValueError where the vocabulary is closed and has none."""
+        if self._mask_id is None:
+            raise ValueError("this tokenizer has no mask token, so its model neither learns masked text nor fills "
+                             "masks; take a tokenizer of launch/prepare_data.py for that")
+        return self._mask_id
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without special tokens."""
@@ -71,8 +83,8 @@ class Tokenizer:
         for index in map(int, ids):
             if not 0 <= index < self.vocab_size:
                 raise ValueError(f"token {index} is unknown; this vocabulary ends at {self.vocab_size - 1}")
-            shown = not skip_special and index in self._names
-            parts.append(self._names[index].encode() if shown else self._bytes[index])
+            shown = not skip_special and index in self.special_names
+            parts.append(self.special_names[index].encode() if shown else self._bytes[index])
         return b"".join(parts).decode("utf-8", "replace")
 
     def token_bytes(self, index: int) -> bytes:
@@ -119,7 +131,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._sp = sp
         # Models of others may put a space before each text: decoding drops it, and nothing may be cut up.
         self._prefixed = sp.encode("a", out_type=str)[0].startswith(_SPACE)
-        self._lossless = not self._prefixed and sp.encode("\n\n\t", out_type=str) == ["\n", "\n", "\t"]
+        self.lossless = not self._prefixed and sp.encode("\n\n\t", out_type=str) == ["\n", "\n", "\t"]
         self._space_ids = [byte_ids[byte] for byte in _SPACE.encode()] if len(byte_ids) == 256 else []
         # A special that this model would find inside a text is cut after its first character.
         found = [pieces[index] for index in roles.values()
@@ -130,7 +142,7 @@ class SentencePieceTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
         units = [self._units(_valid(text)) for text in texts]
         encoded = iter(self._sp.encode(list(chain.from_iterable(units)), num_threads=threads))
-        return [list(chain.from_iterable(self._space_ids if unit == _SPACE and self._lossless else next_ids
+        return [list(chain.from_iterable(self._space_ids if unit == _SPACE and self.lossless else next_ids
                                          for unit, next_ids in zip(part, encoded, strict=False)))
                 for part in units]
 
@@ -140,7 +152,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _units(self, text: str) -> list[str]:
         """The parts to encode one by one; of a model of ours, at places over which no piece reaches."""
-        if not self._lossless:
+        if not self.lossless:
             return self._cuts.split(text) if self._cuts.pattern else [text]
         lines = re.findall(f"{_SPACE}|[^\n{_SPACE}]*\n|[^\n{_SPACE}]+", text)
         return [unit for line in lines for unit in ([line] if len(line) <= _UNIT else _split(line))]
@@ -148,11 +160,15 @@ class SentencePieceTokenizer(Tokenizer):
 
 class ByteLevelBPETokenizer(Tokenizer):
     """GPT-2's files. They know one special token, <|endoftext|>, which serves as bos and eos; pad, mask and
-    sep are numbered after the last piece (50257 to 50259 for GPT-2) unless the vocabulary has them."""
+    sep are numbered after the last piece (50257 to 50259 for GPT-2) unless the vocabulary has them.
+
+    ``special_ids`` (JSON) closes the vocabulary instead, for a model that was trained elsewhere and has no row for
+    another token: {"bos": 50256, "eos": 50256, "pad": 50256, "prompt_bos": false}, with "mask" and "sep" if it has
+    them."""
 
     kind = "byte-level BPE"
 
-    def __init__(self, vocabulary: bytes, merges: bytes):
+    def __init__(self, vocabulary: bytes, merges: bytes, special_ids: bytes | None = None):
         import tokenizers
 
         try:
@@ -168,13 +184,23 @@ class ByteLevelBPETokenizer(Tokenizer):
         if not ordered or not alphabet.keys() <= numbers.keys():
             raise ValueError("the vocabulary is damaged: it needs ids 0, 1, 2 ... and all 256 bytes")
         end = ["<|endoftext|>"]
-        roles = _find_roles(pieces, {"bos": [*end, "<s>"], "eos": [*end, "</s>"]})
-        if not {"<bos>", *end, "<s>"} & numbers.keys():
-            roles["bos"] = roles["eos"]
+        files = {"vocab.json": vocabulary, "merges.txt": merges}
+        if special_ids is None:
+            roles = _find_roles(pieces, {"bos": [*end, "<s>"], "eos": [*end, "</s>"]})
+            if not {"<bos>", *end, "<s>"} & numbers.keys():
+                roles["bos"] = roles["eos"]
+        else:
+            files[_SPECIAL_IDS] = special_ids
+            roles = json.loads(special_ids)
+            self.prompt_bos = roles.pop("prompt_bos")
+            roles = {"sep": roles["eos"]} | roles
+            if max(roles.values()) >= len(pieces):
+                raise ValueError(f"{_SPECIAL_IDS} names token {max(roles.values())}, and the vocabulary ends at "
+                                 f"{len(pieces) - 1}")
         names = {index: pieces[index] for index in roles.values() if index < len(pieces)}
         content = [b"" if index in names else b"".join(alphabet.get(c) or c.encode() for c in piece)
                    for index, piece in enumerate(pieces)]
-        super().__init__(content, roles, names, [], {"vocab.json": vocabulary, "merges.txt": merges})
+        super().__init__(content, roles, names, [], files)
 
         self._tokenizer = tokenizers.Tokenizer(model)
         self._tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -212,7 +238,7 @@ def _load_folder(path: str | os.PathLike) -> Tokenizer:
     for vocabulary, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
         files = storage.read_file(path, vocabulary), storage.read_file(path, merges)
         if all(files):
-            return ByteLevelBPETokenizer(*files)
+            return ByteLevelBPETokenizer(*files, storage.read_file(path, _SPECIAL_IDS))
     raise FileNotFoundError(f"{path} holds no tokenizer: neither tokenizer.model, nor vocab.json and "
                             "merges.txt, nor encoder.json and vocab.bpe")
 

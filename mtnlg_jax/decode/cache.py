@@ -141,6 +141,69 @@ def step(config: ModelConfig, params, cache, tokens_B, positions_B):
     return _logits(x_BSD[:, 0], head_VD), tuple(written)
 
 
+def next_logits(config: ModelConfig, params, prefix: Prefix, cache, sources_GPK, tokens_GPKW, written):
+    """What follows the ``written`` new tokens of each beam: behind none, what follows the prompt; else by
+    ``step_beams``, with the last of them. Within one program, since what chooses among logits takes long to compile."""
+    shape = sources_GPK.shape
+
+    def first(cache):
+        logits_PV = prefix.logits_BV
+        return jnp.broadcast_to(logits_PV[None, :, None], (*shape, logits_PV.shape[-1])), cache
+
+    def later(cache):
+        last_GPK1 = jnp.broadcast_to((prefix.lengths_B + written - 1)[None, :, None], shape)[..., None]
+        tokens_GPK = jnp.take_along_axis(tokens_GPKW, last_GPK1, -1)[..., 0]
+        return step_beams(config, params, prefix.cache, prefix.lengths_B, cache, sources_GPK, tokens_GPK, written - 1)
+
+    return jax.lax.cond(written == 0, first, later, cache)
+
+
+def step_beams(config: ModelConfig, params, prompt_cache, prompts_P, cache, sources_GPK, tokens_GPK, read):
+    """Reads one token a beam behind prompts that all their beams share.
+
+    Args:
+      prompt_cache, prompts_P: the cache of P prompts and their lengths; neither copied nor reordered.
+      cache: of the new tokens alone, (G*P*K, heads, T, H), one row a beam: G groups of K for every prompt.
+      sources_GPK: the beam, 0 to K - 1, that each beam goes on from; its new tokens are taken over.
+      read: new tokens read so far, the same for all beams.
+    Returns: float32 logits of the next (G, P, K, V), the cache with the tokens.
+    """
+    groups, prompts, beams = tokens_GPK.shape
+    rows = groups * prompts * beams
+    first_GP1 = jnp.arange(groups * prompts).reshape(groups, prompts, 1) * beams
+    from_R = (first_GP1 + sources_GPK).reshape(rows)
+    positions_R = jnp.broadcast_to((prompts_P + read)[:, None], tokens_GPK.shape).reshape(rows)
+    written = []
+
+    def attend(layer, q, k, v):
+        own = tuple(jax.lax.dynamic_update_slice(x[from_R], new.swapaxes(1, 2).astype(x.dtype), (0, 0, read, 0))
+                    for x, new in zip(cache[layer], (k, v), strict=True))
+        written.append(own)
+        o_own, lse_own = decode_attention(q[:, 0], *own, jnp.full(rows, read + 1), return_lse=True)
+        # Before the shared keys, the beams of a prompt are so many more query heads of one row.
+        shared_k, shared_v = prompt_cache[layer]
+        heads = shared_k.shape[1]
+        shape = groups, prompts, beams, heads, q.shape[2] // heads
+        together = q.reshape(*shape, q.shape[-1]).transpose(1, 3, 0, 2, 4, 5)
+        o_shared, lse_shared = decode_attention(together.reshape(prompts, -1, q.shape[-1]), shared_k, shared_v,
+                                                prompts_P, return_lse=True)
+        o_shared = o_shared.reshape(together.shape).transpose(2, 0, 3, 1, 4, 5).reshape(o_own.shape)
+        lse_shared = lse_shared.reshape(together.shape[:-1]).transpose(2, 0, 3, 1, 4).reshape(lse_own.shape)
+        share = jax.nn.sigmoid(lse_shared - lse_own)[..., None]  # of the softmax's sum
+        return (share * o_shared + (1 - share) * o_own).astype(q.dtype)[:, None]
+
+    x_RSD, head_VD = run_layers(config, params, tokens_GPK.reshape(rows, 1), positions_R[:, None], attend)
+    return _logits(x_RSD[:, 0], head_VD).reshape(groups, prompts, beams, -1), tuple(written)
+
+
+def empty_beams(prompt_cache, rows: int, size: int):
+    """A cache of ``rows`` beams for ``size`` new tokens each."""
+    def empty(x):
+        return jnp.zeros((rows, x.shape[1], size, x.shape[3]), x.dtype)
+
+    return jax.tree.map(empty, prompt_cache)
+
+
 def _write(cache_BKSH, new_BSKH, positions_B):
     rows_B = jnp.arange(cache_BKSH.shape[0])
     written = cache_BKSH.at[rows_B, :, positions_B].set(new_BSKH[:, 0].astype(cache_BKSH.dtype))

@@ -7,6 +7,7 @@ where chunks end (to rounding: other shapes may round a product differently in i
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -16,8 +17,9 @@ import numpy as np
 from jax import lax
 
 from mtnlg_jax.config import DecodeConfig, validate_decode
-from mtnlg_jax.decode.cache import Decoder, Prefix, capacity, prefill, step
-from mtnlg_jax.decode.processors import choose, process, rows_and_families
+from mtnlg_jax.decode.cache import Decoder, Prefix, bucket, capacity, prefill, step
+from mtnlg_jax.decode.processors import choose, process
+from mtnlg_jax.decode.rows import check_tokens, ends_of, rows_and_families, stopped
 from mtnlg_jax.decode.stopping import TextStream
 
 CHUNK = 8  # tokens between two looks at the host, and between two checks whether all rows are done
@@ -26,10 +28,11 @@ CHUNK = 8  # tokens between two looks at the host, and between two checks whethe
 @dataclasses.dataclass(frozen=True)
 class Generated:
     prompt: int  # index of its prompt
-    tokens: tuple[int, ...]  # without the end token; with those of a stop string
-    text: str  # without special tokens and stop string; a character cut in two at the end is left out
-    finish_reason: str  # "stop": end token or stop string; "length": max_new_tokens or the context's end
+    tokens: tuple[int, ...]  # without the end token; with those of a stop string or a stop sequence
+    text: str  # without special tokens and stops; a character cut in two at the end is left out
+    finish_reason: str  # "stop": end token or stop; "length": max_new_tokens or the context's end; "timeout": max_time
     logprobs: tuple[float, ...]  # of ``tokens``, natural logarithm, of the model's own distribution
+    score: float | None = None  # of beams: what they are sorted by, as sequences_scores of Hugging Face
 
 
 class State(NamedTuple):
@@ -51,23 +54,28 @@ class Limits(NamedTuple):
 
 
 def encode_prompt(tokenizer, text: str) -> list[int]:
-    """A text as training saw its beginning: <bos>, then its tokens. Of no text only <bos> is left: the model
-    then writes a document from its beginning."""
-    return [tokenizer.bos_id, *tokenizer.encode(text)]
+    """A text as training saw its beginning: <bos>, where the tokenizer has it so, then its tokens. Of no text only
+    <bos> is left: the model then writes a document from its beginning."""
+    tokens = tokenizer.encode(text)
+    return [tokenizer.bos_id, *tokens] if tokenizer.prompt_bos or not tokens else tokens
 
 
 def generate(decoder: Decoder, tokenizer, prompts: Sequence[str | Sequence[int]],
-             decode: DecodeConfig | Sequence[DecodeConfig], *,
+             decode: DecodeConfig | Sequence[DecodeConfig], *, constraint: Callable | None = None,
              on_text: Callable[[int, str], None] | None = None) -> list[Generated]:
     """Continuations of ``prompts``, num_return_sequences of the first, then of the second ...
 
     Args:
       prompts: texts, which get a <bos>, or token ids, taken as they are; an empty one starts from <bos> alone.
       decode: settings of all prompts, or one for each; rows that differ share one compiled step.
-      on_text: called with (index in the result, text) as text comes; pieces joined are the result's text.
-    Raises ValueError, before any work, on settings out of range, ids outside the vocabulary and a prompt longer
-    than the context. Specials (but the end token) and the padding of the vocabulary are never written.
-    The i-th sequence of a prompt draws with seed + i.
+      constraint: a pure JAX function (tokens_BS, lengths_B, prompts_B) -> bool (B, V), which ids may come next; as
+        for a grammar. See ``Families``. Where it allows none, the row ends.
+      on_text: called with (index in the result, text) as text comes; pieces joined are the result's text. Of beams
+        it comes at the end, when the best are known.
+    Raises ValueError, before any work, on settings out of range or in conflict, ids outside the vocabulary and a
+    prompt longer than the context. Specials (but ends and forced tokens) and the padding of the vocabulary are never
+    written. The i-th sequence of a prompt draws with seed + i; beams are one draw with seed. Beams may be fewer than
+    num_return_sequences, where there are not so many different sequences to write.
     """
     prompts = [encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else list(prompt) or [tokenizer.bos_id]
                for prompt in prompts]
@@ -76,12 +84,17 @@ def generate(decoder: Decoder, tokenizer, prompts: Sequence[str | Sequence[int]]
         raise ValueError(f"{len(configs)} settings for {len(prompts)} prompts; give one, or one for each")
     for each in configs:
         validate_decode(each)
+        check_tokens(each, decoder.config.vocab_size)
     if not prompts:
         return []
     check_context(decoder, max(map(len, prompts)))
-    longest = max(len(p) + c.max_new_tokens for p, c in zip(prompts, configs, strict=True))
-    prefix = prefill(decoder, prompts, capacity(longest, decoder.context))
-    return continue_prefix(decoder, tokenizer, prefix, configs, on_text)
+    longest = max(map(len, prompts))
+    size = bucket(longest, decoder.context)
+    rows = [len(p) + c.max_new_tokens for p, c in zip(prompts, configs, strict=True) if c.num_beams == 1]
+    if rows:  # the new tokens of beams are kept apart from their prompt
+        size = capacity(max(longest, *rows), decoder.context)
+    prefix = prefill(decoder, prompts, size)
+    return continue_prefix(decoder, tokenizer, prefix, configs, on_text, constraint)
 
 
 def check_context(decoder: Decoder, length: int, what: str = "the prompt") -> None:
@@ -91,30 +104,73 @@ def check_context(decoder: Decoder, length: int, what: str = "the prompt") -> No
 
 
 def continue_prefix(decoder: Decoder, tokenizer, prefix: Prefix, configs: Sequence[DecodeConfig],
-                    on_text: Callable[[int, str], None] | None = None) -> list[Generated]:
+                    on_text: Callable[[int, str], None] | None = None,
+                    constraint: Callable | None = None) -> list[Generated]:
     """``generate`` from prompts that are read already; ``prefix`` stays usable."""
+    from mtnlg_jax.decode import beam, stochastic  # which need what stands here
+
+    kinds = [(c.num_beams, c.num_beam_groups, c.temperature > 0) if c.num_beams > 1 else None for c in configs]
+    if set(kinds) == {None}:
+        return _continue_rows(decoder, tokenizer, prefix, configs, on_text, constraint)
+    results = [[] for _ in configs]
+    # Beams first: they may be fewer than asked for, and then the indices of what streams are known.
+    for kind in sorted(set(kinds) - {None}):
+        chosen = [i for i, each in enumerate(kinds) if each == kind]
+        part = prefix if len(chosen) == len(kinds) else _prompts_of(prefix, chosen)
+        search = stochastic.draw if kind[2] else beam.search
+        for result in search(decoder, tokenizer, part, [configs[i] for i in chosen], constraint):
+            results[chosen[result.prompt]].append(dataclasses.replace(result, prompt=chosen[result.prompt]))
+    rest = [i for i, each in enumerate(kinds) if each is None]
+    counts = [len(found) or config.num_return_sequences * (kind is None)
+              for found, config, kind in zip(results, configs, kinds, strict=True)]
+    starts = np.cumsum([0, *counts])
+    if on_text:
+        for i, found in enumerate(results):
+            for place, result in enumerate(found):
+                if result.text:
+                    on_text(int(starts[i]) + place, result.text)
+    if rest:
+        part = _prompts_of(prefix, rest)
+        places = [int(starts[i]) + place for i in rest for place in range(counts[i])]
+        shown = (lambda row, text: on_text(places[row], text)) if on_text else None
+        for result in _continue_rows(decoder, tokenizer, part, [configs[i] for i in rest], shown, constraint):
+            results[rest[result.prompt]].append(dataclasses.replace(result, prompt=rest[result.prompt]))
+    return [result for found in results for result in found]
+
+
+def _prompts_of(prefix: Prefix, chosen: list[int]) -> Prefix:
+    return jax.tree.map(lambda x: x[np.array(chosen)], prefix)
+
+
+def _continue_rows(decoder, tokenizer, prefix, configs, on_text, constraint) -> list[Generated]:
+    """Rows of which none is a beam."""
+    start = time.monotonic()
     owners = [i for i, config in enumerate(configs) for _ in range(config.num_return_sequences)]
     per_row = [configs[i] for i in owners]
     # Seeds wrap: seed + i of the largest seed is a seed too.
     seeds = np.array([(config.seed + copy) % 2**32
                       for config in configs for copy in range(config.num_return_sequences)], np.uint32)
-    rows, families = rows_and_families(per_row)
+    rows, families = rows_and_families(per_row, constraint)
     news = np.array([min(config.max_new_tokens, decoder.context) for config in per_row], np.int32)
     static = {"families": families, "eos": tokenizer.eos_id}
-    allowed_V = writable(tokenizer, decoder.config.vocab_size)
+    allowed_V = writable(tokenizer, decoder.config.vocab_size, end=False)
     state, limits = _begin(prefix, np.array(owners, np.int32), news, seeds, rows, allowed_V, **static)
-    streams = [TextStream(tokenizer, config.stop_strings) for config in per_row]
-    looking = on_text is not None or any(config.stop_strings for config in per_row)
+    streams = [text_stream(tokenizer, config) for config in per_row]
+    ends = [ends_of_config(tokenizer, config) for config in per_row]
+    # Stop sequences are seen on the device; text and time are not.
+    looking = on_text is not None or any(config.stop_strings or config.max_time for config in per_row)
     chunks = 1 if looking else decoder.context
     prompts = np.asarray(limits.prompts_B)
     seen = prompts.copy()
+    late = np.zeros(len(per_row), bool)
+    allowance = np.array([np.inf if config.max_time is None else config.max_time for config in per_row])
 
     while True:
         tokens, lengths, done = (np.asarray(x) for x in (state.tokens_BS, state.lengths_B, state.done_B))
         done = done.copy()
         for row, stream in enumerate(streams):
             for token in tokens[row, seen[row] : lengths[row]]:
-                if stream.stopped or token == tokenizer.eos_id:
+                if stream.stopped or int(token) in ends[row]:
                     break
                 seen[row] += 1
                 piece = stream.push(int(token))
@@ -122,6 +178,8 @@ def continue_prefix(decoder: Decoder, tokenizer, prefix: Prefix, configs: Sequen
                     on_text(row, piece)
             if stream.stopped:
                 done[row] = True
+        late |= ~done & (time.monotonic() - start > allowance)
+        done |= late
         if done.all():
             break
         state = state._replace(done_B=jnp.asarray(done))
@@ -135,34 +193,47 @@ def continue_prefix(decoder: Decoder, tokenizer, prefix: Prefix, configs: Sequen
             on_text(row, piece)
         written = slice(prompts[row], seen[row])
         ended = stream.stopped or lengths[row] > seen[row]
-        results.append(Generated(owners[row], tuple(tokens[row, written].tolist()), stream.text,
-                                 "stop" if ended else "length", tuple(logprobs[row, written].tolist())))
+        reason = "stop" if ended else "timeout" if late[row] else "length"
+        results.append(Generated(owners[row], tuple(tokens[row, written].tolist()), stream.text, reason,
+                                 tuple(logprobs[row, written].tolist())))
     return results
 
 
-def writable(tokenizer, vocabulary: int) -> np.ndarray:
-    """Which ids may be written: no specials but the end, nothing beyond the tokenizer's vocabulary."""
+def text_stream(tokenizer, config: DecodeConfig) -> TextStream:
+    return TextStream(tokenizer, config.stop_strings,
+                      [*((token,) for token in config.stop_token_ids), *config.stop_sequences])
+
+
+def ends_of_config(tokenizer, config: DecodeConfig) -> frozenset[int]:
+    return frozenset(config.eos_token_id or (tokenizer.eos_id,))
+
+
+def writable(tokenizer, vocabulary: int, end: bool = True) -> np.ndarray:
+    """Which ids may be written: no specials but, with ``end``, the end; nothing beyond the tokenizer's vocabulary.
+    Rows add their own ends."""
     size = min(tokenizer.vocab_size, vocabulary)
     allowed = np.zeros(vocabulary, bool)
     allowed[:size] = ~tokenizer.is_special[:size]
-    allowed[tokenizer.eos_id] = True
+    allowed[tokenizer.eos_id] |= end
     return allowed
 
 
 def _append(logits_BV, state: State, limits: Limits, rows, allowed_V, families, eos) -> State:
     """Chooses one more token for every row that is not done."""
     processed = process(logits_BV, rows, families, state.tokens_BS, state.lengths_B, limits.prompts_B,
-                        allowed_V, eos)
+                        limits.longest_B, allowed_V, eos)
     tokens_B = choose(processed, rows, families, limits.keys_B, state.lengths_B - limits.prompts_B)
+    ends_BE = ends_of(rows, families, eos)
     # A row to which everything is forbidden, as by n-grams of size 1 in a small vocabulary, has said it all.
-    tokens_B = jnp.where(processed.max(-1) == -jnp.inf, eos, tokens_B).astype(jnp.int32)
+    tokens_B = jnp.where(processed.max(-1) == -jnp.inf, ends_BE[:, 0], tokens_B).astype(jnp.int32)
     picked_B = jnp.take_along_axis(logits_BV, tokens_B[:, None], 1)[:, 0]
     logprobs_B = picked_B - jax.nn.logsumexp(logits_BV, -1)
     at = (jnp.arange(tokens_B.shape[0]), jnp.where(state.done_B, state.tokens_BS.shape[1], state.lengths_B))
     lengths_B = state.lengths_B + ~state.done_B
-    return State(state.cache, state.tokens_BS.at[at].set(tokens_B, mode="drop"),
-                 state.logprobs_BS.at[at].set(logprobs_B, mode="drop"), lengths_B,
-                 state.done_B | (tokens_B == eos) | (lengths_B >= limits.longest_B))
+    tokens_BS = state.tokens_BS.at[at].set(tokens_B, mode="drop")
+    done_B = (tokens_B[:, None] == ends_BE).any(-1) | stopped(rows, families, tokens_BS, lengths_B, limits.prompts_B)
+    return State(state.cache, tokens_BS, state.logprobs_BS.at[at].set(logprobs_B, mode="drop"), lengths_B,
+                 state.done_B | done_B | (lengths_B >= limits.longest_B))
 
 
 @functools.partial(jax.jit, static_argnames=("families", "eos"))

@@ -1,80 +1,62 @@
 """What stands between the model's logits and the next token. Pure functions; every value is one a row.
 
 Order and definitions follow Hugging Face's logits processors (transformers 5), the presence and frequency
-penalties OpenAI's API. Values are arrays, so rows with different settings share one compiled step; static are
-only which families any row uses, and the sizes of the n-grams.
+penalties OpenAI's API. What is static and what is not: rows.py.
 """
-
-from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from mtnlg_jax.config import DecodeConfig
+from mtnlg_jax.decode.rows import LAST, Families, Rows, ends_of, matches, rows_and_families, tails
+
+__all__ = ["Families", "Rows", "choose", "process", "rows_and_families", "warp"]
 
 NEG_INF = -jnp.inf
 
 
-class Families(NamedTuple):
-    """The static part: which processors run at all."""
+def process(logits_BV, rows: Rows, families: Families, tokens_BS, lengths_B, prompts_B, longest_B, allowed_V, eos: int):
+    """Everything before sampling, so for greedy rows and beams too.
 
-    names: frozenset[str]
-    ngrams: tuple[int, ...]
-
-
-class Rows(NamedTuple):
-    """The settings of each row, (B,) each."""
-
-    temperature: np.ndarray
-    top_k: np.ndarray
-    top_p: np.ndarray
-    min_p: np.ndarray
-    typical_p: np.ndarray
-    repetition_penalty: np.ndarray
-    presence_penalty: np.ndarray
-    frequency_penalty: np.ndarray
-    no_repeat_ngram_size: np.ndarray
-    min_new_tokens: np.ndarray
-
-
-def rows_and_families(configs: Sequence[DecodeConfig]) -> tuple[Rows, Families]:
-    """The settings of all rows as arrays, and the families that any of them uses."""
-    values = {name: np.array([getattr(config, name) for config in configs]) for name in Rows._fields}
-    off = DecodeConfig()
-    names = frozenset(name for name, column in values.items() if (column != getattr(off, name)).any())
-    ngrams = tuple(sorted({int(n) for n in values["no_repeat_ngram_size"] if n}))
-    # One type whatever the values are: a second type would be a second compile.
-    whole = {"top_k", "no_repeat_ngram_size", "min_new_tokens"}
-    return (Rows(**{name: column.astype(np.int32 if name in whole else np.float32)
-                    for name, column in values.items()}), Families(names, ngrams))
-
-
-def process(logits_BV, rows: Rows, families: Families, tokens_BS, lengths_B, prompts_B, allowed_V, eos: int):
-    """Everything before sampling, so for greedy rows too: penalties, n-grams, the least length, and tokens that
-    are never written. ``lengths_B`` counts the known tokens of ``tokens_BS``, ``prompts_B`` the prompt's."""
+    Args:
+      logits_BV: float32; of beams their log-probabilities, as Hugging Face has it.
+      tokens_BS: known up to ``lengths_B``; the prompt's up to ``prompts_B``; ``longest_B`` is where the row must end.
+      allowed_V: which ids are ever written; a row's own ends are, whatever it says.
+      eos: the end of rows that name none.
+    """
+    vocabulary = logits_BV.shape[1]
     positions = jnp.arange(tokens_BS.shape[1])
     known_BS = positions < lengths_B[:, None]
-    generated_BS = known_BS & (positions >= prompts_B[:, None])
+    new_B = lengths_B - prompts_B
+    if "bias" in families.names:
+        logits_BV = logits_BV + biases(rows, tokens_BS, lengths_B, new_B, vocabulary)
     if "repetition_penalty" in families.names:
-        seen_BV = counts(tokens_BS, known_BS, logits_BV.shape[1]) > 0
+        seen_BV = counts(tokens_BS, known_BS, vocabulary) > 0
         logits_BV = repetition(logits_BV, seen_BV, rows.repetition_penalty)
     if families.names & {"presence_penalty", "frequency_penalty"}:
-        counts_BV = counts(tokens_BS, generated_BS, logits_BV.shape[1])
+        counts_BV = counts(tokens_BS, known_BS & (positions >= prompts_B[:, None]), vocabulary)
         logits_BV = presence_frequency(logits_BV, counts_BV, rows.presence_penalty, rows.frequency_penalty)
     for n in families.ngrams:
         logits_BV = no_repeat_ngram(logits_BV, tokens_BS, lengths_B, n, rows.no_repeat_ngram_size == n)
-    if "min_new_tokens" in families.names:
-        early_B = lengths_B - prompts_B < rows.min_new_tokens
-        logits_BV = jnp.where(early_B[:, None] & (jnp.arange(logits_BV.shape[1]) == eos), NEG_INF, logits_BV)
-    return jnp.where(allowed_V, logits_BV, NEG_INF)
+    ends_BV = one_hot(ends_of(rows, families, eos), vocabulary)
+    if families.names & {"min_new_tokens", "min_length"}:
+        early_B = (new_B < rows.min_new_tokens) | (lengths_B < rows.min_length)
+        logits_BV = jnp.where(early_B[:, None] & ends_BV, NEG_INF, logits_BV)
+    if families.constraint is not None:
+        logits_BV = jnp.where(families.constraint(tokens_BS, lengths_B, prompts_B), logits_BV, NEG_INF)
+    logits_BV = jnp.where(allowed_V | ends_BV, logits_BV, NEG_INF)
+    if "forced" in families.names:
+        # The last place is where the row must end, which the room behind the prompt may decide.
+        at_BF = jnp.where(rows.forced_at == LAST, (longest_B - prompts_B)[:, None] - 1, rows.forced_at)
+        now_BF = at_BF == new_B[:, None]
+        forced_BV = one_hot(jnp.where(now_BF, rows.forced_token, -1), vocabulary)
+        logits_BV = jnp.where(now_BF.any(-1)[:, None], jnp.where(forced_BV, 0.0, NEG_INF), logits_BV)
+    return logits_BV
 
 
 def warp(logits_BV, rows: Rows, families: Families):
     """What sampling adds, in Hugging Face's order."""
     logits_BV = temper(logits_BV, rows.temperature)
-    for name, function in (("top_k", top_k), ("top_p", top_p), ("min_p", min_p), ("typical_p", typical)):
+    for name, function in WARPERS:
         if name in families.names:
             logits_BV = function(logits_BV, getattr(rows, name))
     return logits_BV
@@ -89,6 +71,20 @@ def choose(logits_BV, rows: Rows, families: Families, keys_B, index_B):
     keys = jax.vmap(jax.random.fold_in)(keys_B, index_B)
     drawn_B = jax.vmap(jax.random.categorical)(keys, warp(logits_BV, rows, families))
     return jnp.where(rows.temperature > 0, drawn_B, best_B)
+
+
+def one_hot(ids_BM, vocabulary: int):
+    """Which ids a row names, (B, V); ids below 0 are none."""
+    return (ids_BM[:, :, None] == jnp.arange(vocabulary)).any(1)
+
+
+def biases(rows: Rows, tokens_BS, lengths_B, new_B, vocabulary: int):
+    """What is added to each logit, (B, V): of single tokens, of sequences about to be completed, and -inf for what is
+    never written. Biases of one token add up."""
+    on_BM = matches(rows.bias_before, tails(tokens_BS, lengths_B, rows.bias_before.shape[-1]))
+    on_BM &= ~rows.bias_first | (new_B == 0)[:, None]
+    at = jnp.arange(tokens_BS.shape[0])[:, None], rows.bias_token
+    return jnp.zeros((tokens_BS.shape[0], vocabulary)).at[at].add(jnp.where(on_BM, rows.bias, 0.0))
 
 
 def counts(tokens_BS, counted_BS, vocabulary: int):
@@ -158,3 +154,25 @@ def typical(logits_BV, p_B):
     last = jnp.minimum((mass < p_B[:, None]).sum(-1), logits_BV.shape[1] - 1)
     farthest = jnp.take_along_axis(distance, jnp.take_along_axis(order, last[:, None], -1), -1)
     return jnp.where((distance > farthest) & (p_B[:, None] < 1), NEG_INF, logits_BV)
+
+
+def epsilon(logits_BV, cutoff_B):
+    """Drops tokens less probable than the cutoff, never the best (Hewitt 2022)."""
+    return _above(logits_BV, jax.nn.softmax(logits_BV, -1), cutoff_B[:, None])
+
+
+def eta(logits_BV, cutoff_B):
+    """Drops tokens less probable than min(cutoff, sqrt(cutoff) * exp(-entropy)), never the best (Hewitt 2022)."""
+    log_p = jax.nn.log_softmax(logits_BV, -1)
+    entropy = -jnp.where(log_p == NEG_INF, 0.0, log_p * jnp.exp(log_p)).sum(-1, keepdims=True)
+    cutoff = cutoff_B[:, None]
+    return _above(logits_BV, jnp.exp(log_p), jnp.minimum(cutoff, jnp.sqrt(cutoff) * jnp.exp(-entropy)))
+
+
+def _above(logits_BV, probability_BV, least):
+    best = logits_BV == logits_BV.max(-1, keepdims=True)
+    return jnp.where((probability_BV < least) & ~best, NEG_INF, logits_BV)
+
+
+WARPERS = (("top_k", top_k), ("top_p", top_p), ("min_p", min_p), ("typical_p", typical), ("epsilon_cutoff", epsilon),
+           ("eta_cutoff", eta))

@@ -1,4 +1,4 @@
-"""Tokens to text as they come: whole characters only, and nothing of a stop string."""
+"""Tokens to text as they come: whole characters only, and nothing of a stop string or a stop sequence."""
 
 import codecs
 from collections.abc import Sequence
@@ -8,31 +8,53 @@ class TextStream:
     """The text of one row, built token by token.
 
     ``push`` returns what may be shown: text that later tokens cannot take back. It holds back the bytes of a
-    character that is not whole yet, and an end that may become a stop string.
+    character that is not whole yet, an end that may become a stop string, and tokens that may become a stop sequence.
     """
 
-    def __init__(self, tokenizer, stop_strings: Sequence[str] = ()):
+    def __init__(self, tokenizer, stop_strings: Sequence[str] = (), stop_sequences: Sequence[Sequence[int]] = ()):
         self._tokenizer, self._stops = tokenizer, tuple(stop_strings)
+        self._sequences = sorted(map(tuple, stop_sequences), key=len, reverse=True)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._waiting: tuple[int, ...] = ()
         self._held = ""
         self.text = ""  # all that was shown
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """Takes one token. After a stop string, ``stopped`` is True and nothing more comes."""
+        """Takes one token. After a stop, ``stopped`` is True and nothing more comes."""
         if self.stopped:
             return ""
-        self._held += self._decoder.decode(self._tokenizer.token_bytes(token))
-        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        if found:
-            self.stopped = True
-            return self._show(min(found))
-        kept_back = max((_overlap(self._held, stop) for stop in self._stops), default=0)
-        return self._show(len(self._held) - kept_back)
+        self._waiting += (token,)
+        for sequence in self._sequences:
+            if self._waiting[-len(sequence) :] == sequence:
+                shown = self._read(len(self._waiting) - len(sequence))
+                return shown + self.finish(stopped=True)
+        kept_back = max((overlap(self._waiting, sequence) for sequence in self._sequences), default=0)
+        return self._read(len(self._waiting) - kept_back)
 
-    def finish(self) -> str:
+    def finish(self, stopped: bool = False) -> str:
         """What was held back, once no more tokens come; a character still cut in two is left out."""
-        return "" if self.stopped else self._show(len(self._held))
+        if self.stopped:
+            return ""
+        shown = "" if stopped else self._read(len(self._waiting))
+        if not self.stopped:
+            shown += self._show(len(self._held))
+        self.stopped |= stopped
+        return shown
+
+    def _read(self, count: int) -> str:
+        """Turns the first ``count`` waiting tokens to text, up to a stop string."""
+        tokens, self._waiting = self._waiting[:count], self._waiting[count:]
+        shown = ""
+        for token in tokens:
+            self._held += self._decoder.decode(self._tokenizer.token_bytes(token))
+            found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+            if found:
+                self.stopped = True
+                return shown + self._show(min(found))
+            kept_back = max((overlap(self._held, stop) for stop in self._stops), default=0)
+            shown += self._show(len(self._held) - kept_back)
+        return shown
 
     def _show(self, length: int) -> str:
         shown, self._held = self._held[:length], self._held[length:]
@@ -40,6 +62,6 @@ class TextStream:
         return shown
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of ``text`` that begins ``stop``."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)
+def overlap(known: Sequence, stop: Sequence) -> int:
+    """Length of the longest end of ``known``, texts or tokens, that begins ``stop`` and is not all of it."""
+    return next((n for n in range(min(len(known), len(stop) - 1), 0, -1) if stop[:n] == known[-n:]), 0)

@@ -12,6 +12,9 @@ A checkpoint counts once its record stands. With several processes all take part
 writing; process 0 alone locks, records, chooses and deletes, and the others hear its choice, or its error.
 On object stores (``gs://``) there is no lock, so a start cleans nothing up (an unfinished step is passed
 over, and overwritten when its turn comes), and files are checked by size only: the store keeps checksums.
+
+A checkpoint of parameters alone, as of a model from elsewhere, has no rest/: a run that starts from it has all else
+at 0, as a fresh one, and may choose its data and its optimizer.
 """
 
 import contextlib
@@ -29,6 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
@@ -101,10 +105,10 @@ class Checkpoints:
         size = sum(array.size * array.dtype.itemsize for array in flat.values())
         if not agree(lambda: self._begin(step, size)):
             return
-        params, rest = _split(flat)
+        parts = dict(zip(("params", "rest"), _split(flat), strict=True))
         with self._failure_named(step):
             self._orbax.save(self.folder / str(step), force=True, args=ocp.args.Composite(
-                params=ocp.args.PyTreeSave(params), rest=ocp.args.PyTreeSave(rest)))
+                **{name: ocp.args.PyTreeSave(part) for name, part in parts.items() if part}))
         self._saving = self._background.submit(self._finish, record)
         if wait:
             self.wait()
@@ -129,7 +133,7 @@ class Checkpoints:
         path = self.folder / str(record["step"])
         params, rest = _split(flat)
         arrays = {f"params.{name}": array for name, array in _read(path / "params", params).items()}
-        arrays |= _read(path / "rest", rest)
+        arrays |= _zeros(rest) if record["alone"] else _read(path / "rest", rest)
         state = jax.tree.unflatten(jax.tree.structure(abstract_state), [arrays[name] for name in flat])
         return record["step"], state, record["meta"]
 
@@ -241,13 +245,16 @@ class Checkpoints:
             record, damage = records.read_record(path)
             if record is not None:
                 saved = record["meta"].get("identity", {})
-                records.refuse_difference(path, "settings", saved, identity,
+                alone = all(map(_is_parameter, record["arrays"]))
+                settings, given = _common(saved, identity) if alone else (saved, identity)
+                records.refuse_difference(path, "settings", settings, given,
                                           "give the same ones, or another --workdir")
-                records.refuse_difference(path, "arrays", record["arrays"], arrays,
+                wanted = {name: shape for name, shape in arrays.items() if _is_parameter(name) or not alone}
+                records.refuse_difference(path, "arrays", record["arrays"], wanted,
                                           "set model and optimizer as they were, or give another --workdir")
                 damage = records.damage(path, record)
             if damage is None:
-                return {"step": step, "meta": record["meta"]}, warnings
+                return {"step": step, "meta": record["meta"], "alone": alone}, warnings
             aside = self._free_name(f"{step}.damaged")
             path.rename(aside)
             damaged.append(f"{step} ({damage})")
@@ -333,13 +340,31 @@ def _flat(tree) -> dict[str, jax.Array]:
             for path, leaf in leaves}
 
 
+def _is_parameter(name: str) -> bool:
+    return name.startswith("params.")
+
+
 def _split(flat: dict) -> tuple[dict, dict]:
-    params = {name.removeprefix("params."): leaf for name, leaf in flat.items() if name.startswith("params.")}
-    return params, {name: leaf for name, leaf in flat.items() if not name.startswith("params.")}
+    params = {name.removeprefix("params."): leaf for name, leaf in flat.items() if _is_parameter(name)}
+    return params, {name: leaf for name, leaf in flat.items() if not _is_parameter(name)}
+
+
+def _common(saved: dict[str, dict], given: dict[str, dict]) -> tuple[dict, dict]:
+    """Both, with only those settings that each of them names."""
+    names = {section: saved[section].keys() & given[section].keys() for section in saved.keys() & given.keys()}
+    return tuple({section: {key: side[section][key] for key in sorted(keys)} for section, keys in names.items()}
+                 for side in (saved, given))
 
 
 def _shapes(flat: dict) -> dict[str, str]:
     return {name: f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}" for name, leaf in flat.items()}
+
+
+def _zeros(abstract: dict) -> dict[str, jax.Array]:
+    """What a fresh optimizer and fresh counters are."""
+    one_device = SingleDeviceSharding(jax.local_devices()[0])
+    return jax.jit(lambda: {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in abstract.items()},
+                   out_shardings={name: leaf.sharding or one_device for name, leaf in abstract.items()})()
 
 
 def _read(path: epath.Path, abstract: dict) -> dict[str, jax.Array]:

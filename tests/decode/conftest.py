@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -14,6 +16,9 @@ from mtnlg_jax.config import ModelConfig
 from mtnlg_jax.data.tokenizer import train_tokenizer
 from mtnlg_jax.decode.cache import Decoder, unstack
 from mtnlg_jax.model.transformer import abstract_model
+
+# Tests are imported without their folder in the path; peer.py and make_fixtures.py stand beside them.
+sys.path.append(str(Path(__file__).parent))
 
 CONTEXT = 64
 TEXTS = ["The cat sat on the mat and the dog sat on the log.\n", "In the town where I was born lived a man.\n",

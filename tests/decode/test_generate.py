@@ -2,7 +2,10 @@
 
 import copy
 import dataclasses
+import itertools
+import types
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -68,7 +71,11 @@ def test_the_step_compiles_once_for_mixed_requests_and_all_lengths(learned, toke
     def batch(rng):
         values = [DecodeConfig(max_new_tokens=int(rng.integers(2, 30)), temperature=t, top_k=k, top_p=0.9,
                                min_p=0.01, typical_p=0.95, repetition_penalty=1.1, presence_penalty=0.1,
-                               frequency_penalty=0.1, no_repeat_ngram_size=n, min_new_tokens=1, seed=int(k))
+                               frequency_penalty=0.1, no_repeat_ngram_size=n, min_new_tokens=1, seed=int(k),
+                               epsilon_cutoff=0.001, eta_cutoff=0.001, stop_token_ids=(int(k),),
+                               # Three or four entries of up to two tokens are one table of four.
+                               logit_bias={int(k) + i: 0.5 for i in range(rng.integers(1, 3))},
+                               bad_words_ids=((int(k), 9),), suppress_tokens=(4,))
                   for t, k, n in ((0.0, rng.integers(1, 50), 3), (1.3, rng.integers(1, 50), 0))]
         prompts = [rng.integers(10, 400, rng.integers(1, 30)).tolist() for _ in values]
         return generate(learned.decoder, tokenizer, prompts, values)
@@ -107,6 +114,76 @@ def test_the_end_token_stops_a_row_and_is_not_part_of_it(learned, tokenizer):
         assert result.tokens == whole.tokens[:at]
         assert result.finish_reason == ("length" if at is None else "stop")
         assert len(result.logprobs) == len(result.tokens)
+
+
+def test_rows_have_their_own_ends_and_stops(learned, letters):
+    """In one batch: other ends, several of them; a stop token; a stop sequence over the border of a chunk."""
+    free = generate(learned.decoder, letters, PROMPTS, SAMPLED)
+    tokens = [result.tokens for result in free]
+    ends = (tokens[0][9], tokens[0][5])
+    stops = (tokens[2][CHUNK - 1 : CHUNK + 2], (tokens[2][3], 9999 % letters.vocab_size))
+    settings = [dataclasses.replace(SAMPLED, min_new_tokens=0, eos_token_id=ends),
+                dataclasses.replace(SAMPLED, stop_token_ids=(tokens[1][6],)),
+                dataclasses.replace(SAMPLED, stop_sequences=stops), SAMPLED]
+    pieces = {}
+    results = generate(learned.decoder, letters, PROMPTS, settings,
+                       on_text=lambda row, text: pieces.setdefault(row, []).append(text))
+    first = min(map(tokens[0].index, ends))
+    second, third = tokens[1].index(tokens[1][6]) + 1, CHUNK + 2
+    assert [result.tokens for result in results] == [tokens[0][:first], tokens[1][:second], tokens[2][:third],
+                                                     tokens[3]]
+    assert [result.finish_reason for result in results] == ["stop", "stop", "stop", "length"]
+    texts = [tokens[0][:first], tokens[1][: second - 1], tokens[2][: third - 3], tokens[3]]
+    assert [result.text for result in results] == list(map(letters.decode, texts))
+    assert ["".join(pieces[row]) for row in range(4)] == [result.text for result in results]
+    assert results == generate(learned.decoder, letters, PROMPTS, settings)
+
+
+def test_no_stop_fires_on_the_prompt(learned, letters):
+    """A stop that the prompt holds, or begins, is looked for in what comes behind it alone."""
+    prompt = "The cat"
+    free, = generate(learned.decoder, letters, [prompt], SAMPLED)
+    known = encode_prompt(letters, prompt)
+    stops = dataclasses.replace(SAMPLED, stop_strings=(prompt, prompt[-2:] + free.text[0]),
+                                stop_token_ids=tuple(set(known) - set(free.tokens)),
+                                stop_sequences=(tuple(known), (known[-1], free.tokens[0])))
+    assert generate(learned.decoder, letters, [prompt], stops) == [free]
+
+
+def test_a_stop_string_that_the_prompt_holds_ends_the_text_where_it_is_written_again(learned, letters):
+    known = [*encode_prompt(letters, "The cat"), *letters.encode("ogi")]
+    free, = generate(learned.decoder, letters, [known], SAMPLED)
+    at = free.text.index("ogi")
+    assert at > 0
+    result, = generate(learned.decoder, letters, [known], dataclasses.replace(SAMPLED, stop_strings=("ogi",)))
+    assert result.text == free.text[:at] and result.finish_reason == "stop"
+
+
+def test_time_ends_a_row_and_leaves_the_others(learned, tokenizer, monkeypatch):
+    """The clock ticks a second each time that it is read: once at the start, then before every chunk of tokens."""
+    free = generate(learned.decoder, tokenizer, PROMPTS, GREEDY)
+    ticks = itertools.count()
+    monkeypatch.setattr(module, "time", types.SimpleNamespace(monotonic=lambda: float(next(ticks))))
+    settings = [dataclasses.replace(GREEDY, max_time=1.5), GREEDY, dataclasses.replace(GREEDY, max_time=99.0), GREEDY]
+    results = generate(learned.decoder, tokenizer, PROMPTS, settings)
+    assert results[1:] == free[1:]
+    assert results[0].finish_reason == "timeout" and results[0].tokens == free[0].tokens[: 1 + CHUNK]
+
+
+def _words_of_three(tokens_BS, lengths_B, prompts_B):
+    """A grammar by its states: two tokens of 100 to 109, one of 110 to 119, and so on; then, after seven, nothing."""
+    place_B1 = (lengths_B - prompts_B)[:, None]
+    low_B1 = jnp.where(place_B1 % 3 == 2, 110, 100)
+    ids = jnp.arange(437)
+    return (ids >= low_B1) & (ids < low_B1 + 10) & (place_B1 < 7)
+
+
+def test_a_constraint_keeps_to_its_grammar(learned, tokenizer):
+    results = generate(learned.decoder, tokenizer, PROMPTS, [SAMPLED, GREEDY] * 2, constraint=_words_of_three)
+    for result in results:
+        assert [token // 10 for token in result.tokens] == [10, 10, 11, 10, 10, 11, 10]
+        assert result.finish_reason == "stop"
+        assert max(result.logprobs) < 0, "of the model's own distribution"
 
 
 def test_min_new_tokens_holds_the_end_back(learned, tokenizer):
@@ -182,8 +259,23 @@ def test_one_row_stops_and_the_others_go_on(learned, letters):
     ({"min_p": 1.0}, "min_p=1.0"), ({"typical_p": 0.0}, "typical_p=0.0"), ({"top_k": -1}, "top_k=-1"),
     ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"), ({"max_new_tokens": 0}, "max_new_tokens=0"),
     ({"min_new_tokens": 200}, "min_new_tokens=200"), ({"stop_strings": ("",)}, "stop string"),
-    ({"seed": -1}, "seed=-1"), ({"temperature": float("nan")}, "temperature=nan")])
-def test_settings_out_of_range(learned, tokenizer, setting, message):
+    ({"seed": -1}, "seed=-1"), ({"temperature": float("nan")}, "temperature=nan"),
+    ({"epsilon_cutoff": 1.0}, "epsilon_cutoff=1.0"), ({"eta_cutoff": -0.1}, "eta_cutoff=-0.1"),
+    ({"min_length": -1}, "min_length=-1"), ({"max_time": 0.0}, "max_time=0.0"),
+    ({"bad_words_ids": ((5,), ())}, "bad_words_ids has a sequence without tokens"),
+    ({"stop_sequences": ((),)}, "stop_sequences has a sequence without tokens"),
+    ({"sequence_bias": (((), 1.0),)}, "sequence_bias has a sequence without tokens"),
+    ({"bad_words_ids": (5,)}, r"bad_words_ids=5 is int; it must be tuple\[int"),
+    ({"logit_bias": {5: float("nan")}}, "bias of 5=nan"), ({"logit_bias": {5: float("inf")}}, "bias of 5=inf"),
+    ({"forced_tokens": ((128, 5),)}, "forced_tokens.*128"),
+    ({"forced_bos_token_id": 5, "suppress_tokens": (4, 5)}, "token 5 is both forced and in suppress_tokens"),
+    ({"eos_token_id": 9999}, "eos_token_id has token 9999.* 0 to "), ({"eos_token_id": (3, -1)}, "eos_token_id .*-1"),
+    ({"stop_token_ids": (9999,)}, "stop_token_ids has token 9999"), ({"logit_bias": {9999: 1.0}}, "logit_bias .*9999"),
+    ({"stop_sequences": ((1, 9999),)}, "stop_sequences .*9999"), ({"forced_eos_token_id": 9999}, "forced_eos.*9999"),
+    ({"bad_words_ids": ((1, 9999),)}, "bad_words_ids .*9999"), ({"suppress_tokens": (9999,)}, "suppress_tokens .*9999"),
+    ({"sequence_bias": {(1, 9999): 1.0}}, "sequence_bias .*9999")])
+def test_settings_out_of_range(learned, tokenizer, monkeypatch, setting, message):
+    monkeypatch.setattr(module, "prefill", None)  # refused before any work
     with pytest.raises(ValueError, match=message):
         generate(learned.decoder, tokenizer, ["The"], DecodeConfig(**setting))
 

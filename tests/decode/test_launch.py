@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import textwrap
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,19 @@ def test_settings_reach_the_decoder(ask):
     assert [len(sequence["tokens"]) for sequence in first["sequences"]] == [4, 4]
 
 
+def test_beams_and_lists_of_tokens_reach_the_decoder(ask):
+    arguments = ["--workdir=RUN", "--prompt=The cat", "--num_beams=3", "--n=2", "--length_penalty=0.6",
+                 "--early_stopping=never", "--logit_bias=40:-2", "--logit_bias=41:0.5", "--sequence_bias=5,6:-1e9",
+                 "--bad_words_ids=7,8", "--bad_words_ids=9", "--suppress_tokens=10,11", "--stop_sequences=12,13",
+                 "--forced_tokens=0:50", "--forced_tokens=2:60", "--eos_token_id=3,14", "--max_time=1000"]
+    code, out, err = ask(*arguments, "--json")
+    sequences = json.loads(out)["sequences"]
+    assert (code, err, len(sequences)) == (0, "", 2)
+    assert sequences[0]["score"] > sequences[1]["score"]
+    assert all((sequence["tokens"][0], sequence["tokens"][2]) == (50, 60) for sequence in sequences)
+    assert f"--- 1, score {sequences[0]['score']:.4f} ---\nThe cat" in ask(*arguments)[1]
+
+
 def test_several_texts_are_told_apart(ask):
     out = ask("--workdir=RUN", "--prompt=The", "--temperature=1", "--n=2", "--stream")[1]
     assert out.startswith("--- 1 ---\nThe") and "\n--- 2 ---\nThe" in out
@@ -105,12 +119,36 @@ def test_ranking(ask):
                          "--candidates= cat", "--normalise=sum")
     lines = out.splitlines()
     assert code == 0 and "sum" in lines[1] and "per_byte" in lines[1]
-    assert sorted(line.split()[-1] for line in lines[2:]) == ["cat'", "dog'"]
+    assert lines[0] == "1 logprob, sum, natural logarithms; candidates: 3, duplicates: 1"
+    assert sorted(line.split()[-2:] for line in lines[2:]) == [["cat'", "2"], ["dog'", "1"]]
     sums = [float(line.split()[1]) for line in lines[2:]]
     assert sums == sorted(sums, reverse=True)
     sampled = json.loads(ask("--workdir=RUN", "--mode=ranking", "--prompt=The", "--n=5", "--json")[1])
     assert sum(candidate["count"] for candidate in sampled["candidates"]) == 5
     assert {"text", "sum", "per_token", "per_char", "per_byte", "score"} <= sampled["candidates"][0].keys()
+
+
+def test_scorers_mix_and_their_table_is_straight(ask):
+    arguments = ["--workdir=RUN", "--mode=ranking", "--prompt=The", "--candidates= cat is 5", "--candidates=天地 5",
+                 "--candidates=玄", "--scorer=pmi=0.5", "--scorer=mbr", "--scorer=self_consistency=2", "--neutral=In",
+                 "--utility=exact", r"--answer=\d"]
+    code, out, err = ask(*arguments)
+    lines = out.splitlines()
+    assert (code, err) == (0, "") and lines[0].startswith("0.5 pmi + 1 mbr + 2 self_consistency, per_token")
+    heads = lines[1].split()
+    assert heads[:2] == ["rank", "score"] and heads[-4:] == ["tokens", "answer", "text", "times"]
+    assert {"pmi", "pmi.neutral", "mbr", "self_consistency", "self_consistency.votes"} <= set(heads)
+    shown = ["".join(c + "-" * (unicodedata.east_asian_width(c) == "W") for c in line) for line in lines[1:]]
+    assert len(set(map(len, shown))) == 1 and "天" in out, "Chinese characters take two places each"
+    record = json.loads(ask(*arguments, "--json")[1])
+    assert (record["size"], record["duplicates"], len(record["utilities"])) == (3, 0, 3)
+    assert record["weights"] == {"pmi": 0.5, "mbr": 1.0, "self_consistency": 2.0}
+    for candidate in record["candidates"]:
+        parts = candidate["parts"]
+        assert candidate["score"] == pytest.approx(sum(record["weights"][name] * parts[name]
+                                                       for name in record["weights"]))
+    beams = json.loads(ask("--workdir=RUN", "--mode=ranking", "--prompt=The", "--num_beams=3", "--json")[1])
+    assert beams["size"] == 3
 
 
 def test_fill(ask):
@@ -125,6 +163,15 @@ def test_fill(ask):
     (["--workdir=RUN", "--prompt=a", "--temperature=-1"], "temperature=-1.0"),
     (["--workdir=RUN", "--prompt=a", "--top_p=0"], "top_p=0.0"),
     (["--workdir=RUN", "--prompt=a", "--top_k=many"], "top_k"),
+    (["--workdir=RUN", "--prompt=a", "--num_beams=4", "--top_k=5"], "top_k=5 limits what is drawn"),
+    (["--workdir=RUN", "--prompt=a", "--num_beams=2", "--n=3"], "num_return_sequences=3 is above num_beams=2"),
+    (["--workdir=RUN", "--prompt=a", "--early_stopping=maybe"], "maybe"),
+    (["--workdir=RUN", "--prompt=a", "--logit_bias=5"], "--logit_bias=5 is not of the form ID:BIAS, as in"),
+    (["--workdir=RUN", "--prompt=a", "--logit_bias=5,6:1"], "give several in a row to --sequence_bias"),
+    (["--workdir=RUN", "--prompt=a", "--bad_words_ids=a"], "--bad_words_ids=a is not of the form ID,ID, as in"),
+    (["--workdir=RUN", "--prompt=a", "--forced_tokens=5"], "--forced_tokens=5 is not of the form PLACE:ID"),
+    (["--workdir=RUN", "--prompt=a", "--eos_token_id=99999"], "eos_token_id has token 99999"),
+    (["--workdir=RUN", "--prompt=a", "--stop_strings="], "a stop string is empty"),
     (["--workdir=RUN", "--prompt=a", "--unknown=1"], "unknown"),
     (["--workdir=RUN", "--prompt=a", "stray"], "'stray'"),
     (["--workdir=RUN", "--prompt=a", "--input=b"], "--prompt and --input"),
@@ -134,6 +181,12 @@ def test_fill(ask):
     (["--workdir=RUN", "--prompt=" + "a b " * 40], "context holds 32"),
     (["--workdir=RUN", "--mode=fill", "--prompt=no blank"], "no mask"),
     (["--workdir=RUN", "--mode=ranking", "--prompt=a", "--candidates="], "empty"),
+    (["--workdir=RUN", "--mode=ranking", "--prompt=a", "--scorer=rouge"], "scorer 'rouge' is not known"),
+    (["--workdir=RUN", "--mode=ranking", "--prompt=a", "--scorer=pmi=x"], "--scorer=pmi=x is not of the form NAME"),
+    (["--workdir=RUN", "--mode=ranking", "--prompt=a", "--scorer=pmi", "--scorer=pmi=2"], "pmi is given twice"),
+    (["--workdir=RUN", "--mode=ranking", "--prompt=a", "--utility=bleu"], "utility='bleu' acts in mbr alone"),
+    (["--workdir=RUN", "--mode=ranking", "--prompt=a", "--candidates= b", "--top_k=5"], "--top_k is for candidates"),
+    (["--workdir=RUN", "--mode=ranking", "--prompt=a", "--scorer=pseudo_log_likelihood"], "every stage of this one"),
     (["--workdir=RUN", "--mode=dancing", "--prompt=a"], "dancing"),
     (["--workdir=RUN"], "standard input is not UTF-8 at byte 1"),
 ])

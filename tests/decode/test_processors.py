@@ -84,16 +84,30 @@ def test_typical(logits):
     np.testing.assert_array_equal(p.typical(logits, jnp.array([0.2, 0.6, 0.9, 1.0])), _kept(logits, keep))
 
 
+def test_epsilon_and_eta(logits):
+    cutoffs, keep_epsilon, keep_eta = (0.0, 0.01, 0.1, 0.9), [], []
+    for row, cutoff in zip(logits, cutoffs, strict=True):
+        probability = _softmax(row)
+        eta = min(cutoff, math.sqrt(cutoff) * math.exp((probability * np.log(probability)).sum()))
+        for keep, least in ((keep_epsilon, cutoff), (keep_eta, eta)):
+            keep.append({t for t, x in enumerate(probability) if x >= least} | {int(row.argmax())})
+    assert len(keep_epsilon[3]) == 1 < len(keep_epsilon[1]) < VOCABULARY
+    assert any(a != b for a, b in zip(keep_epsilon, keep_eta, strict=True))
+    np.testing.assert_array_equal(p.epsilon(logits, jnp.array(cutoffs)), _kept(logits, keep_epsilon))
+    np.testing.assert_array_equal(p.eta(logits, jnp.array(cutoffs)), _kept(logits, keep_eta))
+
+
 TOKENS = np.array([[5, 6, 7, 5, 6, 0], [1, 1, 1, 1, 2, 0], [9, 8, 9, 8, 9, 0], [4, 4, 3, 0, 0, 0]])
 LENGTHS, PROMPTS = np.array([5, 4, 5, 2]), np.array([2, 3, 1, 2])
 
 
-def _process(logits, allowed=None, eos=39, **settings):
+def _process(logits, allowed=None, eos=39, longest=20, constraint=None, **settings):
     """``settings``: one value for each row."""
     configs = [DecodeConfig(**{name: column[row] for name, column in settings.items()}) for row in range(4)]
-    rows, families = p.rows_and_families(configs)
+    rows, families = p.rows_and_families(configs, constraint)
     allowed = np.ones(VOCABULARY, bool) if allowed is None else allowed
-    return np.asarray(p.process(jnp.asarray(logits), rows, families, TOKENS, LENGTHS, PROMPTS, allowed, eos))
+    return np.asarray(p.process(jnp.asarray(logits), rows, families, TOKENS, LENGTHS, PROMPTS, np.full(4, longest),
+                                allowed, eos))
 
 
 def test_repetition_penalty_counts_the_prompt_and_nothing_unwritten(logits):
@@ -136,6 +150,68 @@ def test_min_new_tokens_holds_the_end_back_until_then(logits):
     assert np.isinf(processed).sum() == 3
 
 
+def test_min_length_counts_the_prompt(logits):
+    processed = _process(logits, eos=11, min_length=[5, 5, 6, 0])  # known so far: 5, 4, 5, 2
+    assert np.isinf(processed[:, 11]).tolist() == [False, True, True, False]
+
+
+def test_biases_of_tokens_and_sequences_mix_in_one_batch(logits):
+    expected = logits.copy()
+    expected[0, 3] += 2.5
+    expected[0, 4] -= 1.0
+    expected[0, 9] += 1.5  # behind 5, 6
+    expected[1, 3] += 0.5 + 0.25  # a token of its own and behind 1
+    expected[2, [7, 11]] = -math.inf  # 7 always, 11 behind 8, 9
+    processed = _process(
+        logits, logit_bias=[{3: 2.5, 4: -1.0}, ((3, 0.5),), (), ()],
+        sequence_bias=[[[[5, 6, 9], 1.5], [[6, 6, 10], 9.0]], {(1, 3): 0.25, (2, 5): 9.0}, (), ()],
+        bad_words_ids=[(), (), ((7,), (8, 9, 11), (9, 9, 12), (9, 8, 9, 8, 9, 9, 13)), ()])
+    np.testing.assert_allclose(processed, expected, rtol=ROUNDING)
+
+
+def test_a_sequence_longer_than_what_is_known_has_no_effect(logits):
+    """The fourth row knows 4, 4: a third token before it is not there."""
+    processed = _process(logits, bad_words_ids=[(), (), (), ((3, 4, 4, 8), (0, 4, 4, 9), (4, 4, 10))])
+    assert np.argwhere(np.isinf(processed)).tolist() == [[3, 10]]
+
+
+def test_suppressed_tokens_always_and_at_the_beginning(logits):
+    processed = _process(logits, suppress_tokens=[(1, 2), (), (), (5,)],
+                         begin_suppress_tokens=[(3,), (4,), (), (6, 7)])  # generated so far: 3, 1, 4, 0
+    assert np.argwhere(np.isinf(processed)).tolist() == [[0, 1], [0, 2], [3, 5], [3, 6], [3, 7]]
+
+
+def test_forced_tokens(logits):
+    """At places of their own, at the first and at the last; whatever else says about them."""
+    allowed = np.ones(VOCABULARY, bool)
+    allowed[20] = False
+    processed = _process(logits, allowed, longest=6, forced_tokens=[((3, 20), (1, 21)), (), ((2, 25),), ()],
+                         forced_bos_token_id=[None, 22, None, 23], forced_eos_token_id=[None, None, 24, 24])
+    # Generated so far: 3, 1, 4, 0; room for 6 tokens, so that the last new ones are 3, 2, 4 and 3.
+    assert [np.flatnonzero(np.isfinite(row)).tolist() for row in processed[[0, 2, 3]]] == [[20], [24], [23]]
+    assert (processed[[0, 2, 3], [20, 24, 23]] == 0).all()
+    assert np.isfinite(np.delete(processed[1], 20)).all()
+
+
+def test_a_row_has_its_own_ends(logits):
+    """They are held back together, and may be written even if they are special; the tokenizer's is then no end."""
+    allowed = np.ones(VOCABULARY, bool)
+    allowed[[11, 12, 13]] = False
+    processed = _process(logits, allowed, eos=11, eos_token_id=[(12, 13), 12, (), (14,)], min_new_tokens=[9, 0, 0, 9])
+    forbidden = [np.flatnonzero(np.isinf(row)).tolist() for row in processed]
+    assert forbidden == [[11, 12, 13], [11, 13], [12, 13], [11, 12, 13, 14]]
+
+
+def test_a_constraint_masks_by_what_is_known(logits):
+    """Only tokens above the last one that was generated."""
+    def rising(tokens_BS, lengths_B, prompts_B):
+        last_B = jnp.take_along_axis(tokens_BS, lengths_B[:, None] - 1, 1)[:, 0]
+        return jnp.arange(VOCABULARY) > jnp.where(lengths_B > prompts_B, last_B, -1)[:, None]
+
+    processed = _process(logits, constraint=rising)
+    assert [int(np.isfinite(row).argmax()) for row in processed] == [7, 2, 10, 0]
+
+
 def test_forbidden_tokens(logits):
     allowed = np.ones(VOCABULARY, bool)
     allowed[[0, 17]] = False
@@ -164,3 +240,23 @@ def test_draws_follow_the_distribution():
     drawn = p.choose(jnp.tile(logits, (count, 1)), rows, families, keys, jnp.zeros(count, jnp.int32))
     expected = _softmax(logits / 0.7) * count
     assert ((np.bincount(drawn, minlength=8) - expected) ** 2 / expected).sum() < 24.3
+
+
+WARPED = {"top_k": 4, "top_p": 0.7, "min_p": 0.2, "typical_p": 0.6, "epsilon_cutoff": 0.1, "eta_cutoff": 0.3}
+
+
+@pytest.mark.parametrize("name", WARPED)
+def test_draws_follow_what_a_limit_keeps(name):
+    """Chi-square of 4,000 draws against the renormalised distribution of the tokens kept, at temperature 1.3."""
+    logits, count = np.linspace(-2, 2, 8, dtype=np.float32), 4000
+    rows, families = p.rows_and_families([DecodeConfig(temperature=1.3, **{name: WARPED[name]})] * count)
+    keys = jax.vmap(jax.random.key)(jnp.arange(count))
+    drawn = p.choose(jnp.tile(logits, (count, 1)), rows, families, keys, jnp.zeros(count, jnp.int32))
+    kept = np.isfinite(dict(p.WARPERS)[name](logits[None] / 1.3, jnp.array([WARPED[name]])))[0]
+    assert 1 < kept.sum() < 8
+    found = np.bincount(drawn, minlength=8)
+    assert found[~kept].sum() == 0
+    expected = _softmax(logits / 1.3) * kept
+    expected *= count / expected.sum()
+    # 24.3 is exceeded by one seed in 1,000 with 7 degrees of freedom, by fewer with less.
+    assert ((found - expected)[kept] ** 2 / expected[kept]).sum() < 24.3

@@ -1,13 +1,22 @@
 """Ranking: scores of full forward passes, sorted, whatever the candidates' lengths and the seam."""
 
+import copy
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from mtnlg_jax.config import DecodeConfig
-from mtnlg_jax.decode import cache
+from mtnlg_jax.config import DecodeConfig, ModelConfig
+from mtnlg_jax.decode import cache, scorers, scoring
 from mtnlg_jax.decode import rank as module
-from mtnlg_jax.decode.generate import encode_prompt
+from mtnlg_jax.decode.cache import unstack
+from mtnlg_jax.decode.generate import encode_prompt, generate
 from mtnlg_jax.decode.rank import rank
+from mtnlg_jax.model.transformer import abstract_model
 
 ROUNDING = 1e-5
 SAMPLED = DecodeConfig(max_new_tokens=9, temperature=1.2, num_return_sequences=7)
@@ -50,14 +59,14 @@ def test_each_token_of_a_block_and_an_empty_prompt(tiny, tokenizer):
     """Behind <bos> alone, no key of the shared prefix is visible to the block."""
     prefix = cache.prefill(tiny.decoder, [[tokenizer.bos_id]], 64)
     candidates = [[50], list(range(60, 90)), [70, 80, 90]]
-    for scored, tokens in zip(module.score(tiny.decoder, prefix, candidates), candidates, strict=True):
+    for scored, tokens in zip(scoring.score(tiny.decoder, prefix, candidates), candidates, strict=True):
         np.testing.assert_allclose(scored, _full_scores(tiny, [tokenizer.bos_id], tokens), atol=ROUNDING)
 
 
 def test_a_block_up_to_the_end_of_the_context(tiny):
     prefix_tokens, tokens = list(range(50, 100)), list(range(200, 214))
     prefix = cache.prefill(tiny.decoder, [prefix_tokens], 64)
-    scored, = module.score(tiny.decoder, prefix, [tokens])
+    scored, = scoring.score(tiny.decoder, prefix, [tokens])
     np.testing.assert_allclose(scored, _full_scores(tiny, prefix_tokens, tokens), atol=ROUNDING)
 
 
@@ -101,14 +110,119 @@ def test_a_space_that_ends_the_prompt_goes_with_the_candidates(learned, tokenize
     assert scores["cat"] == pytest.approx(spaced[" cat"]) and scores["dog"] == pytest.approx(spaced[" dog"])
 
 
-def test_bad_input(learned, tokenizer):
+def test_without_bos_candidates_stand_behind_one_all_the_same(learned, tokenizer):
+    """As GPT-2's tokenizer has it: an empty prompt, or a candidate that changes the prompt's first token."""
+    other = copy.copy(tokenizer)
+    other.prompt_bos = False
+    for prompt, candidates in (("", ["The cat", "天地", "on"]), ("T", ["he cat", "own", "."])):
+        ranked = rank(learned.decoder, other, prompt, candidates)
+        assert len(ranked) == 3
+        for each in ranked:
+            assert list(each.tokens) == tokenizer.encode(prompt + each.text)
+            total = _full_scores(learned, [tokenizer.bos_id], each.tokens).sum()
+            assert each.sum == pytest.approx(total, abs=1e-4)
+    each, = rank(learned.decoder, other, "The cat", [" sat"])
+    total = _full_scores(learned, tokenizer.encode("The cat"), each.tokens).sum()
+    assert each.sum == pytest.approx(total, abs=1e-4), "no <bos> where none is due"
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beam_groups": 2, "diversity_penalty": 0.5}], ids=["beams", "diverse"])
+def test_beams_are_candidates_in_one_call(learned, tokenizer, settings):
+    """All beams, where num_return_sequences does not say how many."""
+    decode = DecodeConfig(max_new_tokens=5, min_new_tokens=1, num_beams=4, **settings)
+    written = generate(learned.decoder, tokenizer, ["The cat"], dataclasses.replace(decode, num_return_sequences=4))
+    ranked = rank(learned.decoder, tokenizer, "The cat", decode=decode)
+    assert ranked.size == 4 == len(written)
+    sums = {result.tokens: sum(result.logprobs) for result in written}
+    assert {each.tokens for each in ranked} == sums.keys()
+    for each in ranked:
+        assert each.sum == pytest.approx(sums[each.tokens], abs=1e-4)
+    two = rank(learned.decoder, tokenizer, "The cat", decode=dataclasses.replace(decode, num_return_sequences=2))
+    assert {each.tokens for each in two} == {result.tokens for result in written[:2]}
+
+
+class Letters:
+    """A tokenizer of three letters, and nothing else."""
+
+    prompt_bos, bos_id, eos_id = False, 0, 0
+
+    def encode(self, text):
+        return ["abc".index(letter) for letter in text]
+
+
+def test_the_best_of_all_sequences_is_the_true_best():
+    """Over three tokens all sequences of a length can be ranked: their probabilities make 1, the first is the most
+    probable, and what is best step by step is not."""
+    config = ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=2, vocab_size=3, max_position_embeddings=16)
+    rng = np.random.default_rng(14)
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.5, x.shape), jnp.float32), abstract_model(config)[1])
+    texts = ["".join(letters) for letters in itertools.product("abc", repeat=4)]
+    ranked = rank(unstack(config, params), Letters(), "ab", texts, normalise="sum")
+    rows = np.array([Letters().encode("ab" + text) for text in texts])
+    logits = np.asarray(nnx.merge(abstract_model(config)[0], params)(rows)).astype(np.float64)
+    logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    true = np.take_along_axis(logs[:, 1:5], rows[:, 2:, None], 2).sum((1, 2))
+    assert np.exp([each.sum for each in ranked]).sum() == pytest.approx(1, abs=1e-4)
+    behind_bos = [each.parts["pmi.neutral"] for each in rank(unstack(config, params), Letters(), "ab", texts,
+                                                             scorers="pmi")]
+    assert np.exp(behind_bos).sum() == pytest.approx(1, abs=1e-4)
+    assert ranked[0].text == texts[int(true.argmax())]
+    assert [each.index for each in ranked] == np.argsort(-true, kind="stable").tolist()
+    greedy = "ab"
+    for _ in range(4):
+        greedy += "abc"[int(logs[texts.index((greedy[2:] + "aaaa")[:4]), len(greedy) - 1].argmax())]
+    assert ranked[0].text != greedy[2:], "the seed should fool the greedy choice, else this tests little"
+
+
+def test_permuted_candidates_give_permuted_results(learned, tokenizer):
+    order = [3, 0, 5, 1, 4, 2]
+    first = rank(learned.decoder, tokenizer, "The cat", CANDIDATES)
+    second = rank(learned.decoder, tokenizer, "The cat", [CANDIDATES[i] for i in order])
+    assert [each.text for each in first] == [each.text for each in second]
+    assert [each.rank for each in first] == [1, 2, 3, 4, 5, 6]
+    assert [order[each.index] for each in second] == [each.index for each in first]
+    np.testing.assert_allclose([each.score for each in first], [each.score for each in second], atol=ROUNDING)
+
+
+def test_a_ranking_tells_its_pool(learned, tokenizer):
+    ranked = rank(learned.decoder, tokenizer, "The cat", [" sat", " on", " sat", " sat", " on"])
+    assert (ranked.size, ranked.duplicates, len(ranked)) == (5, 3, 2)
+    assert ranked.weights == {"logprob": 1.0} and ranked.normalise == "per_token"
+
+
+def test_lengths_of_chinese_text_are_exact(learned, tokenizer):
+    each, = rank(learned.decoder, tokenizer, "天地", ["玄黄,好"])
+    assert each.sum == pytest.approx(each.per_char * 4) == pytest.approx(each.per_byte * 10)
+
+
+@pytest.mark.parametrize(("lengths", "limit"), [([3, 70, 5, 5, 200], 256), (list(range(1, 65)) * 20, 64), ([900], 1000),
+                                                ([7] * 5000, 16)])
+def test_blocks_are_bounded_and_of_few_shapes(lengths, limit):
+    blocks = list(scoring._blocks(lengths, limit))
+    assert sorted(i for chosen, _, _ in blocks for i in chosen) == list(range(len(lengths)))
+    for chosen, rows, width in blocks:
+        assert len(chosen) <= rows < 2 * len(chosen) and rows & (rows - 1) == 0
+        assert max(lengths[i] for i in chosen) <= width <= limit
+        assert rows * width <= scoring.BLOCK_TOKENS or rows == 1
+    assert len({block[1:] for block in blocks}) <= 6
+
+
+def test_bad_input(learned, tokenizer, monkeypatch):
+    for room in (module, scorers):
+        monkeypatch.setattr(room, "prefill", lambda *args: pytest.fail("the model began to work"))
+
     def refused(message, *args, **options):
         with pytest.raises(ValueError, match=message):
             rank(learned.decoder, tokenizer, *args, **options)
 
     refused("candidate 2 of 3 is empty", "The", [" cat", "", " dog"])
     refused("no candidates", "The", [])
+    refused("candidates=' cat' is one text", "The", " cat")
+    refused("candidate 2 of 2, .* is not Unicode", "The", [" cat", " \udc80"])
     refused("normalise='mean'", "The", [" cat"], normalise="mean")
     refused("3 candidates at temperature 0", "The", decode=DecodeConfig(num_return_sequences=3))
     refused("tokens .* 64; shorten", "The", [" cat", " mat" * 70])
     refused("tokens .* 64; shorten", "天" * 64, decode=SAMPLED)
+    refused("decode writes candidates, and 1 are given", "The", [" cat"], decode=SAMPLED)
+    refused("num_beams", "The", decode=DecodeConfig(num_beams=2, num_return_sequences=3))
+    refused("token 9999", "The", decode=dataclasses.replace(SAMPLED, suppress_tokens=(9999,)))

@@ -66,3 +66,30 @@ def test_any_split_gives_the_text_before_the_first_stop_string(seed):
         assert stream.text == min((read.split(stop)[0] for stop in stops), key=len, default=read)
     assert not any(stop in stream.text for stop in stops)
     assert text.startswith(stream.text)
+
+
+def test_tokens_that_may_become_a_stop_sequence_are_held_back():
+    pieces = [b"a", b"b", b"c", b"d"]
+    stream = TextStream(Bytes(pieces), (), [(1, 2), (1, 3, 3)])
+    assert [stream.push(token) for token in (0, 1, 1, 3, 0, 1, 2)] == ["a", "", "b", "", "bda", "", ""]
+    assert stream.stopped and stream.text == "abbda"
+    stream = TextStream(Bytes(pieces), (), [(1, 2)])
+    assert [stream.push(token) for token in (0, 1)] == ["a", ""] and stream.finish() == "b"
+    assert not stream.stopped
+
+
+def test_the_longest_stop_sequence_is_cut_off():
+    stream = TextStream(Bytes([b"a", b"b", b"c"]), (), [(2,), (1, 2)])
+    assert [stream.push(token) for token in (0, 1, 2, 0)] == ["a", "", "", ""]
+    assert stream.stopped and stream.text == "a"
+
+
+def test_stop_strings_and_sequences_together():
+    pieces = [b"x", b"ab", b"c"]
+    stream = TextStream(Bytes(pieces), ["bc"], [(1, 1)])
+    assert [stream.push(token) for token in (0, 1, 0)] == ["x", "", "abx"]
+    assert [stream.push(token) for token in (1, 2)] == ["", "a"] and stream.stopped
+    stream = TextStream(Bytes(pieces), ["bx"], [(1, 1)])
+    assert [stream.push(token) for token in (1, 1)] == ["", ""] and stream.stopped and stream.text == ""
+    stream = TextStream(Bytes(pieces), ["xx"], [(2,)])
+    assert [stream.push(token) for token in (0, 2)] == ["", "x"] and stream.stopped

@@ -1,0 +1,273 @@
+"""convert(): a GPT-2 folder of Hugging Face to a run folder of ours, and back."""
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from mtnlg_jax.config import Config, ModelConfig, OptimizerConfig, to_json, validate
+from mtnlg_jax.data.storage import is_remote
+from mtnlg_jax.decode.generate import writable
+from mtnlg_jax.interop import gpt2, vocabulary
+from mtnlg_jax.interop.shards import Shards, cast, write_shards
+from mtnlg_jax.train.checkpoint import Checkpoints, Run, load_run
+
+ORIGINALS = "huggingface"  # below a converted run: config.json and tokenizer files as they came
+DTYPES = ("source", "float32", "float16", "bfloat16")
+_ITEM = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+# Placed in a converted run.
+_CONFIG = '''"""The settings of this run, to train it further (WORKDIR is this folder):
+
+    python launch/prepare_data.py --input=TEXT --output=OUT --tokenizer=WORKDIR/tokenizer
+    python launch/pretrain.py --config=WORKDIR/config.py --set=data.path=OUT --workdir=WORKDIR
+"""
+
+from pathlib import Path
+
+from mtnlg_jax.config import Config, from_json
+
+
+def get_config() -> Config:
+    return from_json(Path(__file__).with_name("config.json").read_text())
+'''
+
+
+def convert(source: str, target: str, *, dtype: str = "source", max_shard_size: float = 5.0, which: str = "best",
+            tokenizer: str | None = None, overwrite: bool = False) -> str:
+    """Converts ``source`` to ``target`` and returns what was done, for a person. What ``source`` holds decides the
+    direction: config.json with a model_type is a model of Hugging Face's, checkpoints/ are a run of ours.
+
+    Args:
+      dtype: of the tensors written for Hugging Face: a key of DTYPES. "source" is as they came, for a run that was
+        converted and not trained since, else float32. A run of ours is float32 always.
+      max_shard_size: GB in one file.
+      which: the checkpoint of a run, "best" or "last".
+      tokenizer: path of the tokenizer of a model that comes without its own.
+      overwrite: ``target`` may hold an earlier run or model, which is replaced once the new one is whole.
+    Raises ValueError where something does not fit, FileNotFoundError or OSError where it is not there.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not known; choose one of {', '.join(DTYPES)}")
+    to_run = _holds_model(source)
+    _refuse_target(source, target, overwrite)
+    beside = f"{os.path.abspath(target)}.partial-{os.getpid()}"
+    os.makedirs(beside)
+    try:
+        if to_run:
+            report = _to_run(Path(source), Path(beside), os.fspath(target), dtype, tokenizer)
+        else:
+            if tokenizer is not None:
+                raise ValueError(f"--tokenizer={tokenizer} is for a model without one; {source} is a run, so leave it "
+                                 "out")
+            report = _to_model(source, Path(beside), dtype, max_shard_size, which)
+        _put_in_place(beside, os.path.abspath(target))
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return f"{source} -> {target}\n{report}"
+
+
+# --- Hugging Face -> ours ---------------------------------------------------------------------------------
+
+
+def read_model(folder: str | os.PathLike) -> tuple[ModelConfig, object, dict]:
+    """(shape, float32 parameters, what a way back must know) of a GPT-2 folder. Raises ValueError or
+    FileNotFoundError naming what does not fit."""
+    folder = Path(folder)
+    model = gpt2.model_of(_json(folder / "config.json"))
+    shards = Shards(folder)
+    prefixed = any(name.startswith(gpt2.PREFIX) for name in shards.shapes)
+    names = {name.removeprefix(gpt2.PREFIX) if prefixed else name: name for name in shards.shapes}
+    gpt2.refuse_other_tensors(os.fspath(folder), {name: shards.shapes[full] for name, full in names.items()}, model)
+    written_out = model.tie_embeddings and "lm_head.weight" in names
+    if written_out and not np.array_equal(shards[names["lm_head.weight"]], shards[names["wte.weight"]]):
+        raise ValueError(f"lm_head.weight of {folder} differs from wte.weight, and tie_word_embeddings is true; set "
+                         "that to false to use both, or remove lm_head.weight")
+    params = gpt2.parameters_of(model, lambda name: shards[names[name]])
+    dtypes = {name: shards.dtypes[full] for name, full in names.items() if not gpt2.BUFFERS.fullmatch(name)}
+    return model, params, {"dtypes": dtypes, "prefix": gpt2.PREFIX if prefixed else ""}
+
+
+def _to_run(source: Path, folder: Path, workdir: str, dtype: str, tokenizer_path: str | None) -> str:
+    if dtype not in ("source", "float32"):
+        raise ValueError(f"--dtype={dtype} is for tensors of Hugging Face's; a run is float32, so leave it out")
+    original = _json(source / "config.json")
+    generation = _json(source / "generation_config.json") if (source / "generation_config.json").is_file() else {}
+    model, params, origin = read_model(source)
+    tokenizer = vocabulary.tokenizer_of(tokenizer_path or source, original, generation)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ValueError(f"the tokenizer of {tokenizer_path or source} has {tokenizer.vocab_size} tokens and the model "
+                         f"vocab_size={model.vocab_size}; give --tokenizer=FOLDER of the one that it was trained with")
+    config = Config(name=source.resolve().name, model=model,
+                    optimizer=OptimizerConfig(learning_rate=5e-5, weight_decay=0.01))  # usual for training further
+    validate(config)
+    meta = {"config": json.loads(to_json(config)), "samples": 0, "metrics": {}, "huggingface": origin,
+            "identity": {"model": dataclasses.asdict(model), "tokenizer": {"sha256": tokenizer.fingerprint}}}
+    checkpoints = Checkpoints(folder / "checkpoints")
+    try:
+        checkpoints.save(0, {"params": params}, meta, wait=True)
+    finally:
+        checkpoints.close()
+    tokenizer.save(folder / "tokenizer")
+    (folder / "config.json").write_text(to_json(config))
+    (folder / "config.py").write_text(_CONFIG)
+    kept = [name for name in ("config.json", "generation_config.json", *vocabulary.FILES)
+            if (source / name).is_file() and (tokenizer_path is None or name not in vocabulary.FILES)]
+    (folder / ORIGINALS).mkdir()
+    for name in kept:
+        shutil.copyfile(source / name, folder / ORIGINALS / name)
+    ends = generation.get("eos_token_id")
+    others = f", of {ends} that generation_config.json lists" if isinstance(ends, list) and len(ends) > 1 else ""
+    return "\n".join([
+        *_report(model, tokenizer, f"from {_kinds(origin['dtypes'])} to float32, exact"),
+        f"prompts    {'begin with bos' if tokenizer.prompt_bos else 'get no bos, as there'}; the end token is "
+        f"{tokenizer.eos_id}{others}",
+        f"dropout    {model.dropout_rate:g} when training further (resid_pdrop; attention weights are not dropped)",
+        f"next       python launch/generate.py --workdir={workdir} --prompt=TEXT",
+        f"           {workdir}/config.py says how to train further"])
+
+
+# --- ours -> Hugging Face ---------------------------------------------------------------------------------
+
+
+def _to_model(workdir: str, folder: Path, dtype: str, max_shard_size: float, which: str) -> str:
+    run = load_run(workdir, which)
+    model, tokenizer = run.config.model, run.tokenizer
+    originals = Path(workdir, ORIGINALS)
+    original = _json(originals / "config.json") if (originals / "config.json").is_file() else None
+    config = gpt2.config_of(model, original)
+    written = _write_tensors(run, folder, dtype, max_shard_size)
+    kinds = set(written.values())
+    if len(kinds) == 1:
+        key = next((key for key in ("dtype", "torch_dtype") if key in (original or {})), "dtype")
+        if original is None or key in original or dtype != "source":
+            config[key] = kinds.pop()
+    if any((originals / name).is_file() for name in vocabulary.FILES):
+        copied = [name for name in ("generation_config.json", *vocabulary.FILES) if (originals / name).is_file()]
+        for name in copied:
+            shutil.copyfile(originals / name, folder / name)
+        how = "as it came"
+    else:
+        config |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id,
+                   "pad_token_id": tokenizer.pad_id}
+        files, how = vocabulary.write_tokenizer(tokenizer, model.max_position_embeddings)
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+        (folder / "generation_config.json").write_text(json.dumps(_generation(tokenizer, model), indent=2))
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return "\n".join([*_report(model, tokenizer, f"from float32 to {_kinds(written)}"), f"tokenizer  {how}",
+                      f"checkpoint of step {run.step}"])
+
+
+def _write_tensors(run: Run, folder: Path, dtype: str, max_shard_size: float) -> dict[str, str]:
+    """Writes the tensors and returns the dtype of each, by its name without prefix."""
+    model, origin = run.config.model, run.meta.get("huggingface")
+    read, shapes = gpt2.reader_of(model, run.params), gpt2.shapes_of(model)
+    prefix = gpt2.PREFIX if origin is None else origin["prefix"]
+    if origin is not None and "lm_head.weight" in origin["dtypes"] and model.tie_embeddings:
+        shapes["lm_head.weight"] = shapes["wte.weight"]
+    if dtype == "source":
+        dtypes = dict.fromkeys(shapes, "float32") if origin is None else origin["dtypes"]
+    else:
+        dtypes = dict.fromkeys(shapes, dtype)
+    names = {name if name.startswith("lm_head") else prefix + name: name for name in shapes}
+
+    def values(full):
+        name = names[full]
+        tied = name == "lm_head.weight" and model.tie_embeddings
+        return cast(name, read("wte.weight" if tied else name), dtypes[name])
+
+    sizes = {full: int(np.prod(shapes[name])) * _ITEM[dtypes[name]] for full, name in names.items()}
+    write_shards(folder, sizes, values, max_shard_size)
+    return {name: dtypes[name] for name in shapes}
+
+
+def _generation(tokenizer, model: ModelConfig) -> dict:
+    """Ours never writes special tokens or the padding of the vocabulary; this tells Hugging Face not to, either."""
+    never = np.flatnonzero(~writable(tokenizer, model.vocab_size)).tolist()
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id,
+            "suppress_tokens": never or None}
+
+
+# --- both ways --------------------------------------------------------------------------------------------
+
+
+def _holds_model(source: str) -> bool:
+    """True for a model of Hugging Face's, False for a run of ours."""
+    if is_remote(source):
+        raise ValueError(f"{source} is a URL; copy the folder here first")
+    folder = Path(source)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{source} is not a folder; give a model of Hugging Face's or a run")
+    run = (folder / "checkpoints").is_dir()
+    model = (folder / "config.json").is_file() and "model_type" in _json(folder / "config.json")
+    if run == model:
+        raise ValueError(f"{source} holds {'both' if run else 'neither'} checkpoints/ of a run "
+                         f"{'and' if run else 'nor'} config.json with a model_type of Hugging Face's; give one of them")
+    return model
+
+
+def _refuse_target(source: str, target: str, overwrite: bool) -> None:
+    if is_remote(target):
+        raise ValueError(f"{target} is a URL; convert to a local folder and copy that")
+    here, there = Path(source).resolve(), Path(target).resolve()
+    if here == there or here in there.parents or there in here.parents:
+        raise ValueError(f"--from={source} and --to={target} lie in each other; give another --to")
+    if there.exists() and not there.is_dir():
+        raise ValueError(f"{target} is a file; give another --to")
+    if there.is_dir() and any(there.iterdir()):
+        if not overwrite:
+            raise ValueError(f"{target} is not empty; give --overwrite to replace it, or another --to")
+        if not (there / "config.json").is_file():
+            raise ValueError(f"{target} is neither a run nor a model, so --overwrite does not replace it; give another "
+                             "--to")
+
+
+def _put_in_place(beside: str, target: str) -> None:
+    """The old folder is moved aside and deleted last: at any moment one of the two is whole."""
+    for folder, _, names in os.walk(beside):
+        for path in (*(os.path.join(folder, name) for name in names), folder):
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+    old = f"{target}.old-{os.getpid()}"
+    if os.path.isdir(target):
+        os.rename(target, old)
+    try:
+        os.rename(beside, target)
+    except OSError:
+        if os.path.isdir(old):
+            os.rename(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _json(path: Path) -> dict:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; copy the whole folder")
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}); copy it anew") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__} of JSON, not an object; copy it anew")
+    return found
+
+
+def _kinds(dtypes: dict[str, str]) -> str:
+    return " and ".join(sorted(set(dtypes.values())))
+
+
+def _report(model: ModelConfig, tokenizer, numbers: str) -> list[str]:
+    rest = model.vocab_size - tokenizer.vocab_size
+    padding = f"; {rest} more rows, kept as they are, are never written" if rest > 0 else ""
+    head = "tied" if model.tie_embeddings else "of its own"
+    return [f"model      {model.parameter_count():,} parameters, {model.num_layers} layers of width "
+            f"{model.hidden_size}, {model.num_attention_heads} heads, output embedding {head}",
+            f"numbers    {numbers}",
+            f"vocabulary {model.vocab_size:,} rows for {tokenizer.vocab_size:,} tokens{padding}"]
