@@ -27,6 +27,9 @@ setup(
         "tokenizers>=0.22,<0.24",
         "safetensors>=0.8,<0.9",
         "sacrebleu>=2.6,<3",
+        "rouge-score>=0.1.2,<0.2",
+        # Not rank_bm25: no release since 2022. This one needs NumPy alone.
+        "bm25s>=0.3.16,<0.4",
         "numpy>=2.2,<3",
         "pyarrow>=21",
         "zstandard>=0.23,<1",

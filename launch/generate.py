@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import json
 import sys
+import time
 import unicodedata
 
 from absl import flags
@@ -49,6 +50,12 @@ _GUESSES = flags.DEFINE_integer("guesses", 5, "tokens shown for each mask", lowe
 _STREAM = flags.DEFINE_bool("stream", None, "write text as it comes; default: on a terminal")
 _JSON = flags.DEFINE_bool("json", False, "print one JSON object")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "type of products and cache")
+_WEIGHTS = flags.DEFINE_enum("weights", None, ["int8"], "hold the weights of products so; launch/evaluate.py says what "
+                             "that costs")
+_CACHE = flags.DEFINE_enum("cache", None, ["int8"], "hold keys and values so")
+_DRAFT = flags.DEFINE_string("draft", None, "folder of the run of a smaller model with the same tokenizer, which "
+                             "guesses tokens that the model verifies; the text stays what it was, or as likely")
+_STATS = flags.DEFINE_bool("stats", False, "print tokens/s, what memory's speed allows, how many guesses were right")
 
 # Names of DecodeConfig; --n is its num_return_sequences.
 _SETTINGS = {
@@ -70,6 +77,10 @@ _SETTINGS = {
     "forced_eos_token_id": flags.DEFINE_integer("forced_eos_token_id", None, "the token at the longest length"),
     "stop_strings": flags.DEFINE_multi_string("stop_strings", None, "end before this text; repeat for more"),
     "max_time": flags.DEFINE_float("max_time", None, "end after so many seconds"),
+    "prompt_lookup_num_tokens": flags.DEFINE_integer("prompt_lookup_num_tokens", None, "guess so many tokens by what "
+                                                     "followed the last ones before, and verify them at once"),
+    "max_matching_ngram_size": flags.DEFINE_integer("max_matching_ngram_size", None, "last tokens that are looked up"),
+    "num_assistant_tokens": flags.DEFINE_integer("num_assistant_tokens", None, "tokens that --draft guesses at once"),
     "num_beams": flags.DEFINE_integer("num_beams", None, "beam search; with --temperature, different draws"),
     "length_penalty": flags.DEFINE_float("length_penalty", None, "of beams; above 0 long texts gain"),
     "length_penalty_type": flags.DEFINE_enum("length_penalty_type", None, ["hf", "gnmt"], "its formula"),
@@ -172,7 +183,10 @@ def _answer(prompt: str, given: dict) -> None:
     if sampling and decode.temperature == 0 and decode.num_beams == 1 and "temperature" not in given:
         decode = dataclasses.replace(decode, temperature=1.0)
     validate_decode(decode)
-    decoder = unstack(run.config.model, run.params, _DTYPE.value)
+    if _MODE.value != "generative" and (_DRAFT.value is not None or _STATS.value):
+        raise ValueError(f"--{'draft' if _DRAFT.value is not None else 'stats'} is for --mode=generative, not "
+                         f"--mode={_MODE.value}; leave it out")
+    decoder = unstack(run.config.model, run.params, _DTYPE.value, weights=_WEIGHTS.value, cache=_CACHE.value)
     ranking = functools.partial(_rank, stages=run.config.train.stages)
     answer = {"generative": _generate, "ranking": ranking, "fill": _fill}[_MODE.value]
     result = answer(decoder, run.tokenizer, prompt, decode)
@@ -183,6 +197,7 @@ def _answer(prompt: str, given: dict) -> None:
 def _generate(decoder, tokenizer, prompt, decode) -> dict:
     from mtnlg_jax.decode.generate import encode_prompt, generate
 
+    draft = _draft(tokenizer)
     stream = sys.stdout.isatty() if _STREAM.value is None else _STREAM.value
     # Several texts cannot be written to one terminal at once.
     stream = stream and decode.num_return_sequences == 1 and not _JSON.value
@@ -192,7 +207,9 @@ def _generate(decoder, tokenizer, prompt, decode) -> dict:
 
     if stream:
         show(0, prompt)
-    results = generate(decoder, tokenizer, [prompt], decode, on_text=show if stream else None)
+    begin = time.perf_counter()
+    results = generate(decoder, tokenizer, [prompt], decode, on_text=show if stream else None, draft=draft)
+    seconds = time.perf_counter() - begin
     for number, result in enumerate(results, 1):
         if stream:
             print()
@@ -201,7 +218,44 @@ def _generate(decoder, tokenizer, prompt, decode) -> dict:
             print(f"--- {number}{score} ---\n" * (len(results) > 1) + prompt + result.text)
         if len(encode_prompt(tokenizer, prompt)) + len(result.tokens) == decoder.context and not _JSON.value:
             print(f"(ended: the context of {decoder.context} tokens is full)", file=sys.stderr)
-    return {"sequences": [dataclasses.asdict(result) for result in results]}
+    answer = {"sequences": [dataclasses.asdict(result) for result in results]}
+    if _STATS.value:
+        # Once more, since the first call compiles.
+        begin = time.perf_counter()
+        results = generate(decoder, tokenizer, [prompt], dataclasses.replace(decode, max_time=None), draft=draft)
+        answer["stats"] = _stats(decoder, tokenizer, prompt, results, decode, time.perf_counter() - begin) | {
+            "first_seconds": round(seconds, 3)}
+        if not _JSON.value:
+            print("\n".join(f"{name}: {value}" for name, value in answer["stats"].items()), file=sys.stderr)
+    return answer
+
+
+def _draft(tokenizer):
+    from mtnlg_jax.decode.cache import unstack
+    from mtnlg_jax.train.checkpoint import load_run
+
+    if _DRAFT.value is None:
+        return None
+    run = load_run(_DRAFT.value, _CHECKPOINT.value)
+    if run.tokenizer.vocab_size != tokenizer.vocab_size or any(
+            run.tokenizer.token_bytes(i) != tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)):
+        raise ValueError(f"--draft={_DRAFT.value} was trained with another tokenizer, of {run.tokenizer.vocab_size} "
+                         f"tokens where the model's has {tokenizer.vocab_size}; give a draft with the same one")
+    return unstack(run.config.model, run.params, _DTYPE.value, weights=_WEIGHTS.value, cache=_CACHE.value)
+
+
+def _stats(decoder, tokenizer, prompt, results, decode, seconds) -> dict:
+    from mtnlg_jax.decode.generate import encode_prompt
+    from mtnlg_jax.decode.roofline import copy_bandwidth, roofline
+
+    tokens, guessed = sum(len(result.tokens) for result in results), sum(result.guessed for result in results)
+    rows = max(decode.num_return_sequences, decode.num_beams)
+    length = len(encode_prompt(tokenizer, prompt)) + decode.max_new_tokens
+    stats = {"tokens_per_second": round(tokens / seconds, 2)} | roofline(decoder, rows, length, copy_bandwidth())
+    if guessed:
+        accepted = sum(result.accepted for result in results)
+        stats |= {"guessed": guessed, "accepted": accepted, "acceptance_rate": round(accepted / guessed, 3)}
+    return stats
 
 
 def _rank(decoder, tokenizer, prompt, decode, stages) -> dict:

@@ -3,6 +3,11 @@
     python launch/prepare_data.py --output=data/python                 the embedded text, no download
     python launch/prepare_data.py --input=novels --output=data/novels --vocab_size=8000
     python launch/prepare_data.py --input=web.jsonl.zst --output=data/web --tokenizer=gpt2_files
+
+Prompts with answers, of which the answers alone are learnt, for the configs/finetune_*.py:
+
+    python launch/prepare_data.py --input=pairs.jsonl --output=data/pairs --tokenizer=RUN/tokenizer \\
+        --prompt='{title}\\n{text}\\nSummary:' --answer=' {summary}'
 """
 
 from absl import flags
@@ -19,6 +24,9 @@ _TOKENIZER = flags.DEFINE_string("tokenizer", "bpe", "bpe or unigram, to train o
 _HELDOUT = flags.DEFINE_float("heldout", 0.02, "Share of the text held out from training, 0 to 0.5.")
 _SEED = flags.DEFINE_integer("seed", 0, "Draws the held-out part and the order of the documents.")
 _TEXT_KEY = flags.DEFINE_string("text_key", "text", "Key or column of the text in JSON and Parquet.")
+_PROMPT = flags.DEFINE_string("prompt", "{prompt}", "With --answer: what is read before it.")
+_ANSWER = flags.DEFINE_string("answer", None, "Makes pairs: the answer, with {KEY} for what a JSON row holds there, "
+                              "mostly with a space in front: ' {answer}'.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a prepared data set, once the new one is whole.")
 _ON_ERROR = flags.DEFINE_enum("on_error", "raise", ["raise", "skip"], "Damaged input: stop, or drop it.")
 
@@ -26,10 +34,12 @@ _ON_ERROR = flags.DEFINE_enum("on_error", "raise", ["raise", "skip"], "Damaged i
 def main() -> None:
     info = prepare(_INPUT.value, _OUTPUT.value, vocab_size=_VOCAB_SIZE.value, tokenizer=_TOKENIZER.value,
                    heldout=_HELDOUT.value, seed=_SEED.value, text_key=_TEXT_KEY.value,
-                   on_error=_ON_ERROR.value, overwrite=_OVERWRITE.value)
+                   prompt=_PROMPT.value, answer=_ANSWER.value, on_error=_ON_ERROR.value,
+                   overwrite=_OVERWRITE.value)
     print(describe(info))
-    print(f"next       python launch/pretrain.py --config=configs/small.py --set=data.path={_OUTPUT.value} "
-          "--workdir=RUN")
+    command = ("--config=configs/small.py" if _ANSWER.value is None else
+               "--config=configs/finetune_sentiment.py, or another that fits")
+    print(f"next       python launch/pretrain.py {command} --set=data.path={_OUTPUT.value} --workdir=RUN")
 
 
 if __name__ == "__main__":

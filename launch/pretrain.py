@@ -1,5 +1,8 @@
 """Trains one run: python launch/pretrain.py --config=configs/small.py --set=data.path=OUT --workdir=RUN
 
+--init=RUN starts from the parameters of another run, or of a converted model, as to adapt it to a task: configs/
+finetune_*.py. The data must have been prepared with its tokenizer, and the config must have its model.
+
 Start it again with the same flags to go on where it stopped. On SLURM, TPU pods and GKE start it once on every host
 or for every card (launch/cluster/launch.py does); elsewhere with --coordinator=HOST:PORT --processes=N --process_id=I.
 
@@ -15,6 +18,7 @@ from mtnlg_jax import command
 _CONFIG = flags.DEFINE_string("config", None, "a file of configs/", required=True)
 _SET = flags.DEFINE_multi_string("set", [], "a value of the config, as train.steps=10; repeat for more")
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
+_INIT = flags.DEFINE_string("init", None, "folder of a run to start from: its best parameters, and nothing else of it")
 _PROGRESS = flags.DEFINE_bool("progress", True, "show a progress bar")
 _DISTRIBUTED = flags.DEFINE_enum("distributed", "auto", ["auto", "on", "off"],
                                  "join the processes that SLURM, a TPU pod or GKE tells of; on: insist on it")
@@ -34,7 +38,7 @@ def main() -> None:
 
     compat.quiet()
     compat.configure_cache()
-    config = load_config(_CONFIG.value, _SET.value)
+    config = load_config(_CONFIG.value, [*_SET.value, *([f"train.init={_INIT.value}"] if _INIT.value else [])])
     processes.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value, config.train.heartbeat_seconds,
                     _LOCAL_DEVICES.value, _DISTRIBUTED.value, _COORDINATOR_TIMEOUT.value)
     if _FLAGS.value == "on":

@@ -125,6 +125,9 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1  # on matrices only: not on norms, biases
     clip_grad_norm: float = 1.0  # 0: off
+    lora_rank: int = 0  # above 0: all parameters stay as they are, lora_targets learn a product of this rank (Hu 2021)
+    lora_alpha: float = 16.0  # the product counts lora_alpha / lora_rank
+    lora_targets: tuple[str, ...] = ("q", "v")  # of q, k, v, o (attention), in, gate, out (MLP)
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,9 @@ class StageConfig:
     masked: float = 0.0  # share of the steps with the masked objective: 0 causal, 1 masked, between: a mix
     learning_rate_scale: float = 1.0
     blend: tuple[tuple[str, float], ...] = ()  # data of this stage; empty: those of the run
+    distill: str = ""  # folder of a run with the same vocabulary: its distributions are learnt, too (Hinton 2015)
+    distill_temperature: float = 1.0  # of both distributions; above 1 what is unlikely counts more
+    distill_weight: float = 0.5  # of the teacher's distributions; the text's tokens count 1 - distill_weight
 
 
 @dataclass(frozen=True)
@@ -147,6 +153,7 @@ class TrainConfig:
     micro_batch_size: int | None = None  # sequences a device takes at once; None: all of its share
     rampup_batch_size: tuple[int, int, int] | None = None  # (start, increment, samples), as Megatron-LM
     stages: tuple[StageConfig, ...] = (StageConfig(),)
+    init: str = ""  # folder of a run, or of a converted model, whose parameters this run starts from
     seed: int = 0
     compute_dtype: str = "bfloat16"  # bfloat16 | float32; masters and sums are float32
     recompute: str = "elementwise"  # none | elementwise | mlp | projections | full: model.transformer.RECOMPUTE
@@ -201,6 +208,11 @@ class DecodeConfig:
     max_time: float | None = None  # seconds
     seed: int = 0
     num_return_sequences: int = 1
+    # Speculative decoding: so many tokens are guessed and verified at once. What is written stays the same, or drawn
+    # from the same distribution.
+    prompt_lookup_num_tokens: int = 0  # guessed by what followed the last tokens where they stood before; 0: off
+    max_matching_ngram_size: int = 2  # so many last tokens are looked up, fewer where so many are not found
+    num_assistant_tokens: int = 5  # guessed by a draft model, where there is one
     num_beams: int = 1  # 1: no beam search
     length_penalty: float = 1.0  # scores are divided by length ** length_penalty; above 0 long ones gain
     length_penalty_type: str = "hf"  # hf | gnmt: ((5 + length) / 6) ** length_penalty (Wu 2016)
@@ -484,7 +496,53 @@ def validate(config: Config) -> None:
         _within(f"{name} masked", stage.masked, 0, 1)
         _within(f"{name} fraction", stage.fraction, 0, math.inf, low_open=True, high_open=True)
         _within(f"{name} learning_rate_scale", stage.learning_rate_scale, 0, math.inf, high_open=True)
+        _validate_distillation(name, stage, mesh)
+    _validate_lora(optimizer, model, train)
     validate_batch(config, 1 if mesh.data == -1 else mesh.data)
+
+
+def _validate_distillation(name: str, stage: StageConfig, mesh: MeshConfig) -> None:
+    _within(f"{name} distill_temperature", stage.distill_temperature, 0, math.inf, low_open=True, high_open=True)
+    _within(f"{name} distill_weight", stage.distill_weight, 0, 1)
+    for key in ("distill_temperature", "distill_weight"):
+        if not stage.distill and getattr(stage, key) != getattr(StageConfig, key):
+            raise ValueError(f"{name} {key}={getattr(stage, key)} is for a teacher, and distill names none; set it to "
+                             "the folder of a run, or leave this out")
+    if stage.distill and mesh.pipe > 1:
+        raise ValueError(f"{name} distill={stage.distill} with mesh.pipe={mesh.pipe}: the teacher's layers pass "
+                         "through no pipeline; set mesh.pipe=1 and raise mesh.data, mesh.tensor or mesh.zero")
+
+
+def _validate_lora(optimizer: OptimizerConfig, model: ModelConfig, train: TrainConfig) -> None:
+    rank = optimizer.lora_rank
+    _within("optimizer.lora_rank", rank, 0, 2**31)
+    _within("optimizer.lora_alpha", optimizer.lora_alpha, 0, math.inf, low_open=True, high_open=True)
+    query, kv, mlp = model.num_attention_heads * model.head_width, model.kv_heads * model.head_width, model.mlp_width
+    widths = {"q": query, "k": kv, "v": kv, "o": query, "in": mlp, "gate": mlp, "out": mlp}
+    if model.activation != "swiglu":
+        del widths["gate"]
+    for target in optimizer.lora_targets:
+        _one_of("optimizer.lora_targets", target, tuple(widths))
+    if rank == 0:
+        for key in ("lora_targets", "lora_alpha"):
+            if getattr(optimizer, key) != getattr(OptimizerConfig, key):
+                raise ValueError(f"optimizer.{key}={getattr(optimizer, key)} is for low-rank adaptation, and "
+                                 "optimizer.lora_rank=0 is none; set that to 8, or leave this out")
+        return
+    if not optimizer.lora_targets:
+        raise ValueError(f"optimizer.lora_rank={rank} with no optimizer.lora_targets would learn nothing; name some of "
+                         f"{', '.join(widths)}")
+    for target in optimizer.lora_targets:
+        narrow = min(model.hidden_size, widths[target])
+        if rank > narrow:
+            raise ValueError(f"optimizer.lora_rank={rank} is above the rank of matrix {target!r}, "
+                             f"{model.hidden_size} x {widths[target]}; set it to {narrow} or less, mostly 4 to 64")
+    if optimizer.name != "adamw":
+        raise ValueError(f"optimizer.name={optimizer.name} is for whole matrices, and optimizer.lora_rank={rank} "
+                         "learns factors; set optimizer.name=adamw")
+    if not train.init:
+        raise ValueError(f"optimizer.lora_rank={rank} without a start would freeze parameters that know nothing; give "
+                         "--init=RUN, or optimizer.lora_rank=0")
 
 
 def validate_batch(config: Config, data_size: int) -> None:
@@ -559,6 +617,9 @@ def validate_decode(decode: DecodeConfig) -> None:
     _within("no_repeat_ngram_size", decode.no_repeat_ngram_size, 0, 2**31)
     _within("num_return_sequences", decode.num_return_sequences, 1, 2**20)
     _within("seed", decode.seed, 0, 2**32, high_open=True)
+    _within("prompt_lookup_num_tokens", decode.prompt_lookup_num_tokens, 0, 2**8)
+    _within("max_matching_ngram_size", decode.max_matching_ngram_size, 1, 2**5)
+    _within("num_assistant_tokens", decode.num_assistant_tokens, 1, 2**8)
     if decode.max_time is not None:
         _within("max_time", decode.max_time, 0, math.inf, low_open=True)
     if "" in decode.stop_strings:
@@ -604,6 +665,9 @@ def _validate_beams(decode: DecodeConfig) -> None:
             raise ValueError(f"{changed[0]} acts on beams alone, and num_beams=1; set num_beams above 1, or "
                              "leave it out")
         return
+    if decode.prompt_lookup_num_tokens:
+        raise ValueError(f"prompt_lookup_num_tokens={decode.prompt_lookup_num_tokens} guesses how one row goes on, "
+                         f"and num_beams={beams} beams go on in several ways; set one of them to its default (0, 1)")
     if decode.num_return_sequences > beams:
         raise ValueError(f"num_return_sequences={decode.num_return_sequences} is above num_beams={beams}; raise "
                          f"num_beams, or ask for at most {beams}")

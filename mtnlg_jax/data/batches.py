@@ -4,6 +4,8 @@ No state, no shuffle buffer, no number of processes: a run resumes from one inte
 computes the rows that it needs. Sample -> (source, number within the source) -> (epoch, window) -> tokens.
 """
 
+import functools
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +15,9 @@ from mtnlg_jax.data.tokens import Tokens
 _BLOCK = 1024  # samples over which the blend is exact
 _SHARE_BITS = 24  # shares are integers over 2^24: exact arithmetic up to 2^39 samples
 _ORDER, _SHIFT, _BLEND = 1, 2, 3  # what a key is for
+_NAMES = ("tokens", "segment_ids", "positions")
+
+_log = logging.getLogger(__name__)
 
 
 class Batches:
@@ -21,24 +26,28 @@ class Batches:
     A source's stream of tokens is a circle, cut into windows of S + 1 tokens that share their end tokens, so
     that an epoch predicts every token once (at the seam fewer than S a second time). Each epoch cuts at
     another place and visits the windows in another order. Each block of 1024 samples has the exact share of
-    each source; weights need not add up to 1.
+    each source; weights need not add up to 1. Pairs are no stream: their rows are those of `Packed`, each once an
+    epoch, in another order each time.
     """
 
     def __init__(self, sources: Sequence[tuple[Tokens, float]], sequence_length: int, seed: int):
         if not sources:
             raise ValueError("a blend needs at least one source")
+        if sequence_length < 1:
+            raise ValueError(f"sequence_length={sequence_length} must be at least 1")
         for tokens, weight in sources:
             if not 0 < weight < float("inf"):
                 raise ValueError(f"weight {weight} of {tokens.location} must be above 0 and finite; leave "
                                  "the source out if it is not wanted")
-            if len(tokens) < sequence_length + 1:
+            if tokens.prompt_lengths is None and len(tokens) < sequence_length + 1:
                 raise ValueError(f"{tokens.location} has {len(tokens)} tokens, sequence_length="
                                  f"{sequence_length} needs {sequence_length + 1}: shorten it or add text")
-        if sequence_length < 1:
-            raise ValueError(f"sequence_length={sequence_length} must be at least 1")
         self._sources = [tokens for tokens, _ in sources]
         self._length, self._seed = sequence_length, seed
-        self._windows = [-(-len(tokens) // sequence_length) for tokens in self._sources]
+        self._packed = [None if tokens.prompt_lengths is None else packed(tokens, sequence_length)
+                        for tokens in self._sources]
+        self._windows = [pack.count if pack else -(-len(tokens) // sequence_length)
+                         for tokens, pack in zip(self._sources, self._packed, strict=True)]
         weights = np.array([weight for _, weight in sources], float)
         # Of what the sources before left over, the share of each; the last one takes all.
         left = np.cumsum(weights[::-1])[::-1]
@@ -57,15 +66,21 @@ class Batches:
         """int32 ``tokens``, ``segment_ids``, ``positions``, each [n, S + 1], of sample numbers [n] from 0 on.
 
         ``segment_ids`` number the documents within a row from 1; ``positions`` start at 0 with each document,
-        and with the row, also where that begins inside a document.
+        and with the row, also where that begins inside a document. Where a source has pairs, ``answers`` is 1 on what
+        is to be learnt: all of plain text, and of a pair the answer and its eos.
         """
         samples = np.asarray(samples, np.int64)
         source, number = self._blend(samples)
         shape = (len(samples), self._length + 1)
-        rows = {name: np.empty(shape, np.int32) for name in ("tokens", "segment_ids", "positions")}
+        rows = {name: np.empty(shape, np.int32) for name in _NAMES}
+        if any(self._packed):
+            rows["answers"] = np.ones(shape, np.int32)
         for index in np.unique(source):
             chosen = source == index
-            windows = _windows(self._sources[index], self._starts(index, number[chosen]), shape[1])
+            if self._packed[index]:
+                windows = self._packed[index].rows(self._window(index, number[chosen])[1])
+            else:
+                windows = _windows(self._sources[index], self._starts(index, number[chosen]), shape[1])
             for name, values in windows.items():
                 rows[name][chosen] = values
         return rows
@@ -94,27 +109,86 @@ class Batches:
 
     def _starts(self, source: int, number: np.ndarray) -> np.ndarray:
         """Where in the source's stream the windows begin."""
-        count, size = self._windows[source], len(self._sources[source])
-        epoch = number // count
-        window = permute(number % count, count, _keys(self._seed, _ORDER, source, epoch))
+        size = len(self._sources[source])
+        epoch, window = self._window(source, number)
         shift = _keys(self._seed, _SHIFT, source, epoch) % np.uint64(size)
         return (window * self._length + shift.astype(np.int64)) % size
+
+    def _window(self, source: int, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Epoch and window of the source's samples ``number``."""
+        count = self._windows[source]
+        epoch = number // count
+        return epoch, permute(number % count, count, _keys(self._seed, _ORDER, source, epoch))
+
+
+class Packed:
+    """Whole pairs, as many one after another as fit into a row of S + 1 tokens; the rest of a row is token 0 of
+    segment 0. Of a pair that is longer than a row its end is kept: the beginning of the prompt is left out, with one
+    warning for all.
+
+    Raises ValueError where an answer with its eos, and one token to predict it from, is longer than a row.
+    """
+
+    def __init__(self, tokens: Tokens, sequence_length: int):
+        self._tokens, self._size = tokens, sequence_length + 1
+        ends, lengths = tokens.document_offsets[1:], np.diff(tokens.document_offsets)
+        answers = lengths - tokens.prompt_lengths
+        if answers.size and answers.max() > sequence_length:
+            worst = int(answers.argmax())
+            raise ValueError(f"{tokens.location}: the answer of pair {worst} has {answers[worst]} tokens with its end, "
+                             f"data.sequence_length={sequence_length} holds {sequence_length}; raise it to "
+                             f"{answers[worst]}, or leave such pairs out")
+        kept = np.minimum(lengths, self._size)
+        if (cut := int((kept < lengths).sum())):
+            _log.warning("%s: %d of %d prompts are cut at their beginning to fit data.sequence_length=%d",
+                         tokens.location, cut, len(lengths), sequence_length)
+        # Next fit. A pair that was cut fills its row, so that every row is one stretch of the stream.
+        total, first, rows = np.concatenate([[0], np.cumsum(kept)]), 0, []
+        while first < len(kept):
+            last = int(np.searchsorted(total, total[first] + self._size, side="right")) - 1
+            rows.append((ends[first] - kept[first], ends[last - 1]))
+            first = last
+        self._stretches = np.array(rows, np.int64).reshape(-1, 2)
+
+    @property
+    def count(self) -> int:
+        """Rows that hold all pairs once."""
+        return len(self._stretches)
+
+    def rows(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
+        """Rows of `Batches.rows`' form, with ``answers``; those beyond the last are empty."""
+        inside = numbers < self.count
+        begins, ends = self._stretches[np.where(inside, numbers, 0)].T
+        rows = {name: np.zeros((len(numbers), self._size), np.int32) for name in (*_NAMES, "answers")}
+        width = min(self._size, len(self._tokens))
+        used = (np.arange(width) < (ends - begins)[:, None]) & inside[:, None]
+        for name, values in _windows(self._tokens, begins, width).items():
+            rows[name][:, :width] = np.where(used, values, 0)
+        return rows
+
+
+packed = functools.lru_cache(maxsize=16)(Packed)
 
 
 def heldout_count(tokens: Tokens, sequence_length: int) -> int:
     """How many rows `heldout_rows` has: the last token is only predicted, no window begins there."""
     if sequence_length < 1:
         raise ValueError(f"sequence_length={sequence_length} must be at least 1")
+    if tokens.prompt_lengths is not None:
+        return packed(tokens, sequence_length).count
     return -(-max(len(tokens) - 1, 0) // sequence_length)
 
 
 def heldout_rows(tokens: Tokens, sequence_length: int, numbers: np.ndarray) -> dict[str, np.ndarray]:
-    """Rows of `Batches.rows`' form, by their numbers [n]: all of them together predict every token once.
+    """Rows of `Batches.rows`' form, by their numbers [n]: all of them together predict every token once, or of pairs
+    every answer.
 
     No window wraps; what is left over in the last one, and in rows after it, is token 0 of segment 0.
     """
+    if tokens.prompt_lengths is not None:
+        return packed(tokens, sequence_length).rows(np.asarray(numbers, np.int64))
     length, size = sequence_length, len(tokens)
-    rows = {name: np.zeros((len(numbers), length + 1), np.int32) for name in ("tokens", "segment_ids", "positions")}
+    rows = {name: np.zeros((len(numbers), length + 1), np.int32) for name in _NAMES}
     for row, start in enumerate(np.asarray(numbers, np.int64) * length):
         width = min(length + 1, size - int(start))
         if width > 1:
@@ -131,10 +205,15 @@ def _windows(tokens: Tokens, starts: np.ndarray, length: int) -> dict[str, np.nd
     document = np.searchsorted(offsets, places - size * wrapped, side="right") - 1
     # Beyond the seam documents and places go on counting, so that the first document is not taken for one
     # that the window began in.
-    begins = np.maximum(offsets[document] + size * wrapped, starts[:, None])
+    opens = offsets[document] + size * wrapped
+    begins = np.maximum(opens, starts[:, None])
+    if tokens.prompt_lengths is not None:
+        answers = {"answers": places - opens >= tokens.prompt_lengths[document]}
+    else:
+        answers = {}
     document += tokens.documents * wrapped
     return {"tokens": tokens.read_windows(starts, length), "segment_ids": document - document[:, :1] + 1,
-            "positions": places - begins}
+            "positions": places - begins, **answers}
 
 
 def permute(numbers: np.ndarray, size: int, keys: np.ndarray | np.uint64) -> np.ndarray:

@@ -15,7 +15,7 @@ import re
 import sys
 import sysconfig
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,10 +34,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Document:
-    """``source`` is the path below the folder read, with ``:line`` in files of many; never absolute."""
+    """``source`` is the path below the folder read, with ``:line`` in files of many; never absolute. Of a pair,
+    ``text`` is the answer alone and ``prompt`` what stands before it."""
 
     text: str
     source: str
+    prompt: str | None = None
 
 
 @dataclass
@@ -58,13 +60,14 @@ class _Damaged(str):
     """Why a document could not be read; stands in its place."""
 
 
-def read_documents(path: str | os.PathLike, text_key: str = "text", on_error: str = "raise",
+def read_documents(path: str | os.PathLike, text_key: str | Callable[[object], str] = "text", on_error: str = "raise",
                    report: ReadReport | None = None) -> Iterator[Document]:
     """Documents of a file, or of every readable file below a folder in the order of their relative paths.
 
     A text file is one document; JSON lines, the items of a JSON list and the rows of Parquet are one each,
     their text under ``text_key`` (a list of strings there is joined by newlines). Hidden files are skipped.
-    Memory is bounded by the longest document.
+    Memory is bounded by the longest document. A function for ``text_key``, as of `pairs.pair_maker`, makes the
+    text of each JSON value, or raises ValueError saying what is wrong with that.
 
     Raises FileNotFoundError at once, and ValueError for a file of unknown suffix that was named itself;
     later, unless ``on_error="skip"``, ValueError with the place of a damaged line or file.
@@ -122,13 +125,26 @@ def _read_files(root: Path, names: list[str], text_key: str, on_error: str,
                 report.damaged += 1
                 continue
             source = name.encode("utf-8", "replace").decode() + (f":{number}" if number else "")
-            text = _clean(text or "", source, report)
+            prompt, text = getattr(text, "prompt", None), _clean(text or "", source, report)
+            if text and prompt is not None:
+                prompt = _mend(prompt, source, report)
+                report.bytes += len(prompt.encode())
             if text:
-                yield Document(text, source)
+                yield Document(text, source, prompt)
 
 
 def _clean(text: str, source: str, report: ReadReport) -> str:
     """Valid text without control characters, or "" where nothing is left; counts what it does."""
+    text = _mend(text, source, report)
+    if not text.strip():
+        report.empty += 1
+        return ""
+    report.documents += 1
+    report.bytes += len(text.encode())
+    return text
+
+
+def _mend(text: str, source: str, report: ReadReport) -> str:
     if _SURROGATES.search(text):
         before = text.count("\ufffd")
         data = _OTHER_SURROGATES.sub("\ufffd", text).encode("utf-8", "surrogateescape")
@@ -140,17 +156,15 @@ def _clean(text: str, source: str, report: ReadReport) -> str:
     text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     text, removed = _CONTROLS.subn("", text)
     report.control_characters += removed
-    if not text.strip():
-        report.empty += 1
-        return ""
-    report.documents += 1
-    report.bytes += len(text.encode())
     return text
 
 
 def _read_file(path: Path, text_key: str) -> Iterator[tuple[int, str | None]]:
     """(number, text) of each document, number 0 for a whole file; `_Damaged` where a text should be."""
     kind, number = _kind(path.name), 0
+    if callable(text_key) and kind not in _LINES + _JSON:
+        yield 0, _Damaged("pairs are read from .jsonl, .ndjson and .json")
+        return
     try:
         if kind in _PARQUET:
             yield from _read_parquet(path, text_key)
@@ -172,6 +186,11 @@ def _decode(data: bytes) -> str:
 
 def _text_of(value, text_key: str) -> str | None:
     """The text of a JSON value: a string, or what an object holds under the key."""
+    if callable(text_key):
+        try:
+            return text_key(value)
+        except ValueError as error:
+            return _Damaged(error)
     if isinstance(value, dict):
         if text_key not in value:
             return _no_text(text_key, value)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from mtnlg_jax.data import storage
 from mtnlg_jax.data.batches import permute
 from mtnlg_jax.data.documents import Document, ReadReport, embedded_documents, read_documents
+from mtnlg_jax.data.pairs import pair_maker
 from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from mtnlg_jax.data.tokens import TokenWriter
 
@@ -29,13 +30,18 @@ _LEAST_HELDOUT_BYTES = 16_384
 
 def prepare(input_path: str | os.PathLike | None, output: str | os.PathLike, *, vocab_size: int = 8000,
             tokenizer: str = "bpe", heldout: float = 0.02, seed: int = 0, text_key: str = "text",
-            on_error: str = "raise", overwrite: bool = False, progress: bool = True) -> dict:
+            prompt: str = "{prompt}", answer: str | None = None, on_error: str = "raise", overwrite: bool = False,
+            progress: bool = True) -> dict:
     """Turn text into a folder to train from, laid out as `mtnlg_jax.data.tokens` says, and return its report.
 
     ``input_path`` is for `read_documents`; None stands for the embedded text. ``tokenizer`` is "bpe" or
     "unigram", trained on the training part with ``vocab_size``, or the path of one that exists. ``heldout``
     is the share of the text (0 to 0.5) that goes into the held-out part: documents drawn by a hash of their
     text and ``seed``, or where there are fewer than 100 the end of each, cut after a sentence.
+
+    ``answer``, a template such as " {label}" over the keys of JSON rows, makes pairs: each document is the row in the
+    template ``prompt``, then the answer, of which alone a model learns. The two are tokenized apart. Pairs with one
+    prompt are held out together, always whole.
 
     The result depends on the input and the arguments alone. It is written to ``output.partial-<process>`` and
     renamed at the end; at a URL (gs://, s3://) prepared.json, without which nothing opens it, comes last.
@@ -48,12 +54,15 @@ def prepare(input_path: str | os.PathLike | None, output: str | os.PathLike, *, 
         raise ValueError(f"heldout={heldout} must lie in 0 to 0.5")
     remote, output = storage.is_remote(output), str(output).rstrip("/")
     _check_output(input_path, output, remote, overwrite)
+    pairs = answer is not None
+    if pairs and input_path is None:
+        raise ValueError("--answer makes pairs of the rows of a JSON file; give that as --input")
     ready = None if tokenizer in ("bpe", "unigram") else load_tokenizer(tokenizer)
     report, silent = ReadReport(), None if progress else True  # None: a bar on a terminal only
     if input_path is None:
         documents = embedded_documents()
     else:
-        documents = read_documents(input_path, text_key, on_error, report)
+        documents = read_documents(input_path, pair_maker(prompt, answer) if pairs else text_key, on_error, report)
 
     # Beside the output: there is its space, and a rename within one file system is all or nothing.
     work = tempfile.mkdtemp() if remote else f"{output}.partial-{os.getpid()}"
@@ -71,7 +80,7 @@ def prepare(input_path: str | os.PathLike | None, output: str | os.PathLike, *, 
                 raise ValueError(f"{input_path} holds no text: {report.files} files read, "
                                  f"{report.skipped_files} skipped, {report.empty} documents empty, "
                                  f"{report.damaged} damaged; give a file or a folder with text in it")
-            train, held = _split(spool, heldout)
+            train, held = _split(spool, heldout, pairs)
             order = permute(np.arange(len(train)), len(train), np.uint64(seed & (1 << 64) - 1))
             parts = {"train": train[order], "heldout": held}
             if ready is None:
@@ -83,14 +92,15 @@ def prepare(input_path: str | os.PathLike | None, output: str | os.PathLike, *, 
                                   "vocab_size": ready.vocab_size},
                     "settings": {"input": str(input_path or "embedded"), "tokenizer": str(tokenizer),
                                  "vocab_size": vocab_size, "heldout": heldout, "seed": seed,
-                                 "text_key": text_key, "on_error": on_error},
+                                 "text_key": text_key, "on_error": on_error,
+                                 **({"prompt": prompt, "answer": answer} if pairs else {})},
                     "input": asdict(report)}
             with tqdm(desc="encoding", total=spool.size, unit="B", unit_scale=True, disable=silent) as bar:
                 for part, spans in parts.items():
                     place = storage.join(target, part)
                     writer = TokenWriter(place, ready.vocab_size, ready.fingerprint, seed)
-                    for tokens, size in _encode(spool, spans, ready):
-                        writer.add(tokens, size)
+                    for tokens, size, asked in _encode(spool, spans, ready, pairs):
+                        writer.add(tokens, size, asked)
                         bar.update(size)
                     info[part] = writer.finish()
             info["examples"] = [_example(ready, spool.read(*span)) for span in parts["train"][:3]]
@@ -129,7 +139,8 @@ def describe(info: dict) -> str:
     for name, part in (("train", train), ("heldout", held)):
         ratio = part["bytes"] / max(1, part["tokens"])
         lines.append(f"{name:<10} {part['documents']:,} documents, {part['bytes']:,} bytes, "
-                     f"{part['tokens']:,} tokens, {ratio:.2f} bytes/token")
+                     f"{part['tokens']:,} tokens, {ratio:.2f} bytes/token"
+                     + (f"; {part['answer_tokens']:,} tokens are answers" if "answer_tokens" in part else ""))
     if not held["tokens"]:
         lines.append("           nothing is held out: there will be no held-out loss")
     lines += ["for example", *("           " + "|".join(pieces) for pieces in info["examples"])]
@@ -142,7 +153,7 @@ class _Spool:
     def __init__(self, path: str, seed: int):
         self.path, self.size = path, 0
         self._key = str(seed).encode()
-        self._ends, self._hashes = array("q"), array("Q")
+        self._ends, self._answers, self._hashes = array("q"), array("q"), array("Q")
         self._file = open(path, "w+b")
 
     def __enter__(self) -> "_Spool":
@@ -156,35 +167,37 @@ class _Spool:
 
     def fill(self, documents: Iterable[Document]) -> None:
         for document in documents:
-            data = document.text.encode()
-            self._file.write(data)
-            self.size += len(data)
+            data, prompt = document.text.encode(), (document.prompt or "").encode()
+            self._file.write(prompt + data)
+            self._answers.append(self.size + len(prompt))
+            self.size += len(prompt) + len(data)
             self._ends.append(self.size)
-            digest = hashlib.blake2b(data, digest_size=8, key=self._key).digest()
+            known = data if document.prompt is None else prompt
+            digest = hashlib.blake2b(known, digest_size=8, key=self._key).digest()
             self._hashes.append(int.from_bytes(digest, "little"))
         self._file.flush()
 
     def spans(self) -> np.ndarray:
-        """[documents, 2] int64: where each text starts and stops."""
+        """[documents, 3] int64: where each text starts and stops, and where the answer of a pair starts."""
         ends = np.array(self._ends, np.int64)
-        return np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1)
+        return np.stack([np.concatenate([[0], ends[:-1]]), ends, np.array(self._answers, np.int64)], axis=1)
 
     def hashes(self) -> np.ndarray:
         return np.array(self._hashes, np.uint64)
 
-    def read(self, start: int, stop: int) -> str:
+    def read(self, start: int, stop: int, answer: int | None = None) -> str:
         self._file.seek(start)
         return self._file.read(stop - start).decode()
 
 
-def _split(spool: _Spool, share: float) -> tuple[np.ndarray, np.ndarray]:
+def _split(spool: _Spool, share: float, pairs: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """The spans of the training part and of the held-out part."""
     spans, hashes = spool.spans(), spool.hashes()
     sizes = spans[:, 1] - spans[:, 0]
     wanted = max(share * spool.size, min(_LEAST_HELDOUT_BYTES, spool.size / 10))
     if share == 0:
         return spans, spans[:0]
-    if len(spans) >= _MANY_DOCUMENTS:
+    if pairs or len(spans) >= _MANY_DOCUMENTS:
         order = np.argsort(hashes, kind="stable")
         order = order[sizes[order] <= wanted]  # one long document is not to be all of it
         count = np.searchsorted(np.cumsum(sizes[order]), wanted, side="right")
@@ -192,14 +205,15 @@ def _split(spool: _Spool, share: float) -> tuple[np.ndarray, np.ndarray]:
             # By the hash and not by the place: copies of one text stay on one side.
             held = (hashes <= hashes[order[count - 1]]) & (sizes <= wanted)
             return spans[~held], spans[held]
-    train, held = spans.copy(), spans.copy()
-    for index, (start, stop) in enumerate(spans):
+    train, held = spans.copy(), spans.copy() if not pairs else spans[:0]
+    for index, (start, stop, _) in enumerate(held):
         text = spool.read(start, stop)
         train[index, 1] = held[index, 0] = start + len(text[: _cut(text, wanted / spool.size)].encode())
     held = held[held[:, 0] < held[:, 1]]
-    if not len(held) and len(spans) > 1:  # only short ones
+    if not len(held) and len(set(hashes.tolist()) if pairs else spans) > 1:  # only short ones
         least = np.argmin(hashes)
-        return np.delete(spans, least, axis=0), spans[least : least + 1]
+        chosen = hashes == hashes[least] if pairs else np.arange(len(spans)) == least
+        return spans[~chosen], spans[chosen]
     return train, held
 
 
@@ -217,8 +231,10 @@ def _cut(text: str, share: float) -> int:
     return target
 
 
-def _encode(spool: _Spool, spans: np.ndarray, tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, int]]:
-    """(<bos> text <eos>, bytes of the text) of each span, some megabytes of text at a time."""
+def _encode(spool: _Spool, spans: np.ndarray, tokenizer: Tokenizer,
+            pairs: bool) -> Iterator[tuple[np.ndarray, int, tuple[int, int] | None]]:
+    """(<bos> text <eos>, bytes of the text, of a pair tokens and bytes of the prompt) of each span, some megabytes of
+    text at a time."""
     first = 0
     while first < len(spans):
         last, size = first, 0
@@ -226,9 +242,17 @@ def _encode(spool: _Spool, spans: np.ndarray, tokenizer: Tokenizer) -> Iterator[
             size += spans[last, 1] - spans[last, 0]
             last += 1
         chosen = spans[first:last]
-        encoded = tokenizer.encode_batch([spool.read(*span) for span in chosen], threads=os.cpu_count() or 1)
-        for (start, stop), ids in zip(chosen, encoded, strict=True):
-            yield np.array([tokenizer.bos_id, *ids, tokenizer.eos_id]), int(stop - start)
+        threads = os.cpu_count() or 1
+        if pairs:
+            prompts = tokenizer.encode_batch([spool.read(start, middle) for start, _, middle in chosen], threads)
+            answers = tokenizer.encode_batch([spool.read(middle, stop) for _, stop, middle in chosen], threads)
+            for (start, stop, middle), ids, more in zip(chosen, prompts, answers, strict=True):
+                yield (np.array([tokenizer.bos_id, *ids, *more, tokenizer.eos_id]), int(stop - start),
+                       (1 + len(ids), int(middle - start)))
+        else:
+            encoded = tokenizer.encode_batch([spool.read(*span) for span in chosen], threads)
+            for (start, stop, _), ids in zip(chosen, encoded, strict=True):
+                yield np.array([tokenizer.bos_id, *ids, tokenizer.eos_id]), int(stop - start), None
         first = last
 
 

@@ -5,7 +5,7 @@ A prepared data set is a folder (or a URL below gs://, s3://):
     prepared.json   the fingerprint of it all, the settings, the counts; written last
     tokenizer/      what `load_tokenizer` reads
     train/          tokens (uint16, or uint32 above 65,536 pieces), document_offsets (int64, documents + 1),
-    heldout/        meta.json
+    heldout/        meta.json; of prompts with answers also prompt_lengths (int64, documents)
 
 Each document begins with bos and ends with eos also where both are one token, as <|endoftext|> is in GPT-2:
 attention does not leave the document, so its first word needs something to be predicted from. (Megatron's own
@@ -40,15 +40,20 @@ class TokenWriter:
         self._array = _create(storage.join(location, "tokens"), self._dtype)
         self._buffer, self._filled, self._written = np.empty(_SHARD, self._dtype), 0, 0
         self._offsets, self._bytes, self._digest = array("q", [0]), 0, hashlib.sha256()
+        self._prompts, self._prompt_bytes = array("q"), 0
 
-    def add(self, tokens: np.ndarray, text_bytes: int) -> None:
-        """One document, with its bos and eos; ``text_bytes`` is the length of its text as UTF-8."""
+    def add(self, tokens: np.ndarray, text_bytes: int, prompt: tuple[int, int] | None = None) -> None:
+        """One document, with its bos and eos; ``text_bytes`` is the length of its text as UTF-8. ``prompt``: tokens
+        (with bos) and bytes of a pair's first part; all documents are pairs, or none."""
         tokens = np.asarray(tokens)
         if tokens.size == 0 or tokens.min() < 0 or tokens.max() >= self._meta["vocab_size"]:
             raise ValueError(f"document {len(self._offsets) - 1} is empty or has tokens outside the "
                              f"vocabulary of {self._meta['vocab_size']}")
         self._offsets.append(self._offsets[-1] + tokens.size)
         self._bytes += text_bytes
+        if prompt is not None:
+            self._prompts.append(prompt[0])
+            self._prompt_bytes += prompt[1]
         while tokens.size:
             part = tokens[: _SHARD - self._filled]
             self._buffer[self._filled : self._filled + part.size] = part
@@ -65,7 +70,15 @@ class TokenWriter:
         stored.write(offsets).result()
         self._digest.update(offsets.tobytes())
         meta = {"dtype": self._dtype.name, "tokens": self._offsets[-1], "documents": offsets.size - 1,
-                "bytes": self._bytes, **self._meta, "sha256": self._digest.hexdigest()}
+                "bytes": self._bytes, **self._meta}
+        if self._prompts:
+            prompts = np.array(self._prompts, "<i8")
+            stored = _create(storage.join(self._location, "prompt_lengths"), prompts.dtype, prompts.size)
+            stored.write(prompts).result()
+            self._digest.update(prompts.tobytes())
+            meta |= {"answer_tokens": self._offsets[-1] - int(prompts.sum()),  # with their eos
+                     "answer_bytes": self._bytes - self._prompt_bytes}
+        meta["sha256"] = self._digest.hexdigest()
         storage.write_file(self._location, "meta.json", json.dumps(meta, indent=1).encode())
         return meta
 
@@ -84,11 +97,13 @@ class Tokens:
     """The tokens of one part (train or heldout); `open_tokens` makes it. ``len`` counts tokens.
 
     ``document_offsets`` [documents + 1] int64: document i is tokens ``offsets[i]`` to ``offsets[i + 1]``.
+    ``prompt_lengths`` [documents] int64: with how many tokens of a pair its answer is asked for; None for plain text.
     """
 
     def __init__(self, location: str, meta: dict, array: tensorstore.TensorStore,
-                 document_offsets: np.ndarray):
+                 document_offsets: np.ndarray, prompt_lengths: np.ndarray | None = None):
         self.location, self.meta, self.document_offsets = location, meta, document_offsets
+        self.prompt_lengths = prompt_lengths
         self._array = array
 
     def __len__(self) -> int:
@@ -97,6 +112,13 @@ class Tokens:
     @property
     def documents(self) -> int:
         return self.meta["documents"]
+
+    @property
+    def predicted(self) -> tuple[int, int]:
+        """Tokens that are learnt, and the UTF-8 bytes that they stand for: all but bos, or the answers of pairs."""
+        if self.prompt_lengths is not None:
+            return self.meta["answer_tokens"], self.meta["answer_bytes"]
+        return self.meta["tokens"] - self.meta["documents"], self.meta["bytes"]
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop), of the dtype on disk; 0 <= start <= stop <= len."""
@@ -137,6 +159,9 @@ def open_tokens(location: str | os.PathLike) -> Tokens:
         tokens, documents, dtype = meta["tokens"], meta["documents"], meta["dtype"]
         stored = _open(storage.join(location, "tokens"))
         offsets = _open(storage.join(location, "document_offsets")).read().result()
+        prompts = None
+        if "answer_tokens" in meta:
+            prompts = _open(storage.join(location, "prompt_lengths")).read().result()
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(location, storage.first_line(error)) from None
     if stored.shape != (tokens,) or stored.dtype.name != dtype:
@@ -145,7 +170,10 @@ def open_tokens(location: str | os.PathLike) -> Tokens:
     whole = offsets.shape == (documents + 1,) and offsets[0] == 0 and offsets[-1] == tokens
     if not whole or (np.diff(offsets) < 1).any():
         raise _damaged(location, f"document_offsets do not divide {tokens} tokens into {documents} documents")
-    return Tokens(location, meta, stored, offsets)
+    if prompts is not None and (prompts.shape != (documents,) or not
+                                ((0 < prompts) & (prompts < np.diff(offsets))).all()):
+        raise _damaged(location, f"prompt_lengths do not fit {documents} documents")
+    return Tokens(location, meta, stored, offsets, prompts)
 
 
 def read_prepared(location: str | os.PathLike) -> dict:

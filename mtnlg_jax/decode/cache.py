@@ -14,15 +14,18 @@ import numpy as np
 from flax import nnx
 
 from mtnlg_jax.config import ModelConfig
+from mtnlg_jax.decode.weights import RowWeight, on_cpu, quantise, rows_of
 from mtnlg_jax.model.attention import attention, decode_attention
 from mtnlg_jax.model.transformer import abstract_model
 
 
 class Decoder(NamedTuple):
-    """A model ready to decode: its shape, and as parameters (all but the blocks, a tuple of blocks)."""
+    """A model ready to decode: its shape, and as parameters (all but the blocks, a tuple of blocks) and, where it is
+    quantised, the head."""
 
     config: ModelConfig
-    params: tuple[Any, tuple[Any, ...]]
+    params: tuple[Any, ...]
+    int8_cache: bool = False  # of what rows are written behind
 
     @property
     def context(self) -> int:
@@ -47,40 +50,76 @@ def _graphs(config: ModelConfig):
     return nnx.split(model)[0], block_graph
 
 
-def unstack(config: ModelConfig, params, dtype="float32") -> Decoder:
+def unstack(config: ModelConfig, params, dtype="float32", *, weights: str | None = None,
+            cache: str | None = None) -> Decoder:
     """The decoder of trained parameters: the scanned blocks come apart once, since a cache that runs through
     a scan over layers is copied in every step.
 
     Args:
       params: as ``init_parameters`` or a checkpoint gives them, blocks with a leading L.
       dtype: "float32" or "bfloat16", of parameters, products and cache; float32 stay softmax, norms, logits.
+      weights: None, or "int8": of products, head included, with a scale for each output; see weights.py.
+      cache: None, or "int8": of what rows (not beams) are written behind, with a scale for each token and head.
     """
     if str(jnp.dtype(dtype)) not in ("float32", "bfloat16"):
         raise ValueError(f"dtype={dtype!r} cannot decode; choose float32 or bfloat16")
-    return Decoder(config, _unstack(params, config=config, dtype=str(jnp.dtype(dtype))))
+    for name, value in (("weights", weights), ("cache", cache)):
+        if value not in (None, "int8"):
+            raise ValueError(f"{name}={value!r} is not known; give int8, or leave it out for what dtype says")
+    params = _unstack(params, config=config, dtype=str(jnp.dtype(dtype)), weights=weights, rows=by_rows(dtype))
+    return Decoder(config, params, cache == "int8")
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype"))
-def _unstack(params, *, config, dtype):
-    model = nnx.merge(abstract_model(config)[0], jax.tree.map(lambda x: x.astype(dtype), params))
-    stacked, model.blocks = nnx.split(model.blocks)[1], None
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "weights", "rows"))
+def _unstack(params, *, config, dtype, weights=None, rows=False):
+    """``rows``: floats, too, as RowWeights; a mesh splits arrays alone, by their names."""
+    int8 = weights == "int8"
+    graph = abstract_model(config)[0]
+    model, rounded = nnx.merge(graph, params), nnx.merge(graph, jax.tree.map(lambda x: x.astype(dtype), params))
+    exact, stacked = (nnx.split(each.blocks)[1] for each in (model, rounded))
+    head_VD = model.head()
+    rounded.blocks = None
 
     def layer(number):
-        return jax.tree.map(lambda x: x[number], stacked)
+        exact_layer, layer = (jax.tree.map(lambda x: x[number], each) for each in (exact, stacked))
+        if not (int8 or rows):
+            return layer
+        blocks = [nnx.merge(_graphs(config)[1], each) for each in (exact_layer, layer)]
+        for part, ours in zip(*((block.attention, block.mlp) for block in blocks), strict=True):
+            for name in [name for name, value in vars(part).items() if name.startswith("w_") and value is not None]:
+                inputs = 2 if name == "w_o_NHD" else 1
+                setattr(ours, name, nnx.Param(rows_of(getattr(part, name)[...], inputs, int8, dtype)))
+        return nnx.split(blocks[1])[1]
 
-    return nnx.split(model)[1], tuple(map(layer, range(config.num_layers)))
+    layers = tuple(map(layer, range(config.num_layers)))
+    if not int8:
+        return nnx.split(rounded)[1], layers
+    if rounded.head_VD is not None:  # the third part is all that is used
+        rounded.head_VD = nnx.Param(jnp.zeros((0, head_VD.shape[1]), dtype))
+    return nnx.split(rounded)[1], layers, rows_of(head_VD, 1, int8, dtype, outputs_first=True)
+
+
+def by_rows(dtype) -> bool:
+    """Whether float weights, too, are best held as RowWeights."""
+    return str(jnp.dtype(dtype)) == "bfloat16" and on_cpu()
 
 
 def run_layers(config: ModelConfig, params, tokens_BS, positions_BS, attend: Callable):
     """(hidden states after the final norm (B, S, D), head (V, D)); ``attend(layer, q, k, v)`` is layer
     ``layer``'s attention over whatever keys there are."""
+    x_BSD, head = _run(config, params, tokens_BS, positions_BS, attend)
+    return x_BSD, head.array(x_BSD.dtype) if isinstance(head, RowWeight) else head
+
+
+def _run(config: ModelConfig, params, tokens_BS, positions_BS, attend: Callable):
+    """``run_layers``, with the head as it is held."""
     outer_graph, block_graph = _graphs(config)
-    outer, layers = params
+    outer, layers, *head = params
     model = nnx.merge(outer_graph, outer)
     x_BSD = model.embed(tokens_BS, positions_BS)
     for number, layer in enumerate(layers):
         x_BSD = nnx.merge(block_graph, layer)(x_BSD, positions_BS, functools.partial(attend, number))
-    return model.final_norm(x_BSD), model.head()
+    return model.final_norm(x_BSD), head[0] if head else model.head()
 
 
 def bucket(length: int, limit: int) -> int:
@@ -123,9 +162,9 @@ def _prefill(params, tokens_BS, lengths_B, *, config, size):
         cache.append(tuple(jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, more), (0, 0))) for x in (k, v)))
         return attention(q, k, v, impl=config.attention_impl)
 
-    x_BSD, head_VD = run_layers(config, params, tokens_BS, positions_BS, attend)
+    x_BSD, head = _run(config, params, tokens_BS, positions_BS, attend)
     last_BD = jnp.take_along_axis(x_BSD, (lengths_B - 1)[:, None, None], 1)[:, 0]
-    return Prefix(jnp.pad(tokens_BS, ((0, 0), (0, more))), lengths_B, _logits(last_BD, head_VD), tuple(cache))
+    return Prefix(jnp.pad(tokens_BS, ((0, 0), (0, more))), lengths_B, _logits(last_BD, head), tuple(cache))
 
 
 def step(config: ModelConfig, params, cache, tokens_B, positions_B):
@@ -133,12 +172,39 @@ def step(config: ModelConfig, params, cache, tokens_B, positions_B):
     written = []
 
     def attend(layer, q, k, v):
-        k_cache, v_cache = (_write(cache[layer][0], k, positions_B), _write(cache[layer][1], v, positions_B))
-        written.append((k_cache, v_cache))
-        return decode_attention(q[:, 0], k_cache, v_cache, positions_B + 1)[:, None]
+        written.append(_write(cache[layer], k, v, positions_B[:, None]))
+        return _look(q[:, 0], written[-1], positions_B + 1)[:, None]
 
-    x_BSD, head_VD = run_layers(config, params, tokens_B[:, None], positions_B[:, None], attend)
-    return _logits(x_BSD[:, 0], head_VD), tuple(written)
+    x_BSD, head = _run(config, params, tokens_B[:, None], positions_B[:, None], attend)
+    return _logits(x_BSD[:, 0], head), tuple(written)
+
+
+def read(config: ModelConfig, params, cache, tokens_BT, starts_B):
+    """Reads T tokens a row, from position ``starts_B`` on, of which none needs to be kept: what is not advanced over
+    is never seen and is overwritten. What lies past the cache is not written, and its logits mean nothing.
+
+    Returns: float32 logits behind each of them (B, T, V), the cache with them."""
+    length = tokens_BT.shape[1]
+    positions_BT = starts_B[:, None] + jnp.arange(length)
+    written = []
+
+    def attend(layer, q, k, v):
+        # Before the cache, the T queries of a row are so many more query heads; among themselves they are causal.
+        batch, _, heads, width = q.shape
+        kv_heads = k.shape[2]
+        grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, width).transpose(0, 2, 1, 3, 4)
+        o_old, lse_old = _look(grouped.reshape(batch, -1, width), cache[layer], starts_B, return_lse=True)
+        o_old = o_old.reshape(grouped.shape).transpose(0, 2, 1, 3, 4).reshape(q.shape)
+        lse_old = lse_old.reshape(grouped.shape[:-1]).transpose(0, 2, 1, 3).reshape(q.shape[:-1])
+        written.append(_write(cache[layer], k, v, positions_BT))
+        own = (as_cached(k), as_cached(v)) if len(cache[layer]) == 4 else (k, v)
+        o_own, lse_own = attention(q, *own, return_lse=True)
+        share = jax.nn.sigmoid(lse_old - lse_own.swapaxes(1, 2))[..., None]  # of the softmax's sum
+        return (share * o_old + (1 - share) * o_own).astype(q.dtype)
+
+    places_BT = jnp.minimum(positions_BT, config.max_position_embeddings - 1)
+    x_BTD, head = _run(config, params, tokens_BT, places_BT, attend)
+    return _logits(x_BTD, head), tuple(written)
 
 
 def next_logits(config: ModelConfig, params, prefix: Prefix, cache, sources_GPK, tokens_GPKW, written):
@@ -192,8 +258,8 @@ def step_beams(config: ModelConfig, params, prompt_cache, prompts_P, cache, sour
         share = jax.nn.sigmoid(lse_shared - lse_own)[..., None]  # of the softmax's sum
         return (share * o_shared + (1 - share) * o_own).astype(q.dtype)[:, None]
 
-    x_RSD, head_VD = run_layers(config, params, tokens_GPK.reshape(rows, 1), positions_R[:, None], attend)
-    return _logits(x_RSD[:, 0], head_VD).reshape(groups, prompts, beams, -1), tuple(written)
+    x_RSD, head = _run(config, params, tokens_GPK.reshape(rows, 1), positions_R[:, None], attend)
+    return _logits(x_RSD[:, 0], head).reshape(groups, prompts, beams, -1), tuple(written)
 
 
 def empty_beams(prompt_cache, rows: int, size: int):
@@ -204,12 +270,43 @@ def empty_beams(prompt_cache, rows: int, size: int):
     return jax.tree.map(empty, prompt_cache)
 
 
-def _write(cache_BKSH, new_BSKH, positions_B):
-    rows_B = jnp.arange(cache_BKSH.shape[0])
-    written = cache_BKSH.at[rows_B, :, positions_B].set(new_BSKH[:, 0].astype(cache_BKSH.dtype))
+def to_int8(cache):
+    """A float cache as int8 with one scale for each token and head: layers (k, v, k_scale, v_scale)."""
+    def layer(k, v):
+        (k, k_scale), (v, v_scale) = quantise(k, -1), quantise(v, -1)
+        return k, v, k_scale, v_scale
+
+    return tuple(layer(*pair) for pair in cache)
+
+
+def as_cached(x):
+    """Keys or values (..., H) as they are once read from an int8 cache."""
+    number, scale = quantise(x, -1)
+    return (number * scale[..., None]).astype(x.dtype)
+
+
+def _look(q_BNH, layer, lengths_B, **options):
+    k, v, *scales = layer
+    names = dict(zip(("k_scale", "v_scale"), scales, strict=False))
+    return decode_attention(q_BNH, k, v, lengths_B, **names, **options)
+
+
+def _write(layer, k_BTKH, v_BTKH, positions_BT):
+    """The cache of a layer with new keys and values; positions past it are not written."""
+    new = k_BTKH, v_BTKH
+    if len(layer) == 4:
+        (k, k_scale), (v, v_scale) = (quantise(x, -1) for x in new)
+        new = k, v, k_scale, v_scale
+    rows_B1 = jnp.arange(positions_BT.shape[0])[:, None]
     # Unhindered, XLA:CPU writes a second time inside the attention's fusion, and so copies the whole cache.
-    return jax.lax.optimization_barrier(written)
+    return tuple(jax.lax.optimization_barrier(old.at[rows_B1, :, positions_BT].set(x.astype(old.dtype), mode="drop"))
+                 for old, x in zip(layer, new, strict=True))
 
 
-def _logits(x_BD, head_VD):
-    return jnp.einsum("BD,VD->BV", x_BD, head_VD, preferred_element_type=jnp.float32)
+def _logits(x, head):
+    """float32 logits (..., V) of hidden states (..., D)."""
+    if not isinstance(head, RowWeight):
+        if not by_rows(head.dtype):
+            return jnp.einsum("...D,VD->...V", x, head, preferred_element_type=jnp.float32)
+        head = rows_of(head, 1, False, head.dtype, outputs_first=True)
+    return head.float32(x)

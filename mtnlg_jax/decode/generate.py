@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from mtnlg_jax.config import DecodeConfig, validate_decode
-from mtnlg_jax.decode.cache import Decoder, Prefix, bucket, capacity, prefill, step
+from mtnlg_jax.decode.cache import Decoder, Prefix, bucket, capacity, prefill, step, to_int8
 from mtnlg_jax.decode.processors import choose, process
 from mtnlg_jax.decode.rows import check_tokens, ends_of, rows_and_families, stopped
 from mtnlg_jax.decode.stopping import TextStream
@@ -33,12 +33,14 @@ class Generated:
     finish_reason: str  # "stop": end token or stop; "length": max_new_tokens or the context's end; "timeout": max_time
     logprobs: tuple[float, ...]  # of ``tokens``, natural logarithm, of the model's own distribution
     score: float | None = None  # of beams: what they are sorted by, as sequences_scores of Hugging Face
+    guessed: int = 0  # tokens that speculative decoding guessed
+    accepted: int = 0  # those of them that stand in the row
 
 
 class State(NamedTuple):
     """What changes from step to step; donated, so that the cache stays in its place."""
 
-    cache: tuple[tuple[jax.Array, jax.Array], ...]
+    cache: tuple[tuple[jax.Array, ...], ...]
     tokens_BS: jax.Array  # prompt and continuation
     logprobs_BS: jax.Array
     lengths_B: jax.Array  # known tokens; the last one is not in the cache yet
@@ -62,7 +64,7 @@ def encode_prompt(tokenizer, text: str) -> list[int]:
 
 def generate(decoder: Decoder, tokenizer, prompts: Sequence[str | Sequence[int]],
              decode: DecodeConfig | Sequence[DecodeConfig], *, constraint: Callable | None = None,
-             on_text: Callable[[int, str], None] | None = None) -> list[Generated]:
+             on_text: Callable[[int, str], None] | None = None, draft: Decoder | None = None) -> list[Generated]:
     """Continuations of ``prompts``, num_return_sequences of the first, then of the second ...
 
     Args:
@@ -72,6 +74,8 @@ def generate(decoder: Decoder, tokenizer, prompts: Sequence[str | Sequence[int]]
         for a grammar. See ``Families``. Where it allows none, the row ends.
       on_text: called with (index in the result, text) as text comes; pieces joined are the result's text. Of beams
         it comes at the end, when the best are known.
+      draft: a smaller model with the same tokens, which guesses num_assistant_tokens at a time for ``decoder`` to
+        verify at once: faster where it guesses well and the batch is small. See speculative.py.
     Raises ValueError, before any work, on settings out of range or in conflict, ids outside the vocabulary and a
     prompt longer than the context. Specials (but ends and forced tokens) and the padding of the vocabulary are never
     written. The i-th sequence of a prompt draws with seed + i; beams are one draw with seed. Beams may be fewer than
@@ -85,6 +89,7 @@ def generate(decoder: Decoder, tokenizer, prompts: Sequence[str | Sequence[int]]
     for each in configs:
         validate_decode(each)
         check_tokens(each, decoder.config.vocab_size)
+    check_draft(decoder, draft, configs)
     if not prompts:
         return []
     check_context(decoder, max(map(len, prompts)))
@@ -94,7 +99,27 @@ def generate(decoder: Decoder, tokenizer, prompts: Sequence[str | Sequence[int]]
     if rows:  # the new tokens of beams are kept apart from their prompt
         size = capacity(max(longest, *rows), decoder.context)
     prefix = prefill(decoder, prompts, size)
-    return continue_prefix(decoder, tokenizer, prefix, configs, on_text, constraint)
+    return continue_prefix(decoder, tokenizer, prefix, configs, on_text, constraint, draft)
+
+
+def check_draft(decoder: Decoder, draft: Decoder | None, configs: Sequence[DecodeConfig]) -> None:
+    """Raises ValueError where ``draft`` cannot guess for ``decoder`` under these settings."""
+    if draft is None:
+        return
+    ours, theirs = decoder.config.vocab_size, draft.config.vocab_size
+    if theirs != ours:
+        raise ValueError(f"the draft model has a vocabulary of {theirs} tokens and the model one of {ours}; give a "
+                         "draft that was trained with the model's tokenizer, or none")
+    if draft.context < decoder.context:
+        raise ValueError(f"the draft model's context holds {draft.context} tokens and the model's {decoder.context}; "
+                         "give a draft with at least as many positions, or none")
+    for config in configs:
+        if config.num_beams > 1:
+            raise ValueError(f"a draft model guesses how one row goes on, and num_beams={config.num_beams} beams "
+                             "go on in several ways; set num_beams=1, or give no draft model")
+        if config.prompt_lookup_num_tokens:
+            raise ValueError(f"both a draft model and prompt_lookup_num_tokens={config.prompt_lookup_num_tokens} would "
+                             "guess; give no draft model, or set prompt_lookup_num_tokens=0")
 
 
 def check_context(decoder: Decoder, length: int, what: str = "the prompt") -> None:
@@ -105,13 +130,16 @@ def check_context(decoder: Decoder, length: int, what: str = "the prompt") -> No
 
 def continue_prefix(decoder: Decoder, tokenizer, prefix: Prefix, configs: Sequence[DecodeConfig],
                     on_text: Callable[[int, str], None] | None = None,
-                    constraint: Callable | None = None) -> list[Generated]:
+                    constraint: Callable | None = None, draft: Decoder | None = None) -> list[Generated]:
     """``generate`` from prompts that are read already; ``prefix`` stays usable."""
     from mtnlg_jax.decode import beam, stochastic  # which need what stands here
 
     kinds = [(c.num_beams, c.num_beam_groups, c.temperature > 0) if c.num_beams > 1 else None for c in configs]
     if set(kinds) == {None}:
-        return _continue_rows(decoder, tokenizer, prefix, configs, on_text, constraint)
+        return _continue_rows(decoder, tokenizer, prefix, configs, on_text, constraint, draft)
+    if decoder.int8_cache:
+        raise ValueError(f"an int8 cache is for rows, and num_beams={max(c.num_beams for c in configs)}; set "
+                         "num_beams=1, or leave cache=int8 out")
     results = [[] for _ in configs]
     # Beams first: they may be fewer than asked for, and then the indices of what streams are known.
     for kind in sorted(set(kinds) - {None}):
@@ -142,8 +170,10 @@ def _prompts_of(prefix: Prefix, chosen: list[int]) -> Prefix:
     return jax.tree.map(lambda x: x[np.array(chosen)], prefix)
 
 
-def _continue_rows(decoder, tokenizer, prefix, configs, on_text, constraint) -> list[Generated]:
+def _continue_rows(decoder, tokenizer, prefix, configs, on_text, constraint, draft=None) -> list[Generated]:
     """Rows of which none is a beam."""
+    from mtnlg_jax.decode.speculative import Speculation  # which needs what stands here
+
     start = time.monotonic()
     owners = [i for i, config in enumerate(configs) for _ in range(config.num_return_sequences)]
     per_row = [configs[i] for i in owners]
@@ -154,7 +184,11 @@ def _continue_rows(decoder, tokenizer, prefix, configs, on_text, constraint) -> 
     news = np.array([min(config.max_new_tokens, decoder.context) for config in per_row], np.int32)
     static = {"families": families, "eos": tokenizer.eos_id}
     allowed_V = writable(tokenizer, decoder.config.vocab_size, end=False)
-    state, limits = _begin(prefix, np.array(owners, np.int32), news, seeds, rows, allowed_V, **static)
+    state, limits = _begin(prefix, np.array(owners, np.int32), news, seeds, rows, allowed_V, **static,
+                           int8_cache=decoder.int8_cache)
+    speculation = None
+    if draft is not None or any(config.prompt_lookup_num_tokens for config in per_row):
+        speculation = Speculation(decoder, draft, prefix, owners, per_row)
     streams = [text_stream(tokenizer, config) for config in per_row]
     ends = [ends_of_config(tokenizer, config) for config in per_row]
     # Stop sequences are seen on the device; text and time are not.
@@ -183,9 +217,11 @@ def _continue_rows(decoder, tokenizer, prefix, configs, on_text, constraint) -> 
         if done.all():
             break
         state = state._replace(done_B=jnp.asarray(done))
-        state = _advance(decoder.params, state, limits, rows, allowed_V, np.int32(chunks),
-                         config=decoder.config, **static)
+        advance = _advance if speculation is None else speculation.advance
+        state = advance(decoder.params, state, limits, rows, allowed_V, np.int32(chunks), config=decoder.config,
+                        **static)
 
+    guessed, accepted = (0 * prompts, 0 * prompts) if speculation is None else speculation.counts
     logprobs, results = np.asarray(state.logprobs_BS), []
     for row, stream in enumerate(streams):
         piece = stream.finish()
@@ -195,7 +231,8 @@ def _continue_rows(decoder, tokenizer, prefix, configs, on_text, constraint) -> 
         ended = stream.stopped or lengths[row] > seen[row]
         reason = "stop" if ended else "timeout" if late[row] else "length"
         results.append(Generated(owners[row], tuple(tokens[row, written].tolist()), stream.text, reason,
-                                 tuple(logprobs[row, written].tolist())))
+                                 tuple(logprobs[row, written].tolist()), guessed=int(guessed[row]),
+                                 accepted=int(accepted[row])))
     return results
 
 
@@ -218,8 +255,8 @@ def writable(tokenizer, vocabulary: int, end: bool = True) -> np.ndarray:
     return allowed
 
 
-def _append(logits_BV, state: State, limits: Limits, rows, allowed_V, families, eos) -> State:
-    """Chooses one more token for every row that is not done."""
+def append(logits_BV, state: State, limits: Limits, rows, allowed_V, families, eos, choose: Callable = choose) -> State:
+    """Chooses one more token for every row that is not done; ``choose`` does it from processed logits."""
     processed = process(logits_BV, rows, families, state.tokens_BS, state.lengths_B, limits.prompts_B,
                         limits.longest_B, allowed_V, eos)
     tokens_B = choose(processed, rows, families, limits.keys_B, state.lengths_B - limits.prompts_B)
@@ -236,14 +273,16 @@ def _append(logits_BV, state: State, limits: Limits, rows, allowed_V, families, 
                  state.done_B | done_B | (lengths_B >= limits.longest_B))
 
 
-@functools.partial(jax.jit, static_argnames=("families", "eos"))
-def _begin(prefix: Prefix, owners_B, news_B, seeds_B, rows, allowed_V, *, families, eos):
+@functools.partial(jax.jit, static_argnames=("families", "eos", "int8_cache"))
+def _begin(prefix: Prefix, owners_B, news_B, seeds_B, rows, allowed_V, *, families, eos, int8_cache=False):
     """Rows for the sequences to write, each from its prompt's part of ``prefix``, and their first tokens."""
+    if int8_cache:
+        prefix = prefix._replace(cache=to_int8(prefix.cache))
     tokens_BS, prompts_B, logits_BV, cache = jax.tree.map(lambda x: x[owners_B], prefix)
     longest_B = jnp.minimum(prompts_B + news_B, tokens_BS.shape[1])
     limits = Limits(prompts_B, longest_B, jax.vmap(jax.random.key)(seeds_B))
     state = State(cache, tokens_BS, jnp.zeros(tokens_BS.shape), prompts_B, prompts_B >= longest_B)
-    return _append(logits_BV, state, limits, rows, allowed_V, families, eos), limits
+    return append(logits_BV, state, limits, rows, allowed_V, families, eos), limits
 
 
 @functools.partial(jax.jit, static_argnames=("config", "families", "eos"), donate_argnames="state")
@@ -254,7 +293,7 @@ def _advance(params, state: State, limits: Limits, rows, allowed_V, chunks, *, c
         last_B = state.lengths_B - 1
         tokens_B = jnp.take_along_axis(state.tokens_BS, last_B[:, None], 1)[:, 0]
         logits_BV, cache = step(config, params, state.cache, tokens_B, last_B)
-        return _append(logits_BV, state._replace(cache=cache), limits, rows, allowed_V, families, eos), None
+        return append(logits_BV, state._replace(cache=cache), limits, rows, allowed_V, families, eos), None
 
     def more(carry):
         return (carry[0] < chunks) & ~carry[1].done_B.all()

@@ -198,7 +198,7 @@ def _self_consistency(pool: Pool):
         for answer, vote in zip(answers, votes, strict=True):
             totals[answer] += vote
         shares = np.array([totals[answer] for answer in answers]) / votes.sum()
-        return Scores({"self_consistency": np.where(voting, shares, 0.0), "self_consistency.votes": votes}, answers)
+        return Scores({"self_consistency": shares, "self_consistency.votes": votes}, answers)
 
     return run
 

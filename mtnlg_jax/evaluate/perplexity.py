@@ -10,6 +10,8 @@ import numpy as np
 import optax
 from flax import nnx
 
+from mtnlg_jax.decode.cache import Decoder, as_cached, run_layers
+from mtnlg_jax.model.attention import attention
 from mtnlg_jax.model.loss import cross_entropy, token_log_probs
 from mtnlg_jax.model.transformer import Transformer
 
@@ -63,16 +65,31 @@ def _score_then_learn(graph, rate, params, state, inputs, labels, weights):
     return total, optax.apply_updates(params, updates), state
 
 
+@functools.partial(jax.jit, static_argnames=("config", "int8_cache"))
+def _decoder_losses(params, inputs, labels, weights, *, config, int8_cache):
+    positions_BS = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
+
+    def attend(_, q, k, v):
+        if int8_cache:  # as decoding reads them from there
+            k, v = as_cached(k), as_cached(v)
+        return attention(q, k, v, impl=config.attention_impl)
+
+    x_BSD, head_VD = run_layers(config, params, inputs, positions_BS, attend)
+    log_probs = token_log_probs(x_BSD.reshape(-1, x_BSD.shape[-1]), head_VD, labels.reshape(-1))
+    return -jnp.where(weights > 0, log_probs.reshape(labels.shape), 0.0).sum()
+
+
 def _adam(rate):
     # The mean of the gradients would only delay what the last window taught.
     return optax.adam(rate, b1=0.0)
 
 
-def evaluate_text(model: Transformer, tokenizer, text: str, stride: int | None = None, batch: int = 8,
+def evaluate_text(model: Transformer | Decoder, tokenizer, text: str, stride: int | None = None, batch: int = 8,
                   adapt: float = 0.0, on_batch=lambda done, total: None) -> Evaluation:
     """Scores every token of ``text`` once, after <bos>, in windows of the model's context.
 
     Args:
+      model: as it was trained, or a Decoder, whose weights and cache may be rounded; it cannot adapt.
       stride: tokens that each window scores, 1 to the context; default half the context, so that a token has at
         least half a context before it, save at the beginning.
       batch: windows scored at once; adapting takes one after the other.
@@ -82,6 +99,8 @@ def evaluate_text(model: Transformer, tokenizer, text: str, stride: int | None =
       on_batch: called with (windows done, windows) after each batch.
     Raises ValueError on a text without tokens, on a stride outside the context, on a negative rate.
     """
+    if adapt and isinstance(model, Decoder):
+        raise ValueError(f"adapt={adapt} trains weights, and those of a decoder are rounded; leave one of the two out")
     length = model.config.max_position_embeddings
     stride = max(1, length // 2) if stride is None else stride
     if not 1 <= stride <= length:
@@ -95,7 +114,11 @@ def evaluate_text(model: Transformer, tokenizer, text: str, stride: int | None =
     count = len(parts[0])
     batch = 1 if adapt else min(batch, count)
     padded = [np.pad(x, ((0, -count % batch), (0, 0))) for x in parts]
-    graph, params = nnx.split(model)
+    if isinstance(model, Decoder):
+        losses = functools.partial(_decoder_losses, model.params, config=model.config, int8_cache=model.int8_cache)
+    else:
+        graph, params = nnx.split(model)
+        losses = functools.partial(_window_losses, graph, params)
     if adapt:
         params = jax.tree.map(jnp.copy, params)  # donated, and the caller's model must live on
         state = _adam(adapt).init(params)
@@ -105,7 +128,7 @@ def evaluate_text(model: Transformer, tokenizer, text: str, stride: int | None =
         if adapt:
             loss, params, state = _score_then_learn(graph, adapt, params, state, *window)
         else:
-            loss = _window_losses(graph, params, *window)
+            loss = losses(*window)
         total += float(loss)
         on_batch(min(begin + batch, count), count)
     scored, size = len(tokens) - 1, len(text.encode())

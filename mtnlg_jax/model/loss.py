@@ -47,7 +47,10 @@ def token_log_probs(x_TD, head_VD, labels_T, chunk: int = 1024):
 
 def _chunk_losses(x, head, labels, smoothing=0.0):
     """Losses (T,) of a chunk, and what their gradient needs: exp(logits - max), the sums, the targets."""
-    logits = jnp.einsum("TD,VD->TV", x, head, preferred_element_type=jnp.float32)
+    return _losses_of(jnp.einsum("TD,VD->TV", x, head, preferred_element_type=jnp.float32), head, labels, smoothing)
+
+
+def _losses_of(logits, head, labels, smoothing):
     top = max_over(lax.stop_gradient(logits.max(-1)), "tensor")
     exped = jnp.exp(logits - top[:, None])
     total = sum_over(exped.sum(-1), "tensor")
@@ -99,3 +102,83 @@ def _backward(chunk, smoothing, residuals, grad):
 
 
 _summed.defvjp(_forward, _backward)
+
+
+# --- distillation -------------------------------------------------------------------------------------------
+
+
+def distilled_cross_entropy(x_TD, head_VD, teacher_x_TC, teacher_head_VC, labels_T, weights_T, chunk: int = 1024,
+                            smoothing: float = 0.0, temperature: float = 1.0, share: float = 0.5):
+    """Sum over tokens of weight x ((1 - share) x -log p(label) + share x temperature^2 x -sum q log p), float32, where
+    in the second part p is the student's distribution and q the teacher's, of logits / temperature (Hinton 2015,
+    section 2; the square keeps the gradient's size). As `cross_entropy` in all else: logits of either model exist for
+    one chunk, split over ``tensor``. Nothing is learnt of the teacher.
+
+    Args:
+      teacher_x_TC, teacher_head_VC: the teacher's hidden states, of its own width, and its output embedding, split
+        over the same vocabulary.
+      temperature: above 0. share: in [0, 1]; 0 gives the number of `cross_entropy`.
+    """
+    tokens = x_TD.shape[0]
+    chunk = min(chunk, tokens)
+    pad = -tokens % chunk
+    teacher_x_TC, teacher_head_VC = lax.stop_gradient((teacher_x_TC, teacher_head_VC))
+    x_TD, teacher_x_TC = (jnp.pad(x, ((0, pad), (0, 0))) for x in (x_TD, teacher_x_TC))
+    labels_T, weights_T = jnp.pad(labels_T, (0, pad)), jnp.pad(weights_T, (0, pad))
+    return _distilled(chunk, smoothing, temperature, share,
+                      *vary((x_TD, head_VD, teacher_x_TC, teacher_head_VC, labels_T, weights_T)))
+
+
+def _softmax(logits):
+    """(probabilities, log of their sum) over a vocabulary split over ``tensor``."""
+    top = max_over(lax.stop_gradient(logits.max(-1)), "tensor")
+    exped = jnp.exp(logits - top[:, None])
+    total = sum_over(exped.sum(-1), "tensor")
+    return exped / total[:, None], jnp.log(total) + top
+
+
+def _distilled_chunk(smoothing, temperature, share, x, head, teacher_x, teacher_head, labels):
+    """Losses (T,) of a chunk and their gradients by logits (T, V)."""
+    logits = jnp.einsum("TD,VD->TV", x, head, preferred_element_type=jnp.float32)
+    hard, (exped, sums, targets) = _losses_of(logits, head, labels, smoothing)
+    wanted, _ = _softmax(
+        jnp.einsum("TC,VC->TV", teacher_x, teacher_head, preferred_element_type=jnp.float32) / temperature)
+    given, log_total = _softmax(logits / temperature)
+    soft = log_total - sum_over((wanted * logits).sum(-1), "tensor") / temperature
+    losses = (1 - share) * hard + share * temperature**2 * soft
+    return losses, (1 - share) * (exped / sums[:, None] - targets) + share * temperature * (given - wanted)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _distilled(chunk, smoothing, temperature, share, x_TD, head_VD, teacher_x_TC, teacher_head_VC, labels_T, weights_T):
+    def one(total, part):
+        x, teacher_x, labels, weights = part
+        losses, _ = _distilled_chunk(smoothing, temperature, share, x, head_VD, teacher_x, teacher_head_VC, labels)
+        return total + jnp.dot(losses, weights), None
+
+    total, _ = lax.scan(one, vary(jnp.float32(0)), _chunks(chunk, x_TD, teacher_x_TC, labels_T, weights_T))
+    return total
+
+
+def _distilled_forward(chunk, smoothing, temperature, share, x_TD, head_VD, teacher_x_TC, teacher_head_VC, labels_T,
+                       weights_T):
+    def one(carry, part):
+        total, d_head = carry
+        x, teacher_x, labels, weights = part
+        losses, d_logits = _distilled_chunk(smoothing, temperature, share, x, head_VD, teacher_x, teacher_head_VC,
+                                            labels)
+        d_logits = (d_logits * weights[:, None]).astype(head_VD.dtype)
+        d_head = d_head + jnp.einsum("TV,TD->VD", d_logits, x, preferred_element_type=jnp.float32)
+        return vary((total + jnp.dot(losses, weights), d_head)), jnp.einsum("TV,VD->TD", d_logits, head_VD)
+
+    start = vary((jnp.float32(0), jnp.zeros(head_VD.shape, jnp.float32)))
+    (total, d_head), d_x = lax.scan(one, start, _chunks(chunk, x_TD, teacher_x_TC, labels_T, weights_T))
+    return total, (d_x.reshape(x_TD.shape), d_head, head_VD, weights_T)
+
+
+def _distilled_backward(chunk, smoothing, temperature, share, residuals, grad):
+    d_x, d_head, _, d_weights = _backward(chunk, smoothing, residuals, grad)
+    return d_x, d_head, None, None, None, d_weights
+
+
+_distilled.defvjp(_distilled_forward, _distilled_backward)

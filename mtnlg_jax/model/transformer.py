@@ -44,6 +44,11 @@ def _look_up_backward(residuals, grad):
 look_up.defvjp(lambda table, ids: (table[ids], (table, ids)), _look_up_backward)
 
 
+def multiply(dims: str, x, weight):
+    """An einsum; a weight that is no array, as decoding may hold it, brings the same product itself."""
+    return weight(x) if callable(weight) else jnp.einsum(dims, x, weight)
+
+
 class Norm(nnx.Module):
     """LayerNorm (Ba 2016) or RMSNorm (Zhang 2019), computed in float32."""
 
@@ -87,9 +92,9 @@ class Attention(nnx.Module):
 
     def project(self, x_BSD, positions_BS):
         """Queries (B, S, N, H), keys and values (B, S, K, H), rotated where positions are rotary."""
-        q = jnp.einsum("BSD,DNH->BSNH", x_BSD, self.w_q_DNH[...])
-        k = jnp.einsum("BSD,DKH->BSKH", x_BSD, self.w_k_DKH[...])
-        v = jnp.einsum("BSD,DKH->BSKH", x_BSD, self.w_v_DKH[...])
+        q = multiply("BSD,DNH->BSNH", x_BSD, self.w_q_DNH[...])
+        k = multiply("BSD,DKH->BSKH", x_BSD, self.w_k_DKH[...])
+        v = multiply("BSD,DKH->BSKH", x_BSD, self.w_v_DKH[...])
         if self.b_q_NH is not None:
             q, k, v = q + self.b_q_NH[...], k + self.b_k_KH[...], v + self.b_v_KH[...]
         if self.rotary_base is not None:
@@ -98,7 +103,7 @@ class Attention(nnx.Module):
 
     def output(self, o_BSNH):
         """Heads back to width; the sum over heads ends as this device's part of the sequence."""
-        x_BSD = scatter_sum(jnp.einsum("BSNH,NHD->BSD", o_BSNH, self.w_o_NHD[...]), "tensor", 1)
+        x_BSD = scatter_sum(multiply("BSNH,NHD->BSD", o_BSNH, self.w_o_NHD[...]), "tensor", 1)
         return x_BSD if self.b_o_D is None else x_BSD + self.b_o_D[...]
 
 
@@ -117,16 +122,16 @@ class Mlp(nnx.Module):
         self.b_out_D = _constant(0.0, D) if bias else None
 
     def __call__(self, x_BSD):
-        h_BSF = jnp.einsum("BSD,DF->BSF", x_BSD, self.w_in_DF[...])
+        h_BSF = multiply("BSD,DF->BSF", x_BSD, self.w_in_DF[...])
         if self.b_in_F is not None:
             h_BSF = h_BSF + self.b_in_F[...]
         if self.w_gate_DF is None:
             h_BSF = jax.nn.gelu(h_BSF, approximate=True)
         else:
-            g_BSF = jnp.einsum("BSD,DF->BSF", x_BSD, self.w_gate_DF[...])
+            g_BSF = multiply("BSD,DF->BSF", x_BSD, self.w_gate_DF[...])
             h_BSF = h_BSF * jax.nn.silu(g_BSF if self.b_gate_F is None else g_BSF + self.b_gate_F[...])
         h_BSF = checkpoint_name(h_BSF, "activation")
-        y_BSD = scatter_sum(jnp.einsum("BSF,FD->BSD", h_BSF, self.w_out_FD[...]), "tensor", 1)
+        y_BSD = scatter_sum(multiply("BSF,FD->BSD", h_BSF, self.w_out_FD[...]), "tensor", 1)
         return y_BSD if self.b_out_D is None else y_BSD + self.b_out_D[...]
 
 

@@ -14,7 +14,7 @@ axis. Parameters, gradients, optimizer moments and checkpoints carry the same na
 | B batch | data | one sum of the gradients a step |
 | S sequence | context | keys and values, or heads, change places in attention |
 | S sequence, between half blocks | tensor too | none: norms and residuals work on their own tokens |
-| H head width, P positions, C | none | |
+| H head width, P positions, C, R rank of an adapter | none | |
 """
 
 import math
@@ -29,7 +29,7 @@ from mtnlg_jax.config import MeshConfig, near_divisors
 AXES = ("pipe", "data", "context", "tensor")  # slowest network first
 
 AXIS_OF = {"L": "pipe", "V": "tensor", "N": "tensor", "K": "tensor", "F": "tensor", "D": "data"}
-UNSPLIT = "HPC"
+UNSPLIT = "HPCR"
 
 BATCH = P(None, "data", "context")  # tokens, labels, weights (M, B, S): rows over data, places over context
 

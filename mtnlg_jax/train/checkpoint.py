@@ -43,8 +43,8 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from mtnlg_jax.config import Config, from_json
 from mtnlg_jax.data.storage import first_line, is_remote
 from mtnlg_jax.data.tokenizer import load_tokenizer
-from mtnlg_jax.model.transformer import abstract_model
 from mtnlg_jax.parallel.mesh import shardings_of
+from mtnlg_jax.train import lora
 from mtnlg_jax.train import record as records
 from mtnlg_jax.train.processes import agree
 
@@ -283,10 +283,11 @@ class Run:
     meta: dict
 
 
-def load_run(workdir, which: str = "best", mesh: Mesh | None = None) -> Run:
+def load_run(workdir, which: str = "best", mesh: Mesh | None = None, zero: int = 0) -> Run:
     """The model that ``workdir`` holds: of the lowest metric ("best"; the newest where none was recorded) or
-    the newest ("last"). Reads parameters only, to one device, or split over the ``tensor`` axis of ``mesh``.
-    Writes nothing, so that a run may be training there; a damaged checkpoint is passed over with a warning.
+    the newest ("last"). Reads parameters only, to one device, or split over ``mesh`` as the plan says; low-rank
+    adapters are merged. Writes nothing, so that a run may be training there; a damaged checkpoint is passed over with
+    a warning.
 
     Raises FileNotFoundError where there is no checkpoint, OSError where none is whole.
     """
@@ -307,9 +308,9 @@ def load_run(workdir, which: str = "best", mesh: Mesh | None = None) -> Run:
             damage = damage or records.damage(path, record, below="params/")
             if damage is None:
                 config = from_json(json.dumps(record["meta"]["config"]))
-                params = _read_params(path / "params", config, mesh)
+                params = lora.merge(_read_params(path / "params", config, mesh, zero), config)
                 tokenizer = load_tokenizer(os.fspath(workdir / "tokenizer"))
-                return Run(config, params, tokenizer, step, record["meta"])
+                return Run(lora.without(config), params, tokenizer, step, record["meta"])
         except Exception:
             if (path / records.RECORD).exists():
                 raise
@@ -376,10 +377,10 @@ def _read(path: epath.Path, abstract: dict) -> dict[str, jax.Array]:
         return reader.restore(path, args=ocp.args.PyTreeRestore(abstract, restore_args=arguments))
 
 
-def _read_params(path: epath.Path, config: Config, mesh: Mesh | None) -> nnx.State:
-    abstract = abstract_model(config.model)[1]
+def _read_params(path: epath.Path, config: Config, mesh: Mesh | None, zero: int) -> nnx.State:
+    abstract = lora.abstract_parameters(config)
     if mesh is not None:
-        shardings = shardings_of(abstract, mesh, zero=0)
+        shardings = shardings_of(abstract, mesh, zero)
         abstract = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), abstract, shardings)
     flat = _flat(abstract)
     arrays = _read(path, flat)

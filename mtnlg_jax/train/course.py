@@ -21,7 +21,7 @@ def refuse_other_settings(config: Config, workdir: str) -> None:
         raise ValueError(f"{line}; start all processes with the same flags")
 
 
-def refuse_other_course(config: Config, data: dict[str, str], steps: dict[bool, Program], state, done: int) -> None:
+def refuse_other_course(config: Config, data: dict[str, str], steps: dict[object, Program], state, done: int) -> None:
     """Disagreement in every process unless all are at the same step of the same run."""
     line = processes.disagreement({
         "config": processes.fingerprint(to_json(config)), "step": [done, int(state["step"])],

@@ -26,7 +26,7 @@ from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mtnlg_jax.data.tokens import Tokens, open_tokens
 from mtnlg_jax.parallel.hardware import flops_per_token
 from mtnlg_jax.parallel.mesh import make_mesh
-from mtnlg_jax.train import processes
+from mtnlg_jax.train import lora, processes, start
 from mtnlg_jax.train.checkpoint import Checkpoints
 from mtnlg_jax.train.course import refuse_other_course, refuse_other_settings
 from mtnlg_jax.train.metrics import MetricsLog, environment, peak_flops
@@ -96,26 +96,31 @@ def train(config: Config, workdir: str, show_progress: bool = True) -> Summary:
         validate_batch(config, mesh.shape["data"])
         checkpoints = Checkpoints(os.path.join(workdir, "checkpoints"), config.train.keep_last, config.train.keep_best)
         open_until_the_end.callback(checkpoints.close)
-        identity = _identity(config, data)
-        # Precedence: 1. the newest good checkpoint of this folder; 2. fresh parameters from train.seed.
+        start.refuse_other_runs(config, data.tokenizer, fresh=not checkpoints.steps())
+        teachers = start.load_teachers(config, mesh)
+        identity = _identity(config, data) | start.identity_of(config, teachers)
+        # Precedence: 1. the newest good checkpoint of this folder; 2. the parameters of train.init; 3. fresh ones from
+        # train.seed.
         restored = checkpoints.restore(abstract_state(config, mesh), identity)
-        start, state = (restored[0], restored[1]) if restored else (0, init_state(config, mesh))
+        first, state = (restored[0], restored[1]) if restored else (
+            0, init_state(config, mesh, start.load_start(config, mesh)))
         _describe(config, data.tokenizer, workdir)
-        log = MetricsLog(workdir, start, writing=processes.is_first())
+        log = MetricsLog(workdir, first, writing=processes.is_first())
         open_until_the_end.callback(log.close)
         bar = open_until_the_end.enter_context(tqdm(
-            total=config.train.steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.05,
+            total=config.train.steps, initial=first, unit="step", dynamic_ncols=True, smoothing=0.05,
             disable=None if show_progress else True))
         meter = _Meter(config)
-        steps = {masked: Program(make_train_step(config, mesh, causal=not masked), watchdog)
-                 for masked in (False, True)}
+        steps = {(number, masked): Program(make_train_step(config, mesh, causal=not masked, **given), watchdog)
+                 for number, given in start.kinds_of_steps(teachers) for masked in (False, True)}
         evaluate = Evaluator(config, mesh, data)
         asked, pending = processes.Asked(), None
-        for step in range(start, config.train.steps):
+        for step in range(first, config.train.steps):
             masked = is_masked(config.train, step)
             batch, micro, sequences = batch_at(config, mesh, data, step)
-            scale = float(stage_at(config.train, step)[2].learning_rate_scale)
-            state, metrics = steps[masked](state, batch, micro, sequences, scale)
+            number, _, stage = stage_at(config.train, step)
+            scale, (kind, teacher) = float(stage.learning_rate_scale), start.teacher_of(teachers, number)
+            state, metrics = steps[kind, masked](state, batch, micro, sequences, scale, *teacher)
             # The previous step's numbers are fetched while this one runs.
             _report(config, log, bar, meter, pending)
             watchdog.enter("step")
@@ -210,9 +215,8 @@ def batch_at(config: Config, mesh, data: Data, step: int):
 
 def _identity(config: Config, data: Data) -> dict[str, dict]:
     """What a run may not change when it goes on: what its parameters mean, and what its steps read."""
-    free = ("attention_impl", "dropout_rate", "init_method_std", "vocab_size_divisible_by")
-    model = {key: value for key, value in dataclasses.asdict(config.model).items() if key not in free}
-    return {"model": model, "tokenizer": {"sha256": data.tokenizer.fingerprint}, "data": data.fingerprints}
+    return {"model": start.meaning(config.model), "tokenizer": {"sha256": data.tokenizer.fingerprint},
+            "data": data.fingerprints}
 
 
 class Evaluator:
@@ -226,7 +230,7 @@ class Evaluator:
         self._steps = {name: make_eval(config, mesh, causal=name == "causal") for name in self.objectives}
 
     def __call__(self, params) -> dict[str, float]:
-        result, meta = {}, self.data.held_out.meta
+        result, params = {}, lora.merge(params, self.config)
         if len(self.data.held_out) < 2:  # prepared without a held-out part
             return result
         for name in self.objectives:
@@ -237,8 +241,8 @@ class Evaluator:
             result[f"{name}_loss"] = loss = float(total / max(weight, 1.0))
             if name == "causal":
                 result["perplexity"] = math.exp(min(loss, 700.0))
-                predicted = meta["tokens"] - meta["documents"]  # <bos> is given, <eos> is predicted
-                result["bits_per_byte"] = loss / math.log(2) * predicted / meta["bytes"]
+                predicted, size = self.data.held_out.predicted
+                result["bits_per_byte"] = loss / math.log(2) * predicted / size
         return result
 
     def _batches(self, objective: str):

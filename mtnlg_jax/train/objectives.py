@@ -1,5 +1,7 @@
 """Objectives: rows of S + 1 packed tokens -> what the model reads, and what it must say.
 
+Rows with ``answers`` are learnt where that is 1 alone: prompts are read, not predicted.
+
 Both return int32 ``tokens``, ``labels``, ``segment_ids``, ``positions`` and float32 ``weights``, all (n, S);
 the loss is the weighted mean of -log p(label). Pure in (seed, sample): a row's masks never depend on its
 batch, its process or the mesh.
@@ -16,6 +18,8 @@ def causal_batch(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Next token, within its document: the last token of a document has no label in the next one."""
     ids, segments = rows["tokens"], rows["segment_ids"]
     same = (segments[:, :-1] == segments[:, 1:]) & (segments[:, :-1] > 0)
+    if "answers" in rows:
+        same &= rows["answers"][:, 1:] > 0
     return {"tokens": ids[:, :-1], "labels": ids[:, 1:], "segment_ids": segments[:, :-1],
             "positions": rows["positions"][:, :-1], "weights": same.astype(np.float32)}
 
@@ -29,10 +33,11 @@ def masked_batch(rows: dict[str, np.ndarray], samples: Iterable[int], seed: int,
     A word is a token with ``tokenizer.starts_word`` and the tokens after it that have not, within a document;
     special tokens belong to no word. Counts are exact: round(share x words)."""
     tokens, segments = rows["tokens"][:, :-1].copy(), rows["segment_ids"][:, :-1]
+    learnt = np.where(rows["answers"][:, :-1] > 0, segments, 0) if "answers" in rows else segments
     labels, weights = tokens.copy(), np.zeros(tokens.shape, np.float32)
     ordinary = np.flatnonzero(~tokenizer.is_special)
     for row, sample in enumerate(samples):
-        words = word_numbers(tokens[row], segments[row], tokenizer)
+        words = word_numbers(tokens[row], learnt[row], tokenizer)
         count = words.max(initial=-1) + 1
         if count == 0:
             continue

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mtnlg_jax.config import Config
-from mtnlg_jax.model.loss import cross_entropy
+from mtnlg_jax.model.loss import cross_entropy, distilled_cross_entropy
 from mtnlg_jax.model.transformer import abstract_model, init_parameters
 from mtnlg_jax.parallel.collectives import (
     axis_index,
@@ -31,30 +31,38 @@ from mtnlg_jax.parallel.collectives import (
 from mtnlg_jax.parallel.context import context_attention
 from mtnlg_jax.parallel.mesh import AXES, BATCH, shardings_of, specs_of
 from mtnlg_jax.parallel.pipeline import add, circular, circular_loss_and_gradients, one_f_one_b, to_rounds, zeros
+from mtnlg_jax.train import lora
+from mtnlg_jax.train.distill import Distillation, Teacher
 from mtnlg_jax.train.optimizer import make_optimizer
 from mtnlg_jax.train.schedule import learning_rate
 
 BATCH_KEYS = ("tokens", "labels", "segment_ids", "positions", "weights", "rows")
 
 
-def init_state(config: Config, mesh: Mesh):
+def init_state(config: Config, mesh: Mesh, params=None):
     """{"params", "opt_state", "step", "samples", "bad", "skipped"}: float32 masters and moments, born sharded.
-    ``bad`` counts non-finite steps in a row, ``skipped`` all of them."""
+    ``bad`` counts non-finite steps in a row, ``skipped`` all of them. ``params``: a plain model's to start from, laid
+    out as the plan says; without, fresh ones. With optimizer.lora_rank they get fresh adapters."""
     shardings = state_shardings(config, mesh)
-    params = init_parameters(config.model, config.train.seed, shardings["params"])
+    base, adapters = lora.split(shardings["params"]) if lora.used(config) else (shardings["params"], None)
+    if params is None:
+        params = init_parameters(config.model, config.train.seed, base)
+    if adapters is not None:
+        params = lora.joined(params, lora.init_adapters(config, adapters))
     rest = {key: value for key, value in shardings.items() if key != "params"}
     return {"params": params, **jax.jit(functools.partial(_rest, config), out_shardings=rest)(params)}
 
 
 def _rest(config: Config, params):
     zero = jnp.int32(0)
-    return {"opt_state": make_optimizer(config.optimizer).init(params), "step": zero, "samples": zero,
+    learnt = lora.split(params)[1] if lora.used(config) else params
+    return {"opt_state": make_optimizer(config.optimizer).init(learnt), "step": zero, "samples": zero,
             "bad": zero, "skipped": zero}
 
 
 def abstract_state(config: Config, mesh: Mesh):
     """The state as ShapeDtypeStructs with shardings: what a checkpoint is restored into."""
-    params = abstract_model(config.model)[1]
+    params = lora.abstract_parameters(config)
     shapes = {"params": params, **jax.eval_shape(functools.partial(_rest, config), params)}
     return jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
                         shapes, shardings_of(shapes, mesh, config.mesh.zero))
@@ -64,8 +72,11 @@ def state_shardings(config: Config, mesh: Mesh):
     return jax.tree.map(lambda s: s.sharding, abstract_state(config, mesh))
 
 
-def make_loss_and_gradients(config: Config, mesh: Mesh, causal: bool) -> Callable:
-    """(params, batch, micro_batches, key) -> (mean loss, gradients like params), over the whole mesh."""
+def make_loss_and_gradients(config: Config, mesh: Mesh, causal: bool,
+                            distillation: Distillation | None = None) -> Callable:
+    """(params, batch, micro_batches, key) -> (mean loss, gradients like params), over the whole mesh. ``params`` are a
+    plain model's; with optimizer.lora_rank the gradients are of the matrices that are adapted, alone. With a
+    ``distillation`` the teacher's parameters are the last argument."""
     params, zero, schedule = abstract_model(config.model)[1], config.mesh.zero, config.mesh.schedule
     piped, rounds = mesh.shape["pipe"] > 1, config.mesh.virtual_pipe
     reduce_dtype, gather = jnp.dtype(config.train.reduce_dtype), _gather_of(config)
@@ -74,7 +85,7 @@ def make_loss_and_gradients(config: Config, mesh: Mesh, causal: bool) -> Callabl
     else:
         of_micro_batches = _through_1f1b if schedule == "1f1b" else _through_circular
 
-    def local(params, batch, count, key):
+    def local(params, batch, count, key, teacher=None):
         total = jnp.maximum(sum_over(sum_over(batch["weights"].sum(), "data"), "context"), 1.0)
         if piped:
             blocks, to_natural = jax.vjp(lambda blocks: to_rounds(blocks, rounds), params["blocks"])
@@ -82,13 +93,18 @@ def make_loss_and_gradients(config: Config, mesh: Mesh, causal: bool) -> Callabl
         params, batch, total = vary((params, batch, total))
         weights = params if zero == 3 else gather(params)
         parts = _Parts(config, causal, weights, batch, total, jax.random.wrap_key_data(key))
+        if distillation is not None:
+            parts.teacher = Teacher(config, distillation, causal, vary(teacher))
         loss, grads = of_micro_batches(parts, weights, count, mesh)
         grads = reduce_gradients(grads, zero, zero == 3, reduce_dtype)
         if piped:
             grads = _with_blocks(grads, to_natural(grads["blocks"])[0])
+            grads = lora.matrices(grads, config) if lora.used(config) else grads
         return _report(loss, apart=("pipe", "data", "context")), grads
 
-    return _over_mesh(local, mesh, params, zero, lambda specs: (P(), specs))
+    learnt = specs_of(lora.matrices(params, config), zero) if lora.used(config) else specs_of(params, zero)
+    extra = () if distillation is None else (specs_of(abstract_model(distillation.model)[1], zero),)
+    return _over_mesh(local, mesh, params, zero, (P(), learnt), extra)
 
 
 def _gather_of(config: Config) -> Callable:
@@ -109,6 +125,7 @@ class _Parts:
         self.graph = abstract_model(config.model)[0]
         self.zero, self.gather = config.mesh.zero, _gather_of(config)
         self.blocks, self.key = weights["blocks"], key if config.model.dropout_rate else None
+        self.teacher = None
 
     def micro(self, number):
         return {name: lax.dynamic_index_in_dim(x, number, 0, keepdims=False) for name, x in self.batch.items()}
@@ -143,10 +160,12 @@ class _Parts:
     def finish(self, rest, number, x_BSD, smoothing=None):
         model, micro, train = self.model(rest), self.micro(number), self.config.train
         x_BSD = model.finish(x_BSD)
-        loss = cross_entropy(x_BSD.reshape(-1, x_BSD.shape[-1]), model.head(), micro["labels"].reshape(-1),
-                             micro["weights"].reshape(-1), train.loss_chunk,
-                             train.label_smoothing if smoothing is None else smoothing)
-        return loss / self.total
+        x_TD, smoothing = x_BSD.reshape(-1, x_BSD.shape[-1]), train.label_smoothing if smoothing is None else smoothing
+        targets = micro["labels"].reshape(-1), micro["weights"].reshape(-1), train.loss_chunk, smoothing
+        if self.teacher is None:
+            return cross_entropy(x_TD, model.head(), *targets) / self.total
+        return distilled_cross_entropy(x_TD, model.head(), *self.teacher.hidden(micro), *targets,
+                                       self.teacher.temperature, self.teacher.weight) / self.total
 
 
 def _with_blocks(params, blocks):
@@ -159,15 +178,18 @@ def _without_blocks(params):
 
 
 def _one_after_the_other(parts: _Parts, weights, count, mesh):
-    def loss_of(weights, m):
-        rest, blocks = _without_blocks(weights), weights["blocks"]
+    learnt = lora.matrices(weights, parts.config) if lora.used(parts.config) else weights
+
+    def loss_of(learnt, m):
+        full = lora.with_matrices(weights, learnt) if lora.used(parts.config) else learnt
+        rest, blocks = _without_blocks(full), full["blocks"]
         x_BSD = parts.start(rest, jnp.asarray(m)[None])[0]
         return parts.finish(rest, m, parts.stage(rest, blocks, 0, m, x_BSD))
 
     def one(m, carry):
-        return add(carry, jax.value_and_grad(loss_of)(weights, m))
+        return add(carry, jax.value_and_grad(loss_of)(learnt, m))
 
-    start = vary((jnp.float32(0), zeros(weights)))
+    start = vary((jnp.float32(0), zeros(learnt)))
     if parts.batch["tokens"].shape[0] == 1:
         return one(0, start)
     return lax.fori_loop(0, count, one, start)
@@ -255,7 +277,7 @@ def make_eval(config: Config, mesh: Mesh, causal: bool) -> Callable:
             losses = lax.map(one, jnp.arange(micro_batches))
         return _report(losses.sum(), ("pipe", "data", "context")), _report(batch["weights"].sum(), ("data", "context"))
 
-    return jax.jit(_over_mesh(local, mesh, params, zero, lambda specs: (P(), P())))
+    return jax.jit(_over_mesh(local, mesh, params, zero, (P(), P())))
 
 
 def _report(x, apart):
@@ -267,47 +289,51 @@ def _report(x, apart):
     return lax.psum(jnp.where(first, vary(x), 0.0), AXES)
 
 
-def _over_mesh(local, mesh: Mesh, params, zero: int, out_specs):
-    """``local`` as one shard_map, manual over every axis; on a single device, ``local`` itself."""
+def _over_mesh(local, mesh: Mesh, params, zero: int, out_specs, extra_specs=()):
+    """``local`` as one shard_map, manual over every axis; on a single device, ``local`` itself. ``extra_specs`` are of
+    further arguments."""
     specs = specs_of(params, zero)
     rows = {name: _layout_of(name, (0, 0, 0))[1] for name in BATCH_KEYS}
 
-    def run(params, batch, count=None, key=None):
+    def run(params, batch, count=None, key=None, *extra):
         if key is None:
             key = jax.random.key_data(jax.random.key(0))
         if count is None:
             count = jnp.int32(batch["tokens"].shape[0])
         if mesh.size == 1:
-            return local(params, batch, count, key)
-        return jax.shard_map(local, mesh=mesh, in_specs=(specs, rows, P(), P()), out_specs=out_specs(specs))(
-            params, batch, count, key)
+            return local(params, batch, count, key, *extra)
+        return jax.shard_map(local, mesh=mesh, in_specs=(specs, rows, P(), P(), *extra_specs), out_specs=out_specs)(
+            params, batch, count, key, *extra)
 
     return run
 
 
-def make_train_step(config: Config, mesh: Mesh, causal: bool) -> Callable:
-    """jitted (state, batch, micro_batches, sequences, rate_scale) -> (state, metrics); the state is donated.
+def make_train_step(config: Config, mesh: Mesh, causal: bool, distillation: Distillation | None = None) -> Callable:
+    """jitted (state, batch, micro_batches, sequences, rate_scale) -> (state, metrics); the state is donated. With a
+    ``distillation`` the teacher's parameters are the last argument.
 
     A step whose loss or gradient norm is not finite changes nothing but the counters."""
     optimizer = make_optimizer(config.optimizer)
-    loss_and_gradients = make_loss_and_gradients(config, mesh, causal)
+    loss_and_gradients = make_loss_and_gradients(config, mesh, causal, distillation)
     shardings = state_shardings(config, mesh)
 
-    def step(state, batch, micro_batches, sequences, rate_scale):
+    def step(state, batch, micro_batches, sequences, rate_scale, *teacher):
         key = jax.random.fold_in(jax.random.key(config.train.seed), state["step"])
-        loss, grads = loss_and_gradients(state["params"], batch, micro_batches, jax.random.key_data(key))
+        plain, learnt, to_learnt, to_params = lora.opened(state["params"], config)
+        loss, grads = loss_and_gradients(plain, batch, micro_batches, jax.random.key_data(key), *teacher)
+        grads = to_learnt(grads)
         grad_norm = jnp.sqrt(sum(jnp.sum(jnp.square(grad)) for grad in jax.tree.leaves(grads)))
         good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         samples = state["samples"] + sequences
         rate = learning_rate(config, samples) * rate_scale
-        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
-        params = jax.tree.map(lambda p, u: p - rate * u, state["params"], updates)
+        updates, opt_state = optimizer.update(grads, state["opt_state"], learnt)
+        params = jax.tree.map(lambda p, u: p - rate * u, learnt, updates)
 
         def keep(new, old):
             return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
 
         new_state = {
-            "params": keep(params, state["params"]), "opt_state": keep(opt_state, state["opt_state"]),
+            "params": to_params(keep(params, learnt)), "opt_state": keep(opt_state, state["opt_state"]),
             "step": state["step"] + 1, "samples": samples,
             "bad": jnp.where(good, 0, state["bad"] + 1), "skipped": state["skipped"] + ~good,
         }

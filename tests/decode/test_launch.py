@@ -151,6 +151,30 @@ def test_scorers_mix_and_their_table_is_straight(ask):
     assert beams["size"] == 3
 
 
+def test_guesses_and_stats(ask):
+    arguments = ["--workdir=RUN", "--prompt=The cat sat on the cat", "--max_new_tokens=12", "--min_new_tokens=12"]
+    plain = ask(*arguments)[1]
+    for guess in (["--prompt_lookup_num_tokens=3", "--max_matching_ngram_size=1"],
+                  ["--draft=RUN", "--num_assistant_tokens=2"]):
+        code, out, err = ask(*arguments, *guess, "--stats")
+        stats = dict(line.split(": ") for line in err.splitlines())
+        assert (code, out) == (0, plain)
+        assert {"tokens_per_second", "roofline_tokens_per_second", "copy_gigabytes_per_second"} <= stats.keys()
+        right, guessed = int(stats["accepted"]), int(stats["guessed"])
+        assert float(stats["acceptance_rate"]) == pytest.approx(right / guessed, abs=1e-3)
+    assert float(stats["acceptance_rate"]) == 1, "a draft that is the model itself"
+
+
+def test_int8_and_bfloat16_reach_the_decoder(ask):
+    arguments = ["--workdir=RUN", "--prompt=The cat", "--json"]
+    exact = json.loads(ask(*arguments)[1])["sequences"][0]
+    for held in ("--weights=int8", "--cache=int8", "--dtype=bfloat16"):
+        rounded = json.loads(ask(*arguments, held)[1])["sequences"][0]
+        assert rounded["logprobs"] != exact["logprobs"]
+        if held != "--cache=int8":  # the prompt is read before there is a cache
+            assert rounded["logprobs"][0] == pytest.approx(exact["logprobs"][0], abs=0.2)
+
+
 def test_fill(ask):
     code, out, err = ask("--workdir=RUN", "--mode=fill", "--prompt=The <mask> sat", "--guesses=3")
     lines = out.splitlines()
@@ -188,6 +212,12 @@ def test_fill(ask):
     (["--workdir=RUN", "--mode=ranking", "--prompt=a", "--candidates= b", "--top_k=5"], "--top_k is for candidates"),
     (["--workdir=RUN", "--mode=ranking", "--prompt=a", "--scorer=pseudo_log_likelihood"], "every stage of this one"),
     (["--workdir=RUN", "--mode=dancing", "--prompt=a"], "dancing"),
+    (["--workdir=RUN", "--prompt=a", "--draft=RUN", "--num_beams=2"], "a draft model guesses"),
+    (["--workdir=RUN", "--prompt=a", "--draft=OTHER"], "OTHER holds no checkpoint"),
+    (["--workdir=RUN", "--prompt=a", "--draft=RUN", "--mode=fill"], "--draft is for --mode=generative"),
+    (["--workdir=RUN", "--prompt=a", "--prompt_lookup_num_tokens=2", "--num_beams=2"], "guesses how one row goes on"),
+    (["--workdir=RUN", "--prompt=a", "--cache=int8", "--num_beams=2"], "an int8 cache is for rows"),
+    (["--workdir=RUN", "--prompt=a", "--weights=int4"], "int4"),
     (["--workdir=RUN"], "standard input is not UTF-8 at byte 1"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(ask, arguments, message):

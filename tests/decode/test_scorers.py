@@ -31,8 +31,9 @@ def test_gnmt(learned, tokenizer):
         ranked = rank(learned.decoder, tokenizer, "The cat", CANDIDATES, scorers="gnmt",
                       options=ScorerOptions(gnmt_alpha=alpha) if alpha != 0.6 else None)
         for each in ranked:
+            length = len(each.tokens)
             total = _behind(learned, encode_prompt(tokenizer, "The cat"), each.tokens)
-            assert each.score * ((5 + len(each.tokens)) / 6) ** alpha == pytest.approx(total, abs=ROUNDING * len(each.tokens))
+            assert each.score * ((5 + length) / 6) ** alpha == pytest.approx(total, abs=ROUNDING * length)
             assert each.score == pytest.approx(each.sum / each.parts["gnmt.penalty"])
 
 
@@ -145,14 +146,14 @@ def test_other_utilities(learned, tokenizer):
 
 def test_self_consistency(learned, tokenizer):
     candidates = [" is 3", " was 4", " is 4", " or", " is 3", " it is 4, or 3", " be 4"]
-    pattern = r"\d"
-    ranked = rank(learned.decoder, tokenizer, "The", candidates, scorers="self_consistency",
-                  options=ScorerOptions(answer=pattern))
-    # 3, 4, 4, none, 3, 3 (its last), 4: a tie, which keeps the order of the candidates.
-    assert [each.text for each in ranked] == [" is 3", " was 4", " is 4", " it is 4, or 3", " be 4", " or"]
-    assert [each.score for each in ranked] == [0.5] * 5 + [0.0]
-    assert [each.answer for each in ranked] == ["3", "4", "4", "3", "4", None]
-    assert [each.parts["self_consistency.votes"] for each in ranked] == [2, 1, 1, 1, 1, 0]
+    for pattern in (r"\d", r" (\d)"):
+        ranked = rank(learned.decoder, tokenizer, "The", candidates, scorers="self_consistency",
+                      options=ScorerOptions(answer=pattern))
+        # 3, 4, 4, none, 3, 3 (its last), 4: a tie, which keeps the order of the candidates.
+        assert [each.text for each in ranked] == [" is 3", " was 4", " is 4", " it is 4, or 3", " be 4", " or"]
+        assert [each.score for each in ranked] == [0.5] * 5 + [0.0]
+        assert [each.answer for each in ranked] == ["3", "4", "4", "3", "4", None]
+        assert [each.parts["self_consistency.votes"] for each in ranked] == [2, 1, 1, 1, 1, 0]
     weighted = rank(learned.decoder, tokenizer, "The", candidates, scorers="self_consistency", normalise="per_char",
                     options=ScorerOptions(answer=r"is (\d)|be", votes="probability"))
     votes = {each.text: each.count * math.exp(each.per_char) for each in weighted if each.answer}

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from mtnlg_jax.config import ModelConfig
+from mtnlg_jax.decode.cache import prefill, step, to_int8, unstack
 from mtnlg_jax.evaluate.perplexity import evaluate_text, windows
 from mtnlg_jax.model.transformer import Transformer
 
@@ -82,6 +83,26 @@ def test_adapting_cheats_nowhere_and_leaves_the_model(model):
     static = evaluate_text(model, TOKENIZER, repeated)
     assert evaluate_text(model, TOKENIZER, repeated, adapt=0.01).loss < 0.5 * static.loss
     assert evaluate_text(model, TOKENIZER, repeated) == static
+
+
+def test_a_decoder_scores_as_it_decodes(model):
+    config, params = model.config, nnx.split(model)[1]
+    exact = evaluate_text(model, TOKENIZER, "0123456789" * 3).loss
+    assert evaluate_text(unstack(config, params), TOKENIZER, "0123456789" * 3).loss == pytest.approx(exact, rel=1e-5)
+    for held in ({"weights": "int8"}, {"cache": "int8"}, {"dtype": "bfloat16"}):
+        near = evaluate_text(unstack(config, params, **held), TOKENIZER, "0123456789" * 3).loss
+        assert 1e-5 < abs(near - exact) < 0.05 * exact, held
+
+
+def test_the_loss_of_an_int8_cache_is_that_of_the_tokens_read_one_by_one(model):
+    decoder = unstack(model.config, nnx.split(model)[1], cache="int8")
+    tokens = [1, *TOKENIZER.encode("a short one")]
+    cache, nats = to_int8(prefill(decoder, [[1]], 16).cache), 0.0
+    for place in range(len(tokens) - 1):
+        read, at = np.array([tokens[place]]), np.array([place])
+        logits, cache = step(model.config, decoder.params, cache, read, at)
+        nats -= float(jax.nn.log_softmax(logits[0])[tokens[place + 1]])
+    assert evaluate_text(decoder, TOKENIZER, "a short one").loss == pytest.approx(nats / 11, rel=1e-5)
 
 
 def test_bytes_are_utf8(model):
