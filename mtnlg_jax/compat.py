@@ -30,6 +30,13 @@ def device_kind() -> str:
     return _DESCRIBED[1] if _DESCRIBED else jax.devices()[0].device_kind
 
 
+def cuda_version() -> int | None:
+    """12080 for CUDA 12.8.0; None where this process has none."""
+    from jax._src.lib import cuda_versions
+
+    return None if cuda_versions is None or described() else cuda_versions.cuda_runtime_get_version()
+
+
 # What stands for a kernel's hardware while ``interpreted`` is on.
 _INTERPRETED: list[bool] = []
 
@@ -37,7 +44,7 @@ _INTERPRETED: list[bool] = []
 @contextlib.contextmanager
 def interpreted(detect_races: bool = False):
     """Runs the kernels of any platform here, on the CPU, slowly: for tests. ``detect_races`` also watches every read
-    and write for an order that the kernel does not force."""
+    and write, and raises RuntimeError where the kernel does not force their order."""
     _INTERPRETED.append(detect_races)
     try:
         yield
@@ -50,12 +57,10 @@ def interpret_params(impl: str):
     if not _INTERPRETED:
         return None if impl == "pallas_gpu" else False
     if impl == "pallas_gpu":
-        from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
-
-        return InterpretGPUParams(detect_races=_INTERPRETED[-1])
-    from jax.experimental.pallas import tpu as pltpu
-
-    return pltpu.InterpretParams(detect_races=_INTERPRETED[-1])
+        from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams as Params
+    else:
+        from jax.experimental.pallas.tpu import InterpretParams as Params
+    return Params(detect_races=_INTERPRETED[-1], on_race="raise")
 
 
 def interpreting() -> bool:

@@ -48,6 +48,7 @@ class Measurement:
     lower_seconds: float = 0.0
     compile_seconds: float = 0.0
     resident: int = 0  # peak resident memory of the compiling process
+    kernels: list = dataclasses.field(default_factory=list)  # hlo_cost.Kernel
 
     @property
     def fits(self) -> bool | None:
@@ -93,12 +94,12 @@ def measure(config: Config, topology: described.Topology, step: str = "train", t
             if not done.returncode or not said["failure"].startswith("unfinished"):
                 return _from_json(said)
             lost = _from_json(said)
-            lost.failure = _last_words(done)
+            lost.failure = last_words(done)
             return lost
-    raise ValueError(f"compiling for {topology} did not begin: {_last_words(done)}")
+    raise ValueError(f"compiling for {topology} did not begin: {last_words(done)}")
 
 
-def _last_words(done) -> str:
+def last_words(done) -> str:
     """Why a process ended, in a line."""
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     telling = [line for line in lines if re.search(r"Check failed|Error|^F\d{4}", line)] or lines or ["it said nothing"]
@@ -109,6 +110,7 @@ def _last_words(done) -> str:
 def _from_json(said: dict) -> Measurement:
     found = Measurement(**said)
     found.collectives = [hlo_cost.Collective(**row | {"axes": tuple(row["axes"])}) for row in found.collectives]
+    found.kernels = [hlo_cost.Kernel(**row) for row in found.kernels]
     found.suspects = [hlo.Tensor(**row) for row in found.suspects]
     return found
 
@@ -186,6 +188,7 @@ def _compile(config: Config, topology: described.Topology, step: str, target_con
     result.padded = [[name, size] for size, name in lost[:SUSPECTS] if size > 0]
     cost = hlo_cost.cost_of(program, sizes, steps.dynamic_trips(config, mesh, step))
     result.flops, result.collectives, result.guessed_loops = cost.flops, list(cost.collectives), cost.guessed_loops
+    result.kernels = list(cost.kernels)
     result.suspects = hlo.largest(program, SUSPECTS)
     said = compiled.cost_analysis()
     result.compiler_seconds = (said[0] if isinstance(said, list) else said or {}).get("optimal_seconds")

@@ -19,7 +19,7 @@ def render(config: Config, m: Measurement) -> str:
                                  f"{size_of(m.code)}; peak {size_of(m.peak)} a device"),
                   _row("padding", _padding(m))]
         lines += largest_tensors(m)
-        lines += [_row("products", _products(m)),
+        lines += [_row("products", _products(m)), _row("kernels", _kernels(m)),
                   _row("collectives", _collectives_head(m))]
         lines += [f"{_INDENT}{c.kind:<18} {_axes(c, m):<14} {c.depth:>5} {c.count:>9,.0f} "
                   f"{size_of(c.bytes):>11}" for c in m.collectives]
@@ -109,6 +109,12 @@ def _products(m: Measurement) -> str:
         loops = "1 loop knows its" if m.guessed_loops == 1 else f"{m.guessed_loops} loops know their"
         text += f"; {loops} trips only when run: counted for the full batch and causal attention"
     return text
+
+
+def _kernels(m: Measurement) -> str:
+    if not m.kernels:
+        return "none of ours"
+    return ", ".join(f"{kernel.name} {kernel.count:,.0f} times" for kernel in m.kernels) + " a device and step"
 
 
 def _axes(collective, m: Measurement) -> str:

@@ -51,7 +51,8 @@ def _decode(config: Config, mesh: Mesh, step: str):
     tokens, lengths = split((jax.ShapeDtypeStruct((rows, length), jnp.int32),
                              jax.ShapeDtypeStruct((rows,), jnp.int32)), "data")
     if step == "prefill":
-        return decoding._prefill.lower(params, tokens, lengths, config=model, size=length)
+        with jax.set_mesh(mesh):  # by which kernels split themselves
+            return decoding._prefill.lower(params, tokens, lengths, config=model, size=length)
 
     prefix = jax.eval_shape(lambda *args: decoding._prefill(*args, config=model, size=length), params, tokens, lengths)
     settings, families = rows_and_families([DecodeConfig()] * rows)
@@ -61,8 +62,9 @@ def _decode(config: Config, mesh: Mesh, step: str):
                                          families=families, eos=0), prefix)
     cache = split(state.cache, "data", "tensor")
     state = split(state._replace(cache=()), "data")._replace(cache=cache)
-    return generating._advance.lower(params, state, limits, settings, allowed, np.int32(1), config=model,
-                                     families=families, eos=0)
+    with jax.set_mesh(mesh):
+        return generating._advance.lower(params, state, limits, settings, allowed, np.int32(1), config=model,
+                                         families=families, eos=0)
 
 
 def dynamic_trips(config: Config, mesh: Mesh, step: str):

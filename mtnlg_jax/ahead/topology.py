@@ -6,7 +6,9 @@ import importlib.util
 import math
 import os
 import re
+import sys
 from importlib import resources
+from pathlib import Path
 
 import numpy as np
 
@@ -20,6 +22,8 @@ GPUS = ("A100", "H100", "H200", "B200")  # each has a file in gpus/
 
 # libtpu is loaded by programs that compile, never on a machine with the chip, so several may do it at once; it
 # must not ask the network what machine this is, nor fill standard error.
+# Where launch/test.sh puts the TPU compiler: seen by the processes that compile, and by no other.
+APART = Path(sys.prefix, "ahead")
 _TPU_ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-8",
     "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0", "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3",
@@ -67,7 +71,8 @@ def check_installed(topology: Topology) -> None:
     """Raises ValueError, with what to install, where the compiler for ``topology`` is missing."""
     module = {"tpu": "libtpu", "cuda": "jax_plugins.xla_cuda12"}.get(topology.platform)
     try:
-        missing = module is not None and importlib.util.find_spec(module) is None
+        missing = (module is not None and not APART.joinpath(module).is_dir()
+                   and importlib.util.find_spec(module) is None)
     except ModuleNotFoundError:
         missing = True
     if missing:
@@ -81,6 +86,8 @@ def environment(topology: Topology) -> dict[str, str]:
                            "JAX_ENABLE_COMPILATION_CACHE": "false"}  # a compile is to be measured, not looked up
     if topology.platform == "tpu":
         values |= _TPU_ENVIRONMENT
+        if APART.is_dir():
+            values["PYTHONPATH"] = os.pathsep.join(filter(None, [str(APART), os.environ.get("PYTHONPATH")]))
     if topology.platform == "cpu":
         flag = "--xla_force_host_platform_device_count"
         others = [f for f in os.environ.get("XLA_FLAGS", "").split() if not f.startswith(flag)]
@@ -113,6 +120,15 @@ def devices(topology: Topology, target_config: str | None = None) -> list:
         return topologies.get_topology_desc(platform="tpu", topology_name=f"{topology.kind}:{hosts}", **slices).devices
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(f"topology {topology}: the compiler refuses it: {' '.join(str(error).split())}") from None
+
+
+def abstract(device):
+    """A context in which kernels are lowered for the described ``device``."""
+    from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+    cores = getattr(device, "num_cores", None) or getattr(device, "core_count", None) or 1
+    platform = "tpu" if device.platform == "tpu" else "gpu"
+    return use_abstract_mesh(AbstractMesh((), (), abstract_device=AbstractDevice(device.device_kind, cores, platform)))
 
 
 def mesh_over(config: MeshConfig, topology: Topology, devices: list):

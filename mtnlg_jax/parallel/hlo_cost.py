@@ -31,9 +31,19 @@ class Collective:
 
 
 @dataclasses.dataclass(frozen=True)
+class Kernel:
+    """All runs of one of our kernels at one depth of loops."""
+
+    name: str  # of the scope that it is called in: attention_forward, ...
+    depth: int  # loops around it
+    count: float  # executions a step
+
+
+@dataclasses.dataclass(frozen=True)
 class Cost:
-    flops: float  # of the products a device computes, 2 for a multiplication and addition
+    flops: float  # of the products a device computes, 2 for a multiplication and addition; kernels too
     collectives: tuple[Collective, ...]
+    kernels: tuple[Kernel, ...]
     guessed_loops: int  # loops whose trips were asked for
 
 
@@ -79,10 +89,21 @@ def _flops(instruction: Instruction, shape_of: Callable[[str], str]) -> float:
         contracted = _numbers(attributes, "lhs_contracting_dims")
     elif opcode == "custom-call" and re.search(r'target="(__cublas\$|__onednn\$matmul)', attributes):
         contracted = _numbers(attributes, "lhs_contracting_dimensions")
+    elif opcode == "custom-call" and kernel_of(instruction):
+        return kernel_of(instruction)[1]
     else:
         return 0.0
     lhs = dims_of(shape_of(instruction.operands[0]))
     return 2.0 * math.prod(dims_of(arrays_of(instruction.shape)[0])) * math.prod(lhs[d] for d in contracted)
+
+
+def kernel_of(instruction: Instruction) -> tuple[str, float] | None:
+    """(name, FLOPs) of a kernel of ours; what a compiler cannot see into tells them by the scope it is called in
+    (mtnlg_jax.model.kernels.blocks.scope)."""
+    if not re.search(r'custom_call_target="(tpu_custom_call|mosaic_gpu)', instruction.attributes):
+        return None
+    found = re.findall(r"(\w+):(\d+)flops", instruction.op_name)
+    return (found[-1][0], float(found[-1][1])) if found else (re.sub(r"[.\d]+$", "", instruction.name), 0.0)
 
 
 # --- collectives --------------------------------------------------------------------------------------------------
@@ -195,6 +216,9 @@ def cost_of(program: Program, mesh: dict[str, int], dynamic_trips: Callable[[int
         for instruction in program.computations[computation]:
             opcode = instruction.opcode
             flops += _flops(instruction, shape_of)
+            kernel = kernel_of(instruction) if opcode == "custom-call" else None
+            if kernel:
+                found["kernel", kernel[0], depth] += 1
             collective = _collective(instruction, shape_of, mesh, scattered)
             if collective:
                 found[*collective[0], depth, "count"] += 1
@@ -217,9 +241,11 @@ def cost_of(program: Program, mesh: dict[str, int], dynamic_trips: Callable[[int
         return flops, found
 
     flops, found = walk(program.entry, 0)
-    keys = sorted({key[:4] for key in found}, key=lambda key: ((*KINDS, key[0]).index(key[0]), key[3], key[1:3]))
+    kernels = tuple(Kernel(*key[1:], found[key]) for key in sorted(k for k in found if k[0] == "kernel") if found[key])
+    keys = sorted({key[:4] for key in found if key[0] != "kernel"},
+                  key=lambda key: ((*KINDS, key[0]).index(key[0]), key[3], key[1:3]))
     rows = tuple(Collective(*key, found[*key, "count"], found[*key, "bytes"]) for key in keys)
-    return Cost(flops, tuple(row for row in rows if row.count), len(guessed))
+    return Cost(flops, tuple(row for row in rows if row.count), kernels, len(guessed))
 
 
 def _weight(result):

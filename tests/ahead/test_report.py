@@ -11,7 +11,7 @@ from mtnlg_jax.ahead.report import render, size_of
 from mtnlg_jax.ahead.topology import GIB, parse
 from mtnlg_jax.config import load_config
 from mtnlg_jax.parallel.hlo import Tensor
-from mtnlg_jax.parallel.hlo_cost import Collective
+from mtnlg_jax.parallel.hlo_cost import Collective, Kernel
 
 ROOT = Path(__file__).resolve().parents[2]
 POD = ["mesh.pipe=1", "mesh.data=128", "mesh.zero=3", "train.rampup_batch_size=none", "train.recompute=full"]
@@ -31,7 +31,8 @@ def measurement(**changes):
                    Collective("all-to-all", ("data",), 16, 1, 2.0, 3e6)]
     found = Measurement("v5p:8x8x16", 1024, {"pipe": 1, "data": 128, "context": 1, "tensor": 8}, "train", 15,
                         "libtpu 1.2", 96 * GIB, "", None, int(6.5 * GIB), 6 * GIB, [[state, GIB // 8]], 16 * GIB,
-                        38 * 2**20, 24 * GIB, 1.5e16, collectives, 4, tensors, 0.05, 1.04, 32.96, int(1.5 * GIB))
+                        38 * 2**20, 24 * GIB, 1.5e16, collectives, 4, tensors, 0.05, 1.04, 32.96, int(1.5 * GIB),
+                        [Kernel("attention_forward", 2, 3150.0), Kernel("attention_backward", 2, 1575.0)])
     return dataclasses.replace(found, **changes)
 
 
@@ -47,6 +48,7 @@ largest      size of one, how many in the program, held as, shape, the first one
                1.00 MiB  x12  loop       bf16[8]  while/jvp()/mul
 products     1.5e+16 FLOPs a device and step; 4 loops know their trips only when run: counted for the full batch and \
 causal attention
+kernels      attention_forward 3,150 times, attention_backward 1,575 times a device and step
 collectives  kind               axes           loops     times        sent  a device and step
              all-gather         data               2    18,900    2.50 GiB
              all-reduce         data+tensor        0         1        64 B

@@ -9,6 +9,7 @@ from mtnlg_jax import compat
 from mtnlg_jax.ahead.steps import dynamic_trips, lower
 from mtnlg_jax.config import load_config
 from mtnlg_jax.model.attention import mean_key_blocks
+from mtnlg_jax.model.kernels import blocks
 from mtnlg_jax.parallel.mesh import make_mesh
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,20 +29,25 @@ def config(*changes):
 def test_the_outermost_loop_turns_for_the_full_batch(changes, step, turns):
     changed = config(*changes)
     trips = dynamic_trips(changed, make_mesh(changed.mesh, jax.devices()), step)
-    assert trips(0) == turns and trips(2) == mean_key_blocks(64) == 1
+    assert trips(0) == turns and trips(2) == mean_key_blocks(64, 16, "float32") == 1
 
 
-def test_causal_attention_visits_half_of_the_keys():
-    assert mean_key_blocks(512) == (1 + 2 + 3 + 4) / 4  # blocks of 128 on CPU
-    assert mean_key_blocks(300) == (1 + 2 + 3) / 3
-
-
-def test_the_described_platform_chooses_the_blocks(monkeypatch):
-    monkeypatch.setattr(compat, "_DESCRIBED", [])
-    assert compat.platform() == jax.default_backend()
-    compat.compile_for("tpu")
+def test_causal_attention_visits_half_of_the_keys(monkeypatch):
+    monkeypatch.setattr(blocks, "table", lambda: ())
     # Blocks of 256 queries and 512 keys: two blocks of queries see one of keys, the next two both.
-    assert compat.platform() == "tpu" and mean_key_blocks(1024) == 1.5
+    assert mean_key_blocks(1024, 64, "float32") == 1.5
+    assert mean_key_blocks(300, 64, "float32") == 1
+    entry = blocks.Entry("cpu", "xla_blockwise", "float32", 64, 512, True, "both", blocks.Blocks(128, 128), 1.0, "test")
+    monkeypatch.setattr(blocks, "table", lambda: (entry,))
+    assert mean_key_blocks(512, 64, "float32") == (1 + 2 + 3 + 4) / 4
+    assert mean_key_blocks(300, 64, "float32") == (1 + 2 + 3) / 3
+
+
+def test_the_described_platform_is_what_programs_are_made_for(monkeypatch):
+    monkeypatch.setattr(compat, "_DESCRIBED", [])
+    assert compat.platform() == jax.default_backend() and not compat.described()
+    compat.compile_for("tpu", "TPU v5 lite")
+    assert compat.platform() == "tpu" and compat.device_kind() == "TPU v5 lite" and compat.described()
 
 
 @pytest.mark.parametrize("axis", ["pipe", "context"])

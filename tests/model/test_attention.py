@@ -255,6 +255,17 @@ def test_the_choice_on_a_card(monkeypatch, capability, options, width, chosen):
     assert _chosen(explain_attention(*_shapes(4096, 4096, width=width, dtype="bfloat16"), **options)) == [chosen]
 
 
+def test_an_assembler_that_miscompiles_is_refused(monkeypatch):
+    _on_a_card(monkeypatch)
+    shapes = _shapes(4096, 4096, width=128, dtype="bfloat16")
+    for version, causal, chosen in ((12080, True, "xla_blockwise"), (12080, False, "pallas_gpu"),
+                                    (12091, True, "pallas_gpu")):
+        monkeypatch.setattr(compat, "cuda_version", lambda version=version: version)
+        verdicts = explain_attention(*shapes, causal=causal, segment_ids=IDS)
+        assert _chosen(verdicts) == [chosen]
+        assert ("12.9.1 or newer" in dict(verdicts)["pallas_gpu"]) == (chosen == "xla_blockwise")
+
+
 def test_a_measurement_moves_the_choice(monkeypatch):
     _on_a_card(monkeypatch)
     shapes = _shapes(4096, 4096, width=128, dtype="bfloat16")

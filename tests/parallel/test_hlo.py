@@ -9,7 +9,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mtnlg_jax.parallel.hlo import Program, arguments_of, bytes_of, largest, padded_bytes
-from mtnlg_jax.parallel.hlo_cost import cost_of, groups_of
+from mtnlg_jax.parallel.hlo_cost import Kernel, cost_of, groups_of
 
 MESH = {"a": 2, "b": 4}
 
@@ -209,3 +209,38 @@ def test_arguments_and_the_largest_tensors():
 def test_what_is_no_program_is_refused():
     with pytest.raises(ValueError, match="no HLO text"):
         Program("nothing\n")
+
+
+KERNELS = """HloModule jit_step
+
+%body (arg: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %arg = (s32[], f32[8]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%arg), index=0
+  %x = f32[8]{0} get-tuple-element(%arg), index=1
+  %forward.3 = f32[8]{0} custom-call(%x), custom_call_target="tpu_custom_call", METADATA
+  ROOT %t = (s32[], f32[8]{0}) tuple(%i, %forward.3)
+}
+
+%condition (arg: (s32[], f32[8])) -> pred[] {
+  %arg = (s32[], f32[8]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%arg), index=0
+  %n = s32[] constant(5)
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  %zero = s32[] constant(0)
+  %start = (s32[], f32[8]{0}) tuple(%zero, %p)
+  %loop = (s32[], f32[8]{0}) while(%start), condition=%condition, body=%body
+  %y = f32[8]{0} get-tuple-element(%loop), index=1
+  %other.7 = f32[8]{0} custom-call(%y), custom_call_target="mosaic_gpu_v2"
+  ROOT %sort = f32[8]{0} custom-call(%other.7), custom_call_target="Sharding"
+}
+"""
+
+
+def test_kernels_are_counted_with_the_flops_that_their_scope_tells():
+    text = KERNELS.replace("METADATA", 'metadata={op_name="jit(step)/while/attention_forward:1000flops/pallas_call"}')
+    cost = cost_of(Program(text), {"data": 1})
+    assert cost.kernels == (Kernel("attention_forward", 1, 5), Kernel("other", 0, 1)) and cost.flops == 5 * 1000

@@ -11,8 +11,17 @@ import math
 from importlib import resources
 from typing import NamedTuple
 
+import jax
+
 TABLE = resources.files(__package__) / "blocks.json"
 PASSES = ("forward", "dq", "dkv", "decode", "both")  # both: output and all gradients, of any implementation
+
+
+def scope(name: str, rows: int, heads: int, queries: int, keys: int, width: int, products: int, causal: bool = False):
+    """A scope for the call of a kernel, which tells whoever reads the compiled program its name and the FLOPs of its
+    ``products`` of (queries x keys x width) for each row and head; where causal, of the half that is visible."""
+    flops = 2 * products * rows * heads * queries * keys * width // (2 if causal and queries > 1 else 1)
+    return jax.named_scope(f"{name}:{flops}flops")
 
 
 class Blocks(NamedTuple):
@@ -77,15 +86,25 @@ def _nearest(kind: str, impl: str, device: str, dtype: str, head_width: int, len
 def blocks_for(kind: str, impl: str, device: str, dtype: str, head_width: int, length: float, causal: bool) -> Blocks:
     """Sizes for pass ``kind`` of ``impl``: the table's for the nearest length, or a rule of thumb."""
     entry = _nearest(kind, impl, device, dtype, head_width, length, causal, any_width=impl == "xla_blockwise")
-    return entry.blocks if entry and entry.blocks.kv else default_blocks(kind, impl, head_width)
+    return entry.blocks if entry and entry.blocks.kv else default_blocks(kind, impl, dtype, head_width, causal)
 
 
-def default_blocks(kind: str, impl: str, head_width: int) -> Blocks:
+# On GPU: (keys of a block, stages) by the widest head that they fit, for registers and shared memory without spills up
+# to width 160 (tests/ahead/test_kernels.py); nothing of it was timed.
+_GPU = {"forward": ((64, 128, 3), (160, 128, 2), (192, 64, 3), (256, 64, 2)),
+        "dq": ((96, 64, 3), (192, 64, 2), (256, 64, 1)),
+        "dkv": ((96, 64, 3), (128, 64, 2), (160, 64, 3), (256, 64, 2)),
+        "decode": ((256, 64, 2),)}
+
+
+def default_blocks(kind: str, impl: str, dtype: str, head_width: int, causal: bool) -> Blocks:
     """Sizes for a shape of which the table has no entry: never timed."""
     if impl == "pallas_tpu":
-        return Blocks(q=512, kv=512)
+        size = 512 if dtype == "float32" else 1024  # what fits the VMEM of v5e at width 256
+        return Blocks(0, 2048) if kind == "decode" else Blocks(size, size, 256 if causal else 512)
     if impl == "pallas_gpu":
-        return Blocks(q=64, kv=64, stages=2)
+        kv, stages = next(row[1:] for row in _GPU[kind] if head_width <= row[0])
+        return Blocks(64, kv, stages=stages)
     return Blocks(q=256, kv=512)
 
 

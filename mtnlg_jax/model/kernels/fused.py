@@ -116,8 +116,9 @@ def decode(impl: str, q, k_cache, v_cache, lengths, scales=(None, None), *, scal
         from mtnlg_jax.model.kernels.decode_gpu import decode as run
     if block_kv is None:
         block_kv = sizes.blocks_for("decode", impl, device(), str(q.dtype), q.shape[2], k_cache.shape[2], False).kv
-    return run(q, k_cache, v_cache, lengths, num_splits=num_splits, block_kv=block_kv,
-               interpret=compat.interpret_params(impl), **given)
+    with sizes.scope("attention_decode", q.shape[0], q.shape[1], 1, k_cache.shape[2], q.shape[2], 2):
+        return run(q, k_cache, v_cache, lengths, num_splits=num_splits, block_kv=block_kv,
+                   interpret=compat.interpret_params(impl), **given)
 
 
 # --- over a mesh that XLA partitions: kernels are opaque to it, so they are split here ------------------------------

@@ -48,7 +48,7 @@ def _span(count: int, block: int, size: int):
     return first, jnp.minimum(first + block, size) - 1
 
 
-def _id_span(ids, count: int, block: int):
+def id_span(ids, count: int, block: int):
     """The least and the greatest id of each block, (B, count) twice."""
     ids = jnp.pad(ids, ((0, 0), (0, count * block - ids.shape[1])), mode="edge").reshape(ids.shape[0], count, block)
     return ids.min(-1), ids.max(-1)
@@ -72,7 +72,7 @@ def visible_blocks(mask: Mask, rows: int, queries: int, keys: int, block_q: int,
         seen &= first_kv < mask.kv_lengths[:, None, None]
     if mask.q_ids is not None:
         (low_q, high_q), (low_kv, high_kv) = (
-            _id_span(mask.q_ids, number_q, block_q), _id_span(mask.kv_ids, number_kv, block_kv))
+            id_span(mask.q_ids, number_q, block_q), id_span(mask.kv_ids, number_kv, block_kv))
         seen &= (low_q[:, :, None] <= high_kv[:, None]) & (low_kv[:, None] <= high_q[:, :, None])
     return seen
 

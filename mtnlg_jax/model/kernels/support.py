@@ -96,6 +96,8 @@ def refusal(name: str, call: Call, decode: bool = False) -> str | None:
     unable = sorted(call.options - can.options)
     if unable:
         return f"does not take {', '.join(unable)}"
+    if name == "pallas_gpu" and call.causal and 12080 <= (compat.cuda_version() or 0) < 12091:
+        return "is miscompiled by the assembler of CUDA 12.8.0 to 12.9.0 where causal; install 12.9.1 or newer"
     if name == "cudnn":
         return cudnn.refusal(call.queries, call.keys, call.head_width, call.causal, "window" in call.options)
     return None

@@ -117,7 +117,7 @@ def sweep(impls: Sequence[str], lengths: Sequence[int], widths: Sequence[int], d
                 run, arguments = _run_of(impl, kind, masked, blocks, q, k, v)
                 try:
                     timed[blocks] = milliseconds(run, arguments)
-                except jax.errors.JaxRuntimeError:  # does not fit the device
+                except (jax.errors.JaxRuntimeError, ValueError):  # does not fit the device
                     continue
             if timed:
                 best = min(timed, key=timed.get)

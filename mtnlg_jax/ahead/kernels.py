@@ -1,0 +1,207 @@
+"""Attention compiled alone for a described chip: does it compile, and what does the compiler say of its kernels?
+
+As in ``measure``, the compiler runs in a process of its own, ``python -m mtnlg_jax.ahead.kernels``; one that dies over
+a call is started again with the next."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+
+from mtnlg_jax.ahead import topology as described
+from mtnlg_jax.ahead.measure import last_words
+
+# libtpu's own model of a program gives each kernel its cycles only where it is told to write them to a folder.
+_PROFILE = "--xla_jf_dump_static_llo_profile_to="
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One call of attention(), or, where ``step`` is "decode", of decode_attention(), over arrays of these shapes."""
+
+    step: str = "both"  # forward | both (forward and all gradients) | decode
+    impl: str = "auto"
+    dtype: str = "bfloat16"  # int8: bfloat16 against a cache of int8
+    rows: int = 1
+    queries: int = 2048
+    keys: int = 2048
+    heads: int = 8
+    kv_heads: int = 8
+    head_width: int = 128
+    causal: bool = True
+    masks: tuple[str, ...] = ()  # of segment_ids, kv_lengths, q_offset, window
+    blocks: tuple[int, int] | None = None
+
+
+@dataclasses.dataclass
+class Compiled:
+    call: Call
+    failure: str = ""  # in the compiler's words; empty: it compiled
+    kernels: list = dataclasses.field(default_factory=list)  # [[name, estimated cycles or None], ...]
+    temporaries: int = 0  # bytes
+    # Of a GPU's assembler: [[name, registers of a thread at launch, bytes spilled], ...]
+    assembled: list = dataclasses.field(default_factory=list)
+
+
+def compile_calls(topology: described.Topology, calls: Sequence[Call], estimate: bool = False) -> list[Compiled]:
+    """Compiles each of ``calls`` for one device of ``topology``. ``estimate``: with the TPU compiler's own cycles of
+    each kernel, for which it takes every branch as it would be taken, but those on values that only exist when the
+    program runs (segments, lengths, offsets in arrays), which it takes as not taken.
+
+    Raises ValueError where the compiler is not installed."""
+    described.check_installed(topology)
+    results: list[Compiled] = []
+    while len(results) < len(calls):
+        with tempfile.TemporaryDirectory() as folder:
+            answer = os.path.join(folder, "answer.jsonl")
+            rest = calls[len(results):]
+            request = {"topology": str(topology), "calls": list(map(dataclasses.asdict, rest)), "answer": answer}
+            environment = described.environment(topology)
+            environment["MOSAIC_GPU_DUMP_PTXAS"] = "1"
+            if estimate:
+                environment["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {_PROFILE}{folder}".strip()
+            done = subprocess.run([sys.executable, "-m", "mtnlg_jax.ahead.kernels"], input=json.dumps(request),
+                                  capture_output=True, text=True, errors="replace", env=environment)
+            lines = open(answer, encoding="utf-8").read().splitlines() if os.path.exists(answer) else []
+            results += [_read(line) for line in lines if line.endswith("}")]
+            if done.returncode and len(results) < len(calls):
+                results.append(Compiled(calls[len(results)], failure=last_words(done)))
+    return results
+
+
+def _read(line: str) -> Compiled:
+    said = json.loads(line)
+    return Compiled(**said | {"call": _call(said["call"])})
+
+
+def _call(said: dict) -> Call:
+    return Call(**said | {"masks": tuple(said["masks"]), "blocks": said["blocks"] and tuple(said["blocks"])})
+
+
+# --- the other end --------------------------------------------------------------------------------------------------
+
+
+def _answer() -> None:
+    request = json.load(sys.stdin)
+
+    import jax
+    from jax.sharding import SingleDeviceSharding
+
+    from mtnlg_jax import compat
+
+    topology = described.parse(request["topology"])
+    device = described.devices(topology)[0]
+    compat.compile_for(topology.platform, device.device_kind)
+    sharding = SingleDeviceSharding(device)
+    with open(request["answer"], "a", encoding="utf-8") as file, described.abstract(device):
+        for said in request["calls"]:
+            result = Compiled(_call(said))
+            function, arguments = function_of(result.call)
+            arguments = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in arguments]
+            try:
+                with _output() as output:
+                    compiled = jax.jit(function).lower(*arguments).compile()
+            except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
+                result.failure = " ".join(str(error).split())[:1500]
+            else:
+                result.kernels = kernels_of(compiled.as_text())
+                result.assembled = assembled_of("".join(output))
+                result.temporaries = compiled.memory_analysis().temp_size_in_bytes
+            file.write(json.dumps(dataclasses.asdict(result)) + "\n")
+            file.flush()
+
+
+@contextlib.contextmanager
+def _output():
+    """A list that afterwards holds what was written to standard output and standard error, by compiled code too."""
+    said: list[str] = []
+    with tempfile.TemporaryFile() as file:
+        sys.stdout.flush()
+        kept = [os.dup(stream) for stream in (1, 2)]
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+        try:
+            yield said
+        finally:
+            for stream, old in zip((1, 2), kept, strict=True):
+                os.dup2(old, stream)
+                os.close(old)
+            file.seek(0)
+            said.append(file.read().decode(errors="replace"))
+
+
+def assembled_of(text: str) -> list:
+    """[[kernel, registers, bytes of spill stores and loads]] of what the assembler wrote."""
+    found = []
+    for part in text.split("Compiling entry function '")[1:]:
+        registers = re.search(r"Used (\d+) registers", part)
+        spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", part)
+        if registers and spills:
+            name = part.partition("'")[0].removesuffix("_mosaic_gpu_kernel")
+            found.append([name, int(registers[1]), int(spills[1]) + int(spills[2])])
+    return found
+
+
+def function_of(call: Call):
+    """(function, its arguments as ShapeDtypeStructs) of ``call``."""
+    import jax
+
+    from mtnlg_jax.model.attention import attention, decode_attention
+
+    def array(*shape, dtype=None):
+        return jax.ShapeDtypeStruct(shape, dtype or ("bfloat16" if call.dtype == "int8" else call.dtype))
+
+    if call.step == "decode":
+        cache = array(call.rows, call.kv_heads, call.keys, call.head_width, dtype=call.dtype)
+        scales = [array(*cache.shape[:3], dtype="float32")] * 2 if call.dtype == "int8" else []
+
+        def decode(q, k, v, lengths, *scales):
+            named = dict(zip(("k_scale", "v_scale"), scales, strict=False))
+            return decode_attention(q, k, v, lengths, impl=call.impl, **named)
+
+        lengths = array(call.rows, dtype="int32")
+        return decode, [array(call.rows, call.heads, call.head_width), cache, cache, lengths, *scales]
+
+    shapes = {"segment_ids": [(call.rows, call.queries), (call.rows, call.keys)], "kv_lengths": [(call.rows,)],
+              "q_offset": [(call.rows,)]}
+    arrays = {name: [array(*shape, dtype="int32") for shape in shapes[name]] for name in call.masks if name in shapes}
+    window = call.keys // 4 if "window" in call.masks else None
+
+    def attend(q, k, v, arrays):
+        given = {name: tuple(x) if name == "segment_ids" else x[0] for name, x in arrays.items()}
+        return attention(q, k, v, causal=call.causal, window=window, impl=call.impl, block_sizes=call.blocks, **given)
+
+    def both(q, k, v, d_out, arrays):
+        out, back = jax.vjp(lambda q, k, v: attend(q, k, v, arrays), q, k, v)
+        return out, back(d_out)
+
+    q = array(call.rows, call.queries, call.heads, call.head_width)
+    kv = array(call.rows, call.keys, call.kv_heads, call.head_width)
+    flat, tree = jax.tree.flatten(arrays)
+    if call.step == "forward":
+        return (lambda q, k, v, *flat: attend(q, k, v, jax.tree.unflatten(tree, flat))), [q, kv, kv, *flat]
+    return (lambda q, k, v, d, *flat: both(q, k, v, d, jax.tree.unflatten(tree, flat))), [q, kv, kv, q, *flat]
+
+
+_KERNEL = re.compile(r"""
+    ^\ *(?:ROOT\ )?%?(\S+)\ =\ [^\n]*custom_call_target="(?:tpu_custom_call|mosaic_gpu\w*)"
+    (.*(?:\n(?!\ *(?:ROOT\ )?%\S+\ =\ ).*)*)  # metadata may go over several lines, up to the next instruction
+    """, re.MULTILINE | re.VERBOSE)
+
+
+def kernels_of(text: str) -> list:
+    """[[name, estimated cycles or None]] of the kernels in a compiled program."""
+    found = []
+    for name, rest in _KERNEL.findall(text):
+        cycles = re.search(r'"estimated_cycles":"?(\d+)', rest)
+        found.append([re.sub(r"\.\d+$", "", name), int(cycles[1]) if cycles else None])
+    return found
+
+
+if __name__ == "__main__":
+    _answer()

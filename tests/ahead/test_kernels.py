@@ -1,0 +1,111 @@
+"""Kernels through the real compilers, without the chips: no memory overflows, and what the compiler says is read."""
+
+import dataclasses
+import shutil
+
+import pytest
+
+from mtnlg_jax.ahead.kernels import Call, Compiled, assembled_of, compile_calls, kernels_of
+from mtnlg_jax.ahead.topology import check_installed, parse
+from mtnlg_jax.model.kernels import blocks
+
+TPUS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+MASKS = ("segment_ids", "kv_lengths", "q_offset", "window")
+LONG = 131072
+
+
+def compiled(topology: str, calls) -> list[Compiled]:
+    """Skips where the compiler is not installed."""
+    described = parse(topology)
+    try:
+        check_installed(described)
+    except ValueError as error:
+        pytest.skip(str(error))
+    results = compile_calls(described, calls)
+    assert [result.call for result in results] == list(calls)
+    return results
+
+
+def rows_of(device: str) -> list[Call]:
+    """The calls that the rows of the block table for ``device`` serve, one for each shape."""
+    found = {}
+    for entry in blocks.table():
+        if entry.device == device and entry.impl == "pallas_tpu":
+            call = Call("decode" if entry.kind == "decode" else "both", dtype=entry.dtype, keys=entry.length,
+                        queries=1 if entry.kind == "decode" else entry.length, head_width=entry.head_width, heads=2,
+                        kv_heads=1, causal=entry.causal)
+            found[call] = None
+    return list(found)
+
+
+@pytest.mark.parametrize("device", TPUS)
+def test_tpu_kernels_compile_for_every_width_to_128k(device):
+    calls = [Call(queries=length, keys=length, head_width=width, heads=2, kv_heads=1, masks=masks)
+             for width, length, masks in ((64, 32768, ()), (96, 2048, MASKS), (128, LONG, ("segment_ids",)),
+                                          (160, 32768, ("segment_ids",)), (192, 8192, ()), (256, 32768, ()))]
+    calls += [Call("decode", keys=32768, rows=8), Call("decode", dtype="int8", keys=LONG, rows=4, head_width=160)]
+    for result in compiled(TPUS[device], calls):
+        assert not result.failure, result
+        # A forward kernel, and one or two of the backward pass.
+        assert len(result.kernels) == 1 if result.call.step == "decode" else 2 <= len(result.kernels) <= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", TPUS)
+def test_every_row_of_the_table_compiles(device):
+    calls = rows_of(device)
+    assert calls
+    failures = [result for result in compiled(TPUS[device], calls) if result.failure]
+    assert not failures
+
+
+def test_a_kernel_too_large_for_the_chip_is_told_in_the_compilers_words():
+    (result,) = compiled(TPUS["v5e"], [Call(queries=16384, keys=16384, blocks=(8192, 8192))])
+    assert "vmem" in result.failure.lower() and not result.kernels
+
+
+def test_the_compilers_estimate_is_read():
+    calls = [Call("forward", queries=1024, keys=1024, heads=heads, kv_heads=heads) for heads in (2, 4)]
+    described = parse(TPUS["v5p"])
+    compiled(TPUS["v5p"], [])
+    one, two = compile_calls(described, calls, estimate=True)
+    assert 1.5 < two.kernels[0][1] / one.kernels[0][1] < 2.5  # two cores: one head or two for each
+
+
+def test_hopper_kernels_assemble_without_spills():
+    """Where the CUDA plugin and an assembler are: the fast forms, at the width that MT-NLG has."""
+    if shutil.which("ptxas") is None:
+        pytest.skip("no ptxas: it comes with CUDA")
+    calls = [Call(head_width=width, masks=masks) for width, masks in ((64, ()), (128, ()), (160, ("segment_ids",)))]
+    calls += [Call("decode", keys=4096, rows=4)]
+    for result in compiled("H100:1x1", calls):
+        assert not result.failure, result
+        assert len(result.assembled) == len(result.kernels) == (1 if result.call.step == "decode" else 3)
+        # Grouped heads and segment ids are allowed the few loop bounds that they cost, once a tile.
+        assert all(spills <= (128 if result.call.masks else 0) for _, _, spills in result.assembled), result.assembled
+
+
+def test_what_the_assembler_says_is_read():
+    said = """ptxas info    : Compiling entry function 'flash_dq_mosaic_gpu_kernel' for 'sm_90a'
+ptxas info    : Function properties for flash_dq_mosaic_gpu_kernel
+    0 bytes stack frame, 8 bytes spill stores, 16 bytes spill loads
+ptxas info    : Used 168 registers, used 16 barriers"""
+    assert assembled_of(said) == [["flash_dq", 168, 24]] and assembled_of("nothing") == []
+
+
+def test_kernels_are_found_in_a_program_whose_metadata_has_several_lines():
+    text = """
+  %splash.1 = bf16[8,64]{1,0} custom-call(%a), custom_call_target="tpu_custom_call", frontend_attributes={x={
+"xprof": "1"
+}}, backend_config={"estimated_cycles":"120"}
+  %add.2 = f32[8]{0} add(%b, %c), backend_config={"estimated_cycles":"7"}
+  ROOT %attention.12 = (bf16[8]{0}, f32[8]{0}) custom-call(%d), custom_call_target="mosaic_gpu_v2", metadata={}
+"""
+    assert kernels_of(text) == [["splash", 120], ["attention", None]]
+
+
+def test_a_call_travels_as_json():
+    call = Call(masks=("window",), blocks=(128, 256))
+    from mtnlg_jax.ahead import kernels
+
+    assert kernels._call(dataclasses.asdict(call)) == call

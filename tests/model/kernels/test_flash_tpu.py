@@ -1,0 +1,27 @@
+"""The TPU kernels, interpreted with the race detector, against the longhand."""
+
+import pytest
+
+from mtnlg_jax.model.kernels import flash_tpu
+
+FLOAT32 = 2e-5  # sums of some hundreds of numbers of size one
+BFLOAT16 = 3e-2  # eight bits of mantissa, twice rounded, relative to the largest number
+
+
+@pytest.mark.parametrize("case", ["causal", "both ways", "interior blocks", "head width 96", "head width 160",
+                                  "eight heads share", "window", "window both ways", "offset", "one query",
+                                  "before the keys", "lengths", "documents", "mixed documents", "softcap", "all",
+                                  "all both ways"])
+def test_output_lse_and_gradients_equal_the_longhand(kernels, longhand, case):
+    longhand.compare(*kernels.everything("pallas_tpu", case), FLOAT32)
+
+
+@pytest.mark.parametrize("case", ["causal"])
+def test_bfloat16_stays_near_the_longhand(kernels, longhand, case):
+    longhand.compare(*kernels.everything("pallas_tpu", case, "bfloat16"), BFLOAT16)
+
+
+@pytest.mark.parametrize("case", ["interior blocks", "all"])
+def test_dq_in_a_kernel_of_its_own_is_the_same(kernels, longhand, monkeypatch, case):
+    monkeypatch.setattr(flash_tpu, "DQ_LIMIT", 0)  # as for sequences of which dq does not fit VMEM
+    longhand.compare(*kernels.everything("pallas_tpu", case), FLOAT32)
