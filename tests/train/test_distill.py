@@ -133,6 +133,7 @@ def test_a_step_is_the_loss_of_two_whole_models(causal):
     assert_equal_numbers(alone(causal), (float(value), [np.asarray(grad) for grad in jax.tree.leaves(grads)]), 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [{"data": 2, "context": 2, "tensor": 2}, {"data": 2, "tensor": 4, "zero": 3}], ids=str)
 def test_every_mesh_equals_one_device(mesh):
     assert_equal_numbers(numbers(**mesh), alone())

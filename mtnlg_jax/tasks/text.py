@@ -1,0 +1,113 @@
+"""Texts before and after the model: what is mended in an input, where it may be cut, and what is mended in an answer.
+
+English and Chinese ("en", "zh") have rules of their own; a text in another language is treated as English.
+"""
+
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+
+_HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_FULL = "，。！？；：、“”‘’（）《》【】「」『』…"
+_CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b\ufeff\ufffd]")
+# A sentence with the white space behind it; all of them, joined, are the text. "Mr. Smith" counts as two.
+_SENTENCE = re.compile(r".+?(?:[。！？…]+[”’」』）】]*|[.!?]+[\"'”’)\]]*(?=\s|\Z)|(?=\n)|\Z)\s*", re.DOTALL)
+_WORD = re.compile(rf"[{_HAN}]|[^\s{_HAN}]+")
+WORDS = re.compile(rf"[{_HAN}]|(?:(?![{_HAN}])\w)+")  # without punctuation
+
+_HALF_OF = dict(zip("，。！？；：", ",.!?;:", strict=True))
+_FULL_OF = {half: full for full, half in _HALF_OF.items()}
+# Full-width digits and letters stand for the plain ones in both languages.
+_PLAIN = {code: code - 0xFEE0 for first, last in ("０９", "ＡＺ", "ａｚ") for code in range(ord(first), ord(last) + 1)}
+
+
+def language_of(text: str) -> str:
+    """ "zh" where Chinese characters are more than the words of other scripts, else "en"."""
+    words = WORDS.findall(text)
+    chinese = sum(bool(re.match(f"[{_HAN}]", word)) for word in words)
+    return "zh" if 2 * chinese > len(words) else "en"
+
+
+def normalise(text: str, lines: bool = False) -> str:
+    """NFC, no control characters, one space for any white space and none at the ends; with ``lines``, line breaks and
+    the spaces inside lines stay, and so do those before the first word."""
+    text = _CONTROLS.sub("", unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")))
+    return text.rstrip().lstrip("\n") if lines else " ".join(text.split())
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of a text, each with the white space behind it: joined, they are the text."""
+    return _SENTENCE.findall(text)
+
+
+def cut(text: str, keep: str, fits: Callable[[str], bool]) -> str:
+    """The longest part that fits, in whole sentences or, where not one of them fits, in words or Chinese characters.
+
+    ``keep``: "start" and "end" give a true beginning or end of the text; "both" gives these two with " … " between,
+    as a review says what it thinks there. "" where nothing fits. Calls ``fits`` about 2 log2(words) times.
+    """
+    if fits(text):
+        return text
+    for pattern in (_SENTENCE, _WORD):
+        spans = [match.span() for match in pattern.finditer(text)]
+        low, high = 0, len(spans) - 1
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if fits(_part(text, spans, keep, middle)) else (low, middle - 1)
+        if low:
+            return _part(text, spans, keep, low)
+    return ""
+
+
+def _part(text: str, spans, keep: str, count: int) -> str:
+    if keep == "end":
+        return text[spans[-count][0] :]
+    if keep == "start" or count == 1:
+        return text[: spans[count - 1][1]].rstrip()
+    last = count // 2
+    return f"{text[: spans[count - last - 1][1]].rstrip()} … {text[spans[-last][0] :]}"
+
+
+def clean(text: str, language: str, stops: Sequence[str] = (), joined: bool = False) -> str:
+    """What a model wrote, as a person would hand it in.
+
+    In this order: cut at the first of ``stops``; word pieces merged (``▁`` of SentencePiece, ``##`` and ``@@``); white
+    space; punctuation, full-width beside Chinese characters and half-width elsewhere, none doubled; sentences that
+    stood before left out. A text that goes on from its prompt (``joined``) keeps its white space, its punctuation and
+    its first space, and of its sentences loses those that repeat the one right before.
+    """
+    for stop in stops:
+        text = text.partition(stop)[0]
+    text = _CONTROLS.sub("", unicodedata.normalize("NFC", text))
+    text = re.sub(r"(?<=\w)\s*##(?=\w)|(?<=\w)@@\s+(?=\w)", "", text.replace("\u2581", " "))
+    if joined:
+        return _without_repeats(text, joined).rstrip()
+    text = " ".join(text.split()).translate(_PLAIN)
+    return _without_repeats(_punctuated(text, language), joined).strip()
+
+
+def _punctuated(text: str, language: str) -> str:
+    if language == "zh":
+        # Not in 3.14, 10:30 or a domain's name.
+        text = re.sub(rf"(?<=[{_HAN}”’）》】」』])\s*(?:([,!?;])|([.:])(?![\w.]))",
+                      lambda match: _FULL_OF[match[1] or match[2]], text)
+        text = re.sub(rf"[,!?;](?=\s*[{_HAN}])", lambda match: _FULL_OF[match[0]], text)
+        text = re.sub(rf"(?<=[{_HAN}{_FULL}])\s+(?=[{_HAN}{_FULL}])", "", text)
+        text = re.sub(r"\s+(?=[，。！？；：、）》】])|(?<=[，。！？；：、（《【])\s+", "", text)
+    else:
+        text = re.sub(rf"(?<![{_HAN}])\s*([，。！？；：])(?![{_HAN}])\s*", lambda match: _HALF_OF[match[1]] + " ", text)
+        text = re.sub(r"\s+(?=[,.;:!?%)\]}]+(?:[\s\"”’]|\Z))|(?<=[(\[{])\s+", "", text)
+        text = re.sub(r"(?<=\w)\s+(?=(?:n't|'(?:s|re|ve|ll|d|m))\b)", "", text)  # "do n't", as treebanks write it
+    text = re.sub(r"([,，、;；。!！?？])\1+", r"\1", text)
+    return re.sub(r"\.{4,}", "...", re.sub("…{3,}", "……", text))
+
+
+def _without_repeats(text: str, neighbours: bool) -> str:
+    kept, seen = [], []
+    for sentence in sentences(text):
+        words = "".join(WORDS.findall(sentence.casefold()))
+        if words and words in (seen[-1:] if neighbours else seen):
+            continue
+        seen += [words] * bool(words)
+        kept.append(sentence)
+    return "".join(kept)
