@@ -70,22 +70,24 @@ def device_name(kind: str) -> str:
     return next((name for part, name in _DEVICES.items() if part.lower() in kind.lower()), kind)
 
 
-def _nearest(kind: str, impl: str, device: str, dtype: str, head_width: int, length: float, causal: bool,
-             any_width: bool = False) -> Entry | None:
-    """The entry for this shape: of the same device, type and masking, of the nearest length, and of the same head
-    width unless ``any_width``."""
-    found = [entry for entry in table() if (entry.device, entry.impl, entry.kind, entry.dtype, entry.causal) ==
-             (device, impl, kind, dtype, causal) and (any_width or entry.head_width == head_width)]
+def _nearest(kind: str, impl: str, device: str, dtype: str, head_width: int, length: float,
+             causal: bool) -> Entry | None:
+    """The entry for this shape: of the same device, type, head width and masking, and of the nearest length. What is
+    not a kernel depends on these but little, so there the nearest of each will do."""
+    loose = impl.startswith("xla")
 
     def far(entry):
-        return (abs(math.log(entry.head_width / head_width)), abs(math.log(entry.length / max(length, 1))))
+        return (entry.causal != causal, entry.dtype != dtype, abs(math.log(entry.head_width / head_width)),
+                abs(math.log(entry.length / max(length, 1))))
 
+    found = [entry for entry in table() if (entry.device, entry.impl, entry.kind) == (device, impl, kind)
+             and (loose or far(entry)[:3] == (False, False, 0))]
     return min(found, key=far, default=None)
 
 
 def blocks_for(kind: str, impl: str, device: str, dtype: str, head_width: int, length: float, causal: bool) -> Blocks:
     """Sizes for pass ``kind`` of ``impl``: the table's for the nearest length, or a rule of thumb."""
-    entry = _nearest(kind, impl, device, dtype, head_width, length, causal, any_width=impl == "xla_blockwise")
+    entry = _nearest(kind, impl, device, dtype, head_width, length, causal)
     return entry.blocks if entry and entry.blocks.kv else default_blocks(kind, impl, dtype, head_width, causal)
 
 
@@ -111,9 +113,11 @@ def default_blocks(kind: str, impl: str, dtype: str, head_width: int, causal: bo
 def fastest(impls, device: str, dtype: str, head_width: int, length: float, causal: bool) -> tuple[str, str] | None:
     """(the implementation that took the least time for output and gradients at the nearest shape, that in words), or
     None unless each of ``impls`` was timed there."""
-    entries = [_nearest("both", impl, device, dtype, head_width, length, causal, any_width=True) for impl in impls]
+    entries = [_nearest("both", impl, device, dtype, head_width, length, causal) for impl in impls]
     if any(entry is None or entry.ms is None for entry in entries):
         return None
+    if any(not entry.impl.startswith("xla") and abs(math.log2(entry.length / length)) > 1 for entry in entries):
+        return None  # too far away to tell
     best = min(entries, key=lambda entry: entry.ms)
     times = ", ".join(f"{entry.impl} {entry.ms:.3g} ms" for entry in entries)
     return best.impl, f"timed at length {best.length}, head width {best.head_width}: {times}"

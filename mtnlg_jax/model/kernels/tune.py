@@ -121,7 +121,8 @@ def sweep(impls: Sequence[str], lengths: Sequence[int], widths: Sequence[int], d
                     continue
             if timed:
                 best = min(timed, key=timed.get)
-                sizes = {name: size for name, size in best._asdict().items() if size} if best.kv else {}
+                kept = ("q", "kv", "compute", "stages") if impl == "pallas_gpu" else ("q", "kv", "compute")
+                sizes = {name: getattr(best, name) for name in kept if best.kv and getattr(best, name)}
                 yield {"device": device(), "impl": impl, "dtype": dtype, "head_width": width, "length": length,
                        "causal": masked, "pass": kind, **sizes, "ms": round(timed[best], 4), "rows": q.shape[0],
                        "heads": heads, "source": f"timed, {len(timed)} sizes tried, jax {jax.__version__}, "
