@@ -2,10 +2,12 @@
 
 import importlib.util
 import os
+from pathlib import Path
 
 import jax
 import pytest
 
+from mtnlg_jax.ahead import topology
 from mtnlg_jax.ahead.topology import GPUS, Topology, card, check_installed, environment, mesh_over, parse
 from mtnlg_jax.config import MeshConfig
 
@@ -49,6 +51,7 @@ def test_the_environment_is_the_childs_alone(monkeypatch):
 
 
 def test_a_missing_compiler_is_named_with_what_to_install(monkeypatch):
+    monkeypatch.setattr(topology, "APART", Path("nowhere"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"compiling for v5e needs libtpu.*\[ahead\]"):
         check_installed(parse("v5e:2x2"))
