@@ -104,10 +104,15 @@ def cluster_processes() -> int:
     return env.get_process_count() if env else 0
 
 
+def varying_axes(*trees) -> frozenset[str]:
+    """The mesh axes that any array of ``trees`` differs over, inside a shard_map."""
+    return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(trees)))
+
+
 def result_like(shape, dtype, *inputs) -> jax.ShapeDtypeStruct:
     """The type of a kernel's result made from ``inputs``: inside a shard_map it varies over the mesh axes that any of
     them varies over."""
-    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in inputs))
+    axes = varying_axes(*inputs)
     if not axes:
         return jax.ShapeDtypeStruct(shape, dtype)
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.sharding.ManualAxisType(varying=axes))

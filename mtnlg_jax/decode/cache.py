@@ -15,7 +15,7 @@ from flax import nnx
 
 from mtnlg_jax.config import ModelConfig
 from mtnlg_jax.decode.weights import RowWeight, on_cpu, quantise, rows_of
-from mtnlg_jax.model.attention import attention, decode_attention
+from mtnlg_jax.model.attention import attention, decode_attention, merge
 from mtnlg_jax.model.transformer import abstract_model
 
 
@@ -199,8 +199,7 @@ def read(config: ModelConfig, params, cache, tokens_BT, starts_B):
         written.append(_write(cache[layer], k, v, positions_BT))
         own = (as_cached(k), as_cached(v)) if len(cache[layer]) == 4 else (k, v)
         o_own, lse_own = attention(q, *own, return_lse=True)
-        share = jax.nn.sigmoid(lse_old - lse_own.swapaxes(1, 2))[..., None]  # of the softmax's sum
-        return (share * o_old + (1 - share) * o_own).astype(q.dtype)
+        return merge(o_old, lse_old, o_own, lse_own.swapaxes(1, 2)).astype(q.dtype)
 
     places_BT = jnp.minimum(positions_BT, config.max_position_embeddings - 1)
     x_BTD, head = _run(config, params, tokens_BT, places_BT, attend)
@@ -255,8 +254,7 @@ def step_beams(config: ModelConfig, params, prompt_cache, prompts_P, cache, sour
                                                 prompts_P, return_lse=True)
         o_shared = o_shared.reshape(together.shape).transpose(2, 0, 3, 1, 4, 5).reshape(o_own.shape)
         lse_shared = lse_shared.reshape(together.shape[:-1]).transpose(2, 0, 3, 1, 4).reshape(lse_own.shape)
-        share = jax.nn.sigmoid(lse_shared - lse_own)[..., None]  # of the softmax's sum
-        return (share * o_shared + (1 - share) * o_own).astype(q.dtype)[:, None]
+        return merge(o_shared, lse_shared, o_own, lse_own).astype(q.dtype)[:, None]
 
     x_RSD, head = _run(config, params, tokens_GPK.reshape(rows, 1), positions_R[:, None], attend)
     return _logits(x_RSD[:, 0], head).reshape(groups, prompts, beams, -1), tuple(written)

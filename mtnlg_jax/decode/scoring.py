@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtnlg_jax.decode.cache import Decoder, Prefix, bucket, run_layers
-from mtnlg_jax.model.attention import attention
+from mtnlg_jax.model.attention import attention, merge
 from mtnlg_jax.model.loss import token_log_probs
 
 BLOCK_TOKENS = 4096
@@ -64,9 +64,8 @@ def _score(params, prefix: Prefix, labels_NW, *, config):
         o_shared, lse_shared = attention(flat, shared_k, shared_v, causal=False, kv_lengths=before[None],
                                          return_lse=True)
         o_own, lse_own = attention(q, k, v, return_lse=True)
-        lse_shared = lse_shared.reshape(-1, number, width).swapaxes(0, 1)
-        share = jax.nn.sigmoid(lse_shared - lse_own).swapaxes(1, 2)[..., None]  # of the softmax's sum
-        return (share * o_shared.reshape(q.shape) + (1 - share) * o_own).astype(q.dtype)
+        lse_shared = lse_shared.reshape(-1, number, width).transpose(1, 2, 0)
+        return merge(o_shared.reshape(q.shape), lse_shared, o_own, lse_own.swapaxes(1, 2)).astype(q.dtype)
 
     x_NWD, head_VD = run_layers(config, params, tokens_NW, positions_NW, attend)
     return token_log_probs(x_NWD.reshape(-1, x_NWD.shape[-1]), head_VD, labels_NW.reshape(-1)).reshape(number, width)

@@ -8,6 +8,7 @@ query i stands at position ``q_offset + i`` of the key axis and sees keys j <= t
 import functools
 import math
 
+import jax
 import jax.numpy as jnp
 
 from mtnlg_jax.model.kernels import blocks as sizes
@@ -17,7 +18,8 @@ from mtnlg_jax.model.kernels.fused import arrays_of, backward, decode, fused, pl
 from mtnlg_jax.model.kernels.mask import Mask
 from mtnlg_jax.model.kernels.support import SUPPORT, Call, call_of, choose, device, explain, options_of
 
-__all__ = ["SUPPORT", "attention", "attention_gradients", "decode_attention", "explain_attention", "mean_key_blocks"]
+__all__ = ["SUPPORT", "attention", "attention_gradients", "decode_attention", "explain_attention", "mean_key_blocks",
+           "merge"]
 
 
 def attention(q, k, v, *, causal: bool = True, segment_ids=None, kv_lengths=None, q_offset=0, window=None,
@@ -96,6 +98,13 @@ def decode_attention(q, k_cache, v_cache, lengths, *, scale=None, softcap=None, 
     given = (q, k_cache, v_cache, jnp.asarray(lengths, jnp.int32), (k_scale, v_scale))
     out, lse = run(*given) if chosen == "xla" else split_cache(run, *given)
     return (out, lse) if return_lse else out
+
+
+def merge(out, lse, other, other_lse):
+    """Attention over two parts of the keys as over both (Milakov 2018): outputs (..., H) weighted by their shares of
+    the softmax's sum, which log-sum-exps (...) tell."""
+    share = jax.nn.sigmoid(lse - other_lse)[..., None]
+    return share * out + (1 - share) * other
 
 
 def attention_gradients(q, k, v, out, lse, d_out, *, causal: bool, segment_ids=None, scale=None, impl: str = "auto",

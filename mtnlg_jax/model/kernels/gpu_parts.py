@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from mtnlg_jax.compat import result_like
+from mtnlg_jax.compat import result_like, varying_axes
 from mtnlg_jax.model.kernels.blocks import Blocks
 from mtnlg_jax.model.kernels.mask import Mask, block_ranges, visible
 
@@ -468,8 +468,7 @@ def launch(name: str, compute, feed, tiles: int, stages: int, rings, inputs, out
 def varying_like(results, *inputs):
     """``results`` of plgpu.kernel, which drops the mesh axes that its results vary over, as varying over those of
     ``inputs``."""
-    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in inputs))
-    missing = [tuple(axes - jax.typeof(x).manual_axis_type.varying) for x in results]
+    missing = [tuple(varying_axes(*inputs) - varying_axes(x)) for x in results]
     return [lax.pcast(x, names, to="varying") if names else x for x, names in zip(results, missing, strict=True)]
 
 

@@ -1,6 +1,5 @@
 """The three kernels of flash_tpu, and how they walk over blocks."""
 
-
 import functools
 import math
 from typing import NamedTuple
@@ -140,6 +139,23 @@ def _hide(plan: Plan, table, row, i, j, start, part, scores, ids):
     return jnp.where(functools.reduce(jnp.logical_and, seen), scores, HIDDEN)
 
 
+def _scores(plan: Plan, table, row, i, j, q, k, ids, id_column):
+    """scores_of(first query, masked, part) of a block: (scores in base 2, the softcap's slope), with those of invisible
+    keys HIDDEN where ``masked``; (queries, keys), or in a kernel of keys (keys, queries)."""
+
+    def scores_of(start, masked, part):
+        queries, keys = pl.ds(start, plan.q - start), pl.ds(part * plan.compute, plan.compute)
+        rows, columns = (keys, queries) if plan.of_keys else (queries, keys)
+        left, right = (k, q) if plan.of_keys else (q, k)
+        scores, slope = _capped(plan, _product(left[rows, :], right[columns, :], 1, 1))
+        if masked:
+            pair = (id_column[rows, :], ids[0 if plan.of_keys else 1][:, columns]) if ids else None
+            scores = _hide(plan, table, row, i, j, start, part, scores, pair)
+        return scores, slope
+
+    return scores_of
+
+
 def _widen(column, width: int):
     """(rows, LANES) of equal lanes -> (rows, width)."""
     repeated = jnp.concatenate([column] * pl.cdiv(width, LANES), -1) if width > LANES else column
@@ -206,6 +222,7 @@ def forward_kernel(plan: Plan, *refs):
     q, k, v, *ids, out, lse, top, total, acc, id_column = refs
     row, i, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     j, live = streamed(plan, table, row, i, step)
+    scores_of = _scores(plan, table, row, i, j, q, k, ids, id_column)
 
     @pl.when(step == 0)
     def _():
@@ -217,10 +234,7 @@ def forward_kernel(plan: Plan, *refs):
 
     def tile(start, masked, part):
         queries, keys = pl.ds(start, plan.q - start), pl.ds(part * plan.compute, plan.compute)
-        scores, _ = _capped(plan, _product(q[queries, :], k[keys, :], 1, 1))
-        if masked:
-            pair = (id_column[queries, :], ids[1][:, keys]) if ids else None
-            scores = _hide(plan, table, row, i, j, start, part, scores, pair)
+        scores, _ = scores_of(start, masked, part)
         old = top[queries, :]
         new = jnp.maximum(old, scores.max(-1, keepdims=True))
         weights = jnp.exp2(scores - _widen(new, plan.compute))
@@ -248,6 +262,7 @@ def dq_kernel(plan: Plan, *refs):
     q, k, v, d_out, lse, delta, *ids, dq, acc, lse_column, delta_column, id_column = refs
     row, i, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     j, live = streamed(plan, table, row, i, step)
+    scores_of = _scores(plan, table, row, i, j, q, k, ids, id_column)
 
     @pl.when(step == 0)
     def _():
@@ -259,10 +274,7 @@ def dq_kernel(plan: Plan, *refs):
 
     def tile(start, masked, part):
         queries, keys = pl.ds(start, plan.q - start), pl.ds(part * plan.compute, plan.compute)
-        scores, slope = _capped(plan, _product(q[queries, :], k[keys, :], 1, 1))
-        if masked:
-            pair = (id_column[queries, :], ids[1][:, keys]) if ids else None
-            scores = _hide(plan, table, row, i, j, start, part, scores, pair)
+        scores, slope = scores_of(start, masked, part)
         weights = jnp.exp2(scores - _widen(lse_column[queries, :], plan.compute))
         d_weights = _product(d_out[queries, :], v[keys, :], 1, 1)
         d_scores = weights * (d_weights - _widen(delta_column[queries, :], plan.compute))
@@ -290,6 +302,7 @@ def dkv_kernel(plan: Plan, *refs):
         dk, dv, dk_acc, dv_acc = results
     row, j, turn = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     i, live = streamed(plan, table, row, j, plan.step(turn))
+    scores_of = _scores(plan, table, row, i, j, q, k, ids, id_column)
     mine = plan.head(0, turn) * plan.number_q + i  # this block's place in dq_acc
 
     @pl.when(turn == 0)
@@ -306,10 +319,7 @@ def dkv_kernel(plan: Plan, *refs):
 
     def tile(start, masked, part):
         queries, keys = pl.ds(start, plan.q - start), pl.ds(part * plan.compute, plan.compute)
-        scores, slope = _capped(plan, _product(k[keys, :], q[queries, :], 1, 1))
-        if masked:
-            pair = (id_column[keys, :], ids[0][:, queries]) if ids else None
-            scores = _hide(plan, table, row, i, j, start, part, scores, pair)
+        scores, slope = scores_of(start, masked, part)
         weights = jnp.exp2(scores - lse[:, queries])
         dv_acc[keys, :] += _product(weights.astype(d_out.dtype), d_out[queries, :], 1, 0)
         d_scores = weights * (_product(v[keys, :], d_out[queries, :], 1, 1) - delta[:, queries])

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from mtnlg_jax.compat import varying_axes
 from mtnlg_jax.model.kernels.blocks import Blocks
 from mtnlg_jax.model.kernels.mask import Mask, block_ranges, visible
 
@@ -174,8 +175,8 @@ class _Loop:
 def _varying_like(inputs, *arrays):
     """``arrays`` marked as differing over the mesh axes that any of ``inputs`` differs over: a loop's carry
     must start with the type that it ends with."""
-    axes = set().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(inputs)))
-    return tuple(lax.pcast(x, tuple(axes), to="varying") if axes else x for x in arrays)
+    axes = tuple(varying_axes(inputs))
+    return tuple(lax.pcast(x, axes, to="varying") if axes else x for x in arrays)
 
 
 def forward(q, k, v, mask: Mask, *, scale: float, softcap: float | None, blocks: Blocks):
