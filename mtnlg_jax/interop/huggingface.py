@@ -95,7 +95,7 @@ def _to_run(source: Path, folder: Path, workdir: str, dtype: str, tokenizer_path
     if dtype not in ("source", "float32"):
         raise ValueError(f"--dtype={dtype} is for tensors of Hugging Face's; a run is float32, so leave it out")
     original = _json(source / "config.json")
-    generation = _json(source / "generation_config.json") if (source / "generation_config.json").is_file() else {}
+    generation = vocabulary.read_json(source / "generation_config.json") or {}
     model, params, origin = read_model(source)
     tokenizer = vocabulary.tokenizer_of(tokenizer_path or source, original, generation)
     if tokenizer.vocab_size > model.vocab_size:
@@ -137,7 +137,7 @@ def _to_model(workdir: str, folder: Path, dtype: str, max_shard_size: float, whi
     run = load_run(workdir, which)
     model, tokenizer = run.config.model, run.tokenizer
     originals = Path(workdir, ORIGINALS)
-    original = _json(originals / "config.json") if (originals / "config.json").is_file() else None
+    original = vocabulary.read_json(originals / "config.json")
     config = gpt2.config_of(model, original)
     written = _write_tensors(run, folder, dtype, max_shard_size)
     kinds = set(written.values())
@@ -203,7 +203,7 @@ def _holds_model(source: str) -> bool:
     if not folder.is_dir():
         raise FileNotFoundError(f"{source} is not a folder; give a model of Hugging Face's or a run")
     run = (folder / "checkpoints").is_dir()
-    model = (folder / "config.json").is_file() and "model_type" in _json(folder / "config.json")
+    model = "model_type" in (vocabulary.read_json(folder / "config.json") or {})
     if run == model:
         raise ValueError(f"{source} holds {'both' if run else 'neither'} checkpoints/ of a run "
                          f"{'and' if run else 'nor'} config.json with a model_type of Hugging Face's; give one of them")
@@ -248,14 +248,9 @@ def _put_in_place(beside: str, target: str) -> None:
 
 
 def _json(path: Path) -> dict:
-    if not path.is_file():
+    found = vocabulary.read_json(path)
+    if found is None:
         raise FileNotFoundError(f"{path} is missing; copy the whole folder")
-    try:
-        found = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); copy it anew") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds a {type(found).__name__} of JSON, not an object; copy it anew")
     return found
 
 

@@ -30,7 +30,7 @@ def read_tokenizer(folder: str | os.PathLike, config: dict, generation: dict) ->
     text into other tokens here.
     """
     folder = Path(folder)
-    whole = _load(folder / "tokenizer.json")
+    whole = read_json(folder / "tokenizer.json")
     vocabulary, merges = _bpe_files(folder, whole)
     numbers = json.loads(vocabulary)
     added = _added(folder, whole)
@@ -38,7 +38,7 @@ def read_tokenizer(folder: str | os.PathLike, config: dict, generation: dict) ->
     if new:
         numbers |= {piece: index for index, piece in new}
         vocabulary = json.dumps(numbers, ensure_ascii=False).encode()
-    settings = _load(folder / "tokenizer_config.json") or {}
+    settings = read_json(folder / "tokenizer_config.json") or {}
     fast = None if whole is None else _fast(folder / "tokenizer.json")
     prefix = [] if fast is None else fast.encode("").ids
     special = _special_ids(numbers, config, generation)
@@ -78,7 +78,8 @@ def write_tokenizer(tokenizer: Tokenizer, context: int) -> tuple[dict[str, bytes
             "tokenizer_config.json": json.dumps(settings, indent=2).encode()}, "as tokenizer.json"
 
 
-def _load(path: Path) -> dict | None:
+def read_json(path: Path) -> dict | None:
+    """The object in a file of a model's folder; None where there is no such file."""
     if not path.is_file():
         return None
     try:
@@ -114,9 +115,9 @@ def _bpe_files(folder: Path, whole: dict | None) -> tuple[bytes, bytes]:
 
 def _added(folder: Path, whole: dict | None) -> dict[str, int]:
     """Tokens outside the BPE, by spelling."""
-    added = dict(_load(folder / "added_tokens.json") or {})
+    added = dict(read_json(folder / "added_tokens.json") or {})
     added |= {token["content"]: token["id"] for token in (whole or {}).get("added_tokens", [])}
-    decoder = (_load(folder / "tokenizer_config.json") or {}).get("added_tokens_decoder", {})
+    decoder = (read_json(folder / "tokenizer_config.json") or {}).get("added_tokens_decoder", {})
     return added | {token["content"]: int(index) for index, token in decoder.items()}
 
 
