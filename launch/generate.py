@@ -152,18 +152,7 @@ def _prompt() -> str:
         if _INPUT.value is not None:
             raise ValueError("--prompt and --input are both given; keep one of them")
         return _PROMPT.value
-    if _INPUT.value in (None, "-"):
-        if sys.stdin.isatty():
-            print("the prompt, ended by Ctrl-D:", file=sys.stderr)
-        name, raw = "standard input", sys.stdin.buffer.read()
-    else:
-        name = _INPUT.value
-        with open(name, "rb") as file:
-            raw = file.read()
-    try:
-        return raw.decode().removesuffix("\n")  # the one that ends a file
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8 at byte {error.start}; convert it, as with iconv") from None
+    return command.read_text(_INPUT.value, "the prompt")[1].removesuffix("\n")  # the one that ends a file
 
 
 def _answer(prompt: str, given: dict) -> None:

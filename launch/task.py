@@ -187,18 +187,7 @@ def _assignments(flag: str, entries: list[str]) -> dict[str, str]:
 
 
 def _text() -> str:
-    if _INPUT.value in (None, "-"):
-        if sys.stdin.isatty():
-            print("the text, ended by Ctrl-D:", file=sys.stderr)
-        name, raw = "standard input", sys.stdin.buffer.read()
-    else:
-        name = _INPUT.value
-        with open(name, "rb") as file:
-            raw = file.read()
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8 at byte {error.start}; convert it, as with iconv") from None
+    name, text = command.read_text(_INPUT.value, "the text", "utf-8-sig")
     if not text.strip():
         raise ValueError(f"{name} is empty; give a text to work on")
     return text

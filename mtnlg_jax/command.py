@@ -35,6 +35,23 @@ def explain(error: Exception) -> tuple[str | None, int]:
     return None, 1
 
 
+def read_text(path: str | None, what: str, encoding: str = "utf-8") -> tuple[str, str]:
+    """(a name for messages, the text) of a file, or of standard input where ``path`` is None or "-"; ``what`` it is is
+    said to a person at a terminal. Raises ValueError where it is not UTF-8."""
+    if path in (None, "-"):
+        if sys.stdin.isatty():
+            print(f"{what}, ended by Ctrl-D:", file=sys.stderr)
+        name, raw = "standard input", sys.stdin.buffer.read()
+    else:
+        name = path
+        with open(path, "rb") as file:
+            raw = file.read()
+    try:
+        return name, raw.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 at byte {error.start}; convert it, as with iconv") from None
+
+
 def _parse(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
