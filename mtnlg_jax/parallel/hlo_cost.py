@@ -89,8 +89,6 @@ def _flops(instruction: Instruction, shape_of: Callable[[str], str]) -> float:
         contracted = _numbers(attributes, "lhs_contracting_dims")
     elif opcode == "custom-call" and re.search(r'target="(__cublas\$|__onednn\$matmul)', attributes):
         contracted = _numbers(attributes, "lhs_contracting_dimensions")
-    elif opcode == "custom-call" and kernel_of(instruction):
-        return kernel_of(instruction)[1]
     else:
         return 0.0
     lhs = dims_of(shape_of(instruction.operands[0]))
@@ -219,6 +217,7 @@ def cost_of(program: Program, mesh: dict[str, int], dynamic_trips: Callable[[int
             kernel = kernel_of(instruction) if opcode == "custom-call" else None
             if kernel:
                 found["kernel", kernel[0], depth] += 1
+                flops += kernel[1]
             collective = _collective(instruction, shape_of, mesh, scattered)
             if collective:
                 found[*collective[0], depth, "count"] += 1
