@@ -22,11 +22,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from decode import PEERS, REST, processor, read
+
 LAYERS, WIDTH, HEADS, VOCABULARY, POSITIONS, END = 12, 768, 12, 50257, 1024, 50256
-REST = 0.5  # seconds between the sides: PyTorch's threads spin for 0.2 s after their work
-# Idle OpenMP threads of PyTorch spin, or (passive) sleep: spinning is faster on an idle machine and far slower on a
-# busy one. The peer runs both ways and counts by the faster.
-PEERS = {"peer": {}, "peer_passive": {"OMP_WAIT_POLICY": "passive"}}
 
 
 def main() -> None:
@@ -55,6 +53,7 @@ def compare(args) -> dict:
     from mtnlg_jax.config import DecodeConfig, ModelConfig
     from mtnlg_jax.decode.cache import unstack
     from mtnlg_jax.decode.generate import generate
+    from mtnlg_jax.interop import gpt2
     from mtnlg_jax.model.transformer import init_parameters
 
     config = ModelConfig(num_layers=LAYERS, hidden_size=WIDTH, num_attention_heads=HEADS, vocab_size=VOCABULARY,
@@ -64,7 +63,8 @@ def compare(args) -> dict:
     load = os.getloadavg()
     with tempfile.TemporaryDirectory() as folder:
         weights = os.path.join(folder, "gpt2.npz")
-        np.savez(weights, **peer_weights(params))
+        tensor = gpt2.reader_of(config, params)
+        np.savez(weights, **{name: tensor(name) for name in gpt2.shapes_of(config)})
         decoder = unstack(config, params)
         del params
         with contextlib.ExitStack() as stack:
@@ -138,35 +138,6 @@ class Ids:
         return b""
 
 
-def peer_weights(params) -> dict:
-    """Our parameters by GPT-2's names and shapes; its products are x @ w, queries, keys and values joined."""
-    import numpy as np
-    from flax import nnx
-
-    tree = nnx.to_pure_dict(params)
-    blocks = tree["blocks"]
-    attention, mlp = blocks["attention"], blocks["mlp"]
-
-    def joined(names, *shape):
-        return np.concatenate([np.asarray(attention[name]).reshape(LAYERS, *shape) for name in names], -1)
-
-    stacked = {
-        "ln_1.weight": blocks["norm_1"]["scale_D"], "ln_1.bias": blocks["norm_1"]["bias_D"],
-        "ln_2.weight": blocks["norm_2"]["scale_D"], "ln_2.bias": blocks["norm_2"]["bias_D"],
-        "attn.c_attn.weight": joined(("w_q_DNH", "w_k_DKH", "w_v_DKH"), WIDTH, WIDTH),
-        "attn.c_attn.bias": joined(("b_q_NH", "b_k_KH", "b_v_KH"), WIDTH),
-        "attn.c_proj.weight": np.asarray(attention["w_o_NHD"]).reshape(LAYERS, WIDTH, WIDTH),
-        "attn.c_proj.bias": attention["b_o_D"],
-        "mlp.c_fc.weight": mlp["w_in_DF"], "mlp.c_fc.bias": mlp["b_in_F"],
-        "mlp.c_proj.weight": mlp["w_out_FD"], "mlp.c_proj.bias": mlp["b_out_D"],
-    }
-    named = {f"h.{layer}.{name}": np.asarray(array)[layer] for name, array in stacked.items()
-             for layer in range(LAYERS)}
-    return named | {"wte.weight": np.asarray(tree["tokens_VD"]), "wpe.weight": np.asarray(tree["positions_PD"]),
-                    "ln_f.weight": np.asarray(tree["final_norm"]["scale_D"]),
-                    "ln_f.bias": np.asarray(tree["final_norm"]["bias_D"])}
-
-
 def serve_peer(weights: str) -> None:
     """Answers each line of standard input, a JSON request, with seconds and tokens."""
     import numpy as np
@@ -192,20 +163,6 @@ def serve_peer(weights: str) -> None:
                                      eos_token_id=END, pad_token_id=END)
         seconds = time.perf_counter() - begin
         print(json.dumps({"seconds": seconds, "tokens": written[:, prompts.shape[1] :].tolist()}), flush=True)
-
-
-def read(peer) -> dict:
-    """The peer's next JSON line; what its libraries print besides is passed over."""
-    for line in peer.stdout:
-        if line.startswith("{"):
-            return json.loads(line)
-    raise SystemExit("the peer ended before it answered; does --peer_python have torch and transformers?")
-
-
-def processor() -> str:
-    names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-             if line.startswith("model name")] if os.path.exists("/proc/cpuinfo") else []
-    return f"CPU, {names[0] if names else platform.processor()}"
 
 
 if __name__ == "__main__":

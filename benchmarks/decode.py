@@ -74,6 +74,7 @@ def compare(args) -> dict:
     from mtnlg_jax.config import ModelConfig
     from mtnlg_jax.decode.cache import unstack
     from mtnlg_jax.decode.roofline import copy_bandwidth
+    from mtnlg_jax.interop import gpt2
     from mtnlg_jax.model.transformer import init_parameters
 
     config = ModelConfig(num_layers=args.layers, hidden_size=WIDTH, num_attention_heads=HEADS, vocab_size=VOCABULARY,
@@ -85,7 +86,8 @@ def compare(args) -> dict:
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         if {"greedy", "beam", "ranking"} & set(args.cases):
             weights = os.path.join(folder, "gpt2.npz")
-            np.savez(weights, **peer_weights(params))
+            tensor = gpt2.reader_of(config, params)
+            np.savez(weights, **{name: tensor(name) for name in gpt2.shapes_of(config)})
             peers = {}
             for name, environment in PEERS.items():
                 command = [args.peer_python, __file__, f"--peer_weights={weights}", f"--layers={args.layers}"]
@@ -296,36 +298,6 @@ class Ids:
 
     def token_bytes(self, index: int) -> bytes:
         return b" %d" % index
-
-
-def peer_weights(params) -> dict:
-    """Our parameters by GPT-2's names and shapes; its products are x @ w, queries, keys and values joined."""
-    import numpy as np
-    from flax import nnx
-
-    tree = nnx.to_pure_dict(params)
-    layers = np.shape(tree["blocks"]["mlp"]["w_in_DF"])[0]
-    blocks = tree["blocks"]
-    attention, mlp = blocks["attention"], blocks["mlp"]
-
-    def joined(names, *shape):
-        return np.concatenate([np.asarray(attention[name]).reshape(layers, *shape) for name in names], -1)
-
-    stacked = {
-        "ln_1.weight": blocks["norm_1"]["scale_D"], "ln_1.bias": blocks["norm_1"]["bias_D"],
-        "ln_2.weight": blocks["norm_2"]["scale_D"], "ln_2.bias": blocks["norm_2"]["bias_D"],
-        "attn.c_attn.weight": joined(("w_q_DNH", "w_k_DKH", "w_v_DKH"), WIDTH, WIDTH),
-        "attn.c_attn.bias": joined(("b_q_NH", "b_k_KH", "b_v_KH"), WIDTH),
-        "attn.c_proj.weight": np.asarray(attention["w_o_NHD"]).reshape(layers, WIDTH, WIDTH),
-        "attn.c_proj.bias": attention["b_o_D"],
-        "mlp.c_fc.weight": mlp["w_in_DF"], "mlp.c_fc.bias": mlp["b_in_F"],
-        "mlp.c_proj.weight": mlp["w_out_FD"], "mlp.c_proj.bias": mlp["b_out_D"],
-    }
-    named = {f"h.{layer}.{name}": np.asarray(array)[layer] for name, array in stacked.items()
-             for layer in range(layers)}
-    return named | {"wte.weight": np.asarray(tree["tokens_VD"]), "wpe.weight": np.asarray(tree["positions_PD"]),
-                    "ln_f.weight": np.asarray(tree["final_norm"]["scale_D"]),
-                    "ln_f.bias": np.asarray(tree["final_norm"]["bias_D"])}
 
 
 def serve_peer(weights: str, layers: int) -> None:
