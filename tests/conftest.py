@@ -1,6 +1,10 @@
 """What every test stands on: eight virtual CPU devices, and skipping what is slow or wants hardware."""
 
+import contextlib
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,3 +44,26 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the data of {folder.name}/ beside the checkout")
     return folder
+
+
+@pytest.fixture(scope="module")
+def answering():
+    """(script of launch/, folder of a tokenizer, positions, new tokens) -> a function of (*arguments, stdin bytes) that
+    gives (exit code, standard output, standard error) of the script with a random model as --workdir=RUN."""
+    with contextlib.ExitStack() as stack:
+
+        def start(script, tokenizer, positions, new_tokens):
+            root = Path(__file__).resolve().parents[1]
+            process = stack.enter_context(subprocess.Popen(
+                [sys.executable, root / "tests/answer.py", root / "launch" / script, tokenizer, str(positions),
+                 str(new_tokens)], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+
+            def answer(*arguments, stdin=b""):
+                request = {"arguments": arguments, "stdin": stdin.decode("latin-1")}
+                print(json.dumps(request), file=process.stdin, flush=True)
+                line = next(line for line in process.stdout if line.startswith("answer "))
+                return json.loads(line.removeprefix("answer "))
+
+            return answer
+
+        yield start

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import textwrap
 import unicodedata
 from pathlib import Path
 
@@ -11,65 +10,13 @@ import pytest
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "generate.py"
 
-# Stands in for a trained run, since training one takes longer than all of this, and answers many command lines
-# in one process, since importing JAX takes longer than answering.
-DRIVER = """
-    import contextlib, io, json, runpy, sys
-    import jax, jax.numpy as jnp, numpy as np
-    from absl import flags
-    from absl.testing import flagsaver
-    from mtnlg_jax import command, compat
-    from mtnlg_jax.config import Config, DecodeConfig, ModelConfig
-    from mtnlg_jax.data.tokenizer import load_tokenizer
-    from mtnlg_jax.model.transformer import abstract_model
-    from mtnlg_jax.train import checkpoint
-
-    script, folder = sys.argv[1:]
-    tokenizer, rng = load_tokenizer(folder), np.random.default_rng(0)
-    model = ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=2, vocab_size=tokenizer.vocab_size,
-                        max_position_embeddings=32)
-    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), jnp.float32), abstract_model(model)[1])
-    config = Config(model=model, decode=DecodeConfig(max_new_tokens=6))
-
-    def load_run(workdir, which):
-        if workdir != "RUN":
-            raise FileNotFoundError(f"{workdir} holds no checkpoint")
-        return checkpoint.Run(config, params, tokenizer, 7, {})
-
-    checkpoint.load_run, compat.configure_cache = load_run, lambda: None
-    names = runpy.run_path(script)
-    for line in sys.stdin:
-        request = json.loads(line)
-        out, err = io.StringIO(), io.StringIO()
-        stdin = io.TextIOWrapper(io.BytesIO(request["stdin"].encode("latin-1")))
-        with flagsaver.flagsaver(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            real, sys.stdin = sys.stdin, stdin
-            try:
-                sys.argv = [script, *request["arguments"]]
-                command.run(names["main"])
-            except SystemExit as stop:
-                code = stop.code or 0
-            sys.stdin = real
-        print("answer", json.dumps([code, out.getvalue(), err.getvalue()]), flush=True)
-"""
-
 
 @pytest.fixture(scope="module")
-def ask(tokenizer, tmp_path_factory):
+def ask(answering, tokenizer, tmp_path_factory):
     """(*arguments, stdin bytes) -> (exit code, standard output, standard error)."""
     folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer.save(folder)
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(DRIVER), SCRIPT, folder], text=True,
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-
-    def answer(*arguments, stdin=b""):
-        print(json.dumps({"arguments": arguments, "stdin": stdin.decode("latin-1")}), file=process.stdin, flush=True)
-        line = next(line for line in process.stdout if line.startswith("answer "))
-        return json.loads(line.removeprefix("answer "))
-
-    yield answer
-    process.stdin.close()
-    process.wait()
+    return answering("generate.py", folder, positions=32, new_tokens=6)
 
 
 def test_generative(ask, tmp_path):

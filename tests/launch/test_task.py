@@ -1,57 +1,10 @@
 """launch/task.py from end to end: its answers and scores, its pairs, and one line with exit code 2 for bad input."""
 
 import json
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
 import pytest
 
 from mtnlg_jax.data.tokenizer import train_tokenizer
-
-SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "task.py"
-
-# Stands in for a trained run, since training one takes longer than all of this, and answers many command lines
-# in one process, since importing JAX takes longer than answering.
-DRIVER = """
-    import contextlib, io, json, runpy, sys
-    import jax, jax.numpy as jnp, numpy as np
-    from absl import flags
-    from absl.testing import flagsaver
-    from mtnlg_jax import command, compat
-    from mtnlg_jax.config import Config, ModelConfig
-    from mtnlg_jax.data.tokenizer import load_tokenizer
-    from mtnlg_jax.model.transformer import abstract_model
-    from mtnlg_jax.train import checkpoint
-
-    script, folder = sys.argv[1:]
-    tokenizer, rng = load_tokenizer(folder), np.random.default_rng(0)
-    model = ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=2, vocab_size=tokenizer.vocab_size,
-                        max_position_embeddings=128)
-    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), jnp.float32), abstract_model(model)[1])
-
-    def load_run(workdir, which):
-        if workdir != "RUN":
-            raise FileNotFoundError(f"{workdir} holds no checkpoint")
-        return checkpoint.Run(Config(model=model), params, tokenizer, 7, {})
-
-    checkpoint.load_run, compat.configure_cache = load_run, lambda: None
-    names = runpy.run_path(script)
-    for line in sys.stdin:
-        request = json.loads(line)
-        out, err = io.StringIO(), io.StringIO()
-        stdin = io.TextIOWrapper(io.BytesIO(request["stdin"].encode("latin-1")))
-        with flagsaver.flagsaver(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            real, sys.stdin = sys.stdin, stdin
-            try:
-                sys.argv = [script, *request["arguments"]]
-                command.run(names["main"])
-            except SystemExit as stop:
-                code = stop.code or 0
-            sys.stdin = real
-        print("answer", json.dumps([code, out.getvalue(), err.getvalue()]), flush=True)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -69,23 +22,14 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def ask(folder):
+def ask(answering, folder):
     """(*arguments, stdin bytes) -> (exit code, standard output, standard error); {folder} is filled in."""
     texts = ["Is each review positive or negative? Review: a fine film Sentiment: dull\n",
              "Answer: Question: Who [1]\n"]
     train_tokenizer(texts * 9, 330).save(folder / "tokenizer")
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(DRIVER), SCRIPT, folder / "tokenizer"], text=True,
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-
-    def answer(*arguments, stdin=b""):
-        arguments = [each.replace("{folder}", str(folder)) for each in arguments]
-        print(json.dumps({"arguments": arguments, "stdin": stdin.decode("latin-1")}), file=process.stdin, flush=True)
-        line = next(line for line in process.stdout if line.startswith("answer "))
-        return json.loads(line.removeprefix("answer "))
-
-    yield answer
-    process.stdin.close()
-    process.wait()
+    answer = answering("task.py", folder / "tokenizer", positions=128, new_tokens=128)
+    return lambda *arguments, stdin=b"": answer(*(each.replace("{folder}", str(folder)) for each in arguments),
+                                                stdin=stdin)
 
 
 SENTIMENT = ("--workdir=RUN", "--task=sentiment", "--labels=0=negative,1=positive")

@@ -1,0 +1,49 @@
+"""Stands in for a trained run, since training one takes longer than all of a script's tests, and answers many command
+lines in one process, since importing JAX takes longer than answering: the fixture `answering` runs it."""
+
+import contextlib
+import io
+import json
+import runpy
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import flagsaver
+
+from mtnlg_jax import command, compat
+from mtnlg_jax.config import Config, DecodeConfig, ModelConfig
+from mtnlg_jax.data.tokenizer import load_tokenizer
+from mtnlg_jax.model.transformer import abstract_model
+from mtnlg_jax.train import checkpoint
+
+script, folder, positions, new_tokens = sys.argv[1:]
+tokenizer, rng = load_tokenizer(folder), np.random.default_rng(0)
+model = ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=2, vocab_size=tokenizer.vocab_size,
+                    max_position_embeddings=int(positions))
+params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), jnp.float32), abstract_model(model)[1])
+config = Config(model=model, decode=DecodeConfig(max_new_tokens=int(new_tokens)))
+
+
+def load_run(workdir, which):
+    if workdir != "RUN":
+        raise FileNotFoundError(f"{workdir} holds no checkpoint")
+    return checkpoint.Run(config, params, tokenizer, 7, {})
+
+
+checkpoint.load_run, compat.configure_cache = load_run, lambda: None
+names = runpy.run_path(script)
+for line in sys.stdin:
+    request = json.loads(line)
+    out, err = io.StringIO(), io.StringIO()
+    stdin = io.TextIOWrapper(io.BytesIO(request["stdin"].encode("latin-1")))
+    with flagsaver.flagsaver(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        real, sys.stdin = sys.stdin, stdin
+        try:
+            sys.argv = [script, *request["arguments"]]
+            command.run(names["main"])
+        except SystemExit as stop:
+            code = stop.code or 0
+        sys.stdin = real
+    print("answer", json.dumps([code, out.getvalue(), err.getvalue()]), flush=True)
