@@ -30,6 +30,15 @@ setup(
         "rouge-score>=0.1.2,<0.2",
         # Not rank_bm25: no release since 2022. This one needs NumPy alone.
         "bm25s>=0.3.16,<0.4",
+        # The data recipe: mends Unicode, finds the text of HTML, reads WARC, tells languages, classifies, opens URLs.
+        "ftfy>=6.3,<7",
+        "trafilatura>=2,<3",
+        "warcio>=1.7,<2",
+        "py3langid>=0.3,<0.5",
+        "scikit-learn>=1.7,<2",
+        "fsspec>=2025.3",
+        # GPT-2's BPE a few times faster than tokenizers does it, with the same ids.
+        "tiktoken>=0.11,<1",
         "numpy>=2.2,<3",
         "pyarrow>=21",
         "zstandard>=0.23,<1",
@@ -43,7 +52,12 @@ setup(
         "tpu": ["jax[tpu]"],
         # Compilers without the chips' libraries. libtpu must be the one that jax[tpu] asks for.
         "ahead": ["libtpu==0.0.50.*", "jax-cuda12-plugin>=0.12,<0.13", "jax-cuda12-pjrt>=0.12,<0.13"],
-        "dev": ["pytest>=9,<10", "pytest-xdist>=3.8,<4", "ruff>=0.14", "nbclient", "nbformat", "ipykernel"],
-        "benchmarks": ["torch", "transformers"],
+        # The stages of the data recipe on many machines.
+        "ray": ["ray>=2.49,<3"],
+        # gs:// and s3:// as places of text to read.
+        "cloud": ["gcsfs", "s3fs"],
+        "dev": ["pytest>=9,<10", "pytest-xdist>=3.8,<4", "ruff>=0.14", "nbclient", "nbformat", "ipykernel",
+                "datasketch>=1.6,<3"],
+        "benchmarks": ["torch", "transformers", "megatron-core", "grain"],
     },
 )
