@@ -255,6 +255,13 @@ class Config:
 def load_config(path: str, overrides: Iterable[str] = ()) -> Config:
     """Runs ``get_config()`` of the Python file ``path``, applies ``overrides`` ("train.steps=10") and
     validates. Raises FileNotFoundError or ValueError."""
+    config = load_object(path, Config, overrides)
+    validate(config)
+    return config
+
+
+def load_object(path: str, kind: type, overrides: Iterable[str] = ()):
+    """The same for a file that gives a dataclass of another ``kind``; not validated."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"config {path!r} is not a file; give one of configs/*.py")
     spec = importlib.util.spec_from_file_location("mtnlg_config", path)
@@ -268,11 +275,10 @@ def load_config(path: str, overrides: Iterable[str] = ()) -> Config:
     if not hasattr(module, "get_config"):
         raise ValueError(f"config {path!r} defines no get_config(); see configs/tiny.py")
     config = module.get_config()
-    if not isinstance(config, Config):
-        raise ValueError(f"get_config() of {path!r} gives a {type(config).__name__}; it must return a Config")
+    if not isinstance(config, kind):
+        raise ValueError(f"get_config() of {path!r} gives a {type(config).__name__}; it must return a {kind.__name__}")
     config = override(config, *overrides)
-    validate(config)
-    return from_json(to_json(config))  # lists, where the file wrote them, become tuples
+    return _coerce(json.loads(to_json(config)), kind, "config")  # lists, where the file wrote them, become tuples
 
 
 def override(config: Config, *assignments: str) -> Config:

@@ -208,7 +208,7 @@ def _split(spool: _Spool, share: float, pairs: bool = False) -> tuple[np.ndarray
     train, held = spans.copy(), spans.copy() if not pairs else spans[:0]
     for index, (start, stop, _) in enumerate(held):
         text = spool.read(start, stop)
-        train[index, 1] = held[index, 0] = start + len(text[: _cut(text, wanted / spool.size)].encode())
+        train[index, 1] = held[index, 0] = start + len(text[: cut_place(text, wanted / spool.size)].encode())
     held = held[held[:, 0] < held[:, 1]]
     if not len(held) and len(set(hashes.tolist()) if pairs else spans) > 1:  # only short ones
         least = np.argmin(hashes)
@@ -217,7 +217,7 @@ def _split(spool: _Spool, share: float, pairs: bool = False) -> tuple[np.ndarray
     return train, held
 
 
-def _cut(text: str, share: float) -> int:
+def cut_place(text: str, share: float) -> int:
     """Where the last ``share`` of a text begins: after a paragraph, a sentence or a word near that place."""
     if len(text) < 400:
         return len(text)

@@ -42,6 +42,13 @@ def read_file(location: str | os.PathLike, name: str) -> bytes | None:
     return found.value if found.state == "value" else None
 
 
+def exists(location: str | os.PathLike, name: str) -> bool:
+    """Whether there is a file of this name."""
+    if not is_remote(location):
+        return Path(location, name).is_file()
+    return bool(_open(location).list(tensorstore.KvStore.KeyRange(name, name + "\0")).result())
+
+
 def write_file(location: str | os.PathLike, name: str, content: bytes) -> None:
     """Write one small file whole or not at all, and make it last."""
     if is_remote(location):
@@ -60,9 +67,21 @@ def write_file(location: str | os.PathLike, name: str, content: bytes) -> None:
         beside.unlink(missing_ok=True)
 
 
-def remove_file(location: str, name: str) -> None:
-    """Remove one file below a URL, if it is there."""
-    _open(location).write(name, None).result()
+def remove_file(location: str | os.PathLike, name: str) -> None:
+    """Remove one file, if it is there."""
+    if is_remote(location):
+        _open(location).write(name, None).result()
+    else:
+        Path(location, name).unlink(missing_ok=True)
+
+
+def list_files(location: str | os.PathLike, folder: str) -> list[str]:
+    """The names below ``location`` of all files in ``folder``, which lies there, and deeper; sorted."""
+    if is_remote(location):
+        names = _open(location).list(tensorstore.KvStore.KeyRange(folder + "/", folder + "0")).result()
+        return sorted(name.decode() for name in names)
+    return sorted(path.relative_to(location).as_posix() for path in Path(location, folder).rglob("*")
+                  if path.is_file())
 
 
 def first_line(error: Exception) -> str:

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 from array import array
+from collections.abc import Iterable
 
 import numpy as np
 import tensorstore
@@ -23,7 +24,7 @@ import tensorstore
 from mtnlg_jax.data import storage
 
 # A chunk is what a random window decompresses, a shard is one file: 16.8 M tokens, 33 MB of memory to write.
-_CHUNK, _SHARD = 1 << 16, 1 << 24
+_CHUNK, SHARD = 1 << 16, 1 << 24
 _AGAIN = "prepare the data again (launch/prepare_data.py --overwrite)"
 
 
@@ -35,10 +36,10 @@ class TokenWriter:
 
     def __init__(self, location: str | os.PathLike, vocab_size: int, tokenizer_fingerprint: str,
                  seed: int = 0):
-        self._location, self._dtype = location, np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+        self._location, self._dtype = location, token_dtype(vocab_size)
         self._meta = {"vocab_size": vocab_size, "tokenizer": tokenizer_fingerprint, "seed": seed}
         self._array = _create(storage.join(location, "tokens"), self._dtype)
-        self._buffer, self._filled, self._written = np.empty(_SHARD, self._dtype), 0, 0
+        self._buffer, self._filled, self._written = np.empty(SHARD, self._dtype), 0, 0
         self._offsets, self._bytes, self._digest = array("q", [0]), 0, hashlib.sha256()
         self._prompts, self._prompt_bytes = array("q"), 0
 
@@ -55,11 +56,11 @@ class TokenWriter:
             self._prompts.append(prompt[0])
             self._prompt_bytes += prompt[1]
         while tokens.size:
-            part = tokens[: _SHARD - self._filled]
+            part = tokens[: SHARD - self._filled]
             self._buffer[self._filled : self._filled + part.size] = part
             self._filled += part.size
             tokens = tokens[part.size :]
-            if self._filled == _SHARD:
+            if self._filled == SHARD:
                 self._flush()
 
     def finish(self) -> dict:
@@ -91,6 +92,42 @@ class TokenWriter:
             self._array[self._written : end].write(part).result()
             self._digest.update(part.tobytes())
             self._written, self._filled = end, 0
+
+
+def create_tokens(location: str | os.PathLike, vocab_size: int, tokens: int) -> None:
+    """The array of ``tokens`` tokens below ``location``, for `write_shard` to fill, from any process and in any order.
+    What was there is removed."""
+    _create(storage.join(location, "tokens"), token_dtype(vocab_size), tokens)
+
+
+def write_shard(location: str | os.PathLike, number: int, tokens: np.ndarray) -> None:
+    """Tokens ``number * SHARD`` and on, `SHARD` of them or the last ones: one file."""
+    array = _open(storage.join(location, "tokens"), write=True)
+    array[number * SHARD : number * SHARD + len(tokens)].write(tokens).result()
+
+
+def finish_tokens(location: str | os.PathLike, lengths: Iterable[np.ndarray], meta: dict) -> None:
+    """document_offsets, of the lengths of all documents in order, some at a time, and then meta.json: ``meta`` holds
+    what `TokenWriter.finish` returns."""
+    array = _create(storage.join(location, "document_offsets"), np.dtype("<i8"), meta["documents"] + 1)
+    waiting, first, end = [np.zeros(1, np.int64)], 0, 0
+    for values in lengths:
+        offsets = end + np.cumsum(values, dtype=np.int64)
+        end = int(offsets[-1]) if len(offsets) else end
+        waiting.append(offsets)
+        joined = np.concatenate(waiting)
+        whole = len(joined) - (first + len(joined)) % SHARD if first + len(joined) >= SHARD else 0
+        if whole > 0:  # whole files only: part of one would be read and written again
+            array[first : first + whole].write(joined[:whole]).result()
+            first += whole
+        waiting = [joined[whole:]]
+    joined = np.concatenate(waiting)
+    array[first : first + len(joined)].write(joined).result()
+    storage.write_file(location, "meta.json", json.dumps(meta, indent=1).encode())
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
 class Tokens:
@@ -206,15 +243,15 @@ def _create(location: str, dtype: np.dtype, size: int = 0) -> tensorstore.Tensor
         "store_data_equal_to_fill_value": True,
         "metadata": {
             "shape": [size], "data_type": dtype.name,
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [_SHARD]}},
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [SHARD]}},
             "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
         },
     }, create=True, delete_existing=True, context=storage.CONTEXT).result()
 
 
-def _open(location: str) -> tensorstore.TensorStore:
+def _open(location: str, write: bool = False) -> tensorstore.TensorStore:
     return tensorstore.open({
         "driver": "zarr3", "kvstore": storage.key_value_spec(location),
         "fill_missing_data_reads": False,  # a missing chunk is an error, not zeros
         "recheck_cached_data": "open",  # not at each read: what is written once does not change
-    }, read=True, context=storage.CONTEXT).result()
+    }, read=True, write=write, context=storage.CONTEXT).result()

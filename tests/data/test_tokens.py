@@ -17,7 +17,7 @@ STREAM = np.concatenate(DOCUMENTS)
 def small_chunks(monkeypatch):
     """So that a thousand tokens fill many chunks and several files."""
     monkeypatch.setattr(module, "_CHUNK", 16)
-    monkeypatch.setattr(module, "_SHARD", 128)
+    monkeypatch.setattr(module, "SHARD", 128)
 
 
 def _write(location, documents=DOCUMENTS, vocab_size=300):

@@ -1,0 +1,18 @@
+"""Chinese text by the same recipe: a character is what a word is in English, also in the n-grams of test sets.
+
+python launch/prepare_data.py --config=configs/data/chinese.py --input=FOLDER --test_sets=EVAL --output=OUT
+python launch/pretrain.py --config=configs/small.py --set=data.path=OUT --workdir=RUN
+
+Source: chosen here; the paper's text is English.
+"""
+
+from mtnlg_jax.data.clean import CleanConfig
+from mtnlg_jax.data.decontaminate import Decontamination
+
+from mtnlg_jax.data.recipe.settings import DecontaminationConfig, QualityConfig, Recipe
+
+
+def get_config() -> Recipe:
+    return Recipe(name="chinese", clean=CleanConfig(languages=("zh",)),
+                  decontamination=DecontaminationConfig(algorithm=Decontamination(words="characters")),
+                  quality=QualityConfig(characters=True))

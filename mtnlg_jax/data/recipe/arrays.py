@@ -1,0 +1,151 @@
+"""The last stages: tokenizer, tokens of each shard, and the arrays of each source, written shard of zarr by shard."""
+
+import hashlib
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+
+from mtnlg_jax.data import storage
+from mtnlg_jax.data.batches import permute
+from mtnlg_jax.data.prepare import cut_place
+from mtnlg_jax.data.recipe.stages import Folder, Row, Shard, Task
+from mtnlg_jax.data.recipe.texts import load, save
+from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from mtnlg_jax.data.tokens import SHARD, create_tokens, finish_tokens, token_dtype, write_shard
+
+PARTS = ("train", "heldout")
+# Of sources with fewer documents the ends of the long ones are held out: whole ones would be too large a share.
+_FEW_DOCUMENTS = 1000
+_LEAST_CHARACTERS = 400
+# What SentencePiece draws its 20 MB from: some of the shards are read, not a corpus of any size.
+_TRAINING_TEXT = 200_000_000
+
+
+def tokenizer_task(shards: list[Shard], kind: str, vocab_size: int, heldout: float, seed: int) -> Task:
+    """Trains a tokenizer of ``kind`` ("bpe", "unigram") on the training part, or brings that of the path ``kind``."""
+    if kind not in ("bpe", "unigram"):
+        ready = load_tokenizer(kind)
+        return Task("tokenizer/task", _bring, (kind,), (ready.fingerprint,))
+    shards = [shards[number] for number in _order(len(shards), seed)]
+    return Task("tokenizer/task", _train, (shards, _tails(shards), kind, vocab_size, heldout, seed),
+                ([shard.key for shard in shards], kind, vocab_size, heldout, seed))
+
+
+def encode_tasks(shards: list[Shard], tokenizer: str, fingerprint: str, heldout: float, seed: int) -> list[Task]:
+    """One for each shard: its documents in another order, cut into training and held-out part, as tokens.
+    ``tokenizer``: its folder or URL."""
+    tails = _tails(shards)
+    return [Task("stages/encode/" + shard.name.rpartition("/")[2], _encode,
+                 (shard, tokenizer, fingerprint, heldout, shard.source in tails, seed),
+                 (shard.key, fingerprint, heldout, shard.source in tails, seed)) for shard in shards]
+
+
+def array_tasks(encoded: list[Task], results: list[dict], place: str, part: str, seed: int,
+                tokenizer: Tokenizer) -> tuple[Task, list[Task]]:
+    """What makes the array ``place`` (sources/NAME/train, heldout) of what `encode_tasks` made: the task that must
+    be first, and one for each 16.8 million tokens."""
+    order = _order(len(encoded), seed)
+    found = [results[number][part] for number in order]
+    blobs = [(encoded[number].name, result["tokens"]) for number, result in zip(order, found, strict=True)]
+    depends = ([result["sha256"] for result in found], part, tokenizer.fingerprint, seed)
+    counts = {what: sum(result[what] for result in found) for what in ("tokens", "documents", "bytes")}
+    meta = {"dtype": token_dtype(tokenizer.vocab_size).name, **counts, "vocab_size": tokenizer.vocab_size,
+            "tokenizer": tokenizer.fingerprint, "seed": seed,
+            "sha256": hashlib.sha256(repr(depends).encode()).hexdigest()}
+    name = "stages/arrays/" + place.replace("/", "-")
+    first = Task(name, _frame, (place, part, blobs, meta), depends)
+    return first, [Task(f"{name}-{number:06d}", _shard, (place, part, blobs, number), (*depends, number))
+                   for number in range(-(-counts["tokens"] // SHARD))]
+
+
+def _order(count: int, seed: int) -> np.ndarray:
+    return permute(np.arange(count), count, np.uint64(seed & (1 << 64) - 1)) if count else np.arange(0)
+
+
+def _tails(shards: list[Shard]) -> set[str]:
+    documents: dict[str, int] = {}
+    for shard in shards:
+        documents[shard.source] = documents.get(shard.source, 0) + shard.documents
+    return {source for source, count in documents.items() if count < _FEW_DOCUMENTS}
+
+
+def _split(row: Row, share: float, tail: bool, key: bytes) -> tuple[str, str]:
+    """The training part and the held-out part of a document; one of them is mostly empty."""
+    if share and tail and len(row.text) >= _LEAST_CHARACTERS:
+        place = cut_place(row.text, share)
+        return row.text[:place], row.text[place:]
+    digest = hashlib.blake2b(row.text.encode(), digest_size=8, key=key).digest()
+    held = int.from_bytes(digest, "little") < share * 2.0**64  # by the text: its copies are on the same side
+    return ("", row.text) if held else (row.text, "")
+
+
+def _bring(folder: Folder, name: str, kind: str) -> dict:
+    return _save(folder, load_tokenizer(kind))
+
+
+def _train(folder: Folder, name: str, shards: list[Shard], tails: set[str], kind: str, vocab_size: int,
+           heldout: float, seed: int) -> dict:
+    return _save(folder, train_tokenizer(_training_texts(folder, shards, tails, heldout, seed), vocab_size, kind, seed))
+
+
+def _training_texts(folder: Folder, shards: list[Shard], tails: set[str], heldout: float, seed: int) -> Iterator[str]:
+    size, key = 0, str(seed).encode()
+    for shard in shards:
+        for row in folder.rows(shard):
+            if text := _split(row, heldout, shard.source in tails, key)[0]:
+                size += len(text.encode())
+                yield text
+        if size > _TRAINING_TEXT:
+            return
+
+
+def _save(folder: Folder, tokenizer: Tokenizer) -> dict:
+    for file, content in tokenizer.files().items():
+        folder.write(f"tokenizer/{file}", content)
+    return {"kind": tokenizer.kind, "fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}
+
+
+@lru_cache(maxsize=1)  # one a process, not one a task
+def _tokenizer(place: str, fingerprint: str) -> Tokenizer:
+    return load_tokenizer(place)
+
+
+def _encode(folder: Folder, name: str, shard: Shard, place: str, fingerprint: str, heldout: float, tail: bool,
+            seed: int) -> dict:
+    tokenizer, rows, key = _tokenizer(place, fingerprint), folder.rows(shard), str(seed).encode()
+    split = [_split(rows[number], heldout, tail, key) for number in _order(len(rows), seed)]
+    result = {}
+    for part, texts in zip(PARTS, zip(*split, strict=True), strict=True):
+        texts = [text for text in texts if text]
+        encoded = tokenizer.encode_batch(texts)
+        lengths = np.array([len(ids) + 2 for ids in encoded], np.int64)
+        tokens = np.empty(int(lengths.sum()), token_dtype(tokenizer.vocab_size))
+        for stop, ids in zip(np.cumsum(lengths), encoded, strict=True):
+            tokens[stop - len(ids) - 2 : stop] = [tokenizer.bos_id, *ids, tokenizer.eos_id]
+        save(folder, f"{name}.{part}.tokens", tokens)
+        save(folder, f"{name}.{part}.lengths", lengths)
+        digest = hashlib.sha256(lengths.tobytes() + tokens.tobytes()).hexdigest()
+        result[part] = {"tokens": tokens.size, "documents": len(texts), "bytes": sum(len(t.encode()) for t in texts),
+                        "sha256": digest}
+    return result
+
+
+def _frame(folder: Folder, name: str, place: str, part: str, blobs: list[tuple], meta: dict) -> dict:
+    location = storage.join(folder.root, place)
+    create_tokens(location, meta["vocab_size"], meta["tokens"])
+    finish_tokens(location, (load(folder, f"{blob[0]}.{part}.lengths") for blob in blobs), meta)
+    folder.note(f"{place}/meta.json")
+    return meta
+
+
+def _shard(folder: Folder, name: str, place: str, part: str, blobs: list[tuple], number: int) -> dict:
+    low, high, start, pieces = number * SHARD, (number + 1) * SHARD, 0, []
+    for blob, count in blobs:
+        if start < high and start + count > low:
+            tokens = load(folder, f"{blob}.{part}.tokens")
+            pieces.append(tokens[max(0, low - start) : high - start])
+        start += count
+    write_shard(storage.join(folder.root, place), number, np.concatenate(pieces))
+    folder.note(f"{place}/tokens/c/{number}")
+    return {}

@@ -1,0 +1,383 @@
+"""The recipe from end to end: each stage's tasks, what is decided between them, and the report."""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from mtnlg_jax.data import dedup, storage
+from mtnlg_jax.data.decontaminate import check_hits
+from mtnlg_jax.data.documents import ReadReport, list_files
+from mtnlg_jax.data.files import File
+from mtnlg_jax.data.recipe import arrays, filters, texts
+from mtnlg_jax.data.recipe.report import render
+from mtnlg_jax.data.recipe.settings import Recipe, validate, with_sources
+from mtnlg_jax.data.recipe.stages import Runner, Shard, Task, in_processes, shards_of
+from mtnlg_jax.data.tokenizer import load_tokenizer
+
+_KEYS_AT_ONCE = 1 << 24  # keys and hashes that are sorted at once: 128 MB
+
+
+def make(recipe: Recipe, root: str | None, output: str, *, engine=None, overwrite: bool = False,
+         progress: bool = True) -> dict:
+    """Runs ``recipe`` over the text below ``root`` into ``output``, a folder or a URL, and returns what report.json
+    holds. A run that was stopped goes on with the same call; each result depends on the text and the recipe alone.
+
+    ``output`` holds at the end: prepared.json (what ``data.path`` of a run wants), tokenizer/, sources/NAME/train,
+    heldout/, report.html, report.json, and stages/ with what each stage left, Parquet files of text and place. Without
+    the stage "tokens" the texts of the last stage are the result.
+
+    ``engine``: `in_processes` (default: one for each core) or `on_ray`. Memory: some times ``recipe.shard_bytes`` a
+    process, and 24 bytes for each document and 32 for each pair of possible duplicates here.
+
+    Raises ValueError or FileNotFoundError before any work where that can be known, FileExistsError where ``output``
+    was made of other settings or other input and not ``overwrite``.
+    """
+    validate(recipe)
+    recipe = with_sources(recipe, root)
+    output = str(output).rstrip("/")
+    files = _input_files(recipe, output)
+    tests = filters.test_files(recipe.decontamination) if "decontaminate" in recipe.stages else []
+    with _locked(output):
+        _check_output(recipe, output, files, overwrite)
+        with engine or in_processes(os.cpu_count() or 1) as do:
+            runner = Runner(output, do, progress)
+            info = _run(runner, recipe, files, tests)
+        runner.prune("stages")
+    return info
+
+
+def _run(runner: Runner, recipe: Recipe, files: dict[str, list[File]], tests: list[File]) -> dict:
+    priority = {source.name: source.priority for source in recipe.sources}
+    tasks = _read_tasks(recipe, files)
+    results = runner.run("reading", tasks)
+    inputs = {name: entry for result in results for name, entry in result["inputs"].items()}
+    shards, stages = shards_of(tasks, results), [texts.merged("read", results)]
+    for stage in recipe.stages:
+        if not shards:
+            raise ValueError(f"nothing is left after the stage {stages[-1]['name']!r}: "
+                             f"{stages[-1]['documents'][0]} documents came in, dropped were "
+                             f"{stages[-1]['dropped'] or stages[-1]['tables']}; loosen the rule that took most")
+        if stage == "clean":
+            tasks = [_task("clean", texts.cleaned, shard, recipe.clean) for shard in shards]
+            results = runner.run("cleaning", tasks)
+            stages.append(texts.merged("clean", results))
+        elif stage == "duplicates":
+            tasks, results, counts = _duplicates(runner, recipe, shards, priority)
+            stages.append(counts)
+        elif stage == "paragraphs":
+            tasks, results = _paragraphs(runner, recipe, shards, priority)
+            stages.append(texts.merged("repeated paragraphs", results))
+        elif stage == "decontaminate" and tests:
+            tasks, results, counts = _decontaminated(runner, recipe, shards, tests)
+            stages.append(counts)
+        elif stage == "quality" and recipe.quality.good:
+            tasks, results, counts = _quality(runner, recipe, shards)
+            stages.append(counts)
+        else:
+            continue
+        shards = shards_of(tasks, results)
+    if not shards:
+        raise ValueError(f"nothing is left after the stage {stages[-1]['name']!r}: dropped were "
+                         f"{stages[-1]['dropped']}; loosen the rule that took most")
+    info = {"name": recipe.name, "settings": _flat(dataclasses.asdict(recipe)), "stages": stages, "inputs": inputs,
+            "outputs": {}}
+    if "tokens" in recipe.stages:
+        info |= _arrays(runner, recipe, shards)
+    storage.write_file(runner.root, "report.json", json.dumps(info, indent=1, ensure_ascii=False).encode())
+    storage.write_file(runner.root, "report.html", render(info).encode())
+    if "prepared" in info:  # last: without it nothing opens the data
+        prepared = json.dumps(info.pop("prepared"), indent=1, ensure_ascii=False).encode()
+        storage.write_file(runner.root, "prepared.json", prepared)
+    return info
+
+
+def summary(info: dict) -> str:
+    """A few lines for a person: what each stage took, and how often training sees each source."""
+    lines = []
+    for stage in info["stages"]:
+        (before, after), (size, left) = stage["documents"], stage["bytes"]
+        took = sorted(stage["dropped"].items(), key=lambda item: -item[1])[:3]
+        why = "; dropped: " + ", ".join(f"{rule} {count:,}" for rule, count in took) if took else ""
+        kept = f" of {before:,} documents, {left / size:.1%} of the text" if size else f" documents, {left:,} bytes"
+        lines.append(f"{stage['name'][:10]:<10} {after:,}{kept}{why}")
+    for row in info.get("blend", ()):
+        lines.append(f"source     {row['name']}: {row['tokens']:,} tokens, weight {row['weight']:.5f}, "
+                     f"{row['epochs']:.2f} epochs in {info['train_tokens']:,} tokens")
+    if "tokens" in info:
+        lines.append(f"tokens     {info['tokens']['train']:,} to train on, {info['tokens']['heldout']:,} held out; "
+                     f"{info['tokenizer']['kind']}, {info['tokenizer']['vocab_size']:,} pieces")
+    return "\n".join(lines)
+
+
+def _task(stage: str, function: Callable, shard: Shard, *given) -> Task:
+    """One that makes of ``shard`` another of the same name."""
+    return Task(f"stages/{stage}/{_last(shard.name)}", function, (shard, *given), (shard.key, *given))
+
+
+def _last(name: str) -> str:
+    return name.rpartition("/")[2]
+
+
+def _read_tasks(recipe: Recipe, files: dict[str, list[File]]) -> list[Task]:
+    tasks = []
+    for source in recipe.sources:
+        groups, size = [[]], 0
+        for file in files[source.name]:
+            if size and size + file.size > recipe.shard_bytes:
+                groups.append([])
+                size = 0
+            groups[-1].append(file)
+            size += file.size
+        for number, group in enumerate(groups):
+            given = (source.text_key, recipe.on_error, recipe.max_document_bytes, recipe.shard_bytes)
+            tasks.append(Task(f"stages/read/{source.name}-{number:06d}", texts.read, (group, source.name, *given),
+                              ([(file.name, file.stamp) for file in group], source.name, *given)))
+    return tasks
+
+
+def _ranks(shards: list[Shard], priority: dict[str, int]) -> list[np.ndarray]:
+    """Of each document of each shard, its place in the order in which duplicates are kept."""
+    counts = np.array([shard.documents for shard in shards])
+    order = np.argsort([-priority[shard.source] for shard in shards], kind="stable")
+    starts = np.empty(len(shards), np.int64)
+    starts[order] = np.cumsum(counts[order]) - counts[order]
+    return [start + np.arange(count) for start, count in zip(starts, counts, strict=True)]
+
+
+def _duplicates(runner: Runner, recipe: Recipe, shards: list[Shard], priority: dict[str, int]):
+    config, ranks = recipe.duplicates, _ranks(shards, priority)
+    keys = [_task("keys", texts.band_keys, shard, config) for shard in shards]
+    runner.run("hashing shingles", keys)
+    counts = np.array([shard.documents for shard in shards])
+    total, everything = int(counts.sum()), (*(task.key for task in keys), *(priority[s.source] for s in shards))
+    parts = -(-total // _KEYS_AT_ONCE)
+    finding = [Task(f"stages/candidates/{band:04d}-{part:06d}", texts.candidate_pairs,
+                    ([task.name for task in keys], ranks, band, part, parts), (everything, band, part, parts))
+               for band in range(config.bands) for part in range(parts)]
+    runner.run("pairing", finding)
+    folder = runner.folder
+    pairs = np.unique(np.concatenate([texts.load(folder, task.name) for task in finding]), axis=0)
+
+    starts = np.cumsum(counts) - counts
+    shard_of = np.searchsorted(starts, pairs, side="right") - 1
+    rows = pairs - starts[shard_of]
+    bounds = np.searchsorted(shard_of[:, 0], np.arange(len(shards) + 1))
+    comparing = []
+    for number, shard in enumerate(shards):
+        chosen = slice(bounds[number], bounds[number + 1])
+        if bounds[number] < bounds[number + 1]:
+            wanted = np.stack([shard_of[chosen, 0], rows[chosen, 0], shard_of[chosen, 1], rows[chosen, 1]], 1)
+            others = tuple((index, shards[index].key) for index in np.unique(wanted[:, 2]).tolist())
+            comparing.append(Task(f"stages/similar/{_last(shard.name)}", texts.similar_pairs,
+                                  (shards, number, wanted, config), (shard.key, _digest(wanted), others, config)))
+    compared = runner.run("comparing", comparing)
+    similar = np.concatenate([np.zeros(0, bool), *(texts.load(folder, task.name) for task in comparing)])
+
+    rank = np.concatenate(ranks)
+    dropped = ~dedup.keep(dedup.components(pairs[similar], total), rank)
+    tasks = []
+    for shard, start in zip(shards, starts, strict=True):
+        mine = dropped[start : start + shard.documents]
+        tasks.append(Task(f"stages/duplicates/{_last(shard.name)}", texts.without_documents, (shard, mine),
+                          (shard.key, _digest(mine))))
+    results = runner.run("dropping duplicates", tasks)
+    merged = texts.merged("near-duplicates", results)
+    merged["note"] = (f"{len(pairs):,} pairs shared a band of {config.hashes // config.bands} hashes; "
+                      f"{similar.sum():,} have a Jaccard similarity of {config.threshold} or more.")
+    examples = sorted(tuple(example) for result in compared for example in result["examples"])[:5]
+    if examples:
+        merged["examples"]["pairs that are alike"] = [example[1:] for example in examples]
+    return tasks, results, merged
+
+
+def _digest(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def _paragraphs(runner: Runner, recipe: Recipe, shards: list[Shard], priority: dict[str, int]):
+    config, ranks = recipe.paragraphs, _ranks(shards, priority)
+    hashing = [_task("paragraph_hashes", texts.paragraph_hashes, shard, config.min_length) for shard in shards]
+    found = runner.run("hashing paragraphs", hashing)
+    parts = -(-max(1, sum(result["paragraphs"] for result in found)) // _KEYS_AT_ONCE)
+    everything = (*(task.key for task in hashing), *(priority[shard.source] for shard in shards))
+    finding = [Task(f"stages/repeated/{part:06d}", texts.repeated_paragraphs,
+                    ([task.name for task in hashing], ranks, part, parts), (everything, part, parts))
+               for part in range(parts)]
+    runner.run("finding repeated paragraphs", finding)
+    tasks = []
+    for number, (shard, hashes) in enumerate(zip(shards, hashing, strict=True)):
+        repeated = [f"{task.name}-{number:06d}" for task in finding]
+        given = (config.min_length, config.min_left)
+        digests = [_digest(texts.load(runner.folder, name)) for name in repeated]
+        tasks.append(Task(f"stages/paragraphs/{_last(shard.name)}", texts.without_paragraphs,
+                          (shard, hashes.name, repeated, *given), (shard.key, digests, *given)))
+    return tasks, runner.run("dropping repeated paragraphs", tasks)
+
+
+def _decontaminated(runner: Runner, recipe: Recipe, shards: list[Shard], tests: list[File]):
+    config = recipe.decontamination
+    making = Task("stages/tests/all", filters.test_ngrams, (tests, config), ([test.stamp for test in tests], config))
+    runner.run("reading test sets", [making])
+    counting = [Task(f"stages/leaks/{_last(shard.name)}", filters.leaks, (shard, making.name, making.key, config),
+                     (shard.key, making.key)) for shard in shards]
+    runner.run("counting n-grams", counting)
+    rare = Task("stages/tests/rare", filters.rare_ngrams, (making.name, making.key, [t.name for t in counting], config),
+                tuple(task.key for task in counting))
+    about, = runner.run("leaving common n-grams", [rare])
+    tasks = [Task(f"stages/decontaminate/{_last(shard.name)}", filters.decontaminated,
+                  (shard, rare.name, rare.key, config), (shard.key, rare.key)) for shard in shards]
+    results = runner.run("cutting test sets out", tasks)
+    merged = texts.merged("test sets", results)
+    check_hits(merged["changed"].get(filters.LEAK, 0), merged["documents"][0])
+    merged["note"] = (f"{about['ngrams']:,} n-grams of {len(tests)} files of test sets; {about['found']:,} are in the "
+                      f"text, and {about['common']:,} of them so often ({config.algorithm.key_threshold} times) that "
+                      "they stay.")
+    return tasks, results, merged
+
+
+def _quality(runner: Runner, recipe: Recipe, shards: list[Shard]):
+    config = recipe.quality
+    samples = [filters.files_of(paths) for paths in (config.good, config.bad)]
+    learning = Task("stages/classifier/model", filters.classifier, (*samples, config),
+                    ([file.stamp for files in samples for file in files], config))
+    about, = runner.run("learning good from bad", [learning])
+    tasks = [Task(f"stages/quality/{_last(shard.name)}", filters.good_rows,
+                  (shard, learning.name, learning.key, recipe.seed, config), (shard.key, learning.key, recipe.seed))
+             for shard in shards]
+    results = runner.run("judging quality", tasks)
+    merged = texts.merged("quality", results)
+    merged["note"] = (f"Learnt from {about['good']:,} good and {about['bad']:,} bad documents; of those held out "
+                      f"{about['accuracy']:.1%} are told apart.")
+    nearest = sorted(tuple(entry) for result in results for entry in result["nearest"])[:5]
+    merged["examples"]["near the border"] = [entry[1:] for entry in nearest]
+    return tasks, results, merged
+
+
+def _arrays(runner: Runner, recipe: Recipe, shards: list[Shard]) -> dict:
+    common = (recipe.heldout, recipe.seed)
+    making = arrays.tokenizer_task(shards, recipe.tokenizer, recipe.vocab_size, *common)
+    about, = runner.run(f"training {recipe.tokenizer}", [making])
+    tokenizer = load_tokenizer(storage.join(runner.root, "tokenizer"))
+    encoding = arrays.encode_tasks(shards, storage.join(runner.root, "tokenizer"), tokenizer.fingerprint, *common)
+    results = runner.run("encoding", encoding)
+    names = sorted({shard.source for shard in shards})
+    places = {("heldout", "heldout"): list(range(len(shards)))}
+    places |= {("train", f"sources/{name}/train"): [number for number, shard in enumerate(shards)
+                                                    if shard.source == name] for name in names}
+    frames, filling = [], []
+    for (part, place), numbers in places.items():
+        frame, fill = arrays.array_tasks([encoding[number] for number in numbers],
+                                         [results[number] for number in numbers], place, part, recipe.seed, tokenizer)
+        frames.append(frame)
+        filling += fill
+    if not all(runner.is_done(task) for task in frames + filling):
+        storage.remove_file(runner.root, "prepared.json")  # what it stands for is about to change
+    metas = runner.run("making arrays", frames)
+    runner.run("writing tokens", filling)
+    for name in storage.list_files(runner.root, "sources"):
+        if name.split("/")[1] not in names:
+            storage.remove_file(runner.root, name)
+    heldout, trained = metas[0], dict(zip(names, metas[1:], strict=True))
+    weights = _weights(recipe, trained)
+    seen = recipe.train_tokens or sum(meta["tokens"] for meta in trained.values())
+    blend = [{"name": name, "documents": meta["documents"], "tokens": meta["tokens"],
+              "bytes_per_token": meta["bytes"] / max(1, meta["tokens"]), "weight": weights[name],
+              "epochs": seen * weights[name] / max(1, meta["tokens"])} for name, meta in trained.items()]
+    content = [tokenizer.fingerprint, heldout["sha256"], *(meta["sha256"] for meta in trained.values())]
+    fingerprint = hashlib.sha256(json.dumps([content, weights]).encode()).hexdigest()
+    prepared = {"fingerprint": fingerprint, "tokenizer": about, "train": _total(trained), "heldout": heldout,
+                "sources": [[f"sources/{name}", weights[name]] for name in names]}
+    outputs = {"all": fingerprint, "tokenizer": tokenizer.fingerprint, "heldout": heldout["sha256"],
+               **{name: meta["sha256"] for name, meta in trained.items()}}
+    return {"blend": blend, "train_tokens": seen, "tokenizer": about, "outputs": outputs, "prepared": prepared,
+            "tokens": {"train": sum(meta["tokens"] for meta in trained.values()), "heldout": heldout["tokens"]}}
+
+
+def _weights(recipe: Recipe, trained: dict[str, dict]) -> dict[str, float]:
+    """Of each source that has tokens, its share of the samples."""
+    given = {source.name: source.weight for source in recipe.sources}
+    weights = {name: meta["tokens"] if given[name] is None else given[name] for name, meta in trained.items()}
+    weights = {name: weight for name, weight in weights.items() if trained[name]["tokens"]}
+    total = sum(weights.values())
+    return {name: weights.get(name, 0) / total for name in trained}
+
+
+def _total(trained: dict[str, dict]) -> dict:
+    first = next(iter(trained.values()))
+    counts = {key: sum(meta[key] for meta in trained.values()) for key in ("tokens", "documents", "bytes")}
+    digest = hashlib.sha256(json.dumps([meta["sha256"] for meta in trained.values()]).encode()).hexdigest()
+    return {**first, **counts, "sha256": digest}
+
+
+def _input_files(recipe: Recipe, output: str) -> dict[str, list[File]]:
+    """The files of each source, in the order of their names. No file may lie in the output."""
+    found = {}
+    for source in recipe.sources:
+        report = ReadReport()
+        files = [file for path in source.paths for file in list_files(path, report)]
+        if not files:
+            raise ValueError(f"source {source.name!r} has nothing to read: {', '.join(source.paths)} "
+                             f"({report.skipped_files} files of unknown suffix)")
+        if len({file.name for file in files}) < len(files):  # of two folders: told apart by the folders
+            files = [dataclasses.replace(file, name=f"{number}/{file.name}") for number, path in enumerate(source.paths)
+                     for file in list_files(path)]
+        found[source.name] = sorted(files, key=lambda file: file.name)
+        inside = next((file.path for file in files if Path(file.path).absolute().is_relative_to(
+            Path(output).absolute())), None)
+        if inside and not storage.is_remote(output):
+            raise ValueError(f"{inside}, to be read, lies in the output {output}; put the output elsewhere")
+    return found
+
+
+def _check_output(recipe: Recipe, output: str, files: dict[str, list[File]], overwrite: bool) -> None:
+    """Compares with recipe.json, which says what the output is being made of, and writes it."""
+    settings = _flat(dataclasses.asdict(dataclasses.replace(recipe, sources=())))
+    stamps = {f"{name}/{file.name}": file.stamp for name, group in files.items() for file in group}
+    sources = {source.name: [source.weight, source.priority, source.text_key] for source in recipe.sources}
+    wanted = json.loads(json.dumps({"settings": settings, "sources": sources, "inputs": stamps}))
+    content = storage.read_file(output, "recipe.json")
+    if content is None:
+        if set(storage.list_files(output, "")) > {".lock"} and not overwrite:
+            raise FileExistsError(f"{output} exists and is no output of a recipe (no recipe.json); choose another")
+    elif not overwrite:
+        begun = json.loads(content)
+        for what, way in (("settings", "settings"), ("sources", "sources"), ("inputs", "input")):
+            changed = sorted(key for key in begun[what].keys() | wanted[what].keys()
+                             if begun[what].get(key) != wanted[what].get(key))
+            if changed:
+                key = changed[0]
+                more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+                raise FileExistsError(f"{output} was begun with other {way}: {key} was {begun[what].get(key)} and is "
+                                      f"{wanted[what].get(key)}{more}; choose another --output, or --overwrite: then "
+                                      "all that depends on it is made again")
+    storage.write_file(output, "recipe.json", json.dumps(wanted, indent=1, ensure_ascii=False).encode())
+
+
+@contextlib.contextmanager
+def _locked(output: str):
+    """One run at a time in a local folder."""
+    if storage.is_remote(output):
+        yield
+        return
+    os.makedirs(output, exist_ok=True)
+    with open(f"{output.rstrip('/')}/.lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(f"another run is at work in {output}; wait for it, or choose another --output"
+                                  ) from None
+        yield
+
+
+def _flat(tree: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

@@ -1,0 +1,156 @@
+"""What a recipe is: a frozen dataclass that a file of configs/data gives, as configs/*.py give a run's."""
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mtnlg_jax.config import load_object
+from mtnlg_jax.data import storage
+from mtnlg_jax.data.clean import CleanConfig
+from mtnlg_jax.data.decontaminate import Decontamination
+from mtnlg_jax.data.dedup import MinHashConfig
+from mtnlg_jax.data.files import find
+
+# In this order; what is left out is passed over. "read" is always first.
+STAGES = ("clean", "duplicates", "paragraphs", "decontaminate", "quality", "tokens")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Text that has a weight of its own: files and folders (paths, gs://, s3://); relative ones lie below --input."""
+
+    name: str = ""
+    paths: tuple[str, ...] = ()
+    weight: float | None = None  # of the samples in training, relative to the others; None for all: by their tokens
+    priority: int = 0  # of duplicates the one whose source has the highest stays
+    text_key: str = "text"  # key or column of the text in JSON and Parquet
+
+
+@dataclass(frozen=True)
+class ParagraphConfig:
+    """Paragraphs that came before, letter for letter but for case and white space."""
+
+    min_length: int = 80  # characters; shorter ones may repeat
+    min_left: int = 200  # characters that a document must keep
+
+
+@dataclass(frozen=True)
+class DecontaminationConfig:
+    """Test sets that a model must not have seen, and how they are cut out."""
+
+    test_sets: tuple[str, ...] = ()  # files and folders of .jsonl, .json, .tsv, also with .gz
+    test_keys: tuple[str, ...] = ("text", "context", "question", "query", "goal", "sentence", "prompt")
+    algorithm: Decontamination = field(default_factory=Decontamination)
+
+
+@dataclass(frozen=True)
+class QualityConfig:
+    """A linear classifier learnt from good and bad text, and the Pareto rule of GPT-3 (Brown 2020, appendix A)."""
+
+    good: tuple[str, ...] = ()  # files and folders of text to be like
+    bad: tuple[str, ...] = ()
+    alpha: float = 9.0  # kept where a Pareto number of this shape is above 1 - score
+    characters: bool = False  # features are characters, as for Chinese, not words
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """From text to tokens. ``sources`` empty: every folder and file of --input is one."""
+
+    name: str = "data"
+    sources: tuple[Source, ...] = ()
+    stages: tuple[str, ...] = STAGES
+    clean: CleanConfig = field(default_factory=CleanConfig)
+    duplicates: MinHashConfig = field(default_factory=MinHashConfig)
+    paragraphs: ParagraphConfig = field(default_factory=ParagraphConfig)
+    decontamination: DecontaminationConfig = field(default_factory=DecontaminationConfig)
+    quality: QualityConfig = field(default_factory=QualityConfig)
+    tokenizer: str = "bpe"  # bpe or unigram: trained on the result; or the path of one
+    vocab_size: int = 8000  # of one to train
+    heldout: float = 0.02  # share of the text, 0 to 0.5
+    train_tokens: int | None = None  # for how many tokens the epochs are told; None: those of one epoch
+    seed: int = 0
+    on_error: str = "raise"  # raise | skip: damaged input
+    max_document_bytes: int = 256 << 20
+    shard_bytes: int = 64 << 20  # text that a task holds
+
+
+def load_recipe(path: str, overrides: tuple[str, ...] = ()) -> Recipe:
+    """``get_config()`` of a file, with "section.key=value" applied. Raises FileNotFoundError or ValueError."""
+    recipe = load_object(path, Recipe, overrides)
+    validate(recipe)
+    return recipe
+
+
+def validate(recipe: Recipe) -> None:
+    """Raises ValueError in one line that names the value, the limit and the way out."""
+    for stage in recipe.stages:
+        if stage not in STAGES:
+            raise ValueError(f"stages: {stage!r} is not known; it is one of {', '.join(STAGES)}")
+    if not 0 <= recipe.heldout <= 0.5:
+        raise ValueError(f"heldout={recipe.heldout} must lie in 0 to 0.5")
+    if recipe.on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error={recipe.on_error!r} is not known; use 'raise' or 'skip'")
+    for name in ("shard_bytes", "max_document_bytes", "vocab_size"):
+        if getattr(recipe, name) < 1:
+            raise ValueError(f"{name}={getattr(recipe, name)} must be at least 1")
+    names = [source.name for source in recipe.sources]
+    for name in names:
+        if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
+            raise ValueError(f"source {name!r}: a name is made of letters, digits, '_', '-' and '.'")
+        if names.count(name) > 1:
+            raise ValueError(f"two sources have the name {name!r}; give each its own")
+    weights = [source.weight for source in recipe.sources if source.weight is not None]
+    for source in recipe.sources:
+        if not source.paths:
+            raise ValueError(f"source {source.name!r} has no paths; name its files or folders")
+        if source.weight is not None and not 0 <= source.weight < float("inf"):
+            raise ValueError(f"source {source.name!r}: weight={source.weight} must be 0 or more, and finite")
+    if weights and len(weights) < len(names):
+        lacking = next(source.name for source in recipe.sources if source.weight is None)
+        raise ValueError(f"source {lacking!r} has no weight while others have one; give all of them one, or none")
+    if weights and not any(weights):
+        raise ValueError("the weights of all sources are 0; give at least one that is above")
+    quality = recipe.quality
+    if bool(quality.good) != bool(quality.bad):
+        raise ValueError("quality.good and quality.bad go together: a classifier learns from both")
+
+
+def with_sources(recipe: Recipe, root: str | None) -> Recipe:
+    """``recipe`` with the paths of its sources below ``root``; without sources of its own, one for each entry of root.
+    Sources of weight 0 are left out. Raises FileNotFoundError or ValueError."""
+    if not recipe.sources:
+        if root is None:
+            raise ValueError("the recipe names no sources; give a folder of text with --input")
+        sources = _entries(root)
+    else:
+        sources = tuple(dataclasses.replace(source, paths=tuple(_below(root, path) for path in source.paths))
+                        for source in recipe.sources if source.weight != 0)
+    return dataclasses.replace(recipe, sources=tuple(sorted(sources, key=lambda source: source.name)))
+
+
+def _below(root: str | None, path: str) -> str:
+    return path if root is None or storage.is_remote(path) or Path(path).is_absolute() else storage.join(root, path)
+
+
+def _entries(root: str) -> tuple[Source, ...]:
+    found = find(root)
+    if found is None:
+        raise FileNotFoundError(f"{root} does not exist; give a file or a folder of text with --input")
+    _, is_folder, files = found
+    if not is_folder:
+        return (Source("input", (root,)),)
+    sources: dict[str, str] = {}
+    for file in files:
+        entry = file.name.split("/")[0]
+        if "/" in file.name:
+            sources.setdefault(re.sub(r"[^\w.-]", "_", entry), storage.join(root, entry))
+        else:
+            sources.setdefault("files", root)
+    if len(sources) > 1 and "files" in sources:
+        raise ValueError(f"{root} holds files beside folders; put them into a folder of their own, or name the sources "
+                         "in the recipe")
+    if not sources:
+        raise ValueError(f"{root} is empty; give a folder with text in it")
+    return tuple(Source(name, (path,)) for name, path in sources.items())

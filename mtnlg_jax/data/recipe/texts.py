@@ -1,0 +1,234 @@
+"""What the stages before the tokenizer do with the rows of one shard, and how their counts are put together."""
+
+import hashlib
+import heapq
+import io
+from collections import Counter
+from dataclasses import asdict
+
+import numpy as np
+
+from mtnlg_jax.data import dedup
+from mtnlg_jax.data.clean import CleanConfig, clean
+from mtnlg_jax.data.dedup import MinHashConfig
+from mtnlg_jax.data.documents import ReadReport, read_file
+from mtnlg_jax.data.files import File, content_stamp
+from mtnlg_jax.data.recipe.report import BINS, bin_of
+from mtnlg_jax.data.recipe.stages import Folder, Row, Shard
+
+_EXAMPLES, _EXCERPT = 3, 300  # of each rule, characters of each
+
+
+class Tally:
+    """Counts of what a stage did, with a few examples of each rule; `merged` adds those of all shards."""
+
+    def __init__(self):
+        self.counts = {"documents": [0, 0], "bytes": [0, 0], "dropped": Counter(), "changed": Counter(),
+                       "lengths": [0] * BINS}
+        self._examples: dict[str, list] = {}
+
+    def came(self, row: Row) -> None:
+        self.counts["documents"][0] += 1
+        self.counts["bytes"][0] += len(row.text.encode())
+
+    def stays(self, row: Row) -> None:
+        size = len(row.text.encode())
+        self.counts["documents"][1] += 1
+        self.counts["bytes"][1] += size
+        self.counts["lengths"][bin_of(size)] += 1
+
+    def took(self, kind: str, rule: str, place: str, text: str) -> None:
+        """``kind``: dropped or changed; ``text``: what a person should see of it."""
+        self.counts[kind][rule] += 1
+        shown = text if len(text) <= _EXCERPT else text[:_EXCERPT] + " ..."
+        self._examples.setdefault(rule, []).append((_draw(place + rule), place, shown))
+        if len(self._examples[rule]) > 100:
+            self._examples[rule] = heapq.nsmallest(_EXAMPLES, self._examples[rule])
+
+    def result(self, shards: list[dict], **more) -> dict:
+        examples = {rule: heapq.nsmallest(_EXAMPLES, found) for rule, found in self._examples.items()}
+        return {"shards": shards, **self.counts, "examples": examples, **more}
+
+
+def merged(name: str, results: list[dict]) -> dict:
+    """The counts of a stage over all its tasks, as `report.render` wants them."""
+    total = {"name": name, "documents": [0, 0], "bytes": [0, 0], "dropped": Counter(), "changed": Counter(),
+             "lengths": [0] * BINS, "examples": {}, "tables": {}}
+    for result in results:
+        for key in ("documents", "bytes", "lengths"):
+            total[key] = [a + b for a, b in zip(total[key], result[key], strict=True)]
+        for key in ("dropped", "changed"):
+            total[key].update(result[key])
+        for rule, found in result["examples"].items():
+            total["examples"].setdefault(rule, []).extend(map(tuple, found))
+        for title, counts in result.get("tables", {}).items():
+            total["tables"].setdefault(title, Counter()).update(counts)
+    total["examples"] = {rule: [entry[1:] for entry in heapq.nsmallest(_EXAMPLES, found)]
+                         for rule, found in sorted(total["examples"].items())}
+    for counts in (total, total["tables"]):
+        counts.update({key: dict(sorted(value.items())) for key, value in counts.items() if isinstance(value, Counter)})
+    return total
+
+
+def _draw(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "little")
+
+
+def read(folder: Folder, name: str, files: list[File], source: str, text_key: str, on_error: str,
+         max_document_bytes: int, shard_bytes: int) -> dict:
+    """The documents of ``files``, in shards of about ``shard_bytes`` of text."""
+    report, tally, shards, rows, size = ReadReport(), Tally(), [], [], 0
+
+    def flush() -> None:
+        if rows:
+            shards.append(folder.write_rows(f"{name}-{len(shards):04d}", source, rows))
+            rows.clear()
+
+    for file in files:
+        for document in read_file(file, text_key, on_error, report, max_document_bytes):
+            row = Row(document.text, f"{source}/{document.source}")
+            rows.append(row)
+            tally.stays(row)
+            size += len(row.text.encode())
+            if size >= shard_bytes:
+                flush()
+                size = 0
+    flush()
+    inputs = {f"{source}/{file.name}": {"size": file.size, "sha256": content_stamp(file).removeprefix("sha256:")}
+              for file in files}
+    return tally.result(shards, tables={"read": asdict(report)}, inputs=inputs)
+
+
+def cleaned(folder: Folder, name: str, shard: Shard, config: CleanConfig) -> dict:
+    tally, kept, languages = Tally(), [], Counter()
+    for row in folder.rows(shard):
+        tally.came(row)
+        found = clean(row.text, config)
+        languages[found.language or "too short to tell"] += 1
+        for rule in found.counts:
+            tally.took("changed", rule, row.place, row.text)
+        if found.dropped:
+            tally.took("dropped", found.dropped, row.place, row.text)
+        else:
+            kept.append(Row(found.text, row.place))
+            tally.stays(kept[-1])
+    return tally.result([folder.write_rows(name, shard.source, kept)], tables={"language": languages})
+
+
+def band_keys(folder: Folder, name: str, shard: Shard, config: MinHashConfig) -> dict:
+    """NAME.npy: uint64 [bands, documents]."""
+    signatures = dedup.signatures([row.text for row in folder.rows(shard)], config)
+    save(folder, name, np.ascontiguousarray(dedup.band_keys(signatures, config.bands).T))
+    return {}
+
+
+def candidate_pairs(folder: Folder, name: str, keys: list[str], rank: list[np.ndarray], band: int, part: int,
+                    parts: int) -> dict:
+    """NAME.npy: int64 [pairs, 2], documents of the whole corpus that share a key of ``band`` in this part of its
+    range. ``rank``: of every document, by shard."""
+    found, numbers, start = [], [], 0
+    for file, ranks in zip(keys, rank, strict=True):
+        values = load(folder, file)[band]
+        inside = np.flatnonzero(values % np.uint64(parts) == part)
+        found.append(values[inside])
+        numbers.append(start + inside)
+        start += len(ranks)
+    values, numbers = np.concatenate(found), np.concatenate(numbers)
+    pairs = dedup.candidates(values[:, None], np.concatenate(rank)[numbers])
+    save(folder, name, numbers[pairs])
+    return {"pairs": len(pairs)}
+
+
+def similar_pairs(folder: Folder, name: str, shards: list[Shard], mine: int, pairs: np.ndarray,
+                  config: MinHashConfig) -> dict:
+    """NAME.npy: which of ``pairs`` int64 [n, 4] (shard, row, other shard, other row), the first in shard ``mine``, are
+    duplicates: bool [n]. Holds the wanted texts of two shards."""
+    similar, examples = np.zeros(len(pairs), bool), []
+    ours = folder.some_rows(shards[mine], np.unique(pairs[:, 1]))
+    for other in np.unique(pairs[:, 2]):
+        chosen = np.flatnonzero(pairs[:, 2] == other)
+        theirs = folder.some_rows(shards[other], np.unique(pairs[chosen, 3]))
+        for number in chosen:
+            a, b = ours[pairs[number, 1]], theirs[pairs[number, 3]]
+            value = 1.0 if a.text == b.text else dedup.jaccard(a.text, b.text, config.width)
+            similar[number] = value >= config.threshold
+            if similar[number]:
+                examples.append((_draw(a.place + b.place), f"{a.place} and {b.place}: {value:.3f}",
+                                 f"{a.text[:_EXCERPT // 2]}\n\n{b.text[:_EXCERPT // 2]}"))
+    save(folder, name, similar)
+    return {"examples": heapq.nsmallest(_EXAMPLES, examples)}
+
+
+def without_documents(folder: Folder, name: str, shard: Shard, dropped: np.ndarray) -> dict:
+    """``dropped``: bool [documents]."""
+    tally, kept = Tally(), []
+    for row, gone in zip(folder.rows(shard), dropped, strict=True):
+        tally.came(row)
+        if gone:
+            tally.counts["dropped"]["near-duplicate of another document"] += 1
+        else:
+            kept.append(row)
+            tally.stays(row)
+    return tally.result([folder.write_rows(name, shard.source, kept)])
+
+
+def paragraph_hashes(folder: Folder, name: str, shard: Shard, min_length: int) -> dict:
+    """NAME.npy: uint64 [2, paragraphs], hash and row of each paragraph, in order."""
+    found = [dedup.paragraph_hashes(row.text, min_length) for row in folder.rows(shard)]
+    rows = np.repeat(np.arange(len(found), dtype=np.uint64), [len(hashes) for hashes in found])
+    save(folder, name, np.stack([np.concatenate(found), rows]))
+    return {"paragraphs": len(rows)}
+
+
+def repeated_paragraphs(folder: Folder, name: str, hashes: list[str], rank: list[np.ndarray], part: int,
+                        parts: int) -> dict:
+    """NAME-SHARD.npy: which paragraphs of each shard (by their places in its file) with hashes in this part of their
+    range came before in the corpus, by the rank of their document."""
+    found = []
+    for number, file in enumerate(hashes):
+        values, rows = load(folder, file)
+        inside = np.flatnonzero(values % np.uint64(parts) == part)
+        ranks = rank[number][rows[inside].astype(np.int64)]
+        found.append((values[inside], ranks, np.full(len(inside), number), inside))
+    values, ranks, shards, places = map(np.concatenate, zip(*found, strict=True))
+    again = dedup.repeated(values, ranks, places)
+    for number in range(len(hashes)):
+        save(folder, f"{name}-{number:06d}", places[again & (shards == number)])
+    return {"repeated": int(again.sum())}
+
+
+def without_paragraphs(folder: Folder, name: str, shard: Shard, hashes: str, repeated: list[str], min_length: int,
+                       min_left: int) -> dict:
+    """``repeated``: names of what `repeated_paragraphs` wrote of this shard. A document of which fewer than
+    ``min_left`` characters are left is dropped."""
+    tally, kept = Tally(), []
+    values, rows = load(folder, hashes)
+    dropped = np.zeros(len(values), bool)
+    for file in repeated:
+        dropped[load(folder, file)] = True
+    bounds = np.searchsorted(rows, np.arange(shard.documents + 1, dtype=np.uint64))
+    for number, row in enumerate(folder.rows(shard)):
+        tally.came(row)
+        flags = dropped[bounds[number] : bounds[number + 1]]
+        if not flags.any():
+            kept.append(row)
+            tally.stays(row)
+            continue
+        text = dedup.without_paragraphs(row.text, flags, min_length)
+        tally.took("changed", "paragraphs that came before", row.place, row.text)
+        if len(text.strip()) < min_left:
+            tally.took("dropped", f"fewer than {min_left} characters left", row.place, row.text)
+        else:
+            kept.append(Row(text, row.place))
+            tally.stays(kept[-1])
+    return tally.result([folder.write_rows(name, shard.source, kept)])
+
+
+def save(folder: Folder, name: str, array: np.ndarray) -> None:
+    file = io.BytesIO()
+    np.save(file, array)
+    folder.write(name + ".npy", file.getvalue())
+
+
+def load(folder: Folder, name: str) -> np.ndarray:
+    return np.load(io.BytesIO(folder.read(name + ".npy")))
