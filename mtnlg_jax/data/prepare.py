@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from mtnlg_jax.data import storage
 from mtnlg_jax.data.batches import permute
-from mtnlg_jax.data.documents import Document, ReadReport, embedded_documents, read_documents
+from mtnlg_jax.data.documents import Document, ReadReport, read_documents
+from mtnlg_jax.data.embedded import embedded_documents
 from mtnlg_jax.data.pairs import pair_maker
 from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from mtnlg_jax.data.tokens import TokenWriter
@@ -62,7 +63,9 @@ def prepare(input_path: str | os.PathLike | None, output: str | os.PathLike, *, 
     if input_path is None:
         documents = embedded_documents()
     else:
-        documents = read_documents(input_path, pair_maker(prompt, answer) if pairs else text_key, on_error, report)
+        # No limit to the length: a corpus may be one text file, which is one document.
+        make = pair_maker(prompt, answer) if pairs else text_key
+        documents = read_documents(input_path, make, on_error, report, max_document_bytes=1 << 60)
 
     # Beside the output: there is its space, and a rename within one file system is all or nothing.
     work = tempfile.mkdtemp() if remote else f"{output}.partial-{os.getpid()}"

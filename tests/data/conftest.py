@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mtnlg_jax.data.documents import embedded_documents
+from mtnlg_jax.data.embedded import embedded_documents
 from mtnlg_jax.data.tokenizer import load_tokenizer, train_tokenizer
 
 CHINESE = ("天下大势，分久必合，合久必分。学而时习之，不亦说乎？有朋自远方来，不亦乐乎？"

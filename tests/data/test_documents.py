@@ -1,16 +1,23 @@
 import gzip
+import hashlib
+import itertools
 import json
+import os
+import pickle
 import random
 import subprocess
 import sys
 import sysconfig
+import tracemalloc
 
+import fsspec
 import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
 
-from mtnlg_jax.data.documents import ReadReport, embedded_documents, read_documents
+from mtnlg_jax.data.documents import ReadReport, list_files, read_documents, read_file
+from mtnlg_jax.data.embedded import embedded_documents
 
 STORY = ["First, there was a word.", "Zweitens: ein Wort.\nUnd noch eines.", "第三，有一句话。"]
 
@@ -160,6 +167,143 @@ def test_long_items_of_a_list(tmp_path):
     assert _texts(tmp_path) == items
 
 
+def test_binary_files_are_told_from_text(tmp_path):
+    noise = random.Random(0).randbytes(5000)
+    (tmp_path / "sound.txt").write_text("sound \0 text with one stray byte")
+    binary = [("a.txt", noise), ("b.jsonl", b"\x7fELF" + bytes(100)), ("c.json", noise), ("d.html", noise),
+              ("e.txt", "text in UTF-16".encode("utf-16")), ("f.txt.gz", gzip.compress(noise))]
+    for name, content in binary:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name}: binary data and not text"):
+            _texts(tmp_path / name)
+    report = ReadReport()
+    assert _texts(tmp_path, on_error="skip", report=report) == ["sound  text with one stray byte"]
+    assert report.damaged == len(binary)
+
+
+def _long(name):
+    """(content, where it is too long, what else is in it); the limit is 1000 bytes."""
+    long, kind = "x" * 1200, name.split(".")[1]
+    if kind == "jsonl":
+        return _lines(["a", long, "b"]), "line 2", ["a", "b"]
+    if kind == "json":
+        return json.dumps(["a", "b", long, "c"]).encode(), "item 3", ["a", "b", "c"]
+    if kind == "parquet":
+        sink = pyarrow.BufferOutputStream()
+        pyarrow.parquet.write_table(pyarrow.table({"text": ["a", long, "b"]}), sink)
+        return sink.getvalue().to_pybytes(), "row 2", ["a", "b"]
+    return long.encode(), name, []
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json", "a.parquet", "a.txt", "a.html"])
+def test_what_is_too_long_is_named_or_skipped(tmp_path, name):
+    content, place, sound = _long(name)
+    pack = {"gz": gzip.compress, "zst": _zstd}.get(name.rsplit(".")[-1], bytes)
+    (tmp_path / name).write_bytes(pack(content))
+    with pytest.raises(ValueError, match=rf"{place}: longer than max_document_bytes=1,000; split it"):
+        _texts(tmp_path, max_document_bytes=1000)
+    report = ReadReport()
+    assert _texts(tmp_path, max_document_bytes=1000, on_error="skip", report=report) == sound
+    assert report.damaged == 1
+    assert len(_texts(tmp_path)) == len(sound) + (name != "a.html")
+
+
+def test_a_list_ends_at_an_item_too_long_to_find_its_end(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(["a", "x" * 300_000, "b"]))
+    with pytest.raises(ValueError, match="item 2: longer than max_document_bytes=1,000.*What follows it .* not read"):
+        _texts(tmp_path, max_document_bytes=1000)
+    assert _texts(tmp_path, max_document_bytes=1000, on_error="skip") == ["a"]
+    (tmp_path / "a.json").write_text(json.dumps({"text": "x" * 1000}, indent=1))
+    with pytest.raises(ValueError, match="item 1: longer than max_document_bytes=1,000"):
+        _texts(tmp_path, max_document_bytes=1000)
+
+
+def test_a_line_of_exactly_the_limit_is_read(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(_lines(["a", "b" * 100]))
+    limit = len(_lines(["b" * 100]))
+    assert len(_texts(tmp_path, max_document_bytes=limit)) == 2
+    with pytest.raises(ValueError, match="line 2"):
+        _texts(tmp_path, max_document_bytes=limit - 1)
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, _zstd])
+def test_a_huge_line_is_never_held(tmp_path, pack):
+    name = {bytes: "a.jsonl", gzip.compress: "a.jsonl.gz"}.get(pack, "a.jsonl.zst")
+    (tmp_path / name).write_bytes(pack(b'{"text": "' + b"x" * (100 << 20) + b'"}\n' + _lines(["b"])))
+    tracemalloc.start()
+    assert _texts(tmp_path, max_document_bytes=1 << 20, on_error="skip") == ["b"]
+    assert tracemalloc.get_traced_memory()[1] < 80 << 20
+    tracemalloc.stop()
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """A folder with a file of most kinds, and its twin at memory://."""
+    content = {"b.txt": STORY[1].encode(), "a/z.jsonl.gz": gzip.compress(_lines(STORY)), "a/c.md.zst": _zstd(b"c"),
+               "a.html": b"<html><body><p>" + b"A page that says something. " * 20 + b"</p></body></html>",
+               "ü/d.json": json.dumps(STORY).encode(), ".hidden/x.txt": b"no", "a/.x.txt": b"no", "pic.png": b"no"}
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.table({"text": STORY}), sink)
+    content["p.parquet"] = sink.getvalue().to_pybytes()
+    memory = fsspec.filesystem("memory")
+    for name, data in content.items():
+        path = tmp_path / "mixed" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        memory.pipe(f"/corpus{tmp_path}/{name}", data)
+    return tmp_path / "mixed", f"memory://corpus{tmp_path}"
+
+
+def test_urls_are_read_as_folders_are(mixed):
+    reports = [ReadReport() for _ in range(3)]
+    places = [*mixed, f"file://{mixed[0]}"]
+    first, *others = [list(read_documents(place, report=report)) for place, report in zip(places, reports, strict=True)]
+    assert len(first) == 12 and reports[0].skipped_files == 1
+    assert others == [first, first] and reports[1:] == reports[:1] * 2
+    assert _texts(f"{mixed[1]}/b.txt") == [STORY[1]]
+    with pytest.raises(FileNotFoundError, match="memory://nowhere does not exist; give a file"):
+        read_documents("memory://nowhere")
+    with pytest.raises(ValueError, match=r"pic\.png has an unknown suffix"):
+        read_documents(f"{mixed[1]}/pic.png")
+
+
+@pytest.mark.parametrize("url, package", [("gs://bucket/a.txt", "gcsfs"), ("s3://bucket", "s3fs"),
+                                          ("nope://x", "nope")])
+def test_a_url_without_its_package(url, package, monkeypatch):
+    for name in ("gcsfs", "s3fs"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ValueError, match=f"{url} cannot be opened: .*{package}"):
+        list_files(url)
+
+
+def test_single_files_make_up_the_whole(mixed):
+    for place in mixed:
+        listed = pickle.loads(pickle.dumps(list_files(place)))
+        assert [file.name for file in listed] == sorted(file.name for file in listed)
+        assert all(file.size and file.stamp for file in listed)
+        parts = [pickle.loads(pickle.dumps(list(read_file(file)))) for file in listed]
+        assert list(itertools.chain(*parts)) == list(read_documents(place))
+    hashes = [[file.stamp for file in list_files(place, hashed=True)] for place in mixed]
+    assert hashes[0] == hashes[1]
+    assert hashes[0][-1] == "sha256:" + hashlib.sha256((mixed[0] / "ü/d.json").read_bytes()).hexdigest()
+
+
+def test_the_stamp_changes_with_the_content(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("one")
+    before, hashed = list_files(path), list_files(path, hashed=True)
+    path.write_text("two")
+    os.utime(path, ns=(1, 1))
+    assert list_files(path) != before and list_files(path, hashed=True) != hashed
+    path.write_text("one")
+    os.utime(path, ns=(1, 1))
+    assert list_files(path) != before and list_files(path, hashed=True) == hashed
+
+
+def test_an_empty_folder_has_no_files(tmp_path):
+    assert list_files(tmp_path) == [] and _texts(tmp_path) == []
+
+
 def test_what_cannot_be_read_is_refused_at_once(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         read_documents(tmp_path / "nowhere")
@@ -168,6 +312,16 @@ def test_what_cannot_be_read_is_refused_at_once(tmp_path):
         read_documents(tmp_path / "a.pdf")
     with pytest.raises(ValueError, match="on_error='ignore'"):
         read_documents(tmp_path, on_error="ignore")
+    with pytest.raises(ValueError, match="max_document_bytes=0 must be at least 1"):
+        read_documents(tmp_path, max_document_bytes=0)
+
+
+def test_parquet_without_the_column(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"body": STORY}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="a.parquet: no 'text' among body; name the right one with text_key"):
+        _texts(tmp_path)
+    report = ReadReport()
+    assert _texts(tmp_path, on_error="skip", report=report) == [] and report.damaged == 1
 
 
 def test_embedded_text():
