@@ -199,13 +199,13 @@ def heldout_rows(tokens: Tokens, sequence_length: int, numbers: np.ndarray) -> d
 
 def _windows(tokens: Tokens, starts: np.ndarray, length: int) -> dict[str, np.ndarray]:
     """The windows of ``length`` tokens from each start on, around the seam; ``length <= len(tokens)``."""
-    size, offsets = len(tokens), tokens.document_offsets
+    size = len(tokens)
     places = starts[:, None] + np.arange(length)
     wrapped = places >= size
-    document = np.searchsorted(offsets, places - size * wrapped, side="right") - 1
+    document, opens = tokens.document_of(places - size * wrapped)
     # Beyond the seam documents and places go on counting, so that the first document is not taken for one
     # that the window began in.
-    opens = offsets[document] + size * wrapped
+    opens += size * wrapped
     begins = np.maximum(opens, starts[:, None])
     if tokens.prompt_lengths is not None:
         answers = {"answers": places - opens >= tokens.prompt_lengths[document]}

@@ -12,6 +12,7 @@ attention does not leave the document, so its first word needs something to be p
 index files have the eos only.)
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ import numpy as np
 import tensorstore
 
 from mtnlg_jax.data import storage
+from mtnlg_jax.data.offsets import Offsets
 
 # A chunk is what a random window decompresses, a shard is one file: 16.8 M tokens, 33 MB of memory to write.
 _CHUNK, SHARD = 1 << 16, 1 << 24
@@ -67,7 +69,8 @@ class TokenWriter:
         """Write what is left and, last, meta.json; returns its content."""
         self._flush()
         offsets = np.array(self._offsets, "<i8")
-        stored = _create(storage.join(self._location, "document_offsets"), offsets.dtype, offsets.size)
+        # In small chunks: a window wants the offsets of one place, and these are four times as wide as tokens.
+        stored = _create(storage.join(self._location, "document_offsets"), offsets.dtype, offsets.size, _CHUNK >> 4)
         stored.write(offsets).result()
         self._digest.update(offsets.tobytes())
         meta = {"dtype": self._dtype.name, "tokens": self._offsets[-1], "documents": offsets.size - 1,
@@ -133,15 +136,13 @@ def token_dtype(vocab_size: int) -> np.dtype:
 class Tokens:
     """The tokens of one part (train or heldout); `open_tokens` makes it. ``len`` counts tokens.
 
-    ``document_offsets`` [documents + 1] int64: document i is tokens ``offsets[i]`` to ``offsets[i + 1]``.
     ``prompt_lengths`` [documents] int64: with how many tokens of a pair its answer is asked for; None for plain text.
     """
 
-    def __init__(self, location: str, meta: dict, array: tensorstore.TensorStore,
-                 document_offsets: np.ndarray, prompt_lengths: np.ndarray | None = None):
-        self.location, self.meta, self.document_offsets = location, meta, document_offsets
-        self.prompt_lengths = prompt_lengths
-        self._array = array
+    def __init__(self, location: str, meta: dict, array: tensorstore.TensorStore, offsets: Offsets,
+                 prompt_lengths: np.ndarray | None = None):
+        self.location, self.meta, self.prompt_lengths = location, meta, prompt_lengths
+        self._array, self._offsets = array, offsets
 
     def __len__(self) -> int:
         return self.meta["tokens"]
@@ -149,6 +150,15 @@ class Tokens:
     @property
     def documents(self) -> int:
         return self.meta["documents"]
+
+    @functools.cached_property
+    def document_offsets(self) -> np.ndarray:
+        """[documents + 1] int64: document i is tokens ``offsets[i]`` to ``offsets[i + 1]``. Reads them all."""
+        return self._offsets.all()
+
+    def document_of(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """int64 (document, where it begins) of each token of ``places``; reads what it needs of the offsets."""
+        return self._offsets.find(places)
 
     @property
     def predicted(self) -> tuple[int, int]:
@@ -195,7 +205,7 @@ def open_tokens(location: str | os.PathLike) -> Tokens:
         meta = json.loads(content)
         tokens, documents, dtype = meta["tokens"], meta["documents"], meta["dtype"]
         stored = _open(storage.join(location, "tokens"))
-        offsets = _open(storage.join(location, "document_offsets")).read().result()
+        offsets = _open(storage.join(location, "document_offsets"))
         prompts = None
         if "answer_tokens" in meta:
             prompts = _open(storage.join(location, "prompt_lengths")).read().result()
@@ -204,13 +214,22 @@ def open_tokens(location: str | os.PathLike) -> Tokens:
     if stored.shape != (tokens,) or stored.dtype.name != dtype:
         raise _damaged(location, f"it holds {stored.shape[0]} tokens of {stored.dtype.name}, meta.json says "
                                  f"{tokens} of {dtype}")
-    whole = offsets.shape == (documents + 1,) and offsets[0] == 0 and offsets[-1] == tokens
-    if not whole or (np.diff(offsets) < 1).any():
+    if offsets.shape != (documents + 1,):
         raise _damaged(location, f"document_offsets do not divide {tokens} tokens into {documents} documents")
+
+    def read(first: int, stop: int) -> np.ndarray:
+        try:
+            return offsets[first:stop].read().result()
+        except ValueError as error:
+            raise _damaged(location, storage.first_line(error)) from None
+
+    opened = Tokens(location, meta, stored, Offsets(read, documents, tokens, functools.partial(_damaged, location)),
+                    prompts)
+    opened._offsets.check_ends()
     if prompts is not None and (prompts.shape != (documents,) or not
-                                ((0 < prompts) & (prompts < np.diff(offsets))).all()):
+                                ((0 < prompts) & (prompts < np.diff(opened.document_offsets))).all()):
         raise _damaged(location, f"prompt_lengths do not fit {documents} documents")
-    return Tokens(location, meta, stored, offsets, prompts)
+    return opened
 
 
 def read_prepared(location: str | os.PathLike) -> dict:
@@ -233,10 +252,10 @@ def _damaged(location: str | os.PathLike, reason: str) -> ValueError:
     return ValueError(f"{location} is damaged: {reason}; {_AGAIN}")
 
 
-def _create(location: str, dtype: np.dtype, size: int = 0) -> tensorstore.TensorStore:
+def _create(location: str, dtype: np.dtype, size: int = 0, inner: int | None = None) -> tensorstore.TensorStore:
     little = {"name": "bytes", "configuration": {"endian": "little"}}
     chunk = [little, {"name": "zstd", "configuration": {"level": 3}}, {"name": "crc32c"}]
-    sharding = {"chunk_shape": [_CHUNK], "codecs": chunk, "index_codecs": [little, {"name": "crc32c"}]}
+    sharding = {"chunk_shape": [inner or _CHUNK], "codecs": chunk, "index_codecs": [little, {"name": "crc32c"}]}
     return tensorstore.open({
         "driver": "zarr3", "kvstore": storage.key_value_spec(location),
         # Else a chunk of zeros would not be stored, and could not be told from one that is missing.

@@ -1,3 +1,4 @@
+import hashlib
 from collections import Counter
 
 import numpy as np
@@ -157,3 +158,16 @@ def test_heldout_of_nothing(tmp_path):
     assert heldout_count(_tokens(tmp_path / "none", []), 8) == heldout_count(_tokens(tmp_path / "one", [1]), 8) == 0
     with pytest.raises(ValueError, match="sequence_length=0"):
         heldout_count(_tokens(tmp_path / "two", [2]), 0)
+
+
+def test_rows_of_many_documents_never_change(tmp_path):
+    """Golden: 40,000 documents, in many blocks of offsets; rows of training and held-out."""
+    rng = np.random.default_rng(3)
+    tokens = [_tokens(tmp_path / str(index), (1 + rng.geometric(share, 40_000)).tolist(), first=7 * index)
+              for index, share in enumerate((0.5, 0.05))]
+    samples = np.concatenate([np.arange(40), [10**6, 10**9]])
+    rows = [Batches([(tokens[0], 0.8), (tokens[1], 0.2)], 2048, seed=9).rows(samples),
+            *(heldout_rows(source, 300, np.array([0, 5, 100, heldout_count(source, 300) - 1, 10**5]))
+              for source in tokens)]
+    digest = hashlib.sha256(b"".join(values.tobytes() for part in rows for values in part.values())).hexdigest()
+    assert digest == "41c66707e1d1cb3430e2b4259a5be95f232f2a9678b40fc6ad88a4e56695ec48"

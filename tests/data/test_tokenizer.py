@@ -1,3 +1,4 @@
+import json
 import random
 
 import numpy as np
@@ -218,3 +219,53 @@ def test_published_vocabularies(shared):
     xlnet = load_tokenizer(shared / "data/tokenizers/xlnet_zh/spiece.model")
     assert (xlnet.pad_id, xlnet.bos_id, xlnet.eos_id, xlnet.mask_id, xlnet.sep_id) == (5, 1, 2, 6, 4)
     assert xlnet.vocab_size == 32000 and xlnet.decode(xlnet.encode("天下大势")) == "天下大势"
+
+
+def _both(gpt2, texts):
+    """The ids of the fast way and of `tokenizers`."""
+    assert gpt2._tiktoken is not None
+    gpt2._characters = 1 << 40
+    slow = [encoding.ids for encoding in gpt2._tokenizer.encode_batch_fast([module._valid(text) for text in texts])]
+    return gpt2.encode_batch(texts), slow
+
+
+@pytest.mark.parametrize("files", ["small", "published"])
+def test_the_fast_way_gives_the_same_ids(files, gpt2_files, request):
+    folder = gpt2_files if files == "small" else request.getfixturevalue("shared") / "data/tokenizers/gpt2"
+    gpt2, rng = load_tokenizer(folder), random.Random(1)
+    code = "def f(x):\n\tif x != 'y''s':\r\n        return {\"a\": [1_000, 0x7f]}  # I'll, WE'LL, he'd've\n\n\n"
+    runs = [mark * count for mark in ("x", " ", "\n", "0", "!", "天", "the ", " \n", "'s", "\u0301")
+            for count in (1, 2, 499, 500, 501, 100_000)]
+    texts = [*TEXTS, code, "\ud800", *runs, *(" " + run + "x" for run in runs), *_random_texts(300), *(
+        "".join(chr(rng.choice((rng.randrange(0x110000), rng.randrange(0x3000)))) for _ in range(200))
+        for _ in range(200))]
+    fast, slow = _both(gpt2, texts)
+    assert fast == slow == gpt2.encode_batch(texts, threads=2)
+
+
+def test_the_fast_way_on_real_text(shared):
+    gpt2 = load_tokenizer(shared / "data/tokenizers/gpt2")
+    files = [*sorted((shared / "data/pretrain").rglob("*.txt")), shared / "data/README.md"]
+    fast, slow = _both(gpt2, [path.read_text(encoding="utf-8")[:100_000] for path in files])
+    assert fast == slow and len(files) > 10
+
+
+@pytest.mark.slow
+def test_the_fast_way_cuts_at_every_character_alike(gpt2_files):
+    characters = [chr(index) for index in range(0x110000) if not 0xD800 <= index < 0xE000]
+    fast, slow = _both(load_tokenizer(gpt2_files), [f"a{c}b 1{c} {c}\n{c}{c}  {c}" for c in characters])
+    assert fast == slow
+
+
+@pytest.mark.parametrize("pieces, merges", [
+    (["he", "th", "the"], ["h e", "t h", "th e"]),  # "the" is t and he: no pair of the list, yet it spells a token
+    (["the", "th"], ["t h", "th e"]),  # ids in another order
+    (["th", "the"], ["t h", "th e", "t h"]),  # a pair twice
+])
+def test_where_ids_could_differ_the_slow_way_stays(pieces, merges):
+    alphabet = [*module._byte_alphabet()]
+    vocabulary = {piece: index for index, piece in enumerate([*alphabet, *pieces])}
+    gpt2 = ByteLevelBPETokenizer(json.dumps(vocabulary).encode(), "\n".join(merges).encode())
+    texts = ["the" * 100_000]
+    assert gpt2.encode_batch(texts) == [gpt2._tokenizer.encode(texts[0]).ids] and gpt2._tiktoken is None
+    assert len(gpt2.encode("the")) == (2 if pieces[0] == "he" else 1)
