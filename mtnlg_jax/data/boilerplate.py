@@ -28,11 +28,11 @@ _SITES = r"(?:facebook|twitter|x|linkedin|pinterest|reddit|whatsapp|instagram|te
 # What a line must hold, in lower case, and how it looks then. C4 (Raffel et al. 2020, section 2.2) drops every line
 # with "javascript" and with phrases of policies; here it must also say so as a notice does.
 _NOTICES = {sign: re.compile(pattern, re.IGNORECASE) for sign, pattern in {
-    "cookie": r"\b(?:we|site|it|you)\b.{0,40}\b(?:uses?|using|accept|agree|consent) (?:\w+ ){0,4}cookies\b|"
+    "cookie": r"\b(?:we|(?:web)?site|it|you)\b.{0,40}\b(?:uses?|using|accept|agree|consent) (?:\w+ ){0,4}cookies\b|"
               r"\b(?:accept|allow|manage|reject|decline) (?:all )?(?:the |our )?cookies\b|"
               r"\bour (?:use of cookies|cookie)|(?:使用|接受|同意|启用).{0,8}cookie",
     "javascript": r"\b(?:enable|activate|turn on|allow) (?:\w+ )?javascript\b|"
-                  r"\b(?:page|site|application|app|video|content) (?:requires|needs) javascript\b|"
+                  r"\b(?:page|(?:web)?site|application|app|video|content) (?:requires|needs) javascript\b|"
                   r"\bjavascript (?:is|must be|has been|seems to be|appears to be) (?:\w+ )?"
                   r"(?:disabled|enabled|required|turned off|blocked|supported)|"
                   r"(?:启用|开启|打开|禁用|不支持).{0,8}javascript",

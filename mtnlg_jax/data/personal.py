@@ -106,7 +106,7 @@ _NETWORKS = re.compile(r"4(?:[0-9]{12}|[0-9]{15}|[0-9]{18})|5[1-5][0-9]{14}|2[2-
 
 def _is_card(match: re.Match) -> bool:
     digits = re.sub("[ -]", "", match[0])
-    return bool(_NETWORKS.fullmatch(digits)) and _luhn(digits) and len(set(digits)) > 2
+    return bool(_NETWORKS.fullmatch(digits)) and _luhn(digits)
 
 
 def _is_chinese_id(match: re.Match) -> bool:
