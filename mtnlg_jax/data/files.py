@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 
 class CompressionError(Exception):
@@ -49,7 +50,7 @@ def find(path: str | os.PathLike) -> tuple[str, bool, list[File]] | None:
     except (ImportError, ValueError) as error:
         raise ValueError(f"{path} cannot be opened: {error}; pip install 'mtnlg_jax[cloud]' brings gcsfs for gs:// and "
                          "s3fs for s3://") from None
-    if "file" in system.protocol:
+    if isinstance(system, LocalFileSystem):
         return _find_locally(Path(place))
     try:
         info = system.info(place)

@@ -1,0 +1,102 @@
+"""How much of a text repeats itself: the measures of Gopher (Rae et al. 2021, arXiv 2112.11446, table A1)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+# Characters of scripts that are written without spaces between words: each counts as a word. Kana, Han.
+UNSPACED = "\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+# N-grams are counted within windows of so many units: in a novel any five words come again somewhere.
+_WINDOW_BITS = 14
+_PRIME = np.uint64(0x9E3779B97F4A7C15)  # odd, without a pattern: 2^64 / golden ratio
+
+
+def duplicate_share(pieces: Sequence[str]) -> tuple[float, float]:
+    """(share of the pieces that stood there before, share of the characters in those)."""
+    seen, count, size = set(), 0, 0
+    for piece in pieces:
+        if piece in seen:
+            count += 1
+            size += len(piece)
+        else:
+            seen.add(piece)
+    return count / max(1, len(pieces)), size / max(1, sum(map(len, pieces)))
+
+
+class Units:
+    """What a text is counted in: the words between its white space, in lower case; or, where ``unspaced`` says that it
+    has more Chinese or Japanese characters than those, its letters and digits."""
+
+    def __init__(self, text: str):
+        words = text.lower().split()
+        codes = np.frombuffer(text.encode("utf-32-le"), np.uint32) if not text.isascii() else np.zeros(0, np.uint32)
+        # Kana and Han; no marks, and neither Hangul, which has spaces, nor the forms of full width.
+        characters = codes[(codes >= 0x3041) & (codes < 0xAC00) | (codes >= 0xF900) & (codes < 0xFB00) |
+                           (codes >= 0x20000)]
+        self.unspaced = len(characters) > len(words)
+        if self.unspaced:
+            letters = (codes >= 0x3041) & ~((codes >= 0xFE10) & (codes < 0x10000))
+            letters |= (codes >= 0x30) & (codes <= 0x39) | ((codes | 32) >= 0x61) & ((codes | 32) <= 0x7A)
+            self.numbers, self.ids = {}, codes[letters].astype(np.uint64)
+            self.sizes = np.ones(len(self.ids), np.int64)
+        else:
+            self.numbers = {}  # of each different word, in the order in which they come first
+            self.ids = np.array([self.numbers.setdefault(word, len(self.numbers)) for word in words], np.uint64)
+            self.sizes = np.fromiter(map(len, self.numbers), np.int64, len(self.numbers))[self.ids.astype(np.int64)]
+        self._windows = range(0, len(self.ids), 1 << _WINDOW_BITS)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def lettered(self) -> int:
+        """How many of the words hold a letter."""
+        has = np.array([word.isalpha() or any(map(str.isalpha, word)) for word in self.numbers], bool)
+        return int(has[self.ids.astype(np.int64)].sum())
+
+    def top_share(self, n: int) -> float:
+        """The share of the characters that are in the most frequent n-gram, the mean over the windows."""
+        return self._mean(self._top, n)
+
+    def duplicate_share(self, n: int) -> float:
+        """The share of the characters that are in n-grams that stood there before, each counted once; the mean over
+        the windows. Never grows with n."""
+        return self._mean(self._duplicate, n)
+
+    def _mean(self, measure, n: int) -> float:
+        total = 0
+        for start in self._windows:
+            ids = self.ids[start:start + (1 << _WINDOW_BITS)]
+            sizes = self.sizes[start:start + (1 << _WINDOW_BITS)]
+            if len(ids) >= n:
+                keys = self._sorted(ids, n)
+                total += measure(keys >> np.uint64(_WINDOW_BITS), keys & np.uint64((1 << _WINDOW_BITS) - 1), sizes, n)
+        return total / max(1, int(self.sizes.sum()))
+
+    def _sorted(self, ids: np.ndarray, n: int) -> np.ndarray:
+        """Hash of each n-gram above, its place below, in order."""
+        count = len(ids) - n + 1
+        hashes = np.zeros(count, np.uint64)
+        for offset in range(n):
+            hashes = (hashes + ids[offset:offset + count] + np.uint64(1)) * _PRIME
+            hashes ^= hashes >> np.uint64(29)
+        bits = np.uint64(_WINDOW_BITS)
+        return np.sort((hashes >> bits << bits) | np.arange(count, dtype=np.uint64))
+
+    @staticmethod
+    def _top(hashes: np.ndarray, places: np.ndarray, sizes: np.ndarray, n: int) -> int:
+        starts = np.flatnonzero(np.concatenate([[True], hashes[1:] != hashes[:-1]]))
+        counts = np.diff(starts, append=len(hashes))
+        best = int(counts.max())
+        if best < 2:
+            return 0
+        first = places[starts[counts == best]].astype(np.int64)
+        ends = np.concatenate([[0], np.cumsum(sizes)])
+        return best * int((ends[first + n] - ends[first]).max())
+
+    @staticmethod
+    def _duplicate(hashes: np.ndarray, places: np.ndarray, sizes: np.ndarray, n: int) -> int:
+        again = places[1:][hashes[1:] == hashes[:-1]].astype(np.int64)
+        cover = np.zeros(len(sizes) + 1, np.int64)
+        np.add.at(cover, again, 1)
+        np.subtract.at(cover, again + n, 1)
+        return int(sizes[np.cumsum(cover[:-1]) > 0].sum())
