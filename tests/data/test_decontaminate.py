@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import re
+import sys
 import types
 
 import pytest
@@ -276,13 +277,11 @@ def test_a_test_set_that_is_not_there(tmp_path):
 
 
 @pytest.mark.slow
-def test_equal_to_the_script_itself(texts, capsys):
+def test_equal_to_the_script_itself(texts, capsys, monkeypatch):
     """MEGATRON_FILTER_NGRAMS: path of Megatron-LM's tools/openwebtext/filter_ngrams.py."""
     if not os.environ.get("MEGATRON_FILTER_NGRAMS"):
         pytest.skip("MEGATRON_FILTER_NGRAMS does not name Megatron-LM's filter_ngrams.py")
-    import sys
-
-    sys.modules.setdefault("nltk", types.ModuleType("nltk"))  # imported by the script, but never used
+    monkeypatch.setitem(sys.modules, "nltk", types.ModuleType("nltk"))  # imported by the script, but never used
     spec = importlib.util.spec_from_file_location("filter_ngrams", os.environ["MEGATRON_FILTER_NGRAMS"])
     spec.loader.exec_module(script := importlib.util.module_from_spec(spec))
     generator = random.Random(4)
