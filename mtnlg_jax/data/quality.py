@@ -1,0 +1,164 @@
+"""Documents judged by a linear classifier of the user's good and bad samples, and kept by the Pareto rule of GPT-3.
+
+Words or characters are hashed into a vector (scikit-learn's MurmurHash3, the same in every process), logistic
+regression weighs them. Samples are taken in the order of their hashes, so a classifier does not depend on theirs.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+_BATCH = 256  # documents that are made into vectors at a time
+_HELD_OUT = 10  # one sample in so many
+
+
+@dataclass(frozen=True)
+class QualityConfig:
+    """``units`` are "words", 1 and 2 in a row, for text with spaces between them, or "characters", 1 to 3 in a row,
+    for Chinese; hashed into 2^``bits`` features. ``strength`` is the inverse of the regularization. Of each text the
+    first ``limit`` characters are looked at."""
+
+    units: str = "words"
+    bits: int = 18
+    strength: float = 10.0
+    limit: int = 20_000
+    minimum: int = 20  # distinct samples of each class
+
+    def __post_init__(self):
+        if self.units not in ("words", "characters"):
+            raise ValueError(f"units={self.units!r} is not known; use 'words' or 'characters'")
+        if not 1 <= self.bits <= 30:
+            raise ValueError(f"bits={self.bits} must lie between 1 and 30")
+        if not self.strength > 0 or self.limit < 1 or self.minimum < 1:
+            raise ValueError(f"strength={self.strength}, limit={self.limit} and minimum={self.minimum} must be above 0")
+
+
+@dataclass(frozen=True, eq=False)
+class Classifier:
+    """``weights`` float32 [2^bits] and ``bias``; ``result`` says how it did on samples that were held out."""
+
+    config: QualityConfig
+    weights: np.ndarray
+    bias: float
+    result: dict[str, float | int]
+
+    def scores(self, texts: Iterable[str]) -> np.ndarray:
+        """float64 [texts], from 0 (as the bad samples) to 1 (as the good ones)."""
+        logits = [features @ self.weights for features in _features(texts, self.config)]
+        logits = np.concatenate([np.zeros(0), *logits]) + self.bias
+        return 1 / (1 + np.exp(-logits.clip(-500, 500)))
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes quality.json and quality.npz, which hold no code and open everywhere."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(folder / "quality.npz", weights=self.weights)
+        description = {"config": asdict(self.config), "bias": self.bias, "result": self.result}
+        (folder / "quality.json").write_text(json.dumps(description, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> "Classifier":
+        """Raises FileNotFoundError, and ValueError where the two files do not fit together."""
+        folder = Path(folder)
+        if not (folder / "quality.json").exists():
+            raise FileNotFoundError(f"{folder} holds no quality.json; give a folder that Classifier.save has written")
+        try:
+            description = json.loads((folder / "quality.json").read_text())
+            config = QualityConfig(**description["config"])
+            with np.load(folder / "quality.npz", allow_pickle=False) as file:
+                weights = file["weights"]
+            if weights.shape != (1 << config.bits,):
+                raise ValueError(f"{weights.shape[0]} weights for {1 << config.bits} features")
+            return cls(config, weights, float(description["bias"]), description["result"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder}: not a classifier ({error}); train it again") from None
+
+
+def _features(texts: Iterable[str], config: QualityConfig) -> Iterator:
+    """Sparse float32 [up to 256, 2^bits] of unit length."""
+    from sklearn.feature_extraction.text import HashingVectorizer
+
+    kinds = {"words": {"token_pattern": r"\w+|[^\w\s]", "ngram_range": (1, 2)},
+             "characters": {"analyzer": "char", "ngram_range": (1, 3)}}
+    vectorizer = HashingVectorizer(n_features=1 << config.bits, dtype=np.float32, **kinds[config.units])
+    batch = []
+    for text in texts:
+        batch.append(text[: config.limit])
+        if len(batch) == _BATCH:
+            yield vectorizer.transform(batch)
+            batch = []
+    if batch:
+        yield vectorizer.transform(batch)
+
+
+def train(good: Iterable[str], bad: Iterable[str], config: QualityConfig = QualityConfig()) -> Classifier:  # noqa: B008
+    """A classifier of two classes that count the same, however many samples each has.
+
+    One sample in ten, drawn by its hash, is held out first, to count the ``result``: the samples of both classes, the
+    share of the held-out ones that were told right (``accuracy``), and of each class (``good_accuracy``,
+    ``bad_accuracy``). Then all samples train the classifier that comes back.
+
+    Raises ValueError for a class with fewer than ``minimum`` different samples, or the same text in both.
+    """
+    from scipy import sparse
+    from sklearn.linear_model import LogisticRegression
+
+    samples = [_sorted_samples(texts, name, config) for texts, name in ((good, "good"), (bad, "bad"))]
+    both = sorted(set(samples[0]) & set(samples[1]))
+    if both:
+        raise ValueError(f"{len(both)} texts are good and bad samples at once, as {both[0][:60]!r}; "
+                         "take them out of one of the two")
+    texts = samples[0] + samples[1]
+    labels = np.repeat([1, 0], list(map(len, samples)))
+    held_out = np.concatenate([np.arange(len(part)) % _HELD_OUT == 0 for part in samples])
+    features = sparse.vstack(list(_features(texts, config)), format="csr")
+
+    def fitted(rows):
+        # Of the solvers the one without random numbers; in float64, so that it stops where it should.
+        model = LogisticRegression(C=config.strength, class_weight="balanced", solver="lbfgs", max_iter=1000)
+        return model.fit(features[rows].astype(np.float64), labels[rows])
+
+    right = fitted(~held_out).predict(features[held_out].astype(np.float64)) == labels[held_out]
+    model = fitted(np.ones(len(labels), bool))
+    of_good = labels[held_out] == 1
+    result = {"good": len(samples[0]), "bad": len(samples[1]), "held_out": int(held_out.sum()),
+              "accuracy": float(right.mean()), "good_accuracy": float(right[of_good].mean()),
+              "bad_accuracy": float(right[~of_good].mean())}
+    return Classifier(config, model.coef_[0].astype(np.float32), float(model.intercept_[0]), result)
+
+
+def _sorted_samples(texts: Iterable[str], name: str, config: QualityConfig) -> list[str]:
+    distinct = {text for text in texts if text.strip()}
+    if len(distinct) < config.minimum:
+        raise ValueError(f"{len(distinct)} different {name} samples are too few; give {config.minimum} or more")
+    return sorted(distinct, key=lambda text: (_hash(text), text))
+
+
+def _hash(text: str, seed: int = 0) -> int:
+    """64 bits."""
+    data = text.encode(errors="surrogatepass")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8, key=str(seed).encode()).digest(), "little")
+
+
+def kept(scores: np.ndarray, texts: Sequence[str], seed: int = 0, alpha: float = 9.0) -> np.ndarray:
+    """bool [texts]: true where a draw from the Pareto (Lomax) distribution, as by ``numpy.random.pareto(alpha)``, is
+    above 1 - score (Brown et al. 2020, appendix A): nearly all of the best, and a few of the worst, 1 in 512 of those
+    with a score of 0. The draw depends on the text and on ``seed`` alone, so equal texts share their fate."""
+    if len(scores) != len(texts):
+        raise ValueError(f"{len(scores)} scores for {len(texts)} texts")
+    if not alpha > 0:
+        raise ValueError(f"alpha={alpha} must be above 0")
+    # 53 bits, from which a float64 in (0, 1] follows exactly.
+    uniform = np.array([((_hash(text, seed) >> 11) + 1) * 2.0**-53 for text in texts], np.float64)
+    return uniform ** (-1 / alpha) - 1 > 1 - np.asarray(scores)
+
+
+def border(scores: np.ndarray, texts: Sequence[str], count: int = 10) -> list[tuple[float, str]]:
+    """(score, text) of the texts whose scores lie nearest to 0.5 where good and bad part, ascending by score."""
+    order = sorted(range(len(texts)), key=lambda row: (abs(scores[row] - 0.5), texts[row]))[:count]
+    return sorted((float(scores[row]), texts[row]) for row in order)
