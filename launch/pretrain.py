@@ -1,5 +1,8 @@
 """Trains one run: python launch/pretrain.py --config=configs/small.py --set=data.path=OUT --workdir=RUN
 
+Megatron's PREFIX.bin and PREFIX.idx train as they are: --set=data.path=PREFIX --set=data.tokenizer=FOLDER. The last
+hundredth of the documents is held out (--set=data.heldout=SHARE, or another PREFIX).
+
 --init=RUN starts from the parameters of another run, or of a converted model, as to adapt it to a task: configs/
 finetune_*.py. The data must have been prepared with its tokenizer, and the config must have its model.
 

@@ -98,10 +98,12 @@ class MaskingConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where tokens come from: one prepared folder, or a weighted blend of several."""
+    """Where tokens come from: one prepared folder, or Megatron's PREFIX of .bin and .idx, or a weighted blend."""
 
     path: str = ""
     blend: tuple[tuple[str, float], ...] = ()  # ((folder, weight), ...), instead of path
+    tokenizer: str = ""  # of Megatron's files: folder of the tokenizer that made them
+    heldout: float | str = 0.01  # of Megatron's files: share of the first source's last documents, or another PREFIX
     sequence_length: int | None = None  # tokens in a row; None: model.max_position_embeddings
     masking: MaskingConfig = field(default_factory=MaskingConfig)
 
@@ -459,6 +461,8 @@ def validate(config: Config) -> None:
                 raise ValueError(
                     f"blend weight {weight} of {path!r} must be above 0; leave the source out instead"
                 )
+    if not isinstance(data.heldout, str):
+        _within("data.heldout", data.heldout, 0, 0.5)
     masking = data.masking
     _within("data.masking.word_share", masking.word_share, 0, 1, low_open=True)
     _within("data.masking.mask_share", masking.mask_share, 0, 1)

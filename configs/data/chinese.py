@@ -8,11 +8,11 @@ Source: chosen here; the paper's text is English.
 
 from mtnlg_jax.data.clean import CleanConfig
 from mtnlg_jax.data.decontaminate import Decontamination
-
+from mtnlg_jax.data.quality import ClassifierConfig
 from mtnlg_jax.data.recipe.settings import DecontaminationConfig, QualityConfig, Recipe
 
 
 def get_config() -> Recipe:
     return Recipe(name="chinese", clean=CleanConfig(languages=("zh",)),
                   decontamination=DecontaminationConfig(algorithm=Decontamination(words="characters")),
-                  quality=QualityConfig(characters=True))
+                  quality=QualityConfig(classifier=ClassifierConfig(units="characters")))

@@ -5,7 +5,7 @@ So the first batch waits for the few blocks that it touches, and not for 8 bytes
 
 import bisect
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -43,6 +43,11 @@ class Offsets:
         offsets = self._read(0, self._documents + 1)
         self._check(offsets, 0, self._documents)
         return offsets
+
+    def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(first document, offsets of its block's documents and of the end of the last) of all, one after another."""
+        for number in range(self._count):
+            yield number * self._size, self._block(number)
 
     def find(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """int64 (document, its first token) of each of ``places``, tokens in [0, tokens), in the same shape."""

@@ -5,11 +5,11 @@ regression weighs them. Samples are taken in the order of their hashes, so a cla
 """
 
 import hashlib
+import io
 import json
-import os
-from collections.abc import Iterable, Iterator, Sequence
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -18,7 +18,7 @@ _HELD_OUT = 10  # one sample in so many
 
 
 @dataclass(frozen=True)
-class QualityConfig:
+class ClassifierConfig:
     """``units`` are "words", 1 and 2 in a row, for text with spaces between them, or "characters", 1 to 3 in a row,
     for Chinese; hashed into 2^``bits`` features. ``strength`` is the inverse of the regularization. Of each text the
     first ``limit`` characters are looked at."""
@@ -42,7 +42,7 @@ class QualityConfig:
 class Classifier:
     """``weights`` float32 [2^bits] and ``bias``; ``result`` says how it did on samples that were held out."""
 
-    config: QualityConfig
+    config: ClassifierConfig
     weights: np.ndarray
     bias: float
     result: dict[str, float | int]
@@ -53,33 +53,29 @@ class Classifier:
         logits = np.concatenate([np.zeros(0), *logits]) + self.bias
         return 1 / (1 + np.exp(-logits.clip(-500, 500)))
 
-    def save(self, folder: str | os.PathLike) -> None:
-        """Writes quality.json and quality.npz, which hold no code and open everywhere."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(folder / "quality.npz", weights=self.weights)
+    def files(self) -> dict[str, bytes]:
+        """quality.json and quality.npz, which hold no code and open everywhere."""
+        weights = io.BytesIO()
+        np.savez_compressed(weights, weights=self.weights)
         description = {"config": asdict(self.config), "bias": self.bias, "result": self.result}
-        (folder / "quality.json").write_text(json.dumps(description, indent=1) + "\n")
+        return {"quality.json": json.dumps(description, indent=1).encode(), "quality.npz": weights.getvalue()}
 
     @classmethod
-    def load(cls, folder: str | os.PathLike) -> "Classifier":
-        """Raises FileNotFoundError, and ValueError where the two files do not fit together."""
-        folder = Path(folder)
-        if not (folder / "quality.json").exists():
-            raise FileNotFoundError(f"{folder} holds no quality.json; give a folder that Classifier.save has written")
+    def of(cls, files: Mapping[str, bytes]) -> "Classifier":
+        """The one of which these are the `files`. Raises ValueError where they do not fit together."""
         try:
-            description = json.loads((folder / "quality.json").read_text())
-            config = QualityConfig(**description["config"])
-            with np.load(folder / "quality.npz", allow_pickle=False) as file:
+            description = json.loads(files["quality.json"])
+            config = ClassifierConfig(**description["config"])
+            with np.load(io.BytesIO(files["quality.npz"]), allow_pickle=False) as file:
                 weights = file["weights"]
             if weights.shape != (1 << config.bits,):
                 raise ValueError(f"{weights.shape[0]} weights for {1 << config.bits} features")
             return cls(config, weights, float(description["bias"]), description["result"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder}: not a classifier ({error}); train it again") from None
+        except (ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+            raise ValueError(f"not a classifier ({error}); train it again") from None
 
 
-def _features(texts: Iterable[str], config: QualityConfig) -> Iterator:
+def _features(texts: Iterable[str], config: ClassifierConfig) -> Iterator:
     """Sparse float32 [up to 256, 2^bits] of unit length."""
     from sklearn.feature_extraction.text import HashingVectorizer
 
@@ -96,7 +92,7 @@ def _features(texts: Iterable[str], config: QualityConfig) -> Iterator:
         yield vectorizer.transform(batch)
 
 
-def train(good: Iterable[str], bad: Iterable[str], config: QualityConfig = QualityConfig()) -> Classifier:  # noqa: B008
+def train(good: Iterable[str], bad: Iterable[str], config: ClassifierConfig = ClassifierConfig()) -> Classifier:  # noqa: B008
     """A classifier of two classes that count the same, however many samples each has.
 
     One sample in ten, drawn by its hash, is held out first, to count the ``result``: the samples of both classes, the
@@ -132,7 +128,7 @@ def train(good: Iterable[str], bad: Iterable[str], config: QualityConfig = Quali
     return Classifier(config, model.coef_[0].astype(np.float32), float(model.intercept_[0]), result)
 
 
-def _sorted_samples(texts: Iterable[str], name: str, config: QualityConfig) -> list[str]:
+def _sorted_samples(texts: Iterable[str], name: str, config: ClassifierConfig) -> list[str]:
     distinct = {text for text in texts if text.strip()}
     if len(distinct) < config.minimum:
         raise ValueError(f"{len(distinct)} different {name} samples are too few; give {config.minimum} or more")

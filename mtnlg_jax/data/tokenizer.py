@@ -98,6 +98,8 @@ class Tokenizer:
     def files(self) -> dict[str, bytes]:
         """All that `load_tokenizer` needs, by file name."""
         meta = {"kind": self.kind, "fingerprint": self.fingerprint, "vocab_size": self.vocab_size}
+        if not self.prompt_bos:
+            meta["prompt_bos"] = False
         return {**self._files, _META: json.dumps(meta, indent=1).encode()}
 
     def save(self, folder: str | os.PathLike) -> None:
@@ -256,9 +258,11 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
         if not storage.is_remote(path) and Path(path).is_file():
             return SentencePieceTokenizer(Path(path).read_bytes())
         tokenizer = _load_folder(path)
-        meta = storage.read_file(path, _META)
-        if meta and json.loads(meta)["fingerprint"] != tokenizer.fingerprint:
-            raise ValueError(f"its files do not have the fingerprint in {_META}; copy or make them anew")
+        if meta := storage.read_file(path, _META):
+            meta = json.loads(meta)
+            tokenizer.prompt_bos = meta.get("prompt_bos", tokenizer.prompt_bos)
+            if meta["fingerprint"] != tokenizer.fingerprint:
+                raise ValueError(f"its files do not have the fingerprint in {_META}; copy or make them anew")
     except (ValueError, KeyError) as error:
         raise ValueError(f"tokenizer {path}: {error}") from None
     return tokenizer

@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import tensorstore
@@ -160,6 +160,10 @@ class Tokens:
         """int64 (document, where it begins) of each token of ``places``; reads what it needs of the offsets."""
         return self._offsets.find(places)
 
+    def blocks_of_offsets(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(first document, offsets of some documents and of the last one's end) of all: for a pass in little memory."""
+        return self._offsets.blocks()
+
     @property
     def predicted(self) -> tuple[int, int]:
         """Tokens that are learnt, and the UTF-8 bytes that they stand for: all but bos, or the answers of pairs."""
@@ -192,11 +196,15 @@ class Tokens:
 
 
 def open_tokens(location: str | os.PathLike) -> Tokens:
-    """The tokens in a folder (path or URL) such as ``OUT/train``.
+    """The tokens in a folder (path or URL) such as ``OUT/train``, or of Megatron's PREFIX.bin and PREFIX.idx.
 
     Raises FileNotFoundError where nothing was prepared, ValueError where something is damaged or missing.
     """
+    from mtnlg_jax.data import megatron  # whose tokens are these, too
+
     location = str(location).rstrip("/")
+    if megatron.prefix_of(location):
+        return megatron.open_megatron(location)
     content = storage.read_file(location, "meta.json")
     if content is None:
         raise FileNotFoundError(f"{location} holds no tokens (no meta.json): give the train or heldout "

@@ -21,9 +21,10 @@ from tqdm import tqdm
 from mtnlg_jax import compat
 from mtnlg_jax.config import Config, to_json, validate, validate_batch
 from mtnlg_jax.data.batches import Batches, heldout_count, heldout_rows
+from mtnlg_jax.data.sources import open_sources
 from mtnlg_jax.data.storage import write_file
-from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer
-from mtnlg_jax.data.tokens import Tokens, open_tokens
+from mtnlg_jax.data.tokenizer import Tokenizer
+from mtnlg_jax.data.tokens import Tokens
 from mtnlg_jax.parallel.hardware import flops_per_token
 from mtnlg_jax.parallel.mesh import make_mesh
 from mtnlg_jax.train import lora, processes, start
@@ -161,17 +162,12 @@ def load_data(config: Config) -> Data:
     """Opens every source of the run. Raises ValueError when none is named or their tokenizers differ."""
     if not config.data.sources:
         raise ValueError("data.path is empty; prepare text with launch/prepare_data.py --output=OUT and give "
-                         "--set=data.path=OUT")
+                         "--set=data.path=OUT, or the prefix of Megatron's .bin and .idx")
     blends = [stage.blend or config.data.sources for stage in config.train.stages]
     folders = list(dict.fromkeys(path for blend in blends for path, _ in blend))
-    opened = {path: open_tokens(os.path.join(path, "train")) for path in folders}
-    prints = {path: tokens.meta["tokenizer"] for path, tokens in opened.items()}
-    if len(set(prints.values())) > 1:
-        raise ValueError(f"the sources were tokenized differently: {prints}; prepare them with one --tokenizer")
-    tokenizer = load_tokenizer(os.path.join(folders[0], "tokenizer"))
+    tokenizer, opened, held_out = open_sources(folders, config.data.tokenizer, config.data.heldout)
     batches = tuple(Batches([(opened[path], weight) for path, weight in blend], config.sequence_length,
                             config.train.seed) for blend in blends)
-    held_out = open_tokens(os.path.join(folders[0], "heldout"))
     prints = {f"source {i}": opened[path].meta["sha256"] for i, path in enumerate(folders)}
     return Data(tokenizer, batches, held_out, prints)
 

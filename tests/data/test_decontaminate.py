@@ -14,7 +14,8 @@ import pytest
 
 from mtnlg_jax.data import decontaminate
 from mtnlg_jax.data.decontaminate import Decontamination, NGrams, below, check_hits, frequencies, ngrams, pieces
-from mtnlg_jax.data.documents import embedded_documents, read_documents
+from mtnlg_jax.data.documents import read_documents
+from mtnlg_jax.data.embedded import embedded_documents
 
 SMALL = Decontamination(max_words=4, min_words=2, key_threshold=3, side=3, min_characters=4, max_pieces=3)
 

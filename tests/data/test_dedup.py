@@ -7,7 +7,8 @@ import pytest
 
 from mtnlg_jax.data import dedup
 from mtnlg_jax.data.dedup import MinHashConfig
-from mtnlg_jax.data.documents import embedded_documents, read_documents
+from mtnlg_jax.data.documents import read_documents
+from mtnlg_jax.data.embedded import embedded_documents
 
 # One to four bytes of UTF-8, the characters at the borders between them, and the character 0.
 ALPHABET = "ab \x00\x7f\x80é\u07ff\u0800天下\ufffd\uffff\U00010000🙂\U0010ffff"

@@ -260,8 +260,8 @@ def test_a_classifier_takes_what_is_like_the_bad(planted, recipe, one, tmp_path)
     good = tmp_path / "good.jsonl"
     good.write_text("".join(json.dumps({"text": text[:600]}) + "\n" for text in
                             (path.read_text() for path in sorted((planted[0] / "books").iterdir()))))
-    spam = [" ".join(random.Random(n).choices("buy cheap pills now click here win casino bonus free offer".split(), k=90))
-            for n in range(30)]
+    words = "buy cheap pills now click here win casino bonus free offer".split()
+    spam = [" ".join(random.Random(number).choices(words, k=90)) for number in range(30)]
     (tmp_path / "bad.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in spam[:20]))
     (tmp_path / "text").mkdir()
     texts = [path.read_text()[600:] for path in sorted((planted[0] / "books").iterdir())]
@@ -332,6 +332,6 @@ def test_a_foreign_folder_is_not_touched(planted, recipe, one, tmp_path):
 
 
 def test_the_command_line_refuses_in_one_line(planted, tmp_path):
-    for more, words in ((["--skip_sources=nobody"], "nobody"), (["--stages=wash"], "'wash'"), (["--answer=x"], "pairs")):
-        result = subprocess.run(_command(planted, tmp_path / "out", *more), capture_output=True, text=True)
+    for more, words in (("--skip_sources=nobody", "nobody"), ("--stages=wash", "'wash'"), ("--answer=x", "pairs")):
+        result = subprocess.run(_command(planted, tmp_path / "out", more), capture_output=True, text=True)
         assert result.returncode == 2 and words in result.stderr and len(result.stderr.strip().splitlines()) == 1

@@ -7,7 +7,7 @@ from functools import lru_cache
 from mtnlg_jax.data.decontaminate import NGrams, below, frequencies, ngrams, pieces, read_test_texts
 from mtnlg_jax.data.documents import ReadReport, list_files, read_file
 from mtnlg_jax.data.files import File, find
-from mtnlg_jax.data.quality import Classifier, border, train
+from mtnlg_jax.data.quality import Classifier, border, kept, train
 from mtnlg_jax.data.recipe.settings import DecontaminationConfig, QualityConfig
 from mtnlg_jax.data.recipe.stages import Folder, Row, Shard
 from mtnlg_jax.data.recipe.texts import Tally
@@ -77,28 +77,28 @@ def decontaminated(folder: Folder, name: str, shard: Shard, rare: str, key: str,
 
 
 def classifier(folder: Folder, name: str, good: list[File], bad: list[File], config: QualityConfig) -> dict:
-    """NAME.*: what was learnt from the two."""
+    """NAME.quality.*: what was learnt from the two."""
     texts = [[document.text for file in files for document in read_file(file, "text", "raise", ReadReport())]
              for files in (good, bad)]
-    learnt = train(*texts, config.algorithm)
-    for suffix, content in learnt.files().items():
-        folder.write(f"{name}.{suffix}", content)
-    return {"good": len(texts[0]), "bad": len(texts[1]), "accuracy": learnt.accuracy}
+    learnt = train(*texts, config.classifier)
+    for file, content in learnt.files().items():
+        folder.write(f"{name}.{file}", content)
+    return learnt.result
 
 
 def good_rows(folder: Folder, name: str, shard: Shard, learnt: str, key: str, seed: int, config: QualityConfig) -> dict:
-    tally, kept, rows = Tally(), [], folder.rows(shard)
-    model = _classifier(folder.root, learnt, key)
-    scores = model.scores([row.text for row in rows])
-    for row, score, keep in zip(rows, scores, model.keeps(scores, [row.text for row in rows], seed), strict=True):
+    tally, left, rows = Tally(), [], folder.rows(shard)
+    texts = [row.text for row in rows]
+    scores = _classifier(folder.root, learnt, key).scores(texts)
+    for row, score, keep in zip(rows, scores, kept(scores, texts, seed, config.alpha), strict=True):
         tally.came(row)
         if keep:
-            kept.append(row)
+            left.append(row)
             tally.stays(row)
         else:
             tally.took("dropped", "by its score, and by chance", row.place, f"score {score:.3f}: {row.text}")
-    nearest = [[row.place, f"score {score:.3f}: {row.text[:300]}"] for score, row in border(scores, rows, 3)]
-    return tally.result([folder.write_rows(name, shard.source, kept)], nearest=nearest)
+    nearest = [[abs(score - 0.5), f"score {score:.3f}", text[:300]] for score, text in border(scores, texts, 5)]
+    return tally.result([folder.write_rows(name, shard.source, left)], nearest=nearest)
 
 
 def files_of(paths: tuple[str, ...]) -> list[File]:
@@ -117,4 +117,4 @@ def _ngrams(root: str, name: str, key: str, config: DecontaminationConfig) -> NG
 @lru_cache(maxsize=1)
 def _classifier(root: str, name: str, key: str) -> Classifier:
     folder = Folder(root)
-    return Classifier.of({suffix: folder.read(f"{name}.{suffix}") for suffix in Classifier.SUFFIXES})
+    return Classifier.of({file: folder.read(f"{name}.{file}") for file in ("quality.json", "quality.npz")})

@@ -11,6 +11,7 @@ from mtnlg_jax.data.clean import CleanConfig
 from mtnlg_jax.data.decontaminate import Decontamination
 from mtnlg_jax.data.dedup import MinHashConfig
 from mtnlg_jax.data.files import find
+from mtnlg_jax.data.quality import ClassifierConfig
 
 # In this order; what is left out is passed over. "read" is always first.
 STAGES = ("clean", "duplicates", "paragraphs", "decontaminate", "quality", "tokens")
@@ -46,12 +47,12 @@ class DecontaminationConfig:
 
 @dataclass(frozen=True)
 class QualityConfig:
-    """A linear classifier learnt from good and bad text, and the Pareto rule of GPT-3 (Brown 2020, appendix A)."""
+    """What is like the user's good text stays, by the Pareto rule of GPT-3 (Brown 2020, appendix A)."""
 
     good: tuple[str, ...] = ()  # files and folders of text to be like
     bad: tuple[str, ...] = ()
-    alpha: float = 9.0  # kept where a Pareto number of this shape is above 1 - score
-    characters: bool = False  # features are characters, as for Chinese, not words
+    alpha: float = 9.0  # of the Pareto distribution: the higher, the fewer of the bad are kept
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
 
 
 @dataclass(frozen=True)

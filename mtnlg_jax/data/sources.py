@@ -1,0 +1,57 @@
+"""What a run reads: prepared folders and Megatron's files alike, with one tokenizer and one held-out part."""
+
+from collections.abc import Sequence
+
+from mtnlg_jax.data import storage
+from mtnlg_jax.data.megatron import MegatronTokens, kept_documents, open_megatron, prefix_of
+from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mtnlg_jax.data.tokens import Tokens, open_tokens
+
+
+def open_sources(paths: Sequence[str], tokenizer: str = "",
+                 heldout: float | str = 0.01) -> tuple[Tokenizer, dict[str, Tokens], Tokens]:
+    """(tokenizer, training tokens by path, held-out tokens) of prepared folders and Megatron prefixes.
+
+    A prepared folder holds its ``tokenizer`` and its held-out part. Of Megatron's files the tokenizer must be named;
+    held out of the first source are its last documents, a share of ``heldout`` (0 to 0.5), or, where that is text,
+    the tokens that it names. The first source decides what is held out.
+
+    Where Megatron's documents do not begin with bos, as its own tools write them, the tokenizer's ``prompt_bos`` is
+    off: the model never reads a bos in training, so no prompt is to begin with one.
+
+    Raises ValueError where tokenizers differ or a token lies outside the vocabulary, and what opening raises.
+    """
+    foreign = [path for path in paths if prefix_of(path)]
+    if foreign and not tokenizer:
+        raise ValueError(f"{foreign[0]} is a Megatron data set, which does not hold its tokenizer; give "
+                         "--set=data.tokenizer=FOLDER, the one that made it")
+    opened = {path: open_tokens(path if path in foreign else storage.join(path, "train")) for path in paths}
+    prints = {path: opened[path].meta["tokenizer"] for path in paths if path not in foreign}
+    if len(set(prints.values())) > 1:
+        raise ValueError(f"the sources were tokenized differently: {prints}; prepare them with one --tokenizer")
+    found = load_tokenizer(tokenizer or storage.join(paths[0], "tokenizer"))
+    if tokenizer and set(prints.values()) - {found.fingerprint}:
+        raise ValueError(f"{next(iter(prints))} was not tokenized with data.tokenizer={tokenizer}; leave that out, or "
+                         f"prepare the text with --tokenizer={tokenizer}")
+    held_out = _held_out(paths[0], opened, heldout)
+    for tokens in [*opened.values(), held_out]:
+        if isinstance(tokens, MegatronTokens):
+            tokens.attach(found)
+    if not all(opened[path].begins_with(found.bos_id) for path in foreign):
+        found.prompt_bos = False
+    return found, opened, held_out
+
+
+def _held_out(first: str, opened: dict[str, Tokens], heldout: float | str) -> Tokens:
+    """The held-out tokens; where they are the end of ``first``, that is opened anew without them."""
+    if isinstance(heldout, str):
+        named = prefix_of(heldout)
+        if named and named in {prefix_of(path) for path in opened}:
+            raise ValueError(f"data.heldout={heldout} is trained on, too; name other files, or a share such as 0.01")
+        return open_tokens(heldout)
+    if not prefix_of(first):
+        return open_tokens(storage.join(first, "heldout"))
+    documents = opened[first].documents
+    kept = kept_documents(documents, heldout)
+    opened[first] = open_megatron(first, 0, kept)
+    return open_megatron(first, kept, documents)

@@ -1,0 +1,92 @@
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mtnlg_jax.data.prepare import prepare
+from mtnlg_jax.data.sources import open_sources
+from mtnlg_jax.data.tokenizer import load_tokenizer
+from mtnlg_jax.data.tokens import open_tokens
+
+SHORT, SENTENCES = (str(Path(__file__).parent / "fixtures" / name) for name in ("short", "sentences"))
+
+
+@pytest.fixture(scope="module")
+def prepared(gpt2_files, trained, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sources")
+    (folder / "text.txt").write_text("All this is a text of some words. " * 200)
+    trained["bpe"].save(folder / "bpe")
+    for name, tokenizer in (("data", gpt2_files), ("other", folder / "bpe")):
+        prepare(folder / "text.txt", folder / name, tokenizer=str(tokenizer), progress=False)
+    return str(folder / "data"), str(folder / "other")
+
+
+def test_prepared_folders_bring_all(prepared):
+    tokenizer, opened, held_out = open_sources([prepared[0]])
+    assert tokenizer.fingerprint == opened[prepared[0]].meta["tokenizer"] and tokenizer.prompt_bos
+    assert held_out.location == f"{prepared[0]}/heldout"
+
+
+@pytest.mark.parametrize("share, kept", [(0.01, 39), (0.25, 30), (0.0, 40), (0.5, 20)])
+def test_the_last_documents_are_held_out(gpt2_files, share, kept):
+    tokenizer, opened, held_out = open_sources([SHORT, SENTENCES], str(gpt2_files), share)
+    whole = open_tokens(SHORT)
+    assert opened[SHORT].documents == kept and held_out.documents == 40 - kept and opened[SENTENCES].documents == 40
+    both = np.concatenate([part.read(0, len(part)) for part in (opened[SHORT], held_out)])
+    assert np.array_equal(both, whole.read(0, len(whole)))
+    assert not tokenizer.prompt_bos and held_out.meta["tokenizer"] == tokenizer.fingerprint
+
+
+def test_one_document_is_trained_on(gpt2_files, tmp_path):
+    from mtnlg_jax.data.megatron import open_megatron, write_megatron
+
+    part = open_megatron(SHORT, 20, 21)
+    part.attach(load_tokenizer(gpt2_files))
+    write_megatron(part, tmp_path / "one")
+    _, opened, held_out = open_sources([str(tmp_path / "one")], str(gpt2_files), 0.3)
+    assert opened[str(tmp_path / "one")].documents == 1 and len(held_out) == 0
+
+
+def test_other_tokens_held_out(prepared, gpt2_files):
+    for heldout in (SENTENCES, f"{prepared[0]}/heldout"):
+        _, opened, held_out = open_sources([SHORT], str(gpt2_files), heldout)
+        assert held_out.location == heldout and opened[SHORT].documents == 40 and held_out.predicted[1] > 0
+    _, _, held_out = open_sources([prepared[0]], heldout=f"{prepared[0]}/train")
+    assert held_out.location == f"{prepared[0]}/train"
+
+
+def test_whether_prompts_begin_with_bos_stays_with_the_tokenizer(gpt2_files, tmp_path):
+    tokenizer, _, _ = open_sources([SHORT], str(gpt2_files))
+    tokenizer.save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert not again.prompt_bos and again.fingerprint == tokenizer.fingerprint == load_tokenizer(gpt2_files).fingerprint
+    assert load_tokenizer(gpt2_files).prompt_bos
+
+
+def test_with_bos_before_documents_prompts_have_it(prepared, gpt2_files, tmp_path):
+    from mtnlg_jax.data.megatron import write_megatron
+
+    write_megatron(open_tokens(f"{prepared[0]}/train"), tmp_path / "x")
+    tokenizer, _, _ = open_sources([str(tmp_path / "x")], str(gpt2_files))
+    assert tokenizer.prompt_bos
+    tokenizer, _, _ = open_sources([str(tmp_path / "x"), SHORT], str(gpt2_files))
+    assert not tokenizer.prompt_bos
+
+
+def test_what_does_not_fit_is_refused(prepared, gpt2_files, tmp_path):
+    gpt2, (data, other) = str(gpt2_files), prepared
+    shutil.copytree(data, tmp_path / "copy")
+    for arguments, error, message in [
+        (([SHORT],), ValueError, "does not hold its tokenizer; give --set=data.tokenizer=FOLDER"),
+        (([data, SHORT],), ValueError, "short is a Megatron data set"),
+        (([SHORT, other], gpt2), ValueError, r"other was not tokenized with data.tokenizer=.*; leave that out, or"),
+        (([data, other],), ValueError, "the sources were tokenized differently"),
+        (([SHORT], gpt2, SHORT + ".bin"), ValueError, "data.heldout=.*short.bin is trained on, too"),
+        (([SHORT], gpt2, str(tmp_path / "x")), FileNotFoundError, "holds no tokens"),
+        (([str(tmp_path / "x")], gpt2), FileNotFoundError, "holds no tokens"),
+        (([str(tmp_path / "x.idx")], gpt2), FileNotFoundError, "x.idx does not exist"),
+        (([SHORT], str(tmp_path / "x")), FileNotFoundError, "x does not exist"),
+    ]:
+        with pytest.raises(error, match=message):
+            open_sources(*arguments)
