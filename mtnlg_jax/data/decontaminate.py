@@ -228,7 +228,7 @@ def read_test_texts(path: str | os.PathLike, keys: Iterable[str]) -> Iterator[st
     however deep it lies in the rows of .jsonl or in .json; in .tsv, columns by the names of the first line, or by
     numbers from "0" on, where each line is a row. Files may be compressed by gzip (.gz).
 
-    Raises FileNotFoundError, and ValueError for another suffix, a line that is not JSON, or a key that is nowhere.
+    Raises FileNotFoundError, and ValueError for another suffix, a line that is not JSON, or keys of which none is there.
     """
     if isinstance(keys, str):
         raise ValueError(f"keys={keys!r} is one string; give a list, as [{keys!r}]")
@@ -250,9 +250,8 @@ def read_test_texts(path: str | os.PathLike, keys: Iterable[str]) -> Iterator[st
             values = (_parsed(line, path, number) for number, line in enumerate(file, 1) if line.strip())
         for value in values:
             yield from _below_keys(value, keys, names)
-    missing = [key for key in keys if key not in names]
-    if missing:
-        raise ValueError(f"no {missing[0]!r} in {path}; it has {', '.join(list(names)[:12])}")
+    if not names.keys() & set(keys):
+        raise ValueError(f"{path} has none of the keys {', '.join(keys)}; it has {', '.join(list(names)[:12])}")
 
 
 def _parsed(text: str, path: Path, line: int | None):

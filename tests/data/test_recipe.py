@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from mtnlg_jax.data.clean import CleanConfig
+from mtnlg_jax.data.clean import CleanConfig, clean
 from mtnlg_jax.data.embedded import embedded_documents
 from mtnlg_jax.data.recipe.report import render
 from mtnlg_jax.data.recipe.run import make, summary
@@ -39,7 +39,8 @@ def planted(tmp_path_factory):
     """(folder of text, folder of test sets): two sources, with a near-duplicate in the second of a document of the
     first, a notice in three documents, a leak, an address, a French text and one that is too short."""
     root, tests = tmp_path_factory.mktemp("text"), tmp_path_factory.mktemp("tests")
-    texts = [document.text for document in itertools.islice(embedded_documents(), 40) if len(document.text) > 900]
+    texts = [document.text for document in itertools.islice(embedded_documents(), 40)]
+    texts = [text for text in texts if clean(text, CleanConfig()).text == text]
     half = len(texts) // 2
     books, pages = texts[:half], texts[half:]
     for number in (1, 2, 3):
@@ -109,9 +110,10 @@ def test_planted_faults_are_found_and_nothing_else(made, planted):
     assert stages["near-duplicates"]["dropped"] == {"near-duplicate of another document": 1}
     assert stages["repeated paragraphs"]["changed"] == {"paragraphs that came before": 2}
     assert stages["test sets"]["changed"] == {"holds text of a test set": 1}
-    assert sum(stages["clean"]["dropped"].values()) == 2
+    assert stages["clean"]["dropped"] == {"language": 1, "too_short": 1}
+    assert stages["clean"]["changed"] == {"email": 1}
     before, after = stages["read"]["bytes"][1], stages["test sets"]["bytes"][1]
-    assert after > 0.9 * before - 3 * len(FRENCH)
+    assert 0 < before - after < len(FRENCH) + 2 * len(NOTICE) + 15_000  # the copy, and 200 characters beside the leak
 
 
 def test_counts_agree_from_stage_to_stage(made):
@@ -131,9 +133,9 @@ def test_counts_agree_from_stage_to_stage(made):
 def test_the_report_is_for_a_browser_without_network(made):
     page = (made[0] / "report.html").read_text()
     for wanted in ("near-duplicate of another document", "holds text of a test set", "web.jsonl:", "<img alt=",
-                   "&lt;EMAIL&gt;" if "&lt;EMAIL&gt;" in page else "jane.doe", made[1]["outputs"]["all"]):
+                   "Write to &lt;EMAIL&gt; for more", made[1]["outputs"]["all"]):
         assert wanted in page
-    assert "http://" not in page and "https://" not in page.replace("https://schema.org", "")
+    assert "http" not in page and "jane.doe" not in page
     assert page == render(json.loads((made[0] / "report.json").read_text()))
     assert "near-dupli" in summary(made[1])
 
@@ -210,15 +212,15 @@ def test_killed_at_random_moments_it_goes_on(planted, tmp_path):
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
-            return None
 
+    begin = time.perf_counter()
     said = run(tmp_path / "whole")
     assert "report.html" in said and "epochs" in said
-    rng, killed = random.Random(time.time_ns()), 0
-    while run(tmp_path / "killed", 3 + 4 * rng.random()) is None:
-        killed += 1
-    whole, other = _digests(tmp_path / "whole"), _digests(tmp_path / "killed")
-    assert whole == other, killed
+    whole = time.perf_counter() - begin
+    for _ in range(3):
+        run(tmp_path / "killed", random.uniform(0.4, 0.9) * whole)
+    run(tmp_path / "killed")
+    assert _digests(tmp_path / "killed") == _digests(tmp_path / "whole")
 
 
 def test_a_changed_input_is_noticed(planted, recipe, one, tmp_path):
@@ -258,8 +260,9 @@ def test_stages_alone_leave_text(planted, recipe, one, tmp_path):
 
 def test_a_classifier_takes_what_is_like_the_bad(planted, recipe, one, tmp_path):
     good = tmp_path / "good.jsonl"
-    good.write_text("".join(json.dumps({"text": text[:600]}) + "\n" for text in
-                            (path.read_text() for path in sorted((planted[0] / "books").iterdir()))))
+    good.write_text("".join(json.dumps({"text": text}) + "\n" for text in
+                            (path.read_text()[cut : cut + 300] for path in sorted((planted[0] / "books").iterdir())
+                             for cut in (0, 300))))
     words = "buy cheap pills now click here win casino bonus free offer".split()
     spam = [" ".join(random.Random(number).choices(words, k=90)) for number in range(30)]
     (tmp_path / "bad.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in spam[:20]))

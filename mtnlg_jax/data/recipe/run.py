@@ -40,10 +40,11 @@ def make(recipe: Recipe, root: str | None, output: str, *, engine=None, overwrit
     was made of other settings or other input and not ``overwrite``.
     """
     validate(recipe)
-    recipe = with_sources(recipe, root)
+    recipe = with_sources(recipe, None if root is None else str(root))
     output = str(output).rstrip("/")
     files = _input_files(recipe, output)
     tests = filters.test_files(recipe.decontamination) if "decontaminate" in recipe.stages else []
+    _refuse_foreign(output)
     with _locked(output):
         _check_output(recipe, output, files, overwrite)
         with engine or in_processes(os.cpu_count() or 1) as do:
@@ -90,6 +91,7 @@ def _run(runner: Runner, recipe: Recipe, files: dict[str, list[File]], tests: li
             "outputs": {}}
     if "tokens" in recipe.stages:
         info |= _arrays(runner, recipe, shards)
+    info = json.loads(json.dumps(info))  # as it will be read: tuples are lists
     storage.write_file(runner.root, "report.json", json.dumps(info, indent=1, ensure_ascii=False).encode())
     storage.write_file(runner.root, "report.html", render(info).encode())
     if "prepared" in info:  # last: without it nothing opens the data
@@ -336,6 +338,12 @@ def _input_files(recipe: Recipe, output: str) -> dict[str, list[File]]:
     return found
 
 
+def _refuse_foreign(output: str) -> None:
+    if storage.read_file(output, "recipe.json") is None and any(
+            name != ".lock" for name in storage.list_files(output, "")):
+        raise FileExistsError(f"{output} exists and is no output of a recipe (no recipe.json); choose another --output")
+
+
 def _check_output(recipe: Recipe, output: str, files: dict[str, list[File]], overwrite: bool) -> None:
     """Compares with recipe.json, which says what the output is being made of, and writes it."""
     settings = _flat(dataclasses.asdict(dataclasses.replace(recipe, sources=())))
@@ -343,10 +351,7 @@ def _check_output(recipe: Recipe, output: str, files: dict[str, list[File]], ove
     sources = {source.name: [source.weight, source.priority, source.text_key] for source in recipe.sources}
     wanted = json.loads(json.dumps({"settings": settings, "sources": sources, "inputs": stamps}))
     content = storage.read_file(output, "recipe.json")
-    if content is None:
-        if set(storage.list_files(output, "")) > {".lock"} and not overwrite:
-            raise FileExistsError(f"{output} exists and is no output of a recipe (no recipe.json); choose another")
-    elif not overwrite:
+    if content is not None and not overwrite:
         begun = json.loads(content)
         for what, way in (("settings", "settings"), ("sources", "sources"), ("inputs", "input")):
             changed = sorted(key for key in begun[what].keys() | wanted[what].keys()

@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 import numpy as np
 
-from mtnlg_jax.data import dedup
+from mtnlg_jax.data import dedup, personal
 from mtnlg_jax.data.clean import CleanConfig, clean
 from mtnlg_jax.data.dedup import MinHashConfig
 from mtnlg_jax.data.documents import ReadReport, read_file
@@ -40,6 +40,7 @@ class Tally:
     def took(self, kind: str, rule: str, place: str, text: str) -> None:
         """``kind``: dropped or changed; ``text``: what a person should see of it."""
         self.counts[kind][rule] += 1
+        text, _ = personal.mask(text[: 2 * _EXCERPT])  # what a rule dropped was not masked by it
         shown = text if len(text) <= _EXCERPT else text[:_EXCERPT] + " ..."
         self._examples.setdefault(rule, []).append((_draw(place + rule), place, shown))
         if len(self._examples[rule]) > 100:
@@ -105,14 +106,26 @@ def cleaned(folder: Folder, name: str, shard: Shard, config: CleanConfig) -> dic
         tally.came(row)
         found = clean(row.text, config)
         languages[found.language or "too short to tell"] += 1
-        for rule in found.counts:
-            tally.took("changed", rule, row.place, row.text)
         if found.dropped:
             tally.took("dropped", found.dropped, row.place, row.text)
-        else:
-            kept.append(Row(found.text, row.place))
-            tally.stays(kept[-1])
+            continue
+        for rule in found.counts:
+            tally.took("changed", rule, row.place, _change(rule, row.text, found.text))
+        kept.append(Row(found.text, row.place))
+        tally.stays(kept[-1])
     return tally.result([folder.write_rows(name, shard.source, kept)], tables={"language": languages})
+
+
+def _change(rule: str, before: str, after: str) -> str:
+    """The line in which a mask stands, or lines that went and those that came."""
+    masked = next((line for line in after.split("\n") if f"<{rule.upper()}>" in line), None)
+    if masked is not None:
+        start = max(0, masked.index(f"<{rule.upper()}>") - _EXCERPT // 2)
+        return masked[start : start + _EXCERPT]
+    old, new = before.split("\n"), after.split("\n")
+    kept, known = set(new), set(old)
+    gone = [f"- {line[:_EXCERPT // 3]}" for line in old if line.strip() and line not in kept][:2]
+    return "\n".join(gone + [f"+ {line[:_EXCERPT // 3]}" for line in new if line not in known][:2])
 
 
 def band_keys(folder: Folder, name: str, shard: Shard, config: MinHashConfig) -> dict:
