@@ -14,8 +14,9 @@ Importing is not timed. What the sides make must be equal, or the run fails.
     load       batches a second of 8 rows of 2048 tokens, with segments and positions, blended by weights from 15
                sources. grain: the same documents as ArrayRecord, shuffled, mixed, ConcatThenSplitIterDataset, batch.
                megatron: BlendedDataset of GPTDatasets over .bin/.idx of the same tokens (no attention mask, no
-               segments) through torch's DataLoader. And the seconds from opening to the first batch; megatron_again
-               finds its indices built
+               segments) through torch's DataLoader; megatron_reset makes positions anew in each document, as the
+               others do. And the seconds from opening to the first batch; megatron builds its indices in that time,
+               megatron_again and megatron_reset find them
 """
 
 import argparse
@@ -36,9 +37,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 SIDES = {"tokenize": ("ours", "megatron"), "minhash": ("ours", "datasketch"),
-         "load": ("ours", "grain", "megatron", "megatron_again")}
+         "load": ("ours", "grain", "megatron", "megatron_again", "megatron_reset")}
 NEEDED = "numpy, torch, grain, datasketch, tokenizers, megatron.core.datasets.indexed_dataset"
 H100_TOKENS = 20_000  # a second, of a model of 1.3 B parameters
+END = 50_256  # GPT-2's <|endoftext|>
 CHARACTERS = 4000  # of a document that is cut from a book
 
 
@@ -138,7 +140,7 @@ def start_tokenizer(folder: str) -> None:
 def encode_line(line):
     """As Encoder.encode of Megatron's tools/preprocess_data.py: one document, with its end."""
     ids = TOKENIZER.encode(json.loads(line)["text"]).ids
-    ids.append(50_256)
+    ids.append(END)
     return ids, [len(ids)], len(line)
 
 
@@ -256,7 +258,7 @@ def load_grain(args):
     return time_batches(args, opening, ("tokens", "tokens_segment_ids", "tokens_positions"))
 
 
-def load_megatron(args):
+def load_megatron(args, reset=False):
     import types
 
     import torch
@@ -265,12 +267,12 @@ def load_megatron(args):
 
     torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
     prefixes = [f"{args.folder}/source-{number}-megatron" for number in range(args.sources)]
-    tokenizer = types.SimpleNamespace(eod=50_256, pad=50_258, vocab_size=50_257, unique_identifiers={"name": "gpt2"})
+    tokenizer = types.SimpleNamespace(eod=END, pad=50_258, vocab_size=50_257, unique_identifiers={"name": "gpt2"})
 
     def opening():
         config = GPTDatasetConfig(
             random_seed=0, sequence_length=args.length, blend=(prefixes, weights_of(args)), split="100,0,0",
-            path_to_cache=f"{args.folder}/cache", tokenizer=tokenizer, reset_position_ids=False,
+            path_to_cache=f"{args.folder}/cache", tokenizer=tokenizer, reset_position_ids=reset,
             reset_attention_mask=False, eod_mask_loss=False, create_attention_mask=False)
         samples = args.batch * (args.batches + 1)
         train, *_ = BlendedMegatronDatasetBuilder(GPTDataset, [samples, 0, 0], lambda: True, config).build()
@@ -281,6 +283,10 @@ def load_megatron(args):
 
 def load_megatron_again(args):
     return load_megatron(args)
+
+
+def load_megatron_reset(args):
+    return load_megatron(args, reset=True)
 
 
 # --- the run -----------------------------------------------------------------------------------------------------
