@@ -46,8 +46,9 @@ class Batches:
         self._length, self._seed = sequence_length, seed
         self._packed = [None if tokens.prompt_lengths is None else packed(tokens, sequence_length)
                         for tokens in self._sources]
-        self._windows = [pack.count if pack else -(-len(tokens) // sequence_length)
-                         for tokens, pack in zip(self._sources, self._packed, strict=True)]
+        self._sizes = np.array([len(tokens) for tokens in self._sources])
+        self._windows = np.array([pack.count if pack else -(-len(tokens) // sequence_length)
+                                  for tokens, pack in zip(self._sources, self._packed, strict=True)])
         weights = np.array([weight for _, weight in sources], float)
         # Of what the sources before left over, the share of each; the last one takes all.
         left = np.cumsum(weights[::-1])[::-1]
@@ -56,11 +57,11 @@ class Batches:
     @property
     def windows_per_epoch(self) -> int:
         """Different rows in one epoch of every source, together."""
-        return sum(self._windows)
+        return int(self._windows.sum())
 
     def epochs_seen(self, samples: int) -> np.ndarray:
         """[sources] float: how often the first ``samples`` samples went through each source."""
-        return np.diff(self._boundaries(np.array([samples]))[0]) / np.array(self._windows)
+        return np.diff(self._boundaries(np.array([samples]))[0]) / self._windows
 
     def rows(self, samples: np.ndarray) -> dict[str, np.ndarray]:
         """int32 ``tokens``, ``segment_ids``, ``positions``, each [n, S + 1], of sample numbers [n] from 0 on.
@@ -71,6 +72,13 @@ class Batches:
         """
         samples = np.asarray(samples, np.int64)
         source, number = self._blend(samples)
+        counts = self._windows[source]
+        epoch = number // counts
+        window = permute(number % counts, counts, _keys(self._seed, _ORDER, source, epoch))
+        # Where in a source's stream its windows begin.
+        size = self._sizes[source]
+        shift = _keys(self._seed, _SHIFT, source, epoch) % size.astype(np.uint64)
+        starts = (window * self._length + shift.astype(np.int64)) % size
         shape = (len(samples), self._length + 1)
         rows = {name: np.empty(shape, np.int32) for name in _NAMES}
         if any(self._packed):
@@ -78,9 +86,9 @@ class Batches:
         for index in np.unique(source):
             chosen = source == index
             if self._packed[index]:
-                windows = self._packed[index].rows(self._window(index, number[chosen])[1])
+                windows = self._packed[index].rows(window[chosen])
             else:
-                windows = _windows(self._sources[index], self._starts(index, number[chosen]), shape[1])
+                windows = _windows(self._sources[index], starts[chosen], shape[1])
             for name, values in windows.items():
                 rows[name][chosen] = values
         return rows
@@ -106,19 +114,6 @@ class Batches:
             taken = (left * share + 2 ** (_SHARE_BITS - 1)) >> _SHARE_BITS
             boundaries[:, index + 1] = boundaries[:, index] + taken
         return boundaries
-
-    def _starts(self, source: int, number: np.ndarray) -> np.ndarray:
-        """Where in the source's stream the windows begin."""
-        size = len(self._sources[source])
-        epoch, window = self._window(source, number)
-        shift = _keys(self._seed, _SHIFT, source, epoch) % np.uint64(size)
-        return (window * self._length + shift.astype(np.int64)) % size
-
-    def _window(self, source: int, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Epoch and window of the source's samples ``number``."""
-        count = self._windows[source]
-        epoch = number // count
-        return epoch, permute(number % count, count, _keys(self._seed, _ORDER, source, epoch))
 
 
 class Packed:
@@ -216,32 +211,35 @@ def _windows(tokens: Tokens, starts: np.ndarray, length: int) -> dict[str, np.nd
             "positions": places - begins, **answers}
 
 
-def permute(numbers: np.ndarray, size: int, keys: np.ndarray | np.uint64) -> np.ndarray:
-    """A bijection of [0, size) for each uint64 key, computed number by number, without a table.
+def permute(numbers: np.ndarray, size: int | np.ndarray, keys: np.ndarray | np.uint64) -> np.ndarray:
+    """A bijection of [0, size) for each uint64 key, computed number by number, without a table. Size and key are one
+    for all numbers, or one for each.
 
     Feistel network over the next power of four; what falls outside walks on along its cycle until it is back
     inside (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
     """
-    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
-    mask = (np.uint64(1) << half) - np.uint64(1)
     values = np.array(numbers, np.uint64)
-    keys = np.broadcast_to(np.asarray(keys, np.uint64), values.shape)
-    outside = np.ones(values.shape, bool)
-    while outside.any():
-        left, right, key = values[outside] >> half, values[outside] & mask, keys[outside]
-        for _ in range(6):
-            key = _mix(key)
-            left, right = right, left ^ (_mix(key ^ right) & mask)
-        values[outside] = left << half | right
-        outside = values >= size
+    halves = [max(1, ((int(one) - 1).bit_length() + 1) // 2) for one in np.atleast_1d(size)]
+    half, rounds = np.array(halves, np.uint64), [_mix(np.atleast_1d(np.asarray(keys, np.uint64)))]
+    while len(rounds) < 6:
+        rounds.append(_mix(rounds[-1]))
+    size, half, mask, *rounds = (np.broadcast_to(x, values.shape) for x in (
+        np.asarray(size, np.uint64), half, (np.uint64(1) << half) - np.uint64(1), *rounds))
+    outside = np.arange(values.size)
+    while outside.size:
+        left, right, some = values[outside] >> half[outside], values[outside] & mask[outside], mask[outside]
+        for key in rounds:
+            left, right = right, left ^ (_mix(key[outside] ^ right) & some)
+        values[outside] = left << half[outside] | right
+        outside = outside[values[outside] >= size[outside]]
     return values.astype(np.int64)
 
 
-def _keys(seed: int, purpose: int, source: int, counter: np.ndarray) -> np.ndarray:
+def _keys(seed: int, purpose: int, source: int | np.ndarray, counter: np.ndarray) -> np.ndarray:
     """uint64 keys, one for each counter, unlike those of any other seed, purpose or source."""
     key = np.array([seed & (1 << 64) - 1], np.uint64)
     for value in (purpose, source):
-        key = _mix(key ^ np.uint64(value))
+        key = _mix(key ^ np.asarray(value, np.uint64))
     return _mix(_mix(key) ^ counter.astype(np.uint64))
 
 

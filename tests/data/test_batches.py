@@ -85,6 +85,9 @@ def test_permutations(size):
         for order in orders:
             assert abs(np.corrcoef(order, np.arange(size))[0, 1]) < 5 / np.sqrt(size)
             assert not any(np.array_equal(order, other) for other in orders if other is not order)
+    sizes = np.array([size, 5, size])  # one size for each number, too
+    mixed = permute(np.array([size - 1, 4, 0]), sizes, np.array([2, 7, 0], np.uint64))
+    assert mixed.tolist() == [orders[2][-1], permute(np.arange(5), 5, np.uint64(7))[4], orders[0][0]]
     keys = np.array([3, 1], np.uint64)  # one key for each number
     assert permute(np.array([0, 0]), size, keys).tolist() == [orders[3][0], orders[1][0]]
 
