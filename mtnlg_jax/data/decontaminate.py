@@ -228,7 +228,7 @@ def read_test_texts(path: str | os.PathLike, keys: Iterable[str]) -> Iterator[st
     however deep it lies in the rows of .jsonl or in .json; in .tsv, columns by the names of the first line, or by
     numbers from "0" on, where each line is a row. Files may be compressed by gzip (.gz).
 
-    Raises FileNotFoundError, and ValueError for another suffix, a line that is not JSON, or keys of which none is there.
+    Raises FileNotFoundError, and ValueError for another suffix, a line that is not JSON, or where no key is found.
     """
     if isinstance(keys, str):
         raise ValueError(f"keys={keys!r} is one string; give a list, as [{keys!r}]")

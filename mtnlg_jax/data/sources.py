@@ -1,5 +1,6 @@
 """What a run reads: prepared folders and Megatron's files alike, with one tokenizer and one held-out part."""
 
+import json
 from collections.abc import Sequence
 
 from mtnlg_jax.data import storage
@@ -8,9 +9,22 @@ from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mtnlg_jax.data.tokens import Tokens, open_tokens
 
 
+def spread(blend: Sequence[tuple[str, float]]) -> tuple[tuple[str, float], ...]:
+    """``blend`` with each output of a recipe (launch/prepare_data.py --config) replaced by its sources, which share
+    its weight as prepared.json says."""
+    spread = []
+    for path, weight in blend:
+        content = None if prefix_of(path) else storage.read_file(path, "prepared.json")
+        parts = json.loads(content).get("sources") if content else None
+        spread += [(path, weight)] if parts is None else [
+            (storage.join(path, name), weight * share) for name, share in parts if share]
+    return tuple(spread)
+
+
 def open_sources(paths: Sequence[str], tokenizer: str = "",
                  heldout: float | str = 0.01) -> tuple[Tokenizer, dict[str, Tokens], Tokens]:
-    """(tokenizer, training tokens by path, held-out tokens) of prepared folders and Megatron prefixes.
+    """(tokenizer, training tokens by path, held-out tokens) of prepared folders and Megatron prefixes; of an output
+    of a recipe the paths are those that `spread` gives.
 
     A prepared folder holds its ``tokenizer`` and its held-out part. Of Megatron's files the tokenizer must be named;
     held out of the first source are its last documents, a share of ``heldout`` (0 to 0.5), or, where that is text,
@@ -25,8 +39,9 @@ def open_sources(paths: Sequence[str], tokenizer: str = "",
     if foreign and not tokenizer:
         raise ValueError(f"{foreign[0]} is a Megatron data set, which does not hold its tokenizer; give "
                          "--set=data.tokenizer=FOLDER, the one that made it")
-    opened = {path: open_tokens(path if path in foreign else storage.join(path, "train")) for path in paths}
-    prints = {path: opened[path].meta["tokenizer"] for path in paths if path not in foreign}
+    places = [place for place, _ in spread([(path, 1.0) for path in paths])]
+    opened = {path: open_tokens(path if path in foreign else storage.join(path, "train")) for path in places}
+    prints = {path: opened[path].meta["tokenizer"] for path in places if path not in foreign}
     if len(set(prints.values())) > 1:
         raise ValueError(f"the sources were tokenized differently: {prints}; prepare them with one --tokenizer")
     found = load_tokenizer(tokenizer or storage.join(paths[0], "tokenizer"))

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from mtnlg_jax import compat
 from mtnlg_jax.config import Config, to_json, validate, validate_batch
 from mtnlg_jax.data.batches import Batches, heldout_count, heldout_rows
-from mtnlg_jax.data.sources import open_sources
+from mtnlg_jax.data.sources import open_sources, spread
 from mtnlg_jax.data.storage import write_file
 from mtnlg_jax.data.tokenizer import Tokenizer
 from mtnlg_jax.data.tokens import Tokens
@@ -166,9 +166,9 @@ def load_data(config: Config) -> Data:
     blends = [stage.blend or config.data.sources for stage in config.train.stages]
     folders = list(dict.fromkeys(path for blend in blends for path, _ in blend))
     tokenizer, opened, held_out = open_sources(folders, config.data.tokenizer, config.data.heldout)
-    batches = tuple(Batches([(opened[path], weight) for path, weight in blend], config.sequence_length,
+    batches = tuple(Batches([(opened[path], weight) for path, weight in spread(blend)], config.sequence_length,
                             config.train.seed) for blend in blends)
-    prints = {f"source {i}": opened[path].meta["sha256"] for i, path in enumerate(folders)}
+    prints = {f"source {i}": tokens.meta["sha256"] for i, tokens in enumerate(opened.values())}
     return Data(tokenizer, batches, held_out, prints)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from mtnlg_jax.config import Config, override
 from mtnlg_jax.data.clean import CleanConfig, clean
 from mtnlg_jax.data.embedded import embedded_documents
 from mtnlg_jax.data.recipe.report import render
@@ -24,6 +25,7 @@ from mtnlg_jax.data.recipe.settings import DecontaminationConfig, QualityConfig,
 from mtnlg_jax.data.recipe.stages import in_processes, on_ray
 from mtnlg_jax.data.tokenizer import load_tokenizer
 from mtnlg_jax.data.tokens import open_tokens
+from mtnlg_jax.train.loop import load_data
 
 ROOT = Path(__file__).resolve().parents[2]
 LEAK = ("A traveller who came from the northern harbour told them that seventeen lanterns had been lit on the old "
@@ -248,6 +250,17 @@ def test_other_settings_are_noticed_and_redo_only_what_depends_on_them(made, pla
     engine, done = _stopping(None)
     make(other, planted[0], tmp_path / "out", engine=engine, progress=False)
     assert not done
+
+
+def test_a_run_reads_every_source_by_its_weight(made):
+    output, info = made
+    config = override(Config(), f"data.path={output}", "data.sequence_length=64")
+    data = load_data(config)
+    assert data.tokenizer.fingerprint == info["tokenizer"]["fingerprint"]
+    assert len(data.held_out) == info["tokens"]["heldout"]
+    samples = 1024
+    seen = data.stages[0].epochs_seen(samples) * [-(-row["tokens"] // 64) for row in info["blend"]]
+    assert seen / samples == pytest.approx([row["weight"] for row in info["blend"]], abs=0.001)
 
 
 def test_stages_alone_leave_text(planted, recipe, one, tmp_path):

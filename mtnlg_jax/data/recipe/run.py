@@ -89,7 +89,9 @@ def _run(runner: Runner, recipe: Recipe, files: dict[str, list[File]], tests: li
                          f"{stages[-1]['dropped']}; loosen the rule that took most")
     info = {"name": recipe.name, "settings": _flat(dataclasses.asdict(recipe)), "stages": stages, "inputs": inputs,
             "outputs": {}}
-    if "tokens" in recipe.stages:
+    if "tokens" not in recipe.stages:
+        storage.remove_file(runner.root, "prepared.json")  # of a run before, with other stages
+    else:
         info |= _arrays(runner, recipe, shards)
     info = json.loads(json.dumps(info))  # as it will be read: tuples are lists
     storage.write_file(runner.root, "report.json", json.dumps(info, indent=1, ensure_ascii=False).encode())
