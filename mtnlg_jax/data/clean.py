@@ -169,12 +169,14 @@ def _judge(text: str, config: CleanConfig) -> tuple[str | None, str | None]:
     """(the rule that drops it or None, its language)."""
     if text.count("\ufffd") > config.max_replacement_share * len(text):
         return "undecodable", None
-    if sum(1 for _ in itertools.islice(_TOKENS.finditer(text), config.min_tokens)) < config.min_tokens:
-        return "too_short", None
+    least = config.min_tokens
+    if len(text.split(maxsplit=least)) <= least:  # a word is a token at the least, and words are counted faster
+        if sum(1 for _ in itertools.islice(_TOKENS.finditer(text), least)) < least:
+            return "too_short", None
     language, confidence = identify(text)
     if config.languages and (language not in config.languages or confidence < config.min_language_confidence):
         return "language", language
-    return _quality(text, language, config) or None, language
+    return _quality(text, language, config), language
 
 
 def _quality(text: str, language: str, config: CleanConfig) -> str | None:
@@ -220,7 +222,7 @@ def _identifier():
     return langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
 
 
-def identify(text: str, sample: int = 1000) -> tuple[str, float]:
+def identify(text: str, sample: int = 512) -> tuple[str, float]:
     """(ISO 639-1 code, confidence 0 to 1) of py3langid; of a text of more than ``sample`` characters four parts spread
     evenly over it are judged, together so many."""
     if len(text) > sample:
