@@ -44,6 +44,7 @@ class Units:
             self.ids = np.array([self.numbers.setdefault(word, len(self.numbers)) for word in words], np.uint64)
             self.sizes = np.fromiter(map(len, self.numbers), np.int64, len(self.numbers))[self.ids.astype(np.int64)]
         self._windows = range(0, len(self.ids), 1 << _WINDOW_BITS)
+        self._hashed = {}  # of each window's start: n, and the hashes of its n-grams, to go on from with n + 1
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -65,22 +66,25 @@ class Units:
     def _mean(self, measure, n: int) -> float:
         total = 0
         for start in self._windows:
-            ids = self.ids[start:start + (1 << _WINDOW_BITS)]
             sizes = self.sizes[start:start + (1 << _WINDOW_BITS)]
-            if len(ids) >= n:
-                keys = self._sorted(ids, n)
+            if len(sizes) >= n:
+                keys = self._sorted(start, n)
                 total += measure(keys >> np.uint64(_WINDOW_BITS), keys & np.uint64((1 << _WINDOW_BITS) - 1), sizes, n)
         return total / max(1, int(self.sizes.sum()))
 
-    def _sorted(self, ids: np.ndarray, n: int) -> np.ndarray:
-        """Hash of each n-gram above, its place below, in order."""
-        count = len(ids) - n + 1
-        hashes = np.zeros(count, np.uint64)
-        for offset in range(n):
-            hashes = (hashes + ids[offset:offset + count] + np.uint64(1)) * _PRIME
+    def _sorted(self, start: int, n: int) -> np.ndarray:
+        """Of the window: the hash of each n-gram above, its place below, in order."""
+        ids = self.ids[start:start + (1 << _WINDOW_BITS)]
+        done, hashes = self._hashed.get(start, (0, np.zeros(len(ids), np.uint64)))
+        if done > n:
+            done, hashes = 0, np.zeros(len(ids), np.uint64)
+        for offset in range(done, n):
+            last = ids[offset:]
+            hashes = (hashes[:len(last)] + last + np.uint64(1)) * _PRIME
             hashes ^= hashes >> np.uint64(29)
+        self._hashed[start] = n, hashes
         bits = np.uint64(_WINDOW_BITS)
-        return np.sort((hashes >> bits << bits) | np.arange(count, dtype=np.uint64))
+        return np.sort((hashes >> bits << bits) | np.arange(len(hashes), dtype=np.uint64))
 
     @staticmethod
     def _top(hashes: np.ndarray, places: np.ndarray, sizes: np.ndarray, n: int) -> int:
@@ -96,7 +100,9 @@ class Units:
     @staticmethod
     def _duplicate(hashes: np.ndarray, places: np.ndarray, sizes: np.ndarray, n: int) -> int:
         again = places[1:][hashes[1:] == hashes[:-1]].astype(np.int64)
+        if not len(again):
+            return 0
         cover = np.zeros(len(sizes) + 1, np.int64)
-        np.add.at(cover, again, 1)
-        np.subtract.at(cover, again + n, 1)
+        cover[again] += 1
+        cover[again + n] -= 1
         return int(sizes[np.cumsum(cover[:-1]) > 0].sum())
