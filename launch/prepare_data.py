@@ -95,9 +95,9 @@ def _make() -> None:
     engine = on_ray() if _ENGINE.value == "ray" else in_processes(_PROCESSES.value or os.cpu_count() or 1)
     info = make(recipe, _INPUT.value, _OUTPUT.value, engine=engine, overwrite=_OVERWRITE.value)
     print(summary(info))
-    print(f"report     {_OUTPUT.value}/report.html")
+    print(f"report: {_OUTPUT.value}/report.html")
     if "tokens" in info:
-        print(f"next       python launch/pretrain.py --config=configs/small.py --set=data.path={_OUTPUT.value} "
+        print(f"next:   python launch/pretrain.py --config=configs/small.py --set=data.path={_OUTPUT.value} "
               "--workdir=RUN")
 
 

@@ -14,5 +14,5 @@ from mtnlg_jax.data.recipe.settings import DecontaminationConfig, QualityConfig,
 
 def get_config() -> Recipe:
     return Recipe(name="chinese", clean=CleanConfig(languages=("zh",)),
-                  decontamination=DecontaminationConfig(algorithm=Decontamination(words="characters")),
+                  decontamination=DecontaminationConfig(algorithm=Decontamination(26, 16, words="characters")),
                   quality=QualityConfig(classifier=ClassifierConfig(units="characters")))

@@ -139,7 +139,7 @@ def test_the_report_is_for_a_browser_without_network(made):
         assert wanted in page
     assert "http" not in page and "jane.doe" not in page
     assert page == render(json.loads((made[0] / "report.json").read_text()))
-    assert "near-dupli" in summary(made[1])
+    assert "near-duplicates" in summary(made[1])
 
 
 @pytest.mark.parametrize("count", [2, 4])

@@ -108,16 +108,18 @@ def summary(info: dict) -> str:
     for stage in info["stages"]:
         (before, after), (size, left) = stage["documents"], stage["bytes"]
         took = sorted(stage["dropped"].items(), key=lambda item: -item[1])[:3]
-        why = "; dropped: " + ", ".join(f"{rule} {count:,}" for rule, count in took) if took else ""
-        kept = f" of {before:,} documents, {left / size:.1%} of the text" if size else f" documents, {left:,} bytes"
-        lines.append(f"{stage['name'][:10]:<10} {after:,}{kept}{why}")
+        why = "; dropped: " + ", ".join(f"{count:,} {rule}" for rule, count in took) if took else ""
+        kept = (f"{after:,} of {before:,} documents, {left / size:.2%} of the text" if size else
+                f"{after:,} documents, {left:,} bytes")
+        lines.append((stage["name"], kept + why))
     for row in info.get("blend", ()):
-        lines.append(f"source     {row['name']}: {row['tokens']:,} tokens, weight {row['weight']:.5f}, "
-                     f"{row['epochs']:.2f} epochs in {info['train_tokens']:,} tokens")
+        lines.append((row["name"], f"{row['tokens']:,} tokens, weight {row['weight']:.5f}, {row['epochs']:.2f} epochs in "
+                                   f"{info['train_tokens']:,} tokens"))
     if "tokens" in info:
-        lines.append(f"tokens     {info['tokens']['train']:,} to train on, {info['tokens']['heldout']:,} held out; "
-                     f"{info['tokenizer']['kind']}, {info['tokenizer']['vocab_size']:,} pieces")
-    return "\n".join(lines)
+        lines.append(("tokens", f"{info['tokens']['train']:,} to train on, {info['tokens']['heldout']:,} held out; "
+                                f"{info['tokenizer']['kind']}, {info['tokenizer']['vocab_size']:,} pieces"))
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:<{width}}  {words}" for name, words in lines)
 
 
 def _task(stage: str, function: Callable, shard: Shard, *given) -> Task:
