@@ -62,7 +62,7 @@ def signatures(texts: Sequence[str], config: MinHashConfig = MinHashConfig()) ->
     result = np.full((len(texts), config.hashes), 2**32 - 1, np.uint32)
     memory = _Memory(config.width)
     for numbers, pieces in _groups(texts, config.width):
-        hashes, starts = _shingle_hashes(pieces, config.width, memory)
+        hashes, starts = _without_repeats(*_shingle_hashes(pieces, config.width, memory))
         if config.scheme == "affine32":
             hashes = _murmur_finalizer(hashes)
         for first in range(0, len(hashes), _BLOCK):
@@ -82,6 +82,17 @@ def signatures(texts: Sequence[str], config: MinHashConfig = MinHashConfig()) ->
             rows = numbers[low:high]
             result[rows] = np.minimum(result[rows], least.T)
     return result
+
+
+def _without_repeats(hashes: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Long pieces repeat many of their shingles, and to sort them takes less time than to map them all."""
+    parts = np.split(hashes, starts[1:])
+    for number, part in enumerate(parts):
+        if len(part) > _BLOCK // 2:
+            part = np.sort(part)
+            parts[number] = part[np.append(True, part[1:] != part[:-1])]
+    sizes = np.array(list(map(len, parts)))
+    return np.concatenate(parts), np.cumsum(sizes) - sizes
 
 
 def _permutations(config: MinHashConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -131,7 +142,6 @@ class _Memory:
         # Three characters of 21 bits a word. No key is all ones, which marks an empty slot.
         self.words = [np.full(_SLOTS, 2**64 - 1, np.uint64) for _ in range(0, width, 3)]
         self.hashes = np.zeros(_SLOTS, np.uint32)
-        self.owners = np.zeros(_SLOTS, np.int32)
 
     def find(self, keys: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(slots, hashes, numbers of those keys whose hash is not known)."""
@@ -148,13 +158,10 @@ class _Memory:
         return slots, self.hashes.take(slots), np.flatnonzero(~known)
 
     def store(self, slots: np.ndarray, keys: list[np.ndarray], hashes: np.ndarray) -> None:
-        numbers = np.arange(len(slots), dtype=np.int32)
-        self.owners[slots] = numbers
-        winners = np.flatnonzero(self.owners[slots] == numbers)  # of several for one slot the same in all arrays
-        slots = slots[winners]
+        # Of several keys for one slot NumPy leaves the last, in all arrays the same.
         for words, key in zip(self.words, keys, strict=True):
-            words[slots] = key[winners]
-        self.hashes[slots] = hashes[winners]
+            words[slots] = key
+        self.hashes[slots] = hashes
 
 
 def _shingle_hashes(pieces: list[str], width: int, memory: _Memory) -> tuple[np.ndarray, np.ndarray]:

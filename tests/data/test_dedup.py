@@ -45,6 +45,13 @@ def test_the_default_is_the_default_of_datasketch_2():
     np.testing.assert_array_equal(dedup.signatures([text])[0], sketch.digest())
 
 
+def test_remainders_at_the_edges_of_the_prime():
+    prime = 2**61 - 1
+    values = [0, 1, prime - 1, prime, prime + 1, 2 * prime - 1, 2 * prime, 7 * prime, 8 * prime, 2**64 - 1]
+    remainders = dedup._modulo_prime(np.array(values, np.uint64))
+    assert remainders.tolist() == [value % prime for value in values]
+
+
 def test_signatures_do_not_depend_on_how_texts_are_cut_into_blocks(texts, monkeypatch):
     expected = _datasketch(texts)
     np.testing.assert_array_equal(dedup.signatures(texts), expected)
