@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from mtnlg_jax.data import dedup
+from mtnlg_jax.data import dedup, shingles
 from mtnlg_jax.data.dedup import MinHashConfig
 from mtnlg_jax.data.documents import embedded_documents, read_documents
 
@@ -57,8 +57,9 @@ def test_signatures_do_not_depend_on_how_texts_are_cut_into_blocks(texts, monkey
     np.testing.assert_array_equal(dedup.signatures(texts), expected)
     monkeypatch.setattr(dedup, "_GROUP", 1000)
     monkeypatch.setattr(dedup, "_BLOCK", 128)
-    monkeypatch.setattr(dedup, "_LOOKUP", 300)
-    monkeypatch.setattr(dedup, "_SLOTS", 64)  # every slot is overwritten again and again
+    monkeypatch.setattr(shingles, "_BLOCK", 50)
+    monkeypatch.setattr(shingles, "_LOOKUP", 300)
+    monkeypatch.setattr(shingles, "_SLOTS", 64)  # every slot is overwritten again and again
     np.testing.assert_array_equal(dedup.signatures(texts), expected)
 
 
