@@ -12,12 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-MAX_WIDTH = 13  # characters of at most 4 bytes: with SHA-1's padding they still fit into one block of 64 bytes
+from mtnlg_jax.data.shingles import MAX_WIDTH, Memory, shingle_hashes
 
 _GROUP = 1 << 20  # characters that are worked on at a time
-_BLOCK = 1 << 14  # shingles that are hashed at a time: some dozen arrays of this length stay in the cache
-_LOOKUP = 1 << 17  # shingles that are looked up at a time: so many that those not found fill a block
-_SLOTS = 1 << 19  # shingles whose hash is remembered
+_BLOCK = 1 << 14  # shingles that are mapped at a time, so that they stay in the cache
 _PRIME = np.uint64((1 << 61) - 1)
 
 
@@ -60,9 +58,9 @@ def signatures(texts: Sequence[str], config: MinHashConfig = MinHashConfig()) ->
     """
     multipliers, addends = _permutations(config)
     result = np.full((len(texts), config.hashes), 2**32 - 1, np.uint32)
-    memory = _Memory(config.width)
+    memory = Memory(config.width)
     for numbers, pieces in _groups(texts, config.width):
-        hashes, starts = _shingle_hashes(pieces, config.width, memory)
+        hashes, starts = _without_repeats(*shingle_hashes(pieces, config.width, memory))
         if config.scheme == "affine32":
             hashes = _murmur_finalizer(hashes)
         for first in range(0, len(hashes), _BLOCK):
@@ -82,6 +80,17 @@ def signatures(texts: Sequence[str], config: MinHashConfig = MinHashConfig()) ->
             rows = numbers[low:high]
             result[rows] = np.minimum(result[rows], least.T)
     return result
+
+
+def _without_repeats(hashes: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Long pieces repeat many of their shingles, and to sort them takes less time than to map them all."""
+    parts = np.split(hashes, starts[1:])
+    for number, part in enumerate(parts):
+        if len(part) > _BLOCK // 2:
+            part = np.sort(part)
+            parts[number] = part[np.append(True, part[1:] != part[:-1])]
+    sizes = np.array(list(map(len, parts)))
+    return np.concatenate(parts), np.cumsum(sizes) - sizes
 
 
 def _permutations(config: MinHashConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -121,148 +130,6 @@ def _groups(texts: Sequence[str], width: int) -> Iterator[tuple[np.ndarray, list
             size += len(piece)
     if rows:
         yield np.array(rows), pieces
-
-
-class _Memory:
-    """The hashes of shingles that were seen last, one a slot: running text repeats itself, and to look a hash up takes
-    a tenth of the time of SHA-1. Whole keys are compared, so that what is remembered never changes a result."""
-
-    def __init__(self, width: int):
-        # Three characters of 21 bits a word. No key is all ones, which marks an empty slot.
-        self.words = [np.full(_SLOTS, 2**64 - 1, np.uint64) for _ in range(0, width, 3)]
-        self.hashes = np.zeros(_SLOTS, np.uint32)
-        self.owners = np.zeros(_SLOTS, np.int32)
-
-    def find(self, keys: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(slots, hashes, numbers of those keys whose hash is not known)."""
-        mixed = keys[0] * np.uint64(0x9E3779B97F4A7C15)
-        for key in keys[1:]:
-            mixed ^= mixed >> np.uint64(29)
-            mixed += key
-            mixed *= np.uint64(0xBF58476D1CE4E5B9)
-        mixed >>= np.uint64(64 - _SLOTS.bit_length() + 1)
-        slots = mixed.view(np.int64)
-        known = self.words[0].take(slots) == keys[0]
-        for words, key in zip(self.words[1:], keys[1:], strict=True):
-            known &= words.take(slots) == key
-        return slots, self.hashes.take(slots), np.flatnonzero(~known)
-
-    def store(self, slots: np.ndarray, keys: list[np.ndarray], hashes: np.ndarray) -> None:
-        numbers = np.arange(len(slots), dtype=np.int32)
-        self.owners[slots] = numbers
-        winners = np.flatnonzero(self.owners[slots] == numbers)  # of several for one slot the same in all arrays
-        slots = slots[winners]
-        for words, key in zip(self.words, keys, strict=True):
-            words[slots] = key[winners]
-        self.hashes[slots] = hashes[winners]
-
-
-def _shingle_hashes(pieces: list[str], width: int, memory: _Memory) -> tuple[np.ndarray, np.ndarray]:
-    """The first 32 bits of SHA-1 [shingles], little-endian, and where each piece's begin [pieces]."""
-    text = "".join(pieces)
-    try:
-        data = np.frombuffer(text.encode() + bytes(4 * MAX_WIDTH + 8), np.uint8)
-    except UnicodeEncodeError as error:
-        raise ValueError(f"a lone surrogate U+{ord(text[error.start]):04X} in a text; repair Unicode first") from None
-    codes = np.frombuffer(text.encode("utf-32-le") + bytes(4 * width), np.uint32)
-    offsets = np.zeros(len(codes) + 1, np.int64)  # of each character in the UTF-8
-    np.cumsum(1 + (codes > 0x7F).view(np.uint8) + (codes > 0x7FF) + (codes > 0xFFFF), out=offsets[1:])
-    # Four bytes from each byte on, as SHA-1 reads them.
-    words = np.zeros(len(data) - 3, np.uint32)
-    for byte in range(4):
-        words <<= np.uint32(8)
-        words |= data[byte : len(data) - 3 + byte]
-    # A shingle from each character on; those that reach into the next text are taken out below.
-    hashes = np.empty(len(text), np.uint32)
-    for first in range(0, len(text), _LOOKUP):
-        last = min(first + _LOOKUP, len(text))
-        near, keys = codes[first : last + width].astype(np.uint64), []
-        for start in range(0, width, 3):
-            key = near[start : start + last - first]
-            for character in range(start + 1, min(start + 3, width)):
-                key = key << np.uint64(21)
-                key |= near[character : character + last - first]
-            keys.append(key)
-        slots, hashes[first:last], unknown = memory.find(keys)
-        fresh = np.empty(len(unknown), np.uint32)
-        for start in range(0, len(unknown), _BLOCK):
-            block = slice(start, start + _BLOCK)
-            begins = offsets[first + unknown[block]]
-            fresh[block] = _sha1(words, begins, offsets[first + width + unknown[block]] - begins)
-        hashes[first + unknown] = fresh
-        memory.store(slots[unknown], [key[unknown] for key in keys], fresh)
-    sizes = np.array([len(piece) for piece in pieces])
-    begins, inside = np.cumsum(sizes) - sizes, np.ones(len(text), bool)
-    for back in range(1, width):
-        longer = sizes > back
-        inside[(begins + sizes - back)[longer]] = False
-    short = np.flatnonzero(sizes < width)
-    if len(short):
-        lengths = offsets[(begins + sizes)[short]] - offsets[begins[short]]
-        hashes[begins[short]] = _sha1(words, offsets[begins[short]], lengths)
-    counts = np.maximum(sizes - width + 1, 1)
-    return hashes[inside], np.cumsum(counts) - counts
-
-
-_FIVE, _TWENTY_SEVEN, _ONE, _THIRTY_ONE, _THIRTY, _TWO = np.array([5, 27, 1, 31, 30, 2], np.uint32).reshape(6, 1)
-_ROUND_CONSTANTS = np.array([0x5A827999, 0x6ED9EBA1, 0x8F1BBCDC, 0xCA62C1D6], np.uint32).reshape(4, 1)
-
-
-def _sha1(words: np.ndarray, offsets: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The first four bytes, as a little-endian number, of SHA-1 (FIPS 180-4) of messages of one block.
-
-    ``words`` [bytes] holds the big-endian word at each byte; a message is ``lengths`` bytes from ``offsets`` on.
-    """
-    schedule = [None] * 16  # None is a word of zeros
-    masks = np.array([0, 0xFF000000, 0xFFFF0000, 0xFFFFFF00, 0xFFFFFFFF, 0], np.uint32)
-    ends = np.array([0x80000000, 0x00800000, 0x00008000, 0x00000080, 0, 0], np.uint32)
-    for number in range(int(lengths.max()) // 4 + 1):
-        left = np.clip(lengths - 4 * number, -1, 4)  # -1, the last of both tables: the end lies before this word
-        schedule[number] = words.take(offsets + 4 * number)
-        schedule[number] &= masks[left]
-        schedule[number] |= ends[left]
-    schedule[15] = (8 * lengths).astype(np.uint32)
-    a, b, c, d, e = (np.full(len(lengths), value, np.uint32)
-                     for value in (0x67452301, 0xEFCDAB89, 0x98BADCFE, 0x10325476, 0xC3D2E1F0))
-    chosen, other = np.empty_like(a), np.empty_like(a)
-    for step in range(80):
-        if step >= 16:
-            taken = [schedule[(step - back) % 16] for back in (3, 8, 14, 16)]
-            taken = [word for word in taken if word is not None]
-            if taken:
-                mixed = taken[-1] if schedule[step % 16] is not None else np.empty_like(a)
-                np.bitwise_xor(taken[0], taken[1] if len(taken) > 1 else 0, out=other)
-                for word in taken[2:]:
-                    other ^= word
-                np.left_shift(other, _ONE, out=mixed)
-                other >>= _THIRTY_ONE
-                mixed |= other
-                schedule[step % 16] = mixed
-        if step < 20:
-            np.bitwise_xor(c, d, out=chosen)
-            chosen &= b
-            chosen ^= d
-        elif 40 <= step < 60:
-            np.bitwise_or(b, c, out=chosen)
-            chosen &= d
-            np.bitwise_and(b, c, out=other)
-            chosen |= other
-        else:
-            np.bitwise_xor(b, c, out=chosen)
-            chosen ^= d
-        e += chosen
-        np.left_shift(a, _FIVE, out=chosen)
-        np.right_shift(a, _TWENTY_SEVEN, out=other)
-        chosen |= other
-        e += chosen
-        e += _ROUND_CONSTANTS[step // 20]
-        if schedule[step % 16] is not None:
-            e += schedule[step % 16]
-        np.right_shift(b, _TWO, out=other)
-        b <<= _THIRTY
-        b |= other
-        a, b, c, d, e = e, a, b, c, d
-    return (a + np.uint32(0x67452301)).byteswap()
 
 
 def band_keys(signatures: np.ndarray, bands: int) -> np.ndarray:

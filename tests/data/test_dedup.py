@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from mtnlg_jax.data import dedup
+from mtnlg_jax.data import dedup, shingles
 from mtnlg_jax.data.dedup import MinHashConfig
 from mtnlg_jax.data.documents import read_documents
 from mtnlg_jax.data.embedded import embedded_documents
@@ -46,13 +46,21 @@ def test_the_default_is_the_default_of_datasketch_2():
     np.testing.assert_array_equal(dedup.signatures([text])[0], sketch.digest())
 
 
+def test_remainders_at_the_edges_of_the_prime():
+    prime = 2**61 - 1
+    values = [0, 1, prime - 1, prime, prime + 1, 2 * prime - 1, 2 * prime, 7 * prime, 8 * prime, 2**64 - 1]
+    remainders = dedup._modulo_prime(np.array(values, np.uint64))
+    assert remainders.tolist() == [value % prime for value in values]
+
+
 def test_signatures_do_not_depend_on_how_texts_are_cut_into_blocks(texts, monkeypatch):
     expected = _datasketch(texts)
     np.testing.assert_array_equal(dedup.signatures(texts), expected)
     monkeypatch.setattr(dedup, "_GROUP", 1000)
     monkeypatch.setattr(dedup, "_BLOCK", 128)
-    monkeypatch.setattr(dedup, "_LOOKUP", 300)
-    monkeypatch.setattr(dedup, "_SLOTS", 64)  # every slot is overwritten again and again
+    monkeypatch.setattr(shingles, "_BLOCK", 50)
+    monkeypatch.setattr(shingles, "_LOOKUP", 300)
+    monkeypatch.setattr(shingles, "_SLOTS", 64)  # every slot is overwritten again and again
     np.testing.assert_array_equal(dedup.signatures(texts), expected)
 
 
