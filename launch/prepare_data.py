@@ -43,7 +43,8 @@ _TOKENIZER = flags.DEFINE_string("tokenizer", "bpe", "bpe or unigram, to train o
                                  "folder with a tokenizer or GPT-2's files, or a SentencePiece .model.")
 _HELDOUT = flags.DEFINE_float("heldout", 0.02, "Share of the text held out from training, 0 to 0.5.")
 _SEED = flags.DEFINE_integer("seed", 0, "Draws the held-out part and the order of the documents.")
-_TEXT_KEY = flags.DEFINE_string("text_key", "text", "Key or column of the text in JSON and Parquet.")
+_TEXT_KEY = flags.DEFINE_string("text_key", "text", "Key or column of the text in JSON and Parquet; of 'a|b' the first "
+                               "that is there.")
 _PROMPT = flags.DEFINE_string("prompt", "{prompt}", "With --answer: what is read before it.")
 _ANSWER = flags.DEFINE_string("answer", None, "Makes pairs: the answer, with {KEY} for what a JSON row holds there, "
                               "mostly with a space in front: ' {answer}'.")
@@ -79,7 +80,8 @@ def _make() -> None:
     for name in ("prompt", "answer"):
         if flags.FLAGS[name].present:
             raise ValueError(f"--{name} makes pairs, which no recipe cleans; leave --config out")
-    given = {name: flags.FLAGS[name].value for name in ("vocab_size", "tokenizer", "heldout", "seed", "on_error")
+    given = {name: flags.FLAGS[name].value
+             for name in ("vocab_size", "tokenizer", "heldout", "seed", "text_key", "on_error")
              if flags.FLAGS[name].present}
     recipe = dataclasses.replace(load_recipe(_CONFIG.value, tuple(_SET.value)), **given)
     known = [source.name for source in recipe.sources]

@@ -13,6 +13,6 @@ from mtnlg_jax.data.recipe.settings import DecontaminationConfig, QualityConfig,
 
 
 def get_config() -> Recipe:
-    return Recipe(name="chinese", clean=CleanConfig(languages=("zh",)),
+    return Recipe(name="chinese", text_key="text|content|paragraphs", clean=CleanConfig(languages=("zh",)),
                   decontamination=DecontaminationConfig(algorithm=Decontamination(26, 16, words="characters")),
                   quality=QualityConfig(classifier=ClassifierConfig(units="characters")))

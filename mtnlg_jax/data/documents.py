@@ -99,7 +99,8 @@ def read_file(file: File, text_key: str | Callable[[object], str] = "text", on_e
     """The documents of one file of `list_files`; streaming, so that memory is bounded by ``max_document_bytes``.
 
     A text file or HTML page is one document; JSON lines, the items of a JSON list, the rows of Parquet and the pages
-    of WARC are one each, the text of the former under ``text_key`` (a list of strings there is joined by newlines).
+    of WARC are one each, the text of the former under ``text_key`` (a list of strings there is joined by newlines),
+    or of "text|content" under the first that is there.
     A function for ``text_key``, as of `pairs.pair_maker`, makes the text of each JSON value, or raises ValueError
     saying what is wrong with that.
 
@@ -213,14 +214,19 @@ def _text_of(value, text_key: str) -> str | None:
         except ValueError as error:
             return Damaged(error)
     if isinstance(value, dict):
-        if text_key not in value:
+        key = _key_in(text_key, value)
+        if key is None:
             return _no_text(text_key, value)
-        value = value[text_key]
+        value = value[key]
     if isinstance(value, list) and all(isinstance(line, str) for line in value):
         return "\n".join(value)
     if value is None or isinstance(value, str):
         return value
     return Damaged(f"{text_key!r} holds {type(value).__name__}, not text")
+
+
+def _key_in(text_key: str, names: Iterable[str]) -> str | None:
+    return next((key for key in text_key.split("|") if key in names), None)
 
 
 def _no_text(text_key: str, names: Iterable[str]) -> Damaged:
@@ -281,10 +287,11 @@ def _read_parquet(stream: io.BufferedReader, text_key: str, limit: int) -> Itera
     try:
         with pyarrow.parquet.ParquetFile(stream) as file:
             names = file.schema_arrow.names
-            if text_key not in names:
+            key = _key_in(text_key, names)
+            if key is None:
                 yield 0, _no_text(text_key, names)
                 return
-            for batch in file.iter_batches(batch_size=64, columns=[text_key]):
+            for batch in file.iter_batches(batch_size=64, columns=[key]):
                 column = batch.column(0)
                 if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
                     # As strings, pyarrow would refuse invalid UTF-8 instead of letting us repair it.

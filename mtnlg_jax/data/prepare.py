@@ -71,57 +71,49 @@ def prepare(input_path: str | os.PathLike | None, output: str | os.PathLike, *, 
     work = tempfile.mkdtemp() if remote else f"{output}.partial-{os.getpid()}"
     target = output if remote else work
     try:
-        if remote and overwrite:
-            storage.remove_file(output, "prepared.json")
-        if not remote:
-            os.makedirs(work)
-        with _Spool(os.path.join(work, "texts"), seed) as spool:
-            spool.fill(tqdm(documents, "reading", unit=" documents", disable=silent))
-            if input_path is None:
-                report.documents, report.bytes = len(spool), spool.size
-            if not len(spool):
-                raise ValueError(f"{input_path} holds no text: {report.files} files read, "
-                                 f"{report.skipped_files} skipped, {report.empty} documents empty, "
-                                 f"{report.damaged} damaged; give a file or a folder with text in it")
-            train, held = _split(spool, heldout, pairs)
-            order = permute(np.arange(len(train)), len(train), np.uint64(seed & (1 << 64) - 1))
-            parts = {"train": train[order], "heldout": held}
-            if ready is None:
-                # In the order read, not shuffled: that is how a sample of a huge corpus is spread over it.
-                bar = tqdm(train, f"training {tokenizer}", unit=" documents", disable=silent)
-                ready = train_tokenizer((spool.read(*span) for span in bar), vocab_size, tokenizer, seed)
-            ready.save(storage.join(target, "tokenizer"))
-            info = {"tokenizer": {"kind": ready.kind, "fingerprint": ready.fingerprint,
-                                  "vocab_size": ready.vocab_size},
-                    "settings": {"input": str(input_path or "embedded"), "tokenizer": str(tokenizer),
-                                 "vocab_size": vocab_size, "heldout": heldout, "seed": seed,
-                                 "text_key": text_key, "on_error": on_error,
-                                 **({"prompt": prompt, "answer": answer} if pairs else {})},
-                    "input": asdict(report)}
-            with tqdm(desc="encoding", total=spool.size, unit="B", unit_scale=True, disable=silent) as bar:
-                for part, spans in parts.items():
-                    place = storage.join(target, part)
-                    writer = TokenWriter(place, ready.vocab_size, ready.fingerprint, seed)
-                    for tokens, size, asked in _encode(spool, spans, ready, pairs):
-                        writer.add(tokens, size, asked)
-                        bar.update(size)
-                    info[part] = writer.finish()
-            info["examples"] = [_example(ready, spool.read(*span)) for span in parts["train"][:3]]
-        os.unlink(spool.path)
-        content = [ready.fingerprint, info["train"]["sha256"], info["heldout"]["sha256"]]
-        info = {"fingerprint": hashlib.sha256(json.dumps(content).encode()).hexdigest(), **info}
-        storage.write_file(target, "prepared.json", json.dumps(info, indent=1, ensure_ascii=False).encode())
-        if not remote:
-            _put_in_place(work, output, overwrite)
-    except OSError as error:
-        if error.filename or not error.errno:
-            raise
-        raise OSError(error.errno, f"{error.strerror}; nothing was kept", output) from None
-    except ValueError as error:
-        code = re.search(r"os_error_code='(\d+)'", str(error))  # how TensorStore says that the disk is full
-        if not code:
-            raise
-        raise OSError(int(code[1]), f"{os.strerror(int(code[1]))}; nothing was kept", output) from None
+        with storage.disk_errors(output, "nothing was kept"):
+            if remote and overwrite:
+                storage.remove_file(output, "prepared.json")
+            if not remote:
+                os.makedirs(work)
+            with _Spool(os.path.join(work, "texts"), seed) as spool:
+                spool.fill(tqdm(documents, "reading", unit=" documents", disable=silent))
+                if input_path is None:
+                    report.documents, report.bytes = len(spool), spool.size
+                if not len(spool):
+                    raise ValueError(f"{input_path} holds no text: {report.files} files read, "
+                                     f"{report.skipped_files} skipped, {report.empty} documents empty, "
+                                     f"{report.damaged} damaged; give a file or a folder with text in it")
+                train, held = _split(spool, heldout, pairs)
+                order = permute(np.arange(len(train)), len(train), np.uint64(seed & (1 << 64) - 1))
+                parts = {"train": train[order], "heldout": held}
+                if ready is None:
+                    # In the order read, not shuffled: that is how a sample of a huge corpus is spread over it.
+                    bar = tqdm(train, f"training {tokenizer}", unit=" documents", disable=silent)
+                    ready = train_tokenizer((spool.read(*span) for span in bar), vocab_size, tokenizer, seed)
+                ready.save(storage.join(target, "tokenizer"))
+                info = {"tokenizer": {"kind": ready.kind, "fingerprint": ready.fingerprint,
+                                      "vocab_size": ready.vocab_size},
+                        "settings": {"input": str(input_path or "embedded"), "tokenizer": str(tokenizer),
+                                     "vocab_size": vocab_size, "heldout": heldout, "seed": seed,
+                                     "text_key": text_key, "on_error": on_error,
+                                     **({"prompt": prompt, "answer": answer} if pairs else {})},
+                        "input": asdict(report)}
+                with tqdm(desc="encoding", total=spool.size, unit="B", unit_scale=True, disable=silent) as bar:
+                    for part, spans in parts.items():
+                        place = storage.join(target, part)
+                        writer = TokenWriter(place, ready.vocab_size, ready.fingerprint, seed)
+                        for tokens, size, asked in _encode(spool, spans, ready, pairs):
+                            writer.add(tokens, size, asked)
+                            bar.update(size)
+                        info[part] = writer.finish()
+                info["examples"] = [_example(ready, spool.read(*span)) for span in parts["train"][:3]]
+            os.unlink(spool.path)
+            content = [ready.fingerprint, info["train"]["sha256"], info["heldout"]["sha256"]]
+            info = {"fingerprint": hashlib.sha256(json.dumps(content).encode()).hexdigest(), **info}
+            storage.write_file(target, "prepared.json", json.dumps(info, indent=1, ensure_ascii=False).encode())
+            if not remote:
+                _put_in_place(work, output, overwrite)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return info

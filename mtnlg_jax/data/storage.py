@@ -1,6 +1,9 @@
 """Where data lie: a local folder, or a TensorStore URL (gs://, s3://, memory://), read and written alike."""
 
+import contextlib
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import tensorstore
@@ -82,6 +85,22 @@ def list_files(location: str | os.PathLike, folder: str) -> list[str]:
         return sorted(name.decode() for name in names)
     return sorted(path.relative_to(location).as_posix() for path in Path(location, folder).rglob("*")
                   if path.is_file())
+
+
+@contextlib.contextmanager
+def disk_errors(place: str, what: str) -> Iterator[None]:
+    """Makes OSErrors without a file's name, and what TensorStore raises of the same kind, say ``what`` of ``place``."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename or not error.errno:
+            raise
+        raise OSError(error.errno, f"{error.strerror}; {what}", place) from None
+    except ValueError as error:
+        code = re.search(r"os_error_code='(\d+)'", str(error))  # how TensorStore says that the disk is full
+        if not code:
+            raise
+        raise OSError(int(code[1]), f"{os.strerror(int(code[1]))}; {what}", place) from None
 
 
 def first_line(error: Exception) -> str:

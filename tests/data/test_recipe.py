@@ -1,6 +1,7 @@
 """The data recipe from end to end on real prose with planted faults, stopped, split and disturbed in every way."""
 
 import dataclasses
+import errno
 import functools
 import hashlib
 import itertools
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from mtnlg_jax.config import Config, override
+from mtnlg_jax.data import storage
 from mtnlg_jax.data.clean import CleanConfig, clean
 from mtnlg_jax.data.embedded import embedded_documents
 from mtnlg_jax.data.recipe.report import render
@@ -194,6 +196,23 @@ def test_stopped_after_each_task_it_goes_on(made, planted, recipe, tmp_path):
         finally:
             everything += done
     assert rounds > 5 and len(everything) == len(set(everything))
+    assert _digests(tmp_path / "out") == _digests(made[0])
+
+
+def test_a_full_disk_is_told_and_what_is_done_is_kept(made, planted, recipe, one, tmp_path, monkeypatch):
+    write, written = storage.write_file, []
+
+    def full(location, name, content):
+        if len(written) == 60:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written.append(name)
+        write(location, name, content)
+
+    monkeypatch.setattr(storage, "write_file", full)
+    with pytest.raises(OSError, match="No space left.*the same command goes on"):
+        make(recipe, planted[0], tmp_path / "out", engine=one(), progress=False)
+    monkeypatch.undo()
+    make(recipe, planted[0], tmp_path / "out", engine=one(), progress=False)
     assert _digests(tmp_path / "out") == _digests(made[0])
 
 

@@ -113,9 +113,9 @@ def _lengths(stages: list[dict]):
         width = 0.9 if style == "0.75" else 0.6
         axes.bar(range(len(stage["lengths"])), stage["lengths"], width, color=style, label=label)
     used = [i for i in range(len(stages[0]["lengths"])) if stages[0]["lengths"][i] or stages[-1]["lengths"][i]]
+    axes.set_xticks(range(len(_LENGTHS)), [f"< {_size(limit).replace('.0', '')}" for limit in _LENGTHS], rotation=60)
     if used:
         axes.set_xlim(used[0] - 0.6, used[-1] + 0.6)
-    axes.set_xticks(range(len(_LENGTHS)), [f"< {_size(limit).replace('.0', '')}" for limit in _LENGTHS], rotation=60)
     axes.set_ylabel("documents")
     axes.legend()
     return figure

@@ -47,7 +47,8 @@ def make(recipe: Recipe, root: str | None, output: str, *, engine=None, overwrit
     _refuse_foreign(output)
     with _locked(output):
         _check_output(recipe, output, files, overwrite)
-        with engine or in_processes(os.cpu_count() or 1) as do:
+        kept = "what is done is kept, and the same command goes on from there"
+        with storage.disk_errors(output, kept), engine or in_processes(os.cpu_count() or 1) as do:
             runner = Runner(output, do, progress)
             info = _run(runner, recipe, files, tests)
         runner.prune("stages")
@@ -113,8 +114,8 @@ def summary(info: dict) -> str:
                 f"{after:,} documents, {left:,} bytes")
         lines.append((stage["name"], kept + why))
     for row in info.get("blend", ()):
-        lines.append((row["name"], f"{row['tokens']:,} tokens, weight {row['weight']:.5f}, {row['epochs']:.2f} epochs in "
-                                   f"{info['train_tokens']:,} tokens"))
+        lines.append((row["name"], f"{row['tokens']:,} tokens, weight {row['weight']:.5f}, {row['epochs']:.2f} epochs "
+                                   f"in {info['train_tokens']:,} tokens"))
     if "tokens" in info:
         lines.append(("tokens", f"{info['tokens']['train']:,} to train on, {info['tokens']['heldout']:,} held out; "
                                 f"{info['tokenizer']['kind']}, {info['tokenizer']['vocab_size']:,} pieces"))

@@ -25,7 +25,7 @@ class Source:
     paths: tuple[str, ...] = ()
     weight: float | None = None  # of the samples in training, relative to the others; None for all: by their tokens
     priority: int = 0  # of duplicates the one whose source has the highest stays
-    text_key: str = "text"  # key or column of the text in JSON and Parquet
+    text_key: str = "text"  # key or column of the text in JSON and Parquet; of "a|b" the first that is there
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ class Recipe:
     seed: int = 0
     on_error: str = "raise"  # raise | skip: damaged input
     max_document_bytes: int = 256 << 20
+    text_key: str = "text"  # of sources that no recipe names
     shard_bytes: int = 64 << 20  # text that a task holds
 
 
@@ -124,7 +125,7 @@ def with_sources(recipe: Recipe, root: str | None) -> Recipe:
     if not recipe.sources:
         if root is None:
             raise ValueError("the recipe names no sources; give a folder of text with --input")
-        sources = _entries(root)
+        sources = tuple(dataclasses.replace(source, text_key=recipe.text_key) for source in _entries(root))
     else:
         sources = tuple(dataclasses.replace(source, paths=tuple(_below(root, path) for path in source.paths))
                         for source in recipe.sources if source.weight != 0)

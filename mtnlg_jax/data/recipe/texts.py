@@ -118,7 +118,7 @@ def cleaned(folder: Folder, name: str, shard: Shard, config: CleanConfig) -> dic
 
 def _change(rule: str, before: str, after: str) -> str:
     """The line in which a mask stands, or lines that went and those that came."""
-    masked = next((line for line in after.split("\n") if f"<{rule.upper()}>" in line), None)
+    masked = next((line for line in after.split("\n") if rule and f"<{rule.upper()}>" in line), None)
     if masked is not None:
         start = max(0, masked.index(f"<{rule.upper()}>") - _EXCERPT // 2)
         return masked[start : start + _EXCERPT]
@@ -228,7 +228,7 @@ def without_paragraphs(folder: Folder, name: str, shard: Shard, hashes: str, rep
             tally.stays(row)
             continue
         text = dedup.without_paragraphs(row.text, flags, min_length)
-        tally.took("changed", "paragraphs that came before", row.place, row.text)
+        tally.took("changed", "paragraphs that came before", row.place, _change("", row.text, text))
         if len(text.strip()) < min_left:
             tally.took("dropped", f"fewer than {min_left} characters left", row.place, row.text)
         else:
