@@ -53,7 +53,7 @@ setup(
         # Compilers without the chips' libraries. libtpu must be the one that jax[tpu] asks for.
         "ahead": ["libtpu==0.0.50.*", "jax-cuda12-plugin>=0.12,<0.13", "jax-cuda12-pjrt>=0.12,<0.13"],
         # The stages of the data recipe on many machines.
-        "ray": ["ray>=2.49,<3"],
+        "ray": ["ray[data]>=2.49,<3"],
         # gs:// and s3:// as places of text to read.
         "cloud": ["gcsfs", "s3fs"],
         "dev": ["pytest>=9,<10", "pytest-xdist>=3.8,<4", "ruff>=0.14", "nbclient", "nbformat", "ipykernel",
