@@ -134,6 +134,15 @@ LENGTHS, POINTERS = 34, 34 + 4 * 40
 DOCUMENTS = POINTERS + 8 * 40
 
 
+def _shift(prefix):
+    """From the middle on everything lies a byte later: only the ends are read at opening, and they are whole."""
+    index = bytearray(prefix.with_suffix(".idx").read_bytes())
+    pointers = np.frombuffer(index, "<i8", 40, POINTERS)
+    pointers[17:] += 1
+    prefix.with_suffix(".idx").write_bytes(index)
+    _edit(".bin", lambda data: data + b"\0")(prefix)
+
+
 @pytest.mark.parametrize("damage, error, message", [
     (lambda prefix: prefix.with_suffix(".bin").unlink(), FileNotFoundError, r"x.bin does not exist; .* and .*x.idx"),
     (lambda prefix: prefix.with_suffix(".idx").unlink(), FileNotFoundError, r"x.idx does not exist; .* and .*x.bin"),
@@ -156,7 +165,8 @@ DOCUMENTS = POINTERS + 8 * 40
     (_put(DOCUMENTS + 8 * 40, "<q", 39), ValueError, "are not those of 40 sequences"),
     (_put(DOCUMENTS + 8 * 3, "<q", 9), ValueError, "do not follow each other"),
     (_put(DOCUMENTS + 8 * 3, "<q", -1), ValueError, "do not follow each other"),
-], ids=range(22))
+    (_shift, ValueError, "sequences 32 to 39 do not lie one after another"),
+], ids=range(23))
 def test_damage_is_seen_at_opening(tmp_path, damage, error, message, monkeypatch):
     monkeypatch.setattr(offsets, "BLOCK", 8)
     for suffix in (".bin", ".idx"):
