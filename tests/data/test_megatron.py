@@ -159,13 +159,13 @@ def _shift(prefix):
     (_edit(".idx", lambda data: data + bytes(40)), ValueError, "is multimodal"),
     (_edit(".bin", lambda data: data[:-2]), ValueError, "x.bin has 4838 bytes, and the index tells of 4840"),
     (_edit(".bin", lambda data: data + b"\0"), ValueError, "x.bin has 4841 bytes"),
-    (_put(LENGTHS + 4 * 5, "<i", 18), ValueError, "sequences 0 to 7 do not lie one after another"),
+    (_put(LENGTHS + 4 * 5, "<i", 18), ValueError, "sequences of documents 0 to 8 do not lie one after another"),
     (_put(POINTERS + 8 * 4, "<q", 2), ValueError, "do not lie one after another"),
     (_put(POINTERS, "<q", 2), ValueError, "from byte 0 on"),
     (_put(DOCUMENTS + 8 * 40, "<q", 39), ValueError, "are not those of 40 sequences"),
     (_put(DOCUMENTS + 8 * 3, "<q", 9), ValueError, "do not follow each other"),
     (_put(DOCUMENTS + 8 * 3, "<q", -1), ValueError, "do not follow each other"),
-    (_shift, ValueError, "sequences 32 to 39 do not lie one after another"),
+    (_shift, ValueError, "sequences of documents 40 to 40 do not lie one after another"),
 ], ids=range(23))
 def test_damage_is_seen_at_opening(tmp_path, damage, error, message, monkeypatch):
     monkeypatch.setattr(offsets, "BLOCK", 8)
@@ -184,7 +184,7 @@ def test_damage_inside_is_seen_at_reading(tmp_path, monkeypatch):
     _put(LENGTHS + 4 * 20, "<i", 7)(tmp_path / "x")
     tokens = open_tokens(tmp_path / "x")
     assert tokens.document_of(np.arange(50))[0][-1] == 5  # the first block is whole
-    with pytest.raises(ValueError, match="x is damaged: the sequences 16 to 23 do not lie one after another; copy"):
+    with pytest.raises(ValueError, match="x is damaged: the sequences of documents 16 to 24 do not lie one after another; copy"):
         tokens.document_of(np.arange(len(tokens)))
 
 
