@@ -184,7 +184,7 @@ def test_damage_inside_is_seen_at_reading(tmp_path, monkeypatch):
     _put(LENGTHS + 4 * 20, "<i", 7)(tmp_path / "x")
     tokens = open_tokens(tmp_path / "x")
     assert tokens.document_of(np.arange(50))[0][-1] == 5  # the first block is whole
-    with pytest.raises(ValueError, match="x is damaged: the sequences of documents 16 to 24 do not lie one after another; copy"):
+    with pytest.raises(ValueError, match="x is damaged: the sequences of documents 16 to 24 do not lie .*; copy"):
         tokens.document_of(np.arange(len(tokens)))
 
 
