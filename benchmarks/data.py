@@ -3,7 +3,8 @@
     python benchmarks/data.py --peer_python=PYTHON     a Python with megatron-core, grain, datasketch, tokenizers, torch
 
 Each turn is a fresh process, held to one core (load: to two), and the order of the sides turns round every round, save
-in load, where one side builds what the next one finds. Importing is not timed. What the sides make must be equal, or the run fails.
+in load, where one side builds what the next one finds. Importing is not timed. What the sides make must be equal, or
+the run fails.
 
     tokenize   JSON lines -> token arrays on disk, bytes of text a second on one core. megatron: as preprocess_data.py
                with one worker: a pool takes 32 lines at a time, encodes each by the same GPT-2 files through Hugging
@@ -418,8 +419,8 @@ def command(args) -> str:
     defaults, words = parse([]), []
     for name, value in vars(args).items():
         if value != getattr(defaults, name) and name not in ("output", "worker", "folder"):
-            words.append("--peer_python=PYTHON" if name == "peer_python" else
-                         f"--{name} {' '.join(value)}" if name == "cases" else f"--{name}={value}")
+            value = {"peer_python": "PYTHON", "text": "TEXT", "tokenizer": "FOLDER"}.get(name, value)
+            words.append(f"--{name} {' '.join(value)}" if name == "cases" else f"--{name}={value}")
     return " ".join(["python benchmarks/data.py", *words])
 
 
