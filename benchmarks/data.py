@@ -2,8 +2,9 @@
 
     python benchmarks/data.py --peer_python=PYTHON     a Python with megatron-core, grain, datasketch, tokenizers, torch
 
-Each turn is a fresh process, held to one core (load: to two), and the order of the sides turns round every round.
-Importing is not timed. What the sides make must be equal, or the run fails.
+Each turn is a fresh process, held to one core (load: to two), and the order of the sides turns round every round, save
+in load, where one side builds what the next one finds. Importing is not timed. What the sides make must be equal, or
+the run fails.
 
     tokenize   JSON lines -> token arrays on disk, bytes of text a second on one core. megatron: as preprocess_data.py
                with one worker: a pool takes 32 lines at a time, encodes each by the same GPT-2 files through Hugging
@@ -12,11 +13,11 @@ Importing is not timed. What the sides make must be equal, or the run fails.
     minhash    documents -> signatures of 100 hashes over shingles of 5 characters, bytes a second on one core.
                datasketch: MinHash.bulk over the set of each document's shingles. Alike: the signatures
     load       batches a second of 8 rows of 2048 tokens, with segments and positions, blended by weights from 15
-               sources. grain: the same documents as ArrayRecord, shuffled, mixed, ConcatThenSplitIterDataset, batch.
-               megatron: BlendedDataset of GPTDatasets over .bin/.idx of the same tokens (no attention mask, no
-               segments) through torch's DataLoader; megatron_reset makes positions anew in each document, as the
-               others do. And the seconds from opening to the first batch; megatron builds its indices in that time,
-               megatron_again and megatron_reset find them
+               sources, and the seconds from opening to the first batch. ours: token arrays. ours_megatron:
+               .bin/.idx of the same tokens. grain: the same documents as ArrayRecord, shuffled, mixed,
+               ConcatThenSplitIterDataset, batch. megatron: BlendedDataset of GPTDatasets over the same .bin/.idx (no
+               attention mask, no segments) through torch's DataLoader, building its indices; megatron_again finds
+               them, and so does megatron_reset, which makes positions anew in each document, as the others do
 """
 
 import argparse
@@ -27,6 +28,7 @@ import json
 import multiprocessing
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -37,7 +39,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 SIDES = {"tokenize": ("ours", "megatron"), "minhash": ("ours", "datasketch"),
-         "load": ("ours", "grain", "megatron", "megatron_again", "megatron_reset")}
+         "load": ("ours", "ours_megatron", "grain", "megatron", "megatron_again", "megatron_reset")}
 NEEDED = "numpy, torch, grain, datasketch, tokenizers, megatron.core.datasets.indexed_dataset"
 H100_TOKENS = 20_000  # a second, of a model of 1.3 B parameters
 END = 50_256  # GPT-2's <|endoftext|>
@@ -223,20 +225,24 @@ def time_batches(args, opening, names) -> tuple[float, float, float]:
     return time.perf_counter() - begin, time.process_time() - begin_cpu, waited
 
 
-def load_ours(args):
+def load_ours(args, suffix=""):
     import numpy as np
 
     from mtnlg_jax.data.batches import Batches
     from mtnlg_jax.data.tokens import open_tokens
 
     def opening():
-        sources = [open_tokens(f"{args.folder}/source-{number}") for number in range(args.sources)]
+        sources = [open_tokens(f"{args.folder}/source-{number}{suffix}") for number in range(args.sources)]
         batches, number = Batches(list(zip(sources, weights_of(args), strict=True)), args.length, seed=0), 0
         while True:
             yield batches.rows(np.arange(number, number + args.batch))
             number += args.batch
 
     return time_batches(args, opening, ("tokens", "segment_ids", "positions"))
+
+
+def load_ours_megatron(args):
+    return load_ours(args, "-megatron")
 
 
 def load_grain(args):
@@ -300,10 +306,10 @@ def work(args) -> None:
         return
     if hasattr(os, "sched_setaffinity"):  # before any library counts the cores
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: 2 if case == "load" else 1])
-    if side == "ours":
+    if side.startswith("ours"):
         sys.path.insert(0, str(ROOT))
     seconds, processor_seconds, other = globals()[f"{case}_{side}"](args)
-    names = ("numpy", "tiktoken", "tensorstore") if side == "ours" else (
+    names = ("numpy", "tiktoken", "tensorstore") if side.startswith("ours") else (
         "numpy", "torch", "megatron-core", "grain", "array_record", "datasketch", "tokenizers")
     versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
     print(json.dumps({"seconds": seconds, "processor_seconds": processor_seconds, "other": other,
@@ -311,7 +317,7 @@ def work(args) -> None:
 
 
 def turn(args, case: str, side: str) -> dict:
-    python = sys.executable if side == "ours" else args.peer_python
+    python = sys.executable if side.startswith("ours") else args.peer_python
     words = [f"--{name}={value}" for name, value in vars(args).items() if name not in ("cases", "worker")]
     quiet = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run([python, __file__, *words, "--worker", case, side], capture_output=True, text=True,
@@ -357,9 +363,9 @@ def measure(args) -> dict:
             order = SIDES[case] if number % 2 == 0 or case == "load" else SIDES[case][::-1]
             for side in order:
                 if side == "megatron":  # whose indices are to be built anew
-                    subprocess.run(["rm", "-rf", f"{args.folder}/cache"], check=True)
+                    shutil.rmtree(f"{args.folder}/cache", ignore_errors=True)
                 turns[side].append(turn(args, case, side))
-                versions["ours" if side == "ours" else "peer"] = turns[side][-1].pop("versions")
+                versions["ours" if side.startswith("ours") else "peer"] = turns[side][-1].pop("versions")
             print(f"{case}, round {number + 1}: " + ", ".join(f"{side} {found[-1]['seconds']:.2f} s"
                                                              for side, found in turns.items()), flush=True)
         amount = args.batches if case == "load" else size
@@ -413,8 +419,8 @@ def command(args) -> str:
     defaults, words = parse([]), []
     for name, value in vars(args).items():
         if value != getattr(defaults, name) and name not in ("output", "worker", "folder"):
-            words.append("--peer_python=PYTHON" if name == "peer_python" else
-                         f"--{name} {' '.join(value)}" if name == "cases" else f"--{name}={value}")
+            value = {"peer_python": "PYTHON", "text": "TEXT", "tokenizer": "FOLDER"}.get(name, value)
+            words.append(f"--{name} {' '.join(value)}" if name == "cases" else f"--{name}={value}")
     return " ".join(["python benchmarks/data.py", *words])
 
 
@@ -426,10 +432,13 @@ def check(args) -> None:
     for name in ("text", "tokenizer"):
         if {"tokenize", "minhash"} & set(args.cases) and not Path(getattr(args, name)).exists():
             raise ValueError(f"--{name}={getattr(args, name)} does not exist; give one")
+    if shutil.which(args.peer_python) is None:
+        raise ValueError(f"--peer_python={args.peer_python} is not a program; give the path of a Python with the peers")
     done = subprocess.run([args.peer_python, "-W", "ignore", "-c", f"import {NEEDED}"], capture_output=True, text=True)
     if done.returncode:
-        raise ValueError(f"{args.peer_python} lacks a peer ({done.stderr.strip().splitlines()[-1]}); run: pip install "
-                         "-e .[benchmarks], or give --peer_python=PATH of an environment that has them")
+        reason = (done.stderr.strip() or "no message").splitlines()[-1]
+        raise ValueError(f"{args.peer_python} lacks a peer ({reason}); run: pip install -e .[benchmarks], or give "
+                         "--peer_python=PATH of an environment that has them")
 
 
 def main(argv: list[str]) -> int:

@@ -133,7 +133,7 @@ def open_megatron(location: str | os.PathLike, first: int = 0, last: int | None 
         ends = np.append(pointers[inside], pointers[inside.stop] if inside.stop < sequences else size)
         sizes = dtype.itemsize * lengths[inside].astype(np.int64)
         if (sizes < 0).any() or (np.diff(ends) != sizes).any() or ends[0] % dtype.itemsize:
-            raise damaged(f"the sequences {inside.start} to {inside.stop - 1} do not lie one after another")
+            raise damaged(f"the sequences of documents {start} to {stop - 1} do not lie one after another")
         return ends[numbers - inside.start] // dtype.itemsize
 
     last = documents if last is None else last

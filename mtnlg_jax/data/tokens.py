@@ -208,7 +208,8 @@ def open_tokens(location: str | os.PathLike) -> Tokens:
     content = storage.read_file(location, "meta.json")
     if content is None:
         raise FileNotFoundError(f"{location} holds no tokens (no meta.json): give the train or heldout "
-                                "folder of what launch/prepare_data.py wrote")
+                                "folder of what launch/prepare_data.py wrote, or the prefix of Megatron's .bin and "
+                                ".idx")
     try:
         meta = json.loads(content)
         tokens, documents, dtype = meta["tokens"], meta["documents"], meta["dtype"]

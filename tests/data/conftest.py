@@ -2,12 +2,15 @@
 
 import itertools
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from mtnlg_jax.data.embedded import embedded_documents
 from mtnlg_jax.data.tokenizer import load_tokenizer, train_tokenizer
+
+sys.path.append(str(Path(__file__).parent))  # tests are imported without it; megatron_peer.py stands there
 
 CHINESE = ("天下大势，分久必合，合久必分。学而时习之，不亦说乎？有朋自远方来，不亦乐乎？"
            "千里之行，始于足下。知之为知之，不知为不知，是知也。\n") * 20

@@ -134,6 +134,15 @@ LENGTHS, POINTERS = 34, 34 + 4 * 40
 DOCUMENTS = POINTERS + 8 * 40
 
 
+def _shift(prefix):
+    """From the middle on everything lies a byte later: only the ends are read at opening, and they are whole."""
+    index = bytearray(prefix.with_suffix(".idx").read_bytes())
+    pointers = np.frombuffer(index, "<i8", 40, POINTERS)
+    pointers[17:] += 1
+    prefix.with_suffix(".idx").write_bytes(index)
+    _edit(".bin", lambda data: data + b"\0")(prefix)
+
+
 @pytest.mark.parametrize("damage, error, message", [
     (lambda prefix: prefix.with_suffix(".bin").unlink(), FileNotFoundError, r"x.bin does not exist; .* and .*x.idx"),
     (lambda prefix: prefix.with_suffix(".idx").unlink(), FileNotFoundError, r"x.idx does not exist; .* and .*x.bin"),
@@ -150,13 +159,14 @@ DOCUMENTS = POINTERS + 8 * 40
     (_edit(".idx", lambda data: data + bytes(40)), ValueError, "is multimodal"),
     (_edit(".bin", lambda data: data[:-2]), ValueError, "x.bin has 4838 bytes, and the index tells of 4840"),
     (_edit(".bin", lambda data: data + b"\0"), ValueError, "x.bin has 4841 bytes"),
-    (_put(LENGTHS + 4 * 5, "<i", 18), ValueError, "sequences 0 to 7 do not lie one after another"),
+    (_put(LENGTHS + 4 * 5, "<i", 18), ValueError, "sequences of documents 0 to 8 do not lie one after another"),
     (_put(POINTERS + 8 * 4, "<q", 2), ValueError, "do not lie one after another"),
     (_put(POINTERS, "<q", 2), ValueError, "from byte 0 on"),
     (_put(DOCUMENTS + 8 * 40, "<q", 39), ValueError, "are not those of 40 sequences"),
     (_put(DOCUMENTS + 8 * 3, "<q", 9), ValueError, "do not follow each other"),
     (_put(DOCUMENTS + 8 * 3, "<q", -1), ValueError, "do not follow each other"),
-], ids=range(22))
+    (_shift, ValueError, "sequences of documents 40 to 40 do not lie one after another"),
+], ids=range(23))
 def test_damage_is_seen_at_opening(tmp_path, damage, error, message, monkeypatch):
     monkeypatch.setattr(offsets, "BLOCK", 8)
     for suffix in (".bin", ".idx"):
@@ -174,7 +184,7 @@ def test_damage_inside_is_seen_at_reading(tmp_path, monkeypatch):
     _put(LENGTHS + 4 * 20, "<i", 7)(tmp_path / "x")
     tokens = open_tokens(tmp_path / "x")
     assert tokens.document_of(np.arange(50))[0][-1] == 5  # the first block is whole
-    with pytest.raises(ValueError, match="x is damaged: the sequences 16 to 23 do not lie one after another; copy"):
+    with pytest.raises(ValueError, match="x is damaged: the sequences of documents 16 to 24 do not lie .*; copy"):
         tokens.document_of(np.arange(len(tokens)))
 
 

@@ -235,7 +235,7 @@ def test_the_fast_way_gives_the_same_ids(files, gpt2_files, request):
     gpt2, rng = load_tokenizer(folder), random.Random(1)
     code = "def f(x):\n\tif x != 'y''s':\r\n        return {\"a\": [1_000, 0x7f]}  # I'll, WE'LL, he'd've\n\n\n"
     runs = [mark * count for mark in ("x", " ", "\n", "0", "!", "天", "the ", " \n", "'s", "\u0301")
-            for count in (1, 2, 499, 500, 501, 100_000)]
+            for count in (1, 2, 499, 500, 501, 20_000)]
     texts = [*TEXTS, code, "\ud800", *runs, *(" " + run + "x" for run in runs), *_random_texts(300), *(
         "".join(chr(rng.choice((rng.randrange(0x110000), rng.randrange(0x3000)))) for _ in range(200))
         for _ in range(200))]
@@ -246,7 +246,7 @@ def test_the_fast_way_gives_the_same_ids(files, gpt2_files, request):
 def test_the_fast_way_on_real_text(shared):
     gpt2 = load_tokenizer(shared / "data/tokenizers/gpt2")
     files = [*sorted((shared / "data/pretrain").rglob("*.txt")), shared / "data/README.md"]
-    fast, slow = _both(gpt2, [path.read_text(encoding="utf-8")[:100_000] for path in files])
+    fast, slow = _both(gpt2, [path.read_text(encoding="utf-8")[:40_000] for path in files])
     assert fast == slow and len(files) > 10
 
 
