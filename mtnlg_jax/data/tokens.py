@@ -69,8 +69,7 @@ class TokenWriter:
         """Write what is left and, last, meta.json; returns its content."""
         self._flush()
         offsets = np.array(self._offsets, "<i8")
-        # In small chunks: a window wants the offsets of one place, and these are four times as wide as tokens.
-        stored = _create(storage.join(self._location, "document_offsets"), offsets.dtype, offsets.size, _CHUNK >> 4)
+        stored = _create_offsets(self._location, offsets.size)
         stored.write(offsets).result()
         self._digest.update(offsets.tobytes())
         meta = {"dtype": self._dtype.name, "tokens": self._offsets[-1], "documents": offsets.size - 1,
@@ -112,7 +111,7 @@ def write_shard(location: str | os.PathLike, number: int, tokens: np.ndarray) ->
 def finish_tokens(location: str | os.PathLike, lengths: Iterable[np.ndarray], meta: dict) -> None:
     """document_offsets, of the lengths of all documents in order, some at a time, and then meta.json: ``meta`` holds
     what `TokenWriter.finish` returns."""
-    array = _create(storage.join(location, "document_offsets"), np.dtype("<i8"), meta["documents"] + 1)
+    array = _create_offsets(location, meta["documents"] + 1)
     waiting, first, end = [np.zeros(1, np.int64)], 0, 0
     for values in lengths:
         offsets = end + np.cumsum(values, dtype=np.int64)
@@ -127,6 +126,11 @@ def finish_tokens(location: str | os.PathLike, lengths: Iterable[np.ndarray], me
     joined = np.concatenate(waiting)
     array[first : first + len(joined)].write(joined).result()
     storage.write_file(location, "meta.json", json.dumps(meta, indent=1).encode())
+
+
+def _create_offsets(location: str | os.PathLike, size: int) -> tensorstore.TensorStore:
+    # In small chunks: a window wants the offsets of one place, and these are four times as wide as tokens.
+    return _create(storage.join(location, "document_offsets"), np.dtype("<i8"), size, _CHUNK >> 4)
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
