@@ -220,7 +220,7 @@ def check_hits(hit: int, documents: int, limit: float = 0.5) -> None:
     set is the corpus itself, or was made of it."""
     if hit > limit * documents:
         raise ValueError(f"{hit} of {documents} documents hold text of the test sets, more than a share of {limit}; is "
-                         "one of the test sets the corpus itself? Take it out of the test sets, or raise the limit")
+                         "one of the test sets the corpus itself? Then take it out of the test sets")
 
 
 def read_test_texts(path: str | os.PathLike, keys: Iterable[str]) -> Iterator[str]:
