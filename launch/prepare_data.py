@@ -36,7 +36,7 @@ _PROCESSES = flags.DEFINE_integer("processes", None, "Of the recipe: how many; d
                                   lower_bound=1)
 _ENGINE = flags.DEFINE_enum("engine", "local", ["local", "ray"], "Of the recipe: this machine, or a Ray cluster.")
 _INPUT = flags.DEFINE_string("input", None, "File or folder: .txt .md .text .jsonl .json (also .gz .zst), "
-                             ".parquet; without it, the embedded text.")
+                             ".html .warc .wet .parquet; without it, the embedded text.")
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to make (or gs://, s3://).")
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 8000, "Pieces of the tokenizer to train.", lower_bound=1)
 _TOKENIZER = flags.DEFINE_string("tokenizer", "bpe", "bpe or unigram, to train one; or the path of one: a "
@@ -48,7 +48,8 @@ _TEXT_KEY = flags.DEFINE_string("text_key", "text", "Key or column of the text i
 _PROMPT = flags.DEFINE_string("prompt", "{prompt}", "With --answer: what is read before it.")
 _ANSWER = flags.DEFINE_string("answer", None, "Makes pairs: the answer, with {KEY} for what a JSON row holds there, "
                               "mostly with a space in front: ' {answer}'.")
-_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a prepared data set, once the new one is whole.")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a prepared data set, once the new one is whole; of a "
+                              "recipe: make again what depends on a changed input or setting.")
 _ON_ERROR = flags.DEFINE_enum("on_error", "raise", ["raise", "skip"], "Damaged input: stop, or drop it.")
 
 
@@ -56,7 +57,7 @@ def main() -> None:
     if _CONFIG.value is not None:
         _make()
         return
-    for name in ("set", "stages", "test_sets", "skip_sources", "processes"):
+    for name in ("set", "stages", "test_sets", "skip_sources", "processes", "engine"):
         if flags.FLAGS[name].present:
             raise ValueError(f"--{name} is for a recipe; give one with --config=configs/data/english.py")
     info = prepare(_INPUT.value, _OUTPUT.value, vocab_size=_VOCAB_SIZE.value, tokenizer=_TOKENIZER.value,
@@ -71,8 +72,6 @@ def main() -> None:
 
 def _make() -> None:
     """A recipe from end to end."""
-    # MinHash runs on the CPU: an accelerator of this machine is not for this.
-    os.environ["JAX_PLATFORMS"] = "cpu"
     from mtnlg_jax.data.recipe.run import make, summary
     from mtnlg_jax.data.recipe.settings import load_recipe
     from mtnlg_jax.data.recipe.stages import in_processes, on_ray
@@ -84,6 +83,12 @@ def _make() -> None:
              for name in ("vocab_size", "tokenizer", "heldout", "seed", "text_key", "on_error")
              if flags.FLAGS[name].present}
     recipe = dataclasses.replace(load_recipe(_CONFIG.value, tuple(_SET.value)), **given)
+    if flags.FLAGS["text_key"].present:
+        recipe = dataclasses.replace(recipe, sources=tuple(
+            dataclasses.replace(source, text_key=_TEXT_KEY.value) if source.text_key == "text" else source
+            for source in recipe.sources))
+    if _ENGINE.value == "ray" and _PROCESSES.value:
+        raise ValueError("--processes is for this machine; a Ray cluster takes as many as it has")
     known = [source.name for source in recipe.sources]
     for name in _SKIP_SOURCES.value:
         if name not in known:

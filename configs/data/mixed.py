@@ -8,12 +8,12 @@ Source: chosen here.
 
 from mtnlg_jax.data.clean import CleanConfig
 from mtnlg_jax.data.decontaminate import Decontamination
-
 from mtnlg_jax.data.recipe.settings import DecontaminationConfig, Recipe, Source
 
 
 def get_config() -> Recipe:
     return Recipe(name="mixed",
-                  sources=(Source("en", ("en",), weight=0.5), Source("zh", ("zh",), weight=0.5)),
+                  sources=(Source("en", ("en",), weight=0.5),
+                           Source("zh", ("zh",), weight=0.5, text_key="text|content|paragraphs")),
                   clean=CleanConfig(languages=("en", "zh")),
                   decontamination=DecontaminationConfig(algorithm=Decontamination(words="characters")))

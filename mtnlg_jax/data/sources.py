@@ -1,12 +1,11 @@
 """What a run reads: prepared folders and Megatron's files alike, with one tokenizer and one held-out part."""
 
-import json
 from collections.abc import Sequence
 
 from mtnlg_jax.data import storage
 from mtnlg_jax.data.megatron import MegatronTokens, kept_documents, open_megatron, prefix_of
 from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer
-from mtnlg_jax.data.tokens import Tokens, open_tokens
+from mtnlg_jax.data.tokens import Tokens, open_tokens, read_prepared
 
 
 def spread(blend: Sequence[tuple[str, float]]) -> tuple[tuple[str, float], ...]:
@@ -14,8 +13,8 @@ def spread(blend: Sequence[tuple[str, float]]) -> tuple[tuple[str, float], ...]:
     its weight as prepared.json says."""
     spread = []
     for path, weight in blend:
-        content = None if prefix_of(path) else storage.read_file(path, "prepared.json")
-        parts = json.loads(content).get("sources") if content else None
+        prepared = not prefix_of(path) and storage.exists(path, "prepared.json")
+        parts = read_prepared(path).get("sources") if prepared else None
         spread += [(path, weight)] if parts is None else [
             (storage.join(path, name), weight * share) for name, share in parts if share]
     return tuple(spread)
@@ -45,9 +44,10 @@ def open_sources(paths: Sequence[str], tokenizer: str = "",
     if len(set(prints.values())) > 1:
         raise ValueError(f"the sources were tokenized differently: {prints}; prepare them with one --tokenizer")
     found = load_tokenizer(tokenizer or storage.join(paths[0], "tokenizer"))
-    if tokenizer and set(prints.values()) - {found.fingerprint}:
-        raise ValueError(f"{next(iter(prints))} was not tokenized with data.tokenizer={tokenizer}; leave that out, or "
-                         f"prepare the text with --tokenizer={tokenizer}")
+    if set(prints.values()) - {found.fingerprint}:
+        other = tokenizer or storage.join(paths[0], "tokenizer")
+        raise ValueError(f"{next(iter(prints))} was not tokenized with {other}; leave data.tokenizer out if that names "
+                         f"it, or prepare the text with --tokenizer={other}")
     held_out = _held_out(paths[0], opened, heldout)
     for tokens in [*opened.values(), held_out]:
         if isinstance(tokens, MegatronTokens):

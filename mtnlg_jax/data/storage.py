@@ -79,9 +79,10 @@ def remove_file(location: str | os.PathLike, name: str) -> None:
 
 
 def list_files(location: str | os.PathLike, folder: str) -> list[str]:
-    """The names below ``location`` of all files in ``folder``, which lies there, and deeper; sorted."""
+    """The names below ``location`` of all files in ``folder`` ("": all), and deeper; sorted."""
     if is_remote(location):
-        names = _open(location).list(tensorstore.KvStore.KeyRange(folder + "/", folder + "0")).result()
+        keys = tensorstore.KvStore.KeyRange(folder + "/", folder + "0") if folder else tensorstore.KvStore.KeyRange()
+        names = _open(location).list(keys).result()
         return sorted(name.decode() for name in names)
     return sorted(path.relative_to(location).as_posix() for path in Path(location, folder).rglob("*")
                   if path.is_file())

@@ -21,6 +21,7 @@ from mtnlg_jax.config import Config, override
 from mtnlg_jax.data import storage
 from mtnlg_jax.data.clean import CleanConfig, clean
 from mtnlg_jax.data.embedded import embedded_documents
+from mtnlg_jax.data.recipe import run
 from mtnlg_jax.data.recipe.report import render
 from mtnlg_jax.data.recipe.run import make, summary
 from mtnlg_jax.data.recipe.settings import DecontaminationConfig, QualityConfig, Recipe, Source, load_recipe
@@ -282,6 +283,130 @@ def test_a_run_reads_every_source_by_its_weight(made):
     assert seen / samples == pytest.approx([row["weight"] for row in info["blend"]], abs=0.001)
 
 
+def _small(folder, **texts):
+    """A folder of sources, each a file of JSON lines."""
+    for name, lines in texts.items():
+        (folder / name).mkdir(parents=True)
+        (folder / name / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in lines))
+    return folder
+
+
+def _sentences(seed, count):
+    rng = random.Random(seed)
+    return " ".join(f"Number {rng.randrange(10**9)} came before {rng.randrange(10**9)}." for _ in range(count))
+
+
+PLAIN = Recipe(stages=("tokens",), vocab_size=300)
+
+
+def test_a_run_that_failed_half_way_vouches_for_nothing(one, tmp_path):
+    """With other settings it wrote over files that an older record names."""
+    root = _small(tmp_path / "text", a=[_sentences(seed, 9) for seed in range(10)])
+    with open(root / "a" / "a.jsonl", "a") as file:
+        file.write('{"text": "cut sh')
+    first = dataclasses.replace(PLAIN, on_error="skip", shard_bytes=900)
+    make(first, root, tmp_path / "out", engine=one(), progress=False)
+    texts = sorted(_texts(tmp_path / "out"))
+    with pytest.raises(ValueError, match="not valid JSON"):
+        make(dataclasses.replace(PLAIN, shard_bytes=500), root, tmp_path / "out", engine=one(), overwrite=True,
+             progress=False)
+    make(first, root, tmp_path / "out", engine=one(), overwrite=True, progress=False)
+    assert sorted(_texts(tmp_path / "out")) == texts
+
+
+def test_another_tokenizer_closes_the_data_until_it_is_whole(one, tmp_path, monkeypatch, gpt2_files):
+    root = _small(tmp_path / "text", a=[_sentences(seed, 40) for seed in range(10)])
+    make(PLAIN, root, tmp_path / "out", engine=one(), progress=False)
+    other = dataclasses.replace(PLAIN, tokenizer=str(gpt2_files))
+    engine, _ = _stopping(2)
+    with pytest.raises(_Stopped):
+        make(other, root, tmp_path / "out", engine=engine, overwrite=True, progress=False)
+    assert not (tmp_path / "out" / "prepared.json").exists()
+    info = make(other, root, tmp_path / "out", engine=one(), overwrite=True, progress=False)
+    assert info["tokenizer"]["kind"] == load_tokenizer(tmp_path / "out" / "tokenizer").kind == "byte-level BPE"
+
+
+def test_a_remote_output_is_the_same_and_is_not_taken_for_free(one, tmp_path):
+    root = _small(tmp_path / "text", a=[_sentences(seed, 40) for seed in range(10)])
+    here = make(PLAIN, root, tmp_path / "out", engine=one(), progress=False)
+    there = make(PLAIN, root, "memory://recipe/out", engine=one(), progress=False)
+    assert there["outputs"] == here["outputs"]
+    storage.write_file("memory://recipe/other", "precious.txt", b"mine")
+    with pytest.raises(FileExistsError, match="no output of a recipe"):
+        make(PLAIN, root, "memory://recipe/other", engine=one(), progress=False)
+
+
+def test_workers_end_with_the_process_that_started_them(tmp_path):
+    script = tmp_path / "start.py"
+    script.write_text("""
+import os, sys, time
+from mtnlg_jax.data.recipe.stages import in_processes
+def work(number):
+    time.sleep(3 * number)
+    open(f"{sys.argv[1]}/{number}", "w").close()
+if __name__ == "__main__":
+    with in_processes(2) as engine:
+        for number, _ in engine(work, [0, 1, 2]):
+            os.kill(os.getpid(), 9)
+""")
+    subprocess.run([sys.executable, script, tmp_path], timeout=60)
+    time.sleep(4)
+    assert (tmp_path / "0").exists() and not (tmp_path / "2").exists()
+
+
+def test_no_text_is_on_both_sides(one, tmp_path):
+    long = [_sentences(seed, 400) for seed in range(20)]
+    root = _small(tmp_path / "text", big=long + [_sentences(seed, 1) for seed in range(100, 1100)], small=long)
+    make(dataclasses.replace(PLAIN, heldout=0.1), root, tmp_path / "out", engine=one(), progress=False)
+    texts = _texts(tmp_path / "out")
+    count = open_tokens(tmp_path / "out" / "heldout").documents
+    assert count and not set(texts[-count:]) & set(texts[:-count])
+
+
+def test_a_paragraph_that_came_before_stays_once(one, tmp_path):
+    p, q, r, s = (_sentences(seed, 3) for seed in range(4))
+    root = _small(tmp_path / "text", a=[f"{q}\n\n{r}", f"{p}\n\n{q}", f"{p}\n\n{s}", "Short.", q + "\n\nEnd."])
+    info = make(Recipe(stages=("paragraphs", "tokens"), vocab_size=300, heldout=0.0), root, tmp_path / "out",
+                engine=one(), progress=False)
+    joined = "\n\n".join(_texts(tmp_path / "out"))
+    assert [joined.count(paragraph) for paragraph in (p, q, r, s)] == [1, 1, 1, 1]
+    assert info["stages"][-1]["dropped"] == {"fewer than 200 characters left": 1}
+
+
+def test_parts_of_keys_do_not_matter(made, planted, recipe, one, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "_KEYS_AT_ONCE", 7)
+    make(recipe, planted[0], tmp_path / "out", engine=one(), progress=False)
+    same = {name: digest for name, digest in _digests(made[0]).items() if not name.startswith("stages")}
+    assert same.items() <= _digests(tmp_path / "out").items()
+
+
+def test_changed_samples_and_test_sets_are_told(planted, one, tmp_path):
+    root = _small(tmp_path / "text", a=[_sentences(seed, 40) for seed in range(30)])
+    samples = _small(tmp_path / "samples", good=[_sentences(seed, 4) for seed in range(40)],
+                     bad=["spam " * seed for seed in range(5, 30)])
+    (samples / "bad" / "b.jsonl").write_text((samples / "good" / "a.jsonl").read_text().replace("Number", "Nombre"))
+    judged = Recipe(stages=("quality",), quality=QualityConfig((str(samples / "good"),), (str(samples / "bad"),)))
+    said = make(judged, root, tmp_path / "out", engine=one(), progress=False)["stages"][-1]["note"]
+    os.rename(samples / "bad" / "b.jsonl", samples / "good" / "b.jsonl")
+    with pytest.raises(FileExistsError, match="other input: .*b.jsonl"):
+        make(judged, root, tmp_path / "out", engine=one(), progress=False)
+    again = make(judged, root, tmp_path / "out", engine=one(), overwrite=True, progress=False)["stages"][-1]["note"]
+    assert "40 good and 65 bad" in said and "80 good and 25 bad" in again
+
+
+def test_sources_that_vanish_or_clash_are_told(one, tmp_path):
+    root = _small(tmp_path / "text", a=[_sentences(1, 40)], b=[" \n"])
+    weighted = dataclasses.replace(PLAIN, sources=(Source("a", ("a",), 0.5), Source("b", ("b",), 0.5)))
+    with pytest.raises(ValueError, match=r"'b' has the weight 0.5, and no text"):
+        make(weighted, root, tmp_path / "out", engine=one(), progress=False)
+    os.rename(root / "a", root / "a b")
+    os.rename(root / "b", root / "a_b")
+    with pytest.raises(ValueError, match="would be the source 'a_b', as another one is"):
+        make(PLAIN, root, tmp_path / "other", engine=one(), progress=False)
+    with pytest.raises(ValueError, match="lies inside the input"):
+        make(PLAIN, root, root / "out", engine=one(), progress=False)
+
+
 def test_stages_alone_leave_text(planted, recipe, one, tmp_path):
     only = dataclasses.replace(recipe, stages=("duplicates",))
     info = make(only, planted[0], tmp_path / "out", engine=one(), progress=False)
@@ -330,6 +455,9 @@ def test_the_blend_of_the_paper():
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"stages": ("wash",)}, "'wash' is not known"),
+    ({"stages": ("duplicates", "clean")}, "in this order: clean,duplicates"),
+    ({"quality": QualityConfig(alpha=0.0)}, "alpha=0.0"),
+    ({"tokenizer": "nowhere"}, "nowhere"),
     ({"heldout": 0.7}, "heldout=0.7"),
     ({"sources": (Source("a", ("books",), -1.0),)}, "weight=-1.0"),
     ({"sources": (Source("a", ("books",), 0.0), Source("b", ("pages",), 0.0))}, "all sources are 0"),
@@ -361,8 +489,6 @@ def test_a_foreign_folder_is_not_touched(planted, recipe, one, tmp_path):
     (tmp_path / "mine.txt").write_text("precious")
     with pytest.raises(FileExistsError, match="no output of a recipe"):
         make(recipe, planted[0], tmp_path, engine=one(), progress=False)
-    with pytest.raises(ValueError, match="lies in the output"):
-        make(dataclasses.replace(recipe, sources=()), planted[0], planted[0] / "books", engine=one(), progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 

@@ -15,9 +15,9 @@ from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from mtnlg_jax.data.tokens import SHARD, create_tokens, finish_tokens, token_dtype, write_shard
 
 PARTS = ("train", "heldout")
-# Of sources with fewer documents the ends of the long ones are held out: whole ones would be too large a share.
+# Of fewer documents the ends of the long ones are held out: whole ones would be too large a share.
 _FEW_DOCUMENTS = 1000
-_LEAST_CHARACTERS = 400
+_LEAST_CHARACTERS = 200  # of an end
 # What SentencePiece draws its 20 MB from: some of the shards are read, not a corpus of any size.
 _TRAINING_TEXT = 200_000_000
 
@@ -26,9 +26,9 @@ def tokenizer_task(shards: list[Shard], kind: str, vocab_size: int, heldout: flo
     """Trains a tokenizer of ``kind`` ("bpe", "unigram") on the training part, or brings that of the path ``kind``."""
     if kind not in ("bpe", "unigram"):
         ready = load_tokenizer(kind)
-        return Task("tokenizer/task", _bring, (kind,), (ready.fingerprint,))
+        return Task("stages/tokenizer/task", _bring, (kind,), (ready.fingerprint,))
     shards = [shards[number] for number in _order(len(shards), seed)]
-    return Task("tokenizer/task", _train, (shards, _tails(shards), kind, vocab_size, heldout, seed),
+    return Task("stages/tokenizer/task", _train, (shards, _tails(shards), kind, vocab_size, heldout, seed),
                 ([shard.key for shard in shards], kind, vocab_size, heldout, seed))
 
 
@@ -36,9 +36,9 @@ def encode_tasks(shards: list[Shard], tokenizer: str, fingerprint: str, heldout:
     """One for each shard: its documents in another order, cut into training and held-out part, as tokens.
     ``tokenizer``: its folder or URL."""
     tails = _tails(shards)
-    return [Task("stages/encode/" + shard.name.rpartition("/")[2], _encode,
-                 (shard, tokenizer, fingerprint, heldout, shard.source in tails, seed),
-                 (shard.key, fingerprint, heldout, shard.source in tails, seed)) for shard in shards]
+    return [Task("stages/encode/" + shard.base, _encode,
+                 (shard, tokenizer, fingerprint, heldout, tails, seed),
+                 (shard.key, fingerprint, heldout, tails, seed)) for shard in shards]
 
 
 def array_tasks(encoded: list[Task], results: list[dict], place: str, part: str, seed: int,
@@ -63,16 +63,14 @@ def _order(count: int, seed: int) -> np.ndarray:
     return permute(np.arange(count), count, np.uint64(seed & (1 << 64) - 1)) if count else np.arange(0)
 
 
-def _tails(shards: list[Shard]) -> set[str]:
-    documents: dict[str, int] = {}
-    for shard in shards:
-        documents[shard.source] = documents.get(shard.source, 0) + shard.documents
-    return {source for source, count in documents.items() if count < _FEW_DOCUMENTS}
+def _tails(shards: list[Shard]) -> bool:
+    """Whether ends are held out, of every source alike: else a text could be on both sides."""
+    return sum(shard.documents for shard in shards) < _FEW_DOCUMENTS
 
 
 def _split(row: Row, share: float, tail: bool, key: bytes) -> tuple[str, str]:
     """The training part and the held-out part of a document; one of them is mostly empty."""
-    if share and tail and len(row.text) >= _LEAST_CHARACTERS:
+    if tail and len(row.text) * share >= _LEAST_CHARACTERS:
         place = cut_place(row.text, share)
         return row.text[:place], row.text[place:]
     digest = hashlib.blake2b(row.text.encode(), digest_size=8, key=key).digest()
@@ -84,16 +82,16 @@ def _bring(folder: Folder, name: str, kind: str) -> dict:
     return _save(folder, load_tokenizer(kind))
 
 
-def _train(folder: Folder, name: str, shards: list[Shard], tails: set[str], kind: str, vocab_size: int,
+def _train(folder: Folder, name: str, shards: list[Shard], tails: bool, kind: str, vocab_size: int,
            heldout: float, seed: int) -> dict:
     return _save(folder, train_tokenizer(_training_texts(folder, shards, tails, heldout, seed), vocab_size, kind, seed))
 
 
-def _training_texts(folder: Folder, shards: list[Shard], tails: set[str], heldout: float, seed: int) -> Iterator[str]:
+def _training_texts(folder: Folder, shards: list[Shard], tails: bool, heldout: float, seed: int) -> Iterator[str]:
     size, key = 0, str(seed).encode()
     for shard in shards:
         for row in folder.rows(shard):
-            if text := _split(row, heldout, shard.source in tails, key)[0]:
+            if text := _split(row, heldout, tails, key)[0]:
                 size += len(text.encode())
                 yield text
         if size > _TRAINING_TEXT:
@@ -101,6 +99,8 @@ def _training_texts(folder: Folder, shards: list[Shard], tails: set[str], heldou
 
 
 def _save(folder: Folder, tokenizer: Tokenizer) -> dict:
+    for old in storage.list_files(folder.root, "tokenizer"):  # another kind's would be taken for this one's
+        storage.remove_file(folder.root, old)
     for file, content in tokenizer.files().items():
         folder.write(f"tokenizer/{file}", content)
     return {"kind": tokenizer.kind, "fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}

@@ -5,12 +5,12 @@ from collections import Counter
 from functools import lru_cache
 
 from mtnlg_jax.data.decontaminate import NGrams, below, frequencies, ngrams, pieces, read_test_texts
-from mtnlg_jax.data.documents import ReadReport, list_files, read_file
+from mtnlg_jax.data.documents import list_files, read_file
 from mtnlg_jax.data.files import File, find
 from mtnlg_jax.data.quality import Classifier, border, kept, train
 from mtnlg_jax.data.recipe.settings import DecontaminationConfig, QualityConfig
 from mtnlg_jax.data.recipe.stages import Folder, Row, Shard
-from mtnlg_jax.data.recipe.texts import Tally
+from mtnlg_jax.data.recipe.texts import Tally, excerpt
 
 LEAK = "holds text of a test set"
 
@@ -76,9 +76,10 @@ def decontaminated(folder: Folder, name: str, shard: Shard, rare: str, key: str,
     return tally.result([folder.write_rows(name, shard.source, kept)])
 
 
-def classifier(folder: Folder, name: str, good: list[File], bad: list[File], config: QualityConfig) -> dict:
+def classifier(folder: Folder, name: str, good: list[File], bad: list[File], text_key: str,
+               config: QualityConfig) -> dict:
     """NAME.quality.*: what was learnt from the two."""
-    texts = [[document.text for file in files for document in read_file(file, "text", "raise", ReadReport())]
+    texts = [[document.text for file in files for document in read_file(file, text_key)]
              for files in (good, bad)]
     learnt = train(*texts, config.classifier)
     for file, content in learnt.files().items():
@@ -97,7 +98,7 @@ def good_rows(folder: Folder, name: str, shard: Shard, learnt: str, key: str, se
             tally.stays(row)
         else:
             tally.took("dropped", "by its score, and by chance", row.place, f"score {score:.3f}: {row.text}")
-    nearest = [[abs(score - 0.5), f"score {score:.3f}", text[:300]] for score, text in border(scores, texts, 5)]
+    nearest = [[abs(score - 0.5), f"score {score:.3f}", excerpt(text)] for score, text in border(scores, texts, 5)]
     return tally.result([folder.write_rows(name, shard.source, left)], nearest=nearest)
 
 

@@ -40,32 +40,35 @@ def make(recipe: Recipe, root: str | None, output: str, *, engine=None, overwrit
     was made of other settings or other input and not ``overwrite``.
     """
     validate(recipe)
-    recipe = with_sources(recipe, None if root is None else str(root))
     output = str(output).rstrip("/")
-    files = _input_files(recipe, output)
+    _refuse_place(None if root is None else str(root), output)
+    recipe = with_sources(recipe, None if root is None else str(root))
+    files = _input_files(recipe)
     tests = filters.test_files(recipe.decontamination) if "decontaminate" in recipe.stages else []
-    _refuse_foreign(output)
+    samples = [filters.files_of(paths) for paths in (recipe.quality.good, recipe.quality.bad)]
+    stamps = {f"{name}/{file.name}": file.stamp for name, group in files.items() for file in group}
+    stamps |= {file.path: file.stamp for file in (*tests, *samples[0], *samples[1])}
+    if recipe.tokenizer not in ("bpe", "unigram"):
+        stamps[recipe.tokenizer] = load_tokenizer(recipe.tokenizer).fingerprint
     with _locked(output):
-        _check_output(recipe, output, files, overwrite)
+        _check_output(recipe, output, stamps, overwrite)
         kept = "what is done is kept, and the same command goes on from there"
         with storage.disk_errors(output, kept), engine or in_processes(os.cpu_count() or 1) as do:
             runner = Runner(output, do, progress)
-            info = _run(runner, recipe, files, tests)
+            info = _run(runner, recipe, files, tests, samples)
         runner.prune("stages")
     return info
 
 
-def _run(runner: Runner, recipe: Recipe, files: dict[str, list[File]], tests: list[File]) -> dict:
+def _run(runner: Runner, recipe: Recipe, files: dict[str, list[File]], tests: list[File],
+         samples: list[list[File]]) -> dict:
     priority = {source.name: source.priority for source in recipe.sources}
     tasks = _read_tasks(recipe, files)
     results = runner.run("reading", tasks)
     inputs = {name: entry for result in results for name, entry in result["inputs"].items()}
-    shards, stages = shards_of(tasks, results), [texts.merged("read", results)]
+    stages = [texts.merged("read", results)]
+    shards = _left(tasks, results, stages)
     for stage in recipe.stages:
-        if not shards:
-            raise ValueError(f"nothing is left after the stage {stages[-1]['name']!r}: "
-                             f"{stages[-1]['documents'][0]} documents came in, dropped were "
-                             f"{stages[-1]['dropped'] or stages[-1]['tables']}; loosen the rule that took most")
         if stage == "clean":
             tasks = [_task("clean", texts.cleaned, shard, recipe.clean) for shard in shards]
             results = runner.run("cleaning", tasks)
@@ -80,18 +83,18 @@ def _run(runner: Runner, recipe: Recipe, files: dict[str, list[File]], tests: li
             tasks, results, counts = _decontaminated(runner, recipe, shards, tests)
             stages.append(counts)
         elif stage == "quality" and recipe.quality.good:
-            tasks, results, counts = _quality(runner, recipe, shards)
+            tasks, results, counts = _quality(runner, recipe, shards, samples)
             stages.append(counts)
         else:
             continue
-        shards = shards_of(tasks, results)
-    if not shards:
-        raise ValueError(f"nothing is left after the stage {stages[-1]['name']!r}: dropped were "
-                         f"{stages[-1]['dropped']}; loosen the rule that took most")
+        shards = _left(tasks, results, stages)
     info = {"name": recipe.name, "settings": _flat(dataclasses.asdict(recipe)), "stages": stages, "inputs": inputs,
             "outputs": {}}
-    if "tokens" not in recipe.stages:
-        storage.remove_file(runner.root, "prepared.json")  # of a run before, with other stages
+    if "tokens" not in recipe.stages:  # what a run before made, with other stages
+        storage.remove_file(runner.root, "prepared.json")
+        for name in [name for folder in ("sources", "heldout", "tokenizer")
+                     for name in storage.list_files(runner.root, folder)]:
+            storage.remove_file(runner.root, name)
     else:
         info |= _arrays(runner, recipe, shards)
     info = json.loads(json.dumps(info))  # as it will be read: tuples are lists
@@ -123,13 +126,18 @@ def summary(info: dict) -> str:
     return "\n".join(f"{name:<{width}}  {words}" for name, words in lines)
 
 
+def _left(tasks: list[Task], results: list[dict], stages: list[dict]) -> list[Shard]:
+    shards = shards_of(tasks, results)
+    if not shards:
+        last = stages[-1]
+        raise ValueError(f"nothing is left after the stage {last['name']!r}, to which {last['documents'][0]} documents "
+                         f"came: {last['dropped'] or last['tables']}; loosen the rule that took most")
+    return shards
+
+
 def _task(stage: str, function: Callable, shard: Shard, *given) -> Task:
     """One that makes of ``shard`` another of the same name."""
-    return Task(f"stages/{stage}/{_last(shard.name)}", function, (shard, *given), (shard.key, *given))
-
-
-def _last(name: str) -> str:
-    return name.rpartition("/")[2]
+    return Task(f"stages/{stage}/{shard.base}", function, (shard, *given), (shard.key, *given))
 
 
 def _read_tasks(recipe: Recipe, files: dict[str, list[File]]) -> list[Task]:
@@ -149,24 +157,24 @@ def _read_tasks(recipe: Recipe, files: dict[str, list[File]]) -> list[Task]:
     return tasks
 
 
-def _ranks(shards: list[Shard], priority: dict[str, int]) -> list[np.ndarray]:
-    """Of each document of each shard, its place in the order in which duplicates are kept."""
+def _ranks(shards: list[Shard], priority: dict[str, int]) -> np.ndarray:
+    """int64 [shards]: of each shard's first document, its place in the order in which duplicates are kept."""
     counts = np.array([shard.documents for shard in shards])
     order = np.argsort([-priority[shard.source] for shard in shards], kind="stable")
-    starts = np.empty(len(shards), np.int64)
-    starts[order] = np.cumsum(counts[order]) - counts[order]
-    return [start + np.arange(count) for start, count in zip(starts, counts, strict=True)]
+    ranks = np.empty(len(shards), np.int64)
+    ranks[order] = np.cumsum(counts[order]) - counts[order]
+    return ranks
 
 
 def _duplicates(runner: Runner, recipe: Recipe, shards: list[Shard], priority: dict[str, int]):
     config, ranks = recipe.duplicates, _ranks(shards, priority)
-    keys = [_task("keys", texts.band_keys, shard, config) for shard in shards]
-    runner.run("hashing shingles", keys)
+    hashing = [_task("keys", texts.band_keys, shard, config) for shard in shards]
+    runner.run("hashing shingles", hashing)
     counts = np.array([shard.documents for shard in shards])
-    total, everything = int(counts.sum()), (*(task.key for task in keys), *(priority[s.source] for s in shards))
+    total, everything = int(counts.sum()), (*(task.key for task in hashing), *(priority[s.source] for s in shards))
     parts = -(-total // _KEYS_AT_ONCE)
     finding = [Task(f"stages/candidates/{band:04d}-{part:06d}", texts.candidate_pairs,
-                    ([task.name for task in keys], ranks, band, part, parts), (everything, band, part, parts))
+                    ([task.name for task in hashing], ranks, band, part, parts), (everything, band, part, parts))
                for band in range(config.bands) for part in range(parts)]
     runner.run("pairing", finding)
     folder = runner.folder
@@ -180,19 +188,20 @@ def _duplicates(runner: Runner, recipe: Recipe, shards: list[Shard], priority: d
     for number, shard in enumerate(shards):
         chosen = slice(bounds[number], bounds[number + 1])
         if bounds[number] < bounds[number + 1]:
-            wanted = np.stack([shard_of[chosen, 0], rows[chosen, 0], shard_of[chosen, 1], rows[chosen, 1]], 1)
-            others = tuple((index, shards[index].key) for index in np.unique(wanted[:, 2]).tolist())
-            comparing.append(Task(f"stages/similar/{_last(shard.name)}", texts.similar_pairs,
-                                  (shards, number, wanted, config), (shard.key, _digest(wanted), others, config)))
+            wanted = np.stack([rows[chosen, 0], shard_of[chosen, 1], rows[chosen, 1]], 1)
+            others = {index: shards[index] for index in np.unique(wanted[:, 1]).tolist()}
+            keys = tuple((index, other.key) for index, other in others.items())
+            comparing.append(Task(f"stages/similar/{shard.base}", texts.similar_pairs,
+                                  (shard, others, wanted, config), (shard.key, _digest(wanted), keys, config)))
     compared = runner.run("comparing", comparing)
     similar = np.concatenate([np.zeros(0, bool), *(texts.load(folder, task.name) for task in comparing)])
 
-    rank = np.concatenate(ranks)
+    rank = np.repeat(ranks - starts, counts) + np.arange(total)
     dropped = ~dedup.keep(dedup.components(pairs[similar], total), rank)
     tasks = []
     for shard, start in zip(shards, starts, strict=True):
         mine = dropped[start : start + shard.documents]
-        tasks.append(Task(f"stages/duplicates/{_last(shard.name)}", texts.without_documents, (shard, mine),
+        tasks.append(Task(f"stages/duplicates/{shard.base}", texts.without_documents, (shard, mine),
                           (shard.key, _digest(mine))))
     results = runner.run("dropping duplicates", tasks)
     merged = texts.merged("near-duplicates", results)
@@ -223,22 +232,23 @@ def _paragraphs(runner: Runner, recipe: Recipe, shards: list[Shard], priority: d
         repeated = [f"{task.name}-{number:06d}" for task in finding]
         given = (config.min_length, config.min_left)
         digests = [_digest(texts.load(runner.folder, name)) for name in repeated]
-        tasks.append(Task(f"stages/paragraphs/{_last(shard.name)}", texts.without_paragraphs,
+        tasks.append(Task(f"stages/paragraphs/{shard.base}", texts.without_paragraphs,
                           (shard, hashes.name, repeated, *given), (shard.key, digests, *given)))
     return tasks, runner.run("dropping repeated paragraphs", tasks)
 
 
 def _decontaminated(runner: Runner, recipe: Recipe, shards: list[Shard], tests: list[File]):
     config = recipe.decontamination
-    making = Task("stages/tests/all", filters.test_ngrams, (tests, config), ([test.stamp for test in tests], config))
+    making = Task("stages/tests/all", filters.test_ngrams, (tests, config),
+                  ([test.stamp for test in tests], config.test_keys, config.algorithm))
     runner.run("reading test sets", [making])
-    counting = [Task(f"stages/leaks/{_last(shard.name)}", filters.leaks, (shard, making.name, making.key, config),
+    counting = [Task(f"stages/leaks/{shard.base}", filters.leaks, (shard, making.name, making.key, config),
                      (shard.key, making.key)) for shard in shards]
     runner.run("counting n-grams", counting)
     rare = Task("stages/tests/rare", filters.rare_ngrams, (making.name, making.key, [t.name for t in counting], config),
                 tuple(task.key for task in counting))
     about, = runner.run("leaving common n-grams", [rare])
-    tasks = [Task(f"stages/decontaminate/{_last(shard.name)}", filters.decontaminated,
+    tasks = [Task(f"stages/decontaminate/{shard.base}", filters.decontaminated,
                   (shard, rare.name, rare.key, config), (shard.key, rare.key)) for shard in shards]
     results = runner.run("cutting test sets out", tasks)
     merged = texts.merged("test sets", results)
@@ -249,14 +259,14 @@ def _decontaminated(runner: Runner, recipe: Recipe, shards: list[Shard], tests: 
     return tasks, results, merged
 
 
-def _quality(runner: Runner, recipe: Recipe, shards: list[Shard]):
+def _quality(runner: Runner, recipe: Recipe, shards: list[Shard], samples: list[list[File]]):
     config = recipe.quality
-    samples = [filters.files_of(paths) for paths in (config.good, config.bad)]
-    learning = Task("stages/classifier/model", filters.classifier, (*samples, config),
-                    ([file.stamp for files in samples for file in files], config))
+    learning = Task("stages/classifier/model", filters.classifier, (*samples, recipe.text_key, config),
+                    ([[file.stamp for file in files] for files in samples], recipe.text_key, config.classifier))
     about, = runner.run("learning good from bad", [learning])
-    tasks = [Task(f"stages/quality/{_last(shard.name)}", filters.good_rows,
-                  (shard, learning.name, learning.key, recipe.seed, config), (shard.key, learning.key, recipe.seed))
+    tasks = [Task(f"stages/quality/{shard.base}", filters.good_rows,
+                  (shard, learning.name, learning.key, recipe.seed, config),
+                  (shard.key, learning.key, recipe.seed, config.alpha))
              for shard in shards]
     results = runner.run("judging quality", tasks)
     merged = texts.merged("quality", results)
@@ -270,6 +280,8 @@ def _quality(runner: Runner, recipe: Recipe, shards: list[Shard]):
 def _arrays(runner: Runner, recipe: Recipe, shards: list[Shard]) -> dict:
     common = (recipe.heldout, recipe.seed)
     making = arrays.tokenizer_task(shards, recipe.tokenizer, recipe.vocab_size, *common)
+    if not runner.is_done(making):
+        storage.remove_file(runner.root, "prepared.json")  # what it stands for is about to change
     about, = runner.run(f"training {recipe.tokenizer}", [making])
     tokenizer = load_tokenizer(storage.join(runner.root, "tokenizer"))
     encoding = arrays.encode_tasks(shards, storage.join(runner.root, "tokenizer"), tokenizer.fingerprint, *common)
@@ -285,7 +297,7 @@ def _arrays(runner: Runner, recipe: Recipe, shards: list[Shard]) -> dict:
         frames.append(frame)
         filling += fill
     if not all(runner.is_done(task) for task in frames + filling):
-        storage.remove_file(runner.root, "prepared.json")  # what it stands for is about to change
+        storage.remove_file(runner.root, "prepared.json")
     metas = runner.run("making arrays", frames)
     runner.run("writing tokens", filling)
     for name in storage.list_files(runner.root, "sources"):
@@ -310,10 +322,15 @@ def _arrays(runner: Runner, recipe: Recipe, shards: list[Shard]) -> dict:
 def _weights(recipe: Recipe, trained: dict[str, dict]) -> dict[str, float]:
     """Of each source that has tokens, its share of the samples."""
     given = {source.name: source.weight for source in recipe.sources}
+    empty = [name for name, weight in given.items() if weight and not trained.get(name, {}).get("tokens")]
+    if empty:
+        raise ValueError(f"source {empty[0]!r} has the weight {given[empty[0]]}, and no text of it is left to train "
+                         "on; loosen the rule that took it, or leave the source out (--skip_sources)")
     weights = {name: meta["tokens"] if given[name] is None else given[name] for name, meta in trained.items()}
-    weights = {name: weight for name, weight in weights.items() if trained[name]["tokens"]}
     total = sum(weights.values())
-    return {name: weights.get(name, 0) / total for name in trained}
+    if not total:
+        raise ValueError(f"heldout={recipe.heldout} leaves nothing to train on; give more text, or hold less out")
+    return {name: weight / total for name, weight in weights.items()}
 
 
 def _total(trained: dict[str, dict]) -> dict:
@@ -323,36 +340,40 @@ def _total(trained: dict[str, dict]) -> dict:
     return {**first, **counts, "sha256": digest}
 
 
-def _input_files(recipe: Recipe, output: str) -> dict[str, list[File]]:
-    """The files of each source, in the order of their names. No file may lie in the output."""
+def _refuse_place(root: str | None, output: str) -> None:
+    """Before anything is written: an output that would be read as input, or holds something else."""
+    if root and not storage.is_remote(root) and not storage.is_remote(output) and Path(output).absolute(
+            ).is_relative_to(Path(root).absolute()):
+        raise ValueError(f"output {output} lies inside the input {root} and would be read as text; put it elsewhere")
+    if storage.read_file(output, "recipe.json") is None and any(
+            not name.startswith(".") for name in storage.list_files(output, "")):
+        raise FileExistsError(f"{output} exists and is no output of a recipe (no recipe.json); choose another --output")
+
+
+def _input_files(recipe: Recipe) -> dict[str, list[File]]:
+    """The files of each source, in the order of their names."""
     found = {}
     for source in recipe.sources:
         report = ReadReport()
-        files = [file for path in source.paths for file in list_files(path, report)]
+        listed = [list_files(path, report) for path in source.paths]
+        files = [file for part in listed for file in part]
         if not files:
             raise ValueError(f"source {source.name!r} has nothing to read: {', '.join(source.paths)} "
                              f"({report.skipped_files} files of unknown suffix)")
         if len({file.name for file in files}) < len(files):  # of two folders: told apart by the folders
-            files = [dataclasses.replace(file, name=f"{number}/{file.name}") for number, path in enumerate(source.paths)
-                     for file in list_files(path)]
+            files = [dataclasses.replace(file, name=f"{number}/{file.name}") for number, part in enumerate(listed)
+                     for file in part]
+        paths = [file.path for file in files]
+        if len(set(paths)) < len(paths):
+            twice = next(path for path in paths if paths.count(path) > 1)
+            raise ValueError(f"source {source.name!r} would read {twice} twice; name it once")
         found[source.name] = sorted(files, key=lambda file: file.name)
-        inside = next((file.path for file in files if Path(file.path).absolute().is_relative_to(
-            Path(output).absolute())), None)
-        if inside and not storage.is_remote(output):
-            raise ValueError(f"{inside}, to be read, lies in the output {output}; put the output elsewhere")
     return found
 
 
-def _refuse_foreign(output: str) -> None:
-    if storage.read_file(output, "recipe.json") is None and any(
-            name != ".lock" for name in storage.list_files(output, "")):
-        raise FileExistsError(f"{output} exists and is no output of a recipe (no recipe.json); choose another --output")
-
-
-def _check_output(recipe: Recipe, output: str, files: dict[str, list[File]], overwrite: bool) -> None:
+def _check_output(recipe: Recipe, output: str, stamps: dict[str, str], overwrite: bool) -> None:
     """Compares with recipe.json, which says what the output is being made of, and writes it."""
     settings = _flat(dataclasses.asdict(dataclasses.replace(recipe, sources=())))
-    stamps = {f"{name}/{file.name}": file.stamp for name, group in files.items() for file in group}
     sources = {source.name: [source.weight, source.priority, source.text_key] for source in recipe.sources}
     wanted = json.loads(json.dumps({"settings": settings, "sources": sources, "inputs": stamps}))
     content = storage.read_file(output, "recipe.json")
@@ -377,7 +398,7 @@ def _locked(output: str):
         yield
         return
     os.makedirs(output, exist_ok=True)
-    with open(f"{output.rstrip('/')}/.lock", "w") as file:
+    with open(f"{output}/.lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

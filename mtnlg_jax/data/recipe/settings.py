@@ -10,6 +10,7 @@ from mtnlg_jax.data import storage
 from mtnlg_jax.data.clean import CleanConfig
 from mtnlg_jax.data.decontaminate import Decontamination
 from mtnlg_jax.data.dedup import MinHashConfig
+from mtnlg_jax.data.documents import READABLE, list_files
 from mtnlg_jax.data.files import find
 from mtnlg_jax.data.quality import ClassifierConfig
 
@@ -90,6 +91,9 @@ def validate(recipe: Recipe) -> None:
     for stage in recipe.stages:
         if stage not in STAGES:
             raise ValueError(f"stages: {stage!r} is not known; it is one of {', '.join(STAGES)}")
+    ordered = tuple(stage for stage in STAGES if stage in recipe.stages)
+    if recipe.stages != ordered:
+        raise ValueError(f"stages={','.join(recipe.stages)} must each come once and in this order: {','.join(ordered)}")
     if not 0 <= recipe.heldout <= 0.5:
         raise ValueError(f"heldout={recipe.heldout} must lie in 0 to 0.5")
     if recipe.on_error not in ("raise", "skip"):
@@ -117,6 +121,8 @@ def validate(recipe: Recipe) -> None:
     quality = recipe.quality
     if bool(quality.good) != bool(quality.bad):
         raise ValueError("quality.good and quality.bad go together: a classifier learns from both")
+    if not quality.alpha > 0:
+        raise ValueError(f"quality.alpha={quality.alpha} must be above 0")
 
 
 def with_sources(recipe: Recipe, root: str | None) -> Recipe:
@@ -137,22 +143,20 @@ def _below(root: str | None, path: str) -> str:
 
 
 def _entries(root: str) -> tuple[Source, ...]:
-    found = find(root)
-    if found is None:
-        raise FileNotFoundError(f"{root} does not exist; give a file or a folder of text with --input")
-    _, is_folder, files = found
-    if not is_folder:
+    files = list_files(root)
+    if not files:
+        raise ValueError(f"{root} holds nothing to read; give a folder with any of {READABLE}")
+    if len(files) == 1 and not find(root)[1]:
         return (Source("input", (root,)),)
-    sources: dict[str, str] = {}
-    for file in files:
-        entry = file.name.split("/")[0]
-        if "/" in file.name:
-            sources.setdefault(re.sub(r"[^\w.-]", "_", entry), storage.join(root, entry))
-        else:
-            sources.setdefault("files", root)
-    if len(sources) > 1 and "files" in sources:
-        raise ValueError(f"{root} holds files beside folders; put them into a folder of their own, or name the sources "
-                         "in the recipe")
-    if not sources:
-        raise ValueError(f"{root} is empty; give a folder with text in it")
-    return tuple(Source(name, (path,)) for name, path in sources.items())
+    entries = sorted({file.name.split("/")[0] if "/" in file.name else "" for file in files})
+    if "" in entries:
+        if len(entries) > 1:
+            raise ValueError(f"{root} holds files beside folders; put them into a folder of their own, or name the "
+                             "sources in the recipe")
+        return (Source("files", (root,)),)
+    names = [re.sub(r"[^\w.-]", "_", entry) for entry in entries]
+    for name, entry in zip(names, entries, strict=True):
+        if names.count(name) > 1:
+            raise ValueError(f"{root}: the folder {entry!r} would be the source {name!r}, as another one is; rename "
+                             "it, or name the sources in the recipe")
+    return tuple(Source(name, (storage.join(root, entry),)) for name, entry in zip(names, entries, strict=True))

@@ -9,12 +9,13 @@ import contextlib
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import NamedTuple
 
 import numpy as np
@@ -46,10 +47,15 @@ class Shard:
     size: int
     key: str
 
+    @property
+    def base(self) -> str:
+        return self.name.rpartition("/")[2]
+
 
 @dataclass(frozen=True)
 class Task:
-    """``function(root, name, *given)`` writes files whose names begin with ``name``, and returns what JSON can hold.
+    """``function(folder, name, *given)`` writes files through the `Folder`, and returns what JSON can hold; its record
+    is ``name`` with ".json".
 
     ``depends`` are keys, or anything of which the repr says all that ``given`` says and no place of this machine."""
 
@@ -113,6 +119,8 @@ def _record(root: str, task: Task) -> dict | None:
 
 
 def _do(root: str, task: Task) -> dict:
+    # First: a record of what was made before must not vouch for files that are about to be written over.
+    storage.remove_file(root, task.name + ".json")
     files: list[str] = []
     result = task.function(Folder(root, files), task.name, *task.given)
     record = {"key": task.key, "files": files, "result": result}
@@ -162,7 +170,7 @@ class Folder:
                                "place": pyarrow.array([row.place for row in rows], pyarrow.large_string())})
         sink = pyarrow.BufferOutputStream()
         pyarrow.parquet.write_table(table, sink, compression="zstd", use_dictionary=False, row_group_size=_GROUP)
-        self.write(name + ".parquet", sink.getvalue())
+        self.write(name + ".parquet", sink.getvalue().to_pybytes())
         return {"name": name, "source": source, "documents": len(rows),
                 "size": sum(len(row.text.encode()) for row in rows)}
 
@@ -200,7 +208,13 @@ def in_processes(count: int) -> Iterator[Callable]:
 
 
 def _start() -> None:
-    os.environ["JAX_PLATFORMS"] = "cpu"  # MinHash runs on the CPU; an accelerator has one owner
+    """Ends this process with the one that started it: what goes on writing would be in the way of the next run."""
+
+    def watch() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextlib.contextmanager
@@ -215,17 +229,16 @@ def on_ray() -> Iterator[Callable]:
     except ImportError:
         raise ValueError("--engine=ray needs Ray; install it with: pip install -c launch/constraints.txt -e '.[ray]'"
                          ) from None
-    ray.init(log_to_driver=False, logging_level="warning", runtime_env={"env_vars": {"JAX_PLATFORMS": "cpu"}})
+    ray.init(log_to_driver=False, logging_level="warning")
     ray.data.DataContext.get_current().enable_progress_bars = False
 
     def engine(function: Callable, tasks: list) -> Iterator[tuple[int, dict]]:
         if not tasks:
             return
-        shared = ray.put((function, tasks))
+        stored = [ray.put(task) for task in tasks]
 
         def do(row: dict) -> dict:
-            function, tasks = ray.get(shared)
-            return {"number": row["item"], "record": json.dumps(function(tasks[row["item"]]))}
+            return {"number": row["item"], "record": json.dumps(function(ray.get(stored[row["item"]])))}
 
         numbers = ray.data.from_items(list(range(len(tasks))), override_num_blocks=len(tasks))
         for row in numbers.map(do).iter_rows():

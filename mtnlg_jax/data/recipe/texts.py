@@ -40,9 +40,7 @@ class Tally:
     def took(self, kind: str, rule: str, place: str, text: str) -> None:
         """``kind``: dropped or changed; ``text``: what a person should see of it."""
         self.counts[kind][rule] += 1
-        text, _ = personal.mask(text[: 2 * _EXCERPT])  # what a rule dropped was not masked by it
-        shown = text if len(text) <= _EXCERPT else text[:_EXCERPT] + " ..."
-        self._examples.setdefault(rule, []).append((_draw(place + rule), place, shown))
+        self._examples.setdefault(rule, []).append((_draw(place + rule), place, excerpt(text)))
         if len(self._examples[rule]) > 100:
             self._examples[rule] = heapq.nsmallest(_EXAMPLES, self._examples[rule])
 
@@ -69,6 +67,12 @@ def merged(name: str, results: list[dict]) -> dict:
     for counts in (total, total["tables"]):
         counts.update({key: dict(sorted(value.items())) for key, value in counts.items() if isinstance(value, Counter)})
     return total
+
+
+def excerpt(text: str, length: int = _EXCERPT) -> str:
+    """The beginning, for a person, without personal data: what a rule dropped was not masked by it."""
+    shown, _ = personal.mask(text[: 2 * length])
+    return shown if len(shown) <= length else shown[:length] + " ..."
 
 
 def _draw(text: str) -> int:
@@ -129,45 +133,47 @@ def _change(rule: str, before: str, after: str) -> str:
 
 
 def band_keys(folder: Folder, name: str, shard: Shard, config: MinHashConfig) -> dict:
-    """NAME.npy: uint64 [bands, documents]."""
+    """NAME-BAND.npy: uint64 [documents]."""
     signatures = dedup.signatures([row.text for row in folder.rows(shard)], config)
-    save(folder, name, np.ascontiguousarray(dedup.band_keys(signatures, config.bands).T))
+    for band, keys in enumerate(dedup.band_keys(signatures, config.bands).T):
+        save(folder, f"{name}-{band:04d}", keys)
     return {}
 
 
-def candidate_pairs(folder: Folder, name: str, keys: list[str], rank: list[np.ndarray], band: int, part: int,
+def candidate_pairs(folder: Folder, name: str, keys: list[str], ranks: np.ndarray, band: int, part: int,
                     parts: int) -> dict:
     """NAME.npy: int64 [pairs, 2], documents of the whole corpus that share a key of ``band`` in this part of its
-    range. ``rank``: of every document, by shard."""
-    found, numbers, start = [], [], 0
-    for file, ranks in zip(keys, rank, strict=True):
-        values = load(folder, file)[band]
+    range. ``ranks`` [shards]: of each shard's first document."""
+    found, numbers, rank, start = [], [], [], 0
+    for file, first in zip(keys, ranks, strict=True):
+        values = load(folder, f"{file}-{band:04d}")
         inside = np.flatnonzero(values % np.uint64(parts) == part)
         found.append(values[inside])
         numbers.append(start + inside)
-        start += len(ranks)
-    values, numbers = np.concatenate(found), np.concatenate(numbers)
-    pairs = dedup.candidates(values[:, None], np.concatenate(rank)[numbers])
+        rank.append(first + inside)
+        start += len(values)
+    values, numbers, rank = map(np.concatenate, (found, numbers, rank))
+    pairs = dedup.candidates(values[:, None], rank)
     save(folder, name, numbers[pairs])
     return {"pairs": len(pairs)}
 
 
-def similar_pairs(folder: Folder, name: str, shards: list[Shard], mine: int, pairs: np.ndarray,
+def similar_pairs(folder: Folder, name: str, shard: Shard, others: dict[int, Shard], pairs: np.ndarray,
                   config: MinHashConfig) -> dict:
-    """NAME.npy: which of ``pairs`` int64 [n, 4] (shard, row, other shard, other row), the first in shard ``mine``, are
-    duplicates: bool [n]. Holds the wanted texts of two shards."""
+    """NAME.npy: which of ``pairs`` int64 [n, 3] (row of ``shard``, other shard, row of that) are duplicates: bool [n].
+    Holds the wanted texts of two shards."""
     similar, examples = np.zeros(len(pairs), bool), []
-    ours = folder.some_rows(shards[mine], np.unique(pairs[:, 1]))
-    for other in np.unique(pairs[:, 2]):
-        chosen = np.flatnonzero(pairs[:, 2] == other)
-        theirs = folder.some_rows(shards[other], np.unique(pairs[chosen, 3]))
+    ours = folder.some_rows(shard, np.unique(pairs[:, 0]))
+    for other in others:
+        chosen = np.flatnonzero(pairs[:, 1] == other)
+        theirs = folder.some_rows(others[other], np.unique(pairs[chosen, 2]))
         for number in chosen:
-            a, b = ours[pairs[number, 1]], theirs[pairs[number, 3]]
+            a, b = ours[pairs[number, 0]], theirs[pairs[number, 2]]
             value = 1.0 if a.text == b.text else dedup.jaccard(a.text, b.text, config.width)
             similar[number] = value >= config.threshold
             if similar[number]:
                 examples.append((_draw(a.place + b.place), f"{a.place} and {b.place}: {value:.3f}",
-                                 f"{a.text[:_EXCERPT // 2]}\n\n{b.text[:_EXCERPT // 2]}"))
+                                 f"{excerpt(a.text, _EXCERPT // 2)}\n\n{excerpt(b.text, _EXCERPT // 2)}"))
     save(folder, name, similar)
     return {"examples": heapq.nsmallest(_EXAMPLES, examples)}
 
@@ -193,18 +199,18 @@ def paragraph_hashes(folder: Folder, name: str, shard: Shard, min_length: int) -
     return {"paragraphs": len(rows)}
 
 
-def repeated_paragraphs(folder: Folder, name: str, hashes: list[str], rank: list[np.ndarray], part: int,
+def repeated_paragraphs(folder: Folder, name: str, hashes: list[str], ranks: np.ndarray, part: int,
                         parts: int) -> dict:
     """NAME-SHARD.npy: which paragraphs of each shard (by their places in its file) with hashes in this part of their
-    range came before in the corpus, by the rank of their document."""
+    range came before in the corpus, by the rank of their document. ``ranks`` [shards]: of each shard's first one."""
     found = []
     for number, file in enumerate(hashes):
         values, rows = load(folder, file)
         inside = np.flatnonzero(values % np.uint64(parts) == part)
-        ranks = rank[number][rows[inside].astype(np.int64)]
-        found.append((values[inside], ranks, np.full(len(inside), number), inside))
-    values, ranks, shards, places = map(np.concatenate, zip(*found, strict=True))
-    again = dedup.repeated(values, ranks, places)
+        rank = ranks[number] + rows[inside].astype(np.int64)
+        found.append((values[inside], rank, np.full(len(inside), number), inside))
+    values, rank, shards, places = map(np.concatenate, zip(*found, strict=True))
+    again = dedup.repeated(values, rank, places)
     for number in range(len(hashes)):
         save(folder, f"{name}-{number:06d}", places[again & (shards == number)])
     return {"repeated": int(again.sum())}
@@ -212,8 +218,8 @@ def repeated_paragraphs(folder: Folder, name: str, hashes: list[str], rank: list
 
 def without_paragraphs(folder: Folder, name: str, shard: Shard, hashes: str, repeated: list[str], min_length: int,
                        min_left: int) -> dict:
-    """``repeated``: names of what `repeated_paragraphs` wrote of this shard. A document of which fewer than
-    ``min_left`` characters are left is dropped."""
+    """``repeated``: names of what `repeated_paragraphs` wrote of this shard. A document of which no such
+    paragraph and fewer than ``min_left`` characters are left is dropped: so none is lost that stands nowhere else."""
     tally, kept = Tally(), []
     values, rows = load(folder, hashes)
     dropped = np.zeros(len(values), bool)
@@ -229,7 +235,7 @@ def without_paragraphs(folder: Folder, name: str, shard: Shard, hashes: str, rep
             continue
         text = dedup.without_paragraphs(row.text, flags, min_length)
         tally.took("changed", "paragraphs that came before", row.place, _change("", row.text, text))
-        if len(text.strip()) < min_left:
+        if flags.all() and len(text.strip()) < min_left:
             tally.took("dropped", f"fewer than {min_left} characters left", row.place, row.text)
         else:
             kept.append(Row(text, row.place))
