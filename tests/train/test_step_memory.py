@@ -26,11 +26,12 @@ def temporaries(micro_batches, dtype, **mesh):
     return lowered.compile().memory_analysis().temp_size_in_bytes
 
 
+# Slow: the float32 of what bfloat16, which sums apart, proves with the same code.
 @pytest.mark.parametrize(("dtype", "mesh", "low", "high"), [
-    ("float32", {}, 1, 3),
+    pytest.param("float32", {}, 1, 3, marks=pytest.mark.slow),
     ("bfloat16", {}, 1, 3),
     ("float32", {"virtual_pipe": 2}, 2, 4),
-    ("float32", {"schedule": "1f1b"}, 0, 0.1),
+    pytest.param("float32", {"schedule": "1f1b"}, 0, 0.1, marks=pytest.mark.slow),
     ("bfloat16", {"schedule": "1f1b"}, 0, 0.1),
 ], ids=str)
 def test_temporaries_grow_with_micro_batches_by_a_few_stage_inputs(dtype, mesh, low, high):

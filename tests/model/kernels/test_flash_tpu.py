@@ -8,10 +8,12 @@ FLOAT32 = 2e-5  # sums of some hundreds of numbers of size one
 BFLOAT16 = 3e-2  # eight bits of mantissa, twice rounded, relative to the largest number
 
 
-@pytest.mark.parametrize("case", ["causal", "both ways", "interior blocks", "head width 96", "head width 160",
-                                  "eight heads share", "window", "window both ways", "offset", "one query",
-                                  "before the keys", "lengths", "documents", "mixed documents", "softcap", "all",
-                                  "all both ways"])
+# Slow: what "all" and "all both ways" do, one thing at a time.
+@pytest.mark.parametrize("case", ["causal", "interior blocks", "head width 160", "eight heads share", "window",
+                                  "offset", "one query", "before the keys", "lengths", "documents", "mixed documents",
+                                  "all", "all both ways",
+                                  *(pytest.param(case, marks=pytest.mark.slow) for case in (
+                                      "both ways", "head width 96", "window both ways", "softcap"))])
 def test_output_lse_and_gradients_equal_the_longhand(kernels, longhand, case):
     longhand.compare(*kernels.everything("pallas_tpu", case), FLOAT32)
 
