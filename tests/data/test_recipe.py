@@ -266,7 +266,7 @@ def test_other_settings_are_noticed_and_redo_only_what_depends_on_them(made, pla
         make(other, planted[0], tmp_path / "out", progress=False)
     engine, done = _stopping(None)
     make(other, planted[0], tmp_path / "out", engine=engine, overwrite=True, progress=False)
-    assert {name.split("/")[1] for name in done} <= {"task", "encode", "arrays"}
+    assert {name.split("/")[1] for name in done} <= {"tokenizer", "encode", "arrays"}
     engine, done = _stopping(None)
     make(other, planted[0], tmp_path / "out", engine=engine, progress=False)
     assert not done
