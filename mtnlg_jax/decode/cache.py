@@ -66,7 +66,7 @@ def unstack(config: ModelConfig, params, dtype="float32", *, weights: str | None
     for name, value in (("weights", weights), ("cache", cache)):
         if value not in (None, "int8"):
             raise ValueError(f"{name}={value!r} is not known; give int8, or leave it out for what dtype says")
-    params = _unstack(params, config=config, dtype=str(jnp.dtype(dtype)), weights=weights, rows=by_rows(dtype))
+    params = _unstack(params, config=config, dtype=str(jnp.dtype(dtype)), weights=weights, rows=by_rows())
     return Decoder(config, params, cache == "int8")
 
 
@@ -99,9 +99,9 @@ def _unstack(params, *, config, dtype, weights=None, rows=False):
     return nnx.split(rounded)[1], layers, rows_of(head_VD, 1, int8, dtype, outputs_first=True)
 
 
-def by_rows(dtype) -> bool:
+def by_rows() -> bool:
     """Whether float weights, too, are best held as RowWeights."""
-    return str(jnp.dtype(dtype)) == "bfloat16" and on_cpu()
+    return on_cpu()
 
 
 def run_layers(config: ModelConfig, params, tokens_BS, positions_BS, attend: Callable):
@@ -304,7 +304,7 @@ def _write(layer, k_BTKH, v_BTKH, positions_BT):
 def _logits(x, head):
     """float32 logits (..., V) of hidden states (..., D)."""
     if not isinstance(head, RowWeight):
-        if not by_rows(head.dtype):
+        if not by_rows():
             return jnp.einsum("...D,VD->...V", x, head, preferred_element_type=jnp.float32)
         head = rows_of(head, 1, False, head.dtype, outputs_first=True)
     return head.float32(x)

@@ -1,4 +1,4 @@
-"""Weights as decoding multiplies by them: a row for each output, in int8 with one scale a row, or in bfloat16.
+"""Weights as decoding multiplies by them: a row for each output, in int8 with one scale a row, or as floats.
 
 Symmetric: the largest weight of an output becomes 127, zero stays zero. The scale is common to a row and so multiplies
 the sum: no dequantised weight is ever held. Norms and biases stay as they are, for they are few. So does the table that
@@ -88,7 +88,7 @@ def rows_of(weight, inputs: int, int8: bool, dtype, outputs_first: bool = False)
 def _multiply(x_RI, number_OI):
     """float32 (R, O)."""
     rows = x_RI.shape[0]
-    if on_cpu():
+    if on_cpu() and x_RI.dtype != jnp.float32:
         x_RI = jnp.pad(x_RI, ((0, max(0, LEAST_ROWS - rows)), (0, 0)))
     return jax.lax.dot_general(x_RI, number_OI, _ROWS_BY_ROWS, preferred_element_type=jnp.float32)[:rows]
 
