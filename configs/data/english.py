@@ -9,7 +9,6 @@ where they are defined (mtnlg_jax/data/clean.py).
 """
 
 from mtnlg_jax.data.clean import CleanConfig
-
 from mtnlg_jax.data.recipe.settings import Recipe
 
 

@@ -10,7 +10,6 @@ with --skip_sources=Books3,BookCorpus2: the other weights keep their proportions
 """
 
 from mtnlg_jax.data.clean import CleanConfig
-
 from mtnlg_jax.data.recipe.settings import Recipe, Source
 
 _BLEND = {

@@ -77,10 +77,13 @@ def _flow(stages: list[dict]) -> str:
         (before, after), (size_before, size_after) = stage["documents"], stage["bytes"]
         taken = f"{size_before - size_after:,}" if size_before else ""
         share = f"{(size_before - size_after) / size_before:.2%}" if size_before else ""
-        bar = f"<span class=bar style='width:{12 * size_after / most:.2f}em'></span>"
         rows.append([_text(stage["name"]), f"{before:,}" if size_before else "", f"{after:,}", _size(size_after), taken,
-                     share, bar])
+                     share, _bar(size_after, most)])
     return _table(["stage", "documents in", "documents out", "text out", "bytes taken", "share", ""], rows)
+
+
+def _bar(size: int, most: int) -> str:
+    return f"<span class=bar style='width:{12 * size / max(1, most):.2f}em'></span>"
 
 
 def _stage(stage: dict) -> str:
@@ -95,12 +98,12 @@ def _stage(stage: dict) -> str:
     elif stage["bytes"][0]:
         parts.append("<p>Nothing was taken.</p>")
     for name, values in stage.get("tables", {}).items():
-        parts.append(_table([name, ""], [[_text(key), _text(f"{n:,}" if isinstance(n, int) else n)]
-                                         for key, n in values.items()]))
+        rows = sorted(values.items(), key=lambda item: (-item[1], item[0]))
+        parts.append(_table([name, "", ""], [[_text(key), f"{n:,}", _bar(n, rows[0][1])] for key, n in rows]))
     for rule, examples in sorted(stage["examples"].items()):
         shown = "".join(f"<div class=place>{_text(place)}</div><blockquote>{_text(text)}</blockquote>"
                         for place, text in examples)
-        parts.append(f"<details><summary>{_text(rule)}: {len(examples)} examples</summary>{shown}</details>")
+        parts.append(f"<details><summary>examples: {_text(rule)}</summary>{shown}</details>")
     return "".join(parts)
 
 

@@ -205,8 +205,8 @@ def _duplicates(runner: Runner, recipe: Recipe, shards: list[Shard], priority: d
                           (shard.key, _digest(mine))))
     results = runner.run("dropping duplicates", tasks)
     merged = texts.merged("near-duplicates", results)
-    merged["note"] = (f"{len(pairs):,} pairs shared a band of {config.hashes // config.bands} hashes; "
-                      f"{similar.sum():,} have a Jaccard similarity of {config.threshold} or more.")
+    merged["note"] = (f"Pairs that share a band of {config.hashes // config.bands} hashes: {len(pairs):,}; of these "
+                      f"with a Jaccard similarity of {config.threshold} or more: {similar.sum():,}.")
     examples = sorted(tuple(example) for result in compared for example in result["examples"])[:5]
     if examples:
         merged["examples"]["pairs that are alike"] = [example[1:] for example in examples]

@@ -101,7 +101,7 @@ def read(folder: Folder, name: str, files: list[File], source: str, text_key: st
     flush()
     inputs = {f"{source}/{file.name}": {"size": file.size, "sha256": content_stamp(file).removeprefix("sha256:")}
               for file in files}
-    return tally.result(shards, tables={"read": asdict(report)}, inputs=inputs)
+    return tally.result(shards, tables={"reading, in documents and bytes": asdict(report)}, inputs=inputs)
 
 
 def cleaned(folder: Folder, name: str, shard: Shard, config: CleanConfig) -> dict:
