@@ -11,9 +11,9 @@ python="$venv/bin/python"
 state="$venv/setup_state" # "installing", or the key and the kind ("run" or "dev") of what is complete
 log="$venv/setup.log"
 
-# Measured: 1.2 GB for .venv, 0.3 for the wheels while they are unpacked, 0.3 for pip's own copy of them; 1.1 GB more
+# Measured: 1.4 GB for .venv, 0.3 for the wheels while they are unpacked, 0.3 for pip's own copy of them; 1.1 GB more
 # for the TPU compiler that the tests want.
-space_mb=1800
+space_mb=2000
 
 say() { printf '%s\n' "$1" >&2; }
 
