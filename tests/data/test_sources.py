@@ -80,7 +80,7 @@ def test_what_does_not_fit_is_refused(prepared, gpt2_files, tmp_path):
     for arguments, error, message in [
         (([SHORT],), ValueError, "does not hold its tokenizer; give --set=data.tokenizer=FOLDER"),
         (([data, SHORT],), ValueError, "short is a Megatron data set"),
-        (([SHORT, other], gpt2), ValueError, r"other was not tokenized with data.tokenizer=.*; leave that out, or"),
+        (([SHORT, other], gpt2), ValueError, "other was not tokenized with .*; leave data.tokenizer out"),
         (([data, other],), ValueError, "the sources were tokenized differently"),
         (([SHORT], gpt2, SHORT + ".bin"), ValueError, "data.heldout=.*short.bin is trained on, too"),
         (([SHORT], gpt2, str(tmp_path / "x")), FileNotFoundError, "holds no tokens"),

@@ -97,6 +97,7 @@ def kill_one(workdir: Path, process: int, step: int, started: subprocess.Popen, 
     os.kill(int((workdir / f".lock-{process}").read_text().split()[0]), how)
 
 
+@pytest.mark.slow  # tests/train/test_kill.py kills processes that were not started by launch/cluster
 def test_one_killed_ends_all_and_the_next_start_ends_bit_for_bit_as_unkilled(two, folder, environment):
     started = subprocess.Popen(local(folder, "killed", 2, 4), env=environment, text=True, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT)
