@@ -105,7 +105,8 @@ def compare(args) -> dict:
         "what": f"decoding, GPT-2 124M shape ({args.layers} layers), random float32 weights, {args.prompt} prompt + "
                 f"{args.new} new tokens a row",
         "command": " ".join(["python benchmarks/decode.py", "--peer_python=PYTHON",
-                             *(each for each in sys.argv[1:] if not each.startswith("--peer_python"))]),
+                             *(each.split("=")[0] + "=..." if each.startswith(("--run=", "--text=")) else each
+                               for each in sys.argv[1:] if not each.startswith("--peer_python"))]),
         "date_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": processor(), "cores": os.cpu_count(), "copy_gigabytes_per_second": round(bandwidth / 1e9, 2),
         "load_average": {"before": load[0], "after": os.getloadavg()[0]},
