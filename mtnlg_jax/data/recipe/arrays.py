@@ -55,7 +55,7 @@ def array_tasks(encoded: list[Task], results: list[dict], place: str, part: str,
             "sha256": hashlib.sha256(repr(depends).encode()).hexdigest()}
     name = "stages/arrays/" + place.replace("/", "-")
     first = Task(name, _frame, (place, part, blobs, meta), depends)
-    return first, [Task(f"{name}-{number:06d}", _shard, (place, part, blobs, number), (*depends, number))
+    return first, [Task(f"{name}-{number:06d}", _shard, (place, part, blobs, number), (first.key, number))
                    for number in range(-(-counts["tokens"] // SHARD))]
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from multiprocessing import get_context, parent_process
 from typing import NamedTuple
 
@@ -38,13 +38,12 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of rows below the root: ``name`` without its suffix, the source it belongs to, ``documents`` in it,
-    ``size`` of their UTF-8, and the key of what it depends on."""
+    """A file of rows below the root: ``name`` without its suffix, the source it belongs to, ``documents`` in it, and
+    the key of what it depends on."""
 
     name: str
     source: str
     documents: int
-    size: int
     key: str
 
     @property
@@ -64,7 +63,7 @@ class Task:
     given: tuple
     depends: tuple
 
-    @property
+    @cached_property
     def key(self) -> str:
         what = (__version__, self.function.__module__, self.function.__qualname__, self.depends)
         return hashlib.sha256(repr(what).encode()).hexdigest()
@@ -171,8 +170,7 @@ class Folder:
         sink = pyarrow.BufferOutputStream()
         pyarrow.parquet.write_table(table, sink, compression="zstd", use_dictionary=False, row_group_size=_GROUP)
         self.write(name + ".parquet", sink.getvalue().to_pybytes())
-        return {"name": name, "source": source, "documents": len(rows),
-                "size": sum(len(row.text.encode()) for row in rows)}
+        return {"name": name, "source": source, "documents": len(rows)}
 
 
 def shards_of(tasks: list[Task], results: list[dict]) -> list[Shard]:
