@@ -112,19 +112,15 @@ def finish_tokens(location: str | os.PathLike, lengths: Iterable[np.ndarray], me
     """document_offsets, of the lengths of all documents in order, some at a time, and then meta.json: ``meta`` holds
     what `TokenWriter.finish` returns."""
     array = _create_offsets(location, meta["documents"] + 1)
-    waiting, first, end = [np.zeros(1, np.int64)], 0, 0
+    waiting, first, end = np.zeros(1, np.int64), 0, 0
     for values in lengths:
-        offsets = end + np.cumsum(values, dtype=np.int64)
-        end = int(offsets[-1]) if len(offsets) else end
-        waiting.append(offsets)
-        joined = np.concatenate(waiting)
-        whole = len(joined) - (first + len(joined)) % SHARD if first + len(joined) >= SHARD else 0
-        if whole > 0:  # whole files only: part of one would be read and written again
-            array[first : first + whole].write(joined[:whole]).result()
-            first += whole
-        waiting = [joined[whole:]]
-    joined = np.concatenate(waiting)
-    array[first : first + len(joined)].write(joined).result()
+        waiting = np.concatenate([waiting, end + np.cumsum(values, dtype=np.int64)])
+        end += int(values.sum())
+        whole = len(waiting) // SHARD * SHARD  # whole files only: part of one would be read and written again
+        if whole:
+            array[first : first + whole].write(waiting[:whole]).result()
+            first, waiting = first + whole, waiting[whole:]
+    array[first : first + len(waiting)].write(waiting).result()
     storage.write_file(location, "meta.json", json.dumps(meta, indent=1).encode())
 
 
