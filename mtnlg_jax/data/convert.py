@@ -11,6 +11,7 @@ import numpy as np
 
 from mtnlg_jax.data import storage
 from mtnlg_jax.data.megatron import MegatronTokens, kept_documents, open_megatron, prefix_of, write_megatron
+from mtnlg_jax.data.prepare import put_in_place
 from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mtnlg_jax.data.tokens import Tokens, TokenWriter, open_tokens
 
@@ -73,7 +74,7 @@ def write_arrays(tokens: MegatronTokens, target: str, tokenizer: Tokenizer, held
     """A prepared folder, as `prepare` makes it, of Megatron's files."""
     target = target.rstrip("/")
     _refuse_existing(target, overwrite, holding="prepared.json")
-    work, before = f"{target}.partial-{os.getpid()}", f"{target}.before-{os.getpid()}"
+    work = f"{target}.partial-{os.getpid()}"
     kept = kept_documents(tokens.documents, heldout)
     sizes = np.array([len(tokenizer.token_bytes(index)) for index in range(tokenizer.vocab_size)])
     info = {"tokenizer": {"kind": tokenizer.kind, "fingerprint": tokenizer.fingerprint,
@@ -92,10 +93,7 @@ def write_arrays(tokens: MegatronTokens, target: str, tokenizer: Tokenizer, held
             info[part] = writer.finish()
         info = {"fingerprint": tokens.meta["sha256"], **info}
         storage.write_file(work, "prepared.json", json.dumps(info, indent=1).encode())
-        if os.path.isdir(target):
-            os.rename(target, before)
-        os.rename(work, target)
-        shutil.rmtree(before, ignore_errors=True)
+        put_in_place(work, target, overwrite)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return (f"{target}: {info['train']['documents']:,} documents to train on, {info['heldout']['documents']:,} held "

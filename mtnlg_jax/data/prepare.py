@@ -113,7 +113,7 @@ def prepare(input_path: str | os.PathLike | None, output: str | os.PathLike, *, 
             info = {"fingerprint": hashlib.sha256(json.dumps(content).encode()).hexdigest(), **info}
             storage.write_file(target, "prepared.json", json.dumps(info, indent=1, ensure_ascii=False).encode())
             if not remote:
-                _put_in_place(work, output, overwrite)
+                put_in_place(work, output, overwrite)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return info
@@ -275,7 +275,9 @@ def _check_output(input_path: str | os.PathLike | None, output: str, remote: boo
                               "choose another output")
 
 
-def _put_in_place(work: str, output: str, overwrite: bool) -> None:
+def put_in_place(work: str, output: str, overwrite: bool) -> None:
+    """Renames the folder ``work`` to ``output``; what was there goes once the new one stands, and comes back where that
+    fails."""
     before = f"{output}.before-{os.getpid()}"
     replaced = overwrite and os.path.isdir(output)
     if replaced:
