@@ -314,6 +314,8 @@ def main(argv: list[str]) -> int:
     if args.worker:
         work(args)
         return 0
+    from mtnlg_jax.data import storage  # not in a worker of another Python
+
     try:
         check(args)
         result = measure(args, argv)
@@ -321,10 +323,7 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     output = Path(args.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    beside = output.with_name(output.name + ".part")
-    beside.write_text(json.dumps(result, indent=1) + "\n")
-    beside.replace(output)
+    storage.write_file(output.parent, output.name, (json.dumps(result, indent=1) + "\n").encode())
     print(f"ours {result['tokens_per_second']['ours']} tokens/s, peer {result['tokens_per_second']['peer']} tokens/s: "
           f"ratio {result['ratio_tokens_per_second']} to the faster peer; losses differ by "
           f"{result['first_losses']['largest_difference']:.1e}; written to {output}")

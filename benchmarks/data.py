@@ -447,6 +447,8 @@ def main(argv: list[str]) -> int:
         work(args)
         return 0
     sys.path.insert(0, str(ROOT))
+    from mtnlg_jax.data import storage  # not in a worker of another Python
+
     try:
         check(args)
         with tempfile.TemporaryDirectory() as args.folder:
@@ -455,10 +457,7 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     output = Path(args.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    beside = output.with_name(output.name + ".part")
-    beside.write_text(json.dumps(result, indent=1) + "\n")
-    beside.replace(output)
+    storage.write_file(output.parent, output.name, (json.dumps(result, indent=1) + "\n").encode())
     for case in args.cases:
         print(f"{case}: ours over " + ", ".join(f"{side} {ratio}" for side, ratio in result[case]["ratio"].items()))
     print(f"written to {output}")
