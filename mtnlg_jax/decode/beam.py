@@ -1,7 +1,7 @@
 """Beam search: Hugging Face's semantics (transformers 5, ``_beam_search``), GNMT's length penalty, and groups.
 
-A prompt is read once for all its beams; only the cache of what they wrote follows their reordering. Arrays lead with
-(G, P, K): groups, prompts, beams of a group. Without groups G is 1.
+A prompt is read once for all its beams, and what they wrote stays in its place in the cache while they are reordered.
+Arrays lead with (G, P, K): groups, prompts, beams of a group. Without groups G is 1.
 
 Diverse beams (Vijayakumar 2016): in each step group after group chooses, and a group's scores lose diversity_penalty
 for every beam of an earlier group that wrote the token in this step. Their best of all groups are the result.
@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 
 from mtnlg_jax.config import DecodeConfig
-from mtnlg_jax.decode.cache import Decoder, Prefix, bucket, empty_beams, next_logits
+from mtnlg_jax.decode.cache import BeamCache, Decoder, Prefix, bucket, empty_beams, next_logits
 from mtnlg_jax.decode.generate import CHUNK, Generated, ends_of_config, text_stream, writable
 from mtnlg_jax.decode.processors import process
 from mtnlg_jax.decode.rows import Families, ends_of, rows_and_families, stopped
@@ -64,7 +64,7 @@ class Sequences(NamedTuple):
 class State(NamedTuple):
     """What changes from step to step; donated."""
 
-    cache: tuple[tuple[jax.Array, jax.Array], ...]  # of the new tokens
+    cache: BeamCache  # of the new tokens
     running: Sequences
     sources: jax.Array  # (G, P, K): the beam of the step before that a running beam goes on from
     ended: Sequences  # best first
@@ -202,7 +202,7 @@ def _begin(prefix: Prefix, about: Search, *, static: Static) -> State:
     why = ended.why.at[0, :, 0].set(jnp.where(no_room_P, LENGTH, EMPTY).astype(jnp.int8))
     scores = ended.scores.at[0, :, 0].set(jnp.where(no_room_P, 0.0, NEG))
     shape = running.scores.shape
-    return State(empty_beams(prefix.cache, running.scores.size, static.size), running, jnp.zeros(shape, jnp.int32),
+    return State(empty_beams(prefix.cache, running.scores.shape, static.size), running, jnp.zeros(shape, jnp.int32),
                  ended._replace(why=why, scores=scores), jnp.broadcast_to(~no_room_P, shape[:2]), jnp.int32(0))
 
 

@@ -74,12 +74,16 @@ def rank(decoder: Decoder, tokenizer, prompt: str, candidates: Sequence[str] | N
     """
     weights, options = weights_of(scorers), options or ScorerOptions()
     check_request(weights, normalise, options, tokenizer, prompt, stages)
+    prefix, known = None, {}
     if candidates is None:
-        prefix_tokens, prefix, pairs = _write(decoder, tokenizer, prompt, decode or DecodeConfig(), weights)
+        prefix_tokens, prefix, written = _write(decoder, tokenizer, prompt, decode or DecodeConfig(), weights)
+        pairs = [(result.text, result.tokens) for result in written]
+        if not decoder.int8_cache:  # else what was written was read less exactly than what is given
+            known = {pair: result.logprobs for pair, result in zip(pairs, written, strict=True)}
     elif decode is not None:
         raise ValueError(f"decode writes candidates, and {len(candidates)} are given; leave one of the two out")
     else:
-        (prefix_tokens, pairs), prefix = _read(decoder, tokenizer, prompt, candidates), None
+        prefix_tokens, pairs = _read(decoder, tokenizer, prompt, candidates)
     first, counts = {}, collections.Counter(pairs)
     for index, pair in enumerate(pairs):
         first.setdefault(pair, index)
@@ -89,7 +93,9 @@ def rank(decoder: Decoder, tokenizer, prompt: str, candidates: Sequence[str] | N
     planned = {name: SCORERS[name](pool) for name in weights}
     if prefix is None:
         prefix = prefill(decoder, [prefix_tokens], capacity(len(prefix_tokens), decoder.context))
-    sums = np.array([each.sum(dtype=np.float64) for each in score(decoder, prefix, tokens)])
+    # What the model wrote, it knows the probability of.
+    logprobs = [known[pair] for pair in first] if known else score(decoder, prefix, tokens)
+    sums = np.array([np.sum(each, dtype=np.float64) for each in logprobs])
     scored = {name: run(sums) for name, run in planned.items()}
     totals = sum(weight * scored[name].parts[name] for name, weight in weights.items())
     if not np.isfinite(totals).all():
@@ -116,7 +122,7 @@ def _ranked(place, i, totals, sums, scored, pool: Pool, indices) -> Ranked:
 
 
 def _write(decoder, tokenizer, prompt, decode, weights):
-    """The tokens and the prefix of ``prompt``, and the candidates written behind it; the prompt is read once."""
+    """The tokens and the prefix of ``prompt``, and what was written behind it; the prompt is read once."""
     validate_decode(decode)
     check_tokens(decode, decoder.config.vocab_size)
     if decode.num_beams > 1 and decode.num_return_sequences == 1:
@@ -136,11 +142,10 @@ def _write(decoder, tokenizer, prompt, decode, weights):
     decode = dataclasses.replace(decode, max_new_tokens=longest,
                                  min_new_tokens=min(max(1, decode.min_new_tokens), longest))
     prefix = prefill(decoder, [tokens], capacity(len(tokens) + longest, decoder.context))
-    written = continue_prefix(decoder, tokenizer, prefix, [decode])
-    pairs = [(result.text, result.tokens) for result in written if result.tokens]
-    if not pairs:
+    written = [result for result in continue_prefix(decoder, tokenizer, prefix, [decode]) if result.tokens]
+    if not written:
         raise ValueError("the settings let nothing be written, so there are no candidates to rank; allow more tokens")
-    return tokens, prefix, pairs
+    return tokens, prefix, written
 
 
 def _read(decoder, tokenizer, prompt, candidates):

@@ -29,7 +29,7 @@ from mtnlg_jax.decode.beam import (
     process_beams,
     take,
 )
-from mtnlg_jax.decode.cache import Decoder, Prefix, bucket, empty_beams, next_logits
+from mtnlg_jax.decode.cache import BeamCache, Decoder, Prefix, bucket, empty_beams, next_logits
 from mtnlg_jax.decode.generate import CHUNK, Generated, writable
 from mtnlg_jax.decode.processors import warp
 from mtnlg_jax.decode.rows import rows_and_families
@@ -38,7 +38,7 @@ from mtnlg_jax.decode.rows import rows_and_families
 class State(NamedTuple):
     """What changes from step to step; donated. Arrays (1, P, K): there is one group."""
 
-    cache: tuple[tuple[jax.Array, jax.Array], ...]
+    cache: BeamCache
     beams: Sequences  # scores: log-probabilities under the distribution that is drawn from; -inf: no such sequence
     perturbed: jax.Array  # what they are kept and sorted by
     sources: jax.Array
@@ -90,7 +90,7 @@ def _begin(prefix: Prefix, about, *, static: Static) -> State:
     # Of K alike beams one stands for all sequences. Their largest value may be any: it changes no order.
     scores = beams.scores.at[:, :, 0].set(0.0)
     why = beams.why.at[0, :, 0].set(jnp.where(about[1] <= 0, LENGTH, EMPTY).astype(jnp.int8))
-    return State(empty_beams(prefix.cache, beams.scores.size, static.size), beams._replace(scores=scores, why=why),
+    return State(empty_beams(prefix.cache, shape, static.size), beams._replace(scores=scores, why=why),
                  scores, jnp.zeros(shape, jnp.int32), jnp.int32(0))
 
 

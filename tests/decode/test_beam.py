@@ -343,5 +343,5 @@ def test_a_prompt_is_held_once_and_its_beams_hold_new_tokens_alone(learned):
     about = module.Search(*map(np.array, ([33, 33], [10, 10], [1.0, 1.0], [False] * 2, [False] * 2, [False] * 2,
                                           [0.0, 0.0])))
     state = jax.eval_shape(functools.partial(module._begin, static=static), prefix, about)
-    # Four heads of eight; 8 beams of 16 new tokens, where copies of the prompts would be 8 of 64.
-    assert {x.shape for x in jax.tree.leaves(state.cache)} == {(8, 4, 16, 8)}
+    # Four heads of eight; of each prompt 4 beams of 16 new tokens, where copies of the prompts would be 4 of 64 more.
+    assert {x.shape for x in jax.tree.leaves(state.cache.layers)} == {(2, 4, 4 * 16, 8)}

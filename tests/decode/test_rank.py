@@ -133,10 +133,10 @@ def test_beams_are_candidates_in_one_call(learned, tokenizer, settings):
     written = generate(learned.decoder, tokenizer, ["The cat"], dataclasses.replace(decode, num_return_sequences=4))
     ranked = rank(learned.decoder, tokenizer, "The cat", decode=decode)
     assert ranked.size == 4 == len(written)
-    sums = {result.tokens: sum(result.logprobs) for result in written}
-    assert {each.tokens for each in ranked} == sums.keys()
+    assert {each.tokens for each in ranked} == {result.tokens for result in written}
     for each in ranked:
-        assert each.sum == pytest.approx(sums[each.tokens], abs=1e-4)
+        total = _full_scores(learned, encode_prompt(tokenizer, "The cat"), each.tokens).sum()
+        assert each.sum == pytest.approx(total, abs=ROUNDING * len(each.tokens))
     two = rank(learned.decoder, tokenizer, "The cat", decode=dataclasses.replace(decode, num_return_sequences=2))
     assert {each.tokens for each in two} == {result.tokens for result in written[:2]}
 
