@@ -12,6 +12,7 @@ from mtnlg_jax.decode.rows import LAST, Families, Rows, ends_of, matches, rows_a
 __all__ = ["Families", "Rows", "choose", "process", "rows_and_families", "warp"]
 
 NEG_INF = -jnp.inf
+DRAW_BLOCK = 256  # about the root of a vocabulary
 
 
 def process(logits_BV, rows: Rows, families: Families, tokens_BS, lengths_B, prompts_B, longest_B, allowed_V, eos: int):
@@ -69,8 +70,29 @@ def choose(logits_BV, rows: Rows, families: Families, keys_B, index_B):
     if "temperature" not in families.names:
         return best_B
     keys = jax.vmap(jax.random.fold_in)(keys_B, index_B)
-    drawn_B = jax.vmap(jax.random.categorical)(keys, warp(logits_BV, rows, families))
+    drawn_B = draw(keys, warp(logits_BV, rows, families))
     return jnp.where(rows.temperature > 0, drawn_B, best_B)
+
+
+def draw(keys_B, logits_BV):
+    """One id a row, with the probabilities that the logits say: the block of ids in which a random share of all
+    probability is reached, then the id in which another share of the block's is. Two random numbers and a pass over
+    the row, where a Gumbel for each id takes as long, on a CPU, as a fifth of a step of GPT-2."""
+    batch, vocabulary = logits_BV.shape
+    odds_BV = jnp.exp(logits_BV - logits_BV.max(-1, keepdims=True))
+    odds_BMN = jnp.pad(odds_BV, ((0, 0), (0, -vocabulary % DRAW_BLOCK))).reshape(batch, -1, DRAW_BLOCK)
+    shares_B2 = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_B)
+    block_B = _reach(odds_BMN.sum(-1), shares_B2[:, 0])
+    odds_BN = jnp.take_along_axis(odds_BMN, block_B[:, None, None], 1)[:, 0]
+    return block_B * DRAW_BLOCK + _reach(odds_BN, shares_B2[:, 1])
+
+
+def _reach(odds_BN, share_B):
+    """The first entry with which a share, 0 to below 1, of the row's sum is passed; one of odds 0 never is."""
+    sums_BN = jnp.cumsum(odds_BN, -1)
+    passed_BN = (sums_BN > share_B[:, None] * sums_BN[:, -1:]) & (odds_BN > 0)
+    # Sums round: should none pass, it is for the last bit.
+    return jnp.where(passed_BN.any(-1), jnp.argmax(passed_BN, -1), jnp.argmax(odds_BN, -1))
 
 
 def one_hot(ids_BM, vocabulary: int):

@@ -22,7 +22,7 @@ from jax import lax
 from mtnlg_jax.config import DecodeConfig
 from mtnlg_jax.decode.cache import Decoder, Prefix, bucket, prefill, read, step, to_int8
 from mtnlg_jax.decode.generate import CHUNK, Limits, State, append
-from mtnlg_jax.decode.processors import choose, process, warp
+from mtnlg_jax.decode.processors import choose, draw, process, warp
 
 # Purposes of a row's draws at one place; a place is decided once, by the tokens before it.
 DRAFT, ACCEPT, INSTEAD = 1, 2, 3
@@ -132,7 +132,7 @@ def _draft(config, params, cache, state: State, limits: Limits, rows, allowed_V,
         odds_BV = ()
         if drawing:
             warped = warp(processed, rows, families)
-            drawn_B = jax.vmap(jax.random.categorical)(_keys(limits, lengths_B, DRAFT), warped)
+            drawn_B = draw(_keys(limits, lengths_B, DRAFT), warped)
             guess_B = jnp.where(rows.temperature > 0, drawn_B, guess_B)
             odds_BV = jax.nn.softmax(warped, -1)
         guess_B = guess_B.astype(jnp.int32)
@@ -189,7 +189,7 @@ def _decide(processed_BV, rows, families, keys_B, index_B, *, plain_B, guess_B, 
     rest_BV = jnp.maximum(p_BV - q_BV, 0.0)
     # To rounding, nothing may be left where p and q are the same.
     rest_BV = jnp.where(rest_BV.sum(-1, keepdims=True) > 0, rest_BV, p_BV)
-    instead_B = jax.vmap(jax.random.categorical)(_keys(limits, lengths_B, INSTEAD), jnp.log(rest_BV))
+    instead_B = draw(_keys(limits, lengths_B, INSTEAD), jnp.log(rest_BV))
     drawn_B = jnp.where(plain_B, choose(processed_BV, rows, families, keys_B, index_B),
                         jnp.where(accepted_B, guess_B, instead_B))
     return jnp.where(rows.temperature > 0, drawn_B, best_B)

@@ -151,11 +151,12 @@ def test_no_stop_fires_on_the_prompt(learned, letters):
 
 
 def test_a_stop_string_that_the_prompt_holds_ends_the_text_where_it_is_written_again(learned, letters):
-    known = [*encode_prompt(letters, "The cat"), *letters.encode("ogi")]
-    free, = generate(learned.decoder, letters, [known], SAMPLED)
+    known, stop = [*encode_prompt(letters, "The cat"), *letters.encode("ogi")], letters.encode("ogi")
+    written = dataclasses.replace(SAMPLED, forced_tokens=tuple(enumerate(stop, 3)))
+    free, = generate(learned.decoder, letters, [known], written)
     at = free.text.index("ogi")
     assert at > 0
-    result, = generate(learned.decoder, letters, [known], dataclasses.replace(SAMPLED, stop_strings=("ogi",)))
+    result, = generate(learned.decoder, letters, [known], dataclasses.replace(written, stop_strings=("ogi",)))
     assert result.text == free.text[:at] and result.finish_reason == "stop"
 
 

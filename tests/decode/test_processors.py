@@ -242,6 +242,25 @@ def test_draws_follow_the_distribution():
     assert ((np.bincount(drawn, minlength=8) - expected) ** 2 / expected).sum() < 24.3
 
 
+def test_draws_from_many_blocks_follow_the_distribution():
+    """Eight ids that are possible, the first and the last of blocks and of the vocabulary among them, and 1,492 that
+    are not; 24.3 as above."""
+    possible, count = np.array([0, 255, 256, 300, 511, 767, 1000, 1499]), 4000
+    logits = np.full(1500, -np.inf, np.float32)
+    logits[possible] = np.linspace(-1, 1, 8)
+    keys = jax.vmap(jax.random.key)(jnp.arange(count))
+    drawn = np.asarray(p.draw(keys, jnp.tile(logits, (count, 1))))
+    assert set(drawn.tolist()) <= set(possible.tolist())
+    expected = _softmax(logits[possible]) * count
+    assert ((np.bincount(np.searchsorted(possible, drawn)) - expected) ** 2 / expected).sum() < 24.3
+
+
+@pytest.mark.parametrize("share, reached", [(0.0, 1), (0.24, 1), (0.26, 3), (1 - 2**-24, 4)])
+def test_a_share_reaches_an_entry_that_is_possible(share, reached):
+    odds = jnp.array([[0.0, 1.0, 0.0, 2.0, 1.0, 0.0, 0.0]])
+    assert p._reach(odds, jnp.array([share]))[0] == reached
+
+
 WARPED = {"top_k": 4, "top_p": 0.7, "min_p": 0.2, "typical_p": 0.6, "epsilon_cutoff": 0.1, "eta_cutoff": 0.3}
 
 
