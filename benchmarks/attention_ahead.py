@@ -11,6 +11,8 @@ The profile takes a branch on a number that is read from memory as not taken. Sp
 blocks are visible, so here, and only here, it is handed the same answer as arithmetic on the place in the grid; all
 else of it is as installed. Each contender has its best of several block sizes, splash also of its two backward passes.
 "Backward" is the sum of the kernels of a backward pass; the profile aborts on some transfers of v5e, which is left out.
+It holds a kernel's VMEM twice, which on v5p leaves no room for our backward pass from 16384 on; on v6e that of 32768
+wants more than 24 GB of the machine that compiles. What fails is told and left out.
 On v5p flash attention lets the two cores share the blocks of one head; the other two share rows and heads only.
 """
 
@@ -19,8 +21,9 @@ import datetime
 import functools
 import importlib.metadata
 import json
+import operator
 import os
-import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -30,25 +33,30 @@ CHIPS = {"v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 WIDTH = 128
 SPLASH = [(1024, 1024, 512), (1024, 1024, 1024)]  # queries, keys, keys of an inner step; smaller ones are slower
 FLASH = [512, 1024]
-LONG = 16384  # from here on, where a profile takes minutes and 10 GB, each has its best sizes of 8192 only
+PASSES = {"forward": ["forward"], "backward": ["dq", "dkv"]}
+GRADIENTS = {"dq": (0,), "dkv": (1, 2)}
+LONG = 16384  # from here on, where a profile takes minutes and 10 GB or more, each has its best sizes of 8192 only
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 32768])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 16384, 32768])
     parser.add_argument("--chips", nargs="+", default=list(CHIPS), choices=list(CHIPS))
+    parser.add_argument("--passes", nargs="+", default=list(PASSES), choices=list(PASSES))
     parser.add_argument("--output", default=str(Path(__file__).parent / "results" / "attention_ahead.json"))
-    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)  # chip, length, contender: makes this the child
+    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)  # chip, length, contender, pass: makes this the child
     args = parser.parse_args()
     if args.one:
-        child(args.one[0], int(args.one[1]), args.one[2])
+        child(args.one[0], int(args.one[1]), *args.one[2:])
         return
     path = Path(args.output)
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     for chip in args.chips:
         for length in args.lengths:
-            row = {"chip": chip, "length": length, "date": datetime.date.today().isoformat()}
-            row |= {name: ask(chip, length, name) for name in CONTENDERS}
+            row = next((old for old in rows if (old["chip"], old["length"]) == (chip, length)), {})
+            row |= {"chip": chip, "length": length, "date": datetime.date.today().isoformat()}
+            for name in CONTENDERS:
+                row[name] = row.get(name, {}) | ask(chip, length, name, args.passes)
             rows = [old for old in rows if (old["chip"], old["length"]) != (chip, length)] + [row]
             result = {"versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
                       "command": "python benchmarks/attention_ahead.py",
@@ -61,38 +69,49 @@ def main() -> None:
 def show(row: dict) -> str:
     said = [f"{row['chip']} {row['length']}:"]
     for kind in ("forward", "backward"):
-        if kind not in row["ours"]:
-            said.append(f"{kind} ours not told")
-            continue
-        ours = row["ours"][kind]["cycles"]
-        said.append(f"{kind} ours {ours:,}" + "".join(
-            f", {name} {row[name][kind]['cycles']:,} (ours {ours / row[name][kind]['cycles']:.2f} of it)"
-            for name in ("splash", "flash") if row[name].get(kind)))
+        cycles = {name: row[name][kind]["cycles"] for name in CONTENDERS if kind in row[name]}
+        ours = cycles.get("ours", float("nan"))
+        said += [f"{kind} {name} {number:,} (ours {ours / number:.2f} of it)" for name, number in cycles.items()]
     return "  ".join(said)
 
 
-def ask(chip: str, length: int, contender: str) -> dict:
-    """{"forward": {"cycles", "blocks"}, "backward": ...} of the best block sizes."""
+def ask(chip: str, length: int, contender: str, passes: list[str]) -> dict:
+    """{"forward": {"cycles", "blocks"}, "backward": ...} of the best block sizes, as far as memory allows."""
+    best = {}
+    for kind in passes:
+        parts = [profiled(chip, length, contender, part) for part in PASSES[kind]]
+        whole = [(sum(functools.reduce(operator.or_, (part[blocks] for part in parts)).values()), json.loads(blocks))
+                 for blocks in parts[0] if all(blocks in part for part in parts)]
+        if whole:
+            best[kind] = dict(zip(("cycles", "blocks"), min(whole, key=lambda each: each[0]), strict=True))
+    return best
+
+
+def profiled(chip: str, length: int, contender: str, part: str) -> dict:
+    """{blocks, as JSON: {name of a kernel: its cycles}}, of the blocks that compile."""
     from mtnlg_jax.ahead import topology
 
     with tempfile.TemporaryDirectory() as folder:
         environment = topology.environment(topology.parse(CHIPS[chip]))
         environment["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_static_llo_profile_to={folder}"
-        done = subprocess.run([sys.executable, __file__, "--one", chip, str(length), contender], env=environment,
-                              capture_output=True, text=True, errors="replace")
-    best = {}
-    for line in done.stdout.splitlines():
-        if line.startswith("{"):
-            found = json.loads(line)
-            for kind in ("forward", "backward"):
-                if kind in found and found[kind] < best.get(kind, {"cycles": float("inf")})["cycles"]:
-                    best[kind] = {"cycles": found[kind], "blocks": found["blocks"]}
-    if not best:
-        print(f"{contender} at {length} on {chip} gave nothing: {done.stderr[-300:]}", file=sys.stderr)
-    return best
+        done = subprocess.run([sys.executable, __file__, "--one", chip, str(length), contender, part],
+                              env=environment, capture_output=True, text=True, errors="replace",
+                              preexec_fn=leave_some_memory)
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not found:
+        print(f"{contender}, {part}, at {length} on {chip} ended with {done.returncode}: {done.stderr[-300:]}",
+              file=sys.stderr)
+    return {json.dumps(each["blocks"]): each["kernels"] for each in found}
 
 
-def child(chip: str, length: int, contender: str) -> None:
+def leave_some_memory() -> None:
+    """A profile may ask for more than there is: then its process is to end, and not the machine."""
+    most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") - 3 * 2**30
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+
+def child(chip: str, length: int, contender: str, part: str) -> None:
+    """Prints {"blocks", "kernels": {name: cycles}} for each choice of blocks that compiles."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import SingleDeviceSharding
@@ -104,26 +123,29 @@ def child(chip: str, length: int, contender: str) -> None:
     described = topology.parse(CHIPS[chip])
     device = topology.devices(described)[0]
     compat.compile_for("tpu", device.device_kind)
-    shape = (1, 1, length, WIDTH)
-    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=SingleDeviceSharding(device))
+
+    def placed(shapes):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device)),
+                            shapes)
+
+    x = placed(jax.ShapeDtypeStruct((1, 1, length, WIDTH), jnp.bfloat16))
     for blocks, attend in CONTENDERS[contender](length):
+        # The backward pass from what the forward pass left, and only what these gradients need: less to profile.
+        try:
+            with topology.abstract(device):
+                if part == "forward":
+                    function, arguments = attend, (x, x, x)
+                else:
+                    def function(backward, g):
+                        return [backward(g)[at] for at in GRADIENTS[part]]
 
-        def both(q, k, v, attend=attend):
-            return jax.grad(lambda *qkv: attend(*qkv).astype(jnp.float32).sum(), (0, 1, 2))(q, k, v)
-
-        # The profile holds a kernel's VMEM twice, so that some backward passes fit v5p only without it.
-        for function in (both, attend):
-            try:
-                with topology.abstract(device):
-                    kernels = kernels_of(jax.jit(function).lower(x, x, x).compile().as_text())
-            except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError):
-                continue
-            cycles = [(name, number) for name, number in kernels if number]
-            backward = [number for name, number in cycles if re.search("dq|dkv|backward|bwd", name)]
-            forward = [number for name, number in cycles if not re.search("dq|dkv|backward|bwd", name)]
-            found = {"blocks": blocks, "forward": sum(forward)} | ({"backward": sum(backward)} if backward else {})
-            print(json.dumps(found), flush=True)
-            break
+                    arguments = placed(jax.eval_shape(lambda *qkv: jax.vjp(attend, *qkv)[1], x, x, x)), x  # noqa: B023
+                text = jax.jit(function).lower(*arguments).compile().as_text()
+        except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
+            print(f"{blocks}: {str(error)[:200]}", file=sys.stderr)
+            continue
+        found = {name: number for name, number in kernels_of(text) if number}
+        print(json.dumps({"blocks": blocks, "kernels": found}), flush=True)
 
 
 def ours(length: int):

@@ -1,0 +1,90 @@
+"""Compiles the steps of README's table for chips that are not here, one after the other.
+
+    python benchmarks/compile_ahead.py                    writes benchmarks/results/compile_ahead.json
+    python benchmarks/compile_ahead.py mtnlg_530b v6e     only rows with one of these words; the others stay
+
+Every row is one call of launch/compile_ahead.py, whose figures it keeps. Needs the extra `ahead`; about half an hour.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent.parent
+LADDER = {"1p7b": "4x8", "3p6b": "8x8", "7p5b": "16x8", "18p4b": "32x8", "39p1b": "64x8", "76p1b": "128x8",
+          "145p6b": "192x8", "310p1b": "240x8", "529p6b": "315x8", "1008b": "384x8"}
+FULL = ["train.rampup_batch_size=none"]
+ZERO3 = ["mesh.pipe=1", "mesh.data=128", "mesh.zero=3", *FULL]
+CIRCULAR = ["mesh.pipe=15", "mesh.zero=1", "mesh.schedule=circular", "mesh.virtual_pipe=7", "mesh.flush=120", *FULL]
+DECODE = ["mesh.pipe=1", "mesh.data=1", "mesh.tensor=128"]
+
+# config, topology, step, what is set
+ROWS = [
+    ("mtnlg_530b", "v5p:8x8x16", "train", ZERO3),
+    ("mtnlg_530b", "v5p:8x8x16", "train", [*ZERO3, "train.micro_batch_size=5"]),
+    ("mtnlg_530b", "v5p:8x8x8*2", "train", ZERO3),
+    ("mtnlg_530b", "v6e:16x16*4", "train", ZERO3),
+    ("mtnlg_530b", "v5e:16x16*8", "train", [*ZERO3, "mesh.tensor=16"]),
+    ("mtnlg_530b", "v5p:8x14x20", "train", FULL),
+    ("mtnlg_530b", "H100:280x8", "train", FULL),
+    ("mtnlg_530b", "H100:120x8", "train", CIRCULAR),
+    ("mtnlg_530b", "v5p:4x4x8", "prefill", DECODE),
+    ("mtnlg_530b", "v5p:4x4x8", "decode", DECODE),
+    *((f"ladder_{name}", f"H100:{cards}", "train", []) for name, cards in LADDER.items()),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", help="of the config, the topology, the step or what is set; default: all")
+    parser.add_argument("--output", default=str(FOLDER / "benchmarks" / "results" / "compile_ahead.json"))
+    args = parser.parse_args()
+    path = Path(args.output)
+    rows = {name_of(row): row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
+    for row in ROWS:
+        name = " ".join([*row[:3], *row[3]])
+        if not args.words or any(word in name for word in args.words):
+            rows[name] = measured(*row)
+            kept = [rows[name] for name in (" ".join([*row[:3], *row[3]]) for row in ROWS) if name in rows]
+            save(path, kept)
+            print(json.dumps(rows[name]), flush=True)
+    print(f"written to {path}")
+
+
+def name_of(row: dict) -> str:
+    return " ".join([row["config"], row["topology"], row["step"], *row["set"]])
+
+
+def measured(config: str, topology: str, step: str, settings: list[str]) -> dict:
+    from mtnlg_jax.ahead import measure
+    from mtnlg_jax.ahead import topology as described
+    from mtnlg_jax.config import load_config
+
+    m = measure.measure(load_config(FOLDER / "configs" / f"{config}.py", settings), described.parse(topology), step)
+    return {"config": config, "topology": topology, "step": step, "set": settings, "devices": m.devices,
+            "mesh": m.mesh, "fits": m.fits, "peak_gib": gib(m.peak), "limit_gib": gib(m.limit),
+            "arguments_gib": gib(m.arguments), "flops_per_device": m.flops,
+            "kernels": {kernel.name: kernel.count for kernel in m.kernels}, "failure": m.failure,
+            "compile_seconds": round(m.compile_seconds, 1), "resident_gib": gib(m.resident), "compiler": m.compiler,
+            "date": datetime.date.today().isoformat()}
+
+
+def gib(size: int | None) -> float | None:
+    return None if size is None else round(size / 2**30, 2)
+
+
+def save(path: Path, rows: list[dict]) -> None:
+    from mtnlg_jax.data import storage
+
+    result = {"device": f"CPU, {os.cpu_count()} cores; the chips are described, none was there",
+              "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu", "jax-cuda12-pjrt")},
+              "command": "python benchmarks/compile_ahead.py", "rows": rows}
+    storage.write_file(path, json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    main()
