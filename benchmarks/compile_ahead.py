@@ -82,7 +82,7 @@ def save(path: Path, rows: list[dict]) -> None:
     result = {"device": f"CPU, {os.cpu_count()} cores; the chips are described, none was there",
               "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu", "jax-cuda12-pjrt")},
               "command": "python benchmarks/compile_ahead.py", "rows": rows}
-    storage.write_file(path, json.dumps(result, indent=1) + "\n")
+    storage.write_file(path.parent, path.name, (json.dumps(result, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":
