@@ -27,6 +27,7 @@ import os
 import shutil
 import socket
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -222,6 +223,17 @@ class Checkpoints:
             path.rmtree()
         marker.unlink()
 
+    def _discard(self, step: int) -> None:
+        """Half a checkpoint is of no use, and the space is needed. Where one array could not be written, others may be
+        in the writing for a moment more, and a folder that they write to cannot be removed."""
+        for pause in (0, 0.1, 0.5, 2):
+            time.sleep(pause)
+            with contextlib.suppress(OSError):
+                for path in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
+                    path.rmtree()
+                self._remove(step)
+                return
+
     @contextlib.contextmanager
     def _failure_named(self, step: int):
         try:
@@ -229,10 +241,7 @@ class Checkpoints:
         except Exception as error:
             whole = self.steps()
             if jax.process_index() == 0 and step not in whole:
-                with contextlib.suppress(OSError):  # Half a checkpoint is of no use, and the space is needed.
-                    for path in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
-                        path.rmtree()
-                    self._remove(step)
+                self._discard(step)
             start = f"step {whole[-1]}" if whole else "the beginning"
             raise OSError(f"checkpoint {step} could not be written to {self.folder}: {_reason(error)}; "
                           f"see to that and start again, which goes on from {start}") from error

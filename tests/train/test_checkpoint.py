@@ -1,6 +1,8 @@
 """Checkpoints: the same bits on any mesh, whatever is killed, damaged, full or forbidden."""
 
 import contextlib
+import errno
+import itertools
 import json
 import os
 import random
@@ -449,6 +451,14 @@ def test_disk_full_at_the_arrays(small_disk, one, capfd, monkeypatch, recwarn, a
     (small_disk / "ballast").write_bytes(bytes(free.f_bavail * free.f_bsize - 60_000))
     if not announced:  # another program takes the space while the arrays are written
         monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 10**9))
+        first, remove = itertools.count(), type(checkpoints.folder).rmtree
+
+        def rmtree(path, *args, **kwargs):
+            if not next(first):  # another array is still being written
+                raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+            remove(path, *args, **kwargs)
+
+        monkeypatch.setattr(type(checkpoints.folder), "rmtree", rmtree)
     amount = "0.1 MB are free, 0.2 MB needed" if announced else ""
     assert_full_disk_is_told(small_disk, one, checkpoints, amount)
     assert "".join(capfd.readouterr()) == "" and not recwarn.list
