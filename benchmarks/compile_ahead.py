@@ -43,19 +43,21 @@ def main() -> None:
     parser.add_argument("--output", default=str(FOLDER / "benchmarks" / "results" / "compile_ahead.json"))
     args = parser.parse_args()
     path = Path(args.output)
-    rows = {name_of(row): row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
-    for row in ROWS:
-        name = " ".join([*row[:3], *row[3]])
-        if not args.words or any(word in name for word in args.words):
-            rows[name] = measured(*row)
-            kept = [rows[name] for name in (" ".join([*row[:3], *row[3]]) for row in ROWS) if name in rows]
-            save(path, kept)
-            print(json.dumps(rows[name]), flush=True)
+    chosen = [row for row in ROWS if not args.words or any(word in label(*row) for word in args.words)]
+    if not chosen:
+        parser.error(f"no row has {' or '.join(args.words)} in it; the rows are:\n" +
+                     "\n".join(label(*row) for row in ROWS))
+    known = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = {label(row["config"], row["topology"], row["step"], row["set"]): row for row in known}
+    for row in chosen:
+        rows[label(*row)] = measured(*row)
+        save(path, [rows[name] for name in (label(*each) for each in ROWS) if name in rows])
+        print(json.dumps(rows[label(*row)]), flush=True)
     print(f"written to {path}")
 
 
-def name_of(row: dict) -> str:
-    return " ".join([row["config"], row["topology"], row["step"], *row["set"]])
+def label(config: str, topology: str, step: str, settings: list[str]) -> str:
+    return " ".join([config, topology, step, *settings])
 
 
 def measured(config: str, topology: str, step: str, settings: list[str]) -> dict:
