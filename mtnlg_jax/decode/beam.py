@@ -202,7 +202,7 @@ def _begin(prefix: Prefix, about: Search, *, static: Static) -> State:
     why = ended.why.at[0, :, 0].set(jnp.where(no_room_P, LENGTH, EMPTY).astype(jnp.int8))
     scores = ended.scores.at[0, :, 0].set(jnp.where(no_room_P, 0.0, NEG))
     shape = running.scores.shape
-    return State(empty_beams(prefix.cache, running.scores.shape, static.size), running, jnp.zeros(shape, jnp.int32),
+    return State(empty_beams(prefix.cache, shape, static.size), running, jnp.zeros(shape, jnp.int32),
                  ended._replace(why=why, scores=scores), jnp.broadcast_to(~no_room_P, shape[:2]), jnp.int32(0))
 
 

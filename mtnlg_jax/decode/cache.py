@@ -210,7 +210,7 @@ class BeamCache(NamedTuple):
     """What beams wrote, which stays where it was written: a beam that goes on from another looks at other places."""
 
     layers: tuple[tuple[jax.Array, jax.Array], ...]  # (G*P, heads, T*K, H): of each new token all K beams of a group
-    writers_GPKT: jax.Array  # which of the K wrote the token that a beam has at T
+    writers_GPKT: jax.Array  # which of the K wrote the token that a beam has at T; -1: none yet
 
 
 def next_logits(config: ModelConfig, params, prefix: Prefix, cache: BeamCache, sources_GPK, tokens_GPKW, written):
@@ -242,11 +242,11 @@ def step_beams(config: ModelConfig, params, prompt_cache, prompts_P, cache: Beam
     Returns: float32 logits of the next (G, P, K, V), the cache with the tokens.
     """
     groups, prompts, beams = tokens_GPK.shape
-    rows, size = groups * prompts * beams, cache.writers_GPKT.shape[-1]
+    rows = groups * prompts * beams
     writers_GPKT = jnp.take_along_axis(cache.writers_GPKT, sources_GPK[..., None], 2)
     writers_GPKT = writers_GPKT.at[..., read].set(jnp.arange(beams))
-    seen_GPKTK = (writers_GPKT[..., None] == jnp.arange(beams)) & (jnp.arange(size) <= read)[:, None]
-    bias = jnp.where(seen_GPKTK, 0.0, -jnp.inf).reshape(groups * prompts, 1, beams, size * beams)
+    seen_GPKTK = writers_GPKT[..., None] == jnp.arange(beams)
+    bias = jnp.where(seen_GPKTK, 0.0, -jnp.inf).reshape(groups * prompts, 1, beams, -1)
     positions_R = jnp.broadcast_to((prompts_P + read)[:, None], tokens_GPK.shape).reshape(rows)
     written = []
 
@@ -283,7 +283,7 @@ def empty_beams(prompt_cache, shape: tuple[int, int, int], size: int) -> BeamCac
     def empty(x):
         return jnp.zeros((groups * prompts, x.shape[1], size * beams, x.shape[3]), x.dtype)
 
-    return BeamCache(jax.tree.map(empty, prompt_cache), jnp.zeros((*shape, size), jnp.int32))
+    return BeamCache(jax.tree.map(empty, prompt_cache), jnp.full((*shape, size), -1, jnp.int32))
 
 
 def to_int8(cache):

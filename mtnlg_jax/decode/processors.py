@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from mtnlg_jax.decode.rows import LAST, Families, Rows, ends_of, matches, rows_and_families, tails
 
-__all__ = ["Families", "Rows", "choose", "process", "rows_and_families", "warp"]
+__all__ = ["Families", "Rows", "choose", "draw", "process", "rows_and_families", "warp"]
 
 NEG_INF = -jnp.inf
 DRAW_BLOCK = 256  # about the root of a vocabulary
@@ -70,16 +70,15 @@ def choose(logits_BV, rows: Rows, families: Families, keys_B, index_B):
     if "temperature" not in families.names:
         return best_B
     keys = jax.vmap(jax.random.fold_in)(keys_B, index_B)
-    drawn_B = draw(keys, warp(logits_BV, rows, families))
+    drawn_B = draw(keys, jax.nn.softmax(warp(logits_BV, rows, families), -1))
     return jnp.where(rows.temperature > 0, drawn_B, best_B)
 
 
-def draw(keys_B, logits_BV):
-    """One id a row, with the probabilities that the logits say: the block of ids in which a random share of all
-    probability is reached, then the id in which another share of the block's is. Two random numbers and a pass over
+def draw(keys_B, odds_BV):
+    """One id a row, with probabilities in proportion to its odds, 0 or more: the block of ids in which a random share
+    of all odds is reached, then the id in which another share of the block's is. Two random numbers and a pass over
     the row, where a Gumbel for each id takes as long, on a CPU, as a fifth of a step of GPT-2."""
-    batch, vocabulary = logits_BV.shape
-    odds_BV = jnp.exp(logits_BV - logits_BV.max(-1, keepdims=True))
+    batch, vocabulary = odds_BV.shape
     odds_BMN = jnp.pad(odds_BV, ((0, 0), (0, -vocabulary % DRAW_BLOCK))).reshape(batch, -1, DRAW_BLOCK)
     shares_B2 = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_B)
     block_B = _reach(odds_BMN.sum(-1), shares_B2[:, 0])

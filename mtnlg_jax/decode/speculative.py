@@ -132,9 +132,8 @@ def _draft(config, params, cache, state: State, limits: Limits, rows, allowed_V,
         odds_BV = ()
         if drawing:
             warped = warp(processed, rows, families)
-            drawn_B = draw(_keys(limits, lengths_B, DRAFT), warped)
-            guess_B = jnp.where(rows.temperature > 0, drawn_B, guess_B)
             odds_BV = jax.nn.softmax(warped, -1)
+            guess_B = jnp.where(rows.temperature > 0, draw(_keys(limits, lengths_B, DRAFT), odds_BV), guess_B)
         guess_B = guess_B.astype(jnp.int32)
         tokens_BS = tokens_BS.at[jnp.arange(len(guess_B)), lengths_B].set(guess_B, mode="drop")
         return (cache, tokens_BS, lengths_B + 1), (guess_B, odds_BV)
@@ -189,7 +188,7 @@ def _decide(processed_BV, rows, families, keys_B, index_B, *, plain_B, guess_B, 
     rest_BV = jnp.maximum(p_BV - q_BV, 0.0)
     # To rounding, nothing may be left where p and q are the same.
     rest_BV = jnp.where(rest_BV.sum(-1, keepdims=True) > 0, rest_BV, p_BV)
-    instead_B = draw(_keys(limits, lengths_B, INSTEAD), jnp.log(rest_BV))
+    instead_B = draw(_keys(limits, lengths_B, INSTEAD), rest_BV)
     drawn_B = jnp.where(plain_B, choose(processed_BV, rows, families, keys_B, index_B),
                         jnp.where(accepted_B, guess_B, instead_B))
     return jnp.where(rows.temperature > 0, drawn_B, best_B)

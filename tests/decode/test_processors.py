@@ -249,7 +249,7 @@ def test_draws_from_many_blocks_follow_the_distribution():
     logits = np.full(1500, -np.inf, np.float32)
     logits[possible] = np.linspace(-1, 1, 8)
     keys = jax.vmap(jax.random.key)(jnp.arange(count))
-    drawn = np.asarray(p.draw(keys, jnp.tile(logits, (count, 1))))
+    drawn = np.asarray(p.draw(keys, jnp.tile(np.exp(logits), (count, 1))))
     assert set(drawn.tolist()) <= set(possible.tolist())
     expected = _softmax(logits[possible]) * count
     assert ((np.bincount(np.searchsorted(possible, drawn)) - expected) ** 2 / expected).sum() < 24.3
