@@ -47,6 +47,7 @@ def main() -> int:
     import jax
 
     from mtnlg_jax import compat
+    from mtnlg_jax.data import storage
     from mtnlg_jax.model.kernels import support
 
     card = jax.default_backend() == "gpu"
@@ -86,9 +87,7 @@ def main() -> int:
                   f"{row['of_copy']} of a copy", flush=True)
     if not args.small:
         path = Path(args.output or Path(__file__).parent / "results" / f"attention_{support.device()}.json")
-        beside = path.with_suffix(".new")
-        beside.write_text(json.dumps(result, indent=1) + "\n")
-        beside.replace(path)
+        storage.write_file(path.parent, path.name, (json.dumps(result, indent=1) + "\n").encode())
         print(f"written to {path}")
     return 1 if any(row["failure"] for row in parity) else 0
 

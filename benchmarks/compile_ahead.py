@@ -3,10 +3,11 @@
     python benchmarks/compile_ahead.py                    writes benchmarks/results/compile_ahead.json
     python benchmarks/compile_ahead.py mtnlg_530b v6e     only rows with one of these words; the others stay
 
-Every row is one call of launch/compile_ahead.py, whose figures it keeps. Needs the extra `ahead`; about half an hour.
+Every row holds what launch/compile_ahead.py says of it. Needs the extra `ahead`; about half an hour.
 """
 
 import argparse
+import collections
 import datetime
 import importlib.metadata
 import json
@@ -65,11 +66,14 @@ def measured(config: str, topology: str, step: str, settings: list[str]) -> dict
     from mtnlg_jax.ahead import topology as described
     from mtnlg_jax.config import load_config
 
+    kernels = collections.Counter()  # of all depths of loops
     m = measure.measure(load_config(FOLDER / "configs" / f"{config}.py", settings), described.parse(topology), step)
+    for kernel in m.kernels:
+        kernels[kernel.name] += kernel.count
     return {"config": config, "topology": topology, "step": step, "set": settings, "devices": m.devices,
             "mesh": m.mesh, "fits": m.fits, "peak_gib": gib(m.peak), "limit_gib": gib(m.limit),
             "arguments_gib": gib(m.arguments), "flops_per_device": m.flops,
-            "kernels": {kernel.name: kernel.count for kernel in m.kernels}, "failure": m.failure,
+            "kernels": kernels, "failure": m.failure,
             "compile_seconds": round(m.compile_seconds, 1), "resident_gib": gib(m.resident), "compiler": m.compiler,
             "date": datetime.date.today().isoformat()}
 

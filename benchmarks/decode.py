@@ -63,7 +63,10 @@ def main() -> None:
         return
     os.environ["JAX_PLATFORMS"] = "cpu"
     result = compare(args)
-    Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
+    from mtnlg_jax.data import storage  # not in a peer's Python
+
+    output = Path(args.output)
+    storage.write_file(output.parent, output.name, (json.dumps(result, indent=1) + "\n").encode())
     print(f"written to {args.output}")
 
 
@@ -106,7 +109,7 @@ def compare(args) -> dict:
                 f"{args.new} new tokens a row",
         "command": " ".join(["python benchmarks/decode.py", "--peer_python=PYTHON",
                              *(each.split("=")[0] + "=..." if each.startswith(("--run=", "--text=")) else each
-                               for each in sys.argv[1:] if not each.startswith("--peer_python"))]),
+                               for each in sys.argv[1:] if not each.startswith(("--peer_python=", "--output=")))]),
         "date_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": processor(), "cores": os.cpu_count(), "copy_gigabytes_per_second": round(bandwidth / 1e9, 2),
         "load_average": {"before": load[0], "after": os.getloadavg()[0]},
