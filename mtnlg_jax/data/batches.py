@@ -12,7 +12,12 @@ import numpy as np
 
 from mtnlg_jax.data.tokens import Tokens
 
+# Part of what a run is: 2, since a source's windows come in the order of its samples; 1 drew blocks of 1024 of them
+# in any order, which in a small source repeated some windows within an epoch and left others out.
+SAMPLE_ORDER = "2"
+
 _BLOCK = 1024  # samples over which the blend is exact
+_BLOCKS_KEPT = 64  # 20 KiB each; a batch lies in one or two
 _SHARE_BITS = 24  # shares are integers over 2^24: exact arithmetic up to 2^39 samples
 _ORDER, _SHIFT, _BLEND = 1, 2, 3  # what a key is for
 _NAMES = ("tokens", "segment_ids", "positions")
@@ -26,8 +31,11 @@ class Batches:
     A source's stream of tokens is a circle, cut into windows of S + 1 tokens that share their end tokens, so
     that an epoch predicts every token once (at the seam fewer than S a second time). Each epoch cuts at
     another place and visits the windows in another order. Each block of 1024 samples has the exact share of
-    each source; weights need not add up to 1. Pairs are no stream: their rows are those of `Packed`, each once an
-    epoch, in another order each time.
+    each source; weights need not add up to 1. Pairs are not a stream: their rows are those of `Packed`, in another
+    order in each epoch.
+
+    Each window of a source comes once an epoch, exactly: with W windows the source's samples number 0 to W - 1, as
+    they come, are its first epoch, the next W the second, and so on, for any size, weights and number of epochs.
     """
 
     def __init__(self, sources: Sequence[tuple[Tokens, float]], sequence_length: int, seed: int):
@@ -53,6 +61,7 @@ class Batches:
         # Of what the sources before left over, the share of each; the last one takes all.
         left = np.cumsum(weights[::-1])[::-1]
         self._shares = np.round(weights / left * 2**_SHARE_BITS).astype(np.int64)
+        self._block = functools.lru_cache(maxsize=_BLOCKS_KEPT)(self._draw_block)
 
     @property
     def windows_per_epoch(self) -> int:
@@ -61,7 +70,9 @@ class Batches:
 
     def epochs_seen(self, samples: int) -> np.ndarray:
         """[sources] float: how often the first ``samples`` samples went through each source."""
-        return np.diff(self._boundaries(np.array([samples]))[0]) / self._windows
+        block, inside = divmod(int(samples), _BLOCK)
+        drawn = np.bincount(self._block(block)[0][:inside], minlength=len(self._windows))
+        return (np.diff(self._boundaries(np.array([block * _BLOCK]))[0]) + drawn) / self._windows
 
     def rows(self, samples: np.ndarray) -> dict[str, np.ndarray]:
         """int32 ``tokens``, ``segment_ids``, ``positions``, each [n, S + 1], of sample numbers [n] from 0 on.
@@ -95,15 +106,26 @@ class Batches:
 
     def _blend(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The source of each sample, and how many samples of that source come before it."""
-        block = samples // _BLOCK
-        first, last = self._boundaries(block * _BLOCK), self._boundaries((block + 1) * _BLOCK)
-        counts = np.diff(last, axis=1) - np.diff(first, axis=1)
-        ends = np.cumsum(counts, axis=1)
-        slot = permute(samples % _BLOCK, _BLOCK, _keys(self._seed, _BLEND, 0, block))
-        source = (slot[:, None] >= ends).sum(1)
-        each = np.arange(len(samples))
-        before = np.diff(first, axis=1)[each, source]
-        return source, before + slot - (ends - counts)[each, source]
+        source, number = np.empty_like(samples), np.empty_like(samples)
+        blocks = samples // _BLOCK
+        for block in np.unique(blocks).tolist():
+            chosen = blocks == block
+            inside = samples[chosen] % _BLOCK
+            source[chosen], number[chosen] = (drawn[inside] for drawn in self._block(block))
+        return source, number
+
+    def _draw_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """What `_blend` says of each sample of a block: int64 [1024] each. The sources are shuffled, but each one's
+        samples are numbered in the order in which they come, so that no epoch begins before the last one has ended."""
+        first, last = self._boundaries(np.array([block, block + 1]) * _BLOCK)
+        counts = np.diff(last) - np.diff(first)
+        slots = permute(np.arange(_BLOCK), _BLOCK, _keys(self._seed, _BLEND, 0, np.array([block])))
+        source = np.searchsorted(np.cumsum(counts), slots, side="right")
+        number = np.empty(_BLOCK, np.int64)
+        # Stable: of equal sources the earlier sample comes first.
+        number[np.argsort(source, kind="stable")] = np.concatenate(
+            [np.arange(start, start + count) for start, count in zip(np.diff(first), counts, strict=True)])
+        return source, number
 
     def _boundaries(self, samples: np.ndarray) -> np.ndarray:
         """[n, sources + 1]: of the first ``samples``, those of the sources before each. What is left is split

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from mtnlg_jax import compat
 from mtnlg_jax.config import Config, to_json, validate, validate_batch
-from mtnlg_jax.data.batches import Batches, heldout_count, heldout_rows
+from mtnlg_jax.data.batches import SAMPLE_ORDER, Batches, heldout_count, heldout_rows
 from mtnlg_jax.data.sources import open_sources, spread
 from mtnlg_jax.data.storage import write_file
 from mtnlg_jax.data.tokenizer import Tokenizer
@@ -169,6 +169,7 @@ def load_data(config: Config) -> Data:
     batches = tuple(Batches([(opened[path], weight) for path, weight in spread(blend)], config.sequence_length,
                             config.train.seed) for blend in blends)
     prints = {f"source {i}": tokens.meta["sha256"] for i, tokens in enumerate(opened.values())}
+    prints["order of samples"] = SAMPLE_ORDER
     return Data(tokenizer, batches, held_out, prints)
 
 
