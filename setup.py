@@ -13,6 +13,8 @@ setup(
     name="mtnlg_jax",
     version=VERSION,
     description="Megatron-Turing NLG in JAX and Flax NNX: pretraining, decoding and ranking on any mesh",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
     packages=find_packages(include=["mtnlg_jax", "mtnlg_jax.*"]),
     package_data={"mtnlg_jax": ["**/*.json", "**/*.txtpb"]},
     python_requires=">=3.12",

@@ -32,7 +32,10 @@ ORDER = """
     tasks evaluate interop serve ahead
 """
 
-TOP_LEVEL = {"mtnlg_jax", "configs", "launch", "tests", "notebooks", "benchmarks", "setup.py", "README.md"}
+TOP_LEVEL = {
+    *("mtnlg_jax", "configs", "launch", "tests", "notebooks", "benchmarks", "docs"),
+    *("setup.py", "README.md", "LICENSE", "CHANGELOG.md"),
+}
 
 
 def _room_of(module: str) -> str | None:
@@ -149,6 +152,12 @@ def test_the_top_level_is_fixed():
         pytest.skip("not a git checkout: " + listing.stderr.strip())
     names = {path.split("/")[0] for path in listing.stdout.split("\0") if path}
     assert {name for name in names if not name.startswith(".")} <= TOP_LEVEL
+
+
+def test_the_license_is_named_alike_everywhere():
+    name = re.search(r"^SPDX-License-Identifier: (\S+)$", (ROOT / "LICENSE").read_text(), re.MULTILINE)[1]
+    assert name == "Apache-2.0" and f'license="{name}"' in (ROOT / "setup.py").read_text()
+    assert f"[{name}](LICENSE)" in (ROOT / "README.md").read_text()
 
 
 def _requirements() -> list[Requirement]:
