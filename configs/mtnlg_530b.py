@@ -1,14 +1,20 @@
 """Megatron-Turing NLG: 529.6 billion parameters, 270 billion tokens.
 
+    python launch/pretrain.py --config=configs/mtnlg_530b.py --set=data.path=OUT --workdir=RUN
     python launch/pretrain.py --config=configs/mtnlg_530b.py --workdir=RUN
 
+OUT is what configs/data/mtnlg.py made; it holds the weights of its sources. Without data.path the run reads the
+fifteen sources from data/Books3, data/OpenWebText2, ... (mtnlg_jax/data/mtnlg_blend.py), each prepared by
+launch/prepare_data.py with one --tokenizer.
+
 Hardware: 280 DGX A100 of the paper (2,240 GPUs of 80 GB): tensor 8 x pipe 35 x data 8, 60.1 s a step at full
-batch. data/NAME are the fifteen sets, each prepared by launch/prepare_data.py with one vocabulary.
+batch.
 Source: Smith et al. 2022, arXiv 2201.11990; the shape is Narayanan et al. 2021, Table 1. Figures marked [M]
 are remembered, not read in the paper; the same team's published scripts agree with most of them.
 """
 
 from mtnlg_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from mtnlg_jax.data.mtnlg_blend import WEIGHTS
 
 SEQUENCE = 2048
 SAMPLES = 270_000_000_000 // SEQUENCE  # of a corpus of 339 billion tokens
@@ -17,23 +23,7 @@ DECAY_SAMPLES = 340_000_000_000 // SEQUENCE
 BATCH, RAMP_START, RAMP_STEP = 1920, 32, 32
 RAMP_SAMPLES = 12_000_000_000 // SEQUENCE
 
-BLEND = (
-    ("data/books3", 0.14336),
-    ("data/openwebtext2", 0.19336),
-    ("data/stack_exchange", 0.05689),
-    ("data/pubmed_abstracts", 0.02897),
-    ("data/wikipedia", 0.04771),
-    ("data/gutenberg_pg19", 0.00873),
-    ("data/bookcorpus2", 0.01007),
-    ("data/nih_exporter", 0.00208),
-    ("data/arxiv", 0.01359),
-    ("data/github", 0.01588),
-    ("data/pile_cc", 0.09446),
-    ("data/cc_2020_50", 0.13017),
-    ("data/cc_2021_04", 0.15652),
-    ("data/realnews", 0.08962),
-    ("data/cc_stories", 0.00859),
-)
+BLEND = tuple((f"data/{name}", weight) for name, weight in WEIGHTS.items())
 
 
 def steps_for(samples: int) -> int:

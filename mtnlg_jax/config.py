@@ -284,7 +284,14 @@ def load_object(path: str, kind: type, overrides: Iterable[str] = ()):
 
 
 def override(config: Config, *assignments: str) -> Config:
-    """A copy of ``config`` with each "section.key=value" applied; the value is read as the field's type."""
+    """A copy of ``config`` with each "section.key=value" applied; the value is read as the field's type.
+
+    Of data.path and data.blend, which exclude each other, the one given here replaces the file's other one."""
+    given = dict(assignment.partition("=")[::2] for assignment in assignments)
+    for key, other, empty in (("path", "blend", ()), ("blend", "path", "")):
+        if given.get(f"data.{key}") and f"data.{other}" not in given:
+            data = dataclasses.replace(config.data, **{other: empty})
+            config = dataclasses.replace(config, data=data)
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         if not equals:

@@ -34,13 +34,14 @@ class CleanConfig:
     text before BPE, so that a text has at least so many: a word, a number, a run of marks, a Chinese character."""
 
     repair: bool = True  # by ftfy: mojibake, entities, ligatures, controls; neither quotes nor the width of characters
-    normalization: str = "NFC"  # or NFKC, which makes Chinese punctuation ASCII
+    normalization: str = "NFC"  # or NFKC, which makes Chinese punctuation ASCII; or none
     boilerplate: bool = True
     mask: tuple[str, ...] = personal.KINDS
     max_replacement_share: float = 0.05  # of U+FFFD among the characters
     min_tokens: int = 128  # MT-NLG
     languages: tuple[str, ...] = ("en",)  # ISO 639-1 codes of py3langid; () keeps all
     min_language_confidence: float = 0.5
+    prose_rules: bool = True  # those of all settings below; false for code and mathematics
     word_length: tuple[float, float] = (3, 10)  # mean, of spaced languages; this and the next five: Gopher
     max_symbol_ratio: float = 0.1  # "#" to words, and ellipses to words
     min_letter_words: float = 0.8  # share of words with a letter, of spaced languages
@@ -58,8 +59,8 @@ class CleanConfig:
         (5, 0.15), (6, 0.14), (7, 0.13), (8, 0.12), (9, 0.11), (10, 0.10))
 
     def __post_init__(self):
-        if self.normalization not in ("NFC", "NFKC"):
-            raise ValueError(f"normalization={self.normalization!r} is not known; use 'NFC' or 'NFKC'")
+        if self.normalization not in ("NFC", "NFKC", "none"):
+            raise ValueError(f"normalization={self.normalization!r} is not known; use 'NFC', 'NFKC' or 'none'")
         if unknown := sorted(set(self.mask) - set(personal.KINDS)):
             raise ValueError(f"mask={unknown} is not known; choose among {', '.join(personal.KINDS)}")
         if unknown := sorted(set(self.languages) - set(_identifier().labels)):
@@ -145,12 +146,13 @@ def _repair(text: str, config: CleanConfig) -> tuple[str, int]:
     if "\r" in text:
         text = text.replace("\r\n", "\n")
     counted = 0
-    if not unicodedata.is_normalized(config.normalization, text):
-        text = unicodedata.normalize(config.normalization, text)
+    form = None if config.normalization == "none" else config.normalization
+    if form and not unicodedata.is_normalized(form, text):
+        text = unicodedata.normalize(form, text)
         counted = 1
     if not config.repair:
         return _SURROGATES.sub("\ufffd", text), counted
-    fix = _FTFY._replace(normalization=config.normalization)
+    fix = _FTFY._replace(normalization=form)
     pieces, end = [], 0
     for start, stop in lines_with(_SUSPECT, text):
         fixed = ftfy.fix_text(text[start:stop], fix)
@@ -176,7 +178,7 @@ def _judge(text: str, config: CleanConfig) -> tuple[str | None, str | None]:
     language, confidence = identify(text)
     if config.languages and (language not in config.languages or confidence < config.min_language_confidence):
         return "language", language
-    return _quality(text, language, config), language
+    return (_quality(text, language, config) if config.prose_rules else None), language
 
 
 def _quality(text: str, language: str, config: CleanConfig) -> str | None:

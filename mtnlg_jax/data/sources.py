@@ -23,7 +23,7 @@ def spread(blend: Sequence[tuple[str, float]]) -> tuple[tuple[str, float], ...]:
 def open_sources(paths: Sequence[str], tokenizer: str = "",
                  heldout: float | str = 0.01) -> tuple[Tokenizer, dict[str, Tokens], Tokens]:
     """(tokenizer, training tokens by path, held-out tokens) of prepared folders and Megatron prefixes; of an output
-    of a recipe the paths are those that `spread` gives.
+    of a recipe the paths are those that `spread` gives. One source of such an output is a path too: OUT/sources/NAME.
 
     A prepared folder holds its ``tokenizer`` and its held-out part. Of Megatron's files the tokenizer must be named;
     held out of the first source are its last documents, a share of ``heldout`` (0 to 0.5), or, where that is text,
@@ -43,9 +43,9 @@ def open_sources(paths: Sequence[str], tokenizer: str = "",
     prints = {path: opened[path].meta["tokenizer"] for path in places if path not in foreign}
     if len(set(prints.values())) > 1:
         raise ValueError(f"the sources were tokenized differently: {prints}; prepare them with one --tokenizer")
-    found = load_tokenizer(tokenizer or storage.join(paths[0], "tokenizer"))
+    other = tokenizer or storage.join(_home(paths[0]), "tokenizer")
+    found = load_tokenizer(other)
     if set(prints.values()) - {found.fingerprint}:
-        other = tokenizer or storage.join(paths[0], "tokenizer")
         raise ValueError(f"{next(iter(prints))} was not tokenized with {other}; leave data.tokenizer out if that names "
                          f"it, or prepare the text with --tokenizer={other}")
     held_out = _held_out(paths[0], opened, heldout)
@@ -57,6 +57,12 @@ def open_sources(paths: Sequence[str], tokenizer: str = "",
     return found, opened, held_out
 
 
+def _home(path: str) -> str:
+    """Where the tokenizer and the held-out part of a prepared ``path`` lie: OUT of OUT/sources/NAME, else itself."""
+    output, _, name = path.rstrip("/").rpartition("/sources/")
+    return output if output and "/" not in name and storage.exists(output, "prepared.json") else path
+
+
 def _held_out(first: str, opened: dict[str, Tokens], heldout: float | str) -> Tokens:
     """The held-out tokens; where they are the end of ``first``, that is opened anew without them."""
     if isinstance(heldout, str):
@@ -65,7 +71,7 @@ def _held_out(first: str, opened: dict[str, Tokens], heldout: float | str) -> To
             raise ValueError(f"data.heldout={heldout} is trained on, too; name other files, or a share such as 0.01")
         return open_tokens(heldout)
     if not prefix_of(first):
-        return open_tokens(storage.join(first, "heldout"))
+        return open_tokens(storage.join(_home(first), "heldout"))
     documents = opened[first].documents
     kept = kept_documents(documents, heldout)
     opened[first] = open_megatron(first, 0, kept)

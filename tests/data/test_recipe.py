@@ -469,6 +469,10 @@ def test_the_blend_of_the_paper():
     ({"quality": QualityConfig(good=("x",))}, "go together"),
     ({"decontamination": DecontaminationConfig(test_sets=("nowhere.jsonl",))}, "nowhere.jsonl"),
     ({"shard_bytes": 0}, "shard_bytes=0"),
+    ({"sources": (Source("a", ("books",), settings=("clean.min_token=1",)),)}, "did you mean 'min_tokens'"),
+    ({"sources": (Source("a", ("books",), settings=("vocab_size=9",)),)}, "only those of clean differ by source"),
+    ({"sources": (Source("a", ("books",), settings=("clean.prose_rules=maybe",)),)}, "source 'a'.*not a value"),
+    ({"sources": (Source("a", ("books",), skip_stages=("tokens",)),)}, "holds 'tokens'; choose among clean"),
 ])
 def test_bad_recipes_are_refused_before_any_work(planted, recipe, one, tmp_path, change, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):

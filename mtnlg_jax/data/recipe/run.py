@@ -17,7 +17,7 @@ from mtnlg_jax.data.documents import ReadReport, list_files
 from mtnlg_jax.data.files import File
 from mtnlg_jax.data.recipe import arrays, filters, texts
 from mtnlg_jax.data.recipe.report import render
-from mtnlg_jax.data.recipe.settings import Recipe, validate, with_sources
+from mtnlg_jax.data.recipe.settings import Recipe, clean_config, validate, with_sources
 from mtnlg_jax.data.recipe.stages import Runner, Shard, Task, in_processes, shards_of
 from mtnlg_jax.data.tokenizer import load_tokenizer
 
@@ -67,27 +67,37 @@ def _run(runner: Runner, recipe: Recipe, files: dict[str, list[File]], tests: li
     results = runner.run("reading", tasks)
     inputs = {name: entry for result in results for name, entry in result["inputs"].items()}
     stages = [texts.merged("read", results)]
-    shards = _left(tasks, results, stages)
+    shards = _left(tasks, results, stages, [])
+    skipping = {source.name: source.skip_stages for source in recipe.sources}
     for stage in recipe.stages:
+        passing = [shard for shard in shards if stage in skipping[shard.source]]
+        treated = [shard for shard in shards if stage not in skipping[shard.source]]
+        if not treated:
+            continue
         if stage == "clean":
-            tasks = [_task("clean", texts.cleaned, shard, recipe.clean) for shard in shards]
+            configs = {shard.source: clean_config(recipe, shard.source) for shard in treated}
+            tasks = [_task("clean", texts.cleaned, shard, configs[shard.source]) for shard in treated]
             results = runner.run("cleaning", tasks)
             stages.append(texts.merged("clean", results))
         elif stage == "duplicates":
-            tasks, results, counts = _duplicates(runner, recipe, shards, priority)
+            tasks, results, counts = _duplicates(runner, recipe, treated, priority)
             stages.append(counts)
         elif stage == "paragraphs":
-            tasks, results = _paragraphs(runner, recipe, shards, priority)
+            tasks, results = _paragraphs(runner, recipe, treated, priority)
             stages.append(texts.merged("repeated paragraphs", results))
         elif stage == "decontaminate" and tests:
-            tasks, results, counts = _decontaminated(runner, recipe, shards, tests)
+            tasks, results, counts = _decontaminated(runner, recipe, treated, tests)
             stages.append(counts)
         elif stage == "quality" and recipe.quality.good:
-            tasks, results, counts = _quality(runner, recipe, shards, samples)
+            tasks, results, counts = _quality(runner, recipe, treated, samples)
             stages.append(counts)
         else:
             continue
-        shards = _left(tasks, results, stages)
+        if passing:
+            names = ", ".join(sorted({shard.source for shard in passing}))
+            words = f"Not run over {names}: {sum(shard.documents for shard in passing):,} documents."
+            stages[-1]["note"] = " ".join(filter(None, [stages[-1].get("note"), words]))
+        shards = _left(tasks, results, stages, passing)
     info = {"name": recipe.name, "settings": _flat(dataclasses.asdict(recipe)), "stages": stages, "inputs": inputs,
             "outputs": {}}
     if "tokens" not in recipe.stages:  # what a run before made, with other stages
@@ -126,8 +136,9 @@ def summary(info: dict) -> str:
     return "\n".join(f"{name:<{width}}  {words}" for name, words in lines)
 
 
-def _left(tasks: list[Task], results: list[dict], stages: list[dict]) -> list[Shard]:
-    shards = shards_of(tasks, results)
+def _left(tasks: list[Task], results: list[dict], stages: list[dict], passing: list[Shard]) -> list[Shard]:
+    """What a stage left and what it did not touch, in the order of the shards that were read."""
+    shards = sorted([*shards_of(tasks, results), *passing], key=lambda shard: shard.base)
     if not shards:
         last = stages[-1]
         raise ValueError(f"nothing is left after the stage {last['name']!r}, to which {last['documents'][0]} documents "
@@ -374,7 +385,10 @@ def _input_files(recipe: Recipe) -> dict[str, list[File]]:
 def _check_output(recipe: Recipe, output: str, stamps: dict[str, str], overwrite: bool) -> None:
     """Compares with recipe.json, which says what the output is being made of, and writes it."""
     settings = _flat(dataclasses.asdict(dataclasses.replace(recipe, sources=())))
-    sources = {source.name: [source.weight, source.priority, source.text_key] for source in recipe.sources}
+    sources = {}
+    for source in recipe.sources:
+        own = filter(None, (source.settings, source.skip_stages))
+        sources[source.name] = [source.weight, source.priority, source.text_key, *own]
     wanted = json.loads(json.dumps({"settings": settings, "sources": sources, "inputs": stamps}))
     content = storage.read_file(output, "recipe.json")
     if content is not None and not overwrite:

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mtnlg_jax.config import load_object
+from mtnlg_jax.config import load_object, override
 from mtnlg_jax.data import storage
 from mtnlg_jax.data.clean import CleanConfig
 from mtnlg_jax.data.decontaminate import Decontamination
@@ -27,6 +27,23 @@ class Source:
     weight: float | None = None  # of the samples in training, relative to the others; None for all: by their tokens
     priority: int = 0  # of duplicates the one whose source has the highest stays
     text_key: str = "text"  # key or column of the text in JSON and Parquet; of "a|b" the first that is there
+    settings: tuple[str, ...] = ()  # of "clean", for this source alone: ("clean.min_tokens=16",)
+    skip_stages: tuple[str, ...] = ()  # of STAGES[:-1]; what this source's text passes unchanged
+
+
+# A source of code or mathematics: `Source(name, paths, **TECHNICAL_TEXT)`. Its text is judged by its length alone,
+# and changed by nothing but the masks of personal data and the cuts of test sets. Repetition is the nature of code, so
+# blocks that other files hold too stay; whole files that are alike do not.
+TECHNICAL_TEXT = {
+    "settings": (
+        "clean.prose_rules=false",
+        "clean.languages=()",
+        "clean.repair=false",
+        "clean.normalization=none",
+        "clean.boilerplate=false",
+    ),
+    "skip_stages": ("paragraphs", "quality"),
+}
 
 
 @dataclass(frozen=True)
@@ -109,6 +126,12 @@ def validate(recipe: Recipe) -> None:
             raise ValueError(f"two sources have the name {name!r}; give each its own")
     weights = [source.weight for source in recipe.sources if source.weight is not None]
     for source in recipe.sources:
+        clean_config(recipe, source.name)
+        for stage in source.skip_stages:
+            if stage not in STAGES[:-1]:
+                raise ValueError(
+                    f"source {source.name!r}: skip_stages holds {stage!r}; choose among {', '.join(STAGES[:-1])}"
+                )
         if not source.paths:
             raise ValueError(f"source {source.name!r} has no paths; name its files or folders")
         if source.weight is not None and not 0 <= source.weight < float("inf"):
@@ -123,6 +146,23 @@ def validate(recipe: Recipe) -> None:
         raise ValueError("quality.good and quality.bad go together: a classifier learns from both")
     if not quality.alpha > 0:
         raise ValueError(f"quality.alpha={quality.alpha} must be above 0")
+
+
+def clean_config(recipe: Recipe, name: str) -> CleanConfig:
+    """The settings of "clean" for the source ``name``: the recipe's, changed by the source's own.
+
+    Raises ValueError where a setting does not exist or has no such value."""
+    source = next(source for source in recipe.sources if source.name == name)
+    for setting in source.settings:
+        if not setting.startswith("clean."):
+            raise ValueError(
+                f"source {name!r}: settings holds {setting!r}; only those of clean differ by source, as in "
+                "'clean.min_tokens=16'"
+            )
+    try:
+        return override(recipe, *source.settings).clean
+    except ValueError as error:
+        raise ValueError(f"source {name!r}: {error}") from None
 
 
 def with_sources(recipe: Recipe, root: str | None) -> Recipe:
