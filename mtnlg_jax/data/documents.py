@@ -1,6 +1,7 @@
 """Readers: text, JSON lines, JSON lists, Parquet, HTML and WARC, plain or compressed, one `Document` at a time.
 
-What comes out is clean: valid Unicode, LF line ends, no control characters but tab and newline, never empty.
+What comes out is clean: valid Unicode, LF line ends, no control characters but tab and newline (see `controls`), never
+empty.
 What was mended or dropped is counted in a `ReadReport`.
 """
 
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from mtnlg_jax.data import files, web
+from mtnlg_jax.data.controls import mend_controls
 from mtnlg_jax.data.files import Damaged, File
 
 _TEXT, _LINES, _JSON, _PARQUET = (".txt", ".md", ".text"), (".jsonl", ".ndjson"), (".json",), (".parquet",)
@@ -21,7 +23,6 @@ _HTML, _WARC = (".html", ".htm"), (".warc", ".wet")
 READABLE = ".txt .md .text .jsonl .ndjson .json .html .htm .warc .wet (each also with .gz or .zst) .parquet"
 MAX_DOCUMENT_BYTES = 256 << 20
 
-_CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f]")
 _SURROGATES = re.compile("[\ud800-\udfff]")
 # Bytes that are not UTF-8 arrive as U+DC80..U+DCFF ("surrogateescape"); the others come from JSON escapes.
 _OTHER_SURROGATES = re.compile("[\ud800-\udc7f\udd00-\udfff]")
@@ -51,7 +52,7 @@ class ReadReport:
     empty: int = 0  # dropped: nothing but white space, or a page without a main text
     damaged: int = 0  # dropped, with on_error="skip"
     repaired: int = 0  # held invalid UTF-8, now U+FFFD
-    control_characters: int = 0  # characters removed
+    control_characters: int = 0  # removed, or made a line end or a space (`controls`)
     skipped_records: int = 0  # records of WARC that hold no page: requests, pictures, errors
 
 
@@ -163,8 +164,8 @@ def _mend(text: str, source: str, report: ReadReport) -> str:
             _log.warning("%s: much of it is not UTF-8; if it is in another encoding, convert it first, "
                          "as in `iconv -f GB18030 -t UTF-8`", source)
     text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
-    text, removed = _CONTROLS.subn("", text)
-    report.control_characters += removed
+    text, mended = mend_controls(text)
+    report.control_characters += mended
     return text
 
 

@@ -128,7 +128,7 @@ def describe(info: dict) -> str:
            if read["files"] else ""),
         f"dropped    {read['empty']:,} empty, {read['damaged']:,} damaged",
         f"mended     {read['repaired']:,} documents with invalid UTF-8, {read['control_characters']:,} "
-        "control characters removed",
+        "control characters",
         f"tokenizer  {info['tokenizer']['kind']}, {info['tokenizer']['vocab_size']:,} pieces",
     ]
     for name, part in (("train", train), ("heldout", held)):

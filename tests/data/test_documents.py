@@ -89,8 +89,10 @@ def test_folders_are_read_in_one_order_and_what_is_hidden_or_unknown_is_left_out
 @pytest.mark.parametrize("content, text, counts", [
     (b"\xef\xbb\xbfmark", "mark", {}),
     (b"one\r\ntwo\rthree\n", "one\ntwo\nthree\n", {}),
-    (b"nul\0 bell\x07 feed\x0c tab\t", "nul bell feed tab\t", {"control_characters": 3}),
-    ("kept \ufffd \u200b \x7f \x85".encode(), "kept \ufffd \u200b \x7f \x85", {}),
+    (b"nul\0 bell\x07 feed\x0c tab\t", "nul bell feed\n tab\t", {"control_characters": 3}),
+    ("kept \ufffd \u200b \u200c \u200d".encode(), "kept \ufffd \u200b \u200c \u200d", {}),
+    ("one\x85two\x7fthree\x9dfour\ufeff five\u2028six".encode(), "one\ntwothreefour five\nsix",
+     {"control_characters": 5}),
     (b"caf\xc3\xa9 caf\xe9 \xe5\xad end", "caf\u00e9 caf\ufffd \ufffd end", {"repaired": 1}),
     (b"surrogate \xed\xa0\x80 overlong \xc0\xaf", "surrogate \ufffd\ufffd\ufffd overlong \ufffd\ufffd",
      {"repaired": 1}),
