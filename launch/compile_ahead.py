@@ -14,16 +14,16 @@ from absl import flags
 
 from mtnlg_jax import command
 
-_CONFIG = flags.DEFINE_string("config", None, "a file of configs/", required=True)
+_CONFIG = command.define_path("config", None, "a file of configs/", required=True)
 _SET = flags.DEFINE_multi_string("set", [], "a value of the config, as mesh.tensor=8; repeat for more")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "as v5p:8x8x16, v5p:8x8x8*2, H100:280x8, cpu:8", required=True)
 _STEP = flags.DEFINE_enum("step", "train", ["train", "prefill", "decode"], "which step")
-_TARGET_CONFIG = flags.DEFINE_string("target_config", None, "description of the GPU, dumped from a real card; default: "
+_TARGET_CONFIG = command.define_path("target_config", None, "description of the GPU, dumped from a real card; default: "
                                      "the project's")
 _MEMORY = flags.DEFINE_float("memory", None, "GiB that a device has; default: what the compiler or the card says", 0.0)
 _PROVE = flags.DEFINE_integer("prove", 2, "how many changes to compile where the step does not fit", 0)
-_JSON = flags.DEFINE_string("json", None, "file for the measurement, as JSON")
-_TEXT = flags.DEFINE_string("hlo", None, "file for the compiled program's text")
+_JSON = command.define_path("json", None, "file for the measurement, as JSON")
+_TEXT = command.define_path("hlo", None, "file for the compiled program's text")
 
 
 def main() -> int:

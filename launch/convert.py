@@ -11,13 +11,13 @@ from absl import flags
 
 from mtnlg_jax import command
 
-_FROM = flags.DEFINE_string("from", None, "folder of a model of Hugging Face's, or of a run", required=True)
-_TO = flags.DEFINE_string("to", None, "folder to make", required=True)
+_FROM = command.define_path("from", None, "folder of a model of Hugging Face's, or of a run", required=True)
+_TO = command.define_path("to", None, "folder to make", required=True)
 _DTYPE = flags.DEFINE_enum("dtype", "source", ["source", "float32", "float16", "bfloat16"],
                            "tensors for Hugging Face; source: as they came, float32 where the run was trained here")
 _MAX_SHARD_SIZE = flags.DEFINE_float("max_shard_size", 5.0, "GB in one file for Hugging Face")
 _CHECKPOINT = flags.DEFINE_enum("checkpoint", "best", ["best", "last"], "which checkpoint of a run")
-_TOKENIZER = flags.DEFINE_string("tokenizer", None, "folder of a tokenizer, where --from has none")
+_TOKENIZER = command.define_path("tokenizer", None, "folder of a tokenizer, where --from has none")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace a run or model at --to, once the new one is whole")
 
 

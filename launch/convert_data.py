@@ -13,9 +13,9 @@ from absl import flags
 
 from mtnlg_jax import command
 
-_FROM = flags.DEFINE_string("from", None, "folder of token arrays, as OUT/train, or a Megatron prefix", required=True)
-_TO = flags.DEFINE_string("to", None, "Megatron prefix, folder, or a file .jsonl, .jsonl.gz, .jsonl.zst", required=True)
-_TOKENIZER = flags.DEFINE_string("tokenizer", "", "folder of the tokenizer; default: the one beside the token arrays")
+_FROM = command.define_path("from", None, "folder of token arrays, as OUT/train, or a Megatron prefix", required=True)
+_TO = command.define_path("to", None, "Megatron prefix, folder, or a file .jsonl, .jsonl.gz, .jsonl.zst", required=True)
+_TOKENIZER = command.define_path("tokenizer", "", "folder of the tokenizer; default: the one beside the token arrays")
 _HELDOUT = flags.DEFINE_float("heldout", 0.01, "of a folder made from PREFIX: share of the last documents held out")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace what is at --to, once the new one is whole")
 

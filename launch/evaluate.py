@@ -14,8 +14,8 @@ from absl import flags
 
 from mtnlg_jax import command
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
-_INPUT = flags.DEFINE_string("input", None, "file or folder to score, - for standard input", required=True)
+_WORKDIR = command.define_path("workdir", None, "folder of the run", required=True)
+_INPUT = command.define_path("input", None, "file or folder to score, - for standard input", required=True)
 _CHECKPOINT = flags.DEFINE_enum("checkpoint", "best", ["best", "last"], "which checkpoint")
 _STRIDE = flags.DEFINE_integer("stride", None, "tokens that a window scores; default: half the context")
 _ADAPT = flags.DEFINE_float("adapt", 0.0, "learning rate of dynamic evaluation, from the trained weights anew for "

@@ -23,11 +23,11 @@ from absl import flags
 
 from mtnlg_jax import command
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
+_WORKDIR = command.define_path("workdir", None, "folder of the run", required=True)
 _CHECKPOINT = flags.DEFINE_enum("checkpoint", "best", ["best", "last"], "which checkpoint")
 _MODE = flags.DEFINE_enum("mode", "generative", ["generative", "ranking", "fill"], "what to do")
 _PROMPT = flags.DEFINE_string("prompt", None, "the prompt")
-_INPUT = flags.DEFINE_string("input", None, "file that holds the prompt, - for standard input")
+_INPUT = command.define_path("input", None, "file that holds the prompt, - for standard input")
 _CANDIDATES = flags.DEFINE_multi_string("candidates", [], "a text to rank, with its leading space; repeat for more")
 _NORMALISE = flags.DEFINE_enum("normalise", "per_token", ["sum", "per_token", "per_char", "per_byte"],
                                "what ranking divides log-probabilities by")
@@ -53,7 +53,7 @@ _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "type of
 _WEIGHTS = flags.DEFINE_enum("weights", None, ["int8"], "hold the weights of products so; launch/evaluate.py says what "
                              "that costs")
 _CACHE = flags.DEFINE_enum("cache", None, ["int8"], "hold keys and values so")
-_DRAFT = flags.DEFINE_string("draft", None, "folder of the run of a smaller model with the same tokenizer, which "
+_DRAFT = command.define_path("draft", None, "folder of the run of a smaller model with the same tokenizer, which "
                              "guesses tokens that the model verifies; the text stays what it was, or as likely")
 _STATS = flags.DEFINE_bool("stats", False, "print tokens/s, what memory's speed allows, how many guesses were right")
 

@@ -17,15 +17,15 @@ from absl import flags
 
 from mtnlg_jax import command
 
-_CONFIG = flags.DEFINE_string("config", str(Path(__file__).resolve().parents[1] / "configs" / "mtnlg_530b.py"),
+_CONFIG = command.define_path("config", str(Path(__file__).resolve().parents[1] / "configs" / "mtnlg_530b.py"),
                               "a file of configs/")
 _SET = flags.DEFINE_multi_string("set", [], "a value of the config, as mesh.tensor=4; repeat for more")
 _DEVICES = flags.DEFINE_integer("devices", None, "devices of the table, where mesh.data=-1 takes what is left; "
                                 "default: one replica", lower_bound=1)
 _CHIPS = flags.DEFINE_string("chips", None, "kind and number, as H100:1024 or v5p:1024: rank the layouts on them")
 _TOP = flags.DEFINE_integer("top", 5, "how many layouts to print", lower_bound=1)
-_CALIBRATION = flags.DEFINE_string("calibration", None, "a calibration.json: its efficiency instead of MT-NLG's")
-_CALIBRATE = flags.DEFINE_string("calibrate", None, "a run's folder: measure its efficiency on --chips")
+_CALIBRATION = command.define_path("calibration", None, "a calibration.json: its efficiency instead of MT-NLG's")
+_CALIBRATE = command.define_path("calibrate", None, "a run's folder: measure its efficiency on --chips")
 
 VOCABULARY = 51200  # for configs whose tokenizer decides: GPT-2's 50,257, padded to a multiple of 128 x tensor 8
 CHINCHILLA = 20  # tokens a parameter (Hoffmann 2022)

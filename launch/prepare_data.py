@@ -25,21 +25,21 @@ from absl import flags
 from mtnlg_jax import command
 from mtnlg_jax.data.prepare import describe, prepare
 
-_CONFIG = flags.DEFINE_string("config", None, "A recipe: a file of configs/data. Without it, text is taken as it is.")
+_CONFIG = command.define_path("config", None, "A recipe: a file of configs/data. Without it, text is taken as it is.")
 _SET = flags.DEFINE_multi_string("set", [], "A setting of the recipe, as clean.min_tokens=64; repeat for more.")
 _STAGES = flags.DEFINE_list("stages", None, "Of the recipe: clean, duplicates, paragraphs, decontaminate, quality, "
                             "tokens; default: all.")
-_TEST_SETS = flags.DEFINE_multi_string("test_sets", [], "Of the recipe: what a model is to be tested on, and must not "
+_TEST_SETS = command.define_paths("test_sets", "Of the recipe: what a model is to be tested on, and must not "
                                        "see; a file or folder; repeat for more.")
 _SKIP_SOURCES = flags.DEFINE_list("skip_sources", [], "Of the recipe: sources to leave out.")
 _PROCESSES = flags.DEFINE_integer("processes", None, "Of the recipe: how many; default: one for each core.",
                                   lower_bound=1)
 _ENGINE = flags.DEFINE_enum("engine", "local", ["local", "ray"], "Of the recipe: this machine, or a Ray cluster.")
-_INPUT = flags.DEFINE_string("input", None, "File or folder: .txt .md .text .jsonl .json (also .gz .zst), "
+_INPUT = command.define_path("input", None, "File or folder: .txt .md .text .jsonl .json (also .gz .zst), "
                              ".html .warc .wet .parquet; without it, the embedded text.")
-_OUTPUT = flags.DEFINE_string("output", None, "Folder to make (or gs://, s3://).")
+_OUTPUT = command.define_path("output", None, "Folder to make (or gs://, s3://).")
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 8000, "Pieces of the tokenizer to train.", lower_bound=1)
-_TOKENIZER = flags.DEFINE_string("tokenizer", "bpe", "bpe or unigram, to train one; or the path of one: a "
+_TOKENIZER = command.define_path("tokenizer", "bpe", "bpe or unigram, to train one; or the path of one: a "
                                  "folder with a tokenizer or GPT-2's files, or a SentencePiece .model.")
 _HELDOUT = flags.DEFINE_float("heldout", 0.02, "Share of the text held out from training, 0 to 0.5.")
 _SEED = flags.DEFINE_integer("seed", 0, "Draws the held-out part and the order of the documents.")

@@ -18,10 +18,10 @@ from absl import flags
 
 from mtnlg_jax import command
 
-_CONFIG = flags.DEFINE_string("config", None, "a file of configs/", required=True)
+_CONFIG = command.define_path("config", None, "a file of configs/", required=True)
 _SET = flags.DEFINE_multi_string("set", [], "a value of the config, as train.steps=10; repeat for more")
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
-_INIT = flags.DEFINE_string("init", None, "folder of a run to start from: its best parameters, and nothing else of it")
+_WORKDIR = command.define_path("workdir", None, "folder of the run", required=True)
+_INIT = command.define_path("init", None, "folder of a run to start from: its best parameters, and nothing else of it")
 _PROGRESS = flags.DEFINE_bool("progress", True, "show a progress bar")
 _DISTRIBUTED = flags.DEFINE_enum("distributed", "auto", ["auto", "on", "off"],
                                  "join the processes that SLURM, a TPU pod or GKE tells of; on: insist on it")

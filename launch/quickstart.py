@@ -15,9 +15,9 @@ from absl import flags
 
 from mtnlg_jax import command
 
-_CORPUS = flags.DEFINE_string("corpus", None, "your own text: a file or folder (txt, jsonl, parquet, .gz, .zst)")
-_WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "where everything goes")
-_CONFIG = flags.DEFINE_string("config", os.path.join(os.path.dirname(__file__), "../configs/quickstart.py"),
+_CORPUS = command.define_path("corpus", None, "your own text: a file or folder (txt, jsonl, parquet, .gz, .zst)")
+_WORKDIR = command.define_path("workdir", "runs/quickstart", "where everything goes")
+_CONFIG = command.define_path("config", os.path.join(os.path.dirname(__file__), "../configs/quickstart.py"),
                               "the run")
 _SET = flags.DEFINE_multi_string("set", [], "a value of the config, as train.steps=300; repeat for more")
 _VOCAB = flags.DEFINE_integer("vocab_size", 4096, "pieces of the tokenizer")

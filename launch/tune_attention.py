@@ -16,7 +16,7 @@ from absl import flags
 
 from mtnlg_jax import command
 
-_TABLE = flags.DEFINE_string("table", None, "file to write; default: the package's own blocks.json")
+_TABLE = command.define_path("table", None, "file to write; default: the package's own blocks.json")
 _IMPLS = flags.DEFINE_list("impls", None, "what to time; default: all that run here")
 _LENGTHS = flags.DEFINE_list("lengths", None, "T = S; default: 128 to 2048 on CPU, 512 to 16384 elsewhere")
 _WIDTHS = flags.DEFINE_list("widths", ["64", "128", "160"], "head widths")

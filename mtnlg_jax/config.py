@@ -11,10 +11,17 @@ import importlib.util
 import json
 import math
 import os
+import re
+import traceback
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+
+from mtnlg_jax import command
+
+# Metadata of a field whose texts name files or folders: `map_paths` finds them by it.
+PATH = {"path": True}
 
 
 @dataclass(frozen=True)
@@ -100,10 +107,11 @@ class MaskingConfig:
 class DataConfig:
     """Where tokens come from: one prepared folder, or Megatron's PREFIX of .bin and .idx, or a weighted blend."""
 
-    path: str = ""
-    blend: tuple[tuple[str, float], ...] = ()  # ((folder, weight), ...), instead of path
-    tokenizer: str = ""  # of Megatron's files: folder of the tokenizer that made them
-    heldout: float | str = 0.01  # of Megatron's files: share of the first source's last documents, or another PREFIX
+    path: str = field(default="", metadata=PATH)
+    blend: tuple[tuple[str, float], ...] = field(default=(), metadata=PATH)  # ((folder, weight), ...) instead of path
+    tokenizer: str = field(default="", metadata=PATH)  # of Megatron's files: folder of the tokenizer that made them
+    # Of Megatron's files: share of the first source's last documents, or another PREFIX.
+    heldout: float | str = field(default=0.01, metadata=PATH)
     sequence_length: int | None = None  # tokens in a row; None: model.max_position_embeddings
     masking: MaskingConfig = field(default_factory=MaskingConfig)
 
@@ -140,8 +148,9 @@ class StageConfig:
     fraction: float = 1.0  # share of train.steps, relative to the other stages
     masked: float = 0.0  # share of the steps with the masked objective: 0 causal, 1 masked, between: a mix
     learning_rate_scale: float = 1.0
-    blend: tuple[tuple[str, float], ...] = ()  # data of this stage; empty: those of the run
-    distill: str = ""  # folder of a run with the same vocabulary: its distributions are learnt, too (Hinton 2015)
+    blend: tuple[tuple[str, float], ...] = field(default=(), metadata=PATH)  # of this stage; empty: the run's data
+    # Folder of a run with the same vocabulary: its distributions are trained on as well (Hinton 2015).
+    distill: str = field(default="", metadata=PATH)
     distill_temperature: float = 1.0  # of both distributions; above 1 what is unlikely counts more
     distill_weight: float = 0.5  # of the teacher's distributions; the text's tokens count 1 - distill_weight
 
@@ -155,7 +164,8 @@ class TrainConfig:
     micro_batch_size: int | None = None  # sequences a device takes at once; None: all of its share
     rampup_batch_size: tuple[int, int, int] | None = None  # (start, increment, samples), as Megatron-LM
     stages: tuple[StageConfig, ...] = (StageConfig(),)
-    init: str = ""  # folder of a run, or of a converted model, whose parameters this run starts from
+    # Folder of a run, or of a converted model, whose parameters this run starts from.
+    init: str = field(default="", metadata=PATH)
     seed: int = 0
     compute_dtype: str = "bfloat16"  # bfloat16 | float32; masters and sums are float32
     recompute: str = "elementwise"  # none | elementwise | mlp | projections | full: model.transformer.RECOMPUTE
@@ -263,24 +273,103 @@ def load_config(path: str, overrides: Iterable[str] = ()) -> Config:
 
 
 def load_object(path: str, kind: type, overrides: Iterable[str] = ()):
-    """The same for a file that gives a dataclass of another ``kind``; not validated."""
+    """The same for a file that gives a dataclass of another ``kind``; not validated. Fields marked with PATH have
+    their ~ expanded. What fails in the file is a ValueError of one line, with the file's line."""
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"config {path!r} is not a file; give one of configs/*.py")
+        root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+        there = os.path.join(root, path)
+        hint = f"did you mean {there}?" if os.path.isfile(there) else "give one of configs/*.py"
+        raise FileNotFoundError(f"config {path!r} is not a file; {hint}")
     spec = importlib.util.spec_from_file_location("mtnlg_config", path)
     if spec is None:
         raise ValueError(f"config {path!r} is not a Python file; give one of configs/*.py")
     module = importlib.util.module_from_spec(spec)
+    get_config = None
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(f"config {path!r} does not load: {type(error).__name__}: {error}") from error
-    if not hasattr(module, "get_config"):
+        get_config = getattr(module, "get_config", None)
+        if callable(get_config):
+            config = get_config()
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"config {path!r} does not load: {describe_failure(error, path, get_config)}") from error
+    if not callable(get_config):
         raise ValueError(f"config {path!r} defines no get_config(); see configs/tiny.py")
-    config = module.get_config()
     if not isinstance(config, kind):
         raise ValueError(f"get_config() of {path!r} gives a {type(config).__name__}; it must return a {kind.__name__}")
-    config = override(config, *overrides)
-    return _coerce(json.loads(to_json(config)), kind, "config")  # lists, where the file wrote them, become tuples
+    try:
+        config = _coerce(_plain(config, "config"), kind, "config")  # lists, where the file wrote them, become tuples
+    except ValueError as error:
+        raise ValueError(f"config {path!r}: {error}") from None
+    return map_paths(override(config, *overrides), command.expand)
+
+
+def describe_failure(error: BaseException, path: str, called: Callable | None = None) -> str:
+    """"line 7: TypeError: ..." in one line: what the Python file ``path`` raised, and where in it; where it could not
+    even enter ``called``, that function's line."""
+    whole = os.path.abspath(path)
+    numbers = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+               if os.path.abspath(frame.filename) == whole]
+    if isinstance(error, SyntaxError) and error.filename and os.path.abspath(error.filename) == whole:
+        numbers.append(error.lineno)
+    if not numbers and hasattr(called, "__code__"):
+        numbers.append(called.__code__.co_firstlineno)
+    line = f"line {numbers[-1]}: " if numbers else ""
+    text = " ".join(str(error).split())
+    return f"{line}{type(error).__name__}{f': {text}' if text else ''}{_nearest_field(text)}"
+
+
+def _nearest_field(text: str) -> str:
+    """What was meant where a dataclass of this module was given a field that it lacks; "" where that is unknown."""
+    found = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text)
+    kind = globals().get(found[1]) if found else None
+    if not dataclasses.is_dataclass(kind):
+        return ""
+    names = [each.name for each in dataclasses.fields(kind)]
+    close = difflib.get_close_matches(found[2], names, 1)
+    return f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(names)}"
+
+
+def _plain(value, path: str):
+    """``value`` as JSON holds it, to be coerced: NumPy's scalars and arrays as Python's, path objects as text. Raises
+    ValueError, naming ``path``, where it is none of these."""
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {each.name: _plain(getattr(value, each.name), f"{path}.{each.name}")
+                for each in dataclasses.fields(value)}
+    if isinstance(value, list | tuple):
+        return [_plain(each, path) for each in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(each, f"{path}.{key}") for key, each in value.items()}
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):  # NumPy, JAX
+        return value.tolist()
+    raise ValueError(f"{path}={value!r} is a {type(value).__name__}; write a number, a text, a list or None")
+
+
+def map_paths(config, change: Callable[[str], str], prefix: str = ""):
+    """``config``, a dataclass, with each text that names a file or folder replaced by what ``change`` makes of it."""
+    changed = {}
+    for each in dataclasses.fields(config):
+        value = getattr(config, each.name)
+        if each.metadata.get("path"):
+            try:
+                changed[each.name] = _map_texts(value, change)
+            except ValueError as error:
+                raise ValueError(f"{prefix}{each.name}: {error}") from None
+        elif dataclasses.is_dataclass(value):
+            changed[each.name] = map_paths(value, change, f"{prefix}{each.name}.")
+        elif isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
+            changed[each.name] = tuple(map_paths(one, change, f"{prefix}{each.name}.") if dataclasses.is_dataclass(one)
+                                       else one for one in value)
+    return dataclasses.replace(config, **changed) if changed else config
+
+
+def _map_texts(value, change: Callable[[str], str]):
+    if isinstance(value, str):
+        return change(value) if value else value
+    return tuple(_map_texts(each, change) for each in value) if isinstance(value, list | tuple) else value
 
 
 def override(config: Config, *assignments: str) -> Config:

@@ -19,6 +19,7 @@ from mtnlg_jax.config import (
     TrainConfig,
     from_json,
     load_config,
+    map_paths,
     override,
     to_json,
     validate,
@@ -167,11 +168,65 @@ def test_load_config_reads_lists_as_tuples(written):
         ("def get_config():\n    return {'train': 3}", ["gives a dict", "Config"]),
         (f"{IMPORT}def get_config():\n    return Config(train=TrainConfig(steps='9'))",
          ["train.steps='9' is str", "int"]),
+        (f"{IMPORT}def get_config():\n    return Config(model=ModelConfig(\n        layers=2))",
+         ["line 4: TypeError", "'layers'", "did you mean 'num_layers'?"]),
+        (f"{IMPORT}def get_config():\n    return Config(optimizer=OptimizerConfig(zzzzz=2))",
+         ["line 4: TypeError", "'zzzzz'", "it has name, learning_rate"]),
+        (f"{IMPORT}\ndef get_config(size):\n    return Config()", ["line 4: TypeError", "'size'"]),
+        (f"{IMPORT}\ndef lower():\n    return {{}}['x']\ndef get_config():\n    return lower()", ["line 5: KeyError"]),
+        ("import sys\ndef get_config():\n    sys.exit(4)", ["line 3: SystemExit"]),
+        ("x = (1 / 0)", ["line 1: ZeroDivisionError"]),
+        (f"{IMPORT}def get_config():\n    return Config(train=TrainConfig(steps={{9}}))", ["train.steps={9} is a set"]),
+        (f"{IMPORT}import numpy as np\ndef get_config():\n    return Config(train=TrainConfig(steps=np.float32(2)))",
+         ["config.train.steps=2.0 is float; it must be int"]),
+        ("def get_config():\n    raise ValueError('two\\nlines')", ["line 2: ValueError: two lines"]),
     ],
 )
 def test_load_config_names_what_is_wrong_with_a_file(written, text, words):
     path = written(text)
     _refused(lambda: load_config(path, ["train.seed=1"]), *words)
+
+
+def test_load_config_takes_numpy_numbers_and_path_objects(written):
+    config = load_config(written(f"""{IMPORT}
+import numpy as np
+from pathlib import Path
+def get_config():
+    return Config(model=ModelConfig(num_layers=np.int64(2), tie_embeddings=np.bool_(True)),
+                  data=DataConfig(blend=[(Path("a"), np.float32(0.5))]), name=np.str_("n"),
+                  train=TrainConfig(rampup_batch_size=np.array([8, 8, 64]), micro_batch_size=1, init=Path("/b")))
+"""))
+    assert config == from_json(to_json(config)) and type(config.model.num_layers) is int
+    assert config.data.blend == (("a", 0.5),) and config.train.init == "/b" and config.model.tie_embeddings is True
+    assert config.train.rampup_batch_size == (8, 8, 64)
+
+
+def test_a_home_folder_is_expanded_in_every_path_of_a_config(written, monkeypatch):
+    monkeypatch.setenv("HOME", "/h")
+    path = written(f"{IMPORT}def get_config():\n    return Config(data=DataConfig(blend=[['~/a', 1]], tokenizer='~'))")
+    config = load_config(path, ["train.init=~/b", "data.heldout=~/c", "name=~/d",
+                                "train.stages=[{'distill': '~/e', 'blend': [('~/f', 1)]}]"])
+    assert config.data.blend == (("/h/a", 1.0),) and config.data.tokenizer == "/h" and config.train.init == "/h/b"
+    assert config.data.heldout == "/h/c" and config.name == "~/d"
+    assert config.train.stages == (StageConfig(distill="/h/e", blend=(("/h/f", 1.0),)),)
+    _refused(lambda: load_config(path, ["train.init=~no-one/x"]), "train.init", "~no-one/x", "no user")
+
+
+def test_every_text_of_a_config_that_names_a_file_is_marked():
+    """`map_paths` reaches what it should: a field whose comment or name speaks of a folder has the mark."""
+    seen = []
+    config = dataclasses.replace(
+        Config(), data=DataConfig(path="1", tokenizer="2", heldout="3"),
+        train=TrainConfig(init="4", stages=(StageConfig(distill="5", blend=(("6", 1.0),)),)))
+    mapped = map_paths(config, lambda text: seen.append(text) or f"/{text}")
+    assert sorted(seen) == list("123456") and mapped.train.stages[0].blend == (("/6", 1.0),)
+    assert map_paths(Config(), lambda text: "changed") == Config()  # an empty text names nothing
+
+
+def test_a_config_of_the_repository_is_pointed_to(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"did you mean /.*/configs/tiny\.py\?"):
+        load_config("configs/tiny.py")
 
 
 def test_load_config_wants_a_python_file(written, tmp_path):

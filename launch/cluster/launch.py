@@ -29,7 +29,7 @@ FINAL = (0, 2, 3, 5)  # exit codes of launch/pretrain.py after which another sta
 
 _CLUSTER = flags.DEFINE_enum("cluster", None, ["local", "slurm", "gke_gpu", "gke_tpu", "tpu_pod"], "where to run",
                              required=True)
-_CONFIG = flags.DEFINE_string("config", None, "a file of configs/", required=True)
+_CONFIG = command.define_path("config", None, "a file of configs/", required=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run, seen by every host", required=True)
 _SET = flags.DEFINE_multi_string("set", [], "a value of the config, as train.steps=10; repeat for more")
 _FLAGS = flags.DEFINE_enum("flags", "on", ["on", "off"], "the compiler's flags of mtnlg_jax/xla_flags.py")

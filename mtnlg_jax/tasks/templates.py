@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mtnlg_jax.config import DecodeConfig
+from mtnlg_jax.config import DecodeConfig, describe_failure
 
 LANGUAGES = {"en": "English", "zh": "Chinese"}
 
@@ -131,8 +131,8 @@ def with_templates(task: Task, path: str) -> Task:
             read = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError:
         raise
-    except Exception as error:
-        raise ValueError(f"templates {path} cannot be read: {type(error).__name__}: {error}") from None
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"templates {path} cannot be read: {describe_failure(error, path)}") from None
     if not isinstance(read, Mapping) or not read or not all(isinstance(each, Mapping) for each in read.values()):
         raise ValueError(f"templates {path} hold no object with languages, each with its fields; write them as "
                          '{"en": {"prompt": "{input} =>"}} (in Python: TEMPLATES = ...)')

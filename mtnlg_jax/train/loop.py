@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from mtnlg_jax import compat
+from mtnlg_jax import command, compat
 from mtnlg_jax.config import Config, to_json, validate, validate_batch
 from mtnlg_jax.data.batches import SAMPLE_ORDER, Batches, heldout_count, heldout_rows
 from mtnlg_jax.data.sources import open_sources, spread
@@ -41,13 +41,13 @@ from mtnlg_jax.train.watchdog import Watchdog
 class Preempted(Exception):
     """SIGTERM or SIGINT came: the state was saved, the same command goes on from there."""
 
-    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again
+    exit_code = command.PREEMPTED
 
 
 class Diverged(Exception):
     """Too many non-finite steps in a row."""
 
-    exit_code = 3
+    exit_code = command.DIVERGED
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,13 +31,13 @@ LAST_WORDS = 3  # seconds that process 0 outlives a failure: JAX aborts the othe
 class Disagreement(Exception):
     """The processes no longer do the same thing."""
 
-    exit_code = 5
+    exit_code = command.DISAGREEMENT
 
 
 class ProcessLost(Exception):
     """Another process of the run ended."""
 
-    exit_code = 6
+    exit_code = command.PROCESS_LOST
 
 
 def start(coordinator: str | None, processes: int | None, process_id: int | None, heartbeat_seconds: int,
@@ -166,21 +166,26 @@ def _is_of_a_lost_process(error: Exception) -> bool:
 
 
 def agree(function: Callable):
-    """What ``function`` returns (JSON) or raises (ValueError, OSError) in process 0, in every process."""
+    """What ``function`` returns (JSON) or raises (ValueError, OSError) in process 0, in every process; what may
+    pass is raised as PassingError."""
     if jax.process_count() == 1:
         return function()
     outcome = {}
     if is_first():
         try:
             outcome = {"value": function()}
-        except (ValueError, OSError) as error:
-            outcome = {"error": str(error), "is_value": isinstance(error, ValueError)}
+        except Exception as error:
+            if not (isinstance(error, ValueError | OSError) or command.is_passing(error)):
+                raise
+            kind = "passing" if command.is_passing(error) else "value" if isinstance(error, ValueError) else "system"
+            outcome = {"error": str(error), "kind": kind}
     text = json.dumps(outcome).encode()
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
     sent = np.frombuffer(text[:size].ljust(size), np.uint8)
     outcome = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(sent), np.uint8).tobytes())
     if "error" in outcome:
-        raise (ValueError if outcome["is_value"] else OSError)(outcome["error"])
+        raise {"passing": command.PassingError, "value": ValueError, "system": OSError}[outcome["kind"]](
+            outcome["error"])
     return outcome["value"]
 
 

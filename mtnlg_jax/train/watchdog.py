@@ -11,9 +11,9 @@ from collections import deque
 
 import jax
 
+from mtnlg_jax import command
 from mtnlg_jax.train import processes
 
-EXIT_CODE = 4
 MEDIANS = 10  # a step may take so many times the median of the last ones
 GRACE = 60  # seconds after which faulthandler dumps the stacks and exits by itself: something holds Python's lock
 SUSPENDED = 10  # seconds that this thread was not woken for: the whole process was stopped, which is no fault
@@ -80,4 +80,4 @@ class Watchdog:
         faulthandler.dump_traceback(STANDARD_ERROR)
         if processes.is_first() and processes.several():
             time.sleep(processes.LAST_WORDS)  # for the others to say where they stand
-        processes.leave(EXIT_CODE)
+        processes.leave(command.STUCK)

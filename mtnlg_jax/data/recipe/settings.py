@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mtnlg_jax.config import load_object, override
+from mtnlg_jax.config import PATH, load_object, override
 from mtnlg_jax.data import storage
 from mtnlg_jax.data.clean import CleanConfig
 from mtnlg_jax.data.decontaminate import Decontamination
@@ -23,7 +23,7 @@ class Source:
     """Text that has a weight of its own: files and folders (paths, gs://, s3://); relative ones lie below --input."""
 
     name: str = ""
-    paths: tuple[str, ...] = ()
+    paths: tuple[str, ...] = field(default=(), metadata=PATH)
     weight: float | None = None  # of the samples in training, relative to the others; None for all: by their tokens
     priority: int = 0  # of duplicates the one whose source has the highest stays
     text_key: str = "text"  # key or column of the text in JSON and Parquet; of "a|b" the first that is there
@@ -58,7 +58,8 @@ class ParagraphConfig:
 class DecontaminationConfig:
     """Test sets that a model must not have seen, and how they are cut out."""
 
-    test_sets: tuple[str, ...] = ()  # files and folders of .jsonl, .json, .tsv, also with .gz
+    # Files and folders of .jsonl, .json, .tsv, also with .gz.
+    test_sets: tuple[str, ...] = field(default=(), metadata=PATH)
     test_keys: tuple[str, ...] = ("text", "context", "question", "query", "goal", "sentence", "prompt")
     algorithm: Decontamination = field(default_factory=Decontamination)
 
@@ -67,8 +68,8 @@ class DecontaminationConfig:
 class QualityConfig:
     """What is like the user's good text stays, by the Pareto rule of GPT-3 (Brown 2020, appendix A)."""
 
-    good: tuple[str, ...] = ()  # files and folders of text to be like
-    bad: tuple[str, ...] = ()
+    good: tuple[str, ...] = field(default=(), metadata=PATH)  # files and folders of text to be like
+    bad: tuple[str, ...] = field(default=(), metadata=PATH)
     alpha: float = 9.0  # of the Pareto distribution: the higher, the fewer of the bad are kept
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
 
@@ -85,7 +86,8 @@ class Recipe:
     paragraphs: ParagraphConfig = field(default_factory=ParagraphConfig)
     decontamination: DecontaminationConfig = field(default_factory=DecontaminationConfig)
     quality: QualityConfig = field(default_factory=QualityConfig)
-    tokenizer: str = "bpe"  # bpe or unigram: trained on the result; or the path of one
+    # bpe or unigram: trained on the result; or the path of one.
+    tokenizer: str = field(default="bpe", metadata=PATH)
     vocab_size: int = 8000  # of one to train
     heldout: float = 0.02  # share of the text, 0 to 0.5
     train_tokens: int | None = None  # for how many tokens the epochs are told; None: those of one epoch
