@@ -148,7 +148,11 @@ def child(chip: str, length: int, contender: str, part: str) -> None:
         except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
             print(f"{blocks}: {str(error)[:200]}", file=sys.stderr)
             continue
-        found = {name: number for name, number in kernels_of(text) if number}
+        found = dict(kernels_of(text))
+        unknown = [name for name, number in found.items() if not number]
+        if unknown:  # a sum without them would look fast
+            print(f"{blocks}: no estimate of {', '.join(unknown)}", file=sys.stderr)
+            continue
         print(json.dumps({"blocks": blocks, "kernels": found}), flush=True)
 
 

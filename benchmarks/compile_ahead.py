@@ -3,7 +3,8 @@
     python benchmarks/compile_ahead.py                    writes benchmarks/results/compile_ahead.json
     python benchmarks/compile_ahead.py mtnlg_530b v6e     only rows with one of these words; the others stay
 
-Every row holds what launch/compile_ahead.py says of it. Needs the extra `ahead`; about half an hour.
+Every row holds what launch/compile_ahead.py says of it, with the compiler's flags that a run there sets. Needs the
+extra `ahead`; about half an hour.
 """
 
 import argparse
@@ -73,7 +74,7 @@ def measured(config: str, topology: str, step: str, settings: list[str]) -> dict
     return {"config": config, "topology": topology, "step": step, "set": settings, "devices": m.devices,
             "mesh": m.mesh, "fits": m.fits, "peak_gib": gib(m.peak), "limit_gib": gib(m.limit),
             "arguments_gib": gib(m.arguments), "flops_per_device": m.flops,
-            "kernels": kernels, "failure": m.failure,
+            "kernels": kernels, "failure": m.failure, "flags": m.flags, "flags_left_out": m.flags_left_out,
             "compile_seconds": round(m.compile_seconds, 1), "resident_gib": gib(m.resident), "compiler": m.compiler,
             "date": datetime.date.today().isoformat()}
 

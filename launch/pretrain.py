@@ -45,7 +45,7 @@ def main() -> None:
     processes.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value, config.train.heartbeat_seconds,
                     _LOCAL_DEVICES.value, _DISTRIBUTED.value, _COORDINATOR_TIMEOUT.value)
     if _FLAGS.value == "on":
-        xla_flags.set_flags(pipelined=config.mesh.pipe > 1)
+        xla_flags.set_flags(config.mesh)
     with processes.leaving_at_once():
         summary = train(config, _WORKDIR.value, _PROGRESS.value)
         if processes.is_first():

@@ -67,6 +67,15 @@ def interpreting() -> bool:
     return bool(_INTERPRETED)
 
 
+def tpu_here() -> str | None:
+    """The kind of this machine's TPU chips, "v5p" or the like, by what its bus tells; None where it tells of none. No
+    chip is taken, and nothing of JAX is fixed."""
+    from jax._src import hardware_utils  # JAX starts libtpu by it; there is no public way
+
+    version = hardware_utils.num_available_tpu_chips_and_device_id()[1]
+    return None if version is None else version.name
+
+
 def configure_cache() -> None:
     """Keeps compiled programs between runs, so that a resumed run starts in seconds. An accelerator's compile
     is worth minutes; $JAX_COMPILATION_CACHE_DIR moves the cache, an empty value turns it off."""

@@ -16,10 +16,10 @@ ROOT = Path(__file__).resolve().parents[1]
 # A room may import itself and the rooms on the lines above it; rooms of one line do not see each other.
 ORDER = """
     compat command
-    xla_flags
     parallel.hlo
     parallel.hlo_cost
     config
+    xla_flags
     parallel.mesh parallel.hardware
     parallel.collectives
     model

@@ -194,12 +194,16 @@ _KERNEL = re.compile(r"""
     """, re.MULTILINE | re.VERBOSE)
 
 
+UNKNOWN = 2**62  # the compiler writes 2^63 - 1 cycles where it has no estimate
+
+
 def kernels_of(text: str) -> list:
     """[[name, estimated cycles or None]] of the kernels in a compiled program."""
     found = []
     for name, rest in _KERNEL.findall(text):
-        cycles = re.search(r'"estimated_cycles":"?(\d+)', rest)
-        found.append([re.sub(r"\.\d+$", "", name), int(cycles[1]) if cycles else None])
+        cycles = re.search(r'"estimated_cycles":"?(-?\d+)', rest)
+        known = cycles is not None and 0 <= int(cycles[1]) < UNKNOWN
+        found.append([re.sub(r"\.\d+$", "", name), int(cycles[1]) if known else None])
     return found
 
 

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 
+from mtnlg_jax import xla_flags
 from mtnlg_jax.ahead import topology as described
 from mtnlg_jax.config import Config, from_json, to_json
 from mtnlg_jax.parallel import hlo, hlo_cost
@@ -49,6 +50,8 @@ class Measurement:
     compile_seconds: float = 0.0
     resident: int = 0  # peak resident memory of the compiling process
     kernels: list = dataclasses.field(default_factory=list)  # hlo_cost.Kernel
+    flags: list = dataclasses.field(default_factory=list)  # of the compiler, all that it was given
+    flags_left_out: str = ""  # why some of a run's flags are not among them
 
     @property
     def fits(self) -> bool | None:
@@ -64,9 +67,10 @@ class Measurement:
 
 
 def measure(config: Config, topology: described.Topology, step: str = "train", target_config: str | None = None,
-            memory: int | None = None, text: str | None = None) -> Measurement:
+            memory: int | None = None, text: str | None = None, flags: bool = True) -> Measurement:
     """Compiles ``step`` in a process of its own. ``memory``: bytes of a device, instead of the chip's. ``text``: a
-    file for the compiled program.
+    file for the compiled program. ``flags``: with the compiler's flags that launch/pretrain.py sets for these chips,
+    beside what the environment says already; what decodes sets none.
 
     Raises ValueError on what is wrong with config, mesh or topology. A compiler that gives up or dies is no
     error: the measurement says so."""
@@ -79,13 +83,20 @@ def measure(config: Config, topology: described.Topology, step: str = "train", t
     if target_config is not None and not os.path.isfile(target_config):
         raise FileNotFoundError(f"--target_config={target_config} is not a file; give a dumped GpuTargetConfigProto "
                                 "in text form, or leave it out")
+    environment = described.environment(topology)
+    choice = xla_flags.Choice()
+    if flags and step == "train":
+        choice = xla_flags.choose(kind_of(topology), config.mesh, topology.slices)
+    variable = xla_flags.VARIABLE.get(xla_flags.platform_of(kind_of(topology)), "XLA_FLAGS")
+    environment[variable] = " ".join([*environment.get(variable, "").split(), *choice.flags])
     with tempfile.TemporaryDirectory() as folder:
         answer = os.path.join(folder, "answer.json")
         request = {"config": to_json(config), "topology": str(topology), "step": step, "target_config": target_config,
-                   "memory": memory, "text": text and os.path.abspath(text), "answer": answer}
+                   "memory": memory, "text": text and os.path.abspath(text), "answer": answer,
+                   "flags": environment[variable].split(), "flags_left_out": choice.left_out}
         done = subprocess.run([sys.executable, "-m", "mtnlg_jax.ahead.measure"], input=json.dumps(request),
                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace",
-                              env=described.environment(topology))
+                              env=environment)
         if os.path.exists(answer):
             with open(answer, encoding="utf-8") as file:
                 said = json.load(file)
@@ -97,6 +108,11 @@ def measure(config: Config, topology: described.Topology, step: str = "train", t
             lost.failure = last_words(done)
             return lost
     raise ValueError(f"compiling for {topology} did not begin: {last_words(done)}")
+
+
+def kind_of(topology: described.Topology) -> str:
+    """Of its chips, as mtnlg_jax.xla_flags names kinds."""
+    return {"cuda": "gpu", "cpu": "cpu"}.get(topology.platform, topology.kind)
 
 
 def last_words(done) -> str:
@@ -134,6 +150,7 @@ def _answer() -> None:
     try:
         for state in _compile(from_json(request["config"]), described.parse(request["topology"]), request["step"],
                               request["target_config"], request["memory"], request["text"]):
+            state.flags, state.flags_left_out = request["flags"], request["flags_left_out"]
             say(dataclasses.asdict(state))
     except (ValueError, OSError) as error:
         say({"error": str(error)})
@@ -191,8 +208,13 @@ def _compile(config: Config, topology: described.Topology, step: str, target_con
     result.kernels = list(cost.kernels)
     result.suspects = hlo.largest(program, SUSPECTS)
     said = compiled.cost_analysis()
-    result.compiler_seconds = (said[0] if isinstance(said, list) else said or {}).get("optimal_seconds")
+    result.compiler_seconds = _believable((said[0] if isinstance(said, list) else said or {}).get("optimal_seconds"))
     yield result
+
+
+def _believable(seconds: float | None) -> float | None:
+    """An estimate of the compiler's, or None for what stands for none: below zero, not finite, or 2^63 cycles."""
+    return seconds if seconds is not None and 0 < seconds < 1e6 else None
 
 
 def _needed(failure: str) -> int | None:

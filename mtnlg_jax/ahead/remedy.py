@@ -99,15 +99,15 @@ def _grown(topology: Topology, factor: int) -> Topology:
 
 
 def way_out(config: Config, topology: Topology, found: Measurement, target_config: str | None, memory: int | None,
-            prove: int) -> Iterator[str]:
+            prove: int, flags: bool = True) -> Iterator[str]:
     """Lines on what fills the memory and which single change makes room; at most ``prove`` changes are compiled,
-    until one fits."""
+    until one fits. ``flags``: as in ``measure``."""
     needed = found.most
     if found.failure and topology.platform == "tpu":
         # The compiler gave up before it had placed a tensor. The same step for as many devices with more memory
         # differs in little but its kernels.
         roomy = _roomy(found.devices)
-        stand_in = measure(config, roomy, found.step) if roomy and topology.kind != roomy.kind else None
+        stand_in = measure(config, roomy, found.step, flags=flags) if roomy and topology.kind != roomy.kind else None
         if stand_in and not stand_in.failure:
             needed = stand_in.peak
             yield f"to blame     on {roomy}, where it compiles, the step's peak is {size_of(needed)} a device"
@@ -120,13 +120,13 @@ def way_out(config: Config, topology: Topology, found: Measurement, target_confi
     yield "by sums      " + ", ".join(f"{name} {size_of(size)}" for name, size in parts) + " a device"
     changes = suggest(config, topology, found.devices, needed, limit, found.step)
     for change in changes[:prove]:
-        proof = measure(change.config, change.topology, found.step, target_config, memory)
-        flags = " ".join(change.flags)
+        proof = measure(change.config, change.topology, found.step, target_config, memory, flags=flags)
+        said = " ".join(change.flags)
         if proof.fits:
-            yield (f"way out      {flags}: compiled, FITS with a peak of {size_of(proof.peak)} of "
+            yield (f"way out      {said}: compiled, FITS with a peak of {size_of(proof.peak)} of "
                    f"{size_of(proof.limit)} a device")
             return
-        yield (f"tried        {flags}: " + (proof.failure[:120] if proof.failure and not proof.needed else
+        yield (f"tried        {said}: " + (proof.failure[:120] if proof.failure and not proof.needed else
                f"{size_of(proof.most)} a device, still too much") + f" ({size_of(change.predicted)} expected)")
     for change in changes[prove:prove + 1]:
         yield f"perhaps      {' '.join(change.flags)}: {size_of(change.predicted)} a device expected, not compiled"

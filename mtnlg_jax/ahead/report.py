@@ -14,6 +14,7 @@ def render(config: Config, m: Measurement) -> str:
     """All that was measured, without a line break at its end."""
     lines = [f"{config.name}: {m.step} step on {m.topology}, {m.devices:,} devices, {m.compiler}",
              _row("layout", _layout(config, m)), _row("verdict", _verdict(m))]
+    lines.insert(2, _row("flags", _flags(m)))
     if not m.failure:
         lines += [_row("memory", f"arguments {size_of(m.arguments)}, temporaries {size_of(m.temporaries)}, code "
                                  f"{size_of(m.code)}; peak {size_of(m.peak)} a device"),
@@ -58,6 +59,11 @@ def _layout(config: Config, m: Measurement) -> str:
         text += f", {config.mesh.schedule}" + (f" x{config.mesh.virtual_pipe}" if config.mesh.virtual_pipe > 1 else "")
     rows = config.train.micro_batch_size or config.train.global_batch_size // m.mesh["data"]
     return text + f", recompute {config.train.recompute}, {m.micro_batches} micro-batches, {_rows(rows)}"
+
+
+def _flags(m: Measurement) -> str:
+    said = " ".join(m.flags) or "none"
+    return said + (f"; {m.flags_left_out}" if m.flags_left_out else "")
 
 
 def _rows(count: int) -> str:
@@ -130,6 +136,6 @@ def _collectives_head(m: Measurement) -> str:
 
 
 def _estimate(m: Measurement) -> str:
-    if not m.compiler_seconds or m.compiler_seconds < 0:
+    if m.compiler_seconds is None:
         return "estimate of the step's time: none"
     return f"estimate {m.compiler_seconds:.4f} s, which counts the body of each loop once: no step time"

@@ -16,8 +16,8 @@ from mtnlg_jax.config import MeshConfig
 from mtnlg_jax.parallel.hardware import GIB
 from mtnlg_jax.parallel.mesh import AXES, make_mesh, mesh_shape
 
-# What libtpu 0.0.50 knows, but v4: it describes that with two devices a chip, where the real one has one.
-TPUS = ("v5e", "v5p", "v6e", "tpu7x")
+TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
+FLAT = ("v5e", "v6e")  # their torus has two dims, the others' three
 GPUS = ("A100", "H100", "H200", "B200")  # each has a file in gpus/
 
 # libtpu is loaded by programs that compile, never on a machine with the chip, so several may do it at once; it
@@ -50,6 +50,17 @@ class Topology:
         return f"{self.kind}:{'x'.join(map(str, self.dims))}" + (f"*{self.slices}" if self.slices > 1 else "")
 
 
+def wrapped(topology: Topology) -> tuple[bool, bool, bool]:
+    """Along which dims of a slice the last chip is joined to the first, in slices as they are sold. v4, v5p, tpu7x: all
+    where 4 divides every dim, for they are made of cubes of 4 x 4 x 4, and none in a part of one; v5e, v6e: a dim of
+    16, the whole pod's (MaxText, accelerator_to_spec_map.py, 2026; Google Cloud, TPU v5p page). Twisted tori, which
+    v4 and v5p may also be asked for, are described untwisted."""
+    if topology.kind in FLAT:
+        first, second = (size == 16 for size in topology.dims)
+        return first, second, False
+    return (all(size % 4 == 0 for size in topology.dims),) * 3
+
+
 def parse(text: str) -> Topology:
     """"v5p:8x8x8*2" as a Topology. Raises ValueError on another form or an unknown kind."""
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)(?:\*(\d+))?", text)
@@ -58,7 +69,7 @@ def parse(text: str) -> Topology:
         raise ValueError(f"topology {text!r} is not known; write KIND:SIZE, as v5p:8x8x16, v5e:16x16, v5p:8x8x8*2 for "
                          f"two slices, H100:280x8 for hosts x cards, cpu:8; KIND is one of {', '.join(kinds.values())}")
     topology = Topology(kinds[found[1].lower()], tuple(map(int, found[2].split("x"))), int(found[3] or 1))
-    wanted = {"cuda": (2,), "cpu": (1,)}.get(topology.platform, (2,) if topology.kind in ("v5e", "v6e") else (3,))
+    wanted = {"cuda": (2,), "cpu": (1,)}.get(topology.platform, (2,) if topology.kind in FLAT else (3,))
     if len(topology.dims) not in wanted or 0 in topology.dims or topology.slices < 1:
         raise ValueError(f"topology {text!r}: a {topology.kind} has {wanted[0]} sizes, each at least 1, as "
                          f"{topology.kind}:{'x'.join('2' * wanted[0])}")
@@ -78,6 +89,14 @@ def check_installed(topology: Topology) -> None:
     if missing:
         raise ValueError(f"compiling for {topology.kind} needs {module.split('.')[-1]}, which is not here; install it "
                          "with: pip install -c launch/constraints.txt -e '.[ahead]'")
+
+
+def enter(topology: Topology) -> None:
+    """Makes this process one that compiles for ``topology``, before JAX is asked for anything."""
+    for name, value in environment(topology).items():
+        os.environ[name] = value
+    if topology.platform == "tpu" and APART.is_dir() and str(APART) not in sys.path:
+        sys.path.insert(0, str(APART))
 
 
 def environment(topology: Topology) -> dict[str, str]:
@@ -116,8 +135,12 @@ def devices(topology: Topology, target_config: str | None = None) -> list:
             return topologies.get_topology_desc(
                 platform="cuda", topology_name="", topology=f"{topology.slices}x{hosts}",
                 target_config=card(topology, target_config)).devices
-        slices = {"num_slices": topology.slices} if topology.slices > 1 else {}
-        return topologies.get_topology_desc(platform="tpu", topology_name=f"{topology.kind}:{hosts}", **slices).devices
+        more = {"num_slices": topology.slices} if topology.slices > 1 else {}
+        if topology.kind == "v4":  # else its two cores would be two devices, as they are on no machine today
+            more["chip_config_name"] = "megacore"
+        # Without ``wrap`` the compiler lays no ring through any dim.
+        return topologies.get_topology_desc(platform="tpu", topology_name=f"{topology.kind}:{hosts}",
+                                            wrap=wrapped(topology), **more).devices
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(f"topology {topology}: the compiler refuses it: {' '.join(str(error).split())}") from None
 

@@ -8,6 +8,7 @@ costlier branch counts.
 import dataclasses
 import functools
 import math
+import operator
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -252,25 +253,148 @@ def _weight(result):
 
 
 def trips_of(program: Program, computation: str, loop: Instruction) -> int | None:
-    """Trips of a while loop: what the compiler has noted, or what its condition says; None if known only later."""
+    """Trips of a while loop: what the compiler has noted, or what its start, step and condition say.
+
+    The counter may start anywhere, count up or down by any step, and be compared in any direction, with a constant or
+    with another number that the loop carries; all may stand behind copies and inside fusions. None where the trips
+    are known only when the loop runs, or are so many that the bound is none (``NEVER``)."""
     noted = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
-    if noted:
-        return int(noted[1])
-    condition = next(iter(program.called(loop, "condition")), None)
-    test = program.roots.get(condition)
-    if test is None or test.opcode != "compare" or "direction=LT" not in test.attributes:
+    trips = int(noted[1]) if noted else _counted(program, computation, loop)
+    return None if trips is None or trips >= NEVER else trips
+
+
+NEVER = 2**31 - 1  # as large a bound is "until something else ends it", and would drown every sum
+
+
+@dataclasses.dataclass(frozen=True)
+class _Number:
+    """An integer of a loop: ``offset``, or ``offset`` more than element ``place`` of what the loop carries."""
+
+    offset: int
+    place: int | None = None
+
+
+_ALL = -1  # the place of a loop that carries one number, and no tuple
+
+# These pass on the value of their first operand.
+_PASSES = ("copy", "copy-start", "copy-done", "bitcast", "convert", "reshape", "optimization-barrier")
+# Trips of ``while (distance DIRECTION 0) distance += step``; with a step of another sign the loop never ends.
+_ENDS = {
+    "LT": lambda distance, step: _until(-distance, step),
+    "LE": lambda distance, step: _until(1 - distance, step),
+    "GT": lambda distance, step: _until(distance, -step),
+    "GE": lambda distance, step: _until(1 + distance, -step),
+    "NE": lambda distance, step: None if step == 0 or distance % step or -distance // step < 0 else -distance // step,
+    "EQ": lambda distance, step: 1 if step else None,
+}
+_HOLDS = {"LT": operator.lt, "LE": operator.le, "GT": operator.gt, "GE": operator.ge, "NE": operator.ne,
+          "EQ": operator.eq}
+
+
+def _until(far: int, step: int) -> int | None:
+    """Steps to come ``far`` or farther."""
+    return -(-far // step) if step > 0 else None
+
+
+def _counted(program: Program, computation: str, loop: Instruction) -> int | None:
+    """Trips by arithmetic, or None."""
+    condition, body = (next(iter(program.called(loop, key)), None) for key in ("condition", "body"))
+    if condition not in program.roots or body not in program.roots:
         return None
-    init = program.index(computation).get(loop.operands[0])
+    test, values = _seen_through(program, condition, program.roots[condition].name, None)
+    direction = re.search(r"direction=(\w\w)", test.attributes) if test.opcode == "compare" else None
+    if not direction:
+        return None
+    sides = [values(name) for name in test.operands]
+    if None in sides:
+        return None
+    first, steps = [], []
+    for side in sides:
+        if side.place is None:
+            first.append(side.offset)
+            steps.append(0)
+            continue
+        place = None if side.place == _ALL else side.place
+        begin = _number_of(program, computation, loop.operands[0], None, place)
+        after = _number_of(program, body, program.roots[body].name, None, place)
+        if begin is None or begin.place is not None or after is None or after.place != side.place:
+            return None
+        first.append(begin.offset + side.offset)
+        steps.append(after.offset)
+    distance = first[0] - first[1]
+    if not _HOLDS[direction[1]](distance, 0):
+        return 0
+    return _ENDS[direction[1]](distance, steps[0] - steps[1])
 
-    def value(name: str) -> int | None:
-        """A constant of the condition, or one that the loop carries from its start."""
-        inside = program.index(condition).get(name)
-        if inside is not None and inside.opcode == "get-tuple-element" and init is not None and init.opcode == "tuple":
-            place = int(re.search(r"index=(\d+)", inside.attributes)[1])
-            inside = program.index(computation).get(init.operands[place])
-            while inside is not None and inside.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
-                inside = program.index(computation).get(inside.operands[0])
-        return int(inside.operands[0]) if inside is not None and inside.opcode == "constant" else None
 
-    first, last = (value(name) for name in test.operands)
-    return None if last is None else max(last - (first or 0), 0)
+def _seen_through(program: Program, computation: str, name: str, given: Callable | None):
+    """(the instruction that makes ``name``'s value, a function from the names of its operands to _Number or None):
+    behind copies, and inside the fusions that wrap it."""
+    instruction = program.index(computation)[name]
+    while instruction.opcode in _PASSES and instruction.operands[0] in program.index(computation):
+        instruction = program.index(computation)[instruction.operands[0]]
+
+    def value(operand: str):
+        return _number_of(program, computation, operand, given)
+
+    inner = next(iter(program.called(instruction, "calls", "to_apply")), None)
+    if instruction.opcode in ("fusion", "call") and inner in program.roots:
+        operands = instruction.operands
+        return _seen_through(program, inner, program.roots[inner].name, lambda place: value(operands[place]))
+    return instruction, value
+
+
+def _number_of(program: Program, computation: str, name: str, given: Callable | None,
+               place: int | None = None) -> _Number | None:
+    """The integer that ``name`` has in a computation of a loop, or element ``place`` of the tuple that it is.
+
+    ``given``: of a fusion, from the number of a parameter to what it stands for; None where the parameter is what the
+    loop carries."""
+    index = program.index(computation)
+    instruction = index.get(name)
+    if instruction is None:
+        return None
+    opcode, operands = instruction.opcode, instruction.operands
+
+    def of(operand: str, place: int | None = None):
+        return _number_of(program, computation, operand, given, place)
+
+    if opcode == "parameter":
+        if given is not None:
+            return given(int(operands[0])) if place is None else None
+        return _Number(0, _ALL if place is None else place)
+    if opcode == "get-tuple-element":
+        return of(operands[0], int(re.search(r"index=(\d+)", instruction.attributes)[1])) if place is None else None
+    if opcode in _PASSES:
+        return of(operands[0], place)
+    if opcode == "tuple":
+        return of(operands[place]) if place is not None and place < len(operands) else None
+    if opcode in ("fusion", "call"):
+        inner = next(iter(program.called(instruction, "calls", "to_apply")), None)
+        root = program.roots.get(inner)
+        return root and _number_of(program, inner, root.name, lambda number: of(operands[number]), place)
+    if place is not None:
+        return None
+    if opcode == "constant":
+        return _Number(int(operands[0])) if re.fullmatch(r"-?\d+", operands[0]) else None
+    if opcode in ("add", "subtract", "multiply", "negate"):
+        return _sum(opcode, [of(operand) for operand in operands])
+    return None
+
+
+def _sum(opcode: str, numbers: list[_Number | None]) -> _Number | None:
+    if None in numbers:
+        return None
+    if opcode == "negate":
+        numbers, opcode = [_Number(0), *numbers], "subtract"
+    left, right = numbers
+    if opcode == "multiply":
+        known = left.place is None and right.place is None
+        return _Number(left.offset * right.offset) if known else None
+    if opcode == "add":
+        if None not in (left.place, right.place):
+            return None
+        return _Number(left.offset + right.offset, right.place if left.place is None else left.place)
+    if right.place is None:
+        return _Number(left.offset - right.offset, left.place)
+    return _Number(left.offset - right.offset) if left.place == right.place else None

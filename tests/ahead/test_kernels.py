@@ -98,9 +98,13 @@ def test_kernels_are_found_in_a_program_whose_metadata_has_several_lines():
 "xprof": "1"
 }}, backend_config={"estimated_cycles":"120"}
   %add.2 = f32[8]{0} add(%b, %c), backend_config={"estimated_cycles":"7"}
+  %lookup.4 = bf16[8]{0} custom-call(%a), custom_call_target="tpu_custom_call", \
+backend_config={"estimated_cycles":"9223372036854775807"}
+  %odd.5 = bf16[8]{0} custom-call(%a), custom_call_target="tpu_custom_call", backend_config={"estimated_cycles":"-1"}
   ROOT %attention.12 = (bf16[8]{0}, f32[8]{0}) custom-call(%d), custom_call_target="mosaic_gpu_v2", metadata={}
 """
-    assert kernels_of(text) == [["splash", 120], ["attention", None]]
+    # 2^63 - 1 is the compiler's word for no estimate, and must not stand in a sum.
+    assert kernels_of(text) == [["splash", 120], ["lookup", None], ["odd", None], ["attention", None]]
 
 
 def test_a_call_travels_as_json():

@@ -1,6 +1,5 @@
 """The command from end to end on virtual CPU devices; on TPU and GPU compilers where they are installed."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,9 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from mtnlg_jax import xla_flags
 from mtnlg_jax.ahead import measure as measuring
 from mtnlg_jax.ahead.measure import Measurement, measure
-from mtnlg_jax.ahead.topology import parse
+from mtnlg_jax.ahead.topology import check_installed, parse
 from mtnlg_jax.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,6 +99,44 @@ def test_a_compiler_that_aborts_is_a_measurement(monkeypatch):
     assert m.fits is None
 
 
+@pytest.mark.parametrize(("topology", "variable", "step", "on", "kind"), [
+    ("v5p:4x4x4*2", "LIBTPU_INIT_ARGS", "train", True, "v5p"), ("v5e:4x4", "LIBTPU_INIT_ARGS", "train", True, "v5e"),
+    ("H100:2x8", "XLA_FLAGS", "train", True, "gpu"), ("v5p:4x4x4", "LIBTPU_INIT_ARGS", "train", False, None),
+    ("v6e:4x4", "LIBTPU_INIT_ARGS", "prefill", True, None), ("v6e:4x4", "LIBTPU_INIT_ARGS", "decode", True, None),
+])
+def test_a_step_is_compiled_with_the_flags_that_its_run_sets(topology, variable, step, on, kind, monkeypatch):
+    asked, compiled = [], []
+
+    def chosen(*given):
+        asked.append(given)
+        return xla_flags.Choice(("--xla_ours=1",), "one is refused")
+
+    def runs(command, input, env, **_):
+        request = json.loads(input)
+        compiled.append(env[variable])
+        told = Measurement(topology, 8, {"data": 8}, step, 1, "libtpu", None)
+        told.flags, told.flags_left_out = request["flags"], request["flags_left_out"]
+        Path(request["answer"]).write_text(measuring.to_text(told))
+        return SimpleNamespace(returncode=0, stderr="")
+
+    monkeypatch.setattr(measuring.described, "check_installed", lambda topology: None)
+    monkeypatch.setattr(xla_flags, "choose", chosen)
+    monkeypatch.setattr(subprocess, "run", runs)
+    monkeypatch.setenv(variable, "--xla_mine=2")
+    m = measure(config(), parse(topology), step, flags=on)
+    assert asked == ([(kind, config().mesh, parse(topology).slices)] if kind else [])
+    assert m.flags == compiled[0].split() == ["--xla_mine=2", *(["--xla_ours=1"] if kind else [])]
+    assert m.flags_left_out == ("one is refused" if kind else "")
+
+
+@pytest.mark.parametrize(("said", "believed"), [
+    (0.05, 0.05), (None, None), (-20.6, None), (0.0, None), (float("inf"), None), (float("nan"), None),
+    (2**63 / 1.75e9, None),
+])
+def test_an_estimate_that_stands_for_none_is_none(said, believed):
+    assert measuring._believable(said) == believed
+
+
 def test_a_process_that_does_not_begin_is_an_error(monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stderr="ImportError: x\n"))
     with pytest.raises(ValueError, match="did not begin: the compiler ended with exit code 1: ImportError: x"):
@@ -128,10 +166,16 @@ def test_a_place_that_is_not_there_is_found_before_any_work():
 
 # --- the real compilers -----------------------------------------------------------------------------------------------
 
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (extra ahead)")
-needs_cuda = pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is None
-                                or importlib.util.find_spec("jax_plugins.xla_cuda12") is None,
-                                reason="needs jax-cuda12-plugin (extra ahead)")
+def missing(topology):
+    try:
+        check_installed(parse(topology))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+needs_libtpu = pytest.mark.skipif(bool(missing("v5e:2x2")), reason=missing("v5e:2x2"))
+needs_cuda = pytest.mark.skipif(bool(missing("H100:1x8")), reason=missing("H100:1x8"))
 
 
 @pytest.mark.slow
@@ -150,7 +194,7 @@ def test_530b_on_a_v5p_pod_fits_in_minutes_and_4_gb():
     big = load_config(str(ROOT / "configs/mtnlg_530b.py"), ["mesh.pipe=1", "mesh.data=128", "mesh.zero=3",
                                                              "train.rampup_batch_size=none"])
     m = measure(big, parse("v5p:8x8x16"))
-    assert m.fits and m.peak < 0.5 * m.limit
+    assert m.fits and m.peak < 0.5 * m.limit and m.flags and not m.flags_left_out
     assert m.compile_seconds < 300 and m.resident < 4e9
 
 

@@ -32,13 +32,15 @@ def measurement(**changes):
     found = Measurement("v5p:8x8x16", 1024, {"pipe": 1, "data": 128, "context": 1, "tensor": 8}, "train", 15,
                         "libtpu 1.2", 96 * GIB, "", None, int(6.5 * GIB), 6 * GIB, [[state, GIB // 8]], 16 * GIB,
                         38 * 2**20, 24 * GIB, 1.5e16, collectives, 4, tensors, 0.05, 1.04, 32.96, int(1.5 * GIB),
-                        [Kernel("attention_forward", 2, 3150.0), Kernel("attention_backward", 2, 1575.0)])
+                        [Kernel("attention_forward", 2, 3150.0), Kernel("attention_backward", 2, 1575.0)],
+                        ["--xla_a=true", "--xla_b=1"])
     return dataclasses.replace(found, **changes)
 
 
 GOLDEN = """\
 mtnlg_530b: train step on v5p:8x8x16, 1,024 devices, libtpu 1.2
 layout       pipe 1 x data 128 x context 1 x tensor 8, zero 3, recompute full, 15 micro-batches, 1 row a data shard
+flags        --xla_a=true --xla_b=1
 verdict      FITS: peak 24.00 GiB of 96.00 GiB a device, 72.00 GiB (75%) to spare
 memory       arguments 6.50 GiB, temporaries 16.00 GiB, code 38.00 MiB; peak 24.00 GiB a device
 padding      512.00 MiB of the arguments (8.3%), tiles that dims do not fill; the most in \
@@ -74,6 +76,21 @@ def test_the_page_of_a_measurement():
 ])
 def test_verdicts(changes, verdict):
     assert f"verdict      {verdict}\n" in render(config(*POD), measurement(**changes))
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"flags": []}, "none"),
+    ({"flags": [], "flags_left_out": "refused"}, "none; refused"),
+    ({"flags": ["--xla_a=1"], "flags_left_out": "some are refused"}, "--xla_a=1; some are refused"),
+])
+def test_the_page_tells_the_flags_that_it_was_compiled_with(changes, said):
+    assert f"\nflags        {said}\n" in render(config(*POD), measurement(**changes))
+    failed = measurement(**changes, failure="out of memory", needed=97 * GIB)
+    assert f"\nflags        {said}\n" in render(config(*POD), failed)
+
+
+def test_no_estimate_is_told_as_none():
+    assert "estimate of the step's time: none" in render(config(*POD), measurement(compiler_seconds=None))
 
 
 def test_a_pipeline_names_its_schedule():
@@ -137,14 +154,15 @@ def test_a_topology_grows_in_shapes_that_there_are(small, large):
 def test_ways_out_are_proved_in_turn(monkeypatch):
     tried = []
 
-    def measured(config, topology, step, target_config=None, memory=None):
-        tried.append((config.train.micro_batch_size, str(topology)))
+    def measured(config, topology, step, target_config=None, memory=None, flags=True):
+        tried.append((config.train.micro_batch_size, str(topology), flags))
         return measurement(peak=(97 if len(tried) == 1 else 50) * GIB)
 
     monkeypatch.setattr(remedy, "measure", measured)
     big = config(*POD, "train.global_batch_size=2048", "train.micro_batch_size=16")
-    said = list(remedy.way_out(big, parse("v5p:8x8x16"), measurement(peak=120 * GIB), None, None, 2))
-    assert tried == [(8, "v5p:8x8x16"), (4, "v5p:8x8x16")]
+    said = list(remedy.way_out(big, parse("v5p:8x8x16"), measurement(peak=120 * GIB), None, None, 2,
+                               False))
+    assert tried == [(8, "v5p:8x8x16", False), (4, "v5p:8x8x16", False)]
     assert said[0].startswith("by sums      layers ")
     assert said[1].startswith("tried        --set=train.micro_batch_size=8: 97.00 GiB a device, still too much (")
     assert said[2] == ("way out      --set=train.micro_batch_size=4: compiled, FITS with a peak of 50.00 GiB of "
@@ -152,7 +170,7 @@ def test_ways_out_are_proved_in_turn(monkeypatch):
 
 
 def test_a_compiler_that_gave_up_is_asked_about_a_chip_with_more_memory(monkeypatch):
-    monkeypatch.setattr(remedy, "measure", lambda config, topology, *_: measurement(topology=str(topology)))
+    monkeypatch.setattr(remedy, "measure", lambda config, topology, *_, flags: measurement(topology=str(topology)))
     failed = measurement(topology="v5e:16x16*4", failure="HbmOom", needed=70 * GIB, limit=16 * GIB)
     said = list(remedy.way_out(config(*POD), parse("v5e:16x16*4"), failed, None, None, 0))
     assert said[0] == "to blame     on v5p:8x16x8, where it compiles, the step's peak is 24.00 GiB a device"

@@ -9,7 +9,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mtnlg_jax.parallel.hlo import Program, arguments_of, bytes_of, largest, padded_bytes
-from mtnlg_jax.parallel.hlo_cost import Kernel, cost_of, groups_of
+from mtnlg_jax.parallel.hlo_cost import Kernel, cost_of, groups_of, trips_of
 
 MESH = {"a": 2, "b": 4}
 
@@ -134,9 +134,13 @@ TPU = """HloModule jit_f, is_scheduled=true
 
 %body (s.1: (s32[], f32[8,512], s32[])) -> (s32[], f32[8,512], s32[]) {
   %s.1 = (s32[]{:T(128)}, f32[8,512]{1,0:T(8,128)}, /*index=2*/s32[]{:T(128)}) parameter(0)
+  %i.1 = s32[]{:T(128)} get-tuple-element(%s.1), index=0
   %x.1 = f32[8,512]{1,0:T(8,128)} get-tuple-element(%s.1), index=1
+  %n.1 = s32[]{:T(128)} get-tuple-element(%s.1), index=2
+  %one = s32[]{:T(128)} constant(1)
+  %next = s32[]{:T(128)} add(%i.1, %one)
   %fused = f32[8,128]{1,0:T(8,128)S(1)} fusion(%x.1), kind=kCustom, calls=%all-reduce-scatter.1
-  ROOT %t = (s32[]{:T(128)}, f32[8,512]{1,0:T(8,128)}, /*index=2*/s32[]{:T(128)}) tuple(%s.1)
+  ROOT %t = (s32[]{:T(128)}, f32[8,512]{1,0:T(8,128)}, /*index=2*/s32[]{:T(128)}) tuple(%next, %x.1, %n.1)
 }
 
 ENTRY %main (a: f32[8,512], b: bf16[8,128], q: f32[16,128,160], k: f32[16,128,160]) -> f32[16,128,128] {
@@ -218,7 +222,9 @@ KERNELS = """HloModule jit_step
   %i = s32[] get-tuple-element(%arg), index=0
   %x = f32[8]{0} get-tuple-element(%arg), index=1
   %forward.3 = f32[8]{0} custom-call(%x), custom_call_target="tpu_custom_call", METADATA
-  ROOT %t = (s32[], f32[8]{0}) tuple(%i, %forward.3)
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  ROOT %t = (s32[], f32[8]{0}) tuple(%next, %forward.3)
 }
 
 %condition (arg: (s32[], f32[8])) -> pred[] {
@@ -244,3 +250,124 @@ def test_kernels_are_counted_with_the_flops_that_their_scope_tells():
     text = KERNELS.replace("METADATA", 'metadata={op_name="jit(step)/while/attention_forward:1000flops/pallas_call"}')
     cost = cost_of(Program(text), {"data": 1})
     assert cost.kernels == (Kernel("attention_forward", 1, 5), Kernel("other", 0, 1)) and cost.flops == 5 * 1000
+
+
+# --- trips of loops -------------------------------------------------------------------------------------------------
+
+LOOP = """HloModule jit_loop
+
+%wrapped_next (p: s32[], q: s32[]) -> s32[] {
+  %p = s32[] parameter(0)
+  %q = s32[] parameter(1)
+  ROOT %r = s32[] add(%q, %p)
+}
+
+%wrapped_test (p.1: s32[], q.1: s32[]) -> pred[] {
+  %p.1 = s32[] parameter(0)
+  %q.1 = s32[] parameter(1)
+  ROOT %r.1 = pred[] compare(%p.1, %q.1), direction=LT
+}
+
+%body (s: (s32[], f32[8], s32[])) -> (s32[], f32[8], s32[]) {
+  %s = (s32[], f32[8]{0}, s32[]) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %x = f32[8]{0} get-tuple-element(%s), index=1
+  %n = s32[] get-tuple-element(%s), index=2
+  %step = s32[] constant(STEP)
+  %again = s32[] copy(%n)
+  NEXT
+  ROOT %t = (s32[], f32[8]{0}, s32[]) tuple(%next, %x, %again)
+}
+
+%condition (s.1: (s32[], f32[8], s32[])) -> pred[] {
+  %s.1 = (s32[], f32[8]{0}, s32[]) parameter(0)
+  %j = s32[] get-tuple-element(%s.1), index=0
+  %m = s32[] get-tuple-element(%s.1), index=2
+  %one = s32[] constant(1)
+  TEST
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  %first = s32[] constant(FIRST)
+  %last = s32[] constant(LAST)
+  %start = (s32[], f32[8]{0}, s32[]) tuple(%first, %a, %last)
+  %loop = (s32[], f32[8]{0}, s32[]) while(%start), condition=%condition, body=%bodyNOTE
+  ROOT %y = f32[8]{0} get-tuple-element(%loop), index=1
+}
+"""
+ADD = "%next = s32[] add(%i, %step)"
+TWICE = "%once = s32[] add(%i, %step)\n  %next = s32[] add(%step, %once)"  # a body unrolled by two
+FUSED = "%next = s32[] fusion(%step, %i), kind=kLoop, calls=%wrapped_next"
+WRAPPED = "ROOT %less = pred[] fusion(%j, %m), kind=kLoop, calls=%wrapped_test"
+NEARER = "%nearer = s32[] add(%j, %one)\n  ROOT %less = pred[] compare(%nearer, %m), direction=LT"
+KNOWN = ', backend_config={"known_trip_count":{"n":"9"}}'
+
+
+def compare(direction, sides="%j, %m"):
+    return f"ROOT %less = pred[] compare({sides}), direction={direction}"
+
+
+@pytest.mark.parametrize(("first", "step", "last", "test", "after", "trips"), [
+    (0, 1, 5, compare("LT"), ADD, 5),
+    (0, 2, 8, compare("LT"), ADD, 4),
+    (0, 2, 7, compare("LT"), ADD, 4),  # 0, 2, 4, 6
+    (3, 2, 8, compare("LT"), ADD, 3),  # 3, 5, 7
+    (-3, 3, 4, compare("LT"), ADD, 3),
+    (0, 2, 8, compare("LE"), ADD, 5),
+    (0, 2, 7, compare("LE"), ADD, 4),
+    (8, -2, 0, compare("GT"), ADD, 4),
+    (7, -2, 0, compare("GT"), ADD, 4),  # 7, 5, 3, 1
+    (8, -2, 0, compare("GE"), ADD, 5),
+    (8, 2, 0, compare("GT"), "%next = s32[] subtract(%i, %step)", 4),
+    (0, 4, 12, compare("NE"), ADD, 3),
+    (12, -4, 0, compare("NE"), ADD, 3),
+    (5, 1, 5, compare("EQ"), ADD, 1),
+    (0, 2, 8, compare("GT", "%m, %j"), ADD, 4),
+    (8, -2, 0, compare("LE", "%m, %j"), ADD, 5),
+    (0, 1, 8, compare("LT"), TWICE, 4),
+    (0, 2, 8, compare("LT"), FUSED, 4),
+    (0, 2, 8, WRAPPED, ADD, 4),
+    (0, 2, 8, NEARER, FUSED, 4),  # 1, 3, 5, 7 are compared
+    (9, 2, 8, compare("LT"), ADD, 0),
+    (0, 0, 5, compare("LT"), ADD, None),  # never ends by its counter
+    (0, -1, 5, compare("LT"), ADD, None),
+    (0, 3, 5, compare("NE"), ADD, None),  # steps over its end
+    (0, 1, 2**31 - 1, compare("LT"), ADD, None),  # no bound
+    (0, 1, 2**63 - 1, compare("LT"), ADD, None),
+    (0, 1, 5, compare("LT"), "%next = s32[] multiply(%i, %step)", None),
+    (0, 1, 5, "%less = pred[] compare(%j, %m), direction=LT\n  ROOT %both = pred[] and(%less, %less)", ADD, None),
+], ids=str)
+def test_trips_by_start_step_and_condition(first, step, last, test, after, trips):
+    text = LOOP.replace("FIRST", str(first)).replace("STEP", str(step)).replace("LAST", str(last)).replace("NOTE", "")
+    program = Program(text.replace("TEST", test).replace("NEXT", after))
+    assert trips_of(program, "main", program.index("main")["loop"]) == trips
+
+
+@pytest.mark.parametrize(("noted", "trips"), [(9, 9), (2**63 - 1, None)])
+def test_what_the_compiler_has_noted_goes_before_the_sums(noted, trips):
+    text = LOOP.replace("FIRST", "0").replace("STEP", "2").replace("LAST", "8").replace("TEST", compare("LT"))
+    program = Program(text.replace("NEXT", ADD).replace("NOTE", KNOWN.replace("9", str(noted))))
+    assert trips_of(program, "main", program.index("main")["loop"]) == trips
+
+
+def test_a_loop_that_carries_one_number():
+    program = Program("""HloModule jit_loop
+%body (i: s32[]) -> s32[] {
+  %i = s32[] parameter(0)
+  %step = s32[] constant(3)
+  ROOT %next = s32[] add(%i, %step)
+}
+
+%condition (j: s32[]) -> pred[] {
+  %j = s32[] parameter(0)
+  %last = s32[] constant(10)
+  ROOT %less = pred[] compare(%j, %last), direction=LT
+}
+
+ENTRY %main () -> s32[] {
+  %zero = s32[] constant(0)
+  ROOT %loop = s32[] while(%zero), condition=%condition, body=%body
+}
+""")
+    assert trips_of(program, "main", program.index("main")["loop"]) == 4

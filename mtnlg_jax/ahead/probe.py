@@ -1,0 +1,118 @@
+"""A small program with the collectives of a run, compiled for a described TPU under given flags: does the compiler take
+them? ``python -m mtnlg_jax.ahead.probe`` is what mtnlg_jax/xla_flags.py starts before it sets any.
+
+A compiler may parse a flag and refuse the first program on which it would act, so parsing proves nothing."""
+
+import json
+import os
+import sys
+from collections.abc import Collection
+
+from mtnlg_jax.ahead import topology as described
+from mtnlg_jax.ahead.topology import Topology
+from mtnlg_jax.parallel.mesh import AXES
+
+# Of a chip kind: a slice with 64 chips, so that groups lie in more than one dim of the torus.
+DIMS = {2: (8, 8), 3: (4, 4, 4)}
+LAYERS = 2
+WIDTH = 1024  # below it some collectives stay where they are, whatever the flags say
+LENGTH = 512
+
+
+def sizes_of(collectives: Collection[tuple[str, str]], devices: int) -> dict[str, int]:
+    """Sizes of the mesh axes over ``devices`` (a power of two): only those that something is sent along are larger
+    than 1, and ``data`` is the largest."""
+    used = {axis for _, axis in collectives}
+    order = [axis for axis in ("data", "tensor", "pipe", "context") if axis in used] or ["data"]
+    sizes, left = dict.fromkeys(AXES, 1), devices
+    for place, axis in enumerate(order[1:]):
+        sizes[axis] = 4 if left > 4 ** (2 if place == 0 else 1) else 2
+        left //= sizes[axis]
+    sizes[order[0]] = left
+    return sizes
+
+
+def lower(topology: Topology, collectives: Collection[tuple[str, str]]):
+    """A training step of ``LAYERS`` layers, each one product in a scan, which sends what ``collectives`` says:
+    (kind as in parallel.hlo_cost.KINDS, mesh axis)."""
+    import jax
+    import jax.numpy as jnp
+    from jax import lax
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    from mtnlg_jax.config import MeshConfig
+
+    devices = described.devices(topology)
+    sizes = sizes_of(collectives, len(devices))
+    mesh = described.mesh_over(MeshConfig(**sizes), topology, devices)
+    neighbours = {axis: [(i, (i + 1) % size) for i in range(size)] for axis, size in sizes.items()}
+
+    def has(kind, axis):
+        return (kind, axis) in collectives
+
+    def layer(x_BSD, w_DF):
+        if has("all-gather", "data"):
+            w_DF = lax.all_gather(w_DF, "data", axis=0, tiled=True)
+        if has("all-gather", "tensor"):
+            x_BSD = lax.all_gather(x_BSD, "tensor", axis=1, tiled=True)
+        if has("all-to-all", "context"):
+            x_BSD = lax.all_to_all(x_BSD, "context", 2, 1, tiled=True)
+            x_BSD = lax.all_to_all(x_BSD, "context", 1, 2, tiled=True)
+        if has("all-gather", "context"):
+            x_BSD += lax.all_gather(x_BSD, "context", axis=1, tiled=True)[:, : x_BSD.shape[1]]
+        y_BSF = jax.nn.gelu(jnp.einsum("bsd,df->bsf", x_BSD, w_DF.astype(x_BSD.dtype)))
+        if has("reduce-scatter", "tensor"):
+            y_BSF = lax.all_gather(y_BSF, "tensor", axis=2, tiled=True)
+            y_BSF = lax.psum_scatter(y_BSF, "tensor", scatter_dimension=1, tiled=True)
+        for axis in AXES:
+            if has("collective-permute", axis):
+                y_BSF = lax.ppermute(y_BSF, axis, neighbours[axis])
+        return y_BSF, None
+
+    def loss(w_LDF, x_BSD):
+        out_BSD, _ = lax.scan(jax.checkpoint(layer), x_BSD, w_LDF)
+        return jnp.sum(jnp.square(out_BSD.astype(jnp.float32)))
+
+    def step(w_LDF, x_BSD):
+        value, gradient_LDF = jax.value_and_grad(loss)(w_LDF, x_BSD)
+        if has("all-reduce", "data") and not has("all-gather", "data"):
+            gradient_LDF = lax.psum(gradient_LDF, "data")
+        return lax.psum(value, AXES), w_LDF - gradient_LDF
+
+    weights = P(None, "data" if has("all-gather", "data") else None, "tensor")
+    rows = P("data", ("context", "tensor"), None)
+    region = jax.shard_map(step, mesh=mesh, in_specs=(weights, rows), out_specs=(P(), weights), check_vma=False)
+
+    def array(shape, dtype, spec):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.jit(region, donate_argnums=0).lower(
+        array((LAYERS, WIDTH, WIDTH), jnp.float32, weights),
+        array((sizes["data"], LENGTH, WIDTH), jnp.bfloat16, rows))
+
+
+def _answer() -> None:
+    """Reads {"kind", "slices", "collectives"}; writes {"refused": why, or "" where it compiles}. The compiler's flags
+    stand in the environment already."""
+    request = json.load(sys.stdin)
+    dims = DIMS[2 if request["kind"] in described.FLAT else 3]
+    topology = Topology(request["kind"], dims, request["slices"])
+    described.enter(topology)
+
+    import jax
+
+    refused = ""
+    try:
+        lower(topology, [tuple(pair) for pair in request["collectives"]]).compile()
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        refused = " ".join(str(error).split())
+    print(json.dumps({"refused": refused}))
+
+
+if __name__ == "__main__":
+    # What the compiler prints besides must not stand between.
+    told = os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout = os.fdopen(told, "w")
+    _answer()
