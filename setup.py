@@ -36,6 +36,8 @@ setup(
         "ftfy>=6.3,<7",
         "trafilatura>=2,<3",
         "warcio>=1.7,<2",
+        # The top-level domains that e-mail addresses have; comes with trafilatura as well.
+        "tld>=0.13,<0.14",
         "py3langid>=0.3,<0.5",
         "scikit-learn>=1.7,<2",
         "fsspec>=2025.3",

@@ -230,6 +230,39 @@ CHECKED = "11010519491231002X"  # the example of GB 11643
     ("eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.abcDEF123_-x", "<API_KEY>"),
     ("-----BEGIN RSA PRIVATE KEY-----\nMIIEpAIBAAKCAQEA\nabc+/=\n-----END RSA PRIVATE KEY-----\nend",
      "<PRIVATE_KEY>\nend"),
+    ("> -----BEGIN PRIVATE KEY-----\n> MIIEpAIBAAKCAQEAxyz0\n> abcdefghijklmnopqrst\n> so it was",
+     "> <PRIVATE_KEY>\n> so it was"),
+    ("-----BEGIN RSA PRIVATE KEY-----\nProc-Type: 4,ENCRYPTED\nDEK-Info: AES-128-CBC,0A\n\nMIIE\n"
+     "-----END RSA PRIVATE KEY-----\nend", "<PRIVATE_KEY>\nend"),
+    (r'key = "-----BEGIN PRIVATE KEY-----\nMIIEpAIBAAKCAQEAxyz0\nabcdefghijklmnopqrst"',
+     'key = "<PRIVATE_KEY>"'),
+    # Beside any punctuation, in rows, lists and queries.
+    ("Call 13812345678,13987654321 or 010-62345678/62345679.",
+     "Call <PHONE>,<PHONE> or <PHONE>/<PHONE>."),
+    (f"Li Lei,13812345678,{CHECKED},4111111111111111", "Li Lei,<PHONE>,<CHINESE_ID>,<CARD_NUMBER>"),
+    (f"ssn 078-05-1120,219-09-9999; tel=13812345678&id={CHECKED}",
+     "ssn <US_SSN>,<US_SSN>; tel=<PHONE>&id=<CHINESE_ID>"),
+    ("-user@ex.org 电话-13812345678", "-<EMAIL> 电话-<PHONE>"),
+    ("|张三|13812345678|a@b.cn|", "|张三|<PHONE>|<EMAIL>|"), ("张三/13812345678/北京", "张三/<PHONE>/北京"),
+    ("{\"phone\":\"13812345678\",'m':'a@b.cn'}", "{\"phone\":\"<PHONE>\",'m':'<EMAIL>'}"),
+    ("**13812345678** _078-05-1120_ `a@b.org`", "**<PHONE>** _<US_SSN>_ `<EMAIL>`"),
+    ("Ann\t+44 20 7946 0958\t203.0.114.77", "Ann\t<PHONE>\t<IP_ADDRESS>"),
+    ("https://x.org/?tel=13812345678&mail=a@b.org", "https://x.org/?tel=<PHONE>&mail=<EMAIL>"),
+    # Other scripts and forms of the same digits and marks.
+    ("电话：１３８１２３４５６７８，邮箱ａｂｃ＠ｑｑ．ｃｏｍ", "电话：<PHONE>，邮箱<EMAIL>"),
+    ("هاتف ٠٠٨٦١٣٨١٢٣٤٥٦٧٨ و +٩٦٦ ٥٠ ١٢٣ ٤٥٦٧", "هاتف <PHONE> و <PHONE>"),
+    ("फ़ोन +९१ ९८७६५ ४३२१०", "फ़ोन <PHONE>"),
+    ("138–1234–5678, 078‑05‑1120, 4111\u20091111\u20091111\u20091111",
+     "<PHONE>, <US_SSN>, <CARD_NUMBER>"),
+    ("（０１０）６２３４－５６７８、138.1234.5678", "<PHONE>、<PHONE>"),
+    ("+8613812345678 0086 13812345678 (86)13812345678 (+86) 138 1234 5678 86-138-1234-5678",
+     "<PHONE> <PHONE> <PHONE> <PHONE> <PHONE>"),
+    ("身份证１１０１０５１９４９１２３１００２Ｘ；110105-19491231-002X", "身份证<CHINESE_ID>；<CHINESE_ID>"),
+    ("9.9.9.9 is the DNS server 9.9.9.9, from 14.17.22.31", "9.9.9.9 is the DNS server <IP_ADDRESS>, "
+     "from <IP_ADDRESS>"),
+    ("14.17.22.31 or ip=8.8.4.4:53", "<IP_ADDRESS> or ip=<IP_ADDRESS>:53"),
+    ("müller@firma.de, имя@пример.рф, bob@gmail.com.Please", "<EMAIL>, <EMAIL>, <EMAIL>.Please"),
+    ("邮箱：bob@x.org（请备注）", "邮箱：<EMAIL>（请备注）"),
     ("-----BEGIN PRIVATE KEY-----\nMIIEpAIBAAKCAQEAxyz0\nThe text goes on.", "<PRIVATE_KEY>\nThe text goes on."),
 ])
 def test_personal_data_is_masked(text, masked):
@@ -248,6 +281,18 @@ def test_personal_data_is_masked(text, masked):
     "user@ and @user and a@b", "risk-averse-Behaviour-of-1990s", "price +10 to +20", "1 2 3 4 5 6 7 8 9 10 11 12",
     "第三百二十一回", "order 20201012123456789", "-----BEGIN PUBLIC KEY-----", "phone: 1381234567", "1234-5678-9012",
     "the years 1990 1991 1992 1993", "2001:12:30 was a time", "N 51.5074 W 0.1278",
+    'POLICY = ObjectIdentifier("2.5.29.36")', "PostgreSQL 9.6.24.77 came with DSM 6.2.4.25",
+    "see section 3.4.12.35.", "Windows 10.0.190.44", "Chrome/120.0.0.0 Safari/537.36",
+    "numpy==1.26.4.120", "§ 14.2.3.5 and 14.2.3.6", "OID 1.2.250.1", "第12.3.4.5条",
+    "y = X@W.mean(axis=0)", "y = x@w.data", "z = q@k.to(device)", "git@github.com:team/repo.git",
+    "scp a.txt ann@host.org:/tmp", "ssh -p 22 ann@host.org", "https://git@host.org/x.git",
+    "pkg@1.2.3", "@scope/name@1.0.0", "npm i lodash@4.17.21", "@ann@example.social",
+    "icon@2x.png", "@app.route('/x')", "postgres://app:secret@db.example.org:5432/x",
+    "https://x.org/13812345678.html", "data/13812345678.csv", "IMG_13812345678.jpg",
+    "0.13812345678", "[0.13812345678,0.15912345678]", "+116.397128,+39.916527",
+    "+40.7128-074.0060/", "order no. 13812345678", "订单号：13812345678", "13812345678 bytes",
+    "$13812345678", "13812345678元", "550e8400-e29b-41d4-a716-138123456789",
+    "doi 10.1016/0370-2693(95)00123-4", "arXiv:2201.11990", "+100 000 000 people", "10^13812345678",
 ])
 def test_other_numbers_stay(text):
     assert changed(text) == (text, {})
