@@ -1,6 +1,7 @@
 """What moves between platforms and JAX releases, in one place."""
 
 import contextlib
+import inspect
 import os
 
 import jax
@@ -60,7 +61,10 @@ def interpret_params(impl: str):
         from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams as Params
     else:
         from jax.experimental.pallas.tpu import InterpretParams as Params
-    return Params(detect_races=_INTERPRETED[-1], on_race="raise")
+    # JAX 0.11 has no on_race: there a race is recorded and not raised.
+    known = {"detect_races": _INTERPRETED[-1], "on_race": "raise"}
+    known = {name: value for name, value in known.items() if name in inspect.signature(Params).parameters}
+    return Params(**known)
 
 
 def interpreting() -> bool:
