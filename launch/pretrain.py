@@ -54,15 +54,12 @@ def main() -> None:
 
 def describe(summary) -> str:
     """The end of a run, for a person."""
-    final = summary.final
-    held_out = ", ".join(f"{name.replace('_', ' ')} {final[name]:.3f}" for name in
-                         ("causal_loss", "perplexity", "bits_per_byte", "masked_loss") if name in final)
     run = summary.workdir
     return f"""
 {summary.parameters:,} parameters, {summary.steps:,} steps, {summary.tokens:,} tokens, \
-{summary.tokens_per_second:,.0f} tokens/s, MFU {summary.mfu:.0%}, {summary.skipped} steps skipped
-held out at step {final["step"]}: {held_out}
-  {run}/checkpoints    the last ones and the best (step {summary.best_step})
+{summary.speed}, {summary.skipped} steps skipped
+{summary.held_out}
+  {run}/checkpoints    {summary.kept}
   {run}/metrics.jsonl  every step
   {run}/loss.png       the curve;  tensorboard --logdir={run}/tensorboard
 next: python launch/generate.py --workdir={run} --prompt="Once upon a time"

@@ -7,6 +7,7 @@ go on where it stopped; what is done is not done twice.
 """
 
 import lzma
+import math
 import os
 import textwrap
 import time
@@ -53,7 +54,8 @@ def main() -> None:
     _heading("3. What it learnt")
     print(curve(os.path.join(workdir, "metrics.jsonl")))
     unigram, compressed = baselines(data)
-    print(f"held-out text, bits per byte: this model {summary.final['bits_per_byte']:.3f}, "
+    ours = f"{summary.final['bits_per_byte']:.3f}" if "bits_per_byte" in summary.final else "not trained for that"
+    print(f"held-out text, bits per byte: this model {ours}, "
           f"a unigram model of the same tokens {unigram:.3f}, xz -9e {compressed:.3f}")
 
     _heading("4. Writing")
@@ -61,10 +63,10 @@ def main() -> None:
     again = f"bash launch/quickstart.sh --corpus=YOUR_FOLDER --workdir={workdir}-mine"
     print(f"""
 {summary.parameters:,} parameters, {summary.tokens:,} tokens in {summary.seconds:.0f} s of training \
-({summary.tokens_per_second:,.0f} tokens/s, MFU {summary.mfu:.0%}); {time.monotonic() - began:.0f} s in all
+({summary.speed}); {time.monotonic() - began:.0f} s in all
   {workdir}/loss.png       the curve
   {workdir}/metrics.jsonl  every step;  tensorboard --logdir={workdir}/tensorboard
-  {workdir}/checkpoints    the model (best: step {summary.best_step})
+  {workdir}/checkpoints    {summary.kept}
 next: .venv/bin/python launch/generate.py --workdir={workdir} --prompt="The function returns" --temperature=0.8
       .venv/bin/python launch/generate.py --workdir={workdir} --mode=ranking --n=8 --prompt="The function returns"
       {again}
@@ -109,7 +111,8 @@ def _wrapped(label: str, text: str) -> str:
 
 def held_out_text(data, limit: int) -> str:
     """The beginning of the held-out documents, as text."""
-    tokens = data.held_out.read(0, min(limit, len(data.held_out)))
+    held_out = data.held_out[0][0]
+    tokens = held_out.read(0, min(limit, len(held_out)))
     return data.tokenizer.decode([int(t) for t in tokens])
 
 
@@ -119,7 +122,7 @@ def baselines(data) -> tuple[float, float]:
 
     from mtnlg_jax.data.tokens import open_tokens
 
-    held_out = data.held_out
+    held_out = data.held_out[0][0]
     train = open_tokens(os.path.join(_WORKDIR.value, "data", "train"))
     counts = np.ones(data.tokenizer.vocab_size)
     for begin in range(0, len(train), 1 << 20):
@@ -134,15 +137,18 @@ def baselines(data) -> tuple[float, float]:
 
 def curve(metrics_path: str, width: int = 72, height: int = 8) -> str:
     """The training loss as text, masked and causal steps apart, for terminals without pictures."""
-    from mtnlg_jax.train.metrics import read_metrics
+    from mtnlg_jax.train.metrics import read_metrics, training_loss
 
     steps = [r for r in read_metrics(metrics_path) if r["kind"] == "train"]
     width = min(width, len(steps))
     columns = [steps[i * len(steps) // width : (i + 1) * len(steps) // width] for i in range(width)]
     marks = {"masked": "o", "causal": "*"}
-    means = {name: [_mean([r["loss"] for r in column if r["objective"] == name]) for column in columns]
+    means = {name: [_mean([loss for record in column if record.get("objective") == name
+                           and not math.isnan(loss := training_loss(record)[1])]) for column in columns]
              for name in marks}
     seen = [m for values in means.values() for m in values if m is not None]
+    if not seen:
+        return "no step had a finite loss"
     low, high = min(seen), max(seen)
     grid = [[" "] * width for _ in range(height)]
     for name, values in means.items():

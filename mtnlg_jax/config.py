@@ -174,14 +174,15 @@ class TrainConfig:
     label_smoothing: float = 0.0  # [0, 1): of each target, spread evenly; in training's loss, not the held-out one
     log_every: int = 1
     eval_every: int = 200  # 0: only at the end
-    eval_batches: int = 16
+    eval_batches: int = 16  # of 16 held-out sequences each, spread over the held-out text, whatever the batch
     save_every: int = 200  # 0: only at the end
     keep_last: int = 2
-    keep_best: bool = True
+    keep_best: bool = True  # and save whenever an evaluation is the best so far, also between two saves
     max_bad_steps: int = 5  # non-finite steps in a row that stop the run
     watchdog_seconds: float = 300.0  # a step that takes longer, and 10 times the median, ends its process; 0: off
     phase_seconds: float = 3600.0  # the same for all that is no step: compiling, restoring, evaluating, saving
     heartbeat_seconds: int = 100  # a process that is silent for so long counts as dead, and ends the others
+    device_flops: float | None = None  # peak of one device, FLOP/s, for MFU; None: by the table of its kind
     compare_every: int = 100  # steps until all processes compare config, step, data, program; 0: only at the end
 
 
@@ -588,6 +589,8 @@ def validate(config: Config) -> None:
     _within("train.watchdog_seconds", train.watchdog_seconds, 0, math.inf, high_open=True)
     _within("train.phase_seconds", train.phase_seconds, 1, math.inf, high_open=True)
     _within("train.heartbeat_seconds", train.heartbeat_seconds, 1, 2**20)
+    if train.device_flops is not None:
+        _within("train.device_flops", train.device_flops, 0, math.inf, low_open=True, high_open=True)
     for key in ("eval_every", "save_every", "compare_every"):
         _within(f"train.{key}", getattr(train, key), 0, 2**31)
     _within("train.label_smoothing", train.label_smoothing, 0, 1, high_open=True)

@@ -214,6 +214,48 @@ def heldout_rows(tokens: Tokens, sequence_length: int, numbers: np.ndarray) -> d
     return rows
 
 
+class HeldOut:
+    """The rows on which a run is evaluated: windows of the held-out text of each source, evenly spread over all of it,
+    so that text that lies in reading order counts by its length. Their number depends on no batch and no mesh.
+
+    Sources share about ``rows`` rows by their weights, at least one each; where a text has fewer, all of it is read.
+    """
+
+    def __init__(self, sources: Sequence[tuple[Tokens, float]], sequence_length: int, rows: int):
+        self._length = sequence_length
+        used = [(tokens, weight, count) for tokens, weight in sources
+                if (count := heldout_count(tokens, sequence_length))]
+        self.sources = [tokens for tokens, _, _ in used]
+        weights = np.array([weight for _, weight, _ in used], float)
+        self.shares = weights / weights.sum() if used else weights  # [sources], of the held-out loss; they add up to 1
+        chosen = [_spread(count, max(1, round(share * rows)))
+                  for share, (_, _, count) in zip(self.shares, used, strict=True)]
+        self.source = np.repeat(np.arange(len(used)), [len(numbers) for numbers in chosen])  # [rows]
+        self.window = np.concatenate([np.zeros(0, np.int64), *chosen])  # [rows], number within the source
+
+    def __len__(self) -> int:
+        return len(self.window)
+
+    def rows(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
+        """Rows of `Batches.rows`' form, by their numbers [n] from 0 to len - 1."""
+        shape = (len(numbers), self._length + 1)
+        rows = {name: np.zeros(shape, np.int32) for name in _NAMES}
+        if any(tokens.prompt_lengths is not None for tokens in self.sources):
+            rows["answers"] = np.ones(shape, np.int32)
+        for index in np.unique(self.source[numbers]):
+            chosen = self.source[numbers] == index
+            windows = heldout_rows(self.sources[index], self._length, self.window[numbers][chosen])
+            for name, values in windows.items():
+                rows[name][chosen] = values
+        return rows
+
+
+def _spread(count: int, wanted: int) -> np.ndarray:
+    """``wanted`` of the numbers 0 to count - 1, the middle ones of as many equal parts; all where there are fewer."""
+    wanted = min(wanted, count)
+    return (2 * np.arange(wanted, dtype=np.int64) + 1) * count // (2 * wanted)
+
+
 def _windows(tokens: Tokens, starts: np.ndarray, length: int) -> dict[str, np.ndarray]:
     """The windows of ``length`` tokens from each start on, around the seam; ``length <= len(tokens)``."""
     size = len(tokens)

@@ -21,13 +21,14 @@ def spread(blend: Sequence[tuple[str, float]]) -> tuple[tuple[str, float], ...]:
 
 
 def open_sources(paths: Sequence[str], tokenizer: str = "",
-                 heldout: float | str = 0.01) -> tuple[Tokenizer, dict[str, Tokens], Tokens]:
-    """(tokenizer, training tokens by path, held-out tokens) of prepared folders and Megatron prefixes; of an output
-    of a recipe the paths are those that `spread` gives. One source of such an output is a path too: OUT/sources/NAME.
+                 heldout: float | str = 0.01) -> tuple[Tokenizer, dict[str, Tokens], dict[str, Tokens]]:
+    """(tokenizer, training tokens by path, held-out tokens by path) of prepared folders and Megatron prefixes. The
+    paths of training tokens are those that `spread` gives; held out is one part of each of ``paths``. One source of a
+    recipe's output is a path too, OUT/sources/NAME, and its held-out part is that of OUT.
 
-    A prepared folder holds its ``tokenizer`` and its held-out part. Of Megatron's files the tokenizer must be named;
-    held out of the first source are its last documents, a share of ``heldout`` (0 to 0.5), or, where that is text,
-    the tokens that it names. The first source decides what is held out.
+    A prepared folder holds its ``tokenizer`` and its held-out part. Of Megatron's files the tokenizer must be named,
+    and the last documents are held out, a share of ``heldout`` (0 to 0.5). Where ``heldout`` is text, the tokens that
+    it names are all that is held out.
 
     Where Megatron's documents do not begin with bos, as its own tools write them, the tokenizer's ``prompt_bos`` is
     off: the model never reads a bos in training, so no prompt is to begin with one.
@@ -48,8 +49,8 @@ def open_sources(paths: Sequence[str], tokenizer: str = "",
     if set(prints.values()) - {found.fingerprint}:
         raise ValueError(f"{next(iter(prints))} was not tokenized with {other}; leave data.tokenizer out if that names "
                          f"it, or prepare the text with --tokenizer={other}")
-    held_out = _held_out(paths[0], opened, heldout)
-    for tokens in [*opened.values(), held_out]:
+    held_out = _held_out(paths, opened, heldout)
+    for tokens in [*opened.values(), *held_out.values()]:
         if isinstance(tokens, MegatronTokens):
             tokens.attach(found)
     if not all(opened[path].begins_with(found.bos_id) for path in foreign):
@@ -63,16 +64,20 @@ def _home(path: str) -> str:
     return output if output and "/" not in name and storage.exists(output, "prepared.json") else path
 
 
-def _held_out(first: str, opened: dict[str, Tokens], heldout: float | str) -> Tokens:
-    """The held-out tokens; where they are the end of ``first``, that is opened anew without them."""
+def _held_out(paths: Sequence[str], opened: dict[str, Tokens], heldout: float | str) -> dict[str, Tokens]:
+    """The held-out tokens by path; of Megatron's files they are the end, and the rest is opened again."""
     if isinstance(heldout, str):
         named = prefix_of(heldout)
         if named and named in {prefix_of(path) for path in opened}:
             raise ValueError(f"data.heldout={heldout} is trained on, too; name other files, or a share such as 0.01")
-        return open_tokens(heldout)
-    if not prefix_of(first):
-        return open_tokens(storage.join(_home(first), "heldout"))
-    documents = opened[first].documents
-    kept = kept_documents(documents, heldout)
-    opened[first] = open_megatron(first, 0, kept)
-    return open_megatron(first, kept, documents)
+        return {heldout: open_tokens(heldout)}
+    parts = {}
+    for path in dict.fromkeys(paths):
+        if not prefix_of(path):
+            parts[path] = open_tokens(storage.join(_home(path), "heldout"))
+        else:
+            documents = opened[path].documents
+            kept = kept_documents(documents, heldout)
+            opened[path] = open_megatron(path, 0, kept)
+            parts[path] = open_megatron(path, kept, documents)
+    return parts

@@ -1,10 +1,13 @@
 """What a chip can do, by its vendor, and how many FLOPs a token takes.
 
+`CHIPS` are those that the planner lays meshes over; `dense_flops` knows the speed of more kinds, for MFU.
+
 Network figures are one way and of one device, in bytes a second. A GPU's ``fast`` network is NVLink inside its node;
 a TPU's is ICI, both directions of the ring that a mesh axis gets of the torus. ``slow`` is what leads out of that
 domain: the InfiniBand card of a GPU, a TPU's share of its host's network.
 """
 
+import re
 from dataclasses import dataclass
 
 from mtnlg_jax.config import ModelConfig
@@ -16,7 +19,7 @@ GB, GIB = 1e9, 2**30
 class Chip:
     """One JAX device of a kind; a chip of ``devices`` 2 shows up as two of them."""
 
-    kinds: tuple[str, ...]  # parts of jax's device_kind
+    kinds: tuple[str, ...]  # of a TPU: jax's device_kind
     flops: float  # dense bf16 peak, FLOP/s
     memory: float  # bytes
     memory_speed: float  # bytes/s
@@ -31,24 +34,67 @@ class Chip:
 
 _BOOK, _CLOUD = "JAX scaling book, TPU table", "Google Cloud, TPU7x page"
 CHIPS = {
-    "A100-80": Chip(("A100",), 312e12, 80 * GB, 2.0e12, 8, 300 * GB, 25 * GB,
+    "A100-80": Chip((), 312e12, 80 * GB, 2.0e12, 8, 300 * GB, 25 * GB,
                     "NVIDIA data sheet; a node with 8 x HDR200, Narayanan 2021, section 5", "2021-04"),
-    "H100": Chip(("H100",), 989e12, 80 * GB, 3.35e12, 8, 450 * GB, 50 * GB,
+    "H100": Chip((), 989e12, 80 * GB, 3.35e12, 8, 450 * GB, 50 * GB,
                  "NVIDIA data sheet, SXM; one NDR400 a card", "2026-02"),
-    "H200": Chip(("H200",), 989e12, 141 * GB, 4.8e12, 8, 450 * GB, 50 * GB,
+    "H200": Chip((), 989e12, 141 * GB, 4.8e12, 8, 450 * GB, 50 * GB,
                  "NVIDIA data sheet, SXM; one NDR400 a card", "2026-02"),
-    "B200": Chip(("B200",), 2250e12, 180 * GB, 8.0e12, 8, 900 * GB, 50 * GB,
+    "B200": Chip((), 2250e12, 180 * GB, 8.0e12, 8, 900 * GB, 50 * GB,
                  "NVIDIA data sheet, HGX; one NDR400 a card is assumed", "2026-03"),
     "v4": Chip(("TPU v4",), 275e12, 32 * GIB, 1.2e12, 4096, 90 * GB, 6.25 * GB, _BOOK, "2025-02", tpu=True),
     "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 16 * GIB, 0.81e12, 256, 90 * GB, 3.1 * GB, _BOOK, "2025-02",
                 tpu=True),
     "v5p": Chip(("TPU v5p", "TPU v5"), 459e12, 95 * GIB, 2.765e12, 8960, 200 * GB, 6.25 * GB, _CLOUD, "2026",
                 tpu=True),
-    "v6e": Chip(("TPU v6",), 918e12, 32 * GIB, 1.638e12, 256, 200 * GB, 12.5 * GB, _CLOUD, "2026", tpu=True),
+    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 32 * GIB, 1.638e12, 256, 200 * GB, 12.5 * GB, _CLOUD, "2026",
+                tpu=True),
     # Its two cores are two devices, which share the chip's memory and network.
     "TPU7x": Chip(("TPU7x",), 2307e12 / 2, 96 * GIB, 7.38e12 / 2, 2 * 9216, 100 * GB, 6.25 * GB, _CLOUD, "2026",
                   devices=2, tpu=True),
 }
+
+
+# Dense bf16 FLOP/s with float32 sums, by JAX's device_kind without its vendor. A pattern must match all of that: an
+# H100 on PCIe is another chip than one on SXM, and a slice of a card (MIG) or a laptop's card is neither. Where a data
+# sheet gives the figure with sparsity, half of it.
+_SHEET = "NVIDIA data sheet"
+_BF16_FLOPS = (
+    (r"A(100|800)([- ](SXM4?|PCIE|PCIe))?[- ](40|80)GB( PCIe)?", 312e12, _SHEET),
+    (r"A30", 165e12, _SHEET),
+    (r"A40", 149.7e12, _SHEET),
+    (r"A10", 125e12, _SHEET),
+    (r"A10G", 70e12, "NVIDIA and AWS, A10G data sheet"),
+    (r"L4", 121e12, _SHEET),
+    (r"L40", 181.05e12, _SHEET),
+    (r"L40S", 362.05e12, _SHEET),
+    (r"H(100|800)( \d+GB HBM3)?", 989e12, _SHEET + ", SXM"),
+    (r"H(100|800) PCIe", 756e12, _SHEET),
+    (r"H100 NVL", 835e12, _SHEET),
+    (r"H20", 148e12, _SHEET),
+    (r"H200", 989e12, _SHEET + ", SXM"),
+    (r"H200 NVL", 835.5e12, _SHEET),
+    (r"GH200 (120|144|480)GB", 989e12, _SHEET),
+    (r"B[23]00( .*)?", 2250e12, _SHEET + ", HGX"),
+    (r"GB[23]00( .*)?", 2500e12, _SHEET + ", NVL72"),
+    (r"GeForce RTX 3090", 71e12, "NVIDIA, GA102 white paper"),
+    (r"GeForce RTX 4090", 165.2e12, "NVIDIA, Ada white paper"),
+    (r"GeForce RTX 5090", 209.5e12, "NVIDIA, RTX Blackwell white paper"),
+    (r"RTX A6000", 154.8e12, _SHEET),
+    (r"RTX 6000 Ada Generation", 364.2e12, _SHEET),
+    (r"Instinct MI300X( .*)?", 1307.4e12, "AMD data sheet"),
+)
+
+
+def dense_flops(device_kind: str) -> float | None:
+    """Dense bf16 peak, FLOP/s, of one device of JAX's ``device_kind``; None where no table has it."""
+    for chip in CHIPS.values():
+        if device_kind in chip.kinds:
+            return chip.flops
+    name = re.sub(r"^(NVIDIA|AMD|Tesla) ", "", device_kind)
+    if "MIG" in name.split():
+        return None
+    return next((flops for kind, flops, _ in _BF16_FLOPS if re.fullmatch(kind, name)), None)
 
 
 def parse_chips(text: str) -> tuple[str, int]:

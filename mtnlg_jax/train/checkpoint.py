@@ -6,12 +6,17 @@
       200/params/          Orbax: one array a parameter, by name, layers stacked, whatever the mesh was
       200/rest/            Orbax: optimizer and counters
       200/record.json      written last: metric, config, identity, size and SHA-256 of every file
+      200/finite           empty: a loss of these parameters was finite
       100.damaged/         found damaged at a start and set aside
+      100.diverged/        set aside, as no step from it was finite
 
 A checkpoint counts once its record stands. With several processes all take part in Orbax's reading and
 writing; process 0 alone locks, records, chooses and deletes, and the others hear its choice, or its error.
 On object stores (``gs://``) there is no lock, so a start cleans nothing up (an unfinished step is passed
 over, and overwritten when its turn comes), and files are checked by size only: the store keeps checksums.
+
+A state is only known to be good once a loss of its parameters was finite: by an evaluation before it is saved, or by
+the next step. Until then no older checkpoint is removed for it.
 
 A checkpoint of parameters alone, as of a model from elsewhere, has no rest/: a run that starts from it has all else
 at 0, as a fresh one, and may choose its data and its optimizer.
@@ -61,6 +66,9 @@ def _without_late_writes(hook: Callable) -> Callable:
 sys.unraisablehook = _without_late_writes(sys.unraisablehook)
 
 
+FINITE = "finite"  # the file in a checkpoint's folder
+
+
 class Checkpoints:
     """The checkpoints of one run in ``folder`` (a path or ``gs://...``): the ``keep_last`` newest, and the
     one with the lowest metric if ``keep_best``. ``warnings`` lists what ``restore`` found damaged.
@@ -79,7 +87,8 @@ class Checkpoints:
         handler = ocp.CompositeCheckpointHandler(params=_handler(), rest=_handler())
         self._orbax = ocp.AsyncCheckpointer(handler)
         self._background = ThreadPoolExecutor(1, "checkpoint")
-        self._saving = None
+        self._pending = []  # what the background has still to do
+        self._unproven = None  # step of the newest checkpoint, while no loss of its parameters is known to be finite
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, ascending; damage is looked for when one is read. Other processes
@@ -90,10 +99,16 @@ class Checkpoints:
         """The step with the lowest metric, the newest of equals; None where no metric was given."""
         return records.best(self.folder)
 
+    def best_metric(self) -> float:
+        """The lowest metric, the same in every process; infinite where none was given."""
+        best = agree(lambda: records.best_metric(self.folder))
+        return math.inf if best is None else best
+
     def save(self, step: int, state: dict, meta: dict, metric: float | None = None,
-             wait: bool = False) -> None:
+             wait: bool = False, proven: bool = True) -> None:
         """Saves ``state`` ({"params": ..., ...} of jax arrays) and ``meta`` (JSON; ``restore`` compares its
-        "identity", ``load_run`` reads its "config"), unless ``step`` is there already.
+        "identity", ``load_run`` reads its "config"), unless ``step`` is there already. Not ``proven``: no loss of its
+        parameters was computed yet; `prove` or `give_up` follows.
 
         Returns once the arrays may be donated; the rest happens in the background. What goes wrong there is
         raised as OSError by the next ``save`` or ``wait``; the checkpoints before stay as they are.
@@ -110,22 +125,38 @@ class Checkpoints:
         with self._failure_named(step):
             self._orbax.save(self.folder / str(step), force=True, args=ocp.args.Composite(
                 **{name: ocp.args.PyTreeSave(part) for name, part in parts.items() if part}))
-        self._saving = self._background.submit(self._finish, record)
+        self._unproven = None if proven else step
+        self._pending.append(self._background.submit(self._finish, record, proven))
         if wait:
             self.wait()
 
-    def restore(self, abstract_state: dict, identity: dict) -> tuple[int, dict, dict] | None:
+    def prove(self) -> None:
+        """The loss of the newest checkpoint's parameters is finite: older ones may go. Returns at once."""
+        step, self._unproven = self._unproven, None
+        if step is not None:
+            self._pending.append(self._background.submit(self._proved, step))
+
+    def give_up(self) -> int | None:
+        """Sets the newest checkpoint aside if no loss of its parameters was finite. Returns the step of the newest one
+        that is left, the same in every process; None where there is none."""
+        self.wait()
+        return agree(self._set_aside)
+
+    def restore(self, abstract_state: dict, identity: dict,
+                refuse: Callable[[dict, int, bool], None] = lambda meta, step, alone: None,
+                ) -> tuple[int, dict, dict] | None:
         """(step, state, meta) of the newest whole checkpoint; None in a folder without any.
 
         ``abstract_state`` gives structure, shapes, types and, of any mesh, shardings (ShapeDtypeStructs).
         A damaged checkpoint is renamed to ``<step>.damaged``, never deleted. Raises ValueError with the
         differences where ``identity`` or the arrays are not those that were saved, and OSError where there
-        are checkpoints but none is whole.
+        are checkpoints but none is whole. ``refuse``: called with meta, step and whether there are parameters alone,
+        before anything large is read; what it raises is raised.
         """
         self.wait()
         flat = _flat(abstract_state)
         given = json.loads(json.dumps(identity))
-        record, warnings = agree(lambda: self._choose(given, _shapes(flat)))
+        record, warnings = agree(lambda: self._choose(given, _shapes(flat), refuse))
         for warning in warnings:
             logging.warning("%s", warning)
         self.warnings += warnings
@@ -136,13 +167,13 @@ class Checkpoints:
         arrays = {f"params.{name}": array for name, array in _read(path / "params", params).items()}
         arrays |= _zeros(rest) if record["alone"] else _read(path / "rest", rest)
         state = jax.tree.unflatten(jax.tree.structure(abstract_state), [arrays[name] for name in flat])
+        self._unproven = None if record["proven"] else record["step"]
         return record["step"], state, record["meta"]
 
     def wait(self) -> None:
         """Returns when the last save stands on the disk. Raises OSError if it does not."""
-        saving, self._saving = self._saving, None
-        if saving is not None:
-            saving.result()
+        while self._pending:
+            self._pending.pop(0).result()
 
     def close(self) -> None:
         """Waits, then lets others write to the folder."""
@@ -198,7 +229,7 @@ class Checkpoints:
             records.marker(self.folder, step).touch()
         return True
 
-    def _finish(self, record: dict) -> None:
+    def _finish(self, record: dict, proven: bool) -> None:
         """In the background: from arrays on the host to a checkpoint that counts."""
         step = record["step"]
         with self._failure_named(step):
@@ -206,7 +237,20 @@ class Checkpoints:
             if jax.process_index() == 0:
                 records.write_record(self.folder / str(step), record)
                 records.marker(self.folder, step).unlink()
+                if proven:
+                    self._proved(step)
+
+    def _proved(self, step: int) -> None:
+        if jax.process_index() == 0:
+            with self._failure_named(step):
+                (self.folder / str(step) / FINITE).touch()
                 self._prune()
+
+    def _set_aside(self) -> int | None:
+        steps = self.steps()
+        if steps and steps[-1] == self._unproven:
+            (self.folder / str(steps[-1])).rename(self._free_name(f"{steps.pop()}.diverged"))
+        return steps[-1] if steps else None
 
     def _prune(self) -> None:
         steps = self.steps()
@@ -246,7 +290,8 @@ class Checkpoints:
             raise OSError(f"checkpoint {step} could not be written to {self.folder}: {_reason(error)}; "
                           f"see to that and start again, which goes on from {start}") from error
 
-    def _choose(self, identity: dict, arrays: dict[str, str]) -> tuple[dict | None, list[str]]:
+    def _choose(self, identity: dict, arrays: dict[str, str],
+                refuse: Callable[[dict, int, bool], None]) -> tuple[dict | None, list[str]]:
         """Step and meta of the newest whole checkpoint, and warnings of the damaged ones set aside."""
         damaged, warnings = [], []
         for step in reversed(records.candidates(self.folder)):
@@ -258,12 +303,14 @@ class Checkpoints:
                 settings, given = _common(saved, identity) if alone else (saved, identity)
                 records.refuse_difference(path, "settings", settings, given,
                                           "give the same ones, or another --workdir")
+                refuse(record["meta"], step, alone)
                 wanted = {name: shape for name, shape in arrays.items() if _is_parameter(name) or not alone}
                 records.refuse_difference(path, "arrays", record["arrays"], wanted,
                                           "set model and optimizer as they were, or give another --workdir")
                 damage = records.damage(path, record)
             if damage is None:
-                return {"step": step, "meta": record["meta"], "alone": alone}, warnings
+                return {"step": step, "meta": record["meta"], "alone": alone,
+                        "proven": (path / FINITE).exists()}, warnings
             aside = self._free_name(f"{step}.damaged")
             path.rename(aside)
             damaged.append(f"{step} ({damage})")

@@ -34,9 +34,18 @@ def finished(folder: epath.Path) -> list[int]:
 
 def best(folder: epath.Path) -> int | None:
     """The step with the lowest metric, the newest of equals; None where no metric was recorded."""
-    records = [read_record(folder / str(step))[0] for step in finished(folder)]
-    rated = [(found["metric"], -found["step"]) for found in records if found and found["metric"] is not None]
+    rated = _rated(folder)
     return -min(rated)[1] if rated else None
+
+
+def best_metric(folder: epath.Path) -> float | None:
+    """The lowest metric of the checkpoints of ``folder``; None where none was recorded."""
+    return min(_rated(folder), default=(None,))[0]
+
+
+def _rated(folder: epath.Path) -> list[tuple[float, int]]:
+    records = [read_record(folder / str(step))[0] for step in finished(folder)]
+    return [(found["metric"], -found["step"]) for found in records if found and found["metric"] is not None]
 
 
 def write_record(path: epath.Path, content: dict) -> None:

@@ -37,6 +37,15 @@ def samples_before(train: TrainConfig, step: int) -> int:
     return ramp[-1] + (step - len(ramp) + 1) * train.global_batch_size
 
 
+def samples_at_end(train: TrainConfig, step: int, samples: int) -> int:
+    """Sequences consumed by the end of a run that has consumed ``samples`` in ``step`` steps, whatever its batches were
+    until then: the length of its schedule."""
+    if train.rampup_batch_size:
+        while step < train.steps and (size := batch_size_at(train, samples)) < train.global_batch_size:
+            step, samples = step + 1, samples + size
+    return samples + (train.steps - step) * train.global_batch_size
+
+
 def stage_bounds(train: TrainConfig) -> list[int]:
     """Steps where stages end; the last is train.steps."""
     total = sum(stage.fraction for stage in train.stages)
@@ -61,13 +70,25 @@ def is_masked(train: TrainConfig, step: int) -> bool:
     return math.floor((since + 1) * stage.masked + 1e-9) > math.floor(since * stage.masked + 1e-9)
 
 
-def learning_rate(config: Config, samples):
+def learning_rate(config: Config, samples, total: int | None = None):
     """The rate for the step that ends after ``samples`` sequences (may be traced): linear to the peak over
-    the warm-up, then a cosine to the floor, then the floor. The stage's scale is applied by the caller."""
-    optimizer, total = config.optimizer, samples_before(config.train, config.train.steps)
+    the warm-up, then a cosine to the floor, then the floor. The stage's scale is applied by the caller.
+
+    ``total``: sequences of the whole run (`samples_at_end`); without, those of a run that began with this config.
+    """
+    total = samples_before(config.train, config.train.steps) if total is None else total
+    optimizer = config.optimizer
     warmup, decay = optimizer.warmup_fraction * total, optimizer.decay_fraction * total
     samples = jnp.asarray(samples, jnp.float32)
     floor = optimizer.min_learning_rate_ratio
     progress = jnp.clip((samples - warmup) / max(decay - warmup, 1e-9), 0.0, 1.0)
     cosine = floor + (1 - floor) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
     return optimizer.learning_rate * jnp.where(samples < warmup, samples / max(warmup, 1e-9), cosine)
+
+
+def loss_name(train: TrainConfig, stage: StageConfig) -> str:
+    """What the training loss of ``stage`` is, a name of `metrics.TRAINING_LOSSES`: only without a teacher and without
+    label smoothing is it the cross entropy of the text, as the held-out loss."""
+    if stage.distill and stage.distill_weight > 0:
+        return "distillation_loss"
+    return "smoothed_loss" if train.label_smoothing else "loss"

@@ -308,9 +308,10 @@ def _over_mesh(local, mesh: Mesh, params, zero: int, out_specs, extra_specs=()):
     return run
 
 
-def make_train_step(config: Config, mesh: Mesh, causal: bool, distillation: Distillation | None = None) -> Callable:
+def make_train_step(config: Config, mesh: Mesh, causal: bool, distillation: Distillation | None = None,
+                    total_samples: int | None = None) -> Callable:
     """jitted (state, batch, micro_batches, sequences, rate_scale) -> (state, metrics); the state is donated. With a
-    ``distillation`` the teacher's parameters are the last argument.
+    ``distillation`` the teacher's parameters are the last argument. ``total_samples`` is for `learning_rate`.
 
     A step whose loss or gradient norm is not finite changes nothing but the counters."""
     optimizer = make_optimizer(config.optimizer)
@@ -325,7 +326,7 @@ def make_train_step(config: Config, mesh: Mesh, causal: bool, distillation: Dist
         grad_norm = jnp.sqrt(sum(jnp.sum(jnp.square(grad)) for grad in jax.tree.leaves(grads)))
         good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         samples = state["samples"] + sequences
-        rate = learning_rate(config, samples) * rate_scale
+        rate = learning_rate(config, samples, total_samples) * rate_scale
         updates, opt_state = optimizer.update(grads, state["opt_state"], learnt)
         params = jax.tree.map(lambda p, u: p - rate * u, learnt, updates)
 

@@ -277,7 +277,8 @@ def test_a_run_reads_every_source_by_its_weight(made):
     config = override(Config(), f"data.path={output}", "data.sequence_length=64")
     data = load_data(config)
     assert data.tokenizer.fingerprint == info["tokenizer"]["fingerprint"]
-    assert len(data.held_out) == info["tokens"]["heldout"]
+    [(held_out, share)] = data.held_out
+    assert len(held_out) == info["tokens"]["heldout"] and share == 1
     samples = 1024
     seen = data.stages[0].epochs_seen(samples) * [-(-row["tokens"] // 64) for row in info["blend"]]
     assert seen / samples == pytest.approx([row["weight"] for row in info["blend"]], abs=0.001)

@@ -25,17 +25,19 @@ def prepared(gpt2_files, trained, tmp_path_factory):
 def test_prepared_folders_bring_all(prepared):
     tokenizer, opened, held_out = open_sources([prepared[0]])
     assert tokenizer.fingerprint == opened[prepared[0]].meta["tokenizer"] and tokenizer.prompt_bos
-    assert held_out.location == f"{prepared[0]}/heldout"
+    assert {path: part.location for path, part in held_out.items()} == {prepared[0]: f"{prepared[0]}/heldout"}
 
 
 @pytest.mark.parametrize("share, kept", [(0.01, 39), (0.25, 30), (0.0, 40), (0.5, 20)])
 def test_the_last_documents_are_held_out(gpt2_files, share, kept):
     tokenizer, opened, held_out = open_sources([SHORT, SENTENCES], str(gpt2_files), share)
-    whole = open_tokens(SHORT)
-    assert opened[SHORT].documents == kept and held_out.documents == 40 - kept and opened[SENTENCES].documents == 40
-    both = np.concatenate([part.read(0, len(part)) for part in (opened[SHORT], held_out)])
-    assert np.array_equal(both, whole.read(0, len(whole)))
-    assert not tokenizer.prompt_bos and held_out.meta["tokenizer"] == tokenizer.fingerprint
+    for path in (SHORT, SENTENCES):  # of every source: a held-out loss speaks for all that is trained on
+        whole = open_tokens(path)
+        assert opened[path].documents == kept and held_out[path].documents == 40 - kept
+        both = np.concatenate([part.read(0, len(part)) for part in (opened[path], held_out[path])])
+        assert np.array_equal(both, whole.read(0, len(whole)))
+        assert held_out[path].meta["tokenizer"] == tokenizer.fingerprint
+    assert not tokenizer.prompt_bos
 
 
 def test_one_document_is_trained_on(gpt2_files, tmp_path):
@@ -45,15 +47,16 @@ def test_one_document_is_trained_on(gpt2_files, tmp_path):
     part.attach(load_tokenizer(gpt2_files))
     write_megatron(part, tmp_path / "one")
     _, opened, held_out = open_sources([str(tmp_path / "one")], str(gpt2_files), 0.3)
-    assert opened[str(tmp_path / "one")].documents == 1 and len(held_out) == 0
+    assert opened[str(tmp_path / "one")].documents == 1 and not sum(map(len, held_out.values()))
 
 
 def test_other_tokens_held_out(prepared, gpt2_files):
     for heldout in (SENTENCES, f"{prepared[0]}/heldout"):
         _, opened, held_out = open_sources([SHORT], str(gpt2_files), heldout)
-        assert held_out.location == heldout and opened[SHORT].documents == 40 and held_out.predicted[1] > 0
+        assert list(held_out) == [heldout] and opened[SHORT].documents == 40
+        assert held_out[heldout].location == heldout and held_out[heldout].predicted[1] > 0
     _, _, held_out = open_sources([prepared[0]], heldout=f"{prepared[0]}/train")
-    assert held_out.location == f"{prepared[0]}/train"
+    assert held_out[f"{prepared[0]}/train"].location == f"{prepared[0]}/train"
 
 
 def test_whether_prompts_begin_with_bos_stays_with_the_tokenizer(gpt2_files, tmp_path):

@@ -5,6 +5,7 @@ import pytest
 
 from mtnlg_jax.config import ModelConfig
 from mtnlg_jax.parallel.hardware import CHIPS, flops_per_token, layer_flops, parse_chips
+from mtnlg_jax.train import metrics
 from mtnlg_jax.train.metrics import peak_flops
 
 SEQUENCE = 2048
@@ -64,14 +65,48 @@ def test_other_chips_are_refused(text, words):
         parse_chips(text)
 
 
+def running(monkeypatch, kind, platform="gpu", count=4):
+    class Device:
+        device_kind = kind
+
+    Device.platform = platform
+    monkeypatch.setattr(jax, "devices", lambda: [Device()])
+    monkeypatch.setattr(jax, "device_count", lambda: count)
+
+
 @pytest.mark.parametrize(("kind", "chip"), [
     ("NVIDIA A100-SXM4-80GB", "A100-80"), ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H200", "H200"),
     ("NVIDIA B200", "B200"), ("TPU v4", "v4"), ("TPU v5 lite", "v5e"), ("TPU v5", "v5p"), ("TPU v5p", "v5p"),
     ("TPU v6 lite", "v6e"), ("TPU7x", "TPU7x")])
 def test_a_running_device_finds_its_row(kind, chip, monkeypatch):
-    class Device:
-        device_kind = kind
-
-    monkeypatch.setattr(jax, "devices", lambda: [Device()])
-    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    running(monkeypatch, kind)
     assert peak_flops() == 4 * CHIPS[chip].flops
+
+
+@pytest.mark.parametrize(("kind", "teraflops"), [
+    ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835), ("NVIDIA H800", 989), ("NVIDIA H20", 148),
+    ("NVIDIA A100-SXM4-40GB", 312), ("NVIDIA A100-PCIE-40GB", 312), ("NVIDIA A100 80GB PCIe", 312),
+    ("NVIDIA A10", 125), ("NVIDIA A10G", 70), ("NVIDIA L4", 121), ("NVIDIA L40S", 362.05), ("NVIDIA L40", 181.05),
+    ("NVIDIA GeForce RTX 4090", 165.2), ("NVIDIA GB200", 2500), ("NVIDIA B300 SXM6 AC", 2250),
+    ("AMD Instinct MI300X", 1307.4)])
+def test_each_kind_of_card_has_its_own_speed(kind, teraflops, monkeypatch):
+    running(monkeypatch, kind, count=8)
+    assert peak_flops() == pytest.approx(8 * teraflops * 1e12)
+
+
+@pytest.mark.parametrize("kind", [
+    "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D", "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
+    "NVIDIA H100 80GB HBM3 MIG 3g.40gb", "NVIDIA B200 MIG 1g.23gb", "Tesla V100-SXM2-16GB", "Tesla T4", "TPU v3",
+    "TPU v4 lite", "NVIDIA H300", "cpu"])
+def test_a_kind_without_a_figure_has_none_unless_it_is_given(kind, monkeypatch):
+    running(monkeypatch, kind, count=8)
+    assert peak_flops() is None
+    assert peak_flops(362e12) == 8 * 362e12  # train.device_flops
+
+
+def test_devices_of_a_cpu_share_its_cores_and_hosts_do_not(monkeypatch):
+    running(monkeypatch, "cpu", "cpu", count=8)
+    monkeypatch.setattr(metrics, "_timed_flops", lambda: 1e11)
+    assert peak_flops() == 1e11
+    monkeypatch.setattr(metrics, "_hosts", lambda: 2)
+    assert peak_flops() == 2e11

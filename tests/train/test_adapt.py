@@ -1,5 +1,6 @@
 """Whole runs that stand on others: fine-tuned on answers, adapted by low rank, taught by a teacher."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -57,10 +58,10 @@ def train(config, workdir, stop_before=None):
     real, make = loop.batch_at, loop.make_mesh
     loop.make_mesh = lambda config: make(config, jax.devices()[:2])  # less to compile than for all
 
-    def failing(config, mesh, data, step):
+    def failing(config, mesh, data, step, samples):
         if step == stop_before:
             raise Stop
-        return real(config, mesh, data, step)
+        return real(config, mesh, data, step, samples)
 
     loop.batch_at = failing
     try:
@@ -103,8 +104,12 @@ def test_a_run_from_another_stops_and_goes_on_bit_for_bit(folder, tmp_path, opti
             train(dataclasses.replace(config, optimizer=dataclasses.replace(optimizer, lora_alpha=8.0)), parts)
     else:
         assert len(changed) > 10
-        # It needs its start no more.
-        train(dataclasses.replace(config, train=dataclasses.replace(config.train, init=str(tmp_path / "gone"))), parts)
+        # It does not need its start again, but another one would not be read, and does not get onto its record.
+        for init, words in (("", None), (str(tmp_path / "gone"), f"started from {folder / 'base'}.*leave --init out")):
+            given = dataclasses.replace(config, train=dataclasses.replace(config.train, init=init))
+            with contextlib.nullcontext() if words is None else pytest.raises(ValueError, match=words):
+                train(given, parts)
+            assert json.loads((parts / "config.json").read_text())["train"]["init"] == str(folder / "base")
 
 
 def test_a_run_starts_as_its_base_and_adapters_load_merged(folder, tmp_path):

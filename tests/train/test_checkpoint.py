@@ -4,6 +4,7 @@ import contextlib
 import errno
 import itertools
 import json
+import math
 import os
 import random
 import shutil
@@ -157,6 +158,67 @@ def test_without_best_only_the_last_stay(tmp_path, one):
         checkpoints.save(step, state_of(step, one), meta_of(step), metric=step)
     checkpoints.close()
     assert checkpoints.steps() == [2]
+
+
+def save(checkpoints, step, one, **settings):
+    checkpoints.save(step, state_of(step, one), meta_of(step), wait=True, **settings)
+
+
+def test_no_good_one_goes_for_one_that_is_not_proven(tmp_path, one):
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    save(checkpoints, 1, one)
+    save(checkpoints, 2, one, proven=False)
+    assert checkpoints.steps() == [1, 2]
+    checkpoints.prove()  # the next step was finite
+    checkpoints.wait()
+    assert checkpoints.steps() == [2]
+    save(checkpoints, 3, one, proven=False)
+    assert checkpoints.give_up() == 2  # it was not
+    assert checkpoints.steps() == [2] and checkpoints.give_up() == 2
+    checkpoints.close()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "3.diverged", "lock"]
+
+
+def test_a_start_knows_which_ones_are_proven(tmp_path, one):
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 1, one)
+    save(checkpoints, 2, one, proven=False)  # and killed before the next step
+    checkpoints.close()
+    checkpoints = Checkpoints(tmp_path)
+    assert restore_in(checkpoints, one) == 2 and checkpoints.give_up() == 1
+    assert restore_in(checkpoints, one) == 1 and checkpoints.give_up() == 1
+    checkpoints.prove()
+    checkpoints.close()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2.diverged", "lock"]
+
+
+def test_with_none_that_is_good_a_run_begins_again(tmp_path, one):
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 1, one, proven=False)
+    assert checkpoints.give_up() is None and checkpoints.restore(one, IDENTITY) is None
+    assert checkpoints.best_metric() == math.inf
+    checkpoints.save(2, state_of(2, one), meta_of(2), metric=3.5, wait=True)
+    assert checkpoints.best_metric() == 3.5
+    checkpoints.close()
+
+
+def restore_in(checkpoints, one) -> int:
+    return checkpoints.restore(one, IDENTITY)[0]
+
+
+def test_a_refusal_comes_before_anything_is_read(run, one, monkeypatch):
+    monkeypatch.setattr(records, "damage", lambda *_: pytest.fail("hashed"))
+    seen = []
+
+    def refuse(meta, step, alone):
+        seen.append((meta["samples"], step, alone))
+        raise ValueError("not with these settings")
+
+    checkpoints = Checkpoints(run / "checkpoints")
+    with pytest.raises(ValueError, match="not with these settings"):
+        checkpoints.restore(one, IDENTITY, refuse)
+    checkpoints.close()
+    assert seen == [(64, 2, False)]
 
 
 def test_a_step_is_saved_once(run, one):
@@ -346,7 +408,7 @@ def test_every_byte_counts(run):
     path = epath.Path(run / "checkpoints" / "2")
     record, damage = records.read_record(path)
     assert damage is None and records.damage(path, record) is None
-    names = [name for name in tree_of(path) if name != "record.json"]
+    names = [name for name in tree_of(path) if name not in ("record.json", "finite")]
     assert sorted(record["files"]) == sorted(names)
     for name in names:
         file = Path(path / name)

@@ -1,7 +1,6 @@
 """Whole runs of a tiny model in this process."""
 
 import dataclasses
-import json
 import os
 
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ from mtnlg_jax.config import Config, DataConfig, MeshConfig, ModelConfig, Optimi
 from mtnlg_jax.data.prepare import prepare
 from mtnlg_jax.parallel.hardware import flops_per_token
 from mtnlg_jax.train import loop
-from mtnlg_jax.train.checkpoint import Checkpoints, load_run
+from mtnlg_jax.train.checkpoint import load_run
 from mtnlg_jax.train.metrics import read_metrics
 
 WORDS = "the whale swam north while the old captain slept and nobody on the ship dared to wake him again".split()
@@ -65,13 +64,10 @@ def test_a_run_of_stages_leaves_everything_behind(whole, prepared):
     assert run.step == 6 and run.tokenizer.decode(run.tokenizer.encode("the whale")) == "the whale"
 
 
-def test_bits_per_byte_is_the_loss_over_the_bytes(whole):
-    with open(os.path.join(whole.workdir, "config.json")) as file:
-        path = json.load(file)["data"]["path"]
-    with open(os.path.join(path, "heldout", "meta.json")) as file:
-        meta = json.load(file)
-    bits = whole.final["causal_loss"] / np.log(2) * (meta["tokens"] - meta["documents"])
-    assert whole.final["bits_per_byte"] == pytest.approx(bits / meta["bytes"])
+def test_bits_per_byte_is_the_loss_over_the_bytes_that_were_scored(whole):
+    final = whole.final
+    bits = final["causal_loss"] / np.log(2) * final["scored_tokens"] / final["scored_bytes"]
+    assert final["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
 
 
 def test_a_run_stopped_and_resumed_repeats_the_same_losses(whole, prepared, tmp_path, monkeypatch):
@@ -80,10 +76,10 @@ def test_a_run_stopped_and_resumed_repeats_the_same_losses(whole, prepared, tmp_
 
     real = loop.batch_at
 
-    def failing(config, mesh, data, step):
+    def failing(config, mesh, data, step, samples):
         if step == 4:
             raise Stop
-        return real(config, mesh, data, step)
+        return real(config, mesh, data, step, samples)
 
     monkeypatch.setattr(loop, "batch_at", failing)
     with pytest.raises(Stop):
@@ -96,6 +92,14 @@ def test_a_run_stopped_and_resumed_repeats_the_same_losses(whole, prepared, tmp_
 
 def test_a_finished_run_started_again_changes_nothing(whole, prepared):
     before = losses(whole.workdir)
+    again = loop.train(config_of(prepared, stages=STAGES), whole.workdir, show_progress=False)
+    assert again.final == whole.final and losses(whole.workdir) == before
+    # Also where its last evaluation is lost: that is made again.
+    path = os.path.join(whole.workdir, "metrics.jsonl")
+    with open(path, "rb") as file:
+        lines = file.read().splitlines()
+    with open(path, "wb") as file:
+        file.write(b"\n".join([*lines[:-1], b"5"]))
     again = loop.train(config_of(prepared, stages=STAGES), whole.workdir, show_progress=False)
     assert again.final == whole.final and losses(whole.workdir) == before
 
@@ -124,18 +128,58 @@ def test_a_read_only_place(prepared):
         loop.train(config_of(prepared), "/proc/nowhere", show_progress=False)
 
 
-def test_non_finite_steps_stop_the_run_and_name_the_checkpoint(prepared, tmp_path, monkeypatch):
-    real = loop.batch_at
+class Scripted(loop.Evaluator):
+    """Gives the held-out losses that are wanted, in their order."""
 
-    def poisoned(config, mesh, data, step):
-        batch, micro, sequences = real(config, mesh, data, step)
-        return (batch | {"weights": batch["weights"] * jnp.nan} if step >= 4 else batch), micro, sequences
+    wanted = []
 
-    monkeypatch.setattr(loop, "batch_at", poisoned)
-    config = config_of(prepared, steps=20, max_bad_steps=3, eval_every=4, save_every=4)
-    with pytest.raises(loop.Diverged, match=r"3 steps in a row.*checkpoint is of step 4"):
+    def __call__(self, params):
+        return {"causal_loss": Scripted.wanted.pop(0)}
+
+
+def folders_of(workdir):
+    return sorted(name for name in os.listdir(os.path.join(workdir, "checkpoints")) if name[0].isdigit())
+
+
+def test_after_divergence_the_same_command_goes_on_from_a_good_state(prepared, tmp_path, monkeypatch, caplog):
+    real, workdir, read = loop.batch_at, str(tmp_path), []
+
+    def batch_at(config, mesh, data, step, samples):
+        read.append((step, samples))
+        batch, micro, sequences = real(config, mesh, data, step, samples)
+        return (batch | {"weights": batch["weights"] * poison[0]} if step >= 4 else batch), micro, sequences
+
+    monkeypatch.setattr(loop, "batch_at", batch_at)
+    poison = [jnp.nan]
+    config = config_of(prepared, steps=20, max_bad_steps=3, eval_every=0, save_every=2, keep_last=1)
+    with pytest.raises(loop.Diverged, match=r"3 steps in a row, up to step 7; the last good checkpoint is of step 2\."):
+        loop.train(config, workdir, show_progress=False)
+    # Nothing is saved among bad steps, and the state after step 4, of which no loss was finite, is not gone on from.
+    assert folders_of(workdir) == ["2", "4.diverged"]
+
+    # Saved where an evaluation is the best, between the periodic saves; another batch reads on where this one ended.
+    poison[0] = 1.0
+    monkeypatch.setattr(loop, "Evaluator", Scripted)
+    Scripted.wanted = [5.0, 4.0, 4.5, 4.4]
+    config = config_of(prepared, steps=6, eval_every=1, save_every=0, keep_last=1, max_bad_steps=3)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, global_batch_size=16))
+    caplog.clear()
+    read.clear()
+    summary = loop.train(config, workdir, show_progress=False)
+    assert [step for step, _ in read] == [2, 3, 4, 5] and [samples for _, samples in read] == [16, 32, 48, 64]
+    assert any("train.global_batch_size 8 -> 16" in record.getMessage() for record in caplog.records)
+    assert summary.best_step == 4 and folders_of(workdir) == ["4", "4.diverged", "6"]
+    assert summary.tokens == (2 * 8 + 4 * 16) * 32
+    assert load_run(workdir).step == 4 and load_run(workdir, "last").step == 6
+
+
+def test_an_evaluation_that_is_not_finite_ends_a_run_without_a_save(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "Evaluator", Scripted)
+    Scripted.wanted = [5.0, float("nan"), float("inf")]
+    config = config_of(prepared, steps=3, eval_every=1, save_every=1)
+    with pytest.raises(loop.Diverged, match=r"held-out loss \[inf\] was not finite at the last step, 3; .* of step 1"):
         loop.train(config, str(tmp_path), show_progress=False)
-    assert Checkpoints(os.path.join(tmp_path, "checkpoints")).steps() == [4]
+    assert folders_of(tmp_path) == ["1"]
 
 
 @pytest.mark.parametrize(("change", "message"), [

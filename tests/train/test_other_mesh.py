@@ -53,11 +53,11 @@ def test_a_run_that_moves_from_mesh_to_mesh_tells_what_one_that_stayed_does(prep
     loop.train(config_of(prepared, MeshConfig(data=8)), str(tmp_path / "stayed"), show_progress=False)
     real, stops = loop.batch_at, [2, 4]
 
-    def failing(config, mesh, data, step):
+    def failing(config, mesh, data, step, samples):
         if step in stops:
             stops.remove(step)
             raise RuntimeError("the machine is gone")
-        return real(config, mesh, data, step)
+        return real(config, mesh, data, step, samples)
 
     monkeypatch.setattr(loop, "batch_at", failing)
     for mesh in MESHES:
