@@ -185,7 +185,8 @@ def kind_here() -> str:
     platform = platform_here()
     if platform != "tpu":
         return platform
-    return compat.tpu_here() or kind_of(os.environ.get("TPU_ACCELERATOR_TYPE", "")) or "tpu"
+    found = compat.tpu_here()
+    return found if found in TPU else kind_of(os.environ.get("TPU_ACCELERATOR_TYPE", "")) or "tpu"
 
 
 def kind_of(accelerator: str) -> str | None:

@@ -91,6 +91,9 @@ def test_the_bus_goes_before_the_environment(monkeypatch):
     assert xla_flags.kind_here() == "v5e"
     monkeypatch.setattr(compat, "tpu_here", lambda: "v6e")
     assert xla_flags.kind_here() == "v6e"
+    monkeypatch.setattr(compat, "tpu_here", lambda: "v2")
+    monkeypatch.delenv("TPU_ACCELERATOR_TYPE")
+    assert xla_flags.kind_here() == "tpu"
     monkeypatch.undo()
     assert compat.tpu_here() is None  # no machine of ours has one
 

@@ -12,7 +12,8 @@ from mtnlg_jax.train.program import Program
 
 def refuse_other_settings(config: Config, workdir: str) -> None:
     """Before any work: ValueError in every process unless all were started alike."""
-    settings = {"jax": jax.__version__, "workdir": os.path.abspath(workdir), "XLA_FLAGS": os.environ.get("XLA_FLAGS")}
+    settings = {"jax": jax.__version__, "workdir": os.path.abspath(workdir)}
+    settings |= {name: os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}  # another program each
     for section, value in json.loads(to_json(config)).items():
         settings |= {f"{section}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {
             section: value}

@@ -1,5 +1,9 @@
 """Reading compiled programs: known counts of small programs of the CPU compiler, and the texts of other compilers."""
 
+import json
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +12,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mtnlg_jax.ahead.topology import check_installed, environment, parse
 from mtnlg_jax.parallel.hlo import Program, arguments_of, bytes_of, largest, padded_bytes
 from mtnlg_jax.parallel.hlo_cost import Kernel, cost_of, groups_of, trips_of
 
@@ -371,3 +376,45 @@ ENTRY %main () -> s32[] {
 }
 """)
     assert trips_of(program, "main", program.index("main")["loop"]) == 4
+
+
+# A product whose left side lies in parts: the TPU compiler multiplies one part while the next is on its way, in a loop
+# that it unrolls by two.
+_COLLECTIVE_PRODUCT = """
+import json
+import jax
+from jax.sharding import NamedSharding, PartitionSpec as P
+from mtnlg_jax.ahead.topology import devices, mesh_over, parse
+from mtnlg_jax.config import MeshConfig
+from mtnlg_jax.parallel import hlo, hlo_cost
+
+described = parse("v5p:2x2x2")
+mesh = mesh_over(MeshConfig(pipe=1, data=1, tensor=8), described, devices(described))
+
+def array(shape, *spec):
+    return jax.ShapeDtypeStruct(shape, "bfloat16", sharding=NamedSharding(mesh, P(*spec)))
+
+def product(x, w):
+    return jax.lax.with_sharding_constraint(x @ w, NamedSharding(mesh, P(None, "tensor")))
+
+written = jax.jit(product).lower(array((65536, 8192), "tensor", None), array((8192, 8192), None, "tensor")).compile()
+program = hlo.Program(written.as_text())
+cost = hlo_cost.cost_of(program, dict(mesh.shape))
+loops = [hlo_cost.trips_of(program, name, each) for name, body in program.computations.items() for each in body
+         if each.opcode == "while"]
+print(json.dumps([loops, cost.flops, cost.guessed_loops, sum(c.bytes for c in cost.collectives)]))
+"""
+
+
+def test_a_collective_product_counts_as_the_whole_one_over_devices():
+    described = parse("v5p:2x2x2")
+    try:
+        check_installed(described)
+    except ValueError as error:
+        pytest.skip(str(error))
+    done = subprocess.run([sys.executable, "-c", _COLLECTIVE_PRODUCT], env=environment(described), capture_output=True,
+                          text=True, timeout=300)
+    assert not done.returncode, done.stderr
+    loops, flops, guessed, sent = json.loads(done.stdout.splitlines()[-1])
+    assert loops and flops == 2 * 65536 * 8192 * 8192 / 8 and not guessed
+    assert sent == pytest.approx(65536 * 8192 * 2 * 7 / 8, rel=0.3)  # the parts of the other seven, or one more
