@@ -75,7 +75,8 @@ def measured(config: str, topology: str, step: str, settings: list[str]) -> dict
             "mesh": m.mesh, "fits": m.fits, "peak_gib": gib(m.peak), "limit_gib": gib(m.limit),
             "arguments_gib": gib(m.arguments), "flops_per_device": m.flops,
             "kernels": kernels, "failure": m.failure, "flags": m.flags, "flags_left_out": m.flags_left_out,
-            "compile_seconds": round(m.compile_seconds, 1), "resident_gib": gib(m.resident), "compiler": m.compiler,
+            "compile_seconds": round(m.compile_seconds, 1), "processor_seconds": round(m.processor_seconds, 1),
+            "resident_gib": gib(m.resident), "compiler": m.compiler,
             "date": datetime.date.today().isoformat()}
 
 

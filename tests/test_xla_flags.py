@@ -162,7 +162,7 @@ def test_a_run_sets_the_flags_of_its_chip_and_what_is_given_stays(monkeypatch):
 
 
 @pytest.mark.parametrize(("bad", "left"), [
-    ("_2d_all_gather", 2), ("offload_reduce_scatter", 1), ("async_all_gather", 0)])
+    ("offload_reduce_scatter", 1), ("async_all_gather", 0)])
 def test_a_set_that_is_refused_gives_way_to_the_next_smaller_in_one_line(monkeypatch, caplog, bad, left):
     tried = on(monkeypatch, "v6e", lambda flags: f"FAILED_PRECONDITION: no {bad}" if bad in flags else "")
     assert xla_flags.set_flags(ZERO3) == of("v6e", left)

@@ -52,6 +52,7 @@ class Measurement:
     kernels: list = dataclasses.field(default_factory=list)  # hlo_cost.Kernel
     flags: list = dataclasses.field(default_factory=list)  # of the compiler, all that it was given
     flags_left_out: str = ""  # why some of a run's flags are not among them
+    processor_seconds: float = 0.0  # of compiling, in all that the compiler starts, whoever else works here
 
     @property
     def fits(self) -> bool | None:
@@ -177,16 +178,19 @@ def _compile(config: Config, topology: described.Topology, step: str, target_con
     result.lower_seconds = time.perf_counter() - start
     yield result
     start = time.perf_counter()
+    busy = _processor_seconds()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         result.failure = " ".join(str(error).split())
         result.needed = _needed(result.failure)
         result.compile_seconds = time.perf_counter() - start
+        result.processor_seconds = _processor_seconds() - busy
         result.resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         yield result
         return
     result.failure, result.compile_seconds = "", time.perf_counter() - start
+    result.processor_seconds = _processor_seconds() - busy
     result.resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     sizes_of = compiled.memory_analysis()
     result.arguments, result.temporaries = sizes_of.argument_size_in_bytes, sizes_of.temp_size_in_bytes
@@ -210,6 +214,11 @@ def _compile(config: Config, topology: described.Topology, step: str, target_con
     said = compiled.cost_analysis()
     result.compiler_seconds = _believable((said[0] if isinstance(said, list) else said or {}).get("optimal_seconds"))
     yield result
+
+
+def _processor_seconds() -> float:
+    """Of this process so far, and of those that it has started and that have ended."""
+    return sum(os.times()[:4])
 
 
 def _believable(seconds: float | None) -> float | None:

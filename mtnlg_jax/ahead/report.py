@@ -25,8 +25,9 @@ def render(config: Config, m: Measurement) -> str:
         lines += [f"{_INDENT}{c.kind:<18} {_axes(c, m):<14} {c.depth:>5} {c.count:>9,.0f} "
                   f"{size_of(c.bytes):>11}" for c in m.collectives]
         lines += [_row("compiler's", _estimate(m))]
-    lines += [_row("took", f"{m.lower_seconds:.1f} s to trace, {m.compile_seconds:.1f} s to compile, "
-                           f"{size_of(m.resident)} of this machine's memory")]
+    lines += [_row("took", f"{m.lower_seconds:.1f} s to trace, {m.compile_seconds:.1f} s to compile "
+                           f"({m.processor_seconds:.1f} s of processor time), {size_of(m.resident)} of "
+                           "this machine's memory")]
     return "\n".join(lines)
 
 
