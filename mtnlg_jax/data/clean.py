@@ -17,9 +17,12 @@ from dataclasses import dataclass, field
 
 import ftfy
 import ftfy.chardata
+from ftfy.badness import is_bad
+from ftfy.chardata import LIGATURES
 
-from mtnlg_jax.data import personal, repetition
+from mtnlg_jax.data import entities, personal, repetition
 from mtnlg_jax.data.boilerplate import remove_boilerplate
+from mtnlg_jax.data.controls import CONTROLS, mend_controls
 from mtnlg_jax.data.personal import lines_with
 
 # The names under which rules are counted, in the order in which they act.
@@ -122,9 +125,17 @@ def _change(text: str, config: CleanConfig) -> tuple[str, dict[str, int]]:
     return text, counts | masked
 
 
-# Not the quotes and the width, for both are the proper marks of Chinese. Whether entities are undone is for each line
-# to say by itself, so that nothing depends on lines that a later rule removes.
-_FTFY = ftfy.TextFixerConfig(uncurl_quotes=False, fix_character_width=False, normalization=None, explain=False)
+# Not the quotes and the width, for both are the proper marks of Chinese. Entities and ligatures follow
+# rules of our own, as ftfy changes the meaning of text that is about them.
+_FTFY = ftfy.TextFixerConfig(uncurl_quotes=False, fix_character_width=False, unescape_html=False,
+                             fix_latin_ligatures=False, normalization=None, explain=False)
+# In a word only; by itself it is what the text is about. The digraphs of Croatian and Dutch stay.
+_LIGATURES = {chr(code): letters for code, letters in LIGATURES.items() if code >= 0xfb00}
+_LIGATURE = re.compile("(?<=[A-Za-z])[ﬀ-ﬆ]|[ﬀ-ﬆ](?=[A-Za-z])")
+_SOFT_HYPHEN = re.compile("(?<=\\w)\xad(?=\\w)")
+# What ftfy takes for damage and is none by itself: a product with an exponent, a letter alone.
+_SOUND = re.compile("[×÷±ØΔ∂√](?=[¹²³¼½¾])|(?<!\\w)[ÃÂ](?= )")
+_ANNOTATION = str.maketrans({"\ufff9": "", "\ufffa": "(", "\ufffb": ")"})
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
@@ -135,8 +146,8 @@ def _class(characters) -> str:
 # Where ftfy could change a line in Unicode's normal form. By themselves: controls, line ends, ligatures, surrogates and
 # the few characters that its heuristic of mojibake knows alone. Else that wants two others beside each other; dashes,
 # "…" and "’" count for it beside the former only.
-_ALONE = _class({*ftfy.chardata.CONTROL_CHARS, *ftfy.chardata.LIGATURES, *range(0x80, 0xa0), 0x0d, 0x2028, 0x2029,
-                 *map(ord, "ŒœÃÂØÙÎÐ")}) + "\ud800-\udfff"
+_ALONE = _class({*ftfy.chardata.CONTROL_CHARS, *map(ord, _LIGATURES), *range(0x80, 0xa0),
+                 *map(ord, "\f\r\xad\u2028\u2029ŒœÃÂØÙÎÐ")}) + "\ud800-\udfff"
 _BESIDE = "\xa0-\u052f\u2000-\u2012\u2016-\u2018\u201a-\u2025\u2027-\u2fff\ufffd"
 _SUSPECT = re.compile(f"[{_ALONE}]|[{_BESIDE}][{_BESIDE}]|&#?[0-9A-Za-z]{{1,24}};")
 
@@ -146,20 +157,51 @@ def _repair(text: str, config: CleanConfig) -> tuple[str, int]:
     if "\r" in text:
         text = text.replace("\r\n", "\n")
     counted = 0
-    form = None if config.normalization == "none" else config.normalization
-    if form and not unicodedata.is_normalized(form, text):
-        text = unicodedata.normalize(form, text)
-        counted = 1
+    if not unicodedata.is_normalized(config.normalization, text):
+        normal = _normalize(text, config)
+        counted = int(normal != text)
+        text = normal
     if not config.repair:
         return _SURROGATES.sub("\ufffd", text), counted
-    fix = _FTFY._replace(normalization=form)
+    escaped = "&" in text and not entities.writes_both(text)
+    fenced = escaped and "```" in text
     pieces, end = [], 0
     for start, stop in lines_with(_SUSPECT, text):
-        fixed = ftfy.fix_text(text[start:stop], fix)
-        counted += fixed != text[start:stop]
+        line = text[start:stop]
+        in_fence = fenced and text.count("```", 0, start) % 2
+        fixed = _mend_line(line, config, escaped and not in_fence)
+        counted += fixed != line
         pieces += [text[end:start], fixed]
         end = stop
     return "".join([*pieces, text[end:]]) if pieces else text, counted
+
+
+def _mend_line(line: str, config: CleanConfig, escaped: bool) -> str:
+    if escaped and "&" in line:
+        line = entities.unescape(line)
+    if line.isascii() and not CONTROLS.search(line) and "\r" not in line:
+        return line
+    line, _ = mend_controls(line.replace("\r", "\n").translate(_ANNOTATION))
+    sound = not is_bad(_SOUND.sub(" ", line))
+    line = ftfy.fix_text(line, _FTFY._replace(fix_encoding=False) if sound else _FTFY)
+    line = _SOFT_HYPHEN.sub("", _LIGATURE.sub(lambda match: _LIGATURES[match[0]], line))
+    return _normalize(line, config)
+
+
+def _is_shifted(character: str) -> bool:
+    return unicodedata.decomposition(character).startswith(("<super>", "<sub>", "<fraction>"))
+
+
+_SHIFTED = re.compile(f"([{_class(code for code in range(0x80, 0x2200) if _is_shifted(chr(code)))}]+)")
+
+
+def _normalize(text: str, config: CleanConfig) -> str:
+    """In Unicode's normal form, but for exponents, indices and fractions: 10³ is not 103."""
+    if config.normalization == "NFC":
+        return unicodedata.normalize("NFC", text)
+    parts = _SHIFTED.split(text)
+    parts[::2] = [unicodedata.normalize(config.normalization, part) for part in parts[::2]]
+    return "".join(parts)
 
 
 _TOKENS = re.compile(rf"[{repetition.UNSPACED}]|[^\W{repetition.UNSPACED}]+|[^\w\s]+")

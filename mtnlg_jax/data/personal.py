@@ -115,8 +115,6 @@ _KEY_NAME = r"(?:[A-Z0-9]+ ){0,4}PRIVATE KEY(?: BLOCK)?"
 # Letters of scripts whose words have spaces between them.
 _LETTER = r"A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f\u0370-\u03ff\u0400-\u052f"
 _CHINESE_DOMAINS = "中国|中國|公司|网络|網絡|网址|在线|香港|台湾|台灣|中文网"
-# Between the groups of a number. Nothing at all may stand there as well.
-_GAP = r"(?: ?- ?|[ .])?"
 _AREA = r"0(?:10|2[0-9]|[3-9][0-9]{2})"
 _EXTENSION = r"(?:(?:-| ?转 ?| ?(?:[xX]|[eE]xt\.?|extension) ?)[0-9]{1,6}(?![0-9-]))?"
 _COUNTRY = (r"(?:1|7|2[07]|3[0-469]|4[0-9]|5[1-8]|6[0-6]|8[1246]|9[0-58]|"
@@ -154,11 +152,11 @@ _SHAPES = {
         r"(?<![0-9])(?:"
         # Chinese mobile numbers.
         r"(?P<mobile>(?:(?:\(?(?:\+|00) ?86\)?|\(?86\)?)(?:[ -]{0,2}|\.)(?:\(0\))?)?"
-        rf"(?:1[3-9][0-9]{_GAP}[0-9]{{4}}{_GAP}[0-9]{{4}}|1[3-9][0-9]{{2}}[ -][0-9]{{3}}[ -][0-9]{{4}}))"
-        r"(?![0-9])|"
+        r"(?:1[3-9][0-9](?: ?- ?| )?[0-9]{4}(?: ?- ?| )?[0-9]{4}|1[3-9][0-9]\.[0-9]{4}\.[0-9]{4}|"
+        r"1[3-9][0-9]{2}[ -][0-9]{3}[ -][0-9]{4}))(?![0-9])|"
         # Chinese lines, with the area, and hotlines.
-        rf"(?:\(?(?:\+|00)?86\)?[ -]?)?(?:\({_AREA}\)[ -]?|{_AREA}(?:[ .]| ?- ?))"
-        rf"[1-9][0-9]{{2,3}}[ .-]?[0-9]{{4}}(?![0-9]){_EXTENSION}|"
+        rf"(?:\(?(?:\+|00)?86\)?[ -]?)?(?:(?:\({_AREA}\)[ -]?|{_AREA}(?: | ?- ?))"
+        rf"[1-9][0-9]{{2,3}}[ -]?[0-9]{{4}}|{_AREA}\.[1-9][0-9]{{2,3}}\.[0-9]{{4}})(?![0-9]){_EXTENSION}|"
         r"\(?86\)?[ -](?:10|2[0-9]|[3-9][0-9]{2})[ -][1-9][0-9]{2,3}[ -]?[0-9]{4}(?![0-9])|"
         r"[48]00-(?:[0-9]{3}-?[0-9]{4}|[0-9]{4}-[0-9]{3})(?![0-9])|"
         # North America, Japan, Taiwan.
@@ -167,7 +165,7 @@ _SHAPES = {
         rf"[2-9][0-9]{{2}} [2-9][0-9]{{2}}-[0-9]{{4}}(?![0-9]){_EXTENSION}|"
         r"0[789]0-[0-9]{4}-[0-9]{4}(?![0-9])|09[0-9]{2}-[0-9]{3}-?[0-9]{3}(?![0-9])|"
         # With a country's code.
-        rf"(?P<world>(?:\+ ?|\(\+|00(?=[1-9][0-9]{{0,2}}[ ./()-])){_COUNTRY}\)?"
+        rf"(?P<world>(?:\+|\(\+|00(?=[1-9][0-9]{{0,2}}[ ./()-])){_COUNTRY}\)?"
         r"(?:[ ./-]{0,2}(?:\([0-9]{1,5}\)|[0-9]{1,4})){2,8})(?![0-9])|"
         # What is one only after a word that says so, or after another number.
         r"(?P<told>[2-9][0-9]{6,7}|[2-9][0-9]{2,3}[ -][0-9]{4}|[2-9][0-9]{9}|"
@@ -411,7 +409,7 @@ def _end_of_phone(match: re.Match, previous: int | None) -> int | None:
 def _end_of_world(match: re.Match) -> int | None:
     """Where a number with the country's code ends: groups beyond its longest length are not its."""
     number = match[0]
-    if re.match(r"\+[0-9]{1,3}\.[0-9]{1,7}(?![0-9])(?!\.[0-9])", number):  # a decimal: +116.397128
+    if re.fullmatch(r"\+(?:[0-9]{1,3}\.[0-9]{1,7}|[0-9]{4,}\.[0-9]+)", number):  # +116.397128
         return None
     if re.search(r"\.[0-9]+-[0-9]+\.", number):  # +40.7128-074.0060
         return None
