@@ -1,8 +1,11 @@
 """Loss, perplexity and bits per byte of any text, long or short."""
 
+import collections
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,23 +26,66 @@ class Evaluation:
     loss: float  # nats a token
     perplexity: float  # e^loss, a token
     bits_per_byte: float  # independent of the tokenizer, so comparable between models and with xz
+    words: int  # between white space, so that texts without spaces have few
+    word_perplexity: float  # e^(nats a word)
 
 
-def windows(tokens: np.ndarray, length: int, stride: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Inputs, labels and weights, each (windows, length), that score tokens[1:] once each. Every window after the
+NARROWEST = 16  # tokens of a window at least, so that there are few widths to compile for
+
+
+class Window(NamedTuple):
+    """A stretch of a document's tokens: reads [begin, end), predicts [begin + 1, end + 1), scores from first + 1 on."""
+
+    document: int
+    begin: int
+    end: int
+    first: int
+
+
+def spans(count: int, length: int, stride: int, document: int = 0) -> list[Window]:
+    """Windows of at most ``length`` tokens that score tokens 1 to ``count`` - 1 once each. Every window after the
     first has length - stride tokens of context before the first token that it scores."""
-    inputs, labels, weights = [], [], []
-    scored, begin, total = 0, 0, len(tokens) - 1
+    found = []
+    scored = 0
+    begin = 0
+    total = count - 1
     while scored < total:
         end = min(begin + length, total)
-        pad = length - (end - begin)
-        inputs.append(np.pad(tokens[begin:end], (0, pad)))
-        labels.append(np.pad(tokens[begin + 1 : end + 1], (0, pad)))
-        counts = np.zeros(length, np.float32)
-        counts[scored - begin : end - begin] = 1
-        weights.append(counts)
-        scored, begin = end, begin + stride
-    return tuple(np.stack(x) for x in (inputs, labels, weights))
+        found.append(Window(document, begin, end, scored))
+        scored = end
+        begin = begin + stride
+    return found
+
+
+def widths_of(lengths: Sequence[int], length: int, spare: int) -> list[int]:
+    """The width of a batch for each window: the power of two that holds it, from NARROWEST up to ``length``. Widths
+    that few windows need are left out: each is a program to compile, which must save ``spare`` tokens of padding."""
+    narrow = [width for width in (1 << power for power in range(20)) if NARROWEST <= width < length]
+    ladder = [*narrow, length]
+    counts = collections.Counter(next(width for width in ladder if width >= each) for each in lengths)
+    used = [width for width in ladder if counts[width]]
+    kept = []
+    waiting = 0
+    for width, wider in zip(used, [*used[1:], None], strict=True):
+        waiting += counts[width]
+        if wider is None or waiting * (wider - width) >= spare:
+            kept.append(width)
+            waiting = 0
+    return [next(width for width in kept if width >= each) for each in lengths]
+
+
+def _arrays(documents: Sequence[np.ndarray], chosen: Sequence[Window], rows: int, width: int):
+    """Inputs, labels and weights, each (rows, width); rows past those chosen are padding."""
+    inputs = np.zeros((rows, width), np.int32)
+    labels = np.zeros((rows, width), np.int32)
+    weights = np.zeros((rows, width), np.float32)
+    for row, window in enumerate(chosen):
+        tokens = documents[window.document]
+        size = window.end - window.begin
+        inputs[row, :size] = tokens[window.begin : window.end]
+        labels[row, :size] = tokens[window.begin + 1 : window.end + 1]
+        weights[row, window.first - window.begin : size] = 1
+    return inputs, labels, weights
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -47,7 +93,7 @@ def _window_losses(graph, params, inputs, labels, weights):
     model = nnx.merge(graph, params)
     x_BSD = model.hidden(inputs)
     log_probs = token_log_probs(x_BSD.reshape(-1, x_BSD.shape[-1]), model.head(), labels.reshape(-1))
-    return -jnp.where(weights > 0, log_probs.reshape(labels.shape), 0.0).sum()
+    return -jnp.where(weights > 0, log_probs.reshape(labels.shape), 0.0).sum(1)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
@@ -71,12 +117,13 @@ def _decoder_losses(params, inputs, labels, weights, *, config, int8_cache):
 
     def attend(_, q, k, v):
         if int8_cache:  # as decoding reads them from there
-            k, v = as_cached(k), as_cached(v)
+            k = as_cached(k)
+            v = as_cached(v)
         return attention(q, k, v, impl=config.attention_impl)
 
     x_BSD, head_VD = run_layers(config, params, inputs, positions_BS, attend)
     log_probs = token_log_probs(x_BSD.reshape(-1, x_BSD.shape[-1]), head_VD, labels.reshape(-1))
-    return -jnp.where(weights > 0, log_probs.reshape(labels.shape), 0.0).sum()
+    return -jnp.where(weights > 0, log_probs.reshape(labels.shape), 0.0).sum(1)
 
 
 def _adam(rate):
@@ -86,18 +133,28 @@ def _adam(rate):
 
 def evaluate_text(model: Transformer | Decoder, tokenizer, text: str, stride: int | None = None, batch: int = 8,
                   adapt: float = 0.0, on_batch=lambda done, total: None) -> Evaluation:
-    """Scores every token of ``text`` once, after <bos>, in windows of the model's context.
+    """`evaluate_texts` of one text."""
+    return evaluate_texts(model, tokenizer, [text], stride, batch, adapt, on_batch)[0]
+
+
+def evaluate_texts(model: Transformer | Decoder, tokenizer, texts: Sequence[str], stride: int | None = None,
+                   batch: int = 8, adapt: float = 0.0, on_batch=lambda done, total: None) -> list[Evaluation]:
+    """Scores every token of each text once, after <bos>, in windows of the model's context. Windows of like lengths,
+    of whatever texts, are scored together and padded to the least of a few widths that holds them.
 
     Args:
       model: as it was trained, or a Decoder, whose weights and cache may be rounded; it cannot adapt.
       stride: tokens that each window scores, 1 to the context; default half the context, so that a token has at
         least half a context before it, save at the beginning.
-      batch: windows scored at once; adapting takes one after the other.
+      batch: windows of the whole context scored at once, and as many more of shorter ones as have as many tokens;
+        adapting takes one after the other.
       adapt: 0, or the learning rate of dynamic evaluation (Krause 2018, arXiv:1709.07432): every window is scored
         first and learnt from then, by one step of Adam, so that the model grows used to the text as a compressor
-        does. A token is still predicted from earlier tokens alone. ``model`` keeps its weights. About 4e-4.
+        does. A token is still predicted from earlier tokens alone. ``model`` keeps its weights, from which each text
+        starts anew. About 4e-4.
       on_batch: called with (windows done, windows) after each batch.
-    Raises ValueError on a text without tokens, on a stride outside the context, on a negative rate.
+    Raises ValueError on a text without tokens, on a stride outside the context, on a negative rate, and where the
+    loss is not finite.
     """
     if adapt and isinstance(model, Decoder):
         raise ValueError(f"adapt={adapt} trains weights, and those of a decoder are rounded; leave one of the two out")
@@ -107,30 +164,83 @@ def evaluate_text(model: Transformer | Decoder, tokenizer, text: str, stride: in
         raise ValueError(f"stride={stride} lies outside [1, {length}], the model's context")
     if not 0 <= adapt < math.inf:
         raise ValueError(f"adapt={adapt}, but a learning rate is 0 (off) or above, such as 4e-4")
-    tokens = np.asarray([tokenizer.bos_id, *tokenizer.encode(text)], np.int32)
-    if len(tokens) < 2:
-        raise ValueError("the text is empty: there is nothing to score")
-    parts = windows(tokens, length, stride)
-    count = len(parts[0])
-    batch = 1 if adapt else min(batch, count)
-    padded = [np.pad(x, ((0, -count % batch), (0, 0))) for x in parts]
+    documents = [np.asarray([tokenizer.bos_id, *tokenizer.encode(text)], np.int32) for text in texts]
+    for number, tokens in enumerate(documents, 1):
+        if len(tokens) < 2:
+            which = f"text {number} of {len(texts)}" if len(texts) > 1 else "the text"
+            raise ValueError(f"{which} is empty: there is nothing to score")
+    todo = [window for number, tokens in enumerate(documents) for window in spans(len(tokens), length, stride, number)]
+    widths = widths_of([window.end - window.begin for window in todo], length, batch * length)
+    if adapt:
+        score = _adapting(model, adapt, documents)
+        # In the order of each text, which it learns as it goes.
+        groups = [([window], 1, width) for window, width in zip(todo, widths, strict=True)]
+    else:
+        score = _scoring(model, documents)
+        groups = _groups(todo, widths, batch * length)
+    nats = np.zeros(len(texts), np.float64)
+    done = 0
+    for chosen, rows, width in groups:
+        for window, loss in zip(chosen, score(chosen, rows, width), strict=False):
+            nats[window.document] += float(loss)
+        done += len(chosen)
+        on_batch(done, len(todo))
+    results = [_evaluation(text, len(tokens) - 1, float(total))
+               for text, tokens, total in zip(texts, documents, nats, strict=True)]
+    bad = next((number for number, each in enumerate(results, 1) if not math.isfinite(each.loss)), None)
+    if bad is not None:
+        remedy = (f"adapt={adapt} is too high a rate; about 4e-4 is one that works" if adapt else
+                  "look for numbers that are not finite in the model's parameters")
+        raise ValueError(f"the loss of text {bad} of {len(texts)} is {results[bad - 1].loss}; {remedy}")
+    return results
+
+
+def merged(results: Sequence[Evaluation]) -> Evaluation:
+    """One Evaluation for several texts: the mean over all their tokens, bytes and words."""
+    tokens = sum(each.tokens for each in results)
+    return _totals(tokens, sum(each.bytes for each in results), sum(each.words for each in results),
+                   math.fsum(each.loss * each.tokens for each in results))
+
+
+def _evaluation(text: str, tokens: int, nats: float) -> Evaluation:
+    return _totals(tokens, len(text.encode()), len(text.split()), nats)
+
+
+def _totals(tokens: int, size: int, words: int, nats: float) -> Evaluation:
+    # Above e^700 there are no floats.
+    loss = nats / tokens
+    return Evaluation(tokens, size, loss, math.exp(min(loss, 700.0)), nats / math.log(2) / size, words,
+                      math.exp(min(nats / max(words, 1), 700.0)))
+
+
+def _groups(todo: Sequence[Window], widths: Sequence[int], most: int):
+    """(windows, rows, width) of each batch of at most ``most`` tokens; one number of rows for each width, so that it
+    compiles once."""
+    for width in sorted(set(widths), reverse=True):
+        these = [window for window, each in zip(todo, widths, strict=True) if each == width]
+        rows = min(max(1, most // width), len(these))
+        for start in range(0, len(these), rows):
+            yield these[start : start + rows], rows, width
+
+
+def _scoring(model: Transformer | Decoder, documents: Sequence[np.ndarray]):
     if isinstance(model, Decoder):
         losses = functools.partial(_decoder_losses, model.params, config=model.config, int8_cache=model.int8_cache)
     else:
-        graph, params = nnx.split(model)
-        losses = functools.partial(_window_losses, graph, params)
-    if adapt:
-        params = jax.tree.map(jnp.copy, params)  # donated, and the caller's model must live on
-        state = _adam(adapt).init(params)
-    total = np.float64(0)
-    for begin in range(0, len(padded[0]), batch):
-        window = [x[begin : begin + batch] for x in padded]
-        if adapt:
-            loss, params, state = _score_then_learn(graph, adapt, params, state, *window)
-        else:
-            loss = losses(*window)
-        total += float(loss)
-        on_batch(min(begin + batch, count), count)
-    scored, size = len(tokens) - 1, len(text.encode())
-    loss = float(total / scored)
-    return Evaluation(scored, size, loss, math.exp(min(loss, 700.0)), float(total / math.log(2) / size))
+        losses = functools.partial(_window_losses, *nnx.split(model))
+    return lambda chosen, rows, width: np.asarray(losses(*_arrays(documents, chosen, rows, width)))
+
+
+def _adapting(model: Transformer, rate: float, documents: Sequence[np.ndarray]):
+    graph, trained = nnx.split(model)
+    params = state = None
+
+    def score(chosen, rows, width):
+        nonlocal params, state
+        if chosen[0].begin == 0:  # a new text
+            params = jax.tree.map(jnp.copy, trained)  # donated, and the caller's model must live on
+            state = _adam(rate).init(params)
+        loss, params, state = _score_then_learn(graph, rate, params, state, *_arrays(documents, chosen, rows, width))
+        return [loss]
+
+    return score

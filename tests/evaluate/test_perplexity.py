@@ -1,3 +1,5 @@
+import dataclasses
+import json
 import math
 from types import SimpleNamespace
 
@@ -8,7 +10,8 @@ from flax import nnx
 
 from mtnlg_jax.config import ModelConfig
 from mtnlg_jax.decode.cache import prefill, step, to_int8, unstack
-from mtnlg_jax.evaluate.perplexity import evaluate_text, windows
+from mtnlg_jax.evaluate import perplexity
+from mtnlg_jax.evaluate.perplexity import evaluate_text, evaluate_texts, merged, spans, widths_of
 from mtnlg_jax.model.transformer import Transformer
 
 TOKENIZER = SimpleNamespace(bos_id=1, encode=lambda text: [3 + byte % 20 for byte in text.encode()])
@@ -24,14 +27,78 @@ def model():
 @pytest.mark.parametrize("count", [2, 3, 16, 17, 18, 40, 100])
 @pytest.mark.parametrize("stride", [1, 5, 8, 16])
 def test_every_token_counts_once_and_has_context(count, stride):
-    tokens = np.arange(100, 100 + count)
-    inputs, labels, weights = windows(tokens, 16, stride)
-    scored = labels[weights > 0]
-    assert sorted(scored.tolist()) == list(range(101, 100 + count))
-    for row in range(1, len(inputs)):
-        first = int(np.argmax(weights[row] > 0))
-        assert first >= 16 - stride  # tokens read before the first one that is scored
-    assert (labels[weights > 0] == inputs[weights > 0] + 1).all()
+    found = spans(count, 16, stride)
+    scored = [position for window in found for position in range(window.first + 1, window.end + 1)]
+    assert scored == list(range(1, count))
+    for window in found[1:]:
+        assert window.first - window.begin >= 16 - stride  # tokens read before the first one that is scored
+    assert all(1 <= window.end - window.begin <= 16 for window in found)
+
+
+@pytest.fixture(scope="module")
+def long():
+    config = ModelConfig(num_layers=1, hidden_size=32, num_attention_heads=2, vocab_size=32, max_position_embeddings=64,
+                         init_method_std=0.3)
+    return Transformer(config, rngs=nnx.Rngs(1))
+
+
+TEXTS = ["x" * size + "yz" for size in (1, 3, 14, 15, 16, 30, 31, 40, 61, 62, 63, 64, 65, 100, 200)] + ["short"] * 90
+
+
+@pytest.mark.parametrize("adapt", [0.0, 0.01])
+def test_texts_of_all_lengths_score_as_they_do_alone(long, adapt):
+    texts = TEXTS if not adapt else TEXTS[::8]
+    done = []
+    together = evaluate_texts(long, TOKENIZER, texts, adapt=adapt, on_batch=lambda *counts: done.append(counts))
+    known = {}
+    for text, result in zip(texts, together, strict=True):
+        if text not in known:
+            known[text] = evaluate_text(long, TOKENIZER, text, batch=1, adapt=adapt)
+        alone = known[text]
+        assert (result.tokens, result.bytes, result.words) == (alone.tokens, alone.bytes, alone.words)
+        assert result.loss == pytest.approx(alone.loss, rel=1e-5)
+    assert done[-1] == (done[-1][1], done[-1][1]) and done == sorted(done)
+
+
+def test_widths_are_few_and_hold_their_windows():
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        length = int(rng.choice([16, 100, 256, 1000]))
+        lengths = rng.integers(1, length + 1, rng.integers(1, 300)).tolist()
+        widths = widths_of(lengths, length, 8 * length)
+        assert all(each <= width <= length for each, width in zip(lengths, widths, strict=True))
+        assert len(set(widths)) <= 8
+    assert widths_of([10] * 400 + [1024] * 3, 1024, 8192) == [16] * 400 + [1024] * 3
+    assert widths_of([10] * 4 + [1024] * 3, 1024, 8192) == [1024] * 7, "not worth a program of their own"
+    assert widths_of([10], 1024, 8192) == [16] and widths_of([600, 1000], 1000, 8000) == [1000] * 2
+
+
+def test_a_short_text_costs_no_whole_context(long, monkeypatch):
+    seen = []
+    arrays = perplexity._arrays
+    monkeypatch.setattr(perplexity, "_arrays", lambda *args: seen.append(args[2:]) or arrays(*args))
+    evaluate_texts(long, TOKENIZER, ["short"] * 300 + ["x" * 63])
+    assert sum(rows * width for rows, width in seen) < 0.45 * 301 * 64
+
+
+def test_word_perplexity_and_several_texts(long):
+    one, two = evaluate_texts(long, TOKENIZER, ["a few words", "中文没有空格"])
+    assert (one.words, two.words) == (3, 1)
+    assert one.word_perplexity == pytest.approx(math.exp(one.loss * one.tokens / 3))
+    both = merged([one, two])
+    nats = one.loss * one.tokens + two.loss * two.tokens
+    assert both.loss == pytest.approx(nats / (one.tokens + two.tokens)) and both.bytes == one.bytes + two.bytes
+    assert both.bits_per_byte == pytest.approx(nats / math.log(2) / both.bytes)
+    assert json.loads(json.dumps(dataclasses.asdict(both), allow_nan=False))["words"] == 4
+
+
+def test_a_loss_that_is_not_finite_is_an_error(long):
+    graph, params = nnx.split(long)
+    broken = nnx.merge(graph, jax.tree.map(lambda x: x * np.nan, params))
+    with pytest.raises(ValueError, match="the loss of text 1 of 2 is nan; look for numbers that are not finite"):
+        evaluate_texts(broken, TOKENIZER, ["a", "b"])
+    with pytest.raises(ValueError, match=r"adapt=1e\+30 is too high a rate; about 4e-4 is one that works"):
+        evaluate_text(long, TOKENIZER, "x" * 200, adapt=1e30)
 
 
 def test_a_short_text_equals_the_full_logits(model):
@@ -113,6 +180,8 @@ def test_bytes_are_utf8(model):
 def test_bad_input(model):
     with pytest.raises(ValueError, match="empty"):
         evaluate_text(model, TOKENIZER, "")
+    with pytest.raises(ValueError, match="text 2 of 2 is empty"):
+        evaluate_texts(model, TOKENIZER, ["a", ""])
     with pytest.raises(ValueError, match=r"stride=17.*16"):
         evaluate_text(model, TOKENIZER, "text", stride=17)
     for rate in (-1e-3, math.nan, math.inf):
