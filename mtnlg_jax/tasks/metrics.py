@@ -3,19 +3,22 @@ each with its 95 % interval, and beside what an answer without a model would get
 
 import collections
 import dataclasses
-import json
+import functools
 import re
 import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
 
-from mtnlg_jax.tasks.prompts import Row
+from mtnlg_jax.tasks.prompts import Row, template_of
 from mtnlg_jax.tasks.templates import Task
-from mtnlg_jax.tasks.text import WORDS, normalise, sentences
+from mtnlg_jax.tasks.text import UNSPACED, WORDS, ascii_share, normalise, sentences, words
 
 RESAMPLES = 1000
 METRICS = ("rouge1", "rouge2", "rougeL", "bleu", "chrf", "accuracy", "exact_match", "f1")
+# English has fewer letters outside ASCII (naïve, São); every other language that uses some has more.
+_ENGLISH_SHARE = 0.99
+_RESAMPLED_AT_ONCE = 1 << 24  # counts of rows, so that memory stays below 200 MB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +40,30 @@ class _Characters:
         return WORDS.findall(text.casefold())
 
 
+class _AllScripts:
+    """Splits for rouge-score, whose own tokenizer keeps a-z and 0-9 alone: `words`, of which those in ASCII are
+    stemmed as rouge-score does it."""
+
+    def __init__(self):
+        from rouge_score.tokenizers import DefaultTokenizer
+
+        self._stem = functools.lru_cache(1 << 16)(DefaultTokenizer(use_stemmer=True).tokenize)
+
+    def tokenize(self, text: str) -> list[str]:
+        return [part for word in words(text) for part in (self._stem(word) if word.isascii() else (word,))]
+
+
 def measure(names: Sequence[str], answers: Sequence[str], references: Sequence[Sequence[str]],
             language: str | Sequence[str], seed: int = 0) -> dict[str, Score]:
-    """Each metric of METRICS over all rows; of several references the best counts. ``language`` of the answers, or of
-    each: for "zh" characters are words; BLEU takes them so in all rows where it does in one. Raises ValueError where
-    a row has no reference or a metric is unknown."""
+    """Each metric of METRICS over all rows; of several references the best counts.
+
+    ``language`` of the answers, or of each: for "zh" characters are words. Of other languages ROUGE takes the tokens
+    of rouge-score where 99 % of the references' letters are ASCII, so that English figures are those that others
+    print, and else the words of every script (`text.words`). BLEU takes sacrebleu's tokenizer "zh" in all rows where
+    one is Chinese, "char" where most letters of the references belong to scripts without spaces, else "13a".
+    An answer may be empty, and may share nothing with its references: it scores 0.
+    Raises ValueError where a row has no reference or a metric is unknown.
+    """
     if len(answers) != len(references) or not answers:
         raise ValueError(f"{len(answers)} answers for {len(references)} rows; give one answer a row, and at least one")
     for number, each in enumerate(references, 1):
@@ -54,22 +76,18 @@ def measure(names: Sequence[str], answers: Sequence[str], references: Sequence[S
         if name not in METRICS:
             raise ValueError(f"metric {name!r} is not known; choose from {', '.join(METRICS)}")
         if name in ("bleu", "chrf"):
-            scores[name] = _corpus(name, answers, references, languages)
+            scores[name] = _corpus(name, answers, references, languages, seed)
         else:
-            scores[name] = _mean(_rows(name, answers, references, languages), seed)
+            scores[name] = mean(_rows(name, answers, references, languages), seed)
     return scores
 
 
-def baseline(task: Task, rows: Sequence[Row]) -> tuple[str, list[str]]:
-    """What needs no model, and its answers: the class that most rows have (of choices, the place of the right one),
-    the first sentence of the text to summarise or of the given passage, or the input itself."""
-    if rows[0].choices:
-        places = collections.Counter(row.choices.index(row.references[0]) for row in rows
-                                     if row.references[0] in row.choices)
-        place = places.most_common(1)[0][0] if places else 0
-        return "the commonest place", [row.choices[min(place, len(row.choices) - 1)] for row in rows]
+def baseline(task: Task, rows: Sequence[Row], language: str | None = None) -> tuple[str, list[str]]:
+    """What needs no model, and its answers: where rows are ranked by the labels of their templates the class that most
+    rows have, else the first sentence of the text to summarise or of the given passage, the commonest answer, or the
+    input itself. Rows with choices of their own have `chance`. ``language`` as in `template_of`."""
     commonest = collections.Counter(row.references[0] for row in rows).most_common(1)[0][0]
-    if task.metrics == ("accuracy",):
+    if all(template_of(task, row.input, language)[1].labels for row in rows):
         return "majority class", [commonest] * len(rows)
     if task.name == "summarise":
         return "lead sentence", [_lead(row.input) for row in rows]
@@ -78,6 +96,11 @@ def baseline(task: Task, rows: Sequence[Row]) -> tuple[str, list[str]]:
             return "lead sentence of the passage", [_lead(row.context) for row in rows]
         return "the commonest answer", [commonest] * len(rows)
     return "copying the source", [normalise(row.input) for row in rows]
+
+
+def chance(rows: Sequence[Row], seed: int = 0) -> Score:
+    """The accuracy of choosing blindly among each row's choices: the mean share of those that are right."""
+    return mean(np.array([len(set(row.references) & set(row.choices)) / len(row.choices) for row in rows]), seed)
 
 
 def squad_normalise(text: str, language: str) -> str:
@@ -91,15 +114,20 @@ def exact_match(answer: str, reference: str, language: str) -> float:
 
 
 def token_f1(answer: str, reference: str, language: str) -> float:
-    """F1 of the two bags of words, of Chinese of characters and other words; equality where one of them is empty."""
-    if language == "zh":
-        ours, theirs = (WORDS.findall(text.lower()) for text in (answer, reference))
-    else:
-        ours, theirs = (squad_normalise(text, language).split() for text in (answer, reference))
+    """F1 of the two bags of words, of scripts without spaces of their characters; equality where one of them is
+    empty."""
+    ours, theirs = (_bag(text, language) for text in (answer, reference))
     if not ours or not theirs:
         return float(ours == theirs)
     same = (collections.Counter(ours) & collections.Counter(theirs)).total()
     return 2 * same / (len(ours) + len(theirs))
+
+
+def _bag(text: str, language: str) -> list[str]:
+    if language == "zh":
+        return WORDS.findall(text.lower())
+    found = squad_normalise(text, language).split()
+    return [part for word in found for part in (words(word) if UNSPACED.search(word) else (word,))]
 
 
 def _lead(text: str) -> str:
@@ -111,11 +139,7 @@ def _rows(name: str, answers, references, languages) -> np.ndarray:
     """The score of each row, in [0, 1]."""
     rows = zip(answers, references, languages, strict=True)
     if name.startswith("rouge"):
-        from rouge_score.rouge_scorer import RougeScorer
-
-        tokenizers = {"zh": _Characters()}
-        scorers = {language: RougeScorer([name], use_stemmer=True, tokenizer=tokenizers.get(language))
-                   for language in dict.fromkeys(languages)}
+        scorers = {language: _rouge(name, language, references, languages) for language in dict.fromkeys(languages)}
         return np.array([scorers[language].score_multi(list(several), answer)[name].fmeasure
                          for answer, several, language in rows])
     score = {"accuracy": lambda answer, reference, _: float(answer == reference), "exact_match": exact_match,
@@ -124,22 +148,52 @@ def _rows(name: str, answers, references, languages) -> np.ndarray:
                      for answer, several, language in rows])
 
 
-def _mean(scores: np.ndarray, seed: int) -> Score:
-    rng, count = np.random.default_rng(seed), len(scores)
+def _rouge(name: str, language: str, references, languages):
+    from rouge_score.rouge_scorer import RougeScorer
+
+    if language == "zh":
+        return RougeScorer([name], use_stemmer=True, tokenizer=_Characters())
+    texts = [text for several, each in zip(references, languages, strict=True) if each == language for text in several]
+    english = ascii_share(texts) >= _ENGLISH_SHARE
+    return RougeScorer([name], use_stemmer=True, tokenizer=None if english else _AllScripts())
+
+
+def mean(scores: np.ndarray, seed: int = 0) -> Score:
+    """The mean of scores in [0, 1], one a row, as a `Score`."""
+    count = len(scores)
+    rng = np.random.default_rng(seed)
     means = [scores[rng.integers(0, count, count)].mean() for _ in range(RESAMPLES)]
     low, high = np.percentile(means, [2.5, 97.5])
     return Score(100 * float(scores.mean()), 100 * float(low), 100 * float(high))
 
 
-def _corpus(name: str, answers, references, languages) -> Score:
-    """BLEU and chrF belong to the whole set; sacrebleu draws the sets itself."""
+def _corpus(name: str, answers, references, languages, seed: int) -> Score:
+    """BLEU and chrF belong to the whole set: each resample is scored from the sums of its rows' counts."""
     from sacrebleu.metrics import BLEU, CHRF
 
-    metric = CHRF() if name == "chrf" else BLEU(tokenize="zh" if "zh" in languages else "13a")
+    # force: no warning about texts that look tokenized.
+    metric = CHRF() if name == "chrf" else BLEU(tokenize=_bleu_tokenizer(references, languages), force=True)
     most = max(map(len, references))
     # One list for the first reference of each row, one for the second ...; None where a row has no more.
     streams = [[each[i] if i < len(each) else None for each in references] for i in range(most)]
-    result = metric.corpus_score(list(answers), streams, n_bootstrap=RESAMPLES)
-    told = json.loads(result.format(6, is_json=True, signature=metric.get_signature().format()))
-    middle, half = told.get("confidence_mean", result.score), told.get("confidence_var", 0.0)
-    return Score(result.score, max(0.0, middle - half), min(100.0, middle + half))
+    # Not corpus_score(n_bootstrap=...): it takes statistics.mean of floats and float32s, which raises TypeError.
+    statistics = metric._extract_corpus_statistics(list(answers), streams)
+    value = float(metric._aggregate_and_compute(statistics).score)
+    table = np.array(statistics, np.float64)
+    count = len(table)
+    rng = np.random.default_rng(seed)
+    scores = []
+    step = max(1, _RESAMPLED_AT_ONCE // count)
+    for start in range(0, RESAMPLES, step):
+        drawn = rng.multinomial(count, np.full(count, 1 / count), min(step, RESAMPLES - start))
+        scores += [metric._compute_score_from_stats(row).score for row in (drawn @ table).tolist()]
+    low, high = np.percentile(scores, [2.5, 97.5])
+    return Score(value, max(0.0, float(low)), min(100.0, float(high)))
+
+
+def _bleu_tokenizer(references, languages) -> str:
+    if "zh" in languages:
+        return "zh"
+    letters = [letter for several in references for text in several for letter in text if letter.isalpha()]
+    unspaced = sum(bool(UNSPACED.match(letter)) for letter in letters)
+    return "char" if 2 * unspaced > len(letters) else "13a"

@@ -54,10 +54,11 @@ class Retriever:
         return [dataclasses.replace(self.passages[i], score=float(scores[i])) for i in order if scores[i] > 0]
 
 
-def read_passages(path: str | os.PathLike, size: int = 600, text_key: str = "text") -> Retriever:
+def read_passages(path: str | os.PathLike, size: int = 600, text_key: str = "text",
+                  on_error: str = "raise") -> Retriever:
     """A retriever over a file or a folder of whatever `read_documents` reads. Raises as that does, and ValueError
     where there is no text."""
-    documents = list(read_documents(path, text_key))
+    documents = list(read_documents(path, text_key, on_error))
     if not documents:
         raise ValueError(f"{path} holds no text to look passages up in; put any of {READABLE} there")
     return Retriever(documents, size)

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,68 +11,57 @@ from mtnlg_jax.decode.generate import encode_prompt, generate
 from mtnlg_jax.decode.rank import rank
 from mtnlg_jax.decode.rows import check_tokens
 from mtnlg_jax.decode.scorers import ScorerOptions
-from mtnlg_jax.tasks.metrics import Score, baseline, measure
-from mtnlg_jax.tasks.passages import Passage, Retriever
-from mtnlg_jax.tasks.prompts import Prompt, Row, answer_of, check_passages, check_task, compose, template_of
+from mtnlg_jax.decode.scoring import score_rows
+from mtnlg_jax.tasks.answers import NORMALISATIONS, Answer, Choice, length_of
+from mtnlg_jax.tasks.passages import Retriever
+from mtnlg_jax.tasks.prompts import Examples, Prompt, Row, check_passages, check_task, compose, seam, template_of
 from mtnlg_jax.tasks.templates import Task
-from mtnlg_jax.tasks.text import clean
+from mtnlg_jax.tasks.text import clean, normalise
 
 SCORERS = ("logprob", "pmi", "pseudo_log_likelihood")
 
 
-@dataclass(frozen=True)
-class Choice:
-    label: str
-    score: float  # what it was ranked by
-    share: float  # exp(score) over the sum of all; of logprob of labels the probability that it is this one of them
-
-
-@dataclass(frozen=True)
-class Answer:
-    text: str  # after post-processing; of a ranking the best label or choice
-    raw: str  # as the model wrote it, or the text that was ranked
-    language: str  # of the answer
-    finish_reason: str  # "stop", "length" or "timeout" of what was written, "ranked" of what was chosen
-    choices: tuple[Choice, ...]  # best first; empty where the answer was written
-    citations: tuple[Passage, ...]  # the passages in the prompt: the first is [1]
-    examples: int  # in the prompt
-    shortened: bool  # part of the input was left out
-    prompt: str
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    rows: int
-    scores: dict[str, Score]  # of the model; the first is the task's own
-    baseline: str  # what was done without a model
-    baseline_scores: dict[str, Score]
-
-
 def perform(decoder: Decoder, tokenizer, task: Task, rows: Sequence[Row | str], *, language: str | None = None,
-            examples: Sequence[Row | tuple[str, str]] = (), retriever: Retriever | None = None, passages: int = 3,
-            decode: DecodeConfig | None = None, scorer: str = "logprob", stages: Sequence[StageConfig] | None = None,
-            batch: int = 8, on_row: Callable[[int], None] = lambda done: None) -> list[Answer]:
+            examples: Sequence[Row | tuple[str, str]] = (), shots: int | None = None, seed: int | None = None,
+            retriever: Retriever | None = None, passages: int = 3, decode: DecodeConfig | None = None,
+            scorer: str = "logprob", normalise: str | None = None, last_word: bool = False,
+            stages: Sequence[StageConfig] | None = None, batch: int = 8,
+            on_answer: Callable[[int, Answer], None] = lambda index, answer: None) -> list[Answer]:
     """The answer of each row. Labels and choices are ranked, all else is written.
 
     Args:
       rows: inputs, or `Row`s with choices or a context.
       language: of the inputs, a key of the task's templates; None: seen from each.
-      examples: rows with references, or (input, answer), shown in this order before each input of their language.
+      examples: rows with references, or (input, answer), shown in this order before each input of their language;
+        never those that ask what the row itself asks (`prompts.same_question`).
+      shots: as many of them, the first ones or, with ``seed``, drawn for each row; None: all.
       retriever: where ``passages`` of them, as many as fit, are looked up for each input.
       decode: in place of the task's decoding; its length is held to the context, and the task's stops are added.
-      scorer: of SCORERS, for rankings. Of labels whole log-probabilities are compared, of choices those per byte,
-        since choices are of different lengths. "pmi" takes off what the prompt without an input would say, which
-        helps a model that was not fine-tuned (Zhao 2021, Holtzman 2021).
+      scorer: of SCORERS, for rankings. "pmi" takes off what the prompt without an input would say, which helps a
+        model that was not fine-tuned (Zhao 2021, Holtzman 2021).
+      normalise: of `answers.NORMALISATIONS`: what scores are divided by, see `answers.length_of`. None: "sum" for
+        labels, and for choices that fill a blank, behind which all score the same text; "per_byte" for other choices,
+        since they are of different lengths.
+      last_word: the reference of each row is scored as the end of its text (LAMBADA), without labels and choices: the
+        answer is what the model writes greedily in as many tokens as the reference has, its ``log_prob`` that of the
+        reference.
       stages: those that trained the model, where known, for "pseudo_log_likelihood".
       batch: rows written at once.
+      on_answer: called with (index of the row, answer) as soon as it is there.
     Raises ValueError before the model does any work.
     """
-    rows, examples = [_row(row) for row in rows], [_row(each) for each in examples]
+    rows = [_row(row) for row in rows]
+    pool = Examples(task, [_row(each) for each in examples], language)
     decode = decode or task.decode
     if not rows:
         raise ValueError(f"task {task.name!r} has no rows to do; give one at least")
     if scorer not in SCORERS:
         raise ValueError(f"scorer {scorer!r} is not known; choose from {', '.join(SCORERS)}")
+    if normalise not in (None, *NORMALISATIONS):
+        raise ValueError(f"normalise={normalise!r} is not known; choose from {', '.join(NORMALISATIONS)}")
+    if last_word and not task.joined:
+        raise ValueError(f"the last word is asked of a text that goes on, and task {task.name!r} asks otherwise; take "
+                         "task 'continue'")
     if batch < 1 or passages < 1:
         raise ValueError(f"batch={batch} and passages={passages}: give 1 or more of both")
     validate_decode(decode)
@@ -91,49 +79,42 @@ def perform(decoder: Decoder, tokenizer, task: Task, rows: Sequence[Row | str], 
             if retriever:
                 check_passages(task, template)
             found = retriever.best(row.input, passages) if retriever else ()
-            same = [each for each in examples if template_of(task, each.input, language)[0] == chosen]
-            asked.append(compose(task_here, row, tokenizer, decoder.context, language=language, examples=same,
-                                 passages=found))
+            reserve = None
+            if last_word:
+                if row.choices or not row.references:
+                    raise ValueError(f"the row with input {row.input[:40]!r} has {'choices' * bool(row.choices)}"
+                                     f"{'no reference' * (not row.choices)}; a last word is compared with a reference")
+                reserve = len(tokenizer.encode(_target(row))) + 1
+            asked.append(compose(task_here, row, tokenizer, decoder.context, language=language,
+                                 examples=pool.of(row, chosen, shots, seed), passages=found, reserve=reserve))
         except ValueError as error:
             raise ValueError(f"row {number} of {len(rows)}: {error}" if len(rows) > 1 else str(error)) from None
+    if not any(prompt.candidates for prompt in asked) and (normalise or scorer != "logprob"):
+        what = f"normalise={normalise}" if normalise else f"scorer={scorer}"
+        raise ValueError(f"{what} ranks labels and choices, and these rows have none; leave it out")
+    if any(prompt.texts for prompt in asked) and scorer != "logprob":
+        raise ValueError(f"scorer={scorer} compares what fills a blank, and it is the text behind it that is scored; "
+                         "take scorer=logprob, or leave the blank out")
     answers: list[Answer | None] = [None] * len(rows)
+
+    def give(index, answer):
+        answers[index] = answer
+        on_answer(index, answer)
+
+    if last_word:
+        _last_words(decoder, tokenizer, rows, asked, batch, give)
+        return answers
     for index, (row, prompt) in enumerate(zip(rows, asked, strict=True)):
         if prompt.candidates:
-            answers[index] = _choose(decoder, tokenizer, row, prompt, scorer, stages)
-            on_row(1)
+            give(index, _choose(decoder, tokenizer, row, prompt, scorer, normalise, stages))
     # Prompts of like lengths together: a batch costs as much as its longest.
     written = sorted((i for i, prompt in enumerate(asked) if not prompt.candidates), key=lambda i: len(asked[i].text))
     for start in range(0, len(written), batch):
         group = written[start : start + batch]
         for index, answer in zip(group, _write(decoder, tokenizer, task, [rows[i] for i in group],
                                                [asked[i] for i in group], decode, language), strict=True):
-            answers[index] = answer
-        on_row(len(group))
+            give(index, answer)
     return answers
-
-
-def evaluate(task: Task, rows: Sequence[Row], answers: Sequence[Answer], seed: int = 0) -> Evaluation:
-    """The metrics of answers, and of those of the trivial baseline, against the rows' references. Raises ValueError
-    where a row has none."""
-    check_references(task, rows)
-    ranked = [bool(answer.choices) for answer in answers]
-    if any(ranked) != all(ranked):
-        raise ValueError(f"{sum(ranked)} of {len(rows)} rows have choices and the others have none; score the two "
-                         "apart")
-    names = ("accuracy",) if all(ranked) else task.metrics
-    languages, references = [answer.language for answer in answers], [row.references for row in rows]
-    name, trivial = baseline(task, rows)
-    return Evaluation(len(rows), measure(names, [answer.text for answer in answers], references, languages, seed), name,
-                      measure(names, trivial, references, languages, seed))
-
-
-def check_references(task: Task, rows: Sequence[Row], language: str | None = None) -> None:
-    """Raises ValueError where a row lacks a reference, or has one that is none of its labels or choices."""
-    for number, row in enumerate(rows, 1):
-        try:
-            answer_of(task, template_of(task, row.input, language)[1], row)
-        except ValueError as error:
-            raise ValueError(f"row {number} of {len(rows)}: {error}") from None
 
 
 def _row(row) -> Row:
@@ -146,18 +127,60 @@ def _row(row) -> Row:
     raise ValueError(f"{str(row)[:60]!r} is no row; give a text, a Row, or for an example (input, answer)")
 
 
-def _choose(decoder, tokenizer, row: Row, prompt: Prompt, scorer: str, stages) -> Answer:
+def _choose(decoder, tokenizer, row: Row, prompt: Prompt, scorer: str, normalisation: str | None, stages) -> Answer:
     labels, texts = zip(*prompt.candidates, strict=True)
-    options = ScorerOptions(neutral=prompt.neutral) if scorer == "pmi" else None
-    ranking = rank(decoder, tokenizer, prompt.text, texts, scorers=scorer, options=options, stages=stages,
-                   normalise="per_byte" if row.choices else "sum")
-    scores = np.array([each.score for each in ranking])
-    shares = np.exp(scores - scores.max())
-    shares /= shares.sum()
-    choices = tuple(Choice(labels[each.index], each.score, float(share))
-                    for each, share in zip(ranking, shares, strict=True))
-    return Answer(choices[0].label, ranking[0].text, prompt.language, "ranked", choices, prompt.passages,
-                  prompt.examples, prompt.shortened, prompt.text)
+    if prompt.texts:
+        # Each choice has a prompt of its own, and all score the same text.
+        ranked = [(i, rank(decoder, tokenizer, before, [behind], scorers=scorer, stages=stages, normalise="sum")[0])
+                  for i, (before, behind) in enumerate(zip(prompt.texts, texts, strict=True))]
+    else:
+        options = ScorerOptions(neutral=prompt.neutral) if scorer == "pmi" else None
+        ranking = rank(decoder, tokenizer, prompt.text, texts, scorers=scorer, options=options, stages=stages,
+                       normalise="sum")
+        ranked = sorted(((each.index, each) for each in ranking), key=lambda pair: pair[0])
+    normalisation = normalisation or ("per_byte" if row.choices and not prompt.texts else "sum")
+    scores = np.array([each.score / length_of(normalisation, each.text) for _, each in ranked])
+    sums = np.array([each.sum for _, each in ranked])
+    probabilities = np.exp(sums - sums.max())
+    probabilities /= probabilities.sum()
+    indices = [index for index, _ in ranked]
+    choices = [Choice(labels[indices[i]], texts[indices[i]], float(scores[i]), float(sums[i]), float(probabilities[i]))
+               for i in np.argsort(-scores, kind="stable").tolist()]
+    best = labels.index(choices[0].label)
+    return Answer(choices[0].label, choices[0].text, prompt.language, "ranked", tuple(choices), prompt.passages,
+                  prompt.examples, prompt.shortened, prompt.context_shortened,
+                  prompt.texts[best] if prompt.texts else prompt.text, f"{scorer} {normalisation}")
+
+
+def _target(row: Row) -> str:
+    """A row's reference as the end of its text."""
+    reference = row.references[0].rstrip()
+    return seam(row.input.rstrip(), reference) + reference
+
+
+def _last_words(decoder, tokenizer, rows: Sequence[Row], prompts: Sequence[Prompt], batch: int, give) -> None:
+    whole = [encode_prompt(tokenizer, prompt.text + _target(row)) for row, prompt in zip(rows, prompts, strict=True)]
+    # Behind the tokens that are those of the prompt alone.
+    starts = [max(1, _common(encode_prompt(tokenizer, prompt.text), tokens))
+              for prompt, tokens in zip(prompts, whole, strict=True)]
+    sums = [float(np.sum(each, dtype=np.float64)) for each in score_rows(decoder, whole, starts)]
+    order = sorted(range(len(rows)), key=lambda i: len(whole[i]))
+    for first in range(0, len(order), batch):
+        group = order[first : first + batch]
+        configs = [DecodeConfig(max_new_tokens=len(whole[i]) - starts[i]) for i in group]
+        written = generate(decoder, tokenizer, [prompts[i].text for i in group], configs)
+        for i, result in zip(group, written, strict=True):
+            right = result.text.strip() == _target(rows[i]).strip()
+            text = rows[i].references[0] if right else normalise(result.text)
+            prompt = prompts[i]
+            give(i, Answer(text, result.text, prompt.language, "last word", (), prompt.passages, prompt.examples,
+                           prompt.shortened, prompt.context_shortened, prompt.text, log_prob=sums[i]))
+
+
+def _common(first, second) -> int:
+    """How many tokens both begin with alike."""
+    return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b),
+                min(len(first), len(second)))
 
 
 def _write(decoder, tokenizer, task: Task, rows, prompts: Sequence[Prompt], decode: DecodeConfig,
@@ -175,7 +198,8 @@ def _write(decoder, tokenizer, task: Task, rows, prompts: Sequence[Prompt], deco
             decode, max_new_tokens=longest, min_new_tokens=min(decode.min_new_tokens, longest), **stop))
     results = generate(decoder, tokenizer, [prompt.text for prompt in prompts], configs)
     return [Answer(clean(result.text, prompt.language, stop, task.joined), result.text, prompt.language,
-                   result.finish_reason, (), prompt.passages, prompt.examples, prompt.shortened, prompt.text)
+                   result.finish_reason, (), prompt.passages, prompt.examples, prompt.shortened,
+                   prompt.context_shortened, prompt.text)
             for result, prompt, stop in zip(results, prompts, stops, strict=True)]
 
 

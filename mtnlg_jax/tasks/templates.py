@@ -21,12 +21,16 @@ class Template:
     A prompt is instruction, examples (prompt and answer, a separator behind each), and the prompt of the input.
     """
 
-    prompt: str  # with {input} and, where there may be passages, {passages}; ends where the answer begins
+    # With {input}, with {passages} where there may be some, and {choices} where they are listed before they are chosen
+    # from; ends where the answer begins.
+    prompt: str
     answer: str = " {answer}"  # with its leading space, which belongs to the answer's first token
     instruction: str = ""
     passage: str = ""  # one of {passages}: {number} and {text}
     separator: str = "\n\n"
     labels: tuple[tuple[str, str], ...] = ()  # (label, the {answer} that stands for it); empty: the answer is written
+    choice: str = "{letter}. {text}\n"  # one of {choices}
+    chosen_by: str = "letter"  # the {answer} of one of {choices}: its "letter" (MMLU) or its "text" (cloze)
     stops: tuple[str, ...] = ("\n",)  # where a written answer ends; the end token always ends it
     answer_language: str = ""  # empty: that of the input
 
@@ -55,6 +59,11 @@ def check_template(template: Template) -> None:
     if "{passages}" in template.prompt and "{text}" not in template.passage:
         raise ValueError(f"template passage={template.passage!r} has no place for the text; write {{text}} there, as "
                          "in '[{number}] {text}\\n'")
+    if "{choices}" in template.prompt and not ("{text}" in template.choice and "{letter}" in template.choice):
+        raise ValueError(f"template choice={template.choice!r} has no place for the letter or the text; write both "
+                         "there, as in '{letter}. {text}\\n'")
+    if template.chosen_by not in ("letter", "text"):
+        raise ValueError(f"template chosen_by={template.chosen_by!r} is not known; choose letter or text")
     if "" in template.stops:
         raise ValueError(f"template stops={list(template.stops)} hold an empty one; leave it out")
     check_choices([label for label, _ in template.labels], "label")

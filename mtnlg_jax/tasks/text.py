@@ -1,6 +1,7 @@
 """Texts before and after the model: what is mended in an input, where it may be cut, and what is mended in an answer.
 
-English and Chinese ("en", "zh") have rules of their own; a text in another language is treated as English.
+English and Chinese ("en", "zh") have rules of their own; a text in another language is treated as English. Words
+(`words`) are found in every script.
 """
 
 import re
@@ -15,6 +16,12 @@ _SENTENCE = re.compile(r".+?(?:[。！？…]+[”’」』）】]*|[.!?]+[\"'�
 _WORD = re.compile(rf"[{_HAN}]|[^\s{_HAN}]+")
 WORDS = re.compile(rf"[{_HAN}]|(?:(?![{_HAN}])\w)+")  # without punctuation
 
+# Scripts that put no spaces between words: Thai, Lao, Burmese, Khmer, kana, bopomofo, half-width katakana.
+_UNSPACED = ("\u0e01-\u0e3a\u0e40-\u0e4e\u0e81-\u0ece\u1000-\u103f\u1050-\u108f\u1780-\u17b3"
+             "\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u3105-\u312f\u31f0-\u31ff\uff66-\uff9f")
+UNSPACED = re.compile(f"[{_HAN}{_UNSPACED}]")
+_JOINERS = "\u200c\u200d"  # inside words of Indic scripts and Persian
+
 _HALF_OF = dict(zip("，。！？；：", ",.!?;:", strict=True))
 _FULL_OF = {half: full for full, half in _HALF_OF.items()}
 # Full-width digits and letters stand for the plain ones in both languages.
@@ -26,6 +33,44 @@ def language_of(text: str) -> str:
     words = WORDS.findall(text)
     chinese = sum(bool(re.match(f"[{_HAN}]", word)) for word in words)
     return "zh" if 2 * chinese > len(words) else "en"
+
+
+def words(text: str) -> list[str]:
+    """The words of a text in any script, lower case and without punctuation: letters and digits with their marks. Of
+    scripts without spaces between words (Han, kana, Thai, Lao, Khmer, Burmese), each character with its marks."""
+    found = []
+    before = ""  # kind of the character before: "word", "character" (of a script without spaces), or "" for others
+    for character in unicodedata.normalize("NFKC", text).casefold():
+        kind = unicodedata.category(character)[0]
+        if kind == "M" or character in _JOINERS:
+            if before:
+                found[-1] += character
+        elif kind not in "LN":
+            before = ""
+        elif UNSPACED.match(character):
+            found.append(character)
+            before = "character"
+        elif before == "word":
+            found[-1] += character
+        else:
+            found.append(character)
+            before = "word"
+    return [word.rstrip(_JOINERS) for word in found]
+
+
+def ascii_share(texts: Sequence[str]) -> float:
+    """The share of letters that are ASCII, 0 to 1; 1 of texts without letters."""
+    letters = plain = 0
+    for text in texts:
+        if text.isascii():
+            count = sum(map(str.isalpha, text))
+            letters += count
+            plain += count
+        else:
+            alphabetic = [character for character in text if character.isalpha()]
+            letters += len(alphabetic)
+            plain += sum(map(str.isascii, alphabetic))
+    return plain / letters if letters else 1.0
 
 
 def normalise(text: str, lines: bool = False) -> str:
@@ -50,7 +95,8 @@ def cut(text: str, keep: str, fits: Callable[[str], bool]) -> str:
         return text
     for pattern in (_SENTENCE, _WORD):
         spans = [match.span() for match in pattern.finditer(text)]
-        low, high = 0, len(spans) - 1
+        low = 0
+        high = len(spans) - 1
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if fits(_part(text, spans, keep, middle)) else (low, middle - 1)
@@ -103,7 +149,8 @@ def _punctuated(text: str, language: str) -> str:
 
 
 def _without_repeats(text: str, neighbours: bool) -> str:
-    kept, seen = [], []
+    kept = []
+    seen = []
     for sentence in sentences(text):
         words = "".join(WORDS.findall(sentence.casefold()))
         if words and words in (seen[-1:] if neighbours else seen):

@@ -1,15 +1,17 @@
 """Metrics: those of libraries equal the libraries called directly, the others are worked out by hand."""
 
-import collections
+import dataclasses
+import json
 
 import numpy as np
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU, CHRF
 
-from mtnlg_jax.tasks.metrics import baseline, exact_match, measure, squad_normalise, token_f1
+from mtnlg_jax.tasks.metrics import METRICS, baseline, chance, exact_match, measure, squad_normalise, token_f1
 from mtnlg_jax.tasks.prompts import Row
-from mtnlg_jax.tasks.templates import TASKS
+from mtnlg_jax.tasks.templates import TASKS, Template
+from mtnlg_jax.tasks.text import words
 
 ENGLISH = (["The whale swam north again.", "A captain slept", "nothing"],
            [("The whales swam to the north.",), ("The old captain slept.", "A captain was sleeping."), ("all of it",)])
@@ -90,9 +92,84 @@ def test_baselines():
     assert baseline(TASKS["translate"], rows) == ("copying the source", ["One is here. Two.", "二在这里。三。", "c"])
     assert baseline(TASKS["answer"], rows)[1] == ["It is.", "x.", "z"]
     assert baseline(TASKS["answer"], [Row("a", ("b",))] * 2) == ("the commonest answer", ["b", "b"])
-    choices = [Row("q", (right,), choices=("s", "t", "u")) for right in "ttu"]
-    assert baseline(TASKS["answer"], choices) == ("the commonest place", ["t", "t", "t"])
-    assert collections.Counter(baseline(TASKS["sentiment"], rows)[1]).most_common() == [("b", 3)]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_rows_ranked_by_labels_of_any_template_have_the_majority_class(name):
+    template = Template("{passages}{input} =>", passage="{text} ", labels={"a": "no", "b": "yes"})
+    task = dataclasses.replace(TASKS[name], templates={"en": template})
+    rows = [Row("One. Two.", (right,), context="A passage. More.") for right in "aab"]
+    assert baseline(task, rows) == ("majority class", ["a"] * 3)
+
+
+def test_choices_have_chance():
+    rows = [Row("q", ("t",), choices=("s", "t")), Row("q", ("u",), choices=("s", "t", "u", "v"))]
+    assert chance(rows).value == pytest.approx(37.5)
+    assert str(chance(rows[1:] * 5)) == " 25.00 [25.00, 25.00]"
+    assert chance([Row("q", ("s", "t"), choices=("s", "t", "u", "v"))]).value == 50, "two of four are right"
+
+
+SCRIPTS = ["Привет мир", "สวัสดีชาวโลก", "안녕하세요 세계", "مرحبا بالعالم", "こんにちは世界", "नमस्ते दुनिया", "שלום עולם",
+           "Γειά σου Κόσμε", "Xin chào thế giới", "été français", "你好世界", "ສະບາຍດີ", "გამარჯობა"]
+
+
+@pytest.mark.parametrize("text", SCRIPTS)
+@pytest.mark.parametrize("metric", ["rouge1", "rougeL", "f1", "exact_match", "chrf"])
+def test_equal_texts_of_any_script_score_100(text, metric):
+    assert measure([metric], [text], [[text]], "en")[metric].value == pytest.approx(100)
+    assert measure([metric], [text], [["Ω"]], "en")[metric].value == 0
+
+
+def test_half_of_the_words_of_any_script_is_half():
+    for ours, theirs in (("Привет мир", "Привет дом"), ("안녕 세계", "안녕 집"), ("नमस्ते दुनिया", "नमस्ते घर"),
+                         ("天地", "天水"), ("日本のに", "日本がは"), ("กข", "กค")):
+        for metric in ("rouge1", "f1"):
+            assert measure([metric], [ours], [[theirs]], "en")[metric].value == pytest.approx(50), (ours, metric)
+    assert words("नमस्ते, दुनिया!") == ["नमस्ते", "दुनिया"], "marks belong to their letters"
+    assert words("Don't 3.5 naïve_x ＡＢ日本") == ["don", "t", "3", "5", "naïve", "x", "ab", "日", "本"]
+    assert words("กลัง") == ["ก", "ลั", "ง"], "characters of a script without spaces, each with its marks"
+
+
+def test_rouge_of_english_with_a_few_accents_is_that_of_rouge_score():
+    plain = "and nobody on the coast knew of it at all until the ships came home in the autumn of that year. " * 3
+    texts = ["The naïve whale swam north of São Paulo again and again, " + plain]
+    references = [("The whale and the naïve captain of São Paulo swam there again, " + plain,)]
+    scorer = RougeScorer(["rouge2"], use_stemmer=True)
+    direct = scorer.score(references[0][0], texts[0])["rouge2"].fmeasure
+    assert measure(["rouge2"], texts, references, "en")["rouge2"].value == pytest.approx(100 * direct)
+
+
+def test_bleu_of_scripts_without_spaces_is_that_of_characters():
+    ours, theirs = ["こんにちは世界です"], [["こんにちは世界でした"]]
+    score = measure(["bleu"], ours, theirs, "en")["bleu"].value
+    assert score == pytest.approx(BLEU(tokenize="char").corpus_score(ours, theirs).score)
+    assert score > 50 > measure(["bleu"], ["Hello big world"], [["Hello small world"]], "en")["bleu"].value
+
+
+@pytest.mark.parametrize(("answers", "references"), [
+    (["abc", "xyz"], [["abc"], ["abc"]]),  # sacrebleu's own bootstrap of chrF raises TypeError here
+    (["the module"] + ["天"] * 9, [["the module"]] + [["abc"]] * 9),
+    (["abc"] * 4 + ["天"] * 36, [["abc"]] * 40),
+    (["a"], [["a"]]), (["a"], [["b"]]), ([""], [["b"]]), (["", ""], [["..."], ["!?"]]), (["?"], [["?"]]),
+    (["天"] * 3, [["abc"]] * 3), (["same words here"] * 5, [["same words here"]] * 5), (["\n"], [["a", ""]]),
+])
+def test_no_metric_fails_on_legal_rows(answers, references):
+    for language in ("en", "zh"):
+        for name, score in measure(METRICS, answers, references, language).items():
+            assert 0 <= score.low <= score.high <= 100 and 0 <= score.value <= 100, name
+            assert json.loads(json.dumps(dataclasses.asdict(score), allow_nan=False))["value"] == score.value
+
+
+def test_the_interval_of_corpus_metrics_is_that_of_sacrebleu():
+    rng = np.random.default_rng(0)
+    vocabulary = ["whale", "north", "captain", "sea", "old", "grey"]
+    references = [[" ".join(rng.choice(vocabulary, 8))] for _ in range(60)]
+    answers = [" ".join(rng.permutation(each[0].split())) for each in references]
+    for name, metric in (("chrf", CHRF()), ("bleu", BLEU())):
+        score = measure([name], answers, references, "en")[name]
+        theirs = metric.corpus_score(answers, [[each[0] for each in references]], n_bootstrap=1000)
+        assert score.high - score.low == pytest.approx(2 * theirs._ci, rel=0.15)
+        assert (score.high + score.low) / 2 == pytest.approx(theirs._mean, rel=0.03)
 
 
 def test_missing_references():

@@ -13,7 +13,7 @@ from mtnlg_jax.data.pairs import pair_maker
 from mtnlg_jax.data.tokenizer import SentencePieceTokenizer
 from mtnlg_jax.decode.generate import encode_prompt
 from mtnlg_jax.tasks.passages import Passage
-from mtnlg_jax.tasks.prompts import Row, check_task, compose, pairs
+from mtnlg_jax.tasks.prompts import Examples, Row, check_task, compose, pairs, seam, split_last_word
 from mtnlg_jax.tasks.templates import TASKS, Template, task_of, with_templates
 
 PASSAGES = [Passage("It  lives\nin the north.", "a.txt", 0, 23), Passage("{input} is [2].", "b.txt", 5, 20)]
@@ -87,6 +87,69 @@ def test_a_given_context_is_looked_through_for_what_is_asked(tokenizer):
     made = prompt("answer", row, tokenizer, 220)
     assert any("The parrot is in the galley." in passage.text for passage in made.passages)
     assert all(row.context[each.start : each.end] == each.text for each in made.passages)
+    assert made.context_shortened and not made.shortened
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_what_is_shown_of_a_context_stands_in_the_order_of_its_text(tokenizer, language):
+    sentences = [f"Sentence {i} says whale {'whale ' * (i % 5)}." for i in range(40)]
+    row = Row("whale whale?", context=" ".join(sentences))
+    if language == "zh":
+        row = Row("鲸鱼？", context="".join(f"第{i}句说鲸鱼{'鲸鱼' * (i % 5)}。" for i in range(200)))
+    looked_up = [Passage("A whale.", "b.txt", 7, 15), Passage("Whales.", "a.txt", 3, 10)]
+    for context in (120, 200, 400):
+        made = prompt("answer", row, tokenizer, context, passages=looked_up)
+        own = [passage for passage in made.passages if passage.source == "context"]
+        assert own == sorted(own, key=lambda passage: passage.start) == list(made.passages[: len(own)])
+        assert made.context_shortened and all(row.context[each.start : each.end] == each.text for each in own)
+    whole = prompt("answer", row, tokenizer, 100_000, passages=looked_up)
+    assert not whole.context_shortened and [each.source for each in whole.passages] == ["context", "b.txt", "a.txt"]
+    assert not prompt("answer", "whale?", tokenizer).context_shortened, "where there is none, none is cut"
+
+
+def test_examples_are_the_first_or_drawn_and_never_the_row():
+    rows = [Row(f"Question {i}?", (f"answer {i}",)) for i in range(50)]
+    examples = Examples(TASKS["answer"], [*rows, Row("问？", ("答",))])
+    assert examples.of(rows[1], "en", 3) == [rows[0], rows[2], rows[3]]
+    assert examples.of(Row("question  1?"), "en", 2) == [rows[0], rows[2]], "copies differ in case, spaces, answers"
+    assert examples.of(Row("Question 1?", context="c"), "en", 2) == [rows[0], rows[2]], "the same without its passage"
+    placed = [Row("Where?", ("a",), context="A."), Row("Where?", ("b",), context="B.")]
+    assert Examples(TASKS["answer"], placed).of(placed[0], "en") == placed[1:], "another passage asks otherwise"
+    assert len(examples.of(rows[1], "en")) == 49 and examples.of(rows[1], "zh", 3) == [Row("问？", ("答",))]
+    drawn = {seed: [examples.of(row, "en", 5, seed) for row in rows] for seed in (0, 1)}
+    assert drawn[0] == [examples.of(row, "en", 5, 0) for row in rows] != drawn[1]
+    assert all(row not in found and len(set(found)) == 5 for row, found in zip(rows, drawn[0], strict=True))
+    assert len({tuple(found) for found in drawn[0]}) > 40, "each row draws its own"
+    choices = [Row("Which?", (right,), choices=("a", "b")) for right in "ab"]
+    other = Row("Which?", ("c",), choices=("c", "d"))
+    assert Examples(TASKS["answer"], [*choices, other]).of(choices[0], "en") == [other]
+
+
+@pytest.mark.parametrize(("text", "behind", "space"), [
+    ("The man", "fell", " "), ("The man", " fell", ""), ("The man ", "fell", ""), ("The man", ", who", ""),
+    ("他说", "好", ""), ("The man said", "“No”", " "), ("faucet, therefore", "the toilet", " "), ("ก", "ข", ""),
+    ("", "a", ""), ("a", "", ""),
+])
+def test_a_space_joins_two_texts_where_they_need_one(text, behind, space):
+    assert seam(text, behind) == space
+
+
+def test_choices_that_go_on_from_the_input_get_their_space(tokenizer):
+    made = prompt("continue", Row("The tap was on, therefore", choices=("it ran", " it stopped")), tokenizer)
+    assert made.candidates == (("it ran", " it ran"), (" it stopped", " it stopped"))
+
+
+def test_too_many_choices_for_letters(tokenizer):
+    task = dataclasses.replace(TASKS["answer"], templates={"en": Template("{input}\n{choices}")})
+    with pytest.raises(ValueError, match="has 27 choices, and there are 26 letters"):
+        compose(task, Row("q", choices=tuple(f"c{i}" for i in range(27))), tokenizer, 10_000)
+
+
+def test_the_last_word():
+    assert split_last_word(Row("a  b c ")) == Row("a  b", ("c",))
+    assert split_last_word(Row("a b", ("c",))) == Row("a b", ("c",))
+    with pytest.raises(ValueError, match="has no last word"):
+        split_last_word(Row("alone"))
 
 
 def test_the_context_is_never_exceeded(tokenizer):
@@ -136,6 +199,8 @@ def test_pairs_go_the_round(tokenizer, known, tmp_path):
     pair = pairs(TASKS["summarise"], [long], tokenizer=tokenizer, context=80)[0]
     assert pair["prompt"] == compose(TASKS["summarise"], long, tokenizer, 80).text
     assert len(encode_prompt(tokenizer, pair["prompt"] + pair["answer"])) < 80
+    blank = Row("Ann met Bea, so _ ran.", ("Bea",), choices=("Ann", "Bea"), blank="_")
+    assert pairs(TASKS["continue"], [blank]) == [{"prompt": "Ann met Bea, so Bea", "answer": " ran."}]
 
 
 @pytest.mark.parametrize(("task", "row", "message"), [
@@ -186,6 +251,8 @@ def test_templates_from_files(tmp_path, tokenizer):
     ({"en": {"labels": {"a": "x"}}}, "label 'a' is the only one"),
     ({"en": {"prompt": "{passages}{input}"}}, "passage='' has no place for the text"),
     ({"en": {"prompt": 3}}, "prompt is a int"),
+    ({"en": {"prompt": "{input}{choices}", "choice": "{text}"}}, "choice='{text}' has no place for the letter or the"),
+    ({"en": {"chosen_by": "number"}}, "chosen_by='number' is not known; choose letter or text"),
     ([], "hold no object with languages"),
 ])
 def test_templates_that_cannot_be(tmp_path, written, message):
