@@ -10,7 +10,8 @@ Start it again with the same flags to go on where it stopped. On SLURM, TPU pods
 or for every card (launch/cluster/launch.py does); elsewhere with --coordinator=HOST:PORT --processes=N --process_id=I.
 
 Exit codes: 0 done, 2 bad input, 3 diverged, 4 no step was done in time (RUN/stacks-PROCESS.txt), 5 the processes
-disagree, 6 another process ended (134: so JAX found), 75 stopped by a signal with its state saved. 4, 6, 75, 134 and a
+disagree, 6 another process ended (134: so JAX found), 74 reading or writing failed for a reason that may pass, 75
+stopped by a signal (SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2, SIGXCPU) with its state saved. 4, 6, 74, 75, 134 and a
 kill are worth another start of all processes.
 """
 

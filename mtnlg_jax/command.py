@@ -203,8 +203,9 @@ def end_with_launcher() -> None:
     def watch():
         while os.read(int(handle), 1):
             pass
-        print("the launcher ended, so this process does", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGTERM)
+        with contextlib.suppress(OSError):
+            print("the launcher ended, so this process does", file=sys.stderr, flush=True)
         time.sleep(LAUNCHER_GRACE)
         os._exit(PROCESS_LOST)
 

@@ -7,6 +7,7 @@ python launch/cluster/launch.py --cluster=gke_tpu --nodes=4 --chips=4 --accelera
 python launch/cluster/launch.py --cluster=tpu_pod --name=TPU --zone=ZONE --config=C --workdir=RUN
 
 --dry_run prints what would run, and that is all. --config, --set, --workdir and --flags are launch/pretrain.py's.
+Paths mean the folder in which this is typed; the hosts of gke and tpu_pod lack it, so that theirs are absolute.
 """
 
 import os
@@ -22,10 +23,12 @@ import time
 from absl import flags
 
 from mtnlg_jax import command
+from mtnlg_jax.config import Config, load_config, map_paths, override
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
-FINAL = (0, 2, 3, 5)  # exit codes of launch/pretrain.py after which another start would end in the same way
+# Signals that are passed on to the processes of --cluster=local. SIGHUP stays ignored where it was, as under nohup.
+PASSED_ON = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
 
 _CLUSTER = flags.DEFINE_enum("cluster", None, ["local", "slurm", "gke_gpu", "gke_tpu", "tpu_pod"], "where to run",
                              required=True)
@@ -51,30 +54,67 @@ _GRACE = flags.DEFINE_integer("grace", 120, "local: seconds for the others to en
 
 
 def main() -> int:
-    given = [f"--config={_CONFIG.value}", f"--workdir={_WORKDIR.value}", *(f"--set={value}" for value in _SET.value)]
+    here = _CLUSTER.value in ("local", "slurm")
+    given = _flags_here() if here else _flags_of_a_host()
     if _FLAGS.value == "off":
         given.append("--flags=off")
     if _CLUSTER.value == "local":
         return local(given)
     environment = {"MTNLG_RESTARTS": str(_RESTARTS.value)}
-    text, asked = None, " ".join(f"{name}={value}" for name, value in environment.items())
+    text = None
     if _CLUSTER.value == "slurm":
+        environment["MTNLG_ROOT"] = ROOT
         argv = ["sbatch", f"--job-name={_NAME.value}", f"--nodes={_NODES.value}", f"--gpus-per-node={_CHIPS.value}",
-                f"--ntasks-per-node={_CHIPS.value}", "--export=ALL", *_OPTION.value, "launch/cluster/slurm.sbatch",
+                f"--ntasks-per-node={_CHIPS.value}", "--export=ALL", *_OPTION.value, os.path.join(HERE, "slurm.sbatch"),
                 *given]
     elif _CLUSTER.value == "tpu_pod":
         _need(zone=_ZONE.value)
-        argv = ["bash", "launch/cluster/tpu_pod.sh", _NAME.value, _ZONE.value, *given]
+        argv = ["bash", os.path.join(HERE, "tpu_pod.sh"), _NAME.value, _ZONE.value, *given]
     else:
-        argv, text, asked = ["kubectl", "apply", "-f", "-"], manifest(given), ""
+        environment = {}
+        argv = ["kubectl", "apply", "-f", "-"]
+        text = manifest(given)
     if _DRY_RUN.value:
-        print(f"{text or ''}{'# ' if text else ''}{asked}{' ' if asked else ''}{shlex.join(argv)}")
+        settings = [f"{name}={shlex.quote(value)}" for name, value in environment.items()]
+        print(f"{text or ''}{'# ' if text else ''}{' '.join([*settings, shlex.join(argv)])}")
         return 0
     try:
-        return subprocess.run(argv, cwd=ROOT, env=os.environ | environment, input=text, text=True).returncode
+        return subprocess.run(argv, env=os.environ | environment, input=text, text=True).returncode
     except FileNotFoundError:
         raise ValueError(f"{argv[0]} is not installed here; run this where it is, or see the command with --dry_run"
                          ) from None
+
+
+def _flags_here() -> list[str]:
+    """The flags of launch/pretrain.py for processes that see the folder in which this was typed."""
+    load_config(_CONFIG.value, _SET.value)  # what it refuses is said once, before anything starts
+    return [f"--config={_CONFIG.value}", f"--workdir={command.expand(_WORKDIR.value)}",
+            *(f"--set={value}" for value in _SET.value)]
+
+
+def _flags_of_a_host() -> list[str]:
+    """The same for hosts that have the repository alone: --config relative to it, all else absolute."""
+    config = _CONFIG.value
+    if os.path.isfile(config) or not os.path.isabs(config):  # an absolute one may be on the hosts alone
+        load_config(config, _SET.value)
+        config = os.path.relpath(os.path.realpath(config), os.path.realpath(ROOT))
+    if config.startswith(os.pardir):
+        raise ValueError(f"--config={_CONFIG.value} lies outside {ROOT}, which is all that the hosts of "
+                         f"--cluster={_CLUSTER.value} have; put it into configs/")
+    _refuse_relative("--workdir", _WORKDIR.value)
+    for value in _SET.value:
+        named = []
+        map_paths(override(Config(), value), lambda path, named=named: named.append(path) or path)
+        for path in named:
+            _refuse_relative(f"--set={value.partition('=')[0]}", path)
+    return [f"--config={config}", f"--workdir={_WORKDIR.value}", *(f"--set={value}" for value in _SET.value)]
+
+
+def _refuse_relative(flag: str, path: str) -> None:
+    home = path.startswith("~") and _CLUSTER.value == "tpu_pod"  # of each host, whose pretrain.py expands it
+    if not (os.path.isabs(path) or "://" in path or home):
+        raise ValueError(f"{flag}: {path!r} means a folder of this machine; give the whole path that it has on the "
+                         f"hosts of --cluster={_CLUSTER.value}, as /runs/a")
 
 
 def manifest(given: list[str]) -> str:
@@ -101,15 +141,21 @@ def local(given: list[str]) -> int:
     """Runs --nodes processes here, again after a failure; returns the exit code of the last ones."""
     stop = threading.Event()
     running: list[subprocess.Popen] = []
+    signaled: list[subprocess.Popen] = []
 
     def pass_on(number, frame):
         stop.set()
         for process in running:
             process.send_signal(number)
+            signaled.append(process)
 
+    # Each process watches this pipe: its end comes when the launcher ends, even by kill -9.
+    reading, _ = os.pipe()
     if not _DRY_RUN.value:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, pass_on)
+        for name in PASSED_ON:
+            number = getattr(signal, name)
+            if name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, pass_on)
     for failure in range(1, _RESTARTS.value + 2):
         with socket.socket() as free:
             free.bind(("localhost", 0))
@@ -118,15 +164,26 @@ def local(given: list[str]) -> int:
         if _DRY_RUN.value:
             print("\n".join(shlex.join(argv) for argv in commands))
             return 0
-        running[:] = [subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                       errors="replace", start_new_session=True) for argv in commands]
+        running.clear()
+        for argv in commands:
+            if not stop.is_set():
+                running.append(subprocess.Popen(
+                    argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+                    start_new_session=True, pass_fds=[reading],
+                    env=os.environ | {command.LAUNCHER_PIPE: str(reading)}))
+        if stop.is_set():  # a signal while they were started: the last one may have missed it
+            for process in running:
+                if process not in signaled:
+                    process.send_signal(signal.SIGTERM)
         codes = _follow(running)
-        final = [code for code in codes if code in FINAL and code]
-        code = final[0] if final else max(codes)
+        final = [code for code in codes if code in command.FINAL]
+        followed = (command.PROCESS_LOST, 128 + signal.SIGABRT)  # another one's end, not its own
+        own = [code for code in codes if code not in followed]
+        code = final[0] if final else max(own or codes, default=command.PREEMPTED)
         if not any(codes) or final or stop.is_set() or failure > _RESTARTS.value:
             break
-        wait = min(10 * 2 ** (failure - 1), 300)
-        print(f"exit codes {codes}: failure {failure}, starting again in {wait} s", file=sys.stderr, flush=True)
+        wait = float(os.environ.get("MTNLG_WAIT", min(10 * 2 ** (failure - 1), 300)))
+        print(f"exit codes {codes}: failure {failure}, starting again in {wait:g} s", file=sys.stderr, flush=True)
         if stop.wait(wait):
             break
     return code

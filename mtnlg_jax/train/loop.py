@@ -2,16 +2,11 @@
 
 import contextlib
 import dataclasses
-import errno
-import fcntl
 import functools
 import json
 import math
 import os
 import shutil
-import signal
-import socket
-import threading
 import time
 
 import jax
@@ -29,7 +24,7 @@ from mtnlg_jax.data.tokenizer import Tokenizer
 from mtnlg_jax.data.tokens import Tokens
 from mtnlg_jax.parallel.hardware import flops_per_token
 from mtnlg_jax.parallel.mesh import make_mesh
-from mtnlg_jax.train import changes, lora, processes, start
+from mtnlg_jax.train import changes, lifetime, lora, processes, start
 from mtnlg_jax.train.checkpoint import Checkpoints
 from mtnlg_jax.train.course import refuse_other_course, refuse_other_settings
 from mtnlg_jax.train.metrics import MetricsLog, environment, peak_flops
@@ -41,7 +36,7 @@ from mtnlg_jax.train.watchdog import Watchdog
 
 
 class Preempted(Exception):
-    """SIGTERM or SIGINT came: the state was saved, the same command goes on from there."""
+    """A signal came (`lifetime.signals`): the state was saved, the same command goes on from there."""
 
     exit_code = command.PREEMPTED
 
@@ -115,7 +110,7 @@ def train(config: Config, workdir: str, show_progress: bool = True) -> Summary:
     validate(config)
     refuse_other_settings(config, workdir)
     show_progress = show_progress and processes.is_first()
-    with (_own(workdir), _signals() as stop, contextlib.ExitStack() as open_until_the_end,
+    with (lifetime.own(workdir), lifetime.signals() as stop, contextlib.ExitStack() as open_until_the_end,
           Watchdog(config.train.watchdog_seconds, config.train.phase_seconds, workdir) as watchdog,
           processes.leaving_at_once()):
         compat.serialize_cpu_collectives()
@@ -516,46 +511,3 @@ def _describe(config: Config, tokenizer: Tokenizer, workdir: str) -> None:
         shutil.rmtree(target + ".partial", ignore_errors=True)
         tokenizer.save(target + ".partial")
         os.replace(target + ".partial", target)
-
-
-@contextlib.contextmanager
-def _own(workdir: str):
-    """Makes ``workdir`` and holds it for this run; the lock goes with the process, however it dies."""
-    path = os.path.join(workdir, f".lock-{jax.process_index()}")
-    try:
-        os.makedirs(workdir, exist_ok=True)
-        file = open(path, "a")
-    except OSError as error:
-        raise OSError(f"cannot write in {workdir}: {error.strerror}; give another --workdir") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise OSError(f"another run is writing in {workdir}; wait for it or give another --workdir") from None
-            # A file system without locks: it is up to the person not to start two.
-        file.truncate(0)
-        file.write(f"{os.getpid()} on {socket.gethostname()}\n")  # for whoever wants to look into this process
-        file.flush()
-        yield
-
-
-@contextlib.contextmanager
-def _signals():
-    """An event that SIGTERM and the first SIGINT set; a second SIGINT interrupts at once."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def handle(number, frame):
-        if stop.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.set()
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

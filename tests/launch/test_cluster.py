@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
+from mtnlg_jax import command
 from mtnlg_jax.config import load_config
 from mtnlg_jax.data.prepare import prepare
 from mtnlg_jax.train import loop
@@ -154,21 +156,25 @@ def test_processes_with_other_settings_get_one_line_each(folder, environment):
     assert not (folder / "other").exists()
 
 
-def dry_run(*flags) -> str:
-    return subprocess.run(launch("--config=C", "--workdir=/runs/a", "--set=train.steps=5", "--dry_run", *flags),
-                          text=True, capture_output=True, check=True).stdout
+TINY = ROOT / "configs" / "tiny.py"
+
+
+def dry_run(*flags, cwd=ROOT) -> str:
+    return subprocess.run(launch(f"--config={TINY}", "--workdir=/runs/a", "--set=train.steps=5", "--dry_run", *flags),
+                          text=True, capture_output=True, check=True, cwd=cwd).stdout
 
 
 def test_what_would_run():
     assert dry_run("--cluster=slurm", "--nodes=4", "--chips=8", "--option=--partition=gpu") == (
-        "MTNLG_RESTARTS=20 sbatch --job-name=mtnlg-jax --nodes=4 --gpus-per-node=8 --ntasks-per-node=8 --export=ALL "
-        "--partition=gpu launch/cluster/slurm.sbatch --config=C --workdir=/runs/a --set=train.steps=5\n")
+        f"MTNLG_RESTARTS=20 MTNLG_ROOT={ROOT} sbatch --job-name=mtnlg-jax --nodes=4 --gpus-per-node=8 "
+        f"--ntasks-per-node=8 --export=ALL --partition=gpu {CLUSTER}/slurm.sbatch --config={TINY} --workdir=/runs/a "
+        "--set=train.steps=5\n")
     assert dry_run("--cluster=tpu_pod", "--name=pod", "--zone=us-east5-a", "--restarts=3") == (
-        "MTNLG_RESTARTS=3 bash launch/cluster/tpu_pod.sh pod us-east5-a --config=C --workdir=/runs/a "
+        f"MTNLG_RESTARTS=3 bash {CLUSTER}/tpu_pod.sh pod us-east5-a --config=configs/tiny.py --workdir=/runs/a "
         "--set=train.steps=5\n")
     lines = dry_run("--cluster=local", "--nodes=2", "--local_devices=4", "--flags=off").splitlines()
     assert [line.partition(" ")[2] for line in lines] == [
-        f"{ROOT}/launch/pretrain.py --config=C --workdir=/runs/a --set=train.steps=5 --flags=off --noprogress "
+        f"{ROOT}/launch/pretrain.py --config={TINY} --workdir=/runs/a --set=train.steps=5 --flags=off --noprogress "
         f"--local_devices=4 --coordinator=localhost:1234 --processes=2 --process_id={number}" for number in (0, 1)]
     said = subprocess.run(["bash", CLUSTER / "tpu_pod.sh", "--dry_run", "pod", "zone", "--set=a b"], text=True,
                           capture_output=True, check=True).stdout
@@ -179,9 +185,21 @@ def test_what_would_run():
     (("--cluster=gke_gpu",), "needs --image and --accelerator and --claim"),
     (("--cluster=tpu_pod",), "needs --zone"),
     (("--cluster=gke_gpu", "--image=i", "--accelerator=a", "--claim=c", "--name=A_B"), "'A_B' does not suit"),
+    (("--cluster=local", "--set=train.step=3"), "did you mean 'steps'"),
+    (("--cluster=slurm", "--config=nowhere.py"), "'nowhere.py' is not a file"),
+    (("--cluster=local", "--workdir=~no-one/x"), "no user 'no-one'"),
+    (("--cluster=gke_gpu", "--workdir=run"), "--workdir: 'run' means a folder of this machine"),
+    (("--cluster=gke_tpu", "--workdir=~/run"), "--workdir: '~/run' means"),
+    (("--cluster=tpu_pod", "--set=data.path=../data"), "--set=data.path: '../data' means"),
+    (("--cluster=tpu_pod", "--set=train.stages=[{'distill': 'RUN0'}]"), "--set=train.stages: 'RUN0' means"),
+    (("--cluster=gke_gpu", "--set=data.blend=[('/a', 1), ('b', 1)]"), "--set=data.blend: 'b' means"),
+    (("--cluster=gke_gpu", "--config={outside}"), "lies outside"),
 ])
-def test_what_is_missing_is_one_line(flags, message):
-    done = subprocess.run(launch("--config=C", "--workdir=W", "--dry_run", *flags), text=True, capture_output=True)
+def test_what_is_missing_is_one_line(flags, message, tmp_path):
+    (tmp_path / "mine.py").write_text(TINY.read_text())
+    flags = [flag.replace("{outside}", str(tmp_path / "mine.py")) for flag in flags]
+    done = subprocess.run(launch(f"--config={TINY}", "--workdir=/W", "--dry_run", *flags), text=True,
+                          capture_output=True)
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
 
 
@@ -225,6 +243,142 @@ def test_manifests_are_jobsets(kind, flags, resource, replicas):
     assert ("--process_id=1" in words) == (kind == "gke_gpu") and ("--distributed=on" in words) == (kind == "gke_tpu")
 
 
+def test_a_home_folder_of_the_hosts_is_theirs():
+    said = dry_run("--cluster=tpu_pod", "--zone=z", "--workdir=~/run", "--set=data.path=~/data", cwd=ROOT / "tests")
+    assert "'--workdir=~/run'" in said and "'--set=data.path=~/data'" in said and "--config=configs/tiny.py" in said
+
+
+# Stands in for launch/pretrain.py beside a copy of launch.py: says where it is and what it was given, and does what
+# the file "orders" says of it: a line a start, of a word a process, its exit code or "wait" for a signal.
+STAND_IN = """
+import os, signal, sys, time
+from mtnlg_jax import command
+
+command.end_with_launcher()
+me = next(flag for flag in sys.argv if flag.startswith("--process_id="))[len("--process_id="):]
+heard = []
+for name in ("SIGTERM", "SIGHUP", "SIGUSR1"):
+    if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
+        signal.signal(getattr(signal, name), lambda number, _: heard.append(signal.Signals(number).name))
+here = os.environ["STAND_IN"]
+starts = os.path.join(here, "starts-" + me)
+with open(starts, "a") as file:
+    print(os.getpid(), os.getcwd(), *sys.argv[1:], file=file)
+number = len(open(starts).readlines()) - 1
+order = open(os.path.join(here, "orders")).read().splitlines()[number].split()[int(me)]
+print("started", order, flush=True)
+while order == "wait" and not heard:
+    time.sleep(0.01)
+with command.lasting_output():
+    print("heard", heard, flush=True)
+with open(os.path.join(here, "ended-" + me), "w") as file:
+    file.write(" ".join(heard) or "nothing")
+sys.exit(75 if heard else int(order))
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path):
+    """stand_in(orders, *flags) -> a started launch.py of as many processes as a line of orders has words."""
+    (tmp_path / "launch/cluster").mkdir(parents=True)
+    (tmp_path / "typed").mkdir()
+    (tmp_path / "launch/cluster/launch.py").write_text((CLUSTER / "launch.py").read_text())
+    (tmp_path / "launch/pretrain.py").write_text(STAND_IN)
+    started = []
+
+    def start(orders: str, *flags, before=(), **options) -> subprocess.Popen:
+        (tmp_path / "orders").write_text(orders)
+        argv = [*before, sys.executable, str(tmp_path / "launch/cluster/launch.py"), "--cluster=local",
+                   f"--nodes={len(orders.splitlines()[0].split())}", f"--config={TINY}", "--workdir=myrun",
+                   "--set=data.path=../data", *flags]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "STAND_IN": str(tmp_path), "MTNLG_WAIT": "0"}
+        started.append(subprocess.Popen(argv, cwd=tmp_path / "typed", env=environment, text=True,
+                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+def wait_for(path: Path, text: str = "") -> str:
+    deadline = time.monotonic() + PATIENCE
+    while not path.exists() or (found := path.read_text()) == "" or text not in found:
+        assert time.monotonic() < deadline, path
+        time.sleep(0.02)
+    return found
+
+
+def lines_until_started(process: subprocess.Popen, count: int) -> None:
+    while count:
+        line = process.stdout.readline()
+        assert line, "it ended before its processes had started"
+        count -= "started" in line
+
+
+@pytest.mark.parametrize(("orders", "code", "starts"), [
+    ("74 6\n134 74\n0 0", 0, 3),  # what may pass is started again
+    ("134 2\n", 2, 1), ("5 5\n", 5, 1),
+    ("134 74\n6 74\n134 74\n", 74, 3),  # --restarts=2
+])
+def test_what_may_pass_is_started_again(stand_in, tmp_path, orders, code, starts):
+    process = stand_in(orders, "--restarts=2")
+    output, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == code, output
+    lines = (tmp_path / "starts-0").read_text().splitlines()
+    assert len(lines) == starts
+    # Relative paths mean the folder in which the command was typed.
+    assert lines[0].split()[1] == str(tmp_path / "typed")
+    assert "--workdir=myrun --set=data.path=../data --noprogress" in lines[0]
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGHUP", "SIGTERM", "SIGUSR1"])
+def test_processes_end_with_their_launcher(stand_in, tmp_path, name):
+    process = stand_in("wait wait\n")
+    lines_until_started(process, 2)
+    process.send_signal(getattr(signal, name))
+    expected = "SIGTERM" if name == "SIGKILL" else name
+    assert [wait_for(tmp_path / f"ended-{me}") for me in (0, 1)] == [expected] * 2
+    assert process.wait(PATIENCE) == (-signal.SIGKILL if name == "SIGKILL" else 75)
+
+
+def test_a_launcher_under_nohup_minds_no_closed_terminal(stand_in, tmp_path):
+    process = stand_in("wait\n", before=["nohup"], stdin=subprocess.DEVNULL)
+    lines_until_started(process, 1)
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.3)
+    assert process.poll() is None and not (tmp_path / "ended-0").exists()
+    process.terminate()
+    assert wait_for(tmp_path / "ended-0") == "SIGTERM" and process.wait(PATIENCE) == 75
+
+
+def test_a_launcher_whose_output_nobody_reads_goes_on(stand_in, tmp_path):
+    process = stand_in("wait 0\n")
+    lines_until_started(process, 2)
+    process.stdout.close()
+    wait_for(tmp_path / "ended-1")
+    process.terminate()
+    wait_for(tmp_path / "ended-0", "SIGTERM")
+    assert process.wait(PATIENCE) in (75, 128 + signal.SIGTERM)  # the latter of one that was just ending
+
+
+def test_exit_codes_are_said_in_one_way():
+    """The scripts and the page repeat what mtnlg_jax/command.py says."""
+    final = sorted(command.FINAL)
+    for name, pattern in {"slurm.sbatch": r"([\d |]+)\) echo", "tpu_pod.sh": r"case \$code in ([\d |]+)\)",
+                          "gke_gpu.yaml": r"values: \[([\d, ]+)\]", "gke_tpu.yaml": r"values: \[([\d, ]+)\]"}.items():
+        [found] = re.findall(pattern, (CLUSTER / name).read_text())
+        assert sorted(map(int, re.findall(r"\d+", found))) == final, name
+    rows = re.findall(r"^\| (\d+) \| .* \| (\w+)[^|]* \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    said = {int(code): again for code, again in rows}
+    assert {code for code, again in said.items() if again == "no"} == set(final)
+    assert {command.STUCK, command.PROCESS_LOST, command.PASSING, command.PREEMPTED} <= {
+        code for code, again in said.items() if again == "yes"}
+    named = (ROOT / "launch/pretrain.py").read_text().split('"""')[1]
+    for code in (*final, command.STUCK, command.PROCESS_LOST, command.PASSING, command.PREEMPTED):
+        assert re.search(rf"\b{code}\b", named.partition("Exit codes:")[2]), code
+
+
 @pytest.fixture
 def tools(tmp_path, environment):
     """tools(name, text): a program of that name before all others on the PATH, in an environment."""
@@ -241,7 +395,8 @@ def tools(tmp_path, environment):
 
 
 @pytest.mark.parametrize(("codes", "calls"), [
-    ([0], []), ([75, 75, 0], ["requeue", "requeue"]), ([134, 6, 0], ["requeue", "requeue"]), ([2], []), ([3], []),
+    ([0], []), ([75, 75, 0], ["requeue", "requeue"]), ([74, 0], ["requeue"]),
+    ([134, 6, 0], ["requeue", "requeue"]), ([2], []), ([3], []),
     ([6, 134, 6], ["requeue", "requeue"]),  # no third one: MTNLG_RESTARTS=2
 ])
 def test_slurm_queues_again_what_is_worth_it(tools, tmp_path, codes, calls):
@@ -258,7 +413,8 @@ def test_slurm_queues_again_what_is_worth_it(tools, tmp_path, codes, calls):
 
 
 @pytest.mark.parametrize(("runs", "code"), [
-    (["0 0"], 0), (["6 134", "0 0"], 0), (["6 2"], 2), (["134 6", "6 6", "75 75"], 1), (["", "0 0"], 0)])
+    (["0 0"], 0), (["6 134", "0 0"], 0), (["74 134", "0 0"], 0),
+    (["6 2"], 2), (["134 6", "6 6", "75 75"], 1), (["", "0 0"], 0)])
 def test_a_tpu_pod_starts_again_what_is_worth_it(tools, tmp_path, runs, code):
     (tmp_path / "runs").write_text("".join(run + "\n" for run in runs))
     environment = tools("gcloud", f"""

@@ -10,7 +10,7 @@ import pytest
 from mtnlg_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, StageConfig, TrainConfig
 from mtnlg_jax.data.prepare import prepare
 from mtnlg_jax.parallel.hardware import flops_per_token
-from mtnlg_jax.train import loop
+from mtnlg_jax.train import lifetime, loop
 from mtnlg_jax.train.checkpoint import load_run
 from mtnlg_jax.train.metrics import read_metrics
 
@@ -119,7 +119,7 @@ def test_another_model_is_refused_with_the_difference(whole, prepared):
 
 
 def test_two_runs_in_one_folder(whole, prepared):
-    with loop._own(whole.workdir), pytest.raises(OSError, match="another run"):
+    with lifetime.own(whole.workdir), pytest.raises(OSError, match="another run"):
         loop.train(config_of(prepared), whole.workdir, show_progress=False)
 
 
