@@ -129,8 +129,10 @@ def _change(text: str, config: CleanConfig) -> tuple[str, dict[str, int]]:
 # rules of our own, as ftfy changes the meaning of text that is about them.
 _FTFY = ftfy.TextFixerConfig(uncurl_quotes=False, fix_character_width=False, unescape_html=False,
                              fix_latin_ligatures=False, normalization=None, explain=False)
+_SOUND_FTFY = _FTFY._replace(fix_encoding=False)
 # In a word only; by itself it is what the text is about. The digraphs of Croatian and Dutch stay.
 _LIGATURES = {chr(code): letters for code, letters in LIGATURES.items() if code >= 0xfb00}
+_ODD = re.compile(f"[\r\ufff9-\ufffbﬀ-ﬆ{CONTROLS.pattern[1:]}")
 _LIGATURE = re.compile("(?<=[A-Za-z])[ﬀ-ﬆ]|[ﬀ-ﬆ](?=[A-Za-z])")
 _SOFT_HYPHEN = re.compile("(?<=\\w)\xad(?=\\w)")
 # What ftfy takes for damage and is none by itself: a product with an exponent, a letter alone.
@@ -181,10 +183,13 @@ def _mend_line(line: str, config: CleanConfig, escaped: bool) -> str:
         line = entities.unescape(line)
     if line.isascii() and not CONTROLS.search(line) and "\r" not in line:
         return line
-    line, _ = mend_controls(line.replace("\r", "\n").translate(_ANNOTATION))
-    sound = not is_bad(_SOUND.sub(" ", line))
-    line = ftfy.fix_text(line, _FTFY._replace(fix_encoding=False) if sound else _FTFY)
-    line = _SOFT_HYPHEN.sub("", _LIGATURE.sub(lambda match: _LIGATURES[match[0]], line))
+    if _ODD.search(line):
+        line, _ = mend_controls(line.replace("\r", "\n").translate(_ANNOTATION))
+        line = _LIGATURE.sub(lambda match: _LIGATURES[match[0]], line)
+    bad = is_bad(line) and is_bad(_SOUND.sub(" ", line))
+    line = ftfy.fix_text(line, _FTFY if bad else _SOUND_FTFY)
+    if "\xad" in line:
+        line = _SOFT_HYPHEN.sub("", line)
     return _normalize(line, config)
 
 

@@ -12,7 +12,7 @@ import ftfy.fixes
 from mtnlg_jax.data import personal
 
 ENTITY = re.compile("&#?[0-9A-Za-z]{1,24};")
-_ESCAPED_TAG = re.compile("&(?:lt|#60|#x3c);", re.IGNORECASE)
+_ESCAPED_TAG = re.compile("&(?:lt|LT|#60|#[xX]3[cC]);")
 _MASKS = "|".join(kind.upper() for kind in personal.KINDS)
 _OPEN = re.compile(rf"<(?!(?:{_MASKS})>)")
 _TAG = re.compile(r"</?[A-Za-z!?][^<>\n]{0,200}>")

@@ -8,6 +8,7 @@ import re
 import types
 from collections.abc import Iterator
 
+from mtnlg_jax.data import markup
 from mtnlg_jax.data.files import Damaged, is_binary, read_all
 
 _MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
@@ -20,11 +21,12 @@ _HTML_TYPES = ("text/html", "application/xhtml+xml")
 
 def page_text(data: bytes, charset: str | None = None) -> str | None:
     """The main text of an HTML page, "" where it has none: no menus, comments, scripts. None for binary data.
+    Exponents, formulas and code are written out as `markup` says.
 
     Decoded by its byte order mark, else ``charset`` (of the HTTP header), else what the page declares, else UTF-8,
     else a guess of trafilatura's. What this cannot decode becomes U+FFFD.
     """
-    extract, guess = _trafilatura()
+    extract, guess, parse = _trafilatura()
     marked = next((name for mark, name in _MARKS if data.startswith(mark)), None)
     if marked != "utf-16" and is_binary(data):
         return None
@@ -42,8 +44,15 @@ def page_text(data: bytes, charset: str | None = None) -> str | None:
     if not page.strip():
         return ""
     try:
+        content = page
+        if markup.NEEDED.search(page):
+            content = parse(page)
+            if content is None:
+                return ""
+            markup.write_out(content)
         # Precision: otherwise it gives the menu of a page that has nothing else.
-        return extract(page, include_comments=False, favor_precision=True) or ""
+        text = extract(content, include_comments=False, favor_precision=True) or ""
+        return text if content is page else markup.restore(text)
     except RecursionError:  # elements nested without end
         return ""
 
@@ -55,7 +64,7 @@ def _trafilatura():
 
     # It logs an error for each page without text; those are counted.
     logging.getLogger("trafilatura").setLevel(logging.CRITICAL)
-    return trafilatura.extract, trafilatura.utils.decode_file
+    return trafilatura.extract, trafilatura.utils.decode_file, trafilatura.load_html
 
 
 def _known(charset: str | None) -> str | None:

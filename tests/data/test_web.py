@@ -141,3 +141,53 @@ def test_damaged_warc(tmp_path, content, place, sound):
     report = ReadReport()
     documents = list(read_documents(tmp_path, on_error="skip", report=report, max_document_bytes=9_000))
     assert (len(documents), report.damaged) == (sound, 1)
+
+
+def written(body):
+    paragraphs = [ENGLISH[0], f"Before: {body} :after.", ENGLISH[1]]
+    return page_text(page(paragraphs).encode()).split("Before: ")[1].split(" :after")[0]
+
+
+TEX = r'<annotation encoding="application/x-tex">{\displaystyle a^{2}}</annotation>'
+
+
+@pytest.mark.parametrize("body, text", [
+    ("10<sup>6</sup> cells of 2<sup>10</sup> bits", "10⁶ cells of 2¹⁰ bits"),
+    ("5×10<sup>−3</sup> H<sub>2</sub>O Fe<sup>3+</sup>", "5×10⁻³ H₂O Fe³⁺"),
+    ("x<sup>n+1</sup>, e<sup>-x/2</sup>, x<sub>i</sub>, a<sub>ij</sub>", "xⁿ⁺¹, e^{-x/2}, x_i, a_{ij}"),
+    ("2<sup>2<sup>3</sup></sup>", "2^{2³}"),
+    ("the 1<sup>st</sup> Brand<sup>TM</sup>", "the 1st BrandTM"),
+    ("said<sup><a href='#n3'>[3]</a></sup> so<sup><a href='#n4'>4</a></sup>", "said[3] so[4]"),
+    ("<math><mi>E</mi><mo>=</mo><mi>m</mi><msup><mi>c</mi><mn>2</mn></msup></math>", "E=mc²"),
+    ("<math><mfrac><mrow><mi>a</mi><mo>+</mo><mi>b</mi></mrow><mn>2</mn></mfrac></math>", "(a+b)/2"),
+    ("<math><msqrt><mn>2</mn></msqrt><msub><mi>x</mi><mi>i</mi></msub></math>", "√2x_i"),
+    ("<math alttext='x_1'><mi>q</mi></math>", r"\(x_1\)"),
+    (f"<math display='block'><semantics><mi>a</mi>{TEX}</semantics></math>", r"\[a^{2}\]"),
+    ("<span class='mwe-math-element'><span style='display: none;'><math><semantics><mi>a</mi>"
+     f"{TEX}</semantics></math></span><img class='mwe-math-fallback-image-inline' alt='a' src='a'></span>",
+     r"\(a^{2}\)"),
+    (f"<span class='katex'><math><semantics><mi>a</mi>{TEX}</semantics></math><span>a2</span></span>",
+     r"\(a^{2}\)"),
+    ("<span class='MathJax_Preview'>c3</span><script type='math/tex'>c^3</script>", r"\(c^3\)"),
+    (r"<img class='latex' alt='\frac{1}{2}' src='x.png'>", r"\(\frac{1}{2}\)"),
+    ("<ruby>漢<rp>(</rp><rt>かん</rt><rp>)</rp></ruby>", "漢(かん)"),
+    ("write &amp;lt;b&amp;gt; and &lt;b&gt; &amp; R&amp;D", "write &lt;b&gt; and <b> & R&D"),
+    ("one<br>two", "one\ntwo"),
+])
+def test_what_markup_says_is_written_out(body, text):
+    assert written(body) == text
+
+
+def test_code_keeps_its_lines():
+    code = "def f(x):\n    if x < 3 && y:\n\n        return '&amp;'\n\treturn 10"
+    escaped = code.replace("&", "&amp;").replace("<", "&lt;")
+    body = page(ENGLISH).replace("</p><p>", f"</p><pre><code>{escaped}\n</code></pre><p>")
+    assert code in page_text(body.encode())
+    colored = body.replace("def ", "<span class='k'>def</span> ").replace("if ", "<b>if</b> ")
+    assert code in page_text(colored.encode())
+
+
+def test_tables_and_lists_keep_their_cells_and_items_apart():
+    body = "</p><table><tr><td>Ann</td><td>Oslo</td></tr></table><ul><li>one</li><li>two</li></ul><p>"
+    text = page_text(page([ENGLISH[0], body + ENGLISH[1]]).encode())
+    assert "Ann | Oslo" in text and "one\n" in text and "two\n" in text
