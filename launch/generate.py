@@ -53,6 +53,8 @@ _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "type of
 _WEIGHTS = flags.DEFINE_enum("weights", None, ["int8"], "hold the weights of products so; launch/evaluate.py says what "
                              "that costs")
 _CACHE = flags.DEFINE_enum("cache", None, ["int8"], "hold keys and values so")
+_PARSE_SPECIAL = flags.DEFINE_bool("parse_special", False, "read special tokens such as <|im_start|> that the prompt "
+                                   "spells; off, their letters are text")
 _DRAFT = command.define_path("draft", None, "folder of the run of a smaller model with the same tokenizer, which "
                              "guesses tokens that the model verifies; the text stays what it was, or as likely")
 _STATS = flags.DEFINE_bool("stats", False, "print tokens/s, what memory's speed allows, how many guesses were right")
@@ -167,6 +169,7 @@ def _answer(prompt: str, given: dict) -> None:
     compat.quiet()
     compat.configure_cache()
     run = load_run(_WORKDIR.value, _CHECKPOINT.value)
+    run.tokenizer.parse_special = _PARSE_SPECIAL.value
     decode = dataclasses.replace(run.config.decode, **given)
     sampling = _MODE.value == "ranking" and not _CANDIDATES.value
     if sampling and decode.temperature == 0 and decode.num_beams == 1 and "temperature" not in given:

@@ -76,6 +76,7 @@ def write_arrays(tokens: MegatronTokens, target: str, tokenizer: Tokenizer, held
     _refuse_existing(target, overwrite, holding="prepared.json")
     work = f"{target}.partial-{os.getpid()}"
     kept = kept_documents(tokens.documents, heldout)
+    tokenizer.check_end()
     sizes = np.array([len(tokenizer.token_bytes(index)) for index in range(tokenizer.vocab_size)])
     info = {"tokenizer": {"kind": tokenizer.kind, "fingerprint": tokenizer.fingerprint,
                           "vocab_size": tokenizer.vocab_size},

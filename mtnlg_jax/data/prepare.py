@@ -59,6 +59,8 @@ def prepare(input_path: str | os.PathLike | None, output: str | os.PathLike, *, 
     if pairs and input_path is None:
         raise ValueError("--answer makes pairs of the rows of a JSON file; give that as --input")
     ready = None if tokenizer in ("bpe", "unigram") else load_tokenizer(tokenizer)
+    if ready is not None:
+        ready.check_end()
     report, silent = ReadReport(), None if progress else True  # None: a bar on a terminal only
     if input_path is None:
         documents = embedded_documents()
@@ -93,7 +95,7 @@ def prepare(input_path: str | os.PathLike | None, output: str | os.PathLike, *, 
                     ready = train_tokenizer((spool.read(*span) for span in bar), vocab_size, tokenizer, seed)
                 ready.save(storage.join(target, "tokenizer"))
                 info = {"tokenizer": {"kind": ready.kind, "fingerprint": ready.fingerprint,
-                                      "vocab_size": ready.vocab_size},
+                                      "vocab_size": ready.vocab_size, "losses": ready.losses()},
                         "settings": {"input": str(input_path or "embedded"), "tokenizer": str(tokenizer),
                                      "vocab_size": vocab_size, "heldout": heldout, "seed": seed,
                                      "text_key": text_key, "on_error": on_error,
@@ -131,6 +133,8 @@ def describe(info: dict) -> str:
         "control characters",
         f"tokenizer  {info['tokenizer']['kind']}, {info['tokenizer']['vocab_size']:,} pieces",
     ]
+    if info["tokenizer"].get("losses"):
+        lines.append("           it is not lossless; a text loses " + ", ".join(info["tokenizer"]["losses"]))
     for name, part in (("train", train), ("heldout", held)):
         ratio = part["bytes"] / max(1, part["tokens"])
         lines.append(f"{name:<10} {part['documents']:,} documents, {part['bytes']:,} bytes, "

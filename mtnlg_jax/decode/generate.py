@@ -251,7 +251,8 @@ def writable(tokenizer, vocabulary: int, end: bool = True) -> np.ndarray:
     size = min(tokenizer.vocab_size, vocabulary)
     allowed = np.zeros(vocabulary, bool)
     allowed[:size] = ~tokenizer.is_special[:size]
-    allowed[tokenizer.eos_id] |= end
+    if tokenizer.eos_id >= 0:
+        allowed[tokenizer.eos_id] |= end
     return allowed
 
 

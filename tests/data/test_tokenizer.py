@@ -263,7 +263,7 @@ def test_the_fast_way_cuts_at_every_character_alike(gpt2_files):
     (["th", "the"], ["t h", "th e", "t h"]),  # a pair twice
 ])
 def test_where_ids_could_differ_the_slow_way_stays(pieces, merges):
-    alphabet = [*module._byte_alphabet()]
+    alphabet = [*module.byte_alphabet()]
     vocabulary = {piece: index for index, piece in enumerate([*alphabet, *pieces])}
     gpt2 = ByteLevelBPETokenizer(json.dumps(vocabulary).encode(), "\n".join(merges).encode())
     texts = ["the" * 100_000]

@@ -20,10 +20,10 @@ PREFIX = str(Path(__file__).parents[1] / "data" / "fixtures" / "sentences")
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     """256 bytes and an end, as the fixture was made for."""
-    from mtnlg_jax.data.tokenizer import _byte_alphabet
+    from mtnlg_jax.data.tokenizer_files import byte_alphabet
 
     folder = tmp_path_factory.mktemp("gpt2")
-    pieces = [*_byte_alphabet(), "th", "the", "\u0120the", "<|endoftext|>"]
+    pieces = [*byte_alphabet(), "th", "the", "\u0120the", "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({piece: number for number, piece in enumerate(pieces)}))
     (folder / "merges.txt").write_text("t h\nth e\n\u0120 the\n", encoding="utf-8")
     return str(folder)

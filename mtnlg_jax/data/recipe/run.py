@@ -49,7 +49,9 @@ def make(recipe: Recipe, root: str | None, output: str, *, engine=None, overwrit
     stamps = {f"{name}/{file.name}": file.stamp for name, group in files.items() for file in group}
     stamps |= {file.path: file.stamp for file in (*tests, *samples[0], *samples[1])}
     if recipe.tokenizer not in ("bpe", "unigram"):
-        stamps[recipe.tokenizer] = load_tokenizer(recipe.tokenizer).fingerprint
+        brought = load_tokenizer(recipe.tokenizer)
+        brought.check_end()
+        stamps[recipe.tokenizer] = brought.fingerprint
     with _locked(output):
         _check_output(recipe, output, stamps, overwrite)
         kept = "what is done is kept, and the same command goes on from there"
@@ -132,6 +134,8 @@ def summary(info: dict) -> str:
     if "tokens" in info:
         lines.append(("tokens", f"{info['tokens']['train']:,} to train on, {info['tokens']['heldout']:,} held out; "
                                 f"{info['tokenizer']['kind']}, {info['tokenizer']['vocab_size']:,} pieces"))
+        if losses := info["tokenizer"].get("losses"):
+            lines.append(("tokenizer", f"it is not lossless; a text loses {', '.join(losses)}"))
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {words}" for name, words in lines)
 
@@ -295,6 +299,7 @@ def _arrays(runner: Runner, recipe: Recipe, shards: list[Shard]) -> dict:
         storage.remove_file(runner.root, "prepared.json")  # what it stands for is about to change
     about, = runner.run(f"training {recipe.tokenizer}", [making])
     tokenizer = load_tokenizer(storage.join(runner.root, "tokenizer"))
+    about = about | {"losses": tokenizer.losses()}
     encoding = arrays.encode_tasks(shards, storage.join(runner.root, "tokenizer"), tokenizer.fingerprint, *common)
     results = runner.run("encoding", encoding)
     names = sorted({shard.source for shard in shards})

@@ -1,0 +1,268 @@
+"""Tokenizers of Hugging Face's folders: the ids of transformers, roles that are never numbered over
+taken ids, documents that cannot end themselves, and losses that are named."""
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+from hub_folders import FOLDERS, HUB_TEXTS, TEXT, byte_level, older_files, write
+from tokenizers import decoders
+
+from mtnlg_jax.data.prepare import describe, prepare
+from mtnlg_jax.data.tokenizer import ByteLevelBPETokenizer, HubTokenizer, load_tokenizer
+from mtnlg_jax.data.tokens import open_tokens
+
+IDS = json.loads(Path(__file__).with_name("hub_ids.json").read_text(encoding="utf-8"))
+
+@pytest.fixture(scope="module", params=FOLDERS)
+def hub(request, tmp_path_factory):
+    """(name, folder, tokenizer) of each folder."""
+    folder = FOLDERS[request.param](tmp_path_factory.mktemp("hub") / "folder")
+    return request.param, folder, load_tokenizer(folder)
+
+
+def parsing(tokenizer):
+    """The same tokenizer as a prompt has it: with the special tokens that a text spells."""
+    other = copy.copy(tokenizer)
+    other.parse_special = True
+    return other
+
+
+def test_ids_are_those_of_transformers(hub):
+    name, _, tokenizer = hub
+    assert isinstance(tokenizer, HubTokenizer)
+    special = tokenizer._parsed
+    for text, (ids, plain, back) in zip(HUB_TEXTS, IDS[name], strict=True):
+        # Some models read their own special tokens there even as text; here they are cut.
+        if not special & set(plain):
+            assert tokenizer.encode(text) == plain, text
+        # "<mask>" is a role of ours where the folder has no such token.
+        if "<mask>" not in text or tokenizer.mask_id in special:
+            assert parsing(tokenizer).encode(text) == ids, text
+        shown = tokenizer.decode(ids)
+        assert shown == back or "\ufffd" in shown, text
+
+
+def test_a_text_never_becomes_a_special_token(hub):
+    _, _, tokenizer = hub
+    names = [name for name in tokenizer.special_names.values() if not name.startswith("<unused")]
+    text = " ".join(["a", *names, "b", *names]) + "".join(names)
+    unknown = {index for index in range(tokenizer.vocab_size)
+               if tokenizer.token_bytes(index) == b"\xef\xbf\xbd"}
+    found = set(tokenizer.encode(text))
+    assert not {index for index in found if tokenizer.is_special[index]} - unknown
+    roles = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.mask_id}
+    assert roles <= set(parsing(tokenizer).encode(text))
+
+
+def test_roles_are_never_numbered_over_taken_ids(hub):
+    _, folder, tokenizer = hub
+    numbers = tokenizer._fast.get_vocab(with_added_tokens=True)
+    taken = {index: piece for piece, index in numbers.items()}
+    for role in ("bos", "eos", "pad", "mask", "sep"):
+        index = getattr(tokenizer, f"{role}_id")
+        assert index not in taken or tokenizer.is_special[index], (role, taken.get(index))
+        assert index < tokenizer.vocab_size
+    settings = folder / "tokenizer_config.json"
+    named = json.loads(settings.read_text())
+    for role in ("bos", "eos", "pad", "mask"):
+        if isinstance(named.get(f"{role}_token"), str):
+            assert getattr(tokenizer, f"{role}_id") == numbers.get(
+                named[f"{role}_token"], getattr(tokenizer, f"{role}_id"))
+
+
+def test_saved_and_loaded_it_is_the_same(hub, tmp_path):
+    _, _, tokenizer = hub
+    tokenizer.save(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.fingerprint == tokenizer.fingerprint
+    assert loaded.vocab_size == tokenizer.vocab_size and loaded.eos_id == tokenizer.eos_id
+    assert loaded.encode_batch(HUB_TEXTS, threads=2) == tokenizer.encode_batch(HUB_TEXTS)
+    assert np.array_equal(loaded.starts_word, tokenizer.starts_word)
+    whole = json.loads((tmp_path / "special_ids.json").read_text())
+    (tmp_path / "special_ids.json").write_text(json.dumps(whole | {"eos": 5}))
+    with pytest.raises(ValueError, match="fingerprint"):
+        load_tokenizer(tmp_path)
+
+
+def test_pieces_are_the_bytes_of_the_text(hub):
+    """A text that is shown while it is written, token by token, is the text of all tokens."""
+    _, _, tokenizer = hub
+    for text in HUB_TEXTS:
+        ids = tokenizer.encode(text)
+        stream = b"".join(map(tokenizer.token_bytes, ids)).decode("utf-8", "replace")
+        assert tokenizer.decode(ids) in (stream, stream.removeprefix(" "))
+    ids = tokenizer.encode("the man")
+    if not tokenizer.is_special[ids].any():
+        assert "the man" in tokenizer.decode(ids)
+
+
+LOSSES = {
+    "qwen": ["combining marks"],
+    "words and masks": ["spaces around <new>"],
+    "byte fallback": [],
+    "prefix space": ["a start without a space"],
+    "characters, bpe": ["carriage returns", "tabs", "unknown characters such as 龘"],
+    "vocab.txt": ["line ends", "runs of spaces", "case", "accents",
+                  "characters without spaces between them", "unknown characters such as 龘"],
+    "unigram": ["runs of spaces", "full-width forms", "compatibility forms such as ligatures"],
+}
+
+
+def test_what_a_text_loses_is_named(hub):
+    name, _, tokenizer = hub
+    found = tokenizer.losses()
+    assert set(LOSSES.get(name, found)) <= set(found)
+    if not found:
+        for text in (*HUB_TEXTS, "\x00\x7f \n\r\t", "ﬁ１²"):
+            assert tokenizer.decode(tokenizer.encode(text)) == text
+    else:
+        assert "case" not in found or name == "vocab.txt"
+
+
+def test_losses_of_other_kinds(trained, gpt2_files, shared_spiece):
+    assert trained["bpe"].losses() == trained["unigram"].losses() == []
+    assert load_tokenizer(gpt2_files).losses() == []
+    found = load_tokenizer(shared_spiece).losses()
+    assert {"line ends", "runs of spaces", "full-width forms"} <= set(found)
+
+
+@pytest.fixture(scope="module")
+def shared_spiece(tmp_path_factory):
+    """A SentencePiece model as others train it: normalized, a space before each text."""
+    prefix = tmp_path_factory.mktemp("spiece") / "spiece"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT * 20), model_prefix=str(prefix), vocab_size=60, minloglevel=2)
+    return Path(f"{prefix}.model")
+
+
+def test_what_lies_beside_a_sentencepiece_model_counts(shared_spiece, tmp_path):
+    files = {"tokenizer_config.json": {"added_tokens_decoder": {
+        "60": {"content": "<extra_id_0>", "special": True},
+        "61": {"content": "<extra_id_1>", "special": True}}}}
+    folder = write(tmp_path / "special", files=files)
+    (folder / "spiece.model").write_bytes(shared_spiece.read_bytes())
+    tokenizer = load_tokenizer(folder)
+    assert load_tokenizer(shared_spiece).pad_id == 60 and tokenizer.pad_id == 62
+    tokenizer.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").pad_id == 62
+    for name, settings, message in (
+            ("words", {"added_tokens_decoder": {"60": {"content": "YORICK", "special": False}}},
+             "'YORICK' were added .* save_pretrained"),
+            ("offset", {"tokenizer_class": "XLMRobertaTokenizer"}, "ids of a XLMRobertaTokenizer")):
+        folder = write(tmp_path / name, files={"tokenizer_config.json": settings})
+        (folder / "spiece.model").write_bytes(shared_spiece.read_bytes())
+        with pytest.raises(ValueError, match=message):
+            load_tokenizer(folder)
+
+
+def test_words_of_word_pieces(tmp_path):
+    tokenizer = load_tokenizer(FOLDERS["vocab.txt"](tmp_path / "folder"))
+    ids = tokenizer.encode("the man, town 天地")
+    words = [(tokenizer.token_bytes(index), bool(tokenizer.starts_word[index])) for index in ids]
+    assert words == [(b" the", True), (b" man", True), (b",", True), (b" t", True), (b"o", False),
+                     (b"wn", False), (" 天".encode(), True), (" 地".encode(), True)]
+
+
+def test_gpt2_is_gpt2_in_every_spelling(gpt2_files, tmp_path):
+    """Its folder on the hub gives the same tokenizer as its two files: the same ids and
+    fingerprint, and the fast way."""
+    plain = load_tokenizer(gpt2_files)
+    files = {"vocab.json": (gpt2_files / "encoder.json").read_text(encoding="utf-8"),
+             "merges.txt": (gpt2_files / "vocab.bpe").read_text(encoding="utf-8")}
+    older = write(tmp_path / "older", files=files | {"tokenizer_config.json": {
+        "tokenizer_class": "GPT2Tokenizer", "model_max_length": 1024}})
+    made = tmp_path / "older"
+    fast = load_tokenizer(older)
+    assert isinstance(fast, ByteLevelBPETokenizer) and fast.fingerprint == plain.fingerprint
+    from mtnlg_jax.interop.vocabulary import write_tokenizer
+
+    (made / "tokenizer.json").write_bytes(write_tokenizer(plain, 8)[0]["tokenizer.json"])
+    with_masks = load_tokenizer(made)  # <pad>, <mask> and <sep> were added
+    assert isinstance(with_masks, HubTokenizer) and with_masks.mask_id == plain.mask_id
+    assert with_masks.encode("the end 天") == plain.encode("the end 天")
+    whole = json.loads((made / "tokenizer.json").read_text(encoding="utf-8"))
+    whole["added_tokens"] = [token for token in whole["added_tokens"]
+                             if token["content"] == "<|endoftext|>"]
+    (made / "tokenizer.json").write_text(json.dumps(whole), encoding="utf-8")
+    assert load_tokenizer(made).fingerprint == plain.fingerprint
+    assert load_tokenizer(made / "tokenizer.json").fingerprint == plain.fingerprint
+    for change in ({"normalizer": {"type": "NFC"}},
+                   {"model": whole["model"] | {"ignore_merges": True}},
+                   {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True,
+                                      "trim_offsets": True, "use_regex": True}}):
+        (made / "tokenizer.json").write_text(json.dumps(whole | change), encoding="utf-8")
+        assert isinstance(load_tokenizer(made), HubTokenizer)
+
+
+def test_a_file_alone(tmp_path):
+    folder = FOLDERS["words and masks"](tmp_path / "folder")
+    whole = load_tokenizer(folder)
+    assert load_tokenizer(folder / "tokenizer.json").fingerprint == whole.fingerprint
+    other = tmp_path / "other.json"
+    other.write_bytes((folder / "tokenizer.json").read_bytes())
+    assert load_tokenizer(other).encode("YORICK is") == whole.encode("YORICK is")
+    other.write_text("{}")
+    with pytest.raises(ValueError, match="other.json: not a tokenizer.json, .* give the folder"):
+        load_tokenizer(other)
+
+
+def _without_decoder(fast, decoder):
+    fast.decoder = decoder
+    return fast
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda f: write(f, _without_decoder(byte_level(), decoders.CTC())), "decoder CTC makes"),
+    (lambda f: write(f, _without_decoder(byte_level(), decoders.BPEDecoder())), "decoder BPEDecoder"),
+    (lambda f: write(f, files=older_files(byte_level()), tokenizer_class="CLIPTokenizer"),
+     "vocab.json and merges.txt of a CLIPTokenizer cannot .* save_pretrained"),
+    (lambda f: write(f, files={"vocab.txt": "a\nb\n"}, tokenizer_class="BertJapaneseTokenizer"),
+     "vocab.txt of a BertJapaneseTokenizer"),
+    (lambda f: write(f, files={"vocab.txt": "a\nb\n"}), r"vocab.txt has no \[UNK\]"),
+    (lambda f: write(f, files={"tokenizer.json": "{}"}), "tokenizer.json is not a tokenizer"),
+    (lambda f: write(f, files={"tokenizer.json": "{"}), "tokenizer.json is not a tokenizer"),
+    (lambda f: write(f, byte_level(), files={"added_tokens.json": {"<new>": 900}}),
+     "added token '<new>' has id 900, and transformers reads it as 3"),
+    (lambda f: write(f, byte_level(), files={"special_tokens_map.json": "[1]"}),
+     "special_tokens_map.json holds a list"),
+    (lambda f: write(f, files={"vocab.json": "[]", "merges.txt": "#version: 0.2\n"}),
+     "vocab.json is not an object"),
+])
+def test_what_cannot_be_read_the_same_is_refused(tmp_path, make, message):
+    folder = make(tmp_path / "folder")
+    with pytest.raises(ValueError, match=message):
+        load_tokenizer(folder)
+    with pytest.raises(ValueError, match=message):
+        prepare(None, tmp_path / "out", tokenizer=str(folder), progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_documents_of_a_hub_tokenizer(tmp_path):
+    """prepare() writes its ids, ends documents itself, and says what is lost."""
+    folder = FOLDERS["vocab.txt"](tmp_path / "folder")
+    lines = ["the man [SEP] born", "天地玄黄"]
+    (tmp_path / "text.jsonl").write_text(
+        "\n".join(json.dumps({"text": line}) for line in lines), encoding="utf-8")
+    info = prepare(tmp_path / "text.jsonl", tmp_path / "out", tokenizer=str(folder), heldout=0.0,
+                   progress=False)
+    tokenizer = load_tokenizer(tmp_path / "out/tokenizer")
+    tokens = open_tokens(tmp_path / "out/train")
+    offsets = tokens.document_offsets
+    assert tokenizer.fingerprint == load_tokenizer(folder).fingerprint
+    found = sorted(tokens.read(start, stop).tolist()
+                   for start, stop in zip(offsets, offsets[1:], strict=False))
+    assert found == sorted([2, *tokenizer.encode(line), 3] for line in lines)
+    assert "it is not lossless; a text loses line ends" in describe(info)
+
+
+def test_the_folder_of_the_field(shared, tmp_path):
+    """NFC, a pattern of its own and added tokens: 26 ids, not GPT-2's 33."""
+    folder = shared / "faults/data"
+    tokenizer = load_tokenizer(folder / "hf_tokenizer")
+    text = json.loads((folder / "hf_tokenizer_text/a.jsonl").read_text(encoding="utf-8"))["text"]
+    assert len(tokenizer.encode(text)) == 26
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (600, 600, 603)
