@@ -42,7 +42,7 @@ class ModelConfig:
     rotary_base: float = 10000.0
     normalization: str = "layernorm"  # layernorm | rmsnorm
     norm_epsilon: float = 1e-5
-    activation: str = "gelu"  # gelu (tanh form) | swiglu
+    activation: str = "gelu"  # gelu (tanh form) | gelu_exact | relu | silu | swiglu
     add_bias: bool = True
     tie_embeddings: bool = True
     dropout_rate: float = 0.0  # on the embedding and on what each half block adds
@@ -700,7 +700,7 @@ def validate_model(model: ModelConfig) -> None:
     _one_of("model.normalization", model.normalization, ("layernorm", "rmsnorm"))
     _one_of("model.attention_impl", model.attention_impl,
             ("auto", "pallas_tpu", "pallas_gpu", "cudnn", "xla_blockwise", "xla"))
-    _one_of("model.activation", model.activation, ("gelu", "swiglu"))
+    _one_of("model.activation", model.activation, ("gelu", "gelu_exact", "relu", "silu", "swiglu"))
     _within("model.dropout_rate", model.dropout_rate, 0, 1, high_open=True)
     _within("model.norm_epsilon", model.norm_epsilon, 0, 1, low_open=True)
     _within("model.init_method_std", model.init_method_std, 0, 10, low_open=True)

@@ -6,7 +6,7 @@ here they are apart, heads have an axis of their own, and layers are stacked. Na
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -38,10 +38,14 @@ _DEFAULTS = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer":
              "eos_token_id": 50256}
 _ALIASES = {"n_positions": "max_position_embeddings", "n_embd": "hidden_size", "n_layer": "num_hidden_layers",
             "n_head": "num_attention_heads"}
+# Hugging Face's names of the activations here, the first of them written.
+_ACTIVATIONS = {"gelu": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), "gelu_exact": ("gelu",), "relu": ("relu",),
+                "silu": ("silu", "swish")}
 # Other values change what the model computes. reorder_and_upcast_attn only says that attention sums in float32, as
 # it always does here.
 _SWITCHES = {"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
-             "add_cross_attention": (False,), "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+             "add_cross_attention": (False,),
+             "activation_function": tuple(name for names in _ACTIVATIONS.values() for name in names),
              "quantization_config": (None,), "pruned_heads": (None, {})}
 
 
@@ -63,11 +67,13 @@ def model_of(config: dict) -> ModelConfig:
 
     width = read("n_embd")
     inner = read("n_inner")
+    activation = next(ours for ours, names in _ACTIVATIONS.items() if read("activation_function") in names)
     model = ModelConfig(
         num_layers=read("n_layer"), hidden_size=width, num_attention_heads=read("n_head"),
         ffn_hidden_size=None if inner in (None, 4 * width) else inner, vocab_size=read("vocab_size"),
         vocab_size_divisible_by=1, max_position_embeddings=read("n_positions"),
-        norm_epsilon=float(read("layer_norm_epsilon")), init_method_std=float(read("initializer_range")),
+        activation=activation, norm_epsilon=float(read("layer_norm_epsilon")),
+        init_method_std=float(read("initializer_range")),
         dropout_rate=float(read("resid_pdrop")), tie_embeddings=read("tie_word_embeddings"))
     validate_model(model)
     return model
@@ -81,7 +87,8 @@ def config_of(model: ModelConfig, original: dict | None = None) -> dict:
     ours = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": model.vocab_size,
             "n_positions": model.max_position_embeddings, "n_embd": width, "n_layer": model.num_layers,
             "n_head": model.num_attention_heads, "n_inner": None if model.mlp_width == 4 * width else model.mlp_width,
-            "activation_function": "gelu_new", "layer_norm_epsilon": model.norm_epsilon,
+            "activation_function": _ACTIVATIONS[model.activation][0],
+            "layer_norm_epsilon": model.norm_epsilon,
             "initializer_range": model.init_method_std, "resid_pdrop": model.dropout_rate,
             "embd_pdrop": model.dropout_rate, "attn_pdrop": 0.0, "tie_word_embeddings": model.tie_embeddings}
     if original is None:
@@ -99,10 +106,10 @@ def config_of(model: ModelConfig, original: dict | None = None) -> dict:
 
 def refuse_other_architecture(model: ModelConfig) -> None:
     """Raises ValueError naming every field in which ``model`` is not of GPT-2's architecture."""
-    wanted = {"position_embedding_type": "learned", "normalization": "layernorm", "activation": "gelu",
-              "add_bias": True}
-    other = [f"model.{key}={getattr(model, key)} (GPT-2: {value})" for key, value in wanted.items()
-             if getattr(model, key) != value]
+    wanted = {"position_embedding_type": ("learned",), "normalization": ("layernorm",),
+              "activation": tuple(_ACTIVATIONS), "add_bias": (True,)}
+    other = [f"model.{key}={getattr(model, key)} (GPT-2: {' or '.join(map(str, values))})"
+             for key, values in wanted.items() if getattr(model, key) not in values]
     if model.kv_heads != model.num_attention_heads:
         other.append(f"model.num_query_groups={model.kv_heads} (GPT-2: num_attention_heads, "
                      f"{model.num_attention_heads})")
@@ -111,6 +118,14 @@ def refuse_other_architecture(model: ModelConfig) -> None:
                      f"{model.hidden_size / model.num_attention_heads:g})")
     if other:
         raise ValueError(f"GPT-2's format cannot express {', '.join(other)}; keep such a run in its own folder")
+
+
+def names_of(stored: Iterable[str]) -> dict[str, str]:
+    """The tensors of a folder: name without any prefix -> name as stored. Wrappers for several devices and for
+    compiling put prefixes of their own before PREFIX."""
+    bare = {full: re.sub(r"^((module|_orig_mod)\.)+", "", full) for full in stored}
+    prefixed = any(name.startswith(PREFIX) for name in bare.values())
+    return {name.removeprefix(PREFIX) if prefixed else name: full for full, name in bare.items()}
 
 
 def shapes_of(model: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from mtnlg_jax.config import Config, ModelConfig, OptimizerConfig, to_json, validate
+from mtnlg_jax.config import Config, DecodeConfig, ModelConfig, OptimizerConfig, to_json, validate
 from mtnlg_jax.data.storage import is_remote
 from mtnlg_jax.decode.generate import writable
 from mtnlg_jax.interop import gpt2, vocabulary
-from mtnlg_jax.interop.shards import Shards, cast, write_shards
+from mtnlg_jax.interop.generation import decode_of
+from mtnlg_jax.interop.shards import Shards, cast, finite, write_shards
 from mtnlg_jax.train.checkpoint import Checkpoints, Run, load_run
 
 ORIGINALS = "huggingface"  # below a converted run: config.json and tokenizer files as they came
@@ -79,15 +80,19 @@ def read_model(folder: str | os.PathLike) -> tuple[ModelConfig, object, dict]:
     folder = Path(folder)
     model = gpt2.model_of(_json(folder / "config.json"))
     shards = Shards(folder)
-    prefixed = any(name.startswith(gpt2.PREFIX) for name in shards.shapes)
-    names = {name.removeprefix(gpt2.PREFIX) if prefixed else name: name for name in shards.shapes}
+    names = gpt2.names_of(shards.shapes)
+    # Only the output embedding of a tied model may be stored, which is the input embedding, too.
+    if model.tie_embeddings and "wte.weight" not in names and "lm_head.weight" in names:
+        names["wte.weight"] = names["lm_head.weight"]
     gpt2.refuse_other_tensors(os.fspath(folder), {name: shards.shapes[full] for name, full in names.items()}, model)
     written_out = model.tie_embeddings and "lm_head.weight" in names
     if written_out and not np.array_equal(shards[names["lm_head.weight"]], shards[names["wte.weight"]]):
         raise ValueError(f"lm_head.weight of {folder} differs from wte.weight, and tie_word_embeddings is true; set "
                          "that to false to use both, or remove lm_head.weight")
-    params = gpt2.parameters_of(model, lambda name: shards[names[name]])
-    dtypes = {name: shards.dtypes[full] for name, full in names.items() if not gpt2.BUFFERS.fullmatch(name)}
+    params = gpt2.parameters_of(model, lambda name: finite(f"{names[name]} of {folder}", shards[names[name]]))
+    stored = gpt2.names_of(shards.shapes)
+    dtypes = {name: shards.dtypes[full] for name, full in stored.items() if not gpt2.BUFFERS.fullmatch(name)}
+    prefixed = any(gpt2.PREFIX in full for full in stored.values())
     return model, params, {"dtypes": dtypes, "prefix": gpt2.PREFIX if prefixed else ""}
 
 
@@ -95,13 +100,13 @@ def _to_run(source: Path, folder: Path, workdir: str, dtype: str, tokenizer_path
     if dtype not in ("source", "float32"):
         raise ValueError(f"--dtype={dtype} is for tensors of Hugging Face's; a run is float32, so leave it out")
     original = _json(source / "config.json")
-    generation = vocabulary.read_json(source / "generation_config.json") or {}
+    generation = vocabulary.read_json(source / "generation_config.json")
+    rows = gpt2.model_of(original).vocab_size
+    tokenizer, outside = vocabulary.read_tokenizer(tokenizer_path or source, original, generation or {}, rows)
+    # Before there was a generation_config.json, config.json had its settings.
+    decode, told = decode_of(original if generation is None else generation, tokenizer, rows, generation is not None)
     model, params, origin = read_model(source)
-    tokenizer = vocabulary.tokenizer_of(tokenizer_path or source, original, generation)
-    if tokenizer.vocab_size > model.vocab_size:
-        raise ValueError(f"the tokenizer of {tokenizer_path or source} has {tokenizer.vocab_size} tokens and the model "
-                         f"vocab_size={model.vocab_size}; give --tokenizer=FOLDER of the one that it was trained with")
-    config = Config(name=source.resolve().name, model=model,
+    config = Config(name=source.resolve().name, model=model, decode=decode,
                     optimizer=OptimizerConfig(learning_rate=5e-5, weight_decay=0.01))  # usual for training further
     validate(config)
     meta = {"config": json.loads(to_json(config)), "samples": 0, "metrics": {}, "huggingface": origin,
@@ -119,15 +124,38 @@ def _to_run(source: Path, folder: Path, workdir: str, dtype: str, tokenizer_path
     (folder / ORIGINALS).mkdir()
     for name in kept:
         shutil.copyfile(source / name, folder / ORIGINALS / name)
-    ends = generation.get("eos_token_id")
-    others = f", of {ends} that generation_config.json lists" if isinstance(ends, list) and len(ends) > 1 else ""
     return "\n".join([
         *_report(model, tokenizer, f"from {_kinds(origin['dtypes'])} to float32, exact"),
-        f"prompts    {'begin with bos' if tokenizer.prompt_bos else 'get no bos, as there'}; the end token is "
-        f"{tokenizer.eos_id}{others}",
+        *_report_tokenizer(tokenizer, outside, rows),
+        *_report_decode(decode, told),
         f"dropout    {model.dropout_rate:g} when training further (resid_pdrop; attention weights are not dropped)",
         f"next       python launch/generate.py --workdir={workdir} --prompt=TEXT",
         f"           {workdir}/config.py says how to train further"])
+
+
+def _report_tokenizer(tokenizer, outside: list[str], rows: int) -> list[str]:
+    def spelled(index: int) -> str:
+        name = tokenizer.special_names.get(index) or repr(tokenizer.decode([index]))
+        return f"{name} ({index})"
+
+    bos = "begin with bos" if tokenizer.prompt_bos else "get no bos, as there"
+    end = f"the end token is {spelled(tokenizer.eos_id)}" if tokenizer.eos_id >= 0 else (
+        f"there is no end token; an empty prompt starts from {spelled(tokenizer.bos_id)}")
+    lines = [f"prompts    {bos}; {end}"]
+    if outside:
+        more = " ..." if len(outside) > 6 else ""
+        lines.append(f"left out   {', '.join(outside[:6])}{more}: special tokens without a row among "
+                     f"the model's {rows:,}; no text has them")
+    if losses := tokenizer.losses():
+        lines.append(f"lossy      this tokenizer is not lossless; a text loses {', '.join(losses)}")
+    return lines
+
+
+def _report_decode(decode: DecodeConfig, told: list[str]) -> list[str]:
+    changed = [f"{each.name}={getattr(decode, each.name)}" for each in dataclasses.fields(DecodeConfig)
+               if getattr(decode, each.name) != getattr(DecodeConfig, each.name)]
+    lines = [f"decoding   as generation_config.json has it: {', '.join(changed)}"] if changed else []
+    return lines + ([f"not kept   of generation_config.json: {', '.join(told)}"] if told else [])
 
 
 # --- ours -> Hugging Face ---------------------------------------------------------------------------------
@@ -151,8 +179,8 @@ def _to_model(workdir: str, folder: Path, dtype: str, max_shard_size: float, whi
             shutil.copyfile(originals / name, folder / name)
         how = "as it came"
     else:
-        config |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id,
-                   "pad_token_id": tokenizer.pad_id}
+        config |= {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id,
+                   "eos_token_id": tokenizer.eos_id if tokenizer.eos_id >= 0 else None}
         files, how = vocabulary.write_tokenizer(tokenizer, model.max_position_embeddings)
         for name, content in files.items():
             (folder / name).write_bytes(content)
@@ -169,6 +197,8 @@ def _write_tensors(run: Run, folder: Path, dtype: str, max_shard_size: float) ->
     prefix = gpt2.PREFIX if origin is None else origin["prefix"]
     if origin is not None and "lm_head.weight" in origin["dtypes"] and model.tie_embeddings:
         shapes["lm_head.weight"] = shapes["wte.weight"]
+        if "wte.weight" not in origin["dtypes"]:  # only the output embedding was stored
+            del shapes["wte.weight"]
     if dtype == "source":
         dtypes = dict.fromkeys(shapes, "float32") if origin is None else origin["dtypes"]
     else:
@@ -178,7 +208,7 @@ def _write_tensors(run: Run, folder: Path, dtype: str, max_shard_size: float) ->
     def values(full):
         name = names[full]
         tied = name == "lm_head.weight" and model.tie_embeddings
-        return cast(name, read("wte.weight" if tied else name), dtypes[name])
+        return cast(full, read("wte.weight" if tied else name), dtypes[name])
 
     sizes = {full: int(np.prod(shapes[name])) * _ITEM[dtypes[name]] for full, name in names.items()}
     write_shards(folder, sizes, values, max_shard_size)
@@ -188,7 +218,8 @@ def _write_tensors(run: Run, folder: Path, dtype: str, max_shard_size: float) ->
 def _generation(tokenizer, model: ModelConfig) -> dict:
     """Ours never writes special tokens or the padding of the vocabulary; this tells Hugging Face not to, either."""
     never = np.flatnonzero(~writable(tokenizer, model.vocab_size)).tolist()
-    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id,
+    end = tokenizer.eos_id if tokenizer.eos_id >= 0 else None
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": end, "pad_token_id": tokenizer.pad_id,
             "suppress_tokens": never or None}
 
 

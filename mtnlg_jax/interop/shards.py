@@ -114,12 +114,24 @@ def _groups(sizes: dict[str, int], limit: float) -> Iterable[list[str]]:
     yield group
 
 
+def finite(what: str, values: np.ndarray) -> np.ndarray:
+    """``values``. Raises ValueError naming the first of them that is infinite or not a number."""
+    known = np.isfinite(values)
+    if not known.all():
+        place = np.unravel_index(np.argmin(known), values.shape)
+        raise ValueError(f"{what} has {known.size - known.sum():,} numbers that are not finite ({values[place]} at "
+                         f"{list(map(int, place))}), and a model with them computes nothing; take a checkpoint from "
+                         "before they came")
+    return values
+
+
 def cast(name: str, values: np.ndarray, dtype: str) -> np.ndarray:
-    """``values`` as ``dtype``. Raises ValueError where a finite number would become infinite."""
+    """``values`` as ``dtype``. Raises ValueError where one is not finite, or would become infinite."""
     kind = jnp.dtype(dtype)
+    finite(name, values)
     with np.errstate(over="ignore"):
         made = np.ascontiguousarray(values.astype(kind))
-    lost = np.isfinite(values).sum() - np.isfinite(made.astype(np.float32)).sum()
+    lost = made.size - np.isfinite(made.astype(np.float32)).sum() if kind != values.dtype else 0
     if lost:
         raise ValueError(f"{lost} values of {name} are too large for {dtype}; write --dtype=float32 or bfloat16")
     return made

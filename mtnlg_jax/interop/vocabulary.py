@@ -1,10 +1,12 @@
 """Tokenizers from and to Hugging Face's files.
 
-What stays different: here a text never becomes a special token by spelling its name; a text's own U+2581 is no space
-to our SentencePiece models, as it is to Hugging Face's form of them; and of two segmentations that are equally likely
-to a unigram model (4 of 5,488 lines of code and prose) Hugging Face's may take the other.
+What stays different: here a text becomes a special token by spelling its name only where it is asked for
+(``parse_special``); a text's own U+2581 is no space to our SentencePiece models, as it is to Hugging Face's form of
+them; and of two segmentations that are equally likely to a unigram model (4 of 5,488 lines of code and prose) Hugging
+Face's may take the other.
 """
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -12,44 +14,90 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
-from mtnlg_jax.data.storage import first_line
-from mtnlg_jax.data.tokenizer import ByteLevelBPETokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
+from mtnlg_jax.data.tokenizer import (
+    SENTENCEPIECE_FILES,
+    ByteLevelBPETokenizer,
+    HubTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    load_tokenizer,
+)
+from mtnlg_jax.data.tokenizer_files import (
+    END_OF_TEXT,
+    closed_roles,
+    first_free_id,
+    parse_tokenizer,
+    read_tokenizer_files,
+    without_rows,
+)
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
-         "added_tokens.json")
+         "added_tokens.json", "vocab.txt", "encoder.json", "vocab.bpe", *SENTENCEPIECE_FILES)
 # Where tokenizers that look alike differ: case, spaces, digits, marks, scripts, breaks, what is no character.
 _PROBES = ("Hello world", " Hello  world's 2,024 tokens", "line\nline\n\n\ttab  ", "naïve café", "天地玄黄,宇宙洪荒。",
            "don't they'll WE'VE", "12345 3.14 a1b2", "🙂👩‍👩‍👧 …–“x”", "\u00a0\u3000x\u200b", "x" * 40, "")
+_OTHER = "give --tokenizer=FOLDER of the one that it was trained with"
 
 
-def read_tokenizer(folder: str | os.PathLike, config: dict, generation: dict) -> ByteLevelBPETokenizer:
-    """The byte-level BPE of a GPT-2 folder: vocab.json and merges.txt, or tokenizer.json. ``config`` and
-    ``generation`` are config.json and generation_config.json, which say what bos, eos and pad are.
+def read_tokenizer(path: str | os.PathLike, config: dict, generation: dict, rows: int) -> tuple[Tokenizer, list[str]]:
+    """(tokenizer, special tokens that were left out) of a model of ``rows`` tokens that was trained elsewhere.
 
-    Raises FileNotFoundError where there is no tokenizer; ValueError where it is of another kind, or would read some
-    text into other tokens here.
+    ``path``: a folder of Hugging Face's or one that `Tokenizer.save` wrote, a tokenizer.json, or a SentencePiece
+    model. ``config`` and ``generation`` are config.json and generation_config.json, which say what bos, eos and pad
+    are. A special token without a row in the model is left out: no text has it.
+
+    Raises FileNotFoundError where there is no tokenizer; ValueError where text could give a token without a row, or
+    the tokenizer cannot be read the same here.
     """
-    folder = Path(folder)
-    whole = read_json(folder / "tokenizer.json")
-    vocabulary, merges = _bpe_files(folder, whole)
-    numbers = json.loads(vocabulary)
-    added = _added(folder, whole)
-    new = sorted((index, piece) for piece, index in added.items() if piece not in numbers)
-    if new:
-        numbers |= {piece: index for index, piece in new}
-        vocabulary = json.dumps(numbers, ensure_ascii=False).encode()
-    settings = read_json(folder / "tokenizer_config.json") or {}
-    fast = None if whole is None else _fast(folder / "tokenizer.json")
-    prefix = [] if fast is None else fast.encode("").ids
-    special = _special_ids(numbers, config, generation)
-    special["prompt_bos"] = prefix == [special["bos"]] or (fast is None and bool(settings.get("add_bos_token")))
-    if prefix not in ([], [special["bos"]]):
-        raise ValueError(f"{folder / 'tokenizer.json'} puts the tokens {prefix} before each text; only bos "
-                         f"({special['bos']}) can be put there")
-    tokenizer = ByteLevelBPETokenizer(vocabulary, merges, json.dumps(special).encode())
-    if fast is not None:
-        _compare(folder, tokenizer, fast)
-    return tokenizer
+    path = Path(path)
+    folder = path.parent if path.name == "tokenizer.json" and path.is_file() else path
+    if not folder.is_dir() or (folder / "tokenizer_meta.json").is_file():
+        tokenizer = load_tokenizer(path)
+        if tokenizer.vocab_size > rows:
+            raise ValueError(f"the tokenizer of {path} has {tokenizer.vocab_size} tokens and the "
+                             f"model vocab_size={rows}; {_OTHER}")
+        return tokenizer, []
+
+    def read(name: str) -> bytes | None:
+        return (folder / name).read_bytes() if (folder / name).is_file() else None
+
+    try:
+        model = next(filter(None, map(read, SENTENCEPIECE_FILES)), None)
+        if model is not None and read("tokenizer.json") is None:
+            return _closed_sentencepiece(model, read, config, generation, rows), []
+        files = read_tokenizer_files(read)
+        if files is None:
+            raise FileNotFoundError(
+                f"{folder} holds no tokenizer (tokenizer.json; vocab.json and merges.txt; "
+                "vocab.txt; or tokenizer.model); give --tokenizer=FOLDER of one")
+        content, outside = without_rows(files.content, rows)
+        roles = closed_roles(dataclasses.replace(files, content=content), config, generation, rows)
+        special = json.dumps(roles).encode()
+        named = {index for role, index in roles.items() if role != "prompt_bos"}
+        if files.plain is not None and named == {json.loads(files.plain[0]).get(END_OF_TEXT)}:
+            return ByteLevelBPETokenizer(*files.plain, special), outside
+        return HubTokenizer(content, special), outside
+    except ValueError as error:
+        raise ValueError(f"the tokenizer of {folder}: {error}") from None
+
+
+def _closed_sentencepiece(model: bytes, read, config: dict, generation: dict, rows: int) -> SentencePieceTokenizer:
+    """A SentencePiece model whose roles are among its pieces."""
+    tokenizer = SentencePieceTokenizer(model)
+    first_free_id(read, tokenizer.pieces)
+    if tokenizer.pieces > rows:
+        raise ValueError(f"it has {tokenizer.pieces} tokens and the model vocab_size={rows}; "
+                         f"{_OTHER}")
+    roles = {}
+    for role in ("eos", "bos", "pad", "mask", "sep"):
+        stated = [source.get(f"{role}_token_id") for source in (generation, config)]
+        own = getattr(tokenizer, "_mask_id" if role == "mask" else f"{role}_id")
+        found = [index for index in (*stated, own) if type(index) is int and 0 <= index < tokenizer.pieces]
+        if found or role not in ("mask", "sep"):
+            roles[role] = next(iter(found), roles.get("eos"))
+    if roles["eos"] is None:
+        raise ValueError("it has no token that ends a text; name it in config.json as eos_token_id")
+    return SentencePieceTokenizer(model, json.dumps({**roles, "prompt_bos": tokenizer.prompt_bos}).encode())
 
 
 def write_tokenizer(tokenizer: Tokenizer, context: int) -> tuple[dict[str, bytes], str]:
@@ -59,21 +107,29 @@ def write_tokenizer(tokenizer: Tokenizer, context: int) -> tuple[dict[str, bytes
         fast = _fast_of_bytes(tokenizer)
     elif isinstance(tokenizer, SentencePieceTokenizer) and tokenizer.lossless:
         fast = _fast_of_sentencepiece(tokenizer)
+    elif isinstance(tokenizer, HubTokenizer):
+        fast = parse_tokenizer(tokenizer.files()["tokenizer.json"])
     else:
         return tokenizer.files(), "as tokenizer.model alone: SentencePiece of another make, load it with its own class"
-    names = tokenizer.special_names
-    fast.add_special_tokens([AddedToken(names[index], special=True, normalized=False) for index in sorted(names)])
+    names = {index: name for index, name in tokenizer.special_names.items() if not name.startswith("<unused ")}
+    there = {token.content for token in fast.get_added_tokens_decoder().values() if token.special}
+    fast.add_special_tokens([AddedToken(names[index], special=True, normalized=False) for index in sorted(names)
+                             if names[index] not in there])
     wrong = [name for index, name in names.items() if fast.token_to_id(name) != index]
     if wrong:
         raise ValueError(f"tokenizer.json cannot hold the special tokens {', '.join(wrong)} at their ids")
+    bos = fast.id_to_token(tokenizer.bos_id)
     if tokenizer.prompt_bos:
-        bos = names[tokenizer.bos_id]
         fast.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.bos_id)])
+    elif isinstance(tokenizer, HubTokenizer):
+        fast.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
     _compare("the run", tokenizer, fast)
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context,
-                "clean_up_tokenization_spaces": False, "bos_token": names[tokenizer.bos_id],
-                "eos_token": names[tokenizer.eos_id], "pad_token": names[tokenizer.pad_id]}
+                "clean_up_tokenization_spaces": False, "bos_token": bos,
+                "pad_token": fast.id_to_token(tokenizer.pad_id)}
+    if tokenizer.eos_id >= 0:
+        settings["eos_token"] = fast.id_to_token(tokenizer.eos_id)
     return {"tokenizer.json": fast.to_str(pretty=True).encode(),
             "tokenizer_config.json": json.dumps(settings, indent=2).encode()}, "as tokenizer.json"
 
@@ -89,56 +145,6 @@ def read_json(path: Path) -> dict | None:
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds a {type(found).__name__} of JSON, not an object; copy it anew")
     return found
-
-
-def _fast(path: Path) -> tokenizers.Tokenizer:
-    try:
-        return tokenizers.Tokenizer.from_file(os.fspath(path))
-    except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{path} is not a tokenizer ({first_line(error)})") from None
-
-
-def _bpe_files(folder: Path, whole: dict | None) -> tuple[bytes, bytes]:
-    for names in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
-        if all((folder / name).is_file() for name in names):
-            return tuple((folder / name).read_bytes() for name in names)
-    if whole is None:
-        raise FileNotFoundError(f"{folder} holds no tokenizer (vocab.json and merges.txt, or tokenizer.json); give "
-                                "--tokenizer=FOLDER of one")
-    model = whole.get("model") or {}
-    if not isinstance(model.get("vocab"), dict) or not isinstance(model.get("merges"), list):
-        raise ValueError(f"{folder / 'tokenizer.json'} is of type {model.get('type')!r}; GPT-2's is a byte-level 'BPE'")
-    pairs = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
-    return (json.dumps(model["vocab"], ensure_ascii=False).encode(),
-            "\n".join(["#version: 0.2", *pairs, ""]).encode())
-
-
-def _added(folder: Path, whole: dict | None) -> dict[str, int]:
-    """Tokens outside the BPE, by spelling."""
-    added = dict(read_json(folder / "added_tokens.json") or {})
-    added |= {token["content"]: token["id"] for token in (whole or {}).get("added_tokens", [])}
-    decoder = (read_json(folder / "tokenizer_config.json") or {}).get("added_tokens_decoder", {})
-    return added | {token["content"]: int(index) for index, token in decoder.items()}
-
-
-def _special_ids(numbers: dict[str, int], config: dict, generation: dict) -> dict[str, int]:
-    """Ids of bos, eos and pad, as generation has them, where the vocabulary holds them."""
-    spelled = numbers.get("<|endoftext|>")
-
-    def find(role, default):
-        for source in (generation, config):
-            value = source.get(f"{role}_token_id")
-            value = value[0] if isinstance(value, list) and value else value
-            if isinstance(value, int) and 0 <= value < len(numbers):
-                return value
-        return default
-
-    eos = find("eos", spelled)
-    if eos is None:
-        raise ValueError(f"eos_token_id={config.get('eos_token_id')} of config.json is not one of the {len(numbers)} "
-                         "tokens, nor is <|endoftext|>; set it to the token that ends a text")
-    special = {"bos": find("bos", eos), "eos": eos, "pad": find("pad", eos)}
-    return special | {role: numbers[f"<{role}>"] for role in ("mask", "sep") if f"<{role}>" in numbers}
 
 
 def _compare(folder, ours: Tokenizer, fast: tokenizers.Tokenizer) -> None:
@@ -187,11 +193,3 @@ def _merges(scores: list[tuple[str, float]], numbers: dict[str, int]) -> list[tu
         merges += [(-score, left, right) for left, right in splits if left in numbers and right in numbers]
     merges.sort(key=lambda merge: (merge[0], numbers[merge[1]], numbers[merge[2]]))
     return [(left, right) for _, left, right in merges]
-
-
-def tokenizer_of(path: str | os.PathLike, config: dict, generation: dict) -> Tokenizer:
-    """The tokenizer that ``path`` holds, as of Hugging Face where it is a folder of GPT-2's files."""
-    path = Path(path)
-    if path.is_dir() and not (path / "tokenizer_meta.json").is_file() and not list(path.glob("*.model")):
-        return read_tokenizer(path, config, generation)
-    return load_tokenizer(path)

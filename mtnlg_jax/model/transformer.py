@@ -4,6 +4,7 @@ Inside the manual region of the train step each device sees its own shapes: head
 split over ``tensor``, and between the half blocks the sequence too. Outside it the collectives vanish.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -107,12 +108,22 @@ class Attention(nnx.Module):
         return x_BSD if self.b_o_D is None else x_BSD + self.b_o_D[...]
 
 
+# Of an MLP without a gate. "gelu" is the tanh form that GPT-2 and Megatron-LM use (Hendrycks 2016).
+ACTIVATIONS = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+
+
 class Mlp(nnx.Module):
-    """GELU in the tanh form that GPT-2 and Megatron-LM use, or SwiGLU (Shazeer 2020)."""
+    """Two matrices with one of ACTIVATIONS between them, or SwiGLU (Shazeer 2020)."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         D, F = config.hidden_size, config.mlp_width
         std, out_std = config.init_method_std, config.init_method_std / math.sqrt(2 * config.num_layers)
+        self.activation = config.activation
         gated, bias = config.activation == "swiglu", config.add_bias
         self.w_in_DF = _normal(rngs, std, D, F)
         self.w_gate_DF = _normal(rngs, std, D, F) if gated else None
@@ -126,7 +137,7 @@ class Mlp(nnx.Module):
         if self.b_in_F is not None:
             h_BSF = h_BSF + self.b_in_F[...]
         if self.w_gate_DF is None:
-            h_BSF = jax.nn.gelu(h_BSF, approximate=True)
+            h_BSF = ACTIVATIONS[self.activation](h_BSF)
         else:
             g_BSF = multiply("BSD,DF->BSF", x_BSD, self.w_gate_DF[...])
             h_BSF = h_BSF * jax.nn.silu(g_BSF if self.b_gate_F is None else g_BSF + self.b_gate_F[...])
