@@ -1,9 +1,10 @@
-"""Tokenizers: SentencePiece (trained here or brought), the byte-level BPE of GPT-2's files, and whatever a
-tokenizer.json of Hugging Face describes.
+"""Tokenizers: SentencePiece (trained here or brought), the byte-level BPE of GPT-2's files, and
+whatever a tokenizer.json of Hugging Face describes.
 
-Our own models and GPT-2's are lossless: every text comes back unchanged. Of others, `Tokenizer.losses` names what does
-not. A text does not become a special token by spelling its name, so a document cannot end itself, unless
-``parse_special`` is set. Pieces are bytes, put one after another, so a text can be decoded while it is generated.
+Our own models and GPT-2's are lossless: every text comes back unchanged. Of others,
+`Tokenizer.losses` names what does not. A text does not become a special token by spelling its
+name, so a document cannot end itself, unless ``parse_special`` is set. Pieces are bytes, put one
+after another, so a text can be decoded while it is generated.
 """
 
 import copy
@@ -64,15 +65,17 @@ _CHARACTERS = "龘กب🙂€#~zQ7"  # of several scripts and kinds
 
 
 class Tokenizer:
-    """What every tokenizer can do; `SentencePieceTokenizer`, `ByteLevelBPETokenizer` and `HubTokenizer` say how.
+    """What every tokenizer can do; `SentencePieceTokenizer`, `ByteLevelBPETokenizer` and
+    `HubTokenizer` say how.
 
-    ``pad_id bos_id eos_id mask_id sep_id``; ``vocab_size``, what a model must hold before any padding of its
-    own; ``starts_word`` and ``is_special``, boolean arrays of that length: the piece begins a word (with a
-    space, a punctuation mark or a character of an unspaced script), the piece is no text. ``fingerprint`` is
-    a sha256 over the content: equal fingerprints mean equal ids. ``special_names``: special tokens, id to spelling.
-    ``prompt_bos``: a text to continue stands behind bos, as documents did in training. ``parse_special``: a text's
-    special tokens are read as such; meant for prompts, and off for documents. ``eos_id`` is -1 where a model that was
-    trained elsewhere has no token that ends a text.
+    ``pad_id bos_id eos_id mask_id sep_id``; ``vocab_size``, what a model must hold before any
+    padding of its own; ``starts_word`` and ``is_special``, boolean arrays of that length: the
+    piece begins a word (with a space, a punctuation mark or a character of an unspaced script),
+    the piece is no text. ``fingerprint`` is a sha256 over the content: equal fingerprints mean
+    equal ids. ``special_names``: special tokens, id to spelling. ``prompt_bos``: a text to
+    continue stands behind bos, as documents did in training. ``parse_special``: a text's special
+    tokens are read as such; meant for prompts, and off for documents. ``eos_id`` is -1 where a
+    model that was trained elsewhere has no token that ends a text.
     """
 
     kind: str
@@ -113,7 +116,9 @@ class Tokenizer:
         return self._mask_id
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, without special tokens; with ``parse_special`` those that the text spells."""
+        """The ids of a text, without special tokens; with ``parse_special`` those that the text
+        spells.
+        """
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
@@ -133,7 +138,9 @@ class Tokenizer:
         return self._split_at(text, numbers, lambda part: self._encode([part], 1)[0])
 
     def _split_at(self, text: str, numbers: dict[str, int], encode: Callable[[str], list[int]]) -> list[int]:
-        """The ids of a text: of the spellings in ``numbers`` theirs, of the rest what ``encode`` gives."""
+        """The ids of a text: of the spellings in ``numbers`` theirs, of the rest what ``encode``
+        gives.
+        """
         if not numbers:
             return encode(text)
         spellings = "|".join(map(re.escape, sorted(numbers, key=len, reverse=True)))
@@ -143,14 +150,18 @@ class Tokenizer:
         return ids
 
     def check_end(self) -> None:
-        """Raises ValueError where no document can end: the vocabulary is closed and has no end token."""
+        """Raises ValueError where no document can end: the vocabulary is closed and has no end
+        token.
+        """
         if self.eos_id == NO_TOKEN:
             raise ValueError("this tokenizer is of a model that was trained without an end token, so documents cannot "
                              "be told apart; name one of its tokens as eos_token in the tokenizer_config.json of the "
                              "folder that was converted, and convert again")
 
     def losses(self) -> list[str]:
-        """What a text can lose when it is encoded and decoded, in words, found by trying; empty: nothing."""
+        """What a text can lose when it is encoded and decoded, in words, found by trying; empty:
+        nothing.
+        """
         plain = copy.copy(self)
         plain.parse_special = False
 
@@ -197,7 +208,9 @@ class SentencePieceTokenizer(Tokenizer):
     kind = "sentencepiece"
 
     def __init__(self, model: bytes, special_ids: bytes | None = None):
-        """``special_ids``: as of `ByteLevelBPETokenizer`, where the files beside the model say more than its pieces."""
+        """``special_ids``: as of `ByteLevelBPETokenizer`, where the files beside the model say
+        more than its pieces.
+        """
         from sentencepiece import SentencePieceProcessor
 
         try:
@@ -327,16 +340,21 @@ class ByteLevelBPETokenizer(Tokenizer):
 
 
 class HubTokenizer(Tokenizer):
-    """A tokenizer.json of Hugging Face: its normalizer, pre-tokenizer, model, added tokens and decoder.
+    """A tokenizer.json of Hugging Face: its normalizer, pre-tokenizer, model, added tokens and
+    decoder.
 
-    Its ids are those of transformers without special tokens around the text. A text gives tokens that were added as
-    words; one that was added as special only with ``parse_special``. ``special_ids`` (JSON) has the roles, as of
-    `ByteLevelBPETokenizer`: `tokenizer_files.roles_of` and `closed_roles` make it."""
+    Its ids are those of transformers without special tokens around the text. A text gives tokens
+    that were added as words; one that was added as special only with ``parse_special``.
+    ``special_ids`` (JSON) has the roles, as of `ByteLevelBPETokenizer`:
+    `tokenizer_files.roles_of` and `closed_roles` make it.
+    """
 
     kind = "tokenizer.json"
 
     def __init__(self, content: bytes, special_ids: bytes):
-        """Raises ValueError where a token's text depends on the tokens around it, or an id comes twice."""
+        """Raises ValueError where a token's text depends on the tokens around it, or an id comes
+        twice.
+        """
         roles = self._read_roles(special_ids)
         self._fast = parse_tokenizer(content)
         self._fast.encode_special_tokens = True  # as text
@@ -392,7 +410,9 @@ class HubTokenizer(Tokenizer):
         return self._split_at(text, others, self._read_special)
 
     def _read_special(self, text: str) -> list[int]:
-        """As transformers reads a text, which may strip the spaces around a token that was added so."""
+        """As transformers reads a text, which may strip the spaces around a token that was added
+        so.
+        """
         self._fast.encode_special_tokens = False
         try:
             return self._read([text])[0]
@@ -403,12 +423,13 @@ class HubTokenizer(Tokenizer):
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """The tokenizer of a folder (path or URL) or of a file.
 
-    A folder is one that `Tokenizer.save` wrote, or holds Hugging Face's files (tokenizer.json; or vocab.json and
-    merges.txt, or vocab.txt; with what tokenizer_config.json, special_tokens_map.json and added_tokens.json add to
-    them), GPT-2's encoder.json and vocab.bpe, or a SentencePiece model. A file is a tokenizer.json or a SentencePiece
-    model.
+    A folder is one that `Tokenizer.save` wrote, or holds Hugging Face's files (tokenizer.json; or
+    vocab.json and merges.txt, or vocab.txt; with what tokenizer_config.json,
+    special_tokens_map.json and added_tokens.json add to them), GPT-2's encoder.json and vocab.bpe,
+    or a SentencePiece model. A file is a tokenizer.json or a SentencePiece model.
 
-    Raises FileNotFoundError where there is none, ValueError where one is damaged or cannot be read the same here.
+    Raises FileNotFoundError where there is none, ValueError where one is damaged or cannot be
+    read the same here.
     """
     if not storage.is_remote(path) and not Path(path).exists():
         raise FileNotFoundError(f"{path} does not exist; give a tokenizer's folder, a tokenizer.json or a "
@@ -478,7 +499,9 @@ def _of_hub_files(files: HubTokenizerFiles) -> Tokenizer:
 
 
 def _of_sentencepiece(model: bytes, files: Callable[[str], bytes | None]) -> SentencePieceTokenizer:
-    """A SentencePiece model with the settings beside it: new roles are numbered after the tokens that they add."""
+    """A SentencePiece model with the settings beside it: new roles are numbered after the tokens
+    that they add.
+    """
     tokenizer = SentencePieceTokenizer(model)
     size = tokenizer.pieces
     end = first_free_id(files, size)

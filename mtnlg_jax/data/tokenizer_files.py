@@ -1,8 +1,10 @@
-"""The tokenizer files of a Hugging Face folder, read into one tokenizer.json and the roles of its tokens.
+"""The tokenizer files of a Hugging Face folder, read into one tokenizer.json and the roles of its
+tokens.
 
-``tokenizer.json`` counts where it is there, as transformers has it. Older folders get the one that transformers makes
-of them: ``vocab.json`` and ``merges.txt`` (byte-level BPE), or ``vocab.txt`` (WordPiece as of BERT). On top come the
-tokens that ``tokenizer_config.json``, ``special_tokens_map.json`` and ``added_tokens.json`` add.
+``tokenizer.json`` counts where it is there, as transformers has it. Older folders get the one
+that transformers makes of them: ``vocab.json`` and ``merges.txt`` (byte-level BPE), or
+``vocab.txt`` (WordPiece as of BERT). On top come the tokens that ``tokenizer_config.json``,
+``special_tokens_map.json`` and ``added_tokens.json`` add.
 """
 
 import dataclasses
@@ -26,23 +28,61 @@ _SPELLINGS = {
 }
 # BERT's tokenizers begin a text with cls and end it with sep.
 _SETTINGS = {"bos": ("bos_token", "cls_token"), "eos": ("eos_token", "sep_token")}
-_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_NAMED = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
 _EXTRA = ("additional_special_tokens", "extra_special_tokens")
 # Classes that read the older files as they are read here.
-_BYTE_LEVEL = ("", "GPT2Tokenizer", "CodeGenTokenizer", "RobertaTokenizer", "BartTokenizer", "LongformerTokenizer",
-               "PreTrainedTokenizer", "TokenizersBackend")
-_WORD_PIECE = ("", "BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "MobileBertTokenizer",
-               "PreTrainedTokenizer", "TokenizersBackend")
+_BYTE_LEVEL = (
+    "",
+    "GPT2Tokenizer",
+    "CodeGenTokenizer",
+    "RobertaTokenizer",
+    "BartTokenizer",
+    "LongformerTokenizer",
+    "PreTrainedTokenizer",
+    "TokenizersBackend",
+)
+_WORD_PIECE = (
+    "",
+    "BertTokenizer",
+    "DistilBertTokenizer",
+    "ElectraTokenizer",
+    "MobileBertTokenizer",
+    "PreTrainedTokenizer",
+    "TokenizersBackend",
+)
 # Classes whose ids are not those of their SentencePiece model.
-_OFFSET = ("XLMRobertaTokenizer", "CamembertTokenizer", "BarthezTokenizer", "MBartTokenizer", "MBart50Tokenizer",
-           "NllbTokenizer", "XGLMTokenizer", "M2M100Tokenizer", "PegasusTokenizer", "MarianTokenizer")
-_WAY_OUT = ("load it with transformers' AutoTokenizer and write it with save_pretrained, which makes a tokenizer.json")
+_OFFSET = (
+    "XLMRobertaTokenizer",
+    "CamembertTokenizer",
+    "BarthezTokenizer",
+    "MBartTokenizer",
+    "MBart50Tokenizer",
+    "NllbTokenizer",
+    "XGLMTokenizer",
+    "M2M100Tokenizer",
+    "PegasusTokenizer",
+    "MarianTokenizer",
+)
+_WAY_OUT = (
+    "load it with transformers' AutoTokenizer and write it with save_pretrained, which makes a "
+    "tokenizer.json"
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class HubTokenizerFiles:
-    """A folder's tokenizer. ``content``: its tokenizer.json, as bytes. ``settings``: tokenizer_config.json over
-    special_tokens_map.json. ``plain``: vocab.json and merges.txt where all else is as in GPT-2's own tokenizer."""
+    """A folder's tokenizer. ``content``: its tokenizer.json, as bytes. ``settings``:
+    tokenizer_config.json over special_tokens_map.json. ``plain``: vocab.json and merges.txt
+    where all else is as in GPT-2's own tokenizer.
+    """
 
     content: bytes
     settings: dict
@@ -50,16 +90,22 @@ class HubTokenizerFiles:
 
     def role(self, role: str) -> str | None:
         """The token that the settings name for a role; for bos and eos also BERT's cls and sep."""
-        found = (token_name(self.settings.get(key)) for key in _SETTINGS.get(role, (f"{role}_token",)))
+        found = (
+            token_name(self.settings.get(key)) for key in _SETTINGS.get(role, (f"{role}_token",))
+        )
         return next(filter(None, found), None)
 
 
 def read_tokenizer_files(read: Callable[[str], bytes | None]) -> HubTokenizerFiles | None:
-    """The tokenizer of the folder whose files ``read`` gives by name (None: not there); None where none is there.
+    """The tokenizer of the folder whose files ``read`` gives by name (None: not there); None where
+    none is there.
 
-    Raises ValueError where a file is damaged or of a tokenizer that cannot be read the same here.
+    Raises ValueError where a file is damaged or of a tokenizer that cannot be read the same
+    here.
     """
-    settings = read_object(read, "special_tokens_map.json") | read_object(read, "tokenizer_config.json")
+    settings = read_object(read, "special_tokens_map.json") | read_object(
+        read, "tokenizer_config.json"
+    )
     kind = _class(settings, read)
     given = read("tokenizer.json")
     pair = _byte_level_files(read)
@@ -73,7 +119,9 @@ def read_tokenizer_files(read: Callable[[str], bytes | None]) -> HubTokenizerFil
             settings = {"unk_token": END_OF_TEXT} | settings
     elif words is not None:
         _refuse_class(kind, _WORD_PIECE, "vocab.txt")
-        settings = {f"{role}_token": f"[{role.upper()}]" for role in ("unk", "sep", "pad", "cls", "mask")} | settings
+        settings = {
+            f"{role}_token": f"[{role.upper()}]" for role in ("unk", "sep", "pad", "cls", "mask")
+        } | settings
         fast = _word_piece(words, settings)
     else:
         return None
@@ -82,27 +130,38 @@ def read_tokenizer_files(read: Callable[[str], bytes | None]) -> HubTokenizerFil
     _add_tokens(fast, _stated_tokens(read, settings), settings)
     after = fast.to_str()
     plain = _plain(json.loads(after), settings, pair)
-    return HubTokenizerFiles(given if given is not None and after == before else after.encode(), settings, plain)
+    return HubTokenizerFiles(
+        given if given is not None and after == before else after.encode(), settings, plain
+    )
 
 
 def first_free_id(read: Callable[[str], bytes | None], size: int) -> int:
-    """The first id that is free behind a SentencePiece model of ``size`` pieces and the special tokens that the files
-    beside it add. Raises ValueError where they change the ids of texts."""
-    settings = read_object(read, "special_tokens_map.json") | read_object(read, "tokenizer_config.json")
+    """The first id that is free behind a SentencePiece model of ``size`` pieces and the special
+    tokens that the files beside it add. Raises ValueError where they change the ids of texts.
+    """
+    settings = read_object(read, "special_tokens_map.json") | read_object(
+        read, "tokenizer_config.json"
+    )
     kind = (settings.get("tokenizer_class") or "").removesuffix("Fast")
     if kind in _OFFSET:
-        raise ValueError(f"the ids of a {kind} are not those of its SentencePiece model, and there is no "
-                         f"tokenizer.json; {_WAY_OUT}")
+        raise ValueError(
+            f"the ids of a {kind} are not those of its SentencePiece model, and there is no "
+            f"tokenizer.json; {_WAY_OUT}"
+        )
     stated = _stated_tokens(read, settings)
     words = [token["content"] for token in stated if not token["special"] and token["id"] >= size]
     if words:
-        raise ValueError(f"{', '.join(map(repr, words[:3]))} were added to this SentencePiece model, and there is no "
-                         f"tokenizer.json; {_WAY_OUT}")
+        raise ValueError(
+            f"{', '.join(map(repr, words[:3]))} were added to this SentencePiece model, and "
+            f"there is no tokenizer.json; {_WAY_OUT}"
+        )
     return max([size, *(token["id"] + 1 for token in stated)])
 
 
 def parse_tokenizer(content: bytes):
-    """A `tokenizers.Tokenizer` of the bytes of a tokenizer.json, which never shortens or pads a text."""
+    """A `tokenizers.Tokenizer` of the bytes of a tokenizer.json, which never shortens or pads a
+    text.
+    """
     import tokenizers
 
     try:
@@ -124,7 +183,9 @@ def read_object(read: Callable[[str], bytes | None], name: str) -> dict:
     except ValueError as error:
         raise ValueError(f"{name} is not valid JSON ({error}); copy it again") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{name} holds a {type(found).__name__} of JSON, not an object; copy it again")
+        raise ValueError(
+            f"{name} holds a {type(found).__name__} of JSON, not an object; copy it again"
+        )
     return found
 
 
@@ -135,11 +196,16 @@ def token_name(value) -> str | None:
 
 @functools.cache
 def byte_alphabet() -> dict[str, bytes]:
-    """GPT-2 writes bytes that are no visible Latin-1 character as those from U+0100 on, in order."""
+    """GPT-2 writes bytes that are no visible Latin-1 character as those from U+0100 on, in
+    order.
+    """
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in visible]
     characters = [*map(chr, visible), *(chr(256 + number) for number in range(len(hidden)))]
-    return {character: bytes([byte]) for character, byte in zip(characters, visible + hidden, strict=True)}
+    return {
+        character: bytes([byte])
+        for character, byte in zip(characters, visible + hidden, strict=True)
+    }
 
 
 def parse_numbers(vocabulary: bytes) -> dict[str, int]:
@@ -162,25 +228,35 @@ def parse_byte_level(vocabulary: bytes, merges: bytes):
 
     try:
         numbers = parse_numbers(vocabulary)
-        pairs = [tuple(line.split(" ")) for line in merges.decode().replace("\r\n", "\n").split("\n")
-                 if line.strip() and not line.startswith("#version")]
+        pairs = [
+            tuple(line.split(" "))
+            for line in merges.decode().replace("\r\n", "\n").split("\n")
+            if line.strip() and not line.startswith("#version")
+        ]
         model = tokenizers.models.BPE(vocab=numbers, merges=pairs)
     except Exception as error:
-        raise ValueError(f"not the vocabulary and merges of a byte-level BPE ({first_line(error)})") from None
+        raise ValueError(
+            f"not the vocabulary and merges of a byte-level BPE ({first_line(error)})"
+        ) from None
     return numbers, pairs, model
 
 
 def is_whole(numbers: dict[str, int]) -> bool:
     """Whether a vocabulary has the ids 0, 1, 2 ... and all 256 bytes, as GPT-2's has."""
-    return sorted(numbers.values()) == list(range(len(numbers))) and byte_alphabet().keys() <= numbers.keys()
+    return (
+        sorted(numbers.values()) == list(range(len(numbers)))
+        and byte_alphabet().keys() <= numbers.keys()
+    )
 
 
-# --- roles ------------------------------------------------------------------------------------------------
+# --- roles ----------------------------------------------------------------------------------------
 
 
 def roles_of(files: HubTokenizerFiles) -> dict:
-    """The five roles of a model to be trained here, for special_ids.json: as the folder names them, else as they are
-    usually spelled; those that are missing are numbered after the last id that is taken."""
+    """The five roles of a model to be trained here, for special_ids.json: as the folder names
+    them, else as they are usually spelled; those that are missing are numbered after the last id
+    that is taken.
+    """
     vocabulary = Vocabulary(files.content)
     roles = {}
     for role in ROLES:
@@ -198,12 +274,12 @@ def roles_of(files: HubTokenizerFiles) -> dict:
 
 
 def closed_roles(files: HubTokenizerFiles, config: dict, generation: dict, rows: int) -> dict:
-    """The roles of a model of ``rows`` tokens that was trained elsewhere, for special_ids.json: what it has no token
-    for is NO_TOKEN (eos) or left out (mask). ``config`` and ``generation`` are config.json and
-    generation_config.json.
+    """The roles of a model of ``rows`` tokens that was trained elsewhere, for special_ids.json:
+    what it has no token for is NO_TOKEN (eos) or left out (mask). ``config`` and ``generation`` are
+    config.json and generation_config.json.
 
-    A token that ordinary text gives is no eos: a text would end at it. Raises ValueError where the tokenizer puts
-    other tokens than bos before a text.
+    A token that ordinary text gives is no eos: a text would end at it. Raises ValueError where
+    the tokenizer puts other tokens than bos before a text.
     """
     vocabulary = Vocabulary(files.content)
     numbers = vocabulary.numbers
@@ -216,7 +292,9 @@ def closed_roles(files: HubTokenizerFiles, config: dict, generation: dict, rows:
                     if role != "eos" or not vocabulary.is_text(index):
                         return index
         found = (numbers.get(name, rows) for name in (files.role(role), *_SPELLINGS[role]))
-        return next((index for index in found if index < rows and not vocabulary.is_text(index)), None)
+        return next(
+            (index for index in found if index < rows and not vocabulary.is_text(index)), None
+        )
 
     prefix = vocabulary.prefix()
     if files.settings.get("add_bos_token") and not prefix:
@@ -226,7 +304,9 @@ def closed_roles(files: HubTokenizerFiles, config: dict, generation: dict, rows:
     if bos is None:
         bos = eos if eos is not None else vocabulary.beginning()
     if prefix not in ([], [bos]):
-        raise ValueError(f"it puts the tokens {prefix} before each text; only bos ({bos}) can be put there")
+        raise ValueError(
+            f"it puts the tokens {prefix} before each text; only bos ({bos}) can be put there"
+        )
     roles = {"bos": bos, "eos": NO_TOKEN if eos is None else eos}
     pad = find("pad")
     roles["pad"] = pad if pad is not None else bos if eos is None else eos
@@ -243,18 +323,24 @@ class Vocabulary:
         self._fast = parse_tokenizer(content)
         self.numbers = self._fast.get_vocab(with_added_tokens=True)
         self.pieces = {index: piece for piece, index in self.numbers.items()}
-        self._special = {index for index, token in self._fast.get_added_tokens_decoder().items() if token.special}
+        self._special = {
+            index for index, token in self._fast.get_added_tokens_decoder().items() if token.special
+        }
         self._fast.encode_special_tokens = True
 
     def is_text(self, index: int) -> bool:
-        """Whether a text gives this token by its spelling, and cannot be kept from it by a cut inside."""
+        """Whether a text gives this token by its spelling, and cannot be kept from it by a cut
+        inside.
+        """
         piece = self.pieces[index]
         if index in self._special and len(piece) > 1:
             return False
         return index in self._fast.encode(piece, add_special_tokens=False).ids
 
     def beginning(self) -> int:
-        """What stands before a text of a vocabulary without special tokens: a line end, or the first token."""
+        """What stands before a text of a vocabulary without special tokens: a line end, or the
+        first token.
+        """
         ids = self._fast.encode("\n", add_special_tokens=False).ids
         return ids[0] if len(ids) == 1 else min(self.pieces)
 
@@ -272,27 +358,36 @@ def without_rows(content: bytes, rows: int) -> tuple[bytes, list[str]]:
     Raises ValueError where a text could give a token that lies there.
     """
     vocabulary = parse_tokenizer(content)
-    outside = {index: token for index, token in vocabulary.get_added_tokens_decoder().items() if index >= rows}
+    outside = {
+        index: token
+        for index, token in vocabulary.get_added_tokens_decoder().items()
+        if index >= rows
+    }
     size = 1 + max(vocabulary.get_vocab(with_added_tokens=True).values())
     words = [token.content for token in outside.values() if not token.special]
     if words or max(vocabulary.get_vocab(with_added_tokens=False).values()) >= rows:
         named = f", and text gives {', '.join(map(repr, words[:3]))}" if words else ""
-        raise ValueError(f"it has {size} tokens and the model vocab_size={rows}{named}; give --tokenizer=FOLDER of the "
-                         "one that it was trained with")
+        raise ValueError(
+            f"it has {size} tokens and the model vocab_size={rows}{named}; give --tokenizer=FOLDER "
+            "of the one that it was trained with"
+        )
     if not outside:
         return content, []
     whole = json.loads(content)
     whole["added_tokens"] = [token for token in whole["added_tokens"] if token["id"] < rows]
-    return json.dumps(whole, ensure_ascii=False).encode(), [outside[index].content for index in sorted(outside)]
+    return json.dumps(whole, ensure_ascii=False).encode(), [
+        outside[index].content for index in sorted(outside)
+    ]
 
 
-# --- from tokens back to text --------------------------------------------------------------------------------
+# --- from tokens back to text ---------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Pieces:
-    """``content``: the bytes that each id adds to a text. ``parts``: ids of single bytes. ``prefixed``: the first piece
-    of a text begins with a space that the text does not have."""
+    """``content``: the bytes that each id adds to a text. ``parts``: ids of single bytes.
+    ``prefixed``: the first piece of a text begins with a space that the text does not have.
+    """
 
     content: list[bytes]
     parts: list[int]
@@ -302,8 +397,9 @@ class Pieces:
 def pieces_of(content: bytes) -> Pieces:
     """What the decoder of a tokenizer.json makes of each token, in the middle of a text.
 
-    Raises ValueError for a decoder whose text of a token depends on the tokens around it. Without a decoder,
-    transformers writes a space between tokens; here it is the inverse of the pre-tokenizer.
+    Raises ValueError for a decoder whose text of a token depends on the tokens around it.
+    Without a decoder, transformers writes a space between tokens; here it is the inverse of the
+    pre-tokenizer.
     """
     whole = json.loads(content)
     fast = parse_tokenizer(content)
@@ -324,8 +420,19 @@ def pieces_of(content: bytes) -> Pieces:
 
 _BYTE = re.compile("<0x([0-9A-F]{2})>")
 # What WordPiece's decoder takes back of the spaces that it put between tokens, in its order.
-_CLEANUP = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"),
-            (" do not", " don't"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"))
+_CLEANUP = (
+    (" .", "."),
+    (" ?", "?"),
+    (" !", "!"),
+    (" ,", ","),
+    (" ' ", "'"),
+    (" n't", "n't"),
+    (" 'm", "'m"),
+    (" do not", " don't"),
+    (" 's", "'s"),
+    (" 've", "'ve"),
+    (" 're", "'re"),
+)
 
 
 def _flat(part: dict | None, key: str) -> Iterator[dict]:
@@ -383,27 +490,39 @@ def _decode(piece: str, steps: list[dict]) -> bytes:
             for _ in range(step["stop"]):
                 text = text.removesuffix(step["content"])
         elif kind != "Strip" or step["stop"]:
-            raise ValueError(f"its decoder {kind} makes a token's text depend on the tokens around it, which a text "
-                             "that is shown while it is written cannot have; use a tokenizer with another decoder")
+            raise ValueError(
+                f"its decoder {kind} makes a token's text depend on the tokens around it, "
+                "and a text is shown while it is written; use a tokenizer with another decoder"
+            )
     return text.encode()
 
 
 def _drops_first_space(steps: list[dict], at: int) -> bool:
     step = steps[at]
     if step["type"] == "Metaspace":
-        return step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never") != "never"
+        return (
+            step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
+            != "never"
+        )
     if step["type"] == "Strip":
         fused = any(before["type"] == "Fuse" for before in steps[:at])
         return fused and step["content"] == " " and step["start"] > 0
     return step["type"] in ("WordPiece", "Spaces")
 
 
-# --- the older files -----------------------------------------------------------------------------------------
+# --- the older files ------------------------------------------------------------------------------
 
 
 def gpt2_files(read: Callable[[str], bytes | None]) -> tuple[bytes, bytes] | None:
-    """vocab.json and merges.txt of a folder that has nothing else to say of its tokenizer; None of another."""
-    others = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    """vocab.json and merges.txt of a folder that has nothing else to say of its tokenizer; None
+    of another.
+    """
+    others = (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+    )
     pair = _byte_level_files(read)
     if pair is None or any(read(name) is not None for name in others):
         return None
@@ -412,7 +531,11 @@ def gpt2_files(read: Callable[[str], bytes | None]) -> tuple[bytes, bytes] | Non
 
 
 def _class(settings: dict, read: Callable[[str], bytes | None]) -> str:
-    kind = settings.get("tokenizer_class") or read_object(read, "config.json").get("tokenizer_class") or ""
+    kind = (
+        settings.get("tokenizer_class")
+        or read_object(read, "config.json").get("tokenizer_class")
+        or ""
+    )
     return kind.removesuffix("Fast")
 
 
@@ -426,8 +549,10 @@ def _byte_level_files(read: Callable[[str], bytes | None]) -> tuple[bytes, bytes
 
 def _refuse_class(kind: str, known: tuple[str, ...], files: str) -> None:
     if kind not in known:
-        raise ValueError(f"{files} of a {kind} cannot be read the same here, and there is no tokenizer.json; "
-                         f"{_WAY_OUT}")
+        raise ValueError(
+            f"{files} of a {kind} cannot be read the same here, and there is no tokenizer.json; "
+            f"{_WAY_OUT}"
+        )
 
 
 def _byte_level(vocabulary: bytes, merges: bytes):
@@ -443,31 +568,42 @@ def _word_piece(words: bytes, settings: dict):
     import tokenizers
 
     try:
-        lines = words.decode().splitlines() if b"\r" in words else words.decode().removesuffix("\n").split("\n")
+        lines = (
+            words.decode().splitlines()
+            if b"\r" in words
+            else words.decode().removesuffix("\n").split("\n")
+        )
     except UnicodeDecodeError as error:
         raise ValueError(f"vocab.txt is not UTF-8 ({error}); copy it again") from None
     numbers = {line: index for index, line in enumerate(lines)}
     unknown = token_name(settings["unk_token"])
     if unknown not in numbers:
-        raise ValueError(f"vocab.txt has no {unknown}, so words outside it have no token; name its unk_token in "
-                         "tokenizer_config.json")
+        raise ValueError(
+            f"vocab.txt has no {unknown}, so words outside it have no token; name its unk_token in "
+            "tokenizer_config.json"
+        )
     fast = tokenizers.Tokenizer(tokenizers.models.WordPiece(numbers, unk_token=unknown))
     fast.normalizer = tokenizers.normalizers.BertNormalizer(
-        clean_text=True, handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
-        strip_accents=settings.get("strip_accents"), lowercase=settings.get("do_lower_case", True))
+        clean_text=True,
+        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+        strip_accents=settings.get("strip_accents"),
+        lowercase=settings.get("do_lower_case", True),
+    )
     fast.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
     fast.decoder = tokenizers.decoders.WordPiece(prefix="##")
     first, last = (token_name(settings[key]) for key in ("cls_token", "sep_token"))
     if first in numbers and last in numbers:
         fast.post_processor = tokenizers.processors.TemplateProcessing(
-            single=f"{first} $A {last}", special_tokens=[(first, numbers[first]), (last, numbers[last])])
+            single=f"{first} $A {last}",
+            special_tokens=[(first, numbers[first]), (last, numbers[last])],
+        )
     for key in ("sep_token", "pad_token", "cls_token", "mask_token"):
         if token_name(settings[key]) not in numbers:
             settings.pop(key)
     return fast
 
 
-# --- tokens on top -------------------------------------------------------------------------------------------
+# --- tokens on top --------------------------------------------------------------------------------
 
 
 def _stated_tokens(read: Callable[[str], bytes | None], settings: dict) -> list[dict]:
@@ -477,8 +613,15 @@ def _stated_tokens(read: Callable[[str], bytes | None], settings: dict) -> list[
         tokens = [{"id": int(index), "special": False} | token for index, token in stated.items()]
     else:
         special = set(_special_names(settings))
-        tokens = [{"id": index, "content": content, "special": content in special, "normalized": content not in special}
-                  for content, index in read_object(read, "added_tokens.json").items()]
+        tokens = [
+            {
+                "id": index,
+                "content": content,
+                "special": content in special,
+                "normalized": content not in special,
+            }
+            for content, index in read_object(read, "added_tokens.json").items()
+        ]
     return sorted(tokens, key=lambda token: token["id"])
 
 
@@ -491,21 +634,29 @@ def _special_names(settings: dict) -> list[str]:
 
 
 def _add_tokens(fast, stated: list[dict], settings: dict) -> None:
-    """Adds what is not there yet, as transformers does: tokens with stated ids, then the special ones."""
+    """Adds what is not there yet, as transformers does: tokens with stated ids, then the special
+    ones.
+    """
     from tokenizers import AddedToken
 
     there = {token.content for token in fast.get_added_tokens_decoder().values()}
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
     for token in stated:
         if token["content"] not in there:
-            made = AddedToken(token["content"], **{flag: token[flag] for flag in flags if flag in token})
+            made = AddedToken(
+                token["content"], **{flag: token[flag] for flag in flags if flag in token}
+            )
             (fast.add_special_tokens if token["special"] else fast.add_tokens)([made])
         found = fast.token_to_id(token["content"])
         if found != token["id"]:
-            raise ValueError(f"the added token {token['content']!r} has id {token['id']}, and transformers reads it as "
-                             f"{found}; number added tokens on from the last id of the vocabulary")
+            raise ValueError(
+                f"the added token {token['content']!r} has id {token['id']}, and transformers reads it "
+                f"as {found}; number added tokens on from the last id of the vocabulary"
+            )
     for name in _special_names(settings):
-        if name not in {token.content for token in fast.get_added_tokens_decoder().values() if token.special}:
+        if name not in {
+            token.content for token in fast.get_added_tokens_decoder().values() if token.special
+        }:
             fast.add_special_tokens([AddedToken(name, special=True, normalized=False)])
 
 
@@ -521,21 +672,41 @@ def _set_prefix_space(fast, settings: dict) -> None:
             fast.pre_tokenizer = step
 
 
-def _plain(whole: dict, settings: dict, pair: tuple[bytes, bytes] | None) -> tuple[bytes, bytes] | None:
-    """vocab.json and merges.txt where this tokenizer is GPT-2's but for them; None where anything else differs."""
+def _plain(
+    whole: dict, settings: dict, pair: tuple[bytes, bytes] | None
+) -> tuple[bytes, bytes] | None:
+    """vocab.json and merges.txt where this tokenizer is GPT-2's but for them; None where
+    anything else differs.
+    """
     model = whole["model"]
     step = whole.get("pre_tokenizer") or {}
-    off = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
+    off = (
+        "dropout",
+        "continuing_subword_prefix",
+        "end_of_word_suffix",
+        "byte_fallback",
+        "ignore_merges",
+    )
     numbers = model.get("vocab")
-    if (model.get("type", "BPE") != "BPE" or "merges" not in model or any(model.get(key) for key in off)
-            or whole.get("normalizer") is not None
-            or (whole.get("decoder") or {"type": "ByteLevel"})["type"] != "ByteLevel" or step.get("type") != "ByteLevel"
-            or step.get("add_prefix_space") or not step.get("use_regex", True) or not is_whole(numbers)):
+    if (
+        model.get("type", "BPE") != "BPE"
+        or "merges" not in model
+        or any(model.get(key) for key in off)
+        or whole.get("normalizer") is not None
+        or (whole.get("decoder") or {"type": "ByteLevel"})["type"] != "ByteLevel"
+        or step.get("type") != "ByteLevel"
+        or step.get("add_prefix_space")
+        or not step.get("use_regex", True)
+        or not is_whole(numbers)
+    ):
         return None
     added = {token["content"] for token in whole.get("added_tokens", [])}
     if not added | set(_special_names(settings)) <= {END_OF_TEXT} & numbers.keys():
         return None
-    merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+    merges = [
+        tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge)
+        for merge in model["merges"]
+    ]
     if pair is not None and parse_byte_level(*pair)[:2] == (numbers, merges):
         return pair
     lines = ["#version: 0.2", *(" ".join(merge) for merge in merges), ""]

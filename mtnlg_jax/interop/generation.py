@@ -2,30 +2,77 @@
 
 from mtnlg_jax.config import BEAM_ORDER, SAMPLING_LIMITS, DecodeConfig, validate_decode
 
-# Fields that mean the same here and there. Beams in groups are the only ones that newer versions fetch from elsewhere.
-_SAME = ("max_new_tokens", "min_new_tokens", "min_length", "repetition_penalty", "no_repeat_ngram_size",
-         "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "stop_strings", "max_time",
-         "num_return_sequences", "num_beams", "prompt_lookup_num_tokens", "max_matching_ngram_size", "sequence_bias",
-         "num_assistant_tokens", *SAMPLING_LIMITS, *(name for name in BEAM_ORDER if name != "length_penalty_type"))
+# Fields that mean the same here and there.
+_SAME = (
+    "max_new_tokens",
+    "min_new_tokens",
+    "min_length",
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "bad_words_ids",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "forced_bos_token_id",
+    "stop_strings",
+    "max_time",
+    "num_return_sequences",
+    "num_beams",
+    "prompt_lookup_num_tokens",
+    "max_matching_ngram_size",
+    "sequence_bias",
+    "num_assistant_tokens",
+    *SAMPLING_LIMITS,
+    *(name for name in BEAM_ORDER if name != "length_penalty_type"),
+)
 # What Hugging Face takes for a field that is left out, where it is not what DecodeConfig takes.
 _THEIRS = {"temperature": 1.0, "top_k": 50}
 # Fields that say nothing of the text, or that are read elsewhere.
-_SILENT = {"transformers_version", "_from_model_config", "use_cache", "return_dict_in_generate", "output_scores",
-           "output_logits", "output_attentions", "output_hidden_states", "cache_implementation", "cache_config",
-           "bos_token_id", "pad_token_id", "eos_token_id", "decoder_start_token_id", "do_sample", "temperature",
-           "forced_eos_token_id", "max_length", "disable_compile", "remove_invalid_values", "renormalize_logits",
-           "num_assistant_tokens_schedule", "assistant_confidence_threshold", "prefill_chunk_size", "compile_config"}
-_NEUTRAL = {"encoder_no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1.0, "guidance_scale": 1.0,
-            "assistant_lookbehind": 10, "target_lookbehind": 10}
+_SILENT = {
+    "transformers_version",
+    "_from_model_config",
+    "use_cache",
+    "return_dict_in_generate",
+    "output_scores",
+    "output_logits",
+    "output_attentions",
+    "output_hidden_states",
+    "cache_implementation",
+    "cache_config",
+    "bos_token_id",
+    "pad_token_id",
+    "eos_token_id",
+    "decoder_start_token_id",
+    "do_sample",
+    "temperature",
+    "forced_eos_token_id",
+    "max_length",
+    "disable_compile",
+    "remove_invalid_values",
+    "renormalize_logits",
+    "num_assistant_tokens_schedule",
+    "assistant_confidence_threshold",
+    "prefill_chunk_size",
+    "compile_config",
+}
+_NEUTRAL = {
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "guidance_scale": 1.0,
+    "assistant_lookbehind": 10,
+    "target_lookbehind": 10,
+}
 
 
-def decode_of(generation: dict, tokenizer, rows: int, whole: bool = True) -> tuple[DecodeConfig, list[str]]:
-    """(DecodeConfig that writes as Hugging Face does with ``generation``, the settings that have no counterpart).
+def decode_of(
+    generation: dict, tokenizer, rows: int, whole: bool = True
+) -> tuple[DecodeConfig, list[str]]:
+    """(DecodeConfig that writes as Hugging Face does with ``generation``, the settings that have no
+    counterpart).
 
-    ``generation``: the object in generation_config.json, or in a config.json of before there was one. ``rows``: the
-    model's vocabulary size; ids outside it are left out, as no text has them. ``whole``: all keys are settings of
-    generation; a config.json has others, too. Raises ValueError naming the
-    setting that is out of range or in conflict with another.
+    ``generation``: the object in generation_config.json, or in a config.json of before there was
+    one. ``rows``: the model's vocabulary size; ids outside it are left out, as no text has them.
+    ``whole``: all keys are settings of generation; a config.json has others, too. Raises
+    ValueError naming the setting that is out of range or in conflict with another.
     """
     given = {key: value for key, value in generation.items() if value is not None}
     sampled = bool(given.get("do_sample", False)) and given.get("temperature", 1.0) > 0
@@ -34,7 +81,10 @@ def decode_of(generation: dict, tokenizer, rows: int, whole: bool = True) -> tup
 
     def leave_out(names, why: str) -> None:
         for name in names:
-            if name in given and given[name] not in (_THEIRS.get(name, getattr(DecodeConfig, name)), False):
+            if name in given and given[name] not in (
+                _THEIRS.get(name, getattr(DecodeConfig, name)),
+                False,
+            ):
                 told.append(f"{name}={given[name]} ({why})")
             given.pop(name, None)
 
@@ -50,8 +100,10 @@ def decode_of(generation: dict, tokenizer, rows: int, whole: bool = True) -> tup
         settings |= {name: given.get(name, value) for name, value in _THEIRS.items()}
     if "max_length" in given and "max_new_tokens" not in given:
         settings["max_new_tokens"] = given["max_length"]
-        told.append(f"max_length={given['max_length']} (it counts the prompt; max_new_tokens={given['max_length']} "
-                    "does not)")
+        told.append(
+            f"max_length={given['max_length']} (it counts the prompt; "
+            f"max_new_tokens={given['max_length']} does not)"
+        )
     last = given.get("forced_eos_token_id")
     if isinstance(last, list) and len(last) > 1:
         told.append(f"forced_eos_token_id={last} (one token can be forced)")
@@ -70,18 +122,28 @@ def decode_of(generation: dict, tokenizer, rows: int, whole: bool = True) -> tup
     if ends and set(ends) != {tokenizer.eos_id}:
         settings["eos_token_id"] = ends
     # What is never written anyway, as our own export lists it.
-    never = {index for index in range(rows) if index >= tokenizer.vocab_size or tokenizer.is_special[index]}
+    never = {
+        index
+        for index in range(rows)
+        if index >= tokenizer.vocab_size or tokenizer.is_special[index]
+    }
     if "suppress_tokens" in settings:
-        settings["suppress_tokens"] = [index for index in settings["suppress_tokens"] if index not in never]
+        settings["suppress_tokens"] = [
+            index for index in settings["suppress_tokens"] if index not in never
+        ]
     for name, value in given.items():
-        neutral = value in (False, "", _NEUTRAL.get(name)) or isinstance(value, list | dict) and not value
+        neutral = (
+            value in (False, "", _NEUTRAL.get(name)) or isinstance(value, list | dict) and not value
+        )
         if whole and name not in _SAME and name not in _SILENT and not neutral:
             told.append(f"{name}={value}")
     try:
         decode = DecodeConfig(**settings)
         validate_decode(decode)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"generation_config.json cannot be kept: {error}; correct it there") from None
+        raise ValueError(
+            f"generation_config.json cannot be kept: {error}; correct it there"
+        ) from None
     return decode, told
 
 

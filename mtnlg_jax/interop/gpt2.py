@@ -121,8 +121,9 @@ def refuse_other_architecture(model: ModelConfig) -> None:
 
 
 def names_of(stored: Iterable[str]) -> dict[str, str]:
-    """The tensors of a folder: name without any prefix -> name as stored. Wrappers for several devices and for
-    compiling put prefixes of their own before PREFIX."""
+    """The tensors of a folder: name without any prefix -> name as stored. Wrappers for several
+    devices and for compiling put prefixes of their own before PREFIX.
+    """
     bare = {full: re.sub(r"^((module|_orig_mod)\.)+", "", full) for full in stored}
     prefixed = any(name.startswith(PREFIX) for name in bare.values())
     return {name.removeprefix(PREFIX) if prefixed else name: full for full, name in bare.items()}

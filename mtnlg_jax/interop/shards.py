@@ -119,14 +119,16 @@ def finite(what: str, values: np.ndarray) -> np.ndarray:
     known = np.isfinite(values)
     if not known.all():
         place = np.unravel_index(np.argmin(known), values.shape)
-        raise ValueError(f"{what} has {known.size - known.sum():,} numbers that are not finite ({values[place]} at "
-                         f"{list(map(int, place))}), and a model with them computes nothing; take a checkpoint from "
-                         "before they came")
+        raise ValueError(f"{what} has {known.size - known.sum():,} values that are not finite "
+                         f"({values[place]} at {list(map(int, place))}), and a model with them "
+                         "computes nothing; take a checkpoint from before they came")
     return values
 
 
 def cast(name: str, values: np.ndarray, dtype: str) -> np.ndarray:
-    """``values`` as ``dtype``. Raises ValueError where one is not finite, or would become infinite."""
+    """``values`` as ``dtype``. Raises ValueError where one is not finite, or would become
+    infinite.
+    """
     kind = jnp.dtype(dtype)
     finite(name, values)
     with np.errstate(over="ignore"):

@@ -1,9 +1,9 @@
 """Tokenizers from and to Hugging Face's files.
 
-What stays different: here a text becomes a special token by spelling its name only where it is asked for
-(``parse_special``); a text's own U+2581 is no space to our SentencePiece models, as it is to Hugging Face's form of
-them; and of two segmentations that are equally likely to a unigram model (4 of 5,488 lines of code and prose) Hugging
-Face's may take the other.
+What stays different: here a text becomes a special token by spelling its name only where it is
+asked for (``parse_special``); a text's own U+2581 is no space to our SentencePiece models, as it
+is to Hugging Face's form of them; and of two segmentations that are equally likely to a unigram
+model (4 of 5,488 lines of code and prose) Hugging Face's may take the other.
 """
 
 import dataclasses
@@ -40,14 +40,16 @@ _OTHER = "give --tokenizer=FOLDER of the one that it was trained with"
 
 
 def read_tokenizer(path: str | os.PathLike, config: dict, generation: dict, rows: int) -> tuple[Tokenizer, list[str]]:
-    """(tokenizer, special tokens that were left out) of a model of ``rows`` tokens that was trained elsewhere.
+    """(tokenizer, special tokens that were left out) of a model of ``rows`` tokens that was trained
+    elsewhere.
 
-    ``path``: a folder of Hugging Face's or one that `Tokenizer.save` wrote, a tokenizer.json, or a SentencePiece
-    model. ``config`` and ``generation`` are config.json and generation_config.json, which say what bos, eos and pad
-    are. A special token without a row in the model is left out: no text has it.
+    ``path``: a folder of Hugging Face's or one that `Tokenizer.save` wrote, a tokenizer.json, or a
+    SentencePiece model. ``config`` and ``generation`` are config.json and generation_config.json,
+    which say what bos, eos and pad are. A special token without a row in the model is left out: no
+    text has it.
 
-    Raises FileNotFoundError where there is no tokenizer; ValueError where text could give a token without a row, or
-    the tokenizer cannot be read the same here.
+    Raises FileNotFoundError where there is no tokenizer; ValueError where text could give a
+    token without a row, or the tokenizer cannot be read the same here.
     """
     path = Path(path)
     folder = path.parent if path.name == "tokenizer.json" and path.is_file() else path

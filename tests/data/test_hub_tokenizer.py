@@ -17,6 +17,7 @@ from mtnlg_jax.data.tokens import open_tokens
 
 IDS = json.loads(Path(__file__).with_name("hub_ids.json").read_text(encoding="utf-8"))
 
+
 @pytest.fixture(scope="module", params=FOLDERS)
 def hub(request, tmp_path_factory):
     """(name, folder, tokenizer) of each folder."""
@@ -50,8 +51,11 @@ def test_a_text_never_becomes_a_special_token(hub):
     _, _, tokenizer = hub
     names = [name for name in tokenizer.special_names.values() if not name.startswith("<unused")]
     text = " ".join(["a", *names, "b", *names]) + "".join(names)
-    unknown = {index for index in range(tokenizer.vocab_size)
-               if tokenizer.token_bytes(index) == b"\xef\xbf\xbd"}
+    unknown = {
+        index
+        for index in range(tokenizer.vocab_size)
+        if tokenizer.token_bytes(index) == b"\xef\xbf\xbd"
+    }
     found = set(tokenizer.encode(text))
     assert not {index for index in found if tokenizer.is_special[index]} - unknown
     roles = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.mask_id}
@@ -71,7 +75,8 @@ def test_roles_are_never_numbered_over_taken_ids(hub):
     for role in ("bos", "eos", "pad", "mask"):
         if isinstance(named.get(f"{role}_token"), str):
             assert getattr(tokenizer, f"{role}_id") == numbers.get(
-                named[f"{role}_token"], getattr(tokenizer, f"{role}_id"))
+                named[f"{role}_token"], getattr(tokenizer, f"{role}_id")
+            )
 
 
 def test_saved_and_loaded_it_is_the_same(hub, tmp_path):
@@ -106,8 +111,14 @@ LOSSES = {
     "byte fallback": [],
     "prefix space": ["a start without a space"],
     "characters, bpe": ["carriage returns", "tabs", "unknown characters such as 龘"],
-    "vocab.txt": ["line ends", "runs of spaces", "case", "accents",
-                  "characters without spaces between them", "unknown characters such as 龘"],
+    "vocab.txt": [
+        "line ends",
+        "runs of spaces",
+        "case",
+        "accents",
+        "characters without spaces between them",
+        "unknown characters such as 龘",
+    ],
     "unigram": ["runs of spaces", "full-width forms", "compatibility forms such as ligatures"],
 }
 
@@ -135,14 +146,20 @@ def shared_spiece(tmp_path_factory):
     """A SentencePiece model as others train it: normalized, a space before each text."""
     prefix = tmp_path_factory.mktemp("spiece") / "spiece"
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXT * 20), model_prefix=str(prefix), vocab_size=60, minloglevel=2)
+        sentence_iterator=iter(TEXT * 20), model_prefix=str(prefix), vocab_size=60, minloglevel=2
+    )
     return Path(f"{prefix}.model")
 
 
 def test_what_lies_beside_a_sentencepiece_model_counts(shared_spiece, tmp_path):
-    files = {"tokenizer_config.json": {"added_tokens_decoder": {
-        "60": {"content": "<extra_id_0>", "special": True},
-        "61": {"content": "<extra_id_1>", "special": True}}}}
+    files = {
+        "tokenizer_config.json": {
+            "added_tokens_decoder": {
+                "60": {"content": "<extra_id_0>", "special": True},
+                "61": {"content": "<extra_id_1>", "special": True},
+            }
+        }
+    }
     folder = write(tmp_path / "special", files=files)
     (folder / "spiece.model").write_bytes(shared_spiece.read_bytes())
     tokenizer = load_tokenizer(folder)
@@ -150,9 +167,13 @@ def test_what_lies_beside_a_sentencepiece_model_counts(shared_spiece, tmp_path):
     tokenizer.save(tmp_path / "saved")
     assert load_tokenizer(tmp_path / "saved").pad_id == 62
     for name, settings, message in (
-            ("words", {"added_tokens_decoder": {"60": {"content": "YORICK", "special": False}}},
-             "'YORICK' were added .* save_pretrained"),
-            ("offset", {"tokenizer_class": "XLMRobertaTokenizer"}, "ids of a XLMRobertaTokenizer")):
+        (
+            "words",
+            {"added_tokens_decoder": {"60": {"content": "YORICK", "special": False}}},
+            "'YORICK' were added .* save_pretrained",
+        ),
+        ("offset", {"tokenizer_class": "XLMRobertaTokenizer"}, "ids of a XLMRobertaTokenizer"),
+    ):
         folder = write(tmp_path / name, files={"tokenizer_config.json": settings})
         (folder / "spiece.model").write_bytes(shared_spiece.read_bytes())
         with pytest.raises(ValueError, match=message):
@@ -163,18 +184,31 @@ def test_words_of_word_pieces(tmp_path):
     tokenizer = load_tokenizer(FOLDERS["vocab.txt"](tmp_path / "folder"))
     ids = tokenizer.encode("the man, town 天地")
     words = [(tokenizer.token_bytes(index), bool(tokenizer.starts_word[index])) for index in ids]
-    assert words == [(b" the", True), (b" man", True), (b",", True), (b" t", True), (b"o", False),
-                     (b"wn", False), (" 天".encode(), True), (" 地".encode(), True)]
+    assert words == [
+        (b" the", True),
+        (b" man", True),
+        (b",", True),
+        (b" t", True),
+        (b"o", False),
+        (b"wn", False),
+        (" 天".encode(), True),
+        (" 地".encode(), True),
+    ]
 
 
 def test_gpt2_is_gpt2_in_every_spelling(gpt2_files, tmp_path):
     """Its folder on the hub gives the same tokenizer as its two files: the same ids and
     fingerprint, and the fast way."""
     plain = load_tokenizer(gpt2_files)
-    files = {"vocab.json": (gpt2_files / "encoder.json").read_text(encoding="utf-8"),
-             "merges.txt": (gpt2_files / "vocab.bpe").read_text(encoding="utf-8")}
-    older = write(tmp_path / "older", files=files | {"tokenizer_config.json": {
-        "tokenizer_class": "GPT2Tokenizer", "model_max_length": 1024}})
+    files = {
+        "vocab.json": (gpt2_files / "encoder.json").read_text(encoding="utf-8"),
+        "merges.txt": (gpt2_files / "vocab.bpe").read_text(encoding="utf-8"),
+    }
+    older = write(
+        tmp_path / "older",
+        files=files
+        | {"tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer", "model_max_length": 1024}},
+    )
     made = tmp_path / "older"
     fast = load_tokenizer(older)
     assert isinstance(fast, ByteLevelBPETokenizer) and fast.fingerprint == plain.fingerprint
@@ -185,15 +219,24 @@ def test_gpt2_is_gpt2_in_every_spelling(gpt2_files, tmp_path):
     assert isinstance(with_masks, HubTokenizer) and with_masks.mask_id == plain.mask_id
     assert with_masks.encode("the end 天") == plain.encode("the end 天")
     whole = json.loads((made / "tokenizer.json").read_text(encoding="utf-8"))
-    whole["added_tokens"] = [token for token in whole["added_tokens"]
-                             if token["content"] == "<|endoftext|>"]
+    whole["added_tokens"] = [
+        token for token in whole["added_tokens"] if token["content"] == "<|endoftext|>"
+    ]
     (made / "tokenizer.json").write_text(json.dumps(whole), encoding="utf-8")
     assert load_tokenizer(made).fingerprint == plain.fingerprint
     assert load_tokenizer(made / "tokenizer.json").fingerprint == plain.fingerprint
-    for change in ({"normalizer": {"type": "NFC"}},
-                   {"model": whole["model"] | {"ignore_merges": True}},
-                   {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True,
-                                      "trim_offsets": True, "use_regex": True}}):
+    for change in (
+        {"normalizer": {"type": "NFC"}},
+        {"model": whole["model"] | {"ignore_merges": True}},
+        {
+            "pre_tokenizer": {
+                "type": "ByteLevel",
+                "add_prefix_space": True,
+                "trim_offsets": True,
+                "use_regex": True,
+            }
+        },
+    ):
         (made / "tokenizer.json").write_text(json.dumps(whole | change), encoding="utf-8")
         assert isinstance(load_tokenizer(made), HubTokenizer)
 
@@ -215,23 +258,41 @@ def _without_decoder(fast, decoder):
     return fast
 
 
-@pytest.mark.parametrize(("make", "message"), [
-    (lambda f: write(f, _without_decoder(byte_level(), decoders.CTC())), "decoder CTC makes"),
-    (lambda f: write(f, _without_decoder(byte_level(), decoders.BPEDecoder())), "decoder BPEDecoder"),
-    (lambda f: write(f, files=older_files(byte_level()), tokenizer_class="CLIPTokenizer"),
-     "vocab.json and merges.txt of a CLIPTokenizer cannot .* save_pretrained"),
-    (lambda f: write(f, files={"vocab.txt": "a\nb\n"}, tokenizer_class="BertJapaneseTokenizer"),
-     "vocab.txt of a BertJapaneseTokenizer"),
-    (lambda f: write(f, files={"vocab.txt": "a\nb\n"}), r"vocab.txt has no \[UNK\]"),
-    (lambda f: write(f, files={"tokenizer.json": "{}"}), "tokenizer.json is not a tokenizer"),
-    (lambda f: write(f, files={"tokenizer.json": "{"}), "tokenizer.json is not a tokenizer"),
-    (lambda f: write(f, byte_level(), files={"added_tokens.json": {"<new>": 900}}),
-     "added token '<new>' has id 900, and transformers reads it as 3"),
-    (lambda f: write(f, byte_level(), files={"special_tokens_map.json": "[1]"}),
-     "special_tokens_map.json holds a list"),
-    (lambda f: write(f, files={"vocab.json": "[]", "merges.txt": "#version: 0.2\n"}),
-     "vocab.json is not an object"),
-])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda f: write(f, _without_decoder(byte_level(), decoders.CTC())), "decoder CTC makes"),
+        (
+            lambda f: write(f, _without_decoder(byte_level(), decoders.BPEDecoder())),
+            "decoder BPEDecoder",
+        ),
+        (
+            lambda f: write(f, files=older_files(byte_level()), tokenizer_class="CLIPTokenizer"),
+            "vocab.json and merges.txt of a CLIPTokenizer cannot .* save_pretrained",
+        ),
+        (
+            lambda f: write(
+                f, files={"vocab.txt": "a\nb\n"}, tokenizer_class="BertJapaneseTokenizer"
+            ),
+            "vocab.txt of a BertJapaneseTokenizer",
+        ),
+        (lambda f: write(f, files={"vocab.txt": "a\nb\n"}), r"vocab.txt has no \[UNK\]"),
+        (lambda f: write(f, files={"tokenizer.json": "{}"}), "tokenizer.json is not a tokenizer"),
+        (lambda f: write(f, files={"tokenizer.json": "{"}), "tokenizer.json is not a tokenizer"),
+        (
+            lambda f: write(f, byte_level(), files={"added_tokens.json": {"<new>": 900}}),
+            "added token '<new>' has id 900, and transformers reads it as 3",
+        ),
+        (
+            lambda f: write(f, byte_level(), files={"special_tokens_map.json": "[1]"}),
+            "special_tokens_map.json holds a list",
+        ),
+        (
+            lambda f: write(f, files={"vocab.json": "[]", "merges.txt": "#version: 0.2\n"}),
+            "vocab.json is not an object",
+        ),
+    ],
+)
 def test_what_cannot_be_read_the_same_is_refused(tmp_path, make, message):
     folder = make(tmp_path / "folder")
     with pytest.raises(ValueError, match=message):
@@ -246,15 +307,22 @@ def test_documents_of_a_hub_tokenizer(tmp_path):
     folder = FOLDERS["vocab.txt"](tmp_path / "folder")
     lines = ["the man [SEP] born", "天地玄黄"]
     (tmp_path / "text.jsonl").write_text(
-        "\n".join(json.dumps({"text": line}) for line in lines), encoding="utf-8")
-    info = prepare(tmp_path / "text.jsonl", tmp_path / "out", tokenizer=str(folder), heldout=0.0,
-                   progress=False)
+        "\n".join(json.dumps({"text": line}) for line in lines), encoding="utf-8"
+    )
+    info = prepare(
+        tmp_path / "text.jsonl",
+        tmp_path / "out",
+        tokenizer=str(folder),
+        heldout=0.0,
+        progress=False,
+    )
     tokenizer = load_tokenizer(tmp_path / "out/tokenizer")
     tokens = open_tokens(tmp_path / "out/train")
     offsets = tokens.document_offsets
     assert tokenizer.fingerprint == load_tokenizer(folder).fingerprint
-    found = sorted(tokens.read(start, stop).tolist()
-                   for start, stop in zip(offsets, offsets[1:], strict=False))
+    found = sorted(
+        tokens.read(start, stop).tolist() for start, stop in zip(offsets, offsets[1:], strict=False)
+    )
     assert found == sorted([2, *tokenizer.encode(line), 3] for line in lines)
     assert "it is not lossless; a text loses line ends" in describe(info)
 

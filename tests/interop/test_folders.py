@@ -1,5 +1,6 @@
-"""What a folder of Hugging Face's says is read, or refused by name: tokens, generation settings, numbers,
-activations, and the ways to store a tied model."""
+"""What a folder of Hugging Face's says is read, or refused by name: tokens, generation settings,
+numbers, activations, and the ways to store a tied model.
+"""
 
 import dataclasses
 import json
@@ -36,8 +37,11 @@ def tensors(folder) -> dict[str, np.ndarray]:
 
 
 def store(folder, values) -> None:
-    save_file({name: np.ascontiguousarray(array) for name, array in values.items()},
-              folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {name: np.ascontiguousarray(array) for name, array in values.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
 
 
 def edit(path, **changes) -> None:
@@ -70,12 +74,18 @@ def test_added_words_are_read_from_text(model, tmp_path, how):
     if how == "added_tokens.json":
         edit(model / how, ROMEO=268)
     else:
-        edit(model / "tokenizer_config.json", added_tokens_decoder={
-            "267": {"content": "<|endoftext|>", "special": True},
-            "268": {"content": "ROMEO", "special": False}})
+        edit(
+            model / "tokenizer_config.json",
+            added_tokens_decoder={
+                "267": {"content": "<|endoftext|>", "special": True},
+                "268": {"content": "ROMEO", "special": False},
+            },
+        )
     if how == "tokenizer.json":
-        other = write(tmp_path / "other", files={
-            name: (model / name).read_text() for name in ("vocab.json", "merges.txt")})
+        other = write(
+            tmp_path / "other",
+            files={name: (model / name).read_text() for name in ("vocab.json", "merges.txt")},
+        )
         edit(other / "added_tokens.json", ROMEO=268)
         content = load_tokenizer(other).files()["tokenizer.json"]
         (model / "tokenizer.json").write_bytes(content)
@@ -94,10 +104,14 @@ def test_added_words_are_read_from_text(model, tmp_path, how):
 def test_special_tokens_of_a_chat_model(tmp_path):
     """They are text in documents, tokens in a prompt that is parsed, and never shown or written."""
     files = older_files(byte_level())
-    settings = {"added_tokens_decoder": {
-        "0": {"content": "<|endoftext|>", "special": True},
-        "330": {"content": "<|im_start|>", "special": True},
-        "331": {"content": "<|im_end|>", "special": True}}, "eos_token": "<|im_end|>"}
+    settings = {
+        "added_tokens_decoder": {
+            "0": {"content": "<|endoftext|>", "special": True},
+            "330": {"content": "<|im_start|>", "special": True},
+            "331": {"content": "<|im_end|>", "special": True},
+        },
+        "eos_token": "<|im_end|>",
+    }
     folder = write(tmp_path / "chat", files=files, **settings)
     tokenizer, outside = read_tokenizer(folder, {}, {}, 332)
     assert outside == [] and tokenizer.eos_id == 331
@@ -118,9 +132,15 @@ def test_special_tokens_of_a_chat_model(tmp_path):
 def test_special_tokens_without_a_row_are_left_out(model, tmp_path, rows):
     """The tokenizer was saved with [PAD] and the model was not resized; or to a multiple of 64."""
     resize(model, rows)
-    edit(model / "tokenizer_config.json", pad_token="[PAD]", added_tokens_decoder={
-        "267": {"content": "<|endoftext|>", "special": True},
-        "268": {"content": "[PAD]", "special": True}, "269": {"content": "<sep>", "special": True}})
+    edit(
+        model / "tokenizer_config.json",
+        pad_token="[PAD]",
+        added_tokens_decoder={
+            "267": {"content": "<|endoftext|>", "special": True},
+            "268": {"content": "[PAD]", "special": True},
+            "269": {"content": "<sep>", "special": True},
+        },
+    )
     edit(model / "config.json", pad_token_id=268)
     if rows < 268:
         with pytest.raises(ValueError, match="has 270 tokens and the model vocab_size=267"):
@@ -128,8 +148,9 @@ def test_special_tokens_without_a_row_are_left_out(model, tmp_path, rows):
         return
     report = convert(model, tmp_path / "run")
     tokenizer = load_run(tmp_path / "run").tokenizer
-    assert ("left out   [PAD], <sep>: special tokens without a row among the model's 268" in report) \
-        == (rows == 268)
+    assert (
+        "left out   [PAD], <sep>: special tokens without a row among the model's 268" in report
+    ) == (rows == 268)
     assert tokenizer.vocab_size == min(rows, 270)
     assert tokenizer.pad_id == (267 if rows == 268 else 268)
     assert (f"{rows - 270} more rows" in report) == (rows > 270)
@@ -138,8 +159,11 @@ def test_special_tokens_without_a_row_are_left_out(model, tmp_path, rows):
 
 def test_words_without_a_row_are_refused(model, tmp_path):
     edit(model / "added_tokens.json", ROMEO=268)
-    with pytest.raises(ValueError, match="has 269 tokens and the model vocab_size=268, and text gives "
-                                         "'ROMEO'; give --tokenizer=FOLDER"):
+    with pytest.raises(
+        ValueError,
+        match="has 269 tokens and the model vocab_size=268, and text gives "
+        "'ROMEO'; give --tokenizer=FOLDER",
+    ):
         convert(model, tmp_path / "run")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
@@ -147,8 +171,17 @@ def test_words_without_a_row_are_refused(model, tmp_path):
 # --- tokenizers of other kinds --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["characters", "characters, bpe", "no alphabet, older files", "vocab.txt, cased",
-                                  "byte fallback", "unigram"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "characters",
+        "characters, bpe",
+        "no alphabet, older files",
+        "vocab.txt, cased",
+        "byte fallback",
+        "unigram",
+    ],
+)
 def test_models_with_other_tokenizers_come_in(tmp_path, name):
     """The ids are compared with transformers in tests/data/test_hub_tokenizer.py."""
     model = FOLDERS[name](tmp_path / "model")
@@ -169,7 +202,9 @@ def test_models_with_other_tokenizers_come_in(tmp_path, name):
         assert encode_prompt(tokenizer, "") == tokenizer.encode("\n")
         assert tokenizer.decode(tokenizer.encode("the man\n")) == "the man\n"
         assert writable(tokenizer, rows)[: rows - 1].all()
-        with pytest.raises(ValueError, match="without an end token.* name one of its tokens as eos_token"):
+        with pytest.raises(
+            ValueError, match="without an end token.* name one of its tokens as eos_token"
+        ):
             prepare(None, tmp_path / "out", tokenizer=str(tmp_path / "run/tokenizer"))
     if name == "vocab.txt, cased":
         assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (2, 3, 0)
@@ -191,31 +226,97 @@ def test_a_run_of_ours_with_such_a_tokenizer_goes_there(tmp_path, name):
 # --- generation_config.json -----------------------------------------------------------------------
 
 CASES = [
-    ({"eos_token_id": [267, 32], "repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "max_new_tokens": 6},
-     {"eos_token_id": (267, 32), "repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "max_new_tokens": 6}, []),
-    ({"do_sample": True, "temperature": 0.7, "top_p": 0.9}, {"temperature": 0.7, "top_p": 0.9, "top_k": 50}, []),
+    (
+        {
+            "eos_token_id": [267, 32],
+            "repetition_penalty": 1.5,
+            "no_repeat_ngram_size": 2,
+            "max_new_tokens": 6,
+        },
+        {
+            "eos_token_id": (267, 32),
+            "repetition_penalty": 1.5,
+            "no_repeat_ngram_size": 2,
+            "max_new_tokens": 6,
+        },
+        [],
+    ),
+    (
+        {"do_sample": True, "temperature": 0.7, "top_p": 0.9},
+        {"temperature": 0.7, "top_p": 0.9, "top_k": 50},
+        [],
+    ),
     ({"do_sample": True, "top_k": 0}, {"temperature": 1.0}, []),
-    ({"do_sample": False, "temperature": 0.7, "top_k": 5}, {},
-     ["temperature=0.7 (do_sample is false)", "top_k=5 (do_sample is false)"]),
+    (
+        {"do_sample": False, "temperature": 0.7, "top_k": 5},
+        {},
+        ["temperature=0.7 (do_sample is false)", "top_k=5 (do_sample is false)"],
+    ),
     ({"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0}, {}, []),
-    ({"num_beams": 4, "length_penalty": 0.8, "early_stopping": True},
-     {"num_beams": 4, "length_penalty": 0.8, "early_stopping": True}, []),
-    ({"num_beams": 1, "length_penalty": 0.8, "early_stopping": False}, {},
-     ["length_penalty=0.8 (num_beams is 1)"]),
-    ({"do_sample": True, "num_beams": 4}, {"temperature": 1.0, "top_k": 50},
-     ["num_beams=4 (beams that are drawn are not the same here)"]),
-    ({"max_length": 30}, {"max_new_tokens": 30},
-     ["max_length=30 (it counts the prompt; max_new_tokens=30 does not)"]),
+    (
+        {"num_beams": 4, "length_penalty": 0.8, "early_stopping": True},
+        {"num_beams": 4, "length_penalty": 0.8, "early_stopping": True},
+        [],
+    ),
+    (
+        {"num_beams": 1, "length_penalty": 0.8, "early_stopping": False},
+        {},
+        ["length_penalty=0.8 (num_beams is 1)"],
+    ),
+    (
+        {"do_sample": True, "num_beams": 4},
+        {"temperature": 1.0, "top_k": 50},
+        ["num_beams=4 (beams that are drawn are not the same here)"],
+    ),
+    (
+        {"max_length": 30},
+        {"max_new_tokens": 30},
+        ["max_length=30 (it counts the prompt; max_new_tokens=30 does not)"],
+    ),
     ({"max_length": 30, "max_new_tokens": 9}, {"max_new_tokens": 9}, []),
-    ({"bad_words_ids": [[1, 2]], "suppress_tokens": [3, 267], "begin_suppress_tokens": [4],
-      "forced_eos_token_id": [267], "stop_strings": "the", "sequence_bias": [[[1, 2], 0.5]]},
-     {"bad_words_ids": ((1, 2),), "suppress_tokens": (3,), "begin_suppress_tokens": (4,),
-      "forced_eos_token_id": 267, "stop_strings": ("the",), "sequence_bias": (((1, 2), 0.5),)}, []),
-    ({"eos_token_id": 267, "pad_token_id": 267, "transformers_version": "5", "use_cache": True,
-      "penalty_alpha": None, "guidance_scale": 1.0, "output_scores": False}, {}, []),
-    ({"eos_token_id": [32, 900]}, {"eos_token_id": (32,)}, ["eos_token_id [900] (outside the model's 268 rows)"]),
+    (
+        {
+            "bad_words_ids": [[1, 2]],
+            "suppress_tokens": [3, 267],
+            "begin_suppress_tokens": [4],
+            "forced_eos_token_id": [267],
+            "stop_strings": "the",
+            "sequence_bias": [[[1, 2], 0.5]],
+        },
+        {
+            "bad_words_ids": ((1, 2),),
+            "suppress_tokens": (3,),
+            "begin_suppress_tokens": (4,),
+            "forced_eos_token_id": 267,
+            "stop_strings": ("the",),
+            "sequence_bias": (((1, 2), 0.5),),
+        },
+        [],
+    ),
+    (
+        {
+            "eos_token_id": 267,
+            "pad_token_id": 267,
+            "transformers_version": "5",
+            "use_cache": True,
+            "penalty_alpha": None,
+            "guidance_scale": 1.0,
+            "output_scores": False,
+        },
+        {},
+        [],
+    ),
+    (
+        {"eos_token_id": [32, 900]},
+        {"eos_token_id": (32,)},
+        ["eos_token_id [900] (outside the model's 268 rows)"],
+    ),
     ({"eos_token_id": 50256}, {}, []),
-    ({"penalty_alpha": 0.6, "guidance_scale": 1.5}, {}, ["penalty_alpha=0.6", "guidance_scale=1.5"]),
+    (
+        {"penalty_alpha": 0.6, "guidance_scale": 1.5},
+        {},
+        ["penalty_alpha=0.6", "guidance_scale=1.5"],
+    ),
 ]
 
 
@@ -230,19 +331,30 @@ def test_generation_settings_are_kept_or_told(closed, generation, changed, told)
 
 
 def test_generation_settings_out_of_range_are_refused(closed):
-    for wrong, message in (({"repetition_penalty": -1}, "repetition_penalty=-1 lies outside"),
-                           ({"num_beams": 2, "stop_strings": ["a"]}, "stop_strings are not known while num_beams=2"),
-                           ({"max_new_tokens": "9"}, "generation_config.json cannot be kept")):
+    for wrong, message in (
+        ({"repetition_penalty": -1}, "repetition_penalty=-1 lies outside"),
+        ({"num_beams": 2, "stop_strings": ["a"]}, "stop_strings are not known while num_beams=2"),
+        ({"max_new_tokens": "9"}, "generation_config.json cannot be kept"),
+    ):
         with pytest.raises(ValueError, match=message):
             decode_of(wrong, closed, 268)
 
 
 def test_a_converted_run_decodes_as_its_folder_says(model, tmp_path):
-    edit(model / "generation_config.json", eos_token_id=[32, 267], repetition_penalty=1.5, penalty_alpha=0.6)
+    edit(
+        model / "generation_config.json",
+        eos_token_id=[32, 267],
+        repetition_penalty=1.5,
+        penalty_alpha=0.6,
+    )
     report = convert(model, tmp_path / "run")
     decode = load_run(tmp_path / "run").config.decode
     assert decode == DecodeConfig(eos_token_id=(32, 267), repetition_penalty=1.5)
-    assert "decoding   as generation_config.json has it: repetition_penalty=1.5, eos_token_id=(32, 267)" in report
+    assert (
+        "decoding   as generation_config.json has it: repetition_penalty=1.5, "
+        "eos_token_id=(32, 267)"
+        in report
+    )
     assert "not kept   of generation_config.json: penalty_alpha=0.6" in report
     # A word that ends generation is text all the same.
     tokenizer = load_run(tmp_path / "run").tokenizer
@@ -257,39 +369,55 @@ def test_a_converted_run_decodes_as_its_folder_says(model, tmp_path):
 # --- numbers --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "place", "value", "dtype"), [
-    ("transformer.h.0.mlp.c_fc.bias", (3,), np.nan, np.float32),
-    ("transformer.wte.weight", (7, 2), np.inf, np.float32),
-    ("transformer.h.1.attn.c_attn.weight", (0, 40), -np.inf, np.float16),
-    ("transformer.ln_f.weight", (1,), np.nan, jnp.bfloat16),
-])
-def test_numbers_that_are_not_finite_are_refused_by_name(model, tmp_path, name, place, value, dtype):
+@pytest.mark.parametrize(
+    ("name", "place", "value", "dtype"),
+    [
+        ("transformer.h.0.mlp.c_fc.bias", (3,), np.nan, np.float32),
+        ("transformer.wte.weight", (7, 2), np.inf, np.float32),
+        ("transformer.h.1.attn.c_attn.weight", (0, 40), -np.inf, np.float16),
+        ("transformer.ln_f.weight", (1,), np.nan, jnp.bfloat16),
+    ],
+)
+def test_numbers_that_are_not_finite_are_refused_by_name(
+    model, tmp_path, name, place, value, dtype
+):
     values = tensors(model)
     changed = values[name].astype(dtype)
     changed[place] = value
     store(model, values | {name: changed})
     at = ", ".join(map(str, place))
-    with pytest.raises(ValueError, match=rf"{name} of .*model has 1 numbers that are not finite "
-                                         rf"\({value} at \[{at}\]\)"):
+    with pytest.raises(
+        ValueError,
+        match=rf"{name} of .*model has 1 values that are not finite "
+        rf"\({value} at \[{at}\]\)",
+    ):
         convert(model, tmp_path / "run")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_run_with_such_numbers_is_not_written(model, tmp_path):
     """A causal mask of older versions may hold -inf; it is no parameter."""
-    store(model, tensors(model) | {"transformer.h.0.attn.masked_bias": np.float32(-np.inf).reshape(1)})
+    store(
+        model, tensors(model) | {"transformer.h.0.attn.masked_bias": np.float32(-np.inf).reshape(1)}
+    )
     convert(model, tmp_path / "run")
     run = load_run(tmp_path / "run")
     params = jax.tree.map(lambda leaf: leaf.at[..., 0].set(jnp.nan), run.params)
     folder = tmp_path / "broken"
     checkpoints = Checkpoints(folder / "checkpoints")
-    checkpoints.save(3, {"params": params, "step": jnp.int32(3)},
-                     {"config": json.loads(to_json(run.config))}, wait=True)
+    checkpoints.save(
+        3,
+        {"params": params, "step": jnp.int32(3)},
+        {"config": json.loads(to_json(run.config))},
+        wait=True,
+    )
     checkpoints.close()
     run.tokenizer.save(folder / "tokenizer")
     (folder / "config.json").write_text(to_json(run.config))
     for dtype in ("source", "float16"):
-        with pytest.raises(ValueError, match="transformer.wte.weight has 268 numbers that are not finite"):
+        with pytest.raises(
+            ValueError, match="transformer.wte.weight has 268 values that are not finite"
+        ):
             convert(folder, tmp_path / "model-new", dtype=dtype)
     assert not (tmp_path / "model-new").exists()
 
@@ -301,11 +429,18 @@ def only_head(values):
     return {name.replace("transformer.wte", "lm_head"): array for name, array in values.items()}
 
 
-@pytest.mark.parametrize("change", [
-    only_head,
-    lambda values: {name.removeprefix("transformer."): array for name, array in only_head(values).items()},
-    lambda values: only_head({name: array.astype(jnp.bfloat16) for name, array in values.items()}),
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        only_head,
+        lambda values: {
+            name.removeprefix("transformer."): array for name, array in only_head(values).items()
+        },
+        lambda values: only_head(
+            {name: array.astype(jnp.bfloat16) for name, array in values.items()}
+        ),
+    ],
+)
 def test_a_tied_model_that_stores_its_output_embedding_alone(model, tmp_path, change):
     before = read_model(model)[1]
     store(model, change(tensors(model)))
@@ -324,7 +459,9 @@ def test_prefixes_of_wrappers(model, prefix):
     before = jax.tree.leaves(read_model(model)[1])
     store(model, {prefix + name: array for name, array in tensors(model).items()})
     _, params, origin = read_model(model)
-    assert all((left == right).all() for left, right in zip(before, jax.tree.leaves(params), strict=True))
+    assert all(
+        (left == right).all() for left, right in zip(before, jax.tree.leaves(params), strict=True)
+    )
     assert origin["prefix"] == "transformer."
 
 
@@ -337,7 +474,13 @@ def test_an_embedding_that_is_missing_is_named(model, tmp_path):
 
 # --- activations ----------------------------------------------------------------------------------
 
-ACTIVATIONS = {"relu": "relu", "gelu": "gelu_exact", "silu": "silu", "swish": "silu", "gelu_fast": "gelu"}
+ACTIVATIONS = {
+    "relu": "relu",
+    "gelu": "gelu_exact",
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_fast": "gelu",
+}
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -346,7 +489,9 @@ def test_activations_go_there_and_back(model, name):
     found = gpt2.model_of(config)
     assert found.activation == ACTIVATIONS[name]
     assert gpt2.config_of(found, config)["activation_function"] == name
-    assert gpt2.model_of(gpt2.config_of(found)) == dataclasses.replace(found, vocab_size_divisible_by=1)
+    assert gpt2.model_of(gpt2.config_of(found)) == dataclasses.replace(
+        found, vocab_size_divisible_by=1
+    )
 
 
 def test_logits_of_other_activations_are_those_of_transformers(model):
@@ -361,6 +506,8 @@ def test_logits_of_other_activations_are_those_of_transformers(model):
 
 
 def test_activations_do_not_change_the_count_of_parameters():
-    sizes = {ModelConfig(vocab_size=8, activation=name).parameter_count()
-             for name in ("gelu", "gelu_exact", "relu", "silu")}
+    sizes = {
+        ModelConfig(vocab_size=8, activation=name).parameter_count()
+        for name in ("gelu", "gelu_exact", "relu", "silu")
+    }
     assert len(sizes) == 1 and Config().model.activation == "gelu"
