@@ -3,7 +3,8 @@
     python launch/convert.py --from=gpt2 --to=RUN       config.json, safetensors, tokenizer files -> a run
     python launch/convert.py --from=RUN --to=gpt2-new   a run of GPT-2's architecture -> what transformers loads
 
-What --from holds decides the direction. There and back every tensor has the same bits. Exit codes: 0 done, 2 bad
+What --from holds decides the direction. There and back every tensor has the same bits. The tokenizer and
+generation_config.json of --from come along; the report names what has no counterpart. Exit codes: 0 done, 2 bad
 input.
 """
 

@@ -53,8 +53,8 @@ _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "type of
 _WEIGHTS = flags.DEFINE_enum("weights", None, ["int8"], "hold the weights of products so; launch/evaluate.py says what "
                              "that costs")
 _CACHE = flags.DEFINE_enum("cache", None, ["int8"], "hold keys and values so")
-_PARSE_SPECIAL = flags.DEFINE_bool("parse_special", False, "read special tokens such as <|im_start|> that the prompt "
-                                   "spells; off, their letters are text")
+_PARSE_SPECIAL = flags.DEFINE_bool("parse_special", False, "read the special tokens that the prompt "
+                                   "spells, such as <|im_start|>; off, they are text")
 _DRAFT = command.define_path("draft", None, "folder of the run of a smaller model with the same tokenizer, which "
                              "guesses tokens that the model verifies; the text stays what it was, or as likely")
 _STATS = flags.DEFINE_bool("stats", False, "print tokens/s, what memory's speed allows, how many guesses were right")

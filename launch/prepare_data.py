@@ -40,8 +40,8 @@ _INPUT = command.define_path("input", None, "File or folder: .txt .md .text .jso
 _OUTPUT = command.define_path("output", None, "Folder to make (or gs://, s3://).")
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 8000, "Pieces of the tokenizer to train.", lower_bound=1)
 _TOKENIZER = command.define_path("tokenizer", "bpe", "bpe or unigram, to train one; or the path of one: a "
-                                 "folder of Hugging Face's, of GPT-2's files or of a run's tokenizer, a "
-                                 "tokenizer.json, or a SentencePiece .model.")
+                                 "folder of Hugging Face's, of GPT-2's files or of a run's "
+                                 "tokenizer, a tokenizer.json, or a SentencePiece .model.")
 _HELDOUT = flags.DEFINE_float("heldout", 0.02, "Share of the text held out from training, 0 to 0.5.")
 _SEED = flags.DEFINE_integer("seed", 0, "Draws the held-out part and the order of the documents.")
 _TEXT_KEY = flags.DEFINE_string("text_key", "text", "Key or column of the text in JSON and Parquet; of 'a|b' the first "

@@ -134,7 +134,8 @@ def describe(info: dict) -> str:
         f"tokenizer  {info['tokenizer']['kind']}, {info['tokenizer']['vocab_size']:,} pieces",
     ]
     if info["tokenizer"].get("losses"):
-        lines.append("           it is not lossless; a text loses " + ", ".join(info["tokenizer"]["losses"]))
+        losses = ", ".join(info["tokenizer"]["losses"])
+        lines.append(f"           it is not lossless; a text loses {losses}")
     for name, part in (("train", train), ("heldout", held)):
         ratio = part["bytes"] / max(1, part["tokens"])
         lines.append(f"{name:<10} {part['documents']:,} documents, {part['bytes']:,} bytes, "

@@ -51,15 +51,24 @@ _MANY_CHARACTERS = 1 << 17  # from here on a faster encoder pays for half a seco
 # Scripts that put no space between words: each piece that begins with one of their characters is a word.
 _UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u2fdf\u3040-\u30ff\u31f0-\u31ff"
                        "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
-# (what a text can lose, a text that has it, a pattern that is found in what comes back where it was lost)
+# (what a text can lose, a text that has it, a pattern that matches what comes back where it was lost)
 _PROBES = (
-    ("line ends", "a\nb", r"\A[^\n]*\Z"), ("line ends", "a\n\nb", r"\A[^\n]*\n?[^\n]*\Z"),
-    ("carriage returns", "a\r\nb", r"\A[^\r]*\Z"), ("tabs", "a\tb", r"\A[^\t]*\Z"), ("spaces", "a b", r"\A\S*\Z"),
-    ("runs of spaces", "a  b", r"\A\S* ?\S*\Z"), ("spaces at the start of a text", " a", r"\A(?! )"),
-    ("a start without a space", "a", r"\A "), ("spaces at the end of a text", "a ", r"(?<! )\Z"),
-    ("case", "aB", "b"), ("accents", "é", "e(?!\u0301)"), ("combining marks", "e\u0301", "é|e(?!\u0301)"),
-    ("full-width forms", "\uff11", "1"), ("compatibility forms such as ligatures", "\ufb01", "fi"),
-    ("control characters", "a\x01b", r"\Aa ?b\Z"), ("characters without spaces between them", "天地", r"\A. .\Z"),
+    ("line ends", "a\nb", r"\A[^\n]*\Z"),
+    ("line ends", "a\n\nb", r"\A[^\n]*\n?[^\n]*\Z"),
+    ("carriage returns", "a\r\nb", r"\A[^\r]*\Z"),
+    ("tabs", "a\tb", r"\A[^\t]*\Z"),
+    ("spaces", "a b", r"\A\S*\Z"),
+    ("runs of spaces", "a  b", r"\A\S* ?\S*\Z"),
+    ("spaces at the start of a text", " a", r"\A(?! )"),
+    ("a start without a space", "a", r"\A "),
+    ("spaces at the end of a text", "a ", r"(?<! )\Z"),
+    ("case", "aB", "b"),
+    ("accents", "é", "e(?!\u0301)"),
+    ("combining marks", "e\u0301", "é|e(?!\u0301)"),
+    ("full-width forms", "\uff11", "1"),
+    ("compatibility forms such as ligatures", "\ufb01", "fi"),
+    ("control characters", "a\x01b", r"\Aa ?b\Z"),
+    ("characters without spaces between them", "天地", r"\A. .\Z"),
 )
 _CHARACTERS = "龘กب🙂€#~zQ7"  # of several scripts and kinds
 
@@ -137,7 +146,8 @@ class Tokenizer:
         numbers = {name: index for index, name in self.special_names.items()}
         return self._split_at(text, numbers, lambda part: self._encode([part], 1)[0])
 
-    def _split_at(self, text: str, numbers: dict[str, int], encode: Callable[[str], list[int]]) -> list[int]:
+    def _split_at(self, text: str, numbers: dict[str, int],
+                  encode: Callable[[str], list[int]]) -> list[int]:
         """The ids of a text: of the spellings in ``numbers`` theirs, of the rest what ``encode``
         gives.
         """
@@ -154,9 +164,10 @@ class Tokenizer:
         token.
         """
         if self.eos_id == NO_TOKEN:
-            raise ValueError("this tokenizer is of a model that was trained without an end token, so documents cannot "
-                             "be told apart; name one of its tokens as eos_token in the tokenizer_config.json of the "
-                             "folder that was converted, and convert again")
+            raise ValueError("this tokenizer is of a model that was trained without an end token, so "
+                             "documents cannot be told apart; name one of its tokens as eos_token "
+                             "in the tokenizer_config.json of the folder that was converted, and "
+                             "convert again")
 
     def losses(self) -> list[str]:
         """What a text can lose when it is encoded and decoded, in words, found by trying; empty:
@@ -169,7 +180,8 @@ class Tokenizer:
             return plain.decode(plain.encode(text))
 
         found = [what for what, text, pattern in _PROBES if re.search(pattern, back(text))]
-        unknown = [character for character in _CHARACTERS if character.lower() not in back(character).lower()]
+        unknown = [character for character in _CHARACTERS
+                   if character.lower() not in back(character).lower()]
         if unknown:
             found.append(f"unknown characters such as {unknown[0]}")
         return list(dict.fromkeys(found))
@@ -340,7 +352,7 @@ class ByteLevelBPETokenizer(Tokenizer):
 
 
 class HubTokenizer(Tokenizer):
-    """A tokenizer.json of Hugging Face: its normalizer, pre-tokenizer, model, added tokens and
+    """A tokenizer.json of Hugging Face: its normalizer, pre-tokenizer, model, added tokens,
     decoder.
 
     Its ids are those of transformers without special tokens around the text. A text gives tokens
@@ -353,8 +365,7 @@ class HubTokenizer(Tokenizer):
 
     def __init__(self, content: bytes, special_ids: bytes):
         """Raises ValueError where a token's text depends on the tokens around it, or an id comes
-        twice.
-        """
+        twice."""
         roles = self._read_roles(special_ids)
         self._fast = parse_tokenizer(content)
         self._fast.encode_special_tokens = True  # as text
@@ -364,26 +375,35 @@ class HubTokenizer(Tokenizer):
             raise ValueError("the vocabulary is damaged: an id comes twice")
         pieces = pieces_of(content)
         self._prefixed = pieces.prefixed
-        names = {index: token.content for index, token in self._fast.get_added_tokens_decoder().items()
-                 if token.special}
-        self._parsed = set(names)
-        for index in {index for index in roles.values() if index in spelled} - self._parsed:
-            if index not in self._read([spelled[index]])[0]:
-                names[index] = spelled[index]
-        # One character cannot be kept from being read; a longer one is cut after its first.
-        read = {index for index, name in names.items() if index in self._read([name])[0]}
-        names = {index: name for index, name in names.items() if index not in read or len(name) > 1}
-        cuts = [re.escape(names[index][0]) + ")(?=" + re.escape(names[index][1:]) for index in read & names.keys()]
-        self._cuts = re.compile("|".join(f"(?<={cut})" for cut in cuts)) if cuts else None
-        names |= {index: f"<unused {index}>" for index in range(len(pieces.content)) if index not in spelled}
-        unknown = _unknown(json.loads(content)["model"], numbers)
+        names = self._special_pieces(roles, spelled)
+        names |= {index: f"<unused {index}>" for index in range(len(pieces.content))
+                  if index not in spelled}
         for index in names:
             pieces.content[index] = b""
+        unknown = _unknown_id(json.loads(content)["model"], numbers)
         if unknown is not None and unknown not in roles.values():
             names.setdefault(unknown, spelled[unknown])
             pieces.content[unknown] = b"\xef\xbf\xbd"
         files = {"tokenizer.json": content, _SPECIAL_IDS: special_ids}
         super().__init__(pieces.content, roles, names, pieces.parts, files)
+
+    def _special_pieces(self, roles: dict[str, int], spelled: dict[int, str]) -> dict[int, str]:
+        """The spellings of tokens that are no text, by id; sets where texts are cut to keep them
+        so.
+        """
+        added = self._fast.get_added_tokens_decoder().items()
+        names = {index: token.content for index, token in added if token.special}
+        self._parsed = set(names)
+        for index in spelled.keys() & roles.values() - names.keys():
+            if index not in self._read([spelled[index]])[0]:
+                names[index] = spelled[index]
+        # What the model itself reads is cut after its first character; a single one stays text.
+        read = {index for index, name in names.items() if index in self._read([name])[0]}
+        names = {index: name for index, name in names.items() if index not in read or len(name) > 1}
+        cuts = [f"(?<={re.escape(names[index][0])})(?={re.escape(names[index][1:])})"
+                for index in read & names.keys()]
+        self._cuts = re.compile("|".join(cuts)) if cuts else None
+        return names
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         text = super().decode(ids, skip_special)
@@ -396,7 +416,8 @@ class HubTokenizer(Tokenizer):
 
     def _read(self, texts: list[str]) -> list[list[int]]:
         # "fast" leaves out offsets, which cost more than the ids; it starts threads as it sees fit.
-        return [found.ids for found in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
+        encoded = self._fast.encode_batch_fast(texts, add_special_tokens=False)
+        return [found.ids for found in encoded]
 
     def _encode(self, texts: list[str], threads: int) -> list[list[int]]:
         if self._cuts is None:
@@ -404,9 +425,9 @@ class HubTokenizer(Tokenizer):
         return [list(chain.from_iterable(self._read(self._cuts.split(text)))) for text in texts]
 
     def _encode_special(self, text: str) -> list[int]:
-        others = {self.special_names[index]: index for index in {self.bos_id, self.eos_id, self.pad_id, self._mask_id,
-                                                                 self.sep_id} & self.special_names.keys()
-                  if index not in self._parsed}
+        roles = {self.bos_id, self.eos_id, self.pad_id, self._mask_id, self.sep_id}
+        others = {self.special_names[index]: index
+                  for index in roles & self.special_names.keys() - self._parsed}
         return self._split_at(text, others, self._read_special)
 
     def _read_special(self, text: str) -> list[int]:
@@ -432,8 +453,8 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     read the same here.
     """
     if not storage.is_remote(path) and not Path(path).exists():
-        raise FileNotFoundError(f"{path} does not exist; give a tokenizer's folder, a tokenizer.json or a "
-                                "SentencePiece .model")
+        raise FileNotFoundError(f"{path} does not exist; give a tokenizer's folder, a tokenizer.json "
+                                "or a SentencePiece .model")
     try:
         if os.fspath(path).endswith(".json") and not Path(path).is_dir():
             return _load_json(path)
@@ -451,7 +472,8 @@ def _load_json(path: str | os.PathLike) -> Tokenizer:
         content = storage.read_file(folder, name)
         whole = json.loads(content or b"{}")
         if not isinstance(whole, dict) or "model" not in whole:
-            raise ValueError("not a tokenizer.json, which has a 'model'; give the folder that holds it")
+            raise ValueError("not a tokenizer.json, which has a 'model'; give the folder that "
+                             "holds it")
         return _of_hub_files(read_tokenizer_files({"tokenizer.json": content}.get))
     return _of_hub_files(read_tokenizer_files(lambda name: storage.read_file(folder, name)))
 
@@ -468,8 +490,9 @@ def _load_folder(path: str | os.PathLike) -> Tokenizer:
         return ByteLevelBPETokenizer(*pair)
     found = read_tokenizer_files(files)
     if found is None:
-        raise FileNotFoundError(f"{path} holds no tokenizer: neither tokenizer.json, nor tokenizer.model, nor "
-                                "vocab.json and merges.txt, nor encoder.json and vocab.bpe, nor vocab.txt")
+        raise FileNotFoundError(f"{path} holds no tokenizer: neither tokenizer.json, nor "
+                                "tokenizer.model, nor vocab.json and merges.txt, nor encoder.json "
+                                "and vocab.bpe, nor vocab.txt")
     return _of_hub_files(found)
 
 
@@ -479,15 +502,18 @@ def _load_saved(files: Callable[[str], bytes | None], meta: dict) -> Tokenizer:
               ByteLevelBPETokenizer.kind: (ByteLevelBPETokenizer, ("vocab.json", "merges.txt")),
               HubTokenizer.kind: (HubTokenizer, ("tokenizer.json",))}
     if meta["kind"] not in makers:
-        raise ValueError(f"{_META} names the kind {meta['kind']!r}; this version reads {', '.join(makers)}")
+        raise ValueError(f"{_META} names the kind {meta['kind']!r}; this version reads "
+                         f"{', '.join(makers)}")
     kind, names = makers[meta["kind"]]
     contents = [files(name) for name in names]
     if None in contents:
-        raise ValueError(f"{' and '.join(names)} should lie beside {_META}; copy the whole folder again")
+        raise ValueError(f"{' and '.join(names)} should lie beside {_META}; copy the whole folder "
+                         "again")
     tokenizer = kind(*contents, files(_SPECIAL_IDS))
     tokenizer.prompt_bos = meta.get("prompt_bos", tokenizer.prompt_bos)
     if meta["fingerprint"] != tokenizer.fingerprint:
-        raise ValueError(f"its files do not have the fingerprint in {_META}; copy or make them anew")
+        raise ValueError(f"its files do not have the fingerprint in {_META}; copy or make them "
+                         "again")
     return tokenizer
 
 
@@ -509,12 +535,15 @@ def _of_sentencepiece(model: bytes, files: Callable[[str], bytes | None]) -> Sen
         return tokenizer
     roles = {role: getattr(tokenizer, f"{role}_id") for role in ROLES}
     moved = {role: index + end - size for role, index in roles.items() if index >= size}
-    return SentencePieceTokenizer(model, json.dumps({**roles, **moved, "prompt_bos": True}).encode())
+    special = json.dumps({**roles, **moved, "prompt_bos": True})
+    return SentencePieceTokenizer(model, special.encode())
 
 
-def _unknown(model: dict, numbers: dict[str, int]) -> int | None:
+def _unknown_id(model: dict, numbers: dict[str, int]) -> int | None:
     """The id of the token for what a model of `tokenizers` has no token for."""
-    return model["unk_id"] if model.get("unk_id") is not None else numbers.get(model.get("unk_token"))
+    if model.get("unk_id") is not None:
+        return model["unk_id"]
+    return numbers.get(model.get("unk_token"))
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, model_type: str = "bpe", seed: int = 0,

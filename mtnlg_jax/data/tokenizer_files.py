@@ -346,10 +346,9 @@ class Vocabulary:
 
     def prefix(self) -> list[int]:
         """The tokens that the post-processor puts before a text."""
-        ids = self._fast.encode("a").ids
-        text = self._fast.encode("a", add_special_tokens=False).ids
-        places = [at for at in range(len(ids) - len(text) + 1) if ids[at : at + len(text)] == text]
-        return ids[: places[0]] if places else []
+        found = self._fast.encode("a")
+        text = next(at for at, special in enumerate([*found.special_tokens_mask, 0]) if not special)
+        return found.ids[:text]
 
 
 def without_rows(content: bytes, rows: int) -> tuple[bytes, list[str]]:
@@ -650,8 +649,8 @@ def _add_tokens(fast, stated: list[dict], settings: dict) -> None:
         found = fast.token_to_id(token["content"])
         if found != token["id"]:
             raise ValueError(
-                f"the added token {token['content']!r} has id {token['id']}, and transformers reads it "
-                f"as {found}; number added tokens on from the last id of the vocabulary"
+                f"the added token {token['content']!r} has id {token['id']}, and transformers "
+                f"reads it as {found}; number added tokens on from the last id of the vocabulary"
             )
     for name in _special_names(settings):
         if name not in {

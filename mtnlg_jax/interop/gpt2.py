@@ -39,13 +39,13 @@ _DEFAULTS = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer":
 _ALIASES = {"n_positions": "max_position_embeddings", "n_embd": "hidden_size", "n_layer": "num_hidden_layers",
             "n_head": "num_attention_heads"}
 # Hugging Face's names of the activations here, the first of them written.
-_ACTIVATIONS = {"gelu": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), "gelu_exact": ("gelu",), "relu": ("relu",),
-                "silu": ("silu", "swish")}
+_ACTIVATIONS = {"gelu": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), "gelu_exact": ("gelu",),
+                "relu": ("relu",), "silu": ("silu", "swish")}
 # Other values change what the model computes. reorder_and_upcast_attn only says that attention sums in float32, as
 # it always does here.
 _SWITCHES = {"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
              "add_cross_attention": (False,),
-             "activation_function": tuple(name for names in _ACTIVATIONS.values() for name in names),
+             "activation_function": sum(_ACTIVATIONS.values(), ()),
              "quantization_config": (None,), "pruned_heads": (None, {})}
 
 
@@ -67,7 +67,8 @@ def model_of(config: dict) -> ModelConfig:
 
     width = read("n_embd")
     inner = read("n_inner")
-    activation = next(ours for ours, names in _ACTIVATIONS.items() if read("activation_function") in names)
+    activation = next(ours for ours, names in _ACTIVATIONS.items()
+                      if read("activation_function") in names)
     model = ModelConfig(
         num_layers=read("n_layer"), hidden_size=width, num_attention_heads=read("n_head"),
         ffn_hidden_size=None if inner in (None, 4 * width) else inner, vocab_size=read("vocab_size"),

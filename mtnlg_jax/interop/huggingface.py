@@ -89,9 +89,14 @@ def read_model(folder: str | os.PathLike) -> tuple[ModelConfig, object, dict]:
     if written_out and not np.array_equal(shards[names["lm_head.weight"]], shards[names["wte.weight"]]):
         raise ValueError(f"lm_head.weight of {folder} differs from wte.weight, and tie_word_embeddings is true; set "
                          "that to false to use both, or remove lm_head.weight")
-    params = gpt2.parameters_of(model, lambda name: finite(f"{names[name]} of {folder}", shards[names[name]]))
+
+    def read(name: str) -> np.ndarray:
+        return finite(f"{names[name]} of {folder}", shards[names[name]])
+
+    params = gpt2.parameters_of(model, read)
     stored = gpt2.names_of(shards.shapes)
-    dtypes = {name: shards.dtypes[full] for name, full in stored.items() if not gpt2.BUFFERS.fullmatch(name)}
+    dtypes = {name: shards.dtypes[full] for name, full in stored.items()
+              if not gpt2.BUFFERS.fullmatch(name)}
     prefixed = any(gpt2.PREFIX in full for full in stored.values())
     return model, params, {"dtypes": dtypes, "prefix": gpt2.PREFIX if prefixed else ""}
 
@@ -102,9 +107,11 @@ def _to_run(source: Path, folder: Path, workdir: str, dtype: str, tokenizer_path
     original = _json(source / "config.json")
     generation = vocabulary.read_json(source / "generation_config.json")
     rows = gpt2.model_of(original).vocab_size
-    tokenizer, outside = vocabulary.read_tokenizer(tokenizer_path or source, original, generation or {}, rows)
+    tokenizer, outside = vocabulary.read_tokenizer(tokenizer_path or source, original,
+                                                   generation or {}, rows)
     # Before there was a generation_config.json, config.json had its settings.
-    decode, told = decode_of(original if generation is None else generation, tokenizer, rows, generation is not None)
+    alone = generation is not None
+    decode, told = decode_of(generation if alone else original, tokenizer, rows, alone)
     model, params, origin = read_model(source)
     config = Config(name=source.resolve().name, model=model, decode=decode,
                     optimizer=OptimizerConfig(learning_rate=5e-5, weight_decay=0.01))  # usual for training further
@@ -144,18 +151,23 @@ def _report_tokenizer(tokenizer, outside: list[str], rows: int) -> list[str]:
     lines = [f"prompts    {bos}; {end}"]
     if outside:
         more = " ..." if len(outside) > 6 else ""
-        lines.append(f"left out   {', '.join(outside[:6])}{more}: special tokens without a row among "
-                     f"the model's {rows:,}; no text has them")
+        lines.append(f"left out   {', '.join(outside[:6])}{more}: special tokens without a row "
+                     f"among the model's {rows:,}; no text has them")
     if losses := tokenizer.losses():
         lines.append(f"lossy      this tokenizer is not lossless; a text loses {', '.join(losses)}")
     return lines
 
 
 def _report_decode(decode: DecodeConfig, told: list[str]) -> list[str]:
-    changed = [f"{each.name}={getattr(decode, each.name)}" for each in dataclasses.fields(DecodeConfig)
-               if getattr(decode, each.name) != getattr(DecodeConfig, each.name)]
-    lines = [f"decoding   as generation_config.json has it: {', '.join(changed)}"] if changed else []
-    return lines + ([f"not kept   of generation_config.json: {', '.join(told)}"] if told else [])
+    names = [each.name for each in dataclasses.fields(DecodeConfig)]
+    changed = [f"{name}={getattr(decode, name)}" for name in names
+               if getattr(decode, name) != getattr(DecodeConfig, name)]
+    lines = []
+    if changed:
+        lines.append(f"decoding   as generation_config.json has it: {', '.join(changed)}")
+    if told:
+        lines.append(f"not kept   of generation_config.json: {', '.join(told)}")
+    return lines
 
 
 # --- ours -> Hugging Face ---------------------------------------------------------------------------------

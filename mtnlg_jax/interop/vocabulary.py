@@ -39,7 +39,8 @@ _PROBES = ("Hello world", " Hello  world's 2,024 tokens", "line\nline\n\n\ttab  
 _OTHER = "give --tokenizer=FOLDER of the one that it was trained with"
 
 
-def read_tokenizer(path: str | os.PathLike, config: dict, generation: dict, rows: int) -> tuple[Tokenizer, list[str]]:
+def read_tokenizer(path: str | os.PathLike, config: dict, generation: dict,
+                   rows: int) -> tuple[Tokenizer, list[str]]:
     """(tokenizer, special tokens that were left out) of a model of ``rows`` tokens that was trained
     elsewhere.
 
@@ -83,7 +84,8 @@ def read_tokenizer(path: str | os.PathLike, config: dict, generation: dict, rows
         raise ValueError(f"the tokenizer of {folder}: {error}") from None
 
 
-def _closed_sentencepiece(model: bytes, read, config: dict, generation: dict, rows: int) -> SentencePieceTokenizer:
+def _closed_sentencepiece(model: bytes, read, config: dict, generation: dict,
+                          rows: int) -> SentencePieceTokenizer:
     """A SentencePiece model whose roles are among its pieces."""
     tokenizer = SentencePieceTokenizer(model)
     first_free_id(read, tokenizer.pieces)
@@ -94,12 +96,14 @@ def _closed_sentencepiece(model: bytes, read, config: dict, generation: dict, ro
     for role in ("eos", "bos", "pad", "mask", "sep"):
         stated = [source.get(f"{role}_token_id") for source in (generation, config)]
         own = getattr(tokenizer, "_mask_id" if role == "mask" else f"{role}_id")
-        found = [index for index in (*stated, own) if type(index) is int and 0 <= index < tokenizer.pieces]
+        found = [index for index in (*stated, own)
+                 if type(index) is int and 0 <= index < tokenizer.pieces]
         if found or role not in ("mask", "sep"):
             roles[role] = next(iter(found), roles.get("eos"))
     if roles["eos"] is None:
         raise ValueError("it has no token that ends a text; name it in config.json as eos_token_id")
-    return SentencePieceTokenizer(model, json.dumps({**roles, "prompt_bos": tokenizer.prompt_bos}).encode())
+    special = json.dumps({**roles, "prompt_bos": tokenizer.prompt_bos})
+    return SentencePieceTokenizer(model, special.encode())
 
 
 def write_tokenizer(tokenizer: Tokenizer, context: int) -> tuple[dict[str, bytes], str]:
@@ -113,10 +117,11 @@ def write_tokenizer(tokenizer: Tokenizer, context: int) -> tuple[dict[str, bytes
         fast = parse_tokenizer(tokenizer.files()["tokenizer.json"])
     else:
         return tokenizer.files(), "as tokenizer.model alone: SentencePiece of another make, load it with its own class"
-    names = {index: name for index, name in tokenizer.special_names.items() if not name.startswith("<unused ")}
+    names = {index: name for index, name in tokenizer.special_names.items()
+             if not name.startswith("<unused ")}
     there = {token.content for token in fast.get_added_tokens_decoder().values() if token.special}
-    fast.add_special_tokens([AddedToken(names[index], special=True, normalized=False) for index in sorted(names)
-                             if names[index] not in there])
+    fast.add_special_tokens([AddedToken(names[index], special=True, normalized=False)
+                             for index in sorted(names) if names[index] not in there])
     wrong = [name for index, name in names.items() if fast.token_to_id(name) != index]
     if wrong:
         raise ValueError(f"tokenizer.json cannot hold the special tokens {', '.join(wrong)} at their ids")
@@ -125,7 +130,7 @@ def write_tokenizer(tokenizer: Tokenizer, context: int) -> tuple[dict[str, bytes
         fast.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.bos_id)])
     elif isinstance(tokenizer, HubTokenizer):
-        fast.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+        fast.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
     _compare("the run", tokenizer, fast)
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context,
                 "clean_up_tokenization_spaces": False, "bos_token": bos,

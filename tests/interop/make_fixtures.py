@@ -5,8 +5,8 @@
 Each folder is what save_pretrained writes, with the tokenizer's files, and expected.npz and expected.json: logits,
 loss and gradients of one batch, greedy texts, and the versions that made them. ``tied`` has the architecture's
 defaults; ``untied`` has an output embedding of its own, another MLP width and epsilon, and a vocabulary with three
-rows more than the tokenizer has tokens. ``tied`` also has expected_activations.npz: the logits of its
-tensors with other activation functions.
+rows more than the tokenizer has tokens. ``tied`` also has expected_activations.npz: the logits of
+its tensors with other activation functions.
 """
 
 import json
@@ -81,8 +81,8 @@ def write_activations(folder: Path) -> None:
     tokens = np.random.default_rng(2).integers(0, 268, (1, 9))
     arrays = {"tokens": tokens}
     for name in ("relu", "gelu", "silu"):
-        model = GPT2LMHeadModel.from_pretrained(folder, activation_function=name, dtype=torch.float32).eval()
-        arrays[name] = model(torch.from_numpy(tokens)).logits.detach().numpy()
+        model = GPT2LMHeadModel.from_pretrained(folder, activation_function=name)
+        arrays[name] = model.float().eval()(torch.from_numpy(tokens)).logits.detach().numpy()
     np.savez_compressed(folder / "expected_activations.npz", **arrays)
 
 
