@@ -381,7 +381,8 @@ class HubTokenizer(Tokenizer):
         for index in names:
             pieces.content[index] = b""
         unknown = _unknown_id(json.loads(content)["model"], numbers)
-        if unknown is not None and unknown not in roles.values():
+        # One character that also stands for what is unknown is a character.
+        if unknown is not None and unknown not in roles.values() and len(spelled[unknown]) > 1:
             names.setdefault(unknown, spelled[unknown])
             pieces.content[unknown] = b"\xef\xbf\xbd"
         files = {"tokenizer.json": content, _SPECIAL_IDS: special_ids}

@@ -161,6 +161,13 @@ def test_a_small_real_model_sorts(shared, tmp_path):
         convert(source, workdir)
     with pytest.raises(ValueError, match="has 268 tokens and the model vocab_size=3"):
         convert(source, workdir, tokenizer=HERE / "fixtures/tied")
+    symbols = tokenizers.Tokenizer(tokenizers.models.WordLevel({"0": 0, "1": 1, "2": 2}, unk_token="0"))
+    symbols.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    symbols.decoder = tokenizers.decoders.Fuse()
+    symbols.save(os.fspath(source / "tokenizer.json"))
+    assert "there is no end token" in convert(source, workdir)
+    tokenizer = load_run(workdir).tokenizer
+    assert tokenizer.encode("002101") == [0, 0, 2, 1, 0, 1] and tokenizer.decode([2, 1, 0]) == "210"
     read = gpt2.reader_of(model, params)
     back = {name: read(name.removeprefix(gpt2.PREFIX)) for name in tensors if not name.endswith(".attn.bias")}
     written = load_file(source / "model.safetensors")
