@@ -341,7 +341,7 @@ def test_validate_changes_nothing():
         (["model.num_query_groups=0"], ["num_query_groups=0", "[1, "]),
         (["model.kv_channels=-64"], ["kv_channels=-64", "[1, "]),
         (["model.hidden_size=10000000000"], ["hidden_size=10000000000", "2147483648]"]),
-        (["model.activation=relu"], ["'relu'", "gelu, swiglu"]),
+        (["model.activation=tanh"], ["'tanh'", "gelu, gelu_exact, relu, silu, swiglu"]),
         (["model.normalization=batchnorm"], ["'batchnorm'", "layernorm, rmsnorm"]),
         (["model.position_embedding_type=alibi"], ["'alibi'", "learned, rotary"]),
         (["model.dropout_rate=1"], ["dropout_rate=1.0", "[0, 1)"]),
