@@ -503,7 +503,7 @@ def validate(config: Config) -> None:
     """Raises ValueError, naming both numbers and a way out, where the parts of ``config`` do not fit."""
     _coerce(dataclasses.asdict(config), Config, "config")  # a config file can put anything anywhere
     validate_model(config.model)
-    validate_decode(config.decode)
+    validate_decode(config.decode, standing_by=True)
     model, mesh, train, data = config.model, config.mesh, config.train, config.data
     for axis in ("pipe", "context", "tensor"):
         _within(f"mesh.{axis}", getattr(mesh, axis), 1, 2**20)
@@ -706,7 +706,10 @@ def validate_model(model: ModelConfig) -> None:
     _within("model.init_method_std", model.init_method_std, 0, 10, low_open=True)
 
 
-def validate_decode(decode: DecodeConfig) -> None:
+def validate_decode(decode: DecodeConfig, standing_by: bool = False) -> None:
+    """Raises ValueError on a setting that is out of range, contradicts another one, or cannot act beside the others;
+    with ``standing_by``, for the settings of a run, the last of these may wait until others let them act: ``acting``.
+    """
     hints = typing.get_type_hints(DecodeConfig)
     for key, kind in hints.items():
         if typing.get_origin(kind) is tuple:
@@ -745,7 +748,15 @@ def validate_decode(decode: DecodeConfig) -> None:
     forced = {decode.forced_bos_token_id, decode.forced_eos_token_id, *(token for _, token in decode.forced_tokens)}
     if both := sorted(forced & set(decode.suppress_tokens)):
         raise ValueError(f"token {both[0]} is both forced and in suppress_tokens; take it out of one of them")
+    _within("num_beams", decode.num_beams, 1, 2**10)
+    _within("num_beam_groups", decode.num_beam_groups, 1, 2**10)
+    _within("diversity_penalty", decode.diversity_penalty, 0, math.inf, high_open=True)
+    _one_of("length_penalty_type", decode.length_penalty_type, ("hf", "gnmt"))
+    _one_of("early_stopping", decode.early_stopping, (False, True, "never"))
+    if standing_by:
+        decode = acting(decode)
     _validate_beams(decode)
+    _validate_rows(decode)
 
 
 # What only draws, and what only orders beams.
@@ -753,13 +764,42 @@ SAMPLING_LIMITS = ("top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "et
 BEAM_ORDER = ("length_penalty", "length_penalty_type", "early_stopping", "num_beam_groups", "diversity_penalty")
 
 
+def acting(decode: DecodeConfig, kept: Iterable[str] = ()) -> DecodeConfig:
+    """``decode`` with the defaults in place of what cannot act, as top_k=50 beside temperature=0; such settings of a
+    run, or of a generation_config.json, wait for a temperature. ``kept`` names settings that stay as they are, since
+    somebody asked for them: ``validate_decode`` then refuses those that cannot act."""
+    idle = set()
+    if decode.temperature == 0:
+        idle |= {*SAMPLING_LIMITS, "seed"}
+        if decode.num_beams == 1:
+            idle.add("num_return_sequences")
+    if decode.num_beams == 1 or decode.temperature > 0:
+        idle |= set(BEAM_ORDER)
+    if decode.num_beams > 1:
+        idle.add("prompt_lookup_num_tokens")
+    if decode.num_beams > 1 or decode.prompt_lookup_num_tokens == 0:
+        idle.add("max_matching_ngram_size")
+    return dataclasses.replace(decode, **{name: getattr(DecodeConfig, name) for name in idle - set(kept)})
+
+
+def _validate_rows(decode: DecodeConfig) -> None:
+    """What cannot act on rows, or guess for them."""
+    if decode.temperature == 0:
+        what = "greedy decoding" if decode.num_beams == 1 else "beam search"
+        for key in (*SAMPLING_LIMITS, "seed"):
+            if getattr(decode, key) != getattr(DecodeConfig, key):
+                raise ValueError(f"{key}={getattr(decode, key)} acts on what is drawn, and {what} at temperature=0 "
+                                 f"draws nothing; set temperature above 0 to sample, or leave {key} out")
+        if decode.num_beams == 1 and decode.num_return_sequences > 1:
+            raise ValueError(f"num_return_sequences={decode.num_return_sequences} (--n) at temperature=0 would write "
+                             "the same text so often; set temperature above 0 to sample, or num_beams, or ask for 1")
+    if decode.prompt_lookup_num_tokens == 0 and decode.max_matching_ngram_size != DecodeConfig.max_matching_ngram_size:
+        raise ValueError(f"max_matching_ngram_size={decode.max_matching_ngram_size} is what is looked up to guess "
+                         "tokens, and prompt_lookup_num_tokens=0 guesses none; set that to 5, or leave this out")
+
+
 def _validate_beams(decode: DecodeConfig) -> None:
     beams, groups = decode.num_beams, decode.num_beam_groups
-    _within("num_beams", beams, 1, 2**10)
-    _within("num_beam_groups", groups, 1, 2**10)
-    _within("diversity_penalty", decode.diversity_penalty, 0, math.inf, high_open=True)
-    _one_of("length_penalty_type", decode.length_penalty_type, ("hf", "gnmt"))
-    _one_of("early_stopping", decode.early_stopping, (False, True, "never"))
     _must_divide("num_beams", beams, "num_beam_groups", groups)
     if groups > 1 and decode.diversity_penalty == 0:
         raise ValueError(f"num_beam_groups={groups} with diversity_penalty=0 would write the same {groups} times; set "

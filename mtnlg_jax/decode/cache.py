@@ -18,10 +18,11 @@ from mtnlg_jax.decode.weights import RowWeight, on_cpu, quantise, rows_of
 from mtnlg_jax.model.attention import attention, decode_attention, merge
 from mtnlg_jax.model.transformer import abstract_model
 
+TABLES = ("tokens_VD", "head_VD")  # what int8 quantises beside the products of the blocks
+
 
 class Decoder(NamedTuple):
-    """A model ready to decode: its shape, and as parameters (all but the blocks, a tuple of blocks) and, where it is
-    quantised, the head."""
+    """A model ready to decode: its shape, and as parameters (all but the blocks, a tuple of blocks)."""
 
     config: ModelConfig
     params: tuple[Any, ...]
@@ -61,13 +62,27 @@ def unstack(config: ModelConfig, params, dtype="float32", *, weights: str | None
       weights: None, or "int8": of products, head included, with a scale for each output; see weights.py.
       cache: None, or "int8": of what rows (not beams) are written behind, with a scale for each token and head.
     """
+    dtype = check_held(dtype, weights, cache)
+    params = _unstack(params, config=config, dtype=dtype, weights=weights, rows=by_rows())
+    return Decoder(config, params, cache == "int8")
+
+
+def check_held(dtype, weights: str | None, cache: str | None) -> str:
+    """The name of ``dtype``. Raises ValueError where a decoder is not held so."""
     if str(jnp.dtype(dtype)) not in ("float32", "bfloat16"):
         raise ValueError(f"dtype={dtype!r} cannot decode; choose float32 or bfloat16")
     for name, value in (("weights", weights), ("cache", cache)):
         if value not in (None, "int8"):
             raise ValueError(f"{name}={value!r} is not known; give int8, or leave it out for what dtype says")
-    params = _unstack(params, config=config, dtype=str(jnp.dtype(dtype)), weights=weights, rows=by_rows())
-    return Decoder(config, params, cache == "int8")
+    return str(jnp.dtype(dtype))
+
+
+def split_abstract(config: ModelConfig) -> tuple[nnx.State, nnx.State]:
+    """What a decoder's parameters are before any is quantised, as ShapeDtypeStructs: all but the blocks, one block."""
+    model = nnx.merge(*abstract_model(config))
+    block = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), nnx.split(model.blocks)[1])
+    model.blocks = None
+    return nnx.split(model)[1], block
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "weights", "rows"))
@@ -77,7 +92,6 @@ def _unstack(params, *, config, dtype, weights=None, rows=False):
     graph = abstract_model(config)[0]
     model, rounded = nnx.merge(graph, params), nnx.merge(graph, jax.tree.map(lambda x: x.astype(dtype), params))
     exact, stacked = (nnx.split(each.blocks)[1] for each in (model, rounded))
-    head_VD = model.head()
     rounded.blocks = None
 
     def layer(number):
@@ -92,11 +106,10 @@ def _unstack(params, *, config, dtype, weights=None, rows=False):
         return nnx.split(blocks[1])[1]
 
     layers = tuple(map(layer, range(config.num_layers)))
-    if not int8:
-        return nnx.split(rounded)[1], layers
-    if rounded.head_VD is not None:  # the third part is all that is used
-        rounded.head_VD = nnx.Param(jnp.zeros((0, head_VD.shape[1]), dtype))
-    return nnx.split(rounded)[1], layers, rows_of(head_VD, 1, int8, dtype, outputs_first=True)
+    for name in TABLES if int8 else ():
+        if (table := getattr(model, name)) is not None:
+            setattr(rounded, name, nnx.Param(rows_of(table[...], 1, int8, dtype, outputs_first=True)))
+    return nnx.split(rounded)[1], layers
 
 
 def by_rows() -> bool:
@@ -114,12 +127,21 @@ def run_layers(config: ModelConfig, params, tokens_BS, positions_BS, attend: Cal
 def _run(config: ModelConfig, params, tokens_BS, positions_BS, attend: Callable):
     """``run_layers``, with the head as it is held."""
     outer_graph, block_graph = _graphs(config)
-    outer, layers, *head = params
+    outer, layers = params
     model = nnx.merge(outer_graph, outer)
-    x_BSD = model.embed(tokens_BS, positions_BS)
+    x_BSD = _embed(model, tokens_BS, positions_BS)
     for number, layer in enumerate(layers):
         x_BSD = nnx.merge(block_graph, layer)(x_BSD, positions_BS, functools.partial(attend, number))
-    return model.final_norm(x_BSD), head[0] if head else model.head()
+    return model.final_norm(x_BSD), model.head()
+
+
+def _embed(model, tokens_BS, positions_BS):
+    """``model.embed``, also from a quantised table."""
+    table = model.tokens_VD[...]
+    if not isinstance(table, RowWeight):
+        return model.embed(tokens_BS, positions_BS)
+    x_BSD = table.rows(tokens_BS, model.final_norm.scale_D[...].dtype)
+    return x_BSD if model.positions_PD is None else x_BSD + model.positions_PD[...][positions_BS]
 
 
 def bucket(length: int, limit: int) -> int:

@@ -10,8 +10,8 @@ from mtnlg_jax.config import DecodeConfig, StageConfig, validate_decode
 from mtnlg_jax.decode.cache import Decoder, capacity, prefill
 from mtnlg_jax.decode.generate import check_context, continue_prefix, encode_prompt
 from mtnlg_jax.decode.rows import check_tokens
-from mtnlg_jax.decode.scorers import NORMALISATIONS, SCORERS, Pool, ScorerOptions, check_request, length_of, weights_of
-from mtnlg_jax.decode.scoring import score
+from mtnlg_jax.decode.scorers import NORMALISATIONS, SCORERS, Candidate, Pool, ScorerOptions, check_request, weights_of
+from mtnlg_jax.decode.scoring import score_from, score_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,13 +20,14 @@ class Ranked:
     model's own distribution."""
 
     rank: int  # from 1
-    text: str
+    text: str  # the candidate as it was given or written
+    scored: str  # the text of ``tokens``, which all four numbers below are of: see ``rank``
     tokens: tuple[int, ...]  # the tokens scored
     score: float  # what it was sorted by: the sum of weight x parts[scorer] over the scorers
-    sum: float  # log p(text | prompt)
+    sum: float  # log p(tokens | all tokens before them)
     per_token: float
-    per_char: float
-    per_byte: float  # UTF-8
+    per_char: float  # characters of ``scored``
+    per_byte: float  # bytes of ``scored`` in UTF-8
     index: int  # among the candidates, first occurrence
     count: int  # how many candidates were this one
     parts: dict[str, float]  # each scorer's score by its name, and what it was computed from by "scorer.part"
@@ -65,10 +66,14 @@ def rank(decoder: Decoder, tokenizer, prompt: str, candidates: Sequence[str] | N
       options: settings of single scorers.
       stages: those that trained the model, where known: pseudo_log_likelihood is refused to one without masks.
 
-    A given candidate is scored in the tokens of prompt + candidate read as one text, as training saw it, not in
-    those of its two parts. Where they differ at the seam, the last tokens of the prompt that some candidate
-    changes are scored with every candidate, so that all are compared behind the same prefix. Written candidates are
-    equal if both text and tokens are.
+    Each given candidate is scored at its own boundary, whatever else is in the list, as lm-evaluation-harness does it
+    (``_encode_pair``): whitespace that ends the prompt is moved to the candidate, prompt and prompt + candidate are
+    tokenized as one text each, and the tokens scored are those of the second behind the first. Where the candidate
+    joins the prompt's last tokens ("we saw th" + "e"), the harness has no answer: here scoring starts at the first
+    token that the candidate changes, and ``scored`` begins with the end of the prompt (" the"). Such a sum pays for
+    that end, too, and the numbers per token, character and byte, which divide it by all that it covers, compare better.
+    Written candidates are equal if both text and tokens are, and are scored in the tokens that were written, those of
+    a stop string included.
     Raises ValueError, before the model does any work where that can be known, on an empty candidate or list, on more
     tokens than the context holds, on unknown scorers, weights that say nothing and options in conflict.
     """
@@ -76,32 +81,29 @@ def rank(decoder: Decoder, tokenizer, prompt: str, candidates: Sequence[str] | N
     check_request(weights, normalise, options, tokenizer, prompt, stages)
     prefix, known = None, {}
     if candidates is None:
-        prefix_tokens, prefix, written = _write(decoder, tokenizer, prompt, decode or DecodeConfig(), weights)
-        pairs = [(result.text, result.tokens) for result in written]
+        prompt_tokens, prefix, written = _write(decoder, tokenizer, prompt, decode or DecodeConfig(), weights)
+        found = [Candidate(result.text, (*prompt_tokens, *result.tokens), len(prompt_tokens),
+                           _bytes_of(tokenizer, result.tokens)) for result in written]
         if not decoder.int8_cache:  # else what was written was read less exactly than what is given
-            known = {pair: result.logprobs for pair, result in zip(pairs, written, strict=True)}
+            known = {each: result.logprobs for each, result in zip(found, written, strict=True)}
     elif decode is not None:
         raise ValueError(f"decode writes candidates, and {len(candidates)} are given; leave one of the two out")
     else:
-        prefix_tokens, pairs = _read(decoder, tokenizer, prompt, candidates)
-    first, counts = {}, collections.Counter(pairs)
-    for index, pair in enumerate(pairs):
-        first.setdefault(pair, index)
-    texts, tokens = map(list, zip(*first, strict=True))
-    pool = Pool(decoder, tokenizer, prompt, tuple(prefix_tokens), texts, tokens,
-                np.array([counts[pair] for pair in first]), normalise, options)
+        prompt_tokens, found = _read(decoder, tokenizer, prompt, candidates)
+    first, counts = {}, collections.Counter(found)
+    for index, each in enumerate(found):
+        first.setdefault(each, index)
+    pool = Pool(decoder, tokenizer, prompt, list(first), np.array([counts[each] for each in first]), normalise, options)
     planned = {name: SCORERS[name](pool) for name in weights}
-    if prefix is None:
-        prefix = prefill(decoder, [prefix_tokens], capacity(len(prefix_tokens), decoder.context))
     # What the model wrote, it knows the probability of.
-    logprobs = [known[pair] for pair in first] if known else score(decoder, prefix, tokens)
+    logprobs = [known[each] for each in first] if known else _score(decoder, prefix, prompt_tokens, list(first))
     sums = np.array([np.sum(each, dtype=np.float64) for each in logprobs])
     scored = {name: run(sums) for name, run in planned.items()}
     totals = sum(weight * scored[name].parts[name] for name, weight in weights.items())
     if not np.isfinite(totals).all():
         bad = int(np.flatnonzero(~np.isfinite(totals))[0])
-        raise ValueError(f"the score of {texts[bad][:40]!r} is {totals[bad]}; look for numbers that are not finite in "
-                         "the model's parameters, or in what a function of yours returned")
+        raise ValueError(f"the score of {pool.candidates[bad].text[:40]!r} is {totals[bad]}; look for numbers that are "
+                         "not finite in the model's parameters, or in what a function of yours returned")
     # Stable, and the different candidates stand in the order in which they came.
     order, indices = np.argsort(-totals, kind="stable"), list(first.values())
     ranked = tuple(_ranked(place, i, totals, sums, scored, pool, indices)
@@ -109,16 +111,39 @@ def rank(decoder: Decoder, tokenizer, prompt: str, candidates: Sequence[str] | N
     utilities = next((each.utilities for each in scored.values() if each.utilities is not None), None)
     if utilities is not None:
         utilities = tuple(map(tuple, utilities[np.ix_(order, order)].tolist()))
-    return Ranking(ranked, len(pairs), len(pairs) - len(first), weights, normalise, utilities)
+    return Ranking(ranked, len(found), len(found) - len(first), weights, normalise, utilities)
 
 
 def _ranked(place, i, totals, sums, scored, pool: Pool, indices) -> Ranked:
-    text, tokens = pool.texts[i], pool.tokens[i]
+    candidate = pool.candidates[i]
     parts = {name: column[i].item() for each in scored.values() for name, column in each.parts.items()}
     answer = next((each.answers[i] for each in scored.values() if each.answers is not None), None)
-    means = {name: float(sums[i]) / length_of(name, text, tokens) for name in NORMALISATIONS}
-    return Ranked(place, text, tokens, float(totals[i]), **means, index=indices[i], count=int(pool.counts[i]),
-                  parts=parts, answer=answer)
+    means = {name: float(sums[i]) / candidate.length(name) for name in NORMALISATIONS}
+    return Ranked(place, candidate.text, candidate.scored.decode("utf-8", "replace"), candidate.tokens,
+                  float(totals[i]), **means, index=indices[i], count=int(pool.counts[i]), parts=parts, answer=answer)
+
+
+def _score(decoder, prefix, prompt_tokens, candidates: Sequence[Candidate]) -> list[np.ndarray]:
+    """The log-probabilities of the tokens of each candidate, behind one reading of the prompt. Those that share no
+    token with it stand behind <bos> alone, and are read in rows of their own."""
+    logprobs = [np.empty(0, np.float32)] * len(candidates)
+    behind = [i for i, each in enumerate(candidates) if each.row[: each.start] == prompt_tokens[: each.start]]
+    alone = [i for i in range(len(candidates)) if i not in set(behind)]
+    if behind:
+        prefix = prefix or prefill(decoder, [prompt_tokens], capacity(len(prompt_tokens), decoder.context))
+        parts = score_from(decoder, prefix, *zip(*((candidates[i].row, candidates[i].start) for i in behind),
+                                                 strict=True))
+        for i, part in zip(behind, parts, strict=True):
+            logprobs[i] = part
+    if alone:
+        parts = score_rows(decoder, *zip(*((candidates[i].row, candidates[i].start) for i in alone), strict=True))
+        for i, part in zip(alone, parts, strict=True):
+            logprobs[i] = part
+    return logprobs
+
+
+def _bytes_of(tokenizer, tokens) -> bytes:
+    return b"".join(map(tokenizer.token_bytes, tokens))
 
 
 def _write(decoder, tokenizer, prompt, decode, weights):
@@ -128,9 +153,6 @@ def _write(decoder, tokenizer, prompt, decode, weights):
     if decode.num_beams > 1 and decode.num_return_sequences == 1:
         decode = dataclasses.replace(decode, num_return_sequences=decode.num_beams)
     number = decode.num_return_sequences
-    if decode.temperature == 0 and decode.num_beams == 1 and number > 1:
-        raise ValueError(f"{number} candidates at temperature 0 would all be the same; set temperature above 0, or "
-                         "num_beams, or give the candidates")
     if "mbr" in weights and number == 1:
         raise ValueError("mbr compares a candidate with the others, and num_return_sequences=1; ask for more")
     tokens = encode_prompt(tokenizer, prompt)
@@ -148,8 +170,8 @@ def _write(decoder, tokenizer, prompt, decode, weights):
     return tokens, prefix, written
 
 
-def _read(decoder, tokenizer, prompt, candidates):
-    """The tokens that all candidates share, and those of each behind them."""
+def _read(decoder, tokenizer, prompt: str, candidates) -> tuple[tuple[int, ...], list[Candidate]]:
+    """The tokens of the prompt, and each candidate behind those of them that it leaves as they are."""
     if isinstance(candidates, str):
         raise ValueError(f"candidates={candidates[:40]!r} is one text; give a list of texts")
     candidates = list(candidates)
@@ -161,23 +183,31 @@ def _read(decoder, tokenizer, prompt, candidates):
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise ValueError(f"candidate {number} of {len(candidates)}, {text[:40]!r}, is not Unicode text; decode it "
                              "from bytes with its encoding")
+    context = prompt.rstrip()
+    spaces = prompt[len(context) :]
+    alone = tuple(encode_prompt(tokenizer, context))
     # Candidates that come often are read once.
-    whole = {text: encode_prompt(tokenizer, prompt + text) for text in dict.fromkeys(candidates)}
-    alone = encode_prompt(tokenizer, prompt)
-    seam = min(_common([alone, tokens]) for tokens in whole.values())
-    if seam == 0:
+    read = {text: _at_its_boundary(decoder, tokenizer, context, spaces, text, alone)
+            for text in dict.fromkeys(candidates)}
+    return alone, [read[text] for text in candidates]
+
+
+def _at_its_boundary(decoder, tokenizer, context: str, spaces: str, text: str, alone: tuple[int, ...]) -> Candidate:
+    row = tuple(encode_prompt(tokenizer, context + spaces + text))
+    start = _common(alone, row)
+    joined = alone[start:]
+    if start == 0:
         # Where texts have no <bos>, they may differ from their first token on; something must stand before it.
-        whole = {text: [tokenizer.bos_id, *tokens] for text, tokens in whole.items()}
-        seam = 1
-    for text, tokens in whole.items():
-        check_context(decoder, len(tokens), f"the prompt with candidate {text[:40]!r}")
-        if len(tokens) == seam:
-            raise ValueError(f"candidate {text[:40]!r} adds no token to the prompt; leave it out")
-    pairs = {text: (text, tuple(tokens[seam:])) for text, tokens in whole.items()}
-    return whole[candidates[0]][:seam], [pairs[text] for text in candidates]
+        row = (tokenizer.bos_id, *row)
+        joined = () if alone == (tokenizer.bos_id,) else joined
+        start = 1
+    check_context(decoder, len(row), f"the prompt with candidate {text[:40]!r}")
+    if len(row) == start:
+        raise ValueError(f"candidate {text[:40]!r} adds no token to the prompt; leave it out")
+    return Candidate(text, row, start, _bytes_of(tokenizer, joined) + (spaces + text).encode())
 
 
-def _common(sequences) -> int:
-    """How many tokens all sequences begin with alike."""
-    return next((i for i, tokens in enumerate(zip(*sequences, strict=False)) if len(set(tokens)) > 1),
-                min(map(len, sequences)))
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (left, right) in pairs if left != right), min(len(one), len(other)))

@@ -16,13 +16,13 @@ from mtnlg_jax.decode.cache import Decoder, capacity
 
 def step_bytes(decoder: Decoder, rows: int, length: int) -> dict[str, int]:
     """Bytes that a step of ``rows`` rows reads: of ``weights``, and of a ``cache`` for ``length`` tokens a row."""
-    config, (outer, layers, *head) = decoder.config, decoder.params
-    weights = _size(layers) + _size(head)
+    config, (outer, layers) = decoder.config, decoder.params
+    weights = _size(layers)
     for path, leaf in nnx.to_pure_dict(outer).items():
         # A row reads one entry of a table that tokens or positions are looked up in.
-        looked_up = path == "positions_PD" or path == "tokens_VD" and (head or not config.tie_embeddings)
+        looked_up = path == "positions_PD" or path == "tokens_VD" and not config.tie_embeddings
         weights += 0 if looked_up else _size(leaf)
-    item = np.dtype(jax.tree.leaves(nnx.to_pure_dict(outer))[0].dtype).itemsize
+    item = np.dtype(jax.tree.leaves(nnx.to_pure_dict(outer)["final_norm"])[0].dtype).itemsize
     # int8 has a float32 scale for each token and head, of keys and of values.
     wide = config.head_width + 4 if decoder.int8_cache else config.head_width * item
     size = capacity(min(length, decoder.context), decoder.context)

@@ -50,23 +50,44 @@ _ACTS_IN = {"gnmt_alpha": ("gnmt",), "neutral": ("pmi", "noisy_channel"), "sourc
             "votes": ("self_consistency",)}
 
 
+class Candidate(NamedTuple):
+    """A text to score, in the tokens of the whole that it ends."""
+
+    text: str
+    row: tuple[int, ...]  # the prompt's tokens before it, then its own
+    start: int  # the first of ``row`` that is scored, 1 or more
+    scored: bytes  # the text of those, in UTF-8
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return self.row[self.start :]
+
+    def length(self, normalise: str) -> int:
+        """|y|. A candidate has at least one token; its text may be empty, as that of a stop token, and counts 1."""
+        return length_of(normalise, self.scored, self.tokens)
+
+
 class Pool(NamedTuple):
     """The different candidates, and how they are to be scored."""
 
     decoder: Decoder
     tokenizer: object
     prompt: str
-    prefix: tuple[int, ...]  # tokens that all candidates stand behind
-    texts: list[str]
-    tokens: list[tuple[int, ...]]  # behind the prefix
+    candidates: list[Candidate]
     counts: np.ndarray
     normalise: str
     options: ScorerOptions
 
+    @property
+    def texts(self) -> list[str]:
+        return [each.text for each in self.candidates]
+
+    @property
+    def tokens(self) -> list[tuple[int, ...]]:
+        return [each.tokens for each in self.candidates]
+
     def lengths(self, normalise: str | None = None) -> np.ndarray:
-        """|y|. A candidate has one token at least; its text may be empty, as of a stop token, and then counts as 1."""
-        return np.array([length_of(normalise or self.normalise, text, tokens)
-                         for text, tokens in zip(self.texts, self.tokens, strict=True)])
+        return np.array([each.length(normalise or self.normalise) for each in self.candidates])
 
 
 class Scores(NamedTuple):
@@ -77,9 +98,11 @@ class Scores(NamedTuple):
     utilities: np.ndarray | None = None
 
 
-def length_of(normalise: str, text: str, tokens: Sequence[int]) -> int:
-    return {"sum": 1, "per_token": len(tokens), "per_char": max(len(text), 1),
-            "per_byte": max(len(text.encode()), 1)}[normalise]
+def length_of(normalise: str, text: bytes, tokens: Sequence[int]) -> int:
+    """What ``normalise`` divides by; characters are those that begin in ``text`` (UTF-8)."""
+    characters = sum(byte & 0xC0 != 0x80 for byte in text)
+    return {"sum": 1, "per_token": len(tokens), "per_char": max(characters, 1),
+            "per_byte": max(len(text), 1)}[normalise]
 
 
 def _logprob(pool: Pool) -> Callable[[np.ndarray], Scores]:
@@ -96,8 +119,9 @@ def _gnmt(pool: Pool):
 def _pmi(pool: Pool):
     """(log p(y|x) - log p(y|neutral)) / |y|: how much more likely the prompt makes a candidate, so that texts which
     are likely anywhere do not win (Holtzman 2021, Surface Form Competition; Brown 2020, section 2.4)."""
-    neutral = encode_prompt(pool.tokenizer, pool.options.neutral)
-    _check_neutral(pool.options, neutral, pool.prefix)
+    neutral = _neutral(pool.tokenizer, pool.options.neutral, pool.prompt)
+    for each in pool.candidates:
+        _check_neutral(pool.options, neutral, each.row[: each.start])
     _check_behind(pool, neutral, "the neutral context")
 
     def run(sums):
@@ -114,12 +138,12 @@ def _noisy_channel(pool: Pool):
     options, tokenizer = pool.options, pool.tokenizer
     text = pool.prompt if options.source is None else options.source
     source = tokenizer.encode(text)
-    neutral = encode_prompt(tokenizer, options.neutral)
+    neutral = _neutral(tokenizer, options.neutral, pool.prompt)
     _check_behind(pool, neutral, "the neutral context")
     contexts = [encode_prompt(tokenizer, options.reverse.replace("{candidate}", each)) for each in pool.texts]
     for each, context in zip(pool.texts, contexts, strict=True):
         check_context(pool.decoder, len(context) + len(source), f"the source behind reverse with {each[:40]!r}")
-    length = length_of(pool.normalise, text, source)
+    length = length_of(pool.normalise, text.encode(), source)
 
     def run(sums):
         rows = [[*context, *source] for context in contexts]
@@ -137,12 +161,12 @@ def _pseudo_log_likelihood(pool: Pool):
     """sum over t of log p(y_t | x, all other y) / |y| by the model read both ways, y_t replaced by <mask> (Salazar
     2020). ``within_word_l2r`` also masks what follows y_t in its word: else a rare word of several pieces, each told
     by the others, looks likely (Kauf & Ivanova 2023)."""
-    start = len(pool.prefix)
-    rows = [[*pool.prefix, *tokens, pool.tokenizer.eos_id] for tokens in pool.tokens]
+    rows = [[*each.row, pool.tokenizer.eos_id] for each in pool.candidates]
+    starts = [each.start for each in pool.candidates]
     for text, row in zip(pool.texts, rows, strict=True):
         check_context(pool.decoder, len(row), f"the prompt with candidate {text[:40]!r} and the end")
 
-    def ends(row):
+    def ends(row, start):
         """Where the word of each token ends."""
         places, end = [], len(row) - 1
         for place in reversed(range(start, len(row) - 1)):
@@ -153,8 +177,8 @@ def _pseudo_log_likelihood(pool: Pool):
         return places[::-1]
 
     def run(_):
-        hidden = [ends(row) if pool.options.within_word_l2r else [(i, i + 1) for i in range(start, len(row) - 1)]
-                  for row in rows]
+        hidden = [ends(row, start) if pool.options.within_word_l2r else
+                  [(i, i + 1) for i in range(start, len(row) - 1)] for row, start in zip(rows, starts, strict=True)]
         totals = _totals(score_masked(pool.decoder, pool.tokenizer.mask_id, rows, hidden))
         return Scores({"pseudo_log_likelihood": totals / pool.lengths(), "pseudo_log_likelihood.sum": totals})
 
@@ -246,7 +270,7 @@ def check_request(weights: Mapping[str, float], normalise: str, options: ScorerO
     if options.votes not in ("count", "probability"):
         raise ValueError(f"votes={options.votes!r} is not known; choose count or probability")
     if "pmi" in weights:
-        _check_neutral(options, encode_prompt(tokenizer, options.neutral), encode_prompt(tokenizer, prompt))
+        _check_neutral(options, _neutral(tokenizer, options.neutral, prompt), encode_prompt(tokenizer, prompt))
     if "noisy_channel" in weights and not (prompt if options.source is None else options.source):
         raise ValueError(f"noisy_channel explains the source, and source={options.source!r} for the prompt {prompt!r}; "
                          "give a source that is not empty")
@@ -261,6 +285,11 @@ def check_request(weights: Mapping[str, float], normalise: str, options: ScorerO
             raise ValueError("pseudo_log_likelihood needs a model that was trained to fill masks, and every stage of "
                              f"this one is causal ({', '.join(f'{each.name}: masked=0' for each in stages)}); train a "
                              "stage with masked above 0, or rank by logprob")
+
+
+def _neutral(tokenizer, neutral: str, prompt: str) -> list[int]:
+    """The neutral context. Whitespace that ends the prompt is scored with the candidates, so here it is not read."""
+    return encode_prompt(tokenizer, neutral.rstrip() if prompt != prompt.rstrip() else neutral)
 
 
 def _check_neutral(options: ScorerOptions, neutral: Sequence[int], prefix: Sequence[int]) -> None:

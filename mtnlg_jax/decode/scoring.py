@@ -17,6 +17,8 @@ from mtnlg_jax.model.attention import attention, merge
 from mtnlg_jax.model.loss import token_log_probs
 
 BLOCK_TOKENS = 4096
+# Sequences whose starts lie as close together share a block: tokens before a start are read again, not scored.
+NEAR = 16
 
 
 def _blocks(lengths: Sequence[int], limit: int) -> Iterator[tuple[list[int], int, int]]:
@@ -42,6 +44,23 @@ def score(decoder: Decoder, prefix: Prefix, candidates: Sequence[Sequence[int]])
         table_NW = np.asarray(_score(decoder.params, prefix, labels_NW, config=decoder.config))
         for row, i in zip(table_NW, chosen, strict=False):
             scored[i] = row[: len(candidates[i])]
+    return scored
+
+
+def score_from(decoder: Decoder, prefix: Prefix, rows: Sequence[Sequence[int]],
+               starts: Sequence[int]) -> list[np.ndarray]:
+    """The log-probability of every token of each row from its start on, where each begins like ``prefix`` (one row),
+    as far as its start (1 to the prefix's length); what ``score_rows`` gives, with the prefix read once."""
+    scored = [np.empty(0, np.float32)] * len(rows)
+    left = sorted(range(len(rows)), key=starts.__getitem__)
+    while left:
+        first = starts[left[0]]
+        group = [i for i in left if starts[i] <= first + NEAR]
+        left = left[len(group) :]
+        # The keys of a prefix serve its beginnings, too.
+        begun = prefix._replace(lengths_B=np.array([first], np.int32))
+        for i, part in zip(group, score(decoder, begun, [rows[i][first:] for i in group]), strict=True):
+            scored[i] = part[starts[i] - first :]
     return scored
 
 

@@ -1,9 +1,8 @@
 """Weights as decoding multiplies by them: a row for each output, in int8 with one scale a row, or as floats.
 
 Symmetric: the largest weight of an output becomes 127, zero stays zero. The scale is common to a row and so multiplies
-the sum: no dequantised weight is ever held. Norms and biases stay as they are, for they are few. So does the table that
-tokens are looked up in, of which a step reads one row a token; the head is quantised, also where it is the same table,
-which then is held twice.
+the sum: no dequantised weight is ever held. Norms, biases and positions stay as they are, for they are few. The table
+that tokens are looked up in has a scale for each token, so that a head which is the same table is held once.
 
 XLA:CPU multiplies neither int8 nor bfloat16 by a single vector with the processor's instructions for them, but in plain
 loops (ten times slower than float32, measured on jax 0.12 with AVX512 and AMX), and converts nothing while it reads. It
@@ -16,6 +15,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mtnlg_jax import compat
 
@@ -31,6 +31,14 @@ def quantise(x, axes):
     # Nothing but zeros has no scale of its own.
     number = jnp.round(x / jnp.where(scale > 0, scale, 1.0))
     return number.astype(jnp.int8), scale.squeeze(axes)
+
+
+def quantise_numpy(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``quantise(x, 1)`` of a float32 matrix, on the host."""
+    # In place, since another copy of a table is what int8 is to save.
+    scale = np.maximum(x.max(1, keepdims=True), -x.min(1, keepdims=True)) / np.float32(127)
+    number = x / np.where(scale > 0, scale, np.float32(1))
+    return np.rint(number, out=number).astype(np.int8), scale[:, 0]
 
 
 @jax.tree_util.register_dataclass
@@ -62,6 +70,11 @@ class RowWeight:
             y_RO = self.scale_O * jax.lax.dot_general(rows_RI, self.number_OI.astype(x.dtype), _ROWS_BY_ROWS,
                                                       preferred_element_type=jnp.float32)
         return y_RO.reshape(*x.shape[: x.ndim - self.inputs], *self.outputs)
+
+    def rows(self, ids, dtype):
+        """The rows of ``ids`` (...), dequantised, (..., I)."""
+        rows = self.number_OI[ids]
+        return (rows if self.scale_O is None else rows * self.scale_O[ids][..., None]).astype(dtype)
 
     def array(self, dtype):
         """(O, I), dequantised."""

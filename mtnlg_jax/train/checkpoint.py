@@ -40,7 +40,6 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 from flax import nnx
@@ -67,6 +66,7 @@ sys.unraisablehook = _without_late_writes(sys.unraisablehook)
 
 
 FINITE = "finite"  # the file in a checkpoint's folder
+CHUNK_BYTES = 2**24  # of a parameter, at most, that are stored together
 
 
 class Checkpoints:
@@ -84,6 +84,8 @@ class Checkpoints:
         self.warnings: list[str] = []
         self._lock = None
         agree(self._open)
+        import orbax.checkpoint as ocp  # here and below: half a second that reading a model does without
+
         handler = ocp.CompositeCheckpointHandler(params=_handler(), rest=_handler())
         self._orbax = ocp.AsyncCheckpointer(handler)
         self._background = ThreadPoolExecutor(1, "checkpoint")
@@ -123,8 +125,7 @@ class Checkpoints:
             return
         parts = dict(zip(("params", "rest"), _split(flat), strict=True))
         with self._failure_named(step):
-            self._orbax.save(self.folder / str(step), force=True, args=ocp.args.Composite(
-                **{name: ocp.args.PyTreeSave(part) for name, part in parts.items() if part}))
+            self._orbax.save(self.folder / str(step), force=True, args=_save_args(parts))
         self._unproven = None if proven else step
         self._pending.append(self._background.submit(self._finish, record, proven))
         if wait:
@@ -347,6 +348,14 @@ def load_run(workdir, which: str = "best", mesh: Mesh | None = None, zero: int =
 
     Raises FileNotFoundError where there is no checkpoint, OSError where none is whole.
     """
+    def read(path: epath.Path, config: Config) -> nnx.State:
+        return lora.merge(_read_params(path, config, mesh, zero), config)
+
+    return find_run(workdir, which, read)
+
+
+def find_run(workdir, which: str, read: Callable[[epath.Path, Config], object]) -> Run:
+    """``load_run`` with the parameters as ``read`` gives them, from the folder of their arrays and the config."""
     if which not in ("best", "last"):
         raise ValueError(f"which={which!r} is not known; choose best or last")
     workdir = epath.Path(workdir).absolute()
@@ -364,7 +373,7 @@ def load_run(workdir, which: str = "best", mesh: Mesh | None = None, zero: int =
             damage = damage or records.damage(path, record, below="params/")
             if damage is None:
                 config = from_json(json.dumps(record["meta"]["config"]))
-                params = lora.merge(_read_params(path / "params", config, mesh, zero), config)
+                params = read(path / "params", config)
                 tokenizer = load_tokenizer(os.fspath(workdir / "tokenizer"))
                 return Run(lora.without(config), params, tokenizer, step, record["meta"])
         except Exception:
@@ -380,7 +389,24 @@ def load_run(workdir, which: str = "best", mesh: Mesh | None = None, zero: int =
 # --- arrays -----------------------------------------------------------------------------------------------
 
 
-def _handler() -> ocp.PyTreeCheckpointHandler:
+def _save_args(parts: dict[str, dict]):
+    """The arrays of each part of a checkpoint. Large parameters are stored by layer, and tables in pieces, so that who
+    decodes need not hold one as a whole."""
+    import orbax.checkpoint as ocp
+
+    def stored(part: str, name: str, array: jax.Array) -> ocp.SaveArgs:
+        if part != "params" or array.nbytes <= CHUNK_BYTES:
+            return ocp.SaveArgs()
+        return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if name.startswith("blocks.") else ())
+
+    return ocp.args.Composite(**{part: ocp.args.PyTreeSave(
+        flat, save_args={name: stored(part, name, array) for name, array in flat.items()})
+        for part, flat in parts.items() if flat})
+
+
+def _handler():
+    import orbax.checkpoint as ocp
+
     # Compression (zstd) makes float32 weights 8 % smaller and costs a save 2.5 times the processor time.
     # Orbax would split what is replicated between its replicas, which compiles a program a shape at the first
     # save (5 s) and gains nothing here: ZeRO has split all that is large.
@@ -426,6 +452,8 @@ def _zeros(abstract: dict) -> dict[str, jax.Array]:
 
 def _read(path: epath.Path, abstract: dict) -> dict[str, jax.Array]:
     """The arrays of ``path`` with the names, shapes and shardings of ``abstract``."""
+    import orbax.checkpoint as ocp
+
     one_device = SingleDeviceSharding(jax.local_devices()[0])
     arguments = {name: ocp.ArrayRestoreArgs(sharding=leaf.sharding or one_device, global_shape=leaf.shape)
                  for name, leaf in abstract.items()}

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtnlg_jax.config import DecodeConfig
+from mtnlg_jax.config import DecodeConfig, acting
 from mtnlg_jax.decode import generate as module
 from mtnlg_jax.decode.generate import CHUNK, encode_prompt, generate
 
@@ -69,13 +69,13 @@ def test_sequences_of_one_prompt_have_seeds_that_follow(learned, tokenizer):
 
 def test_the_step_compiles_once_for_mixed_requests_and_all_lengths(learned, tokenizer):
     def batch(rng):
-        values = [DecodeConfig(max_new_tokens=int(rng.integers(2, 30)), temperature=t, top_k=k, top_p=0.9,
+        values = [acting(DecodeConfig(max_new_tokens=int(rng.integers(2, 30)), temperature=t, top_k=k, top_p=0.9,
                                min_p=0.01, typical_p=0.95, repetition_penalty=1.1, presence_penalty=0.1,
                                frequency_penalty=0.1, no_repeat_ngram_size=n, min_new_tokens=1, seed=int(k),
                                epsilon_cutoff=0.001, eta_cutoff=0.001, stop_token_ids=(int(k),),
                                # Three or four entries of up to two tokens are one table of four.
                                logit_bias={int(k) + i: 0.5 for i in range(rng.integers(1, 3))},
-                               bad_words_ids=((int(k), 9),), suppress_tokens=(4,))
+                               bad_words_ids=((int(k), 9),), suppress_tokens=(4,)))
                   for t, k, n in ((0.0, rng.integers(1, 50), 3), (1.3, rng.integers(1, 50), 0))]
         prompts = [rng.integers(10, 400, rng.integers(1, 30)).tolist() for _ in values]
         return generate(learned.decoder, tokenizer, prompts, values)

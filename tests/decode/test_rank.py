@@ -85,42 +85,114 @@ def test_sampled_candidates_come_from_one_prefill_and_score_as_given_ones(learne
 def test_equal_candidates_are_one_with_a_count_and_ties_keep_their_order(learned, tokenizer, monkeypatch):
     ranked = rank(learned.decoder, tokenizer, "The cat", [" sat", " on", " sat", " sat"])
     assert {(each.text, each.count, each.index) for each in ranked} == {(" sat", 3, 0), (" on", 1, 1)}
-    monkeypatch.setattr(module, "score", lambda decoder, prefix, rows: [np.full(1, -1.0) for _ in rows])
+    monkeypatch.setattr(module, "score_from", lambda decoder, prefix, rows, starts: [np.full(1, -1.0) for _ in rows])
     ranked = rank(learned.decoder, tokenizer, "The cat", [" dog", " and", " cat"], normalise="sum")
     assert [each.text for each in ranked] == [" dog", " and", " cat"]
 
 
-def test_the_seam_is_read_as_training_reads_it(learned, tokenizer):
-    """"The ca" + "t" is "The cat", in whose tokens "ca" does not end one: the prefix steps back to where all
-    candidates agree, and every score covers the same text behind it."""
-    prompt, candidates = "The ca", ["t sat", " on", "n"]
-    apart, joined = encode_prompt(tokenizer, prompt), encode_prompt(tokenizer, prompt + candidates[0])
-    assert joined[: len(apart)] != apart, "the seam should cut a token, else this tests nothing"
-    for each in rank(learned.decoder, tokenizer, prompt, candidates):
-        whole = encode_prompt(tokenizer, prompt + each.text)
+# Prompts with candidates of which some join the prompt's last tokens, and others do not.
+SEAMS = [("The ca", ["t sat", " on", "n", "t"]), ("天地", ["玄黄,好", "好", "玄", "天"]),
+         ("The", ["y", " rain", " r", "n"]),
+         ("In the town wh", ["ere I was", "at", "ere", "o "]), ("The cat 你", ["好", "!", " sat"])]
+
+
+@pytest.mark.parametrize(("prompt", "candidates"), SEAMS)
+def test_a_candidate_is_scored_at_its_own_boundary_whatever_else_is_in_the_list(learned, tokenizer, prompt, candidates):
+    """Alone, among others, in another order and with another one added: the same tokens, text and numbers."""
+    alone = {text: rank(learned.decoder, tokenizer, prompt, [text])[0] for text in candidates}
+    for ranked in (rank(learned.decoder, tokenizer, prompt, candidates),
+                   rank(learned.decoder, tokenizer, prompt, candidates[::-1]),
+                   rank(learned.decoder, tokenizer, prompt, [*candidates[1:], " and the dog", candidates[1]])):
+        for each in ranked:
+            one = alone.get(each.text, each)
+            assert (each.tokens, each.scored) == (one.tokens, one.scored)
+            assert each.sum == pytest.approx(one.sum, abs=1e-4)
+            assert each.score == pytest.approx(one.score, abs=1e-4)
+    before = encode_prompt(tokenizer, prompt)
+    for text, each in alone.items():
+        whole = encode_prompt(tokenizer, prompt + text)
         prefix = whole[: len(whole) - len(each.tokens)]
-        assert tokenizer.decode(prefix) == "The"
-        assert tokenizer.decode(each.tokens) == " ca" + each.text
+        assert prefix == before[: len(prefix)] and whole[len(prefix) :] == list(each.tokens)
         assert each.sum == pytest.approx(_full_scores(learned, prefix, each.tokens).sum(), abs=1e-4)
+        # All four numbers are of one text, of which the candidate is the end.
+        assert each.scored == tokenizer.decode(each.tokens) and each.scored.endswith(text)
+        assert each.per_token == each.sum / len(each.tokens)
+        assert each.per_char == each.sum / len(each.scored)
+        assert each.per_byte == each.sum / len(each.scored.encode())
+        if whole[: len(before)] == before:
+            assert (each.scored, len(prefix)) == (text, len(before)), "nothing of the prompt is scored"
+
+
+def test_some_of_these_candidates_join_the_prompt_and_some_do_not(tokenizer):
+    joining = [encode_prompt(tokenizer, prompt + text)[: len(encode_prompt(tokenizer, prompt))]
+               != encode_prompt(tokenizer, prompt) for prompt, candidates in SEAMS for text in candidates]
+    assert 4 <= sum(joining) <= len(joining) - 4
+
+
+def test_a_boundary_far_back_is_a_block_of_its_own(learned, tokenizer, monkeypatch):
+    """Tokens are read again only where starts lie close together; where they do not, nothing changes."""
+    rows = [[2, *range(40, 70), 5], [2, *range(40, 62), 9, 9], [2, *range(40, 70), 7, 8]]
+    starts, blocks, original = [31, 23, 31], [], scoring.score
+    prefix = cache.prefill(learned.decoder, [rows[0][:31]], 64)
+    monkeypatch.setattr(scoring, "score", lambda *args: blocks.append(len(args[2])) or original(*args))
+    for near, expected in ((16, [3]), (4, [1, 2])):
+        monkeypatch.setattr(scoring, "NEAR", near)
+        blocks.clear()
+        found = scoring.score_from(learned.decoder, prefix, rows, starts)
+        for row, start, scored in zip(rows, starts, found, strict=True):
+            np.testing.assert_allclose(scored, _full_scores(learned, row[:start], row[start:]), atol=ROUNDING)
+        assert blocks == expected
+
+
+def test_characters_split_across_tokens_count_whole(learned, tokenizer):
+    """The bytes of a character that the vocabulary lacks are tokens each; numbers are of characters and bytes."""
+    each, = rank(learned.decoder, tokenizer, "The", [" 你好"])
+    assert len(each.tokens) > 5 and each.scored == " 你好"
+    assert each.sum == pytest.approx(each.per_char * 3) == pytest.approx(each.per_byte * 7)
+
+
+def test_written_candidates_are_scored_over_the_text_of_their_tokens(learned, letters):
+    """Also where a stop is left out of what they show."""
+    tokenizer = letters
+    stop = tokenizer.encode(" the")[0]
+    ranked = rank(learned.decoder, tokenizer, "The cat", normalise="per_char", decode=dataclasses.replace(
+        SAMPLED, stop_token_ids=(stop,), logit_bias=((stop, 6.0),), num_return_sequences=12))
+    assert any(each.tokens[-1] == stop for each in ranked)
+    for each in ranked:
+        content = b"".join(map(tokenizer.token_bytes, each.tokens))
+        assert each.per_byte == pytest.approx(each.sum / max(len(content), 1))
+        if each.tokens[-1] == stop:
+            assert each.scored == each.text + " the"
 
 
 def test_a_space_that_ends_the_prompt_goes_with_the_candidates(learned, tokenizer):
-    scores = {each.text: each.sum for each in rank(learned.decoder, tokenizer, "The ", ["cat", "dog"])}
-    spaced = {each.text: each.sum for each in rank(learned.decoder, tokenizer, "The", [" cat", " dog"])}
-    assert scores["cat"] == pytest.approx(spaced[" cat"]) and scores["dog"] == pytest.approx(spaced[" dog"])
+    """And what they are scored by with it: the same as of the space before each candidate."""
+    for space in (" ", "  ", "\n"):
+        ours, theirs = (rank(learned.decoder, tokenizer, prompt, candidates, scorers={"logprob": 1, "pmi": 1},
+                             normalise="per_char", options=scorers.ScorerOptions(neutral="In the town"))
+                        for prompt, candidates in ((f"The{space}", ["cat", "dog"]),
+                                                   ("The", [f"{space}cat", f"{space}dog"])))
+        for one, other in zip(ours, theirs, strict=True):
+            assert space + one.text == other.text == one.scored == other.scored
+            assert (one.sum, one.per_char, one.score) == (other.sum, other.per_char, other.score)
 
 
 def test_without_bos_candidates_stand_behind_one_all_the_same(learned, tokenizer):
     """As GPT-2's tokenizer has it: an empty prompt, or a candidate that changes the prompt's first token."""
     other = copy.copy(tokenizer)
     other.prompt_bos = False
+    seen = []
     for prompt, candidates in (("", ["The cat", "天地", "on"]), ("T", ["he cat", "own", "."])):
         ranked = rank(learned.decoder, other, prompt, candidates)
         assert len(ranked) == 3
         for each in ranked:
-            assert list(each.tokens) == tokenizer.encode(prompt + each.text)
-            total = _full_scores(learned, [tokenizer.bos_id], each.tokens).sum()
+            whole = tokenizer.encode(prompt + each.text)
+            before = whole[: -len(each.tokens)]
+            assert before == tokenizer.encode(prompt)[: len(before)] and whole[len(before) :] == list(each.tokens)
+            total = _full_scores(learned, before or [tokenizer.bos_id], each.tokens).sum()
             assert each.sum == pytest.approx(total, abs=1e-4)
+            seen.append(bool(before))
+    assert sorted(set(seen[3:])) == [False, True], "one joins the first token of the prompt, the others do not"
     each, = rank(learned.decoder, other, "The cat", [" sat"])
     total = _full_scores(learned, tokenizer.encode("The cat"), each.tokens).sum()
     assert each.sum == pytest.approx(total, abs=1e-4), "no <bos> where none is due"
@@ -148,6 +220,9 @@ class Letters:
 
     def encode(self, text):
         return ["abc".index(letter) for letter in text]
+
+    def token_bytes(self, token):
+        return "abc"[token].encode()
 
 
 def test_the_best_of_all_sequences_is_the_true_best():
@@ -192,7 +267,10 @@ def test_a_ranking_tells_its_pool(learned, tokenizer):
 
 def test_lengths_of_chinese_text_are_exact(learned, tokenizer):
     each, = rank(learned.decoder, tokenizer, "天地", ["玄黄,好"])
-    assert each.sum == pytest.approx(each.per_char * 4) == pytest.approx(each.per_byte * 10)
+    assert each.scored == "天地玄黄,好", "one token: the candidate joins the prompt"
+    assert each.sum == pytest.approx(each.per_char * 6) == pytest.approx(each.per_byte * 16)
+    each, = rank(learned.decoder, tokenizer, "天", ["黄,好"])
+    assert each.sum == pytest.approx(each.per_char * 3) == pytest.approx(each.per_byte * 7)
 
 
 @pytest.mark.parametrize(("lengths", "limit"), [([3, 70, 5, 5, 200], 256), (list(range(1, 65)) * 20, 64), ([900], 1000),
@@ -220,7 +298,7 @@ def test_bad_input(learned, tokenizer, monkeypatch):
     refused("candidates=' cat' is one text", "The", " cat")
     refused("candidate 2 of 2, .* is not Unicode", "The", [" cat", " \udc80"])
     refused("normalise='mean'", "The", [" cat"], normalise="mean")
-    refused("3 candidates at temperature 0", "The", decode=DecodeConfig(num_return_sequences=3))
+    refused("num_return_sequences=3 .* would write the same text", "The", decode=DecodeConfig(num_return_sequences=3))
     refused("tokens .* 64; shorten", "The", [" cat", " mat" * 70])
     refused("tokens .* 64; shorten", "天" * 64, decode=SAMPLED)
     refused("decode writes candidates, and 1 are given", "The", [" cat"], decode=SAMPLED)
