@@ -5,16 +5,31 @@
     --mode=ranking     scores what may follow: --candidates=" Paris" --candidates=" Rome", or --n=8 samples, or
                        --num_beams=8; by --scorer=pmi, or several with weights: --scorer=logprob=1 --scorer=pmi=0.5
     --mode=fill        fills <mask> or [MASK] in the prompt
+    --mode=tokens      shows the ids of the prompt
 
-The prompt comes from --prompt, --input=FILE or standard input; an empty one starts a new text. Settings that are
-not given are those of the run's config.decode. The prompt and its continuation share the model's context: where
-it is full, the text ends. Tokens are given as ids: --suppress_tokens=5,6 --bad_words_ids=7,8 (a sequence; repeat the
-flag for more) --logit_bias=13:-5 (an id and its bias) --sequence_bias=7,8:2.5. Exit codes: 0 done, 2 bad input.
+The prompt comes from --prompt, --input=FILE or standard input; an empty one starts a new text. --prompts=FILE holds
+many, a line each: texts, or in a .jsonl file {"prompt": ..., "candidates": [...]}. The model is loaded once, and each
+answer is a JSON line in --output, written as soon as it is known.
+
+Settings that are not given are those of the run's config.decode; those that cannot act beside the others are refused.
+The prompt and its continuation share the model's context: where it is full, the text ends. Special tokens other than
+the end may be written, and are left out of the text but for --show_special.
+
+What is never written, favored or stopped at is given by text, --bad_words="of course" --suppress_words=the
+--word_bias=sea:2.5 --stop_words=END, which means it with and without a space before it, or by ids of --mode=tokens:
+--suppress_tokens=5,6 --bad_words_ids=7,8 (a sequence; repeat the flag for more) --logit_bias=13:-5 (an id and its
+bias) --sequence_bias=7,8:2.5. In these texts, --stop_strings and --reverse, \\n, \\t, \\r and \\\\ mean a line end, a
+tab, a carriage return and a backslash; prompts and candidates are taken as they are, so there write $'\\n'.
+
+Exit codes: 0 done, 2 bad input, also a model whose parameters or scores are not finite.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
+import os
+import re
 import sys
 import time
 import unicodedata
@@ -25,9 +40,14 @@ from mtnlg_jax import command
 
 _WORKDIR = command.define_path("workdir", None, "folder of the run", required=True)
 _CHECKPOINT = flags.DEFINE_enum("checkpoint", "best", ["best", "last"], "which checkpoint")
-_MODE = flags.DEFINE_enum("mode", "generative", ["generative", "ranking", "fill"], "what to do")
+_MODE = flags.DEFINE_enum("mode", "generative", ["generative", "ranking", "fill", "tokens"],
+                          "what to do")
 _PROMPT = flags.DEFINE_string("prompt", None, "the prompt")
 _INPUT = command.define_path("input", None, "file that holds the prompt, - for standard input")
+_PROMPTS = command.define_path("prompts", None, "file of prompts, one a line; .jsonl: objects with the key prompt")
+_OUTPUT = command.define_path("output", None, "file for the answers to --prompts, one JSON line each; default: "
+                              "standard output")
+_BATCH = flags.DEFINE_integer("batch", 8, "prompts of --prompts continued at once", lower_bound=1)
 _CANDIDATES = flags.DEFINE_multi_string("candidates", [], "a text to rank, with its leading space; repeat for more")
 _NORMALISE = flags.DEFINE_enum("normalise", "per_token", ["sum", "per_token", "per_char", "per_byte"],
                                "what ranking divides log-probabilities by")
@@ -57,6 +77,7 @@ _PARSE_SPECIAL = flags.DEFINE_bool("parse_special", False, "read the special tok
                                    "spells, such as <|im_start|>; off, they are text")
 _DRAFT = command.define_path("draft", None, "folder of the run of a smaller model with the same tokenizer, which "
                              "guesses tokens that the model verifies; the text stays what it was, or as likely")
+_SHOW_SPECIAL = flags.DEFINE_bool("show_special", False, "show special tokens by name in the text")
 _STATS = flags.DEFINE_bool("stats", False, "print tokens/s, what memory's speed allows, how many guesses were right")
 
 # Names of DecodeConfig; --n is its num_return_sequences.
@@ -77,7 +98,8 @@ _SETTINGS = {
     "min_length": flags.DEFINE_integer("min_length", None, "no end before so many tokens of prompt and text"),
     "forced_bos_token_id": flags.DEFINE_integer("forced_bos_token_id", None, "the first new token"),
     "forced_eos_token_id": flags.DEFINE_integer("forced_eos_token_id", None, "the token at the longest length"),
-    "stop_strings": flags.DEFINE_multi_string("stop_strings", None, "end before this text; repeat for more"),
+    "stop_strings": flags.DEFINE_multi_string("stop_strings", None, "end before this text, \\n: a line end; repeat for "
+                                             "more"),
     "max_time": flags.DEFINE_float("max_time", None, "end after so many seconds"),
     "prompt_lookup_num_tokens": flags.DEFINE_integer("prompt_lookup_num_tokens", None, "guess so many tokens by what "
                                                      "followed the last ones before, and verify them at once"),
@@ -93,6 +115,18 @@ _SETTINGS = {
 }
 _EARLY = {"false": False, "true": True, "never": "never"}
 _SETTINGS["early_stopping"] = flags.DEFINE_enum("early_stopping", None, list(_EARLY), "when the search ends")
+
+
+# Texts for what DecodeConfig takes as tokens.
+_WORDS = {name: flags.DEFINE_multi_string(name, None, f"{meaning}; repeat for more") for name, meaning in {
+    "bad_words": "a text that is never written", "suppress_words": "a text of one token that is never written",
+    "begin_suppress_words": "a text of one token, not at the beginning", "stop_words": "end before this text, also of "
+    "beams, in its usual tokens", "word_bias": "TEXT:BIAS: added to the last token's logit behind the others"}.items()}
+_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+
+
+def _unescape(text: str) -> str:
+    return re.sub(r"\\([ntr\\])", lambda match: _ESCAPES[match[1]], text)
 
 
 def _ids(text: str) -> tuple[int, ...]:
@@ -124,7 +158,112 @@ _LISTS = {name: (read, form, several, (flags.DEFINE_multi_string if several else
 
 
 def main() -> None:
-    _answer(_prompt(), _given())
+    _check_flags()
+    if _MODE.value == "tokens":
+        return _tokens(_prompt())
+    given = _given()
+    _answer(_read_rows(_PROMPTS.value) if _PROMPTS.value else [{"prompt": _prompt()}], given)
+
+
+def _check_flags() -> None:
+    """Raises ValueError on a flag that cannot act beside the others."""
+    mode = _MODE.value
+    written = ("generative",) if _CANDIDATES.value else ("generative", "ranking")
+    acts_in = dict.fromkeys(["stream", "stats", "draft", "num_assistant_tokens"], ("generative",))
+    acts_in |= dict.fromkeys(["candidates", "normalise", "scorer", *_SCORING], ("ranking",))
+    acts_in |= {"guesses": ("fill",)} | dict.fromkeys(["cache", "show_special"], written)
+    acts_in |= dict.fromkeys(["checkpoint", "dtype", "weights", "prompts", "output", "batch"],
+                             ("generative", "ranking", "fill"))
+    names = {"num_return_sequences": "n"}
+    settings = [names.get(name, name) for name in (*_SETTINGS, *_LISTS, *_WORDS)]
+    acts_in = dict.fromkeys(settings, ("generative", "ranking")) | acts_in
+    for name, modes in acts_in.items():
+        if not _is_given(name) or mode in modes:
+            continue
+        if mode == "ranking" and "ranking" not in modes and name in ("cache", "show_special"):
+            raise ValueError(f"--{name} is for texts that are written, and --candidates gives them; leave it out")
+        raise ValueError(f"--{name} is for --mode={' or '.join(modes)}, not --mode={mode}; leave it out")
+    if mode == "ranking" and _CANDIDATES.value:
+        for name in settings:
+            if _is_given(name):
+                raise ValueError(f"--{name} is for candidates that are written, and --candidates gives them; leave one "
+                                 "of the two out")
+    for name in ("output", "batch"):
+        if _is_given(name) and not _PROMPTS.value:
+            raise ValueError(f"--{name} is for many prompts; name their file with --prompts, or leave it out")
+    if _PROMPTS.value:
+        for name in ("prompt", "input", "stream", "stats", "json"):
+            if _is_given(name):
+                raise ValueError(f"--{name} is for one prompt, and --prompts={_PROMPTS.value} holds many; leave one of "
+                                 "the two out")
+    if _STREAM.value and _JSON.value:
+        raise ValueError("--stream shows text as it comes, and --json prints it at the end; leave one of the two out")
+    if _STREAM.value and (_SETTINGS["num_return_sequences"].value or 1) > 1:
+        raise ValueError(f"--stream shows one text as it comes, and --n={_SETTINGS['num_return_sequences'].value} asks "
+                         "for several; leave one of the two out")
+    if _is_given("num_assistant_tokens") and _DRAFT.value is None:
+        raise ValueError(f"--num_assistant_tokens={_SETTINGS['num_assistant_tokens'].value} are guessed by a draft "
+                         "model; name its run with --draft, or leave it out")
+    for text in (_PROMPT.value or "", *_CANDIDATES.value):
+        if re.search(r"\\[nt]", text):
+            print(f"note: {text[:40]!r} holds a backslash and a letter, not a line end or a tab; for those write "
+                  "$'\\n' in the shell", file=sys.stderr)
+
+
+def _is_given(name: str) -> bool:
+    flag = flags.FLAGS[name]
+    return bool(flag.present) and flag.value is not False
+
+
+def _tokens(prompt: str) -> None:
+    """Shows what a text is read as, without a model."""
+    from mtnlg_jax.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(os.path.join(_WORKDIR.value, "tokenizer"))
+    tokenizer.parse_special = _PARSE_SPECIAL.value
+    ids = tokenizer.encode(prompt)
+    pieces = [tokenizer.decode([index], skip_special=False) for index in ids]
+    before = [tokenizer.bos_id] if tokenizer.prompt_bos or not ids else []
+    if _JSON.value:
+        print(_dump({"mode": "tokens", "prompt": prompt, "tokens": ids, "pieces": pieces, "before": before}))
+        return
+    _print_table([["id", "text"], *([str(index), repr(piece)] for index, piece in zip(ids, pieces, strict=True))],
+                 {"text"})
+    print(",".join(map(str, ids)))
+    if before:
+        print(f"(as a prompt it stands behind token {before[0]})", file=sys.stderr)
+
+
+def _read_rows(path: str) -> list[dict]:
+    """The prompts of a file, each an object with at least the key "prompt"."""
+    name, text = command.read_text(path, "the prompts", "utf-8-sig")
+    lines = text.split("\n")
+    if lines and not lines[-1]:
+        lines.pop()
+    rows = []
+    for number, line in enumerate(lines, 1):
+        row = line.removesuffix("\r")
+        if name.endswith((".jsonl", ".json")):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{name}, line {number} is not JSON ({error}); write one object a line") from None
+        row = {"prompt": row} if isinstance(row, str) else row
+        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+            raise ValueError(f'{name}, line {number} has no text under the key "prompt"; write {{"prompt": TEXT}}')
+        texts = row.get("candidates", [])
+        if _MODE.value == "ranking" and not (isinstance(texts, list) and all(isinstance(each, str) for each in texts)):
+            raise ValueError(f"{name}, line {number} has candidates that are not a list of texts; write [TEXT, TEXT]")
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{name} holds no prompts; write one a line")
+    return rows
+
+
+def _dump(content: dict) -> str:
+    return json.dumps(content, ensure_ascii=False, allow_nan=False)
 
 
 def _given() -> dict:
@@ -132,6 +271,8 @@ def _given() -> dict:
     given = {name: flag.value for name, flag in _SETTINGS.items() if flag.value is not None}
     if "early_stopping" in given:
         given["early_stopping"] = _EARLY[given["early_stopping"]]
+    if "stop_strings" in given:
+        given["stop_strings"] = tuple(map(_unescape, given["stop_strings"]))
     for name, (read, form, several, flag) in _LISTS.items():
         texts = flag.value if several else [flag.value]
         if flag.value is None:
@@ -157,33 +298,124 @@ def _prompt() -> str:
     return command.read_text(_INPUT.value, "the prompt")[1].removesuffix("\n")  # the one that ends a file
 
 
-def _answer(prompt: str, given: dict) -> None:
-    from mtnlg_jax import compat
-    from mtnlg_jax.config import validate_decode
-    from mtnlg_jax.decode.cache import unstack
-    from mtnlg_jax.train.checkpoint import load_run
+def _words(tokenizer, given: dict) -> dict:
+    """``given`` with what the flags of _WORDS say, in this tokenizer's tokens."""
+    texts = {name: list(map(_unescape, flag.value or [])) for name, flag in _WORDS.items()}
+    added = {"bad_words_ids": [], "suppress_tokens": [], "begin_suppress_tokens": [], "stop_sequences": [],
+             "sequence_bias": []}
+    for name, setting in (("bad_words", "bad_words_ids"), ("stop_words", "stop_sequences")):
+        for text in texts[name]:
+            added[setting] += _forms(tokenizer, name, text)
+    for name, setting in (("suppress_words", "suppress_tokens"), ("begin_suppress_words", "begin_suppress_tokens")):
+        for text in texts[name]:
+            forms = _forms(tokenizer, name, text)
+            single = [form[0] for form in forms if len(form) == 1]
+            if not single:
+                raise ValueError(f"--{name}={text} is {len(forms[0])} tokens, {','.join(map(str, forms[0]))}, which "
+                                 "stand in other texts, too; --bad_words forbids them in a row")
+            added[setting] += single
+    for entry in texts["word_bias"]:
+        text, _, bias = entry.rpartition(":")
+        try:
+            added["sequence_bias"] += [(form, float(bias)) for form in _forms(tokenizer, "word_bias", text)]
+        except ValueError:
+            raise ValueError(f"--word_bias={entry} is not of the form TEXT:BIAS, as in --word_bias=sea:-2.5") from None
+    return given | {name: (*given.get(name, ()), *values) for name, values in added.items() if values}
 
-    if _MODE.value == "ranking" and _CANDIDATES.value and given:
-        raise ValueError(f"--{next(iter(given))} is for candidates that are written, and --candidates gives them; "
-                         "leave one of the two out")
+
+def _forms(tokenizer, name: str, text: str) -> list[tuple[int, ...]]:
+    """The tokens of a text at the beginning, and behind a space."""
+    if not text:
+        raise ValueError(f"--{name} is empty; leave it out")
+    forms = [tokenizer.encode(text)] + ([] if text[0].isspace() else [tokenizer.encode(f" {text}")])
+    return list(dict.fromkeys(tuple(form) for form in forms if form))
+
+
+def _answer(rows: list[dict], given: dict) -> None:
+    from mtnlg_jax import compat
+    from mtnlg_jax.config import DecodeConfig, acting, validate_decode
+    from mtnlg_jax.decode.load import load_decoder
+    from mtnlg_jax.decode.stopping import ShownSpecials
+
     compat.quiet()
-    compat.configure_cache()
-    run = load_run(_WORKDIR.value, _CHECKPOINT.value)
+    compat.configure_cache(least_seconds=0)
+    output = _open_output()
+    run, decoder = load_decoder(_WORKDIR.value, _CHECKPOINT.value, _DTYPE.value, weights=_WEIGHTS.value,
+                                cache=_CACHE.value)
     run.tokenizer.parse_special = _PARSE_SPECIAL.value
+    given = _words(run.tokenizer, given)
     decode = dataclasses.replace(run.config.decode, **given)
-    sampling = _MODE.value == "ranking" and not _CANDIDATES.value
+    given_candidates = bool(_CANDIDATES.value) or all("candidates" in row for row in rows)
+    sampling = _MODE.value == "ranking" and not given_candidates
     if sampling and decode.temperature == 0 and decode.num_beams == 1 and "temperature" not in given:
         decode = dataclasses.replace(decode, temperature=1.0)
+    # Settings of the run that cannot act wait for others; those of the command line are refused.
+    decode = acting(decode, given)
+    if _DRAFT.value is None:
+        decode = dataclasses.replace(decode, num_assistant_tokens=DecodeConfig.num_assistant_tokens)
     validate_decode(decode)
-    if _MODE.value != "generative" and (_DRAFT.value is not None or _STATS.value):
-        raise ValueError(f"--{'draft' if _DRAFT.value is not None else 'stats'} is for --mode=generative, not "
-                         f"--mode={_MODE.value}; leave it out")
-    decoder = unstack(run.config.model, run.params, _DTYPE.value, weights=_WEIGHTS.value, cache=_CACHE.value)
+    if "seed" in given and decode.temperature == 0:
+        raise ValueError(f"seed={decode.seed} is for what is drawn, and temperature=0 draws nothing; set temperature "
+                         "above 0 to sample, or leave seed out")
+    tokenizer = ShownSpecials(run.tokenizer) if _SHOW_SPECIAL.value else run.tokenizer
     ranking = functools.partial(_rank, stages=run.config.train.stages)
+    if _PROMPTS.value:
+        _answer_all(decoder, tokenizer, rows, decode, ranking, output)
+        return
     answer = {"generative": _generate, "ranking": ranking, "fill": _fill}[_MODE.value]
-    result = answer(decoder, run.tokenizer, prompt, decode)
+    result = answer(decoder, tokenizer, rows[0]["prompt"], decode)
     if _JSON.value:
-        print(json.dumps({"mode": _MODE.value, "step": run.step, "prompt": prompt} | result, ensure_ascii=False))
+        print(_dump({"mode": _MODE.value, "step": run.step, "prompt": rows[0]["prompt"]} | result))
+
+
+def _open_output():
+    """Where the answers to many prompts go; told before the model is loaded if it cannot be."""
+    if _OUTPUT.value is None:
+        return sys.stdout
+    try:
+        return open(_OUTPUT.value, "x", encoding="utf-8")
+    except FileExistsError:
+        raise ValueError(f"--output={_OUTPUT.value} exists; name another file, or remove it") from None
+
+
+def _answer_all(decoder, tokenizer, rows: list[dict], decode, ranking, output) -> None:
+    """A JSON line for each row, written as soon as it is known."""
+    from mtnlg_jax.decode.generate import check_context, encode_prompt, generate
+
+    for number, row in enumerate(rows, 1):
+        with _named(number, len(rows), 0):
+            check_context(decoder, len(encode_prompt(tokenizer, row["prompt"])))
+    draft, done = _draft(tokenizer), 0
+    size = _BATCH.value if _MODE.value == "generative" else 1
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
+        with _named(start + 1, len(rows), done):
+            if _MODE.value == "generative":
+                answers = [{"sequences": []} for _ in part]
+                results = generate(decoder, tokenizer, [row["prompt"] for row in part], decode, draft=draft)
+                for result in results:
+                    sequence = dataclasses.asdict(result)
+                    answers[sequence.pop("prompt")]["sequences"].append(sequence)
+            elif _MODE.value == "ranking":
+                answers = [ranking(decoder, tokenizer, part[0]["prompt"], decode, given=part[0].get("candidates"))]
+            else:
+                answers = [_fill(decoder, tokenizer, part[0]["prompt"], decode)]
+        for row, answer in zip(part, answers, strict=True):
+            done += 1
+            print(_dump(row | answer), file=output, flush=True)
+    if output is not sys.stdout:
+        output.close()
+        print(f"{done:,} answers in {_OUTPUT.value}")
+
+
+@contextlib.contextmanager
+def _named(number: int, count: int, done: int):
+    """Says which row an error is of, and how many answers are written."""
+    try:
+        yield
+    except ValueError as error:
+        written = f" ({done:,} answers are written)" if done else ""
+        raise ValueError(f"prompt {number:,} of {count:,}: {error}{written}") from None
 
 
 def _generate(decoder, tokenizer, prompt, decode) -> dict:
@@ -223,17 +455,16 @@ def _generate(decoder, tokenizer, prompt, decode) -> dict:
 
 
 def _draft(tokenizer):
-    from mtnlg_jax.decode.cache import unstack
-    from mtnlg_jax.train.checkpoint import load_run
+    from mtnlg_jax.decode.load import load_decoder
 
     if _DRAFT.value is None:
         return None
-    run = load_run(_DRAFT.value, _CHECKPOINT.value)
+    run, draft = load_decoder(_DRAFT.value, _CHECKPOINT.value, _DTYPE.value, weights=_WEIGHTS.value, cache=_CACHE.value)
     if run.tokenizer.vocab_size != tokenizer.vocab_size or any(
             run.tokenizer.token_bytes(i) != tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)):
         raise ValueError(f"--draft={_DRAFT.value} was trained with another tokenizer, of {run.tokenizer.vocab_size} "
                          f"tokens where the model's has {tokenizer.vocab_size}; give a draft with the same one")
-    return unstack(run.config.model, run.params, _DTYPE.value, weights=_WEIGHTS.value, cache=_CACHE.value)
+    return draft
 
 
 def _stats(decoder, tokenizer, prompt, results, decode, seconds) -> dict:
@@ -250,14 +481,17 @@ def _stats(decoder, tokenizer, prompt, results, decode, seconds) -> dict:
     return stats
 
 
-def _rank(decoder, tokenizer, prompt, decode, stages) -> dict:
+def _rank(decoder, tokenizer, prompt, decode, stages, given: list[str] | None = None) -> dict:
     from mtnlg_jax.decode.rank import rank
     from mtnlg_jax.decode.scorers import ScorerOptions
 
-    options = ScorerOptions(**{name: flag.value for name, flag in _SCORING.items() if flag.value is not None})
-    ranked = rank(decoder, tokenizer, prompt, _CANDIDATES.value or None, decode=None if _CANDIDATES.value else decode,
-                  scorers=_weights(), normalise=_NORMALISE.value, options=options, stages=stages)
-    if not _JSON.value:
+    values = {name: flag.value for name, flag in _SCORING.items() if flag.value is not None}
+    if "reverse" in values:
+        values["reverse"] = _unescape(values["reverse"])
+    candidates = (_CANDIDATES.value or None) if given is None else given
+    ranked = rank(decoder, tokenizer, prompt, candidates, decode=decode if candidates is None else None,
+                  scorers=_weights(), normalise=_NORMALISE.value, options=ScorerOptions(**values), stages=stages)
+    if not (_JSON.value or _PROMPTS.value):
         mixture = " + ".join(f"{weight:g} {name}" for name, weight in ranked.weights.items())
         print(f"{mixture}, {ranked.normalise}, natural logarithms; candidates: {ranked.size}, duplicates: "
               f"{ranked.duplicates}")
@@ -265,12 +499,15 @@ def _rank(decoder, tokenizer, prompt, decode, stages) -> dict:
         # The part logprob is the one of these that was asked for.
         parts = [name for name in ranked[0].parts if name != "logprob"]
         answers = ["answer"] * any(each.answer is not None for each in ranked)
-        rows = [["rank", "score", *sums, *parts, "tokens", *answers, "text", "times"]]
+        # Where a candidate joins the end of the prompt, or a stop ends it.
+        scored = ["scored"] * any(each.scored != each.text for each in ranked)
+        rows = [["rank", "score", *sums, *parts, "tokens", *answers, "text", *scored, "times"]]
         for each in ranked:
             numbers = [each.score, *(getattr(each, name) for name in sums), *(each.parts[name] for name in parts)]
             rows.append([str(each.rank), *(f"{number:.4f}" for number in numbers), str(len(each.tokens)),
-                         *([repr(each.answer)] * len(answers)), repr(each.text), str(each.count)])
-        _print_table(rows, {"answer", "text"})
+                         *([repr(each.answer)] * len(answers)), repr(each.text), *([repr(each.scored)] * len(scored)),
+                         str(each.count)])
+        _print_table(rows, {"answer", "text", "scored"})
     return dataclasses.asdict(ranked)
 
 
@@ -307,7 +544,7 @@ def _fill(decoder, tokenizer, prompt, _) -> dict:
     from mtnlg_jax.decode.fill import fill
 
     filled = fill(decoder, tokenizer, prompt, _GUESSES.value)
-    if not _JSON.value:
+    if not (_JSON.value or _PROMPTS.value):
         for number, guesses in enumerate(filled.masks, 1):
             print(f"mask {number}")
             for guess in guesses:

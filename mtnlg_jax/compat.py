@@ -80,14 +80,17 @@ def tpu_here() -> str | None:
     return None if version is None else version.name
 
 
-def configure_cache() -> None:
+def configure_cache(least_seconds: float | None = None) -> None:
     """Keeps compiled programs between runs, so that a resumed run starts in seconds. An accelerator's compile
-    is worth minutes; $JAX_COMPILATION_CACHE_DIR moves the cache, an empty value turns it off."""
+    is worth minutes; $JAX_COMPILATION_CACHE_DIR moves the cache, an empty value turns it off. ``least_seconds``:
+    programs that take less to compile are not kept; None: as JAX has it, 1."""
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     if folder is None:
         folder = os.path.join(cache_folder(), "xla")
     if folder:
         jax.config.update("jax_compilation_cache_dir", folder)
+        if least_seconds is not None:
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", least_seconds)
 
 
 def cache_folder() -> str:

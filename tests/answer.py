@@ -15,6 +15,8 @@ from absl.testing import flagsaver
 from mtnlg_jax import command, compat
 from mtnlg_jax.config import Config, DecodeConfig, ModelConfig
 from mtnlg_jax.data.tokenizer import load_tokenizer
+from mtnlg_jax.decode import load
+from mtnlg_jax.decode.cache import unstack
 from mtnlg_jax.model.transformer import abstract_model
 from mtnlg_jax.train import checkpoint
 
@@ -26,13 +28,20 @@ params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), jnp.flo
 config = Config(model=model, decode=DecodeConfig(max_new_tokens=int(new_tokens)))
 
 
+def load_decoder(workdir, which, dtype="float32", **held):
+    run = load_run(workdir, which)
+    return run, unstack(model, params, dtype, **held)
+
+
 def load_run(workdir, which):
     if workdir != "RUN":
         raise FileNotFoundError(f"{workdir} holds no checkpoint")
     return checkpoint.Run(config, params, tokenizer, 7, {})
 
 
-checkpoint.load_run, compat.configure_cache = load_run, lambda: None
+checkpoint.load_run = load_run
+load.load_decoder = load_decoder
+compat.configure_cache = lambda **_: None
 names = runpy.run_path(script)
 for line in sys.stdin:
     request = json.loads(line)

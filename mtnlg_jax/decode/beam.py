@@ -19,7 +19,7 @@ from jax import lax
 
 from mtnlg_jax.config import DecodeConfig
 from mtnlg_jax.decode.cache import BeamCache, Decoder, Prefix, bucket, empty_beams, next_logits
-from mtnlg_jax.decode.generate import CHUNK, Generated, ends_of_config, text_stream, writable
+from mtnlg_jax.decode.generate import CHUNK, Generated, check_finite, ends_of_config, text_stream, writable
 from mtnlg_jax.decode.processors import process
 from mtnlg_jax.decode.rows import Families, ends_of, rows_and_families, stopped
 
@@ -111,8 +111,12 @@ def collect(tokenizer, configs, prompts, ended: Sequences, order_GPK) -> list[Ge
     for prompt, config in enumerate(configs):
         own, ends = np.asarray(order_GPK)[:, prompt].reshape(-1), ends_of_config(tokenizer, config)
         best = [divmod(int(at), scores.shape[2]) for at in np.argsort(-own, kind="stable")]
+        if (why[:, prompt] == EMPTY).all():
+            raise ValueError(f"no beam behind prompt {prompt + 1} has a score, so the model's logits are not finite; "
+                             "look for parameters that are not finite or far too large, or take another checkpoint")
         for group, beam in [at for at in best if why[at[0], prompt, at[1]] != EMPTY][: config.num_return_sequences]:
             at, length = (group, prompt, beam), int(lengths[group, prompt, beam])
+            check_finite(logprobs[at][:length], prompt, 0)
             written = tokens[at][prompts[prompt] : prompts[prompt] + length].tolist()
             if written and why[at] == STOP and written[-1] in ends:
                 written.pop()

@@ -58,6 +58,9 @@ def fill(decoder: Decoder, tokenizer, text: str, top_k: int = 5) -> Filled:
     places_M[: len(places)] = places
     probabilities, best = map(np.asarray, _guess(decoder.params, row_S, np.int32(len(tokens)), places_M, allowed_V,
                                                  config=decoder.config, top_k=top_k))
+    if not np.isfinite(probabilities[: len(places)]).all():
+        raise ValueError("the probabilities of what fills the masks are not finite; look for parameters of the model "
+                         "that are not finite or far too large, or take another checkpoint")
     masks, content = [], parts[0].encode()
     for place, (mark, part) in enumerate(zip(marks, parts[1:], strict=True)):
         spaced = mark.startswith(" ")

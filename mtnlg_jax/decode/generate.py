@@ -5,6 +5,7 @@ A row's tokens depend on its prompt, settings and seed alone, not on its neighbo
 where chunks end (to rounding: other shapes may round a product differently in its last bit).
 """
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -202,6 +203,9 @@ def _continue_rows(decoder, tokenizer, prefix, configs, on_text, constraint, dra
     while True:
         tokens, lengths, done = (np.asarray(x) for x in (state.tokens_BS, state.lengths_B, state.done_B))
         done = done.copy()
+        logprobs = np.asarray(state.logprobs_BS)
+        for row, owner in enumerate(owners):
+            check_finite(logprobs[row, seen[row] : lengths[row]], owner, seen[row] - prompts[row])
         for row, stream in enumerate(streams):
             for token in tokens[row, seen[row] : lengths[row]]:
                 if stream.stopped or int(token) in ends[row]:
@@ -222,7 +226,7 @@ def _continue_rows(decoder, tokenizer, prefix, configs, on_text, constraint, dra
                         **static)
 
     guessed, accepted = (0 * prompts, 0 * prompts) if speculation is None else speculation.counts
-    logprobs, results = np.asarray(state.logprobs_BS), []
+    results = []
     for row, stream in enumerate(streams):
         piece = stream.finish()
         if piece and on_text:
@@ -236,6 +240,16 @@ def _continue_rows(decoder, tokenizer, prefix, configs, on_text, constraint, dra
     return results
 
 
+def check_finite(logprobs: np.ndarray, prompt: int, first: int) -> None:
+    """Raises ValueError where a log-probability is not finite, of the new tokens from the ``first`` one on, behind the
+    ``prompt``-th prompt, both from 0. Logits of which one is NaN or +inf give none that is."""
+    bad = np.flatnonzero(~np.isfinite(logprobs))
+    if len(bad):
+        raise ValueError(f"new token {first + int(bad[0]) + 1} behind prompt {prompt + 1} has log-probability "
+                         f"{logprobs[bad[0]]}, so the model's logits are not finite; look for parameters that are not "
+                         "finite or far too large, or take another checkpoint")
+
+
 def text_stream(tokenizer, config: DecodeConfig) -> TextStream:
     return TextStream(tokenizer, config.stop_strings,
                       [*((token,) for token in config.stop_token_ids), *config.stop_sequences])
@@ -246,14 +260,26 @@ def ends_of_config(tokenizer, config: DecodeConfig) -> frozenset[int]:
 
 
 def writable(tokenizer, vocabulary: int, end: bool = True) -> np.ndarray:
-    """Which ids may be written: no specials but, with ``end``, the end; nothing beyond the tokenizer's vocabulary.
-    Rows add their own ends."""
+    """Which ids may be written: nothing beyond the tokenizer's vocabulary, no token that marks something (pad, bos,
+    mask, sep) but, with ``end``, the end. Rows add their own ends. Other special tokens of a tokenizer from elsewhere
+    may be written, as its model learned to, and add nothing to the text."""
     size = min(tokenizer.vocab_size, vocabulary)
     allowed = np.zeros(vocabulary, bool)
-    allowed[:size] = ~tokenizer.is_special[:size]
+    allowed[:size] = ~tokenizer.is_special[:size] | _is_learned_special(tokenizer)[:size]
     if tokenizer.eos_id >= 0:
         allowed[tokenizer.eos_id] |= end
     return allowed
+
+
+def _is_learned_special(tokenizer) -> np.ndarray:
+    found = np.zeros(tokenizer.vocab_size, bool)
+    if getattr(tokenizer, "kind", "sentencepiece") == "sentencepiece":  # all of its specials mark something
+        return found
+    roles = {tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.sep_id}
+    with contextlib.suppress(ValueError):
+        roles.add(tokenizer.mask_id)
+    found[[index for index in tokenizer.special_names if index not in roles]] = True
+    return found
 
 
 def append(logits_BV, state: State, limits: Limits, rows, allowed_V, families, eos, choose: Callable = choose) -> State:

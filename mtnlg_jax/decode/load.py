@@ -14,7 +14,7 @@ from mtnlg_jax.config import Config, ModelConfig
 from mtnlg_jax.decode.cache import TABLES, Decoder, by_rows, check_held, split_abstract
 from mtnlg_jax.decode.weights import RowWeight, quantise_numpy
 from mtnlg_jax.train import lora
-from mtnlg_jax.train.arrays import StoredArrays, check_finite
+from mtnlg_jax.train.arrays import StoredArrays
 from mtnlg_jax.train.checkpoint import Run, find_run, load_run
 
 _SEPARATOR = "."
@@ -31,7 +31,7 @@ def load_decoder(workdir, which: str = "best", dtype: str = "float32", *, weight
     def read(path, config: Config) -> tuple:
         if not lora.used(config):
             return _assemble(config.model, dtype, weights, StoredArrays(path))
-        return _assemble(config.model, dtype, weights, _Held(load_run(workdir, which).params, str(path.parent)))
+        return _assemble(config.model, dtype, weights, _Held(load_run(workdir, which).params))
 
     run = find_run(workdir, which, read)
     _trim()
@@ -49,12 +49,11 @@ def _trim() -> None:
 class _Held:
     """Parameters in memory, to be read as from a checkpoint."""
 
-    def __init__(self, params, where: str):
-        self._arrays, self._where = names_of(params), where
+    def __init__(self, params):
+        self._arrays = names_of(params)
 
     def read(self, name: str, index: int | None = None) -> np.ndarray:
         array = np.asarray(self._arrays[name])
-        check_finite(array, name, self._where)
         return array if index is None else array[index]
 
     def blocks(self, name: str):
@@ -69,13 +68,6 @@ def names_of(tree) -> dict:
 
 def _name(path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=_SEPARATOR).removesuffix(".value")
-
-
-def check_params(params, where: str) -> None:
-    """Raises ValueError naming the first parameter of ``params`` (arrays that this process holds) that is not finite.
-    """
-    for name, array in names_of(params).items():
-        check_finite(np.asarray(array), name, where)
 
 
 def _assemble(config: ModelConfig, dtype: str, weights: str | None, stored) -> tuple:

@@ -4,6 +4,20 @@ import codecs
 from collections.abc import Sequence
 
 
+class ShownSpecials:
+    """A tokenizer whose special tokens add their names to a text; all else is the tokenizer's own."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+
+    def __getattr__(self, name: str):
+        return getattr(self._tokenizer, name)
+
+    def token_bytes(self, index: int) -> bytes:
+        name = self._tokenizer.special_names.get(index)
+        return self._tokenizer.token_bytes(index) if name is None else name.encode()
+
+
 class TextStream:
     """The text of one row, built token by token.
 

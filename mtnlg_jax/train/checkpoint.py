@@ -51,6 +51,7 @@ from mtnlg_jax.data.tokenizer import load_tokenizer
 from mtnlg_jax.parallel.mesh import shardings_of
 from mtnlg_jax.train import lora
 from mtnlg_jax.train import record as records
+from mtnlg_jax.train.arrays import check_finite
 from mtnlg_jax.train.processes import agree
 
 # Orbax logs every phase of its work, and what fails with a stack trace; what matters is raised here instead.
@@ -346,10 +347,14 @@ def load_run(workdir, which: str = "best", mesh: Mesh | None = None, zero: int =
     adapters are merged. Writes nothing, so that a run may be training there; a damaged checkpoint is passed over with
     a warning.
 
-    Raises FileNotFoundError where there is no checkpoint, OSError where none is whole.
+    Raises FileNotFoundError where there is no checkpoint, OSError where none is whole, and without a mesh ValueError
+    naming the parameter where one is not finite.
     """
     def read(path: epath.Path, config: Config) -> nnx.State:
-        return lora.merge(_read_params(path, config, mesh, zero), config)
+        params = lora.merge(_read_params(path, config, mesh, zero), config)
+        for name, array in _flat(params).items() if mesh is None else ():
+            check_finite(np.asarray(array), name, f"checkpoint {path.parent}")
+        return params
 
     return find_run(workdir, which, read)
 
