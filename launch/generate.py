@@ -27,6 +27,7 @@ Exit codes: 0 done, 2 bad input, also a model whose parameters or scores are not
 import contextlib
 import dataclasses
 import functools
+import gc
 import json
 import os
 import re
@@ -44,7 +45,8 @@ _MODE = flags.DEFINE_enum("mode", "generative", ["generative", "ranking", "fill"
                           "what to do")
 _PROMPT = flags.DEFINE_string("prompt", None, "the prompt")
 _INPUT = command.define_path("input", None, "file that holds the prompt, - for standard input")
-_PROMPTS = command.define_path("prompts", None, "file of prompts, one a line; .jsonl: objects with the key prompt")
+_PROMPTS = command.define_path("prompts", None, "file of prompts, one a line; .jsonl: objects with the key prompt; - "
+                               "for standard input")
 _OUTPUT = command.define_path("output", None, "file for the answers to --prompts, one JSON line each; default: "
                               "standard output")
 _BATCH = flags.DEFINE_integer("batch", 8, "prompts of --prompts continued at once", lower_bound=1)
@@ -237,13 +239,12 @@ def _tokens(prompt: str) -> None:
 def _read_rows(path: str) -> list[dict]:
     """The prompts of a file, each an object with at least the key "prompt"."""
     name, text = command.read_text(path, "the prompts", "utf-8-sig")
-    lines = text.split("\n")
-    if lines and not lines[-1]:
-        lines.pop()
+    lines = text.removesuffix("\n").split("\n")
+    objects = name.endswith((".jsonl", ".json")) or path == "-" and lines[0].startswith("{")
     rows = []
     for number, line in enumerate(lines, 1):
         row = line.removesuffix("\r")
-        if name.endswith((".jsonl", ".json")):
+        if objects:
             if not line.strip():
                 continue
             try:
@@ -332,6 +333,8 @@ def _forms(tokenizer, name: str, text: str) -> list[tuple[int, ...]]:
 
 
 def _answer(rows: list[dict], given: dict) -> None:
+    # What imports and loading make stays: looking through it for garbage takes a tenth of the start-up.
+    gc.disable()
     from mtnlg_jax import compat
     from mtnlg_jax.config import DecodeConfig, acting, validate_decode
     from mtnlg_jax.decode.load import load_decoder
@@ -342,6 +345,8 @@ def _answer(rows: list[dict], given: dict) -> None:
     output = _open_output()
     run, decoder = load_decoder(_WORKDIR.value, _CHECKPOINT.value, _DTYPE.value, weights=_WEIGHTS.value,
                                 cache=_CACHE.value)
+    gc.freeze()
+    gc.enable()
     run.tokenizer.parse_special = _PARSE_SPECIAL.value
     given = _words(run.tokenizer, given)
     decode = dataclasses.replace(run.config.decode, **given)

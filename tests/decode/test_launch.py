@@ -16,7 +16,10 @@ def ask(answering, tokenizer, tmp_path_factory):
     """(*arguments, stdin bytes) -> (exit code, standard output, standard error)."""
     folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer.save(folder)
-    return answering("generate.py", folder, positions=32, new_tokens=6)
+    answer = answering("generate.py", folder, positions=32, new_tokens=6)
+    tokenizer.save(folder / "tokenizer")  # where --mode=tokens looks for it
+    answer.folder = folder
+    return answer
 
 
 def test_generative(ask, tmp_path):
@@ -52,7 +55,7 @@ def test_beams_and_lists_of_tokens_reach_the_decoder(ask):
 
 
 def test_several_texts_are_told_apart(ask):
-    out = ask("--workdir=RUN", "--prompt=The", "--temperature=1", "--n=2", "--stream")[1]
+    out = ask("--workdir=RUN", "--prompt=The", "--temperature=1", "--n=2")[1]
     assert out.startswith("--- 1 ---\nThe") and "\n--- 2 ---\nThe" in out
 
 
@@ -128,6 +131,115 @@ def test_fill(ask):
     assert code == 0 and lines[0] == "mask 1" and len(lines) >= 5 and out.count("%") == 3
     record = json.loads(ask("--workdir=RUN", "--mode=fill", "--prompt=The <mask> sat", "--json")[1])
     assert len(record["masks"][0]) == 5 and record["text"].startswith("The ")
+
+
+def test_a_line_end_is_written_as_two_characters_where_a_shell_cannot(ask):
+    """In stops; a prompt is taken as it is, with a note."""
+    plain = json.loads(ask("--workdir=RUN", "--prompt=The", "--max_new_tokens=6", "--json")[1])["sequences"][0]
+    first = plain["text"][0]
+    forced = ["--workdir=RUN", "--prompt=The", "--json", "--max_new_tokens=3"]
+    for stop, typed in (("\n", r"\n"), ("\t", r"\t")):
+        tokens = json.loads(ask("--workdir=RUN", "--prompt=The", "--json", f"--stop_words={typed}")[1])
+        assert tokens["sequences"]
+        ids = ask_ids(ask, stop)
+        out = json.loads(ask(*forced, f"--forced_tokens=0:{ids[0]}", f"--stop_strings={typed}")[1])
+        assert (out["sequences"][0]["finish_reason"], out["sequences"][0]["text"]) == ("stop", "")
+        out = json.loads(ask(*forced, f"--forced_tokens=0:{ids[0]}", rf"--stop_strings=\{typed}")[1])
+        assert out["sequences"][0]["text"].startswith(stop), "an escaped backslash is one"
+    code, out, err = ask("--workdir=RUN", r"--prompt=a\nb", "--max_new_tokens=1")
+    assert code == 0 and out.startswith(r"a\nb") and err.startswith("note: ") and r"$'\n'" in err
+    assert first
+
+
+def ask_ids(ask, text: str) -> list[int]:
+    return json.loads(ask(f"--workdir={ask.folder}", "--mode=tokens", f"--prompt={text}", "--json")[1])["tokens"]
+
+
+def test_the_ids_of_a_text(ask, tokenizer):
+    code, out, err = ask(f"--workdir={ask.folder}", "--mode=tokens", "--prompt=The cat 好")
+    ids = tokenizer.encode("The cat 好")
+    assert code == 0 and out.splitlines()[-1] == ",".join(map(str, ids)) and "'The'" in out
+    assert err == f"(as a prompt it stands behind token {tokenizer.bos_id})\n"
+    assert ask_ids(ask, " sat on") == tokenizer.encode(" sat on")
+
+
+def test_words_stand_for_their_tokens(ask, tokenizer):
+    """At the beginning and behind a space; the same as their ids by hand."""
+    base = ["--workdir=RUN", "--prompt=The cat", "--json"]
+    with_space, bare = (",".join(map(str, tokenizer.encode(text))) for text in (" the", "the"))
+    assert "," not in with_space
+    wanted = ask(*base, f"--bad_words_ids={bare}", f"--bad_words_ids={with_space}")
+    assert ask(*base, "--bad_words=the") == wanted
+    assert ask(*base, "--suppress_words=the") == ask(*base, f"--suppress_tokens={with_space}")
+    assert ask(*base, "--word_bias=cat:3") == ask(*base, *(
+        f"--sequence_bias={','.join(map(str, tokenizer.encode(text)))}:3" for text in ("cat", " cat")))
+    forced = [*base, "--num_beams=2", f"--forced_tokens=1:{with_space}"]
+    sequence = json.loads(ask(*forced, "--stop_words=the")[1])["sequences"][0]
+    assert sequence["finish_reason"] == "stop" and len(sequence["tokens"]) == 2 and "the" not in sequence["text"]
+
+
+def test_a_file_of_prompts_is_answered_line_by_line(ask, tmp_path):
+    (tmp_path / "prompts.txt").write_text("The cat\n\nIn the\n")
+    code, out, err = ask("--workdir=RUN", f"--prompts={tmp_path / 'prompts.txt'}", f"--output={tmp_path / 'a.jsonl'}",
+                         "--batch=2", "--max_new_tokens=5")
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert (code, err) == (0, "") and out == f"3 answers in {tmp_path / 'a.jsonl'}\n"
+    assert [row["prompt"] for row in rows] == ["The cat", "", "In the"]
+    for row in rows:
+        alone = json.loads(ask("--workdir=RUN", f"--prompt={row['prompt']}", "--max_new_tokens=5", "--json")[1])
+        assert row["sequences"][0]["tokens"] == alone["sequences"][0]["tokens"]
+    lines = [{"prompt": "The", "candidates": [" cat", " dog"], "id": 7}, {"prompt": "In", "candidates": [" the"]}]
+    given = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    code, out, err = ask("--workdir=RUN", "--mode=ranking", "--prompts=-", stdin=given)
+    found = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and found[0]["id"] == 7 and [len(row["candidates"]) for row in found] == [2, 1]
+    (tmp_path / "masks.jsonl").write_text('"The <mask>"\n{"prompt": "<mask> cat"}\n')
+    code, out, err = ask("--workdir=RUN", "--mode=fill", f"--prompts={tmp_path / 'masks.jsonl'}")
+    assert code == 0 and all(len(json.loads(line)["masks"]) == 1 for line in out.splitlines())
+
+
+def test_a_file_of_prompts_is_checked_before_work_and_keeps_what_is_written(ask, tmp_path):
+    path, answers = tmp_path / "p.jsonl", tmp_path / "a.jsonl"
+    for content, message in (('{"prompt": "a"}\n{"text": "b"}\n', "line 2 has no text under the key \"prompt\""),
+                             ('{"prompt": "a"}\n{"prompt"\n', "line 2 is not JSON"), ("", "line 1 is not JSON"),
+                             (json.dumps({"prompt": "a b " * 40}), "prompt 1 of 1: the prompt has")):
+        path.write_text(content or "x")
+        answers.unlink(missing_ok=True)
+        code, out, err = ask("--workdir=RUN", f"--prompts={path}", f"--output={answers}")
+        assert (code, out) == (2, "") and message in err and err.count("\n") == 1
+        assert not answers.exists() or not answers.read_text()
+    path.write_text('{"prompt": "The", "candidates": [" cat"]}\n{"prompt": "In", "candidates": [""]}\n')
+    answers.unlink(missing_ok=True)
+    code, out, err = ask("--workdir=RUN", "--mode=ranking", f"--prompts={path}", f"--output={answers}")
+    assert code == 2 and "prompt 2 of 2: candidate 1 of 1 is empty" in err and "(1 answers are written)" in err
+    assert len(answers.read_text().splitlines()) == 1
+    code, out, err = ask("--workdir=RUN", "--mode=ranking", f"--prompts={path}", f"--output={answers}")
+    assert code == 2 and "exists; name another file" in err and len(answers.read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--top_k=5"], "top_k=5 acts on what is drawn"), (["--min_p=0.1"], "min_p=0.1 acts on what is drawn"),
+    (["--seed=1"], "seed=1 acts on what is drawn"), (["--seed=0"], "seed=0 is for what is drawn"),
+    (["--seed=1", "--num_beams=2"], "seed=1 acts on what is drawn, and beam search"), (["--n=3"], "the same text"),
+    (["--n=1", "--temperature=0", "--typical_p=0.5"], "typical_p=0.5"), (["--length_penalty=2"], "acts on beams alone"),
+    (["--early_stopping=true"], "acts on beams alone"), (["--max_matching_ngram_size=3"], "guesses none"),
+    (["--num_assistant_tokens=3"], "guessed by a draft model"), (["--stream", "--json"], "--json prints it at the end"),
+    (["--stream", "--n=2", "--temperature=1"], "--stream shows one text"), (["--candidates= b"], "for --mode=ranking"),
+    (["--scorer=pmi"], "--scorer is for --mode=ranking"), (["--normalise=sum"], "--normalise is for --mode=ranking"),
+    (["--neutral=a"], "--neutral is for --mode=ranking"), (["--guesses=3"], "--guesses is for --mode=fill"),
+    (["--mode=fill", "--temperature=1"], "--temperature is for --mode=generative or ranking"),
+    (["--mode=fill", "--cache=int8"], "--cache is for"), (["--mode=fill", "--stop_words=a"], "--stop_words is for"),
+    (["--mode=ranking", "--candidates= b", "--cache=int8"], "--cache is for texts that are written"),
+    (["--mode=ranking", "--candidates= b", "--n=3"], "--n is for candidates that are written"),
+    (["--mode=ranking", "--candidates= b", "--bad_words=a"], "--bad_words is for candidates that are written"),
+    (["--mode=ranking", "--stream"], "--stream is for --mode=generative"), (["--output=x"], "--output is for many"),
+    (["--mode=ranking", "--temperature=0", "--n=3"], "the same text"), (["--mode=tokens", "--n=2"], "--n is for"),
+    (["--prompts=x"], "--prompt is for one prompt"), (["--batch=2"], "--batch is for many prompts"),
+    (["--suppress_words=zzqx"], "--bad_words forbids them in a row"), (["--word_bias=the"], "TEXT:BIAS"),
+])
+def test_a_flag_that_cannot_act_is_refused(ask, arguments, message):
+    code, out, err = ask("--workdir=RUN", "--prompt=a", *arguments)
+    assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1 and message in err
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from mtnlg_jax.config import Config, DecodeConfig, from_json, override, to_json, validate, validate_decode
+from mtnlg_jax.config import Config, DecodeConfig, acting, from_json, override, to_json, validate, validate_decode
 from mtnlg_jax.decode.rows import rows_and_families
 
 FULL = DecodeConfig(
@@ -47,3 +47,47 @@ def test_rows_of_defaults_carry_no_tables():
     assert not families.names and not families.ngrams
     tables = {name: value for name, value in rows._asdict().items() if np.ndim(value) > 1}
     assert [name for name, value in tables.items() if value.size] == ["ends"]
+
+
+IDLE = [({"top_k": 5}, "top_k=5"), ({"top_p": 0.9}, "top_p=0.9"), ({"min_p": 0.1}, "min_p=0.1"),
+        ({"typical_p": 0.9}, "typical_p=0.9"), ({"epsilon_cutoff": 0.1}, "epsilon_cutoff=0.1"),
+        ({"eta_cutoff": 0.1}, "eta_cutoff=0.1"), ({"seed": 3}, "seed=3"), ({"seed": 3, "num_beams": 2}, "seed=3"),
+        ({"num_return_sequences": 3}, "num_return_sequences=3"), ({"length_penalty": 2.0}, "length_penalty=2.0"),
+        ({"early_stopping": True}, "early_stopping=True"), ({"length_penalty_type": "gnmt"}, "length_penalty_type"),
+        ({"max_matching_ngram_size": 3}, "max_matching_ngram_size=3"), ({"top_k": 5, "num_beams": 2}, "top_k=5"),
+        ({"temperature": 1.0, "num_beams": 2, "length_penalty": 2.0}, "length_penalty=2.0")]
+
+
+@pytest.mark.parametrize(("settings", "named"), IDLE)
+def test_what_cannot_act_is_refused_by_name_but_in_a_run_it_waits(settings, named):
+    decode = DecodeConfig(**settings)
+    with pytest.raises(ValueError, match=f"{named}.*(set|leave|ask)"):
+        validate_decode(decode)
+    # A run's settings, as of a generation_config.json with top_k=50 and do_sample=false, act once others let them.
+    model = dataclasses.replace(Config().model, vocab_size=128)
+    config = Config(decode=decode, model=model)
+    validate(config)
+    assert from_json(to_json(config)) == config
+    used = acting(decode)
+    validate_decode(used)
+    assert used.temperature == decode.temperature and used.num_beams == decode.num_beams
+    name = next(key for key in settings if named.startswith(key))
+    assert getattr(used, name) == getattr(DecodeConfig(), name)
+    with pytest.raises(ValueError, match=named):
+        validate_decode(acting(decode, [name]))
+
+
+def test_what_acts_stays():
+    for settings in ({"temperature": 1.0, "top_k": 5, "seed": 3, "num_return_sequences": 2},
+                     {"num_beams": 4, "length_penalty": 0.5, "num_return_sequences": 2},
+                     {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 4}, {"repetition_penalty": 1.5}):
+        decode = DecodeConfig(**settings)
+        validate_decode(decode)
+        assert acting(decode) == decode
+
+
+def test_a_setting_that_waits_is_still_within_its_range():
+    model = dataclasses.replace(Config().model, vocab_size=128)
+    for settings in ({"top_p": 2.0}, {"min_p": 1.0}, {"diversity_penalty": -1.0}, {"num_beam_groups": 0}):
+        with pytest.raises(ValueError, match=next(iter(settings))):
+            validate(Config(decode=DecodeConfig(**settings), model=model))

@@ -1,0 +1,163 @@
+"""Decoders read from checkpoints: as from parameters in memory, in less of it, and refused where not finite."""
+
+import dataclasses
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtnlg_jax.config import Config, DecodeConfig, ModelConfig, OptimizerConfig, to_json
+from mtnlg_jax.decode import cache
+from mtnlg_jax.decode.fill import fill
+from mtnlg_jax.decode.generate import generate
+from mtnlg_jax.decode.load import load_decoder, names_of
+from mtnlg_jax.decode.rank import rank
+from mtnlg_jax.model.transformer import abstract_model
+from mtnlg_jax.train import arrays, checkpoint, lora
+from mtnlg_jax.train.checkpoint import Checkpoints, load_run
+
+ROOT = Path(__file__).resolve().parents[2]
+HELD = [{}, {"dtype": "bfloat16"}, {"weights": "int8"}, {"weights": "int8", "dtype": "bfloat16", "cache": "int8"}]
+
+
+def _save(folder, config: Config, params, tokenizer):
+    tokenizer.save(folder / "tokenizer")
+    checkpoints = Checkpoints(folder / "checkpoints")
+    checkpoints.save(3, {"params": params}, {"config": json.loads(to_json(config)), "identity": {}}, wait=True)
+    checkpoints.close()
+    return folder
+
+
+def _poisoned(tiny, name: str, value: float):
+    """The parameters of ``tiny`` with one number of ``name`` replaced."""
+    def one(path, leaf):
+        if jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value") != name:
+            return leaf
+        return leaf.at[(-1,) * leaf.ndim].set(value)
+
+    return jax.tree_util.tree_map_with_path(one, tiny.params)
+
+
+@pytest.mark.parametrize("chunk", [2**24, 2**12], ids=["whole", "by_layer"])
+def test_a_decoder_is_that_of_the_parameters_in_memory(tiny, tokenizer, tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", chunk)
+    folder = _save(tmp_path, Config(model=tiny.config), tiny.params, tokenizer)
+    stored = arrays.StoredArrays(checkpoint.epath.Path(folder / "checkpoints/3/params"))
+    layers = stored._open("blocks.mlp.w_in_DF").chunk_layout.read_chunk.shape[0]
+    assert layers == (2 if chunk == 2**24 else 1), "stored as the test means it"
+    run = load_run(folder)
+    for held in HELD:
+        expected = cache.unstack(tiny.config, run.params, **held)
+        found_run, found = load_decoder(folder, "best", **held)
+        assert found_run.params is None and (found_run.step, found_run.config) == (3, run.config)
+        assert (found.config, found.int8_cache) == (expected.config, expected.int8_cache)
+        assert jax.tree.structure(found.params) == jax.tree.structure(expected.params)
+        for one, other in zip(jax.tree.leaves(found.params), jax.tree.leaves(expected.params), strict=True):
+            assert one.dtype == other.dtype
+            np.testing.assert_allclose(np.asarray(one, np.float32), np.asarray(other, np.float32), rtol=1e-6)
+
+
+def test_int8_holds_a_tied_table_once(learned):
+    """The table of tokens and the head are one int8 array; the largest float array is that of positions."""
+    held = cache.unstack(learned.config, learned.params, weights="int8")
+    sizes = {name: leaf.size for name, leaf in names_of(held.params[0]).items() if leaf.dtype != jnp.int8}
+    assert max(sizes.values()) == learned.config.max_position_embeddings * learned.config.hidden_size
+    table = learned.config.vocab_size * learned.config.hidden_size
+    assert [leaf.size for leaf in jax.tree.leaves(held.params) if leaf.size >= table] == [table]
+
+
+def test_a_run_with_adapters_is_merged(learned, tokenizer, tmp_path):
+    config = Config(model=learned.config, optimizer=OptimizerConfig(lora_rank=2))
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, init="elsewhere"))
+    rng = np.random.default_rng(0)
+    adapters = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape), x.dtype), lora._abstract(config))
+    folder = _save(tmp_path, config, lora.joined(learned.params, adapters), tokenizer)
+    run, found = load_decoder(folder)
+    expected = cache.unstack(learned.config, load_run(folder).params)
+    assert run.config.optimizer.lora_rank == 0
+    for one, other in zip(jax.tree.leaves(found.params), jax.tree.leaves(expected.params), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(("name", "value"), [("blocks.mlp.b_in_F", np.nan), ("tokens_VD", np.inf),
+                                             ("final_norm.scale_D", -np.inf)])
+def test_a_parameter_that_is_not_finite_is_named(learned, tokenizer, tmp_path, name, value):
+    folder = _save(tmp_path, Config(model=learned.config), _poisoned(learned, name, value), tokenizer)
+    for load in (load_run, load_decoder, lambda folder: load_decoder(folder, weights="int8")):
+        with pytest.raises(ValueError, match=rf"parameter {name} .*has 1 of .* not finite, the first of them {value}"):
+            load(folder)
+
+
+def test_finite_numbers_whose_sum_is_not_are_taken():
+    arrays.check_finite(np.full(8, 3e38, np.float32), "w", "here")
+    with pytest.raises(ValueError, match="1 of 8"):
+        arrays.check_finite(np.array([3e38] * 7 + [np.inf], np.float32), "w", "here")
+
+
+@pytest.mark.parametrize("name", ["final_norm.bias_D", "blocks.attention.b_v_KH"])
+def test_logits_that_are_not_finite_are_no_text(learned, tokenizer, name):
+    """Of parameters that no checkpoint checked."""
+    decoder = cache.unstack(learned.config, _poisoned(learned, name, np.nan))
+    for settings in ({}, {"temperature": 1.0, "num_return_sequences": 2}, {"num_beams": 2},
+                     {"num_beams": 2, "temperature": 1.0}, {"prompt_lookup_num_tokens": 2}):
+        with pytest.raises(ValueError, match="not finite"):
+            generate(decoder, tokenizer, ["The cat", " sat"], DecodeConfig(max_new_tokens=4, **settings))
+    with pytest.raises(ValueError, match="not finite"):
+        fill(decoder, tokenizer, "The <mask>")
+    for candidates in ([" cat"], None):
+        with pytest.raises(ValueError, match="not finite"):
+            rank(decoder, tokenizer, "The", candidates)
+
+
+def test_asking_a_model_imports_nothing_that_only_training_or_measuring_needs():
+    heavy = ["orbax.checkpoint", "sacrebleu", "sklearn", "matplotlib", "transformers", "torch", "pandas", "pyarrow"]
+    program = ("import sys; from mtnlg_jax.decode import fill, generate, load, rank; "
+               f"print(*(name for name in {heavy} if name in sys.modules))")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.split() == []
+
+
+@pytest.fixture(scope="module")
+def gpt2_124m(tokenizer, tmp_path_factory):
+    model = ModelConfig(vocab_size=50257, vocab_size_divisible_by=1, max_position_embeddings=1024)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.02, x.shape), jnp.float32), abstract_model(model)[1])
+    return _save(tmp_path_factory.mktemp("gpt2"), Config(model=model), params, tokenizer)
+
+
+def _ask(folder, *flags, environment=None) -> tuple[float, float]:
+    """(peak of memory in bytes, processor time in seconds) of launch/generate.py."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    program = ("import resource, subprocess, sys; done = subprocess.run(sys.argv[1:]); "
+               "used = resource.getrusage(resource.RUSAGE_CHILDREN); print('peak', used.ru_maxrss); "
+               "sys.exit(done.returncode)")
+    command = [sys.executable, "-c", program, sys.executable, ROOT / "launch/generate.py", f"--workdir={folder}",
+               "--prompt=The cat", "--max_new_tokens=16", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return 1024 * int(done.stdout.split()[-1]), (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime)
+
+
+@pytest.mark.slow
+def test_int8_and_bfloat16_save_the_memory_that_they_should(gpt2_124m, tmp_path):
+    """Of 124M parameters: what a decoder holds, and at most 350 MB besides for JAX, its programs and one layer."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment["XDG_CACHE_HOME"] = str(tmp_path)
+    besides = 350e6
+    for flags, size in (((), 4), (("--dtype=bfloat16",), 2), (("--weights=int8",), 1.03)):
+        assert _ask(gpt2_124m, *flags, environment=environment)[0] < 124.4e6 * size + besides + 75e6, flags
+
+
+@pytest.mark.slow
+def test_a_warm_start_is_quick(learned, tokenizer, tmp_path):
+    folder = _save(tmp_path / "run", Config(model=learned.config), learned.params, tokenizer)
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment["XDG_CACHE_HOME"] = str(tmp_path)
+    assert min(_ask(folder, environment=environment)[1] for _ in range(4)) < 2.5
