@@ -1,6 +1,9 @@
 """generation_config.json of Hugging Face as our DecodeConfig."""
 
+import numpy as np
+
 from mtnlg_jax.config import BEAM_ORDER, SAMPLING_LIMITS, DecodeConfig, validate_decode
+from mtnlg_jax.decode.generate import writable
 
 # Fields that mean the same here and there.
 _SAME = (
@@ -122,11 +125,7 @@ def decode_of(
     if ends and set(ends) != {tokenizer.eos_id}:
         settings["eos_token_id"] = ends
     # What is never written anyway, as our own export lists it.
-    never = {
-        index
-        for index in range(rows)
-        if index >= tokenizer.vocab_size or tokenizer.is_special[index]
-    }
+    never = set(np.flatnonzero(~writable(tokenizer, rows)).tolist())
     if "suppress_tokens" in settings:
         settings["suppress_tokens"] = [
             index for index in settings["suppress_tokens"] if index not in never
@@ -139,7 +138,7 @@ def decode_of(
             told.append(f"{name}={value}")
     try:
         decode = DecodeConfig(**settings)
-        validate_decode(decode)
+        validate_decode(decode, standing_by=True)
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"generation_config.json cannot be kept: {error}; correct it there"
