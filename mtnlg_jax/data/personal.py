@@ -247,6 +247,10 @@ _OTHER_WORD = re.compile(
     + _NUMBER_WORD + r"|(?:订单|單號|单号|编号|編號|序号|序列号|流水号|货号|型号|条码|条形码|运单|"
     r"快递|合同|书号|专利|专利号|批号|案号|学号|工号|图号|时间戳|种子|文件|邮编)(?:号码|号)?|第|no\.|№)"
     + _END_OF_WORD, re.IGNORECASE)
+# As in: the population of the province was ...
+_AMOUNT = re.compile(r"(?:(?<![A-Za-z])(?:population|total|sum|amount|distance|revenue|income|budget|"
+                     r"costs?|salary|area)\b[^.;:,\n]{0,30}\b(?:is|was|of|to|at)|"
+                     r"(?:人口|总数|总额|金额|收入|距离|面积)[^。；，：\n]{0,8}[是为达约])\s?$", re.IGNORECASE)
 _MONEY = re.compile(r"(?:[$€£¥₹]|(?<![A-Za-z])(?:USD|EUR|CNY|RMB|GBP|JPY)|人民币) ?$")
 _QUANTITY = re.compile(
     r" ?(?:%|‰|°|(?:bytes?|bits?|[kKMGT]i?B|[nmuμ]?s|secs?|seconds|[kcm]?m|[kmμ]?g|[kMG]?Hz|people|"
@@ -440,7 +444,7 @@ def _end_of_phone(match: re.Match, previous: int | None) -> int | None:
         return None
     if told:
         return end
-    if _OTHER_WORD.search(before) or _MONEY.search(before) or _QUANTITY.match(text, end):
+    if any(word.search(before) for word in (_OTHER_WORD, _MONEY, _AMOUNT)) or _QUANTITY.match(text, end):
         return None
     # Columns of a table, and years: 150 1990 2000.
     if match["mobile"] and re.fullmatch(r"[0-9]{3} [0-9]{4} [0-9]{4}", match[0]):
