@@ -255,8 +255,8 @@ def _remembered(key: str, find: Callable):
 
 def _refusal(request: dict, flags: str) -> tuple[str, bool]:
     # The process takes no chip: it describes some, so libtpu need not be alone on this machine.
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "TF_CPP_MIN_LOG_LEVEL": "3",
-                                "LIBTPU_INIT_ARGS": flags}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MEGASCALE_")}
+    environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "TF_CPP_MIN_LOG_LEVEL": "3", "LIBTPU_INIT_ARGS": flags}
     try:
         done = subprocess.run([sys.executable, "-m", "mtnlg_jax.ahead.probe"], input=json.dumps(request),
                               env=environment, capture_output=True, text=True, errors="replace", timeout=SECONDS)
