@@ -241,8 +241,8 @@ def calibrate(workdir: str, name: str, number: int) -> None:
     layout = layout_of(config, number * CHIPS[name].devices)
     # The first half still carries compilation, in a mean that fades.
     rates = [record["tokens_per_second"] for record in read_metrics(os.path.join(workdir, "metrics.jsonl"))
-             if record["kind"] == "train" and record["sequences"] == config.train.global_batch_size
-             and record["tokens_per_second"] > 0]
+             if record["kind"] == "train" and record.get("sequences") == config.train.global_batch_size
+             and record.get("tokens_per_second", 0) > 0]
     rates = rates[len(rates) // 2:]
     if not rates:
         raise ValueError(f"{workdir}/metrics.jsonl has no timed step of {config.train.global_batch_size} sequences yet")

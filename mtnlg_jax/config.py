@@ -110,7 +110,7 @@ class DataConfig:
     path: str = field(default="", metadata=PATH)
     blend: tuple[tuple[str, float], ...] = field(default=(), metadata=PATH)  # ((folder, weight), ...) instead of path
     tokenizer: str = field(default="", metadata=PATH)  # of Megatron's files: folder of the tokenizer that made them
-    # Of Megatron's files: share of the first source's last documents, or another PREFIX.
+    # Of Megatron's files: share of each source's last documents, or a PREFIX.
     heldout: float | str = field(default=0.01, metadata=PATH)
     sequence_length: int | None = None  # tokens in a row; None: model.max_position_embeddings
     masking: MaskingConfig = field(default_factory=MaskingConfig)
@@ -171,7 +171,7 @@ class TrainConfig:
     recompute: str = "elementwise"  # none | elementwise | mlp | projections | full: model.transformer.RECOMPUTE
     reduce_dtype: str = "float32"  # float32 | bfloat16: what gradients are summed in between devices; on one, float32
     loss_chunk: int = 1024  # tokens of logits in memory at once
-    label_smoothing: float = 0.0  # [0, 1): of each target, spread evenly; in training's loss, not the held-out one
+    label_smoothing: float = 0.0  # [0, 1): of each target, spread evenly; in training alone, not in the held-out loss
     log_every: int = 1
     eval_every: int = 200  # 0: only at the end
     eval_batches: int = 16  # of 16 held-out sequences each, spread over the held-out text, whatever the batch

@@ -392,7 +392,8 @@ class _Reporter:
                             "sequences": sequences, "skipped": values["skipped"],
                             "tokens_per_second": round(meter.rate, 1), **meter.mfu_entry})
         self.bar.update()
-        show(self.bar, [f"{name.replace('_', ' ')} {values['loss']:.3f}", f"{meter.rate:,.0f} tokens/s",
+        show(self.bar, [f"{name.replace('_', ' ')} {values['loss']:.3f}",
+                        f"{meter.rate:,.0f} tokens/s" if meter.rate else "",
                         f"{values['skipped']} skipped" if values["skipped"] else "", f"stage {stage.name}",
                         "" if meter.mfu is None else f"MFU {meter.mfu:.0%}"])
         if not self.bad:

@@ -19,7 +19,7 @@ from mtnlg_jax.model.transformer import abstract_model, init_parameters
 from mtnlg_jax.parallel.mesh import make_mesh
 from mtnlg_jax.train import loop
 from mtnlg_jax.train.checkpoint import load_run
-from mtnlg_jax.train.metrics import read_metrics
+from mtnlg_jax.train.metrics import read_metrics, training_loss
 from mtnlg_jax.train.step import make_loss_and_gradients, put_batch
 
 MODEL = ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=4, max_position_embeddings=32)
@@ -166,7 +166,7 @@ def test_a_stage_learns_from_a_teacher_and_weight_0_is_a_plain_run(folder, tmp_p
         train(config, tmp_path / name)
         losses[name] = numbers(tmp_path / name)
     assert losses["0"] == losses["plain"]
-    first, second = ([record["loss"] for record in losses[name] if record["kind"] == "train"]
+    first, second = ([training_loss(record)[1] for record in losses[name] if record["kind"] == "train"]
                      for name in ("plain", "half"))
     assert first[0] == second[0] and first[1] != second[1]
     saved = load_run(tmp_path / "half").meta["identity"]
