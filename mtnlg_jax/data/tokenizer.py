@@ -32,6 +32,7 @@ from mtnlg_jax.data.tokenizer_files import (
     byte_alphabet,
     first_free_id,
     gpt2_files,
+    gpt2_pair,
     is_whole,
     parse_byte_level,
     parse_tokenizer,
@@ -373,14 +374,16 @@ class HubTokenizer(Tokenizer):
         spelled = {index: piece for piece, index in numbers.items()}
         if len(spelled) < len(numbers):
             raise ValueError("the vocabulary is damaged: an id comes twice")
-        pieces = pieces_of(content)
+        whole = json.loads(content)
+        pieces = pieces_of(whole, self._fast)
         self._prefixed = pieces.prefixed
+        self._characters = 0
         names = self._special_pieces(roles, spelled)
         names |= {index: f"<unused {index}>" for index in range(len(pieces.content))
                   if index not in spelled}
         for index in names:
             pieces.content[index] = b""
-        unknown = _unknown_id(json.loads(content)["model"], numbers)
+        unknown = _unknown_id(whole["model"], numbers)
         # One character that also stands for what is unknown is a character.
         if unknown is not None and unknown not in roles.values() and len(spelled[unknown]) > 1:
             names.setdefault(unknown, spelled[unknown])
@@ -421,9 +424,22 @@ class HubTokenizer(Tokenizer):
         return [found.ids for found in encoded]
 
     def _encode(self, texts: list[str], threads: int) -> list[list[int]]:
+        self._characters += sum(map(len, texts))
+        if self._characters > _MANY_CHARACTERS and self._gpt2 is not None:
+            return self._gpt2.encode_batch(texts, threads)
         if self._cuts is None:
             return self._read(texts)
         return [list(chain.from_iterable(self._read(self._cuts.split(text)))) for text in texts]
+
+    @functools.cached_property
+    def _gpt2(self) -> ByteLevelBPETokenizer | None:
+        """The faster tokenizer of the same ids where only special tokens tell this one from GPT-2's."""
+        pair = None if self._cuts is not None else gpt2_pair(json.loads(self._files["tokenizer.json"]))
+        if pair is None:
+            return None
+        found = ByteLevelBPETokenizer(*pair)
+        found._characters = self._characters
+        return found
 
     def _encode_special(self, text: str) -> list[int]:
         roles = {self.bos_id, self.eos_id, self.pad_id, self._mask_id, self.sep_id}

@@ -393,26 +393,26 @@ class Pieces:
     prefixed: bool
 
 
-def pieces_of(content: bytes) -> Pieces:
-    """What the decoder of a tokenizer.json makes of each token, in the middle of a text.
+def pieces_of(whole: dict, fast) -> Pieces:
+    """What the decoder of a tokenizer.json makes of each token, in the middle of a text; ``whole`` is
+    its object, ``fast`` its `tokenizers.Tokenizer`.
 
     Raises ValueError for a decoder whose text of a token depends on the tokens around it.
     Without a decoder, transformers writes a space between tokens; here it is the inverse of the
     pre-tokenizer.
     """
-    whole = json.loads(content)
-    fast = parse_tokenizer(content)
     numbers = fast.get_vocab(with_added_tokens=True)
     added = {index: token.content for index, token in fast.get_added_tokens_decoder().items()}
     steps = list(_flat(whole.get("decoder"), "decoders")) or [_inverse(whole, numbers)]
     made = [b""] * (1 + max(numbers.values()))
+    with_bytes = any(step["type"] == "ByteFallback" for step in steps)
     parts = []
     for piece, index in numbers.items():
         if index in added:
             made[index] = added[index].encode()
             continue
         made[index] = _decode(piece, steps)
-        if any(step["type"] == "ByteFallback" for step in steps) and _BYTE.fullmatch(piece):
+        if with_bytes and _BYTE.fullmatch(piece):
             parts.append(index)
     return Pieces(made, parts, any(_drops_first_space(steps, at) for at in range(len(steps))))
 
@@ -677,6 +677,17 @@ def _plain(
     """vocab.json and merges.txt where this tokenizer is GPT-2's but for them; None where
     anything else differs.
     """
+    added = {token["content"] for token in whole.get("added_tokens", [])}
+    if not added | set(_special_names(settings)) <= {END_OF_TEXT}:
+        return None
+    found = gpt2_pair(whole, pair)
+    return found if not added or END_OF_TEXT in whole["model"]["vocab"] else None
+
+
+def gpt2_pair(whole: dict, pair: tuple[bytes, bytes] | None = None) -> tuple[bytes, bytes] | None:
+    """vocab.json and merges.txt (``pair`` where it says the same) of a tokenizer.json that reads text
+    without special tokens as GPT-2's does, with this vocabulary; None of another.
+    """
     model = whole["model"]
     step = whole.get("pre_tokenizer") or {}
     off = (
@@ -697,10 +708,8 @@ def _plain(
         or step.get("add_prefix_space")
         or not step.get("use_regex", True)
         or not is_whole(numbers)
+        or not all(token["special"] for token in whole.get("added_tokens", []))
     ):
-        return None
-    added = {token["content"] for token in whole.get("added_tokens", [])}
-    if not added | set(_special_names(settings)) <= {END_OF_TEXT} & numbers.keys():
         return None
     merges = [
         tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge)
