@@ -65,7 +65,7 @@ def _holds_foreign_digits(text: str) -> bool:
 
 
 def _number_signal(digit: str, dot: str) -> re.Pattern:
-    gap = f"[{dot}()/（）／{_SPACES}{_DASHES}-]{{0,3}}"
+    gap = f"[.．()/（）／·—{_SPACES}{_DASHES}-]{{0,3}}"
     return re.compile(rf"{digit}(?:(?:{gap}{digit}){{6}}|[0-9A-Fa-f]{{3}}:|"
                       rf"{digit}{{0,2}}[{dot}]{digit}{{1,3}}[{dot}])")
 
@@ -189,8 +189,9 @@ _SHAPES = {
         r"(?<![0-9])(?:"
         # Chinese mobile numbers.
         r"(?P<mobile>(?:(?:\(?(?:\+|00) ?86\)?|\(?86\)?)(?:[ -]{0,2}|\.)(?:\(0\))?)?"
-        r"(?:1[3-9][0-9](?: ?- ?| )?[0-9]{4}(?: ?- ?| )?[0-9]{4}|1[3-9][0-9]\.[0-9]{4}\.[0-9]{4}|"
-        r"1[3-9][0-9]{2}[ -][0-9]{3}[ -][0-9]{4}))(?![0-9])|"
+        r"(?:1[3-9][0-9](?: ?[-—] ?| )?[0-9]{4}(?: ?[-—] ?| )?[0-9]{4}|"
+        r"1[3-9][0-9]([.·])[0-9]{4}\2[0-9]{4}|1[3-9][0-9]{2}[ -][0-9]{3}[ -][0-9]{4}))"
+        rf"(?![0-9]){_EXTENSION}|"
         # Chinese lines, with the area, and hotlines.
         rf"(?:\(?(?:\+|00)?86\)?[ -]?)?(?:(?:\({_AREA}\)[ -]?|{_AREA}(?: | ?- ?))"
         rf"[1-9][0-9]{{2,3}}[ -]?[0-9]{{4}}|{_AREA}\.[1-9][0-9]{{2,3}}\.[0-9]{{4}})(?![0-9]){_EXTENSION}|"
@@ -201,6 +202,7 @@ _SHAPES = {
         rf"[1-9][0-9]{{2}}[-. ][0-9]{{4}}(?![0-9]){_EXTENSION}|"
         rf"[2-9][0-9]{{2}} [2-9][0-9]{{2}}-[0-9]{{4}}(?![0-9]){_EXTENSION}|"
         r"0[789]0-[0-9]{4}-[0-9]{4}(?![0-9])|09[0-9]{2}-[0-9]{3}-?[0-9]{3}(?![0-9])|"
+        r"0[2-8]-[0-9]{4}-[0-9]{4}(?![0-9])|"
         # With a country's code.
         rf"(?P<world>(?:\+|\(\+|00(?=[1-9][0-9]{{0,2}}[ ./()-])){_COUNTRY}\)?"
         r"(?:[ ./-]{0,2}(?:\([0-9]{1,5}\)|[0-9]{1,4})){2,8})(?![0-9])|"
@@ -209,7 +211,7 @@ _SHAPES = {
         r"[2-9][0-9]{2} [0-9]{3} [0-9]{4}|"
         r"\(?0[0-9]{1,5}\)?(?:[ /.-]{0,3}[0-9]{1,8}){1,5})(?![0-9]))"),
     "ip_address": re.compile(
-        r"(?<![0-9A-Za-z._])(?<![0-9A-Za-z]-)(?:[0-9]{1,3}\.){3}[0-9]{1,3}"
+        r"(?<![0-9A-Za-z._])(?:[0-9]{1,3}\.){3}[0-9]{1,3}"
         r"(?![0-9A-Za-z_]|\.[0-9])|"
         r"(?<![0-9A-Za-z:.])[23][0-9A-Fa-f]{3}:[0-9A-Fa-f:]{2,34}(?:[0-9A-Fa-f]|::)"
         r"(?![0-9A-Za-z])(?!:[0-9A-Fa-f])"),
@@ -219,7 +221,7 @@ _BEGINS = {
     "chinese_id": re.compile(r"[1-9](?:[ -]?[0-9]){14}"),
     "card_number": re.compile(r"[2-6](?:[ .-]?[0-9]){12}"),
     "us_ssn": re.compile(r"[0-8][0-9]{2}[ -]?[0-9]{2}[ -]?[0-9]{4}"),
-    "phone": re.compile(r"[0-9+(](?:[ .()/+-]{0,3}[0-9]){6}"),
+    "phone": re.compile(r"[0-9+(](?:[ .()/+·—-]{0,3}[0-9]){6}"),
     "ip_address": re.compile(r"[0-9](?:[0-9]{0,2}\.[0-9]{1,3}\.|[0-9A-Fa-f]{3}:)"),
 }
 
@@ -279,7 +281,8 @@ def _free_before(text: str, start: int) -> bool:
     before = text[start - 2:start - 1]
     word = text[max(0, start - 200):start]
     if mark < "\u0250" and mark.isalpha():
-        return bool(before == "\\" and mark in "nrt" or _JOINED.search(word))
+        return bool(before == "\\" and mark in "nrt" or _JOINED.search(word)
+                    or re.search("%[0-9A-Fa-f]{2}$", word))
     if mark in "^$€£¥\\":
         return False
     if mark == ".":
@@ -294,9 +297,11 @@ def _free_before(text: str, start: int) -> bool:
     if "://" in token or token.startswith("www."):
         return mark not in "/-+#" or "//wa.me/" in token
     if mark in "-+" and before.isalnum() and before < "\u0250":
-        return bool(_PHONE_WORD.search(word[:-1]))
+        return bool(_PHONE_WORD.search(word[:-1]) or re.search(r"(?<![\w-])[A-Z][a-z]+-$", word))
     if mark in "@~":
         return not before.isalnum()
+    if mark == "/" and token == "/":
+        return word[-2:-1] == ">"  # behind a placeholder or a tag, not the root of a path
     if mark == "/":
         return not re.search(r"^[./~]|[A-Za-z0-9]\.[A-Za-z]|(?<![A-Za-z])(?!tel|phone|mobile|fax|cell)"
                              r"[a-z][a-z0-9_-]*/$", token)
@@ -494,7 +499,7 @@ _VERSION_WORD = re.compile(
     r"(?:(?<![A-Za-z])(?:version|versions|release|ver|v|r|build|firmware|driver|patch|update|revision|rev|"
     r"upgrade[ds]?|downgrade[ds]?|section|sections|sec|sect|chapter|clause|table|figure|fig|appendix|annex|"
     r"part|article|item|rule|paragraph|para|step|oid|objectidentifier|object identifier|subsection|"
-    r"requirement|req|exercise|theorem|equation|eq)s?|版本号?|版|[§¶第]|章节|章|节|条款|条|表|图|附录)"
+    r"requirement|req|exercise|theorem|equation|eq|see|cf)s?|版本号?|版|参?见|参阅|[§¶第]|章节|章|节|条款|条|表|图|附录)"
     r"(?:[.:=]|\s(?:is|was|to|from|of)|号|为|是)?[\s\"'`*(\[（<>=~^:]{0,4}"
     r"(?:(?:[0-9]+\.)+[0-9]+(?:\s?[,、;/-]\s?|\s(?:and|or|to|through)\s|和|至|到))*$", re.IGNORECASE)
 _PACKAGE = re.compile(r"[=<>~!]= ?$|[A-Za-z0-9\"'][~^]$")
@@ -515,7 +520,7 @@ def _end_of_address(match: re.Match, _: int | None) -> int | None:
         address = ipaddress.ip_address(match[0])
     except ValueError:
         return None
-    if not address.is_global:
+    if not address.is_global or address.is_multicast:
         return None
     if address.version == 6:
         return match.end()
@@ -523,9 +528,9 @@ def _end_of_address(match: re.Match, _: int | None) -> int | None:
     if re.match(r"-[0-9]", text[end:end + 2]) and not re.match(
             r"-(?:[0-9]{1,3}\.){3}[0-9]", text[end:end + 14]):
         return None
-    if re.search(r"[0-9]-$", text[max(0, start - 2):start]):
-        return None
     before = text[max(0, start - 80):start]
+    if re.search(r"[0-9A-Za-z]-$", before) and not re.search(r"(?:[0-9]+\.){3}[0-9]+-$", before):
+        return None
     if _VERSION_WORD.search(before) or _PACKAGE.search(before):
         return None
     first, *others = map(int, match[0].split("."))
@@ -537,7 +542,7 @@ def _end_of_address(match: re.Match, _: int | None) -> int | None:
     if first <= 11 and small:
         return None
     if first <= 31 and (_NAME.search(before) or small and not before.strip() and re.match(
-            r"\s+[A-Z\u4e00-\u9fff]", text[end:end + 4])):
+            r"\.?\s+[A-Z\u4e00-\u9fff]", text[end:end + 4])):
         return None
     return end
 
