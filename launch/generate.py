@@ -342,13 +342,16 @@ def _answer(rows: list[dict], given: dict) -> None:
 
     compat.quiet()
     compat.configure_cache(least_seconds=0)
-    output = _open_output()
+    _check_output()
     run, decoder = load_decoder(_WORKDIR.value, _CHECKPOINT.value, _DTYPE.value, weights=_WEIGHTS.value,
                                 cache=_CACHE.value)
     gc.freeze()
     gc.enable()
     run.tokenizer.parse_special = _PARSE_SPECIAL.value
     given = _words(run.tokenizer, given)
+    if _MODE.value == "ranking" and given and all("candidates" in row for row in rows):
+        raise ValueError(f"{next(iter(given))} is for candidates that are written, and each line of "
+                         f"{_PROMPTS.value} has its own; leave one of the two out")
     decode = dataclasses.replace(run.config.decode, **given)
     given_candidates = bool(_CANDIDATES.value) or all("candidates" in row for row in rows)
     sampling = _MODE.value == "ranking" and not given_candidates
@@ -365,7 +368,7 @@ def _answer(rows: list[dict], given: dict) -> None:
     tokenizer = ShownSpecials(run.tokenizer) if _SHOW_SPECIAL.value else run.tokenizer
     ranking = functools.partial(_rank, stages=run.config.train.stages)
     if _PROMPTS.value:
-        _answer_all(decoder, tokenizer, rows, decode, ranking, output)
+        _answer_all(decoder, tokenizer, rows, decode, ranking)
         return
     answer = {"generative": _generate, "ranking": ranking, "fill": _fill}[_MODE.value]
     result = answer(decoder, tokenizer, rows[0]["prompt"], decode)
@@ -373,24 +376,28 @@ def _answer(rows: list[dict], given: dict) -> None:
         print(_dump({"mode": _MODE.value, "step": run.step, "prompt": rows[0]["prompt"]} | result))
 
 
-def _open_output():
-    """Where the answers to many prompts go; told before the model is loaded if it cannot be."""
+def _check_output() -> None:
+    """Raises ValueError, before the model is loaded, where the answers to many prompts cannot be written."""
     if _OUTPUT.value is None:
-        return sys.stdout
-    try:
-        return open(_OUTPUT.value, "x", encoding="utf-8")
-    except FileExistsError:
-        raise ValueError(f"--output={_OUTPUT.value} exists; name another file, or remove it") from None
+        return
+    if os.path.exists(_OUTPUT.value):
+        raise ValueError(f"--output={_OUTPUT.value} exists; name another file, or remove it")
+    folder = os.path.dirname(os.path.abspath(_OUTPUT.value))
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"--output={_OUTPUT.value} cannot be written, as {folder} is no folder to write to; make it, or "
+                         "name another file")
 
 
-def _answer_all(decoder, tokenizer, rows: list[dict], decode, ranking, output) -> None:
+def _answer_all(decoder, tokenizer, rows: list[dict], decode, ranking) -> None:
     """A JSON line for each row, written as soon as it is known."""
     from mtnlg_jax.decode.generate import check_context, encode_prompt, generate
 
     for number, row in enumerate(rows, 1):
         with _named(number, len(rows), 0):
             check_context(decoder, len(encode_prompt(tokenizer, row["prompt"])))
-    draft, done = _draft(tokenizer), 0
+    draft = _draft(tokenizer)
+    output = sys.stdout if _OUTPUT.value is None else open(_OUTPUT.value, "x", encoding="utf-8")
+    done = 0
     size = _BATCH.value if _MODE.value == "generative" else 1
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
