@@ -384,8 +384,8 @@ def _check_output() -> None:
         raise ValueError(f"--output={_OUTPUT.value} exists; name another file, or remove it")
     folder = os.path.dirname(os.path.abspath(_OUTPUT.value))
     if not os.access(folder, os.W_OK):
-        raise ValueError(f"--output={_OUTPUT.value} cannot be written, as {folder} is no folder to write to; make it, or "
-                         "name another file")
+        raise ValueError(f"--output={_OUTPUT.value} cannot be written, as {folder} is no folder to write to; make it, "
+                         "or name another file")
 
 
 def _answer_all(decoder, tokenizer, rows: list[dict], decode, ranking) -> None:
