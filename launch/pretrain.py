@@ -15,6 +15,9 @@ stopped by a signal (SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2, SIGXCPU) with it
 kill are worth another start of all processes.
 """
 
+import functools
+import shlex
+
 from absl import flags
 
 from mtnlg_jax import command
@@ -48,21 +51,21 @@ def main() -> None:
     if _FLAGS.value == "on":
         xla_flags.set_flags(config.mesh)
     with processes.leaving_at_once():
-        summary = train(config, _WORKDIR.value, _PROGRESS.value)
+        summary = train(config, _WORKDIR.value, _PROGRESS.value, functools.partial(print, flush=True))
         if processes.is_first():
             print(describe(summary))
 
 
 def describe(summary) -> str:
     """The end of a run, for a person."""
-    run = summary.workdir
+    run = shlex.quote(summary.workdir)
     return f"""
 {summary.parameters:,} parameters, {summary.steps:,} steps, {summary.tokens:,} tokens, \
 {summary.speed}, {summary.skipped} steps skipped
 {summary.held_out}
   {run}/checkpoints    {summary.kept}
   {run}/metrics.jsonl  every step
-  {run}/loss.png       the curve;  tensorboard --logdir={run}/tensorboard
+  {run}/loss.png       the curve;  the same: pip install tensorboard, tensorboard --logdir={run}/tensorboard
 next: python launch/generate.py --workdir={run} --prompt="Once upon a time"
       python launch/evaluate.py --workdir={run} --input=FILE"""
 

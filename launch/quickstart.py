@@ -6,9 +6,11 @@ Without --corpus it reads the prose of Python's own documentation, so nothing is
 go on where it stopped; what is done is not done twice.
 """
 
+import functools
 import lzma
 import math
 import os
+import shlex
 import textwrap
 import time
 
@@ -46,7 +48,7 @@ def main() -> None:
         print(describe(prepare(corpus, data_folder, vocab_size=_VOCAB.value, heldout=0.02)))
 
     _heading("2. Training: " + ", then ".join(stage.name for stage in config.train.stages))
-    summary = train(config, workdir)
+    summary = train(config, workdir, announce=functools.partial(print, flush=True))
     run = load_run(workdir)
     decoder = unstack(run.config.model, run.params)
     data = load_data(run.config)
@@ -60,17 +62,19 @@ def main() -> None:
 
     _heading("4. Writing")
     samples(decoder, run.tokenizer, data)
-    again = f"bash launch/quickstart.sh --corpus=YOUR_FOLDER --workdir={workdir}-mine"
+    run = shlex.quote(workdir)
+    again = f"bash launch/quickstart.sh --corpus=YOUR_FOLDER --workdir={shlex.quote(workdir + '-mine')}"
+    longer = f"bash launch/quickstart.sh --workdir={shlex.quote(workdir + '-long')}"
     print(f"""
 {summary.parameters:,} parameters, {summary.tokens:,} tokens in {summary.seconds:.0f} s of training \
 ({summary.speed}); {time.monotonic() - began:.0f} s in all
-  {workdir}/loss.png       the curve
-  {workdir}/metrics.jsonl  every step;  tensorboard --logdir={workdir}/tensorboard
-  {workdir}/checkpoints    {summary.kept}
-next: .venv/bin/python launch/generate.py --workdir={workdir} --prompt="The function returns" --temperature=0.8
-      .venv/bin/python launch/generate.py --workdir={workdir} --mode=ranking --n=8 --prompt="The function returns"
+  {run}/loss.png       the curve
+  {run}/metrics.jsonl  every step;  pip install tensorboard, tensorboard --logdir={run}/tensorboard
+  {run}/checkpoints    {summary.kept}
+next: .venv/bin/python launch/generate.py --workdir={run} --prompt="The function returns" --temperature=0.8
+      .venv/bin/python launch/generate.py --workdir={run} --mode=ranking --n=8 --prompt="The function returns"
       {again}
-      more steps:  bash launch/quickstart.sh --workdir={workdir}-long --set=train.steps={4 * summary.steps}""")
+      more steps:  {longer} --set=train.steps={4 * summary.steps}""")
 
 
 def samples(decoder, tokenizer, data) -> None:

@@ -45,6 +45,7 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from mtnlg_jax.command import PassingError, is_passing
 from mtnlg_jax.config import Config, from_json
 from mtnlg_jax.data.storage import first_line, is_remote
 from mtnlg_jax.data.tokenizer import load_tokenizer
@@ -177,6 +178,10 @@ class Checkpoints:
         while self._pending:
             self._pending.pop(0).result()
 
+    def is_settled(self) -> bool:
+        """Whether the background has nothing left to do, so that `wait` returns, or raises, at once."""
+        return all(pending.done() for pending in self._pending)
+
     def close(self) -> None:
         """Waits, then lets others write to the folder."""
         try:
@@ -227,7 +232,7 @@ class Checkpoints:
         with self._failure_named(step):
             free = math.inf if is_remote(self.folder) else shutil.disk_usage(self.folder).free
             if free < size:
-                raise OSError(f"the disk is full: {free / 1e6:,.1f} MB are free, {size / 1e6:,.1f} MB needed")
+                raise PassingError(f"the disk is full: {free / 1e6:,.1f} MB are free, {size / 1e6:,.1f} MB needed")
             records.marker(self.folder, step).touch()
         return True
 
@@ -289,8 +294,9 @@ class Checkpoints:
             if jax.process_index() == 0 and step not in whole:
                 self._discard(step)
             start = f"step {whole[-1]}" if whole else "the beginning"
-            raise OSError(f"checkpoint {step} could not be written to {self.folder}: {_reason(error)}; "
-                          f"see to that and start again, which goes on from {start}") from error
+            kind = PassingError if is_passing(error) else OSError
+            raise kind(f"checkpoint {step} could not be written to {self.folder}: {_reason(error)}; see to that and "
+                       f"start again, which goes on from {start}") from error
 
     def _choose(self, identity: dict, arrays: dict[str, str],
                 refuse: Callable[[dict, int, bool], None]) -> tuple[dict | None, list[str]]:

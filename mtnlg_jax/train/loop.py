@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,17 +20,17 @@ from mtnlg_jax import command, compat
 from mtnlg_jax.config import Config, to_json, validate, validate_batch
 from mtnlg_jax.data.batches import SAMPLE_ORDER, Batches, HeldOut, heldout_count
 from mtnlg_jax.data.sources import open_sources, spread
-from mtnlg_jax.data.storage import write_file
 from mtnlg_jax.data.tokenizer import Tokenizer
 from mtnlg_jax.data.tokens import Tokens
 from mtnlg_jax.parallel.hardware import flops_per_token
 from mtnlg_jax.parallel.mesh import make_mesh
-from mtnlg_jax.train import changes, lifetime, lora, processes, start
+from mtnlg_jax.train import changes, describe, lifetime, lora, processes, start
 from mtnlg_jax.train.checkpoint import Checkpoints
 from mtnlg_jax.train.course import refuse_other_course, refuse_other_settings
-from mtnlg_jax.train.metrics import MetricsLog, environment, peak_flops
+from mtnlg_jax.train.metrics import MetricsLog, peak_flops
 from mtnlg_jax.train.objectives import causal_batch, masked_batch
 from mtnlg_jax.train.program import Program
+from mtnlg_jax.train.saving import Saver
 from mtnlg_jax.train.schedule import batch_size_at, is_masked, loss_name, samples_at_end, stage_at
 from mtnlg_jax.train.step import abstract_state, init_state, make_eval, make_train_step, micro_batch_shape, put_batch
 from mtnlg_jax.train.watchdog import Watchdog
@@ -97,13 +98,15 @@ class Data:
     stages: tuple[Batches, ...]
     held_out: tuple[tuple[Tokens, float], ...]  # of each source, with its share of the run's samples
     fingerprints: dict[str, str]
+    training_tokens: int  # of all sources together
 
 
-def train(config: Config, workdir: str, show_progress: bool = True) -> Summary:
+def train(config: Config, workdir: str, show_progress: bool = True,
+          announce: Callable[[str], None] | None = None) -> Summary:
     """Trains ``config`` in ``workdir``, going on from the newest good checkpoint there. Of several processes each
-    calls this; the first one writes.
+    calls this; the first one writes, and calls ``announce`` with what the run is (`describe.at_start`).
 
-    Raises ValueError on what does not fit, Preempted after SIGTERM to any process (state saved), Diverged after
+    Raises ValueError on what does not fit, Preempted after a signal to any process (state saved), Diverged after
     train.max_bad_steps non-finite steps in a row, Disagreement. Ends the process on any other exception where there
     are several, and on a phase that takes too long (train.watchdog_seconds).
     """
@@ -139,7 +142,11 @@ def train(config: Config, workdir: str, show_progress: bool = True) -> Summary:
         # The one clock: what is read next, the ramp and the learning rate all follow the samples of the state.
         samples = int(state["samples"])
         total_samples = samples_at_end(config.train, min(first, config.train.steps), samples)
-        _describe(config, data.tokenizer, workdir)
+        if processes.is_first():
+            describe.write(config, workdir, first)
+            _keep_tokenizer(data.tokenizer, workdir)
+            if announce:
+                announce(describe.at_start(config, mesh, workdir, first, samples, data.training_tokens))
         log = MetricsLog(workdir, first, writing=processes.is_first())
         open_until_the_end.callback(log.close)
         bar = open_until_the_end.enter_context(tqdm(
@@ -149,6 +156,7 @@ def train(config: Config, workdir: str, show_progress: bool = True) -> Summary:
             show(bar, ["compiling"])
         meter = _Meter(config)
         reporter = _Reporter(config, log, bar, meter, checkpoints)
+        saver, save = Saver(checkpoints), None
         steps = {(number, masked): Program(make_train_step(config, mesh, causal=not masked, total_samples=total_samples,
                                                            **given), watchdog)
                  for number, given in start.kinds_of_steps(teachers) for masked in (False, True)}
@@ -169,7 +177,7 @@ def train(config: Config, workdir: str, show_progress: bool = True) -> Summary:
             if processes.several() and _due(config.train.compare_every, done, config):
                 refuse_other_course(config, data.fingerprints, steps, state, done)
             evaluating = _due(config.train.eval_every, done, config)
-            saving = stopping or _due(config.train.save_every, done, config)
+            saving = stopping or saver.is_due() or _due(config.train.save_every, done, config)
             if evaluating or saving:
                 reporter.report()
                 watchdog.enter("evaluation or saving")
@@ -179,12 +187,13 @@ def train(config: Config, workdir: str, show_progress: bool = True) -> Summary:
                     saving = True
                 if saving:
                     saving = reporter.is_healthy(done, result)
+                save = functools.partial(_save, config, state, done, checkpoints, identity, result) if saving else None
                 if saving:
-                    _save(config, state, done, checkpoints, identity, result)
+                    saver.save(save)
                     best = min(best, metric)
                 meter.restart()
             if stopping and done < config.train.steps:
-                checkpoints.wait()
+                saver.finish(save)
                 processes.meet("saved")
                 if not saving:
                     raise Preempted(f"stopped by a signal after step {done}, whose state is not finite and not saved; "
@@ -192,7 +201,7 @@ def train(config: Config, workdir: str, show_progress: bool = True) -> Summary:
                 raise Preempted(f"stopped by a signal after step {done}; state saved in {workdir}; the same command "
                                 "goes on from there")
         watchdog.enter("saving")
-        checkpoints.wait()
+        saver.finish(save)
         processes.meet("saved")
         if not any(r["kind"] == "eval" and r["step"] == first for r in log.records) and first == config.train.steps:
             # A finished run, started again, whose last evaluation was lost.
@@ -226,7 +235,8 @@ def load_data(config: Config) -> Data:
         parts.setdefault(tokens.location, [tokens, 0.0])[1] += shares.get(path, 1.0)
     prints = {f"source {i}": tokens.meta["sha256"] for i, tokens in enumerate(opened.values())}
     prints["order of samples"] = SAMPLE_ORDER
-    return Data(tokenizer, batches, tuple(map(tuple, parts.values())), prints)
+    return Data(tokenizer, batches, tuple(map(tuple, parts.values())), prints,
+                sum(len(tokens) for tokens in opened.values()))
 
 
 def resolve(config: Config, tokenizer: Tokenizer) -> Config:
@@ -500,13 +510,8 @@ def _summary(config, workdir, records, meter, checkpoints, state) -> Summary:
                    meter.utilization(rate), final, checkpoints.best_step(), int(state["skipped"]))
 
 
-def _describe(config: Config, tokenizer: Tokenizer, workdir: str) -> None:
-    """config.json and the tokenizer, beside the checkpoints: a run folder needs nothing else to be used. And
-    environment.json: on what, and with which compiler flags, it last ran."""
-    if not processes.is_first():
-        return
-    for name, text in (("config.json", to_json(config)), ("environment.json", json.dumps(environment(), indent=1))):
-        write_file(workdir, name, text.encode())
+def _keep_tokenizer(tokenizer: Tokenizer, workdir: str) -> None:
+    """The tokenizer beside the checkpoints: with config.json a run folder needs nothing else to be used."""
     target = os.path.join(workdir, "tokenizer")
     if not os.path.exists(target):
         shutil.rmtree(target + ".partial", ignore_errors=True)

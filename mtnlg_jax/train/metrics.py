@@ -1,5 +1,7 @@
 """What a run tells: metrics.jsonl, TensorBoard, loss.png, a progress bar; and how fast it goes."""
 
+import contextlib
+import functools
 import json
 import math
 import os
@@ -14,6 +16,7 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
+from mtnlg_jax.command import is_passing
 from mtnlg_jax.parallel.hardware import dense_flops
 
 
@@ -89,8 +92,11 @@ class MetricsLog:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, self.path)
-        self._file = open(self.path, "a", buffering=1, encoding="utf-8")
-        self._board = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=step + 1, flush_secs=30)
+        self._file = open(self.path, "ab", buffering=0)
+        self._unwritten = b""
+        self._behind = False
+        self._new_board = functools.partial(SummaryWriter, os.path.join(workdir, "tensorboard"), flush_secs=30)
+        self._board = self._new_board(purge_step=step + 1)
 
     def write(self, record: dict) -> None:
         """``record`` has "kind" (train | eval) and "step"; numbers go to TensorBoard under kind/name, and what is not
@@ -98,20 +104,47 @@ class MetricsLog:
         self.records.append(record)
         if not self.writing:
             return
-        self._file.write(_line(record))
+        self._unwritten += _line(record).encode()
+        with self._outlasting():
+            self._write()
+            # The writer's thread ends where it cannot write, and its queue would be full before long.
+            if not self._board.file_writer.event_writer._worker.is_alive():
+                self._board = self._new_board()
+        if self._behind:
+            return
         for name, value in record.items():
             if name != "step" and isinstance(value, int | float) and math.isfinite(value):
                 self._board.add_scalar(f"{record['kind']}/{name}", value, record["step"])
 
     def close(self) -> None:
         if self.writing:
-            self._file.close()
-            self._board.close()
+            with self._outlasting():
+                self._write()
+            with self._outlasting(), self._file:
+                self._board.close()
 
     def plot(self) -> None:
         """loss.png beside the records."""
         if self.writing:
-            plot_loss(self.records, os.path.join(os.path.dirname(self.path), "loss.png"))
+            with self._outlasting():
+                plot_loss(self.records, os.path.join(os.path.dirname(self.path), "loss.png"))
+
+    def _write(self) -> None:
+        while self._unwritten:
+            self._unwritten = self._unwritten[self._file.write(self._unwritten):]
+        self._behind = False
+
+    @contextlib.contextmanager
+    def _outlasting(self):
+        """A full disk and the like end no run for the sake of its log: what is left is written with the next line."""
+        try:
+            yield
+        except Exception as error:
+            if not is_passing(error):
+                raise
+            if not self._behind:
+                logging.warning("%s falls behind (%s): tried again with the next line", self.path, error)
+            self._behind = True
 
     def _set_aside(self, damaged: dict[int, bytes]) -> None:
         with open(self.path + ".damaged", "ab") as file:
