@@ -49,6 +49,10 @@ _NOTICES = {sign: re.compile(pattern, re.IGNORECASE) for sign, pattern in {
               r"\byou (?:agree|consent|accept)\b.{0,40}\bcookies?\b|"
               r"\b(?:accept|agree to|consent to) (?:our|the use of) cookies\b|"
               r"\bour (?:use of cookies|cookies? (?:policy|notice|statement|settings|banner))|"
+              r"^\W*please (?:accept|allow|enable) (?:the |our |all )?cookies\b|"
+              r"\byour (?:web )?browser\b.{0,30}\bcookies\b.{0,20}\b(?:disabled|blocked|turned off)|"
+              r"^\W*cookies (?:help|allow|enable) us\b|"
+              r"\byour cookie (?:settings|preferences|choices|consent)\b|"
               r"^\W*cookie (?:policy|settings|preferences|notice|consent)\W*$|"
               r"(?:本站|本网站|本页面|我们的?网?站?).{0,8}使用.{0,8}cookie|"
               r"^\W*(?:请)?(?:接受|同意|允许|管理)(?:所有|全部|我们的|使用)?\s?cookies?(?:设置|政策)?\W*$|"
@@ -61,19 +65,21 @@ _NOTICES = {sign: re.compile(pattern, re.IGNORECASE) for sign, pattern in {
                   r"^\W*javascript (?:is|must be) (?:currently |not )?(?:disabled|enabled|required|blocked)\W*$|"
                   r"^\W*(?:this|our) (?:page|(?:web)?site|application|app|video|content|form) "
                   r"(?:requires|needs|works best with) javascript\b|"
+                  r"\b(?:please|you (?:must|need to|have to|should))\b.{0,40}\bjavascript (?:is )?enabled|"
+                  r"\b(?:this|our) (?:app|(?:web)?site|page)\b.{0,40}\bwithout javascript|"
                   r"\byour (?:web )?browser (?:does not|doesn['’]t|has) .{0,20}javascript|"
                   r"(?:^|请|您需要|您必须).{0,8}(?:启用|开启|打开|允许)(?:您的)?(?:浏览器的?)?\s?javascript(?:功能|支持)?"
                   r"(?:\W*$|.{0,4}(?:才能|以|后)(?:查看|浏览|继续|使用|访问|正常))|"
                   r"(?:您|你)的?浏览器.{0,12}(?:禁用|不支持|未启用|没有启用|关闭).{0,8}javascript",
     "share": rf"^\W*share(?: (?:this|it))?(?: article| page| post| story)?(?=.*\b{_SITES}\b)"
-             rf"(?:\W*\b(?:on|via|with|to|or|{_SITES})\b)+\W*$",
+             rf"(?:\W*\b(?:on|via|with|to|or|and|{_SITES})\b)+\W*$",
     " us on": rf"^\W*(?:like|follow|find|join) us on(?:\W*\b(?:and|or|{_SITES})\b)+\W*$",
     "all rights reserved": r"(?:©|\(c\)|\bcopyright\b|^\W*(?:19|20)\d{2}\b).{0,120}all rights reserved"
                            r"(?:\W*$|[.;|].{0,80}$)|^\W*all rights reserved(?:\W*$|\W+(?:©|copyright|by|\d{4}))",
     "newsletter": r"(?:^\W*|[.!?] |\byou can |\bplease )(?:sign up|subscribe|register)(?: now| today| here)? "
                   r"(?:for|to|with) (?:our|the|my|a|your)? ?(?:[\w-]+ ){0,3}newsletters?"
                   r"(?:\W*$|\W+(?:and|to|for|today|now|here|below)\b)|"
-                  r"(?:^\W*|[.!?] |\byou can |\bplease )(?:sign up|subscribe|get|receive) .{0,30}\bour "
+                  r"(?:^\W*|[.!?] |\byou can |\bplease )(?:sign up|subscribe|join|get|receive) (?:.{0,30}\b)?our "
                   r"(?:[\w-]+ ){0,3}newsletter",
     "click here": r"^\W*(?:please )?click here (?:to|for) .{0,60}$",
     "lorem ipsum": r"^\W*lorem ipsum dolor",
@@ -91,6 +97,7 @@ _NOTICES = {sign: re.compile(pattern, re.IGNORECASE) for sign, pattern in {
           r"(?:关注|加群|进群|公众号|添加|下载(?:app|客户端))|"
           r"^\W*(?:请|欢迎|微信)?(?:扫一扫|扫描|扫码|长按|识别)?(?:识别)?(?:下方|上方|下面|上面|以下|图中)?"
           r"(?:的)?二维码\W*$",
+    "二维码": r"^\W*(?:请|欢迎)?(?:长按|识别).{0,12}二维码",
     "公众号": r"(?:^\W*|请|欢迎|敬请)(?:关注|搜索|添加|订阅)(?:我们的?|本站|本报|官方)?(?:微信)?(?:官方)?公众号",
     "编辑": r"^\W*(?:责任编辑|本文编辑|编辑)\s?[:：][^。！？，,!?]{1,20}$",
     "责编": r"^\W*责编\s?[:：][^。！？，,!?]{1,20}$",

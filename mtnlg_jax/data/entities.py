@@ -11,7 +11,7 @@ import ftfy.fixes
 
 from mtnlg_jax.data import personal
 
-ENTITY = re.compile("&#?[0-9A-Za-z]{1,24};")
+_ENTITY = re.compile("&#?[0-9A-Za-z]{1,24};")
 _ESCAPED_TAG = re.compile("&(?:lt|LT|#60|#[xX]3[cC]);")
 _MASKS = "|".join(kind.upper() for kind in personal.KINDS)
 _OPEN = re.compile(rf"<(?!(?:{_MASKS})>)")
@@ -37,8 +37,8 @@ def writes_both(text: str) -> bool:
 def unescape(line: str) -> str:
     """The line with its entities resolved, or as it is where it is about them."""
     plain = ftfy.fixes.unescape_html(line)
-    if plain == line or ENTITY.search(plain) or _OPEN.search(line) or _QUOTED.search(line):
+    if plain == line or ftfy.fixes.unescape_html(plain) != plain or _OPEN.search(line) or _QUOTED.search(line):
         return line
-    if _ABOUT.search(line) or _CODE.search(plain) or _CODE.search(ENTITY.sub(" ", line)):
+    if _ABOUT.search(line) or _CODE.search(plain) or _CODE.search(_ENTITY.sub("·", line)):
         return line
     return line if _TAG.search(plain) and not _LEFT_OVER.search(line) else plain

@@ -83,6 +83,7 @@ def test_unicode(text, mended):
     ("Johnson &amp; Johnson met at 5 &gt; 3", "Johnson & Johnson met at 5 > 3"),
     ("caf&eacute; &ndash; it&#8217;s &quot;open&quot;", "café – it’s \"open\""),
     ("他说：&ldquo;好&rdquo;&hellip;", "他说：“好”…"), ("I &lt;3 you", "I <3 you"),
+    ("&hearts; &rarr; R&amp;D; done", "♥ → R&D; done"),
     ("&ldquo;Rock &amp; Roll&rdquo; by the band", "“Rock & Roll” by the band"),
 ])
 def test_entities_that_are_left_over_are_resolved(text, mended):
@@ -222,7 +223,16 @@ Proudly powered by WordPress
 版权所有，侵权必究
 欢迎关注官方微信公众号：海港
 请点击下载全文
-微信扫一扫关注我们""".split("\n")
+微信扫一扫关注我们
+长按二维码关注我们
+Please accept cookies to continue.
+Your browser has cookies disabled.
+Cookies help us deliver our services.
+You can change your cookie settings at any time.
+You must have JavaScript enabled to use this form.
+We're sorry but this app doesn't work without JavaScript.
+Join our newsletter
+Share this post on Facebook and Twitter""".split("\n")
 PROSE = """\
 Cookies are small files that a site leaves in a browser; the committee asked how long they may stay there.
 JavaScript is a language that was made in ten days in 1995.
@@ -275,7 +285,16 @@ Click the red button, and the door opens.
 他转载时注明了作者。
 法院判决该网站不得转载他的文章。
 浏览器会把Cookie保存在本地文件中。
-早期的手机不支持JavaScript。""".split("\n")
+早期的手机不支持JavaScript。
+The law requires consent before cookies are set on a device.
+Our cookies are baked fresh every morning in a wood oven.
+JavaScript is required reading for anyone who builds pages.
+If your users disable JavaScript, render on the server.
+You should subscribe to a newsletter in your field, his teacher said.
+The phrase "all rights reserved" first appeared in a treaty of 1910.
+Share the bread on the table.
+很多网站使用Cookie来识别用户。
+本站是铁路的终点站，旅客请在此下车。""".split("\n")
 
 
 @pytest.mark.parametrize("line", NOTICES)
