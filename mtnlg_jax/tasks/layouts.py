@@ -54,6 +54,7 @@ LAYOUTS = (
     Layout("multiple choice", {"input": "query", "choices": "choices", "reference": "gold@0"}),
     Layout("BoolQ", {"context": "passage", "input": "question", "reference": "answer"}, choices=("no", "yes")),
     Layout("SQuAD", {"context": "context", "input": "question", "reference": "answers"}),
+    Layout("CMRC 2018", {"context": "context", "input": "query_text", "reference": "answers"}),
     Layout("LAMBADA", {"input": "context", "reference": "continuation"}),
     Layout("SciTLDR", {"input": "source", "reference": "target"}),
     Layout("XSum", {"input": "document", "reference": "summary"}),

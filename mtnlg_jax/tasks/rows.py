@@ -80,6 +80,7 @@ def read_rows(path: str | os.PathLike, columns: Mapping[str, str] | None = None,
     for field in columns or {}:
         if field not in FIELDS:
             raise ValueError(f"column {field!r} is not known; name those of {', '.join(FIELDS)}, as in input=0")
+    named = set(columns or {})
     kind = _kind(path)
     if kind in _TABLES:
         items, columns = _table(path, kind, columns, needs, notes)
@@ -90,6 +91,8 @@ def read_rows(path: str | os.PathLike, columns: Mapping[str, str] | None = None,
         columns, choices, blank = _layout_of(items, choices, notes)
     else:
         taken = {key for column in columns.values() for key in keys_of(column)}
+        _check_named(path, items, {field: column for field, column in columns.items()
+                                   if field in named and field not in needs})
         columns = {field: field for field in FIELDS if field not in taken} | dict(columns)
     parsed = [_parse(f"{path}, row {number}", item, columns, tuple(choices), needs) for number, item in items]
     if not parsed:
@@ -100,6 +103,17 @@ def read_rows(path: str | os.PathLike, columns: Mapping[str, str] | None = None,
         notes.append(f"{limit:,} of {len(rows):,} rows, drawn by seed {seed}")
         rows = [rows[i] for i in kept]
     return rows
+
+
+def _check_named(path: Path, items, columns: Mapping[str, str]) -> None:
+    """Raises ValueError where a key that was named stands in no row."""
+    objects = [item for _, item in items if isinstance(item, dict)]
+    for field, column in columns.items():
+        for key in [] if any(column in item for item in objects) else keys_of(column):
+            if objects and all(key not in item and _get(item, key) is None for item in objects):
+                raise ValueError(f"{path}: no row has a {field} under {key!r}, the first one only "
+                                 f"{', '.join(map(str, objects[0]))[:80]}; name the right one, as in "
+                                 f"--columns={field}=KEY")
 
 
 def _kind(path: Path) -> str:
@@ -201,6 +215,9 @@ def _whole(path: Path, kind: str, whole, columns, needs, notes):
     if whole and all(isinstance(each, list) and len(each) >= 2 and isinstance(each[1], list) for each in whole):
         # C3 of CLUE: [sentences, [{question, choice, answer}, ...], id].
         whole = [{**asked, "dialogue": each[0]} for each in whole for asked in each[1] if isinstance(asked, dict)]
+    if whole and all(isinstance(each, dict) and isinstance(each.get("qas"), list) for each in whole):
+        whole = [{**asked, "context": each.get("context", each.get("context_text"))}
+                 for each in whole for asked in each["qas"] if isinstance(asked, dict)]
     if whole and all(isinstance(each, dict) and isinstance(each.get("row"), dict) for each in whole):
         whole = [each["row"] for each in whole]  # as the hub's server of rows wraps them
     if kind != ".json" and whole and not isinstance(whole[0], dict):
@@ -376,7 +393,8 @@ def _parse(where: str, item, columns: Mapping[str, str], choices: tuple[str, ...
     if not isinstance(item, dict):
         raise ValueError(f"{where}: a {type(item).__name__}, not an object with {' and '.join(needs)}")
     found = {}
-    for field in FIELDS:
+    names = right = None
+    for field in ("choices", "input", "context", "reference"):
         column = columns.get(field)
         if column is None:
             keys = []
@@ -388,16 +406,15 @@ def _parse(where: str, item, columns: Mapping[str, str], choices: tuple[str, ...
                 values.pop()  # questions of fewer choices than there are columns
         if values and not any(value is None or value == "" or value == [] for value in values):
             found[field] = values if len(keys) > 1 else values[0]
-        elif field in needs and not (field == "reference" and "choices" in found and _scored(found["choices"])):
+            if field == "choices":
+                choices, names, right = _choices(where, found[field])
+        elif field in needs and not (field == "reference" and right is not None):
             raise ValueError(f"{where}: no {field} under {column or field!r}, only "
                              f"{', '.join(map(str, item))[:80]}; name the right one, as in --columns={field}=KEY")
         elif field == "choices" and len(keys) > 1 and any(value not in (None, "") for value in values):
             raise ValueError(f"{where}: a choice under {column!r} is empty and those behind it are not; leave the row "
                              "out, or write the choice")
     texts = {field: _joined(where, field, found[field]) for field in ("input", "context") if field in found}
-    names = right = None
-    if "choices" in found:
-        choices, names, right = _choices(where, found["choices"])
     values = _values(where, found["reference"]) if "reference" in found else []
     return _Parsed(where, texts, choices, names, right if not values else None, values)
 
@@ -509,7 +526,8 @@ def _resolved(path: Path, parsed: Sequence[_Parsed], columns, labels: Mapping[st
 
 
 def _renamed(where: str, value, labels: Mapping[str, str]) -> str:
-    for name in (str(value), json.dumps(value)):  # True, and true
+    # True and true; 1.0 where a table of numbers has gaps.
+    for name in (str(value), json.dumps(value), re.sub(r"(?<=\d)\.0+$", "", str(value))):
         if name in labels:
             return labels[name]
     raise ValueError(f"{where}: reference {str(value)[:40]!r} is none of the labels {', '.join(labels)}; name it, too")

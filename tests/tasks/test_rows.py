@@ -44,6 +44,9 @@ def test_layouts(tmp_path, name, content, options, rows):
 
 @pytest.mark.parametrize(("name", "content", "options", "message"), [
     ("a.jsonl", '{"input": "a", "reference": "b"}\n{"text": "c"}', {}, "row 2: no input under 'input', only text"),
+    ("a.jsonl", '{"input": "a", "reference": "b", "choices": ["b"]}', {"columns": {"choices": "choices.text"}},
+     "no row has a choices under 'choices.text', the first one only input, reference, choices; name the right one, as"),
+    ("a.jsonl", '{"input": "a", "reference": "b"}', {"columns": {"context": "passage"}}, "no row has a context under"),
     ("a.jsonl", '{"input": "a", "target": "b"}', {}, "row 1: no reference under 'reference', only input, target; name "
      "the right one, as in --columns=reference=KEY"),
     ("a.jsonl", '{"input": "a", "reference": ""}', {}, "row 1: no reference under"),
@@ -107,7 +110,7 @@ def test_a_reference_names_its_choice_by_text_letter_or_number(tmp_path, referen
 def test_choices_in_a_dict_in_dicts_or_in_one_cell(tmp_path, item, reference):
     keys = {} if reference is None else {"reference": reference}
     path = write(tmp_path, "a.jsonl", json.dumps({"input": "q", "choices": item} | keys))
-    assert read_rows(path, needs=("input",)) == [Row("q", ("z",), choices=tuple(CHOICES))]
+    assert read_rows(path, needs=("input", "reference")) == [Row("q", ("z",), choices=tuple(CHOICES))]
 
 
 @pytest.mark.parametrize(("items", "columns", "expected"), [
@@ -219,6 +222,15 @@ def test_json_as_it_comes(tmp_path, name, content):
 def test_nested_lists_of_dialogues(tmp_path):
     content = [[["A: Hi.", "B: No."], [{"question": "q", "choice": ["x", "y"], "answer": "y"}], "id-1"]]
     assert read_rows(write(tmp_path, "a.json", content)) == [Row("q", ("y",), "A: Hi. B: No.", ("x", "y"))]
+
+
+    content = [{"context_id": "1", "context_text": "c", "qas": [{"query_text": "q", "answers": ["a", "b"]}]}]
+    assert read_rows(write(tmp_path, "b.json", content)) == [Row("q", ("a", "b"), "c")]
+
+
+def test_labels_of_a_table_of_floats(tmp_path):
+    path = write(tmp_path, "a.csv", "text,label\na,1.0\nb,0.0\n")
+    assert [row.references for row in read_rows(path, labels={"0": "no", "1": "yes"})] == [("yes",), ("no",)]
 
 
 def test_questions_without_an_answer_are_counted(tmp_path):
