@@ -34,7 +34,8 @@ NARROWEST = 16  # tokens of a window at least, so that there are few widths to c
 
 
 class Window(NamedTuple):
-    """A stretch of a document's tokens: reads [begin, end), predicts [begin + 1, end + 1), scores from first + 1 on."""
+    """A stretch of a document's tokens: reads [begin, end), predicts [begin + 1, end + 1), scores
+    from first + 1 on."""
 
     document: int
     begin: int
@@ -43,8 +44,9 @@ class Window(NamedTuple):
 
 
 def spans(count: int, length: int, stride: int, document: int = 0) -> list[Window]:
-    """Windows of at most ``length`` tokens that score tokens 1 to ``count`` - 1 once each. Every window after the
-    first has length - stride tokens of context before the first token that it scores."""
+    """Windows of at most ``length`` tokens that score tokens 1 to ``count`` - 1 once each. Every
+    window after the first has length - stride tokens of context before the first token that it
+    scores."""
     found = []
     scored = 0
     begin = 0
@@ -58,8 +60,9 @@ def spans(count: int, length: int, stride: int, document: int = 0) -> list[Windo
 
 
 def widths_of(lengths: Sequence[int], length: int, spare: int) -> list[int]:
-    """The width of a batch for each window: the power of two that holds it, from NARROWEST up to ``length``. Widths
-    that few windows need are left out: each is a program to compile, which must save ``spare`` tokens of padding."""
+    """The width of a batch for each window: the power of two that holds it, from NARROWEST up to
+    ``length``. Widths that few windows need are left out: each is a program to compile, which must
+    save ``spare`` tokens of padding."""
     narrow = [width for width in (1 << power for power in range(20)) if NARROWEST <= width < length]
     ladder = [*narrow, length]
     counts = collections.Counter(next(width for width in ladder if width >= each) for each in lengths)
@@ -98,7 +101,8 @@ def _window_losses(graph, params, inputs, labels, weights):
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
 def _score_then_learn(graph, rate, params, state, inputs, labels, weights):
-    """The loss of one window before the step, and parameters and Adam's state after a step on what it scored."""
+    """The loss of one window before the step, and parameters and Adam's state after a step on what
+    it scored."""
 
     def loss(params):
         model = nnx.merge(graph, params)
@@ -139,25 +143,28 @@ def evaluate_text(model: Transformer | Decoder, tokenizer, text: str, stride: in
 
 def evaluate_texts(model: Transformer | Decoder, tokenizer, texts: Sequence[str], stride: int | None = None,
                    batch: int = 8, adapt: float = 0.0, on_batch=lambda done, total: None) -> list[Evaluation]:
-    """Scores every token of each text once, after <bos>, in windows of the model's context. Windows of like lengths,
-    of whatever texts, are scored together and padded to the least of a few widths that holds them.
+    """Scores every token of each text once, after <bos>, in windows of the model's context. Windows
+    of like lengths, of whatever texts, are scored together and padded to the least of a few widths
+    that holds them.
 
     Args:
-      model: as it was trained, or a Decoder, whose weights and cache may be rounded; it cannot adapt.
-      stride: tokens that each window scores, 1 to the context; default half the context, so that a token has at
-        least half a context before it, save at the beginning.
-      batch: windows of the whole context scored at once, and as many more of shorter ones as have as many tokens;
-        adapting takes one after the other.
-      adapt: 0, or the learning rate of dynamic evaluation (Krause 2018, arXiv:1709.07432): every window is scored
-        first and learnt from then, by one step of Adam, so that the model grows used to the text as a compressor
-        does. A token is still predicted from earlier tokens alone. ``model`` keeps its weights, from which each text
-        starts anew. About 4e-4.
+      model: as it was trained, or a Decoder, whose weights and cache may be rounded; it cannot
+        adapt.
+      stride: tokens that each window scores, 1 to the context; default half the context, so that a
+        token has at least half a context before it, save at the beginning.
+      batch: windows of the whole context scored at once, and as many more of shorter ones as have
+        as many tokens; adapting takes one after the other.
+      adapt: 0, or the learning rate of dynamic evaluation (Krause 2018, arXiv:1709.07432): every
+        window is scored first and learnt from then, by one step of Adam, so that the model grows
+        used to the text as a compressor does. A token is still predicted from earlier tokens alone.
+        ``model`` keeps its weights, from which each text starts anew. About 4e-4.
       on_batch: called with (windows done, windows) after each batch.
-    Raises ValueError on a text without tokens, on a stride outside the context, on a negative rate, and where the
-    loss is not finite.
+    Raises ValueError on a text without tokens, on a stride outside the context, on a negative rate,
+    and where the loss is not finite.
     """
     if adapt and isinstance(model, Decoder):
-        raise ValueError(f"adapt={adapt} trains weights, and those of a decoder are rounded; leave one of the two out")
+        raise ValueError(f"adapt={adapt} trains weights, and those of a decoder are rounded; leave "
+                         "one of the two out")
     length = model.config.max_position_embeddings
     stride = max(1, length // 2) if stride is None else stride
     if not 1 <= stride <= length:
@@ -191,7 +198,8 @@ def evaluate_texts(model: Transformer | Decoder, tokenizer, texts: Sequence[str]
     if bad is not None:
         remedy = (f"adapt={adapt} is too high a rate; about 4e-4 is one that works" if adapt else
                   "look for numbers that are not finite in the model's parameters")
-        raise ValueError(f"the loss of text {bad} of {len(texts)} is {results[bad - 1].loss}; {remedy}")
+        raise ValueError(f"the loss of text {bad} of {len(texts)} is {results[bad - 1].loss}; "
+                         f"{remedy}")
     return results
 
 
@@ -214,8 +222,8 @@ def _totals(tokens: int, size: int, words: int, nats: float) -> Evaluation:
 
 
 def _groups(todo: Sequence[Window], widths: Sequence[int], most: int):
-    """(windows, rows, width) of each batch of at most ``most`` tokens; one number of rows for each width, so that it
-    compiles once."""
+    """(windows, rows, width) of each batch of at most ``most`` tokens; one number of rows for each
+    width, so that it compiles once."""
     for width in sorted(set(widths), reverse=True):
         these = [window for window, each in zip(todo, widths, strict=True) if each == width]
         rows = min(max(1, most // width), len(these))

@@ -1,4 +1,5 @@
-"""Answers of a task: what each holds, the file in which they are kept, and their scores. Needs no model and no JAX."""
+"""Answers of a task: what each holds, the file in which they are kept, and their scores. Needs no
+model and no JAX."""
 
 import dataclasses
 import json
@@ -34,8 +35,8 @@ class Answer:
     text: str  # after post-processing; of a ranking the best label or choice
     raw: str  # as the model wrote it, or the text that was ranked
     language: str  # of the answer
-    # "stop", "length" or "timeout" of what was written, "ranked" of what was chosen, "last word" of what was compared
-    # with the reference.
+    # "stop", "length" or "timeout" of what was written, "ranked" of what was chosen, "last word" of
+    # what was compared with the reference.
     finish_reason: str
     choices: tuple[Choice, ...]  # best first; empty where the answer was written
     citations: tuple[Passage, ...]  # the passages in the prompt: the first is [1]
@@ -57,10 +58,10 @@ class Evaluation:
 
 
 def length_of(normalise: str, text: str) -> int:
-    """What a log-probability is divided by: 1 ("sum"), or the characters or UTF-8 bytes of the text without the white
-    space before it, at least 1. In the terms of lm-evaluation-harness "sum" gives acc and "per_char" acc_norm, whose
-    divisor is len(choice) without the space that joins it to the prompt; "per_byte" differs from that only where a
-    choice has characters outside ASCII."""
+    """What a log-probability is divided by: 1 ("sum"), or the characters or UTF-8 bytes of the text
+    without the white space before it, at least 1. In the terms of lm-evaluation-harness "sum" gives
+    acc and "per_char" acc_norm, whose divisor is len(choice) without the space that joins it to the
+    prompt; "per_byte" differs from that only where a choice has characters outside ASCII."""
     if normalise == "sum":
         return 1
     text = text.lstrip()
@@ -68,8 +69,8 @@ def length_of(normalise: str, text: str) -> int:
 
 
 def check_references(task: Task, rows: Sequence[Row], language: str | None = None) -> None:
-    """Raises ValueError where rows cannot be scored together: one lacks a reference, has one that is none of its
-    labels or choices, or has no choices where others have some."""
+    """Raises ValueError where rows cannot be scored together: one lacks a reference, has one that
+    is none of its labels or choices, or has no choices where others have some."""
     ranked = []
     for number, row in enumerate(rows, 1):
         try:
@@ -79,14 +80,16 @@ def check_references(task: Task, rows: Sequence[Row], language: str | None = Non
             raise ValueError(f"row {number} of {len(rows)}: {error}") from None
         ranked.append(bool(row.choices or template.labels))
     if any(ranked) != all(ranked):
-        raise ValueError(f"{sum(ranked)} of {len(rows)} rows have choices and the others have none, the first of them "
+        raise ValueError(f"{sum(ranked)} of {len(rows)} rows have choices and the others have "
+                         "none, the first of them "
                          f"row {ranked.index(False) + 1}; score the two apart")
 
 
 def evaluate(task: Task, rows: Sequence[Row], answers: Sequence[Answer], seed: int = 0,
              language: str | None = None) -> Evaluation:
-    """The metrics of answers, and of those of the trivial baseline, against the rows' references. ``language`` of the
-    inputs, as in `template_of`. Raises ValueError as `check_references` does."""
+    """The metrics of answers, and of those of the trivial baseline, against the rows' references.
+    ``language`` of the inputs, as in `template_of`. Raises ValueError as `check_references`
+    does."""
     references = [row.references for row in rows]
     texts = [answer.text for answer in answers]
     languages = [answer.language for answer in answers]
@@ -133,8 +136,8 @@ def _perplexity(log_probs: Sequence[float], seed: int) -> Score:
 
 
 def record_of(number: int, row: Row, answer: Answer) -> dict:
-    """A line of a file of answers: the row (``row`` counts from 1, ``options`` are its choices in their order) and the
-    fields of its `Answer`."""
+    """A line of a file of answers: the row (``row`` counts from 1, ``options`` are its choices in
+    their order) and the fields of its `Answer`."""
     asked = {"row": number, "input": row.input, "references": list(row.references)}
     asked |= {"context": row.context} if row.context else {}
     asked |= {"options": list(row.choices)} if row.choices else {}
@@ -142,7 +145,8 @@ def record_of(number: int, row: Row, answer: Answer) -> dict:
 
 
 class AnswersFile:
-    """A file of answers that grows by a line an answer, so that what is done is kept whatever happens next."""
+    """A file of answers that grows by a line an answer, so that what is done is kept whatever
+    happens next."""
 
     def __init__(self, path: str | os.PathLike, rows: Sequence[Row]):
         """Raises FileExistsError where there is something already."""
@@ -164,25 +168,28 @@ def read_answers(path: str | os.PathLike, task: Task, rows: Sequence[Row] | None
                  language: str | None = None) -> tuple[list[Row], list[Answer]]:
     """(rows, answers) to score, of anybody's making.
 
-    .txt: an answer a line, of ``rows`` in their order, a ``\\n`` in it a line break of the answer. .jsonl, .ndjson,
-    .json (lines or a list): objects as `record_of` makes them, of which ``text`` is needed (or answer, prediction,
-    output, response, completion, generated_text), and without ``rows`` also ``input`` and ``references`` (or
-    reference). Where every object has a ``row``, it says which row of ``rows`` it answers, counted from 1, else they
-    stand in the same order. Raises OSError, and ValueError where answers and rows do not match.
+    .txt: an answer a line, of ``rows`` in their order, a ``\\n`` in it a line break of the answer.
+    .jsonl, .ndjson, .json (lines or a list): objects as `record_of` makes them, of which ``text``
+    is needed (or answer, prediction, output, response, completion, generated_text), and without
+    ``rows`` also ``input`` and ``references`` (or reference). Where every object has a ``row``, it
+    says which row of ``rows`` it answers, counted from 1, else they stand in the same order. Raises
+    OSError, and ValueError where answers and rows do not match.
     """
     path = Path(path)
     text = path.read_text(encoding="utf-8-sig")
     lines = text.split("\n")
     if path.suffix.lower() == ".txt":
         if rows is None:
-            raise ValueError(f"{path} holds answers alone; name the rows that they answer with --eval")
+            raise ValueError(f"{path} holds answers alone; name the rows that they answer with "
+                             "--eval")
         while lines and not lines[-1].strip():
             lines.pop()
         items = [{"text": line.rstrip("\r").replace("\\n", "\n")} for line in lines]
     elif path.suffix.lower() in (".jsonl", ".ndjson", ".json"):
         items = _records(path, text, lines)
     else:
-        raise ValueError(f"{path} has an unknown suffix; answers are read from .jsonl, .ndjson, .json and .txt")
+        raise ValueError(f"{path} has an unknown suffix; answers are read from .jsonl, .ndjson, "
+                         ".json and .txt")
     if not items:
         raise ValueError(f"{path} holds no answers; give at least one")
     if rows is None:
@@ -190,7 +197,8 @@ def read_answers(path: str | os.PathLike, task: Task, rows: Sequence[Row] | None
     elif all("row" in item for item in items):
         items = _in_order(path, items, len(rows))
     if len(items) != len(rows):
-        raise ValueError(f"{path} holds {len(items):,} answers, and there are {len(rows):,} rows; give one for each "
+        raise ValueError(f"{path} holds {len(items):,} answers, and there are {len(rows):,} rows; "
+                         "give one for each "
                          "(a --limit takes rows away)")
     return list(rows), [_answer_of(f"{path}, answer {number}", item, task, row, language)
                         for number, (item, row) in enumerate(zip(items, rows, strict=True), 1)]
@@ -204,30 +212,36 @@ def _records(path: Path, text: str, lines: list[str]) -> list[dict]:
         else:
             items = [read(line) for line in lines if line.strip()]
     except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); a line that was cut short may be deleted") from None
+        raise ValueError(f"{path}: not valid JSON ({error}); a line that was cut short may be "
+                         "deleted") from None
     for number, item in enumerate(items, 1):
         if not isinstance(item, dict):
-            raise ValueError(f"{path}, answer {number}: a {type(item).__name__}, not an object with a text")
+            raise ValueError(f"{path}, answer {number}: a {type(item).__name__}, not an object "
+                             "with a text")
     return items
 
 
 def _in_order(path: Path, items: Sequence[Mapping], count: int) -> list[Mapping]:
     found = {item["row"]: item for item in items}
     if len(found) < len(items):
-        raise ValueError(f"{path} answers {len(items) - len(found)} rows twice; keep one answer for each")
+        raise ValueError(f"{path} answers {len(items) - len(found)} rows twice; keep one answer "
+                         "for each")
     missing = [number for number in range(1, count + 1) if number not in found]
     if missing:
-        raise ValueError(f"{path} has no answer to row {missing[0]}, {len(missing):,} of {count:,} rows in all; let "
+        raise ValueError(f"{path} has no answer to row {missing[0]}, {len(missing):,} of {count:,} "
+                         "rows in all; let "
                          "the model finish, or give the rows that it answered")
     if len(found) > count:
-        raise ValueError(f"{path} answers {len(found):,} rows, and there are {count:,}; give the rows that it answered")
+        raise ValueError(f"{path} answers {len(found):,} rows, and there are {count:,}; give the "
+                         "rows that it answered")
     return [found[number] for number in range(1, count + 1)]
 
 
 def _row_of(where: str, item: Mapping) -> Row:
     references = item.get("references", item.get("reference"))
     if references is None or references == [] or references == "":
-        raise ValueError(f"{where} has no references, only {', '.join(map(str, item))[:80]}; add them, or name the "
+        raise ValueError(f"{where} has no references, only {', '.join(map(str, item))[:80]}; add "
+                         "them, or name the "
                          "rows with --eval")
     references = references if isinstance(references, list) else [references]
     return Row(str(item.get("input", "")), tuple(map(str, references)), str(item.get("context", "")),
@@ -238,7 +252,8 @@ def _answer_of(where: str, item: Mapping, task: Task, row: Row, language: str | 
     keys = ("text", "answer", "prediction", "output", "response", "completion", "generated_text")
     key = next((key for key in keys if key in item), None)
     if key is None or not isinstance(item[key], str):
-        raise ValueError(f"{where} has no text, only {', '.join(map(str, item))[:80]}; give it as one of "
+        raise ValueError(f"{where} has no text, only {', '.join(map(str, item))[:80]}; give it as "
+                         "one of "
                          f"{', '.join(keys)}")
     seen, template = template_of(task, row.input, language)
     # Those of a ranking by record_of; others may have put anything there.

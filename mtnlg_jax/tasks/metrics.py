@@ -1,5 +1,6 @@
-"""How good answers are: ROUGE by rouge-score, BLEU and chrF by sacrebleu, accuracy, and exact match and F1 of SQuAD;
-each with its 95 % interval, and beside what an answer without a model would get."""
+"""How good answers are: ROUGE by rouge-score, BLEU and chrF by sacrebleu, accuracy, and exact match
+and F1 of SQuAD; each with its 95 % interval, and beside what an answer without a model would
+get."""
 
 import collections
 import dataclasses
@@ -16,14 +17,16 @@ from mtnlg_jax.tasks.text import UNSPACED, WORDS, ascii_share, normalise, senten
 
 RESAMPLES = 1000
 METRICS = ("rouge1", "rouge2", "rougeL", "bleu", "chrf", "accuracy", "exact_match", "f1")
-# English has fewer letters outside ASCII (naïve, São); every other language that uses some has more.
+# English has fewer letters outside ASCII (naïve, São); every other language that uses some has
+# more.
 _ENGLISH_SHARE = 0.99
 _RESAMPLED_AT_ONCE = 1 << 24  # counts of rows, so that memory stays below 200 MB
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """In [0, 100], with the interval in which it lies for 95 % of the sets drawn from these rows (bootstrap)."""
+    """In [0, 100], with the interval in which it lies for 95 % of the sets drawn from these rows
+    (bootstrap)."""
 
     value: float
     low: float
@@ -34,15 +37,16 @@ class Score:
 
 
 class _Characters:
-    """Splits for rouge-score, whose own tokenizer leaves nothing of Chinese: characters, and words of other scripts."""
+    """Splits for rouge-score, whose own tokenizer leaves nothing of Chinese: characters, and words
+    of other scripts."""
 
     def tokenize(self, text: str) -> list[str]:
         return WORDS.findall(text.casefold())
 
 
 class _AllScripts:
-    """Splits for rouge-score, whose own tokenizer keeps a-z and 0-9 alone: `words`, of which those in ASCII are
-    stemmed as rouge-score does it."""
+    """Splits for rouge-score, whose own tokenizer keeps a-z and 0-9 alone: `words`, of which those
+    in ASCII are stemmed as rouge-score does it."""
 
     def __init__(self):
         from rouge_score.tokenizers import DefaultTokenizer
@@ -57,18 +61,21 @@ def measure(names: Sequence[str], answers: Sequence[str], references: Sequence[S
             language: str | Sequence[str], seed: int = 0) -> dict[str, Score]:
     """Each metric of METRICS over all rows; of several references the best counts.
 
-    ``language`` of the answers, or of each: for "zh" characters are words. Of other languages ROUGE takes the tokens
-    of rouge-score where 99 % of the references' letters are ASCII, so that English figures are those that others
-    print, and else the words of every script (`text.words`). BLEU takes sacrebleu's tokenizer "zh" in all rows where
-    one is Chinese, "char" where most letters of the references belong to scripts without spaces, else "13a".
-    An answer may be empty, and may share nothing with its references: it scores 0.
+    ``language`` of the answers, or of each: for "zh" characters are words. Of other languages ROUGE
+    takes the tokens of rouge-score where 99 % of the references' letters are ASCII, so that English
+    figures are those that others print, and else the words of every script (`text.words`). BLEU
+    takes sacrebleu's tokenizer "zh" in all rows where one is Chinese, "char" where most letters of
+    the references belong to scripts without spaces, else "13a". An answer may be empty, and may
+    share nothing with its references: it scores 0.
     Raises ValueError where a row has no reference or a metric is unknown.
     """
     if len(answers) != len(references) or not answers:
-        raise ValueError(f"{len(answers)} answers for {len(references)} rows; give one answer a row, and at least one")
+        raise ValueError(f"{len(answers)} answers for {len(references)} rows; give one answer a "
+                         "row, and at least one")
     for number, each in enumerate(references, 1):
         if not any(reference.strip() for reference in each):
-            raise ValueError(f"row {number} of {len(references)} has no reference to compare its answer with; add one, "
+            raise ValueError(f"row {number} of {len(references)} has no reference to compare its "
+                             "answer with; add one, "
                              "or leave the row out")
     languages = [language] * len(answers) if isinstance(language, str) else language
     scores = {}
@@ -83,9 +90,10 @@ def measure(names: Sequence[str], answers: Sequence[str], references: Sequence[S
 
 
 def baseline(task: Task, rows: Sequence[Row], language: str | None = None) -> tuple[str, list[str]]:
-    """What needs no model, and its answers: where rows are ranked by the labels of their templates the class that most
-    rows have, else the first sentence of the text to summarise or of the given passage, the commonest answer, or the
-    input itself. Rows with choices of their own have `chance`. ``language`` as in `template_of`."""
+    """What needs no model, and its answers: where rows are ranked by the labels of their templates
+    the class that most rows have, else the first sentence of the text to summarise or of the given
+    passage, the commonest answer, or the input itself. Rows with choices of their own have
+    `chance`. ``language`` as in `template_of`."""
     commonest = collections.Counter(row.references[0] for row in rows).most_common(1)[0][0]
     if all(template_of(task, row.input, language)[1].labels for row in rows):
         return "majority class", [commonest] * len(rows)
@@ -99,12 +107,14 @@ def baseline(task: Task, rows: Sequence[Row], language: str | None = None) -> tu
 
 
 def chance(rows: Sequence[Row], seed: int = 0) -> Score:
-    """The accuracy of choosing blindly among each row's choices: the mean share of those that are right."""
+    """The accuracy of choosing blindly among each row's choices: the mean share of those that are
+    right."""
     return mean(np.array([len(set(row.references) & set(row.choices)) / len(row.choices) for row in rows]), seed)
 
 
 def squad_normalise(text: str, language: str) -> str:
-    """Lower case, without punctuation, articles and surplus spaces (Rajpurkar 2016); of Chinese, without any space."""
+    """Lower case, without punctuation, articles and surplus spaces (Rajpurkar 2016); of Chinese,
+    without any space."""
     text = "".join(" " * (language == "zh") if unicodedata.category(c).startswith("P") else c for c in text.lower())
     return "".join(text.split()) if language == "zh" else " ".join(re.sub(r"\b(?:a|an|the)\b", " ", text).split())
 
@@ -114,8 +124,8 @@ def exact_match(answer: str, reference: str, language: str) -> float:
 
 
 def token_f1(answer: str, reference: str, language: str) -> float:
-    """F1 of the two bags of words, of scripts without spaces of their characters; equality where one of them is
-    empty."""
+    """F1 of the two bags of words, of scripts without spaces of their characters; equality where
+    one of them is empty."""
     ours, theirs = (_bag(text, language) for text in (answer, reference))
     if not ours or not theirs:
         return float(ours == theirs)
@@ -168,15 +178,18 @@ def mean(scores: np.ndarray, seed: int = 0) -> Score:
 
 
 def _corpus(name: str, answers, references, languages, seed: int) -> Score:
-    """BLEU and chrF belong to the whole set: each resample is scored from the sums of its rows' counts."""
+    """BLEU and chrF belong to the whole set: each resample is scored from the sums of its rows'
+    counts."""
     from sacrebleu.metrics import BLEU, CHRF
 
     # force: no warning about texts that look tokenized.
     metric = CHRF() if name == "chrf" else BLEU(tokenize=_bleu_tokenizer(references, languages), force=True)
     most = max(map(len, references))
-    # One list for the first reference of each row, one for the second ...; None where a row has no more.
+    # One list for the first reference of each row, one for the second ...; None where a row has no
+    # more.
     streams = [[each[i] if i < len(each) else None for each in references] for i in range(most)]
-    # Not corpus_score(n_bootstrap=...): it takes statistics.mean of floats and float32s, which raises TypeError.
+    # Not corpus_score(n_bootstrap=...): it takes statistics.mean of floats and float32s, which
+    # raises TypeError.
     statistics = metric._extract_corpus_statistics(list(answers), streams)
     value = float(metric._aggregate_and_compute(statistics).score)
     table = np.array(statistics, np.float64)

@@ -1,4 +1,5 @@
-"""From a row to the prompt that a model reads, never longer than its context; and to pairs for fine-tuning."""
+"""From a row to the prompt that a model reads, never longer than its context; and to pairs for
+fine-tuning."""
 
 import collections
 import dataclasses
@@ -22,7 +23,8 @@ class Row:
     references: tuple[str, ...] = ()  # right answers; the best counts, and the first is learnt
     context: str = ""  # a passage given with the row
     choices: tuple[str, ...] = ()  # answers to choose from, other than the labels of the task
-    # What the choices fill in the input. Tasks whose answer goes on from the input then score what follows it.
+    # What the choices fill in the input. Tasks whose answer goes on from the input then score what
+    # follows it.
     blank: str = ""
 
     def __post_init__(self):
@@ -64,28 +66,33 @@ def render(task: Task, template: Template, row: Row, passages: Sequence[Passage]
 
 
 def answer_of(task: Task, template: Template, row: Row) -> str:
-    """What a model should write behind the prompt of a row, from its first reference: of a label, its word."""
+    """What a model should write behind the prompt of a row, from its first reference: of a label,
+    its word."""
     if not row.references or not row.references[0].strip():
-        raise ValueError(f"the row with input {row.input[:40]!r} has no reference; give it a right answer")
+        raise ValueError(f"the row with input {row.input[:40]!r} has no reference; give it a right "
+                         "answer")
     answer = row.references[0]
     words = dict(template.labels)
     if words and not row.choices:
         if answer not in words:
-            raise ValueError(f"reference {answer[:40]!r} is none of the labels {', '.join(words)}; name what stands "
-                             f"for which, as in --labels={answer.split()[0][:20]}={next(iter(words))}")
+            raise ValueError(f"reference {answer[:40]!r} is none of the labels {', '.join(words)}; "
+                             "name what stands "
+                             "for which, as in "
+                             f"--labels={answer.split()[0][:20]}={next(iter(words))}")
         return fill_in(template.answer, answer=words[answer])
     if row.choices:
         if answer not in row.choices:
-            raise ValueError(f"reference {answer[:40]!r} is none of the {len(row.choices)} choices of the row with "
+            raise ValueError(f"reference {answer[:40]!r} is none of the {len(row.choices)} choices "
+                             "of the row with "
                              f"input {row.input[:40]!r}; give it as it stands there")
         return dict(candidates_of(task, template, row))[answer]
     return fill_in(template.answer, answer=answer.rstrip() if task.joined else normalise(answer))
 
 
 def candidates_of(task: Task, template: Template, row: Row) -> tuple[tuple[str, str], ...]:
-    """(label, text behind the prompt) of all there are to choose from. Of choices that the prompt lists with letters
-    the letter stands behind it, unless the template says otherwise. Where the answer goes on from the input, a choice
-    gets the space that it lacks."""
+    """(label, text behind the prompt) of all there are to choose from. Of choices that the prompt
+    lists with letters the letter stands behind it, unless the template says otherwise. Where the
+    answer goes on from the input, a choice gets the space that it lacks."""
     if not row.choices:
         return tuple((label, fill_in(template.answer, answer=word)) for label, word in template.labels)
     check_choices(list(row.choices))
@@ -110,7 +117,8 @@ def seam(text: str, behind: str) -> str:
 
 def _letters(row: Row) -> list[str]:
     if len(row.choices) > len(string.ascii_uppercase):
-        raise ValueError(f"the row with input {row.input[:40]!r} has {len(row.choices)} choices, and there are 26 "
+        raise ValueError(f"the row with input {row.input[:40]!r} has {len(row.choices)} choices, "
+                         "and there are 26 "
                          "letters for {choices}; use a template without them")
     return list(string.ascii_uppercase[: len(row.choices)])
 
@@ -121,12 +129,14 @@ def split_last_word(row: Row) -> Row:
         return row
     parts = row.input.rstrip().rsplit(None, 1)
     if len(parts) < 2:
-        raise ValueError(f"the input {row.input[:40]!r} has no last word behind others; give it a reference")
+        raise ValueError(f"the input {row.input[:40]!r} has no last word behind others; give it a "
+                         "reference")
     return dataclasses.replace(row, input=parts[0], references=(parts[1],))
 
 
 class Examples:
-    """Rows with references to show before others; never one that asks what the row itself asks (`same_question`)."""
+    """Rows with references to show before others; never one that asks what the row itself asks
+    (`same_question`)."""
 
     def __init__(self, task: Task, rows: Sequence[Row], language: str | None = None):
         self._by_language = collections.defaultdict(list)
@@ -135,8 +145,9 @@ class Examples:
         self._copies = collections.Counter(_folded(row.input) for row in rows)
 
     def of(self, row: Row, language: str, shots: int | None = None, seed: int | None = None) -> list[Row]:
-        """Those of the row's language: the first ``shots``, in their order, or as many drawn by ``seed`` and the row's
-        input, the same for it whatever else is evaluated; all where ``shots`` is None."""
+        """Those of the row's language: the first ``shots``, in their order, or as many drawn by
+        ``seed`` and the row's input, the same for it whatever else is evaluated; all where
+        ``shots`` is None."""
         pool = self._by_language[language]
         if shots is not None and seed is not None:
             asked = _folded(row.input)
@@ -152,8 +163,8 @@ class Examples:
 
 
 def same_question(one: Row, other: Row) -> bool:
-    """Whether two rows ask the same, whatever their answers: inputs that differ in case and spaces at most, and
-    contexts and choices that are the same or that one of them lacks."""
+    """Whether two rows ask the same, whatever their answers: inputs that differ in case and spaces
+    at most, and contexts and choices that are the same or that one of them lacks."""
     if _folded(one.input) != _folded(other.input):
         return False
     contexts = {_folded(row.context) for row in (one, other) if row.context.strip()}
@@ -173,17 +184,19 @@ def compose(task: Task, row: Row, tokenizer, context: int, *, language: str | No
     Args:
       context: tokens that the prompt and its answer may take together.
       passages: looked up, best first; they stand behind the row's own context.
-      reserve: tokens kept free for a written answer; default: those of the task's decoding, but at most a quarter of
-        the context. Candidates keep what the longest of them needs.
-    Where all of it does not fit, these go one after the other until it does: passages but the best, the first
-    examples, then what the task does not need of the input (`Task.keep`). The last passage is shortened to what is
-    left. A context that does not fit is looked through for the passages that speak about the input; as many as fit
-    are shown, in the order of the text. Raises ValueError where the input is empty, or still too long.
+      reserve: tokens kept free for a written answer; default: those of the task's decoding, but at
+        most a quarter of the context. Candidates keep what the longest of them needs.
+    Where all of it does not fit, these go one after the other until it does: passages but the best,
+    the first examples, then what the task does not need of the input (`Task.keep`). The last
+    passage is shortened to what is left. A context that does not fit is looked through for the
+    passages that speak about the input; as many as fit are shown, in the order of the text. Raises
+    ValueError where the input is empty, or still too long.
     """
     from mtnlg_jax.decode.generate import encode_prompt
 
     if not row.input.strip():
-        raise ValueError(f"the input of task {task.name!r} is empty; give a text, as with --input=FILE")
+        raise ValueError(f"the input of task {task.name!r} is empty; give a text, as with "
+                         "--input=FILE")
     seen, template = template_of(task, row.input, language)
     if row.context or passages:
         check_passages(task, template)
@@ -266,16 +279,18 @@ def _around(row: Row, text: str) -> tuple[str, str]:
     """The input before and behind its blank, which may be drawn by several marks in a row."""
     parts = re.split(f"(?:{re.escape(row.blank)})+", text)
     if len(parts) != 2 or not parts[1].strip():
-        raise ValueError(f"the input {row.input[:40]!r} has {len(parts) - 1} blanks {row.blank!r} with text behind "
+        raise ValueError(f"the input {row.input[:40]!r} has {len(parts) - 1} blanks {row.blank!r} "
+                         "with text behind "
                          "the last; it needs one, and a text behind it, which is what is scored")
     return parts[0], parts[1].rstrip()
 
 
 def pairs(task: Task, rows: Sequence[Row], *, language: str | None = None, tokenizer=None,
           context: int | None = None) -> list[dict[str, str]]:
-    """{"prompt": ..., "answer": ...} of each row, as the task will ask it without examples: what a model is fine-tuned
-    on. With a tokenizer and the model's context, inputs are shortened to it as they will be then. The answer has its
-    own leading space, so `launch/prepare_data.py` takes it as --answer='{answer}'. Raises ValueError naming the row.
+    """{"prompt": ..., "answer": ...} of each row, as the task will ask it without examples: what a
+    model is fine-tuned on. With a tokenizer and the model's context, inputs are shortened to it as
+    they will be then. The answer has its own leading space, so `launch/prepare_data.py` takes it as
+    --answer='{answer}'. Raises ValueError naming the row.
     """
     made = []
     for number, row in enumerate(rows, 1):
@@ -304,7 +319,8 @@ def pairs(task: Task, rows: Sequence[Row], *, language: str | None = None, token
 
 def check_passages(task: Task, template: Template) -> None:
     if "{passages}" not in template.prompt:
-        raise ValueError(f"task {task.name!r} takes no passages, as its prompt {template.prompt!r} has no place for "
+        raise ValueError(f"task {task.name!r} takes no passages, as its prompt {template.prompt!r} "
+                         "has no place for "
                          "them; leave them out, or write {passages} there in a templates file")
 
 
@@ -322,12 +338,15 @@ def check_task(task: Task, template: Template, tokenizer) -> None:
         ids = tuple(tokenizer.encode(text))
         if not ids or tokenizer.is_special[list(ids)].any() or "\ufffd" in tokenizer.decode(ids):
             told = tokenizer.decode(ids, skip_special=False)
-            raise ValueError(f"task {task.name!r}: {what}, {text!r}, is {told!r} to this run's tokenizer, which lacks "
-                             "tokens for it; write it otherwise in a templates file, or take a run that knows "
+            raise ValueError(f"task {task.name!r}: {what}, {text!r}, is {told!r} to this run's "
+                             "tokenizer, which lacks "
+                             "tokens for it; write it otherwise in a templates file, or take a run "
+                             "that knows "
                              f"{LANGUAGES[language_of(text)]}")
         if what in words:
             if ids in tokens:
-                raise ValueError(f"task {task.name!r}: {what} and {tokens[ids]} have the same tokens in this run's "
+                raise ValueError(f"task {task.name!r}: {what} and {tokens[ids]} have the same "
+                                 "tokens in this run's "
                                  "tokenizer; write one of them otherwise in a templates file")
             tokens[ids] = what
 
@@ -354,7 +373,8 @@ def _reserve(task: Task, context: int) -> int:
 
 
 def _given(row: Row, fits: Callable[[Passage], bool]) -> list[Passage]:
-    """The row's own context: whole, or where that does not fit its passages that speak about the input."""
+    """The row's own context: whole, or where that does not fit its passages that speak about the
+    input."""
     if not row.context.strip():
         return []
     whole = Passage(row.context, "context", 0, len(row.context))
@@ -365,13 +385,16 @@ def _given(row: Row, fits: Callable[[Passage], bool]) -> list[Passage]:
 
 
 def _shortened(task: Task, row: Row, text: str, fits, length: int, context: int) -> str:
-    what = (f"the input {row.input[:40]!r} takes {length} tokens with its prompt and room for the answer, and the "
+    what = (f"the input {row.input[:40]!r} takes {length} tokens with its prompt and room for the "
+            "answer, and the "
             f"model's context holds {context}")
     if not task.keep:
-        raise ValueError(f"{what}; task {task.name!r} needs all of it: give it in parts, such as its sentences, or use "
+        raise ValueError(f"{what}; task {task.name!r} needs all of it: give it in parts, such as "
+                         "its sentences, or use "
                          "a model with more positions")
     text = cut(text, task.keep, fits)
     if not text:
-        raise ValueError(f"{what}, where not a word of it would fit; use a shorter template, or a model with more "
+        raise ValueError(f"{what}, where not a word of it would fit; use a shorter template, or a "
+                         "model with more "
                          "positions")
     return text

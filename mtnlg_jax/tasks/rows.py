@@ -1,5 +1,5 @@
-"""Rows of a task from the files in which people keep them: JSON lines, JSON, SQuAD's JSON, Parquet, CSV, and columns
-between tabs."""
+"""Rows of a task from the files in which people keep them: JSON lines, JSON, SQuAD's JSON, Parquet,
+CSV, and columns between tabs."""
 
 import ast
 import bz2
@@ -49,29 +49,32 @@ def read_rows(path: str | os.PathLike, columns: Mapping[str, str] | None = None,
               seed: int = 0, choices: Sequence[str] = (), notes: list[str] | None = None) -> list[Row]:
     """The rows of a file.
 
-    .jsonl, .ndjson: an object a line; .json: such lines, a list of objects, a dict of columns, or the questions of a
-    file in SQuAD's layout; .csv: records with a head, between commas, semicolons or tabs; .tsv, .txt: a row a line,
-    its columns between tabs; .parquet. UTF-8, or UTF-16 with a byte order mark.
+    .jsonl, .ndjson: an object a line; .json: such lines, a list of objects, a dict of columns, or
+    the questions of a file in SQuAD's layout; .csv: records with a head, between commas, semicolons
+    or tabs; .tsv, .txt: a row a line, its columns between tabs; .parquet. UTF-8, or UTF-16 with a
+    byte order mark.
 
     Args:
-      columns: where each of FIELDS stands: the key of an object (``a.b`` for b inside a), the number of a column from
-        0, or its name in the first line, which then is a head. Several keys are written ``sol1+sol2``: choices one a
-        column, texts joined by spaces. None: the fields' own names, else the first of `layouts.LAYOUTS` whose keys
-        are all there, else in .tsv and .txt input=0 and reference=1. A key that is named for one field is read for no
-        other.
+      columns: where each of FIELDS stands: the key of an object (``a.b`` for b inside a), the
+        number of a column from 0, or its name in the first line, which then is a head. Several keys
+        are written ``sol1+sol2``: choices one a column, texts joined by spaces. None: the fields'
+        own names, else the first of `layouts.LAYOUTS` whose keys are all there, else in .tsv and
+        .txt input=0 and reference=1. A key that is named for one field is read for no other.
       labels: what references are renamed to, as {"0": "negative", "1": "positive"}.
       limit: as many rows, drawn by ``seed``, in the order of the file; all where it has no more.
       needs: fields without which a row is refused.
       choices: those of every row that holds none.
       notes: gets a line for everything that was decided or left out.
-    A list of texts as input or context is joined by spaces; several references are a list. Choices are a list of
-    texts or of {"label", "text"}, {"text": [...], "label": [...]}, {"A": text, ...}, or {text: score}.
+    A list of texts as input or context is joined by spaces; several references are a list. Choices
+    are a list of texts or of {"label", "text"}, {"text": [...], "label": [...]}, {"A": text, ...},
+    or {text: score}.
 
-    With choices a reference is a choice's text, its name in the file, its letter, or its number from 0 or from 1. The
-    names in the file come first; else the one way that fits every row of the file is taken. Where numbers from 0 and
-    from 1 both fit, they count from 0, unless the choices stand in columns whose own numbers start at 1. What stays
-    ambiguous is refused: ``reference=KEY@0``, ``@1``, ``@letter`` or ``@text`` says it. False and true are "no" and
-    "yes" among the choices, else 0 and 1.
+    With choices a reference is a choice's text, its name in the file, its letter, or its number
+    from 0 or from 1. The names in the file come first; else the one way that fits every row of the
+    file is taken. Where numbers from 0 and from 1 both fit, they count from 0, unless the choices
+    stand in columns whose own numbers start at 1. What stays ambiguous is refused:
+    ``reference=KEY@0``, ``@1``, ``@letter`` or ``@text`` says it. False and true are "no" and "yes"
+    among the choices, else 0 and 1.
     Raises OSError, and ValueError naming the row.
     """
     path = Path(path)
@@ -79,7 +82,8 @@ def read_rows(path: str | os.PathLike, columns: Mapping[str, str] | None = None,
     notes = [] if notes is None else notes
     for field in columns or {}:
         if field not in FIELDS:
-            raise ValueError(f"column {field!r} is not known; name those of {', '.join(FIELDS)}, as in input=0")
+            raise ValueError(f"column {field!r} is not known; name those of {', '.join(FIELDS)}, "
+                             "as in input=0")
     named = set(columns or {})
     kind = _kind(path)
     if kind in _TABLES:
@@ -112,7 +116,8 @@ def _check_named(path: Path, items, columns: Mapping[str, str]) -> None:
         for key in [] if any(column in item for item in objects) else keys_of(column):
             if objects and all(key not in item and _get(item, key) is None for item in objects):
                 raise ValueError(f"{path}: no row has a {field} under {key!r}, the first one only "
-                                 f"{', '.join(map(str, objects[0]))[:80]}; name the right one, as in "
+                                 f"{', '.join(map(str, objects[0]))[:80]}; name the right one, as "
+                                 "in "
                                  f"--columns={field}=KEY")
 
 
@@ -142,7 +147,8 @@ def _text(path: Path) -> str:
     try:
         return data.decode("utf-16" if wide else "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not {'UTF-16' if wide else 'UTF-8'} at byte {error.start}; convert it, as with "
+        raise ValueError(f"{path} is not {'UTF-16' if wide else 'UTF-8'} at byte {error.start}; "
+                         "convert it, as with "
                          "iconv") from None
 
 
@@ -181,7 +187,8 @@ def _objects(path: Path, kind: str, columns, needs, notes):
         whole = json.loads(text, strict=False)
     except ValueError as error:
         if kind == ".json":
-            raise ValueError(f"{path}: not valid JSON ({error}), neither as a whole nor line by line") from None
+            raise ValueError(f"{path}: not valid JSON ({error}), neither as a whole nor line by "
+                             "line") from None
         number, line = lines[0]
         return [(number, _json(f"{path}, row {number}", line))], columns
     return _whole(path, kind, whole, columns, needs, notes)
@@ -211,7 +218,8 @@ def _whole(path: Path, kind: str, whole, columns, needs, notes):
     if isinstance(whole, dict):
         whole = _of_dict(path, whole, columns)
     if not isinstance(whole, list):
-        raise ValueError(f"{path} holds a {type(whole).__name__}; give a list of objects, or SQuAD's layout")
+        raise ValueError(f"{path} holds a {type(whole).__name__}; give a list of objects, or "
+                         "SQuAD's layout")
     if whole and all(isinstance(each, list) and len(each) >= 2 and isinstance(each[1], list) for each in whole):
         # C3 of CLUE: [sentences, [{question, choice, answer}, ...], id].
         whole = [{**asked, "dialogue": each[0]} for each in whole for asked in each[1] if isinstance(asked, dict)]
@@ -238,18 +246,21 @@ def _squad(path: Path, articles: list, needs, notes) -> list[dict]:
         found = [{**question, "context": context, "answers": [each["text"] for each in question.get("answers", [])]}
                  for question, context in asked]
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} has 'data' as SQuAD's files do, but not their layout below it ({error!r}); make "
+        raise ValueError(f"{path} has 'data' as SQuAD's files do, but not their layout below it "
+                         f"({error!r}); make "
                          "it a list of objects") from None
     answered = [each for each in found if each["answers"]]
     if "reference" in needs and len(answered) < len(found):
-        notes.append(f"{len(found) - len(answered):,} of {len(found):,} questions have no answer in their passage and "
+        notes.append(f"{len(found) - len(answered):,} of {len(found):,} questions have no answer "
+                     "in their passage and "
                      "are left out")
         return answered
     return found
 
 
 def _of_dict(path: Path, whole: dict, columns):
-    """A list of objects from an object that holds them; the object itself as the one row where it is a row."""
+    """A list of objects from an object that holds them; the object itself as the one row where it
+    is a row."""
     own = columns or {"input": "input"}
     if all(_get(whole, key) is not None for key in keys_of(own.get("input", "input"))) and not all(
             isinstance(value, list | dict) for value in whole.values()):
@@ -262,7 +273,8 @@ def _of_dict(path: Path, whole: dict, columns):
     if len(lists) == 1:
         return whole[lists[0]]
     if lists:
-        raise ValueError(f"{path} holds a dict of the lists {', '.join(map(repr, lists))}; write the one to read to a "
+        raise ValueError(f"{path} holds a dict of the lists {', '.join(map(repr, lists))}; write "
+                         "the one to read to a "
                          "file of its own")
     values = list(whole.values())
     if values and all(isinstance(value, list) and value and len(value) == len(values[0]) for value in values):
@@ -278,7 +290,8 @@ def _of_dict(path: Path, whole: dict, columns):
 
 
 def _table(path: Path, kind: str, columns, needs, notes):
-    """((number, object) of each record, columns as keys of it or None where the head names them)."""
+    """((number, object) of each record, columns as keys of it or None where the head names
+    them)."""
     text = _text(path).replace("\r\n", "\n").replace("\r", "\n")
     records = _csv(path, text) if kind == ".csv" else _tabbed(text)
     if not records:
@@ -290,8 +303,10 @@ def _table(path: Path, kind: str, columns, needs, notes):
         if known:
             columns = None
         elif kind == ".csv":
-            raise ValueError(f"{path}: the first line names {', '.join(head)[:80]}, none of them as known sets do; say "
-                             "where things stand, as in --columns=input=NAME,reference=NAME, by numbers from 0 where "
+            raise ValueError(f"{path}: the first line names {', '.join(head)[:80]}, none of them "
+                             "as known sets do; say "
+                             "where things stand, as in --columns=input=NAME,reference=NAME, by "
+                             "numbers from 0 where "
                              "there is no head")
         else:
             columns = {"input": "0", "reference": "1"}
@@ -306,12 +321,14 @@ def _table(path: Path, kind: str, columns, needs, notes):
         for field, column in columns.items():
             for key in keys_of(column):
                 if key not in names and not (key.isdecimal() and int(key) < len(head)):
-                    raise ValueError(f"{path}: {field}={key}, but the first line names {', '.join(head)[:80]}; name "
+                    raise ValueError(f"{path}: {field}={key}, but the first line names "
+                                     f"{', '.join(head)[:80]}; name "
                                      "one of them, or give the column's number from 0")
     items = []
     for number, cells in records[1:]:
         if any(cell.strip() for cell in cells[len(head):]):
-            raise ValueError(f"{path}, row {number}: {len(cells)} columns where the first line names {len(head)}; put "
+            raise ValueError(f"{path}, row {number}: {len(cells)} columns where the first line "
+                             f"names {len(head)}; put "
                              "quotes around texts that hold the separator")
         cells = cells[: len(head)]
         item = dict(zip(names, cells, strict=False))
@@ -320,7 +337,8 @@ def _table(path: Path, kind: str, columns, needs, notes):
 
 
 def _csv(path: Path, text: str) -> list[tuple[int, list[str]]]:
-    """Records of the separator that splits the most of the first ones alike: a comma where several do."""
+    """Records of the separator that splits the most of the first ones alike: a comma where several
+    do."""
     found = {}
     for separator in ",;\t|":
         try:
@@ -333,7 +351,8 @@ def _csv(path: Path, text: str) -> list[tuple[int, list[str]]]:
         found[separator] = (alike, -len(found), records)
     best = max(found.values(), key=lambda each: each[:2])
     if isinstance(best[2], str):
-        raise ValueError(f"{path}: not valid CSV ({best[2]}); close every quote, and double those inside texts")
+        raise ValueError(f"{path}: not valid CSV ({best[2]}); close every quote, and double those "
+                         "inside texts")
     return best[2]
 
 
@@ -350,9 +369,10 @@ def _quoted(text: str, separator: str) -> list[tuple[int, list[str]]]:
 
 
 def _tabbed(text: str) -> list[tuple[int, list[str]]]:
-    """Records between tabs. Quotes are part of the texts, as in GLUE's files, unless the file must have been written
-    with quoting: every cell of its first line is quoted, every quoted cell holds a doubled quote, a tab or a line
-    break, or only with quoting do all lines have as many columns."""
+    """Records between tabs. Quotes are part of the texts, as in GLUE's files, unless the file must
+    have been written with quoting: every cell of its first line is quoted, every quoted cell holds
+    a doubled quote, a tab or a line break, or only with quoting do all lines have as many
+    columns."""
     plain = [(number, line.split("\t")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not any(cell.startswith('"') for _, cells in plain for cell in cells):
         return plain
@@ -374,7 +394,8 @@ def _tabbed(text: str) -> list[tuple[int, list[str]]]:
 
 
 def _get(item, key: str):
-    """What an object holds under a key, or under a path of keys with points between; None where nothing is."""
+    """What an object holds under a key, or under a path of keys with points between; None where
+    nothing is."""
     if not isinstance(item, dict):
         return None
     if key in item:
@@ -391,7 +412,8 @@ def _get(item, key: str):
 
 def _parse(where: str, item, columns: Mapping[str, str], choices: tuple[str, ...], needs: Sequence[str]) -> _Parsed:
     if not isinstance(item, dict):
-        raise ValueError(f"{where}: a {type(item).__name__}, not an object with {' and '.join(needs)}")
+        raise ValueError(f"{where}: a {type(item).__name__}, not an object with "
+                         f"{' and '.join(needs)}")
     found = {}
     names = right = None
     for field in ("choices", "input", "context", "reference"):
@@ -410,9 +432,11 @@ def _parse(where: str, item, columns: Mapping[str, str], choices: tuple[str, ...
                 choices, names, right = _choices(where, found[field])
         elif field in needs and not (field == "reference" and right is not None):
             raise ValueError(f"{where}: no {field} under {column or field!r}, only "
-                             f"{', '.join(map(str, item))[:80]}; name the right one, as in --columns={field}=KEY")
+                             f"{', '.join(map(str, item))[:80]}; name the right one, as in "
+                             f"--columns={field}=KEY")
         elif field == "choices" and len(keys) > 1 and any(value not in (None, "") for value in values):
-            raise ValueError(f"{where}: a choice under {column!r} is empty and those behind it are not; leave the row "
+            raise ValueError(f"{where}: a choice under {column!r} is empty and those behind it are "
+                             "not; leave the row "
                              "out, or write the choice")
     texts = {field: _joined(where, field, found[field]) for field in ("input", "context") if field in found}
     values = _values(where, found["reference"]) if "reference" in found else []
@@ -423,7 +447,8 @@ def _joined(where: str, field: str, value) -> str:
     if isinstance(value, list) and all(isinstance(part, str) for part in value):
         return " ".join(value)
     if not isinstance(value, str):
-        raise ValueError(f"{where}: {field} is a {type(value).__name__}; give a text, or a list of them")
+        raise ValueError(f"{where}: {field} is a {type(value).__name__}; give a text, or a list of "
+                         "them")
     return value
 
 
@@ -447,7 +472,8 @@ def _choices(where: str, value):
         if texts is None and not lists and value and all(isinstance(each, str) for each in value.values()):
             return tuple(value.values()), tuple(value), None  # {"A": text, "B": text}
         if texts is None or (labels is not None and len(labels) != len(texts)):
-            raise ValueError(f"{where}: choices are a dict of {', '.join(map(str, value))[:60]}; give a list of texts, "
+            raise ValueError(f"{where}: choices are a dict of {', '.join(map(str, value))[:60]}; "
+                             "give a list of texts, "
                              'or {"text": [...], "label": [...]}')
         if labels is not None and len(texts) > 1 and _one_hot(labels, len(texts)):
             return _texts(where, texts), None, (labels.index(1),)
@@ -457,7 +483,8 @@ def _choices(where: str, value):
         names = None if key is None else tuple(str(each[key]) for each in value)
         return _texts(where, [each["text"] for each in value]), names, None
     if not isinstance(value, list):
-        raise ValueError(f"{where}: choices are a {type(value).__name__}; give a list of texts, or the keys of several "
+        raise ValueError(f"{where}: choices are a {type(value).__name__}; give a list of texts, or "
+                         "the keys of several "
                          "columns as in --columns=choices=sol1+sol2")
     return _texts(where, value), None, None
 
@@ -465,7 +492,8 @@ def _choices(where: str, value):
 def _texts(where: str, values: list) -> tuple[str, ...]:
     for number, value in enumerate(values, 1):
         if not isinstance(value, str | int | float):
-            raise ValueError(f"{where}: choice {number} of {len(values)} is a {type(value).__name__}; give a text")
+            raise ValueError(f"{where}: choice {number} of {len(values)} is a "
+                             f"{type(value).__name__}; give a text")
     return tuple(map(str, values))
 
 
@@ -491,14 +519,16 @@ def _values(where: str, value) -> list:
     if isinstance(value, dict):
         texts = [value.get("value"), *value.get("aliases", [])] if "value" in value else value.get("text")
         if texts is None:
-            raise ValueError(f"{where}: reference is a dict of {', '.join(map(str, value))[:60]}; name what to take, "
+            raise ValueError(f"{where}: reference is a dict of {', '.join(map(str, value))[:60]}; "
+                             "name what to take, "
                              "as in --columns=reference=answers.text")
         value = texts
     values = value if isinstance(value, list) else [value]
     values = [each["text"] if isinstance(each, dict) and "text" in each else each for each in values]
     for each in values:
         if not isinstance(each, str | int | float):
-            raise ValueError(f"{where}: reference is a {type(each).__name__}; give a text, a number, or a list of them")
+            raise ValueError(f"{where}: reference is a {type(each).__name__}; give a text, a "
+                             "number, or a list of them")
     return values
 
 
@@ -530,7 +560,8 @@ def _renamed(where: str, value, labels: Mapping[str, str]) -> str:
     for name in (str(value), json.dumps(value), re.sub(r"(?<=\d)\.0+$", "", str(value))):
         if name in labels:
             return labels[name]
-    raise ValueError(f"{where}: reference {str(value)[:40]!r} is none of the labels {', '.join(labels)}; name it, too")
+    raise ValueError(f"{where}: reference {str(value)[:40]!r} is none of the labels "
+                     f"{', '.join(labels)}; name it, too")
 
 
 def _reading(path: Path, rows: Sequence[_Parsed], columns: Mapping[str, str], notes: list[str]) -> str:
@@ -542,7 +573,8 @@ def _reading(path: Path, rows: Sequence[_Parsed], columns: Mapping[str, str], no
     if said:
         missed = next((row for row in rows if _indices(row, said) is None), None)
         if missed:
-            raise ValueError(f"{missed.where}: reference {_shown(missed)} names none of the {len(missed.choices)} "
+            raise ValueError(f"{missed.where}: reference {_shown(missed)} names none of the "
+                             f"{len(missed.choices)} "
                              f"choices when read as @{said}; say how it does: {ways}")
         return said
     if any(row.names for row in rows) and all(_indices(row, "name") is not None for row in rows):
@@ -552,26 +584,31 @@ def _reading(path: Path, rows: Sequence[_Parsed], columns: Mapping[str, str], no
     if not fitting:
         missed = next((row for row in rows if all(_indices(row, reading) is None for reading in READINGS)), None)
         if missed:
-            raise ValueError(f"{missed.where}: reference {_shown(missed)} is none of the {len(missed.choices)} "
+            raise ValueError(f"{missed.where}: reference {_shown(missed)} is none of the "
+                             f"{len(missed.choices)} "
                              "choices, nor the letter or number of one; give it as it stands there")
         seen = {reading: next(row for row in rows if _indices(row, reading) is None) for reading in READINGS}
         row = max(seen.values(), key=lambda row: int(row.where.rpartition(" ")[2]))
-        raise ValueError(f"{row.where}: reference {_shown(row)} does not name its choice as those of the rows before "
+        raise ValueError(f"{row.where}: reference {_shown(row)} does not name its choice as those "
+                         "of the rows before "
                          "it do; write all of them alike, as texts, letters or numbers")
     if {"0", "1"} <= set(fitting):
         if _numbered_from_1(columns.get("choices", "")):
-            raise ValueError(f"{path}: no reference is 0 and none is the number of the choices, so that they may count "
+            raise ValueError(f"{path}: no reference is 0 and none is the number of the choices, so "
+                             "that they may count "
                              f"from 0 or from 1; say which: {ways}")
         fitting.remove("1")
         if any(_NUMBER.fullmatch(str(value)) for row in rows for value in row.values):
             notes.append("numbers of the reference count from 0; no row shows otherwise")
     elif fitting == ["1"]:
-        notes.append("numbers of the reference count from 1: none is 0, and some are the number of choices")
+        notes.append("numbers of the reference count from 1: none is 0, and some are the number of "
+                     "choices")
     for row in rows:
         if len({tuple(_indices(row, reading)) for reading in fitting}) > 1:
             what = " or ".join({"text": "a choice's text", "letter": "a choice's letter"}.get(each, "a choice's number")
                                for each in fitting)
-            raise ValueError(f"{row.where}: reference {_shown(row)} may be {what}, and they differ; say which: {ways}")
+            raise ValueError(f"{row.where}: reference {_shown(row)} may be {what}, and they "
+                             f"differ; say which: {ways}")
     return fitting[0]
 
 

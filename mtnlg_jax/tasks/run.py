@@ -1,4 +1,5 @@
-"""Tasks done by a model: rows in, answers out, whether it was fine-tuned for the task or only told what to do."""
+"""Tasks done by a model: rows in, answers out, whether it was fine-tuned for the task or only told
+what to do."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -32,19 +33,20 @@ def perform(decoder: Decoder, tokenizer, task: Task, rows: Sequence[Row | str], 
     Args:
       rows: inputs, or `Row`s with choices or a context.
       language: of the inputs, a key of the task's templates; None: seen from each.
-      examples: rows with references, or (input, answer), shown in this order before each input of their language;
-        never those that ask what the row itself asks (`prompts.same_question`).
+      examples: rows with references, or (input, answer), shown in this order before each input of
+        their language; never those that ask what the row itself asks (`prompts.same_question`).
       shots: as many of them, the first ones or, with ``seed``, drawn for each row; None: all.
       retriever: where ``passages`` of them, as many as fit, are looked up for each input.
-      decode: in place of the task's decoding; its length is held to the context, and the task's stops are added.
-      scorer: of SCORERS, for rankings. "pmi" takes off what the prompt without an input would say, which helps a
-        model that was not fine-tuned (Zhao 2021, Holtzman 2021).
-      normalise: of `answers.NORMALISATIONS`: what scores are divided by, see `answers.length_of`. None: "sum" for
-        labels, and for choices that fill a blank, behind which all score the same text; "per_byte" for other choices,
-        since they are of different lengths.
-      last_word: the reference of each row is scored as the end of its text (LAMBADA), without labels and choices: the
-        answer is what the model writes greedily in as many tokens as the reference has, its ``log_prob`` that of the
-        reference.
+      decode: in place of the task's decoding; its length is held to the context, and the task's
+        stops are added.
+      scorer: of SCORERS, for rankings. "pmi" takes off what the prompt without an input would say,
+        which helps a model that was not fine-tuned (Zhao 2021, Holtzman 2021).
+      normalise: of `answers.NORMALISATIONS`: what scores are divided by, see `answers.length_of`.
+        None: "sum" for labels, and for choices that fill a blank, behind which all score the same
+        text; "per_byte" for other choices, since they are of different lengths.
+      last_word: the reference of each row is scored as the end of its text (LAMBADA), without
+        labels and choices: the answer is what the model writes greedily in as many tokens as the
+        reference has, its ``log_prob`` that of the reference.
       stages: those that trained the model, where known, for "pseudo_log_likelihood".
       batch: rows written at once.
       on_answer: called with (index of the row, answer) as soon as it is there.
@@ -58,16 +60,19 @@ def perform(decoder: Decoder, tokenizer, task: Task, rows: Sequence[Row | str], 
     if scorer not in SCORERS:
         raise ValueError(f"scorer {scorer!r} is not known; choose from {', '.join(SCORERS)}")
     if normalise not in (None, *NORMALISATIONS):
-        raise ValueError(f"normalise={normalise!r} is not known; choose from {', '.join(NORMALISATIONS)}")
+        raise ValueError(f"normalise={normalise!r} is not known; choose from "
+                         f"{', '.join(NORMALISATIONS)}")
     if last_word and not task.joined:
-        raise ValueError(f"the last word is asked of a text that goes on, and task {task.name!r} asks otherwise; take "
+        raise ValueError(f"the last word is asked of a text that goes on, and task {task.name!r} "
+                         "asks otherwise; take "
                          "task 'continue'")
     if batch < 1 or passages < 1:
         raise ValueError(f"batch={batch} and passages={passages}: give 1 or more of both")
     validate_decode(decode)
     check_tokens(decode, decoder.config.vocab_size)
     if decode.num_return_sequences != 1:
-        raise ValueError(f"num_return_sequences={decode.num_return_sequences}, but a task gives one answer; set it to "
+        raise ValueError(f"num_return_sequences={decode.num_return_sequences}, but a task gives "
+                         "one answer; set it to "
                          "1, or use launch/generate.py")
     task_here, asked, checked = dataclasses.replace(task, decode=decode), [], set()
     for number, row in enumerate(rows, 1):
@@ -82,8 +87,10 @@ def perform(decoder: Decoder, tokenizer, task: Task, rows: Sequence[Row | str], 
             reserve = None
             if last_word:
                 if row.choices or not row.references:
-                    raise ValueError(f"the row with input {row.input[:40]!r} has {'choices' * bool(row.choices)}"
-                                     f"{'no reference' * (not row.choices)}; a last word is compared with a reference")
+                    raise ValueError(f"the row with input {row.input[:40]!r} has "
+                                     f"{'choices' * bool(row.choices)}"
+                                     f"{'no reference' * (not row.choices)}; a last word is "
+                                     "compared with a reference")
                 reserve = len(tokenizer.encode(_target(row))) + 1
             asked.append(compose(task_here, row, tokenizer, decoder.context, language=language,
                                  examples=pool.of(row, chosen, shots, seed), passages=found, reserve=reserve))
@@ -93,7 +100,8 @@ def perform(decoder: Decoder, tokenizer, task: Task, rows: Sequence[Row | str], 
         what = f"normalise={normalise}" if normalise else f"scorer={scorer}"
         raise ValueError(f"{what} ranks labels and choices, and these rows have none; leave it out")
     if any(prompt.texts for prompt in asked) and scorer != "logprob":
-        raise ValueError(f"scorer={scorer} compares what fills a blank, and it is the text behind it that is scored; "
+        raise ValueError(f"scorer={scorer} compares what fills a blank, and it is the text behind "
+                         "it that is scored; "
                          "take scorer=logprob, or leave the blank out")
     answers: list[Answer | None] = [None] * len(rows)
 
@@ -124,7 +132,8 @@ def _row(row) -> Row:
         return Row(row)
     if isinstance(row, tuple | list) and len(row) == 2 and all(isinstance(part, str) for part in row):
         return Row(row[0], (row[1],))
-    raise ValueError(f"{str(row)[:60]!r} is no row; give a text, a Row, or for an example (input, answer)")
+    raise ValueError(f"{str(row)[:60]!r} is no row; give a text, a Row, or for an example (input, "
+                     "answer)")
 
 
 def _choose(decoder, tokenizer, row: Row, prompt: Prompt, scorer: str, normalisation: str | None, stages) -> Answer:
@@ -204,8 +213,8 @@ def _write(decoder, tokenizer, task: Task, rows, prompts: Sequence[Prompt], deco
 
 
 def _ends(decoder, tokenizer, decode: DecodeConfig, stops: Sequence[str]) -> tuple[int, ...]:
-    """The ids that end a beam: its ends, and for stops of one character all tokens that begin with one. Longer stops
-    are cut off when the text is known."""
+    """The ids that end a beam: its ends, and for stops of one character all tokens that begin with
+    one. Longer stops are cut off when the text is known."""
     begins = tuple(stop.encode() for stop in stops if len(stop) == 1)
     tokens = [token for token in range(min(tokenizer.vocab_size, decoder.config.vocab_size))
               if begins and tokenizer.token_bytes(token).startswith(begins)]
