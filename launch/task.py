@@ -178,12 +178,12 @@ def _evaluate(task) -> None:
     try:
         run, answers = _perform(task, rows, given, file.add)
         _report(task, rows, answers, notes, run.step, _OUTPUT.value)
-    except BaseException as error:
+    except BaseException:
         file.close()
-        if not os.path.getsize(path):
-            _remove(path)
-        elif isinstance(error, MetricsFailed) or not isinstance(error, Exception):
+        if os.path.getsize(path):
             print(f"the answers so far are in {path}; --score={path} scores them", file=sys.stderr)
+        else:
+            _remove(path)
         raise
     file.close()
     if not _OUTPUT.value:
