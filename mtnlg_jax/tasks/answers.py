@@ -24,7 +24,9 @@ class Choice:
     """Log-probabilities are natural logarithms."""
 
     label: str
-    text: str  # what was scored: the text behind the prompt, or behind the blank
+    # What was scored: the text behind the prompt, or behind the blank; with the end of the prompt where
+    # the choice joins its last token (see `decode.rank.rank`).
+    text: str
     score: float  # what it was ranked by: see `Answer.ranked_by`
     log_prob: float  # log p(text | prompt), the sum over its tokens
     probability: float  # exp(log_prob) over the sum of all choices: that it is this one, given that it is one of them

@@ -148,15 +148,17 @@ def _choose(decoder, tokenizer, row: Row, prompt: Prompt, scorer: str, normalisa
                        normalise="sum")
         ranked = sorted(((each.index, each) for each in ranking), key=lambda pair: pair[0])
     normalisation = normalisation or ("per_byte" if row.choices and not prompt.texts else "sum")
-    scores = np.array([each.score / length_of(normalisation, each.text) for _, each in ranked])
+    scores = np.array([each.score / length_of(normalisation, each.scored) for _, each in ranked])
     sums = np.array([each.sum for _, each in ranked])
     probabilities = np.exp(sums - sums.max())
     probabilities /= probabilities.sum()
-    indices = [index for index, _ in ranked]
-    choices = [Choice(labels[indices[i]], texts[indices[i]], float(scores[i]), float(sums[i]), float(probabilities[i]))
-               for i in np.argsort(-scores, kind="stable").tolist()]
+    choices = []
+    for i in np.argsort(-scores, kind="stable").tolist():
+        index, each = ranked[i]
+        choices.append(Choice(labels[index], each.scored, float(scores[i]), each.sum,
+                              float(probabilities[i])))
     best = labels.index(choices[0].label)
-    return Answer(choices[0].label, choices[0].text, prompt.language, "ranked", tuple(choices), prompt.passages,
+    return Answer(choices[0].label, texts[best], prompt.language, "ranked", tuple(choices), prompt.passages,
                   prompt.examples, prompt.shortened, prompt.context_shortened,
                   prompt.texts[best] if prompt.texts else prompt.text, f"{scorer} {normalisation}")
 
