@@ -12,6 +12,8 @@ from hub_folders import FOLDERS, HUB_TEXTS, TEXT, byte_level, older_files, write
 from tokenizers import decoders
 
 from mtnlg_jax.data.prepare import describe, prepare
+from mtnlg_jax.data.recipe import report
+from mtnlg_jax.data.recipe.run import summary
 from mtnlg_jax.data.tokenizer import ByteLevelBPETokenizer, HubTokenizer, load_tokenizer
 from mtnlg_jax.data.tokens import open_tokens
 
@@ -336,6 +338,16 @@ def test_documents_of_a_hub_tokenizer(tmp_path):
     )
     assert found == sorted([2, *tokenizer.encode(line), 3] for line in lines)
     assert "it is not lossless; a text loses line ends" in describe(info)
+
+
+def test_a_recipe_says_what_its_tokenizer_loses():
+    stage = {"name": "read", "documents": [1, 1], "bytes": [0, 9], "dropped": {}}
+    about = {"kind": "sentencepiece", "vocab_size": 9, "losses": ["line ends", "case"]}
+    info = {"stages": [stage], "tokens": {"train": 7, "heldout": 0}, "tokenizer": about}
+    told = "it is not lossless; a text loses line ends, case"
+    assert told in summary(info)
+    assert told in report._summary(info).replace("It is", "it is")
+    assert "lossless" not in summary(info | {"tokenizer": about | {"losses": []}})
 
 
 def test_the_folder_of_the_field(shared, tmp_path):
