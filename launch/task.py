@@ -274,11 +274,13 @@ def _load():
 def _perform(task, rows, given, on_answer=lambda index, answer: None):
     from tqdm import tqdm
 
-    from mtnlg_jax.config import Config, override
+    from mtnlg_jax.config import Config, acting, override
     from mtnlg_jax.decode.cache import unstack
     from mtnlg_jax.tasks.run import perform
 
     decode = override(Config(decode=task.decode), *(f"decode.{each}" for each in _SET.value)).decode
+    # Settings of the task that --set leaves nothing to do, as early_stopping without beams, are no fault.
+    decode = acting(decode, [each.partition("=")[0].strip() for each in _SET.value])
     run = _load()
     decoder = unstack(run.config.model, run.params, _DTYPE.value)
     with tqdm(total=len(rows), unit="row", disable=None if len(rows) > 1 else True, leave=False) as bar:

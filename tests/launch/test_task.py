@@ -93,6 +93,15 @@ def test_a_set_is_scored_beside_its_baseline(ask):
 CONTINUE = ("--workdir=RUN", "--task=continue")
 
 
+@pytest.mark.parametrize(("task", "setting"), [("summarise", "num_beams=1"), ("continue", "temperature=0")])
+def test_settings_of_a_task_that_have_nothing_left_to_do_are_no_fault(ask, task, setting):
+    """early_stopping without beams, top_p without a temperature; those of --set are refused."""
+    asked = ["--workdir=RUN", f"--task={task}", "--set=max_new_tokens=3", f"--set={setting}"]
+    assert ask(*asked, stdin=b"A fine film.")[0] == 0
+    code, _, err = ask(*asked, "--set=seed=3", stdin=b"A fine film.")
+    assert code == 2 and "seed=3 acts on what is drawn" in err
+
+
 def test_layouts_are_said_and_every_normalisation_is_told(ask, folder):
     code, out, err = ask("--workdir=RUN", "--task=answer", "--eval={folder}/piqa.jsonl")
     assert code == 0 and "note: columns taken as those of PIQA: --columns=input=goal,choices=sol1+sol2" in err
