@@ -21,6 +21,7 @@ _TEXT_KEY = flags.DEFINE_string("text_key", "text", "key or column of the text i
                                 "that is there")
 _ON_ERROR = flags.DEFINE_enum("on_error", "raise", ["raise", "skip"], "what to do about damaged documents: skip counts "
                               "them")
+_ENCODING = flags.DEFINE_string("encoding", "", "of text that is not UTF-8 and does not say so, such as cp1252")
 _CHECKPOINT = flags.DEFINE_enum("checkpoint", "best", ["best", "last"], "which checkpoint")
 _STRIDE = flags.DEFINE_integer("stride", None, "tokens that a window scores; default: half the context")
 _ADAPT = flags.DEFINE_float("adapt", 0.0, "learning rate of dynamic evaluation, from the trained weights anew for "
@@ -86,20 +87,23 @@ def main() -> None:
 
 def _texts() -> tuple[list[str], dict[str, int]]:
     """The documents, and counts of what was left out or repaired where anything was."""
-    from mtnlg_jax.data.documents import ReadReport, read_documents
+    from mtnlg_jax.data.documents import ReadReport, note_lines, read_documents, read_stream
 
+    report = ReadReport()
+    given = {"on_error": _ON_ERROR.value, "report": report, "encoding": _ENCODING.value}
     if _INPUT.value == "-":
-        name, text = command.read_text("-", "the text", "utf-8-sig")
-        texts = [text] if text.strip() else []
-        report = ReadReport()
+        name = "standard input"
+        if sys.stdin.isatty():
+            print("the text, ended by Ctrl-D:", file=sys.stderr)
+        texts = [document.text for document in read_stream(sys.stdin.buffer, name, **given)]
     else:
         name = _INPUT.value
-        report = ReadReport()
-        texts = [document.text for document in read_documents(name, _TEXT_KEY.value, _ON_ERROR.value, report)]
+        texts = [document.text for document in read_documents(name, _TEXT_KEY.value, **given)]
     if not texts:
         raise ValueError(f"{name} holds no text; give a file or a folder with some")
-    counts = dataclasses.asdict(report)
-    return texts, {what: count for what, count in counts.items()
+    for line in note_lines(report.notes):
+        print(f"{name}: {line}", file=sys.stderr)
+    return texts, {what: count for what, count in report.counts().items()
                    if count and what not in ("files", "documents", "bytes")}
 
 

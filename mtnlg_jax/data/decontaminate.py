@@ -7,21 +7,26 @@ words whatever stands there, and a document of fewer than 13 words is never sear
 """
 
 import bisect
-import csv
+import codecs
 import functools
 import io
 import itertools
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from mtnlg_jax.data.files import open_file
+from mtnlg_jax.data import charsets, rows
+from mtnlg_jax.data.documents import JSON, LINES, PARQUET, TABLE, TEXT, kind_of
+from mtnlg_jax.data.files import COMPRESSION_ERRORS, PACKED, Damaged, File, is_binary, open_file
 
 # Kana, ideographs with their extensions and compatibility forms.
 _CJK = "\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
 _WORDS = {"spaced": re.compile(r"\w+"), "characters": re.compile(rf"[{_CJK}]|[^\W{_CJK}]+")}
+TEST_KINDS = LINES + JSON + TEXT + TABLE + PARQUET
+_UNITS = {".json": "item", ".parquet": "row"}
+_NO_LIMIT = 1 << 40  # bytes of a row
 _ENOUGH = 20  # documents; of fewer, all may hold a leak
 _ENDS = {"spaced": ".!?", "characters": ".!?。！？"}
 
@@ -107,6 +112,11 @@ def ngrams(texts: Iterable[str], config: Decontamination = Decontamination()) ->
         raise ValueError(f"none of {count} test texts has min_words={config.min_words} words; is it the right key, "
                          "and are the texts Chinese, which needs words='characters'?")
     return NGrams(frozenset(keys), config)
+
+
+def words_of(text: str, config: Decontamination) -> int:
+    """How many words a test text has: one of fewer than ``min_words`` makes no n-gram."""
+    return len(_WORDS[config.words].findall(text.lower()))
 
 
 class _Search:
@@ -225,61 +235,112 @@ def check_hits(hit: int, documents: int, limit: float = 0.5) -> None:
                          "one of the test sets the corpus itself? Then take it out of the test sets")
 
 
-def read_test_texts(path: str | os.PathLike, keys: Iterable[str]) -> Iterator[str]:
-    """The texts of an evaluation set: each string, or each of a list of strings, under one of ``keys`` (as "question"),
-    however deep it lies in the rows of .jsonl or in .json; in .tsv, columns by the names of the first line, or by
-    numbers from "0" on, where each line is a row. Files may be compressed (.gz, .zst), and lie where fsspec finds them.
+class TestText(NamedTuple):
+    """A text of a test set: its ``field``, a key or column, "line" or "paragraph" of a .txt; None for ``text`` where
+    the field holds a number, or is not one that counts."""
 
-    Raises FileNotFoundError, and ValueError for another suffix, a line that is not JSON, or where no key is found.
+    field: str
+    text: str | None
+
+
+def read_test_texts(file: str | os.PathLike | File, keys: Iterable[str] = (), encoding: str = "") -> Iterator[TestText]:
+    """The texts of an evaluation set: each string under one of ``keys`` (as "question"; none: under any key), however
+    deep it lies in the rows of .jsonl, .json (lists, objects, one after another), .csv, .tsv and .parquet; columns of a
+    table by the names of its first line, or by numbers from "0" on, where each line is a row. Of .txt and the like each
+    line, and each paragraph of several. Files may be compressed, and lie where fsspec finds them.
+
+    Raises FileNotFoundError, and ValueError for another suffix, what is not valid or not in its ``encoding``
+    (`charsets`), or where no key is found.
     """
     if isinstance(keys, str):
         raise ValueError(f"keys={keys!r} is one string; give a list, as [{keys!r}]")
-    path, keys = str(path), list(keys)
-    kind = os.path.splitext(path.lower().removesuffix(".gz").removesuffix(".zst"))[1]
-    if kind not in (".jsonl", ".json", ".tsv"):
-        raise ValueError(f"{path} has an unknown suffix; a test set is .jsonl, .json or .tsv, also with .gz or .zst")
-    if not keys:
-        raise ValueError(f"no keys for {path}; name those that hold its texts, as ['question']")
+    keys = tuple(keys)
+    file = file if isinstance(file, File) else File(str(file), os.path.basename(str(file)), 0, "")
+    kind = kind_of(file.name)
+    if kind not in TEST_KINDS:
+        raise ValueError(f"{file.path} has a suffix that is not read; a test set is {' '.join(TEST_KINDS)}, also with "
+                         f"{' '.join(PACKED)}")
     names = {}  # in the order of the file, for the message
-    with io.TextIOWrapper(open_file(path), encoding="utf-8-sig") as file:
-        if kind == ".tsv":
-            values = _table(file, keys)
-        elif kind == ".json":
-            values = [_parsed(file.read(), path, None)]
+    for row in _test_rows(file, kind, keys, encoding):
+        place = f"{file.path}, {_UNITS.get(kind, 'line')} {row.place}"
+        if isinstance(row.value, Damaged):
+            raise ValueError(f"{place}: {row.value}; mend the test set")
+        if row.wrong:
+            raise ValueError(f"{place}: {row.wrong}; name its encoding, as in encoding=cp1252, or mend the test set")
+        if kind in TEXT:
+            yield TestText(*row.value)
         else:
-            values = (_parsed(line, path, number) for number, line in enumerate(file, 1) if line.strip())
-        for value in values:
-            yield from _below_keys(value, keys, names)
-    if not names.keys() & set(keys):
-        raise ValueError(f"{path} has none of the keys {', '.join(keys)}; it has {', '.join(list(names)[:12])}")
+            yield from _fields(row.value, keys, names, "text")
+    if keys and kind not in TEXT and not names.keys() & set(keys):
+        raise ValueError(f"{file.path} has none of the keys {', '.join(keys)}; it has {', '.join(list(names)[:12])}")
 
 
-def _parsed(text: str, path: str, line: int | None):
+def _test_rows(file: File, kind: str, keys: tuple[str, ...], encoding: str) -> Iterator[rows.Row]:
     try:
-        return json.loads(text)
-    except ValueError as error:
-        place = f"{path}, line {line}" if line else f"{path}"
-        raise ValueError(f"{place}: not valid JSON ({error}); mend the test set") from None
+        with open_file(file.path) as raw:
+            if kind in PARQUET:
+                for row in rows.parquet(io.BytesIO(raw.read()), lambda names: names):
+                    yield _decoded(row, encoding)
+                return
+            stream, _ = charsets.as_utf8(raw, encoding)
+            if is_binary(stream.peek(1 << 12)):
+                yield rows.Row(1, Damaged("binary data and not text"))
+            elif kind in TEXT:
+                yield from _lines_of(stream)
+            elif kind in TABLE:
+                # Without names each line is a row, the first one, too: whether that names columns cannot be told.
+                named = keys and not all(key.isdecimal() for key in keys)
+                found = (rows.table if named else rows.cells)(stream, kind, _NO_LIMIT)
+                yield from found if named else map(_numbered, found)
+            else:
+                yield from (rows.json_values if kind in JSON else rows.json_lines)(stream, _NO_LIMIT)
+    except COMPRESSION_ERRORS as error:
+        yield rows.Row(1, Damaged(f"the compressed file is cut short or damaged ({error})"))
 
 
-def _table(file: Iterable[str], keys: list[str]) -> Iterator[dict[str, str]]:
-    rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-    names = None if all(key.isdecimal() for key in keys) else next(rows, [])
-    for row in rows:
-        yield dict(zip(names or map(str, range(len(row))), row, strict=False))
+def _decoded(row: rows.Row, encoding: str) -> rows.Row:
+    if isinstance(row.value, Damaged):
+        return row
+    values, wrong = {}, None
+    for name, value in row.value.items():
+        if isinstance(value, bytes):
+            value, bad = charsets.decode(value)
+            wrong = wrong or bad
+        values[name] = value
+    return rows.Row(row.place, values, wrong)
 
 
-def _below_keys(value, keys: list[str], names: dict[str, None]) -> Iterator[str]:
+def _numbered(row: rows.Row) -> rows.Row:
+    return row if isinstance(row.value, Damaged) else row._replace(value=dict(zip(map(str, range(len(row.value))),
+                                                                                  row.value, strict=True)))
+
+
+def _lines_of(stream: io.BufferedReader) -> Iterator[rows.Row]:
+    """(field, text) of each line, and of each paragraph of several: a test may lie in the corpus wrapped elsewhere."""
+    paragraph, number = [], 0
+    for number, line in enumerate(stream, 1):
+        text, wrong = charsets.decode(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)
+        text = text.strip()
+        if text:
+            yield rows.Row(number, ("line", text), wrong)
+            paragraph.append(text)
+        elif len(paragraph) > 1:
+            yield rows.Row(number, ("paragraph", "\n".join(paragraph)))
+        if not text:
+            paragraph = []
+    if len(paragraph) > 1:
+        yield rows.Row(number, ("paragraph", "\n".join(paragraph)))
+
+
+def _fields(value, keys: tuple[str, ...], names: dict[str, None], name: str) -> Iterator[TestText]:
+    """Of a JSON value below the key ``name``. What lies below a key that counts has other keys of its own."""
     if isinstance(value, list):
         for item in value:
-            yield from _below_keys(item, keys, names)
+            yield from _fields(item, keys, names, name)
     elif isinstance(value, dict):
-        for name, item in value.items():
-            names[name] = None
-            if name in keys and isinstance(item, str):
-                yield item
-            elif name in keys and isinstance(item, list):
-                yield from (text for text in item if isinstance(text, str))
-                yield from _below_keys([text for text in item if not isinstance(text, str)], keys, names)
-            else:
-                yield from _below_keys(item, keys, names)
+        for key, item in value.items():
+            names[key] = None
+            yield from _fields(item, keys, names, key)
+    elif value is not None:
+        counts = isinstance(value, str) and (not keys or name in keys)
+        yield TestText(name, value if counts else None)

@@ -1,13 +1,16 @@
 """Input files wherever fsspec finds them (a path, gs://, s3://, memory://, file://), plain or compressed, as bytes."""
 
+import bz2
 import gzip
 import hashlib
 import io
+import lzma
 import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -19,7 +22,12 @@ class CompressionError(Exception):
 
 # What the decompressors raise while such a file is read.
 COMPRESSION_ERRORS = (zlib.error, gzip.BadGzipFile, CompressionError)
+PACKED = (".gz", ".zst", ".zstd", ".bz2", ".xz", ".lzma")
 
+HIDDEN = "hidden: the name begins with a dot"
+READ_ALREADY = "links to what is read already"
+CIRCLE = "links to a folder that holds them"
+NOT_A_FILE = "neither files nor folders: pipes, sockets, devices"
 
 _CONTROLS = bytes(byte for byte in range(32) if byte not in b"\t\n\v\f\r\x1b")
 
@@ -28,21 +36,40 @@ class Damaged(str):
     """Why a document could not be read; stands in its place."""
 
 
+class Skipped(str):
+    """Why a record holds no document; stands in its place."""
+
+
 @dataclass(frozen=True)
 class File:
     """One file to read. ``name`` is its path below the folder listed, "/" between; ``size`` in bytes, as stored.
     ``stamp`` changes when the content does: of the size and the time of change or what the store calls the version
-    (etag, generation), or "sha256:..." of the bytes where that was asked for."""
+    (etag, generation), or "sha256:..." of the bytes where that was asked for. ``real``: the path without links, of a
+    local file; ``linked``: whether a link led to it."""
 
     path: str
     name: str
     size: int
     stamp: str
+    real: str = ""
+    linked: bool = False
 
 
-def find(path: str | os.PathLike) -> tuple[str, bool, list[File]] | None:
-    """(place, whether a folder, its files or the file), hidden names left out, in the order of the names; None where
-    nothing is. Raises ValueError for a URL that cannot be opened, OSError for a folder that may not be."""
+class Found(NamedTuple):
+    """What lies at a place: a file, or the files of a folder in the order of their names. ``left_out``: (reason, name)
+    of each entry that no file stands for; the name of a folder ends with "/"."""
+
+    place: str
+    is_folder: bool
+    files: list[File]
+    left_out: list[tuple[str, str]]
+
+
+def find(path: str | os.PathLike) -> Found | None:
+    """What lies at a path or URL; None where nothing is. Hidden names are left out. Links are followed, and each real
+    file is found once: by its own name where that lies in the folder, else by the first link that leads to it.
+
+    Raises ValueError for a URL that cannot be opened, OSError for a folder that may not be."""
     if "://" not in str(path):
         return _find_locally(Path(path))
     try:
@@ -57,32 +84,97 @@ def find(path: str | os.PathLike) -> tuple[str, bool, list[File]] | None:
     except FileNotFoundError:
         return None
     if info["type"] == "file":
-        return str(path), False, [_remote_file(system, place, os.path.basename(place), info)]
+        return Found(str(path), False, [_remote_file(system, place, os.path.basename(place), info)], [])
     root = place.rstrip("/") + "/"
     found = {name.removeprefix(root): info for name, info in system.find(place, detail=True).items()}
-    return str(path), True, [_remote_file(system, root + name, name, found[name]) for name in sorted(found)
-                             if not any(part.startswith(".") for part in name.split("/"))]
+    hidden = {entry: None for entry in map(_hidden_part, sorted(found)) if entry}
+    return Found(str(path), True, [_remote_file(system, root + name, name, found[name]) for name in sorted(found)
+                                   if not _hidden_part(name)], [(HIDDEN, name) for name in hidden])
 
 
-def _find_locally(path: Path) -> tuple[str, bool, list[File]] | None:
+def _hidden_part(name: str) -> str:
+    """The path of the first file or folder along ``name`` that is hidden, or ""."""
+    parts = name.split("/")
+    for number, part in enumerate(parts, 1):
+        if part.startswith("."):
+            return "/".join(parts[:number]) + ("/" if number < len(parts) else "")
+    return ""
+
+
+def _find_locally(path: Path) -> Found | None:
     if not path.exists():
         return None
     if not path.is_dir():
-        return str(path), False, [_local_file(path, path.name)]
-
-    def fail(error: OSError):  # os.walk passes over a folder that it may not open; silence would lose text
-        raise error
-
-    names = []
-    for parent, folders, files in os.walk(path, onerror=fail):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        names += [Path(parent, name).relative_to(path).as_posix() for name in files if not name.startswith(".")]
-    return str(path), True, [_local_file(path / name, name) for name in sorted(names)]
+        return Found(str(path), False, [_local_file(path, path.name, os.path.realpath(path))], [])
+    walk = _Walk(path)
+    return Found(str(path), True, [_local_file(path / name, name, *walk.names[name]) for name in sorted(walk.names)],
+                 sorted(walk.left_out))
 
 
-def _local_file(path: Path, name: str) -> File:
-    state = path.lstat() if path.is_symlink() and not path.exists() else path.stat()  # reading a broken link will tell
-    return File(str(path), name, state.st_size, f"{state.st_size}-{state.st_mtime_ns}")
+class _Walk:
+    """``names``: (real path, whether a link led there) of each file below a folder, by its path there."""
+
+    def __init__(self, root: Path):
+        self.names: dict[str, tuple[str, bool]] = {}
+        self.left_out: list[tuple[str, str]] = []
+        self._folders: set[str] = set()  # real paths of those that were read
+        self._linked: set[str] = set()  # and of files to which links led
+        self._links: list[tuple[str, str]] = []
+        self._read(str(root), "", os.path.realpath(root), False)
+        # Only when all that is there by its own name is known, and in the order of their names: so it does not depend
+        # on the order in which the system lists a folder.
+        while self._links:
+            self._links.sort()
+            self._follow(*self._links.pop(0))
+
+    def _read(self, path: str, prefix: str, real: str, linked: bool) -> None:
+        waiting = [(path, prefix, real)]
+        while waiting:
+            path, prefix, real = waiting.pop()
+            self._folders.add(real)
+            # OSError is not caught: to pass over a folder that may not be opened would lose its text in silence.
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    name, below = prefix + entry.name, os.path.join(real, entry.name)
+                    if entry.name.startswith("."):
+                        is_folder = entry.is_dir(follow_symlinks=False)
+                        self.left_out.append((HIDDEN, f"{name}/" if is_folder else name))
+                    elif entry.is_symlink():
+                        self._links.append((name, entry.path))
+                    elif entry.is_dir(follow_symlinks=False):
+                        if below in self._folders:
+                            self.left_out.append((READ_ALREADY, f"{name}/"))
+                        else:
+                            waiting.append((entry.path, f"{name}/", below))
+                    elif not entry.is_file(follow_symlinks=False):
+                        self.left_out.append((NOT_A_FILE, name))
+                    elif below in self._linked:
+                        self.left_out.append((READ_ALREADY, name))
+                    else:
+                        self.names[name] = (below, linked)
+
+    def _follow(self, name: str, path: str) -> None:
+        real, parent = os.path.realpath(path), os.path.realpath(os.path.dirname(path))
+        if os.path.isdir(real):
+            if f"{parent}/".startswith(real.rstrip("/") + "/"):
+                self.left_out.append((CIRCLE, f"{name}/"))
+            elif real in self._folders:
+                self.left_out.append((READ_ALREADY, f"{name}/"))
+            else:
+                self._read(path, f"{name}/", real, True)
+        elif real in self._linked or (os.path.dirname(real) in self._folders and os.path.isfile(real)
+                                      and not os.path.basename(real).startswith(".")):
+            self.left_out.append((READ_ALREADY, name))
+        elif os.path.exists(real) and not os.path.isfile(real):
+            self.left_out.append((NOT_A_FILE, name))
+        else:  # a link to nothing, too: reading it will tell
+            self._linked.add(real)
+            self.names[name] = (real, True)
+
+
+def _local_file(path: Path, name: str, real: str, linked: bool = False) -> File:
+    state = path.lstat() if linked and not path.exists() else path.stat()  # reading a broken link will tell
+    return File(str(path), name, state.st_size, f"{state.st_size}-{state.st_mtime_ns}", real, linked)
 
 
 def _remote_file(system: fsspec.AbstractFileSystem, place: str, name: str, info: dict) -> File:
@@ -98,12 +190,17 @@ def content_stamp(file: File) -> str:
 
 
 def open_file(path: str) -> io.BufferedReader:
-    """The content, decompressed. While it is read, one of ``COMPRESSION_ERRORS`` says that the file is damaged."""
-    stream = _open_bytes(path)
-    if path.lower().endswith(".gz"):
+    """The content, decompressed as the last suffix says (`PACKED`). While it is read, one of ``COMPRESSION_ERRORS``
+    says that the file is damaged."""
+    stream, suffix = _open_bytes(path), os.path.splitext(path.lower())[1]
+    if suffix == ".gz":
         return io.BufferedReader(_GzipFile(stream), 1 << 17)
-    if path.lower().endswith(".zst"):
-        return io.BufferedReader(_ZstdFile(stream), 1 << 17)
+    if suffix in (".zst", ".zstd"):
+        return io.BufferedReader(ZstdFile(stream), 1 << 17)
+    if suffix == ".bz2":
+        return io.BufferedReader(_Unpacked(bz2.BZ2File(stream), stream), 1 << 17)
+    if suffix in (".xz", ".lzma"):
+        return io.BufferedReader(_Unpacked(lzma.LZMAFile(stream), stream), 1 << 17)
     return stream
 
 
@@ -131,6 +228,33 @@ class _GzipFile(gzip.GzipFile):
         return len(data)
 
 
+class _Unpacked(io.RawIOBase):
+    """What the standard library unpacks, with errors that say the file is damaged, and that closes the file below."""
+
+    def __init__(self, unpacked: bz2.BZ2File | lzma.LZMAFile, file: io.BufferedReader):
+        self._unpacked, self._file = unpacked, file
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        try:
+            data = self._unpacked.read1(len(buffer))
+        except (EOFError, lzma.LZMAError) as error:
+            raise CompressionError(error) from None
+        except OSError as error:
+            if error.errno:
+                raise  # the disk's fault and not the file's
+            raise CompressionError(error) from None
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._unpacked.close()
+        self._file.close()
+        super().close()
+
+
 def read_all(stream: io.BufferedIOBase, limit: int) -> bytes | Damaged:
     """All of it, or why not where that is more than ``limit`` bytes, after reading little more than those."""
     pieces, size = [], 0
@@ -145,8 +269,12 @@ def read_all(stream: io.BufferedIOBase, limit: int) -> bytes | Damaged:
 def is_binary(data: bytes) -> bool:
     """Whether more than 8 bytes and 1 % are control characters that no text has: so it is with pictures, archives,
     programs and UTF-16."""
-    controls = len(data) - len(data.translate(None, _CONTROLS))
-    return controls > max(8, 0.01 * len(data))
+    return controls(data) > max(8, 0.01 * len(data))
+
+
+def controls(data: bytes) -> int:
+    """How many bytes are control characters that no text has."""
+    return len(data) - len(data.translate(None, _CONTROLS))
 
 
 def too_long(limit: int) -> Damaged:
@@ -164,12 +292,14 @@ def bounded_lines(stream: io.BufferedReader, limit: int) -> Iterator[bytes | Dam
         yield too_long(limit)
 
 
-class _ZstdFile(io.RawIOBase):
+class ZstdFile(io.RawIOBase):
     """Frame after frame. zstandard's own reader takes a frame that was cut short for the end of the file."""
 
     def __init__(self, file: io.BufferedReader):
-        import zstandard
-
+        try:
+            import zstandard
+        except ImportError:
+            raise ValueError("a file with .zst needs a package; pip install zstandard") from None
         self._new_frame = lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
         self._error = zstandard.ZstdError
         self._file, self._frame = file, None

@@ -1,8 +1,11 @@
+import bz2
 import collections
 import functools
+import gzip
 import importlib.util
 import itertools
 import json
+import lzma
 import os
 import pickle
 import random
@@ -10,7 +13,10 @@ import re
 import sys
 import types
 
+import pyarrow
+import pyarrow.parquet
 import pytest
+import zstandard
 
 from mtnlg_jax.data import decontaminate
 from mtnlg_jax.data.decontaminate import Decontamination, NGrams, below, check_hits, frequencies, ngrams, pieces
@@ -138,8 +144,8 @@ def _tests(request, corpus):
         word = ["".join(generator.choices("abcdefgh", k=5)) for _ in range(500)]
         return [" ".join(generator.choices(word, k=generator.choice([8, 10, 13, 30, 60]))) for _ in range(100)]
     folder = request.getfixturevalue("shared") / "data/eval"
-    lambada = decontaminate.read_test_texts(folder / "lambada/lambada_openai_test.jsonl", ["context"])
-    return [*itertools.islice(lambada, 500), *decontaminate.read_test_texts(folder / "piqa/piqa_valid.jsonl", ["goal"])]
+    lambada = _read(folder / "lambada/lambada_openai_test.jsonl", ["context"])
+    return [*itertools.islice(lambada, 500), *_read(folder / "piqa/piqa_valid.jsonl", ["goal"])]
 
 
 @pytest.mark.parametrize("corpus", ["embedded", "real"])
@@ -252,8 +258,8 @@ ROWS = [{"question": "Who?", "answers": {"text": ["He."]}},
         {"question": "What?", "answers": {"text": ["It.", "That."]}}]
 
 
-def _read(path, keys):
-    return list(decontaminate.read_test_texts(path, keys))
+def _read(path, keys=(), **options):
+    return [found.text for found in decontaminate.read_test_texts(path, keys, **options) if found.text is not None]
 
 
 def test_test_texts_of_many_forms(tmp_path):
@@ -264,15 +270,69 @@ def test_test_texts_of_many_forms(tmp_path):
     (tmp_path / "a.tsv").write_text('question\tlabel\nWho "is it?\t1\nWhat?\t0\n')
     assert _read(tmp_path / "a.tsv", ["question"]) == ['Who "is it?', "What?"]
     assert _read(tmp_path / "a.tsv", ["0"]) == ["question", 'Who "is it?', "What?"]
+    assert _read(tmp_path / "a.tsv") == ["question", "label", 'Who "is it?', "1", "What?", "0"]
+
+
+FORMS = {
+    "t.jsonl": "\n".join(map(json.dumps, ROWS)),
+    "t.json": json.dumps(ROWS),
+    "lines.json": f"{json.dumps(ROWS[0])}\n{json.dumps(ROWS[1], indent=1)}",
+    "squad.json": json.dumps({"version": 1, "data": ROWS}),
+    "two.json": f"{json.dumps(ROWS[:1])}\n{json.dumps(ROWS[1:])}\n",
+    "t.csv": 'question,a\n"Who?",He.\nWhat?,It.\n',
+    "semicolons.csv": "question;a\nWho?;He.\nWhat?;It.\n",
+    "t.tsv": "question\ta\nWho?\tHe.\nWhat?\tIt.\n",
+    "T.TXT": "Who?\nHe.\n\nWhat?\nIt.\n",
+}
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst", ".bz2", ".xz"])
+@pytest.mark.parametrize("name", FORMS)
+def test_test_sets_of_every_form_packed_or_not(tmp_path, name, suffix):
+    pack = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress, ".bz2": bz2.compress,
+            ".xz": lzma.compress}[suffix]
+    (tmp_path / (name + suffix)).write_bytes(pack(FORMS[name].encode()))
+    found = _read(tmp_path / (name + suffix))
+    assert {"Who?", "He.", "What?", "It."} <= set(found)
+
+
+def test_parquet_test_sets(tmp_path):
+    rows = [{**row, "choices": ["A lion.", "A bear."], "label": 1} for row in ROWS]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    found = {}
+    for field, text in decontaminate.read_test_texts(tmp_path / "a.parquet"):
+        found.setdefault(field, []).append(text)
+    assert found == {"question": ["Who?", "What?"], "text": ["He.", "It.", "That."], "label": [None, None],
+                     "choices": ["A lion.", "A bear."] * 2}
+
+
+def test_every_field_counts_however_deep_it_lies(tmp_path):
+    row = {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "turns": [["c", {"d": "e"}], []],
+           "n": 3, "ok": True, "none": None}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + '\n"alone"\n["f"]\n')
+    found = [tuple(each) for each in decontaminate.read_test_texts(tmp_path / "a.jsonl")]
+    assert found == [("question", "q"), ("text", "a"), ("text", "b"), ("label", "A"), ("label", "B"), ("turns", "c"),
+                     ("d", "e"), ("n", None), ("ok", None), ("text", "alone"), ("text", "f")]
+    assert _read(tmp_path / "a.jsonl", ["question", "d"]) == ["q", "e"]
+
+
+def test_encodings_of_test_sets(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes('{"question": "Müller?"}\n'.encode("utf-16"))
+    assert _read(tmp_path / "a.jsonl") == ["Müller?"]
+    (tmp_path / "a.csv").write_bytes("question\nWer?\nMüller?\n".encode("cp1252"))
+    with pytest.raises(ValueError, match=r"a\.csv, line 3: byte 0xfc at 1 is not UTF-8; name its encoding"):
+        _read(tmp_path / "a.csv")
+    assert "Müller?" in _read(tmp_path / "a.csv", encoding="latin-1")
 
 
 @pytest.mark.parametrize("name, content, keys, message", [
     ("a.jsonl", '{"a": "b"}\n', ["query"], "none of the keys query; it has a"),
     ("a.jsonl", '{"a": "b"}\n{"a": "b', ["a"], "line 2: not valid JSON"),
-    ("a.json", "[", ["a"], "not valid JSON"),
+    ("a.json", '{"a": "b"}\n{"a": "b', ["a"], "item 2: cut short or damaged on line 2"),
+    ("a.json", "[", ["a"], "the list is cut short"),
+    ("a.csv", 'a,b\n1,2\n1,"2\n', ["a"], "line 3: not a row of a table"),
     ("a.tsv", "a\tb\n1\t2\n", ["c"], "none of the keys c; it has a, b"),
-    ("a.txt", "", ["a"], "unknown suffix"),
-    ("a.json", "{}", [], "no keys"),
+    ("a.pdf", "", ["a"], "suffix that is not read"),
     ("a.json", "{}", "query", r"\['query'\]"),
 ])
 def test_bad_test_sets(tmp_path, name, content, keys, message):

@@ -64,8 +64,12 @@ def test_the_charset_is_honoured(head, encoding):
 
 
 def test_the_header_goes_before_what_the_page_says_and_names_mean_what_browsers_take_them_for():
-    data = page(CHINESE, '<meta charset="latin-1">').encode()
-    assert CHINESE[0] in page_text(data, "UTF-8") and CHINESE[0] not in page_text(data)
+    data = page(CHINESE, '<meta charset="gbk">').encode()
+    assert CHINESE[0] in page_text(data, "UTF-8")
+    assert CHINESE[0] in page_text(data)  # cannot be GBK, and is valid UTF-8
+    other = page(["Der Müller ging über die Brücke, als der Regen anfing, und hörte die Glocken."] * 2,
+                 '<meta charset="koi8-r">').encode("cp1252")
+    assert "Müller" in page_text(other, "cp1252") and "Müller" not in page_text(other)
     assert "“quoted”" in page_text(page(["“quoted” " + ENGLISH[0], ENGLISH[1]]).encode("cp1252"), "iso-8859-1")
 
 
@@ -103,11 +107,14 @@ def test_warc(tmp_path, name, packed):
 @pytest.mark.parametrize("name", ["a.wet", "a.warc.wet.gz"])
 def test_wet(tmp_path, name):
     text = {"kind": "conversion", "content_type": "text/plain"}
-    content = warc(CRAWL[0], ("\n".join(CHINESE).encode(), text), (b"bad \xff byte", text), packed=name.endswith("gz"))
+    content = warc(CRAWL[0], ("\n".join(CHINESE).encode(), text), (b"bad \xff byte in a long line of text", text),
+                   packed=name.endswith("gz"))
     (tmp_path / name).write_bytes(content)
     report = ReadReport()
-    assert [document.text for document in read_documents(tmp_path, report=report)] == [
-        "\n".join(CHINESE), "bad \ufffd byte"]
+    with pytest.raises(ValueError, match="record 3: byte 0xff at 4 is not UTF-8; name its encoding"):
+        list(read_documents(tmp_path))
+    assert [document.text for document in read_documents(tmp_path, on_error="skip", report=report)] == [
+        "\n".join(CHINESE), "bad \ufffd byte in a long line of text"]
     assert (report.skipped_records, report.repaired) == (1, 1)
 
 

@@ -2,10 +2,20 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from functools import lru_cache
 
-from mtnlg_jax.data.decontaminate import NGrams, below, frequencies, ngrams, pieces, read_test_texts
-from mtnlg_jax.data.documents import list_files, read_file
+from mtnlg_jax.data.decontaminate import (
+    TEST_KINDS,
+    NGrams,
+    below,
+    frequencies,
+    ngrams,
+    pieces,
+    read_test_texts,
+    words_of,
+)
+from mtnlg_jax.data.documents import ReadReport, list_files, read_file
 from mtnlg_jax.data.files import File, find
 from mtnlg_jax.data.quality import Classifier, border, kept, train
 from mtnlg_jax.data.recipe.settings import DecontaminationConfig, QualityConfig
@@ -15,27 +25,55 @@ from mtnlg_jax.data.recipe.texts import Tally, excerpt
 LEAK = "holds text of a test set"
 
 
-def test_files(config: DecontaminationConfig) -> list[File]:
-    """The files of the test sets. Raises FileNotFoundError, or ValueError where one has none that can be read."""
-    files = []
+def test_files(config: DecontaminationConfig, report: ReadReport | None = None) -> list[File]:
+    """The files of the test sets, each once; what of their folders is left out is counted in ``report``. Raises
+    FileNotFoundError, or ValueError where a test set has none that can be read."""
+    files = {}
     for path in config.test_sets:
-        found = find(path)
-        if found is None:
+        if find(path) is None:
             raise FileNotFoundError(f"test set {path} does not exist; give a file or a folder with --test_sets")
-        readable = [file for file in found[2] if file.name.lower().removesuffix(".gz").endswith(
-            (".jsonl", ".json", ".tsv"))]
+        readable = list_files(path, report, kinds=TEST_KINDS)
         if not readable:
-            raise ValueError(f"test set {path} has no .jsonl, .json or .tsv (also with .gz)")
-        files += readable
-    return files
+            raise ValueError(f"test set {path} holds none of {' '.join(TEST_KINDS)} (also compressed); convert it")
+        for file in readable:
+            files.setdefault(file.real or file.path, file)
+    return list(files.values())
 
 
-def test_ngrams(folder: Folder, name: str, files: list[File], config: DecontaminationConfig) -> dict:
-    """NAME.keys: the n-grams of the test sets, a line each."""
-    found = ngrams((text for file in files for text in read_test_texts(file.path, config.test_keys)),
-                   config.algorithm)
+def test_ngrams(folder: Folder, name: str, files: list[File], config: DecontaminationConfig, encoding: str) -> dict:
+    """NAME.keys: the n-grams of the test sets, a line each. "fields": by field, how many texts counted, were too short
+    to make an n-gram, or did not count: numbers, and fields that ``test_keys`` does not name."""
+    fields = {}
+
+    def texts() -> Iterator[str]:
+        for file in files:
+            for field, text in read_test_texts(file, config.test_keys, encoding):
+                counts = fields.setdefault(field, {"counted": 0, "too short": 0, "left out": 0})
+                if text is None:
+                    counts["left out"] += 1
+                elif words_of(text, config.algorithm) < config.algorithm.min_words:
+                    counts["too short"] += 1
+                    yield text
+                else:
+                    counts["counted"] += 1
+                    yield text
+
+    found = ngrams(texts(), config.algorithm)
     _save(folder, name, found)
-    return {"ngrams": len(found.keys)}
+    return {"ngrams": len(found.keys), "fields": dict(sorted(fields.items()))}
+
+
+def fields_note(fields: dict[str, dict[str, int]], config: DecontaminationConfig) -> str:
+    """Which fields of the test sets counted, and which did not and why."""
+    reasons = {"too short": f"under {config.algorithm.min_words} words",
+               "left out": "not named by test_keys, or not text" if config.test_keys else "numbers, not text"}
+    used = [f"{field} ({counts['counted']:,})" for field, counts in fields.items() if counts["counted"]]
+    parts = [f"Fields searched for: {', '.join(used)}."]
+    for what, why in reasons.items():
+        named = [f"{field} ({counts[what]:,})" for field, counts in fields.items() if counts[what]]
+        if named:
+            parts.append(f"Texts that did not count, {why}: {', '.join(named)}.")
+    return " ".join(parts)
 
 
 def leaks(folder: Folder, name: str, shard: Shard, tests: str, key: str, config: DecontaminationConfig) -> dict:
@@ -76,10 +114,10 @@ def decontaminated(folder: Folder, name: str, shard: Shard, rare: str, key: str,
     return tally.result([folder.write_rows(name, shard.source, kept)])
 
 
-def classifier(folder: Folder, name: str, good: list[File], bad: list[File], text_key: str,
+def classifier(folder: Folder, name: str, good: list[File], bad: list[File], text_key: str, encoding: str,
                config: QualityConfig) -> dict:
     """NAME.quality.*: what was learnt from the two."""
-    texts = [[document.text for file in files for document in read_file(file, text_key)]
+    texts = [[document.text for file in files for document in read_file(file, text_key, encoding=encoding)]
              for files in (good, bad)]
     learnt = train(*texts, config.classifier)
     for file, content in learnt.files().items():
@@ -102,8 +140,8 @@ def good_rows(folder: Folder, name: str, shard: Shard, learnt: str, key: str, se
     return tally.result([folder.write_rows(name, shard.source, left)], nearest=nearest)
 
 
-def files_of(paths: tuple[str, ...]) -> list[File]:
-    return [file for path in paths for file in list_files(path)]
+def files_of(paths: tuple[str, ...], report: ReadReport | None = None) -> list[File]:
+    return [file for path in paths for file in list_files(path, report)]
 
 
 def _save(folder: Folder, name: str, found: NGrams) -> None:

@@ -13,8 +13,8 @@ import numpy as np
 
 from mtnlg_jax.data import dedup, storage
 from mtnlg_jax.data.decontaminate import check_hits
-from mtnlg_jax.data.documents import ReadReport, list_files
-from mtnlg_jax.data.files import File
+from mtnlg_jax.data.documents import ReadReport, list_files, note_lines
+from mtnlg_jax.data.files import READ_ALREADY, File, find
 from mtnlg_jax.data.recipe import arrays, filters, texts
 from mtnlg_jax.data.recipe.report import render
 from mtnlg_jax.data.recipe.settings import Recipe, clean_config, validate, with_sources
@@ -34,7 +34,7 @@ def make(recipe: Recipe, root: str | None, output: str, *, engine=None, overwrit
     the stage "tokens" the texts of the last stage are the result.
 
     ``engine``: `in_processes` (default: one for each core) or `on_ray`. Memory: some times ``recipe.shard_bytes`` a
-    process, and 24 bytes for each document and 32 for each pair of possible duplicates here.
+    process, and 40 bytes for each document and 80 for each pair of possible duplicates here.
 
     Raises ValueError or FileNotFoundError before any work where that can be known, FileExistsError where ``output``
     was made of other settings or other input and not ``overwrite``.
@@ -43,9 +43,15 @@ def make(recipe: Recipe, root: str | None, output: str, *, engine=None, overwrit
     output = str(output).rstrip("/")
     _refuse_place(None if root is None else str(root), output)
     recipe = with_sources(recipe, None if root is None else str(root))
-    files = _input_files(recipe)
-    tests = filters.test_files(recipe.decontamination) if "decontaminate" in recipe.stages else []
-    samples = [filters.files_of(paths) for paths in (recipe.quality.good, recipe.quality.bad)]
+    files, left_out = _input_files(recipe)
+    reports = {"test sets": ReadReport(), "samples of quality": ReadReport()}
+    tests = []
+    if "decontaminate" in recipe.stages:
+        tests = filters.test_files(recipe.decontamination, reports["test sets"])
+    samples = [filters.files_of(paths, reports["samples of quality"])
+               for paths in (recipe.quality.good, recipe.quality.bad)]
+    left_out += [texts.named_after(name, report.notes) for name, report in reports.items()]
+    left_out += [_beside(recipe, str(root))] if root is not None else []
     stamps = {f"{name}/{file.name}": file.stamp for name, group in files.items() for file in group}
     stamps |= {file.path: file.stamp for file in (*tests, *samples[0], *samples[1])}
     if recipe.tokenizer not in ("bpe", "unigram"):
@@ -57,18 +63,19 @@ def make(recipe: Recipe, root: str | None, output: str, *, engine=None, overwrit
         kept = "what is done is kept, and the same command goes on from there"
         with storage.disk_errors(output, kept), engine or in_processes(os.cpu_count() or 1) as do:
             runner = Runner(output, do, progress)
-            info = _run(runner, recipe, files, tests, samples)
+            info = _run(runner, recipe, files, tests, samples, left_out)
         runner.prune("stages")
     return info
 
 
 def _run(runner: Runner, recipe: Recipe, files: dict[str, list[File]], tests: list[File],
-         samples: list[list[File]]) -> dict:
+         samples: list[list[File]], left_out: list[dict]) -> dict:
     priority = {source.name: source.priority for source in recipe.sources}
     tasks = _read_tasks(recipe, files)
     results = runner.run("reading", tasks)
     inputs = {name: entry for result in results for name, entry in result["inputs"].items()}
     stages = [texts.merged("read", results)]
+    texts.with_notes(stages[0], [*left_out, *(result["notes"] for result in results)])
     shards = _left(tasks, results, stages, [])
     skipping = {source.name: source.skip_stages for source in recipe.sources}
     for stage in recipe.stages:
@@ -128,6 +135,7 @@ def summary(info: dict) -> str:
         kept = (f"{after:,} of {before:,} documents, {left / size:.2%} of the text" if size else
                 f"{after:,} documents, {left:,} bytes")
         lines.append((stage["name"], kept + why))
+        lines += [("", line) for line in note_lines(stage.get("notes", {}))]
     for row in info.get("blend", ()):
         lines.append((row["name"], f"{row['tokens']:,} tokens, weight {row['weight']:.5f}, {row['epochs']:.2f} epochs "
                                    f"in {info['train_tokens']:,} tokens"))
@@ -166,7 +174,8 @@ def _read_tasks(recipe: Recipe, files: dict[str, list[File]]) -> list[Task]:
             groups[-1].append(file)
             size += file.size
         for number, group in enumerate(groups):
-            given = (source.text_key, recipe.on_error, recipe.max_document_bytes, recipe.shard_bytes)
+            given = (source.text_key, recipe.on_error, recipe.max_document_bytes, recipe.shard_bytes,
+                     recipe.encoding)
             tasks.append(Task(f"stages/read/{source.name}-{number:06d}", texts.read, (group, source.name, *given),
                               ([(file.name, file.stamp) for file in group], source.name, *given)))
     return tasks
@@ -254,9 +263,9 @@ def _paragraphs(runner: Runner, recipe: Recipe, shards: list[Shard], priority: d
 
 def _decontaminated(runner: Runner, recipe: Recipe, shards: list[Shard], tests: list[File]):
     config = recipe.decontamination
-    making = Task("stages/tests/all", filters.test_ngrams, (tests, config),
-                  ([test.stamp for test in tests], config.test_keys, config.algorithm))
-    runner.run("reading test sets", [making])
+    making = Task("stages/tests/all", filters.test_ngrams, (tests, config, recipe.encoding),
+                  ([test.stamp for test in tests], config.test_keys, config.algorithm, recipe.encoding))
+    made, = runner.run("reading test sets", [making])
     counting = [Task(f"stages/leaks/{shard.base}", filters.leaks, (shard, making.name, making.key, config),
                      (shard.key, making.key)) for shard in shards]
     runner.run("counting n-grams", counting)
@@ -270,14 +279,16 @@ def _decontaminated(runner: Runner, recipe: Recipe, shards: list[Shard], tests: 
     check_hits(merged["changed"].get(filters.LEAK, 0), merged["documents"][0])
     merged["note"] = (f"{about['ngrams']:,} n-grams of {len(tests)} files of test sets; {about['found']:,} are in the "
                       f"text, and {about['common']:,} of them so often ({config.algorithm.key_threshold} times) that "
-                      "they stay.")
+                      f"they stay. {filters.fields_note(made['fields'], config)}")
     return tasks, results, merged
 
 
 def _quality(runner: Runner, recipe: Recipe, shards: list[Shard], samples: list[list[File]]):
     config = recipe.quality
-    learning = Task("stages/classifier/model", filters.classifier, (*samples, recipe.text_key, config),
-                    ([[file.stamp for file in files] for files in samples], recipe.text_key, config.classifier))
+    learning = Task("stages/classifier/model", filters.classifier, (*samples, recipe.text_key, recipe.encoding,
+                                                                         config),
+                    ([[file.stamp for file in files] for files in samples], recipe.text_key, recipe.encoding,
+                     config.classifier))
     about, = runner.run("learning good from bad", [learning])
     tasks = [Task(f"stages/quality/{shard.base}", filters.good_rows,
                   (shard, learning.name, learning.key, recipe.seed, config),
@@ -366,16 +377,19 @@ def _refuse_place(root: str | None, output: str) -> None:
         raise FileExistsError(f"{output} exists and is no output of a recipe (no recipe.json); choose another --output")
 
 
-def _input_files(recipe: Recipe) -> dict[str, list[File]]:
-    """The files of each source, in the order of their names."""
+def _input_files(recipe: Recipe) -> tuple[dict[str, list[File]], list[dict]]:
+    """(the files of each source, in the order of their names; what was left out, as notes of `ReadReport`). A file to
+    which links lead from two sources, or a link from one and its own name in another, belongs to one of them."""
     found = {}
+    reports = {source.name: ReadReport() for source in recipe.sources}
     for source in recipe.sources:
-        report = ReadReport()
+        report = reports[source.name]
         listed = [list_files(path, report) for path in source.paths]
         files = [file for part in listed for file in part]
         if not files:
-            raise ValueError(f"source {source.name!r} has nothing to read: {', '.join(source.paths)} "
-                             f"({report.skipped_files} files of unknown suffix)")
+            raise ValueError("; ".join([f"source {source.name!r} has nothing to read: {', '.join(source.paths)} "
+                                        f"({report.skipped_files} files of unknown suffix)",
+                                        *note_lines(report.notes)[:3]]))
         if len({file.name for file in files}) < len(files):  # of two folders: told apart by the folders
             files = [dataclasses.replace(file, name=f"{number}/{file.name}") for number, part in enumerate(listed)
                      for file in part]
@@ -384,7 +398,36 @@ def _input_files(recipe: Recipe) -> dict[str, list[File]]:
             twice = next(path for path in paths if paths.count(path) > 1)
             raise ValueError(f"source {source.name!r} would read {twice} twice; name it once")
         found[source.name] = sorted(files, key=lambda file: file.name)
-    return found
+    if any(file.linked for files in found.values() for file in files):
+        own = {file.real for files in found.values() for file in files if not file.linked}
+        for name, files in found.items():
+            kept = []
+            for file in files:
+                if file.linked and file.real in own:
+                    reports[name].note(f"left out, {READ_ALREADY}", file.name)
+                else:
+                    kept.append(file)
+                    own.add(file.real)
+            found[name] = kept
+    left_out = [texts.named_after(name, report.notes) for name, report in reports.items()]
+    return found, left_out
+
+
+def _beside(recipe: Recipe, root: str) -> dict[str, dict]:
+    """Notes of what lies in ``root`` itself, beside the sources."""
+    if storage.is_remote(root):
+        found = find(root)
+        names = {name.split("/")[0] for name in (*(file.name for file in found.files),
+                                                 *(name for _, name in found.left_out))}
+    else:
+        names = os.listdir(root) if os.path.isdir(root) else []
+    paths = [path.rstrip("/") + "/" for source in recipe.sources for path in source.paths]
+    report = ReadReport()
+    for name in sorted(names):
+        place = storage.join(root, name) + "/"
+        if not any(place.startswith(path) or path.startswith(place) for path in paths):
+            report.note("left out, in no source", name)
+    return report.notes
 
 
 def _check_output(recipe: Recipe, output: str, stamps: dict[str, str], overwrite: bool) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mtnlg_jax.config import PATH, load_object, override
-from mtnlg_jax.data import storage
+from mtnlg_jax.data import charsets, storage
 from mtnlg_jax.data.clean import CleanConfig
 from mtnlg_jax.data.decontaminate import Decontamination
 from mtnlg_jax.data.dedup import MinHashConfig
@@ -58,9 +58,9 @@ class ParagraphConfig:
 class DecontaminationConfig:
     """Test sets that a model must not have seen, and how they are cut out."""
 
-    # Files and folders of .jsonl, .json, .tsv, also with .gz.
+    # Files and folders of .jsonl, .json, .txt, .csv, .tsv, .parquet, also compressed.
     test_sets: tuple[str, ...] = field(default=(), metadata=PATH)
-    test_keys: tuple[str, ...] = ("text", "context", "question", "query", "goal", "sentence", "prompt")
+    test_keys: tuple[str, ...] = ()  # fields of their rows that count; none named: all, however deep they lie
     algorithm: Decontamination = field(default_factory=Decontamination)
 
 
@@ -93,6 +93,7 @@ class Recipe:
     train_tokens: int | None = None  # for how many tokens the epochs are told; None: those of one epoch
     seed: int = 0
     on_error: str = "raise"  # raise | skip: damaged input
+    encoding: str = ""  # of text that is not UTF-8 and does not say so, as cp1252 or gb18030
     max_document_bytes: int = 256 << 20
     text_key: str = "text"  # of sources that no recipe names
     shard_bytes: int = 64 << 20  # text that a task holds
@@ -117,6 +118,7 @@ def validate(recipe: Recipe) -> None:
         raise ValueError(f"heldout={recipe.heldout} must lie in 0 to 0.5")
     if recipe.on_error not in ("raise", "skip"):
         raise ValueError(f"on_error={recipe.on_error!r} is not known; use 'raise' or 'skip'")
+    charsets.check(recipe.encoding)
     for name in ("shard_bytes", "max_document_bytes", "vocab_size"):
         if getattr(recipe, name) < 1:
             raise ValueError(f"{name}={getattr(recipe, name)} must be at least 1")

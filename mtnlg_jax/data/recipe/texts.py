@@ -4,17 +4,19 @@ import hashlib
 import heapq
 import io
 from collections import Counter
-from dataclasses import asdict
 
 import numpy as np
 
 from mtnlg_jax.data import dedup, personal
 from mtnlg_jax.data.clean import CleanConfig, clean
 from mtnlg_jax.data.dedup import MinHashConfig
-from mtnlg_jax.data.documents import ReadReport, read_file
+from mtnlg_jax.data.documents import NAMED, ReadReport, read_file
 from mtnlg_jax.data.files import File, content_stamp
 from mtnlg_jax.data.recipe.report import BINS, bin_of
 from mtnlg_jax.data.recipe.stages import Folder, Row, Shard
+
+READING = "reading, in documents and bytes"
+LEFT_OUT = "left out, dropped or repaired"
 
 _EXAMPLES, _EXCERPT = 3, 300  # of each rule, characters of each
 
@@ -80,7 +82,7 @@ def _draw(text: str) -> int:
 
 
 def read(folder: Folder, name: str, files: list[File], source: str, text_key: str, on_error: str,
-         max_document_bytes: int, shard_bytes: int) -> dict:
+         max_document_bytes: int, shard_bytes: int, encoding: str) -> dict:
     """The documents of ``files``, in shards of about ``shard_bytes`` of text."""
     report, tally, shards, rows, size = ReadReport(), Tally(), [], [], 0
 
@@ -90,7 +92,7 @@ def read(folder: Folder, name: str, files: list[File], source: str, text_key: st
             rows.clear()
 
     for file in files:
-        for document in read_file(file, text_key, on_error, report, max_document_bytes):
+        for document in read_file(file, text_key, on_error, report, max_document_bytes, encoding):
             row = Row(document.text, f"{source}/{document.source}")
             rows.append(row)
             tally.stays(row)
@@ -101,7 +103,29 @@ def read(folder: Folder, name: str, files: list[File], source: str, text_key: st
     flush()
     inputs = {f"{source}/{file.name}": {"size": file.size, "sha256": content_stamp(file).removeprefix("sha256:")}
               for file in files}
-    return tally.result(shards, tables={"reading, in documents and bytes": asdict(report)}, inputs=inputs)
+    return tally.result(shards, tables={READING: report.counts()}, inputs=inputs,
+                        notes=named_after(source, report.notes))
+
+
+def named_after(source: str, notes: dict[str, dict]) -> dict[str, dict]:
+    """``notes`` of a `ReadReport`, with the source before each name."""
+    return {reason: {"count": noted["count"], "names": [f"{source}/{name}" for name in noted["names"]]}
+            for reason, noted in notes.items()}
+
+
+def with_notes(stage: dict, several: list[dict[str, dict]]) -> None:
+    """Adds up notes of what was left out, dropped or repaired, and puts them into a stage as a table and examples."""
+    total = {}
+    for notes in several:
+        for reason, noted in notes.items():
+            known = total.setdefault(reason, {"count": 0, "names": []})
+            known["count"] += noted["count"]
+            known["names"] = [*known["names"], *noted["names"]][:NAMED]
+    if total:
+        stage["notes"] = dict(sorted(total.items()))
+        stage["tables"][LEFT_OUT] = {reason: noted["count"] for reason, noted in stage["notes"].items()}
+        stage["examples"] |= {reason: [(name, "") for name in noted["names"]]
+                              for reason, noted in stage["notes"].items()}
 
 
 def cleaned(folder: Folder, name: str, shard: Shard, config: CleanConfig) -> dict:
