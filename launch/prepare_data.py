@@ -35,8 +35,8 @@ _SKIP_SOURCES = flags.DEFINE_list("skip_sources", [], "Of the recipe: sources to
 _PROCESSES = flags.DEFINE_integer("processes", None, "Of the recipe: how many; default: one for each core.",
                                   lower_bound=1)
 _ENGINE = flags.DEFINE_enum("engine", "local", ["local", "ray"], "Of the recipe: this machine, or a Ray cluster.")
-_INPUT = command.define_path("input", None, "File or folder: .txt .md .text .jsonl .json (also .gz .zst), "
-                             ".html .warc .wet .parquet; without it, the embedded text.")
+_INPUT = command.define_path("input", None, "File or folder: .txt .md .rst .jsonl .json .csv .tsv .parquet "
+                             ".html .warc .wet (also .gz .zst .bz2 .xz); without it, the embedded text.")
 _OUTPUT = command.define_path("output", None, "Folder to make (or gs://, s3://).")
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 8000, "Pieces of the tokenizer to train.", lower_bound=1)
 _TOKENIZER = command.define_path("tokenizer", "bpe", "bpe or unigram, to train one; or the path of one: a "
@@ -44,14 +44,16 @@ _TOKENIZER = command.define_path("tokenizer", "bpe", "bpe or unigram, to train o
                                  "tokenizer, a tokenizer.json, or a SentencePiece .model.")
 _HELDOUT = flags.DEFINE_float("heldout", 0.02, "Share of the text held out from training, 0 to 0.5.")
 _SEED = flags.DEFINE_integer("seed", 0, "Draws the held-out part and the order of the documents.")
-_TEXT_KEY = flags.DEFINE_string("text_key", "text", "Key or column of the text in JSON and Parquet; of 'a|b' the first "
-                               "that is there.")
+_TEXT_KEY = flags.DEFINE_string("text_key", "text", "Key or column of the text in JSON, tables and Parquet; of 'a|b' "
+                               "the first that is there; 'data.text' goes into objects and lists.")
 _PROMPT = flags.DEFINE_string("prompt", "{prompt}", "With --answer: what is read before it.")
 _ANSWER = flags.DEFINE_string("answer", None, "Makes pairs: the answer, with {KEY} for what a JSON row holds there, "
                               "mostly with a space in front: ' {answer}'.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a prepared data set, once the new one is whole; of a "
                               "recipe: make again what depends on a changed input or setting.")
-_ON_ERROR = flags.DEFINE_enum("on_error", "raise", ["raise", "skip"], "Damaged input: stop, or drop it.")
+_ON_ERROR = flags.DEFINE_enum("on_error", "raise", ["raise", "skip"], "Damaged input: stop, or drop and count it.")
+_ENCODING = flags.DEFINE_string("encoding", "", "Of text that is not UTF-8 and does not say so: cp1252, gb18030, big5, "
+                                "shift_jis, euc_kr, utf-16-le and the like.")
 
 
 def main() -> None:
@@ -63,7 +65,7 @@ def main() -> None:
             raise ValueError(f"--{name} is for a recipe; give one with --config=configs/data/english.py")
     info = prepare(_INPUT.value, _OUTPUT.value, vocab_size=_VOCAB_SIZE.value, tokenizer=_TOKENIZER.value,
                    heldout=_HELDOUT.value, seed=_SEED.value, text_key=_TEXT_KEY.value,
-                   prompt=_PROMPT.value, answer=_ANSWER.value, on_error=_ON_ERROR.value,
+                   prompt=_PROMPT.value, answer=_ANSWER.value, on_error=_ON_ERROR.value, encoding=_ENCODING.value,
                    overwrite=_OVERWRITE.value)
     print(describe(info))
     command = ("--config=configs/small.py" if _ANSWER.value is None else
@@ -81,7 +83,7 @@ def _make() -> None:
         if flags.FLAGS[name].present:
             raise ValueError(f"--{name} makes pairs, which no recipe cleans; leave --config out")
     given = {name: flags.FLAGS[name].value
-             for name in ("vocab_size", "tokenizer", "heldout", "seed", "text_key", "on_error")
+             for name in ("vocab_size", "tokenizer", "heldout", "seed", "text_key", "on_error", "encoding")
              if flags.FLAGS[name].present}
     recipe = dataclasses.replace(load_recipe(_CONFIG.value, tuple(_SET.value)), **given)
     if flags.FLAGS["text_key"].present:

@@ -44,15 +44,21 @@ class TokenWriter:
         self._buffer, self._filled, self._written = np.empty(SHARD, self._dtype), 0, 0
         self._offsets, self._bytes, self._digest = array("q", [0]), 0, hashlib.sha256()
         self._prompts, self._prompt_bytes = array("q"), 0
+        self._begun = 0  # tokens of a document that goes on
 
-    def add(self, tokens: np.ndarray, text_bytes: int, prompt: tuple[int, int] | None = None) -> None:
+    def add(self, tokens: np.ndarray, text_bytes: int, prompt: tuple[int, int] | None = None,
+            continued: bool = False) -> None:
         """One document, with its bos and eos; ``text_bytes`` is the length of its text as UTF-8. ``prompt``: tokens
-        (with bos) and bytes of a pair's first part; all documents are pairs, or none."""
+        (with bos) and bytes of a pair's first part; all documents are pairs, or none. ``continued``: a part of a
+        document, which goes on with what is added next."""
         tokens = np.asarray(tokens)
         if tokens.size == 0 or tokens.min() < 0 or tokens.max() >= self._meta["vocab_size"]:
             raise ValueError(f"document {len(self._offsets) - 1} is empty or has tokens outside the "
                              f"vocabulary of {self._meta['vocab_size']}")
-        self._offsets.append(self._offsets[-1] + tokens.size)
+        self._begun += tokens.size
+        if not continued:
+            self._offsets.append(self._offsets[-1] + self._begun)
+            self._begun = 0
         self._bytes += text_bytes
         if prompt is not None:
             self._prompts.append(prompt[0])
@@ -68,10 +74,13 @@ class TokenWriter:
     def finish(self) -> dict:
         """Write what is left and, last, meta.json; returns its content."""
         self._flush()
-        offsets = np.array(self._offsets, "<i8")
+        offsets = np.frombuffer(self._offsets, "<i8")  # no copy
         stored = _create_offsets(self._location, offsets.size)
-        stored.write(offsets).result()
-        self._digest.update(offsets.tobytes())
+        # Whole files, one after another: TensorStore copies what it writes.
+        for first in range(0, offsets.size, SHARD):
+            part = offsets[first : first + SHARD]
+            stored[first : first + part.size].write(part).result()
+        self._digest.update(offsets)
         meta = {"dtype": self._dtype.name, "tokens": self._offsets[-1], "documents": offsets.size - 1,
                 "bytes": self._bytes, **self._meta}
         if self._prompts:

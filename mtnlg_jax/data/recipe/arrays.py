@@ -8,7 +8,7 @@ import numpy as np
 
 from mtnlg_jax.data import storage
 from mtnlg_jax.data.batches import permute
-from mtnlg_jax.data.prepare import cut_place
+from mtnlg_jax.data.prepare import cut_place, encode_texts
 from mtnlg_jax.data.recipe.stages import Folder, Row, Shard, Task
 from mtnlg_jax.data.recipe.texts import load, save
 from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -118,11 +118,9 @@ def _encode(folder: Folder, name: str, shard: Shard, place: str, fingerprint: st
     result = {}
     for part, texts in zip(PARTS, zip(*split, strict=True), strict=True):
         texts = [text for text in texts if text]
-        encoded = tokenizer.encode_batch(texts)
-        lengths = np.array([len(ids) + 2 for ids in encoded], np.int64)
-        tokens = np.empty(int(lengths.sum()), token_dtype(tokenizer.vocab_size))
-        for stop, ids in zip(np.cumsum(lengths), encoded, strict=True):
-            tokens[stop - len(ids) - 2 : stop] = [tokenizer.bos_id, *ids, tokenizer.eos_id]
+        encoded = list(encode_texts(tokenizer, texts))
+        lengths = np.array([len(ids) for ids in encoded], np.int64)
+        tokens = np.concatenate([np.empty(0, token_dtype(tokenizer.vocab_size)), *encoded])
         save(folder, f"{name}.{part}.tokens", tokens)
         save(folder, f"{name}.{part}.lengths", lengths)
         digest = hashlib.sha256(lengths.tobytes() + tokens.tobytes()).hexdigest()
