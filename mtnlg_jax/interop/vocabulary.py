@@ -54,7 +54,7 @@ def read_tokenizer(path: str | os.PathLike, config: dict, generation: dict,
     """
     path = Path(path)
     folder = path.parent if path.name == "tokenizer.json" and path.is_file() else path
-    if not folder.is_dir() or (folder / "tokenizer_meta.json").is_file():
+    if not folder.exists() or (folder / "tokenizer_meta.json").is_file():
         tokenizer = load_tokenizer(path)
         if tokenizer.vocab_size > rows:
             raise ValueError(f"the tokenizer of {path} has {tokenizer.vocab_size} tokens and the "
@@ -62,6 +62,9 @@ def read_tokenizer(path: str | os.PathLike, config: dict, generation: dict,
         return tokenizer, []
 
     def read(name: str) -> bytes | None:
+        if folder.is_file():
+            alone = "tokenizer.json" if folder.suffix == ".json" else SENTENCEPIECE_FILES[0]
+            return folder.read_bytes() if name == alone else None
         return (folder / name).read_bytes() if (folder / name).is_file() else None
 
     try:

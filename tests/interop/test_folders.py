@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sentencepiece
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
@@ -30,7 +31,7 @@ from mtnlg_jax.train.checkpoint import Checkpoints, load_run
 HERE = Path(__file__).parent
 TIED = HERE / "fixtures/tied"
 sys.path.append(str(HERE.parent / "data"))
-from hub_folders import FOLDERS, byte_level, older_files, write  # noqa: E402
+from hub_folders import FOLDERS, TEXT, byte_level, older_files, write  # noqa: E402
 
 
 def tensors(folder) -> dict[str, np.ndarray]:
@@ -216,6 +217,35 @@ def test_models_with_other_tokenizers_come_in(tmp_path, name):
     if name == "vocab.txt, cased":
         assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (2, 3, 0)
         assert tokenizer.prompt_bos and "begin with bos; the end token is [SEP] (3)" in report
+
+
+@pytest.mark.parametrize("name", ["alone.json", "spiece.model", "folder"])
+def test_a_tokenizer_from_elsewhere_has_no_token_more_than_the_model(tmp_path, name):
+    """--tokenizer names a file or a folder; its roles are among the model's rows."""
+    if name == "alone.json":
+        folder = FOLDERS["qwen"](tmp_path / "qwen")
+        path = tmp_path / name
+        path.write_bytes((folder / "tokenizer.json").read_bytes())
+        rows = 333
+    else:
+        path = tmp_path / "spiece.model"
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(TEXT * 20), model_prefix=str(path.with_suffix("")),
+            vocab_size=60, minloglevel=2)
+        path = tmp_path if name == "folder" else path
+        rows = 60
+    assert load_tokenizer(path).vocab_size > rows
+    tokenizer, outside = read_tokenizer(path, {}, {}, rows)
+    assert tokenizer.vocab_size == rows and outside == []
+    assert tokenizer.encode("the man") == load_tokenizer(path).encode("the man")
+    assert tokenizer.is_special[tokenizer.eos_id] and tokenizer.pad_id < rows
+    with pytest.raises(ValueError, match="no mask token"):
+        _ = tokenizer.mask_id
+    tokenizer.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").pad_id == tokenizer.pad_id
+    fewer = 329 if name == "alone.json" else 59  # than the tokens that text gives
+    with pytest.raises(ValueError, match=f"tokens and the model vocab_size={fewer}"):
+        read_tokenizer(path, {}, {}, fewer)
 
 
 @pytest.mark.parametrize("name", ["qwen", "vocab.txt", "unigram", "words and masks"])
