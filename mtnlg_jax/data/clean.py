@@ -125,8 +125,8 @@ def _change(text: str, config: CleanConfig) -> tuple[str, dict[str, int]]:
     return text, counts | masked
 
 
-# Not the quotes and the width, for both are the proper marks of Chinese. Entities and ligatures follow
-# rules of our own, as ftfy changes the meaning of text that is about them.
+# Not the quotes and the width, for both are the proper marks of Chinese. Entities and ligatures
+# follow rules of our own, as ftfy changes the meaning of text that is about them.
 _FTFY = ftfy.TextFixerConfig(uncurl_quotes=False, fix_character_width=False, unescape_html=False,
                              fix_latin_ligatures=False, normalization=None, explain=False)
 _SOUND_FTFY = _FTFY._replace(fix_encoding=False)
@@ -197,7 +197,8 @@ def _is_shifted(character: str) -> bool:
     return unicodedata.decomposition(character).startswith(("<super>", "<sub>", "<fraction>"))
 
 
-_SHIFTED = re.compile(f"([{_class(code for code in range(0x80, 0x2200) if _is_shifted(chr(code)))}]+)")
+_SHIFTED = re.compile("([{}]+)".format(_class(
+    code for code in range(0x80, 0x2200) if _is_shifted(chr(code)))))
 
 
 def _normalize(text: str, config: CleanConfig) -> str:

@@ -15,7 +15,7 @@ _TERMINAL = re.compile("\x1b\\[[0-?]*[ -/]*[@-~]|\x1b\\][^\x07\x1b\n]*(?:\x07|\x
 _OVERSTRUCK = re.compile("(?:(.)\x08)+\\1|_\x08(?=[^\x00-\x20])")
 _LATIN_1 = re.compile("[\x80-\xff]+")
 _C1 = re.compile("[\x80-\x9f]")
-# Quotes, bullet, dashes of Windows-1252. Where its quotes stand, 0x85 is its ellipsis, elsewhere NEL.
+# Quotes, bullet and dashes of Windows-1252. Where its quotes stand, 0x85 is its ellipsis, else NEL.
 _WINDOWS = {code: bytes([code]).decode("cp1252") for code in range(0x91, 0x98)}
 _QUOTES = re.compile("[\x91-\x94]")
 _BREAKS = re.compile("[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]+")

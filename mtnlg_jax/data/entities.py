@@ -1,8 +1,8 @@
 """HTML entities left over in text: resolved once, unless the text is about them.
 
 A line keeps its entities where it is code, where it quotes one or speaks of markup or escaping,
-where resolving would make a tag or leave an entity (text that was escaped twice), and where the text
-writes both ``&lt;`` and ``<``. What was resolved holds no entity, so no text is resolved twice.
+where resolving would make a tag or leave an entity (text that was escaped twice), and where the
+text writes both ``&lt;`` and ``<``. What was resolved holds no entity: nothing is resolved twice.
 """
 
 import re
@@ -24,20 +24,23 @@ _ABOUT = re.compile(
     r"\b(?:x?html5?|xml|svg|entit(?:y|ies)|(?:un)?escap(?:e[ds]?|ing)|ampersands?|"
     r"character references?|markup|encodings?|encoded?)\b|转义|实体|字符引用|轉義|實體", re.IGNORECASE)
 _CODE = re.compile(
-    r"^(?: {4}|\t)|[;{}]\s*$|\w\([\"'\w)&]|&&|\|\||[=!<>]=|=>|->|::|\w\.\w+\(|`|[\w\]]=[\"']|\\[nt\"]|"
+    r"^(?: {4}|\t)|[;{}]\s*$|\w\([\"'\w)&]|&&|\|\||[=!<>]=|=>|->|::|\w\.\w+\(|`|[\w\]]=[\"']|"
+    r"\\[nt\"]|"
     r"^\s*(?:>>>|\.\.\. |\$ |#include|def |class |return\b|import |from [\w.]+ import|var |let |"
     r"const |function |if ?\(|for ?\(|while ?\(|<\?|//|/\*)")
 
 
 def writes_both(text: str) -> bool:
-    """Whether a text writes ``<`` as itself and as an entity; placeholders of masks do not count."""
+    """Whether a text writes ``<`` as itself and as an entity; placeholders do not count."""
     return bool(_ESCAPED_TAG.search(text) and _OPEN.search(text))
 
 
 def unescape(line: str) -> str:
     """The line with its entities resolved, or as it is where it is about them."""
     plain = ftfy.fixes.unescape_html(line)
-    if plain == line or ftfy.fixes.unescape_html(plain) != plain or _OPEN.search(line) or _QUOTED.search(line):
+    if plain == line or ftfy.fixes.unescape_html(plain) != plain:
+        return line
+    if _OPEN.search(line) or _QUOTED.search(line):
         return line
     if _ABOUT.search(line) or _CODE.search(plain) or _CODE.search(_ENTITY.sub("·", line)):
         return line

@@ -20,10 +20,15 @@ _ENTITY = re.compile(r"&(?=#?\w{1,24};)")
 
 _SUPERSCRIPTS = str.maketrans("0123456789+-−=()n", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁻⁼⁽⁾ⁿ")
 _SUBSCRIPTS = str.maketrans("0123456789+-−=()", "₀₁₂₃₄₅₆₇₈₉₊₋₋₌₍₎")
-_PLAIN = re.compile(r"(?:st|nd|rd|th|o|a|os|as|er|re|e|è?me|TM|SM|[MD]lle|[^\w+=−-]*|\[.*\]|.*\s.*|.{25,})",
+_PLAIN = re.compile(r"(?:st|nd|rd|th|o|a|os|as|er|re|e|è?me|TM|SM|[MD]lle|[^\w+=−-]*|\[.*\]|"
+                    r".*\s.*|.{25,})",
                     re.DOTALL)
-_FORMULA_BOXES = ("mwe-math-element", "katex-display", "katex", "MathJax", "MathJax_Display")
-_FORMULA_IMAGE = re.compile(r"\b(?:mwe-math\S*|tex|latex|math|formula|equation)\b|codecogs|mathtex|latex\.php",
+_SCRIPTS = {"msup", "msub", "msubsup", "mfrac", "mroot", "mover", "munder", "munderover"}
+# Classes and tags.
+_FORMULA_BOXES = {"mwe-math-element", "katex-display", "katex", "MathJax", "MathJax_Display",
+                  "mjx-container"}
+_FORMULA_IMAGE = re.compile(r"\b(?:mwe-math\S*|tex|latex|math|formula|equation)\b|codecogs|"
+                            r"mathtex|latex\.php",
                             re.IGNORECASE)
 
 
@@ -33,8 +38,7 @@ def write_out(tree) -> None:
         if element.getroottree().getroot() is tree:  # not in a formula that is replaced already
             _replace(_box_of(element), _formula(element))
     for element in tree.xpath("//script[starts-with(@type, 'math/')]"):
-        while (before := element.getprevious()) is not None and not (before.tail or "").strip() and (
-                "MathJax" in before.get("class", "")):
+        while _is_preview(before := element.getprevious()):
             before.drop_tree()
         _replace(element, _tex(element.text or "", "mode=display" in element.get("type")))
     for element in tree.xpath("//img[@alt]"):
@@ -52,6 +56,13 @@ def write_out(tree) -> None:
             _replace(part, "\n")
         _change_text(element, _keep_lines)
     _change_text(tree, lambda text: _ENTITY.sub(_AND, text))
+
+
+def _is_preview(element) -> bool:
+    """Whether it shows the formula of the script that follows it."""
+    if element is None or (element.tail or "").strip():
+        return False
+    return "MathJax" in element.get("class", "")
 
 
 def restore(text: str) -> str:
@@ -108,7 +119,8 @@ def _box_of(element):
     """The outermost element that shows the formula, which may do so in several ways."""
     box = element
     for ancestor in element.iterancestors():
-        if set(ancestor.get("class", "").split()) & set(_FORMULA_BOXES) or ancestor.tag == "mjx-container":
+        names = {ancestor.tag, *ancestor.get("class", "").split()}
+        if names & _FORMULA_BOXES:
             box = ancestor
     return box
 
@@ -140,7 +152,8 @@ def _name(element) -> str:
 def _in_a_line(element) -> str:
     """Presentation MathML as one line of text."""
     name = _name(element)
-    parts = [_in_a_line(part) for part in element if _name(part) not in ("annotation", "annotation-xml", "")]
+    parts = [_in_a_line(part) for part in element
+             if _name(part) not in ("annotation", "annotation-xml", "")]
     if name in ("mi", "mn", "mo", "mtext", "ms"):
         own = re.sub(r"\s+", " ", element.text_content()).strip()
         if name == "mtext":
@@ -154,8 +167,7 @@ def _in_a_line(element) -> str:
         return ", ".join(parts) + "; "
     if name == "mspace":
         return " "
-    if len(parts) < 2 or name not in ("msup", "msub", "msubsup", "mfrac", "mroot", "mover", "munder",
-                                      "munderover"):
+    if len(parts) < 2 or name not in _SCRIPTS:
         return "".join(parts)
     base = parts[0]
     if name == "mfrac":

@@ -1,15 +1,15 @@
 """Personal data and secrets of known shapes, masked by placeholders such as <EMAIL>.
 
-A shape is looked for in a folded copy of the line: digits of every script, full-width forms, dashes
-and spaces of all kinds stand there as ASCII, one character for one. Where a shape has a check of its
-own (Luhn's of cards, ISO 7064's of Chinese identity numbers, a date, a public address, a top-level
-domain), what fails that stays. A number may stand beside any punctuation; it stays where it is a
-piece of a longer number, a word, a path or a decimal fraction, or where the words beside it say that
-it is something else: an order, a version, a section, a quantity.
+A shape is looked for in a folded copy of the line: digits of every script, full-width forms,
+dashes and spaces of all kinds stand there as ASCII, one character for one. Where a shape has a
+check of its own (Luhn's of cards, ISO 7064's of Chinese identity numbers, a date, a public address,
+a top-level domain), what fails that stays. A number may stand beside any punctuation; it stays
+where it is a piece of a longer number, a word, a path or a decimal fraction, or where the words
+beside it say that it is something else: an order, a version, a section, a quantity.
 
-Not e-mail: a remote (git@github.com:team/repo.git), the user of a URL or of ssh, a package's version
-(pkg@1.2.3), a matrix product (X@W.to(device)), and a handle of the fediverse (@ann@example.social),
-which is a public name as @ann is elsewhere.
+Not e-mail: a remote (git@github.com:team/repo.git), the user of a URL or of ssh, the version of a
+package (pkg@1.2.3), a matrix product (X@W.to(device)), and a handle of the fediverse
+(@ann@example.social), which is a public name as @ann is elsewhere.
 """
 
 import datetime
@@ -81,7 +81,8 @@ def mask(text: str, kinds: tuple[str, ...] = KINDS) -> tuple[str, dict[str, int]
         text, _ = _replace(text, text, "private_key", counts)
     if "api_key" in kinds and any(sign in text for sign in _KEY_SIGNS):
         text, _ = _replace(text, text, "api_key", counts)
-    signals = {_NUMBER_SIGNALS[_holds_foreign_digits(text)]: [kind for kind in _NUMBERS if kind in kinds]}
+    number_signal = _NUMBER_SIGNALS[_holds_foreign_digits(text)]
+    signals = {number_signal: [kind for kind in _NUMBERS if kind in kinds]}
     if "email" in kinds:
         signals = {_MAIL_SIGNALS["＠" if "＠" in text else "@"]: ["email"]} | signals
     for signal, wanted in signals.items():
@@ -158,7 +159,7 @@ _COUNTRY = (r"(?:1|7|2[07]|3[0-469]|4[0-9]|5[1-8]|6[0-6]|8[1246]|9[0-58]|"
             r"2[1-689][0-9]|3[578][0-9]|42[0-9]|5[09][0-9]|6[7-9][0-9]|8[0578][0-9]|9[679][0-9])")
 
 _SHAPES = {
-    # The second form is a key that is cut off. Lines may be quoted, commented or be string literals.
+    # The second form is a key that is cut off. Lines may be quoted, comments or string literals.
     "private_key": re.compile(
         rf"-{{4,5}} ?BEGIN {_KEY_NAME} ?-{{4,5}}"
         rf"(?:(?:[^-]|-(?!---)){{0,20000}}-{{4,5}} ?END {_KEY_NAME} ?-{{4,5}}|"
@@ -194,7 +195,8 @@ _SHAPES = {
         rf"(?![0-9]){_EXTENSION}|"
         # Chinese lines, with the area, and hotlines.
         rf"(?:\(?(?:\+|00)?86\)?[ -]?)?(?:(?:\({_AREA}\)[ -]?|{_AREA}(?: | ?- ?))"
-        rf"[1-9][0-9]{{2,3}}[ -]?[0-9]{{4}}|{_AREA}\.[1-9][0-9]{{2,3}}\.[0-9]{{4}})(?![0-9]){_EXTENSION}|"
+        rf"[1-9][0-9]{{2,3}}[ -]?[0-9]{{4}}|"
+        rf"{_AREA}\.[1-9][0-9]{{2,3}}\.[0-9]{{4}})(?![0-9]){_EXTENSION}|"
         r"\(?86\)?[ -](?:10|2[0-9]|[3-9][0-9]{2})[ -][1-9][0-9]{2,3}[ -]?[0-9]{4}(?![0-9])|"
         r"[48]00-(?:[0-9]{3}-?[0-9]{4}|[0-9]{4}-[0-9]{3})(?![0-9])|"
         # North America, Japan, Taiwan.
@@ -226,7 +228,8 @@ _BEGINS = {
 }
 
 # What stands before a number and says what it is; looked for in the characters that precede it.
-_END_OF_WORD = r"[\"'*`_）)]{0,3}\s{0,2}(?:[:=#→]|is|at|on|was|:=|=>|->|为|是|->)?[\s\"'`*(\[<（“]{0,4}$"
+_END_OF_WORD = (r"[\"'*`_）)]{0,3}\s{0,2}(?:[:=#→]|is|at|on|was|:=|=>|->|为|是|"
+                r"->)?[\s\"'`*(\[<（“]{0,4}$")
 _NUMBER_WORD = r"(?:[ _-]?(?:id|ids|no|nos|number|numbers|nr|num|code|号码|号|編號|编号|方式|人|#)\.?)?"
 _PHONE_WORD = re.compile(
     r"(?:(?<![A-Za-z])(?:tel|téléphone|tél|telephone|telefono|teléfono|telefon|phone|mobile|mob|"
@@ -250,7 +253,8 @@ _OTHER_WORD = re.compile(
     r"快递|合同|书号|专利|专利号|批号|案号|学号|工号|图号|时间戳|种子|文件|邮编)(?:号码|号)?|第|no\.|№)"
     + _END_OF_WORD, re.IGNORECASE)
 # As in: the population of the province was ...
-_AMOUNT = re.compile(r"(?:(?<![A-Za-z])(?:population|total|sum|amount|distance|revenue|income|budget|"
+_AMOUNT = re.compile(r"(?:(?<![A-Za-z])(?:population|total|sum|amount|distance|revenue|income|"
+                     r"budget|"
                      r"costs?|salary|area)\b[^.;:,\n]{0,30}\b(?:is|was|of|to|at)|"
                      r"(?:人口|总数|总额|金额|收入|距离|面积)[^。；，：\n]{0,8}[是为达约])\s?$", re.IGNORECASE)
 _MONEY = re.compile(r"(?:[$€£¥₹]|(?<![A-Za-z])(?:USD|EUR|CNY|RMB|GBP|JPY)|人民币) ?$")
@@ -262,8 +266,10 @@ _QUANTITY = re.compile(
     r"行|条记录|条数据|平方))")
 # A number stands in a path or a URL there, which names a thing and not a person.
 _TOKEN = re.compile(r"[^\s<>\"'`|,;，。；、（）()\[\]{}]*$")
-_FILE = re.compile(r"\.(?:html?|php|aspx?|jpe?g|png|gif|webp|svg|pdf|txt|csv|tsv|jsonl?|xml|zip|t?gz|"
-                   r"tar|log|docx?|xlsx?|mp[34]|wav|py|js|md|parquet|bin|dat|db|bak)(?![A-Za-z0-9])",
+_FILE = re.compile(r"\.(?:html?|php|aspx?|jpe?g|png|gif|webp|svg|pdf|txt|csv|tsv|jsonl?|xml|zip|"
+                   r"t?gz|"
+                   r"tar|log|docx?|xlsx?|mp[34]|wav|py|js|md|parquet|bin|dat|db|"
+                   r"bak)(?![A-Za-z0-9])",
                    re.IGNORECASE)
 _JOINED = re.compile(r"(?<![A-Za-z])(?:tel|phone|mobile|mob|fax|cell|ph|m|t|qq|wx|id|ssn|card|no)$",
                      re.IGNORECASE)
@@ -303,7 +309,8 @@ def _free_before(text: str, start: int) -> bool:
     if mark == "/" and token == "/":
         return word[-2:-1] == ">"  # behind a placeholder or a tag, not the root of a path
     if mark == "/":
-        return not re.search(r"^[./~]|[A-Za-z0-9]\.[A-Za-z]|(?<![A-Za-z])(?!tel|phone|mobile|fax|cell)"
+        return not re.search(r"^[./~]|[A-Za-z0-9]\.[A-Za-z]|(?<![A-Za-z])(?!tel|phone|mobile|fax|"
+                             r"cell)"
                              r"[a-z][a-z0-9_-]*/$", token)
     return True
 
@@ -405,7 +412,7 @@ def _end_of_card(match: re.Match, _: int | None) -> int | None:
 
 def _end_of_chinese_id(match: re.Match, _: int | None) -> int | None:
     """GB 11643: the date of birth exists, and the last character is right (ISO 7064 mod 11-2).
-    The numbers of 15 digits of before 1999 have no such character: a word must say what they are."""
+    Numbers of 15 digits, of before 1999, have no such character: a word must say what they are."""
     digits = re.sub("[ -]", "", match[0])
     birth = f"19{digits[6:12]}" if match["old"] else digits[6:14]
     try:
@@ -449,7 +456,9 @@ def _end_of_phone(match: re.Match, previous: int | None) -> int | None:
         return None
     if told:
         return end
-    if any(word.search(before) for word in (_OTHER_WORD, _MONEY, _AMOUNT)) or _QUANTITY.match(text, end):
+    if any(word.search(before) for word in (_OTHER_WORD, _MONEY, _AMOUNT)):
+        return None
+    if _QUANTITY.match(text, end):
         return None
     # Columns of a table, and years: 150 1990 2000.
     if match["mobile"] and re.fullmatch(r"[0-9]{3} [0-9]{4} [0-9]{4}", match[0]):
@@ -487,7 +496,8 @@ def _end_of_world(match: re.Match) -> int | None:
 
 _LIST = r"(?:[\s,;、/|]|and|or|to|->|-|和|或|到|至|<IP_ADDRESS>|[0-9]{1,3}(?:\.[0-9]{1,3}){3})*$"
 _ADDRESS_WORD = re.compile(
-    r"(?:(?<![A-Za-z])(?:ips?|ipv4|address(?:es)?|addr|host|hostname|server|dns|nameserver|resolver|"
+    r"(?:(?<![A-Za-z])(?:ips?|ipv4|address(?:es)?|addr|host|hostname|server|dns|nameserver|"
+    r"resolver|"
     r"ping|traceroute|curl|telnet|nmap|whois|from|client|peer|gateway|proxy|router?|via|login|ssh|"
     r"listen|bind|src|dst|source|destination|remote|remote_addr|visitor|attacker|inet|ip_address|"
     r"ip_addr|client_ip|x-forwarded-for|banned?|block(?:ed)?|deny|allow)|"
@@ -496,21 +506,26 @@ _ADDRESS_WORD = re.compile(
     r"(?:[\"'*`）)]{0,2}\s?[:=\[(（]?|\s(?:is|was|at|of|=|==)|[是为])[\s\"'`*(\[<（]{0,4}" + _LIST,
     re.IGNORECASE)
 _VERSION_WORD = re.compile(
-    r"(?:(?<![A-Za-z])(?:version|versions|release|ver|v|r|build|firmware|driver|patch|update|revision|rev|"
-    r"upgrade[ds]?|downgrade[ds]?|section|sections|sec|sect|chapter|clause|table|figure|fig|appendix|annex|"
+    r"(?:(?<![A-Za-z])(?:version|versions|release|ver|v|r|build|firmware|driver|patch|update|"
+    r"revision|rev|"
+    r"upgrade[ds]?|downgrade[ds]?|section|sections|sec|sect|chapter|clause|table|figure|fig|"
+    r"appendix|annex|"
     r"part|article|item|rule|paragraph|para|step|oid|objectidentifier|object identifier|subsection|"
-    r"requirement|req|exercise|theorem|equation|eq|see|cf)s?|版本号?|版|参?见|参阅|[§¶第]|章节|章|节|条款|条|表|图|附录)"
+    r"requirement|req|exercise|theorem|equation|eq|see|cf)s?|版本号?|版|参?见|参阅|[§¶第]|章节|章|节|条款|条|表|图|"
+    r"附录)"
     r"(?:[.:=]|\s(?:is|was|to|from|of)|号|为|是)?[\s\"'`*(\[（<>=~^:]{0,4}"
     r"(?:(?:[0-9]+\.)+[0-9]+(?:\s?[,、;/-]\s?|\s(?:and|or|to|through)\s|和|至|到))*$", re.IGNORECASE)
 _PACKAGE = re.compile(r"[=<>~!]= ?$|[A-Za-z0-9\"'][~^]$")
 _AGENT = re.compile(r"[A-Z][A-Za-z]*/$")
 # A product's name stands right before: PostgreSQL 9.6.24.77, Windows 10.0.19.4.
-_NAME = re.compile(r"(?:[A-Z][A-Za-z+#]*|[a-z]+[A-Z]\w*|(?<![A-Za-z])(?:openssl|openssh|nginx|linux|kernel|"
+_NAME = re.compile(r"(?:[A-Z][A-Za-z+#]*|[a-z]+[A-Z]\w*|(?<![A-Za-z])(?:openssl|openssh|nginx|"
+                   r"linux|kernel|"
                    r"python|java|jdk|gcc|clang|cmake|numpy|mysql|redis|node|npm|pip|bash|git|ruby|"
                    r"php|perl|curl|wget|apache|tomcat|glibc|cuda|cudnn|tensorrt|libtpu|protobuf))"
                    r"[\"'*`]{0,2} ?$")
 _ADDRESS_BEHIND = re.compile(r":[0-9]{2,5}(?![0-9.])|/(?:[89]|[12][0-9]|3[0-2])(?![0-9.])|"
-                             r" - (?:-|\S+) \[|[\s,|\"]+(?:GET|POST|PUT|HEAD|DELETE) |\s+(?:>|->) [0-9]")
+                             r" - (?:-|\S+) \[|[\s,|\"]+(?:GET|POST|PUT|HEAD|DELETE) |\s+(?:>|"
+                             r"->) [0-9]")
 
 
 def _end_of_address(match: re.Match, _: int | None) -> int | None:
