@@ -252,6 +252,7 @@ _OTHER_WORD = re.compile(
     + _NUMBER_WORD + r"|(?:订单|單號|单号|编号|編號|序号|序列号|流水号|货号|型号|条码|条形码|运单|"
     r"快递|合同|书号|专利|专利号|批号|案号|学号|工号|图号|时间戳|种子|文件|邮编)(?:号码|号)?|第|no\.|№)"
     + _END_OF_WORD, re.IGNORECASE)
+_IBAN = re.compile(r"[A-Z]{2}[0-9]{2}(?: [0-9A-Z]{4})+ $")
 # As in: the population of the province was ...
 _AMOUNT = re.compile(r"(?:(?<![A-Za-z])(?:population|total|sum|amount|distance|revenue|income|"
                      r"budget|"
@@ -451,12 +452,14 @@ def _end_of_phone(match: re.Match, previous: int | None) -> int | None:
         if end is None or not _free_after(text, end) or text[start - 1:start].isalnum() and (
                 text[start - 1] < "\u0250" and not _JOINED.search(before)):
             return None
-        return None if _QUANTITY.match(text, end) or _MONEY.search(before) else end
+        if _QUANTITY.match(text, end) or _MONEY.search(before) or _IBAN.search(before):
+            return None
+        return end
     if not _stands_alone(match):
         return None
     if told:
         return end
-    if any(word.search(before) for word in (_OTHER_WORD, _MONEY, _AMOUNT)):
+    if any(word.search(before) for word in (_OTHER_WORD, _MONEY, _AMOUNT, _IBAN)):
         return None
     if _QUANTITY.match(text, end):
         return None
@@ -510,7 +513,7 @@ _VERSION_WORD = re.compile(
     r"revision|rev|"
     r"upgrade[ds]?|downgrade[ds]?|section|sections|sec|sect|chapter|clause|table|figure|fig|"
     r"appendix|annex|"
-    r"part|article|item|rule|paragraph|para|step|oid|objectidentifier|object identifier|subsection|"
+    r"part|art|article|item|rule|paragraph|para|step|oid|objectidentifier|object identifier|subsection|"
     r"requirement|req|exercise|theorem|equation|eq|see|cf)s?|版本号?|版|参?见|参阅|[§¶第]|章节|章|节|条款|条|表|图|"
     r"附录)"
     r"(?:[.:=]|\s(?:is|was|to|from|of)|号|为|是)?[\s\"'`*(\[（<>=~^:]{0,4}"

@@ -399,6 +399,7 @@ def test_personal_data_is_masked(text, masked):
     "pkg@1.2.3", "@scope/name@1.0.0", "npm i lodash@4.17.21", "@ann@example.social",
     "icon@2x.png", "@app.route('/x')", "postgres://app:secret@db.example.org:5432/x",
     "https://x.org/13812345678.html", "data/13812345678.csv", "IMG_13812345678.jpg",
+    "Art. 12.1.2.3", "IBAN DE89 3704 0044 0532 0130 00",
     "14.5.3.3. 管理文件上下文", "14.5.3.3 Methods of work", "see 14.5.3.3", "224.0.0.1",
     "The population of the province was 13812345678", "h = h * 69069 + 907133923",
     "Decimal('+35236450.6')", "array([146.68862757, 5.5])",
