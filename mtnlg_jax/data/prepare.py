@@ -435,6 +435,8 @@ def encode_long(tokenizer: Tokenizer, read: Callable[[int, int], bytes], start: 
     """(ids, bytes of text) of the pieces of a long text; together they are the ids of the whole. ``read(start, stop)``
     gives its UTF-8 between two places."""
     length, marks = _PIECE, _cut_marks(tokenizer)
+    # SentencePiece alone divides one text among threads; for others each would only keep memory of its own.
+    threads = threads if isinstance(tokenizer, SentencePieceTokenizer) else 1
     while start < stop:
         data = read(start, min(stop, start + length))
         end = len(data) if start + len(data) == stop else _safe_cut(data, marks)
