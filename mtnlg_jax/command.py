@@ -2,6 +2,7 @@
 may break away."""
 
 import contextlib
+import difflib
 import errno
 import functools
 import os
@@ -256,6 +257,16 @@ def expand(path: str) -> str:
                    f"this Python names files in {encoding}; set PYTHONUTF8=1, or a locale such as LC_ALL=C.UTF-8")
         raise ValueError(f"{ascii(whole)} cannot be used: {way_out}") from None
     return path
+
+
+def missing(path: str) -> str:
+    """"PATH does not exist", with the name beside it that may have been meant, as of a Megatron prefix."""
+    folder, name = os.path.split(path.rstrip("/"))
+    beside = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
+    names = {os.path.splitext(entry)[0] if entry.endswith((".idx", ".bin")) else entry for entry in beside}
+    close = difflib.get_close_matches(name, sorted(names), 1)
+    hint = f"; did you mean {os.path.join(folder, close[0])}?" if close else ""
+    return f"{path} does not exist{hint}"
 
 
 def read_text(path: str | None, what: str, encoding: str = "utf-8") -> tuple[str, str]:

@@ -1,7 +1,10 @@
 """What a run reads: prepared folders and Megatron's files alike, with one tokenizer and one held-out part."""
 
+import os
+import shlex
 from collections.abc import Sequence
 
+from mtnlg_jax import command
 from mtnlg_jax.data import storage
 from mtnlg_jax.data.megatron import MegatronTokens, kept_documents, open_megatron, prefix_of
 from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -35,6 +38,8 @@ def open_sources(paths: Sequence[str], tokenizer: str = "",
 
     Raises ValueError where tokenizers differ or a token lies outside the vocabulary, and what opening raises.
     """
+    for path in paths:
+        _refuse_other_folders(path)
     foreign = [path for path in paths if prefix_of(path)]
     if foreign and not tokenizer:
         raise ValueError(f"{foreign[0]} is a Megatron data set, which does not hold its tokenizer; give "
@@ -56,6 +61,45 @@ def open_sources(paths: Sequence[str], tokenizer: str = "",
     if not all(opened[path].begins_with(found.bos_id) for path in foreign):
         found.prompt_bos = False
     return found, opened, held_out
+
+
+def _refuse_other_folders(path: str) -> None:
+    """FileNotFoundError that says what ``path`` is, and what to give, where it is neither a prepared folder nor a
+    Megatron prefix."""
+    if prefix_of(path) or storage.exists(path, "prepared.json") or storage.exists(
+            storage.join(path, "train"), "meta.json"):
+        return
+    make = "make data of text with launch/prepare_data.py --output=OUT and give OUT"
+    if storage.is_remote(path):
+        raise FileNotFoundError(f"{path} holds no prepared data (no prepared.json); {make}")
+    if not os.path.exists(path):
+        found = command.missing(path)
+        raise FileNotFoundError(found if found.endswith("?") else f"{found}; {make}")
+    if os.path.isfile(path):
+        raise FileNotFoundError(f"{path} is a file that was not prepared; give the folder that launch/prepare_data.py "
+                                f"--input={shlex.quote(path)} --output=OUT makes")
+    above = os.path.abspath(path)
+    while (above := os.path.dirname(above)) != os.path.dirname(above):
+        if os.path.isfile(os.path.join(above, "prepared.json")):
+            whole = above if os.path.isabs(path) else os.path.relpath(above)
+            raise FileNotFoundError(f"{path} is one part of prepared data; give {whole}")
+    entries = sorted(os.listdir(path))
+    prefixes = [os.path.join(path, entry[:-4]) for entry in entries if entry.endswith(".idx")]
+    if prefixes:
+        more = f", or one of {len(prefixes) - 1} more" if len(prefixes) > 1 else ""
+        raise FileNotFoundError(f"{path} is a folder of Megatron data sets; give the prefix of one: {prefixes[0]}{more}"
+                                "; several go into data.blend")
+    within = [entry for entry in entries if os.path.isfile(os.path.join(path, entry, "prepared.json"))]
+    if within:
+        raise FileNotFoundError(f"{path} holds prepared data in {', '.join(within[:4])}; give "
+                                f"{os.path.join(path, within[0])}")
+    if "meta.json" in entries:
+        raise FileNotFoundError(f"{path} is one part of prepared data; give the folder that it lies in, whole")
+    if "checkpoints" in entries:
+        raise FileNotFoundError(f"{path} is a run, which holds no data; give what it was trained on (data.path in "
+                                f"{path}/config.json)")
+    raise FileNotFoundError(f"{path} holds no prepared data (no prepared.json); make it with launch/prepare_data.py "
+                            f"--input={shlex.quote(path)} --output=OUT and give OUT")
 
 
 def _home(path: str) -> str:

@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import tensorstore
 
+from mtnlg_jax import command
 from mtnlg_jax.data import storage
 from mtnlg_jax.data.offsets import Offsets
 
@@ -200,7 +201,7 @@ class Tokens:
             for target, future in pending:
                 target[:] = future.result()
         except ValueError as error:
-            raise _damaged(self.location, storage.first_line(error)) from None
+            raise _unreadable(self.location, error) from None
         return windows
 
 
@@ -216,6 +217,10 @@ def open_tokens(location: str | os.PathLike) -> Tokens:
         return megatron.open_megatron(location)
     content = storage.read_file(location, "meta.json")
     if content is None:
+        if storage.exists(storage.join(location, "train"), "meta.json"):
+            raise FileNotFoundError(f"{location} is a whole data set: give {location}/train, or its heldout folder")
+        if not storage.is_remote(location) and not os.path.exists(location):
+            raise FileNotFoundError(command.missing(location))
         raise FileNotFoundError(f"{location} holds no tokens (no meta.json): give the train or heldout "
                                 "folder of what launch/prepare_data.py wrote, or the prefix of Megatron's .bin and "
                                 ".idx")
@@ -228,7 +233,7 @@ def open_tokens(location: str | os.PathLike) -> Tokens:
         if "answer_tokens" in meta:
             prompts = _open(storage.join(location, "prompt_lengths")).read().result()
     except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(location, storage.first_line(error)) from None
+        raise _unreadable(location, error) from None
     if stored.shape != (tokens,) or stored.dtype.name != dtype:
         raise _damaged(location, f"it holds {stored.shape[0]} tokens of {stored.dtype.name}, meta.json says "
                                  f"{tokens} of {dtype}")
@@ -239,7 +244,7 @@ def open_tokens(location: str | os.PathLike) -> Tokens:
         try:
             return offsets[first:stop].read().result()
         except ValueError as error:
-            raise _damaged(location, storage.first_line(error)) from None
+            raise _unreadable(location, error) from None
 
     opened = Tokens(location, meta, stored, Offsets(read, documents, tokens, functools.partial(_damaged, location)),
                     prompts)
@@ -264,6 +269,13 @@ def read_prepared(location: str | os.PathLike) -> dict:
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(location, f"prepared.json: {error!r}") from None
     return prepared
+
+
+def _unreadable(location: str | os.PathLike, error: Exception) -> Exception:
+    """What a failed read is raised as: damage, unless it may work at another try."""
+    if command.is_passing(error):
+        return command.PassingError(f"{location} could not be read: {storage.first_line(error)}")
+    return _damaged(location, storage.first_line(error))
 
 
 def _damaged(location: str | os.PathLike, reason: str) -> ValueError:

@@ -29,6 +29,7 @@ import json
 import logging as python_logging
 import math
 import os
+import shlex
 import shutil
 import socket
 import sys
@@ -45,6 +46,7 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from mtnlg_jax import command
 from mtnlg_jax.command import PassingError, is_passing
 from mtnlg_jax.config import Config, from_json
 from mtnlg_jax.data.storage import first_line, is_remote
@@ -373,7 +375,7 @@ def find_run(workdir, which: str, read: Callable[[epath.Path, Config], object]) 
     folder = workdir / "checkpoints"
     steps, best = records.finished(folder)[::-1], records.best(folder)
     if not steps:
-        raise FileNotFoundError(f"{workdir} holds no checkpoint; give --workdir of a launch/pretrain.py run")
+        raise FileNotFoundError(_no_run(workdir))
     if which == "best" and best is not None:
         steps = [best, *(step for step in steps if step != best)]
     damaged = []
@@ -395,6 +397,21 @@ def find_run(workdir, which: str, read: Callable[[epath.Path, Config], object]) 
         logging.warning("checkpoint %s is damaged (%s): passed over", path, damage)
     raise OSError(f"{folder} holds no whole checkpoint: {', '.join(damaged)}; put a good copy in place, or "
                   "train again")
+
+
+def _no_run(workdir: epath.Path) -> str:
+    """What ``workdir``, which holds no checkpoint, is instead, and what to give."""
+    path = os.fspath(workdir)
+    if not is_remote(workdir):
+        if not os.path.exists(path):
+            return f"{command.missing(path)}; it holds no checkpoint: give --workdir of a launch/pretrain.py run"
+        for above in (workdir.parent, workdir.parent.parent):
+            if records.finished(above / "checkpoints"):
+                return f"{path} is a part of a run and holds no checkpoint; give {os.fspath(above)}"
+        if os.path.isfile(os.path.join(path, "model.safetensors")):
+            return (f"{path} is a model of Hugging Face's and holds no checkpoint; make a run of it with "
+                    f"launch/convert.py --from={shlex.quote(path)} --to=RUN")
+    return f"{path} holds no checkpoint; give --workdir of a launch/pretrain.py run"
 
 
 # --- arrays -----------------------------------------------------------------------------------------------

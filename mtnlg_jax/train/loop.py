@@ -191,6 +191,8 @@ def train(config: Config, workdir: str, show_progress: bool = True,
                 if saving:
                     saver.save(save)
                     best = min(best, metric)
+                if not stopping and done < config.train.steps:
+                    save = None  # it would hold this state beside the next one
                 meter.restart()
             if stopping and done < config.train.steps:
                 saver.finish(save)

@@ -86,10 +86,35 @@ def test_what_does_not_fit_is_refused(prepared, gpt2_files, tmp_path):
         (([SHORT, other], gpt2), ValueError, "other was not tokenized with .*; leave data.tokenizer out"),
         (([data, other],), ValueError, "the sources were tokenized differently"),
         (([SHORT], gpt2, SHORT + ".bin"), ValueError, "data.heldout=.*short.bin is trained on, too"),
-        (([SHORT], gpt2, str(tmp_path / "x")), FileNotFoundError, "holds no tokens"),
-        (([str(tmp_path / "x")], gpt2), FileNotFoundError, "holds no tokens"),
+        (([SHORT], gpt2, str(tmp_path / "x")), FileNotFoundError, "x does not exist"),
+        (([str(tmp_path / "x")], gpt2), FileNotFoundError, "x does not exist"),
         (([str(tmp_path / "x.idx")], gpt2), FileNotFoundError, "x.idx does not exist"),
         (([SHORT], str(tmp_path / "x")), FileNotFoundError, "x does not exist"),
     ]:
         with pytest.raises(error, match=message):
             open_sources(*arguments)
+
+
+def test_what_is_not_prepared_is_named_with_what_to_give(tmp_path, monkeypatch):
+    """Each message leads to a path that works, not back to where it came from."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("OUT/train", "OUT/heldout", "OUT/tokenizer", "OUT/stages/clean", "shards", "above", "run/checkpoints",
+                 "raw"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "OUT/prepared.json").write_text("{}")
+    for name in ("OUT/train/meta.json", "shards/web_text.idx", "shards/web_text.bin", "shards/b.idx", "book.txt",
+                 "raw/a.txt"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "above/OUT").symlink_to(tmp_path / "OUT")
+    for path, words in {
+        "OUT2": "OUT2 does not exist; did you mean OUT?", "OUT/train": "give OUT", "OUT/heldout/": "give OUT",
+        "OUT/stages/clean": "give OUT", f"{tmp_path}/OUT/tokenizer": f"give {tmp_path}/OUT",
+        "shards": "the prefix of one: shards/b, or one of 1 more", "shards/web_txt": "did you mean shards/web_text?",
+        "book.txt": "is a file that was not prepared", "above": "give above/OUT",
+        "run": "is a run, which holds no data",
+        "raw": "--input=raw --output=OUT", "nowhere/at/all": "does not exist; make data",
+        "memory://nothing": "holds no prepared data",
+    }.items():
+        with pytest.raises(FileNotFoundError) as caught:
+            open_sources([path])
+        assert words in str(caught.value) and "\n" not in str(caught.value), (path, str(caught.value))

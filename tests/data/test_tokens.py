@@ -88,7 +88,7 @@ def test_urls(tmp_path):
 
 
 def test_unfinished_and_absent(tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no tokens"):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         open_tokens(tmp_path / "nowhere")
     writer = TokenWriter(tmp_path / "x", 300, "")
     writer.add(STREAM, 1)

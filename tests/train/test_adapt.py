@@ -186,7 +186,7 @@ def test_a_stage_learns_from_a_teacher_and_weight_0_is_a_plain_run(folder, tmp_p
      r"model.norm_epsilon is 1e-05 there and 1e-06 in this config, so that its parameters would mean something else"),
     ({"data": "other"}, r"--init=.*base has another tokenizer \(300 tokens, \w+\) than the data \(290, .*"
                         r"--tokenizer=.*base/tokenizer$"),
-    ({"init": "none"}, r"--init=none is no run \(no config.json in it\); give the --workdir"),
+    ({"init": "none"}, r"--init=none is no run: none does not exist; give the --workdir"),
 ])
 def test_starts_that_do_not_fit(folder, tmp_path, change, message):
     config = config_of(folder, **{"init": str(folder / "base")} | change)
