@@ -105,7 +105,7 @@ def test_a_run_from_another_stops_and_goes_on_bit_for_bit(folder, tmp_path, opti
     else:
         assert len(changed) > 10
         # It does not need its start again, but another one would not be read, and does not get onto its record.
-        for init, words in (("", None), (str(tmp_path / "gone"), f"started from {folder / 'base'}.*leave --init out")):
+        for init, words in (("", None), (str(tmp_path / "gone"), f"started from .{folder / 'base'}.*leave --init out")):
             given = dataclasses.replace(config, train=dataclasses.replace(config.train, init=init))
             with contextlib.nullcontext() if words is None else pytest.raises(ValueError, match=words):
                 train(given, parts)
