@@ -125,7 +125,7 @@ def decode_of(
     if ends and set(ends) != {tokenizer.eos_id}:
         settings["eos_token_id"] = ends
     # What is never written anyway, as our own export lists it.
-    never = set(np.flatnonzero(~writable(tokenizer, rows)).tolist())
+    never = set(np.flatnonzero(~writable(tokenizer, rows, end=False)).tolist())
     if "suppress_tokens" in settings:
         settings["suppress_tokens"] = [
             index for index in settings["suppress_tokens"] if index not in never
