@@ -19,6 +19,7 @@ Prompts with answers, of which the answers alone are learnt, for the configs/fin
 
 import dataclasses
 import os
+import shlex
 
 from absl import flags
 
@@ -70,7 +71,7 @@ def main() -> None:
     print(describe(info))
     command = ("--config=configs/small.py" if _ANSWER.value is None else
                "--config=configs/finetune_sentiment.py, or another that fits")
-    print(f"next       python launch/pretrain.py {command} --set=data.path={_OUTPUT.value} --workdir=RUN")
+    print(f"next       python launch/pretrain.py {command} --set=data.path={shlex.quote(_OUTPUT.value)} --workdir=RUN")
 
 
 def _make() -> None:
@@ -107,8 +108,8 @@ def _make() -> None:
     print(summary(info))
     print(f"report: {_OUTPUT.value}/report.html")
     if "tokens" in info:
-        print(f"next:   python launch/pretrain.py --config=configs/small.py --set=data.path={_OUTPUT.value} "
-              "--workdir=RUN")
+        print("next:   python launch/pretrain.py --config=configs/small.py "
+              f"--set=data.path={shlex.quote(_OUTPUT.value)} --workdir=RUN")
 
 
 if __name__ == "__main__":
