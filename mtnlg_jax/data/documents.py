@@ -220,14 +220,14 @@ def _documents(reader: "_Reader", items: Iterable["_Item"], on_error: str, path:
         yield Document(text, source, prompt)
 
 
-def read_stream(stream: io.BufferedReader, name: str = "standard input", on_error: str = "raise",
+def read_stream(stream: io.BufferedIOBase, name: str = "standard input", on_error: str = "raise",
                 report: ReadReport | None = None, encoding: str = "") -> Iterator[Document]:
     """The one document of a stream of text, by the rules of `read_file` for text files."""
     _check(on_error, 1, encoding)
     report = ReadReport() if report is None else report
     report.files += 1
     reader = _Reader(File(name, name + ".txt", 0, ""), "text", MAX_DOCUMENT_BYTES, encoding, report)
-    yield from _documents(reader, [reader.of_text(stream)], on_error, name)
+    yield from _documents(reader, [reader.of_text(io.BufferedReader(io.BytesIO(stream.read())))], on_error, name)
 
 
 def _check(on_error: str, max_document_bytes: int, encoding: str) -> None:
