@@ -4,4 +4,4 @@ Importing the package imports nothing else, not even JAX: name the room you need
 `from mtnlg_jax.data import tokenizer`.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
