@@ -250,7 +250,7 @@ class Checkpoints:
                     self._proved(step)
 
     def _proved(self, step: int) -> None:
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 and step in self.steps():  # its save may have failed
             with self._failure_named(step):
                 (self.folder / str(step) / FINITE).touch()
                 self._prune()

@@ -32,8 +32,11 @@ class Saver:
         return self._again_at is not None and time.monotonic() >= self._again_at
 
     def save(self, save: Callable[[], None]) -> None:
-        """Calls ``save``, which calls ``checkpoints.save`` with the newest state."""
+        """Calls ``save``, which calls ``checkpoints.save`` with the newest state; after a failure not before its pause
+        is over, so that saves in quick succession do not use up all tries."""
         self._settle()
+        if self._again_at is not None and time.monotonic() < self._again_at:
+            return
         try:
             save()
         except Exception as error:

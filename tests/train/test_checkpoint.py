@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from mtnlg_jax.command import PassingError
 from mtnlg_jax.config import Config, MeshConfig, ModelConfig, to_json
 from mtnlg_jax.data.tokenizer import train_tokenizer
 from mtnlg_jax.parallel.mesh import make_mesh, shardings_of
@@ -491,6 +492,21 @@ def test_disk_full_at_the_record(tmp_path, one, monkeypatch):
     monkeypatch.setattr(records, "write_file", write)
     checkpoints.save(2, state_of(2, one), meta_of(2), wait=True)
     assert checkpoints.steps() == [1, 2]
+    checkpoints.close()
+
+
+def test_the_proof_of_a_save_that_failed_is_not_a_second_failure(tmp_path, one, monkeypatch):
+    checkpoints = Checkpoints(tmp_path)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(records, "write_file", full)
+    checkpoints.save(1, state_of(1, one), meta_of(1), proven=False)
+    checkpoints.prove()
+    with pytest.raises(PassingError, match="the disk is full"):
+        checkpoints.wait()
+    checkpoints.wait()
     checkpoints.close()
 
 

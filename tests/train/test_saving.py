@@ -59,6 +59,16 @@ def test_a_save_that_failed_is_followed_by_one_of_a_later_step(clock, where, num
     assert not saver.is_due()
 
 
+def test_saves_in_quick_succession_are_one_try(clock):
+    disk = Disk(("at once", errno.ENOSPC))
+    saver = saving.Saver(disk)
+    for step in range(20):  # within the pause
+        saver.save(lambda step=step: disk.save(step))
+    assert disk.saved == []
+    saver.finish(lambda: disk.save(20))
+    assert disk.saved == [20] and clock[0] == saving.PAUSES[0]
+
+
 def test_the_last_state_is_saved_before_a_run_ends(clock):
     disk = Disk(*[("in the background", errno.ENOSPC)] * 3)
     saver = saving.Saver(disk)
