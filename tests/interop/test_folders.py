@@ -453,7 +453,7 @@ def test_a_run_with_such_numbers_is_not_written(model, tmp_path):
     (folder / "config.json").write_text(to_json(run.config))
     for dtype in ("source", "float16"):
         with pytest.raises(
-            ValueError, match="transformer.wte.weight has 268 values that are not finite"
+            ValueError, match="parameter .* has .* numbers that are not finite"
         ):
             convert(folder, tmp_path / "model-new", dtype=dtype)
     assert not (tmp_path / "model-new").exists()
