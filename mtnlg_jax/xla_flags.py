@@ -86,7 +86,7 @@ _OFFLOAD = Group("collectives on SparseCore", {
 # Chip kind -> groups, each one more than those before it. Compiled for every kind, timed on none. A tpu7x's compiler
 # offloads collectives by itself. Left out, though small steps compile with them: gathers and scatters over two and
 # three dims of the torus on SparseCore (..._offload_2d_all_gather, 3d_all_gather, nd_reduce_scatter), with which 530B
-# compiles more than twice as long, and a larger xla_tpu_scoped_vmem_limit_kib, whose gain nobody has measured here.
+# has not been compiled, and a larger xla_tpu_scoped_vmem_limit_kib, whose gain nobody has measured here.
 TPU = {
     "v4": (_ASYNCHRONOUS,),
     "v5e": (_ASYNCHRONOUS, _FUSION),
