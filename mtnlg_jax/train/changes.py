@@ -9,6 +9,7 @@ import json
 import os
 
 from mtnlg_jax.config import Config, TrainConfig, from_json, to_json
+from mtnlg_jax.data.batches import SAMPLE_ORDER
 from mtnlg_jax.data.storage import is_remote
 from mtnlg_jax.train.schedule import batch_size_at, learning_rate, samples_at_end, stage_at, stage_bounds
 
@@ -75,6 +76,10 @@ def report_changes(meta: dict, step: int, samples: int, config: Config) -> str |
     keys = [key for key in new if key in REPORTED and old[key] != new[key]]
     found = [f"{key} {_text(old[key])} -> {_text(new[key])}" for key in keys if key != "train.stages"]
     found += _changed_stages(old["train.stages"], new["train.stages"])
+    order = meta.get("order_of_samples", "1")  # version 0.1.0 did not record its own
+    if order != SAMPLE_ORDER:
+        found.append(f"order of samples {order} -> {SAMPLE_ORDER} (this version draws them otherwise: some are read "
+                     "again, others later)")
     unused = [f"{key} {old[key]} -> {new[key]} (of a fresh start alone: it does nothing)" for key in sorted(START)
               if old[key] != new[key]]
     if not found + unused:

@@ -236,7 +236,6 @@ def load_data(config: Config) -> Data:
             logging.warning("%s holds nothing out: the held-out loss says nothing about it", path)
         parts.setdefault(tokens.location, [tokens, 0.0])[1] += shares.get(path, 1.0)
     prints = {f"source {i}": tokens.meta["sha256"] for i, tokens in enumerate(opened.values())}
-    prints["order of samples"] = SAMPLE_ORDER
     return Data(tokenizer, batches, tuple(map(tuple, parts.values())), prints,
                 sum(len(tokens) for tokens in opened.values()))
 
@@ -465,7 +464,7 @@ def _evaluate(evaluate, state, done, log, show_progress) -> dict[str, float]:
 
 def _save(config, state, done, checkpoints, identity, result) -> None:
     meta = {"config": json.loads(to_json(config)), "identity": identity, "samples": int(state["samples"]),
-            "metrics": result}
+            "order_of_samples": SAMPLE_ORDER, "metrics": result}
     metric = _metric(result)
     checkpoints.save(done, state, meta, metric, proven=math.isfinite(metric))
 

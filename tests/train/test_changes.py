@@ -6,6 +6,7 @@ import json
 import pytest
 
 from mtnlg_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig, override, to_json
+from mtnlg_jax.data.batches import SAMPLE_ORDER
 from mtnlg_jax.train import changes
 from mtnlg_jax.train.schedule import learning_rate, samples_at_end, samples_before
 
@@ -23,7 +24,11 @@ def keys_of(kind=Config, path=""):
 
 
 def report(config, base=BASE, step=10, samples=80):
-    return changes.report_changes({"config": json.loads(to_json(base))}, step, samples, config)
+    return changes.report_changes(_meta(json.loads(to_json(base))), step, samples, config)
+
+
+def _meta(saved, order=SAMPLE_ORDER):
+    return {"config": saved, "order_of_samples": order}
 
 
 def test_every_key_is_of_one_kind():
@@ -142,9 +147,17 @@ def test_a_record_without_newer_keys_has_their_defaults():
     del saved["train"]["device_flops"], saved["optimizer"]["muon_momentum"], saved["data"]["masking"]
     saved["train"]["stages"] = [{"name": "causal"}]
     saved["train"]["of_another_version"] = 1
-    assert changes.report_changes({"config": saved}, 10, 80, BASE) is None
-    line = changes.report_changes({"config": saved}, 10, 80, override(BASE, "optimizer.muon_momentum=0.9"))
+    assert changes.report_changes(_meta(saved), 10, 80, BASE) is None
+    line = changes.report_changes(_meta(saved), 10, 80, override(BASE, "optimizer.muon_momentum=0.9"))
     assert "optimizer.muon_momentum 0.95 -> 0.9" in line
+
+
+def test_a_run_of_a_version_with_another_order_of_samples_goes_on_and_says_so():
+    saved = json.loads(to_json(BASE))
+    for meta in ({"config": saved}, _meta(saved, "1")):  # version 0.1.0 recorded none
+        line = changes.report_changes(meta, 10, 80, BASE)
+        assert "checkpoint 10: order of samples 1 -> 2" in line
+    assert changes.report_changes(_meta(saved), 10, 80, BASE) is None
 
 
 def test_what_acts_at_a_start_alone_and_a_run_without_steps_to_come():
