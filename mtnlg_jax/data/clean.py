@@ -36,8 +36,10 @@ class CleanConfig:
     """Settings of `clean`. Shares are 0 to 1; a document at a limit is kept. Lengths are in tokens as GPT-2 splits
     text before BPE, so that a text has at least so many: a word, a number, a run of marks, a Chinese character."""
 
-    repair: bool = True  # by ftfy: mojibake, entities, ligatures, controls; neither quotes nor the width of characters
-    normalization: str = "NFC"  # or NFKC, which makes Chinese punctuation ASCII; or none
+    # Mojibake (ftfy), left-over entities, ligatures, controls; not quotes or the width of characters.
+    repair: bool = True
+    # Or NFKC, which makes Chinese punctuation ASCII, or none. Exponents, indices, fractions stay.
+    normalization: str = "NFC"
     boilerplate: bool = True
     mask: tuple[str, ...] = personal.KINDS
     max_replacement_share: float = 0.05  # of U+FFFD among the characters
@@ -159,7 +161,7 @@ def _repair(text: str, config: CleanConfig) -> tuple[str, int]:
     if "\r" in text:
         text = text.replace("\r\n", "\n")
     counted = 0
-    if not unicodedata.is_normalized(config.normalization, text):
+    if config.normalization != "none" and not unicodedata.is_normalized(config.normalization, text):
         normal = _normalize(text, config)
         counted = int(normal != text)
         text = normal
@@ -203,6 +205,8 @@ _SHIFTED = re.compile("([{}]+)".format(_class(
 
 def _normalize(text: str, config: CleanConfig) -> str:
     """In Unicode's normal form, but for exponents, indices and fractions: 10³ is not 103."""
+    if config.normalization == "none":
+        return text
     if config.normalization == "NFC":
         return unicodedata.normalize("NFC", text)
     parts = _SHIFTED.split(text)

@@ -132,7 +132,7 @@ def _formula(math) -> str:
             return _tex(note.text, block)
     if math.get("alttext"):
         return _tex(math.get("alttext"), block)
-    return re.sub(r"\s+", " ", _in_a_line(math)).strip()
+    return re.sub(r"\s+", " ", _in_a_line(math)).strip().rstrip(";")
 
 
 def _tex(source: str, block: bool) -> str:
@@ -164,7 +164,7 @@ def _in_a_line(element) -> str:
     if name == "mfenced":
         return element.get("open", "(") + ",".join(parts) + element.get("close", ")")
     if name == "mtr":
-        return ", ".join(parts) + "; "
+        return ", ".join(parts) + ";"
     if name == "mspace":
         return " "
     if len(parts) < 2 or name not in _SCRIPTS:

@@ -104,6 +104,11 @@ def test_entities_that_a_text_is_about_stay(text):
     assert changed(text) == (text, {})
 
 
+def test_normalization_can_be_left_out():
+    config = CleanConfig(**KEEP, normalization="none")
+    assert clean("cafe\u0301 eﬃcient &amp; sch\u00c3\u00b6n Å", config).text == "cafe\u0301 efficient & schön Å"
+
+
 def test_nfkc_is_there_for_whoever_asks():
     config = CleanConfig(**KEEP, normalization="NFKC")
     assert clean("10³ H₂O ½，Ａ", config).text == "10³ H₂O ½,A"
