@@ -219,6 +219,12 @@ class _GzipFile(gzip.GzipFile):
         super().__init__(fileobj=file)
         self.myfileobj = file
 
+    def read(self, size: int = -1) -> bytes:
+        try:
+            return super().read(size)
+        except EOFError as error:
+            raise CompressionError(error) from None
+
     def readinto(self, buffer) -> int:
         try:
             data = self.read1(len(buffer))

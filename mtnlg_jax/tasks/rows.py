@@ -2,11 +2,9 @@
 CSV, and columns between tabs."""
 
 import ast
-import bz2
 import csv
 import io
 import json
-import lzma
 import os
 import random
 import re
@@ -22,7 +20,6 @@ FIELDS = ("input", "reference", "context", "choices")
 SUFFIXES = ".jsonl, .ndjson, .json, .csv, .tsv and .txt (each also with .gz, .zst, .bz2 or .xz), and .parquet"
 _TABLES = (".csv", ".tsv", ".txt")
 _JSON = (".jsonl", ".ndjson", ".json")
-_PACKED = (".gz", ".zst", ".bz2", ".xz")
 _SQUAD = {"input": "question", "reference": "answers", "context": "context"}
 _LETTER = re.compile(r"\s*[(（]?([A-Za-z])[)）]?[.:、．：]?\s*")
 _NUMBER = re.compile(r"\s*[(（]?(\d+)(?:\.0+)?[)）]?\s*")
@@ -123,7 +120,7 @@ def _check_named(path: Path, items, columns: Mapping[str, str]) -> None:
 
 def _kind(path: Path) -> str:
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
-    if suffixes and suffixes[-1] in _PACKED:
+    if suffixes and suffixes[-1] in files.PACKED:
         suffixes.pop()
     kind = suffixes[-1] if suffixes else ""
     if kind not in (*_TABLES, *_JSON, ".parquet"):
@@ -132,16 +129,10 @@ def _kind(path: Path) -> str:
 
 
 def _text(path: Path) -> str:
-    suffix = path.suffix.lower()
-    opener = {".bz2": bz2.open, ".xz": lzma.open}.get(suffix, lambda name: files.open_file(str(name)))
     try:
-        with opener(path) as stream:
+        with files.open_file(str(path)) as stream:
             data = stream.read()
-    except (*files.COMPRESSION_ERRORS, lzma.LZMAError, EOFError) as error:
-        raise ValueError(f"{path}: the compressed file is cut short or damaged ({error})") from None
-    except OSError as error:
-        if error.errno is not None:
-            raise
+    except files.COMPRESSION_ERRORS as error:
         raise ValueError(f"{path}: the compressed file is cut short or damaged ({error})") from None
     wide = data.startswith((b"\xff\xfe", b"\xfe\xff"))
     try:
