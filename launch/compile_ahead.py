@@ -36,7 +36,7 @@ def main() -> int:
 
     for flag in (_JSON, _TEXT):
         if flag.value and not os.path.isdir(os.path.dirname(flag.value) or "."):
-            raise FileNotFoundError(f"--{flag.name}={flag.value} lies in no folder that there is; make it first")
+            raise FileNotFoundError(f"--{flag.name}={flag.value} lies in a folder that does not exist; make it first")
     described = topology.parse(_TOPOLOGY.value)
     config = load_config(_CONFIG.value, _SET.value)
     memory = None if _MEMORY.value is None else int(_MEMORY.value * topology.GIB)

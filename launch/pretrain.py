@@ -71,4 +71,4 @@ next: python launch/generate.py --workdir={run} --prompt="Once upon a time"
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, log=True)

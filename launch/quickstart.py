@@ -173,4 +173,4 @@ def _heading(text: str) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, log=True)

@@ -86,4 +86,4 @@ def render(rows: list[dict]) -> str:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, log=True)

@@ -33,19 +33,24 @@ LAUNCHER_GRACE = 300  # seconds to save in, once the launcher is gone
 flags.disclaim_key_flags()  # the flags that define_path makes belong to the script that calls it
 
 
-def run(main: Callable[[], int | None]) -> None:
+def run(main: Callable[[], int | None], log: bool = False) -> None:
     """Parses the flags and exits with what ``main`` returns. ValueError and OSError are bad input (exit code 2), or
-    PASSING where `is_passing`; other exceptions that end a run as planned name their code as ``exit_code``."""
+    PASSING where `is_passing`; other exceptions that end a run as planned name their code as ``exit_code``. Standard
+    output that a full disk cut short is PASSING, too, unless it is only a ``log``."""
     end_with_launcher()
     with lasting_output():
-        app.run(functools.partial(_run, main), flags_parser=_parse)
+        app.run(functools.partial(_run, main, log), flags_parser=_parse)
 
 
-def _run(main: Callable, argv: list[str]) -> int | None:
+def _run(main: Callable, log: bool, argv: list[str]) -> int | None:
     try:
         if len(argv) > 1:
             raise ValueError(f"unknown argument {argv[1]!r}; flags are written --name=value")
-        return main()
+        code = main()
+        sys.stdout.flush()
+        if not log and not code and sys.stdout.lost:
+            raise PassingError(f"standard output could not be written whole: {sys.stdout.lost}")
+        return code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -140,10 +145,13 @@ def try_again(function: Callable, pauses: tuple[float, ...], on_failure: Callabl
 
 class LastingStream:
     """Standard output or error that never fails: a log whose reader is gone, or whose disk is full, is no reason to
-    stop. All else is the ``stream``'s own."""
+    stop. All else is the ``stream``'s own.
+
+    ``lost``: why something could not be written that somebody may still wait for; None where all was."""
 
     def __init__(self, stream):
         self._stream = stream
+        self.lost: OSError | None = None
 
     def __getattr__(self, name):
         return getattr(self._stream, name)
@@ -166,6 +174,8 @@ class LastingStream:
             if error.errno in (errno.EPIPE, errno.EIO, errno.ENXIO, errno.EBADF):  # nobody reads it any more
                 with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
                     os.dup2(nowhere.fileno(), self._stream.fileno())
+            else:
+                self.lost = self.lost or error
         except ValueError:  # closed
             pass
 

@@ -377,9 +377,10 @@ def override(config: Config, *assignments: str) -> Config:
     """A copy of ``config`` with each "section.key=value" applied; the value is read as the field's type.
 
     Of data.path and data.blend, which exclude each other, the one given here replaces the file's other one."""
-    given = dict(assignment.partition("=")[::2] for assignment in assignments)
+    given = dict(map(str.strip, assignment.partition("=")[::2]) for assignment in assignments)
     for key, other, empty in (("path", "blend", ()), ("blend", "path", "")):
-        if given.get(f"data.{key}") and f"data.{other}" not in given:
+        filled = given.get(f"data.{key}", "") not in ("", "()", "[]")
+        if isinstance(config, Config) and filled and f"data.{other}" not in given:
             data = dataclasses.replace(config.data, **{other: empty})
             config = dataclasses.replace(config, data=data)
     for assignment in assignments:
@@ -792,7 +793,8 @@ def _validate_rows(decode: DecodeConfig) -> None:
                                  f"draws nothing; set temperature above 0 to sample, or leave {key} out")
         if decode.num_beams == 1 and decode.num_return_sequences > 1:
             raise ValueError(f"num_return_sequences={decode.num_return_sequences} (--n) at temperature=0 would write "
-                             "the same text so often; set temperature above 0 to sample, or num_beams, or ask for 1")
+                             "the same text that many times; set temperature above 0 to sample, or num_beams, or ask "
+                             "for 1")
     if decode.prompt_lookup_num_tokens == 0 and decode.max_matching_ngram_size != DecodeConfig.max_matching_ngram_size:
         raise ValueError(f"max_matching_ngram_size={decode.max_matching_ngram_size} is what is looked up to guess "
                          "tokens, and prompt_lookup_num_tokens=0 guesses none; set that to 5, or leave this out")

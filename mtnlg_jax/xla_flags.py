@@ -138,8 +138,8 @@ def choose(kind: str, mesh: MeshConfig, slices: int = 1) -> Choice:
         return Choice(tuple(flag for flag in wanted if flag not in unknown),
                       f"this compiler does not know {' '.join(unknown)}: left out" if unknown else "")
     if kind not in TPU:
-        return Choice((), "this TPU is of no known kind, so none of the compiler's flags is set; "
-                          f"TPU_ACCELERATOR_TYPE=v5p-8 would tell, of {', '.join(TPU)}")
+        return Choice((), "this TPU is of no known kind, so none of the compiler's flags are set; "
+                          f"set TPU_ACCELERATOR_TYPE, as v5p-8, to one of {', '.join(TPU)}")
     groups, why = TPU[kind], ""
     while groups:
         flags = free(flag for group in groups for flag in group.flags)
@@ -279,8 +279,11 @@ def _unknown(flags: list[str]) -> tuple[list[str], bool]:
     while len(unknown) < len(flags):
         left = [flag for flag in flags if flag not in unknown]
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(left)}
-        done = subprocess.run([sys.executable, "-c", _PARSES], env=environment, capture_output=True, text=True,
-                              timeout=SECONDS)
+        try:
+            done = subprocess.run([sys.executable, "-c", _PARSES], env=environment, capture_output=True, text=True,
+                                  errors="replace", timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            return flags, False
         if done.returncode == 0:
             break
         lines = [line for line in done.stderr.splitlines() if _UNKNOWN.search(line)]

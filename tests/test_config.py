@@ -25,6 +25,7 @@ from mtnlg_jax.config import (
     validate,
     validate_batch,
 )
+from mtnlg_jax.data.recipe.settings import Recipe
 
 BASE = Config()
 
@@ -438,3 +439,18 @@ def test_validate_batch_judges_the_devices_that_were_found():
     validate(config)
     validate_batch(config, 8)
     _refused(lambda: validate_batch(config, 3), "global_batch_size=32", "=12", "24 or 36")
+
+
+@pytest.mark.parametrize(("assignment", "path", "blend"), [
+    ("data.path=b", "b", ()),
+    ("data.blend=(('c', 1.0),)", "", (("c", 1.0),)),
+    ("data.blend=()", "a", ()),
+    ("data.path=", "", ()),
+])
+def test_one_of_path_and_blend_replaces_the_other_and_an_empty_one_nothing(assignment, path, blend):
+    data = override(Config(data=DataConfig(path="a")), assignment).data
+    assert (data.path, data.blend) == (path, blend)
+
+
+def test_a_recipe_has_no_section_of_data():
+    _refused(lambda: override(Recipe(), "data.path=x"), "data", "Recipe")

@@ -178,7 +178,7 @@ def local(given: list[str]) -> int:
         codes = _follow(running)
         final = [code for code in codes if code in command.FINAL]
         followed = (command.PROCESS_LOST, 128 + signal.SIGABRT)  # another one's end, not its own
-        own = [code for code in codes if code not in followed]
+        own = [code for code in codes if code and code not in followed]
         code = final[0] if final else max(own or codes, default=command.PREEMPTED)
         if not any(codes) or final or stop.is_set() or failure > _RESTARTS.value:
             break
@@ -220,4 +220,4 @@ def _follow(running: list[subprocess.Popen]) -> list[int]:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, log=True)

@@ -320,7 +320,7 @@ class Checkpoints:
                 damage = records.damage(path, record)
             if damage is None:
                 return {"step": step, "meta": record["meta"], "alone": alone,
-                        "proven": (path / FINITE).exists()}, warnings
+                        "proven": record["metric"] is not None or (path / FINITE).exists()}, warnings
             aside = self._free_name(f"{step}.damaged")
             path.rename(aside)
             damaged.append(f"{step} ({damage})")

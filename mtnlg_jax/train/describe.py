@@ -29,14 +29,17 @@ python launch/evaluate.py --workdir=THIS --input=FILE
 """
 
 
-def at_start(config: Config, mesh, workdir: str, first: int, samples: int, training_tokens: int) -> str:
+def at_start(config: Config, mesh, workdir: str, first: int, samples: int, training_tokens: int,
+             restored: bool = False) -> str:
     """The block that is printed before the first step. ``first`` step and ``samples`` that were read before it;
-    ``training_tokens`` that the data hold."""
+    ``training_tokens`` that the data hold. ``restored``: from a checkpoint of this folder."""
     train, model = config.train, config.model
     if first >= train.steps:
         begins = f"is finished: step {first:,} of {train.steps:,} is done"
     elif first:
         begins = f"goes on from its checkpoint of step {first:,} of {train.steps:,}"
+    elif restored:  # parameters alone, as of a converted model
+        begins = f"starts with the parameters of its checkpoint {first}, {train.steps:,} steps"
     elif train.init:
         begins = f"starts with the parameters of {train.init}, {train.steps:,} steps"
     else:

@@ -81,7 +81,7 @@ class Summary:
         """The last evaluation, for a person."""
         losses = [f"{name.replace('_', ' ')} {_short(self.final[name])}" for name in FIGURES if name in self.final]
         if not losses:
-            return "nothing is held out, so that there is no held-out loss"
+            return "nothing is held out, so there is no held-out loss"
         return f"held out at step {self.final['step']}: {', '.join(losses)}"
 
     @property
@@ -146,7 +146,8 @@ def train(config: Config, workdir: str, show_progress: bool = True,
             describe.write(config, workdir, first)
             _keep_tokenizer(data.tokenizer, workdir)
             if announce:
-                announce(describe.at_start(config, mesh, workdir, first, samples, data.training_tokens))
+                announce(describe.at_start(
+                    config, mesh, workdir, first, samples, data.training_tokens, restored is not None))
         log = MetricsLog(workdir, first, writing=processes.is_first())
         open_until_the_end.callback(log.close)
         bar = open_until_the_end.enter_context(tqdm(
@@ -186,11 +187,10 @@ def train(config: Config, workdir: str, show_progress: bool = True,
                 if config.train.keep_best and metric < best:
                     saving = True
                 if saving:
-                    saving = reporter.is_healthy(done, result)
+                    saving = reporter.is_healthy(done, result, stopping)
                 save = functools.partial(_save, config, state, done, checkpoints, identity, result) if saving else None
                 if saving:
-                    saver.save(save)
-                    best = min(best, metric)
+                    best = min(best, metric) if saver.save(save) else best
                 if not stopping and done < config.train.steps:
                     save = None  # it would hold this state beside the next one
                 meter.restart()
@@ -205,7 +205,8 @@ def train(config: Config, workdir: str, show_progress: bool = True,
         watchdog.enter("saving")
         saver.finish(save)
         processes.meet("saved")
-        if not any(r["kind"] == "eval" and r["step"] == first for r in log.records) and first == config.train.steps:
+        known = any(r["kind"] == "eval" and r["step"] == first for r in log.records)
+        if first == config.train.steps and not processes.agree(lambda: known):
             # A finished run, started again, whose last evaluation was lost.
             _evaluate(evaluate, state, first, log, show_progress)
         log.plot()
@@ -412,11 +413,14 @@ class _Reporter:
         if self.bad >= train.max_bad_steps:
             self._diverge(f"loss or gradient was not finite for {self.bad} steps in a row, up to step {step + 1}")
 
-    def is_healthy(self, done: int, result: dict) -> bool:
-        """Whether the state after step ``done``, with the evaluation ``result`` ({}: none), may be gone on from: a loss
-        of its parameters is finite, or they follow from a finite step. Raises Diverged where a run ends otherwise."""
+    def is_healthy(self, done: int, result: dict, stopping: bool = False) -> bool:
+        """Whether the state after step ``done``, with the evaluation ``result`` ({}: none), is to be saved: a loss of
+        its parameters is finite, or they follow from a finite step. Where the run ends here (``stopping``, or its last
+        step), a skipped step is no reason to lose what came before it: the state is saved and stays unproven. Raises
+        Diverged where the last evaluation is not finite."""
         losses = [result[name] for name in ("causal_loss", "masked_loss") if name in result]
-        if all(map(math.isfinite, losses)) and (losses or not self.bad):
+        ending = stopping or done == self.config.train.steps
+        if all(map(math.isfinite, losses)) and (losses or not self.bad or ending):
             return True
         what = f"held-out loss {losses}" if losses else f"loss or gradient of the last {self.bad} steps"
         if done == self.config.train.steps:

@@ -45,7 +45,14 @@ def best_metric(folder: epath.Path) -> float | None:
 
 def _rated(folder: epath.Path) -> list[tuple[float, int]]:
     records = [read_record(folder / str(step))[0] for step in finished(folder)]
-    return [(found["metric"], -found["step"]) for found in records if found and found["metric"] is not None]
+    rated = [found for found in records if found and found["metric"] is not None]
+    # Version 0.1.0 evaluated other rows: only figures of the newest one's kind compare.
+    kind = _kind(rated[-1]) if rated else None
+    return [(found["metric"], -found["step"]) for found in rated if _kind(found) == kind]
+
+
+def _kind(record: dict) -> str | None:
+    return record["meta"].get("order_of_samples")
 
 
 def write_record(path: epath.Path, content: dict) -> None:

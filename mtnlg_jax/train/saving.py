@@ -31,18 +31,20 @@ class Saver:
             self._settle()
         return self._again_at is not None and time.monotonic() >= self._again_at
 
-    def save(self, save: Callable[[], None]) -> None:
+    def save(self, save: Callable[[], None]) -> bool:
         """Calls ``save``, which calls ``checkpoints.save`` with the newest state; after a failure not before its pause
-        is over, so that saves in quick succession do not use up all tries."""
+        is over, so that saves in quick succession do not use up all tries. Returns whether it was called and has not
+        failed so far."""
         self._settle()
         if self._again_at is not None and time.monotonic() < self._again_at:
-            return
+            return False
         try:
             save()
         except Exception as error:
             self._take(error)
         else:
             self._again_at = None
+        return self._again_at is None
 
     def finish(self, save: Callable[[], None] | None) -> None:
         """Returns when all saves stand on the disk. ``save`` is called again where the last one failed; None where the

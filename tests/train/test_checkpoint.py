@@ -613,3 +613,12 @@ def test_load_run_without_metrics_takes_the_newest(tmp_path, workdir, one):
     shutil.copytree(workdir / "tokenizer", tmp_path / "tokenizer")
     assert load_run(tmp_path).step == 2
     assert jnp.isfinite(load_run(tmp_path).params["tokens_VD"][...]).all()
+
+
+def test_figures_of_another_order_of_samples_do_not_compare(tmp_path):
+    # Version 0.1.0 evaluated other rows and named no order.
+    for step, metric, meta in [(1, 1.0, {}), (2, 3.0, {"order_of_samples": "2"}), (3, 2.5, {"order_of_samples": "2"})]:
+        folder = epath.Path(tmp_path) / str(step)
+        folder.mkdir()
+        records.write_record(folder, {"step": step, "metric": metric, "meta": meta})
+    assert records.best(epath.Path(tmp_path)) == 3 and records.best_metric(epath.Path(tmp_path)) == 2.5
