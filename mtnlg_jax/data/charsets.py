@@ -2,7 +2,7 @@
 
 1. A byte order mark is certain: UTF-8, UTF-16 or UTF-32.
 2. A page is in what its HTTP header or itself declares, as browsers take those names.
-3. Bytes that are valid UTF-8 are UTF-8.
+3. Bytes that are valid UTF-8 are UTF-8; where an encoding is named, they must hold enough beyond ASCII to tell.
 4. Then comes the encoding that the user names (``--encoding``), if one is named.
 5. A page that declares nothing is read as cp1252, as browsers have it, or by a guess in another script; both are
    counted. Nothing else is guessed.
@@ -53,6 +53,8 @@ def known(name: str | None) -> str | None:
         found = codecs.lookup(name) if name else None
         codecs.getincrementaldecoder(found.name if found else "")
     except (LookupError, ValueError):
+        return None
+    if found.name == "undefined":  # a codec that raises at every text; scripts write the word
         return None
     # Codecs that are not of text, such as base64, must not run over what was read.
     return _MEANT.get(found.name, found.name) if getattr(found, "_is_text_encoding", True) else None
@@ -113,6 +115,8 @@ def _is_utf8(head: bytes, encoding: str) -> bool:
         if error.start < len(head) - 3:
             return False
         text = head[: error.start].decode()
+    if head.isascii() and b"\0" not in head and len("a".encode(encoding)) > 1:
+        return True  # not a text of two or four bytes a character
     beyond = len(head) - len(text)
     # In an encoding of one byte a character, a letter and a sign after it are not text: one such pair is enough.
     single = len(bytes(range(256)).decode(encoding, "replace")) == 256

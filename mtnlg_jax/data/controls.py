@@ -13,7 +13,9 @@ CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\ufeff]")
 _TERMINAL = re.compile("\x1b\\[[0-?]*[ -/]*[@-~]|\x1b\\][^\x07\x1b\n]*(?:\x07|\x1b\\\\)")
 # Bold and underlined words of manual pages.
 _OVERSTRUCK = re.compile("(?:(.)\x08)+\\1|_\x08(?=[^\x00-\x20])")
-_LATIN_1 = re.compile("[\x80-\xff]+")
+# Bytes behind the characters of Windows-1252; those that it lacks are C1 controls.
+_BYTES = {ord(bytes([byte]).decode("cp1252", "ignore") or chr(byte)): byte for byte in range(0x80, 0xA0)}
+_LATIN_1 = re.compile(f"[\x80-\xff{''.join(map(chr, _BYTES))}]+")
 _C1 = re.compile("[\x80-\x9f]")
 # Quotes, bullet and dashes of Windows-1252. Where its quotes stand, 0x85 is its ellipsis, else NEL.
 _WINDOWS = {code: bytes([code]).decode("cp1252") for code in range(0x91, 0x98)}
@@ -60,6 +62,6 @@ def _mend_c1(text: str) -> str:
 
 def _as_utf8(run: str) -> str | None:
     try:
-        return run.encode("latin-1").decode()
+        return run.translate(_BYTES).encode("latin-1").decode()
     except UnicodeDecodeError:
         return None

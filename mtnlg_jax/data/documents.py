@@ -507,10 +507,12 @@ class _Reader:
         repaired, held = self.report.repaired, None
         for data in self._cut():
             piece, _ = _mend(data.decode("utf-8", "surrogateescape"), self.report)
+            self.report.bytes += _size(piece)
+            if not piece:  # nothing but what was removed
+                continue
             if held:
                 yield Document(held, source, continued=True)
-            self.report.bytes += _size(piece)
-            held = piece or held
+            held = piece
         self.report.repaired = repaired + bool(lost)
         yield Document(held, source)
 

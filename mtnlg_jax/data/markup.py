@@ -32,8 +32,17 @@ _FORMULA_IMAGE = re.compile(r"\b(?:mwe-math\S*|tex|latex|math|formula|equation)\
                             re.IGNORECASE)
 
 
+# What references such as &#8; put into a tree, and lxml refuses to take back.
+_NOT_XML = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
+
+
 def write_out(tree) -> None:
     """Changes the tree of lxml in place; `restore` mends the text that is extracted from it."""
+    for part in tree.iter():
+        if isinstance(part.tag, str) and part.text and _NOT_XML.search(part.text):
+            part.text = _NOT_XML.sub(" ", part.text)
+        if part.tail and _NOT_XML.search(part.tail):
+            part.tail = _NOT_XML.sub(" ", part.tail)
     for element in tree.xpath("//math|//*[local-name()='math']"):
         if element.getroottree().getroot() is tree:  # not in a formula that is replaced already
             _replace(_box_of(element), _formula(element))
@@ -136,7 +145,7 @@ def _formula(math) -> str:
 
 
 def _tex(source: str, block: bool) -> str:
-    source = source.strip()
+    source = _NOT_XML.sub(" ", source).strip()
     if match := re.fullmatch(r"\{\\(?:displaystyle|textstyle) (.*)\}", source, re.DOTALL):
         source = match[1].strip()
     source = source.strip("$").strip()

@@ -456,7 +456,11 @@ def _cut_marks(tokenizer: Tokenizer) -> tuple[bytes, ...]:
         parts = (before + mark, after) if mark == "\n" else (before, mark + after)
         if tokenizer.encode("".join(parts)) != [*tokenizer.encode(parts[0]), *tokenizer.encode(parts[1])]:
             return ()
-    return (b"\n",) if isinstance(tokenizer, SentencePieceTokenizer) else (b"\n", b" ")
+    marks = (b"\n",) if isinstance(tokenizer, SentencePieceTokenizer) else (b"\n", b" ")
+    # A token that goes over such a place, as an added word of two words does, must not be cut.
+    crossing = {b"\n": re.compile(rb"\n\S"), b" ": re.compile(rb"\S ")}
+    pieces = [tokenizer.token_bytes(index) for index in range(tokenizer.vocab_size)]
+    return tuple(mark for mark in marks if not any(map(crossing[mark].search, pieces)))
 
 
 def _safe_cut(data: bytes, marks: tuple[bytes, ...]) -> int | None:
@@ -474,7 +478,7 @@ def _safe_cut(data: bytes, marks: tuple[bytes, ...]) -> int | None:
 
 def _example(tokenizer: Tokenizer, text: str) -> list[str]:
     lines = [line for line in text.split("\n") if line.strip()]
-    line = next((line for line in lines if len(line) >= 40), lines[0])[:80]
+    line = next((line for line in lines if len(line) >= 40), next(iter(lines), ""))[:80]
     return [tokenizer.token_bytes(index).decode("utf-8", "replace") for index in tokenizer.encode(line)]
 
 

@@ -107,7 +107,8 @@ class _JsonValues:
                     reason = error
                 except ValueError as error:
                     reason = error
-                    unfinished = (
+                    # A number of thousands of digits is a ValueError of another kind.
+                    unfinished = isinstance(error, json.JSONDecodeError) and (
                         error.msg.startswith("Unterminated") or error.pos >= len(self._text) - _CUT
                     )
                 else:
@@ -282,7 +283,7 @@ class _Lines:
 
 def _comma_separated(lines: _Lines, stream: io.BufferedReader, limit: int) -> Iterator[Row]:
     csv.field_size_limit(min(limit, 2**31 - 1))  # 131,072 otherwise, which a document may pass
-    head = stream.peek(1 << 12)[: 1 << 12].decode("utf-8", "replace").split("\n", 1)[0]
+    head = stream.peek(1 << 12)[: 1 << 12].decode("utf-8", "replace").split("\n", 1)[0].split("\r", 1)[0]
     counts = {mark: len(next(csv.reader([head], delimiter=mark), [])) for mark in ",;\t"}
     mark = "," if counts[","] > 1 else max(counts, key=counts.get)
     reader = csv.reader(lines, delimiter=mark, strict=True)

@@ -246,8 +246,12 @@ def _row_of(where: str, item: Mapping) -> Row:
                          "them, or name the "
                          "rows with --eval")
     references = references if isinstance(references, list) else [references]
-    return Row(str(item.get("input", "")), tuple(map(str, references)), str(item.get("context", "")),
-               tuple(map(str, item.get("options", ()))))
+    return Row(
+        str(item.get("input") or ""),
+        tuple(map(str, references)),
+        str(item.get("context") or ""),
+        tuple(map(str, item.get("options") or ())),
+    )
 
 
 def _answer_of(where: str, item: Mapping, task: Task, row: Row, language: str | None) -> Answer:
@@ -262,7 +266,7 @@ def _answer_of(where: str, item: Mapping, task: Task, row: Row, language: str | 
     choices = item.get("choices") or ()
     try:
         choices = tuple(Choice(**choice) for choice in choices)
-    except TypeError:
+    except (TypeError, AttributeError):
         choices = ()
     log_prob = item.get("log_prob")
     finish = item.get("finish_reason", "") if log_prob is not None or item.get("finish_reason") != "last word" else ""

@@ -99,6 +99,10 @@ def read_rows(path: str | os.PathLike, columns: Mapping[str, str] | None = None,
     if not parsed:
         raise ValueError(f"{path} holds no rows; give at least one")
     rows = _resolved(path, parsed, columns, labels, blank, notes)
+    answered = [row for row in rows if row.references]
+    if "reference" in needs and answered and len(answered) < len(rows):
+        notes.append(f"{len(rows) - len(answered):,} of {len(rows):,} rows have no answer and are left out")
+        rows = answered
     if limit is not None and limit < len(rows):
         kept = sorted(random.Random(seed).sample(range(len(rows)), limit))
         notes.append(f"{limit:,} of {len(rows):,} rows, drawn by seed {seed}")
@@ -170,13 +174,13 @@ def _objects(path: Path, kind: str, columns, needs, notes):
     if len(lines) > 1 or kind != ".json":
         try:
             alone = isinstance(json.loads(lines[0][1], strict=False), dict)
-        except ValueError:
+        except (ValueError, RecursionError):
             alone = False
         if alone:
             return [(number, _json(f"{path}, row {number}", line)) for number, line in lines], columns
     try:
         whole = json.loads(text, strict=False)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if kind == ".json":
             raise ValueError(f"{path}: not valid JSON ({error}), neither as a whole nor line by "
                              "line") from None
@@ -188,7 +192,7 @@ def _objects(path: Path, kind: str, columns, needs, notes):
 def _json(where: str, text: str):
     try:
         return json.loads(text, strict=False)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not valid JSON ({error})") from None
 
 
@@ -508,7 +512,7 @@ def _one_hot(values, count: int) -> bool:
 def _values(where: str, value) -> list:
     """The references of a row as they stand, none of them empty."""
     if isinstance(value, dict):
-        texts = [value.get("value"), *value.get("aliases", [])] if "value" in value else value.get("text")
+        texts = [value.get("value"), *(value.get("aliases") or [])] if "value" in value else value.get("text")
         if texts is None:
             raise ValueError(f"{where}: reference is a dict of {', '.join(map(str, value))[:60]}; "
                              "name what to take, "

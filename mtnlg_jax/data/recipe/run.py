@@ -441,6 +441,9 @@ def _check_output(recipe: Recipe, output: str, stamps: dict[str, str], overwrite
     content = storage.read_file(output, "recipe.json")
     if content is not None and not overwrite:
         begun = json.loads(content)
+        if begun["settings"].keys() != wanted["settings"].keys():
+            raise FileExistsError(f"{output} was begun by another version, which has other settings; choose another "
+                                  "--output, or --overwrite: then all of it is made again")
         for what, way in (("settings", "settings"), ("sources", "sources"), ("inputs", "input")):
             changed = sorted(key for key in begun[what].keys() | wanted[what].keys()
                              if begun[what].get(key) != wanted[what].get(key))
