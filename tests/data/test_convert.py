@@ -97,7 +97,7 @@ def test_what_cannot_be_is_refused(prepared, trained, gpt2_files, tmp_path):
         ((prefix, str(tmp_path / "y"), str(gpt2_files), 0.7), ValueError, "heldout=0.7 must lie in 0 to 0.5"),
         ((train, str(tmp_path / "y.jsonl"), str(tmp_path / "other")), ValueError, "with another tokenizer"),
         ((train, "gs://bucket/y"), ValueError, "is a URL"),
-        ((str(tmp_path / "nowhere"), "y"), FileNotFoundError, "holds no tokens"),
+        ((str(tmp_path / "nowhere"), "y"), FileNotFoundError, "nowhere does not exist"),
     ]:
         with pytest.raises(error, match=message):
             convert(*arguments)

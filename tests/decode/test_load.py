@@ -106,7 +106,11 @@ def test_finite_numbers_whose_sum_is_not_are_taken():
         arrays.check_finite(np.array([3e38] * 7 + [np.inf], np.float32), "w", "here")
 
 
-@pytest.mark.parametrize("name", ["final_norm.bias_D", "blocks.attention.b_v_KH"])
+# Slow: a parameter of a layer, whose numbers reach the same check.
+@pytest.mark.parametrize("name", [
+    "final_norm.bias_D",
+    pytest.param("blocks.attention.b_v_KH", marks=pytest.mark.slow),
+])
 def test_logits_that_are_not_finite_are_no_text(learned, tokenizer, name):
     """Of parameters that no checkpoint checked."""
     decoder = cache.unstack(learned.config, _poisoned(learned, name, np.nan))

@@ -82,7 +82,11 @@ def assert_equal_trees(a, b):
     assert all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
-@pytest.mark.parametrize("optimizer", [None, LOW_RANK], ids=["all parameters", "low rank"])
+# Slow: adapters are saved and restored by the same code; test_a_run_starts_as_its_base runs them.
+@pytest.mark.parametrize("optimizer", [
+    pytest.param(None, id="all parameters"),
+    pytest.param(LOW_RANK, id="low rank", marks=pytest.mark.slow),
+])
 def test_a_run_from_another_stops_and_goes_on_bit_for_bit(folder, tmp_path, optimizer):
     config = config_of(folder, init=str(folder / "base"), optimizer=optimizer, eval_every=0)
     train(config, tmp_path / "whole")
