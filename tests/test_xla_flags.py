@@ -100,7 +100,7 @@ def test_the_bus_goes_before_the_environment(monkeypatch):
 
 def test_a_chip_of_no_known_kind_gets_no_flag_and_one_line():
     choice = xla_flags.choose("tpu", ZERO3)
-    assert choice.flags == () and "TPU_ACCELERATOR_TYPE=v5p-8" in choice.left_out
+    assert choice.flags == () and "set TPU_ACCELERATOR_TYPE, as v5p-8" in choice.left_out
 
 
 # --- TPUs: compiled -------------------------------------------------------------------------------------------------

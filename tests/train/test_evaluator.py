@@ -117,7 +117,7 @@ def test_without_held_out_text_there_are_no_figures(tmp_path):
     prepare(tmp_path / "text.txt", tmp_path / "data", vocab_size=280, heldout=0.0, progress=False)
     assert evaluated(config_of(((str(tmp_path / "data"), 1.0),)))[0] == {}
     summary = loop.Summary("RUN", 1, 1, 1, 1.0, 1.0, None, {"kind": "eval", "step": 20}, None, 0)
-    assert summary.held_out == "nothing is held out, so that there is no held-out loss"
+    assert summary.held_out == "nothing is held out, so there is no held-out loss"
     assert summary.kept == "the last ones" and "MFU unknown" in summary.speed
     text = dataclasses.replace(summary, final={"step": 20, "masked_loss": 2.0}, best_step=10, mfu=0.5)
     assert text.held_out == "held out at step 20: masked loss 2.000" and "best (step 10)" in text.kept
