@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import signal
 
 import jax.numpy as jnp
 import numpy as np
@@ -171,6 +172,22 @@ def test_after_divergence_the_same_command_goes_on_from_a_good_state(prepared, t
     assert summary.best_step == 4 and folders_of(workdir) == ["4", "4.diverged", "6"]
     assert summary.tokens == (2 * 8 + 4 * 16) * 32
     assert load_run(workdir).step == 4 and load_run(workdir, "last").step == 6
+
+
+def test_a_stop_at_a_skipped_step_keeps_the_steps_before_it(prepared, tmp_path, monkeypatch):
+    real = loop.batch_at
+
+    def batch_at(config, mesh, data, step, samples):
+        batch, micro, sequences = real(config, mesh, data, step, samples)
+        if step < 2:
+            return batch, micro, sequences
+        os.kill(os.getpid(), signal.SIGTERM)
+        return batch | {"weights": batch["weights"] * jnp.nan}, micro, sequences
+
+    monkeypatch.setattr(loop, "batch_at", batch_at)
+    with pytest.raises(loop.Preempted, match="after step 3; state saved in"):
+        loop.train(config_of(prepared, eval_every=0, save_every=0), str(tmp_path), show_progress=False)
+    assert folders_of(tmp_path) == ["3"]
 
 
 def test_an_evaluation_that_is_not_finite_ends_a_run_without_a_save(prepared, tmp_path, monkeypatch):
