@@ -63,6 +63,7 @@ def test_the_report_has_all_that_is_asked_of_it(folder):
     assert "ENTRY" in (folder / "program.txt").read_text()
 
 
+@pytest.mark.slow  # test_report.py has each of its parts
 def test_what_does_not_fit_is_blamed_and_a_change_that_fits_is_proved():
     said = run(*TINY, "--topology=cpu:8", "--memory=0.0125", "--set=train.global_batch_size=128",
                "--set=train.micro_batch_size=32", "--prove=1", code=1)

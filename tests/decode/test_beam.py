@@ -185,7 +185,7 @@ def test_the_search_with_loops_finds_what_hugging_face_does():
         assert [peer.cut(np.array(tokens)) for tokens, _ in found] == expected
 
 
-@pytest.mark.parametrize("groups", [2, 3])
+@pytest.mark.parametrize("groups", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_groups_equal_a_search_with_loops(groups):
     settings = [DecodeConfig(max_new_tokens=8, num_beams=6, num_return_sequences=6, num_beam_groups=groups,
                              diversity_penalty=penalty, early_stopping=early, length_penalty=exponent)

@@ -101,7 +101,7 @@ class Digits:
         return b"%d" % token
 
 
-@pytest.mark.parametrize("guess", ["look-up", "draft"])
+@pytest.mark.parametrize("guess", ["look-up", pytest.param("draft", marks=pytest.mark.slow)])
 def test_drawn_rows_have_the_model_s_distribution(guess):
     config = ModelConfig(num_layers=1, hidden_size=8, num_attention_heads=2, vocab_size=7, max_position_embeddings=16)
 

@@ -77,6 +77,7 @@ def two(folder, environment) -> Path:
     return folder / "two"
 
 
+@pytest.mark.slow  # tests/train/test_processes.py runs two processes that were not started by launch/cluster
 def test_two_processes_give_the_losses_of_one(two, folder):
     config = load_config(str(ROOT / "configs" / "tiny.py"), [f"data.path={folder / 'data'}", *SETTINGS])
     loop.train(config, str(folder / "one"), show_progress=False)

@@ -10,7 +10,9 @@ import pytest
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb"))
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+# Slow: the road that tests/launch/test_road.py goes by the scripts.
+@pytest.mark.parametrize("path", [pytest.param(path, marks=pytest.mark.slow if path.stem == "whole_road" else [])
+                                  for path in NOTEBOOKS], ids=lambda path: path.stem)
 def test_it_runs_and_shows_pictures(path, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setenv("XLA_FLAGS", "")  # one device, as a reader has
@@ -28,3 +30,11 @@ def test_it_imports_and_defines_nothing_and_is_committed_without_output(path):
             tree = ast.parse(cell.source)
             assert not any(isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Lambda) for node in ast.walk(tree))
             assert not cell.outputs and cell.execution_count is None
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_what_it_imports_exists(path):
+    for cell in nbformat.read(path, as_version=4).cells:
+        for node in ast.walk(ast.parse(cell.source)) if cell.cell_type == "code" else ():
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("mtnlg_jax"):
+                exec(ast.unparse(node))

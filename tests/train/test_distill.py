@@ -113,7 +113,7 @@ def assert_equal_numbers(got, wanted, tolerance=2e-6):
         assert np.abs(a - b).max() <= tolerance * largest
 
 
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("causal", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_step_is_the_loss_of_two_whole_models(causal):
     data, models = rows(), {}
     for seed, model in enumerate((STUDENT, TEACHER)):

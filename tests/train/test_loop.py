@@ -4,6 +4,7 @@ import dataclasses
 import os
 import signal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from mtnlg_jax.train.metrics import read_metrics
 WORDS = "the whale swam north while the old captain slept and nobody on the ship dared to wake him again".split()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("loop")
     rng = np.random.default_rng(0)
@@ -28,11 +29,24 @@ def prepared(tmp_path_factory):
     return str(folder / "data")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """A run has one device, unless its config asks for more: there is less to compile than for all."""
+    make = loop.make_mesh
+
+    def made(mesh):
+        return make(mesh, jax.devices()[:1] if mesh == MeshConfig(data=1) else None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_mesh", made)
+        yield
+
+
 def config_of(prepared, steps=6, **train):
     train = {"global_batch_size": 8, "eval_every": 3, "save_every": 3, "eval_batches": 2} | train
     return Config(
         model=ModelConfig(num_layers=1, hidden_size=32, num_attention_heads=8, max_position_embeddings=32),
-        mesh=MeshConfig(data=8), data=DataConfig(path=prepared), optimizer=OptimizerConfig(learning_rate=3e-3),
+        mesh=MeshConfig(data=1), data=DataConfig(path=prepared), optimizer=OptimizerConfig(learning_rate=3e-3),
         train=TrainConfig(steps=steps, compute_dtype="float32", **train))
 
 
@@ -43,7 +57,7 @@ def losses(workdir):
 STAGES = (StageConfig("masked", 1 / 3, masked=1.0), StageConfig("causal", 1 / 3), StageConfig("mix", 1 / 3, masked=0.5))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def whole(prepared, tmp_path_factory):
     workdir = str(tmp_path_factory.mktemp("whole"))
     return loop.train(config_of(prepared, stages=STAGES), workdir, show_progress=False)
@@ -105,6 +119,7 @@ def test_a_finished_run_started_again_changes_nothing(whole, prepared):
     assert again.final == whole.final and losses(whole.workdir) == before
 
 
+@pytest.mark.slow  # test_other_mesh.py moves a run from mesh to mesh
 def test_another_mesh_reads_the_same_batches_and_gives_the_same_losses(whole, prepared, tmp_path):
     config = dataclasses.replace(config_of(prepared, stages=STAGES), mesh=MeshConfig(data=2, tensor=4, zero=3))
     loop.train(config, str(tmp_path), show_progress=False)

@@ -20,6 +20,7 @@ MUON = OptimizerConfig(name="muon", learning_rate=1e-2, warmup_fraction=0.0, wei
 ROWS, LENGTH = 8, 16
 
 
+@functools.cache
 def updates_of(config):
     params = init_parameters(MODEL, seed=0)
     grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(p.size), p.shape), params)

@@ -27,14 +27,14 @@ def prepared(tmp_path_factory):
     return str(folder / "data")
 
 
-def config_of(prepared, mesh, micro=1):
-    """Six steps of 8, 12 and 16 rows, masked and causal; 16 rows are 2 micro-batches of each of 8 data shards."""
+def config_of(prepared, mesh, micro=1, stages=(StageConfig(),)):
+    """Six steps of 8 and 16 rows; 16 rows are 2 micro-batches of each of 8 data shards."""
     return Config(
         model=ModelConfig(num_layers=4, hidden_size=32, num_attention_heads=8, max_position_embeddings=32),
         mesh=mesh, data=DataConfig(path=prepared), optimizer=OptimizerConfig(learning_rate=1e-3),
         train=TrainConfig(steps=6, global_batch_size=16, micro_batch_size=micro, rampup_batch_size=(8, 8, 24),
                           compute_dtype="float32", eval_every=2, save_every=2, eval_batches=2,
-                          stages=(StageConfig("masked", 0.5, masked=1.0), StageConfig("causal", 0.5))))
+                          stages=stages))
 
 
 def told(workdir):
@@ -49,9 +49,17 @@ MESHES = (MeshConfig(pipe=4, data=2, schedule="1f1b"),
           MeshConfig(data=1, context=4, tensor=2, zero=0))
 
 
-def test_a_run_that_moves_from_mesh_to_mesh_tells_what_one_that_stayed_does(prepared, tmp_path, monkeypatch):
-    loop.train(config_of(prepared, MeshConfig(data=8)), str(tmp_path / "stayed"), show_progress=False)
-    real, stops = loop.batch_at, [2, 4]
+BOTH = (StageConfig("masked", 0.5, masked=1.0), StageConfig("causal", 0.5))
+
+
+# Slow: every mesh, with both objectives.
+@pytest.mark.parametrize(("meshes", "stages"), [
+    (MESHES[:2], (StageConfig(),)), pytest.param(MESHES, BOTH, marks=pytest.mark.slow)], ids=["quick", "all"])
+def test_a_run_that_moves_from_mesh_to_mesh_tells_what_one_that_stayed_does(
+        prepared, tmp_path, monkeypatch, meshes, stages):
+    stayed = config_of(prepared, MeshConfig(data=8), stages=stages)
+    loop.train(stayed, str(tmp_path / "stayed"), show_progress=False)
+    real, stops = loop.batch_at, [2, 4][: len(meshes) - 1]
 
     def failing(config, mesh, data, step, samples):
         if step in stops:
@@ -60,10 +68,10 @@ def test_a_run_that_moves_from_mesh_to_mesh_tells_what_one_that_stayed_does(prep
         return real(config, mesh, data, step, samples)
 
     monkeypatch.setattr(loop, "batch_at", failing)
-    for mesh in MESHES:
+    for mesh in meshes:
         ends = pytest.raises(RuntimeError, match="the machine is gone") if stops else contextlib.nullcontext()
         with ends:
-            loop.train(config_of(prepared, mesh), str(tmp_path / "moved"), show_progress=False)
+            loop.train(config_of(prepared, mesh, stages=stages), str(tmp_path / "moved"), show_progress=False)
     (losses, sequences, held_out), stayed = told(tmp_path / "moved"), told(tmp_path / "stayed")
     assert sequences == stayed[1] == [8, 8, 8, 16, 16, 16]
     np.testing.assert_allclose(losses, stayed[0], rtol=LOSSES)

@@ -89,10 +89,10 @@ def quick(cases, chosen):
                          marks=[] if case in chosen else pytest.mark.slow) for case in cases]
 
 
-# Each size of each axis, and each stage of ZeRO with tensor and, but for 0, without; slow are the other pairs.
+# Each size of each axis, and each stage of ZeRO; slow are the other pairs.
 @pytest.mark.parametrize(("data", "tensor", "zero"), quick(
     [(data, 8 // data, zero) for data in (1, 2, 4, 8) for zero in (0, 1, 3)],
-    [(1, 8, 1), (2, 4, 0), (2, 4, 3), (4, 2, 1), (8, 1, 1), (8, 1, 3)]))
+    [(1, 8, 1), (2, 4, 0), (4, 2, 1), (8, 1, 3)]))
 def test_every_factorisation_of_8_devices_equals_one(data, tensor, zero):
     assert_equal_numbers(loss_and_gradients(config_of(data, tensor, zero)), one_device())
 
@@ -118,23 +118,21 @@ def deep_alone(causal=True, model=DEEP, count=None):
     return on_a_mesh(1, 1, 1, 1, causal=causal, model=model, count=count)
 
 
-# ZeRO is about data: where that is 1, all of its stages are one program. Slow: what dropout, below, runs on the same
-# mesh, and the schedule that shares its code with one that is run there.
+# ZeRO is about data: where that is 1, all of its stages are one program. Quick: each mesh, and each schedule with the
+# stage of ZeRO that gathers most; dropout, below, runs the third mesh with the interleaved schedule.
 @pytest.mark.parametrize(("mesh", "zero", "schedule"), quick(
     [(mesh, zero, schedule) for schedule in SCHEDULES
      for mesh, zero in (((2, 1, 2, 2), 1), ((2, 2, 1, 2), 1), ((2, 2, 1, 2), 3), ((4, 1, 1, 2), 1))],
-    [((2, 1, 2, 2), 1, "circular"), ((2, 2, 1, 2), 1, "circular"), ((2, 2, 1, 2), 1, "1f1b"),
-     ((2, 2, 1, 2), 3, "interleaved"), ((2, 2, 1, 2), 3, "1f1b"), ((4, 1, 1, 2), 1, "interleaved"),
-     ((4, 1, 1, 2), 1, "1f1b")]), ids=str)
+    [((2, 1, 2, 2), 1, "circular"), ((2, 2, 1, 2), 3, "1f1b"), ((2, 2, 1, 2), 3, "interleaved"),
+     ((4, 1, 1, 2), 1, "interleaved")]), ids=str)
 def test_every_schedule_on_every_mesh_equals_one_device(mesh, schedule, zero):
     assert_equal_numbers(on_a_mesh(*mesh, zero, **SCHEDULES[schedule]), deep_alone())
 
 
-# Each mode alone and beside data and tensor; slow is the other stage of ZeRO, which no mode knows of.
+# Each mode beside data and tensor, one of them alone; slow are the others.
 @pytest.mark.parametrize(("mesh", "zero", "mode"), quick(
     [(mesh, zero, mode) for mode in MODES for mesh, zero in (((1, 2, 2, 2), 1), ((1, 2, 2, 2), 3), ((1, 1, 4, 1), 1))],
-    [((1, 2, 2, 2), 1, "ulysses"), ((1, 2, 2, 2), 1, "gather"), ((1, 2, 2, 2), 3, "ring"),
-     *(((1, 1, 4, 1), 1, mode) for mode in MODES)]), ids=str)
+    [((1, 2, 2, 2), 1, "ulysses"), ((1, 1, 4, 1), 1, "gather"), ((1, 2, 2, 2), 3, "ring")]), ids=str)
 def test_every_context_mode_equals_one_device(mesh, mode, zero):
     assert_equal_numbers(on_a_mesh(*mesh, zero, context_mode=mode), deep_alone())
 
@@ -146,17 +144,20 @@ def test_context_inside_a_pipeline_and_with_the_masked_objective(mode):
     assert_equal_numbers(got, deep_alone(causal=False))
 
 
-# Each axis, and each schedule but circular, which is interleaved with one round; slow are the other pairs.
+# Quick: one mesh with each axis but data, and one with data; slow are the other pairs.
 @pytest.mark.parametrize(("mesh", "schedule"), quick(
     [(mesh, schedule) for mesh in MESHES for schedule in (SCHEDULES if mesh[0] > 1 else ["circular"])],
-    [((2, 1, 2, 2), "1f1b"), ((4, 1, 1, 2), "interleaved"), ((1, 2, 2, 2), "circular")]), ids=str)
+    [((2, 1, 2, 2), "1f1b"), ((1, 2, 2, 2), "circular")]), ids=str)
 def test_bf16_on_every_mesh_is_close_to_float32(mesh, schedule):
     got = on_a_mesh(*mesh, dtype="bfloat16", **SCHEDULES[schedule])
     assert got[0] != deep_alone()[0]
     assert_equal_numbers(got, deep_alone(), tolerance=3e-2)
+    assert all(gradient.dtype == np.float32 for gradient in got[1])  # as the masters
 
 
-@pytest.mark.parametrize("mesh", [{"schedule": "1f1b"}, {"flush": 2}, {"flush": 2, "virtual_pipe": 2}], ids=str)
+# Slow: interleaved flushes with one round.
+@pytest.mark.parametrize("mesh", quick([{"schedule": "1f1b"}, {"flush": 2}, {"flush": 2, "virtual_pipe": 2}],
+                                       [{"schedule": "1f1b"}, {"flush": 2, "virtual_pipe": 2}]), ids=str)
 def test_a_pipeline_takes_fewer_micro_batches_and_flushes(mesh):
     # A count of 2 leaves out the second half of the rows, whose weights the mean counts nevertheless.
     wanted = deep_alone(count=2)
@@ -180,8 +181,8 @@ def test_gradients_of_micro_batches_add_in_float32(few, many):
         assert np.abs(8 * two - sixteen).max() <= 1e-5 * np.abs(sixteen).max()
 
 
-# Slow: circular, which is interleaved with one round.
-@pytest.mark.parametrize("schedule", quick(list(SCHEDULES), ["interleaved", "1f1b"]))
+# Slow: circular, which is interleaved with one round, and 1f1b, whose stages draw by the same numbers.
+@pytest.mark.parametrize("schedule", quick(list(SCHEDULES), ["interleaved"]))
 def test_dropout_drops_the_same_in_a_pipeline(schedule):
     model = dataclasses.replace(DEEP, dropout_rate=0.1)
     assert deep_alone(model=model)[0] != deep_alone()[0]
@@ -194,14 +195,15 @@ OTHER = dataclasses.replace(DEEP, position_embedding_type="rotary", normalizatio
 
 
 @pytest.mark.parametrize(("mesh", "zero", "options"), [
-    ((1, 2, 1, 4), 3, {}), ((2, 1, 2, 2), 3, {"virtual_pipe": 2, "context_mode": "ring"})], ids=str)
+    ((1, 2, 1, 4), 3, {}),
+    pytest.param((2, 1, 2, 2), 3, {"virtual_pipe": 2, "context_mode": "ring"}, marks=pytest.mark.slow)], ids=str)
 def test_another_architecture_on_a_mesh(mesh, zero, options):
     assert_equal_numbers(on_a_mesh(*mesh, zero, model=OTHER, **options), deep_alone(model=OTHER))
 
 
 @pytest.mark.parametrize("mesh", quick([{"pipe": 2}, {"pipe": 4, "virtual_pipe": 2}, {"context": 2},
                                         {"pipe": 2, "context": 2}],
-                                       [{"pipe": 4, "virtual_pipe": 2}, {"pipe": 2, "context": 2}]), ids=str)
+                                       [{"pipe": 2, "context": 2}]), ids=str)
 def test_evaluation_through_pipeline_and_context_equals_one_device(mesh):
     def evaluate(**mesh):
         config = config_of(1, 2, 1, 4, DEEP, mesh)
@@ -212,6 +214,7 @@ def test_evaluation_through_pipeline_and_context_equals_one_device(mesh):
     assert evaluate(**mesh) == pytest.approx(evaluate(), rel=1e-6)
 
 
+@pytest.mark.slow  # test_context_inside_a_pipeline_and_with_the_masked_objective runs it with less and with more
 def test_the_masked_objective_too():
     assert deep_alone(causal=False)[0] != deep_alone(causal=True)[0]
     assert_equal_numbers(on_a_mesh(1, 2, 1, 4, 3, causal=False), deep_alone(causal=False))
@@ -245,14 +248,6 @@ def test_gradients_equal_plain_autodiff_of_the_logits(smoothing):
 
     wanted, wanted_grads = jax.jit(jax.value_and_grad(plain))(params)
     assert_equal_numbers((loss, grads), (float(wanted), [np.asarray(g) for g in jax.tree.leaves(wanted_grads)]))
-
-
-def test_bf16_is_close_and_masters_stay_float32():
-    config = config_of(2, 4, 3, compute_dtype="bfloat16")
-    got, wanted = loss_and_gradients(config), one_device()
-    assert got[0] != wanted[0]
-    assert_equal_numbers(got, wanted, tolerance=3e-2)
-    assert all(g.dtype == np.float32 for g in got[1])
 
 
 def test_evaluation_on_a_mesh_equals_one_device():

@@ -38,8 +38,11 @@ def collectives(recompute="elementwise", **mesh):
     return counts
 
 
-@pytest.mark.parametrize("mesh", [{"pipe": 2, "tensor": 2, **schedule} for schedule in SCHEDULES.values()]
-                         + [{"tensor": 4}, {"context": 2, "tensor": 2}], ids=str)
+# Slow: circular, which is interleaved with one round.
+@pytest.mark.parametrize("mesh", [
+    pytest.param({"pipe": 2, "tensor": 2}, marks=pytest.mark.slow),
+    {"pipe": 2, "tensor": 2, **SCHEDULES["interleaved"]}, {"pipe": 2, "tensor": 2, **SCHEDULES["1f1b"]},
+    {"tensor": 4}, {"context": 2, "tensor": 2}], ids=str)
 def test_zero_gathers_weights_once_and_scatters_gradients_once(mesh):
     counts = collectives(**mesh)
     assert not [key for key in counts if "data" in key[1] and key[2] > 0]
@@ -54,9 +57,9 @@ def test_zero_3_does_so_for_every_layer():
     assert counts["reduce-scatter", ("data",), 2] > 8 * MICRO_BATCHES
 
 
-# Slow: what lies between elementwise and full.
+# Slow: what lies between elementwise and full, and what the first keeps beside elementwise.
 @pytest.mark.parametrize(("recompute", "gathers", "scatters"), [
-    ("none", 6, 4), ("elementwise", 6, 4), pytest.param("mlp", 6, 4, marks=pytest.mark.slow),
+    pytest.param("none", 6, 4, marks=pytest.mark.slow), ("elementwise", 6, 4), pytest.param("mlp", 6, 4, marks=pytest.mark.slow),
     pytest.param("projections", 6, 4, marks=pytest.mark.slow), ("full", 6, 5)])
 def test_a_layer_gathers_and_scatters_as_often_as_is_written(recompute, gathers, scatters):
     counts, layers = collectives(recompute, tensor=4), 8 * MICRO_BATCHES
@@ -64,7 +67,8 @@ def test_a_layer_gathers_and_scatters_as_often_as_is_written(recompute, gathers,
     assert counts["reduce-scatter", ("tensor",), 2] / layers == scatters  # forward 2, again 0 or 1, backward 2
 
 
-@pytest.mark.parametrize(("schedule", "ticks"), [("circular", 9), ("interleaved", 17)])
+@pytest.mark.parametrize(("schedule", "ticks"), [
+    pytest.param("circular", 9, marks=pytest.mark.slow), ("interleaved", 17)])
 def test_a_pipeline_passes_each_stage_once_more_and_hands_on_twice_a_tick_each_way(schedule, ticks):
     counts = collectives(pipe=2, tensor=2, **SCHEDULES[schedule])
     layers = ticks * 8 // 2 // (2 if schedule == "interleaved" else 1)

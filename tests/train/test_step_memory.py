@@ -32,7 +32,7 @@ def temporaries(micro_batches, dtype, **mesh):
     ("bfloat16", {}, 1, 3),
     pytest.param("float32", {"virtual_pipe": 2}, 2, 4, marks=pytest.mark.slow),
     pytest.param("float32", {"schedule": "1f1b"}, 0, 0.1, marks=pytest.mark.slow),
-    ("bfloat16", {"schedule": "1f1b"}, 0, 0.1),
+    pytest.param("bfloat16", {"schedule": "1f1b"}, 0, 0.1, marks=pytest.mark.slow),
 ], ids=str)
 def test_temporaries_grow_with_micro_batches_by_a_few_stage_inputs(dtype, mesh, low, high):
     # A stage's input is this device's places of one row; circular keeps one for each round of each micro-batch.
