@@ -8,7 +8,8 @@ from mtnlg_jax.evaluate.inside import look_inside
 from mtnlg_jax.model.transformer import Transformer
 
 
-@pytest.mark.parametrize("length", [pytest.param(5, marks=pytest.mark.slow), 40])  # shorter and longer than a head is wide
+# Shorter and longer than a head is wide.
+@pytest.mark.parametrize("length", [pytest.param(5, marks=pytest.mark.slow), 40])
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_look_inside_agrees_with_the_model(length, causal):
     config = ModelConfig(num_layers=3, hidden_size=32, num_attention_heads=4, num_query_groups=2, vocab_size=64,

@@ -27,7 +27,10 @@ def prepared(tmp_path_factory):
     return str(folder / "data")
 
 
-def config_of(prepared, mesh, micro=1, stages=(StageConfig(),)):
+CAUSAL = (StageConfig(),)
+
+
+def config_of(prepared, mesh, micro=1, stages=CAUSAL):
     """Six steps of 8 and 16 rows; 16 rows are 2 micro-batches of each of 8 data shards."""
     return Config(
         model=ModelConfig(num_layers=4, hidden_size=32, num_attention_heads=8, max_position_embeddings=32),
@@ -54,7 +57,7 @@ BOTH = (StageConfig("masked", 0.5, masked=1.0), StageConfig("causal", 0.5))
 
 # Slow: every mesh, with both objectives.
 @pytest.mark.parametrize(("meshes", "stages"), [
-    (MESHES[:2], (StageConfig(),)), pytest.param(MESHES, BOTH, marks=pytest.mark.slow)], ids=["quick", "all"])
+    (MESHES[:2], CAUSAL), pytest.param(MESHES, BOTH, marks=pytest.mark.slow)], ids=["quick", "all"])
 def test_a_run_that_moves_from_mesh_to_mesh_tells_what_one_that_stayed_does(
         prepared, tmp_path, monkeypatch, meshes, stages):
     stayed = config_of(prepared, MeshConfig(data=8), stages=stages)
