@@ -41,7 +41,7 @@ _SPACES = "".join(chr(code) for code, mark in _FOLDING.items() if mark == " ") +
 _DASHES = "".join(chr(code) for code, mark in _FOLDING.items() if mark == "-")
 # Shapes are looked for in lines where something of this kind stands: that is found many times
 # faster. It sees the line as it is written; the form for all scripts is the slower one.
-_MAIL_SIGNALS = {"@": re.compile("@"), "＠": re.compile("[@＠]")}
+_MAIL_SIGNALS = {"@": re.compile("@"), "＠": re.compile("[@＠]|%40"), "%40": re.compile("@|%40")}
 _FOREIGN_DIGIT = re.compile("[{}]".format("".join(
     f"{chr(code)}-{chr(code + 9)}" for code, mark in _FOLDING.items() if mark == "0")))
 
@@ -84,7 +84,8 @@ def mask(text: str, kinds: tuple[str, ...] = KINDS) -> tuple[str, dict[str, int]
     number_signal = _NUMBER_SIGNALS[_holds_foreign_digits(text)]
     signals = {number_signal: [kind for kind in _NUMBERS if kind in kinds]}
     if "email" in kinds:
-        signals = {_MAIL_SIGNALS["＠" if "＠" in text else "@"]: ["email"]} | signals
+        sign = next((sign for sign in ("＠", "%40") if sign in text), "@")
+        signals = {_MAIL_SIGNALS[sign]: ["email"]} | signals
     for signal, wanted in signals.items():
         pieces, end = [], 0
         for start, stop in lines_with(signal, text) if wanted else ():
@@ -132,11 +133,11 @@ def _find(text: str, kind: str, place: int) -> re.Match | None:
     """The next match of a shape, tried only where it can begin: that is found many times faster."""
     shape, begin = _SHAPES[kind], _BEGINS.get(kind)
     if kind == "email":
-        while (sign := text.find("@", place)) >= 0:
+        while sign := _AT.search(text, place):
             # Both parts of an address are shorter than that.
-            if match := shape.search(text, max(place, sign - 70), sign + 320):
+            if match := shape.search(text, max(place, sign.start() - 70), sign.start() + 320):
                 return match
-            place = sign + 1
+            place = sign.end()
         return None
     if not begin:
         return shape.search(text, place)
@@ -147,6 +148,7 @@ def _find(text: str, kind: str, place: int) -> re.Match | None:
     return None
 
 
+_AT = re.compile("@|%40")  # %40: as a query of a URL has it
 _KEY_SIGNS = ("AKIA", "ASIA", "AIza", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_",
               "glpat-", "xox", "sk-", "sk_live_", "rk_live_", "hf_", "npm_", "eyJ")
 _KEY_NAME = r"(?:[A-Z0-9]+ ){0,4}PRIVATE KEY(?: BLOCK)?"
@@ -173,7 +175,7 @@ _SHAPES = {
         r"eyJ[\w-]{10,4000}\.eyJ[\w-]{10,4000}\.[\w-]{10,4000})(?![A-Za-z0-9])", re.ASCII),
     "email": re.compile(
         rf"(?<![{_LETTER}0-9])(?<![{_LETTER}0-9][._%+-])"
-        rf"(?:[odOD]['’])?[{_LETTER}0-9_](?:[{_LETTER}0-9._%+-]{{0,62}}[{_LETTER}0-9_+-])?@"
+        rf"(?:[odOD]['’])?[{_LETTER}0-9_](?:[{_LETTER}0-9._%+-]{{0,62}}[{_LETTER}0-9_+-])?(?:@|%40)"
         rf"(?:(?:[{_LETTER}0-9](?:[{_LETTER}0-9-]{{0,61}}[{_LETTER}0-9])?\.){{1,8}}"
         rf"(?:xn--[a-z0-9-]{{2,59}}|[{_LETTER}]{{2,24}})(?![{_LETTER}0-9])(?!-[A-Za-z0-9])|"
         rf"(?:[\w-]{{1,63}}\.){{1,8}}(?:{_CHINESE_DOMAINS}))"),
@@ -332,11 +334,11 @@ def _free_after(text: str, end: int) -> bool:
 
 def _end_of_email(match: re.Match, _: int | None) -> int | None:
     line, start, end = match.string, match.start(), match.end()
-    local, _, domain = match[0].rpartition("@")
+    local, sign, domain = re.fullmatch("(.*)(@|%40)(.*)", match[0]).groups()
     before = line[max(0, start - 80):start]
     if local in ("git", "hg", "svn") or before.endswith("@"):
         return None
-    if re.search(r"(?<!mailto):/{2}(?:[^\s/@:]*:)?[^\s/@]*$", before) or re.search(
+    if sign == "@" and re.search(r"(?<!mailto):/{2}(?:[^\s/@:]*:)?[^\s/@]*$", before) or re.search(
             r"(?:^|[\s`$])(?:ssh|sftp|mosh|ssh-copy-id)(?: +-\S+(?: +[\w/.~]+)?)* +$", before):
         return None
     labels = domain.split(".")
@@ -455,7 +457,9 @@ def _end_of_phone(match: re.Match, previous: int | None) -> int | None:
         if _QUANTITY.match(text, end) or _MONEY.search(before) or _IBAN.search(before):
             return None
         return end
-    if not _stands_alone(match):
+    # Of two numbers with a + between them: the first one was found.
+    second = previous == start - 1 and text[start - 1] == "+" and _free_after(text, end)
+    if not (_stands_alone(match) or second):
         return None
     if told:
         return end

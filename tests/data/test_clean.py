@@ -377,6 +377,9 @@ CHECKED = "11010519491231002X"  # the example of GB 11643
     ("phone=%2B8613812345678 02-2345-6789", "phone=%2B<PHONE> <PHONE>"),
     ("14.17.22.31 or ip=8.8.4.4:53", "<IP_ADDRESS> or ip=<IP_ADDRESS>:53"),
     ("müller@firma.de, имя@пример.рф, bob@gmail.com.Please", "<EMAIL>, <EMAIL>, <EMAIL>.Please"),
+    ("GET /login?user=ann.lee%40example.org&x=1", "GET /login?user=<EMAIL>&x=1"),
+    ("https://x.org?mail=bob%40mail.com 13812345678+13987654321",
+     "https://x.org?mail=<EMAIL> <PHONE>+<PHONE>"),
     ("邮箱：bob@x.org（请备注）", "邮箱：<EMAIL>（请备注）"),
     ("-----BEGIN PRIVATE KEY-----\nMIIEpAIBAAKCAQEAxyz0\nThe text goes on.", "<PRIVATE_KEY>\nThe text goes on."),
 ])
@@ -411,6 +414,7 @@ def test_personal_data_is_masked(text, masked):
     "0.13812345678", "[0.13812345678,0.15912345678]", "+116.397128,+39.916527",
     "+40.7128-074.0060/", "order no. 13812345678", "订单号：13812345678", "13812345678 bytes",
     "$13812345678", "13812345678元", "550e8400-e29b-41d4-a716-138123456789",
+    "https://medium.com/%40ann/post.html", "100%40.5 and 5%40off", "git%40github.com", "x13812345678+13987654321",
     "doi 10.1016/0370-2693(95)00123-4", "arXiv:2201.11990", "+100 000 000 people", "10^13812345678",
 ])
 def test_other_numbers_stay(text):
