@@ -82,7 +82,8 @@ _DRAFT = command.define_path("draft", None, "folder of the run of a smaller mode
 _SHOW_SPECIAL = flags.DEFINE_bool("show_special", False, "show special tokens by name in the text")
 _STATS = flags.DEFINE_bool("stats", False, "print tokens/s, what memory's speed allows, how many guesses were right")
 
-# Names of DecodeConfig; --n is its num_return_sequences.
+_FLAG_OF = {"num_return_sequences": "n"}  # flags whose name is not that of the setting
+# Names of DecodeConfig.
 _SETTINGS = {
     "max_new_tokens": flags.DEFINE_integer("max_new_tokens", None, "longest continuation, in tokens"),
     "min_new_tokens": flags.DEFINE_integer("min_new_tokens", None, "no end before so many tokens"),
@@ -176,8 +177,7 @@ def _check_flags() -> None:
     acts_in |= {"guesses": ("fill",)} | dict.fromkeys(["cache", "show_special"], written)
     acts_in |= dict.fromkeys(["checkpoint", "dtype", "weights", "prompts", "output", "batch"],
                              ("generative", "ranking", "fill"))
-    names = {"num_return_sequences": "n"}
-    settings = [names.get(name, name) for name in (*_SETTINGS, *_LISTS, *_WORDS)]
+    settings = [_FLAG_OF.get(name, name) for name in (*_SETTINGS, *_LISTS, *_WORDS)]
     acts_in = dict.fromkeys(settings, ("generative", "ranking")) | acts_in
     for name, modes in acts_in.items():
         if not _is_given(name) or mode in modes:
@@ -248,7 +248,7 @@ def _read_rows(path: str) -> list[dict]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line, parse_constant=_refuse_constant)
             except ValueError as error:
                 raise ValueError(f"{name}, line {number} is not JSON ({error}); write one object a line") from None
         row = {"prompt": row} if isinstance(row, str) else row
@@ -261,6 +261,10 @@ def _read_rows(path: str) -> list[dict]:
     if not rows:
         raise ValueError(f"{name} holds no prompts; write one a line")
     return rows
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"it holds {name}, which JSON does not have; write null")
 
 
 def _dump(content: dict) -> str:
@@ -350,7 +354,8 @@ def _answer(rows: list[dict], given: dict) -> None:
     run.tokenizer.parse_special = _PARSE_SPECIAL.value
     given = _words(run.tokenizer, given)
     if _MODE.value == "ranking" and given and all("candidates" in row for row in rows):
-        raise ValueError(f"{next(iter(given))} is for candidates that are written, and each line of "
+        name = next(iter(given))
+        raise ValueError(f"--{_FLAG_OF.get(name, name)} is for candidates that are written, and each line of "
                          f"{_PROMPTS.value} has its own; leave one of the two out")
     decode = dataclasses.replace(run.config.decode, **given)
     given_candidates = bool(_CANDIDATES.value) or all("candidates" in row for row in rows)

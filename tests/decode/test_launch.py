@@ -202,6 +202,7 @@ def test_a_file_of_prompts_is_checked_before_work_and_keeps_what_is_written(ask,
     path, answers = tmp_path / "p.jsonl", tmp_path / "a.jsonl"
     for content, message in (('{"prompt": "a"}\n{"text": "b"}\n', "line 2 has no text under the key \"prompt\""),
                              ('{"prompt": "a"}\n{"prompt"\n', "line 2 is not JSON"), ("", "line 1 is not JSON"),
+                             ('{"prompt": "a", "score": NaN}\n', "line 1 is not JSON (it holds NaN"),
                              (json.dumps({"prompt": "a b " * 40}), "prompt 1 of 1: the prompt has")):
         path.write_text(content or "x")
         answers.unlink(missing_ok=True)
