@@ -46,8 +46,7 @@ def main() -> int:
 
     import jax
 
-    from mtnlg_jax import compat
-    from mtnlg_jax.data import storage
+    from mtnlg_jax import compat, storage
     from mtnlg_jax.model.kernels import support
 
     card = jax.default_backend() == "gpu"

@@ -48,7 +48,7 @@ def main() -> None:
     if args.one:
         child(args.one[0], int(args.one[1]), *args.one[2:])
         return
-    from mtnlg_jax.data import storage
+    from mtnlg_jax import storage
 
     path = Path(args.output)
     known = json.loads(path.read_text())["rows"] if path.exists() else []
@@ -93,7 +93,7 @@ def ask(chip: str, length: int, contender: str, passes: list[str]) -> dict:
 
 def profiled(chip: str, length: int, contender: str, part: str) -> dict:
     """{blocks, as JSON: {name of a kernel: its cycles}}, of the blocks that compile."""
-    from mtnlg_jax.ahead import topology
+    from mtnlg_jax.planning import topology
 
     with tempfile.TemporaryDirectory() as folder:
         environment = topology.environment(topology.parse(CHIPS[chip]))
@@ -121,8 +121,8 @@ def child(chip: str, length: int, contender: str, part: str) -> None:
     from jax.sharding import SingleDeviceSharding
 
     from mtnlg_jax import compat
-    from mtnlg_jax.ahead import topology
-    from mtnlg_jax.ahead.kernels import kernels_of
+    from mtnlg_jax.planning import topology
+    from mtnlg_jax.planning.kernel_profile import kernels_of
 
     described = topology.parse(CHIPS[chip])
     device = topology.devices(described)[0]

@@ -147,7 +147,7 @@ def run_part(part: str, args, seconds: float, result: dict) -> None:
 def write(args, result: dict) -> None:
     if result["device"] is None or (args.small and not args.output):
         return
-    from mtnlg_jax.data import storage
+    from mtnlg_jax import storage
 
     card = result["device"].removeprefix("NVIDIA ").split()[0]
     path = Path(args.output or HERE / "results" / f"card_{card}.json")
@@ -346,8 +346,8 @@ def of_step(sizes: dict, rows: int, seconds: float) -> dict:
     """Milliseconds, tokens/s, model TFLOP/s (PaLM's count) and, of a listed card, MFU."""
     from mtnlg_jax import compat
     from mtnlg_jax.config import ModelConfig
+    from mtnlg_jax.hardware import CHIPS, flops_per_token
     from mtnlg_jax.model.kernels import support
-    from mtnlg_jax.parallel.hardware import CHIPS, flops_per_token
 
     tokens = rows * sizes["max_position_embeddings"]
     flops = tokens * flops_per_token(ModelConfig(**sizes), sizes["max_position_embeddings"]) / seconds

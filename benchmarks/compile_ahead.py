@@ -63,12 +63,12 @@ def label(config: str, topology: str, step: str, settings: list[str]) -> str:
 
 
 def measured(config: str, topology: str, step: str, settings: list[str]) -> dict:
-    from mtnlg_jax.ahead import measure
-    from mtnlg_jax.ahead import topology as described
     from mtnlg_jax.config import load_config
+    from mtnlg_jax.planning import aot
+    from mtnlg_jax.planning import topology as described
 
     kernels = collections.Counter()  # of all depths of loops
-    m = measure.measure(load_config(FOLDER / "configs" / f"{config}.py", settings), described.parse(topology), step)
+    m = aot.measure(load_config(FOLDER / "configs" / f"{config}.py", settings), described.parse(topology), step)
     for kernel in m.kernels:
         kernels[kernel.name] += kernel.count
     return {"config": config, "topology": topology, "step": step, "set": settings, "devices": m.devices,
@@ -85,7 +85,7 @@ def gib(size: int | None) -> float | None:
 
 
 def save(path: Path, rows: list[dict]) -> None:
-    from mtnlg_jax.data import storage
+    from mtnlg_jax import storage
 
     result = {"device": f"CPU, {os.cpu_count()} cores; the chips are described, none was there",
               "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu", "jax-cuda12-pjrt")},

@@ -31,8 +31,8 @@ _TEXT = command.define_path("hlo", None, "file for the compiled program's text")
 
 
 def main() -> int:
-    from mtnlg_jax.ahead import measure, remedy, report, topology
     from mtnlg_jax.config import load_config
+    from mtnlg_jax.planning import aot, report, suggest, topology
 
     for flag in (_JSON, _TEXT):
         if flag.value and not os.path.isdir(os.path.dirname(flag.value) or "."):
@@ -40,16 +40,16 @@ def main() -> int:
     described = topology.parse(_TOPOLOGY.value)
     config = load_config(_CONFIG.value, _SET.value)
     memory = None if _MEMORY.value is None else int(_MEMORY.value * topology.GIB)
-    result = measure.measure(config, described, _STEP.value, _TARGET_CONFIG.value, memory, _TEXT.value,
+    result = aot.measure(config, described, _STEP.value, _TARGET_CONFIG.value, memory, _TEXT.value,
                              _FLAGS.value == "on")
     print(report.render(config, result), flush=True)
     if _JSON.value:
         with open(_JSON.value + ".new", "w", encoding="utf-8") as file:
-            file.write(measure.to_text(result))
+            file.write(aot.to_text(result))
         os.replace(_JSON.value + ".new", _JSON.value)
     if result.fits or (result.fits is None and not result.failure):
         return 0
-    for line in remedy.way_out(config, described, result, _TARGET_CONFIG.value, memory, _PROVE.value,
+    for line in suggest.way_out(config, described, result, _TARGET_CONFIG.value, memory, _PROVE.value,
                                 _FLAGS.value == "on"):
         print(line, flush=True)
     return 1

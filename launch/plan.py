@@ -33,7 +33,7 @@ CHINCHILLA = 20  # tokens a parameter (Hoffmann 2022)
 
 def main() -> None:
     from mtnlg_jax.config import load_config
-    from mtnlg_jax.parallel.hardware import parse_chips
+    from mtnlg_jax.hardware import parse_chips
 
     if _CALIBRATE.value:
         if not _CHIPS.value:
@@ -57,8 +57,8 @@ def main() -> None:
 def print_table(config) -> None:
     from mtnlg_jax.config import validate
     from mtnlg_jax.model.transformer import abstract_model
-    from mtnlg_jax.parallel.cost import Job, layout_of
     from mtnlg_jax.parallel.mesh import mesh_shape, plan_table
+    from mtnlg_jax.planning.cost import Job, layout_of
 
     mesh = config.mesh
     replica = mesh.pipe * mesh.context * mesh.tensor
@@ -97,9 +97,9 @@ HEADER = ("", "pipe", "data", "context", "tensor", "zero", "schedule", "flush", 
 
 
 def print_layouts(config, name: str, number: int) -> None:
-    from mtnlg_jax.parallel.cost import EFFICIENCY, MEMORY_SHARE, Job
-    from mtnlg_jax.parallel.hardware import CHIPS
-    from mtnlg_jax.parallel.planner import flags_of, search
+    from mtnlg_jax.hardware import CHIPS
+    from mtnlg_jax.planning.cost import EFFICIENCY, MEMORY_SHARE, Job
+    from mtnlg_jax.planning.search import flags_of, search
 
     chip = CHIPS[name]
     devices = number * chip.devices
@@ -144,7 +144,7 @@ def print_layouts(config, name: str, number: int) -> None:
 def own_layout(config, devices: int):
     """The layout of the config as it stands; None where it takes more devices or one that is not allowed here."""
     from mtnlg_jax.config import validate
-    from mtnlg_jax.parallel.cost import layout_of
+    from mtnlg_jax.planning.cost import layout_of
 
     mesh = config.mesh
     data = devices // (mesh.pipe * mesh.context * mesh.tensor) if mesh.data == -1 else mesh.data
@@ -194,8 +194,8 @@ def print_lengths(config, best) -> None:
 def print_what_the_ramp_costs(job, devices: int, best) -> None:
     """A ramp's small batches must split over data and not wait for a whole flush; says so where the run could be much
     faster without."""
-    from mtnlg_jax.parallel.cost import Job
-    from mtnlg_jax.parallel.planner import search
+    from mtnlg_jax.planning.cost import Job
+    from mtnlg_jax.planning.search import search
 
     train = job.config.train
     if train.rampup_batch_size is None:
@@ -210,8 +210,8 @@ def print_what_the_ramp_costs(job, devices: int, best) -> None:
 
 def what_is_missing(job, name: str, number: int) -> str:
     """One line: how much memory is missing, and how many chips would do."""
-    from mtnlg_jax.parallel.cost import MEMORY_SHARE
-    from mtnlg_jax.parallel.planner import leanest, smallest_devices
+    from mtnlg_jax.planning.cost import MEMORY_SHARE
+    from mtnlg_jax.planning.search import leanest, smallest_devices
 
     best = leanest(job, number * job.chip.devices)
     largest = sorted(best.memory, key=best.memory.get)[:-3:-1]
@@ -230,10 +230,10 @@ def what_is_missing(job, name: str, number: int) -> str:
 def calibrate(workdir: str, name: str, number: int) -> None:
     """Writes RUN/calibration.json: the efficiency with which the planner predicts the speed that the run had."""
     from mtnlg_jax.config import from_json
-    from mtnlg_jax.data.storage import write_file
-    from mtnlg_jax.parallel.cost import Job, layout_of
-    from mtnlg_jax.parallel.hardware import CHIPS
-    from mtnlg_jax.parallel.planner import measured_efficiency
+    from mtnlg_jax.hardware import CHIPS
+    from mtnlg_jax.planning.cost import Job, layout_of
+    from mtnlg_jax.planning.search import measured_efficiency
+    from mtnlg_jax.storage import write_file
     from mtnlg_jax.train.metrics import read_metrics
 
     with open(os.path.join(workdir, "config.json")) as file:

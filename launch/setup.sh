@@ -124,7 +124,7 @@ install() {
   "$python" -I -c 'import pip' || "$python" -I -m ensurepip || return # uv makes a .venv without pip
   # setuptools is pinned like the rest, so it comes first and builds without an environment of its own.
   pip_install setuptools && pip_install --no-build-isolation -e "$2" || return
-  # The TPU compiler lies apart, where only the processes that compile look (mtnlg_jax/ahead/topology.py): JAX would
+  # The TPU compiler lies apart, where only the processes that compile look (mtnlg_jax/planning/topology.py): JAX would
   # take it for a TPU in every other one. It has wheels for this platform only; elsewhere its tests skip.
   [[ "$2" == . || "$OSTYPE $HOSTTYPE" != "linux-gnu x86_64" ]] ||
     pip_install --no-deps --upgrade --target "$venv/ahead" libtpu

@@ -118,7 +118,7 @@ def main() -> None:
 
 
 def _pairs(task) -> None:
-    from mtnlg_jax.data.storage import write_file
+    from mtnlg_jax.storage import write_file
     from mtnlg_jax.tasks.prompts import pairs
 
     if _INPUT.value in (None, "-"):

@@ -32,8 +32,8 @@ def main() -> None:
     lengths, widths = _numbers("lengths", _LENGTHS.value), _numbers("widths", _WIDTHS.value)
 
     from mtnlg_jax import compat
-    from mtnlg_jax.data.storage import write_file
     from mtnlg_jax.model.kernels import blocks, support, tune
+    from mtnlg_jax.storage import write_file
 
     compat.quiet()
     cpu = compat.platform() == "cpu"

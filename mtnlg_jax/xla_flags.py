@@ -158,7 +158,7 @@ def _name(flag: str) -> str:
 
 
 def collectives_of(mesh: MeshConfig) -> list[tuple[str, str]]:
-    """(kind, mesh axis) of what a step over ``mesh`` may send, as parallel.hlo_cost names the kinds."""
+    """(kind, mesh axis) of what a step over ``mesh`` may send, as planning.hlo_cost names the kinds."""
     found = []
     if mesh.data != 1:
         found += [(kind, "data") for kind in ("all-reduce", *(("all-gather", "reduce-scatter") if mesh.zero else ()))]
@@ -258,7 +258,7 @@ def _refusal(request: dict, flags: str) -> tuple[str, bool]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MEGASCALE_")}
     environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "TF_CPP_MIN_LOG_LEVEL": "3", "LIBTPU_INIT_ARGS": flags}
     try:
-        done = subprocess.run([sys.executable, "-m", "mtnlg_jax.ahead.probe"], input=json.dumps(request),
+        done = subprocess.run([sys.executable, "-m", "mtnlg_jax.planning.probe"], input=json.dumps(request),
                               env=environment, capture_output=True, text=True, errors="replace", timeout=SECONDS)
     except subprocess.TimeoutExpired:
         return f"not tried: the compiler took more than {SECONDS} s", False

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from mtnlg_jax import compat, xla_flags
-from mtnlg_jax.ahead.topology import check_installed, parse
 from mtnlg_jax.config import MeshConfig
+from mtnlg_jax.planning.topology import check_installed, parse
 
 INVENTED = "--xla_gpu_invented_for_a_test=true"
 DEAD = "--xla_gpu_lhs_enable_gpu_async_tracker=true"  # recommended once, gone from jaxlib 0.10.2 on

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mtnlg_jax.data import storage
+from mtnlg_jax import storage
 from mtnlg_jax.data.megatron import MegatronTokens, kept_documents, open_megatron, prefix_of, write_megatron
 from mtnlg_jax.data.prepare import put_in_place
 from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mtnlg_jax.data import storage
+from mtnlg_jax import storage
 from mtnlg_jax.data.offsets import Offsets
 from mtnlg_jax.data.tokenizer import Tokenizer
 from mtnlg_jax.data.tokens import Tokens

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from mtnlg_jax.data import storage
+from mtnlg_jax import storage
 from mtnlg_jax.data.batches import permute
 from mtnlg_jax.data.documents import Document, ReadReport, note_lines, read_documents
 from mtnlg_jax.data.embedded import embedded_documents

@@ -4,8 +4,7 @@ import os
 import shlex
 from collections.abc import Sequence
 
-from mtnlg_jax import command
-from mtnlg_jax.data import storage
+from mtnlg_jax import command, storage
 from mtnlg_jax.data.megatron import MegatronTokens, kept_documents, open_megatron, prefix_of
 from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mtnlg_jax.data.tokens import Tokens, open_tokens, read_prepared

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mtnlg_jax.data import storage
+from mtnlg_jax import storage
 from mtnlg_jax.data.tokenizer_files import (
     END_OF_TEXT,
     NO_TOKEN,

@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 
-from mtnlg_jax.data.storage import first_line
+from mtnlg_jax.storage import first_line
 
 ROLES = ("pad", "bos", "eos", "mask", "sep")
 NO_TOKEN = -1  # the id of a role that a closed vocabulary does not have

@@ -22,8 +22,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import tensorstore
 
-from mtnlg_jax import command
-from mtnlg_jax.data import storage
+from mtnlg_jax import command, storage
 from mtnlg_jax.data.offsets import Offsets
 
 # A chunk is what a random window decompresses, a shard is one file: 16.8 M tokens, 33 MB of memory to write.

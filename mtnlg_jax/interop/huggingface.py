@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from mtnlg_jax.config import Config, DecodeConfig, ModelConfig, OptimizerConfig, to_json, validate
-from mtnlg_jax.data.storage import is_remote
 from mtnlg_jax.decode.generate import writable
 from mtnlg_jax.interop import gpt2, vocabulary
 from mtnlg_jax.interop.generation import decode_of
 from mtnlg_jax.interop.shards import Shards, cast, finite, write_shards
+from mtnlg_jax.storage import is_remote
 from mtnlg_jax.train.checkpoint import Checkpoints, Run, load_run
 
 ORIGINALS = "huggingface"  # below a converted run: config.json and tokenizer files as they came

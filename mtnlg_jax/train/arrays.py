@@ -6,7 +6,7 @@ import os
 import numpy as np
 from etils import epath
 
-from mtnlg_jax.data.storage import is_remote
+from mtnlg_jax.storage import is_remote
 
 
 class StoredArrays:

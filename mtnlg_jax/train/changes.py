@@ -10,7 +10,7 @@ import os
 
 from mtnlg_jax.config import Config, TrainConfig, from_json, to_json
 from mtnlg_jax.data.batches import SAMPLE_ORDER
-from mtnlg_jax.data.storage import is_remote
+from mtnlg_jax.storage import is_remote
 from mtnlg_jax.train.schedule import batch_size_at, learning_rate, samples_at_end, stage_at, stage_bounds
 
 # The checkpoint's identity refuses these (`loop._identity`, `start.meaning`), whatever they are called in the config:

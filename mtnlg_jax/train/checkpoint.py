@@ -49,9 +49,9 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from mtnlg_jax import command
 from mtnlg_jax.command import PassingError, is_passing
 from mtnlg_jax.config import Config, from_json
-from mtnlg_jax.data.storage import first_line, is_remote
 from mtnlg_jax.data.tokenizer import load_tokenizer
 from mtnlg_jax.parallel.mesh import shardings_of
+from mtnlg_jax.storage import first_line, is_remote
 from mtnlg_jax.train import lora
 from mtnlg_jax.train import record as records
 from mtnlg_jax.train.arrays import check_finite

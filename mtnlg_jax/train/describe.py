@@ -10,7 +10,7 @@ from datetime import datetime
 import jax
 
 from mtnlg_jax.config import Config, to_json
-from mtnlg_jax.data.storage import write_file
+from mtnlg_jax.storage import write_file
 from mtnlg_jax.train.metrics import environment
 from mtnlg_jax.train.schedule import samples_at_end
 

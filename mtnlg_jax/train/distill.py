@@ -13,9 +13,9 @@ from flax import nnx
 from jax import lax
 
 from mtnlg_jax.config import Config, ModelConfig
+from mtnlg_jax.model.context_attention import context_attention
 from mtnlg_jax.model.transformer import abstract_model
 from mtnlg_jax.parallel.collectives import gather_weights
-from mtnlg_jax.parallel.context import context_attention
 
 
 @dataclasses.dataclass(frozen=True)

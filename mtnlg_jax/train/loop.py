@@ -22,7 +22,7 @@ from mtnlg_jax.data.batches import SAMPLE_ORDER, Batches, HeldOut, heldout_count
 from mtnlg_jax.data.sources import open_sources, spread
 from mtnlg_jax.data.tokenizer import Tokenizer
 from mtnlg_jax.data.tokens import Tokens
-from mtnlg_jax.parallel.hardware import flops_per_token
+from mtnlg_jax.hardware import flops_per_token
 from mtnlg_jax.parallel.mesh import make_mesh
 from mtnlg_jax.train import changes, describe, lifetime, lora, processes, start
 from mtnlg_jax.train.checkpoint import Checkpoints

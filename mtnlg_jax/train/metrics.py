@@ -17,7 +17,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from mtnlg_jax.command import is_passing
-from mtnlg_jax.parallel.hardware import dense_flops
+from mtnlg_jax.hardware import dense_flops
 
 
 def peak_flops(device_flops: float | None = None) -> float | None:

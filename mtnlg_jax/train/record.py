@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from etils import epath
 
-from mtnlg_jax.data.storage import is_remote, write_file
+from mtnlg_jax.storage import is_remote, write_file
 
 RECORD = "record.json"
 HASH_THREADS = 4

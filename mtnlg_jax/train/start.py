@@ -6,9 +6,8 @@ import os
 
 from jax.sharding import Mesh
 
-from mtnlg_jax import command
+from mtnlg_jax import command, storage
 from mtnlg_jax.config import Config, ModelConfig, StageConfig, TrainConfig, from_json, validate
-from mtnlg_jax.data import storage
 from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mtnlg_jax.model.transformer import abstract_model
 from mtnlg_jax.parallel.mesh import AXES, plan_table

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mtnlg_jax.config import Config
+from mtnlg_jax.model.context_attention import context_attention
 from mtnlg_jax.model.loss import cross_entropy, distilled_cross_entropy
 from mtnlg_jax.model.transformer import abstract_model, init_parameters
 from mtnlg_jax.parallel.collectives import (
@@ -28,7 +29,6 @@ from mtnlg_jax.parallel.collectives import (
     vary,
     zigzag,
 )
-from mtnlg_jax.parallel.context import context_attention
 from mtnlg_jax.parallel.mesh import AXES, BATCH, shardings_of, specs_of
 from mtnlg_jax.parallel.pipeline import add, circular, circular_loss_and_gradients, one_f_one_b, to_rounds, zeros
 from mtnlg_jax.train import lora

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mtnlg_jax import storage
 from mtnlg_jax.data import offsets as module
-from mtnlg_jax.data import storage, tokens
+from mtnlg_jax.data import tokens
 from mtnlg_jax.data.offsets import Offsets
 
 RNG = np.random.default_rng(0)

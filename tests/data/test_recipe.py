@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from mtnlg_jax import storage
 from mtnlg_jax.config import Config, override
-from mtnlg_jax.data import storage
 from mtnlg_jax.data.clean import CleanConfig, clean
 from mtnlg_jax.data.embedded import embedded_documents
 from mtnlg_jax.data.recipe import run

@@ -4,7 +4,7 @@ import shutil
 import numpy as np
 import pytest
 
-from mtnlg_jax.data import storage
+from mtnlg_jax import storage
 from mtnlg_jax.data import tokens as module
 from mtnlg_jax.data.tokens import TokenWriter, open_tokens, read_prepared
 

@@ -11,7 +11,7 @@ import pytest
 
 from mtnlg_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, StageConfig, TrainConfig
 from mtnlg_jax.data.prepare import prepare
-from mtnlg_jax.parallel.hardware import flops_per_token
+from mtnlg_jax.hardware import flops_per_token
 from mtnlg_jax.train import lifetime, loop
 from mtnlg_jax.train.checkpoint import load_run
 from mtnlg_jax.train.metrics import read_metrics

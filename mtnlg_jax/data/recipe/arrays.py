@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from mtnlg_jax.data import storage
+from mtnlg_jax import storage
 from mtnlg_jax.data.batches import permute
 from mtnlg_jax.data.prepare import cut_place, encode_texts
 from mtnlg_jax.data.recipe.stages import Folder, Row, Shard, Task

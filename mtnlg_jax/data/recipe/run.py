@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mtnlg_jax.data import dedup, storage
+from mtnlg_jax import storage
+from mtnlg_jax.data import dedup
 from mtnlg_jax.data.decontaminate import check_hits
 from mtnlg_jax.data.documents import ReadReport, list_files, note_lines
 from mtnlg_jax.data.files import READ_ALREADY, File, find

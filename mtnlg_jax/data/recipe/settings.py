@@ -5,8 +5,9 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mtnlg_jax import storage
 from mtnlg_jax.config import PATH, load_object, override
-from mtnlg_jax.data import charsets, storage
+from mtnlg_jax.data import charsets
 from mtnlg_jax.data.clean import CleanConfig
 from mtnlg_jax.data.decontaminate import Decontamination
 from mtnlg_jax.data.dedup import MinHashConfig

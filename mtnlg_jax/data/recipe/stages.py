@@ -23,8 +23,7 @@ import pyarrow
 import pyarrow.parquet
 from tqdm import tqdm
 
-from mtnlg_jax import __version__
-from mtnlg_jax.data import storage
+from mtnlg_jax import __version__, storage
 
 _GROUP = 256  # rows that are packed together
 

@@ -92,7 +92,7 @@ def blocks_for(kind: str, impl: str, device: str, dtype: str, head_width: int, l
 
 
 # On GPU: (keys of a block, stages) by the widest head that they fit, for registers and shared memory without spills up
-# to width 160 (tests/ahead/test_kernels.py); nothing of it was timed.
+# to width 160 (tests/planning/test_kernel_profile.py); nothing of it was timed.
 _GPU = {"forward": ((64, 128, 3), (160, 128, 2), (192, 64, 3), (256, 64, 2)),
         "dq": ((96, 64, 3), (192, 64, 2), (256, 64, 1)),
         "dkv": ((96, 64, 3), (128, 64, 2), (160, 64, 3), (256, 64, 2)),

@@ -6,9 +6,9 @@ import pytest
 from jax import export
 
 from mtnlg_jax import compat
-from mtnlg_jax.ahead.kernels import Call, function_of
 from mtnlg_jax.model.kernels import cudnn
 from mtnlg_jax.model.kernels.mask import Mask
+from mtnlg_jax.planning.kernel_profile import Call, function_of
 
 DEVICES = {"v5e": ("tpu", "TPU v5 lite", 1), "v5p": ("tpu", "TPU v5p", 1), "v6e": ("tpu", "TPU v6 lite", 1),
            "H100": ("gpu", "NVIDIA H100 80GB HBM3", 132), "A100": ("gpu", "NVIDIA A100-SXM4-80GB", 108)}

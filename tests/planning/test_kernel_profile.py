@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 
-from mtnlg_jax.ahead.kernels import Call, Compiled, assembled_of, compile_calls, kernels_of
-from mtnlg_jax.ahead.topology import check_installed, parse
 from mtnlg_jax.model.kernels import blocks
+from mtnlg_jax.planning.kernel_profile import Call, Compiled, assembled_of, compile_calls, kernels_of
+from mtnlg_jax.planning.topology import check_installed, parse
 
 TPUS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 MASKS = ("segment_ids", "kv_lengths", "q_offset", "window")
@@ -109,6 +109,6 @@ backend_config={"estimated_cycles":"9223372036854775807"}
 
 def test_a_call_travels_as_json():
     call = Call(masks=("window",), blocks=(128, 256))
-    from mtnlg_jax.ahead import kernels
+    from mtnlg_jax.planning import kernel_profile
 
-    assert kernels._call(dataclasses.asdict(call)) == call
+    assert kernel_profile._call(dataclasses.asdict(call)) == call

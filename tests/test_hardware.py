@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from mtnlg_jax.config import ModelConfig
-from mtnlg_jax.parallel.hardware import CHIPS, flops_per_token, layer_flops, parse_chips
+from mtnlg_jax.hardware import CHIPS, flops_per_token, layer_flops, parse_chips
 from mtnlg_jax.train import metrics
 from mtnlg_jax.train.metrics import peak_flops
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from mtnlg_jax.ahead import remedy
-from mtnlg_jax.ahead.measure import Measurement
-from mtnlg_jax.ahead.report import render, size_of
-from mtnlg_jax.ahead.topology import GIB, parse
 from mtnlg_jax.config import load_config
-from mtnlg_jax.parallel.hlo import Tensor
-from mtnlg_jax.parallel.hlo_cost import Collective, Kernel
+from mtnlg_jax.planning import suggest
+from mtnlg_jax.planning.aot import Measurement
+from mtnlg_jax.planning.hlo import Tensor
+from mtnlg_jax.planning.hlo_cost import Collective, Kernel
+from mtnlg_jax.planning.report import render, size_of
+from mtnlg_jax.planning.topology import GIB, parse
 
 ROOT = Path(__file__).resolve().parents[2]
 POD = ["mesh.pipe=1", "mesh.data=128", "mesh.zero=3", "train.rampup_batch_size=none", "train.recompute=full"]
@@ -111,44 +111,44 @@ def flags(changes):
 
 
 def test_the_sums_are_the_planners():
-    parts = remedy.estimate(config(*POD), 1024, "train")
+    parts = suggest.estimate(config(*POD), 1024, "train")
     state = parts["masters"] + parts["moments"]
     assert state == pytest.approx(12 * config().model.parameter_count() / 1024, rel=1e-2)  # biases are whole
-    assert remedy.estimate(config(), 2240, "decode")["weights"] == 2 * config().model.parameter_count() / 8
+    assert suggest.estimate(config(), 2240, "decode")["weights"] == 2 * config().model.parameter_count() / 8
 
 
 def test_smaller_micro_batches_come_first():
-    changes = remedy.suggest(config(*POD, "train.micro_batch_size=15"), parse("v5p:8x8x16"), 1024, 100 * GIB, 96 * GIB,
+    changes = suggest.suggest(config(*POD, "train.micro_batch_size=15"), parse("v5p:8x8x16"), 1024, 100 * GIB, 96 * GIB,
                              "train")
     assert changes and not flags(changes)[0].startswith("--set=train.micro")  # 15 has no half
-    changes = remedy.suggest(config(*POD, "train.global_batch_size=2048", "train.micro_batch_size=16"),
+    changes = suggest.suggest(config(*POD, "train.global_batch_size=2048", "train.micro_batch_size=16"),
                              parse("v5p:8x8x16"), 1024, 100 * GIB, 96 * GIB, "train")
     assert flags(changes)[0] == "--set=train.micro_batch_size=8"
-    assert all(change.predicted <= remedy.MARGIN * 96 * GIB for change in changes)
+    assert all(change.predicted <= suggest.MARGIN * 96 * GIB for change in changes)
 
 
 def test_a_pipeline_that_holds_too_much_is_sent_to_1f1b():
     circular = config("mesh.zero=1", "mesh.schedule=circular", "mesh.virtual_pipe=3", "train.rampup_batch_size=none")
-    changes = remedy.suggest(circular, parse("H100:280x8"), 2240, 110 * GIB, 80 * GIB, "train")
+    changes = suggest.suggest(circular, parse("H100:280x8"), 2240, 110 * GIB, 80 * GIB, "train")
     assert flags(changes)[0] == "--set=mesh.schedule=1f1b --set=mesh.virtual_pipe=1"
 
 
 def test_masters_held_by_every_replica_are_sharded():
-    changes = remedy.suggest(config("mesh.schedule=1f1b"), parse("H100:280x8"), 2240, 110 * GIB, 80 * GIB, "train")
+    changes = suggest.suggest(config("mesh.schedule=1f1b"), parse("H100:280x8"), 2240, 110 * GIB, 80 * GIB, "train")
     assert flags(changes)[0] == "--set=mesh.zero=1"
 
 
 def test_no_change_is_suggested_that_the_config_refuses():
-    for change in remedy.suggest(config(*POD), parse("v5e:16x16*4"), 1024, 40 * GIB, 16 * GIB, "train"):
+    for change in suggest.suggest(config(*POD), parse("v5e:16x16*4"), 1024, 40 * GIB, 16 * GIB, "train"):
         assert "pipe=2 " not in " ".join(change.flags)  # 105 layers do not divide
-        assert change.predicted <= remedy.MARGIN * 16 * GIB
+        assert change.predicted <= suggest.MARGIN * 16 * GIB
 
 
 @pytest.mark.parametrize(("small", "large"), [
     ("v5e:16x16", "v5e:16x16*4"), ("v6e:8x16", "v6e:16x16*2"), ("v5p:8x8x16", "v5p:16x16x16"), ("H100:2x8", "H100:8x8"),
 ])
 def test_a_topology_grows_in_shapes_that_there_are(small, large):
-    assert str(remedy._grown(parse(small), 4)) == large
+    assert str(suggest._grown(parse(small), 4)) == large
 
 
 def test_ways_out_are_proved_in_turn(monkeypatch):
@@ -158,9 +158,9 @@ def test_ways_out_are_proved_in_turn(monkeypatch):
         tried.append((config.train.micro_batch_size, str(topology), flags))
         return measurement(peak=(97 if len(tried) == 1 else 50) * GIB)
 
-    monkeypatch.setattr(remedy, "measure", measured)
+    monkeypatch.setattr(suggest, "measure", measured)
     big = config(*POD, "train.global_batch_size=2048", "train.micro_batch_size=16")
-    said = list(remedy.way_out(big, parse("v5p:8x8x16"), measurement(peak=120 * GIB), None, None, 2,
+    said = list(suggest.way_out(big, parse("v5p:8x8x16"), measurement(peak=120 * GIB), None, None, 2,
                                False))
     assert tried == [(8, "v5p:8x8x16", False), (4, "v5p:8x8x16", False)]
     assert said[0].startswith("by sums      layers ")
@@ -170,16 +170,16 @@ def test_ways_out_are_proved_in_turn(monkeypatch):
 
 
 def test_a_compiler_that_gave_up_is_asked_about_a_chip_with_more_memory(monkeypatch):
-    monkeypatch.setattr(remedy, "measure", lambda config, topology, *_, flags: measurement(topology=str(topology)))
+    monkeypatch.setattr(suggest, "measure", lambda config, topology, *_, flags: measurement(topology=str(topology)))
     failed = measurement(topology="v5e:16x16*4", failure="HbmOom", needed=70 * GIB, limit=16 * GIB)
-    said = list(remedy.way_out(config(*POD), parse("v5e:16x16*4"), failed, None, None, 0))
+    said = list(suggest.way_out(config(*POD), parse("v5e:16x16*4"), failed, None, None, 0))
     assert said[0] == "to blame     on v5p:8x16x8, where it compiles, the step's peak is 24.00 GiB a device"
     assert "f32[105,160]  params.blocks.attention.w_q_DNH" in said[2]
 
 
 @pytest.mark.parametrize(("devices", "dims"), [(4, (2, 2, 1)), (256, (8, 8, 4)), (1024, (8, 16, 8)), (2240, None)])
 def test_the_stand_in_has_as_many_devices_in_a_shape_that_there_is(devices, dims):
-    roomy = remedy._roomy(devices)
+    roomy = suggest._roomy(devices)
     assert roomy.chips == devices and not (roomy.dims[0] % 2 or roomy.dims[1] % 2)
     assert dims in (None, roomy.dims)
-    assert remedy._roomy(6) is None
+    assert suggest._roomy(6) is None

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from mtnlg_jax.config import MeshConfig
-from mtnlg_jax.parallel.hardware import GIB
+from mtnlg_jax.hardware import GIB
 from mtnlg_jax.parallel.mesh import AXES, make_mesh, mesh_shape
 
 TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mtnlg_jax.parallel.hlo import Instruction, Program, arrays_of, bytes_of, dims_of
+from mtnlg_jax.planning.hlo import Instruction, Program, arrays_of, bytes_of, dims_of
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 

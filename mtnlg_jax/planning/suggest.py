@@ -4,12 +4,12 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-from mtnlg_jax.ahead.measure import Measurement, measure
-from mtnlg_jax.ahead.report import largest_tensors, size_of
-from mtnlg_jax.ahead.topology import Topology
 from mtnlg_jax.config import Config, override, validate, validate_batch
-from mtnlg_jax.parallel.cost import Job, layout_of
 from mtnlg_jax.parallel.mesh import mesh_shape
+from mtnlg_jax.planning.aot import Measurement, measure
+from mtnlg_jax.planning.cost import Job, layout_of
+from mtnlg_jax.planning.report import largest_tensors, size_of
+from mtnlg_jax.planning.topology import Topology
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,8 @@ from jax.sharding import PartitionSpec as P
 
 from mtnlg_jax.config import MeshConfig
 from mtnlg_jax.model.attention import attention
+from mtnlg_jax.model.context_attention import context_attention
 from mtnlg_jax.parallel.collectives import vary, zigzag
-from mtnlg_jax.parallel.context import context_attention
 from mtnlg_jax.parallel.mesh import make_mesh
 
 FLOAT32 = 2e-6

@@ -4,7 +4,7 @@ A step is added up from what each device does: products at EFFICIENCY of the chi
 speed of their axis, and the ticks in which a pipeline waits. Nothing overlaps but ZeRO-3, which inside a layer can
 move the later weights while the earlier multiply; the other collectives feed the very next product. A message takes no
 time to start. So a prediction is of the right order and ranks layouts of large models; a run of your own corrects it
-(planner.measured_efficiency).
+(search.measured_efficiency).
 
 Formulas: Narayanan 2021 (bubble, FLOPs), Korthikanti 2022 (activation bytes), Jacobs 2023 and Llama Team 2024
 (context traffic). Collectives a layer and FLOPs recomputed are those of this repository's step, counted.
@@ -15,8 +15,8 @@ import math
 from typing import NamedTuple
 
 from mtnlg_jax.config import Config
+from mtnlg_jax.hardware import Chip, flops_per_token, layer_flops
 from mtnlg_jax.model.transformer import abstract_model
-from mtnlg_jax.parallel.hardware import Chip, flops_per_token, layer_flops
 from mtnlg_jax.parallel.mesh import AXES, mesh_shape, plan_table
 
 # Share of peak that products reach while a stage is busy. The one constant of the model, from MT-NLG on A100s:

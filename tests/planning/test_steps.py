@@ -6,11 +6,11 @@ import jax
 import pytest
 
 from mtnlg_jax import compat
-from mtnlg_jax.ahead.steps import dynamic_trips, lower
 from mtnlg_jax.config import load_config
 from mtnlg_jax.model.attention import mean_key_blocks
 from mtnlg_jax.model.kernels import blocks
 from mtnlg_jax.parallel.mesh import make_mesh
+from mtnlg_jax.planning.steps import dynamic_trips, lower
 
 ROOT = Path(__file__).resolve().parents[2]
 

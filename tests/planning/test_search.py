@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from mtnlg_jax.config import Config, ModelConfig, TrainConfig, load_config, override, validate
-from mtnlg_jax.parallel.cost import EFFICIENCY, POLICIES, Job, Layout
-from mtnlg_jax.parallel.hardware import CHIPS
-from mtnlg_jax.parallel.planner import (
+from mtnlg_jax.hardware import CHIPS
+from mtnlg_jax.planning.cost import EFFICIENCY, POLICIES, Job, Layout
+from mtnlg_jax.planning.search import (
     fastest_on,
     flags_of,
     leanest,

@@ -1,5 +1,5 @@
 """A small program with the collectives of a run, compiled for a described TPU under given flags: does the compiler take
-them? ``python -m mtnlg_jax.ahead.probe`` is what mtnlg_jax/xla_flags.py starts before it sets any.
+them? ``python -m mtnlg_jax.planning.probe`` is what mtnlg_jax/xla_flags.py starts before it sets any.
 
 A compiler may parse a flag and refuse the first program on which it would act, so parsing proves nothing."""
 
@@ -8,9 +8,9 @@ import os
 import sys
 from collections.abc import Collection
 
-from mtnlg_jax.ahead import topology as described
-from mtnlg_jax.ahead.topology import Topology
 from mtnlg_jax.parallel.mesh import AXES
+from mtnlg_jax.planning import topology as described
+from mtnlg_jax.planning.topology import Topology
 
 # Of a chip kind: a slice with 64 chips, so that groups lie in more than one dim of the torus.
 DIMS = {2: (8, 8), 3: (4, 4, 4)}
@@ -34,7 +34,7 @@ def sizes_of(collectives: Collection[tuple[str, str]], devices: int) -> dict[str
 
 def lower(topology: Topology, collectives: Collection[tuple[str, str]]):
     """A training step of ``LAYERS`` layers, each one product in a scan, which sends what ``collectives`` says:
-    (kind as in parallel.hlo_cost.KINDS, mesh axis)."""
+    (kind as in planning.hlo_cost.KINDS, mesh axis)."""
     import jax
     import jax.numpy as jnp
     from jax import lax

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from mtnlg_jax.ahead import topology
-from mtnlg_jax.ahead.topology import GPUS, Topology, card, check_installed, environment, mesh_over, parse
 from mtnlg_jax.config import MeshConfig
+from mtnlg_jax.planning import topology
+from mtnlg_jax.planning.topology import GPUS, Topology, card, check_installed, environment, mesh_over, parse
 
 
 @pytest.mark.parametrize(("text", "topology", "chips", "platform"), [
@@ -109,7 +109,7 @@ import json, os, re, sys
 import jax
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec as P
-from mtnlg_jax.ahead.topology import devices, mesh_over, parse
+from mtnlg_jax.planning.topology import devices, mesh_over, parse
 from mtnlg_jax.config import MeshConfig
 
 for text, data, tensor in json.loads(sys.argv[1]):

@@ -2,10 +2,10 @@
 
 import math
 
-from mtnlg_jax.ahead.measure import Measurement
-from mtnlg_jax.ahead.topology import GIB, GPUS
 from mtnlg_jax.config import Config
 from mtnlg_jax.decode.generate import CHUNK
+from mtnlg_jax.planning.aot import Measurement
+from mtnlg_jax.planning.topology import GIB, GPUS
 
 _INDENT = " " * 13
 

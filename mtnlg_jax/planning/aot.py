@@ -1,7 +1,7 @@
 """One step compiled for a described topology, and what the compiler says of it.
 
 The compiler runs in a process of its own: it may abort, and libtpu wants an environment that nothing else should
-see. This module is both ends: ``measure`` starts ``python -m mtnlg_jax.ahead.measure``."""
+see. This module is both ends: ``measure`` starts ``python -m mtnlg_jax.planning.aot``."""
 
 import dataclasses
 import json
@@ -15,9 +15,9 @@ import tempfile
 import time
 
 from mtnlg_jax import xla_flags
-from mtnlg_jax.ahead import topology as described
 from mtnlg_jax.config import Config, from_json, to_json
-from mtnlg_jax.parallel import hlo, hlo_cost
+from mtnlg_jax.planning import hlo, hlo_cost
+from mtnlg_jax.planning import topology as described
 
 SUSPECTS = 8
 
@@ -95,7 +95,7 @@ def measure(config: Config, topology: described.Topology, step: str = "train", t
         request = {"config": to_json(config), "topology": str(topology), "step": step, "target_config": target_config,
                    "memory": memory, "text": text and os.path.abspath(text), "answer": answer,
                    "flags": environment[variable].split(), "flags_left_out": choice.left_out}
-        done = subprocess.run([sys.executable, "-m", "mtnlg_jax.ahead.measure"], input=json.dumps(request),
+        done = subprocess.run([sys.executable, "-m", "mtnlg_jax.planning.aot"], input=json.dumps(request),
                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace",
                               env=environment)
         if os.path.exists(answer):
@@ -162,7 +162,7 @@ def _compile(config: Config, topology: described.Topology, step: str, target_con
     import jax
 
     from mtnlg_jax import compat
-    from mtnlg_jax.ahead import steps
+    from mtnlg_jax.planning import steps
     from mtnlg_jax.train.step import micro_batch_shape
 
     devices = described.devices(topology, target_config)

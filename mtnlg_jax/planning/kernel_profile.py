@@ -1,7 +1,7 @@
 """Attention compiled alone for a described chip: does it compile, and what does the compiler say of its kernels?
 
-As in ``measure``, the compiler runs in a process of its own, ``python -m mtnlg_jax.ahead.kernels``; one that dies over
-a call is started again with the next."""
+As in ``aot.measure``, the compiler runs in a process of its own: ``python -m mtnlg_jax.planning.kernel_profile``.
+A process that dies over a call is started again with the next call."""
 
 import contextlib
 import dataclasses
@@ -13,8 +13,8 @@ import sys
 import tempfile
 from collections.abc import Sequence
 
-from mtnlg_jax.ahead import topology as described
-from mtnlg_jax.ahead.measure import last_words
+from mtnlg_jax.planning import topology as described
+from mtnlg_jax.planning.aot import last_words
 
 # libtpu's own model of a program gives each kernel its cycles only where it is told to write them to a folder.
 _PROFILE = "--xla_jf_dump_static_llo_profile_to="
@@ -65,8 +65,9 @@ def compile_calls(topology: described.Topology, calls: Sequence[Call], estimate:
             environment["MOSAIC_GPU_DUMP_PTXAS"] = "1"
             if estimate:
                 environment["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {_PROFILE}{folder}".strip()
-            done = subprocess.run([sys.executable, "-m", "mtnlg_jax.ahead.kernels"], input=json.dumps(request),
-                                  capture_output=True, text=True, errors="replace", env=environment)
+            argv = [sys.executable, "-m", "mtnlg_jax.planning.kernel_profile"]
+            done = subprocess.run(argv, input=json.dumps(request), capture_output=True, text=True, errors="replace",
+                                  env=environment)
             lines = open(answer, encoding="utf-8").read().splitlines() if os.path.exists(answer) else []
             results += [_read(line) for line in lines if line.endswith("}")]
             if done.returncode and len(results) < len(calls):

@@ -5,9 +5,9 @@ import math
 import pytest
 
 from mtnlg_jax import xla_flags
-from mtnlg_jax.ahead.probe import lower, sizes_of
-from mtnlg_jax.ahead.topology import parse
 from mtnlg_jax.config import MeshConfig
+from mtnlg_jax.planning.probe import lower, sizes_of
+from mtnlg_jax.planning.topology import parse
 
 # Of each kind, its name in a program that is not compiled yet.
 WRITTEN = {"all-gather": "all_gather", "reduce-scatter": "reduce_scatter", "all-reduce": "all_reduce",

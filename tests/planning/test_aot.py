@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import pytest
 
 from mtnlg_jax import xla_flags
-from mtnlg_jax.ahead import measure as measuring
-from mtnlg_jax.ahead.measure import Measurement, measure
-from mtnlg_jax.ahead.topology import check_installed, parse
 from mtnlg_jax.config import load_config
+from mtnlg_jax.planning import aot
+from mtnlg_jax.planning.aot import Measurement, measure
+from mtnlg_jax.planning.topology import check_installed, parse
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["--config=configs/tiny.py", "--set=model.vocab_size=512", "--set=mesh.tensor=2"]
@@ -91,7 +91,7 @@ def test_what_cannot_be_compiled_is_one_line():
 def test_a_compiler_that_aborts_is_a_measurement(monkeypatch):
     def dies(command, input, env, **_):
         started = Measurement("cpu:8", 8, {"data": 8}, "train", 1, "jaxlib", None, failure="unfinished")
-        Path(json.loads(input)["answer"]).write_text(measuring.to_text(started))
+        Path(json.loads(input)["answer"]).write_text(aot.to_text(started))
         return SimpleNamespace(returncode=-6, stderr="W chatter\nF0101 thunk.cc:59 Check failed: 1 vs 2\nat 0x1\n")
 
     monkeypatch.setattr(subprocess, "run", dies)
@@ -117,10 +117,10 @@ def test_a_step_is_compiled_with_the_flags_that_its_run_sets(topology, variable,
         compiled.append(env[variable])
         told = Measurement(topology, 8, {"data": 8}, step, 1, "libtpu", None)
         told.flags, told.flags_left_out = request["flags"], request["flags_left_out"]
-        Path(request["answer"]).write_text(measuring.to_text(told))
+        Path(request["answer"]).write_text(aot.to_text(told))
         return SimpleNamespace(returncode=0, stderr="")
 
-    monkeypatch.setattr(measuring.described, "check_installed", lambda topology: None)
+    monkeypatch.setattr(aot.described, "check_installed", lambda topology: None)
     monkeypatch.setattr(xla_flags, "choose", chosen)
     monkeypatch.setattr(subprocess, "run", runs)
     monkeypatch.setenv(variable, "--xla_mine=2")
@@ -135,7 +135,7 @@ def test_a_step_is_compiled_with_the_flags_that_its_run_sets(topology, variable,
     (2**63 / 1.75e9, None),
 ])
 def test_an_estimate_that_stands_for_none_is_none(said, believed):
-    assert measuring._believable(said) == believed
+    assert aot._believable(said) == believed
 
 
 def test_a_process_that_does_not_begin_is_an_error(monkeypatch):
@@ -150,11 +150,11 @@ def test_a_process_that_does_not_begin_is_an_error(monkeypatch):
     ("INTERNAL: something else", None),
 ])
 def test_what_the_compiler_says_is_needed(words, needed):
-    assert measuring._needed(words) == needed
+    assert aot._needed(words) == needed
 
 
 def test_a_description_that_cannot_serve_is_refused(monkeypatch):
-    monkeypatch.setattr(measuring.described, "check_installed", lambda topology: None)
+    monkeypatch.setattr(aot.described, "check_installed", lambda topology: None)
     with pytest.raises(FileNotFoundError, match="--target_config=nowhere is not a file"):
         measure(config(), parse("H100:1x8"), target_config="nowhere")
     with pytest.raises(ValueError, match="--target_config=x describes a GPU, and cpu:8 has none"):

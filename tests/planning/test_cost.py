@@ -19,10 +19,10 @@ from mtnlg_jax.config import (
     load_config,
     override,
 )
+from mtnlg_jax.hardware import CHIPS
 from mtnlg_jax.model.transformer import RECOMPUTE, abstract_model
-from mtnlg_jax.parallel.cost import CIRCULAR_COPIES, POLICIES, Job, Layout, layout_of, padded_size
-from mtnlg_jax.parallel.hardware import CHIPS
 from mtnlg_jax.parallel.mesh import make_mesh
+from mtnlg_jax.planning.cost import CIRCULAR_COPIES, POLICIES, Job, Layout, layout_of, padded_size
 from mtnlg_jax.train.step import BATCH_KEYS, abstract_state, make_loss_and_gradients
 
 ROOT = Path(__file__).resolve().parents[2]

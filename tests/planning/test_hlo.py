@@ -12,9 +12,9 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mtnlg_jax.ahead.topology import check_installed, environment, parse
-from mtnlg_jax.parallel.hlo import Program, arguments_of, bytes_of, largest, padded_bytes
-from mtnlg_jax.parallel.hlo_cost import Kernel, cost_of, groups_of, trips_of
+from mtnlg_jax.planning.hlo import Program, arguments_of, bytes_of, largest, padded_bytes
+from mtnlg_jax.planning.hlo_cost import Kernel, cost_of, groups_of, trips_of
+from mtnlg_jax.planning.topology import check_installed, environment, parse
 
 MESH = {"a": 2, "b": 4}
 
@@ -384,9 +384,9 @@ _COLLECTIVE_PRODUCT = """
 import json
 import jax
 from jax.sharding import NamedSharding, PartitionSpec as P
-from mtnlg_jax.ahead.topology import devices, mesh_over, parse
+from mtnlg_jax.planning.topology import devices, mesh_over, parse
 from mtnlg_jax.config import MeshConfig
-from mtnlg_jax.parallel import hlo, hlo_cost
+from mtnlg_jax.planning import hlo, hlo_cost
 
 described = parse("v5p:2x2x2")
 mesh = mesh_over(MeshConfig(pipe=1, data=1, tensor=8), described, devices(described))

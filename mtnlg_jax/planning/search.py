@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 
 from mtnlg_jax.config import Config, divisors, validate, validate_batch
-from mtnlg_jax.parallel.cost import POLICIES, Estimate, Job, Layout
+from mtnlg_jax.planning.cost import POLICIES, Estimate, Job, Layout
 
 
 def with_layout(config: Config, layout: Layout) -> Config:
