@@ -47,14 +47,14 @@ def main() -> int:
     import jax
 
     from mtnlg_jax import compat, storage
-    from mtnlg_jax.model.kernels import support
+    from mtnlg_jax.model.kernels import select
 
     card = jax.default_backend() == "gpu"
     if not card and not args.small:
         print("error: there is no GPU here (JAX sees "
               f"{jax.default_backend()}); --small tries the script without one", file=sys.stderr)
         return 2
-    ours = support.device() in ("H100", "H200")
+    ours = select.device() in ("H100", "H200")
     interpreted = contextlib.nullcontext() if card else compat.interpreted()
     with interpreted:
         parity = [check(case, dtype) for case in (PARITY[1:2] if args.small else PARITY)
@@ -85,7 +85,7 @@ def main() -> int:
             print(f"decode H={row['width']} S={row['keys']} B={row['rows']} {row['cache']}: {row['gb_s']} GB/s, "
                   f"{row['of_copy']} of a copy", flush=True)
     if not args.small:
-        path = Path(args.output or Path(__file__).parent / "results" / f"attention_{support.device()}.json")
+        path = Path(args.output or Path(__file__).parent / "results" / f"attention_{select.device()}.json")
         storage.write_file(path.parent, path.name, (json.dumps(result, indent=1) + "\n").encode())
         print(f"written to {path}")
     return 1 if any(row["failure"] for row in parity) else 0

@@ -198,9 +198,9 @@ def attempt(row: dict, call) -> None:
 
 
 def has_our_kernels() -> bool:
-    from mtnlg_jax.model.kernels import support
+    from mtnlg_jax.model.kernels import select
 
-    return support.device() in ("H100", "H200")
+    return select.device() in ("H100", "H200")
 
 
 def parity(small: bool) -> None:
@@ -347,11 +347,11 @@ def of_step(sizes: dict, rows: int, seconds: float) -> dict:
     from mtnlg_jax import compat
     from mtnlg_jax.config import ModelConfig
     from mtnlg_jax.hardware import CHIPS, flops_per_token
-    from mtnlg_jax.model.kernels import support
+    from mtnlg_jax.model.kernels import select
 
     tokens = rows * sizes["max_position_embeddings"]
     flops = tokens * flops_per_token(ModelConfig(**sizes), sizes["max_position_embeddings"]) / seconds
-    peak = CHIPS[support.device()].flops if support.device() in CHIPS and compat.platform() == "gpu" else None
+    peak = CHIPS[select.device()].flops if select.device() in CHIPS and compat.platform() == "gpu" else None
     return {"rows": rows, "milliseconds": 1e3 * seconds, "tokens_per_second": tokens / seconds, "tflops": flops / 1e12,
             "mfu": peak and flops / peak}
 

@@ -85,10 +85,11 @@ def digest_of(documents) -> str:
 def tokenize_ours(args):
     import numpy as np
 
-    from mtnlg_jax.data.convert import documents_of
-    from mtnlg_jax.data.documents import read_documents
+    from mtnlg_jax.data.read.documents import read_documents
+    from mtnlg_jax.data.store.convert import documents_of
+    from mtnlg_jax.data.store.sources import open_tokens
+    from mtnlg_jax.data.store.tokens import TokenWriter
     from mtnlg_jax.data.tokenizer import load_tokenizer
-    from mtnlg_jax.data.tokens import TokenWriter, open_tokens
 
     tokenizer = load_tokenizer(args.tokenizer)
     tokenizer.encode_batch([" the" * 100_000])  # builds what it builds once
@@ -150,7 +151,7 @@ def encode_line(line):
 
 
 def minhash_ours(args):
-    from mtnlg_jax.data.dedup import MinHashConfig, signatures
+    from mtnlg_jax.data.filter.dedup import MinHashConfig, signatures
 
     texts = [json.loads(line)["text"] for line in lines_of(args)]
     signatures(texts[:2], MinHashConfig())
@@ -183,8 +184,9 @@ def make_sources(args) -> None:
     """Token arrays, and .bin/.idx of them. Lengths of documents are log-normal around 400 tokens."""
     import numpy as np
 
-    from mtnlg_jax.data.megatron import write_megatron
-    from mtnlg_jax.data.tokens import TokenWriter, open_tokens
+    from mtnlg_jax.data.store.megatron import write_megatron
+    from mtnlg_jax.data.store.sources import open_tokens
+    from mtnlg_jax.data.store.tokens import TokenWriter
 
     for number in range(args.sources):
         rng, place = np.random.default_rng(number), f"{args.folder}/source-{number}"
@@ -229,7 +231,7 @@ def load_ours(args, suffix=""):
     import numpy as np
 
     from mtnlg_jax.data.batches import Batches
-    from mtnlg_jax.data.tokens import open_tokens
+    from mtnlg_jax.data.store.sources import open_tokens
 
     def opening():
         sources = [open_tokens(f"{args.folder}/source-{number}{suffix}") for number in range(args.sources)]
@@ -331,7 +333,7 @@ def write_text(args) -> int:
     """text.jsonl: documents of the folder, long ones in parts, in an order that mixes them. Returns its UTF-8 bytes."""
     import random
 
-    from mtnlg_jax.data.documents import read_documents
+    from mtnlg_jax.data.read.documents import read_documents
 
     texts = []
     for document in read_documents(args.text, on_error="skip"):

@@ -21,7 +21,7 @@ _OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace what is at --to, onc
 
 
 def main() -> None:
-    from mtnlg_jax.data.convert import convert
+    from mtnlg_jax.data.store.convert import convert
 
     print(convert(_FROM.value, _TO.value, _TOKENIZER.value, _HELDOUT.value, _OVERWRITE.value))
 

@@ -87,7 +87,7 @@ def main() -> None:
 
 def _texts() -> tuple[list[str], dict[str, int]]:
     """The documents, and counts of what was left out or repaired where anything was."""
-    from mtnlg_jax.data.documents import ReadReport, note_lines, read_documents, read_stream
+    from mtnlg_jax.data.read.documents import ReadReport, note_lines, read_documents, read_stream
 
     report = ReadReport()
     given = {"on_error": _ON_ERROR.value, "report": report, "encoding": _ENCODING.value}

@@ -395,7 +395,8 @@ def _check_output() -> None:
 
 def _answer_all(decoder, tokenizer, rows: list[dict], decode, ranking) -> None:
     """A JSON line for each row, written as soon as it is known."""
-    from mtnlg_jax.decode.generate import check_context, encode_prompt, generate
+    from mtnlg_jax.decode.generate import generate
+    from mtnlg_jax.decode.results import check_context, encode_prompt
 
     for number, row in enumerate(rows, 1):
         with _named(number, len(rows), 0):
@@ -436,7 +437,8 @@ def _named(number: int, count: int, done: int):
 
 
 def _generate(decoder, tokenizer, prompt, decode) -> dict:
-    from mtnlg_jax.decode.generate import encode_prompt, generate
+    from mtnlg_jax.decode.generate import generate
+    from mtnlg_jax.decode.results import encode_prompt
 
     draft = _draft(tokenizer)
     stream = sys.stdout.isatty() if _STREAM.value is None else _STREAM.value
@@ -485,7 +487,7 @@ def _draft(tokenizer):
 
 
 def _stats(decoder, tokenizer, prompt, results, decode, seconds) -> dict:
-    from mtnlg_jax.decode.generate import encode_prompt
+    from mtnlg_jax.decode.results import encode_prompt
     from mtnlg_jax.decode.roofline import copy_bandwidth, roofline
 
     tokens, guessed = sum(len(result.tokens) for result in results), sum(result.guessed for result in results)
@@ -558,7 +560,7 @@ def _print_table(rows: list[list[str]], left: set[str]) -> None:
 
 
 def _fill(decoder, tokenizer, prompt, _) -> dict:
-    from mtnlg_jax.decode.fill import fill
+    from mtnlg_jax.decode.infill import fill
 
     filled = fill(decoder, tokenizer, prompt, _GUESSES.value)
     if not (_JSON.value or _PROMPTS.value):

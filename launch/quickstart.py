@@ -82,8 +82,8 @@ def samples(decoder, tokenizer, data) -> None:
     import dataclasses
 
     from mtnlg_jax.config import DecodeConfig
-    from mtnlg_jax.decode.fill import fill
     from mtnlg_jax.decode.generate import generate
+    from mtnlg_jax.decode.infill import fill
     from mtnlg_jax.decode.rank import rank
 
     text = held_out_text(data, limit=4000)
@@ -124,7 +124,7 @@ def baselines(data) -> tuple[float, float]:
     """Bits per byte of the held-out text under a unigram model of the training tokens, and under xz -9e."""
     import numpy as np
 
-    from mtnlg_jax.data.tokens import open_tokens
+    from mtnlg_jax.data.store.sources import open_tokens
 
     held_out = data.held_out[0][0]
     train = open_tokens(os.path.join(_WORKDIR.value, "data", "train"))

@@ -296,8 +296,8 @@ def _perform(task, rows, given, on_answer=lambda index, answer: None):
 
 
 def _rows(task, path: str, limit: int | None, notes: list[str] | None = None) -> list:
+    from mtnlg_jax.tasks.examples import read_rows
     from mtnlg_jax.tasks.prompts import split_last_word
-    from mtnlg_jax.tasks.rows import read_rows
 
     needs = ("input",) if _LAST_WORD.value else ("input", "reference")
     columns = _assignments("columns", _COLUMNS.value)

@@ -32,19 +32,19 @@ def main() -> None:
     lengths, widths = _numbers("lengths", _LENGTHS.value), _numbers("widths", _WIDTHS.value)
 
     from mtnlg_jax import compat
-    from mtnlg_jax.model.kernels import blocks, support, tune
+    from mtnlg_jax.model.kernels import blocks, select, tune
     from mtnlg_jax.storage import write_file
 
     compat.quiet()
     cpu = compat.platform() == "cpu"
     dtypes = _DTYPES.value or (["float32"] if cpu else ["bfloat16"])
     for dtype in dtypes:
-        if dtype not in support.FLOATS:
-            raise ValueError(f"--dtypes: {dtype!r} is not known; choose of {', '.join(support.FLOATS)}")
-    here = [name for name in support.SUPPORT if any(name in tune.impls_here(dtype) for dtype in dtypes)]
+        if dtype not in select.FLOATS:
+            raise ValueError(f"--dtypes: {dtype!r} is not known; choose of {', '.join(select.FLOATS)}")
+    here = [name for name in select.SUPPORT if any(name in tune.impls_here(dtype) for dtype in dtypes)]
     for name in _IMPLS.value or []:
         if name not in here:
-            raise ValueError(f"--impls: {name!r} does not run on {support.device()} in {', '.join(dtypes)}; "
+            raise ValueError(f"--impls: {name!r} does not run on {select.device()} in {', '.join(dtypes)}; "
                              f"choose of {', '.join(here)}")
     path = Path(_TABLE.value or str(blocks.TABLE))
     rows = _read(path)

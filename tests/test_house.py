@@ -1,6 +1,7 @@
 """The house rules: what may import what, what lies where, and that the pinned versions cover setup.py."""
 
 import ast
+import graphlib
 import re
 import shutil
 import subprocess
@@ -81,14 +82,14 @@ def test_imports_flow_one_way():
     ("where", "line"),
     [
         ("config.py", "import mtnlg_jax.model.attention"),
-        ("data/clean.py", "from mtnlg_jax.train import loop"),
+        ("data/filter/clean.py", "from mtnlg_jax.train import loop"),
         ("parallel/mesh.py", "from mtnlg_jax import model"),
-        ("parallel/mesh.py", "from . import pipeline"),
+        ("storage.py", "from . import config"),
         ("parallel/pipeline.py", "from mtnlg_jax.model.context_attention import ring"),
-        ("model/kernels/flash_tpu.py", "from ...train.step import step"),
+        ("model/kernels/tpu/flash.py", "from ....train.step import step"),
         ("model/transformer.py", "def late():\n    from mtnlg_jax.decode.cache import Cache"),
         ("evaluate/cloze.py", "import configs.tiny"),
-        ("parallel/__init__.py", "from mtnlg_jax.parallel.mesh import make_mesh"),
+        ("__init__.py", "from mtnlg_jax.parallel.mesh import make_mesh"),
         ("attic.py", ""),
         ("decode/cache.py", "from mtnlg_jax.attic import old"),
     ],
@@ -107,7 +108,7 @@ def test_a_planted_import_is_found(tmp_path, where, line):
         ("model/attention.py", "from .kernels import flash_tpu"),
         ("parallel/pipeline.py", "from .mesh import spec_of"),
         ("train/loop.py", "from mtnlg_jax import __version__, compat, config"),
-        ("data/tokens.py", "import numpy\nfrom mtnlg_jax.data.tokenizer import load"),
+        ("data/store/tokens.py", "import numpy\nfrom mtnlg_jax.data.tokenizer import load"),
     ],
 )
 def test_an_import_downwards_is_free(tmp_path, where, line):
@@ -117,10 +118,50 @@ def test_an_import_downwards_is_free(tmp_path, where, line):
     assert _violations(tmp_path / "mtnlg_jax") == []
 
 
+def _circle(package: Path) -> list[str]:
+    """Files of which each imports the next and the last the first, also by imports inside functions; [] for none."""
+    graph = {}
+    for path in package.rglob("*.py"):
+        module = ".".join([package.name, *path.relative_to(package).with_suffix("").parts]).removesuffix(".__init__")
+        graph[module] = path
+    imported = {
+        module: {name for _, found in _imports(path, module) for name in (found, found.rpartition(".")[0])} & set(graph)
+        for module, path in graph.items()
+    }
+    try:
+        list(graphlib.TopologicalSorter({name: found - {name} for name, found in imported.items()}).static_order())
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_no_files_import_each_other():
+    assert _circle(ROOT / "mtnlg_jax") == []
+
+
+@pytest.mark.parametrize("line", [
+    "from mtnlg_jax.data.b import f",
+    "from mtnlg_jax.data import b",
+    "from . import b",
+    "def late():\n    from mtnlg_jax.data import b",
+    "import mtnlg_jax.data.c",
+])
+def test_a_planted_circle_is_found(tmp_path, line):
+    folder = tmp_path / "mtnlg_jax" / "data"
+    folder.mkdir(parents=True)
+    (folder / "a.py").write_text(line + "\n")
+    (folder / "b.py").write_text("from mtnlg_jax.data.c import g\n")
+    (folder / "c.py").write_text("")
+    assert _circle(tmp_path / "mtnlg_jax") == []
+    (folder / "c.py").write_text("from mtnlg_jax.data import a\n")
+    assert len(_circle(tmp_path / "mtnlg_jax")) >= 3
+
+
 def test_the_data_room_does_without_jax():
     modules = []
-    for path in sorted((ROOT / "mtnlg_jax/data").glob("*.py")):
-        modules.append(f"mtnlg_jax.data.{path.stem}".removesuffix(".__init__"))
+    for path in sorted((ROOT / "mtnlg_jax/data").rglob("*.py")):
+        inside = path.relative_to(ROOT).with_suffix("")
+        modules.append(".".join(inside.parts).removesuffix(".__init__"))
         heads = {name.split(".")[0] for _, name in _imports(path, modules[-1])}
         assert not heads & {"jax", "jaxlib", "flax", "optax", "orbax"}, path.name
     # What a module imports may import JAX in turn, so a fresh process looks at the result.

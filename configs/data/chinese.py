@@ -6,9 +6,9 @@ python launch/pretrain.py --config=configs/small.py --set=data.path=OUT --workdi
 Source: chosen here; the paper's text is English.
 """
 
-from mtnlg_jax.data.clean import CleanConfig
-from mtnlg_jax.data.decontaminate import Decontamination
-from mtnlg_jax.data.quality import ClassifierConfig
+from mtnlg_jax.data.filter.clean import CleanConfig
+from mtnlg_jax.data.filter.decontaminate import Decontamination
+from mtnlg_jax.data.filter.quality import ClassifierConfig
 from mtnlg_jax.data.recipe.settings import DecontaminationConfig, QualityConfig, Recipe
 
 

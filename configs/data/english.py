@@ -5,10 +5,10 @@ python launch/pretrain.py --config=configs/small.py --set=data.path=OUT --workdi
 
 Each folder of FOLDER becomes a source, weighted by its tokens. Sources: arXiv 2201.11990 and its team's scripts (tools/
 openwebtext of Megatron-LM) for minimum length, shingles, hashes, bands and n-grams; the other limits are named
-where they are defined (mtnlg_jax/data/clean.py).
+where they are defined (mtnlg_jax/data/filter/clean.py).
 """
 
-from mtnlg_jax.data.clean import CleanConfig
+from mtnlg_jax.data.filter.clean import CleanConfig
 from mtnlg_jax.data.recipe.settings import Recipe
 
 

@@ -6,8 +6,8 @@ python launch/pretrain.py --config=configs/small.py --set=data.path=OUT --workdi
 Source: chosen here.
 """
 
-from mtnlg_jax.data.clean import CleanConfig
-from mtnlg_jax.data.decontaminate import Decontamination
+from mtnlg_jax.data.filter.clean import CleanConfig
+from mtnlg_jax.data.filter.decontaminate import Decontamination
 from mtnlg_jax.data.recipe.settings import DecontaminationConfig, Recipe, Source
 
 

@@ -12,7 +12,7 @@ Source: arXiv 2201.11990, table 2, for the weights; section 3.1 for the 270 bill
 duplicates the copy in a curated source stays rather than the one in a crawl.
 """
 
-from mtnlg_jax.data.clean import CleanConfig
+from mtnlg_jax.data.filter.clean import CleanConfig
 from mtnlg_jax.data.mtnlg_blend import CRAWLS, TECHNICAL, WEIGHTS
 from mtnlg_jax.data.recipe.settings import TECHNICAL_TEXT, Recipe, Source
 

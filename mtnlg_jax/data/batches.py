@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mtnlg_jax.data.tokens import Tokens
+from mtnlg_jax.data.store.tokens import Tokens
 
 # Part of what a run is: 2, since a source's windows come in the order of its samples; 1 drew blocks of 1024 of them
 # in any order, which in a small source repeated some windows within an epoch and left others out.

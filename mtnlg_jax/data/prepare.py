@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from mtnlg_jax import storage
 from mtnlg_jax.data.batches import permute
-from mtnlg_jax.data.documents import Document, ReadReport, note_lines, read_documents
-from mtnlg_jax.data.embedded import embedded_documents
-from mtnlg_jax.data.pairs import pair_maker
+from mtnlg_jax.data.read.builtin_corpus import embedded_documents
+from mtnlg_jax.data.read.documents import Document, ReadReport, note_lines, read_documents
+from mtnlg_jax.data.read.pairs import pair_maker
+from mtnlg_jax.data.store.tokens import TokenWriter, token_dtype
 from mtnlg_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer, train_tokenizer
-from mtnlg_jax.data.tokens import TokenWriter, token_dtype
 
 # From this many documents on, whole ones are held out; of fewer, the end of each.
 _MANY_DOCUMENTS = 100
@@ -37,7 +37,7 @@ def prepare(input_path: str | os.PathLike | None, output: str | os.PathLike, *, 
             tokenizer: str = "bpe", heldout: float = 0.02, seed: int = 0, text_key: str = "text",
             prompt: str = "{prompt}", answer: str | None = None, on_error: str = "raise", encoding: str = "",
             overwrite: bool = False, progress: bool = True) -> dict:
-    """Turn text into a folder to train from, laid out as `mtnlg_jax.data.tokens` says, and return its report.
+    """Turn text into a folder to train from, laid out as `mtnlg_jax.data.store.tokens` says, and return its report.
 
     ``input_path`` is for `read_documents`; None stands for the embedded text. ``tokenizer`` is "bpe" or
     "unigram", trained on the training part with ``vocab_size``, or the path of one that exists. ``heldout``

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from mtnlg_jax.config import ModelConfig
-from mtnlg_jax.decode.weights import RowWeight, on_cpu, quantise, rows_of
+from mtnlg_jax.decode.quantized import RowWeight, on_cpu, quantise, rows_of
 from mtnlg_jax.model.attention import attention, decode_attention, merge
 from mtnlg_jax.model.transformer import abstract_model
 
@@ -63,7 +63,7 @@ def unstack(config: ModelConfig, params, dtype="float32", *, weights: str | None
       cache: None, or "int8": of what rows (not beams) are written behind, with a scale for each token and head.
     """
     dtype = check_held(dtype, weights, cache)
-    params = _unstack(params, config=config, dtype=dtype, weights=weights, rows=by_rows())
+    params = unstack_params(params, config=config, dtype=dtype, weights=weights, rows=by_rows())
     return Decoder(config, params, cache == "int8")
 
 
@@ -86,7 +86,7 @@ def split_abstract(config: ModelConfig) -> tuple[nnx.State, nnx.State]:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "weights", "rows"))
-def _unstack(params, *, config, dtype, weights=None, rows=False):
+def unstack_params(params, *, config, dtype, weights=None, rows=False):
     """``rows``: floats, too, as RowWeights; a mesh splits arrays alone, by their names."""
     int8 = weights == "int8"
     graph = abstract_model(config)[0]
@@ -120,11 +120,11 @@ def by_rows() -> bool:
 def run_layers(config: ModelConfig, params, tokens_BS, positions_BS, attend: Callable):
     """(hidden states after the final norm (B, S, D), head (V, D)); ``attend(layer, q, k, v)`` is layer
     ``layer``'s attention over whatever keys there are."""
-    x_BSD, head = _run(config, params, tokens_BS, positions_BS, attend)
+    x_BSD, head = run(config, params, tokens_BS, positions_BS, attend)
     return x_BSD, head.array(x_BSD.dtype) if isinstance(head, RowWeight) else head
 
 
-def _run(config: ModelConfig, params, tokens_BS, positions_BS, attend: Callable):
+def run(config: ModelConfig, params, tokens_BS, positions_BS, attend: Callable):
     """``run_layers``, with the head as it is held."""
     outer_graph, block_graph = _graphs(config)
     outer, layers = params
@@ -171,11 +171,11 @@ def prefill(decoder: Decoder, prompts: Sequence[Sequence[int]], size: int) -> Pr
     if padded.min() < 0 or padded.max() >= vocabulary:
         bad = padded.min() if padded.min() < 0 else padded.max()
         raise ValueError(f"token {bad} lies outside the model's vocabulary, 0 to {vocabulary - 1}")
-    return _prefill(decoder.params, padded, lengths, config=decoder.config, size=size)
+    return prefill_rows(decoder.params, padded, lengths, config=decoder.config, size=size)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "size"))
-def _prefill(params, tokens_BS, lengths_B, *, config, size):
+def prefill_rows(params, tokens_BS, lengths_B, *, config, size):
     positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1]), tokens_BS.shape)
     more = size - tokens_BS.shape[1]
     cache = []
@@ -184,9 +184,9 @@ def _prefill(params, tokens_BS, lengths_B, *, config, size):
         cache.append(tuple(jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, more), (0, 0))) for x in (k, v)))
         return attention(q, k, v, impl=config.attention_impl)
 
-    x_BSD, head = _run(config, params, tokens_BS, positions_BS, attend)
+    x_BSD, head = run(config, params, tokens_BS, positions_BS, attend)
     last_BD = jnp.take_along_axis(x_BSD, (lengths_B - 1)[:, None, None], 1)[:, 0]
-    return Prefix(jnp.pad(tokens_BS, ((0, 0), (0, more))), lengths_B, _logits(last_BD, head), tuple(cache))
+    return Prefix(jnp.pad(tokens_BS, ((0, 0), (0, more))), lengths_B, logits_of(last_BD, head), tuple(cache))
 
 
 def step(config: ModelConfig, params, cache, tokens_B, positions_B):
@@ -197,8 +197,8 @@ def step(config: ModelConfig, params, cache, tokens_B, positions_B):
         written.append(_write(cache[layer], k, v, positions_B[:, None]))
         return _look(q[:, 0], written[-1], positions_B + 1)[:, None]
 
-    x_BSD, head = _run(config, params, tokens_B[:, None], positions_B[:, None], attend)
-    return _logits(x_BSD[:, 0], head), tuple(written)
+    x_BSD, head = run(config, params, tokens_B[:, None], positions_B[:, None], attend)
+    return logits_of(x_BSD[:, 0], head), tuple(written)
 
 
 def read(config: ModelConfig, params, cache, tokens_BT, starts_B):
@@ -224,88 +224,8 @@ def read(config: ModelConfig, params, cache, tokens_BT, starts_B):
         return merge(o_old, lse_old, o_own, lse_own.swapaxes(1, 2)).astype(q.dtype)
 
     places_BT = jnp.minimum(positions_BT, config.max_position_embeddings - 1)
-    x_BTD, head = _run(config, params, tokens_BT, places_BT, attend)
-    return _logits(x_BTD, head), tuple(written)
-
-
-class BeamCache(NamedTuple):
-    """What beams wrote, which stays where it was written: a beam that goes on from another looks at other places."""
-
-    layers: tuple[tuple[jax.Array, jax.Array], ...]  # (G*P, heads, T*K, H): of each new token all K beams of a group
-    writers_GPKT: jax.Array  # which of the K wrote the token that a beam has at T; -1: none yet
-
-
-def next_logits(config: ModelConfig, params, prefix: Prefix, cache: BeamCache, sources_GPK, tokens_GPKW, written):
-    """What follows the ``written`` new tokens of each beam: behind none, what follows the prompt; else by
-    ``step_beams``, with the last of them. Within one program, since what chooses among logits takes long to compile."""
-    shape = sources_GPK.shape
-
-    def first(cache):
-        logits_PV = prefix.logits_BV
-        return jnp.broadcast_to(logits_PV[None, :, None], (*shape, logits_PV.shape[-1])), cache
-
-    def later(cache):
-        last_GPK1 = jnp.broadcast_to((prefix.lengths_B + written - 1)[None, :, None], shape)[..., None]
-        tokens_GPK = jnp.take_along_axis(tokens_GPKW, last_GPK1, -1)[..., 0]
-        return step_beams(config, params, prefix.cache, prefix.lengths_B, cache, sources_GPK, tokens_GPK, written - 1)
-
-    return jax.lax.cond(written == 0, first, later, cache)
-
-
-def step_beams(config: ModelConfig, params, prompt_cache, prompts_P, cache: BeamCache, sources_GPK, tokens_GPK, read):
-    """Reads one token a beam behind prompts that all their beams share.
-
-    Args:
-      prompt_cache, prompts_P: the cache of P prompts and their lengths; not copied.
-      cache: of the new tokens alone, of G groups of K beams for every prompt. Nothing in it is moved either: a beam
-        attends to what all K wrote, and sees of it its own line.
-      sources_GPK: the beam, 0 to K - 1, that each beam goes on from.
-      read: new tokens read so far, the same for all beams.
-    Returns: float32 logits of the next (G, P, K, V), the cache with the tokens.
-    """
-    groups, prompts, beams = tokens_GPK.shape
-    rows = groups * prompts * beams
-    writers_GPKT = jnp.take_along_axis(cache.writers_GPKT, sources_GPK[..., None], 2)
-    writers_GPKT = writers_GPKT.at[..., read].set(jnp.arange(beams))
-    seen_GPKTK = writers_GPKT[..., None] == jnp.arange(beams)
-    bias = jnp.where(seen_GPKTK, 0.0, -jnp.inf).reshape(groups * prompts, 1, beams, -1)
-    positions_R = jnp.broadcast_to((prompts_P + read)[:, None], tokens_GPK.shape).reshape(rows)
-    written = []
-
-    def attend(layer, q, k, v):
-        def together(x):  # (G*P, K, heads, H) of one row a beam
-            return x.reshape(groups * prompts, beams, *x.shape[2:])
-
-        own = tuple(jax.lax.dynamic_update_slice(x, together(new).swapaxes(1, 2).astype(x.dtype),
-                                                 (0, 0, read * beams, 0))
-                    for x, new in zip(cache.layers[layer], (k, v), strict=True))
-        written.append(own)
-        o_own, lse_own = attention(together(q), *(x.swapaxes(1, 2) for x in own), causal=False, bias=bias, impl="xla",
-                                   return_lse=True)
-        o_own, lse_own = o_own.reshape(q[:, 0].shape), lse_own.swapaxes(1, 2).reshape(q.shape[0], -1)
-        # Before the shared keys, the beams of a prompt are so many more query heads of one row.
-        shared_k, shared_v = prompt_cache[layer]
-        heads = shared_k.shape[1]
-        shape = groups, prompts, beams, heads, q.shape[2] // heads
-        grouped = q.reshape(*shape, q.shape[-1]).transpose(1, 3, 0, 2, 4, 5)
-        o_shared, lse_shared = decode_attention(grouped.reshape(prompts, -1, q.shape[-1]), shared_k, shared_v,
-                                                prompts_P, return_lse=True)
-        o_shared = o_shared.reshape(grouped.shape).transpose(2, 0, 3, 1, 4, 5).reshape(o_own.shape)
-        lse_shared = lse_shared.reshape(grouped.shape[:-1]).transpose(2, 0, 3, 1, 4).reshape(lse_own.shape)
-        return merge(o_shared, lse_shared, o_own, lse_own).astype(q.dtype)[:, None]
-
-    x_RSD, head = _run(config, params, tokens_GPK.reshape(rows, 1), positions_R[:, None], attend)
-    return _logits(x_RSD[:, 0], head).reshape(*tokens_GPK.shape, -1), BeamCache(tuple(written), writers_GPKT)
-
-
-def empty_beams(prompt_cache, shape: tuple[int, int, int], size: int) -> BeamCache:
-    """A cache for ``size`` new tokens of each of (G, P, K) beams."""
-    groups, prompts, beams = shape
-
-    def empty(x):
-        return jnp.zeros((groups * prompts, x.shape[1], size * beams, x.shape[3]), x.dtype)
-
-    return BeamCache(jax.tree.map(empty, prompt_cache), jnp.full((*shape, size), -1, jnp.int32))
+    x_BTD, head = run(config, params, tokens_BT, places_BT, attend)
+    return logits_of(x_BTD, head), tuple(written)
 
 
 def to_int8(cache):
@@ -341,7 +261,7 @@ def _write(layer, k_BTKH, v_BTKH, positions_BT):
                  for old, x in zip(layer, new, strict=True))
 
 
-def _logits(x, head):
+def logits_of(x, head):
     """float32 logits (..., V) of hidden states (..., D)."""
     if not isinstance(head, RowWeight):
         if not by_rows():

@@ -12,7 +12,7 @@ from flax import nnx
 
 from mtnlg_jax.config import Config, ModelConfig
 from mtnlg_jax.decode.cache import TABLES, Decoder, by_rows, check_held, split_abstract
-from mtnlg_jax.decode.weights import RowWeight, quantise_numpy
+from mtnlg_jax.decode.quantized import RowWeight, quantise_numpy
 from mtnlg_jax.train import lora
 from mtnlg_jax.train.arrays import StoredArrays
 from mtnlg_jax.train.checkpoint import Run, find_run, load_run

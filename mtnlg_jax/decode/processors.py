@@ -7,7 +7,7 @@ penalties OpenAI's API. What is static and what is not: rows.py.
 import jax
 import jax.numpy as jnp
 
-from mtnlg_jax.decode.rows import LAST, Families, Rows, ends_of, matches, rows_and_families, tails
+from mtnlg_jax.decode.batched_settings import LAST, Families, Rows, ends_of, matches, rows_and_families, tails
 
 __all__ = ["Families", "Rows", "choose", "draw", "process", "rows_and_families", "warp"]
 

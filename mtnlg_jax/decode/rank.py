@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from mtnlg_jax.config import DecodeConfig, StageConfig, validate_decode
+from mtnlg_jax.decode.batched_settings import check_tokens
 from mtnlg_jax.decode.cache import Decoder, capacity, prefill
-from mtnlg_jax.decode.generate import check_context, continue_prefix, encode_prompt
-from mtnlg_jax.decode.rows import check_tokens
+from mtnlg_jax.decode.generate import continue_prefix
+from mtnlg_jax.decode.results import check_context, encode_prompt
 from mtnlg_jax.decode.scorers import NORMALISATIONS, SCORERS, Candidate, Pool, ScorerOptions, check_request, weights_of
 from mtnlg_jax.decode.scoring import score_from, score_rows
 

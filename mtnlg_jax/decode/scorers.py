@@ -16,7 +16,7 @@ import numpy as np
 
 from mtnlg_jax.config import StageConfig
 from mtnlg_jax.decode.cache import Decoder, capacity, prefill
-from mtnlg_jax.decode.generate import check_context, encode_prompt
+from mtnlg_jax.decode.results import check_context, encode_prompt
 from mtnlg_jax.decode.scoring import score, score_masked, score_rows
 
 NORMALISATIONS = ("sum", "per_token", "per_char", "per_byte")

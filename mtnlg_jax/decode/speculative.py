@@ -21,8 +21,9 @@ from jax import lax
 
 from mtnlg_jax.config import DecodeConfig
 from mtnlg_jax.decode.cache import Decoder, Prefix, bucket, prefill, read, step, to_int8
-from mtnlg_jax.decode.generate import CHUNK, Limits, State, append
 from mtnlg_jax.decode.processors import choose, draw, process, warp
+from mtnlg_jax.decode.results import CHUNK
+from mtnlg_jax.decode.sampling import Limits, State, append
 
 # Purposes of a row's draws at one place; a place is decided once, by the tokens before it.
 DRAFT, ACCEPT, INSTEAD = 1, 2, 3

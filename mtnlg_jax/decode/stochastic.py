@@ -15,7 +15,9 @@ import numpy as np
 from jax import lax
 
 from mtnlg_jax.config import DecodeConfig
-from mtnlg_jax.decode.beam import (
+from mtnlg_jax.decode.batched_settings import rows_and_families
+from mtnlg_jax.decode.beam_cache import BeamCache, empty_beams, next_logits
+from mtnlg_jax.decode.beams import (
     EMPTY,
     LENGTH,
     STOP,
@@ -29,10 +31,9 @@ from mtnlg_jax.decode.beam import (
     process_beams,
     take,
 )
-from mtnlg_jax.decode.cache import BeamCache, Decoder, Prefix, bucket, empty_beams, next_logits
-from mtnlg_jax.decode.generate import CHUNK, Generated, writable
+from mtnlg_jax.decode.cache import Decoder, Prefix, bucket
 from mtnlg_jax.decode.processors import warp
-from mtnlg_jax.decode.rows import rows_and_families
+from mtnlg_jax.decode.results import CHUNK, Generated, writable
 
 
 class State(NamedTuple):

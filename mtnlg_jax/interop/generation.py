@@ -3,7 +3,7 @@
 import numpy as np
 
 from mtnlg_jax.config import BEAM_ORDER, SAMPLING_LIMITS, DecodeConfig, validate_decode
-from mtnlg_jax.decode.generate import writable
+from mtnlg_jax.decode.results import writable
 
 # Fields that mean the same here and there.
 _SAME = (

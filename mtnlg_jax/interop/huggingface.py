@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from mtnlg_jax.config import Config, DecodeConfig, ModelConfig, OptimizerConfig, to_json, validate
-from mtnlg_jax.decode.generate import writable
+from mtnlg_jax.decode.results import writable
 from mtnlg_jax.interop import gpt2, vocabulary
 from mtnlg_jax.interop.generation import decode_of
 from mtnlg_jax.interop.shards import Shards, cast, finite, write_shards

@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from mtnlg_jax.model.kernels import blocks as sizes
-from mtnlg_jax.model.kernels import cudnn, xla
+from mtnlg_jax.model.kernels import xla
 from mtnlg_jax.model.kernels.checks import check, check_decode
-from mtnlg_jax.model.kernels.fused import arrays_of, backward, decode, fused, plan_for, split_cache, split_heads
+from mtnlg_jax.model.kernels.dispatch import arrays_of, backward, decode, fused, plan_for, split_cache, split_heads
+from mtnlg_jax.model.kernels.gpu import cudnn
 from mtnlg_jax.model.kernels.mask import Mask
-from mtnlg_jax.model.kernels.support import SUPPORT, Call, call_of, choose, device, explain, options_of
+from mtnlg_jax.model.kernels.select import SUPPORT, Call, call_of, choose, device, explain, options_of
 
 __all__ = ["SUPPORT", "attention", "attention_gradients", "decode_attention", "explain_attention", "mean_key_blocks",
            "merge"]

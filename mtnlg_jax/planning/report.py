@@ -3,7 +3,7 @@
 import math
 
 from mtnlg_jax.config import Config
-from mtnlg_jax.decode.generate import CHUNK
+from mtnlg_jax.decode.results import CHUNK
 from mtnlg_jax.planning.aot import Measurement
 from mtnlg_jax.planning.topology import GIB, GPUS
 

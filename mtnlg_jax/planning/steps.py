@@ -1,5 +1,7 @@
 """The project's steps, traced over arrays that do not exist."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +9,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mtnlg_jax.config import Config, DecodeConfig
-from mtnlg_jax.decode import cache as decoding
-from mtnlg_jax.decode import generate as generating
+from mtnlg_jax.decode import cache, sampling
 from mtnlg_jax.decode.processors import rows_and_families
 from mtnlg_jax.model.attention import mean_key_blocks
 from mtnlg_jax.model.transformer import abstract_model
@@ -44,26 +45,27 @@ def _decode(config: Config, mesh: Mesh, step: str):
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(
             mesh, P(*spec[: x.ndim]))), tree)
 
-    params = jax.eval_shape(lambda params: decoding._unstack(params, config=model, dtype=config.train.compute_dtype),
-                            abstract_model(model)[1])
+    unstack = functools.partial(cache.unstack_params, config=model, dtype=config.train.compute_dtype)
+    params = jax.eval_shape(unstack, abstract_model(model)[1])
     params = jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
                           params, shardings_of(params, mesh, zero=0))
     tokens, lengths = split((jax.ShapeDtypeStruct((rows, length), jnp.int32),
                              jax.ShapeDtypeStruct((rows,), jnp.int32)), "data")
     if step == "prefill":
         with jax.set_mesh(mesh):  # by which kernels split themselves
-            return decoding._prefill.lower(params, tokens, lengths, config=model, size=length)
+            return cache.prefill_rows.lower(params, tokens, lengths, config=model, size=length)
 
-    prefix = jax.eval_shape(lambda *args: decoding._prefill(*args, config=model, size=length), params, tokens, lengths)
+    prefill = functools.partial(cache.prefill_rows, config=model, size=length)
+    prefix = jax.eval_shape(prefill, params, tokens, lengths)
     settings, families = rows_and_families([DecodeConfig()] * rows)
     allowed, whole = np.ones(model.vocab_size, bool), np.arange(rows, dtype=np.int32)
     state, limits = jax.eval_shape(
-        lambda prefix: generating._begin(prefix, whole, whole, whole.astype(np.uint32), settings, allowed,
+        lambda prefix: sampling.begin(prefix, whole, whole, whole.astype(np.uint32), settings, allowed,
                                          families=families, eos=0), prefix)
-    cache = split(state.cache, "data", "tensor")
-    state = split(state._replace(cache=()), "data")._replace(cache=cache)
+    held = split(state.cache, "data", "tensor")
+    state = split(state._replace(cache=()), "data")._replace(cache=held)
     with jax.set_mesh(mesh):
-        return generating._advance.lower(params, state, limits, settings, allowed, np.int32(1), config=model,
+        return sampling.advance.lower(params, state, limits, settings, allowed, np.int32(1), config=model,
                                          families=families, eos=0)
 
 

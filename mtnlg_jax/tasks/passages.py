@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from mtnlg_jax.data.documents import READABLE, Document, read_documents
+from mtnlg_jax.data.read.documents import READABLE, Document, read_documents
 from mtnlg_jax.tasks.text import WORDS, sentences
 
 

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from mtnlg_jax.data.documents import Document
+from mtnlg_jax.data.read.documents import Document
 from mtnlg_jax.tasks.passages import Passage, Retriever
 from mtnlg_jax.tasks.templates import LANGUAGES, Task, Template, check_choices, fill_in
 from mtnlg_jax.tasks.text import UNSPACED, cut, language_of, normalise
@@ -192,7 +192,7 @@ def compose(task: Task, row: Row, tokenizer, context: int, *, language: str | No
     passages that speak about the input; as many as fit are shown, in the order of the text. Raises
     ValueError where the input is empty, or still too long.
     """
-    from mtnlg_jax.decode.generate import encode_prompt
+    from mtnlg_jax.decode.results import encode_prompt
 
     if not row.input.strip():
         raise ValueError(f"the input of task {task.name!r} is empty; give a text, as with "

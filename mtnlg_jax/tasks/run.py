@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from mtnlg_jax.config import DecodeConfig, StageConfig, validate_decode
+from mtnlg_jax.decode.batched_settings import check_tokens
 from mtnlg_jax.decode.cache import Decoder
-from mtnlg_jax.decode.generate import encode_prompt, generate
+from mtnlg_jax.decode.generate import generate
 from mtnlg_jax.decode.rank import rank
-from mtnlg_jax.decode.rows import check_tokens
+from mtnlg_jax.decode.results import encode_prompt
 from mtnlg_jax.decode.scorers import ScorerOptions
 from mtnlg_jax.decode.scoring import score_rows
 from mtnlg_jax.tasks.answers import NORMALISATIONS, Answer, Choice, length_of

@@ -53,7 +53,7 @@ from mtnlg_jax.data.tokenizer import load_tokenizer
 from mtnlg_jax.parallel.mesh import shardings_of
 from mtnlg_jax.storage import first_line, is_remote
 from mtnlg_jax.train import lora
-from mtnlg_jax.train import record as records
+from mtnlg_jax.train import manifest as records
 from mtnlg_jax.train.arrays import check_finite
 from mtnlg_jax.train.processes import agree
 

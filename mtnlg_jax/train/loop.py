@@ -19,12 +19,12 @@ from tqdm import tqdm
 from mtnlg_jax import command, compat
 from mtnlg_jax.config import Config, to_json, validate, validate_batch
 from mtnlg_jax.data.batches import SAMPLE_ORDER, Batches, HeldOut, heldout_count
-from mtnlg_jax.data.sources import open_sources, spread
+from mtnlg_jax.data.store.sources import open_sources, spread
+from mtnlg_jax.data.store.tokens import Tokens
 from mtnlg_jax.data.tokenizer import Tokenizer
-from mtnlg_jax.data.tokens import Tokens
 from mtnlg_jax.hardware import flops_per_token
 from mtnlg_jax.parallel.mesh import make_mesh
-from mtnlg_jax.train import changes, describe, lifetime, lora, processes, start
+from mtnlg_jax.train import changes, describe, init_from, lifetime, lora, processes
 from mtnlg_jax.train.checkpoint import Checkpoints
 from mtnlg_jax.train.course import refuse_other_course, refuse_other_settings
 from mtnlg_jax.train.metrics import MetricsLog, peak_flops
@@ -123,9 +123,9 @@ def train(config: Config, workdir: str, show_progress: bool = True,
         validate_batch(config, mesh.shape["data"])
         checkpoints = Checkpoints(os.path.join(workdir, "checkpoints"), config.train.keep_last, config.train.keep_best)
         open_until_the_end.callback(checkpoints.close)
-        start.refuse_other_runs(config, data.tokenizer, fresh=not checkpoints.steps())
-        teachers = start.load_teachers(config, mesh)
-        identity = _identity(config, data) | start.identity_of(config, teachers)
+        init_from.refuse_other_runs(config, data.tokenizer, fresh=not checkpoints.steps())
+        teachers = init_from.load_teachers(config, mesh)
+        identity = _identity(config, data) | init_from.identity_of(config, teachers)
         # Precedence: 1. the newest good checkpoint of this folder; 2. the parameters of train.init; 3. fresh ones from
         # train.seed.
         restored = checkpoints.restore(abstract_state(config, mesh), identity,
@@ -138,7 +138,7 @@ def train(config: Config, workdir: str, show_progress: bool = True,
             if reported and processes.is_first():
                 logging.warning("%s", reported)
         else:
-            first, state = 0, init_state(config, mesh, start.load_start(config, mesh))
+            first, state = 0, init_state(config, mesh, init_from.load_start(config, mesh))
         # The one clock: what is read next, the ramp and the learning rate all follow the samples of the state.
         samples = int(state["samples"])
         total_samples = samples_at_end(config.train, min(first, config.train.steps), samples)
@@ -160,7 +160,7 @@ def train(config: Config, workdir: str, show_progress: bool = True,
         saver, save = Saver(checkpoints), None
         steps = {(number, masked): Program(make_train_step(config, mesh, causal=not masked, total_samples=total_samples,
                                                            **given), watchdog)
-                 for number, given in start.kinds_of_steps(teachers) for masked in (False, True)}
+                 for number, given in init_from.kinds_of_steps(teachers) for masked in (False, True)}
         evaluate = Evaluator(config, mesh, data)
         asked, best = processes.Asked(), checkpoints.best_metric()
         for step in range(first, config.train.steps):
@@ -168,7 +168,7 @@ def train(config: Config, workdir: str, show_progress: bool = True,
             batch, micro, sequences = batch_at(config, mesh, data, step, samples)
             samples += int(sequences)
             number, _, stage = stage_at(config.train, step)
-            scale, (kind, teacher) = float(stage.learning_rate_scale), start.teacher_of(teachers, number)
+            scale, (kind, teacher) = float(stage.learning_rate_scale), init_from.teacher_of(teachers, number)
             state, metrics = steps[kind, masked](state, batch, micro, sequences, scale, *teacher)
             # The previous step's numbers are fetched while this one runs.
             reporter.report()
@@ -280,7 +280,7 @@ def batch_at(config: Config, mesh, data: Data, step: int, first: int):
 
 def _identity(config: Config, data: Data) -> dict[str, dict]:
     """What a run may not change when it goes on: what its parameters mean, and what its steps read."""
-    return {"model": start.meaning(config.model), "tokenizer": {"sha256": data.tokenizer.fingerprint},
+    return {"model": init_from.meaning(config.model), "tokenizer": {"sha256": data.tokenizer.fingerprint},
             "data": data.fingerprints}
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mtnlg_jax.data.embedded import embedded_documents
+from mtnlg_jax.data.read.builtin_corpus import embedded_documents
 from mtnlg_jax.data.tokenizer import load_tokenizer, train_tokenizer
 
 sys.path.append(str(Path(__file__).parent))  # tests are imported without it; megatron_peer.py stands there

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from mtnlg_jax.data.batches import Batches, heldout_count, heldout_rows, permute
-from mtnlg_jax.data.tokens import TokenWriter, open_tokens
+from mtnlg_jax.data.store.sources import open_tokens
+from mtnlg_jax.data.store.tokens import TokenWriter
 
 SIZES = [7, 1, 40, 3, 90, 2, 58]  # 201 tokens
 

@@ -14,8 +14,8 @@ from tokenizers import decoders
 from mtnlg_jax.data.prepare import describe, prepare
 from mtnlg_jax.data.recipe import report
 from mtnlg_jax.data.recipe.run import summary
+from mtnlg_jax.data.store.sources import open_tokens
 from mtnlg_jax.data.tokenizer import ByteLevelBPETokenizer, HubTokenizer, load_tokenizer
-from mtnlg_jax.data.tokens import open_tokens
 
 IDS = json.loads(Path(__file__).with_name("hub_ids.json").read_text(encoding="utf-8"))
 

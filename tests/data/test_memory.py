@@ -6,12 +6,14 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from mtnlg_jax.data import documents, tokens
 from mtnlg_jax.data import prepare as module
-from mtnlg_jax.data.documents import Document
 from mtnlg_jax.data.prepare import encode_long, encode_texts, prepare
+from mtnlg_jax.data.read import documents
+from mtnlg_jax.data.read.documents import Document
+from mtnlg_jax.data.store import tokens
+from mtnlg_jax.data.store.sources import open_tokens
+from mtnlg_jax.data.store.tokens import TokenWriter
 from mtnlg_jax.data.tokenizer import load_tokenizer
-from mtnlg_jax.data.tokens import TokenWriter, open_tokens
 
 WORDS = "the mill stood at the end of a village where its road turned towards hills".split()
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from mtnlg_jax.data import documents
 from mtnlg_jax.data import prepare as module
 from mtnlg_jax.data.prepare import describe, prepare
+from mtnlg_jax.data.read import documents
+from mtnlg_jax.data.store.sources import open_tokens
+from mtnlg_jax.data.store.tokens import TokenWriter, read_prepared
 from mtnlg_jax.data.tokenizer import load_tokenizer
-from mtnlg_jax.data.tokens import TokenWriter, open_tokens, read_prepared
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launch/prepare_data.py"
 SETTINGS = {"vocab_size": 400, "progress": False}

@@ -15,9 +15,10 @@ import pytest
 from mtnlg_jax.config import DecodeConfig
 from mtnlg_jax.decode import beam as module
 from mtnlg_jax.decode import stochastic
+from mtnlg_jax.decode.batched_settings import rows_and_families
 from mtnlg_jax.decode.cache import prefill, run_layers
-from mtnlg_jax.decode.generate import encode_prompt, generate
-from mtnlg_jax.decode.rows import rows_and_families
+from mtnlg_jax.decode.generate import generate
+from mtnlg_jax.decode.results import encode_prompt
 from mtnlg_jax.model.attention import attention
 
 ROUNDING = 1e-5

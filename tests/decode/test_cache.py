@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mtnlg_jax.config import DecodeConfig
-from mtnlg_jax.decode import cache, generate
+from mtnlg_jax.decode import cache, results, sampling
 from mtnlg_jax.decode.processors import rows_and_families
 
 ROUNDING = 1e-5  # float32, products of other shapes
@@ -57,10 +57,10 @@ def test_steps_change_the_cache_in_place(learned, tokenizer, rows):
     prefix = cache.prefill(learned.decoder, [[5, 6, 7]] * rows, 64)
     settings, families = rows_and_families([DecodeConfig()] * rows)
     static = {"families": families, "eos": tokenizer.eos_id}
-    allowed = generate.writable(tokenizer, learned.config.vocab_size)
-    state, limits = generate._begin(prefix, np.arange(rows), np.full(rows, 9), np.zeros(rows, np.uint32),
+    allowed = results.writable(tokenizer, learned.config.vocab_size)
+    state, limits = sampling.begin(prefix, np.arange(rows), np.full(rows, 9), np.zeros(rows, np.uint32),
                                     settings, allowed, **static)
-    compiled = generate._advance.lower(learned.decoder.params, state, limits, settings, allowed, np.int32(1),
+    compiled = sampling.advance.lower(learned.decoder.params, state, limits, settings, allowed, np.int32(1),
                                        config=learned.config, **static).compile()
     memory, held = compiled.memory_analysis(), sum(x.nbytes for x in jax.tree.leaves(state.cache))
     assert held <= memory.alias_size_in_bytes

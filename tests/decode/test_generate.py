@@ -11,7 +11,8 @@ import pytest
 
 from mtnlg_jax.config import DecodeConfig, acting
 from mtnlg_jax.decode import generate as module
-from mtnlg_jax.decode.generate import CHUNK, encode_prompt, generate
+from mtnlg_jax.decode.generate import generate
+from mtnlg_jax.decode.results import CHUNK, encode_prompt
 
 ROUNDING = 1e-5
 GREEDY = DecodeConfig(max_new_tokens=20, min_new_tokens=20)
@@ -81,10 +82,10 @@ def test_the_step_compiles_once_for_mixed_requests_and_all_lengths(learned, toke
         return generate(learned.decoder, tokenizer, prompts, values)
 
     rng = np.random.default_rng(0)
-    steps, prefills = module._advance._cache_size(), module.prefill.__globals__["_prefill"]._cache_size()
+    steps, prefills = module.advance._cache_size(), module.prefill.__globals__["_prefill"]._cache_size()
     for _ in range(6):
         batch(rng)
-    assert module._advance._cache_size() == steps + 1
+    assert module.advance._cache_size() == steps + 1
     assert module.prefill.__globals__["_prefill"]._cache_size() <= prefills + 2  # prompts of 16 and of 32
 
 
@@ -238,8 +239,8 @@ def test_stop_strings_across_the_borders_of_tokens_and_chunks(learned, letters):
 
 
 def test_work_ends_when_all_rows_have_stopped(learned, letters, monkeypatch):
-    calls, advance = [], module._advance
-    monkeypatch.setattr(module, "_advance", lambda *args, **static: calls.append(1) or advance(*args, **static))
+    calls, advance = [], module.advance
+    monkeypatch.setattr(module, "advance", lambda *args, **static: calls.append(1) or advance(*args, **static))
     free, = generate(learned.decoder, letters, ["The cat"], SAMPLED, on_text=lambda row, text: None)
     assert len(calls) == 3  # 1 + 3 x CHUNK reach 20 tokens
     calls.clear()

@@ -15,8 +15,8 @@ import pytest
 
 from mtnlg_jax.config import Config, DecodeConfig, ModelConfig, OptimizerConfig, to_json
 from mtnlg_jax.decode import cache
-from mtnlg_jax.decode.fill import fill
 from mtnlg_jax.decode.generate import generate
+from mtnlg_jax.decode.infill import fill
 from mtnlg_jax.decode.load import load_decoder, names_of
 from mtnlg_jax.decode.rank import rank
 from mtnlg_jax.model.transformer import abstract_model

@@ -14,8 +14,9 @@ from mtnlg_jax.config import DecodeConfig, ModelConfig
 from mtnlg_jax.decode import cache, scorers, scoring
 from mtnlg_jax.decode import rank as module
 from mtnlg_jax.decode.cache import unstack
-from mtnlg_jax.decode.generate import encode_prompt, generate
+from mtnlg_jax.decode.generate import generate
 from mtnlg_jax.decode.rank import rank
+from mtnlg_jax.decode.results import encode_prompt
 from mtnlg_jax.model.transformer import abstract_model
 
 ROUNDING = 1e-5

@@ -10,8 +10,8 @@ import sacrebleu
 from mtnlg_jax.config import DecodeConfig, StageConfig
 from mtnlg_jax.decode import rank as rank_module
 from mtnlg_jax.decode import scorers, scoring
-from mtnlg_jax.decode.generate import encode_prompt
 from mtnlg_jax.decode.rank import rank
+from mtnlg_jax.decode.results import encode_prompt
 from mtnlg_jax.decode.scorers import ScorerOptions
 
 ROUNDING = 1e-5

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mtnlg_jax.config import Config, DecodeConfig, acting, from_json, override, to_json, validate, validate_decode
-from mtnlg_jax.decode.rows import rows_and_families
+from mtnlg_jax.decode.batched_settings import rows_and_families
 
 FULL = DecodeConfig(
     logit_bias={5: -1, 6: 2.5}, sequence_bias={(5, 6): 1.5}, bad_words_ids=[[7], [8, 9]], suppress_tokens=[1],

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from mtnlg_jax.config import Config, DecodeConfig, ModelConfig, to_json
 from mtnlg_jax.data.prepare import prepare
 from mtnlg_jax.data.tokenizer import HubTokenizer, load_tokenizer
-from mtnlg_jax.decode.generate import encode_prompt, writable
+from mtnlg_jax.decode.results import encode_prompt, writable
 from mtnlg_jax.decode.stopping import ShownSpecials, TextStream
 from mtnlg_jax.interop import gpt2
 from mtnlg_jax.interop.generation import decode_of

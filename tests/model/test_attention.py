@@ -14,8 +14,9 @@ from jax.sharding import PartitionSpec as P
 from mtnlg_jax import compat
 from mtnlg_jax.config import MeshConfig, ModelConfig, validate_model
 from mtnlg_jax.model.attention import SUPPORT, attention, decode_attention, explain_attention
-from mtnlg_jax.model.kernels import blocks, cudnn
-from mtnlg_jax.model.kernels.support import support_table
+from mtnlg_jax.model.kernels import blocks
+from mtnlg_jax.model.kernels.gpu import cudnn
+from mtnlg_jax.model.kernels.select import support_table
 from mtnlg_jax.parallel.mesh import make_mesh
 
 IMPLS = ("xla", "xla_blockwise")

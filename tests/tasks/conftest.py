@@ -13,7 +13,7 @@ from flax import nnx
 from mtnlg_jax.config import ModelConfig
 from mtnlg_jax.data.tokenizer import train_tokenizer
 from mtnlg_jax.decode.cache import Decoder, unstack
-from mtnlg_jax.decode.generate import encode_prompt
+from mtnlg_jax.decode.results import encode_prompt
 from mtnlg_jax.model.transformer import abstract_model, init_parameters
 from mtnlg_jax.tasks.prompts import Row, pairs
 from mtnlg_jax.tasks.templates import TASKS

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mtnlg_jax.data.documents import Document
+from mtnlg_jax.data.read.documents import Document
 from mtnlg_jax.tasks.passages import Retriever, read_passages, split
 
 

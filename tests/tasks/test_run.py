@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mtnlg_jax.config import DecodeConfig, StageConfig
-from mtnlg_jax.data.documents import Document
+from mtnlg_jax.data.read.documents import Document
 from mtnlg_jax.decode.rank import rank
 from mtnlg_jax.tasks.answers import (
     NORMALISATIONS,

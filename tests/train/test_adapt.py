@@ -14,7 +14,7 @@ from flax import nnx
 from mtnlg_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, StageConfig, TrainConfig
 from mtnlg_jax.data.batches import Packed
 from mtnlg_jax.data.prepare import prepare
-from mtnlg_jax.data.tokens import open_tokens
+from mtnlg_jax.data.store.sources import open_tokens
 from mtnlg_jax.model.transformer import abstract_model, init_parameters
 from mtnlg_jax.parallel.mesh import make_mesh
 from mtnlg_jax.train import loop

@@ -24,7 +24,7 @@ from mtnlg_jax.command import PassingError
 from mtnlg_jax.config import Config, MeshConfig, ModelConfig, to_json
 from mtnlg_jax.data.tokenizer import train_tokenizer
 from mtnlg_jax.parallel.mesh import make_mesh, shardings_of
-from mtnlg_jax.train import record as records
+from mtnlg_jax.train import manifest as records
 from mtnlg_jax.train.checkpoint import Checkpoints, load_run
 from mtnlg_jax.train.step import abstract_state
 

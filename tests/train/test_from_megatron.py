@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mtnlg_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
-from mtnlg_jax.decode.generate import encode_prompt
+from mtnlg_jax.decode.results import encode_prompt
 from mtnlg_jax.train import loop
 from mtnlg_jax.train.checkpoint import load_run
 from mtnlg_jax.train.metrics import read_metrics

@@ -11,8 +11,8 @@ from mtnlg_jax.data.batches import permute
 from mtnlg_jax.data.prepare import cut_place, encode_texts
 from mtnlg_jax.data.recipe.stages import Folder, Row, Shard, Task
 from mtnlg_jax.data.recipe.texts import load, save
+from mtnlg_jax.data.store.tokens import SHARD, create_tokens, finish_tokens, token_dtype, write_shard
 from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from mtnlg_jax.data.tokens import SHARD, create_tokens, finish_tokens, token_dtype, write_shard
 
 PARTS = ("train", "heldout")
 # Of fewer documents the ends of the long ones are held out: whole ones would be too large a share.

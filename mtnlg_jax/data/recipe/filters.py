@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 
-from mtnlg_jax.data.decontaminate import (
+from mtnlg_jax.data.filter.decontaminate import (
     TEST_KINDS,
     NGrams,
     below,
@@ -15,9 +15,9 @@ from mtnlg_jax.data.decontaminate import (
     read_test_texts,
     words_of,
 )
-from mtnlg_jax.data.documents import ReadReport, list_files, read_file
-from mtnlg_jax.data.files import File, find
-from mtnlg_jax.data.quality import Classifier, border, kept, train
+from mtnlg_jax.data.filter.quality import Classifier, border, kept, train
+from mtnlg_jax.data.read.documents import ReadReport, list_files, read_file
+from mtnlg_jax.data.read.open_files import File, find
 from mtnlg_jax.data.recipe.settings import DecontaminationConfig, QualityConfig
 from mtnlg_jax.data.recipe.stages import Folder, Row, Shard
 from mtnlg_jax.data.recipe.texts import Tally, excerpt

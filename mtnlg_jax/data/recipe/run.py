@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from mtnlg_jax import storage
-from mtnlg_jax.data import dedup
-from mtnlg_jax.data.decontaminate import check_hits
-from mtnlg_jax.data.documents import ReadReport, list_files, note_lines
-from mtnlg_jax.data.files import READ_ALREADY, File, find
+from mtnlg_jax.data.filter import dedup
+from mtnlg_jax.data.filter.decontaminate import check_hits
+from mtnlg_jax.data.read.documents import ReadReport, list_files, note_lines
+from mtnlg_jax.data.read.open_files import READ_ALREADY, File, find
 from mtnlg_jax.data.recipe import arrays, filters, texts
 from mtnlg_jax.data.recipe.report import render
 from mtnlg_jax.data.recipe.settings import Recipe, clean_config, validate, with_sources

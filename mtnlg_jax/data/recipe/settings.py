@@ -7,13 +7,13 @@ from pathlib import Path
 
 from mtnlg_jax import storage
 from mtnlg_jax.config import PATH, load_object, override
-from mtnlg_jax.data import charsets
-from mtnlg_jax.data.clean import CleanConfig
-from mtnlg_jax.data.decontaminate import Decontamination
-from mtnlg_jax.data.dedup import MinHashConfig
-from mtnlg_jax.data.documents import READABLE, list_files
-from mtnlg_jax.data.files import find
-from mtnlg_jax.data.quality import ClassifierConfig
+from mtnlg_jax.data.filter.clean import CleanConfig
+from mtnlg_jax.data.filter.decontaminate import Decontamination
+from mtnlg_jax.data.filter.dedup import MinHashConfig
+from mtnlg_jax.data.filter.quality import ClassifierConfig
+from mtnlg_jax.data.read import charsets
+from mtnlg_jax.data.read.documents import READABLE, list_files
+from mtnlg_jax.data.read.open_files import find
 
 # In this order; what is left out is passed over. "read" is always first.
 STAGES = ("clean", "duplicates", "paragraphs", "decontaminate", "quality", "tokens")

@@ -7,11 +7,11 @@ from collections import Counter
 
 import numpy as np
 
-from mtnlg_jax.data import dedup, personal
-from mtnlg_jax.data.clean import CleanConfig, clean
-from mtnlg_jax.data.dedup import MinHashConfig
-from mtnlg_jax.data.documents import NAMED, ReadReport, read_file
-from mtnlg_jax.data.files import File, content_stamp
+from mtnlg_jax.data.filter import dedup, pii
+from mtnlg_jax.data.filter.clean import CleanConfig, clean
+from mtnlg_jax.data.filter.dedup import MinHashConfig
+from mtnlg_jax.data.read.documents import NAMED, ReadReport, read_file
+from mtnlg_jax.data.read.open_files import File, content_stamp
 from mtnlg_jax.data.recipe.report import BINS, bin_of
 from mtnlg_jax.data.recipe.stages import Folder, Row, Shard
 
@@ -73,7 +73,7 @@ def merged(name: str, results: list[dict]) -> dict:
 
 def excerpt(text: str, length: int = _EXCERPT) -> str:
     """The beginning, for a person, without personal data: what a rule dropped was not masked by it."""
-    shown, _ = personal.mask(text[: 2 * length])
+    shown, _ = pii.mask(text[: 2 * length])
     return shown if len(shown) <= length else shown[:length] + " ..."
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtnlg_jax.model.kernels.support import FLOATS
+from mtnlg_jax.model.kernels.select import FLOATS
 
 
 def check(q, k, v, segment_ids, kv_lengths, q_offset, window, softcap, scale, dropout_rate, dropout_key, block_sizes):

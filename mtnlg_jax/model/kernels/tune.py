@@ -12,10 +12,10 @@ from jax import lax
 
 from mtnlg_jax import compat
 from mtnlg_jax.model.attention import attention
-from mtnlg_jax.model.kernels import fused
+from mtnlg_jax.model.kernels import dispatch
 from mtnlg_jax.model.kernels.blocks import Blocks
 from mtnlg_jax.model.kernels.mask import Mask
-from mtnlg_jax.model.kernels.support import SUPPORT, call_of, device, refusal
+from mtnlg_jax.model.kernels.select import SUPPORT, call_of, device, refusal
 
 # What is tried: keys of a block, queries of a block; GPU kernels have 64 queries a warpgroup.
 _TPU = [Blocks(q, kv, compute) for q, kv, compute in itertools.product((256, 512, 1024, 2048), (512, 1024, 2048),
@@ -85,17 +85,18 @@ def _run_of(impl: str, kind: str, causal: bool, blocks: Blocks, q, k, v) -> tupl
 
         return jax.grad(loss, (0, 1, 2)), (q, k, v)
     if kind == "decode":
-        run = functools.partial(fused.decode, impl, scale=q.shape[3] ** -0.5, softcap=None, block_kv=blocks.kv or None)
+        run = functools.partial(dispatch.decode, impl, scale=q.shape[3] ** -0.5, softcap=None,
+                                block_kv=blocks.kv or None)
         return run, (q[:, 0], *(x.swapaxes(1, 2) for x in (k, v)), jnp.full(q.shape[:1], q.shape[1], jnp.int32))
     mask = Mask(causal)
-    plan = fused.plan_for(impl, q, k, mask, block_sizes=blocks)
+    plan = dispatch.plan_for(impl, q, k, mask, block_sizes=blocks)
 
     def forward(q, k, v):
-        return fused.forward(plan, q, k, v, mask)
+        return dispatch.forward(plan, q, k, v, mask)
 
     def gradients(q, k, v, out, lse):
         # What is not returned is not computed, so one of the two kernels runs.
-        grads = fused.backward(plan, q, k, v, mask, out, lse, out, jnp.zeros_like(lse))
+        grads = dispatch.backward(plan, q, k, v, mask, out, lse, out, jnp.zeros_like(lse))
         return grads[0] if kind == "dq" else grads[1:]
 
     return (forward, (q, k, v)) if kind == "forward" else (gradients, (q, k, v, *jax.jit(forward)(q, k, v)))

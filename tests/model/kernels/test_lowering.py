@@ -6,7 +6,7 @@ import pytest
 from jax import export
 
 from mtnlg_jax import compat
-from mtnlg_jax.model.kernels import cudnn
+from mtnlg_jax.model.kernels.gpu import cudnn
 from mtnlg_jax.model.kernels.mask import Mask
 from mtnlg_jax.planning.kernel_profile import Call, function_of
 

@@ -1,0 +1,1 @@
+"""Readers: files of every kind in, documents out."""

@@ -1,0 +1,1 @@
+"""Token arrays on disk: the project's own (TensorStore) and Megatron's."""

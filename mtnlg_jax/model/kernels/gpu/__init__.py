@@ -1,0 +1,1 @@
+"""Attention for NVIDIA GPUs: Pallas (Mosaic GPU), and cuDNN's."""

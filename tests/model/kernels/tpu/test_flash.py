@@ -1,0 +1,29 @@
+"""The TPU kernels, interpreted with the race detector, against the longhand."""
+
+import pytest
+
+from mtnlg_jax.model.kernels.tpu import flash
+
+FLOAT32 = 2e-5  # sums of some hundreds of numbers of size one
+BFLOAT16 = 3e-2  # eight bits of mantissa, twice rounded, relative to the largest number
+
+
+# Slow: what "all" and "all both ways" do, one thing at a time.
+@pytest.mark.parametrize("case", ["causal", "interior blocks", "head width 160", "window", "offset", "before the keys",
+                                  "lengths", "all", "all both ways",
+                                  *(pytest.param(case, marks=pytest.mark.slow) for case in (
+                                      "both ways", "head width 96", "window both ways", "softcap", "documents",
+                                      "mixed documents", "eight heads share", "one query"))])
+def test_output_lse_and_gradients_equal_the_longhand(kernels, longhand, case):
+    longhand.compare(*kernels.everything("pallas_tpu", case), FLOAT32)
+
+
+@pytest.mark.parametrize("case", ["causal"])
+def test_bfloat16_stays_near_the_longhand(kernels, longhand, case):
+    longhand.compare(*kernels.everything("pallas_tpu", case, "bfloat16"), BFLOAT16)
+
+
+@pytest.mark.parametrize("case", ["interior blocks", pytest.param("all", marks=pytest.mark.slow)])
+def test_dq_in_a_kernel_of_its_own_is_the_same(kernels, longhand, monkeypatch, case):
+    monkeypatch.setattr(flash, "DQ_LIMIT", 0)  # as for sequences of which dq does not fit VMEM
+    longhand.compare(*kernels.everything("pallas_tpu", case), FLOAT32)
