@@ -254,7 +254,10 @@ def train_ours(sizes: dict, rows: int, impl: str, packed: bool) -> dict:
 
     from mtnlg_jax.config import Config, DataConfig, ModelConfig, TrainConfig, validate
     from mtnlg_jax.parallel.mesh import make_mesh
-    from mtnlg_jax.train import step
+    from mtnlg_jax.train import batch as batches
+    from mtnlg_jax.train import gradients
+    from mtnlg_jax.train.state import init_state
+    from mtnlg_jax.train.step import make_train_step
 
     length = sizes["max_position_embeddings"]
     config = Config(
@@ -264,8 +267,8 @@ def train_ours(sizes: dict, rows: int, impl: str, packed: bool) -> dict:
     )
     validate(config)
     if not packed:
-        whole = step.context_attention
-        step.context_attention = lambda *args, segment_ids=None, **options: whole(*args, **options)
+        whole = gradients.context_attention
+        gradients.context_attention = lambda *args, segment_ids=None, **options: whole(*args, **options)
     try:
         mesh = make_mesh(config.mesh, jax.devices()[:1])
         tokens = np.random.default_rng(0).integers(0, sizes["vocab_size"], (rows, length), dtype=np.int32)
@@ -280,9 +283,9 @@ def train_ours(sizes: dict, rows: int, impl: str, packed: bool) -> dict:
         def rows_of(numbers):
             return {name: x[numbers] for name, x in arrays.items()}
 
-        batch = step.put_batch(rows_of, (1, *tokens.shape), mesh)
-        state = step.init_state(config, mesh)
-        train_step = step.make_train_step(config, mesh, causal=True)
+        batch = batches.put_batch(rows_of, (1, *tokens.shape), mesh)
+        state = init_state(config, mesh)
+        train_step = make_train_step(config, mesh, causal=True)
 
         def one():
             nonlocal state
@@ -292,7 +295,7 @@ def train_ours(sizes: dict, rows: int, impl: str, packed: bool) -> dict:
         losses, seconds = timed(one, lambda loss: float(jax.block_until_ready(loss)))
     finally:
         if not packed:
-            step.context_attention = whole
+            gradients.context_attention = whole
     return of_step(sizes, rows, seconds) | {"losses": losses, "packed_documents": packed}
 
 

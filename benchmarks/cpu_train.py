@@ -85,7 +85,9 @@ def ours(args):
 
     from mtnlg_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, validate
     from mtnlg_jax.parallel.mesh import make_mesh
-    from mtnlg_jax.train.step import init_state, make_train_step, put_batch
+    from mtnlg_jax.train.batch import put_batch
+    from mtnlg_jax.train.state import init_state
+    from mtnlg_jax.train.step import make_train_step
 
     config = Config(
         model=ModelConfig(num_layers=args.layers, hidden_size=args.width, num_attention_heads=args.heads,

@@ -32,7 +32,8 @@ def main() -> None:
     from mtnlg_jax.data.prepare import describe, prepare
     from mtnlg_jax.decode.cache import unstack
     from mtnlg_jax.train.checkpoint import load_run
-    from mtnlg_jax.train.loop import load_data, train
+    from mtnlg_jax.train.inputs import load_data
+    from mtnlg_jax.train.loop import train
 
     began = time.monotonic()
     compat.quiet()

@@ -2,11 +2,9 @@
 may break away."""
 
 import contextlib
-import difflib
 import errno
 import functools
 import os
-import re
 import signal
 import stat
 import sys
@@ -16,16 +14,7 @@ from collections.abc import Callable, Iterator
 
 from absl import app, flags
 
-# Exit codes, of launch/pretrain.py above all. launch/cluster/ and README.md repeat them; tests/launch compares.
-BAD_INPUT = 2
-DIVERGED = 3
-STUCK = 4
-DISAGREEMENT = 5
-PROCESS_LOST = 6
-PASSING = 74  # EX_IOERR of sysexits.h: reading or writing failed for a reason that may pass
-PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the state was saved, try again
-INTERRUPTED = 130  # 128 + SIGINT, as a shell says it
-FINAL = (BAD_INPUT, DIVERGED, DISAGREEMENT)  # another start would end in the same way
+from mtnlg_jax.errors import BAD_INPUT, INTERRUPTED, PROCESS_LOST, PassingError, explain
 
 LAUNCHER_PIPE = "MTNLG_LAUNCHER_PIPE"  # file descriptor of a pipe whose other end only the launcher holds
 LAUNCHER_GRACE = 300  # seconds to save in, once the launcher is gone
@@ -62,85 +51,12 @@ def _run(main: Callable, log: bool, argv: list[str]) -> int | None:
         return code
 
 
-def explain(error: Exception) -> tuple[str | None, int]:
-    """(one line for a person, exit code); no line for what nobody planned: that wants its stack."""
-    if hasattr(error, "exit_code"):
-        return str(error), error.exit_code
-    if is_passing(error):
-        return f"error: {error}", PASSING
-    if isinstance(error, ValueError | OSError):
-        return f"error: {error}", BAD_INPUT
-    return None, 1
-
-
 def _parse(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:
         print(f"error: {' '.join(str(error).split())}; see --help", file=sys.stderr)
         sys.exit(BAD_INPUT)
-
-
-# --- input and output that fails for a while ------------------------------------------------------------------
-
-_PASSING_NAMES = """
-    EAGAIN EBUSY EINTR EIO ENOSPC EDQUOT ESTALE ETIMEDOUT EPIPE ENOLCK ENOMEM EMFILE ENFILE ENOLINK EPROTO ECOMM
-    ECONNABORTED ECONNREFUSED ECONNRESET ENETDOWN ENETRESET ENETUNREACH EHOSTDOWN EHOSTUNREACH ENOTCONN ESHUTDOWN
-    EREMOTEIO ENOBUFS""".split()
-_PASSING_NUMBERS = frozenset(getattr(errno, name) for name in _PASSING_NAMES if hasattr(errno, name))
-_PASSING_STATUS = (408, 425, 429)  # of HTTP, beside all of 500 and above
-# TensorStore raises ValueError for what a file system or an object store answered.
-_PASSING_WORDS = re.compile(r"(UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED): ")
-
-
-class PassingError(OSError):
-    """Reading or writing failed for a reason that may pass."""
-
-
-def is_passing(error: BaseException | None) -> bool:
-    """Whether ``error``, or what it was raised from, is input or output that may work at another try: a full disk, a
-    stale file handle, a time-out, a broken connection, an object store's 5xx. A file that is missing, of another kind
-    or not ours to touch is none of these."""
-    while error is not None:
-        if isinstance(error, PassingError) or _is_passing(error):
-            return True
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    return False
-
-
-def _is_passing(error: BaseException) -> bool:
-    status = next((value for name in ("status", "status_code", "code")
-                   if isinstance(value := getattr(error, name, None), int)), 0)
-    if isinstance(error, SystemExit):
-        return False
-    if status in _PASSING_STATUS or 500 <= status < 600:
-        return True
-    if isinstance(error, OSError):
-        lost = isinstance(error, TimeoutError | ConnectionError)
-        return error.errno in _PASSING_NUMBERS or (error.errno is None and lost)
-    if not isinstance(error, ValueError):
-        return False
-    text = str(error)
-    if code := re.search(r"os_error_code='(\d+)'", text):
-        return int(code[1]) in _PASSING_NUMBERS
-    if code := re.search(r"http_response_code='(\d+)'", text):
-        return int(code[1]) in _PASSING_STATUS or int(code[1]) >= 500
-    return bool(_PASSING_WORDS.match(text))
-
-
-def try_again(function: Callable, pauses: tuple[float, ...], on_failure: Callable[[Exception, float], None]):
-    """What ``function`` returns. Where it fails for a reason that may pass, it is called again after each of
-    ``pauses`` (seconds), each of which is first reported to ``on_failure``. The last failure is raised, and one that
-    will not pass at once."""
-    for pause in pauses:
-        try:
-            return function()
-        except Exception as error:
-            if not is_passing(error):
-                raise
-            on_failure(error, pause)
-        time.sleep(pause)
-    return function()
 
 
 class LastingStream:
@@ -267,16 +183,6 @@ def expand(path: str) -> str:
                    f"this Python names files in {encoding}; set PYTHONUTF8=1, or a locale such as LC_ALL=C.UTF-8")
         raise ValueError(f"{ascii(whole)} cannot be used: {way_out}") from None
     return path
-
-
-def missing(path: str) -> str:
-    """"PATH does not exist", with the name beside it that may have been meant, as of a Megatron prefix."""
-    folder, name = os.path.split(path.rstrip("/"))
-    beside = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
-    names = {os.path.splitext(entry)[0] if entry.endswith((".idx", ".bin")) else entry for entry in beside}
-    close = difflib.get_close_matches(name, sorted(names), 1)
-    hint = f"; did you mean {os.path.join(folder, close[0])}?" if close else ""
-    return f"{path} does not exist{hint}"
 
 
 def read_text(path: str | None, what: str, encoding: str = "utf-8") -> tuple[str, str]:

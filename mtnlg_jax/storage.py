@@ -1,6 +1,7 @@
 """Where data lie: a local folder, or a TensorStore URL (gs://, s3://, memory://), read and written alike."""
 
 import contextlib
+import difflib
 import os
 import re
 from collections.abc import Iterator
@@ -107,3 +108,13 @@ def disk_errors(place: str, what: str) -> Iterator[None]:
 def first_line(error: Exception) -> str:
     """TensorStore's messages carry the whole spec in brackets: what a person needs stands before it."""
     return str(error).split(" [")[0].split("\n")[0]
+
+
+def missing(path: str) -> str:
+    """"PATH does not exist", with the name beside it that may have been meant, as of a Megatron prefix."""
+    folder, name = os.path.split(path.rstrip("/"))
+    beside = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
+    names = {os.path.splitext(entry)[0] if entry.endswith((".idx", ".bin")) else entry for entry in beside}
+    close = difflib.get_close_matches(name, sorted(names), 1)
+    hint = f"; did you mean {os.path.join(folder, close[0])}?" if close else ""
+    return f"{path} does not exist{hint}"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mtnlg_jax import command
+from mtnlg_jax import command, errors
 from mtnlg_jax.train import processes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,7 +47,7 @@ def chained(outer: Exception, inner: Exception) -> Exception:
         errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.ENOSPC, errno.EDQUOT, errno.EAGAIN, errno.ECONNRESET,
         errno.ENETDOWN, errno.EPIPE, errno.EHOSTUNREACH)),
     TimeoutError("no answer"), ConnectionResetError("gone"), StoreError(503), StoreError(429),
-    command.PassingError("the disk is full"),
+    errors.PassingError("the disk is full"),
     chained(OSError("checkpoint 2 could not be written"), OSError(errno.EIO, "Input/output error")),
     chained(ValueError("the tokens cannot be read"), StoreError(500)),
     ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device [os_error_code='28']"),
@@ -55,8 +55,8 @@ def chained(outer: Exception, inner: Exception) -> Exception:
     ValueError("DEADLINE_EXCEEDED: All 32 retry attempts failed"),
 ])
 def test_what_may_pass_has_a_code_that_is_started_again(error):
-    line, code = command.explain(error)
-    assert code == command.PASSING and code not in command.FINAL and line.count("\n") == 0
+    line, code = errors.explain(error)
+    assert code == errors.PASSING and code not in errors.FINAL and line.count("\n") == 0
 
 
 @pytest.mark.parametrize("error", [
@@ -67,8 +67,8 @@ def test_what_may_pass_has_a_code_that_is_started_again(error):
     ValueError("FAILED_PRECONDITION: Not a directory [os_error_code='20']"),
 ])
 def test_bad_input_is_final(error):
-    code = command.explain(error)[1]
-    assert code == (1 if isinstance(error, StoreError) else command.BAD_INPUT)
+    code = errors.explain(error)[1]
+    assert code == (1 if isinstance(error, StoreError) else errors.BAD_INPUT)
 
 
 def test_what_was_handled_on_the_way_does_not_count():
@@ -78,7 +78,7 @@ def test_what_was_handled_on_the_way_does_not_count():
         except OSError:
             raise OSError("another run is writing") from None
     except OSError as error:
-        assert not command.is_passing(error)
+        assert not errors.is_passing(error)
 
 
 def test_what_may_pass_is_tried_again_and_nothing_else():
@@ -93,20 +93,20 @@ def test_what_may_pass_is_tried_again_and_nothing_else():
         return function
 
     full = OSError(errno.ENOSPC, "No space left on device")
-    assert command.try_again(fails_until(3, full), (0, 0, 0), lambda error, pause: heard.append(error)) == "done"
+    assert errors.try_again(fails_until(3, full), (0, 0, 0), lambda error, pause: heard.append(error)) == "done"
     assert heard == [full, full] and len(calls) == 3
     calls.clear()
     with pytest.raises(OSError, match="No space"):
-        command.try_again(fails_until(9, full), (0, 0), lambda *_: None)
+        errors.try_again(fails_until(9, full), (0, 0), lambda *_: None)
     assert len(calls) == 3
     calls.clear()
     with pytest.raises(FileNotFoundError):
-        command.try_again(fails_until(9, FileNotFoundError(2, "x")), (0, 0), lambda *_: None)
+        errors.try_again(fails_until(9, FileNotFoundError(2, "x")), (0, 0), lambda *_: None)
     assert len(calls) == 1
 
 
 @pytest.mark.parametrize(("error", "kind"), [
-    (OSError(errno.ESTALE, "Stale file handle"), command.PassingError), (OSError(errno.EACCES, "denied"), OSError),
+    (OSError(errno.ESTALE, "Stale file handle"), errors.PassingError), (OSError(errno.EACCES, "denied"), OSError),
     (ValueError("data.path"), ValueError)])
 def test_what_all_processes_hear_is_of_the_same_kind(error, kind, monkeypatch):
     sent = []
@@ -118,7 +118,7 @@ def test_what_all_processes_hear_is_of_the_same_kind(error, kind, monkeypatch):
 
     with pytest.raises((ValueError, OSError)) as caught:
         processes.agree(fails)
-    assert type(caught.value) is kind and command.explain(caught.value)[1] == command.explain(error)[1]
+    assert type(caught.value) is kind and errors.explain(caught.value)[1] == errors.explain(error)[1]
     assert len(sent) == 2
 
 
@@ -214,7 +214,7 @@ def test_a_script_ends_its_work_when_nobody_reads_it(shell, tmp_path):
                            'exit "${PIPESTATUS[0]}"'], env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
                           capture_output=True, timeout=PATIENCE)
     full = shell == ">/dev/full"  # somebody may still wait for what was cut: exit code 74
-    assert done.returncode == (command.PASSING if full else 0), done.stderr
+    assert done.returncode == (errors.PASSING if full else 0), done.stderr
     assert ("standard output could not be written whole" in done.stderr) == full
     assert (tmp_path / "out").read_text() == "done", done.stderr
     assert "Traceback" not in done.stderr and "Broken pipe" not in done.stderr
@@ -240,7 +240,7 @@ def test_an_interrupt_is_one_line():
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=PATIENCE)[1] == "interrupted\n"
-    assert process.returncode == command.INTERRUPTED
+    assert process.returncode == errors.INTERRUPTED
 
 
 # --- the launcher's end -----------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import time
 
 from absl import flags
 
-from mtnlg_jax import command
+from mtnlg_jax import command, errors
 from mtnlg_jax.config import Config, load_config, map_paths, override
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -176,10 +176,10 @@ def local(given: list[str]) -> int:
                 if process not in signaled:
                     process.send_signal(signal.SIGTERM)
         codes = _follow(running)
-        final = [code for code in codes if code in command.FINAL]
-        followed = (command.PROCESS_LOST, 128 + signal.SIGABRT)  # another one's end, not its own
+        final = [code for code in codes if code in errors.FINAL]
+        followed = (errors.PROCESS_LOST, 128 + signal.SIGABRT)  # another one's end, not its own
         own = [code for code in codes if code and code not in followed]
-        code = final[0] if final else max(own or codes, default=command.PREEMPTED)
+        code = final[0] if final else max(own or codes, default=errors.PREEMPTED)
         if not any(codes) or final or stop.is_set() or failure > _RESTARTS.value:
             break
         wait = float(os.environ.get("MTNLG_WAIT", min(10 * 2 ** (failure - 1), 300)))

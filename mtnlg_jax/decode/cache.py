@@ -59,7 +59,7 @@ def unstack(config: ModelConfig, params, dtype="float32", *, weights: str | None
     Args:
       params: as ``init_parameters`` or a checkpoint gives them, blocks with a leading L.
       dtype: "float32" or "bfloat16", of parameters, products and cache; float32 stay softmax, norms, logits.
-      weights: None, or "int8": of products, head included, with a scale for each output; see weights.py.
+      weights: None, or "int8": of products, head included, with a scale for each output; see quantized.py.
       cache: None, or "int8": of what rows (not beams) are written behind, with a scale for each token and head.
     """
     dtype = check_held(dtype, weights, cache)

@@ -163,7 +163,7 @@ def _compile(config: Config, topology: described.Topology, step: str, target_con
 
     from mtnlg_jax import compat
     from mtnlg_jax.planning import steps
-    from mtnlg_jax.train.step import micro_batch_shape
+    from mtnlg_jax.train.batch import micro_batch_shape
 
     devices = described.devices(topology, target_config)
     compat.compile_for(topology.platform, devices[0].device_kind)

@@ -14,7 +14,9 @@ from mtnlg_jax.decode.processors import rows_and_families
 from mtnlg_jax.model.attention import mean_key_blocks
 from mtnlg_jax.model.transformer import abstract_model
 from mtnlg_jax.parallel.mesh import shardings_of
-from mtnlg_jax.train.step import abstract_batch, abstract_state, make_train_step, micro_batch_shape
+from mtnlg_jax.train.batch import abstract_batch, micro_batch_shape
+from mtnlg_jax.train.state import abstract_state
+from mtnlg_jax.train.step import make_train_step
 
 STEPS = ("train", "prefill", "decode")
 

@@ -46,10 +46,10 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from mtnlg_jax import command
-from mtnlg_jax.command import PassingError, is_passing
+from mtnlg_jax import storage
 from mtnlg_jax.config import Config, from_json
 from mtnlg_jax.data.tokenizer import load_tokenizer
+from mtnlg_jax.errors import PassingError, is_passing
 from mtnlg_jax.parallel.mesh import shardings_of
 from mtnlg_jax.storage import first_line, is_remote
 from mtnlg_jax.train import lora
@@ -404,7 +404,7 @@ def _no_run(workdir: epath.Path) -> str:
     path = os.fspath(workdir)
     if not is_remote(workdir):
         if not os.path.exists(path):
-            return f"{command.missing(path)}; it holds no checkpoint: give --workdir of a launch/pretrain.py run"
+            return f"{storage.missing(path)}; it holds no checkpoint: give --workdir of a launch/pretrain.py run"
         for above in (workdir.parent, workdir.parent.parent):
             if records.finished(above / "checkpoints"):
                 return f"{path} is a part of a run and holds no checkpoint; give {os.fspath(above)}"

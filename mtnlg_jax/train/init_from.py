@@ -6,7 +6,7 @@ import os
 
 from jax.sharding import Mesh
 
-from mtnlg_jax import command, storage
+from mtnlg_jax import storage
 from mtnlg_jax.config import Config, ModelConfig, StageConfig, TrainConfig, from_json, validate
 from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mtnlg_jax.model.transformer import abstract_model
@@ -82,7 +82,7 @@ def _settings(what: str, folder: str, tokenizer: Tokenizer) -> Config:
     """config.json of the run in ``folder``, whose tokenizer must be that of the data."""
     content = storage.read_file(folder, "config.json")
     if content is None and not storage.is_remote(folder) and not os.path.exists(folder):
-        raise FileNotFoundError(f"{what}={folder} is no run: {command.missing(folder)}; give the --workdir of a "
+        raise FileNotFoundError(f"{what}={folder} is no run: {storage.missing(folder)}; give the --workdir of a "
                                 "launch/pretrain.py run, or the --to of launch/convert.py")
     if content is None:
         raise FileNotFoundError(f"{what}={folder} is no run (no config.json in it); give the --workdir of a "

@@ -16,7 +16,7 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-from mtnlg_jax.command import is_passing
+from mtnlg_jax.errors import is_passing
 from mtnlg_jax.hardware import dense_flops
 
 

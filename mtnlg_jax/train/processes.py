@@ -23,21 +23,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mtnlg_jax import command, compat
+from mtnlg_jax import compat, errors
+from mtnlg_jax.config import Config, to_json
 
 LAST_WORDS = 3  # seconds that process 0 outlives a failure: JAX aborts the others when it goes
-
-
-class Disagreement(Exception):
-    """The processes no longer do the same thing."""
-
-    exit_code = command.DISAGREEMENT
-
-
-class ProcessLost(Exception):
-    """Another process of the run ended."""
-
-    exit_code = command.PROCESS_LOST
 
 
 def start(coordinator: str | None, processes: int | None, process_id: int | None, heartbeat_seconds: int,
@@ -147,9 +136,9 @@ def leaving_at_once():
         if _is_of_a_lost_process(error):
             print(f"{number}: another process ended, so this one does; start all of them again to go on from the "
                   f"last checkpoint ({str(error).splitlines()[0]})", file=sys.stderr)
-            code = ProcessLost.exit_code
+            code = errors.PROCESS_LOST
         else:
-            line, code = command.explain(error)
+            line, code = errors.explain(error)
             print(f"{number}: {line}" if line else "".join(traceback.format_exception(error)), file=sys.stderr)
         sys.stderr.flush()
         if is_first():
@@ -175,16 +164,16 @@ def agree(function: Callable):
         try:
             outcome = {"value": function()}
         except Exception as error:
-            if not (isinstance(error, ValueError | OSError) or command.is_passing(error)):
+            if not (isinstance(error, ValueError | OSError) or errors.is_passing(error)):
                 raise
-            kind = "passing" if command.is_passing(error) else "value" if isinstance(error, ValueError) else "system"
+            kind = "passing" if errors.is_passing(error) else "value" if isinstance(error, ValueError) else "system"
             outcome = {"error": str(error), "kind": kind}
     text = json.dumps(outcome).encode()
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
     sent = np.frombuffer(text[:size].ljust(size), np.uint8)
     outcome = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(sent), np.uint8).tobytes())
     if "error" in outcome:
-        raise {"passing": command.PassingError, "value": ValueError, "system": OSError}[outcome["kind"]](
+        raise {"passing": errors.PassingError, "value": ValueError, "system": OSError}[outcome["kind"]](
             outcome["error"])
     return outcome["value"]
 
@@ -237,3 +226,25 @@ def disagreement(parts: dict) -> str | None:
     which = ", ".join(map(str, others[:8])) + (f" and {len(others) - 8} more" if len(others) > 8 else "")
     what = f"{'; '.join(different[:4])}{more}" if different else "it holds what process 0 does, and they do not"
     return f"process {me} of {jax.process_count()} disagrees with {which}: {what}"
+
+
+def refuse_other_settings(config: Config, workdir: str) -> None:
+    """Before any work: ValueError in every process unless all were started alike."""
+    settings = {"jax": jax.__version__, "workdir": os.path.abspath(workdir)}
+    settings |= {name: os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}  # another program each
+    for section, value in json.loads(to_json(config)).items():
+        settings |= {f"{section}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {
+            section: value}
+    line = disagreement(settings)
+    if line:
+        raise ValueError(f"{line}; start all processes with the same flags")
+
+
+def refuse_other_course(config: Config, data: dict[str, str], programs: list[str], state, done: int) -> None:
+    """Disagreement in every process unless all are at the same step of the same run."""
+    line = disagreement({
+        "config": fingerprint(to_json(config)), "step": [done, int(state["step"])],
+        "data": [int(state["samples"]), *data.values()],
+        "program": programs})
+    if line:
+        raise errors.Disagreement(f"after step {done} {line}; see to that, then start all again")

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from absl import logging
 
-from mtnlg_jax import command
+from mtnlg_jax import errors
 from mtnlg_jax.train import processes
 from mtnlg_jax.train.checkpoint import Checkpoints
 
@@ -65,7 +65,7 @@ class Saver:
                 self._failures = 0
 
     def _take(self, error: Exception) -> None:
-        if processes.several() or not command.is_passing(error) or self._failures == len(PAUSES):
+        if processes.several() or not errors.is_passing(error) or self._failures == len(PAUSES):
             raise error
         pause = PAUSES[self._failures]
         self._failures += 1

@@ -11,7 +11,7 @@ from collections import deque
 
 import jax
 
-from mtnlg_jax import command
+from mtnlg_jax import errors
 from mtnlg_jax.train import processes
 
 MEDIANS = 10  # a step may take so many times the median of the last ones
@@ -80,4 +80,4 @@ class Watchdog:
         faulthandler.dump_traceback(STANDARD_ERROR)
         if processes.is_first() and processes.several():
             time.sleep(processes.LAST_WORDS)  # for the others to say where they stand
-        processes.leave(command.STUCK)
+        processes.leave(errors.STUCK)

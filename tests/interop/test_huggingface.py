@@ -32,7 +32,7 @@ from mtnlg_jax.model.transformer import abstract_model
 from mtnlg_jax.parallel.mesh import make_mesh
 from mtnlg_jax.train.checkpoint import Checkpoints, load_run
 from mtnlg_jax.train.loop import train
-from mtnlg_jax.train.step import abstract_state, init_state
+from mtnlg_jax.train.state import abstract_state, init_state
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

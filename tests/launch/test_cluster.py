@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
-from mtnlg_jax import command
+from mtnlg_jax import errors
 from mtnlg_jax.config import load_config
 from mtnlg_jax.data.prepare import prepare
 from mtnlg_jax.train import loop
@@ -365,7 +365,7 @@ def test_a_launcher_whose_output_nobody_reads_goes_on(stand_in, tmp_path):
 
 def test_exit_codes_are_said_in_one_way():
     """The scripts and the page repeat what mtnlg_jax/command.py says."""
-    final = sorted(command.FINAL)
+    final = sorted(errors.FINAL)
     for name, pattern in {"slurm.sbatch": r"([\d |]+)\) echo", "tpu_pod.sh": r"case \$code in ([\d |]+)\)",
                           "gke_gpu.yaml": r"values: \[([\d, ]+)\]", "gke_tpu.yaml": r"values: \[([\d, ]+)\]"}.items():
         [found] = re.findall(pattern, (CLUSTER / name).read_text())
@@ -373,10 +373,10 @@ def test_exit_codes_are_said_in_one_way():
     rows = re.findall(r"^\| (\d+) \| .* \| (\w+)[^|]* \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
     said = {int(code): again for code, again in rows}
     assert {code for code, again in said.items() if again == "no"} == set(final)
-    assert {command.STUCK, command.PROCESS_LOST, command.PASSING, command.PREEMPTED} <= {
+    assert {errors.STUCK, errors.PROCESS_LOST, errors.PASSING, errors.PREEMPTED} <= {
         code for code, again in said.items() if again == "yes"}
     named = (ROOT / "launch/pretrain.py").read_text().split('"""')[1]
-    for code in (*final, command.STUCK, command.PROCESS_LOST, command.PASSING, command.PREEMPTED):
+    for code in (*final, errors.STUCK, errors.PROCESS_LOST, errors.PASSING, errors.PREEMPTED):
         assert re.search(rf"\b{code}\b", named.partition("Exit codes:")[2]), code
 
 

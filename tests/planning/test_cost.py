@@ -23,7 +23,9 @@ from mtnlg_jax.hardware import CHIPS
 from mtnlg_jax.model.transformer import RECOMPUTE, abstract_model
 from mtnlg_jax.parallel.mesh import make_mesh
 from mtnlg_jax.planning.cost import CIRCULAR_COPIES, POLICIES, Job, Layout, layout_of, padded_size
-from mtnlg_jax.train.step import BATCH_KEYS, abstract_state, make_loss_and_gradients
+from mtnlg_jax.train.batch import BATCH_KEYS
+from mtnlg_jax.train.gradients import make_loss_and_gradients
+from mtnlg_jax.train.state import abstract_state
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"

@@ -18,9 +18,11 @@ from mtnlg_jax.data.store.sources import open_tokens
 from mtnlg_jax.model.transformer import abstract_model, init_parameters
 from mtnlg_jax.parallel.mesh import make_mesh
 from mtnlg_jax.train import loop
+from mtnlg_jax.train.batch import put_batch
 from mtnlg_jax.train.checkpoint import load_run
+from mtnlg_jax.train.gradients import make_loss_and_gradients
 from mtnlg_jax.train.metrics import read_metrics, training_loss
-from mtnlg_jax.train.step import make_loss_and_gradients, put_batch
+from mtnlg_jax.train.objectives import causal_batch
 
 MODEL = ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=4, max_position_embeddings=32)
 LOW_RANK = OptimizerConfig(learning_rate=3e-3, lora_rank=2)
@@ -128,7 +130,7 @@ def test_the_gradient_is_that_of_a_loss_on_answers_longhand_packed_or_apart(fold
     model = dataclasses.replace(MODEL, vocab_size=384)
     config = Config(model=model, train=TrainConfig(global_batch_size=4, compute_dtype="float32"))
     params, graph = init_parameters(model, 0), abstract_model(model)[0]
-    rows = loop.causal_batch(Packed(tokens, length).rows(np.arange(4)))
+    rows = causal_batch(Packed(tokens, length).rows(np.arange(4)))
     assert rows["segment_ids"].max() > 1  # several pairs a row
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     batch = put_batch(lambda n: {name: value[n] for name, value in rows.items()}, (1, 4, length), mesh)

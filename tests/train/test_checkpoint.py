@@ -20,13 +20,13 @@ import numpy as np
 import pytest
 from etils import epath
 
-from mtnlg_jax.command import PassingError
 from mtnlg_jax.config import Config, MeshConfig, ModelConfig, to_json
 from mtnlg_jax.data.tokenizer import train_tokenizer
+from mtnlg_jax.errors import PassingError
 from mtnlg_jax.parallel.mesh import make_mesh, shardings_of
 from mtnlg_jax.train import manifest as records
 from mtnlg_jax.train.checkpoint import Checkpoints, load_run
-from mtnlg_jax.train.step import abstract_state
+from mtnlg_jax.train.state import abstract_state
 
 MODEL = ModelConfig(num_layers=2, hidden_size=16, num_attention_heads=4, vocab_size=384,
                     max_position_embeddings=8)

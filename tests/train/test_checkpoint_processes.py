@@ -20,7 +20,7 @@ PROCESS = """
     from mtnlg_jax.config import Config, MeshConfig, ModelConfig
     from mtnlg_jax.parallel.mesh import make_mesh
     from mtnlg_jax.train.checkpoint import Checkpoints
-    from mtnlg_jax.train.step import abstract_state
+    from mtnlg_jax.train.state import abstract_state
 
     def abstract_on(data, tensor):
         model = ModelConfig(num_layers=2, hidden_size=16, num_attention_heads=4, vocab_size=64,

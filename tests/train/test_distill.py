@@ -13,8 +13,9 @@ from mtnlg_jax.config import Config, MeshConfig, ModelConfig, StageConfig, Train
 from mtnlg_jax.model.loss import cross_entropy, distilled_cross_entropy
 from mtnlg_jax.model.transformer import abstract_model, init_parameters
 from mtnlg_jax.parallel.mesh import make_mesh, shardings_of
+from mtnlg_jax.train.batch import put_batch
 from mtnlg_jax.train.distill import Distillation
-from mtnlg_jax.train.step import make_loss_and_gradients, put_batch
+from mtnlg_jax.train.gradients import make_loss_and_gradients
 
 T, D, C, V = 10, 8, 12, 24
 

@@ -11,6 +11,7 @@ import pytest
 
 from mtnlg_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, StageConfig, TrainConfig
 from mtnlg_jax.data.prepare import prepare
+from mtnlg_jax.errors import Diverged
 from mtnlg_jax.hardware import flops_per_token
 from mtnlg_jax.train import lifetime, loop
 from mtnlg_jax.train.checkpoint import load_run
@@ -168,7 +169,7 @@ def test_after_divergence_the_same_command_goes_on_from_a_good_state(prepared, t
     monkeypatch.setattr(loop, "batch_at", batch_at)
     poison = [jnp.nan]
     config = config_of(prepared, steps=20, max_bad_steps=3, eval_every=0, save_every=2, keep_last=1)
-    with pytest.raises(loop.Diverged, match=r"3 steps in a row, up to step 7; the last good checkpoint is of step 2\."):
+    with pytest.raises(Diverged, match=r"3 steps in a row, up to step 7; the last good checkpoint is of step 2\."):
         loop.train(config, workdir, show_progress=False)
     # Nothing is saved among bad steps, and the state after step 4, of which no loss was finite, is not gone on from.
     assert folders_of(workdir) == ["2", "4.diverged"]
@@ -209,7 +210,7 @@ def test_an_evaluation_that_is_not_finite_ends_a_run_without_a_save(prepared, tm
     monkeypatch.setattr(loop, "Evaluator", Scripted)
     Scripted.wanted = [5.0, float("nan"), float("inf")]
     config = config_of(prepared, steps=3, eval_every=1, save_every=1)
-    with pytest.raises(loop.Diverged, match=r"held-out loss \[inf\] was not finite at the last step, 3; .* of step 1"):
+    with pytest.raises(Diverged, match=r"held-out loss \[inf\] was not finite at the last step, 3; .* of step 1"):
         loop.train(config, str(tmp_path), show_progress=False)
     assert folders_of(tmp_path) == ["1"]
 

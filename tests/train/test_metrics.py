@@ -9,7 +9,6 @@ import pytest
 from tqdm import tqdm
 
 from mtnlg_jax.config import StageConfig, TrainConfig
-from mtnlg_jax.train.loop import show
 from mtnlg_jax.train.metrics import (
     TRAINING_LOSSES,
     MetricsLog,
@@ -20,6 +19,7 @@ from mtnlg_jax.train.metrics import (
     smoothed,
     training_loss,
 )
+from mtnlg_jax.train.reporter import show
 from mtnlg_jax.train.schedule import loss_name
 
 

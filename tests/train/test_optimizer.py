@@ -11,8 +11,10 @@ import pytest
 from mtnlg_jax.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from mtnlg_jax.model.transformer import init_parameters
 from mtnlg_jax.parallel.mesh import make_mesh
+from mtnlg_jax.train.batch import put_batch
 from mtnlg_jax.train.optimizer import make_optimizer
-from mtnlg_jax.train.step import init_state, make_train_step, put_batch
+from mtnlg_jax.train.state import init_state
+from mtnlg_jax.train.step import make_train_step
 
 MODEL = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, num_query_groups=2, vocab_size=128,
                     max_position_embeddings=16, activation="swiglu")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mtnlg_jax import compat
+from mtnlg_jax import compat, errors
 from mtnlg_jax.data.prepare import prepare
 from mtnlg_jax.train import processes
 
@@ -47,7 +47,7 @@ TOGETHER = """
     from mtnlg_jax.config import MeshConfig
     from mtnlg_jax.parallel.mesh import make_mesh
     from mtnlg_jax.train import processes
-    from mtnlg_jax.train.step import put_batch
+    from mtnlg_jax.train.batch import put_batch
 
     me, port = int(sys.argv[1]), sys.argv[2]
     time.sleep(2 * me)  # one that starts late is waited for
@@ -119,7 +119,7 @@ def test_processes_on_another_course_say_so_and_end(tmp_path):
     prepare(tmp_path / "text.txt", tmp_path / "data", vocab_size=285, heldout=0.1, progress=False)
     ended = run_all(COURSE, 2, ROOT / "configs" / "tiny.py", tmp_path / "data", tmp_path / "run")
     for me, (code, output) in enumerate(ended):
-        assert code == processes.Disagreement.exit_code, output
+        assert code == errors.Disagreement.exit_code, output
         assert f"after step 2 process {me} of 2 disagrees with {1 - me}: " in output
     assert "data=[16, '" in ended[1][1]
 

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 
 import pytest
 
-from mtnlg_jax import command
+from mtnlg_jax import errors
 from mtnlg_jax.train import metrics, saving
 
 
@@ -83,7 +83,7 @@ def test_what_does_not_pass_ends_the_run(clock, where):
     with pytest.raises(OSError, match="No space") as caught:
         saver.save(lambda: saver.checkpoints.save(1))
         saver.finish(lambda: saver.checkpoints.save(1))
-    assert command.explain(caught.value)[1] == command.PASSING and clock[0] == sum(saving.PAUSES)
+    assert errors.explain(caught.value)[1] == errors.PASSING and clock[0] == sum(saving.PAUSES)
     saver = saving.Saver(Disk((where, errno.EACCES)))
     with pytest.raises(PermissionError):
         saver.save(lambda: saver.checkpoints.save(1))

@@ -13,7 +13,11 @@ from flax import nnx
 from mtnlg_jax.config import Config, MeshConfig, ModelConfig, TrainConfig, validate
 from mtnlg_jax.model.transformer import abstract_model, init_parameters
 from mtnlg_jax.parallel.mesh import make_mesh, shardings_of
-from mtnlg_jax.train.step import init_state, make_eval, make_loss_and_gradients, make_train_step, put_batch
+from mtnlg_jax.train.batch import put_batch
+from mtnlg_jax.train.evaluate import make_eval
+from mtnlg_jax.train.gradients import make_loss_and_gradients
+from mtnlg_jax.train.state import init_state
+from mtnlg_jax.train.step import make_train_step
 
 MESH_TOLERANCE = 2e-6  # float32; relative to the largest gradient of all parameters
 MODEL = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=8, vocab_size=128, max_position_embeddings=16)

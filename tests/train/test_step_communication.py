@@ -12,7 +12,9 @@ from mtnlg_jax.model.transformer import abstract_model
 from mtnlg_jax.parallel.mesh import make_mesh, specs_of
 from mtnlg_jax.planning.hlo import Program
 from mtnlg_jax.planning.hlo_cost import cost_of
-from mtnlg_jax.train.step import abstract_batch, abstract_state, make_loss_and_gradients
+from mtnlg_jax.train.batch import abstract_batch
+from mtnlg_jax.train.gradients import make_loss_and_gradients
+from mtnlg_jax.train.state import abstract_state
 
 MODEL = ModelConfig(num_layers=8, hidden_size=32, num_attention_heads=4, vocab_size=128, max_position_embeddings=32)
 MICRO_BATCHES = 8

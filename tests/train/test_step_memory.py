@@ -8,7 +8,9 @@ import pytest
 
 from mtnlg_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
 from mtnlg_jax.parallel.mesh import make_mesh
-from mtnlg_jax.train.step import abstract_batch, abstract_state, make_loss_and_gradients
+from mtnlg_jax.train.batch import abstract_batch
+from mtnlg_jax.train.gradients import make_loss_and_gradients
+from mtnlg_jax.train.state import abstract_state
 
 MODEL = ModelConfig(num_layers=8, hidden_size=128, num_attention_heads=4, vocab_size=128, max_position_embeddings=256)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mtnlg_jax import command
+from mtnlg_jax import errors
 from mtnlg_jax.train.watchdog import Watchdog
 
 STUCK = """
@@ -32,7 +32,7 @@ def test_all_stacks_are_said(tmp_path, phase):
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(STUCK), tmp_path, phase], text=True, timeout=50,
                           capture_output=True, env=os.environ | {"PYTHONPATH": str(root)})
-    assert done.returncode == command.STUCK, done.stderr
+    assert done.returncode == errors.STUCK, done.stderr
     written = (tmp_path / "stacks-0.txt").read_text()
     for said in (done.stderr, written):
         assert f"process 0 of 1: the phase '{phase}' takes" in said and "waits_for_ever" in said

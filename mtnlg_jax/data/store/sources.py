@@ -4,7 +4,7 @@ import os
 import shlex
 from collections.abc import Sequence
 
-from mtnlg_jax import command, storage
+from mtnlg_jax import storage
 from mtnlg_jax.data.store.megatron import MegatronTokens, kept_documents, open_megatron, prefix_of
 from mtnlg_jax.data.store.tokens import Tokens, open_stored, read_prepared
 from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -81,7 +81,7 @@ def _refuse_other_folders(path: str) -> None:
     if storage.is_remote(path):
         raise FileNotFoundError(f"{path} holds no prepared data (no prepared.json); {make}")
     if not os.path.exists(path):
-        found = command.missing(path)
+        found = storage.missing(path)
         raise FileNotFoundError(found if found.endswith("?") else f"{found}; {make}")
     if os.path.isfile(path):
         raise FileNotFoundError(f"{path} is a file that was not prepared; give the folder that launch/prepare_data.py "

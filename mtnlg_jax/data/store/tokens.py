@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import tensorstore
 
-from mtnlg_jax import command, storage
+from mtnlg_jax import errors, storage
 from mtnlg_jax.data.store.offsets import Offsets
 
 # A chunk is what a random window decompresses, a shard is one file: 16.8 M tokens, 33 MB of memory to write.
@@ -215,7 +215,7 @@ def open_stored(location: str | os.PathLike) -> Tokens:
         if storage.exists(storage.join(location, "train"), "meta.json"):
             raise FileNotFoundError(f"{location} is a whole data set: give {location}/train, or its heldout folder")
         if not storage.is_remote(location) and not os.path.exists(location):
-            raise FileNotFoundError(command.missing(location))
+            raise FileNotFoundError(storage.missing(location))
         raise FileNotFoundError(f"{location} holds no tokens (no meta.json): give the train or heldout "
                                 "folder of what launch/prepare_data.py wrote, or the prefix of Megatron's .bin and "
                                 ".idx")
@@ -268,8 +268,8 @@ def read_prepared(location: str | os.PathLike) -> dict:
 
 def _unreadable(location: str | os.PathLike, error: Exception) -> Exception:
     """What a failed read is raised as: damage, unless it may work at another try."""
-    if command.is_passing(error):
-        return command.PassingError(f"{location} could not be read: {storage.first_line(error)}")
+    if errors.is_passing(error):
+        return errors.PassingError(f"{location} could not be read: {storage.first_line(error)}")
     return _damaged(location, storage.first_line(error))
 
 

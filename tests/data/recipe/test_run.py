@@ -28,7 +28,7 @@ from mtnlg_jax.data.recipe.settings import DecontaminationConfig, QualityConfig,
 from mtnlg_jax.data.recipe.stages import in_processes, on_ray
 from mtnlg_jax.data.store.sources import open_tokens
 from mtnlg_jax.data.tokenizer import load_tokenizer
-from mtnlg_jax.train.loop import load_data
+from mtnlg_jax.train.inputs import load_data
 
 ROOT = Path(__file__).resolve().parents[3]
 LEAK = ("A traveller who came from the northern harbour told them that seventeen lanterns had been lit on the old "

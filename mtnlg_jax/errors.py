@@ -1,0 +1,127 @@
+"""How a run can end: exit codes, the exceptions that carry one, and failures that may pass.
+
+| exit code | meaning |
+| --- | --- |
+| 0 | done |
+| 1 | unexpected exception; standard error has the traceback |
+| 2 | bad input |
+| 3 | the loss or the gradient stayed non-finite |
+| 4 | a step or another phase took too long |
+| 5 | the processes of a run disagree |
+| 6 | another process of the run ended |
+| 74 | reading or writing failed for a reason that may pass |
+| 75 | a signal came: the state was saved |
+| 130 | Ctrl-C |
+"""
+
+import errno
+import re
+import time
+from collections.abc import Callable
+
+BAD_INPUT = 2
+DIVERGED = 3
+STUCK = 4
+DISAGREEMENT = 5
+PROCESS_LOST = 6
+PASSING = 74  # EX_IOERR of sysexits.h: reading or writing failed for a reason that may pass
+PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the state was saved, try again
+INTERRUPTED = 130  # 128 + SIGINT, as a shell says it
+FINAL = (BAD_INPUT, DIVERGED, DISAGREEMENT)  # another start would end in the same way
+
+
+class Disagreement(Exception):
+    """The processes no longer do the same thing."""
+
+    exit_code = DISAGREEMENT
+
+
+class ProcessLost(Exception):
+    """Another process of the run ended."""
+
+    exit_code = PROCESS_LOST
+
+
+class Preempted(Exception):
+    """A signal came (`lifetime.signals`): the state was saved, the same command goes on from there."""
+
+    exit_code = PREEMPTED
+
+
+class Diverged(Exception):
+    """Too many non-finite steps in a row."""
+
+    exit_code = DIVERGED
+
+
+def explain(error: Exception) -> tuple[str | None, int]:
+    """(one line for a person, exit code); no line for what nobody planned: that wants its stack."""
+    if hasattr(error, "exit_code"):
+        return str(error), error.exit_code
+    if is_passing(error):
+        return f"error: {error}", PASSING
+    if isinstance(error, ValueError | OSError):
+        return f"error: {error}", BAD_INPUT
+    return None, 1
+
+
+# --- input and output that fails for a while ------------------------------------------------------------------
+
+_PASSING_NAMES = """
+    EAGAIN EBUSY EINTR EIO ENOSPC EDQUOT ESTALE ETIMEDOUT EPIPE ENOLCK ENOMEM EMFILE ENFILE ENOLINK EPROTO ECOMM
+    ECONNABORTED ECONNREFUSED ECONNRESET ENETDOWN ENETRESET ENETUNREACH EHOSTDOWN EHOSTUNREACH ENOTCONN ESHUTDOWN
+    EREMOTEIO ENOBUFS""".split()
+_PASSING_NUMBERS = frozenset(getattr(errno, name) for name in _PASSING_NAMES if hasattr(errno, name))
+_PASSING_STATUS = (408, 425, 429)  # of HTTP, beside all of 500 and above
+# TensorStore raises ValueError for what a file system or an object store answered.
+_PASSING_WORDS = re.compile(r"(UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED): ")
+
+
+class PassingError(OSError):
+    """Reading or writing failed for a reason that may pass."""
+
+
+def is_passing(error: BaseException | None) -> bool:
+    """Whether ``error``, or what it was raised from, is input or output that may work at another try: a full disk, a
+    stale file handle, a time-out, a broken connection, an object store's 5xx. A file that is missing, of another kind
+    or not ours to touch is none of these."""
+    while error is not None:
+        if isinstance(error, PassingError) or _is_passing(error):
+            return True
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return False
+
+
+def _is_passing(error: BaseException) -> bool:
+    status = next((value for name in ("status", "status_code", "code")
+                   if isinstance(value := getattr(error, name, None), int)), 0)
+    if isinstance(error, SystemExit):
+        return False
+    if status in _PASSING_STATUS or 500 <= status < 600:
+        return True
+    if isinstance(error, OSError):
+        lost = isinstance(error, TimeoutError | ConnectionError)
+        return error.errno in _PASSING_NUMBERS or (error.errno is None and lost)
+    if not isinstance(error, ValueError):
+        return False
+    text = str(error)
+    if code := re.search(r"os_error_code='(\d+)'", text):
+        return int(code[1]) in _PASSING_NUMBERS
+    if code := re.search(r"http_response_code='(\d+)'", text):
+        return int(code[1]) in _PASSING_STATUS or int(code[1]) >= 500
+    return bool(_PASSING_WORDS.match(text))
+
+
+def try_again(function: Callable, pauses: tuple[float, ...], on_failure: Callable[[Exception, float], None]):
+    """What ``function`` returns. Where it fails for a reason that may pass, it is called again after each of
+    ``pauses`` (seconds), each of which is first reported to ``on_failure``. The last failure is raised, and one that
+    will not pass at once."""
+    for pause in pauses:
+        try:
+            return function()
+        except Exception as error:
+            if not is_passing(error):
+                raise
+            on_failure(error, pause)
+        time.sleep(pause)
+    return function()

@@ -1,0 +1,72 @@
+"""A training batch on the mesh: int32/float32 arrays (M, B, S), M micro-batches of B rows.
+
+B is split over ``data``, S over ``context`` in zigzag order.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mtnlg_jax.config import Config
+from mtnlg_jax.parallel.collectives import zigzag
+from mtnlg_jax.parallel.mesh import BATCH
+
+BATCH_KEYS = ("tokens", "labels", "segment_ids", "positions", "weights", "rows")
+
+
+def micro_batch_shape(config: Config, mesh: Mesh) -> tuple[int, int]:
+    """(micro-batches, rows of each over the whole mesh) of the largest batch; a circular pipeline takes micro-batches
+    by the flush, so that some may have to stay empty."""
+    size, train = mesh.shape["data"], config.train
+    rows = (train.micro_batch_size or train.global_batch_size // size) * size
+    micro_batches = train.global_batch_size // rows
+    unit = 1
+    if mesh.shape["pipe"] > 1 and config.mesh.schedule == "circular":
+        unit = config.mesh.flush or mesh.shape["pipe"]
+    return -(-micro_batches // unit) * unit, rows
+
+
+def abstract_batch(config: Config, mesh: Mesh):
+    """The largest batch as ShapeDtypeStructs with shardings: what ``put_batch`` makes, and a step is compiled for."""
+    micro, rows = micro_batch_shape(config, mesh)
+
+    def one(name):
+        shape, spec = layout_of(name, (micro, rows, config.sequence_length))
+        return jax.ShapeDtypeStruct(shape, jnp.float32 if name == "weights" else jnp.int32,
+                                    sharding=NamedSharding(mesh, spec))
+
+    return {name: one(name) for name in BATCH_KEYS}
+
+
+def layout_of(name: str, shape: tuple[int, int, int]) -> tuple[tuple[int, ...], P]:
+    """Shape and spec of one array of a batch (M, B, S)."""
+    return (shape[:2], P(None, "data")) if name == "rows" else (shape, BATCH)
+
+
+def put_batch(rows_of: Callable, shape: tuple[int, int, int], mesh: Mesh):
+    """The global batch (M, B, S) as sharded arrays, places in the zigzag order of the context axis.
+    ``rows_of(numbers)`` gives a dict of (n, S) arrays for global row numbers m * B + b; it is asked only for the
+    rows that this process holds."""
+    micro, rows, length = shape
+    order = zigzag(length, mesh.shape["context"])
+    parts: dict[tuple, dict] = {}
+
+    def part(index) -> dict:
+        key = (index[1].start or 0, rows if index[1].stop is None else index[1].stop)
+        if key not in parts:
+            numbers = (np.arange(micro)[:, None] * rows + np.arange(*key)).reshape(-1)
+            flat = {name: x[:, order] for name, x in rows_of(numbers).items()}
+            flat["rows"] = numbers.astype(np.int32)
+            parts[key] = {name: x.reshape(micro, key[1] - key[0], *x.shape[1:]) for name, x in flat.items()}
+        return parts[key]
+
+    def array(name):
+        size, spec = layout_of(name, shape)
+        return jax.make_array_from_callback(size, NamedSharding(mesh, spec),
+                                            lambda index: part(index)[name][:, :, *index[2:]])
+
+    return {name: array(name) for name in BATCH_KEYS}
