@@ -7,8 +7,6 @@ go on where it stopped; what is done is not done twice.
 """
 
 import functools
-import lzma
-import math
 import os
 import shlex
 import textwrap
@@ -30,8 +28,11 @@ def main() -> None:
     from mtnlg_jax import compat
     from mtnlg_jax.config import load_config
     from mtnlg_jax.data.prepare import describe, prepare
+    from mtnlg_jax.data.store.sources import open_tokens
     from mtnlg_jax.decode.cache import unstack
+    from mtnlg_jax.evaluate.baselines import baselines
     from mtnlg_jax.train.checkpoint import load_run
+    from mtnlg_jax.train.curve import text_curve
     from mtnlg_jax.train.inputs import load_data
     from mtnlg_jax.train.loop import train
 
@@ -55,8 +56,8 @@ def main() -> None:
     data = load_data(run.config)
 
     _heading("3. What it learnt")
-    print(curve(os.path.join(workdir, "metrics.jsonl")))
-    unigram, compressed = baselines(data)
+    print(text_curve(os.path.join(workdir, "metrics.jsonl")))
+    unigram, compressed = baselines(data, open_tokens(os.path.join(data_folder, "train")))
     ours = f"{summary.final['bits_per_byte']:.3f}" if "bits_per_byte" in summary.final else "not trained for that"
     print(f"held-out text, bits per byte: this model {ours}, "
           f"a unigram model of the same tokens {unigram:.3f}, xz -9e {compressed:.3f}")
@@ -86,6 +87,7 @@ def samples(decoder, tokenizer, data) -> None:
     from mtnlg_jax.decode.generate import generate
     from mtnlg_jax.decode.infill import fill
     from mtnlg_jax.decode.rank import rank
+    from mtnlg_jax.evaluate.baselines import held_out_text
 
     text = held_out_text(data, limit=4000)
     paragraph = max(text.split("\n\n")[:20], key=len).replace("\n", " ").strip()
@@ -112,61 +114,6 @@ def samples(decoder, tokenizer, data) -> None:
 def _wrapped(label: str, text: str) -> str:
     """``text`` without its line breaks, beside ``label``."""
     return textwrap.fill(" ".join(text.split()), 100, initial_indent=f"{label:<15}", subsequent_indent=" " * 15)
-
-
-def held_out_text(data, limit: int) -> str:
-    """The beginning of the held-out documents, as text."""
-    held_out = data.held_out[0][0]
-    tokens = held_out.read(0, min(limit, len(held_out)))
-    return data.tokenizer.decode([int(t) for t in tokens])
-
-
-def baselines(data) -> tuple[float, float]:
-    """Bits per byte of the held-out text under a unigram model of the training tokens, and under xz -9e."""
-    import numpy as np
-
-    from mtnlg_jax.data.store.sources import open_tokens
-
-    held_out = data.held_out[0][0]
-    train = open_tokens(os.path.join(_WORKDIR.value, "data", "train"))
-    counts = np.ones(data.tokenizer.vocab_size)
-    for begin in range(0, len(train), 1 << 20):
-        counts += np.bincount(train.read(begin, min(begin + (1 << 20), len(train))), minlength=len(counts))
-    bits = -np.log2(counts / counts.sum())
-    text = held_out_text(data, len(held_out)).encode()
-    tokens = held_out.read(0, len(held_out))
-    spoken = tokens[tokens != data.tokenizer.bos_id]
-    compressed = lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)
-    return float(bits[spoken].sum() / held_out.meta["bytes"]), 8 * len(compressed) / len(text)
-
-
-def curve(metrics_path: str, width: int = 72, height: int = 8) -> str:
-    """The training loss as text, masked and causal steps apart, for terminals without pictures."""
-    from mtnlg_jax.train.metrics import read_metrics, training_loss
-
-    steps = [r for r in read_metrics(metrics_path) if r["kind"] == "train"]
-    width = min(width, len(steps))
-    columns = [steps[i * len(steps) // width : (i + 1) * len(steps) // width] for i in range(width)]
-    marks = {"masked": "o", "causal": "*"}
-    means = {name: [_mean([loss for record in column if record.get("objective") == name
-                           and not math.isnan(loss := training_loss(record)[1])]) for column in columns]
-             for name in marks}
-    seen = [m for values in means.values() for m in values if m is not None]
-    if not seen:
-        return "no step had a finite loss"
-    low, high = min(seen), max(seen)
-    grid = [[" "] * width for _ in range(height)]
-    for name, values in means.items():
-        for x, value in enumerate(values):
-            if value is not None:
-                grid[round((high - value) / max(high - low, 1e-9) * (height - 1))][x] = marks[name]
-    lines = [f"{high - i * (high - low) / (height - 1):6.2f} |{''.join(row)}" for i, row in enumerate(grid)]
-    return "\n".join([*lines, " " * 7 + "+" + "-" * width,
-                      f"        loss over {len(steps):,} steps (* causal, o masked)"])
-
-
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
 
 
 def _heading(text: str) -> None:
