@@ -16,8 +16,8 @@ import os
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent.parent
-LADDER = {"1p7b": "4x8", "3p6b": "8x8", "7p5b": "16x8", "18p4b": "32x8", "39p1b": "64x8", "76p1b": "128x8",
-          "145p6b": "192x8", "310p1b": "240x8", "529p6b": "315x8", "1008b": "384x8"}
+LADDER = {"1.7b": "4x8", "3.6b": "8x8", "7.5b": "16x8", "18.4b": "32x8", "39.1b": "64x8", "76.1b": "128x8",
+          "145.6b": "192x8", "310.1b": "240x8", "529.6b": "315x8", "1008b": "384x8"}
 FULL = ["train.rampup_batch_size=none"]
 ZERO3 = ["mesh.pipe=1", "mesh.data=128", "mesh.zero=3", *FULL]
 CIRCULAR = ["mesh.pipe=15", "mesh.zero=1", "mesh.schedule=circular", "mesh.virtual_pipe=7", "mesh.flush=120", *FULL]
@@ -35,7 +35,7 @@ ROWS = [
     ("mtnlg_530b", "H100:120x8", "train", CIRCULAR),
     ("mtnlg_530b", "v5p:4x4x8", "prefill", DECODE),
     ("mtnlg_530b", "v5p:4x4x8", "decode", DECODE),
-    *((f"ladder_{name}", f"H100:{cards}", "train", []) for name, cards in LADDER.items()),
+    *((f"ladder:{name}", f"H100:{cards}", "train", []) for name, cards in LADDER.items()),
 ]
 
 
@@ -67,8 +67,10 @@ def measured(config: str, topology: str, step: str, settings: list[str]) -> dict
     from mtnlg_jax.planning import aot
     from mtnlg_jax.planning import topology as described
 
+    file, colon, row = config.partition(":")
+    loaded = load_config(f"{FOLDER}/configs/{file}.py{colon}{row}", settings)
     kernels = collections.Counter()  # of all depths of loops
-    m = aot.measure(load_config(FOLDER / "configs" / f"{config}.py", settings), described.parse(topology), step)
+    m = aot.measure(loaded, described.parse(topology), step)
     for kernel in m.kernels:
         kernels[kernel.name] += kernel.count
     return {"config": config, "topology": topology, "step": step, "set": settings, "devices": m.devices,

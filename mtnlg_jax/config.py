@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import difflib
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -267,7 +268,7 @@ class Config:
 
 def load_config(path: str, overrides: Iterable[str] = ()) -> Config:
     """Runs ``get_config()`` of the Python file ``path``, applies ``overrides`` ("train.steps=10") and
-    validates. Raises FileNotFoundError or ValueError."""
+    validates. "FILE.py:TEXT" calls ``get_config("TEXT")``. Raises FileNotFoundError or ValueError."""
     config = load_object(path, Config, overrides)
     validate(config)
     return config
@@ -276,6 +277,7 @@ def load_config(path: str, overrides: Iterable[str] = ()) -> Config:
 def load_object(path: str, kind: type, overrides: Iterable[str] = ()):
     """The same for a file that gives a dataclass of another ``kind``; not validated. Fields marked with PATH have
     their ~ expanded. What fails in the file is a ValueError of one line, with the file's line."""
+    given, path, arguments = path, *split_argument(path)
     if not os.path.isfile(path):
         root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
         there = os.path.join(root, path)
@@ -290,7 +292,8 @@ def load_object(path: str, kind: type, overrides: Iterable[str] = ()):
         spec.loader.exec_module(module)
         get_config = getattr(module, "get_config", None)
         if callable(get_config):
-            config = get_config()
+            _check_arguments(given, get_config, arguments)
+            config = get_config(*arguments)
     except (Exception, SystemExit) as error:
         raise ValueError(f"config {path!r} does not load: {describe_failure(error, path, get_config)}") from error
     if not callable(get_config):
@@ -302,6 +305,21 @@ def load_object(path: str, kind: type, overrides: Iterable[str] = ()):
     except ValueError as error:
         raise ValueError(f"config {path!r}: {error}") from None
     return map_paths(override(config, *overrides), command.expand)
+
+
+def split_argument(path: str) -> tuple[str, list[str]]:
+    """"FILE.py:TEXT" as ("FILE.py", ["TEXT"]); a path without TEXT as (path, [])."""
+    found = None if os.path.isfile(path) else re.fullmatch(r"(.+\.py):([^/]*)", path)
+    return (found[1], [found[2]]) if found else (path, [])
+
+
+def _check_arguments(given: str, get_config: Callable, arguments: list[str]) -> None:
+    needed = [each for each in inspect.signature(get_config).parameters.values() if each.default is each.empty]
+    taken = len(inspect.signature(get_config).parameters)
+    if len(needed) > len(arguments):
+        raise ValueError(f"get_config() needs {needed[0].name!r}; give it behind a colon, as {given}:{needed[0].name}")
+    if taken < len(arguments):
+        raise ValueError(f"get_config() takes no argument, and {arguments[0]!r} stands behind the colon; leave it out")
 
 
 def describe_failure(error: BaseException, path: str, called: Callable | None = None) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -159,6 +160,20 @@ def test_load_config_reads_lists_as_tuples(written):
     hash(config)
 
 
+def test_text_behind_a_colon_is_the_argument_of_get_config(written):
+    path = written(f"{IMPORT}def get_config(row):\n    return Config(name=row)\n")
+    assert load_config(f"{path}:7.5b").name == "7.5b"
+    with pytest.raises(ValueError, match=f"get_config.. needs 'row'; give it behind a colon, as {path}:row"):
+        load_config(path)
+    plain = written(f"{IMPORT}def get_config():\n    return Config()\n")
+    with pytest.raises(ValueError, match="takes no argument, and 'x' stands behind the colon"):
+        load_config(f"{plain}:x")
+    with pytest.raises(FileNotFoundError, match="nowhere.py' is not a file"):
+        load_config("nowhere.py:7.5b")
+    with pytest.raises(ValueError, match="no row '7b'; choose one of 1.7b, 3.6b"):
+        load_config(str(Path(__file__).resolve().parents[1] / "configs" / "ladder.py:7b"))
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -173,7 +188,7 @@ def test_load_config_reads_lists_as_tuples(written):
          ["line 4: TypeError", "'layers'", "did you mean 'num_layers'?"]),
         (f"{IMPORT}def get_config():\n    return Config(optimizer=OptimizerConfig(zzzzz=2))",
          ["line 4: TypeError", "'zzzzz'", "it has name, learning_rate"]),
-        (f"{IMPORT}\ndef get_config(size):\n    return Config()", ["line 4: TypeError", "'size'"]),
+        (f"{IMPORT}\ndef get_config(size):\n    return Config()", ["line 4", "get_config() needs 'size'", ":size"]),
         (f"{IMPORT}\ndef lower():\n    return {{}}['x']\ndef get_config():\n    return lower()", ["line 5: KeyError"]),
         ("import sys\ndef get_config():\n    sys.exit(4)", ["line 3: SystemExit"]),
         ("x = (1 / 0)", ["line 1: ZeroDivisionError"]),

@@ -14,7 +14,8 @@ from mtnlg_jax.model.transformer import abstract_model
 from mtnlg_jax.parallel.mesh import shardings_of
 from mtnlg_jax.train.schedule import batch_size_at, samples_before
 
-CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.py"))
+FOLDER = Path(__file__).resolve().parents[1] / "configs"
+FILES = sorted(FOLDER.glob("*.py"))
 VOCABULARY = 1024  # stands in where the tokenizer decides
 
 # Narayanan 2021, Table 1: billions, heads, width, layers, tensor, pipe, GPUs, batch.
@@ -33,8 +34,16 @@ LADDER = """
 ROWS = [line.split() for line in LADDER.strip().splitlines()]
 
 
+def _row_name(row: list[str]) -> str:
+    return row[0].removesuffix(".0") + "b"
+
+
+NAMES = [path.stem for path in FILES if path.stem != "ladder"] + [f"ladder:{_row_name(row)}" for row in ROWS]
+
+
 def _config(name: str):
-    return load_config(str(CONFIGS[0].parent / f"{name}.py"))
+    file, colon, row = name.partition(":")
+    return load_config(f"{FOLDER}/{file}.py{colon}{row}")
 
 
 def _size(tree) -> int:
@@ -42,24 +51,24 @@ def _size(tree) -> int:
 
 
 def test_the_folder_holds_all_that_are_published():
-    ladder = {"ladder_" + row[0].removesuffix(".0").replace(".", "p") + "b" for row in ROWS}
-    assert {"tiny", "mtnlg_530b"} | ladder <= {path.stem for path in CONFIGS}
+    assert {"tiny", "mtnlg_530b", "ladder"} <= {path.stem for path in FILES}
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_config_loads_and_counts_its_parameters(path):
-    config = load_config(str(path))
-    assert config.name == path.stem
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_loads_and_counts_its_parameters(name):
+    config = _config(name)
+    assert config.name == name.replace(":", "_")
     model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or VOCABULARY)
     assert _size(abstract_model(model)[1]) == model.parameter_count()
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_config_says_how_to_run_it_and_imports_only_the_package(path):
     tree = ast.parse(path.read_text())
     text = ast.get_docstring(tree)
     assert re.search(r"^ *(python|bash) launch/\w+\.(py|sh)", text, re.MULTILINE), "no command"
-    assert set(re.findall(r"--config=(\S+)", text)) <= {f"configs/{path.name}"}, "another config named"
+    named = {found.partition(":")[0] for found in re.findall(r"--config=(\S+)", text)}
+    assert named <= {f"configs/{path.name}"}, "another config named"
     assert re.search(r"\b(CPU|GPU|A100|H100|TPU)s?\b", text), "no hardware"
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
     assert {getattr(node, "module", "").split(".")[0] for node in imports} == {"mtnlg_jax"}
@@ -67,7 +76,7 @@ def test_a_config_says_how_to_run_it_and_imports_only_the_package(path):
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
 def test_the_ladder_is_the_published_table(row):
-    config = _config("ladder_" + row[0].removesuffix(".0").replace(".", "p") + "b")
+    config = _config(f"ladder:{_row_name(row)}")
     model, mesh, train = config.model, config.mesh, config.train
     assert f"{model.parameter_count() / 1e9:.1f}" == row[0]
     heads, width, layers, tensor, pipe, gpus, batch = map(int, row[1:])
@@ -85,7 +94,7 @@ def test_megatron_turing_is_the_papers_recipe():
     config = _config("mtnlg_530b")
     model, mesh, train, optimizer = config.model, config.mesh, config.train, config.optimizer
     assert f"{model.parameter_count() / 1e9:.1f}" == "529.6"
-    assert model.parameter_count() == _config("ladder_529p6b").model.parameter_count()
+    assert model.parameter_count() == _config("ladder:529.6b").model.parameter_count()
     assert (model.head_width, model.mlp_width, model.init_method_std) == (160, 81920, 0.004)
     assert mesh.tensor * mesh.pipe == 280 and mesh.tensor * mesh.pipe * mesh.data == 2240
     assert len(config.data.blend) == 15
@@ -104,7 +113,7 @@ def test_megatron_turings_batch_grows_to_1920_over_twelve_billion_tokens():
     assert sorted(set(sizes)) == list(range(32, 1921, 32)) and sizes == sorted(sizes)
 
 
-@pytest.mark.parametrize("name", ["mtnlg_530b", "ladder_310p1b", "ladder_1008b"])
+@pytest.mark.parametrize("name", ["mtnlg_530b", "ladder:310.1b", "ladder:1008b"])
 def test_every_tensor_of_the_largest_divides_over_its_axes(name):
     # An abstract mesh: the plan of thousands of chips needs none of them.
     config = _config(name)

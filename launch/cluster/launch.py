@@ -23,7 +23,7 @@ import time
 from absl import flags
 
 from mtnlg_jax import command, errors
-from mtnlg_jax.config import Config, load_config, map_paths, override
+from mtnlg_jax.config import Config, load_config, map_paths, override, split_argument
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
@@ -95,7 +95,8 @@ def _flags_here() -> list[str]:
 def _flags_of_a_host() -> list[str]:
     """The same for hosts that have the repository alone: --config relative to it, all else absolute."""
     config = _CONFIG.value
-    if os.path.isfile(config) or not os.path.isabs(config):  # an absolute one may be on the hosts alone
+    # An absolute path may be on the hosts alone.
+    if os.path.isfile(split_argument(config)[0]) or not os.path.isabs(config):
         load_config(config, _SET.value)
         config = os.path.relpath(os.path.realpath(config), os.path.realpath(ROOT))
     if config.startswith(os.pardir):

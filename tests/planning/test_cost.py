@@ -48,10 +48,10 @@ def test_mtnlgs_step_times_from_one_constant(mtnlg, data, seconds):
 
 # Narayanan 2021, Table 1, TFLOP/s a GPU with the forward pass twice. Stages are interleaved where that divides.
 @pytest.mark.parametrize(("name", "rounds", "teraflops"), [
-    ("1p7b", 1, 137), ("3p6b", 1, 138), ("7p5b", 1, 142), ("18p4b", 1, 135), ("39p1b", 4, 138), ("76p1b", 5, 140),
-    ("145p6b", 5, 148), ("310p1b", 3, 155), ("529p6b", 3, 163), ("1008b", 2, 163)])
+    ("1.7b", 1, 137), ("3.6b", 1, 138), ("7.5b", 1, 142), ("18.4b", 1, 135), ("39.1b", 4, 138), ("76.1b", 5, 140),
+    ("145.6b", 5, 148), ("310.1b", 3, 155), ("529.6b", 3, 163), ("1008b", 2, 163)])
 def test_the_ladders_throughput_within_a_fifth(name, rounds, teraflops):
-    config = load_config(str(CONFIGS / f"ladder_{name}.py"))
+    config = load_config(str(CONFIGS / f"ladder.py:{name}"))
     layout = layout_of(config)
     if layout.pipe > 1:
         layout = layout._replace(virtual_pipe=rounds)
@@ -166,7 +166,8 @@ COMPILED = [row for row in json.loads((ROOT / "benchmarks/results/compile_ahead.
 
 @pytest.mark.parametrize("row", COMPILED, ids=lambda row: " ".join([row["config"], row["topology"], *row["set"]]))
 def test_the_memory_of_compiled_steps(row):
-    config = load_config(str(CONFIGS / f"{row['config']}.py"), row["set"])
+    file, colon, size = row["config"].partition(":")
+    config = load_config(f"{CONFIGS}/{file}.py{colon}{size}", row["set"])
     chip = CHIPS[row["topology"].partition(":")[0]]
     predicted = sum(Job(config, chip).memory(layout_of(config, row["devices"])).values()) / 2**30
     assert row["fits"] and 0.9 * row["peak_gib"] < predicted < 1.2 * row["peak_gib"]  # a tenth of memory is left free

@@ -29,7 +29,8 @@ SMALL = Config(
 
 
 def configured(name, *changes):
-    return load_config(str(CONFIGS / f"{name}.py"), changes)
+    file, colon, row = name.partition(":")
+    return load_config(f"{CONFIGS}/{file}.py{colon}{row}", changes)
 
 
 def _every_layout(job, devices):
@@ -92,18 +93,18 @@ def test_the_papers_mesh_is_among_the_first_on_its_machine():
     assert (35, 8, 1, 8) in [estimate.layout.mesh for estimate in found[:3]]
 
 
-@pytest.mark.parametrize("name", ["1p7b", "3p6b", "7p5b", "18p4b", "39p1b", "76p1b", "145p6b", "310p1b", "529p6b",
+@pytest.mark.parametrize("name", ["1.7b", "3.6b", "7.5b", "18.4b", "39.1b", "76.1b", "145.6b", "310.1b", "529.6b",
                                   "1008b"])
 def test_each_mesh_of_the_ladder_fits_its_gpus(name):
-    config = configured(f"ladder_{name}")
+    config = configured(f"ladder:{name}")
     mesh = config.mesh
     assert fastest_on(Job(config, A100), (mesh.pipe, mesh.data, mesh.context, mesh.tensor))
 
 
 @pytest.mark.parametrize(("name", "devices"), [
-    ("1008b", 3072), pytest.param("529p6b", 2520, marks=pytest.mark.slow)])
+    ("1008b", 3072), pytest.param("529.6b", 2520, marks=pytest.mark.slow)])
 def test_the_ladders_largest_meshes_are_within_two_percent_of_the_best(name, devices):
-    config = configured(f"ladder_{name}")
+    config = configured(f"ladder:{name}")
     mesh, job = config.mesh, Job(config, A100)
     own = fastest_on(job, (mesh.pipe, mesh.data, mesh.context, mesh.tensor))
     assert own.step_seconds <= 1.02 * search(job, devices)[0].step_seconds
