@@ -1,6 +1,7 @@
 """The scripts as a person starts them: the quickstart on a small text, then its checkpoint in every mode."""
 
 import json
+import re
 import os
 import subprocess
 import sys
@@ -52,12 +53,17 @@ def test_generate_in_three_modes(road):
     folder, _ = road
     ranked = json.loads(run("generate.py", f"--workdir={folder}/run", "--mode=ranking", "--prompt=the old",
                             "--candidates= captain", "--candidates= whale", "--json"))
-    assert "captain" in json.dumps(ranked)
+    scores = [candidate["score"] for candidate in ranked["candidates"]]
+    assert {candidate["text"] for candidate in ranked["candidates"]} == {" captain", " whale"}
+    assert scores[0] > scores[1]
     written = json.loads(run("generate.py", f"--workdir={folder}/run", "--json", "--max_new_tokens=5",
                              stdin="the old captain"))
-    assert "length" in json.dumps(written) or "stop" in json.dumps(written)
+    (sequence,) = written["sequences"]
+    assert 1 <= len(sequence["tokens"]) <= 5 and len(sequence["logprobs"]) == len(sequence["tokens"])
+    assert (sequence["finish_reason"] == "length") == (len(sequence["tokens"]) == 5)
     filled = run("generate.py", f"--workdir={folder}/run", "--mode=fill", "--prompt=the <mask> captain")
-    assert "%" in filled or "captain" in filled
+    shares = [float(share) for share in re.findall(r"([0-9.]+)%", filled)]
+    assert 1 < len(shares) and shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 100.5, filled
 
 
 @pytest.mark.parametrize(("script", "flags", "message"), [
