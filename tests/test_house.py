@@ -12,6 +12,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from mtnlg_jax import __version__
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # A room may import itself and the rooms on the lines above it; rooms of one line do not see each other.
@@ -29,7 +31,7 @@ ORDER = """
 
 TOP_LEVEL = {
     *("mtnlg_jax", "configs", "launch", "tests", "notebooks", "benchmarks", "docs"),
-    *("setup.py", "README.md", "LICENSE", "CHANGELOG.md"),
+    *("setup.py", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff"),
 }
 
 
@@ -193,6 +195,11 @@ def test_the_license_is_named_alike_everywhere():
     name = re.search(r"^SPDX-License-Identifier: (\S+)$", (ROOT / "LICENSE").read_text(), re.MULTILINE)[1]
     assert name == "Apache-2.0" and f'license="{name}"' in (ROOT / "setup.py").read_text()
     assert f"[{name}](LICENSE)" in (ROOT / "README.md").read_text()
+    assert f"license: {name}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_the_citation_is_of_this_version():
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def _requirements() -> list[Requirement]:
