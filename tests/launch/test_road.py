@@ -1,8 +1,8 @@
 """The scripts as a person starts them: the quickstart on a small text, then its checkpoint in every mode."""
 
 import json
-import re
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
