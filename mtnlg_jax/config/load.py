@@ -1,0 +1,184 @@
+"""Reading a config: from a Python file, from JSON, and single values from the command line."""
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import inspect
+import json
+import os
+import re
+import traceback
+import types
+import typing
+from collections.abc import Callable, Iterable
+
+from mtnlg_jax import command
+from mtnlg_jax.config import schema
+from mtnlg_jax.config.coerce import base_of, coerce, kind_name, plain
+from mtnlg_jax.config.rules import validate
+from mtnlg_jax.config.schema import Config
+
+
+def load_config(path: str, overrides: Iterable[str] = ()) -> Config:
+    """Runs ``get_config()`` of the Python file ``path``, applies ``overrides`` ("train.steps=10") and
+    validates. "FILE.py:TEXT" calls ``get_config("TEXT")``. Raises FileNotFoundError or ValueError."""
+    config = load_object(path, Config, overrides)
+    validate(config)
+    return config
+
+
+def load_object(path: str, kind: type, overrides: Iterable[str] = ()):
+    """The same for a file that gives a dataclass of another ``kind``; not validated. Fields marked with PATH have
+    their ~ expanded. What fails in the file is a ValueError of one line, with the file's line."""
+    given, path, arguments = path, *split_argument(path)
+    if not os.path.isfile(path):
+        root = os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir, os.pardir)
+        there = os.path.normpath(os.path.join(root, path))
+        hint = f"did you mean {there}?" if os.path.isfile(there) else "give one of configs/*.py"
+        raise FileNotFoundError(f"config {path!r} is not a file; {hint}")
+    spec = importlib.util.spec_from_file_location("mtnlg_config", path)
+    if spec is None:
+        raise ValueError(f"config {path!r} is not a Python file; give one of configs/*.py")
+    module = importlib.util.module_from_spec(spec)
+    get_config = None
+    try:
+        spec.loader.exec_module(module)
+        get_config = getattr(module, "get_config", None)
+        if callable(get_config):
+            _check_arguments(given, get_config, arguments)
+            config = get_config(*arguments)
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"config {path!r} does not load: {describe_failure(error, path, get_config)}") from error
+    if not callable(get_config):
+        raise ValueError(f"config {path!r} defines no get_config(); see configs/tiny.py")
+    if not isinstance(config, kind):
+        raise ValueError(f"get_config() of {path!r} gives a {type(config).__name__}; it must return a {kind.__name__}")
+    try:
+        config = coerce(plain(config, "config"), kind, "config")  # lists, where the file wrote them, become tuples
+    except ValueError as error:
+        raise ValueError(f"config {path!r}: {error}") from None
+    return map_paths(override(config, *overrides), command.expand)
+
+
+def split_argument(path: str) -> tuple[str, list[str]]:
+    """"FILE.py:TEXT" as ("FILE.py", ["TEXT"]); a path without TEXT as (path, [])."""
+    found = None if os.path.isfile(path) else re.fullmatch(r"(.+\.py):([^/]*)", path)
+    return (found[1], [found[2]]) if found else (path, [])
+
+
+def _check_arguments(given: str, get_config: Callable, arguments: list[str]) -> None:
+    needed = [each for each in inspect.signature(get_config).parameters.values() if each.default is each.empty]
+    taken = len(inspect.signature(get_config).parameters)
+    if len(needed) > len(arguments):
+        raise ValueError(f"get_config() needs {needed[0].name!r}; give it behind a colon, as {given}:{needed[0].name}")
+    if taken < len(arguments):
+        raise ValueError(f"get_config() takes no argument, and {arguments[0]!r} stands behind the colon; leave it out")
+
+
+def describe_failure(error: BaseException, path: str, called: Callable | None = None) -> str:
+    """"line 7: TypeError: ..." in one line: what the Python file ``path`` raised, and where in it; where it could not
+    even enter ``called``, that function's line."""
+    whole = os.path.abspath(path)
+    numbers = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+               if os.path.abspath(frame.filename) == whole]
+    if isinstance(error, SyntaxError) and error.filename and os.path.abspath(error.filename) == whole:
+        numbers.append(error.lineno)
+    if not numbers and hasattr(called, "__code__"):
+        numbers.append(called.__code__.co_firstlineno)
+    line = f"line {numbers[-1]}: " if numbers else ""
+    text = " ".join(str(error).split())
+    return f"{line}{type(error).__name__}{f': {text}' if text else ''}{_nearest_field(text)}"
+
+
+def _nearest_field(text: str) -> str:
+    """What was meant where a dataclass of this module was given a field that it lacks; "" where that is unknown."""
+    found = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text)
+    kind = getattr(schema, found[1], None) if found else None
+    if not dataclasses.is_dataclass(kind):
+        return ""
+    names = [each.name for each in dataclasses.fields(kind)]
+    close = difflib.get_close_matches(found[2], names, 1)
+    return f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(names)}"
+
+
+def map_paths(config, change: Callable[[str], str], prefix: str = ""):
+    """``config``, a dataclass, with each text that names a file or folder replaced by what ``change`` makes of it."""
+    changed = {}
+    for each in dataclasses.fields(config):
+        value = getattr(config, each.name)
+        if each.metadata.get("path"):
+            try:
+                changed[each.name] = _map_texts(value, change)
+            except ValueError as error:
+                raise ValueError(f"{prefix}{each.name}: {error}") from None
+        elif dataclasses.is_dataclass(value):
+            changed[each.name] = map_paths(value, change, f"{prefix}{each.name}.")
+        elif isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
+            changed[each.name] = tuple(map_paths(one, change, f"{prefix}{each.name}.") if dataclasses.is_dataclass(one)
+                                       else one for one in value)
+    return dataclasses.replace(config, **changed) if changed else config
+
+
+def _map_texts(value, change: Callable[[str], str]):
+    if isinstance(value, str):
+        return change(value) if value else value
+    return tuple(_map_texts(each, change) for each in value) if isinstance(value, list | tuple) else value
+
+
+def override(config: Config, *assignments: str) -> Config:
+    """A copy of ``config`` with each "section.key=value" applied; the value is read as the field's type.
+
+    Of data.path and data.blend, which exclude each other, the one given here replaces the file's other one."""
+    given = dict(map(str.strip, assignment.partition("=")[::2]) for assignment in assignments)
+    for key, other, empty in (("path", "blend", ()), ("blend", "path", "")):
+        filled = given.get(f"data.{key}", "") not in ("", "()", "[]")
+        if isinstance(config, Config) and filled and f"data.{other}" not in given:
+            data = dataclasses.replace(config.data, **{other: empty})
+            config = dataclasses.replace(config, data=data)
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals:
+            raise ValueError(f"--set={assignment!r} has no '='; write it as --set=train.steps=10")
+        config = _replace(config, path.strip().split("."), text.strip(), path.strip())
+    return config
+
+
+def _replace(node, keys: list[str], text: str, path: str):
+    names = [f.name for f in dataclasses.fields(node)]
+    if keys[0] not in names:
+        close = difflib.get_close_matches(keys[0], names, 1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(f"{path}: {type(node).__name__} has no {keys[0]!r}; {hint}it has {', '.join(names)}")
+    value = getattr(node, keys[0])
+    if dataclasses.is_dataclass(value):
+        if len(keys) == 1:
+            inner = ", ".join(f.name for f in dataclasses.fields(value))
+            raise ValueError(f"{path} is a section; set one of its keys: {inner}")
+        return dataclasses.replace(node, **{keys[0]: _replace(value, keys[1:], text, path)})
+    if len(keys) > 1:
+        raise ValueError(f"{path}: {keys[0]} is a value, not a section; nothing lies below it")
+    kind = typing.get_type_hints(type(node))[keys[0]]
+    return dataclasses.replace(node, **{keys[0]: _parse(text, kind, path)})
+
+
+def _parse(text: str, kind, path: str):
+    if typing.get_origin(kind) is typing.Literal:
+        kind = base_of(kind)
+    if kind is str:
+        return text
+    try:
+        value = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text.lower(), text))
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # all that literal_eval raises
+        if isinstance(kind, types.UnionType) and str in kind.__args__:
+            return text
+        raise ValueError(f"{path}={text!r} is not a value of type {kind_name(kind)}") from None
+    return coerce(value, kind, path)
+
+
+def to_json(config: Config) -> str:
+    return json.dumps(dataclasses.asdict(config), indent=1)
+
+
+def from_json(text: str) -> Config:
+    return coerce(json.loads(text), Config, "config")
