@@ -4,14 +4,18 @@ import ast
 import dataclasses
 import math
 import re
+import typing
 from pathlib import Path
 
 import jax
 import pytest
 
-from mtnlg_jax.config import ModelConfig, load_config
-from mtnlg_jax.model.transformer import abstract_model
+from mtnlg_jax.config import MeshConfig, ModelConfig, TrainConfig, load_config
+from mtnlg_jax.model.attention import SUPPORT
+from mtnlg_jax.model.context_attention import MODES
+from mtnlg_jax.model.transformer import ACTIVATIONS, RECOMPUTE, abstract_model
 from mtnlg_jax.parallel.mesh import shardings_of
+from mtnlg_jax.planning.cost import POLICIES
 from mtnlg_jax.train.schedule import batch_size_at, samples_before
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
@@ -121,6 +125,17 @@ def test_every_tensor_of_the_largest_divides_over_its_axes(name):
     shape = (mesh.pipe, mesh.data, mesh.context, mesh.tensor)
     abstract = jax.sharding.AbstractMesh(shape, ("pipe", "data", "context", "tensor"))
     shardings_of(abstract_model(config.model)[1], abstract, mesh.zero)
+
+
+@pytest.mark.parametrize(("section", "field", "choices"), [
+    (ModelConfig, "attention_impl", ("auto", *SUPPORT)),
+    (ModelConfig, "activation", (*ACTIVATIONS, "swiglu")),
+    (MeshConfig, "context_mode", MODES),
+    (TrainConfig, "recompute", tuple(RECOMPUTE)),
+    (TrainConfig, "recompute", tuple(POLICIES)),
+])
+def test_a_field_offers_what_there_is(section, field, choices):
+    assert set(typing.get_args(typing.get_type_hints(section)[field])) == set(choices)
 
 
 SMALL = {"num_layers": 3, "hidden_size": 24, "num_attention_heads": 4, "vocab_size": 40,
