@@ -55,7 +55,8 @@ MIXED = [dataclasses.replace(BEAMS, repetition_penalty=1.1), dataclasses.replace
     BEAMS, length_penalty=0.6, length_penalty_type="gnmt", repetition_penalty=1.3)]
 
 
-@pytest.mark.parametrize(("name", "settings"), [("learned", MIXED), ("rotary", BEAMS)], ids=["learned", "rotary"])
+@pytest.mark.parametrize(("name", "settings"), [
+    pytest.param("learned", MIXED, marks=pytest.mark.slow), ("rotary", BEAMS)], ids=["learned", "rotary"])
 def test_log_probabilities_equal_full_forward_passes(request, tokenizer, name, settings):
     """Prompts of different lengths, whose cache all beams share; the rotary model shares key heads, too."""
     tiny = request.getfixturevalue(name)
@@ -74,7 +75,7 @@ def test_log_probabilities_equal_full_forward_passes(request, tokenizer, name, s
         assert result.text in (text, text[:-1]), "only a character cut in two at the end may be missing"
 
 
-@pytest.mark.parametrize("kind", ["searched", "drawn"])
+@pytest.mark.parametrize("kind", ["searched", pytest.param("drawn", marks=pytest.mark.slow)])
 def test_a_search_does_not_depend_on_its_neighbours_or_its_place(learned, tokenizer, kind):
     settings = MIXED if kind == "searched" else [
         dataclasses.replace(DRAWN, temperature=temperature, seed=seed)
@@ -293,7 +294,7 @@ def test_ends_stop_sequences_and_constraints_within_beams():
     assert (nothing.tokens, nothing.finish_reason, nothing.score) == ((), "stop", 0)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
 def test_time(learned, tokenizer, monkeypatch, temperature):
     """The clock ticks a second each time that it is read: once at the start, then before every chunk of tokens."""
     ticks = itertools.count()

@@ -45,7 +45,7 @@ def _poisoned(tiny, name: str, value: float):
     return jax.tree_util.tree_map_with_path(one, tiny.params)
 
 
-@pytest.mark.parametrize("chunk", [2**24, 2**12], ids=["whole", "by_layer"])
+@pytest.mark.parametrize("chunk", [pytest.param(2**24, marks=pytest.mark.slow), 2**12], ids=["whole", "by_layer"])
 def test_a_decoder_is_that_of_the_parameters_in_memory(tiny, tokenizer, tmp_path, monkeypatch, chunk):
     monkeypatch.setattr(checkpoint, "CHUNK_BYTES", chunk)
     folder = _save(tmp_path, Config(model=tiny.config), tiny.params, tokenizer)

@@ -44,7 +44,8 @@ def test_greedy_in_a_ragged_batch():
         _compare(results, peer.fixtures()[f"{number}/greedy"][None])
 
 
-@pytest.mark.parametrize("beams", made.BEAMS)
+@pytest.mark.parametrize("beams", [
+    pytest.param(beams, marks=pytest.mark.slow if beams != max(made.BEAMS) else []) for beams in made.BEAMS])
 def test_beams_and_their_scores_over_all_settings(beams):
     """Length penalties and early stopping differ within the batch, as do the lengths of the prompts."""
     settings = [{"num_beams": beams, "length_penalty": penalty, "early_stopping": early}

@@ -49,7 +49,9 @@ def test_logits_stay_near_and_products_are_int8(tiny, dtype):
     assert 1e-3 < np.abs(exact - near).max() < 0.05 * np.abs(exact).max()
 
 
-@pytest.mark.parametrize("held", [{"weights": "int8"}, {"cache": "int8"}, {"dtype": "bfloat16"}], ids=str)
+@pytest.mark.parametrize("held", [{"weights": "int8"}, {"cache": "int8"},
+                                  pytest.param({"dtype": "bfloat16"}, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("tiny", ["rotary", pytest.param("learned", marks=pytest.mark.slow)], indirect=True)
 def test_what_is_written_is_what_its_own_logits_say(tiny, tokenizer, held):
     """Prefill, steps, and speculative reads of the same decoder agree."""
     decoder = cache.unstack(tiny.config, tiny.params, **held)

@@ -52,7 +52,7 @@ def test_reading_several_tokens_equals_reading_one_at_a_time(tiny):
         np.testing.assert_allclose(ours[1], theirs[1], atol=1e-5)
 
 
-@pytest.mark.parametrize("model", [None, "draft"], ids=["look-up", "draft"])
+@pytest.mark.parametrize("model", [None, pytest.param("draft", marks=pytest.mark.slow)], ids=["look-up", "draft"])
 def test_greedy_rows_are_the_same(learned, tokenizer, request, model):
     draft = model and request.getfixturevalue(model)
     settings = [SETTINGS, dataclasses.replace(SETTINGS, repetition_penalty=1.3, no_repeat_ngram_size=2),

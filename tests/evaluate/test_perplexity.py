@@ -45,7 +45,7 @@ def long():
 TEXTS = ["x" * size + "yz" for size in (1, 3, 14, 15, 16, 30, 31, 40, 61, 62, 63, 64, 65, 100, 200)] + ["short"] * 90
 
 
-@pytest.mark.parametrize("adapt", [0.0, 0.01])
+@pytest.mark.parametrize("adapt", [0.0, pytest.param(0.01, marks=pytest.mark.slow)])
 def test_texts_of_all_lengths_score_as_they_do_alone(long, adapt):
     texts = TEXTS if not adapt else TEXTS[::8]
     done = []

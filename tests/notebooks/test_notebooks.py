@@ -10,9 +10,8 @@ import pytest
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb"))
 
 
-# Slow: the road that tests/launch/test_road.py goes by the scripts.
-@pytest.mark.parametrize("path", [pytest.param(path, marks=pytest.mark.slow if path.stem == "whole_road" else [])
-                                  for path in NOTEBOOKS], ids=lambda path: path.stem)
+@pytest.mark.slow  # tests/launch/test_road.py and test_task.py go the same roads by the scripts
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs_and_shows_pictures(path, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setenv("XLA_FLAGS", "")  # one device, as a reader has

@@ -102,7 +102,7 @@ def test_each_mesh_of_the_ladder_fits_its_gpus(name):
 
 
 @pytest.mark.parametrize(("name", "devices"), [
-    ("1008b", 3072), pytest.param("529.6b", 2520, marks=pytest.mark.slow)])
+    pytest.param("1008b", 3072, marks=pytest.mark.slow), pytest.param("529.6b", 2520, marks=pytest.mark.slow)])
 def test_the_ladders_largest_meshes_are_within_two_percent_of_the_best(name, devices):
     config = configured(f"ladder:{name}")
     mesh, job = config.mesh, Job(config, A100)

@@ -162,6 +162,7 @@ def taught(folder, teacher, weight=0.5, **settings):
         StageConfig("alone", 0.5), StageConfig("taught", 0.5, distill=str(teacher), distill_weight=weight, **settings)))
 
 
+@pytest.mark.slow  # test_distill.py has the same of a step
 def test_a_stage_learns_from_a_teacher_and_weight_0_is_a_plain_run(folder, tmp_path):
     losses = {}
     for name, config in {

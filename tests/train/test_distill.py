@@ -35,7 +35,8 @@ def longhand(x, head, teacher_x, teacher_head, labels, weights, temperature, sha
     return (((1 - share) * hard + share * temperature**2 * soft) * weights).sum()
 
 
-@pytest.mark.parametrize(("temperature", "share"), [(1.0, 1.0), (2.5, 0.3)])
+@pytest.mark.parametrize(("temperature", "share"), [
+    pytest.param(1.0, 1.0, marks=pytest.mark.slow), (2.5, 0.3)])
 def test_loss_and_gradient_equal_longhand(temperature, share):
     x, head, *rest = states()
     ours, grads = jax.value_and_grad(lambda x, head: distilled_cross_entropy(

@@ -96,7 +96,7 @@ def quick(cases, chosen):
 # Each size of each axis, and each stage of ZeRO; slow are the other pairs.
 @pytest.mark.parametrize(("data", "tensor", "zero"), quick(
     [(data, 8 // data, zero) for data in (1, 2, 4, 8) for zero in (0, 1, 3)],
-    [(1, 8, 1), (2, 4, 0), (4, 2, 1), (8, 1, 3)]))
+    [(1, 8, 1), (2, 4, 0), (8, 1, 3)]))
 def test_every_factorisation_of_8_devices_equals_one(data, tensor, zero):
     assert_equal_numbers(loss_and_gradients(config_of(data, tensor, zero)), one_device())
 
@@ -133,10 +133,10 @@ def test_every_schedule_on_every_mesh_equals_one_device(mesh, schedule, zero):
     assert_equal_numbers(on_a_mesh(*mesh, zero, **SCHEDULES[schedule]), deep_alone())
 
 
-# Each mode beside data and tensor, one of them alone; slow are the others.
+# Ring has a backward pass of its own; gather is ring's without turns.
 @pytest.mark.parametrize(("mesh", "zero", "mode"), quick(
     [(mesh, zero, mode) for mode in MODES for mesh, zero in (((1, 2, 2, 2), 1), ((1, 2, 2, 2), 3), ((1, 1, 4, 1), 1))],
-    [((1, 2, 2, 2), 1, "ulysses"), ((1, 1, 4, 1), 1, "gather"), ((1, 2, 2, 2), 3, "ring")]), ids=str)
+    [((1, 2, 2, 2), 1, "ulysses"), ((1, 2, 2, 2), 3, "ring")]), ids=str)
 def test_every_context_mode_equals_one_device(mesh, mode, zero):
     assert_equal_numbers(on_a_mesh(*mesh, zero, context_mode=mode), deep_alone())
 
@@ -148,10 +148,10 @@ def test_context_inside_a_pipeline_and_with_the_masked_objective(mode):
     assert_equal_numbers(got, deep_alone(causal=False))
 
 
-# Quick: one mesh with each axis but data, and one with data; slow are the other pairs.
+# Quick: a mesh with each axis but data; slow are the other pairs.
 @pytest.mark.parametrize(("mesh", "schedule"), quick(
     [(mesh, schedule) for mesh in MESHES for schedule in (SCHEDULES if mesh[0] > 1 else ["circular"])],
-    [((2, 1, 2, 2), "1f1b"), ((1, 2, 2, 2), "circular")]), ids=str)
+    [((2, 1, 2, 2), "1f1b")]), ids=str)
 def test_bf16_on_every_mesh_is_close_to_float32(mesh, schedule):
     got = on_a_mesh(*mesh, dtype="bfloat16", **SCHEDULES[schedule])
     assert got[0] != deep_alone()[0]
@@ -159,9 +159,9 @@ def test_bf16_on_every_mesh_is_close_to_float32(mesh, schedule):
     assert all(gradient.dtype == np.float32 for gradient in got[1])  # as the masters
 
 
-# Slow: interleaved flushes with one round.
+# Slow: interleaved flushes with one round, and 1f1b, whose ramp tests/train/test_other_mesh.py runs.
 @pytest.mark.parametrize("mesh", quick([{"schedule": "1f1b"}, {"flush": 2}, {"flush": 2, "virtual_pipe": 2}],
-                                       [{"schedule": "1f1b"}, {"flush": 2, "virtual_pipe": 2}]), ids=str)
+                                       [{"flush": 2, "virtual_pipe": 2}]), ids=str)
 def test_a_pipeline_takes_fewer_micro_batches_and_flushes(mesh):
     # A count of 2 leaves out the second half of the rows, whose weights the mean counts nevertheless.
     wanted = deep_alone(count=2)
@@ -230,7 +230,8 @@ def test_dropout_drops_the_same_on_every_mesh():
     assert_equal_numbers(on_a_mesh(1, 2, 1, 4, model=model), deep_alone(model=model))
 
 
-@pytest.mark.parametrize("change", [{"micro_batches": 1}, {"recompute": "full"}, {"loss_chunk": 7}])
+@pytest.mark.parametrize("change", [
+    {"micro_batches": 1}, {"recompute": "full"}, pytest.param({"loss_chunk": 7}, marks=pytest.mark.slow)])
 def test_accumulation_recompute_and_chunks_change_nothing(change):
     got = loss_and_gradients(config_of(1, 1, **change), micro_batches=change.get("micro_batches", 2))
     assert_equal_numbers(got, one_device())

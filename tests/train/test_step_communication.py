@@ -44,7 +44,7 @@ def collectives(recompute="elementwise", **mesh):
 @pytest.mark.parametrize("mesh", [
     pytest.param({"pipe": 2, "tensor": 2}, marks=pytest.mark.slow),
     {"pipe": 2, "tensor": 2, **SCHEDULES["interleaved"]}, {"pipe": 2, "tensor": 2, **SCHEDULES["1f1b"]},
-    {"tensor": 4}, {"context": 2, "tensor": 2}], ids=str)
+    {"tensor": 4}, pytest.param({"context": 2, "tensor": 2}, marks=pytest.mark.slow)], ids=str)
 def test_zero_gathers_weights_once_and_scatters_gradients_once(mesh):
     counts = collectives(**mesh)
     assert not [key for key in counts if "data" in key[1] and key[2] > 0]

@@ -145,7 +145,7 @@ def test_the_report_is_for_a_browser_without_network(made):
     assert "near-duplicates" in summary(made[1])
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_do_not_matter(made, planted, recipe, tmp_path, count):
     make(recipe, planted[0], tmp_path / "out", engine=in_processes(count), progress=False)
     assert _digests(tmp_path / "out") == _digests(made[0])

@@ -19,14 +19,16 @@ def _close(pair, tolerance):
 
 
 @pytest.mark.parametrize("case", [
-    {}, {"num_splits": 1}, {"num_splits": 3, "keys": 700, "lengths": (700, 0, 650)}, {"width": 160, "softcap": 2.0},
-    {"heads": 8, "kv_heads": 1, "width": 96},
-], ids=str)
+    {"num_splits": 3, "keys": 700, "lengths": (700, 0, 650)}, {"width": 160, "softcap": 2.0},
+    *(pytest.param(case, marks=pytest.mark.slow)
+      for case in ({}, {"num_splits": 1}, {"heads": 8, "kv_heads": 1, "width": 96}))], ids=str)
 def test_the_tpu_kernel_equals_attention(kernels, case):
     _close(kernels.decoded("pallas_tpu", "float32", **case), FLOAT32)
 
 
-@pytest.mark.parametrize("case", [{}, {"num_splits": 3, "keys": 400, "lengths": (400, 0, 330), "width": 160}], ids=str)
+@pytest.mark.parametrize("case", [
+    pytest.param({}, marks=pytest.mark.slow),
+    {"num_splits": 3, "keys": 400, "lengths": (400, 0, 330), "width": 160}], ids=str)
 def test_the_gpu_kernel_equals_attention(kernels, case):
     _close(kernels.decoded("pallas_gpu", "float16", **case), FLOAT16)
 

@@ -35,11 +35,15 @@ def _kernels(text: str) -> int:
     return text.count("@tpu_custom_call") + text.count("@mosaic_gpu_v2")
 
 
-@pytest.mark.parametrize("device", ["v5e", "v5p", "v6e", "H100"])
+# Slow: plainer calls, and TPUs that get the same kernels with other blocks.
+@pytest.mark.parametrize("device", [
+    "v5e", "H100", *(pytest.param(name, marks=pytest.mark.slow) for name in ("v5p", "v6e"))])
 @pytest.mark.parametrize("call", [
-    Call(head_width=64, kv_heads=2), Call(head_width=128, causal=False), Call(head_width=160, masks=("segment_ids",)),
-    Call(queries=1000, keys=1100, masks=MASKS), Call(queries=131072, keys=131072, masks=("segment_ids",)),
-], ids=["64", "128 both ways", "160 documents", "all masks", "131072"])
+    pytest.param(Call(head_width=64, kv_heads=2), id="64", marks=pytest.mark.slow),
+    pytest.param(Call(head_width=128, causal=False), id="128 both ways", marks=pytest.mark.slow),
+    pytest.param(Call(head_width=160, masks=("segment_ids",)), id="160 documents"),
+    pytest.param(Call(queries=1000, keys=1100, masks=MASKS), id="all masks"),
+    pytest.param(Call(queries=131072, keys=131072, masks=("segment_ids",)), id="131072", marks=pytest.mark.slow)])
 def test_attention_and_its_gradients_lower_to_kernels(monkeypatch, device, call):
     # On TPU the kernel of keys makes dq too, up to the length of which it fits VMEM.
     assert _kernels_in(monkeypatch, device, call) == (3 if device == "H100" or call.queries > 100_000 else 2)
