@@ -57,7 +57,8 @@ BOTH = (StageConfig("masked", 0.5, masked=1.0), StageConfig("causal", 0.5))
 
 # Slow: every mesh, with both objectives.
 @pytest.mark.parametrize(("meshes", "stages"), [
-    ((MeshConfig(data=8), MESHES[1]), CAUSAL), pytest.param(MESHES, BOTH, marks=pytest.mark.slow)], ids=["quick", "all"])
+    ((MeshConfig(data=8), MESHES[1]), CAUSAL),
+    pytest.param(MESHES, BOTH, marks=pytest.mark.slow)], ids=["quick", "all"])
 def test_a_run_that_moves_from_mesh_to_mesh_tells_what_one_that_stayed_does(
         prepared, tmp_path, monkeypatch, meshes, stages):
     stayed = config_of(prepared, MeshConfig(data=8), stages=stages)
