@@ -51,6 +51,18 @@ setup(
         "matplotlib>=3.10,<4",
         "tensorboardX>=2.6.4,<3",
     ],
+    entry_points={
+        "console_scripts": [
+            "mtnlg-pretrain=mtnlg_jax.cli.pretrain:run",
+            "mtnlg-generate=mtnlg_jax.cli.generate:run",
+            "mtnlg-prepare=mtnlg_jax.cli.prepare:run",
+            "mtnlg-evaluate=mtnlg_jax.cli.evaluate:run",
+            "mtnlg-task=mtnlg_jax.cli.task:run",
+            "mtnlg-plan=mtnlg_jax.cli.plan:run",
+            "mtnlg-compile-ahead=mtnlg_jax.cli.compile_ahead:run",
+            "mtnlg-convert=mtnlg_jax.cli.convert:run",
+        ],
+    },
     extras_require={
         "gpu": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],

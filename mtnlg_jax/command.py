@@ -27,8 +27,19 @@ def run(main: Callable[[], int | None], log: bool = False) -> None:
     PASSING where `is_passing`; other exceptions that end a run as planned name their code as ``exit_code``. Standard
     output that a full disk cut short is PASSING, too, unless it is only a ``log``."""
     end_with_launcher()
+    _show_help_of(sys.modules[main.__module__])
     with lasting_output():
         app.run(functools.partial(_run, main, log), flags_parser=_parse)
+
+
+def _show_help_of(module) -> None:
+    """--help prints the docstring and the flags of the main module: those of ``module`` are its, whether a script of
+    launch/ or a console command imported it."""
+    entry = sys.modules["__main__"]
+    if module is not entry:
+        entry.__doc__ = module.__doc__
+        for flag in flags.FLAGS.get_key_flags_for_module(module.__name__):
+            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
 
 def _run(main: Callable, log: bool, argv: list[str]) -> int | None:

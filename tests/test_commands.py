@@ -102,6 +102,7 @@ def problem(command: list[str]) -> str | None:
 
 def _absl_problem(script: str, given: list[str]) -> str | None:
     before = set(flags.FLAGS)
+    _forget_scripts()
     try:
         runpy.run_path(str(ROOT / script), run_name="shown")
         try:
@@ -110,9 +111,16 @@ def _absl_problem(script: str, given: list[str]) -> str | None:
             return str(error)
         return f"{left[1]!r} is not a flag" if len(left) > 1 else None
     finally:
+        _forget_scripts()
         for name in set(flags.FLAGS) - before:
             delattr(flags.FLAGS, name)
         flags.FLAGS.unparse_flags()
+
+
+def _forget_scripts() -> None:
+    """A module defines its flags when it is imported; the next command needs them again."""
+    for name in [name for name in sys.modules if name.startswith("mtnlg_jax.cli.")]:
+        del sys.modules[name]
 
 
 class _Parsed(Exception):
@@ -204,3 +212,21 @@ def test_a_wrong_command_is_found(text, words):
 def test_a_right_command_passes(text):
     (command,) = commands(text)
     assert problem(command) is None
+
+
+@pytest.mark.parametrize("command", sorted((ROOT / "mtnlg_jax/cli").glob("[a-z]*.py")), ids=lambda path: path.stem)
+def test_a_command_shows_its_own_help(command):
+    program = f"import sys; sys.argv = ['mtnlg', '--help']; from mtnlg_jax.cli.{command.stem} import run; run()"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    docstring = ast.get_docstring(ast.parse(command.read_text()), clean=False)
+    own = re.findall(r'(?:DEFINE_\w+|define_paths?)\(\s*"(\w+)"', command.read_text())
+    assert docstring.splitlines()[0] in done.stdout, done.stdout + done.stderr
+    assert all(re.search(rf"--(?:\[no\])?{name}\b", done.stdout) for name in own)
+
+
+def test_console_commands_are_there():
+    given = re.findall(r'"mtnlg-[a-z-]+=(mtnlg_jax\.cli\.\w+):run"', (ROOT / "setup.py").read_text())
+    assert len(given) == 8
+    for module in given:
+        assert (ROOT / f"{module.replace('.', '/')}.py").is_file()
+        assert "\ndef run() -> None:\n" in (ROOT / f"{module.replace('.', '/')}.py").read_text()

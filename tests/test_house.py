@@ -27,6 +27,7 @@ ORDER = """
     train
     decode
     tasks evaluate interop planning
+    cli
 """
 
 TOP_LEVEL = {
