@@ -1,4 +1,4 @@
-"""Compiles the steps of README's table for chips that are not here, one after the other.
+"""Compiles the steps of the table in docs/compile_ahead.md for chips that are not here, one after the other.
 
     python benchmarks/compile_ahead.py                    writes benchmarks/results/compile_ahead.json
     python benchmarks/compile_ahead.py mtnlg_530b v6e     only rows with one of these words; the others stay

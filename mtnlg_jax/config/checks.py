@@ -28,8 +28,14 @@ def within(what: str, value: float, low: float, high: float, low_open=False, hig
     above = value > low if low_open else value >= low
     below = value < high if high_open else value <= high
     if not (above and below):
-        left, right = "(" if low_open else "[", ")" if high_open else "]"
-        raise ValueError(f"{what}={value} lies outside {left}{low}, {high}{right}")
+        raise ValueError(f"{what}={value} lies outside {interval(low, high, low_open, high_open)}")
+
+
+def interval(low: float, high: float, low_open: bool = False, high_open: bool = False) -> str:
+    """As mathematics writes it: (0, 1] has its upper end and not its lower one."""
+    left = "(" if low_open else "["
+    right = ")" if high_open else "]"
+    return f"{left}{low}, {high}{right}"
 
 
 def one_of(what: str, value, allowed: tuple) -> None:

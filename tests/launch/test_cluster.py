@@ -364,18 +364,18 @@ def test_a_launcher_whose_output_nobody_reads_goes_on(stand_in, tmp_path):
 
 
 def test_exit_codes_are_said_in_one_way():
-    """The scripts and the page repeat what mtnlg_jax/command.py says."""
+    """The scripts and the page repeat what mtnlg_jax/errors.py says."""
     final = sorted(errors.FINAL)
     for name, pattern in {"slurm.sbatch": r"([\d |]+)\) echo", "tpu_pod.sh": r"case \$code in ([\d |]+)\)",
                           "gke_gpu.yaml": r"values: \[([\d, ]+)\]", "gke_tpu.yaml": r"values: \[([\d, ]+)\]"}.items():
         [found] = re.findall(pattern, (CLUSTER / name).read_text())
         assert sorted(map(int, re.findall(r"\d+", found))) == final, name
-    rows = re.findall(r"^\| (\d+) \| .* \| (\w+)[^|]* \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| (\d+) \| .* \| (\w+)[^|]* \|$", (ROOT / "docs/many_processes.md").read_text(), re.MULTILINE)
     said = {int(code): again for code, again in rows}
     assert {code for code, again in said.items() if again == "no"} == set(final)
     assert {errors.STUCK, errors.PROCESS_LOST, errors.PASSING, errors.PREEMPTED} <= {
         code for code, again in said.items() if again == "yes"}
-    named = (ROOT / "launch/pretrain.py").read_text().split('"""')[1]
+    named = (ROOT / "mtnlg_jax/cli/pretrain.py").read_text().split('"""')[1]
     for code in (*final, errors.STUCK, errors.PROCESS_LOST, errors.PASSING, errors.PREEMPTED):
         assert re.search(rf"\b{code}\b", named.partition("Exit codes:")[2]), code
 

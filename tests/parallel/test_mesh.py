@@ -146,8 +146,8 @@ def test_sizes_that_do_not_fit_the_devices_are_refused(config, words):
         make_mesh(config)
 
 
-def test_the_readme_shows_this_table():
+def test_the_page_of_parallelism_shows_this_table():
     table = [line for line in mesh.__doc__.splitlines() if line.startswith("|")]
-    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text().splitlines()
-    start = readme.index(table[0])
-    assert len(table) > 8 and readme[start:start + len(table)] == table
+    page = (Path(__file__).resolve().parents[2] / "docs/parallelism.md").read_text().splitlines()
+    start = page.index(table[0])
+    assert len(table) > 8 and page[start:start + len(table)] == table

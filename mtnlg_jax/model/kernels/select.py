@@ -26,7 +26,7 @@ class Support:
 
 
 _MASKS = frozenset({"segment_ids", "kv_lengths", "q_offset", "window"})
-# Drives the choice, the errors, explain_attention() and the README's table.
+# Drives the choice, the errors, explain_attention() and the table of docs/attention.md.
 SUPPORT = {
     "pallas_tpu": Support("TPU", ("float32", "bfloat16"), (32, 256), _MASKS | {"softcap", "return_lse"},
                           "our kernels; skips blocks that causality, lengths or segments hide"),
@@ -154,7 +154,7 @@ def _say_once(text: str) -> None:
 
 
 def support_table() -> str:
-    """SUPPORT as the README shows it."""
+    """SUPPORT as docs/attention.md shows it."""
     lines = ["| `impl` | runs on | types | head widths | takes | |", "| --- | --- | --- | --- | --- | --- |"]
     for name, can in SUPPORT.items():
         widths = "all" if can.head_widths is None else "multiples of {} to {}".format(*can.head_widths)
