@@ -1,6 +1,6 @@
 """Turns a GPT-2 of Hugging Face into a run folder, and back; without PyTorch.
 
-Says more: python launch/convert.py --help. The code is in mtnlg_jax/cli/convert.py.
+--help says more. The code is in mtnlg_jax/cli/convert.py.
 """
 
 from mtnlg_jax.cli.convert import main, run

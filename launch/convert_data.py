@@ -1,6 +1,6 @@
 """Token arrays to Megatron's .bin and .idx and back, and either to text.
 
-Says more: python launch/convert_data.py --help. The code is in mtnlg_jax/cli/convert_data.py.
+--help says more. The code is in mtnlg_jax/cli/convert_data.py.
 """
 
 from mtnlg_jax.cli.convert_data import main, run

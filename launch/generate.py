@@ -1,6 +1,6 @@
 """Asks a trained model: python launch/generate.py --workdir=RUN --prompt="Once upon a time"
 
-Says more: python launch/generate.py --help. The code is in mtnlg_jax/cli/generate.py.
+--help says more. The code is in mtnlg_jax/cli/generate.py.
 """
 
 from mtnlg_jax.cli.generate import main, run

@@ -1,6 +1,6 @@
 """How a run lies on a mesh, and which mesh to choose, by arithmetic; nothing is allocated.
 
-Says more: python launch/plan.py --help. The code is in mtnlg_jax/cli/plan.py.
+--help says more. The code is in mtnlg_jax/cli/plan.py.
 """
 
 from mtnlg_jax.cli.plan import main, run

@@ -1,6 +1,6 @@
 """Turn text into a folder to train from: tokenizer, token arrays, held-out part.
 
-Says more: python launch/prepare_data.py --help. The code is in mtnlg_jax/cli/prepare.py.
+--help says more. The code is in mtnlg_jax/cli/prepare.py.
 """
 
 from mtnlg_jax.cli.prepare import main, run

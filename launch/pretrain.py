@@ -1,6 +1,6 @@
 """Trains one run: python launch/pretrain.py --config=configs/small.py --set=data.path=OUT --workdir=RUN
 
-Says more: python launch/pretrain.py --help. The code is in mtnlg_jax/cli/pretrain.py.
+--help says more. The code is in mtnlg_jax/cli/pretrain.py.
 """
 
 from mtnlg_jax.cli.pretrain import main, run

@@ -1,6 +1,6 @@
 """Does a task with a trained model: python launch/task.py --workdir=RUN --task=summarise --input=FILE
 
-Says more: python launch/task.py --help. The code is in mtnlg_jax/cli/task.py.
+--help says more. The code is in mtnlg_jax/cli/task.py.
 """
 
 from mtnlg_jax.cli.task import main, run

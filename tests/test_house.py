@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A room may import itself and the rooms on the lines above it; rooms of one line do not see each other.
 ORDER = """
+    errors
     compat command storage
     config
     xla_flags hardware
@@ -128,11 +129,13 @@ def _circle(package: Path) -> list[str]:
         module = ".".join([package.name, *path.relative_to(package).with_suffix("").parts]).removesuffix(".__init__")
         graph[module] = path
     imported = {
-        module: {name for _, found in _imports(path, module) for name in (found, found.rpartition(".")[0])} & set(graph)
+        # What is imported is a module, or something of one.
+        module: {found if found in graph else found.rpartition(".")[0] for _, found in _imports(path, module)}
         for module, path in graph.items()
     }
     try:
-        list(graphlib.TopologicalSorter({name: found - {name} for name, found in imported.items()}).static_order())
+        inside = {name: found & set(graph) - {name} for name, found in imported.items()}
+        list(graphlib.TopologicalSorter(inside).static_order())
     except graphlib.CycleError as error:
         return error.args[1]
     return []

@@ -82,11 +82,11 @@ def test_the_step_compiles_once_for_mixed_requests_and_all_lengths(learned, toke
         return generate(learned.decoder, tokenizer, prompts, values)
 
     rng = np.random.default_rng(0)
-    steps, prefills = module.advance._cache_size(), module.prefill.__globals__["_prefill"]._cache_size()
+    steps, prefills = module.advance._cache_size(), module.prefill.__globals__["prefill_rows"]._cache_size()
     for _ in range(6):
         batch(rng)
     assert module.advance._cache_size() == steps + 1
-    assert module.prefill.__globals__["_prefill"]._cache_size() <= prefills + 2  # prompts of 16 and of 32
+    assert module.prefill.__globals__["prefill_rows"]._cache_size() <= prefills + 2  # prompts of 16 and of 32
 
 
 def test_specials_and_padding_of_the_vocabulary_are_never_written(learned, tokenizer):

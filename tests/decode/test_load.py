@@ -127,7 +127,7 @@ def test_logits_that_are_not_finite_are_no_text(learned, tokenizer, name):
 
 def test_asking_a_model_imports_nothing_that_only_training_or_measuring_needs():
     heavy = ["orbax.checkpoint", "sacrebleu", "sklearn", "matplotlib", "transformers", "torch", "pandas", "pyarrow"]
-    program = ("import sys; from mtnlg_jax.decode import fill, generate, load, rank; "
+    program = ("import sys; from mtnlg_jax.decode import generate, infill, load, rank; "
                f"print(*(name for name in {heavy} if name in sys.modules))")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.split() == []

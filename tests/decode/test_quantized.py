@@ -78,6 +78,7 @@ def test_the_cache_is_int8_with_a_scale_for_each_token_and_head(learned):
     assert np.asarray(written[1][2])[0, :, 1].all() and not np.asarray(written[1][2])[0, :, 40].any()
 
 
+@pytest.mark.slow
 def test_ranking_and_beams_read_int8_weights(rotary, tokenizer):
     held = cache.unstack(rotary.config, rotary.params, weights="int8")
     texts = [" cat", " dog", " rain"]

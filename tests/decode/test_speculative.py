@@ -84,6 +84,7 @@ def test_rows_at_the_end_of_the_context_stops_and_streams_are_the_same(learned, 
         assert _plain(results) == _plain(expected) and pieces == [each.text for each in results]
 
 
+@pytest.mark.slow
 def test_a_model_that_guesses_for_itself_is_always_right(learned, tokenizer):
     settings = dataclasses.replace(SETTINGS, num_assistant_tokens=3)
     results = generate(learned.decoder, tokenizer, PROMPTS, settings, draft=learned.decoder)
@@ -129,6 +130,7 @@ def test_drawn_rows_have_the_model_s_distribution(guess):
         assert both.shape[1] > 2 and stats.chi2_contingency(both).pvalue > 1e-3, (axes, both)
 
 
+@pytest.mark.slow
 def test_a_row_s_draws_do_not_depend_on_its_neighbours(learned, tokenizer):
     settings = [dataclasses.replace(SETTINGS, temperature=1.0, seed=seed, prompt_lookup_num_tokens=guesses)
                 for seed, guesses in ((5, 4), (6, 0), (7, 2))]

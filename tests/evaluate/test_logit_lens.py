@@ -10,7 +10,7 @@ from mtnlg_jax.model.transformer import Transformer
 
 # Shorter and longer than a head is wide.
 @pytest.mark.parametrize("length", [pytest.param(5, marks=pytest.mark.slow), 40])
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("causal", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_look_inside_agrees_with_the_model(length, causal):
     config = ModelConfig(num_layers=3, hidden_size=32, num_attention_heads=4, num_query_groups=2, vocab_size=64,
                          max_position_embeddings=64, init_method_std=0.3)

@@ -125,6 +125,7 @@ def test_a_long_text_by_longhand_windows(model):
     assert evaluate_text(model, TOKENIZER, text, stride=6).loss == pytest.approx(nats / len(text), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_adapting_learns_a_window_after_it_is_scored(model):
     text, rate = "0123456789" * 2, 0.01
     ids = np.array([1, *TOKENIZER.encode(text)], np.int32)
@@ -161,6 +162,7 @@ def test_a_decoder_scores_as_it_decodes(model):
         assert 1e-5 < abs(near - exact) < 0.05 * exact, held
 
 
+@pytest.mark.slow
 def test_the_loss_of_an_int8_cache_is_that_of_the_tokens_read_one_by_one(model):
     decoder = unstack(model.config, nnx.split(model)[1], cache="int8")
     tokens = [1, *TOKENIZER.encode("a short one")]

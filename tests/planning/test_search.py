@@ -110,6 +110,7 @@ def test_the_ladders_largest_meshes_are_within_two_percent_of_the_best(name, dev
     assert own.step_seconds <= 1.02 * search(job, devices)[0].step_seconds
 
 
+@pytest.mark.slow
 def test_the_smallest_number_of_chips_is_the_smallest():
     job = Job(configured("mtnlg_530b"), CHIPS["v5e"])
     enough = smallest_devices(job)

@@ -36,6 +36,7 @@ def _config(data, steps):
         train=TrainConfig(steps=steps, global_batch_size=8, eval_every=0, save_every=0, compute_dtype="float32"))
 
 
+@pytest.mark.slow  # tests/data/store/test_megatron.py and test_sources.py read the files
 def test_it_trains_resumes_and_is_evaluated(tokenizer, tmp_path):
     data, run = DataConfig(path=PREFIX, tokenizer=tokenizer, heldout=0.1), str(tmp_path / "run")
     loop.train(_config(data, 2), run, show_progress=False)

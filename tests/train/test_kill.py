@@ -87,7 +87,8 @@ def wait_for_step(process: subprocess.Popen, workdir: Path, step: int, before: i
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow  # test_checkpoint.py kills processes in the middle of saves
+@pytest.mark.parametrize("kills", [1, 20])
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(start, unkilled, kills):
     name, moments = f"killed-{kills}", random.Random(kills)
     for number, target in enumerate(sorted(moments.randrange(1, STEPS - 10) for _ in range(kills))):

@@ -93,7 +93,8 @@ def alone(targets=TARGETS):
     return numbers(adapted_config(targets=targets))
 
 
-@pytest.mark.parametrize(("data", "tensor", "zero"), [pytest.param(4, 2, 0, marks=pytest.mark.slow), (2, 4, 3)])
+@pytest.mark.parametrize(("data", "tensor", "zero"), [(4, 2, 0), (2, 4, 3)])
+@pytest.mark.slow
 def test_every_mesh_equals_one_device(data, tensor, zero):
     assert_equal_numbers(numbers(adapted_config(data, tensor, zero, TARGETS)), alone())
 

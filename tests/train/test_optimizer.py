@@ -69,7 +69,8 @@ def after_two_steps(data, tensor, zero=1):
     return [np.asarray(leaf) for leaf in jax.tree.leaves(state["params"]["blocks"])]
 
 
-@pytest.mark.parametrize("zero", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [1, 3])
 def test_a_step_on_a_mesh_equals_one_device(zero):
     for one, many in zip(after_two_steps(1, 1), after_two_steps(4, 2, zero), strict=True):
         np.testing.assert_allclose(many, one, atol=2e-4)  # two steps move a weight by some 4e-3

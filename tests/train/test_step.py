@@ -96,7 +96,7 @@ def quick(cases, chosen):
 # Each size of each axis, and each stage of ZeRO; slow are the other pairs.
 @pytest.mark.parametrize(("data", "tensor", "zero"), quick(
     [(data, 8 // data, zero) for data in (1, 2, 4, 8) for zero in (0, 1, 3)],
-    [(1, 8, 1), (2, 4, 0), (8, 1, 3)]))
+    [(2, 4, 0), (8, 1, 3)]))
 def test_every_factorisation_of_8_devices_equals_one(data, tensor, zero):
     assert_equal_numbers(loss_and_gradients(config_of(data, tensor, zero)), one_device())
 
@@ -128,7 +128,7 @@ def deep_alone(causal=True, model=DEEP, count=None):
 @pytest.mark.parametrize(("mesh", "zero", "schedule"), quick(
     [(mesh, zero, schedule) for schedule in SCHEDULES
      for mesh, zero in (((2, 1, 2, 2), 1), ((2, 2, 1, 2), 1), ((2, 2, 1, 2), 3), ((4, 1, 1, 2), 1))],
-    [((2, 1, 2, 2), 1, "circular"), ((2, 2, 1, 2), 3, "1f1b"), ((2, 2, 1, 2), 3, "interleaved"),
+    [((2, 2, 1, 2), 3, "1f1b"), ((2, 2, 1, 2), 3, "interleaved"),
      ((4, 1, 1, 2), 1, "interleaved")]), ids=str)
 def test_every_schedule_on_every_mesh_equals_one_device(mesh, schedule, zero):
     assert_equal_numbers(on_a_mesh(*mesh, zero, **SCHEDULES[schedule]), deep_alone())
@@ -175,7 +175,7 @@ def test_a_pipeline_takes_fewer_micro_batches_and_flushes(mesh):
     ({"pipe": 1}, {"pipe": 1}), ({"schedule": "1f1b"}, {"schedule": "1f1b"}),
     pytest.param({"flush": 2}, {"flush": 2}, marks=pytest.mark.slow),
     pytest.param({"flush": 2}, {"flush": 16}, marks=pytest.mark.slow),  # the case below with one round
-    ({"flush": 2, "virtual_pipe": 2}, {"flush": 16, "virtual_pipe": 2})], ids=str)
+    pytest.param({"flush": 2, "virtual_pipe": 2}, {"flush": 16, "virtual_pipe": 2}, marks=pytest.mark.slow)], ids=str)
 def test_gradients_of_micro_batches_add_in_float32(few, many):
     # Sixteen times the same row, each a micro-batch: the gradient is eight times that of two, but for what sums lose.
     same = {key: np.repeat(value[:1], ROWS, 0) for key, value in rows().items()}
@@ -186,8 +186,8 @@ def test_gradients_of_micro_batches_add_in_float32(few, many):
         assert np.abs(8 * two - sixteen).max() <= 1e-5 * np.abs(sixteen).max()
 
 
-# Slow: circular, which is interleaved with one round, and 1f1b, whose stages draw by the same numbers.
-@pytest.mark.parametrize("schedule", quick(list(SCHEDULES), ["interleaved"]))
+@pytest.mark.slow  # test_dropout_drops_the_same_on_every_mesh has the same without stages
+@pytest.mark.parametrize("schedule", list(SCHEDULES))
 def test_dropout_drops_the_same_in_a_pipeline(schedule):
     model = dataclasses.replace(DEEP, dropout_rate=0.1)
     assert deep_alone(model=model)[0] != deep_alone()[0]

@@ -31,7 +31,7 @@ def temporaries(micro_batches, dtype, **mesh):
 # Slow: the float32 of what bfloat16, which sums apart, proves with the same code.
 @pytest.mark.parametrize(("dtype", "mesh", "low", "high"), [
     pytest.param("float32", {}, 1, 3, marks=pytest.mark.slow),
-    ("bfloat16", {}, 1, 3),
+    pytest.param("bfloat16", {}, 1, 3, marks=pytest.mark.slow),
     pytest.param("float32", {"virtual_pipe": 2}, 2, 4, marks=pytest.mark.slow),
     pytest.param("float32", {"schedule": "1f1b"}, 0, 0.1, marks=pytest.mark.slow),
     pytest.param("bfloat16", {"schedule": "1f1b"}, 0, 0.1, marks=pytest.mark.slow),
