@@ -70,5 +70,6 @@ def test_keys_are_named_and_what_is_left_out_is_counted(ask):
 def test_bad_input_is_one_line_and_names_only_flags_that_exist(ask, arguments, stdin, message):
     code, out, err = ask("--workdir=RUN", *arguments, stdin=stdin)
     assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1 and message in err
-    known = set(re.findall(r'(?:DEFINE_\w+|define_path)\("(\w+)"', SCRIPT.read_text()))
+    source = (SCRIPT.parents[1] / "mtnlg_jax/cli" / SCRIPT.name).read_text()
+    known = set(re.findall(r'(?:DEFINE_\w+|define_path)\("(\w+)"', source))
     assert set(re.findall(r"--(\w+)", err)) | set(re.findall(r"\b(on_error|text_key)\b", err)) <= known
