@@ -51,6 +51,17 @@ def test_gpu_flags_are_known_and_an_invented_one_is_found_out(monkeypatch):
     assert os.environ["NCCL_NVLS_ENABLE"] == "set by the user"
 
 
+def test_gathers_are_not_pipelined_where_a_split_layer_is_recomputed_whole(monkeypatch):
+    monkeypatch.setattr(xla_flags, "unknown_flags", lambda flags: [])
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    split, whole = MeshConfig(tensor=8), MeshConfig(tensor=1)
+    assert xla_flags.PIPELINED_GATHER in xla_flags.GPU
+    chosen = [xla_flags.choose("gpu", mesh, recompute=recompute).flags
+              for mesh, recompute in ((split, "full"), (split, "elementwise"), (whole, "full"))]
+    assert [xla_flags.PIPELINED_GATHER in flags for flags in chosen] == [False, True, True]
+    assert set(chosen[1]) - set(chosen[0]) == {xla_flags.PIPELINED_GATHER}
+
+
 def test_what_is_known_is_remembered_and_what_is_given_stays(monkeypatch):
     monkeypatch.setattr(xla_flags, "platform_here", lambda: "gpu")
     tried = []

@@ -49,7 +49,7 @@ def main() -> None:
     processes.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value, config.train.heartbeat_seconds,
                     _LOCAL_DEVICES.value, _DISTRIBUTED.value, _COORDINATOR_TIMEOUT.value)
     if _FLAGS.value == "on":
-        xla_flags.set_flags(config.mesh)
+        xla_flags.set_flags(config.mesh, config.train.recompute)
     with processes.leaving_at_once():
         summary = train(config, _WORKDIR.value, _PROGRESS.value, functools.partial(print, flush=True))
         if processes.is_first():

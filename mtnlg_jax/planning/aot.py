@@ -87,7 +87,7 @@ def measure(config: Config, topology: described.Topology, step: str = "train", t
     environment = described.environment(topology)
     choice = xla_flags.Choice()
     if flags and step == "train":
-        choice = xla_flags.choose(kind_of(topology), config.mesh, topology.slices)
+        choice = xla_flags.choose(kind_of(topology), config.mesh, topology.slices, config.train.recompute)
     variable = xla_flags.VARIABLE.get(xla_flags.platform_of(kind_of(topology)), "XLA_FLAGS")
     environment[variable] = " ".join([*environment.get(variable, "").split(), *choice.flags])
     with tempfile.TemporaryDirectory() as folder:

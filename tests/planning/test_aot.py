@@ -125,7 +125,8 @@ def test_a_step_is_compiled_with_the_flags_that_its_run_sets(topology, variable,
     monkeypatch.setattr(subprocess, "run", runs)
     monkeypatch.setenv(variable, "--xla_mine=2")
     m = measure(config(), parse(topology), step, flags=on)
-    assert asked == ([(kind, config().mesh, parse(topology).slices)] if kind else [])
+    recompute = config().train.recompute
+    assert asked == ([(kind, config().mesh, parse(topology).slices, recompute)] if kind else [])
     assert m.flags == compiled[0].split() == ["--xla_mine=2", *(["--xla_ours=1"] if kind else [])]
     assert m.flags_left_out == ("one is refused" if kind else "")
 
