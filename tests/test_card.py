@@ -78,7 +78,9 @@ def test_a_part_that_takes_too_long_is_stopped(environment, tmp_path):
     subprocess.run(command, env=environment, capture_output=True, text=True)
     assert time.monotonic() - begin < 60
     if output.exists():  # the device was named in time
-        assert json.loads(output.read_text())["parts"]["decode"]["ended"] == "stopped after 2 s"
+        # What was left of the 1.5 seconds when the part began.
+        ended = json.loads(output.read_text())["parts"]["decode"]["ended"]
+        assert ended in ("stopped after 1 s", "stopped after 2 s")
 
 
 def test_without_a_card_it_says_so(environment):
