@@ -4,6 +4,8 @@ import dataclasses
 import math
 import typing
 
+from mtnlg_jax.config.coerce import hints_of
+
 
 def divisors(number: int) -> list[int]:
     """From 1 up to ``number`` itself."""
@@ -46,7 +48,7 @@ def one_of(what: str, value, allowed: tuple) -> None:
 def check_fields(config, prefix: str = "") -> None:
     """Raises ValueError on a field that lies outside the `Range` or the choices that its annotation names; the fields
     of sections too. ``prefix`` stands before names in messages."""
-    hints = typing.get_type_hints(type(config), include_extras=True)
+    hints = hints_of(type(config), limits=True)
     for each in dataclasses.fields(config):
         value = getattr(config, each.name)
         hint = hints[each.name]

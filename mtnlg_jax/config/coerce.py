@@ -30,7 +30,7 @@ def plain(value, path: str):
 def coerce(value, kind, path: str):
     """``value`` as an instance of the annotation ``kind``: what JSON and literals lose is put back."""
     if typing.get_origin(kind) is typing.Literal:
-        return coerce(value, base_of(kind), path)  # `ranges.check_fields` looks at the choice
+        return coerce(value, base_of(kind), path)  # `checks.check_fields` looks at the choice
     if isinstance(kind, types.UnionType):
         if value is None and type(None) in kind.__args__:
             return None
@@ -53,6 +53,13 @@ def coerce(value, kind, path: str):
     raise ValueError(f"{path}={value!r} is {type(value).__name__}; it must be {kind_name(kind)}")
 
 
+@functools.cache
+def hints_of(kind: type, limits: bool = False) -> dict:
+    """{field: its annotation}; with ``limits`` also what `Annotated` adds. Kept: a search validates thousands of
+    configs."""
+    return typing.get_type_hints(kind, include_extras=limits)
+
+
 def base_of(kind):
     """The types of a Literal's choices: Literal["a", "b"] is of str, Literal[False, "never"] of bool | str."""
     kinds = list(dict.fromkeys(map(type, typing.get_args(kind))))
@@ -64,7 +71,7 @@ def kind_name(kind) -> str:
 
 
 def _from_dict(kind, tree: dict, path: str):
-    hints = typing.get_type_hints(kind)
+    hints = hints_of(kind)
     unknown = sorted(map(str, set(tree) - set(hints)))
     if unknown:
         raise ValueError(f"{path}: unknown {', '.join(unknown)}; it has {', '.join(hints)}")

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 
 from mtnlg_jax import command
 from mtnlg_jax.config import schema
-from mtnlg_jax.config.coerce import base_of, coerce, kind_name, plain
+from mtnlg_jax.config.coerce import base_of, coerce, hints_of, kind_name, plain
 from mtnlg_jax.config.rules import validate
 from mtnlg_jax.config.schema import Config
 
@@ -68,11 +68,11 @@ def split_argument(path: str) -> tuple[str, list[str]]:
 
 
 def _check_arguments(given: str, get_config: Callable, arguments: list[str]) -> None:
-    needed = [each for each in inspect.signature(get_config).parameters.values() if each.default is each.empty]
-    taken = len(inspect.signature(get_config).parameters)
+    taken = inspect.signature(get_config).parameters.values()
+    needed = [each for each in taken if each.default is each.empty]
     if len(needed) > len(arguments):
         raise ValueError(f"get_config() needs {needed[0].name!r}; give it behind a colon, as {given}:{needed[0].name}")
-    if taken < len(arguments):
+    if len(taken) < len(arguments):
         raise ValueError(f"get_config() takes no argument, and {arguments[0]!r} stands behind the colon; leave it out")
 
 
@@ -158,7 +158,7 @@ def _replace(node, keys: list[str], text: str, path: str):
         return dataclasses.replace(node, **{keys[0]: _replace(value, keys[1:], text, path)})
     if len(keys) > 1:
         raise ValueError(f"{path}: {keys[0]} is a value, not a section; nothing lies below it")
-    kind = typing.get_type_hints(type(node))[keys[0]]
+    kind = hints_of(type(node))[keys[0]]
     return dataclasses.replace(node, **{keys[0]: _parse(text, kind, path)})
 
 

@@ -13,6 +13,7 @@ import typing
 
 from mtnlg_jax.config import schema
 from mtnlg_jax.config.checks import interval
+from mtnlg_jax.config.coerce import hints_of, kind_name
 
 SECTIONS = {
     "model": schema.ModelConfig,
@@ -50,12 +51,12 @@ def render() -> str:
 def _section(name: str, kind: type) -> str:
     lines = [f"\n## {name}\n", " ".join(inspect.getdoc(kind).split()) + "\n"]
     lines += ["| key | type | default | range | |", "| --- | --- | --- | --- | --- |"]
-    hints = typing.get_type_hints(kind, include_extras=True)
+    hints = hints_of(kind, limits=True)
     comments = _comments(kind)
     for each in dataclasses.fields(kind):
         if not dataclasses.is_dataclass(hints[each.name]):
-            kind_name, limits = _kind(hints[each.name])
-            cells = [f"`{each.name}`", kind_name, _default(each), limits, comments.get(each.name, "")]
+            name, limits = _kind(hints[each.name])
+            cells = [f"`{each.name}`", name, _default(each), limits, comments.get(each.name, "")]
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -75,8 +76,7 @@ def _kind(hint) -> tuple[str, str]:
     if typing.get_origin(hint) is typing.Annotated:
         limits = ", ".join(_limits(*limit) for limit in hint.__metadata__)
         hint = typing.get_args(hint)[0]
-    name = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
-    return name.replace("mtnlg_jax.config.schema.", "").replace(" | None", " or none"), limits
+    return kind_name(hint).replace("mtnlg_jax.config.schema.", "").replace(" | None", " or none"), limits
 
 
 def _limits(low: float, high: float, low_open: bool, high_open: bool) -> str:

@@ -6,7 +6,7 @@ import typing
 from collections.abc import Iterable
 
 from mtnlg_jax.config.checks import check_fields, must_divide, one_of, within
-from mtnlg_jax.config.coerce import coerce
+from mtnlg_jax.config.coerce import coerce, hints_of
 from mtnlg_jax.config.schema import (
     Config,
     DecodeConfig,
@@ -21,10 +21,10 @@ from mtnlg_jax.config.schema import (
 def validate(config: Config) -> None:
     """Raises ValueError, naming both numbers and a way out, where the parts of ``config`` do not fit."""
     coerce(dataclasses.asdict(config), Config, "config")  # a config file can put anything anywhere
-    for section in ("model", "mesh", "data", "optimizer", "train"):
-        check_fields(getattr(config, section), f"{section}.")
     validate_model(config.model)
     validate_decode(config.decode, standing_by=True)
+    for section in ("mesh", "data", "optimizer", "train"):
+        check_fields(getattr(config, section), f"{section}.")
     _validate_mesh(config)
     _validate_data(config)
     optimizer = config.optimizer
@@ -175,8 +175,7 @@ def validate_decode(decode: DecodeConfig, standing_by: bool = False) -> None:
     """Raises ValueError on a setting that is out of range, contradicts another one, or cannot act beside the others;
     with ``standing_by``, for the settings of a run, the last of these may wait until others let them act: ``acting``.
     """
-    hints = typing.get_type_hints(DecodeConfig)
-    for key, kind in hints.items():
+    for key, kind in hints_of(DecodeConfig).items():
         if typing.get_origin(kind) is tuple:
             coerce(getattr(decode, key), kind, key)
     check_fields(decode)
