@@ -13,6 +13,8 @@ What is invalid then is damage: an error with its place, or U+FFFD, which is cou
 import codecs
 import io
 
+from mtnlg_jax.data.read.open_files import PieceStream
+
 # UTF-32 first: its little-endian mark begins with that of UTF-16.
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -123,30 +125,20 @@ def _is_utf8(head: bytes, encoding: str) -> bool:
     return beyond >= (1 if single else _CERTAIN)
 
 
-class _Recoded(io.RawIOBase):
+class _Recoded(PieceStream):
     """UTF-8 of what is in another encoding; a byte 0xff stands for what that cannot decode. ``changed``: whether it was
     not ASCII, which is the same in most."""
 
     def __init__(self, stream: io.BufferedReader, encoding: str):
-        self._stream, self._decoder = stream, codecs.getincrementaldecoder(encoding)(_HANDLER)
-        self._ready, self._ended = memoryview(b""), False
+        super().__init__(stream)
+        self._decoder = codecs.getincrementaldecoder(encoding)(_HANDLER)
+        self._ended = False
         self.changed = False
 
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        while not self._ready and not self._ended:
-            data = self._stream.read1(1 << 16)
-            self._ended = not data
-            self.changed = self.changed or not data.isascii()
-            text = self._decoder.decode(data, final=self._ended)
-            self._ready = memoryview(text.encode("utf-8", "surrogateescape"))
-        count = min(len(buffer), len(self._ready))
-        buffer[:count] = self._ready[:count]
-        self._ready = self._ready[count:]
-        return count
-
-    def close(self) -> None:
-        self._stream.close()
-        super().close()
+    def _more(self) -> bytes | None:
+        if self._ended:
+            return None
+        data = self._below.read1(1 << 16)
+        self._ended = not data
+        self.changed = self.changed or not data.isascii()
+        return self._decoder.decode(data, final=self._ended).encode("utf-8", "surrogateescape")

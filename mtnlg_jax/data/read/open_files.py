@@ -298,7 +298,34 @@ def bounded_lines(stream: io.BufferedReader, limit: int) -> Iterator[bytes | Dam
         yield too_long(limit)
 
 
-class ZstdFile(io.RawIOBase):
+class PieceStream(io.RawIOBase):
+    """A stream of the pieces that a subclass makes of ``below``: ``_more()`` gives the next one, maybe empty, and
+    None at the end."""
+
+    def __init__(self, below):
+        self._below = below
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._ready:
+            piece = self._more()
+            if piece is None:
+                return 0
+            self._ready = memoryview(piece)
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+    def close(self) -> None:
+        self._below.close()
+        super().close()
+
+
+class ZstdFile(PieceStream):
     """Frame after frame. zstandard's own reader takes a frame that was cut short for the end of the file."""
 
     def __init__(self, file: io.BufferedReader):
@@ -308,35 +335,27 @@ class ZstdFile(io.RawIOBase):
             raise ValueError("a file with .zst needs a package; pip install zstandard") from None
         self._new_frame = lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
         self._error = zstandard.ZstdError
-        self._file, self._frame = file, None
-        self._compressed, self._place, self._ready = b"", 0, memoryview(b"")
+        super().__init__(file)
+        self._frame = None
+        self._compressed = b""
+        self._place = 0
 
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        while not self._ready:
-            if self._place == len(self._compressed):
-                self._compressed, self._place = self._file.read(1 << 17), 0
-            if not self._compressed:
-                if self._frame:
-                    raise CompressionError("it ends inside a zstd frame")
-                return 0
-            self._frame = self._frame or self._new_frame()
-            # Little at once: 1 KB can become 32 MB, and all of it comes out.
-            piece = self._compressed[self._place:self._place + 1024]
-            try:
-                self._ready = memoryview(self._frame.decompress(piece))
-            except self._error as error:
-                raise CompressionError(error) from None
-            ended = self._frame.eof
-            self._place += len(piece) - (len(self._frame.unused_data) if ended else 0)
-            self._frame = None if ended else self._frame
-        count = min(len(buffer), len(self._ready))
-        buffer[:count] = self._ready[:count]
-        self._ready = self._ready[count:]
-        return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
+    def _more(self) -> bytes | None:
+        if self._place == len(self._compressed):
+            self._compressed = self._below.read(1 << 17)
+            self._place = 0
+        if not self._compressed:
+            if self._frame:
+                raise CompressionError("it ends inside a zstd frame")
+            return None
+        self._frame = self._frame or self._new_frame()
+        # Little at once: 1 KB can become 32 MB, and all of it comes out.
+        piece = self._compressed[self._place:self._place + 1024]
+        try:
+            unpacked = self._frame.decompress(piece)
+        except self._error as error:
+            raise CompressionError(error) from None
+        ended = self._frame.eof
+        self._place += len(piece) - (len(self._frame.unused_data) if ended else 0)
+        self._frame = None if ended else self._frame
+        return unpacked
