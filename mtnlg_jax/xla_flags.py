@@ -30,17 +30,17 @@ _RECIPES = "MaxText and tpu-recipes, benchmarks of v5p and v6e, 2026"
 
 VARIABLE = {"gpu": "XLA_FLAGS", "tpu": "LIBTPU_INIT_ARGS"}
 
+# Left out where a layer that is split over tensor is recomputed whole: compiled for H100 (jaxlib 0.12.0.1), the
+# pipeliner then repeats attention's forward pass a third time, 9 % more FLOPs in the ladder's 3.6B row.
+PIPELINED_GATHER = "--xla_gpu_enable_pipelined_all_gather=true"
 # flag -> where it is recommended
 GPU = {
     "--xla_gpu_enable_latency_hiding_scheduler=true": _TOOLBOX,
-    "--xla_gpu_enable_pipelined_all_gather=true": _TOOLBOX,
+    PIPELINED_GATHER: _TOOLBOX,
     "--xla_gpu_enable_pipelined_all_reduce=true": _TOOLBOX,
     "--xla_gpu_enable_pipelined_reduce_scatter=true": _TOOLBOX,
     "--xla_gpu_enable_dynamic_slice_fusion=true": "tried on jaxlib 0.11.2 and 0.12.0.1, November 2026",
 }
-# Left out where a layer that is split over tensor is recomputed whole: compiled for H100 (jaxlib 0.12.0.1), the
-# pipeliner then repeats attention's forward pass a third time, 9 % more FLOPs in the ladder's 3.6B row.
-PIPELINED_GATHER = "--xla_gpu_enable_pipelined_all_gather=true"
 # Added where mesh.pipe > 1.
 GPU_PIPELINE = {
     "--xla_gpu_experimental_pipeline_parallelism_opt_level=PIPELINE_PARALLELISM_OPT_LEVEL_ENABLE": _JAX_GPU,

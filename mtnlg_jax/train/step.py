@@ -1,7 +1,6 @@
 """One training step: loss and gradients in one manual region over the whole mesh, then the update.
 
-The batch is int32/float32 arrays (M, B, S): M micro-batches of B rows, B split over ``data``, S over ``context``.
-The number of micro-batches in use is traced, so a ramp of the batch never compiles again.
+The number of micro-batches in use is traced, so a ramp of the batch (`batch`) never compiles again.
 """
 
 from collections.abc import Callable

@@ -41,6 +41,7 @@ _SPACES = "".join(chr(code) for code, mark in _FOLDING.items() if mark == " ") +
 _DASHES = "".join(chr(code) for code, mark in _FOLDING.items() if mark == "-")
 # Shapes are looked for in lines where something of this kind stands: that is found many times
 # faster. It sees the line as it is written; the form for all scripts is the slower one.
+# %40: as a query of a URL has it.
 _MAIL_SIGNALS = {"@": re.compile("@"), "＠": re.compile("[@＠]|%40"), "%40": re.compile("@|%40")}
 _FOREIGN_DIGIT = re.compile("[{}]".format("".join(
     f"{chr(code)}-{chr(code + 9)}" for code, mark in _FOLDING.items() if mark == "0")))
@@ -133,7 +134,7 @@ def _find(text: str, kind: str, place: int) -> re.Match | None:
     """The next match of a shape, tried only where it can begin: that is found many times faster."""
     shape, begin = _SHAPES[kind], _BEGINS.get(kind)
     if kind == "email":
-        while sign := _AT.search(text, place):
+        while sign := _MAIL_SIGNALS["%40"].search(text, place):
             # Both parts of an address are shorter than that.
             if match := shape.search(text, max(place, sign.start() - 70), sign.start() + 320):
                 return match
@@ -148,7 +149,6 @@ def _find(text: str, kind: str, place: int) -> re.Match | None:
     return None
 
 
-_AT = re.compile("@|%40")  # %40: as a query of a URL has it
 _KEY_SIGNS = ("AKIA", "ASIA", "AIza", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_",
               "glpat-", "xox", "sk-", "sk_live_", "rk_live_", "hf_", "npm_", "eyJ")
 _KEY_NAME = r"(?:[A-Z0-9]+ ){0,4}PRIVATE KEY(?: BLOCK)?"
@@ -175,7 +175,7 @@ _SHAPES = {
         r"eyJ[\w-]{10,4000}\.eyJ[\w-]{10,4000}\.[\w-]{10,4000})(?![A-Za-z0-9])", re.ASCII),
     "email": re.compile(
         rf"(?<![{_LETTER}0-9])(?<![{_LETTER}0-9][._%+-])"
-        rf"(?:[odOD]['’])?[{_LETTER}0-9_](?:[{_LETTER}0-9._%+-]{{0,62}}[{_LETTER}0-9_+-])?(?:@|%40)"
+        rf"(?:[odOD]['’])?[{_LETTER}0-9_](?:[{_LETTER}0-9._%+-]{{0,62}}[{_LETTER}0-9_+-])?(?P<at>@|%40)"
         rf"(?:(?:[{_LETTER}0-9](?:[{_LETTER}0-9-]{{0,61}}[{_LETTER}0-9])?\.){{1,8}}"
         rf"(?:xn--[a-z0-9-]{{2,59}}|[{_LETTER}]{{2,24}})(?![{_LETTER}0-9])(?!-[A-Za-z0-9])|"
         rf"(?:[\w-]{{1,63}}\.){{1,8}}(?:{_CHINESE_DOMAINS}))"),
@@ -334,11 +334,11 @@ def _free_after(text: str, end: int) -> bool:
 
 def _end_of_email(match: re.Match, _: int | None) -> int | None:
     line, start, end = match.string, match.start(), match.end()
-    local, sign, domain = re.fullmatch("(.*)(@|%40)(.*)", match[0]).groups()
+    local, domain = line[start:match.start("at")], line[match.end("at"):end]
     before = line[max(0, start - 80):start]
     if local in ("git", "hg", "svn") or before.endswith("@"):
         return None
-    if sign == "@" and re.search(r"(?<!mailto):/{2}(?:[^\s/@:]*:)?[^\s/@]*$", before) or re.search(
+    if match["at"] == "@" and re.search(r"(?<!mailto):/{2}(?:[^\s/@:]*:)?[^\s/@]*$", before) or re.search(
             r"(?:^|[\s`$])(?:ssh|sftp|mosh|ssh-copy-id)(?: +-\S+(?: +[\w/.~]+)?)* +$", before):
         return None
     labels = domain.split(".")
