@@ -25,17 +25,17 @@ DECODE = ["mesh.pipe=1", "mesh.data=1", "mesh.tensor=128"]
 
 # config, topology, step, what is set
 ROWS = [
-    ("mtnlg_530b", "v5p:8x8x16", "train", ZERO3),
-    ("mtnlg_530b", "v5p:8x8x16", "train", [*ZERO3, "train.micro_batch_size=5"]),
-    ("mtnlg_530b", "v5p:8x8x8*2", "train", ZERO3),
-    ("mtnlg_530b", "v6e:16x16*4", "train", ZERO3),
-    ("mtnlg_530b", "v5e:16x16*8", "train", [*ZERO3, "mesh.tensor=16"]),
-    ("mtnlg_530b", "v5p:8x14x20", "train", FULL),
-    ("mtnlg_530b", "H100:280x8", "train", FULL),
-    ("mtnlg_530b", "H100:120x8", "train", CIRCULAR),
-    ("mtnlg_530b", "v5p:4x4x8", "prefill", DECODE),
-    ("mtnlg_530b", "v5p:4x4x8", "decode", DECODE),
-    *((f"ladder:{name}", f"H100:{cards}", "train", []) for name, cards in LADDER.items()),
+    ("mtnlg_530b.py", "v5p:8x8x16", "train", ZERO3),
+    ("mtnlg_530b.py", "v5p:8x8x16", "train", [*ZERO3, "train.micro_batch_size=5"]),
+    ("mtnlg_530b.py", "v5p:8x8x8*2", "train", ZERO3),
+    ("mtnlg_530b.py", "v6e:16x16*4", "train", ZERO3),
+    ("mtnlg_530b.py", "v5e:16x16*8", "train", [*ZERO3, "mesh.tensor=16"]),
+    ("mtnlg_530b.py", "v5p:8x14x20", "train", FULL),
+    ("mtnlg_530b.py", "H100:280x8", "train", FULL),
+    ("mtnlg_530b.py", "H100:120x8", "train", CIRCULAR),
+    ("mtnlg_530b.py", "v5p:4x4x8", "prefill", DECODE),
+    ("mtnlg_530b.py", "v5p:4x4x8", "decode", DECODE),
+    *((f"ladder.py:{name}", f"H100:{cards}", "train", []) for name, cards in LADDER.items()),
 ]
 
 
@@ -67,8 +67,7 @@ def measured(config: str, topology: str, step: str, settings: list[str]) -> dict
     from mtnlg_jax.planning import aot
     from mtnlg_jax.planning import topology as described
 
-    file, colon, row = config.partition(":")
-    loaded = load_config(f"{FOLDER}/configs/{file}.py{colon}{row}", settings)
+    loaded = load_config(f"{FOLDER}/configs/{config}", settings)
     kernels = collections.Counter()  # of all depths of loops
     m = aot.measure(loaded, described.parse(topology), step)
     for kernel in m.kernels:

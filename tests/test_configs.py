@@ -42,12 +42,11 @@ def _row_name(row: list[str]) -> str:
     return row[0].removesuffix(".0") + "b"
 
 
-NAMES = [path.stem for path in FILES if path.stem != "ladder"] + [f"ladder:{_row_name(row)}" for row in ROWS]
+NAMES = [path.name for path in FILES if path.stem != "ladder"] + [f"ladder.py:{_row_name(row)}" for row in ROWS]
 
 
 def _config(name: str):
-    file, colon, row = name.partition(":")
-    return load_config(f"{FOLDER}/{file}.py{colon}{row}")
+    return load_config(f"{FOLDER}/{name}")
 
 
 def _size(tree) -> int:
@@ -61,7 +60,7 @@ def test_the_folder_holds_all_that_are_published():
 @pytest.mark.parametrize("name", NAMES)
 def test_a_config_loads_and_counts_its_parameters(name):
     config = _config(name)
-    assert config.name == name.replace(":", "_")
+    assert config.name == name.replace(".py:", "_").removesuffix(".py")
     model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or VOCABULARY)
     assert _size(abstract_model(model)[1]) == model.parameter_count()
 
@@ -80,7 +79,7 @@ def test_a_config_says_how_to_run_it_and_imports_only_the_package(path):
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
 def test_the_ladder_is_the_published_table(row):
-    config = _config(f"ladder:{_row_name(row)}")
+    config = _config(f"ladder.py:{_row_name(row)}")
     model, mesh, train = config.model, config.mesh, config.train
     assert f"{model.parameter_count() / 1e9:.1f}" == row[0]
     heads, width, layers, tensor, pipe, gpus, batch = map(int, row[1:])
@@ -95,10 +94,10 @@ def test_the_ladder_is_the_published_table(row):
 
 
 def test_megatron_turing_is_the_papers_recipe():
-    config = _config("mtnlg_530b")
+    config = _config("mtnlg_530b.py")
     model, mesh, train, optimizer = config.model, config.mesh, config.train, config.optimizer
     assert f"{model.parameter_count() / 1e9:.1f}" == "529.6"
-    assert model.parameter_count() == _config("ladder:529.6b").model.parameter_count()
+    assert model.parameter_count() == _config("ladder.py:529.6b").model.parameter_count()
     assert (model.head_width, model.mlp_width, model.init_method_std) == (160, 81920, 0.004)
     assert mesh.tensor * mesh.pipe == 280 and mesh.tensor * mesh.pipe * mesh.data == 2240
     assert len(config.data.blend) == 15
@@ -110,14 +109,14 @@ def test_megatron_turing_is_the_papers_recipe():
 
 
 def test_megatron_turings_batch_grows_to_1920_over_twelve_billion_tokens():
-    train = _config("mtnlg_530b").train
+    train = _config("mtnlg_530b.py").train
     ramp = round(12e9 / 2048)
     sizes = [batch_size_at(train, i * ramp // 590) for i in range(591)]
     assert sizes[0] == 32 and sizes[-2] < 1920 and sizes[-1] == 1920
     assert sorted(set(sizes)) == list(range(32, 1921, 32)) and sizes == sorted(sizes)
 
 
-@pytest.mark.parametrize("name", ["mtnlg_530b", "ladder:310.1b", "ladder:1008b"])
+@pytest.mark.parametrize("name", ["mtnlg_530b.py", "ladder.py:310.1b", "ladder.py:1008b"])
 def test_every_tensor_of_the_largest_divides_over_its_axes(name):
     # An abstract mesh: the plan of thousands of chips needs none of them.
     config = _config(name)

@@ -166,8 +166,7 @@ COMPILED = [row for row in json.loads((ROOT / "benchmarks/results/compile_ahead.
 
 @pytest.mark.parametrize("row", COMPILED, ids=lambda row: " ".join([row["config"], row["topology"], *row["set"]]))
 def test_the_memory_of_compiled_steps(row):
-    file, colon, size = row["config"].partition(":")
-    config = load_config(f"{CONFIGS}/{file}.py{colon}{size}", row["set"])
+    config = load_config(f"{CONFIGS}/{row['config']}", row["set"])
     chip = CHIPS[row["topology"].partition(":")[0]]
     predicted = sum(Job(config, chip).memory(layout_of(config, row["devices"])).values()) / 2**30
     assert row["fits"] and 0.9 * row["peak_gib"] < predicted < 1.2 * row["peak_gib"]  # a tenth of memory is left free

@@ -29,8 +29,7 @@ SMALL = Config(
 
 
 def configured(name, *changes):
-    file, colon, row = name.partition(":")
-    return load_config(f"{CONFIGS}/{file}.py{colon}{row}", changes)
+    return load_config(f"{CONFIGS}/{name}", changes)
 
 
 def _every_layout(job, devices):
@@ -68,7 +67,7 @@ def test_no_layout_is_faster_than_those_found():
 
 @pytest.mark.parametrize(("chips", "devices"), [("H100", 1024), ("v5p", 1024)])
 def test_what_is_found_is_allowed_and_fits_and_comes_in_order(chips, devices):
-    config = configured("mtnlg_530b")
+    config = configured("mtnlg_530b.py")
     job = Job(config, CHIPS[chips])
     found = search(job, devices)
     assert len(found) > 10
@@ -81,7 +80,7 @@ def test_what_is_found_is_allowed_and_fits_and_comes_in_order(chips, devices):
 
 
 def test_the_flags_make_the_layout():
-    config = configured("mtnlg_530b")
+    config = configured("mtnlg_530b.py")
     for estimate in search(Job(config, CHIPS["H100"]), 1024)[:5]:
         flags = [flag.removeprefix("--set=") for flag in flags_of(config, estimate.layout)]
         assert override(config, *flags) == with_layout(config, estimate.layout)
@@ -89,14 +88,14 @@ def test_the_flags_make_the_layout():
 
 
 def test_the_papers_mesh_is_among_the_first_on_its_machine():
-    found = search(Job(configured("mtnlg_530b", "train.rampup_batch_size=None"), A100), 2240)
+    found = search(Job(configured("mtnlg_530b.py", "train.rampup_batch_size=None"), A100), 2240)
     assert (35, 8, 1, 8) in [estimate.layout.mesh for estimate in found[:3]]
 
 
 @pytest.mark.parametrize("name", ["1.7b", "3.6b", "7.5b", "18.4b", "39.1b", "76.1b", "145.6b", "310.1b", "529.6b",
                                   "1008b"])
 def test_each_mesh_of_the_ladder_fits_its_gpus(name):
-    config = configured(f"ladder:{name}")
+    config = configured(f"ladder.py:{name}")
     mesh = config.mesh
     assert fastest_on(Job(config, A100), (mesh.pipe, mesh.data, mesh.context, mesh.tensor))
 
@@ -104,7 +103,7 @@ def test_each_mesh_of_the_ladder_fits_its_gpus(name):
 @pytest.mark.parametrize(("name", "devices"), [
     pytest.param("1008b", 3072, marks=pytest.mark.slow), pytest.param("529.6b", 2520, marks=pytest.mark.slow)])
 def test_the_ladders_largest_meshes_are_within_two_percent_of_the_best(name, devices):
-    config = configured(f"ladder:{name}")
+    config = configured(f"ladder.py:{name}")
     mesh, job = config.mesh, Job(config, A100)
     own = fastest_on(job, (mesh.pipe, mesh.data, mesh.context, mesh.tensor))
     assert own.step_seconds <= 1.02 * search(job, devices)[0].step_seconds
@@ -112,19 +111,19 @@ def test_the_ladders_largest_meshes_are_within_two_percent_of_the_best(name, dev
 
 @pytest.mark.slow
 def test_the_smallest_number_of_chips_is_the_smallest():
-    job = Job(configured("mtnlg_530b"), CHIPS["v5e"])
+    job = Job(configured("mtnlg_530b.py"), CHIPS["v5e"])
     enough = smallest_devices(job)
     assert search(job, enough) and not search(job, enough - 1)
     assert leanest(job, enough).bytes <= job.room < leanest(job, enough - 1).bytes
 
 
 def test_where_nothing_is_enough_there_is_no_number():
-    job = Job(configured("mtnlg_530b"), dataclasses.replace(A100, memory=1e6))
+    job = Job(configured("mtnlg_530b.py"), dataclasses.replace(A100, memory=1e6))
     assert smallest_devices(job, limit=64) is None
 
 
 def test_nothing_fits_and_nothing_is_found():
-    assert search(Job(configured("mtnlg_530b"), CHIPS["v5e"]), 256) == []
+    assert search(Job(configured("mtnlg_530b.py"), CHIPS["v5e"]), 256) == []
 
 
 def test_a_mesh_that_is_not_allowed_has_no_layout():
@@ -132,7 +131,7 @@ def test_a_mesh_that_is_not_allowed_has_no_layout():
 
 
 def test_a_measured_time_gives_its_efficiency_back():
-    config = configured("mtnlg_530b")
+    config = configured("mtnlg_530b.py")
     layout = Layout(35, 8, 1, 8, 1, "1f1b", 1, None, 1, "none")
     for efficiency in (0.2, EFFICIENCY, 0.9):
         seconds = Job(config, A100, efficiency).estimate(layout).step_seconds
