@@ -17,13 +17,16 @@ for _flag in ("--xla_force_host_platform_device_count=8", "--xla_backend_optimiz
     if _flag.split("=")[0] not in _flags:
         _flags = f"{_flags} {_flag}".strip()
 os.environ["XLA_FLAGS"] = _flags
-# Programs that took longer than this to compile are kept for later tests, processes and runs: half of the suite's time
-# is compilation. JAX_COMPILATION_CACHE_DIR="" does without.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/mtnlg_jax/tests"))
+# Half of the suite's time is compilation: programs that took longer than this are kept.
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import jax  # noqa: E402
 
+from mtnlg_jax import compat  # noqa: E402
+
+# For later tests, the processes that they start, and later runs. JAX_COMPILATION_CACHE_DIR="" does without.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(compat.cache_folder(), "tests"))
+compat.configure_cache()
 # Several programs in flight on more CPU devices than cores can wait for each other inside their collectives.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 

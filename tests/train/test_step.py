@@ -123,8 +123,8 @@ def deep_alone(causal=True, model=DEEP, count=None):
     return on_a_mesh(1, 1, 1, 1, causal=causal, model=model, count=count)
 
 
-# ZeRO is about data: where that is 1, all of its stages are one program. Quick: each mesh, and each schedule with the
-# stage of ZeRO that gathers most; dropout, below, runs the third mesh with the interleaved schedule.
+# ZeRO is about data: where that is 1, all of its stages are one program. Quick: interleaved, which is circular with
+# more rounds, and 1f1b, with the stage of ZeRO that gathers most, and a longer pipeline.
 @pytest.mark.parametrize(("mesh", "zero", "schedule"), quick(
     [(mesh, zero, schedule) for schedule in SCHEDULES
      for mesh, zero in (((2, 1, 2, 2), 1), ((2, 2, 1, 2), 1), ((2, 2, 1, 2), 3), ((4, 1, 1, 2), 1))],
@@ -134,7 +134,7 @@ def test_every_schedule_on_every_mesh_equals_one_device(mesh, schedule, zero):
     assert_equal_numbers(on_a_mesh(*mesh, zero, **SCHEDULES[schedule]), deep_alone())
 
 
-# Ring has a backward pass of its own; gather is ring's without turns.
+# Slow: gather, which tests/model/test_context_attention.py compares, and the other stages of ZeRO.
 @pytest.mark.parametrize(("mesh", "zero", "mode"), quick(
     [(mesh, zero, mode) for mode in MODES for mesh, zero in (((1, 2, 2, 2), 1), ((1, 2, 2, 2), 3), ((1, 1, 4, 1), 1))],
     [((1, 2, 2, 2), 1, "ulysses"), ((1, 2, 2, 2), 3, "ring")]), ids=str)
@@ -254,6 +254,15 @@ def test_gradients_equal_plain_autodiff_of_the_logits(smoothing):
 
     wanted, wanted_grads = jax.jit(jax.value_and_grad(plain))(params)
     assert_equal_numbers((loss, grads), (float(wanted), [np.asarray(g) for g in jax.tree.leaves(wanted_grads)]))
+
+
+@pytest.mark.slow  # test_bf16_on_every_mesh_is_close_to_float32 has less of ZeRO
+def test_bf16_is_close_and_masters_stay_float32():
+    config = config_of(2, 4, 3, compute_dtype="bfloat16")
+    got, wanted = loss_and_gradients(config), one_device()
+    assert got[0] != wanted[0]
+    assert_equal_numbers(got, wanted, tolerance=3e-2)
+    assert all(g.dtype == np.float32 for g in got[1])
 
 
 def test_evaluation_on_a_mesh_equals_one_device():

@@ -223,7 +223,8 @@ def _command(planted, output, *more):
             "--set=shard_bytes=20000", "--processes=2", *more]
 
 
-def test_killed_at_random_moments_it_goes_on(planted, tmp_path):
+@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_it_goes_on(planted, tmp_path, kills):
     def run(output, seconds=None):
         process = subprocess.Popen(_command(planted, output), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                    text=True, start_new_session=True)
@@ -239,7 +240,7 @@ def test_killed_at_random_moments_it_goes_on(planted, tmp_path):
     said = run(tmp_path / "whole")
     assert "report.html" in said and "epochs" in said
     whole = time.perf_counter() - begin
-    for _ in range(1):
+    for _ in range(kills):
         run(tmp_path / "killed", random.uniform(0.4, 0.9) * whole)
     run(tmp_path / "killed")
     assert _digests(tmp_path / "killed") == _digests(tmp_path / "whole")
