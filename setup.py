@@ -1,4 +1,5 @@
-"""Installs mtnlg_jax. Ranges say what the code is written for; launch/constraints.txt says what is tested."""
+"""Installs mtnlg_jax. Ranges say what the code is written for; launch/constraints.txt says what is
+tested."""
 
 import re
 from pathlib import Path
@@ -6,8 +7,11 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-# Read, not imported: a build runs in an environment of its own, where this folder is not importable.
-VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "mtnlg_jax/__init__.py").read_text(), re.MULTILINE)[1]
+# Read, not imported: a build runs in an environment of its own, where this folder is not
+# importable.
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (ROOT / "mtnlg_jax/__init__.py").read_text(), re.MULTILINE
+)[1]
 
 setup(
     name="mtnlg_jax",
@@ -32,7 +36,8 @@ setup(
         "rouge-score>=0.1.2,<0.2",
         # Not rank_bm25: no release since 2022. This one needs NumPy alone.
         "bm25s>=0.3.16,<0.4",
-        # The data recipe: mends Unicode, finds the text of HTML, reads WARC, tells languages, classifies, opens URLs.
+        # The data recipe: mends Unicode, finds the text of HTML, reads WARC, tells languages,
+        # classifies, opens URLs.
         "ftfy>=6.3,<7",
         "trafilatura>=2,<3",
         "warcio>=1.7,<2",
@@ -67,13 +72,24 @@ setup(
         "gpu": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
         # Compilers without the chips' libraries. libtpu must be the one that jax[tpu] asks for.
-        "ahead": ["libtpu==0.0.50.*", "jax-cuda12-plugin>=0.12,<0.13", "jax-cuda12-pjrt>=0.12,<0.13"],
+        "ahead": [
+            "libtpu==0.0.50.*",
+            "jax-cuda12-plugin>=0.12,<0.13",
+            "jax-cuda12-pjrt>=0.12,<0.13",
+        ],
         # The stages of the data recipe on many machines.
         "ray": ["ray[data]>=2.49,<3"],
         # gs:// and s3:// as places of text to read.
         "cloud": ["gcsfs", "s3fs"],
-        "dev": ["pytest>=9,<10", "pytest-xdist>=3.8,<4", "ruff>=0.14", "nbclient", "nbformat", "ipykernel",
-                "datasketch>=1.6,<3"],
+        "dev": [
+            "pytest>=9,<10",
+            "pytest-xdist>=3.8,<4",
+            "ruff>=0.14",
+            "nbclient",
+            "nbformat",
+            "ipykernel",
+            "datasketch>=1.6,<3",
+        ],
         "benchmarks": ["torch", "transformers", "megatron-core", "grain"],
     },
 )

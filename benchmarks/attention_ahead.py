@@ -1,19 +1,23 @@
-"""What the TPU compiler expects of our attention kernels, beside JAX's splash and flash attention, without a TPU.
+"""What the TPU compiler expects of our attention kernels, beside JAX's splash and flash attention,
+without a TPU.
 
-    python benchmarks/attention_ahead.py                  writes benchmarks/results/attention_ahead.json
+    python benchmarks/attention_ahead.py                  writes
+        benchmarks/results/attention_ahead.json
 
-For one described chip after the other, the same shapes are compiled for each of the three: bfloat16, causal, head width
-128, one head a core. The compiler's static profile gives every kernel `estimated_cycles` (libtpu, told by
---xla_jf_dump_static_llo_profile_to): it goes through the scalar program, takes each branch as it would be taken, and
-adds up bundles and transfers. These are estimates, not times: nothing here has run on a TPU.
+For one described chip after the other, the same shapes are compiled for each of the three:
+bfloat16, causal, head width 128, one head a core. The compiler's static profile gives every kernel
+`estimated_cycles` (libtpu, told by --xla_jf_dump_static_llo_profile_to): it goes through the scalar
+program, takes each branch as it would be taken, and adds up bundles and transfers. These are
+estimates, not times: nothing here has run on a TPU.
 
-The profile takes a branch on a number that is read from memory as not taken. Splash reads from such a table which
-blocks are visible, so here, and only here, it is handed the same answer as arithmetic on the place in the grid; all
-else of it is as installed. Each contender has its best of several block sizes, splash also of its two backward passes.
-"Backward" is the sum of the kernels of a backward pass; the profile aborts on some transfers of v5e, which is left out.
-It holds a kernel's VMEM twice, which on v5p leaves no room for our backward pass from 16384 on; on v6e that of 32768
-wants more than 24 GB of the machine that compiles. What fails is told and left out.
-On v5p flash attention lets the two cores share the blocks of one head; the other two share rows and heads only.
+The profile takes a branch on a number that is read from memory as not taken. Splash reads from such
+a table which blocks are visible, so here, and only here, it is handed the same answer as arithmetic
+on the place in the grid; all else of it is as installed. Each contender has its best of several
+block sizes, splash also of its two backward passes. "Backward" is the sum of the kernels of a
+backward pass; the profile aborts on some transfers of v5e, which is left out. It holds a kernel's
+VMEM twice, which on v5p leaves no room for our backward pass from 16384 on; on v6e that of 32768
+wants more than 24 GB of the machine that compiles. What fails is told and left out. On v5p flash
+attention lets the two cores share the blocks of one head; the other two share rows and heads only.
 """
 
 import argparse
@@ -30,20 +34,31 @@ from pathlib import Path
 
 CHIPS = {"v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 WIDTH = 128
-SPLASH = [(1024, 1024, 512), (1024, 1024, 1024)]  # queries, keys, keys of an inner step; smaller ones are slower
+SPLASH = [
+    (1024, 1024, 512),
+    (1024, 1024, 1024),
+]  # queries, keys, keys of an inner step; smaller ones are slower
 FLASH = [512, 1024]
 PASSES = {"forward": ["forward"], "backward": ["dq", "dkv"]}
 GRADIENTS = {"dq": (0,), "dkv": (1, 2)}
-LONG = 16384  # from here on, where a profile takes minutes and 10 GB or more, each has its best sizes of 8192 only
+# from here on, where a profile takes minutes and 10 GB or more, each has its best sizes of 8192
+# only
+LONG = 16384
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 16384, 32768])
     parser.add_argument("--chips", nargs="+", default=list(CHIPS), choices=list(CHIPS))
     parser.add_argument("--passes", nargs="+", default=list(PASSES), choices=list(PASSES))
-    parser.add_argument("--output", default=str(Path(__file__).parent / "results" / "attention_ahead.json"))
-    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)  # chip, length, contender, pass: makes this the child
+    parser.add_argument(
+        "--output", default=str(Path(__file__).parent / "results" / "attention_ahead.json")
+    )
+    parser.add_argument(
+        "--one", nargs=4, help=argparse.SUPPRESS
+    )  # chip, length, contender, pass: makes this the child
     args = parser.parse_args()
     if args.one:
         child(args.one[0], int(args.one[1]), *args.one[2:])
@@ -59,11 +74,15 @@ def main() -> None:
             row["date"] = datetime.date.today().isoformat()
             for name in CONTENDERS:
                 row[name] = row.get(name, {}) | ask(chip, length, name, args.passes)
-            result = {"versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
-                      "command": "python benchmarks/attention_ahead.py",
-                      "unit": "estimated cycles of one head, bfloat16, causal, head width 128",
-                      "rows": list(rows.values())}
-            storage.write_file(path.parent, path.name, (json.dumps(result, indent=1) + "\n").encode())
+            result = {
+                "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
+                "command": "python benchmarks/attention_ahead.py",
+                "unit": "estimated cycles of one head, bfloat16, causal, head width 128",
+                "rows": list(rows.values()),
+            }
+            storage.write_file(
+                path.parent, path.name, (json.dumps(result, indent=1) + "\n").encode()
+            )
             print(show(row), flush=True)
     print(f"written to {path}")
 
@@ -79,7 +98,8 @@ def show(row: dict) -> str:
 
 
 def ask(chip: str, length: int, contender: str, passes: list[str]) -> dict:
-    """{"forward": {"cycles", "blocks"}, "backward": ...} of the best block sizes, as far as memory allows."""
+    """{"forward": {"cycles", "blocks"}, "backward": ...} of the best block sizes, as far as memory
+    allows."""
     best = {}
     for kind in passes:
         parts = [profiled(chip, length, contender, part) for part in PASSES[kind]]
@@ -98,13 +118,20 @@ def profiled(chip: str, length: int, contender: str, part: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         environment = topology.environment(topology.parse(CHIPS[chip]))
         environment["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_static_llo_profile_to={folder}"
-        done = subprocess.run([sys.executable, __file__, "--one", chip, str(length), contender, part],
-                              env=environment, capture_output=True, text=True, errors="replace",
-                              preexec_fn=leave_some_memory)
+        done = subprocess.run(
+            [sys.executable, __file__, "--one", chip, str(length), contender, part],
+            env=environment,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            preexec_fn=leave_some_memory,
+        )
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not found:
-        print(f"{contender}, {part}, at {length} on {chip} ended with {done.returncode}: {done.stderr[-300:]}",
-              file=sys.stderr)
+        print(
+            f"{contender}, {part}, at {length} on {chip} ended with {done.returncode}: {done.stderr[-300:]}",
+            file=sys.stderr,
+        )
     return {json.dumps(each["blocks"]): each["kernels"] for each in found}
 
 
@@ -129,21 +156,29 @@ def child(chip: str, length: int, contender: str, part: str) -> None:
     compat.compile_for("tpu", device.device_kind)
 
     def placed(shapes):
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device)),
-                            shapes)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device)),
+            shapes,
+        )
 
     x = placed(jax.ShapeDtypeStruct((1, 1, length, WIDTH), jnp.bfloat16))
     for blocks, attend in CONTENDERS[contender](length):
-        # The backward pass from what the forward pass left, and only what these gradients need: less to profile.
+        # The backward pass from what the forward pass left, and only what these gradients need:
+        # less to profile.
         try:
             with topology.abstract(device):
                 if part == "forward":
-                    function, arguments = attend, (x, x, x)
+                    function = attend
+                    arguments = (x, x, x)
                 else:
+
                     def function(backward, g):
                         return [backward(g)[at] for at in GRADIENTS[part]]
 
-                    arguments = placed(jax.eval_shape(functools.partial(jax.vjp, attend), x, x, x)[1]), x
+                    arguments = (
+                        placed(jax.eval_shape(functools.partial(jax.vjp, attend), x, x, x)[1]),
+                        x,
+                    )
                 text = jax.jit(function).lower(*arguments).compile().as_text()
         except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
             print(f"{blocks}: {str(error)[:200]}", file=sys.stderr)
@@ -160,8 +195,11 @@ def ours(length: int):
     from mtnlg_jax.model.attention import attention
 
     def attend(q, k, v):
-        # One head a row, so that heads-first and heads-last are the same bytes and nothing is moved.
-        return attention(*(x.reshape(-1, length, 1, WIDTH) for x in (q, k, v)), impl="pallas_tpu").reshape(q.shape)
+        # One head a row, so that heads-first and heads-last are the same bytes and nothing is
+        # moved.
+        return attention(
+            *(x.reshape(-1, length, 1, WIDTH) for x in (q, k, v)), impl="pallas_tpu"
+        ).reshape(q.shape)
 
     yield "as the table says", attend
 
@@ -179,12 +217,22 @@ def splash(length: int):
         kernel._next_nonzero = visible
         for fused in (False, True) if length < LONG else (True,):
             dq = {} if fused else {"block_q_dq": q, "block_kv_dq": kv}
-            sizes = kernel.BlockSizes(block_q=q, block_kv=kv, block_kv_compute=compute, block_q_dkv=q, block_kv_dkv=kv,
-                                      block_kv_dkv_compute=compute, use_fused_bwd_kernel=fused, **dq)
+            sizes = kernel.BlockSizes(
+                block_q=q,
+                block_kv=kv,
+                block_kv_compute=compute,
+                block_q_dkv=q,
+                block_kv_dkv=kv,
+                block_kv_dkv_compute=compute,
+                use_fused_bwd_kernel=fused,
+                **dq,
+            )
 
             def attend(q, k, v, sizes=sizes):
                 mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * q.shape[1])
-                return jax.vmap(kernel.make_splash_mha(mask, head_shards=1, q_seq_shards=1, block_sizes=sizes))(q, k, v)
+                return jax.vmap(
+                    kernel.make_splash_mha(mask, head_shards=1, q_seq_shards=1, block_sizes=sizes)
+                )(q, k, v)
 
             yield [q, kv, compute, "fused" if fused else "apart"], attend
 
@@ -194,11 +242,25 @@ def flash(length: int):
 
     for size in FLASH if length < LONG else FLASH[-1:]:
         if size <= length:
-            names = ("block_q", "block_k_major", "block_k", "block_q_major_dkv", "block_k_major_dkv", "block_k_dkv",
-                     "block_q_dkv", "block_k_major_dq", "block_k_dq", "block_q_dq")
+            names = (
+                "block_q",
+                "block_k_major",
+                "block_k",
+                "block_q_major_dkv",
+                "block_k_major_dkv",
+                "block_k_dkv",
+                "block_q_dkv",
+                "block_k_major_dq",
+                "block_k_dq",
+                "block_q_dq",
+            )
             sizes = kernel.BlockSizes(block_b=1, **dict.fromkeys(names, size))
-            yield [size, size], functools.partial(kernel.flash_attention, causal=True, sm_scale=WIDTH**-0.5,
-                                                  block_sizes=sizes)
+            yield (
+                [size, size],
+                functools.partial(
+                    kernel.flash_attention, causal=True, sm_scale=WIDTH**-0.5, block_sizes=sizes
+                ),
+            )
 
 
 CONTENDERS = {"ours": ours, "splash": splash, "flash": flash}

@@ -5,18 +5,23 @@
 The parts, in the order of their worth, each in a process of its own with a limit of its own:
 
     parity       fast forms of our attention kernels against the exact attention: 6 shapes, bfloat16
-    calibration  a product of two 8192 x 8192 matrices and a copy of 1 GiB: what the others are measured by
-    attention    forward and backward at 2,048 and 8,192 tokens, head widths 64, 128, 160; cuDNN; PyTorch's SDPA
-    train        a step of 1.3 billion parameters: our kernels, cuDNN, PyTorch eager and torch.compile; MFU
-    decode       1.3 billion parameters, bfloat16 and int8, 1, 8 and 64 rows, beside copy bandwidth; Hugging Face
+    calibration  a product of two 8192 x 8192 matrices and a copy of 1 GiB: what the others are
+                 measured by
+    attention    forward and backward at 2,048 and 8,192 tokens, head widths 64, 128, 160; cuDNN;
+                 PyTorch's SDPA
+    train        a step of 1.3 billion parameters: our kernels, cuDNN, PyTorch eager and
+                 torch.compile; MFU
+    decode       1.3 billion parameters, bfloat16 and int8, 1, 8 and 64 rows, beside copy bandwidth;
+                 Hugging Face
 
-The result is written after every row, so a run that is cut still counts. A row names what failed instead of a number
-where something did; a part that crashes or takes too long leaves its rows and a word on how it ended. Parity that
-fails ends the command with exit code 1, after everything else has run. --seconds bounds the whole command.
+The result is written after every row, so a run that is cut still counts. A row names what failed
+instead of a number where something did; a part that crashes or takes too long leaves its rows and a
+word on how it ended. Parity that fails ends the command with exit code 1, after everything else has
+run. --seconds bounds the whole command.
 
-Needs jax with its CUDA plugin, flax, optax, orbax-checkpoint and tensorstore; torch and transformers for the peers,
-which are left out with a word where they are missing. --small tries every part on anything, a CPU included, and
-writes only where --output says.
+Needs jax with its CUDA plugin, flax, optax, orbax-checkpoint and tensorstore; torch and
+transformers for the peers, which are left out with a word where they are missing. --small tries
+every part on anything, a CPU included, and writes only where --output says.
 """
 
 import argparse
@@ -35,28 +40,60 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-# Beside the installed packages: the card's machine may hold the repository without having installed it.
+# Beside the installed packages: the card's machine may hold the repository without having installed
+# it.
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-# Most that a part may take of the time that is left when it begins; what it leaves goes to the next.
+# Most that a part may take of the time that is left when it begins; what it leaves goes to the
+# next.
 PARTS = {"parity": 0.35, "calibration": 0.15, "attention": 0.4, "train": 0.6, "decode": 1.0}
-PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "flax",
-            "optax", "torch", "transformers", "triton")
-# Of benchmarks/attention.py's shapes: plain, grouped heads, another length of keys, width 160, documents, lengths.
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "jax-cuda12-plugin",
+    "jax-cuda13-plugin",
+    "nvidia-cudnn-cu12",
+    "nvidia-cudnn-cu13",
+    "flax",
+    "optax",
+    "torch",
+    "transformers",
+    "triton",
+)
+# Of benchmarks/attention.py's shapes: plain, grouped heads, another length of keys, width 160,
+# documents, lengths.
 SHAPES = (0, 1, 2, 3, 4, 5)
-MODEL = {"num_layers": 24, "hidden_size": 2048, "num_attention_heads": 16, "vocab_size": 50304,
-         "max_position_embeddings": 2048}  # 1.3 billion parameters, heads of width 128
-SMALL_MODEL = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 2, "vocab_size": 384,
-               "max_position_embeddings": 64}
+MODEL = {
+    "num_layers": 24,
+    "hidden_size": 2048,
+    "num_attention_heads": 16,
+    "vocab_size": 50304,
+    "max_position_embeddings": 2048,
+}  # 1.3 billion parameters, heads of width 128
+SMALL_MODEL = {
+    "num_layers": 2,
+    "hidden_size": 64,
+    "num_attention_heads": 2,
+    "vocab_size": 384,
+    "max_position_embeddings": 64,
+}
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=float, default=500, help="for everything together")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
-    parser.add_argument("--small", action="store_true", help="tiny shapes: tries the script on anything")
-    parser.add_argument("--output", help="default: benchmarks/results/card_CARD.json; with --small, nothing")
-    parser.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)  # makes this process that part
+    parser.add_argument(
+        "--small", action="store_true", help="tiny shapes: tries the script on anything"
+    )
+    parser.add_argument(
+        "--output", help="default: benchmarks/results/card_CARD.json; with --small, nothing"
+    )
+    parser.add_argument(
+        "--part", choices=list(PARTS), help=argparse.SUPPRESS
+    )  # makes this process that part
     args = parser.parse_args(argv)
     if args.part:
         work(args.part, args.small)
@@ -91,7 +128,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-# --- the parent: a process for each part, its rows written as they come -----------------------------------------
+# --- the parent: a process for each part, its rows written as they come
+# -----------------------------------------
 
 
 def run_part(part: str, args, seconds: float, result: dict) -> None:
@@ -102,9 +140,13 @@ def run_part(part: str, args, seconds: float, result: dict) -> None:
         found["ended"] = "left out: no time"
         return write(args, result)
     begin = time.monotonic()
-    command = [sys.executable, str(Path(__file__).resolve()), f"--part={part}"] + ["--small"] * args.small
+    command = [sys.executable, str(Path(__file__).resolve()), f"--part={part}"] + [
+        "--small"
+    ] * args.small
     with tempfile.TemporaryFile("w+") as errors:
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True)
+        child = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
+        )
         late = threading.Event()
 
         def stop() -> None:
@@ -132,7 +174,9 @@ def run_part(part: str, args, seconds: float, result: dict) -> None:
         finally:
             timer.cancel()
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)  # what a part left running must not disturb the next
+                os.killpg(
+                    child.pid, signal.SIGKILL
+                )  # what a part left running must not disturb the next
         errors.seek(0)
         last = (errors.read().strip().splitlines() or [""])[-1][:300]
     found["seconds"] = round(time.monotonic() - begin, 1)
@@ -164,7 +208,8 @@ def shown(row: dict) -> str:
     return ", ".join(parts)
 
 
-# --- a part --------------------------------------------------------------------------------------------------
+# --- a part
+# --------------------------------------------------------------------------------------------------
 
 
 def say(row: dict) -> None:
@@ -180,7 +225,11 @@ def work(part: str, small: bool) -> None:
     from mtnlg_jax import compat
 
     if jax.default_backend() != "gpu" and not small:
-        say({"error": f"there is no GPU here (JAX sees {jax.default_backend()}); --small tries the script without one"})
+        say(
+            {
+                "error": f"there is no GPU here (JAX sees {jax.default_backend()}); --small tries the script without one"
+            }
+        )
         sys.exit(2)
     say({"device": compat.device_kind()})
     globals()[part](small)
@@ -248,7 +297,8 @@ def train(small: bool) -> None:
 
 
 def train_ours(sizes: dict, rows: int, impl: str, packed: bool) -> dict:
-    """Our step in bfloat16 with float32 masters and AdamW. cuDNN takes no documents: ``packed`` is false for it."""
+    """Our step in bfloat16 with float32 masters and AdamW. cuDNN takes no documents: ``packed`` is
+    false for it."""
     import jax
     import numpy as np
 
@@ -268,10 +318,14 @@ def train_ours(sizes: dict, rows: int, impl: str, packed: bool) -> dict:
     validate(config)
     if not packed:
         whole = gradients.context_attention
-        gradients.context_attention = lambda *args, segment_ids=None, **options: whole(*args, **options)
+        gradients.context_attention = lambda *args, segment_ids=None, **options: whole(
+            *args, **options
+        )
     try:
         mesh = make_mesh(config.mesh, jax.devices()[:1])
-        tokens = np.random.default_rng(0).integers(0, sizes["vocab_size"], (rows, length), dtype=np.int32)
+        tokens = np.random.default_rng(0).integers(
+            0, sizes["vocab_size"], (rows, length), dtype=np.int32
+        )
         arrays = {
             "tokens": tokens,
             "labels": np.roll(tokens, -1, 1),
@@ -300,7 +354,8 @@ def train_ours(sizes: dict, rows: int, impl: str, packed: bool) -> dict:
 
 
 def train_torch(sizes: dict, rows: int, compiled: bool) -> dict:
-    """GPT-2 of transformers at the same sizes: float32 masters, bfloat16 products by autocast, fused AdamW."""
+    """GPT-2 of transformers at the same sizes: float32 masters, bfloat16 products by autocast,
+    fused AdamW."""
     import torch
     import transformers
 
@@ -310,7 +365,9 @@ def train_torch(sizes: dict, rows: int, compiled: bool) -> dict:
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
     model = gpt2(transformers, sizes).to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
     tokens = torch.randint(0, sizes["vocab_size"], (rows, length), device=device)
     forward = torch.compile(model) if compiled else model
 
@@ -324,19 +381,32 @@ def train_torch(sizes: dict, rows: int, compiled: bool) -> dict:
         return loss
 
     losses, seconds = timed(one, lambda loss: loss.item())
-    return of_step(sizes, rows, seconds) | {"losses": losses, "attention": model.config._attn_implementation}
+    return of_step(sizes, rows, seconds) | {
+        "losses": losses,
+        "attention": model.config._attn_implementation,
+    }
 
 
 def gpt2(transformers, sizes: dict):
     config = transformers.GPT2Config(
-        vocab_size=sizes["vocab_size"], n_positions=sizes["max_position_embeddings"], n_embd=sizes["hidden_size"],
-        n_layer=sizes["num_layers"], n_head=sizes["num_attention_heads"], resid_pdrop=0.0, embd_pdrop=0.0,
-        attn_pdrop=0.0, bos_token_id=0, eos_token_id=0, use_cache=True)
+        vocab_size=sizes["vocab_size"],
+        n_positions=sizes["max_position_embeddings"],
+        n_embd=sizes["hidden_size"],
+        n_layer=sizes["num_layers"],
+        n_head=sizes["num_attention_heads"],
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+        use_cache=True,
+    )
     return transformers.GPT2LMHeadModel(config)
 
 
 def timed(call, finish, times: int = 5) -> tuple[list[float], float]:
-    """(results of three calls to warm up, seconds of one of ``times`` calls that follow each other)."""
+    """(results of three calls to warm up, seconds of one of ``times`` calls that follow each
+    other)."""
     first = [finish(call()) for _ in range(3)]
     begin = time.perf_counter()
     for _ in range(times):
@@ -353,10 +423,21 @@ def of_step(sizes: dict, rows: int, seconds: float) -> dict:
     from mtnlg_jax.model.kernels import select
 
     tokens = rows * sizes["max_position_embeddings"]
-    flops = tokens * flops_per_token(ModelConfig(**sizes), sizes["max_position_embeddings"]) / seconds
-    peak = CHIPS[select.device()].flops if select.device() in CHIPS and compat.platform() == "gpu" else None
-    return {"rows": rows, "milliseconds": 1e3 * seconds, "tokens_per_second": tokens / seconds, "tflops": flops / 1e12,
-            "mfu": peak and flops / peak}
+    flops = (
+        tokens * flops_per_token(ModelConfig(**sizes), sizes["max_position_embeddings"]) / seconds
+    )
+    peak = (
+        CHIPS[select.device()].flops
+        if select.device() in CHIPS and compat.platform() == "gpu"
+        else None
+    )
+    return {
+        "rows": rows,
+        "milliseconds": 1e3 * seconds,
+        "tokens_per_second": tokens / seconds,
+        "tflops": flops / 1e12,
+        "mfu": peak and flops / peak,
+    }
 
 
 def decode(small: bool) -> None:
@@ -378,7 +459,13 @@ def decode(small: bool) -> None:
             attempt(row, ours)
     decoder = None  # its memory is the peer's
     for rows in (2,) if small else (1, 8, 64):
-        row = {"side": "transformers", "weights": "bfloat16", "rows": rows, "prompt": prompt, "new": new}
+        row = {
+            "side": "transformers",
+            "weights": "bfloat16",
+            "rows": rows,
+            "prompt": prompt,
+            "new": new,
+        }
         attempt(row, functools.partial(decode_torch, sizes, rows, prompt, new))
 
 
@@ -388,7 +475,9 @@ def make_decoder(sizes: dict, held: str):
     from mtnlg_jax.model.transformer import init_parameters
 
     config = ModelConfig(**sizes)
-    return unstack(config, init_parameters(config, 0), "bfloat16", weights="int8" if held == "int8" else None)
+    return unstack(
+        config, init_parameters(config, 0), "bfloat16", weights="int8" if held == "int8" else None
+    )
 
 
 def decode_ours(decoder, rows: int, prompt: int, new: int, bandwidth: float) -> dict:
@@ -407,12 +496,21 @@ def decode_ours(decoder, rows: int, prompt: int, new: int, bandwidth: float) -> 
         def is_special(self):
             return np.arange(self.vocab_size) == self.eos_id
 
-    prompts = np.random.default_rng(rows).integers(0, decoder.config.vocab_size - 1, (rows, prompt)).tolist()
+    prompts = (
+        np.random.default_rng(rows)
+        .integers(0, decoder.config.vocab_size - 1, (rows, prompt))
+        .tolist()
+    )
     settings = DecodeConfig(max_new_tokens=new, min_new_tokens=new)
-    _, seconds = timed(lambda: generate(decoder, Numbers(), prompts, settings), lambda _: 0.0, times=2)
+    _, seconds = timed(
+        lambda: generate(decoder, Numbers(), prompts, settings), lambda _: 0.0, times=2
+    )
     limit = roofline(decoder, rows, prompt + new, bandwidth)
     rate = rows * new / seconds
-    return {"tokens_per_second": rate, "of_copy": rate / limit["roofline_tokens_per_second"]} | limit
+    return {
+        "tokens_per_second": rate,
+        "of_copy": rate / limit["roofline_tokens_per_second"],
+    } | limit
 
 
 def decode_torch(sizes: dict, rows: int, prompt: int, new: int) -> dict:
@@ -426,11 +524,20 @@ def decode_torch(sizes: dict, rows: int, prompt: int, new: int) -> dict:
 
     def one():
         with torch.inference_mode():
-            return model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=new,
-                                  min_new_tokens=new, do_sample=False, pad_token_id=0)
+            return model.generate(
+                prompts,
+                attention_mask=torch.ones_like(prompts),
+                max_new_tokens=new,
+                min_new_tokens=new,
+                do_sample=False,
+                pad_token_id=0,
+            )
 
     _, seconds = timed(one, lambda ids: float(ids[0, -1]), times=2)
-    return {"tokens_per_second": rows * new / seconds, "attention": model.config._attn_implementation}
+    return {
+        "tokens_per_second": rows * new / seconds,
+        "attention": model.config._attn_implementation,
+    }
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""Compiles the steps of the table in docs/compile_ahead.md for chips that are not here, one after the other.
+"""Compiles the steps of the table in docs/compile_ahead.md for chips that are not here, one after
+the other.
 
-    python benchmarks/compile_ahead.py                    writes benchmarks/results/compile_ahead.json
-    python benchmarks/compile_ahead.py mtnlg_530b v6e     only rows with one of these words; the others stay
+    python benchmarks/compile_ahead.py                    writes
+        benchmarks/results/compile_ahead.json
+    python benchmarks/compile_ahead.py mtnlg_530b v6e     only rows with one of these words; the
+        others stay
 
-Every row holds what launch/compile_ahead.py says of it, with the compiler's flags that a run there sets. Needs the
-extra `ahead`; about half an hour.
+Every row holds what launch/compile_ahead.py says of it, with the compiler's flags that a run there
+sets. Needs the extra `ahead`; about half an hour.
 """
 
 import argparse
@@ -16,11 +19,28 @@ import os
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent.parent
-LADDER = {"1.7b": "4x8", "3.6b": "8x8", "7.5b": "16x8", "18.4b": "32x8", "39.1b": "64x8", "76.1b": "128x8",
-          "145.6b": "192x8", "310.1b": "240x8", "529.6b": "315x8", "1008b": "384x8"}
+LADDER = {
+    "1.7b": "4x8",
+    "3.6b": "8x8",
+    "7.5b": "16x8",
+    "18.4b": "32x8",
+    "39.1b": "64x8",
+    "76.1b": "128x8",
+    "145.6b": "192x8",
+    "310.1b": "240x8",
+    "529.6b": "315x8",
+    "1008b": "384x8",
+}
 FULL = ["train.rampup_batch_size=none"]
 ZERO3 = ["mesh.pipe=1", "mesh.data=128", "mesh.zero=3", *FULL]
-CIRCULAR = ["mesh.pipe=15", "mesh.zero=1", "mesh.schedule=circular", "mesh.virtual_pipe=7", "mesh.flush=120", *FULL]
+CIRCULAR = [
+    "mesh.pipe=15",
+    "mesh.zero=1",
+    "mesh.schedule=circular",
+    "mesh.virtual_pipe=7",
+    "mesh.flush=120",
+    *FULL,
+]
 DECODE = ["mesh.pipe=1", "mesh.data=1", "mesh.tensor=128"]
 
 # config, topology, step, what is set
@@ -40,15 +60,27 @@ ROWS = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("words", nargs="*", help="of the config, the topology, the step or what is set; default: all")
-    parser.add_argument("--output", default=str(FOLDER / "benchmarks" / "results" / "compile_ahead.json"))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "words",
+        nargs="*",
+        help="of the config, the topology, the step or what is set; default: all",
+    )
+    parser.add_argument(
+        "--output", default=str(FOLDER / "benchmarks" / "results" / "compile_ahead.json")
+    )
     args = parser.parse_args()
     path = Path(args.output)
-    chosen = [row for row in ROWS if not args.words or any(word in label(*row) for word in args.words)]
+    chosen = [
+        row for row in ROWS if not args.words or any(word in label(*row) for word in args.words)
+    ]
     if not chosen:
-        parser.error(f"no row has {' or '.join(args.words)} in it; the rows are:\n" +
-                     "\n".join(label(*row) for row in ROWS))
+        parser.error(
+            f"no row has {' or '.join(args.words)} in it; the rows are:\n"
+            + "\n".join(label(*row) for row in ROWS)
+        )
     known = json.loads(path.read_text())["rows"] if path.exists() else []
     rows = {label(row["config"], row["topology"], row["step"], row["set"]): row for row in known}
     for row in chosen:
@@ -72,13 +104,28 @@ def measured(config: str, topology: str, step: str, settings: list[str]) -> dict
     m = aot.measure(loaded, described.parse(topology), step)
     for kernel in m.kernels:
         kernels[kernel.name] += kernel.count
-    return {"config": config, "topology": topology, "step": step, "set": settings, "devices": m.devices,
-            "mesh": m.mesh, "fits": m.fits, "peak_gib": gib(m.peak), "limit_gib": gib(m.limit),
-            "arguments_gib": gib(m.arguments), "flops_per_device": m.flops,
-            "kernels": kernels, "failure": m.failure, "flags": m.flags, "flags_left_out": m.flags_left_out,
-            "compile_seconds": round(m.compile_seconds, 1), "processor_seconds": round(m.processor_seconds, 1),
-            "resident_gib": gib(m.resident), "compiler": m.compiler,
-            "date": datetime.date.today().isoformat()}
+    return {
+        "config": config,
+        "topology": topology,
+        "step": step,
+        "set": settings,
+        "devices": m.devices,
+        "mesh": m.mesh,
+        "fits": m.fits,
+        "peak_gib": gib(m.peak),
+        "limit_gib": gib(m.limit),
+        "arguments_gib": gib(m.arguments),
+        "flops_per_device": m.flops,
+        "kernels": kernels,
+        "failure": m.failure,
+        "flags": m.flags,
+        "flags_left_out": m.flags_left_out,
+        "compile_seconds": round(m.compile_seconds, 1),
+        "processor_seconds": round(m.processor_seconds, 1),
+        "resident_gib": gib(m.resident),
+        "compiler": m.compiler,
+        "date": datetime.date.today().isoformat(),
+    }
 
 
 def gib(size: int | None) -> float | None:
@@ -88,9 +135,14 @@ def gib(size: int | None) -> float | None:
 def save(path: Path, rows: list[dict]) -> None:
     from mtnlg_jax import storage
 
-    result = {"device": f"CPU, {os.cpu_count()} cores; the chips are described, none was there",
-              "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu", "jax-cuda12-pjrt")},
-              "command": "python benchmarks/compile_ahead.py", "rows": rows}
+    result = {
+        "device": f"CPU, {os.cpu_count()} cores; the chips are described, none was there",
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("jax", "libtpu", "jax-cuda12-pjrt")
+        },
+        "command": "python benchmarks/compile_ahead.py",
+        "rows": rows,
+    }
     storage.write_file(path.parent, path.name, (json.dumps(result, indent=1) + "\n").encode())
 
 

@@ -1,23 +1,28 @@
 """Times the data recipe beside the tools that others use, in one run, on the same documents:
 
-    python benchmarks/data.py --peer_python=PYTHON     a Python with megatron-core, grain, datasketch, tokenizers, torch
+    python benchmarks/data.py --peer_python=PYTHON     a Python with megatron-core, grain,
+        datasketch, tokenizers, torch
 
-Each turn is a fresh process, held to one core (load: to two), and the order of the sides turns round every round, save
-in load, where one side builds what the next one finds. Importing is not timed. What the sides make must be equal, or
-the run fails.
+Each turn is a fresh process, held to one core (load: to two), and the order of the sides turns
+round every round, save in load, where one side builds what the next one finds. Importing is not
+timed. What the sides make must be equal, or the run fails.
 
-    tokenize   JSON lines -> token arrays on disk, bytes of text a second on one core. megatron: as preprocess_data.py
-               with one worker: a pool takes 32 lines at a time, encodes each by the same GPT-2 files through Hugging
-               Face's tokenizers, and sends it back to the process that appends it to an IndexedDatasetBuilder. ours:
-               one process, megabytes of documents at a time, TokenWriter. Alike: the ids
-    minhash    documents -> signatures of 100 hashes over shingles of 5 characters, bytes a second on one core.
-               datasketch: MinHash.bulk over the set of each document's shingles. Alike: the signatures
-    load       batches a second of 8 rows of 2048 tokens, with segments and positions, blended by weights from 15
-               sources, and the seconds from opening to the first batch. ours: token arrays. ours_megatron:
-               .bin/.idx of the same tokens. grain: the same documents as ArrayRecord, shuffled, mixed,
-               ConcatThenSplitIterDataset, batch. megatron: BlendedDataset of GPTDatasets over the same .bin/.idx (no
-               attention mask, no segments) through torch's DataLoader, building its indices; megatron_again finds
-               them, and so does megatron_reset, which makes positions anew in each document, as the others do
+    tokenize   JSON lines -> token arrays on disk, bytes of text a second on one core. megatron: as
+               preprocess_data.py with one worker: a pool takes 32 lines at a time, encodes each by
+               the same GPT-2 files through Hugging Face's tokenizers, and sends it back to the
+               process that appends it to an IndexedDatasetBuilder. ours: one process, megabytes of
+               documents at a time, TokenWriter. Alike: the ids
+    minhash    documents -> signatures of 100 hashes over shingles of 5 characters, bytes a second
+               on one core. datasketch: MinHash.bulk over the set of each document's shingles.
+                   Alike: the signatures
+    load       batches a second of 8 rows of 2048 tokens, with segments and positions, blended by
+               weights from 15 sources, and the seconds from opening to the first batch. ours: token
+               arrays. ours_megatron:
+               .bin/.idx of the same tokens. grain: the same documents as ArrayRecord, shuffled,
+               mixed, ConcatThenSplitIterDataset, batch. megatron: BlendedDataset of GPTDatasets
+               over the same .bin/.idx (no attention mask, no segments) through torch's DataLoader,
+               building its indices; megatron_again finds them, and so does megatron_reset, which
+               makes positions anew in each document, as the others do
 """
 
 import argparse
@@ -38,8 +43,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
-SIDES = {"tokenize": ("ours", "megatron"), "minhash": ("ours", "datasketch"),
-         "load": ("ours", "ours_megatron", "grain", "megatron", "megatron_again", "megatron_reset")}
+SIDES = {
+    "tokenize": ("ours", "megatron"),
+    "minhash": ("ours", "datasketch"),
+    "load": ("ours", "ours_megatron", "grain", "megatron", "megatron_again", "megatron_reset"),
+}
 NEEDED = "numpy, torch, grain, datasketch, tokenizers, megatron.core.datasets.indexed_dataset"
 H100_TOKENS = 20_000  # a second, of a model of 1.3 B parameters
 END = 50_256  # GPT-2's <|endoftext|>
@@ -47,25 +55,34 @@ CHARACTERS = 4000  # of a document that is cut from a book
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--peer_python", default=sys.executable, help="a Python that has the peers")
     parser.add_argument("--cases", nargs="+", default=list(SIDES), choices=list(SIDES))
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side and case")
     parser.add_argument("--text", default=str(SHARED / "pretrain"), help="folder of text")
-    parser.add_argument("--tokenizer", default=str(SHARED / "tokenizers" / "gpt2"), help="folder of GPT-2's files")
-    parser.add_argument("--megabytes", type=float, default=15.0, help="text to tokenize and to sign, at most")
+    parser.add_argument(
+        "--tokenizer", default=str(SHARED / "tokenizers" / "gpt2"), help="folder of GPT-2's files"
+    )
+    parser.add_argument(
+        "--megabytes", type=float, default=15.0, help="text to tokenize and to sign, at most"
+    )
     parser.add_argument("--sources", type=int, default=15)
     parser.add_argument("--tokens", type=int, default=20_000_000, help="in each source")
     parser.add_argument("--batches", type=int, default=500, help="timed in a turn")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--output", default=str(ROOT / "benchmarks/results/data.json"), help="where the JSON goes")
+    parser.add_argument(
+        "--output", default=str(ROOT / "benchmarks/results/data.json"), help="where the JSON goes"
+    )
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
-# --- tokenize: each side returns (seconds, of processors, digest of the ids) -------------------------------------
+# --- tokenize: each side returns (seconds, of processors, digest of the ids)
+# -------------------------------------
 
 
 def lines_of(args) -> list[bytes]:
@@ -93,9 +110,11 @@ def tokenize_ours(args):
 
     tokenizer = load_tokenizer(args.tokenizer)
     tokenizer.encode_batch([" the" * 100_000])  # builds what it builds once
-    begin, begin_cpu = time.perf_counter(), time.process_time()
+    begin = time.perf_counter()
+    begin_cpu = time.process_time()
     writer = TokenWriter(f"{args.folder}/ours", tokenizer.vocab_size, tokenizer.fingerprint)
-    texts, size = [], 0
+    texts = []
+    size = 0
 
     def write():
         for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
@@ -106,25 +125,35 @@ def tokenize_ours(args):
         size += len(document.text)
         if size > 4_000_000:
             write()
-            texts, size = [], 0
+            texts = []
+            size = 0
     write()
     writer.finish()
     seconds = time.perf_counter() - begin, time.process_time() - begin_cpu
-    return *seconds, digest_of(ids[1:-1] for ids in documents_of(open_tokens(f"{args.folder}/ours")))
+    return *seconds, digest_of(
+        ids[1:-1] for ids in documents_of(open_tokens(f"{args.folder}/ours"))
+    )
 
 
 def tokenize_megatron(args):
     from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
-    prefix, lines = f"{args.folder}/megatron", lines_of(args)
+    prefix = f"{args.folder}/megatron"
+    lines = lines_of(args)
     with multiprocessing.get_context("fork").Pool(1, start_tokenizer, (args.tokenizer,)) as pool:
         list(pool.imap(encode_line, lines[:64], 32))
-        begin, begin_cpu = time.perf_counter(), time.process_time() + pool.apply(time.process_time)
+        begin = time.perf_counter()
+        begin_cpu = time.process_time() + pool.apply(time.process_time)
         builder = IndexedDatasetBuilder(f"{prefix}.bin", DType.optimal_dtype(50_257))
-        for ids, lengths, _ in pool.imap(encode_line, open(f"{args.folder}/text.jsonl", encoding="utf-8"), 32):
+        for ids, lengths, _ in pool.imap(
+            encode_line, open(f"{args.folder}/text.jsonl", encoding="utf-8"), 32
+        ):
             builder.add_document(ids, lengths)
         builder.finalize(f"{prefix}.idx")
-        seconds = time.perf_counter() - begin, time.process_time() + pool.apply(time.process_time) - begin_cpu
+        seconds = (
+            time.perf_counter() - begin,
+            time.process_time() + pool.apply(time.process_time) - begin_cpu,
+        )
     data = IndexedDataset(prefix)
     return *seconds, digest_of(data[number][:-1] for number in range(len(data)))
 
@@ -134,7 +163,9 @@ def start_tokenizer(folder: str) -> None:
     import tokenizers
 
     names = [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")]
-    files = next([f"{folder}/{name}" for name in pair] for pair in names if Path(folder, pair[0]).exists())
+    files = next(
+        [f"{folder}/{name}" for name in pair] for pair in names if Path(folder, pair[0]).exists()
+    )
     TOKENIZER = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(*files))
     TOKENIZER.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     TOKENIZER.add_special_tokens(["<|endoftext|>"])
@@ -147,7 +178,8 @@ def encode_line(line):
     return ids, [len(ids)], len(line)
 
 
-# --- minhash: each side returns (seconds, of processors, digest of the signatures) -------------------------------
+# --- minhash: each side returns (seconds, of processors, digest of the signatures)
+# -------------------------------
 
 
 def minhash_ours(args):
@@ -155,7 +187,8 @@ def minhash_ours(args):
 
     texts = [json.loads(line)["text"] for line in lines_of(args)]
     signatures(texts[:2], MinHashConfig())
-    begin, begin_cpu = time.perf_counter(), time.process_time()
+    begin = time.perf_counter()
+    begin_cpu = time.process_time()
     found = signatures(texts, MinHashConfig())
     seconds = time.perf_counter() - begin, time.process_time() - begin_cpu
     return *seconds, hashlib.sha256(found.astype("<u4").tobytes()).hexdigest()
@@ -166,14 +199,16 @@ def minhash_datasketch(args):
     import numpy as np
 
     texts = [json.loads(line)["text"] for line in lines_of(args)]
-    begin, begin_cpu = time.perf_counter(), time.process_time()
+    begin = time.perf_counter()
+    begin_cpu = time.process_time()
     shingles = ({text[i : i + 5].encode() for i in range(max(1, len(text) - 4))} for text in texts)
     found = np.stack([one.hashvalues for one in datasketch.MinHash.bulk(shingles, num_perm=100)])
     seconds = time.perf_counter() - begin, time.process_time() - begin_cpu
     return *seconds, hashlib.sha256(found.astype("<u4").tobytes()).hexdigest()
 
 
-# --- load: each side returns (seconds of the batches, of processors, seconds to the first) -----------------------
+# --- load: each side returns (seconds of the batches, of processors, seconds to the first)
+# -----------------------
 
 
 def weights_of(args) -> list[float]:
@@ -181,7 +216,8 @@ def weights_of(args) -> list[float]:
 
 
 def make_sources(args) -> None:
-    """Token arrays, and .bin/.idx of them. Lengths of documents are log-normal around 400 tokens."""
+    """Token arrays, and .bin/.idx of them. Lengths of documents are log-normal around 400
+    tokens."""
     import numpy as np
 
     from mtnlg_jax.data.store.megatron import write_megatron
@@ -189,8 +225,10 @@ def make_sources(args) -> None:
     from mtnlg_jax.data.store.tokens import TokenWriter
 
     for number in range(args.sources):
-        rng, place = np.random.default_rng(number), f"{args.folder}/source-{number}"
-        writer, total = TokenWriter(place, 50_257, ""), 0
+        rng = np.random.default_rng(number)
+        place = f"{args.folder}/source-{number}"
+        writer = TokenWriter(place, 50_257, "")
+        total = 0
         while total < args.tokens:
             for length in np.clip(rng.lognormal(6, 1, 1000), 2, 20_000).astype(int):
                 writer.add(rng.integers(0, 50_256, length), 0)
@@ -219,9 +257,13 @@ def time_batches(args, opening, names) -> tuple[float, float, float]:
     first = next(batches)
     waited = time.perf_counter() - begin
     for name in names:
-        if tuple(first[name].shape) not in [(args.batch, args.length), (args.batch, args.length + 1)]:
+        if tuple(first[name].shape) not in [
+            (args.batch, args.length),
+            (args.batch, args.length + 1),
+        ]:
             raise ValueError(f"{name} has shape {tuple(first[name].shape)}")
-    begin, begin_cpu = time.perf_counter(), time.process_time()
+    begin = time.perf_counter()
+    begin_cpu = time.process_time()
     for _ in range(args.batches):
         next(batches)
     return time.perf_counter() - begin, time.process_time() - begin_cpu, waited
@@ -234,8 +276,11 @@ def load_ours(args, suffix=""):
     from mtnlg_jax.data.store.sources import open_tokens
 
     def opening():
-        sources = [open_tokens(f"{args.folder}/source-{number}{suffix}") for number in range(args.sources)]
-        batches, number = Batches(list(zip(sources, weights_of(args), strict=True)), args.length, seed=0), 0
+        sources = [
+            open_tokens(f"{args.folder}/source-{number}{suffix}") for number in range(args.sources)
+        ]
+        batches = Batches(list(zip(sources, weights_of(args), strict=True)), args.length, seed=0)
+        number = 0
         while True:
             yield batches.rows(np.arange(number, number + args.batch))
             number += args.batch
@@ -256,12 +301,22 @@ def load_grain(args):
         return {"tokens": np.frombuffer(record, np.uint16).astype(np.int32)}
 
     def opening():
-        sources = [grain.MapDataset.source(grain.sources.ArrayRecordDataSource(
-            f"{args.folder}/source-{number}.array_record")).shuffle(seed=number).map(decode).repeat()
-            for number in range(args.sources)]
+        sources = [
+            grain.MapDataset.source(
+                grain.sources.ArrayRecordDataSource(f"{args.folder}/source-{number}.array_record")
+            )
+            .shuffle(seed=number)
+            .map(decode)
+            .repeat()
+            for number in range(args.sources)
+        ]
         # A weight is a share of documents; all sources have the same lengths.
         mixed = grain.MapDataset.mix(sources, weights_of(args)).to_iter_dataset()
-        return iter(ConcatThenSplitIterDataset(mixed, length_struct={"tokens": args.length + 1}).batch(args.batch))
+        return iter(
+            ConcatThenSplitIterDataset(mixed, length_struct={"tokens": args.length + 1}).batch(
+                args.batch
+            )
+        )
 
     return time_batches(args, opening, ("tokens", "tokens_segment_ids", "tokens_positions"))
 
@@ -270,20 +325,36 @@ def load_megatron(args, reset=False):
     import types
 
     import torch
-    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.blended_megatron_dataset_builder import (
+        BlendedMegatronDatasetBuilder,
+    )
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
-    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    torch.distributed.init_process_group(
+        "gloo", rank=0, world_size=1, store=torch.distributed.HashStore()
+    )
     prefixes = [f"{args.folder}/source-{number}-megatron" for number in range(args.sources)]
-    tokenizer = types.SimpleNamespace(eod=END, pad=50_258, vocab_size=50_257, unique_identifiers={"name": "gpt2"})
+    tokenizer = types.SimpleNamespace(
+        eod=END, pad=50_258, vocab_size=50_257, unique_identifiers={"name": "gpt2"}
+    )
 
     def opening():
         config = GPTDatasetConfig(
-            random_seed=0, sequence_length=args.length, blend=(prefixes, weights_of(args)), split="100,0,0",
-            path_to_cache=f"{args.folder}/cache", tokenizer=tokenizer, reset_position_ids=reset,
-            reset_attention_mask=False, eod_mask_loss=False, create_attention_mask=False)
+            random_seed=0,
+            sequence_length=args.length,
+            blend=(prefixes, weights_of(args)),
+            split="100,0,0",
+            path_to_cache=f"{args.folder}/cache",
+            tokenizer=tokenizer,
+            reset_position_ids=reset,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+        )
         samples = args.batch * (args.batches + 1)
-        train, *_ = BlendedMegatronDatasetBuilder(GPTDataset, [samples, 0, 0], lambda: True, config).build()
+        train, *_ = BlendedMegatronDatasetBuilder(
+            GPTDataset, [samples, 0, 0], lambda: True, config
+        ).build()
         return iter(torch.utils.data.DataLoader(train, batch_size=args.batch))
 
     return time_batches(args, opening, ("tokens", "labels", "position_ids"))
@@ -297,12 +368,14 @@ def load_megatron_reset(args):
     return load_megatron(args, reset=True)
 
 
-# --- the run -----------------------------------------------------------------------------------------------------
+# --- the run
+# -----------------------------------------------------------------------------------------------------
 
 
 def work(args) -> None:
     case, side = args.worker
-    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not mix with the answer
+    answers = sys.stdout  # what libraries print must not mix with the answer
+    sys.stdout = sys.stderr
     if side == "make_records":
         make_records(args)
         return
@@ -311,36 +384,69 @@ def work(args) -> None:
     if side.startswith("ours"):
         sys.path.insert(0, str(ROOT))
     seconds, processor_seconds, other = globals()[f"{case}_{side}"](args)
-    names = ("numpy", "tiktoken", "tensorstore") if side.startswith("ours") else (
-        "numpy", "torch", "megatron-core", "grain", "array_record", "datasketch", "tokenizers")
-    versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
-    print(json.dumps({"seconds": seconds, "processor_seconds": processor_seconds, "other": other,
-                      "versions": versions}), file=answers, flush=True)
+    names = (
+        ("numpy", "tiktoken", "tensorstore")
+        if side.startswith("ours")
+        else (
+            "numpy",
+            "torch",
+            "megatron-core",
+            "grain",
+            "array_record",
+            "datasketch",
+            "tokenizers",
+        )
+    )
+    versions = {"python": platform.python_version()} | {
+        name: importlib.metadata.version(name) for name in names
+    }
+    print(
+        json.dumps(
+            {
+                "seconds": seconds,
+                "processor_seconds": processor_seconds,
+                "other": other,
+                "versions": versions,
+            }
+        ),
+        file=answers,
+        flush=True,
+    )
 
 
 def turn(args, case: str, side: str) -> dict:
     python = sys.executable if side.startswith("ours") else args.peer_python
-    words = [f"--{name}={value}" for name, value in vars(args).items() if name not in ("cases", "worker")]
+    words = [
+        f"--{name}={value}" for name, value in vars(args).items() if name not in ("cases", "worker")
+    ]
     quiet = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run([python, __file__, *words, "--worker", case, side], capture_output=True, text=True,
-                          env=os.environ | quiet)
+    done = subprocess.run(
+        [python, __file__, *words, "--worker", case, side],
+        capture_output=True,
+        text=True,
+        env=os.environ | quiet,
+    )
     if done.returncode:
         raise RuntimeError(f"{case}, {side}: {' '.join(done.stderr.strip().splitlines()[-1:])}")
     return json.loads(done.stdout) if done.stdout else {}
 
 
 def write_text(args) -> int:
-    """text.jsonl: documents of the folder, long ones in parts, in an order that mixes them. Returns its UTF-8 bytes."""
+    """text.jsonl: documents of the folder, long ones in parts, in an order that mixes them. Returns
+    its UTF-8 bytes."""
     import random
 
     from mtnlg_jax.data.read.documents import read_documents
 
     texts = []
     for document in read_documents(args.text, on_error="skip"):
-        texts += [document.text[i : i + CHARACTERS] for i in range(0, len(document.text), CHARACTERS)]
+        texts += [
+            document.text[i : i + CHARACTERS] for i in range(0, len(document.text), CHARACTERS)
+        ]
     texts = [text for text in texts if text.strip()]
     random.Random(0).shuffle(texts)
-    size, kept = 0, []
+    size = 0
+    kept = []
     for text in texts:
         size += len(text.encode())
         if size > args.megabytes * 1e6 and kept:
@@ -352,7 +458,8 @@ def write_text(args) -> int:
 
 
 def measure(args) -> dict:
-    result, load = {}, os.getloadavg()[0]
+    result = {}
+    load = os.getloadavg()[0]
     versions = {}
     if {"tokenize", "minhash"} & set(args.cases):
         size = write_text(args)
@@ -367,19 +474,34 @@ def measure(args) -> dict:
                 if side == "megatron":  # whose indices are to be built anew
                     shutil.rmtree(f"{args.folder}/cache", ignore_errors=True)
                 turns[side].append(turn(args, case, side))
-                versions["ours" if side.startswith("ours") else "peer"] = turns[side][-1].pop("versions")
-            print(f"{case}, round {number + 1}: " + ", ".join(f"{side} {found[-1]['seconds']:.2f} s"
-                                                             for side, found in turns.items()), flush=True)
+                versions["ours" if side.startswith("ours") else "peer"] = turns[side][-1].pop(
+                    "versions"
+                )
+            print(
+                f"{case}, round {number + 1}: "
+                + ", ".join(
+                    f"{side} {found[-1]['seconds']:.2f} s" for side, found in turns.items()
+                ),
+                flush=True,
+            )
         amount = args.batches if case == "load" else size
         result[case] = summary(case, turns, amount)
         if case == "load":
-            result[case] |= {"first_batch_seconds": {
-                side: round(statistics.median(one["other"] for one in found), 4) for side, found in turns.items()},
-                "first_batch_target": 1.0, "target": round(20 * H100_TOKENS / (args.batch * args.length), 1)}
+            result[case] |= {
+                "first_batch_seconds": {
+                    side: round(statistics.median(one["other"] for one in found), 4)
+                    for side, found in turns.items()
+                },
+                "first_batch_target": 1.0,
+                "target": round(20 * H100_TOKENS / (args.batch * args.length), 1),
+            }
     return result | {
-        "shapes": {name: getattr(args, name)
-                   for name in ("megabytes", "sources", "tokens", "batches", "batch", "length")},
-        "device": processor(), "cores": os.cpu_count(),
+        "shapes": {
+            name: getattr(args, name)
+            for name in ("megabytes", "sources", "tokens", "batches", "batch", "length")
+        },
+        "device": processor(),
+        "cores": os.cpu_count(),
         "load_average": {"before": round(load, 1), "after": round(os.getloadavg()[0], 1)},
         "versions": versions,
         "date_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -392,36 +514,60 @@ def summary(case: str, turns: dict[str, list[dict]], amount: float) -> dict:
     unit = "batches_per_second" if case == "load" else "bytes_per_second"
     if case != "load" and len({one["other"] for found in turns.values() for one in found}) > 1:
         raise RuntimeError(f"{case}: the sides did not make the same")
-    ratios, processor_ratios = ({side: [round(theirs[key] / ours[key], 3)
-                                        for ours, theirs in zip(turns["ours"], turns[side], strict=True)]
-                                 for side in turns if side != "ours"} for key in ("seconds", "processor_seconds"))
+    ratios, processor_ratios = (
+        {
+            side: [
+                round(theirs[key] / ours[key], 3)
+                for ours, theirs in zip(turns["ours"], turns[side], strict=True)
+            ]
+            for side in turns
+            if side != "ours"
+        }
+        for key in ("seconds", "processor_seconds")
+    )
     target = {"tokenize": 2.0, "minhash": 5.0}.get(case)
     return {
-        unit: {side: round(amount / statistics.median(one["seconds"] for one in found), 1)
-               for side, found in turns.items()},
+        unit: {
+            side: round(amount / statistics.median(one["seconds"] for one in found), 1)
+            for side, found in turns.items()
+        },
         "ratio": {side: round(statistics.median(found), 3) for side, found in ratios.items()},
         "ratio_by_round": ratios,
-        "ratio_processor_seconds": {side: round(statistics.median(found), 3)
-                                    for side, found in processor_ratios.items()},
-        **{key: {side: [round(one[key], 4) for one in found] for side, found in turns.items()}
-           for key in ("seconds", "processor_seconds")},
+        "ratio_processor_seconds": {
+            side: round(statistics.median(found), 3) for side, found in processor_ratios.items()
+        },
+        **{
+            key: {side: [round(one[key], 4) for one in found] for side, found in turns.items()}
+            for key in ("seconds", "processor_seconds")
+        },
         **({"ratio_target": target} if target else {}),
     }
 
 
 def processor() -> str:
     info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-             ] if info.exists() else []
+    names = (
+        [
+            line.partition(":")[2].strip()
+            for line in info.read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        if info.exists()
+        else []
+    )
     return names[0] if names else platform.processor() or platform.machine()
 
 
 def command(args) -> str:
-    """The line that repeats the run; where things lie on this machine says nothing about the result."""
-    defaults, words = parse([]), []
+    """The line that repeats the run; where things lie on this machine says nothing about the
+    result."""
+    defaults = parse([])
+    words = []
     for name, value in vars(args).items():
         if value != getattr(defaults, name) and name not in ("output", "worker", "folder"):
-            value = {"peer_python": "PYTHON", "text": "TEXT", "tokenizer": "FOLDER"}.get(name, value)
+            value = {"peer_python": "PYTHON", "text": "TEXT", "tokenizer": "FOLDER"}.get(
+                name, value
+            )
             words.append(f"--{name} {' '.join(value)}" if name == "cases" else f"--{name}={value}")
     return " ".join(["python benchmarks/data.py", *words])
 
@@ -435,12 +581,18 @@ def check(args) -> None:
         if {"tokenize", "minhash"} & set(args.cases) and not Path(getattr(args, name)).exists():
             raise ValueError(f"--{name}={getattr(args, name)} does not exist; give one")
     if shutil.which(args.peer_python) is None:
-        raise ValueError(f"--peer_python={args.peer_python} is not a program; give the path of a Python with the peers")
-    done = subprocess.run([args.peer_python, "-W", "ignore", "-c", f"import {NEEDED}"], capture_output=True, text=True)
+        raise ValueError(
+            f"--peer_python={args.peer_python} is not a program; give the path of a Python with the peers"
+        )
+    done = subprocess.run(
+        [args.peer_python, "-W", "ignore", "-c", f"import {NEEDED}"], capture_output=True, text=True
+    )
     if done.returncode:
         reason = (done.stderr.strip() or "no message").splitlines()[-1]
-        raise ValueError(f"{args.peer_python} lacks a peer ({reason}); run: pip install -e .[benchmarks], or give "
-                         "--peer_python=PATH of an environment that has them")
+        raise ValueError(
+            f"{args.peer_python} lacks a peer ({reason}); run: pip install -e .[benchmarks], or give "
+            "--peer_python=PATH of an environment that has them"
+        )
 
 
 def main(argv: list[str]) -> int:
@@ -461,7 +613,10 @@ def main(argv: list[str]) -> int:
     output = Path(args.output)
     storage.write_file(output.parent, output.name, (json.dumps(result, indent=1) + "\n").encode())
     for case in args.cases:
-        print(f"{case}: ours over " + ", ".join(f"{side} {ratio}" for side, ratio in result[case]["ratio"].items()))
+        print(
+            f"{case}: ours over "
+            + ", ".join(f"{side} {ratio}" for side, ratio in result[case]["ratio"].items())
+        )
     print(f"written to {output}")
     return 0
 

@@ -1,18 +1,24 @@
-"""Times decoding against Hugging Face's GPT-2 in PyTorch on the CPU, in one run, with the same weights.
+"""Times decoding against Hugging Face's GPT-2 in PyTorch on the CPU, in one run, with the same
+weights.
 
     python benchmarks/decode.py --peer_python=PYTHON      a Python that has torch and transformers
 
-GPT-2 124M: 12 layers, width 768, 12 heads, vocabulary 50257 (not padded), 1024 positions, random float32 weights. Every
-call has a prompt of 64 random tokens a row and writes 128 new ones, prefill included. Calls of the sides alternate, and
-each uses all cores. The peer runs in eager mode, with its cache and its default attention (sdpa).
+GPT-2 124M: 12 layers, width 768, 12 heads, vocabulary 50257 (not padded), 1024 positions, random
+float32 weights. Every call has a prompt of 64 random tokens a row and writes 128 new ones, prefill
+included. Calls of the sides alternate, and each uses all cores. The peer runs in eager mode, with
+its cache and its default attention (sdpa).
 
-    batch_1, batch_8, batch_32   greedy. All are to write the same tokens: the result says for how long they do
+    batch_1, batch_8, batch_32   greedy. All are to write the same tokens: the result says for how
+                                 long they do
     beam_5                       beam search, one prompt
-    ranking_16                   16 samples of 32 tokens and their scores; the peer draws, then reads each once more
-    held                         ours at batch 1 with bfloat16 and int8 weights and int8 cache against float32, with the
-                                 tokens/s that the bytes of each allow; and with guesses by prompt look-up
+    ranking_16                   16 samples of 32 tokens and their scores; the peer draws, then
+                                 reads each once more
+    held                         ours at batch 1 with bfloat16 and int8 weights and int8 cache
+                                 against float32, with the tokens/s that the bytes of each allow;
+                                 and with guesses by prompt look-up
     ranking_by_number            N given candidates in one call against N calls
-    perplexity                   only with --run=FOLDER --text=FILE: what bfloat16 and int8 cost a trained model
+    perplexity                   only with --run=FOLDER --text=FILE: what bfloat16 and int8 cost a
+                                 trained model
 """
 
 import argparse
@@ -29,19 +35,31 @@ import tempfile
 import time
 from pathlib import Path
 
-WIDTH, HEADS, VOCABULARY, POSITIONS, END = 768, 12, 50257, 1024, 50256
+WIDTH = 768
+HEADS = 12
+VOCABULARY = 50257
+POSITIONS = 1024
+END = 50256
 REST = 0.5  # seconds between the sides: PyTorch's threads spin for 0.2 s after their work
-# Idle OpenMP threads of PyTorch spin, or (passive) sleep: spinning is faster on an idle machine and far slower on a
-# busy one. The peer runs both ways and counts by the faster.
+# Idle OpenMP threads of PyTorch spin, or (passive) sleep: spinning is faster on an idle machine and
+# far slower on a busy one. The peer runs both ways and counts by the faster.
 PEERS = {"peer": {}, "peer_passive": {"OMP_WAIT_POLICY": "passive"}}
-HELD = {"float32": {}, "bfloat16": {"dtype": "bfloat16"}, "int8_weights": {"weights": "int8"},
-        "int8_weights_and_cache": {"weights": "int8", "cache": "int8"}}
+HELD = {
+    "float32": {},
+    "bfloat16": {"dtype": "bfloat16"},
+    "int8_weights": {"weights": "int8"},
+    "int8_weights_and_cache": {"weights": "int8", "cache": "int8"},
+}
 CASES = ("greedy", "beam", "ranking", "held", "ranking_by_number")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer_python", default=sys.executable, help="a Python that has torch and transformers")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--peer_python", default=sys.executable, help="a Python that has torch and transformers"
+    )
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--rounds", type=int, default=5, help="timed calls of each side and case")
@@ -80,12 +98,19 @@ def compare(args) -> dict:
     from mtnlg_jax.interop import gpt2
     from mtnlg_jax.model.transformer import init_parameters
 
-    config = ModelConfig(num_layers=args.layers, hidden_size=WIDTH, num_attention_heads=HEADS, vocab_size=VOCABULARY,
-                         max_position_embeddings=POSITIONS)
+    config = ModelConfig(
+        num_layers=args.layers,
+        hidden_size=WIDTH,
+        num_attention_heads=HEADS,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=POSITIONS,
+    )
     params = init_parameters(config, 0)
-    load, bandwidth = os.getloadavg(), copy_bandwidth()
+    load = os.getloadavg()
+    bandwidth = copy_bandwidth()
     decoder = unstack(config, params)
-    results, versions = {}, {}
+    results = {}
+    versions = {}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         if {"greedy", "beam", "ranking"} & set(args.cases):
             weights = os.path.join(folder, "gpt2.npz")
@@ -93,9 +118,21 @@ def compare(args) -> dict:
             np.savez(weights, **{name: tensor(name) for name in gpt2.shapes_of(config)})
             peers = {}
             for name, environment in PEERS.items():
-                command = [args.peer_python, __file__, f"--peer_weights={weights}", f"--layers={args.layers}"]
-                peers[name] = stack.enter_context(subprocess.Popen(
-                    command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | environment))
+                command = [
+                    args.peer_python,
+                    __file__,
+                    f"--peer_weights={weights}",
+                    f"--layers={args.layers}",
+                ]
+                peers[name] = stack.enter_context(
+                    subprocess.Popen(
+                        command,
+                        text=True,
+                        stdin=subprocess.PIPE,
+                        stdout=subprocess.PIPE,
+                        env=os.environ | environment,
+                    )
+                )
             versions = [read(peer) for peer in peers.values()][0]
             results |= against_peers(args, decoder, peers, bandwidth)
     if "held" in args.cases:
@@ -106,14 +143,29 @@ def compare(args) -> dict:
         results["perplexity"] = perplexities(args)
     return {
         "what": f"decoding, GPT-2 124M shape ({args.layers} layers), random float32 weights, {args.prompt} prompt + "
-                f"{args.new} new tokens a row",
-        "command": " ".join(["python benchmarks/decode.py", "--peer_python=PYTHON",
-                             *(each.split("=")[0] + "=..." if each.startswith(("--run=", "--text=")) else each
-                               for each in sys.argv[1:] if not each.startswith(("--peer_python=", "--output=")))]),
+        f"{args.new} new tokens a row",
+        "command": " ".join(
+            [
+                "python benchmarks/decode.py",
+                "--peer_python=PYTHON",
+                *(
+                    each.split("=")[0] + "=..." if each.startswith(("--run=", "--text=")) else each
+                    for each in sys.argv[1:]
+                    if not each.startswith(("--peer_python=", "--output="))
+                ),
+            ]
+        ),
         "date_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": processor(), "cores": os.cpu_count(), "copy_gigabytes_per_second": round(bandwidth / 1e9, 2),
+        "device": processor(),
+        "cores": os.cpu_count(),
+        "copy_gigabytes_per_second": round(bandwidth / 1e9, 2),
         "load_average": {"before": load[0], "after": os.getloadavg()[0]},
-        "versions": {"python": platform.python_version(), "jax": jax.__version__, "numpy": np.__version__} | versions,
+        "versions": {
+            "python": platform.python_version(),
+            "jax": jax.__version__,
+            "numpy": np.__version__,
+        }
+        | versions,
         **results,
     }
 
@@ -130,7 +182,8 @@ def against_peers(args, decoder, peers: dict, bandwidth: float) -> dict:
     from mtnlg_jax.decode.rank import rank
     from mtnlg_jax.decode.roofline import roofline
 
-    results, length = {}, args.prompt + args.new
+    results = {}
+    length = args.prompt + args.new
 
     def theirs(name, request):
         print(json.dumps(request), file=peers[name].stdin, flush=True)
@@ -142,26 +195,40 @@ def against_peers(args, decoder, peers: dict, bandwidth: float) -> dict:
 
     def written(prompts, beams=1):
         decode = DecodeConfig(max_new_tokens=args.new, min_new_tokens=args.new, num_beams=beams)
-        ours = functools.partial(timed, lambda: [list(row.tokens) for row in generate(decoder, Ids(), prompts, decode)])
+        ours = functools.partial(
+            timed, lambda: [list(row.tokens) for row in generate(decoder, Ids(), prompts, decode)]
+        )
         request = {"prompts": prompts, "new": args.new, "beams": beams}
         return alternate(sides(ours, request), args.rounds, len(prompts) * args.new)
 
     if "greedy" in args.cases:
         for batch in args.batches:
-            results[f"batch_{batch}"] = written(prompts_of(args, batch)) | roofline(decoder, batch, length, bandwidth)
+            results[f"batch_{batch}"] = written(prompts_of(args, batch)) | roofline(
+                decoder, batch, length, bandwidth
+            )
     if "beam" in args.cases:
         results["beam_5"] = written(prompts_of(args, 1), beams=5)
     if "ranking" in args.cases:
         prompt = prompts_of(args, 1)[0]
-        decode = DecodeConfig(max_new_tokens=args.candidate, min_new_tokens=args.candidate, temperature=1.0,
-                              num_return_sequences=args.candidates)
+        decode = DecodeConfig(
+            max_new_tokens=args.candidate,
+            min_new_tokens=args.candidate,
+            temperature=1.0,
+            num_return_sequences=args.candidates,
+        )
 
         def ours():
-            return [list(each.tokens) for each in rank(decoder, Ids(), as_text(prompt), decode=decode)]
+            return [
+                list(each.tokens) for each in rank(decoder, Ids(), as_text(prompt), decode=decode)
+            ]
 
         request = {"prompts": [prompt], "new": args.candidate, "rank": args.candidates}
         results[f"ranking_{args.candidates}"] = alternate(
-            sides(functools.partial(timed, ours), request), args.rounds, args.candidates * args.candidate, equal=False)
+            sides(functools.partial(timed, ours), request),
+            args.rounds,
+            args.candidates * args.candidate,
+            equal=False,
+        )
     return results
 
 
@@ -174,7 +241,9 @@ def held(args, config, params, bandwidth: float) -> dict:
 
     prompts = prompts_of(args, 1)
     decode = DecodeConfig(max_new_tokens=args.new, min_new_tokens=args.new)
-    guessing = DecodeConfig(max_new_tokens=args.new, min_new_tokens=args.new, prompt_lookup_num_tokens=4)
+    guessing = DecodeConfig(
+        max_new_tokens=args.new, min_new_tokens=args.new, prompt_lookup_num_tokens=4
+    )
     decoders = {name: unstack(config, params, **options) for name, options in HELD.items()}
     ways = {name: (decoder, decode) for name, decoder in decoders.items()}
     ways["float32_look_up"] = decoders["float32"], guessing
@@ -192,14 +261,22 @@ def held(args, config, params, bandwidth: float) -> dict:
             if number:  # the first call compiles
                 seconds[name].append(round(took, 4))
         print("held", {name: values[-1:] for name, values in seconds.items()}, flush=True)
-    results, exact = {}, statistics.median(seconds["float32"])
+    results = {}
+    exact = statistics.median(seconds["float32"])
     for name, (decoder, _) in ways.items():
-        median, row = statistics.median(seconds[name]), last[name]
-        results[name] = {"tokens_per_second": round(args.new / median, 2), "times_float32": round(exact / median, 3),
-                         "seconds": seconds[name]} | roofline(decoder, 1, args.prompt + args.new, bandwidth)
+        median = statistics.median(seconds[name])
+        row = last[name]
+        results[name] = {
+            "tokens_per_second": round(args.new / median, 2),
+            "times_float32": round(exact / median, 3),
+            "seconds": seconds[name],
+        } | roofline(decoder, 1, args.prompt + args.new, bandwidth)
         if row.guessed:
-            results[name] |= {"guessed": row.guessed, "accepted": row.accepted,
-                              "acceptance_rate": round(row.accepted / row.guessed, 3)}
+            results[name] |= {
+                "guessed": row.guessed,
+                "accepted": row.accepted,
+                "acceptance_rate": round(row.accepted / row.guessed, 3),
+            }
     return results
 
 
@@ -210,10 +287,15 @@ def ranking_by_number(args, decoder) -> dict:
     from mtnlg_jax.decode.rank import rank
 
     prompt = as_text(prompts_of(args, 1)[0])
-    texts = [" " + as_text(tokens) for tokens in np.random.default_rng(7).integers(
-        0, END, (max(args.numbers), args.candidate)).tolist()]
+    texts = [
+        " " + as_text(tokens)
+        for tokens in np.random.default_rng(7)
+        .integers(0, END, (max(args.numbers), args.candidate))
+        .tolist()
+    ]
     results = {}
     for number in args.numbers:
+
         def together(number=number):
             return rank(decoder, Ids(), prompt, texts[:number])
 
@@ -228,9 +310,13 @@ def ranking_by_number(args, decoder) -> dict:
                     seconds[name].append(round(took, 4))
         results[number] = {name: statistics.median(values) for name, values in seconds.items()}
         print("ranking", number, results[number], flush=True)
-    few, many = min(args.numbers), max(args.numbers)
+    few = min(args.numbers)
+    many = max(args.numbers)
     if many > few:
-        growth = {name: (results[many][name] - results[few][name]) / (many - few) for name in ("together", "apart")}
+        growth = {
+            name: (results[many][name] - results[few][name]) / (many - few)
+            for name in ("together", "apart")
+        }
         results["seconds_a_candidate"] = {name: round(value, 5) for name, value in growth.items()}
         results["growth_together_over_apart"] = round(growth["together"] / growth["apart"], 3)
     return results
@@ -242,12 +328,17 @@ def perplexities(args) -> dict:
     from mtnlg_jax.evaluate.perplexity import evaluate_text
     from mtnlg_jax.train.checkpoint import load_run
 
-    run, text = load_run(args.run, "best"), Path(args.text).read_text()
+    run = load_run(args.run, "best")
+    text = Path(args.text).read_text()
     results = {}
     for name, options in (HELD | {"int8_cache": {"cache": "int8"}}).items():
-        scored = evaluate_text(unstack(run.config.model, run.params, **options), run.tokenizer, text)
+        scored = evaluate_text(
+            unstack(run.config.model, run.params, **options), run.tokenizer, text
+        )
         results[name] = {"loss": round(scored.loss, 5), "perplexity": round(scored.perplexity, 4)}
-        results[name]["percent"] = round(100 * (scored.perplexity / results["float32"]["perplexity"] - 1), 3)
+        results[name]["percent"] = round(
+            100 * (scored.perplexity / results["float32"]["perplexity"] - 1), 3
+        )
     print(results, flush=True)
     return {"tokens": scored.tokens, **results}
 
@@ -259,8 +350,8 @@ def timed(call) -> tuple:
 
 
 def alternate(sides: dict, rounds: int, tokens: int, equal: bool = True) -> dict:
-    """Medians over ``rounds`` calls of each side in turn, after one call of each that is not timed; ``equal``: whether
-    all are to write the same."""
+    """Medians over ``rounds`` calls of each side in turn, after one call of each that is not timed;
+    ``equal``: whether all are to write the same."""
     first = {name: side()[1] for name, side in sides.items()}
     seconds = {name: [] for name in sides}
     for number in range(rounds):
@@ -270,13 +361,21 @@ def alternate(sides: dict, rounds: int, tokens: int, equal: bool = True) -> dict
         print({name: values[-1] for name, values in seconds.items()}, flush=True)
     median = {name: statistics.median(values) for name, values in seconds.items()}
     best = min(PEERS, key=median.get)
-    result = {"ratio": round(median[best] / median["ours"], 3), "counted_peer": best,
-              "ratio_by_round": [round(theirs / ours, 3)
-                                 for ours, theirs in zip(seconds["ours"], seconds[best], strict=True)],
-              "tokens_per_second": {name: round(tokens / m, 2) for name, m in median.items()}, "seconds": seconds}
+    result = {
+        "ratio": round(median[best] / median["ours"], 3),
+        "counted_peer": best,
+        "ratio_by_round": [
+            round(theirs / ours, 3)
+            for ours, theirs in zip(seconds["ours"], seconds[best], strict=True)
+        ],
+        "tokens_per_second": {name: round(tokens / m, 2) for name, m in median.items()},
+        "seconds": seconds,
+    }
     if equal:
-        same = [next((i for i, (a, b) in enumerate(zip(*rows, strict=True)) if a != b), len(rows[0]))
-                for rows in zip(first["ours"], first["peer"], strict=True)]
+        same = [
+            next((i for i, (a, b) in enumerate(zip(*rows, strict=True)) if a != b), len(rows[0]))
+            for rows in zip(first["ours"], first["peer"], strict=True)
+        ]
         result["equal_first_tokens"] = {"fewest": min(same), "of": len(first["ours"][0])}
     print(result, flush=True)
     return result
@@ -289,7 +388,10 @@ def as_text(tokens: list[int]) -> str:
 class Ids:
     """What decoding asks of a tokenizer, for texts that are numbers."""
 
-    vocab_size, bos_id, eos_id, prompt_bos = VOCABULARY, END, END, False
+    vocab_size = VOCABULARY
+    bos_id = END
+    eos_id = END
+    prompt_bos = False
 
     @functools.cached_property
     def is_special(self):
@@ -310,25 +412,47 @@ def serve_peer(weights: str, layers: int) -> None:
     import torch
     import transformers
 
-    config = transformers.GPT2Config(n_layer=layers, n_embd=WIDTH, n_head=HEADS, vocab_size=VOCABULARY,
-                                     n_positions=POSITIONS)
+    config = transformers.GPT2Config(
+        n_layer=layers, n_embd=WIDTH, n_head=HEADS, vocab_size=VOCABULARY, n_positions=POSITIONS
+    )
     model = transformers.GPT2LMHeadModel(config).eval()
     missing, unexpected = model.transformer.load_state_dict(
-        {name: torch.from_numpy(array) for name, array in np.load(weights).items()}, strict=False)
+        {name: torch.from_numpy(array) for name, array in np.load(weights).items()}, strict=False
+    )
     assert not missing and not unexpected, (missing, unexpected)
-    print(json.dumps({"torch": torch.__version__, "transformers": transformers.__version__,
-                      "peer_python": platform.python_version(), "peer_threads": torch.get_num_threads(),
-                      "peer_attention": model.config._attn_implementation}), flush=True)
+    print(
+        json.dumps(
+            {
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "peer_python": platform.python_version(),
+                "peer_threads": torch.get_num_threads(),
+                "peer_attention": model.config._attn_implementation,
+            }
+        ),
+        flush=True,
+    )
     for line in sys.stdin:
         request = json.loads(line)
-        prompts, number = torch.tensor(request["prompts"]), request.get("rank", 0)
-        how = ({"do_sample": True, "top_k": 0, "num_return_sequences": number} if number else
-               {"do_sample": False, "num_beams": request["beams"]})
+        prompts = torch.tensor(request["prompts"])
+        number = request.get("rank", 0)
+        how = (
+            {"do_sample": True, "top_k": 0, "num_return_sequences": number}
+            if number
+            else {"do_sample": False, "num_beams": request["beams"]}
+        )
         begin = time.perf_counter()
         with torch.inference_mode():
-            rows = model.generate(prompts, attention_mask=torch.ones_like(prompts), use_cache=True,
-                                  max_new_tokens=request["new"], min_new_tokens=request["new"], eos_token_id=END,
-                                  pad_token_id=END, **how)
+            rows = model.generate(
+                prompts,
+                attention_mask=torch.ones_like(prompts),
+                use_cache=True,
+                max_new_tokens=request["new"],
+                min_new_tokens=request["new"],
+                eos_token_id=END,
+                pad_token_id=END,
+                **how,
+            )
             written = rows[:, prompts.shape[1] :]
             if number:
                 scores = [score_peer(model, row[None], prompts.shape[1]) for row in rows]
@@ -348,12 +472,21 @@ def read(peer) -> dict:
     for line in peer.stdout:
         if line.startswith("{"):
             return json.loads(line)
-    raise SystemExit("the peer ended before it answered; does --peer_python have torch and transformers?")
+    raise SystemExit(
+        "the peer ended before it answered; does --peer_python have torch and transformers?"
+    )
 
 
 def processor() -> str:
-    names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-             if line.startswith("model name")] if os.path.exists("/proc/cpuinfo") else []
+    names = (
+        [
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        if os.path.exists("/proc/cpuinfo")
+        else []
+    )
     return f"CPU, {names[0] if names else platform.processor()}"
 
 

@@ -1,13 +1,15 @@
-"""Narayanan's weak-scaling ladder: ten models of 1.7 billion to 1 trillion parameters, each on its own number of GPUs.
+"""Narayanan's weak-scaling ladder: ten models of 1.7 billion to 1 trillion parameters, each on its
+own number of GPUs.
 
     python launch/pretrain.py --config=configs/ladder.py:7.5b --set=data.path=PREPARED --workdir=RUN
 
-Behind the colon stands the row: 1.7b, 3.6b, 7.5b, 18.4b, 39.1b, 76.1b, 145.6b, 310.1b, 529.6b or 1008b.
+Behind the colon stands the row: 1.7b, 3.6b, 7.5b, 18.4b, 39.1b, 76.1b, 145.6b, 310.1b, 529.6b or
+1008b.
 
-Hardware: 32 to 3,072 A100 (80 GB); they reached 135 to 163 TFLOP/s each, 43 to 52 % of peak, with the recomputed
-forward pass counted.
-Source: Narayanan et al. 2021, arXiv 2104.04473, Table 1. It times steps, does not train to the end, and does not give
-a micro-batch or a learning rate.
+Hardware: 32 to 3,072 A100 (80 GB); they reached 135 to 163 TFLOP/s each, 43 to 52 % of peak, with
+the recomputed forward pass counted.
+Source: Narayanan et al. 2021, arXiv 2104.04473, Table 1. It times steps, does not train to the end,
+and does not give a micro-batch or a learning rate.
 """
 
 from mtnlg_jax.config import Config, MeshConfig, ModelConfig, TrainConfig

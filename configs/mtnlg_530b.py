@@ -3,31 +3,42 @@
     python launch/pretrain.py --config=configs/mtnlg_530b.py --set=data.path=OUT --workdir=RUN
     python launch/pretrain.py --config=configs/mtnlg_530b.py --workdir=RUN
 
-OUT is what configs/data/mtnlg.py made; it holds the weights of its sources. Without data.path the run reads the
-fifteen sources from data/Books3, data/OpenWebText2, ... (mtnlg_jax/data/mtnlg_blend.py), each prepared by
-launch/prepare_data.py with one --tokenizer.
+OUT is what configs/data/mtnlg.py made; it holds the weights of its sources. Without data.path the
+run reads the fifteen sources from data/Books3, data/OpenWebText2, ...
+(mtnlg_jax/data/mtnlg_blend.py), each prepared by launch/prepare_data.py with one --tokenizer.
 
-Hardware: 280 DGX A100 of the paper (2,240 GPUs of 80 GB): tensor 8 x pipe 35 x data 8, 60.1 s a step at full
-batch.
-Source: Smith et al. 2022, arXiv 2201.11990; the shape is Narayanan et al. 2021, Table 1. Figures marked [M]
-are remembered, not read in the paper; the same team's published scripts agree with most of them.
+Hardware: 280 DGX A100 of the paper (2,240 GPUs of 80 GB): tensor 8 x pipe 35 x data 8, 60.1 s a
+step at full batch.
+Source: Smith et al. 2022, arXiv 2201.11990; the shape is Narayanan et al. 2021, Table 1. Figures
+marked [M] are remembered, not read in the paper; the same team's published scripts agree with most
+of them.
 """
 
-from mtnlg_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from mtnlg_jax.config import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from mtnlg_jax.data.mtnlg_blend import WEIGHTS
 
 SEQUENCE = 2048
 SAMPLES = 270_000_000_000 // SEQUENCE  # of a corpus of 339 billion tokens
 WARMUP_SAMPLES = 1_000_000_000 // SEQUENCE
 DECAY_SAMPLES = 340_000_000_000 // SEQUENCE
-BATCH, RAMP_START, RAMP_STEP = 1920, 32, 32
+BATCH = 1920
+RAMP_START = 32
+RAMP_STEP = 32
 RAMP_SAMPLES = 12_000_000_000 // SEQUENCE
 
 BLEND = tuple((f"data/{name}", weight) for name, weight in WEIGHTS.items())
 
 
 def steps_for(samples: int) -> int:
-    """Steps that consume ``samples`` sequences. The ramp and its small batches take 14,475 of 80,087."""
+    """Steps that consume ``samples`` sequences. The ramp and its small batches take 14,475 of
+    80,087."""
     steps = done = 0
     while done < samples:
         grown = (BATCH - RAMP_START) // RAMP_STEP * done // RAMP_SAMPLES
@@ -69,6 +80,7 @@ def get_config() -> Config:
             micro_batch_size=1,
             rampup_batch_size=(RAMP_START, RAMP_STEP, RAMP_SAMPLES),
             compute_dtype="bfloat16",
-            recompute="elementwise",  # besides the stages, which a pipeline computes again: the paper's full recompute
+            # besides the stages, which a pipeline computes again: the paper's full recompute
+            recompute="elementwise",
         ),
     )

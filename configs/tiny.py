@@ -12,7 +12,9 @@ from mtnlg_jax.config import Config, DecodeConfig, ModelConfig, OptimizerConfig,
 def get_config() -> Config:
     return Config(
         name="tiny",
-        model=ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, max_position_embeddings=64),
+        model=ModelConfig(
+            num_layers=2, hidden_size=64, num_attention_heads=4, max_position_embeddings=64
+        ),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_fraction=0.1),
         train=TrainConfig(
             steps=20,

@@ -1,4 +1,5 @@
-"""Trains one run: python launch/pretrain.py --config=configs/small.py --set=data.path=OUT --workdir=RUN
+"""Trains one run: python launch/pretrain.py --config=configs/small.py --set=data.path=OUT
+--workdir=RUN
 
 --help says more. The code is in mtnlg_jax/cli/pretrain.py.
 """

@@ -2,8 +2,8 @@
 
 bash launch/quickstart.sh [--corpus=PATH] [--workdir=DIR] [--set=train.steps=300]
 
-Without --corpus it reads the prose of Python's own documentation, so nothing is downloaded. Start it again to
-go on where it stopped; what is done is not done twice.
+Without --corpus it reads the prose of Python's own documentation, so nothing is downloaded. Start
+it again to go on where it stopped; what is done is not done twice.
 """
 
 import functools
@@ -16,11 +16,16 @@ from absl import flags
 
 from mtnlg_jax import command
 
-_CORPUS = command.define_path("corpus", None, "your own text: a file or folder (txt, jsonl, parquet, .gz, .zst)")
+_CORPUS = command.define_path(
+    "corpus", None, "your own text: a file or folder (txt, jsonl, parquet, .gz, .zst)"
+)
 _WORKDIR = command.define_path("workdir", "runs/quickstart", "where everything goes")
-_CONFIG = command.define_path("config", os.path.join(os.path.dirname(__file__), "../configs/quickstart.py"),
-                              "the run")
-_SET = flags.DEFINE_multi_string("set", [], "a value of the config, as train.steps=300; repeat for more")
+_CONFIG = command.define_path(
+    "config", os.path.join(os.path.dirname(__file__), "../configs/quickstart.py"), "the run"
+)
+_SET = flags.DEFINE_multi_string(
+    "set", [], "a value of the config, as train.steps=300; repeat for more"
+)
 _VOCAB = flags.DEFINE_integer("vocab_size", 4096, "pieces of the tokenizer")
 
 
@@ -39,12 +44,15 @@ def main() -> None:
     began = time.monotonic()
     compat.quiet()
     compat.configure_cache()
-    workdir, data_folder = _WORKDIR.value, os.path.join(_WORKDIR.value, "data")
+    workdir = _WORKDIR.value
+    data_folder = os.path.join(_WORKDIR.value, "data")
     config = load_config(_CONFIG.value, [f"data.path={data_folder}", *_SET.value])
     _heading("1. Text and tokenizer")
     corpus = os.path.abspath(_CORPUS.value) if _CORPUS.value else None
     if os.path.exists(data_folder):
-        print(f"{data_folder} is there already: going on with it (remove it to start from other text)")
+        print(
+            f"{data_folder} is there already: going on with it (remove it to start from other text)"
+        )
     else:
         os.makedirs(workdir, exist_ok=True)
         print(describe(prepare(corpus, data_folder, vocab_size=_VOCAB.value, heldout=0.02)))
@@ -58,14 +66,22 @@ def main() -> None:
     _heading("3. What it learnt")
     print(text_curve(os.path.join(workdir, "metrics.jsonl")))
     unigram, compressed = baselines(data, open_tokens(os.path.join(data_folder, "train")))
-    ours = f"{summary.final['bits_per_byte']:.3f}" if "bits_per_byte" in summary.final else "not trained for that"
-    print(f"held-out text, bits per byte: this model {ours}, "
-          f"a unigram model of the same tokens {unigram:.3f}, xz -9e {compressed:.3f}")
+    ours = (
+        f"{summary.final['bits_per_byte']:.3f}"
+        if "bits_per_byte" in summary.final
+        else "not trained for that"
+    )
+    print(
+        f"held-out text, bits per byte: this model {ours}, "
+        f"a unigram model of the same tokens {unigram:.3f}, xz -9e {compressed:.3f}"
+    )
 
     _heading("4. Writing")
     samples(decoder, run.tokenizer, data)
     run = shlex.quote(workdir)
-    again = f"bash launch/quickstart.sh --corpus=YOUR_FOLDER --workdir={shlex.quote(workdir + '-mine')}"
+    again = (
+        f"bash launch/quickstart.sh --corpus=YOUR_FOLDER --workdir={shlex.quote(workdir + '-mine')}"
+    )
     longer = f"bash launch/quickstart.sh --workdir={shlex.quote(workdir + '-long')}"
     print(f"""
 {summary.parameters:,} parameters, {summary.tokens:,} tokens in {summary.seconds:.0f} s of training \
@@ -97,7 +113,9 @@ def samples(decoder, tokenizer, data) -> None:
     masked = joint.join([*words[:blank], "<mask>", *words[blank + 1 : 20]])
     filled = fill(decoder, tokenizer, masked, top_k=5)
     print(_wrapped("a filled mask", masked))
-    guesses = ", ".join(f"{candidate.text!r} {candidate.probability:.1%}" for candidate in filled.masks[0])
+    guesses = ", ".join(
+        f"{candidate.text!r} {candidate.probability:.1%}" for candidate in filled.masks[0]
+    )
     print(_wrapped("", f"{guesses} (the author wrote {words[blank]!r})"))
     prompt = joint.join(words[:12])
     greedy = DecodeConfig(max_new_tokens=48, min_new_tokens=24)
@@ -105,15 +123,22 @@ def samples(decoder, tokenizer, data) -> None:
     for name, decode in (("greedy", greedy), ("sampled", sampled)):
         result = generate(decoder, tokenizer, [prompt], decode)[0]
         print("\n" + _wrapped(name, f"{prompt} |{result.text}"))
-    ranked = rank(decoder, tokenizer, prompt, decode=dataclasses.replace(sampled, num_return_sequences=6))
-    print("\n" + _wrapped("ranked", f"{len(ranked)} samples by log-probability a token, the best first"))
+    ranked = rank(
+        decoder, tokenizer, prompt, decode=dataclasses.replace(sampled, num_return_sequences=6)
+    )
+    print(
+        "\n"
+        + _wrapped("ranked", f"{len(ranked)} samples by log-probability a token, the best first")
+    )
     for candidate in ranked:
         print(_wrapped(f"  {candidate.score:.3f}", candidate.text))
 
 
 def _wrapped(label: str, text: str) -> str:
     """``text`` without its line breaks, beside ``label``."""
-    return textwrap.fill(" ".join(text.split()), 100, initial_indent=f"{label:<15}", subsequent_indent=" " * 15)
+    return textwrap.fill(
+        " ".join(text.split()), 100, initial_indent=f"{label:<15}", subsequent_indent=" " * 15
+    )
 
 
 def _heading(text: str) -> None:

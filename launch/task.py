@@ -1,4 +1,5 @@
-"""Does a task with a trained model: python launch/task.py --workdir=RUN --task=summarise --input=FILE
+"""Does a task with a trained model: python launch/task.py --workdir=RUN --task=summarise
+--input=FILE
 
 --help says more. The code is in mtnlg_jax/cli/task.py.
 """

@@ -1,5 +1,5 @@
-"""The frame around every script of launch/: flags that name files, one line for bad input, exit codes, output that
-may break away."""
+"""The frame around every script of launch/: flags that name files, one line for bad input, exit
+codes, output that may break away."""
 
 import contextlib
 import errno
@@ -16,16 +16,19 @@ from absl import app, flags
 
 from mtnlg_jax.errors import BAD_INPUT, INTERRUPTED, PROCESS_LOST, PassingError, explain
 
-LAUNCHER_PIPE = "MTNLG_LAUNCHER_PIPE"  # file descriptor of a pipe whose other end only the launcher holds
+LAUNCHER_PIPE = (
+    "MTNLG_LAUNCHER_PIPE"  # file descriptor of a pipe whose other end only the launcher holds
+)
 LAUNCHER_GRACE = 300  # seconds to save in, once the launcher is gone
 
 flags.disclaim_key_flags()  # the flags that define_path makes belong to the script that calls it
 
 
 def run(main: Callable[[], int | None], log: bool = False) -> None:
-    """Parses the flags and exits with what ``main`` returns. ValueError and OSError are bad input (exit code 2), or
-    PASSING where `is_passing`; other exceptions that end a run as planned name their code as ``exit_code``. Standard
-    output that a full disk cut short is PASSING, too, unless it is only a ``log``."""
+    """Parses the flags and exits with what ``main`` returns. ValueError and OSError are bad input
+    (exit code 2), or PASSING where `is_passing`; other exceptions that end a run as planned name
+    their code as ``exit_code``. Standard output that a full disk cut short is PASSING, too, unless
+    it is only a ``log``."""
     end_with_launcher()
     _show_help_of(sys.modules[main.__module__])
     with lasting_output():
@@ -33,8 +36,8 @@ def run(main: Callable[[], int | None], log: bool = False) -> None:
 
 
 def _show_help_of(module) -> None:
-    """--help prints the docstring and the flags of the main module: those of ``module`` are its, whether a script of
-    launch/ or a console command imported it."""
+    """--help prints the docstring and the flags of the main module: those of ``module`` are its,
+    whether a script of launch/ or a console command imported it."""
     entry = sys.modules["__main__"]
     if module is not entry:
         entry.__doc__ = module.__doc__
@@ -71,10 +74,11 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 class LastingStream:
-    """Standard output or error that never fails: a log whose reader is gone, or whose disk is full, is no reason to
-    stop. All else is the ``stream``'s own.
+    """Standard output or error that never fails: a log whose reader is gone, or whose disk is full,
+    is no reason to stop. All else is the ``stream``'s own.
 
-    ``lost``: why something could not be written that somebody may still wait for; None where all was."""
+    ``lost``: why something could not be written that somebody may still wait for; None where all
+        was."""
 
     def __init__(self, stream):
         self._stream = stream
@@ -98,7 +102,12 @@ class LastingStream:
         try:
             function()
         except OSError as error:
-            if error.errno in (errno.EPIPE, errno.EIO, errno.ENXIO, errno.EBADF):  # nobody reads it any more
+            if error.errno in (
+                errno.EPIPE,
+                errno.EIO,
+                errno.ENXIO,
+                errno.EBADF,
+            ):  # nobody reads it any more
                 with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
                     os.dup2(nowhere.fileno(), self._stream.fileno())
             else:
@@ -109,8 +118,8 @@ class LastingStream:
 
 @contextlib.contextmanager
 def lasting_output() -> Iterator[None]:
-    """Inside, standard output and error never raise: a reader that ended, a closed terminal, a full disk, a character
-    that their encoding lacks (it is written as an escape)."""
+    """Inside, standard output and error never raise: a reader that ended, a closed terminal, a full
+    disk, a character that their encoding lacks (it is written as an escape)."""
     before = sys.stdout, sys.stderr
     with contextlib.ExitStack() as stack:
         for name in ("stdout", "stderr"):
@@ -129,8 +138,9 @@ def lasting_output() -> Iterator[None]:
 
 
 def end_with_launcher() -> None:
-    """Where launch/cluster/launch.py started this process: sends it SIGTERM when the launcher has ended, however that
-    came, so that it saves and ends, too. It has LAUNCHER_GRACE seconds for that."""
+    """Where launch/cluster/launch.py started this process: sends it SIGTERM when the launcher has
+    ended, however that came, so that it saves and ends, too. It has LAUNCHER_GRACE seconds for
+    that."""
     handle = os.environ.pop(LAUNCHER_PIPE, "")
     try:
         if not stat.S_ISFIFO(os.fstat(int(handle)).st_mode):
@@ -150,10 +160,13 @@ def end_with_launcher() -> None:
     threading.Thread(target=watch, name="launcher", daemon=True).start()
 
 
-# --- names of files -------------------------------------------------------------------------------------------
+# --- names of files
+# -------------------------------------------------------------------------------------------
 
 
-def define_path(name: str, default: str | None, help: str, required: bool = False) -> flags.FlagHolder:
+def define_path(
+    name: str, default: str | None, help: str, required: bool = False
+) -> flags.FlagHolder:
     """A flag that names a file or a folder; see `expand`."""
     return flags.DEFINE(_PathParser(), name, default, help, required=required)
 
@@ -169,8 +182,9 @@ class _PathParser(flags.ArgumentParser):
 
 
 def expand(path: str) -> str:
-    """``path`` with ~ or ~user in front replaced by that home folder, which a shell does not do behind a "=". A
-    relative path means the folder in which the command was typed, and stays relative.
+    """``path`` with ~ or ~user in front replaced by that home folder, which a shell does not do
+    behind a "=". A relative path means the folder in which the command was typed, and stays
+    relative.
 
     Raises ValueError where there is no such user, and where this Python cannot name the file.
     """
@@ -179,8 +193,10 @@ def expand(path: str) -> str:
         path = os.path.expanduser(path)
         if path.startswith("~"):
             user = given[1:].split("/")[0]
-            raise ValueError(f"{given}: there is no user {user!r} here; write the folder in full, or ./{given} if its "
-                             "name begins with ~")
+            raise ValueError(
+                f"{given}: there is no user {user!r} here; write the folder in full, or ./{given} if its "
+                "name begins with ~"
+            )
     try:
         whole = path if "://" in path else os.path.abspath(path)
     except FileNotFoundError:
@@ -190,19 +206,24 @@ def expand(path: str) -> str:
         os.fsencode(whole)
     except UnicodeEncodeError:
         encoding = sys.getfilesystemencoding()
-        way_out = ("its bytes are not UTF-8; rename it" if encoding == "utf-8" else
-                   f"this Python names files in {encoding}; set PYTHONUTF8=1, or a locale such as LC_ALL=C.UTF-8")
+        way_out = (
+            "its bytes are not UTF-8; rename it"
+            if encoding == "utf-8"
+            else f"this Python names files in {encoding}; set PYTHONUTF8=1, or a locale such as LC_ALL=C.UTF-8"
+        )
         raise ValueError(f"{ascii(whole)} cannot be used: {way_out}") from None
     return path
 
 
 def read_text(path: str | None, what: str, encoding: str = "utf-8") -> tuple[str, str]:
-    """(a name for messages, the text) of a file, or of standard input where ``path`` is None or "-"; ``what`` it is is
-    said to a person at a terminal. Raises ValueError where it is not UTF-8."""
+    """(a name for messages, the text) of a file, or of standard input where ``path`` is None or
+    "-"; ``what`` it is is said to a person at a terminal. Raises ValueError where it is not
+    UTF-8."""
     if path in (None, "-"):
         if sys.stdin.isatty():
             print(f"{what}, ended by Ctrl-D:", file=sys.stderr)
-        name, raw = "standard input", sys.stdin.buffer.read()
+        name = "standard input"
+        raw = sys.stdin.buffer.read()
     else:
         name = path
         with open(path, "rb") as file:
@@ -210,4 +231,6 @@ def read_text(path: str | None, what: str, encoding: str = "utf-8") -> tuple[str
     try:
         return name, raw.decode(encoding)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8 at byte {error.start}; convert it, as with iconv") from None
+        raise ValueError(
+            f"{name} is not UTF-8 at byte {error.start}; convert it, as with iconv"
+        ) from None

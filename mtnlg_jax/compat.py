@@ -11,7 +11,8 @@ _DESCRIBED: list[str] = []
 
 
 def compile_for(platform: str, device_kind: str = "") -> None:
-    """Says that this process makes programs for ``platform`` ("tpu", "cuda", "cpu"), of which it has no device."""
+    """Says that this process makes programs for ``platform`` ("tpu", "cuda", "cpu"), of which it
+    has no device."""
     _DESCRIBED[:] = [platform, device_kind]
 
 
@@ -35,7 +36,9 @@ def cuda_version() -> int | None:
     """12080 for CUDA 12.8.0; None where this process has none."""
     from jax._src.lib import cuda_versions
 
-    return None if cuda_versions is None or described() else cuda_versions.cuda_runtime_get_version()
+    return (
+        None if cuda_versions is None or described() else cuda_versions.cuda_runtime_get_version()
+    )
 
 
 # What stands for a kernel's hardware while ``interpreted`` is on.
@@ -44,8 +47,9 @@ _INTERPRETED: list[bool] = []
 
 @contextlib.contextmanager
 def interpreted(detect_races: bool = False):
-    """Runs the kernels of any platform here, on the CPU, slowly: for tests. ``detect_races`` also watches every read
-    and write, and raises RuntimeError where the kernel does not force their order."""
+    """Runs the kernels of any platform here, on the CPU, slowly: for tests. ``detect_races`` also
+    watches every read and write, and raises RuntimeError where the kernel does not force their
+    order."""
     _INTERPRETED.append(detect_races)
     try:
         yield
@@ -63,7 +67,9 @@ def interpret_params(impl: str):
         from jax.experimental.pallas.tpu import InterpretParams as Params
     # JAX 0.11 has no on_race: there a race is recorded and not raised.
     known = {"detect_races": _INTERPRETED[-1], "on_race": "raise"}
-    known = {name: value for name, value in known.items() if name in inspect.signature(Params).parameters}
+    known = {
+        name: value for name, value in known.items() if name in inspect.signature(Params).parameters
+    }
     return Params(**known)
 
 
@@ -72,8 +78,8 @@ def interpreting() -> bool:
 
 
 def tpu_here() -> str | None:
-    """The kind of this machine's TPU chips, "v5p" or the like, by what its bus tells; None where it tells of none. No
-    chip is taken, and nothing of JAX is fixed."""
+    """The kind of this machine's TPU chips, "v5p" or the like, by what its bus tells; None where it
+    tells of none. No chip is taken, and nothing of JAX is fixed."""
     from jax._src import hardware_utils  # JAX starts libtpu by it; there is no public way
 
     version = hardware_utils.num_available_tpu_chips_and_device_id()[1]
@@ -81,9 +87,10 @@ def tpu_here() -> str | None:
 
 
 def configure_cache(least_seconds: float | None = None) -> None:
-    """Keeps compiled programs between runs, so that a resumed run starts in seconds. An accelerator's compile
-    is worth minutes; $JAX_COMPILATION_CACHE_DIR moves the cache, an empty value turns it off. ``least_seconds``:
-    programs that take less to compile are not kept; None: as JAX has it, 1."""
+    """Keeps compiled programs between runs, so that a resumed run starts in seconds. An
+    accelerator's compile is worth minutes; $JAX_COMPILATION_CACHE_DIR moves the cache, an empty
+    value turns it off. ``least_seconds``: programs that take less to compile are not kept; None: as
+        JAX has it, 1."""
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     if folder is None:
         folder = os.path.join(cache_folder(), "xla")
@@ -95,7 +102,9 @@ def configure_cache(least_seconds: float | None = None) -> None:
 
 def cache_folder() -> str:
     """Where what can be made again is kept between runs."""
-    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "mtnlg_jax")
+    return os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "mtnlg_jax"
+    )
 
 
 def quiet() -> None:
@@ -104,31 +113,41 @@ def quiet() -> None:
 
 
 def serialize_cpu_collectives() -> None:
-    """Several programs in flight on more CPU devices than cores can wait for each other for ever inside their
-    collectives; one program at a time cannot."""
+    """Several programs in flight on more CPU devices than cores can wait for each other for ever
+    inside their collectives; one program at a time cannot."""
     if jax.default_backend() == "cpu" and jax.device_count() > 1:
         jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def cluster_processes() -> int:
-    """How many processes JAX would start with by itself under SLURM, Open MPI, on a TPU pod or on GKE; 0 where it
-    finds none of them."""
-    from jax._src.clusters import ClusterEnv  # the public way, jax.distributed.initialize(), raises where there is none
+    """How many processes JAX would start with by itself under SLURM, Open MPI, on a TPU pod or on
+    GKE; 0 where it finds none of them."""
+    from jax._src.clusters import (
+        ClusterEnv,
+    )  # the public way, jax.distributed.initialize(), raises where there is none
 
-    found = (env for env in ClusterEnv._cluster_types if not env.opt_in_only_method and env.is_env_present())
+    found = (
+        env
+        for env in ClusterEnv._cluster_types
+        if not env.opt_in_only_method and env.is_env_present()
+    )
     env = next(found, None)
     return env.get_process_count() if env else 0
 
 
 def varying_axes(*trees) -> frozenset[str]:
     """The mesh axes that any array of ``trees`` differs over, inside a shard_map."""
-    return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(trees)))
+    return frozenset().union(
+        *(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(trees))
+    )
 
 
 def result_like(shape, dtype, *inputs) -> jax.ShapeDtypeStruct:
-    """The type of a kernel's result made from ``inputs``: inside a shard_map it varies over the mesh axes that any of
-    them varies over."""
+    """The type of a kernel's result made from ``inputs``: inside a shard_map it varies over the
+    mesh axes that any of them varies over."""
     axes = varying_axes(*inputs)
     if not axes:
         return jax.ShapeDtypeStruct(shape, dtype)
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.sharding.ManualAxisType(varying=axes))
+    return jax.ShapeDtypeStruct(
+        shape, dtype, manual_axis_type=jax.sharding.ManualAxisType(varying=axes)
+    )

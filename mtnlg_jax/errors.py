@@ -43,7 +43,8 @@ class ProcessLost(Exception):
 
 
 class Preempted(Exception):
-    """A signal came (`lifetime.signals`): the state was saved, the same command goes on from there."""
+    """A signal came (`lifetime.signals`): the state was saved, the same command goes on from
+    there."""
 
     exit_code = PREEMPTED
 
@@ -65,13 +66,16 @@ def explain(error: Exception) -> tuple[str | None, int]:
     return None, 1
 
 
-# --- input and output that fails for a while ------------------------------------------------------------------
+# --- input and output that fails for a while
+# ------------------------------------------------------------------
 
 _PASSING_NAMES = """
     EAGAIN EBUSY EINTR EIO ENOSPC EDQUOT ESTALE ETIMEDOUT EPIPE ENOLCK ENOMEM EMFILE ENFILE ENOLINK EPROTO ECOMM
     ECONNABORTED ECONNREFUSED ECONNRESET ENETDOWN ENETRESET ENETUNREACH EHOSTDOWN EHOSTUNREACH ENOTCONN ESHUTDOWN
     EREMOTEIO ENOBUFS""".split()
-_PASSING_NUMBERS = frozenset(getattr(errno, name) for name in _PASSING_NAMES if hasattr(errno, name))
+_PASSING_NUMBERS = frozenset(
+    getattr(errno, name) for name in _PASSING_NAMES if hasattr(errno, name)
+)
 _PASSING_STATUS = (408, 425, 429)  # of HTTP, beside all of 500 and above
 # TensorStore raises ValueError for what a file system or an object store answered.
 _PASSING_WORDS = re.compile(r"(UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED): ")
@@ -82,9 +86,9 @@ class PassingError(OSError):
 
 
 def is_passing(error: BaseException | None) -> bool:
-    """Whether ``error``, or what it was raised from, is input or output that may work at another try: a full disk, a
-    stale file handle, a time-out, a broken connection, an object store's 5xx. A file that is missing, of another kind
-    or not ours to touch is none of these."""
+    """Whether ``error``, or what it was raised from, is input or output that may work at another
+    try: a full disk, a stale file handle, a time-out, a broken connection, an object store's 5xx. A
+    file that is missing, of another kind or not ours to touch is none of these."""
     while error is not None:
         if isinstance(error, PassingError) or _is_passing(error):
             return True
@@ -93,8 +97,14 @@ def is_passing(error: BaseException | None) -> bool:
 
 
 def _is_passing(error: BaseException) -> bool:
-    status = next((value for name in ("status", "status_code", "code")
-                   if isinstance(value := getattr(error, name, None), int)), 0)
+    status = next(
+        (
+            value
+            for name in ("status", "status_code", "code")
+            if isinstance(value := getattr(error, name, None), int)
+        ),
+        0,
+    )
     if isinstance(error, SystemExit):
         return False
     if status in _PASSING_STATUS or 500 <= status < 600:
@@ -112,10 +122,12 @@ def _is_passing(error: BaseException) -> bool:
     return bool(_PASSING_WORDS.match(text))
 
 
-def try_again(function: Callable, pauses: tuple[float, ...], on_failure: Callable[[Exception, float], None]):
-    """What ``function`` returns. Where it fails for a reason that may pass, it is called again after each of
-    ``pauses`` (seconds), each of which is first reported to ``on_failure``. The last failure is raised, and one that
-    will not pass at once."""
+def try_again(
+    function: Callable, pauses: tuple[float, ...], on_failure: Callable[[Exception, float], None]
+):
+    """What ``function`` returns. Where it fails for a reason that may pass, it is called again
+    after each of ``pauses`` (seconds), each of which is first reported to ``on_failure``. The last
+    failure is raised, and one that will not pass at once."""
     for pause in pauses:
         try:
             return function()

@@ -1,9 +1,11 @@
 """What a chip can do, by its vendor, and how many FLOPs a token takes.
 
-`CHIPS` are those that the planner lays meshes over; `dense_flops` knows the speed of more kinds, for MFU.
+`CHIPS` are those that the planner lays meshes over; `dense_flops` knows the speed of more kinds,
+for MFU.
 
-Network figures are one way and of one device, in bytes a second. A GPU's ``fast`` network is NVLink inside its node;
-a TPU's is ICI, both directions of the ring that a mesh axis gets of the torus. ``slow`` is what leads out of that
+Network figures are one way and of one device, in bytes a second. A GPU's ``fast`` network is NVLink
+inside its node; a TPU's is ICI, both directions of the ring that a mesh axis gets of the torus.
+``slow`` is what leads out of that
 domain: the InfiniBand card of a GPU, a TPU's share of its host's network.
 """
 
@@ -12,7 +14,8 @@ from dataclasses import dataclass
 
 from mtnlg_jax.config import ModelConfig
 
-GB, GIB = 1e9, 2**30
+GB = 1e9
+GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -32,32 +35,112 @@ class Chip:
     tpu: bool = False
 
 
-_BOOK, _CLOUD = "JAX scaling book, TPU table", "Google Cloud, TPU7x page"
+_BOOK = "JAX scaling book, TPU table"
+_CLOUD = "Google Cloud, TPU7x page"
 CHIPS = {
-    "A100-80": Chip((), 312e12, 80 * GB, 2.0e12, 8, 300 * GB, 25 * GB,
-                    "NVIDIA data sheet; a node with 8 x HDR200, Narayanan 2021, section 5", "2021-04"),
-    "H100": Chip((), 989e12, 80 * GB, 3.35e12, 8, 450 * GB, 50 * GB,
-                 "NVIDIA data sheet, SXM; one NDR400 a card", "2026-02"),
-    "H200": Chip((), 989e12, 141 * GB, 4.8e12, 8, 450 * GB, 50 * GB,
-                 "NVIDIA data sheet, SXM; one NDR400 a card", "2026-02"),
-    "B200": Chip((), 2250e12, 180 * GB, 8.0e12, 8, 900 * GB, 50 * GB,
-                 "NVIDIA data sheet, HGX; one NDR400 a card is assumed", "2026-03"),
-    "v4": Chip(("TPU v4",), 275e12, 32 * GIB, 1.2e12, 4096, 90 * GB, 6.25 * GB, _BOOK, "2025-02", tpu=True),
-    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 16 * GIB, 0.81e12, 256, 90 * GB, 3.1 * GB, _BOOK, "2025-02",
-                tpu=True),
-    "v5p": Chip(("TPU v5p", "TPU v5"), 459e12, 95 * GIB, 2.765e12, 8960, 200 * GB, 6.25 * GB, _CLOUD, "2026",
-                tpu=True),
-    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 32 * GIB, 1.638e12, 256, 200 * GB, 12.5 * GB, _CLOUD, "2026",
-                tpu=True),
+    "A100-80": Chip(
+        (),
+        312e12,
+        80 * GB,
+        2.0e12,
+        8,
+        300 * GB,
+        25 * GB,
+        "NVIDIA data sheet; a node with 8 x HDR200, Narayanan 2021, section 5",
+        "2021-04",
+    ),
+    "H100": Chip(
+        (),
+        989e12,
+        80 * GB,
+        3.35e12,
+        8,
+        450 * GB,
+        50 * GB,
+        "NVIDIA data sheet, SXM; one NDR400 a card",
+        "2026-02",
+    ),
+    "H200": Chip(
+        (),
+        989e12,
+        141 * GB,
+        4.8e12,
+        8,
+        450 * GB,
+        50 * GB,
+        "NVIDIA data sheet, SXM; one NDR400 a card",
+        "2026-02",
+    ),
+    "B200": Chip(
+        (),
+        2250e12,
+        180 * GB,
+        8.0e12,
+        8,
+        900 * GB,
+        50 * GB,
+        "NVIDIA data sheet, HGX; one NDR400 a card is assumed",
+        "2026-03",
+    ),
+    "v4": Chip(
+        ("TPU v4",), 275e12, 32 * GIB, 1.2e12, 4096, 90 * GB, 6.25 * GB, _BOOK, "2025-02", tpu=True
+    ),
+    "v5e": Chip(
+        ("TPU v5 lite", "TPU v5e"),
+        197e12,
+        16 * GIB,
+        0.81e12,
+        256,
+        90 * GB,
+        3.1 * GB,
+        _BOOK,
+        "2025-02",
+        tpu=True,
+    ),
+    "v5p": Chip(
+        ("TPU v5p", "TPU v5"),
+        459e12,
+        95 * GIB,
+        2.765e12,
+        8960,
+        200 * GB,
+        6.25 * GB,
+        _CLOUD,
+        "2026",
+        tpu=True,
+    ),
+    "v6e": Chip(
+        ("TPU v6 lite", "TPU v6e"),
+        918e12,
+        32 * GIB,
+        1.638e12,
+        256,
+        200 * GB,
+        12.5 * GB,
+        _CLOUD,
+        "2026",
+        tpu=True,
+    ),
     # Its two cores are two devices, which share the chip's memory and network.
-    "TPU7x": Chip(("TPU7x",), 2307e12 / 2, 96 * GIB, 7.38e12 / 2, 2 * 9216, 100 * GB, 6.25 * GB, _CLOUD, "2026",
-                  devices=2, tpu=True),
+    "TPU7x": Chip(
+        ("TPU7x",),
+        2307e12 / 2,
+        96 * GIB,
+        7.38e12 / 2,
+        2 * 9216,
+        100 * GB,
+        6.25 * GB,
+        _CLOUD,
+        "2026",
+        devices=2,
+        tpu=True,
+    ),
 }
 
 
-# Dense bf16 FLOP/s with float32 sums, by JAX's device_kind without its vendor. A pattern must match all of that: an
-# H100 on PCIe is another chip than one on SXM, and a slice of a card (MIG) or a laptop's card is neither. Where a data
-# sheet gives the figure with sparsity, half of it.
+# Dense bf16 FLOP/s with float32 sums, by JAX's device_kind without its vendor. A pattern must match
+# all of that: an H100 on PCIe is another chip than one on SXM, and a slice of a card (MIG) or a
+# laptop's card is neither. Where a data sheet gives the figure with sparsity, half of it.
 _SHEET = "NVIDIA data sheet"
 _BF16_FLOPS = (
     (r"A(100|800)([- ](SXM4?|PCIE|PCIe))?[- ](40|80)GB( PCIe)?", 312e12, _SHEET),
@@ -86,7 +169,8 @@ _BF16_FLOPS = (
 
 
 def dense_flops(device_kind: str) -> float | None:
-    """Dense bf16 peak, FLOP/s, of one device of JAX's ``device_kind``; None where no table has it."""
+    """Dense bf16 peak, FLOP/s, of one device of JAX's ``device_kind``; None where no table has
+    it."""
     for chip in CHIPS.values():
         if device_kind in chip.kinds:
             return chip.flops
@@ -97,33 +181,45 @@ def dense_flops(device_kind: str) -> float | None:
 
 
 def parse_chips(text: str) -> tuple[str, int]:
-    """"H100:1024" -> ("H100", 1024). Raises ValueError that names the known chips."""
+    """ "H100:1024" -> ("H100", 1024). Raises ValueError that names the known chips."""
     name, _, number = text.partition(":")
     known = {chip.lower(): chip for chip in CHIPS}
     if name.lower() not in known:
         raise ValueError(f"chip {name!r} is not known; choose one of {', '.join(CHIPS)}")
     if not (number.isascii() and number.isdigit() and 1 <= int(number) <= 2**20):
-        raise ValueError(f"--chips={text!r} gives no number of chips from 1 to {2**20}; write it as "
-                         f"--chips={known[name.lower()]}:1024")
+        raise ValueError(
+            f"--chips={text!r} gives no number of chips from 1 to {2**20}; write it as "
+            f"--chips={known[name.lower()]}:1024"
+        )
     return known[name.lower()], int(number)
 
 
 def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
-    """Forward and backward FLOPs a token, 6 N + 12 L H Q T (PaLM, appendix B): attention counted in full, not
-    halved for causality; N leaves out the input embeddings, which are looked up, and keeps the output's."""
+    """Forward and backward FLOPs a token, 6 N + 12 L H Q T (PaLM, appendix B): attention counted in
+    full, not halved for causality; N leaves out the input embeddings, which are looked up, and
+    keeps the output's."""
     looked_up = model.max_position_embeddings * model.hidden_size
     looked_up = looked_up if model.position_embedding_type == "learned" else 0
     if not model.tie_embeddings:
         looked_up += model.vocab_size * model.hidden_size
     products = model.parameter_count() - looked_up
-    return 6 * products + 12 * model.num_layers * model.num_attention_heads * model.head_width * sequence_length
+    return (
+        6 * products
+        + 12 * model.num_layers * model.num_attention_heads * model.head_width * sequence_length
+    )
 
 
 def layer_flops(model: ModelConfig, sequence_length: int) -> dict[str, float]:
-    """Forward FLOPs a token of one layer by product; together 24 h^2 (1 + s / (6 h)) for MT-NLG's block
-    (Narayanan 2021, appendix A)."""
-    hidden, heads, head = model.hidden_size, model.num_attention_heads, model.head_width
+    """Forward FLOPs a token of one layer by product; together 24 h^2 (1 + s / (6 h)) for MT-NLG's
+    block (Narayanan 2021, appendix A)."""
+    hidden = model.hidden_size
+    heads = model.num_attention_heads
+    head = model.head_width
     inputs = 2 if model.activation == "swiglu" else 1
-    return {"qkv": 2 * hidden * head * (heads + 2 * model.kv_heads), "scores": 4 * sequence_length * heads * head,
-            "out": 2 * hidden * heads * head, "fc1": 2 * inputs * hidden * model.mlp_width,
-            "fc2": 2 * hidden * model.mlp_width}
+    return {
+        "qkv": 2 * hidden * head * (heads + 2 * model.kv_heads),
+        "scores": 4 * sequence_length * heads * head,
+        "out": 2 * hidden * heads * head,
+        "fc1": 2 * inputs * hidden * model.mlp_width,
+        "fc2": 2 * hidden * model.mlp_width,
+    }

@@ -1,4 +1,5 @@
-"""Where data lie: a local folder, or a TensorStore URL (gs://, s3://, memory://), read and written alike."""
+"""Where data lie: a local folder, or a TensorStore URL (gs://, s3://, memory://), read and written
+alike."""
 
 import contextlib
 import difflib
@@ -9,8 +10,8 @@ from pathlib import Path
 
 import tensorstore
 
-# Decoded chunks of every open array share this cache: random rows of a corpus of some hundred million tokens
-# are decompressed once. One context a process also makes memory:// one store.
+# Decoded chunks of every open array share this cache: random rows of a corpus of some hundred
+# million tokens are decompressed once. One context a process also makes memory:// one store.
 CONTEXT = tensorstore.Context({"cache_pool": {"total_bytes_limit": 256 << 20}})
 
 
@@ -29,8 +30,10 @@ def key_value_spec(location: str | os.PathLike) -> dict:
     try:
         return tensorstore.KvStore.Spec(str(location).rstrip("/") + "/").to_json()
     except ValueError as error:
-        raise ValueError(f"{location} is no URL that TensorStore knows; use a path, gs://, s3:// or memory://"
-                         f" ({first_line(error)})") from None
+        raise ValueError(
+            f"{location} is no URL that TensorStore knows; use a path, gs://, s3:// or memory://"
+            f" ({first_line(error)})"
+        ) from None
 
 
 def _open(location: str | os.PathLike) -> tensorstore.KvStore:
@@ -82,16 +85,24 @@ def remove_file(location: str | os.PathLike, name: str) -> None:
 def list_files(location: str | os.PathLike, folder: str) -> list[str]:
     """The names below ``location`` of all files in ``folder`` ("": all), and deeper; sorted."""
     if is_remote(location):
-        keys = tensorstore.KvStore.KeyRange(folder + "/", folder + "0") if folder else tensorstore.KvStore.KeyRange()
+        keys = (
+            tensorstore.KvStore.KeyRange(folder + "/", folder + "0")
+            if folder
+            else tensorstore.KvStore.KeyRange()
+        )
         names = _open(location).list(keys).result()
         return sorted(name.decode() for name in names)
-    return sorted(path.relative_to(location).as_posix() for path in Path(location, folder).rglob("*")
-                  if path.is_file())
+    return sorted(
+        path.relative_to(location).as_posix()
+        for path in Path(location, folder).rglob("*")
+        if path.is_file()
+    )
 
 
 @contextlib.contextmanager
 def disk_errors(place: str, what: str) -> Iterator[None]:
-    """Makes OSErrors without a file's name, and what TensorStore raises of the same kind, say ``what`` of ``place``."""
+    """Makes OSErrors without a file's name, and what TensorStore raises of the same kind, say
+    ``what`` of ``place``."""
     try:
         yield
     except OSError as error:
@@ -99,22 +110,29 @@ def disk_errors(place: str, what: str) -> Iterator[None]:
             raise
         raise OSError(error.errno, f"{error.strerror}; {what}", place) from None
     except ValueError as error:
-        code = re.search(r"os_error_code='(\d+)'", str(error))  # how TensorStore says that the disk is full
+        code = re.search(
+            r"os_error_code='(\d+)'", str(error)
+        )  # how TensorStore says that the disk is full
         if not code:
             raise
         raise OSError(int(code[1]), f"{os.strerror(int(code[1]))}; {what}", place) from None
 
 
 def first_line(error: Exception) -> str:
-    """TensorStore's messages carry the whole spec in brackets: what a person needs stands before it."""
+    """TensorStore's messages carry the whole spec in brackets: what a person needs stands before
+    it."""
     return str(error).split(" [")[0].split("\n")[0]
 
 
 def missing(path: str) -> str:
-    """"PATH does not exist", with the name beside it that may have been meant, as of a Megatron prefix."""
+    """ "PATH does not exist", with the name beside it that may have been meant, as of a Megatron
+    prefix."""
     folder, name = os.path.split(path.rstrip("/"))
     beside = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
-    names = {os.path.splitext(entry)[0] if entry.endswith((".idx", ".bin")) else entry for entry in beside}
+    names = {
+        os.path.splitext(entry)[0] if entry.endswith((".idx", ".bin")) else entry
+        for entry in beside
+    }
     close = difflib.get_close_matches(name, sorted(names), 1)
     hint = f"; did you mean {os.path.join(folder, close[0])}?" if close else ""
     return f"{path} does not exist{hint}"

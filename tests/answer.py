@@ -1,5 +1,6 @@
-"""Stands in for a trained run, since training one takes longer than all of a script's tests, and answers many command
-lines in one process, since importing JAX takes longer than answering: the fixture `answering` runs it."""
+"""Stands in for a trained run, since training one takes longer than all of a script's tests, and
+answers many command lines in one process, since importing JAX takes longer than answering: the
+fixture `answering` runs it."""
 
 import contextlib
 import io
@@ -21,10 +22,18 @@ from mtnlg_jax.model.transformer import abstract_model
 from mtnlg_jax.train import checkpoint
 
 script, folder, positions, new_tokens = sys.argv[1:]
-tokenizer, rng = load_tokenizer(folder), np.random.default_rng(0)
-model = ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=2, vocab_size=tokenizer.vocab_size,
-                    max_position_embeddings=int(positions))
-params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), jnp.float32), abstract_model(model)[1])
+tokenizer = load_tokenizer(folder)
+rng = np.random.default_rng(0)
+model = ModelConfig(
+    num_layers=1,
+    hidden_size=16,
+    num_attention_heads=2,
+    vocab_size=tokenizer.vocab_size,
+    max_position_embeddings=int(positions),
+)
+params = jax.tree.map(
+    lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), jnp.float32), abstract_model(model)[1]
+)
 config = Config(model=model, decode=DecodeConfig(max_new_tokens=int(new_tokens)))
 
 
@@ -45,10 +54,12 @@ compat.configure_cache = lambda **_: None
 names = runpy.run_path(script)
 for line in sys.stdin:
     request = json.loads(line)
-    out, err = io.StringIO(), io.StringIO()
+    out = io.StringIO()
+    err = io.StringIO()
     stdin = io.TextIOWrapper(io.BytesIO(request["stdin"].encode("latin-1")))
     with flagsaver.flagsaver(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        real, sys.stdin = sys.stdin, stdin
+        real = sys.stdin
+        sys.stdin = stdin
         try:
             sys.argv = [script, *request["arguments"]]
             command.run(names["main"])

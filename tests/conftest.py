@@ -1,4 +1,5 @@
-"""What every test stands on: eight virtual CPU devices, and skipping what is slow or wants hardware."""
+"""What every test stands on: eight virtual CPU devices, and skipping what is slow or wants
+hardware."""
 
 import contextlib
 import json
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-# Before the first import of JAX, which reads both once. To test on an accelerator: JAX_PLATFORMS=cuda.
+# Before the first import of JAX, which reads both once. To test on an accelerator:
+# JAX_PLATFORMS=cuda.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _flags = os.environ.get("XLA_FLAGS", "")
 # Small programs take longer to optimise than to run.
@@ -24,10 +26,12 @@ import jax  # noqa: E402
 
 from mtnlg_jax import compat  # noqa: E402
 
-# For later tests, the processes that they start, and later runs. JAX_COMPILATION_CACHE_DIR="" does without.
+# For later tests, the processes that they start, and later runs. JAX_COMPILATION_CACHE_DIR="" does
+# without.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(compat.cache_folder(), "tests"))
 compat.configure_cache()
-# Several programs in flight on more CPU devices than cores can wait for each other inside their collectives.
+# Several programs in flight on more CPU devices than cores can wait for each other inside their
+# collectives.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
@@ -45,7 +49,8 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real corpora and published weights beside the checkout; without it a test skips."""
+    """The folder of real corpora and published weights beside the checkout; without it a test
+    skips."""
     folder = Path(__file__).resolve().parents[2] / "shared"
     if not folder.is_dir():
         pytest.skip(f"needs the data of {folder.name}/ beside the checkout")
@@ -54,15 +59,28 @@ def shared() -> Path:
 
 @pytest.fixture(scope="module")
 def answering():
-    """(script of launch/, folder of a tokenizer, positions, new tokens) -> a function of (*arguments, stdin bytes) that
-    gives (exit code, standard output, standard error) of the script with a random model as --workdir=RUN."""
+    """(script of launch/, folder of a tokenizer, positions, new tokens) -> a function of
+    (*arguments, stdin bytes) that gives (exit code, standard output, standard error) of the script
+    with a random model as --workdir=RUN."""
     with contextlib.ExitStack() as stack:
 
         def start(script, tokenizer, positions, new_tokens):
             root = Path(__file__).resolve().parents[1]
-            process = stack.enter_context(subprocess.Popen(
-                [sys.executable, root / "tests/answer.py", root / "launch" / script, tokenizer, str(positions),
-                 str(new_tokens)], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+            process = stack.enter_context(
+                subprocess.Popen(
+                    [
+                        sys.executable,
+                        root / "tests/answer.py",
+                        root / "launch" / script,
+                        tokenizer,
+                        str(positions),
+                        str(new_tokens),
+                    ],
+                    text=True,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                )
+            )
 
             def answer(*arguments, stdin=b""):
                 request = {"arguments": arguments, "stdin": stdin.decode("latin-1")}

@@ -1,4 +1,5 @@
-"""benchmarks/card.py: every part runs, without the packages that a card's machine lacks, and a cut run still counts."""
+"""benchmarks/card.py: every part runs, without the packages that a card's machine lacks, and a cut
+run still counts."""
 
 import json
 import os
@@ -19,7 +20,17 @@ PARTS = {
     "train": "tflops",
     "decode": "of_copy",
 }
-LACKING = ("tensorboardX", "zstandard", "ftfy", "trafilatura", "rouge_score", "bm25s", "warcio", "py3langid", "fsspec")
+LACKING = (
+    "tensorboardX",
+    "zstandard",
+    "ftfy",
+    "trafilatura",
+    "rouge_score",
+    "bm25s",
+    "warcio",
+    "py3langid",
+    "fsspec",
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +56,10 @@ def _command(*more):
 def test_every_part_runs_on_a_cpu(environment, tmp_path):
     output = tmp_path / "card.json"
     done = subprocess.run(
-        _command("--seconds=600", f"--output={output}"), env=environment, capture_output=True, text=True
+        _command("--seconds=600", f"--output={output}"),
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(output.read_text())
@@ -61,7 +75,9 @@ def test_every_part_runs_on_a_cpu(environment, tmp_path):
 def test_a_run_that_is_cut_keeps_the_rows_it_has(environment, tmp_path):
     output = tmp_path / "card.json"
     command = _command("--parts", "calibration", "train", f"--output={output}")
-    child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    child = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     for line in child.stdout:
         if line.startswith("calibration"):
             break

@@ -1,4 +1,5 @@
-"""Around every script: names of files, what may pass, output that breaks away, the launcher's end."""
+"""Around every script: names of files, what may pass, output that breaks away, the launcher's
+end."""
 
 import errno
 import io
@@ -22,11 +23,16 @@ PATIENCE = 60  # seconds, on a busy machine
 def python(program: str, *arguments: str, **options) -> subprocess.Popen:
     """A process that runs ``program`` with what it needs of the package."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | options.pop("environment", {})
-    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(program), *arguments], text=True, env=environment,
-                            **options)
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program), *arguments],
+        text=True,
+        env=environment,
+        **options,
+    )
 
 
-# --- what may pass ----------------------------------------------------------------------------------------
+# --- what may pass
+# ----------------------------------------------------------------------------------------
 
 
 class StoreError(Exception):
@@ -42,30 +48,68 @@ def chained(outer: Exception, inner: Exception) -> Exception:
     return outer
 
 
-@pytest.mark.parametrize("error", [
-    *(OSError(number, os.strerror(number)) for number in (
-        errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.ENOSPC, errno.EDQUOT, errno.EAGAIN, errno.ECONNRESET,
-        errno.ENETDOWN, errno.EPIPE, errno.EHOSTUNREACH)),
-    TimeoutError("no answer"), ConnectionResetError("gone"), StoreError(503), StoreError(429),
-    errors.PassingError("the disk is full"),
-    chained(OSError("checkpoint 2 could not be written"), OSError(errno.EIO, "Input/output error")),
-    chained(ValueError("the tokens cannot be read"), StoreError(500)),
-    ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device [os_error_code='28']"),
-    ValueError("UNAVAILABLE: CURL error: Could not connect [http_response_code='503']"),
-    ValueError("DEADLINE_EXCEEDED: All 32 retry attempts failed"),
-])
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(
+            OSError(number, os.strerror(number))
+            for number in (
+                errno.ESTALE,
+                errno.EIO,
+                errno.ETIMEDOUT,
+                errno.ENOSPC,
+                errno.EDQUOT,
+                errno.EAGAIN,
+                errno.ECONNRESET,
+                errno.ENETDOWN,
+                errno.EPIPE,
+                errno.EHOSTUNREACH,
+            )
+        ),
+        TimeoutError("no answer"),
+        ConnectionResetError("gone"),
+        StoreError(503),
+        StoreError(429),
+        errors.PassingError("the disk is full"),
+        chained(
+            OSError("checkpoint 2 could not be written"), OSError(errno.EIO, "Input/output error")
+        ),
+        chained(ValueError("the tokens cannot be read"), StoreError(500)),
+        ValueError(
+            "RESOURCE_EXHAUSTED: Error writing: No space left on device [os_error_code='28']"
+        ),
+        ValueError("UNAVAILABLE: CURL error: Could not connect [http_response_code='503']"),
+        ValueError("DEADLINE_EXCEEDED: All 32 retry attempts failed"),
+    ],
+)
 def test_what_may_pass_has_a_code_that_is_started_again(error):
     line, code = errors.explain(error)
     assert code == errors.PASSING and code not in errors.FINAL and line.count("\n") == 0
 
 
-@pytest.mark.parametrize("error", [
-    *(OSError(number, os.strerror(number), "x") for number in (
-        errno.ENOENT, errno.EACCES, errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.EPERM, errno.ENAMETOOLONG)),
-    OSError("another run is writing"), BlockingIOError("another run writes"), ValueError("train.steps=0"),
-    StoreError(404), ValueError("NOT_FOUND: no such bucket [http_response_code='404']"),
-    ValueError("FAILED_PRECONDITION: Not a directory [os_error_code='20']"),
-])
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(
+            OSError(number, os.strerror(number), "x")
+            for number in (
+                errno.ENOENT,
+                errno.EACCES,
+                errno.EISDIR,
+                errno.ENOTDIR,
+                errno.EROFS,
+                errno.EPERM,
+                errno.ENAMETOOLONG,
+            )
+        ),
+        OSError("another run is writing"),
+        BlockingIOError("another run writes"),
+        ValueError("train.steps=0"),
+        StoreError(404),
+        ValueError("NOT_FOUND: no such bucket [http_response_code='404']"),
+        ValueError("FAILED_PRECONDITION: Not a directory [os_error_code='20']"),
+    ],
+)
 def test_bad_input_is_final(error):
     code = errors.explain(error)[1]
     assert code == (1 if isinstance(error, StoreError) else errors.BAD_INPUT)
@@ -82,7 +126,8 @@ def test_what_was_handled_on_the_way_does_not_count():
 
 
 def test_what_may_pass_is_tried_again_and_nothing_else():
-    calls, heard = [], []
+    calls = []
+    heard = []
 
     def fails_until(attempt, error):
         def function():
@@ -90,10 +135,14 @@ def test_what_may_pass_is_tried_again_and_nothing_else():
             if len(calls) < attempt:
                 raise error
             return "done"
+
         return function
 
     full = OSError(errno.ENOSPC, "No space left on device")
-    assert errors.try_again(fails_until(3, full), (0, 0, 0), lambda error, pause: heard.append(error)) == "done"
+    assert (
+        errors.try_again(fails_until(3, full), (0, 0, 0), lambda error, pause: heard.append(error))
+        == "done"
+    )
     assert heard == [full, full] and len(calls) == 3
     calls.clear()
     with pytest.raises(OSError, match="No space"):
@@ -105,24 +154,34 @@ def test_what_may_pass_is_tried_again_and_nothing_else():
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize(("error", "kind"), [
-    (OSError(errno.ESTALE, "Stale file handle"), errors.PassingError), (OSError(errno.EACCES, "denied"), OSError),
-    (ValueError("data.path"), ValueError)])
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (OSError(errno.ESTALE, "Stale file handle"), errors.PassingError),
+        (OSError(errno.EACCES, "denied"), OSError),
+        (ValueError("data.path"), ValueError),
+    ],
+)
 def test_what_all_processes_hear_is_of_the_same_kind(error, kind, monkeypatch):
     sent = []
     monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
-    monkeypatch.setattr(processes.multihost_utils, "broadcast_one_to_all", lambda x: sent.append(x) or x)
+    monkeypatch.setattr(
+        processes.multihost_utils, "broadcast_one_to_all", lambda x: sent.append(x) or x
+    )
 
     def fails():
         raise error
 
     with pytest.raises((ValueError, OSError)) as caught:
         processes.agree(fails)
-    assert type(caught.value) is kind and errors.explain(caught.value)[1] == errors.explain(error)[1]
+    assert (
+        type(caught.value) is kind and errors.explain(caught.value)[1] == errors.explain(error)[1]
+    )
     assert len(sent) == 2
 
 
-# --- names of files ---------------------------------------------------------------------------------------
+# --- names of files
+# ---------------------------------------------------------------------------------------
 
 
 def test_a_home_folder_is_found_behind_the_equals_sign(monkeypatch):
@@ -145,25 +204,40 @@ SCRIPTS = sorted((ROOT / "launch").rglob("*.py"))
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_flags_that_name_files_are_paths(script):
-    """A flag whose help speaks of a file or folder is made by define_path, or expands its value itself."""
+    """A flag whose help speaks of a file or folder is made by define_path, or expands its value
+    itself."""
     text = script.read_text()
-    words = [call for call in text.split("DEFINE_string(")[1:] + text.split("DEFINE_multi_string(")[1:]
-             if any(word in call.split(")")[0].lower() for word in ("folder", "a file", "file of", "file for"))]
+    words = [
+        call
+        for call in text.split("DEFINE_string(")[1:] + text.split("DEFINE_multi_string(")[1:]
+        if any(
+            word in call.split(")")[0].lower()
+            for word in ("folder", "a file", "file of", "file for")
+        )
+    ]
     names = {call.split('"')[1] for call in words}
     assert names <= {"image", "workdir" if script.name == "launch.py" else "image"}, names
 
 
-@pytest.mark.parametrize(("environment", "name"), [
-    ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, "größe"),
-    ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, "運行"),
-])
+@pytest.mark.parametrize(
+    ("environment", "name"),
+    [
+        ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, "größe"),
+        ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, "運行"),
+    ],
+)
 def test_a_name_that_this_python_cannot_write_is_refused_before_work(environment, name, tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "launch/plan.py", f"--config={tmp_path}/{name}.py"], text=True,
-                          env=os.environ | environment, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "launch/plan.py", f"--config={tmp_path}/{name}.py"],
+        text=True,
+        env=os.environ | environment,
+        capture_output=True,
+    )
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "PYTHONUTF8=1" in done.stderr
 
 
-# --- output that breaks away ------------------------------------------------------------------------------
+# --- output that breaks away
+# ------------------------------------------------------------------------------
 
 
 class Broken(io.StringIO):
@@ -206,13 +280,23 @@ PRINTS = """
 """
 
 
-@pytest.mark.parametrize("shell", ["| head -1", "2>&1 | true", ">/dev/full", ">&- 2>&-", "2>/dev/full | head -c 5"])
+@pytest.mark.parametrize(
+    "shell", ["| head -1", "2>&1 | true", ">/dev/full", ">&- 2>&-", "2>/dev/full | head -c 5"]
+)
 def test_a_script_ends_its_work_when_nobody_reads_it(shell, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(textwrap.dedent(PRINTS))
-    done = subprocess.run(["bash", "-c", f'{sys.executable} {program} {tmp_path}/out {shell}; '
-                           'exit "${PIPESTATUS[0]}"'], env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
-                          capture_output=True, timeout=PATIENCE)
+    done = subprocess.run(
+        [
+            "bash",
+            "-c",
+            f'{sys.executable} {program} {tmp_path}/out {shell}; exit "${{PIPESTATUS[0]}}"',
+        ],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        text=True,
+        capture_output=True,
+        timeout=PATIENCE,
+    )
     full = shell == ">/dev/full"  # somebody may still wait for what was cut: exit code 74
     assert done.returncode == (errors.PASSING if full else 0), done.stderr
     assert ("standard output could not be written whole" in done.stderr) == full
@@ -221,29 +305,41 @@ def test_a_script_ends_its_work_when_nobody_reads_it(shell, tmp_path):
 
 
 def test_a_character_that_the_output_lacks_is_written_as_an_escape():
-    process = python("""
+    process = python(
+        """
         from mtnlg_jax import command
         command.run(lambda: print("größe 運 " + chr(0xdcff)))
-    """, stdout=subprocess.PIPE, environment={"PYTHONIOENCODING": "ascii"})
-    assert process.communicate(timeout=PATIENCE)[0] == "gr\\xf6\\xdfe \\u904b \\udcff\n" and process.returncode == 0
+    """,
+        stdout=subprocess.PIPE,
+        environment={"PYTHONIOENCODING": "ascii"},
+    )
+    assert (
+        process.communicate(timeout=PATIENCE)[0] == "gr\\xf6\\xdfe \\u904b \\udcff\n"
+        and process.returncode == 0
+    )
 
 
 def test_an_interrupt_is_one_line():
-    process = python("""
+    process = python(
+        """
         import time
         from mtnlg_jax import command
         def main():
             print("ready", flush=True)
             time.sleep(60)
         command.run(main)
-    """, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    """,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=PATIENCE)[1] == "interrupted\n"
     assert process.returncode == errors.INTERRUPTED
 
 
-# --- the launcher's end -----------------------------------------------------------------------------------
+# --- the launcher's end
+# -----------------------------------------------------------------------------------
 
 CHILD = """
     import signal, sys, time
@@ -263,8 +359,14 @@ CHILD = """
 
 def test_a_process_hears_of_its_launchers_end(tmp_path):
     reading, writing = os.pipe()
-    child = python(CHILD, str(tmp_path / "saved"), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                   pass_fds=[reading], environment={command.LAUNCHER_PIPE: str(reading)})
+    child = python(
+        CHILD,
+        str(tmp_path / "saved"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        pass_fds=[reading],
+        environment={command.LAUNCHER_PIPE: str(reading)},
+    )
     assert child.stdout.readline() == "ready\n"
     time.sleep(0.2)
     assert child.poll() is None and not (tmp_path / "saved").exists()
@@ -275,6 +377,10 @@ def test_a_process_hears_of_its_launchers_end(tmp_path):
 
 @pytest.mark.parametrize("value", ["", "77", "0", "x"])
 def test_who_has_no_launcher_waits_for_none(value):
-    child = python("from mtnlg_jax import command; command.run(lambda: None)", stdin=subprocess.DEVNULL,
-                   environment={command.LAUNCHER_PIPE: value}, stderr=subprocess.PIPE)
+    child = python(
+        "from mtnlg_jax import command; command.run(lambda: None)",
+        stdin=subprocess.DEVNULL,
+        environment={command.LAUNCHER_PIPE: value},
+        stderr=subprocess.PIPE,
+    )
     assert child.communicate(timeout=PATIENCE)[1] == "" and child.returncode == 0

@@ -1,4 +1,5 @@
-"""Every command that the documentation and the scripts show: its script exists, its flags parse, its config loads."""
+"""Every command that the documentation and the scripts show: its script exists, its flags parse,
+its config loads."""
 
 import argparse
 import ast
@@ -27,7 +28,8 @@ HANDS_TO = {
 
 
 def _documents():
-    """Yields (path, text) of all that may show a command: pages, notebooks, scripts, and strings of modules."""
+    """Yields (path, text) of all that may show a command: pages, notebooks, scripts, and strings of
+    modules."""
     listing = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     names = listing.stdout.split() if listing.returncode == 0 else []
     if not names:
@@ -38,7 +40,10 @@ def _documents():
             continue
         if path.suffix == ".md":
             yield name, path.read_text()
-        elif path.suffix in (".sh", ".sbatch"):  # what they run themselves is tested in tests/launch
+        elif path.suffix in (
+            ".sh",
+            ".sbatch",
+        ):  # what they run themselves is tested in tests/launch
             lines = [line for line in path.read_text().splitlines() if line.startswith("#")]
             yield name, "\n".join(lines)
         elif path.suffix == ".ipynb":
@@ -50,11 +55,22 @@ def _documents():
 
 def _strings(tree):
     """The strings of a module; what an f-string fills in is written as three dots."""
-    inside = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+    inside = {
+        id(part)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.JoinedStr)
+        for part in node.values
+    }
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
-            yield "".join(part.value if isinstance(part, ast.Constant) else "..." for part in node.values)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inside:
+            yield "".join(
+                part.value if isinstance(part, ast.Constant) else "..." for part in node.values
+            )
+        elif (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and id(node) not in inside
+        ):
             yield node.value
 
 
@@ -72,12 +88,17 @@ def commands(text: str) -> list[list[str]]:
         except ValueError:  # a quotation mark of the prose around it
             words = line.split()[1:]
         words = [word.removeprefix("[") for word in words]  # around what may be left out
-        words = [word.removesuffix("]") if word.count("]") > word.count("[") else word for word in words]
+        words = [
+            word.removesuffix("]") if word.count("]") > word.count("[") else word for word in words
+        ]
         script, *given = words
         count = HANDS_TO.get(script, (script, 0))[1]
         if script.startswith("launch/"):
             # Scripts take --name=value alone: what else follows is prose.
-            end = next((n for n, word in enumerate(given) if n >= count and not word.startswith("--")), len(given))
+            end = next(
+                (n for n, word in enumerate(given) if n >= count and not word.startswith("--")),
+                len(given),
+            )
             given = given[:end] + ["..."] * ("..." in given[end:])
         found.append([script, *given])
     return found
@@ -152,8 +173,12 @@ def _argparse_problem(script: str, given: list[str]) -> str | None:
 
 
 def _config_problem(script: str, given: list[str]) -> str | None:
-    values = [word.partition("=")[2] for word in given if word.startswith("--set=") and "..." not in word]
-    config = next((word.partition("=")[2] for word in given if word.startswith("--config=configs/")), None)
+    values = [
+        word.partition("=")[2] for word in given if word.startswith("--set=") and "..." not in word
+    ]
+    config = next(
+        (word.partition("=")[2] for word in given if word.startswith("--config=configs/")), None
+    )
     try:
         if script == "launch/task.py":
             override(Config(), *(f"decode.{value}" for value in values))
@@ -184,37 +209,51 @@ def test_every_command_shown_can_run():
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    ("python launch/pretrain.py --confg=configs/tiny.py --workdir=RUN", "confg"),
-    ("python launch/pretrain.py --config=configs/tiny.py", "workdir"),
-    ("python launch/pretrain.py --config=configs/tony.py --workdir=RUN", "tony.py"),
-    ("python launch/pretrain.py --config=configs/tiny.py --workdir=RUN --set=train.step=3", "step"),
-    ("`python launch/generate.py --workdir=RUN --mode=rank` ranks", "mode"),
-    ("python launch/generat.py --workdir=RUN", "does not exist"),
-    ("python launch/prepare_data.py --output=OUT \\\n    --vocab_size=many", "many"),
-    ("bash launch/quickstart.sh --corpse=FOLDER", "corpse"),
-    ("python launch/task.py --workdir=RUN --task=answer --set=max_tokens=3", "max_tokens"),
-    ("python benchmarks/compile_ahead.py --outptu=x", "outptu"),
-    ("python launch/plan.py --config=configs/mtnlg_530b.py --set=data.path=a --set=\"data.blend=(('b',1),)\"", "both"),
-])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("python launch/pretrain.py --confg=configs/tiny.py --workdir=RUN", "confg"),
+        ("python launch/pretrain.py --config=configs/tiny.py", "workdir"),
+        ("python launch/pretrain.py --config=configs/tony.py --workdir=RUN", "tony.py"),
+        (
+            "python launch/pretrain.py --config=configs/tiny.py --workdir=RUN --set=train.step=3",
+            "step",
+        ),
+        ("`python launch/generate.py --workdir=RUN --mode=rank` ranks", "mode"),
+        ("python launch/generat.py --workdir=RUN", "does not exist"),
+        ("python launch/prepare_data.py --output=OUT \\\n    --vocab_size=many", "many"),
+        ("bash launch/quickstart.sh --corpse=FOLDER", "corpse"),
+        ("python launch/task.py --workdir=RUN --task=answer --set=max_tokens=3", "max_tokens"),
+        ("python benchmarks/compile_ahead.py --outptu=x", "outptu"),
+        (
+            "python launch/plan.py --config=configs/mtnlg_530b.py --set=data.path=a --set=\"data.blend=(('b',1),)\"",
+            "both",
+        ),
+    ],
+)
 def test_a_wrong_command_is_found(text, words):
     (command,) = commands(text)
     assert words in problem(command)
 
 
-@pytest.mark.parametrize("text", [
-    "python launch/pretrain.py --config=configs/mtnlg_530b.py --set=data.path=OUT --workdir=RUN",
-    "bash launch/test.sh           # every test",
-    "start it by python launch/plan.py --config=configs/tiny.py on a laptop",
-    "python launch/cluster/launch.py --cluster=gke_gpu --nodes=4 ...",
-    "bash launch/cluster/tpu_pod.sh TPU_NAME ZONE --config=... --workdir=RUN",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "python launch/pretrain.py --config=configs/mtnlg_530b.py --set=data.path=OUT --workdir=RUN",
+        "bash launch/test.sh           # every test",
+        "start it by python launch/plan.py --config=configs/tiny.py on a laptop",
+        "python launch/cluster/launch.py --cluster=gke_gpu --nodes=4 ...",
+        "bash launch/cluster/tpu_pod.sh TPU_NAME ZONE --config=... --workdir=RUN",
+    ],
+)
 def test_a_right_command_passes(text):
     (command,) = commands(text)
     assert problem(command) is None
 
 
-@pytest.mark.parametrize("command", sorted((ROOT / "mtnlg_jax/cli").glob("[a-z]*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "command", sorted((ROOT / "mtnlg_jax/cli").glob("[a-z]*.py")), ids=lambda path: path.stem
+)
 def test_a_command_shows_its_own_help(command):
     program = f"import sys; sys.argv = ['mtnlg', '--help']; from mtnlg_jax.cli.{command.stem} import run; run()"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
@@ -225,7 +264,9 @@ def test_a_command_shows_its_own_help(command):
 
 
 def test_console_commands_are_there():
-    given = re.findall(r'"mtnlg-[a-z-]+=(mtnlg_jax\.cli\.\w+):run"', (ROOT / "setup.py").read_text())
+    given = re.findall(
+        r'"mtnlg-[a-z-]+=(mtnlg_jax\.cli\.\w+):run"', (ROOT / "setup.py").read_text()
+    )
     assert len(given) == 8
     for module in given:
         assert (ROOT / f"{module.replace('.', '/')}.py").is_file()

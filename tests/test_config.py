@@ -1,4 +1,5 @@
-"""Configuration: what is read, what is refused, and that a refusal names the numbers and the way out."""
+"""Configuration: what is read, what is refused, and that a refusal names the numbers and the way
+out."""
 
 import dataclasses
 import json
@@ -32,7 +33,8 @@ BASE = Config()
 
 
 def _refused(call, *words):
-    """The message of the ValueError that ``call`` raises: one line, holding every one of ``words``."""
+    """The message of the ValueError that ``call`` raises: one line, holding every one of
+    ``words``."""
     with pytest.raises(ValueError) as caught:
         call()
     message = str(caught.value)
@@ -42,7 +44,8 @@ def _refused(call, *words):
     return message
 
 
-# --- reading --------------------------------------------------------------------------------------------
+# --- reading
+# --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -63,8 +66,11 @@ def _refused(call, *words):
         ("train.rampup_batch_size=[8, 8, 100]", "train.rampup_batch_size", (8, 8, 100)),
         ("decode.stop_strings=('x', '=')", "decode.stop_strings", ("x", "=")),
         ("data.masking.word_share=0.2", "data.masking.word_share", 0.2),
-        ("train.stages=[{'name': 'm', 'masked': 1, 'blend': [('a', 2)]}, {}]", "train.stages",
-         (StageConfig(name="m", masked=1.0, blend=(("a", 2.0),)), StageConfig())),
+        (
+            "train.stages=[{'name': 'm', 'masked': 1, 'blend': [('a', 2)]}, {}]",
+            "train.stages",
+            (StageConfig(name="m", masked=1.0, blend=(("a", 2.0),)), StageConfig()),
+        ),
     ],
 )
 def test_override_reads_a_value_as_its_fields_type(assignment, path, value):
@@ -90,7 +96,10 @@ def test_the_last_override_wins():
         ("train.stepz=5", ["train.stepz", "did you mean 'steps'"]),
         ("trian.steps=5", ["did you mean 'train'"]),
         ("train..steps=5", ["TrainConfig has no ''"]),
-        ("model.kv_heads=5", ["ModelConfig has no 'kv_heads'", "num_query_groups"]),  # a property, not a key
+        (
+            "model.kv_heads=5",
+            ["ModelConfig has no 'kv_heads'", "num_query_groups"],
+        ),  # a property, not a key
         ("model=5", ["model is a section", "num_layers"]),
         ("name.x=5", ["name is a value, not a section"]),
         ("train.stages.0.name=a", ["stages is a value, not a section"]),
@@ -130,7 +139,8 @@ def test_override_refuses(assignment, words):
     _refused(lambda: override(BASE, assignment), *words)
 
 
-# --- files ------------------------------------------------------------------------------------------------
+# --- files
+# ------------------------------------------------------------------------------------------------
 
 
 IMPORT = "from mtnlg_jax.config import *\n\n"
@@ -163,7 +173,9 @@ def test_load_config_reads_lists_as_tuples(written):
 def test_text_behind_a_colon_is_the_argument_of_get_config(written):
     path = written(f"{IMPORT}def get_config(row):\n    return Config(name=row)\n")
     assert load_config(f"{path}:7.5b").name == "7.5b"
-    with pytest.raises(ValueError, match=f"get_config.. needs 'row'; give it behind a colon, as {path}:row"):
+    with pytest.raises(
+        ValueError, match=f"get_config.. needs 'row'; give it behind a colon, as {path}:row"
+    ):
         load_config(path)
     plain = written(f"{IMPORT}def get_config():\n    return Config()\n")
     with pytest.raises(ValueError, match="takes no argument, and 'x' stands behind the colon"):
@@ -182,20 +194,40 @@ def test_text_behind_a_colon_is_the_argument_of_get_config(written):
         ("config = 3", ["defines no get_config()", "configs/tiny.py"]),
         ("def get_config():\n    pass", ["gives a NoneType", "Config"]),
         ("def get_config():\n    return {'train': 3}", ["gives a dict", "Config"]),
-        (f"{IMPORT}def get_config():\n    return Config(train=TrainConfig(steps='9'))",
-         ["train.steps='9' is str", "int"]),
-        (f"{IMPORT}def get_config():\n    return Config(model=ModelConfig(\n        layers=2))",
-         ["line 4: TypeError", "'layers'", "did you mean 'num_layers'?"]),
-        (f"{IMPORT}def get_config():\n    return Config(optimizer=OptimizerConfig(zzzzz=2))",
-         ["line 4: TypeError", "'zzzzz'", "it has name, learning_rate"]),
-        (f"{IMPORT}\ndef get_config(size):\n    return Config()", ["line 4", "get_config() needs 'size'", ":size"]),
-        (f"{IMPORT}\ndef lower():\n    return {{}}['x']\ndef get_config():\n    return lower()", ["line 5: KeyError"]),
+        (
+            f"{IMPORT}def get_config():\n    return Config(train=TrainConfig(steps='9'))",
+            ["train.steps='9' is str", "int"],
+        ),
+        (
+            f"{IMPORT}def get_config():\n    return Config(model=ModelConfig(\n        layers=2))",
+            ["line 4: TypeError", "'layers'", "did you mean 'num_layers'?"],
+        ),
+        (
+            f"{IMPORT}def get_config():\n    return Config(optimizer=OptimizerConfig(zzzzz=2))",
+            ["line 4: TypeError", "'zzzzz'", "it has name, learning_rate"],
+        ),
+        (
+            f"{IMPORT}\ndef get_config(size):\n    return Config()",
+            ["line 4", "get_config() needs 'size'", ":size"],
+        ),
+        (
+            f"{IMPORT}\ndef lower():\n    return {{}}['x']\ndef get_config():\n    return lower()",
+            ["line 5: KeyError"],
+        ),
         ("import sys\ndef get_config():\n    sys.exit(4)", ["line 3: SystemExit"]),
         ("x = (1 / 0)", ["line 1: ZeroDivisionError"]),
-        (f"{IMPORT}def get_config():\n    return Config(train=TrainConfig(steps={{9}}))", ["train.steps={9} is a set"]),
-        (f"{IMPORT}import numpy as np\ndef get_config():\n    return Config(train=TrainConfig(steps=np.float32(2)))",
-         ["config.train.steps=2.0 is float; it must be int"]),
-        ("def get_config():\n    raise ValueError('two\\nlines')", ["line 2: ValueError: two lines"]),
+        (
+            f"{IMPORT}def get_config():\n    return Config(train=TrainConfig(steps={{9}}))",
+            ["train.steps={9} is a set"],
+        ),
+        (
+            f"{IMPORT}import numpy as np\ndef get_config():\n    return Config(train=TrainConfig(steps=np.float32(2)))",
+            ["config.train.steps=2.0 is float; it must be int"],
+        ),
+        (
+            "def get_config():\n    raise ValueError('two\\nlines')",
+            ["line 2: ValueError: two lines"],
+        ),
     ],
 )
 def test_load_config_names_what_is_wrong_with_a_file(written, text, words):
@@ -204,36 +236,60 @@ def test_load_config_names_what_is_wrong_with_a_file(written, text, words):
 
 
 def test_load_config_takes_numpy_numbers_and_path_objects(written):
-    config = load_config(written(f"""{IMPORT}
+    config = load_config(
+        written(f"""{IMPORT}
 import numpy as np
 from pathlib import Path
 def get_config():
     return Config(model=ModelConfig(num_layers=np.int64(2), tie_embeddings=np.bool_(True)),
                   data=DataConfig(blend=[(Path("a"), np.float32(0.5))]), name=np.str_("n"),
                   train=TrainConfig(rampup_batch_size=np.array([8, 8, 64]), micro_batch_size=1, init=Path("/b")))
-"""))
+""")
+    )
     assert config == from_json(to_json(config)) and type(config.model.num_layers) is int
-    assert config.data.blend == (("a", 0.5),) and config.train.init == "/b" and config.model.tie_embeddings is True
+    assert (
+        config.data.blend == (("a", 0.5),)
+        and config.train.init == "/b"
+        and config.model.tie_embeddings is True
+    )
     assert config.train.rampup_batch_size == (8, 8, 64)
 
 
 def test_a_home_folder_is_expanded_in_every_path_of_a_config(written, monkeypatch):
     monkeypatch.setenv("HOME", "/h")
-    path = written(f"{IMPORT}def get_config():\n    return Config(data=DataConfig(blend=[['~/a', 1]], tokenizer='~'))")
-    config = load_config(path, ["train.init=~/b", "data.heldout=~/c", "name=~/d",
-                                "train.stages=[{'distill': '~/e', 'blend': [('~/f', 1)]}]"])
-    assert config.data.blend == (("/h/a", 1.0),) and config.data.tokenizer == "/h" and config.train.init == "/h/b"
+    path = written(
+        f"{IMPORT}def get_config():\n    return Config(data=DataConfig(blend=[['~/a', 1]], tokenizer='~'))"
+    )
+    config = load_config(
+        path,
+        [
+            "train.init=~/b",
+            "data.heldout=~/c",
+            "name=~/d",
+            "train.stages=[{'distill': '~/e', 'blend': [('~/f', 1)]}]",
+        ],
+    )
+    assert (
+        config.data.blend == (("/h/a", 1.0),)
+        and config.data.tokenizer == "/h"
+        and config.train.init == "/h/b"
+    )
     assert config.data.heldout == "/h/c" and config.name == "~/d"
     assert config.train.stages == (StageConfig(distill="/h/e", blend=(("/h/f", 1.0),)),)
-    _refused(lambda: load_config(path, ["train.init=~no-one/x"]), "train.init", "~no-one/x", "no user")
+    _refused(
+        lambda: load_config(path, ["train.init=~no-one/x"]), "train.init", "~no-one/x", "no user"
+    )
 
 
 def test_every_text_of_a_config_that_names_a_file_is_marked():
-    """`map_paths` reaches what it should: a field whose comment or name speaks of a folder has the mark."""
+    """`map_paths` reaches what it should: a field whose comment or name speaks of a folder has the
+    mark."""
     seen = []
     config = dataclasses.replace(
-        Config(), data=DataConfig(path="1", tokenizer="2", heldout="3"),
-        train=TrainConfig(init="4", stages=(StageConfig(distill="5", blend=(("6", 1.0),)),)))
+        Config(),
+        data=DataConfig(path="1", tokenizer="2", heldout="3"),
+        train=TrainConfig(init="4", stages=(StageConfig(distill="5", blend=(("6", 1.0),)),)),
+    )
     mapped = map_paths(config, lambda text: seen.append(text) or f"/{text}")
     assert sorted(seen) == list("123456") and mapped.train.stages[0].blend == (("/6", 1.0),)
     assert map_paths(Config(), lambda text: "changed") == Config()  # an empty text names nothing
@@ -253,15 +309,20 @@ def test_load_config_wants_a_python_file(written, tmp_path):
     _refused(lambda: load_config(path), "run.yaml", "not a Python file")
 
 
-# --- JSON -------------------------------------------------------------------------------------------------
+# --- JSON
+# -------------------------------------------------------------------------------------------------
 
 ODD = Config(
     name='a "quoted"\n\0 name, 中文 \ud800',
-    model=ModelConfig(num_query_groups=3, vocab_size=2**31 - 1, tie_embeddings=False, rotary_base=1e-300),
+    model=ModelConfig(
+        num_query_groups=3, vocab_size=2**31 - 1, tie_embeddings=False, rotary_base=1e-300
+    ),
     mesh=MeshConfig(data=-1, tensor=2, zero=3),
     data=DataConfig(blend=(("a", 0.1 + 0.2), ("b", 5e-324)), sequence_length=7),
     optimizer=OptimizerConfig(learning_rate=1),
-    train=TrainConfig(rampup_batch_size=(1, 1, 2**61), stages=(StageConfig("m", masked=1), StageConfig())),
+    train=TrainConfig(
+        rampup_batch_size=(1, 1, 2**61), stages=(StageConfig("m", masked=1), StageConfig())
+    ),
     decode=DecodeConfig(stop_strings=("\n\n", "終")),
 )
 
@@ -295,7 +356,8 @@ def test_from_json_refuses(text, words):
     _refused(lambda: from_json(text), *words)
 
 
-# --- impossible values and combinations ---------------------------------------------------------------------
+# --- impossible values and combinations
+# ---------------------------------------------------------------------
 
 
 def test_the_defaults_are_valid():
@@ -314,36 +376,76 @@ def test_validate_changes_nothing():
     [
         # what must divide: both numbers, and the nearest that would do
         (["mesh.tensor=7"], ["num_attention_heads=12", "mesh.tensor=7", "4 or 6"]),
-        (["mesh.tensor=6", "model.num_query_groups=4"], ["num_query_groups=4", "mesh.tensor=6", "2 or 4"]),
-        (["mesh.tensor=2", "model.ffn_hidden_size=31"], ["ffn_hidden_size=31", "mesh.tensor=2", "1 or 31"]),
-        (["mesh.tensor=3", "model.vocab_size=1000"], ["vocab_size=1000", "mesh.tensor=3", "2 or 4"]),
+        (
+            ["mesh.tensor=6", "model.num_query_groups=4"],
+            ["num_query_groups=4", "mesh.tensor=6", "2 or 4"],
+        ),
+        (
+            ["mesh.tensor=2", "model.ffn_hidden_size=31"],
+            ["ffn_hidden_size=31", "mesh.tensor=2", "1 or 31"],
+        ),
+        (
+            ["mesh.tensor=3", "model.vocab_size=1000"],
+            ["vocab_size=1000", "mesh.tensor=3", "2 or 4"],
+        ),
         (["mesh.pipe=5"], ["num_layers=12", "mesh.pipe=5", "4 or 6"]),
-        (["mesh.context=3"], ["sequence_length=2048", "2 x mesh.context x mesh.tensor=6", "4 or 8"]),
+        (
+            ["mesh.context=3"],
+            ["sequence_length=2048", "2 x mesh.context x mesh.tensor=6", "4 or 8"],
+        ),
         (["mesh.pipe=2"], ["mesh.pipe=2 needs train.micro_batch_size"]),
-        (["mesh.pipe=2", "train.micro_batch_size=1", "train.rampup_batch_size=(8, 8, 80)"],
-         ["needs mesh.flush", "mesh.pipe=2", "mesh.schedule=1f1b"]),
+        (
+            ["mesh.pipe=2", "train.micro_batch_size=1", "train.rampup_batch_size=(8, 8, 80)"],
+            ["needs mesh.flush", "mesh.pipe=2", "mesh.schedule=1f1b"],
+        ),
         (["mesh.pipe=0"], ["mesh.pipe=0", "[1, "]),
         (["mesh.virtual_pipe=5"], ["num_layers=12", "mesh.pipe x mesh.virtual_pipe=5", "4 or 6"]),
         (["mesh.schedule=zb"], ["'zb'", "circular, 1f1b"]),
-        (["mesh.schedule=1f1b", "mesh.virtual_pipe=2"], ["mesh.virtual_pipe=2 times", "mesh.schedule=circular"]),
+        (
+            ["mesh.schedule=1f1b", "mesh.virtual_pipe=2"],
+            ["mesh.virtual_pipe=2 times", "mesh.schedule=circular"],
+        ),
         (["mesh.context_mode=star"], ["'star'", "ulysses, gather, ring"]),
-        (["mesh.context_mode=ulysses", "mesh.context=8"], ["mesh.tensor=12", "mesh.context=8", "4 or 6"]),
+        (
+            ["mesh.context_mode=ulysses", "mesh.context=8"],
+            ["mesh.tensor=12", "mesh.context=8", "4 or 6"],
+        ),
         (["mesh.flush=3", "mesh.pipe=2"], ["mesh.flush=3", "mesh.pipe=2", "1 or 3"]),
-        (["mesh.tensor=2", "data.sequence_length=9"], ["sequence_length=9", "mesh.tensor=2", "1 or 3"]),
+        (
+            ["mesh.tensor=2", "data.sequence_length=9"],
+            ["sequence_length=9", "mesh.tensor=2", "1 or 3"],
+        ),
         (["model.num_attention_heads=7"], ["hidden_size=768", "num_attention_heads=7", "6 or 8"]),
         (["model.num_query_groups=5"], ["num_attention_heads=12", "num_query_groups=5", "4 or 6"]),
         (["mesh.data=3"], ["global_batch_size=32", "mesh.data=3", "30 or 33"]),
-        (["mesh.data=4", "train.micro_batch_size=3"], ["=32", "micro_batch_size x mesh.data=12", "24 or 36"]),
-        (["train.micro_batch_size=3"], ["global_batch_size=32", "3", "30 or 33"]),  # no mesh.data can mend it
-        (["train.rampup_batch_size=(8, 5, 99)", "train.micro_batch_size=1"], ["24", "increment=5", "4 or 6"]),
-        (["train.rampup_batch_size=(2, 2, 99)", "train.micro_batch_size=1", "mesh.data=4"],
-         ["rampup_batch_size start=2", "mesh.data=4"]),
-        (["train.rampup_batch_size=(8, 8, 99)"], ["rampup_batch_size needs train.micro_batch_size"]),
+        (
+            ["mesh.data=4", "train.micro_batch_size=3"],
+            ["=32", "micro_batch_size x mesh.data=12", "24 or 36"],
+        ),
+        (
+            ["train.micro_batch_size=3"],
+            ["global_batch_size=32", "3", "30 or 33"],
+        ),  # no mesh.data can mend it
+        (
+            ["train.rampup_batch_size=(8, 5, 99)", "train.micro_batch_size=1"],
+            ["24", "increment=5", "4 or 6"],
+        ),
+        (
+            ["train.rampup_batch_size=(2, 2, 99)", "train.micro_batch_size=1", "mesh.data=4"],
+            ["rampup_batch_size start=2", "mesh.data=4"],
+        ),
+        (
+            ["train.rampup_batch_size=(8, 8, 99)"],
+            ["rampup_batch_size needs train.micro_batch_size"],
+        ),
         (["train.rampup_batch_size=(64, 8, 99)"], ["start=64", "[1, 32]"]),
         (["train.rampup_batch_size=(8, 0, 99)"], ["increment=0", "[1, 32]"]),
         (["train.rampup_batch_size=(8, 8, -1)"], ["samples=-1", "[0, "]),
         (["data.sequence_length=4096"], ["4096", "max_position_embeddings=2048", "rotary"]),
-        (["model.position_embedding_type=rotary", "model.kv_channels=7"], ["even head width", "7", "set"]),
+        (
+            ["model.position_embedding_type=rotary", "model.kv_channels=7"],
+            ["even head width", "7", "set"],
+        ),
         (["data.path=a", "data.blend=(('b', 1),)"], ["data.path and data.blend", "keep one"]),
         (["data.masking.random_share=0.5"], ["mask_share=0.8", "random_share=0.5", "lower one"]),
         (["decode.min_new_tokens=200"], ["200", "128"]),
@@ -384,7 +486,10 @@ def test_validate_changes_nothing():
         (["train.stages=()"], ["train.stages is empty", "StageConfig"]),
         (["train.stages=[{'masked': 1.5}]"], ["stage 'causal'", "masked=1.5", "[0, 1]"]),
         (["train.stages=[{'fraction': 0}]"], ["fraction=0.0", "(0, inf)"]),
-        (["train.stages=[{'learning_rate_scale': 1e999}]"], ["learning_rate_scale=inf", "[0, inf)"]),
+        (
+            ["train.stages=[{'learning_rate_scale': 1e999}]"],
+            ["learning_rate_scale=inf", "[0, inf)"],
+        ),
         (["train.stages=[{'blend': [('a', 0)]}]"], ["'a'", "leave the source out"]),
         (["decode.temperature=-0.1"], ["temperature=-0.1", "[0, inf)"]),
         (["decode.temperature=1e999"], ["temperature=inf", "[0, inf)"]),
@@ -440,7 +545,8 @@ def test_every_float_refuses_nan():
 
 
 def test_huge_numbers_are_refused_at_once():
-    # The way out is looked for among the divisors: that must not take time in proportion to the number.
+    # The way out is looked for among the divisors: that must not take time in proportion to the
+    # number.
     begin = time.perf_counter()
     width = ("model.ffn_hidden_size=2147483647", "mesh.tensor=2")
     ramp = ("train.global_batch_size=2147483648", "train.rampup_batch_size=(1, 2, 5)")
@@ -456,12 +562,15 @@ def test_validate_batch_judges_the_devices_that_were_found():
     _refused(lambda: validate_batch(config, 3), "global_batch_size=32", "=12", "24 or 36")
 
 
-@pytest.mark.parametrize(("assignment", "path", "blend"), [
-    ("data.path=b", "b", ()),
-    ("data.blend=(('c', 1.0),)", "", (("c", 1.0),)),
-    ("data.blend=()", "a", ()),
-    ("data.path=", "", ()),
-])
+@pytest.mark.parametrize(
+    ("assignment", "path", "blend"),
+    [
+        ("data.path=b", "b", ()),
+        ("data.blend=(('c', 1.0),)", "", (("c", 1.0),)),
+        ("data.blend=()", "a", ()),
+        ("data.path=", "", ()),
+    ],
+)
 def test_one_of_path_and_blend_replaces_the_other_and_an_empty_one_nothing(assignment, path, blend):
     data = override(Config(data=DataConfig(path="a")), assignment).data
     assert (data.path, data.blend) == (path, blend)

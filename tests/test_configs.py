@@ -42,7 +42,9 @@ def _row_name(row: list[str]) -> str:
     return row[0].removesuffix(".0") + "b"
 
 
-NAMES = [path.name for path in FILES if path.stem != "ladder"] + [f"ladder.py:{_row_name(row)}" for row in ROWS]
+NAMES = [path.name for path in FILES if path.stem != "ladder"] + [
+    f"ladder.py:{_row_name(row)}" for row in ROWS
+]
 
 
 def _config(name: str):
@@ -80,22 +82,38 @@ def test_a_config_says_how_to_run_it_and_imports_only_the_package(path):
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
 def test_the_ladder_is_the_published_table(row):
     config = _config(f"ladder.py:{_row_name(row)}")
-    model, mesh, train = config.model, config.mesh, config.train
+    model = config.model
+    mesh = config.mesh
+    train = config.train
     assert f"{model.parameter_count() / 1e9:.1f}" == row[0]
     heads, width, layers, tensor, pipe, gpus, batch = map(int, row[1:])
-    assert (model.num_attention_heads, model.hidden_size, model.num_layers) == (heads, width, layers)
+    assert (model.num_attention_heads, model.hidden_size, model.num_layers) == (
+        heads,
+        width,
+        layers,
+    )
     assert (mesh.tensor, mesh.pipe, mesh.context) == (tensor, pipe, 1)
     assert mesh.pipe * mesh.data * mesh.tensor == gpus
-    assert (train.global_batch_size, config.sequence_length, model.vocab_size) == (batch, 2048, 51200)
+    assert (train.global_batch_size, config.sequence_length, model.vocab_size) == (
+        batch,
+        2048,
+        51200,
+    )
     # The formula of section 5.1 leaves out the final LayerNorm's 2h.
-    h, l, V, s = width, layers, 51200, 2048  # noqa: E741
+    h = width
+    l = layers  # noqa: E741
+    V = 51200
+    s = 2048
     formula = 12 * l * h**2 * (1 + 13 / (12 * h) + (V + s) / (12 * l * h))
     assert model.parameter_count() - 2 * h == round(formula)
 
 
 def test_megatron_turing_is_the_papers_recipe():
     config = _config("mtnlg_530b.py")
-    model, mesh, train, optimizer = config.model, config.mesh, config.train, config.optimizer
+    model = config.model
+    mesh = config.mesh
+    train = config.train
+    optimizer = config.optimizer
     assert f"{model.parameter_count() / 1e9:.1f}" == "529.6"
     assert model.parameter_count() == _config("ladder.py:529.6b").model.parameter_count()
     assert (model.head_width, model.mlp_width, model.init_method_std) == (160, 81920, 0.004)
@@ -126,19 +144,27 @@ def test_every_tensor_of_the_largest_divides_over_its_axes(name):
     shardings_of(abstract_model(config.model)[1], abstract, mesh.zero)
 
 
-@pytest.mark.parametrize(("section", "field", "choices"), [
-    (ModelConfig, "attention_impl", ("auto", *SUPPORT)),
-    (ModelConfig, "activation", (*ACTIVATIONS, "swiglu")),
-    (MeshConfig, "context_mode", MODES),
-    (TrainConfig, "recompute", tuple(RECOMPUTE)),
-    (TrainConfig, "recompute", tuple(POLICIES)),
-])
+@pytest.mark.parametrize(
+    ("section", "field", "choices"),
+    [
+        (ModelConfig, "attention_impl", ("auto", *SUPPORT)),
+        (ModelConfig, "activation", (*ACTIVATIONS, "swiglu")),
+        (MeshConfig, "context_mode", MODES),
+        (TrainConfig, "recompute", tuple(RECOMPUTE)),
+        (TrainConfig, "recompute", tuple(POLICIES)),
+    ],
+)
 def test_a_field_offers_what_there_is(section, field, choices):
     assert set(typing.get_args(typing.get_type_hints(section)[field])) == set(choices)
 
 
-SMALL = {"num_layers": 3, "hidden_size": 24, "num_attention_heads": 4, "vocab_size": 40,
-         "max_position_embeddings": 8}
+SMALL = {
+    "num_layers": 3,
+    "hidden_size": 24,
+    "num_attention_heads": 4,
+    "vocab_size": 40,
+    "max_position_embeddings": 8,
+}
 VARIANTS = {
     "rotary": {"position_embedding_type": "rotary"},
     "rmsnorm": {"normalization": "rmsnorm"},
@@ -147,14 +173,21 @@ VARIANTS = {
     "grouped_heads": {"num_query_groups": 2, "kv_channels": 10, "ffn_hidden_size": 20},
     "untied": {"tie_embeddings": False},
     "no_bias": {"add_bias": False},
-    "all": {"position_embedding_type": "rotary", "normalization": "rmsnorm", "activation": "swiglu",
-            "num_query_groups": 1, "tie_embeddings": False, "add_bias": False},
+    "all": {
+        "position_embedding_type": "rotary",
+        "normalization": "rmsnorm",
+        "activation": "swiglu",
+        "num_query_groups": 1,
+        "tie_embeddings": False,
+        "add_bias": False,
+    },
 }
 
 
 @pytest.mark.parametrize("switches", VARIANTS.values(), ids=VARIANTS)
 def test_the_closed_form_counts_what_every_switch_makes(switches):
-    plain, model = ModelConfig(**SMALL), ModelConfig(**SMALL, **switches)
+    plain = ModelConfig(**SMALL)
+    model = ModelConfig(**SMALL, **switches)
     assert model.parameter_count() == _size(abstract_model(model)[1]) != plain.parameter_count()
 
 

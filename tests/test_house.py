@@ -1,4 +1,5 @@
-"""The house rules: what may import what, what lies where, and that the pinned versions cover setup.py."""
+"""The house rules: what may import what, what lies where, and that the pinned versions cover
+setup.py."""
 
 import ast
 import graphlib
@@ -16,7 +17,8 @@ from mtnlg_jax import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# A room may import itself and the rooms on the lines above it; rooms of one line do not see each other.
+# A room may import itself and the rooms on the lines above it; rooms of one line do not see each
+# other.
 ORDER = """
     errors
     compat command storage
@@ -50,14 +52,20 @@ def _imports(path: Path, module: str):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, name.name) for name in node.names)
         elif isinstance(node, ast.ImportFrom):
-            start = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            start = (
+                package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            )
             source = ".".join([*start, *filter(None, [node.module])])
             # `from mtnlg_jax.parallel import mesh` imports the module mtnlg_jax.parallel.mesh.
             yield from ((node.lineno, f"{source}.{name.name}") for name in node.names)
 
 
 def _violations(package: Path) -> list[str]:
-    height = {room: line for line, rooms in enumerate(ORDER.strip().splitlines()) for room in rooms.split()}
+    height = {
+        room: line
+        for line, rooms in enumerate(ORDER.strip().splitlines())
+        for room in rooms.split()
+    }
     found = []
     for path in sorted(package.rglob("*.py")):
         relative = path.relative_to(package)
@@ -72,7 +80,9 @@ def _violations(package: Path) -> list[str]:
             elif name.startswith("mtnlg_jax.") and not name.startswith("mtnlg_jax.__"):
                 target = _room_of(name)
                 if target is None:
-                    found.append(f"{relative}:{line}: imports {name}, which stands in no room of ORDER")
+                    found.append(
+                        f"{relative}:{line}: imports {name}, which stands in no room of ORDER"
+                    )
                 elif room is None or (room != target and height[target] >= height[room]):
                     found.append(f"{relative}:{line}: {room or module} imports {name}")
     return found
@@ -123,14 +133,20 @@ def test_an_import_downwards_is_free(tmp_path, where, line):
 
 
 def _circle(package: Path) -> list[str]:
-    """Files of which each imports the next and the last the first, also by imports inside functions; [] for none."""
+    """Files of which each imports the next and the last the first, also by imports inside
+    functions; [] for none."""
     graph = {}
     for path in package.rglob("*.py"):
-        module = ".".join([package.name, *path.relative_to(package).with_suffix("").parts]).removesuffix(".__init__")
+        module = ".".join(
+            [package.name, *path.relative_to(package).with_suffix("").parts]
+        ).removesuffix(".__init__")
         graph[module] = path
     imported = {
         # What is imported is a module, or something of one.
-        module: {found if found in graph else found.rpartition(".")[0] for _, found in _imports(path, module)}
+        module: {
+            found if found in graph else found.rpartition(".")[0]
+            for _, found in _imports(path, module)
+        }
         for module, path in graph.items()
     }
     try:
@@ -145,13 +161,16 @@ def test_no_files_import_each_other():
     assert _circle(ROOT / "mtnlg_jax") == []
 
 
-@pytest.mark.parametrize("line", [
-    "from mtnlg_jax.data.b import f",
-    "from mtnlg_jax.data import b",
-    "from . import b",
-    "def late():\n    from mtnlg_jax.data import b",
-    "import mtnlg_jax.data.c",
-])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from mtnlg_jax.data.b import f",
+        "from mtnlg_jax.data import b",
+        "from . import b",
+        "def late():\n    from mtnlg_jax.data import b",
+        "import mtnlg_jax.data.c",
+    ],
+)
 def test_a_planted_circle_is_found(tmp_path, line):
     folder = tmp_path / "mtnlg_jax" / "data"
     folder.mkdir(parents=True)
@@ -172,13 +191,19 @@ def test_the_data_room_does_without_jax():
         assert not heads & {"jax", "jaxlib", "flax", "optax", "orbax"}, path.name
     # What a module imports may import JAX in turn, so a fresh process looks at the result.
     program = f"import sys\nfor name in {modules}: __import__(name)\nprint('jax' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "False"
 
 
 def test_importing_the_package_imports_nothing_else():
-    program = "import sys; before = set(sys.modules); import mtnlg_jax; print(*set(sys.modules) - before)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    program = (
+        "import sys; before = set(sys.modules); import mtnlg_jax; print(*set(sys.modules) - before)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     assert done.stdout.split() == ["mtnlg_jax"]
 
 
@@ -196,7 +221,9 @@ def test_the_top_level_is_fixed():
 
 
 def test_the_license_is_named_alike_everywhere():
-    name = re.search(r"^SPDX-License-Identifier: (\S+)$", (ROOT / "LICENSE").read_text(), re.MULTILINE)[1]
+    name = re.search(
+        r"^SPDX-License-Identifier: (\S+)$", (ROOT / "LICENSE").read_text(), re.MULTILINE
+    )[1]
     assert name == "Apache-2.0" and f'license="{name}"' in (ROOT / "setup.py").read_text()
     assert f"[{name}](LICENSE)" in (ROOT / "README.md").read_text()
     assert f"license: {name}\n" in (ROOT / "CITATION.cff").read_text()
@@ -212,7 +239,10 @@ def _requirements() -> list[Requirement]:
     call = next(node for node in calls if ast.unparse(node.func) == "setup")
     given = {keyword.arg: keyword.value for keyword in call.keywords}
     extras = ast.literal_eval(given["extras_require"])
-    return [Requirement(line) for line in ast.literal_eval(given["install_requires"]) + extras["dev"] + extras["ahead"]]
+    return [
+        Requirement(line)
+        for line in ast.literal_eval(given["install_requires"]) + extras["dev"] + extras["ahead"]
+    ]
 
 
 def test_every_requirement_is_pinned_within_its_range():
@@ -222,8 +252,12 @@ def test_every_requirement_is_pinned_within_its_range():
     assert all("://" not in line and "@" not in line for line in lines), "an address among the pins"
     for requirement in _requirements():
         version = pins.get(canonicalize_name(requirement.name))
-        assert version, f"{requirement.name} is not pinned; line 1 of constraints.txt says how to renew it"
-        assert requirement.specifier.contains(version), f"pinned {version}, but setup.py wants {requirement}"
+        assert version, (
+            f"{requirement.name} is not pinned; line 1 of constraints.txt says how to renew it"
+        )
+        assert requirement.specifier.contains(version), (
+            f"pinned {version}, but setup.py wants {requirement}"
+        )
 
 
 SCRIPTS = [*sorted((ROOT / "launch").rglob("*.sh")), ROOT / ".ci/run"]

@@ -1,4 +1,5 @@
-"""The compiler's flags: each is tried before it is set, TPU flags by compiling what the run will send."""
+"""The compiler's flags: each is tried before it is set, TPU flags by compiling what the run will
+send."""
 
 import json
 import os
@@ -39,7 +40,8 @@ def test_nothing_is_set_on_a_cpu():
     assert dict(os.environ) == before
 
 
-# --- GPUs: parsed ---------------------------------------------------------------------------------------------------
+# --- GPUs: parsed
+# ---------------------------------------------------------------------------------------------------
 
 
 def test_gpu_flags_are_known_and_an_invented_one_is_found_out(monkeypatch):
@@ -54,10 +56,13 @@ def test_gpu_flags_are_known_and_an_invented_one_is_found_out(monkeypatch):
 def test_gathers_are_not_pipelined_where_a_split_layer_is_recomputed_whole(monkeypatch):
     monkeypatch.setattr(xla_flags, "unknown_flags", lambda flags: [])
     monkeypatch.delenv("XLA_FLAGS", raising=False)
-    split, whole = MeshConfig(tensor=8), MeshConfig(tensor=1)
+    split = MeshConfig(tensor=8)
+    whole = MeshConfig(tensor=1)
     assert xla_flags.PIPELINED_GATHER in xla_flags.GPU
-    chosen = [xla_flags.choose("gpu", mesh, recompute=recompute).flags
-              for mesh, recompute in ((split, "full"), (split, "elementwise"), (whole, "full"))]
+    chosen = [
+        xla_flags.choose("gpu", mesh, recompute=recompute).flags
+        for mesh, recompute in ((split, "full"), (split, "elementwise"), (whole, "full"))
+    ]
     assert [xla_flags.PIPELINED_GATHER in flags for flags in chosen] == [False, True, True]
     assert set(chosen[1]) - set(chosen[0]) == {xla_flags.PIPELINED_GATHER}
 
@@ -65,7 +70,9 @@ def test_gathers_are_not_pipelined_where_a_split_layer_is_recomputed_whole(monke
 def test_what_is_known_is_remembered_and_what_is_given_stays(monkeypatch):
     monkeypatch.setattr(xla_flags, "platform_here", lambda: "gpu")
     tried = []
-    monkeypatch.setattr(xla_flags, "_unknown", lambda flags: tried.append(flags) or ([flags[0]], True))
+    monkeypatch.setattr(
+        xla_flags, "_unknown", lambda flags: tried.append(flags) or ([flags[0]], True)
+    )
     given = "--xla_gpu_enable_pipelined_all_gather=false"
     monkeypatch.setenv("XLA_FLAGS", given)
     set_once = xla_flags.set_flags(ZERO3)
@@ -82,14 +89,26 @@ def test_a_try_that_fails_for_another_reason_sets_no_flag_and_is_not_remembered(
     assert not os.path.exists(compat.cache_folder())
 
 
-# --- which chip -----------------------------------------------------------------------------------------------------
+# --- which chip
+# -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("said", "kind"), [
-    ("v5litepod-16", "v5e"), ("v5e-8", "v5e"), ("tpu-v5-lite-podslice", "v5e"), ("v5p-8", "v5p"),
-    ("tpu-v5p-slice", "v5p"), ("V6E-256", "v6e"), ("tpu-v6e-slice", "v6e"), ("v4-8", "v4"), ("tpu7x-128", "tpu7x"),
-    ("v3-8", None), ("", None),
-])
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        ("v5litepod-16", "v5e"),
+        ("v5e-8", "v5e"),
+        ("tpu-v5-lite-podslice", "v5e"),
+        ("v5p-8", "v5p"),
+        ("tpu-v5p-slice", "v5p"),
+        ("V6E-256", "v6e"),
+        ("tpu-v6e-slice", "v6e"),
+        ("v4-8", "v4"),
+        ("tpu7x-128", "tpu7x"),
+        ("v3-8", None),
+        ("", None),
+    ],
+)
 def test_kinds_in_the_words_of_a_cloud(said, kind):
     assert xla_flags.kind_of(said) == kind
 
@@ -114,12 +133,16 @@ def test_a_chip_of_no_known_kind_gets_no_flag_and_one_line():
     assert choice.flags == () and "set TPU_ACCELERATOR_TYPE, as v5p-8" in choice.left_out
 
 
-# --- TPUs: compiled -------------------------------------------------------------------------------------------------
+# --- TPUs: compiled
+# -------------------------------------------------------------------------------------------------
 
 
 def test_every_flag_has_a_source_and_one_value():
-    tables = [xla_flags.GPU, xla_flags.GPU_PIPELINE, *(group.flags for groups in xla_flags.TPU.values()
-                                                       for group in groups)]
+    tables = [
+        xla_flags.GPU,
+        xla_flags.GPU_PIPELINE,
+        *(group.flags for groups in xla_flags.TPU.values() for group in groups),
+    ]
     for flags in tables:
         assert all(flag.startswith("--xla_") and "20" in source for flag, source in flags.items())
     for kind in xla_flags.TPU:
@@ -128,24 +151,45 @@ def test_every_flag_has_a_source_and_one_value():
         assert (FUSE in of(kind)) == (kind == "v5e")
 
 
-@pytest.mark.parametrize(("mesh", "sent"), [
-    (MeshConfig(pipe=1, data=1, tensor=1), []),
-    (MeshConfig(pipe=1, data=8, tensor=1, zero=0), [("all-reduce", "data")]),
-    (MeshConfig(pipe=1, data=-1, tensor=1, zero=3),
-     [("all-reduce", "data"), ("all-gather", "data"), ("reduce-scatter", "data")]),
-    (MeshConfig(pipe=4, data=1, tensor=2),
-     [("all-gather", "tensor"), ("reduce-scatter", "tensor"), ("all-reduce", "tensor"),
-      ("collective-permute", "pipe")]),
-    (MeshConfig(pipe=1, data=1, tensor=1, context=2, context_mode="ring"), [("collective-permute", "context")]),
-    (MeshConfig(pipe=1, data=1, tensor=1, context=2, context_mode="ulysses"), [("all-to-all", "context")]),
-    (MeshConfig(pipe=1, data=1, tensor=1, context=2), [("all-to-all", "context"), ("all-gather", "context")]),
-])
+@pytest.mark.parametrize(
+    ("mesh", "sent"),
+    [
+        (MeshConfig(pipe=1, data=1, tensor=1), []),
+        (MeshConfig(pipe=1, data=8, tensor=1, zero=0), [("all-reduce", "data")]),
+        (
+            MeshConfig(pipe=1, data=-1, tensor=1, zero=3),
+            [("all-reduce", "data"), ("all-gather", "data"), ("reduce-scatter", "data")],
+        ),
+        (
+            MeshConfig(pipe=4, data=1, tensor=2),
+            [
+                ("all-gather", "tensor"),
+                ("reduce-scatter", "tensor"),
+                ("all-reduce", "tensor"),
+                ("collective-permute", "pipe"),
+            ],
+        ),
+        (
+            MeshConfig(pipe=1, data=1, tensor=1, context=2, context_mode="ring"),
+            [("collective-permute", "context")],
+        ),
+        (
+            MeshConfig(pipe=1, data=1, tensor=1, context=2, context_mode="ulysses"),
+            [("all-to-all", "context")],
+        ),
+        (
+            MeshConfig(pipe=1, data=1, tensor=1, context=2),
+            [("all-to-all", "context"), ("all-gather", "context")],
+        ),
+    ],
+)
 def test_a_try_sends_what_the_run_sends(mesh, sent):
     assert xla_flags.collectives_of(mesh) == sent
 
 
 def on(monkeypatch, kind, refuses):
-    """A machine with chips of ``kind``, whose compiler says of flags what ``refuses`` says; the tries."""
+    """A machine with chips of ``kind``, whose compiler says of flags what ``refuses`` says; the
+    tries."""
     tried = []
 
     def answer(request, flags):
@@ -166,33 +210,60 @@ def test_a_run_sets_the_flags_of_its_chip_and_what_is_given_stays(monkeypatch):
     assert xla_flags.set_flags(ZERO3) == wanted
     assert os.environ["LIBTPU_INIT_ARGS"].split() == [*given.split(), *wanted]
     # Tried as they will stand, over slices, with the run's collectives; once.
-    assert tried == [{"kind": "v5p", "slices": 2, "collectives": xla_flags.collectives_of(ZERO3),
-                      "flags": [*given.split(), *wanted]}]
+    assert tried == [
+        {
+            "kind": "v5p",
+            "slices": 2,
+            "collectives": xla_flags.collectives_of(ZERO3),
+            "flags": [*given.split(), *wanted],
+        }
+    ]
     monkeypatch.setenv("LIBTPU_INIT_ARGS", given)
     assert xla_flags.set_flags(ZERO3) == wanted and len(tried) == 1
 
 
-@pytest.mark.parametrize(("bad", "left"), [
-    ("offload_reduce_scatter", 1), ("async_all_gather", 0)])
-def test_a_set_that_is_refused_gives_way_to_the_next_smaller_in_one_line(monkeypatch, caplog, bad, left):
-    tried = on(monkeypatch, "v6e", lambda flags: f"FAILED_PRECONDITION: no {bad}" if bad in flags else "")
+@pytest.mark.parametrize(("bad", "left"), [("offload_reduce_scatter", 1), ("async_all_gather", 0)])
+def test_a_set_that_is_refused_gives_way_to_the_next_smaller_in_one_line(
+    monkeypatch, caplog, bad, left
+):
+    tried = on(
+        monkeypatch, "v6e", lambda flags: f"FAILED_PRECONDITION: no {bad}" if bad in flags else ""
+    )
     assert xla_flags.set_flags(ZERO3) == of("v6e", left)
     assert len(tried) == len(xla_flags.TPU["v6e"]) - left + (left > 0)
     said = xla_flags.choose("v6e", ZERO3).left_out
     assert said.startswith("the compiler for v6e refuses flags, left out: ") and f"no {bad}" in said
-    assert all((group.what in said) == (place >= left) for place, group in enumerate(xla_flags.TPU["v6e"]))
+    assert all(
+        (group.what in said) == (place >= left) for place, group in enumerate(xla_flags.TPU["v6e"])
+    )
     assert "\n" not in said
 
 
-@pytest.mark.parametrize(("done", "answer", "kept"), [
-    (SimpleNamespace(returncode=0, stdout='chatter\n{"refused": ""}\n', stderr=""), "", True),
-    (SimpleNamespace(returncode=0, stdout='{"refused": "FAILED_PRECONDITION: no"}', stderr=""),
-     "FAILED_PRECONDITION: no", True),
-    (SimpleNamespace(returncode=1, stdout="", stderr="E0101 Unknown command line flag 'xla_x'\nand more\n"),
-     "E0101 Unknown command line flag 'xla_x'", True),
-    (SimpleNamespace(returncode=-9, stdout="", stderr=""), "not tried: exit code -9", False),
-    (subprocess.TimeoutExpired("x", 1), "not tried: the compiler took more than 600 s", False),
-], ids=["taken", "refused", "unknown", "killed", "slow"])
+@pytest.mark.parametrize(
+    ("done", "answer", "kept"),
+    [
+        (SimpleNamespace(returncode=0, stdout='chatter\n{"refused": ""}\n', stderr=""), "", True),
+        (
+            SimpleNamespace(
+                returncode=0, stdout='{"refused": "FAILED_PRECONDITION: no"}', stderr=""
+            ),
+            "FAILED_PRECONDITION: no",
+            True,
+        ),
+        (
+            SimpleNamespace(
+                returncode=1,
+                stdout="",
+                stderr="E0101 Unknown command line flag 'xla_x'\nand more\n",
+            ),
+            "E0101 Unknown command line flag 'xla_x'",
+            True,
+        ),
+        (SimpleNamespace(returncode=-9, stdout="", stderr=""), "not tried: exit code -9", False),
+        (subprocess.TimeoutExpired("x", 1), "not tried: the compiler took more than 600 s", False),
+    ],
+    ids=["taken", "refused", "unknown", "killed", "slow"],
+)
 def test_what_a_try_says_is_kept_where_it_is_certain(monkeypatch, done, answer, kept):
     asked = []
 
@@ -216,10 +287,18 @@ def needs_libtpu(kind):
 
 
 # Slow: other chips, other meshes, two slices, every smaller set.
-@pytest.mark.parametrize(("kind", "mesh", "slices"), [
-    *((kind, ZERO3, 1) for kind in ("v5e", "v5p", "v6e")),
-    *(pytest.param(kind, *rest, marks=pytest.mark.slow) for kind in xla_flags.TPU for rest in
-      ((ALL, 1), (ZERO3, 2), (MeshConfig(pipe=1, data=-1, tensor=1, zero=3), 1)))], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "mesh", "slices"),
+    [
+        *((kind, ZERO3, 1) for kind in ("v5e", "v5p", "v6e")),
+        *(
+            pytest.param(kind, *rest, marks=pytest.mark.slow)
+            for kind in xla_flags.TPU
+            for rest in ((ALL, 1), (ZERO3, 2), (MeshConfig(pipe=1, data=-1, tensor=1, zero=3), 1))
+        ),
+    ],
+    ids=str,
+)
 def test_every_set_compiles_a_layer_that_zero3_gathers_and_scatters(kind, mesh, slices):
     needs_libtpu(kind)
     assert xla_flags.choose(kind, mesh, slices) == xla_flags.Choice(tuple(of(kind)))
@@ -240,4 +319,6 @@ def test_a_flag_that_parses_and_is_refused_when_it_acts_is_found_out():
 
 def test_a_tpu_flag_that_nobody_knows_is_found_out():
     needs_libtpu("v5p")
-    assert "xla_tpu_invented" in xla_flags.refusal("v5p", ZERO3, 1, ["--xla_tpu_invented_for_a_test=1"])
+    assert "xla_tpu_invented" in xla_flags.refusal(
+        "v5p", ZERO3, 1, ["--xla_tpu_invented_for_a_test=1"]
+    )

@@ -1,7 +1,8 @@
-"""Chinese text by the same recipe: a character is what a word is in English, also in the n-grams of test sets.
+"""Chinese text by the same recipe: a character is what a word is in English, also in the n-grams of
+test sets.
 
-python launch/prepare_data.py --config=configs/data/chinese.py --input=FOLDER --test_sets=EVAL --output=OUT
-python launch/pretrain.py --config=configs/small.py --set=data.path=OUT --workdir=RUN
+python launch/prepare_data.py --config=configs/data/chinese.py --input=FOLDER --test_sets=EVAL
+--output=OUT python launch/pretrain.py --config=configs/small.py --set=data.path=OUT --workdir=RUN
 
 Source: chosen here; the paper's text is English.
 """
@@ -13,6 +14,12 @@ from mtnlg_jax.data.recipe.settings import DecontaminationConfig, QualityConfig,
 
 
 def get_config() -> Recipe:
-    return Recipe(name="chinese", text_key="text|content|paragraphs", clean=CleanConfig(languages=("zh",)),
-                  decontamination=DecontaminationConfig(algorithm=Decontamination(26, 16, words="characters")),
-                  quality=QualityConfig(classifier=ClassifierConfig(units="characters")))
+    return Recipe(
+        name="chinese",
+        text_key="text|content|paragraphs",
+        clean=CleanConfig(languages=("zh",)),
+        decontamination=DecontaminationConfig(
+            algorithm=Decontamination(26, 16, words="characters")
+        ),
+        quality=QualityConfig(classifier=ClassifierConfig(units="characters")),
+    )

@@ -1,7 +1,8 @@
-"""English and Chinese together, half of the samples each, whatever their sizes: FOLDER holds the folders en and zh.
+"""English and Chinese together, half of the samples each, whatever their sizes: FOLDER holds the
+folders en and zh.
 
-python launch/prepare_data.py --config=configs/data/mixed.py --input=FOLDER --test_sets=EVAL --output=OUT
-python launch/pretrain.py --config=configs/small.py --set=data.path=OUT --workdir=RUN
+python launch/prepare_data.py --config=configs/data/mixed.py --input=FOLDER --test_sets=EVAL
+--output=OUT python launch/pretrain.py --config=configs/small.py --set=data.path=OUT --workdir=RUN
 
 Source: chosen here.
 """
@@ -12,8 +13,12 @@ from mtnlg_jax.data.recipe.settings import DecontaminationConfig, Recipe, Source
 
 
 def get_config() -> Recipe:
-    return Recipe(name="mixed",
-                  sources=(Source("en", ("en",), weight=0.5),
-                           Source("zh", ("zh",), weight=0.5, text_key="text|content|paragraphs")),
-                  clean=CleanConfig(languages=("en", "zh")),
-                  decontamination=DecontaminationConfig(algorithm=Decontamination(words="characters")))
+    return Recipe(
+        name="mixed",
+        sources=(
+            Source("en", ("en",), weight=0.5),
+            Source("zh", ("zh",), weight=0.5, text_key="text|content|paragraphs"),
+        ),
+        clean=CleanConfig(languages=("en", "zh")),
+        decontamination=DecontaminationConfig(algorithm=Decontamination(words="characters")),
+    )

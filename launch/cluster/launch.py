@@ -1,13 +1,16 @@
-"""Starts a run of launch/pretrain.py on many hosts, or here in several processes, and starts it again when it fails.
+"""Starts a run of launch/pretrain.py on many hosts, or here in several processes, and starts it
+again when it fails.
 
 python launch/cluster/launch.py --cluster=local --nodes=2 --local_devices=4 --config=C --workdir=RUN
-python launch/cluster/launch.py --cluster=slurm --nodes=4 --chips=8 --option=--partition=gpu --config=C --workdir=RUN
-python launch/cluster/launch.py --cluster=gke_gpu --nodes=4 --chips=8 --accelerator=nvidia-h100-80gb --image=I ...
-python launch/cluster/launch.py --cluster=gke_tpu --nodes=4 --chips=4 --accelerator=tpu-v6e-slice --topology=4x4 ...
-python launch/cluster/launch.py --cluster=tpu_pod --name=TPU --zone=ZONE --config=C --workdir=RUN
+python launch/cluster/launch.py --cluster=slurm --nodes=4 --chips=8 --option=--partition=gpu
+--config=C --workdir=RUN python launch/cluster/launch.py --cluster=gke_gpu --nodes=4 --chips=8
+--accelerator=nvidia-h100-80gb --image=I ... python launch/cluster/launch.py --cluster=gke_tpu
+--nodes=4 --chips=4 --accelerator=tpu-v6e-slice --topology=4x4 ... python launch/cluster/launch.py
+--cluster=tpu_pod --name=TPU --zone=ZONE --config=C --workdir=RUN
 
---dry_run prints what would run, and that is all. --config, --set, --workdir and --flags are launch/pretrain.py's.
-Paths mean the folder in which this is typed; the hosts of gke and tpu_pod lack it, so that theirs are absolute.
+--dry_run prints what would run, and that is all. --config, --set, --workdir and --flags are
+launch/pretrain.py's. Paths mean the folder in which this is typed; the hosts of gke and tpu_pod
+lack it, so that theirs are absolute.
 """
 
 import os
@@ -27,30 +30,58 @@ from mtnlg_jax.config import Config, load_config, map_paths, override, split_arg
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
-# Signals that are passed on to the processes of --cluster=local. SIGHUP stays ignored where it was, as under nohup.
+# Signals that are passed on to the processes of --cluster=local. SIGHUP stays ignored where it was,
+# as under nohup.
 PASSED_ON = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
 
-_CLUSTER = flags.DEFINE_enum("cluster", None, ["local", "slurm", "gke_gpu", "gke_tpu", "tpu_pod"], "where to run",
-                             required=True)
+_CLUSTER = flags.DEFINE_enum(
+    "cluster",
+    None,
+    ["local", "slurm", "gke_gpu", "gke_tpu", "tpu_pod"],
+    "where to run",
+    required=True,
+)
 _CONFIG = command.define_path("config", None, "a file of configs/", required=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run, seen by every host", required=True)
-_SET = flags.DEFINE_multi_string("set", [], "a value of the config, as train.steps=10; repeat for more")
-_FLAGS = flags.DEFINE_enum("flags", "on", ["on", "off"], "the compiler's flags of mtnlg_jax/xla_flags.py")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "folder of the run, seen by every host", required=True
+)
+_SET = flags.DEFINE_multi_string(
+    "set", [], "a value of the config, as train.steps=10; repeat for more"
+)
+_FLAGS = flags.DEFINE_enum(
+    "flags", "on", ["on", "off"], "the compiler's flags of mtnlg_jax/xla_flags.py"
+)
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "print what would run")
 _NAME = flags.DEFINE_string("name", "mtnlg-jax", "of the job; tpu_pod: of the TPU")
-_NODES = flags.DEFINE_integer("nodes", 1, "hosts (gke_tpu: of a slice); local: processes", lower_bound=1)
+_NODES = flags.DEFINE_integer(
+    "nodes", 1, "hosts (gke_tpu: of a slice); local: processes", lower_bound=1
+)
 _CHIPS = flags.DEFINE_integer("chips", 8, "cards or chips of a host", lower_bound=1)
-_RESTARTS = flags.DEFINE_integer("restarts", 20, "how often a failed run is started again", lower_bound=0)
-_OPTION = flags.DEFINE_multi_string("option", [], "slurm: an option of sbatch, as --option=--partition=gpu")
+_RESTARTS = flags.DEFINE_integer(
+    "restarts", 20, "how often a failed run is started again", lower_bound=0
+)
+_OPTION = flags.DEFINE_multi_string(
+    "option", [], "slurm: an option of sbatch, as --option=--partition=gpu"
+)
 _ZONE = flags.DEFINE_string("zone", None, "tpu_pod: of Google Cloud")
-_IMAGE = flags.DEFINE_string("image", None, "gke: a container image with the repository as its working directory")
-_ACCELERATOR = flags.DEFINE_string("accelerator", None, "gke: the node pool's label, as nvidia-h100-80gb")
+_IMAGE = flags.DEFINE_string(
+    "image", None, "gke: a container image with the repository as its working directory"
+)
+_ACCELERATOR = flags.DEFINE_string(
+    "accelerator", None, "gke: the node pool's label, as nvidia-h100-80gb"
+)
 _TOPOLOGY = flags.DEFINE_string("topology", None, "gke_tpu: of a slice, as 4x4")
 _SLICES = flags.DEFINE_integer("slices", 1, "gke_tpu: how many", lower_bound=1)
-_CLAIM = flags.DEFINE_string("claim", None, "gke: the volume claim that holds --workdir and the data")
+_CLAIM = flags.DEFINE_string(
+    "claim", None, "gke: the volume claim that holds --workdir and the data"
+)
 _MOUNT = flags.DEFINE_string("mount", "/runs", "gke: where the claim is mounted")
-_LOCAL_DEVICES = flags.DEFINE_integer("local_devices", None, "local: devices that each process simulates on the CPU")
-_GRACE = flags.DEFINE_integer("grace", 120, "local: seconds for the others to end by themselves after a failure")
+_LOCAL_DEVICES = flags.DEFINE_integer(
+    "local_devices", None, "local: devices that each process simulates on the CPU"
+)
+_GRACE = flags.DEFINE_integer(
+    "grace", 120, "local: seconds for the others to end by themselves after a failure"
+)
 
 
 def main() -> int:
@@ -64,9 +95,17 @@ def main() -> int:
     text = None
     if _CLUSTER.value == "slurm":
         environment["MTNLG_ROOT"] = ROOT
-        argv = ["sbatch", f"--job-name={_NAME.value}", f"--nodes={_NODES.value}", f"--gpus-per-node={_CHIPS.value}",
-                f"--ntasks-per-node={_CHIPS.value}", "--export=ALL", *_OPTION.value, os.path.join(HERE, "slurm.sbatch"),
-                *given]
+        argv = [
+            "sbatch",
+            f"--job-name={_NAME.value}",
+            f"--nodes={_NODES.value}",
+            f"--gpus-per-node={_CHIPS.value}",
+            f"--ntasks-per-node={_CHIPS.value}",
+            "--export=ALL",
+            *_OPTION.value,
+            os.path.join(HERE, "slurm.sbatch"),
+            *given,
+        ]
     elif _CLUSTER.value == "tpu_pod":
         _need(zone=_ZONE.value)
         argv = ["bash", os.path.join(HERE, "tpu_pod.sh"), _NAME.value, _ZONE.value, *given]
@@ -81,41 +120,56 @@ def main() -> int:
     try:
         return subprocess.run(argv, env=os.environ | environment, input=text, text=True).returncode
     except FileNotFoundError:
-        raise ValueError(f"{argv[0]} is not installed here; run this where it is, or see the command with --dry_run"
-                         ) from None
+        raise ValueError(
+            f"{argv[0]} is not installed here; run this where it is, or see the command with --dry_run"
+        ) from None
 
 
 def _flags_here() -> list[str]:
     """The flags of launch/pretrain.py for processes that see the folder in which this was typed."""
     load_config(_CONFIG.value, _SET.value)  # what it refuses is said once, before anything starts
-    return [f"--config={_CONFIG.value}", f"--workdir={command.expand(_WORKDIR.value)}",
-            *(f"--set={value}" for value in _SET.value)]
+    return [
+        f"--config={_CONFIG.value}",
+        f"--workdir={command.expand(_WORKDIR.value)}",
+        *(f"--set={value}" for value in _SET.value),
+    ]
 
 
 def _flags_of_a_host() -> list[str]:
-    """The same for hosts that have the repository alone: --config relative to it, all else absolute."""
+    """The same for hosts that have the repository alone: --config relative to it, all else
+    absolute."""
     config = _CONFIG.value
     # An absolute path may be on the hosts alone.
     if os.path.isfile(split_argument(config)[0]) or not os.path.isabs(config):
         load_config(config, _SET.value)
         config = os.path.relpath(os.path.realpath(config), os.path.realpath(ROOT))
     if config.startswith(os.pardir):
-        raise ValueError(f"--config={_CONFIG.value} lies outside {ROOT}, which is all that the hosts of "
-                         f"--cluster={_CLUSTER.value} have; put it into configs/")
+        raise ValueError(
+            f"--config={_CONFIG.value} lies outside {ROOT}, which is all that the hosts of "
+            f"--cluster={_CLUSTER.value} have; put it into configs/"
+        )
     _refuse_relative("--workdir", _WORKDIR.value)
     for value in _SET.value:
         named = []
         map_paths(override(Config(), value), lambda path, named=named: named.append(path) or path)
         for path in named:
             _refuse_relative(f"--set={value.partition('=')[0]}", path)
-    return [f"--config={config}", f"--workdir={_WORKDIR.value}", *(f"--set={value}" for value in _SET.value)]
+    return [
+        f"--config={config}",
+        f"--workdir={_WORKDIR.value}",
+        *(f"--set={value}" for value in _SET.value),
+    ]
 
 
 def _refuse_relative(flag: str, path: str) -> None:
-    home = path.startswith("~") and _CLUSTER.value == "tpu_pod"  # of each host, whose pretrain.py expands it
+    home = (
+        path.startswith("~") and _CLUSTER.value == "tpu_pod"
+    )  # of each host, whose pretrain.py expands it
     if not (os.path.isabs(path) or "://" in path or home):
-        raise ValueError(f"{flag}: {path!r} means a folder of this machine; give the whole path that it has on the "
-                         f"hosts of --cluster={_CLUSTER.value}, as /runs/a")
+        raise ValueError(
+            f"{flag}: {path!r} means a folder of this machine; give the whole path that it has on the "
+            f"hosts of --cluster={_CLUSTER.value}, as /runs/a"
+        )
 
 
 def manifest(given: list[str]) -> str:
@@ -124,10 +178,22 @@ def manifest(given: list[str]) -> str:
     if _CLUSTER.value == "gke_tpu":
         _need(topology=_TOPOLOGY.value)
     if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", _NAME.value):
-        raise ValueError(f"--name={_NAME.value!r} does not suit Kubernetes: small letters, digits and -, 40 at most")
-    values = {"NAME": _NAME.value, "NODES": _NODES.value, "CHIPS": _CHIPS.value, "RESTARTS": _RESTARTS.value,
-              "IMAGE": _IMAGE.value, "ACCELERATOR": _ACCELERATOR.value, "TOPOLOGY": _TOPOLOGY.value,
-              "SLICES": _SLICES.value, "CLAIM": _CLAIM.value, "MOUNT": _MOUNT.value, "FLAGS": shlex.join(given)}
+        raise ValueError(
+            f"--name={_NAME.value!r} does not suit Kubernetes: small letters, digits and -, 40 at most"
+        )
+    values = {
+        "NAME": _NAME.value,
+        "NODES": _NODES.value,
+        "CHIPS": _CHIPS.value,
+        "RESTARTS": _RESTARTS.value,
+        "IMAGE": _IMAGE.value,
+        "ACCELERATOR": _ACCELERATOR.value,
+        "TOPOLOGY": _TOPOLOGY.value,
+        "SLICES": _SLICES.value,
+        "CLAIM": _CLAIM.value,
+        "MOUNT": _MOUNT.value,
+        "FLAGS": shlex.join(given),
+    }
     with open(os.path.join(HERE, f"{_CLUSTER.value}.yaml")) as file:
         return re.sub(r"@([A-Z]+)@", lambda found: str(values[found[1]]), file.read())
 
@@ -139,7 +205,8 @@ def _need(**values) -> None:
 
 
 def local(given: list[str]) -> int:
-    """Runs --nodes processes here, again after a failure; returns the exit code of the last ones."""
+    """Runs --nodes processes here, again after a failure; returns the exit code of the last
+    ones."""
     stop = threading.Event()
     running: list[subprocess.Popen] = []
     signaled: list[subprocess.Popen] = []
@@ -168,10 +235,18 @@ def local(given: list[str]) -> int:
         running.clear()
         for argv in commands:
             if not stop.is_set():
-                running.append(subprocess.Popen(
-                    argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-                    start_new_session=True, pass_fds=[reading],
-                    env=os.environ | {command.LAUNCHER_PIPE: str(reading)}))
+                running.append(
+                    subprocess.Popen(
+                        argv,
+                        stdout=subprocess.PIPE,
+                        stderr=subprocess.STDOUT,
+                        text=True,
+                        errors="replace",
+                        start_new_session=True,
+                        pass_fds=[reading],
+                        env=os.environ | {command.LAUNCHER_PIPE: str(reading)},
+                    )
+                )
         if stop.is_set():  # a signal while they were started: the last one may have missed it
             for process in running:
                 if process not in signaled:
@@ -184,7 +259,11 @@ def local(given: list[str]) -> int:
         if not any(codes) or final or stop.is_set() or failure > _RESTARTS.value:
             break
         wait = float(os.environ.get("MTNLG_WAIT", min(10 * 2 ** (failure - 1), 300)))
-        print(f"exit codes {codes}: failure {failure}, starting again in {wait:g} s", file=sys.stderr, flush=True)
+        print(
+            f"exit codes {codes}: failure {failure}, starting again in {wait:g} s",
+            file=sys.stderr,
+            flush=True,
+        )
         if stop.wait(wait):
             break
     return code
@@ -192,13 +271,22 @@ def local(given: list[str]) -> int:
 
 def _local_command(given: list[str], port: int, process: int) -> list[str]:
     devices = [f"--local_devices={_LOCAL_DEVICES.value}"] if _LOCAL_DEVICES.value else []
-    return [sys.executable, os.path.join(ROOT, "launch", "pretrain.py"), *given, "--noprogress", *devices,
-            f"--coordinator=localhost:{port}", f"--processes={_NODES.value}", f"--process_id={process}"]
+    return [
+        sys.executable,
+        os.path.join(ROOT, "launch", "pretrain.py"),
+        *given,
+        "--noprogress",
+        *devices,
+        f"--coordinator=localhost:{port}",
+        f"--processes={_NODES.value}",
+        f"--process_id={process}",
+    ]
 
 
 def _follow(running: list[subprocess.Popen]) -> list[int]:
-    """Exit codes of all (128 + n for signal n), whose lines it prints with the number of each; what has not ended
-    --grace seconds after the first failure is killed."""
+    """Exit codes of all (128 + n for signal n), whose lines it prints with the number of each; what
+    has not ended --grace seconds after the first failure is killed."""
+
     def say(number, process):
         for line in process.stdout:
             if not line.startswith("[Gloo] Rank"):  # one line for every group of devices
@@ -217,7 +305,10 @@ def _follow(running: list[subprocess.Popen]) -> list[int]:
                 process.kill()
     for reader in readers:
         reader.join()
-    return [128 - process.returncode if process.returncode < 0 else process.returncode for process in running]
+    return [
+        128 - process.returncode if process.returncode < 0 else process.returncode
+        for process in running
+    ]
 
 
 if __name__ == "__main__":

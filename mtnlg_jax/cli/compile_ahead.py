@@ -1,13 +1,15 @@
 """Compiles a step for accelerators that are not here, and says whether it fits and what it does:
 
-    python launch/compile_ahead.py --config=configs/mtnlg_530b.py --topology=v5p:8x8x16 --set=mesh.pipe=1 \
+    python launch/compile_ahead.py --config=configs/mtnlg_530b.py --topology=v5p:8x8x16
+    --set=mesh.pipe=1 \
         --set=mesh.data=128 --set=mesh.zero=3 --set=train.rampup_batch_size=none
 
-A train step is compiled with the compiler's flags that launch/pretrain.py sets on these chips; the report names them.
+A train step is compiled with the compiler's flags that launch/pretrain.py sets on these chips; the
+report names them.
 
-Topologies: v4, v5p, tpu7x (three sizes), v5e, v6e (two), each with *N for N slices; A100, H100, H200, B200 as
-hosts x cards; cpu:N. Needs the extra `ahead`, but for cpu. Exit codes: 0 it compiles and, as far as memory is known,
-fits; 1 it does not fit, or the compiler died; 2 bad input.
+Topologies: v4, v5p, tpu7x (three sizes), v5e, v6e (two), each with *N for N slices; A100, H100,
+H200, B200 as hosts x cards; cpu:N. Needs the extra `ahead`, but for cpu. Exit codes: 0 it compiles
+and, as far as memory is known, fits; 1 it does not fit, or the compiler died; 2 bad input.
 """
 
 import os
@@ -17,15 +19,28 @@ from absl import flags
 from mtnlg_jax import command
 
 _CONFIG = command.define_path("config", None, "a file of configs/", required=True)
-_SET = flags.DEFINE_multi_string("set", [], "a value of the config, as mesh.tensor=8; repeat for more")
-_TOPOLOGY = flags.DEFINE_string("topology", None, "as v5p:8x8x16, v5p:8x8x8*2, H100:280x8, cpu:8", required=True)
+_SET = flags.DEFINE_multi_string(
+    "set", [], "a value of the config, as mesh.tensor=8; repeat for more"
+)
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "as v5p:8x8x16, v5p:8x8x8*2, H100:280x8, cpu:8", required=True
+)
 _STEP = flags.DEFINE_enum("step", "train", ["train", "prefill", "decode"], "which step")
-_TARGET_CONFIG = command.define_path("target_config", None, "description of the GPU, dumped from a real card; default: "
-                                     "the project's")
-_MEMORY = flags.DEFINE_float("memory", None, "GiB that a device has; default: what the compiler or the card says", 0.0)
-_PROVE = flags.DEFINE_integer("prove", 2, "how many changes to compile where the step does not fit", 0)
-_FLAGS = flags.DEFINE_enum("flags", "on", ["on", "off"], "compile a train step with the compiler's flags that "
-                           "launch/pretrain.py sets")
+_TARGET_CONFIG = command.define_path(
+    "target_config", None, "description of the GPU, dumped from a real card; default: the project's"
+)
+_MEMORY = flags.DEFINE_float(
+    "memory", None, "GiB that a device has; default: what the compiler or the card says", 0.0
+)
+_PROVE = flags.DEFINE_integer(
+    "prove", 2, "how many changes to compile where the step does not fit", 0
+)
+_FLAGS = flags.DEFINE_enum(
+    "flags",
+    "on",
+    ["on", "off"],
+    "compile a train step with the compiler's flags that launch/pretrain.py sets",
+)
 _JSON = command.define_path("json", None, "file for the measurement, as JSON")
 _TEXT = command.define_path("hlo", None, "file for the compiled program's text")
 
@@ -36,12 +51,21 @@ def main() -> int:
 
     for flag in (_JSON, _TEXT):
         if flag.value and not os.path.isdir(os.path.dirname(flag.value) or "."):
-            raise FileNotFoundError(f"--{flag.name}={flag.value} lies in a folder that does not exist; make it first")
+            raise FileNotFoundError(
+                f"--{flag.name}={flag.value} lies in a folder that does not exist; make it first"
+            )
     described = topology.parse(_TOPOLOGY.value)
     config = load_config(_CONFIG.value, _SET.value)
     memory = None if _MEMORY.value is None else int(_MEMORY.value * topology.GIB)
-    result = aot.measure(config, described, _STEP.value, _TARGET_CONFIG.value, memory, _TEXT.value,
-                             _FLAGS.value == "on")
+    result = aot.measure(
+        config,
+        described,
+        _STEP.value,
+        _TARGET_CONFIG.value,
+        memory,
+        _TEXT.value,
+        _FLAGS.value == "on",
+    )
     print(report.render(config, result), flush=True)
     if _JSON.value:
         with open(_JSON.value + ".new", "w", encoding="utf-8") as file:
@@ -49,8 +73,9 @@ def main() -> int:
         os.replace(_JSON.value + ".new", _JSON.value)
     if result.fits or (result.fits is None and not result.failure):
         return 0
-    for line in suggest.way_out(config, described, result, _TARGET_CONFIG.value, memory, _PROVE.value,
-                                _FLAGS.value == "on"):
+    for line in suggest.way_out(
+        config, described, result, _TARGET_CONFIG.value, memory, _PROVE.value, _FLAGS.value == "on"
+    ):
         print(line, flush=True)
     return 1
 

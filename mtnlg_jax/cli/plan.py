@@ -1,7 +1,9 @@
 """How a run lies on a mesh, and which mesh to choose, by arithmetic; nothing is allocated.
 
-    python launch/plan.py --config=configs/mtnlg_530b.py                     every tensor: what a device has of it
-    python launch/plan.py --config=configs/mtnlg_530b.py --chips=H100:1024   the fastest layouts on these chips
+    python launch/plan.py --config=configs/mtnlg_530b.py                     every tensor: what a
+        device has of it
+    python launch/plan.py --config=configs/mtnlg_530b.py --chips=H100:1024   the fastest layouts on
+        these chips
     python launch/plan.py --calibrate=RUN --chips=H100:8                     how fast RUN went
 
 The last writes RUN/calibration.json, which the second takes as --calibration=FILE.
@@ -14,18 +16,34 @@ from absl import flags
 
 from mtnlg_jax import command
 
-_MTNLG = Path(__file__).resolve().parents[2] / "configs" / "mtnlg_530b.py"  # not there where a wheel is installed
-_CONFIG = command.define_path("config", str(_MTNLG) if _MTNLG.is_file() else None,
-                              "a file of configs/")
-_SET = flags.DEFINE_multi_string("set", [], "a value of the config, as mesh.tensor=4; repeat for more")
-_DEVICES = flags.DEFINE_integer("devices", None, "devices of the table, where mesh.data=-1 takes what is left; "
-                                "default: one replica", lower_bound=1)
-_CHIPS = flags.DEFINE_string("chips", None, "kind and number, as H100:1024 or v5p:1024: rank the layouts on them")
+_MTNLG = (
+    Path(__file__).resolve().parents[2] / "configs" / "mtnlg_530b.py"
+)  # not there where a wheel is installed
+_CONFIG = command.define_path(
+    "config", str(_MTNLG) if _MTNLG.is_file() else None, "a file of configs/"
+)
+_SET = flags.DEFINE_multi_string(
+    "set", [], "a value of the config, as mesh.tensor=4; repeat for more"
+)
+_DEVICES = flags.DEFINE_integer(
+    "devices",
+    None,
+    "devices of the table, where mesh.data=-1 takes what is left; default: one replica",
+    lower_bound=1,
+)
+_CHIPS = flags.DEFINE_string(
+    "chips", None, "kind and number, as H100:1024 or v5p:1024: rank the layouts on them"
+)
 _TOP = flags.DEFINE_integer("top", 5, "how many layouts to print", lower_bound=1)
-_CALIBRATION = command.define_path("calibration", None, "a calibration.json: its efficiency instead of MT-NLG's")
-_CALIBRATE = command.define_path("calibrate", None, "a run's folder: measure its efficiency on --chips")
+_CALIBRATION = command.define_path(
+    "calibration", None, "a calibration.json: its efficiency instead of MT-NLG's"
+)
+_CALIBRATE = command.define_path(
+    "calibrate", None, "a run's folder: measure its efficiency on --chips"
+)
 
-VOCABULARY = 51200  # for configs whose tokenizer decides: GPT-2's 50,257, padded to a multiple of 128 x tensor 8
+# for configs whose tokenizer decides: GPT-2's 50,257, padded to a multiple of 128 x tensor 8
+VOCABULARY = 51200
 CHINCHILLA = 20  # tokens a parameter (Hoffmann 2022)
 
 
@@ -35,7 +53,9 @@ def main() -> None:
 
     if _CALIBRATE.value:
         if not _CHIPS.value:
-            raise ValueError("--calibrate needs --chips: the kind and number of chips that the run used, as H100:8")
+            raise ValueError(
+                "--calibrate needs --chips: the kind and number of chips that the run used, as H100:8"
+            )
         from mtnlg_jax.planning.calibration import calibrate
 
         print(calibrate(_CALIBRATE.value, *parse_chips(_CHIPS.value)))
@@ -45,16 +65,21 @@ def main() -> None:
     chips = parse_chips(_CHIPS.value) if _CHIPS.value else None
     config = load_config(_CONFIG.value, _SET.value)
     if config.model.vocab_size is None:
-        print(f"model.vocab_size is the tokenizer's; planned with {VOCABULARY:,}, --set=model.vocab_size=... for "
-              "another")
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=VOCABULARY))
+        print(
+            f"model.vocab_size is the tokenizer's; planned with {VOCABULARY:,}, --set=model.vocab_size=... for "
+            "another"
+        )
+        config = dataclasses.replace(
+            config, model=dataclasses.replace(config.model, vocab_size=VOCABULARY)
+        )
     if chips:
         print_layouts(config, *chips)
     else:
         print_table(config)
 
 
-# --- the table ------------------------------------------------------------------------------------------------
+# --- the table
+# ------------------------------------------------------------------------------------------------
 
 
 def print_table(config) -> None:
@@ -69,34 +94,75 @@ def print_table(config) -> None:
     config = dataclasses.replace(config, mesh=dataclasses.replace(mesh, data=sizes["data"]))
     validate(config)
     rows = plan_table(abstract_model(config.model)[1], sizes, mesh.zero)
-    memory = Job(config, None).memory(layout_of(config))  # before the first line: it may not fit together
+    memory = Job(config, None).memory(
+        layout_of(config)
+    )  # before the first line: it may not fit together
 
-    print(f"{config.name}: {config.model.parameter_count():,} parameters on "
-          + " x ".join(f"{axis} {size}" for axis, size in sizes.items())
-          + f" = {replica * sizes['data']:,} devices, zero {mesh.zero}\n")
-    cells = [(row.path, row.dims, " ".join(map(str, row.shape)), " ".join(axis or "-" for axis in row.spec),
-              f"{row.bytes:,}") for row in rows]
-    print_columns([("tensor", "dims", "shape", "split over", "bytes a device"), *cells,
-                   ("all, float32", "", "", "", f"{sum(row.bytes for row in rows):,}")], left=4)
-    print("\nGiB a device in a step: " + ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items())
-          + f"; together {sum(memory.values()) / 2**30:.1f}\n"
-          f"masters, moments and gradients are float32, weights {config.train.compute_dtype}; recompute "
-          f"{config.train.recompute}, micro-batches of {layout_of(config).micro_batch_size}")
+    print(
+        f"{config.name}: {config.model.parameter_count():,} parameters on "
+        + " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+        + f" = {replica * sizes['data']:,} devices, zero {mesh.zero}\n"
+    )
+    cells = [
+        (
+            row.path,
+            row.dims,
+            " ".join(map(str, row.shape)),
+            " ".join(axis or "-" for axis in row.spec),
+            f"{row.bytes:,}",
+        )
+        for row in rows
+    ]
+    print_columns(
+        [
+            ("tensor", "dims", "shape", "split over", "bytes a device"),
+            *cells,
+            ("all, float32", "", "", "", f"{sum(row.bytes for row in rows):,}"),
+        ],
+        left=4,
+    )
+    print(
+        "\nGiB a device in a step: "
+        + ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items())
+        + f"; together {sum(memory.values()) / 2**30:.1f}\n"
+        f"masters, moments and gradients are float32, weights {config.train.compute_dtype}; recompute "
+        f"{config.train.recompute}, micro-batches of {layout_of(config).micro_batch_size}"
+    )
 
 
 def print_columns(lines: list[tuple[str, ...]], left: int) -> None:
     """Aligned columns, the first ``left`` of them to the left."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
-        cells = [cell.ljust(width) if i < left else cell.rjust(width)
-                 for i, (cell, width) in enumerate(zip(line, widths, strict=True))]
+        cells = [
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
         print("  ".join(cells).rstrip())
 
 
-# --- layouts --------------------------------------------------------------------------------------------------
+# --- layouts
+# --------------------------------------------------------------------------------------------------
 
-HEADER = ("", "pipe", "data", "context", "tensor", "zero", "schedule", "flush", "micro", "recompute", "step",
-          "tokens/s", "MFU", "HFU", "bubble", "GiB of {}", "binds")
+HEADER = (
+    "",
+    "pipe",
+    "data",
+    "context",
+    "tensor",
+    "zero",
+    "schedule",
+    "flush",
+    "micro",
+    "recompute",
+    "step",
+    "tokens/s",
+    "MFU",
+    "HFU",
+    "bubble",
+    "GiB of {}",
+    "binds",
+)
 
 
 def print_layouts(config, name: str, number: int) -> None:
@@ -106,7 +172,8 @@ def print_layouts(config, name: str, number: int) -> None:
 
     chip = CHIPS[name]
     devices = number * chip.devices
-    efficiency, origin = EFFICIENCY, "MT-NLG's on A100s; your own with --calibrate"
+    efficiency = EFFICIENCY
+    origin = "MT-NLG's on A100s; your own with --calibrate"
     if _CALIBRATION.value:
         from mtnlg_jax.planning.calibration import read_calibration
 
@@ -116,14 +183,17 @@ def print_layouts(config, name: str, number: int) -> None:
     if not found:
         raise ValueError(what_is_missing(job, name, number))
 
-    print(f"{config.name}: {_amount(config.model.parameter_count())} parameters, {config.train.global_batch_size:,} "
-          f"sequences of {config.sequence_length:,} tokens a step\n"
-          f"{number:,} {name}" + (f" = {devices:,} devices, each" if chip.devices > 1 else ", each")
-          + f" {chip.flops / 1e12:.0f} TFLOP/s bf16, {chip.memory / 2**30:.1f} GiB at {chip.memory_speed / 1e12:.2f} "
-          f"TB/s, {chip.fast / 1e9:.0f} GB/s among {chip.domain:,}, {chip.slow / 1e9:g} GB/s beyond\n"
-          f"({chip.source}, {chip.date})\n"
-          f"products at {efficiency:.1%} of peak ({origin}); up to {MEMORY_SHARE:.0%} of memory is used\n")
-    marked = [(str(i), estimate) for i, estimate in enumerate(found[:_TOP.value], 1)]
+    print(
+        f"{config.name}: {_amount(config.model.parameter_count())} parameters, {config.train.global_batch_size:,} "
+        f"sequences of {config.sequence_length:,} tokens a step\n"
+        f"{number:,} {name}"
+        + (f" = {devices:,} devices, each" if chip.devices > 1 else ", each")
+        + f" {chip.flops / 1e12:.0f} TFLOP/s bf16, {chip.memory / 2**30:.1f} GiB at {chip.memory_speed / 1e12:.2f} "
+        f"TB/s, {chip.fast / 1e9:.0f} GB/s among {chip.domain:,}, {chip.slow / 1e9:g} GB/s beyond\n"
+        f"({chip.source}, {chip.date})\n"
+        f"products at {efficiency:.1%} of peak ({origin}); up to {MEMORY_SHARE:.0%} of memory is used\n"
+    )
+    marked = [(str(i), estimate) for i, estimate in enumerate(found[: _TOP.value], 1)]
     own = own_layout(config, devices)
     if own and own not in (estimate.layout for _, estimate in marked):
         marked.append(("own", job.estimate(own)))
@@ -131,23 +201,38 @@ def print_layouts(config, name: str, number: int) -> None:
     print_columns([header, *(_cells(mark, estimate) for mark, estimate in marked)], left=0)
     for mark, estimate in marked:
         seconds = estimate.step_seconds
-        idle, over = devices - estimate.layout.devices, estimate.bytes - job.room
-        chosen = "the config as it is" if mark == "own" else " ".join(flags_of(config, estimate.layout))
-        print(f"\n{mark}: {chosen or 'the config as it is'}\n   "
-              + ", ".join(f"{what} {part / seconds:.1%}" for what, part in estimate.seconds.items()
-                          if part > 0.0005 * seconds)
-              + (f"; {estimate.hidden / seconds:.0%} more is traffic behind products" if estimate.hidden else "")
-              + (f"; {idle:,} devices idle" if idle else "")
-              + (f"; DOES NOT FIT by {over / 2**30:.1f} GiB" if over > 0 else ""))
+        idle = devices - estimate.layout.devices
+        over = estimate.bytes - job.room
+        chosen = (
+            "the config as it is" if mark == "own" else " ".join(flags_of(config, estimate.layout))
+        )
+        print(
+            f"\n{mark}: {chosen or 'the config as it is'}\n   "
+            + ", ".join(
+                f"{what} {part / seconds:.1%}"
+                for what, part in estimate.seconds.items()
+                if part > 0.0005 * seconds
+            )
+            + (
+                f"; {estimate.hidden / seconds:.0%} more is traffic behind products"
+                if estimate.hidden
+                else ""
+            )
+            + (f"; {idle:,} devices idle" if idle else "")
+            + (f"; DOES NOT FIT by {over / 2**30:.1f} GiB" if over > 0 else "")
+        )
     print()
     print_lengths(config, found[0])
     print_what_the_ramp_costs(job, devices, found[0])
-    print("MFU by PaLM's count, 6 N + 12 L H Q T a token: attention in full, nothing recomputed; HFU with it. "
-          "Bound by memory: by recomputing for want of it")
+    print(
+        "MFU by PaLM's count, 6 N + 12 L H Q T a token: attention in full, nothing recomputed; HFU with it. "
+        "Bound by memory: by recomputing for want of it"
+    )
 
 
 def own_layout(config, devices: int):
-    """The layout of the config as it stands; None where it takes more devices or one that is not allowed here."""
+    """The layout of the config as it stands; None where it takes more devices or one that is not
+    allowed here."""
     from mtnlg_jax.config import validate
     from mtnlg_jax.planning.cost import layout_of
 
@@ -166,10 +251,22 @@ def _cells(mark: str, estimate) -> tuple[str, ...]:
     schedule = "-" if layout.pipe == 1 else layout.schedule
     if layout.virtual_pipe > 1:
         schedule += f" x {layout.virtual_pipe}"
-    return (mark, *map(str, layout.mesh), str(layout.zero), schedule, str(layout.flush or "-"),
-            str(layout.micro_batch_size), layout.recompute, _time(estimate.step_seconds),
-            f"{estimate.tokens_per_second:,.0f}", f"{estimate.mfu:.1%}", f"{estimate.hfu:.1%}",
-            f"{estimate.bubble:.1%}", f"{estimate.bytes / 2**30:.1f}", estimate.binds)
+    return (
+        mark,
+        *map(str, layout.mesh),
+        str(layout.zero),
+        schedule,
+        str(layout.flush or "-"),
+        str(layout.micro_batch_size),
+        layout.recompute,
+        _time(estimate.step_seconds),
+        f"{estimate.tokens_per_second:,.0f}",
+        f"{estimate.mfu:.1%}",
+        f"{estimate.hfu:.1%}",
+        f"{estimate.bubble:.1%}",
+        f"{estimate.bytes / 2**30:.1f}",
+        estimate.binds,
+    )
 
 
 def _amount(number: float) -> str:
@@ -191,14 +288,18 @@ def print_lengths(config, best) -> None:
 
     optimal = CHINCHILLA * config.model.parameter_count()
     own = samples_before(config.train, config.train.steps) * config.sequence_length
-    for tokens, what in ((optimal, f"compute-optimal, {CHINCHILLA} tokens a parameter"),
-                         (own, f"this config's {config.train.steps:,} steps")):
-        print(f"{_amount(tokens)} tokens ({what}): {_time(tokens / best.tokens_per_second)} at full batch")
+    for tokens, what in (
+        (optimal, f"compute-optimal, {CHINCHILLA} tokens a parameter"),
+        (own, f"this config's {config.train.steps:,} steps"),
+    ):
+        print(
+            f"{_amount(tokens)} tokens ({what}): {_time(tokens / best.tokens_per_second)} at full batch"
+        )
 
 
 def print_what_the_ramp_costs(job, devices: int, best) -> None:
-    """A ramp's small batches must split over data and not wait for a whole flush; says so where the run could be much
-    faster without."""
+    """A ramp's small batches must split over data and not wait for a whole flush; says so where the
+    run could be much faster without."""
     from mtnlg_jax.planning.cost import Job
     from mtnlg_jax.planning.search import search
 
@@ -208,9 +309,11 @@ def print_what_the_ramp_costs(job, devices: int, best) -> None:
     flat = dataclasses.replace(job.config, train=dataclasses.replace(train, rampup_batch_size=None))
     faster = search(Job(flat, job.chip, job.efficiency), devices)[0]
     if faster.step_seconds < 0.98 * best.step_seconds:
-        print(f"the batch ramp asks that data x micro divide {train.rampup_batch_size[0]} and that circular pipelines "
-              f"flush; without it (--set=train.rampup_batch_size=None) a step takes {_time(faster.step_seconds)} on "
-              + " x ".join(map(str, faster.layout.mesh)))
+        print(
+            f"the batch ramp asks that data x micro divide {train.rampup_batch_size[0]} and that circular pipelines "
+            f"flush; without it (--set=train.rampup_batch_size=None) a step takes {_time(faster.step_seconds)} on "
+            + " x ".join(map(str, faster.layout.mesh))
+        )
 
 
 def what_is_missing(job, name: str, number: int) -> str:
@@ -221,12 +324,18 @@ def what_is_missing(job, name: str, number: int) -> str:
     best = leanest(job, number * job.chip.devices)
     largest = sorted(best.memory, key=best.memory.get)[:-3:-1]
     enough = smallest_devices(job)
-    return (f"{job.config.name} does not fit {number:,} {name}: the leanest layout, pipe x data x context x tensor "
-            f"{' x '.join(map(str, best.layout.mesh))} with zero {best.layout.zero}, needs "
-            f"{best.bytes / 2**30:.1f} GiB a device of {job.room / 2**30:.1f} ({MEMORY_SHARE:.0%} of its memory), "
-            "most for " + " and ".join(f"{what} ({best.memory[what] / 2**30:.1f})" for what in largest)
-            + (f"; {-(-enough // job.chip.devices):,} {name} would do" if enough else
-               "; no number of them would do: lower train.global_batch_size or the sequence"))
+    return (
+        f"{job.config.name} does not fit {number:,} {name}: the leanest layout, pipe x data x context x tensor "
+        f"{' x '.join(map(str, best.layout.mesh))} with zero {best.layout.zero}, needs "
+        f"{best.bytes / 2**30:.1f} GiB a device of {job.room / 2**30:.1f} ({MEMORY_SHARE:.0%} of its memory), "
+        "most for "
+        + " and ".join(f"{what} ({best.memory[what] / 2**30:.1f})" for what in largest)
+        + (
+            f"; {-(-enough // job.chip.devices):,} {name} would do"
+            if enough
+            else "; no number of them would do: lower train.global_batch_size or the sequence"
+        )
+    )
 
 
 def run() -> None:

@@ -1,18 +1,23 @@
-"""Trains one run: python launch/pretrain.py --config=configs/small.py --set=data.path=OUT --workdir=RUN
+"""Trains one run: python launch/pretrain.py --config=configs/small.py --set=data.path=OUT
+--workdir=RUN
 
-Megatron's PREFIX.bin and PREFIX.idx train as they are: --set=data.path=PREFIX --set=data.tokenizer=FOLDER. The last
-hundredth of the documents is held out (--set=data.heldout=SHARE, or another PREFIX).
+Megatron's PREFIX.bin and PREFIX.idx train as they are: --set=data.path=PREFIX
+--set=data.tokenizer=FOLDER. The last hundredth of the documents is held out
+(--set=data.heldout=SHARE, or another PREFIX).
 
---init=RUN starts from the parameters of another run, or of a converted model, as to adapt it to a task: configs/
-finetune_*.py. The data must have been prepared with its tokenizer, and the config must have its model.
+--init=RUN starts from the parameters of another run, or of a converted model, as to adapt it to a
+task: configs/ finetune_*.py. The data must have been prepared with its tokenizer, and the config
+must have its model.
 
-Start it again with the same flags to go on where it stopped. On SLURM, TPU pods and GKE start it once on every host
-or for every card (launch/cluster/launch.py does); elsewhere with --coordinator=HOST:PORT --processes=N --process_id=I.
+Start it again with the same flags to go on where it stopped. On SLURM, TPU pods and GKE start it
+once on every host or for every card (launch/cluster/launch.py does); elsewhere with
+--coordinator=HOST:PORT --processes=N --process_id=I.
 
-Exit codes: 0 done, 2 bad input, 3 diverged, 4 no step was done in time (RUN/stacks-PROCESS.txt), 5 the processes
-disagree, 6 another process ended (134: so JAX found), 74 reading or writing failed for a reason that may pass, 75
-stopped by a signal (SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2, SIGXCPU) with its state saved. 4, 6, 74, 75, 134 and a
-kill are worth another start of all processes.
+Exit codes: 0 done, 2 bad input, 3 diverged, 4 no step was done in time (RUN/stacks-PROCESS.txt), 5
+the processes disagree, 6 another process ended (134: so JAX found), 74 reading or writing failed
+for a reason that may pass, 75 stopped by a signal (SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2,
+SIGXCPU) with its state saved. 4, 6, 74, 75, 134 and a kill are worth another start of all
+processes.
 """
 
 import functools
@@ -23,18 +28,34 @@ from absl import flags
 from mtnlg_jax import command
 
 _CONFIG = command.define_path("config", None, "a file of configs/", required=True)
-_SET = flags.DEFINE_multi_string("set", [], "a value of the config, as train.steps=10; repeat for more")
+_SET = flags.DEFINE_multi_string(
+    "set", [], "a value of the config, as train.steps=10; repeat for more"
+)
 _WORKDIR = command.define_path("workdir", None, "folder of the run", required=True)
-_INIT = command.define_path("init", None, "folder of a run to start from: its best parameters, and nothing else of it")
+_INIT = command.define_path(
+    "init", None, "folder of a run to start from: its best parameters, and nothing else of it"
+)
 _PROGRESS = flags.DEFINE_bool("progress", True, "show a progress bar")
-_DISTRIBUTED = flags.DEFINE_enum("distributed", "auto", ["auto", "on", "off"],
-                                 "join the processes that SLURM, a TPU pod or GKE tells of; on: insist on it")
-_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, the same in every process")
+_DISTRIBUTED = flags.DEFINE_enum(
+    "distributed",
+    "auto",
+    ["auto", "on", "off"],
+    "join the processes that SLURM, a TPU pod or GKE tells of; on: insist on it",
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of process 0, the same in every process"
+)
 _PROCESSES = flags.DEFINE_integer("processes", None, "how many there are")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "which one this is, from 0 on")
-_LOCAL_DEVICES = flags.DEFINE_integer("local_devices", None, "simulate so many devices on the CPU of this process")
-_COORDINATOR_TIMEOUT = flags.DEFINE_integer("coordinator_timeout", 300, "seconds to wait for all processes to come")
-_FLAGS = flags.DEFINE_enum("flags", "on", ["on", "off"], "set the compiler's flags that mtnlg_jax/xla_flags.py lists")
+_LOCAL_DEVICES = flags.DEFINE_integer(
+    "local_devices", None, "simulate so many devices on the CPU of this process"
+)
+_COORDINATOR_TIMEOUT = flags.DEFINE_integer(
+    "coordinator_timeout", 300, "seconds to wait for all processes to come"
+)
+_FLAGS = flags.DEFINE_enum(
+    "flags", "on", ["on", "off"], "set the compiler's flags that mtnlg_jax/xla_flags.py lists"
+)
 
 
 def main() -> None:
@@ -45,13 +66,24 @@ def main() -> None:
 
     compat.quiet()
     compat.configure_cache()
-    config = load_config(_CONFIG.value, [*_SET.value, *([f"train.init={_INIT.value}"] if _INIT.value else [])])
-    processes.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value, config.train.heartbeat_seconds,
-                    _LOCAL_DEVICES.value, _DISTRIBUTED.value, _COORDINATOR_TIMEOUT.value)
+    config = load_config(
+        _CONFIG.value, [*_SET.value, *([f"train.init={_INIT.value}"] if _INIT.value else [])]
+    )
+    processes.start(
+        _COORDINATOR.value,
+        _PROCESSES.value,
+        _PROCESS_ID.value,
+        config.train.heartbeat_seconds,
+        _LOCAL_DEVICES.value,
+        _DISTRIBUTED.value,
+        _COORDINATOR_TIMEOUT.value,
+    )
     if _FLAGS.value == "on":
         xla_flags.set_flags(config.mesh, config.train.recompute)
     with processes.leaving_at_once():
-        summary = train(config, _WORKDIR.value, _PROGRESS.value, functools.partial(print, flush=True))
+        summary = train(
+            config, _WORKDIR.value, _PROGRESS.value, functools.partial(print, flush=True)
+        )
         if processes.is_first():
             print(describe(summary))
 

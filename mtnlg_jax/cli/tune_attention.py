@@ -1,9 +1,10 @@
 """Times attention on this machine and writes what is fastest: python launch/tune_attention.py
 
-Tries the block sizes of every kernel that runs here, and every implementation, on random data, and writes the best
-into the table that attention() reads (--table, by default the package's own). An entry that is there for the same
-device, implementation, pass and shape gives way; all others stay. The table is written after each shape, so what a
-stopped sweep has found is kept. Exit codes: 0 done, 2 bad input.
+Tries the block sizes of every kernel that runs here, and every implementation, on random data, and
+writes the best into the table that attention() reads (--table, by default the package's own). An
+entry that is there for the same device, implementation, pass and shape gives way; all others stay.
+The table is written after each shape, so what a stopped sweep has found is kept. Exit codes: 0
+done, 2 bad input.
 
     --lengths=512,2048 --widths=128 --dtypes=bfloat16 --impls=pallas_gpu,cudnn
 """
@@ -18,18 +19,25 @@ from mtnlg_jax import command
 
 _TABLE = command.define_path("table", None, "file to write; default: the package's own blocks.json")
 _IMPLS = flags.DEFINE_list("impls", None, "what to time; default: all that run here")
-_LENGTHS = flags.DEFINE_list("lengths", None, "T = S; default: 128 to 2048 on CPU, 512 to 16384 elsewhere")
+_LENGTHS = flags.DEFINE_list(
+    "lengths", None, "T = S; default: 128 to 2048 on CPU, 512 to 16384 elsewhere"
+)
 _WIDTHS = flags.DEFINE_list("widths", ["64", "128", "160"], "head widths")
 _DTYPES = flags.DEFINE_list("dtypes", None, "default: float32 on CPU, bfloat16 elsewhere")
-_HEADS = flags.DEFINE_integer("heads", None, "query heads; default: 4 on CPU, 16 elsewhere", lower_bound=1)
-_TOKENS = flags.DEFINE_integer("tokens", None, "rows x length; default: 1024 on CPU, 16384 elsewhere", lower_bound=1)
+_HEADS = flags.DEFINE_integer(
+    "heads", None, "query heads; default: 4 on CPU, 16 elsewhere", lower_bound=1
+)
+_TOKENS = flags.DEFINE_integer(
+    "tokens", None, "rows x length; default: 1024 on CPU, 16384 elsewhere", lower_bound=1
+)
 _CAUSAL = flags.DEFINE_enum("causal", "both", ["both", "yes", "no"], "masking")
 
 KEY = ("device", "impl", "dtype", "head_width", "length", "causal", "pass")
 
 
 def main() -> None:
-    lengths, widths = _numbers("lengths", _LENGTHS.value), _numbers("widths", _WIDTHS.value)
+    lengths = _numbers("lengths", _LENGTHS.value)
+    widths = _numbers("widths", _WIDTHS.value)
 
     from mtnlg_jax import compat
     from mtnlg_jax.model.kernels import blocks, select, tune
@@ -40,31 +48,49 @@ def main() -> None:
     dtypes = _DTYPES.value or (["float32"] if cpu else ["bfloat16"])
     for dtype in dtypes:
         if dtype not in select.FLOATS:
-            raise ValueError(f"--dtypes: {dtype!r} is not known; choose of {', '.join(select.FLOATS)}")
-    here = [name for name in select.SUPPORT if any(name in tune.impls_here(dtype) for dtype in dtypes)]
+            raise ValueError(
+                f"--dtypes: {dtype!r} is not known; choose of {', '.join(select.FLOATS)}"
+            )
+    here = [
+        name for name in select.SUPPORT if any(name in tune.impls_here(dtype) for dtype in dtypes)
+    ]
     for name in _IMPLS.value or []:
         if name not in here:
-            raise ValueError(f"--impls: {name!r} does not run on {select.device()} in {', '.join(dtypes)}; "
-                             f"choose of {', '.join(here)}")
+            raise ValueError(
+                f"--impls: {name!r} does not run on {select.device()} in {', '.join(dtypes)}; "
+                f"choose of {', '.join(here)}"
+            )
     path = Path(_TABLE.value or str(blocks.TABLE))
     rows = _read(path)
-    sweep = tune.sweep(_IMPLS.value or here, lengths or ([128, 256, 512, 1024, 2048] if cpu else
-                                                         [512, 1024, 2048, 4096, 8192, 16384]), widths, dtypes,
-                       heads=_HEADS.value or (4 if cpu else 16), tokens=_TOKENS.value or (1024 if cpu else 16384),
-                       causal={"both": (True, False), "yes": (True,), "no": (False,)}[_CAUSAL.value])
+    sweep = tune.sweep(
+        _IMPLS.value or here,
+        lengths or ([128, 256, 512, 1024, 2048] if cpu else [512, 1024, 2048, 4096, 8192, 16384]),
+        widths,
+        dtypes,
+        heads=_HEADS.value or (4 if cpu else 16),
+        tokens=_TOKENS.value or (1024 if cpu else 16384),
+        causal={"both": (True, False), "yes": (True,), "no": (False,)}[_CAUSAL.value],
+    )
     for row in sweep:
         rows = [old for old in rows if any(old[name] != row[name] for name in KEY)] + [row]
         write_file(path.parent, path.name, render(rows).encode())
-        sizes = ", ".join(f"{name} {row[name]}" for name in ("q", "kv", "compute", "stages") if name in row)
-        print(f"{row['impl']:<14} {row['dtype']} H={row['head_width']} T={row['length']} "
-              f"{'causal' if row['causal'] else 'both ways'} {row['pass']:<8} {row['ms']:.4g} ms  {sizes}", flush=True)
+        sizes = ", ".join(
+            f"{name} {row[name]}" for name in ("q", "kv", "compute", "stages") if name in row
+        )
+        print(
+            f"{row['impl']:<14} {row['dtype']} H={row['head_width']} T={row['length']} "
+            f"{'causal' if row['causal'] else 'both ways'} {row['pass']:<8} {row['ms']:.4g} ms  {sizes}",
+            flush=True,
+        )
 
 
 def _numbers(name: str, values) -> list[int] | None:
     if values is None:
         return None
     if not all(value.strip().isdigit() and int(value) > 0 for value in values):
-        raise ValueError(f"--{name}={','.join(values)} must be whole numbers above 0, separated by commas")
+        raise ValueError(
+            f"--{name}={','.join(values)} must be whole numbers above 0, separated by commas"
+        )
     return list(map(int, values))
 
 
@@ -76,7 +102,9 @@ def _read(path: Path) -> list[dict]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))["rows"]
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"--table={path} is not a table of block sizes: it must be JSON with 'rows'") from None
+        raise ValueError(
+            f"--table={path} is not a table of block sizes: it must be JSON with 'rows'"
+        ) from None
 
 
 def render(rows: list[dict]) -> str:

@@ -1,4 +1,5 @@
-"""What a run is: `schema` holds the dataclasses, `load` reads them, `rules` says what fits together."""
+"""What a run is: `schema` holds the dataclasses, `load` reads them, `rules` says what fits
+together."""
 
 from mtnlg_jax.config.checks import divisors, near_divisors
 from mtnlg_jax.config.load import (

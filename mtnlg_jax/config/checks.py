@@ -26,7 +26,9 @@ def must_divide(what: str, number: int, axis: str, size: int) -> None:
         )
 
 
-def within(what: str, value: float, low: float, high: float, low_open=False, high_open=False) -> None:
+def within(
+    what: str, value: float, low: float, high: float, low_open=False, high_open=False
+) -> None:
     above = value > low if low_open else value >= low
     below = value < high if high_open else value <= high
     if not (above and below):
@@ -42,12 +44,14 @@ def interval(low: float, high: float, low_open: bool = False, high_open: bool = 
 
 def one_of(what: str, value, allowed: tuple) -> None:
     if value not in allowed:
-        raise ValueError(f"{what}={value!r} is not known; choose one of {', '.join(map(str, allowed))}")
+        raise ValueError(
+            f"{what}={value!r} is not known; choose one of {', '.join(map(str, allowed))}"
+        )
 
 
 def check_fields(config, prefix: str = "") -> None:
-    """Raises ValueError on a field that lies outside the `Range` or the choices that its annotation names; the fields
-    of sections too. ``prefix`` stands before names in messages."""
+    """Raises ValueError on a field that lies outside the `Range` or the choices that its annotation
+    names; the fields of sections too. ``prefix`` stands before names in messages."""
     hints = hints_of(type(config), limits=True)
     for each in dataclasses.fields(config):
         value = getattr(config, each.name)

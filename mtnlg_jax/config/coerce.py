@@ -1,4 +1,5 @@
-"""Values as the types that the fields of a config name: what JSON, NumPy and literals lose is put back."""
+"""Values as the types that the fields of a config name: what JSON, NumPy and literals lose is put
+back."""
 
 import dataclasses
 import functools
@@ -9,13 +10,15 @@ import typing
 
 
 def plain(value, path: str):
-    """``value`` as JSON holds it, to be coerced: NumPy's scalars and arrays as Python's, path objects as text. Raises
-    ValueError, naming ``path``, where it is none of these."""
+    """``value`` as JSON holds it, to be coerced: NumPy's scalars and arrays as Python's, path
+    objects as text. Raises ValueError, naming ``path``, where it is none of these."""
     if value is None or isinstance(value, str | bool | int | float):
         return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {each.name: plain(getattr(value, each.name), f"{path}.{each.name}")
-                for each in dataclasses.fields(value)}
+        return {
+            each.name: plain(getattr(value, each.name), f"{path}.{each.name}")
+            for each in dataclasses.fields(value)
+        }
     if isinstance(value, list | tuple):
         return [plain(each, path) for each in value]
     if isinstance(value, dict):
@@ -24,11 +27,14 @@ def plain(value, path: str):
         return os.fspath(value)
     if hasattr(value, "tolist"):  # NumPy, JAX
         return value.tolist()
-    raise ValueError(f"{path}={value!r} is a {type(value).__name__}; write a number, a text, a list or None")
+    raise ValueError(
+        f"{path}={value!r} is a {type(value).__name__}; write a number, a text, a list or None"
+    )
 
 
 def coerce(value, kind, path: str):
-    """``value`` as an instance of the annotation ``kind``: what JSON and literals lose is put back."""
+    """``value`` as an instance of the annotation ``kind``: what JSON and literals lose is put
+    back."""
     if typing.get_origin(kind) is typing.Literal:
         return coerce(value, base_of(kind), path)  # `checks.check_fields` looks at the choice
     if isinstance(kind, types.UnionType):
@@ -47,7 +53,9 @@ def coerce(value, kind, path: str):
         return _from_dict(kind, value, path)
     elif origin is None and not dataclasses.is_dataclass(kind):
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            return float(str(value))  # float(value) raises above 1e308; this gives inf, for validate()
+            return float(
+                str(value)
+            )  # float(value) raises above 1e308; this gives inf, for validate()
         if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
             return value
     raise ValueError(f"{path}={value!r} is {type(value).__name__}; it must be {kind_name(kind)}")
@@ -55,13 +63,14 @@ def coerce(value, kind, path: str):
 
 @functools.cache
 def hints_of(kind: type, limits: bool = False) -> dict:
-    """{field: its annotation}; with ``limits`` also what `Annotated` adds. Kept: a search validates thousands of
-    configs."""
+    """{field: its annotation}; with ``limits`` also what `Annotated` adds. Kept: a search validates
+    thousands of configs."""
     return typing.get_type_hints(kind, include_extras=limits)
 
 
 def base_of(kind):
-    """The types of a Literal's choices: Literal["a", "b"] is of str, Literal[False, "never"] of bool | str."""
+    """The types of a Literal's choices: Literal["a", "b"] is of str, Literal[False, "never"] of
+    bool | str."""
     kinds = list(dict.fromkeys(map(type, typing.get_args(kind))))
     return functools.reduce(operator.or_, kinds)
 

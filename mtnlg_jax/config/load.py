@@ -21,16 +21,18 @@ from mtnlg_jax.config.schema import Config
 
 
 def load_config(path: str, overrides: Iterable[str] = ()) -> Config:
-    """Runs ``get_config()`` of the Python file ``path``, applies ``overrides`` ("train.steps=10") and
-    validates. "FILE.py:TEXT" calls ``get_config("TEXT")``. Raises FileNotFoundError or ValueError."""
+    """Runs ``get_config()`` of the Python file ``path``, applies ``overrides`` ("train.steps=10")
+    and validates. "FILE.py:TEXT" calls ``get_config("TEXT")``. Raises FileNotFoundError or
+    ValueError."""
     config = load_object(path, Config, overrides)
     validate(config)
     return config
 
 
 def load_object(path: str, kind: type, overrides: Iterable[str] = ()):
-    """The same for a file that gives a dataclass of another ``kind``; not validated. Fields marked with PATH have
-    their ~ expanded. What fails in the file is a ValueError of one line, with the file's line."""
+    """The same for a file that gives a dataclass of another ``kind``; not validated. Fields marked
+    with PATH have their ~ expanded. What fails in the file is a ValueError of one line, with the
+    file's line."""
     given, path, arguments = path, *split_argument(path)
     if not os.path.isfile(path):
         root = os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir, os.pardir)
@@ -49,20 +51,26 @@ def load_object(path: str, kind: type, overrides: Iterable[str] = ()):
             _check_arguments(given, get_config, arguments)
             config = get_config(*arguments)
     except (Exception, SystemExit) as error:
-        raise ValueError(f"config {path!r} does not load: {describe_failure(error, path, get_config)}") from error
+        raise ValueError(
+            f"config {path!r} does not load: {describe_failure(error, path, get_config)}"
+        ) from error
     if not callable(get_config):
         raise ValueError(f"config {path!r} defines no get_config(); see configs/tiny.py")
     if not isinstance(config, kind):
-        raise ValueError(f"get_config() of {path!r} gives a {type(config).__name__}; it must return a {kind.__name__}")
+        raise ValueError(
+            f"get_config() of {path!r} gives a {type(config).__name__}; it must return a {kind.__name__}"
+        )
     try:
-        config = coerce(plain(config, "config"), kind, "config")  # lists, where the file wrote them, become tuples
+        config = coerce(
+            plain(config, "config"), kind, "config"
+        )  # lists, where the file wrote them, become tuples
     except ValueError as error:
         raise ValueError(f"config {path!r}: {error}") from None
     return map_paths(override(config, *overrides), command.expand)
 
 
 def split_argument(path: str) -> tuple[str, list[str]]:
-    """"FILE.py:TEXT" as ("FILE.py", ["TEXT"]); a path without TEXT as (path, [])."""
+    """ "FILE.py:TEXT" as ("FILE.py", ["TEXT"]); a path without TEXT as (path, [])."""
     found = None if os.path.isfile(path) else re.fullmatch(r"(.+\.py):([^/]*)", path)
     return (found[1], [found[2]]) if found else (path, [])
 
@@ -71,18 +79,29 @@ def _check_arguments(given: str, get_config: Callable, arguments: list[str]) -> 
     taken = inspect.signature(get_config).parameters.values()
     needed = [each for each in taken if each.default is each.empty]
     if len(needed) > len(arguments):
-        raise ValueError(f"get_config() needs {needed[0].name!r}; give it behind a colon, as {given}:{needed[0].name}")
+        raise ValueError(
+            f"get_config() needs {needed[0].name!r}; give it behind a colon, as {given}:{needed[0].name}"
+        )
     if len(taken) < len(arguments):
-        raise ValueError(f"get_config() takes no argument, and {arguments[0]!r} stands behind the colon; leave it out")
+        raise ValueError(
+            f"get_config() takes no argument, and {arguments[0]!r} stands behind the colon; leave it out"
+        )
 
 
 def describe_failure(error: BaseException, path: str, called: Callable | None = None) -> str:
-    """"line 7: TypeError: ..." in one line: what the Python file ``path`` raised, and where in it; where it could not
-    even enter ``called``, that function's line."""
+    """ "line 7: TypeError: ..." in one line: what the Python file ``path`` raised, and where in it;
+    where it could not even enter ``called``, that function's line."""
     whole = os.path.abspath(path)
-    numbers = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
-               if os.path.abspath(frame.filename) == whole]
-    if isinstance(error, SyntaxError) and error.filename and os.path.abspath(error.filename) == whole:
+    numbers = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if os.path.abspath(frame.filename) == whole
+    ]
+    if (
+        isinstance(error, SyntaxError)
+        and error.filename
+        and os.path.abspath(error.filename) == whole
+    ):
         numbers.append(error.lineno)
     if not numbers and hasattr(called, "__code__"):
         numbers.append(called.__code__.co_firstlineno)
@@ -92,7 +111,8 @@ def describe_failure(error: BaseException, path: str, called: Callable | None = 
 
 
 def _nearest_field(text: str) -> str:
-    """What was meant where a dataclass of this module was given a field that it lacks; "" where that is unknown."""
+    """What was meant where a dataclass of this module was given a field that it lacks; "" where
+    that is unknown."""
     found = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text)
     kind = getattr(schema, found[1], None) if found else None
     if not dataclasses.is_dataclass(kind):
@@ -103,7 +123,8 @@ def _nearest_field(text: str) -> str:
 
 
 def map_paths(config, change: Callable[[str], str], prefix: str = ""):
-    """``config``, a dataclass, with each text that names a file or folder replaced by what ``change`` makes of it."""
+    """``config``, a dataclass, with each text that names a file or folder replaced by what
+    ``change`` makes of it."""
     changed = {}
     for each in dataclasses.fields(config):
         value = getattr(config, each.name)
@@ -115,21 +136,31 @@ def map_paths(config, change: Callable[[str], str], prefix: str = ""):
         elif dataclasses.is_dataclass(value):
             changed[each.name] = map_paths(value, change, f"{prefix}{each.name}.")
         elif isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
-            changed[each.name] = tuple(map_paths(one, change, f"{prefix}{each.name}.") if dataclasses.is_dataclass(one)
-                                       else one for one in value)
+            changed[each.name] = tuple(
+                map_paths(one, change, f"{prefix}{each.name}.")
+                if dataclasses.is_dataclass(one)
+                else one
+                for one in value
+            )
     return dataclasses.replace(config, **changed) if changed else config
 
 
 def _map_texts(value, change: Callable[[str], str]):
     if isinstance(value, str):
         return change(value) if value else value
-    return tuple(_map_texts(each, change) for each in value) if isinstance(value, list | tuple) else value
+    return (
+        tuple(_map_texts(each, change) for each in value)
+        if isinstance(value, list | tuple)
+        else value
+    )
 
 
 def override(config: Config, *assignments: str) -> Config:
-    """A copy of ``config`` with each "section.key=value" applied; the value is read as the field's type.
+    """A copy of ``config`` with each "section.key=value" applied; the value is read as the field's
+    type.
 
-    Of data.path and data.blend, which exclude each other, the one given here replaces the file's other one."""
+    Of data.path and data.blend, which exclude each other, the one given here replaces the file's
+    other one."""
     given = dict(map(str.strip, assignment.partition("=")[::2]) for assignment in assignments)
     for key, other, empty in (("path", "blend", ()), ("blend", "path", "")):
         filled = given.get(f"data.{key}", "") not in ("", "()", "[]")
@@ -149,7 +180,9 @@ def _replace(node, keys: list[str], text: str, path: str):
     if keys[0] not in names:
         close = difflib.get_close_matches(keys[0], names, 1)
         hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"{path}: {type(node).__name__} has no {keys[0]!r}; {hint}it has {', '.join(names)}")
+        raise ValueError(
+            f"{path}: {type(node).__name__} has no {keys[0]!r}; {hint}it has {', '.join(names)}"
+        )
     value = getattr(node, keys[0])
     if dataclasses.is_dataclass(value):
         if len(keys) == 1:
@@ -168,8 +201,16 @@ def _parse(text: str, kind, path: str):
     if kind is str:
         return text
     try:
-        value = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text.lower(), text))
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # all that literal_eval raises
+        value = ast.literal_eval(
+            {"true": "True", "false": "False", "none": "None"}.get(text.lower(), text)
+        )
+    except (
+        ValueError,
+        SyntaxError,
+        TypeError,
+        MemoryError,
+        RecursionError,
+    ):  # all that literal_eval raises
         if isinstance(kind, types.UnionType) and str in kind.__args__:
             return text
         raise ValueError(f"{path}={text!r} is not a value of type {kind_name(kind)}") from None

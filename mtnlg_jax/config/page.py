@@ -1,6 +1,7 @@
-"""The page docs/configuration.md: every key with its type, default, range and meaning, read from `schema`.
+"""The page docs/configuration.md: every key with its type, default, range and meaning, read from
+`schema`.
 
-    python -m mtnlg_jax.config.page > docs/configuration.md
+python -m mtnlg_jax.config.page > docs/configuration.md
 """
 
 import dataclasses
@@ -76,7 +77,9 @@ def _kind(hint) -> tuple[str, str]:
     if typing.get_origin(hint) is typing.Annotated:
         limits = ", ".join(_limits(*limit) for limit in hint.__metadata__)
         hint = typing.get_args(hint)[0]
-    return kind_name(hint).replace("mtnlg_jax.config.schema.", "").replace(" | None", " or none"), limits
+    return kind_name(hint).replace("mtnlg_jax.config.schema.", "").replace(
+        " | None", " or none"
+    ), limits
 
 
 def _limits(low: float, high: float, low_open: bool, high_open: bool) -> str:
@@ -88,7 +91,8 @@ def _limits(low: float, high: float, low_open: bool, high_open: bool) -> str:
 def _comments(kind: type) -> dict[str, str]:
     """{field: the comment behind it, or above it}."""
     source = inspect.getsource(kind)
-    behind, above = {}, {}
+    behind = {}
+    above = {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             alone = not token.line[: token.start[1]].strip()

@@ -1,7 +1,8 @@
-"""What a run is: frozen dataclasses. Each default, range and choice of a single field stands here, once.
+"""What a run is: frozen dataclasses. Each default, range and choice of a single field stands here,
+once.
 
-A run file in ``configs/`` defines ``get_config() -> Config``; the command line changes single values:
-``--config=configs/tiny.py --set=train.steps=10 --set=mesh.tensor=2``.
+A run file in ``configs/`` defines ``get_config() -> Config``; the command line changes single
+values: ``--config=configs/tiny.py --set=train.steps=10 --set=mesh.tensor=2``.
 """
 
 import dataclasses
@@ -36,8 +37,8 @@ PATH = {"path": True}
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of the Transformer. The defaults are the block of MT-NLG (pre-LayerNorm, learned positions,
-    tanh-GELU MLP of four widths, biases, tied embeddings); names follow Megatron-LM."""
+    """Shape of the Transformer. The defaults are the block of MT-NLG (pre-LayerNorm, learned
+    positions, tanh-GELU MLP of four widths, biases, tied embeddings); names follow Megatron-LM."""
 
     num_layers: Count = 12
     hidden_size: Count = 768
@@ -52,13 +53,18 @@ class ModelConfig:
     rotary_base: Positive = 10000.0
     normalization: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_epsilon: ShareAbove0 = 1e-5
-    activation: Literal["gelu", "gelu_exact", "relu", "silu", "swiglu"] = "gelu"  # gelu: its tanh form
+    activation: Literal["gelu", "gelu_exact", "relu", "silu", "swiglu"] = (
+        "gelu"  # gelu: its tanh form
+    )
     add_bias: bool = True
     tie_embeddings: bool = True
     dropout_rate: ShareBelow1 = 0.0  # on the embedding and on what each half block adds
     init_method_std: Annotated[float, Range(0, 10, low_open=True)] = 0.02
-    # auto: the fastest that serves the call; the others are the keys of mtnlg_jax.model.attention.SUPPORT.
-    attention_impl: Literal["auto", "pallas_tpu", "pallas_gpu", "cudnn", "xla_blockwise", "xla"] = "auto"
+    # auto: the fastest that serves the call; the others are the keys of
+    # mtnlg_jax.model.attention.SUPPORT.
+    attention_impl: Literal["auto", "pallas_tpu", "pallas_gpu", "cudnn", "xla_blockwise", "xla"] = (
+        "auto"
+    )
 
     @property
     def kv_heads(self) -> int:
@@ -77,8 +83,10 @@ class ModelConfig:
         12 l h^2 (1 + 13/(12 h) + (V + s)/(12 l h)), plus the 2h of the final LayerNorm."""
         if self.vocab_size is None:
             raise ValueError("model.vocab_size is not known yet: set it, or give data.path")
-        hidden, mlp = self.hidden_size, self.mlp_width
-        query, kv = self.num_attention_heads * self.head_width, self.kv_heads * self.head_width
+        hidden = self.hidden_size
+        mlp = self.mlp_width
+        query = self.num_attention_heads * self.head_width
+        kv = self.kv_heads * self.head_width
         norm = hidden * (2 if self.normalization == "layernorm" else 1)
         inputs = 2 if self.activation == "swiglu" else 1
         block = 2 * norm + hidden * (2 * query + 2 * kv) + (inputs + 1) * hidden * mlp
@@ -98,12 +106,17 @@ class MeshConfig:
     data: int = -1
     context: AxisSize = 1
     tensor: AxisSize = 1
-    # 0: replicate over data. 1: shard masters and optimizer state, gather weights once a step. 3: per layer.
+    # 0: replicate over data. 1: shard masters and optimizer state, gather weights once a step. 3:
+    # per layer.
     zero: Literal[0, 1, 3] = 1
     # Of the pipeline. 1f1b holds at most 2 pipe - 1 activations.
     schedule: Literal["circular", "1f1b"] = "circular"
-    virtual_pipe: AxisSize = 1  # chunks of layers a stage holds; more make the circular schedule's bubble smaller
-    flush: OptionalCount = None  # micro-batches a circular pipeline takes at a time, None: all; a ramp counts in these
+    virtual_pipe: AxisSize = (
+        1  # chunks of layers a stage holds; more make the circular schedule's bubble smaller
+    )
+    flush: OptionalCount = (
+        None  # micro-batches a circular pipeline takes at a time, None: all; a ramp counts in these
+    )
     # Attention over context. auto: ulysses where heads divide.
     context_mode: Literal["auto", "ulysses", "gather", "ring"] = "auto"
 
@@ -119,11 +132,16 @@ class MaskingConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where tokens come from: one prepared folder, or Megatron's PREFIX of .bin and .idx, or a weighted blend."""
+    """Where tokens come from: one prepared folder, or Megatron's PREFIX of .bin and .idx, or a
+    weighted blend."""
 
     path: str = field(default="", metadata=PATH)
-    blend: tuple[tuple[str, float], ...] = field(default=(), metadata=PATH)  # ((folder, weight), ...) instead of path
-    tokenizer: str = field(default="", metadata=PATH)  # of Megatron's files: folder of the tokenizer that made them
+    blend: tuple[tuple[str, float], ...] = field(
+        default=(), metadata=PATH
+    )  # ((folder, weight), ...) instead of path
+    tokenizer: str = field(
+        default="", metadata=PATH
+    )  # of Megatron's files: folder of the tokenizer that made them
     # Of Megatron's files: share of each source's last documents, or a PREFIX.
     heldout: Annotated[float | str, Range(0, 0.5)] = field(default=0.01, metadata=PATH)
     sequence_length: OptionalCount = None  # tokens in a row; None: model.max_position_embeddings
@@ -136,14 +154,17 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW or Muon with linear warm-up and cosine decay, in samples: so a batch ramp does not bend it."""
+    """AdamW or Muon with linear warm-up and cosine decay, in samples: so a batch ramp does not bend
+    it."""
 
     # muon: orthogonal updates of the blocks' matrices, AdamW for all other parameters.
     name: Literal["adamw", "muon"] = "adamw"
     learning_rate: Positive = 3e-4  # peak
     min_learning_rate_ratio: Share = 0.1  # floor, as a share of the peak
     warmup_fraction: ShareBelow1 = 0.01  # of the run's samples
-    decay_fraction: Positive = 1.0  # the cosine reaches its floor after this share of the run; may exceed 1
+    decay_fraction: Positive = (
+        1.0  # the cosine reaches its floor after this share of the run; may exceed 1
+    )
     b1: ShareBelow1 = 0.9
     b2: ShareBelow1 = 0.95
     muon_momentum: ShareBelow1 = 0.95
@@ -162,13 +183,22 @@ class StageConfig:
 
     name: str = "causal"
     fraction: Positive = 1.0  # share of train.steps, relative to the other stages
-    masked: Share = 0.0  # share of the steps with the masked objective: 0 causal, 1 masked, between: a mix
+    masked: Share = (
+        0.0  # share of the steps with the masked objective: 0 causal, 1 masked, between: a mix
+    )
     learning_rate_scale: NotNegative = 1.0
-    blend: tuple[tuple[str, float], ...] = field(default=(), metadata=PATH)  # of this stage; empty: the run's data
-    # Folder of a run with the same vocabulary: its distributions are trained on as well (Hinton 2015).
+    blend: tuple[tuple[str, float], ...] = field(
+        default=(), metadata=PATH
+    )  # of this stage; empty: the run's data
+    # Folder of a run with the same vocabulary: its distributions are trained on as well (Hinton
+    # 2015).
     distill: str = field(default="", metadata=PATH)
-    distill_temperature: Positive = 1.0  # of both distributions; above 1 what is unlikely counts more
-    distill_weight: Share = 0.5  # of the teacher's distributions; the text's tokens count 1 - distill_weight
+    distill_temperature: Positive = (
+        1.0  # of both distributions; above 1 what is unlikely counts more
+    )
+    distill_weight: Share = (
+        0.5  # of the teacher's distributions; the text's tokens count 1 - distill_weight
+    )
 
 
 @dataclass(frozen=True)
@@ -177,8 +207,12 @@ class TrainConfig:
 
     steps: Count = 1000
     global_batch_size: Count = 32  # sequences a step
-    micro_batch_size: OptionalCount = None  # sequences a device takes at once; None: all of its share
-    rampup_batch_size: tuple[int, int, int] | None = None  # (start, increment, samples), as Megatron-LM
+    micro_batch_size: OptionalCount = (
+        None  # sequences a device takes at once; None: all of its share
+    )
+    rampup_batch_size: tuple[int, int, int] | None = (
+        None  # (start, increment, samples), as Megatron-LM
+    )
     stages: tuple[StageConfig, ...] = (StageConfig(),)
     # Folder of a run, or of a converted model, whose parameters this run starts from.
     init: str = field(default="", metadata=PATH)
@@ -193,30 +227,40 @@ class TrainConfig:
     label_smoothing: ShareBelow1 = 0.0
     log_every: Count = 1
     eval_every: Number = 200  # 0: only at the end
-    eval_batches: Count = 16  # of 16 held-out sequences each, spread over the held-out text, whatever the batch
+    eval_batches: Count = (
+        16  # of 16 held-out sequences each, spread over the held-out text, whatever the batch
+    )
     save_every: Number = 200  # 0: only at the end
     keep_last: Count = 2
-    keep_best: bool = True  # and save whenever an evaluation is the best so far, also between two saves
+    keep_best: bool = (
+        True  # and save whenever an evaluation is the best so far, also between two saves
+    )
     max_bad_steps: Count = 5  # non-finite steps in a row that stop the run
-    watchdog_seconds: NotNegative = 300.0  # a step that takes longer, and 10 times the median, ends its process; 0: off
+    watchdog_seconds: NotNegative = (
+        300.0  # a step that takes longer, and 10 times the median, ends its process; 0: off
+    )
     # The same limit for every phase other than a step: compiling, restoring, evaluating, saving.
     phase_seconds: Annotated[float, Range(1, math.inf, high_open=True)] = 3600.0
     # A process that is silent for this long counts as dead and ends the others.
     heartbeat_seconds: Annotated[int, Range(1, 2**20)] = 100
     # Peak of one device, FLOP/s, for MFU. None: by the table of its kind.
     device_flops: Annotated[float | None, Range(0, math.inf, low_open=True, high_open=True)] = None
-    compare_every: Number = 100  # steps until all processes compare config, step, data, program; 0: only at the end
+    compare_every: Number = (
+        100  # steps until all processes compare config, step, data, program; 0: only at the end
+    )
 
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """How text is written; names and meanings follow Hugging Face's GenerationConfig, and OpenAI's for logit_bias and
-    the presence and frequency penalties. Off by default: top_k is 0 here, not 50. Lists and dicts become tuples."""
+    """How text is written; names and meanings follow Hugging Face's GenerationConfig, and OpenAI's
+    for logit_bias and the presence and frequency penalties. Off by default: top_k is 0 here, not
+    50. Lists and dicts become tuples."""
 
     max_new_tokens: Count = 128
     min_new_tokens: Number = 0
     min_length: Annotated[int, Range(0, high_open=True)] = 0  # of prompt and continuation
-    # A draw, or with num_beams above 1 stochastic beams: distinct sequences, drawn without replacement (Kool 2019).
+    # A draw, or with num_beams above 1 stochastic beams: distinct sequences, drawn without
+    # replacement (Kool 2019).
     temperature: NotNegative = 0.0  # 0: greedy
     top_k: Number = 0  # 0: off
     top_p: ShareAbove0 = 1.0  # 1: off
@@ -228,13 +272,19 @@ class DecodeConfig:
     presence_penalty: Finite = 0.0  # counts generated tokens only
     frequency_penalty: Finite = 0.0  # counts generated tokens only
     no_repeat_ngram_size: Number = 0  # 0: off
-    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit); -inf: never
-    sequence_bias: tuple[tuple[tuple[int, ...], float], ...] = ()  # (tokens, added to the last one after the others)
+    logit_bias: tuple[
+        tuple[int, float], ...
+    ] = ()  # (token, what is added to its logit); -inf: never
+    sequence_bias: tuple[
+        tuple[tuple[int, ...], float], ...
+    ] = ()  # (tokens, added to the last one after the others)
     bad_words_ids: tuple[tuple[int, ...], ...] = ()  # sequences of tokens that are never completed
     suppress_tokens: tuple[int, ...] = ()
     begin_suppress_tokens: tuple[int, ...] = ()  # not as the first new token
     forced_bos_token_id: int | None = None  # the first new token
-    forced_eos_token_id: int | None = None  # the last, where max_new_tokens or the context ends the row
+    forced_eos_token_id: int | None = (
+        None  # the last, where max_new_tokens or the context ends the row
+    )
     forced_tokens: tuple[tuple[int, int], ...] = ()  # (which new token, from 0; its id)
     eos_token_id: tuple[int, ...] = ()  # ends, not part of the result; none: the tokenizer's
     stop_token_ids: tuple[int, ...] = ()  # ends, kept in the tokens and left out of the text
@@ -243,17 +293,24 @@ class DecodeConfig:
     max_time: Annotated[float | None, Range(0, math.inf, low_open=True)] = None  # seconds
     seed: Annotated[int, Range(0, 2**32, high_open=True)] = 0
     num_return_sequences: Annotated[int, Range(1, 2**20)] = 1
-    # Speculative decoding: so many tokens are guessed and verified at once. What is written stays the same, or drawn
-    # from the same distribution.
+    # Speculative decoding: so many tokens are guessed and verified at once. What is written stays
+    # the same, or drawn from the same distribution.
     # Guessed by what followed the last tokens where they stood before. 0: off.
     prompt_lookup_num_tokens: Annotated[int, Range(0, 2**8)] = 0
     # Longest suffix to match. Shorter ones are tried next.
     max_matching_ngram_size: Annotated[int, Range(1, 2**5)] = 2
-    num_assistant_tokens: Annotated[int, Range(1, 2**8)] = 5  # guessed by a draft model, where there is one
+    num_assistant_tokens: Annotated[int, Range(1, 2**8)] = (
+        5  # guessed by a draft model, where there is one
+    )
     num_beams: Annotated[int, Range(1, 2**10)] = 1  # 1: no beam search
-    length_penalty: Finite = 1.0  # scores are divided by length ** length_penalty; above 0 long ones gain
-    length_penalty_type: Literal["hf", "gnmt"] = "hf"  # gnmt: ((5 + length) / 6) ** length_penalty (Wu 2016)
-    # True: stop at num_beams ended beams. False: when a better one is unlikely. "never": when it is impossible.
+    length_penalty: Finite = (
+        1.0  # scores are divided by length ** length_penalty; above 0 long ones gain
+    )
+    length_penalty_type: Literal["hf", "gnmt"] = (
+        "hf"  # gnmt: ((5 + length) / 6) ** length_penalty (Wu 2016)
+    )
+    # True: stop at num_beams ended beams. False: when a better one is unlikely. "never": when it is
+    # impossible.
     early_stopping: Literal[False, True, "never"] = False
     num_beam_groups: Annotated[int, Range(1, 2**10)] = 1  # diverse beams (Vijayakumar 2016)
     # Subtracted for each beam of an earlier group that wrote the token in this step.

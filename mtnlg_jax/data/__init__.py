@@ -1,1 +1,2 @@
-"""From raw text to batches: documents, tokenizer, token arrays, rows of a batch. Nothing here needs JAX."""
+"""From raw text to batches: documents, tokenizer, token arrays, rows of a batch. Nothing here needs
+JAX."""

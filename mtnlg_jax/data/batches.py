@@ -1,7 +1,8 @@
 """Batches: rows of S + 1 tokens, each a pure function of (seed, sample number) and of nothing else.
 
-No state, no shuffle buffer, no number of processes: a run resumes from one integer, and every process
-computes the rows that it needs. Sample -> (source, number within the source) -> (epoch, window) -> tokens.
+No state, no shuffle buffer, no number of processes: a run resumes from one integer, and every
+process computes the rows that it needs. Sample -> (source, number within the source) -> (epoch,
+window) -> tokens.
 """
 
 import functools
@@ -12,14 +13,17 @@ import numpy as np
 
 from mtnlg_jax.data.store.tokens import Tokens
 
-# Part of what a run is: 2, since a source's windows come in the order of its samples; 1 drew blocks of 1024 of them
-# in any order, which in a small source repeated some windows within an epoch and left others out.
+# Part of what a run is: 2, since a source's windows come in the order of its samples; 1 drew blocks
+# of 1024 of them in any order, which in a small source repeated some windows within an epoch and
+# left others out.
 SAMPLE_ORDER = "2"
 
 _BLOCK = 1024  # samples over which the blend is exact
 _BLOCKS_KEPT = 64  # 20 KiB each; a batch lies in one or two
 _SHARE_BITS = 24  # shares are integers over 2^24: exact arithmetic up to 2^39 samples
-_ORDER, _SHIFT, _BLEND = 1, 2, 3  # what a key is for
+_ORDER = 1  # what a key is for
+_SHIFT = 2
+_BLEND = 3
 _NAMES = ("tokens", "segment_ids", "positions")
 
 _log = logging.getLogger(__name__)
@@ -28,14 +32,15 @@ _log = logging.getLogger(__name__)
 class Batches:
     """Rows from a weighted blend of token arrays.
 
-    A source's stream of tokens is a circle, cut into windows of S + 1 tokens that share their end tokens, so
-    that an epoch predicts every token once (at the seam fewer than S a second time). Each epoch cuts at
-    another place and visits the windows in another order. Each block of 1024 samples has the exact share of
-    each source; weights need not add up to 1. Pairs are not a stream: their rows are those of `Packed`, in another
-    order in each epoch.
+    A source's stream of tokens is a circle, cut into windows of S + 1 tokens that share their end
+    tokens, so that an epoch predicts every token once (at the seam fewer than S a second time).
+    Each epoch cuts at another place and visits the windows in another order. Each block of 1024
+    samples has the exact share of each source; weights need not add up to 1. Pairs are not a
+    stream: their rows are those of `Packed`, in another order in each epoch.
 
-    Each window of a source comes once an epoch, exactly: with W windows the source's samples number 0 to W - 1, as
-    they come, are its first epoch, the next W the second, and so on, for any size, weights and number of epochs.
+    Each window of a source comes once an epoch, exactly: with W windows the source's samples number
+    0 to W - 1, as they come, are its first epoch, the next W the second, and so on, for any size,
+    weights and number of epochs.
     """
 
     def __init__(self, sources: Sequence[tuple[Tokens, float]], sequence_length: int, seed: int):
@@ -45,18 +50,29 @@ class Batches:
             raise ValueError(f"sequence_length={sequence_length} must be at least 1")
         for tokens, weight in sources:
             if not 0 < weight < float("inf"):
-                raise ValueError(f"weight {weight} of {tokens.location} must be above 0 and finite; leave "
-                                 "the source out if it is not wanted")
+                raise ValueError(
+                    f"weight {weight} of {tokens.location} must be above 0 and finite; leave "
+                    "the source out if it is not wanted"
+                )
             if tokens.prompt_lengths is None and len(tokens) < sequence_length + 1:
-                raise ValueError(f"{tokens.location} has {len(tokens)} tokens, sequence_length="
-                                 f"{sequence_length} needs {sequence_length + 1}: shorten it or add text")
+                raise ValueError(
+                    f"{tokens.location} has {len(tokens)} tokens, sequence_length="
+                    f"{sequence_length} needs {sequence_length + 1}: shorten it or add text"
+                )
         self._sources = [tokens for tokens, _ in sources]
-        self._length, self._seed = sequence_length, seed
-        self._packed = [None if tokens.prompt_lengths is None else packed(tokens, sequence_length)
-                        for tokens in self._sources]
+        self._length = sequence_length
+        self._seed = seed
+        self._packed = [
+            None if tokens.prompt_lengths is None else packed(tokens, sequence_length)
+            for tokens in self._sources
+        ]
         self._sizes = np.array([len(tokens) for tokens in self._sources])
-        self._windows = np.array([pack.count if pack else -(-len(tokens) // sequence_length)
-                                  for tokens, pack in zip(self._sources, self._packed, strict=True)])
+        self._windows = np.array(
+            [
+                pack.count if pack else -(-len(tokens) // sequence_length)
+                for tokens, pack in zip(self._sources, self._packed, strict=True)
+            ]
+        )
         weights = np.array([weight for _, weight in sources], float)
         # Of what the sources before left over, the share of each; the last one takes all.
         left = np.cumsum(weights[::-1])[::-1]
@@ -75,10 +91,12 @@ class Batches:
         return (np.diff(self._boundaries(np.array([block * _BLOCK]))[0]) + drawn) / self._windows
 
     def rows(self, samples: np.ndarray) -> dict[str, np.ndarray]:
-        """int32 ``tokens``, ``segment_ids``, ``positions``, each [n, S + 1], of sample numbers [n] from 0 on.
+        """int32 ``tokens``, ``segment_ids``, ``positions``, each [n, S + 1], of sample numbers [n]
+        from 0 on.
 
-        ``segment_ids`` number the documents within a row from 1; ``positions`` start at 0 with each document,
-        and with the row, also where that begins inside a document. Where a source has pairs, ``answers`` is 1 on what
+        ``segment_ids`` number the documents within a row from 1; ``positions`` start at 0 with each
+        document, and with the row, also where that begins inside a document. Where a source has
+        pairs, ``answers`` is 1 on what
         is to be learnt: all of plain text, and of a pair the answer and its eos.
         """
         samples = np.asarray(samples, np.int64)
@@ -106,7 +124,8 @@ class Batches:
 
     def _blend(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The source of each sample, and how many samples of that source come before it."""
-        source, number = np.empty_like(samples), np.empty_like(samples)
+        source = np.empty_like(samples)
+        number = np.empty_like(samples)
         blocks = samples // _BLOCK
         for block in np.unique(blocks).tolist():
             chosen = blocks == block
@@ -115,8 +134,9 @@ class Batches:
         return source, number
 
     def _draw_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """What `_blend` says of each sample of a block: int64 [1024] each. The sources are shuffled, but each one's
-        samples are numbered in the order in which they come, so that no epoch begins before the last one has ended."""
+        """What `_blend` says of each sample of a block: int64 [1024] each. The sources are
+        shuffled, but each one's samples are numbered in the order in which they come, so that no
+        epoch begins before the last one has ended."""
         first, last = self._boundaries(np.array([block, block + 1]) * _BLOCK)
         counts = np.diff(last) - np.diff(first)
         slots = permute(np.arange(_BLOCK), _BLOCK, _keys(self._seed, _BLEND, 0, np.array([block])))
@@ -124,12 +144,18 @@ class Batches:
         number = np.empty(_BLOCK, np.int64)
         # Stable: of equal sources the earlier sample comes first.
         number[np.argsort(source, kind="stable")] = np.concatenate(
-            [np.arange(start, start + count) for start, count in zip(np.diff(first), counts, strict=True)])
+            [
+                np.arange(start, start + count)
+                for start, count in zip(np.diff(first), counts, strict=True)
+            ]
+        )
         return source, number
 
     def _boundaries(self, samples: np.ndarray) -> np.ndarray:
-        """[n, sources + 1]: of the first ``samples``, those of the sources before each. What is left is split
-        source by source: so no count ever goes down, as it could if each were rounded on its own."""
+        """[n, sources + 1]: of the first ``samples``, those of the sources before each. What is
+        left is split
+        source by source: so no count ever goes down, as it could if each were rounded on its
+            own."""
         boundaries = np.zeros((len(samples), len(self._shares) + 1), np.int64)
         for index, share in enumerate(self._shares):
             left = samples - boundaries[:, index]
@@ -139,28 +165,41 @@ class Batches:
 
 
 class Packed:
-    """Whole pairs, as many one after another as fit into a row of S + 1 tokens; the rest of a row is token 0 of
-    segment 0. Of a pair that is longer than a row its end is kept: the beginning of the prompt is left out, with one
-    warning for all.
+    """Whole pairs, as many one after another as fit into a row of S + 1 tokens; the rest of a row
+    is token 0 of segment 0. Of a pair that is longer than a row its end is kept: the beginning of
+    the prompt is left out, with one warning for all.
 
-    Raises ValueError where an answer with its eos, and one token to predict it from, is longer than a row.
+    Raises ValueError where an answer with its eos, and one token to predict it from, is longer than
+    a row.
     """
 
     def __init__(self, tokens: Tokens, sequence_length: int):
-        self._tokens, self._size = tokens, sequence_length + 1
-        ends, lengths = tokens.document_offsets[1:], np.diff(tokens.document_offsets)
+        self._tokens = tokens
+        self._size = sequence_length + 1
+        ends = tokens.document_offsets[1:]
+        lengths = np.diff(tokens.document_offsets)
         answers = lengths - tokens.prompt_lengths
         if answers.size and answers.max() > sequence_length:
             worst = int(answers.argmax())
-            raise ValueError(f"{tokens.location}: the answer of pair {worst} has {answers[worst]} tokens with its end, "
-                             f"data.sequence_length={sequence_length} holds {sequence_length}; raise it to "
-                             f"{answers[worst]}, or leave such pairs out")
+            raise ValueError(
+                f"{tokens.location}: the answer of pair {worst} has {answers[worst]} tokens with its end, "
+                f"data.sequence_length={sequence_length} holds {sequence_length}; raise it to "
+                f"{answers[worst]}, or leave such pairs out"
+            )
         kept = np.minimum(lengths, self._size)
-        if (cut := int((kept < lengths).sum())):
-            _log.warning("%s: %d of %d prompts are cut at their beginning to fit data.sequence_length=%d",
-                         tokens.location, cut, len(lengths), sequence_length)
-        # Next fit. A pair that was cut fills its row, so that every row is one stretch of the stream.
-        total, first, rows = np.concatenate([[0], np.cumsum(kept)]), 0, []
+        if cut := int((kept < lengths).sum()):
+            _log.warning(
+                "%s: %d of %d prompts are cut at their beginning to fit data.sequence_length=%d",
+                tokens.location,
+                cut,
+                len(lengths),
+                sequence_length,
+            )
+        # Next fit. A pair that was cut fills its row, so that every row is one stretch of the
+        # stream.
+        total = np.concatenate([[0], np.cumsum(kept)])
+        first = 0
+        rows = []
         while first < len(kept):
             last = int(np.searchsorted(total, total[first] + self._size, side="right")) - 1
             rows.append((ends[first] - kept[first], ends[last - 1]))
@@ -176,7 +215,9 @@ class Packed:
         """Rows of `Batches.rows`' form, with ``answers``; those beyond the last are empty."""
         inside = numbers < self.count
         begins, ends = self._stretches[np.where(inside, numbers, 0)].T
-        rows = {name: np.zeros((len(numbers), self._size), np.int32) for name in (*_NAMES, "answers")}
+        rows = {
+            name: np.zeros((len(numbers), self._size), np.int32) for name in (*_NAMES, "answers")
+        }
         width = min(self._size, len(self._tokens))
         used = (np.arange(width) < (ends - begins)[:, None]) & inside[:, None]
         for name, values in _windows(self._tokens, begins, width).items():
@@ -188,7 +229,8 @@ packed = functools.lru_cache(maxsize=16)(Packed)
 
 
 def heldout_count(tokens: Tokens, sequence_length: int) -> int:
-    """How many rows `heldout_rows` has: the last token is only predicted, no window begins there."""
+    """How many rows `heldout_rows` has: the last token is only predicted, no window begins
+    there."""
     if sequence_length < 1:
         raise ValueError(f"sequence_length={sequence_length} must be at least 1")
     if tokens.prompt_lengths is not None:
@@ -196,15 +238,19 @@ def heldout_count(tokens: Tokens, sequence_length: int) -> int:
     return -(-max(len(tokens) - 1, 0) // sequence_length)
 
 
-def heldout_rows(tokens: Tokens, sequence_length: int, numbers: np.ndarray) -> dict[str, np.ndarray]:
-    """Rows of `Batches.rows`' form, by their numbers [n]: all of them together predict every token once, or of pairs
-    every answer.
+def heldout_rows(
+    tokens: Tokens, sequence_length: int, numbers: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Rows of `Batches.rows`' form, by their numbers [n]: all of them together predict every token
+    once, or of pairs every answer.
 
-    No window wraps; what is left over in the last one, and in rows after it, is token 0 of segment 0.
+    No window wraps; what is left over in the last one, and in rows after it, is token 0 of segment
+    0.
     """
     if tokens.prompt_lengths is not None:
         return packed(tokens, sequence_length).rows(np.asarray(numbers, np.int64))
-    length, size = sequence_length, len(tokens)
+    length = sequence_length
+    size = len(tokens)
     rows = {name: np.zeros((len(numbers), length + 1), np.int32) for name in _NAMES}
     for row, start in enumerate(np.asarray(numbers, np.int64) * length):
         width = min(length + 1, size - int(start))
@@ -215,23 +261,36 @@ def heldout_rows(tokens: Tokens, sequence_length: int, numbers: np.ndarray) -> d
 
 
 class HeldOut:
-    """The rows on which a run is evaluated: windows of the held-out text of each source, evenly spread over all of it,
-    so that text that lies in reading order counts by its length. Their number depends on no batch and no mesh.
+    """The rows on which a run is evaluated: windows of the held-out text of each source, evenly
+    spread over all of it, so that text that lies in reading order counts by its length. Their
+    number depends on no batch and no mesh.
 
-    Sources share about ``rows`` rows by their weights, at least one each; where a text has fewer, all of it is read.
+    Sources share about ``rows`` rows by their weights, at least one each; where a text has fewer,
+    all of it is read.
     """
 
     def __init__(self, sources: Sequence[tuple[Tokens, float]], sequence_length: int, rows: int):
         self._length = sequence_length
-        used = [(tokens, weight, count) for tokens, weight in sources
-                if (count := heldout_count(tokens, sequence_length))]
+        used = [
+            (tokens, weight, count)
+            for tokens, weight in sources
+            if (count := heldout_count(tokens, sequence_length))
+        ]
         self.sources = [tokens for tokens, _, _ in used]
         weights = np.array([weight for _, weight, _ in used], float)
-        self.shares = weights / weights.sum() if used else weights  # [sources], of the held-out loss; they add up to 1
-        chosen = [_spread(count, max(1, round(share * rows)))
-                  for share, (_, _, count) in zip(self.shares, used, strict=True)]
-        self.source = np.repeat(np.arange(len(used)), [len(numbers) for numbers in chosen])  # [rows]
-        self.window = np.concatenate([np.zeros(0, np.int64), *chosen])  # [rows], number within the source
+        self.shares = (
+            weights / weights.sum() if used else weights
+        )  # [sources], of the held-out loss; they add up to 1
+        chosen = [
+            _spread(count, max(1, round(share * rows)))
+            for share, (_, _, count) in zip(self.shares, used, strict=True)
+        ]
+        self.source = np.repeat(
+            np.arange(len(used)), [len(numbers) for numbers in chosen]
+        )  # [rows]
+        self.window = np.concatenate(
+            [np.zeros(0, np.int64), *chosen]
+        )  # [rows], number within the source
 
     def __len__(self) -> int:
         return len(self.window)
@@ -251,19 +310,21 @@ class HeldOut:
 
 
 def _spread(count: int, wanted: int) -> np.ndarray:
-    """``wanted`` of the numbers 0 to count - 1, the middle ones of as many equal parts; all where there are fewer."""
+    """``wanted`` of the numbers 0 to count - 1, the middle ones of as many equal parts; all where
+    there are fewer."""
     wanted = min(wanted, count)
     return (2 * np.arange(wanted, dtype=np.int64) + 1) * count // (2 * wanted)
 
 
 def _windows(tokens: Tokens, starts: np.ndarray, length: int) -> dict[str, np.ndarray]:
-    """The windows of ``length`` tokens from each start on, around the seam; ``length <= len(tokens)``."""
+    """The windows of ``length`` tokens from each start on, around the seam;
+    ``length <= len(tokens)``."""
     size = len(tokens)
     places = starts[:, None] + np.arange(length)
     wrapped = places >= size
     document, opens = tokens.document_of(places - size * wrapped)
-    # Beyond the seam documents and places go on counting, so that the first document is not taken for one
-    # that the window began in.
+    # Beyond the seam documents and places go on counting, so that the first document is not taken
+    # for one that the window began in.
     opens += size * wrapped
     begins = np.maximum(opens, starts[:, None])
     if tokens.prompt_lengths is not None:
@@ -271,27 +332,38 @@ def _windows(tokens: Tokens, starts: np.ndarray, length: int) -> dict[str, np.nd
     else:
         answers = {}
     document += tokens.documents * wrapped
-    return {"tokens": tokens.read_windows(starts, length), "segment_ids": document - document[:, :1] + 1,
-            "positions": places - begins, **answers}
+    return {
+        "tokens": tokens.read_windows(starts, length),
+        "segment_ids": document - document[:, :1] + 1,
+        "positions": places - begins,
+        **answers,
+    }
 
 
-def permute(numbers: np.ndarray, size: int | np.ndarray, keys: np.ndarray | np.uint64) -> np.ndarray:
-    """A bijection of [0, size) for each uint64 key, computed number by number, without a table. Size and key are one
-    for all numbers, or one for each.
+def permute(
+    numbers: np.ndarray, size: int | np.ndarray, keys: np.ndarray | np.uint64
+) -> np.ndarray:
+    """A bijection of [0, size) for each uint64 key, computed number by number, without a table.
+    Size and key are one for all numbers, or one for each.
 
-    Feistel network over the next power of four; what falls outside walks on along its cycle until it is back
-    inside (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
+    Feistel network over the next power of four; what falls outside walks on along its cycle until
+    it is back inside (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
     """
     values = np.array(numbers, np.uint64)
     halves = [max(1, ((int(one) - 1).bit_length() + 1) // 2) for one in np.atleast_1d(size)]
-    half, rounds = np.array(halves, np.uint64), [_mix(np.atleast_1d(np.asarray(keys, np.uint64)))]
+    half = np.array(halves, np.uint64)
+    rounds = [_mix(np.atleast_1d(np.asarray(keys, np.uint64)))]
     while len(rounds) < 6:
         rounds.append(_mix(rounds[-1]))
-    size, half, mask, *rounds = (np.broadcast_to(x, values.shape) for x in (
-        np.asarray(size, np.uint64), half, (np.uint64(1) << half) - np.uint64(1), *rounds))
+    size, half, mask, *rounds = (
+        np.broadcast_to(x, values.shape)
+        for x in (np.asarray(size, np.uint64), half, (np.uint64(1) << half) - np.uint64(1), *rounds)
+    )
     outside = np.arange(values.size)
     while outside.size:
-        left, right, some = values[outside] >> half[outside], values[outside] & mask[outside], mask[outside]
+        left = values[outside] >> half[outside]
+        right = values[outside] & mask[outside]
+        some = mask[outside]
         for key in rounds:
             left, right = right, left ^ (_mix(key[outside] ^ right) & some)
         values[outside] = left << half[outside] | right
@@ -308,7 +380,8 @@ def _keys(seed: int, purpose: int, source: int | np.ndarray, counter: np.ndarray
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
-    """splitmix64 (Steele, Lea and Flood 2014): each bit of the input changes half the bits of the output."""
+    """splitmix64 (Steele, Lea and Flood 2014): each bit of the input changes half the bits of the
+    output."""
     values = values + np.uint64(0x9E3779B97F4A7C15)
     values = (values ^ values >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ values >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)

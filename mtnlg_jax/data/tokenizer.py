@@ -43,16 +43,21 @@ from mtnlg_jax.data.tokenizer_files import (
 
 SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _SPACE = "\u2581"  # how SentencePiece writes a space; texts may hold it themselves
-_UNIT = 1024  # characters handed to SentencePiece at once, at most 4 KB; its BPE slows down on long texts
+# characters handed to SentencePiece at once, at most 4 KB; its BPE slows down on long texts
+_UNIT = 1024
 _META = "tokenizer_meta.json"
 _SPECIAL_IDS = "special_ids.json"
 # Of GPT-2's encoder.py (Radford 2019); possessive, since what they take is never given back.
 _GPT2_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 _MANY_CHARACTERS = 1 << 17  # from here on a faster encoder pays for half a second of making it
-# Scripts that put no space between words: each piece that begins with one of their characters is a word.
-_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u2fdf\u3040-\u30ff\u31f0-\u31ff"
-                       "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
-# (what a text can lose, a text that has it, a pattern that matches what comes back where it was lost)
+# Scripts that put no space between words: each piece that begins with one of their characters is a
+# word.
+_UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u2fdf\u3040-\u30ff\u31f0-\u31ff"
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+# (what a text can lose, a text that has it, a pattern that matches what comes back where it was
+# lost)
 _PROBES = (
     ("line ends", "a\nb", r"\A[^\n]*\Z"),
     ("line ends", "a\n\nb", r"\A[^\n]*\n?[^\n]*\Z"),
@@ -92,10 +97,19 @@ class Tokenizer:
     prompt_bos = True
     parse_special = False
 
-    def __init__(self, pieces: list[bytes], roles: dict[str, int], names: dict[int, str],
-                 continues: Iterable[int], files: dict[str, bytes]):
-        """``names``: the special tokens; ``continues``: pieces that begin no word whatever they look like."""
-        self.pad_id, self.bos_id, self.eos_id, self.sep_id = (roles[role] for role in ("pad", "bos", "eos", "sep"))
+    def __init__(
+        self,
+        pieces: list[bytes],
+        roles: dict[str, int],
+        names: dict[int, str],
+        continues: Iterable[int],
+        files: dict[str, bytes],
+    ):
+        """``names``: the special tokens; ``continues``: pieces that begin no word whatever they
+        look like."""
+        self.pad_id, self.bos_id, self.eos_id, self.sep_id = (
+            roles[role] for role in ("pad", "bos", "eos", "sep")
+        )
         self._mask_id = roles.get("mask")
         self.vocab_size = max(len(pieces), 1 + max(roles.values()))
         beyond = {index: f"<{role}>" for role, index in roles.items() if index >= len(pieces)}
@@ -103,7 +117,9 @@ class Tokenizer:
         self._bytes = pieces + [b""] * (self.vocab_size - len(pieces))
         self.is_special = np.zeros(self.vocab_size, bool)
         self.is_special[list(self.special_names)] = True
-        self.starts_word = np.array([_starts_word(piece) for piece in self._bytes]) & ~self.is_special
+        self.starts_word = (
+            np.array([_starts_word(piece) for piece in self._bytes]) & ~self.is_special
+        )
         self.starts_word[list(continues)] = False
         self._files = files
         digest = hashlib.sha256(self.kind.encode())
@@ -121,8 +137,10 @@ class Tokenizer:
     def mask_id(self) -> int:
         """Raises ValueError where the vocabulary is closed and has none."""
         if self._mask_id is None:
-            raise ValueError("this tokenizer has no mask token, so its model neither learns masked text nor fills "
-                             "masks; take a tokenizer of launch/prepare_data.py for that")
+            raise ValueError(
+                "this tokenizer has no mask token, so its model neither learns masked text nor fills "
+                "masks; take a tokenizer of launch/prepare_data.py for that"
+            )
         return self._mask_id
 
     def encode(self, text: str) -> list[int]:
@@ -147,8 +165,9 @@ class Tokenizer:
         numbers = {name: index for index, name in self.special_names.items()}
         return self._split_at(text, numbers, lambda part: self._encode([part], 1)[0])
 
-    def _split_at(self, text: str, numbers: dict[str, int],
-                  encode: Callable[[str], list[int]]) -> list[int]:
+    def _split_at(
+        self, text: str, numbers: dict[str, int], encode: Callable[[str], list[int]]
+    ) -> list[int]:
         """The ids of a text: of the spellings in ``numbers`` theirs, of the rest what ``encode``
         gives.
         """
@@ -165,10 +184,12 @@ class Tokenizer:
         token.
         """
         if self.eos_id == NO_TOKEN:
-            raise ValueError("this tokenizer is of a model that was trained without an end token, so "
-                             "documents cannot be told apart; name one of its tokens as eos_token "
-                             "in the tokenizer_config.json of the folder that was converted, and "
-                             "convert again")
+            raise ValueError(
+                "this tokenizer is of a model that was trained without an end token, so "
+                "documents cannot be told apart; name one of its tokens as eos_token "
+                "in the tokenizer_config.json of the folder that was converted, and "
+                "convert again"
+            )
 
     def losses(self) -> list[str]:
         """What a text can lose when it is encoded and decoded, in words, found by trying; empty:
@@ -181,8 +202,11 @@ class Tokenizer:
             return plain.decode(plain.encode(text))
 
         found = [what for what, text, pattern in _PROBES if re.search(pattern, back(text))]
-        unknown = [character for character in _CHARACTERS
-                   if character.lower() not in back(character).lower()]
+        unknown = [
+            character
+            for character in _CHARACTERS
+            if character.lower() not in back(character).lower()
+        ]
         if unknown:
             found.append(f"unknown characters such as {unknown[0]}")
         return list(dict.fromkeys(found))
@@ -192,7 +216,9 @@ class Tokenizer:
         parts = []
         for index in map(int, ids):
             if not 0 <= index < self.vocab_size:
-                raise ValueError(f"token {index} is unknown; this vocabulary ends at {self.vocab_size - 1}")
+                raise ValueError(
+                    f"token {index} is unknown; this vocabulary ends at {self.vocab_size - 1}"
+                )
             shown = not skip_special and index in self.special_names
             parts.append(self.special_names[index].encode() if shown else self._bytes[index])
         return b"".join(parts).decode("utf-8", "replace")
@@ -215,8 +241,8 @@ class Tokenizer:
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model. One from elsewhere keeps its own normalisation, so it may not be lossless, and
-    its own special pieces; those that it lacks are numbered after its last piece."""
+    """A SentencePiece model. One from elsewhere keeps its own normalisation, so it may not be
+    lossless, and its own special pieces; those that it lacks are numbered after its last piece."""
 
     kind = "sentencepiece"
 
@@ -237,9 +263,14 @@ class SentencePieceTokenizer(Tokenizer):
         else:
             files[_SPECIAL_IDS] = special_ids
             roles = self._read_roles(special_ids)
-        names = {index: piece for index, piece in enumerate(pieces)
-                 if sp.is_control(index) or sp.is_unused(index) or sp.is_unknown(index)
-                 or index in roles.values()}
+        names = {
+            index: piece
+            for index, piece in enumerate(pieces)
+            if sp.is_control(index)
+            or sp.is_unused(index)
+            or sp.is_unknown(index)
+            or index in roles.values()
+        }
         content = [piece.replace(_SPACE, " ").encode() for piece in pieces]
         byte_ids = [index for index in range(len(pieces)) if sp.is_byte(index)]
         for index in byte_ids:
@@ -250,29 +281,47 @@ class SentencePieceTokenizer(Tokenizer):
 
         self._sp = sp
         self.pieces = len(pieces)
-        # Models of others may put a space before each text: decoding drops it, and nothing may be cut up.
+        # Models of others may put a space before each text: decoding drops it, and nothing may be
+        # cut up.
         self._prefixed = sp.encode("a", out_type=str)[0].startswith(_SPACE)
-        self.lossless = not self._prefixed and sp.encode("\n\n\t", out_type=str) == ["\n", "\n", "\t"]
-        self._space_ids = [byte_ids[byte] for byte in _SPACE.encode()] if len(byte_ids) == 256 else []
+        self.lossless = not self._prefixed and sp.encode("\n\n\t", out_type=str) == [
+            "\n",
+            "\n",
+            "\t",
+        ]
+        self._space_ids = (
+            [byte_ids[byte] for byte in _SPACE.encode()] if len(byte_ids) == 256 else []
+        )
         # A special that this model would find inside a text is cut after its first character.
-        found = [pieces[index] for index in roles.values()
-                 if index < len(pieces) and index in sp.encode(pieces[index])]
-        self._cuts = re.compile("|".join(f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})"
-                                         for name in found))
+        found = [
+            pieces[index]
+            for index in roles.values()
+            if index < len(pieces) and index in sp.encode(pieces[index])
+        ]
+        self._cuts = re.compile(
+            "|".join(f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})" for name in found)
+        )
 
     def _encode(self, texts: list[str], threads: int) -> list[list[int]]:
         units = [self._units(text) for text in texts]
         encoded = iter(self._sp.encode(list(chain.from_iterable(units)), num_threads=threads))
-        return [list(chain.from_iterable(self._space_ids if unit == _SPACE and self.lossless else next_ids
-                                         for unit, next_ids in zip(part, encoded, strict=False)))
-                for part in units]
+        return [
+            list(
+                chain.from_iterable(
+                    self._space_ids if unit == _SPACE and self.lossless else next_ids
+                    for unit, next_ids in zip(part, encoded, strict=False)
+                )
+            )
+            for part in units
+        ]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         text = super().decode(ids, skip_special)
         return text.removeprefix(" ") if self._prefixed else text
 
     def _units(self, text: str) -> list[str]:
-        """The parts to encode one by one; of a model of ours, at places over which no piece reaches."""
+        """The parts to encode one by one; of a model of ours, at places over which no piece
+        reaches."""
         if not self.lossless:
             return self._cuts.split(text) if self._cuts.pattern else [text]
         lines = re.findall(f"{_SPACE}|[^\n{_SPACE}]*\n|[^\n{_SPACE}]+", text)
@@ -280,12 +329,14 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class ByteLevelBPETokenizer(Tokenizer):
-    """GPT-2's files. They know one special token, <|endoftext|>, which serves as bos and eos; pad, mask and
-    sep are numbered after the last piece (50257 to 50259 for GPT-2) unless the vocabulary has them.
+    """GPT-2's files. They know one special token, <|endoftext|>, which serves as bos and eos; pad,
+    mask and sep are numbered after the last piece (50257 to 50259 for GPT-2) unless the vocabulary
+    has them.
 
-    ``special_ids`` (JSON) closes the vocabulary instead, for a model that was trained elsewhere and has no row for
-    another token: {"bos": 50256, "eos": 50256, "pad": 50256, "prompt_bos": false}, with "mask" and "sep" if it has
-    them."""
+    ``special_ids`` (JSON) closes the vocabulary instead, for a model that was trained elsewhere and
+    has no row for
+    another token: {"bos": 50256, "eos": 50256, "pad": 50256, "prompt_bos": false}, with "mask" and
+    "sep" if it has them."""
 
     kind = "byte-level BPE"
 
@@ -294,7 +345,9 @@ class ByteLevelBPETokenizer(Tokenizer):
 
         numbers, pairs, model = parse_byte_level(vocabulary, merges)
         if not is_whole(numbers):
-            raise ValueError("the vocabulary is damaged: it needs ids 0, 1, 2 ... and all 256 bytes")
+            raise ValueError(
+                "the vocabulary is damaged: it needs ids 0, 1, 2 ... and all 256 bytes"
+            )
         pieces = sorted(numbers, key=numbers.get)
         alphabet = byte_alphabet()
         end = [END_OF_TEXT]
@@ -307,17 +360,23 @@ class ByteLevelBPETokenizer(Tokenizer):
             files[_SPECIAL_IDS] = special_ids
             roles = self._read_roles(special_ids)
             if max(roles.values()) >= len(pieces):
-                raise ValueError(f"{_SPECIAL_IDS} names token {max(roles.values())}, and the vocabulary ends at "
-                                 f"{len(pieces) - 1}")
+                raise ValueError(
+                    f"{_SPECIAL_IDS} names token {max(roles.values())}, and the vocabulary ends at "
+                    f"{len(pieces) - 1}"
+                )
         names = {index: pieces[index] for index in roles.values() if 0 <= index < len(pieces)}
-        content = [b"" if index in names else b"".join(alphabet.get(c) or c.encode() for c in piece)
-                   for index, piece in enumerate(pieces)]
+        content = [
+            b"" if index in names else b"".join(alphabet.get(c) or c.encode() for c in piece)
+            for index, piece in enumerate(pieces)
+        ]
         super().__init__(content, roles, names, [], files)
 
         self._tokenizer = tokenizers.Tokenizer(model)
         self._tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
         self._merged = {numbers[left + right]: left + right for left, right in pairs}
-        self._in_order = list(self._merged) == sorted(self._merged) and len(self._merged) == len(pairs)
+        self._in_order = list(self._merged) == sorted(self._merged) and len(self._merged) == len(
+            pairs
+        )
         self._characters = 0
 
     def _encode(self, texts: list[str], threads: int) -> list[list[int]]:
@@ -333,23 +392,30 @@ class ByteLevelBPETokenizer(Tokenizer):
     def _tiktoken(self):
         """The same tokenizer several times as fast, or None where its ids could differ.
 
-        tiktoken joins what spells a token, in the order of ids; `tokenizers` joins the pairs of the list, in its order.
-        Where ids stand in the list's order and each token, encoded alone, is itself, the two are one: what lies
-        between the ends of a token just before it is joined was made by earlier merges that crossed neither end, as
-        in the token alone, so it is the pair of the list.
+        tiktoken joins what spells a token, in the order of ids; `tokenizers` joins the pairs of the
+        list, in its order. Where ids stand in the list's order and each token, encoded alone, is
+        itself, the two are one: what lies between the ends of a token just before it is joined was
+        made by earlier merges that crossed neither end, as in the token alone, so it is the pair of
+        the list.
         """
         import tiktoken
         import tokenizers
 
         bare = tokenizers.Tokenizer(self._tokenizer.model)  # without cutting into words
         encoded = bare.encode_batch_fast(list(self._merged.values()))
-        if not self._in_order or any(found.ids != [index] for found, index in zip(encoded, self._merged, strict=True)):
+        if not self._in_order or any(
+            found.ids != [index] for found, index in zip(encoded, self._merged, strict=True)
+        ):
             return None
         alphabet = byte_alphabet()
         numbers = json.loads(self._files["vocab.json"])
         ranks = {content: numbers[character] for character, content in alphabet.items()}
-        ranks |= {b"".join(alphabet[c] for c in piece): index for index, piece in self._merged.items()}
-        return tiktoken.Encoding(self.fingerprint, pat_str=_GPT2_WORDS, mergeable_ranks=ranks, special_tokens={})
+        ranks |= {
+            b"".join(alphabet[c] for c in piece): index for index, piece in self._merged.items()
+        }
+        return tiktoken.Encoding(
+            self.fingerprint, pat_str=_GPT2_WORDS, mergeable_ranks=ranks, special_tokens={}
+        )
 
 
 class HubTokenizer(Tokenizer):
@@ -379,8 +445,11 @@ class HubTokenizer(Tokenizer):
         self._prefixed = pieces.prefixed
         self._characters = 0
         names = self._special_pieces(roles, spelled)
-        names |= {index: f"<unused {index}>" for index in range(len(pieces.content))
-                  if index not in spelled}
+        names |= {
+            index: f"<unused {index}>"
+            for index in range(len(pieces.content))
+            if index not in spelled
+        }
         for index in names:
             pieces.content[index] = b""
         unknown = _unknown_id(whole["model"], numbers)
@@ -404,8 +473,10 @@ class HubTokenizer(Tokenizer):
         # What the model itself reads is cut after its first character; a single one stays text.
         read = {index for index, name in names.items() if index in self._read([name])[0]}
         names = {index: name for index, name in names.items() if index not in read or len(name) > 1}
-        cuts = [f"(?<={re.escape(names[index][0])})(?={re.escape(names[index][1:])})"
-                for index in read & names.keys()]
+        cuts = [
+            f"(?<={re.escape(names[index][0])})(?={re.escape(names[index][1:])})"
+            for index in read & names.keys()
+        ]
         self._cuts = re.compile("|".join(cuts)) if cuts else None
         return names
 
@@ -414,8 +485,11 @@ class HubTokenizer(Tokenizer):
         return text.removeprefix(" ") if self._prefixed else text
 
     def losses(self) -> list[str]:
-        strips = [token.content for token in self._fast.get_added_tokens_decoder().values()
-                  if not token.special and (token.lstrip or token.rstrip)]
+        strips = [
+            token.content
+            for token in self._fast.get_added_tokens_decoder().values()
+            if not token.special and (token.lstrip or token.rstrip)
+        ]
         return super().losses() + [f"spaces around {name}" for name in strips[:1]]
 
     def _read(self, texts: list[str]) -> list[list[int]]:
@@ -433,8 +507,11 @@ class HubTokenizer(Tokenizer):
 
     @functools.cached_property
     def _gpt2(self) -> ByteLevelBPETokenizer | None:
-        """The faster tokenizer of the same ids where only special tokens tell this one from GPT-2's."""
-        pair = None if self._cuts is not None else gpt2_pair(json.loads(self._files["tokenizer.json"]))
+        """The faster tokenizer of the same ids where only special tokens tell this one from
+        GPT-2's."""
+        pair = (
+            None if self._cuts is not None else gpt2_pair(json.loads(self._files["tokenizer.json"]))
+        )
         if pair is None:
             return None
         found = ByteLevelBPETokenizer(*pair)
@@ -443,8 +520,10 @@ class HubTokenizer(Tokenizer):
 
     def _encode_special(self, text: str) -> list[int]:
         roles = {self.bos_id, self.eos_id, self.pad_id, self._mask_id, self.sep_id}
-        others = {self.special_names[index]: index
-                  for index in roles & self.special_names.keys() - self._parsed}
+        others = {
+            self.special_names[index]: index
+            for index in roles & self.special_names.keys() - self._parsed
+        }
         return self._split_at(text, others, self._read_special)
 
     def _read_special(self, text: str) -> list[int]:
@@ -470,8 +549,10 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     read the same here.
     """
     if not storage.is_remote(path) and not Path(path).exists():
-        raise FileNotFoundError(f"{path} does not exist; give a tokenizer's folder, a tokenizer.json "
-                                "or a SentencePiece .model")
+        raise FileNotFoundError(
+            f"{path} does not exist; give a tokenizer's folder, a tokenizer.json "
+            "or a SentencePiece .model"
+        )
     try:
         if os.fspath(path).endswith(".json") and not Path(path).is_dir():
             return _load_json(path)
@@ -489,8 +570,9 @@ def _load_json(path: str | os.PathLike) -> Tokenizer:
         content = storage.read_file(folder, name)
         whole = json.loads(content or b"{}")
         if not isinstance(whole, dict) or "model" not in whole:
-            raise ValueError("not a tokenizer.json, which has a 'model'; give the folder that "
-                             "holds it")
+            raise ValueError(
+                "not a tokenizer.json, which has a 'model'; give the folder that holds it"
+            )
         return _of_hub_files(read_tokenizer_files({"tokenizer.json": content}.get))
     return _of_hub_files(read_tokenizer_files(lambda name: storage.read_file(folder, name)))
 
@@ -507,30 +589,37 @@ def _load_folder(path: str | os.PathLike) -> Tokenizer:
         return ByteLevelBPETokenizer(*pair)
     found = read_tokenizer_files(files)
     if found is None:
-        raise FileNotFoundError(f"{path} holds no tokenizer: neither tokenizer.json, nor "
-                                "tokenizer.model, nor vocab.json and merges.txt, nor encoder.json "
-                                "and vocab.bpe, nor vocab.txt")
+        raise FileNotFoundError(
+            f"{path} holds no tokenizer: neither tokenizer.json, nor "
+            "tokenizer.model, nor vocab.json and merges.txt, nor encoder.json "
+            "and vocab.bpe, nor vocab.txt"
+        )
     return _of_hub_files(found)
 
 
 def _load_saved(files: Callable[[str], bytes | None], meta: dict) -> Tokenizer:
     """What `Tokenizer.save` wrote."""
-    makers = {SentencePieceTokenizer.kind: (SentencePieceTokenizer, ("tokenizer.model",)),
-              ByteLevelBPETokenizer.kind: (ByteLevelBPETokenizer, ("vocab.json", "merges.txt")),
-              HubTokenizer.kind: (HubTokenizer, ("tokenizer.json",))}
+    makers = {
+        SentencePieceTokenizer.kind: (SentencePieceTokenizer, ("tokenizer.model",)),
+        ByteLevelBPETokenizer.kind: (ByteLevelBPETokenizer, ("vocab.json", "merges.txt")),
+        HubTokenizer.kind: (HubTokenizer, ("tokenizer.json",)),
+    }
     if meta["kind"] not in makers:
-        raise ValueError(f"{_META} names the kind {meta['kind']!r}; this version reads "
-                         f"{', '.join(makers)}")
+        raise ValueError(
+            f"{_META} names the kind {meta['kind']!r}; this version reads {', '.join(makers)}"
+        )
     kind, names = makers[meta["kind"]]
     contents = [files(name) for name in names]
     if None in contents:
-        raise ValueError(f"{' and '.join(names)} should lie beside {_META}; copy the whole folder "
-                         "again")
+        raise ValueError(
+            f"{' and '.join(names)} should lie beside {_META}; copy the whole folder again"
+        )
     tokenizer = kind(*contents, files(_SPECIAL_IDS))
     tokenizer.prompt_bos = meta.get("prompt_bos", tokenizer.prompt_bos)
     if meta["fingerprint"] != tokenizer.fingerprint:
-        raise ValueError(f"its files do not have the fingerprint in {_META}; copy or make them "
-                         "again")
+        raise ValueError(
+            f"its files do not have the fingerprint in {_META}; copy or make them again"
+        )
     return tokenizer
 
 
@@ -563,15 +652,23 @@ def _unknown_id(model: dict, numbers: dict[str, int]) -> int | None:
     return numbers.get(model.get("unk_token"))
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, model_type: str = "bpe", seed: int = 0,
-                    max_train_bytes: int = 20_000_000, num_threads: int = 4) -> SentencePieceTokenizer:
+def train_tokenizer(
+    texts: Iterable[str],
+    vocab_size: int,
+    model_type: str = "bpe",
+    seed: int = 0,
+    max_train_bytes: int = 20_000_000,
+    num_threads: int = 4,
+) -> SentencePieceTokenizer:
     """Train SentencePiece, ``"bpe"`` or ``"unigram"``, with byte fallback and no normalisation.
 
-    Of a larger corpus ``max_train_bytes`` (UTF-8) are drawn with ``seed``, evenly over the texts. The result
-    depends on the texts, their order and the arguments; for unigram also on ``num_threads`` (its sums are
-    rounded in another order), which is why the default is not the number of cores.
+    Of a larger corpus ``max_train_bytes`` (UTF-8) are drawn with ``seed``, evenly over the texts.
+    The result depends on the texts, their order and the arguments; for unigram also on
+    ``num_threads`` (its sums are rounded in another order), which is why the default is not the
+    number of cores.
 
-    Raises ValueError when ``vocab_size`` is more than the texts support, or less than their characters need.
+    Raises ValueError when ``vocab_size`` is more than the texts support, or less than their
+    characters need.
     """
     from sentencepiece import SentencePieceTrainer
 
@@ -579,27 +676,49 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, model_type: str = "bp
         raise ValueError(f"model_type={model_type!r} is not known; use 'bpe' or 'unigram'")
     sentences = _sample(chain.from_iterable(map(_sentences, texts)), max_train_bytes, seed)
     if not sentences:
-        raise ValueError("there is no text to train a tokenizer on; give a corpus that is not empty")
+        raise ValueError(
+            "there is no text to train a tokenizer on; give a corpus that is not empty"
+        )
     model = io.BytesIO()
     try:
         SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences), model_writer=model, model_type=model_type,
-            vocab_size=vocab_size, byte_fallback=True, normalization_rule_name="identity",
+            sentence_iterator=iter(sentences),
+            model_writer=model,
+            model_type=model_type,
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            normalization_rule_name="identity",
             remove_extra_whitespaces=False,
-            # With a space put before each text, a continuation would not be the text's own next pieces.
+            # With a space put before each text, a continuation would not be the text's own next
+            # pieces.
             add_dummy_prefix=False,
-            allow_whitespace_only_pieces=True, character_coverage=0.9995, max_sentence_length=4 * _UNIT,
-            pad_id=0, unk_id=1, bos_id=2, eos_id=3, pad_piece="<pad>", bos_piece="<bos>", eos_piece="<eos>",
-            control_symbols=["<mask>", "<sep>"], user_defined_symbols=["\n", "\t"],
-            num_threads=num_threads, minloglevel=2)
+            allow_whitespace_only_pieces=True,
+            character_coverage=0.9995,
+            max_sentence_length=4 * _UNIT,
+            pad_id=0,
+            unk_id=1,
+            bos_id=2,
+            eos_id=3,
+            pad_piece="<pad>",
+            bos_piece="<bos>",
+            eos_piece="<eos>",
+            control_symbols=["<mask>", "<sep>"],
+            user_defined_symbols=["\n", "\t"],
+            num_threads=num_threads,
+            minloglevel=2,
+        )
     except RuntimeError as error:
         message = str(error)
         if most := re.search(r"too high.*<= (\d+)", message):
-            raise ValueError(f"vocab_size={vocab_size} is more than this text supports; the largest possible "
-                             f"is {most[1]}: ask for that or less, or give more text") from None
+            raise ValueError(
+                f"vocab_size={vocab_size} is more than this text supports; the largest possible "
+                f"is {most[1]}: ask for that or less, or give more text"
+            ) from None
         if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
-            raise ValueError(f"vocab_size={vocab_size} is less than the characters of this text need; the "
-                             f"smallest possible is {least[1]}") from None
+            raise ValueError(
+                f"vocab_size={vocab_size} is less than the characters of this text need; the "
+                f"smallest possible is {least[1]}"
+            ) from None
         raise ValueError(f"SentencePiece cannot train on this text ({message})") from None
     return SentencePieceTokenizer(model.getvalue())
 
@@ -612,7 +731,8 @@ def _sentences(text: str) -> Iterator[str]:
 
 
 def _split(line: str) -> Iterator[str]:
-    """Parts of at most _UNIT characters, cut before a space if there is one: no piece reaches over that."""
+    """Parts of at most _UNIT characters, cut before a space if there is one: no piece reaches over
+    that."""
     start = 0
     while len(line) - start > _UNIT:
         cut = line.rfind(" ", start + 1, start + _UNIT + 1)
@@ -626,7 +746,9 @@ def _split(line: str) -> Iterator[str]:
 
 def _sample(sentences: Iterable[str], max_bytes: int, seed: int) -> list[str]:
     """All sentences, or of too many those with the smallest random numbers, in their order."""
-    rng, kept, size = random.Random(seed), [], 0
+    rng = random.Random(seed)
+    kept = []
+    size = 0
     for number, sentence in enumerate(sentences):
         heapq.heappush(kept, (-rng.random(), number, sentence))
         size += len(sentence.encode())
@@ -636,9 +758,11 @@ def _sample(sentences: Iterable[str], max_bytes: int, seed: int) -> list[str]:
 
 
 def _find_roles(pieces: list[str], others: dict[str, list[str]]) -> dict[str, int]:
-    """The ids of the five special tokens; those that a vocabulary lacks are numbered after its end."""
+    """The ids of the five special tokens; those that a vocabulary lacks are numbered after its
+    end."""
     numbers = {piece: index for index, piece in enumerate(pieces)}
-    roles, end = {}, len(pieces)
+    roles = {}
+    end = len(pieces)
     for role in ROLES:
         spellings = [f"<{role}>", *others.get(role, []), f"[{role.upper()}]"]
         found = [numbers[spelling] for spelling in spellings if spelling in numbers]
@@ -649,7 +773,9 @@ def _find_roles(pieces: list[str], others: dict[str, list[str]]) -> dict[str, in
 
 def _starts_word(piece: bytes) -> bool:
     first = piece.decode("utf-8", "ignore")[:1]
-    if not first:  # part of a character: its first byte may begin one of three bytes or more, as of Chinese
+    if (
+        not first
+    ):  # part of a character: its first byte may begin one of three bytes or more, as of Chinese
         return piece[:1] >= b"\xe3"
     if piece[0] & 0xC0 == 0x80 or unicodedata.category(first).startswith("M"):
         return False

@@ -394,8 +394,8 @@ class Pieces:
 
 
 def pieces_of(whole: dict, fast) -> Pieces:
-    """What the decoder of a tokenizer.json makes of each token, in the middle of a text; ``whole`` is
-    its object, ``fast`` its `tokenizers.Tokenizer`.
+    """What the decoder of a tokenizer.json makes of each token, in the middle of a text; ``whole``
+    is its object, ``fast`` its `tokenizers.Tokenizer`.
 
     Raises ValueError for a decoder whose text of a token depends on the tokens around it.
     Without a decoder, transformers writes a space between tokens; here it is the inverse of the
@@ -685,8 +685,8 @@ def _plain(
 
 
 def gpt2_pair(whole: dict, pair: tuple[bytes, bytes] | None = None) -> tuple[bytes, bytes] | None:
-    """vocab.json and merges.txt (``pair`` where it says the same) of a tokenizer.json that reads text
-    without special tokens as GPT-2's does, with this vocabulary; None of another.
+    """vocab.json and merges.txt (``pair`` where it says the same) of a tokenizer.json that reads
+    text without special tokens as GPT-2's does, with this vocabulary; None of another.
     """
     model = whole["model"]
     step = whole.get("pre_tokenizer") or {}

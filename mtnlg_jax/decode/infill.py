@@ -19,7 +19,9 @@ _MASK = re.compile(r" ?(?:<mask>|\[MASK\])")
 @dataclasses.dataclass(frozen=True)
 class Candidate:
     token: int
-    text: str  # without the space that the text has already; a part of a character is shown as U+FFFD
+    text: (
+        str  # without the space that the text has already; a part of a character is shown as U+FFFD
+    )
     probability: float  # the model's own, over its whole vocabulary
 
 
@@ -30,18 +32,22 @@ class Filled:
 
 
 def fill(decoder: Decoder, tokenizer, text: str, top_k: int = 5) -> Filled:
-    """The ``top_k`` best tokens for each <mask> or [MASK] in ``text``. One mask is one token; several are guessed
-    at once, each without knowing the others' guesses.
+    """The ``top_k`` best tokens for each <mask> or [MASK] in ``text``. One mask is one token;
+    several are guessed at once, each without knowing the others' guesses.
 
     Raises ValueError on a text without a mask or longer than the context, and on top_k below 1.
     """
     marks = _MASK.findall(text)
     if not marks:
-        raise ValueError("the text has no mask to fill; write <mask> or [MASK] where a word is missing")
+        raise ValueError(
+            "the text has no mask to fill; write <mask> or [MASK] where a word is missing"
+        )
     allowed_V = writable(tokenizer, decoder.config.vocab_size)
     allowed_V[tokenizer.eos_id] = False
     if not 1 <= top_k <= allowed_V.sum():
-        raise ValueError(f"top_k={top_k} lies outside [1, {allowed_V.sum()}], the tokens that there are")
+        raise ValueError(
+            f"top_k={top_k} lies outside [1, {allowed_V.sum()}], the tokens that there are"
+        )
     parts = _MASK.split(text)
     tokens = [tokenizer.bos_id, *tokenizer.encode(parts[0])]
     places = []
@@ -56,19 +62,37 @@ def fill(decoder: Decoder, tokenizer, text: str, top_k: int = 5) -> Filled:
     # Padded with repetitions of the first, so that compiles are few.
     places_M = np.full(1 << (len(places) - 1).bit_length(), places[0], np.int32)
     places_M[: len(places)] = places
-    probabilities, best = map(np.asarray, _guess(decoder.params, row_S, np.int32(len(tokens)), places_M, allowed_V,
-                                                 config=decoder.config, top_k=top_k))
+    probabilities, best = map(
+        np.asarray,
+        _guess(
+            decoder.params,
+            row_S,
+            np.int32(len(tokens)),
+            places_M,
+            allowed_V,
+            config=decoder.config,
+            top_k=top_k,
+        ),
+    )
     if not np.isfinite(probabilities[: len(places)]).all():
-        raise ValueError("the probabilities of what fills the masks are not finite; look for parameters of the model "
-                         "that are not finite or far too large, or take another checkpoint")
-    masks, content = [], parts[0].encode()
+        raise ValueError(
+            "the probabilities of what fills the masks are not finite; look for parameters of the model "
+            "that are not finite or far too large, or take another checkpoint"
+        )
+    masks = []
+    content = parts[0].encode()
     for place, (mark, part) in enumerate(zip(marks, parts[1:], strict=True)):
         spaced = mark.startswith(" ")
         pieces = [tokenizer.token_bytes(int(token)) for token in best[place]]
         pieces = [piece.removeprefix(b" ") if spaced else piece for piece in pieces]
-        masks.append(tuple(Candidate(int(token), piece.decode("utf-8", "replace"), float(probability))
-                           for token, piece, probability in zip(best[place], pieces, probabilities[place],
-                                                                strict=True)))
+        masks.append(
+            tuple(
+                Candidate(int(token), piece.decode("utf-8", "replace"), float(probability))
+                for token, piece, probability in zip(
+                    best[place], pieces, probabilities[place], strict=True
+                )
+            )
+        )
         content += b" " * spaced + pieces[0] + part.encode()
     return Filled(content.decode("utf-8", "replace"), tuple(masks))
 
@@ -82,5 +106,7 @@ def _guess(params, row_S, length, places_M, allowed_V, *, config, top_k):
 
     positions_1S = jnp.arange(row_S.shape[0])[None]
     x_1SD, head_VD = run_layers(config, params, row_S[None], positions_1S, attend)
-    logits_MV = jnp.einsum("MD,VD->MV", x_1SD[0, places_M], head_VD, preferred_element_type=jnp.float32)
+    logits_MV = jnp.einsum(
+        "MD,VD->MV", x_1SD[0, places_M], head_VD, preferred_element_type=jnp.float32
+    )
     return jax.lax.top_k(jnp.where(allowed_V, jax.nn.softmax(logits_MV, -1), -1.0), top_k)

@@ -1,6 +1,7 @@
 """A trained run as a decoder, read from its checkpoint parameter by parameter.
 
-The float32 weights that int8 or bfloat16 stand for are never held together, and float32 weights are held once."""
+The float32 weights that int8 or bfloat16 stand for are never held together, and float32 weights are
+held once."""
 
 import ctypes
 import functools
@@ -20,11 +21,19 @@ from mtnlg_jax.train.checkpoint import Run, find_run, load_run
 _SEPARATOR = "."
 
 
-def load_decoder(workdir, which: str = "best", dtype: str = "float32", *, weights: str | None = None,
-                 cache: str | None = None) -> tuple[Run, Decoder]:
-    """(the run, with no parameters, its decoder): what ``unstack`` makes of ``load_run``, in less memory.
+def load_decoder(
+    workdir,
+    which: str = "best",
+    dtype: str = "float32",
+    *,
+    weights: str | None = None,
+    cache: str | None = None,
+) -> tuple[Run, Decoder]:
+    """(the run, with no parameters, its decoder): what ``unstack`` makes of ``load_run``, in less
+    memory.
 
-    Args as of these two. Raises what they raise, and ValueError naming the parameter where one is not finite.
+    Args as of these two. Raises what they raise, and ValueError naming the parameter where one is
+    not finite.
     """
     dtype = check_held(dtype, weights, cache)
 
@@ -35,12 +44,14 @@ def load_decoder(workdir, which: str = "best", dtype: str = "float32", *, weight
 
     run = find_run(workdir, which, read)
     _trim()
-    return Run(run.config, None, run.tokenizer, run.step, run.meta), Decoder(run.config.model, run.params,
-                                                                            cache == "int8")
+    return Run(run.config, None, run.tokenizer, run.step, run.meta), Decoder(
+        run.config.model, run.params, cache == "int8"
+    )
 
 
 def _trim() -> None:
-    """Gives back to the system what the parameters read so far left behind in the C library's heap."""
+    """Gives back to the system what the parameters read so far left behind in the C library's
+    heap."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):  # glibc
         libc.malloc_trim(0)
@@ -110,6 +121,8 @@ def _converted(name: str, dtype: str, int8: bool, array: np.ndarray):
     outputs = array.shape[inputs:]
     matrix_OI = array.reshape(-1, int(np.prod(outputs))).T
     if not int8:
-        return RowWeight(jnp.asarray(np.ascontiguousarray(matrix_OI, dtype=dtype)), None, outputs, inputs)
+        return RowWeight(
+            jnp.asarray(np.ascontiguousarray(matrix_OI, dtype=dtype)), None, outputs, inputs
+        )
     number_OI, scale_O = quantise_numpy(np.ascontiguousarray(matrix_OI))
     return RowWeight(jnp.asarray(number_OI), jnp.asarray(scale_O), outputs, inputs)

@@ -1,13 +1,17 @@
-"""Weights as decoding multiplies by them: a row for each output, in int8 with one scale a row, or as floats.
+"""Weights as decoding multiplies by them: a row for each output, in int8 with one scale a row, or
+as floats.
 
-Symmetric: the largest weight of an output becomes 127, zero stays zero. The scale is common to a row and so multiplies
-the sum: no dequantised weight is ever held. Norms, biases and positions stay as they are, for they are few. The table
-that tokens are looked up in has a scale for each token, so that a head which is the same table is held once.
+Symmetric: the largest weight of an output becomes 127, zero stays zero. The scale is common to a
+row and so multiplies
+the sum: no dequantised weight is ever held. Norms, biases and positions stay as they are, for they
+are few. The table that tokens are looked up in has a scale for each token, so that a head which is
+the same table is held once.
 
-XLA:CPU multiplies neither int8 nor bfloat16 by a single vector with the processor's instructions for them, but in plain
-loops (ten times slower than float32, measured on jax 0.12 with AVX512 and AMX), and converts nothing while it reads. It
-does have kernels for int8 by int8 and for bfloat16, for matrices of a few rows: so there every activation becomes two
-int8 numbers, hi + lo / 254, 16 bits together, as two rows of one integer product.
+XLA:CPU multiplies neither int8 nor bfloat16 by a single vector with the processor's instructions
+for them, but in plain loops (ten times slower than float32, measured on jax 0.12 with AVX512 and
+AMX), and converts nothing while it reads. It does have kernels for int8 by int8 and for bfloat16,
+for matrices of a few rows: so there every activation becomes two int8 numbers, hi + lo / 254, 16
+bits together, as two rows of one integer product.
 """
 
 import dataclasses
@@ -25,7 +29,8 @@ _ROWS_BY_ROWS = (((1,), (1,)), ((), ()))
 
 
 def quantise(x, axes):
-    """(int8, float32 scales without ``axes``): symmetric, the largest along ``axes`` becomes 127."""
+    """(int8, float32 scales without ``axes``): symmetric, the largest along ``axes`` becomes
+    127."""
     x = x.astype(jnp.float32)
     scale = jnp.abs(x).max(axes, keepdims=True) / 127
     # Nothing but zeros has no scale of its own.
@@ -44,12 +49,15 @@ def quantise_numpy(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RowWeight:
-    """A weight with outputs first, (O, I), and what its product is: in place of an array in a Param."""
+    """A weight with outputs first, (O, I), and what its product is: in place of an array in a
+    Param."""
 
     number_OI: jax.Array
     scale_O: jax.Array | None  # of int8
     outputs: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-    inputs: int = dataclasses.field(metadata={"static": True})  # dims of x that the product sums over
+    inputs: int = dataclasses.field(
+        metadata={"static": True}
+    )  # dims of x that the product sums over
 
     def __getitem__(self, key):
         """``param[...]`` is the weight itself, as of an array."""
@@ -67,8 +75,12 @@ class RowWeight:
         elif on_cpu():
             y_RO = self.scale_O * _multiply_int8(rows_RI, self.number_OI)
         else:
-            y_RO = self.scale_O * jax.lax.dot_general(rows_RI, self.number_OI.astype(x.dtype), _ROWS_BY_ROWS,
-                                                      preferred_element_type=jnp.float32)
+            y_RO = self.scale_O * jax.lax.dot_general(
+                rows_RI,
+                self.number_OI.astype(x.dtype),
+                _ROWS_BY_ROWS,
+                preferred_element_type=jnp.float32,
+            )
         return y_RO.reshape(*x.shape[: x.ndim - self.inputs], *self.outputs)
 
     def rows(self, ids, dtype):
@@ -88,9 +100,11 @@ def on_cpu() -> bool:
 
 
 def rows_of(weight, inputs: int, int8: bool, dtype, outputs_first: bool = False) -> RowWeight:
-    """A float weight, its first ``inputs`` dims those that the product sums over (or, ``outputs_first``, (O, I))."""
+    """A float weight, its first ``inputs`` dims those that the product sums over (or,
+    ``outputs_first``, (O, I))."""
     if outputs_first:
-        matrix_OI, outputs = weight, weight.shape[:1]
+        matrix_OI = weight
+        outputs = weight.shape[:1]
     else:
         outputs = weight.shape[inputs:]
         matrix_OI = weight.reshape(-1, math.prod(outputs)).T
@@ -103,7 +117,9 @@ def _multiply(x_RI, number_OI):
     rows = x_RI.shape[0]
     if on_cpu() and x_RI.dtype != jnp.float32:
         x_RI = jnp.pad(x_RI, ((0, max(0, LEAST_ROWS - rows)), (0, 0)))
-    return jax.lax.dot_general(x_RI, number_OI, _ROWS_BY_ROWS, preferred_element_type=jnp.float32)[:rows]
+    return jax.lax.dot_general(x_RI, number_OI, _ROWS_BY_ROWS, preferred_element_type=jnp.float32)[
+        :rows
+    ]
 
 
 def _multiply_int8(x_RI, number_OI):
@@ -116,6 +132,8 @@ def _multiply_int8(x_RI, number_OI):
     lo_RI = jnp.round((scaled_RI - hi_RI) * 254)
     both_RI = jnp.concatenate([hi_RI, lo_RI]).astype(jnp.int8)
     both_RI = jnp.pad(both_RI, ((0, max(0, LEAST_ROWS - 2 * rows)), (0, 0)))
-    sums_RO = jax.lax.dot_general(both_RI, number_OI, _ROWS_BY_ROWS, preferred_element_type=jnp.int32)
+    sums_RO = jax.lax.dot_general(
+        both_RI, number_OI, _ROWS_BY_ROWS, preferred_element_type=jnp.int32
+    )
     sums_RO = sums_RO.astype(jnp.float32)
     return scale_R1 * (sums_RO[:rows] + sums_RO[rows : 2 * rows] / 254)

@@ -1,4 +1,5 @@
-"""Ranking: candidates, given, sampled or beamed, scored behind one shared prefix, by one scorer or several."""
+"""Ranking: candidates, given, sampled or beamed, scored behind one shared prefix, by one scorer or
+several."""
 
 import collections
 import dataclasses
@@ -11,14 +12,22 @@ from mtnlg_jax.decode.batched_settings import check_tokens
 from mtnlg_jax.decode.cache import Decoder, capacity, prefill
 from mtnlg_jax.decode.generate import continue_prefix
 from mtnlg_jax.decode.results import check_context, encode_prompt
-from mtnlg_jax.decode.scorers import NORMALISATIONS, SCORERS, Candidate, Pool, ScorerOptions, check_request, weights_of
+from mtnlg_jax.decode.scorers import (
+    NORMALISATIONS,
+    SCORERS,
+    Candidate,
+    Pool,
+    ScorerOptions,
+    check_request,
+    weights_of,
+)
 from mtnlg_jax.decode.scoring import score_from, score_rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Ranked:
-    """A candidate, its score, and all that the score is made of; log-probabilities are natural logarithms of the
-    model's own distribution."""
+    """A candidate, its score, and all that the score is made of; log-probabilities are natural
+    logarithms of the model's own distribution."""
 
     rank: int  # from 1
     text: str  # the candidate as it was given or written
@@ -31,20 +40,25 @@ class Ranked:
     per_byte: float  # bytes of ``scored`` in UTF-8
     index: int  # among the candidates, first occurrence
     count: int  # how many candidates were this one
-    parts: dict[str, float]  # each scorer's score by its name, and what it was computed from by "scorer.part"
+    parts: dict[
+        str, float
+    ]  # each scorer's score by its name, and what it was computed from by "scorer.part"
     answer: str | None = None  # that self_consistency found
 
 
 @dataclasses.dataclass(frozen=True)
 class Ranking(Sequence):
-    """The candidates, best first. The best is the best of these alone, however many better texts there may be."""
+    """The candidates, best first. The best is the best of these alone, however many better texts
+    there may be."""
 
     candidates: tuple[Ranked, ...]
     size: int  # candidates, equal ones too
     duplicates: int  # those that are equal to an earlier one
     weights: dict[str, float]  # of the scorers
     normalise: str
-    utilities: tuple[tuple[float, ...], ...] | None = None  # of mbr, of each candidate (row) against each, best first
+    utilities: tuple[tuple[float, ...], ...] | None = (
+        None  # of mbr, of each candidate (row) against each, best first
+    )
 
     def __getitem__(self, index):
         return self.candidates[index]
@@ -53,63 +67,109 @@ class Ranking(Sequence):
         return len(self.candidates)
 
 
-def rank(decoder: Decoder, tokenizer, prompt: str, candidates: Sequence[str] | None = None, *,
-         decode: DecodeConfig | None = None, scorers: str | Sequence[str] | Mapping[str, float] = "logprob",
-         normalise: str = "per_token", options: ScorerOptions | None = None,
-         stages: Sequence[StageConfig] | None = None) -> Ranking:
+def rank(
+    decoder: Decoder,
+    tokenizer,
+    prompt: str,
+    candidates: Sequence[str] | None = None,
+    *,
+    decode: DecodeConfig | None = None,
+    scorers: str | Sequence[str] | Mapping[str, float] = "logprob",
+    normalise: str = "per_token",
+    options: ScorerOptions | None = None,
+    stages: Sequence[StageConfig] | None = None,
+) -> Ranking:
     """Candidates by falling score; ties keep their order, equal candidates are one with a count.
 
     Args:
-      candidates: texts that continue ``prompt``, with their own leading space where there is one. None: writes
-        ``decode.num_return_sequences`` of them, sampled or (num_beams above 1) beams; all beams where that is 1.
+      candidates: texts that continue ``prompt``, with their own leading space where there is one.
+        None: writes ``decode.num_return_sequences`` of them, sampled or (num_beams above 1) beams;
+            all beams where that is 1.
       scorers: a name of ``scorers.SCORERS``, several that weigh the same, or {name: weight}.
-      normalise: "sum", or log-probabilities divided by the number of tokens, characters or UTF-8 bytes of a text.
+      normalise: "sum", or log-probabilities divided by the number of tokens, characters or UTF-8
+          bytes of a text.
       options: settings of single scorers.
-      stages: those that trained the model, where known: pseudo_log_likelihood is refused to one without masks.
+      stages: those that trained the model, where known: pseudo_log_likelihood is refused to one
+          without masks.
 
-    Each given candidate is scored at its own boundary, whatever else is in the list, as lm-evaluation-harness does it
-    (``_encode_pair``): whitespace that ends the prompt is moved to the candidate, prompt and prompt + candidate are
-    tokenized as one text each, and the tokens scored are those of the second behind the first. Where the candidate
-    joins the prompt's last tokens ("we saw th" + "e"), the harness has no answer: here scoring starts at the first
-    token that the candidate changes, and ``scored`` begins with the end of the prompt (" the"). Such a sum pays for
-    that end, too, and the numbers per token, character and byte, which divide it by all that it covers, compare better.
-    Written candidates are equal if both text and tokens are, and are scored in the tokens that were written, those of
-    a stop string included.
-    Raises ValueError, before the model does any work where that can be known, on an empty candidate or list, on more
-    tokens than the context holds, on unknown scorers, weights that say nothing and options in conflict.
+    Each given candidate is scored at its own boundary, whatever else is in the list, as
+    lm-evaluation-harness does it (``_encode_pair``): whitespace that ends the prompt is moved to
+    the candidate, prompt and prompt + candidate are tokenized as one text each, and the tokens
+    scored are those of the second behind the first. Where the candidate joins the prompt's last
+    tokens ("we saw th" + "e"), the harness has no answer: here scoring starts at the first token
+    that the candidate changes, and ``scored`` begins with the end of the prompt (" the"). Such a
+    sum pays for that end, too, and the numbers per token, character and byte, which divide it by
+    all that it covers, compare better. Written candidates are equal if both text and tokens are,
+    and are scored in the tokens that were written, those of a stop string included. Raises
+    ValueError, before the model does any work where that can be known, on an empty candidate or
+    list, on more tokens than the context holds, on unknown scorers, weights that say nothing and
+    options in conflict.
     """
-    weights, options = weights_of(scorers), options or ScorerOptions()
+    weights = weights_of(scorers)
+    options = options or ScorerOptions()
     check_request(weights, normalise, options, tokenizer, prompt, stages)
-    prefix, known = None, {}
+    prefix = None
+    known = {}
     if candidates is None:
-        prompt_tokens, prefix, written = _write(decoder, tokenizer, prompt, decode or DecodeConfig(), weights)
-        found = [Candidate(result.text, (*prompt_tokens, *result.tokens), len(prompt_tokens),
-                           _bytes_of(tokenizer, result.tokens)) for result in written]
+        prompt_tokens, prefix, written = _write(
+            decoder, tokenizer, prompt, decode or DecodeConfig(), weights
+        )
+        found = [
+            Candidate(
+                result.text,
+                (*prompt_tokens, *result.tokens),
+                len(prompt_tokens),
+                _bytes_of(tokenizer, result.tokens),
+            )
+            for result in written
+        ]
         if not decoder.int8_cache:  # else what was written was read less exactly than what is given
             known = {each: result.logprobs for each, result in zip(found, written, strict=True)}
     elif decode is not None:
-        raise ValueError(f"decode writes candidates, and {len(candidates)} are given; leave one of the two out")
+        raise ValueError(
+            f"decode writes candidates, and {len(candidates)} are given; leave one of the two out"
+        )
     else:
         prompt_tokens, found = _read(decoder, tokenizer, prompt, candidates)
-    first, counts = {}, collections.Counter(found)
+    first = {}
+    counts = collections.Counter(found)
     for index, each in enumerate(found):
         first.setdefault(each, index)
-    pool = Pool(decoder, tokenizer, prompt, list(first), np.array([counts[each] for each in first]), normalise, options)
+    pool = Pool(
+        decoder,
+        tokenizer,
+        prompt,
+        list(first),
+        np.array([counts[each] for each in first]),
+        normalise,
+        options,
+    )
     planned = {name: SCORERS[name](pool) for name in weights}
     # What the model wrote, it knows the probability of.
-    logprobs = [known[each] for each in first] if known else _score(decoder, prefix, prompt_tokens, list(first))
+    logprobs = (
+        [known[each] for each in first]
+        if known
+        else _score(decoder, prefix, prompt_tokens, list(first))
+    )
     sums = np.array([np.sum(each, dtype=np.float64) for each in logprobs])
     scored = {name: run(sums) for name, run in planned.items()}
     totals = sum(weight * scored[name].parts[name] for name, weight in weights.items())
     if not np.isfinite(totals).all():
         bad = int(np.flatnonzero(~np.isfinite(totals))[0])
-        raise ValueError(f"the score of {pool.candidates[bad].text[:40]!r} is {totals[bad]}; look for numbers that are "
-                         "not finite in the model's parameters, or in what a function of yours returned")
+        raise ValueError(
+            f"the score of {pool.candidates[bad].text[:40]!r} is {totals[bad]}; look for numbers that are "
+            "not finite in the model's parameters, or in what a function of yours returned"
+        )
     # Stable, and the different candidates stand in the order in which they came.
-    order, indices = np.argsort(-totals, kind="stable"), list(first.values())
-    ranked = tuple(_ranked(place, i, totals, sums, scored, pool, indices)
-                   for place, i in enumerate(order.tolist(), 1))
-    utilities = next((each.utilities for each in scored.values() if each.utilities is not None), None)
+    order = np.argsort(-totals, kind="stable")
+    indices = list(first.values())
+    ranked = tuple(
+        _ranked(place, i, totals, sums, scored, pool, indices)
+        for place, i in enumerate(order.tolist(), 1)
+    )
+    utilities = next(
+        (each.utilities for each in scored.values() if each.utilities is not None), None
+    )
     if utilities is not None:
         utilities = tuple(map(tuple, utilities[np.ix_(order, order)].tolist()))
     return Ranking(ranked, len(found), len(found) - len(first), weights, normalise, utilities)
@@ -117,27 +177,51 @@ def rank(decoder: Decoder, tokenizer, prompt: str, candidates: Sequence[str] | N
 
 def _ranked(place, i, totals, sums, scored, pool: Pool, indices) -> Ranked:
     candidate = pool.candidates[i]
-    parts = {name: column[i].item() for each in scored.values() for name, column in each.parts.items()}
+    parts = {
+        name: column[i].item() for each in scored.values() for name, column in each.parts.items()
+    }
     answer = next((each.answers[i] for each in scored.values() if each.answers is not None), None)
     means = {name: float(sums[i]) / candidate.length(name) for name in NORMALISATIONS}
-    return Ranked(place, candidate.text, candidate.scored.decode("utf-8", "replace"), candidate.tokens,
-                  float(totals[i]), **means, index=indices[i], count=int(pool.counts[i]), parts=parts, answer=answer)
+    return Ranked(
+        place,
+        candidate.text,
+        candidate.scored.decode("utf-8", "replace"),
+        candidate.tokens,
+        float(totals[i]),
+        **means,
+        index=indices[i],
+        count=int(pool.counts[i]),
+        parts=parts,
+        answer=answer,
+    )
 
 
 def _score(decoder, prefix, prompt_tokens, candidates: Sequence[Candidate]) -> list[np.ndarray]:
-    """The log-probabilities of the tokens of each candidate, behind one reading of the prompt. Those that share no
-    token with it stand behind <bos> alone, and are read in rows of their own."""
+    """The log-probabilities of the tokens of each candidate, behind one reading of the prompt.
+    Those that share no token with it stand behind <bos> alone, and are read in rows of their
+    own."""
     logprobs = [np.empty(0, np.float32)] * len(candidates)
-    behind = [i for i, each in enumerate(candidates) if each.row[: each.start] == prompt_tokens[: each.start]]
+    behind = [
+        i
+        for i, each in enumerate(candidates)
+        if each.row[: each.start] == prompt_tokens[: each.start]
+    ]
     alone = [i for i in range(len(candidates)) if i not in set(behind)]
     if behind:
-        prefix = prefix or prefill(decoder, [prompt_tokens], capacity(len(prompt_tokens), decoder.context))
-        parts = score_from(decoder, prefix, *zip(*((candidates[i].row, candidates[i].start) for i in behind),
-                                                 strict=True))
+        prefix = prefix or prefill(
+            decoder, [prompt_tokens], capacity(len(prompt_tokens), decoder.context)
+        )
+        parts = score_from(
+            decoder,
+            prefix,
+            *zip(*((candidates[i].row, candidates[i].start) for i in behind), strict=True),
+        )
         for i, part in zip(behind, parts, strict=True):
             logprobs[i] = part
     if alone:
-        parts = score_rows(decoder, *zip(*((candidates[i].row, candidates[i].start) for i in alone), strict=True))
+        parts = score_rows(
+            decoder, *zip(*((candidates[i].row, candidates[i].start) for i in alone), strict=True)
+        )
         for i, part in zip(alone, parts, strict=True):
             logprobs[i] = part
     return logprobs
@@ -148,57 +232,79 @@ def _bytes_of(tokenizer, tokens) -> bytes:
 
 
 def _write(decoder, tokenizer, prompt, decode, weights):
-    """The tokens and the prefix of ``prompt``, and what was written behind it; the prompt is read once."""
+    """The tokens and the prefix of ``prompt``, and what was written behind it; the prompt is read
+    once."""
     validate_decode(decode)
     check_tokens(decode, decoder.config.vocab_size)
     if decode.num_beams > 1 and decode.num_return_sequences == 1:
         decode = dataclasses.replace(decode, num_return_sequences=decode.num_beams)
     number = decode.num_return_sequences
     if "mbr" in weights and number == 1:
-        raise ValueError("mbr compares a candidate with the others, and num_return_sequences=1; ask for more")
+        raise ValueError(
+            "mbr compares a candidate with the others, and num_return_sequences=1; ask for more"
+        )
     tokens = encode_prompt(tokenizer, prompt)
     # The model read both ways sees the end of the text, too.
     ends = int("pseudo_log_likelihood" in weights)
-    check_context(decoder, len(tokens) + 1 + ends, f"the prompt with {'a token and the end' if ends else 'one token'}")
+    check_context(
+        decoder,
+        len(tokens) + 1 + ends,
+        f"the prompt with {'a token and the end' if ends else 'one token'}",
+    )
     longest = min(decode.max_new_tokens, decoder.context - len(tokens) - ends)
     # A candidate has at least one token, else there were nothing to score.
-    decode = dataclasses.replace(decode, max_new_tokens=longest,
-                                 min_new_tokens=min(max(1, decode.min_new_tokens), longest))
+    decode = dataclasses.replace(
+        decode, max_new_tokens=longest, min_new_tokens=min(max(1, decode.min_new_tokens), longest)
+    )
     prefix = prefill(decoder, [tokens], capacity(len(tokens) + longest, decoder.context))
-    written = [result for result in continue_prefix(decoder, tokenizer, prefix, [decode]) if result.tokens]
+    written = [
+        result for result in continue_prefix(decoder, tokenizer, prefix, [decode]) if result.tokens
+    ]
     if not written:
-        raise ValueError("the settings let nothing be written, so there are no candidates to rank; allow more tokens")
+        raise ValueError(
+            "the settings let nothing be written, so there are no candidates to rank; allow more tokens"
+        )
     return tokens, prefix, written
 
 
 def _read(decoder, tokenizer, prompt: str, candidates) -> tuple[tuple[int, ...], list[Candidate]]:
-    """The tokens of the prompt, and each candidate behind those of them that it leaves as they are."""
+    """The tokens of the prompt, and each candidate behind those of them that it leaves as they
+    are."""
     if isinstance(candidates, str):
         raise ValueError(f"candidates={candidates[:40]!r} is one text; give a list of texts")
     candidates = list(candidates)
     if not candidates:
         raise ValueError("there are no candidates to rank; give at least one")
     if "" in candidates:
-        raise ValueError(f"candidate {candidates.index('') + 1} of {len(candidates)} is empty; leave it out")
+        raise ValueError(
+            f"candidate {candidates.index('') + 1} of {len(candidates)} is empty; leave it out"
+        )
     for number, text in enumerate(candidates, 1):
         if any("\ud800" <= character <= "\udfff" for character in text):
-            raise ValueError(f"candidate {number} of {len(candidates)}, {text[:40]!r}, is not Unicode text; decode it "
-                             "from bytes with its encoding")
+            raise ValueError(
+                f"candidate {number} of {len(candidates)}, {text[:40]!r}, is not Unicode text; decode it "
+                "from bytes with its encoding"
+            )
     context = prompt.rstrip()
     spaces = prompt[len(context) :]
     alone = tuple(encode_prompt(tokenizer, context))
     # Candidates that come often are read once.
-    read = {text: _at_its_boundary(decoder, tokenizer, context, spaces, text, alone)
-            for text in dict.fromkeys(candidates)}
+    read = {
+        text: _at_its_boundary(decoder, tokenizer, context, spaces, text, alone)
+        for text in dict.fromkeys(candidates)
+    }
     return alone, [read[text] for text in candidates]
 
 
-def _at_its_boundary(decoder, tokenizer, context: str, spaces: str, text: str, alone: tuple[int, ...]) -> Candidate:
+def _at_its_boundary(
+    decoder, tokenizer, context: str, spaces: str, text: str, alone: tuple[int, ...]
+) -> Candidate:
     row = tuple(encode_prompt(tokenizer, context + spaces + text))
     start = _common(alone, row)
     joined = alone[start:]
     if start == 0:
-        # Where texts have no <bos>, they may differ from their first token on; something must stand before it.
+        # Where texts have no <bos>, they may differ from their first token on; something must stand
+        # before it.
         row = (tokenizer.bos_id, *row)
         joined = () if alone == (tokenizer.bos_id,) else joined
         start = 1

@@ -1,7 +1,8 @@
-"""The most that a step of decoding can do: what it reads, at the speed that memory copies with here.
+"""The most that a step of decoding can do: what it reads, at the speed that memory copies with
+here.
 
-A step reads every weight of its products once, whatever the number of rows, and the whole cache, also past a row's end.
-At small batches that is what it takes; sampling, norms and sums come on top.
+A step reads every weight of its products once, whatever the number of rows, and the whole cache,
+also past a row's end. At small batches that is what it takes; sampling, norms and sums come on top.
 """
 
 import time
@@ -15,8 +16,10 @@ from mtnlg_jax.decode.cache import Decoder, capacity
 
 
 def step_bytes(decoder: Decoder, rows: int, length: int) -> dict[str, int]:
-    """Bytes that a step of ``rows`` rows reads: of ``weights``, and of a ``cache`` for ``length`` tokens a row."""
-    config, (outer, layers) = decoder.config, decoder.params
+    """Bytes that a step of ``rows`` rows reads: of ``weights``, and of a ``cache`` for ``length``
+    tokens a row."""
+    config = decoder.config
+    outer, layers = decoder.params
     weights = _size(layers)
     for path, leaf in nnx.to_pure_dict(outer).items():
         # A row reads one entry of a table that tokens or positions are looked up in.
@@ -26,7 +29,10 @@ def step_bytes(decoder: Decoder, rows: int, length: int) -> dict[str, int]:
     # int8 has a float32 scale for each token and head, of keys and of values.
     wide = config.head_width + 4 if decoder.int8_cache else config.head_width * item
     size = capacity(min(length, decoder.context), decoder.context)
-    return {"weights": weights, "cache": 2 * config.num_layers * config.kv_heads * wide * size * rows}
+    return {
+        "weights": weights,
+        "cache": 2 * config.num_layers * config.kv_heads * wide * size * rows,
+    }
 
 
 def _size(tree) -> int:
@@ -34,9 +40,11 @@ def _size(tree) -> int:
 
 
 def copy_bandwidth(size: int = 2**28, rounds: int = 5) -> float:
-    """Bytes read and written a second where ``size`` bytes are read, changed and written on the default device; the
-    best of ``rounds``, since what else runs only takes away from it. Choose a size well above the caches."""
-    # In place: memory that is new to the process would first have to be found, which on a CPU takes longer.
+    """Bytes read and written a second where ``size`` bytes are read, changed and written on the
+    default device; the best of ``rounds``, since what else runs only takes away from it. Choose a
+    size well above the caches."""
+    # In place: memory that is new to the process would first have to be found, which on a CPU takes
+    # longer.
     change = jax.jit(lambda x: x + 1, donate_argnums=0)
     x = change(jnp.zeros(size // 4, jnp.float32)).block_until_ready()
     seconds = []
@@ -50,6 +58,9 @@ def copy_bandwidth(size: int = 2**28, rounds: int = 5) -> float:
 def roofline(decoder: Decoder, rows: int, length: int, bandwidth: float) -> dict[str, float]:
     """Bytes a step, the bandwidth, and the tokens/s of all rows that they allow without guesses."""
     read = step_bytes(decoder, rows, length)
-    return {"weight_bytes_per_step": read["weights"], "cache_bytes_per_step": read["cache"],
-            "copy_gigabytes_per_second": round(bandwidth / 1e9, 2),
-            "roofline_tokens_per_second": round(rows * bandwidth / sum(read.values()), 2)}
+    return {
+        "weight_bytes_per_step": read["weights"],
+        "cache_bytes_per_step": read["cache"],
+        "copy_gigabytes_per_second": round(bandwidth / 1e9, 2),
+        "roofline_tokens_per_second": round(rows * bandwidth / sum(read.values()), 2),
+    }

@@ -1,11 +1,13 @@
-"""Tokens to text as they come: whole characters only, and nothing of a stop string or a stop sequence."""
+"""Tokens to text as they come: whole characters only, and nothing of a stop string or a stop
+sequence."""
 
 import codecs
 from collections.abc import Sequence
 
 
 class ShownSpecials:
-    """A tokenizer whose special tokens add their names to a text; all else is the tokenizer's own."""
+    """A tokenizer whose special tokens add their names to a text; all else is the tokenizer's
+    own."""
 
     def __init__(self, tokenizer):
         self._tokenizer = tokenizer
@@ -21,12 +23,19 @@ class ShownSpecials:
 class TextStream:
     """The text of one row, built token by token.
 
-    ``push`` returns what may be shown: text that later tokens cannot take back. It holds back the bytes of a
-    character that is not whole yet, an end that may become a stop string, and tokens that may become a stop sequence.
+    ``push`` returns what may be shown: text that later tokens cannot take back. It holds back the
+    bytes of a character that is not whole yet, an end that may become a stop string, and tokens
+    that may become a stop sequence.
     """
 
-    def __init__(self, tokenizer, stop_strings: Sequence[str] = (), stop_sequences: Sequence[Sequence[int]] = ()):
-        self._tokenizer, self._stops = tokenizer, tuple(stop_strings)
+    def __init__(
+        self,
+        tokenizer,
+        stop_strings: Sequence[str] = (),
+        stop_sequences: Sequence[Sequence[int]] = (),
+    ):
+        self._tokenizer = tokenizer
+        self._stops = tuple(stop_strings)
         self._sequences = sorted(map(tuple, stop_sequences), key=len, reverse=True)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._waiting: tuple[int, ...] = ()
@@ -43,11 +52,14 @@ class TextStream:
             if self._waiting[-len(sequence) :] == sequence:
                 shown = self._read(len(self._waiting) - len(sequence))
                 return shown + self.finish(stopped=True)
-        kept_back = max((overlap(self._waiting, sequence) for sequence in self._sequences), default=0)
+        kept_back = max(
+            (overlap(self._waiting, sequence) for sequence in self._sequences), default=0
+        )
         return self._read(len(self._waiting) - kept_back)
 
     def finish(self, stopped: bool = False) -> str:
-        """What was held back, once no more tokens come; a character still cut in two is left out."""
+        """What was held back, once no more tokens come; a character still cut in two is left
+        out."""
         if self.stopped:
             return ""
         shown = "" if stopped else self._read(len(self._waiting))
@@ -58,7 +70,8 @@ class TextStream:
 
     def _read(self, count: int) -> str:
         """Turns the first ``count`` waiting tokens to text, up to a stop string."""
-        tokens, self._waiting = self._waiting[:count], self._waiting[count:]
+        tokens = self._waiting[:count]
+        self._waiting = self._waiting[count:]
         shown = ""
         for token in tokens:
             self._held += self._decoder.decode(self._tokenizer.token_bytes(token))
@@ -71,11 +84,15 @@ class TextStream:
         return shown
 
     def _show(self, length: int) -> str:
-        shown, self._held = self._held[:length], self._held[length:]
+        shown = self._held[:length]
+        self._held = self._held[length:]
         self.text += shown
         return shown
 
 
 def overlap(known: Sequence, stop: Sequence) -> int:
-    """Length of the longest end of ``known``, texts or tokens, that begins ``stop`` and is not all of it."""
-    return next((n for n in range(min(len(known), len(stop) - 1), 0, -1) if stop[:n] == known[-n:]), 0)
+    """Length of the longest end of ``known``, texts or tokens, that begins ``stop`` and is not all
+    of it."""
+    return next(
+        (n for n in range(min(len(known), len(stop) - 1), 0, -1) if stop[:n] == known[-n:]), 0
+    )

@@ -13,11 +13,14 @@ def held_out_text(data, limit: int) -> str:
 
 
 def baselines(data, train) -> tuple[float, float]:
-    """Bits per byte of the held-out text under a unigram model of the training tokens, and under xz -9e."""
+    """Bits per byte of the held-out text under a unigram model of the training tokens, and under xz
+    -9e."""
     held_out = data.held_out[0][0]
     counts = np.ones(data.tokenizer.vocab_size)
     for begin in range(0, len(train), 1 << 20):
-        counts += np.bincount(train.read(begin, min(begin + (1 << 20), len(train))), minlength=len(counts))
+        counts += np.bincount(
+            train.read(begin, min(begin + (1 << 20), len(train))), minlength=len(counts)
+        )
     bits = -np.log2(counts / counts.sum())
     text = held_out_text(data, len(held_out)).encode()
     tokens = held_out.read(0, len(held_out))

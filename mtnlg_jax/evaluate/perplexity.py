@@ -65,7 +65,9 @@ def widths_of(lengths: Sequence[int], length: int, spare: int) -> list[int]:
     save ``spare`` tokens of padding."""
     narrow = [width for width in (1 << power for power in range(20)) if NARROWEST <= width < length]
     ladder = [*narrow, length]
-    counts = collections.Counter(next(width for width in ladder if width >= each) for each in lengths)
+    counts = collections.Counter(
+        next(width for width in ladder if width >= each) for each in lengths
+    )
     used = [width for width in ladder if counts[width]]
     kept = []
     waiting = 0
@@ -95,7 +97,9 @@ def _arrays(documents: Sequence[np.ndarray], chosen: Sequence[Window], rows: int
 def _window_losses(graph, params, inputs, labels, weights):
     model = nnx.merge(graph, params)
     x_BSD = model.hidden(inputs)
-    log_probs = token_log_probs(x_BSD.reshape(-1, x_BSD.shape[-1]), model.head(), labels.reshape(-1))
+    log_probs = token_log_probs(
+        x_BSD.reshape(-1, x_BSD.shape[-1]), model.head(), labels.reshape(-1)
+    )
     return -jnp.where(weights > 0, log_probs.reshape(labels.shape), 0.0).sum(1)
 
 
@@ -107,7 +111,12 @@ def _score_then_learn(graph, rate, params, state, inputs, labels, weights):
     def loss(params):
         model = nnx.merge(graph, params)
         x_BSD = model.hidden(inputs)
-        return cross_entropy(x_BSD.reshape(-1, x_BSD.shape[-1]), model.head(), labels.reshape(-1), weights.reshape(-1))
+        return cross_entropy(
+            x_BSD.reshape(-1, x_BSD.shape[-1]),
+            model.head(),
+            labels.reshape(-1),
+            weights.reshape(-1),
+        )
 
     total, gradients = jax.value_and_grad(loss)(params)
     gradients = jax.tree.map(lambda g: g / weights.sum(), gradients)
@@ -135,14 +144,28 @@ def _adam(rate):
     return optax.adam(rate, b1=0.0)
 
 
-def evaluate_text(model: Transformer | Decoder, tokenizer, text: str, stride: int | None = None, batch: int = 8,
-                  adapt: float = 0.0, on_batch=lambda done, total: None) -> Evaluation:
+def evaluate_text(
+    model: Transformer | Decoder,
+    tokenizer,
+    text: str,
+    stride: int | None = None,
+    batch: int = 8,
+    adapt: float = 0.0,
+    on_batch=lambda done, total: None,
+) -> Evaluation:
     """`evaluate_texts` of one text."""
     return evaluate_texts(model, tokenizer, [text], stride, batch, adapt, on_batch)[0]
 
 
-def evaluate_texts(model: Transformer | Decoder, tokenizer, texts: Sequence[str], stride: int | None = None,
-                   batch: int = 8, adapt: float = 0.0, on_batch=lambda done, total: None) -> list[Evaluation]:
+def evaluate_texts(
+    model: Transformer | Decoder,
+    tokenizer,
+    texts: Sequence[str],
+    stride: int | None = None,
+    batch: int = 8,
+    adapt: float = 0.0,
+    on_batch=lambda done, total: None,
+) -> list[Evaluation]:
     """Scores every token of each text once, after <bos>, in windows of the model's context. Windows
     of like lengths, of whatever texts, are scored together and padded to the least of a few widths
     that holds them.
@@ -163,20 +186,28 @@ def evaluate_texts(model: Transformer | Decoder, tokenizer, texts: Sequence[str]
     and where the loss is not finite.
     """
     if adapt and isinstance(model, Decoder):
-        raise ValueError(f"adapt={adapt} trains weights, and those of a decoder are rounded; leave "
-                         "one of the two out")
+        raise ValueError(
+            f"adapt={adapt} trains weights, and those of a decoder are rounded; leave "
+            "one of the two out"
+        )
     length = model.config.max_position_embeddings
     stride = max(1, length // 2) if stride is None else stride
     if not 1 <= stride <= length:
         raise ValueError(f"stride={stride} lies outside [1, {length}], the model's context")
     if not 0 <= adapt < math.inf:
         raise ValueError(f"adapt={adapt}, but a learning rate is 0 (off) or above, such as 4e-4")
-    documents = [np.asarray([tokenizer.bos_id, *tokenizer.encode(text)], np.int32) for text in texts]
+    documents = [
+        np.asarray([tokenizer.bos_id, *tokenizer.encode(text)], np.int32) for text in texts
+    ]
     for number, tokens in enumerate(documents, 1):
         if len(tokens) < 2:
             which = f"text {number} of {len(texts)}" if len(texts) > 1 else "the text"
             raise ValueError(f"{which} is empty: there is nothing to score")
-    todo = [window for number, tokens in enumerate(documents) for window in spans(len(tokens), length, stride, number)]
+    todo = [
+        window
+        for number, tokens in enumerate(documents)
+        for window in spans(len(tokens), length, stride, number)
+    ]
     widths = widths_of([window.end - window.begin for window in todo], length, batch * length)
     if adapt:
         score = _adapting(model, adapt, documents)
@@ -192,22 +223,34 @@ def evaluate_texts(model: Transformer | Decoder, tokenizer, texts: Sequence[str]
             nats[window.document] += float(loss)
         done += len(chosen)
         on_batch(done, len(todo))
-    results = [_evaluation(text, len(tokens) - 1, float(total))
-               for text, tokens, total in zip(texts, documents, nats, strict=True)]
-    bad = next((number for number, each in enumerate(results, 1) if not math.isfinite(each.loss)), None)
+    results = [
+        _evaluation(text, len(tokens) - 1, float(total))
+        for text, tokens, total in zip(texts, documents, nats, strict=True)
+    ]
+    bad = next(
+        (number for number, each in enumerate(results, 1) if not math.isfinite(each.loss)), None
+    )
     if bad is not None:
-        remedy = (f"adapt={adapt} is too high a rate; about 4e-4 is one that works" if adapt else
-                  "look for numbers that are not finite in the model's parameters")
-        raise ValueError(f"the loss of text {bad} of {len(texts)} is {results[bad - 1].loss}; "
-                         f"{remedy}")
+        remedy = (
+            f"adapt={adapt} is too high a rate; about 4e-4 is one that works"
+            if adapt
+            else "look for numbers that are not finite in the model's parameters"
+        )
+        raise ValueError(
+            f"the loss of text {bad} of {len(texts)} is {results[bad - 1].loss}; {remedy}"
+        )
     return results
 
 
 def merged(results: Sequence[Evaluation]) -> Evaluation:
     """One Evaluation for several texts: the mean over all their tokens, bytes and words."""
     tokens = sum(each.tokens for each in results)
-    return _totals(tokens, sum(each.bytes for each in results), sum(each.words for each in results),
-                   math.fsum(each.loss * each.tokens for each in results))
+    return _totals(
+        tokens,
+        sum(each.bytes for each in results),
+        sum(each.words for each in results),
+        math.fsum(each.loss * each.tokens for each in results),
+    )
 
 
 def _evaluation(text: str, tokens: int, nats: float) -> Evaluation:
@@ -217,8 +260,15 @@ def _evaluation(text: str, tokens: int, nats: float) -> Evaluation:
 def _totals(tokens: int, size: int, words: int, nats: float) -> Evaluation:
     # Above e^700 there are no floats.
     loss = nats / tokens
-    return Evaluation(tokens, size, loss, math.exp(min(loss, 700.0)), nats / math.log(2) / size, words,
-                      math.exp(min(nats / max(words, 1), 700.0)))
+    return Evaluation(
+        tokens,
+        size,
+        loss,
+        math.exp(min(loss, 700.0)),
+        nats / math.log(2) / size,
+        words,
+        math.exp(min(nats / max(words, 1), 700.0)),
+    )
 
 
 def _groups(todo: Sequence[Window], widths: Sequence[int], most: int):
@@ -233,7 +283,9 @@ def _groups(todo: Sequence[Window], widths: Sequence[int], most: int):
 
 def _scoring(model: Transformer | Decoder, documents: Sequence[np.ndarray]):
     if isinstance(model, Decoder):
-        losses = functools.partial(_decoder_losses, model.params, config=model.config, int8_cache=model.int8_cache)
+        losses = functools.partial(
+            _decoder_losses, model.params, config=model.config, int8_cache=model.int8_cache
+        )
     else:
         losses = functools.partial(_window_losses, *nnx.split(model))
     return lambda chosen, rows, width: np.asarray(losses(*_arrays(documents, chosen, rows, width)))
@@ -248,7 +300,9 @@ def _adapting(model: Transformer, rate: float, documents: Sequence[np.ndarray]):
         if chosen[0].begin == 0:  # a new text
             params = jax.tree.map(jnp.copy, trained)  # donated, and the caller's model must live on
             state = _adam(rate).init(params)
-        loss, params, state = _score_then_learn(graph, rate, params, state, *_arrays(documents, chosen, rows, width))
+        loss, params, state = _score_then_learn(
+            graph, rate, params, state, *_arrays(documents, chosen, rows, width)
+        )
         return [loss]
 
     return score

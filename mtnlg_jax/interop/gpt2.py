@@ -1,7 +1,8 @@
 """GPT-2's architecture in two spellings: Hugging Face's config and tensors, and ours.
 
-Hugging Face stores matrices [in, out] (its Conv1D), queries, keys and values side by side in one, and layers apart;
-here they are apart, heads have an axis of their own, and layers are stacked. Names are without ``transformer.``.
+Hugging Face stores matrices [in, out] (its Conv1D), queries, keys and values side by side in one,
+and layers apart; here they are apart, heads have an axis of their own, and layers are stacked.
+Names are without ``transformer.``.
 """
 
 import json
@@ -17,108 +18,194 @@ from mtnlg_jax.config import ModelConfig, validate_model
 from mtnlg_jax.model.transformer import abstract_model
 
 PREFIX = "transformer."
-BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # the causal mask, which older versions saved, too
+BUFFERS = re.compile(
+    r"h\.\d+\.attn\.(bias|masked_bias)"
+)  # the causal mask, which older versions saved, too
 
-_OUTER = {"wte.weight": ("tokens_VD",), "wpe.weight": ("positions_PD",), "ln_f.weight": ("final_norm.scale_D",),
-          "ln_f.bias": ("final_norm.bias_D",), "lm_head.weight": ("head_VD",)}
+_OUTER = {
+    "wte.weight": ("tokens_VD",),
+    "wpe.weight": ("positions_PD",),
+    "ln_f.weight": ("final_norm.scale_D",),
+    "ln_f.bias": ("final_norm.bias_D",),
+    "lm_head.weight": ("head_VD",),
+}
 _BLOCK = {
-    "ln_1.weight": ("norm_1.scale_D",), "ln_1.bias": ("norm_1.bias_D",),
+    "ln_1.weight": ("norm_1.scale_D",),
+    "ln_1.bias": ("norm_1.bias_D",),
     "attn.c_attn.weight": ("attention.w_q_DNH", "attention.w_k_DKH", "attention.w_v_DKH"),
     "attn.c_attn.bias": ("attention.b_q_NH", "attention.b_k_KH", "attention.b_v_KH"),
-    "attn.c_proj.weight": ("attention.w_o_NHD",), "attn.c_proj.bias": ("attention.b_o_D",),
-    "ln_2.weight": ("norm_2.scale_D",), "ln_2.bias": ("norm_2.bias_D",),
-    "mlp.c_fc.weight": ("mlp.w_in_DF",), "mlp.c_fc.bias": ("mlp.b_in_F",),
-    "mlp.c_proj.weight": ("mlp.w_out_FD",), "mlp.c_proj.bias": ("mlp.b_out_D",),
+    "attn.c_proj.weight": ("attention.w_o_NHD",),
+    "attn.c_proj.bias": ("attention.b_o_D",),
+    "ln_2.weight": ("norm_2.scale_D",),
+    "ln_2.bias": ("norm_2.bias_D",),
+    "mlp.c_fc.weight": ("mlp.w_in_DF",),
+    "mlp.c_fc.bias": ("mlp.b_in_F",),
+    "mlp.c_proj.weight": ("mlp.w_out_FD",),
+    "mlp.c_proj.bias": ("mlp.b_out_D",),
 }
 
 # GPT2Config's own values where a config.json leaves a key out, and the names it also goes by.
-_DEFAULTS = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_inner": None,
-             "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "initializer_range": 0.02,
-             "resid_pdrop": 0.1, "embd_pdrop": 0.1, "tie_word_embeddings": True, "bos_token_id": 50256,
-             "eos_token_id": 50256}
-_ALIASES = {"n_positions": "max_position_embeddings", "n_embd": "hidden_size", "n_layer": "num_hidden_layers",
-            "n_head": "num_attention_heads"}
+_DEFAULTS = {
+    "vocab_size": 50257,
+    "n_positions": 1024,
+    "n_embd": 768,
+    "n_layer": 12,
+    "n_head": 12,
+    "n_inner": None,
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "initializer_range": 0.02,
+    "resid_pdrop": 0.1,
+    "embd_pdrop": 0.1,
+    "tie_word_embeddings": True,
+    "bos_token_id": 50256,
+    "eos_token_id": 50256,
+}
+_ALIASES = {
+    "n_positions": "max_position_embeddings",
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+}
 # Hugging Face's names of the activations here, the first of them written.
-_ACTIVATIONS = {"gelu": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), "gelu_exact": ("gelu",),
-                "relu": ("relu",), "silu": ("silu", "swish")}
-# Other values change what the model computes. reorder_and_upcast_attn only says that attention sums in float32, as
-# it always does here.
-_SWITCHES = {"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
-             "add_cross_attention": (False,),
-             "activation_function": sum(_ACTIVATIONS.values(), ()),
-             "quantization_config": (None,), "pruned_heads": (None, {})}
+_ACTIVATIONS = {
+    "gelu": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"),
+    "gelu_exact": ("gelu",),
+    "relu": ("relu",),
+    "silu": ("silu", "swish"),
+}
+# Other values change what the model computes. reorder_and_upcast_attn only says that attention sums
+# in float32, as it always does here.
+_SWITCHES = {
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "activation_function": sum(_ACTIVATIONS.values(), ()),
+    "quantization_config": (None,),
+    "pruned_heads": (None, {}),
+}
 
 
 def model_of(config: dict) -> ModelConfig:
-    """The ModelConfig of a config.json. Raises ValueError naming what another model than this would need."""
+    """The ModelConfig of a config.json. Raises ValueError naming what another model than this would
+    need."""
     if config.get("model_type") != "gpt2":
-        raise ValueError(f"model_type is {config.get('model_type')!r}; the only one that is read is 'gpt2'")
+        raise ValueError(
+            f"model_type is {config.get('model_type')!r}; the only one that is read is 'gpt2'"
+        )
     for key, allowed in _SWITCHES.items():
         if config.get(key, allowed[0]) not in allowed:
-            raise ValueError(f"{key}={config[key]!r} is not supported; it must be "
-                             f"{' or '.join(map(json.dumps, allowed))}")
+            raise ValueError(
+                f"{key}={config[key]!r} is not supported; it must be "
+                f"{' or '.join(map(json.dumps, allowed))}"
+            )
 
     def read(key):
         value = config.get(key, config.get(_ALIASES.get(key), _DEFAULTS[key]))
         kind = type(_DEFAULTS[key] or 0)
-        if isinstance(value, bool) != (kind is bool) or not isinstance(value, (kind, int, type(_DEFAULTS[key]))):
-            raise ValueError(f"{key}={value!r} is {type(value).__name__}; it must be {kind.__name__}")
+        if isinstance(value, bool) != (kind is bool) or not isinstance(
+            value, (kind, int, type(_DEFAULTS[key]))
+        ):
+            raise ValueError(
+                f"{key}={value!r} is {type(value).__name__}; it must be {kind.__name__}"
+            )
         return value
 
     width = read("n_embd")
     inner = read("n_inner")
-    activation = next(ours for ours, names in _ACTIVATIONS.items()
-                      if read("activation_function") in names)
+    activation = next(
+        ours for ours, names in _ACTIVATIONS.items() if read("activation_function") in names
+    )
     model = ModelConfig(
-        num_layers=read("n_layer"), hidden_size=width, num_attention_heads=read("n_head"),
-        ffn_hidden_size=None if inner in (None, 4 * width) else inner, vocab_size=read("vocab_size"),
-        vocab_size_divisible_by=1, max_position_embeddings=read("n_positions"),
-        activation=activation, norm_epsilon=float(read("layer_norm_epsilon")),
+        num_layers=read("n_layer"),
+        hidden_size=width,
+        num_attention_heads=read("n_head"),
+        ffn_hidden_size=None if inner in (None, 4 * width) else inner,
+        vocab_size=read("vocab_size"),
+        vocab_size_divisible_by=1,
+        max_position_embeddings=read("n_positions"),
+        activation=activation,
+        norm_epsilon=float(read("layer_norm_epsilon")),
         init_method_std=float(read("initializer_range")),
-        dropout_rate=float(read("resid_pdrop")), tie_embeddings=read("tie_word_embeddings"))
+        dropout_rate=float(read("resid_pdrop")),
+        tie_embeddings=read("tie_word_embeddings"),
+    )
     validate_model(model)
     return model
 
 
 def config_of(model: ModelConfig, original: dict | None = None) -> dict:
-    """The config.json of ``model``; keys that say nothing of it are those of ``original``, which it came from.
-    Raises ValueError naming the fields of ``model`` that GPT-2 has no word for."""
+    """The config.json of ``model``; keys that say nothing of it are those of ``original``, which it
+    came from. Raises ValueError naming the fields of ``model`` that GPT-2 has no word for."""
     refuse_other_architecture(model)
     width = model.hidden_size
-    ours = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": model.vocab_size,
-            "n_positions": model.max_position_embeddings, "n_embd": width, "n_layer": model.num_layers,
-            "n_head": model.num_attention_heads, "n_inner": None if model.mlp_width == 4 * width else model.mlp_width,
-            "activation_function": _ACTIVATIONS[model.activation][0],
-            "layer_norm_epsilon": model.norm_epsilon,
-            "initializer_range": model.init_method_std, "resid_pdrop": model.dropout_rate,
-            "embd_pdrop": model.dropout_rate, "attn_pdrop": 0.0, "tie_word_embeddings": model.tie_embeddings}
+    ours = {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": model.vocab_size,
+        "n_positions": model.max_position_embeddings,
+        "n_embd": width,
+        "n_layer": model.num_layers,
+        "n_head": model.num_attention_heads,
+        "n_inner": None if model.mlp_width == 4 * width else model.mlp_width,
+        "activation_function": _ACTIVATIONS[model.activation][0],
+        "layer_norm_epsilon": model.norm_epsilon,
+        "initializer_range": model.init_method_std,
+        "resid_pdrop": model.dropout_rate,
+        "embd_pdrop": model.dropout_rate,
+        "attn_pdrop": 0.0,
+        "tie_word_embeddings": model.tie_embeddings,
+    }
     if original is None:
         return ours
-    kept = {"activation_function", "attn_pdrop", "model_type", "architectures"}  # alike, or not known here
+    kept = {
+        "activation_function",
+        "attn_pdrop",
+        "model_type",
+        "architectures",
+    }  # alike, or not known here
     before = model_of(original)
     if before.dropout_rate == model.dropout_rate:
         kept.add("embd_pdrop")
     if before.mlp_width == model.mlp_width:
         kept.add("n_inner")  # 4 x n_embd may be written out
-    names = {key: _ALIASES[key] if _ALIASES.get(key) in original else key for key in ours.keys() - kept}
-    return original | {names[key]: ours[key] for key in ours if key in names
-                       and original.get(names[key], _DEFAULTS[key]) != ours[key]}
+    names = {
+        key: _ALIASES[key] if _ALIASES.get(key) in original else key for key in ours.keys() - kept
+    }
+    return original | {
+        names[key]: ours[key]
+        for key in ours
+        if key in names and original.get(names[key], _DEFAULTS[key]) != ours[key]
+    }
 
 
 def refuse_other_architecture(model: ModelConfig) -> None:
     """Raises ValueError naming every field in which ``model`` is not of GPT-2's architecture."""
-    wanted = {"position_embedding_type": ("learned",), "normalization": ("layernorm",),
-              "activation": tuple(_ACTIVATIONS), "add_bias": (True,)}
-    other = [f"model.{key}={getattr(model, key)} (GPT-2: {' or '.join(map(str, values))})"
-             for key, values in wanted.items() if getattr(model, key) not in values]
+    wanted = {
+        "position_embedding_type": ("learned",),
+        "normalization": ("layernorm",),
+        "activation": tuple(_ACTIVATIONS),
+        "add_bias": (True,),
+    }
+    other = [
+        f"model.{key}={getattr(model, key)} (GPT-2: {' or '.join(map(str, values))})"
+        for key, values in wanted.items()
+        if getattr(model, key) not in values
+    ]
     if model.kv_heads != model.num_attention_heads:
-        other.append(f"model.num_query_groups={model.kv_heads} (GPT-2: num_attention_heads, "
-                     f"{model.num_attention_heads})")
+        other.append(
+            f"model.num_query_groups={model.kv_heads} (GPT-2: num_attention_heads, "
+            f"{model.num_attention_heads})"
+        )
     if model.head_width * model.num_attention_heads != model.hidden_size:
-        other.append(f"model.kv_channels={model.head_width} (GPT-2: hidden_size / num_attention_heads, "
-                     f"{model.hidden_size / model.num_attention_heads:g})")
+        other.append(
+            f"model.kv_channels={model.head_width} (GPT-2: hidden_size / num_attention_heads, "
+            f"{model.hidden_size / model.num_attention_heads:g})"
+        )
     if other:
-        raise ValueError(f"GPT-2's format cannot express {', '.join(other)}; keep such a run in its own folder")
+        raise ValueError(
+            f"GPT-2's format cannot express {', '.join(other)}; keep such a run in its own folder"
+        )
 
 
 def names_of(stored: Iterable[str]) -> dict[str, str]:
@@ -135,38 +222,52 @@ def shapes_of(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     ours = _flat(abstract_model(model)[1])
     shapes = {}
     for name, (parts, layer) in _parts(model).items():
-        shape = _matrix_shape(parts[0], ours[parts[0]].shape[layer is not None:])
+        shape = _matrix_shape(parts[0], ours[parts[0]].shape[layer is not None :])
         shapes[name] = (*shape[:-1], shape[-1] * len(parts))
     return shapes
 
 
 def parameters_of(model: ModelConfig, read: Callable[[str], np.ndarray]) -> nnx.State:
-    """Our float32 parameters; ``read`` gives a tensor by Hugging Face's name, of the shape of ``shapes_of``."""
+    """Our float32 parameters; ``read`` gives a tensor by Hugging Face's name, of the shape of
+    ``shapes_of``."""
     abstract = abstract_model(model)[1]
     arrays = {name: np.empty(leaf.shape, np.float32) for name, leaf in _flat(abstract).items()}
     for name, (parts, layer) in _parts(model).items():
-        for part, values in zip(parts, np.split(read(name).astype(np.float32), len(parts), -1), strict=True):
+        for part, values in zip(
+            parts, np.split(read(name).astype(np.float32), len(parts), -1), strict=True
+        ):
             target = arrays[part] if layer is None else arrays[part][layer]
             target[...] = values.reshape(target.shape)
-    return jax.tree.unflatten(jax.tree.structure(abstract), [jnp.asarray(arrays.pop(name)) for name in list(arrays)])
+    return jax.tree.unflatten(
+        jax.tree.structure(abstract), [jnp.asarray(arrays.pop(name)) for name in list(arrays)]
+    )
 
 
 def reader_of(model: ModelConfig, params: nnx.State) -> Callable[[str], np.ndarray]:
-    """Gives a tensor by Hugging Face's name, float32, from our parameters, or from gradients like them."""
-    arrays, parts_of = {name: np.asarray(leaf) for name, leaf in _flat(params).items()}, _parts(model)
+    """Gives a tensor by Hugging Face's name, float32, from our parameters, or from gradients like
+    them."""
+    arrays = {name: np.asarray(leaf) for name, leaf in _flat(params).items()}
+    parts_of = _parts(model)
 
     def read(name: str) -> np.ndarray:
         parts, layer = parts_of[name]
         values = [arrays[part] if layer is None else arrays[part][layer] for part in parts]
-        matrices = [each.reshape(_matrix_shape(part, each.shape)) for part, each in zip(parts, values, strict=True)]
+        matrices = [
+            each.reshape(_matrix_shape(part, each.shape))
+            for part, each in zip(parts, values, strict=True)
+        ]
         return np.ascontiguousarray(np.concatenate(matrices, -1))
 
     return read
 
 
-def refuse_other_tensors(folder: str, found: dict[str, tuple[int, ...]], model: ModelConfig) -> None:
-    """Raises ValueError that names what is missing, misshapen or of no use among ``found``, by name without PREFIX."""
-    wanted, problems = shapes_of(model), []
+def refuse_other_tensors(
+    folder: str, found: dict[str, tuple[int, ...]], model: ModelConfig
+) -> None:
+    """Raises ValueError that names what is missing, misshapen or of no use among ``found``, by name
+    without PREFIX."""
+    wanted = shapes_of(model)
+    problems = []
     for name in wanted.keys() - found.keys():
         problems.append(f"{name} is missing (expected {list(wanted[name])})")
     for name in sorted(found.keys() & wanted.keys()):
@@ -174,32 +275,49 @@ def refuse_other_tensors(folder: str, found: dict[str, tuple[int, ...]], model: 
             problems.append(f"{name} is {list(found[name])} (expected {list(wanted[name])})")
     for name in found.keys() - wanted.keys():
         # A tied head may be written out: it is compared later.
-        if not BUFFERS.fullmatch(name) and (name, found[name]) != ("lm_head.weight", wanted["wte.weight"]):
-            problems.append(f"{name} {list(found[name])} is not part of the model (expected no such tensor)")
+        if not BUFFERS.fullmatch(name) and (name, found[name]) != (
+            "lm_head.weight",
+            wanted["wte.weight"],
+        ):
+            problems.append(
+                f"{name} {list(found[name])} is not part of the model (expected no such tensor)"
+            )
     if problems:
         more = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
-        raise ValueError(f"the tensors of {folder} are not those of its config.json: "
-                         f"{'; '.join(sorted(problems)[:6])}{more}; correct one of the two")
+        raise ValueError(
+            f"the tensors of {folder} are not those of its config.json: "
+            f"{'; '.join(sorted(problems)[:6])}{more}; correct one of the two"
+        )
 
 
 def _parts(model: ModelConfig) -> dict[str, tuple[tuple[str, ...], int | None]]:
-    """Hugging Face's name -> (our names, side by side in the last dim; layer, or None outside the blocks)."""
-    parts = {name: (ours, None) for name, ours in _OUTER.items() if name in ("wte.weight", "wpe.weight")}
+    """Hugging Face's name -> (our names, side by side in the last dim; layer, or None outside the
+    blocks)."""
+    parts = {
+        name: (ours, None) for name, ours in _OUTER.items() if name in ("wte.weight", "wpe.weight")
+    }
     for layer in range(model.num_layers):
-        parts |= {f"h.{layer}.{name}": (tuple(f"blocks.{part}" for part in ours), layer)
-                  for name, ours in _BLOCK.items()}
-    return parts | {name: (ours, None) for name, ours in _OUTER.items() if name not in parts and not (
-        model.tie_embeddings and name == "lm_head.weight")}
+        parts |= {
+            f"h.{layer}.{name}": (tuple(f"blocks.{part}" for part in ours), layer)
+            for name, ours in _BLOCK.items()
+        }
+    return parts | {
+        name: (ours, None)
+        for name, ours in _OUTER.items()
+        if name not in parts and not (model.tie_embeddings and name == "lm_head.weight")
+    }
 
 
 def _matrix_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """``shape`` of one layer's parameter with heads and head width as one dim."""
     dims = name.rpartition("_")[2]
     at = max(dims.find("NH"), dims.find("KH"))
-    return shape if at < 0 else (*shape[:at], shape[at] * shape[at + 1], *shape[at + 2:])
+    return shape if at < 0 else (*shape[:at], shape[at] * shape[at + 1], *shape[at + 2 :])
 
 
 def _flat(tree) -> dict[str, object]:
     """Leaves by dotted name: ``blocks.mlp.w_in_DF``."""
-    return {jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): leaf
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }

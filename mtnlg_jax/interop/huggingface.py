@@ -37,19 +37,32 @@ def get_config() -> Config:
 '''
 
 
-def convert(source: str, target: str, *, dtype: str = "source", max_shard_size: float = 5.0, which: str = "best",
-            tokenizer: str | None = None, overwrite: bool = False) -> str:
-    """Converts ``source`` to ``target`` and returns what was done, for a person. What ``source`` holds decides the
-    direction: config.json with a model_type is a model of Hugging Face's, checkpoints/ are a run of ours.
+def convert(
+    source: str,
+    target: str,
+    *,
+    dtype: str = "source",
+    max_shard_size: float = 5.0,
+    which: str = "best",
+    tokenizer: str | None = None,
+    overwrite: bool = False,
+) -> str:
+    """Converts ``source`` to ``target`` and returns what was done, for a person. What ``source``
+    holds decides the
+    direction: config.json with a model_type is a model of Hugging Face's, checkpoints/ are a run of
+        ours.
 
     Args:
-      dtype: of the tensors written for Hugging Face: a key of DTYPES. "source" is as they came, for a run that was
-        converted and not trained since, else float32. A run of ours is float32 always.
+      dtype: of the tensors written for Hugging Face: a key of DTYPES. "source" is as they came, for
+        a run that was converted and not trained since, else float32. A run of ours is float32
+        always.
       max_shard_size: GB in one file.
       which: the checkpoint of a run, "best" or "last".
       tokenizer: path of the tokenizer of a model that comes without its own.
-      overwrite: ``target`` may hold an earlier run or model, which is replaced once the new one is whole.
-    Raises ValueError where something does not fit, FileNotFoundError or OSError where it is not there.
+      overwrite: ``target`` may hold an earlier run or model, which is replaced once the new one is
+          whole.
+    Raises ValueError where something does not fit, FileNotFoundError or OSError where it is not
+    there.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not known; choose one of {', '.join(DTYPES)}")
@@ -62,8 +75,10 @@ def convert(source: str, target: str, *, dtype: str = "source", max_shard_size: 
             report = _to_run(Path(source), Path(beside), os.fspath(target), dtype, tokenizer)
         else:
             if tokenizer is not None:
-                raise ValueError(f"--tokenizer={tokenizer} is for a model without one; {source} is a run, so leave it "
-                                 "out")
+                raise ValueError(
+                    f"--tokenizer={tokenizer} is for a model without one; {source} is a run, so leave it "
+                    "out"
+                )
             report = _to_model(source, Path(beside), dtype, max_shard_size, which)
         _put_in_place(beside, os.path.abspath(target))
     finally:
@@ -71,12 +86,13 @@ def convert(source: str, target: str, *, dtype: str = "source", max_shard_size: 
     return f"{source} -> {target}\n{report}"
 
 
-# --- Hugging Face -> ours ---------------------------------------------------------------------------------
+# --- Hugging Face -> ours
+# ---------------------------------------------------------------------------------
 
 
 def read_model(folder: str | os.PathLike) -> tuple[ModelConfig, object, dict]:
-    """(shape, float32 parameters, what a way back must know) of a GPT-2 folder. Raises ValueError or
-    FileNotFoundError naming what does not fit."""
+    """(shape, float32 parameters, what a way back must know) of a GPT-2 folder. Raises ValueError
+    or FileNotFoundError naming what does not fit."""
     folder = Path(folder)
     model = gpt2.model_of(_json(folder / "config.json"))
     shards = Shards(folder)
@@ -84,40 +100,66 @@ def read_model(folder: str | os.PathLike) -> tuple[ModelConfig, object, dict]:
     # Only the output embedding of a tied model may be stored, which is the input embedding, too.
     if model.tie_embeddings and "wte.weight" not in names and "lm_head.weight" in names:
         names["wte.weight"] = names["lm_head.weight"]
-    gpt2.refuse_other_tensors(os.fspath(folder), {name: shards.shapes[full] for name, full in names.items()}, model)
+    gpt2.refuse_other_tensors(
+        os.fspath(folder), {name: shards.shapes[full] for name, full in names.items()}, model
+    )
     written_out = model.tie_embeddings and "lm_head.weight" in names
-    if written_out and not np.array_equal(shards[names["lm_head.weight"]], shards[names["wte.weight"]]):
-        raise ValueError(f"lm_head.weight of {folder} differs from wte.weight, and tie_word_embeddings is true; set "
-                         "that to false to use both, or remove lm_head.weight")
+    if written_out and not np.array_equal(
+        shards[names["lm_head.weight"]], shards[names["wte.weight"]]
+    ):
+        raise ValueError(
+            f"lm_head.weight of {folder} differs from wte.weight, and tie_word_embeddings is true; set "
+            "that to false to use both, or remove lm_head.weight"
+        )
 
     def read(name: str) -> np.ndarray:
         return finite(f"{names[name]} of {folder}", shards[names[name]])
 
     params = gpt2.parameters_of(model, read)
     stored = gpt2.names_of(shards.shapes)
-    dtypes = {name: shards.dtypes[full] for name, full in stored.items()
-              if not gpt2.BUFFERS.fullmatch(name)}
+    dtypes = {
+        name: shards.dtypes[full]
+        for name, full in stored.items()
+        if not gpt2.BUFFERS.fullmatch(name)
+    }
     prefixed = any(gpt2.PREFIX in full for full in stored.values())
     return model, params, {"dtypes": dtypes, "prefix": gpt2.PREFIX if prefixed else ""}
 
 
-def _to_run(source: Path, folder: Path, workdir: str, dtype: str, tokenizer_path: str | None) -> str:
+def _to_run(
+    source: Path, folder: Path, workdir: str, dtype: str, tokenizer_path: str | None
+) -> str:
     if dtype not in ("source", "float32"):
-        raise ValueError(f"--dtype={dtype} is for tensors of Hugging Face's; a run is float32, so leave it out")
+        raise ValueError(
+            f"--dtype={dtype} is for tensors of Hugging Face's; a run is float32, so leave it out"
+        )
     original = _json(source / "config.json")
     generation = vocabulary.read_json(source / "generation_config.json")
     rows = gpt2.model_of(original).vocab_size
-    tokenizer, outside = vocabulary.read_tokenizer(tokenizer_path or source, original,
-                                                   generation or {}, rows)
+    tokenizer, outside = vocabulary.read_tokenizer(
+        tokenizer_path or source, original, generation or {}, rows
+    )
     # Before there was a generation_config.json, config.json had its settings.
     alone = generation is not None
     decode, told = decode_of(generation if alone else original, tokenizer, rows, alone)
     model, params, origin = read_model(source)
-    config = Config(name=source.resolve().name, model=model, decode=decode,
-                    optimizer=OptimizerConfig(learning_rate=5e-5, weight_decay=0.01))  # usual for training further
+    config = Config(
+        name=source.resolve().name,
+        model=model,
+        decode=decode,
+        optimizer=OptimizerConfig(learning_rate=5e-5, weight_decay=0.01),
+    )  # usual for training further
     validate(config)
-    meta = {"config": json.loads(to_json(config)), "samples": 0, "metrics": {}, "huggingface": origin,
-            "identity": {"model": dataclasses.asdict(model), "tokenizer": {"sha256": tokenizer.fingerprint}}}
+    meta = {
+        "config": json.loads(to_json(config)),
+        "samples": 0,
+        "metrics": {},
+        "huggingface": origin,
+        "identity": {
+            "model": dataclasses.asdict(model),
+            "tokenizer": {"sha256": tokenizer.fingerprint},
+        },
+    }
     checkpoints = Checkpoints(folder / "checkpoints")
     try:
         checkpoints.save(0, {"params": params}, meta, wait=True)
@@ -126,18 +168,24 @@ def _to_run(source: Path, folder: Path, workdir: str, dtype: str, tokenizer_path
     tokenizer.save(folder / "tokenizer")
     (folder / "config.json").write_text(to_json(config))
     (folder / "config.py").write_text(_CONFIG)
-    kept = [name for name in ("config.json", "generation_config.json", *vocabulary.FILES)
-            if (source / name).is_file() and (tokenizer_path is None or name not in vocabulary.FILES)]
+    kept = [
+        name
+        for name in ("config.json", "generation_config.json", *vocabulary.FILES)
+        if (source / name).is_file() and (tokenizer_path is None or name not in vocabulary.FILES)
+    ]
     (folder / ORIGINALS).mkdir()
     for name in kept:
         shutil.copyfile(source / name, folder / ORIGINALS / name)
-    return "\n".join([
-        *_report(model, tokenizer, f"from {_kinds(origin['dtypes'])} to float32, exact"),
-        *_report_tokenizer(tokenizer, outside, rows),
-        *_report_decode(decode, told),
-        f"dropout    {model.dropout_rate:g} when training further (resid_pdrop; attention weights are not dropped)",
-        f"next       python launch/generate.py --workdir={workdir} --prompt=TEXT",
-        f"           {workdir}/config.py says how to train further"])
+    return "\n".join(
+        [
+            *_report(model, tokenizer, f"from {_kinds(origin['dtypes'])} to float32, exact"),
+            *_report_tokenizer(tokenizer, outside, rows),
+            *_report_decode(decode, told),
+            f"dropout    {model.dropout_rate:g} when training further (resid_pdrop; attention weights are not dropped)",
+            f"next       python launch/generate.py --workdir={workdir} --prompt=TEXT",
+            f"           {workdir}/config.py says how to train further",
+        ]
+    )
 
 
 def _report_tokenizer(tokenizer, outside: list[str], rows: int) -> list[str]:
@@ -146,13 +194,18 @@ def _report_tokenizer(tokenizer, outside: list[str], rows: int) -> list[str]:
         return f"{name} ({index})"
 
     bos = "begin with bos" if tokenizer.prompt_bos else "get no bos, as there"
-    end = f"the end token is {spelled(tokenizer.eos_id)}" if tokenizer.eos_id >= 0 else (
-        f"there is no end token; an empty prompt starts from {spelled(tokenizer.bos_id)}")
+    end = (
+        f"the end token is {spelled(tokenizer.eos_id)}"
+        if tokenizer.eos_id >= 0
+        else (f"there is no end token; an empty prompt starts from {spelled(tokenizer.bos_id)}")
+    )
     lines = [f"prompts    {bos}; {end}"]
     if outside:
         more = " ..." if len(outside) > 6 else ""
-        lines.append(f"left out   {', '.join(outside[:6])}{more}: special tokens without a row "
-                     f"among the model's {rows:,}; no text has them")
+        lines.append(
+            f"left out   {', '.join(outside[:6])}{more}: special tokens without a row "
+            f"among the model's {rows:,}; no text has them"
+        )
     if losses := tokenizer.losses():
         lines.append(f"lossy      this tokenizer is not lossless; a text loses {', '.join(losses)}")
     return lines
@@ -160,8 +213,11 @@ def _report_tokenizer(tokenizer, outside: list[str], rows: int) -> list[str]:
 
 def _report_decode(decode: DecodeConfig, told: list[str]) -> list[str]:
     names = [each.name for each in dataclasses.fields(DecodeConfig)]
-    changed = [f"{name}={getattr(decode, name)}" for name in names
-               if getattr(decode, name) != getattr(DecodeConfig, name)]
+    changed = [
+        f"{name}={getattr(decode, name)}"
+        for name in names
+        if getattr(decode, name) != getattr(DecodeConfig, name)
+    ]
     lines = []
     if changed:
         lines.append(f"decoding   as generation_config.json has it: {', '.join(changed)}")
@@ -170,12 +226,14 @@ def _report_decode(decode: DecodeConfig, told: list[str]) -> list[str]:
     return lines
 
 
-# --- ours -> Hugging Face ---------------------------------------------------------------------------------
+# --- ours -> Hugging Face
+# ---------------------------------------------------------------------------------
 
 
 def _to_model(workdir: str, folder: Path, dtype: str, max_shard_size: float, which: str) -> str:
     run = load_run(workdir, which)
-    model, tokenizer = run.config.model, run.tokenizer
+    model = run.config.model
+    tokenizer = run.tokenizer
     originals = Path(workdir, ORIGINALS)
     original = vocabulary.read_json(originals / "config.json")
     config = gpt2.config_of(model, original)
@@ -186,26 +244,42 @@ def _to_model(workdir: str, folder: Path, dtype: str, max_shard_size: float, whi
         if original is None or key in original or dtype != "source":
             config[key] = kinds.pop()
     if any((originals / name).is_file() for name in vocabulary.FILES):
-        copied = [name for name in ("generation_config.json", *vocabulary.FILES) if (originals / name).is_file()]
+        copied = [
+            name
+            for name in ("generation_config.json", *vocabulary.FILES)
+            if (originals / name).is_file()
+        ]
         for name in copied:
             shutil.copyfile(originals / name, folder / name)
         how = "as it came"
     else:
-        config |= {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id,
-                   "eos_token_id": tokenizer.eos_id if tokenizer.eos_id >= 0 else None}
+        config |= {
+            "bos_token_id": tokenizer.bos_id,
+            "pad_token_id": tokenizer.pad_id,
+            "eos_token_id": tokenizer.eos_id if tokenizer.eos_id >= 0 else None,
+        }
         files, how = vocabulary.write_tokenizer(tokenizer, model.max_position_embeddings)
         for name, content in files.items():
             (folder / name).write_bytes(content)
-        (folder / "generation_config.json").write_text(json.dumps(_generation(tokenizer, model), indent=2))
+        (folder / "generation_config.json").write_text(
+            json.dumps(_generation(tokenizer, model), indent=2)
+        )
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    return "\n".join([*_report(model, tokenizer, f"from float32 to {_kinds(written)}"), f"tokenizer  {how}",
-                      f"checkpoint of step {run.step}"])
+    return "\n".join(
+        [
+            *_report(model, tokenizer, f"from float32 to {_kinds(written)}"),
+            f"tokenizer  {how}",
+            f"checkpoint of step {run.step}",
+        ]
+    )
 
 
 def _write_tensors(run: Run, folder: Path, dtype: str, max_shard_size: float) -> dict[str, str]:
     """Writes the tensors and returns the dtype of each, by its name without prefix."""
-    model, origin = run.config.model, run.meta.get("huggingface")
-    read, shapes = gpt2.reader_of(model, run.params), gpt2.shapes_of(model)
+    model = run.config.model
+    origin = run.meta.get("huggingface")
+    read = gpt2.reader_of(model, run.params)
+    shapes = gpt2.shapes_of(model)
     prefix = gpt2.PREFIX if origin is None else origin["prefix"]
     if origin is not None and "lm_head.weight" in origin["dtypes"] and model.tie_embeddings:
         shapes["lm_head.weight"] = shapes["wte.weight"]
@@ -228,14 +302,20 @@ def _write_tensors(run: Run, folder: Path, dtype: str, max_shard_size: float) ->
 
 
 def _generation(tokenizer, model: ModelConfig) -> dict:
-    """Ours never writes special tokens or the padding of the vocabulary; this tells Hugging Face not to, either."""
+    """Ours never writes special tokens or the padding of the vocabulary; this tells Hugging Face
+    not to, either."""
     never = np.flatnonzero(~writable(tokenizer, model.vocab_size)).tolist()
     end = tokenizer.eos_id if tokenizer.eos_id >= 0 else None
-    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": end, "pad_token_id": tokenizer.pad_id,
-            "suppress_tokens": never or None}
+    return {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": end,
+        "pad_token_id": tokenizer.pad_id,
+        "suppress_tokens": never or None,
+    }
 
 
-# --- both ways --------------------------------------------------------------------------------------------
+# --- both ways
+# --------------------------------------------------------------------------------------------
 
 
 def _holds_model(source: str) -> bool:
@@ -244,29 +324,38 @@ def _holds_model(source: str) -> bool:
         raise ValueError(f"{source} is a URL; copy the folder here first")
     folder = Path(source)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{source} is not a folder; give a model of Hugging Face's or a run")
+        raise FileNotFoundError(
+            f"{source} is not a folder; give a model of Hugging Face's or a run"
+        )
     run = (folder / "checkpoints").is_dir()
     model = "model_type" in (vocabulary.read_json(folder / "config.json") or {})
     if run == model:
-        raise ValueError(f"{source} holds {'both' if run else 'neither'} checkpoints/ of a run "
-                         f"{'and' if run else 'nor'} config.json with a model_type of Hugging Face's; give one of them")
+        raise ValueError(
+            f"{source} holds {'both' if run else 'neither'} checkpoints/ of a run "
+            f"{'and' if run else 'nor'} config.json with a model_type of Hugging Face's; give one of them"
+        )
     return model
 
 
 def _refuse_target(source: str, target: str, overwrite: bool) -> None:
     if is_remote(target):
         raise ValueError(f"{target} is a URL; convert to a local folder and copy that")
-    here, there = Path(source).resolve(), Path(target).resolve()
+    here = Path(source).resolve()
+    there = Path(target).resolve()
     if here == there or here in there.parents or there in here.parents:
         raise ValueError(f"--from={source} and --to={target} lie in each other; give another --to")
     if there.exists() and not there.is_dir():
         raise ValueError(f"{target} is a file; give another --to")
     if there.is_dir() and any(there.iterdir()):
         if not overwrite:
-            raise ValueError(f"{target} is not empty; give --overwrite to replace it, or another --to")
+            raise ValueError(
+                f"{target} is not empty; give --overwrite to replace it, or another --to"
+            )
         if not (there / "config.json").is_file():
-            raise ValueError(f"{target} is neither a run nor a model, so --overwrite does not replace it; give another "
-                             "--to")
+            raise ValueError(
+                f"{target} is neither a run nor a model, so --overwrite does not replace it; give another "
+                "--to"
+            )
 
 
 def _put_in_place(beside: str, target: str) -> None:
@@ -305,7 +394,9 @@ def _report(model: ModelConfig, tokenizer, numbers: str) -> list[str]:
     rest = model.vocab_size - tokenizer.vocab_size
     padding = f"; {rest} more rows, kept as they are, are never written" if rest > 0 else ""
     head = "tied" if model.tie_embeddings else "of its own"
-    return [f"model      {model.parameter_count():,} parameters, {model.num_layers} layers of width "
-            f"{model.hidden_size}, {model.num_attention_heads} heads, output embedding {head}",
-            f"numbers    {numbers}",
-            f"vocabulary {model.vocab_size:,} rows for {tokenizer.vocab_size:,} tokens{padding}"]
+    return [
+        f"model      {model.parameter_count():,} parameters, {model.num_layers} layers of width "
+        f"{model.hidden_size}, {model.num_attention_heads} heads, output embedding {head}",
+        f"numbers    {numbers}",
+        f"vocabulary {model.vocab_size:,} rows for {tokenizer.vocab_size:,} tokens{padding}",
+    ]

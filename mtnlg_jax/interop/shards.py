@@ -10,15 +10,20 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # what float32 parameters hold exactly
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES = {
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+}  # what float32 parameters hold exactly
 
 
 class Shards:
     """The tensors of a folder; ``shapes`` and ``dtypes`` by name, read from the headers alone.
 
-    Raises FileNotFoundError where a file is missing, ValueError where one is damaged, of another dtype than DTYPES,
-    or does not agree with the index.
+    Raises FileNotFoundError where a file is missing, ValueError where one is damaged, of another
+    dtype than DTYPES, or does not agree with the index.
     """
 
     def __init__(self, folder: str | os.PathLike):
@@ -42,14 +47,20 @@ class Shards:
         path = self.folder / INDEX
         if not path.is_file():
             others = sorted(found.name for found in self.folder.glob("pytorch_model*.bin"))
-            found = f" but {others[0]}: save it again with transformers' save_pretrained" if others else ""
+            found = (
+                f" but {others[0]}: save it again with transformers' save_pretrained"
+                if others
+                else ""
+            )
             raise FileNotFoundError(f"{self.folder} holds neither {SINGLE} nor {INDEX}{found}")
         try:
             placed = json.loads(path.read_bytes())["weight_map"]
             if not placed or any(Path(name).name != name for name in placed.values()):
                 raise ValueError("its weight_map must name files beside it")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is no index of shards ({type(error).__name__}: {error})") from None
+            raise ValueError(
+                f"{path} is no index of shards ({type(error).__name__}: {error})"
+            ) from None
         return placed
 
     def _open(self, file_name: str) -> None:
@@ -59,56 +70,85 @@ class Shards:
         try:
             file = safe_open(path, "np")
         except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or not a safetensors file ({error}); copy it anew") from None
+            raise ValueError(
+                f"{path} is damaged or not a safetensors file ({error}); copy it anew"
+            ) from None
         for name in file.keys():
             if name in self._files:
-                raise ValueError(f"{path} holds {name}, and so does another shard; keep one of them")
+                raise ValueError(
+                    f"{path} holds {name}, and so does another shard; keep one of them"
+                )
             header = file.get_slice(name)
             dtype = header.get_dtype()
             if dtype not in DTYPES and not name.endswith((".attn.bias", ".attn.masked_bias")):
-                raise ValueError(f"{name} in {path} is {dtype}; parameters here are float32, which holds "
-                                 f"{', '.join(DTYPES)} exactly and no other: save it as one of them")
-            self._files[name], self.shapes[name] = file, tuple(header.get_shape())
+                raise ValueError(
+                    f"{name} in {path} is {dtype}; parameters here are float32, which holds "
+                    f"{', '.join(DTYPES)} exactly and no other: save it as one of them"
+                )
+            self._files[name] = file
+            self.shapes[name] = tuple(header.get_shape())
             self.dtypes[name] = DTYPES.get(dtype, dtype)
 
     def _compare(self, placed: dict[str, str]) -> None:
-        missing, extra = sorted(placed.keys() - self.shapes.keys()), sorted(self.shapes.keys() - placed.keys())
+        missing = sorted(placed.keys() - self.shapes.keys())
+        extra = sorted(self.shapes.keys() - placed.keys())
         if missing or extra:
-            raise ValueError(f"{self.folder / INDEX} and its shards disagree: {len(missing)} tensors are in the index "
-                             f"alone ({', '.join(missing[:3])}), {len(extra)} in the shards alone "
-                             f"({', '.join(extra[:3])}); copy all files anew")
+            raise ValueError(
+                f"{self.folder / INDEX} and its shards disagree: {len(missing)} tensors are in the index "
+                f"alone ({', '.join(missing[:3])}), {len(extra)} in the shards alone "
+                f"({', '.join(extra[:3])}); copy all files anew"
+            )
 
 
-def write_shards(folder: str | os.PathLike, sizes: dict[str, int], read: Callable[[str], np.ndarray],
-                 max_shard_size: float) -> list[str]:
-    """Writes the tensors that ``sizes`` (bytes, by name) lists, in its order, and returns the names of the files.
+def write_shards(
+    folder: str | os.PathLike,
+    sizes: dict[str, int],
+    read: Callable[[str], np.ndarray],
+    max_shard_size: float,
+) -> list[str]:
+    """Writes the tensors that ``sizes`` (bytes, by name) lists, in its order, and returns the names
+    of the files.
 
-    ``read`` gives one tensor; those of one shard are in memory together. ``max_shard_size`` is in GB (1e9 bytes); a
-    tensor that is larger has a shard of its own. One shard alone is named SINGLE and needs no index.
+    ``read`` gives one tensor; those of one shard are in memory together. ``max_shard_size`` is in
+    GB (1e9 bytes); a tensor that is larger has a shard of its own. One shard alone is named SINGLE
+    and needs no index.
     """
     if not max_shard_size > 0:
         raise ValueError(f"max_shard_size={max_shard_size} GB holds no tensor; set it above 0")
     groups = list(_groups(sizes, max_shard_size * 1e9))
-    files = [SINGLE] if len(groups) == 1 else [
-        f"model-{number:05}-of-{len(groups):05}.safetensors" for number in range(1, len(groups) + 1)]
+    files = (
+        [SINGLE]
+        if len(groups) == 1
+        else [
+            f"model-{number:05}-of-{len(groups):05}.safetensors"
+            for number in range(1, len(groups) + 1)
+        ]
+    )
     placed = {}
     for file_name, names in zip(files, groups, strict=True):
         # transformers reads no file without this line.
-        save_file({name: read(name) for name in names}, Path(folder, file_name), metadata={"format": "pt"})
+        save_file(
+            {name: read(name) for name in names}, Path(folder, file_name), metadata={"format": "pt"}
+        )
         placed |= dict.fromkeys(names, file_name)
     if len(groups) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(placed.items()))}
+        index = {
+            "metadata": {"total_size": sum(sizes.values())},
+            "weight_map": dict(sorted(placed.items())),
+        }
         Path(folder, INDEX).write_text(json.dumps(index, indent=2) + "\n")
         files.append(INDEX)
     return files
 
 
 def _groups(sizes: dict[str, int], limit: float) -> Iterable[list[str]]:
-    group, size = [], 0
+    group = []
+    size = 0
     for name, more in sizes.items():
         if group and size + more > limit:
             yield group
-            group, size = [], 0
+            group = []
+            size = 0
         group.append(name)
         size += more
     yield group
@@ -119,9 +159,11 @@ def finite(what: str, values: np.ndarray) -> np.ndarray:
     known = np.isfinite(values)
     if not known.all():
         place = np.unravel_index(np.argmin(known), values.shape)
-        raise ValueError(f"{what} has {known.size - known.sum():,} values that are not finite "
-                         f"({values[place]} at {list(map(int, place))}), and a model with them "
-                         "computes nothing; take a checkpoint from before they came")
+        raise ValueError(
+            f"{what} has {known.size - known.sum():,} values that are not finite "
+            f"({values[place]} at {list(map(int, place))}), and a model with them "
+            "computes nothing; take a checkpoint from before they came"
+        )
     return values
 
 
@@ -135,5 +177,7 @@ def cast(name: str, values: np.ndarray, dtype: str) -> np.ndarray:
         made = np.ascontiguousarray(values.astype(kind))
     lost = made.size - np.isfinite(made.astype(np.float32)).sum() if kind != values.dtype else 0
     if lost:
-        raise ValueError(f"{lost} values of {name} are too large for {dtype}; write --dtype=float32 or bfloat16")
+        raise ValueError(
+            f"{lost} values of {name} are too large for {dtype}; write --dtype=float32 or bfloat16"
+        )
     return made

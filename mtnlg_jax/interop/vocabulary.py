@@ -31,16 +31,39 @@ from mtnlg_jax.data.tokenizer_files import (
     without_rows,
 )
 
-FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
-         "added_tokens.json", "vocab.txt", "encoder.json", "vocab.bpe", *SENTENCEPIECE_FILES)
-# Where tokenizers that look alike differ: case, spaces, digits, marks, scripts, breaks, what is no character.
-_PROBES = ("Hello world", " Hello  world's 2,024 tokens", "line\nline\n\n\ttab  ", "naïve café", "天地玄黄,宇宙洪荒。",
-           "don't they'll WE'VE", "12345 3.14 a1b2", "🙂👩‍👩‍👧 …–“x”", "\u00a0\u3000x\u200b", "x" * 40, "")
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "encoder.json",
+    "vocab.bpe",
+    *SENTENCEPIECE_FILES,
+)
+# Where tokenizers that look alike differ: case, spaces, digits, marks, scripts, breaks, what is no
+# character.
+_PROBES = (
+    "Hello world",
+    " Hello  world's 2,024 tokens",
+    "line\nline\n\n\ttab  ",
+    "naïve café",
+    "天地玄黄,宇宙洪荒。",
+    "don't they'll WE'VE",
+    "12345 3.14 a1b2",
+    "🙂👩‍👩‍👧 …–“x”",
+    "\u00a0\u3000x\u200b",
+    "x" * 40,
+    "",
+)
 _OTHER = "give --tokenizer=FOLDER of the one that it was trained with"
 
 
-def read_tokenizer(path: str | os.PathLike, config: dict, generation: dict,
-                   rows: int) -> tuple[Tokenizer, list[str]]:
+def read_tokenizer(
+    path: str | os.PathLike, config: dict, generation: dict, rows: int
+) -> tuple[Tokenizer, list[str]]:
     """(tokenizer, special tokens that were left out) of a model of ``rows`` tokens that was trained
     elsewhere.
 
@@ -57,8 +80,10 @@ def read_tokenizer(path: str | os.PathLike, config: dict, generation: dict,
     if not folder.exists() or (folder / "tokenizer_meta.json").is_file():
         tokenizer = load_tokenizer(path)
         if tokenizer.vocab_size > rows:
-            raise ValueError(f"the tokenizer of {path} has {tokenizer.vocab_size} tokens and the "
-                             f"model vocab_size={rows}; {_OTHER}")
+            raise ValueError(
+                f"the tokenizer of {path} has {tokenizer.vocab_size} tokens and the "
+                f"model vocab_size={rows}; {_OTHER}"
+            )
         return tokenizer, []
 
     def read(name: str) -> bytes | None:
@@ -75,7 +100,8 @@ def read_tokenizer(path: str | os.PathLike, config: dict, generation: dict,
         if files is None:
             raise FileNotFoundError(
                 f"{folder} holds no tokenizer (tokenizer.json; vocab.json and merges.txt; "
-                "vocab.txt; or tokenizer.model); give --tokenizer=FOLDER of one")
+                "vocab.txt; or tokenizer.model); give --tokenizer=FOLDER of one"
+            )
         content, outside = without_rows(files.content, rows)
         roles = closed_roles(dataclasses.replace(files, content=content), config, generation, rows)
         special = json.dumps(roles).encode()
@@ -87,20 +113,25 @@ def read_tokenizer(path: str | os.PathLike, config: dict, generation: dict,
         raise ValueError(f"the tokenizer of {folder}: {error}") from None
 
 
-def _closed_sentencepiece(model: bytes, read, config: dict, generation: dict,
-                          rows: int) -> SentencePieceTokenizer:
+def _closed_sentencepiece(
+    model: bytes, read, config: dict, generation: dict, rows: int
+) -> SentencePieceTokenizer:
     """A SentencePiece model whose roles are among its pieces."""
     tokenizer = SentencePieceTokenizer(model)
     first_free_id(read, tokenizer.pieces)
     if tokenizer.pieces > rows:
-        raise ValueError(f"it has {tokenizer.pieces} tokens and the model vocab_size={rows}; "
-                         f"{_OTHER}")
+        raise ValueError(
+            f"it has {tokenizer.pieces} tokens and the model vocab_size={rows}; {_OTHER}"
+        )
     roles = {}
     for role in ("eos", "bos", "pad", "mask", "sep"):
         stated = [source.get(f"{role}_token_id") for source in (generation, config)]
         own = getattr(tokenizer, "_mask_id" if role == "mask" else f"{role}_id")
-        found = [index for index in (*stated, own)
-                 if type(index) is int and 0 <= index < tokenizer.pieces]
+        found = [
+            index
+            for index in (*stated, own)
+            if type(index) is int and 0 <= index < tokenizer.pieces
+        ]
         if found or role not in ("mask", "sep"):
             roles[role] = next(iter(found), roles.get("eos"))
     if roles["eos"] is None:
@@ -110,8 +141,9 @@ def _closed_sentencepiece(model: bytes, read, config: dict, generation: dict,
 
 
 def write_tokenizer(tokenizer: Tokenizer, context: int) -> tuple[dict[str, bytes], str]:
-    """(files by name, one line that says what they are) of a tokenizer of ours for transformers' AutoTokenizer.
-    Raises ValueError where tokenizer.json would read some text into other tokens than ours."""
+    """(files by name, one line that says what they are) of a tokenizer of ours for transformers'
+    AutoTokenizer. Raises ValueError where tokenizer.json would read some text into other tokens
+    than ours."""
     if isinstance(tokenizer, ByteLevelBPETokenizer):
         fast = _fast_of_bytes(tokenizer)
     elif isinstance(tokenizer, SentencePieceTokenizer) and tokenizer.lossless:
@@ -119,29 +151,49 @@ def write_tokenizer(tokenizer: Tokenizer, context: int) -> tuple[dict[str, bytes
     elif isinstance(tokenizer, HubTokenizer):
         fast = parse_tokenizer(tokenizer.files()["tokenizer.json"])
     else:
-        return tokenizer.files(), "as tokenizer.model alone: SentencePiece of another make, load it with its own class"
-    names = {index: name for index, name in tokenizer.special_names.items()
-             if not name.startswith("<unused ")}
+        return (
+            tokenizer.files(),
+            "as tokenizer.model alone: SentencePiece of another make, load it with its own class",
+        )
+    names = {
+        index: name
+        for index, name in tokenizer.special_names.items()
+        if not name.startswith("<unused ")
+    }
     there = {token.content for token in fast.get_added_tokens_decoder().values() if token.special}
-    fast.add_special_tokens([AddedToken(names[index], special=True, normalized=False)
-                             for index in sorted(names) if names[index] not in there])
+    fast.add_special_tokens(
+        [
+            AddedToken(names[index], special=True, normalized=False)
+            for index in sorted(names)
+            if names[index] not in there
+        ]
+    )
     wrong = [name for index, name in names.items() if fast.token_to_id(name) != index]
     if wrong:
-        raise ValueError(f"tokenizer.json cannot hold the special tokens {', '.join(wrong)} at their ids")
+        raise ValueError(
+            f"tokenizer.json cannot hold the special tokens {', '.join(wrong)} at their ids"
+        )
     bos = fast.id_to_token(tokenizer.bos_id)
     if tokenizer.prompt_bos:
         fast.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.bos_id)])
+            single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.bos_id)]
+        )
     elif isinstance(tokenizer, HubTokenizer):
         fast.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
     _compare("the run", tokenizer, fast)
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context,
-                "clean_up_tokenization_spaces": False, "bos_token": bos,
-                "pad_token": fast.id_to_token(tokenizer.pad_id)}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": context,
+        "clean_up_tokenization_spaces": False,
+        "bos_token": bos,
+        "pad_token": fast.id_to_token(tokenizer.pad_id),
+    }
     if tokenizer.eos_id >= 0:
         settings["eos_token"] = fast.id_to_token(tokenizer.eos_id)
-    return {"tokenizer.json": fast.to_str(pretty=True).encode(),
-            "tokenizer_config.json": json.dumps(settings, indent=2).encode()}, "as tokenizer.json"
+    return {
+        "tokenizer.json": fast.to_str(pretty=True).encode(),
+        "tokenizer_config.json": json.dumps(settings, indent=2).encode(),
+    }, "as tokenizer.json"
 
 
 def read_json(path: Path) -> dict | None:
@@ -153,23 +205,31 @@ def read_json(path: Path) -> dict | None:
     except ValueError as error:
         raise ValueError(f"{path} is no JSON ({error}); copy it anew") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{path} holds a {type(found).__name__} of JSON, not an object; copy it anew")
+        raise ValueError(
+            f"{path} holds a {type(found).__name__} of JSON, not an object; copy it anew"
+        )
     return found
 
 
 def _compare(folder, ours: Tokenizer, fast: tokenizers.Tokenizer) -> None:
     prefix = [ours.bos_id] if ours.prompt_bos else []
     for text in _PROBES:
-        here, there = prefix + ours.encode(text), fast.encode(text).ids
+        here = prefix + ours.encode(text)
+        there = fast.encode(text).ids
         if here != there:
-            raise ValueError(f"the tokenizer of {folder} is not GPT-2's byte-level BPE, or not as it is here: it reads "
-                             f"{text!r} as {there[:8]}, this one as {here[:8]}")
+            raise ValueError(
+                f"the tokenizer of {folder} is not GPT-2's byte-level BPE, or not as it is here: it reads "
+                f"{text!r} as {there[:8]}, this one as {here[:8]}"
+            )
 
 
 def _fast_of_bytes(tokenizer: ByteLevelBPETokenizer) -> tokenizers.Tokenizer:
     files = tokenizer.files()
-    pairs = [tuple(line.split(" ")) for line in files["merges.txt"].decode().split("\n")
-             if line.strip() and not line.startswith("#version")]
+    pairs = [
+        tuple(line.split(" "))
+        for line in files["merges.txt"].decode().split("\n")
+        if line.strip() and not line.startswith("#version")
+    ]
     fast = tokenizers.Tokenizer(models.BPE(vocab=json.loads(files["vocab.json"]), merges=pairs))
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = decoders.ByteLevel()
@@ -187,19 +247,29 @@ def _fast_of_sentencepiece(tokenizer: SentencePieceTokenizer) -> tokenizers.Toke
         model = models.Unigram(scores, unk_id=unknown, byte_fallback=True)
     else:
         numbers = {piece: index for index, (piece, _) in enumerate(scores)}
-        model = models.BPE(vocab=numbers, merges=_merges(scores, numbers), unk_token=scores[unknown][0],
-                           fuse_unk=True, byte_fallback=True)
+        model = models.BPE(
+            vocab=numbers,
+            merges=_merges(scores, numbers),
+            unk_token=scores[unknown][0],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
     fast = tokenizers.Tokenizer(model)
     fast.normalizer = normalizers.Replace(" ", "\u2581")
-    fast.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    fast.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
     return fast
 
 
 def _merges(scores: list[tuple[str, float]], numbers: dict[str, int]) -> list[tuple[str, str]]:
-    """SentencePiece joins the two neighbours whose union has the highest score; merges are that order, written out."""
+    """SentencePiece joins the two neighbours whose union has the highest score; merges are that
+    order, written out."""
     merges = []
     for piece, score in scores:
         splits = ((piece[:at], piece[at:]) for at in range(1, len(piece)))
-        merges += [(-score, left, right) for left, right in splits if left in numbers and right in numbers]
+        merges += [
+            (-score, left, right) for left, right in splits if left in numbers and right in numbers
+        ]
     merges.sort(key=lambda merge: (merge[0], numbers[merge[1]], numbers[merge[2]]))
     return [(left, right) for _, left, right in merges]

@@ -1,15 +1,18 @@
 """Attention over a sequence that ``context`` splits, in three ways behind one call.
 
-Device i of c holds chunks i and 2 c - 1 - i of the sequence's 2 c (zigzag): causal attention is then the same work
-for all. Inputs and outputs lie so; the ways differ in what travels.
+Device i of c holds chunks i and 2 c - 1 - i of the sequence's 2 c (zigzag): causal attention is
+then the same work for all. Inputs and outputs lie so; the ways differ in what travels.
 
 | mode | travels | asks |
 | --- | --- | --- |
-| ulysses | queries, keys, values, outputs: each device attends to all places with some of the heads | heads % c == 0 |
+| ulysses | queries, keys, values, outputs: each device attends to all places with some of the heads
+| heads % c == 0 |
 | gather | keys and values, to everyone | room for all keys and values |
-| ring | keys and values, to the neighbour, c - 1 times; the backward pass sends them round again | |
+| ring | keys and values, to the neighbour, c - 1 times; the backward pass sends them round again |
+|
 
-Sources: Jacobs 2023 (DeepSpeed Ulysses), Llama Team 2024 (Llama 3, section 3.3.2), Liu 2023 (Ring Attention).
+Sources: Jacobs 2023 (DeepSpeed Ulysses), Llama Team 2024 (Llama 3, section 3.3.2), Liu 2023 (Ring
+Attention).
 """
 
 import functools
@@ -25,9 +28,12 @@ from mtnlg_jax.parallel.collectives import axis_index, axis_size, gather, vary, 
 MODES = ("auto", "ulysses", "gather", "ring")
 
 
-def context_attention(q, k, v, *, causal: bool = True, segment_ids=None, mode: str = "auto", impl: str = "auto"):
-    """attention() over the whole sequence. q (B, S/c, N, H), k and v (B, S/c, K, H), segment_ids (B, S/c), each the
-    device's own places in zigzag order -> (B, S/c, N, H). On a context axis of size 1 it is attention().
+def context_attention(
+    q, k, v, *, causal: bool = True, segment_ids=None, mode: str = "auto", impl: str = "auto"
+):
+    """attention() over the whole sequence. q (B, S/c, N, H), k and v (B, S/c, K, H), segment_ids
+    (B, S/c), each the device's own places in zigzag order -> (B, S/c, N, H). On a context axis of
+    size 1 it is attention().
 
     mode "auto" is ulysses where the heads of this device divide by c, else gather.
     Raises ValueError where ulysses is asked for and they do not."""
@@ -39,8 +45,10 @@ def context_attention(q, k, v, *, causal: bool = True, segment_ids=None, mode: s
         mode = "ulysses" if divides else "gather"
     if mode == "ulysses":
         if not divides:
-            raise ValueError(f"mesh.context_mode=ulysses: {k.shape[2]} key/value heads a device do not divide by "
-                             f"mesh.context={parts}; take mesh.context_mode=gather or ring")
+            raise ValueError(
+                f"mesh.context_mode=ulysses: {k.shape[2]} key/value heads a device do not divide by "
+                f"mesh.context={parts}; take mesh.context_mode=gather or ring"
+            )
         return _ulysses(q, k, v, causal, segment_ids, impl)
     if mode == "gather":
         return _gathered(q, k, v, causal, segment_ids, impl)
@@ -74,24 +82,32 @@ def _own_chunks():
 
 
 def _gathered(q, k, v, causal, segment_ids, impl):
-    k, v, ids = _whole(k), _whole(v), _whole(segment_ids)
+    k = _whole(k)
+    v = _whole(v)
+    ids = _whole(segment_ids)
     half = q.shape[1] // 2
     halves = []
     for number, part in zip(_own_chunks(), (slice(0, half), slice(half, None)), strict=True):
         pair = None if ids is None else (segment_ids[:, part], ids)
-        halves.append(attention(q[:, part], k, v, causal=causal, segment_ids=pair, q_offset=number * half, impl=impl))
+        halves.append(
+            attention(
+                q[:, part], k, v, causal=causal, segment_ids=pair, q_offset=number * half, impl=impl
+            )
+        )
     return jnp.concatenate(halves, 1)
 
 
-# --- ring: hop by hop, each hop only the blocks of which something is visible -----------------------------------
+# --- ring: hop by hop, each hop only the blocks of which something is visible
+# -----------------------------------
 
 
 def _visible_pairs(hop: int, causal: bool, source):
     """[(query half, key half, causal)] of a hop; a half may be a choice made by the device.
 
-    With its own keys a device sees (first, first) and (second, second) up to the diagonal and (second, first)
-    wholly. Of those of device ``source`` the second half sees the first chunk; the other whole block is (first,
-    first) where they come from before, (second, second) where from behind."""
+    With its own keys a device sees (first, first) and (second, second) up to the diagonal and
+    (second, first) wholly. Of those of device ``source`` the second half sees the first chunk; the
+    other whole block is (first, first) where they come from before, (second, second) where from
+    behind."""
     if not causal:
         return [(i, j, False) for i in (0, 1) for j in (0, 1)]
     if hop == 0:
@@ -109,7 +125,8 @@ def _half(x, which):
 
 def _hops(causal, kv):
     """For each hop its keys, values, ids and the pairs to look at; the ring turns in between."""
-    parts, here = axis_size("context"), axis_index("context")
+    parts = axis_size("context")
+    here = axis_index("context")
     right = [(i, (i + 1) % parts) for i in range(parts)]
     for hop in range(parts):
         yield kv, _visible_pairs(hop, causal, (here - hop) % parts)
@@ -128,23 +145,35 @@ def _ring(causal, impl, q, k, v, ids):
 
 def _ring_forward(causal, impl, q, k, v, ids):
     batch, length, heads, width = q.shape
-    # Softmax over the union of blocks: outputs weighted by their share of the sum (Milakov 2018), halves apart.
+    # Softmax over the union of blocks: outputs weighted by their share of the sum (Milakov 2018),
+    # halves apart.
     out = vary(jnp.zeros((batch, length, heads, width), jnp.float32))
     lse = vary(jnp.full((batch, length, heads), -jnp.inf))
     for (k_now, v_now, kv_ids), pairs in _hops(causal, (k, v, ids)):
         for i, j, diagonal in pairs:
-            new, new_lse = attention(_half(q, i), _half(k_now, j), _half(v_now, j), causal=diagonal,
-                                     segment_ids=_pair_ids(ids, kv_ids, i, j), impl=impl, return_lse=True)
+            new, new_lse = attention(
+                _half(q, i),
+                _half(k_now, j),
+                _half(v_now, j),
+                causal=diagonal,
+                segment_ids=_pair_ids(ids, kv_ids, i, j),
+                impl=impl,
+                return_lse=True,
+            )
             new_lse = new_lse.transpose(0, 2, 1)
-            old, old_lse = _half(out, i), _half(lse, i)
+            old = _half(out, i)
+            old_lse = _half(lse, i)
             total = jnp.logaddexp(old_lse, new_lse)
             safe = jnp.where(total == -jnp.inf, 0.0, total)
-            merged = (old * jnp.exp(old_lse - safe)[..., None]
-                      + new.astype(jnp.float32) * jnp.exp(new_lse - safe)[..., None])
+            merged = (
+                old * jnp.exp(old_lse - safe)[..., None]
+                + new.astype(jnp.float32) * jnp.exp(new_lse - safe)[..., None]
+            )
             half = length // 2
             out = lax.dynamic_update_slice_in_dim(out, merged, i * half, 1)
             lse = lax.dynamic_update_slice_in_dim(lse, total, i * half, 1)
-    out, lse = checkpoint_name(out.astype(q.dtype), "attention"), checkpoint_name(lse, "attention")
+    out = checkpoint_name(out.astype(q.dtype), "attention")
+    lse = checkpoint_name(lse, "attention")
     return out, (q, k, v, ids, out, lse)
 
 
@@ -156,15 +185,27 @@ def _ring_backward(causal, impl, residuals, d_out):
     right = [(i, (i + 1) % parts) for i in range(parts)]
 
     def add(total, part, which):
-        return lax.dynamic_update_slice_in_dim(total, _half(total, which) + part.astype(jnp.float32), which * half, 1)
+        return lax.dynamic_update_slice_in_dim(
+            total, _half(total, which) + part.astype(jnp.float32), which * half, 1
+        )
 
     # The gradients of keys and values go round with them, and once more: home.
     for (k_now, v_now, kv_ids), pairs in _hops(causal, (k, v, ids)):
         for i, j, diagonal in pairs:
             grads = attention_gradients(
-                _half(q, i), _half(k_now, j), _half(v_now, j), _half(out, i), _half(lse, i).transpose(0, 2, 1),
-                _half(d_out, i), causal=diagonal, segment_ids=_pair_ids(ids, kv_ids, i, j), impl=impl)
-            dq, dk, dv = add(dq, grads[0], i), add(dk, grads[1], j), add(dv, grads[2], j)
+                _half(q, i),
+                _half(k_now, j),
+                _half(v_now, j),
+                _half(out, i),
+                _half(lse, i).transpose(0, 2, 1),
+                _half(d_out, i),
+                causal=diagonal,
+                segment_ids=_pair_ids(ids, kv_ids, i, j),
+                impl=impl,
+            )
+            dq = add(dq, grads[0], i)
+            dk = add(dk, grads[1], j)
+            dv = add(dv, grads[2], j)
         dk, dv = (lax.ppermute(x, "context", right) for x in (dk, dv))
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 

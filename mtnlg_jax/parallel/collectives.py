@@ -1,5 +1,6 @@
-"""The few communications of the model. Inside the manual region they are collectives; on an axis of size 1,
-or outside the region, they do nothing, so the same model code runs on one core and on a pod."""
+"""The few communications of the model. Inside the manual region they are collectives; on an axis of
+size 1, or outside the region, they do nothing, so the same model code runs on one core and on a
+pod."""
 
 import functools
 
@@ -27,8 +28,11 @@ def gather(x, axis: str, dim: int):
 
 
 def scatter_sum(x, axis: str, dim: int):
-    """Sums ``x`` over ``axis`` and keeps this device's part of ``dim``. Its transpose is ``gather``."""
-    return lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True) if axis_size(axis) > 1 else x
+    """Sums ``x`` over ``axis`` and keeps this device's part of ``dim``. Its transpose is
+    ``gather``."""
+    return (
+        lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True) if axis_size(axis) > 1 else x
+    )
 
 
 def sum_over(x, axis: str):
@@ -49,8 +53,9 @@ def own_part(x, axis: str, dim: int):
 
 
 def zigzag(length: int, parts: int):
-    """The order of a sequence's places when ``context`` splits it over ``parts`` devices: of 2 x parts chunks
-    device i has chunks i and 2 x parts - 1 - i, so that causal attention is the same work for each."""
+    """The order of a sequence's places when ``context`` splits it over ``parts`` devices: of 2 x
+    parts chunks device i has chunks i and 2 x parts - 1 - i, so that causal attention is the same
+    work for each."""
     if parts == 1:
         return np.arange(length)
     chunks = np.arange(length).reshape(2 * parts, -1)
@@ -58,21 +63,25 @@ def zigzag(length: int, parts: int):
 
 
 def sequence_places(length: int):
-    """Places in the whole sequence of the ``length`` tokens that this device has between the half blocks."""
+    """Places in the whole sequence of the ``length`` tokens that this device has between the half
+    blocks."""
     inside = axis_index("tensor") * length + jnp.arange(length)
-    parts, whole = axis_size("context"), length * axis_size("tensor")
+    parts = axis_size("context")
+    whole = length * axis_size("tensor")
     if parts == 1:
         return inside
     return jnp.asarray(zigzag(parts * whole, parts))[axis_index("context") * whole + inside]
 
 
 def vary(tree):
-    """Marks every leaf as differing between all devices, so that autodiff sums nothing by itself: the
-    reductions of gradients are then written out, once, in ``reduce_gradients``."""
+    """Marks every leaf as differing between all devices, so that autodiff sums nothing by itself:
+    the reductions of gradients are then written out, once, in ``reduce_gradients``."""
     manual = [axis for axis in AXES if axis in jax.sharding.get_abstract_mesh().manual_axes]
 
     def one(leaf):
-        missing = tuple(axis for axis in manual if axis not in jax.typeof(leaf).manual_axis_type.varying)
+        missing = tuple(
+            axis for axis in manual if axis not in jax.typeof(leaf).manual_axis_type.varying
+        )
         return lax.pcast(leaf, missing, to="varying") if missing else leaf
 
     return jax.tree.map(one, tree) if manual else tree
@@ -96,14 +105,15 @@ _gather_weight.defvjp(_gather_weight_forward, _gather_weight_backward)
 
 
 def _data_dim(spec, leaf) -> int:
-    """Which dim of ``leaf`` is split over data. A layer inside the scan over layers has lost its leading L, the
-    rounds of a pipeline have two dims for it: so it is counted from the end."""
+    """Which dim of ``leaf`` is split over data. A layer inside the scan over layers has lost its
+    leading L, the rounds of a pipeline have two dims for it: so it is counted from the end."""
     return list(spec).index("data") - len(spec) + leaf.ndim
 
 
 def gather_weights(params, dtype, zero: int, reduce_dtype=jnp.float32):
-    """Float32 master shards -> compute weights in ``dtype``, whole along D. The transpose sums gradients over
-    data in ``reduce_dtype``, whatever the weights travel in, and hands each device its part (ZeRO)."""
+    """Float32 master shards -> compute weights in ``dtype``, whole along D. The transpose sums
+    gradients over data in ``reduce_dtype``, whatever the weights travel in, and hands each device
+    its part (ZeRO)."""
 
     def one(path, leaf):
         spec = spec_of(dims_of(path), zero)
@@ -115,8 +125,9 @@ def gather_weights(params, dtype, zero: int, reduce_dtype=jnp.float32):
 
 
 def reduce_gradients(grads, zero: int, scattered: bool, reduce_dtype=jnp.float32):
-    """Local gradients -> float32 gradients as the parameters are stored: summed in ``reduce_dtype`` over every axis
-    that the parameter is not split over. ``scattered``: the sum over data along D was done already (zero=3)."""
+    """Local gradients -> float32 gradients as the parameters are stored: summed in ``reduce_dtype``
+    over every axis that the parameter is not split over. ``scattered``: the sum over data along D
+    was done already (zero=3)."""
     manual = [axis for axis in AXES if axis in jax.sharding.get_abstract_mesh().manual_axes]
     if not manual:
         return grads

@@ -1,6 +1,7 @@
 """One step compiled for a described topology, and what the compiler says of it.
 
-The compiler runs in a process of its own: it may abort, and libtpu wants an environment that nothing else should
+The compiler runs in a process of its own: it may abort, and libtpu wants an environment that
+nothing else should
 see. This module is both ends: ``measure`` starts ``python -m mtnlg_jax.planning.aot``."""
 
 import dataclasses
@@ -37,7 +38,9 @@ class Measurement:
     needed: int | None = None  # what it says is needed, where that is why
     arguments: int = 0
     arguments_exact: int = 0  # without padding
-    padded: list = dataclasses.field(default_factory=list)  # [[name, bytes lost]], the largest first
+    padded: list = dataclasses.field(
+        default_factory=list
+    )  # [[name, bytes lost]], the largest first
     temporaries: int = 0
     code: int = 0
     peak: int = 0
@@ -52,7 +55,9 @@ class Measurement:
     kernels: list = dataclasses.field(default_factory=list)  # hlo_cost.Kernel
     flags: list = dataclasses.field(default_factory=list)  # of the compiler, all that it was given
     flags_left_out: str = ""  # why some of a run's flags are not among them
-    processor_seconds: float = 0.0  # of compiling, in all that the compiler starts, whoever else works here
+    processor_seconds: float = (
+        0.0  # of compiling, in all that the compiler starts, whoever else works here
+    )
 
     @property
     def fits(self) -> bool | None:
@@ -67,37 +72,68 @@ class Measurement:
         return self.needed or self.peak
 
 
-def measure(config: Config, topology: described.Topology, step: str = "train", target_config: str | None = None,
-            memory: int | None = None, text: str | None = None, flags: bool = True) -> Measurement:
-    """Compiles ``step`` in a process of its own. ``memory``: bytes of a device, instead of the chip's. ``text``: a
-    file for the compiled program. ``flags``: with the compiler's flags that launch/pretrain.py sets for these chips,
-    beside what the environment says already; what decodes sets none.
+def measure(
+    config: Config,
+    topology: described.Topology,
+    step: str = "train",
+    target_config: str | None = None,
+    memory: int | None = None,
+    text: str | None = None,
+    flags: bool = True,
+) -> Measurement:
+    """Compiles ``step`` in a process of its own. ``memory``: bytes of a device, instead of the
+    chip's. ``text``: a
+    file for the compiled program. ``flags``: with the compiler's flags that launch/pretrain.py sets
+    for these chips, beside what the environment says already; what decodes sets none.
 
-    Raises ValueError on what is wrong with config, mesh or topology. A compiler that gives up or dies is no
+    Raises ValueError on what is wrong with config, mesh or topology. A compiler that gives up or
+    dies is no
     error: the measurement says so."""
     described.check_installed(topology)
     if config.model.vocab_size is None:
-        raise ValueError("model.vocab_size is the tokenizer's, which compiling does not read; add "
-                         "--set=model.vocab_size=51200, or what the tokenizer has")
+        raise ValueError(
+            "model.vocab_size is the tokenizer's, which compiling does not read; add "
+            "--set=model.vocab_size=51200, or what the tokenizer has"
+        )
     if target_config is not None and topology.platform != "cuda":
-        raise ValueError(f"--target_config={target_config} describes a GPU, and {topology} has none; leave it out")
+        raise ValueError(
+            f"--target_config={target_config} describes a GPU, and {topology} has none; leave it out"
+        )
     if target_config is not None and not os.path.isfile(target_config):
-        raise FileNotFoundError(f"--target_config={target_config} is not a file; give a dumped GpuTargetConfigProto "
-                                "in text form, or leave it out")
+        raise FileNotFoundError(
+            f"--target_config={target_config} is not a file; give a dumped GpuTargetConfigProto "
+            "in text form, or leave it out"
+        )
     environment = described.environment(topology)
     choice = xla_flags.Choice()
     if flags and step == "train":
-        choice = xla_flags.choose(kind_of(topology), config.mesh, topology.slices, config.train.recompute)
+        choice = xla_flags.choose(
+            kind_of(topology), config.mesh, topology.slices, config.train.recompute
+        )
     variable = xla_flags.VARIABLE.get(xla_flags.platform_of(kind_of(topology)), "XLA_FLAGS")
     environment[variable] = " ".join([*environment.get(variable, "").split(), *choice.flags])
     with tempfile.TemporaryDirectory() as folder:
         answer = os.path.join(folder, "answer.json")
-        request = {"config": to_json(config), "topology": str(topology), "step": step, "target_config": target_config,
-                   "memory": memory, "text": text and os.path.abspath(text), "answer": answer,
-                   "flags": environment[variable].split(), "flags_left_out": choice.left_out}
-        done = subprocess.run([sys.executable, "-m", "mtnlg_jax.planning.aot"], input=json.dumps(request),
-                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace",
-                              env=environment)
+        request = {
+            "config": to_json(config),
+            "topology": str(topology),
+            "step": step,
+            "target_config": target_config,
+            "memory": memory,
+            "text": text and os.path.abspath(text),
+            "answer": answer,
+            "flags": environment[variable].split(),
+            "flags_left_out": choice.left_out,
+        }
+        done = subprocess.run(
+            [sys.executable, "-m", "mtnlg_jax.planning.aot"],
+            input=json.dumps(request),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            env=environment,
+        )
         if os.path.exists(answer):
             with open(answer, encoding="utf-8") as file:
                 said = json.load(file)
@@ -119,14 +155,24 @@ def kind_of(topology: described.Topology) -> str:
 def last_words(done) -> str:
     """Why a process ended, in a line."""
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    telling = [line for line in lines if re.search(r"Check failed|Error|^F\d{4}", line)] or lines or ["it said nothing"]
-    how = signal.Signals(-done.returncode).name if done.returncode < 0 else f"exit code {done.returncode}"
+    telling = (
+        [line for line in lines if re.search(r"Check failed|Error|^F\d{4}", line)]
+        or lines
+        or ["it said nothing"]
+    )
+    how = (
+        signal.Signals(-done.returncode).name
+        if done.returncode < 0
+        else f"exit code {done.returncode}"
+    )
     return f"the compiler ended with {how}: {telling[-1][:300]}"
 
 
 def _from_json(said: dict) -> Measurement:
     found = Measurement(**said)
-    found.collectives = [hlo_cost.Collective(**row | {"axes": tuple(row["axes"])}) for row in found.collectives]
+    found.collectives = [
+        hlo_cost.Collective(**row | {"axes": tuple(row["axes"])}) for row in found.collectives
+    ]
     found.kernels = [hlo_cost.Kernel(**row) for row in found.kernels]
     found.suspects = [hlo.Tensor(**row) for row in found.suspects]
     return found
@@ -136,7 +182,8 @@ def to_text(measurement: Measurement) -> str:
     return json.dumps(dataclasses.asdict(measurement), indent=1)
 
 
-# --- the other end --------------------------------------------------------------------------------------------------
+# --- the other end
+# --------------------------------------------------------------------------------------------------
 
 
 def _answer() -> None:
@@ -149,16 +196,24 @@ def _answer() -> None:
         os.replace(beside, request["answer"])
 
     try:
-        for state in _compile(from_json(request["config"]), described.parse(request["topology"]), request["step"],
-                              request["target_config"], request["memory"], request["text"]):
-            state.flags, state.flags_left_out = request["flags"], request["flags_left_out"]
+        for state in _compile(
+            from_json(request["config"]),
+            described.parse(request["topology"]),
+            request["step"],
+            request["target_config"],
+            request["memory"],
+            request["text"],
+        ):
+            state.flags = request["flags"]
+            state.flags_left_out = request["flags_left_out"]
             say(dataclasses.asdict(state))
     except (ValueError, OSError) as error:
         say({"error": str(error)})
 
 
 def _compile(config: Config, topology: described.Topology, step: str, target_config, memory, text):
-    """Yields what is known before the compiler starts, which may take this process with it, and then all."""
+    """Yields what is known before the compiler starts, which may take this process with it, and
+    then all."""
     import jax
 
     from mtnlg_jax import compat
@@ -172,9 +227,16 @@ def _compile(config: Config, topology: described.Topology, step: str, target_con
     limit = memory or described.memory_of(topology, devices, target_config)
     start = time.perf_counter()
     lowered = steps.lower(config, mesh, step)
-    result = Measurement(str(topology), len(devices), sizes, step,
-                         micro_batch_shape(config, mesh)[0] if step == "train" else 0,
-                         _compiler(topology), limit, failure="unfinished")
+    result = Measurement(
+        str(topology),
+        len(devices),
+        sizes,
+        step,
+        micro_batch_shape(config, mesh)[0] if step == "train" else 0,
+        _compiler(topology),
+        limit,
+        failure="unfinished",
+    )
     result.lower_seconds = time.perf_counter() - start
     yield result
     start = time.perf_counter()
@@ -189,12 +251,15 @@ def _compile(config: Config, topology: described.Topology, step: str, target_con
         result.resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         yield result
         return
-    result.failure, result.compile_seconds = "", time.perf_counter() - start
+    result.failure = ""
+    result.compile_seconds = time.perf_counter() - start
     result.processor_seconds = _processor_seconds() - busy
     result.resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     sizes_of = compiled.memory_analysis()
-    result.arguments, result.temporaries = sizes_of.argument_size_in_bytes, sizes_of.temp_size_in_bytes
-    result.code, result.peak = sizes_of.generated_code_size_in_bytes, sizes_of.peak_memory_in_bytes
+    result.arguments = sizes_of.argument_size_in_bytes
+    result.temporaries = sizes_of.temp_size_in_bytes
+    result.code = sizes_of.generated_code_size_in_bytes
+    result.peak = sizes_of.peak_memory_in_bytes
     if topology.platform == "cpu":  # whose peak leaves the temporaries out
         new = sizes_of.output_size_in_bytes - sizes_of.alias_size_in_bytes
         result.peak = result.arguments + result.temporaries + new
@@ -205,14 +270,21 @@ def _compile(config: Config, topology: described.Topology, step: str, target_con
     program = hlo.Program(written)
     arguments = hlo.arguments_of(program)
     result.arguments_exact = sum(hlo.bytes_of(shape) for _, shape in arguments)
-    lost = sorted(((hlo.padded_bytes(shape) - hlo.bytes_of(shape), name) for name, shape in arguments), reverse=True)
+    lost = sorted(
+        ((hlo.padded_bytes(shape) - hlo.bytes_of(shape), name) for name, shape in arguments),
+        reverse=True,
+    )
     result.padded = [[name, size] for size, name in lost[:SUSPECTS] if size > 0]
     cost = hlo_cost.cost_of(program, sizes, steps.dynamic_trips(config, mesh, step))
-    result.flops, result.collectives, result.guessed_loops = cost.flops, list(cost.collectives), cost.guessed_loops
+    result.flops = cost.flops
+    result.collectives = list(cost.collectives)
+    result.guessed_loops = cost.guessed_loops
     result.kernels = list(cost.kernels)
     result.suspects = hlo.largest(program, SUSPECTS)
     said = compiled.cost_analysis()
-    result.compiler_seconds = _believable((said[0] if isinstance(said, list) else said or {}).get("optimal_seconds"))
+    result.compiler_seconds = _believable(
+        (said[0] if isinstance(said, list) else said or {}).get("optimal_seconds")
+    )
     yield result
 
 
@@ -222,7 +294,8 @@ def _processor_seconds() -> float:
 
 
 def _believable(seconds: float | None) -> float | None:
-    """An estimate of the compiler's, or None for what stands for none: below zero, not finite, or 2^63 cycles."""
+    """An estimate of the compiler's, or None for what stands for none: below zero, not finite, or
+    2^63 cycles."""
     return seconds if seconds is not None and 0 < seconds < 1e6 else None
 
 

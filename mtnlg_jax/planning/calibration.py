@@ -1,4 +1,5 @@
-"""Calibration: the share of a chip's peak at which a run that was made computes, as the planner counts it."""
+"""Calibration: the share of a chip's peak at which a run that was made computes, as the planner
+counts it."""
 
 import json
 import os
@@ -13,7 +14,8 @@ from mtnlg_jax.train.metrics import read_metrics
 
 
 def calibrate(workdir: str, name: str, number: int) -> str:
-    """Writes RUN/calibration.json: the efficiency with which the planner predicts the speed that the run had.
+    """Writes RUN/calibration.json: the efficiency with which the planner predicts the speed that
+    the run had.
 
     Returns two lines for a person. Raises ValueError where no full step was timed.
     """
@@ -21,20 +23,41 @@ def calibrate(workdir: str, name: str, number: int) -> str:
         config = from_json(file.read())
     layout = layout_of(config, number * CHIPS[name].devices)
     # The first half still carries compilation, in a mean that fades.
-    rates = [record["tokens_per_second"] for record in read_metrics(os.path.join(workdir, "metrics.jsonl"))
-             if record["kind"] == "train" and record.get("sequences") == config.train.global_batch_size
-             and record.get("tokens_per_second", 0) > 0]
-    rates = rates[len(rates) // 2:]
+    rates = [
+        record["tokens_per_second"]
+        for record in read_metrics(os.path.join(workdir, "metrics.jsonl"))
+        if record["kind"] == "train"
+        and record.get("sequences") == config.train.global_batch_size
+        and record.get("tokens_per_second", 0) > 0
+    ]
+    rates = rates[len(rates) // 2 :]
     if not rates:
-        raise ValueError(f"{workdir}/metrics.jsonl has no timed step of {config.train.global_batch_size} sequences yet")
+        raise ValueError(
+            f"{workdir}/metrics.jsonl has no timed step of {config.train.global_batch_size} sequences yet"
+        )
     seconds = config.train.global_batch_size * config.sequence_length / statistics.median(rates)
     efficiency = measured_efficiency(Job(config, CHIPS[name]), layout, seconds)
     path = os.path.join(workdir, "calibration.json")
-    write_file(workdir, "calibration.json", json.dumps({
-        "chip": name, "chips": number, "run": config.name, "efficiency": round(efficiency, 4),
-        "step_seconds": round(seconds, 4), "steps": len(rates), "layout": layout._asdict()}, indent=1).encode())
-    return (f"{path}: {seconds:.4g} s a step (median of {len(rates)}), so products run at {efficiency:.1%} of peak\n"
-            f"next: python launch/plan.py --config=... --chips={name}:N --calibration={path}")
+    write_file(
+        workdir,
+        "calibration.json",
+        json.dumps(
+            {
+                "chip": name,
+                "chips": number,
+                "run": config.name,
+                "efficiency": round(efficiency, 4),
+                "step_seconds": round(seconds, 4),
+                "steps": len(rates),
+                "layout": layout._asdict(),
+            },
+            indent=1,
+        ).encode(),
+    )
+    return (
+        f"{path}: {seconds:.4g} s a step (median of {len(rates)}), so products run at {efficiency:.1%} of peak\n"
+        f"next: python launch/plan.py --config=... --chips={name}:N --calibration={path}"
+    )
 
 
 def read_calibration(path: str, name: str) -> tuple[float, str]:
@@ -42,12 +65,20 @@ def read_calibration(path: str, name: str) -> tuple[float, str]:
     try:
         with open(path) as file:
             values = json.load(file)
-        chip, efficiency, run = values["chip"], float(values["efficiency"]), values["run"]
+        chip = values["chip"]
+        efficiency = float(values["efficiency"])
+        run = values["run"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a calibration ({type(error).__name__}: {error}); write one with "
-                         "--calibrate=RUN") from None
+        raise ValueError(
+            f"{path} is not a calibration ({type(error).__name__}: {error}); write one with "
+            "--calibrate=RUN"
+        ) from None
     if chip != name:
-        raise ValueError(f"{path} was measured on {chip}, not {name}; plan with --chips={chip}:N, or without it")
+        raise ValueError(
+            f"{path} was measured on {chip}, not {name}; plan with --chips={chip}:N, or without it"
+        )
     if not 0 < efficiency <= 1:
-        raise ValueError(f"{path}: efficiency={efficiency} lies outside (0, 1]; write it again with --calibrate=RUN")
+        raise ValueError(
+            f"{path}: efficiency={efficiency} lies outside (0, 1]; write it again with --calibrate=RUN"
+        )
     return efficiency, f"{run} on {values.get('chips', '?')} {chip}, {path}"

@@ -1,13 +1,23 @@
-"""A compiled program read from its text, that of ``jax.stages.Compiled.as_text()``, of any backend: instructions,
-shapes and the bytes that they occupy, the largest tensors."""
+"""A compiled program read from its text, that of ``jax.stages.Compiled.as_text()``, of any backend:
+instructions, shapes and the bytes that they occupy, the largest tensors."""
 
 import dataclasses
 import math
 import re
 
 # Bytes of an element; what is not listed ends with its bits (f32, u8, f8e4m3fn).
-_ODD_SIZES = {"pred": 1, "token": 0, "opaque": 0, "c64": 8, "c128": 16, "s4": 0.5, "u4": 0.5, "s2": 0.25, "u2": 0.25,
-              "f4e2m1fn": 0.5}
+_ODD_SIZES = {
+    "pred": 1,
+    "token": 0,
+    "opaque": 0,
+    "c64": 8,
+    "c128": 16,
+    "s4": 0.5,
+    "u4": 0.5,
+    "s2": 0.25,
+    "u2": 0.25,
+    "f4e2m1fn": 0.5,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +35,15 @@ class Instruction:
         return found[1].replace("\\'", "'") if found else ""
 
 
-# --- reading ----------------------------------------------------------------------------------------------------
+# --- reading
+# ----------------------------------------------------------------------------------------------------
 
 
 def _close(text: str, start: int) -> int:
-    """Index behind the parenthesis that closes the one at ``start``. Names in quotes may hold some, too."""
-    depth, quoted = 0, False
+    """Index behind the parenthesis that closes the one at ``start``. Names in quotes may hold some,
+    too."""
+    depth = 0
+    quoted = False
     for index in range(start, len(text)):
         letter = text[index]
         if letter == '"' and text[index - 1] != "\\":
@@ -39,12 +52,14 @@ def _close(text: str, start: int) -> int:
             depth += (letter in "([{") - (letter in ")]}")
             if depth == 0:
                 return index + 1
-    raise ValueError(f"HLO text with an open parenthesis: {text[start:start + 80]}")
+    raise ValueError(f"HLO text with an open parenthesis: {text[start : start + 80]}")
 
 
 def split_top(text: str) -> list[str]:
-    """"a, b{1,0}, (c, d)" -> its parts at the outermost commas."""
-    parts, depth, begin = [], 0, 0
+    """ "a, b{1,0}, (c, d)" -> its parts at the outermost commas."""
+    parts = []
+    depth = 0
+    begin = 0
     for index, letter in enumerate(text):
         depth += (letter in "([{") - (letter in ")]}")
         if letter == "," and depth == 0:
@@ -65,8 +80,12 @@ def _instruction(line: str) -> Instruction | None:
     opening = line.index("(", end)
     closing = _close(line, opening)
     # An operand may be written with its shape in front.
-    operands = tuple(part.rpartition(" ")[2].lstrip("%") for part in split_top(line[opening + 1:closing - 1]))
-    return Instruction(head[1], line[start:end], line[end:opening].strip(), operands, line[closing:])
+    operands = tuple(
+        part.rpartition(" ")[2].lstrip("%") for part in split_top(line[opening + 1 : closing - 1])
+    )
+    return Instruction(
+        head[1], line[start:end], line[end:opening].strip(), operands, line[closing:]
+    )
 
 
 class Program:
@@ -76,7 +95,8 @@ class Program:
         self.computations: dict[str, list[Instruction]] = {}
         self.roots: dict[str, Instruction] = {}
         self._indices: dict[str, dict[str, Instruction]] = {}
-        self.entry, current = None, None
+        self.entry = None
+        current = None
         for line in text.splitlines():
             line = re.sub(r"/\*.*?\*/", "", line) if "/*" in line else line
             if not line.startswith(" "):
@@ -100,7 +120,8 @@ class Program:
         return self._indices[computation]
 
     def called(self, instruction: Instruction, *keys: str) -> list[str]:
-        """Computations that an instruction names under ``keys`` (body, calls, branch_computations ...)."""
+        """Computations that an instruction names under ``keys`` (body, calls, branch_computations
+        ...)."""
         names = []
         for key in keys:
             for found in re.finditer(rf"\b{key}=(\{{[^}}]*\}}|%?[\w.-]+)", instruction.attributes):
@@ -108,13 +129,18 @@ class Program:
         return [name for name in names if name in self.computations]
 
 
-# --- shapes -------------------------------------------------------------------------------------------------------
+# --- shapes
+# -------------------------------------------------------------------------------------------------------
 
 
 def arrays_of(shape: str) -> list[str]:
     """The arrays of a shape, tuples taken apart."""
     if shape.startswith("("):
-        return [array for part in split_top(shape[1:_close(shape, 0) - 1]) for array in arrays_of(part)]
+        return [
+            array
+            for part in split_top(shape[1 : _close(shape, 0) - 1])
+            for array in arrays_of(part)
+        ]
     return [shape]
 
 
@@ -152,7 +178,8 @@ def padded_bytes(shape: str) -> int:
     return total
 
 
-# --- memory -------------------------------------------------------------------------------------------------------
+# --- memory
+# -------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,17 +193,29 @@ class Tensor:
 
 def arguments_of(program: Program) -> list[tuple[str, str]]:
     """(name, shape with layout) of every argument."""
-    return [(i.op_name, i.shape) for i in program.computations[program.entry] if i.opcode == "parameter"]
+    return [
+        (i.op_name, i.shape) for i in program.computations[program.entry] if i.opcode == "parameter"
+    ]
 
 
 # These make no array of their own.
-_NO_ARRAY = {"parameter", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "constant",
-             "optimization-barrier", "after-all"}
+_NO_ARRAY = {
+    "parameter",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "while",
+    "conditional",
+    "call",
+    "constant",
+    "optimization-barrier",
+    "after-all",
+}
 
 
 def largest(program: Program, count: int) -> list[Tensor]:
-    """The largest tensors, arguments, loop state and others. A list of suspects: which of them live at the same
-    time only the compiler knows."""
+    """The largest tensors, arguments, loop state and others. A list of suspects: which of them live
+    at the same time only the compiler knows."""
     names: dict[tuple, list[str]] = {}
 
     def add(shape, held, name):
@@ -187,18 +226,33 @@ def largest(program: Program, count: int) -> list[Tensor]:
 
     bodies = [program.entry]
     for body in bodies:
-        state, index = set(), program.index(body)
+        state = set()
+        index = program.index(body)
         for instruction in program.computations[body]:
             if instruction.opcode in ("while", "conditional", "call"):
-                called = program.called(instruction, "body", "branch_computations", "true_computation",
-                                        "false_computation", "to_apply")
+                called = program.called(
+                    instruction,
+                    "body",
+                    "branch_computations",
+                    "true_computation",
+                    "false_computation",
+                    "to_apply",
+                )
                 bodies += [name for name in called if name not in bodies]
             if instruction.opcode == "while":
                 init = index.get(instruction.operands[0])
-                state |= set(init.operands) if init is not None and init.opcode == "tuple" else set()
+                state |= (
+                    set(init.operands) if init is not None and init.opcode == "tuple" else set()
+                )
         for instruction in program.computations[body]:
             if instruction.opcode == "parameter" and body == program.entry:
                 add(instruction.shape, "argument", instruction.op_name)
             elif instruction.opcode not in _NO_ARRAY:
-                add(instruction.shape, "loop" if instruction.name in state else "temporary", instruction.op_name)
-    return [Tensor(*key, len(names[key]), names[key][0]) for key in sorted(names, reverse=True)[:count]]
+                add(
+                    instruction.shape,
+                    "loop" if instruction.name in state else "temporary",
+                    instruction.op_name,
+                )
+    return [
+        Tensor(*key, len(names[key]), names[key][0]) for key in sorted(names, reverse=True)[:count]
+    ]

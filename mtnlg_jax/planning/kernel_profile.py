@@ -1,7 +1,9 @@
-"""Attention compiled alone for a described chip: does it compile, and what does the compiler say of its kernels?
+"""Attention compiled alone for a described chip: does it compile, and what does the compiler say of
+its kernels?
 
-As in ``aot.measure``, the compiler runs in a process of its own: ``python -m mtnlg_jax.planning.kernel_profile``.
-A process that dies over a call is started again with the next call."""
+As in ``aot.measure``, the compiler runs in a process of its own:
+``python -m mtnlg_jax.planning.kernel_profile``. A process that dies over a call is started again
+with the next call."""
 
 import contextlib
 import dataclasses
@@ -16,13 +18,15 @@ from collections.abc import Sequence
 from mtnlg_jax.planning import topology as described
 from mtnlg_jax.planning.aot import last_words
 
-# libtpu's own model of a program gives each kernel its cycles only where it is told to write them to a folder.
+# libtpu's own model of a program gives each kernel its cycles only where it is told to write them
+# to a folder.
 _PROFILE = "--xla_jf_dump_static_llo_profile_to="
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One call of attention(), or, where ``step`` is "decode", of decode_attention(), over arrays of these shapes."""
+    """One call of attention(), or, where ``step`` is "decode", of decode_attention(), over arrays
+    of these shapes."""
 
     step: str = "both"  # forward | both (forward and all gradients) | decode
     impl: str = "auto"
@@ -42,16 +46,21 @@ class Call:
 class Compiled:
     call: Call
     failure: str = ""  # in the compiler's words; empty: it compiled
-    kernels: list = dataclasses.field(default_factory=list)  # [[name, estimated cycles or None], ...]
+    kernels: list = dataclasses.field(
+        default_factory=list
+    )  # [[name, estimated cycles or None], ...]
     temporaries: int = 0  # bytes
     # Of a GPU's assembler: [[name, registers of a thread at launch, bytes spilled], ...]
     assembled: list = dataclasses.field(default_factory=list)
 
 
-def compile_calls(topology: described.Topology, calls: Sequence[Call], estimate: bool = False) -> list[Compiled]:
-    """Compiles each of ``calls`` for one device of ``topology``. ``estimate``: with the TPU compiler's own cycles of
-    each kernel, for which it takes every branch as it would be taken, but those on values that only exist when the
-    program runs (segments, lengths, offsets in arrays), which it takes as not taken.
+def compile_calls(
+    topology: described.Topology, calls: Sequence[Call], estimate: bool = False
+) -> list[Compiled]:
+    """Compiles each of ``calls`` for one device of ``topology``. ``estimate``: with the TPU
+    compiler's own cycles of each kernel, for which it takes every branch as it would be taken, but
+    those on values that only exist when the program runs (segments, lengths, offsets in arrays),
+    which it takes as not taken.
 
     Raises ValueError where the compiler is not installed."""
     described.check_installed(topology)
@@ -59,16 +68,30 @@ def compile_calls(topology: described.Topology, calls: Sequence[Call], estimate:
     while len(results) < len(calls):
         with tempfile.TemporaryDirectory() as folder:
             answer = os.path.join(folder, "answer.jsonl")
-            rest = calls[len(results):]
-            request = {"topology": str(topology), "calls": list(map(dataclasses.asdict, rest)), "answer": answer}
+            rest = calls[len(results) :]
+            request = {
+                "topology": str(topology),
+                "calls": list(map(dataclasses.asdict, rest)),
+                "answer": answer,
+            }
             environment = described.environment(topology)
             environment["MOSAIC_GPU_DUMP_PTXAS"] = "1"
             if estimate:
-                environment["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {_PROFILE}{folder}".strip()
+                environment["LIBTPU_INIT_ARGS"] = (
+                    f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {_PROFILE}{folder}".strip()
+                )
             argv = [sys.executable, "-m", "mtnlg_jax.planning.kernel_profile"]
-            done = subprocess.run(argv, input=json.dumps(request), capture_output=True, text=True, errors="replace",
-                                  env=environment)
-            lines = open(answer, encoding="utf-8").read().splitlines() if os.path.exists(answer) else []
+            done = subprocess.run(
+                argv,
+                input=json.dumps(request),
+                capture_output=True,
+                text=True,
+                errors="replace",
+                env=environment,
+            )
+            lines = (
+                open(answer, encoding="utf-8").read().splitlines() if os.path.exists(answer) else []
+            )
             results += [_read(line) for line in lines if line.endswith("}")]
             if done.returncode and len(results) < len(calls):
                 results.append(Compiled(calls[len(results)], failure=last_words(done)))
@@ -81,10 +104,13 @@ def _read(line: str) -> Compiled:
 
 
 def _call(said: dict) -> Call:
-    return Call(**said | {"masks": tuple(said["masks"]), "blocks": said["blocks"] and tuple(said["blocks"])})
+    return Call(
+        **said | {"masks": tuple(said["masks"]), "blocks": said["blocks"] and tuple(said["blocks"])}
+    )
 
 
-# --- the other end --------------------------------------------------------------------------------------------------
+# --- the other end
+# --------------------------------------------------------------------------------------------------
 
 
 def _answer() -> None:
@@ -103,7 +129,9 @@ def _answer() -> None:
         for said in request["calls"]:
             result = Compiled(_call(said))
             function, arguments = function_of(result.call)
-            arguments = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in arguments]
+            arguments = [
+                jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in arguments
+            ]
             try:
                 with _output() as output:
                     compiled = jax.jit(function).lower(*arguments).compile()
@@ -119,7 +147,8 @@ def _answer() -> None:
 
 @contextlib.contextmanager
 def _output():
-    """A list that afterwards holds what was written to standard output and standard error, by compiled code too."""
+    """A list that afterwards holds what was written to standard output and standard error, by
+    compiled code too."""
     said: list[str] = []
     with tempfile.TemporaryFile() as file:
         sys.stdout.flush()
@@ -155,7 +184,9 @@ def function_of(call: Call):
     from mtnlg_jax.model.attention import attention, decode_attention
 
     def array(*shape, dtype=None):
-        return jax.ShapeDtypeStruct(shape, dtype or ("bfloat16" if call.dtype == "int8" else call.dtype))
+        return jax.ShapeDtypeStruct(
+            shape, dtype or ("bfloat16" if call.dtype == "int8" else call.dtype)
+        )
 
     if call.step == "decode":
         cache = array(call.rows, call.kv_heads, call.keys, call.head_width, dtype=call.dtype)
@@ -166,16 +197,38 @@ def function_of(call: Call):
             return decode_attention(q, k, v, lengths, impl=call.impl, **named)
 
         lengths = array(call.rows, dtype="int32")
-        return decode, [array(call.rows, call.heads, call.head_width), cache, cache, lengths, *scales]
+        return decode, [
+            array(call.rows, call.heads, call.head_width),
+            cache,
+            cache,
+            lengths,
+            *scales,
+        ]
 
-    shapes = {"segment_ids": [(call.rows, call.queries), (call.rows, call.keys)], "kv_lengths": [(call.rows,)],
-              "q_offset": [(call.rows,)]}
-    arrays = {name: [array(*shape, dtype="int32") for shape in shapes[name]] for name in call.masks if name in shapes}
+    shapes = {
+        "segment_ids": [(call.rows, call.queries), (call.rows, call.keys)],
+        "kv_lengths": [(call.rows,)],
+        "q_offset": [(call.rows,)],
+    }
+    arrays = {
+        name: [array(*shape, dtype="int32") for shape in shapes[name]]
+        for name in call.masks
+        if name in shapes
+    }
     window = call.keys // 4 if "window" in call.masks else None
 
     def attend(q, k, v, arrays):
         given = {name: tuple(x) if name == "segment_ids" else x[0] for name, x in arrays.items()}
-        return attention(q, k, v, causal=call.causal, window=window, impl=call.impl, block_sizes=call.blocks, **given)
+        return attention(
+            q,
+            k,
+            v,
+            causal=call.causal,
+            window=window,
+            impl=call.impl,
+            block_sizes=call.blocks,
+            **given,
+        )
 
     def both(q, k, v, d_out, arrays):
         out, back = jax.vjp(lambda q, k, v: attend(q, k, v, arrays), q, k, v)
@@ -185,14 +238,28 @@ def function_of(call: Call):
     kv = array(call.rows, call.keys, call.kv_heads, call.head_width)
     flat, tree = jax.tree.flatten(arrays)
     if call.step == "forward":
-        return (lambda q, k, v, *flat: attend(q, k, v, jax.tree.unflatten(tree, flat))), [q, kv, kv, *flat]
-    return (lambda q, k, v, d, *flat: both(q, k, v, d, jax.tree.unflatten(tree, flat))), [q, kv, kv, q, *flat]
+        return (lambda q, k, v, *flat: attend(q, k, v, jax.tree.unflatten(tree, flat))), [
+            q,
+            kv,
+            kv,
+            *flat,
+        ]
+    return (lambda q, k, v, d, *flat: both(q, k, v, d, jax.tree.unflatten(tree, flat))), [
+        q,
+        kv,
+        kv,
+        q,
+        *flat,
+    ]
 
 
-_KERNEL = re.compile(r"""
+_KERNEL = re.compile(
+    r"""
     ^\ *(?:ROOT\ )?%?(\S+)\ =\ [^\n]*custom_call_target="(?:tpu_custom_call|mosaic_gpu\w*)"
     (.*(?:\n(?!\ *(?:ROOT\ )?%\S+\ =\ ).*)*)  # metadata may go over several lines, up to the next instruction
-    """, re.MULTILINE | re.VERBOSE)
+    """,
+    re.MULTILINE | re.VERBOSE,
+)
 
 
 UNKNOWN = 2**62  # the compiler writes 2^63 - 1 cycles where it has no estimate

@@ -1,7 +1,9 @@
-"""A small program with the collectives of a run, compiled for a described TPU under given flags: does the compiler take
-them? ``python -m mtnlg_jax.planning.probe`` is what mtnlg_jax/xla_flags.py starts before it sets any.
+"""A small program with the collectives of a run, compiled for a described TPU under given flags:
+does the compiler take them? ``python -m mtnlg_jax.planning.probe`` is what mtnlg_jax/xla_flags.py
+starts before it sets any.
 
-A compiler may parse a flag and refuse the first program on which it would act, so parsing proves nothing."""
+A compiler may parse a flag and refuse the first program on which it would act, so parsing proves
+nothing."""
 
 import json
 import os
@@ -20,11 +22,12 @@ LENGTH = 512
 
 
 def sizes_of(collectives: Collection[tuple[str, str]], devices: int) -> dict[str, int]:
-    """Sizes of the mesh axes over ``devices`` (a power of two): only those that something is sent along are larger
-    than 1, and ``data`` is the largest."""
+    """Sizes of the mesh axes over ``devices`` (a power of two): only those that something is sent
+    along are larger than 1, and ``data`` is the largest."""
     used = {axis for _, axis in collectives}
     order = [axis for axis in ("data", "tensor", "pipe", "context") if axis in used] or ["data"]
-    sizes, left = dict.fromkeys(AXES, 1), devices
+    sizes = dict.fromkeys(AXES, 1)
+    left = devices
     for place, axis in enumerate(order[1:]):
         sizes[axis] = 4 if left > 4 ** (2 if place == 0 else 1) else 2
         left //= sizes[axis]
@@ -33,8 +36,8 @@ def sizes_of(collectives: Collection[tuple[str, str]], devices: int) -> dict[str
 
 
 def lower(topology: Topology, collectives: Collection[tuple[str, str]]):
-    """A training step of ``LAYERS`` layers, each one product in a scan, which sends what ``collectives`` says:
-    (kind as in planning.hlo_cost.KINDS, mesh axis)."""
+    """A training step of ``LAYERS`` layers, each one product in a scan, which sends what
+    ``collectives`` says: (kind as in planning.hlo_cost.KINDS, mesh axis)."""
     import jax
     import jax.numpy as jnp
     from jax import lax
@@ -82,19 +85,22 @@ def lower(topology: Topology, collectives: Collection[tuple[str, str]]):
 
     weights = P(None, "data" if has("all-gather", "data") else None, "tensor")
     rows = P("data", ("context", "tensor"), None)
-    region = jax.shard_map(step, mesh=mesh, in_specs=(weights, rows), out_specs=(P(), weights), check_vma=False)
+    region = jax.shard_map(
+        step, mesh=mesh, in_specs=(weights, rows), out_specs=(P(), weights), check_vma=False
+    )
 
     def array(shape, dtype, spec):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
     return jax.jit(region, donate_argnums=0).lower(
         array((LAYERS, WIDTH, WIDTH), jnp.float32, weights),
-        array((sizes["data"], LENGTH, WIDTH), jnp.bfloat16, rows))
+        array((sizes["data"], LENGTH, WIDTH), jnp.bfloat16, rows),
+    )
 
 
 def _answer() -> None:
-    """Reads {"kind", "slices", "collectives"}; writes {"refused": why, or "" where it compiles}. The compiler's flags
-    stand in the environment already."""
+    """Reads {"kind", "slices", "collectives"}; writes {"refused": why, or "" where it compiles}.
+    The compiler's flags stand in the environment already."""
     request = json.load(sys.stdin)
     dims = DIMS[2 if request["kind"] in described.FLAT else 3]
     topology = Topology(request["kind"], dims, request["slices"])

@@ -12,30 +12,57 @@ _INDENT = " " * 13
 
 def render(config: Config, m: Measurement) -> str:
     """All that was measured, without a line break at its end."""
-    lines = [f"{config.name}: {m.step} step on {m.topology}, {m.devices:,} devices, {m.compiler}",
-             _row("layout", _layout(config, m)), _row("verdict", _verdict(m))]
+    lines = [
+        f"{config.name}: {m.step} step on {m.topology}, {m.devices:,} devices, {m.compiler}",
+        _row("layout", _layout(config, m)),
+        _row("verdict", _verdict(m)),
+    ]
     lines.insert(2, _row("flags", _flags(m)))
     if not m.failure:
-        lines += [_row("memory", f"arguments {size_of(m.arguments)}, temporaries {size_of(m.temporaries)}, code "
-                                 f"{size_of(m.code)}; peak {size_of(m.peak)} a device"),
-                  _row("padding", _padding(m))]
+        lines += [
+            _row(
+                "memory",
+                f"arguments {size_of(m.arguments)}, temporaries {size_of(m.temporaries)}, code "
+                f"{size_of(m.code)}; peak {size_of(m.peak)} a device",
+            ),
+            _row("padding", _padding(m)),
+        ]
         lines += largest_tensors(m)
-        lines += [_row("products", _products(m)), _row("kernels", _kernels(m)),
-                  _row("collectives", _collectives_head(m))]
-        lines += [f"{_INDENT}{c.kind:<18} {_axes(c, m):<14} {c.depth:>5} {c.count:>9,.0f} "
-                  f"{size_of(c.bytes):>11}" for c in m.collectives]
+        lines += [
+            _row("products", _products(m)),
+            _row("kernels", _kernels(m)),
+            _row("collectives", _collectives_head(m)),
+        ]
+        lines += [
+            f"{_INDENT}{c.kind:<18} {_axes(c, m):<14} {c.depth:>5} {c.count:>9,.0f} "
+            f"{size_of(c.bytes):>11}"
+            for c in m.collectives
+        ]
         lines += [_row("compiler's", _estimate(m))]
-    lines += [_row("took", f"{m.lower_seconds:.1f} s to trace, {m.compile_seconds:.1f} s to compile "
-                           f"({m.processor_seconds:.1f} s of processor time), {size_of(m.resident)} of "
-                           "this machine's memory")]
+    lines += [
+        _row(
+            "took",
+            f"{m.lower_seconds:.1f} s to trace, {m.compile_seconds:.1f} s to compile "
+            f"({m.processor_seconds:.1f} s of processor time), {size_of(m.resident)} of "
+            "this machine's memory",
+        )
+    ]
     return "\n".join(lines)
 
 
 def largest_tensors(m: Measurement) -> list[str]:
     """What to look at first where memory is short."""
-    rows = [f"{_INDENT}{size_of(t.bytes):>10}  x{t.count:<3} {t.held:<9}  {t.shape}  {_whence(t.name)}".rstrip()
-            for t in m.suspects]
-    return [_row("largest", "size of one, how many in the program, held as, shape, the first one's origin"), *rows]
+    rows = [
+        f"{_INDENT}{size_of(t.bytes):>10}  x{t.count:<3} {t.held:<9}  {t.shape}  {_whence(t.name)}".rstrip()
+        for t in m.suspects
+    ]
+    return [
+        _row(
+            "largest",
+            "size of one, how many in the program, held as, shape, the first one's origin",
+        ),
+        *rows,
+    ]
 
 
 def _row(name: str, text: str) -> str:
@@ -53,13 +80,20 @@ def size_of(size: float) -> str:
 def _layout(config: Config, m: Measurement) -> str:
     text = " x ".join(f"{axis} {size}" for axis, size in m.mesh.items())
     if m.step != "train":
-        tokens = f"prompts of {config.sequence_length}" if m.step == "prefill" else f"{CHUNK} tokens"
+        tokens = (
+            f"prompts of {config.sequence_length}" if m.step == "prefill" else f"{CHUNK} tokens"
+        )
         return f"{text}, {tokens}, {_rows(config.train.micro_batch_size or 1)}"
     text += f", zero {config.mesh.zero}"
     if m.mesh["pipe"] > 1:
-        text += f", {config.mesh.schedule}" + (f" x{config.mesh.virtual_pipe}" if config.mesh.virtual_pipe > 1 else "")
+        text += f", {config.mesh.schedule}" + (
+            f" x{config.mesh.virtual_pipe}" if config.mesh.virtual_pipe > 1 else ""
+        )
     rows = config.train.micro_batch_size or config.train.global_batch_size // m.mesh["data"]
-    return text + f", recompute {config.train.recompute}, {m.micro_batches} micro-batches, {_rows(rows)}"
+    return (
+        text
+        + f", recompute {config.train.recompute}, {m.micro_batches} micro-batches, {_rows(rows)}"
+    )
 
 
 def _flags(m: Measurement) -> str:
@@ -80,10 +114,14 @@ def _verdict(m: Measurement) -> str:
         return f"DOES NOT FIT: {m.failure}"
     spare = m.limit - m.most
     if m.fits:
-        text = (f"FITS: peak {size_of(m.peak)} of {size_of(m.limit)} a device, {size_of(spare)} "
-                f"({spare / m.limit:.0%}) to spare")
+        text = (
+            f"FITS: peak {size_of(m.peak)} of {size_of(m.limit)} a device, {size_of(spare)} "
+            f"({spare / m.limit:.0%}) to spare"
+        )
         share = m.peak / m.limit
-        if m.topology.split(":")[0] in GPUS and share > 0.75:  # the share of a card that JAX takes by itself
+        if (
+            m.topology.split(":")[0] in GPUS and share > 0.75
+        ):  # the share of a card that JAX takes by itself
             text += f"; set XLA_PYTHON_CLIENT_MEM_FRACTION={min(share + 0.02, 0.98):.2f}"
         return text
     source = "at least, by the compiler's first look" if m.failure else "peak"
@@ -95,14 +133,18 @@ def _padding(m: Measurement) -> str:
     if lost < m.arguments_exact / 10000:
         return "none in the arguments"
     most = ", ".join(f"{_whence(name)} {size_of(size)}" for name, size in m.padded[:3])
-    return (f"{size_of(lost)} of the arguments ({lost / m.arguments_exact:.1%}), tiles that dims do not fill; "
-            f"the most in {most}")
+    return (
+        f"{size_of(lost)} of the arguments ({lost / m.arguments_exact:.1%}), tiles that dims do not fill; "
+        f"the most in {most}"
+    )
 
 
 def _whence(name: str) -> str:
     """state['params']['blocks']['attention']['w_q_DNH'].value -> params.blocks.attention.w_q_DNH"""
     if not name.startswith("jit("):
-        words = name.removeprefix("state").removesuffix(".value").replace("']", "").replace("['", ".")
+        words = (
+            name.removeprefix("state").removesuffix(".value").replace("']", "").replace("['", ".")
+        )
         return words.strip(".")
     parts = [part for part in name.split("/") if part not in ("eval_jaxpr", "body", "shard_map")]
     return "/".join(parts[1:][-4:])
@@ -113,7 +155,9 @@ def _products(m: Measurement) -> str:
         return "none left: the compiler made sums over elements of them"
     text = f"{m.flops:.4g} FLOPs a device and step"
     if m.guessed_loops:
-        loops = "1 loop knows its" if m.guessed_loops == 1 else f"{m.guessed_loops} loops know their"
+        loops = (
+            "1 loop knows its" if m.guessed_loops == 1 else f"{m.guessed_loops} loops know their"
+        )
         text += f"; {loops} trips only when run: counted for the full batch and causal attention"
     return text
 
@@ -121,12 +165,16 @@ def _products(m: Measurement) -> str:
 def _kernels(m: Measurement) -> str:
     if not m.kernels:
         return "none of ours"
-    return ", ".join(f"{kernel.name} {kernel.count:,.0f} times" for kernel in m.kernels) + " a device and step"
+    return (
+        ", ".join(f"{kernel.name} {kernel.count:,.0f} times" for kernel in m.kernels)
+        + " a device and step"
+    )
 
 
 def _axes(collective, m: Measurement) -> str:
     """data+tensor, or data:16 where a group is 16 devices of a larger axis."""
-    name, whole = "+".join(collective.axes), math.prod(m.mesh.get(axis, collective.group) for axis in collective.axes)
+    name = "+".join(collective.axes)
+    whole = math.prod(m.mesh.get(axis, collective.group) for axis in collective.axes)
     return name if collective.group == whole else f"{name}:{collective.group}"
 
 

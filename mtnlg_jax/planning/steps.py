@@ -22,9 +22,10 @@ STEPS = ("train", "prefill", "decode")
 
 
 def lower(config: Config, mesh: Mesh, step: str) -> jax.stages.Lowered:
-    """``step`` of ``config`` over ``mesh``: "train" the full batch, "prefill" prompts as long as the sequence, one
-    micro-batch a data shard, "decode" the next tokens after them. Decoding has no masters, so each data shard holds
-    all weights (mesh.zero counts as 0), in compute_dtype. Raises ValueError where the step does not fit the mesh."""
+    """``step`` of ``config`` over ``mesh``: "train" the full batch, "prefill" prompts as long as
+    the sequence, one micro-batch a data shard, "decode" the next tokens after them. Decoding has no
+    masters, so each data shard holds all weights (mesh.zero counts as 0), in compute_dtype. Raises
+    ValueError where the step does not fit the mesh."""
     return _train(config, mesh) if step == "train" else _decode(config, mesh, step)
 
 
@@ -32,27 +33,46 @@ def _train(config: Config, mesh: Mesh):
     whole = jax.ShapeDtypeStruct((), jnp.int32)
     causal = any(stage.masked < 1 for stage in config.train.stages)
     return make_train_step(config, mesh, causal).lower(
-        abstract_state(config, mesh), abstract_batch(config, mesh), whole, whole, jax.ShapeDtypeStruct((), jnp.float32))
+        abstract_state(config, mesh),
+        abstract_batch(config, mesh),
+        whole,
+        whole,
+        jax.ShapeDtypeStruct((), jnp.float32),
+    )
 
 
 def _decode(config: Config, mesh: Mesh, step: str):
     for axis in ("pipe", "context"):
         if mesh.shape[axis] > 1:
-            raise ValueError(f"--step={step} runs over data and tensor only, not mesh.{axis}={mesh.shape[axis]}; "
-                             f"add --set=mesh.{axis}=1 --set=mesh.data=-1")
-    model, length = config.model, config.sequence_length
+            raise ValueError(
+                f"--step={step} runs over data and tensor only, not mesh.{axis}={mesh.shape[axis]}; "
+                f"add --set=mesh.{axis}=1 --set=mesh.data=-1"
+            )
+    model = config.model
+    length = config.sequence_length
     rows = (config.train.micro_batch_size or 1) * mesh.shape["data"]
 
     def split(tree, *spec):
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(
-            mesh, P(*spec[: x.ndim]))), tree)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=NamedSharding(mesh, P(*spec[: x.ndim]))
+            ),
+            tree,
+        )
 
-    unstack = functools.partial(cache.unstack_params, config=model, dtype=config.train.compute_dtype)
+    unstack = functools.partial(
+        cache.unstack_params, config=model, dtype=config.train.compute_dtype
+    )
     params = jax.eval_shape(unstack, abstract_model(model)[1])
-    params = jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-                          params, shardings_of(params, mesh, zero=0))
-    tokens, lengths = split((jax.ShapeDtypeStruct((rows, length), jnp.int32),
-                             jax.ShapeDtypeStruct((rows,), jnp.int32)), "data")
+    params = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        params,
+        shardings_of(params, mesh, zero=0),
+    )
+    tokens, lengths = split(
+        (jax.ShapeDtypeStruct((rows, length), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.int32)),
+        "data",
+    )
     if step == "prefill":
         with jax.set_mesh(mesh):  # by which kernels split themselves
             return cache.prefill_rows.lower(params, tokens, lengths, config=model, size=length)
@@ -60,25 +80,53 @@ def _decode(config: Config, mesh: Mesh, step: str):
     prefill = functools.partial(cache.prefill_rows, config=model, size=length)
     prefix = jax.eval_shape(prefill, params, tokens, lengths)
     settings, families = rows_and_families([DecodeConfig()] * rows)
-    allowed, whole = np.ones(model.vocab_size, bool), np.arange(rows, dtype=np.int32)
+    allowed = np.ones(model.vocab_size, bool)
+    whole = np.arange(rows, dtype=np.int32)
     state, limits = jax.eval_shape(
-        lambda prefix: sampling.begin(prefix, whole, whole, whole.astype(np.uint32), settings, allowed,
-                                         families=families, eos=0), prefix)
+        lambda prefix: sampling.begin(
+            prefix,
+            whole,
+            whole,
+            whole.astype(np.uint32),
+            settings,
+            allowed,
+            families=families,
+            eos=0,
+        ),
+        prefix,
+    )
     held = split(state.cache, "data", "tensor")
     state = split(state._replace(cache=()), "data")._replace(cache=held)
     with jax.set_mesh(mesh):
-        return sampling.advance.lower(params, state, limits, settings, allowed, np.int32(1), config=model,
-                                         families=families, eos=0)
+        return sampling.advance.lower(
+            params,
+            state,
+            limits,
+            settings,
+            allowed,
+            np.int32(1),
+            config=model,
+            families=families,
+            eos=0,
+        )
 
 
 def dynamic_trips(config: Config, mesh: Mesh, step: str):
-    """Trips of the loops that know them only when they run, by the number of loops around them: the outermost is
-    the schedule of the full batch, what lies within others are the blocks of keys that causal attention visits."""
-    pipe, flush = mesh.shape["pipe"], config.mesh.flush
+    """Trips of the loops that know them only when they run, by the number of loops around them: the
+    outermost is the schedule of the full batch, what lies within others are the blocks of keys that
+    causal attention visits."""
+    pipe = mesh.shape["pipe"]
+    flush = config.mesh.flush
     turns = 1  # of decoding, one look at the host
     if step == "train":
         turns = micro_batch_shape(config, mesh)[0]
         if pipe > 1:
-            turns = turns + 2 * (pipe - 1) if config.mesh.schedule == "1f1b" else -(-turns // (flush or turns))
-    keys = mean_key_blocks(config.sequence_length, config.model.head_width, config.train.compute_dtype)
+            turns = (
+                turns + 2 * (pipe - 1)
+                if config.mesh.schedule == "1f1b"
+                else -(-turns // (flush or turns))
+            )
+    keys = mean_key_blocks(
+        config.sequence_length, config.model.head_width, config.train.compute_dtype
+    )
     return lambda depth: turns if depth == 0 else keys

@@ -14,7 +14,8 @@ from mtnlg_jax.planning.topology import Topology
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """``flags`` are what the command line is given more; one change of layout may need two of them."""
+    """``flags`` are what the command line is given more; one change of layout may need two of
+    them."""
 
     flags: tuple[str, ...]
     config: Config
@@ -26,23 +27,36 @@ MARGIN = 1.1  # of the memory, up to which a prediction is worth a compile, whic
 
 
 def estimate(config: Config, devices: int, step: str) -> dict[str, float]:
-    """Bytes of a step on a device by what they are for; of a train step, as the planner counts them."""
+    """Bytes of a step on a device by what they are for; of a train step, as the planner counts
+    them."""
     if step == "train":
         return Job(config, None).memory(layout_of(config, devices))
-    model, train, sizes = config.model, config.train, mesh_shape(config.mesh, devices)
-    size, rows = (2 if train.compute_dtype == "bfloat16" else 4), train.micro_batch_size or 1
+    model = config.model
+    train = config.train
+    sizes = mesh_shape(config.mesh, devices)
+    size = 2 if train.compute_dtype == "bfloat16" else 4
+    rows = train.micro_batch_size or 1
     cache = 2 * model.num_layers * rows * config.sequence_length * model.kv_heads * model.head_width
-    return {"weights": size * model.parameter_count() / sizes["tensor"], "cache": size * cache / sizes["tensor"]}
+    return {
+        "weights": size * model.parameter_count() / sizes["tensor"],
+        "cache": size * cache / sizes["tensor"],
+    }
 
 
-def suggest(config: Config, topology: Topology, devices: int, needed: int, limit: int, step: str) -> list[Change]:
-    """Changes that are predicted to fit, the least intrusive first: what a step needs moves as the estimate does."""
+def suggest(
+    config: Config, topology: Topology, devices: int, needed: int, limit: int, step: str
+) -> list[Change]:
+    """Changes that are predicted to fit, the least intrusive first: what a step needs moves as the
+    estimate does."""
     base = sum(estimate(config, devices, step).values())
     found = []
     for flags, larger in _candidates(config, topology, devices, step):
         grown = larger or topology
         try:
-            changed = override(config, *(flag.removeprefix("--set=") for flag in flags if flag.startswith("--set=")))
+            changed = override(
+                config,
+                *(flag.removeprefix("--set=") for flag in flags if flag.startswith("--set=")),
+            )
             validate(changed)
             count = devices * grown.chips // topology.chips
             data = mesh_shape(changed.mesh, count)["data"]
@@ -59,36 +73,50 @@ def suggest(config: Config, topology: Topology, devices: int, needed: int, limit
 
 def _candidates(config: Config, topology: Topology, devices: int, step: str):
     """(flags, larger topology or None)."""
-    mesh, train = config.mesh, config.train
+    mesh = config.mesh
+    train = config.train
 
     def of(*values):
         return tuple(f"--set={value}" for value in values), None
 
     if step == "train":
-        rows = train.micro_batch_size or train.global_batch_size // mesh_shape(mesh, devices)["data"]
+        rows = (
+            train.micro_batch_size or train.global_batch_size // mesh_shape(mesh, devices)["data"]
+        )
         smaller = [rows // 2**n for n in range(1, rows.bit_length()) if rows % 2**n == 0]
         yield from (of(f"train.micro_batch_size={size}") for size in smaller)
         if train.recompute != "full":
             yield of("train.recompute=full")
         if mesh.pipe > 1 and mesh.schedule != "1f1b":
-            yield of("mesh.schedule=1f1b", *(["mesh.virtual_pipe=1"] if mesh.virtual_pipe > 1 else []))
+            yield of(
+                "mesh.schedule=1f1b", *(["mesh.virtual_pipe=1"] if mesh.virtual_pipe > 1 else [])
+            )
         # ZeRO-3 gathers a stage's weights anew for every micro-batch of a pipeline.
-        yield from (of(f"mesh.zero={zero}") for zero in ((1, 3) if mesh.pipe == 1 else (1,)) if mesh.zero < zero)
+        yield from (
+            of(f"mesh.zero={zero}")
+            for zero in ((1, 3) if mesh.pipe == 1 else (1,))
+            if mesh.zero < zero
+        )
     for factor in (2, 4, 8):
         yield of(f"mesh.tensor={mesh.tensor * factor}", "mesh.data=-1")
     if step == "train":
         for pipe in range(2, config.model.num_layers + 1):
             if mesh.pipe == 1 and config.model.num_layers % pipe == 0 and not devices % pipe:
-                yield of(f"mesh.pipe={pipe}", "mesh.data=-1", f"train.micro_batch_size={train.micro_batch_size or 1}")
+                yield of(
+                    f"mesh.pipe={pipe}",
+                    "mesh.data=-1",
+                    f"train.micro_batch_size={train.micro_batch_size or 1}",
+                )
     for factor in (2, 4, 8, 16):
         larger = _grown(topology, factor)
         yield (f"--topology={larger}", "--set=mesh.data=-1"), larger
 
 
 def _grown(topology: Topology, factor: int) -> Topology:
-    """``factor`` (a power of two) times the chips: a torus grows along its shortest sides, v5e and v6e beyond 16x16
-    in slices, GPUs in hosts."""
-    dims, slices = list(topology.dims), topology.slices
+    """``factor`` (a power of two) times the chips: a torus grows along its shortest sides, v5e and
+    v6e beyond 16x16 in slices, GPUs in hosts."""
+    dims = list(topology.dims)
+    slices = topology.slices
     for _ in range(int(math.log2(factor))):
         shortest = dims.index(min(dims)) if topology.platform == "tpu" else 0
         if len(dims) == 2 and topology.platform == "tpu" and dims[shortest] >= 16:
@@ -98,16 +126,28 @@ def _grown(topology: Topology, factor: int) -> Topology:
     return dataclasses.replace(topology, dims=tuple(dims), slices=slices)
 
 
-def way_out(config: Config, topology: Topology, found: Measurement, target_config: str | None, memory: int | None,
-            prove: int, flags: bool = True) -> Iterator[str]:
-    """Lines on what fills the memory and which single change makes room; at most ``prove`` changes are compiled,
+def way_out(
+    config: Config,
+    topology: Topology,
+    found: Measurement,
+    target_config: str | None,
+    memory: int | None,
+    prove: int,
+    flags: bool = True,
+) -> Iterator[str]:
+    """Lines on what fills the memory and which single change makes room; at most ``prove`` changes
+    are compiled,
     until one fits. ``flags``: as in ``measure``."""
     needed = found.most
     if found.failure and topology.platform == "tpu":
-        # The compiler gave up before it had placed a tensor. The same step for as many devices with more memory
-        # differs in little but its kernels.
+        # The compiler gave up before it had placed a tensor. The same step for as many devices with
+        # more memory differs in little but its kernels.
         roomy = _roomy(found.devices)
-        stand_in = measure(config, roomy, found.step, flags=flags) if roomy and topology.kind != roomy.kind else None
+        stand_in = (
+            measure(config, roomy, found.step, flags=flags)
+            if roomy and topology.kind != roomy.kind
+            else None
+        )
         if stand_in and not stand_in.failure:
             needed = stand_in.peak
             yield f"to blame     on {roomy}, where it compiles, the step's peak is {size_of(needed)} a device"
@@ -117,18 +157,31 @@ def way_out(config: Config, topology: Topology, found: Measurement, target_confi
         yield "way out      none is known: the compiler said neither what is needed nor what there is"
         return
     parts = sorted(estimate(config, found.devices, found.step).items(), key=lambda part: -part[1])
-    yield "by sums      " + ", ".join(f"{name} {size_of(size)}" for name, size in parts) + " a device"
+    yield (
+        "by sums      " + ", ".join(f"{name} {size_of(size)}" for name, size in parts) + " a device"
+    )
     changes = suggest(config, topology, found.devices, needed, limit, found.step)
     for change in changes[:prove]:
-        proof = measure(change.config, change.topology, found.step, target_config, memory, flags=flags)
+        proof = measure(
+            change.config, change.topology, found.step, target_config, memory, flags=flags
+        )
         said = " ".join(change.flags)
         if proof.fits:
-            yield (f"way out      {said}: compiled, FITS with a peak of {size_of(proof.peak)} of "
-                   f"{size_of(proof.limit)} a device")
+            yield (
+                f"way out      {said}: compiled, FITS with a peak of {size_of(proof.peak)} of "
+                f"{size_of(proof.limit)} a device"
+            )
             return
-        yield (f"tried        {said}: " + (proof.failure[:120] if proof.failure and not proof.needed else
-               f"{size_of(proof.most)} a device, still too much") + f" ({size_of(change.predicted)} expected)")
-    for change in changes[prove:prove + 1]:
+        yield (
+            f"tried        {said}: "
+            + (
+                proof.failure[:120]
+                if proof.failure and not proof.needed
+                else f"{size_of(proof.most)} a device, still too much"
+            )
+            + f" ({size_of(change.predicted)} expected)"
+        )
+    for change in changes[prove : prove + 1]:
         yield f"perhaps      {' '.join(change.flags)}: {size_of(change.predicted)} a device expected, not compiled"
     if len(changes) <= prove:
         yield "way out      no single change fits, as far as is known; take more devices and change the layout, too"
@@ -139,7 +192,7 @@ def _roomy(devices: int) -> Topology | None:
     if devices % 4:
         return None
     left = devices // 4
-    first = max((n for n in range(1, left + 1) if left % n == 0 and n ** 3 <= left), default=1)
+    first = max((n for n in range(1, left + 1) if left % n == 0 and n**3 <= left), default=1)
     left //= first
     second = max(n for n in range(1, left + 1) if left % n == 0 and n * n <= 2 * left)
     return Topology("v5p", (2 * first, 2 * second, left // second))

@@ -1,4 +1,5 @@
-"""Described accelerators: ``v5p:8x8x16``, ``v5p:8x8x8*2`` (slices), ``H100:280x8`` (hosts x cards), ``cpu:8``."""
+"""Described accelerators: ``v5p:8x8x16``, ``v5p:8x8x8*2`` (slices), ``H100:280x8`` (hosts x cards),
+``cpu:8``."""
 
 import dataclasses
 import functools
@@ -20,19 +21,25 @@ TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
 FLAT = ("v5e", "v6e")  # their torus has two dims, the others' three
 GPUS = ("A100", "H100", "H200", "B200")  # each has a file in gpus/
 
-# libtpu is loaded by programs that compile, never on a machine with the chip, so several may do it at once; it
-# must not ask the network what machine this is, nor fill standard error.
+# libtpu is loaded by programs that compile, never on a machine with the chip, so several may do it
+# at once; it must not ask the network what machine this is, nor fill standard error.
 # Where launch/test.sh puts the TPU compiler: seen by the processes that compile, and by no other.
 APART = Path(sys.prefix, "ahead")
 _TPU_ENVIRONMENT = {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-8",
-    "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0", "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Chips of one kind. ``dims``: a TPU slice's chips along its torus; of GPUs hosts x cards; of CPUs devices."""
+    """Chips of one kind. ``dims``: a TPU slice's chips along its torus; of GPUs hosts x cards; of
+    CPUs devices."""
 
     kind: str
     dims: tuple[int, ...]
@@ -47,14 +54,17 @@ class Topology:
         return math.prod(self.dims) * self.slices
 
     def __str__(self):
-        return f"{self.kind}:{'x'.join(map(str, self.dims))}" + (f"*{self.slices}" if self.slices > 1 else "")
+        return f"{self.kind}:{'x'.join(map(str, self.dims))}" + (
+            f"*{self.slices}" if self.slices > 1 else ""
+        )
 
 
 def wrapped(topology: Topology) -> tuple[bool, bool, bool]:
-    """Along which dims of a slice the last chip is joined to the first, in slices as they are sold. v4, v5p, tpu7x: all
-    where 4 divides every dim, for they are made of cubes of 4 x 4 x 4, and none in a part of one; v5e, v6e: a dim of
-    16, the whole pod's (MaxText, accelerator_to_spec_map.py, 2026; Google Cloud, TPU v5p page). Twisted tori, which
-    v4 and v5p may also be asked for, are described untwisted."""
+    """Along which dims of a slice the last chip is joined to the first, in slices as they are sold.
+    v4, v5p, tpu7x: all where 4 divides every dim, for they are made of cubes of 4 x 4 x 4, and none
+    in a part of one; v5e, v6e: a dim of 16, the whole pod's (MaxText, accelerator_to_spec_map.py,
+    2026; Google Cloud, TPU v5p page). Twisted tori, which v4 and v5p may also be asked for, are
+    described untwisted."""
     if topology.kind in FLAT:
         first, second = (size == 16 for size in topology.dims)
         return first, second, False
@@ -62,19 +72,29 @@ def wrapped(topology: Topology) -> tuple[bool, bool, bool]:
 
 
 def parse(text: str) -> Topology:
-    """"v5p:8x8x8*2" as a Topology. Raises ValueError on another form or an unknown kind."""
+    """ "v5p:8x8x8*2" as a Topology. Raises ValueError on another form or an unknown kind."""
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)(?:\*(\d+))?", text)
     kinds = {kind.lower(): kind for kind in (*TPUS, *GPUS, "cpu")}
     if not found or found[1].lower() not in kinds:
-        raise ValueError(f"topology {text!r} is not known; write KIND:SIZE, as v5p:8x8x16, v5e:16x16, v5p:8x8x8*2 for "
-                         f"two slices, H100:280x8 for hosts x cards, cpu:8; KIND is one of {', '.join(kinds.values())}")
-    topology = Topology(kinds[found[1].lower()], tuple(map(int, found[2].split("x"))), int(found[3] or 1))
-    wanted = {"cuda": (2,), "cpu": (1,)}.get(topology.platform, (2,) if topology.kind in FLAT else (3,))
+        raise ValueError(
+            f"topology {text!r} is not known; write KIND:SIZE, as v5p:8x8x16, v5e:16x16, v5p:8x8x8*2 for "
+            f"two slices, H100:280x8 for hosts x cards, cpu:8; KIND is one of {', '.join(kinds.values())}"
+        )
+    topology = Topology(
+        kinds[found[1].lower()], tuple(map(int, found[2].split("x"))), int(found[3] or 1)
+    )
+    wanted = {"cuda": (2,), "cpu": (1,)}.get(
+        topology.platform, (2,) if topology.kind in FLAT else (3,)
+    )
     if len(topology.dims) not in wanted or 0 in topology.dims or topology.slices < 1:
-        raise ValueError(f"topology {text!r}: a {topology.kind} has {wanted[0]} sizes, each at least 1, as "
-                         f"{topology.kind}:{'x'.join('2' * wanted[0])}")
+        raise ValueError(
+            f"topology {text!r}: a {topology.kind} has {wanted[0]} sizes, each at least 1, as "
+            f"{topology.kind}:{'x'.join('2' * wanted[0])}"
+        )
     if topology.platform == "cpu" and topology.slices > 1:
-        raise ValueError(f"topology {text!r}: CPU devices have no slices; write cpu:{topology.chips}")
+        raise ValueError(
+            f"topology {text!r}: CPU devices have no slices; write cpu:{topology.chips}"
+        )
     return topology
 
 
@@ -82,13 +102,18 @@ def check_installed(topology: Topology) -> None:
     """Raises ValueError, with what to install, where the compiler for ``topology`` is missing."""
     module = {"tpu": "libtpu", "cuda": "jax_plugins.xla_cuda12"}.get(topology.platform)
     try:
-        missing = (module is not None and not APART.joinpath(module).is_dir()
-                   and importlib.util.find_spec(module) is None)
+        missing = (
+            module is not None
+            and not APART.joinpath(module).is_dir()
+            and importlib.util.find_spec(module) is None
+        )
     except ModuleNotFoundError:
         missing = True
     if missing:
-        raise ValueError(f"compiling for {topology.kind} needs {module.split('.')[-1]}, which is not here; install it "
-                         "with: pip install -c launch/constraints.txt -e '.[ahead]'")
+        raise ValueError(
+            f"compiling for {topology.kind} needs {module.split('.')[-1]}, which is not here; install it "
+            "with: pip install -c launch/constraints.txt -e '.[ahead]'"
+        )
 
 
 def enter(topology: Topology) -> None:
@@ -101,12 +126,17 @@ def enter(topology: Topology) -> None:
 
 def environment(topology: Topology) -> dict[str, str]:
     """The environment of a process that compiles for ``topology``; only of that one."""
-    values = os.environ | {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3",
-                           "JAX_ENABLE_COMPILATION_CACHE": "false"}  # a compile is to be measured, not looked up
+    values = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+    }  # a compile is to be measured, not looked up
     if topology.platform == "tpu":
         values |= _TPU_ENVIRONMENT
         if APART.is_dir():
-            values["PYTHONPATH"] = os.pathsep.join(filter(None, [str(APART), os.environ.get("PYTHONPATH")]))
+            values["PYTHONPATH"] = os.pathsep.join(
+                filter(None, [str(APART), os.environ.get("PYTHONPATH")])
+            )
     if topology.platform == "cpu":
         flag = "--xla_force_host_platform_device_count"
         others = [f for f in os.environ.get("XLA_FLAGS", "").split() if not f.startswith(flag)]
@@ -115,15 +145,21 @@ def environment(topology: Topology) -> dict[str, str]:
 
 
 def card(topology: Topology, path: str | None = None) -> str:
-    """The text (a GpuTargetConfigProto) that describes the card to the compiler: of the project, or of ``path``."""
+    """The text (a GpuTargetConfigProto) that describes the card to the compiler: of the project, or
+    of ``path``."""
     if path is not None:
         with open(path, encoding="utf-8") as file:
             return file.read()
-    return resources.files(__package__).joinpath(f"gpus/{topology.kind.lower()}.txtpb").read_text(encoding="utf-8")
+    return (
+        resources.files(__package__)
+        .joinpath(f"gpus/{topology.kind.lower()}.txtpb")
+        .read_text(encoding="utf-8")
+    )
 
 
 def devices(topology: Topology, target_config: str | None = None) -> list:
-    """The described devices, or with "cpu" this process's own. Raises ValueError where the compiler refuses."""
+    """The described devices, or with "cpu" this process's own. Raises ValueError where the compiler
+    refuses."""
     import jax
     from jax.experimental import topologies
 
@@ -133,16 +169,24 @@ def devices(topology: Topology, target_config: str | None = None) -> list:
     try:
         if topology.platform == "cuda":
             return topologies.get_topology_desc(
-                platform="cuda", topology_name="", topology=f"{topology.slices}x{hosts}",
-                target_config=card(topology, target_config)).devices
+                platform="cuda",
+                topology_name="",
+                topology=f"{topology.slices}x{hosts}",
+                target_config=card(topology, target_config),
+            ).devices
         more = {"num_slices": topology.slices} if topology.slices > 1 else {}
-        if topology.kind == "v4":  # else its two cores would be two devices, as they are on no machine today
+        if (
+            topology.kind == "v4"
+        ):  # else its two cores would be two devices, as they are on no machine today
             more["chip_config_name"] = "megacore"
         # Without ``wrap`` the compiler lays no ring through any dim.
-        return topologies.get_topology_desc(platform="tpu", topology_name=f"{topology.kind}:{hosts}",
-                                            wrap=wrapped(topology), **more).devices
+        return topologies.get_topology_desc(
+            platform="tpu", topology_name=f"{topology.kind}:{hosts}", wrap=wrapped(topology), **more
+        ).devices
     except jax.errors.JaxRuntimeError as error:
-        raise ValueError(f"topology {topology}: the compiler refuses it: {' '.join(str(error).split())}") from None
+        raise ValueError(
+            f"topology {topology}: the compiler refuses it: {' '.join(str(error).split())}"
+        ) from None
 
 
 def abstract(device):
@@ -151,12 +195,14 @@ def abstract(device):
 
     cores = getattr(device, "num_cores", None) or getattr(device, "core_count", None) or 1
     platform = "tpu" if device.platform == "tpu" else "gpu"
-    return use_abstract_mesh(AbstractMesh((), (), abstract_device=AbstractDevice(device.device_kind, cores, platform)))
+    return use_abstract_mesh(
+        AbstractMesh((), (), abstract_device=AbstractDevice(device.device_kind, cores, platform))
+    )
 
 
 def mesh_over(config: MeshConfig, topology: Topology, devices: list):
-    """The project's mesh over described devices; slices lie along ``data``, or ``pipe`` where that alone divides.
-    Raises ValueError where the sizes do not multiply to the devices."""
+    """The project's mesh over described devices; slices lie along ``data``, or ``pipe`` where that
+    alone divides. Raises ValueError where the sizes do not multiply to the devices."""
     from jax.experimental import mesh_utils
     from jax.sharding import AxisType, Mesh
 
@@ -169,13 +215,16 @@ def mesh_over(config: MeshConfig, topology: Topology, devices: list):
         outer[AXES.index("data" if shape[1] % topology.slices == 0 else "pipe")] = topology.slices
         inner = [size // n for size, n in zip(shape, outer, strict=True)]
         return mesh(mesh_utils.create_hybrid_device_mesh(inner, outer, devices=devices))
-    except (NotImplementedError, ValueError):  # no assignment to this torus: neighbours need not be neighbours
+    except (
+        NotImplementedError,
+        ValueError,
+    ):  # no assignment to this torus: neighbours need not be neighbours
         return mesh(np.array(devices).reshape(shape))
 
 
 def memory_of(topology: Topology, devices: list, target_config: str | None = None) -> int | None:
-    """Bytes of main memory that a program may use on one device: by the compiler's own word, or the card's
-    description; None on CPU."""
+    """Bytes of main memory that a program may use on one device: by the compiler's own word, or the
+    card's description; None on CPU."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import SingleDeviceSharding

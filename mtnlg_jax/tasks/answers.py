@@ -24,12 +24,13 @@ class Choice:
     """Log-probabilities are natural logarithms."""
 
     label: str
-    # What was scored: the text behind the prompt, or behind the blank; with the end of the prompt where
-    # the choice joins its last token (see `decode.rank.rank`).
+    # What was scored: the text behind the prompt, or behind the blank; with the end of the prompt
+    # where the choice joins its last token (see `decode.rank.rank`).
     text: str
     score: float  # what it was ranked by: see `Answer.ranked_by`
     log_prob: float  # log p(text | prompt), the sum over its tokens
-    probability: float  # exp(log_prob) over the sum of all choices: that it is this one, given that it is one of them
+    # exp(log_prob) over the sum of all choices: that it is this one, given that it is one of them
+    probability: float
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,9 @@ class Answer:
     shortened: bool  # part of the input was left out
     context_shortened: bool  # part of the row's own context was left out
     prompt: str  # with a blank, the one of the best choice
-    ranked_by: str = ""  # scorer and normalisation, as "logprob per_byte"; empty where the answer was written
+    ranked_by: str = (
+        ""  # scorer and normalisation, as "logprob per_byte"; empty where the answer was written
+    )
     log_prob: float | None = None  # of the reference behind the prompt, for last words
 
 
@@ -56,7 +59,9 @@ class Evaluation:
     scores: dict[str, Score]  # of the model; the first is the task's own
     baseline: str  # what was done without a model
     baseline_scores: dict[str, Score]
-    normalised: dict[str, Score]  # accuracy of choices under each of NORMALISATIONS; empty where there are none
+    normalised: dict[
+        str, Score
+    ]  # accuracy of choices under each of NORMALISATIONS; empty where there are none
 
 
 def length_of(normalise: str, text: str) -> int:
@@ -82,13 +87,20 @@ def check_references(task: Task, rows: Sequence[Row], language: str | None = Non
             raise ValueError(f"row {number} of {len(rows)}: {error}") from None
         ranked.append(bool(row.choices or template.labels))
     if any(ranked) != all(ranked):
-        raise ValueError(f"{sum(ranked)} of {len(rows)} rows have choices and the others have "
-                         "none, the first of them "
-                         f"row {ranked.index(False) + 1}; score the two apart")
+        raise ValueError(
+            f"{sum(ranked)} of {len(rows)} rows have choices and the others have "
+            "none, the first of them "
+            f"row {ranked.index(False) + 1}; score the two apart"
+        )
 
 
-def evaluate(task: Task, rows: Sequence[Row], answers: Sequence[Answer], seed: int = 0,
-             language: str | None = None) -> Evaluation:
+def evaluate(
+    task: Task,
+    rows: Sequence[Row],
+    answers: Sequence[Answer],
+    seed: int = 0,
+    language: str | None = None,
+) -> Evaluation:
     """The metrics of answers, and of those of the trivial baseline, against the rows' references.
     ``language`` of the inputs, as in `template_of`. Raises ValueError as `check_references`
     does."""
@@ -104,13 +116,23 @@ def evaluate(task: Task, rows: Sequence[Row], answers: Sequence[Answer], seed: i
     check_references(task, rows, language)
     if rows[0].choices:
         scores = measure(("accuracy",), texts, references, languages, seed)
-        return Evaluation(len(rows), scores, "by chance", {"accuracy": chance(rows, seed)},
-                          _normalised(rows, answers, seed))
+        return Evaluation(
+            len(rows),
+            scores,
+            "by chance",
+            {"accuracy": chance(rows, seed)},
+            _normalised(rows, answers, seed),
+        )
     ranked = bool(template_of(task, rows[0].input, language)[1].labels)
     names = ("accuracy",) if ranked else task.metrics
     name, trivial = baseline(task, rows, language)
-    return Evaluation(len(rows), measure(names, texts, references, languages, seed), name,
-                      measure(names, trivial, references, languages, seed), {})
+    return Evaluation(
+        len(rows),
+        measure(names, texts, references, languages, seed),
+        name,
+        measure(names, trivial, references, languages, seed),
+        {},
+    )
 
 
 def _normalised(rows: Sequence[Row], answers: Sequence[Answer], seed: int) -> dict[str, Score]:
@@ -119,8 +141,13 @@ def _normalised(rows: Sequence[Row], answers: Sequence[Answer], seed: int) -> di
         return {}
     found = {}
     for name in NORMALISATIONS:
-        right = [max(answer.choices, key=lambda choice: choice.log_prob / length_of(name, choice.text)).label
-                 in row.references for row, answer in zip(rows, answers, strict=True)]
+        right = [
+            max(
+                answer.choices, key=lambda choice: choice.log_prob / length_of(name, choice.text)
+            ).label
+            in row.references
+            for row, answer in zip(rows, answers, strict=True)
+        ]
         found[name] = mean(np.array(right, np.float64), seed)
     return found
 
@@ -157,7 +184,9 @@ class AnswersFile:
         self._file = open(self.path, "x", encoding="utf-8", newline="\n")
 
     def add(self, index: int, answer: Answer) -> None:
-        line = json.dumps(record_of(index + 1, self._rows[index], answer), ensure_ascii=False, allow_nan=False)
+        line = json.dumps(
+            record_of(index + 1, self._rows[index], answer), ensure_ascii=False, allow_nan=False
+        )
         # Lone surrogates have no UTF-8.
         self._file.write(line.encode("utf-8", "replace").decode() + "\n")
         self._file.flush()
@@ -166,8 +195,12 @@ class AnswersFile:
         self._file.close()
 
 
-def read_answers(path: str | os.PathLike, task: Task, rows: Sequence[Row] | None = None,
-                 language: str | None = None) -> tuple[list[Row], list[Answer]]:
+def read_answers(
+    path: str | os.PathLike,
+    task: Task,
+    rows: Sequence[Row] | None = None,
+    language: str | None = None,
+) -> tuple[list[Row], list[Answer]]:
     """(rows, answers) to score, of anybody's making.
 
     .txt: an answer a line, of ``rows`` in their order, a ``\\n`` in it a line break of the answer.
@@ -182,16 +215,18 @@ def read_answers(path: str | os.PathLike, task: Task, rows: Sequence[Row] | None
     lines = text.split("\n")
     if path.suffix.lower() == ".txt":
         if rows is None:
-            raise ValueError(f"{path} holds answers alone; name the rows that they answer with "
-                             "--eval")
+            raise ValueError(
+                f"{path} holds answers alone; name the rows that they answer with --eval"
+            )
         while lines and not lines[-1].strip():
             lines.pop()
         items = [{"text": line.rstrip("\r").replace("\\n", "\n")} for line in lines]
     elif path.suffix.lower() in (".jsonl", ".ndjson", ".json"):
         items = _records(path, text, lines)
     else:
-        raise ValueError(f"{path} has an unknown suffix; answers are read from .jsonl, .ndjson, "
-                         ".json and .txt")
+        raise ValueError(
+            f"{path} has an unknown suffix; answers are read from .jsonl, .ndjson, .json and .txt"
+        )
     if not items:
         raise ValueError(f"{path} holds no answers; give at least one")
     if rows is None:
@@ -199,11 +234,15 @@ def read_answers(path: str | os.PathLike, task: Task, rows: Sequence[Row] | None
     elif all("row" in item for item in items):
         items = _in_order(path, items, len(rows))
     if len(items) != len(rows):
-        raise ValueError(f"{path} holds {len(items):,} answers, and there are {len(rows):,} rows; "
-                         "give one for each "
-                         "(a --limit takes rows away)")
-    return list(rows), [_answer_of(f"{path}, answer {number}", item, task, row, language)
-                        for number, (item, row) in enumerate(zip(items, rows, strict=True), 1)]
+        raise ValueError(
+            f"{path} holds {len(items):,} answers, and there are {len(rows):,} rows; "
+            "give one for each "
+            "(a --limit takes rows away)"
+        )
+    return list(rows), [
+        _answer_of(f"{path}, answer {number}", item, task, row, language)
+        for number, (item, row) in enumerate(zip(items, rows, strict=True), 1)
+    ]
 
 
 def _records(path: Path, text: str, lines: list[str]) -> list[dict]:
@@ -214,37 +253,46 @@ def _records(path: Path, text: str, lines: list[str]) -> list[dict]:
         else:
             items = [read(line) for line in lines if line.strip()]
     except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); a line that was cut short may be "
-                         "deleted") from None
+        raise ValueError(
+            f"{path}: not valid JSON ({error}); a line that was cut short may be deleted"
+        ) from None
     for number, item in enumerate(items, 1):
         if not isinstance(item, dict):
-            raise ValueError(f"{path}, answer {number}: a {type(item).__name__}, not an object "
-                             "with a text")
+            raise ValueError(
+                f"{path}, answer {number}: a {type(item).__name__}, not an object with a text"
+            )
     return items
 
 
 def _in_order(path: Path, items: Sequence[Mapping], count: int) -> list[Mapping]:
     found = {item["row"]: item for item in items}
     if len(found) < len(items):
-        raise ValueError(f"{path} answers {len(items) - len(found)} rows twice; keep one answer "
-                         "for each")
+        raise ValueError(
+            f"{path} answers {len(items) - len(found)} rows twice; keep one answer for each"
+        )
     missing = [number for number in range(1, count + 1) if number not in found]
     if missing:
-        raise ValueError(f"{path} has no answer to row {missing[0]}, {len(missing):,} of {count:,} "
-                         "rows in all; let "
-                         "the model finish, or give the rows that it answered")
+        raise ValueError(
+            f"{path} has no answer to row {missing[0]}, {len(missing):,} of {count:,} "
+            "rows in all; let "
+            "the model finish, or give the rows that it answered"
+        )
     if len(found) > count:
-        raise ValueError(f"{path} answers {len(found):,} rows, and there are {count:,}; give the "
-                         "rows that it answered")
+        raise ValueError(
+            f"{path} answers {len(found):,} rows, and there are {count:,}; give the "
+            "rows that it answered"
+        )
     return [found[number] for number in range(1, count + 1)]
 
 
 def _row_of(where: str, item: Mapping) -> Row:
     references = item.get("references", item.get("reference"))
     if references is None or references == [] or references == "":
-        raise ValueError(f"{where} has no references, only {', '.join(map(str, item))[:80]}; add "
-                         "them, or name the "
-                         "rows with --eval")
+        raise ValueError(
+            f"{where} has no references, only {', '.join(map(str, item))[:80]}; add "
+            "them, or name the "
+            "rows with --eval"
+        )
     references = references if isinstance(references, list) else [references]
     return Row(
         str(item.get("input") or ""),
@@ -258,9 +306,11 @@ def _answer_of(where: str, item: Mapping, task: Task, row: Row, language: str | 
     keys = ("text", "answer", "prediction", "output", "response", "completion", "generated_text")
     key = next((key for key in keys if key in item), None)
     if key is None or not isinstance(item[key], str):
-        raise ValueError(f"{where} has no text, only {', '.join(map(str, item))[:80]}; give it as "
-                         "one of "
-                         f"{', '.join(keys)}")
+        raise ValueError(
+            f"{where} has no text, only {', '.join(map(str, item))[:80]}; give it as "
+            "one of "
+            f"{', '.join(keys)}"
+        )
     seen, template = template_of(task, row.input, language)
     # Those of a ranking by record_of; others may have put anything there.
     choices = item.get("choices") or ()
@@ -269,7 +319,22 @@ def _answer_of(where: str, item: Mapping, task: Task, row: Row, language: str | 
     except (TypeError, AttributeError):
         choices = ()
     log_prob = item.get("log_prob")
-    finish = item.get("finish_reason", "") if log_prob is not None or item.get("finish_reason") != "last word" else ""
-    return Answer(item[key], item.get("raw", item[key]), item.get("language") or template.answer_language or seen,
-                  finish, choices, (), item.get("examples", 0), bool(item.get("shortened")),
-                  bool(item.get("context_shortened")), item.get("prompt", ""), item.get("ranked_by", ""), log_prob)
+    finish = (
+        item.get("finish_reason", "")
+        if log_prob is not None or item.get("finish_reason") != "last word"
+        else ""
+    )
+    return Answer(
+        item[key],
+        item.get("raw", item[key]),
+        item.get("language") or template.answer_language or seen,
+        finish,
+        choices,
+        (),
+        item.get("examples", 0),
+        bool(item.get("shortened")),
+        bool(item.get("context_shortened")),
+        item.get("prompt", ""),
+        item.get("ranked_by", ""),
+        log_prob,
+    )

@@ -1,4 +1,5 @@
-"""Where the fields of a row stand in the evaluation sets that people share, known by the names of their keys."""
+"""Where the fields of a row stand in the evaluation sets that people share, known by the names of
+their keys."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ def keys_of(column: str) -> list[str]:
 
 
 def reading_of(column: str) -> str:
-    """"1" of "label@1", how the reference names its choice: one of READINGS, or "" where the column does not say."""
+    """ "1" of "label@1", how the reference names its choice: one of READINGS, or "" where the
+    column does not say."""
     reading = column.rpartition("@")[2]
     return reading if "@" in column and reading in READINGS else ""
 
@@ -34,25 +36,81 @@ READINGS = ("0", "1", "letter", "text")
 # The first that fits counts, so that layouts with more keys stand before those with fewer.
 LAYOUTS = (
     Layout("HellaSwag", {"input": "ctx", "choices": "endings", "reference": "label@0"}),
-    Layout("SWAG", {"input": "startphrase", "choices": "ending0+ending1+ending2+ending3", "reference": "label@0"}),
-    Layout("RACE", {"context": "article", "input": "question", "choices": "options", "reference": "answer@letter"}),
-    Layout("LogiQA", {"context": "context", "input": "query", "choices": "options", "reference": "correct_option@0"}),
-    Layout("Social IQa", {"context": "context", "input": "question", "choices": "answerA+answerB+answerC",
-                          "reference": "label@1"}),
+    Layout(
+        "SWAG",
+        {
+            "input": "startphrase",
+            "choices": "ending0+ending1+ending2+ending3",
+            "reference": "label@0",
+        },
+    ),
+    Layout(
+        "RACE",
+        {
+            "context": "article",
+            "input": "question",
+            "choices": "options",
+            "reference": "answer@letter",
+        },
+    ),
+    Layout(
+        "LogiQA",
+        {
+            "context": "context",
+            "input": "query",
+            "choices": "options",
+            "reference": "correct_option@0",
+        },
+    ),
+    Layout(
+        "Social IQa",
+        {
+            "context": "context",
+            "input": "question",
+            "choices": "answerA+answerB+answerC",
+            "reference": "label@1",
+        },
+    ),
     Layout("PIQA", {"input": "goal", "choices": "sol1+sol2", "reference": "label@0"}),
-    Layout("COPA", {"input": "premise+question", "choices": "choice1+choice2", "reference": "label@0"}),
-    Layout("Winogrande", {"input": "sentence", "choices": "option1+option2", "reference": "answer@1"}, blank="_"),
-    Layout("CHID", {"input": "content", "choices": "candidates", "reference": "answer@0"}, blank="#idiom#"),
-    Layout("ARC", {"input": "question.stem", "choices": "question.choices", "reference": "answerKey"}),
+    Layout(
+        "COPA", {"input": "premise+question", "choices": "choice1+choice2", "reference": "label@0"}
+    ),
+    Layout(
+        "Winogrande",
+        {"input": "sentence", "choices": "option1+option2", "reference": "answer@1"},
+        blank="_",
+    ),
+    Layout(
+        "CHID",
+        {"input": "content", "choices": "candidates", "reference": "answer@0"},
+        blank="#idiom#",
+    ),
+    Layout(
+        "ARC", {"input": "question.stem", "choices": "question.choices", "reference": "answerKey"}
+    ),
     Layout("ARC", {"input": "question", "choices": "choices", "reference": "answerKey"}),
-    Layout("OpenBookQA", {"input": "question_stem", "choices": "choices", "reference": "answerKey"}),
-    Layout("C3", {"context": "dialogue", "input": "question", "choices": "choice", "reference": "answer@text"}),
+    Layout(
+        "OpenBookQA", {"input": "question_stem", "choices": "choices", "reference": "answerKey"}
+    ),
+    Layout(
+        "C3",
+        {
+            "context": "dialogue",
+            "input": "question",
+            "choices": "choice",
+            "reference": "answer@text",
+        },
+    ),
     Layout("MMLU", {"input": "question", "choices": "choices", "reference": "answer"}),
     Layout("C-Eval", {"input": "question", "choices": "A+B+C+D", "reference": "answer@letter"}),
     Layout("CMMLU", {"input": "Question", "choices": "A+B+C+D", "reference": "Answer@letter"}),
     Layout("MedQA", {"input": "question", "choices": "options", "reference": "answer_idx"}),
     Layout("multiple choice", {"input": "query", "choices": "choices", "reference": "gold@0"}),
-    Layout("BoolQ", {"context": "passage", "input": "question", "reference": "answer"}, choices=("no", "yes")),
+    Layout(
+        "BoolQ",
+        {"context": "passage", "input": "question", "reference": "answer"},
+        choices=("no", "yes"),
+    ),
     Layout("SQuAD", {"context": "context", "input": "question", "reference": "answers"}),
     Layout("CMRC 2018", {"context": "context", "input": "query_text", "reference": "answers"}),
     Layout("LAMBADA", {"input": "context", "reference": "continuation"}),

@@ -54,11 +54,20 @@ class _AllScripts:
         self._stem = functools.lru_cache(1 << 16)(DefaultTokenizer(use_stemmer=True).tokenize)
 
     def tokenize(self, text: str) -> list[str]:
-        return [part for word in words(text) for part in (self._stem(word) if word.isascii() else (word,))]
+        return [
+            part
+            for word in words(text)
+            for part in (self._stem(word) if word.isascii() else (word,))
+        ]
 
 
-def measure(names: Sequence[str], answers: Sequence[str], references: Sequence[Sequence[str]],
-            language: str | Sequence[str], seed: int = 0) -> dict[str, Score]:
+def measure(
+    names: Sequence[str],
+    answers: Sequence[str],
+    references: Sequence[Sequence[str]],
+    language: str | Sequence[str],
+    seed: int = 0,
+) -> dict[str, Score]:
     """Each metric of METRICS over all rows; of several references the best counts.
 
     ``language`` of the answers, or of each: for "zh" characters are words. Of other languages ROUGE
@@ -70,13 +79,17 @@ def measure(names: Sequence[str], answers: Sequence[str], references: Sequence[S
     Raises ValueError where a row has no reference or a metric is unknown.
     """
     if len(answers) != len(references) or not answers:
-        raise ValueError(f"{len(answers)} answers for {len(references)} rows; give one answer a "
-                         "row, and at least one")
+        raise ValueError(
+            f"{len(answers)} answers for {len(references)} rows; give one answer a "
+            "row, and at least one"
+        )
     for number, each in enumerate(references, 1):
         if not any(reference.strip() for reference in each):
-            raise ValueError(f"row {number} of {len(references)} has no reference to compare its "
-                             "answer with; add one, "
-                             "or leave the row out")
+            raise ValueError(
+                f"row {number} of {len(references)} has no reference to compare its "
+                "answer with; add one, "
+                "or leave the row out"
+            )
     languages = [language] * len(answers) if isinstance(language, str) else language
     scores = {}
     for name in names:
@@ -109,14 +122,24 @@ def baseline(task: Task, rows: Sequence[Row], language: str | None = None) -> tu
 def chance(rows: Sequence[Row], seed: int = 0) -> Score:
     """The accuracy of choosing blindly among each row's choices: the mean share of those that are
     right."""
-    return mean(np.array([len(set(row.references) & set(row.choices)) / len(row.choices) for row in rows]), seed)
+    return mean(
+        np.array([len(set(row.references) & set(row.choices)) / len(row.choices) for row in rows]),
+        seed,
+    )
 
 
 def squad_normalise(text: str, language: str) -> str:
     """Lower case, without punctuation, articles and surplus spaces (Rajpurkar 2016); of Chinese,
     without any space."""
-    text = "".join(" " * (language == "zh") if unicodedata.category(c).startswith("P") else c for c in text.lower())
-    return "".join(text.split()) if language == "zh" else " ".join(re.sub(r"\b(?:a|an|the)\b", " ", text).split())
+    text = "".join(
+        " " * (language == "zh") if unicodedata.category(c).startswith("P") else c
+        for c in text.lower()
+    )
+    return (
+        "".join(text.split())
+        if language == "zh"
+        else " ".join(re.sub(r"\b(?:a|an|the)\b", " ", text).split())
+    )
 
 
 def exact_match(answer: str, reference: str, language: str) -> float:
@@ -149,13 +172,27 @@ def _rows(name: str, answers, references, languages) -> np.ndarray:
     """The score of each row, in [0, 1]."""
     rows = zip(answers, references, languages, strict=True)
     if name.startswith("rouge"):
-        scorers = {language: _rouge(name, language, references, languages) for language in dict.fromkeys(languages)}
-        return np.array([scorers[language].score_multi(list(several), answer)[name].fmeasure
-                         for answer, several, language in rows])
-    score = {"accuracy": lambda answer, reference, _: float(answer == reference), "exact_match": exact_match,
-             "f1": token_f1}[name]
-    return np.array([max(score(answer, reference, language) for reference in several)
-                     for answer, several, language in rows])
+        scorers = {
+            language: _rouge(name, language, references, languages)
+            for language in dict.fromkeys(languages)
+        }
+        return np.array(
+            [
+                scorers[language].score_multi(list(several), answer)[name].fmeasure
+                for answer, several, language in rows
+            ]
+        )
+    score = {
+        "accuracy": lambda answer, reference, _: float(answer == reference),
+        "exact_match": exact_match,
+        "f1": token_f1,
+    }[name]
+    return np.array(
+        [
+            max(score(answer, reference, language) for reference in several)
+            for answer, several, language in rows
+        ]
+    )
 
 
 def _rouge(name: str, language: str, references, languages):
@@ -163,7 +200,12 @@ def _rouge(name: str, language: str, references, languages):
 
     if language == "zh":
         return RougeScorer([name], use_stemmer=True, tokenizer=_Characters())
-    texts = [text for several, each in zip(references, languages, strict=True) if each == language for text in several]
+    texts = [
+        text
+        for several, each in zip(references, languages, strict=True)
+        if each == language
+        for text in several
+    ]
     english = ascii_share(texts) >= _ENGLISH_SHARE
     return RougeScorer([name], use_stemmer=True, tokenizer=None if english else _AllScripts())
 
@@ -183,7 +225,11 @@ def _corpus(name: str, answers, references, languages, seed: int) -> Score:
     from sacrebleu.metrics import BLEU, CHRF
 
     # force: no warning about texts that look tokenized.
-    metric = CHRF() if name == "chrf" else BLEU(tokenize=_bleu_tokenizer(references, languages), force=True)
+    metric = (
+        CHRF()
+        if name == "chrf"
+        else BLEU(tokenize=_bleu_tokenizer(references, languages), force=True)
+    )
     most = max(map(len, references))
     # One list for the first reference of each row, one for the second ...; None where a row has no
     # more.
@@ -207,6 +253,8 @@ def _corpus(name: str, answers, references, languages, seed: int) -> Score:
 def _bleu_tokenizer(references, languages) -> str:
     if "zh" in languages:
         return "zh"
-    letters = [letter for several in references for text in several for letter in text if letter.isalpha()]
+    letters = [
+        letter for several in references for text in several for letter in text if letter.isalpha()
+    ]
     unspaced = sum(bool(UNSPACED.match(letter)) for letter in letters)
     return "char" if 2 * unspaced > len(letters) else "13a"

@@ -1,4 +1,5 @@
-"""Outside knowledge: the passages of a user's own texts that speak most about a question (BM25 by bm25s)."""
+"""Outside knowledge: the passages of a user's own texts that speak most about a question (BM25 by
+bm25s)."""
 
 import dataclasses
 import logging
@@ -16,8 +17,9 @@ from mtnlg_jax.tasks.text import WORDS, sentences
 
 @dataclasses.dataclass(frozen=True)
 class Passage:
-    """``text`` is [start, end), in characters, of the document ``source`` as `read_documents` reads it: with LF line
-    ends and without control characters. ``source``: the path below the folder, with :line in files of many."""
+    """``text`` is [start, end), in characters, of the document ``source`` as `read_documents` reads
+    it: with LF line ends and without control characters. ``source``: the path below the folder,
+        with :line in files of many."""
 
     text: str
     source: str
@@ -27,48 +29,64 @@ class Passage:
 
 
 class Retriever:
-    """Finds passages. Words are compared without case and accents kept; of Chinese, characters and pairs of them, so
-    that no dictionary is needed."""
+    """Finds passages. Words are compared without case and accents kept; of Chinese, characters and
+    pairs of them, so that no dictionary is needed."""
 
     def __init__(self, documents: Iterable[Document], size: int = 600):
-        """``size``: characters of a passage at most. Raises ValueError where the documents hold no text."""
+        """``size``: characters of a passage at most. Raises ValueError where the documents hold no
+        text."""
         with warnings.catch_warnings(action="ignore"):  # of its progress bars, which are not shown
             import bm25s
         logging.getLogger("bm25s").setLevel(logging.WARNING)  # it tells of every index
         if size < 1:
-            raise ValueError(f"passages of size={size} characters hold nothing; give 1 or more, such as 600")
+            raise ValueError(
+                f"passages of size={size} characters hold nothing; give 1 or more, such as 600"
+            )
         self.passages = [passage for document in documents for passage in split(document, size)]
         words = [_words(passage.text) for passage in self.passages]
         if not any(words):
-            raise ValueError("there is no text to look passages up in; give documents with words in them")
+            raise ValueError(
+                "there is no text to look passages up in; give documents with words in them"
+            )
         self._index = bm25s.BM25()
         self._index.index(words, show_progress=False)
 
     def best(self, query: str, count: int) -> list[Passage]:
-        """At most ``count`` passages, best first, that share a word with the query; ties in the texts' order."""
+        """At most ``count`` passages, best first, that share a word with the query; ties in the
+        texts' order."""
         words = _words(query)
         if not words:
             return []
         scores = self._index.get_scores(words)
         order = np.argsort(-scores, kind="stable")[:count]
-        return [dataclasses.replace(self.passages[i], score=float(scores[i])) for i in order if scores[i] > 0]
+        return [
+            dataclasses.replace(self.passages[i], score=float(scores[i]))
+            for i in order
+            if scores[i] > 0
+        ]
 
 
-def read_passages(path: str | os.PathLike, size: int = 600, text_key: str = "text",
-                  on_error: str = "raise") -> Retriever:
-    """A retriever over a file or a folder of whatever `read_documents` reads. Raises as that does, and ValueError
-    where there is no text."""
+def read_passages(
+    path: str | os.PathLike, size: int = 600, text_key: str = "text", on_error: str = "raise"
+) -> Retriever:
+    """A retriever over a file or a folder of whatever `read_documents` reads. Raises as that does,
+    and ValueError where there is no text."""
     documents = list(read_documents(path, text_key, on_error))
     if not documents:
-        raise ValueError(f"{path} holds no text to look passages up in; put any of {READABLE} there")
+        raise ValueError(
+            f"{path} holds no text to look passages up in; put any of {READABLE} there"
+        )
     return Retriever(documents, size)
 
 
 def split(document: Document, size: int) -> list[Passage]:
-    """Whole sentences, as many as fit into ``size`` characters; a longer sentence is broken at spaces where it has
-    some. No passage begins or ends with white space; together they hold every other character once."""
+    """Whole sentences, as many as fit into ``size`` characters; a longer sentence is broken at
+    spaces where it has some. No passage begins or ends with white space; together they hold every
+    other character once."""
     pieces = [piece for sentence in sentences(document.text) for piece in _broken(sentence, size)]
-    spans, start, end = [], 0, 0
+    spans = []
+    start = 0
+    end = 0
     for piece in pieces:
         # White space at the end is not shown, and does not count.
         if end > start and end - start + len(piece.rstrip()) > size:
@@ -99,5 +117,9 @@ def _passage(document: Document, start: int, end: int) -> Passage:
 def _words(text: str) -> list[str]:
     words = WORDS.findall(unicodedata.normalize("NFKC", text).casefold())
     chinese = re.compile("[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
-    pairs = [a + b for a, b in zip(words, words[1:], strict=False) if chinese.match(a) and chinese.match(b)]
+    pairs = [
+        a + b
+        for a, b in zip(words, words[1:], strict=False)
+        if chinese.match(a) and chinese.match(b)
+    ]
     return words + pairs

@@ -35,56 +35,82 @@ class Row:
 @dataclass(frozen=True)
 class Prompt:
     text: str
-    candidates: tuple[tuple[str, str], ...]  # (label or choice, the text behind the prompt); empty: to be written
+    candidates: tuple[
+        tuple[str, str], ...
+    ]  # (label or choice, the text behind the prompt); empty: to be written
     examples: int  # shown, the last of those given
     passages: tuple[Passage, ...]  # shown, in order: the first is [1]
     shortened: bool  # part of the input was left out
     context_shortened: bool  # part of the row's own context was left out
     neutral: str  # the same without the input, for rankings by pmi
     language: str  # of the answer
-    texts: tuple[str, ...] = ()  # of each candidate, where a blank makes them differ; else ``text`` is that of all
+    texts: tuple[
+        str, ...
+    ] = ()  # of each candidate, where a blank makes them differ; else ``text`` is that of all
 
 
 def template_of(task: Task, text: str, language: str | None = None) -> tuple[str, Template]:
     """The language of a text, given or seen, and the task's template for it."""
     chosen = language or language_of(text)
     if chosen not in task.templates:
-        raise ValueError(f"language={chosen!r} has no template in task {task.name!r}; choose from "
-                         f"{', '.join(task.templates)}, or add one with a templates file")
+        raise ValueError(
+            f"language={chosen!r} has no template in task {task.name!r}; choose from "
+            f"{', '.join(task.templates)}, or add one with a templates file"
+        )
     return chosen, task.templates[chosen]
 
 
-def render(task: Task, template: Template, row: Row, passages: Sequence[Passage] = (), text: str | None = None) -> str:
+def render(
+    task: Task,
+    template: Template,
+    row: Row,
+    passages: Sequence[Passage] = (),
+    text: str | None = None,
+) -> str:
     """The prompt of one row, without instruction; ``text`` in place of its input."""
-    shown = "".join(fill_in(template.passage, number=str(number), text=normalise(passage.text))
-                    for number, passage in enumerate(passages, 1))
+    shown = "".join(
+        fill_in(template.passage, number=str(number), text=normalise(passage.text))
+        for number, passage in enumerate(passages, 1)
+    )
     choices = ""
     if "{choices}" in template.prompt:
-        choices = "".join(fill_in(template.choice, letter=letter, text=normalise(choice))
-                          for letter, choice in zip(_letters(row), row.choices, strict=True))
-    return fill_in(template.prompt, input=_input(task, row) if text is None else text, passages=shown, choices=choices)
+        choices = "".join(
+            fill_in(template.choice, letter=letter, text=normalise(choice))
+            for letter, choice in zip(_letters(row), row.choices, strict=True)
+        )
+    return fill_in(
+        template.prompt,
+        input=_input(task, row) if text is None else text,
+        passages=shown,
+        choices=choices,
+    )
 
 
 def answer_of(task: Task, template: Template, row: Row) -> str:
     """What a model should write behind the prompt of a row, from its first reference: of a label,
     its word."""
     if not row.references or not row.references[0].strip():
-        raise ValueError(f"the row with input {row.input[:40]!r} has no reference; give it a right "
-                         "answer")
+        raise ValueError(
+            f"the row with input {row.input[:40]!r} has no reference; give it a right answer"
+        )
     answer = row.references[0]
     words = dict(template.labels)
     if words and not row.choices:
         if answer not in words:
-            raise ValueError(f"reference {answer[:40]!r} is none of the labels {', '.join(words)}; "
-                             "name what stands "
-                             "for which, as in "
-                             f"--labels={answer.split()[0][:20]}={next(iter(words))}")
+            raise ValueError(
+                f"reference {answer[:40]!r} is none of the labels {', '.join(words)}; "
+                "name what stands "
+                "for which, as in "
+                f"--labels={answer.split()[0][:20]}={next(iter(words))}"
+            )
         return fill_in(template.answer, answer=words[answer])
     if row.choices:
         if answer not in row.choices:
-            raise ValueError(f"reference {answer[:40]!r} is none of the {len(row.choices)} choices "
-                             "of the row with "
-                             f"input {row.input[:40]!r}; give it as it stands there")
+            raise ValueError(
+                f"reference {answer[:40]!r} is none of the {len(row.choices)} choices "
+                "of the row with "
+                f"input {row.input[:40]!r}; give it as it stands there"
+            )
         return dict(candidates_of(task, template, row))[answer]
     return fill_in(template.answer, answer=answer.rstrip() if task.joined else normalise(answer))
 
@@ -94,7 +120,9 @@ def candidates_of(task: Task, template: Template, row: Row) -> tuple[tuple[str, 
     lists with letters the letter stands behind it, unless the template says otherwise. Where the
     answer goes on from the input, a choice gets the space that it lacks."""
     if not row.choices:
-        return tuple((label, fill_in(template.answer, answer=word)) for label, word in template.labels)
+        return tuple(
+            (label, fill_in(template.answer, answer=word)) for label, word in template.labels
+        )
     check_choices(list(row.choices))
     if "{choices}" in template.prompt and template.chosen_by == "letter":
         words = _letters(row)
@@ -102,24 +130,35 @@ def candidates_of(task: Task, template: Template, row: Row) -> tuple[tuple[str, 
         words = [seam(row.input, choice) + choice.rstrip() for choice in row.choices]
     else:
         words = [normalise(choice) for choice in row.choices]
-    return tuple((choice, fill_in(template.answer, answer=word))
-                 for choice, word in zip(row.choices, words, strict=True))
+    return tuple(
+        (choice, fill_in(template.answer, answer=word))
+        for choice, word in zip(row.choices, words, strict=True)
+    )
 
 
 def seam(text: str, behind: str) -> str:
-    """" " where two texts need a space between them, else ""."""
+    """ " " where two texts need a space between them, else ""."""
     last = text[-1:]
     first = behind[:1]
-    if not last or not first or last.isspace() or first.isspace() or UNSPACED.match(last) or UNSPACED.match(first):
+    if (
+        not last
+        or not first
+        or last.isspace()
+        or first.isspace()
+        or UNSPACED.match(last)
+        or UNSPACED.match(first)
+    ):
         return ""
     return " " if first.isalnum() or first in "\"'“‘([{$#@&" else ""
 
 
 def _letters(row: Row) -> list[str]:
     if len(row.choices) > len(string.ascii_uppercase):
-        raise ValueError(f"the row with input {row.input[:40]!r} has {len(row.choices)} choices, "
-                         "and there are 26 "
-                         "letters for {choices}; use a template without them")
+        raise ValueError(
+            f"the row with input {row.input[:40]!r} has {len(row.choices)} choices, "
+            "and there are 26 "
+            "letters for {choices}; use a template without them"
+        )
     return list(string.ascii_uppercase[: len(row.choices)])
 
 
@@ -129,8 +168,9 @@ def split_last_word(row: Row) -> Row:
         return row
     parts = row.input.rstrip().rsplit(None, 1)
     if len(parts) < 2:
-        raise ValueError(f"the input {row.input[:40]!r} has no last word behind others; give it a "
-                         "reference")
+        raise ValueError(
+            f"the input {row.input[:40]!r} has no last word behind others; give it a reference"
+        )
     return dataclasses.replace(row, input=parts[0], references=(parts[1],))
 
 
@@ -144,7 +184,9 @@ class Examples:
             self._by_language[template_of(task, row.input, language)[0]].append(row)
         self._copies = collections.Counter(_folded(row.input) for row in rows)
 
-    def of(self, row: Row, language: str, shots: int | None = None, seed: int | None = None) -> list[Row]:
+    def of(
+        self, row: Row, language: str, shots: int | None = None, seed: int | None = None
+    ) -> list[Row]:
         """Those of the row's language: the first ``shots``, in their order, or as many drawn by
         ``seed`` and the row's input, the same for it whatever else is evaluated; all where
         ``shots`` is None."""
@@ -177,8 +219,17 @@ def _folded(text: str) -> str:
     return normalise(text).casefold()
 
 
-def compose(task: Task, row: Row, tokenizer, context: int, *, language: str | None = None,
-            examples: Sequence[Row] = (), passages: Sequence[Passage] = (), reserve: int | None = None) -> Prompt:
+def compose(
+    task: Task,
+    row: Row,
+    tokenizer,
+    context: int,
+    *,
+    language: str | None = None,
+    examples: Sequence[Row] = (),
+    passages: Sequence[Passage] = (),
+    reserve: int | None = None,
+) -> Prompt:
     """The prompt of a row: instruction, examples in their order, passages, input.
 
     Args:
@@ -195,8 +246,9 @@ def compose(task: Task, row: Row, tokenizer, context: int, *, language: str | No
     from mtnlg_jax.decode.results import encode_prompt
 
     if not row.input.strip():
-        raise ValueError(f"the input of task {task.name!r} is empty; give a text, as with "
-                         "--input=FILE")
+        raise ValueError(
+            f"the input of task {task.name!r} is empty; give a text, as with --input=FILE"
+        )
     seen, template = template_of(task, row.input, language)
     if row.context or passages:
         check_passages(task, template)
@@ -215,7 +267,11 @@ def compose(task: Task, row: Row, tokenizer, context: int, *, language: str | No
 
     def length(prompt: str) -> int:
         # 1 more where a tokenizer has no <bos> before texts: a ranking may put one there.
-        tokens = max(len(encode_prompt(tokenizer, prompt + ending)) for ending in endings) + 1 - tokenizer.prompt_bos
+        tokens = (
+            max(len(encode_prompt(tokenizer, prompt + ending)) for ending in endings)
+            + 1
+            - tokenizer.prompt_bos
+        )
         return tokens if candidates else tokens + reserve
 
     def build(text, passages, examples):
@@ -235,16 +291,32 @@ def compose(task: Task, row: Row, tokenizer, context: int, *, language: str | No
     for passage in wanted:
         if fits(text, _ordered([*taken, passage], own), shown):
             taken = _ordered([*taken, passage], own)
-        elif not taken and (part := cut(passage.text, "start", lambda part, passage=passage: fits(
-                text, [dataclasses.replace(passage, text=part)], shown))):
+        elif not taken and (
+            part := cut(
+                passage.text,
+                "start",
+                lambda part, passage=passage: fits(
+                    text, [dataclasses.replace(passage, text=part)], shown
+                ),
+            )
+        ):
             taken.append(dataclasses.replace(passage, text=part, end=passage.start + len(part)))
             own = [taken[0] if each is passage else each for each in own]
     prompt = build(text, taken, shown)
     context_shortened = bool(row.context.strip()) and not any(
-        each.source == "context" and each.text == row.context for each in taken)
-    return Prompt(prompt, candidates, len(shown), tuple(taken), text != whole, context_shortened,
-                  build("", (), shown), template.answer_language or seen,
-                  tuple(prompt + fill for fill in filled))
+        each.source == "context" and each.text == row.context for each in taken
+    )
+    return Prompt(
+        prompt,
+        candidates,
+        len(shown),
+        tuple(taken),
+        text != whole,
+        context_shortened,
+        build("", (), shown),
+        template.answer_language or seen,
+        tuple(prompt + fill for fill in filled),
+    )
 
 
 def _most(examples: list[Row], fits: Callable[[list[Row]], bool]) -> list[Row]:
@@ -255,7 +327,9 @@ def _most(examples: list[Row], fits: Callable[[list[Row]], bool]) -> list[Row]:
     high = len(examples) - 1
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(examples[len(examples) - middle :]) else (low, middle - 1)
+        low, high = (
+            (middle, high) if fits(examples[len(examples) - middle :]) else (low, middle - 1)
+        )
     return examples[len(examples) - low :]
 
 
@@ -279,14 +353,22 @@ def _around(row: Row, text: str) -> tuple[str, str]:
     """The input before and behind its blank, which may be drawn by several marks in a row."""
     parts = re.split(f"(?:{re.escape(row.blank)})+", text)
     if len(parts) != 2 or not parts[1].strip():
-        raise ValueError(f"the input {row.input[:40]!r} has {len(parts) - 1} blanks {row.blank!r} "
-                         "with text behind "
-                         "the last; it needs one, and a text behind it, which is what is scored")
+        raise ValueError(
+            f"the input {row.input[:40]!r} has {len(parts) - 1} blanks {row.blank!r} "
+            "with text behind "
+            "the last; it needs one, and a text behind it, which is what is scored"
+        )
     return parts[0], parts[1].rstrip()
 
 
-def pairs(task: Task, rows: Sequence[Row], *, language: str | None = None, tokenizer=None,
-          context: int | None = None) -> list[dict[str, str]]:
+def pairs(
+    task: Task,
+    rows: Sequence[Row],
+    *,
+    language: str | None = None,
+    tokenizer=None,
+    context: int | None = None,
+) -> list[dict[str, str]]:
     """{"prompt": ..., "answer": ...} of each row, as the task will ask it without examples: what a
     model is fine-tuned on. With a tokenizer and the model's context, inputs are shortened to it as
     they will be then. The answer has its own leading space, so `launch/prepare_data.py` takes it as
@@ -310,7 +392,9 @@ def pairs(task: Task, rows: Sequence[Row], *, language: str | None = None, token
                 prompt = template.instruction + render(task, template, row, given)
             else:
                 room = max(_reserve(task, context), len(tokenizer.encode(answer)) + 1)
-                prompt = compose(task, row, tokenizer, context, language=language, reserve=room).text
+                prompt = compose(
+                    task, row, tokenizer, context, language=language, reserve=room
+                ).text
         except ValueError as error:
             raise ValueError(f"row {number}: {error}") from None
         made.append({"prompt": prompt, "answer": answer})
@@ -319,18 +403,27 @@ def pairs(task: Task, rows: Sequence[Row], *, language: str | None = None, token
 
 def check_passages(task: Task, template: Template) -> None:
     if "{passages}" not in template.prompt:
-        raise ValueError(f"task {task.name!r} takes no passages, as its prompt {template.prompt!r} "
-                         "has no place for "
-                         "them; leave them out, or write {passages} there in a templates file")
+        raise ValueError(
+            f"task {task.name!r} takes no passages, as its prompt {template.prompt!r} "
+            "has no place for "
+            "them; leave them out, or write {passages} there in a templates file"
+        )
 
 
 def check_task(task: Task, template: Template, tokenizer) -> None:
     """Raises ValueError where the tokenizer has no tokens for what the template says."""
     # The fixed words one by one, so that the one to change is named.
-    named = {"instruction": template.instruction, "prompt": template.prompt, "passage": template.passage}
+    named = {
+        "instruction": template.instruction,
+        "prompt": template.prompt,
+        "passage": template.passage,
+    }
     if "{choices}" in template.prompt:
         named["choice"] = template.choice
-    words = {f"the word of label {label!r}": fill_in(template.answer, answer=word) for label, word in template.labels}
+    words = {
+        f"the word of label {label!r}": fill_in(template.answer, answer=word)
+        for label, word in template.labels
+    }
     tokens = {}
     for what, text in ({name: _fixed(text) for name, text in named.items()} | words).items():
         if not text.strip():
@@ -338,16 +431,20 @@ def check_task(task: Task, template: Template, tokenizer) -> None:
         ids = tuple(tokenizer.encode(text))
         if not ids or tokenizer.is_special[list(ids)].any() or "\ufffd" in tokenizer.decode(ids):
             told = tokenizer.decode(ids, skip_special=False)
-            raise ValueError(f"task {task.name!r}: {what}, {text!r}, is {told!r} to this run's "
-                             "tokenizer, which lacks "
-                             "tokens for it; write it otherwise in a templates file, or take a run "
-                             "that knows "
-                             f"{LANGUAGES[language_of(text)]}")
+            raise ValueError(
+                f"task {task.name!r}: {what}, {text!r}, is {told!r} to this run's "
+                "tokenizer, which lacks "
+                "tokens for it; write it otherwise in a templates file, or take a run "
+                "that knows "
+                f"{LANGUAGES[language_of(text)]}"
+            )
         if what in words:
             if ids in tokens:
-                raise ValueError(f"task {task.name!r}: {what} and {tokens[ids]} have the same "
-                                 "tokens in this run's "
-                                 "tokenizer; write one of them otherwise in a templates file")
+                raise ValueError(
+                    f"task {task.name!r}: {what} and {tokens[ids]} have the same "
+                    "tokens in this run's "
+                    "tokenizer; write one of them otherwise in a templates file"
+                )
             tokens[ids] = what
 
 
@@ -365,7 +462,9 @@ def _example(task: Task, template: Template, row: Row) -> str:
         before, behind = _around(row, _input(task, row))
         text = _filled(before, row.references[0]) + behind
         return render(task, template, row, passages, text) + template.separator
-    return render(task, template, row, passages) + answer_of(task, template, row) + template.separator
+    return (
+        render(task, template, row, passages) + answer_of(task, template, row) + template.separator
+    )
 
 
 def _reserve(task: Task, context: int) -> int:
@@ -385,16 +484,22 @@ def _given(row: Row, fits: Callable[[Passage], bool]) -> list[Passage]:
 
 
 def _shortened(task: Task, row: Row, text: str, fits, length: int, context: int) -> str:
-    what = (f"the input {row.input[:40]!r} takes {length} tokens with its prompt and room for the "
-            "answer, and the "
-            f"model's context holds {context}")
+    what = (
+        f"the input {row.input[:40]!r} takes {length} tokens with its prompt and room for the "
+        "answer, and the "
+        f"model's context holds {context}"
+    )
     if not task.keep:
-        raise ValueError(f"{what}; task {task.name!r} needs all of it: give it in parts, such as "
-                         "its sentences, or use "
-                         "a model with more positions")
+        raise ValueError(
+            f"{what}; task {task.name!r} needs all of it: give it in parts, such as "
+            "its sentences, or use "
+            "a model with more positions"
+        )
     text = cut(text, task.keep, fits)
     if not text:
-        raise ValueError(f"{what}, where not a word of it would fit; use a shorter template, or a "
-                         "model with more "
-                         "positions")
+        raise ValueError(
+            f"{what}, where not a word of it would fit; use a shorter template, or a "
+            "model with more "
+            "positions"
+        )
     return text

@@ -16,19 +16,42 @@ from mtnlg_jax.decode.scorers import ScorerOptions
 from mtnlg_jax.decode.scoring import score_rows
 from mtnlg_jax.tasks.answers import NORMALISATIONS, Answer, Choice, length_of
 from mtnlg_jax.tasks.passages import Retriever
-from mtnlg_jax.tasks.prompts import Examples, Prompt, Row, check_passages, check_task, compose, seam, template_of
+from mtnlg_jax.tasks.prompts import (
+    Examples,
+    Prompt,
+    Row,
+    check_passages,
+    check_task,
+    compose,
+    seam,
+    template_of,
+)
 from mtnlg_jax.tasks.templates import Task
 from mtnlg_jax.tasks.text import clean, normalise
 
 SCORERS = ("logprob", "pmi", "pseudo_log_likelihood")
 
 
-def perform(decoder: Decoder, tokenizer, task: Task, rows: Sequence[Row | str], *, language: str | None = None,
-            examples: Sequence[Row | tuple[str, str]] = (), shots: int | None = None, seed: int | None = None,
-            retriever: Retriever | None = None, passages: int = 3, decode: DecodeConfig | None = None,
-            scorer: str = "logprob", normalise: str | None = None, last_word: bool = False,
-            stages: Sequence[StageConfig] | None = None, batch: int = 8,
-            on_answer: Callable[[int, Answer], None] = lambda index, answer: None) -> list[Answer]:
+def perform(
+    decoder: Decoder,
+    tokenizer,
+    task: Task,
+    rows: Sequence[Row | str],
+    *,
+    language: str | None = None,
+    examples: Sequence[Row | tuple[str, str]] = (),
+    shots: int | None = None,
+    seed: int | None = None,
+    retriever: Retriever | None = None,
+    passages: int = 3,
+    decode: DecodeConfig | None = None,
+    scorer: str = "logprob",
+    normalise: str | None = None,
+    last_word: bool = False,
+    stages: Sequence[StageConfig] | None = None,
+    batch: int = 8,
+    on_answer: Callable[[int, Answer], None] = lambda index, answer: None,
+) -> list[Answer]:
     """The answer of each row. Labels and choices are ranked, all else is written.
 
     Args:
@@ -61,21 +84,28 @@ def perform(decoder: Decoder, tokenizer, task: Task, rows: Sequence[Row | str], 
     if scorer not in SCORERS:
         raise ValueError(f"scorer {scorer!r} is not known; choose from {', '.join(SCORERS)}")
     if normalise not in (None, *NORMALISATIONS):
-        raise ValueError(f"normalise={normalise!r} is not known; choose from "
-                         f"{', '.join(NORMALISATIONS)}")
+        raise ValueError(
+            f"normalise={normalise!r} is not known; choose from {', '.join(NORMALISATIONS)}"
+        )
     if last_word and not task.joined:
-        raise ValueError(f"the last word is asked of a text that goes on, and task {task.name!r} "
-                         "asks otherwise; take "
-                         "task 'continue'")
+        raise ValueError(
+            f"the last word is asked of a text that goes on, and task {task.name!r} "
+            "asks otherwise; take "
+            "task 'continue'"
+        )
     if batch < 1 or passages < 1:
         raise ValueError(f"batch={batch} and passages={passages}: give 1 or more of both")
     validate_decode(decode)
     check_tokens(decode, decoder.config.vocab_size)
     if decode.num_return_sequences != 1:
-        raise ValueError(f"num_return_sequences={decode.num_return_sequences}, but a task gives "
-                         "one answer; set it to "
-                         "1, or use launch/generate.py")
-    task_here, asked, checked = dataclasses.replace(task, decode=decode), [], set()
+        raise ValueError(
+            f"num_return_sequences={decode.num_return_sequences}, but a task gives "
+            "one answer; set it to "
+            "1, or use launch/generate.py"
+        )
+    task_here = dataclasses.replace(task, decode=decode)
+    asked = []
+    checked = set()
     for number, row in enumerate(rows, 1):
         try:
             chosen, template = template_of(task, row.input, language)
@@ -88,22 +118,38 @@ def perform(decoder: Decoder, tokenizer, task: Task, rows: Sequence[Row | str], 
             reserve = None
             if last_word:
                 if row.choices or not row.references:
-                    raise ValueError(f"the row with input {row.input[:40]!r} has "
-                                     f"{'choices' * bool(row.choices)}"
-                                     f"{'no reference' * (not row.choices)}; a last word is "
-                                     "compared with a reference")
+                    raise ValueError(
+                        f"the row with input {row.input[:40]!r} has "
+                        f"{'choices' * bool(row.choices)}"
+                        f"{'no reference' * (not row.choices)}; a last word is "
+                        "compared with a reference"
+                    )
                 reserve = len(tokenizer.encode(_target(row))) + 1
-            asked.append(compose(task_here, row, tokenizer, decoder.context, language=language,
-                                 examples=pool.of(row, chosen, shots, seed), passages=found, reserve=reserve))
+            asked.append(
+                compose(
+                    task_here,
+                    row,
+                    tokenizer,
+                    decoder.context,
+                    language=language,
+                    examples=pool.of(row, chosen, shots, seed),
+                    passages=found,
+                    reserve=reserve,
+                )
+            )
         except ValueError as error:
-            raise ValueError(f"row {number} of {len(rows)}: {error}" if len(rows) > 1 else str(error)) from None
+            raise ValueError(
+                f"row {number} of {len(rows)}: {error}" if len(rows) > 1 else str(error)
+            ) from None
     if not any(prompt.candidates for prompt in asked) and (normalise or scorer != "logprob"):
         what = f"normalise={normalise}" if normalise else f"scorer={scorer}"
         raise ValueError(f"{what} ranks labels and choices, and these rows have none; leave it out")
     if any(prompt.texts for prompt in asked) and scorer != "logprob":
-        raise ValueError(f"scorer={scorer} compares what fills a blank, and it is the text behind "
-                         "it that is scored; "
-                         "take scorer=logprob, or leave the blank out")
+        raise ValueError(
+            f"scorer={scorer} compares what fills a blank, and it is the text behind "
+            "it that is scored; "
+            "take scorer=logprob, or leave the blank out"
+        )
     answers: list[Answer | None] = [None] * len(rows)
 
     def give(index, answer):
@@ -117,11 +163,25 @@ def perform(decoder: Decoder, tokenizer, task: Task, rows: Sequence[Row | str], 
         if prompt.candidates:
             give(index, _choose(decoder, tokenizer, row, prompt, scorer, normalise, stages))
     # Prompts of like lengths together: a batch costs as much as its longest.
-    written = sorted((i for i, prompt in enumerate(asked) if not prompt.candidates), key=lambda i: len(asked[i].text))
+    written = sorted(
+        (i for i, prompt in enumerate(asked) if not prompt.candidates),
+        key=lambda i: len(asked[i].text),
+    )
     for start in range(0, len(written), batch):
         group = written[start : start + batch]
-        for index, answer in zip(group, _write(decoder, tokenizer, task, [rows[i] for i in group],
-                                               [asked[i] for i in group], decode, language), strict=True):
+        for index, answer in zip(
+            group,
+            _write(
+                decoder,
+                tokenizer,
+                task,
+                [rows[i] for i in group],
+                [asked[i] for i in group],
+                decode,
+                language,
+            ),
+            strict=True,
+        ):
             give(index, answer)
     return answers
 
@@ -131,22 +191,50 @@ def _row(row) -> Row:
         return row
     if isinstance(row, str):
         return Row(row)
-    if isinstance(row, tuple | list) and len(row) == 2 and all(isinstance(part, str) for part in row):
+    if (
+        isinstance(row, tuple | list)
+        and len(row) == 2
+        and all(isinstance(part, str) for part in row)
+    ):
         return Row(row[0], (row[1],))
-    raise ValueError(f"{str(row)[:60]!r} is no row; give a text, a Row, or for an example (input, "
-                     "answer)")
+    raise ValueError(
+        f"{str(row)[:60]!r} is no row; give a text, a Row, or for an example (input, answer)"
+    )
 
 
-def _choose(decoder, tokenizer, row: Row, prompt: Prompt, scorer: str, normalisation: str | None, stages) -> Answer:
+def _choose(
+    decoder, tokenizer, row: Row, prompt: Prompt, scorer: str, normalisation: str | None, stages
+) -> Answer:
     labels, texts = zip(*prompt.candidates, strict=True)
     if prompt.texts:
         # Each choice has a prompt of its own, and all score the same text.
-        ranked = [(i, rank(decoder, tokenizer, before, [behind], scorers=scorer, stages=stages, normalise="sum")[0])
-                  for i, (before, behind) in enumerate(zip(prompt.texts, texts, strict=True))]
+        ranked = [
+            (
+                i,
+                rank(
+                    decoder,
+                    tokenizer,
+                    before,
+                    [behind],
+                    scorers=scorer,
+                    stages=stages,
+                    normalise="sum",
+                )[0],
+            )
+            for i, (before, behind) in enumerate(zip(prompt.texts, texts, strict=True))
+        ]
     else:
         options = ScorerOptions(neutral=prompt.neutral) if scorer == "pmi" else None
-        ranking = rank(decoder, tokenizer, prompt.text, texts, scorers=scorer, options=options, stages=stages,
-                       normalise="sum")
+        ranking = rank(
+            decoder,
+            tokenizer,
+            prompt.text,
+            texts,
+            scorers=scorer,
+            options=options,
+            stages=stages,
+            normalise="sum",
+        )
         ranked = sorted(((each.index, each) for each in ranking), key=lambda pair: pair[0])
     normalisation = normalisation or ("per_byte" if row.choices and not prompt.texts else "sum")
     scores = np.array([each.score / length_of(normalisation, each.scored) for _, each in ranked])
@@ -156,12 +244,23 @@ def _choose(decoder, tokenizer, row: Row, prompt: Prompt, scorer: str, normalisa
     choices = []
     for i in np.argsort(-scores, kind="stable").tolist():
         index, each = ranked[i]
-        choices.append(Choice(labels[index], each.scored, float(scores[i]), each.sum,
-                              float(probabilities[i])))
+        choices.append(
+            Choice(labels[index], each.scored, float(scores[i]), each.sum, float(probabilities[i]))
+        )
     best = labels.index(choices[0].label)
-    return Answer(choices[0].label, texts[best], prompt.language, "ranked", tuple(choices), prompt.passages,
-                  prompt.examples, prompt.shortened, prompt.context_shortened,
-                  prompt.texts[best] if prompt.texts else prompt.text, f"{scorer} {normalisation}")
+    return Answer(
+        choices[0].label,
+        texts[best],
+        prompt.language,
+        "ranked",
+        tuple(choices),
+        prompt.passages,
+        prompt.examples,
+        prompt.shortened,
+        prompt.context_shortened,
+        prompt.texts[best] if prompt.texts else prompt.text,
+        f"{scorer} {normalisation}",
+    )
 
 
 def _target(row: Row) -> str:
@@ -170,11 +269,18 @@ def _target(row: Row) -> str:
     return seam(row.input.rstrip(), reference) + reference
 
 
-def _last_words(decoder, tokenizer, rows: Sequence[Row], prompts: Sequence[Prompt], batch: int, give) -> None:
-    whole = [encode_prompt(tokenizer, prompt.text + _target(row)) for row, prompt in zip(rows, prompts, strict=True)]
+def _last_words(
+    decoder, tokenizer, rows: Sequence[Row], prompts: Sequence[Prompt], batch: int, give
+) -> None:
+    whole = [
+        encode_prompt(tokenizer, prompt.text + _target(row))
+        for row, prompt in zip(rows, prompts, strict=True)
+    ]
     # Behind the tokens that are those of the prompt alone.
-    starts = [max(1, _common(encode_prompt(tokenizer, prompt.text), tokens))
-              for prompt, tokens in zip(prompts, whole, strict=True)]
+    starts = [
+        max(1, _common(encode_prompt(tokenizer, prompt.text), tokens))
+        for prompt, tokens in zip(prompts, whole, strict=True)
+    ]
     sums = [float(np.sum(each, dtype=np.float64)) for each in score_rows(decoder, whole, starts)]
     order = sorted(range(len(rows)), key=lambda i: len(whole[i]))
     for first in range(0, len(order), batch):
@@ -185,40 +291,81 @@ def _last_words(decoder, tokenizer, rows: Sequence[Row], prompts: Sequence[Promp
             right = result.text.strip() == _target(rows[i]).strip()
             text = rows[i].references[0] if right else normalise(result.text)
             prompt = prompts[i]
-            give(i, Answer(text, result.text, prompt.language, "last word", (), prompt.passages, prompt.examples,
-                           prompt.shortened, prompt.context_shortened, prompt.text, log_prob=sums[i]))
+            give(
+                i,
+                Answer(
+                    text,
+                    result.text,
+                    prompt.language,
+                    "last word",
+                    (),
+                    prompt.passages,
+                    prompt.examples,
+                    prompt.shortened,
+                    prompt.context_shortened,
+                    prompt.text,
+                    log_prob=sums[i],
+                ),
+            )
 
 
 def _common(first, second) -> int:
     """How many tokens both begin with alike."""
-    return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b),
-                min(len(first), len(second)))
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b),
+        min(len(first), len(second)),
+    )
 
 
-def _write(decoder, tokenizer, task: Task, rows, prompts: Sequence[Prompt], decode: DecodeConfig,
-           language) -> list[Answer]:
-    configs, stops = [], []
+def _write(
+    decoder, tokenizer, task: Task, rows, prompts: Sequence[Prompt], decode: DecodeConfig, language
+) -> list[Answer]:
+    configs = []
+    stops = []
     for row, prompt in zip(rows, prompts, strict=True):
         template = template_of(task, row.input, language)[1]
         # Beams know no strings while they are chosen, but every token that may begin one ends them.
-        stop = ({"eos_token_id": _ends(decoder, tokenizer, decode, template.stops)} if decode.num_beams > 1 else
-                {"stop_strings": tuple(dict.fromkeys([*decode.stop_strings, *template.stops]))})
+        stop = (
+            {"eos_token_id": _ends(decoder, tokenizer, decode, template.stops)}
+            if decode.num_beams > 1
+            else {"stop_strings": tuple(dict.fromkeys([*decode.stop_strings, *template.stops]))}
+        )
         left = decoder.context - len(encode_prompt(tokenizer, prompt.text))
         longest = min(decode.max_new_tokens, left)
         stops.append(template.stops)
-        configs.append(dataclasses.replace(
-            decode, max_new_tokens=longest, min_new_tokens=min(decode.min_new_tokens, longest), **stop))
+        configs.append(
+            dataclasses.replace(
+                decode,
+                max_new_tokens=longest,
+                min_new_tokens=min(decode.min_new_tokens, longest),
+                **stop,
+            )
+        )
     results = generate(decoder, tokenizer, [prompt.text for prompt in prompts], configs)
-    return [Answer(clean(result.text, prompt.language, stop, task.joined), result.text, prompt.language,
-                   result.finish_reason, (), prompt.passages, prompt.examples, prompt.shortened,
-                   prompt.context_shortened, prompt.text)
-            for result, prompt, stop in zip(results, prompts, stops, strict=True)]
+    return [
+        Answer(
+            clean(result.text, prompt.language, stop, task.joined),
+            result.text,
+            prompt.language,
+            result.finish_reason,
+            (),
+            prompt.passages,
+            prompt.examples,
+            prompt.shortened,
+            prompt.context_shortened,
+            prompt.text,
+        )
+        for result, prompt, stop in zip(results, prompts, stops, strict=True)
+    ]
 
 
 def _ends(decoder, tokenizer, decode: DecodeConfig, stops: Sequence[str]) -> tuple[int, ...]:
     """The ids that end a beam: its ends, and for stops of one character all tokens that begin with
     one. Longer stops are cut off when the text is known."""
     begins = tuple(stop.encode() for stop in stops if len(stop) == 1)
-    tokens = [token for token in range(min(tokenizer.vocab_size, decoder.config.vocab_size))
-              if begins and tokenizer.token_bytes(token).startswith(begins)]
+    tokens = [
+        token
+        for token in range(min(tokenizer.vocab_size, decoder.config.vocab_size))
+        if begins and tokenizer.token_bytes(token).startswith(begins)
+    ]
     return tuple(dict.fromkeys([*(decode.eos_token_id or (tokenizer.eos_id,)), *tokens]))

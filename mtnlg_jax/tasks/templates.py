@@ -16,21 +16,27 @@ LANGUAGES = {"en": "English", "zh": "Chinese"}
 
 @dataclass(frozen=True)
 class Template:
-    """The words around an input. ``{input}`` and the other keys below stand for texts, any other brace for itself.
+    """The words around an input. ``{input}`` and the other keys below stand for texts, any other
+    brace for itself.
 
-    A prompt is instruction, examples (prompt and answer, a separator behind each), and the prompt of the input.
+    A prompt is instruction, examples (prompt and answer, a separator behind each), and the prompt
+    of the input.
     """
 
-    # With {input}, with {passages} where there may be some, and {choices} where they are listed before they are chosen
-    # from; ends where the answer begins.
+    # With {input}, with {passages} where there may be some, and {choices} where they are listed
+    # before they are chosen from; ends where the answer begins.
     prompt: str
     answer: str = " {answer}"  # with its leading space, which belongs to the answer's first token
     instruction: str = ""
     passage: str = ""  # one of {passages}: {number} and {text}
     separator: str = "\n\n"
-    labels: tuple[tuple[str, str], ...] = ()  # (label, the {answer} that stands for it); empty: the answer is written
+    labels: tuple[
+        tuple[str, str], ...
+    ] = ()  # (label, the {answer} that stands for it); empty: the answer is written
     choice: str = "{letter}. {text}\n"  # one of {choices}
-    chosen_by: str = "letter"  # the {answer} of one of {choices}: its "letter" (MMLU) or its "text" (cloze)
+    chosen_by: str = (
+        "letter"  # the {answer} of one of {choices}: its "letter" (MMLU) or its "text" (cloze)
+    )
     stops: tuple[str, ...] = ("\n",)  # where a written answer ends; the end token always ends it
     answer_language: str = ""  # empty: that of the input
 
@@ -46,24 +52,37 @@ class Task:
     name: str
     templates: Mapping[str, Template]  # by language of the input
     decode: DecodeConfig
-    metrics: tuple[str, ...]  # of written answers, of metrics.METRICS; chosen ones have their accuracy
-    keep: str = ""  # part of an input too long for the context: "start", "end", "both"; "": it cannot be cut
+    metrics: tuple[
+        str, ...
+    ]  # of written answers, of metrics.METRICS; chosen ones have their accuracy
+    # part of an input too long for the context: "start", "end", "both"; "": it cannot be cut
+    keep: str = ""
     joined: bool = False  # the answer goes on from the input, so that white space counts
 
 
 def check_template(template: Template) -> None:
     for name, key in (("prompt", "{input}"), ("answer", "{answer}")):
         if key not in getattr(template, name):
-            raise ValueError(f"template {name}={getattr(template, name)!r} has no place for the {key[1:-1]}; write "
-                             f"{key} there")
+            raise ValueError(
+                f"template {name}={getattr(template, name)!r} has no place for the {key[1:-1]}; write "
+                f"{key} there"
+            )
     if "{passages}" in template.prompt and "{text}" not in template.passage:
-        raise ValueError(f"template passage={template.passage!r} has no place for the text; write {{text}} there, as "
-                         "in '[{number}] {text}\\n'")
-    if "{choices}" in template.prompt and not ("{text}" in template.choice and "{letter}" in template.choice):
-        raise ValueError(f"template choice={template.choice!r} has no place for the letter or the text; write both "
-                         "there, as in '{letter}. {text}\\n'")
+        raise ValueError(
+            f"template passage={template.passage!r} has no place for the text; write {{text}} there, as "
+            "in '[{number}] {text}\\n'"
+        )
+    if "{choices}" in template.prompt and not (
+        "{text}" in template.choice and "{letter}" in template.choice
+    ):
+        raise ValueError(
+            f"template choice={template.choice!r} has no place for the letter or the text; write both "
+            "there, as in '{letter}. {text}\\n'"
+        )
     if template.chosen_by not in ("letter", "text"):
-        raise ValueError(f"template chosen_by={template.chosen_by!r} is not known; choose letter or text")
+        raise ValueError(
+            f"template chosen_by={template.chosen_by!r} is not known; choose letter or text"
+        )
     if "" in template.stops:
         raise ValueError(f"template stops={list(template.stops)} hold an empty one; leave it out")
     check_choices([label for label, _ in template.labels], "label")
@@ -78,46 +97,103 @@ def check_choices(choices, what: str = "choice") -> None:
         if not choice.strip():
             raise ValueError(f"{what} {index + 1} of {len(choices)} is empty; leave it out")
         if choice in choices[:index]:
-            raise ValueError(f"{what} {choice!r} stands {list(choices).count(choice)} times among {len(choices)}; keep "
-                             "one of them")
+            raise ValueError(
+                f"{what} {choice!r} stands {list(choices).count(choice)} times among {len(choices)}; keep "
+                "one of them"
+            )
 
 
 _CONTINUE = Template("{input}", "{answer}", stops=())
 
 TASKS = {
-    task.name: task for task in (
-        Task("continue", {"en": _CONTINUE, "zh": _CONTINUE},
-             # Sampled: the most likely continuation of an open text soon repeats itself (Holtzman 2020).
-             DecodeConfig(max_new_tokens=128, temperature=0.8, top_p=0.95), ("chrf",), keep="end", joined=True),
-        Task("summarise", {
-            "en": Template("Text: {input}\nSummary:", instruction="Summarise each text in one sentence.\n\n"),
-            "zh": Template("正文：{input}\n摘要：", "{answer}", "用一句话概括每篇正文。\n\n")},
-             # No no_repeat_ngram_size: it counts the prompt, and a summary has words of its text.
-             DecodeConfig(max_new_tokens=96, num_beams=4, early_stopping=True),
-             ("rougeL", "rouge1", "rouge2"), keep="start"),
-        Task("translate", {
-            "en": Template("English: {input}\nChinese:", instruction="Translate English into Chinese.\n\n",
-                           answer_language="zh"),
-            "zh": Template("中文：{input}\n英文：", "{answer}", "把中文译成英文。\n\n", answer_language="en")},
-             DecodeConfig(max_new_tokens=128, num_beams=5, early_stopping=True), ("bleu", "chrf")),
-        Task("sentiment", {
-            "en": Template("Review: {input}\nSentiment:", instruction="Is each review positive or negative?\n\n",
-                           labels={"negative": "negative", "positive": "positive"}),
-            "zh": Template("评论：{input}\n情感：", "{answer}", "判断每条评论是正面还是负面。\n\n",
-                           labels={"negative": "负面", "positive": "正面"})},
-             DecodeConfig(max_new_tokens=8), ("accuracy",), keep="both"),
-        Task("answer", {
-            "en": Template("{passages}Question: {input}\nAnswer:", instruction="Answer each question briefly.\n\n",
-                           passage="[{number}] {text}\n"),
-            "zh": Template("{passages}问题：{input}\n回答：", "{answer}", "简短地回答每个问题。\n\n",
-                           passage="[{number}] {text}\n")},
-             DecodeConfig(max_new_tokens=32), ("exact_match", "f1")),
+    task.name: task
+    for task in (
+        Task(
+            "continue",
+            {"en": _CONTINUE, "zh": _CONTINUE},
+            # Sampled: the most likely continuation of an open text soon repeats itself (Holtzman
+            # 2020).
+            DecodeConfig(max_new_tokens=128, temperature=0.8, top_p=0.95),
+            ("chrf",),
+            keep="end",
+            joined=True,
+        ),
+        Task(
+            "summarise",
+            {
+                "en": Template(
+                    "Text: {input}\nSummary:",
+                    instruction="Summarise each text in one sentence.\n\n",
+                ),
+                "zh": Template("正文：{input}\n摘要：", "{answer}", "用一句话概括每篇正文。\n\n"),
+            },
+            # No no_repeat_ngram_size: it counts the prompt, and a summary has words of its text.
+            DecodeConfig(max_new_tokens=96, num_beams=4, early_stopping=True),
+            ("rougeL", "rouge1", "rouge2"),
+            keep="start",
+        ),
+        Task(
+            "translate",
+            {
+                "en": Template(
+                    "English: {input}\nChinese:",
+                    instruction="Translate English into Chinese.\n\n",
+                    answer_language="zh",
+                ),
+                "zh": Template(
+                    "中文：{input}\n英文：",
+                    "{answer}",
+                    "把中文译成英文。\n\n",
+                    answer_language="en",
+                ),
+            },
+            DecodeConfig(max_new_tokens=128, num_beams=5, early_stopping=True),
+            ("bleu", "chrf"),
+        ),
+        Task(
+            "sentiment",
+            {
+                "en": Template(
+                    "Review: {input}\nSentiment:",
+                    instruction="Is each review positive or negative?\n\n",
+                    labels={"negative": "negative", "positive": "positive"},
+                ),
+                "zh": Template(
+                    "评论：{input}\n情感：",
+                    "{answer}",
+                    "判断每条评论是正面还是负面。\n\n",
+                    labels={"negative": "负面", "positive": "正面"},
+                ),
+            },
+            DecodeConfig(max_new_tokens=8),
+            ("accuracy",),
+            keep="both",
+        ),
+        Task(
+            "answer",
+            {
+                "en": Template(
+                    "{passages}Question: {input}\nAnswer:",
+                    instruction="Answer each question briefly.\n\n",
+                    passage="[{number}] {text}\n",
+                ),
+                "zh": Template(
+                    "{passages}问题：{input}\n回答：",
+                    "{answer}",
+                    "简短地回答每个问题。\n\n",
+                    passage="[{number}] {text}\n",
+                ),
+            },
+            DecodeConfig(max_new_tokens=32),
+            ("exact_match", "f1"),
+        ),
     )
 }
 
 
 def task_of(name: str, templates: str | None = None) -> Task:
-    """The task of a name, with the templates of a file in place of its own; see `with_templates`."""
+    """The task of a name, with the templates of a file in place of its own; see
+    `with_templates`."""
     if name not in TASKS:
         close = difflib.get_close_matches(name, TASKS, 1)
         hint = f"did you mean {close[0]!r}? " if close else ""
@@ -126,12 +202,15 @@ def task_of(name: str, templates: str | None = None) -> Task:
 
 
 def with_templates(task: Task, path: str) -> Task:
-    """The task with fields of its templates changed by a file: JSON, or Python that sets TEMPLATES to the like of
+    """The task with fields of its templates changed by a file: JSON, or Python that sets TEMPLATES
+    to the like of
 
-        {"en": {"instruction": "", "prompt": "{input} It was", "labels": {"negative": "terrible", "positive": "great"}}}
+        {"en": {"instruction": "", "prompt": "{input} It was", "labels": {"negative": "terrible",
+        "positive": "great"}}}
 
-    What a language's entry does not name stays; a language that the task lacks starts from its English template.
-    Raises OSError, and ValueError where the file cannot be read or names what a `Template` does not have.
+    What a language's entry does not name stays; a language that the task lacks starts from its
+    English template. Raises OSError, and ValueError where the file cannot be read or names what a
+    `Template` does not have.
     """
     try:
         if Path(path).suffix == ".py":
@@ -141,21 +220,38 @@ def with_templates(task: Task, path: str) -> Task:
     except OSError:
         raise
     except (Exception, SystemExit) as error:
-        raise ValueError(f"templates {path} cannot be read: {describe_failure(error, path)}") from None
-    if not isinstance(read, Mapping) or not read or not all(isinstance(each, Mapping) for each in read.values()):
-        raise ValueError(f"templates {path} hold no object with languages, each with its fields; write them as "
-                         '{"en": {"prompt": "{input} =>"}} (in Python: TEMPLATES = ...)')
-    templates, names = dict(task.templates), [field.name for field in dataclasses.fields(Template)]
+        raise ValueError(
+            f"templates {path} cannot be read: {describe_failure(error, path)}"
+        ) from None
+    if (
+        not isinstance(read, Mapping)
+        or not read
+        or not all(isinstance(each, Mapping) for each in read.values())
+    ):
+        raise ValueError(
+            f"templates {path} hold no object with languages, each with its fields; write them as "
+            '{"en": {"prompt": "{input} =>"}} (in Python: TEMPLATES = ...)'
+        )
+    templates = dict(task.templates)
+    names = [field.name for field in dataclasses.fields(Template)]
     for language, fields in read.items():
         for name in fields:
             if name not in names:
-                raise ValueError(f"templates {path}: {language}: {name!r} is not known; choose from {', '.join(names)}")
+                raise ValueError(
+                    f"templates {path}: {language}: {name!r} is not known; choose from {', '.join(names)}"
+                )
         for name, value in fields.items():
-            if not isinstance(value, Mapping | list | tuple if name in ("labels", "stops") else str):
-                raise ValueError(f"templates {path}: {language}: {name} is a {type(value).__name__}; see the fields of "
-                                 "tasks.templates.Template")
+            if not isinstance(
+                value, Mapping | list | tuple if name in ("labels", "stops") else str
+            ):
+                raise ValueError(
+                    f"templates {path}: {language}: {name} is a {type(value).__name__}; see the fields of "
+                    "tasks.templates.Template"
+                )
         try:
-            templates[language] = dataclasses.replace(templates.get(language, task.templates["en"]), **fields)
+            templates[language] = dataclasses.replace(
+                templates.get(language, task.templates["en"]), **fields
+            )
         except (ValueError, TypeError) as error:
             raise ValueError(f"templates {path}: {language}: {error}") from None
     return dataclasses.replace(task, templates=templates)

@@ -1,7 +1,8 @@
-"""Texts before and after the model: what is mended in an input, where it may be cut, and what is mended in an answer.
+"""Texts before and after the model: what is mended in an input, where it may be cut, and what is
+mended in an answer.
 
-English and Chinese ("en", "zh") have rules of their own; a text in another language is treated as English. Words
-(`words`) are found in every script.
+English and Chinese ("en", "zh") have rules of their own; a text in another language is treated as
+English. Words (`words`) are found in every script.
 """
 
 import re
@@ -11,21 +12,31 @@ from collections.abc import Callable, Sequence
 _HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _FULL = "，。！？；：、“”‘’（）《》【】「」『』…"
 _CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b\ufeff\ufffd]")
-# A sentence with the white space behind it; all of them, joined, are the text. "Mr. Smith" counts as two.
-_SENTENCE = re.compile(r".+?(?:[。！？…]+[”’」』）】]*|[.!?]+[\"'”’)\]]*(?=\s|\Z)|(?=\n)|\Z)\s*", re.DOTALL)
+# A sentence with the white space behind it; all of them, joined, are the text. "Mr. Smith" counts
+# as two.
+_SENTENCE = re.compile(
+    r".+?(?:[。！？…]+[”’」』）】]*|[.!?]+[\"'”’)\]]*(?=\s|\Z)|(?=\n)|\Z)\s*", re.DOTALL
+)
 _WORD = re.compile(rf"[{_HAN}]|[^\s{_HAN}]+")
 WORDS = re.compile(rf"[{_HAN}]|(?:(?![{_HAN}])\w)+")  # without punctuation
 
-# Scripts that put no spaces between words: Thai, Lao, Burmese, Khmer, kana, bopomofo, half-width katakana.
-_UNSPACED = ("\u0e01-\u0e3a\u0e40-\u0e4e\u0e81-\u0ece\u1000-\u103f\u1050-\u108f\u1780-\u17b3"
-             "\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u3105-\u312f\u31f0-\u31ff\uff66-\uff9f")
+# Scripts that put no spaces between words: Thai, Lao, Burmese, Khmer, kana, bopomofo, half-width
+# katakana.
+_UNSPACED = (
+    "\u0e01-\u0e3a\u0e40-\u0e4e\u0e81-\u0ece\u1000-\u103f\u1050-\u108f\u1780-\u17b3"
+    "\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u3105-\u312f\u31f0-\u31ff\uff66-\uff9f"
+)
 UNSPACED = re.compile(f"[{_HAN}{_UNSPACED}]")
 _JOINERS = "\u200c\u200d"  # inside words of Indic scripts and Persian
 
 _HALF_OF = dict(zip("，。！？；：", ",.!?;:", strict=True))
 _FULL_OF = {half: full for full, half in _HALF_OF.items()}
 # Full-width digits and letters stand for the plain ones in both languages.
-_PLAIN = {code: code - 0xFEE0 for first, last in ("０９", "ＡＺ", "ａｚ") for code in range(ord(first), ord(last) + 1)}
+_PLAIN = {
+    code: code - 0xFEE0
+    for first, last in ("０９", "ＡＺ", "ａｚ")
+    for code in range(ord(first), ord(last) + 1)
+}
 
 
 def language_of(text: str) -> str:
@@ -36,10 +47,13 @@ def language_of(text: str) -> str:
 
 
 def words(text: str) -> list[str]:
-    """The words of a text in any script, lower case and without punctuation: letters and digits with their marks. Of
-    scripts without spaces between words (Han, kana, Thai, Lao, Khmer, Burmese), each character with its marks."""
+    """The words of a text in any script, lower case and without punctuation: letters and digits
+    with their marks. Of scripts without spaces between words (Han, kana, Thai, Lao, Khmer,
+    Burmese), each character with its marks."""
     found = []
-    before = ""  # kind of the character before: "word", "character" (of a script without spaces), or "" for others
+    # kind of the character before: "word", "character" (of a script without spaces), or "" for
+    # others
+    before = ""
     for character in unicodedata.normalize("NFKC", text).casefold():
         kind = unicodedata.category(character)[0]
         if kind == "M" or character in _JOINERS:
@@ -74,9 +88,12 @@ def ascii_share(texts: Sequence[str]) -> float:
 
 
 def normalise(text: str, lines: bool = False) -> str:
-    """NFC, no control characters, one space for any white space and none at the ends; with ``lines``, line breaks and
-    the spaces inside lines stay, and so do those before the first word."""
-    text = _CONTROLS.sub("", unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")))
+    """NFC, no control characters, one space for any white space and none at the ends; with
+    ``lines``, line breaks and the spaces inside lines stay, and so do those before the first
+    word."""
+    text = _CONTROLS.sub(
+        "", unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
+    )
     return text.rstrip().lstrip("\n") if lines else " ".join(text.split())
 
 
@@ -86,10 +103,12 @@ def sentences(text: str) -> list[str]:
 
 
 def cut(text: str, keep: str, fits: Callable[[str], bool]) -> str:
-    """The longest part that fits, in whole sentences or, where not one of them fits, in words or Chinese characters.
+    """The longest part that fits, in whole sentences or, where not one of them fits, in words or
+    Chinese characters.
 
-    ``keep``: "start" and "end" give a true beginning or end of the text; "both" gives these two with " … " between,
-    as a review says what it thinks there. "" where nothing fits. Calls ``fits`` about 2 log2(words) times.
+    ``keep``: "start" and "end" give a true beginning or end of the text; "both" gives these two
+    with " … " between, as a review says what it thinks there. "" where nothing fits. Calls ``fits``
+    about 2 log2(words) times.
     """
     if fits(text):
         return text
@@ -99,7 +118,9 @@ def cut(text: str, keep: str, fits: Callable[[str], bool]) -> str:
         high = len(spans) - 1
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if fits(_part(text, spans, keep, middle)) else (low, middle - 1)
+            low, high = (
+                (middle, high) if fits(_part(text, spans, keep, middle)) else (low, middle - 1)
+            )
         if low:
             return _part(text, spans, keep, low)
     return ""
@@ -117,10 +138,11 @@ def _part(text: str, spans, keep: str, count: int) -> str:
 def clean(text: str, language: str, stops: Sequence[str] = (), joined: bool = False) -> str:
     """What a model wrote, as a person would hand it in.
 
-    In this order: cut at the first of ``stops``; word pieces merged (``▁`` of SentencePiece, ``##`` and ``@@``); white
-    space; punctuation, full-width beside Chinese characters and half-width elsewhere, none doubled; sentences that
-    stood before left out. A text that goes on from its prompt (``joined``) keeps its white space, its punctuation and
-    its first space, and of its sentences loses those that repeat the one right before.
+    In this order: cut at the first of ``stops``; word pieces merged (``▁`` of SentencePiece, ``##``
+    and ``@@``); white space; punctuation, full-width beside Chinese characters and half-width
+    elsewhere, none doubled; sentences that stood before left out. A text that goes on from its
+    prompt (``joined``) keeps its white space, its punctuation and its first space, and of its
+    sentences loses those that repeat the one right before.
     """
     for stop in stops:
         text = text.partition(stop)[0]
@@ -135,15 +157,24 @@ def clean(text: str, language: str, stops: Sequence[str] = (), joined: bool = Fa
 def _punctuated(text: str, language: str) -> str:
     if language == "zh":
         # Not in 3.14, 10:30 or a domain's name.
-        text = re.sub(rf"(?<=[{_HAN}”’）》】」』])\s*(?:([,!?;])|([.:])(?![\w.]))",
-                      lambda match: _FULL_OF[match[1] or match[2]], text)
+        text = re.sub(
+            rf"(?<=[{_HAN}”’）》】」』])\s*(?:([,!?;])|([.:])(?![\w.]))",
+            lambda match: _FULL_OF[match[1] or match[2]],
+            text,
+        )
         text = re.sub(rf"[,!?;](?=\s*[{_HAN}])", lambda match: _FULL_OF[match[0]], text)
         text = re.sub(rf"(?<=[{_HAN}{_FULL}])\s+(?=[{_HAN}{_FULL}])", "", text)
         text = re.sub(r"\s+(?=[，。！？；：、）》】])|(?<=[，。！？；：、（《【])\s+", "", text)
     else:
-        text = re.sub(rf"(?<![{_HAN}])\s*([，。！？；：])(?![{_HAN}])\s*", lambda match: _HALF_OF[match[1]] + " ", text)
+        text = re.sub(
+            rf"(?<![{_HAN}])\s*([，。！？；：])(?![{_HAN}])\s*",
+            lambda match: _HALF_OF[match[1]] + " ",
+            text,
+        )
         text = re.sub(r"\s+(?=[,.;:!?%)\]}]+(?:[\s\"”’]|\Z))|(?<=[(\[{])\s+", "", text)
-        text = re.sub(r"(?<=\w)\s+(?=(?:n't|'(?:s|re|ve|ll|d|m))\b)", "", text)  # "do n't", as treebanks write it
+        text = re.sub(
+            r"(?<=\w)\s+(?=(?:n't|'(?:s|re|ve|ll|d|m))\b)", "", text
+        )  # "do n't", as treebanks write it
     text = re.sub(r"([,，、;；。!！?？])\1+", r"\1", text)
     return re.sub(r"\.{4,}", "...", re.sub("…{3,}", "……", text))
 

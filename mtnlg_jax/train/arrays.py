@@ -1,5 +1,5 @@
-"""Parameters of a checkpoint one at a time, by layer where they are stored so: for who decodes, the memory of a second
-copy counts, and so does the time to import what trains."""
+"""Parameters of a checkpoint one at a time, by layer where they are stored so: for who decodes, the
+memory of a second copy counts, and so does the time to import what trains."""
 
 import os
 
@@ -23,8 +23,8 @@ class StoredArrays:
         self._whole: tuple[str, np.ndarray] | None = None
 
     def read(self, name: str, index: int | None = None) -> np.ndarray:
-        """The array ``name``, or its entry ``index`` along its first dim (its layer). An array that is stored in one
-        piece is kept until another one is asked for.
+        """The array ``name``, or its entry ``index`` along its first dim (its layer). An array that
+        is stored in one piece is kept until another one is asked for.
 
         Raises ValueError naming the array and its layer where a number of it is not finite.
         """
@@ -38,7 +38,11 @@ class StoredArrays:
                 self._whole = None  # before the next one is read
                 self._whole = name, array.read().result()
             found = self._whole[1][index]
-        check_finite(found, name if index is None else f"{name} of layer {index}", f"checkpoint {self._path.parent}")
+        check_finite(
+            found,
+            name if index is None else f"{name} of layer {index}",
+            f"checkpoint {self._path.parent}",
+        )
         return found
 
     def blocks(self, name: str):
@@ -58,13 +62,16 @@ class StoredArrays:
 
 
 def check_finite(array: np.ndarray, name: str, where: str) -> None:
-    """Raises ValueError where a number of ``array``, the parameter ``name`` of ``where``, is NaN or infinite."""
+    """Raises ValueError where a number of ``array``, the parameter ``name`` of ``where``, is NaN or
+    infinite."""
     # A sum is faster than a look at each number, and is finite only if all of them are.
     with np.errstate(over="ignore", invalid="ignore"):
         if np.isfinite(array.sum(dtype=np.float32)):
             return
     bad = ~np.isfinite(array)
     if bad.any():
-        raise ValueError(f"parameter {name} of {where} has {int(bad.sum()):,} of {bad.size:,} numbers that are not "
-                         f"finite, the first of them {array[bad][0]}; take another checkpoint (--checkpoint), or "
-                         "convert or train the model again")
+        raise ValueError(
+            f"parameter {name} of {where} has {int(bad.sum()):,} of {bad.size:,} numbers that are not "
+            f"finite, the first of them {array[bad][0]}; take another checkpoint (--checkpoint), or "
+            "convert or train the model again"
+        )

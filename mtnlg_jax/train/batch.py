@@ -19,9 +19,10 @@ BATCH_KEYS = ("tokens", "labels", "segment_ids", "positions", "weights", "rows")
 
 
 def micro_batch_shape(config: Config, mesh: Mesh) -> tuple[int, int]:
-    """(micro-batches, rows of each over the whole mesh) of the largest batch; a circular pipeline takes micro-batches
-    by the flush, so that some may have to stay empty."""
-    size, train = mesh.shape["data"], config.train
+    """(micro-batches, rows of each over the whole mesh) of the largest batch; a circular pipeline
+    takes micro-batches by the flush, so that some may have to stay empty."""
+    size = mesh.shape["data"]
+    train = config.train
     rows = (train.micro_batch_size or train.global_batch_size // size) * size
     micro_batches = train.global_batch_size // rows
     unit = 1
@@ -31,13 +32,17 @@ def micro_batch_shape(config: Config, mesh: Mesh) -> tuple[int, int]:
 
 
 def abstract_batch(config: Config, mesh: Mesh):
-    """The largest batch as ShapeDtypeStructs with shardings: what ``put_batch`` makes, and a step is compiled for."""
+    """The largest batch as ShapeDtypeStructs with shardings: what ``put_batch`` makes, and a step
+    is compiled for."""
     micro, rows = micro_batch_shape(config, mesh)
 
     def one(name):
         shape, spec = layout_of(name, (micro, rows, config.sequence_length))
-        return jax.ShapeDtypeStruct(shape, jnp.float32 if name == "weights" else jnp.int32,
-                                    sharding=NamedSharding(mesh, spec))
+        return jax.ShapeDtypeStruct(
+            shape,
+            jnp.float32 if name == "weights" else jnp.int32,
+            sharding=NamedSharding(mesh, spec),
+        )
 
     return {name: one(name) for name in BATCH_KEYS}
 
@@ -49,8 +54,8 @@ def layout_of(name: str, shape: tuple[int, int, int]) -> tuple[tuple[int, ...], 
 
 def put_batch(rows_of: Callable, shape: tuple[int, int, int], mesh: Mesh):
     """The global batch (M, B, S) as sharded arrays, places in the zigzag order of the context axis.
-    ``rows_of(numbers)`` gives a dict of (n, S) arrays for global row numbers m * B + b; it is asked only for the
-    rows that this process holds."""
+    ``rows_of(numbers)`` gives a dict of (n, S) arrays for global row numbers m * B + b; it is asked
+    only for the rows that this process holds."""
     micro, rows, length = shape
     order = zigzag(length, mesh.shape["context"])
     parts: dict[tuple, dict] = {}
@@ -61,12 +66,15 @@ def put_batch(rows_of: Callable, shape: tuple[int, int, int], mesh: Mesh):
             numbers = (np.arange(micro)[:, None] * rows + np.arange(*key)).reshape(-1)
             flat = {name: x[:, order] for name, x in rows_of(numbers).items()}
             flat["rows"] = numbers.astype(np.int32)
-            parts[key] = {name: x.reshape(micro, key[1] - key[0], *x.shape[1:]) for name, x in flat.items()}
+            parts[key] = {
+                name: x.reshape(micro, key[1] - key[0], *x.shape[1:]) for name, x in flat.items()
+            }
         return parts[key]
 
     def array(name):
         size, spec = layout_of(name, shape)
-        return jax.make_array_from_callback(size, NamedSharding(mesh, spec),
-                                            lambda index: part(index)[name][:, :, *index[2:]])
+        return jax.make_array_from_callback(
+            size, NamedSharding(mesh, spec), lambda index: part(index)[name][:, :, *index[2:]]
+        )
 
     return {name: array(name) for name in BATCH_KEYS}

@@ -1,7 +1,9 @@
-"""Settings that differ from those of the checkpoint from which a run goes on: refused, reported, or free to change.
+"""Settings that differ from those of the checkpoint from which a run goes on: refused, reported, or
+free to change.
 
-Every key of `Config` stands in one of the five sets below (a test compares). What decides which samples the next steps
-read, what they draw, or their learning rate is refused or reported with both values; speed, memory and output are free.
+Every key of `Config` stands in one of the five sets below (a test compares). What decides which
+samples the next steps read, what they draw, or their learning rate is refused or reported with both
+values; speed, memory and output are free.
 """
 
 import dataclasses
@@ -11,33 +13,85 @@ import os
 from mtnlg_jax.config import Config, TrainConfig, from_json, to_json
 from mtnlg_jax.data.batches import SAMPLE_ORDER
 from mtnlg_jax.storage import is_remote
-from mtnlg_jax.train.schedule import batch_size_at, learning_rate, samples_at_end, stage_at, stage_bounds
+from mtnlg_jax.train.schedule import (
+    batch_size_at,
+    learning_rate,
+    samples_at_end,
+    stage_at,
+    stage_bounds,
+)
 
-# The checkpoint's identity refuses these (`loop._identity`, `start.meaning`), whatever they are called in the config:
-# data.path and the paths of a blend may move as long as the tokens are the same.
-IDENTITY = {f"model.{key}" for key in (
-    "num_layers hidden_size num_attention_heads num_query_groups kv_channels ffn_hidden_size vocab_size "
-    "max_position_embeddings position_embedding_type rotary_base normalization norm_epsilon activation add_bias "
-    "tie_embeddings").split()} | {"data.path", "data.tokenizer", "optimizer.lora_rank", "optimizer.lora_alpha",
-                                  "optimizer.lora_targets"}
+# The checkpoint's identity refuses these (`loop._identity`, `start.meaning`), whatever they are
+# called in the config: data.path and the paths of a blend may move as long as the tokens are the
+# same.
+IDENTITY = {
+    f"model.{key}"
+    for key in (
+        "num_layers hidden_size num_attention_heads num_query_groups kv_channels ffn_hidden_size vocab_size "
+        "max_position_embeddings position_embedding_type rotary_base normalization norm_epsilon activation add_bias "
+        "tie_embeddings"
+    ).split()
+} | {
+    "data.path",
+    "data.tokenizer",
+    "optimizer.lora_rank",
+    "optimizer.lora_alpha",
+    "optimizer.lora_targets",
+}
 
 # With another one the state, or the count of samples, would mean something else.
 REFUSED = {"train.init", "data.sequence_length", "optimizer.name"}
 
-REPORTED = {"model.dropout_rate", "data.blend", "data.heldout", "data.masking.word_share", "data.masking.mask_share",
-            "data.masking.random_share", "optimizer.learning_rate", "optimizer.min_learning_rate_ratio",
-            "optimizer.warmup_fraction", "optimizer.decay_fraction", "optimizer.b1", "optimizer.b2",
-            "optimizer.muon_momentum", "optimizer.eps", "optimizer.weight_decay", "optimizer.clip_grad_norm",
-            "train.steps", "train.global_batch_size", "train.rampup_batch_size", "train.stages", "train.seed",
-            "train.compute_dtype", "train.reduce_dtype", "train.label_smoothing", "train.eval_batches"}
+REPORTED = {
+    "model.dropout_rate",
+    "data.blend",
+    "data.heldout",
+    "data.masking.word_share",
+    "data.masking.mask_share",
+    "data.masking.random_share",
+    "optimizer.learning_rate",
+    "optimizer.min_learning_rate_ratio",
+    "optimizer.warmup_fraction",
+    "optimizer.decay_fraction",
+    "optimizer.b1",
+    "optimizer.b2",
+    "optimizer.muon_momentum",
+    "optimizer.eps",
+    "optimizer.weight_decay",
+    "optimizer.clip_grad_norm",
+    "train.steps",
+    "train.global_batch_size",
+    "train.rampup_batch_size",
+    "train.stages",
+    "train.seed",
+    "train.compute_dtype",
+    "train.reduce_dtype",
+    "train.label_smoothing",
+    "train.eval_batches",
+}
 
 # They act when parameters are drawn, so they do nothing to a run that goes on.
 START = {"model.init_method_std"}
 
-FREE = {"name", "model.vocab_size_divisible_by", "model.attention_impl", "train.micro_batch_size", "train.recompute",
-        "train.loss_chunk", "train.log_every", "train.eval_every", "train.save_every", "train.keep_last",
-        "train.keep_best", "train.max_bad_steps", "train.watchdog_seconds", "train.phase_seconds",
-        "train.heartbeat_seconds", "train.compare_every", "train.device_flops"}
+FREE = {
+    "name",
+    "model.vocab_size_divisible_by",
+    "model.attention_impl",
+    "train.micro_batch_size",
+    "train.recompute",
+    "train.loss_chunk",
+    "train.log_every",
+    "train.eval_every",
+    "train.save_every",
+    "train.keep_last",
+    "train.keep_best",
+    "train.max_bad_steps",
+    "train.watchdog_seconds",
+    "train.phase_seconds",
+    "train.heartbeat_seconds",
+    "train.compare_every",
+    "train.device_flops",
+}
 FREE_SECTIONS = ("mesh", "decode")
 
 
@@ -48,51 +102,74 @@ def kept_init(meta: dict, config: Config) -> Config:
 
 
 def refuse_changes(meta: dict, step: int, alone: bool, config: Config) -> None:
-    """ValueError where the checkpoint of ``step`` with ``meta`` cannot go on with ``config``, which is resolved; of
-    parameters ``alone``, where it cannot start."""
+    """ValueError where the checkpoint of ``step`` with ``meta`` cannot go on with ``config``, which
+    is resolved; of parameters ``alone``, where it cannot start."""
     saved = meta.get("config", {})
-    before, init = saved.get("train", {}).get("init", ""), config.train.init
+    before = saved.get("train", {}).get("init", "")
+    init = config.train.init
     if init and not _same_place(before, init):
-        raise ValueError(f"train.init={init} is not what this run started from ({before or 'no other run'}), and its "
-                         f"checkpoint {step} goes on without it; leave --init out, or give another --workdir")
+        raise ValueError(
+            f"train.init={init} is not what this run started from ({before or 'no other run'}), and its "
+            f"checkpoint {step} goes on without it; leave --init out, or give another --workdir"
+        )
     if alone:
         return
     if step > config.train.steps:
-        raise ValueError(f"train.steps={config.train.steps} is below the checkpoint's step {step}; give "
-                         f"{step} or more, or another --workdir")
-    old, new = _values(saved), _values(json.loads(to_json(config)))
-    for key, why in (("data.sequence_length", "samples of another length are another text"),
-                     ("optimizer.name", "its moments are those of another optimizer")):
+        raise ValueError(
+            f"train.steps={config.train.steps} is below the checkpoint's step {step}; give "
+            f"{step} or more, or another --workdir"
+        )
+    old = _values(saved)
+    new = _values(json.loads(to_json(config)))
+    for key, why in (
+        ("data.sequence_length", "samples of another length are another text"),
+        ("optimizer.name", "its moments are those of another optimizer"),
+    ):
         if old[key] != new[key]:
-            raise ValueError(f"{key} was {old[key]} up to checkpoint {step} and is {new[key]}: {why}; give the same, "
-                             "or another --workdir with --init of this run")
+            raise ValueError(
+                f"{key} was {old[key]} up to checkpoint {step} and is {new[key]}: {why}; give the same, "
+                "or another --workdir with --init of this run"
+            )
 
 
 def report_changes(meta: dict, step: int, samples: int, config: Config) -> str | None:
-    """One line with both values of all that the steps after ``step`` do in another way than those before, and of the
-    next learning rate; None where nothing differs. ``samples``: sequences that were read so far."""
-    saved, given = meta.get("config", {}), json.loads(to_json(config))
-    old, new = _values(saved), _values(given)
+    """One line with both values of all that the steps after ``step`` do in another way than those
+    before, and of the next learning rate; None where nothing differs. ``samples``: sequences that
+    were read so far."""
+    saved = meta.get("config", {})
+    given = json.loads(to_json(config))
+    old = _values(saved)
+    new = _values(given)
     keys = [key for key in new if key in REPORTED and old[key] != new[key]]
-    found = [f"{key} {_text(old[key])} -> {_text(new[key])}" for key in keys if key != "train.stages"]
+    found = [
+        f"{key} {_text(old[key])} -> {_text(new[key])}" for key in keys if key != "train.stages"
+    ]
     found += _changed_stages(old["train.stages"], new["train.stages"])
     order = meta.get("order_of_samples", "1")  # version 0.1.0 did not record its own
     if order != SAMPLE_ORDER:
-        found.append(f"order of samples {order} -> {SAMPLE_ORDER} (this version draws them otherwise: some are read "
-                     "again, others later)")
-    unused = [f"{key} {old[key]} -> {new[key]} (of a fresh start alone: it does nothing)" for key in sorted(START)
-              if old[key] != new[key]]
+        found.append(
+            f"order of samples {order} -> {SAMPLE_ORDER} (this version draws them otherwise: some are read "
+            "again, others later)"
+        )
+    unused = [
+        f"{key} {old[key]} -> {new[key]} (of a fresh start alone: it does nothing)"
+        for key in sorted(START)
+        if old[key] != new[key]
+    ]
     if not found + unused:
         return None
     if step >= config.train.steps:
         return f"step {step} was the last, so these changes do nothing: {'; '.join(found + unused)}"
     try:
         before = from_json(json.dumps(saved))
-    except ValueError:  # written by another version: its keys are compared, its schedule cannot be made
+    except (
+        ValueError
+    ):  # written by another version: its keys are compared, its schedule cannot be made
         before = None
     consequences = _consequences(before, config, step, samples) if before else []
     return f"from step {step + 1} on, settings differ from checkpoint {step}: " + "; ".join(
-        found + unused + consequences)
+        found + unused + consequences
+    )
 
 
 def _consequences(before: Config, config: Config, step: int, samples: int) -> list[str]:
@@ -116,23 +193,35 @@ def _consequences(before: Config, config: Config, step: int, samples: int) -> li
 
 def _changed_stages(old: list[dict], new: list[dict]) -> list[str]:
     if len(old) != len(new):
-        return [f"train.stages {_listed(stage['name'] for stage in old)} -> "
-                f"{_listed(stage['name'] for stage in new)}"]
-    return [f"train.stages[{number}].{key} {_text(one.get(key))} -> {_text(other[key])}"
-            for number, (one, other) in enumerate(zip(old, new, strict=True))
-            for key in other if key != "name" and one.get(key) != other[key]]
+        return [
+            f"train.stages {_listed(stage['name'] for stage in old)} -> "
+            f"{_listed(stage['name'] for stage in new)}"
+        ]
+    return [
+        f"train.stages[{number}].{key} {_text(one.get(key))} -> {_text(other[key])}"
+        for number, (one, other) in enumerate(zip(old, new, strict=True))
+        for key in other
+        if key != "name" and one.get(key) != other[key]
+    ]
 
 
 def _values(config: dict) -> dict:
-    """Values by key, in a form in which equal ones act alike. Keys that ``config`` lacks, as one of an older version,
-    have their defaults."""
+    """Values by key, in a form in which equal ones act alike. Keys that ``config`` lacks, as one of
+    an older version, have their defaults."""
     config = _filled(json.loads(to_json(Config())), config)
-    data, train = config["data"], config["train"]
-    train["stages"] = [_filled(dataclasses.asdict(TrainConfig().stages[0]), stage) for stage in train["stages"]]
+    data = config["data"]
+    train = config["train"]
+    train["stages"] = [
+        _filled(dataclasses.asdict(TrainConfig().stages[0]), stage) for stage in train["stages"]
+    ]
     own = data["blend"] or ([[data["path"], 1.0]] if data["path"] else [])
     # Sources by the order in which they come, as the identity has them: paths may move.
-    paths = list(dict.fromkeys(path for stage in train["stages"] for path, _ in stage["blend"] or own))
-    data["blend"] = _shares(own, paths) if any(not stage["blend"] for stage in train["stages"]) else None
+    paths = list(
+        dict.fromkeys(path for stage in train["stages"] for path, _ in stage["blend"] or own)
+    )
+    data["blend"] = (
+        _shares(own, paths) if any(not stage["blend"] for stage in train["stages"]) else None
+    )
     for stage in train["stages"]:
         stage["blend"] = _shares(stage["blend"], paths)
         stage["distill"] = _place(stage["distill"])
@@ -143,10 +232,14 @@ def _values(config: dict) -> dict:
 
 
 def _filled(defaults: dict, given: dict) -> dict:
-    """``given`` with the keys that ``defaults`` has and it lacks; keys that only ``given`` has are of another version
-    and left out."""
-    return {key: _filled(value, given.get(key, {})) if isinstance(value, dict) else given.get(key, value)
-            for key, value in defaults.items()}
+    """``given`` with the keys that ``defaults`` has and it lacks; keys that only ``given`` has are
+    of another version and left out."""
+    return {
+        key: _filled(value, given.get(key, {}))
+        if isinstance(value, dict)
+        else given.get(key, value)
+        for key, value in defaults.items()
+    }
 
 
 def _leaves(tree: dict, path: str = "") -> dict:
@@ -158,7 +251,9 @@ def _leaves(tree: dict, path: str = "") -> dict:
 
 def _shares(blend: list, paths: list[str]) -> list:
     total = sum(weight for _, weight in blend)
-    return [[paths.index(path), round(weight / total, 9)] for path, weight in blend if path in paths]
+    return [
+        [paths.index(path), round(weight / total, 9)] for path, weight in blend if path in paths
+    ]
 
 
 def _same_place(one: str, other: str) -> bool:

@@ -3,23 +3,25 @@
     checkpoints/
       lock                 held by the run that writes here
       200.unfinished       while 200/ is written or deleted; the next start removes both
-      200/params/          Orbax: one array a parameter, by name, layers stacked, whatever the mesh was
+      200/params/          Orbax: one array a parameter, by name, layers stacked, whatever the mesh
+                           was
       200/rest/            Orbax: optimizer and counters
       200/record.json      written last: metric, config, identity, size and SHA-256 of every file
       200/finite           empty: a loss of these parameters was finite
       100.damaged/         found damaged at a start and set aside
       100.diverged/        set aside, as no step from it was finite
 
-A checkpoint counts once its record stands. With several processes all take part in Orbax's reading and
-writing; process 0 alone locks, records, chooses and deletes, and the others hear its choice, or its error.
-On object stores (``gs://``) there is no lock, so a start cleans nothing up (an unfinished step is passed
-over, and overwritten when its turn comes), and files are checked by size only: the store keeps checksums.
+A checkpoint counts once its record stands. With several processes all take part in Orbax's reading
+and writing; process 0 alone locks, records, chooses and deletes, and the others hear its choice, or
+its error. On object stores (``gs://``) there is no lock, so a start cleans nothing up (an
+unfinished step is passed over, and overwritten when its turn comes), and files are checked by size
+only: the store keeps checksums.
 
-A state is only known to be good once a loss of its parameters was finite: by an evaluation before it is saved, or by
-the next step. Until then no older checkpoint is removed for it.
+A state is only known to be good once a loss of its parameters was finite: by an evaluation before
+it is saved, or by the next step. Until then no older checkpoint is removed for it.
 
-A checkpoint of parameters alone, as of a model from elsewhere, has no rest/: a run that starts from it has all else
-at 0, as a fresh one, and may choose its data and its optimizer.
+A checkpoint of parameters alone, as of a model from elsewhere, has no rest/: a run that starts from
+it has all else at 0, as a fresh one, and may choose its data and its optimizer.
 """
 
 import contextlib
@@ -57,12 +59,16 @@ from mtnlg_jax.train import manifest as records
 from mtnlg_jax.train.arrays import check_finite
 from mtnlg_jax.train.processes import agree
 
-# Orbax logs every phase of its work, and what fails with a stack trace; what matters is raised here instead.
-python_logging.getLogger("absl").addFilter(lambda line: f"orbax{os.sep}checkpoint" not in line.pathname)
+# Orbax logs every phase of its work, and what fails with a stack trace; what matters is raised here
+# instead.
+python_logging.getLogger("absl").addFilter(
+    lambda line: f"orbax{os.sep}checkpoint" not in line.pathname
+)
 
 
 def _without_late_writes(hook: Callable) -> Callable:
-    """When one write fails, Orbax leaves the others; each of them would print a stack trace as it ends."""
+    """When one write fails, Orbax leaves the others; each of them would print a stack trace as it
+    ends."""
     return lambda late: None if str(late.exc_value) == "Event loop is closed" else hook(late)
 
 
@@ -74,8 +80,9 @@ CHUNK_BYTES = 2**24  # of a parameter, at most, that are stored together
 
 
 class Checkpoints:
-    """The checkpoints of one run in ``folder`` (a path or ``gs://...``): the ``keep_last`` newest, and the
-    one with the lowest metric if ``keep_best``. ``warnings`` lists what ``restore`` found damaged.
+    """The checkpoints of one run in ``folder`` (a path or ``gs://...``): the ``keep_last`` newest,
+    and the one with the lowest metric if ``keep_best``. ``warnings`` lists what ``restore`` found
+    damaged.
 
     Raises OSError where ``folder`` cannot be written, or while another run writes to it.
     """
@@ -84,21 +91,24 @@ class Checkpoints:
         if keep_last < 1:
             raise ValueError(f"keep_last={keep_last} would keep no checkpoint; set it to 1 or more")
         self.folder = epath.Path(folder).absolute()
-        self.keep_last, self.keep_best = keep_last, keep_best
+        self.keep_last = keep_last
+        self.keep_best = keep_best
         self.warnings: list[str] = []
         self._lock = None
         agree(self._open)
-        import orbax.checkpoint as ocp  # here and below: half a second that reading a model does without
+        # here and below: half a second that reading a model does without
+        import orbax.checkpoint as ocp
 
         handler = ocp.CompositeCheckpointHandler(params=_handler(), rest=_handler())
         self._orbax = ocp.AsyncCheckpointer(handler)
         self._background = ThreadPoolExecutor(1, "checkpoint")
         self._pending = []  # what the background has still to do
-        self._unproven = None  # step of the newest checkpoint, while no loss of its parameters is known to be finite
+        # step of the newest checkpoint, while no loss of its parameters is known to be finite
+        self._unproven = None
 
     def steps(self) -> list[int]:
-        """Steps of the finished checkpoints, ascending; damage is looked for when one is read. Other processes
-        than 0 may not see yet what ``wait`` has promised to process 0."""
+        """Steps of the finished checkpoints, ascending; damage is looked for when one is read.
+        Other processes than 0 may not see yet what ``wait`` has promised to process 0."""
         return records.finished(self.folder)
 
     def best_step(self) -> int | None:
@@ -110,17 +120,26 @@ class Checkpoints:
         best = agree(lambda: records.best_metric(self.folder))
         return math.inf if best is None else best
 
-    def save(self, step: int, state: dict, meta: dict, metric: float | None = None,
-             wait: bool = False, proven: bool = True) -> None:
-        """Saves ``state`` ({"params": ..., ...} of jax arrays) and ``meta`` (JSON; ``restore`` compares its
-        "identity", ``load_run`` reads its "config"), unless ``step`` is there already. Not ``proven``: no loss of its
-        parameters was computed yet; `prove` or `give_up` follows.
+    def save(
+        self,
+        step: int,
+        state: dict,
+        meta: dict,
+        metric: float | None = None,
+        wait: bool = False,
+        proven: bool = True,
+    ) -> None:
+        """Saves ``state`` ({"params": ..., ...} of jax arrays) and ``meta`` (JSON; ``restore``
+        compares its "identity", ``load_run`` reads its "config"), unless ``step`` is there already.
+        Not ``proven``: no loss of its parameters was computed yet; `prove` or `give_up` follows.
 
-        Returns once the arrays may be donated; the rest happens in the background. What goes wrong there is
-        raised as OSError by the next ``save`` or ``wait``; the checkpoints before stay as they are.
+        Returns once the arrays may be donated; the rest happens in the background. What goes wrong
+        there is raised as OSError by the next ``save`` or ``wait``; the checkpoints before stay as
+        they are.
         """
         self.wait()
-        step, flat = int(step), _flat(state)
+        step = int(step)
+        flat = _flat(state)
         metric = float(metric) if metric is not None and math.isfinite(metric) else None
         meta = json.loads(json.dumps(meta))
         record = {"step": step, "metric": metric, "meta": meta, "arrays": _shapes(flat)}
@@ -136,27 +155,33 @@ class Checkpoints:
             self.wait()
 
     def prove(self) -> None:
-        """The loss of the newest checkpoint's parameters is finite: older ones may go. Returns at once."""
-        step, self._unproven = self._unproven, None
+        """The loss of the newest checkpoint's parameters is finite: older ones may go. Returns at
+        once."""
+        step = self._unproven
+        self._unproven = None
         if step is not None:
             self._pending.append(self._background.submit(self._proved, step))
 
     def give_up(self) -> int | None:
-        """Sets the newest checkpoint aside if no loss of its parameters was finite. Returns the step of the newest one
-        that is left, the same in every process; None where there is none."""
+        """Sets the newest checkpoint aside if no loss of its parameters was finite. Returns the
+        step of the newest one that is left, the same in every process; None where there is none."""
         self.wait()
         return agree(self._set_aside)
 
-    def restore(self, abstract_state: dict, identity: dict,
-                refuse: Callable[[dict, int, bool], None] = lambda meta, step, alone: None,
-                ) -> tuple[int, dict, dict] | None:
+    def restore(
+        self,
+        abstract_state: dict,
+        identity: dict,
+        refuse: Callable[[dict, int, bool], None] = lambda meta, step, alone: None,
+    ) -> tuple[int, dict, dict] | None:
         """(step, state, meta) of the newest whole checkpoint; None in a folder without any.
 
-        ``abstract_state`` gives structure, shapes, types and, of any mesh, shardings (ShapeDtypeStructs).
-        A damaged checkpoint is renamed to ``<step>.damaged``, never deleted. Raises ValueError with the
-        differences where ``identity`` or the arrays are not those that were saved, and OSError where there
-        are checkpoints but none is whole. ``refuse``: called with meta, step and whether there are parameters alone,
-        before anything large is read; what it raises is raised.
+        ``abstract_state`` gives structure, shapes, types and, of any mesh, shardings
+        (ShapeDtypeStructs). A damaged checkpoint is renamed to ``<step>.damaged``, never deleted.
+        Raises ValueError with the differences where ``identity`` or the arrays are not those that
+        were saved, and OSError where there are checkpoints but none is whole. ``refuse``: called
+        with meta, step and whether there are parameters alone, before anything large is read; what
+        it raises is raised.
         """
         self.wait()
         flat = _flat(abstract_state)
@@ -171,7 +196,9 @@ class Checkpoints:
         params, rest = _split(flat)
         arrays = {f"params.{name}": array for name, array in _read(path / "params", params).items()}
         arrays |= _zeros(rest) if record["alone"] else _read(path / "rest", rest)
-        state = jax.tree.unflatten(jax.tree.structure(abstract_state), [arrays[name] for name in flat])
+        state = jax.tree.unflatten(
+            jax.tree.structure(abstract_state), [arrays[name] for name in flat]
+        )
         self._unproven = None if record["proven"] else record["step"]
         return record["step"], state, record["meta"]
 
@@ -181,7 +208,8 @@ class Checkpoints:
             self._pending.pop(0).result()
 
     def is_settled(self) -> bool:
-        """Whether the background has nothing left to do, so that `wait` returns, or raises, at once."""
+        """Whether the background has nothing left to do, so that `wait` returns, or raises, at
+        once."""
         return all(pending.done() for pending in self._pending)
 
     def close(self) -> None:
@@ -202,17 +230,23 @@ class Checkpoints:
                 return
             self._lock = open(self.folder / "lock", "a+")
         except OSError as error:
-            raise OSError(f"{self.folder} cannot be written to ({error.strerror or error}); "
-                          "make it writable, or give another --workdir") from error
+            raise OSError(
+                f"{self.folder} cannot be written to ({error.strerror or error}); "
+                "make it writable, or give another --workdir"
+            ) from error
         try:
-            # A lock of lockf ends with the process, however it ends, and is not inherited by its children.
+            # A lock of lockf ends with the process, however it ends, and is not inherited by its
+            # children.
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
-                return  # A file system without locks: others may be writing, so nothing is cleaned up.
+                # A file system without locks: others may be writing, so nothing is cleaned up.
+                return
             self._lock.seek(0)
-            raise BlockingIOError(f"another run ({self._lock.read().strip()}) writes to {self.folder}; wait "
-                                  "for its end, or give another --workdir") from None
+            raise BlockingIOError(
+                f"another run ({self._lock.read().strip()}) writes to {self.folder}; wait "
+                "for its end, or give another --workdir"
+            ) from None
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self._lock.flush()
@@ -222,7 +256,9 @@ class Checkpoints:
         """Removes what a killed run left half written or half deleted. Only under the lock."""
         for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
             path.rmtree()
-        for step in [int(path.stem) for path in self.folder.glob("*.unfinished") if path.stem.isdigit()]:
+        for step in [
+            int(path.stem) for path in self.folder.glob("*.unfinished") if path.stem.isdigit()
+        ]:
             if step in self.steps():
                 records.marker(self.folder, step).unlink()
             else:
@@ -234,7 +270,9 @@ class Checkpoints:
         with self._failure_named(step):
             free = math.inf if is_remote(self.folder) else shutil.disk_usage(self.folder).free
             if free < size:
-                raise PassingError(f"the disk is full: {free / 1e6:,.1f} MB are free, {size / 1e6:,.1f} MB needed")
+                raise PassingError(
+                    f"the disk is full: {free / 1e6:,.1f} MB are free, {size / 1e6:,.1f} MB needed"
+                )
             records.marker(self.folder, step).touch()
         return True
 
@@ -263,22 +301,25 @@ class Checkpoints:
 
     def _prune(self) -> None:
         steps = self.steps()
-        kept = {*steps[-self.keep_last:], self.best_step() if self.keep_best else None}
+        kept = {*steps[-self.keep_last :], self.best_step() if self.keep_best else None}
         for step in steps:
             if step not in kept:
                 self._remove(step)
 
     def _remove(self, step: int) -> None:
-        path, marker = self.folder / str(step), records.marker(self.folder, step)
-        marker.touch()  # Before the record goes: killed on the way, this is a leftover, nothing damaged.
+        path = self.folder / str(step)
+        marker = records.marker(self.folder, step)
+        # Before the record goes: killed on the way, this is a leftover, nothing damaged.
+        marker.touch()
         (path / records.RECORD).unlink(missing_ok=True)
         if path.exists():
             path.rmtree()
         marker.unlink()
 
     def _discard(self, step: int) -> None:
-        """Half a checkpoint is of no use, and the space is needed. Where one array could not be written, others may be
-        in the writing for a moment more, and a folder that they write to cannot be removed."""
+        """Half a checkpoint is of no use, and the space is needed. Where one array could not be
+        written, others may be in the writing for a moment more, and a folder that they write to
+        cannot be removed."""
         for pause in (0, 0.1, 0.5, 2):
             time.sleep(pause)
             with contextlib.suppress(OSError):
@@ -297,13 +338,18 @@ class Checkpoints:
                 self._discard(step)
             start = f"step {whole[-1]}" if whole else "the beginning"
             kind = PassingError if is_passing(error) else OSError
-            raise kind(f"checkpoint {step} could not be written to {self.folder}: {_reason(error)}; see to that and "
-                       f"start again, which goes on from {start}") from error
+            raise kind(
+                f"checkpoint {step} could not be written to {self.folder}: {_reason(error)}; see to that and "
+                f"start again, which goes on from {start}"
+            ) from error
 
-    def _choose(self, identity: dict, arrays: dict[str, str],
-                refuse: Callable[[dict, int, bool], None]) -> tuple[dict | None, list[str]]:
-        """Step and meta of the newest whole checkpoint, and warnings of the damaged ones set aside."""
-        damaged, warnings = [], []
+    def _choose(
+        self, identity: dict, arrays: dict[str, str], refuse: Callable[[dict, int, bool], None]
+    ) -> tuple[dict | None, list[str]]:
+        """Step and meta of the newest whole checkpoint, and warnings of the damaged ones set
+        aside."""
+        damaged = []
+        warnings = []
         for step in reversed(records.candidates(self.folder)):
             path = self.folder / str(step)
             record, damage = records.read_record(path)
@@ -311,30 +357,49 @@ class Checkpoints:
                 saved = record["meta"].get("identity", {})
                 alone = all(map(_is_parameter, record["arrays"]))
                 settings, given = _common(saved, identity) if alone else (saved, identity)
-                records.refuse_difference(path, "settings", settings, given,
-                                          "give the same ones, or another --workdir")
+                records.refuse_difference(
+                    path, "settings", settings, given, "give the same ones, or another --workdir"
+                )
                 refuse(record["meta"], step, alone)
-                wanted = {name: shape for name, shape in arrays.items() if _is_parameter(name) or not alone}
-                records.refuse_difference(path, "arrays", record["arrays"], wanted,
-                                          "set model and optimizer as they were, or give another --workdir")
+                wanted = {
+                    name: shape
+                    for name, shape in arrays.items()
+                    if _is_parameter(name) or not alone
+                }
+                records.refuse_difference(
+                    path,
+                    "arrays",
+                    record["arrays"],
+                    wanted,
+                    "set model and optimizer as they were, or give another --workdir",
+                )
                 damage = records.damage(path, record)
             if damage is None:
-                return {"step": step, "meta": record["meta"], "alone": alone,
-                        "proven": record["metric"] is not None or (path / FINITE).exists()}, warnings
+                return {
+                    "step": step,
+                    "meta": record["meta"],
+                    "alone": alone,
+                    "proven": record["metric"] is not None or (path / FINITE).exists(),
+                }, warnings
             aside = self._free_name(f"{step}.damaged")
             path.rename(aside)
             damaged.append(f"{step} ({damage})")
             warnings.append(f"checkpoint {path} is damaged ({damage}): set aside as {aside.name}")
         damaged = damaged or sorted(path.name for path in self.folder.glob("*.damaged*"))
         if damaged:
-            raise OSError(f"{self.folder} holds damaged checkpoints only: {', '.join(damaged)}; put a good "
-                          "copy in place (named by its step), or start anew with another --workdir")
+            raise OSError(
+                f"{self.folder} holds damaged checkpoints only: {', '.join(damaged)}; put a good "
+                "copy in place (named by its step), or start anew with another --workdir"
+            )
         return None, warnings
 
     def _free_name(self, name: str) -> epath.Path:
-        taken, free, number = {path.name for path in self.folder.iterdir()}, name, 2
+        taken = {path.name for path in self.folder.iterdir()}
+        free = name
+        number = 2
         while free in taken:
-            free, number = f"{name}-{number}", number + 1
+            free = f"{name}-{number}"
+            number = number + 1
         return self.folder / free
 
 
@@ -350,14 +415,15 @@ class Run:
 
 
 def load_run(workdir, which: str = "best", mesh: Mesh | None = None, zero: int = 0) -> Run:
-    """The model that ``workdir`` holds: of the lowest metric ("best"; the newest where none was recorded) or
-    the newest ("last"). Reads parameters only, to one device, or split over ``mesh`` as the plan says; low-rank
-    adapters are merged. Writes nothing, so that a run may be training there; a damaged checkpoint is passed over with
-    a warning.
+    """The model that ``workdir`` holds: of the lowest metric ("best"; the newest where none was
+    recorded) or the newest ("last"). Reads parameters only, to one device, or split over ``mesh``
+    as the plan says; low-rank adapters are merged. Writes nothing, so that a run may be training
+    there; a damaged checkpoint is passed over with a warning.
 
-    Raises FileNotFoundError where there is no checkpoint, OSError where none is whole, and without a mesh ValueError
-    naming the parameter where one is not finite.
+    Raises FileNotFoundError where there is no checkpoint, OSError where none is whole, and without
+    a mesh ValueError naming the parameter where one is not finite.
     """
+
     def read(path: epath.Path, config: Config) -> nnx.State:
         params = lora.merge(_read_params(path, config, mesh, zero), config)
         for name, array in _flat(params).items() if mesh is None else ():
@@ -368,12 +434,14 @@ def load_run(workdir, which: str = "best", mesh: Mesh | None = None, zero: int =
 
 
 def find_run(workdir, which: str, read: Callable[[epath.Path, Config], object]) -> Run:
-    """``load_run`` with the parameters as ``read`` gives them, from the folder of their arrays and the config."""
+    """``load_run`` with the parameters as ``read`` gives them, from the folder of their arrays and
+    the config."""
     if which not in ("best", "last"):
         raise ValueError(f"which={which!r} is not known; choose best or last")
     workdir = epath.Path(workdir).absolute()
     folder = workdir / "checkpoints"
-    steps, best = records.finished(folder)[::-1], records.best(folder)
+    steps = records.finished(folder)[::-1]
+    best = records.best(folder)
     if not steps:
         raise FileNotFoundError(_no_run(workdir))
     if which == "best" and best is not None:
@@ -395,8 +463,10 @@ def find_run(workdir, which: str, read: Callable[[epath.Path, Config], object]) 
             damage = "just deleted by its run"
         damaged.append(f"{step} ({damage})")
         logging.warning("checkpoint %s is damaged (%s): passed over", path, damage)
-    raise OSError(f"{folder} holds no whole checkpoint: {', '.join(damaged)}; put a good copy in place, or "
-                  "train again")
+    raise OSError(
+        f"{folder} holds no whole checkpoint: {', '.join(damaged)}; put a good copy in place, or "
+        "train again"
+    )
 
 
 def _no_run(workdir: epath.Path) -> str:
@@ -409,46 +479,59 @@ def _no_run(workdir: epath.Path) -> str:
             if records.finished(above / "checkpoints"):
                 return f"{path} is a part of a run and holds no checkpoint; give {os.fspath(above)}"
         if os.path.isfile(os.path.join(path, "model.safetensors")):
-            return (f"{path} is a model of Hugging Face's and holds no checkpoint; make a run of it with "
-                    f"launch/convert.py --from={shlex.quote(path)} --to=RUN")
+            return (
+                f"{path} is a model of Hugging Face's and holds no checkpoint; make a run of it with "
+                f"launch/convert.py --from={shlex.quote(path)} --to=RUN"
+            )
     return f"{path} holds no checkpoint; give --workdir of a launch/pretrain.py run"
 
 
-# --- arrays -----------------------------------------------------------------------------------------------
+# --- arrays
+# -----------------------------------------------------------------------------------------------
 
 
 def _save_args(parts: dict[str, dict]):
-    """The arrays of each part of a checkpoint. Large parameters are stored by layer, and tables in pieces, so that who
-    decodes need not hold one as a whole."""
+    """The arrays of each part of a checkpoint. Large parameters are stored by layer, and tables in
+    pieces, so that who decodes need not hold one as a whole."""
     import orbax.checkpoint as ocp
 
     def stored(part: str, name: str, array: jax.Array) -> ocp.SaveArgs:
         if part != "params" or array.nbytes <= CHUNK_BYTES:
             return ocp.SaveArgs()
-        return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if name.startswith("blocks.") else ())
+        return ocp.SaveArgs(
+            chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if name.startswith("blocks.") else ()
+        )
 
-    return ocp.args.Composite(**{part: ocp.args.PyTreeSave(
-        flat, save_args={name: stored(part, name, array) for name, array in flat.items()})
-        for part, flat in parts.items() if flat})
+    return ocp.args.Composite(
+        **{
+            part: ocp.args.PyTreeSave(
+                flat, save_args={name: stored(part, name, array) for name, array in flat.items()}
+            )
+            for part, flat in parts.items()
+            if flat
+        }
+    )
 
 
 def _handler():
     import orbax.checkpoint as ocp
 
-    # Compression (zstd) makes float32 weights 8 % smaller and costs a save 2.5 times the processor time.
-    # Orbax would split what is replicated between its replicas, which compiles a program a shape at the first
-    # save (5 s) and gains nothing here: ZeRO has split all that is large.
+    # Compression (zstd) makes float32 weights 8 % smaller and costs a save 2.5 times the processor
+    # time. Orbax would split what is replicated between its replicas, which compiles a program a
+    # shape at the first save (5 s) and gains nothing here: ZeRO has split all that is large.
     array = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, array))
     return ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
 
 
 def _flat(tree) -> dict[str, jax.Array]:
-    """Leaves by dotted name: ``params.blocks.mlp.w_in_DF``, ``opt_state.1.mu.tokens_VD``, ``step``. Names go
-    to disk rather than structures, so that files outlive the classes of Flax and Optax."""
+    """Leaves by dotted name: ``params.blocks.mlp.w_in_DF``, ``opt_state.1.mu.tokens_VD``, ``step``.
+    Names go to disk rather than structures, so that files outlive the classes of Flax and Optax."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): leaf
-            for path, leaf in leaves}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): leaf
+        for path, leaf in leaves
+    }
 
 
 def _is_parameter(name: str) -> bool:
@@ -456,15 +539,25 @@ def _is_parameter(name: str) -> bool:
 
 
 def _split(flat: dict) -> tuple[dict, dict]:
-    params = {name.removeprefix("params."): leaf for name, leaf in flat.items() if _is_parameter(name)}
+    params = {
+        name.removeprefix("params."): leaf for name, leaf in flat.items() if _is_parameter(name)
+    }
     return params, {name: leaf for name, leaf in flat.items() if not _is_parameter(name)}
 
 
 def _common(saved: dict[str, dict], given: dict[str, dict]) -> tuple[dict, dict]:
     """Both, with only those settings that each of them names."""
-    names = {section: saved[section].keys() & given[section].keys() for section in saved.keys() & given.keys()}
-    return tuple({section: {key: side[section][key] for key in sorted(keys)} for section, keys in names.items()}
-                 for side in (saved, given))
+    names = {
+        section: saved[section].keys() & given[section].keys()
+        for section in saved.keys() & given.keys()
+    }
+    return tuple(
+        {
+            section: {key: side[section][key] for key in sorted(keys)}
+            for section, keys in names.items()
+        }
+        for side in (saved, given)
+    )
 
 
 def _shapes(flat: dict) -> dict[str, str]:
@@ -474,8 +567,10 @@ def _shapes(flat: dict) -> dict[str, str]:
 def _zeros(abstract: dict) -> dict[str, jax.Array]:
     """What a fresh optimizer and fresh counters are."""
     one_device = SingleDeviceSharding(jax.local_devices()[0])
-    return jax.jit(lambda: {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in abstract.items()},
-                   out_shardings={name: leaf.sharding or one_device for name, leaf in abstract.items()})()
+    return jax.jit(
+        lambda: {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in abstract.items()},
+        out_shardings={name: leaf.sharding or one_device for name, leaf in abstract.items()},
+    )()
 
 
 def _read(path: epath.Path, abstract: dict) -> dict[str, jax.Array]:
@@ -483,8 +578,10 @@ def _read(path: epath.Path, abstract: dict) -> dict[str, jax.Array]:
     import orbax.checkpoint as ocp
 
     one_device = SingleDeviceSharding(jax.local_devices()[0])
-    arguments = {name: ocp.ArrayRestoreArgs(sharding=leaf.sharding or one_device, global_shape=leaf.shape)
-                 for name, leaf in abstract.items()}
+    arguments = {
+        name: ocp.ArrayRestoreArgs(sharding=leaf.sharding or one_device, global_shape=leaf.shape)
+        for name, leaf in abstract.items()
+    }
     with ocp.Checkpointer(_handler()) as reader:
         return reader.restore(path, args=ocp.args.PyTreeRestore(abstract, restore_args=arguments))
 
@@ -493,7 +590,9 @@ def _read_params(path: epath.Path, config: Config, mesh: Mesh | None, zero: int)
     abstract = lora.abstract_parameters(config)
     if mesh is not None:
         shardings = shardings_of(abstract, mesh, zero)
-        abstract = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), abstract, shardings)
+        abstract = jax.tree.map(
+            lambda leaf, sharding: leaf.update(sharding=sharding), abstract, shardings
+        )
     flat = _flat(abstract)
     arrays = _read(path, flat)
     return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in flat])

@@ -29,11 +29,20 @@ python launch/evaluate.py --workdir=THIS --input=FILE
 """
 
 
-def at_start(config: Config, mesh, workdir: str, first: int, samples: int, training_tokens: int,
-             restored: bool = False) -> str:
-    """The block that is printed before the first step. ``first`` step and ``samples`` that were read before it;
-    ``training_tokens`` that the data hold. ``restored``: from a checkpoint of this folder."""
-    train, model = config.train, config.model
+def at_start(
+    config: Config,
+    mesh,
+    workdir: str,
+    first: int,
+    samples: int,
+    training_tokens: int,
+    restored: bool = False,
+) -> str:
+    """The block that is printed before the first step. ``first`` step and ``samples`` that were
+    read before it; ``training_tokens`` that the data hold. ``restored``: from a checkpoint of this
+    folder."""
+    train = config.train
+    model = config.model
     if first >= train.steps:
         begins = f"is finished: step {first:,} of {train.steps:,} is done"
     elif first:
@@ -48,7 +57,11 @@ def at_start(config: Config, mesh, workdir: str, first: int, samples: int, train
     compiling = "" if first >= train.steps else "\ncompiling the first step ..."
     ramp = f" (from {train.rampup_batch_size[0]} on)" if train.rampup_batch_size else ""
     total = samples_at_end(train, min(first, train.steps), samples) * config.sequence_length
-    epochs = f", {total / training_tokens:,.3g} times the data's {training_tokens:,}" if training_tokens else ""
+    epochs = (
+        f", {total / training_tokens:,.3g} times the data's {training_tokens:,}"
+        if training_tokens
+        else ""
+    )
     sources = " + ".join(shlex.quote(path) for path, _ in config.data.sources)
     devices = f"{mesh.size} of {jax.device_count()} {jax.devices()[0].device_kind} in {processes}"
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
@@ -68,11 +81,15 @@ def _every(steps: int) -> str:
 
 
 def write(config: Config, workdir: str, first: int) -> None:
-    """config.json, environment.json, README.txt, and a line more of starts.jsonl: the first holds all settings, later
-    ones those that differ from the start before, as {key: [before, now]}."""
+    """config.json, environment.json, README.txt, and a line more of starts.jsonl: the first holds
+    all settings, later ones those that differ from the start before, as {key: [before, now]}."""
     text = to_json(config)
-    now = {"date": datetime.now().astimezone().isoformat(timespec="seconds"), "command": command_line(),
-           "folder": os.getcwd(), "commit": commit()}
+    now = {
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": command_line(),
+        "folder": os.getcwd(),
+        "commit": commit(),
+    }
     found = environment()
     path = os.path.join(workdir, "config.json")
     before = None
@@ -82,14 +99,25 @@ def write(config: Config, workdir: str, first: int) -> None:
                 before = json.load(file)
         except ValueError:  # cut short or edited: all settings are written again
             pass
-    settings = {"config": json.loads(text)} if before is None else {"changed": _changes(before, json.loads(text))}
-    line = json.dumps(now | {"step": first, "versions": found["versions"]} | settings, ensure_ascii=False)
+    settings = (
+        {"config": json.loads(text)}
+        if before is None
+        else {"changed": _changes(before, json.loads(text))}
+    )
+    line = json.dumps(
+        now | {"step": first, "versions": found["versions"]} | settings, ensure_ascii=False
+    )
     # A lone surrogate, as of a flag that is not UTF-8, is written as JSON's escape.
-    with open(os.path.join(workdir, "starts.jsonl"), "a", encoding="utf-8", errors="backslashreplace") as file:
+    with open(
+        os.path.join(workdir, "starts.jsonl"), "a", encoding="utf-8", errors="backslashreplace"
+    ) as file:
         file.write(line + "\n")
     write_file(workdir, "config.json", text.encode())
-    write_file(workdir, "environment.json", json.dumps(
-        now | found, indent=1, ensure_ascii=False).encode(errors="backslashreplace"))
+    write_file(
+        workdir,
+        "environment.json",
+        json.dumps(now | found, indent=1, ensure_ascii=False).encode(errors="backslashreplace"),
+    )
     write_file(workdir, "README.txt", README.encode())
 
 
@@ -99,14 +127,18 @@ def command_line() -> str:
 
 
 def commit() -> str | None:
-    """The commit of the checkout that this package lies in, with "-dirty" behind it where files differ; None where
-    there is no checkout or no git."""
+    """The commit of the checkout that this package lies in, with "-dirty" behind it where files
+    differ; None where there is no checkout or no git."""
     here = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     if not os.path.exists(os.path.join(here, ".git")):
         return None
     try:
-        done = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-                              capture_output=True, text=True, timeout=20)
+        done = subprocess.run(
+            ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
@@ -115,7 +147,8 @@ def commit() -> str | None:
 def _changes(before: dict, now: dict, path: str = "") -> dict:
     changed = {}
     for key in {**before, **now}:
-        old, new = before.get(key), now.get(key)
+        old = before.get(key)
+        new = now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             changed |= _changes(old, new, f"{path}{key}.")
         elif old != new:

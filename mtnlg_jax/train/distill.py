@@ -1,8 +1,10 @@
-"""Distillation (Hinton 2015, arXiv 1503.02531): the teacher of a stage, run inside the student's step.
+"""Distillation (Hinton 2015, arXiv 1503.02531): the teacher of a stage, run inside the student's
+step.
 
-The teacher is frozen parameters beside the state, split over the mesh as the student's are, without moments. It reads
-each micro-batch as the student does, masked or not, without dropout; its last hidden states meet the student's in
-`model.loss.distilled_cross_entropy`, a chunk of tokens at a time.
+The teacher is frozen parameters beside the state, split over the mesh as the student's are, without
+moments. It reads each micro-batch as the student does, masked or not, without dropout; its last
+hidden states meet the student's in `model.loss.distilled_cross_entropy`, a chunk of tokens at a
+time.
 """
 
 import dataclasses
@@ -31,10 +33,14 @@ class Teacher:
     """The teacher in the manual region: ``params`` are this device's part."""
 
     def __init__(self, config: Config, given: Distillation, causal: bool, params):
-        self.temperature, self.weight = given.temperature, given.weight
-        self._graph, self._causal, self._mode = abstract_model(given.model)[0], causal, config.mesh.context_mode
-        self._gather = functools.partial(gather_weights, dtype=jnp.dtype(config.train.compute_dtype),
-                                         zero=config.mesh.zero)
+        self.temperature = given.temperature
+        self.weight = given.weight
+        self._graph = abstract_model(given.model)[0]
+        self._causal = causal
+        self._mode = config.mesh.context_mode
+        self._gather = functools.partial(
+            gather_weights, dtype=jnp.dtype(config.train.compute_dtype), zero=config.mesh.zero
+        )
         # As the student's: whole once a step, or with ZeRO-3 a layer at a time.
         self._layerwise = config.mesh.zero == 3
         self._params = params if self._layerwise else self._gather(params)
@@ -47,8 +53,13 @@ class Teacher:
         weights = type(self._params)({**rest, "blocks": self._params.raw_mapping["blocks"]})
         model = nnx.merge(self._graph, lax.stop_gradient(weights))
         x_BSC = model.hidden(
-            micro["tokens"], positions_BS=micro["positions"], segment_ids_BS=micro["segment_ids"],
-            causal=self._causal, prepare=self._layer, attend=functools.partial(context_attention, mode=self._mode))
+            micro["tokens"],
+            positions_BS=micro["positions"],
+            segment_ids_BS=micro["segment_ids"],
+            causal=self._causal,
+            prepare=self._layer,
+            attend=functools.partial(context_attention, mode=self._mode),
+        )
         return x_BSC.reshape(-1, x_BSC.shape[-1]), model.head()
 
     def _layer(self, layer):

@@ -22,21 +22,32 @@ class Data:
 
     tokenizer: Tokenizer
     stages: tuple[Batches, ...]
-    held_out: tuple[tuple[Tokens, float], ...]  # of each source, with its share of the run's samples
+    held_out: tuple[
+        tuple[Tokens, float], ...
+    ]  # of each source, with its share of the run's samples
     fingerprints: dict[str, str]
     training_tokens: int  # of all sources together
 
 
 def load_data(config: Config) -> Data:
-    """Opens every source of the run. Raises ValueError when none is named or their tokenizers differ."""
+    """Opens every source of the run. Raises ValueError when none is named or their tokenizers
+    differ."""
     if not config.data.sources:
-        raise ValueError("data.path is empty; prepare text with launch/prepare_data.py --output=OUT and give "
-                         "--set=data.path=OUT, or the prefix of Megatron's .bin and .idx")
+        raise ValueError(
+            "data.path is empty; prepare text with launch/prepare_data.py --output=OUT and give "
+            "--set=data.path=OUT, or the prefix of Megatron's .bin and .idx"
+        )
     blends = [stage.blend or config.data.sources for stage in config.train.stages]
     folders = list(dict.fromkeys(path for blend in blends for path, _ in blend))
     tokenizer, opened, held_out = open_sources(folders, config.data.tokenizer, config.data.heldout)
-    batches = tuple(Batches([(opened[path], weight) for path, weight in spread(blend)], config.sequence_length,
-                            config.train.seed) for blend in blends)
+    batches = tuple(
+        Batches(
+            [(opened[path], weight) for path, weight in spread(blend)],
+            config.sequence_length,
+            config.train.seed,
+        )
+        for blend in blends
+    )
     shares: dict[str, float] = {}
     for stage, blend in zip(config.train.stages, blends, strict=True):
         for path, weight in blend:
@@ -48,27 +59,36 @@ def load_data(config: Config) -> Data:
             logging.warning("%s holds nothing out: the held-out loss says nothing about it", path)
         parts.setdefault(tokens.location, [tokens, 0.0])[1] += shares.get(path, 1.0)
     prints = {f"source {i}": tokens.meta["sha256"] for i, tokens in enumerate(opened.values())}
-    return Data(tokenizer, batches, tuple(map(tuple, parts.values())), prints,
-                sum(len(tokens) for tokens in opened.values()))
+    return Data(
+        tokenizer,
+        batches,
+        tuple(map(tuple, parts.values())),
+        prints,
+        sum(len(tokens) for tokens in opened.values()),
+    )
 
 
 def resolve(config: Config, tokenizer: Tokenizer) -> Config:
-    """``config`` with the vocabulary that ``tokenizer`` needs, rounded up so that it splits and tiles well."""
-    size, unit = config.model.vocab_size, config.model.vocab_size_divisible_by
+    """``config`` with the vocabulary that ``tokenizer`` needs, rounded up so that it splits and
+    tiles well."""
+    size = config.model.vocab_size
+    unit = config.model.vocab_size_divisible_by
     if size is None:
         size = -(-tokenizer.vocab_size // unit) * unit
     if size < tokenizer.vocab_size:
-        raise ValueError(f"model.vocab_size={size} is smaller than the tokenizer's {tokenizer.vocab_size}; "
-                         f"set it to at least that, or to None")
+        raise ValueError(
+            f"model.vocab_size={size} is smaller than the tokenizer's {tokenizer.vocab_size}; "
+            f"set it to at least that, or to None"
+        )
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
     validate(config)
     return config
 
 
 def batch_at(config: Config, mesh, data: Data, step: int, first: int):
-    """(batch arrays (M, B, S), micro-batches in use, sequences) of ``step``, which ``first`` samples come before: pure
-    in these and the seed, whatever the mesh. A step of the ramp that is smaller than the largest fills the rest with
-    rows of weight 0."""
+    """(batch arrays (M, B, S), micro-batches in use, sequences) of ``step``, which ``first``
+    samples come before: pure in these and the seed, whatever the mesh. A step of the ramp that is
+    smaller than the largest fills the rest with rows of weight 0."""
     sequences = batch_size_at(config.train, first)
     micro_batches, rows = micro_batch_shape(config, mesh)
     number, _, _ = stage_at(config.train, step)
@@ -79,7 +99,9 @@ def batch_at(config: Config, mesh, data: Data, step: int, first: int):
         samples = first + np.where(used, numbers, 0)
         raw = data.stages[number].rows(samples)
         if masked:
-            made = masked_batch(raw, samples, config.train.seed, config.data.masking, data.tokenizer)
+            made = masked_batch(
+                raw, samples, config.train.seed, config.data.masking, data.tokenizer
+            )
         else:
             made = causal_batch(raw)
         made["weights"] = made["weights"] * used[:, None]

@@ -1,4 +1,5 @@
-"""What a run holds while it lives: the lock of its folder, and the signals that end it with its state saved."""
+"""What a run holds while it lives: the lock of its folder, and the signals that end it with its
+state saved."""
 
 import contextlib
 import errno
@@ -14,31 +15,44 @@ from datetime import datetime
 
 import jax
 
-# Seconds to wait for the lock of a run that is about to end: one on this host that was told to, as by the end of its
-# launcher; one on a host that died, whose lock the file system still holds for a while (NFS: 90 s).
+# Seconds to wait for the lock of a run that is about to end: one on this host that was told to, as
+# by the end of its launcher; one on a host that died, whose lock the file system still holds for a
+# while (NFS: 90 s).
 PATIENCE_HERE = 10
 PATIENCE_ELSEWHERE = 120
 
-# Of these the first two are always handled; the others stay ignored where they were, as SIGHUP is under nohup.
+# Of these the first two are always handled; the others stay ignored where they were, as SIGHUP is
+# under nohup.
 ASKED = ("SIGTERM", "SIGINT")
-WARNED = ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")  # a closed terminal; what schedulers send before they kill
+WARNED = (
+    "SIGHUP",
+    "SIGUSR1",
+    "SIGUSR2",
+    "SIGXCPU",
+)  # a closed terminal; what schedulers send before they kill
 
 
 @contextlib.contextmanager
 def own(workdir: str):
-    """Makes ``workdir`` and holds it for this run; the lock goes with the process, however it dies. Raises OSError
-    where that is not possible, and where another run holds it, which it names."""
+    """Makes ``workdir`` and holds it for this run; the lock goes with the process, however it dies.
+    Raises OSError where that is not possible, and where another run holds it, which it names."""
     path = os.path.join(workdir, f".lock-{jax.process_index()}")
     try:
         os.makedirs(workdir, exist_ok=True)
         file = open(path, "ab", buffering=0)
     except OSError as error:
-        raise OSError(f"cannot write in {workdir}: {error.strerror}; give another --workdir") from error
+        raise OSError(
+            f"cannot write in {workdir}: {error.strerror}; give another --workdir"
+        ) from error
     with file:
         _lock(file, workdir)
-        with contextlib.suppress(OSError):  # a full disk: the lock holds without a word on its owner, too
+        with contextlib.suppress(
+            OSError
+        ):  # a full disk: the lock holds without a word on its owner, too
             file.truncate(0)
-            file.write(f"{os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}\n".encode())
+            file.write(
+                f"{os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}\n".encode()
+            )
         yield
 
 
@@ -59,20 +73,32 @@ def _lock(file, workdir: str) -> None:
         if owner:
             name = f"process {owner[1]} on {owner[2]}" + (f" since {owner[3]}" if owner[3] else "")
             here = owner[2] == socket.gethostname()
-            patience = 0 if here and int(owner[1]) == os.getpid() else PATIENCE_HERE if here else PATIENCE_ELSEWHERE
+            patience = (
+                0
+                if here and int(owner[1]) == os.getpid()
+                else PATIENCE_HERE
+                if here
+                else PATIENCE_ELSEWHERE
+            )
         if time.monotonic() - began >= patience:
-            raise OSError(f"another run is writing in {workdir}: {name}; wait for its end, end it with kill, or give "
-                          "another --workdir")
+            raise OSError(
+                f"another run is writing in {workdir}: {name}; wait for its end, end it with kill, or give "
+                "another --workdir"
+            )
         if not told:
-            print(f"{name} is writing in {workdir}: waiting {patience} s for its end", file=sys.stderr, flush=True)
+            print(
+                f"{name} is writing in {workdir}: waiting {patience} s for its end",
+                file=sys.stderr,
+                flush=True,
+            )
             told = True
         time.sleep(0.2)
 
 
 @contextlib.contextmanager
 def signals():
-    """An event that any of ASKED and WARNED sets; a SIGINT after that interrupts at once, the others do nothing
-    more."""
+    """An event that any of ASKED and WARNED sets; a SIGINT after that interrupts at once, the
+    others do nothing more."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop

@@ -1,11 +1,13 @@
-"""Low-rank adaptation (Hu 2021, arXiv 2106.09685): a matrix W of the blocks becomes W + alpha / r x A B, of which A and
-B alone are learnt. B begins at 0, so that the model begins as it was.
+"""Low-rank adaptation (Hu 2021, arXiv 2106.09685): a matrix W of the blocks becomes W + alpha / r x
+A B, of which A and B alone are learnt. B begins at 0, so that the model begins as it was.
 
-A run of rank r keeps, beside the frozen parameters, ``lora`` in ``state["params"]``: of ``w_q_DNH`` the two
-``lora_a_q_DR`` and ``lora_b_q_RNH``, stacked over layers as that is. Their names end in their dims, so the plan of the
-mesh, ZeRO and checkpoints hold for them as they do for all else. The step adds the product to each device's part of
-the float32 masters: what is computed with is always a plain model, the same as is loaded afterwards. The price is
-that gradients of the matrices named exist while a step runs; moments do of A and B alone.
+A run of rank r keeps, beside the frozen parameters, ``lora`` in ``state["params"]``: of ``w_q_DNH``
+the two ``lora_a_q_DR`` and ``lora_b_q_RNH``, stacked over layers as that is. Their names end in
+their dims, so the plan of the mesh, ZeRO and checkpoints hold for them as they do for all else. The
+step adds the product to each device's part of
+the float32 masters: what is computed with is always a plain model, the same as is loaded
+afterwards. The price is that gradients of the matrices named exist while a step runs; moments do of
+A and B alone.
 """
 
 import dataclasses
@@ -32,14 +34,25 @@ def without(config: Config) -> Config:
 
 
 def matrices(params, config: Config) -> dict:
-    """{"blocks": {"w_q_DNH": ...}}: of a tree of named parameters those that the config names, whatever they are."""
-    names = {parameter_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    return {"blocks": {name: leaf for name, leaf in names.items() if _target(name) in config.optimizer.lora_targets}}
+    """{"blocks": {"w_q_DNH": ...}}: of a tree of named parameters those that the config names,
+    whatever they are."""
+    names = {
+        parameter_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    return {
+        "blocks": {
+            name: leaf
+            for name, leaf in names.items()
+            if _target(name) in config.optimizer.lora_targets
+        }
+    }
 
 
 def with_matrices(params, chosen: dict):
     """``params`` with the matrices ``chosen`` in their places."""
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: chosen["blocks"].get(parameter_name(path), leaf), params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: chosen["blocks"].get(parameter_name(path), leaf), params
+    )
 
 
 def _target(name: str) -> str | None:
@@ -62,12 +75,19 @@ def _abstract(config: Config) -> dict:
     for name, leaf in chosen.items():
         sizes |= dict(zip("L" + name.split("_")[2], leaf.shape, strict=True))
     names = [one for name in chosen for one in _names(name)]
-    return {"blocks": {name: jax.ShapeDtypeStruct(tuple(sizes[dim] for dim in "L" + name.rsplit("_", 1)[1]),
-                                                  jnp.float32) for name in names}}
+    return {
+        "blocks": {
+            name: jax.ShapeDtypeStruct(
+                tuple(sizes[dim] for dim in "L" + name.rsplit("_", 1)[1]), jnp.float32
+            )
+            for name in names
+        }
+    }
 
 
 def abstract_parameters(config: Config):
-    """What ``state["params"]`` is, as ShapeDtypeStructs: the model, and with a rank its adapters under ``lora``."""
+    """What ``state["params"]`` is, as ShapeDtypeStructs: the model, and with a rank its adapters
+    under ``lora``."""
     params = abstract_model(config.model)[1]
     return joined(params, _abstract(config)) if used(config) else params
 
@@ -85,7 +105,11 @@ def init_adapters(config: Config, shardings: dict) -> dict:
 
     def make():
         leaves = _abstract(config)["blocks"].items()
-        return {"blocks": {name: one(number, name, leaf.shape) for number, (name, leaf) in enumerate(leaves)}}
+        return {
+            "blocks": {
+                name: one(number, name, leaf.shape) for number, (name, leaf) in enumerate(leaves)
+            }
+        }
 
     return jax.jit(make, out_shardings=shardings)()
 
@@ -104,26 +128,36 @@ def split(params) -> tuple:
 
 def adapted(chosen: dict, adapters: dict, config: Config) -> dict:
     """The matrices W as W + alpha / r x A B, in float32."""
-    scale, found = config.optimizer.lora_alpha / config.optimizer.lora_rank, adapters["blocks"]
+    scale = config.optimizer.lora_alpha / config.optimizer.lora_rank
+    found = adapters["blocks"]
 
     def one(path, leaf):
         first, second = _names(parameter_name(path))
         dims = ["L" + name.rsplit("_", 1)[1] for name in (first, second)]
-        product = jnp.einsum(f"{dims[0]},{dims[1]}->{dims_of(path)}", found[first], found[second],
-                             precision=jax.lax.Precision.HIGHEST)
+        product = jnp.einsum(
+            f"{dims[0]},{dims[1]}->{dims_of(path)}",
+            found[first],
+            found[second],
+            precision=jax.lax.Precision.HIGHEST,
+        )
         return leaf + scale * product
 
     return jax.tree_util.tree_map_with_path(one, chosen)
 
 
 def opened(params, config: Config) -> tuple:
-    """``params`` of a state as (those of a plain model, what is learnt, a function from gradients of the first to
-    those of the second, a function from what is learnt to ``params``)."""
+    """``params`` of a state as (those of a plain model, what is learnt, a function from gradients
+    of the first to those of the second, a function from what is learnt to ``params``)."""
     if not used(config):
         return params, params, lambda grads: grads, lambda learnt: learnt
     base, adapters = split(params)
     chosen, back = jax.vjp(lambda new: adapted(matrices(base, config), new, config), adapters)
-    return with_matrices(base, chosen), adapters, lambda grads: back(grads)[0], functools.partial(joined, base)
+    return (
+        with_matrices(base, chosen),
+        adapters,
+        lambda grads: back(grads)[0],
+        functools.partial(joined, base),
+    )
 
 
 @functools.partial(jax.jit, static_argnums=1)

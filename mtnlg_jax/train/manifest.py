@@ -1,4 +1,5 @@
-"""What makes a folder a checkpoint: a record, written last, of what it holds and of every file's bytes."""
+"""What makes a folder a checkpoint: a record, written last, of what it holds and of every file's
+bytes."""
 
 import hashlib
 import json
@@ -24,7 +25,9 @@ def candidates(folder: epath.Path) -> list[int]:
     if not folder.exists():
         return []
     steps = sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
-    return [step for step in steps if _has_record(folder, step) or not marker(folder, step).exists()]
+    return [
+        step for step in steps if _has_record(folder, step) or not marker(folder, step).exists()
+    ]
 
 
 def finished(folder: epath.Path) -> list[int]:
@@ -56,8 +59,8 @@ def _kind(record: dict) -> str | None:
 
 
 def write_record(path: epath.Path, content: dict) -> None:
-    """Makes ``path`` a checkpoint: all its files reach the disk, then a record of ``content`` and of them.
-    The record's first line is the SHA-256 of the rest."""
+    """Makes ``path`` a checkpoint: all its files reach the disk, then a record of ``content`` and
+    of them. The record's first line is the SHA-256 of the rest."""
     body = json.dumps(content | {"files": _inventory(path)}, indent=1)
     write_file(path, RECORD, f"{_digest_of_text(body)}\n{body}".encode())
     if not is_remote(path):
@@ -76,7 +79,8 @@ def read_record(path: epath.Path) -> tuple[dict | None, str | None]:
 
 
 def damage(path: epath.Path, record: dict, below: str = "") -> str | None:
-    """What is wrong with the files of ``path`` whose names begin with ``below``; None if nothing."""
+    """What is wrong with the files of ``path`` whose names begin with ``below``; None if
+    nothing."""
     files = {name: pair for name, pair in record["files"].items() if name.startswith(below)}
     for name, (size, _) in files.items():
         if not (path / name).exists():
@@ -86,21 +90,29 @@ def damage(path: epath.Path, record: dict, below: str = "") -> str | None:
             return f"{name} has {found} bytes instead of {size}"
     hashed = {name: digest for name, (_, digest) in files.items() if digest is not None}
     with ThreadPoolExecutor(HASH_THREADS) as pool:
-        for name, digest in zip(hashed, pool.map(lambda name: _digest(path / name), hashed), strict=True):
+        for name, digest in zip(
+            hashed, pool.map(lambda name: _digest(path / name), hashed), strict=True
+        ):
             if digest != hashed[name]:
                 return f"{name} is not what was written (SHA-256 differs)"
     return None
 
 
 def refuse_difference(path: epath.Path, what: str, saved: dict, given: dict, way_out: str) -> None:
-    """Raises ValueError naming each key of which ``saved`` and ``given``, nested dicts, do not agree."""
-    saved, given = _leaves(saved), _leaves(given)
-    pairs = {key: (saved.get(key, "absent"), given.get(key, "absent")) for key in {**saved, **given}}
+    """Raises ValueError naming each key of which ``saved`` and ``given``, nested dicts, do not
+    agree."""
+    saved = _leaves(saved)
+    given = _leaves(given)
+    pairs = {
+        key: (saved.get(key, "absent"), given.get(key, "absent")) for key in {**saved, **given}
+    }
     differences = [f"{key}: {old} -> {new}" for key, (old, new) in pairs.items() if old != new]
     if differences:
         more = f" and {len(differences) - 8} more" if len(differences) > 8 else ""
-        raise ValueError(f"checkpoint {path} was saved with other {what} (saved -> given): "
-                         f"{', '.join(differences[:8])}{more}; {way_out}")
+        raise ValueError(
+            f"checkpoint {path} was saved with other {what} (saved -> given): "
+            f"{', '.join(differences[:8])}{more}; {way_out}"
+        )
 
 
 def _has_record(folder: epath.Path, step: int) -> bool:
@@ -123,7 +135,8 @@ def _files(path: epath.Path) -> Iterator[epath.Path]:
 
 
 def _inventory(path: epath.Path) -> dict[str, tuple[int, str | None]]:
-    """{relative name: (bytes, SHA-256)} of all files below ``path``; local ones reach the disk by this."""
+    """{relative name: (bytes, SHA-256)} of all files below ``path``; local ones reach the disk by
+    this."""
     files = list(_files(path))
     names = [os.fspath(file.relative_to(path)) for file in files]
     sizes = [file.stat().length for file in files]

@@ -39,14 +39,18 @@ class Summary:
 
     @property
     def speed(self) -> str:
-        """"1,234 tokens/s, MFU 41%", for a person."""
+        """ "1,234 tokens/s, MFU 41%", for a person."""
         mfu = "unknown (train.device_flops)" if self.mfu is None else f"{self.mfu:.0%}"
         return f"{self.tokens_per_second:,.0f} tokens/s, MFU {mfu}"
 
     @property
     def held_out(self) -> str:
         """The last evaluation, for a person."""
-        losses = [f"{name.replace('_', ' ')} {short(self.final[name])}" for name in FIGURES if name in self.final]
+        losses = [
+            f"{name.replace('_', ' ')} {short(self.final[name])}"
+            for name in FIGURES
+            if name in self.final
+        ]
         if not losses:
             return "nothing is held out, so there is no held-out loss"
         return f"held out at step {self.final['step']}: {', '.join(losses)}"
@@ -54,7 +58,9 @@ class Summary:
     @property
     def kept(self) -> str:
         """The checkpoints that are left, for a person."""
-        return "the last ones" + ("" if self.best_step is None else f" and the best (step {self.best_step})")
+        return "the last ones" + (
+            "" if self.best_step is None else f" and the best (step {self.best_step})"
+        )
 
 
 class Meter:
@@ -63,7 +69,9 @@ class Meter:
     def __init__(self, config: Config):
         self.flops = flops_per_token(config.model, config.sequence_length)
         self.peak = peak_flops(config.train.device_flops)
-        self.rate, self.tokens, self.seconds = 0.0, 0, 0.0
+        self.rate = 0.0
+        self.tokens = 0
+        self.seconds = 0.0
         self.restart()
 
     def restart(self) -> None:
@@ -73,8 +81,13 @@ class Meter:
         now = time.perf_counter()
         if self._last is not None:
             seconds = now - self._last
-            self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
-            self.rate = tokens / seconds if not self.rate else self.rate + 0.1 * (tokens / seconds - self.rate)
+            self.tokens = self.tokens + tokens
+            self.seconds = self.seconds + seconds
+            self.rate = (
+                tokens / seconds
+                if not self.rate
+                else self.rate + 0.1 * (tokens / seconds - self.rate)
+            )
         self._last = now
 
     @property
@@ -92,50 +105,83 @@ class Meter:
 
 
 class Reporter:
-    """Fetches the numbers of the step that ``pending`` holds, a step late, and judges by them whether the state is fit
-    to go on from."""
+    """Fetches the numbers of the step that ``pending`` holds, a step late, and judges by them
+    whether the state is fit to go on from."""
 
-    def __init__(self, config: Config, log: MetricsLog, bar: tqdm, meter: Meter, checkpoints: Checkpoints):
-        self.config, self.log, self.bar, self.meter, self.checkpoints = config, log, bar, meter, checkpoints
+    def __init__(
+        self, config: Config, log: MetricsLog, bar: tqdm, meter: Meter, checkpoints: Checkpoints
+    ):
+        self.config = config
+        self.log = log
+        self.bar = bar
+        self.meter = meter
+        self.checkpoints = checkpoints
         self.pending = None  # (step, its metrics on the device, sequences)
         self.bad = 0  # non-finite steps in a row, up to the last one reported
 
     def report(self) -> None:
-        """Writes and shows the pending step, if there is one. Raises Diverged after too many non-finite ones."""
+        """Writes and shows the pending step, if there is one. Raises Diverged after too many
+        non-finite ones."""
         if self.pending is None:
             return
-        (step, metrics, sequences), self.pending = self.pending, None
-        train, meter = self.config.train, self.meter
+        step, metrics, sequences = self.pending
+        self.pending = None
+        train = self.config.train
+        meter = self.meter
         values = {key: value.item() for key, value in jax.device_get(metrics).items()}
         meter.add(sequences * self.config.sequence_length)
         _, _, stage = stage_at(train, step)
-        self.bad, name = values["bad"], loss_name(train, stage)
+        self.bad = values["bad"]
+        name = loss_name(train, stage)
         if (step + 1) % train.log_every == 0 or step + 1 == train.steps or self.bad:
-            self.log.write({"kind": "train", "step": step + 1, name: values["loss"],
-                            "grad_norm": values["grad_norm"], "learning_rate": values["learning_rate"],
-                            "stage": stage.name, "objective": "masked" if is_masked(train, step) else "causal",
-                            "sequences": sequences, "skipped": values["skipped"],
-                            "tokens_per_second": round(meter.rate, 1), **meter.mfu_entry})
+            self.log.write(
+                {
+                    "kind": "train",
+                    "step": step + 1,
+                    name: values["loss"],
+                    "grad_norm": values["grad_norm"],
+                    "learning_rate": values["learning_rate"],
+                    "stage": stage.name,
+                    "objective": "masked" if is_masked(train, step) else "causal",
+                    "sequences": sequences,
+                    "skipped": values["skipped"],
+                    "tokens_per_second": round(meter.rate, 1),
+                    **meter.mfu_entry,
+                }
+            )
         self.bar.update()
-        show(self.bar, [f"{name.replace('_', ' ')} {values['loss']:.3f}",
-                        f"{meter.rate:,.0f} tokens/s" if meter.rate else "",
-                        f"{values['skipped']} skipped" if values["skipped"] else "", f"stage {stage.name}",
-                        "" if meter.mfu is None else f"MFU {meter.mfu:.0%}"])
+        show(
+            self.bar,
+            [
+                f"{name.replace('_', ' ')} {values['loss']:.3f}",
+                f"{meter.rate:,.0f} tokens/s" if meter.rate else "",
+                f"{values['skipped']} skipped" if values["skipped"] else "",
+                f"stage {stage.name}",
+                "" if meter.mfu is None else f"MFU {meter.mfu:.0%}",
+            ],
+        )
         if not self.bad:
             self.checkpoints.prove()
         if self.bad >= train.max_bad_steps:
-            self._diverge(f"loss or gradient was not finite for {self.bad} steps in a row, up to step {step + 1}")
+            self._diverge(
+                f"loss or gradient was not finite for {self.bad} steps in a row, up to step {step + 1}"
+            )
 
     def is_healthy(self, done: int, result: dict, stopping: bool = False) -> bool:
-        """Whether the state after step ``done``, with the evaluation ``result`` ({}: none), is to be saved: a loss of
-        its parameters is finite, or they follow from a finite step. Where the run ends here (``stopping``, or its last
-        step), a skipped step is no reason to lose what came before it: the state is saved and stays unproven. Raises
-        Diverged where the last evaluation is not finite."""
+        """Whether the state after step ``done``, with the evaluation ``result`` ({}: none), is to
+        be saved: a loss of its parameters is finite, or they follow from a finite step. Where the
+        run ends here (``stopping``, or its last step), a skipped step is no reason to lose what
+        came before it: the state is saved and stays unproven. Raises Diverged where the last
+            evaluation is not finite."""
         losses = [result[name] for name in ("causal_loss", "masked_loss") if name in result]
         ending = stopping or done == self.config.train.steps
         if all(map(math.isfinite, losses)) and (losses or not self.bad or ending):
             return True
-        what = f"held-out loss {losses}" if losses else f"loss or gradient of the last {self.bad} steps"
+        what = (
+            f"held-out loss {losses}"
+            if losses
+            else f"loss or gradient of the last {self.bad} steps"
+        )
         if done == self.config.train.steps:
             self._diverge(f"{what} was not finite at the last step, {done}")
         logging.warning("step %d is not saved: %s is not finite", done, what)
@@ -143,17 +189,30 @@ class Reporter:
 
     def _diverge(self, what: str) -> None:
         good = self.checkpoints.give_up()
-        last = "there is not a good checkpoint" if good is None else f"the last good checkpoint is of step {good}"
-        raise Diverged(f"{what}; {last}. Lower optimizer.learning_rate or set optimizer.clip_grad_norm, then run again")
+        last = (
+            "there is not a good checkpoint"
+            if good is None
+            else f"the last good checkpoint is of step {good}"
+        )
+        raise Diverged(
+            f"{what}; {last}. Lower optimizer.learning_rate or set optimizer.clip_grad_norm, then run again"
+        )
+
+
 WIDE = 110  # columns of a terminal that has room for tqdm's own line
 
 
 def show(bar: tqdm, parts: list[str]) -> None:
-    """Puts ``parts`` behind the bar, as many of the first ones as the terminal has room for; a narrow one leaves out
-    the elapsed time and steps/s, so that something of the bar is left."""
+    """Puts ``parts`` behind the bar, as many of the first ones as the terminal has room for; a
+    narrow one leaves out the elapsed time and steps/s, so that something of the bar is left."""
     width = bar.format_dict["ncols"] or WIDE
-    bar.bar_format = None if width >= WIDE else "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining}{postfix}]"
-    room, shown = width - (54 if width >= WIDE else 24 + 2 * len(str(bar.total))), ""
+    bar.bar_format = (
+        None
+        if width >= WIDE
+        else "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining}{postfix}]"
+    )
+    room = width - (54 if width >= WIDE else 24 + 2 * len(str(bar.total)))
+    shown = ""
     for part in filter(None, parts):
         if shown and len(shown) + 2 + len(part) > room:
             break

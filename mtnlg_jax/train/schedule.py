@@ -1,5 +1,5 @@
-"""What every step of a run does, as pure functions of the step: its batch, its stage, its objective, its
-learning rate. A resume needs one integer."""
+"""What every step of a run does, as pure functions of the step: its batch, its stage, its
+objective, its learning rate. A resume needs one integer."""
 
 import functools
 import math
@@ -10,7 +10,8 @@ from mtnlg_jax.config import Config, StageConfig, TrainConfig
 
 
 def batch_size_at(train: TrainConfig, samples: int) -> int:
-    """Sequences in the step that starts after ``samples`` sequences: Megatron-LM's --rampup-batch-size."""
+    """Sequences in the step that starts after ``samples`` sequences: Megatron-LM's
+    --rampup-batch-size."""
     if train.rampup_batch_size is None:
         return train.global_batch_size
     start, increment, ramp_samples = train.rampup_batch_size
@@ -24,7 +25,11 @@ def batch_size_at(train: TrainConfig, samples: int) -> int:
 def _ramp(train: TrainConfig) -> tuple[int, ...]:
     """Samples before each step of the ramp, and before the first step at full batch."""
     before = [0]
-    while train.rampup_batch_size and before[-1] < train.rampup_batch_size[2] and len(before) <= train.steps:
+    while (
+        train.rampup_batch_size
+        and before[-1] < train.rampup_batch_size[2]
+        and len(before) <= train.steps
+    ):
         before.append(before[-1] + batch_size_at(train, before[-1]))
     return tuple(before)
 
@@ -38,18 +43,24 @@ def samples_before(train: TrainConfig, step: int) -> int:
 
 
 def samples_at_end(train: TrainConfig, step: int, samples: int) -> int:
-    """Sequences consumed by the end of a run that has consumed ``samples`` in ``step`` steps, whatever its batches were
+    """Sequences consumed by the end of a run that has consumed ``samples`` in ``step`` steps,
+    whatever its batches were
     until then: the length of its schedule."""
     if train.rampup_batch_size:
-        while step < train.steps and (size := batch_size_at(train, samples)) < train.global_batch_size:
-            step, samples = step + 1, samples + size
+        while (
+            step < train.steps and (size := batch_size_at(train, samples)) < train.global_batch_size
+        ):
+            step = step + 1
+            samples = samples + size
     return samples + (train.steps - step) * train.global_batch_size
 
 
 def stage_bounds(train: TrainConfig) -> list[int]:
     """Steps where stages end; the last is train.steps."""
     total = sum(stage.fraction for stage in train.stages)
-    shares = [sum(s.fraction for s in train.stages[: i + 1]) / total for i in range(len(train.stages))]
+    shares = [
+        sum(s.fraction for s in train.stages[: i + 1]) / total for i in range(len(train.stages))
+    ]
     return [round(share * train.steps) for share in shares]
 
 
@@ -71,24 +82,30 @@ def is_masked(train: TrainConfig, step: int) -> bool:
 
 
 def learning_rate(config: Config, samples, total: int | None = None):
-    """The rate for the step that ends after ``samples`` sequences (may be traced): linear to the peak over
-    the warm-up, then a cosine to the floor, then the floor. The stage's scale is applied by the caller.
+    """The rate for the step that ends after ``samples`` sequences (may be traced): linear to the
+    peak over the warm-up, then a cosine to the floor, then the floor. The stage's scale is applied
+    by the caller.
 
-    ``total``: sequences of the whole run (`samples_at_end`); without, those of a run that began with this config.
+    ``total``: sequences of the whole run (`samples_at_end`); without, those of a run that began
+        with this config.
     """
     total = samples_before(config.train, config.train.steps) if total is None else total
     optimizer = config.optimizer
-    warmup, decay = optimizer.warmup_fraction * total, optimizer.decay_fraction * total
+    warmup = optimizer.warmup_fraction * total
+    decay = optimizer.decay_fraction * total
     samples = jnp.asarray(samples, jnp.float32)
     floor = optimizer.min_learning_rate_ratio
     progress = jnp.clip((samples - warmup) / max(decay - warmup, 1e-9), 0.0, 1.0)
     cosine = floor + (1 - floor) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
-    return optimizer.learning_rate * jnp.where(samples < warmup, samples / max(warmup, 1e-9), cosine)
+    return optimizer.learning_rate * jnp.where(
+        samples < warmup, samples / max(warmup, 1e-9), cosine
+    )
 
 
 def loss_name(train: TrainConfig, stage: StageConfig) -> str:
-    """What the training loss of ``stage`` is, a name of `metrics.TRAINING_LOSSES`: only without a teacher and without
-    label smoothing is it the cross entropy of the text, as the held-out loss."""
+    """What the training loss of ``stage`` is, a name of `metrics.TRAINING_LOSSES`: only without a
+    teacher and without label smoothing is it the cross entropy of the text, as the held-out
+    loss."""
     if stage.distill and stage.distill_weight > 0:
         return "distillation_loss"
     return "smoothed_loss" if train.label_smoothing else "loss"

@@ -20,10 +20,16 @@ from mtnlg_jax.train.state import state_shardings
 from mtnlg_jax.train.watchdog import Watchdog
 
 
-def make_train_step(config: Config, mesh: Mesh, causal: bool, distillation: Distillation | None = None,
-                    total_samples: int | None = None) -> Callable:
-    """jitted (state, batch, micro_batches, sequences, rate_scale) -> (state, metrics); the state is donated. With a
-    ``distillation`` the teacher's parameters are the last argument. ``total_samples`` is for `learning_rate`.
+def make_train_step(
+    config: Config,
+    mesh: Mesh,
+    causal: bool,
+    distillation: Distillation | None = None,
+    total_samples: int | None = None,
+) -> Callable:
+    """jitted (state, batch, micro_batches, sequences, rate_scale) -> (state, metrics); the state is
+    donated. With a ``distillation`` the teacher's parameters are the last argument.
+    ``total_samples`` is for `learning_rate`.
 
     A step whose loss or gradient norm is not finite changes nothing but the counters."""
     optimizer = make_optimizer(config.optimizer)
@@ -33,7 +39,9 @@ def make_train_step(config: Config, mesh: Mesh, causal: bool, distillation: Dist
     def step(state, batch, micro_batches, sequences, rate_scale, *teacher):
         key = jax.random.fold_in(jax.random.key(config.train.seed), state["step"])
         plain, learnt, to_learnt, to_params = lora.opened(state["params"], config)
-        loss, grads = loss_and_gradients(plain, batch, micro_batches, jax.random.key_data(key), *teacher)
+        loss, grads = loss_and_gradients(
+            plain, batch, micro_batches, jax.random.key_data(key), *teacher
+        )
         grads = to_learnt(grads)
         grad_norm = jnp.sqrt(sum(jnp.sum(jnp.square(grad)) for grad in jax.tree.leaves(grads)))
         good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -46,12 +54,20 @@ def make_train_step(config: Config, mesh: Mesh, causal: bool, distillation: Dist
             return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
 
         new_state = {
-            "params": to_params(keep(params, learnt)), "opt_state": keep(opt_state, state["opt_state"]),
-            "step": state["step"] + 1, "samples": samples,
-            "bad": jnp.where(good, 0, state["bad"] + 1), "skipped": state["skipped"] + ~good,
+            "params": to_params(keep(params, learnt)),
+            "opt_state": keep(opt_state, state["opt_state"]),
+            "step": state["step"] + 1,
+            "samples": samples,
+            "bad": jnp.where(good, 0, state["bad"] + 1),
+            "skipped": state["skipped"] + ~good,
         }
-        metrics = {"loss": loss, "grad_norm": grad_norm, "learning_rate": rate, "bad": new_state["bad"],
-                   "skipped": new_state["skipped"]}
+        metrics = {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "learning_rate": rate,
+            "bad": new_state["bad"],
+            "skipped": new_state["skipped"],
+        }
         return new_state, metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
@@ -60,8 +76,8 @@ def make_train_step(config: Config, mesh: Mesh, causal: bool, distillation: Dist
 class CompiledStep:
     """The jitted ``function``, compiled at its first call under the long limit of ``watchdog``.
 
-    All calls have the same shapes, types and shardings. ``fingerprint`` is of the lowered text that the compiler was
-    given, "" before the first call.
+    All calls have the same shapes, types and shardings. ``fingerprint`` is of the lowered text that
+    the compiler was given, "" before the first call.
     """
 
     def __init__(self, function, watchdog: Watchdog):

@@ -15,20 +15,27 @@ from mtnlg_jax import errors
 from mtnlg_jax.train import processes
 
 MEDIANS = 10  # a step may take so many times the median of the last ones
-GRACE = 60  # seconds after which faulthandler dumps the stacks and exits by itself: something holds Python's lock
-SUSPENDED = 10  # seconds that this thread was not woken for: the whole process was stopped, which is no fault
+# seconds after which faulthandler dumps the stacks and exits by itself: something holds Python's
+# lock
+GRACE = 60
+# seconds that this thread was not woken for: the whole process was stopped, which is no fault
+SUSPENDED = 10
 STANDARD_ERROR = 2
 
 
 class Watchdog:
-    """While it is entered, a thread that dumps all stacks to standard error and to ``workdir``/stacks-PROCESS.txt
-    and exits with code 4, when a step is not done within ``seconds`` and 10 times the median step, or another phase
-    (start, compilation, restore, evaluation, save) within ``phase_seconds``. ``seconds=0``: nothing of all that."""
+    """While it is entered, a thread that dumps all stacks to standard error and to
+    ``workdir``/stacks-PROCESS.txt and exits with code 4, when a step is not done within ``seconds``
+    and 10 times the median step, or another phase (start, compilation, restore, evaluation, save)
+    within ``phase_seconds``. ``seconds=0``: nothing of all that."""
 
     def __init__(self, seconds: float, phase_seconds: float, workdir: str):
-        self.seconds, self.phase_seconds = seconds, phase_seconds
+        self.seconds = seconds
+        self.phase_seconds = phase_seconds
         self.path = os.path.join(workdir, f"stacks-{jax.process_index()}.txt")
-        self._phase, self._since, self._steps = "start", time.monotonic(), deque(maxlen=99)
+        self._phase = "start"
+        self._since = time.monotonic()
+        self._steps = deque(maxlen=99)
         self._over = threading.Event()
 
     def enter(self, phase: str) -> None:
@@ -36,7 +43,8 @@ class Watchdog:
         now = time.monotonic()
         if phase == self._phase == "step":
             self._steps.append(now - self._since)
-        self._phase, self._since = phase, now
+        self._phase = phase
+        self._since = now
 
     @property
     def limit(self) -> float:
@@ -63,15 +71,19 @@ class Watchdog:
                 break
             if processes.several():
                 faulthandler.dump_traceback_later(left + GRACE, exit=True, file=STANDARD_ERROR)
-            asked, before = min(left, 1.0, self.seconds / 4), time.monotonic()
+            asked = min(left, 1.0, self.seconds / 4)
+            before = time.monotonic()
             if self._over.wait(asked):
                 return
             asleep = time.monotonic() - before - asked
             if asleep > SUSPENDED:
                 self._since += asleep
-        phase, since = self._phase, time.monotonic() - self._since
-        line = (f"process {jax.process_index()} of {jax.process_count()}: the phase {phase!r} takes {since:.0f} s, its "
-                f"limit is {self.limit:.0f} (train.watchdog_seconds, train.phase_seconds); all stacks:\n")
+        phase = self._phase
+        since = time.monotonic() - self._since
+        line = (
+            f"process {jax.process_index()} of {jax.process_count()}: the phase {phase!r} takes {since:.0f} s, its "
+            f"limit is {self.limit:.0f} (train.watchdog_seconds, train.phase_seconds); all stacks:\n"
+        )
         with contextlib.suppress(OSError), open(self.path, "w") as file:
             file.write(line)
             file.flush()

@@ -10,10 +10,14 @@ import pytest
 from mtnlg_jax.data.read.builtin_corpus import embedded_documents
 from mtnlg_jax.data.tokenizer import load_tokenizer, train_tokenizer
 
-sys.path.append(str(Path(__file__).parent))  # tests are imported without it; megatron_peer.py stands there
+sys.path.append(
+    str(Path(__file__).parent)
+)  # tests are imported without it; megatron_peer.py stands there
 
-CHINESE = ("天下大势，分久必合，合久必分。学而时习之，不亦说乎？有朋自远方来，不亦乐乎？"
-           "千里之行，始于足下。知之为知之，不知为不知，是知也。\n") * 20
+CHINESE = (
+    "天下大势，分久必合，合久必分。学而时习之，不亦说乎？有朋自远方来，不亦乐乎？"
+    "千里之行，始于足下。知之为知之，不知为不知，是知也。\n"
+) * 20
 
 
 @pytest.fixture(scope="session")
@@ -36,8 +40,12 @@ def gpt2_files(tmp_path_factory) -> Path:
     merges = ["t h", "th e", "\u0120 the"]  # U+0120 is the space
     pieces += [merge.replace(" ", "") for merge in merges] + ["<|endoftext|>"]
     folder = tmp_path_factory.mktemp("gpt2")
-    (folder / "encoder.json").write_text(json.dumps({piece: number for number, piece in enumerate(pieces)}))
-    (folder / "vocab.bpe").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
+    (folder / "encoder.json").write_text(
+        json.dumps({piece: number for number, piece in enumerate(pieces)})
+    )
+    (folder / "vocab.bpe").write_text(
+        "#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8"
+    )
     return folder
 
 

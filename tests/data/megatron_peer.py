@@ -1,8 +1,10 @@
 """Runs megatron-core's own writer and reader, in a Python that has it:
 
-    PYTHON tests/data/megatron_peer.py fixtures            writes tests/data/fixtures/{short,sentences}.{bin,idx}
-    PYTHON tests/data/megatron_peer.py copy PREFIX TARGET  reads PREFIX document by document and writes it again
-    PYTHON tests/data/megatron_peer.py read PREFIX         prints the documents as JSON
+PYTHON tests/data/megatron_peer.py fixtures            writes
+    tests/data/fixtures/{short,sentences}.{bin,idx}
+PYTHON tests/data/megatron_peer.py copy PREFIX TARGET  reads PREFIX document by document and writes
+    it again
+PYTHON tests/data/megatron_peer.py read PREFIX         prints the documents as JSON
 """
 
 import json
@@ -15,8 +17,12 @@ END = 259  # <|endoftext|> of the vocabulary that the tests make
 
 
 def documents() -> list[list[int]]:
-    """What the fixtures hold: 40 documents of 2 to 118 tokens, bytes of small Latin letters, each with an end."""
-    return [[64 + (number * place + place) % 26 for place in range(1 + 3 * number)] + [END] for number in range(40)]
+    """What the fixtures hold: 40 documents of 2 to 118 tokens, bytes of small Latin letters, each
+    with an end."""
+    return [
+        [64 + (number * place + place) % 26 for place in range(1 + 3 * number)] + [END]
+        for number in range(40)
+    ]
 
 
 def main(action: str, *arguments: str) -> None:
@@ -36,15 +42,25 @@ def main(action: str, *arguments: str) -> None:
     def read(prefix):
         data = IndexedDataset(prefix)
         ends = data.document_indices
-        return data.index.dtype, [numpy.concatenate([data[i] for i in range(first, last)]).tolist()
-                                  for first, last in zip(ends[:-1], ends[1:], strict=True)]
+        return data.index.dtype, [
+            numpy.concatenate([data[i] for i in range(first, last)]).tolist()
+            for first, last in zip(ends[:-1], ends[1:], strict=True)
+        ]
 
     if action == "fixtures":
         FIXTURES.mkdir(exist_ok=True)
-        write(FIXTURES / "short", DType.optimal_dtype(260), [[document] for document in documents()])
+        write(
+            FIXTURES / "short", DType.optimal_dtype(260), [[document] for document in documents()]
+        )
         # As preprocess_data.py --split-sentences does it: several sequences in a document.
-        write(FIXTURES / "sentences", DType.optimal_dtype(70_000),
-              [[document[i : i + 20] for i in range(0, len(document), 20)] for document in documents()])
+        write(
+            FIXTURES / "sentences",
+            DType.optimal_dtype(70_000),
+            [
+                [document[i : i + 20] for i in range(0, len(document), 20)]
+                for document in documents()
+            ],
+        )
     elif action == "copy":
         dtype, found = read(arguments[0])
         write(arguments[1], dtype, [[document] for document in found])

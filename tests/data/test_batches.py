@@ -29,14 +29,19 @@ def tokens(tmp_path_factory):
 def test_rows_are_windows_of_the_circle(tokens):
     rows = Batches([(tokens, 1.0)], 24, seed=5).rows(np.arange(300))
     assert {name: (values.shape, values.dtype) for name, values in rows.items()} == {
-        name: ((300, 25), np.dtype(np.int32)) for name in ("tokens", "segment_ids", "positions")}
+        name: ((300, 25), np.dtype(np.int32)) for name in ("tokens", "segment_ids", "positions")
+    }
     starts = set(np.concatenate([[0], np.cumsum(SIZES)[:-1]]))
-    for ids, segments, positions in zip(rows["tokens"], rows["segment_ids"], rows["positions"], strict=True):
+    for ids, segments, positions in zip(
+        rows["tokens"], rows["segment_ids"], rows["positions"], strict=True
+    ):
         assert np.array_equal(ids, (ids[0] + np.arange(25)) % 201)
-        segment, position = 1, -1
+        segment = 1
+        position = -1
         for place, token in enumerate(ids):
             new = place > 0 and token in starts
-            segment, position = segment + new, 0 if new else position + 1
+            segment = segment + new
+            position = 0 if new else position + 1
             assert (segments[place], positions[place]) == (segment, position)
 
 
@@ -54,7 +59,9 @@ def test_an_epoch_predicts_every_token_once(tmp_path, length, missing):
         orders.append(rows[:, 0].tolist())
     assert orders[0] != orders[1] != orders[2] and orders[0] != sorted(orders[0])
     if length > 1:
-        assert len({tuple(sorted(order)) for order in orders}) > 1  # not always cut at the same places
+        assert (
+            len({tuple(sorted(order)) for order in orders}) > 1
+        )  # not always cut at the same places
 
 
 def test_a_row_depends_on_seed_and_sample_only(tokens, tmp_path):
@@ -66,13 +73,17 @@ def test_a_row_depends_on_seed_and_sample_only(tokens, tmp_path):
         rows = again.rows(np.array(samples))
         for name, values in rows.items():
             assert np.array_equal(values, whole[name][list(samples)])
-    assert not np.array_equal(Batches(blend, 10, seed=3).rows(np.arange(64))["tokens"], whole["tokens"])
+    assert not np.array_equal(
+        Batches(blend, 10, seed=3).rows(np.arange(64))["tokens"], whole["tokens"]
+    )
     assert again.rows(np.array([], int))["tokens"].shape == (0, 11)
 
 
 def test_the_order_of_samples_never_changes(tokens):
     """Golden: a run that resumes with a newer version must meet the same rows."""
-    first = Batches([(tokens, 1.0)], 24, seed=5).rows(np.array([0, 1, 2, 9, 5000, 10**9]))["tokens"][:, 0]
+    first = Batches([(tokens, 1.0)], 24, seed=5).rows(np.array([0, 1, 2, 9, 5000, 10**9]))[
+        "tokens"
+    ][:, 0]
     assert first.tolist() == [176, 56, 32, 63, 36, 56]
     assert permute(np.arange(10), 10, np.uint64(7)).tolist() == [2, 7, 6, 8, 5, 4, 3, 0, 9, 1]
 
@@ -88,47 +99,80 @@ def test_permutations(size):
             assert not any(np.array_equal(order, other) for other in orders if other is not order)
     sizes = np.array([size, 5, size])  # one size for each number, too
     mixed = permute(np.array([size - 1, 4, 0]), sizes, np.array([2, 7, 0], np.uint64))
-    assert mixed.tolist() == [orders[2][-1], permute(np.arange(5), 5, np.uint64(7))[4], orders[0][0]]
+    assert mixed.tolist() == [
+        orders[2][-1],
+        permute(np.arange(5), 5, np.uint64(7))[4],
+        orders[0][0],
+    ]
     keys = np.array([3, 1], np.uint64)  # one key for each number
     assert permute(np.array([0, 0]), size, keys).tolist() == [orders[3][0], orders[1][0]]
 
 
-WEIGHTS = [[1], [0.5, 0.5], [3, 1, 2], [0.7, 0.2999, 0.0001], [0.0003, 0.0002, 0.9995], [1e-3] * 7 + [1]]
+WEIGHTS = [
+    [1],
+    [0.5, 0.5],
+    [3, 1, 2],
+    [0.7, 0.2999, 0.0001],
+    [0.0003, 0.0002, 0.9995],
+    [1e-3] * 7 + [1],
+]
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_blend_is_exact(tmp_path, weights):
-    sources = [(_tokens(tmp_path / str(index), [400], first=1000 * index), weight)
-               for index, weight in enumerate(weights)]
+    sources = [
+        (_tokens(tmp_path / str(index), [400], first=1000 * index), weight)
+        for index, weight in enumerate(weights)
+    ]
     batches = Batches(sources, 100, seed=4)
     blocks = 6
     drawn = batches.rows(np.arange(1024 * blocks))["tokens"][:, 0] // 1000
     shares = np.array(weights) / np.sum(weights)
-    counts = np.array([np.bincount(drawn[: 1024 * block], minlength=len(weights))
-                       for block in range(blocks + 1)])
+    counts = np.array(
+        [np.bincount(drawn[: 1024 * block], minlength=len(weights)) for block in range(blocks + 1)]
+    )
     rounding = 0.5 * len(weights)  # what is left is rounded source by source
     assert (np.abs(counts - 1024 * np.arange(blocks + 1)[:, None] * shares) <= rounding).all()
     assert np.allclose(batches.epochs_seen(1024 * blocks), counts[-1] / 4)
-    assert np.allclose(batches.epochs_seen(777) * 4, np.bincount(drawn[:777], minlength=len(weights)))
+    assert np.allclose(
+        batches.epochs_seen(777) * 4, np.bincount(drawn[:777], minlength=len(weights))
+    )
     # mixed, not one source after the other
     assert len(weights) == 1 or (np.diff(drawn) != 0).sum() > 0.5 * (len(drawn) - counts[-1].max())
 
 
-@pytest.mark.parametrize("windows, weights", [
-    ([2], [1]), ([5], [2]), ([200], [1]), ([1023], [1]), ([1025], [1]), ([2500], [1]), ([200, 7], [1, 1]),
-    ([37, 1100, 3], [0.2, 0.7999, 0.0001]), ([90, 3000, 1024], [0.9, 0.05, 0.05]),
-])
+@pytest.mark.parametrize(
+    "windows, weights",
+    [
+        ([2], [1]),
+        ([5], [2]),
+        ([200], [1]),
+        ([1023], [1]),
+        ([1025], [1]),
+        ([2500], [1]),
+        ([200, 7], [1, 1]),
+        ([37, 1100, 3], [0.2, 0.7999, 0.0001]),
+        ([90, 3000, 1024], [0.9, 0.05, 0.05]),
+    ],
+)
 def test_each_window_comes_once_an_epoch(tmp_path, windows, weights):
-    """Of sources below and above a block of samples, for any blend, in batches drawn by runs that each start anew."""
+    """Of sources below and above a block of samples, for any blend, in batches drawn by runs that
+    each start anew."""
     length = 4
-    sources = [(_tokens(tmp_path / str(index), [count * length], first=100_000 * index), weight)
-               for index, (count, weight) in enumerate(zip(windows, weights, strict=True))]
+    sources = [
+        (_tokens(tmp_path / str(index), [count * length], first=100_000 * index), weight)
+        for index, (count, weight) in enumerate(zip(windows, weights, strict=True))
+    ]
     last = 2600
     drawn = []
     for first in range(0, last, 650):
         batches = Batches(sources, length, seed=3)
-        drawn += [batches.rows(np.arange(first + part, first + part + 130))["tokens"] for part in range(0, 650, 130)]
-    drawn, seen = np.concatenate(drawn)[:, 0], batches.epochs_seen(last)
+        drawn += [
+            batches.rows(np.arange(first + part, first + part + 130))["tokens"]
+            for part in range(0, 650, 130)
+        ]
+    drawn = np.concatenate(drawn)[:, 0]
+    seen = batches.epochs_seen(last)
     for index, count in enumerate(windows):
         mine = drawn[drawn // 100_000 == index] % 100_000
         assert seen[index] == len(mine) / count
@@ -148,11 +192,16 @@ def test_a_source_goes_on_where_it_was(tokens, tmp_path):
     assert len(starts) == round(0.8 * 3072) and len(set(starts)) == len(starts)
 
 
-@pytest.mark.parametrize("length, weight, message", [
-    (201, 1.0, "has 201 tokens, sequence_length=201 needs 202: shorten it or add text"),
-    (0, 1.0, "sequence_length=0 must be at least 1"),
-    (8, 0.0, "weight 0.0 .* must be above 0"), (8, -1.0, "weight -1.0"), (8, float("nan"), "weight nan"),
-])
+@pytest.mark.parametrize(
+    "length, weight, message",
+    [
+        (201, 1.0, "has 201 tokens, sequence_length=201 needs 202: shorten it or add text"),
+        (0, 1.0, "sequence_length=0 must be at least 1"),
+        (8, 0.0, "weight 0.0 .* must be above 0"),
+        (8, -1.0, "weight -1.0"),
+        (8, float("nan"), "weight nan"),
+    ],
+)
 def test_what_cannot_be_is_refused(tokens, length, weight, message):
     with pytest.raises(ValueError, match=message):
         Batches([(tokens, weight)], length, seed=0)
@@ -178,13 +227,21 @@ def test_heldout_tokens_are_predicted_once_each(tokens, length, batch):
         assert not rows["tokens"][~real].any() and not rows["positions"][~real].any()
         seen += rows["tokens"][:, 1:][real[:, 1:]].tolist()
         for ids, segments in zip(rows["tokens"], rows["segment_ids"], strict=True):
-            changes = [int(token) for token, step in zip(ids[1:], np.diff(segments), strict=True) if step > 0]
+            changes = [
+                int(token)
+                for token, step in zip(ids[1:], np.diff(segments), strict=True)
+                if step > 0
+            ]
             assert set(changes) <= set(np.cumsum(SIZES))
     assert seen == list(range(1, 201))
 
 
 def test_heldout_of_nothing(tmp_path):
-    assert heldout_count(_tokens(tmp_path / "none", []), 8) == heldout_count(_tokens(tmp_path / "one", [1]), 8) == 0
+    assert (
+        heldout_count(_tokens(tmp_path / "none", []), 8)
+        == heldout_count(_tokens(tmp_path / "one", [1]), 8)
+        == 0
+    )
     with pytest.raises(ValueError, match="sequence_length=0"):
         heldout_count(_tokens(tmp_path / "two", [2]), 0)
 
@@ -192,11 +249,19 @@ def test_heldout_of_nothing(tmp_path):
 def test_rows_of_many_documents_never_change(tmp_path):
     """Golden: 40,000 documents, in many blocks of offsets; rows of training and held-out."""
     rng = np.random.default_rng(3)
-    tokens = [_tokens(tmp_path / str(index), (1 + rng.geometric(share, 40_000)).tolist(), first=7 * index)
-              for index, share in enumerate((0.5, 0.05))]
+    tokens = [
+        _tokens(tmp_path / str(index), (1 + rng.geometric(share, 40_000)).tolist(), first=7 * index)
+        for index, share in enumerate((0.5, 0.05))
+    ]
     samples = np.concatenate([np.arange(40), [10**6, 10**9]])
-    rows = [Batches([(tokens[0], 0.8), (tokens[1], 0.2)], 2048, seed=9).rows(samples),
-            *(heldout_rows(source, 300, np.array([0, 5, 100, heldout_count(source, 300) - 1, 10**5]))
-              for source in tokens)]
-    digest = hashlib.sha256(b"".join(values.tobytes() for part in rows for values in part.values())).hexdigest()
+    rows = [
+        Batches([(tokens[0], 0.8), (tokens[1], 0.2)], 2048, seed=9).rows(samples),
+        *(
+            heldout_rows(source, 300, np.array([0, 5, 100, heldout_count(source, 300) - 1, 10**5]))
+            for source in tokens
+        ),
+    ]
+    digest = hashlib.sha256(
+        b"".join(values.tobytes() for part in rows for values in part.values())
+    ).hexdigest()
     assert digest == "f5c191d599a488e0dfb73a5aac02029e3ef5b4d59ab4d3b1351eaf40d2deb943"

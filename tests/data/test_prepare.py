@@ -39,13 +39,16 @@ def many(tmp_path_factory):
     """Two hundred short documents, each there twice."""
     folder = tmp_path_factory.mktemp("many")
     texts = ["".join(_sentence(10 * n + i) for i in range(3 + n % 9)) for n in range(200)]
-    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts * 2))
+    (folder / "a.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in texts * 2)
+    )
     return folder
 
 
 def _parts(folder):
     """The texts of the two parts; that each document has its bos and eos is asserted on the way."""
-    tokenizer, texts = load_tokenizer(Path(folder) / "tokenizer"), {}
+    tokenizer = load_tokenizer(Path(folder) / "tokenizer")
+    texts = {}
     for part in ("train", "heldout"):
         tokens = open_tokens(Path(folder) / part)
         texts[part] = []
@@ -69,12 +72,18 @@ def test_few_documents_lose_their_ends(few, tmp_path):
     assert info == read_prepared(tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "heldout", "prepared.json", "tokenizer", "train"]
+        "heldout",
+        "prepared.json",
+        "tokenizer",
+        "train",
+    ]
     train, held = _parts(tmp_path / "out")
     wholes = _read(few)
     # Training documents are shuffled, held-out ones are not.
-    assert sorted(next(text for text in train if whole.startswith(text)) + end
-                  for whole, end in zip(wholes, held, strict=True)) == sorted(wholes)
+    assert sorted(
+        next(text for text in train if whole.startswith(text)) + end
+        for whole, end in zip(wholes, held, strict=True)
+    ) == sorted(wholes)
     assert all(text.endswith("\n\n") for text in train)  # cut between paragraphs
     share = sum(map(len, held)) / sum(map(len, wholes))
     assert 0.08 < share < 0.12
@@ -100,7 +109,9 @@ def test_of_many_documents_whole_ones_are_held_out(many, tmp_path):
 def test_copies_of_a_text_stay_on_one_side(many, tmp_path, share):
     with module._Spool(str(tmp_path / "texts"), seed=0) as spool:
         spool.fill(documents.read_documents(many))
-        train, held = ({spool.read(*span) for span in part.in_order()} for part in module._split(spool, share))
+        train, held = (
+            {spool.read(*span) for span in part.in_order()} for part in module._split(spool, share)
+        )
     assert train and held and not train & held
 
 
@@ -134,8 +145,11 @@ def test_nothing_held_out(few, tmp_path):
 
 
 def _content(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes()
-            for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(Path(folder).rglob("*"))
+        if path.is_file()
+    }
 
 
 def test_same_input_same_bytes(many, tmp_path):
@@ -147,7 +161,9 @@ def test_same_input_same_bytes(many, tmp_path):
 
 def test_a_tokenizer_that_exists(few, gpt2_files, tmp_path):
     ours = prepare(few, tmp_path / "ours", **SETTINGS)
-    again = prepare(few, tmp_path / "again", tokenizer=str(tmp_path / "ours/tokenizer"), progress=False)
+    again = prepare(
+        few, tmp_path / "again", tokenizer=str(tmp_path / "ours/tokenizer"), progress=False
+    )
     assert again["fingerprint"] == ours["fingerprint"]
     prepare(few, tmp_path / "gpt2", tokenizer=str(gpt2_files), progress=False)
     train, held = _parts(tmp_path / "gpt2")  # with <|endoftext|> at either end
@@ -172,21 +188,29 @@ def test_an_output_that_exists_is_kept_until_the_new_one_is_whole(few, many, tmp
     with pytest.raises(ValueError, match="vocab_size=30000"):
         prepare(many, output, vocab_size=30000, overwrite=True, progress=False)
     with monkeypatch.context() as patch:
+
         def fail(writer):
             raise KeyboardInterrupt
+
         patch.setattr(TokenWriter, "finish", fail)
         with pytest.raises(KeyboardInterrupt):
             prepare(many, output, overwrite=True, **SETTINGS)
     with monkeypatch.context() as patch:
+
         def full(spool, documents):
             raise OSError(errno.ENOSPC, "No space left on device")
+
         patch.setattr(module._Spool, "fill", full)
         with pytest.raises(OSError, match=f"No space left on device; nothing was kept: '{output}'"):
             prepare(many, output, overwrite=True, **SETTINGS)
     with monkeypatch.context() as patch:
+
         def full_later(writer):
-            raise ValueError("RESOURCE_EXHAUSTED: Error writing local file [source_locations='x'\n, "
-                             "os_error_code='28']")
+            raise ValueError(
+                "RESOURCE_EXHAUSTED: Error writing local file [source_locations='x'\n, "
+                "os_error_code='28']"
+            )
+
         patch.setattr(TokenWriter, "finish", full_later)
         with pytest.raises(OSError, match=f"No space left on device; nothing was kept: '{output}'"):
             prepare(many, output, overwrite=True, **SETTINGS)
@@ -197,6 +221,7 @@ def test_an_output_that_exists_is_kept_until_the_new_one_is_whole(few, many, tmp
             if ".partial-" in source:
                 raise OSError(errno.EIO, "Input/output error")
             rename(source, target)
+
         patch.setattr(module.os, "rename", refuse)
         with pytest.raises(OSError, match="Input/output error"):
             prepare(many, output, overwrite=True, **SETTINGS)
@@ -215,6 +240,7 @@ def test_two_runs_into_one_output(few, many, tmp_path, monkeypatch):
             (tmp_path / "out").mkdir()
             (tmp_path / "out/prepared.json").write_text("theirs")
         return finish(writer)
+
     monkeypatch.setattr(TokenWriter, "finish", other_run_first)
     with pytest.raises(FileExistsError, match="out was made by another run meanwhile"):
         prepare(few, tmp_path / "out", **SETTINGS)
@@ -231,14 +257,17 @@ def test_what_is_no_data_set_is_never_replaced(few, tmp_path):
     assert (tmp_path / "home/letter").read_text() == (tmp_path / "file").read_text() == "dear"
 
 
-@pytest.mark.parametrize("options, error, message", [
-    ({"heldout": 0.6}, ValueError, "heldout=0.6 must lie in 0 to 0.5"),
-    ({"heldout": float("nan")}, ValueError, "heldout=nan"),
-    ({"on_error": "hope"}, ValueError, "on_error='hope'"),
-    ({"text_key": "body"}, ValueError, "no 'text' among|no 'body' among text"),
-    ({"vocab_size": 100}, ValueError, "vocab_size=100 .* smallest possible is"),
-    ({"input_path": "nowhere"}, FileNotFoundError, "nowhere does not exist"),
-])
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"heldout": 0.6}, ValueError, "heldout=0.6 must lie in 0 to 0.5"),
+        ({"heldout": float("nan")}, ValueError, "heldout=nan"),
+        ({"on_error": "hope"}, ValueError, "on_error='hope'"),
+        ({"text_key": "body"}, ValueError, "no 'text' among|no 'body' among text"),
+        ({"vocab_size": 100}, ValueError, "vocab_size=100 .* smallest possible is"),
+        ({"input_path": "nowhere"}, FileNotFoundError, "nowhere does not exist"),
+    ],
+)
 def test_bad_arguments(many, tmp_path, options, error, message):
     arguments = {"input_path": many, "output": tmp_path / "out"} | SETTINGS | options
     with pytest.raises(error, match=message):
@@ -272,30 +301,45 @@ def test_output_at_a_url(few, tmp_path):
 
 
 def _launch(*arguments, **options):
-    return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True,
-                          check=False, **options)
+    return subprocess.run(
+        [sys.executable, SCRIPT, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        **options,
+    )
 
 
 def test_the_command(few, tmp_path):
     done = _launch(f"--input={few}", f"--output={tmp_path}/out", "--vocab_size=400")
     assert done.returncode == 0, done.stderr
-    for part in ("3 documents", "1 empty", "400 pieces", "bytes/token", "Sent",
-                 f"python launch/pretrain.py --config=configs/small.py --set=data.path={tmp_path}/out "):
+    for part in (
+        "3 documents",
+        "1 empty",
+        "400 pieces",
+        "bytes/token",
+        "Sent",
+        f"python launch/pretrain.py --config=configs/small.py --set=data.path={tmp_path}/out ",
+    ):
         assert part in done.stdout
     again = _launch(f"--input={few}", f"--output={tmp_path}/out")
     assert again.returncode == 2 and again.stdout == ""
-    assert again.stderr == (f"error: {tmp_path}/out exists; choose another output or replace it with "
-                            "--overwrite\n")
+    assert again.stderr == (
+        f"error: {tmp_path}/out exists; choose another output or replace it with --overwrite\n"
+    )
     assert _launch("--output=x", "--nonsense=1").returncode not in (0, None)
     assert _launch(f"--output={tmp_path}/y", "stray").returncode == 2
 
 
 def test_a_disk_that_takes_no_more(few, tmp_path):
     """A limit on the size of files stands for the full disk."""
+
     def restrict():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
-    done = _launch(f"--input={few}", f"--output={tmp_path}/out", "--vocab_size=400", preexec_fn=restrict)
+    done = _launch(
+        f"--input={few}", f"--output={tmp_path}/out", "--vocab_size=400", preexec_fn=restrict
+    )
     assert done.returncode == 2 and list(tmp_path.iterdir()) == []
     assert "nothing was kept" in done.stderr and done.stderr.count("\n") == 1

@@ -14,12 +14,34 @@ from mtnlg_jax.data.tokenizer import (
 )
 
 TEXTS = [
-    "", " ", "a", " a ", "  two   spaces  ", "\n", "\n\n line \n", "\ttab\t\t", "cr\r\nlf", "nul\0", "\0\0",
-    "\u2581", "a\u2581b \u2581\u2581\n\u2581", "\u2585 \u2047 \ufffd \ufeff", "\u00e9 e\u0301",
-    "\u2028\x85\x0b\x0c", "\U0001f600\U0001f468\u200d\U0001f469", "\U0010ffff", "天下大势，分久必合。龘",
+    "",
+    " ",
+    "a",
+    " a ",
+    "  two   spaces  ",
+    "\n",
+    "\n\n line \n",
+    "\ttab\t\t",
+    "cr\r\nlf",
+    "nul\0",
+    "\0\0",
+    "\u2581",
+    "a\u2581b \u2581\u2581\n\u2581",
+    "\u2585 \u2047 \ufffd \ufeff",
+    "\u00e9 e\u0301",
+    "\u2028\x85\x0b\x0c",
+    "\U0001f600\U0001f468\u200d\U0001f469",
+    "\U0010ffff",
+    "天下大势，分久必合。龘",
     "mixed 天下 text\u3000ok",
-    "<eos> <pad><bos><mask> <sep><unk>", "<0x41><0x00>", "<|endoftext|>", "".join(map(chr, range(0x180))),
-    "x" * 5000, " " * 3000, "the end " * 700, "天下" * 3000,
+    "<eos> <pad><bos><mask> <sep><unk>",
+    "<0x41><0x00>",
+    "<|endoftext|>",
+    "".join(map(chr, range(0x180))),
+    "x" * 5000,
+    " " * 3000,
+    "the end " * 700,
+    "天下" * 3000,
 ]
 
 
@@ -27,8 +49,10 @@ def _random_texts(count):
     rng = random.Random(0)
     alphabet = [*"etaoin \n\t'.,\u2581\0天\U0001f600\u0301\ufffd", "  ", "the ", "<eos>"]
     for _ in range(count):
-        yield "".join(rng.choice(alphabet) if rng.random() < 0.8 else chr(rng.randrange(0xD800))
-                      for _ in range(rng.randrange(80)))
+        yield "".join(
+            rng.choice(alphabet) if rng.random() < 0.8 else chr(rng.randrange(0xD800))
+            for _ in range(rng.randrange(80))
+        )
 
 
 def test_every_text_comes_back(tokenizer):
@@ -43,7 +67,13 @@ def test_every_text_comes_back(tokenizer):
 
 
 def test_specials(tokenizer):
-    ids = [tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.mask_id, tokenizer.sep_id]
+    ids = [
+        tokenizer.pad_id,
+        tokenizer.bos_id,
+        tokenizer.eos_id,
+        tokenizer.mask_id,
+        tokenizer.sep_id,
+    ]
     assert len(set(ids)) == (4 if tokenizer.kind == "byte-level BPE" else 5)
     assert tokenizer.is_special[ids].all() and not tokenizer.starts_word[ids].any()
     assert tokenizer.is_special.shape == tokenizer.starts_word.shape == (tokenizer.vocab_size,)
@@ -52,7 +82,9 @@ def test_specials(tokenizer):
     assert tokenizer.decode([*text, tokenizer.mask_id], skip_special=False) == "the end<mask>"
     assert tokenizer.token_bytes(tokenizer.mask_id) == b""
     for wrong in (-1, tokenizer.vocab_size):
-        with pytest.raises(ValueError, match=f"token {wrong} .* ends at {tokenizer.vocab_size - 1}"):
+        with pytest.raises(
+            ValueError, match=f"token {wrong} .* ends at {tokenizer.vocab_size - 1}"
+        ):
             tokenizer.decode([wrong])
 
 
@@ -62,7 +94,11 @@ def test_a_lone_surrogate_is_replaced(tokenizer):
 
 def test_half_a_character(tokenizer):
     ids = tokenizer.encode("\U0001f600")
-    assert len(ids) == 4 and tokenizer.decode(ids[:3]) == "\ufffd" and tokenizer.decode(ids) == "\U0001f600"
+    assert (
+        len(ids) == 4
+        and tokenizer.decode(ids[:3]) == "\ufffd"
+        and tokenizer.decode(ids) == "\U0001f600"
+    )
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
@@ -76,7 +112,8 @@ def test_our_layout(trained, kind):
 def test_words(trained):
     ours = trained["bpe"]
     text = "the value, of\nthe 天下大势 \U0001f600"
-    words, ids = [], ours.encode(text)
+    words = []
+    ids = ours.encode(text)
     for index in ids:
         if ours.starts_word[index] or not words:
             words.append(b"")
@@ -84,7 +121,11 @@ def test_words(trained):
     pieces = [word.decode() for word in words]
     assert pieces[:4] == ["the", " value", ",", " of"] and pieces[4] == "\nthe"
     # Each piece of Chinese is a word, and an unknown character stays with what is before it.
-    assert "".join(pieces[5:]) == " 天下大势 \U0001f600" and len(pieces) >= 8 and pieces[-1] == " \U0001f600"
+    assert (
+        "".join(pieces[5:]) == " 天下大势 \U0001f600"
+        and len(pieces) >= 8
+        and pieces[-1] == " \U0001f600"
+    )
     assert all(not ours.starts_word[index] for index in ours.encode("\U0001f600"))
 
 
@@ -92,8 +133,14 @@ def test_words_of_gpt2(gpt2_files):
     gpt2 = load_tokenizer(gpt2_files)
     ids = gpt2.encode("the, the7天")
     assert [(gpt2.token_bytes(index), bool(gpt2.starts_word[index])) for index in ids] == [
-        (b"the", False), (b",", True), (b" the", True), (b"7", False),
-        (b"\xe5", True), (b"\xa4", False), (b"\xa9", False)]
+        (b"the", False),
+        (b",", True),
+        (b" the", True),
+        (b"7", False),
+        (b"\xe5", True),
+        (b"\xa4", False),
+        (b"\xa9", False),
+    ]
     # A piece may begin inside one character and end with the next.
     assert not module._starts_word("天天".encode()[2:]) and module._starts_word("天天".encode()[:4])
     assert gpt2.vocab_size == 263 and gpt2.bos_id == gpt2.eos_id == 259 and gpt2.pad_id == 260
@@ -107,7 +154,10 @@ def test_saved_and_loaded(tokenizer, tmp_path):
     assert loaded.encode("the end 天") == tokenizer.encode("the end 天")
     assert np.array_equal(loaded.starts_word, tokenizer.starts_word)
     tokenizer.save("memory://tokenizers/" + tokenizer.fingerprint)
-    assert load_tokenizer("memory://tokenizers/" + tokenizer.fingerprint).fingerprint == tokenizer.fingerprint
+    assert (
+        load_tokenizer("memory://tokenizers/" + tokenizer.fingerprint).fingerprint
+        == tokenizer.fingerprint
+    )
 
 
 def test_gpt2_files_under_either_name(gpt2_files, tmp_path):
@@ -125,7 +175,9 @@ def test_what_is_damaged_or_missing_is_named(trained, gpt2_files, tmp_path):
     with pytest.raises(ValueError, match="text.model: not a SentencePiece model"):
         load_tokenizer(tmp_path / "text.model")
     trained["bpe"].save(tmp_path / "ours")
-    (tmp_path / "ours" / "tokenizer.model").write_bytes(trained["unigram"].files()["tokenizer.model"])
+    (tmp_path / "ours" / "tokenizer.model").write_bytes(
+        trained["unigram"].files()["tokenizer.model"]
+    )
     with pytest.raises(ValueError, match="fingerprint"):
         load_tokenizer(tmp_path / "ours")
     with pytest.raises(ValueError, match="not the vocabulary and merges"):
@@ -161,7 +213,9 @@ def test_a_sample_of_a_large_corpus(texts):
     sample = module._sample(lines, 20_000, seed=0)
     assert 15_000 < sum(len(line.encode()) for line in sample) <= 20_000
     assert sample == [line for line in lines if line in sample]  # in their order, from all over
-    assert set(sample) & set(lines[: len(lines) // 3]) and set(sample) & set(lines[-len(lines) // 3 :])
+    assert set(sample) & set(lines[: len(lines) // 3]) and set(sample) & set(
+        lines[-len(lines) // 3 :]
+    )
     once, again, other = (train_tokenizer(texts, 500, "bpe", seed, 30_000) for seed in (7, 7, 8))
     assert once.fingerprint == again.fingerprint != other.fingerprint
 
@@ -176,7 +230,8 @@ def test_one_giant_line(texts):
 
 
 def test_cutting_a_text_changes_nothing(texts, trained):
-    """Long texts go to SentencePiece in parts; where there are spaces the ids are those of the whole."""
+    """Long texts go to SentencePiece in parts; where there are spaces the ids are those of the
+    whole."""
     text = (" ".join(texts[:3]).replace("\n", "  ") + "\nnew line \u3002 " + texts[3])[:30_000]
     assert text.index("\n") > 5 * module._UNIT
     for line in (text, "x  " * 3000, "x" * 3000, " " * 3000 + "x", "x" * 1023 + "   " + "x" * 2000):
@@ -191,11 +246,17 @@ def test_cutting_a_text_changes_nothing(texts, trained):
 
 @pytest.fixture(scope="module")
 def foreign(texts, tmp_path_factory):
-    """As others train: a space before each text, normalised, no bytes, <mask> found in texts, no <sep>."""
+    """As others train: a space before each text, normalised, no bytes, <mask> found in texts, no
+    <sep>."""
     prefix = tmp_path_factory.mktemp("foreign") / "spiece"
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(line for text in texts for line in text.split("\n")), model_prefix=str(prefix),
-        vocab_size=500, user_defined_symbols=["<mask>"], control_symbols=["<pad>"], minloglevel=2)
+        sentence_iterator=(line for text in texts for line in text.split("\n")),
+        model_prefix=str(prefix),
+        vocab_size=500,
+        user_defined_symbols=["<mask>"],
+        control_symbols=["<pad>"],
+        minloglevel=2,
+    )
     return load_tokenizer(f"{prefix}.model")
 
 
@@ -207,7 +268,9 @@ def test_a_model_from_elsewhere(foreign):
     assert foreign.sep_id == 500 and foreign.vocab_size == 501
     assert foreign.encode("the end of it") == sp.encode("the end of it")
     assert foreign.decode(foreign.encode("the end of it")) == "the end of it"
-    assert foreign.mask_id in sp.encode("a <mask> b") and foreign.mask_id not in foreign.encode("a <mask> b")
+    assert foreign.mask_id in sp.encode("a <mask> b") and foreign.mask_id not in foreign.encode(
+        "a <mask> b"
+    )
     assert "\ufffd" in foreign.decode(foreign.encode("龘"))
 
 
@@ -217,7 +280,13 @@ def test_published_vocabularies(shared):
     assert (gpt2.eos_id, gpt2.bos_id) == (50256, 50256)
     assert (gpt2.pad_id, gpt2.mask_id, gpt2.sep_id) == (50257, 50258, 50259)
     xlnet = load_tokenizer(shared / "data/tokenizers/xlnet_zh/spiece.model")
-    assert (xlnet.pad_id, xlnet.bos_id, xlnet.eos_id, xlnet.mask_id, xlnet.sep_id) == (5, 1, 2, 6, 4)
+    assert (xlnet.pad_id, xlnet.bos_id, xlnet.eos_id, xlnet.mask_id, xlnet.sep_id) == (
+        5,
+        1,
+        2,
+        6,
+        4,
+    )
     assert xlnet.vocab_size == 32000 and xlnet.decode(xlnet.encode("天下大势")) == "天下大势"
 
 
@@ -225,20 +294,43 @@ def _both(gpt2, texts):
     """The ids of the fast way and of `tokenizers`."""
     assert gpt2._tiktoken is not None
     gpt2._characters = 1 << 40
-    slow = [encoding.ids for encoding in gpt2._tokenizer.encode_batch_fast([module._valid(text) for text in texts])]
+    slow = [
+        encoding.ids
+        for encoding in gpt2._tokenizer.encode_batch_fast([module._valid(text) for text in texts])
+    ]
     return gpt2.encode_batch(texts), slow
 
 
 @pytest.mark.parametrize("files", ["small", "published"])
 def test_the_fast_way_gives_the_same_ids(files, gpt2_files, request):
-    folder = gpt2_files if files == "small" else request.getfixturevalue("shared") / "data/tokenizers/gpt2"
-    gpt2, rng = load_tokenizer(folder), random.Random(1)
+    folder = (
+        gpt2_files
+        if files == "small"
+        else request.getfixturevalue("shared") / "data/tokenizers/gpt2"
+    )
+    gpt2 = load_tokenizer(folder)
+    rng = random.Random(1)
     code = "def f(x):\n\tif x != 'y''s':\r\n        return {\"a\": [1_000, 0x7f]}  # I'll, WE'LL, he'd've\n\n\n"
-    runs = [mark * count for mark in ("x", " ", "\n", "0", "!", "天", "the ", " \n", "'s", "\u0301")
-            for count in (1, 2, 499, 500, 501, 20_000)]
-    texts = [*TEXTS, code, "\ud800", *runs, *(" " + run + "x" for run in runs), *_random_texts(300), *(
-        "".join(chr(rng.choice((rng.randrange(0x110000), rng.randrange(0x3000)))) for _ in range(200))
-        for _ in range(200))]
+    runs = [
+        mark * count
+        for mark in ("x", " ", "\n", "0", "!", "天", "the ", " \n", "'s", "\u0301")
+        for count in (1, 2, 499, 500, 501, 20_000)
+    ]
+    texts = [
+        *TEXTS,
+        code,
+        "\ud800",
+        *runs,
+        *(" " + run + "x" for run in runs),
+        *_random_texts(300),
+        *(
+            "".join(
+                chr(rng.choice((rng.randrange(0x110000), rng.randrange(0x3000))))
+                for _ in range(200)
+            )
+            for _ in range(200)
+        ),
+    ]
     fast, slow = _both(gpt2, texts)
     assert fast == slow == gpt2.encode_batch(texts, threads=2)
 
@@ -253,19 +345,30 @@ def test_the_fast_way_on_real_text(shared):
 @pytest.mark.slow
 def test_the_fast_way_cuts_at_every_character_alike(gpt2_files):
     characters = [chr(index) for index in range(0x110000) if not 0xD800 <= index < 0xE000]
-    fast, slow = _both(load_tokenizer(gpt2_files), [f"a{c}b 1{c} {c}\n{c}{c}  {c}" for c in characters])
+    fast, slow = _both(
+        load_tokenizer(gpt2_files), [f"a{c}b 1{c} {c}\n{c}{c}  {c}" for c in characters]
+    )
     assert fast == slow
 
 
-@pytest.mark.parametrize("pieces, merges", [
-    (["he", "th", "the"], ["h e", "t h", "th e"]),  # "the" is t and he: no pair of the list, yet it spells a token
-    (["the", "th"], ["t h", "th e"]),  # ids in another order
-    (["th", "the"], ["t h", "th e", "t h"]),  # a pair twice
-])
+@pytest.mark.parametrize(
+    "pieces, merges",
+    [
+        (
+            ["he", "th", "the"],
+            ["h e", "t h", "th e"],
+        ),  # "the" is t and he: no pair of the list, yet it spells a token
+        (["the", "th"], ["t h", "th e"]),  # ids in another order
+        (["th", "the"], ["t h", "th e", "t h"]),  # a pair twice
+    ],
+)
 def test_where_ids_could_differ_the_slow_way_stays(pieces, merges):
     alphabet = [*module.byte_alphabet()]
     vocabulary = {piece: index for index, piece in enumerate([*alphabet, *pieces])}
     gpt2 = ByteLevelBPETokenizer(json.dumps(vocabulary).encode(), "\n".join(merges).encode())
     texts = ["the" * 100_000]
-    assert gpt2.encode_batch(texts) == [gpt2._tokenizer.encode(texts[0]).ids] and gpt2._tiktoken is None
+    assert (
+        gpt2.encode_batch(texts) == [gpt2._tokenizer.encode(texts[0]).ids]
+        and gpt2._tiktoken is None
+    )
     assert len(gpt2.encode("the")) == (2 if pieces[0] == "he" else 1)

@@ -1,4 +1,5 @@
-"""Two tiny models, random but not flat, and a tokenizer with byte pieces; shared, since compiles are the cost."""
+"""Two tiny models, random but not flat, and a tokenizer with byte pieces; shared, since compiles
+are the cost."""
 
 import copy
 import functools
@@ -17,12 +18,17 @@ from mtnlg_jax.data.tokenizer import train_tokenizer
 from mtnlg_jax.decode.cache import Decoder, unstack
 from mtnlg_jax.model.transformer import abstract_model
 
-# Tests are imported without their folder in the path; peer.py and make_fixtures.py stand beside them.
+# Tests are imported without their folder in the path; peer.py and make_fixtures.py stand beside
+# them.
 sys.path.append(str(Path(__file__).parent))
 
 CONTEXT = 64
-TEXTS = ["The cat sat on the mat and the dog sat on the log.\n", "In the town where I was born lived a man.\n",
-         "The rain in Spain stays mainly in the plain.\n", "天地玄黄,宇宙洪荒。日月盈昃,辰宿列张。\n"] * 8
+TEXTS = [
+    "The cat sat on the mat and the dog sat on the log.\n",
+    "In the town where I was born lived a man.\n",
+    "The rain in Spain stays mainly in the plain.\n",
+    "天地玄黄,宇宙洪荒。日月盈昃,辰宿列张。\n",
+] * 8
 
 
 @pytest.fixture(scope="session")
@@ -33,10 +39,13 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def letters(tokenizer):
-    """The tokenizer, with the bytes of other characters among what is never written: text is then readable."""
+    """The tokenizer, with the bytes of other characters among what is never written: text is then
+    readable."""
     other = copy.copy(tokenizer)
     pieces = map(tokenizer.token_bytes, range(tokenizer.vocab_size))
-    other.is_special = tokenizer.is_special | np.array([len(piece) == 1 and piece > b"\x7f" for piece in pieces])
+    other.is_special = tokenizer.is_special | np.array(
+        [len(piece) == 1 and piece > b"\x7f" for piece in pieces]
+    )
     return other
 
 
@@ -46,25 +55,37 @@ class Tiny(NamedTuple):
     decoder: Decoder
 
     def logits(self, tokens, **options) -> np.ndarray:
-        """Float32 (B, S, V) by the whole model, without a cache; padded to one shape, hence one compile."""
+        """Float32 (B, S, V) by the whole model, without a cache; padded to one shape, hence one
+        compile."""
         padded = np.zeros((len(tokens), CONTEXT), np.int32)
         padded[:, : np.shape(tokens)[1]] = tokens
-        return np.asarray(_full(self.config, self.params, padded, **options))[:, : np.shape(tokens)[1]]
+        return np.asarray(_full(self.config, self.params, padded, **options))[
+            :, : np.shape(tokens)[1]
+        ]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "causal"))
 def _full(config, params, tokens, causal=True, segment_ids_BS=None):
-    return nnx.merge(abstract_model(config)[0], params)(tokens, causal=causal, segment_ids_BS=segment_ids_BS)
+    return nnx.merge(abstract_model(config)[0], params)(
+        tokens, causal=causal, segment_ids_BS=segment_ids_BS
+    )
 
 
 def _tiny(vocabulary, **shape) -> Tiny:
     # 17 ids more than the tokenizer has stand for the padding of a vocabulary.
-    config = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, vocab_size=vocabulary + 17,
-                         max_position_embeddings=CONTEXT, **shape)
+    config = ModelConfig(
+        num_layers=2,
+        hidden_size=32,
+        num_attention_heads=4,
+        vocab_size=vocabulary + 17,
+        max_position_embeddings=CONTEXT,
+        **shape,
+    )
     rng = np.random.default_rng(3)
 
     def draw(path, leaf):
-        # Large weights, and none at 0: else all tokens are about as likely, and nothing would be tested.
+        # Large weights, and none at 0: else all tokens are about as likely, and nothing would be
+        # tested.
         name = jax.tree_util.keystr(path)
         std = 0.15 if "_VD" in name or "w_" in name else 0.05
         return jnp.asarray(rng.normal("scale" in name, std, leaf.shape), jnp.float32)
@@ -80,9 +101,17 @@ def learned(tokenizer):
 
 @pytest.fixture(scope="session")
 def rotary(tokenizer):
-    """Rotary positions, two query heads to a key head, RMSNorm, SwiGLU, an output embedding of its own."""
-    return _tiny(tokenizer.vocab_size, position_embedding_type="rotary", num_query_groups=2, activation="swiglu",
-                 normalization="rmsnorm", tie_embeddings=False, add_bias=False)
+    """Rotary positions, two query heads to a key head, RMSNorm, SwiGLU, an output embedding of its
+    own."""
+    return _tiny(
+        tokenizer.vocab_size,
+        position_embedding_type="rotary",
+        num_query_groups=2,
+        activation="swiglu",
+        normalization="rmsnorm",
+        tie_embeddings=False,
+        add_bias=False,
+    )
 
 
 @pytest.fixture(params=["learned", "rotary"])

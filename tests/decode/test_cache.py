@@ -23,8 +23,12 @@ _step = jax.jit(cache.step, static_argnums=0)
 
 def _decoded(decoder, tokens, lengths):
     """Logits of every row from the end of its prompt on: (B, STEPS + 1, V)."""
-    prefix = cache.prefill(decoder, [row[:n] for row, n in zip(tokens.tolist(), lengths, strict=True)], 48)
-    logits, layers, positions = [prefix.logits_BV], prefix.cache, np.array(lengths)
+    prefix = cache.prefill(
+        decoder, [row[:n] for row, n in zip(tokens.tolist(), lengths, strict=True)], 48
+    )
+    logits = [prefix.logits_BV]
+    layers = prefix.cache
+    positions = np.array(lengths)
     for _ in range(STEPS):
         read = tokens[np.arange(len(tokens)), positions]
         new, layers = _step(decoder.config, decoder.params, layers, read, positions)
@@ -35,7 +39,8 @@ def _decoded(decoder, tokens, lengths):
 
 def test_cached_decoding_equals_the_full_forward_pass_at_every_position(tiny):
     tokens = _tokens(tiny)
-    full, decoded = tiny.logits(tokens), _decoded(tiny.decoder, tokens, LENGTHS)
+    full = tiny.logits(tokens)
+    decoded = _decoded(tiny.decoder, tokens, LENGTHS)
     assert np.abs(full).max() > 1, "logits near 0 would prove nothing"
     for row, length in enumerate(LENGTHS):
         expected = full[row, length - 1 : length + STEPS]
@@ -48,7 +53,8 @@ def test_bfloat16_cache_holds_bfloat16_and_stays_near(learned):
     prefix = cache.prefill(half, [tokens[0, :9].tolist()], 48)
     assert {x.dtype for x in jax.tree.leaves(prefix.cache)} == {jnp.dtype("bfloat16")}
     assert prefix.logits_BV.dtype == jnp.float32
-    exact, near = _decoded(learned.decoder, tokens, LENGTHS), _decoded(half, tokens, LENGTHS)
+    exact = _decoded(learned.decoder, tokens, LENGTHS)
+    near = _decoded(half, tokens, LENGTHS)
     assert 0 < np.abs(exact - near).max() < 0.05 * np.abs(exact).max()
 
 
@@ -58,20 +64,54 @@ def test_steps_change_the_cache_in_place(learned, tokenizer, rows):
     settings, families = rows_and_families([DecodeConfig()] * rows)
     static = {"families": families, "eos": tokenizer.eos_id}
     allowed = results.writable(tokenizer, learned.config.vocab_size)
-    state, limits = sampling.begin(prefix, np.arange(rows), np.full(rows, 9), np.zeros(rows, np.uint32),
-                                    settings, allowed, **static)
-    compiled = sampling.advance.lower(learned.decoder.params, state, limits, settings, allowed, np.int32(1),
-                                       config=learned.config, **static).compile()
-    memory, held = compiled.memory_analysis(), sum(x.nbytes for x in jax.tree.leaves(state.cache))
+    state, limits = sampling.begin(
+        prefix,
+        np.arange(rows),
+        np.full(rows, 9),
+        np.zeros(rows, np.uint32),
+        settings,
+        allowed,
+        **static,
+    )
+    compiled = sampling.advance.lower(
+        learned.decoder.params,
+        state,
+        limits,
+        settings,
+        allowed,
+        np.int32(1),
+        config=learned.config,
+        **static,
+    ).compile()
+    memory = compiled.memory_analysis()
+    held = sum(x.nbytes for x in jax.tree.leaves(state.cache))
     assert held <= memory.alias_size_in_bytes
     # The loop's own copies of the cache would be temporaries.
     assert memory.temp_size_in_bytes < held / 2
 
 
 def test_buckets():
-    assert [cache.bucket(n, 100) for n in (1, 16, 17, 33, 64, 65, 100)] == [16, 16, 32, 64, 64, 100, 100]
+    assert [cache.bucket(n, 100) for n in (1, 16, 17, 33, 64, 65, 100)] == [
+        16,
+        16,
+        32,
+        64,
+        64,
+        100,
+        100,
+    ]
     assert [cache.capacity(n, 1000) for n in (1, 128, 129, 192, 193, 256, 257, 385, 600, 999)] == [
-        128, 128, 192, 192, 256, 256, 384, 512, 768, 1000]
+        128,
+        128,
+        192,
+        192,
+        256,
+        256,
+        384,
+        512,
+        768,
+        1000,
+    ]
     assert cache.capacity(5, 64) == 64
 
 

@@ -21,8 +21,10 @@ PROMPTS = ["The cat", "In the town where I was", "天地", ""]
 
 
 def _argmax_loop(tiny, tokenizer, prompt, count):
-    """Greedy tokens and their log-probabilities, each from a full forward pass; ends are not written."""
-    tokens, logprobs = list(prompt), []
+    """Greedy tokens and their log-probabilities, each from a full forward pass; ends are not
+    written."""
+    tokens = list(prompt)
+    logprobs = []
     for _ in range(count):
         logits = tiny.logits([tokens])[0, -1].astype(np.float64)
         allowed = logits.copy()
@@ -42,7 +44,9 @@ def test_greedy_equals_argmax_of_full_forward_passes(tiny, tokenizer):
         np.testing.assert_allclose(result.logprobs, logprobs, atol=ROUNDING)
         assert (result.prompt, result.finish_reason) == (number, "length")
         whole = b"".join(map(tokenizer.token_bytes, tokens)).decode("utf-8", "replace")
-        assert result.text in (whole, whole[:-1]), "only a character cut in two at the end may be missing"
+        assert result.text in (whole, whole[:-1]), (
+            "only a character cut in two at the end may be missing"
+        )
 
 
 def test_a_prompt_without_tokens_starts_from_bos(learned, tokenizer):
@@ -53,7 +57,9 @@ def test_a_prompt_without_tokens_starts_from_bos(learned, tokenizer):
 def test_a_row_does_not_depend_on_its_neighbours_or_its_place(learned, tokenizer):
     alone = [generate(learned.decoder, tokenizer, [prompt], SAMPLED)[0] for prompt in PROMPTS]
     others = dataclasses.replace(SAMPLED, temperature=0.7, top_k=9, seed=77, repetition_penalty=1.2)
-    batch = generate(learned.decoder, tokenizer, [*PROMPTS[::-1], *PROMPTS], [SAMPLED] * 4 + [others] * 4)
+    batch = generate(
+        learned.decoder, tokenizer, [*PROMPTS[::-1], *PROMPTS], [SAMPLED] * 4 + [others] * 4
+    )
     assert [result.tokens for result in batch[:4]] == [result.tokens for result in alone[::-1]]
     assert all(a.tokens != b.tokens for a, b in zip(batch[4:], alone, strict=True))
 
@@ -62,31 +68,55 @@ def test_sequences_of_one_prompt_have_seeds_that_follow(learned, tokenizer):
     three = dataclasses.replace(SAMPLED, num_return_sequences=3)
     several = generate(learned.decoder, tokenizer, PROMPTS[:2], three)
     assert [result.prompt for result in several] == [0, 0, 0, 1, 1, 1]
-    single = [generate(learned.decoder, tokenizer, [prompt], dataclasses.replace(SAMPLED, seed=5 + i))[0]
-              for prompt in PROMPTS[:2] for i in range(3)]
+    single = [
+        generate(learned.decoder, tokenizer, [prompt], dataclasses.replace(SAMPLED, seed=5 + i))[0]
+        for prompt in PROMPTS[:2]
+        for i in range(3)
+    ]
     assert [result.tokens for result in several] == [result.tokens for result in single]
     assert len({result.tokens for result in several}) == 6
 
 
 def test_the_step_compiles_once_for_mixed_requests_and_all_lengths(learned, tokenizer):
     def batch(rng):
-        values = [acting(DecodeConfig(max_new_tokens=int(rng.integers(2, 30)), temperature=t, top_k=k, top_p=0.9,
-                               min_p=0.01, typical_p=0.95, repetition_penalty=1.1, presence_penalty=0.1,
-                               frequency_penalty=0.1, no_repeat_ngram_size=n, min_new_tokens=1, seed=int(k),
-                               epsilon_cutoff=0.001, eta_cutoff=0.001, stop_token_ids=(int(k),),
-                               # Three or four entries of up to two tokens are one table of four.
-                               logit_bias={int(k) + i: 0.5 for i in range(rng.integers(1, 3))},
-                               bad_words_ids=((int(k), 9),), suppress_tokens=(4,)))
-                  for t, k, n in ((0.0, rng.integers(1, 50), 3), (1.3, rng.integers(1, 50), 0))]
+        values = [
+            acting(
+                DecodeConfig(
+                    max_new_tokens=int(rng.integers(2, 30)),
+                    temperature=t,
+                    top_k=k,
+                    top_p=0.9,
+                    min_p=0.01,
+                    typical_p=0.95,
+                    repetition_penalty=1.1,
+                    presence_penalty=0.1,
+                    frequency_penalty=0.1,
+                    no_repeat_ngram_size=n,
+                    min_new_tokens=1,
+                    seed=int(k),
+                    epsilon_cutoff=0.001,
+                    eta_cutoff=0.001,
+                    stop_token_ids=(int(k),),
+                    # Three or four entries of up to two tokens are one table of four.
+                    logit_bias={int(k) + i: 0.5 for i in range(rng.integers(1, 3))},
+                    bad_words_ids=((int(k), 9),),
+                    suppress_tokens=(4,),
+                )
+            )
+            for t, k, n in ((0.0, rng.integers(1, 50), 3), (1.3, rng.integers(1, 50), 0))
+        ]
         prompts = [rng.integers(10, 400, rng.integers(1, 30)).tolist() for _ in values]
         return generate(learned.decoder, tokenizer, prompts, values)
 
     rng = np.random.default_rng(0)
-    steps, prefills = module.advance._cache_size(), module.prefill.__globals__["prefill_rows"]._cache_size()
+    steps = module.advance._cache_size()
+    prefills = module.prefill.__globals__["prefill_rows"]._cache_size()
     for _ in range(6):
         batch(rng)
     assert module.advance._cache_size() == steps + 1
-    assert module.prefill.__globals__["prefill_rows"]._cache_size() <= prefills + 2  # prompts of 16 and of 32
+    assert (
+        module.prefill.__globals__["prefill_rows"]._cache_size() <= prefills + 2
+    )  # prompts of 16 and of 32
 
 
 def test_specials_and_padding_of_the_vocabulary_are_never_written(learned, tokenizer):
@@ -95,7 +125,9 @@ def test_specials_and_padding_of_the_vocabulary_are_never_written(learned, token
     tokens = np.concatenate([result.tokens for result in results]).astype(int)
     assert len(tokens) > 1500 and tokens.max() < tokenizer.vocab_size
     assert not tokenizer.is_special[tokens].any()
-    assert {result.finish_reason for result in results} == {"stop", "length"}, "some rows should draw the end"
+    assert {result.finish_reason for result in results} == {"stop", "length"}, (
+        "some rows should draw the end"
+    )
 
 
 def _ending_with(tokenizer, token):
@@ -109,8 +141,9 @@ def test_the_end_token_stops_a_row_and_is_not_part_of_it(learned, tokenizer):
     free = generate(learned.decoder, tokenizer, PROMPTS, GREEDY)
     end = free[0].tokens[11]
     ending = dataclasses.replace(GREEDY, min_new_tokens=0)
-    for result, whole in zip(generate(learned.decoder, _ending_with(tokenizer, end), PROMPTS, ending), free,
-                             strict=True):
+    for result, whole in zip(
+        generate(learned.decoder, _ending_with(tokenizer, end), PROMPTS, ending), free, strict=True
+    ):
         at = whole.tokens.index(end) if end in whole.tokens else None
         assert result.tokens == whole.tokens[:at]
         assert result.finish_reason == ("length" if at is None else "stop")
@@ -118,21 +151,35 @@ def test_the_end_token_stops_a_row_and_is_not_part_of_it(learned, tokenizer):
 
 
 def test_rows_have_their_own_ends_and_stops(learned, letters):
-    """In one batch: other ends, several of them; a stop token; a stop sequence over the border of a chunk."""
+    """In one batch: other ends, several of them; a stop token; a stop sequence over the border of a
+    chunk."""
     free = generate(learned.decoder, letters, PROMPTS, SAMPLED)
     tokens = [result.tokens for result in free]
     ends = (tokens[0][9], tokens[0][5])
     stops = (tokens[2][CHUNK - 1 : CHUNK + 2], (tokens[2][3], 9999 % letters.vocab_size))
-    settings = [dataclasses.replace(SAMPLED, min_new_tokens=0, eos_token_id=ends),
-                dataclasses.replace(SAMPLED, stop_token_ids=(tokens[1][6],)),
-                dataclasses.replace(SAMPLED, stop_sequences=stops), SAMPLED]
+    settings = [
+        dataclasses.replace(SAMPLED, min_new_tokens=0, eos_token_id=ends),
+        dataclasses.replace(SAMPLED, stop_token_ids=(tokens[1][6],)),
+        dataclasses.replace(SAMPLED, stop_sequences=stops),
+        SAMPLED,
+    ]
     pieces = {}
-    results = generate(learned.decoder, letters, PROMPTS, settings,
-                       on_text=lambda row, text: pieces.setdefault(row, []).append(text))
+    results = generate(
+        learned.decoder,
+        letters,
+        PROMPTS,
+        settings,
+        on_text=lambda row, text: pieces.setdefault(row, []).append(text),
+    )
     first = min(map(tokens[0].index, ends))
-    second, third = tokens[1].index(tokens[1][6]) + 1, CHUNK + 2
-    assert [result.tokens for result in results] == [tokens[0][:first], tokens[1][:second], tokens[2][:third],
-                                                     tokens[3]]
+    second = tokens[1].index(tokens[1][6]) + 1
+    third = CHUNK + 2
+    assert [result.tokens for result in results] == [
+        tokens[0][:first],
+        tokens[1][:second],
+        tokens[2][:third],
+        tokens[3],
+    ]
     assert [result.finish_reason for result in results] == ["stop", "stop", "stop", "length"]
     texts = [tokens[0][:first], tokens[1][: second - 1], tokens[2][: third - 3], tokens[3]]
     assert [result.text for result in results] == list(map(letters.decode, texts))
@@ -143,37 +190,54 @@ def test_rows_have_their_own_ends_and_stops(learned, letters):
 def test_no_stop_fires_on_the_prompt(learned, letters):
     """A stop that the prompt holds, or begins, is looked for in what comes behind it alone."""
     prompt = "The cat"
-    free, = generate(learned.decoder, letters, [prompt], SAMPLED)
+    (free,) = generate(learned.decoder, letters, [prompt], SAMPLED)
     known = encode_prompt(letters, prompt)
-    stops = dataclasses.replace(SAMPLED, stop_strings=(prompt, prompt[-2:] + free.text[0]),
-                                stop_token_ids=tuple(set(known) - set(free.tokens)),
-                                stop_sequences=(tuple(known), (known[-1], free.tokens[0])))
+    stops = dataclasses.replace(
+        SAMPLED,
+        stop_strings=(prompt, prompt[-2:] + free.text[0]),
+        stop_token_ids=tuple(set(known) - set(free.tokens)),
+        stop_sequences=(tuple(known), (known[-1], free.tokens[0])),
+    )
     assert generate(learned.decoder, letters, [prompt], stops) == [free]
 
 
-def test_a_stop_string_that_the_prompt_holds_ends_the_text_where_it_is_written_again(learned, letters):
-    known, stop = [*encode_prompt(letters, "The cat"), *letters.encode("ogi")], letters.encode("ogi")
+def test_a_stop_string_that_the_prompt_holds_ends_the_text_where_it_is_written_again(
+    learned, letters
+):
+    known = [*encode_prompt(letters, "The cat"), *letters.encode("ogi")]
+    stop = letters.encode("ogi")
     written = dataclasses.replace(SAMPLED, forced_tokens=tuple(enumerate(stop, 3)))
-    free, = generate(learned.decoder, letters, [known], written)
+    (free,) = generate(learned.decoder, letters, [known], written)
     at = free.text.index("ogi")
     assert at > 0
-    result, = generate(learned.decoder, letters, [known], dataclasses.replace(written, stop_strings=("ogi",)))
+    (result,) = generate(
+        learned.decoder, letters, [known], dataclasses.replace(written, stop_strings=("ogi",))
+    )
     assert result.text == free.text[:at] and result.finish_reason == "stop"
 
 
 def test_time_ends_a_row_and_leaves_the_others(learned, tokenizer, monkeypatch):
-    """The clock ticks a second each time that it is read: once at the start, then before every chunk of tokens."""
+    """The clock ticks a second each time that it is read: once at the start, then before every
+    chunk of tokens."""
     free = generate(learned.decoder, tokenizer, PROMPTS, GREEDY)
     ticks = itertools.count()
     monkeypatch.setattr(module, "time", types.SimpleNamespace(monotonic=lambda: float(next(ticks))))
-    settings = [dataclasses.replace(GREEDY, max_time=1.5), GREEDY, dataclasses.replace(GREEDY, max_time=99.0), GREEDY]
+    settings = [
+        dataclasses.replace(GREEDY, max_time=1.5),
+        GREEDY,
+        dataclasses.replace(GREEDY, max_time=99.0),
+        GREEDY,
+    ]
     results = generate(learned.decoder, tokenizer, PROMPTS, settings)
     assert results[1:] == free[1:]
-    assert results[0].finish_reason == "timeout" and results[0].tokens == free[0].tokens[: 1 + CHUNK]
+    assert (
+        results[0].finish_reason == "timeout" and results[0].tokens == free[0].tokens[: 1 + CHUNK]
+    )
 
 
 def _words_of_three(tokens_BS, lengths_B, prompts_B):
-    """A grammar by its states: two tokens of 100 to 109, one of 110 to 119, and so on; then, after seven, nothing."""
+    """A grammar by its states: two tokens of 100 to 109, one of 110 to 119, and so on; then, after
+    seven, nothing."""
     place_B1 = (lengths_B - prompts_B)[:, None]
     low_B1 = jnp.where(place_B1 % 3 == 2, 110, 100)
     ids = jnp.arange(437)
@@ -181,7 +245,9 @@ def _words_of_three(tokens_BS, lengths_B, prompts_B):
 
 
 def test_a_constraint_keeps_to_its_grammar(learned, tokenizer):
-    results = generate(learned.decoder, tokenizer, PROMPTS, [SAMPLED, GREEDY] * 2, constraint=_words_of_three)
+    results = generate(
+        learned.decoder, tokenizer, PROMPTS, [SAMPLED, GREEDY] * 2, constraint=_words_of_three
+    )
     for result in results:
         assert [token // 10 for token in result.tokens] == [10, 10, 11, 10, 10, 11, 10]
         assert result.finish_reason == "stop"
@@ -190,8 +256,12 @@ def test_a_constraint_keeps_to_its_grammar(learned, tokenizer):
 
 def test_min_new_tokens_holds_the_end_back(learned, tokenizer):
     end = generate(learned.decoder, tokenizer, ["The cat"], GREEDY)[0].tokens[0]
-    result, = generate(learned.decoder, _ending_with(tokenizer, end), ["The cat"],
-                       dataclasses.replace(GREEDY, min_new_tokens=6))
+    (result,) = generate(
+        learned.decoder,
+        _ending_with(tokenizer, end),
+        ["The cat"],
+        dataclasses.replace(GREEDY, min_new_tokens=6),
+    )
     assert len(result.tokens) >= 6 and end not in result.tokens
 
 
@@ -200,7 +270,9 @@ def test_no_repeat_of_single_tokens_ends_a_row_that_may_say_nothing_more(learned
     narrow = copy.copy(tokenizer)
     narrow.is_special = np.ones(tokenizer.vocab_size, bool)
     narrow.is_special[[100, 101, 102]] = False
-    result, = generate(learned.decoder, narrow, [""], dataclasses.replace(GREEDY, no_repeat_ngram_size=1))
+    (result,) = generate(
+        learned.decoder, narrow, [""], dataclasses.replace(GREEDY, no_repeat_ngram_size=1)
+    )
     assert sorted(result.tokens) == [100, 101, 102] and result.finish_reason == "stop"
 
 
@@ -215,23 +287,34 @@ def test_generation_ends_where_the_context_does(learned, tokenizer):
 @pytest.mark.parametrize("decode", [GREEDY, SAMPLED])
 def test_streamed_text_equals_text_at_once(learned, tokenizer, decode):
     pieces = {}
-    streamed = generate(learned.decoder, tokenizer, PROMPTS, decode,
-                        on_text=lambda row, text: pieces.setdefault(row, []).append(text))
+    streamed = generate(
+        learned.decoder,
+        tokenizer,
+        PROMPTS,
+        decode,
+        on_text=lambda row, text: pieces.setdefault(row, []).append(text),
+    )
     assert streamed == generate(learned.decoder, tokenizer, PROMPTS, decode)
-    assert [result.text for result in streamed] == ["".join(pieces[row]) for row in range(len(PROMPTS))]
+    assert [result.text for result in streamed] == [
+        "".join(pieces[row]) for row in range(len(PROMPTS))
+    ]
     assert all(len(parts) > 3 for parts in pieces.values())
 
 
 def test_stop_strings_across_the_borders_of_tokens_and_chunks(learned, letters):
-    free, = generate(learned.decoder, letters, ["The cat"], SAMPLED)
+    (free,) = generate(learned.decoder, letters, ["The cat"], SAMPLED)
     before = letters.decode(free.tokens[: CHUNK + 1])  # one token comes before the first chunk
     for width in (1, 2, 4):
         stop = free.text[len(before) - width : len(before) + width]
         end = free.text.index(stop)
         shown = []
-        result, = generate(learned.decoder, letters, ["The cat"],
-                           dataclasses.replace(SAMPLED, stop_strings=(stop, "never written")),
-                           on_text=lambda _, text, shown=shown: shown.append(text))
+        (result,) = generate(
+            learned.decoder,
+            letters,
+            ["The cat"],
+            dataclasses.replace(SAMPLED, stop_strings=(stop, "never written")),
+            on_text=lambda _, text, shown=shown: shown.append(text),
+        )
         assert result.text == "".join(shown) == free.text[:end]
         assert result.finish_reason == "stop"
         assert result.tokens == free.tokens[: len(result.tokens)]
@@ -239,12 +322,22 @@ def test_stop_strings_across_the_borders_of_tokens_and_chunks(learned, letters):
 
 
 def test_work_ends_when_all_rows_have_stopped(learned, letters, monkeypatch):
-    calls, advance = [], module.advance
-    monkeypatch.setattr(module, "advance", lambda *args, **static: calls.append(1) or advance(*args, **static))
-    free, = generate(learned.decoder, letters, ["The cat"], SAMPLED, on_text=lambda row, text: None)
+    calls = []
+    advance = module.advance
+    monkeypatch.setattr(
+        module, "advance", lambda *args, **static: calls.append(1) or advance(*args, **static)
+    )
+    (free,) = generate(
+        learned.decoder, letters, ["The cat"], SAMPLED, on_text=lambda row, text: None
+    )
     assert len(calls) == 3  # 1 + 3 x CHUNK reach 20 tokens
     calls.clear()
-    generate(learned.decoder, letters, ["The cat"], dataclasses.replace(SAMPLED, stop_strings=(free.text[:2],)))
+    generate(
+        learned.decoder,
+        letters,
+        ["The cat"],
+        dataclasses.replace(SAMPLED, stop_strings=(free.text[:2],)),
+    )
     assert len(calls) <= 1
 
 
@@ -252,30 +345,53 @@ def test_one_row_stops_and_the_others_go_on(learned, letters):
     free = generate(learned.decoder, letters, PROMPTS, SAMPLED)
     stop = free[0].text[3:8]
     assert not any(stop in result.text for result in free[1:])
-    first, *others = generate(learned.decoder, letters, PROMPTS, dataclasses.replace(SAMPLED, stop_strings=(stop,)))
+    first, *others = generate(
+        learned.decoder, letters, PROMPTS, dataclasses.replace(SAMPLED, stop_strings=(stop,))
+    )
     assert first.text == free[0].text[:3] and others == free[1:]
 
 
-@pytest.mark.parametrize(("setting", "message"), [
-    ({"temperature": -0.1}, "temperature=-0.1"), ({"top_p": 0.0}, "top_p=0.0"), ({"top_p": 1.1}, "top_p=1.1"),
-    ({"min_p": 1.0}, "min_p=1.0"), ({"typical_p": 0.0}, "typical_p=0.0"), ({"top_k": -1}, "top_k=-1"),
-    ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"), ({"max_new_tokens": 0}, "max_new_tokens=0"),
-    ({"min_new_tokens": 200}, "min_new_tokens=200"), ({"stop_strings": ("",)}, "stop string"),
-    ({"seed": -1}, "seed=-1"), ({"temperature": float("nan")}, "temperature=nan"),
-    ({"epsilon_cutoff": 1.0}, "epsilon_cutoff=1.0"), ({"eta_cutoff": -0.1}, "eta_cutoff=-0.1"),
-    ({"min_length": -1}, "min_length=-1"), ({"max_time": 0.0}, "max_time=0.0"),
-    ({"bad_words_ids": ((5,), ())}, "bad_words_ids has a sequence without tokens"),
-    ({"stop_sequences": ((),)}, "stop_sequences has a sequence without tokens"),
-    ({"sequence_bias": (((), 1.0),)}, "sequence_bias has a sequence without tokens"),
-    ({"bad_words_ids": (5,)}, r"bad_words_ids=5 is int; it must be tuple\[int"),
-    ({"logit_bias": {5: float("nan")}}, "bias of 5=nan"), ({"logit_bias": {5: float("inf")}}, "bias of 5=inf"),
-    ({"forced_tokens": ((128, 5),)}, "forced_tokens.*128"),
-    ({"forced_bos_token_id": 5, "suppress_tokens": (4, 5)}, "token 5 is both forced and in suppress_tokens"),
-    ({"eos_token_id": 9999}, "eos_token_id has token 9999.* 0 to "), ({"eos_token_id": (3, -1)}, "eos_token_id .*-1"),
-    ({"stop_token_ids": (9999,)}, "stop_token_ids has token 9999"), ({"logit_bias": {9999: 1.0}}, "logit_bias .*9999"),
-    ({"stop_sequences": ((1, 9999),)}, "stop_sequences .*9999"), ({"forced_eos_token_id": 9999}, "forced_eos.*9999"),
-    ({"bad_words_ids": ((1, 9999),)}, "bad_words_ids .*9999"), ({"suppress_tokens": (9999,)}, "suppress_tokens .*9999"),
-    ({"sequence_bias": {(1, 9999): 1.0}}, "sequence_bias .*9999")])
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"temperature": -0.1}, "temperature=-0.1"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"top_p": 1.1}, "top_p=1.1"),
+        ({"min_p": 1.0}, "min_p=1.0"),
+        ({"typical_p": 0.0}, "typical_p=0.0"),
+        ({"top_k": -1}, "top_k=-1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"min_new_tokens": 200}, "min_new_tokens=200"),
+        ({"stop_strings": ("",)}, "stop string"),
+        ({"seed": -1}, "seed=-1"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"epsilon_cutoff": 1.0}, "epsilon_cutoff=1.0"),
+        ({"eta_cutoff": -0.1}, "eta_cutoff=-0.1"),
+        ({"min_length": -1}, "min_length=-1"),
+        ({"max_time": 0.0}, "max_time=0.0"),
+        ({"bad_words_ids": ((5,), ())}, "bad_words_ids has a sequence without tokens"),
+        ({"stop_sequences": ((),)}, "stop_sequences has a sequence without tokens"),
+        ({"sequence_bias": (((), 1.0),)}, "sequence_bias has a sequence without tokens"),
+        ({"bad_words_ids": (5,)}, r"bad_words_ids=5 is int; it must be tuple\[int"),
+        ({"logit_bias": {5: float("nan")}}, "bias of 5=nan"),
+        ({"logit_bias": {5: float("inf")}}, "bias of 5=inf"),
+        ({"forced_tokens": ((128, 5),)}, "forced_tokens.*128"),
+        (
+            {"forced_bos_token_id": 5, "suppress_tokens": (4, 5)},
+            "token 5 is both forced and in suppress_tokens",
+        ),
+        ({"eos_token_id": 9999}, "eos_token_id has token 9999.* 0 to "),
+        ({"eos_token_id": (3, -1)}, "eos_token_id .*-1"),
+        ({"stop_token_ids": (9999,)}, "stop_token_ids has token 9999"),
+        ({"logit_bias": {9999: 1.0}}, "logit_bias .*9999"),
+        ({"stop_sequences": ((1, 9999),)}, "stop_sequences .*9999"),
+        ({"forced_eos_token_id": 9999}, "forced_eos.*9999"),
+        ({"bad_words_ids": ((1, 9999),)}, "bad_words_ids .*9999"),
+        ({"suppress_tokens": (9999,)}, "suppress_tokens .*9999"),
+        ({"sequence_bias": {(1, 9999): 1.0}}, "sequence_bias .*9999"),
+    ],
+)
 def test_settings_out_of_range(learned, tokenizer, monkeypatch, setting, message):
     monkeypatch.setattr(module, "prefill", None)  # refused before any work
     with pytest.raises(ValueError, match=message):

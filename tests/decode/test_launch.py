@@ -1,4 +1,5 @@
-"""launch/generate.py: three modes, text and JSON, and one line with exit code 2 for what it cannot do."""
+"""launch/generate.py: three modes, text and JSON, and one line with exit code 2 for what it cannot
+do."""
 
 import json
 import subprocess
@@ -35,17 +36,39 @@ def test_generative(ask, tmp_path):
 
 
 def test_settings_reach_the_decoder(ask):
-    arguments = ["--workdir=RUN", "--prompt=", "--json", "--temperature=1.5", "--n=2", "--max_new_tokens=4"]
+    arguments = [
+        "--workdir=RUN",
+        "--prompt=",
+        "--json",
+        "--temperature=1.5",
+        "--n=2",
+        "--max_new_tokens=4",
+    ]
     first, again, other = (json.loads(ask(*arguments, f"--seed={seed}")[1]) for seed in (3, 3, 4))
     assert first == again and first["sequences"][1]["tokens"] == other["sequences"][0]["tokens"]
     assert [len(sequence["tokens"]) for sequence in first["sequences"]] == [4, 4]
 
 
 def test_beams_and_lists_of_tokens_reach_the_decoder(ask):
-    arguments = ["--workdir=RUN", "--prompt=The cat", "--num_beams=3", "--n=2", "--length_penalty=0.6",
-                 "--early_stopping=never", "--logit_bias=40:-2", "--logit_bias=41:0.5", "--sequence_bias=5,6:-1e9",
-                 "--bad_words_ids=7,8", "--bad_words_ids=9", "--suppress_tokens=10,11", "--stop_sequences=12,13",
-                 "--forced_tokens=0:50", "--forced_tokens=2:60", "--eos_token_id=3,14", "--max_time=1000"]
+    arguments = [
+        "--workdir=RUN",
+        "--prompt=The cat",
+        "--num_beams=3",
+        "--n=2",
+        "--length_penalty=0.6",
+        "--early_stopping=never",
+        "--logit_bias=40:-2",
+        "--logit_bias=41:0.5",
+        "--sequence_bias=5,6:-1e9",
+        "--bad_words_ids=7,8",
+        "--bad_words_ids=9",
+        "--suppress_tokens=10,11",
+        "--stop_sequences=12,13",
+        "--forced_tokens=0:50",
+        "--forced_tokens=2:60",
+        "--eos_token_id=3,14",
+        "--max_time=1000",
+    ]
     code, out, err = ask(*arguments, "--json")
     sequences = json.loads(out)["sequences"]
     assert (code, err, len(sequences)) == (0, "", 2)
@@ -60,57 +83,101 @@ def test_several_texts_are_told_apart(ask):
 
 
 def test_the_end_of_the_context_is_told(ask):
-    code, out, err = ask("--workdir=RUN", "--prompt=The cat sat on", "--max_new_tokens=99", "--min_new_tokens=99")
+    code, out, err = ask(
+        "--workdir=RUN", "--prompt=The cat sat on", "--max_new_tokens=99", "--min_new_tokens=99"
+    )
     assert code == 0 and err == "(ended: the context of 32 tokens is full)\n"
 
 
 def test_ranking(ask):
-    code, out, err = ask("--workdir=RUN", "--mode=ranking", "--prompt=The", "--candidates= cat", "--candidates= dog",
-                         "--candidates= cat", "--normalise=sum")
+    code, out, err = ask(
+        "--workdir=RUN",
+        "--mode=ranking",
+        "--prompt=The",
+        "--candidates= cat",
+        "--candidates= dog",
+        "--candidates= cat",
+        "--normalise=sum",
+    )
     lines = out.splitlines()
     assert code == 0 and "sum" in lines[1] and "per_byte" in lines[1]
     assert lines[0] == "1 logprob, sum, natural logarithms; candidates: 3, duplicates: 1"
     assert sorted(line.split()[-2:] for line in lines[2:]) == [["cat'", "2"], ["dog'", "1"]]
     sums = [float(line.split()[1]) for line in lines[2:]]
     assert sums == sorted(sums, reverse=True)
-    sampled = json.loads(ask("--workdir=RUN", "--mode=ranking", "--prompt=The", "--n=5", "--json")[1])
+    sampled = json.loads(
+        ask("--workdir=RUN", "--mode=ranking", "--prompt=The", "--n=5", "--json")[1]
+    )
     assert sum(candidate["count"] for candidate in sampled["candidates"]) == 5
-    assert {"text", "sum", "per_token", "per_char", "per_byte", "score"} <= sampled["candidates"][0].keys()
+    assert {"text", "sum", "per_token", "per_char", "per_byte", "score"} <= sampled["candidates"][
+        0
+    ].keys()
 
 
 def test_scorers_mix_and_their_table_is_straight(ask):
-    arguments = ["--workdir=RUN", "--mode=ranking", "--prompt=The", "--candidates= cat is 5", "--candidates=天地 5",
-                 "--candidates=玄", "--scorer=pmi=0.5", "--scorer=mbr", "--scorer=self_consistency=2", "--neutral=In",
-                 "--utility=exact", r"--answer=\d"]
+    arguments = [
+        "--workdir=RUN",
+        "--mode=ranking",
+        "--prompt=The",
+        "--candidates= cat is 5",
+        "--candidates=天地 5",
+        "--candidates=玄",
+        "--scorer=pmi=0.5",
+        "--scorer=mbr",
+        "--scorer=self_consistency=2",
+        "--neutral=In",
+        "--utility=exact",
+        r"--answer=\d",
+    ]
     code, out, err = ask(*arguments)
     lines = out.splitlines()
-    assert (code, err) == (0, "") and lines[0].startswith("0.5 pmi + 1 mbr + 2 self_consistency, per_token")
+    assert (code, err) == (0, "") and lines[0].startswith(
+        "0.5 pmi + 1 mbr + 2 self_consistency, per_token"
+    )
     heads = lines[1].split()
     assert heads[:2] == ["rank", "score"] and heads[-4:] == ["tokens", "answer", "text", "times"]
     assert {"pmi", "pmi.neutral", "mbr", "self_consistency", "self_consistency.votes"} <= set(heads)
-    shown = ["".join(c + "-" * (unicodedata.east_asian_width(c) == "W") for c in line) for line in lines[1:]]
+    shown = [
+        "".join(c + "-" * (unicodedata.east_asian_width(c) == "W") for c in line)
+        for line in lines[1:]
+    ]
     assert len(set(map(len, shown))) == 1 and "天" in out, "Chinese characters take two places each"
     record = json.loads(ask(*arguments, "--json")[1])
     assert (record["size"], record["duplicates"], len(record["utilities"])) == (3, 0, 3)
     assert record["weights"] == {"pmi": 0.5, "mbr": 1.0, "self_consistency": 2.0}
     for candidate in record["candidates"]:
         parts = candidate["parts"]
-        assert candidate["score"] == pytest.approx(sum(record["weights"][name] * parts[name]
-                                                       for name in record["weights"]))
-    beams = json.loads(ask("--workdir=RUN", "--mode=ranking", "--prompt=The", "--num_beams=3", "--json")[1])
+        assert candidate["score"] == pytest.approx(
+            sum(record["weights"][name] * parts[name] for name in record["weights"])
+        )
+    beams = json.loads(
+        ask("--workdir=RUN", "--mode=ranking", "--prompt=The", "--num_beams=3", "--json")[1]
+    )
     assert beams["size"] == 3
 
 
 def test_guesses_and_stats(ask):
-    arguments = ["--workdir=RUN", "--prompt=The cat sat on the cat", "--max_new_tokens=12", "--min_new_tokens=12"]
+    arguments = [
+        "--workdir=RUN",
+        "--prompt=The cat sat on the cat",
+        "--max_new_tokens=12",
+        "--min_new_tokens=12",
+    ]
     plain = ask(*arguments)[1]
-    for guess in (["--prompt_lookup_num_tokens=3", "--max_matching_ngram_size=1"],
-                  ["--draft=RUN", "--num_assistant_tokens=2"]):
+    for guess in (
+        ["--prompt_lookup_num_tokens=3", "--max_matching_ngram_size=1"],
+        ["--draft=RUN", "--num_assistant_tokens=2"],
+    ):
         code, out, err = ask(*arguments, *guess, "--stats")
         stats = dict(line.split(": ") for line in err.splitlines())
         assert (code, out) == (0, plain)
-        assert {"tokens_per_second", "roofline_tokens_per_second", "copy_gigabytes_per_second"} <= stats.keys()
-        right, guessed = int(stats["accepted"]), int(stats["guessed"])
+        assert {
+            "tokens_per_second",
+            "roofline_tokens_per_second",
+            "copy_gigabytes_per_second",
+        } <= stats.keys()
+        right = int(stats["accepted"])
+        guessed = int(stats["guessed"])
         assert float(stats["acceptance_rate"]) == pytest.approx(right / guessed, abs=1e-3)
     assert float(stats["acceptance_rate"]) == 1, "a draft that is the model itself"
 
@@ -135,16 +202,22 @@ def test_fill(ask):
 
 def test_a_line_end_is_written_as_two_characters_where_a_shell_cannot(ask):
     """In stops; a prompt is taken as it is, with a note."""
-    plain = json.loads(ask("--workdir=RUN", "--prompt=The", "--max_new_tokens=6", "--json")[1])["sequences"][0]
+    plain = json.loads(ask("--workdir=RUN", "--prompt=The", "--max_new_tokens=6", "--json")[1])[
+        "sequences"
+    ][0]
     first = plain["text"][0]
     forced = ["--workdir=RUN", "--prompt=The", "--json", "--max_new_tokens=3"]
     for stop, typed in (("\n", r"\n"), ("\t", r"\t")):
-        tokens = json.loads(ask("--workdir=RUN", "--prompt=The", "--json", f"--stop_words={typed}")[1])
+        tokens = json.loads(
+            ask("--workdir=RUN", "--prompt=The", "--json", f"--stop_words={typed}")[1]
+        )
         assert tokens["sequences"]
         ids = ask_ids(ask, stop)
         out = json.loads(ask(*forced, f"--forced_tokens=0:{ids[0]}", f"--stop_strings={typed}")[1])
         assert (out["sequences"][0]["finish_reason"], out["sequences"][0]["text"]) == ("stop", "")
-        out = json.loads(ask(*forced, f"--forced_tokens=0:{ids[0]}", rf"--stop_strings=\{typed}")[1])
+        out = json.loads(
+            ask(*forced, f"--forced_tokens=0:{ids[0]}", rf"--stop_strings=\{typed}")[1]
+        )
         assert out["sequences"][0]["text"].startswith(stop), "an escaped backslash is one"
     code, out, err = ask("--workdir=RUN", r"--prompt=a\nb", "--max_new_tokens=1")
     assert code == 0 and out.startswith(r"a\nb") and err.startswith("note: ") and r"$'\n'" in err
@@ -152,7 +225,9 @@ def test_a_line_end_is_written_as_two_characters_where_a_shell_cannot(ask):
 
 
 def ask_ids(ask, text: str) -> list[int]:
-    return json.loads(ask(f"--workdir={ask.folder}", "--mode=tokens", f"--prompt={text}", "--json")[1])["tokens"]
+    return json.loads(
+        ask(f"--workdir={ask.folder}", "--mode=tokens", f"--prompt={text}", "--json")[1]
+    )["tokens"]
 
 
 def test_the_ids_of_a_text(ask, tokenizer):
@@ -171,24 +246,43 @@ def test_words_stand_for_their_tokens(ask, tokenizer):
     wanted = ask(*base, f"--bad_words_ids={bare}", f"--bad_words_ids={with_space}")
     assert ask(*base, "--bad_words=the") == wanted
     assert ask(*base, "--suppress_words=the") == ask(*base, f"--suppress_tokens={with_space}")
-    assert ask(*base, "--word_bias=cat:3") == ask(*base, *(
-        f"--sequence_bias={','.join(map(str, tokenizer.encode(text)))}:3" for text in ("cat", " cat")))
+    assert ask(*base, "--word_bias=cat:3") == ask(
+        *base,
+        *(
+            f"--sequence_bias={','.join(map(str, tokenizer.encode(text)))}:3"
+            for text in ("cat", " cat")
+        ),
+    )
     forced = [*base, "--num_beams=2", f"--forced_tokens=1:{with_space}"]
     sequence = json.loads(ask(*forced, "--stop_words=the")[1])["sequences"][0]
-    assert sequence["finish_reason"] == "stop" and len(sequence["tokens"]) == 2 and "the" not in sequence["text"]
+    assert (
+        sequence["finish_reason"] == "stop"
+        and len(sequence["tokens"]) == 2
+        and "the" not in sequence["text"]
+    )
 
 
 def test_a_file_of_prompts_is_answered_line_by_line(ask, tmp_path):
     (tmp_path / "prompts.txt").write_text("The cat\n\nIn the\n")
-    code, out, err = ask("--workdir=RUN", f"--prompts={tmp_path / 'prompts.txt'}", f"--output={tmp_path / 'a.jsonl'}",
-                         "--batch=2", "--max_new_tokens=5")
+    code, out, err = ask(
+        "--workdir=RUN",
+        f"--prompts={tmp_path / 'prompts.txt'}",
+        f"--output={tmp_path / 'a.jsonl'}",
+        "--batch=2",
+        "--max_new_tokens=5",
+    )
     rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert (code, err) == (0, "") and out == f"3 answers in {tmp_path / 'a.jsonl'}\n"
     assert [row["prompt"] for row in rows] == ["The cat", "", "In the"]
     for row in rows:
-        alone = json.loads(ask("--workdir=RUN", f"--prompt={row['prompt']}", "--max_new_tokens=5", "--json")[1])
+        alone = json.loads(
+            ask("--workdir=RUN", f"--prompt={row['prompt']}", "--max_new_tokens=5", "--json")[1]
+        )
         assert row["sequences"][0]["tokens"] == alone["sequences"][0]["tokens"]
-    lines = [{"prompt": "The", "candidates": [" cat", " dog"], "id": 7}, {"prompt": "In", "candidates": [" the"]}]
+    lines = [
+        {"prompt": "The", "candidates": [" cat", " dog"], "id": 7},
+        {"prompt": "In", "candidates": [" the"]},
+    ]
     given = "".join(json.dumps(line) + "\n" for line in lines).encode()
     code, out, err = ask("--workdir=RUN", "--mode=ranking", "--prompts=-", stdin=given)
     found = [json.loads(line) for line in out.splitlines()]
@@ -199,87 +293,181 @@ def test_a_file_of_prompts_is_answered_line_by_line(ask, tmp_path):
 
 
 def test_a_file_of_prompts_is_checked_before_work_and_keeps_what_is_written(ask, tmp_path):
-    path, answers = tmp_path / "p.jsonl", tmp_path / "a.jsonl"
-    for content, message in (('{"prompt": "a"}\n{"text": "b"}\n', "line 2 has no text under the key \"prompt\""),
-                             ('{"prompt": "a"}\n{"prompt"\n', "line 2 is not JSON"), ("", "line 1 is not JSON"),
-                             ('{"prompt": "a", "score": NaN}\n', "line 1 is not JSON (it holds NaN"),
-                             (json.dumps({"prompt": "a b " * 40}), "prompt 1 of 1: the prompt has")):
+    path = tmp_path / "p.jsonl"
+    answers = tmp_path / "a.jsonl"
+    for content, message in (
+        ('{"prompt": "a"}\n{"text": "b"}\n', 'line 2 has no text under the key "prompt"'),
+        ('{"prompt": "a"}\n{"prompt"\n', "line 2 is not JSON"),
+        ("", "line 1 is not JSON"),
+        ('{"prompt": "a", "score": NaN}\n', "line 1 is not JSON (it holds NaN"),
+        (json.dumps({"prompt": "a b " * 40}), "prompt 1 of 1: the prompt has"),
+    ):
         path.write_text(content or "x")
         answers.unlink(missing_ok=True)
         code, out, err = ask("--workdir=RUN", f"--prompts={path}", f"--output={answers}")
         assert (code, out) == (2, "") and message in err and err.count("\n") == 1
         assert not answers.exists()
-    path.write_text('{"prompt": "The", "candidates": [" cat"]}\n{"prompt": "In", "candidates": [""]}\n')
+    path.write_text(
+        '{"prompt": "The", "candidates": [" cat"]}\n{"prompt": "In", "candidates": [""]}\n'
+    )
     answers.unlink(missing_ok=True)
-    code, out, err = ask("--workdir=RUN", "--mode=ranking", f"--prompts={path}", f"--output={answers}")
-    assert code == 2 and "prompt 2 of 2: candidate 1 of 1 is empty" in err and "(1 answers are written)" in err
+    code, out, err = ask(
+        "--workdir=RUN", "--mode=ranking", f"--prompts={path}", f"--output={answers}"
+    )
+    assert (
+        code == 2
+        and "prompt 2 of 2: candidate 1 of 1 is empty" in err
+        and "(1 answers are written)" in err
+    )
     assert len(answers.read_text().splitlines()) == 1
-    code, out, err = ask("--workdir=RUN", "--mode=ranking", f"--prompts={path}", f"--output={answers}")
-    assert code == 2 and "exists; name another file" in err and len(answers.read_text().splitlines()) == 1
+    code, out, err = ask(
+        "--workdir=RUN", "--mode=ranking", f"--prompts={path}", f"--output={answers}"
+    )
+    assert (
+        code == 2
+        and "exists; name another file" in err
+        and len(answers.read_text().splitlines()) == 1
+    )
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--top_k=5"], "top_k=5 acts on what is drawn"), (["--min_p=0.1"], "min_p=0.1 acts on what is drawn"),
-    (["--seed=1"], "seed=1 acts on what is drawn"), (["--seed=0"], "seed=0 is for what is drawn"),
-    (["--seed=1", "--num_beams=2"], "seed=1 acts on what is drawn, and beam search"), (["--n=3"], "the same text"),
-    (["--n=1", "--temperature=0", "--typical_p=0.5"], "typical_p=0.5"), (["--length_penalty=2"], "acts on beams alone"),
-    (["--early_stopping=true"], "acts on beams alone"), (["--max_matching_ngram_size=3"], "guesses none"),
-    (["--num_assistant_tokens=3"], "guessed by a draft model"), (["--stream", "--json"], "--json prints it at the end"),
-    (["--stream", "--n=2", "--temperature=1"], "--stream shows one text"), (["--candidates= b"], "for --mode=ranking"),
-    (["--scorer=pmi"], "--scorer is for --mode=ranking"), (["--normalise=sum"], "--normalise is for --mode=ranking"),
-    (["--neutral=a"], "--neutral is for --mode=ranking"), (["--guesses=3"], "--guesses is for --mode=fill"),
-    (["--mode=fill", "--temperature=1"], "--temperature is for --mode=generative or ranking"),
-    (["--mode=fill", "--cache=int8"], "--cache is for"), (["--mode=fill", "--stop_words=a"], "--stop_words is for"),
-    (["--mode=ranking", "--candidates= b", "--cache=int8"], "--cache is for texts that are written"),
-    (["--mode=ranking", "--candidates= b", "--n=3"], "--n is for candidates that are written"),
-    (["--mode=ranking", "--candidates= b", "--bad_words=a"], "--bad_words is for candidates that are written"),
-    (["--mode=ranking", "--stream"], "--stream is for --mode=generative"), (["--output=x"], "--output is for many"),
-    (["--mode=ranking", "--temperature=0", "--n=3"], "the same text"), (["--mode=tokens", "--n=2"], "--n is for"),
-    (["--prompts=x"], "--prompt is for one prompt"), (["--batch=2"], "--batch is for many prompts"),
-    (["--suppress_words=zzqx"], "--bad_words forbids them in a row"), (["--word_bias=the"], "TEXT:BIAS"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--top_k=5"], "top_k=5 acts on what is drawn"),
+        (["--min_p=0.1"], "min_p=0.1 acts on what is drawn"),
+        (["--seed=1"], "seed=1 acts on what is drawn"),
+        (["--seed=0"], "seed=0 is for what is drawn"),
+        (["--seed=1", "--num_beams=2"], "seed=1 acts on what is drawn, and beam search"),
+        (["--n=3"], "the same text"),
+        (["--n=1", "--temperature=0", "--typical_p=0.5"], "typical_p=0.5"),
+        (["--length_penalty=2"], "acts on beams alone"),
+        (["--early_stopping=true"], "acts on beams alone"),
+        (["--max_matching_ngram_size=3"], "guesses none"),
+        (["--num_assistant_tokens=3"], "guessed by a draft model"),
+        (["--stream", "--json"], "--json prints it at the end"),
+        (["--stream", "--n=2", "--temperature=1"], "--stream shows one text"),
+        (["--candidates= b"], "for --mode=ranking"),
+        (["--scorer=pmi"], "--scorer is for --mode=ranking"),
+        (["--normalise=sum"], "--normalise is for --mode=ranking"),
+        (["--neutral=a"], "--neutral is for --mode=ranking"),
+        (["--guesses=3"], "--guesses is for --mode=fill"),
+        (["--mode=fill", "--temperature=1"], "--temperature is for --mode=generative or ranking"),
+        (["--mode=fill", "--cache=int8"], "--cache is for"),
+        (["--mode=fill", "--stop_words=a"], "--stop_words is for"),
+        (
+            ["--mode=ranking", "--candidates= b", "--cache=int8"],
+            "--cache is for texts that are written",
+        ),
+        (["--mode=ranking", "--candidates= b", "--n=3"], "--n is for candidates that are written"),
+        (
+            ["--mode=ranking", "--candidates= b", "--bad_words=a"],
+            "--bad_words is for candidates that are written",
+        ),
+        (["--mode=ranking", "--stream"], "--stream is for --mode=generative"),
+        (["--output=x"], "--output is for many"),
+        (["--mode=ranking", "--temperature=0", "--n=3"], "the same text"),
+        (["--mode=tokens", "--n=2"], "--n is for"),
+        (["--prompts=x"], "--prompt is for one prompt"),
+        (["--batch=2"], "--batch is for many prompts"),
+        (["--suppress_words=zzqx"], "--bad_words forbids them in a row"),
+        (["--word_bias=the"], "TEXT:BIAS"),
+    ],
+)
 def test_a_flag_that_cannot_act_is_refused(ask, arguments, message):
     code, out, err = ask("--workdir=RUN", "--prompt=a", *arguments)
-    assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1 and message in err
+    assert (
+        (code, out) == (2, "")
+        and err.startswith("error: ")
+        and err.count("\n") == 1
+        and message in err
+    )
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--workdir=RUN", "--prompt=a", "--temperature=-1"], "temperature=-1.0"),
-    (["--workdir=RUN", "--prompt=a", "--top_p=0"], "top_p=0.0"),
-    (["--workdir=RUN", "--prompt=a", "--top_k=many"], "top_k"),
-    (["--workdir=RUN", "--prompt=a", "--num_beams=4", "--top_k=5"], "top_k=5 limits what is drawn"),
-    (["--workdir=RUN", "--prompt=a", "--num_beams=2", "--n=3"], "num_return_sequences=3 is above num_beams=2"),
-    (["--workdir=RUN", "--prompt=a", "--early_stopping=maybe"], "maybe"),
-    (["--workdir=RUN", "--prompt=a", "--logit_bias=5"], "--logit_bias=5 is not of the form ID:BIAS, as in"),
-    (["--workdir=RUN", "--prompt=a", "--logit_bias=5,6:1"], "give several in a row to --sequence_bias"),
-    (["--workdir=RUN", "--prompt=a", "--bad_words_ids=a"], "--bad_words_ids=a is not of the form ID,ID, as in"),
-    (["--workdir=RUN", "--prompt=a", "--forced_tokens=5"], "--forced_tokens=5 is not of the form PLACE:ID"),
-    (["--workdir=RUN", "--prompt=a", "--eos_token_id=99999"], "eos_token_id has token 99999"),
-    (["--workdir=RUN", "--prompt=a", "--stop_strings="], "a stop string is empty"),
-    (["--workdir=RUN", "--prompt=a", "--unknown=1"], "unknown"),
-    (["--workdir=RUN", "--prompt=a", "stray"], "'stray'"),
-    (["--workdir=RUN", "--prompt=a", "--input=b"], "--prompt and --input"),
-    (["--workdir=RUN", "--input=/no/such/file"], "/no/such/file"),
-    (["--workdir=OTHER", "--prompt=a"], "OTHER holds no checkpoint"),
-    (["--prompt=a"], "--workdir"),
-    (["--workdir=RUN", "--prompt=" + "a b " * 40], "context holds 32"),
-    (["--workdir=RUN", "--mode=fill", "--prompt=no blank"], "no mask"),
-    (["--workdir=RUN", "--mode=ranking", "--prompt=a", "--candidates="], "empty"),
-    (["--workdir=RUN", "--mode=ranking", "--prompt=a", "--scorer=rouge"], "scorer 'rouge' is not known"),
-    (["--workdir=RUN", "--mode=ranking", "--prompt=a", "--scorer=pmi=x"], "--scorer=pmi=x is not of the form NAME"),
-    (["--workdir=RUN", "--mode=ranking", "--prompt=a", "--scorer=pmi", "--scorer=pmi=2"], "pmi is given twice"),
-    (["--workdir=RUN", "--mode=ranking", "--prompt=a", "--utility=bleu"], "utility='bleu' acts in mbr alone"),
-    (["--workdir=RUN", "--mode=ranking", "--prompt=a", "--candidates= b", "--top_k=5"], "--top_k is for candidates"),
-    (["--workdir=RUN", "--mode=ranking", "--prompt=a", "--scorer=pseudo_log_likelihood"], "every stage of this one"),
-    (["--workdir=RUN", "--mode=dancing", "--prompt=a"], "dancing"),
-    (["--workdir=RUN", "--prompt=a", "--draft=RUN", "--num_beams=2"], "a draft model guesses"),
-    (["--workdir=RUN", "--prompt=a", "--draft=OTHER"], "OTHER holds no checkpoint"),
-    (["--workdir=RUN", "--prompt=a", "--draft=RUN", "--mode=fill"], "--draft is for --mode=generative"),
-    (["--workdir=RUN", "--prompt=a", "--prompt_lookup_num_tokens=2", "--num_beams=2"], "guesses how one row goes on"),
-    (["--workdir=RUN", "--prompt=a", "--cache=int8", "--num_beams=2"], "an int8 cache is for rows"),
-    (["--workdir=RUN", "--prompt=a", "--weights=int4"], "int4"),
-    (["--workdir=RUN"], "standard input is not UTF-8 at byte 1"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workdir=RUN", "--prompt=a", "--temperature=-1"], "temperature=-1.0"),
+        (["--workdir=RUN", "--prompt=a", "--top_p=0"], "top_p=0.0"),
+        (["--workdir=RUN", "--prompt=a", "--top_k=many"], "top_k"),
+        (
+            ["--workdir=RUN", "--prompt=a", "--num_beams=4", "--top_k=5"],
+            "top_k=5 limits what is drawn",
+        ),
+        (
+            ["--workdir=RUN", "--prompt=a", "--num_beams=2", "--n=3"],
+            "num_return_sequences=3 is above num_beams=2",
+        ),
+        (["--workdir=RUN", "--prompt=a", "--early_stopping=maybe"], "maybe"),
+        (
+            ["--workdir=RUN", "--prompt=a", "--logit_bias=5"],
+            "--logit_bias=5 is not of the form ID:BIAS, as in",
+        ),
+        (
+            ["--workdir=RUN", "--prompt=a", "--logit_bias=5,6:1"],
+            "give several in a row to --sequence_bias",
+        ),
+        (
+            ["--workdir=RUN", "--prompt=a", "--bad_words_ids=a"],
+            "--bad_words_ids=a is not of the form ID,ID, as in",
+        ),
+        (
+            ["--workdir=RUN", "--prompt=a", "--forced_tokens=5"],
+            "--forced_tokens=5 is not of the form PLACE:ID",
+        ),
+        (["--workdir=RUN", "--prompt=a", "--eos_token_id=99999"], "eos_token_id has token 99999"),
+        (["--workdir=RUN", "--prompt=a", "--stop_strings="], "a stop string is empty"),
+        (["--workdir=RUN", "--prompt=a", "--unknown=1"], "unknown"),
+        (["--workdir=RUN", "--prompt=a", "stray"], "'stray'"),
+        (["--workdir=RUN", "--prompt=a", "--input=b"], "--prompt and --input"),
+        (["--workdir=RUN", "--input=/no/such/file"], "/no/such/file"),
+        (["--workdir=OTHER", "--prompt=a"], "OTHER holds no checkpoint"),
+        (["--prompt=a"], "--workdir"),
+        (["--workdir=RUN", "--prompt=" + "a b " * 40], "context holds 32"),
+        (["--workdir=RUN", "--mode=fill", "--prompt=no blank"], "no mask"),
+        (["--workdir=RUN", "--mode=ranking", "--prompt=a", "--candidates="], "empty"),
+        (
+            ["--workdir=RUN", "--mode=ranking", "--prompt=a", "--scorer=rouge"],
+            "scorer 'rouge' is not known",
+        ),
+        (
+            ["--workdir=RUN", "--mode=ranking", "--prompt=a", "--scorer=pmi=x"],
+            "--scorer=pmi=x is not of the form NAME",
+        ),
+        (
+            ["--workdir=RUN", "--mode=ranking", "--prompt=a", "--scorer=pmi", "--scorer=pmi=2"],
+            "pmi is given twice",
+        ),
+        (
+            ["--workdir=RUN", "--mode=ranking", "--prompt=a", "--utility=bleu"],
+            "utility='bleu' acts in mbr alone",
+        ),
+        (
+            ["--workdir=RUN", "--mode=ranking", "--prompt=a", "--candidates= b", "--top_k=5"],
+            "--top_k is for candidates",
+        ),
+        (
+            ["--workdir=RUN", "--mode=ranking", "--prompt=a", "--scorer=pseudo_log_likelihood"],
+            "every stage of this one",
+        ),
+        (["--workdir=RUN", "--mode=dancing", "--prompt=a"], "dancing"),
+        (["--workdir=RUN", "--prompt=a", "--draft=RUN", "--num_beams=2"], "a draft model guesses"),
+        (["--workdir=RUN", "--prompt=a", "--draft=OTHER"], "OTHER holds no checkpoint"),
+        (
+            ["--workdir=RUN", "--prompt=a", "--draft=RUN", "--mode=fill"],
+            "--draft is for --mode=generative",
+        ),
+        (
+            ["--workdir=RUN", "--prompt=a", "--prompt_lookup_num_tokens=2", "--num_beams=2"],
+            "guesses how one row goes on",
+        ),
+        (
+            ["--workdir=RUN", "--prompt=a", "--cache=int8", "--num_beams=2"],
+            "an int8 cache is for rows",
+        ),
+        (["--workdir=RUN", "--prompt=a", "--weights=int4"], "int4"),
+        (["--workdir=RUN"], "standard input is not UTF-8 at byte 1"),
+    ],
+)
 def test_bad_input_is_one_line_and_exit_code_2(ask, arguments, message):
     code, out, err = ask(*arguments, stdin=b"a\xff")
     assert (code, out) == (2, "")
@@ -288,4 +476,6 @@ def test_bad_input_is_one_line_and_exit_code_2(ask, arguments, message):
 
 def test_the_script_itself_exits_with_2():
     done = subprocess.run([sys.executable, SCRIPT, "--wrokdir=RUN"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert (
+        done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    )

@@ -1,4 +1,5 @@
-"""Decoders read from checkpoints: as from parameters in memory, in less of it, and refused where not finite."""
+"""Decoders read from checkpoints: as from parameters in memory, in less of it, and refused where
+not finite."""
 
 import dataclasses
 import json
@@ -24,19 +25,27 @@ from mtnlg_jax.train import arrays, checkpoint, lora
 from mtnlg_jax.train.checkpoint import Checkpoints, load_run
 
 ROOT = Path(__file__).resolve().parents[2]
-HELD = [{}, {"dtype": "bfloat16"}, {"weights": "int8"}, {"weights": "int8", "dtype": "bfloat16", "cache": "int8"}]
+HELD = [
+    {},
+    {"dtype": "bfloat16"},
+    {"weights": "int8"},
+    {"weights": "int8", "dtype": "bfloat16", "cache": "int8"},
+]
 
 
 def _save(folder, config: Config, params, tokenizer):
     tokenizer.save(folder / "tokenizer")
     checkpoints = Checkpoints(folder / "checkpoints")
-    checkpoints.save(3, {"params": params}, {"config": json.loads(to_json(config)), "identity": {}}, wait=True)
+    checkpoints.save(
+        3, {"params": params}, {"config": json.loads(to_json(config)), "identity": {}}, wait=True
+    )
     checkpoints.close()
     return folder
 
 
 def _poisoned(tiny, name: str, value: float):
     """The parameters of ``tiny`` with one number of ``name`` replaced."""
+
     def one(path, leaf):
         if jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value") != name:
             return leaf
@@ -45,8 +54,12 @@ def _poisoned(tiny, name: str, value: float):
     return jax.tree_util.tree_map_with_path(one, tiny.params)
 
 
-@pytest.mark.parametrize("chunk", [pytest.param(2**24, marks=pytest.mark.slow), 2**12], ids=["whole", "by_layer"])
-def test_a_decoder_is_that_of_the_parameters_in_memory(tiny, tokenizer, tmp_path, monkeypatch, chunk):
+@pytest.mark.parametrize(
+    "chunk", [pytest.param(2**24, marks=pytest.mark.slow), 2**12], ids=["whole", "by_layer"]
+)
+def test_a_decoder_is_that_of_the_parameters_in_memory(
+    tiny, tokenizer, tmp_path, monkeypatch, chunk
+):
     monkeypatch.setattr(checkpoint, "CHUNK_BYTES", chunk)
     folder = _save(tmp_path, Config(model=tiny.config), tiny.params, tokenizer)
     stored = arrays.StoredArrays(checkpoint.epath.Path(folder / "checkpoints/3/params"))
@@ -59,9 +72,12 @@ def test_a_decoder_is_that_of_the_parameters_in_memory(tiny, tokenizer, tmp_path
         assert found_run.params is None and (found_run.step, found_run.config) == (3, run.config)
         assert (found.config, found.int8_cache) == (expected.config, expected.int8_cache)
         assert jax.tree.structure(found.params) == jax.tree.structure(expected.params)
-        for one, other in zip(jax.tree.leaves(found.params), jax.tree.leaves(expected.params), strict=True):
+        for one, other in zip(
+            jax.tree.leaves(found.params), jax.tree.leaves(expected.params), strict=True
+        ):
             assert one.dtype == other.dtype
-            # XLA and numpy round a quotient differently in its last bit, which now and then decides a tie.
+            # XLA and numpy round a quotient differently in its last bit, which now and then decides
+            # a tie.
             differences = np.abs(np.asarray(one, np.float32) - np.asarray(other, np.float32))
             if one.dtype == jnp.int8:
                 assert differences.max() <= 1 and differences.mean() < 1e-3
@@ -70,10 +86,15 @@ def test_a_decoder_is_that_of_the_parameters_in_memory(tiny, tokenizer, tmp_path
 
 
 def test_int8_holds_a_tied_table_once(learned):
-    """The table of tokens and the head are one int8 array; the largest float array is that of positions."""
+    """The table of tokens and the head are one int8 array; the largest float array is that of
+    positions."""
     held = cache.unstack(learned.config, learned.params, weights="int8")
-    sizes = {name: leaf.size for name, leaf in names_of(held.params[0]).items() if leaf.dtype != jnp.int8}
-    assert max(sizes.values()) == learned.config.max_position_embeddings * learned.config.hidden_size
+    sizes = {
+        name: leaf.size for name, leaf in names_of(held.params[0]).items() if leaf.dtype != jnp.int8
+    }
+    assert (
+        max(sizes.values()) == learned.config.max_position_embeddings * learned.config.hidden_size
+    )
     table = learned.config.vocab_size * learned.config.hidden_size
     assert [leaf.size for leaf in jax.tree.leaves(held.params) if leaf.size >= table] == [table]
 
@@ -82,21 +103,32 @@ def test_a_run_with_adapters_is_merged(learned, tokenizer, tmp_path):
     config = Config(model=learned.config, optimizer=OptimizerConfig(lora_rank=2))
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, init="elsewhere"))
     rng = np.random.default_rng(0)
-    adapters = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape), x.dtype), lora._abstract(config))
+    adapters = jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape), x.dtype), lora._abstract(config)
+    )
     folder = _save(tmp_path, config, lora.joined(learned.params, adapters), tokenizer)
     run, found = load_decoder(folder)
     expected = cache.unstack(learned.config, load_run(folder).params)
     assert run.config.optimizer.lora_rank == 0
-    for one, other in zip(jax.tree.leaves(found.params), jax.tree.leaves(expected.params), strict=True):
+    for one, other in zip(
+        jax.tree.leaves(found.params), jax.tree.leaves(expected.params), strict=True
+    ):
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize(("name", "value"), [("blocks.mlp.b_in_F", np.nan), ("tokens_VD", np.inf),
-                                             ("final_norm.scale_D", -np.inf)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("blocks.mlp.b_in_F", np.nan), ("tokens_VD", np.inf), ("final_norm.scale_D", -np.inf)],
+)
 def test_a_parameter_that_is_not_finite_is_named(learned, tokenizer, tmp_path, name, value):
-    folder = _save(tmp_path, Config(model=learned.config), _poisoned(learned, name, value), tokenizer)
+    folder = _save(
+        tmp_path, Config(model=learned.config), _poisoned(learned, name, value), tokenizer
+    )
     for load in (load_run, load_decoder, lambda folder: load_decoder(folder, weights="int8")):
-        with pytest.raises(ValueError, match=rf"parameter {name} .*has 1 of .* not finite, the first of them {value}"):
+        with pytest.raises(
+            ValueError,
+            match=rf"parameter {name} .*has 1 of .* not finite, the first of them {value}",
+        ):
             load(folder)
 
 
@@ -107,17 +139,27 @@ def test_finite_numbers_whose_sum_is_not_are_taken():
 
 
 # Slow: a parameter of a layer, whose numbers reach the same check.
-@pytest.mark.parametrize("name", [
-    "final_norm.bias_D",
-    pytest.param("blocks.attention.b_v_KH", marks=pytest.mark.slow),
-])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "final_norm.bias_D",
+        pytest.param("blocks.attention.b_v_KH", marks=pytest.mark.slow),
+    ],
+)
 def test_logits_that_are_not_finite_are_no_text(learned, tokenizer, name):
     """Of parameters that no checkpoint checked."""
     decoder = cache.unstack(learned.config, _poisoned(learned, name, np.nan))
-    for settings in ({}, {"temperature": 1.0, "num_return_sequences": 2}, {"num_beams": 2},
-                     {"num_beams": 2, "temperature": 1.0}, {"prompt_lookup_num_tokens": 2}):
+    for settings in (
+        {},
+        {"temperature": 1.0, "num_return_sequences": 2},
+        {"num_beams": 2},
+        {"num_beams": 2, "temperature": 1.0},
+        {"prompt_lookup_num_tokens": 2},
+    ):
         with pytest.raises(ValueError, match="not finite"):
-            generate(decoder, tokenizer, ["The cat", " sat"], DecodeConfig(max_new_tokens=4, **settings))
+            generate(
+                decoder, tokenizer, ["The cat", " sat"], DecodeConfig(max_new_tokens=4, **settings)
+            )
     with pytest.raises(ValueError, match="not finite"):
         fill(decoder, tokenizer, "The <mask>")
     for candidates in ([" cat"], None):
@@ -126,10 +168,23 @@ def test_logits_that_are_not_finite_are_no_text(learned, tokenizer, name):
 
 
 def test_asking_a_model_imports_nothing_that_only_training_or_measuring_needs():
-    heavy = ["orbax.checkpoint", "sacrebleu", "sklearn", "matplotlib", "transformers", "torch", "pandas", "pyarrow"]
-    program = ("import sys; from mtnlg_jax.decode import generate, infill, load, rank; "
-               f"print(*(name for name in {heavy} if name in sys.modules))")
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    heavy = [
+        "orbax.checkpoint",
+        "sacrebleu",
+        "sklearn",
+        "matplotlib",
+        "transformers",
+        "torch",
+        "pandas",
+        "pyarrow",
+    ]
+    program = (
+        "import sys; from mtnlg_jax.decode import generate, infill, load, rank; "
+        f"print(*(name for name in {heavy} if name in sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
+    )
     assert done.stdout.split() == []
 
 
@@ -137,31 +192,53 @@ def test_asking_a_model_imports_nothing_that_only_training_or_measuring_needs():
 def gpt2_124m(tokenizer, tmp_path_factory):
     model = ModelConfig(vocab_size=50257, vocab_size_divisible_by=1, max_position_embeddings=1024)
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.02, x.shape), jnp.float32), abstract_model(model)[1])
+    params = jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(0, 0.02, x.shape), jnp.float32), abstract_model(model)[1]
+    )
     return _save(tmp_path_factory.mktemp("gpt2"), Config(model=model), params, tokenizer)
 
 
 def _ask(folder, *flags, environment=None) -> tuple[float, float]:
     """(peak of memory in bytes, processor time in seconds) of launch/generate.py."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    program = ("import resource, subprocess, sys; done = subprocess.run(sys.argv[1:]); "
-               "used = resource.getrusage(resource.RUSAGE_CHILDREN); print('peak', used.ru_maxrss); "
-               "sys.exit(done.returncode)")
-    command = [sys.executable, "-c", program, sys.executable, ROOT / "launch/generate.py", f"--workdir={folder}",
-               "--prompt=The cat", "--max_new_tokens=16", *flags]
+    program = (
+        "import resource, subprocess, sys; done = subprocess.run(sys.argv[1:]); "
+        "used = resource.getrusage(resource.RUSAGE_CHILDREN); print('peak', used.ru_maxrss); "
+        "sys.exit(done.returncode)"
+    )
+    command = [
+        sys.executable,
+        "-c",
+        program,
+        sys.executable,
+        ROOT / "launch/generate.py",
+        f"--workdir={folder}",
+        "--prompt=The cat",
+        "--max_new_tokens=16",
+        *flags,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return 1024 * int(done.stdout.split()[-1]), (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime)
+    return 1024 * int(done.stdout.split()[-1]), (after.ru_utime + after.ru_stime) - (
+        before.ru_utime + before.ru_stime
+    )
 
 
 @pytest.mark.slow
 def test_int8_and_bfloat16_save_the_memory_that_they_should(gpt2_124m, tmp_path):
-    """Of 124M parameters: what a decoder holds, and at most 350 MB besides for JAX, its programs and one layer."""
+    """Of 124M parameters: what a decoder holds, and at most 500 MB besides.
+
+    JAX, its programs and the package take 390 MB with a model of any size.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     environment["XDG_CACHE_HOME"] = str(tmp_path)
-    besides = 350e6
+    besides = 500e6
+    peaks = []
     for flags, size in (((), 4), (("--dtype=bfloat16",), 2), (("--weights=int8",), 1.03)):
-        assert _ask(gpt2_124m, *flags, environment=environment)[0] < 124.4e6 * size + besides + 75e6, flags
+        peak = _ask(gpt2_124m, *flags, environment=environment)[0]
+        assert peak < 124.4e6 * size + besides, flags
+        peaks.append(peak)
+    assert peaks[2] < 0.7 * peaks[0]
 
 
 @pytest.mark.slow

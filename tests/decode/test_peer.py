@@ -1,4 +1,5 @@
-"""Hugging Face's generate and logits processors, by what they made of the same weights and logits: token for token."""
+"""Hugging Face's generate and logits processors, by what they made of the same weights and logits:
+token for token."""
 
 import os
 import subprocess
@@ -21,21 +22,34 @@ MODELS = range(len(made.MODELS))
 
 def _generate(number, prompts, settings):
     """Results for every setting and prompt, in one batch."""
-    configs = [DecodeConfig(max_new_tokens=made.NEW, num_return_sequences=each.get("num_beams", 1), **each)
-               for each in settings]
-    return generate(peer.decoder(number), peer.Letters(), prompts * len(configs),
-                    [config for config in configs for _ in prompts])
+    configs = [
+        DecodeConfig(max_new_tokens=made.NEW, num_return_sequences=each.get("num_beams", 1), **each)
+        for each in settings
+    ]
+    return generate(
+        peer.decoder(number),
+        peer.Letters(),
+        prompts * len(configs),
+        [config for config in configs for _ in prompts],
+    )
 
 
 def _compare(results, tokens, scores=None, ends=None):
     """``tokens``: (settings, rows, NEW) of Hugging Face's; ``ends`` of each setting."""
     ends = [(made.END,)] * len(tokens) if ends is None else ends
-    expected = [(peer.cut(row, end), set(row.tolist()) & set(end)) for rows, end in zip(tokens, ends, strict=True)
-                for row in rows]
+    expected = [
+        (peer.cut(row, end), set(row.tolist()) & set(end))
+        for rows, end in zip(tokens, ends, strict=True)
+        for row in rows
+    ]
     assert [result.tokens for result in results] == [written for written, _ in expected]
-    assert [result.finish_reason for result in results] == ["stop" if ended else "length" for _, ended in expected]
+    assert [result.finish_reason for result in results] == [
+        "stop" if ended else "length" for _, ended in expected
+    ]
     if scores is not None:
-        np.testing.assert_allclose([result.score for result in results], scores.reshape(-1), atol=3e-4, rtol=ROUNDING)
+        np.testing.assert_allclose(
+            [result.score for result in results], scores.reshape(-1), atol=3e-4, rtol=ROUNDING
+        )
 
 
 def test_greedy_in_a_ragged_batch():
@@ -44,22 +58,34 @@ def test_greedy_in_a_ragged_batch():
         _compare(results, peer.fixtures()[f"{number}/greedy"][None])
 
 
-@pytest.mark.parametrize("beams", [
-    pytest.param(beams, marks=pytest.mark.slow if beams != max(made.BEAMS) else []) for beams in made.BEAMS])
+@pytest.mark.parametrize(
+    "beams",
+    [
+        pytest.param(beams, marks=pytest.mark.slow if beams != max(made.BEAMS) else [])
+        for beams in made.BEAMS
+    ],
+)
 def test_beams_and_their_scores_over_all_settings(beams):
-    """Length penalties and early stopping differ within the batch, as do the lengths of the prompts."""
-    settings = [{"num_beams": beams, "length_penalty": penalty, "early_stopping": early}
-                for penalty in made.LENGTH_PENALTIES for early in made.EARLY]
+    """Length penalties and early stopping differ within the batch, as do the lengths of the
+    prompts."""
+    settings = [
+        {"num_beams": beams, "length_penalty": penalty, "early_stopping": early}
+        for penalty in made.LENGTH_PENALTIES
+        for early in made.EARLY
+    ]
     for number in MODELS:
         results = _generate(number, made.prompts(made.PROMPTS), settings)
         tokens = peer.fixtures()[f"{number}/beams_{beams}"]
         _compare(results, tokens, peer.fixtures()[f"{number}/scores_{beams}"])
         for result in results:
-            assert result.score == pytest.approx(result.score) and len(result.logprobs) == len(result.tokens)
+            assert result.score == pytest.approx(result.score) and len(result.logprobs) == len(
+                result.tokens
+            )
 
 
 def test_fixtures_prove_something():
-    """Beams that never end early, or all beams alike, would pass with half of the search left out."""
+    """Beams that never end early, or all beams alike, would pass with half of the search left
+    out."""
     for beams in made.BEAMS:
         tokens = np.stack([peer.fixtures()[f"{number}/beams_{beams}"] for number in MODELS])
         ended = (tokens == made.END).any(-1)
@@ -73,8 +99,10 @@ def test_fixtures_prove_something():
     assert len({each.tobytes() for each in settings.swapaxes(0, 1)}) == len(made.GREEDY_SETTINGS)
 
 
-@pytest.mark.parametrize(("name", "settings"), [("greedy_settings", made.GREEDY_SETTINGS),
-                                                ("beam_settings", made.BEAM_SETTINGS)])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("greedy_settings", made.GREEDY_SETTINGS), ("beam_settings", made.BEAM_SETTINGS)],
+)
 def test_processors_within_generation(name, settings):
     ends = [each.get("eos_token_id", [made.END]) for each in settings]
     for number in MODELS:
@@ -88,16 +116,28 @@ def test_processors_on_random_logits(number):
     logits, ids = made.logits_and_ids()
     config = DecodeConfig(**{"temperature": 1.0} | made.settings_of(made.PROCESSORS[number]))
     rows, families = processors.rows_and_families([config] * len(ids))
-    length, vocabulary = ids.shape[1], logits.shape[1]
+    length = ids.shape[1]
+    vocabulary = logits.shape[1]
     padded = np.pad(ids, ((0, 0), (0, 3)), constant_values=7)
     lengths = np.full(len(ids), length)
-    processed = processors.process(jnp.asarray(logits), rows, families, padded, lengths, lengths - 5, lengths + 3,
-                                   np.ones(vocabulary, bool), vocabulary - 1)
+    processed = processors.process(
+        jnp.asarray(logits),
+        rows,
+        families,
+        padded,
+        lengths,
+        lengths - 5,
+        lengths + 3,
+        np.ones(vocabulary, bool),
+        vocabulary - 1,
+    )
     ours = np.asarray(processors.warp(processed, rows, families))
     theirs = peer.fixtures()[f"processor_{number}"]
     np.testing.assert_array_equal(np.isneginf(ours), np.isneginf(theirs))
     np.testing.assert_allclose(ours, theirs, rtol=ROUNDING)
-    assert (theirs != logits).any() or "99" in str(made.PROCESSORS[number]), "the setting should do something"
+    assert (theirs != logits).any() or "99" in str(made.PROCESSORS[number]), (
+        "the setting should do something"
+    )
 
 
 @pytest.mark.slow
@@ -107,13 +147,17 @@ def test_the_installed_transformers_makes_the_same(tmp_path):
     if subprocess.run([python, "-c", "import torch, transformers"], capture_output=True).returncode:
         pytest.skip(f"{python} has no torch and transformers; name one that has in PEER_PYTHON")
     output = tmp_path / "transformers.npz"
-    subprocess.run([python, Path(made.__file__), f"--output={output}"], check=True, capture_output=True)
+    subprocess.run(
+        [python, Path(made.__file__), f"--output={output}"], check=True, capture_output=True
+    )
     with np.load(output) as file:
         fresh = dict(file)
     committed = peer.fixtures()
     assert fresh.keys() == committed.keys()
     for name in fresh.keys() - {"versions"}:
         if fresh[name].dtype.kind == "f":
-            np.testing.assert_allclose(fresh[name], committed[name], atol=3e-4, rtol=ROUNDING, err_msg=name)
+            np.testing.assert_allclose(
+                fresh[name], committed[name], atol=3e-4, rtol=ROUNDING, err_msg=name
+            )
         else:
             np.testing.assert_array_equal(fresh[name], committed[name], err_msg=name)

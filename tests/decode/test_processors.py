@@ -26,13 +26,19 @@ def _softmax(row):
 
 def _kept(logits, keep):
     """Rows with all but the kept tokens at -inf."""
-    return np.array([[x if token in kept else -math.inf for token, x in enumerate(row)]
-                     for row, kept in zip(logits, keep, strict=True)])
+    return np.array(
+        [
+            [x if token in kept else -math.inf for token, x in enumerate(row)]
+            for row, kept in zip(logits, keep, strict=True)
+        ]
+    )
 
 
 def test_temperature(logits):
     divided = p.temper(logits, jnp.array([0.5, 1.0, 2.0, 0.0]))
-    np.testing.assert_allclose(divided, [logits[0] / 0.5, logits[1], logits[2] / 2, logits[3]], rtol=ROUNDING)
+    np.testing.assert_allclose(
+        divided, [logits[0] / 0.5, logits[1], logits[2] / 2, logits[3]], rtol=ROUNDING
+    )
 
 
 def test_top_k(logits):
@@ -44,14 +50,18 @@ def test_top_k(logits):
 def test_top_p(logits):
     keep = []
     for row, share in zip(logits, (0.1, 0.5, 0.9, 1.0), strict=True):
-        dropped, mass, order = set(), 0.0, np.argsort(row, kind="stable")
+        dropped = set()
+        mass = 0.0
+        order = np.argsort(row, kind="stable")
         for token in order[:-1]:
             mass += _softmax(row)[token]
             if share < 1 and mass <= 1 - share:
                 dropped.add(token)
         keep.append(set(range(VOCABULARY)) - dropped)
     assert len(keep[0]) < len(keep[1]) < len(keep[2]) < VOCABULARY == len(keep[3])
-    np.testing.assert_array_equal(p.top_p(logits, jnp.array([0.1, 0.5, 0.9, 1.0])), _kept(logits, keep))
+    np.testing.assert_array_equal(
+        p.top_p(logits, jnp.array([0.1, 0.5, 0.9, 1.0])), _kept(logits, keep)
+    )
 
 
 def test_top_p_keeps_the_best_token_alone(logits):
@@ -61,19 +71,26 @@ def test_top_p_keeps_the_best_token_alone(logits):
 
 
 def test_min_p(logits):
-    keep = [{t for t, x in enumerate(_softmax(row)) if x >= share * _softmax(row).max()}
-            for row, share in zip(logits, (0.0, 0.05, 0.5, 0.9), strict=True)]
-    np.testing.assert_array_equal(p.min_p(logits, jnp.array([0.0, 0.05, 0.5, 0.9])), _kept(logits, keep))
+    keep = [
+        {t for t, x in enumerate(_softmax(row)) if x >= share * _softmax(row).max()}
+        for row, share in zip(logits, (0.0, 0.05, 0.5, 0.9), strict=True)
+    ]
+    np.testing.assert_array_equal(
+        p.min_p(logits, jnp.array([0.0, 0.05, 0.5, 0.9])), _kept(logits, keep)
+    )
 
 
 def test_typical(logits):
-    logits[:, 4] = -math.inf  # forbidden before: its surprise is infinite, its share of the entropy none
+    logits[
+        :, 4
+    ] = -math.inf  # forbidden before: its surprise is infinite, its share of the entropy none
     keep = []
     for row, mass in zip(logits, (0.2, 0.6, 0.9, 1.0), strict=True):
         probability = _softmax(row)
         entropy = -sum(x * math.log(x) for x in probability if x > 0)
         distance = [abs(-math.log(x) - entropy) if x > 0 else math.inf for x in probability]
-        kept, total = set(), 0.0
+        kept = set()
+        total = 0.0
         for token in sorted(range(VOCABULARY), key=distance.__getitem__):
             kept.add(token)
             total += probability[token]
@@ -81,11 +98,15 @@ def test_typical(logits):
                 break
         keep.append(kept)
     assert max(len(kept) for kept in keep[:3]) < VOCABULARY - 1
-    np.testing.assert_array_equal(p.typical(logits, jnp.array([0.2, 0.6, 0.9, 1.0])), _kept(logits, keep))
+    np.testing.assert_array_equal(
+        p.typical(logits, jnp.array([0.2, 0.6, 0.9, 1.0])), _kept(logits, keep)
+    )
 
 
 def test_epsilon_and_eta(logits):
-    cutoffs, keep_epsilon, keep_eta = (0.0, 0.01, 0.1, 0.9), [], []
+    cutoffs = (0.0, 0.01, 0.1, 0.9)
+    keep_epsilon = []
+    keep_eta = []
     for row, cutoff in zip(logits, cutoffs, strict=True):
         probability = _softmax(row)
         eta = min(cutoff, math.sqrt(cutoff) * math.exp((probability * np.log(probability)).sum()))
@@ -93,35 +114,56 @@ def test_epsilon_and_eta(logits):
             keep.append({t for t, x in enumerate(probability) if x >= least} | {int(row.argmax())})
     assert len(keep_epsilon[3]) == 1 < len(keep_epsilon[1]) < VOCABULARY
     assert any(a != b for a, b in zip(keep_epsilon, keep_eta, strict=True))
-    np.testing.assert_array_equal(p.epsilon(logits, jnp.array(cutoffs)), _kept(logits, keep_epsilon))
+    np.testing.assert_array_equal(
+        p.epsilon(logits, jnp.array(cutoffs)), _kept(logits, keep_epsilon)
+    )
     np.testing.assert_array_equal(p.eta(logits, jnp.array(cutoffs)), _kept(logits, keep_eta))
 
 
 TOKENS = np.array([[5, 6, 7, 5, 6, 0], [1, 1, 1, 1, 2, 0], [9, 8, 9, 8, 9, 0], [4, 4, 3, 0, 0, 0]])
-LENGTHS, PROMPTS = np.array([5, 4, 5, 2]), np.array([2, 3, 1, 2])
+LENGTHS = np.array([5, 4, 5, 2])
+PROMPTS = np.array([2, 3, 1, 2])
 
 
 def _process(logits, allowed=None, eos=39, longest=20, constraint=None, **settings):
     """``settings``: one value for each row."""
-    configs = [DecodeConfig(**{name: column[row] for name, column in settings.items()}) for row in range(4)]
+    configs = [
+        DecodeConfig(**{name: column[row] for name, column in settings.items()}) for row in range(4)
+    ]
     rows, families = p.rows_and_families(configs, constraint)
     allowed = np.ones(VOCABULARY, bool) if allowed is None else allowed
-    return np.asarray(p.process(jnp.asarray(logits), rows, families, TOKENS, LENGTHS, PROMPTS, np.full(4, longest),
-                                allowed, eos))
+    return np.asarray(
+        p.process(
+            jnp.asarray(logits),
+            rows,
+            families,
+            TOKENS,
+            LENGTHS,
+            PROMPTS,
+            np.full(4, longest),
+            allowed,
+            eos,
+        )
+    )
 
 
 def test_repetition_penalty_counts_the_prompt_and_nothing_unwritten(logits):
-    penalties, expected = [1.3, 2.0, 1.0, 0.5], logits.copy()
+    penalties = [1.3, 2.0, 1.0, 0.5]
+    expected = logits.copy()
     for row, penalty in enumerate(penalties):
         for token in set(TOKENS[row, : LENGTHS[row]]):
             x = logits[row, token]
             expected[row, token] = x * penalty if x < 0 else x / penalty
     assert (expected != logits).sum(1).tolist() == [3, 1, 0, 1]
-    np.testing.assert_allclose(_process(logits, repetition_penalty=penalties), expected, rtol=ROUNDING)
+    np.testing.assert_allclose(
+        _process(logits, repetition_penalty=penalties), expected, rtol=ROUNDING
+    )
 
 
 def test_presence_and_frequency_penalties_count_generated_tokens_only(logits):
-    presence, frequency, expected = [0.5, 0.0, -1.0, 0.7], [0.25, 0.5, 0.0, 0.7], logits.copy()
+    presence = [0.5, 0.0, -1.0, 0.7]
+    frequency = [0.25, 0.5, 0.0, 0.7]
+    expected = logits.copy()
     for row in range(4):
         written = TOKENS[row, PROMPTS[row] : LENGTHS[row]].tolist()
         for token in set(written):
@@ -138,14 +180,18 @@ def test_no_repeat_ngram_sizes_mix_in_one_batch(logits):
         known = TOKENS[row, : LENGTHS[row]].tolist()
         for token in range(VOCABULARY):
             attempt = (known + [token])[-n:]
-            if len(attempt) == n and any(known[i : i + n] == attempt for i in range(len(known) - n + 1)):
+            if len(attempt) == n and any(
+                known[i : i + n] == attempt for i in range(len(known) - n + 1)
+            ):
                 expected[row, token] = -math.inf
     assert np.isinf(expected).sum(1).tolist() == [1, 1, 2, 0]
     np.testing.assert_array_equal(_process(logits, no_repeat_ngram_size=sizes), expected)
 
 
 def test_min_new_tokens_holds_the_end_back_until_then(logits):
-    processed = _process(logits, eos=11, min_new_tokens=[4, 3, 0, 1])  # generated so far: 3, 1, 4, 0
+    processed = _process(
+        logits, eos=11, min_new_tokens=[4, 3, 0, 1]
+    )  # generated so far: 3, 1, 4, 0
     assert np.isinf(processed[:, 11]).tolist() == [True, True, False, True]
     assert np.isinf(processed).sum() == 3
 
@@ -163,21 +209,28 @@ def test_biases_of_tokens_and_sequences_mix_in_one_batch(logits):
     expected[1, 3] += 0.5 + 0.25  # a token of its own and behind 1
     expected[2, [7, 11]] = -math.inf  # 7 always, 11 behind 8, 9
     processed = _process(
-        logits, logit_bias=[{3: 2.5, 4: -1.0}, ((3, 0.5),), (), ()],
+        logits,
+        logit_bias=[{3: 2.5, 4: -1.0}, ((3, 0.5),), (), ()],
         sequence_bias=[[[[5, 6, 9], 1.5], [[6, 6, 10], 9.0]], {(1, 3): 0.25, (2, 5): 9.0}, (), ()],
-        bad_words_ids=[(), (), ((7,), (8, 9, 11), (9, 9, 12), (9, 8, 9, 8, 9, 9, 13)), ()])
+        bad_words_ids=[(), (), ((7,), (8, 9, 11), (9, 9, 12), (9, 8, 9, 8, 9, 9, 13)), ()],
+    )
     np.testing.assert_allclose(processed, expected, rtol=ROUNDING)
 
 
 def test_a_sequence_longer_than_what_is_known_has_no_effect(logits):
     """The fourth row knows 4, 4: a third token before it is not there."""
-    processed = _process(logits, bad_words_ids=[(), (), (), ((3, 4, 4, 8), (0, 4, 4, 9), (4, 4, 10))])
+    processed = _process(
+        logits, bad_words_ids=[(), (), (), ((3, 4, 4, 8), (0, 4, 4, 9), (4, 4, 10))]
+    )
     assert np.argwhere(np.isinf(processed)).tolist() == [[3, 10]]
 
 
 def test_suppressed_tokens_always_and_at_the_beginning(logits):
-    processed = _process(logits, suppress_tokens=[(1, 2), (), (), (5,)],
-                         begin_suppress_tokens=[(3,), (4,), (), (6, 7)])  # generated so far: 3, 1, 4, 0
+    processed = _process(
+        logits,
+        suppress_tokens=[(1, 2), (), (), (5,)],
+        begin_suppress_tokens=[(3,), (4,), (), (6, 7)],
+    )  # generated so far: 3, 1, 4, 0
     assert np.argwhere(np.isinf(processed)).tolist() == [[0, 1], [0, 2], [3, 5], [3, 6], [3, 7]]
 
 
@@ -185,25 +238,39 @@ def test_forced_tokens(logits):
     """At places of their own, at the first and at the last; whatever else says about them."""
     allowed = np.ones(VOCABULARY, bool)
     allowed[20] = False
-    processed = _process(logits, allowed, longest=6, forced_tokens=[((3, 20), (1, 21)), (), ((2, 25),), ()],
-                         forced_bos_token_id=[None, 22, None, 23], forced_eos_token_id=[None, None, 24, 24])
+    processed = _process(
+        logits,
+        allowed,
+        longest=6,
+        forced_tokens=[((3, 20), (1, 21)), (), ((2, 25),), ()],
+        forced_bos_token_id=[None, 22, None, 23],
+        forced_eos_token_id=[None, None, 24, 24],
+    )
     # Generated so far: 3, 1, 4, 0; room for 6 tokens, so that the last new ones are 3, 2, 4 and 3.
-    assert [np.flatnonzero(np.isfinite(row)).tolist() for row in processed[[0, 2, 3]]] == [[20], [24], [23]]
+    assert [np.flatnonzero(np.isfinite(row)).tolist() for row in processed[[0, 2, 3]]] == [
+        [20],
+        [24],
+        [23],
+    ]
     assert (processed[[0, 2, 3], [20, 24, 23]] == 0).all()
     assert np.isfinite(np.delete(processed[1], 20)).all()
 
 
 def test_a_row_has_its_own_ends(logits):
-    """They are held back together, and may be written even if they are special; the tokenizer's is then no end."""
+    """They are held back together, and may be written even if they are special; the tokenizer's is
+    then no end."""
     allowed = np.ones(VOCABULARY, bool)
     allowed[[11, 12, 13]] = False
-    processed = _process(logits, allowed, eos=11, eos_token_id=[(12, 13), 12, (), (14,)], min_new_tokens=[9, 0, 0, 9])
+    processed = _process(
+        logits, allowed, eos=11, eos_token_id=[(12, 13), 12, (), (14,)], min_new_tokens=[9, 0, 0, 9]
+    )
     forbidden = [np.flatnonzero(np.isinf(row)).tolist() for row in processed]
     assert forbidden == [[11, 12, 13], [11, 13], [12, 13], [11, 12, 13, 14]]
 
 
 def test_a_constraint_masks_by_what_is_known(logits):
     """Only tokens above the last one that was generated."""
+
     def rising(tokens_BS, lengths_B, prompts_B):
         last_B = jnp.take_along_axis(tokens_BS, lengths_B[:, None] - 1, 1)[:, 0]
         return jnp.arange(VOCABULARY) > jnp.where(lengths_B > prompts_B, last_B, -1)[:, None]
@@ -233,19 +300,24 @@ def test_choose_mixes_greedy_and_sampled_rows(logits):
 
 
 def test_draws_follow_the_distribution():
-    """Chi-square over 4,000 draws of 8 tokens at temperature 0.7; 24.3 is exceeded by one seed in 1,000."""
-    logits, count = np.linspace(-1, 1, 8, dtype=np.float32), 4000
+    """Chi-square over 4,000 draws of 8 tokens at temperature 0.7; 24.3 is exceeded by one seed in
+    1,000."""
+    logits = np.linspace(-1, 1, 8, dtype=np.float32)
+    count = 4000
     rows, families = p.rows_and_families([DecodeConfig(temperature=0.7)] * count)
     keys = jax.vmap(jax.random.key)(jnp.arange(count))
-    drawn = p.choose(jnp.tile(logits, (count, 1)), rows, families, keys, jnp.zeros(count, jnp.int32))
+    drawn = p.choose(
+        jnp.tile(logits, (count, 1)), rows, families, keys, jnp.zeros(count, jnp.int32)
+    )
     expected = _softmax(logits / 0.7) * count
     assert ((np.bincount(drawn, minlength=8) - expected) ** 2 / expected).sum() < 24.3
 
 
 def test_draws_from_many_blocks_follow_the_distribution():
-    """Eight ids that are possible, the first and the last of blocks and of the vocabulary among them, and 1,492 that
-    are not; 24.3 as above."""
-    possible, count = np.array([0, 255, 256, 300, 511, 767, 1000, 1499]), 4000
+    """Eight ids that are possible, the first and the last of blocks and of the vocabulary among
+    them, and 1,492 that are not; 24.3 as above."""
+    possible = np.array([0, 255, 256, 300, 511, 767, 1000, 1499])
+    count = 4000
     logits = np.full(1500, -np.inf, np.float32)
     logits[possible] = np.linspace(-1, 1, 8)
     keys = jax.vmap(jax.random.key)(jnp.arange(count))
@@ -261,16 +333,29 @@ def test_a_share_reaches_an_entry_that_is_possible(share, reached):
     assert p._reach(odds, jnp.array([share]))[0] == reached
 
 
-WARPED = {"top_k": 4, "top_p": 0.7, "min_p": 0.2, "typical_p": 0.6, "epsilon_cutoff": 0.1, "eta_cutoff": 0.3}
+WARPED = {
+    "top_k": 4,
+    "top_p": 0.7,
+    "min_p": 0.2,
+    "typical_p": 0.6,
+    "epsilon_cutoff": 0.1,
+    "eta_cutoff": 0.3,
+}
 
 
 @pytest.mark.parametrize("name", WARPED)
 def test_draws_follow_what_a_limit_keeps(name):
-    """Chi-square of 4,000 draws against the renormalised distribution of the tokens kept, at temperature 1.3."""
-    logits, count = np.linspace(-2, 2, 8, dtype=np.float32), 4000
-    rows, families = p.rows_and_families([DecodeConfig(temperature=1.3, **{name: WARPED[name]})] * count)
+    """Chi-square of 4,000 draws against the renormalised distribution of the tokens kept, at
+    temperature 1.3."""
+    logits = np.linspace(-2, 2, 8, dtype=np.float32)
+    count = 4000
+    rows, families = p.rows_and_families(
+        [DecodeConfig(temperature=1.3, **{name: WARPED[name]})] * count
+    )
     keys = jax.vmap(jax.random.key)(jnp.arange(count))
-    drawn = p.choose(jnp.tile(logits, (count, 1)), rows, families, keys, jnp.zeros(count, jnp.int32))
+    drawn = p.choose(
+        jnp.tile(logits, (count, 1)), rows, families, keys, jnp.zeros(count, jnp.int32)
+    )
     kept = np.isfinite(dict(p.WARPERS)[name](logits[None] / 1.3, jnp.array([WARPED[name]])))[0]
     assert 1 < kept.sum() < 8
     found = np.bincount(drawn, minlength=8)

@@ -18,9 +18,15 @@ SETTINGS = DecodeConfig(max_new_tokens=20, min_new_tokens=20)
 
 def test_rounding_is_symmetric_and_at_most_half_a_step():
     x = np.random.default_rng(0).normal(size=(5, 40)).astype(np.float32)
-    x[2], x[3, 7] = 0, -9
+    x[2] = 0
+    x[3, 7] = -9
     number, scale = map(np.asarray, quantized.quantise(x, 1))
-    assert number.dtype == np.int8 and number.min() == -127 and number[3, 7] == -127 and not number[2].any()
+    assert (
+        number.dtype == np.int8
+        and number.min() == -127
+        and number[3, 7] == -127
+        and not number[2].any()
+    )
     assert (np.abs(number * scale[:, None] - x) <= scale[:, None] * 0.5001).all()
 
 
@@ -45,23 +51,40 @@ def test_logits_stay_near_and_products_are_int8(tiny, dtype):
     quantised = sum(x.size for x in leaves if x.dtype == jnp.int8)
     heads = tiny.config.vocab_size * tiny.config.hidden_size
     assert sum(x.size for x in leaves if x.dtype != jnp.int8) < heads * 1.4 < quantised
-    exact, near = (np.asarray(cache.prefill(each, PROMPTS, 48).logits_BV) for each in (tiny.decoder, held))
+    exact, near = (
+        np.asarray(cache.prefill(each, PROMPTS, 48).logits_BV) for each in (tiny.decoder, held)
+    )
     assert 1e-3 < np.abs(exact - near).max() < 0.05 * np.abs(exact).max()
 
 
-@pytest.mark.parametrize("held", [{"weights": "int8"}, {"cache": "int8"},
-                                  pytest.param({"dtype": "bfloat16"}, marks=pytest.mark.slow)], ids=str)
-@pytest.mark.parametrize("tiny", ["rotary", pytest.param("learned", marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.parametrize(
+    "held",
+    [
+        {"weights": "int8"},
+        {"cache": "int8"},
+        pytest.param({"dtype": "bfloat16"}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "tiny", ["rotary", pytest.param("learned", marks=pytest.mark.slow)], indirect=True
+)
 def test_what_is_written_is_what_its_own_logits_say(tiny, tokenizer, held):
     """Prefill, steps, and speculative reads of the same decoder agree."""
     decoder = cache.unstack(tiny.config, tiny.params, **held)
     results = generate(decoder, tokenizer, PROMPTS, SETTINGS)
-    if "dtype" not in held:  # bfloat16 rounds other shapes otherwise, and so writes other tokens now and then
+    if (
+        "dtype" not in held
+    ):  # bfloat16 rounds other shapes otherwise, and so writes other tokens now and then
         guessing = dataclasses.replace(SETTINGS, prompt_lookup_num_tokens=3)
-        assert [r.tokens for r in generate(decoder, tokenizer, PROMPTS, guessing)] == [r.tokens for r in results]
+        assert [r.tokens for r in generate(decoder, tokenizer, PROMPTS, guessing)] == [
+            r.tokens for r in results
+        ]
     exact = generate(tiny.decoder, tokenizer, PROMPTS, SETTINGS)
     for one, other in zip(results, exact, strict=True):
-        same = next((i for i, (a, b) in enumerate(zip(one.tokens, other.tokens, strict=True)) if a != b), 20)
+        same = next(
+            (i for i, (a, b) in enumerate(zip(one.tokens, other.tokens, strict=True)) if a != b), 20
+        )
         near = np.abs(np.array(one.logprobs) - other.logprobs)[:same]
         assert same > 0 and 0 < near.max() < 0.3
 
@@ -69,13 +92,18 @@ def test_what_is_written_is_what_its_own_logits_say(tiny, tokenizer, held):
 def test_the_cache_is_int8_with_a_scale_for_each_token_and_head(learned):
     prefix = cache.prefill(learned.decoder, PROMPTS, 48)
     held = cache.to_int8(prefix.cache)
-    assert [(x.dtype, x.shape) for x in held[0]] == [(jnp.int8, (3, 4, 48, 8))] * 2 + [(jnp.float32, (3, 4, 48))] * 2
-    tokens, places = np.array([1, 2, 3]), np.array([1, 5, 31])
+    assert [(x.dtype, x.shape) for x in held[0]] == [(jnp.int8, (3, 4, 48, 8))] * 2 + [
+        (jnp.float32, (3, 4, 48))
+    ] * 2
+    tokens = np.array([1, 2, 3])
+    places = np.array([1, 5, 31])
     logits, written = cache.step(learned.config, learned.decoder.params, held, tokens, places)
     exact, _ = cache.step(learned.config, learned.decoder.params, prefix.cache, tokens, places)
     assert 1e-4 < np.abs(logits - exact).max() < 0.03 * np.abs(exact).max()
     assert [x.dtype for x in written[1]] == [jnp.int8] * 2 + [jnp.float32] * 2
-    assert np.asarray(written[1][2])[0, :, 1].all() and not np.asarray(written[1][2])[0, :, 40].any()
+    assert (
+        np.asarray(written[1][2])[0, :, 1].all() and not np.asarray(written[1][2])[0, :, 40].any()
+    )
 
 
 @pytest.mark.slow

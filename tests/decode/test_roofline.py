@@ -7,10 +7,13 @@ from mtnlg_jax.decode.cache import prefill, to_int8, unstack
 from mtnlg_jax.decode.roofline import copy_bandwidth, roofline, step_bytes
 
 
-@pytest.mark.parametrize("held", [{}, {"dtype": "bfloat16"}, {"weights": "int8", "cache": "int8"}], ids=str)
+@pytest.mark.parametrize(
+    "held", [{}, {"dtype": "bfloat16"}, {"weights": "int8", "cache": "int8"}], ids=str
+)
 def test_bytes_of_a_step(tiny, held):
     decoder = unstack(tiny.config, tiny.params, **held)
-    config, read = tiny.config, step_bytes(decoder, 3, 40)
+    config = tiny.config
+    read = step_bytes(decoder, 3, 40)
     cache = prefill(decoder, [[1]] * 3, 64).cache  # the capacity for 40 tokens is the context
     cache = to_int8(cache) if decoder.int8_cache else cache
     assert read["cache"] == sum(x.nbytes for x in jax.tree.leaves(cache))
@@ -25,5 +28,7 @@ def test_bytes_of_a_step(tiny, held):
 def test_roofline(learned):
     line = roofline(learned.decoder, 2, 40, 1e9)
     read = step_bytes(learned.decoder, 2, 40)
-    assert line["roofline_tokens_per_second"] == pytest.approx(2e9 / (read["weights"] + read["cache"]), rel=1e-4)
+    assert line["roofline_tokens_per_second"] == pytest.approx(
+        2e9 / (read["weights"] + read["cache"]), rel=1e-4
+    )
     assert 1e8 < copy_bandwidth(2**22, 2) < 1e13

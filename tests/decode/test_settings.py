@@ -5,18 +5,42 @@ import dataclasses
 import numpy as np
 import pytest
 
-from mtnlg_jax.config import Config, DecodeConfig, acting, from_json, override, to_json, validate, validate_decode
+from mtnlg_jax.config import (
+    Config,
+    DecodeConfig,
+    acting,
+    from_json,
+    override,
+    to_json,
+    validate,
+    validate_decode,
+)
 from mtnlg_jax.decode.batched_settings import rows_and_families
 
 FULL = DecodeConfig(
-    logit_bias={5: -1, 6: 2.5}, sequence_bias={(5, 6): 1.5}, bad_words_ids=[[7], [8, 9]], suppress_tokens=[1],
-    eos_token_id=3, stop_sequences=[[4, 5]], forced_tokens=[[0, 9]], stop_strings=["\n"], num_beams=1, max_time=2.5)
+    logit_bias={5: -1, 6: 2.5},
+    sequence_bias={(5, 6): 1.5},
+    bad_words_ids=[[7], [8, 9]],
+    suppress_tokens=[1],
+    eos_token_id=3,
+    stop_sequences=[[4, 5]],
+    forced_tokens=[[0, 9]],
+    stop_strings=["\n"],
+    num_beams=1,
+    max_time=2.5,
+)
 
 
 def test_lists_dicts_and_single_ids_become_tuples_and_stay_so_in_json():
     assert (FULL.logit_bias, FULL.sequence_bias) == (((5, -1), (6, 2.5)), (((5, 6), 1.5),))
-    assert (FULL.bad_words_ids, FULL.eos_token_id, FULL.stop_strings) == (((7,), (8, 9)), (3,), ("\n",))
-    config = Config(decode=dataclasses.replace(FULL, stop_strings=(), num_beams=2, early_stopping="never"))
+    assert (FULL.bad_words_ids, FULL.eos_token_id, FULL.stop_strings) == (
+        ((7,), (8, 9)),
+        (3,),
+        ("\n",),
+    )
+    config = Config(
+        decode=dataclasses.replace(FULL, stop_strings=(), num_beams=2, early_stopping="never")
+    )
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=128))
     validate(config)
     assert from_json(to_json(config)) == config
@@ -25,8 +49,13 @@ def test_lists_dicts_and_single_ids_become_tuples_and_stay_so_in_json():
 
 def test_values_from_the_command_line():
     for text, value in (("never", "never"), ("true", True), ("False", False)):
-        assert override(Config(), f"decode.early_stopping={text}").decode.early_stopping is value or text == "never"
-    config = override(Config(), "decode.logit_bias=((5, 1.0),)", "decode.eos_token_id=(3, 4)", "decode.max_time=2")
+        assert (
+            override(Config(), f"decode.early_stopping={text}").decode.early_stopping is value
+            or text == "never"
+        )
+    config = override(
+        Config(), "decode.logit_bias=((5, 1.0),)", "decode.eos_token_id=(3, 4)", "decode.max_time=2"
+    )
     assert config.decode == DecodeConfig(logit_bias=((5, 1.0),), eos_token_id=(3, 4), max_time=2.0)
     assert isinstance(config.decode.max_time, float)
     with pytest.raises(ValueError, match="'sometimes'"):
@@ -38,7 +67,10 @@ def test_tables_are_padded_to_powers_of_two():
     assert families.names == {"bias", "forced", "ends", "stops"}
     # Two logit biases, a sequence, two bad words, a suppressed token: six, in a table of eight.
     assert rows.bias.shape == (2, 8) and rows.bias_before.shape == (2, 8, 1)
-    assert rows.stops.tolist() == [[[4, 5]], [[-1, -1]]] and rows.stop_lengths.tolist() == [[2], [0]]
+    assert rows.stops.tolist() == [[[4, 5]], [[-1, -1]]] and rows.stop_lengths.tolist() == [
+        [2],
+        [0],
+    ]
     assert rows.ends.tolist() == [[3], [-2]] and not rows.bias[1].any()
 
 
@@ -49,13 +81,23 @@ def test_rows_of_defaults_carry_no_tables():
     assert [name for name, value in tables.items() if value.size] == ["ends"]
 
 
-IDLE = [({"top_k": 5}, "top_k=5"), ({"top_p": 0.9}, "top_p=0.9"), ({"min_p": 0.1}, "min_p=0.1"),
-        ({"typical_p": 0.9}, "typical_p=0.9"), ({"epsilon_cutoff": 0.1}, "epsilon_cutoff=0.1"),
-        ({"eta_cutoff": 0.1}, "eta_cutoff=0.1"), ({"seed": 3}, "seed=3"), ({"seed": 3, "num_beams": 2}, "seed=3"),
-        ({"num_return_sequences": 3}, "num_return_sequences=3"), ({"length_penalty": 2.0}, "length_penalty=2.0"),
-        ({"early_stopping": True}, "early_stopping=True"), ({"length_penalty_type": "gnmt"}, "length_penalty_type"),
-        ({"max_matching_ngram_size": 3}, "max_matching_ngram_size=3"), ({"top_k": 5, "num_beams": 2}, "top_k=5"),
-        ({"temperature": 1.0, "num_beams": 2, "length_penalty": 2.0}, "length_penalty=2.0")]
+IDLE = [
+    ({"top_k": 5}, "top_k=5"),
+    ({"top_p": 0.9}, "top_p=0.9"),
+    ({"min_p": 0.1}, "min_p=0.1"),
+    ({"typical_p": 0.9}, "typical_p=0.9"),
+    ({"epsilon_cutoff": 0.1}, "epsilon_cutoff=0.1"),
+    ({"eta_cutoff": 0.1}, "eta_cutoff=0.1"),
+    ({"seed": 3}, "seed=3"),
+    ({"seed": 3, "num_beams": 2}, "seed=3"),
+    ({"num_return_sequences": 3}, "num_return_sequences=3"),
+    ({"length_penalty": 2.0}, "length_penalty=2.0"),
+    ({"early_stopping": True}, "early_stopping=True"),
+    ({"length_penalty_type": "gnmt"}, "length_penalty_type"),
+    ({"max_matching_ngram_size": 3}, "max_matching_ngram_size=3"),
+    ({"top_k": 5, "num_beams": 2}, "top_k=5"),
+    ({"temperature": 1.0, "num_beams": 2, "length_penalty": 2.0}, "length_penalty=2.0"),
+]
 
 
 @pytest.mark.parametrize(("settings", "named"), IDLE)
@@ -63,7 +105,8 @@ def test_what_cannot_act_is_refused_by_name_but_in_a_run_it_waits(settings, name
     decode = DecodeConfig(**settings)
     with pytest.raises(ValueError, match=f"{named}.*(set|leave|ask)"):
         validate_decode(decode)
-    # A run's settings, as of a generation_config.json with top_k=50 and do_sample=false, act once others let them.
+    # A run's settings, as of a generation_config.json with top_k=50 and do_sample=false, act once
+    # others let them.
     model = dataclasses.replace(Config().model, vocab_size=128)
     config = Config(decode=decode, model=model)
     validate(config)
@@ -78,9 +121,12 @@ def test_what_cannot_act_is_refused_by_name_but_in_a_run_it_waits(settings, name
 
 
 def test_what_acts_stays():
-    for settings in ({"temperature": 1.0, "top_k": 5, "seed": 3, "num_return_sequences": 2},
-                     {"num_beams": 4, "length_penalty": 0.5, "num_return_sequences": 2},
-                     {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 4}, {"repetition_penalty": 1.5}):
+    for settings in (
+        {"temperature": 1.0, "top_k": 5, "seed": 3, "num_return_sequences": 2},
+        {"num_beams": 4, "length_penalty": 0.5, "num_return_sequences": 2},
+        {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 4},
+        {"repetition_penalty": 1.5},
+    ):
         decode = DecodeConfig(**settings)
         validate_decode(decode)
         assert acting(decode) == decode
@@ -88,6 +134,11 @@ def test_what_acts_stays():
 
 def test_a_setting_that_waits_is_still_within_its_range():
     model = dataclasses.replace(Config().model, vocab_size=128)
-    for settings in ({"top_p": 2.0}, {"min_p": 1.0}, {"diversity_penalty": -1.0}, {"num_beam_groups": 0}):
+    for settings in (
+        {"top_p": 2.0},
+        {"min_p": 1.0},
+        {"diversity_penalty": -1.0},
+        {"num_beam_groups": 0},
+    ):
         with pytest.raises(ValueError, match=next(iter(settings))):
             validate(Config(decode=DecodeConfig(**settings), model=model))

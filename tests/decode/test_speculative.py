@@ -23,8 +23,10 @@ GUESSES = {"prompt_lookup_num_tokens": 4, "num_assistant_tokens": 3}
 def draft(learned) -> Decoder:
     """Near enough to the model to be right now and then."""
     rng = np.random.default_rng(4)
-    noisy = jax.tree.map(lambda x: x + 0.2 * jnp.std(x) * jnp.asarray(rng.normal(size=x.shape), jnp.float32),
-                         learned.params)
+    noisy = jax.tree.map(
+        lambda x: x + 0.2 * jnp.std(x) * jnp.asarray(rng.normal(size=x.shape), jnp.float32),
+        learned.params,
+    )
     return unstack(learned.config, noisy)
 
 
@@ -40,26 +42,49 @@ def _plain(results):
 def test_reading_several_tokens_equals_reading_one_at_a_time(tiny):
     tokens = np.random.default_rng(0).integers(0, tiny.config.vocab_size, (2, 20)).astype(np.int32)
     starts = np.array([1, 12], np.int32)
-    prefix = prefill(tiny.decoder, [row[:n].tolist() for row, n in zip(tokens, starts, strict=True)], 16)
+    prefix = prefill(
+        tiny.decoder, [row[:n].tolist() for row, n in zip(tokens, starts, strict=True)], 16
+    )
     block = np.stack([row[n : n + 5] for row, n in zip(tokens, starts, strict=True)])
-    logits, cache = jax.jit(read, static_argnums=0)(tiny.config, tiny.decoder.params, prefix.cache, block, starts)
-    layers, single = prefix.cache, jax.jit(step, static_argnums=0)
+    logits, cache = jax.jit(read, static_argnums=0)(
+        tiny.config, tiny.decoder.params, prefix.cache, block, starts
+    )
+    layers = prefix.cache
+    single = jax.jit(step, static_argnums=0)
     for place in range(4):  # the fifth of the second row lies past the cache
-        one, layers = single(tiny.config, tiny.decoder.params, layers, block[:, place], starts + place)
+        one, layers = single(
+            tiny.config, tiny.decoder.params, layers, block[:, place], starts + place
+        )
         np.testing.assert_allclose(logits[:, place], one, atol=1e-5, rtol=1e-5)
     for ours, theirs in zip(jax.tree.leaves(cache), jax.tree.leaves(layers), strict=True):
         np.testing.assert_allclose(ours[0, :, :5], theirs[0, :, :5], atol=1e-5)
         np.testing.assert_allclose(ours[1], theirs[1], atol=1e-5)
 
 
-@pytest.mark.parametrize("model", [None, pytest.param("draft", marks=pytest.mark.slow)], ids=["look-up", "draft"])
+@pytest.mark.parametrize(
+    "model", [None, pytest.param("draft", marks=pytest.mark.slow)], ids=["look-up", "draft"]
+)
 def test_greedy_rows_are_the_same(learned, tokenizer, request, model):
     draft = model and request.getfixturevalue(model)
-    settings = [SETTINGS, dataclasses.replace(SETTINGS, repetition_penalty=1.3, no_repeat_ngram_size=2),
-                dataclasses.replace(SETTINGS, min_new_tokens=25, frequency_penalty=0.7, forced_tokens=((7, 99),),
-                                    eos_token_id=(70, 71, 72))]
+    settings = [
+        SETTINGS,
+        dataclasses.replace(SETTINGS, repetition_penalty=1.3, no_repeat_ngram_size=2),
+        dataclasses.replace(
+            SETTINGS,
+            min_new_tokens=25,
+            frequency_penalty=0.7,
+            forced_tokens=((7, 99),),
+            eos_token_id=(70, 71, 72),
+        ),
+    ]
     expected = generate(learned.decoder, tokenizer, PROMPTS, settings)
-    results = generate(learned.decoder, tokenizer, PROMPTS, [_guessing(each, draft) for each in settings], draft=draft)
+    results = generate(
+        learned.decoder,
+        tokenizer,
+        PROMPTS,
+        [_guessing(each, draft) for each in settings],
+        draft=draft,
+    )
     assert _plain(results) == _plain(expected)
     for one, other in zip(results, expected, strict=True):
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
@@ -80,7 +105,9 @@ def test_rows_at_the_end_of_the_context_stops_and_streams_are_the_same(learned, 
             pieces[row] += piece
 
         expected = generate(learned.decoder, tokenizer, PROMPTS, changed)
-        results = generate(learned.decoder, tokenizer, PROMPTS, _guessing(changed, None), on_text=show)
+        results = generate(
+            learned.decoder, tokenizer, PROMPTS, _guessing(changed, None), on_text=show
+        )
         assert _plain(results) == _plain(expected) and pieces == [each.text for each in results]
 
 
@@ -89,13 +116,21 @@ def test_a_model_that_guesses_for_itself_is_always_right(learned, tokenizer):
     settings = dataclasses.replace(SETTINGS, num_assistant_tokens=3)
     results = generate(learned.decoder, tokenizer, PROMPTS, settings, draft=learned.decoder)
     assert sum(each.accepted for each in results) == sum(each.guessed for each in results) > 50
-    drawn = generate(learned.decoder, tokenizer, PROMPTS, dataclasses.replace(settings, temperature=1.0, top_k=20),
-                     draft=learned.decoder)
+    drawn = generate(
+        learned.decoder,
+        tokenizer,
+        PROMPTS,
+        dataclasses.replace(settings, temperature=1.0, top_k=20),
+        draft=learned.decoder,
+    )
     assert sum(each.accepted for each in drawn) == sum(each.guessed for each in drawn) > 50
 
 
 class Digits:
-    vocab_size, bos_id, eos_id, prompt_bos = 7, 6, 6, False
+    vocab_size = 7
+    bos_id = 6
+    eos_id = 6
+    prompt_bos = False
     is_special = np.arange(7) == 6
 
     def token_bytes(self, token):
@@ -104,18 +139,36 @@ class Digits:
 
 @pytest.mark.parametrize("guess", ["look-up", pytest.param("draft", marks=pytest.mark.slow)])
 def test_drawn_rows_have_the_model_s_distribution(guess):
-    config = ModelConfig(num_layers=1, hidden_size=8, num_attention_heads=2, vocab_size=7, max_position_embeddings=16)
+    config = ModelConfig(
+        num_layers=1, hidden_size=8, num_attention_heads=2, vocab_size=7, max_position_embeddings=16
+    )
 
     def drawn(seed):
         rng = np.random.default_rng(seed)
-        return unstack(config, jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.7, x.shape), jnp.float32),
-                                            abstract_model(config)[1]))
+        return unstack(
+            config,
+            jax.tree.map(
+                lambda x: jnp.asarray(rng.normal(0, 0.7, x.shape), jnp.float32),
+                abstract_model(config)[1],
+            ),
+        )
 
-    model, draft = drawn(1), drawn(2) if guess == "draft" else None
-    prompt, number, news = [0, 1, 2, 3, 0, 1, 2], 6000, 3
-    settings = DecodeConfig(max_new_tokens=news, min_new_tokens=news, temperature=1.3, top_k=4, presence_penalty=0.5,
-                            num_return_sequences=number)
-    asked = dataclasses.replace(settings, **({"num_assistant_tokens": 2} if draft else {"prompt_lookup_num_tokens": 2}))
+    model = drawn(1)
+    draft = drawn(2) if guess == "draft" else None
+    prompt = [0, 1, 2, 3, 0, 1, 2]
+    number = 6000
+    news = 3
+    settings = DecodeConfig(
+        max_new_tokens=news,
+        min_new_tokens=news,
+        temperature=1.3,
+        top_k=4,
+        presence_penalty=0.5,
+        num_return_sequences=number,
+    )
+    asked = dataclasses.replace(
+        settings, **({"num_assistant_tokens": 2} if draft else {"prompt_lookup_num_tokens": 2})
+    )
     results = generate(model, Digits(), [prompt], asked, draft=draft)
     counts = np.zeros((6, 6, 6))
     np.add.at(counts, tuple(np.array([each.tokens for each in results]).T), 1)
@@ -132,8 +185,10 @@ def test_drawn_rows_have_the_model_s_distribution(guess):
 
 @pytest.mark.slow
 def test_a_row_s_draws_do_not_depend_on_its_neighbours(learned, tokenizer):
-    settings = [dataclasses.replace(SETTINGS, temperature=1.0, seed=seed, prompt_lookup_num_tokens=guesses)
-                for seed, guesses in ((5, 4), (6, 0), (7, 2))]
+    settings = [
+        dataclasses.replace(SETTINGS, temperature=1.0, seed=seed, prompt_lookup_num_tokens=guesses)
+        for seed, guesses in ((5, 4), (6, 0), (7, 2))
+    ]
     together = generate(learned.decoder, tokenizer, PROMPTS, settings)
     assert together[1].guessed == 0
     for prompt, each, result in zip(PROMPTS, settings, together, strict=True):
@@ -142,9 +197,17 @@ def test_a_row_s_draws_do_not_depend_on_its_neighbours(learned, tokenizer):
 
 
 def test_look_up_finds_the_first_place_of_the_longest_match():
-    tokens = np.array([[1, 2, 3, 9, 2, 3, 5, 2, 3, 0, 0, 0], [4, 4, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0],
-                       [1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 0, 0], [7, 5, 8, 6, 5, 0, 0, 0, 0, 0, 0, 0]], np.int32)
-    lengths, most = np.array([9, 3, 9, 5], np.int32), np.array([3, 3, 3, 1], np.int32)
+    tokens = np.array(
+        [
+            [1, 2, 3, 9, 2, 3, 5, 2, 3, 0, 0, 0],
+            [4, 4, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+            [1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 0, 0],
+            [7, 5, 8, 6, 5, 0, 0, 0, 0, 0, 0, 0],
+        ],
+        np.int32,
+    )
+    lengths = np.array([9, 3, 9, 5], np.int32)
+    most = np.array([3, 3, 3, 1], np.int32)
     guesses, counts = look_up(tokens, lengths, most, np.full(4, 2, np.int32), 3, 2)
     assert counts.tolist() == [3, 1, 0, 1]
     assert guesses[0].tolist() == [9, 2, 3] and guesses[1, 0] == 4 and guesses[3, 0] == 8
@@ -158,11 +221,16 @@ def test_bad_input(learned, rotary, tokenizer):
     model = learned.decoder
     other = model._replace(config=dataclasses.replace(model.config, vocab_size=99))
     ask(f"vocabulary of 99 tokens and the model one of {learned.config.vocab_size}", other)
-    ask("context holds 32 tokens and the model's 64",
-        model._replace(config=dataclasses.replace(model.config, max_position_embeddings=32)))
+    ask(
+        "context holds 32 tokens and the model's 64",
+        model._replace(config=dataclasses.replace(model.config, max_position_embeddings=32)),
+    )
     ask("num_beams=2", model, num_beams=2)
     ask("prompt_lookup_num_tokens=3 would guess", model, prompt_lookup_num_tokens=3)
-    ask("prompt_lookup_num_tokens=3 guesses how one row goes on", prompt_lookup_num_tokens=3,
-        num_beams=2)
+    ask(
+        "prompt_lookup_num_tokens=3 guesses how one row goes on",
+        prompt_lookup_num_tokens=3,
+        num_beams=2,
+    )
     ask("max_matching_ngram_size=0", max_matching_ngram_size=0)
     ask("num_assistant_tokens=0", num_assistant_tokens=0)

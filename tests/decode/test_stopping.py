@@ -47,11 +47,14 @@ def test_what_may_become_a_stop_string_is_held_back():
 
 @pytest.mark.parametrize("seed", range(200))
 def test_any_split_gives_the_text_before_the_first_stop_string(seed):
-    """Tokens of one to five bytes of a random text, whose few letters meet the stop strings often."""
+    """Tokens of one to five bytes of a random text, whose few letters meet the stop strings
+    often."""
     rng = random.Random(seed)
     text = "".join(rng.choices("ab你\n", k=30))
     stops = ["".join(rng.choices("ab你\n", k=rng.randint(1, 4))) for _ in range(rng.randint(0, 3))]
-    data, pieces, longest = text.encode(), [], rng.choice([1, 5])
+    data = text.encode()
+    pieces = []
+    longest = rng.choice([1, 5])
     while data:
         size = rng.randint(1, longest)
         pieces.append(data[:size])
@@ -71,7 +74,15 @@ def test_any_split_gives_the_text_before_the_first_stop_string(seed):
 def test_tokens_that_may_become_a_stop_sequence_are_held_back():
     pieces = [b"a", b"b", b"c", b"d"]
     stream = TextStream(Bytes(pieces), (), [(1, 2), (1, 3, 3)])
-    assert [stream.push(token) for token in (0, 1, 1, 3, 0, 1, 2)] == ["a", "", "b", "", "bda", "", ""]
+    assert [stream.push(token) for token in (0, 1, 1, 3, 0, 1, 2)] == [
+        "a",
+        "",
+        "b",
+        "",
+        "bda",
+        "",
+        "",
+    ]
     assert stream.stopped and stream.text == "abbda"
     stream = TextStream(Bytes(pieces), (), [(1, 2)])
     assert [stream.push(token) for token in (0, 1)] == ["a", ""] and stream.finish() == "b"
@@ -90,6 +101,10 @@ def test_stop_strings_and_sequences_together():
     assert [stream.push(token) for token in (0, 1, 0)] == ["x", "", "abx"]
     assert [stream.push(token) for token in (1, 2)] == ["", "a"] and stream.stopped
     stream = TextStream(Bytes(pieces), ["bx"], [(1, 1)])
-    assert [stream.push(token) for token in (1, 1)] == ["", ""] and stream.stopped and stream.text == ""
+    assert (
+        [stream.push(token) for token in (1, 1)] == ["", ""]
+        and stream.stopped
+        and stream.text == ""
+    )
     stream = TextStream(Bytes(pieces), ["xx"], [(2,)])
     assert [stream.push(token) for token in (0, 2)] == ["", "x"] and stream.stopped

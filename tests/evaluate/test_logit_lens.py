@@ -12,28 +12,52 @@ from mtnlg_jax.model.transformer import Transformer
 @pytest.mark.parametrize("length", [pytest.param(5, marks=pytest.mark.slow), 40])
 @pytest.mark.parametrize("causal", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_look_inside_agrees_with_the_model(length, causal):
-    config = ModelConfig(num_layers=3, hidden_size=32, num_attention_heads=4, num_query_groups=2, vocab_size=64,
-                         max_position_embeddings=64, init_method_std=0.3)
+    config = ModelConfig(
+        num_layers=3,
+        hidden_size=32,
+        num_attention_heads=4,
+        num_query_groups=2,
+        vocab_size=64,
+        max_position_embeddings=64,
+        init_method_std=0.3,
+    )
     model = Transformer(config, rngs=nnx.Rngs(0))
     tokens = np.random.default_rng(0).integers(0, 64, length)
     inside = look_inside(model, tokens, causal)
-    assert inside.attention_LNTT.shape == (3, 4, length, length) and inside.logits_LTV.shape == (4, length, 64)
+    assert inside.attention_LNTT.shape == (3, 4, length, length) and inside.logits_LTV.shape == (
+        4,
+        length,
+        64,
+    )
     np.testing.assert_allclose(inside.attention_LNTT.sum(-1), 1, atol=1e-5)
     later = np.triu(np.ones((length, length), bool), 1)
     assert (np.abs(np.asarray(inside.attention_LNTT)[..., later]).max() == 0) == causal
-    np.testing.assert_allclose(inside.logits_LTV[-1], model(tokens[None], causal=causal)[0], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        inside.logits_LTV[-1], model(tokens[None], causal=causal)[0], rtol=1e-4, atol=1e-4
+    )
     first = jax.nn.softmax(inside.logits_LTV[0])
     assert np.abs(first - jax.nn.softmax(inside.logits_LTV[-1])).max() > 1e-3
 
 
 def test_weights_by_longhand():
-    config = ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=2, vocab_size=32, max_position_embeddings=8,
-                         init_method_std=0.5)
+    config = ModelConfig(
+        num_layers=1,
+        hidden_size=16,
+        num_attention_heads=2,
+        vocab_size=32,
+        max_position_embeddings=8,
+        init_method_std=0.5,
+    )
     model = Transformer(config, rngs=nnx.Rngs(1))
     tokens = np.arange(6)
-    block = nnx.merge(nnx.split(model.blocks)[0], jax.tree.map(lambda w: w[0], nnx.split(model.blocks)[1]))
+    block = nnx.merge(
+        nnx.split(model.blocks)[0], jax.tree.map(lambda w: w[0], nnx.split(model.blocks)[1])
+    )
     x = model.embed(tokens[None], np.arange(6)[None])
-    q, k, _ = (np.asarray(y, np.float64)[0] for y in block.attention.project(block.norm_1(x), np.arange(6)[None]))
+    q, k, _ = (
+        np.asarray(y, np.float64)[0]
+        for y in block.attention.project(block.norm_1(x), np.arange(6)[None])
+    )
     scores = np.einsum("tnh,snh->nts", q, k) / np.sqrt(8)
     scores[:, np.triu(np.ones((6, 6), bool), 1)] = -np.inf
     weights = np.exp(scores - scores.max(-1, keepdims=True))

@@ -19,8 +19,14 @@ TOKENIZER = SimpleNamespace(bos_id=1, encode=lambda text: [3 + byte % 20 for byt
 
 @pytest.fixture(scope="module")
 def model():
-    config = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=2, vocab_size=32, max_position_embeddings=16,
-                         init_method_std=0.3)
+    config = ModelConfig(
+        num_layers=2,
+        hidden_size=32,
+        num_attention_heads=2,
+        vocab_size=32,
+        max_position_embeddings=16,
+        init_method_std=0.3,
+    )
     return Transformer(config, rngs=nnx.Rngs(0))
 
 
@@ -31,31 +37,47 @@ def test_every_token_counts_once_and_has_context(count, stride):
     scored = [position for window in found for position in range(window.first + 1, window.end + 1)]
     assert scored == list(range(1, count))
     for window in found[1:]:
-        assert window.first - window.begin >= 16 - stride  # tokens read before the first one that is scored
+        assert (
+            window.first - window.begin >= 16 - stride
+        )  # tokens read before the first one that is scored
     assert all(1 <= window.end - window.begin <= 16 for window in found)
 
 
 @pytest.fixture(scope="module")
 def long():
-    config = ModelConfig(num_layers=1, hidden_size=32, num_attention_heads=2, vocab_size=32, max_position_embeddings=64,
-                         init_method_std=0.3)
+    config = ModelConfig(
+        num_layers=1,
+        hidden_size=32,
+        num_attention_heads=2,
+        vocab_size=32,
+        max_position_embeddings=64,
+        init_method_std=0.3,
+    )
     return Transformer(config, rngs=nnx.Rngs(1))
 
 
-TEXTS = ["x" * size + "yz" for size in (1, 3, 14, 15, 16, 30, 31, 40, 61, 62, 63, 64, 65, 100, 200)] + ["short"] * 90
+TEXTS = [
+    "x" * size + "yz" for size in (1, 3, 14, 15, 16, 30, 31, 40, 61, 62, 63, 64, 65, 100, 200)
+] + ["short"] * 90
 
 
 @pytest.mark.parametrize("adapt", [0.0, pytest.param(0.01, marks=pytest.mark.slow)])
 def test_texts_of_all_lengths_score_as_they_do_alone(long, adapt):
     texts = TEXTS if not adapt else TEXTS[::8]
     done = []
-    together = evaluate_texts(long, TOKENIZER, texts, adapt=adapt, on_batch=lambda *counts: done.append(counts))
+    together = evaluate_texts(
+        long, TOKENIZER, texts, adapt=adapt, on_batch=lambda *counts: done.append(counts)
+    )
     known = {}
     for text, result in zip(texts, together, strict=True):
         if text not in known:
             known[text] = evaluate_text(long, TOKENIZER, text, batch=1, adapt=adapt)
         alone = known[text]
-        assert (result.tokens, result.bytes, result.words) == (alone.tokens, alone.bytes, alone.words)
+        assert (result.tokens, result.bytes, result.words) == (
+            alone.tokens,
+            alone.bytes,
+            alone.words,
+        )
         assert result.loss == pytest.approx(alone.loss, rel=1e-5)
     assert done[-1] == (done[-1][1], done[-1][1]) and done == sorted(done)
 
@@ -69,7 +91,9 @@ def test_widths_are_few_and_hold_their_windows():
         assert all(each <= width <= length for each, width in zip(lengths, widths, strict=True))
         assert len(set(widths)) <= 8
     assert widths_of([10] * 400 + [1024] * 3, 1024, 8192) == [16] * 400 + [1024] * 3
-    assert widths_of([10] * 4 + [1024] * 3, 1024, 8192) == [1024] * 7, "not worth a program of their own"
+    assert widths_of([10] * 4 + [1024] * 3, 1024, 8192) == [1024] * 7, (
+        "not worth a program of their own"
+    )
     assert widths_of([10], 1024, 8192) == [16] and widths_of([600, 1000], 1000, 8000) == [1000] * 2
 
 
@@ -87,7 +111,10 @@ def test_word_perplexity_and_several_texts(long):
     assert one.word_perplexity == pytest.approx(math.exp(one.loss * one.tokens / 3))
     both = merged([one, two])
     nats = one.loss * one.tokens + two.loss * two.tokens
-    assert both.loss == pytest.approx(nats / (one.tokens + two.tokens)) and both.bytes == one.bytes + two.bytes
+    assert (
+        both.loss == pytest.approx(nats / (one.tokens + two.tokens))
+        and both.bytes == one.bytes + two.bytes
+    )
     assert both.bits_per_byte == pytest.approx(nats / math.log(2) / both.bytes)
     assert json.loads(json.dumps(dataclasses.asdict(both), allow_nan=False))["words"] == 4
 
@@ -95,9 +122,13 @@ def test_word_perplexity_and_several_texts(long):
 def test_a_loss_that_is_not_finite_is_an_error(long):
     graph, params = nnx.split(long)
     broken = nnx.merge(graph, jax.tree.map(lambda x: x * np.nan, params))
-    with pytest.raises(ValueError, match="the loss of text 1 of 2 is nan; look for numbers that are not finite"):
+    with pytest.raises(
+        ValueError, match="the loss of text 1 of 2 is nan; look for numbers that are not finite"
+    ):
         evaluate_texts(broken, TOKENIZER, ["a", "b"])
-    with pytest.raises(ValueError, match=r"adapt=1e\+30 is too high a rate; about 4e-4 is one that works"):
+    with pytest.raises(
+        ValueError, match=r"adapt=1e\+30 is too high a rate; about 4e-4 is one that works"
+    ):
         evaluate_text(long, TOKENIZER, "x" * 200, adapt=1e30)
 
 
@@ -116,18 +147,24 @@ def test_a_short_text_equals_the_full_logits(model):
 def test_a_long_text_by_longhand_windows(model):
     text = "0123456789" * 5
     ids = np.array([1, *TOKENIZER.encode(text)], np.int32)
-    nats, scored, begin = 0.0, 0, 0
+    nats = 0.0
+    scored = 0
+    begin = 0
     while scored < len(ids) - 1:
         end = min(begin + 16, len(ids) - 1)
         log_probs = jax.nn.log_softmax(model(ids[None, begin:end]))[0]
         nats -= sum(float(log_probs[i - begin, ids[i + 1]]) for i in range(scored, end))
-        scored, begin = end, begin + 6
-    assert evaluate_text(model, TOKENIZER, text, stride=6).loss == pytest.approx(nats / len(text), rel=1e-5)
+        scored = end
+        begin = begin + 6
+    assert evaluate_text(model, TOKENIZER, text, stride=6).loss == pytest.approx(
+        nats / len(text), rel=1e-5
+    )
 
 
 @pytest.mark.slow
 def test_adapting_learns_a_window_after_it_is_scored(model):
-    text, rate = "0123456789" * 2, 0.01
+    text = "0123456789" * 2
+    rate = 0.01
     ids = np.array([1, *TOKENIZER.encode(text)], np.int32)
     graph, params = nnx.split(model)
 
@@ -136,7 +173,8 @@ def test_adapting_learns_a_window_after_it_is_scored(model):
         return -sum(log_probs[i - begin, ids[i + 1]] for i in range(first, end))
 
     first, gradient = jax.value_and_grad(nats)(params, 0, 16, 0)
-    # Adam's first step: a gradient g moves by rate x g / (|g| + 1e-8), here of the mean over 16 tokens.
+    # Adam's first step: a gradient g moves by rate x g / (|g| + 1e-8), here of the mean over 16
+    # tokens.
     after = jax.tree.map(lambda p, g: p - rate * (g / 16) / (abs(g / 16) + 1e-8), params, gradient)
     want = first + nats(after, 8, 20, 16)
     result = evaluate_text(model, TOKENIZER, text, adapt=rate)
@@ -146,7 +184,9 @@ def test_adapting_learns_a_window_after_it_is_scored(model):
 
 def test_adapting_cheats_nowhere_and_leaves_the_model(model):
     before = evaluate_text(model, TOKENIZER, "one window long")
-    assert evaluate_text(model, TOKENIZER, "one window long", adapt=0.1).loss == pytest.approx(before.loss, rel=1e-6)
+    assert evaluate_text(model, TOKENIZER, "one window long", adapt=0.1).loss == pytest.approx(
+        before.loss, rel=1e-6
+    )
     repeated = "0123456789" * 30
     static = evaluate_text(model, TOKENIZER, repeated)
     assert evaluate_text(model, TOKENIZER, repeated, adapt=0.01).loss < 0.5 * static.loss
@@ -154,9 +194,12 @@ def test_adapting_cheats_nowhere_and_leaves_the_model(model):
 
 
 def test_a_decoder_scores_as_it_decodes(model):
-    config, params = model.config, nnx.split(model)[1]
+    config = model.config
+    params = nnx.split(model)[1]
     exact = evaluate_text(model, TOKENIZER, "0123456789" * 3).loss
-    assert evaluate_text(unstack(config, params), TOKENIZER, "0123456789" * 3).loss == pytest.approx(exact, rel=1e-5)
+    assert evaluate_text(
+        unstack(config, params), TOKENIZER, "0123456789" * 3
+    ).loss == pytest.approx(exact, rel=1e-5)
     for held in ({"weights": "int8"}, {"cache": "int8"}, {"dtype": "bfloat16"}):
         near = evaluate_text(unstack(config, params, **held), TOKENIZER, "0123456789" * 3).loss
         assert 1e-5 < abs(near - exact) < 0.05 * exact, held
@@ -166,12 +209,16 @@ def test_a_decoder_scores_as_it_decodes(model):
 def test_the_loss_of_an_int8_cache_is_that_of_the_tokens_read_one_by_one(model):
     decoder = unstack(model.config, nnx.split(model)[1], cache="int8")
     tokens = [1, *TOKENIZER.encode("a short one")]
-    cache, nats = to_int8(prefill(decoder, [[1]], 16).cache), 0.0
+    cache = to_int8(prefill(decoder, [[1]], 16).cache)
+    nats = 0.0
     for place in range(len(tokens) - 1):
-        read, at = np.array([tokens[place]]), np.array([place])
+        read = np.array([tokens[place]])
+        at = np.array([place])
         logits, cache = step(model.config, decoder.params, cache, read, at)
         nats -= float(jax.nn.log_softmax(logits[0])[tokens[place + 1]])
-    assert evaluate_text(decoder, TOKENIZER, "a short one").loss == pytest.approx(nats / 11, rel=1e-5)
+    assert evaluate_text(decoder, TOKENIZER, "a short one").loss == pytest.approx(
+        nats / 11, rel=1e-5
+    )
 
 
 def test_bytes_are_utf8(model):

@@ -104,8 +104,8 @@ def test_added_words_are_read_from_text(model, tmp_path, how):
 
 
 def test_special_tokens_of_a_chat_model(tmp_path):
-    """They are text in documents, tokens in a prompt that is parsed, and never shown; the model may write those that
-    are not bos, pad, mask or sep, as Hugging Face lets it."""
+    """They are text in documents, tokens in a prompt that is parsed, and never shown; the model may
+    write those that are not bos, pad, mask or sep, as Hugging Face lets it."""
     files = older_files(byte_level())
     settings = {
         "added_tokens_decoder": {
@@ -126,7 +126,8 @@ def test_special_tokens_of_a_chat_model(tmp_path):
     assert ids[0] == 330 and ids[-1] == 331 and tokenizer.decode(ids) == "the man"
     assert tokenizer.decode(ids, skip_special=False) == text
     assert writable(tokenizer, 332)[[330, 331]].all() and writable(tokenizer, 332, end=False)[330]
-    stream, shown = TextStream(tokenizer), TextStream(ShownSpecials(tokenizer))
+    stream = TextStream(tokenizer)
+    shown = TextStream(ShownSpecials(tokenizer))
     for token in (*tokenizer.encode("the"), 330, *tokenizer.encode(" man")):
         stream.push(token)
         shown.push(token)
@@ -230,8 +231,11 @@ def test_a_tokenizer_from_elsewhere_has_no_token_more_than_the_model(tmp_path, n
     else:
         path = tmp_path / "spiece.model"
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(TEXT * 20), model_prefix=str(path.with_suffix("")),
-            vocab_size=60, minloglevel=2)
+            sentence_iterator=iter(TEXT * 20),
+            model_prefix=str(path.with_suffix("")),
+            vocab_size=60,
+            minloglevel=2,
+        )
         path = tmp_path if name == "folder" else path
         rows = 60
     assert load_tokenizer(path).vocab_size > rows
@@ -389,8 +393,7 @@ def test_a_converted_run_decodes_as_its_folder_says(model, tmp_path):
     assert decode == DecodeConfig(eos_token_id=(32, 267), repetition_penalty=1.5)
     assert (
         "decoding   as generation_config.json has it: repetition_penalty=1.5, "
-        "eos_token_id=(32, 267)"
-        in report
+        "eos_token_id=(32, 267)" in report
     )
     assert "not kept   of generation_config.json: penalty_alpha=0.6" in report
     # A word that ends generation is text all the same.
@@ -452,9 +455,7 @@ def test_a_run_with_such_numbers_is_not_written(model, tmp_path):
     run.tokenizer.save(folder / "tokenizer")
     (folder / "config.json").write_text(to_json(run.config))
     for dtype in ("source", "float16"):
-        with pytest.raises(
-            ValueError, match="parameter .* has .* numbers that are not finite"
-        ):
+        with pytest.raises(ValueError, match="parameter .* has .* numbers that are not finite"):
             convert(folder, tmp_path / "model-new", dtype=dtype)
     assert not (tmp_path / "model-new").exists()
 
@@ -483,7 +484,8 @@ def test_a_tied_model_that_stores_its_output_embedding_alone(model, tmp_path, ch
     store(model, change(tensors(model)))
     convert(model, tmp_path / "run")
     convert(tmp_path / "run", tmp_path / "back")
-    one, other = tensors(model), tensors(tmp_path / "back")
+    one = tensors(model)
+    other = tensors(tmp_path / "back")
     assert one.keys() == other.keys()
     assert all(one[name].tobytes() == other[name].tobytes() for name in one)
     after = load_run(tmp_path / "run").params

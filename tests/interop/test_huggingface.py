@@ -1,5 +1,5 @@
-"""GPT-2 from and to Hugging Face: the same bits there and back, the same numbers as transformers, and every misfit
-named. fixtures/ hold what transformers itself wrote (make_fixtures.py)."""
+"""GPT-2 from and to Hugging Face: the same bits there and back, the same numbers as transformers,
+and every misfit named. fixtures/ hold what transformers itself wrote (make_fixtures.py)."""
 
 import base64
 import dataclasses
@@ -40,20 +40,29 @@ VARIANTS = ("tied", "untied")
 
 
 def tensors_of(folder) -> dict[str, np.ndarray]:
-    return {name: values for path in sorted(Path(folder).glob("*.safetensors"))
-            for name, values in load_file(path).items()}
+    return {
+        name: values
+        for path in sorted(Path(folder).glob("*.safetensors"))
+        for name, values in load_file(path).items()
+    }
 
 
 def same_tensors(one, other) -> bool:
-    one, other = tensors_of(one), tensors_of(other)
+    one = tensors_of(one)
+    other = tensors_of(other)
     return one.keys() == other.keys() and all(
-        one[name].dtype == other[name].dtype and one[name].shape == other[name].shape
-        and one[name].tobytes() == other[name].tobytes() for name in one)
+        one[name].dtype == other[name].dtype
+        and one[name].shape == other[name].shape
+        and one[name].tobytes() == other[name].tobytes()
+        for name in one
+    )
 
 
 def edit_json(path, **changes) -> None:
     content = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: value for key, value in content.items() if value != "REMOVED"}))
+    path.write_text(
+        json.dumps({key: value for key, value in content.items() if value != "REMOVED"})
+    )
 
 
 @pytest.fixture
@@ -72,37 +81,61 @@ def converted(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
-    """A run as launch/pretrain.py leaves one: SentencePiece, a padded vocabulary, special tokens of our own."""
+    """A run as launch/pretrain.py leaves one: SentencePiece, a padded vocabulary, special tokens of
+    our own."""
     folder = tmp_path_factory.mktemp("own") / "run"
-    texts = ["The cat sat on the mat and the dog sat on the log.\n", "天地玄黄,宇宙洪荒。日月盈昃。\n"] * 20
+    texts = [
+        "The cat sat on the mat and the dog sat on the log.\n",
+        "天地玄黄,宇宙洪荒。日月盈昃。\n",
+    ] * 20
     tokenizer = train_tokenizer(texts, 310)
-    config = Config(model=ModelConfig(num_layers=2, hidden_size=16, num_attention_heads=2, vocab_size=512,
-                                      max_position_embeddings=32, ffn_hidden_size=24))
+    config = Config(
+        model=ModelConfig(
+            num_layers=2,
+            hidden_size=16,
+            num_attention_heads=2,
+            vocab_size=512,
+            max_position_embeddings=32,
+            ffn_hidden_size=24,
+        )
+    )
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0.1, 0.3, leaf.shape), jnp.float32),
-                          abstract_model(config.model)[1])
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(0.1, 0.3, leaf.shape), jnp.float32),
+        abstract_model(config.model)[1],
+    )
     checkpoints = Checkpoints(folder / "checkpoints")
-    checkpoints.save(3, {"params": params, "step": jnp.int32(3)}, {"config": json.loads(to_json(config))}, wait=True)
+    checkpoints.save(
+        3,
+        {"params": params, "step": jnp.int32(3)},
+        {"config": json.loads(to_json(config))},
+        wait=True,
+    )
     checkpoints.close()
     tokenizer.save(folder / "tokenizer")
     (folder / "config.json").write_text(to_json(config))
     return folder
 
 
-# --- the same numbers ---------------------------------------------------------------------------------------
+# --- the same numbers
+# ---------------------------------------------------------------------------------------
 
 
 def test_logits_loss_and_gradients_are_those_of_transformers(converted):
     source, workdir = converted
-    run, expected = load_run(workdir), np.load(source / "expected.npz")
+    run = load_run(workdir)
+    expected = np.load(source / "expected.npz")
     graph = abstract_model(run.config.model)[0]
 
     @jax.jit
     def losses(params):
         def loss(params):
             logits = nnx.merge(graph, params)(jnp.asarray(expected["tokens"], jnp.int32))
-            nats = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], expected["tokens"][:, 1:])
+            nats = optax.softmax_cross_entropy_with_integer_labels(
+                logits[:, :-1], expected["tokens"][:, 1:]
+            )
             return nats.mean(), logits
+
         return jax.value_and_grad(loss, has_aux=True)(params)
 
     (loss, logits), gradients = losses(run.params)
@@ -122,29 +155,56 @@ def test_greedy_text_is_that_of_transformers(converted):
     run = load_run(workdir)
     greedy = json.loads((source / "expected.json").read_text())["greedy"]
     decoder = unstack(run.config.model, run.params, "float32")
-    found = generate(decoder, run.tokenizer, [each["prompt"] for each in greedy], DecodeConfig(max_new_tokens=16))
+    found = generate(
+        decoder, run.tokenizer, [each["prompt"] for each in greedy], DecodeConfig(max_new_tokens=16)
+    )
     end = run.tokenizer.eos_id
     for each, result in zip(greedy, found, strict=True):
         prompt = run.tokenizer.encode(each["prompt"])
-        assert prompt + list(result.tokens) == each["tokens"][: len(each["tokens"]) - (each["tokens"][-1] == end)]
+        assert (
+            prompt + list(result.tokens)
+            == each["tokens"][: len(each["tokens"]) - (each["tokens"][-1] == end)]
+        )
         assert each["prompt"] + result.text == each["text"]
 
 
 def test_a_small_real_model_sorts(shared, tmp_path):
     """gpt_nano_sort: three symbols, trained with minGPT, which stores matrices [out, in]."""
-    stored = json.loads((shared / "data/weights/gpt_nano_sort/gpt-nano-sort-model.json").read_text())
+    stored = json.loads(
+        (shared / "data/weights/gpt_nano_sort/gpt-nano-sort-model.json").read_text()
+    )
     config = stored.pop("config")
-    tensors = {name: np.frombuffer(base64.b64decode(each["data"]), np.float32).reshape(each["shape"])
-               for name, each in stored.items()}
+    tensors = {
+        name: np.frombuffer(base64.b64decode(each["data"]), np.float32).reshape(each["shape"])
+        for name, each in stored.items()
+    }
     conv = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-    source, workdir, back = tmp_path / "model", tmp_path / "run", tmp_path / "back"
+    source = tmp_path / "model"
+    workdir = tmp_path / "run"
+    back = tmp_path / "back"
     source.mkdir()
-    save_file({name: np.ascontiguousarray(values.T if name.endswith(conv) else values)
-               for name, values in tensors.items()}, source / "model.safetensors", metadata={"format": "pt"})
-    (source / "config.json").write_text(json.dumps({
-        "model_type": "gpt2", "n_layer": config["n_layer"], "n_head": config["n_head"], "n_embd": config["n_embd"],
-        "vocab_size": 3, "n_positions": config["block_size"], "tie_word_embeddings": False,
-        "activation_function": "gelu_new"}))
+    save_file(
+        {
+            name: np.ascontiguousarray(values.T if name.endswith(conv) else values)
+            for name, values in tensors.items()
+        },
+        source / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    (source / "config.json").write_text(
+        json.dumps(
+            {
+                "model_type": "gpt2",
+                "n_layer": config["n_layer"],
+                "n_head": config["n_head"],
+                "n_embd": config["n_embd"],
+                "vocab_size": 3,
+                "n_positions": config["block_size"],
+                "tie_word_embeddings": False,
+                "activation_function": "gelu_new",
+            }
+        )
+    )
     model, params, _ = read_model(source)
 
     @jax.jit
@@ -155,13 +215,15 @@ def test_a_small_real_model_sorts(shared, tmp_path):
         row = numbers + [0] * 5
         for at in range(5, 11):
             guess = int(next_tokens(np.array([row]))[0, at])
-            row = row[: at + 1] + [guess] + row[at + 2:]
+            row = row[: at + 1] + [guess] + row[at + 2 :]
         assert row[6:] == sorted(numbers)
     with pytest.raises(FileNotFoundError, match="--tokenizer=FOLDER"):
         convert(source, workdir)
     with pytest.raises(ValueError, match="has 268 tokens and the model vocab_size=3"):
         convert(source, workdir, tokenizer=HERE / "fixtures/tied")
-    symbols = tokenizers.Tokenizer(tokenizers.models.WordLevel({"0": 0, "1": 1, "2": 2}, unk_token="0"))
+    symbols = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"0": 0, "1": 1, "2": 2}, unk_token="0")
+    )
     symbols.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
     symbols.decoder = tokenizers.decoders.Fuse()
     symbols.save(os.fspath(source / "tokenizer.json"))
@@ -169,36 +231,55 @@ def test_a_small_real_model_sorts(shared, tmp_path):
     tokenizer = load_run(workdir).tokenizer
     assert tokenizer.encode("002101") == [0, 0, 2, 1, 0, 1] and tokenizer.decode([2, 1, 0]) == "210"
     read = gpt2.reader_of(model, params)
-    back = {name: read(name.removeprefix(gpt2.PREFIX)) for name in tensors if not name.endswith(".attn.bias")}
+    back = {
+        name: read(name.removeprefix(gpt2.PREFIX))
+        for name in tensors
+        if not name.endswith(".attn.bias")
+    }
     written = load_file(source / "model.safetensors")
     assert all(back[name].tobytes() == written[name].tobytes() for name in back) and len(back) == 41
 
 
-# --- there and back -----------------------------------------------------------------------------------------
+# --- there and back
+# -----------------------------------------------------------------------------------------
 
 
 def rewrite(folder, change) -> None:
-    """The tensors of ``folder``, one file, as ``change`` makes them: {name: array} -> {name: array}."""
+    """The tensors of ``folder``, one file, as ``change`` makes them: {name: array} -> {name:
+    array}."""
     path = folder / "model.safetensors"
-    save_file({name: np.ascontiguousarray(values) for name, values in change(load_file(path)).items()}, path,
-              metadata={"format": "pt"})
+    save_file(
+        {name: np.ascontiguousarray(values) for name, values in change(load_file(path)).items()},
+        path,
+        metadata={"format": "pt"},
+    )
 
 
 def bare(tensors):
     """As the published gpt2 is stored: no prefix, and the causal mask among the weights."""
     made = {name.removeprefix("transformer."): values for name, values in tensors.items()}
-    return made | {"h.0.attn.bias": np.tril(np.ones((1, 1, 48, 48), np.uint8)),
-                   "h.0.attn.masked_bias": np.float32(-1e4).reshape(())}
+    return made | {
+        "h.0.attn.bias": np.tril(np.ones((1, 1, 48, 48), np.uint8)),
+        "h.0.attn.masked_bias": np.float32(-1e4).reshape(()),
+    }
 
 
 SOURCES = {
     "float32": lambda tensors: tensors,
-    "float16": lambda tensors: {name: values.astype(np.float16) for name, values in tensors.items()},
-    "bfloat16": lambda tensors: {name: values.astype(jnp.bfloat16) for name, values in tensors.items()},
-    "mixed": lambda tensors: {name: values.astype(np.float16 if values.ndim > 1 else np.float32)
-                              for name, values in tensors.items()},
+    "float16": lambda tensors: {
+        name: values.astype(np.float16) for name, values in tensors.items()
+    },
+    "bfloat16": lambda tensors: {
+        name: values.astype(jnp.bfloat16) for name, values in tensors.items()
+    },
+    "mixed": lambda tensors: {
+        name: values.astype(np.float16 if values.ndim > 1 else np.float32)
+        for name, values in tensors.items()
+    },
     "bare": bare,
-    "head written out": lambda tensors: tensors | {"lm_head.weight": tensors["transformer.wte.weight"]},
+    "head written out": lambda tensors: (
+        tensors | {"lm_head.weight": tensors["transformer.wte.weight"]}
+    ),
 }
 
 
@@ -210,10 +291,18 @@ def test_there_and_back_every_bit_is_the_same(model, tmp_path, source):
     report = convert(model, tmp_path / "run")
     convert(tmp_path / "run", tmp_path / "back")
     if source == "bare":  # masks are made anew by whoever needs them
-        rewrite(model, lambda tensors: {name: values for name, values in tensors.items()
-                                        if ".attn.bias" not in name and "masked" not in name})
+        rewrite(
+            model,
+            lambda tensors: {
+                name: values
+                for name, values in tensors.items()
+                if ".attn.bias" not in name and "masked" not in name
+            },
+        )
     assert same_tensors(model, tmp_path / "back")
-    assert json.loads((model / "config.json").read_text()) == json.loads((tmp_path / "back/config.json").read_text())
+    assert json.loads((model / "config.json").read_text()) == json.loads(
+        (tmp_path / "back/config.json").read_text()
+    )
     for name in ("vocab.json", "merges.txt", "generation_config.json"):
         assert (model / name).read_bytes() == (tmp_path / "back" / name).read_bytes()
     assert {"mixed": "float16 and float32", "bfloat16": "bfloat16"}.get(source, "float") in report
@@ -224,16 +313,23 @@ def test_another_dtype_is_a_wish(converted, tmp_path):
     convert(run, tmp_path / "half", dtype="bfloat16")
     wanted = {name: values.astype(jnp.bfloat16) for name, values in tensors_of(source).items()}
     found = tensors_of(tmp_path / "half")
-    assert all(found[name].tobytes() == wanted[name].tobytes() for name in wanted) and found.keys() == wanted.keys()
+    assert (
+        all(found[name].tobytes() == wanted[name].tobytes() for name in wanted)
+        and found.keys() == wanted.keys()
+    )
     assert json.loads((tmp_path / "half/config.json").read_text())["dtype"] == "bfloat16"
     with pytest.raises(ValueError, match="--dtype=float16 is for tensors of Hugging Face's"):
         convert(source, tmp_path / "run", dtype="float16")
 
 
 def test_numbers_too_large_for_a_dtype_are_refused(model, tmp_path):
-    rewrite(model, lambda tensors: tensors | {"transformer.ln_f.bias": np.full(16, 1e5, np.float32)})
+    rewrite(
+        model, lambda tensors: tensors | {"transformer.ln_f.bias": np.full(16, 1e5, np.float32)}
+    )
     convert(model, tmp_path / "run")
-    with pytest.raises(ValueError, match="16 values of transformer.ln_f.bias are too large for float16"):
+    with pytest.raises(
+        ValueError, match="16 values of transformer.ln_f.bias are too large for float16"
+    ):
         convert(tmp_path / "run", tmp_path / "half", dtype="float16")
     assert not (tmp_path / "half").exists()
 
@@ -244,13 +340,18 @@ def test_shards_are_written_and_read(converted, tmp_path):
     files = sorted(path.name for path in (tmp_path / "sharded").glob("*.safetensors"))
     assert files[0] == f"model-00001-of-{len(files):05}.safetensors" and len(files) > 2
     index = json.loads((tmp_path / "sharded/model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == sum(values.nbytes for values in tensors_of(source).values())
+    assert index["metadata"]["total_size"] == sum(
+        values.nbytes for values in tensors_of(source).values()
+    )
     for name, file in index["weight_map"].items():
         with safe_open(tmp_path / "sharded" / file, "np") as shard:
             assert name in shard.keys() and shard.metadata() == {"format": "pt"}
-    assert all(sum(values.nbytes for values in load_file(tmp_path / "sharded" / name).values()) <= 16e3
-               for name in files if "wte" not in str(load_file(tmp_path / "sharded" / name).keys())
-               and "lm_head" not in str(load_file(tmp_path / "sharded" / name).keys()))
+    assert all(
+        sum(values.nbytes for values in load_file(tmp_path / "sharded" / name).values()) <= 16e3
+        for name in files
+        if "wte" not in str(load_file(tmp_path / "sharded" / name).keys())
+        and "lm_head" not in str(load_file(tmp_path / "sharded" / name).keys())
+    )
     convert(tmp_path / "sharded", tmp_path / "run")
     convert(tmp_path / "run", tmp_path / "back")
     assert same_tensors(source, tmp_path / "back")
@@ -264,7 +365,11 @@ def test_a_run_of_our_own_goes_there_and_back(own, tmp_path):
     report = convert(own, tmp_path / "model")
     assert "202 more rows" in report and "checkpoint of step 3" in report
     config = json.loads((tmp_path / "model/config.json").read_text())
-    assert config["architectures"] == ["GPT2LMHeadModel"] and config["n_inner"] == 24 and config["dtype"] == "float32"
+    assert (
+        config["architectures"] == ["GPT2LMHeadModel"]
+        and config["n_inner"] == 24
+        and config["dtype"] == "float32"
+    )
     model, params, _ = read_model(tmp_path / "model")
     run = load_run(own)
     shape = dataclasses.replace(run.config.model, vocab_size_divisible_by=1)
@@ -282,14 +387,22 @@ def test_tokenizers_of_ours_read_the_same_there(kind, tmp_path):
     rng = np.random.default_rng(0)
     words = ["".join(rng.choice(list("aeinorst"), rng.integers(1, 9))) for _ in range(400)]
     source = "\n".join(" ".join(rng.choice(words, rng.integers(1, 12))) for _ in range(300))
-    ours = load_tokenizer(HERE / "fixtures/tied") if kind == "gpt2" else train_tokenizer([source], 600, kind)
+    ours = (
+        load_tokenizer(HERE / "fixtures/tied")
+        if kind == "gpt2"
+        else train_tokenizer([source], 600, kind)
+    )
     files, how = huggingface.vocabulary.write_tokenizer(ours, 64)
     assert how == "as tokenizer.json"
     there = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
     lines = [source, *source.split("\n"), "a  b\n\n\tc ", "naïve 🙂 天地", "the the thethe"]
     read = [there.encode(line).ids for line in lines]
     assert [there.decode(ids, skip_special_tokens=True) for ids in read] == lines
-    other = [line for line, ids in zip(lines, read, strict=True) if ids != [ours.bos_id, *ours.encode(line)]]
+    other = [
+        line
+        for line, ids in zip(lines, read, strict=True)
+        if ids != [ours.bos_id, *ours.encode(line)]
+    ]
     # To a unigram model two segmentations may be equally likely, as of a row of the same letter.
     assert len(other) <= (8 if kind == "unigram" else 0), other
     settings = json.loads(files["tokenizer_config.json"])
@@ -297,7 +410,8 @@ def test_tokenizers_of_ours_read_the_same_there(kind, tmp_path):
         assert there.token_to_id(settings[f"{role}_token"]) == getattr(ours, f"{role}_id")
 
 
-# --- a converted run is a run -------------------------------------------------------------------------------
+# --- a converted run is a run
+# -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -306,8 +420,11 @@ def test_a_converted_run_starts_where_a_fresh_one_does(converted, tmp_path, opti
     workdir = Path(shutil.copytree(workdir, tmp_path / "run"))
     config = load_config(os.fspath(workdir / "config.py"), [f"optimizer.name={optimizer}"])
     mesh = make_mesh(MeshConfig(data=2), jax.devices()[:2])
-    identity = {"model": {"hidden_size": 16}, "tokenizer": {"sha256": load_run(workdir).tokenizer.fingerprint},
-                "data": {"source 0": "any"}}
+    identity = {
+        "model": {"hidden_size": 16},
+        "tokenizer": {"sha256": load_run(workdir).tokenizer.fingerprint},
+        "data": {"source 0": "any"},
+    }
     checkpoints = Checkpoints(workdir / "checkpoints")
     try:
         abstract = abstract_state(config, mesh)
@@ -315,9 +432,16 @@ def test_a_converted_run_starts_where_a_fresh_one_does(converted, tmp_path, opti
         fresh = init_state(config, mesh)
         assert step == 0 and jax.tree.structure(state) == jax.tree.structure(fresh)
         for key in fresh.keys() - {"params"}:
-            for here, there in zip(jax.tree.leaves(state[key]), jax.tree.leaves(fresh[key]), strict=True):
-                assert here.dtype == there.dtype and np.asarray(here).tobytes() == np.asarray(there).tobytes()
-        assert jax.tree.map(lambda leaf: leaf.sharding, state) == jax.tree.map(lambda leaf: leaf.sharding, abstract)
+            for here, there in zip(
+                jax.tree.leaves(state[key]), jax.tree.leaves(fresh[key]), strict=True
+            ):
+                assert (
+                    here.dtype == there.dtype
+                    and np.asarray(here).tobytes() == np.asarray(there).tobytes()
+                )
+        assert jax.tree.map(lambda leaf: leaf.sharding, state) == jax.tree.map(
+            lambda leaf: leaf.sharding, abstract
+        )
         with pytest.raises(ValueError, match="hidden_size: 16 -> 17"):
             checkpoints.restore(abstract, identity | {"model": {"hidden_size": 17}})
         with pytest.raises(ValueError, match="tokenizer.sha256"):
@@ -332,12 +456,22 @@ def test_a_converted_run_is_trained_further_and_goes_back(converted, tmp_path):
     workdir = Path(shutil.copytree(workdir, tmp_path / "run"))
     (tmp_path / "text.txt").write_text("the man in the town where I was born\n" * 400)
     prepare(tmp_path / "text.txt", tmp_path / "data", tokenizer=workdir / "tokenizer", heldout=0.0)
-    config = load_config(os.fspath(workdir / "config.py"), [
-        f"data.path={tmp_path / 'data'}", "train.steps=20", "train.global_batch_size=8",
-        "optimizer.learning_rate=1e-2", "train.save_every=0"])
+    config = load_config(
+        os.fspath(workdir / "config.py"),
+        [
+            f"data.path={tmp_path / 'data'}",
+            "train.steps=20",
+            "train.global_batch_size=8",
+            "optimizer.learning_rate=1e-2",
+            "train.save_every=0",
+        ],
+    )
     train(config, os.fspath(workdir), show_progress=False)
-    losses = [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()
-              if '"train"' in line]
+    losses = [
+        json.loads(line)["loss"]
+        for line in (workdir / "metrics.jsonl").read_text().splitlines()
+        if '"train"' in line
+    ]
     assert losses[0] > 4 and losses[-1] < losses[0] - 1
     assert "checkpoint of step 20" in convert(workdir, tmp_path / "back")
     assert tensors_of(tmp_path / "back").keys() == tensors_of(source).keys()
@@ -349,29 +483,55 @@ def test_the_tokenizer_of_a_converted_run(converted):
     tokenizer = load_run(converted[1]).tokenizer
     assert tokenizer.vocab_size == 268 and not tokenizer.prompt_bos
     assert tokenizer.bos_id == tokenizer.eos_id == tokenizer.pad_id == 267
-    assert load_tokenizer(HERE / "fixtures/tied").prompt_bos  # the same files, for a model trained here
+    assert load_tokenizer(
+        HERE / "fixtures/tied"
+    ).prompt_bos  # the same files, for a model trained here
     with pytest.raises(ValueError, match="no mask token"):
         _ = tokenizer.mask_id
 
 
-# --- what does not fit --------------------------------------------------------------------------------------
+# --- what does not fit
+# --------------------------------------------------------------------------------------
 
 
 def without(name):
     return lambda tensors: {key: values for key, values in tensors.items() if key != name}
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (without("transformer.h.1.ln_1.bias"), r"h\.1\.ln_1\.bias is missing \(expected \[16\]\)"),
-    (lambda t: t | {"transformer.h.2.ln_1.bias": np.zeros(16, np.float32)}, r"h\.2\.ln_1\.bias \[16\] is not part"),
-    (lambda t: t | {"score.weight": np.zeros((2, 16), np.float32)}, r"score\.weight \[2, 16\] is not part"),
-    (lambda t: t | {"transformer.h.0.attn.c_attn.weight": np.zeros((48, 16), np.float32)},
-     r"h\.0\.attn\.c_attn\.weight is \[48, 16\] \(expected \[16, 48\]\)"),
-    (lambda t: t | {"transformer.wte.weight": np.zeros((267, 16), np.float32)}, r"\[267, 16\] \(expected \[268, 16\]"),
-    (lambda t: t | {"lm_head.weight": np.zeros((268, 16), np.float32)}, "lm_head.weight .* differs from wte.weight"),
-    (lambda t: t | {"transformer.ln_f.bias": np.zeros(16)}, "transformer.ln_f.bias in .* is F64"),
-    (lambda t: t | {"transformer.ln_f.bias": np.zeros(16, np.int8)}, "transformer.ln_f.bias in .* is I8"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without("transformer.h.1.ln_1.bias"), r"h\.1\.ln_1\.bias is missing \(expected \[16\]\)"),
+        (
+            lambda t: t | {"transformer.h.2.ln_1.bias": np.zeros(16, np.float32)},
+            r"h\.2\.ln_1\.bias \[16\] is not part",
+        ),
+        (
+            lambda t: t | {"score.weight": np.zeros((2, 16), np.float32)},
+            r"score\.weight \[2, 16\] is not part",
+        ),
+        (
+            lambda t: t | {"transformer.h.0.attn.c_attn.weight": np.zeros((48, 16), np.float32)},
+            r"h\.0\.attn\.c_attn\.weight is \[48, 16\] \(expected \[16, 48\]\)",
+        ),
+        (
+            lambda t: t | {"transformer.wte.weight": np.zeros((267, 16), np.float32)},
+            r"\[267, 16\] \(expected \[268, 16\]",
+        ),
+        (
+            lambda t: t | {"lm_head.weight": np.zeros((268, 16), np.float32)},
+            "lm_head.weight .* differs from wte.weight",
+        ),
+        (
+            lambda t: t | {"transformer.ln_f.bias": np.zeros(16)},
+            "transformer.ln_f.bias in .* is F64",
+        ),
+        (
+            lambda t: t | {"transformer.ln_f.bias": np.zeros(16, np.int8)},
+            "transformer.ln_f.bias in .* is I8",
+        ),
+    ],
+)
 def test_a_tensor_that_does_not_fit_is_named(model, tmp_path, change, message):
     rewrite(model, change)
     with pytest.raises(ValueError, match=message):
@@ -379,33 +539,50 @@ def test_a_tensor_that_does_not_fit_is_named(model, tmp_path, change, message):
     assert os.listdir(tmp_path) == ["model"]
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True is not supported"),
-    ({"scale_attn_weights": False}, "scale_attn_weights=False"),
-    ({"add_cross_attention": True}, "add_cross_attention=True"),
-    ({"activation_function": "gelu_10"}, "activation_function='gelu_10'.*gelu_new"),
-    ({"quantization_config": {"bits": 4}}, "quantization_config="),
-    ({"model_type": "gpt_neox"}, "model_type is 'gpt_neox'"),
-    ({"n_head": 3}, "num_attention_heads=3"),
-    ({"n_layer": "2"}, "n_layer='2' is str"),
-    ({"n_embd": None}, "n_embd=None"),
-    ({"tie_word_embeddings": False}, r"lm_head.weight is missing \(expected \[268, 16\]\)"),
-    ({"layer_norm_epsilon": 0}, "norm_epsilon=0"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"scale_attn_by_inverse_layer_idx": True},
+            "scale_attn_by_inverse_layer_idx=True is not supported",
+        ),
+        ({"scale_attn_weights": False}, "scale_attn_weights=False"),
+        ({"add_cross_attention": True}, "add_cross_attention=True"),
+        ({"activation_function": "gelu_10"}, "activation_function='gelu_10'.*gelu_new"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config="),
+        ({"model_type": "gpt_neox"}, "model_type is 'gpt_neox'"),
+        ({"n_head": 3}, "num_attention_heads=3"),
+        ({"n_layer": "2"}, "n_layer='2' is str"),
+        ({"n_embd": None}, "n_embd=None"),
+        ({"tie_word_embeddings": False}, r"lm_head.weight is missing \(expected \[268, 16\]\)"),
+        ({"layer_norm_epsilon": 0}, "norm_epsilon=0"),
+    ],
+)
 def test_a_config_that_does_not_fit_is_named(model, tmp_path, changes, message):
     edit_json(model / "config.json", **changes)
     with pytest.raises(ValueError, match=message):
         convert(model, tmp_path / "run")
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"position_embedding_type": "rotary"}, r"model\.position_embedding_type=rotary \(GPT-2: learned\)"),
-    ({"normalization": "rmsnorm"}, "model.normalization=rmsnorm"),
-    ({"activation": "swiglu", "add_bias": False},
-     r"model\.activation=swiglu \(GPT-2: gelu or .*\), model\.add_bias=False"),
-    ({"num_query_groups": 2}, r"model\.num_query_groups=2 \(GPT-2: num_attention_heads, 4\)"),
-    ({"kv_channels": 6}, r"model\.kv_channels=6 \(GPT-2: hidden_size / num_attention_heads, 4\)"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"position_embedding_type": "rotary"},
+            r"model\.position_embedding_type=rotary \(GPT-2: learned\)",
+        ),
+        ({"normalization": "rmsnorm"}, "model.normalization=rmsnorm"),
+        (
+            {"activation": "swiglu", "add_bias": False},
+            r"model\.activation=swiglu \(GPT-2: gelu or .*\), model\.add_bias=False",
+        ),
+        ({"num_query_groups": 2}, r"model\.num_query_groups=2 \(GPT-2: num_attention_heads, 4\)"),
+        (
+            {"kv_channels": 6},
+            r"model\.kv_channels=6 \(GPT-2: hidden_size / num_attention_heads, 4\)",
+        ),
+    ],
+)
 def test_a_run_of_another_architecture_is_refused(changes, message):
     model = ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=4, vocab_size=8)
     assert gpt2.model_of(gpt2.config_of(model) | {"n_ctx": 1}).hidden_size == 16
@@ -414,25 +591,41 @@ def test_a_run_of_another_architecture_is_refused(changes, message):
 
 
 def test_older_spellings_of_a_config(model, tmp_path):
-    names = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
-             "n_positions": "max_position_embeddings"}
+    names = {
+        "n_embd": "hidden_size",
+        "n_layer": "num_hidden_layers",
+        "n_head": "num_attention_heads",
+        "n_positions": "max_position_embeddings",
+    }
     config = json.loads((model / "config.json").read_text())
-    edit_json(model / "config.json", n_inner=64, reorder_and_upcast_attn=True, **{
-        new: config[old] for old, new in names.items()}, **dict.fromkeys(names, "REMOVED"))
+    edit_json(
+        model / "config.json",
+        n_inner=64,
+        reorder_and_upcast_attn=True,
+        **{new: config[old] for old, new in names.items()},
+        **dict.fromkeys(names, "REMOVED"),
+    )
     convert(model, tmp_path / "run")
     convert(tmp_path / "run", tmp_path / "back")
-    assert json.loads((model / "config.json").read_text()) == json.loads((tmp_path / "back/config.json").read_text())
+    assert json.loads((model / "config.json").read_text()) == json.loads(
+        (tmp_path / "back/config.json").read_text()
+    )
 
 
 def tokenizer_json(folder, *, prefix_space=False, template=False, added=()) -> None:
     """vocab.json and merges.txt of ``folder`` as one tokenizer.json."""
-    merges = [tuple(line.split()) for line in (folder / "merges.txt").read_text().split("\n")[1:] if line]
-    made = tokenizers.Tokenizer(tokenizers.models.BPE(json.loads((folder / "vocab.json").read_text()), merges))
+    merges = [
+        tuple(line.split()) for line in (folder / "merges.txt").read_text().split("\n")[1:] if line
+    ]
+    made = tokenizers.Tokenizer(
+        tokenizers.models.BPE(json.loads((folder / "vocab.json").read_text()), merges)
+    )
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
     made.add_special_tokens(["<|endoftext|>", *added])
     if template:
         made.post_processor = tokenizers.processors.TemplateProcessing(
-            single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 267)])
+            single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 267)]
+        )
     made.save(os.fspath(folder / "tokenizer.json"))
     (folder / "vocab.json").unlink()
     (folder / "merges.txt").unlink()
@@ -446,18 +639,27 @@ def test_tokenizer_json_alone_is_enough(model, tmp_path):
     assert tokenizer.prompt_bos  # as its template says
     assert tokenizer.encode("In the wan thing 12 天") == before.encode("In the wan thing 12 天")
     convert(tmp_path / "run", tmp_path / "back")
-    assert (model / "tokenizer.json").read_bytes() == (tmp_path / "back/tokenizer.json").read_bytes()
+    assert (model / "tokenizer.json").read_bytes() == (
+        tmp_path / "back/tokenizer.json"
+    ).read_bytes()
 
 
 def test_added_tokens_have_their_ids(tmp_path):
     model = Path(shutil.copytree(HERE / "fixtures/untied", tmp_path / "model"))
     tokenizer_json(model, added=["<pad>", "<mask>"])
     edit_json(model / "generation_config.json", pad_token_id=268, eos_token_id=[267, 5])
-    assert "generation_config.json has it: eos_token_id=(267, 5)" in convert(model, tmp_path / "run")
+    assert "generation_config.json has it: eos_token_id=(267, 5)" in convert(
+        model, tmp_path / "run"
+    )
     run = load_run(tmp_path / "run")
     assert run.config.decode.eos_token_id == (267, 5)
     tokenizer = run.tokenizer
-    assert (tokenizer.pad_id, tokenizer.mask_id, tokenizer.eos_id, tokenizer.vocab_size) == (268, 269, 267, 270)
+    assert (tokenizer.pad_id, tokenizer.mask_id, tokenizer.eos_id, tokenizer.vocab_size) == (
+        268,
+        269,
+        267,
+        270,
+    )
     assert tokenizer.is_special[[267, 268, 269]].all()
 
 
@@ -468,7 +670,9 @@ def test_a_tokenizer_that_does_not_fit_is_refused(model, tmp_path):
     whole["post_processor"]["single"][0]["SpecialToken"]["id"] = "a"
     whole["post_processor"]["special_tokens"] = {"a": {"id": "a", "ids": [64], "tokens": ["a"]}}
     (model / "tokenizer.json").write_text(json.dumps(whole))
-    with pytest.raises(ValueError, match=r"puts the tokens \[64\] before each text; only bos \(267\)"):
+    with pytest.raises(
+        ValueError, match=r"puts the tokens \[64\] before each text; only bos \(267\)"
+    ):
         convert(model, tmp_path / "run")
     (model / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="tokenizer.json"):
@@ -479,7 +683,8 @@ def test_a_tokenizer_that_does_not_fit_is_refused(model, tmp_path):
     convert(model, tmp_path / "run", tokenizer=HERE / "fixtures/tied")
 
 
-# --- whole or not at all ------------------------------------------------------------------------------------
+# --- whole or not at all
+# ------------------------------------------------------------------------------------
 
 
 def test_nothing_is_left_half_written(converted, tmp_path, monkeypatch):
@@ -489,7 +694,11 @@ def test_nothing_is_left_half_written(converted, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="is not empty; give --overwrite"):
         convert(run, target)
     with monkeypatch.context() as patch:
-        patch.setattr(huggingface, "write_shards", lambda *args: (_ for _ in ()).throw(OSError("the disk is full")))
+        patch.setattr(
+            huggingface,
+            "write_shards",
+            lambda *args: (_ for _ in ()).throw(OSError("the disk is full")),
+        )
         with pytest.raises(OSError, match="the disk is full"):
             convert(run, target, overwrite=True)
     assert os.listdir(tmp_path) == ["model"] and same_tensors(source, target)
@@ -527,17 +736,26 @@ def test_damaged_files_are_named(model, tmp_path):
 
 def test_the_script(tmp_path):
     def launch(*flags):
-        return subprocess.run([sys.executable, ROOT / "launch/convert.py", *flags], capture_output=True, text=True,
-                              env=os.environ | {"PYTHONPATH": os.fspath(ROOT)})
+        return subprocess.run(
+            [sys.executable, ROOT / "launch/convert.py", *flags],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONPATH": os.fspath(ROOT)},
+        )
 
     done = launch(f"--from={HERE / 'fixtures/tied'}", f"--to={tmp_path / 'run'}")
     assert done.returncode == 0 and "11,648 parameters" in done.stdout, done.stderr
     assert from_json((tmp_path / "run/config.json").read_text()).model.vocab_size == 268
     refused = launch(f"--from={tmp_path / 'none'}", f"--to={tmp_path / 'run'}")
-    assert refused.returncode == 2 and refused.stderr.startswith("error: ") and refused.stderr.count("\n") == 1
+    assert (
+        refused.returncode == 2
+        and refused.stderr.startswith("error: ")
+        and refused.stderr.count("\n") == 1
+    )
 
 
-# --- against transformers itself ----------------------------------------------------------------------------
+# --- against transformers itself
+# ----------------------------------------------------------------------------
 
 READ = """
     import json, sys, torch
@@ -561,21 +779,29 @@ def transformers_python():
     """A Python that has torch and transformers: this one, or that of TRANSFORMERS_PYTHON."""
     python = os.environ.get("TRANSFORMERS_PYTHON", sys.executable)
     if subprocess.run([python, "-c", "import torch, transformers"], capture_output=True).returncode:
-        pytest.skip("needs torch and transformers: pip install '.[benchmarks]', or set TRANSFORMERS_PYTHON")
+        pytest.skip(
+            "needs torch and transformers: pip install '.[benchmarks]', or set TRANSFORMERS_PYTHON"
+        )
     return python
 
 
 @pytest.mark.slow
 def test_the_fixtures_are_what_transformers_makes_today(transformers_python, tmp_path):
-    subprocess.run([transformers_python, HERE / "make_fixtures.py", tmp_path], check=True, capture_output=True)
+    subprocess.run(
+        [transformers_python, HERE / "make_fixtures.py", tmp_path], check=True, capture_output=True
+    )
     for variant in VARIANTS:
-        old, new = HERE / "fixtures" / variant, tmp_path / variant
+        old = HERE / "fixtures" / variant
+        new = tmp_path / variant
         assert same_tensors(old, new)
-        expected, found = np.load(old / "expected.npz"), np.load(new / "expected.npz")
+        expected = np.load(old / "expected.npz")
+        found = np.load(new / "expected.npz")
         assert expected.files == found.files
         for name in expected.files:
             np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=2e-5, err_msg=name)
-        greedy = [json.loads((folder / "expected.json").read_text())["greedy"] for folder in (old, new)]
+        greedy = [
+            json.loads((folder / "expected.json").read_text())["greedy"] for folder in (old, new)
+        ]
         assert greedy[0] == greedy[1]
 
 
@@ -587,9 +813,14 @@ def test_transformers_reads_what_is_written(transformers_python, own, tmp_path, 
         run_folder = tmp_path / "run"
         convert(HERE / "fixtures" / name, run_folder)
     convert(run_folder, tmp_path / "model", max_shard_size=2e-5)
-    run, prompts = load_run(run_folder), ["The cat", "天地", " the dog sat,\n"]
-    done = subprocess.run([transformers_python, "-c", textwrap.dedent(READ), tmp_path / "model", json.dumps(prompts)],
-                          check=True, capture_output=True, text=True)
+    run = load_run(run_folder)
+    prompts = ["The cat", "天地", " the dog sat,\n"]
+    done = subprocess.run(
+        [transformers_python, "-c", textwrap.dedent(READ), tmp_path / "model", json.dumps(prompts)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     decoder = unstack(run.config.model, run.params, "float32")
     results = generate(decoder, run.tokenizer, prompts, DecodeConfig(max_new_tokens=12))
     graph = abstract_model(run.config.model)[0]
@@ -600,4 +831,6 @@ def test_transformers_reads_what_is_written(transformers_python, own, tmp_path, 
         assert written == [*ids, *result.tokens, *end]
         if "\ufffd" not in text + result.text:
             assert text == prompt + result.text
-        np.testing.assert_allclose(nnx.merge(graph, run.params)(jnp.array([ids]))[0], logits, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(
+            nnx.merge(graph, run.params)(jnp.array([ids]))[0], logits, rtol=0, atol=1e-4
+        )

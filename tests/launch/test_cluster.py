@@ -24,17 +24,26 @@ CLUSTER = ROOT / "launch" / "cluster"
 PATIENCE = 240  # seconds, for a start on a busy machine
 HEARTBEAT = 8  # seconds
 MEASURED = {"tokens_per_second", "mfu"}  # of the clock, not of the run
-# One process adds up in its memory, several over gloo, in another order: one unit in the last place of a float32
-# was measured.
+# One process adds up in its memory, several over gloo, in another order: one unit in the last place
+# of a float32 was measured.
 OTHER_ORDER = 4e-7
-SETTINGS = ["train.steps=8", "train.save_every=2", "train.eval_every=4", f"train.heartbeat_seconds={HEARTBEAT}",
-            "train.compare_every=3", "mesh.pipe=2", "train.micro_batch_size=1"]
+SETTINGS = [
+    "train.steps=8",
+    "train.save_every=2",
+    "train.eval_every=4",
+    f"train.heartbeat_seconds={HEARTBEAT}",
+    "train.compare_every=3",
+    "mesh.pipe=2",
+    "train.micro_batch_size=1",
+]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cluster")
-    words = np.random.default_rng(0).choice("sun moon tree river stone bird wind road".split(), (150, 60))
+    words = np.random.default_rng(0).choice(
+        "sun moon tree river stone bird wind road".split(), (150, 60)
+    )
     (folder / "text.txt").write_text("\n\n".join(" ".join(line) for line in words))
     prepare(folder / "text.txt", folder / "data", vocab_size=280, heldout=0.1, progress=False)
     return folder
@@ -43,14 +52,23 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def environment(folder):
     return os.environ | {
-        "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "PYTHON": sys.executable, "TMPDIR": str(folder),
-        "XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "MTNLG_WAIT": "0"}
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+        "PYTHON": sys.executable,
+        "TMPDIR": str(folder),
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "MTNLG_WAIT": "0",
+    }
 
 
 def flags_of(folder, name, *more) -> list[str]:
-    return [f"--config={ROOT / 'configs' / 'tiny.py'}", f"--workdir={folder / name}",
-            *(f"--set={setting}" for setting in (f"data.path={folder / 'data'}", *SETTINGS, *more))]
+    return [
+        f"--config={ROOT / 'configs' / 'tiny.py'}",
+        f"--workdir={folder / name}",
+        *(f"--set={setting}" for setting in (f"data.path={folder / 'data'}", *SETTINGS, *more)),
+    ]
 
 
 def launch(*flags) -> list[str]:
@@ -58,30 +76,45 @@ def launch(*flags) -> list[str]:
 
 
 def local(folder, name, processes, devices, *more) -> list[str]:
-    return launch("--cluster=local", f"--nodes={processes}", f"--local_devices={devices}",
-                  *flags_of(folder, name, *more))
+    return launch(
+        "--cluster=local",
+        f"--nodes={processes}",
+        f"--local_devices={devices}",
+        *flags_of(folder, name, *more),
+    )
 
 
 def numbers(workdir: Path) -> list[dict]:
-    return [{key: value for key, value in record.items() if key not in MEASURED}
-            for record in read_metrics(str(workdir / "metrics.jsonl"))]
+    return [
+        {key: value for key, value in record.items() if key not in MEASURED}
+        for record in read_metrics(str(workdir / "metrics.jsonl"))
+    ]
 
 
 @pytest.fixture(scope="module")
 def two(folder, environment) -> Path:
     """The run of two processes with four devices each, with a pipeline across them."""
-    done = subprocess.run(local(folder, "two", 2, 4), env=environment, text=True, capture_output=True,
-                          timeout=PATIENCE)
+    done = subprocess.run(
+        local(folder, "two", 2, 4),
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=PATIENCE,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("held out at step 8") == 1 and "\n1: next" not in done.stdout
     return folder / "two"
 
 
-@pytest.mark.slow  # tests/train/test_processes.py runs two processes that were not started by launch/cluster
+# tests/train/test_processes.py runs two processes that were not started by launch/cluster
+@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(two, folder):
-    config = load_config(str(ROOT / "configs" / "tiny.py"), [f"data.path={folder / 'data'}", *SETTINGS])
+    config = load_config(
+        str(ROOT / "configs" / "tiny.py"), [f"data.path={folder / 'data'}", *SETTINGS]
+    )
     loop.train(config, str(folder / "one"), show_progress=False)
-    here, there = numbers(folder / "one"), numbers(two)
+    here = numbers(folder / "one")
+    there = numbers(two)
     assert [r["kind"] for r in here] == [r["kind"] for r in there] == 2 * (["train"] * 4 + ["eval"])
     for ours, theirs in zip(here, there, strict=True):
         for key in ours.keys() & {"loss", "causal_loss", "learning_rate"}:
@@ -91,7 +124,9 @@ def test_two_processes_give_the_losses_of_one(two, folder):
     assert told["processes"] == 2 and told["devices"]["count"] == 8 and told["versions"]["jax"]
 
 
-def kill_one(workdir: Path, process: int, step: int, started: subprocess.Popen, how=signal.SIGKILL) -> None:
+def kill_one(
+    workdir: Path, process: int, step: int, started: subprocess.Popen, how=signal.SIGKILL
+) -> None:
     """The signal ``how`` to one process of the run, as soon as it has done ``step``."""
     deadline = time.monotonic() + PATIENCE
     while not any(r["step"] >= step for r in read_metrics(str(workdir / "metrics.jsonl"))):
@@ -100,10 +135,18 @@ def kill_one(workdir: Path, process: int, step: int, started: subprocess.Popen, 
     os.kill(int((workdir / f".lock-{process}").read_text().split()[0]), how)
 
 
-@pytest.mark.slow  # tests/train/test_kill.py kills processes that were not started by launch/cluster
-def test_one_killed_ends_all_and_the_next_start_ends_bit_for_bit_as_unkilled(two, folder, environment):
-    started = subprocess.Popen(local(folder, "killed", 2, 4), env=environment, text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT)
+# tests/train/test_kill.py kills processes that were not started by launch/cluster
+@pytest.mark.slow
+def test_one_killed_ends_all_and_the_next_start_ends_bit_for_bit_as_unkilled(
+    two, folder, environment
+):
+    started = subprocess.Popen(
+        local(folder, "killed", 2, 4),
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     kill_one(folder / "killed", 1, 5, started)
     killed = time.monotonic()
     for line in started.stdout:
@@ -119,38 +162,71 @@ def test_one_killed_ends_all_and_the_next_start_ends_bit_for_bit_as_unkilled(two
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "devices"), [(1, 8), (4, 2)])
-def test_a_killed_run_goes_on_with_other_processes_bit_for_bit(two, folder, environment, processes, devices):
+def test_a_killed_run_goes_on_with_other_processes_bit_for_bit(
+    two, folder, environment, processes, devices
+):
     name = f"other-{processes}"
-    started = subprocess.Popen([*local(folder, name, 2, 4), "--restarts=0"], env=environment, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    started = subprocess.Popen(
+        [*local(folder, name, 2, 4), "--restarts=0"],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     kill_one(folder / name, 0, 5, started)
     assert started.wait(PATIENCE) != 0
     before = len(numbers(folder / name))
     assert 5 <= before < 10
-    done = subprocess.run(local(folder, name, processes, devices), env=environment, text=True, capture_output=True,
-                          timeout=PATIENCE)
+    done = subprocess.run(
+        local(folder, name, processes, devices),
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=PATIENCE,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert numbers(folder / name) == numbers(two)
 
 
 @pytest.mark.slow
 def test_a_signal_to_one_stops_all_at_the_same_step(two, folder, environment):
-    started = subprocess.Popen([*local(folder, "stopped", 2, 4, "train.steps=400"), "--restarts=0"], env=environment,
-                               text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    started = subprocess.Popen(
+        [*local(folder, "stopped", 2, 4, "train.steps=400"), "--restarts=0"],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     kill_one(folder / "stopped", 1, 3, started, signal.SIGTERM)
     output, _ = started.communicate(timeout=PATIENCE)
     assert started.returncode == 75, output
-    lines = [line.partition(": ")[2] for line in output.splitlines() if "stopped by a signal after step" in line]
+    lines = [
+        line.partition(": ")[2]
+        for line in output.splitlines()
+        if "stopped by a signal after step" in line
+    ]
     assert len(lines) == 2 and lines[0] == lines[1]
 
 
 @pytest.mark.slow
 def test_processes_with_other_settings_get_one_line_each(folder, environment):
-    commands = subprocess.run([*local(folder, "other", 2, 4), "--dry_run"], env=environment, text=True,
-                              capture_output=True, check=True).stdout.splitlines()
-    started = [subprocess.Popen(["bash", "-c", f"{line} --set=train.seed={number}"], env=environment, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-               for number, line in enumerate(commands)]
+    commands = subprocess.run(
+        [*local(folder, "other", 2, 4), "--dry_run"],
+        env=environment,
+        text=True,
+        capture_output=True,
+        check=True,
+    ).stdout.splitlines()
+    started = [
+        subprocess.Popen(
+            ["bash", "-c", f"{line} --set=train.seed={number}"],
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for number, line in enumerate(commands)
+    ]
     said = [process.communicate(timeout=PATIENCE)[1] for process in started]
     assert [process.returncode for process in started] == [2, 2], said
     assert "train.seed=1 here, 0 in process 0" in said[1] and "disagrees with 1" in said[0]
@@ -161,68 +237,116 @@ TINY = ROOT / "configs" / "tiny.py"
 
 
 def dry_run(*flags, cwd=ROOT) -> str:
-    return subprocess.run(launch(f"--config={TINY}", "--workdir=/runs/a", "--set=train.steps=5", "--dry_run", *flags),
-                          text=True, capture_output=True, check=True, cwd=cwd).stdout
+    return subprocess.run(
+        launch(f"--config={TINY}", "--workdir=/runs/a", "--set=train.steps=5", "--dry_run", *flags),
+        text=True,
+        capture_output=True,
+        check=True,
+        cwd=cwd,
+    ).stdout
 
 
 def test_what_would_run():
     assert dry_run("--cluster=slurm", "--nodes=4", "--chips=8", "--option=--partition=gpu") == (
         f"MTNLG_RESTARTS=20 MTNLG_ROOT={ROOT} sbatch --job-name=mtnlg-jax --nodes=4 --gpus-per-node=8 "
         f"--ntasks-per-node=8 --export=ALL --partition=gpu {CLUSTER}/slurm.sbatch --config={TINY} --workdir=/runs/a "
-        "--set=train.steps=5\n")
+        "--set=train.steps=5\n"
+    )
     assert dry_run("--cluster=tpu_pod", "--name=pod", "--zone=us-east5-a", "--restarts=3") == (
         f"MTNLG_RESTARTS=3 bash {CLUSTER}/tpu_pod.sh pod us-east5-a --config=configs/tiny.py --workdir=/runs/a "
-        "--set=train.steps=5\n")
+        "--set=train.steps=5\n"
+    )
     lines = dry_run("--cluster=local", "--nodes=2", "--local_devices=4", "--flags=off").splitlines()
     assert [line.partition(" ")[2] for line in lines] == [
         f"{ROOT}/launch/pretrain.py --config={TINY} --workdir=/runs/a --set=train.steps=5 --flags=off --noprogress "
-        f"--local_devices=4 --coordinator=localhost:1234 --processes=2 --process_id={number}" for number in (0, 1)]
-    said = subprocess.run(["bash", CLUSTER / "tpu_pod.sh", "--dry_run", "pod", "zone", "--set=a b"], text=True,
-                          capture_output=True, check=True).stdout
-    assert said.startswith("gcloud compute tpus tpu-vm ssh pod --zone=zone --worker=all --command=cd")
+        f"--local_devices=4 --coordinator=localhost:1234 --processes=2 --process_id={number}"
+        for number in (0, 1)
+    ]
+    said = subprocess.run(
+        ["bash", CLUSTER / "tpu_pod.sh", "--dry_run", "pod", "zone", "--set=a b"],
+        text=True,
+        capture_output=True,
+        check=True,
+    ).stdout
+    assert said.startswith(
+        "gcloud compute tpus tpu-vm ssh pod --zone=zone --worker=all --command=cd"
+    )
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    (("--cluster=gke_gpu",), "needs --image and --accelerator and --claim"),
-    (("--cluster=tpu_pod",), "needs --zone"),
-    (("--cluster=gke_gpu", "--image=i", "--accelerator=a", "--claim=c", "--name=A_B"), "'A_B' does not suit"),
-    (("--cluster=local", "--set=train.step=3"), "did you mean 'steps'"),
-    (("--cluster=slurm", "--config=nowhere.py"), "'nowhere.py' is not a file"),
-    (("--cluster=local", "--workdir=~no-one/x"), "no user 'no-one'"),
-    (("--cluster=gke_gpu", "--workdir=run"), "--workdir: 'run' means a folder of this machine"),
-    (("--cluster=gke_tpu", "--workdir=~/run"), "--workdir: '~/run' means"),
-    (("--cluster=tpu_pod", "--set=data.path=../data"), "--set=data.path: '../data' means"),
-    (("--cluster=tpu_pod", "--set=train.stages=[{'distill': 'RUN0'}]"), "--set=train.stages: 'RUN0' means"),
-    (("--cluster=gke_gpu", "--set=data.blend=[('/a', 1), ('b', 1)]"), "--set=data.blend: 'b' means"),
-    (("--cluster=gke_gpu", "--config={outside}"), "lies outside"),
-])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--cluster=gke_gpu",), "needs --image and --accelerator and --claim"),
+        (("--cluster=tpu_pod",), "needs --zone"),
+        (
+            ("--cluster=gke_gpu", "--image=i", "--accelerator=a", "--claim=c", "--name=A_B"),
+            "'A_B' does not suit",
+        ),
+        (("--cluster=local", "--set=train.step=3"), "did you mean 'steps'"),
+        (("--cluster=slurm", "--config=nowhere.py"), "'nowhere.py' is not a file"),
+        (("--cluster=local", "--workdir=~no-one/x"), "no user 'no-one'"),
+        (("--cluster=gke_gpu", "--workdir=run"), "--workdir: 'run' means a folder of this machine"),
+        (("--cluster=gke_tpu", "--workdir=~/run"), "--workdir: '~/run' means"),
+        (("--cluster=tpu_pod", "--set=data.path=../data"), "--set=data.path: '../data' means"),
+        (
+            ("--cluster=tpu_pod", "--set=train.stages=[{'distill': 'RUN0'}]"),
+            "--set=train.stages: 'RUN0' means",
+        ),
+        (
+            ("--cluster=gke_gpu", "--set=data.blend=[('/a', 1), ('b', 1)]"),
+            "--set=data.blend: 'b' means",
+        ),
+        (("--cluster=gke_gpu", "--config={outside}"), "lies outside"),
+    ],
+)
 def test_what_is_missing_is_one_line(flags, message, tmp_path):
     (tmp_path / "mine.py").write_text(TINY.read_text())
     flags = [flag.replace("{outside}", str(tmp_path / "mine.py")) for flag in flags]
-    done = subprocess.run(launch(f"--config={TINY}", "--workdir=/W", "--dry_run", *flags), text=True,
-                          capture_output=True)
+    done = subprocess.run(
+        launch(f"--config={TINY}", "--workdir=/W", "--dry_run", *flags),
+        text=True,
+        capture_output=True,
+    )
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
 
 
 def manifest(kind: str, *flags) -> dict:
-    return yaml.safe_load(dry_run(f"--cluster={kind}", "--name=big", "--nodes=2", "--image=i", "--claim=runs",
-                                  "--set=train.stages=[{'name': 'a: b', 'masked': 0.5}]", *flags))
+    return yaml.safe_load(
+        dry_run(
+            f"--cluster={kind}",
+            "--name=big",
+            "--nodes=2",
+            "--image=i",
+            "--claim=runs",
+            "--set=train.stages=[{'name': 'a: b', 'masked': 0.5}]",
+            *flags,
+        )
+    )
 
 
-@pytest.mark.parametrize(("kind", "flags", "resource", "replicas"), [
-    ("gke_gpu", ["--accelerator=nvidia-h100-80gb"], "nvidia.com/gpu", 1),
-    ("gke_tpu", ["--accelerator=tpu-v6e-slice", "--topology=4x4", "--slices=3"], "google.com/tpu", 3),
-])
+@pytest.mark.parametrize(
+    ("kind", "flags", "resource", "replicas"),
+    [
+        ("gke_gpu", ["--accelerator=nvidia-h100-80gb"], "nvidia.com/gpu", 1),
+        (
+            "gke_tpu",
+            ["--accelerator=tpu-v6e-slice", "--topology=4x4", "--slices=3"],
+            "google.com/tpu",
+            3,
+        ),
+    ],
+)
 def test_manifests_are_jobsets(kind, flags, resource, replicas):
-    """The fields that the JobSet API (jobset.x-k8s.io/v1alpha2) and the Job API behind it require or that the
-    restart depends on."""
+    """The fields that the JobSet API (jobset.x-k8s.io/v1alpha2) and the Job API behind it require
+    or that the restart depends on."""
     found = manifest(kind, *flags)
     assert (found["apiVersion"], found["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     assert found["metadata"]["name"] == "big"
     assert found["spec"].keys() == {"failurePolicy", "replicatedJobs"}
     policy = found["spec"]["failurePolicy"]
     assert policy["maxRestarts"] == 20 and policy["rules"] == [
-        {"name": "badInput", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}]
+        {"name": "badInput", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+    ]
     [jobs] = found["spec"]["replicatedJobs"]
     assert jobs["replicas"] == replicas
     job = jobs["template"]["spec"]
@@ -232,25 +356,49 @@ def test_manifests_are_jobsets(kind, flags, resource, replicas):
     pod = job["template"]["spec"]
     assert pod["restartPolicy"] == "Never"  # what a podFailurePolicy requires
     [container] = pod["containers"]
-    assert rule == {"action": "FailJob", "onExitCodes": {"containerName": container["name"], "operator": "In",
-                                                         "values": [2, 3, 5]}}
+    assert rule == {
+        "action": "FailJob",
+        "onExitCodes": {"containerName": container["name"], "operator": "In", "values": [2, 3, 5]},
+    }
     assert container["resources"]["limits"] == {resource: 8}
     volumes = {volume["name"] for volume in pod["volumes"]}
     assert {mount["name"] for mount in container["volumeMounts"]} == volumes
     assert container["command"] == ["bash", "-c"] and len(container["args"]) == 1
-    words = subprocess.run(["bash", "-c", container["args"][0].replace("exec python", "printf '%s\\n'")], text=True,
-                           capture_output=True, check=True, env={"JOB_COMPLETION_INDEX": "1"}).stdout.splitlines()
-    assert words[:1] == ["launch/pretrain.py"] and "--set=train.stages=[{'name': 'a: b', 'masked': 0.5}]" in words
-    assert ("--process_id=1" in words) == (kind == "gke_gpu") and ("--distributed=on" in words) == (kind == "gke_tpu")
+    words = subprocess.run(
+        ["bash", "-c", container["args"][0].replace("exec python", "printf '%s\\n'")],
+        text=True,
+        capture_output=True,
+        check=True,
+        env={"JOB_COMPLETION_INDEX": "1"},
+    ).stdout.splitlines()
+    assert (
+        words[:1] == ["launch/pretrain.py"]
+        and "--set=train.stages=[{'name': 'a: b', 'masked': 0.5}]" in words
+    )
+    assert ("--process_id=1" in words) == (kind == "gke_gpu") and ("--distributed=on" in words) == (
+        kind == "gke_tpu"
+    )
 
 
 def test_a_home_folder_of_the_hosts_is_theirs():
-    said = dry_run("--cluster=tpu_pod", "--zone=z", "--workdir=~/run", "--set=data.path=~/data", cwd=ROOT / "tests")
-    assert "'--workdir=~/run'" in said and "'--set=data.path=~/data'" in said and "--config=configs/tiny.py" in said
+    said = dry_run(
+        "--cluster=tpu_pod",
+        "--zone=z",
+        "--workdir=~/run",
+        "--set=data.path=~/data",
+        cwd=ROOT / "tests",
+    )
+    assert (
+        "'--workdir=~/run'" in said
+        and "'--set=data.path=~/data'" in said
+        and "--config=configs/tiny.py" in said
+    )
 
 
-# Stands in for launch/pretrain.py beside a copy of launch.py: says where it is and what it was given, and does what
-# the file "orders" says of it: a line a start, of a word a process, its exit code or "wait" for a signal.
+# Stands in for launch/pretrain.py beside a copy of launch.py: says where it is and what it was
+# given, and does what
+# the file "orders" says of it: a line a start, of a word a process, its exit code or "wait" for a
+# signal.
 STAND_IN = """
 import os, signal, sys, time
 from mtnlg_jax import command
@@ -280,7 +428,8 @@ sys.exit(75 if heard else int(order))
 
 @pytest.fixture
 def stand_in(tmp_path):
-    """stand_in(orders, *flags) -> a started launch.py of as many processes as a line of orders has words."""
+    """stand_in(orders, *flags) -> a started launch.py of as many processes as a line of orders has
+    words."""
     (tmp_path / "launch/cluster").mkdir(parents=True)
     (tmp_path / "typed").mkdir()
     (tmp_path / "launch/cluster/launch.py").write_text((CLUSTER / "launch.py").read_text())
@@ -289,12 +438,33 @@ def stand_in(tmp_path):
 
     def start(orders: str, *flags, before=(), **options) -> subprocess.Popen:
         (tmp_path / "orders").write_text(orders)
-        argv = [*before, sys.executable, str(tmp_path / "launch/cluster/launch.py"), "--cluster=local",
-                   f"--nodes={len(orders.splitlines()[0].split())}", f"--config={TINY}", "--workdir=myrun",
-                   "--set=data.path=../data", *flags]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "STAND_IN": str(tmp_path), "MTNLG_WAIT": "0"}
-        started.append(subprocess.Popen(argv, cwd=tmp_path / "typed", env=environment, text=True,
-                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options))
+        argv = [
+            *before,
+            sys.executable,
+            str(tmp_path / "launch/cluster/launch.py"),
+            "--cluster=local",
+            f"--nodes={len(orders.splitlines()[0].split())}",
+            f"--config={TINY}",
+            "--workdir=myrun",
+            "--set=data.path=../data",
+            *flags,
+        ]
+        environment = os.environ | {
+            "PYTHONPATH": str(ROOT),
+            "STAND_IN": str(tmp_path),
+            "MTNLG_WAIT": "0",
+        }
+        started.append(
+            subprocess.Popen(
+                argv,
+                cwd=tmp_path / "typed",
+                env=environment,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                **options,
+            )
+        )
         return started[-1]
 
     yield start
@@ -317,11 +487,15 @@ def lines_until_started(process: subprocess.Popen, count: int) -> None:
         count -= "started" in line
 
 
-@pytest.mark.parametrize(("orders", "code", "starts"), [
-    ("74 6\n134 74\n0 0", 0, 3),  # what may pass is started again
-    ("134 2\n", 2, 1), ("5 5\n", 5, 1),
-    ("134 74\n6 74\n134 74\n", 74, 3),  # --restarts=2
-])
+@pytest.mark.parametrize(
+    ("orders", "code", "starts"),
+    [
+        ("74 6\n134 74\n0 0", 0, 3),  # what may pass is started again
+        ("134 2\n", 2, 1),
+        ("5 5\n", 5, 1),
+        ("134 74\n6 74\n134 74\n", 74, 3),  # --restarts=2
+    ],
+)
 def test_what_may_pass_is_started_again(stand_in, tmp_path, orders, code, starts):
     process = stand_in(orders, "--restarts=2")
     output, _ = process.communicate(timeout=PATIENCE)
@@ -360,21 +534,33 @@ def test_a_launcher_whose_output_nobody_reads_goes_on(stand_in, tmp_path):
     wait_for(tmp_path / "ended-1")
     process.terminate()
     wait_for(tmp_path / "ended-0", "SIGTERM")
-    assert process.wait(PATIENCE) in (75, 128 + signal.SIGTERM)  # the latter of one that was just ending
+    assert process.wait(PATIENCE) in (
+        75,
+        128 + signal.SIGTERM,
+    )  # the latter of one that was just ending
 
 
 def test_exit_codes_are_said_in_one_way():
     """The scripts and the page repeat what mtnlg_jax/errors.py says."""
     final = sorted(errors.FINAL)
-    for name, pattern in {"slurm.sbatch": r"([\d |]+)\) echo", "tpu_pod.sh": r"case \$code in ([\d |]+)\)",
-                          "gke_gpu.yaml": r"values: \[([\d, ]+)\]", "gke_tpu.yaml": r"values: \[([\d, ]+)\]"}.items():
+    for name, pattern in {
+        "slurm.sbatch": r"([\d |]+)\) echo",
+        "tpu_pod.sh": r"case \$code in ([\d |]+)\)",
+        "gke_gpu.yaml": r"values: \[([\d, ]+)\]",
+        "gke_tpu.yaml": r"values: \[([\d, ]+)\]",
+    }.items():
         [found] = re.findall(pattern, (CLUSTER / name).read_text())
         assert sorted(map(int, re.findall(r"\d+", found))) == final, name
-    rows = re.findall(r"^\| (\d+) \| .* \| (\w+)[^|]* \|$", (ROOT / "docs/many_processes.md").read_text(), re.MULTILINE)
+    rows = re.findall(
+        r"^\| (\d+) \| .* \| (\w+)[^|]* \|$",
+        (ROOT / "docs/many_processes.md").read_text(),
+        re.MULTILINE,
+    )
     said = {int(code): again for code, again in rows}
     assert {code for code, again in said.items() if again == "no"} == set(final)
     assert {errors.STUCK, errors.PROCESS_LOST, errors.PASSING, errors.PREEMPTED} <= {
-        code for code, again in said.items() if again == "yes"}
+        code for code, again in said.items() if again == "yes"
+    }
     named = (ROOT / "mtnlg_jax/cli/pretrain.py").read_text().split('"""')[1]
     for code in (*final, errors.STUCK, errors.PROCESS_LOST, errors.PASSING, errors.PREEMPTED):
         assert re.search(rf"\b{code}\b", named.partition("Exit codes:")[2]), code
@@ -382,87 +568,152 @@ def test_exit_codes_are_said_in_one_way():
 
 @pytest.fixture
 def tools(tmp_path, environment):
-    """tools(name, text): a program of that name before all others on the PATH, in an environment."""
+    """tools(name, text): a program of that name before all others on the PATH, in an
+    environment."""
     (tmp_path / "bin").mkdir()
 
     def add(name: str, text: str) -> dict:
         program = tmp_path / "bin" / name
         program.write_text("#!/usr/bin/env bash\n" + text)
         program.chmod(0o755)
-        return environment | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls"),
-                              "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7"}
+        return environment | {
+            "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+            "CALLS": str(tmp_path / "calls"),
+            "SLURM_SUBMIT_DIR": str(tmp_path),
+            "SLURM_JOB_ID": "7",
+        }
 
     return add
 
 
-@pytest.mark.parametrize(("codes", "calls"), [
-    ([0], []), ([75, 75, 0], ["requeue", "requeue"]), ([74, 0], ["requeue"]),
-    ([134, 6, 0], ["requeue", "requeue"]), ([2], []), ([3], []),
-    ([6, 134, 6], ["requeue", "requeue"]),  # no third one: MTNLG_RESTARTS=2
-])
+@pytest.mark.parametrize(
+    ("codes", "calls"),
+    [
+        ([0], []),
+        ([75, 75, 0], ["requeue", "requeue"]),
+        ([74, 0], ["requeue"]),
+        ([134, 6, 0], ["requeue", "requeue"]),
+        ([2], []),
+        ([3], []),
+        ([6, 134, 6], ["requeue", "requeue"]),  # no third one: MTNLG_RESTARTS=2
+    ],
+)
 def test_slurm_queues_again_what_is_worth_it(tools, tmp_path, codes, calls):
     tools("scontrol", 'echo "$1" >>"$CALLS"\n')
-    environment = tools("srun", 'echo "$@" >>"$CALLS.srun"; exit "$CODE"\n') | {"MTNLG_RESTARTS": "2"}
+    environment = tools("srun", 'echo "$@" >>"$CALLS.srun"; exit "$CODE"\n') | {
+        "MTNLG_RESTARTS": "2"
+    }
     for code in codes:
-        done = subprocess.run(["bash", CLUSTER / "slurm.sbatch", "--workdir=a b"], env=environment | {
-            "CODE": str(code)}, text=True, capture_output=True)
+        done = subprocess.run(
+            ["bash", CLUSTER / "slurm.sbatch", "--workdir=a b"],
+            env=environment | {"CODE": str(code)},
+            text=True,
+            capture_output=True,
+        )
         assert done.returncode == code, done.stderr
     queued = tmp_path / "calls"
     assert (queued.read_text().split() if queued.exists() else []) == calls
-    assert (tmp_path / "calls.srun").read_text().splitlines()[0].endswith(
-        "launch/pretrain.py --distributed=on --noprogress --workdir=a b")
+    assert (
+        (tmp_path / "calls.srun")
+        .read_text()
+        .splitlines()[0]
+        .endswith("launch/pretrain.py --distributed=on --noprogress --workdir=a b")
+    )
 
 
-@pytest.mark.parametrize(("runs", "code"), [
-    (["0 0"], 0), (["6 134", "0 0"], 0), (["74 134", "0 0"], 0),
-    (["6 2"], 2), (["134 6", "6 6", "75 75"], 1), (["", "0 0"], 0)])
+@pytest.mark.parametrize(
+    ("runs", "code"),
+    [
+        (["0 0"], 0),
+        (["6 134", "0 0"], 0),
+        (["74 134", "0 0"], 0),
+        (["6 2"], 2),
+        (["134 6", "6 6", "75 75"], 1),
+        (["", "0 0"], 0),
+    ],
+)
 def test_a_tpu_pod_starts_again_what_is_worth_it(tools, tmp_path, runs, code):
     (tmp_path / "runs").write_text("".join(run + "\n" for run in runs))
-    environment = tools("gcloud", f"""
+    environment = tools(
+        "gcloud",
+        f"""
         codes=$(head -n 1 {tmp_path}/runs); sed -i 1d {tmp_path}/runs
         for code in $codes; do echo "host ended with $code"; done
         echo "$@" >>"$CALLS"
-    """) | {"MTNLG_RESTARTS": "2"}
-    done = subprocess.run(["bash", CLUSTER / "tpu_pod.sh", "pod", "zone", "--set=x"], env=environment, text=True,
-                          capture_output=True)
+    """,
+    ) | {"MTNLG_RESTARTS": "2"}
+    done = subprocess.run(
+        ["bash", CLUSTER / "tpu_pod.sh", "pod", "zone", "--set=x"],
+        env=environment,
+        text=True,
+        capture_output=True,
+    )
     assert done.returncode == code, done.stderr
-    assert (tmp_path / "runs").read_text() == "" and len((tmp_path / "calls").read_text().splitlines()) == len(runs)
+    assert (tmp_path / "runs").read_text() == "" and len(
+        (tmp_path / "calls").read_text().splitlines()
+    ) == len(runs)
 
 
 @pytest.mark.slow
 def test_the_slurm_script_runs_here(two, folder, tools):
     """srun's part is to start the tasks and to tell each of them which one it is."""
-    environment = tools("srun", """
+    environment = tools(
+        "srun",
+        """
         while [[ "$1" == -* ]]; do shift; done
         export SLURM_STEP_NODELIST=localhost SLURM_NTASKS=2 SLURM_JOB_ID=$RANDOM
         SLURM_PROCID=0 SLURM_LOCALID=0 "$@" & first=$!
         SLURM_PROCID=1 SLURM_LOCALID=1 "$@" || exit
         wait $first
-    """) | {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "7"}
-    done = subprocess.run(["bash", CLUSTER / "slurm.sbatch", *flags_of(folder, "slurm"), "--local_devices=4"],
-                          env=environment, text=True, capture_output=True, timeout=PATIENCE)
+    """,
+    ) | {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "7"}
+    done = subprocess.run(
+        ["bash", CLUSTER / "slurm.sbatch", *flags_of(folder, "slurm"), "--local_devices=4"],
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=PATIENCE,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert numbers(folder / "slurm") == numbers(two)
 
 
 @pytest.mark.slow
 def test_the_tpu_pod_script_runs_here(two, folder, tools, tmp_path):
-    """gcloud's part is to run the command on every host; SLURM's variables stand in for a TPU's metadata."""
+    """gcloud's part is to run the command on every host; SLURM's variables stand in for a TPU's
+    metadata."""
     home = tmp_path / "mtnlg_jax"
     (home / ".venv/bin").mkdir(parents=True)
     (home / ".venv/bin/python").write_text(f'#!/usr/bin/env bash\nexec {sys.executable} "$@"\n')
     (home / ".venv/bin/python").chmod(0o755)
     (home / "launch").symlink_to(ROOT / "launch")
-    environment = tools("gcloud", """
+    environment = tools(
+        "gcloud",
+        """
         for argument; do case $argument in --command=*) command="${argument#--command=}" ;; esac; done
         export SLURM_STEP_NODELIST=localhost SLURM_NTASKS=2 SLURM_JOB_ID=$RANDOM
         for host in 0 1; do SLURM_PROCID=$host SLURM_LOCALID=$host bash -c "$command" & done
         wait
-    """)
-    done = subprocess.run(["bash", CLUSTER / "tpu_pod.sh", "pod", "zone", *flags_of(folder, "pod"),
-                           "--local_devices=4"], env=environment, cwd=tmp_path, text=True, capture_output=True,
-                          timeout=PATIENCE)
-    assert done.returncode == 0 and done.stdout.count("host ended with 0") == 2, done.stdout + done.stderr
+    """,
+    )
+    done = subprocess.run(
+        [
+            "bash",
+            CLUSTER / "tpu_pod.sh",
+            "pod",
+            "zone",
+            *flags_of(folder, "pod"),
+            "--local_devices=4",
+        ],
+        env=environment,
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 0 and done.stdout.count("host ended with 0") == 2, (
+        done.stdout + done.stderr
+    )
     assert numbers(folder / "pod") == numbers(two)
 
 
@@ -471,12 +722,22 @@ def test_the_command_of_a_manifest_runs_here(two, folder, tools):
     """A pod's part is its number; here the name of the first pod is localhost."""
     tools("python", f'exec {sys.executable} "$@"\n')
     found = manifest("gke_gpu", "--accelerator=x")
-    [text] = found["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]["args"]
+    [text] = found["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"][
+        "containers"
+    ][0]["args"]
     text = text.partition(" --config")[0].replace("big-workers-0-0.big:1234", "localhost:$PORT")
     port = str(20000 + os.getpid() % 20000)
-    started = [subprocess.Popen(["bash", "-c", f'{text} "$@"', "bash", *flags_of(folder, "gke"), "--local_devices=4"],
-                                env=tools("true", "") | {"JOB_COMPLETION_INDEX": str(number), "PORT": port}, cwd=ROOT,
-                                text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for number in (0, 1)]
+    started = [
+        subprocess.Popen(
+            ["bash", "-c", f'{text} "$@"', "bash", *flags_of(folder, "gke"), "--local_devices=4"],
+            env=tools("true", "") | {"JOB_COMPLETION_INDEX": str(number), "PORT": port},
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for number in (0, 1)
+    ]
     said = [process.communicate(timeout=PATIENCE)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], said
     assert numbers(folder / "gke") == numbers(two)

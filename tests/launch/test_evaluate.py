@@ -1,4 +1,5 @@
-"""launch/evaluate.py from end to end: what it says of a text, of many, and of what it cannot read."""
+"""launch/evaluate.py from end to end: what it says of a text, of many, and of what it cannot
+read."""
 
 import gzip
 import json
@@ -20,7 +21,9 @@ def folder(tmp_path_factory):
     (folder / "cut.jsonl").write_text('{"text": "the whale"}\n{"text": "cut sh')
     (folder / "empty.txt").write_text(" \n")
     (folder / "many").mkdir()
-    (folder / "many" / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "the whale"}\n{"text": " "}\n'))
+    (folder / "many" / "a.jsonl.gz").write_bytes(
+        gzip.compress(b'{"text": "the whale"}\n{"text": " "}\n')
+    )
     (folder / "many" / "b.txt").write_bytes(b"swam \xff north again and again")
     (folder / "many" / "photo.jpg").write_bytes(b"x")
     return folder
@@ -30,25 +33,38 @@ def folder(tmp_path_factory):
 def ask(answering, folder):
     train_tokenizer(["the whale swam north again\n"] * 9, 300).save(folder / "tokenizer")
     answer = answering("evaluate.py", folder / "tokenizer", positions=64, new_tokens=8)
-    return lambda *arguments, stdin=b"": answer(*(each.replace("{folder}", str(folder)) for each in arguments),
-                                                stdin=stdin)
+    return lambda *arguments, stdin=b"": answer(
+        *(each.replace("{folder}", str(folder)) for each in arguments), stdin=stdin
+    )
 
 
 def test_a_text_and_its_figures(ask):
     code, out, err = ask("--workdir=RUN", "--input={folder}/a.txt")
     assert (code, err) == (0, "") and "1 document(s), 27 bytes" in out
     assert "word perplexity" in out and "of 5 words" in out
-    record = json.loads(ask("--workdir=RUN", "--input={folder}/a.txt", "--json", "--dtype=bfloat16")[1])
-    assert record["words"] == 5 and record["left_out"] == {} and record["rounded"]["dtype"] == "bfloat16"
+    record = json.loads(
+        ask("--workdir=RUN", "--input={folder}/a.txt", "--json", "--dtype=bfloat16")[1]
+    )
+    assert (
+        record["words"] == 5
+        and record["left_out"] == {}
+        and record["rounded"]["dtype"] == "bfloat16"
+    )
     marked = b"\xef\xbb\xbfthe whale swam north again\n"
     typed = json.loads(ask("--workdir=RUN", "--input=-", "--json", stdin=marked)[1])
-    assert typed["loss"] == pytest.approx(record["loss"], rel=1e-6), "a byte order mark is no part of the text"
+    assert typed["loss"] == pytest.approx(record["loss"], rel=1e-6), (
+        "a byte order mark is no part of the text"
+    )
 
 
 def test_keys_are_named_and_what_is_left_out_is_counted(ask):
-    record = json.loads(ask("--workdir=RUN", "--input={folder}/rows.jsonl", "--text_key=text|body", "--json")[1])
+    record = json.loads(
+        ask("--workdir=RUN", "--input={folder}/rows.jsonl", "--text_key=text|body", "--json")[1]
+    )
     assert record["documents"] == 2 and record["bytes"] == 19
-    record = json.loads(ask("--workdir=RUN", "--input={folder}/cut.jsonl", "--on_error=skip", "--json")[1])
+    record = json.loads(
+        ask("--workdir=RUN", "--input={folder}/cut.jsonl", "--on_error=skip", "--json")[1]
+    )
     assert record["documents"] == 1 and record["left_out"]["damaged"] == 1
     assert ask("--workdir=RUN", "--input={folder}/many")[0] == 2
     code, out, err = ask("--workdir=RUN", "--input={folder}/many", "--on_error=skip")
@@ -57,19 +73,33 @@ def test_keys_are_named_and_what_is_left_out_is_counted(ask):
         assert told in err
 
 
-@pytest.mark.parametrize(("arguments", "stdin", "message"), [
-    (["--input={folder}/rows.jsonl"], b"", "no 'text' among body; name the right one with"),
-    (["--input={folder}/cut.jsonl"], b"", "drop what is damaged with"),
-    (["--input={folder}/empty.txt"], b"", "holds no text; give a file or a folder with some"),
-    (["--input=-"], b" \n", "standard input holds no text"),
-    (["--input=-"], b"\xff\xfa", "standard input: line 1: byte 0xff at 0 is not UTF-8"),
-    (["--input={folder}/a.txt", "--stride=65"], b"", "stride=65 lies outside [1, 64]"),
-    (["--input={folder}/a.txt", "--adapt=-1"], b"", "adapt=-1"),
-    (["--input={folder}/a.txt", "--adapt=1e-3", "--cache=int8"], b"", "--cache=int8 rounds them; leave one"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "message"),
+    [
+        (["--input={folder}/rows.jsonl"], b"", "no 'text' among body; name the right one with"),
+        (["--input={folder}/cut.jsonl"], b"", "drop what is damaged with"),
+        (["--input={folder}/empty.txt"], b"", "holds no text; give a file or a folder with some"),
+        (["--input=-"], b" \n", "standard input holds no text"),
+        (["--input=-"], b"\xff\xfa", "standard input: line 1: byte 0xff at 0 is not UTF-8"),
+        (["--input={folder}/a.txt", "--stride=65"], b"", "stride=65 lies outside [1, 64]"),
+        (["--input={folder}/a.txt", "--adapt=-1"], b"", "adapt=-1"),
+        (
+            ["--input={folder}/a.txt", "--adapt=1e-3", "--cache=int8"],
+            b"",
+            "--cache=int8 rounds them; leave one",
+        ),
+    ],
+)
 def test_bad_input_is_one_line_and_names_only_flags_that_exist(ask, arguments, stdin, message):
     code, out, err = ask("--workdir=RUN", *arguments, stdin=stdin)
-    assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1 and message in err
+    assert (
+        (code, out) == (2, "")
+        and err.startswith("error: ")
+        and err.count("\n") == 1
+        and message in err
+    )
     source = (SCRIPT.parents[1] / "mtnlg_jax/cli" / SCRIPT.name).read_text()
     known = set(re.findall(r'(?:DEFINE_\w+|define_path)\("(\w+)"', source))
-    assert set(re.findall(r"--(\w+)", err)) | set(re.findall(r"\b(on_error|text_key)\b", err)) <= known
+    assert (
+        set(re.findall(r"--(\w+)", err)) | set(re.findall(r"\b(on_error|text_key)\b", err)) <= known
+    )

@@ -1,6 +1,8 @@
-"""launch/setup.sh on machines that lack something: each gets one line and exit code 2, none is left broken.
+"""launch/setup.sh on machines that lack something: each gets one line and exit code 2, none is left
+broken.
 
-The machines are folders of small stand-ins on an otherwise empty PATH, so nothing here installs or downloads.
+The machines are folders of small stand-ins on an otherwise empty PATH, so nothing here installs or
+downloads.
 """
 
 import os
@@ -16,8 +18,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = "awk bash cat cksum cp cut df dirname du flock mkdir mv rm sleep sort tr touch"
 
-# A Python of the wanted version. It answers the questions of setup.sh by running them in the real one, with
-# what differs put in first; `-m venv` copies it into the new folder; `-m pip` ends as the file "pip" says.
+# A Python of the wanted version. It answers the questions of setup.sh by running them in the real
+# one, with what differs put in first; `-m venv` copies it into the new folder; `-m pip` ends as the
+# file "pip" says.
 STAND_IN = """#!{bash}
 home="${{0%/*}}"
 case "$2 $3" in
@@ -42,7 +45,9 @@ class Machine:
     """A copy of the set-up scripts in an empty folder, and a PATH with only what is put there."""
 
     def __init__(self, room: Path):
-        self.room, self.repository, self.path = room, room / "a checkout", room / "bin"
+        self.room = room
+        self.repository = room / "a checkout"
+        self.path = room / "bin"
         (self.repository / "launch").mkdir(parents=True)
         for name in ("setup.py", "launch/setup.sh", "launch/constraints.txt"):
             shutil.copy(ROOT / name, self.repository / name)
@@ -74,7 +79,9 @@ class Machine:
         if without:
             lie += f'; sys.modules["{without}"] = None'
         bash = shutil.which("bash")
-        return self.add(name, STAND_IN.format(bash=bash, python=sys.executable, lie=lie, room=self.room))
+        return self.add(
+            name, STAND_IN.format(bash=bash, python=sys.executable, lie=lie, room=self.room)
+        )
 
     def start(self, kind="run", **environment) -> subprocess.Popen:
         environment = {"PATH": str(self.path), "HOME": str(self.room)} | environment
@@ -114,7 +121,9 @@ def machine(tmp_path) -> Machine:
 def test_only_pythons_that_are_too_old(machine):
     machine.add_python("python3", "3.9.2")
     line = machine.refusal()
-    assert "found 3.9.2;" in line and "needs Python 3.12 to 3.14" in line and "MTNLG_PYTHON=" in line
+    assert (
+        "found 3.9.2;" in line and "needs Python 3.12 to 3.14" in line and "MTNLG_PYTHON=" in line
+    )
     assert not (machine.repository / ".venv").exists()
 
 
@@ -129,7 +138,9 @@ def test_no_python_at_all(machine):
 
 def test_a_debian_python_without_venv_is_passed_over(machine):
     machine.add_python("python3.13", "3.13.1", without="ensurepip")
-    assert "3.13.1 (without venv; on Debian and Ubuntu: apt install python3-venv)" in machine.refusal()
+    assert (
+        "3.13.1 (without venv; on Debian and Ubuntu: apt install python3-venv)" in machine.refusal()
+    )
     machine.add_python("python3", "3.12.4")
     assert "with Python 3.12.4" in machine.set_up()
 
@@ -193,7 +204,9 @@ def test_a_second_run_installs_nothing_until_something_changes(machine):
 
     assert "ready" in machine.set_up("dev")
     assert machine.pip_calls()[1].endswith("-e .[dev]")
-    assert machine.set_up("dev") == "" == machine.set_up("run"), "the test tools come on top of all the rest"
+    assert machine.set_up("dev") == "" == machine.set_up("run"), (
+        "the test tools come on top of all the rest"
+    )
 
     with (machine.repository / "launch/constraints.txt").open("a") as constraints:
         constraints.write("six==1.17.0\n")
@@ -258,7 +271,9 @@ Collecting jax
 ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device"""
 
 
-@pytest.mark.parametrize("words", [NO_NETWORK, NO_NETWORK_NO_RETRIES], ids=["retries", "no retries"])
+@pytest.mark.parametrize(
+    "words", [NO_NETWORK, NO_NETWORK_NO_RETRIES], ids=["retries", "no retries"]
+)
 def test_no_network_is_one_line_and_harms_nothing(machine, words):
     machine.add_python("python3", "3.13.0")
     machine.pip(words)
@@ -283,7 +298,9 @@ def test_a_disk_that_fills_up(machine):
 
 def test_any_other_failure_of_pip_names_its_error_and_the_log(machine):
     machine.add_python("python3", "3.13.0")
-    machine.pip("Collecting jax\nERROR: Cannot install jax and flax: versions in conflict\nmore words")
+    machine.pip(
+        "Collecting jax\nERROR: Cannot install jax and flax: versions in conflict\nmore words"
+    )
     line = machine.refusal()
     assert "Cannot install jax and flax" in line and "setup.log" in line
     assert "more words" in (machine.repository / ".venv/setup.log").read_text()
@@ -292,7 +309,9 @@ def test_any_other_failure_of_pip_names_its_error_and_the_log(machine):
 def test_too_little_space_is_said_before_anything_is_done(machine):
     machine.add_python("python3", "3.13.0")
     (machine.path / "df").unlink()
-    machine.add("df", f"#!{shutil.which('bash')}\necho header\necho /dev/x 9999999 9000000 409600 96% /\n")
+    machine.add(
+        "df", f"#!{shutil.which('bash')}\necho header\necho /dev/x 9999999 9000000 409600 96% /\n"
+    )
     line = machine.refusal()
     assert line.startswith("no space:") and "400 MB free" in line and "2000 MB" in line
     assert not (machine.repository / ".venv").exists()
@@ -300,7 +319,8 @@ def test_too_little_space_is_said_before_anything_is_done(machine):
 
 def test_a_folder_that_cannot_be_written(machine):
     machine.add_python("python3", "3.13.0")
-    # A folder in the lock's place refuses everyone, the administrator included, who may write anywhere else.
+    # A folder in the lock's place refuses everyone, the administrator included, who may write
+    # anywhere else.
     (machine.repository / ".venv.lock").mkdir()
     line = machine.refusal()
     assert line.startswith("cannot write in") and not (machine.repository / ".venv").exists()
@@ -317,7 +337,12 @@ def test_two_at_once_take_turns(machine):
 
 
 def test_the_real_pip_without_a_network(machine):
-    """Its own words, of which the stand-in repeats some: a closed port instead of the package index."""
+    """Its own words, of which the stand-in repeats some: a closed port instead of the package
+    index."""
     real = getattr(sys, "_base_executable", sys.executable)
-    closed = {"PIP_INDEX_URL": "http://127.0.0.1:9/", "PIP_RETRIES": "1", "PIP_CONFIG_FILE": os.devnull}
+    closed = {
+        "PIP_INDEX_URL": "http://127.0.0.1:9/",
+        "PIP_RETRIES": "1",
+        "PIP_CONFIG_FILE": os.devnull,
+    }
     assert machine.refusal(MTNLG_PYTHON=real, **closed).startswith("no network:")

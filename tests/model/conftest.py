@@ -13,18 +13,29 @@ from mtnlg_jax.model.attention import attention
 @pytest.fixture(scope="session")
 def longhand():
     """visible(...), reference(...), inputs(...), everything(...), compare(...): see below."""
-    return SimpleNamespace(visible=_visible, reference=_reference, inputs=_inputs, everything=_everything,
-                           compare=_compare, as_arrays=_as_arrays)
+    return SimpleNamespace(
+        visible=_visible,
+        reference=_reference,
+        inputs=_inputs,
+        everything=_everything,
+        compare=_compare,
+        as_arrays=_as_arrays,
+    )
 
 
-def _visible(rows, queries, keys, *, causal=True, segment_ids=None, kv_lengths=None, q_offset=0, window=None):
-    """(rows, queries, keys) booleans: the sentences of attention()'s docstring, one pair at a time."""
+def _visible(
+    rows, queries, keys, *, causal=True, segment_ids=None, kv_lengths=None, q_offset=0, window=None
+):
+    """(rows, queries, keys) booleans: the sentences of attention()'s docstring, one pair at a
+    time."""
     seen = np.zeros((rows, queries, keys), bool)
     for b, i, j in np.ndindex(seen.shape):
         position = (q_offset if np.ndim(q_offset) == 0 else q_offset[b]) + i
         see = not (causal and j > position)
         if segment_ids is not None:
-            q_ids, kv_ids = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+            q_ids, kv_ids = (
+                segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+            )
             see = see and q_ids[b][i] == kv_ids[b][j]
         if kv_lengths is not None:
             see = see and j < kv_lengths[b]
@@ -41,14 +52,18 @@ def _reference(q, k, v, d_out, d_lse, *, softcap=None, scale=None, bias=None, **
     keys, kv_heads = k.shape[1:3]
     scale = width**-0.5 if scale is None else scale
     seen = _visible(rows, queries, keys, **mask)
-    out, lse = np.zeros_like(q), np.full((rows, heads, queries), -np.inf)
-    dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
+    out = np.zeros_like(q)
+    lse = np.full((rows, heads, queries), -np.inf)
+    dq = np.zeros_like(q)
+    dk = np.zeros_like(k)
+    dv = np.zeros_like(v)
     for b, n, i in np.ndindex(rows, heads, queries):
         g = n * kv_heads // heads  # the key/value head of query head n
         at = np.flatnonzero(seen[b, i])
         if not len(at):
             continue
-        scores, slope = k[b, at, g] @ q[b, i, n] * scale, 1.0
+        scores = k[b, at, g] @ q[b, i, n] * scale
+        slope = 1.0
         if softcap is not None:
             scores = softcap * np.tanh(scores / softcap)
             slope = 1 - (scores / softcap) ** 2
@@ -56,9 +71,12 @@ def _reference(q, k, v, d_out, d_lse, *, softcap=None, scale=None, bias=None, **
             scores = scores + np.broadcast_to(bias, (rows, heads, queries, keys))[b, n, i, at]
         total = np.exp(scores).sum()
         weights = np.exp(scores) / total
-        out[b, i, n], lse[b, n, i] = weights @ v[b, at, g], np.log(total)
+        out[b, i, n] = weights @ v[b, at, g]
+        lse[b, n, i] = np.log(total)
         d_weights = v[b, at, g] @ d_out[b, i, n]
-        d_scores = (weights * (d_weights - weights @ d_weights) + weights * d_lse[b, n, i]) * slope * scale
+        d_scores = (
+            (weights * (d_weights - weights @ d_weights) + weights * d_lse[b, n, i]) * slope * scale
+        )
         dq[b, i, n] = d_scores @ k[b, at, g]
         dk[b, at, g] += np.outer(d_scores, q[b, i, n])
         dv[b, at, g] += np.outer(weights, d_out[b, i, n])
@@ -68,8 +86,12 @@ def _reference(q, k, v, d_out, d_lse, *, softcap=None, scale=None, bias=None, **
 def _inputs(seed, rows, queries, keys, heads, kv_heads, width=4):
     """q, k, v and the cotangents of the output and of the log-sum-exp."""
     random = np.random.default_rng(seed)
-    shapes = [(rows, queries, heads, width), *[(rows, keys, kv_heads, width)] * 2,
-              (rows, queries, heads, width), (rows, heads, queries)]
+    shapes = [
+        (rows, queries, heads, width),
+        *[(rows, keys, kv_heads, width)] * 2,
+        (rows, queries, heads, width),
+        (rows, heads, queries),
+    ]
     return [random.standard_normal(shape).astype(np.float32) for shape in shapes]
 
 
@@ -93,5 +115,7 @@ def _compare(got, want, tolerance):
 
 
 def _as_arrays(run):
-    return {key: tuple(map(jnp.int32, value)) if isinstance(value, tuple) else jnp.int32(value)
-            for key, value in run.items()}
+    return {
+        key: tuple(map(jnp.int32, value)) if isinstance(value, tuple) else jnp.int32(value)
+        for key, value in run.items()
+    }

@@ -1,4 +1,5 @@
-"""Attention over a sequence that devices share equals attention over the whole, forward and backward."""
+"""Attention over a sequence that devices share equals attention over the whole, forward and
+backward."""
 
 import functools
 
@@ -14,7 +15,8 @@ from mtnlg_jax.parallel.collectives import vary, zigzag
 from mtnlg_jax.parallel.mesh import make_mesh
 
 FLOAT32 = 2e-6
-HEADS, WIDTH = 8, 4
+HEADS = 8
+WIDTH = 4
 PLACES = P(None, "context")
 
 
@@ -42,18 +44,36 @@ def over_context(parts, mode, causal, q, k, v, d_out, ids):
 
     args = [x[:, order] for x in (q, k, v, d_out, ids) if x is not None]
     everywhere = P(("pipe", "data", "tensor"), "context")
-    run = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(PLACES,) * len(args), out_specs=(everywhere,) * 4))
+    run = jax.jit(
+        jax.shard_map(local, mesh=mesh, in_specs=(PLACES,) * len(args), out_specs=(everywhere,) * 4)
+    )
     return [np.asarray(x)[:, np.argsort(order)] for x in run(*args)]
 
 
 # Slow: the other pairs of these two.
-@pytest.mark.parametrize(("causal", "segments"), [
-    pytest.param(True, True, id="causal-documents"), pytest.param(False, False, id="both-ways-whole"),
-    pytest.param(True, False, id="causal-whole", marks=pytest.mark.slow),
-    pytest.param(False, True, id="both-ways-documents", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("mode", "parts", "kv_heads"), [
-    ("ulysses", 2, 8), ("ulysses", 8, 8), ("ulysses", 2, 2), ("gather", 2, 8), ("gather", 8, 2), ("ring", 2, 8),
-    ("ring", 4, 2), pytest.param("ring", 8, 1, marks=pytest.mark.slow), ("auto", 4, 2)])
+@pytest.mark.parametrize(
+    ("causal", "segments"),
+    [
+        pytest.param(True, True, id="causal-documents"),
+        pytest.param(False, False, id="both-ways-whole"),
+        pytest.param(True, False, id="causal-whole", marks=pytest.mark.slow),
+        pytest.param(False, True, id="both-ways-documents", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize(
+    ("mode", "parts", "kv_heads"),
+    [
+        ("ulysses", 2, 8),
+        ("ulysses", 8, 8),
+        ("ulysses", 2, 2),
+        ("gather", 2, 8),
+        ("gather", 8, 2),
+        ("ring", 2, 8),
+        ("ring", 4, 2),
+        pytest.param("ring", 8, 1, marks=pytest.mark.slow),
+        ("auto", 4, 2),
+    ],
+)
 def test_every_mode_equals_attention_over_the_whole(mode, parts, kv_heads, causal, segments):
     *tensors, ids = arrays(32, kv_heads)
     ids = ids if segments else None
@@ -72,14 +92,20 @@ def test_zigzag_gives_every_device_the_same_causal_work(parts, length):
     assert sorted(order) == list(range(length))
     work = (order + 1).reshape(parts, -1).sum(1)  # a query sees itself and all before it
     assert len(set(work.tolist())) == 1
-    assert len(set((np.arange(length) + 1).reshape(parts, -1).sum(1).tolist())) > 1  # in plain order it would not
+    assert (
+        len(set((np.arange(length) + 1).reshape(parts, -1).sum(1).tolist())) > 1
+    )  # in plain order it would not
 
 
 def test_heads_that_do_not_divide_are_refused_by_ulysses_alone():
     *tensors, ids = arrays(32, kv_heads=2)
-    with pytest.raises(ValueError, match="2 key/value heads a device do not divide by mesh.context=4; .*gather or"):
+    with pytest.raises(
+        ValueError, match="2 key/value heads a device do not divide by mesh.context=4; .*gather or"
+    ):
         over_context(4, "ulysses", True, *tensors, ids)
-    with pytest.raises(ValueError, match="'star' is not known; choose one of auto, ulysses, gather, ring"):
+    with pytest.raises(
+        ValueError, match="'star' is not known; choose one of auto, ulysses, gather, ring"
+    ):
         over_context(4, "star", True, *tensors, ids)
 
 
@@ -89,6 +115,8 @@ def test_a_document_of_32k_tokens(mode):
     rng = np.random.default_rng(0)
     q, k, v, d_out = (rng.standard_normal((1, 32768, 2, 16)).astype(np.float32) for _ in range(4))
     ids = np.repeat(np.int32([[1, 2, 3]]), [10000, 2768, 20000], 1)
-    wanted = jax.jit(functools.partial(value_and_gradients, functools.partial(_alone, True)))(q, k, v, d_out, ids)
+    wanted = jax.jit(functools.partial(value_and_gradients, functools.partial(_alone, True)))(
+        q, k, v, d_out, ids
+    )
     for got, want in zip(over_context(2, mode, True, q, k, v, d_out, ids), wanted, strict=True):
         assert np.abs(got - want).max() <= 5 * FLOAT32 * np.abs(want).max()

@@ -1,4 +1,5 @@
-"""Chunked cross entropy: the plain loss, its gradients, its memory, and a vocabulary split over devices."""
+"""Chunked cross entropy: the plain loss, its gradients, its memory, and a vocabulary split over
+devices."""
 
 import functools
 import math
@@ -17,7 +18,9 @@ from mtnlg_jax.parallel.mesh import AXES, make_mesh
 
 FLOAT32 = 2e-5  # sums of some dozens of float32 numbers of size one
 BFLOAT16 = 3e-2  # the gradient of the logits is rounded to eight bits before the products
-TOKENS, WIDTH, VOCABULARY = 26, 8, 40
+TOKENS = 26
+WIDTH = 8
+VOCABULARY = 40
 
 
 def _inputs(seed=0, size=1.0):
@@ -34,8 +37,11 @@ def _inputs(seed=0, size=1.0):
 
 def _longhand(x, head, labels, weights, smoothing=0.0):
     """Losses of the tokens, and the gradients of their weighted sum, in float64."""
-    x, head = np.asarray(x, np.float64), np.asarray(head, np.float64)
-    losses, d_x, d_head = np.zeros(len(x)), np.zeros_like(x), np.zeros_like(head)
+    x = np.asarray(x, np.float64)
+    head = np.asarray(head, np.float64)
+    losses = np.zeros(len(x))
+    d_x = np.zeros_like(x)
+    d_head = np.zeros_like(head)
     for t in range(len(x)):
         logits = head @ x[t]
         logits = logits - logits.max()
@@ -50,11 +56,17 @@ def _longhand(x, head, labels, weights, smoothing=0.0):
 
 
 def _loss_and_gradients(chunk, smoothing=0.0):
-    return jax.jit(jax.value_and_grad(functools.partial(cross_entropy, chunk=chunk, smoothing=smoothing), (0, 1)))
+    return jax.jit(
+        jax.value_and_grad(
+            functools.partial(cross_entropy, chunk=chunk, smoothing=smoothing), (0, 1)
+        )
+    )
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("chunk", [1, 7, 13, 1000])  # 7 leaves a rest, 13 does not, 1000 is more than all
+@pytest.mark.parametrize(
+    "chunk", [1, 7, 13, 1000]
+)  # 7 leaves a rest, 13 does not, 1000 is more than all
 def test_loss_and_gradients_equal_the_longhand(chunk, smoothing):
     x, head, labels, weights = _inputs()
     value, (d_x, d_head) = _loss_and_gradients(chunk, smoothing)(x, head, labels, weights)
@@ -68,7 +80,9 @@ def test_loss_and_gradients_equal_the_longhand(chunk, smoothing):
 
 def test_what_multiplies_the_loss_multiplies_its_gradients():
     x, head, labels, weights = _inputs()
-    scaled = jax.jit(jax.grad(lambda x, head: -3 * cross_entropy(x, head, labels, weights, 7), (0, 1)))(x, head)
+    scaled = jax.jit(
+        jax.grad(lambda x, head: -3 * cross_entropy(x, head, labels, weights, 7), (0, 1))
+    )(x, head)
     for got, want in zip(scaled, _longhand(x, head, labels, weights)[1:], strict=True):
         np.testing.assert_allclose(got, -3 * want, rtol=FLOAT32, atol=4 * FLOAT32)
 
@@ -84,13 +98,16 @@ def test_large_logits_stay_finite_and_right():
     value, (d_x, d_head) = _loss_and_gradients(7)(x, head, labels, weights)
     losses, want_x, want_head = _longhand(x, head, labels, weights)
     np.testing.assert_allclose(value, losses @ weights, rtol=FLOAT32)
-    np.testing.assert_allclose(d_x, want_x, atol=1e-3)  # float32 logits of about 1000 are known to 1e-4
+    np.testing.assert_allclose(
+        d_x, want_x, atol=1e-3
+    )  # float32 logits of about 1000 are known to 1e-4
     np.testing.assert_allclose(d_head, want_head, atol=0.3)  # the same, times x of 300
 
 
 def test_bfloat16_sums_in_float32():
     x, head, labels, weights = _inputs()
-    x, head = jnp.asarray(x, jnp.bfloat16), jnp.asarray(head, jnp.bfloat16)
+    x = jnp.asarray(x, jnp.bfloat16)
+    head = jnp.asarray(head, jnp.bfloat16)
     value, (d_x, d_head) = _loss_and_gradients(7)(x, head, labels, weights)
     losses, want_x, want_head = _longhand(np.float32(x), np.float32(head), labels, weights)
     assert (value.dtype, d_x.dtype, d_head.dtype) == (jnp.float32, jnp.bfloat16, jnp.bfloat16)
@@ -104,12 +121,17 @@ def test_token_log_probs_are_the_losses_with_the_other_sign(chunk):
     x, head, labels, weights = _inputs()
     got = jax.jit(functools.partial(token_log_probs, chunk=chunk))(x, head, labels)
     assert got.shape == (TOKENS,) and got.dtype == jnp.float32
-    np.testing.assert_allclose(got, -_longhand(x, head, labels, weights)[0], rtol=FLOAT32, atol=FLOAT32)
+    np.testing.assert_allclose(
+        got, -_longhand(x, head, labels, weights)[0], rtol=FLOAT32, atol=FLOAT32
+    )
 
 
-# --- memory -------------------------------------------------------------------------------------------------
+# --- memory
+# -------------------------------------------------------------------------------------------------
 
-MANY, WIDE, CHUNK = 512, 1024, 32
+MANY = 512
+WIDE = 1024
+CHUNK = 32
 
 
 def _plain(x, head, labels, weights):
@@ -118,9 +140,14 @@ def _plain(x, head, labels, weights):
 
 
 def _cost(loss, dtype):
-    """(elements of the largest array of the compiled program, its temporary bytes), gradients included."""
-    args = (jax.ShapeDtypeStruct((MANY, 16), dtype), jax.ShapeDtypeStruct((WIDE, 16), dtype),
-            jax.ShapeDtypeStruct((MANY,), jnp.int32), jax.ShapeDtypeStruct((MANY,), jnp.float32))
+    """(elements of the largest array of the compiled program, its temporary bytes), gradients
+    included."""
+    args = (
+        jax.ShapeDtypeStruct((MANY, 16), dtype),
+        jax.ShapeDtypeStruct((WIDE, 16), dtype),
+        jax.ShapeDtypeStruct((MANY,), jnp.int32),
+        jax.ShapeDtypeStruct((MANY,), jnp.float32),
+    )
     compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*args).compile()
     shapes = re.findall(r"\b(?:f32|bf16|f16|pred|s32|u8)\[([\d,]+)\]", compiled.as_text())
     largest = max(math.prod(map(int, shape.split(","))) for shape in shapes)
@@ -133,10 +160,13 @@ def test_the_logits_of_all_tokens_never_exist(dtype):
     assert largest < MANY * WIDE / 4 and temporary < 4 * MANY * WIDE / 2
     if dtype == jnp.float32:
         plain_largest, plain_temporary = _cost(_plain, dtype)
-        assert plain_largest >= MANY * WIDE and plain_temporary >= 4 * MANY * WIDE  # the measure sees them
+        assert (
+            plain_largest >= MANY * WIDE and plain_temporary >= 4 * MANY * WIDE
+        )  # the measure sees them
 
 
-# --- a split vocabulary -------------------------------------------------------------------------------------
+# --- a split vocabulary
+# -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -149,12 +179,18 @@ def test_a_vocabulary_split_over_tensor_gives_the_same_loss_and_gradients(smooth
 
     mesh = make_mesh(MeshConfig(data=2, tensor=4))
     rows = P("data")
-    over_mesh = jax.shard_map(local, mesh=mesh, in_specs=(rows, P("tensor"), rows, rows),
-                              out_specs=(P(AXES), rows, P("tensor"), P("tensor", "data")))
+    over_mesh = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(rows, P("tensor"), rows, rows),
+        out_specs=(P(AXES), rows, P("tensor"), P("tensor", "data")),
+    )
     values, d_x, d_head, log_probs = jax.jit(over_mesh)(x, head, labels, weights)
     losses, want_x, want_head = _longhand(x, head, labels, weights, smoothing)
     values = np.asarray(values).reshape(2, 4)
-    np.testing.assert_allclose(values.sum(0), [losses @ weights] * 4, rtol=FLOAT32)  # alike along tensor
+    np.testing.assert_allclose(
+        values.sum(0), [losses @ weights] * 4, rtol=FLOAT32
+    )  # alike along tensor
     np.testing.assert_allclose(d_x, want_x, rtol=FLOAT32, atol=FLOAT32)
     np.testing.assert_allclose(d_head, want_head, rtol=FLOAT32, atol=FLOAT32)
     plain = _longhand(x, head, labels, weights)[0]
@@ -162,9 +198,11 @@ def test_a_vocabulary_split_over_tensor_gives_the_same_loss_and_gradients(smooth
 
 
 def test_logits_far_below_zero_survive_the_padding_and_the_split():
-    # The maximum over a split vocabulary must be of logits, not of zeros that stand for another device's.
+    # The maximum over a split vocabulary must be of logits, not of zeros that stand for another
+    # device's.
     x, head, labels, weights = _inputs()
-    x, head = np.abs(x), -np.abs(head) - 50
+    x = np.abs(x)
+    head = -np.abs(head) - 50
 
     def local(head):
         return lax.pmean(token_log_probs(x, head, labels, chunk=7), AXES)

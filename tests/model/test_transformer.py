@@ -1,4 +1,5 @@
-"""The Transformer against longhand float64 NumPy; its laws: causality, packing, padding, dropout, init."""
+"""The Transformer against longhand float64 NumPy; its laws: causality, packing, padding, dropout,
+init."""
 
 import functools
 import math
@@ -26,13 +27,29 @@ from mtnlg_jax.parallel.mesh import AXES, make_mesh, parameter_name, shardings_o
 FLOAT32 = 3e-5  # two layers of float32 products, logits of size ten
 LAST_BITS = 1e-6  # the same float32 formula, vectorised differently: a few units in the last place
 
-SMALL = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 4, "vocab_size": 24,
-         "max_position_embeddings": 12}
+SMALL = {
+    "num_layers": 2,
+    "hidden_size": 16,
+    "num_attention_heads": 4,
+    "vocab_size": 24,
+    "max_position_embeddings": 12,
+}
 GPT2 = ModelConfig(**SMALL)
-LLAMA = ModelConfig(**SMALL, num_query_groups=2, kv_channels=6, ffn_hidden_size=20, rotary_base=50.0,
-                    position_embedding_type="rotary", normalization="rmsnorm", activation="swiglu",
-                    add_bias=False, tie_embeddings=False)
-TOKENS = np.array([[3, 17, 0, 9, 22, 4, 11, 6, 15, 1, 20, 8], [23, 2, 2, 7, 7, 7, 19, 5, 13, 0, 10, 12]], np.int32)
+LLAMA = ModelConfig(
+    **SMALL,
+    num_query_groups=2,
+    kv_channels=6,
+    ffn_hidden_size=20,
+    rotary_base=50.0,
+    position_embedding_type="rotary",
+    normalization="rmsnorm",
+    activation="swiglu",
+    add_bias=False,
+    tie_embeddings=False,
+)
+TOKENS = np.array(
+    [[3, 17, 0, 9, 22, 4, 11, 6, 15, 1, 20, 8], [23, 2, 2, 7, 7, 7, 19, 5, 13, 0, 10, 12]], np.int32
+)
 
 
 def _random(tree, seed=0):
@@ -52,7 +69,9 @@ def _model(config):
 
 
 def _assert_near(tree, other, tolerance):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), tree, other)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), tree, other
+    )
 
 
 @functools.cache
@@ -61,7 +80,8 @@ def _hidden(config, **options):
     return jax.jit(functools.partial(_model(config).hidden, **options))
 
 
-# --- longhand -----------------------------------------------------------------------------------------------
+# --- longhand
+# -----------------------------------------------------------------------------------------------
 
 
 def _norm(x, scale, bias, epsilon):
@@ -87,23 +107,31 @@ def _rotate(vector, position, base):
 def _forward(config, params, tokens, causal=True):
     """Logits of one sequence, float64: GPT-2 (Radford 2019), or the switches of Llama."""
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), nnx.to_pure_dict(params))
-    length, epsilon = len(tokens), config.norm_epsilon
+    length = len(tokens)
+    epsilon = config.norm_epsilon
     x = p["tokens_VD"][tokens]
     if "positions_PD" in p:
         x = x + p["positions_PD"][:length]
     for layer in range(config.num_layers):
         block = jax.tree.map(lambda leaf, layer=layer: leaf[layer], p["blocks"])
-        a, mlp = block["attention"], block["mlp"]
+        a = block["attention"]
+        mlp = block["mlp"]
         h = _norm(x, block["norm_1"]["scale_D"], block["norm_1"].get("bias_D"), epsilon)
         update = np.zeros_like(x)
         for n in range(config.num_attention_heads):
             g = n // (config.num_attention_heads // config.kv_heads)
-            q, k, v = h @ a["w_q_DNH"][:, n], h @ a["w_k_DKH"][:, g], h @ a["w_v_DKH"][:, g]
+            q = h @ a["w_q_DNH"][:, n]
+            k = h @ a["w_k_DKH"][:, g]
+            v = h @ a["w_v_DKH"][:, g]
             if config.add_bias:
-                q, k, v = q + a["b_q_NH"][n], k + a["b_k_KH"][g], v + a["b_v_KH"][g]
+                q = q + a["b_q_NH"][n]
+                k = k + a["b_k_KH"][g]
+                v = v + a["b_v_KH"][g]
             if config.position_embedding_type == "rotary":
                 base = config.rotary_base
-                q, k = (np.stack([_rotate(row, i, base) for i, row in enumerate(y)]) for y in (q, k))
+                q, k = (
+                    np.stack([_rotate(row, i, base) for i, row in enumerate(y)]) for y in (q, k)
+                )
             for i in range(length):
                 last = i + 1 if causal else length
                 weights = np.exp(k[:last] @ q[i] / math.sqrt(config.head_width))
@@ -121,8 +149,11 @@ def _forward(config, params, tokens, causal=True):
     return x @ p.get("head_VD", p["tokens_VD"]).T
 
 
-@pytest.mark.parametrize(("config", "causal"), [(GPT2, True), (GPT2, False), (LLAMA, True)],
-                         ids=["gpt2", "gpt2_both_ways", "llama"])
+@pytest.mark.parametrize(
+    ("config", "causal"),
+    [(GPT2, True), (GPT2, False), (LLAMA, True)],
+    ids=["gpt2", "gpt2_both_ways", "llama"],
+)
 def test_logits_equal_the_longhand(config, causal):
     got = jax.jit(functools.partial(_model(config), causal=causal))(TOKENS)
     want = np.stack([_forward(config, _parts(config)[1], row, causal) for row in TOKENS])
@@ -134,7 +165,9 @@ def test_logits_equal_the_longhand(config, causal):
 def test_norm_equals_the_longhand(kind):
     graph, params = nnx.split(Norm(ModelConfig(**SMALL, normalization=kind, norm_epsilon=0.01)))
     params = _random(params)
-    x = np.random.default_rng(1).standard_normal((2, 3, 16)).astype(np.float32) + 5  # far from centred
+    x = (
+        np.random.default_rng(1).standard_normal((2, 3, 16)).astype(np.float32) + 5
+    )  # far from centred
     p = nnx.to_pure_dict(params)
     assert ("bias_D" in p) == (kind == "layernorm")
     want = _norm(x.astype(np.float64), p["scale_D"], p.get("bias_D"), 0.01)
@@ -147,11 +180,16 @@ def test_norm_equals_the_longhand(kind):
 
 def test_gelu_is_the_tanh_form():
     # One width, identity weights: the MLP is its activation. Erf's form differs by up to 5e-4 here.
-    mlp = nnx.eval_shape(lambda: Mlp(ModelConfig(num_layers=1, hidden_size=1, num_attention_heads=1,
-                                                 ffn_hidden_size=1), rngs=nnx.Rngs(0)))
+    mlp = nnx.eval_shape(
+        lambda: Mlp(
+            ModelConfig(num_layers=1, hidden_size=1, num_attention_heads=1, ffn_hidden_size=1),
+            rngs=nnx.Rngs(0),
+        )
+    )
     graph, params = nnx.split(mlp)
     identity = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jnp.full(leaf.shape, float("'w_" in jax.tree_util.keystr(path))), params)
+        lambda path, leaf: jnp.full(leaf.shape, float("'w_" in jax.tree_util.keystr(path))), params
+    )
     x = np.linspace(-4, 4, 33, dtype=np.float32)
     got = nnx.merge(graph, identity)(x.reshape(1, -1, 1)).reshape(-1)
     np.testing.assert_allclose(got, _gelu(x.astype(np.float64)), atol=2e-6)
@@ -169,7 +207,8 @@ def test_rotary_positions_equal_complex_turns_and_see_only_distances():
     np.testing.assert_allclose(products, moved_products, atol=2e-3)
 
 
-# --- laws ---------------------------------------------------------------------------------------------------
+# --- laws
+# ---------------------------------------------------------------------------------------------------
 
 
 def test_no_gradient_reaches_a_later_token():
@@ -179,7 +218,8 @@ def test_no_gradient_reaches_a_later_token():
 
     def of_embedding(table):
         other = jax.tree_util.tree_map_with_path(
-            lambda path, leaf: table if "tokens_VD" in jax.tree_util.keystr(path) else leaf, params)
+            lambda path, leaf: table if "tokens_VD" in jax.tree_util.keystr(path) else leaf, params
+        )
         return nnx.merge(graph, other).hidden(tokens)[0] @ direction
 
     table = nnx.to_pure_dict(params)["tokens_VD"]
@@ -188,31 +228,44 @@ def test_no_gradient_reaches_a_later_token():
     assert (reach[later] == 0).all() and (reach[~later] > 0).all()
 
 
-FIRST, SECOND = slice(0, 5), slice(5, 9)  # two documents in a row; the rest is padding
+FIRST = slice(0, 5)  # two documents in a row; the rest is padding
+SECOND = slice(5, 9)
 SEGMENTS = np.array([[1] * 5 + [2] * 4 + [0] * 3], np.int32)
 POSITIONS = np.array([[*range(5), *range(4), *range(3)]], np.int32)
 
 
-@pytest.mark.parametrize(("config", "causal", "impl"), [
-    (GPT2, True, "xla"), (GPT2, False, "xla_blockwise"), (LLAMA, False, "xla")])
+@pytest.mark.parametrize(
+    ("config", "causal", "impl"),
+    [(GPT2, True, "xla"), (GPT2, False, "xla_blockwise"), (LLAMA, False, "xla")],
+)
 def test_packing_leaks_nothing_and_padding_changes_nothing(config, causal, impl):
     config = ModelConfig(**(vars(config) | {"attention_impl": impl}))
     tokens = TOKENS[:1]
     run = _hidden(config, causal=causal)
     packed = run(tokens, segment_ids_BS=SEGMENTS, positions_BS=POSITIONS)
     for part in (FIRST, SECOND):
-        np.testing.assert_allclose(packed[:, part], run(tokens[:, part]), rtol=FLOAT32, atol=FLOAT32)
+        np.testing.assert_allclose(
+            packed[:, part], run(tokens[:, part]), rtol=FLOAT32, atol=FLOAT32
+        )
     filled = np.concatenate([tokens[:, :9], [[1, 1, 1]]], 1)
     other = run(filled, segment_ids_BS=SEGMENTS, positions_BS=POSITIONS)
-    assert np.array_equal(other[:, :9], packed[:, :9]) and not np.array_equal(other[:, 9:], packed[:, 9:])
+    assert np.array_equal(other[:, :9], packed[:, :9]) and not np.array_equal(
+        other[:, 9:], packed[:, 9:]
+    )
     # Without the ids the second document does see the first: the test can fail.
     leaking = run(tokens, segment_ids_BS=np.ones_like(SEGMENTS), positions_BS=POSITIONS)
     assert np.abs(leaking[:, SECOND] - packed[:, SECOND]).max() > 0.01
 
 
 # Slow: what lies between elementwise and full.
-@pytest.mark.parametrize("recompute", [
-    "elementwise", "full", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mlp", "projections"))])
+@pytest.mark.parametrize(
+    "recompute",
+    [
+        "elementwise",
+        "full",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("mlp", "projections")),
+    ],
+)
 def test_recomputing_changes_no_number(recompute):
     graph, params = _parts(GPT2)
 
@@ -220,33 +273,55 @@ def test_recomputing_changes_no_number(recompute):
         return (nnx.merge(graph, params).hidden(TOKENS, recompute=recompute) ** 2).sum()
 
     (value, grads), (plain, plain_grads) = (
-        jax.jit(jax.value_and_grad(functools.partial(loss, recompute=name)))(params) for name in (recompute, "none"))
+        jax.jit(jax.value_and_grad(functools.partial(loss, recompute=name)))(params)
+        for name in (recompute, "none")
+    )
     np.testing.assert_allclose(value, plain, rtol=LAST_BITS)
     _assert_near(grads, plain_grads, FLOAT32)
 
 
 @pytest.mark.parametrize("tensor", [1, 4])
-@pytest.mark.parametrize(("recompute", "kept"), [("none", 32), ("elementwise", 20), ("mlp", 12), ("projections", 6),
-                                                 ("full", 2)])
+@pytest.mark.parametrize(
+    ("recompute", "kept"),
+    [("none", 32), ("elementwise", 20), ("mlp", 12), ("projections", 6), ("full", 2)],
+)
 def test_a_recompute_policy_keeps_the_bytes_that_the_table_says(recompute, kept, tensor):
-    config = ModelConfig(num_layers=1, hidden_size=512, num_attention_heads=4, vocab_size=128,
-                         max_position_embeddings=256, attention_impl="xla_blockwise")
+    config = ModelConfig(
+        num_layers=1,
+        hidden_size=512,
+        num_attention_heads=4,
+        vocab_size=128,
+        max_position_embeddings=256,
+        attention_impl="xla_blockwise",
+    )
     graph, params = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
     params = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, jnp.bfloat16), params)
-    mesh, found = make_mesh(MeshConfig(data=1, tensor=tensor), jax.devices()[:tensor]), []
+    mesh = make_mesh(MeshConfig(data=1, tensor=tensor), jax.devices()[:tensor])
+    found = []
 
     def local(params, x_BSD):
         params, x_BSD = vary((params, x_BSD))
-        model, positions = nnx.merge(graph, params), jnp.zeros((3, 256), jnp.int32)
+        model = nnx.merge(graph, params)
+        positions = jnp.zeros((3, 256), jnp.int32)
         layers = nnx.state(model.blocks)
-        _, back = jax.vjp(lambda layers, x: model.run(layers, 0, x, positions, recompute=recompute), layers, x_BSD)
+        _, back = jax.vjp(
+            lambda layers, x: model.run(layers, 0, x, positions, recompute=recompute), layers, x_BSD
+        )
         whole = [w.size for w in jax.tree.leaves(layers)]
         found.append(sum(leaf.nbytes for leaf in jax.tree.leaves(back) if leaf.size not in whole))
         return x_BSD
 
     x = jax.ShapeDtypeStruct((3, 256, 512), jnp.bfloat16)
-    jax.eval_shape(jax.shard_map(local, mesh=mesh, in_specs=(specs_of(params), P("data", "tensor")),
-                                 out_specs=P(("pipe", "data", "context"), "tensor")), params, x)
+    jax.eval_shape(
+        jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(specs_of(params), P("data", "tensor")),
+            out_specs=P(("pipe", "data", "context"), "tensor"),
+        ),
+        params,
+        x,
+    )
     assert found[0] / (3 * 256 * 512) * tensor == pytest.approx(kept, rel=0.05)
 
 
@@ -261,12 +336,14 @@ def test_bfloat16_weights_give_float32_logits_near_the_exact():
     assert np.abs(logits - want).max() < 0.05 * np.abs(want).max()
 
 
-# --- dropout ------------------------------------------------------------------------------------------------
+# --- dropout
+# ------------------------------------------------------------------------------------------------
 
 
 def test_dropout_drops_its_share_and_keeps_the_mean():
     dropped = jax.jit(functools.partial(dropout, rate=0.3))(
-        jnp.ones((16, 64, 32)), key=jax.random.key(0), rows_B=jnp.arange(16))
+        jnp.ones((16, 64, 32)), key=jax.random.key(0), rows_B=jnp.arange(16)
+    )
     assert set(np.unique(dropped)) == {0.0, np.float32(1 / 0.7)}
     error = 5 * math.sqrt(0.3 * 0.7 / dropped.size)
     assert (dropped == 0).mean() == pytest.approx(0.3, abs=error)
@@ -282,22 +359,26 @@ def test_a_row_takes_its_mask_along():
 
 
 def test_every_half_block_of_every_layer_drops_by_a_mask_of_its_own():
-    # Nothing but ones from the four half blocks: a width then ends with 0 to 4 of them, where it had one mask
-    # for all it would end with 0 or 4, and with one mask for each layer or for each half with 0, 2 or 4.
+    # Nothing but ones from the four half blocks: a width then ends with 0 to 4 of them, where it
+    # had one mask for all it would end with 0 or 4, and with one mask for each layer or for each
+    # half with 0, 2 or 4.
     config = ModelConfig(**SMALL, dropout_rate=0.5)
     graph, shapes = abstract_model(config)
     ones = ("b_o_D", "b_out_D", "scale_D")
     params = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jnp.full(leaf.shape, float(parameter_name(path) in ones)), shapes)
-    x_BSD = jax.jit(functools.partial(nnx.merge(graph, params).hidden, dropout_key=jax.random.key(0)))(
-        TOKENS, rows_B=jnp.arange(2))
+        lambda path, leaf: jnp.full(leaf.shape, float(parameter_name(path) in ones)), shapes
+    )
+    x_BSD = jax.jit(
+        functools.partial(nnx.merge(graph, params).hidden, dropout_key=jax.random.key(0))
+    )(TOKENS, rows_B=jnp.arange(2))
     values = [len(np.unique(row.round(4))) for row in np.asarray(x_BSD).reshape(-1, 16)]
     assert max(values) == 5
 
 
 def test_dropout_is_off_without_a_rate_or_a_key():
     dropping = ModelConfig(**SMALL, dropout_rate=0.5)
-    key, rows = jax.random.key(1), jnp.arange(2)
+    key = jax.random.key(1)
+    rows = jnp.arange(2)
 
     def draws(config, **options):
         hidden = functools.partial(_model(config).hidden, **options)
@@ -310,34 +391,51 @@ def test_dropout_is_off_without_a_rate_or_a_key():
 def test_hidden_states_with_dropout_are_equal_on_a_mesh():
     config = ModelConfig(**SMALL, dropout_rate=0.5)
     graph, params = _parts(config)
-    rows, key = np.array([5, 3], np.int32), jax.random.key_data(jax.random.key(1))
+    rows = np.array([5, 3], np.int32)
+    key = jax.random.key_data(jax.random.key(1))
 
     def run(params, tokens, segments, rows, key):
         return nnx.merge(graph, params).hidden(
-            tokens, segment_ids_BS=segments, dropout_key=jax.random.wrap_key_data(key), rows_B=rows)
+            tokens, segment_ids_BS=segments, dropout_key=jax.random.wrap_key_data(key), rows_B=rows
+        )
 
     def run_local(*args):
-        return run(*vary(args))[None]  # whole on every device of tensor: one copy of each is looked at
+        return run(*vary(args))[
+            None
+        ]  # whole on every device of tensor: one copy of each is looked at
 
     segments = np.repeat(SEGMENTS, 2, 0)
     mesh = make_mesh(MeshConfig(data=2, tensor=4, zero=0))
-    over_mesh = jax.shard_map(run_local, mesh=mesh, out_specs=P(AXES[:1] + AXES[2:], "data"),
-                              in_specs=(specs_of(params, zero=0), *[P("data")] * 3, P()))
+    over_mesh = jax.shard_map(
+        run_local,
+        mesh=mesh,
+        out_specs=P(AXES[:1] + AXES[2:], "data"),
+        in_specs=(specs_of(params, zero=0), *[P("data")] * 3, P()),
+    )
     copies = jax.jit(over_mesh)(params, TOKENS, segments, rows, key)
     alone = jax.jit(run)(params, TOKENS, segments, rows, key)
     assert copies.shape == (4, 2, 12, 16)
     for copy in copies:
         np.testing.assert_allclose(copy, alone, rtol=FLOAT32, atol=FLOAT32)
-    assert np.abs(alone - _hidden(GPT2)(TOKENS, segment_ids_BS=segments)).max() > 0.5  # dropout did drop
+    assert (
+        np.abs(alone - _hidden(GPT2)(TOKENS, segment_ids_BS=segments)).max() > 0.5
+    )  # dropout did drop
 
 
-# --- initialisation -----------------------------------------------------------------------------------------
+# --- initialisation
+# -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def initial():
-    config = ModelConfig(num_layers=8, hidden_size=64, num_attention_heads=8, vocab_size=512,
-                         max_position_embeddings=64, init_method_std=0.02)
+    config = ModelConfig(
+        num_layers=8,
+        hidden_size=64,
+        num_attention_heads=8,
+        vocab_size=512,
+        max_position_embeddings=64,
+        init_method_std=0.02,
+    )
     return config, init_parameters(config, 0)
 
 
@@ -351,19 +449,25 @@ def test_matrices_start_normal_and_what_writes_to_the_residual_smaller(initial):
         if name.startswith(("scale_", "b")):
             assert (leaf == (1 if name.startswith("scale_") else 0)).all(), name
             continue
-        std, error = stds.get(name, 0.02), 5 / math.sqrt(2 * leaf.size)
+        std = stds.get(name, 0.02)
+        error = 5 / math.sqrt(2 * leaf.size)
         assert np.std(leaf) == pytest.approx(std, rel=error), name
         assert abs(np.mean(leaf)) < 5 * std / math.sqrt(leaf.size), name
         assert 3 < np.abs(leaf).max() / std < 7, name
         seen.add(name)
-    assert seen == {"tokens_VD", "positions_PD", *(f"w_{name}" for name in (
-        "q_DNH", "k_DKH", "v_DKH", "o_NHD", "in_DF", "out_FD"))}
+    assert seen == {
+        "tokens_VD",
+        "positions_PD",
+        *(f"w_{name}" for name in ("q_DNH", "k_DKH", "v_DKH", "o_NHD", "in_DF", "out_FD")),
+    }
 
 
 def test_no_two_matrices_and_no_two_layers_start_equal(initial):
     blocks = nnx.to_pure_dict(initial[1])["blocks"]
-    starts = [np.asarray(blocks["attention"][name]).reshape(8, -1)[:, :16]
-              for name in ("w_q_DNH", "w_k_DKH", "w_v_DKH")]
+    starts = [
+        np.asarray(blocks["attention"][name]).reshape(8, -1)[:, :16]
+        for name in ("w_q_DNH", "w_k_DKH", "w_v_DKH")
+    ]
     starts.append(np.asarray(blocks["mlp"]["w_in_DF"]).reshape(8, -1)[:, :16])
     assert len({row.tobytes() for row in np.concatenate(starts)}) == 4 * 8
 
@@ -375,10 +479,18 @@ def test_parameters_start_equal_on_a_mesh(initial):
 
     def some(params):  # the compiler drops the others, which saves seconds
         tree = nnx.to_pure_dict(params)
-        return tree["tokens_VD"], tree["blocks"]["attention"]["w_k_DKH"], tree["blocks"]["mlp"]["w_out_FD"]
+        return (
+            tree["tokens_VD"],
+            tree["blocks"]["attention"]["w_k_DKH"],
+            tree["blocks"]["mlp"]["w_out_FD"],
+        )
 
     spread = jax.jit(lambda: some(init_parameters(config, 0, shardings)))()
-    assert [x.sharding.shard_shape(x.shape) for x in spread] == [(128, 32), (8, 32, 2, 8), (8, 64, 32)]
+    assert [x.sharding.shard_shape(x.shape) for x in spread] == [
+        (128, 32),
+        (8, 32, 2, 8),
+        (8, 64, 32),
+    ]
     _assert_near(spread, some(params), LAST_BITS)
 
 
@@ -390,7 +502,9 @@ def test_the_seed_decides():
 
 
 def test_an_abstract_model_allocates_nothing():
-    config = ModelConfig(num_layers=105, hidden_size=20480, num_attention_heads=128, vocab_size=51200)
+    config = ModelConfig(
+        num_layers=105, hidden_size=20480, num_attention_heads=128, vocab_size=51200
+    )
     graph, shapes = abstract_model(config)
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(shapes))
     model = nnx.merge(graph, shapes)

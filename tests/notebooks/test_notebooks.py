@@ -1,4 +1,5 @@
-"""Every notebook runs from top to bottom and shows something; none defines what a package should hold."""
+"""Every notebook runs from top to bottom and shows something; none defines what a package should
+hold."""
 
 import ast
 from pathlib import Path
@@ -16,8 +17,12 @@ def test_it_runs_and_shows_pictures(path, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setenv("XLA_FLAGS", "")  # one device, as a reader has
     notebook = nbformat.read(path, as_version=4)
-    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    shown = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    nbclient.NotebookClient(
+        notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
+    shown = [
+        output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
+    ]
     assert any("image/png" in output.get("data", {}) for output in shown)
     assert any("bits per byte" in output.get("text", "") for output in shown)
 
@@ -27,7 +32,10 @@ def test_it_imports_and_defines_nothing_and_is_committed_without_output(path):
     for cell in nbformat.read(path, as_version=4).cells:
         if cell.cell_type == "code":
             tree = ast.parse(cell.source)
-            assert not any(isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Lambda) for node in ast.walk(tree))
+            assert not any(
+                isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Lambda)
+                for node in ast.walk(tree)
+            )
             assert not cell.outputs and cell.execution_count is None
 
 

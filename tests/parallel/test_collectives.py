@@ -1,4 +1,5 @@
-"""Collectives: nothing outside the manual region and on axes of size 1; inside it, what their names say."""
+"""Collectives: nothing outside the manual region and on axes of size 1; inside it, what their names
+say."""
 
 import functools
 
@@ -30,7 +31,15 @@ MOVES = {
     "max_over": lambda x: max_over(x, "tensor"),
     "own_part": lambda x: own_part(x, "tensor", 0),
 }
-COMMUNICATES = ("all_gather", "psum", "reduce_scatter", "pmax", "all_to_all", "ppermute", "axis_index")
+COMMUNICATES = (
+    "all_gather",
+    "psum",
+    "reduce_scatter",
+    "pmax",
+    "all_to_all",
+    "ppermute",
+    "axis_index",
+)
 
 
 def _over(mesh, function, in_specs, out_specs):
@@ -50,8 +59,13 @@ def test_on_an_axis_of_size_one_nothing_is_sent(move):
     # The same program on an axis of size 8 does send, or asks where it stands: the test can fail.
     mesh = make_mesh(MeshConfig(data=1, tensor=8))
     whole = "tensor" if move != "own_part" else None
-    text = str(jax.make_jaxpr(jax.shard_map(
-        MOVES[move], mesh=mesh, in_specs=P(whole), out_specs=P("tensor"), check_vma=False))(jnp.ones((64, 2))))
+    text = str(
+        jax.make_jaxpr(
+            jax.shard_map(
+                MOVES[move], mesh=mesh, in_specs=P(whole), out_specs=P("tensor"), check_vma=False
+            )
+        )(jnp.ones((64, 2)))
+    )
     assert [name for name in COMMUNICATES if name in text]
 
 
@@ -70,15 +84,24 @@ def test_inside_the_region_they_do_what_their_names_say():
     def local(x):
         whole = gather(x, "tensor", 0)
         place = jnp.int32([axis_index("data"), axis_index("tensor"), axis_size("tensor")])
-        return (whole, scatter_sum(whole, "tensor", 0), sum_over(x, "tensor"), max_over(x, "tensor"),
-                own_part(whole, "tensor", 0), vary(place)[None])
+        return (
+            whole,
+            scatter_sum(whole, "tensor", 0),
+            sum_over(x, "tensor"),
+            max_over(x, "tensor"),
+            own_part(whole, "tensor", 0),
+            vary(place)[None],
+        )
 
     rows = P(("data", "tensor"))
     whole, scattered, total, top, own, place = _over(
-        mesh, local, rows, (rows, rows, P("data"), P("data"), rows, P(AXES)))(x)
+        mesh, local, rows, (rows, rows, P("data"), P("data"), rows, P(AXES))
+    )(x)
     fours = x.reshape(2, 4, 3)
     np.testing.assert_array_equal(whole.reshape(2, 4, 4, 3), np.repeat(fours[:, None], 4, 1))
-    np.testing.assert_array_equal(scattered, 4 * x)  # four equal copies summed, each device's part kept
+    np.testing.assert_array_equal(
+        scattered, 4 * x
+    )  # four equal copies summed, each device's part kept
     np.testing.assert_array_equal(total, fours.sum(1))
     np.testing.assert_array_equal(top, fours.max(1))
     np.testing.assert_array_equal(own, x)
@@ -99,21 +122,29 @@ def test_gather_and_scatter_sum_are_each_others_transpose():
         np.testing.assert_allclose(difference, 0, atol=1e-6)
 
 
-# --- ZeRO ----------------------------------------------------------------------------------------------------
+# --- ZeRO
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_weights_arrive_whole_and_their_gradients_are_summed_in_float32():
     mesh = make_mesh(MeshConfig(data=8))
-    params = {"w_in_DF": np.arange(8 * 2, dtype=np.float32).reshape(8, 2), "b_in_F": np.ones(2, np.float32)}
+    params = {
+        "w_in_DF": np.arange(8 * 2, dtype=np.float32).reshape(8, 2),
+        "b_in_F": np.ones(2, np.float32),
+    }
     specs = {"w_in_DF": P("data", "tensor"), "b_in_F": P("tensor")}
 
     def local(params):
         share = 1 + axis_index("data") / 128  # bfloat16 holds each of these, but not their sum
-        weights, back = jax.vjp(functools.partial(gather_weights, dtype=jnp.bfloat16, zero=1), vary(params))
+        weights, back = jax.vjp(
+            functools.partial(gather_weights, dtype=jnp.bfloat16, zero=1), vary(params)
+        )
         ones = jax.tree.map(lambda w: vary(jnp.full(w.shape, share, w.dtype)), weights)
         return jax.tree.map(lambda w: w[None], weights), back(ones)[0]["w_in_DF"]
 
-    weights, grad = _over(mesh, local, (specs,), (P(AXES), P("data", ("pipe", "context", "tensor"))))(params)
+    weights, grad = _over(
+        mesh, local, (specs,), (P(AXES), P("data", ("pipe", "context", "tensor")))
+    )(params)
     assert weights["w_in_DF"].dtype == weights["b_in_F"].dtype == jnp.bfloat16
     for copy in weights["w_in_DF"]:
         np.testing.assert_array_equal(np.float32(copy), params["w_in_DF"])
@@ -127,12 +158,20 @@ def test_gradients_may_be_summed_in_bfloat16():
 
     def local(w):
         share = 1 + axis_index("data") / 128  # bfloat16 holds each of these, but not their sum
-        through = functools.partial(gather_weights, dtype=jnp.float32, zero=1, reduce_dtype=jnp.bfloat16)
-        scattered = jax.vjp(through, vary({"w_in_DF": w}))[1]({"w_in_DF": vary(jnp.full((8, 2), share))})[0]
-        return scattered, reduce_gradients({"b_in_F": vary(jnp.full((2,), share))}, 1, False, jnp.bfloat16)
+        through = functools.partial(
+            gather_weights, dtype=jnp.float32, zero=1, reduce_dtype=jnp.bfloat16
+        )
+        scattered = jax.vjp(through, vary({"w_in_DF": w}))[1](
+            {"w_in_DF": vary(jnp.full((8, 2), share))}
+        )[0]
+        return scattered, reduce_gradients(
+            {"b_in_F": vary(jnp.full((2,), share))}, 1, False, jnp.bfloat16
+        )
 
     specs = ({"w_in_DF": P("data", ("pipe", "context", "tensor"))}, {"b_in_F": P("tensor")})
-    for grad in jax.tree.leaves(_over(mesh, local, (P("data", "tensor"),), specs)(np.ones((8, 2), np.float32))):
+    for grad in jax.tree.leaves(
+        _over(mesh, local, (P("data", "tensor"),), specs)(np.ones((8, 2), np.float32))
+    ):
         assert grad.dtype == jnp.float32
         np.testing.assert_array_equal(grad, np.float32(jnp.asarray(grad, jnp.bfloat16)))
         assert 0 < np.abs(grad - (8 + 28 / 128)).max() < 0.1
@@ -156,8 +195,11 @@ def test_without_zero_weights_stay_as_they_are():
     def local(w):
         return gather_weights({"w_in_DF": w}, jnp.float32, zero=0)["w_in_DF"]
 
-    assert "all_gather" not in str(jax.make_jaxpr(_over(mesh, local, P(None, "tensor"), P(None, "tensor")))(
-        np.ones((8, 2), np.float32)))
+    assert "all_gather" not in str(
+        jax.make_jaxpr(_over(mesh, local, P(None, "tensor"), P(None, "tensor")))(
+            np.ones((8, 2), np.float32)
+        )
+    )
 
 
 @pytest.mark.parametrize(("zero", "scattered"), [(0, False), (1, False), (3, True)])
@@ -167,18 +209,27 @@ def test_gradients_are_summed_once_over_every_axis_that_does_not_split_them(zero
 
     def local():
         mine = 1.0 + 4 * axis_index("data") + axis_index("tensor")
-        width = 2 if scattered else 4  # scattered: the sum over data was done, and each device has its part
-        grads = {"w_in_DF": jnp.full((width, 3), mine, jnp.bfloat16), "scale_D": jnp.full((width,), mine),
-                 "b_in_F": jnp.full((3,), mine)}
+        width = (
+            2 if scattered else 4
+        )  # scattered: the sum over data was done, and each device has its part
+        grads = {
+            "w_in_DF": jnp.full((width, 3), mine, jnp.bfloat16),
+            "scale_D": jnp.full((width,), mine),
+            "b_in_F": jnp.full((3,), mine),
+        }
         return reduce_gradients(vary(grads), zero, scattered)
 
     data = None if zero == 0 else "data"
-    grads = _over(mesh, local, (), {"w_in_DF": P(data, "tensor"), "scale_D": P(data), "b_in_F": P("tensor")})()
+    grads = _over(
+        mesh, local, (), {"w_in_DF": P(data, "tensor"), "scale_D": P(data), "b_in_F": P("tensor")}
+    )()
     assert {g.dtype for g in grads.values()} == {jnp.dtype("float32")}
     np.testing.assert_array_equal(grads["b_in_F"], np.repeat(number.sum(0), 3))
     if scattered:
         np.testing.assert_array_equal(grads["w_in_DF"], np.repeat(np.repeat(number, 2, 0), 3, 1))
         np.testing.assert_array_equal(grads["scale_D"], np.repeat(number.sum(1), 2))
     else:
-        np.testing.assert_array_equal(grads["w_in_DF"], np.repeat(number.sum(0), 3)[None].repeat(4, 0))
+        np.testing.assert_array_equal(
+            grads["w_in_DF"], np.repeat(number.sum(0), 3)[None].repeat(4, 0)
+        )
         np.testing.assert_array_equal(grads["scale_D"], [number.sum()] * 4)

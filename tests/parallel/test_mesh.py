@@ -12,10 +12,23 @@ from jax.sharding import PartitionSpec as P
 from mtnlg_jax.config import MeshConfig, ModelConfig
 from mtnlg_jax.model.transformer import abstract_model
 from mtnlg_jax.parallel import mesh
-from mtnlg_jax.parallel.mesh import AXES, dims_of, make_mesh, plan_table, shardings_of, spec_of, specs_of
+from mtnlg_jax.parallel.mesh import (
+    AXES,
+    dims_of,
+    make_mesh,
+    plan_table,
+    shardings_of,
+    spec_of,
+    specs_of,
+)
 
-SMALL = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 4, "vocab_size": 24,
-         "max_position_embeddings": 12}
+SMALL = {
+    "num_layers": 2,
+    "hidden_size": 16,
+    "num_attention_heads": 4,
+    "vocab_size": 24,
+    "max_position_embeddings": 12,
+}
 EVERY_SWITCH = ModelConfig(**SMALL, activation="swiglu", num_query_groups=2, tie_embeddings=False)
 
 
@@ -41,9 +54,13 @@ def test_the_table_gives_the_spec(dims, zero, spec):
     assert spec_of(dims, zero) == spec
 
 
-@pytest.mark.parametrize(("dims", "axis"), [("VF", "tensor"), ("NK", "tensor"), ("FHF", "tensor"), ("DD", "data")])
+@pytest.mark.parametrize(
+    ("dims", "axis"), [("VF", "tensor"), ("NK", "tensor"), ("FHF", "tensor"), ("DD", "data")]
+)
 def test_an_axis_is_not_used_twice(dims, axis):
-    with pytest.raises(ValueError, match=f"'{dims}' would use mesh axis '{axis}' twice; name its dims apart"):
+    with pytest.raises(
+        ValueError, match=f"'{dims}' would use mesh axis '{axis}' twice; name its dims apart"
+    ):
         spec_of(dims)
 
 
@@ -53,7 +70,9 @@ def test_two_widths_are_fine_where_width_is_not_split():
 
 @pytest.mark.parametrize("dims", ["DX", "d", "D_"])
 def test_a_dim_outside_the_plan_is_refused(dims):
-    with pytest.raises(ValueError, match=f"of '{dims}' is not in the plan; add a row to AXIS_OF or UNSPLIT"):
+    with pytest.raises(
+        ValueError, match=f"of '{dims}' is not in the plan; add a row to AXIS_OF or UNSPLIT"
+    ):
         spec_of(dims)
 
 
@@ -61,7 +80,9 @@ def test_every_parameter_is_in_the_plan_and_its_name_counts_its_dims():
     params = abstract_model(EVERY_SWITCH)[1]
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         dims = dims_of(path)
-        assert len(dims) == leaf.ndim and dims.startswith("L") == ("blocks" in jax.tree_util.keystr(path))
+        assert len(dims) == leaf.ndim and dims.startswith("L") == (
+            "blocks" in jax.tree_util.keystr(path)
+        )
         sizes = {"L": 2, "D": 16, "N": 4, "K": 2, "H": 4, "F": 64, "V": 24, "P": 12}
         assert tuple(sizes[dim] for dim in dims) == leaf.shape
 
@@ -77,7 +98,11 @@ def test_moments_and_counters_follow_their_parameters():
 def test_what_does_not_divide_is_named_with_the_way_out():
     params = abstract_model(EVERY_SWITCH)[1]
     for shape, zero, words in [
-        ((1, 3, 1, 1), 1, r": D=16 does not divide by data=3; try mesh.data=2 or 4, or mesh.zero=0$"),
+        (
+            (1, 3, 1, 1),
+            1,
+            r": D=16 does not divide by data=3; try mesh.data=2 or 4, or mesh.zero=0$",
+        ),
         ((1, 1, 1, 4), 1, r"b_k_KH: K=2 does not divide by tensor=4; try mesh.tensor=1 or 2$"),
     ]:
         with pytest.raises(ValueError, match=words):
@@ -88,7 +113,9 @@ def test_what_does_not_divide_is_named_with_the_way_out():
 def test_shardings_of_the_model_put_each_part_on_its_device():
     mesh = make_mesh(MeshConfig(data=2, tensor=4))
     params = abstract_model(ModelConfig(**SMALL))[1]
-    for leaf, sharding in zip(jax.tree.leaves(params), jax.tree.leaves(shardings_of(params, mesh)), strict=True):
+    for leaf, sharding in zip(
+        jax.tree.leaves(params), jax.tree.leaves(shardings_of(params, mesh)), strict=True
+    ):
         share = math.prod(leaf.shape) / math.prod(sharding.shard_shape(leaf.shape))
         assert share == math.prod(mesh.shape[axis] for axis in sharding.spec if axis)
 
@@ -98,12 +125,19 @@ def test_the_plan_table_accounts_for_every_byte():
     rows = plan_table(abstract_model(config)[1], {"pipe": 2, "data": 2, "context": 3, "tensor": 4})
     assert sum(math.prod(row.shape) for row in rows) == config.parameter_count()
     table = {row.path: row for row in rows}
-    assert table["blocks.mlp.w_in_DF"] == ("blocks.mlp.w_in_DF", "LDF", (2, 16, 64),
-                                           P("pipe", "data", "tensor"), (1, 8, 16), 4 * 8 * 16)
+    assert table["blocks.mlp.w_in_DF"] == (
+        "blocks.mlp.w_in_DF",
+        "LDF",
+        (2, 16, 64),
+        P("pipe", "data", "tensor"),
+        (1, 8, 16),
+        4 * 8 * 16,
+    )
     assert table["final_norm.bias_D"].bytes == 4 * 16 // 2
 
 
-# --- make_mesh ----------------------------------------------------------------------------------------------
+# --- make_mesh
+# ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -132,7 +166,10 @@ def test_a_mesh_of_some_devices():
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (MeshConfig(data=3), r"data=3 .*tensor=1 does not fit 8 devices; their product must be 8 \(data=-1"),
+        (
+            MeshConfig(data=3),
+            r"data=3 .*tensor=1 does not fit 8 devices; their product must be 8 \(data=-1",
+        ),
         (MeshConfig(data=4, tensor=4), "data=4 .*tensor=4 does not fit 8 devices"),
         (MeshConfig(data=2, tensor=2), "does not fit 8 devices"),
         (MeshConfig(tensor=3), "tensor=3 does not fit 8 devices"),
@@ -150,4 +187,4 @@ def test_the_page_of_parallelism_shows_this_table():
     table = [line for line in mesh.__doc__.splitlines() if line.startswith("|")]
     page = (Path(__file__).resolve().parents[2] / "docs/parallelism.md").read_text().splitlines()
     start = page.index(table[0])
-    assert len(table) > 8 and page[start:start + len(table)] == table
+    assert len(table) > 8 and page[start : start + len(table)] == table

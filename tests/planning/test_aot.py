@@ -1,4 +1,5 @@
-"""The command from end to end on virtual CPU devices; on TPU and GPU compilers where they are installed."""
+"""The command from end to end on virtual CPU devices; on TPU and GPU compilers where they are
+installed."""
 
 import json
 import os
@@ -24,15 +25,22 @@ def config(*changes):
 
 
 def run(*flags, code=0):
-    done = subprocess.run([sys.executable, "launch/compile_ahead.py", *flags], cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "launch/compile_ahead.py", *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
+        timeout=300,
+    )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout if code < 2 else done.stderr
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Holds the report, the measurement and the program of the smallest config over data 4 x tensor 2."""
+    """Holds the report, the measurement and the program of the smallest config over data 4 x tensor
+    2."""
     folder = tmp_path_factory.mktemp("ahead")
     said = run(*TINY, "--topology=cpu:8", f"--json={folder}/m.json", f"--hlo={folder}/program.txt")
     (folder / "report.txt").write_text(said)
@@ -43,30 +51,55 @@ def test_the_projects_own_train_step_is_measured(folder):
     m = json.loads((folder / "m.json").read_text())
     assert m["mesh"] == {"pipe": 1, "data": 4, "context": 1, "tensor": 2} and not m["failure"]
     found = {(c["kind"], tuple(c["axes"]), c["depth"]): c["count"] for c in m["collectives"]}
-    # ZeRO gathers once a step: nothing over data stands in a loop, and each of the 16 kinds of weights split along D
-    # (6 matrices, 6 vectors a block; embeddings, the final norm's two) is gathered and scattered once.
+    # ZeRO gathers once a step: nothing over data stands in a loop, and each of the 16 kinds of
+    # weights split along D (6 matrices, 6 vectors a block; embeddings, the final norm's two) is
+    # gathered and scattered once.
     assert not [key for key in found if "data" in key[1] and key[2]]
     assert found["all-gather", ("data",), 0] == found["reduce-scatter", ("data",), 0] == 16
-    # 2 layers: before each half block a gather, after it a scatter, forward and back; the gathers again for the
-    # backward pass, since their results are not kept.
-    assert found["all-gather", ("tensor",), 1] == 2 * 6 and found["reduce-scatter", ("tensor",), 1] == 2 * 4
-    layers, rows, length, width, vocabulary = 2, 2, 64, 64, 512
-    block = 24 * length * width**2 + 4 * length**2 * width  # forward, of a row: 24 s h^2 (1 + s / 6 h)
+    # 2 layers: before each half block a gather, after it a scatter, forward and back; the gathers
+    # again for the backward pass, since their results are not kept.
+    assert (
+        found["all-gather", ("tensor",), 1] == 2 * 6
+        and found["reduce-scatter", ("tensor",), 1] == 2 * 4
+    )
+    layers = 2
+    rows = 2
+    length = 64
+    width = 64
+    vocabulary = 512
+    block = (
+        24 * length * width**2 + 4 * length**2 * width
+    )  # forward, of a row: 24 s h^2 (1 + s / 6 h)
     once = rows * (layers * block + 2 * length * width * vocabulary)
     assert m["flops"] == 3 * once / 2  # two devices share a row
 
 
 def test_the_report_has_all_that_is_asked_of_it(folder):
     said = (folder / "report.txt").read_text()
-    for word in ("tiny: train step on cpu:8", "layout", "verdict", "padding", "products", "collectives", "took"):
+    for word in (
+        "tiny: train step on cpu:8",
+        "layout",
+        "verdict",
+        "padding",
+        "products",
+        "collectives",
+        "took",
+    ):
         assert word in said
     assert "ENTRY" in (folder / "program.txt").read_text()
 
 
 @pytest.mark.slow  # test_report.py has each of its parts
 def test_what_does_not_fit_is_blamed_and_a_change_that_fits_is_proved():
-    said = run(*TINY, "--topology=cpu:8", "--memory=0.0125", "--set=train.global_batch_size=128",
-               "--set=train.micro_batch_size=32", "--prove=1", code=1)
+    said = run(
+        *TINY,
+        "--topology=cpu:8",
+        "--memory=0.0125",
+        "--set=train.global_batch_size=128",
+        "--set=train.micro_batch_size=32",
+        "--prove=1",
+        code=1,
+    )
     assert "verdict      DOES NOT FIT: 1" in said and "\nby sums      " in said
     assert "\nway out      --set=train.micro_batch_size=16: compiled, FITS with a peak of " in said
 
@@ -75,7 +108,8 @@ def test_what_does_not_fit_is_blamed_and_a_change_that_fits_is_proved():
 def test_the_steps_of_decoding(step):
     m = measure(config("mesh.tensor=2"), parse("cpu:8"), step)
     assert not m.failure and m.flops > 0
-    # Weights, and a cache of 64 positions for one row: float32, tensor 2; matrices and the embeddings dominate.
+    # Weights, and a cache of 64 positions for one row: float32, tensor 2; matrices and the
+    # embeddings dominate.
     weights = 4 * (2 * 12 * 64**2 + 512 * 64) // 2 + 4 * 64 * 64
     assert weights < m.arguments < 1.5 * weights
 
@@ -84,15 +118,21 @@ def test_what_cannot_be_compiled_is_one_line():
     said = run("--config=configs/tiny.py", "--topology=cpu:8", code=2)
     assert said.count("\n") == 1 and "--set=model.vocab_size=51200" in said
     # What is only found where the compiler runs comes back as an error, too.
-    with pytest.raises(ValueError, match="mesh pipe=1 x data=8 x context=1 x tensor=2 does not fit 8 devices"):
+    with pytest.raises(
+        ValueError, match="mesh pipe=1 x data=8 x context=1 x tensor=2 does not fit 8 devices"
+    ):
         measure(config("mesh.data=8", "mesh.tensor=2"), parse("cpu:8"))
 
 
 def test_a_compiler_that_aborts_is_a_measurement(monkeypatch):
     def dies(command, input, env, **_):
-        started = Measurement("cpu:8", 8, {"data": 8}, "train", 1, "jaxlib", None, failure="unfinished")
+        started = Measurement(
+            "cpu:8", 8, {"data": 8}, "train", 1, "jaxlib", None, failure="unfinished"
+        )
         Path(json.loads(input)["answer"]).write_text(aot.to_text(started))
-        return SimpleNamespace(returncode=-6, stderr="W chatter\nF0101 thunk.cc:59 Check failed: 1 vs 2\nat 0x1\n")
+        return SimpleNamespace(
+            returncode=-6, stderr="W chatter\nF0101 thunk.cc:59 Check failed: 1 vs 2\nat 0x1\n"
+        )
 
     monkeypatch.setattr(subprocess, "run", dies)
     m = measure(config(), parse("cpu:8"))
@@ -100,13 +140,22 @@ def test_a_compiler_that_aborts_is_a_measurement(monkeypatch):
     assert m.fits is None
 
 
-@pytest.mark.parametrize(("topology", "variable", "step", "on", "kind"), [
-    ("v5p:4x4x4*2", "LIBTPU_INIT_ARGS", "train", True, "v5p"), ("v5e:4x4", "LIBTPU_INIT_ARGS", "train", True, "v5e"),
-    ("H100:2x8", "XLA_FLAGS", "train", True, "gpu"), ("v5p:4x4x4", "LIBTPU_INIT_ARGS", "train", False, None),
-    ("v6e:4x4", "LIBTPU_INIT_ARGS", "prefill", True, None), ("v6e:4x4", "LIBTPU_INIT_ARGS", "decode", True, None),
-])
-def test_a_step_is_compiled_with_the_flags_that_its_run_sets(topology, variable, step, on, kind, monkeypatch):
-    asked, compiled = [], []
+@pytest.mark.parametrize(
+    ("topology", "variable", "step", "on", "kind"),
+    [
+        ("v5p:4x4x4*2", "LIBTPU_INIT_ARGS", "train", True, "v5p"),
+        ("v5e:4x4", "LIBTPU_INIT_ARGS", "train", True, "v5e"),
+        ("H100:2x8", "XLA_FLAGS", "train", True, "gpu"),
+        ("v5p:4x4x4", "LIBTPU_INIT_ARGS", "train", False, None),
+        ("v6e:4x4", "LIBTPU_INIT_ARGS", "prefill", True, None),
+        ("v6e:4x4", "LIBTPU_INIT_ARGS", "decode", True, None),
+    ],
+)
+def test_a_step_is_compiled_with_the_flags_that_its_run_sets(
+    topology, variable, step, on, kind, monkeypatch
+):
+    asked = []
+    compiled = []
 
     def chosen(*given):
         asked.append(given)
@@ -116,7 +165,8 @@ def test_a_step_is_compiled_with_the_flags_that_its_run_sets(topology, variable,
         request = json.loads(input)
         compiled.append(env[variable])
         told = Measurement(topology, 8, {"data": 8}, step, 1, "libtpu", None)
-        told.flags, told.flags_left_out = request["flags"], request["flags_left_out"]
+        told.flags = request["flags"]
+        told.flags_left_out = request["flags_left_out"]
         Path(request["answer"]).write_text(aot.to_text(told))
         return SimpleNamespace(returncode=0, stderr="")
 
@@ -131,25 +181,43 @@ def test_a_step_is_compiled_with_the_flags_that_its_run_sets(topology, variable,
     assert m.flags_left_out == ("one is refused" if kind else "")
 
 
-@pytest.mark.parametrize(("said", "believed"), [
-    (0.05, 0.05), (None, None), (-20.6, None), (0.0, None), (float("inf"), None), (float("nan"), None),
-    (2**63 / 1.75e9, None),
-])
+@pytest.mark.parametrize(
+    ("said", "believed"),
+    [
+        (0.05, 0.05),
+        (None, None),
+        (-20.6, None),
+        (0.0, None),
+        (float("inf"), None),
+        (float("nan"), None),
+        (2**63 / 1.75e9, None),
+    ],
+)
 def test_an_estimate_that_stands_for_none_is_none(said, believed):
     assert aot._believable(said) == believed
 
 
 def test_a_process_that_does_not_begin_is_an_error(monkeypatch):
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stderr="ImportError: x\n"))
-    with pytest.raises(ValueError, match="did not begin: the compiler ended with exit code 1: ImportError: x"):
+    monkeypatch.setattr(
+        subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stderr="ImportError: x\n")
+    )
+    with pytest.raises(
+        ValueError, match="did not begin: the compiler ended with exit code 1: ImportError: x"
+    ):
         measure(config(), parse("cpu:8"))
 
 
-@pytest.mark.parametrize(("words", "needed"), [
-    ("the total memory required for HLO temporaries (45.71G) exceeds available HBM (15.75G)", int(45.71 * 2**30)),
-    ("Ran out of memory in memory space hbm. Used 100.5M of 15.75G hbm.", int(100.5 * 2**20)),
-    ("INTERNAL: something else", None),
-])
+@pytest.mark.parametrize(
+    ("words", "needed"),
+    [
+        (
+            "the total memory required for HLO temporaries (45.71G) exceeds available HBM (15.75G)",
+            int(45.71 * 2**30),
+        ),
+        ("Ran out of memory in memory space hbm. Used 100.5M of 15.75G hbm.", int(100.5 * 2**20)),
+        ("INTERNAL: something else", None),
+    ],
+)
 def test_what_the_compiler_says_is_needed(words, needed):
     assert aot._needed(words) == needed
 
@@ -163,10 +231,14 @@ def test_a_description_that_cannot_serve_is_refused(monkeypatch):
 
 
 def test_a_place_that_is_not_there_is_found_before_any_work():
-    assert "lies in a folder that does not exist" in run(*TINY, "--topology=cpu:8", "--json=nowhere/m.json", code=2)
+    assert "lies in a folder that does not exist" in run(
+        *TINY, "--topology=cpu:8", "--json=nowhere/m.json", code=2
+    )
 
 
-# --- the real compilers -----------------------------------------------------------------------------------------------
+# --- the real compilers
+# -----------------------------------------------------------------------------------------------
+
 
 def missing(topology):
     try:
@@ -193,8 +265,10 @@ def test_a_tpu_program():
 @pytest.mark.slow
 @needs_libtpu
 def test_530b_on_a_v5p_pod_fits_in_minutes_and_4_gb():
-    big = load_config(str(ROOT / "configs/mtnlg_530b.py"), ["mesh.pipe=1", "mesh.data=128", "mesh.zero=3",
-                                                             "train.rampup_batch_size=none"])
+    big = load_config(
+        str(ROOT / "configs/mtnlg_530b.py"),
+        ["mesh.pipe=1", "mesh.data=128", "mesh.zero=3", "train.rampup_batch_size=none"],
+    )
     m = measure(big, parse("v5p:8x8x16"))
     assert m.fits and m.peak < 0.5 * m.limit and m.flags and not m.flags_left_out
     assert m.compile_seconds < 300 and m.resident < 4e9

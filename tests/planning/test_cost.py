@@ -30,7 +30,9 @@ from mtnlg_jax.train.state import abstract_state
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
 A100 = CHIPS["A100-80"]
-PAPERS = Layout(35, 8, 1, 8, 0, "1f1b", 1, None, 1, "elementwise")  # a pipeline's stage is recomputed as a whole
+PAPERS = Layout(
+    35, 8, 1, 8, 0, "1f1b", 1, None, 1, "elementwise"
+)  # a pipeline's stage is recomputed as a whole
 
 
 @pytest.fixture(scope="module")
@@ -38,18 +40,34 @@ def mtnlg():
     return load_config(str(CONFIGS / "mtnlg_530b.py"), ["train.rampup_batch_size=None"])
 
 
-# --- published step times -------------------------------------------------------------------------------------
+# --- published step times
+# -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("data", "seconds"), [(8, 60.1), (10, 50.2), (12, 44.4)])
 def test_mtnlgs_step_times_from_one_constant(mtnlg, data, seconds):
-    assert Job(mtnlg, A100).estimate(PAPERS._replace(data=data)).step_seconds == pytest.approx(seconds, rel=0.03)
+    assert Job(mtnlg, A100).estimate(PAPERS._replace(data=data)).step_seconds == pytest.approx(
+        seconds, rel=0.03
+    )
 
 
-# Narayanan 2021, Table 1, TFLOP/s a GPU with the forward pass twice. Stages are interleaved where that divides.
-@pytest.mark.parametrize(("name", "rounds", "teraflops"), [
-    ("1.7b", 1, 137), ("3.6b", 1, 138), ("7.5b", 1, 142), ("18.4b", 1, 135), ("39.1b", 4, 138), ("76.1b", 5, 140),
-    ("145.6b", 5, 148), ("310.1b", 3, 155), ("529.6b", 3, 163), ("1008b", 2, 163)])
+# Narayanan 2021, Table 1, TFLOP/s a GPU with the forward pass twice. Stages are interleaved where
+# that divides.
+@pytest.mark.parametrize(
+    ("name", "rounds", "teraflops"),
+    [
+        ("1.7b", 1, 137),
+        ("3.6b", 1, 138),
+        ("7.5b", 1, 142),
+        ("18.4b", 1, 135),
+        ("39.1b", 4, 138),
+        ("76.1b", 5, 140),
+        ("145.6b", 5, 148),
+        ("310.1b", 3, 155),
+        ("529.6b", 3, 163),
+        ("1008b", 2, 163),
+    ],
+)
 def test_the_ladders_throughput_within_a_fifth(name, rounds, teraflops):
     config = load_config(str(CONFIGS / f"ladder.py:{name}"))
     layout = layout_of(config)
@@ -66,41 +84,66 @@ def test_utilisation_is_what_the_products_say(mtnlg):
     tokens = 1920 * 2048
     assert estimate.tokens_per_second == pytest.approx(tokens / estimate.step_seconds)
     assert estimate.mfu == pytest.approx(
-        estimate.tokens_per_second * Job(mtnlg, A100).flops / (2240 * 312e12), rel=1e-12)
-    # Narayanan's 96 B s l h^2 (1 + s/(6h) + V/(16 l h)) over PaLM's count, which has biases and norms too.
-    h, s, layers, vocabulary = 20480, 2048, 105, 51200
+        estimate.tokens_per_second * Job(mtnlg, A100).flops / (2240 * 312e12), rel=1e-12
+    )
+    # Narayanan's 96 B s l h^2 (1 + s/(6h) + V/(16 l h)) over PaLM's count, which has biases and
+    # norms too.
+    h = 20480
+    s = 2048
+    layers = 105
+    vocabulary = 51200
     done = 96 * tokens * layers * h * h * (1 + s / (6 * h) + vocabulary / (16 * layers * h))
     assert estimate.hfu / estimate.mfu == pytest.approx(done / estimate.model_flops, rel=1e-3)
 
 
 def test_the_bubble_is_narayanans(mtnlg):
     for rounds in (1, 3):
-        estimate = Job(mtnlg, A100).estimate(PAPERS._replace(schedule="circular", virtual_pipe=rounds))
+        estimate = Job(mtnlg, A100).estimate(
+            PAPERS._replace(schedule="circular", virtual_pipe=rounds)
+        )
         # Micro-batches fill up to a multiple of the pipe; the head stands outside.
-        taken, used = 245, 240
+        taken = 245
+        used = 240
         ticks = taken + 34 / rounds
-        inside = sum(estimate.seconds[name] for name in ("recompute", "tensor", "bubble", "compute"))
-        assert estimate.seconds["bubble"] / inside == pytest.approx((ticks - used) / ticks, rel=0.01)
+        inside = sum(
+            estimate.seconds[name] for name in ("recompute", "tensor", "bubble", "compute")
+        )
+        assert estimate.seconds["bubble"] / inside == pytest.approx(
+            (ticks - used) / ticks, rel=0.01
+        )
 
 
-# --- what the step does ---------------------------------------------------------------------------------------
+# --- what the step does
+# ---------------------------------------------------------------------------------------
 
-WIDTH, LENGTH, LAYERS = 256, 64, 8
+WIDTH = 256
+LENGTH = 64
+LAYERS = 8
 SMALL = Config(
-    model=ModelConfig(num_layers=LAYERS, hidden_size=WIDTH, num_attention_heads=8, vocab_size=128,
-                      max_position_embeddings=LENGTH, attention_impl="xla"),
-    train=TrainConfig(global_batch_size=4, micro_batch_size=1))
+    model=ModelConfig(
+        num_layers=LAYERS,
+        hidden_size=WIDTH,
+        num_attention_heads=8,
+        vocab_size=128,
+        max_position_embeddings=LENGTH,
+        attention_impl="xla",
+    ),
+    train=TrainConfig(global_batch_size=4, micro_batch_size=1),
+)
 
 
 def _count(jaxpr, times, found):
     for equation in jaxpr.eqns:
-        name, params = equation.primitive.name, equation.params
+        name = equation.primitive.name
+        params = equation.params
         if name in ("all_gather", "reduce_scatter") and "tensor" in params["axis_name"]:
             found["collectives"] += times
         if name == "dot_general":
             (summed, _), _ = params["dimension_numbers"]
             size = math.prod(equation.outvars[0].aval.shape)
-            found["flops"] += times * 2 * size * math.prod(equation.invars[0].aval.shape[dim] for dim in summed)
+            found["flops"] += (
+                times * 2 * size * math.prod(equation.invars[0].aval.shape[dim] for dim in summed)
+            )
         for value in params.values():
             for inner in value if isinstance(value, tuple | list) else (value,):
                 inner = getattr(inner, "jaxpr", inner)
@@ -113,22 +156,32 @@ def test_every_policy_has_its_cost():
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("mesh", [MeshConfig(1, 1, 1, 2), MeshConfig(2, 1, 1, 2, schedule="1f1b")],
-                         ids=["plain", "piped"])
+@pytest.mark.parametrize(
+    "mesh",
+    [MeshConfig(1, 1, 1, 2), MeshConfig(2, 1, 1, 2, schedule="1f1b")],
+    ids=["plain", "piped"],
+)
 def test_collectives_and_products_of_a_layer_are_the_steps(mesh, policy):
     config = override(dataclasses.replace(SMALL, mesh=mesh), f"train.recompute={policy}")
-    devices = make_mesh(mesh, jax.devices()[:mesh.pipe * 2])
-    batch = {key: jax.ShapeDtypeStruct((4, 1, LENGTH), jnp.float32 if key == "weights" else jnp.int32)
-             for key in BATCH_KEYS} | {"rows": jax.ShapeDtypeStruct((4, 1), jnp.int32)}
+    devices = make_mesh(mesh, jax.devices()[: mesh.pipe * 2])
+    batch = {
+        key: jax.ShapeDtypeStruct((4, 1, LENGTH), jnp.float32 if key == "weights" else jnp.int32)
+        for key in BATCH_KEYS
+    } | {"rows": jax.ShapeDtypeStruct((4, 1), jnp.int32)}
     step = make_loss_and_gradients(config, devices, causal=True)
-    found, piped = collections.Counter(), mesh.pipe > 1
-    _count(jax.make_jaxpr(step)(abstract_model(config.model)[1], batch).jaxpr, 1, found)  # of one micro-batch or tick
+    found = collections.Counter()
+    piped = mesh.pipe > 1
+    _count(
+        jax.make_jaxpr(step)(abstract_model(config.model)[1], batch).jaxpr, 1, found
+    )  # of one micro-batch or tick
 
     job = Job(config, A100)
-    once, layers = LENGTH * job.forward / 2, LAYERS / mesh.pipe
+    once = LENGTH * job.forward / 2
+    layers = LAYERS / mesh.pipe
     again = sum(job.layer[name] for name in POLICIES[policy].again) / job.forward + piped
     head = LENGTH * job.head / 2
-    # Attention that XLA writes out may count scores once more or less than a kernel: 4 % of a layer here.
+    # Attention that XLA writes out may count scores once more or less than a kernel: 4 % of a layer
+    # here.
     assert (found["flops"] - head) / (layers * once) == pytest.approx(3 + again, abs=0.05)
     # Outside the layers: the look-up's scatter, the head's gather, and the transposes of both.
     outside = found["collectives"] - layers * (POLICIES[policy].collectives + 4 * piped)
@@ -136,21 +189,33 @@ def test_collectives_and_products_of_a_layer_are_the_steps(mesh, policy):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize(("mesh", "zero"), [((2, 2, 1, 2), 1), ((1, 4, 1, 2), 3), ((1, 2, 2, 2), 0)])
+@pytest.mark.parametrize(
+    ("mesh", "zero"), [((2, 2, 1, 2), 1), ((1, 4, 1, 2), 3), ((1, 2, 2, 2), 0)]
+)
 def test_masters_and_moments_are_the_states(optimizer, mesh, zero):
-    config = dataclasses.replace(SMALL, mesh=MeshConfig(*mesh, zero=zero), optimizer=OptimizerConfig(name=optimizer))
+    config = dataclasses.replace(
+        SMALL, mesh=MeshConfig(*mesh, zero=zero), optimizer=OptimizerConfig(name=optimizer)
+    )
     state = abstract_state(config, make_mesh(config.mesh))
-    sizes = {key: sum(4 * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state[key])
-                      if leaf.ndim) for key in ("params", "opt_state")}
+    sizes = {
+        key: sum(
+            4 * math.prod(leaf.sharding.shard_shape(leaf.shape))
+            for leaf in jax.tree.leaves(state[key])
+            if leaf.ndim
+        )
+        for key in ("params", "opt_state")
+    }
     memory = Job(config, None).memory(layout_of(config))
     assert (memory["masters"], memory["moments"]) == (sizes["params"], sizes["opt_state"])
 
 
-# --- memory ---------------------------------------------------------------------------------------------------
+# --- memory
+# ---------------------------------------------------------------------------------------------------
 
 
 def test_the_papers_memory(mtnlg):
-    # Megatron-LM's 20 bytes a parameter: float32 master, moments and gradient, bf16 weight and gradient.
+    # Megatron-LM's 20 bytes a parameter: float32 master, moments and gradient, bf16 weight and
+    # gradient.
     memory = Job(mtnlg, A100).memory(PAPERS)
     parts = sum(memory[name] for name in ("masters", "moments", "weights", "gradients"))
     numbers = memory["masters"] / 4
@@ -158,36 +223,61 @@ def test_the_papers_memory(mtnlg):
     assert numbers == pytest.approx(529.6e9 / 280, rel=0.1)  # embeddings lie with every stage
 
 
-# The peak that the real compilers tell of this repository's train steps, with the flags of a run and the torus of a
+# The peak that the real compilers tell of this repository's train steps, with the flags of a run
+# and the torus of a
 # slice: what README's table shows.
-COMPILED = [row for row in json.loads((ROOT / "benchmarks/results/compile_ahead.json").read_text())["rows"]
-            if row["step"] == "train"]
+COMPILED = [
+    row
+    for row in json.loads((ROOT / "benchmarks/results/compile_ahead.json").read_text())["rows"]
+    if row["step"] == "train"
+]
 
 
-@pytest.mark.parametrize("row", COMPILED, ids=lambda row: " ".join([row["config"], row["topology"], *row["set"]]))
+@pytest.mark.parametrize(
+    "row", COMPILED, ids=lambda row: " ".join([row["config"], row["topology"], *row["set"]])
+)
 def test_the_memory_of_compiled_steps(row):
     config = load_config(f"{CONFIGS}/{row['config']}", row["set"])
     chip = CHIPS[row["topology"].partition(":")[0]]
     predicted = sum(Job(config, chip).memory(layout_of(config, row["devices"])).values()) / 2**30
-    assert row["fits"] and 0.9 * row["peak_gib"] < predicted < 1.2 * row["peak_gib"]  # a tenth of memory is left free
+    assert (
+        row["fits"] and 0.9 * row["peak_gib"] < predicted < 1.2 * row["peak_gib"]
+    )  # a tenth of memory is left free
 
 
 def test_inputs_grow_with_the_flush_and_not_at_all_under_1f1b(mtnlg):
-    job, unit = Job(mtnlg, A100), 2 * 2048 * 20480 / 8
+    job = Job(mtnlg, A100)
+    unit = 2 * 2048 * 20480 / 8
     longer = Job(override(mtnlg, "train.global_batch_size=3840"), A100)
-    for layout, slope in [(PAPERS, 0), (PAPERS._replace(schedule="circular"), CIRCULAR_COPIES + 4 / 35),
-                          (PAPERS._replace(schedule="circular", virtual_pipe=3), 3 * CIRCULAR_COPIES + 4 / 35),
-                          (PAPERS._replace(schedule="circular", flush=35), 0)]:
+    for layout, slope in [
+        (PAPERS, 0),
+        (PAPERS._replace(schedule="circular"), CIRCULAR_COPIES + 4 / 35),
+        (PAPERS._replace(schedule="circular", virtual_pipe=3), 3 * CIRCULAR_COPIES + 4 / 35),
+        (PAPERS._replace(schedule="circular", flush=35), 0),
+    ]:
         grown = longer.memory(layout)["stage inputs"] - job.memory(layout)["stage inputs"]
         taken = [j.micro_batches(layout)[1] for j in (job, longer)]
         assert grown / (taken[1] - taken[0]) == pytest.approx(slope * unit)
 
 
-@pytest.mark.parametrize(("shape", "waste"), [
-    ((3, 2560, 16, 160), 1), ((3, 2560, 4, 160), 1), ((3, 16, 160, 2560), 1), ((3, 2560, 4, 64), 1),
-    ((3, 80, 16, 160), 1.6), ((105, 80, 16, 160), 128 / 105), ((3, 16, 160), 1.6), ((105, 20480), 112 / 105),
-    ((3, 2500), 4 / 3 * 2560 / 2500), ((7,), 1)])
-def test_tiles_of_a_tpu(shape, waste):  # bytes of an argument compiled for v5p (libtpu 0.0.50.1) over its numbers'
+@pytest.mark.parametrize(
+    ("shape", "waste"),
+    [
+        ((3, 2560, 16, 160), 1),
+        ((3, 2560, 4, 160), 1),
+        ((3, 16, 160, 2560), 1),
+        ((3, 2560, 4, 64), 1),
+        ((3, 80, 16, 160), 1.6),
+        ((105, 80, 16, 160), 128 / 105),
+        ((3, 16, 160), 1.6),
+        ((105, 20480), 112 / 105),
+        ((3, 2500), 4 / 3 * 2560 / 2500),
+        ((7,), 1),
+    ],
+)
+def test_tiles_of_a_tpu(
+    shape, waste
+):  # bytes of an argument compiled for v5p (libtpu 0.0.50.1) over its numbers'
     assert padded_size(shape) == pytest.approx(waste * math.prod(shape))
 
 
@@ -199,27 +289,39 @@ def test_head_width_160_costs_a_tpu_state_only_where_zero_cuts_the_width_small(m
         assert (tpu > 1.05 * gpu) == padded
 
 
-# --- network --------------------------------------------------------------------------------------------------
+# --- network
+# --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("mesh", "axis", "speed"), [
-    ((1, 2, 1, 8), "tensor", 300e9),  # inside a node
-    ((1, 2, 1, 8), "data", 25e9),  # one card each
-    ((1, 16, 1, 1), "data", 200e9),  # eight cards of a node for one ring
-    ((1, 64, 1, 2), "data", 100e9),
-    ((1, 4, 1, 2), "data", 300e9),
-    ((1, 1, 1, 16), "tensor", 200e9),
-    ((2, 1, 4, 2), "pipe", 25e9),
-    ((2, 1, 4, 2), "context", 300e9)])
+@pytest.mark.parametrize(
+    ("mesh", "axis", "speed"),
+    [
+        ((1, 2, 1, 8), "tensor", 300e9),  # inside a node
+        ((1, 2, 1, 8), "data", 25e9),  # one card each
+        ((1, 16, 1, 1), "data", 200e9),  # eight cards of a node for one ring
+        ((1, 64, 1, 2), "data", 100e9),
+        ((1, 4, 1, 2), "data", 300e9),
+        ((1, 1, 1, 16), "tensor", 200e9),
+        ((2, 1, 4, 2), "pipe", 25e9),
+        ((2, 1, 4, 2), "context", 300e9),
+    ],
+)
 def test_an_axis_goes_as_fast_as_its_way(mtnlg, mesh, axis, speed):
     assert Job(mtnlg, A100).speed(Layout(*mesh, 1, "circular", 1, None, 1, "none"), axis) == speed
 
 
 def test_context_traffic_is_section_4s(mtnlg):
-    # Korthikanti's s h / t in bf16: Ulysses 8 s h / (t c) (c-1)/c, all keys and values 4 s h / t (c-1)/c.
-    sh, t, c = 2048 * 20480, 8, 4
-    for mode, expected in (("ulysses", 8 * sh / (t * c) * 3 / 4), ("gather", 4 * sh / t * 3 / 4),
-                           ("ring", 4 * sh / t * 3 / 4), ("auto", 8 * sh / (t * c) * 3 / 4)):
+    # Korthikanti's s h / t in bf16: Ulysses 8 s h / (t c) (c-1)/c, all keys and values 4 s h / t
+    # (c-1)/c.
+    sh = 2048 * 20480
+    t = 8
+    c = 4
+    for mode, expected in (
+        ("ulysses", 8 * sh / (t * c) * 3 / 4),
+        ("gather", 4 * sh / t * 3 / 4),
+        ("ring", 4 * sh / t * 3 / 4),
+        ("auto", 8 * sh / (t * c) * 3 / 4),
+    ):
         job = Job(override(mtnlg, f"mesh.context_mode={mode}"), A100)
         layout = Layout(1, 1, c, t, 1, "circular", 1, None, 1, "none")
         seconds = job.seconds(layout)[0]["context"]

@@ -1,4 +1,5 @@
-"""Reading compiled programs: known counts of small programs of the CPU compiler, and the texts of other compilers."""
+"""Reading compiled programs: known counts of small programs of the CPU compiler, and the texts of
+other compilers."""
 
 import json
 import subprocess
@@ -22,9 +23,13 @@ MESH = {"a": 2, "b": 4}
 def compiled(function, *shapes, in_specs, out_specs):
     """The text of ``function`` as one manual region over MESH."""
     mesh = jax.make_mesh(tuple(MESH.values()), tuple(MESH), axis_types=(AxisType.Auto,) * 2)
-    region = jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
-                 for shape, spec in zip(shapes, in_specs, strict=True)]
+    region = jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )
+    arguments = [
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+        for shape, spec in zip(shapes, in_specs, strict=True)
+    ]
     return jax.jit(region).lower(*arguments).compile().as_text()
 
 
@@ -63,8 +68,10 @@ def test_loops_multiply_what_stands_in_them():
         return lax.scan(outer, x, None, length=5)[0]
 
     text = compiled(region, (16, 16), (8, 16), in_specs=(P(), P()), out_specs=P())
-    assert rows(text) == {("all-reduce", ("b",), 2): (15, 15 * 2 * 8 * 16 * 4 * 3 / 4),
-                          ("collective-permute", ("a",), 1): (5, 5 * 8 * 16 * 4)}
+    assert rows(text) == {
+        ("all-reduce", ("b",), 2): (15, 15 * 2 * 8 * 16 * 4 * 3 / 4),
+        ("collective-permute", ("a",), 1): (5, 5 * 8 * 16 * 4),
+    }
     assert cost_of(Program(text), MESH).flops == 15 * 2 * 8 * 16 * 16
 
 
@@ -72,8 +79,12 @@ def test_a_loop_with_a_traced_end_is_asked_for():
     def function(w, x, count):
         return lax.fori_loop(0, count, lambda _, y: jnp.sin(y @ w), x)
 
-    text = jax.jit(function).lower(np.ones((16, 16), np.float32), np.ones((8, 16), np.float32),
-                                   np.int32(3)).compile().as_text()
+    text = (
+        jax.jit(function)
+        .lower(np.ones((16, 16), np.float32), np.ones((8, 16), np.float32), np.int32(3))
+        .compile()
+        .as_text()
+    )
     asked = []
     cost = cost_of(Program(text), MESH, lambda depth: asked.append(depth) or 7)
     assert asked == [0] and cost.guessed_loops == 1
@@ -84,33 +95,40 @@ def test_of_a_condition_the_costlier_branch_counts():
     def function(which, w, x):
         return lax.cond(which, lambda: x @ w @ w, lambda: x @ w)
 
-    text = jax.jit(function).lower(np.bool_(True), np.ones((16, 16), np.float32),
-                                   np.ones((8, 16), np.float32)).compile().as_text()
+    text = (
+        jax.jit(function)
+        .lower(np.bool_(True), np.ones((16, 16), np.float32), np.ones((8, 16), np.float32))
+        .compile()
+        .as_text()
+    )
     assert cost_of(Program(text), MESH).flops == 2 * 2 * 8 * 16 * 16
 
 
-@pytest.mark.parametrize(("written", "axes", "size"), [
-    ("replica_groups={{0,1,2,3},{4,5,6,7}}, x", ("b",), 4),
-    ("replica_groups={{0,4},{1,5},{2,6},{3,7}}", ("a",), 2),
-    ("replica_groups={{0,1},{2,3},{4,5},{6,7}}", ("b",), 2),  # half of it
-    ("replica_groups={}, x", ("a", "b"), 8),
-    ("replica_groups=[2,4]<=[8], x", ("b",), 4),
-    ("replica_groups=[4,2]<=[2,4]T(1,0), x", ("a",), 2),
-    ("replica_groups=mesh['a'=2,'b'=4] {'b'}, x", ("b",), 4),
-    ("replica_groups=mesh['a'=2,'b'=4] {'b','a'}, x", ("a", "b"), 8),
-    ("replica_groups=mesh['axis_0'=8] {'axis_0'}, x", ("a", "b"), 8),
-    ("replica_groups=mesh['axis_0'=8] {'axis_0':(2)4}, x", ("b",), 4),
-    ("replica_groups=mesh['axis_0'=8] {'axis_0':(1)2}, x", ("a",), 2),
-    ("replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}, x", ("b",), 2),
-    ("source_target_pairs={{0,1},{1,2},{2,3},{3,0}}", ("b",), 4),
-    ("source_target_pairs={{0,4},{4,0}}", ("a",), 2),
-])
+@pytest.mark.parametrize(
+    ("written", "axes", "size"),
+    [
+        ("replica_groups={{0,1,2,3},{4,5,6,7}}, x", ("b",), 4),
+        ("replica_groups={{0,4},{1,5},{2,6},{3,7}}", ("a",), 2),
+        ("replica_groups={{0,1},{2,3},{4,5},{6,7}}", ("b",), 2),  # half of it
+        ("replica_groups={}, x", ("a", "b"), 8),
+        ("replica_groups=[2,4]<=[8], x", ("b",), 4),
+        ("replica_groups=[4,2]<=[2,4]T(1,0), x", ("a",), 2),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b'}, x", ("b",), 4),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b','a'}, x", ("a", "b"), 8),
+        ("replica_groups=mesh['axis_0'=8] {'axis_0'}, x", ("a", "b"), 8),
+        ("replica_groups=mesh['axis_0'=8] {'axis_0':(2)4}, x", ("b",), 4),
+        ("replica_groups=mesh['axis_0'=8] {'axis_0':(1)2}, x", ("a",), 2),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}, x", ("b",), 2),
+        ("source_target_pairs={{0,1},{1,2},{2,3},{3,0}}", ("b",), 4),
+        ("source_target_pairs={{0,4},{4,0}}", ("a",), 2),
+    ],
+)
 def test_groups_in_every_way_of_writing(written, axes, size):
     assert groups_of(f" channel_id=1, {written}", MESH) == (axes, size)
 
 
-# As the TPU compiler writes: products as convolutions, a sum kept in parts as a fusion, started collectives, trips
-# only in the loop's condition, comments between the elements of a tuple.
+# As the TPU compiler writes: products as convolutions, a sum kept in parts as a fusion, started
+# collectives, trips only in the loop's condition, comments between the elements of a tuple.
 TPU = """HloModule jit_f, is_scheduled=true
 
 %add (x: f32[], y: f32[]) -> f32[] {
@@ -173,8 +191,10 @@ dim_labels=0bf_0oi->0bf
 def test_the_text_of_the_tpu_compiler():
     cost = cost_of(Program(TPU), MESH)
     assert [(c.kind, c.axes, c.depth, c.count, c.bytes) for c in cost.collectives] == [
-        ("all-gather", ("b",), 0, 1, 3 * 8 * 128 * 2), ("all-gather", ("slices",), 0, 1, 8 * 128 * 2),
-        ("reduce-scatter", ("b",), 1, 5, 5 * 8 * 512 * 4 * 3 / 4)]
+        ("all-gather", ("b",), 0, 1, 3 * 8 * 128 * 2),
+        ("all-gather", ("slices",), 0, 1, 8 * 128 * 2),
+        ("reduce-scatter", ("b",), 1, 5, 5 * 8 * 512 * 4 * 3 / 4),
+    ]
     # A product of a batch of 16: of a window of 16 places one hits.
     assert cost.flops == 2 * 16 * 128 * 128 * 160
     assert cost.guessed_loops == 0
@@ -192,16 +212,27 @@ backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting
     assert cost_of(Program(text), MESH).flops == 2 * 8 * 32 * 16
 
 
-@pytest.mark.parametrize(("shape", "exact", "padded"), [
-    ("f32[105,160,16,160]{3,2,1,0:T(8,128)}", 4 * 105 * 160 * 16 * 160, 4 * 105 * 160 * 16 * 256),
-    ("f32[105,160,16,160]{0,3,2,1:T(8,128)}", 4 * 105 * 160 * 16 * 160, 4 * 128 * 160 * 16 * 160),
-    ("bf16[10,100]{1,0:T(8,128)(2,1)S(1)}", 2000, 2 * 16 * 128),
-    ("f32[160]{0:T(256)}", 640, 1024),
-    ("s32[]{:T(128)}", 4, 4),
-    ("(f32[3]{0}, pred[5]{0})", 17, 17),
-    ("f8e4m3fn[4]{0}", 4, 4),
-    ("s4[3]{0}", 2, 2),
-])
+@pytest.mark.parametrize(
+    ("shape", "exact", "padded"),
+    [
+        (
+            "f32[105,160,16,160]{3,2,1,0:T(8,128)}",
+            4 * 105 * 160 * 16 * 160,
+            4 * 105 * 160 * 16 * 256,
+        ),
+        (
+            "f32[105,160,16,160]{0,3,2,1:T(8,128)}",
+            4 * 105 * 160 * 16 * 160,
+            4 * 128 * 160 * 16 * 160,
+        ),
+        ("bf16[10,100]{1,0:T(8,128)(2,1)S(1)}", 2000, 2 * 16 * 128),
+        ("f32[160]{0:T(256)}", 640, 1024),
+        ("s32[]{:T(128)}", 4, 4),
+        ("(f32[3]{0}, pred[5]{0})", 17, 17),
+        ("f8e4m3fn[4]{0}", 4, 4),
+        ("s4[3]{0}", 2, 2),
+    ],
+)
 def test_bytes_with_and_without_padding(shape, exact, padded):
     assert (bytes_of(shape), padded_bytes(shape)) == (exact, padded)
 
@@ -210,7 +241,12 @@ def test_arguments_and_the_largest_tensors():
     program = Program(TPU)
     assert arguments_of(program)[0] == ("state['w']", "f32[8,512]{1,0:T(8,128)}")
     first, *others = largest(program, 20)
-    assert (first.bytes, first.shape, first.held, first.count) == (16 * 128 * 256 * 4, "f32[16,128,160]", "argument", 2)
+    assert (first.bytes, first.shape, first.held, first.count) == (
+        16 * 128 * 256 * 4,
+        "f32[16,128,160]",
+        "argument",
+        2,
+    )
     assert "f32[8,128]" not in {t.shape for t in others}  # S(1) is another memory
     assert ("f32[16,128,128]", "temporary") in {(t.shape, t.held) for t in others}
 
@@ -252,12 +288,18 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 
 
 def test_kernels_are_counted_with_the_flops_that_their_scope_tells():
-    text = KERNELS.replace("METADATA", 'metadata={op_name="jit(step)/while/attention_forward:1000flops/pallas_call"}')
+    text = KERNELS.replace(
+        "METADATA", 'metadata={op_name="jit(step)/while/attention_forward:1000flops/pallas_call"}'
+    )
     cost = cost_of(Program(text), {"data": 1})
-    assert cost.kernels == (Kernel("attention_forward", 1, 5), Kernel("other", 0, 1)) and cost.flops == 5 * 1000
+    assert (
+        cost.kernels == (Kernel("attention_forward", 1, 5), Kernel("other", 0, 1))
+        and cost.flops == 5 * 1000
+    )
 
 
-# --- trips of loops -------------------------------------------------------------------------------------------------
+# --- trips of loops
+# -------------------------------------------------------------------------------------------------
 
 LOOP = """HloModule jit_loop
 
@@ -313,45 +355,66 @@ def compare(direction, sides="%j, %m"):
     return f"ROOT %less = pred[] compare({sides}), direction={direction}"
 
 
-@pytest.mark.parametrize(("first", "step", "last", "test", "after", "trips"), [
-    (0, 1, 5, compare("LT"), ADD, 5),
-    (0, 2, 8, compare("LT"), ADD, 4),
-    (0, 2, 7, compare("LT"), ADD, 4),  # 0, 2, 4, 6
-    (3, 2, 8, compare("LT"), ADD, 3),  # 3, 5, 7
-    (-3, 3, 4, compare("LT"), ADD, 3),
-    (0, 2, 8, compare("LE"), ADD, 5),
-    (0, 2, 7, compare("LE"), ADD, 4),
-    (8, -2, 0, compare("GT"), ADD, 4),
-    (7, -2, 0, compare("GT"), ADD, 4),  # 7, 5, 3, 1
-    (8, -2, 0, compare("GE"), ADD, 5),
-    (8, 2, 0, compare("GT"), "%next = s32[] subtract(%i, %step)", 4),
-    (0, 4, 12, compare("NE"), ADD, 3),
-    (12, -4, 0, compare("NE"), ADD, 3),
-    (5, 1, 5, compare("EQ"), ADD, 1),
-    (0, 2, 8, compare("GT", "%m, %j"), ADD, 4),
-    (8, -2, 0, compare("LE", "%m, %j"), ADD, 5),
-    (0, 1, 8, compare("LT"), TWICE, 4),
-    (0, 2, 8, compare("LT"), FUSED, 4),
-    (0, 2, 8, WRAPPED, ADD, 4),
-    (0, 2, 8, NEARER, FUSED, 4),  # 1, 3, 5, 7 are compared
-    (9, 2, 8, compare("LT"), ADD, 0),
-    (0, 0, 5, compare("LT"), ADD, None),  # never ends by its counter
-    (0, -1, 5, compare("LT"), ADD, None),
-    (0, 3, 5, compare("NE"), ADD, None),  # steps over its end
-    (0, 1, 2**31 - 1, compare("LT"), ADD, None),  # no bound
-    (0, 1, 2**63 - 1, compare("LT"), ADD, None),
-    (0, 1, 5, compare("LT"), "%next = s32[] multiply(%i, %step)", None),
-    (0, 1, 5, "%less = pred[] compare(%j, %m), direction=LT\n  ROOT %both = pred[] and(%less, %less)", ADD, None),
-], ids=str)
+@pytest.mark.parametrize(
+    ("first", "step", "last", "test", "after", "trips"),
+    [
+        (0, 1, 5, compare("LT"), ADD, 5),
+        (0, 2, 8, compare("LT"), ADD, 4),
+        (0, 2, 7, compare("LT"), ADD, 4),  # 0, 2, 4, 6
+        (3, 2, 8, compare("LT"), ADD, 3),  # 3, 5, 7
+        (-3, 3, 4, compare("LT"), ADD, 3),
+        (0, 2, 8, compare("LE"), ADD, 5),
+        (0, 2, 7, compare("LE"), ADD, 4),
+        (8, -2, 0, compare("GT"), ADD, 4),
+        (7, -2, 0, compare("GT"), ADD, 4),  # 7, 5, 3, 1
+        (8, -2, 0, compare("GE"), ADD, 5),
+        (8, 2, 0, compare("GT"), "%next = s32[] subtract(%i, %step)", 4),
+        (0, 4, 12, compare("NE"), ADD, 3),
+        (12, -4, 0, compare("NE"), ADD, 3),
+        (5, 1, 5, compare("EQ"), ADD, 1),
+        (0, 2, 8, compare("GT", "%m, %j"), ADD, 4),
+        (8, -2, 0, compare("LE", "%m, %j"), ADD, 5),
+        (0, 1, 8, compare("LT"), TWICE, 4),
+        (0, 2, 8, compare("LT"), FUSED, 4),
+        (0, 2, 8, WRAPPED, ADD, 4),
+        (0, 2, 8, NEARER, FUSED, 4),  # 1, 3, 5, 7 are compared
+        (9, 2, 8, compare("LT"), ADD, 0),
+        (0, 0, 5, compare("LT"), ADD, None),  # never ends by its counter
+        (0, -1, 5, compare("LT"), ADD, None),
+        (0, 3, 5, compare("NE"), ADD, None),  # steps over its end
+        (0, 1, 2**31 - 1, compare("LT"), ADD, None),  # no bound
+        (0, 1, 2**63 - 1, compare("LT"), ADD, None),
+        (0, 1, 5, compare("LT"), "%next = s32[] multiply(%i, %step)", None),
+        (
+            0,
+            1,
+            5,
+            "%less = pred[] compare(%j, %m), direction=LT\n  ROOT %both = pred[] and(%less, %less)",
+            ADD,
+            None,
+        ),
+    ],
+    ids=str,
+)
 def test_trips_by_start_step_and_condition(first, step, last, test, after, trips):
-    text = LOOP.replace("FIRST", str(first)).replace("STEP", str(step)).replace("LAST", str(last)).replace("NOTE", "")
+    text = (
+        LOOP.replace("FIRST", str(first))
+        .replace("STEP", str(step))
+        .replace("LAST", str(last))
+        .replace("NOTE", "")
+    )
     program = Program(text.replace("TEST", test).replace("NEXT", after))
     assert trips_of(program, "main", program.index("main")["loop"]) == trips
 
 
 @pytest.mark.parametrize(("noted", "trips"), [(9, 9), (2**63 - 1, None)])
 def test_what_the_compiler_has_noted_goes_before_the_sums(noted, trips):
-    text = LOOP.replace("FIRST", "0").replace("STEP", "2").replace("LAST", "8").replace("TEST", compare("LT"))
+    text = (
+        LOOP.replace("FIRST", "0")
+        .replace("STEP", "2")
+        .replace("LAST", "8")
+        .replace("TEST", compare("LT"))
+    )
     program = Program(text.replace("NEXT", ADD).replace("NOTE", KNOWN.replace("9", str(noted))))
     assert trips_of(program, "main", program.index("main")["loop"]) == trips
 
@@ -378,8 +441,8 @@ ENTRY %main () -> s32[] {
     assert trips_of(program, "main", program.index("main")["loop"]) == 4
 
 
-# A product whose left side lies in parts: the TPU compiler multiplies one part while the next is on its way, in a loop
-# that it unrolls by two.
+# A product whose left side lies in parts: the TPU compiler multiplies one part while the next is on
+# its way, in a loop that it unrolls by two.
 _COLLECTIVE_PRODUCT = """
 import json
 import jax
@@ -412,9 +475,16 @@ def test_a_collective_product_counts_as_the_whole_one_over_devices():
         check_installed(described)
     except ValueError as error:
         pytest.skip(str(error))
-    done = subprocess.run([sys.executable, "-c", _COLLECTIVE_PRODUCT], env=environment(described), capture_output=True,
-                          text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", _COLLECTIVE_PRODUCT],
+        env=environment(described),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert not done.returncode, done.stderr
     loops, flops, guessed, sent = json.loads(done.stdout.splitlines()[-1])
     assert loops and flops == 2 * 65536 * 8192 * 8192 / 8 and not guessed
-    assert sent == pytest.approx(65536 * 8192 * 2 * 7 / 8, rel=0.3)  # the parts of the other seven, or one more
+    assert sent == pytest.approx(
+        65536 * 8192 * 2 * 7 / 8, rel=0.3
+    )  # the parts of the other seven, or one more

@@ -1,4 +1,5 @@
-"""Kernels through the real compilers, without the chips: no memory overflows, and what the compiler says is read."""
+"""Kernels through the real compilers, without the chips: no memory overflows, and what the compiler
+says is read."""
 
 import dataclasses
 import shutil
@@ -6,7 +7,13 @@ import shutil
 import pytest
 
 from mtnlg_jax.model.kernels import blocks
-from mtnlg_jax.planning.kernel_profile import Call, Compiled, assembled_of, compile_calls, kernels_of
+from mtnlg_jax.planning.kernel_profile import (
+    Call,
+    Compiled,
+    assembled_of,
+    compile_calls,
+    kernels_of,
+)
 from mtnlg_jax.planning.topology import check_installed, parse
 
 TPUS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
@@ -31,9 +38,16 @@ def rows_of(device: str) -> list[Call]:
     found = {}
     for entry in blocks.table():
         if entry.device == device and entry.impl == "pallas_tpu":
-            call = Call("decode" if entry.kind == "decode" else "both", dtype=entry.dtype, keys=entry.length,
-                        queries=1 if entry.kind == "decode" else entry.length, head_width=entry.head_width, heads=2,
-                        kv_heads=1, causal=entry.causal)
+            call = Call(
+                "decode" if entry.kind == "decode" else "both",
+                dtype=entry.dtype,
+                keys=entry.length,
+                queries=1 if entry.kind == "decode" else entry.length,
+                head_width=entry.head_width,
+                heads=2,
+                kv_heads=1,
+                causal=entry.causal,
+            )
             found[call] = None
     return list(found)
 
@@ -41,18 +55,33 @@ def rows_of(device: str) -> list[Call]:
 @pytest.mark.slow
 @pytest.mark.parametrize("device", TPUS)
 def test_tpu_kernels_compile_for_every_width_to_128k(device):
-    calls = [Call(queries=length, keys=length, head_width=width, heads=2, kv_heads=1, masks=masks)
-             for width, length, masks in ((64, 32768, ()), (96, 2048, MASKS), (128, LONG, ("segment_ids",)),
-                                          (160, 32768, ("segment_ids",)), (192, 8192, ()), (256, 32768, ()))]
-    calls += [Call("decode", keys=32768, rows=8), Call("decode", dtype="int8", keys=LONG, rows=4, head_width=160)]
+    calls = [
+        Call(queries=length, keys=length, head_width=width, heads=2, kv_heads=1, masks=masks)
+        for width, length, masks in (
+            (64, 32768, ()),
+            (96, 2048, MASKS),
+            (128, LONG, ("segment_ids",)),
+            (160, 32768, ("segment_ids",)),
+            (192, 8192, ()),
+            (256, 32768, ()),
+        )
+    ]
+    calls += [
+        Call("decode", keys=32768, rows=8),
+        Call("decode", dtype="int8", keys=LONG, rows=4, head_width=160),
+    ]
     for result in compiled(TPUS[device], calls):
         assert not result.failure, result
         # A forward kernel, and one or two of the backward pass.
-        assert len(result.kernels) == 1 if result.call.step == "decode" else 2 <= len(result.kernels) <= 3
+        assert (
+            len(result.kernels) == 1
+            if result.call.step == "decode"
+            else 2 <= len(result.kernels) <= 3
+        )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("device", TPUS)
+@pytest.mark.parametrize("device", ["v5p", "v6e"])  # the table has no rows for v5e
 def test_every_row_of_the_table_compiles(device):
     calls = rows_of(device)
     assert calls
@@ -61,7 +90,9 @@ def test_every_row_of_the_table_compiles(device):
 
 
 def test_the_compilers_estimate_is_read():
-    calls = [Call("forward", queries=1024, keys=1024, heads=heads, kv_heads=heads) for heads in (2, 4)]
+    calls = [
+        Call("forward", queries=1024, keys=1024, heads=heads, kv_heads=heads) for heads in (2, 4)
+    ]
     described = parse(TPUS["v5p"])
     compiled(TPUS["v5p"], [])
     one, two = compile_calls(described, calls, estimate=True)
@@ -72,13 +103,22 @@ def test_hopper_kernels_assemble_without_spills():
     """Where the CUDA plugin and an assembler are: the fast forms, at the width that MT-NLG has."""
     if shutil.which("ptxas") is None:
         pytest.skip("no ptxas: it comes with CUDA")
-    calls = [Call(head_width=width, masks=masks) for width, masks in ((64, ()), (128, ()), (160, ("segment_ids",)))]
+    calls = [
+        Call(head_width=width, masks=masks)
+        for width, masks in ((64, ()), (128, ()), (160, ("segment_ids",)))
+    ]
     calls += [Call("decode", keys=4096, rows=4)]
     for result in compiled("H100:1x1", calls):
         assert not result.failure, result
-        assert len(result.assembled) == len(result.kernels) == (1 if result.call.step == "decode" else 3)
+        assert (
+            len(result.assembled)
+            == len(result.kernels)
+            == (1 if result.call.step == "decode" else 3)
+        )
         # Grouped heads and segment ids are allowed the few loop bounds that they cost, once a tile.
-        assert all(spills <= (128 if result.call.masks else 0) for _, _, spills in result.assembled), result.assembled
+        assert all(
+            spills <= (128 if result.call.masks else 0) for _, _, spills in result.assembled
+        ), result.assembled
 
 
 def test_what_the_assembler_says_is_read():
@@ -101,7 +141,12 @@ backend_config={"estimated_cycles":"9223372036854775807"}
   ROOT %attention.12 = (bf16[8]{0}, f32[8]{0}) custom-call(%d), custom_call_target="mosaic_gpu_v2", metadata={}
 """
     # 2^63 - 1 is the compiler's word for no estimate, and must not stand in a sum.
-    assert kernels_of(text) == [["splash", 120], ["lookup", None], ["odd", None], ["attention", None]]
+    assert kernels_of(text) == [
+        ["splash", 120],
+        ["lookup", None],
+        ["odd", None],
+        ["attention", None],
+    ]
 
 
 def test_a_call_travels_as_json():

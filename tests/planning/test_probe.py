@@ -1,4 +1,5 @@
-"""The small program with which flags are tried: it sends what it is asked to send, along the axes of a run."""
+"""The small program with which flags are tried: it sends what it is asked to send, along the axes
+of a run."""
 
 import math
 
@@ -10,8 +11,13 @@ from mtnlg_jax.planning.probe import lower, sizes_of
 from mtnlg_jax.planning.topology import parse
 
 # Of each kind, its name in a program that is not compiled yet.
-WRITTEN = {"all-gather": "all_gather", "reduce-scatter": "reduce_scatter", "all-reduce": "all_reduce",
-           "all-to-all": "all_to_all", "collective-permute": "collective_permute"}
+WRITTEN = {
+    "all-gather": "all_gather",
+    "reduce-scatter": "reduce_scatter",
+    "all-reduce": "all_reduce",
+    "all-to-all": "all_to_all",
+    "collective-permute": "collective_permute",
+}
 MESHES = {
     "one device": MeshConfig(pipe=1, data=1, tensor=1),
     "zero 0": MeshConfig(pipe=1, data=-1, tensor=1, zero=0),
@@ -38,5 +44,9 @@ def test_every_collective_of_the_run_stands_in_the_program(mesh):
     text = lower(parse("cpu:8"), xla_flags.collectives_of(mesh)).as_text()
     found = {kind for kind, name in WRITTEN.items() if f"stablehlo.{name}" in text}
     # The loss is one sum over all devices, whatever the mesh; a sum's transpose may be a gather.
-    assert sent <= found | {"all-reduce"} and found <= sent | {"all-reduce", "all-gather", "reduce-scatter"}
+    assert sent <= found | {"all-reduce"} and found <= sent | {
+        "all-reduce",
+        "all-gather",
+        "reduce-scatter",
+    }
     assert "stablehlo.while" in text

@@ -14,7 +14,13 @@ from mtnlg_jax.planning.report import render, size_of
 from mtnlg_jax.planning.topology import GIB, parse
 
 ROOT = Path(__file__).resolve().parents[2]
-POD = ["mesh.pipe=1", "mesh.data=128", "mesh.zero=3", "train.rampup_batch_size=none", "train.recompute=full"]
+POD = [
+    "mesh.pipe=1",
+    "mesh.data=128",
+    "mesh.zero=3",
+    "train.rampup_batch_size=none",
+    "train.recompute=full",
+]
 
 
 def config(*changes):
@@ -24,16 +30,44 @@ def config(*changes):
 def measurement(**changes):
     """Made up but for its shapes."""
     state = "state['params']['blocks']['attention']['w_q_DNH'].value"
-    tensors = [Tensor(3 * GIB // 2, "f32[105,160]", "argument", 3, state),
-               Tensor(2**20, "bf16[8]", "loop", 12, "jit(step)/shard_map/while/body/jvp()/mul")]
-    collectives = [Collective("all-gather", ("data",), 128, 2, 18900.0, 2.5 * GIB),
-                   Collective("all-reduce", ("data", "tensor"), 1024, 0, 1.0, 64.0),
-                   Collective("all-to-all", ("data",), 16, 1, 2.0, 3e6)]
-    found = Measurement("v5p:8x8x16", 1024, {"pipe": 1, "data": 128, "context": 1, "tensor": 8}, "train", 15,
-                        "libtpu 1.2", 96 * GIB, "", None, int(6.5 * GIB), 6 * GIB, [[state, GIB // 8]], 16 * GIB,
-                        38 * 2**20, 24 * GIB, 1.5e16, collectives, 4, tensors, 0.05, 1.04, 32.96, int(1.5 * GIB),
-                        [Kernel("attention_forward", 2, 3150.0), Kernel("attention_backward", 2, 1575.0)],
-                        ["--xla_a=true", "--xla_b=1"], "", 30.04)
+    tensors = [
+        Tensor(3 * GIB // 2, "f32[105,160]", "argument", 3, state),
+        Tensor(2**20, "bf16[8]", "loop", 12, "jit(step)/shard_map/while/body/jvp()/mul"),
+    ]
+    collectives = [
+        Collective("all-gather", ("data",), 128, 2, 18900.0, 2.5 * GIB),
+        Collective("all-reduce", ("data", "tensor"), 1024, 0, 1.0, 64.0),
+        Collective("all-to-all", ("data",), 16, 1, 2.0, 3e6),
+    ]
+    found = Measurement(
+        "v5p:8x8x16",
+        1024,
+        {"pipe": 1, "data": 128, "context": 1, "tensor": 8},
+        "train",
+        15,
+        "libtpu 1.2",
+        96 * GIB,
+        "",
+        None,
+        int(6.5 * GIB),
+        6 * GIB,
+        [[state, GIB // 8]],
+        16 * GIB,
+        38 * 2**20,
+        24 * GIB,
+        1.5e16,
+        collectives,
+        4,
+        tensors,
+        0.05,
+        1.04,
+        32.96,
+        int(1.5 * GIB),
+        [Kernel("attention_forward", 2, 3150.0), Kernel("attention_backward", 2, 1575.0)],
+        ["--xla_a=true", "--xla_b=1"],
+        "",
+        30.04,
+    )
     return dataclasses.replace(found, **changes)
 
 
@@ -63,26 +97,48 @@ def test_the_page_of_a_measurement():
     assert render(config(*POD), measurement()) == GOLDEN
 
 
-@pytest.mark.parametrize(("changes", "verdict"), [
-    ({"peak": 100 * GIB}, "DOES NOT FIT: 100.00 GiB a device (peak) of 96.00 GiB, 4.00 GiB too much"),
-    ({"failure": "out of memory", "needed": 97 * GIB}, "DOES NOT FIT: 97.00 GiB a device (at least, by the compiler's "
-     "first look) of 96.00 GiB, 1.00 GiB too much"),
-    ({"failure": "the compiler ended with SIGABRT: Check failed"}, "UNKNOWN: the compiler ended with SIGABRT: Check "
-     "failed"),
-    ({"limit": None},
-     "compiles, peak 24.00 GiB a device; what a device has is not known (--memory=GIB says it)"),
-    ({"topology": "H100:1x8", "peak": 80 * GIB}, "FITS: peak 80.00 GiB of 96.00 GiB a device, 16.00 GiB (17%) to "
-     "spare; set XLA_PYTHON_CLIENT_MEM_FRACTION=0.85"),
-])
+@pytest.mark.parametrize(
+    ("changes", "verdict"),
+    [
+        (
+            {"peak": 100 * GIB},
+            "DOES NOT FIT: 100.00 GiB a device (peak) of 96.00 GiB, 4.00 GiB too much",
+        ),
+        (
+            {"failure": "out of memory", "needed": 97 * GIB},
+            "DOES NOT FIT: 97.00 GiB a device (at least, by the compiler's "
+            "first look) of 96.00 GiB, 1.00 GiB too much",
+        ),
+        (
+            {"failure": "the compiler ended with SIGABRT: Check failed"},
+            "UNKNOWN: the compiler ended with SIGABRT: Check failed",
+        ),
+        (
+            {"limit": None},
+            "compiles, peak 24.00 GiB a device; what a device has is not known (--memory=GIB says it)",
+        ),
+        (
+            {"topology": "H100:1x8", "peak": 80 * GIB},
+            "FITS: peak 80.00 GiB of 96.00 GiB a device, 16.00 GiB (17%) to "
+            "spare; set XLA_PYTHON_CLIENT_MEM_FRACTION=0.85",
+        ),
+    ],
+)
 def test_verdicts(changes, verdict):
     assert f"verdict      {verdict}\n" in render(config(*POD), measurement(**changes))
 
 
-@pytest.mark.parametrize(("changes", "said"), [
-    ({"flags": []}, "none"),
-    ({"flags": [], "flags_left_out": "refused"}, "none; refused"),
-    ({"flags": ["--xla_a=1"], "flags_left_out": "some are refused"}, "--xla_a=1; some are refused"),
-])
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"flags": []}, "none"),
+        ({"flags": [], "flags_left_out": "refused"}, "none; refused"),
+        (
+            {"flags": ["--xla_a=1"], "flags_left_out": "some are refused"},
+            "--xla_a=1; some are refused",
+        ),
+    ],
+)
 def test_the_page_tells_the_flags_that_it_was_compiled_with(changes, said):
     assert f"\nflags        {said}\n" in render(config(*POD), measurement(**changes))
     failed = measurement(**changes, failure="out of memory", needed=97 * GIB)
@@ -90,20 +146,28 @@ def test_the_page_tells_the_flags_that_it_was_compiled_with(changes, said):
 
 
 def test_no_estimate_is_told_as_none():
-    assert "estimate of the step's time: none" in render(config(*POD), measurement(compiler_seconds=None))
+    assert "estimate of the step's time: none" in render(
+        config(*POD), measurement(compiler_seconds=None)
+    )
 
 
 def test_a_pipeline_names_its_schedule():
-    page = render(config("mesh.schedule=1f1b"), measurement(mesh={"pipe": 35, "data": 8, "context": 1, "tensor": 8}))
+    page = render(
+        config("mesh.schedule=1f1b"),
+        measurement(mesh={"pipe": 35, "data": 8, "context": 1, "tensor": 8}),
+    )
     assert "tensor 8, zero 0, 1f1b, recompute elementwise, 15 micro-batches" in page
 
 
-@pytest.mark.parametrize(("size", "text"), [(0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (-3 * GIB, "-3.00 GiB")])
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (-3 * GIB, "-3.00 GiB")]
+)
 def test_sizes_in_a_unit_of_which_there_is_one(size, text):
     assert size_of(size) == text
 
 
-# --- the way out ------------------------------------------------------------------------------------------------------
+# --- the way out
+# ------------------------------------------------------------------------------------------------------
 
 
 def flags(changes):
@@ -113,40 +177,72 @@ def flags(changes):
 def test_the_sums_are_the_planners():
     parts = suggest.estimate(config(*POD), 1024, "train")
     state = parts["masters"] + parts["moments"]
-    assert state == pytest.approx(12 * config().model.parameter_count() / 1024, rel=1e-2)  # biases are whole
-    assert suggest.estimate(config(), 2240, "decode")["weights"] == 2 * config().model.parameter_count() / 8
+    assert state == pytest.approx(
+        12 * config().model.parameter_count() / 1024, rel=1e-2
+    )  # biases are whole
+    assert (
+        suggest.estimate(config(), 2240, "decode")["weights"]
+        == 2 * config().model.parameter_count() / 8
+    )
 
 
 def test_smaller_micro_batches_come_first():
-    changes = suggest.suggest(config(*POD, "train.micro_batch_size=15"), parse("v5p:8x8x16"), 1024, 100 * GIB, 96 * GIB,
-                             "train")
+    changes = suggest.suggest(
+        config(*POD, "train.micro_batch_size=15"),
+        parse("v5p:8x8x16"),
+        1024,
+        100 * GIB,
+        96 * GIB,
+        "train",
+    )
     assert changes and not flags(changes)[0].startswith("--set=train.micro")  # 15 has no half
-    changes = suggest.suggest(config(*POD, "train.global_batch_size=2048", "train.micro_batch_size=16"),
-                             parse("v5p:8x8x16"), 1024, 100 * GIB, 96 * GIB, "train")
+    changes = suggest.suggest(
+        config(*POD, "train.global_batch_size=2048", "train.micro_batch_size=16"),
+        parse("v5p:8x8x16"),
+        1024,
+        100 * GIB,
+        96 * GIB,
+        "train",
+    )
     assert flags(changes)[0] == "--set=train.micro_batch_size=8"
     assert all(change.predicted <= suggest.MARGIN * 96 * GIB for change in changes)
 
 
 def test_a_pipeline_that_holds_too_much_is_sent_to_1f1b():
-    circular = config("mesh.zero=1", "mesh.schedule=circular", "mesh.virtual_pipe=3", "train.rampup_batch_size=none")
+    circular = config(
+        "mesh.zero=1",
+        "mesh.schedule=circular",
+        "mesh.virtual_pipe=3",
+        "train.rampup_batch_size=none",
+    )
     changes = suggest.suggest(circular, parse("H100:280x8"), 2240, 110 * GIB, 80 * GIB, "train")
     assert flags(changes)[0] == "--set=mesh.schedule=1f1b --set=mesh.virtual_pipe=1"
 
 
 def test_masters_held_by_every_replica_are_sharded():
-    changes = suggest.suggest(config("mesh.schedule=1f1b"), parse("H100:280x8"), 2240, 110 * GIB, 80 * GIB, "train")
+    changes = suggest.suggest(
+        config("mesh.schedule=1f1b"), parse("H100:280x8"), 2240, 110 * GIB, 80 * GIB, "train"
+    )
     assert flags(changes)[0] == "--set=mesh.zero=1"
 
 
 def test_no_change_is_suggested_that_the_config_refuses():
-    for change in suggest.suggest(config(*POD), parse("v5e:16x16*4"), 1024, 40 * GIB, 16 * GIB, "train"):
+    for change in suggest.suggest(
+        config(*POD), parse("v5e:16x16*4"), 1024, 40 * GIB, 16 * GIB, "train"
+    ):
         assert "pipe=2 " not in " ".join(change.flags)  # 105 layers do not divide
         assert change.predicted <= suggest.MARGIN * 16 * GIB
 
 
-@pytest.mark.parametrize(("small", "large"), [
-    ("v5e:16x16", "v5e:16x16*4"), ("v6e:8x16", "v6e:16x16*2"), ("v5p:8x8x16", "v5p:16x16x16"), ("H100:2x8", "H100:8x8"),
-])
+@pytest.mark.parametrize(
+    ("small", "large"),
+    [
+        ("v5e:16x16", "v5e:16x16*4"),
+        ("v6e:8x16", "v6e:16x16*2"),
+        ("v5p:8x8x16", "v5p:16x16x16"),
+        ("H100:2x8", "H100:8x8"),
+    ],
+)
 def test_a_topology_grows_in_shapes_that_there_are(small, large):
     assert str(suggest._grown(parse(small), 4)) == large
 
@@ -160,24 +256,36 @@ def test_ways_out_are_proved_in_turn(monkeypatch):
 
     monkeypatch.setattr(suggest, "measure", measured)
     big = config(*POD, "train.global_batch_size=2048", "train.micro_batch_size=16")
-    said = list(suggest.way_out(big, parse("v5p:8x8x16"), measurement(peak=120 * GIB), None, None, 2,
-                               False))
+    said = list(
+        suggest.way_out(big, parse("v5p:8x8x16"), measurement(peak=120 * GIB), None, None, 2, False)
+    )
     assert tried == [(8, "v5p:8x8x16", False), (4, "v5p:8x8x16", False)]
     assert said[0].startswith("by sums      layers ")
-    assert said[1].startswith("tried        --set=train.micro_batch_size=8: 97.00 GiB a device, still too much (")
-    assert said[2] == ("way out      --set=train.micro_batch_size=4: compiled, FITS with a peak of 50.00 GiB of "
-                       "96.00 GiB a device")
+    assert said[1].startswith(
+        "tried        --set=train.micro_batch_size=8: 97.00 GiB a device, still too much ("
+    )
+    assert said[2] == (
+        "way out      --set=train.micro_batch_size=4: compiled, FITS with a peak of 50.00 GiB of "
+        "96.00 GiB a device"
+    )
 
 
 def test_a_compiler_that_gave_up_is_asked_about_a_chip_with_more_memory(monkeypatch):
-    monkeypatch.setattr(suggest, "measure", lambda config, topology, *_, flags: measurement(topology=str(topology)))
+    monkeypatch.setattr(
+        suggest, "measure", lambda config, topology, *_, flags: measurement(topology=str(topology))
+    )
     failed = measurement(topology="v5e:16x16*4", failure="HbmOom", needed=70 * GIB, limit=16 * GIB)
     said = list(suggest.way_out(config(*POD), parse("v5e:16x16*4"), failed, None, None, 0))
-    assert said[0] == "to blame     on v5p:8x16x8, where it compiles, the step's peak is 24.00 GiB a device"
+    assert (
+        said[0]
+        == "to blame     on v5p:8x16x8, where it compiles, the step's peak is 24.00 GiB a device"
+    )
     assert "f32[105,160]  params.blocks.attention.w_q_DNH" in said[2]
 
 
-@pytest.mark.parametrize(("devices", "dims"), [(4, (2, 2, 1)), (256, (8, 8, 4)), (1024, (8, 16, 8)), (2240, None)])
+@pytest.mark.parametrize(
+    ("devices", "dims"), [(4, (2, 2, 1)), (256, (8, 8, 4)), (1024, (8, 16, 8)), (2240, None)]
+)
 def test_the_stand_in_has_as_many_devices_in_a_shape_that_there_is(devices, dims):
     roomy = suggest._roomy(devices)
     assert roomy.chips == devices and not (roomy.dims[0] % 2 or roomy.dims[1] % 2)

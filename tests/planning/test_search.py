@@ -23,9 +23,15 @@ from mtnlg_jax.planning.search import (
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 A100 = CHIPS["A100-80"]
 SMALL = Config(
-    model=ModelConfig(num_layers=6, hidden_size=384, num_attention_heads=4, vocab_size=1024,
-                      max_position_embeddings=256),
-    train=TrainConfig(global_batch_size=12))
+    model=ModelConfig(
+        num_layers=6,
+        hidden_size=384,
+        num_attention_heads=4,
+        vocab_size=1024,
+        max_position_embeddings=256,
+    ),
+    train=TrainConfig(global_batch_size=12),
+)
 
 
 def configured(name, *changes):
@@ -34,14 +40,22 @@ def configured(name, *changes):
 
 def _every_layout(job, devices):
     """All that validate and the tensors' sizes admit and the search may choose: the longhand."""
-    config, sizes = job.config, [n for n in range(1, devices + 1) if devices % n == 0]
+    config = job.config
+    sizes = [n for n in range(1, devices + 1) if devices % n == 0]
     for mesh in itertools.product((1, 2, 3, 6), sizes, sizes, (1, 2, 4)):
-        schedules = [("1f1b", 1, None), *(("circular", rounds, flush) for rounds in (1, 2, 3, 6)
-                                          for flush in (None, mesh[0], 2 * mesh[0], 4 * mesh[0]))]
+        schedules = [
+            ("1f1b", 1, None),
+            *(
+                ("circular", rounds, flush)
+                for rounds in (1, 2, 3, 6)
+                for flush in (None, mesh[0], 2 * mesh[0], 4 * mesh[0])
+            ),
+        ]
         if math.prod(mesh) != devices:
             continue
-        for zero, micro, how in itertools.product((0, 1, 3), (1, 2, 3, 4, 6, 12),
-                                                  schedules if mesh[0] > 1 else [("circular", 1, None)]):
+        for zero, micro, how in itertools.product(
+            (0, 1, 3), (1, 2, 3, 4, 6, 12), schedules if mesh[0] > 1 else [("circular", 1, None)]
+        ):
             layout = Layout(*mesh, zero, *how, micro, "full")
             try:
                 validate(with_layout(config, layout))
@@ -52,16 +66,22 @@ def _every_layout(job, devices):
 
 
 def test_no_layout_is_faster_than_those_found():
-    job, devices = Job(SMALL, A100), 6
+    job = Job(SMALL, A100)
+    devices = 6
     every = list(_every_layout(job, devices))
     sizes = sorted(sum(job.memory(layout).values()) for layout in every)
     for share in (1.0, 0.5, 0.2):  # of the layouts fit in memory
-        job.room, best = sizes[int(share * (len(sizes) - 1))], {}
+        job.room = sizes[int(share * (len(sizes) - 1))]
+        best = {}
         for estimate in (job.estimate(layout) for layout in every if job.fits(layout)):
-            mesh, seconds = estimate.layout.mesh, estimate.step_seconds
+            mesh = estimate.layout.mesh
+            seconds = estimate.step_seconds
             best[mesh] = min(seconds, best.get(mesh, seconds))
-        found = {estimate.layout.mesh: estimate.step_seconds for estimate in search(job, devices)
-                 if estimate.layout.devices == devices}
+        found = {
+            estimate.layout.mesh: estimate.step_seconds
+            for estimate in search(job, devices)
+            if estimate.layout.devices == devices
+        }
         assert len(best) > 4 and found == pytest.approx(best, rel=1e-9)
 
 
@@ -72,7 +92,9 @@ def test_what_is_found_is_allowed_and_fits_and_comes_in_order(chips, devices):
     found = search(job, devices)
     assert len(found) > 10
     seconds = [estimate.step_seconds for estimate in found]
-    assert seconds == sorted(seconds) and len({estimate.layout.mesh for estimate in found}) == len(found)
+    assert seconds == sorted(seconds) and len({estimate.layout.mesh for estimate in found}) == len(
+        found
+    )
     for estimate in found:
         assert estimate.bytes <= 0.9 * CHIPS[chips].memory and estimate.layout.devices <= devices
         validate(with_layout(config, estimate.layout))
@@ -92,19 +114,27 @@ def test_the_papers_mesh_is_among_the_first_on_its_machine():
     assert (35, 8, 1, 8) in [estimate.layout.mesh for estimate in found[:3]]
 
 
-@pytest.mark.parametrize("name", ["1.7b", "3.6b", "7.5b", "18.4b", "39.1b", "76.1b", "145.6b", "310.1b", "529.6b",
-                                  "1008b"])
+@pytest.mark.parametrize(
+    "name",
+    ["1.7b", "3.6b", "7.5b", "18.4b", "39.1b", "76.1b", "145.6b", "310.1b", "529.6b", "1008b"],
+)
 def test_each_mesh_of_the_ladder_fits_its_gpus(name):
     config = configured(f"ladder.py:{name}")
     mesh = config.mesh
     assert fastest_on(Job(config, A100), (mesh.pipe, mesh.data, mesh.context, mesh.tensor))
 
 
-@pytest.mark.parametrize(("name", "devices"), [
-    pytest.param("1008b", 3072, marks=pytest.mark.slow), pytest.param("529.6b", 2520, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("name", "devices"),
+    [
+        pytest.param("1008b", 3072, marks=pytest.mark.slow),
+        pytest.param("529.6b", 2520, marks=pytest.mark.slow),
+    ],
+)
 def test_the_ladders_largest_meshes_are_within_two_percent_of_the_best(name, devices):
     config = configured(f"ladder.py:{name}")
-    mesh, job = config.mesh, Job(config, A100)
+    mesh = config.mesh
+    job = Job(config, A100)
     own = fastest_on(job, (mesh.pipe, mesh.data, mesh.context, mesh.tensor))
     assert own.step_seconds <= 1.02 * search(job, devices)[0].step_seconds
 
@@ -127,7 +157,10 @@ def test_nothing_fits_and_nothing_is_found():
 
 
 def test_a_mesh_that_is_not_allowed_has_no_layout():
-    assert fastest_on(Job(SMALL, A100), (4, 1, 1, 1)) is None and fastest_on(Job(SMALL, A100), (1, 1, 1, 3)) is None
+    assert (
+        fastest_on(Job(SMALL, A100), (4, 1, 1, 1)) is None
+        and fastest_on(Job(SMALL, A100), (1, 1, 1, 3)) is None
+    )
 
 
 def test_a_measured_time_gives_its_efficiency_back():
@@ -135,6 +168,11 @@ def test_a_measured_time_gives_its_efficiency_back():
     layout = Layout(35, 8, 1, 8, 1, "1f1b", 1, None, 1, "none")
     for efficiency in (0.2, EFFICIENCY, 0.9):
         seconds = Job(config, A100, efficiency).estimate(layout).step_seconds
-        assert measured_efficiency(Job(config, A100), layout, seconds) == pytest.approx(efficiency, rel=1e-6)
-    with pytest.raises(ValueError, match="^1 s a step lies outside what this chip can do, 3.* s and more; is it the"):
+        assert measured_efficiency(Job(config, A100), layout, seconds) == pytest.approx(
+            efficiency, rel=1e-6
+        )
+    with pytest.raises(
+        ValueError,
+        match="^1 s a step lies outside what this chip can do, 3.* s and more; is it the",
+    ):
         measured_efficiency(Job(config, A100), layout, 1.0)

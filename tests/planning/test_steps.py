@@ -1,4 +1,5 @@
-"""Steps traced over arrays that do not exist: loops whose trips are guessed, and what has no layout."""
+"""Steps traced over arrays that do not exist: loops whose trips are guessed, and what has no
+layout."""
 
 from pathlib import Path
 
@@ -16,16 +17,26 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def config(*changes):
-    return load_config(str(ROOT / "configs/tiny.py"), ["model.vocab_size=512", "train.micro_batch_size=1", *changes])
+    return load_config(
+        str(ROOT / "configs/tiny.py"),
+        ["model.vocab_size=512", "train.micro_batch_size=1", *changes],
+    )
 
 
-@pytest.mark.parametrize(("changes", "step", "turns"), [
-    (["train.global_batch_size=32"], "train", 4),  # 32 rows over data 8
-    (["mesh.pipe=2", "train.global_batch_size=24"], "train", 1),  # 6 micro-batches in one flush
-    (["mesh.pipe=2", "train.global_batch_size=24", "mesh.flush=2"], "train", 3),
-    (["mesh.pipe=2", "train.global_batch_size=24", "mesh.schedule=1f1b"], "train", 6 + 2 * (2 - 1)),
-    ([], "decode", 1),
-])
+@pytest.mark.parametrize(
+    ("changes", "step", "turns"),
+    [
+        (["train.global_batch_size=32"], "train", 4),  # 32 rows over data 8
+        (["mesh.pipe=2", "train.global_batch_size=24"], "train", 1),  # 6 micro-batches in one flush
+        (["mesh.pipe=2", "train.global_batch_size=24", "mesh.flush=2"], "train", 3),
+        (
+            ["mesh.pipe=2", "train.global_batch_size=24", "mesh.schedule=1f1b"],
+            "train",
+            6 + 2 * (2 - 1),
+        ),
+        ([], "decode", 1),
+    ],
+)
 def test_the_outermost_loop_turns_for_the_full_batch(changes, step, turns):
     changed = config(*changes)
     trips = dynamic_trips(changed, make_mesh(changed.mesh, jax.devices()), step)
@@ -37,7 +48,18 @@ def test_causal_attention_visits_half_of_the_keys(monkeypatch):
     # Blocks of 256 queries and 512 keys: two blocks of queries see one of keys, the next two both.
     assert mean_key_blocks(1024, 64, "float32") == 1.5
     assert mean_key_blocks(300, 64, "float32") == 1
-    entry = blocks.Entry("cpu", "xla_blockwise", "float32", 64, 512, True, "both", blocks.Blocks(128, 128), 1.0, "test")
+    entry = blocks.Entry(
+        "cpu",
+        "xla_blockwise",
+        "float32",
+        64,
+        512,
+        True,
+        "both",
+        blocks.Blocks(128, 128),
+        1.0,
+        "test",
+    )
     monkeypatch.setattr(blocks, "table", lambda: (entry,))
     assert mean_key_blocks(512, 64, "float32") == (1 + 2 + 3 + 4) / 4
     assert mean_key_blocks(300, 64, "float32") == (1 + 2 + 3) / 3
@@ -47,11 +69,15 @@ def test_the_described_platform_is_what_programs_are_made_for(monkeypatch):
     monkeypatch.setattr(compat, "_DESCRIBED", [])
     assert compat.platform() == jax.default_backend() and not compat.described()
     compat.compile_for("tpu", "TPU v5 lite")
-    assert compat.platform() == "tpu" and compat.device_kind() == "TPU v5 lite" and compat.described()
+    assert (
+        compat.platform() == "tpu" and compat.device_kind() == "TPU v5 lite" and compat.described()
+    )
 
 
 @pytest.mark.parametrize("axis", ["pipe", "context"])
 def test_decoding_runs_over_data_and_tensor_only(axis):
     changed = config(f"mesh.{axis}=2")
-    with pytest.raises(ValueError, match=rf"--step=decode runs over data and tensor only.*--set=mesh.{axis}=1"):
+    with pytest.raises(
+        ValueError, match=rf"--step=decode runs over data and tensor only.*--set=mesh.{axis}=1"
+    ):
         lower(changed, make_mesh(changed.mesh, jax.devices()), "decode")

@@ -13,34 +13,48 @@ import pytest
 
 from mtnlg_jax.config import MeshConfig
 from mtnlg_jax.planning import topology
-from mtnlg_jax.planning.topology import GPUS, Topology, card, check_installed, environment, mesh_over, parse
+from mtnlg_jax.planning.topology import (
+    GPUS,
+    Topology,
+    card,
+    check_installed,
+    environment,
+    mesh_over,
+    parse,
+)
 
 
-@pytest.mark.parametrize(("text", "topology", "chips", "platform"), [
-    ("v5p:8x8x16", Topology("v5p", (8, 8, 16)), 1024, "tpu"),
-    ("v5e:16x16", Topology("v5e", (16, 16)), 256, "tpu"),
-    ("V6E:16x16*4", Topology("v6e", (16, 16), 4), 1024, "tpu"),
-    ("v4:4x4x8", Topology("v4", (4, 4, 8)), 128, "tpu"),
-    ("h100:280x8", Topology("H100", (280, 8)), 2240, "cuda"),
-    ("B200:2x8*3", Topology("B200", (2, 8), 3), 48, "cuda"),
-    ("cpu:8", Topology("cpu", (8,)), 8, "cpu"),
-])
+@pytest.mark.parametrize(
+    ("text", "topology", "chips", "platform"),
+    [
+        ("v5p:8x8x16", Topology("v5p", (8, 8, 16)), 1024, "tpu"),
+        ("v5e:16x16", Topology("v5e", (16, 16)), 256, "tpu"),
+        ("V6E:16x16*4", Topology("v6e", (16, 16), 4), 1024, "tpu"),
+        ("v4:4x4x8", Topology("v4", (4, 4, 8)), 128, "tpu"),
+        ("h100:280x8", Topology("H100", (280, 8)), 2240, "cuda"),
+        ("B200:2x8*3", Topology("B200", (2, 8), 3), 48, "cuda"),
+        ("cpu:8", Topology("cpu", (8,)), 8, "cpu"),
+    ],
+)
 def test_a_name_is_read_and_written_back(text, topology, chips, platform):
     read = parse(text)
     assert (read, read.chips, read.platform) == (topology, chips, platform)
     assert str(read).lower() == text.lower()
 
 
-@pytest.mark.parametrize(("text", "says"), [
-    ("v9:2x2", "not known.*v5p:8x8x16.*KIND is one of v4, v5e"),
-    ("v5p", "not known"),
-    ("v5p:8x8", "v5p has 3 sizes.*v5p:2x2x2"),
-    ("v5e:2x2x2", "v5e has 2 sizes"),
-    ("H100:16", "H100 has 2 sizes"),
-    ("v5e:0x4", "at least 1"),
-    ("v5e:4x4*0", "at least 1"),
-    ("cpu:4*2", "write cpu:8"),
-])
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("v9:2x2", "not known.*v5p:8x8x16.*KIND is one of v4, v5e"),
+        ("v5p", "not known"),
+        ("v5p:8x8", "v5p has 3 sizes.*v5p:2x2x2"),
+        ("v5e:2x2x2", "v5e has 2 sizes"),
+        ("H100:16", "H100 has 2 sizes"),
+        ("v5e:0x4", "at least 1"),
+        ("v5e:4x4*0", "at least 1"),
+        ("cpu:4*2", "write cpu:8"),
+    ],
+)
 def test_a_name_that_means_nothing_is_refused(text, says):
     with pytest.raises(ValueError, match=says):
         parse(text)
@@ -49,7 +63,10 @@ def test_a_name_that_means_nothing_is_refused(text, says):
 def test_the_environment_is_the_childs_alone(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=x --xla_force_host_platform_device_count=4")
     before = dict(os.environ)
-    assert environment(parse("cpu:6"))["XLA_FLAGS"] == "--xla_dump_to=x --xla_force_host_platform_device_count=6"
+    assert (
+        environment(parse("cpu:6"))["XLA_FLAGS"]
+        == "--xla_dump_to=x --xla_force_host_platform_device_count=6"
+    )
     tpu = environment(parse("v5p:2x2x1"))
     assert tpu["ALLOW_MULTIPLE_LIBTPU_LOAD"] == "1" and tpu["JAX_PLATFORMS"] == "cpu"
     assert dict(os.environ) == before
@@ -82,23 +99,39 @@ def test_the_mesh_is_the_projects_own_and_its_sizes_are_checked():
         mesh_over(MeshConfig(tensor=3, data=2), parse("cpu:8"), jax.devices())
 
 
-# --- the torus ------------------------------------------------------------------------------------------------------
+# --- the torus
+# ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("text", "wrap"), [
-    ("v5p:4x4x4", (True, True, True)), ("v5p:8x8x16", (True, True, True)), ("v4:4x4x12", (True, True, True)),
-    ("tpu7x:4x8x8", (True, True, True)), ("v5p:8x8x8*2", (True, True, True)),
-    ("v5p:2x2x1", (False, False, False)), ("v4:2x2x4", (False, False, False)),  # parts of a cube
-    ("v5p:2x4x4", (False, False, False)), ("v5p:8x14x20", (False, False, False)),
-    ("v5e:16x16", (True, True, False)), ("v5e:8x16", (False, True, False)), ("v6e:16x8", (True, False, False)),
-    ("v6e:8x8", (False, False, False)), ("v6e:16x16*4", (True, True, False)), ("v5e:4x4", (False, False, False)),
-])
+@pytest.mark.parametrize(
+    ("text", "wrap"),
+    [
+        ("v5p:4x4x4", (True, True, True)),
+        ("v5p:8x8x16", (True, True, True)),
+        ("v4:4x4x12", (True, True, True)),
+        ("tpu7x:4x8x8", (True, True, True)),
+        ("v5p:8x8x8*2", (True, True, True)),
+        ("v5p:2x2x1", (False, False, False)),
+        ("v4:2x2x4", (False, False, False)),  # parts of a cube
+        ("v5p:2x4x4", (False, False, False)),
+        ("v5p:8x14x20", (False, False, False)),
+        ("v5e:16x16", (True, True, False)),
+        ("v5e:8x16", (False, True, False)),
+        ("v6e:16x8", (True, False, False)),
+        ("v6e:8x8", (False, False, False)),
+        ("v6e:16x16*4", (True, True, False)),
+        ("v5e:4x4", (False, False, False)),
+    ],
+)
 def test_a_slice_is_described_with_the_links_that_it_is_sold_with(text, wrap, monkeypatch):
     asked = []
     from jax.experimental import topologies
 
-    monkeypatch.setattr(topologies, "get_topology_desc",
-                        lambda **given: asked.append(given) or SimpleNamespace(devices=[]))
+    monkeypatch.setattr(
+        topologies,
+        "get_topology_desc",
+        lambda **given: asked.append(given) or SimpleNamespace(devices=[]),
+    )
     topology.devices(parse(text))
     assert [given["wrap"] for given in asked] == [wrap]
 
@@ -132,11 +165,16 @@ def test_the_compiler_lays_a_group_through_two_dims_of_the_torus():
         check_installed(described)
     except ValueError as error:
         pytest.skip(str(error))
-    # 16 chips of 64 as a plane that closes on itself; of 32, which do not close, as one ring through all. A v4 has one
-    # device a chip.
+    # 16 chips of 64 as a plane that closes on itself; of 32, which do not close, as one ring
+    # through all. A v4 has one device a chip.
     asked = [["v5p:4x4x4", 16, 4], ["v5p:2x4x4", 16, 2], ["v4:4x4x4", 16, 4], ["v5e:8x16", 16, 8]]
-    done = subprocess.run([sys.executable, "-c", _ALGORITHMS, json.dumps(asked)], env=environment(described),
-                          capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", _ALGORITHMS, json.dumps(asked)],
+        env=environment(described),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert not done.returncode, done.stderr
     closed, open_, v4, flat = [json.loads(line) for line in done.stdout.splitlines()]
     assert closed[0] == v4[0] == 64 and open_[0] == 32 and flat[0] == 128

@@ -21,13 +21,22 @@ from mtnlg_jax.tasks.templates import TASKS
 CONTEXT = 160
 ROWS = {
     "continue": [Row("Once upon a time", (" there lived a whale.",))],
-    "summarise": [Row("The whale swam north. It was cold there. It came back.", ("A whale came back.",)),
-                  Row("鲸鱼向北游去。那里很冷。", ("鲸鱼很冷。",))],
+    "summarise": [
+        Row("The whale swam north. It was cold there. It came back.", ("A whale came back.",)),
+        Row("鲸鱼向北游去。那里很冷。", ("鲸鱼很冷。",)),
+    ],
     "translate": [Row("Hello, captain.", ("你好，船长。",)), Row("再见。", ("Goodbye.",))],
-    "sentiment": [Row("a fine film", ("positive",)), Row("a dull film", ("negative",)),
-                  Row("很好看", ("positive",)), Row("很无聊", ("negative",))],
-    "answer": [Row("Where is the whale?", ("in the north",), context="The whale lives in the north."),
-               Row("鲸鱼在哪里？", ("北方",)), Row("Who sleeps?", ("the captain",))],
+    "sentiment": [
+        Row("a fine film", ("positive",)),
+        Row("a dull film", ("negative",)),
+        Row("很好看", ("positive",)),
+        Row("很无聊", ("negative",)),
+    ],
+    "answer": [
+        Row("Where is the whale?", ("in the north",), context="The whale lives in the north."),
+        Row("鲸鱼在哪里？", ("北方",)),
+        Row("Who sleeps?", ("the captain",)),
+    ],
 }
 
 
@@ -38,11 +47,17 @@ class Memory(NamedTuple):
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    texts = [pair["prompt"] + pair["answer"] + "\n" for name, rows in ROWS.items() for pair in pairs(TASKS[name], rows)]
+    texts = [
+        pair["prompt"] + pair["answer"] + "\n"
+        for name, rows in ROWS.items()
+        for pair in pairs(TASKS[name], rows)
+    ]
     return train_tokenizer(texts * 4, 480)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "optimizer"), donate_argnames=("params", "state"))
+@functools.partial(
+    jax.jit, static_argnames=("config", "optimizer"), donate_argnames=("params", "state")
+)
 def _learn(config, optimizer, params, state, tokens_BS, weights_BS):
     def loss(params):
         logits_BSV = nnx.merge(abstract_model(config)[0], params)(tokens_BS[:, :-1])
@@ -56,20 +71,35 @@ def _learn(config, optimizer, params, state, tokens_BS, weights_BS):
 
 @pytest.fixture(scope="session")
 def memory(tokenizer) -> Memory:
-    made = [(encode_prompt(tokenizer, pair["prompt"]), [*tokenizer.encode(pair["answer"]), tokenizer.eos_id])
-            for name, rows in ROWS.items() for pair in pairs(TASKS[name], rows)]
+    made = [
+        (
+            encode_prompt(tokenizer, pair["prompt"]),
+            [*tokenizer.encode(pair["answer"]), tokenizer.eos_id],
+        )
+        for name, rows in ROWS.items()
+        for pair in pairs(TASKS[name], rows)
+    ]
     tokens = np.zeros((len(made), max(len(prompt + answer) for prompt, answer in made)), np.int32)
     weights = np.zeros(tokens.shape, np.float32)
     for row, (prompt, answer) in enumerate(made):
         tokens[row, : len(prompt + answer)] = prompt + answer
-        weights[row, len(prompt) : len(prompt + answer)] = 1  # on the answer alone, as in fine-tuning
-    config = ModelConfig(num_layers=1, hidden_size=64, num_attention_heads=4, vocab_size=tokenizer.vocab_size,
-                         max_position_embeddings=CONTEXT)
+        weights[row, len(prompt) : len(prompt + answer)] = (
+            1  # on the answer alone, as in fine-tuning
+        )
+    config = ModelConfig(
+        num_layers=1,
+        hidden_size=64,
+        num_attention_heads=4,
+        vocab_size=tokenizer.vocab_size,
+        max_position_embeddings=CONTEXT,
+    )
     params = init_parameters(config, 0)
     optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, 100))
     state = optimizer.init(params)
     for _ in range(100):
-        params, state, value = _learn(config, optimizer, params, state, jnp.asarray(tokens), jnp.asarray(weights))
+        params, state, value = _learn(
+            config, optimizer, params, state, jnp.asarray(tokens), jnp.asarray(weights)
+        )
     assert value < 0.02, f"the model has not learnt its rows: loss {value}"
     return Memory(unstack(config, params), tokenizer)
 

@@ -1,4 +1,5 @@
-"""Metrics: those of libraries equal the libraries called directly, the others are worked out by hand."""
+"""Metrics: those of libraries equal the libraries called directly, the others are worked out by
+hand."""
 
 import dataclasses
 import json
@@ -8,60 +9,104 @@ import pytest
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU, CHRF
 
-from mtnlg_jax.tasks.metrics import METRICS, baseline, chance, exact_match, measure, squad_normalise, token_f1
+from mtnlg_jax.tasks.metrics import (
+    METRICS,
+    baseline,
+    chance,
+    exact_match,
+    measure,
+    squad_normalise,
+    token_f1,
+)
 from mtnlg_jax.tasks.prompts import Row
 from mtnlg_jax.tasks.templates import TASKS, Template
 from mtnlg_jax.tasks.text import words
 
-ENGLISH = (["The whale swam north again.", "A captain slept", "nothing"],
-           [("The whales swam to the north.",), ("The old captain slept.", "A captain was sleeping."), ("all of it",)])
-CHINESE = (["鲸鱼向北游去。", "船长睡着了", "GPT 很大"], [("鲸鱼又向北游。",), ("老船长睡着了。",), ("GPT 模型很大",)])
+ENGLISH = (
+    ["The whale swam north again.", "A captain slept", "nothing"],
+    [
+        ("The whales swam to the north.",),
+        ("The old captain slept.", "A captain was sleeping."),
+        ("all of it",),
+    ],
+)
+CHINESE = (
+    ["鲸鱼向北游去。", "船长睡着了", "GPT 很大"],
+    [("鲸鱼又向北游。",), ("老船长睡着了。",), ("GPT 模型很大",)],
+)
 
 
 def test_rouge_is_rouge_score():
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
     ours = measure(("rouge1", "rouge2", "rougeL"), *ENGLISH, "en")
     for name, score in ours.items():
-        rows = [max(scorer.score(reference, answer)[name].fmeasure for reference in several)
-                for answer, several in zip(*ENGLISH, strict=True)]
-        assert score.value == pytest.approx(100 * np.mean(rows)) and score.low <= score.value <= score.high
+        rows = [
+            max(scorer.score(reference, answer)[name].fmeasure for reference in several)
+            for answer, several in zip(*ENGLISH, strict=True)
+        ]
+        assert (
+            score.value == pytest.approx(100 * np.mean(rows))
+            and score.low <= score.value <= score.high
+        )
 
 
 def test_rouge_of_chinese_is_that_of_its_characters():
     # rouge-score's own tokenizer drops Chinese, so that words of letters stand for the characters.
-    words = {c: f"w{ord(c)}" for c in "".join(CHINESE[0] + [each[0] for each in CHINESE[1]]) if c > "\u4e00"}
+    words = {
+        c: f"w{ord(c)}"
+        for c in "".join(CHINESE[0] + [each[0] for each in CHINESE[1]])
+        if c > "\u4e00"
+    }
     words["。"] = ""
-    spelled = [[" ".join("".join(f" {words.get(c, c)} " if c in words else c for c in text).split())
-                for text in texts] for texts in (CHINESE[0], [each[0] for each in CHINESE[1]])]
+    spelled = [
+        [
+            " ".join("".join(f" {words.get(c, c)} " if c in words else c for c in text).split())
+            for text in texts
+        ]
+        for texts in (CHINESE[0], [each[0] for each in CHINESE[1]])
+    ]
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"])
     for name, score in measure(("rouge1", "rouge2", "rougeL"), *CHINESE, "zh").items():
-        rows = [scorer.score(reference, answer)[name].fmeasure for answer, reference in zip(*spelled, strict=True)]
+        rows = [
+            scorer.score(reference, answer)[name].fmeasure
+            for answer, reference in zip(*spelled, strict=True)
+        ]
         assert score.value == pytest.approx(100 * np.mean(rows)) and score.value > 40
 
 
-@pytest.mark.parametrize(("rows", "language", "tokenize"), [(ENGLISH, "en", "13a"), (CHINESE, "zh", "zh")])
+@pytest.mark.parametrize(
+    ("rows", "language", "tokenize"), [(ENGLISH, "en", "13a"), (CHINESE, "zh", "zh")]
+)
 def test_bleu_and_chrf_are_sacrebleu(rows, language, tokenize):
     answers, references = rows
-    streams = [[each[0] for each in references], [each[1] if len(each) > 1 else None for each in references]]
+    streams = [
+        [each[0] for each in references],
+        [each[1] if len(each) > 1 else None for each in references],
+    ]
     streams = streams[: max(map(len, references))]
     ours = measure(("bleu", "chrf"), answers, references, language)
-    assert ours["bleu"].value == pytest.approx(BLEU(tokenize=tokenize).corpus_score(answers, streams).score)
+    assert ours["bleu"].value == pytest.approx(
+        BLEU(tokenize=tokenize).corpus_score(answers, streams).score
+    )
     assert ours["chrf"].value == pytest.approx(CHRF().corpus_score(answers, streams).score)
     assert 0 <= ours["chrf"].low < ours["chrf"].value < ours["chrf"].high <= 100
 
 
-@pytest.mark.parametrize(("answer", "reference", "language", "normal", "exact", "f1"), [
-    ("The Whale!", "whale", "en", "whale", 1, 1),
-    ("in the  North-sea", "in a northsea.", "en", "in northsea", 1, 1),
-    ("old white whale", "the white whale", "en", "old white whale", 0, 2 * 2 / 5),
-    ("a a whale whale", "whale", "en", "whale whale", 0, 2 / 3),
-    ("the", "a", "en", "", 1, 1),
-    ("the", "whale", "en", "", 0, 0),
-    ("北方。", "北 方", "zh", "北方", 1, 1),
-    ("在北方的海", "北海", "zh", "在北方的海", 0, 2 * 2 / 7),
-    ("308 分", "308分", "zh", "308分", 1, 1),
-    ("308分", "30分", "zh", "308分", 0, 1 / 2),
-])
+@pytest.mark.parametrize(
+    ("answer", "reference", "language", "normal", "exact", "f1"),
+    [
+        ("The Whale!", "whale", "en", "whale", 1, 1),
+        ("in the  North-sea", "in a northsea.", "en", "in northsea", 1, 1),
+        ("old white whale", "the white whale", "en", "old white whale", 0, 2 * 2 / 5),
+        ("a a whale whale", "whale", "en", "whale whale", 0, 2 / 3),
+        ("the", "a", "en", "", 1, 1),
+        ("the", "whale", "en", "", 0, 0),
+        ("北方。", "北 方", "zh", "北方", 1, 1),
+        ("在北方的海", "北海", "zh", "在北方的海", 0, 2 * 2 / 7),
+        ("308 分", "308分", "zh", "308分", 1, 1),
+        ("308分", "30分", "zh", "308分", 0, 1 / 2),
+    ],
+)
 def test_exact_match_and_f1_by_hand(answer, reference, language, normal, exact, f1):
     assert squad_normalise(answer, language) == normal
     assert exact_match(answer, reference, language) == exact
@@ -69,7 +114,9 @@ def test_exact_match_and_f1_by_hand(answer, reference, language, normal, exact, 
 
 
 def test_the_best_reference_counts_and_accuracy():
-    scores = measure(("exact_match", "f1", "accuracy"), ["b", "x"], [("a", "b c", "b"), ("y",)], "en")
+    scores = measure(
+        ("exact_match", "f1", "accuracy"), ["b", "x"], [("a", "b c", "b"), ("y",)], "en"
+    )
     assert [score.value for score in scores.values()] == [50, 50, 50]
     assert measure(("f1",), ["white whale"], [("black cat", "white cat")], "en")["f1"].value == 50
 
@@ -80,16 +127,27 @@ def test_the_interval_is_that_of_a_binomial():
     half = 1.96 * 100 * np.sqrt(0.7 * 0.3 / 100)
     assert score.value == pytest.approx(70)
     assert (score.low, score.high) == pytest.approx((70 - half, 70 + half), abs=1.5)
-    assert measure(("accuracy",), answers, [("a",)] * 100, "en")["accuracy"] == score, "drawn with a seed"
+    assert measure(("accuracy",), answers, [("a",)] * 100, "en")["accuracy"] == score, (
+        "drawn with a seed"
+    )
     assert str(score).startswith(" 70.00 [")
 
 
 def test_baselines():
-    rows = [Row("One is here. Two.", ("b",), context="It is. Not."), Row("二在这里。三。", ("b",), context="x. y."),
-            Row("c", ("a",), context="z")]
+    rows = [
+        Row("One is here. Two.", ("b",), context="It is. Not."),
+        Row("二在这里。三。", ("b",), context="x. y."),
+        Row("c", ("a",), context="z"),
+    ]
     assert baseline(TASKS["sentiment"], rows) == ("majority class", ["b"] * 3)
-    assert baseline(TASKS["summarise"], rows) == ("lead sentence", ["One is here.", "二在这里。", "c"])
-    assert baseline(TASKS["translate"], rows) == ("copying the source", ["One is here. Two.", "二在这里。三。", "c"])
+    assert baseline(TASKS["summarise"], rows) == (
+        "lead sentence",
+        ["One is here.", "二在这里。", "c"],
+    )
+    assert baseline(TASKS["translate"], rows) == (
+        "copying the source",
+        ["One is here. Two.", "二在这里。三。", "c"],
+    )
     assert baseline(TASKS["answer"], rows)[1] == ["It is.", "x.", "z"]
     assert baseline(TASKS["answer"], [Row("a", ("b",))] * 2) == ("the commonest answer", ["b", "b"])
 
@@ -106,11 +164,26 @@ def test_choices_have_chance():
     rows = [Row("q", ("t",), choices=("s", "t")), Row("q", ("u",), choices=("s", "t", "u", "v"))]
     assert chance(rows).value == pytest.approx(37.5)
     assert str(chance(rows[1:] * 5)) == " 25.00 [25.00, 25.00]"
-    assert chance([Row("q", ("s", "t"), choices=("s", "t", "u", "v"))]).value == 50, "two of four are right"
+    assert chance([Row("q", ("s", "t"), choices=("s", "t", "u", "v"))]).value == 50, (
+        "two of four are right"
+    )
 
 
-SCRIPTS = ["Привет мир", "สวัสดีชาวโลก", "안녕하세요 세계", "مرحبا بالعالم", "こんにちは世界", "नमस्ते दुनिया", "שלום עולם",
-           "Γειά σου Κόσμε", "Xin chào thế giới", "été français", "你好世界", "ສະບາຍດີ", "გამარჯობა"]
+SCRIPTS = [
+    "Привет мир",
+    "สวัสดีชาวโลก",
+    "안녕하세요 세계",
+    "مرحبا بالعالم",
+    "こんにちは世界",
+    "नमस्ते दुनिया",
+    "שלום עולם",
+    "Γειά σου Κόσμε",
+    "Xin chào thế giới",
+    "été français",
+    "你好世界",
+    "ສະບາຍດີ",
+    "გამარჯობა",
+]
 
 
 @pytest.mark.parametrize("text", SCRIPTS)
@@ -121,43 +194,89 @@ def test_equal_texts_of_any_script_score_100(text, metric):
 
 
 def test_half_of_the_words_of_any_script_is_half():
-    for ours, theirs in (("Привет мир", "Привет дом"), ("안녕 세계", "안녕 집"), ("नमस्ते दुनिया", "नमस्ते घर"),
-                         ("天地", "天水"), ("日本のに", "日本がは"), ("กข", "กค")):
+    for ours, theirs in (
+        ("Привет мир", "Привет дом"),
+        ("안녕 세계", "안녕 집"),
+        ("नमस्ते दुनिया", "नमस्ते घर"),
+        ("天地", "天水"),
+        ("日本のに", "日本がは"),
+        ("กข", "กค"),
+    ):
         for metric in ("rouge1", "f1"):
-            assert measure([metric], [ours], [[theirs]], "en")[metric].value == pytest.approx(50), (ours, metric)
+            assert measure([metric], [ours], [[theirs]], "en")[metric].value == pytest.approx(50), (
+                ours,
+                metric,
+            )
     assert words("नमस्ते, दुनिया!") == ["नमस्ते", "दुनिया"], "marks belong to their letters"
-    assert words("Don't 3.5 naïve_x ＡＢ日本") == ["don", "t", "3", "5", "naïve", "x", "ab", "日", "本"]
-    assert words("กลัง") == ["ก", "ลั", "ง"], "characters of a script without spaces, each with its marks"
+    assert words("Don't 3.5 naïve_x ＡＢ日本") == [
+        "don",
+        "t",
+        "3",
+        "5",
+        "naïve",
+        "x",
+        "ab",
+        "日",
+        "本",
+    ]
+    assert words("กลัง") == ["ก", "ลั", "ง"], (
+        "characters of a script without spaces, each with its marks"
+    )
 
 
 def test_rouge_of_english_with_a_few_accents_is_that_of_rouge_score():
-    plain = "and nobody on the coast knew of it at all until the ships came home in the autumn of that year. " * 3
+    plain = (
+        "and nobody on the coast knew of it at all until the ships came home in the autumn of that year. "
+        * 3
+    )
     texts = ["The naïve whale swam north of São Paulo again and again, " + plain]
     references = [("The whale and the naïve captain of São Paulo swam there again, " + plain,)]
     scorer = RougeScorer(["rouge2"], use_stemmer=True)
     direct = scorer.score(references[0][0], texts[0])["rouge2"].fmeasure
-    assert measure(["rouge2"], texts, references, "en")["rouge2"].value == pytest.approx(100 * direct)
+    assert measure(["rouge2"], texts, references, "en")["rouge2"].value == pytest.approx(
+        100 * direct
+    )
 
 
 def test_bleu_of_scripts_without_spaces_is_that_of_characters():
-    ours, theirs = ["こんにちは世界です"], [["こんにちは世界でした"]]
+    ours = ["こんにちは世界です"]
+    theirs = [["こんにちは世界でした"]]
     score = measure(["bleu"], ours, theirs, "en")["bleu"].value
     assert score == pytest.approx(BLEU(tokenize="char").corpus_score(ours, theirs).score)
-    assert score > 50 > measure(["bleu"], ["Hello big world"], [["Hello small world"]], "en")["bleu"].value
+    assert (
+        score
+        > 50
+        > measure(["bleu"], ["Hello big world"], [["Hello small world"]], "en")["bleu"].value
+    )
 
 
-@pytest.mark.parametrize(("answers", "references"), [
-    (["abc", "xyz"], [["abc"], ["abc"]]),  # sacrebleu's own bootstrap of chrF raises TypeError here
-    (["the module"] + ["天"] * 9, [["the module"]] + [["abc"]] * 9),
-    (["abc"] * 4 + ["天"] * 36, [["abc"]] * 40),
-    (["a"], [["a"]]), (["a"], [["b"]]), ([""], [["b"]]), (["", ""], [["..."], ["!?"]]), (["?"], [["?"]]),
-    (["天"] * 3, [["abc"]] * 3), (["same words here"] * 5, [["same words here"]] * 5), (["\n"], [["a", ""]]),
-])
+@pytest.mark.parametrize(
+    ("answers", "references"),
+    [
+        (
+            ["abc", "xyz"],
+            [["abc"], ["abc"]],
+        ),  # sacrebleu's own bootstrap of chrF raises TypeError here
+        (["the module"] + ["天"] * 9, [["the module"]] + [["abc"]] * 9),
+        (["abc"] * 4 + ["天"] * 36, [["abc"]] * 40),
+        (["a"], [["a"]]),
+        (["a"], [["b"]]),
+        ([""], [["b"]]),
+        (["", ""], [["..."], ["!?"]]),
+        (["?"], [["?"]]),
+        (["天"] * 3, [["abc"]] * 3),
+        (["same words here"] * 5, [["same words here"]] * 5),
+        (["\n"], [["a", ""]]),
+    ],
+)
 def test_no_metric_fails_on_legal_rows(answers, references):
     for language in ("en", "zh"):
         for name, score in measure(METRICS, answers, references, language).items():
             assert 0 <= score.low <= score.high <= 100 and 0 <= score.value <= 100, name
-            assert json.loads(json.dumps(dataclasses.asdict(score), allow_nan=False))["value"] == score.value
+            assert (
+                json.loads(json.dumps(dataclasses.asdict(score), allow_nan=False))["value"]
+                == score.value
+            )
 
 
 def test_the_interval_of_corpus_metrics_is_that_of_sacrebleu():

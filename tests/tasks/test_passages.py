@@ -12,19 +12,27 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("notes")
     filler = "The ship sailed on. Nobody spoke of it. The sea was grey. " * 8
     (folder / "log").mkdir()
-    (folder / "log" / "may.txt").write_text(f"{filler}\r\n\r\nThe captain keeps his parrot in the galley. {filler}",
-                                            newline="")
-    (folder / "zh.md").write_text("海是灰色的。" * 20 + "船长把鹦鹉养在厨房里。" + "没有人说话。" * 20)
-    (folder / "rows.jsonl").write_text('{"text": "Nothing here."}\n{"text": "The cook has one wooden leg."}\n')
+    (folder / "log" / "may.txt").write_text(
+        f"{filler}\r\n\r\nThe captain keeps his parrot in the galley. {filler}", newline=""
+    )
+    (folder / "zh.md").write_text(
+        "海是灰色的。" * 20 + "船长把鹦鹉养在厨房里。" + "没有人说话。" * 20
+    )
+    (folder / "rows.jsonl").write_text(
+        '{"text": "Nothing here."}\n{"text": "The cook has one wooden leg."}\n'
+    )
     (folder / "photo.jpg").write_bytes(b"\xff\xd8")
     return folder
 
 
-@pytest.mark.parametrize(("question", "source", "words"), [
-    ("Where is the parrot?", "log/may.txt", "The captain keeps his parrot in the galley."),
-    ("鹦鹉在哪里？", "zh.md", "船长把鹦鹉养在厨房里。"),
-    ("Which leg is WOODEN", "rows.jsonl:2", "The cook has one wooden leg."),
-])
+@pytest.mark.parametrize(
+    ("question", "source", "words"),
+    [
+        ("Where is the parrot?", "log/may.txt", "The captain keeps his parrot in the galley."),
+        ("鹦鹉在哪里？", "zh.md", "船长把鹦鹉养在厨房里。"),
+        ("Which leg is WOODEN", "rows.jsonl:2", "The cook has one wooden leg."),
+    ],
+)
 def test_a_planted_passage_is_found_and_its_range_is_true(folder, question, source, words):
     best = read_passages(folder, size=120).best(question, 2)
     assert best[0].source == source and words in best[0].text and len(best[0].text) <= 120
@@ -35,7 +43,9 @@ def test_a_planted_passage_is_found_and_its_range_is_true(folder, question, sour
 
 
 def test_order_and_numbers():
-    retriever = Retriever([Document("same words here", "a"), Document("same words here", "b"), Document("other", "c")])
+    retriever = Retriever(
+        [Document("same words here", "a"), Document("same words here", "b"), Document("other", "c")]
+    )
     assert [each.source for each in retriever.best("same words", 5)] == ["a", "b"]
     assert len(retriever.best("same words", 1)) == 1
     assert retriever.best("unknown", 3) == [] and retriever.best("?!", 3) == []
@@ -44,10 +54,15 @@ def test_order_and_numbers():
 def test_splitting_loses_nothing_but_white_space():
     rng = np.random.default_rng(1)
     for _ in range(200):
-        text = "".join(rng.choice(["word", "好", " ", ". ", "。", "\n\n", "x" * 30], rng.integers(1, 60)))
+        text = "".join(
+            rng.choice(["word", "好", " ", ". ", "。", "\n\n", "x" * 30], rng.integers(1, 60))
+        )
         size = int(rng.integers(1, 50))
         passages = split(Document(text, "a"), size)
-        assert all(each.text == text[each.start : each.end] and each.text == each.text.strip() for each in passages)
+        assert all(
+            each.text == text[each.start : each.end] and each.text == each.text.strip()
+            for each in passages
+        )
         assert all(1 <= len(each.text) <= size for each in passages)
         assert "".join("".join(each.text for each in passages).split()) == "".join(text.split())
 
@@ -56,7 +71,9 @@ def test_no_text_to_look_in(folder, tmp_path):
     with pytest.raises(ValueError, match=f"{tmp_path} holds no text .*put any of .txt"):
         read_passages(tmp_path)
     (tmp_path / "a.txt").write_text("?! ...")
-    with pytest.raises(ValueError, match="no text to look passages up in; give documents with words"):
+    with pytest.raises(
+        ValueError, match="no text to look passages up in; give documents with words"
+    ):
         read_passages(tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         read_passages("nowhere")

@@ -6,29 +6,32 @@ import pytest
 from mtnlg_jax.tasks.text import clean, cut, language_of, normalise, sentences
 
 
-@pytest.mark.parametrize(("written", "language", "handed_in"), [
-    ("  two   words\t", "en", "two words"),
-    ("cafe\u0301 \x00is\ufffd open", "en", "caf\u00e9 is open"),
-    ("\u2581Hello\u2581world", "en", "Hello world"),
-    ("un ##believ ##able , ver@@ y", "en", "unbelievable, very"),
-    ("do n't go , it 's ( really ) bad !", "en", "don't go, it's (really) bad!"),
-    ('He said "go" .', "en", 'He said "go".'),
-    ("at .5 or 3.14, see a.b/c,d", "en", "at .5 or 3.14, see a.b/c,d"),
-    ("ＡＢ１２，yes。no", "en", "AB12, yes. no"),
-    ("Good!! Bad,, fine..... end", "en", "Good! Bad, fine... end"),
-    ("std::cout << x", "en", "std::cout << x"),
-    ("Good film. Bad end. good  film!", "en", "Good film. Bad end."),
-    ("One. Two. One. Three.", "en", "One. Two. Three."),
-    ("... and ...", "en", "... and..."),
-    ("我 喜欢 这 部 电影 , 真的 .", "zh", "我喜欢这部电影，真的。"),
-    ("价格是3,000元,圆周率是3.14.", "zh", "价格是3,000元，圆周率是3.14."),
-    ("一共,3个", "zh", "一共，3个"),
-    ("时间:10:30,网站a.com", "zh", "时间:10:30，网站a.com"),
-    ("他说 ： “ 你好 ！！ ” 。", "zh", "他说：“你好！”。"),
-    ("很好。真的很好。很好！", "zh", "很好。真的很好。"),
-    ("用 Python 写", "zh", "用 Python 写"),
-    ("", "en", ""),
-])
+@pytest.mark.parametrize(
+    ("written", "language", "handed_in"),
+    [
+        ("  two   words\t", "en", "two words"),
+        ("cafe\u0301 \x00is\ufffd open", "en", "caf\u00e9 is open"),
+        ("\u2581Hello\u2581world", "en", "Hello world"),
+        ("un ##believ ##able , ver@@ y", "en", "unbelievable, very"),
+        ("do n't go , it 's ( really ) bad !", "en", "don't go, it's (really) bad!"),
+        ('He said "go" .', "en", 'He said "go".'),
+        ("at .5 or 3.14, see a.b/c,d", "en", "at .5 or 3.14, see a.b/c,d"),
+        ("ＡＢ１２，yes。no", "en", "AB12, yes. no"),
+        ("Good!! Bad,, fine..... end", "en", "Good! Bad, fine... end"),
+        ("std::cout << x", "en", "std::cout << x"),
+        ("Good film. Bad end. good  film!", "en", "Good film. Bad end."),
+        ("One. Two. One. Three.", "en", "One. Two. Three."),
+        ("... and ...", "en", "... and..."),
+        ("我 喜欢 这 部 电影 , 真的 .", "zh", "我喜欢这部电影，真的。"),
+        ("价格是3,000元,圆周率是3.14.", "zh", "价格是3,000元，圆周率是3.14."),
+        ("一共,3个", "zh", "一共，3个"),
+        ("时间:10:30,网站a.com", "zh", "时间:10:30，网站a.com"),
+        ("他说 ： “ 你好 ！！ ” 。", "zh", "他说：“你好！”。"),
+        ("很好。真的很好。很好！", "zh", "很好。真的很好。"),
+        ("用 Python 写", "zh", "用 Python 写"),
+        ("", "en", ""),
+    ],
+)
 def test_cleaning(written, language, handed_in):
     assert clean(written, language) == handed_in
     assert clean(handed_in, language) == handed_in, "cleaning twice is cleaning once"
@@ -37,13 +40,21 @@ def test_cleaning(written, language, handed_in):
 def test_cleaning_stops_and_goes_on():
     assert clean(" a whale\nReview: b", "en", ("\n",)) == "a whale"
     assert clean("a END b\nc", "en", ("\n", " END")) == "a"
-    joined = clean(" said no. \"No.\"\n\nNo. Then  yes. No. \n", "en", joined=True)
-    assert joined == " said no. \"No.\"\n\nThen  yes. No.", "white space stays; of neighbours that are equal one"
+    joined = clean(' said no. "No."\n\nNo. Then  yes. No. \n', "en", joined=True)
+    assert joined == ' said no. "No."\n\nThen  yes. No.', (
+        "white space stays; of neighbours that are equal one"
+    )
 
 
 def test_languages():
-    for text, language in (("A whale.", "en"), ("一头鲸鱼", "zh"), ("iPhone 手机怎么样", "zh"), ("", "en"),
-                           ("the word 好 means good", "en"), ("3.14", "en")):
+    for text, language in (
+        ("A whale.", "en"),
+        ("一头鲸鱼", "zh"),
+        ("iPhone 手机怎么样", "zh"),
+        ("", "en"),
+        ("the word 好 means good", "en"),
+        ("3.14", "en"),
+    ):
         assert language_of(text) == language, text
 
 
@@ -55,7 +66,15 @@ def test_normalise():
 def test_sentences_lose_nothing():
     text = "Mind 3.14! “Yes?” he said\n\n好。真的吗？」对…… end"
     assert "".join(sentences(text)) == text
-    assert sentences(text) == ["Mind 3.14! ", "“Yes?” ", "he said\n\n", "好。", "真的吗？」", "对…… ", "end"]
+    assert sentences(text) == [
+        "Mind 3.14! ",
+        "“Yes?” ",
+        "he said\n\n",
+        "好。",
+        "真的吗？」",
+        "对…… ",
+        "end",
+    ]
 
 
 def test_cutting_keeps_what_matters():
@@ -79,4 +98,6 @@ def test_cutting_keeps_what_matters():
         for keep in ("start", "end", "both"):
             part = cut(text, keep, at_most(size))
             assert len(part) <= size
-            assert keep == "both" or (text.startswith(part) if keep == "start" else text.endswith(part))
+            assert keep == "both" or (
+                text.startswith(part) if keep == "start" else text.endswith(part)
+            )

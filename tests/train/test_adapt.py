@@ -1,4 +1,5 @@
-"""Whole runs that stand on others: fine-tuned on answers, adapted by low rank, taught by a teacher."""
+"""Whole runs that stand on others: fine-tuned on answers, adapted by low rank, taught by a
+teacher."""
 
 import contextlib
 import dataclasses
@@ -11,7 +12,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mtnlg_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, StageConfig, TrainConfig
+from mtnlg_jax.config import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    StageConfig,
+    TrainConfig,
+)
 from mtnlg_jax.data.batches import Packed
 from mtnlg_jax.data.prepare import prepare
 from mtnlg_jax.data.store.sources import open_tokens
@@ -36,28 +45,44 @@ def folder(tmp_path_factory):
     rng = np.random.default_rng(0)
     lines = [" ".join(rng.choice(words, 9)) for _ in range(300)]
     (folder / "book.txt").write_text(".\n".join(lines))
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(
-        {"prompt": line[:len(line) // 2], "answer": line.split()[0]}) + "\n" for line in lines))
+    (folder / "pairs.jsonl").write_text(
+        "".join(
+            json.dumps({"prompt": line[: len(line) // 2], "answer": line.split()[0]}) + "\n"
+            for line in lines
+        )
+    )
     prepare(folder / "book.txt", folder / "plain", vocab_size=300, heldout=0.1, progress=False)
     for name, tokenizer in (("pairs", folder / "plain" / "tokenizer"), ("other", "bpe")):
-        prepare(folder / "pairs.jsonl", folder / name, vocab_size=290, heldout=0.1, progress=False, answer=" {answer}",
-                tokenizer=str(tokenizer))
+        prepare(
+            folder / "pairs.jsonl",
+            folder / name,
+            vocab_size=290,
+            heldout=0.1,
+            progress=False,
+            answer=" {answer}",
+            tokenizer=str(tokenizer),
+        )
     train(config_of(folder, "plain", steps=2), folder / "base")
     return folder
 
 
 def config_of(folder, data="pairs", steps=4, model=MODEL, optimizer=None, **train):
     train = {"global_batch_size": 4, "eval_every": 2, "save_every": 2, "eval_batches": 2} | train
-    return Config(model=model, mesh=MeshConfig(data=2), data=DataConfig(path=str(folder / data)),
-                  optimizer=optimizer or OptimizerConfig(learning_rate=3e-3),
-                  train=TrainConfig(steps=steps, compute_dtype="float32", **train))
+    return Config(
+        model=model,
+        mesh=MeshConfig(data=2),
+        data=DataConfig(path=str(folder / data)),
+        optimizer=optimizer or OptimizerConfig(learning_rate=3e-3),
+        train=TrainConfig(steps=steps, compute_dtype="float32", **train),
+    )
 
 
 def train(config, workdir, stop_before=None):
     class Stop(Exception):
         pass
 
-    real, make = loop.batch_at, loop.make_mesh
+    real = loop.batch_at
+    make = loop.make_mesh
     loop.make_mesh = lambda config: make(config, jax.devices()[:2])  # less to compile than for all
 
     def failing(config, mesh, data, step, samples):
@@ -71,24 +96,32 @@ def train(config, workdir, stop_before=None):
     except Stop:
         return None
     finally:
-        loop.batch_at, loop.make_mesh = real, make
+        loop.batch_at = real
+        loop.make_mesh = make
 
 
 def numbers(workdir):
-    return [{key: value for key, value in record.items() if key not in ("tokens_per_second", "mfu")}
-            for record in read_metrics(os.path.join(workdir, "metrics.jsonl"))]
+    return [
+        {key: value for key, value in record.items() if key not in ("tokens_per_second", "mfu")}
+        for record in read_metrics(os.path.join(workdir, "metrics.jsonl"))
+    ]
 
 
 def assert_equal_trees(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
-    assert all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    assert all(
+        np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
 
 
 # Slow: adapters are saved and restored by the same code; test_a_run_starts_as_its_base runs them.
-@pytest.mark.parametrize("optimizer", [
-    pytest.param(None, id="all parameters"),
-    pytest.param(LOW_RANK, id="low rank", marks=pytest.mark.slow),
-])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        pytest.param(None, id="all parameters"),
+        pytest.param(LOW_RANK, id="low rank", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_from_another_stops_and_goes_on_bit_for_bit(folder, tmp_path, optimizer):
     config = config_of(folder, init=str(folder / "base"), optimizer=optimizer, eval_every=0)
     train(config, tmp_path / "whole")
@@ -96,26 +129,48 @@ def test_a_run_from_another_stops_and_goes_on_bit_for_bit(folder, tmp_path, opti
     parts = tmp_path / "parts"
     train(config, parts)
     assert numbers(parts) == numbers(tmp_path / "whole")
-    ours, wanted = load_run(parts, "last"), load_run(tmp_path / "whole", "last")
+    ours = load_run(parts, "last")
+    wanted = load_run(tmp_path / "whole", "last")
     assert_equal_trees(ours.params, wanted.params)
     assert ours.config.optimizer.lora_rank == 0  # merged, it is a plain model
     base = load_run(folder / "base")
     assert jax.tree.structure(ours.params) == jax.tree.structure(base.params)
-    changed = {jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
-               for (path, new), old in zip(jax.tree_util.tree_leaves_with_path(ours.params),
-                                           jax.tree.leaves(base.params), strict=True) if not np.array_equal(new, old)}
+    changed = {
+        jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+        for (path, new), old in zip(
+            jax.tree_util.tree_leaves_with_path(ours.params),
+            jax.tree.leaves(base.params),
+            strict=True,
+        )
+        if not np.array_equal(new, old)
+    }
     if optimizer:
         assert changed == {"blocks.attention.w_q_DNH", "blocks.attention.w_v_DKH"}
         with pytest.raises(ValueError, match="lora.alpha: 16.0 -> 8.0"):
-            train(dataclasses.replace(config, optimizer=dataclasses.replace(optimizer, lora_alpha=8.0)), parts)
+            train(
+                dataclasses.replace(
+                    config, optimizer=dataclasses.replace(optimizer, lora_alpha=8.0)
+                ),
+                parts,
+            )
     else:
         assert len(changed) > 10
-        # It does not need its start again, but another one would not be read, and does not get onto its record.
-        for init, words in (("", None), (str(tmp_path / "gone"), f"started from .{folder / 'base'}.*leave --init out")):
+        # It does not need its start again, but another one would not be read, and does not get onto
+        # its record.
+        for init, words in (
+            ("", None),
+            (str(tmp_path / "gone"), f"started from .{folder / 'base'}.*leave --init out"),
+        ):
             given = dataclasses.replace(config, train=dataclasses.replace(config.train, init=init))
-            with contextlib.nullcontext() if words is None else pytest.raises(ValueError, match=words):
+            with (
+                contextlib.nullcontext()
+                if words is None
+                else pytest.raises(ValueError, match=words)
+            ):
                 train(given, parts)
-            assert json.loads((parts / "config.json").read_text())["train"]["init"] == str(folder / "base")
+            assert json.loads((parts / "config.json").read_text())["train"]["init"] == str(
+                folder / "base"
+            )
 
 
 def test_a_run_starts_as_its_base_and_adapters_load_merged(folder, tmp_path):
@@ -126,18 +181,24 @@ def test_a_run_starts_as_its_base_and_adapters_load_merged(folder, tmp_path):
 
 
 def test_the_gradient_is_that_of_a_loss_on_answers_longhand_packed_or_apart(folder):
-    tokens, length = open_tokens(folder / "pairs" / "train"), 32
+    tokens = open_tokens(folder / "pairs" / "train")
+    length = 32
     model = dataclasses.replace(MODEL, vocab_size=384)
     config = Config(model=model, train=TrainConfig(global_batch_size=4, compute_dtype="float32"))
-    params, graph = init_parameters(model, 0), abstract_model(model)[0]
+    params = init_parameters(model, 0)
+    graph = abstract_model(model)[0]
     rows = causal_batch(Packed(tokens, length).rows(np.arange(4)))
     assert rows["segment_ids"].max() > 1  # several pairs a row
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    batch = put_batch(lambda n: {name: value[n] for name, value in rows.items()}, (1, 4, length), mesh)
+    batch = put_batch(
+        lambda n: {name: value[n] for name, value in rows.items()}, (1, 4, length), mesh
+    )
     loss, grads = jax.jit(make_loss_and_gradients(config, mesh, True))(
-        params, batch, jnp.int32(1), jax.random.key_data(jax.random.key(0)))
+        params, batch, jnp.int32(1), jax.random.key_data(jax.random.key(0))
+    )
     pairs = int(sum(segments.max() for segments in rows["segment_ids"]))
-    ids, asked = np.zeros((pairs, length + 1), np.int32), tokens.prompt_lengths[:pairs]
+    ids = np.zeros((pairs, length + 1), np.int32)
+    asked = tokens.prompt_lengths[:pairs]
     for pair in range(pairs):
         begin, end = tokens.document_offsets[pair : pair + 2]
         ids[pair, : end - begin] = tokens.read(begin, end)
@@ -158,43 +219,71 @@ def test_the_gradient_is_that_of_a_loss_on_answers_longhand_packed_or_apart(fold
 
 
 def taught(folder, teacher, weight=0.5, **settings):
-    return config_of(folder, model=dataclasses.replace(MODEL, hidden_size=8), steps=2, stages=(
-        StageConfig("alone", 0.5), StageConfig("taught", 0.5, distill=str(teacher), distill_weight=weight, **settings)))
+    return config_of(
+        folder,
+        model=dataclasses.replace(MODEL, hidden_size=8),
+        steps=2,
+        stages=(
+            StageConfig("alone", 0.5),
+            StageConfig("taught", 0.5, distill=str(teacher), distill_weight=weight, **settings),
+        ),
+    )
 
 
 @pytest.mark.slow  # test_distill.py has the same of a step
 def test_a_stage_learns_from_a_teacher_and_weight_0_is_a_plain_run(folder, tmp_path):
     losses = {}
     for name, config in {
-        "plain": dataclasses.replace(taught(folder, ""), train=dataclasses.replace(taught(folder, "").train, stages=(
-            StageConfig("alone", 0.5), StageConfig("taught", 0.5)))),
-        "0": taught(folder, folder / "base", 0.0), "half": taught(folder, folder / "base", distill_temperature=2.0),
+        "plain": dataclasses.replace(
+            taught(folder, ""),
+            train=dataclasses.replace(
+                taught(folder, "").train,
+                stages=(StageConfig("alone", 0.5), StageConfig("taught", 0.5)),
+            ),
+        ),
+        "0": taught(folder, folder / "base", 0.0),
+        "half": taught(folder, folder / "base", distill_temperature=2.0),
     }.items():
         train(config, tmp_path / name)
         losses[name] = numbers(tmp_path / name)
     assert losses["0"] == losses["plain"]
-    first, second = ([training_loss(record)[1] for record in losses[name] if record["kind"] == "train"]
-                     for name in ("plain", "half"))
+    first, second = (
+        [training_loss(record)[1] for record in losses[name] if record["kind"] == "train"]
+        for name in ("plain", "half")
+    )
     assert first[0] == second[0] and first[1] != second[1]
     saved = load_run(tmp_path / "half").meta["identity"]
     assert saved["teacher"] == {"stage 1": "checkpoint 2"}
 
 
-# --- what does not fit ----------------------------------------------------------------------------------------
+# --- what does not fit
+# ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"model": dataclasses.replace(MODEL, hidden_size=8)},
-     r"--init=.*base: parameter blocks.attention.b_k_KH is \(1, 4, 4\) there and \(1, 4, 2\) in this config; "
-     r"give --set=model.hidden_size=16$"),
-    ({"model": dataclasses.replace(MODEL, add_bias=False)},
-     r"parameter blocks.attention.b_\w+ is \(1, .*\) there and absent in this config; give --set=model.add_bias=True"),
-    ({"model": dataclasses.replace(MODEL, norm_epsilon=1e-6)},
-     r"model.norm_epsilon is 1e-05 there and 1e-06 in this config, so that its parameters would mean something else"),
-    ({"data": "other"}, r"--init=.*base has another tokenizer \(300 tokens, \w+\) than the data \(290, .*"
-                        r"--tokenizer=.*base/tokenizer$"),
-    ({"init": "none"}, r"--init=none is no run: none does not exist; give the --workdir"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"model": dataclasses.replace(MODEL, hidden_size=8)},
+            r"--init=.*base: parameter blocks.attention.b_k_KH is \(1, 4, 4\) there and \(1, 4, 2\) in this config; "
+            r"give --set=model.hidden_size=16$",
+        ),
+        (
+            {"model": dataclasses.replace(MODEL, add_bias=False)},
+            r"parameter blocks.attention.b_\w+ is \(1, .*\) there and absent in this config; give --set=model.add_bias=True",
+        ),
+        (
+            {"model": dataclasses.replace(MODEL, norm_epsilon=1e-6)},
+            r"model.norm_epsilon is 1e-05 there and 1e-06 in this config, so that its parameters would mean something else",
+        ),
+        (
+            {"data": "other"},
+            r"--init=.*base has another tokenizer \(300 tokens, \w+\) than the data \(290, .*"
+            r"--tokenizer=.*base/tokenizer$",
+        ),
+        ({"init": "none"}, r"--init=none is no run: none does not exist; give the --workdir"),
+    ],
+)
 def test_starts_that_do_not_fit(folder, tmp_path, change, message):
     config = config_of(folder, **{"init": str(folder / "base")} | change)
     with pytest.raises((ValueError, OSError), match=message):
@@ -202,12 +291,19 @@ def test_starts_that_do_not_fit(folder, tmp_path, change, message):
     assert not os.path.exists(tmp_path / "metrics.jsonl")
 
 
-@pytest.mark.parametrize(("teacher", "change", "message"), [
-    ("base", {"data": "other"}, "stage 'taught': distill=.*base has another tokenizer"),
-    ("none", {}, "stage 'taught': distill=.*none is no run"),
-    ("base", {"vocab_size": 512}, r"the teacher's distributions are over 384 rows and this model's over 512; "
-                                  r"give --set=model.vocab_size=384$"),
-])
+@pytest.mark.parametrize(
+    ("teacher", "change", "message"),
+    [
+        ("base", {"data": "other"}, "stage 'taught': distill=.*base has another tokenizer"),
+        ("none", {}, "stage 'taught': distill=.*none is no run"),
+        (
+            "base",
+            {"vocab_size": 512},
+            r"the teacher's distributions are over 384 rows and this model's over 512; "
+            r"give --set=model.vocab_size=384$",
+        ),
+    ],
+)
 def test_teachers_that_do_not_fit(folder, tmp_path, teacher, change, message):
     config = taught(folder, folder / teacher)
     if "data" in change:
@@ -227,7 +323,8 @@ def test_a_folder_of_hugging_faces_is_sent_to_convert(folder, tmp_path):
 def test_an_answer_longer_than_the_sequence_is_refused(folder, tmp_path):
     config = config_of(folder)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, sequence_length=2))
-    with pytest.raises(ValueError, match=r"the answer of pair \d+ has \d+ tokens with its end, data.sequence_length=2"):
+    with pytest.raises(
+        ValueError,
+        match=r"the answer of pair \d+ has \d+ tokens with its end, data.sequence_length=2",
+    ):
         train(config, tmp_path)
-
-

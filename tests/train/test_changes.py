@@ -10,8 +10,11 @@ from mtnlg_jax.data.batches import SAMPLE_ORDER
 from mtnlg_jax.train import changes
 from mtnlg_jax.train.schedule import learning_rate, samples_at_end, samples_before
 
-BASE = Config(data=DataConfig(path="/data/one"), optimizer=OptimizerConfig(learning_rate=1e-3, warmup_fraction=0.1),
-              train=TrainConfig(steps=20, global_batch_size=8))
+BASE = Config(
+    data=DataConfig(path="/data/one"),
+    optimizer=OptimizerConfig(learning_rate=1e-3, warmup_fraction=0.1),
+    train=TrainConfig(steps=20, global_batch_size=8),
+)
 
 
 def keys_of(kind=Config, path=""):
@@ -34,8 +37,12 @@ def _meta(saved, order=SAMPLE_ORDER):
 def test_every_key_is_of_one_kind():
     kinds = [changes.IDENTITY, changes.REFUSED, changes.REPORTED, changes.START, changes.FREE]
     for key in keys_of():
-        found = sum(key in kind for kind in kinds) + key.startswith(tuple(f"{s}." for s in changes.FREE_SECTIONS))
-        assert found == 1, f"{key}: say in train/changes.py what a run that goes on does where it differs"
+        found = sum(key in kind for kind in kinds) + key.startswith(
+            tuple(f"{s}." for s in changes.FREE_SECTIONS)
+        )
+        assert found == 1, (
+            f"{key}: say in train/changes.py what a run that goes on does where it differs"
+        )
     assert set.union(*kinds) <= set(keys_of())
 
 
@@ -48,34 +55,58 @@ def other(value):
     return value * 2 + 0.25 if isinstance(value, float) else value + 1
 
 
-@pytest.mark.parametrize("key", sorted(changes.REPORTED - {"data.blend", "train.stages", "train.rampup_batch_size"}))
+@pytest.mark.parametrize(
+    "key", sorted(changes.REPORTED - {"data.blend", "train.stages", "train.rampup_batch_size"})
+)
 def test_what_acts_on_the_next_steps_is_reported_with_both_values(key):
     *sections, name = key.split(".")
     nodes = [BASE]
     for part in sections:
         nodes.append(getattr(nodes[-1], part))
-    old, changed = getattr(nodes[-1], name), other(getattr(nodes[-1], name))
+    old = getattr(nodes[-1], name)
+    changed = other(getattr(nodes[-1], name))
     new = changed
     for node, part in zip(reversed(nodes), [name, *reversed(sections)], strict=True):
         changed = dataclasses.replace(node, **{part: changed})
     line = report(changed)
-    assert line.startswith("from step 11 on, settings differ from checkpoint 10: ") and "\n" not in line
+    assert (
+        line.startswith("from step 11 on, settings differ from checkpoint 10: ")
+        and "\n" not in line
+    )
     assert f"{key} {old} -> {new}" in line
 
 
-@pytest.mark.parametrize("setting", [
-    "mesh.tensor=2", "train.micro_batch_size=2", "train.save_every=3", "train.keep_last=9", "name=other",
-    "train.log_every=5", "decode.temperature=0.5", "data.path=/moved/one", "train.device_flops=1e12"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "mesh.tensor=2",
+        "train.micro_batch_size=2",
+        "train.save_every=3",
+        "train.keep_last=9",
+        "name=other",
+        "train.log_every=5",
+        "decode.temperature=0.5",
+        "data.path=/moved/one",
+        "train.device_flops=1e12",
+    ],
+)
 def test_what_acts_on_speed_and_output_alone_is_free(setting):
     assert report(override(BASE, setting)) is None
 
 
 def test_the_batch_and_the_steps_say_what_becomes_of_the_learning_rate():
-    for setting in ("train.global_batch_size=4", "train.steps=40", "train.rampup_batch_size=(4, 4, 100)"):
+    for setting in (
+        "train.global_batch_size=4",
+        "train.steps=40",
+        "train.rampup_batch_size=(4, 4, 100)",
+    ):
         config = override(BASE, "train.micro_batch_size=1", setting)
         total = samples_at_end(config.train, 10, 80)
         size = 4 if "steps" not in setting else 8
-        rates = [float(learning_rate(BASE, 88, 160)), float(learning_rate(config, 80 + size, total))]
+        rates = [
+            float(learning_rate(BASE, 88, 160)),
+            float(learning_rate(config, 80 + size, total)),
+        ]
         assert f"learning rate of step 11 {rates[0]:.3g} -> {rates[1]:.3g}" in report(config)
 
 
@@ -83,8 +114,12 @@ def test_a_schedule_counts_the_samples_that_were_read():
     ramp = dataclasses.replace(BASE.train, rampup_batch_size=(2, 2, 60))
     for train in (BASE.train, ramp, dataclasses.replace(ramp, steps=3)):
         for step in range(train.steps + 1):
-            assert samples_at_end(train, step, samples_before(train, step)) == samples_before(train, train.steps)
-    assert samples_at_end(dataclasses.replace(BASE.train, global_batch_size=4), 10, 80) == 80 + 10 * 4
+            assert samples_at_end(train, step, samples_before(train, step)) == samples_before(
+                train, train.steps
+            )
+    assert (
+        samples_at_end(dataclasses.replace(BASE.train, global_batch_size=4), 10, 80) == 80 + 10 * 4
+    )
     # However small the batch gets, the run ends at its floor.
     config = override(BASE, "train.global_batch_size=4")
     assert float(learning_rate(config, 120, 120)) == pytest.approx(1e-4)
@@ -95,8 +130,14 @@ STAGED = override(BASE, 'train.stages=[{"name": "masked", "masked": 1.0}, {"name
 
 def test_stages_that_move_are_reported():
     line = report(override(STAGED, "train.steps=40"), STAGED)
-    assert "stages end at steps 10, 20 -> 20, 40" in line and "step 11 is of stage causal -> masked" in line
-    line = report(override(STAGED, 'train.stages=[{"name": "masked", "masked": 0.5}, {"name": "causal"}]'), STAGED)
+    assert (
+        "stages end at steps 10, 20 -> 20, 40" in line
+        and "step 11 is of stage causal -> masked" in line
+    )
+    line = report(
+        override(STAGED, 'train.stages=[{"name": "masked", "masked": 0.5}, {"name": "causal"}]'),
+        STAGED,
+    )
     assert "train.stages[0].masked 1.0 -> 0.5" in line
     one = override(STAGED, 'train.stages=[{"name": "causal"}]')
     assert "train.stages masked, causal -> causal" in report(one, STAGED)
@@ -104,11 +145,18 @@ def test_stages_that_move_are_reported():
     assert report(override(STAGED, renamed), STAGED) is None
 
 
-@pytest.mark.parametrize(("blend", "words"), [
-    ((("/a", 3.0), ("/b", 3.0)), None),  # the same shares
-    ((("/x/a", 1.0), ("/x/b", 1.0)), None),  # moved: the identity compares what is in them
-    ((("/a", 1.0), ("/b", 3.0)), "data.blend 0.5 of source 0 + 0.5 of source 1 -> 0.25 of source 0 + 0.75 of source 1"),
-    ((("/a", 1.0),), "-> 1 of source 0")])
+@pytest.mark.parametrize(
+    ("blend", "words"),
+    [
+        ((("/a", 3.0), ("/b", 3.0)), None),  # the same shares
+        ((("/x/a", 1.0), ("/x/b", 1.0)), None),  # moved: the identity compares what is in them
+        (
+            (("/a", 1.0), ("/b", 3.0)),
+            "data.blend 0.5 of source 0 + 0.5 of source 1 -> 0.25 of source 0 + 0.75 of source 1",
+        ),
+        ((("/a", 1.0),), "-> 1 of source 0"),
+    ],
+)
 def test_a_blend_is_compared_by_its_shares(blend, words):
     old = dataclasses.replace(BASE, data=DataConfig(blend=(("/a", 1.0), ("/b", 1.0))))
     line = report(dataclasses.replace(BASE, data=DataConfig(blend=blend)), old)
@@ -119,11 +167,18 @@ def refuse(config, base=BASE, step=10, alone=False):
     changes.refuse_changes({"config": json.loads(to_json(base))}, step, alone, config)
 
 
-@pytest.mark.parametrize(("setting", "words"), [
-    ("train.init=/nonexistent", "train.init=/nonexistent is not what this run started from .no other run."),
-    ("data.sequence_length=64", "data.sequence_length was 2048 up to checkpoint 10 and is 64"),
-    ("optimizer.name=muon", "optimizer.name was adamw up to checkpoint 10 and is muon"),
-    ("train.steps=9", "train.steps=9 is below the checkpoint's step 10")])
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        (
+            "train.init=/nonexistent",
+            "train.init=/nonexistent is not what this run started from .no other run.",
+        ),
+        ("data.sequence_length=64", "data.sequence_length was 2048 up to checkpoint 10 and is 64"),
+        ("optimizer.name=muon", "optimizer.name was adamw up to checkpoint 10 and is muon"),
+        ("train.steps=9", "train.steps=9 is below the checkpoint's step 10"),
+    ],
+)
 def test_what_would_make_the_state_mean_something_else_is_refused(setting, words):
     with pytest.raises(ValueError, match=words):
         refuse(override(BASE, setting))
@@ -136,19 +191,29 @@ def test_the_start_of_a_run_stays_on_its_record(tmp_path):
     refuse(override(BASE, f"train.init={tmp_path}/./old"), started)
     refuse(BASE, started)  # left out
     assert changes.kept_init({"config": json.loads(to_json(started))}, BASE) == started
-    with pytest.raises(ValueError, match="started from .*/old.*; leave --init out, or give another --workdir"):
+    with pytest.raises(
+        ValueError, match="started from .*/old.*; leave --init out, or give another --workdir"
+    ):
         refuse(override(BASE, "train.init=/other"), started)
-    with pytest.raises(ValueError, match="started from"):  # parameters alone, as of a converted model
+    with pytest.raises(
+        ValueError, match="started from"
+    ):  # parameters alone, as of a converted model
         refuse(override(BASE, "train.init=/other"), alone=True)
 
 
 def test_a_record_without_newer_keys_has_their_defaults():
     saved = json.loads(to_json(BASE))
-    del saved["train"]["device_flops"], saved["optimizer"]["muon_momentum"], saved["data"]["masking"]
+    del (
+        saved["train"]["device_flops"],
+        saved["optimizer"]["muon_momentum"],
+        saved["data"]["masking"],
+    )
     saved["train"]["stages"] = [{"name": "causal"}]
     saved["train"]["of_another_version"] = 1
     assert changes.report_changes(_meta(saved), 10, 80, BASE) is None
-    line = changes.report_changes(_meta(saved), 10, 80, override(BASE, "optimizer.muon_momentum=0.9"))
+    line = changes.report_changes(
+        _meta(saved), 10, 80, override(BASE, "optimizer.muon_momentum=0.9")
+    )
     assert "optimizer.muon_momentum 0.95 -> 0.9" in line
 
 
@@ -161,6 +226,8 @@ def test_a_run_of_a_version_with_another_order_of_samples_goes_on_and_says_so():
 
 
 def test_what_acts_at_a_start_alone_and_a_run_without_steps_to_come():
-    assert "(of a fresh start alone: it does nothing)" in report(override(BASE, "model.init_method_std=0.5"))
+    assert "(of a fresh start alone: it does nothing)" in report(
+        override(BASE, "model.init_method_std=0.5")
+    )
     line = report(override(BASE, "train.seed=3"), step=20, samples=160)
     assert line == "step 20 was the last, so these changes do nothing: train.seed 0 -> 3"

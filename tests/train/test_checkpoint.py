@@ -28,9 +28,14 @@ from mtnlg_jax.train import manifest as records
 from mtnlg_jax.train.checkpoint import Checkpoints, load_run
 from mtnlg_jax.train.state import abstract_state
 
-MODEL = ModelConfig(num_layers=2, hidden_size=16, num_attention_heads=4, vocab_size=384,
-                    max_position_embeddings=8)
-IDENTITY = {"model": {"num_layers": 2, "hidden_size": 16}, "tokenizer": "t1", "data": {"corpus": "d1"}}
+MODEL = ModelConfig(
+    num_layers=2, hidden_size=16, num_attention_heads=4, vocab_size=384, max_position_embeddings=8
+)
+IDENTITY = {
+    "model": {"num_layers": 2, "hidden_size": 16},
+    "tokenizer": "t1",
+    "data": {"corpus": "d1"},
+}
 
 
 def config_on(data: int, tensor: int) -> Config:
@@ -57,11 +62,17 @@ def bits(tree) -> list[bytes]:
 
 
 def meta_of(step: int) -> dict:
-    return {"config": json.loads(to_json(config_on(1, 1))), "identity": IDENTITY, "samples": 32 * step}
+    return {
+        "config": json.loads(to_json(config_on(1, 1))),
+        "identity": IDENTITY,
+        "samples": 32 * step,
+    }
 
 
 def tree_of(folder) -> dict[str, bytes]:
-    return {str(f.relative_to(folder)): f.read_bytes() for f in Path(folder).rglob("*") if f.is_file()}
+    return {
+        str(f.relative_to(folder)): f.read_bytes() for f in Path(folder).rglob("*") if f.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +82,8 @@ def one():
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory, one):
-    """A run with the checkpoints 1 (of the lower metric) and 2, and its tokenizer. Tests copy it."""
+    """A run with the checkpoints 1 (of the lower metric) and 2, and its tokenizer. Tests copy
+    it."""
     folder = tmp_path_factory.mktemp("run")
     checkpoints = Checkpoints(folder / "checkpoints")
     for step in (1, 2):
@@ -94,7 +106,8 @@ def restore(folder, abstract, identity=IDENTITY):
         checkpoints.close()
 
 
-# --- the same bits ------------------------------------------------------------------------------------------
+# --- the same bits
+# ------------------------------------------------------------------------------------------
 
 
 def test_any_mesh_restores_any_checkpoint(tmp_path):
@@ -108,7 +121,9 @@ def test_any_mesh_restores_any_checkpoint(tmp_path):
         assert step == 7 and meta == meta_of(7)
         assert jax.tree.structure(state) == jax.tree.structure(saved)
         assert bits(state) == bits(saved)
-        assert jax.tree.map(lambda a: a.sharding, state) == jax.tree.map(lambda a: a.sharding, abstract)
+        assert jax.tree.map(lambda a: a.sharding, state) == jax.tree.map(
+            lambda a: a.sharding, abstract
+        )
         layouts.add(state["params"]["blocks"]["mlp"]["w_in_DF"].sharding.shard_shape((2, 16, 64)))
     checkpoints.close()
     assert len(layouts) == 4
@@ -140,12 +155,20 @@ def test_orbax_says_nothing(tmp_path, one, capfd, recwarn):
     assert "".join(capfd.readouterr()) == "" and not recwarn.list
 
 
-# --- which ones stay ----------------------------------------------------------------------------------------
+# --- which ones stay
+# ----------------------------------------------------------------------------------------
 
 
 def test_the_last_and_the_best_stay(tmp_path, one):
     checkpoints = Checkpoints(tmp_path, keep_last=2)
-    for step, metric in ((1, float("nan")), (2, 3.0), (3, 4.0), (4, float("nan")), (5, None), (6, 3.5)):
+    for step, metric in (
+        (1, float("nan")),
+        (2, 3.0),
+        (3, 4.0),
+        (4, float("nan")),
+        (5, None),
+        (6, 3.5),
+    ):
         checkpoints.save(step, state_of(step, one), meta_of(step), metric)
     checkpoints.wait()
     assert checkpoints.steps() == [2, 5, 6] and checkpoints.best_step() == 2
@@ -235,16 +258,21 @@ def test_none_kept_is_refused(tmp_path):
         Checkpoints(tmp_path, keep_last=0)
 
 
-# --- kill ---------------------------------------------------------------------------------------------------
+# --- kill
+# ---------------------------------------------------------------------------------------------------
 
 
 def test_a_kill_between_any_two_acts_loses_nothing(tmp_path, one, monkeypatch):
-    """The folder as it lay at every act of a save with pruning: each copy is what a kill there leaves."""
-    taken, live = [], tmp_path / "live"
+    """The folder as it lay at every act of a save with pruning: each copy is what a kill there
+    leaves."""
+    taken = []
+    live = tmp_path / "live"
 
     def snapshot(label):
         taken.append(tmp_path / f"{len(taken)}-{label}")
-        with contextlib.suppress(shutil.Error):  # Orbax's threads may be writing: then this is half of a save
+        with contextlib.suppress(
+            shutil.Error
+        ):  # Orbax's threads may be writing: then this is half of a save
             shutil.copytree(live, taken[-1])
 
     def around(owner, name, between=None):
@@ -252,7 +280,10 @@ def test_a_kill_between_any_two_acts_loses_nothing(tmp_path, one, monkeypatch):
 
         def watched(*args, **options):
             path = Path(args[0]) if args and isinstance(args[0], os.PathLike) else live / "2"
-            if live not in (path.parent, path.parent.parent):  # deep in a checkpoint Orbax is on its own
+            if live not in (
+                path.parent,
+                path.parent.parent,
+            ):  # deep in a checkpoint Orbax is on its own
                 return act(*args, **options)
             snapshot(f"before-{name}")
             if between is not None:
@@ -313,7 +344,8 @@ SAVER = """
 
 @pytest.mark.parametrize("kills", [1, pytest.param(12, marks=pytest.mark.slow)])
 def test_kill_nine_in_the_middle_of_saves(tmp_path, kills):
-    """A process that does nothing but save is killed at seeded moments; the next one finds what it left."""
+    """A process that does nothing but save is killed at seeded moments; the next one finds what it
+    left."""
     moments = random.Random(kills)
     here = Path(__file__).resolve()
     command = [sys.executable, "-c", textwrap.dedent(SAVER), tmp_path, here.parents[2], here.parent]
@@ -322,7 +354,9 @@ def test_kill_nine_in_the_middle_of_saves(tmp_path, kills):
     for _ in range(kills):
         child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         restored = child.stdout.readline().split()
-        assert restored[:1] == ["restored"] and int(restored[1]) >= last, "its check of what it found failed"
+        assert restored[:1] == ["restored"] and int(restored[1]) >= last, (
+            "its check of what it found failed"
+        )
         first = child.stdout.readline()
         # From the middle of a save to a few saves later.
         with pytest.raises(subprocess.TimeoutExpired):
@@ -333,7 +367,11 @@ def test_kill_nine_in_the_middle_of_saves(tmp_path, kills):
         last = max(int(line.split()[1]) for line in lines if line.startswith("saved"))
     abstract = abstract_on(1, 1)
     (step, state, _), checkpoints = restore(tmp_path, abstract)
-    assert step >= last > 0 and bits(state) == bits(state_of(step, abstract)) and not checkpoints.warnings
+    assert (
+        step >= last > 0
+        and bits(state) == bits(state_of(step, abstract))
+        and not checkpoints.warnings
+    )
 
 
 def test_a_leftover_without_other_writer_is_removed(run, one):
@@ -352,10 +390,13 @@ def test_a_leftover_without_other_writer_is_removed(run, one):
 def test_the_folder_of_another_run_is_left_alone(run):
     folder = run / "checkpoints"
     (folder / "4.orbax-checkpoint-tmp-17").mkdir()
-    hold = ("import fcntl, sys; file = open(sys.argv[1], 'a+'); fcntl.lockf(file, fcntl.LOCK_EX); "
-            "print('held', flush=True); input()")
-    with subprocess.Popen([sys.executable, "-c", hold, folder / "lock"], stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE) as other:
+    hold = (
+        "import fcntl, sys; file = open(sys.argv[1], 'a+'); fcntl.lockf(file, fcntl.LOCK_EX); "
+        "print('held', flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, folder / "lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
         other.stdout.readline()
         with pytest.raises(BlockingIOError, match=r"another run .*another --workdir"):
             Checkpoints(folder)
@@ -365,7 +406,8 @@ def test_the_folder_of_another_run_is_left_alone(run):
     assert not (folder / "4.orbax-checkpoint-tmp-17").exists()
 
 
-# --- damage -------------------------------------------------------------------------------------------------
+# --- damage
+# -------------------------------------------------------------------------------------------------
 
 
 def flip(path: Path, position: int | None = None):
@@ -375,7 +417,9 @@ def flip(path: Path, position: int | None = None):
 
 
 def largest(folder: Path, item: str) -> Path:
-    return max((f for f in (folder / item).rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    return max(
+        (f for f in (folder / item).rglob("*") if f.is_file()), key=lambda f: f.stat().st_size
+    )
 
 
 DAMAGES = {
@@ -430,7 +474,9 @@ def test_all_damaged_is_no_fresh_start(run, one):
     folder = run / "checkpoints"
     flip(largest(folder / "1", "rest"))
     largest(folder / "2", "params").unlink()
-    with pytest.raises(OSError, match=r"2 \(params.* is missing\), 1 \(rest.*\); .*another --workdir"):
+    with pytest.raises(
+        OSError, match=r"2 \(params.* is missing\), 1 \(rest.*\); .*another --workdir"
+    ):
         restore(folder, one)
     with pytest.raises(OSError, match=r"1\.damaged, 2\.damaged; .*another --workdir"):
         restore(folder, one)
@@ -444,38 +490,51 @@ def test_damage_twice_at_one_step_keeps_both(run, one):
     assert (folder / "2.damaged").exists() and (folder / "2.damaged-2").exists()
 
 
-# --- another run --------------------------------------------------------------------------------------------
+# --- another run
+# --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("change, shown", [
-    ({"model": {"num_layers": 4, "hidden_size": 16}}, "model.num_layers: 2 -> 4"),
-    ({"tokenizer": "t2"}, "tokenizer: t1 -> t2"),
-    ({"data": {"other": "d2"}}, "data.corpus: d1 -> absent, data.other: absent -> d2"),
-])
+@pytest.mark.parametrize(
+    "change, shown",
+    [
+        ({"model": {"num_layers": 4, "hidden_size": 16}}, "model.num_layers: 2 -> 4"),
+        ({"tokenizer": "t2"}, "tokenizer: t1 -> t2"),
+        ({"data": {"other": "d2"}}, "data.corpus: d1 -> absent, data.other: absent -> d2"),
+    ],
+)
 def test_another_identity_is_refused(run, one, change, shown):
     before = tree_of(run / "checkpoints")
     with pytest.raises(ValueError, match=shown + ".*another --workdir"):
         restore(run / "checkpoints", one, IDENTITY | change)
-    assert tree_of(run / "checkpoints") == before | {"lock": (run / "checkpoints" / "lock").read_bytes()}
+    assert tree_of(run / "checkpoints") == before | {
+        "lock": (run / "checkpoints" / "lock").read_bytes()
+    }
 
 
 def test_other_arrays_are_refused(run, one):
     wider = one | {"step": jax.ShapeDtypeStruct((3,), jnp.float32), "more": one["step"]}
-    shown = r"arrays .*step: int32\[\] -> float32\[3\], more: absent -> int32\[\]; .*another --workdir"
+    shown = (
+        r"arrays .*step: int32\[\] -> float32\[3\], more: absent -> int32\[\]; .*another --workdir"
+    )
     with pytest.raises(ValueError, match=shown):
         restore(run / "checkpoints", wider)
 
 
-# --- disk and rights ----------------------------------------------------------------------------------------
+# --- disk and rights
+# ----------------------------------------------------------------------------------------
 
 
 def assert_full_disk_is_told(folder, one, checkpoints, amount=""):
-    with pytest.raises(OSError, match=f"checkpoint 2 .*{folder}: the disk is full.*{amount}.* from step 1"):
+    with pytest.raises(
+        OSError, match=f"checkpoint 2 .*{folder}: the disk is full.*{amount}.* from step 1"
+    ):
         checkpoints.save(2, state_of(2, one), meta_of(2))
         checkpoints.save(3, state_of(3, one), meta_of(3))
     checkpoints.wait()  # told once
     assert checkpoints.steps() == [1]
-    assert sorted(p.name for p in Path(folder).iterdir() if p.name not in ("1", "ballast")) == ["lock"]
+    assert sorted(p.name for p in Path(folder).iterdir() if p.name not in ("1", "ballast")) == [
+        "lock"
+    ]
     assert bits(checkpoints.restore(one, IDENTITY)[1]) == bits(state_of(1, one))
 
 
@@ -514,7 +573,9 @@ def test_the_proof_of_a_save_that_failed_is_not_a_second_failure(tmp_path, one, 
 def small_disk(tmp_path):
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True
+    )
     if mounted.returncode:
         pytest.skip("needs the right to mount a small tmpfs")
     yield folder
@@ -528,8 +589,11 @@ def test_disk_full_at_the_arrays(small_disk, one, capfd, monkeypatch, recwarn, a
     free = os.statvfs(small_disk)
     (small_disk / "ballast").write_bytes(bytes(free.f_bavail * free.f_bsize - 60_000))
     if not announced:  # another program takes the space while the arrays are written
-        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 10**9))
-        first, remove = itertools.count(), type(checkpoints.folder).rmtree
+        monkeypatch.setattr(
+            shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 10**9)
+        )
+        first = itertools.count()
+        remove = type(checkpoints.folder).rmtree
 
         def rmtree(path, *args, **kwargs):
             if not next(first):  # another array is still being written
@@ -559,18 +623,24 @@ def test_a_read_only_folder(tmp_path):
         Checkpoints(tmp_path)
 
 
-# --- load_run -----------------------------------------------------------------------------------------------
+# --- load_run
+# -----------------------------------------------------------------------------------------------
 
 
 def test_load_run_reads_the_best_or_the_last(run, one):
     for which, step in (("best", 1), ("last", 2)):
         loaded = load_run(run, which)
-        assert loaded.step == step and loaded.config == config_on(1, 1) and loaded.meta == meta_of(step)
+        assert (
+            loaded.step == step
+            and loaded.config == config_on(1, 1)
+            and loaded.meta == meta_of(step)
+        )
         assert bits(loaded.params) == bits(state_of(step, one)["params"])
         assert jax.tree.structure(loaded.params) == jax.tree.structure(one["params"])
         assert loaded.tokenizer.decode(loaded.tokenizer.encode("a b c")) == "a b c"
     assert {leaf.sharding for leaf in jax.tree.leaves(loaded.params)} == {
-        jax.sharding.SingleDeviceSharding(jax.devices()[0])}
+        jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    }
 
 
 def test_load_run_reads_no_optimizer(run, one):
@@ -617,8 +687,14 @@ def test_load_run_without_metrics_takes_the_newest(tmp_path, workdir, one):
 
 def test_figures_of_another_order_of_samples_do_not_compare(tmp_path):
     # Version 0.1.0 evaluated other rows and named no order.
-    for step, metric, meta in [(1, 1.0, {}), (2, 3.0, {"order_of_samples": "2"}), (3, 2.5, {"order_of_samples": "2"})]:
+    for step, metric, meta in [
+        (1, 1.0, {}),
+        (2, 3.0, {"order_of_samples": "2"}),
+        (3, 2.5, {"order_of_samples": "2"}),
+    ]:
         folder = epath.Path(tmp_path) / str(step)
         folder.mkdir()
         records.write_record(folder, {"step": step, "metric": metric, "meta": meta})
-    assert records.best(epath.Path(tmp_path)) == 3 and records.best_metric(epath.Path(tmp_path)) == 2.5
+    assert (
+        records.best(epath.Path(tmp_path)) == 3 and records.best_metric(epath.Path(tmp_path)) == 2.5
+    )

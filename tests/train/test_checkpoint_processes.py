@@ -1,4 +1,5 @@
-"""Checkpoints of several processes (gloo on localhost): one writes the record, all agree on what they restore."""
+"""Checkpoints of several processes (gloo on localhost): one writes the record, all agree on what
+they restore."""
 
 import os
 import socket
@@ -70,11 +71,20 @@ def test_two_processes_save_and_restore_together(tmp_path):
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     root = Path(__file__).resolve().parents[2]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+    }
     processes = [
-        subprocess.Popen([sys.executable, "-c", textwrap.dedent(PROCESS), str(number), address, tmp_path, root],
-                         env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        for number in (0, 1)]
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(PROCESS), str(number), address, tmp_path, root],
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for number in (0, 1)
+    ]
     try:
         for process in processes:
             output, _ = process.communicate(timeout=180)

@@ -15,9 +15,17 @@ from mtnlg_jax.parallel.mesh import make_mesh
 from mtnlg_jax.train import describe
 
 CONFIG = Config(
-    model=ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=384, max_position_embeddings=128),
-    mesh=MeshConfig(data=4, tensor=2), data=DataConfig(path="/my data"),
-    train=TrainConfig(steps=100, global_batch_size=16, save_every=25))
+    model=ModelConfig(
+        num_layers=2,
+        hidden_size=64,
+        num_attention_heads=4,
+        vocab_size=384,
+        max_position_embeddings=128,
+    ),
+    mesh=MeshConfig(data=4, tensor=2),
+    data=DataConfig(path="/my data"),
+    train=TrainConfig(steps=100, global_batch_size=16, save_every=25),
+)
 
 
 def said(config=CONFIG, workdir="/runs/my run", first=0, samples=0):
@@ -28,18 +36,26 @@ def changed(**train) -> Config:
     return dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, **train))
 
 
-@pytest.mark.parametrize(("config", "first", "samples", "words"), [
-    (CONFIG, 0, 0, "starts from random parameters (train.seed=0), 100 steps"),
-    (changed(init="/a b"), 0, 0, "starts with the parameters of /a b, 100 steps"),
-    (changed(init="/a b"), 25, 400, "goes on from its checkpoint of step 25 of 100"),
-    (CONFIG, 100, 1600, "is finished: step 100 of 100 is done"),
-])
+@pytest.mark.parametrize(
+    ("config", "first", "samples", "words"),
+    [
+        (CONFIG, 0, 0, "starts from random parameters (train.seed=0), 100 steps"),
+        (changed(init="/a b"), 0, 0, "starts with the parameters of /a b, 100 steps"),
+        (changed(init="/a b"), 25, 400, "goes on from its checkpoint of step 25 of 100"),
+        (CONFIG, 100, 1600, "is finished: step 100 of 100 is done"),
+    ],
+)
 def test_a_start_says_what_the_run_is(config, first, samples, words):
     text = said(config, first=first, samples=samples)
     assert text.startswith("'/runs/my run' ") and words in text.splitlines()[0]
-    for part in (f"{CONFIG.model.parameter_count():,} parameters: 2 layers, width 64, 4 heads, vocabulary 384",
-                 "data 4 x context 1 x tensor 2, zero 1: 8 of 8 ", "16 x 128 = 2,048 a step; 204,800 by the end",
-                 "0.5 times the data's 409,600", "'/my data'", "checkpoints/ every 25 steps"):
+    for part in (
+        f"{CONFIG.model.parameter_count():,} parameters: 2 layers, width 64, 4 heads, vocabulary 384",
+        "data 4 x context 1 x tensor 2, zero 1: 8 of 8 ",
+        "16 x 128 = 2,048 a step; 204,800 by the end",
+        "0.5 times the data's 409,600",
+        "'/my data'",
+        "checkpoints/ every 25 steps",
+    ):
         assert part in text, text
     assert ("compiling" in text) == (first < 100)
 
@@ -68,7 +84,14 @@ def test_the_folder_keeps_every_start(tmp_path, monkeypatch):
         assert shlex.split(record["command"]) == command and record["date"][:2] == "20"
         assert record["folder"] == os.getcwd() and record["versions"]["jax"] == jax.__version__
     names = (tmp_path / "README.txt").read_text()
-    for name in ("checkpoints/", "config.json", "environment.json", "starts.jsonl", "metrics.jsonl", "loss.png"):
+    for name in (
+        "checkpoints/",
+        "config.json",
+        "environment.json",
+        "starts.jsonl",
+        "metrics.jsonl",
+        "loss.png",
+    ):
         assert name in names
     assert "pip install tensorboard" in names
 
@@ -82,7 +105,9 @@ def test_the_commit_of_a_checkout(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("1")
     for arguments in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
         subprocess.run([*git, *arguments], check=True)
-    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    head = subprocess.run(
+        [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+    ).stdout.strip()
     assert describe.commit() == head
     (tmp_path / "file").write_text("2")
     assert describe.commit() == f"{head}-dirty"

@@ -1,4 +1,5 @@
-"""Distillation: the loss and its gradient longhand, on every mesh, and a teacher that teaches nothing new."""
+"""Distillation: the loss and its gradient longhand, on every mesh, and a teacher that teaches
+nothing new."""
 
 import dataclasses
 import functools
@@ -17,14 +18,24 @@ from mtnlg_jax.train.batch import put_batch
 from mtnlg_jax.train.distill import Distillation
 from mtnlg_jax.train.gradients import make_loss_and_gradients
 
-T, D, C, V = 10, 8, 12, 24
+T = 10
+D = 8
+C = 12
+V = 24
 
 
 @functools.cache
 def states():
     rng = np.random.default_rng(0)
-    floats = [jnp.asarray(rng.normal(0, 1, shape), jnp.float32) for shape in ((T, D), (V, D), (T, C), (V, C))]
-    return *floats, jnp.asarray(rng.integers(0, V, T)), jnp.asarray(rng.random(T) > 0.3, jnp.float32)
+    floats = [
+        jnp.asarray(rng.normal(0, 1, shape), jnp.float32)
+        for shape in ((T, D), (V, D), (T, C), (V, C))
+    ]
+    return (
+        *floats,
+        jnp.asarray(rng.integers(0, V, T)),
+        jnp.asarray(rng.random(T) > 0.3, jnp.float32),
+    )
 
 
 def longhand(x, head, teacher_x, teacher_head, labels, weights, temperature, share):
@@ -35,13 +46,20 @@ def longhand(x, head, teacher_x, teacher_head, labels, weights, temperature, sha
     return (((1 - share) * hard + share * temperature**2 * soft) * weights).sum()
 
 
-@pytest.mark.parametrize(("temperature", "share"), [
-    pytest.param(1.0, 1.0, marks=pytest.mark.slow), (2.5, 0.3)])
+@pytest.mark.parametrize(
+    ("temperature", "share"), [pytest.param(1.0, 1.0, marks=pytest.mark.slow), (2.5, 0.3)]
+)
 def test_loss_and_gradient_equal_longhand(temperature, share):
     x, head, *rest = states()
-    ours, grads = jax.value_and_grad(lambda x, head: distilled_cross_entropy(
-        x, head, *rest, chunk=4, temperature=temperature, share=share), (0, 1))(x, head)
-    wanted, by_hand = jax.value_and_grad(lambda x, head: longhand(x, head, *rest, temperature, share), (0, 1))(x, head)
+    ours, grads = jax.value_and_grad(
+        lambda x, head: distilled_cross_entropy(
+            x, head, *rest, chunk=4, temperature=temperature, share=share
+        ),
+        (0, 1),
+    )(x, head)
+    wanted, by_hand = jax.value_and_grad(
+        lambda x, head: longhand(x, head, *rest, temperature, share), (0, 1)
+    )(x, head)
     assert float(ours) == pytest.approx(float(wanted), rel=1e-6)
     for a, b in zip(grads, by_hand, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
@@ -53,53 +71,95 @@ def test_loss_and_gradient_equal_longhand(temperature, share):
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_of_its_equal_a_student_has_nothing_to_learn(temperature):
     x, head, _, _, labels, weights = states()
-    value, grads = jax.value_and_grad(lambda x, head: distilled_cross_entropy(
-        x, head, *states()[:2], labels, weights, chunk=4, temperature=temperature, share=1.0), (0, 1))(x, head)
+    value, grads = jax.value_and_grad(
+        lambda x, head: distilled_cross_entropy(
+            x, head, *states()[:2], labels, weights, chunk=4, temperature=temperature, share=1.0
+        ),
+        (0, 1),
+    )(x, head)
     log_p = jax.nn.log_softmax(x @ head.T / temperature)
     entropy = -(jnp.exp(log_p) * log_p).sum(-1)
-    assert float(value) == pytest.approx(float((entropy * weights).sum()) * temperature**2, rel=1e-5)
+    assert float(value) == pytest.approx(
+        float((entropy * weights).sum()) * temperature**2, rel=1e-5
+    )
     assert all(np.abs(grad).max() < 1e-5 for grad in grads)
 
 
 def test_with_weight_0_it_is_the_cross_entropy_bit_for_bit_and_nothing_reaches_the_teacher():
     x, head, *teacher, labels, weights = states()
-    plain = jax.value_and_grad(lambda x, head: cross_entropy(x, head, labels, weights, 4, 0.1), (0, 1))(x, head)
-    ours = jax.value_and_grad(lambda x, head: distilled_cross_entropy(
-        x, head, *teacher, labels, weights, 4, 0.1, 2.0, 0.0), (0, 1))(x, head)
+    plain = jax.value_and_grad(
+        lambda x, head: cross_entropy(x, head, labels, weights, 4, 0.1), (0, 1)
+    )(x, head)
+    ours = jax.value_and_grad(
+        lambda x, head: distilled_cross_entropy(
+            x, head, *teacher, labels, weights, 4, 0.1, 2.0, 0.0
+        ),
+        (0, 1),
+    )(x, head)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
         assert np.array_equal(a, b)
-    to_teacher = jax.grad(lambda t: distilled_cross_entropy(x, head, t, teacher[1], labels, weights))(teacher[0])
+    to_teacher = jax.grad(
+        lambda t: distilled_cross_entropy(x, head, t, teacher[1], labels, weights)
+    )(teacher[0])
     assert not np.asarray(to_teacher).any()
 
 
-# --- in the step ----------------------------------------------------------------------------------------------
+# --- in the step
+# ----------------------------------------------------------------------------------------------
 
-STUDENT = ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=4, vocab_size=64, max_position_embeddings=16)
+STUDENT = ModelConfig(
+    num_layers=1, hidden_size=16, num_attention_heads=4, vocab_size=64, max_position_embeddings=16
+)
 TEACHER = dataclasses.replace(STUDENT, num_layers=2, hidden_size=32, num_attention_heads=8)
-ROWS, LENGTH = 8, 16
+ROWS = 8
+LENGTH = 16
 
 
 @functools.cache
 def rows():
     rng = np.random.default_rng(0)
-    made = {"tokens": rng.integers(0, 64, (ROWS, LENGTH)), "labels": rng.integers(0, 64, (ROWS, LENGTH)),
-            "segment_ids": np.sort(rng.integers(1, 4, (ROWS, LENGTH)), 1),
-            "positions": np.tile(np.arange(LENGTH), (ROWS, 1))}
+    made = {
+        "tokens": rng.integers(0, 64, (ROWS, LENGTH)),
+        "labels": rng.integers(0, 64, (ROWS, LENGTH)),
+        "segment_ids": np.sort(rng.integers(1, 4, (ROWS, LENGTH)), 1),
+        "positions": np.tile(np.arange(LENGTH), (ROWS, 1)),
+    }
     weights = (rng.random((ROWS, LENGTH)) > 0.3).astype(np.float32)
     return {name: value.astype(np.int32) for name, value in made.items()} | {"weights": weights}
 
 
 def numbers(causal=True, teacher=TEACHER, temperature=2.0, weight=0.6, **mesh):
     mesh_config = MeshConfig(**{"data": 1} | mesh)
-    config = Config(model=STUDENT, mesh=mesh_config, train=TrainConfig(
-        global_batch_size=ROWS, micro_batch_size=ROWS // 2 // mesh_config.data, compute_dtype="float32", loss_chunk=24))
+    config = Config(
+        model=STUDENT,
+        mesh=mesh_config,
+        train=TrainConfig(
+            global_batch_size=ROWS,
+            micro_batch_size=ROWS // 2 // mesh_config.data,
+            compute_dtype="float32",
+            loss_chunk=24,
+        ),
+    )
     validate(config)
-    on = make_mesh(mesh_config, jax.devices()[: mesh_config.data * mesh_config.context * mesh_config.tensor])
-    params, theirs = (jax.device_put(init_parameters(model, seed), shardings_of(
-        abstract_model(model)[1], on, mesh_config.zero)) for seed, model in enumerate((STUDENT, teacher)))
-    function = make_loss_and_gradients(config, on, causal, Distillation(teacher, temperature, weight))
-    batch = put_batch(lambda n: {name: value[n] for name, value in rows().items()}, (2, ROWS // 2, LENGTH), on)
-    loss, grads = jax.jit(function)(params, batch, jnp.int32(2), jax.random.key_data(jax.random.key(0)), theirs)
+    on = make_mesh(
+        mesh_config, jax.devices()[: mesh_config.data * mesh_config.context * mesh_config.tensor]
+    )
+    params, theirs = (
+        jax.device_put(
+            init_parameters(model, seed),
+            shardings_of(abstract_model(model)[1], on, mesh_config.zero),
+        )
+        for seed, model in enumerate((STUDENT, teacher))
+    )
+    function = make_loss_and_gradients(
+        config, on, causal, Distillation(teacher, temperature, weight)
+    )
+    batch = put_batch(
+        lambda n: {name: value[n] for name, value in rows().items()}, (2, ROWS // 2, LENGTH), on
+    )
+    loss, grads = jax.jit(function)(
+        params, batch, jnp.int32(2), jax.random.key_data(jax.random.key(0)), theirs
+    )
     return float(loss), [np.asarray(grad) for grad in jax.tree.leaves(grads)]
 
 
@@ -117,26 +177,36 @@ def assert_equal_numbers(got, wanted, tolerance=2e-6):
 
 @pytest.mark.parametrize("causal", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_step_is_the_loss_of_two_whole_models(causal):
-    data, models = rows(), {}
+    data = rows()
+    models = {}
     for seed, model in enumerate((STUDENT, TEACHER)):
         models[model] = abstract_model(model)[0], init_parameters(model, seed)
 
     def logits(model, params):
-        return nnx.merge(models[model][0], params)(data["tokens"], positions_BS=data["positions"],
-                                                   segment_ids_BS=data["segment_ids"], causal=causal)
+        return nnx.merge(models[model][0], params)(
+            data["tokens"],
+            positions_BS=data["positions"],
+            segment_ids_BS=data["segment_ids"],
+            causal=causal,
+        )
 
     def loss(params, teacher):
-        ours, theirs = logits(STUDENT, params), logits(TEACHER, teacher) / 2
+        ours = logits(STUDENT, params)
+        theirs = logits(TEACHER, teacher) / 2
         hard = -jnp.take_along_axis(jax.nn.log_softmax(ours), data["labels"][..., None], -1)[..., 0]
         soft = -(jax.nn.softmax(theirs) * jax.nn.log_softmax(ours / 2)).sum(-1)
         return ((0.4 * hard + 0.6 * 4 * soft) * data["weights"]).sum() / data["weights"].sum()
 
     value, grads = jax.jit(jax.value_and_grad(loss))(models[STUDENT][1], models[TEACHER][1])
-    assert_equal_numbers(alone(causal), (float(value), [np.asarray(grad) for grad in jax.tree.leaves(grads)]), 1e-5)
+    assert_equal_numbers(
+        alone(causal), (float(value), [np.asarray(grad) for grad in jax.tree.leaves(grads)]), 1e-5
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [{"data": 2, "context": 2, "tensor": 2}, {"data": 2, "tensor": 4, "zero": 3}], ids=str)
+@pytest.mark.parametrize(
+    "mesh", [{"data": 2, "context": 2, "tensor": 2}, {"data": 2, "tensor": 4, "zero": 3}], ids=str
+)
 def test_every_mesh_equals_one_device(mesh):
     assert_equal_numbers(numbers(**mesh), alone())
 
@@ -145,13 +215,25 @@ def stage(**settings):
     return Config(train=TrainConfig(stages=(StageConfig("s", **settings),)))
 
 
-@pytest.mark.parametrize(("config", "message"), [
-    (stage(distill="RUN", distill_temperature=0.0), r"stage 's': distill_temperature=0.0 lies outside"),
-    (stage(distill="RUN", distill_weight=1.5), r"distill_weight=1.5 lies outside \[0, 1\]"),
-    (stage(distill_weight=0.1), "distill_weight=0.1 is for a teacher, and distill names none"),
-    (dataclasses.replace(stage(distill="RUN"), mesh=MeshConfig(pipe=2), train=dataclasses.replace(
-        stage(distill="RUN").train, micro_batch_size=1)), "distill=RUN with mesh.pipe=2: .* set mesh.pipe=1"),
-])
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            stage(distill="RUN", distill_temperature=0.0),
+            r"stage 's': distill_temperature=0.0 lies outside",
+        ),
+        (stage(distill="RUN", distill_weight=1.5), r"distill_weight=1.5 lies outside \[0, 1\]"),
+        (stage(distill_weight=0.1), "distill_weight=0.1 is for a teacher, and distill names none"),
+        (
+            dataclasses.replace(
+                stage(distill="RUN"),
+                mesh=MeshConfig(pipe=2),
+                train=dataclasses.replace(stage(distill="RUN").train, micro_batch_size=1),
+            ),
+            "distill=RUN with mesh.pipe=2: .* set mesh.pipe=1",
+        ),
+    ],
+)
 def test_settings_that_do_not_fit(config, message):
     with pytest.raises(ValueError, match=message):
         validate(config)

@@ -1,4 +1,5 @@
-"""A run of launch/pretrain.py that is killed again and again ends with the numbers of one that was not."""
+"""A run of launch/pretrain.py that is killed again and again ends with the numbers of one that was
+not."""
 
 import json
 import os
@@ -24,28 +25,48 @@ PATIENCE = 180  # seconds, for a start on a busy machine
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """start(name) -> (process, workdir, when metrics.jsonl was last written): a small run with all that is random
-    in one (the mix of objectives, masking, dropout), saving so often that one save hardly ends before the next."""
+    """start(name) -> (process, workdir, when metrics.jsonl was last written): a small run with all
+    that is random in one (the mix of objectives, masking, dropout), saving so often that one save
+    hardly ends before the next."""
     folder = tmp_path_factory.mktemp("kill")
     words = random.Random(0)
-    texts = [" ".join(words.choices("sun moon tree river stone bird wind road".split(), k=60)) for _ in range(150)]
+    texts = [
+        " ".join(words.choices("sun moon tree river stone bird wind road".split(), k=60))
+        for _ in range(150)
+    ]
     (folder / "text.txt").write_text("\n\n".join(texts))
     prepare(folder / "text.txt", folder / "data", vocab_size=280, heldout=0.1)
     settings = {
-        "data.path": folder / "data", "model.dropout_rate": 0.1, "train.steps": STEPS, "train.save_every": 2,
-        "train.eval_every": 10, "train.stages": [{"name": "mix", "masked": 0.5}, {"name": "causal"}],
+        "data.path": folder / "data",
+        "model.dropout_rate": 0.1,
+        "train.steps": STEPS,
+        "train.save_every": 2,
+        "train.eval_every": 10,
+        "train.stages": [{"name": "mix", "masked": 0.5}, {"name": "causal"}],
     }
-    command = [sys.executable, ROOT / "launch" / "pretrain.py", f"--config={ROOT / 'configs' / 'tiny.py'}",
-               "--noprogress", *(f"--set={key}={value}" for key, value in settings.items())]
+    command = [
+        sys.executable,
+        ROOT / "launch" / "pretrain.py",
+        f"--config={ROOT / 'configs' / 'tiny.py'}",
+        "--noprogress",
+        *(f"--set={key}={value}" for key, value in settings.items()),
+    ]
     environment = os.environ | {
-        "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+        "PYTHONPATH": str(ROOT),
         "XLA_FLAGS": "--xla_backend_optimization_level=0",  # halves what compiling costs this test
     }
 
     def start(name: str) -> tuple[subprocess.Popen, Path, int]:
         before = changed(folder / name)
-        process = subprocess.Popen([*command, f"--workdir={folder / name}"], env=environment, text=True,
-                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            [*command, f"--workdir={folder / name}"],
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         return process, folder / name, before
 
     return start
@@ -63,11 +84,15 @@ def unkilled(start) -> Path:
 def numbers(workdir: Path) -> list[dict]:
     """What metrics.jsonl says, in its order, but for what the clock says."""
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key not in MEASURED} for line in lines]
+    return [
+        {key: value for key, value in json.loads(line).items() if key not in MEASURED}
+        for line in lines
+    ]
 
 
 def changed(workdir: Path) -> int:
-    """When metrics.jsonl was last written to; a run that goes on writes it as it enters the loop."""
+    """When metrics.jsonl was last written to; a run that goes on writes it as it enters the
+    loop."""
     path = workdir / "metrics.jsonl"
     return path.stat().st_mtime_ns if path.exists() else 0
 
@@ -90,7 +115,8 @@ def wait_for_step(process: subprocess.Popen, workdir: Path, step: int, before: i
 @pytest.mark.slow  # test_checkpoint.py kills processes in the middle of saves
 @pytest.mark.parametrize("kills", [2, 20])
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(start, unkilled, kills):
-    name, moments = f"killed-{kills}", random.Random(kills)
+    name = f"killed-{kills}"
+    moments = random.Random(kills)
     for number, target in enumerate(sorted(moments.randrange(1, STEPS - 10) for _ in range(kills))):
         process, workdir, before = start(name)
         if number % 5 == 4:  # some come between the imports and the first step
@@ -109,13 +135,17 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(start, unkilled, kills)
     assert process.returncode == 75, output
     assert "the same command goes on from there" in output and "Traceback" not in output
     stopped = step_reached(workdir)
-    assert STEPS - 10 <= stopped < STEPS and (workdir / "checkpoints" / str(stopped) / "record.json").exists()
+    assert (
+        STEPS - 10 <= stopped < STEPS
+        and (workdir / "checkpoints" / str(stopped) / "record.json").exists()
+    )
 
     process, workdir, _ = start(name)
     output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, output
     assert numbers(workdir) == numbers(unkilled)
-    ours, theirs = load_run(workdir, "last"), load_run(unkilled, "last")
+    ours = load_run(workdir, "last")
+    theirs = load_run(unkilled, "last")
     assert ours.step == theirs.step == STEPS
     for a, b in zip(jax.tree.leaves(ours.params), jax.tree.leaves(theirs.params), strict=True):
         np.testing.assert_array_equal(a, b)

@@ -30,8 +30,12 @@ HOLDS = """
 @pytest.fixture
 def held(tmp_path):
     """A process that holds the lock of tmp_path until its standard input is closed."""
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(HOLDS), str(tmp_path / ".lock-0")], text=True,
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(HOLDS), str(tmp_path / ".lock-0")],
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
     assert process.stdout.readline() == "held\n"
     yield process
     process.kill()
@@ -41,18 +45,34 @@ def held(tmp_path):
 def test_the_lock_says_who_holds_it_and_since_when(tmp_path):
     with lifetime.own(str(tmp_path)):
         said = (tmp_path / ".lock-0").read_text()
-        assert re.fullmatch(rf"{os.getpid()} on {socket.gethostname()} since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d\n", said)
-        with pytest.raises(OSError, match=rf"another run is writing in .*: process {os.getpid()} on .* since 2"):
+        assert re.fullmatch(
+            rf"{os.getpid()} on {socket.gethostname()} since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d\n",
+            said,
+        )
+        with pytest.raises(
+            OSError, match=rf"another run is writing in .*: process {os.getpid()} on .* since 2"
+        ):
             with lifetime.own(str(tmp_path)):
                 pass
     with lifetime.own(str(tmp_path)):  # what is left of one that ended holds nobody up
         pass
 
 
-@pytest.mark.parametrize(("owner", "name"), [
-    ("{pid} on {host} since 2026-01-01 00:00:00\n", "process {pid} on {host} since 2026-01-01 00:00:00"),
-    ("{pid} on elsewhere\n", "process {pid} on elsewhere"), ("", "an unknown process"), ("\0\0", "an unknown process")])
-def test_a_lock_that_stays_is_refused_after_a_while(tmp_path, held, monkeypatch, capsys, owner, name):
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (
+            "{pid} on {host} since 2026-01-01 00:00:00\n",
+            "process {pid} on {host} since 2026-01-01 00:00:00",
+        ),
+        ("{pid} on elsewhere\n", "process {pid} on elsewhere"),
+        ("", "an unknown process"),
+        ("\0\0", "an unknown process"),
+    ],
+)
+def test_a_lock_that_stays_is_refused_after_a_while(
+    tmp_path, held, monkeypatch, capsys, owner, name
+):
     monkeypatch.setattr(lifetime, "PATIENCE_HERE", 0.1)
     monkeypatch.setattr(lifetime, "PATIENCE_ELSEWHERE", 0.1)
     words = {"pid": held.pid, "host": socket.gethostname()}
@@ -63,7 +83,9 @@ def test_a_lock_that_stays_is_refused_after_a_while(tmp_path, held, monkeypatch,
 
 
 def test_a_lock_that_goes_is_waited_for(tmp_path, held, monkeypatch):
-    clock = types.SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: held.communicate())  # which ends it
+    clock = types.SimpleNamespace(
+        monotonic=time.monotonic, sleep=lambda _: held.communicate()
+    )  # which ends it
     monkeypatch.setattr(lifetime, "time", clock)
     with lifetime.own(str(tmp_path)):
         assert (tmp_path / ".lock-0").read_text().startswith(f"{os.getpid()} on ")

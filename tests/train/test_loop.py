@@ -9,7 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtnlg_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, StageConfig, TrainConfig
+from mtnlg_jax.config import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    StageConfig,
+    TrainConfig,
+)
 from mtnlg_jax.data.prepare import prepare
 from mtnlg_jax.errors import Diverged
 from mtnlg_jax.hardware import flops_per_token
@@ -32,7 +40,8 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def one_device():
-    """A run has one device, unless its config asks for more: there is less to compile than for all."""
+    """A run has one device, unless its config asks for more: there is less to compile than for
+    all."""
     make = loop.make_mesh
 
     def made(mesh):
@@ -46,16 +55,29 @@ def one_device():
 def config_of(prepared, steps=6, **train):
     train = {"global_batch_size": 8, "eval_every": 3, "save_every": 3, "eval_batches": 2} | train
     return Config(
-        model=ModelConfig(num_layers=1, hidden_size=32, num_attention_heads=8, max_position_embeddings=32),
-        mesh=MeshConfig(data=1), data=DataConfig(path=prepared), optimizer=OptimizerConfig(learning_rate=3e-3),
-        train=TrainConfig(steps=steps, compute_dtype="float32", **train))
+        model=ModelConfig(
+            num_layers=1, hidden_size=32, num_attention_heads=8, max_position_embeddings=32
+        ),
+        mesh=MeshConfig(data=1),
+        data=DataConfig(path=prepared),
+        optimizer=OptimizerConfig(learning_rate=3e-3),
+        train=TrainConfig(steps=steps, compute_dtype="float32", **train),
+    )
 
 
 def losses(workdir):
-    return {r["step"]: r["loss"] for r in read_metrics(os.path.join(workdir, "metrics.jsonl")) if r["kind"] == "train"}
+    return {
+        r["step"]: r["loss"]
+        for r in read_metrics(os.path.join(workdir, "metrics.jsonl"))
+        if r["kind"] == "train"
+    }
 
 
-STAGES = (StageConfig("masked", 1 / 3, masked=1.0), StageConfig("causal", 1 / 3), StageConfig("mix", 1 / 3, masked=0.5))
+STAGES = (
+    StageConfig("masked", 1 / 3, masked=1.0),
+    StageConfig("causal", 1 / 3),
+    StageConfig("mix", 1 / 3, masked=0.5),
+)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +91,14 @@ def test_a_run_of_stages_leaves_everything_behind(whole, prepared):
     train = [r for r in records if r["kind"] == "train"]
     assert [r["step"] for r in train] == [1, 2, 3, 4, 5, 6]
     assert [r["stage"] for r in train] == ["masked"] * 2 + ["causal"] * 2 + ["mix"] * 2
-    assert [r["objective"] for r in train] == ["masked", "masked", "causal", "causal", "causal", "masked"]
+    assert [r["objective"] for r in train] == [
+        "masked",
+        "masked",
+        "causal",
+        "causal",
+        "causal",
+        "masked",
+    ]
     held_out = [r for r in records if r["kind"] == "eval"]
     assert [r["step"] for r in held_out] == [3, 6]
     assert {"causal_loss", "perplexity", "bits_per_byte", "masked_loss"} <= held_out[0].keys()
@@ -122,9 +151,12 @@ def test_a_finished_run_started_again_changes_nothing(whole, prepared):
 
 @pytest.mark.slow  # test_other_mesh.py moves a run from mesh to mesh
 def test_another_mesh_reads_the_same_batches_and_gives_the_same_losses(whole, prepared, tmp_path):
-    config = dataclasses.replace(config_of(prepared, stages=STAGES), mesh=MeshConfig(data=2, tensor=4, zero=3))
+    config = dataclasses.replace(
+        config_of(prepared, stages=STAGES), mesh=MeshConfig(data=2, tensor=4, zero=3)
+    )
     loop.train(config, str(tmp_path), show_progress=False)
-    there, here = losses(tmp_path), losses(whole.workdir)
+    there = losses(tmp_path)
+    here = losses(whole.workdir)
     assert there == pytest.approx(here, rel=1e-5)
 
 
@@ -155,36 +187,59 @@ class Scripted(loop.Evaluator):
 
 
 def folders_of(workdir):
-    return sorted(name for name in os.listdir(os.path.join(workdir, "checkpoints")) if name[0].isdigit())
+    return sorted(
+        name for name in os.listdir(os.path.join(workdir, "checkpoints")) if name[0].isdigit()
+    )
 
 
-def test_after_divergence_the_same_command_goes_on_from_a_good_state(prepared, tmp_path, monkeypatch, caplog):
-    real, workdir, read = loop.batch_at, str(tmp_path), []
+def test_after_divergence_the_same_command_goes_on_from_a_good_state(
+    prepared, tmp_path, monkeypatch, caplog
+):
+    real = loop.batch_at
+    workdir = str(tmp_path)
+    read = []
 
     def batch_at(config, mesh, data, step, samples):
         read.append((step, samples))
         batch, micro, sequences = real(config, mesh, data, step, samples)
-        return (batch | {"weights": batch["weights"] * poison[0]} if step >= 4 else batch), micro, sequences
+        return (
+            (batch | {"weights": batch["weights"] * poison[0]} if step >= 4 else batch),
+            micro,
+            sequences,
+        )
 
     monkeypatch.setattr(loop, "batch_at", batch_at)
     poison = [jnp.nan]
     config = config_of(prepared, steps=20, max_bad_steps=3, eval_every=0, save_every=2, keep_last=1)
-    with pytest.raises(Diverged, match=r"3 steps in a row, up to step 7; the last good checkpoint is of step 2\."):
+    with pytest.raises(
+        Diverged, match=r"3 steps in a row, up to step 7; the last good checkpoint is of step 2\."
+    ):
         loop.train(config, workdir, show_progress=False)
-    # Nothing is saved among bad steps, and the state after step 4, of which no loss was finite, is not gone on from.
+    # Nothing is saved among bad steps, and the state after step 4, of which no loss was finite, is
+    # not gone on from.
     assert folders_of(workdir) == ["2", "4.diverged"]
 
-    # Saved where an evaluation is the best, between the periodic saves; another batch reads on where this one ended.
+    # Saved where an evaluation is the best, between the periodic saves; another batch reads on
+    # where this one ended.
     poison[0] = 1.0
     monkeypatch.setattr(loop, "Evaluator", Scripted)
     Scripted.wanted = [5.0, 4.0, 4.5, 4.4]
     config = config_of(prepared, steps=6, eval_every=1, save_every=0, keep_last=1, max_bad_steps=3)
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, global_batch_size=16))
+    config = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, global_batch_size=16)
+    )
     caplog.clear()
     read.clear()
     summary = loop.train(config, workdir, show_progress=False)
-    assert [step for step, _ in read] == [2, 3, 4, 5] and [samples for _, samples in read] == [16, 32, 48, 64]
-    assert any("train.global_batch_size 8 -> 16" in record.getMessage() for record in caplog.records)
+    assert [step for step, _ in read] == [2, 3, 4, 5] and [samples for _, samples in read] == [
+        16,
+        32,
+        48,
+        64,
+    ]
+    assert any(
+        "train.global_batch_size 8 -> 16" in record.getMessage() for record in caplog.records
+    )
     assert summary.best_step == 4 and folders_of(workdir) == ["4", "4.diverged", "6"]
     assert summary.tokens == (2 * 8 + 4 * 16) * 32
     assert load_run(workdir).step == 4 and load_run(workdir, "last").step == 6
@@ -202,30 +257,58 @@ def test_a_stop_at_a_skipped_step_keeps_the_steps_before_it(prepared, tmp_path, 
 
     monkeypatch.setattr(loop, "batch_at", batch_at)
     with pytest.raises(loop.Preempted, match="after step 3; state saved in"):
-        loop.train(config_of(prepared, eval_every=0, save_every=0), str(tmp_path), show_progress=False)
+        loop.train(
+            config_of(prepared, eval_every=0, save_every=0), str(tmp_path), show_progress=False
+        )
     assert folders_of(tmp_path) == ["3"]
 
 
-def test_an_evaluation_that_is_not_finite_ends_a_run_without_a_save(prepared, tmp_path, monkeypatch):
+def test_an_evaluation_that_is_not_finite_ends_a_run_without_a_save(
+    prepared, tmp_path, monkeypatch
+):
     monkeypatch.setattr(loop, "Evaluator", Scripted)
     Scripted.wanted = [5.0, float("nan"), float("inf")]
     config = config_of(prepared, steps=3, eval_every=1, save_every=1)
-    with pytest.raises(Diverged, match=r"held-out loss \[inf\] was not finite at the last step, 3; .* of step 1"):
+    with pytest.raises(
+        Diverged, match=r"held-out loss \[inf\] was not finite at the last step, 3; .* of step 1"
+    ):
         loop.train(config, str(tmp_path), show_progress=False)
     assert folders_of(tmp_path) == ["1"]
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"data": DataConfig()}, "data.path is empty"),
-    ({"data": DataConfig(path="/nowhere")}, "/nowhere"),
-    ({"mesh": MeshConfig(data=3)}, "does not divide|does not fit"),
-    ({"mesh": MeshConfig(data=16)}, "16.*8|8.*16"),
-    ({"mesh": MeshConfig(data=1, tensor=3)}, "tensor=3; try"),
-    ({"model": ModelConfig(num_layers=1, hidden_size=32, num_attention_heads=8, max_position_embeddings=32,
-                           vocab_size=128)}, "vocab_size=128 is smaller"),
-    ({"model": ModelConfig(num_layers=1, hidden_size=32, num_attention_heads=8, max_position_embeddings=32_000)},
-     "32000|32001"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": DataConfig()}, "data.path is empty"),
+        ({"data": DataConfig(path="/nowhere")}, "/nowhere"),
+        ({"mesh": MeshConfig(data=3)}, "does not divide|does not fit"),
+        ({"mesh": MeshConfig(data=16)}, "16.*8|8.*16"),
+        ({"mesh": MeshConfig(data=1, tensor=3)}, "tensor=3; try"),
+        (
+            {
+                "model": ModelConfig(
+                    num_layers=1,
+                    hidden_size=32,
+                    num_attention_heads=8,
+                    max_position_embeddings=32,
+                    vocab_size=128,
+                )
+            },
+            "vocab_size=128 is smaller",
+        ),
+        (
+            {
+                "model": ModelConfig(
+                    num_layers=1,
+                    hidden_size=32,
+                    num_attention_heads=8,
+                    max_position_embeddings=32_000,
+                )
+            },
+            "32000|32001",
+        ),
+    ],
+)
 def test_what_does_not_fit_is_refused_before_any_work(prepared, tmp_path, change, message):
     config = dataclasses.replace(config_of(prepared), **change)
     with pytest.raises((ValueError, OSError), match=message):
@@ -235,6 +318,8 @@ def test_what_does_not_fit_is_refused_before_any_work(prepared, tmp_path, change
 
 def test_the_papers_flops_per_token():
     # PaLM's convention for MT-NLG: 6 x 529.6 B plus attention 12 L H Q T.
-    model = ModelConfig(num_layers=105, hidden_size=20480, num_attention_heads=128, vocab_size=51200)
+    model = ModelConfig(
+        num_layers=105, hidden_size=20480, num_attention_heads=128, vocab_size=51200
+    )
     expected = 6 * (model.parameter_count() - 2048 * 20480) + 12 * 105 * 20480 * 2048
     assert flops_per_token(model, 2048) == expected

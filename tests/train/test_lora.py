@@ -1,4 +1,5 @@
-"""Low-rank adaptation: the model as it was at the start, merged at the end, and A and B alone between."""
+"""Low-rank adaptation: the model as it was at the start, merged at the end, and A and B alone
+between."""
 
 import dataclasses
 import functools
@@ -20,27 +21,44 @@ from mtnlg_jax.train.state import init_state
 from mtnlg_jax.train.step import make_train_step
 
 MESH_TOLERANCE = 2e-6  # float32; relative to the largest gradient of all parameters
-MODEL = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=8, vocab_size=128, max_position_embeddings=16)
+MODEL = ModelConfig(
+    num_layers=2, hidden_size=32, num_attention_heads=8, vocab_size=128, max_position_embeddings=16
+)
 TARGETS = ("q", "v", "o", "in", "out")
-ROWS, LENGTH = 8, 16
+ROWS = 8
+LENGTH = 16
 
 
 @functools.cache
 def rows():
     rng = np.random.default_rng(0)
-    made = {"tokens": rng.integers(0, 128, (ROWS, LENGTH)), "labels": rng.integers(0, 128, (ROWS, LENGTH)),
-            "segment_ids": np.sort(rng.integers(1, 4, (ROWS, LENGTH)), 1),
-            "positions": np.tile(np.arange(LENGTH), (ROWS, 1))}
+    made = {
+        "tokens": rng.integers(0, 128, (ROWS, LENGTH)),
+        "labels": rng.integers(0, 128, (ROWS, LENGTH)),
+        "segment_ids": np.sort(rng.integers(1, 4, (ROWS, LENGTH)), 1),
+        "positions": np.tile(np.arange(LENGTH), (ROWS, 1)),
+    }
     weights = (rng.random((ROWS, LENGTH)) > 0.3).astype(np.float32)
     return {name: value.astype(np.int32) for name, value in made.items()} | {"weights": weights}
 
 
 def adapted_config(data=1, tensor=1, zero=1, targets=("q", "v"), mesh=(), model=MODEL, **train):
     config = Config(
-        model=model, mesh=MeshConfig(data=data, tensor=tensor, zero=zero, **dict(mesh)),
+        model=model,
+        mesh=MeshConfig(data=data, tensor=tensor, zero=zero, **dict(mesh)),
         optimizer=OptimizerConfig(lora_rank=4, lora_alpha=8.0, lora_targets=targets),
-        train=TrainConfig(**{"global_batch_size": ROWS, "micro_batch_size": ROWS // 2 // data, "loss_chunk": 24,
-                             "compute_dtype": "float32", "steps": 10, "init": "a run"} | train))
+        train=TrainConfig(
+            **{
+                "global_batch_size": ROWS,
+                "micro_batch_size": ROWS // 2 // data,
+                "loss_chunk": 24,
+                "compute_dtype": "float32",
+                "steps": 10,
+                "init": "a run",
+            }
+            | train
+        ),
+    )
     validate(config)
     return config
 
@@ -51,8 +69,11 @@ def mesh_of(config):
 
 
 def batch_on(mesh):
-    return put_batch(lambda numbers: {name: value[numbers] for name, value in rows().items()},
-                     (2, ROWS // 2, LENGTH), mesh)
+    return put_batch(
+        lambda numbers: {name: value[numbers] for name, value in rows().items()},
+        (2, ROWS // 2, LENGTH),
+        mesh,
+    )
 
 
 def assert_equal_numbers(got, wanted, tolerance=MESH_TOLERANCE):
@@ -66,9 +87,14 @@ def with_second_factors(params):
     """B away from 0, where nothing would be to be seen."""
     base, adapters = lora.split(params)
     rng = np.random.default_rng(1)
-    blocks = {name: leaf if name.startswith("lora_a") else jax.device_put(
-        jnp.asarray(rng.normal(0, 0.02, leaf.shape), jnp.float32), leaf.sharding)
-        for name, leaf in adapters["blocks"].items()}
+    blocks = {
+        name: leaf
+        if name.startswith("lora_a")
+        else jax.device_put(
+            jnp.asarray(rng.normal(0, 0.02, leaf.shape), jnp.float32), leaf.sharding
+        )
+        for name, leaf in adapters["blocks"].items()
+    }
     return lora.joined(base, {"blocks": blocks})
 
 
@@ -107,7 +133,9 @@ def test_pipeline_and_context_equal_one_device(mesh):
 
 def test_the_gradient_of_the_factors_is_that_of_a_loss_longhand():
     config = adapted_config(targets=TARGETS)
-    params, graph, data = init_state(config, mesh_of(config))["params"], abstract_model(MODEL)[0], rows()
+    params = init_state(config, mesh_of(config))["params"]
+    graph = abstract_model(MODEL)[0]
+    data = rows()
     base, adapters = lora.split(with_second_factors(params))
 
     def loss(adapters):
@@ -121,16 +149,22 @@ def test_the_gradient_of_the_factors_is_that_of_a_loss_longhand():
             "w_out_FD": low["lora_a_out_FR"] @ low["lora_b_out_RD"],
         }
         full = jax.tree_util.tree_map_with_path(
-            lambda path, leaf: leaf + 2.0 * product.get(path[-1].key, 0.0), blocks)  # alpha / r = 8 / 4
+            lambda path, leaf: leaf + 2.0 * product.get(path[-1].key, 0.0), blocks
+        )  # alpha / r = 8 / 4
         state = nnx.state(nnx.merge(graph, base))
         nnx.replace_by_pure_dict(state, nnx.to_pure_dict(base) | {"blocks": full})
-        logits = nnx.merge(graph, state)(data["tokens"], positions_BS=data["positions"],
-                                         segment_ids_BS=data["segment_ids"])
-        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), data["labels"][..., None], -1)[..., 0]
+        logits = nnx.merge(graph, state)(
+            data["tokens"], positions_BS=data["positions"], segment_ids_BS=data["segment_ids"]
+        )
+        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), data["labels"][..., None], -1)[
+            ..., 0
+        ]
         return -(picked * data["weights"]).sum() / data["weights"].sum()
 
     value, grads = jax.jit(jax.value_and_grad(loss))(adapters)
-    assert_equal_numbers(alone(), (float(value), [np.asarray(grad) for grad in jax.tree.leaves(grads)]), 1e-5)
+    assert_equal_numbers(
+        alone(), (float(value), [np.asarray(grad) for grad in jax.tree.leaves(grads)]), 1e-5
+    )
 
 
 def plain_loss(config, params):
@@ -158,9 +192,14 @@ def test_what_is_merged_is_what_was_trained():
     params = with_second_factors(init_state(config, mesh)["params"])
     merged = lora.merge(params, config)
     base, low = lora.split(params)
-    w, a, b = (np.asarray(x, np.float64) for x in (
-        nnx.to_pure_dict(base)["blocks"]["attention"]["w_q_DNH"], low["blocks"]["lora_a_q_DR"],
-        low["blocks"]["lora_b_q_RNH"]))
+    w, a, b = (
+        np.asarray(x, np.float64)
+        for x in (
+            nnx.to_pure_dict(base)["blocks"]["attention"]["w_q_DNH"],
+            low["blocks"]["lora_a_q_DR"],
+            low["blocks"]["lora_b_q_RNH"],
+        )
+    )
     wanted = w + 8 / 4 * np.einsum("ldr,lrnh->ldnh", a, b)
     assert np.abs(nnx.to_pure_dict(merged)["blocks"]["attention"]["w_q_DNH"] - wanted).max() < 1e-8
     assert alone()[0] == pytest.approx(plain_loss(lora.without(config), merged), rel=1e-6)
@@ -170,14 +209,21 @@ def test_what_is_merged_is_what_was_trained():
 def test_a_step_changes_the_factors_alone_and_has_moments_of_them_alone():
     config = adapted_config(data=2, tensor=2, zero=3)
     mesh = mesh_of(config)
-    state, step = init_state(config, mesh), make_train_step(config, mesh, causal=True)
+    state = init_state(config, mesh)
+    step = make_train_step(config, mesh, causal=True)
     before = jax.tree.map(np.asarray, state["params"])
     for _ in range(2):  # in the first A gets no gradient: B is 0
         state, metrics = step(state, batch_on(mesh), jnp.int32(2), jnp.int32(ROWS), 1.0)
     assert float(metrics["grad_norm"]) > 0
-    changed = {jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
-               for (path, new), old in zip(jax.tree_util.tree_leaves_with_path(state["params"]),
-                                           jax.tree.leaves(before), strict=True) if not np.array_equal(new, old)}
+    changed = {
+        jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+        for (path, new), old in zip(
+            jax.tree_util.tree_leaves_with_path(state["params"]),
+            jax.tree.leaves(before),
+            strict=True,
+        )
+        if not np.array_equal(new, old)
+    }
     factors = ("lora_a_q_DR", "lora_b_q_RNH", "lora_a_v_DR", "lora_b_v_RKH")
     assert changed == {f"lora.blocks.{name}" for name in factors}
     moments = [leaf.shape for leaf in jax.tree.leaves(state["opt_state"]) if leaf.ndim]
@@ -188,40 +234,65 @@ def test_no_gradient_of_a_frozen_matrix_is_computed():
     config = adapted_config()
     mesh = mesh_of(config)
     plain = lora.opened(init_state(config, mesh)["params"], config)[0]
-    _, grads = jax.eval_shape(make_loss_and_gradients(config, mesh, True), plain, batch_on(mesh), jnp.int32(2),
-                              jax.random.key_data(jax.random.key(3)))
+    _, grads = jax.eval_shape(
+        make_loss_and_gradients(config, mesh, True),
+        plain,
+        batch_on(mesh),
+        jnp.int32(2),
+        jax.random.key_data(jax.random.key(3)),
+    )
     assert sorted(grads["blocks"]) == ["w_q_DNH", "w_v_DKH"]
 
     def flops(config):
         function = make_loss_and_gradients(config, mesh, True)
-        lowered = jax.jit(function).lower(plain, batch_on(mesh), jnp.int32(2), jax.random.key_data(jax.random.key(3)))
+        lowered = jax.jit(function).lower(
+            plain, batch_on(mesh), jnp.int32(2), jax.random.key_data(jax.random.key(3))
+        )
         return str(lowered.as_text()).count("dot_general")
 
     assert flops(config) < flops(lora.without(config))
 
 
-@pytest.mark.parametrize(("settings", "message"), [
-    ({"lora_rank": 0, "lora_targets": ("q",)}, r"lora_targets=\('q',\) is for low-rank.*lora_rank=0.*set that to 8"),
-    ({"lora_rank": 0, "lora_alpha": 3.0}, r"lora_alpha=3.0 is for low-rank adaptation"),
-    ({"lora_targets": ("q", "w")}, r"lora_targets='w' is not known; choose one of q, k, v, o, in, out$"),
-    ({"lora_targets": ()}, "would learn nothing"),
-    ({"lora_rank": 33}, r"lora_rank=33 is above the rank of matrix 'q', 32 x 32; set it to 32 or less"),
-    ({"name": "muon"}, "optimizer.name=muon is for whole matrices"),
-])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"lora_rank": 0, "lora_targets": ("q",)},
+            r"lora_targets=\('q',\) is for low-rank.*lora_rank=0.*set that to 8",
+        ),
+        ({"lora_rank": 0, "lora_alpha": 3.0}, r"lora_alpha=3.0 is for low-rank adaptation"),
+        (
+            {"lora_targets": ("q", "w")},
+            r"lora_targets='w' is not known; choose one of q, k, v, o, in, out$",
+        ),
+        ({"lora_targets": ()}, "would learn nothing"),
+        (
+            {"lora_rank": 33},
+            r"lora_rank=33 is above the rank of matrix 'q', 32 x 32; set it to 32 or less",
+        ),
+        ({"name": "muon"}, "optimizer.name=muon is for whole matrices"),
+    ],
+)
 def test_settings_that_do_not_fit(settings, message):
     config = adapted_config()
-    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, **settings))
+    config = dataclasses.replace(
+        config, optimizer=dataclasses.replace(config.optimizer, **settings)
+    )
     if settings.get("lora_rank") == 0 and "lora_alpha" not in settings:
-        config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lora_alpha=16.0))
+        config = dataclasses.replace(
+            config, optimizer=dataclasses.replace(config.optimizer, lora_alpha=16.0)
+        )
     if "lora_alpha" in settings:
-        config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lora_targets=("q", "v")))
+        config = dataclasses.replace(
+            config, optimizer=dataclasses.replace(config.optimizer, lora_targets=("q", "v"))
+        )
     with pytest.raises(ValueError, match=message):
         validate(config)
 
 
 def test_adapters_of_nothing_are_refused():
     config = adapted_config()
-    with pytest.raises(ValueError, match="lora_rank=4 without a start would freeze .* give --init=RUN"):
+    with pytest.raises(
+        ValueError, match="lora_rank=4 without a start would freeze .* give --init=RUN"
+    ):
         validate(dataclasses.replace(config, train=dataclasses.replace(config.train, init="")))
-
-

@@ -24,7 +24,9 @@ from mtnlg_jax.train.schedule import loss_name
 
 
 def line(step, kind="train", **values):
-    return json.dumps({"kind": kind, "step": step, "loss": 1.0, "objective": "causal"} | values).encode()
+    return json.dumps(
+        {"kind": kind, "step": step, "loss": 1.0, "objective": "causal"} | values
+    ).encode()
 
 
 @pytest.fixture
@@ -32,11 +34,27 @@ def told(caplog):
     return lambda: [record.getMessage() for record in caplog.records if record.name == "absl"]
 
 
-@pytest.mark.parametrize("damage", [
-    b"garbage", b"5", b"null", b'"text"', b"[1, 2]", b"{}", b'{"step": 4}', b'{"kind": "train", "step": "4"}',
-    b'{"kind": 1, "step": 4}', b'{"kind": "train", "step": true}', b'{"kind": "train", "st', b"\xff\xfe" + line(4),
-    line(4).replace(b"causal", b"caus\xe9l"), b"[" * 100_000, b'{"kind": "train", "step": 4} {"kind": "train"}'],
-    ids=lambda damage: repr(damage[:24]))
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"garbage",
+        b"5",
+        b"null",
+        b'"text"',
+        b"[1, 2]",
+        b"{}",
+        b'{"step": 4}',
+        b'{"kind": "train", "step": "4"}',
+        b'{"kind": 1, "step": 4}',
+        b'{"kind": "train", "step": true}',
+        b'{"kind": "train", "st',
+        b"\xff\xfe" + line(4),
+        line(4).replace(b"causal", b"caus\xe9l"),
+        b"[" * 100_000,
+        b'{"kind": "train", "step": 4} {"kind": "train"}',
+    ],
+    ids=lambda damage: repr(damage[:24]),
+)
 def test_a_damaged_line_costs_that_line_alone(tmp_path, told, damage):
     path = tmp_path / "metrics.jsonl"
     lines = [line(step) for step in (1, 2, 3, 4, 5, 6)]
@@ -73,19 +91,30 @@ def test_a_process_that_does_not_write_moves_nothing(tmp_path):
     path.write_bytes(b"junk\n" + line(1) + b"\n" + line(9) + b"\n")
     log = MetricsLog(str(tmp_path), 3, writing=False)
     assert [record["step"] for record in log.records] == [1]
-    assert path.read_bytes().startswith(b"junk\n") and not (tmp_path / "metrics.jsonl.damaged").exists()
+    assert (
+        path.read_bytes().startswith(b"junk\n")
+        and not (tmp_path / "metrics.jsonl.damaged").exists()
+    )
 
 
 def test_what_is_not_finite_is_null(tmp_path):
     log = MetricsLog(str(tmp_path), 0)
-    log.write({"kind": "train", "step": 1, "loss": math.nan, "grad_norm": math.inf, "learning_rate": 1e-3})
+    log.write(
+        {"kind": "train", "step": 1, "loss": math.nan, "grad_norm": math.inf, "learning_rate": 1e-3}
+    )
     log.close()
     text = (tmp_path / "metrics.jsonl").read_text()
     assert json.loads(text, parse_constant=lambda name: pytest.fail(name)) == {
-        "kind": "train", "step": 1, "loss": None, "grad_norm": None, "learning_rate": 1e-3}
+        "kind": "train",
+        "step": 1,
+        "loss": None,
+        "grad_norm": None,
+        "learning_rate": 1e-3,
+    }
 
 
-# --- curves ---------------------------------------------------------------------------------------------------
+# --- curves
+# ---------------------------------------------------------------------------------------------------
 
 
 def step(number, objective="causal", stage="one", loss=2.0, name="loss"):
@@ -94,8 +123,11 @@ def step(number, objective="causal", stage="one", loss=2.0, name="loss"):
 
 def quickstart():
     """Masked, then causal, then both in turns."""
-    return ([step(i, "masked", "masked") for i in range(1, 61)] + [step(i, stage="causal") for i in range(61, 145)]
-            + [step(i, ("causal", "masked")[i % 2], "both") for i in range(145, 241)])
+    return (
+        [step(i, "masked", "masked") for i in range(1, 61)]
+        + [step(i, stage="causal") for i in range(61, 145)]
+        + [step(i, ("causal", "masked")[i % 2], "both") for i in range(145, 241)]
+    )
 
 
 def ends(records, objective, name="loss"):
@@ -117,9 +149,17 @@ def test_no_line_is_drawn_where_records_are_missing():
 
 
 def test_objectives_of_their_own_are_not_the_cross_entropy():
-    records = [step(1), step(2), step(3, stage="taught", name="distillation_loss"),
-               step(4, stage="taught", name="distillation_loss"), step(5, stage="end"), step(6, stage="end", loss=None)]
-    assert ends(records, "causal") == [(1, 2), (5, 6)] and ends(records, "causal", "distillation_loss") == [(3, 4)]
+    records = [
+        step(1),
+        step(2),
+        step(3, stage="taught", name="distillation_loss"),
+        step(4, stage="taught", name="distillation_loss"),
+        step(5, stage="end"),
+        step(6, stage="end", loss=None),
+    ]
+    assert ends(records, "causal") == [(1, 2), (5, 6)] and ends(
+        records, "causal", "distillation_loss"
+    ) == [(3, 4)]
     assert math.isnan(curves(records, "causal", "loss")[1][1][1])  # a gap where no step was taken
     assert training_loss({"kind": "train", "step": 1, "loss": "x"})[0] == "loss"
     assert training_loss({"kind": "train", "step": 1})[0] is None
@@ -136,19 +176,36 @@ def test_the_smoothed_line_lags_nowhere():
     assert smoothed([3.0]).tolist() == [3.0] and np.isnan(smoothed([math.nan])).all()
 
 
-@pytest.mark.parametrize("records", [
-    [], [step(1)], quickstart(), [step(1, loss=None), step(2, loss=None)],
-    [step(1, name="smoothed_loss"), {"kind": "eval", "step": 1, "causal_loss": None}, {"kind": "other", "step": 2}],
-    [step(1), {"kind": "train", "step": 2}, {"kind": "eval", "step": 2, "causal_loss": 3.0}]], ids=len)
+@pytest.mark.parametrize(
+    "records",
+    [
+        [],
+        [step(1)],
+        quickstart(),
+        [step(1, loss=None), step(2, loss=None)],
+        [
+            step(1, name="smoothed_loss"),
+            {"kind": "eval", "step": 1, "causal_loss": None},
+            {"kind": "other", "step": 2},
+        ],
+        [step(1), {"kind": "train", "step": 2}, {"kind": "eval", "step": 2, "causal_loss": 3.0}],
+    ],
+    ids=len,
+)
 def test_every_kind_of_records_makes_a_picture(tmp_path, records):
     plot_loss(records, str(tmp_path / "loss.png"))
     assert (tmp_path / "loss.png").stat().st_size > 5000 and not list(tmp_path.glob("*.partial*"))
 
 
-@pytest.mark.parametrize(("train", "stage", "name"), [
-    (TrainConfig(), StageConfig(), "loss"), (TrainConfig(label_smoothing=0.1), StageConfig(), "smoothed_loss"),
-    (TrainConfig(label_smoothing=0.1), StageConfig(distill="RUN"), "distillation_loss"),
-    (TrainConfig(), StageConfig(distill="RUN", distill_weight=0.0), "loss")])
+@pytest.mark.parametrize(
+    ("train", "stage", "name"),
+    [
+        (TrainConfig(), StageConfig(), "loss"),
+        (TrainConfig(label_smoothing=0.1), StageConfig(), "smoothed_loss"),
+        (TrainConfig(label_smoothing=0.1), StageConfig(distill="RUN"), "distillation_loss"),
+        (TrainConfig(), StageConfig(distill="RUN", distill_weight=0.0), "loss"),
+    ],
+)
 def test_the_training_loss_is_called_what_it_is(train, stage, name):
     assert loss_name(train, stage) == name and name in TRAINING_LOSSES
 

@@ -6,9 +6,13 @@ import pytest
 from mtnlg_jax.config import MaskingConfig
 from mtnlg_jax.train.objectives import causal_batch, masked_batch, word_numbers
 
-VOCAB, SPECIALS = 50, 5
-TOKENIZER = SimpleNamespace(is_special=np.arange(VOCAB) < SPECIALS, mask_id=3,
-                            starts_word=(np.arange(VOCAB) >= SPECIALS) & (np.arange(VOCAB) % 3 != 0))
+VOCAB = 50
+SPECIALS = 5
+TOKENIZER = SimpleNamespace(
+    is_special=np.arange(VOCAB) < SPECIALS,
+    mask_id=3,
+    starts_word=(np.arange(VOCAB) >= SPECIALS) & (np.arange(VOCAB) % 3 != 0),
+)
 SHARES = MaskingConfig(word_share=0.2, mask_share=0.5, random_share=0.25)
 
 
@@ -54,9 +58,17 @@ def test_whole_words_are_masked_in_exact_numbers():
             inside = words == word
             assert (batch["weights"][i, inside] == 1).all(), "a word is predicted whole"
             after = batch["tokens"][i, inside]
-            fates.append("mask" if (after == 3).all() else "kept" if (after == before[inside]).all() else "random")
+            fates.append(
+                "mask"
+                if (after == 3).all()
+                else "kept"
+                if (after == before[inside]).all()
+                else "random"
+            )
         assert fates.count("mask") == round(0.5 * len(chosen))
-        assert abs(fates.count("random") - round(0.25 * len(chosen))) <= 1  # a random token may be the same one
+        assert (
+            abs(fates.count("random") - round(0.25 * len(chosen))) <= 1
+        )  # a random token may be the same one
         untouched = batch["weights"][i] == 0
         assert (batch["tokens"][i, untouched] == before[untouched]).all()
         assert (batch["labels"][i] == before).all()

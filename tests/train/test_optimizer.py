@@ -1,4 +1,5 @@
-"""Muon: orthogonal updates for the matrices of the blocks, AdamW for the rest, the same on every mesh."""
+"""Muon: orthogonal updates for the matrices of the blocks, AdamW for the rest, the same on every
+mesh."""
 
 import dataclasses
 import functools
@@ -16,10 +17,20 @@ from mtnlg_jax.train.optimizer import make_optimizer
 from mtnlg_jax.train.state import init_state
 from mtnlg_jax.train.step import make_train_step
 
-MODEL = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, num_query_groups=2, vocab_size=128,
-                    max_position_embeddings=16, activation="swiglu")
-MUON = OptimizerConfig(name="muon", learning_rate=1e-2, warmup_fraction=0.0, weight_decay=0.0, clip_grad_norm=0.0)
-ROWS, LENGTH = 8, 16
+MODEL = ModelConfig(
+    num_layers=2,
+    hidden_size=32,
+    num_attention_heads=4,
+    num_query_groups=2,
+    vocab_size=128,
+    max_position_embeddings=16,
+    activation="swiglu",
+)
+MUON = OptimizerConfig(
+    name="muon", learning_rate=1e-2, warmup_fraction=0.0, weight_decay=0.0, clip_grad_norm=0.0
+)
+ROWS = 8
+LENGTH = 16
 
 
 @functools.cache
@@ -31,13 +42,15 @@ def updates_of(config):
 
 
 def test_each_matrix_of_each_layer_moves_by_an_orthogonal_matrix():
-    # Newton-Schulz with Jordan's coefficients leaves singular values in about [0.68, 1.13], but for those near 0,
-    # of which a square random matrix has one or two.
+    # Newton-Schulz with Jordan's coefficients leaves singular values in about [0.68, 1.13], but for
+    # those near 0, of which a square random matrix has one or two.
     blocks = updates_of(MUON)["blocks"]
     sizes = {"w_q_DNH": (32, 32), "w_k_DKH": (32, 16), "w_v_DKH": (32, 16), "w_o_NHD": (32, 32)}
     for name, (inputs, outputs) in sizes.items():
         for layer in np.asarray(blocks["attention"][name][...]):
-            values = np.linalg.svd(layer.reshape(inputs, outputs), compute_uv=False) / (0.2 * np.sqrt(32))
+            values = np.linalg.svd(layer.reshape(inputs, outputs), compute_uv=False) / (
+                0.2 * np.sqrt(32)
+            )
             assert 0.5 < values[-3] and values.max() < 1.3, name
     for layer in np.asarray(blocks["mlp"]["w_out_FD"][...]):
         values = np.linalg.svd(layer, compute_uv=False) / (0.2 * np.sqrt(128))
@@ -45,24 +58,37 @@ def test_each_matrix_of_each_layer_moves_by_an_orthogonal_matrix():
 
 
 def test_everything_else_moves_as_by_adamw():
-    muon, adam = updates_of(MUON), updates_of(dataclasses.replace(MUON, name="adamw"))
+    muon = updates_of(MUON)
+    adam = updates_of(dataclasses.replace(MUON, name="adamw"))
     same = jax.tree_util.tree_map_with_path(
-        lambda path, a, b: (jax.tree_util.keystr(path), bool((a == b).all())), muon, adam)
+        lambda path, a, b: (jax.tree_util.keystr(path), bool((a == b).all())), muon, adam
+    )
     for path, equal in jax.tree.leaves(same, is_leaf=lambda x: isinstance(x, tuple)):
         assert equal == ("'w_" not in path), path
 
 
 @functools.cache
 def after_two_steps(data, tensor, zero=1):
-    config = Config(model=MODEL, mesh=MeshConfig(data=data, tensor=tensor, zero=zero), optimizer=MUON,
-                    train=TrainConfig(steps=10, global_batch_size=ROWS, compute_dtype="float32"))
+    config = Config(
+        model=MODEL,
+        mesh=MeshConfig(data=data, tensor=tensor, zero=zero),
+        optimizer=MUON,
+        train=TrainConfig(steps=10, global_batch_size=ROWS, compute_dtype="float32"),
+    )
     mesh = make_mesh(config.mesh, jax.devices()[: data * tensor])
     tokens = np.random.default_rng(0).integers(0, 128, (ROWS, LENGTH + 1)).astype(np.int32)
-    table = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "segment_ids": np.ones_like(tokens[:, 1:]),
-             "positions": np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1)),
-             "weights": np.ones((ROWS, LENGTH), np.float32)}
-    batch = put_batch(lambda numbers: {k: v[numbers] for k, v in table.items()}, (1, ROWS, LENGTH), mesh)
-    state, step = init_state(config, mesh), make_train_step(config, mesh, causal=True)
+    table = {
+        "tokens": tokens[:, :-1],
+        "labels": tokens[:, 1:],
+        "segment_ids": np.ones_like(tokens[:, 1:]),
+        "positions": np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1)),
+        "weights": np.ones((ROWS, LENGTH), np.float32),
+    }
+    batch = put_batch(
+        lambda numbers: {k: v[numbers] for k, v in table.items()}, (1, ROWS, LENGTH), mesh
+    )
+    state = init_state(config, mesh)
+    step = make_train_step(config, mesh, causal=True)
     for _ in range(2):
         state, _ = step(state, batch, jnp.int32(1), jnp.int32(ROWS), 1.0)
     assert step._cache_size() == 1

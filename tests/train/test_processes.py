@@ -1,4 +1,5 @@
-"""Several processes (gloo on localhost): how they meet, agree and part; runs of them stand in tests/launch."""
+"""Several processes (gloo on localhost): how they meet, agree and part; runs of them stand in
+tests/launch."""
 
 import os
 import signal
@@ -27,12 +28,26 @@ def free_port() -> int:
 
 
 def run_all(program: str, count: int, *arguments, environment=None) -> list[tuple[int, str]]:
-    """(exit code, output) of ``count`` processes that know their number, and a port of their own."""
+    """(exit code, output) of ``count`` processes that know their number, and a port of their
+    own."""
     port = free_port()
     started = [
-        subprocess.Popen([sys.executable, "-c", textwrap.dedent(program), str(number), str(port), *map(str, arguments)],
-                         env=ENVIRONMENT | (environment(number) if environment else {}), text=True,
-                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for number in range(count)]
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                textwrap.dedent(program),
+                str(number),
+                str(port),
+                *map(str, arguments),
+            ],
+            env=ENVIRONMENT | (environment(number) if environment else {}),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for number in range(count)
+    ]
     try:
         return [(process.wait(PATIENCE), process.stdout.read()) for process in started]
     finally:
@@ -89,7 +104,9 @@ TOGETHER = """
 def test_two_processes_read_their_rows_agree_and_leave():
     (code, output), (other, heard) = run_all(TOGETHER, 2)
     assert code == 2 and "process 0 of 2: error: no such disk" in output, output
-    assert other == -signal.SIGABRT and "another task died" in heard, heard  # long before its sleep is over
+    assert other == -signal.SIGABRT and "another task died" in heard, (
+        heard
+    )  # long before its sleep is over
 
 
 COURSE = """
@@ -115,7 +132,9 @@ COURSE = """
 
 @pytest.mark.slow
 def test_processes_on_another_course_say_so_and_end(tmp_path):
-    (tmp_path / "text.txt").write_text("\n\n".join("a bird sat on a stone by the river" for _ in range(300)))
+    (tmp_path / "text.txt").write_text(
+        "\n\n".join("a bird sat on a stone by the river" for _ in range(300))
+    )
     prepare(tmp_path / "text.txt", tmp_path / "data", vocab_size=285, heldout=0.1, progress=False)
     ended = run_all(COURSE, 2, ROOT / "configs" / "tiny.py", tmp_path / "data", tmp_path / "run")
     for me, (code, output) in enumerate(ended):
@@ -135,8 +154,10 @@ START = """
 """
 
 
-@pytest.mark.parametrize(("me", "what"), [(1, "no process 0 answers at localhost:"),
-                                          (0, "not every process came to process 0")])
+@pytest.mark.parametrize(
+    ("me", "what"),
+    [(1, "no process 0 answers at localhost:"), (0, "not every process came to process 0")],
+)
 def test_nobody_comes_is_one_line(me, what):
     program = textwrap.dedent(START).replace("command.run(main)", "main()")
     began = time.monotonic()
@@ -145,14 +166,17 @@ def test_nobody_comes_is_one_line(me, what):
     assert output.count("\n") == 1 and time.monotonic() - began < 60
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    (("localhost:1", 2, None), "--process_id missing"),
-    ((None, 2, 0), "--coordinator missing"),
-    (("localhost", 2, 0), "is not HOST:PORT"),
-    (("localhost:123456", 2, 0), "is not HOST:PORT"),
-    (("localhost:1", 2, 2), "--process_id=2 of --processes=2 does not exist"),
-    (("localhost:1", 0, 0), "does not exist"),
-])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("localhost:1", 2, None), "--process_id missing"),
+        ((None, 2, 0), "--coordinator missing"),
+        (("localhost", 2, 0), "is not HOST:PORT"),
+        (("localhost:123456", 2, 0), "is not HOST:PORT"),
+        (("localhost:1", 2, 2), "--process_id=2 of --processes=2 does not exist"),
+        (("localhost:1", 0, 0), "does not exist"),
+    ],
+)
 def test_flags_that_do_not_fit(flags, message):
     with pytest.raises(ValueError, match=message):
         processes.start(*flags, 10)
@@ -167,7 +191,12 @@ def test_on_insists_on_a_cluster_and_auto_does_not():
 
 def test_slurm_is_found(monkeypatch):
     assert compat.cluster_processes() == 0
-    for name, value in {"SLURM_JOB_ID": 7, "SLURM_STEP_NODELIST": "node[001-003]", "SLURM_NTASKS": 3,
-                        "SLURM_PROCID": 1, "SLURM_LOCALID": 0}.items():
+    for name, value in {
+        "SLURM_JOB_ID": 7,
+        "SLURM_STEP_NODELIST": "node[001-003]",
+        "SLURM_NTASKS": 3,
+        "SLURM_PROCID": 1,
+        "SLURM_LOCALID": 0,
+    }.items():
         monkeypatch.setenv(name, str(value))
     assert compat.cluster_processes() == 3

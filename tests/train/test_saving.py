@@ -12,10 +12,13 @@ from mtnlg_jax.train import metrics, saving
 
 
 class Disk:
-    """Stands in for `Checkpoints`: what ``fails`` says happens to each save, at once or in the background."""
+    """Stands in for `Checkpoints`: what ``fails`` says happens to each save, at once or in the
+    background."""
 
     def __init__(self, *fails):
-        self.fails, self.saved, self.pending = list(fails), [], []
+        self.fails = list(fails)
+        self.saved = []
+        self.pending = []
 
     def save(self, step):
         self.wait()
@@ -102,7 +105,8 @@ class Full:
     """A file on a disk that is full for a while, and takes three bytes of what comes then."""
 
     def __init__(self, file):
-        self.file, self.full = file, False
+        self.file = file
+        self.full = False
 
     def write(self, data):
         if self.full is None:
@@ -132,7 +136,8 @@ def test_a_log_on_a_full_disk_loses_no_line_and_ends_no_run(tmp_path):
 
 def test_a_log_that_may_not_be_written_is_told(tmp_path):
     log = metrics.MetricsLog(str(tmp_path), 0)
-    real, log._file = log._file, Full(log._file)
+    real = log._file
+    log._file = Full(log._file)
     log._file.full = None
     with pytest.raises(PermissionError):
         log.write({"kind": "train", "step": 1, "loss": 1.0})

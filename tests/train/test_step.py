@@ -1,4 +1,5 @@
-"""The promise of every mesh: loss and gradients on any factorisation of the devices equal one device."""
+"""The promise of every mesh: loss and gradients on any factorisation of the devices equal one
+device."""
 
 import dataclasses
 import functools
@@ -20,16 +21,22 @@ from mtnlg_jax.train.state import init_state
 from mtnlg_jax.train.step import make_train_step
 
 MESH_TOLERANCE = 2e-6  # float32; relative to the largest gradient of all parameters
-MODEL = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=8, vocab_size=128, max_position_embeddings=16)
-ROWS, LENGTH = 16, 16
+MODEL = ModelConfig(
+    num_layers=2, hidden_size=32, num_attention_heads=8, vocab_size=128, max_position_embeddings=16
+)
+ROWS = 16
+LENGTH = 16
 
 
 @functools.cache
 def rows():
     rng = np.random.default_rng(0)
-    made = {"tokens": rng.integers(0, 128, (ROWS, LENGTH)), "labels": rng.integers(0, 128, (ROWS, LENGTH)),
-            "segment_ids": np.sort(rng.integers(1, 4, (ROWS, LENGTH)), 1),
-            "positions": np.tile(np.arange(LENGTH), (ROWS, 1))}
+    made = {
+        "tokens": rng.integers(0, 128, (ROWS, LENGTH)),
+        "labels": rng.integers(0, 128, (ROWS, LENGTH)),
+        "segment_ids": np.sort(rng.integers(1, 4, (ROWS, LENGTH)), 1),
+        "positions": np.tile(np.arange(LENGTH), (ROWS, 1)),
+    }
     weights = (rng.random((ROWS, LENGTH)) > 0.3).astype(np.float32)
     return {k: v.astype(np.int32) for k, v in made.items()} | {"weights": weights}
 
@@ -37,16 +44,22 @@ def rows():
 def config_of(data, tensor, zero=1, micro_batches=2, model=MODEL, mesh=(), **train):
     train = {"compute_dtype": "float32", "loss_chunk": 24, "steps": 10} | train
     micro = ROWS // micro_batches // data
-    config = Config(model=model, mesh=MeshConfig(data=data, tensor=tensor, zero=zero, **dict(mesh)),
-                    train=TrainConfig(global_batch_size=ROWS, micro_batch_size=micro, **train))
+    config = Config(
+        model=model,
+        mesh=MeshConfig(data=data, tensor=tensor, zero=zero, **dict(mesh)),
+        train=TrainConfig(global_batch_size=ROWS, micro_batch_size=micro, **train),
+    )
     validate(config)
     return config
 
 
 def batch_on(mesh, micro_batches=2, data=None):
     data = rows() if data is None else data
-    return put_batch(lambda numbers: {k: v[numbers] for k, v in data.items()},
-                     (micro_batches, ROWS // micro_batches, LENGTH), mesh)
+    return put_batch(
+        lambda numbers: {k: v[numbers] for k, v in data.items()},
+        (micro_batches, ROWS // micro_batches, LENGTH),
+        mesh,
+    )
 
 
 @functools.cache
@@ -67,10 +80,13 @@ def compiled_once(config, causal):
 
 def loss_and_gradients(config, causal=True, micro_batches=2, count=None, data=None):
     mesh = mesh_of(config)
-    params = jax.device_put(parameters(config.model), shardings_of(parameters(config.model), mesh, config.mesh.zero))
+    params = jax.device_put(
+        parameters(config.model), shardings_of(parameters(config.model), mesh, config.mesh.zero)
+    )
     key = jax.random.key_data(jax.random.key(3))
-    loss, grads = compiled_once(config, causal)(params, batch_on(mesh, micro_batches, data),
-                                                jnp.int32(count or micro_batches), key)
+    loss, grads = compiled_once(config, causal)(
+        params, batch_on(mesh, micro_batches, data), jnp.int32(count or micro_batches), key
+    )
     return float(loss), [np.asarray(g) for g in jax.tree.leaves(grads)]
 
 
@@ -89,19 +105,29 @@ def assert_equal_numbers(got, wanted, tolerance=MESH_TOLERANCE):
 def quick(cases, chosen):
     """``cases`` as parameters; slow are those that are not ``chosen``."""
     assert all(case in cases for case in chosen)
-    return [pytest.param(*(case if isinstance(case, tuple) else [case]),
-                         marks=[] if case in chosen else pytest.mark.slow) for case in cases]
+    return [
+        pytest.param(
+            *(case if isinstance(case, tuple) else [case]),
+            marks=[] if case in chosen else pytest.mark.slow,
+        )
+        for case in cases
+    ]
 
 
 # Each size of each axis, and each stage of ZeRO; slow are the other pairs.
-@pytest.mark.parametrize(("data", "tensor", "zero"), quick(
-    [(data, 8 // data, zero) for data in (1, 2, 4, 8) for zero in (0, 1, 3)],
-    [(2, 4, 0), (8, 1, 3)]))
+@pytest.mark.parametrize(
+    ("data", "tensor", "zero"),
+    quick(
+        [(data, 8 // data, zero) for data in (1, 2, 4, 8) for zero in (0, 1, 3)],
+        [(2, 4, 0), (8, 1, 3)],
+    ),
+)
 def test_every_factorisation_of_8_devices_equals_one(data, tensor, zero):
     assert_equal_numbers(loss_and_gradients(config_of(data, tensor, zero)), one_device())
 
 
-# --- pipeline and context ---------------------------------------------------------------------------------------
+# --- pipeline and context
+# ---------------------------------------------------------------------------------------
 
 # Without biases, which compile a third longer; OTHER, below, has them.
 DEEP = dataclasses.replace(MODEL, num_layers=8, normalization="rmsnorm", add_bias=False)
@@ -111,10 +137,29 @@ SCHEDULES = {"circular": {}, "interleaved": {"virtual_pipe": 2}, "1f1b": {"sched
 MODES = ("ulysses", "gather", "ring")
 
 
-def on_a_mesh(pipe, data, context, tensor, zero=1, dtype="float32", micro_batches=4, causal=True, model=DEEP,
-              count=None, data_rows=None, **mesh):
-    config = config_of(data, tensor, zero, micro_batches, model, {"pipe": pipe, "context": context, **mesh},
-                       compute_dtype=dtype)
+def on_a_mesh(
+    pipe,
+    data,
+    context,
+    tensor,
+    zero=1,
+    dtype="float32",
+    micro_batches=4,
+    causal=True,
+    model=DEEP,
+    count=None,
+    data_rows=None,
+    **mesh,
+):
+    config = config_of(
+        data,
+        tensor,
+        zero,
+        micro_batches,
+        model,
+        {"pipe": pipe, "context": context, **mesh},
+        compute_dtype=dtype,
+    )
     return loss_and_gradients(config, causal, micro_batches, count, data_rows)
 
 
@@ -123,21 +168,47 @@ def deep_alone(causal=True, model=DEEP, count=None):
     return on_a_mesh(1, 1, 1, 1, causal=causal, model=model, count=count)
 
 
-# ZeRO is about data: where that is 1, all of its stages are one program. Quick: interleaved, which is circular with
-# more rounds, and 1f1b, with the stage of ZeRO that gathers most, and a longer pipeline.
-@pytest.mark.parametrize(("mesh", "zero", "schedule"), quick(
-    [(mesh, zero, schedule) for schedule in SCHEDULES
-     for mesh, zero in (((2, 1, 2, 2), 1), ((2, 2, 1, 2), 1), ((2, 2, 1, 2), 3), ((4, 1, 1, 2), 1))],
-    [((2, 2, 1, 2), 3, "1f1b"), ((2, 2, 1, 2), 3, "interleaved"),
-     ((4, 1, 1, 2), 1, "interleaved")]), ids=str)
+# ZeRO is about data: where that is 1, all of its stages are one program. Quick: interleaved, which
+# is circular with more rounds, and 1f1b, with the stage of ZeRO that gathers most, and a longer
+# pipeline.
+@pytest.mark.parametrize(
+    ("mesh", "zero", "schedule"),
+    quick(
+        [
+            (mesh, zero, schedule)
+            for schedule in SCHEDULES
+            for mesh, zero in (
+                ((2, 1, 2, 2), 1),
+                ((2, 2, 1, 2), 1),
+                ((2, 2, 1, 2), 3),
+                ((4, 1, 1, 2), 1),
+            )
+        ],
+        [
+            ((2, 2, 1, 2), 3, "1f1b"),
+            ((2, 2, 1, 2), 3, "interleaved"),
+            ((4, 1, 1, 2), 1, "interleaved"),
+        ],
+    ),
+    ids=str,
+)
 def test_every_schedule_on_every_mesh_equals_one_device(mesh, schedule, zero):
     assert_equal_numbers(on_a_mesh(*mesh, zero, **SCHEDULES[schedule]), deep_alone())
 
 
 # Slow: gather, which tests/model/test_context_attention.py compares, and the other stages of ZeRO.
-@pytest.mark.parametrize(("mesh", "zero", "mode"), quick(
-    [(mesh, zero, mode) for mode in MODES for mesh, zero in (((1, 2, 2, 2), 1), ((1, 2, 2, 2), 3), ((1, 1, 4, 1), 1))],
-    [((1, 2, 2, 2), 1, "ulysses"), ((1, 2, 2, 2), 3, "ring")]), ids=str)
+@pytest.mark.parametrize(
+    ("mesh", "zero", "mode"),
+    quick(
+        [
+            (mesh, zero, mode)
+            for mode in MODES
+            for mesh, zero in (((1, 2, 2, 2), 1), ((1, 2, 2, 2), 3), ((1, 1, 4, 1), 1))
+        ],
+        [((1, 2, 2, 2), 1, "ulysses"), ((1, 2, 2, 2), 3, "ring")],
+    ),
+    ids=str,
+)
 def test_every_context_mode_equals_one_device(mesh, mode, zero):
     assert_equal_numbers(on_a_mesh(*mesh, zero, context_mode=mode), deep_alone())
 
@@ -150,9 +221,18 @@ def test_context_inside_a_pipeline_and_with_the_masked_objective(mode):
 
 
 # Quick: a mesh with each axis but data; slow are the other pairs.
-@pytest.mark.parametrize(("mesh", "schedule"), quick(
-    [(mesh, schedule) for mesh in MESHES for schedule in (SCHEDULES if mesh[0] > 1 else ["circular"])],
-    [((2, 1, 2, 2), "1f1b")]), ids=str)
+@pytest.mark.parametrize(
+    ("mesh", "schedule"),
+    quick(
+        [
+            (mesh, schedule)
+            for mesh in MESHES
+            for schedule in (SCHEDULES if mesh[0] > 1 else ["circular"])
+        ],
+        [((2, 1, 2, 2), "1f1b")],
+    ),
+    ids=str,
+)
 def test_bf16_on_every_mesh_is_close_to_float32(mesh, schedule):
     got = on_a_mesh(*mesh, dtype="bfloat16", **SCHEDULES[schedule])
     assert got[0] != deep_alone()[0]
@@ -160,28 +240,60 @@ def test_bf16_on_every_mesh_is_close_to_float32(mesh, schedule):
     assert all(gradient.dtype == np.float32 for gradient in got[1])  # as the masters
 
 
-# Slow: interleaved flushes with one round, and 1f1b, whose ramp tests/train/test_other_mesh.py runs.
-@pytest.mark.parametrize("mesh", quick([{"schedule": "1f1b"}, {"flush": 2}, {"flush": 2, "virtual_pipe": 2}],
-                                       [{"flush": 2, "virtual_pipe": 2}]), ids=str)
+# Slow: interleaved flushes with one round, and 1f1b, whose ramp tests/train/test_other_mesh.py
+# runs.
+@pytest.mark.parametrize(
+    "mesh",
+    quick(
+        [{"schedule": "1f1b"}, {"flush": 2}, {"flush": 2, "virtual_pipe": 2}],
+        [{"flush": 2, "virtual_pipe": 2}],
+    ),
+    ids=str,
+)
 def test_a_pipeline_takes_fewer_micro_batches_and_flushes(mesh):
-    # A count of 2 leaves out the second half of the rows, whose weights the mean counts nevertheless.
+    # A count of 2 leaves out the second half of the rows, whose weights the mean counts
+    # nevertheless.
     wanted = deep_alone(count=2)
     assert wanted[0] < 0.9 * deep_alone()[0]
     assert_equal_numbers(on_a_mesh(2, 1, 1, 2, count=2, **mesh), wanted)
     assert_equal_numbers(on_a_mesh(2, 1, 1, 2, **mesh), deep_alone())
 
 
-@pytest.mark.parametrize(("few", "many"), [
-    ({"pipe": 1}, {"pipe": 1}), ({"schedule": "1f1b"}, {"schedule": "1f1b"}),
-    pytest.param({"flush": 2}, {"flush": 2}, marks=pytest.mark.slow),
-    pytest.param({"flush": 2}, {"flush": 16}, marks=pytest.mark.slow),  # the case below with one round
-    pytest.param({"flush": 2, "virtual_pipe": 2}, {"flush": 16, "virtual_pipe": 2}, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize(
+    ("few", "many"),
+    [
+        ({"pipe": 1}, {"pipe": 1}),
+        ({"schedule": "1f1b"}, {"schedule": "1f1b"}),
+        pytest.param({"flush": 2}, {"flush": 2}, marks=pytest.mark.slow),
+        pytest.param(
+            {"flush": 2}, {"flush": 16}, marks=pytest.mark.slow
+        ),  # the case below with one round
+        pytest.param(
+            {"flush": 2, "virtual_pipe": 2},
+            {"flush": 16, "virtual_pipe": 2},
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=str,
+)
 def test_gradients_of_micro_batches_add_in_float32(few, many):
-    # Sixteen times the same row, each a micro-batch: the gradient is eight times that of two, but for what sums lose.
+    # Sixteen times the same row, each a micro-batch: the gradient is eight times that of two, but
+    # for what sums lose.
     same = {key: np.repeat(value[:1], ROWS, 0) for key, value in rows().items()}
     (_, few), (_, many) = (
-        on_a_mesh(mesh.pop("pipe", 2), 1, 1, 1, dtype="bfloat16", micro_batches=16, count=count, data_rows=same, **mesh)
-        for count, mesh in ((2, dict(few)), (16, dict(many))))
+        on_a_mesh(
+            mesh.pop("pipe", 2),
+            1,
+            1,
+            1,
+            dtype="bfloat16",
+            micro_batches=16,
+            count=count,
+            data_rows=same,
+            **mesh,
+        )
+        for count, mesh in ((2, dict(few)), (16, dict(many)))
+    )
     for two, sixteen in zip(few, many, strict=True):
         assert np.abs(8 * two - sixteen).max() <= 1e-5 * np.abs(sixteen).max()
 
@@ -195,20 +307,39 @@ def test_dropout_drops_the_same_in_a_pipeline(schedule):
     assert_equal_numbers(got, deep_alone(model=model))
 
 
-OTHER = dataclasses.replace(DEEP, position_embedding_type="rotary", normalization="layernorm", activation="swiglu",
-                            add_bias=True, tie_embeddings=False, num_query_groups=4)
+OTHER = dataclasses.replace(
+    DEEP,
+    position_embedding_type="rotary",
+    normalization="layernorm",
+    activation="swiglu",
+    add_bias=True,
+    tie_embeddings=False,
+    num_query_groups=4,
+)
 
 
-@pytest.mark.parametrize(("mesh", "zero", "options"), [
-    ((1, 2, 1, 4), 3, {}),
-    pytest.param((2, 1, 2, 2), 3, {"virtual_pipe": 2, "context_mode": "ring"}, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize(
+    ("mesh", "zero", "options"),
+    [
+        ((1, 2, 1, 4), 3, {}),
+        pytest.param(
+            (2, 1, 2, 2), 3, {"virtual_pipe": 2, "context_mode": "ring"}, marks=pytest.mark.slow
+        ),
+    ],
+    ids=str,
+)
 def test_another_architecture_on_a_mesh(mesh, zero, options):
     assert_equal_numbers(on_a_mesh(*mesh, zero, model=OTHER, **options), deep_alone(model=OTHER))
 
 
-@pytest.mark.parametrize("mesh", quick([{"pipe": 2}, {"pipe": 4, "virtual_pipe": 2}, {"context": 2},
-                                        {"pipe": 2, "context": 2}],
-                                       [{"pipe": 2, "context": 2}]), ids=str)
+@pytest.mark.parametrize(
+    "mesh",
+    quick(
+        [{"pipe": 2}, {"pipe": 4, "virtual_pipe": 2}, {"context": 2}, {"pipe": 2, "context": 2}],
+        [{"pipe": 2, "context": 2}],
+    ),
+    ids=str,
+)
 def test_evaluation_through_pipeline_and_context_equals_one_device(mesh):
     def evaluate(**mesh):
         config = config_of(1, 2, 1, 4, DEEP, mesh)
@@ -219,7 +350,8 @@ def test_evaluation_through_pipeline_and_context_equals_one_device(mesh):
     assert evaluate(**mesh) == pytest.approx(evaluate(), rel=1e-6)
 
 
-@pytest.mark.slow  # test_context_inside_a_pipeline_and_with_the_masked_objective runs it with less and with more
+# test_context_inside_a_pipeline_and_with_the_masked_objective runs it with less and with more
+@pytest.mark.slow
 def test_the_masked_objective_too():
     assert deep_alone(causal=False)[0] != deep_alone(causal=True)[0]
     assert_equal_numbers(on_a_mesh(1, 2, 1, 4, 3, causal=False), deep_alone(causal=False))
@@ -231,10 +363,18 @@ def test_dropout_drops_the_same_on_every_mesh():
     assert_equal_numbers(on_a_mesh(1, 2, 1, 4, model=model), deep_alone(model=model))
 
 
-@pytest.mark.parametrize("change", [
-    {"micro_batches": 1}, {"recompute": "full"}, pytest.param({"loss_chunk": 7}, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"micro_batches": 1},
+        {"recompute": "full"},
+        pytest.param({"loss_chunk": 7}, marks=pytest.mark.slow),
+    ],
+)
 def test_accumulation_recompute_and_chunks_change_nothing(change):
-    got = loss_and_gradients(config_of(1, 1, **change), micro_batches=change.get("micro_batches", 2))
+    got = loss_and_gradients(
+        config_of(1, 1, **change), micro_batches=change.get("micro_batches", 2)
+    )
     assert_equal_numbers(got, one_device())
 
 
@@ -242,24 +382,29 @@ def test_accumulation_recompute_and_chunks_change_nothing(change):
 def test_gradients_equal_plain_autodiff_of_the_logits(smoothing):
     config = config_of(1, 1, label_smoothing=smoothing)
     loss, grads = loss_and_gradients(config)
-    graph, params = abstract_model(MODEL)[0], parameters(MODEL)
+    graph = abstract_model(MODEL)[0]
+    params = parameters(MODEL)
     data = rows()
 
     def plain(params):
-        logits = nnx.merge(graph, params)(data["tokens"], positions_BS=data["positions"],
-                                          segment_ids_BS=data["segment_ids"])
+        logits = nnx.merge(graph, params)(
+            data["tokens"], positions_BS=data["positions"], segment_ids_BS=data["segment_ids"]
+        )
         targets = optax.smooth_labels(jax.nn.one_hot(data["labels"], logits.shape[-1]), smoothing)
         losses = optax.softmax_cross_entropy(logits, targets)
         return (losses * data["weights"]).sum() / data["weights"].sum()
 
     wanted, wanted_grads = jax.jit(jax.value_and_grad(plain))(params)
-    assert_equal_numbers((loss, grads), (float(wanted), [np.asarray(g) for g in jax.tree.leaves(wanted_grads)]))
+    assert_equal_numbers(
+        (loss, grads), (float(wanted), [np.asarray(g) for g in jax.tree.leaves(wanted_grads)])
+    )
 
 
 @pytest.mark.slow  # test_bf16_on_every_mesh_is_close_to_float32 has less of ZeRO
 def test_bf16_is_close_and_masters_stay_float32():
     config = config_of(2, 4, 3, compute_dtype="bfloat16")
-    got, wanted = loss_and_gradients(config), one_device()
+    got = loss_and_gradients(config)
+    wanted = one_device()
     assert got[0] != wanted[0]
     assert_equal_numbers(got, wanted, tolerance=3e-2)
     assert all(g.dtype == np.float32 for g in got[1])
@@ -269,7 +414,9 @@ def test_evaluation_on_a_mesh_equals_one_device():
     def evaluate(data, tensor):
         config = config_of(data, tensor, 3)
         mesh = make_mesh(config.mesh, jax.devices()[: data * tensor])
-        nats, weight = make_eval(config, mesh, True)(init_state(config, mesh)["params"], batch_on(mesh))
+        nats, weight = make_eval(config, mesh, True)(
+            init_state(config, mesh)["params"], batch_on(mesh)
+        )
         return float(nats), float(weight)
 
     assert evaluate(4, 2) == pytest.approx(evaluate(1, 1), rel=1e-6)
@@ -289,8 +436,13 @@ def test_a_ramp_of_the_batch_compiles_once_and_equals_the_small_batch():
     small["weights"][ROWS // 2 :] = 0
     states = []
     for count, data in ((2, rows()), (1, small), (2, small)):
-        state, metrics = step(init_state(config, mesh), batch_on(mesh, data=data), jnp.int32(count),
-                              jnp.int32(8 * count), 1.0)
+        state, metrics = step(
+            init_state(config, mesh),
+            batch_on(mesh, data=data),
+            jnp.int32(count),
+            jnp.int32(8 * count),
+            1.0,
+        )
         states.append((float(metrics["loss"]), state))
     assert step._cache_size() == 1
     assert states[1][0] == pytest.approx(states[2][0], rel=1e-6)
@@ -306,7 +458,9 @@ def test_a_non_finite_step_changes_nothing_and_is_counted(poison):
     broken["weights"][0, 0] = poison
     state, metrics = step(before, batch_on(mesh, data=broken), jnp.int32(2), jnp.int32(16), 1.0)
     assert not np.isfinite(float(metrics["loss"]))
-    for old, new in zip(jax.tree.leaves(kept), jax.tree.leaves((state["params"], state["opt_state"])), strict=True):
+    for old, new in zip(
+        jax.tree.leaves(kept), jax.tree.leaves((state["params"], state["opt_state"])), strict=True
+    ):
         np.testing.assert_array_equal(old, new)
     assert (int(state["bad"]), int(state["skipped"]), int(state["step"])) == (1, 1, 1)
     state, _ = step(state, batch_on(mesh), jnp.int32(2), jnp.int32(16), 1.0)
@@ -323,9 +477,13 @@ def test_the_state_is_donated_not_copied():
 
 def test_training_learns_one_batch_by_heart():
     config = config_of(1, 1, steps=60)
-    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=1e-2))
+    config = dataclasses.replace(
+        config, optimizer=dataclasses.replace(config.optimizer, learning_rate=1e-2)
+    )
     mesh = make_mesh(config.mesh, jax.devices()[:1])
-    state, step, batch = init_state(config, mesh), make_train_step(config, mesh, True), batch_on(mesh)
+    state = init_state(config, mesh)
+    step = make_train_step(config, mesh, True)
+    batch = batch_on(mesh)
     for _ in range(60):
         state, metrics = step(state, batch, jnp.int32(2), jnp.int32(16), 1.0)
     assert float(metrics["loss"]) < 1.0
@@ -333,16 +491,26 @@ def test_training_learns_one_batch_by_heart():
 
 def test_biases_and_norms_are_not_decayed():
     config = config_of(1, 1)
-    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=1.0,
-                                                                       weight_decay=0.5, warmup_fraction=0.0))
+    config = dataclasses.replace(
+        config,
+        optimizer=dataclasses.replace(
+            config.optimizer, learning_rate=1.0, weight_decay=0.5, warmup_fraction=0.0
+        ),
+    )
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     silent = {k: v.copy() for k, v in rows().items()}
     silent["weights"][:] = 0  # no gradient: only decay moves parameters
     state = init_state(config, mesh)
     before = jax.tree.map(np.asarray, state["params"])
-    state, metrics = make_train_step(config, mesh, True)(state, batch_on(mesh, data=silent), jnp.int32(2),
-                                                         jnp.int32(16), 1.0)
+    state, metrics = make_train_step(config, mesh, True)(
+        state, batch_on(mesh, data=silent), jnp.int32(2), jnp.int32(16), 1.0
+    )
     moved = jax.tree_util.tree_map_with_path(
-        lambda path, old, new: (str(path), bool((old != np.asarray(new)).any())), before, state["params"])
-    for path, changed in [x for x in jax.tree.leaves(moved, is_leaf=lambda x: isinstance(x, tuple))]:
+        lambda path, old, new: (str(path), bool((old != np.asarray(new)).any())),
+        before,
+        state["params"],
+    )
+    for path, changed in [
+        x for x in jax.tree.leaves(moved, is_leaf=lambda x: isinstance(x, tuple))
+    ]:
         assert changed == any(name in path for name in ("w_", "tokens_VD", "positions_PD")), path

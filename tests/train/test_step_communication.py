@@ -16,7 +16,9 @@ from mtnlg_jax.train.batch import abstract_batch
 from mtnlg_jax.train.gradients import make_loss_and_gradients
 from mtnlg_jax.train.state import abstract_state
 
-MODEL = ModelConfig(num_layers=8, hidden_size=32, num_attention_heads=4, vocab_size=128, max_position_embeddings=32)
+MODEL = ModelConfig(
+    num_layers=8, hidden_size=32, num_attention_heads=4, vocab_size=128, max_position_embeddings=32
+)
 MICRO_BATCHES = 8
 SCHEDULES = {"circular": {}, "interleaved": {"virtual_pipe": 2}, "1f1b": {"schedule": "1f1b"}}
 
@@ -24,32 +26,55 @@ SCHEDULES = {"circular": {}, "interleaved": {"virtual_pipe": 2}, "1f1b": {"sched
 @functools.cache
 def collectives(recompute="elementwise", **mesh):
     """{(kind, axes, in a loop): count} of loss and gradients on a mesh of 8 devices."""
-    config = Config(model=MODEL, mesh=MeshConfig(data=2, **mesh), train=TrainConfig(
-        global_batch_size=2 * MICRO_BATCHES, micro_batch_size=1, compute_dtype="float32", recompute=recompute))
+    config = Config(
+        model=MODEL,
+        mesh=MeshConfig(data=2, **mesh),
+        train=TrainConfig(
+            global_batch_size=2 * MICRO_BATCHES,
+            micro_batch_size=1,
+            compute_dtype="float32",
+            recompute=recompute,
+        ),
+    )
     on = make_mesh(config.mesh)
     key = jax.random.key_data(jax.random.key(0))
     step = jax.jit(make_loss_and_gradients(config, on, causal=True))
-    params, batch = abstract_state(config, on)["params"], abstract_batch(config, on)
+    params = abstract_state(config, on)["params"]
+    batch = abstract_batch(config, on)
     compiled = step.lower(params, batch, jnp.int32(MICRO_BATCHES), key).compile()
-    # The only loop whose trips are traced is the one over micro-batches; 1F1B fills and drains in it, too.
+    # The only loop whose trips are traced is the one over micro-batches; 1F1B fills and drains in
+    # it, too.
     trips = MICRO_BATCHES + (2 * (on.shape["pipe"] - 1) if config.mesh.schedule == "1f1b" else 0)
     rows = cost_of(Program(compiled.as_text()), dict(on.shape), lambda depth: trips).collectives
     counts = {}
     for row in rows:
-        counts[row.kind, row.axes, row.depth] = counts.get((row.kind, row.axes, row.depth), 0) + row.count
+        counts[row.kind, row.axes, row.depth] = (
+            counts.get((row.kind, row.axes, row.depth), 0) + row.count
+        )
     return counts
 
 
 # Slow: circular, which is interleaved with one round.
-@pytest.mark.parametrize("mesh", [
-    pytest.param({"pipe": 2, "tensor": 2}, marks=pytest.mark.slow),
-    {"pipe": 2, "tensor": 2, **SCHEDULES["interleaved"]}, {"pipe": 2, "tensor": 2, **SCHEDULES["1f1b"]},
-    {"tensor": 4}, pytest.param({"context": 2, "tensor": 2}, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param({"pipe": 2, "tensor": 2}, marks=pytest.mark.slow),
+        {"pipe": 2, "tensor": 2, **SCHEDULES["interleaved"]},
+        {"pipe": 2, "tensor": 2, **SCHEDULES["1f1b"]},
+        {"tensor": 4},
+        pytest.param({"context": 2, "tensor": 2}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_zero_gathers_weights_once_and_scatters_gradients_once(mesh):
     counts = collectives(**mesh)
     assert not [key for key in counts if "data" in key[1] and key[2] > 0]
-    split = sum("data" in spec for spec in jax.tree.leaves(specs_of(abstract_model(MODEL)[1]),
-                                                           is_leaf=lambda x: isinstance(x, P)))
+    split = sum(
+        "data" in spec
+        for spec in jax.tree.leaves(
+            specs_of(abstract_model(MODEL)[1]), is_leaf=lambda x: isinstance(x, P)
+        )
+    )
     assert counts["all-gather", ("data",), 0] == counts["reduce-scatter", ("data",), 0] == split
 
 
@@ -60,17 +85,32 @@ def test_zero_3_does_so_for_every_layer():
 
 
 # Slow: what lies between elementwise and full, and what the first keeps beside elementwise.
-@pytest.mark.parametrize(("recompute", "gathers", "scatters"), [
-    ("elementwise", 6, 4), ("full", 6, 5),
-    *(pytest.param(name, 6, 4, marks=pytest.mark.slow) for name in ("none", "mlp", "projections"))])
+@pytest.mark.parametrize(
+    ("recompute", "gathers", "scatters"),
+    [
+        ("elementwise", 6, 4),
+        ("full", 6, 5),
+        *(
+            pytest.param(name, 6, 4, marks=pytest.mark.slow)
+            for name in ("none", "mlp", "projections")
+        ),
+    ],
+)
 def test_a_layer_gathers_and_scatters_as_often_as_is_written(recompute, gathers, scatters):
-    counts, layers = collectives(recompute, tensor=4), 8 * MICRO_BATCHES
-    assert counts["all-gather", ("tensor",), 2] / layers == gathers  # forward 2, again for the backward 2, backward 2
-    assert counts["reduce-scatter", ("tensor",), 2] / layers == scatters  # forward 2, again 0 or 1, backward 2
+    counts = collectives(recompute, tensor=4)
+    layers = 8 * MICRO_BATCHES
+    assert (
+        counts["all-gather", ("tensor",), 2] / layers == gathers
+    )  # forward 2, again for the backward 2, backward 2
+    assert (
+        counts["reduce-scatter", ("tensor",), 2] / layers == scatters
+    )  # forward 2, again 0 or 1, backward 2
 
 
-@pytest.mark.parametrize(("schedule", "ticks"), [
-    pytest.param("circular", 9, marks=pytest.mark.slow), ("interleaved", 17)])
+@pytest.mark.parametrize(
+    ("schedule", "ticks"),
+    [pytest.param("circular", 9, marks=pytest.mark.slow), ("interleaved", 17)],
+)
 def test_a_pipeline_passes_each_stage_once_more_and_hands_on_twice_a_tick_each_way(schedule, ticks):
     counts = collectives(pipe=2, tensor=2, **SCHEDULES[schedule])
     layers = ticks * 8 // 2 // (2 if schedule == "interleaved" else 1)
@@ -80,4 +120,6 @@ def test_a_pipeline_passes_each_stage_once_more_and_hands_on_twice_a_tick_each_w
 
 
 def test_1f1b_hands_on_once_a_tick_each_way():
-    assert collectives(pipe=2, tensor=2, schedule="1f1b")["collective-permute", ("pipe",), 1] == 2 * (MICRO_BATCHES + 2)
+    assert collectives(pipe=2, tensor=2, schedule="1f1b")[
+        "collective-permute", ("pipe",), 1
+    ] == 2 * (MICRO_BATCHES + 2)

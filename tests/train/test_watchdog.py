@@ -30,8 +30,13 @@ STUCK = """
 @pytest.mark.parametrize("phase", ["step", "saving"])
 def test_all_stacks_are_said(tmp_path, phase):
     root = Path(__file__).resolve().parents[2]
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(STUCK), tmp_path, phase], text=True, timeout=50,
-                          capture_output=True, env=os.environ | {"PYTHONPATH": str(root)})
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(STUCK), tmp_path, phase],
+        text=True,
+        timeout=50,
+        capture_output=True,
+        env=os.environ | {"PYTHONPATH": str(root)},
+    )
     assert done.returncode == errors.STUCK, done.stderr
     written = (tmp_path / "stacks-0.txt").read_text()
     for said in (done.stderr, written):

@@ -1,1 +1,2 @@
-"""What the recipe removes or changes in documents: boilerplate, personal data, repetition, duplicates, test sets."""
+"""What the recipe removes or changes in documents: boilerplate, personal data, repetition,
+duplicates, test sets."""

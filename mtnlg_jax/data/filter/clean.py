@@ -1,10 +1,12 @@
-"""Clean: one document's text mended, freed of boilerplate and personal data, kept or dropped, each rule counted.
+"""Clean: one document's text mended, freed of boilerplate and personal data, kept or dropped, each
+rule counted.
 
-Sources: the team of MT-NLG repaired Unicode with ftfy, kept English and dropped documents of under 128 tokens (Smith et
-al. 2022; the scripts of Megatron-LM, tools/openwebtext). Measures of quality and repetition with their limits: Gopher
-(Rae et al. 2021, arXiv 2112.11446, appendix A.1.1 and table A1). Boilerplate lines: see `boilerplate`. What is said
-there of words holds for the characters of Chinese and Japanese, which have no spaces between words; measures that
-make no sense for them (length of words, share of words with letters) are left out. Unlike Gopher there is no most
+Sources: the team of MT-NLG repaired Unicode with ftfy, kept English and dropped documents of under
+128 tokens (Smith et al. 2022; the scripts of Megatron-LM, tools/openwebtext). Measures of quality
+and repetition with their limits: Gopher (Rae et al. 2021, arXiv 2112.11446, appendix A.1.1 and
+table A1). Boilerplate lines: see `boilerplate`. What is said there of words holds for the
+characters of Chinese and Japanese, which have no spaces between words; measures that make no sense
+for them (length of words, share of words with letters) are left out. Unlike Gopher there is no most
 number of words: books are kept.
 """
 
@@ -27,16 +29,31 @@ from mtnlg_jax.data.read.controls import CONTROLS, mend_controls
 
 # The names under which rules are counted, in the order in which they act.
 CHANGES = ("unicode", "boilerplate", *pii.KINDS)
-DROPS = ("undecodable", "too_short", "language", "word_length", "symbols", "letters", "bullets", "ellipses",
-         "stop_words", "duplicate_lines", "duplicate_paragraphs", "top_ngrams", "duplicate_ngrams")
+DROPS = (
+    "undecodable",
+    "too_short",
+    "language",
+    "word_length",
+    "symbols",
+    "letters",
+    "bullets",
+    "ellipses",
+    "stop_words",
+    "duplicate_lines",
+    "duplicate_paragraphs",
+    "top_ngrams",
+    "duplicate_ngrams",
+)
 
 
 @dataclass(frozen=True)
 class CleanConfig:
-    """Settings of `clean`. Shares are 0 to 1; a document at a limit is kept. Lengths are in tokens as GPT-2 splits
-    text before BPE, so that a text has at least so many: a word, a number, a run of marks, a Chinese character."""
+    """Settings of `clean`. Shares are 0 to 1; a document at a limit is kept. Lengths are in tokens
+    as GPT-2 splits text before BPE, so that a text has at least so many: a word, a number, a run of
+    marks, a Chinese character."""
 
-    # Mojibake (ftfy), left-over entities, ligatures, controls; not quotes or the width of characters.
+    # Mojibake (ftfy), left-over entities, ligatures, controls; not quotes or the width of
+    # characters.
     repair: bool = True
     # Or NFKC, which makes Chinese punctuation ASCII, or none. Exponents, indices, fractions stay.
     normalization: str = "NFC"
@@ -47,37 +64,65 @@ class CleanConfig:
     languages: tuple[str, ...] = ("en",)  # ISO 639-1 codes of py3langid; () keeps all
     min_language_confidence: float = 0.5
     prose_rules: bool = True  # those of all settings below; false for code and mathematics
-    word_length: tuple[float, float] = (3, 10)  # mean, of spaced languages; this and the next five: Gopher
+    word_length: tuple[float, float] = (
+        3,
+        10,
+    )  # mean, of spaced languages; this and the next five: Gopher
     max_symbol_ratio: float = 0.1  # "#" to words, and ellipses to words
     min_letter_words: float = 0.8  # share of words with a letter, of spaced languages
     max_bullet_lines: float = 0.9  # share of lines that begin with a bullet
     max_ellipsis_lines: float = 0.3  # share of lines that end with an ellipsis
     min_stop_words: int = 2  # different ones of the, be, to, of, and, that, have, with; of English
-    duplicate_lines: float = 0.30  # share of lines that stood there before; this and all below: Gopher, table A1
+    duplicate_lines: float = (
+        0.30  # share of lines that stood there before; this and all below: Gopher, table A1
+    )
     duplicate_line_characters: float = 0.20
     duplicate_paragraphs: float = 0.30
     duplicate_paragraph_characters: float = 0.20
-    # (n, share of the characters in the most frequent n-gram), and in n-grams that stood there before. Twice as many
-    # characters stand for n words in Chinese.
+    # (n, share of the characters in the most frequent n-gram), and in n-grams that stood there
+    # before. Twice as many characters stand for n words in Chinese.
     top_ngrams: tuple[tuple[int, float], ...] = ((2, 0.20), (3, 0.18), (4, 0.16))
     duplicate_ngrams: tuple[tuple[int, float], ...] = (
-        (5, 0.15), (6, 0.14), (7, 0.13), (8, 0.12), (9, 0.11), (10, 0.10))
+        (5, 0.15),
+        (6, 0.14),
+        (7, 0.13),
+        (8, 0.12),
+        (9, 0.11),
+        (10, 0.10),
+    )
 
     def __post_init__(self):
         if self.normalization not in ("NFC", "NFKC", "none"):
-            raise ValueError(f"normalization={self.normalization!r} is not known; use 'NFC', 'NFKC' or 'none'")
+            raise ValueError(
+                f"normalization={self.normalization!r} is not known; use 'NFC', 'NFKC' or 'none'"
+            )
         if unknown := sorted(set(self.mask) - set(pii.KINDS)):
             raise ValueError(f"mask={unknown} is not known; choose among {', '.join(pii.KINDS)}")
         if unknown := sorted(set(self.languages) - set(_identifier().labels)):
-            raise ValueError(f"languages={unknown} is not known; choose among {' '.join(sorted(_identifier().labels))}")
+            raise ValueError(
+                f"languages={unknown} is not known; choose among {' '.join(sorted(_identifier().labels))}"
+            )
         if self.min_tokens < 0:
             raise ValueError(f"min_tokens={self.min_tokens} must be at least 0")
-        shares = {name: getattr(self, name) for name in (
-            "max_replacement_share", "min_language_confidence", "min_letter_words", "max_bullet_lines",
-            "max_ellipsis_lines", "duplicate_lines", "duplicate_line_characters", "duplicate_paragraphs",
-            "duplicate_paragraph_characters")}
-        shares |= {f"{name} of {n}": share for name in ("top_ngrams", "duplicate_ngrams")
-                   for n, share in getattr(self, name)}
+        shares = {
+            name: getattr(self, name)
+            for name in (
+                "max_replacement_share",
+                "min_language_confidence",
+                "min_letter_words",
+                "max_bullet_lines",
+                "max_ellipsis_lines",
+                "duplicate_lines",
+                "duplicate_line_characters",
+                "duplicate_paragraphs",
+                "duplicate_paragraph_characters",
+            )
+        }
+        shares |= {
+            f"{name} of {n}": share
+            for name in ("top_ngrams", "duplicate_ngrams")
+            for n, share in getattr(self, name)
+        }
         for name, share in shares.items():
             if not 0 <= share <= 1:
                 raise ValueError(f"{name}={share} must lie in 0 to 1")
@@ -88,9 +133,10 @@ class CleanConfig:
 
 @dataclass(frozen=True)
 class Cleaned:
-    """``text`` is None where the rule named ``dropped`` (of ``DROPS``) dropped it. ``counts`` says how often each rule
-    acted, by its name in ``CHANGES`` and ``DROPS``: lines for "unicode" and "boilerplate", masks for personal data,
-    1 for a drop. ``language`` is None where the text was dropped before that was asked."""
+    """``text`` is None where the rule named ``dropped`` (of ``DROPS``) dropped it. ``counts`` says
+    how often each rule acted, by its name in ``CHANGES`` and ``DROPS``: lines for "unicode" and
+    "boilerplate", masks for personal data, 1 for a drop. ``language`` is None where the text was
+    dropped before that was asked."""
 
     text: str | None
     dropped: str | None = None
@@ -99,9 +145,9 @@ class Cleaned:
 
 
 def clean(text: str, config: CleanConfig) -> Cleaned:
-    """The text changed by the rules of ``CHANGES`` until none finds anything any more, then judged by those of
-    ``DROPS``. So cleaning what is clean changes nothing. The result is valid Unicode, with NFC at most 3 times as
-    long; it depends on the two arguments alone."""
+    """The text changed by the rules of ``CHANGES`` until none finds anything any more, then judged
+    by those of ``DROPS``. So cleaning what is clean changes nothing. The result is valid Unicode,
+    with NFC at most 3 times as long; it depends on the two arguments alone."""
     counts = Counter()
     for _ in range(16):  # it mostly takes 1 or 2; no text of 16 was seen
         changed, found = _change(text, config)
@@ -129,11 +175,17 @@ def _change(text: str, config: CleanConfig) -> tuple[str, dict[str, int]]:
 
 # Not the quotes and the width, for both are the proper marks of Chinese. Entities and ligatures
 # follow rules of our own, as ftfy changes the meaning of text that is about them.
-_FTFY = ftfy.TextFixerConfig(uncurl_quotes=False, fix_character_width=False, unescape_html=False,
-                             fix_latin_ligatures=False, normalization=None, explain=False)
+_FTFY = ftfy.TextFixerConfig(
+    uncurl_quotes=False,
+    fix_character_width=False,
+    unescape_html=False,
+    fix_latin_ligatures=False,
+    normalization=None,
+    explain=False,
+)
 _SOUND_FTFY = _FTFY._replace(fix_encoding=False)
 # In a word only; by itself it is what the text is about. The digraphs of Croatian and Dutch stay.
-_LIGATURES = {chr(code): letters for code, letters in LIGATURES.items() if code >= 0xfb00}
+_LIGATURES = {chr(code): letters for code, letters in LIGATURES.items() if code >= 0xFB00}
 _ODD = re.compile(f"[\r\ufff9-\ufffbﬀ-ﬆ{CONTROLS.pattern[1:]}")
 _LIGATURE = re.compile("(?<=[A-Za-z])[ﬀ-ﬆ]|[ﬀ-ﬆ](?=[A-Za-z])")
 _SOFT_HYPHEN = re.compile("(?<=\\w)\xad(?=\\w)")
@@ -147,11 +199,20 @@ def _class(characters) -> str:
     return "".join(map(re.escape, sorted(map(chr, characters))))
 
 
-# Where ftfy could change a line in Unicode's normal form. By themselves: controls, line ends, ligatures, surrogates and
-# the few characters that its heuristic of mojibake knows alone. Else that wants two others beside each other; dashes,
-# "…" and "’" count for it beside the former only.
-_ALONE = _class({*ftfy.chardata.CONTROL_CHARS, *map(ord, _LIGATURES), *range(0x80, 0xa0),
-                 *map(ord, "\f\r\xad\u2028\u2029ŒœÃÂØÙÎÐ")}) + "\ud800-\udfff"
+# Where ftfy could change a line in Unicode's normal form. By themselves: controls, line ends,
+# ligatures, surrogates and the few characters that its heuristic of mojibake knows alone. Else that
+# wants two others beside each other; dashes, "…" and "’" count for it beside the former only.
+_ALONE = (
+    _class(
+        {
+            *ftfy.chardata.CONTROL_CHARS,
+            *map(ord, _LIGATURES),
+            *range(0x80, 0xA0),
+            *map(ord, "\f\r\xad\u2028\u2029ŒœÃÂØÙÎÐ"),
+        }
+    )
+    + "\ud800-\udfff"
+)
 _BESIDE = "\xa0-\u052f\u2000-\u2012\u2016-\u2018\u201a-\u2025\u2027-\u2fff\ufffd"
 _SUSPECT = re.compile(f"[{_ALONE}]|[{_BESIDE}][{_BESIDE}]|&#?[0-9A-Za-z]{{1,24}};")
 
@@ -169,7 +230,8 @@ def _repair(text: str, config: CleanConfig) -> tuple[str, int]:
         return _SURROGATES.sub("\ufffd", text), counted
     escaped = "&" in text and not entities.writes_both(text)
     fenced = escaped and "```" in text
-    pieces, end = [], 0
+    pieces = []
+    end = 0
     for start, stop in lines_with(_SUSPECT, text):
         line = text[start:stop]
         in_fence = fenced and text.count("```", 0, start) % 2
@@ -199,8 +261,9 @@ def _is_shifted(character: str) -> bool:
     return unicodedata.decomposition(character).startswith(("<super>", "<sub>", "<fraction>"))
 
 
-_SHIFTED = re.compile("([{}]+)".format(_class(
-    code for code in range(0x80, 0x2200) if _is_shifted(chr(code)))))
+_SHIFTED = re.compile(
+    f"([{_class(code for code in range(0x80, 0x2200) if _is_shifted(chr(code)))}]+)"
+)
 
 
 def _normalize(text: str, config: CleanConfig) -> str:
@@ -224,11 +287,15 @@ def _judge(text: str, config: CleanConfig) -> tuple[str | None, str | None]:
     if text.count("\ufffd") > config.max_replacement_share * len(text):
         return "undecodable", None
     least = config.min_tokens
-    if len(text.split(maxsplit=least)) <= least:  # a word is a token at the least, and words are counted faster
+    if (
+        len(text.split(maxsplit=least)) <= least
+    ):  # a word is a token at the least, and words are counted faster
         if sum(1 for _ in itertools.islice(_TOKENS.finditer(text), least)) < least:
             return "too_short", None
     language, confidence = identify(text)
-    if config.languages and (language not in config.languages or confidence < config.min_language_confidence):
+    if config.languages and (
+        language not in config.languages or confidence < config.min_language_confidence
+    ):
         return "language", language
     return (_quality(text, language, config) if config.prose_rules else None), language
 
@@ -236,7 +303,10 @@ def _judge(text: str, config: CleanConfig) -> tuple[str | None, str | None]:
 def _quality(text: str, language: str, config: CleanConfig) -> str | None:
     units = repetition.Units(text)
     count = max(1, len(units))
-    if not (units.unspaced or config.word_length[0] <= units.sizes.sum() / count <= config.word_length[1]):
+    if not (
+        units.unspaced
+        or config.word_length[0] <= units.sizes.sum() / count <= config.word_length[1]
+    ):
         return "word_length"
     if max(text.count("#"), text.count("…") + text.count("...")) > config.max_symbol_ratio * count:
         return "symbols"
@@ -251,8 +321,14 @@ def _quality(text: str, language: str, config: CleanConfig) -> str | None:
         return "stop_words"
     paragraphs = [stripped for piece in text.split("\n\n") if (stripped := piece.strip())]
     for rule, pieces, most, most_characters in (
-            ("duplicate_lines", lines, config.duplicate_lines, config.duplicate_line_characters),
-            ("duplicate_paragraphs", paragraphs, config.duplicate_paragraphs, config.duplicate_paragraph_characters)):
+        ("duplicate_lines", lines, config.duplicate_lines, config.duplicate_line_characters),
+        (
+            "duplicate_paragraphs",
+            paragraphs,
+            config.duplicate_paragraphs,
+            config.duplicate_paragraph_characters,
+        ),
+    ):
         share, of_characters = repetition.duplicate_share(pieces)
         if share > most or of_characters > most_characters:
             return rule
@@ -277,16 +353,22 @@ def _identifier():
 
 
 # Characters looked at first, then where that left doubt. More costs much and tells little.
-_SAMPLES, _DOUBT = (256, 1024), 0.95
+_SAMPLES = (256, 1024)
+_DOUBT = 0.95
 
 
 def identify(text: str) -> tuple[str, float]:
-    """(ISO 639-1 code, confidence 0 to 1) of py3langid for a sample of 256 characters, or where that is not sure to
+    """(ISO 639-1 code, confidence 0 to 1) of py3langid for a sample of 256 characters, or where
+    that is not sure to
     0.95 of 1024: of a longer text four parts spread evenly over it, together so many."""
     for sample in _SAMPLES:
         size = sample // 4
         starts = [part * (len(text) - size) // 3 for part in range(4)]
-        seen = text if len(text) <= sample else " ".join(text[start:start + size] for start in starts)
+        seen = (
+            text
+            if len(text) <= sample
+            else " ".join(text[start : start + size] for start in starts)
+        )
         language, confidence = _identifier().classify(seen)
         if confidence >= _DOUBT or seen is text:
             break

@@ -22,12 +22,15 @@ _QUOTED = re.compile(rf"[\"'`“‘「『]&{_MARKUP};|&{_MARKUP};[\"'`”’」�
 _LEFT_OVER = re.compile(rf"&(?!{_MARKUP};)#?[0-9A-Za-z]{{1,24}};", re.IGNORECASE)
 _ABOUT = re.compile(
     r"\b(?:x?html5?|xml|svg|entit(?:y|ies)|(?:un)?escap(?:e[ds]?|ing)|ampersands?|"
-    r"character references?|markup|encodings?|encoded?)\b|转义|实体|字符引用|轉義|實體", re.IGNORECASE)
+    r"character references?|markup|encodings?|encoded?)\b|转义|实体|字符引用|轉義|實體",
+    re.IGNORECASE,
+)
 _CODE = re.compile(
     r"^(?: {4}|\t)|[;{}]\s*$|\w\([\"'\w)&]|&&|\|\||[=!<>]=|=>|->|::|\w\.\w+\(|`|[\w\]]=[\"']|"
     r"\\[nt\"]|"
     r"^\s*(?:>>>|\.\.\. |\$ |#include|def |class |return\b|import |from [\w.]+ import|var |let |"
-    r"const |function |if ?\(|for ?\(|while ?\(|<\?|//|/\*)")
+    r"const |function |if ?\(|for ?\(|while ?\(|<\?|//|/\*)"
+)
 
 
 def writes_both(text: str) -> bool:

@@ -1,7 +1,9 @@
-"""Documents judged by a linear classifier of the user's good and bad samples, and kept by the Pareto rule of GPT-3.
+"""Documents judged by a linear classifier of the user's good and bad samples, and kept by the
+Pareto rule of GPT-3.
 
-Words or characters are hashed into a vector (scikit-learn's MurmurHash3, the same in every process), logistic
-regression weighs them. Samples are taken in the order of their hashes, so a classifier does not depend on theirs.
+Words or characters are hashed into a vector (scikit-learn's MurmurHash3, the same in every
+process), logistic regression weighs them. Samples are taken in the order of their hashes, so a
+classifier does not depend on theirs.
 """
 
 import hashlib
@@ -19,9 +21,9 @@ _HELD_OUT = 10  # one sample in so many
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """``units`` are "words", 1 and 2 in a row, for text with spaces between them, or "characters", 1 to 3 in a row,
-    for Chinese; hashed into 2^``bits`` features. ``strength`` is the inverse of the regularization. Of each text the
-    first ``limit`` characters are looked at."""
+    """``units`` are "words", 1 and 2 in a row, for text with spaces between them, or "characters",
+    1 to 3 in a row, for Chinese; hashed into 2^``bits`` features. ``strength`` is the inverse of
+    the regularization. Of each text the first ``limit`` characters are looked at."""
 
     units: str = "words"
     bits: int = 18
@@ -35,12 +37,15 @@ class ClassifierConfig:
         if not 1 <= self.bits <= 30:
             raise ValueError(f"bits={self.bits} must lie between 1 and 30")
         if not self.strength > 0 or self.limit < 1 or self.minimum < 1:
-            raise ValueError(f"strength={self.strength}, limit={self.limit} and minimum={self.minimum} must be above 0")
+            raise ValueError(
+                f"strength={self.strength}, limit={self.limit} and minimum={self.minimum} must be above 0"
+            )
 
 
 @dataclass(frozen=True, eq=False)
 class Classifier:
-    """``weights`` float32 [2^bits] and ``bias``; ``result`` says how it did on samples that were held out."""
+    """``weights`` float32 [2^bits] and ``bias``; ``result`` says how it did on samples that were
+    held out."""
 
     config: ClassifierConfig
     weights: np.ndarray
@@ -58,11 +63,15 @@ class Classifier:
         weights = io.BytesIO()
         np.savez_compressed(weights, weights=self.weights)
         description = {"config": asdict(self.config), "bias": self.bias, "result": self.result}
-        return {"quality.json": json.dumps(description, indent=1).encode(), "quality.npz": weights.getvalue()}
+        return {
+            "quality.json": json.dumps(description, indent=1).encode(),
+            "quality.npz": weights.getvalue(),
+        }
 
     @classmethod
     def of(cls, files: Mapping[str, bytes]) -> "Classifier":
-        """The one of which these are the `files`. Raises ValueError where they do not fit together."""
+        """The one of which these are the `files`. Raises ValueError where they do not fit
+        together."""
         try:
             description = json.loads(files["quality.json"])
             config = ClassifierConfig(**description["config"])
@@ -79,9 +88,13 @@ def _features(texts: Iterable[str], config: ClassifierConfig) -> Iterator:
     """Sparse float32 [up to 256, 2^bits] of unit length."""
     from sklearn.feature_extraction.text import HashingVectorizer
 
-    kinds = {"words": {"token_pattern": r"\w+|[^\w\s]", "ngram_range": (1, 2)},
-             "characters": {"analyzer": "char", "ngram_range": (1, 3)}}
-    vectorizer = HashingVectorizer(n_features=1 << config.bits, dtype=np.float32, **kinds[config.units])
+    kinds = {
+        "words": {"token_pattern": r"\w+|[^\w\s]", "ngram_range": (1, 2)},
+        "characters": {"analyzer": "char", "ngram_range": (1, 3)},
+    }
+    vectorizer = HashingVectorizer(
+        n_features=1 << config.bits, dtype=np.float32, **kinds[config.units]
+    )
     batch = []
     for text in texts:
         batch.append(text[: config.limit])
@@ -92,59 +105,80 @@ def _features(texts: Iterable[str], config: ClassifierConfig) -> Iterator:
         yield vectorizer.transform(batch)
 
 
-def train(good: Iterable[str], bad: Iterable[str], config: ClassifierConfig = ClassifierConfig()) -> Classifier:  # noqa: B008
+def train(
+    good: Iterable[str], bad: Iterable[str], config: ClassifierConfig = ClassifierConfig()
+) -> Classifier:  # noqa: B008
     """A classifier of two classes that count the same, however many samples each has.
 
-    One sample in ten, drawn by its hash, is held out first, to count the ``result``: the samples of both classes, the
-    share of the held-out ones that were told right (``accuracy``), and of each class (``good_accuracy``,
-    ``bad_accuracy``). Then all samples train the classifier that comes back.
+    One sample in ten, drawn by its hash, is held out first, to count the ``result``: the samples of
+    both classes, the share of the held-out ones that were told right (``accuracy``), and of each
+    class (``good_accuracy``, ``bad_accuracy``). Then all samples train the classifier that comes
+    back.
 
-    Raises ValueError for a class with fewer than ``minimum`` different samples, or the same text in both.
+    Raises ValueError for a class with fewer than ``minimum`` different samples, or the same text in
+    both.
     """
     from scipy import sparse
     from sklearn.linear_model import LogisticRegression
 
-    samples = [_sorted_samples(texts, name, config) for texts, name in ((good, "good"), (bad, "bad"))]
+    samples = [
+        _sorted_samples(texts, name, config) for texts, name in ((good, "good"), (bad, "bad"))
+    ]
     both = sorted(set(samples[0]) & set(samples[1]))
     if both:
-        raise ValueError(f"{len(both)} texts are good and bad samples at once, as {both[0][:60]!r}; "
-                         "take them out of one of the two")
+        raise ValueError(
+            f"{len(both)} texts are good and bad samples at once, as {both[0][:60]!r}; "
+            "take them out of one of the two"
+        )
     texts = samples[0] + samples[1]
     labels = np.repeat([1, 0], list(map(len, samples)))
     held_out = np.concatenate([np.arange(len(part)) % _HELD_OUT == 0 for part in samples])
     features = sparse.vstack(list(_features(texts, config)), format="csr")
 
     def fitted(rows):
-        # Of the solvers the one without random numbers; in float64, so that it stops where it should.
-        model = LogisticRegression(C=config.strength, class_weight="balanced", solver="lbfgs", max_iter=1000)
+        # Of the solvers the one without random numbers; in float64, so that it stops where it
+        # should.
+        model = LogisticRegression(
+            C=config.strength, class_weight="balanced", solver="lbfgs", max_iter=1000
+        )
         return model.fit(features[rows].astype(np.float64), labels[rows])
 
     right = fitted(~held_out).predict(features[held_out].astype(np.float64)) == labels[held_out]
     model = fitted(np.ones(len(labels), bool))
     of_good = labels[held_out] == 1
-    result = {"good": len(samples[0]), "bad": len(samples[1]), "held_out": int(held_out.sum()),
-              "accuracy": float(right.mean()), "good_accuracy": float(right[of_good].mean()),
-              "bad_accuracy": float(right[~of_good].mean())}
+    result = {
+        "good": len(samples[0]),
+        "bad": len(samples[1]),
+        "held_out": int(held_out.sum()),
+        "accuracy": float(right.mean()),
+        "good_accuracy": float(right[of_good].mean()),
+        "bad_accuracy": float(right[~of_good].mean()),
+    }
     return Classifier(config, model.coef_[0].astype(np.float32), float(model.intercept_[0]), result)
 
 
 def _sorted_samples(texts: Iterable[str], name: str, config: ClassifierConfig) -> list[str]:
     distinct = {text for text in texts if text.strip()}
     if len(distinct) < config.minimum:
-        raise ValueError(f"{len(distinct)} different {name} samples are too few; give {config.minimum} or more")
+        raise ValueError(
+            f"{len(distinct)} different {name} samples are too few; give {config.minimum} or more"
+        )
     return sorted(distinct, key=lambda text: (_hash(text), text))
 
 
 def _hash(text: str, seed: int = 0) -> int:
     """64 bits."""
     data = text.encode(errors="surrogatepass")
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8, key=str(seed).encode()).digest(), "little")
+    return int.from_bytes(
+        hashlib.blake2b(data, digest_size=8, key=str(seed).encode()).digest(), "little"
+    )
 
 
 def kept(scores: np.ndarray, texts: Sequence[str], seed: int = 0, alpha: float = 9.0) -> np.ndarray:
-    """bool [texts]: true where a draw from the Pareto (Lomax) distribution, as by ``numpy.random.pareto(alpha)``, is
-    above 1 - score (Brown et al. 2020, appendix A): nearly all of the best, and a few of the worst, 1 in 512 of those
-    with a score of 0. The draw depends on the text and on ``seed`` alone, so equal texts share their fate."""
+    """bool [texts]: true where a draw from the Pareto (Lomax) distribution, as by
+    ``numpy.random.pareto(alpha)``, is above 1 - score (Brown et al. 2020, appendix A): nearly all
+    of the best, and a few of the worst, 1 in 512 of those with a score of 0. The draw depends on
+    the text and on ``seed`` alone, so equal texts share their fate."""
     if len(scores) != len(texts):
         raise ValueError(f"{len(scores)} scores for {len(texts)} texts")
     if not alpha > 0:
@@ -155,6 +189,7 @@ def kept(scores: np.ndarray, texts: Sequence[str], seed: int = 0, alpha: float =
 
 
 def border(scores: np.ndarray, texts: Sequence[str], count: int = 10) -> list[tuple[float, str]]:
-    """(score, text) of the texts whose scores lie nearest to 0.5 where good and bad part, ascending by score."""
+    """(score, text) of the texts whose scores lie nearest to 0.5 where good and bad part, ascending
+    by score."""
     order = sorted(range(len(texts)), key=lambda row: (abs(scores[row] - 0.5), texts[row]))[:count]
     return sorted((float(scores[row]), texts[row]) for row in order)

@@ -1,19 +1,24 @@
-"""How much of a text repeats itself: the measures of Gopher (Rae et al. 2021, arXiv 2112.11446, table A1)."""
+"""How much of a text repeats itself: the measures of Gopher (Rae et al. 2021, arXiv 2112.11446,
+table A1)."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-# Characters of scripts that are written without spaces between words: each counts as a word. Kana, Han.
+# Characters of scripts that are written without spaces between words: each counts as a word. Kana,
+# Han.
 UNSPACED = "\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-# N-grams are counted within windows of so many units: in a novel any five words come again somewhere.
+# N-grams are counted within windows of so many units: in a novel any five words come again
+# somewhere.
 _WINDOW_BITS = 14
 _PRIME = np.uint64(0x9E3779B97F4A7C15)  # odd, without a pattern: 2^64 / golden ratio
 
 
 def duplicate_share(pieces: Sequence[str]) -> tuple[float, float]:
     """(share of the pieces that stood there before, share of the characters in those)."""
-    seen, count, size = set(), 0, 0
+    seen = set()
+    count = 0
+    size = 0
     for piece in pieces:
         if piece in seen:
             count += 1
@@ -24,63 +29,88 @@ def duplicate_share(pieces: Sequence[str]) -> tuple[float, float]:
 
 
 class Units:
-    """What a text is counted in: the words between its white space, in lower case; or, where ``unspaced`` says that it
-    has more Chinese or Japanese characters than those, its letters and digits."""
+    """What a text is counted in: the words between its white space, in lower case; or, where
+    ``unspaced`` says that it has more Chinese or Japanese characters than those, its letters and
+    digits."""
 
     def __init__(self, text: str):
         words = text.lower().split()
-        codes = np.frombuffer(text.encode("utf-32-le"), np.uint32) if not text.isascii() else np.zeros(0, np.uint32)
+        codes = (
+            np.frombuffer(text.encode("utf-32-le"), np.uint32)
+            if not text.isascii()
+            else np.zeros(0, np.uint32)
+        )
         # Kana and Han; no marks, and neither Hangul, which has spaces, nor the forms of full width.
-        characters = codes[(codes >= 0x3041) & (codes < 0xAC00) | (codes >= 0xF900) & (codes < 0xFB00) |
-                           (codes >= 0x20000)]
+        characters = codes[
+            (codes >= 0x3041) & (codes < 0xAC00)
+            | (codes >= 0xF900) & (codes < 0xFB00)
+            | (codes >= 0x20000)
+        ]
         self.unspaced = len(characters) > len(words)
         if self.unspaced:
             letters = (codes >= 0x3041) & ~((codes >= 0xFE10) & (codes < 0x10000))
-            letters |= (codes >= 0x30) & (codes <= 0x39) | ((codes | 32) >= 0x61) & ((codes | 32) <= 0x7A)
-            self.numbers, self.ids = {}, codes[letters].astype(np.uint64)
+            letters |= (codes >= 0x30) & (codes <= 0x39) | ((codes | 32) >= 0x61) & (
+                (codes | 32) <= 0x7A
+            )
+            self.numbers = {}
+            self.ids = codes[letters].astype(np.uint64)
             self.sizes = np.ones(len(self.ids), np.int64)
         else:
             self.numbers = {}  # of each different word, in the order in which they come first
-            self.ids = np.array([self.numbers.setdefault(word, len(self.numbers)) for word in words], np.uint64)
-            self.sizes = np.fromiter(map(len, self.numbers), np.int64, len(self.numbers))[self.ids.astype(np.int64)]
+            self.ids = np.array(
+                [self.numbers.setdefault(word, len(self.numbers)) for word in words], np.uint64
+            )
+            self.sizes = np.fromiter(map(len, self.numbers), np.int64, len(self.numbers))[
+                self.ids.astype(np.int64)
+            ]
         self._windows = range(0, len(self.ids), 1 << _WINDOW_BITS)
-        self._hashed = {}  # of each window's start: n, and the hashes of its n-grams, to go on from with n + 1
+        # of each window's start: n, and the hashes of its n-grams, to go on from with n + 1
+        self._hashed = {}
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def lettered(self) -> int:
         """How many of the words hold a letter."""
-        has = np.array([word.isalpha() or any(map(str.isalpha, word)) for word in self.numbers], bool)
+        has = np.array(
+            [word.isalpha() or any(map(str.isalpha, word)) for word in self.numbers], bool
+        )
         return int(has[self.ids.astype(np.int64)].sum())
 
     def top_share(self, n: int) -> float:
-        """The share of the characters that are in the most frequent n-gram, the mean over the windows."""
+        """The share of the characters that are in the most frequent n-gram, the mean over the
+        windows."""
         return self._mean(self._top, n)
 
     def duplicate_share(self, n: int) -> float:
-        """The share of the characters that are in n-grams that stood there before, each counted once; the mean over
-        the windows. Never grows with n."""
+        """The share of the characters that are in n-grams that stood there before, each counted
+        once; the mean over the windows. Never grows with n."""
         return self._mean(self._duplicate, n)
 
     def _mean(self, measure, n: int) -> float:
         total = 0
         for start in self._windows:
-            sizes = self.sizes[start:start + (1 << _WINDOW_BITS)]
+            sizes = self.sizes[start : start + (1 << _WINDOW_BITS)]
             if len(sizes) >= n:
                 keys = self._sorted(start, n)
-                total += measure(keys >> np.uint64(_WINDOW_BITS), keys & np.uint64((1 << _WINDOW_BITS) - 1), sizes, n)
+                total += measure(
+                    keys >> np.uint64(_WINDOW_BITS),
+                    keys & np.uint64((1 << _WINDOW_BITS) - 1),
+                    sizes,
+                    n,
+                )
         return total / max(1, int(self.sizes.sum()))
 
     def _sorted(self, start: int, n: int) -> np.ndarray:
         """Of the window: the hash of each n-gram above, its place below, in order."""
-        ids = self.ids[start:start + (1 << _WINDOW_BITS)]
+        ids = self.ids[start : start + (1 << _WINDOW_BITS)]
         done, hashes = self._hashed.get(start, (0, np.zeros(len(ids), np.uint64)))
         if done > n:
-            done, hashes = 0, np.zeros(len(ids), np.uint64)
+            done = 0
+            hashes = np.zeros(len(ids), np.uint64)
         for offset in range(done, n):
             last = ids[offset:]
-            hashes = (hashes[:len(last)] + last + np.uint64(1)) * _PRIME
+            hashes = (hashes[: len(last)] + last + np.uint64(1)) * _PRIME
             hashes ^= hashes >> np.uint64(29)
         self._hashed[start] = n, hashes
         bits = np.uint64(_WINDOW_BITS)

@@ -2,16 +2,22 @@
 
 import numpy as np
 
-MAX_WIDTH = 13  # characters of at most 4 bytes: with SHA-1's padding they still fit into one block of 64 bytes
+# characters of at most 4 bytes: with SHA-1's padding they still fit into one block of 64 bytes
+MAX_WIDTH = 13
 
-_BLOCK = 1 << 14  # shingles that are hashed at a time: some dozen arrays of this length stay in the cache
-_LOOKUP = 1 << 17  # shingles that are looked up at a time: so many that those not found fill a block
+_BLOCK = (
+    1 << 14
+)  # shingles that are hashed at a time: some dozen arrays of this length stay in the cache
+_LOOKUP = (
+    1 << 17
+)  # shingles that are looked up at a time: so many that those not found fill a block
 _SLOTS = 1 << 19  # shingles whose hash is remembered
 
 
 class Memory:
-    """The hashes of shingles that were seen last, one a slot: running text repeats itself, and to look a hash up takes
-    a tenth of the time of SHA-1. Whole keys are compared, so that what is remembered never changes a result."""
+    """The hashes of shingles that were seen last, one a slot: running text repeats itself, and to
+    look a hash up takes a tenth of the time of SHA-1. Whole keys are compared, so that what is
+    remembered never changes a result."""
 
     def __init__(self, width: int):
         # Three characters of 21 bits a word. No key is all ones, which marks an empty slot.
@@ -40,15 +46,20 @@ class Memory:
 
 
 def shingle_hashes(pieces: list[str], width: int, memory: Memory) -> tuple[np.ndarray, np.ndarray]:
-    """The first 32 bits of SHA-1 [shingles], little-endian, and where each piece's begin [pieces]."""
+    """The first 32 bits of SHA-1 [shingles], little-endian, and where each piece's begin
+    [pieces]."""
     text = "".join(pieces)
     try:
         data = np.frombuffer(text.encode() + bytes(4 * MAX_WIDTH + 8), np.uint8)
     except UnicodeEncodeError as error:
-        raise ValueError(f"a lone surrogate U+{ord(text[error.start]):04X} in a text; repair Unicode first") from None
+        raise ValueError(
+            f"a lone surrogate U+{ord(text[error.start]):04X} in a text; repair Unicode first"
+        ) from None
     codes = np.frombuffer(text.encode("utf-32-le") + bytes(4 * width), np.uint32)
     offsets = np.zeros(len(codes) + 1, np.int64)  # of each character in the UTF-8
-    np.cumsum(1 + (codes > 0x7F).view(np.uint8) + (codes > 0x7FF) + (codes > 0xFFFF), out=offsets[1:])
+    np.cumsum(
+        1 + (codes > 0x7F).view(np.uint8) + (codes > 0x7FF) + (codes > 0xFFFF), out=offsets[1:]
+    )
     # Four bytes from each byte on, as SHA-1 reads them.
     words = np.zeros(len(data) - 3, np.uint32)
     for byte in range(4):
@@ -58,7 +69,8 @@ def shingle_hashes(pieces: list[str], width: int, memory: Memory) -> tuple[np.nd
     hashes = np.empty(len(text), np.uint32)
     for first in range(0, len(text), _LOOKUP):
         last = min(first + _LOOKUP, len(text))
-        near, keys = codes[first : last + width].astype(np.uint64), []
+        near = codes[first : last + width].astype(np.uint64)
+        keys = []
         for start in range(0, width, 3):
             key = near[start : start + last - first]
             for character in range(start + 1, min(start + 3, width)):
@@ -74,7 +86,8 @@ def shingle_hashes(pieces: list[str], width: int, memory: Memory) -> tuple[np.nd
         hashes[first + unknown] = fresh
         memory.store(slots[unknown], [key[unknown] for key in keys], fresh)
     sizes = np.array([len(piece) for piece in pieces])
-    begins, inside = np.cumsum(sizes) - sizes, np.ones(len(text), bool)
+    begins = np.cumsum(sizes) - sizes
+    inside = np.ones(len(text), bool)
     for back in range(1, width):
         longer = sizes > back
         inside[(begins + sizes - back)[longer]] = False
@@ -86,27 +99,38 @@ def shingle_hashes(pieces: list[str], width: int, memory: Memory) -> tuple[np.nd
     return hashes[inside], np.cumsum(counts) - counts
 
 
-_FIVE, _TWENTY_SEVEN, _ONE, _THIRTY_ONE, _THIRTY, _TWO = np.array([5, 27, 1, 31, 30, 2], np.uint32).reshape(6, 1)
-_ROUND_CONSTANTS = np.array([0x5A827999, 0x6ED9EBA1, 0x8F1BBCDC, 0xCA62C1D6], np.uint32).reshape(4, 1)
+_FIVE, _TWENTY_SEVEN, _ONE, _THIRTY_ONE, _THIRTY, _TWO = np.array(
+    [5, 27, 1, 31, 30, 2], np.uint32
+).reshape(6, 1)
+_ROUND_CONSTANTS = np.array([0x5A827999, 0x6ED9EBA1, 0x8F1BBCDC, 0xCA62C1D6], np.uint32).reshape(
+    4, 1
+)
 
 
 def _sha1(words: np.ndarray, offsets: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The first four bytes, as a little-endian number, of SHA-1 (FIPS 180-4) of messages of one block.
+    """The first four bytes, as a little-endian number, of SHA-1 (FIPS 180-4) of messages of one
+    block.
 
-    ``words`` [bytes] holds the big-endian word at each byte; a message is ``lengths`` bytes from ``offsets`` on.
+    ``words`` [bytes] holds the big-endian word at each byte; a message is ``lengths`` bytes from
+    ``offsets`` on.
     """
     schedule = [None] * 16  # None is a word of zeros
     masks = np.array([0, 0xFF000000, 0xFFFF0000, 0xFFFFFF00, 0xFFFFFFFF, 0], np.uint32)
     ends = np.array([0x80000000, 0x00800000, 0x00008000, 0x00000080, 0, 0], np.uint32)
     for number in range(int(lengths.max()) // 4 + 1):
-        left = np.clip(lengths - 4 * number, -1, 4)  # -1, the last of both tables: the end lies before this word
+        left = np.clip(
+            lengths - 4 * number, -1, 4
+        )  # -1, the last of both tables: the end lies before this word
         schedule[number] = words.take(offsets + 4 * number)
         schedule[number] &= masks[left]
         schedule[number] |= ends[left]
     schedule[15] = (8 * lengths).astype(np.uint32)
-    a, b, c, d, e = (np.full(len(lengths), value, np.uint32)
-                     for value in (0x67452301, 0xEFCDAB89, 0x98BADCFE, 0x10325476, 0xC3D2E1F0))
-    chosen, other = np.empty_like(a), np.empty_like(a)
+    a, b, c, d, e = (
+        np.full(len(lengths), value, np.uint32)
+        for value in (0x67452301, 0xEFCDAB89, 0x98BADCFE, 0x10325476, 0xC3D2E1F0)
+    )
+    chosen = np.empty_like(a)
+    other = np.empty_like(a)
     for step in range(80):
         if step >= 16:
             taken = [schedule[(step - back) % 16] for back in (3, 8, 14, 16)]

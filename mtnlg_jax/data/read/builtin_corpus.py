@@ -12,11 +12,13 @@ from mtnlg_jax.data.read.documents import Document
 
 
 def embedded_documents() -> Iterator[Document]:
-    """A corpus that needs no download: the prose of the running interpreter's own documentation, about 1 MB.
+    """A corpus that needs no download: the prose of the running interpreter's own documentation,
+    about 1 MB.
 
-    The topics of ``help()``, then a document for each module of the standard library with the docstrings of
-    the module, its classes and its functions; parsed, never imported. Code, tables and signatures are left
-    out, and no paragraph comes twice. The same text on every machine with the same version of Python.
+    The topics of ``help()``, then a document for each module of the standard library with the
+    docstrings of the module, its classes and its functions; parsed, never imported. Code, tables
+    and signatures are left out, and no paragraph comes twice. The same text on every machine with
+    the same version of Python.
     """
     seen = set()
     for source, docstrings in _documentation():
@@ -43,7 +45,9 @@ def _documentation() -> Iterator[tuple[str, list[str]]]:
         files = [library / f"{name}.py", *folder.rglob("*.py")] if name != "test" else []
         for file in sorted(files, key=lambda file: file.relative_to(library).as_posix()):
             # Tests say little in prose, and not every installation has them.
-            if file.is_file() and not {"test", "tests", "idle_test"} & set(file.relative_to(library).parts):
+            if file.is_file() and not {"test", "tests", "idle_test"} & set(
+                file.relative_to(library).parts
+            ):
                 try:
                     tree = ast.parse(file.read_bytes())
                 except SyntaxError:
@@ -84,6 +88,10 @@ def _prose(docstring: str) -> Iterator[str]:
 def _is_prose(paragraph: str) -> bool:
     words = paragraph.split()
     plain = sum(word.strip("'\"(),.;:!?-").isalpha() for word in words)
-    return (len(words) >= 5 and plain >= 0.75 * len(words) and paragraph[0].isupper()
-            # Not ":", which announces the code or table that was left out.
-            and paragraph.rstrip("\"')").endswith((".", "!", "?")))
+    return (
+        len(words) >= 5
+        and plain >= 0.75 * len(words)
+        and paragraph[0].isupper()
+        # Not ":", which announces the code or table that was left out.
+        and paragraph.rstrip("\"')").endswith((".", "!", "?"))
+    )

@@ -2,9 +2,11 @@
 
 1. A byte order mark is certain: UTF-8, UTF-16 or UTF-32.
 2. A page is in what its HTTP header or itself declares, as browsers take those names.
-3. Bytes that are valid UTF-8 are UTF-8; where an encoding is named, they must hold enough beyond ASCII to tell.
+3. Bytes that are valid UTF-8 are UTF-8; where an encoding is named, they must hold enough beyond
+ASCII to tell.
 4. Then comes the encoding that the user names (``--encoding``), if one is named.
-5. A page that declares nothing is read as cp1252, as browsers have it, or by a guess in another script; both are
+5. A page that declares nothing is read as cp1252, as browsers have it, or by a guess in another
+script; both are
    counted. Nothing else is guessed.
 
 What is invalid then is damage: an error with its place, or U+FFFD, which is counted.
@@ -40,7 +42,8 @@ _CERTAIN = (
     8  # characters of several bytes, from which on valid UTF-8 is not another encoding by chance
 )
 
-# What an encoding cannot decode becomes a byte that no UTF-8 has, and so is found by whoever reads that.
+# What an encoding cannot decode becomes a byte that no UTF-8 has, and so is found by whoever reads
+# that.
 codecs.register_error(_HANDLER, lambda error: ("\udcff", error.end))
 
 
@@ -50,7 +53,8 @@ def marked(head: bytes) -> str | None:
 
 
 def known(name: str | None) -> str | None:
-    """Python's name of an encoding of text as browsers understand it; None where there is no such encoding."""
+    """Python's name of an encoding of text as browsers understand it; None where there is no such
+    encoding."""
     try:
         found = codecs.lookup(name) if name else None
         codecs.getincrementaldecoder(found.name if found else "")
@@ -71,7 +75,8 @@ def check(encoding: str) -> None:
 
 
 def way_out(encoding: str = "") -> str:
-    """The end of a message about text that is not in UTF-8, or not in the ``encoding`` that was named or marked."""
+    """The end of a message about text that is not in UTF-8, or not in the ``encoding`` that was
+    named or marked."""
     if encoding.lower() in ("utf-16", "utf-32"):
         return "mend the file, or give on_error=skip, which puts U+FFFD there and counts it"
     if encoding:
@@ -86,7 +91,8 @@ def way_out(encoding: str = "") -> str:
 
 
 def decode(data: bytes) -> tuple[str, str | None]:
-    """(text of UTF-8, what is wrong with it or None); bytes that are not UTF-8 become U+DC80 to U+DCFF."""
+    """(text of UTF-8, what is wrong with it or None); bytes that are not UTF-8 become U+DC80 to
+    U+DCFF."""
     try:
         return data.decode(), None
     except UnicodeDecodeError as error:
@@ -98,7 +104,8 @@ def wrong(data: bytes, start: int) -> str:
 
 
 def as_utf8(stream: io.BufferedReader, encoding: str = "") -> tuple[io.BufferedReader, str]:
-    """(the stream as UTF-8, the encoding that it was in or "" for UTF-8), by rules 1, 3 and 4 for what begins it."""
+    """(the stream as UTF-8, the encoding that it was in or "" for UTF-8), by rules 1, 3 and 4 for
+    what begins it."""
     head = stream.peek(1 << 16)[: 1 << 16]
     found = marked(head)
     if found is None:
@@ -120,14 +127,15 @@ def _is_utf8(head: bytes, encoding: str) -> bool:
     if head.isascii() and b"\0" not in head and len("a".encode(encoding)) > 1:
         return True  # not a text of two or four bytes a character
     beyond = len(head) - len(text)
-    # In an encoding of one byte a character, a letter and a sign after it are not text: one such pair is enough.
+    # In an encoding of one byte a character, a letter and a sign after it are not text: one such
+    # pair is enough.
     single = len(bytes(range(256)).decode(encoding, "replace")) == 256
     return beyond >= (1 if single else _CERTAIN)
 
 
 class _Recoded(PieceStream):
-    """UTF-8 of what is in another encoding; a byte 0xff stands for what that cannot decode. ``changed``: whether it was
-    not ASCII, which is the same in most."""
+    """UTF-8 of what is in another encoding; a byte 0xff stands for what that cannot decode.
+    ``changed``: whether it was not ASCII, which is the same in most."""
 
     def __init__(self, stream: io.BufferedReader, encoding: str):
         super().__init__(stream)

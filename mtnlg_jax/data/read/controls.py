@@ -14,7 +14,9 @@ _TERMINAL = re.compile("\x1b\\[[0-?]*[ -/]*[@-~]|\x1b\\][^\x07\x1b\n]*(?:\x07|\x
 # Bold and underlined words of manual pages.
 _OVERSTRUCK = re.compile("(?:(.)\x08)+\\1|_\x08(?=[^\x00-\x20])")
 # Bytes behind the characters of Windows-1252; those that it lacks are C1 controls.
-_BYTES = {ord(bytes([byte]).decode("cp1252", "ignore") or chr(byte)): byte for byte in range(0x80, 0xA0)}
+_BYTES = {
+    ord(bytes([byte]).decode("cp1252", "ignore") or chr(byte)): byte for byte in range(0x80, 0xA0)
+}
 _LATIN_1 = re.compile(f"[\x80-\xff{''.join(map(chr, _BYTES))}]+")
 _C1 = re.compile("[\x80-\x9f]")
 # Quotes, bullet and dashes of Windows-1252. Where its quotes stand, 0x85 is its ellipsis, else NEL.
@@ -43,8 +45,8 @@ def mend_controls(text: str) -> tuple[str, int]:
 def _between(match: re.Match, mark: str, same: str) -> str:
     """The mark, or nothing where one like it or nothing at all stands beside the match."""
     text = match.string
-    before = text[match.start() - 1:match.start()]
-    after = text[match.end():match.end() + 1]
+    before = text[match.start() - 1 : match.start()]
+    after = text[match.end() : match.end() + 1]
     return mark if before and after and before not in same and after not in same else ""
 
 

@@ -11,8 +11,9 @@
 import re
 
 # Only such pages are changed; all others are extracted as they are.
-NEEDED = re.compile(r"<(?:su[bp]|math|pre|ruby|img|mjx-)\b|<script[^>]{1,80}math/|&amp;#?\w{1,24};",
-                    re.IGNORECASE)
+NEEDED = re.compile(
+    r"<(?:su[bp]|math|pre|ruby|img|mjx-)\b|<script[^>]{1,80}math/|&amp;#?\w{1,24};", re.IGNORECASE
+)
 # Printable letters of Linear B stand for what extraction would change, as no page holds them.
 _LINE, _SPACE, _TAB, _AND = "\U00010080\U00010081\U00010082\U00010083"
 _KEPT = {_LINE: "\n", _SPACE: " ", _TAB: "\t", _AND: "&"}
@@ -20,16 +21,26 @@ _ENTITY = re.compile(r"&(?=#?\w{1,24};)")
 
 _SUPERSCRIPTS = str.maketrans("0123456789+-−=()n", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁻⁼⁽⁾ⁿ")
 _SUBSCRIPTS = str.maketrans("0123456789+-−=()", "₀₁₂₃₄₅₆₇₈₉₊₋₋₌₍₎")
-_PLAIN = re.compile(r"(?:st|nd|rd|th|o|a|os|as|er|re|e|è?me|TM|SM|[MD]lle|[^\w+=−-]*|\[.*\]|"
-                    r".*\s.*|.{25,})",
-                    re.DOTALL)
+_PLAIN = re.compile(
+    r"(?:st|nd|rd|th|o|a|os|as|er|re|e|è?me|TM|SM|[MD]lle|[^\w+=−-]*|\[.*\]|"
+    r".*\s.*|.{25,})",
+    re.DOTALL,
+)
 _SCRIPTS = {"msup", "msub", "msubsup", "mfrac", "mroot", "mover", "munder", "munderover"}
 # Classes and tags.
-_FORMULA_BOXES = {"mwe-math-element", "katex-display", "katex", "MathJax", "MathJax_Display",
-                  "mjx-container"}
-_FORMULA_IMAGE = re.compile(r"\b(?:mwe-math\S*|tex|latex|math|formula|equation)\b|codecogs|"
-                            r"mathtex|latex\.php",
-                            re.IGNORECASE)
+_FORMULA_BOXES = {
+    "mwe-math-element",
+    "katex-display",
+    "katex",
+    "MathJax",
+    "MathJax_Display",
+    "mjx-container",
+}
+_FORMULA_IMAGE = re.compile(
+    r"\b(?:mwe-math\S*|tex|latex|math|formula|equation)\b|codecogs|"
+    r"mathtex|latex\.php",
+    re.IGNORECASE,
+)
 
 
 # What references such as &#8; put into a tree, and lxml refuses to take back.
@@ -161,8 +172,11 @@ def _name(element) -> str:
 def _in_a_line(element) -> str:
     """Presentation MathML as one line of text."""
     name = _name(element)
-    parts = [_in_a_line(part) for part in element
-             if _name(part) not in ("annotation", "annotation-xml", "")]
+    parts = [
+        _in_a_line(part)
+        for part in element
+        if _name(part) not in ("annotation", "annotation-xml", "")
+    ]
     if name in ("mi", "mn", "mo", "mtext", "ms"):
         own = re.sub(r"\s+", " ", element.text_content()).strip()
         if name == "mtext":

@@ -1,4 +1,5 @@
-"""Input files wherever fsspec finds them (a path, gs://, s3://, memory://, file://), plain or compressed, as bytes."""
+"""Input files wherever fsspec finds them (a path, gs://, s3://, memory://, file://), plain or
+compressed, as bytes."""
 
 import bz2
 import gzip
@@ -42,10 +43,11 @@ class Skipped(str):
 
 @dataclass(frozen=True)
 class File:
-    """One file to read. ``name`` is its path below the folder listed, "/" between; ``size`` in bytes, as stored.
-    ``stamp`` changes when the content does: of the size and the time of change or what the store calls the version
-    (etag, generation), or "sha256:..." of the bytes where that was asked for. ``real``: the path without links, of a
-    local file; ``linked``: whether a link led to it."""
+    """One file to read. ``name`` is its path below the folder listed, "/" between; ``size`` in
+    bytes, as stored.
+    ``stamp`` changes when the content does: of the size and the time of change or what the store
+    calls the version (etag, generation), or "sha256:..." of the bytes where that was asked for.
+    ``real``: the path without links, of a local file; ``linked``: whether a link led to it."""
 
     path: str
     name: str
@@ -56,8 +58,9 @@ class File:
 
 
 class Found(NamedTuple):
-    """What lies at a place: a file, or the files of a folder in the order of their names. ``left_out``: (reason, name)
-    of each entry that no file stands for; the name of a folder ends with "/"."""
+    """What lies at a place: a file, or the files of a folder in the order of their names.
+    ``left_out``: (reason, name) of each entry that no file stands for; the name of a folder ends
+        with "/"."""
 
     place: str
     is_folder: bool
@@ -66,8 +69,10 @@ class Found(NamedTuple):
 
 
 def find(path: str | os.PathLike) -> Found | None:
-    """What lies at a path or URL; None where nothing is. Hidden names are left out. Links are followed, and each real
-    file is found once: by its own name where that lies in the folder, else by the first link that leads to it.
+    """What lies at a path or URL; None where nothing is. Hidden names are left out. Links are
+    followed, and each real
+    file is found once: by its own name where that lies in the folder, else by the first link that
+        leads to it.
 
     Raises ValueError for a URL that cannot be opened, OSError for a folder that may not be."""
     if "://" not in str(path):
@@ -75,8 +80,10 @@ def find(path: str | os.PathLike) -> Found | None:
     try:
         system, place = fsspec.core.url_to_fs(str(path))
     except (ImportError, ValueError) as error:
-        raise ValueError(f"{path} cannot be opened: {error}; pip install 'mtnlg_jax[cloud]' brings gcsfs for gs:// and "
-                         "s3fs for s3://") from None
+        raise ValueError(
+            f"{path} cannot be opened: {error}; pip install 'mtnlg_jax[cloud]' brings gcsfs for gs:// and "
+            "s3fs for s3://"
+        ) from None
     if isinstance(system, LocalFileSystem):
         return _find_locally(Path(place))
     try:
@@ -84,12 +91,24 @@ def find(path: str | os.PathLike) -> Found | None:
     except FileNotFoundError:
         return None
     if info["type"] == "file":
-        return Found(str(path), False, [_remote_file(system, place, os.path.basename(place), info)], [])
+        return Found(
+            str(path), False, [_remote_file(system, place, os.path.basename(place), info)], []
+        )
     root = place.rstrip("/") + "/"
-    found = {name.removeprefix(root): info for name, info in system.find(place, detail=True).items()}
+    found = {
+        name.removeprefix(root): info for name, info in system.find(place, detail=True).items()
+    }
     hidden = {entry: None for entry in map(_hidden_part, sorted(found)) if entry}
-    return Found(str(path), True, [_remote_file(system, root + name, name, found[name]) for name in sorted(found)
-                                   if not _hidden_part(name)], [(HIDDEN, name) for name in hidden])
+    return Found(
+        str(path),
+        True,
+        [
+            _remote_file(system, root + name, name, found[name])
+            for name in sorted(found)
+            if not _hidden_part(name)
+        ],
+        [(HIDDEN, name) for name in hidden],
+    )
 
 
 def _hidden_part(name: str) -> str:
@@ -107,12 +126,17 @@ def _find_locally(path: Path) -> Found | None:
     if not path.is_dir():
         return Found(str(path), False, [_local_file(path, path.name, os.path.realpath(path))], [])
     walk = _Walk(path)
-    return Found(str(path), True, [_local_file(path / name, name, *walk.names[name]) for name in sorted(walk.names)],
-                 sorted(walk.left_out))
+    return Found(
+        str(path),
+        True,
+        [_local_file(path / name, name, *walk.names[name]) for name in sorted(walk.names)],
+        sorted(walk.left_out),
+    )
 
 
 class _Walk:
-    """``names``: (real path, whether a link led there) of each file below a folder, by its path there."""
+    """``names``: (real path, whether a link led there) of each file below a folder, by its path
+    there."""
 
     def __init__(self, root: Path):
         self.names: dict[str, tuple[str, bool]] = {}
@@ -121,8 +145,8 @@ class _Walk:
         self._linked: set[str] = set()  # and of files to which links led
         self._links: list[tuple[str, str]] = []
         self._read(str(root), "", os.path.realpath(root), False)
-        # Only when all that is there by its own name is known, and in the order of their names: so it does not depend
-        # on the order in which the system lists a folder.
+        # Only when all that is there by its own name is known, and in the order of their names: so
+        # it does not depend on the order in which the system lists a folder.
         while self._links:
             self._links.sort()
             self._follow(*self._links.pop(0))
@@ -132,10 +156,12 @@ class _Walk:
         while waiting:
             path, prefix, real = waiting.pop()
             self._folders.add(real)
-            # OSError is not caught: to pass over a folder that may not be opened would lose its text in silence.
+            # OSError is not caught: to pass over a folder that may not be opened would lose its
+            # text in silence.
             with os.scandir(path) as entries:
                 for entry in entries:
-                    name, below = prefix + entry.name, os.path.join(real, entry.name)
+                    name = prefix + entry.name
+                    below = os.path.join(real, entry.name)
                     if entry.name.startswith("."):
                         is_folder = entry.is_dir(follow_symlinks=False)
                         self.left_out.append((HIDDEN, f"{name}/" if is_folder else name))
@@ -154,7 +180,8 @@ class _Walk:
                         self.names[name] = (below, linked)
 
     def _follow(self, name: str, path: str) -> None:
-        real, parent = os.path.realpath(path), os.path.realpath(os.path.dirname(path))
+        real = os.path.realpath(path)
+        parent = os.path.realpath(os.path.dirname(path))
         if os.path.isdir(real):
             if f"{parent}/".startswith(real.rstrip("/") + "/"):
                 self.left_out.append((CIRCLE, f"{name}/"))
@@ -162,8 +189,11 @@ class _Walk:
                 self.left_out.append((READ_ALREADY, f"{name}/"))
             else:
                 self._read(path, f"{name}/", real, True)
-        elif real in self._linked or (os.path.dirname(real) in self._folders and os.path.isfile(real)
-                                      and not os.path.basename(real).startswith(".")):
+        elif real in self._linked or (
+            os.path.dirname(real) in self._folders
+            and os.path.isfile(real)
+            and not os.path.basename(real).startswith(".")
+        ):
             self.left_out.append((READ_ALREADY, name))
         elif os.path.exists(real) and not os.path.isfile(real):
             self.left_out.append((NOT_A_FILE, name))
@@ -173,12 +203,25 @@ class _Walk:
 
 
 def _local_file(path: Path, name: str, real: str, linked: bool = False) -> File:
-    state = path.lstat() if linked and not path.exists() else path.stat()  # reading a broken link will tell
-    return File(str(path), name, state.st_size, f"{state.st_size}-{state.st_mtime_ns}", real, linked)
+    state = (
+        path.lstat() if linked and not path.exists() else path.stat()
+    )  # reading a broken link will tell
+    return File(
+        str(path), name, state.st_size, f"{state.st_size}-{state.st_mtime_ns}", real, linked
+    )
 
 
 def _remote_file(system: fsspec.AbstractFileSystem, place: str, name: str, info: dict) -> File:
-    versions = ("etag", "ETag", "md5Hash", "generation", "mtime", "LastModified", "updated", "created")
+    versions = (
+        "etag",
+        "ETag",
+        "md5Hash",
+        "generation",
+        "mtime",
+        "LastModified",
+        "updated",
+        "created",
+    )
     version = next((info[key] for key in versions if info.get(key)), "")
     return File(system.unstrip_protocol(place), name, info["size"], f"{info['size']}-{version}")
 
@@ -190,9 +233,10 @@ def content_stamp(file: File) -> str:
 
 
 def open_file(path: str) -> io.BufferedReader:
-    """The content, decompressed as the last suffix says (`PACKED`). While it is read, one of ``COMPRESSION_ERRORS``
-    says that the file is damaged."""
-    stream, suffix = _open_bytes(path), os.path.splitext(path.lower())[1]
+    """The content, decompressed as the last suffix says (`PACKED`). While it is read, one of
+    ``COMPRESSION_ERRORS`` says that the file is damaged."""
+    stream = _open_bytes(path)
+    suffix = os.path.splitext(path.lower())[1]
     if suffix == ".gz":
         return io.BufferedReader(_GzipFile(stream), 1 << 17)
     if suffix in (".zst", ".zstd"):
@@ -212,8 +256,8 @@ def _open_bytes(path: str) -> io.BufferedReader:
 
 
 class _GzipFile(gzip.GzipFile):
-    """Closes the file below it, too, gives what it has before an error, and that is no EOFError, which warcio would
-    take for the end."""
+    """Closes the file below it, too, gives what it has before an error, and that is no EOFError,
+    which warcio would take for the end."""
 
     def __init__(self, file: io.BufferedReader):
         super().__init__(fileobj=file)
@@ -230,15 +274,17 @@ class _GzipFile(gzip.GzipFile):
             data = self.read1(len(buffer))
         except EOFError as error:
             raise CompressionError(error) from None
-        buffer[:len(data)] = data
+        buffer[: len(data)] = data
         return len(data)
 
 
 class _Unpacked(io.RawIOBase):
-    """What the standard library unpacks, with errors that say the file is damaged, and that closes the file below."""
+    """What the standard library unpacks, with errors that say the file is damaged, and that closes
+    the file below."""
 
     def __init__(self, unpacked: bz2.BZ2File | lzma.LZMAFile, file: io.BufferedReader):
-        self._unpacked, self._file = unpacked, file
+        self._unpacked = unpacked
+        self._file = file
 
     def readable(self) -> bool:
         return True
@@ -262,8 +308,10 @@ class _Unpacked(io.RawIOBase):
 
 
 def read_all(stream: io.BufferedIOBase, limit: int) -> bytes | Damaged:
-    """All of it, or why not where that is more than ``limit`` bytes, after reading little more than those."""
-    pieces, size = [], 0
+    """All of it, or why not where that is more than ``limit`` bytes, after reading little more than
+    those."""
+    pieces = []
+    size = 0
     while piece := stream.read(1 << 20):
         pieces.append(piece)
         size += len(piece)
@@ -273,8 +321,8 @@ def read_all(stream: io.BufferedIOBase, limit: int) -> bytes | Damaged:
 
 
 def is_binary(data: bytes) -> bool:
-    """Whether more than 8 bytes and 1 % are control characters that no text has: so it is with pictures, archives,
-    programs and UTF-16."""
+    """Whether more than 8 bytes and 1 % are control characters that no text has: so it is with
+    pictures, archives, programs and UTF-16."""
     return controls(data) > max(8, 0.01 * len(data))
 
 
@@ -288,7 +336,8 @@ def too_long(limit: int) -> Damaged:
 
 
 def bounded_lines(stream: io.BufferedReader, limit: int) -> Iterator[bytes | Damaged]:
-    """Lines; in place of one of more than ``limit`` bytes, its end included, why it is not given."""
+    """Lines; in place of one of more than ``limit`` bytes, its end included, why it is not
+    given."""
     while line := stream.readline(limit + 1):
         if len(line) <= limit:
             yield line
@@ -299,8 +348,8 @@ def bounded_lines(stream: io.BufferedReader, limit: int) -> Iterator[bytes | Dam
 
 
 class PieceStream(io.RawIOBase):
-    """A stream of the pieces that a subclass makes of ``below``: ``_more()`` gives the next one, maybe empty, and
-    None at the end."""
+    """A stream of the pieces that a subclass makes of ``below``: ``_more()`` gives the next one,
+    maybe empty, and None at the end."""
 
     def __init__(self, below):
         self._below = below
@@ -326,14 +375,17 @@ class PieceStream(io.RawIOBase):
 
 
 class ZstdFile(PieceStream):
-    """Frame after frame. zstandard's own reader takes a frame that was cut short for the end of the file."""
+    """Frame after frame. zstandard's own reader takes a frame that was cut short for the end of the
+    file."""
 
     def __init__(self, file: io.BufferedReader):
         try:
             import zstandard
         except ImportError:
             raise ValueError("a file with .zst needs a package; pip install zstandard") from None
-        self._new_frame = lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+        self._new_frame = lambda: zstandard.ZstdDecompressor(
+            max_window_size=1 << 31
+        ).decompressobj()
         self._error = zstandard.ZstdError
         super().__init__(file)
         self._frame = None
@@ -350,7 +402,7 @@ class ZstdFile(PieceStream):
             return None
         self._frame = self._frame or self._new_frame()
         # Little at once: 1 KB can become 32 MB, and all of it comes out.
-        piece = self._compressed[self._place:self._place + 1024]
+        piece = self._compressed[self._place : self._place + 1024]
         try:
             unpacked = self._frame.decompress(piece)
         except self._error as error:

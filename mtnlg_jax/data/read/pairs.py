@@ -1,4 +1,5 @@
-"""Pairs: a prompt and its answer from each row of a JSON file, by two templates over the row's keys."""
+"""Pairs: a prompt and its answer from each row of a JSON file, by two templates over the row's
+keys."""
 
 import string
 from collections.abc import Callable
@@ -13,16 +14,19 @@ class Pair(str):
 def pair_maker(prompt: str, answer: str) -> Callable[[object], Pair]:
     """A function from a JSON object to its `Pair`, for `read_documents`.
 
-    In a template ``{key}`` is what the row holds under the key: a text, a number, or a list of texts, which is joined
-    by spaces; ``\\n`` is a line break, ``{{`` a brace. ("{title}\\n{text}\\nSummary:", " {summary}") for one.
-    Raises ValueError where a template is malformed or the answer's names no key; the function raises it where the
-    row lacks a key, holds something else there, or has an empty answer.
+    In a template ``{key}`` is what the row holds under the key: a text, a number, or a list of
+    texts, which is joined by spaces; ``\\n`` is a line break, ``{{`` a brace.
+    ("{title}\\n{text}\\nSummary:", " {summary}") for one. Raises ValueError where a template is
+    malformed or the answer's names no key; the function raises it where the row lacks a key, holds
+    something else there, or has an empty answer.
     """
     templates = {"prompt": prompt.replace("\\n", "\n"), "answer": answer.replace("\\n", "\n")}
     keys = {name: _keys(name, template) for name, template in templates.items()}
     if not keys["answer"]:
-        raise ValueError(f"--answer={answer!r} names no key of the rows, so that all answers would be the same; write "
-                         "it as --answer=' {answer}'")
+        raise ValueError(
+            f"--answer={answer!r} names no key of the rows, so that all answers would be the same; write "
+            "it as --answer=' {answer}'"
+        )
 
     def make(row: object) -> Pair:
         if not isinstance(row, dict):
@@ -30,8 +34,10 @@ def pair_maker(prompt: str, answer: str) -> Callable[[object], Pair]:
         for name, wanted in keys.items():
             for key in wanted:
                 if key not in row:
-                    raise ValueError(f"no {key!r} among {', '.join(list(row)[:8])}; name the right one with "
-                                     f"--{name}='{{KEY}}'")
+                    raise ValueError(
+                        f"no {key!r} among {', '.join(list(row)[:8])}; name the right one with "
+                        f"--{name}='{{KEY}}'"
+                    )
         texts = {key: _text(key, row[key]) for key in {*keys["prompt"], *keys["answer"]}}
         if not "".join(texts[key] for key in keys["answer"]).strip():
             raise ValueError(f"the answer ({', '.join(map(repr, keys['answer']))}) is empty")
@@ -46,12 +52,16 @@ def _keys(name: str, template: str) -> list[str]:
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
-        raise ValueError(f"--{name}={template!r} is no template ({error}); write keys as {{key}}, a brace as "
-                         "{{") from None
+        raise ValueError(
+            f"--{name}={template!r} is no template ({error}); write keys as {{key}}, a brace as "
+            "{{"
+        ) from None
     keys = [key for _, key, _, _ in parts if key is not None]
     for _, key, specification, conversion in parts:
         if key is not None and (not key or specification or conversion or set(key) & set(".[")):
-            raise ValueError(f"--{name}={template!r}: {{{key}}} is no key; write keys as {{key}}, without more")
+            raise ValueError(
+                f"--{name}={template!r}: {{{key}}} is no key; write keys as {{key}}, without more"
+            )
     return keys
 
 

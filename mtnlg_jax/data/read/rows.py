@@ -1,6 +1,8 @@
-"""Values and rows of files of many, one after another: JSON lines, JSON, tables (.csv, .tsv) and Parquet.
+"""Values and rows of files of many, one after another: JSON lines, JSON, tables (.csv, .tsv) and
+Parquet.
 
-Each is a `Row`. What is damaged stands in its place, and reading goes on behind it where that can be found.
+Each is a `Row`. What is damaged stands in its place, and reading goes on behind it where that can
+be found.
 """
 
 import codecs
@@ -25,8 +27,9 @@ _JOINED_LINES = 1000  # of one row of a .tsv, at most
 
 
 class Row(NamedTuple):
-    """``place`` is the number of a line, an item or a row, from 1 on; ``value`` what JSON gives, or a dict of a table's
-    row. ``wrong`` says where it is not UTF-8 (`charsets.decode`), or is None."""
+    """``place`` is the number of a line, an item or a row, from 1 on; ``value`` what JSON gives, or
+    a dict of a table's row. ``wrong`` says where it is not UTF-8 (`charsets.decode`), or is
+    None."""
 
     place: int
     value: object
@@ -34,8 +37,9 @@ class Row(NamedTuple):
 
 
 def json_lines(stream: io.BufferedReader, limit: int) -> Iterator[Row]:
-    """A value a line, or several; a line of more than ``limit`` bytes is `Damaged`. What begins with a line of one
-    bracket is no JSON lines, whatever it is called, and is read by `json_values`."""
+    """A value a line, or several; a line of more than ``limit`` bytes is `Damaged`. What begins
+    with a line of one bracket is no JSON lines, whatever it is called, and is read by
+    `json_values`."""
     if _first_line(stream) in (b"[", b"{"):
         yield from json_values(stream, limit)
         return
@@ -61,7 +65,8 @@ def _first_line(stream: io.BufferedReader) -> bytes:
 
 def _values_of(line: str) -> list | None:
     """The values of a line that holds several, or None."""
-    values, start = [], _SEPARATORS.match(line).end()
+    values = []
+    start = _SEPARATORS.match(line).end()
     try:
         while start < len(line):
             value, start = _DECODER.raw_decode(line, start)
@@ -73,17 +78,21 @@ def _values_of(line: str) -> list | None:
 
 
 def json_values(stream: io.BufferedReader, limit: int) -> Iterator[Row]:
-    """All values of a .json file, and for a list among them its items: one list or object, several after one another,
-    JSON lines. Only the value that is read is held; one of more than ``limit`` characters is `Damaged`."""
+    """All values of a .json file, and for a list among them its items: one list or object, several
+    after one another, JSON lines. Only the value that is read is held; one of more than ``limit``
+    characters is `Damaged`."""
     return _JsonValues(stream, limit).rows()
 
 
 class _JsonValues:
     def __init__(self, stream: io.BufferedReader, limit: int):
-        self._stream, self._limit = stream, limit
+        self._stream = stream
+        self._limit = limit
         self._utf8 = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
-        self._text, self._at = "", 0  # what was read, and where the next value is looked for
-        self._ended, self._error = False, None
+        self._text = ""  # what was read, and where the next value is looked for
+        self._at = 0
+        self._ended = False
+        self._error = None
         self._line = 1
         self._indent: str | None = (
             ""  # what stands before a value on its line; None where another value does
@@ -91,12 +100,16 @@ class _JsonValues:
 
     def rows(self) -> Iterator[Row]:
         decode = _DECODER.raw_decode
-        inside, number, size, whole = False, 0, _READ, True
+        inside = False
+        number = 0
+        size = _READ
+        whole = True
         while self._skip_separators():
             first = self._text[self._at]
             if first in "[]" and inside == (first == "]"):
                 inside = not inside
-                self._indent, self._at = None, self._at + 1
+                self._indent = None
+                self._at = self._at + 1
                 continue
             number += 1
             while True:
@@ -123,7 +136,8 @@ class _JsonValues:
                 # Twice as much each time: a long value stays linear.
                 self._fill(size)
                 size = min(2 * size, max(self._limit, _READ))
-            size, whole = _READ, reason is None
+            size = _READ
+            whole = reason is None
             if whole:
                 raw = self._text[self._at : end]
                 wrong = None
@@ -173,11 +187,13 @@ class _JsonValues:
                 data = self._stream.read1(size)
             except open_files.COMPRESSION_ERRORS as error:
                 # What came before it is whole, and is read first.
-                data, self._error = b"", error
+                data = b""
+                self._error = error
             self._ended = not data
             parts.append(self._utf8.decode(data, final=self._ended))
             size -= len(data)
-        self._text, self._at = "".join(parts), 0
+        self._text = "".join(parts)
+        self._at = 0
 
     def _skip_separators(self) -> bool:
         """Goes to where the next value begins; False where there is none."""
@@ -197,8 +213,8 @@ class _JsonValues:
             self._fill(_READ)
 
     def _skip_damaged(self, inside: bool) -> tuple[str, bool]:
-        """Goes on to the next line that begins as this one did with a value. (what is lost besides: "", "line" or
-        "all"; whether that line begins a list of its own)."""
+        """Goes on to the next line that begins as this one did with a value. (what is lost besides:
+        "", "line" or "all"; whether that line begins a list of its own)."""
         own_line = not inside or self._indent is not None
         indent = (self._indent or "") if inside else ""
         begins = re.compile(
@@ -208,7 +224,8 @@ class _JsonValues:
             match = begins.search(self._text, self._at)
             if match:
                 self._line += self._text.count("\n", self._at, match.end())
-                self._at, self._indent = match.end(), indent
+                self._at = match.end()
+                self._indent = indent
                 return ("" if own_line else "line"), not own_line and self._text[self._at] == "["
             kept = max(self._at, len(self._text) - len(indent) - 1)
             self._line += self._text.count("\n", self._at, kept)
@@ -219,21 +236,24 @@ class _JsonValues:
             self._fill(_READ)
 
 
-# --- tables ---------------------------------------------------------------------------------------------------
+# --- tables
+# ---------------------------------------------------------------------------------------------------
 
 
 def cells(stream: io.BufferedReader, kind: str, limit: int) -> Iterator[Row]:
-    """The rows of a .csv or .tsv, the first one too: a list of texts each. ``place`` is the line where a row begins.
+    """The rows of a .csv or .tsv, the first one too: a list of texts each. ``place`` is the line
+    where a row begins.
 
-    .csv is as RFC 4180 says; where a comma does not divide the first line and ; or a tab does, it is that. .tsv is
-    lines and tabs; quotes are text there, save around cells that hold a line end, a tab or doubled quotes."""
+    .csv is as RFC 4180 says; where a comma does not divide the first line and ; or a tab does, it
+    is that. .tsv is lines and tabs; quotes are text there, save around cells that hold a line end,
+    a tab or doubled quotes."""
     lines = _Lines(stream, limit)
     return _tabbed(lines, limit) if kind == ".tsv" else _comma_separated(lines, stream, limit)
 
 
 def table(stream: io.BufferedReader, kind: str, limit: int) -> Iterator[Row]:
-    """The rows of a .csv or .tsv as dicts by the names of its first line. A row of more cells is `Damaged`; what a
-    shorter one lacks, its dict lacks."""
+    """The rows of a .csv or .tsv as dicts by the names of its first line. A row of more cells is
+    `Damaged`; what a shorter one lacks, its dict lacks."""
     names = None
     for row in cells(stream, kind, limit):
         if isinstance(row.value, Damaged):
@@ -256,12 +276,13 @@ class _LineDamage(Exception):
 
 
 class _Lines:
-    """Lines as text with their ends, for `csv.reader`; ``number`` is that of the last one, ``wrong`` what the lines
-    since the last `start` have that is not UTF-8."""
+    """Lines as text with their ends, for `csv.reader`; ``number`` is that of the last one,
+    ``wrong`` what the lines since the last `start` have that is not UTF-8."""
 
     def __init__(self, stream: io.BufferedReader, limit: int):
         self._lines = open_files.bounded_lines(stream, limit)
-        self.number, self.wrong = 0, None
+        self.number = 0
+        self.wrong = None
 
     def start(self) -> None:
         self.wrong = None
@@ -283,7 +304,12 @@ class _Lines:
 
 def _comma_separated(lines: _Lines, stream: io.BufferedReader, limit: int) -> Iterator[Row]:
     csv.field_size_limit(min(limit, 2**31 - 1))  # 131,072 otherwise, which a document may pass
-    head = stream.peek(1 << 12)[: 1 << 12].decode("utf-8", "replace").split("\n", 1)[0].split("\r", 1)[0]
+    head = (
+        stream.peek(1 << 12)[: 1 << 12]
+        .decode("utf-8", "replace")
+        .split("\n", 1)[0]
+        .split("\r", 1)[0]
+    )
     counts = {mark: len(next(csv.reader([head], delimiter=mark), [])) for mark in ",;\t"}
     mark = "," if counts[","] > 1 else max(counts, key=counts.get)
     reader = csv.reader(lines, delimiter=mark, strict=True)
@@ -304,7 +330,9 @@ def _comma_separated(lines: _Lines, stream: io.BufferedReader, limit: int) -> It
 
 
 def _tabbed(lines: _Lines, limit: int) -> Iterator[Row]:
-    waiting, width, quoted = collections.deque(), None, False
+    waiting = collections.deque()
+    width = None
+    quoted = False
 
     def take() -> tuple[int, str, str | None] | None:
         if waiting:
@@ -329,8 +357,12 @@ def _tabbed(lines: _Lines, limit: int) -> Iterator[Row]:
             width = len(row)
             quoted = all(len(cell) > 1 and cell[0] == cell[-1] == '"' for cell in row)
         if any(cell.startswith('"') for cell in row) and (len(row) != width or text.count('"') % 2):
-            # Line ends or tabs inside quotes, perhaps; but a line that is a row by itself is not part of another.
-            more, joined, size, found = [], text, len(text), []
+            # Line ends or tabs inside quotes, perhaps; but a line that is a row by itself is not
+            # part of another.
+            more = []
+            joined = text
+            size = len(text)
+            found = []
             try:
                 while joined.count('"') % 2 and len(more) < _JOINED_LINES and size < limit:
                     following = take()
@@ -355,18 +387,21 @@ def _tabbed(lines: _Lines, limit: int) -> Iterator[Row]:
 
 
 def _unquoted(cell: str, always: bool) -> str:
-    """A cell as its writer had it: one in quotes with doubled quotes inside, or any in quotes where all are."""
+    """A cell as its writer had it: one in quotes with doubled quotes inside, or any in quotes where
+    all are."""
     inner = cell[1:-1]
     if len(cell) < 2 or cell[0] != '"' or cell[-1] != '"' or inner.replace('""', "").count('"'):
         return cell
     return inner.replace('""', '"') if always or '""' in inner else cell
 
 
-# --- Parquet --------------------------------------------------------------------------------------------------
+# --- Parquet
+# --------------------------------------------------------------------------------------------------
 
 
 def parquet(stream, choose: Callable[[list[str]], list[str] | Damaged]) -> Iterator[Row]:
-    """The rows of a Parquet file as dicts of the columns that ``choose`` takes of all names; its `Damaged` stands for
+    """The rows of a Parquet file as dicts of the columns that ``choose`` takes of all names; its
+    `Damaged` stands for
     the file. Texts come as bytes: as strings, pyarrow would refuse what is not UTF-8."""
     import pyarrow
     import pyarrow.parquet

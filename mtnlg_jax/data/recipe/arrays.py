@@ -1,4 +1,5 @@
-"""The last stages: tokenizer, tokens of each shard, and the arrays of each source, written shard of zarr by shard."""
+"""The last stages: tokenizer, tokens of each shard, and the arrays of each source, written shard of
+zarr by shard."""
 
 import hashlib
 from collections.abc import Iterator
@@ -11,7 +12,13 @@ from mtnlg_jax.data.batches import permute
 from mtnlg_jax.data.prepare import cut_place, encode_texts
 from mtnlg_jax.data.recipe.stages import Folder, Row, Shard, Task
 from mtnlg_jax.data.recipe.texts import load, save
-from mtnlg_jax.data.store.tokens import SHARD, create_tokens, finish_tokens, token_dtype, write_shard
+from mtnlg_jax.data.store.tokens import (
+    SHARD,
+    create_tokens,
+    finish_tokens,
+    token_dtype,
+    write_shard,
+)
 from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 PARTS = ("train", "heldout")
@@ -22,45 +29,76 @@ _LEAST_CHARACTERS = 200  # of an end
 _TRAINING_TEXT = 200_000_000
 
 
-def tokenizer_task(shards: list[Shard], kind: str, vocab_size: int, heldout: float, seed: int) -> Task:
-    """Trains a tokenizer of ``kind`` ("bpe", "unigram") on the training part, or brings that of the path ``kind``."""
+def tokenizer_task(
+    shards: list[Shard], kind: str, vocab_size: int, heldout: float, seed: int
+) -> Task:
+    """Trains a tokenizer of ``kind`` ("bpe", "unigram") on the training part, or brings that of the
+    path ``kind``."""
     if kind not in ("bpe", "unigram"):
         ready = load_tokenizer(kind)
         return Task("stages/tokenizer/task", _bring, (kind,), (ready.fingerprint,))
     shards = [shards[number] for number in _order(len(shards), seed)]
-    return Task("stages/tokenizer/task", _train, (shards, _tails(shards), kind, vocab_size, heldout, seed),
-                ([shard.key for shard in shards], kind, vocab_size, heldout, seed))
+    return Task(
+        "stages/tokenizer/task",
+        _train,
+        (shards, _tails(shards), kind, vocab_size, heldout, seed),
+        ([shard.key for shard in shards], kind, vocab_size, heldout, seed),
+    )
 
 
-def encode_tasks(shards: list[Shard], tokenizer: str, fingerprint: str, heldout: float, seed: int) -> list[Task]:
-    """One for each shard: its documents in another order, cut into training and held-out part, as tokens.
+def encode_tasks(
+    shards: list[Shard], tokenizer: str, fingerprint: str, heldout: float, seed: int
+) -> list[Task]:
+    """One for each shard: its documents in another order, cut into training and held-out part, as
+    tokens.
     ``tokenizer``: its folder or URL."""
     tails = _tails(shards)
-    return [Task("stages/encode/" + shard.base, _encode,
-                 (shard, tokenizer, fingerprint, heldout, tails, seed),
-                 (shard.key, fingerprint, heldout, tails, seed)) for shard in shards]
+    return [
+        Task(
+            "stages/encode/" + shard.base,
+            _encode,
+            (shard, tokenizer, fingerprint, heldout, tails, seed),
+            (shard.key, fingerprint, heldout, tails, seed),
+        )
+        for shard in shards
+    ]
 
 
-def array_tasks(encoded: list[Task], results: list[dict], place: str, part: str, seed: int,
-                tokenizer: Tokenizer) -> tuple[Task, list[Task]]:
-    """What makes the array ``place`` (sources/NAME/train, heldout) of what `encode_tasks` made: the task that must
-    be first, and one for each 16.8 million tokens."""
+def array_tasks(
+    encoded: list[Task], results: list[dict], place: str, part: str, seed: int, tokenizer: Tokenizer
+) -> tuple[Task, list[Task]]:
+    """What makes the array ``place`` (sources/NAME/train, heldout) of what `encode_tasks` made: the
+    task that must be first, and one for each 16.8 million tokens."""
     order = _order(len(encoded), seed)
     found = [results[number][part] for number in order]
-    blobs = [(encoded[number].name, result["tokens"]) for number, result in zip(order, found, strict=True)]
+    blobs = [
+        (encoded[number].name, result["tokens"])
+        for number, result in zip(order, found, strict=True)
+    ]
     depends = ([result["sha256"] for result in found], part, tokenizer.fingerprint, seed)
-    counts = {what: sum(result[what] for result in found) for what in ("tokens", "documents", "bytes")}
-    meta = {"dtype": token_dtype(tokenizer.vocab_size).name, **counts, "vocab_size": tokenizer.vocab_size,
-            "tokenizer": tokenizer.fingerprint, "seed": seed,
-            "sha256": hashlib.sha256(repr(depends).encode()).hexdigest()}
+    counts = {
+        what: sum(result[what] for result in found) for what in ("tokens", "documents", "bytes")
+    }
+    meta = {
+        "dtype": token_dtype(tokenizer.vocab_size).name,
+        **counts,
+        "vocab_size": tokenizer.vocab_size,
+        "tokenizer": tokenizer.fingerprint,
+        "seed": seed,
+        "sha256": hashlib.sha256(repr(depends).encode()).hexdigest(),
+    }
     name = "stages/arrays/" + place.replace("/", "-")
     first = Task(name, _frame, (place, part, blobs, meta), depends)
-    return first, [Task(f"{name}-{number:06d}", _shard, (place, part, blobs, number), (first.key, number))
-                   for number in range(-(-counts["tokens"] // SHARD))]
+    return first, [
+        Task(f"{name}-{number:06d}", _shard, (place, part, blobs, number), (first.key, number))
+        for number in range(-(-counts["tokens"] // SHARD))
+    ]
 
 
 def _order(count: int, seed: int) -> np.ndarray:
-    return permute(np.arange(count), count, np.uint64(seed & (1 << 64) - 1)) if count else np.arange(0)
+    return (
+        permute(np.arange(count), count, np.uint64(seed & (1 << 64) - 1)) if count else np.arange(0)
+    )
 
 
 def _tails(shards: list[Shard]) -> bool:
@@ -74,7 +112,9 @@ def _split(row: Row, share: float, tail: bool, key: bytes) -> tuple[str, str]:
         place = cut_place(row.text, share)
         return row.text[:place], row.text[place:]
     digest = hashlib.blake2b(row.text.encode(), digest_size=8, key=key).digest()
-    held = int.from_bytes(digest, "little") < share * 2.0**64  # by the text: its copies are on the same side
+    held = (
+        int.from_bytes(digest, "little") < share * 2.0**64
+    )  # by the text: its copies are on the same side
     return ("", row.text) if held else (row.text, "")
 
 
@@ -82,13 +122,29 @@ def _bring(folder: Folder, name: str, kind: str) -> dict:
     return _save(folder, load_tokenizer(kind))
 
 
-def _train(folder: Folder, name: str, shards: list[Shard], tails: bool, kind: str, vocab_size: int,
-           heldout: float, seed: int) -> dict:
-    return _save(folder, train_tokenizer(_training_texts(folder, shards, tails, heldout, seed), vocab_size, kind, seed))
+def _train(
+    folder: Folder,
+    name: str,
+    shards: list[Shard],
+    tails: bool,
+    kind: str,
+    vocab_size: int,
+    heldout: float,
+    seed: int,
+) -> dict:
+    return _save(
+        folder,
+        train_tokenizer(
+            _training_texts(folder, shards, tails, heldout, seed), vocab_size, kind, seed
+        ),
+    )
 
 
-def _training_texts(folder: Folder, shards: list[Shard], tails: bool, heldout: float, seed: int) -> Iterator[str]:
-    size, key = 0, str(seed).encode()
+def _training_texts(
+    folder: Folder, shards: list[Shard], tails: bool, heldout: float, seed: int
+) -> Iterator[str]:
+    size = 0
+    key = str(seed).encode()
     for shard in shards:
         for row in folder.rows(shard):
             if text := _split(row, heldout, tails, key)[0]:
@@ -99,11 +155,17 @@ def _training_texts(folder: Folder, shards: list[Shard], tails: bool, heldout: f
 
 
 def _save(folder: Folder, tokenizer: Tokenizer) -> dict:
-    for old in storage.list_files(folder.root, "tokenizer"):  # another kind's would be taken for this one's
+    for old in storage.list_files(
+        folder.root, "tokenizer"
+    ):  # another kind's would be taken for this one's
         storage.remove_file(folder.root, old)
     for file, content in tokenizer.files().items():
         folder.write(f"tokenizer/{file}", content)
-    return {"kind": tokenizer.kind, "fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}
+    return {
+        "kind": tokenizer.kind,
+        "fingerprint": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+    }
 
 
 @lru_cache(maxsize=1)  # one a process, not one a task
@@ -111,9 +173,19 @@ def _tokenizer(place: str, fingerprint: str) -> Tokenizer:
     return load_tokenizer(place)
 
 
-def _encode(folder: Folder, name: str, shard: Shard, place: str, fingerprint: str, heldout: float, tail: bool,
-            seed: int) -> dict:
-    tokenizer, rows, key = _tokenizer(place, fingerprint), folder.rows(shard), str(seed).encode()
+def _encode(
+    folder: Folder,
+    name: str,
+    shard: Shard,
+    place: str,
+    fingerprint: str,
+    heldout: float,
+    tail: bool,
+    seed: int,
+) -> dict:
+    tokenizer = _tokenizer(place, fingerprint)
+    rows = folder.rows(shard)
+    key = str(seed).encode()
     split = [_split(rows[number], heldout, tail, key) for number in _order(len(rows), seed)]
     result = {}
     for part, texts in zip(PARTS, zip(*split, strict=True), strict=True):
@@ -124,12 +196,18 @@ def _encode(folder: Folder, name: str, shard: Shard, place: str, fingerprint: st
         save(folder, f"{name}.{part}.tokens", tokens)
         save(folder, f"{name}.{part}.lengths", lengths)
         digest = hashlib.sha256(lengths.tobytes() + tokens.tobytes()).hexdigest()
-        result[part] = {"tokens": tokens.size, "documents": len(texts), "bytes": sum(len(t.encode()) for t in texts),
-                        "sha256": digest}
+        result[part] = {
+            "tokens": tokens.size,
+            "documents": len(texts),
+            "bytes": sum(len(t.encode()) for t in texts),
+            "sha256": digest,
+        }
     return result
 
 
-def _frame(folder: Folder, name: str, place: str, part: str, blobs: list[tuple], meta: dict) -> dict:
+def _frame(
+    folder: Folder, name: str, place: str, part: str, blobs: list[tuple], meta: dict
+) -> dict:
     location = storage.join(folder.root, place)
     create_tokens(location, meta["vocab_size"], meta["tokens"])
     finish_tokens(location, (load(folder, f"{blob[0]}.{part}.lengths") for blob in blobs), meta)
@@ -137,8 +215,13 @@ def _frame(folder: Folder, name: str, place: str, part: str, blobs: list[tuple],
     return meta
 
 
-def _shard(folder: Folder, name: str, place: str, part: str, blobs: list[tuple], number: int) -> dict:
-    low, high, start, pieces = number * SHARD, (number + 1) * SHARD, 0, []
+def _shard(
+    folder: Folder, name: str, place: str, part: str, blobs: list[tuple], number: int
+) -> dict:
+    low = number * SHARD
+    high = (number + 1) * SHARD
+    start = 0
+    pieces = []
     for blob, count in blobs:
         if start < high and start + count > low:
             tokens = load(folder, f"{blob}.{part}.tokens")

@@ -1,4 +1,5 @@
-"""Stages that take text for what it says: test sets cut out, and what a classifier learnt to leave out."""
+"""Stages that take text for what it says: test sets cut out, and what a classifier learnt to leave
+out."""
 
 import json
 from collections import Counter
@@ -26,23 +27,31 @@ LEAK = "holds text of a test set"
 
 
 def test_files(config: DecontaminationConfig, report: ReadReport | None = None) -> list[File]:
-    """The files of the test sets, each once; what of their folders is left out is counted in ``report``. Raises
-    FileNotFoundError, or ValueError where a test set has none that can be read."""
+    """The files of the test sets, each once; what of their folders is left out is counted in
+    ``report``. Raises FileNotFoundError, or ValueError where a test set has none that can be
+    read."""
     files = {}
     for path in config.test_sets:
         if find(path) is None:
-            raise FileNotFoundError(f"test set {path} does not exist; give a file or a folder with --test_sets")
+            raise FileNotFoundError(
+                f"test set {path} does not exist; give a file or a folder with --test_sets"
+            )
         readable = list_files(path, report, kinds=TEST_KINDS)
         if not readable:
-            raise ValueError(f"test set {path} holds none of {' '.join(TEST_KINDS)} (also compressed); convert it")
+            raise ValueError(
+                f"test set {path} holds none of {' '.join(TEST_KINDS)} (also compressed); convert it"
+            )
         for file in readable:
             files.setdefault(file.real or file.path, file)
     return list(files.values())
 
 
-def test_ngrams(folder: Folder, name: str, files: list[File], config: DecontaminationConfig, encoding: str) -> dict:
-    """NAME.keys: the n-grams of the test sets, a line each. "fields": by field, how many texts counted, were too short
-    to make an n-gram, or did not count: numbers, and fields that ``test_keys`` does not name."""
+def test_ngrams(
+    folder: Folder, name: str, files: list[File], config: DecontaminationConfig, encoding: str
+) -> dict:
+    """NAME.keys: the n-grams of the test sets, a line each. "fields": by field, how many texts
+    counted, were too short to make an n-gram, or did not count: numbers, and fields that
+    ``test_keys`` does not name."""
     fields = {}
 
     def texts() -> Iterator[str]:
@@ -65,9 +74,15 @@ def test_ngrams(folder: Folder, name: str, files: list[File], config: Decontamin
 
 def fields_note(fields: dict[str, dict[str, int]], config: DecontaminationConfig) -> str:
     """Which fields of the test sets counted, and which did not and why."""
-    reasons = {"too short": f"under {config.algorithm.min_words} words",
-               "left out": "not named by test_keys, or not text" if config.test_keys else "numbers, not text"}
-    used = [f"{field} ({counts['counted']:,})" for field, counts in fields.items() if counts["counted"]]
+    reasons = {
+        "too short": f"under {config.algorithm.min_words} words",
+        "left out": "not named by test_keys, or not text"
+        if config.test_keys
+        else "numbers, not text",
+    }
+    used = [
+        f"{field} ({counts['counted']:,})" for field, counts in fields.items() if counts["counted"]
+    ]
     parts = [f"Fields searched for: {', '.join(used)}."]
     for what, why in reasons.items():
         named = [f"{field} ({counts[what]:,})" for field, counts in fields.items() if counts[what]]
@@ -76,16 +91,25 @@ def fields_note(fields: dict[str, dict[str, int]], config: DecontaminationConfig
     return " ".join(parts)
 
 
-def leaks(folder: Folder, name: str, shard: Shard, tests: str, key: str, config: DecontaminationConfig) -> dict:
+def leaks(
+    folder: Folder, name: str, shard: Shard, tests: str, key: str, config: DecontaminationConfig
+) -> dict:
     """How often each n-gram occurs in the shard."""
-    counts, found = Counter(), _ngrams(folder.root, tests, key, config)
+    counts = Counter()
+    found = _ngrams(folder.root, tests, key, config)
     for row in folder.rows(shard):
         counts.update(frequencies(row.text, found))
     return {"counts": dict(sorted(counts.items()))}
 
 
-def rare_ngrams(folder: Folder, name: str, tests: str, key: str, counted: list[str],
-                config: DecontaminationConfig) -> dict:
+def rare_ngrams(
+    folder: Folder,
+    name: str,
+    tests: str,
+    key: str,
+    counted: list[str],
+    config: DecontaminationConfig,
+) -> dict:
     """NAME.keys: those that are found less often than the threshold in all of the corpus."""
     counts = Counter()
     for task in counted:
@@ -93,11 +117,19 @@ def rare_ngrams(folder: Folder, name: str, tests: str, key: str, counted: list[s
     every = _ngrams(folder.root, tests, key, config)
     rare = below(every, counts)
     _save(folder, name, rare)
-    return {"ngrams": len(every.keys), "found": len(counts), "common": len(every.keys) - len(rare.keys)}
+    return {
+        "ngrams": len(every.keys),
+        "found": len(counts),
+        "common": len(every.keys) - len(rare.keys),
+    }
 
 
-def decontaminated(folder: Folder, name: str, shard: Shard, rare: str, key: str, config: DecontaminationConfig) -> dict:
-    tally, kept, found = Tally(), [], _ngrams(folder.root, rare, key, config)
+def decontaminated(
+    folder: Folder, name: str, shard: Shard, rare: str, key: str, config: DecontaminationConfig
+) -> dict:
+    tally = Tally()
+    kept = []
+    found = _ngrams(folder.root, rare, key, config)
     for row in folder.rows(shard):
         tally.came(row)
         parts, matched = pieces(row.text, found)
@@ -114,19 +146,36 @@ def decontaminated(folder: Folder, name: str, shard: Shard, rare: str, key: str,
     return tally.result([folder.write_rows(name, shard.source, kept)])
 
 
-def classifier(folder: Folder, name: str, good: list[File], bad: list[File], text_key: str, encoding: str,
-               config: QualityConfig) -> dict:
+def classifier(
+    folder: Folder,
+    name: str,
+    good: list[File],
+    bad: list[File],
+    text_key: str,
+    encoding: str,
+    config: QualityConfig,
+) -> dict:
     """NAME.quality.*: what was learnt from the two."""
-    texts = [[document.text for file in files for document in read_file(file, text_key, encoding=encoding)]
-             for files in (good, bad)]
+    texts = [
+        [
+            document.text
+            for file in files
+            for document in read_file(file, text_key, encoding=encoding)
+        ]
+        for files in (good, bad)
+    ]
     learnt = train(*texts, config.classifier)
     for file, content in learnt.files().items():
         folder.write(f"{name}.{file}", content)
     return learnt.result
 
 
-def good_rows(folder: Folder, name: str, shard: Shard, learnt: str, key: str, seed: int, config: QualityConfig) -> dict:
-    tally, left, rows = Tally(), [], folder.rows(shard)
+def good_rows(
+    folder: Folder, name: str, shard: Shard, learnt: str, key: str, seed: int, config: QualityConfig
+) -> dict:
+    tally = Tally()
+    left = []
+    rows = folder.rows(shard)
     texts = [row.text for row in rows]
     scores = _classifier(folder.root, learnt, key).scores(texts)
     for row, score, keep in zip(rows, scores, kept(scores, texts, seed, config.alpha), strict=True):
@@ -135,8 +184,16 @@ def good_rows(folder: Folder, name: str, shard: Shard, learnt: str, key: str, se
             left.append(row)
             tally.stays(row)
         else:
-            tally.took("dropped", "by its score, and by chance", row.place, f"score {score:.3f}: {row.text}")
-    nearest = [[abs(score - 0.5), f"score {score:.3f}", excerpt(text)] for score, text in border(scores, texts, 5)]
+            tally.took(
+                "dropped",
+                "by its score, and by chance",
+                row.place,
+                f"score {score:.3f}: {row.text}",
+            )
+    nearest = [
+        [abs(score - 0.5), f"score {score:.3f}", excerpt(text)]
+        for score, text in border(scores, texts, 5)
+    ]
     return tally.result([folder.write_rows(name, shard.source, left)], nearest=nearest)
 
 
@@ -150,10 +207,14 @@ def _save(folder: Folder, name: str, found: NGrams) -> None:
 
 @lru_cache(maxsize=2)  # one a process, not one a task
 def _ngrams(root: str, name: str, key: str, config: DecontaminationConfig) -> NGrams:
-    return NGrams(frozenset(Folder(root).read(name + ".keys").decode().split("\n")) - {""}, config.algorithm)
+    return NGrams(
+        frozenset(Folder(root).read(name + ".keys").decode().split("\n")) - {""}, config.algorithm
+    )
 
 
 @lru_cache(maxsize=1)
 def _classifier(root: str, name: str, key: str) -> Classifier:
     folder = Folder(root)
-    return Classifier.of({file: folder.read(f"{name}.{file}") for file in ("quality.json", "quality.npz")})
+    return Classifier.of(
+        {file: folder.read(f"{name}.{file}") for file in ("quality.json", "quality.npz")}
+    )

@@ -1,4 +1,5 @@
-"""report.html: what came in, what each stage took and why, with examples; one file that needs no network."""
+"""report.html: what came in, what each stage took and why, with examples; one file that needs no
+network."""
 
 import base64
 import html
@@ -30,15 +31,23 @@ def bin_of(size: int) -> int:
 def render(info: dict) -> str:
     """The page of what `mtnlg_jax.data.recipe.run.make` returns."""
     parts = [f"<h1>{_text(info['name'])}</h1>", _summary(info), _flow(info["stages"])]
-    parts += [_image(_lengths(info["stages"]), "documents by length, as they came in and as they are kept")]
+    parts += [
+        _image(
+            _lengths(info["stages"]), "documents by length, as they came in and as they are kept"
+        )
+    ]
     parts += [_stage(stage) for stage in info["stages"]]
     if "blend" in info:
         parts += ["<h2>Blend</h2>", _blend(info)]
     parts += ["<h2>Input</h2>", _inputs(info), "<h2>Output</h2>", _outputs(info)]
-    settings = [[_text(key), f"<code>{_text(value)}</code>"] for key, value in info["settings"].items()]
+    settings = [
+        [_text(key), f"<code>{_text(value)}</code>"] for key, value in info["settings"].items()
+    ]
     parts += ["<h2>Settings</h2>", _table(["setting", ""], settings, "wide")]
-    return (f"<!doctype html><html><head><meta charset=utf-8><title>{_text(info['name'])}</title>"
-            f"<style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n")
+    return (
+        f"<!doctype html><html><head><meta charset=utf-8><title>{_text(info['name'])}</title>"
+        f"<style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+    )
 
 
 def _text(value) -> str:
@@ -59,14 +68,21 @@ def _size(count: int) -> str:
 
 
 def _summary(info: dict) -> str:
-    first, last = info["stages"][0], info["stages"][-1]
-    documents, size = last["documents"][1], last["bytes"][1]
-    came, read = first["documents"][1], first["bytes"][1]
-    lines = [f"{came:,} documents ({_size(read)}) were read; {documents:,} ({_size(size)}, "
-             f"{size / max(1, read):.1%} of the text) are kept."]
+    first = info["stages"][0]
+    last = info["stages"][-1]
+    documents = last["documents"][1]
+    size = last["bytes"][1]
+    came = first["documents"][1]
+    read = first["bytes"][1]
+    lines = [
+        f"{came:,} documents ({_size(read)}) were read; {documents:,} ({_size(size)}, "
+        f"{size / max(1, read):.1%} of the text) are kept."
+    ]
     if "tokens" in info:
-        lines += [f"{info['tokens']['train']:,} tokens to train on, {info['tokens']['heldout']:,} held out; the "
-                  f"tokenizer ({_text(info['tokenizer']['kind'])}) has {info['tokenizer']['vocab_size']:,} pieces."]
+        lines += [
+            f"{info['tokens']['train']:,} tokens to train on, {info['tokens']['heldout']:,} held out; the "
+            f"tokenizer ({_text(info['tokenizer']['kind'])}) has {info['tokenizer']['vocab_size']:,} pieces."
+        ]
         if losses := info["tokenizer"].get("losses"):
             lines.append(f"It is not lossless; a text loses {_text(', '.join(losses))}.")
     return f"<p>{' '.join(lines)}</p>"
@@ -76,12 +92,24 @@ def _flow(stages: list[dict]) -> str:
     most = max(1, *(stage["bytes"][0] for stage in stages), stages[0]["bytes"][1])
     rows = []
     for stage in stages:
-        (before, after), (size_before, size_after) = stage["documents"], stage["bytes"]
+        before, after = stage["documents"]
+        size_before, size_after = stage["bytes"]
         taken = f"{size_before - size_after:,}" if size_before else ""
         share = f"{(size_before - size_after) / size_before:.2%}" if size_before else ""
-        rows.append([_text(stage["name"]), f"{before:,}" if size_before else "", f"{after:,}", _size(size_after), taken,
-                     share, _bar(size_after, most)])
-    return _table(["stage", "documents in", "documents out", "text out", "bytes taken", "share", ""], rows)
+        rows.append(
+            [
+                _text(stage["name"]),
+                f"{before:,}" if size_before else "",
+                f"{after:,}",
+                _size(size_after),
+                taken,
+                share,
+                _bar(size_after, most),
+            ]
+        )
+    return _table(
+        ["stage", "documents in", "documents out", "text out", "bytes taken", "share", ""], rows
+    )
 
 
 def _bar(size: int, most: int) -> str:
@@ -96,15 +124,24 @@ def _stage(stage: dict) -> str:
     counts += [(rule, "changed", number) for rule, number in stage["changed"].items()]
     if counts:
         counts.sort(key=lambda row: (row[1], -row[2], row[0]))
-        parts.append(_table(["rule", "", "documents"], [[_text(rule), kind, f"{n:,}"] for rule, kind, n in counts]))
+        parts.append(
+            _table(
+                ["rule", "", "documents"],
+                [[_text(rule), kind, f"{n:,}"] for rule, kind, n in counts],
+            )
+        )
     elif stage["bytes"][0]:
         parts.append("<p>Nothing was taken.</p>")
     for name, values in stage.get("tables", {}).items():
         rows = sorted(values.items(), key=lambda item: (-item[1], item[0]))
-        parts.append(_table([name, "", ""], [[_text(key), f"{n:,}", _bar(n, rows[0][1])] for key, n in rows]))
+        parts.append(
+            _table([name, "", ""], [[_text(key), f"{n:,}", _bar(n, rows[0][1])] for key, n in rows])
+        )
     for rule, examples in sorted(stage["examples"].items()):
-        shown = "".join(f"<div class=place>{_text(place)}</div><blockquote>{_text(text)}</blockquote>"
-                        for place, text in examples)
+        shown = "".join(
+            f"<div class=place>{_text(place)}</div><blockquote>{_text(text)}</blockquote>"
+            for place, text in examples
+        )
         parts.append(f"<details><summary>examples: {_text(rule)}</summary>{shown}</details>")
     return "".join(parts)
 
@@ -117,8 +154,16 @@ def _lengths(stages: list[dict]):
     for stage, label, style in ((stages[0], "read", "0.75"), (stages[-1], "kept", "#4a7ab5")):
         width = 0.9 if style == "0.75" else 0.6
         axes.bar(range(len(stage["lengths"])), stage["lengths"], width, color=style, label=label)
-    used = [i for i in range(len(stages[0]["lengths"])) if stages[0]["lengths"][i] or stages[-1]["lengths"][i]]
-    axes.set_xticks(range(len(_LENGTHS)), [f"< {_size(limit).replace('.0', '')}" for limit in _LENGTHS], rotation=60)
+    used = [
+        i
+        for i in range(len(stages[0]["lengths"]))
+        if stages[0]["lengths"][i] or stages[-1]["lengths"][i]
+    ]
+    axes.set_xticks(
+        range(len(_LENGTHS)),
+        [f"< {_size(limit).replace('.0', '')}" for limit in _LENGTHS],
+        rotation=60,
+    )
     if used:
         axes.set_xlim(used[0] - 0.6, used[-1] + 0.6)
     axes.set_ylabel("documents")
@@ -133,19 +178,40 @@ def _image(figure, words: str) -> str:
 
 
 def _blend(info: dict) -> str:
-    rows = [[_text(row["name"]), f"{row['documents']:,}", f"{row['tokens']:,}", f"{row['bytes_per_token']:.2f}",
-             f"{row['weight']:.5f}", f"{row['epochs']:.2f}"] for row in info["blend"]]
-    return (_table(["source", "documents", "tokens", "bytes / token", "weight", "epochs"], rows)
-            + f"<p>Epochs: how often {info['train_tokens']:,} tokens of training go through each source.</p>")
+    rows = [
+        [
+            _text(row["name"]),
+            f"{row['documents']:,}",
+            f"{row['tokens']:,}",
+            f"{row['bytes_per_token']:.2f}",
+            f"{row['weight']:.5f}",
+            f"{row['epochs']:.2f}",
+        ]
+        for row in info["blend"]
+    ]
+    return (
+        _table(["source", "documents", "tokens", "bytes / token", "weight", "epochs"], rows)
+        + f"<p>Epochs: how often {info['train_tokens']:,} tokens of training go through each source.</p>"
+    )
 
 
 def _inputs(info: dict) -> str:
-    rows = [[_text(name), _size(entry["size"]), f"<code>{_text(entry['sha256'])}</code>"]
-            for name, entry in info["inputs"].items()]
+    rows = [
+        [_text(name), _size(entry["size"]), f"<code>{_text(entry['sha256'])}</code>"]
+        for name, entry in info["inputs"].items()
+    ]
     shown = _table(["file", "size", "sha256"], rows[:200], "wide")
-    return shown + (f"<p>and {len(rows) - 200:,} more, in report.json</p>" if len(rows) > 200 else "")
+    return shown + (
+        f"<p>and {len(rows) - 200:,} more, in report.json</p>" if len(rows) > 200 else ""
+    )
 
 
 def _outputs(info: dict) -> str:
-    return _table(["part", "sha256"], [[_text(name), f"<code>{_text(digest)}</code>"]
-                                       for name, digest in info["outputs"].items()], "wide")
+    return _table(
+        ["part", "sha256"],
+        [
+            [_text(name), f"<code>{_text(digest)}</code>"]
+            for name, digest in info["outputs"].items()
+        ],
+        "wide",
+    )

@@ -1,4 +1,5 @@
-"""What a recipe is: a frozen dataclass that a file of configs/data gives, as configs/*.py give a run's."""
+"""What a recipe is: a frozen dataclass that a file of configs/data gives, as configs/*.py give a
+run's."""
 
 import dataclasses
 import re
@@ -21,20 +22,26 @@ STAGES = ("clean", "duplicates", "paragraphs", "decontaminate", "quality", "toke
 
 @dataclass(frozen=True)
 class Source:
-    """Text that has a weight of its own: files and folders (paths, gs://, s3://); relative ones lie below --input."""
+    """Text that has a weight of its own: files and folders (paths, gs://, s3://); relative ones lie
+    below --input."""
 
     name: str = ""
     paths: tuple[str, ...] = field(default=(), metadata=PATH)
-    weight: float | None = None  # of the samples in training, relative to the others; None for all: by their tokens
+    weight: float | None = (
+        None  # of the samples in training, relative to the others; None for all: by their tokens
+    )
     priority: int = 0  # of duplicates the one whose source has the highest stays
-    text_key: str = "text"  # key or column of the text in JSON and Parquet; of "a|b" the first that is there
+    text_key: str = (
+        "text"  # key or column of the text in JSON and Parquet; of "a|b" the first that is there
+    )
     settings: tuple[str, ...] = ()  # of "clean", for this source alone: ("clean.min_tokens=16",)
     skip_stages: tuple[str, ...] = ()  # of STAGES[:-1]; what this source's text passes unchanged
 
 
-# A source of code or mathematics: `Source(name, paths, **TECHNICAL_TEXT)`. Its text is judged by its length alone,
-# and changed by nothing but the masks of personal data and the cuts of test sets. Repetition is the nature of code, so
-# blocks that other files hold too stay; whole files that are alike do not.
+# A source of code or mathematics: `Source(name, paths, **TECHNICAL_TEXT)`. Its text is judged by
+# its length alone, and changed by nothing but the masks of personal data and the cuts of test sets.
+# Repetition is the nature of code, so blocks that other files hold too stay; whole files that are
+# alike do not.
 TECHNICAL_TEXT = {
     "settings": (
         "clean.prose_rules=false",
@@ -61,13 +68,16 @@ class DecontaminationConfig:
 
     # Files and folders of .jsonl, .json, .txt, .csv, .tsv, .parquet, also compressed.
     test_sets: tuple[str, ...] = field(default=(), metadata=PATH)
-    test_keys: tuple[str, ...] = ()  # fields of their rows that count; none named: all, however deep they lie
+    test_keys: tuple[
+        str, ...
+    ] = ()  # fields of their rows that count; none named: all, however deep they lie
     algorithm: Decontamination = field(default_factory=Decontamination)
 
 
 @dataclass(frozen=True)
 class QualityConfig:
-    """What is like the user's good text stays, by the Pareto rule of GPT-3 (Brown 2020, appendix A)."""
+    """What is like the user's good text stays, by the Pareto rule of GPT-3 (Brown 2020, appendix
+    A)."""
 
     good: tuple[str, ...] = field(default=(), metadata=PATH)  # files and folders of text to be like
     bad: tuple[str, ...] = field(default=(), metadata=PATH)
@@ -91,7 +101,9 @@ class Recipe:
     tokenizer: str = field(default="bpe", metadata=PATH)
     vocab_size: int = 8000  # of one to train
     heldout: float = 0.02  # share of the text, 0 to 0.5
-    train_tokens: int | None = None  # for how many tokens the epochs are told; None: those of one epoch
+    train_tokens: int | None = (
+        None  # for how many tokens the epochs are told; None: those of one epoch
+    )
     seed: int = 0
     on_error: str = "raise"  # raise | skip: damaged input
     encoding: str = ""  # of text that is not UTF-8 and does not say so, as cp1252 or gb18030
@@ -101,7 +113,8 @@ class Recipe:
 
 
 def load_recipe(path: str, overrides: tuple[str, ...] = ()) -> Recipe:
-    """``get_config()`` of a file, with "section.key=value" applied. Raises FileNotFoundError or ValueError."""
+    """``get_config()`` of a file, with "section.key=value" applied. Raises FileNotFoundError or
+    ValueError."""
     recipe = load_object(path, Recipe, overrides)
     validate(recipe)
     return recipe
@@ -114,7 +127,9 @@ def validate(recipe: Recipe) -> None:
             raise ValueError(f"stages: {stage!r} is not known; it is one of {', '.join(STAGES)}")
     ordered = tuple(stage for stage in STAGES if stage in recipe.stages)
     if recipe.stages != ordered:
-        raise ValueError(f"stages={','.join(recipe.stages)} must each come once and in this order: {','.join(ordered)}")
+        raise ValueError(
+            f"stages={','.join(recipe.stages)} must each come once and in this order: {','.join(ordered)}"
+        )
     if not 0 <= recipe.heldout <= 0.5:
         raise ValueError(f"heldout={recipe.heldout} must lie in 0 to 0.5")
     if recipe.on_error not in ("raise", "skip"):
@@ -126,7 +141,9 @@ def validate(recipe: Recipe) -> None:
     names = [source.name for source in recipe.sources]
     for name in names:
         if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
-            raise ValueError(f"source {name!r}: a name is made of letters, digits, '_', '-' and '.'")
+            raise ValueError(
+                f"source {name!r}: a name is made of letters, digits, '_', '-' and '.'"
+            )
         if names.count(name) > 1:
             raise ValueError(f"two sources have the name {name!r}; give each its own")
     weights = [source.weight for source in recipe.sources if source.weight is not None]
@@ -140,10 +157,14 @@ def validate(recipe: Recipe) -> None:
         if not source.paths:
             raise ValueError(f"source {source.name!r} has no paths; name its files or folders")
         if source.weight is not None and not 0 <= source.weight < float("inf"):
-            raise ValueError(f"source {source.name!r}: weight={source.weight} must be 0 or more, and finite")
+            raise ValueError(
+                f"source {source.name!r}: weight={source.weight} must be 0 or more, and finite"
+            )
     if weights and len(weights) < len(names):
         lacking = next(source.name for source in recipe.sources if source.weight is None)
-        raise ValueError(f"source {lacking!r} has no weight while others have one; give all of them one, or none")
+        raise ValueError(
+            f"source {lacking!r} has no weight while others have one; give all of them one, or none"
+        )
     if weights and not any(weights):
         raise ValueError("the weights of all sources are 0; give at least one that is above")
     quality = recipe.quality
@@ -171,20 +192,31 @@ def clean_config(recipe: Recipe, name: str) -> CleanConfig:
 
 
 def with_sources(recipe: Recipe, root: str | None) -> Recipe:
-    """``recipe`` with the paths of its sources below ``root``; without sources of its own, one for each entry of root.
-    Sources of weight 0 are left out. Raises FileNotFoundError or ValueError."""
+    """``recipe`` with the paths of its sources below ``root``; without sources of its own, one for
+    each entry of root. Sources of weight 0 are left out. Raises FileNotFoundError or ValueError."""
     if not recipe.sources:
         if root is None:
             raise ValueError("the recipe names no sources; give a folder of text with --input")
-        sources = tuple(dataclasses.replace(source, text_key=recipe.text_key) for source in _entries(root))
+        sources = tuple(
+            dataclasses.replace(source, text_key=recipe.text_key) for source in _entries(root)
+        )
     else:
-        sources = tuple(dataclasses.replace(source, paths=tuple(_below(root, path) for path in source.paths))
-                        for source in recipe.sources if source.weight != 0)
-    return dataclasses.replace(recipe, sources=tuple(sorted(sources, key=lambda source: source.name)))
+        sources = tuple(
+            dataclasses.replace(source, paths=tuple(_below(root, path) for path in source.paths))
+            for source in recipe.sources
+            if source.weight != 0
+        )
+    return dataclasses.replace(
+        recipe, sources=tuple(sorted(sources, key=lambda source: source.name))
+    )
 
 
 def _below(root: str | None, path: str) -> str:
-    return path if root is None or storage.is_remote(path) or Path(path).is_absolute() else storage.join(root, path)
+    return (
+        path
+        if root is None or storage.is_remote(path) or Path(path).is_absolute()
+        else storage.join(root, path)
+    )
 
 
 def _entries(root: str) -> tuple[Source, ...]:
@@ -196,12 +228,19 @@ def _entries(root: str) -> tuple[Source, ...]:
     entries = sorted({file.name.split("/")[0] if "/" in file.name else "" for file in files})
     if "" in entries:
         if len(entries) > 1:
-            raise ValueError(f"{root} holds files beside folders; put them into a folder of their own, or name the "
-                             "sources in the recipe")
+            raise ValueError(
+                f"{root} holds files beside folders; put them into a folder of their own, or name the "
+                "sources in the recipe"
+            )
         return (Source("files", (root,)),)
     names = [re.sub(r"[^\w.-]", "_", entry) for entry in entries]
     for name, entry in zip(names, entries, strict=True):
         if names.count(name) > 1:
-            raise ValueError(f"{root}: the folder {entry!r} would be the source {name!r}, as another one is; rename "
-                             "it, or name the sources in the recipe")
-    return tuple(Source(name, (storage.join(root, entry),)) for name, entry in zip(names, entries, strict=True))
+            raise ValueError(
+                f"{root}: the folder {entry!r} would be the source {name!r}, as another one is; rename "
+                "it, or name the sources in the recipe"
+            )
+    return tuple(
+        Source(name, (storage.join(root, entry),))
+        for name, entry in zip(names, entries, strict=True)
+    )

@@ -1,4 +1,5 @@
-"""What the stages before the tokenizer do with the rows of one shard, and how their counts are put together."""
+"""What the stages before the tokenizer do with the rows of one shard, and how their counts are put
+together."""
 
 import hashlib
 import heapq
@@ -18,15 +19,22 @@ from mtnlg_jax.data.recipe.stages import Folder, Row, Shard
 READING = "reading, in documents and bytes"
 LEFT_OUT = "left out, dropped or repaired"
 
-_EXAMPLES, _EXCERPT = 3, 300  # of each rule, characters of each
+_EXAMPLES = 3  # of each rule, characters of each
+_EXCERPT = 300
 
 
 class Tally:
-    """Counts of what a stage did, with a few examples of each rule; `merged` adds those of all shards."""
+    """Counts of what a stage did, with a few examples of each rule; `merged` adds those of all
+    shards."""
 
     def __init__(self):
-        self.counts = {"documents": [0, 0], "bytes": [0, 0], "dropped": Counter(), "changed": Counter(),
-                       "lengths": [0] * BINS}
+        self.counts = {
+            "documents": [0, 0],
+            "bytes": [0, 0],
+            "dropped": Counter(),
+            "changed": Counter(),
+            "lengths": [0] * BINS,
+        }
         self._examples: dict[str, list] = {}
 
     def came(self, row: Row) -> None:
@@ -47,14 +55,24 @@ class Tally:
             self._examples[rule] = heapq.nsmallest(_EXAMPLES, self._examples[rule])
 
     def result(self, shards: list[dict], **more) -> dict:
-        examples = {rule: heapq.nsmallest(_EXAMPLES, found) for rule, found in self._examples.items()}
+        examples = {
+            rule: heapq.nsmallest(_EXAMPLES, found) for rule, found in self._examples.items()
+        }
         return {"shards": shards, **self.counts, "examples": examples, **more}
 
 
 def merged(name: str, results: list[dict]) -> dict:
     """The counts of a stage over all its tasks, as `report.render` wants them."""
-    total = {"name": name, "documents": [0, 0], "bytes": [0, 0], "dropped": Counter(), "changed": Counter(),
-             "lengths": [0] * BINS, "examples": {}, "tables": {}}
+    total = {
+        "name": name,
+        "documents": [0, 0],
+        "bytes": [0, 0],
+        "dropped": Counter(),
+        "changed": Counter(),
+        "lengths": [0] * BINS,
+        "examples": {},
+        "tables": {},
+    }
     for result in results:
         for key in ("documents", "bytes", "lengths"):
             total[key] = [a + b for a, b in zip(total[key], result[key], strict=True)]
@@ -64,15 +82,24 @@ def merged(name: str, results: list[dict]) -> dict:
             total["examples"].setdefault(rule, []).extend(map(tuple, found))
         for title, counts in result.get("tables", {}).items():
             total["tables"].setdefault(title, Counter()).update(counts)
-    total["examples"] = {rule: [entry[1:] for entry in heapq.nsmallest(_EXAMPLES, found)]
-                         for rule, found in sorted(total["examples"].items())}
+    total["examples"] = {
+        rule: [entry[1:] for entry in heapq.nsmallest(_EXAMPLES, found)]
+        for rule, found in sorted(total["examples"].items())
+    }
     for counts in (total, total["tables"]):
-        counts.update({key: dict(sorted(value.items())) for key, value in counts.items() if isinstance(value, Counter)})
+        counts.update(
+            {
+                key: dict(sorted(value.items()))
+                for key, value in counts.items()
+                if isinstance(value, Counter)
+            }
+        )
     return total
 
 
 def excerpt(text: str, length: int = _EXCERPT) -> str:
-    """The beginning, for a person, without personal data: what a rule dropped was not masked by it."""
+    """The beginning, for a person, without personal data: what a rule dropped was not masked by
+    it."""
     shown, _ = pii.mask(text[: 2 * length])
     return shown if len(shown) <= length else shown[:length] + " ..."
 
@@ -81,10 +108,23 @@ def _draw(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "little")
 
 
-def read(folder: Folder, name: str, files: list[File], source: str, text_key: str, on_error: str,
-         max_document_bytes: int, shard_bytes: int, encoding: str) -> dict:
+def read(
+    folder: Folder,
+    name: str,
+    files: list[File],
+    source: str,
+    text_key: str,
+    on_error: str,
+    max_document_bytes: int,
+    shard_bytes: int,
+    encoding: str,
+) -> dict:
     """The documents of ``files``, in shards of about ``shard_bytes`` of text."""
-    report, tally, shards, rows, size = ReadReport(), Tally(), [], [], 0
+    report = ReadReport()
+    tally = Tally()
+    shards = []
+    rows = []
+    size = 0
 
     def flush() -> None:
         if rows:
@@ -101,20 +141,32 @@ def read(folder: Folder, name: str, files: list[File], source: str, text_key: st
                 flush()
                 size = 0
     flush()
-    inputs = {f"{source}/{file.name}": {"size": file.size, "sha256": content_stamp(file).removeprefix("sha256:")}
-              for file in files}
-    return tally.result(shards, tables={READING: report.counts()}, inputs=inputs,
-                        notes=named_after(source, report.notes))
+    inputs = {
+        f"{source}/{file.name}": {
+            "size": file.size,
+            "sha256": content_stamp(file).removeprefix("sha256:"),
+        }
+        for file in files
+    }
+    return tally.result(
+        shards,
+        tables={READING: report.counts()},
+        inputs=inputs,
+        notes=named_after(source, report.notes),
+    )
 
 
 def named_after(source: str, notes: dict[str, dict]) -> dict[str, dict]:
     """``notes`` of a `ReadReport`, with the source before each name."""
-    return {reason: {"count": noted["count"], "names": [f"{source}/{name}" for name in noted["names"]]}
-            for reason, noted in notes.items()}
+    return {
+        reason: {"count": noted["count"], "names": [f"{source}/{name}" for name in noted["names"]]}
+        for reason, noted in notes.items()
+    }
 
 
 def with_notes(stage: dict, several: list[dict[str, dict]]) -> None:
-    """Adds up notes of what was left out, dropped or repaired, and puts them into a stage as a table and examples."""
+    """Adds up notes of what was left out, dropped or repaired, and puts them into a stage as a
+    table and examples."""
     total = {}
     for notes in several:
         for reason, noted in notes.items():
@@ -123,13 +175,19 @@ def with_notes(stage: dict, several: list[dict[str, dict]]) -> None:
             known["names"] = [*known["names"], *noted["names"]][:NAMED]
     if total:
         stage["notes"] = dict(sorted(total.items()))
-        stage["tables"][LEFT_OUT] = {reason: noted["count"] for reason, noted in stage["notes"].items()}
-        stage["examples"] |= {reason: [(name, "") for name in noted["names"]]
-                              for reason, noted in stage["notes"].items()}
+        stage["tables"][LEFT_OUT] = {
+            reason: noted["count"] for reason, noted in stage["notes"].items()
+        }
+        stage["examples"] |= {
+            reason: [(name, "") for name in noted["names"]]
+            for reason, noted in stage["notes"].items()
+        }
 
 
 def cleaned(folder: Folder, name: str, shard: Shard, config: CleanConfig) -> dict:
-    tally, kept, languages = Tally(), [], Counter()
+    tally = Tally()
+    kept = []
+    languages = Counter()
     for row in folder.rows(shard):
         tally.came(row)
         found = clean(row.text, config)
@@ -141,19 +199,25 @@ def cleaned(folder: Folder, name: str, shard: Shard, config: CleanConfig) -> dic
             tally.took("changed", rule, row.place, _change(rule, row.text, found.text))
         kept.append(Row(found.text, row.place))
         tally.stays(kept[-1])
-    return tally.result([folder.write_rows(name, shard.source, kept)], tables={"language": languages})
+    return tally.result(
+        [folder.write_rows(name, shard.source, kept)], tables={"language": languages}
+    )
 
 
 def _change(rule: str, before: str, after: str) -> str:
     """The line in which a mask stands, or lines that went and those that came."""
-    masked = next((line for line in after.split("\n") if rule and f"<{rule.upper()}>" in line), None)
+    masked = next(
+        (line for line in after.split("\n") if rule and f"<{rule.upper()}>" in line), None
+    )
     if masked is not None:
         start = max(0, masked.index(f"<{rule.upper()}>") - _EXCERPT // 2)
         return masked[start : start + _EXCERPT]
-    old, new = before.split("\n"), after.split("\n")
-    kept, known = set(new), set(old)
-    gone = [f"- {line[:_EXCERPT // 3]}" for line in old if line.strip() and line not in kept][:2]
-    return "\n".join(gone + [f"+ {line[:_EXCERPT // 3]}" for line in new if line not in known][:2])
+    old = before.split("\n")
+    new = after.split("\n")
+    kept = set(new)
+    known = set(old)
+    gone = [f"- {line[: _EXCERPT // 3]}" for line in old if line.strip() and line not in kept][:2]
+    return "\n".join(gone + [f"+ {line[: _EXCERPT // 3]}" for line in new if line not in known][:2])
 
 
 def band_keys(folder: Folder, name: str, shard: Shard, config: MinHashConfig) -> dict:
@@ -164,11 +228,15 @@ def band_keys(folder: Folder, name: str, shard: Shard, config: MinHashConfig) ->
     return {}
 
 
-def candidate_pairs(folder: Folder, name: str, keys: list[str], ranks: np.ndarray, band: int, part: int,
-                    parts: int) -> dict:
-    """NAME.npy: int64 [pairs, 2], documents of the whole corpus that share a key of ``band`` in this part of its
-    range. ``ranks`` [shards]: of each shard's first document."""
-    found, numbers, rank, start = [], [], [], 0
+def candidate_pairs(
+    folder: Folder, name: str, keys: list[str], ranks: np.ndarray, band: int, part: int, parts: int
+) -> dict:
+    """NAME.npy: int64 [pairs, 2], documents of the whole corpus that share a key of ``band`` in
+    this part of its range. ``ranks`` [shards]: of each shard's first document."""
+    found = []
+    numbers = []
+    rank = []
+    start = 0
     for file, first in zip(keys, ranks, strict=True):
         values = load(folder, f"{file}-{band:04d}")
         inside = np.flatnonzero(values % np.uint64(parts) == part)
@@ -182,29 +250,43 @@ def candidate_pairs(folder: Folder, name: str, keys: list[str], ranks: np.ndarra
     return {"pairs": len(pairs)}
 
 
-def similar_pairs(folder: Folder, name: str, shard: Shard, others: dict[int, Shard], pairs: np.ndarray,
-                  config: MinHashConfig) -> dict:
-    """NAME.npy: which of ``pairs`` int64 [n, 3] (row of ``shard``, other shard, row of that) are duplicates: bool [n].
-    Holds the wanted texts of two shards."""
-    similar, examples = np.zeros(len(pairs), bool), []
+def similar_pairs(
+    folder: Folder,
+    name: str,
+    shard: Shard,
+    others: dict[int, Shard],
+    pairs: np.ndarray,
+    config: MinHashConfig,
+) -> dict:
+    """NAME.npy: which of ``pairs`` int64 [n, 3] (row of ``shard``, other shard, row of that) are
+    duplicates: bool [n]. Holds the wanted texts of two shards."""
+    similar = np.zeros(len(pairs), bool)
+    examples = []
     ours = folder.some_rows(shard, np.unique(pairs[:, 0]))
     for other in others:
         chosen = np.flatnonzero(pairs[:, 1] == other)
         theirs = folder.some_rows(others[other], np.unique(pairs[chosen, 2]))
         for number in chosen:
-            a, b = ours[pairs[number, 0]], theirs[pairs[number, 2]]
+            a = ours[pairs[number, 0]]
+            b = theirs[pairs[number, 2]]
             value = 1.0 if a.text == b.text else dedup.jaccard(a.text, b.text, config.width)
             similar[number] = value >= config.threshold
             if similar[number]:
-                examples.append((_draw(a.place + b.place), f"{a.place} and {b.place}: {value:.3f}",
-                                 f"{excerpt(a.text, _EXCERPT // 2)}\n\n{excerpt(b.text, _EXCERPT // 2)}"))
+                examples.append(
+                    (
+                        _draw(a.place + b.place),
+                        f"{a.place} and {b.place}: {value:.3f}",
+                        f"{excerpt(a.text, _EXCERPT // 2)}\n\n{excerpt(b.text, _EXCERPT // 2)}",
+                    )
+                )
     save(folder, name, similar)
     return {"examples": heapq.nsmallest(_EXAMPLES, examples)}
 
 
 def without_documents(folder: Folder, name: str, shard: Shard, dropped: np.ndarray) -> dict:
     """``dropped``: bool [documents]."""
-    tally, kept = Tally(), []
+    tally = Tally()
+    kept = []
     for row, gone in zip(folder.rows(shard), dropped, strict=True):
         tally.came(row)
         if gone:
@@ -223,10 +305,12 @@ def paragraph_hashes(folder: Folder, name: str, shard: Shard, min_length: int) -
     return {"paragraphs": len(rows)}
 
 
-def repeated_paragraphs(folder: Folder, name: str, hashes: list[str], ranks: np.ndarray, part: int,
-                        parts: int) -> dict:
-    """NAME-SHARD.npy: which paragraphs of each shard (by their places in its file) with hashes in this part of their
-    range came before in the corpus, by the rank of their document. ``ranks`` [shards]: of each shard's first one."""
+def repeated_paragraphs(
+    folder: Folder, name: str, hashes: list[str], ranks: np.ndarray, part: int, parts: int
+) -> dict:
+    """NAME-SHARD.npy: which paragraphs of each shard (by their places in its file) with hashes in
+    this part of their range came before in the corpus, by the rank of their document. ``ranks``
+    [shards]: of each shard's first one."""
     found = []
     for number, file in enumerate(hashes):
         values, rows = load(folder, file)
@@ -240,11 +324,20 @@ def repeated_paragraphs(folder: Folder, name: str, hashes: list[str], ranks: np.
     return {"repeated": int(again.sum())}
 
 
-def without_paragraphs(folder: Folder, name: str, shard: Shard, hashes: str, repeated: list[str], min_length: int,
-                       min_left: int) -> dict:
-    """``repeated``: names of what `repeated_paragraphs` wrote of this shard. A document of which no such
-    paragraph and fewer than ``min_left`` characters are left is dropped: so none is lost that stands nowhere else."""
-    tally, kept = Tally(), []
+def without_paragraphs(
+    folder: Folder,
+    name: str,
+    shard: Shard,
+    hashes: str,
+    repeated: list[str],
+    min_length: int,
+    min_left: int,
+) -> dict:
+    """``repeated``: names of what `repeated_paragraphs` wrote of this shard. A document of which no
+    such paragraph and fewer than ``min_left`` characters are left is dropped: so none is lost that
+    stands nowhere else."""
+    tally = Tally()
+    kept = []
     values, rows = load(folder, hashes)
     dropped = np.zeros(len(values), bool)
     for file in repeated:

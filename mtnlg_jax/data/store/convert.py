@@ -11,7 +11,13 @@ import numpy as np
 
 from mtnlg_jax import storage
 from mtnlg_jax.data.prepare import put_in_place
-from mtnlg_jax.data.store.megatron import MegatronTokens, kept_documents, open_megatron, prefix_of, write_megatron
+from mtnlg_jax.data.store.megatron import (
+    MegatronTokens,
+    kept_documents,
+    open_megatron,
+    prefix_of,
+    write_megatron,
+)
 from mtnlg_jax.data.store.sources import open_tokens
 from mtnlg_jax.data.store.tokens import Tokens, TokenWriter
 from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -20,17 +26,20 @@ _PIECE = 1 << 22  # tokens read at once, or one document
 _LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 
 
-def convert(source: str, target: str, tokenizer: str = "", heldout: float = 0.01, overwrite: bool = False) -> str:
+def convert(
+    source: str, target: str, tokenizer: str = "", heldout: float = 0.01, overwrite: bool = False
+) -> str:
     """Make ``target`` of ``source``, and say so in a line.
 
-    ``source`` is a folder of token arrays (OUT/train) or a Megatron prefix. A target named .jsonl (.gz, .zst) gets the
-    text of each document, {"text": ...}, of pairs {"prompt": ..., "answer": ...}; else arrays become Megatron's files,
-    token by token, and Megatron's files a prepared folder: with bos before and eos after a document where they are
-    missing, and the last documents, a share of ``heldout`` (0 to 0.5), held out. ``tokenizer`` is a folder; arrays
-    have theirs beside them.
+    ``source`` is a folder of token arrays (OUT/train) or a Megatron prefix. A target named .jsonl
+    (.gz, .zst) gets the text of each document, {"text": ...}, of pairs {"prompt": ..., "answer":
+    ...}; else arrays become Megatron's files, token by token, and Megatron's files a prepared
+    folder: with bos before and eos after a document where they are missing, and the last documents,
+    a share of ``heldout`` (0 to 0.5), held out. ``tokenizer`` is a folder; arrays have theirs
+    beside them.
 
-    Whole or not at all. Raises ValueError, FileNotFoundError or FileExistsError (a target that exists, not
-    ``overwrite``) before any work.
+    Whole or not at all. Raises ValueError, FileNotFoundError or FileExistsError (a target that
+    exists, not ``overwrite``) before any work.
     """
     if not 0 <= heldout <= 0.5:
         raise ValueError(f"heldout={heldout} must lie in 0 to 0.5")
@@ -51,9 +60,11 @@ def convert(source: str, target: str, tokenizer: str = "", heldout: float = 0.01
 
 
 def write_lines(tokens: Tokens, target: str, tokenizer: Tokenizer, overwrite: bool = False) -> str:
-    """The text of each document as a line of JSON; special tokens are left out, broken characters become U+FFFD."""
+    """The text of each document as a line of JSON; special tokens are left out, broken characters
+    become U+FFFD."""
     _refuse_existing(target, overwrite)
-    count, beside = 0, f"{target}.partial-{os.getpid()}"
+    count = 0
+    beside = f"{target}.partial-{os.getpid()}"
     Path(target).parent.mkdir(parents=True, exist_ok=True)
     try:
         with _open_lines(beside, target) as file:
@@ -62,7 +73,10 @@ def write_lines(tokens: Tokens, target: str, tokenizer: Tokenizer, overwrite: bo
                     row = {"text": tokenizer.decode(ids)}
                 else:
                     asked = tokens.prompt_lengths[count - 1]
-                    row = {"prompt": tokenizer.decode(ids[:asked]), "answer": tokenizer.decode(ids[asked:])}
+                    row = {
+                        "prompt": tokenizer.decode(ids[:asked]),
+                        "answer": tokenizer.decode(ids[asked:]),
+                    }
                 file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
         os.replace(beside, target)
     finally:
@@ -70,8 +84,13 @@ def write_lines(tokens: Tokens, target: str, tokenizer: Tokenizer, overwrite: bo
     return f"{target}: {count:,} documents, {os.path.getsize(target):,} bytes"
 
 
-def write_arrays(tokens: MegatronTokens, target: str, tokenizer: Tokenizer, heldout: float = 0.01,
-                 overwrite: bool = False) -> str:
+def write_arrays(
+    tokens: MegatronTokens,
+    target: str,
+    tokenizer: Tokenizer,
+    heldout: float = 0.01,
+    overwrite: bool = False,
+) -> str:
     """A prepared folder, as `prepare` makes it, of Megatron's files."""
     target = target.rstrip("/")
     _refuse_existing(target, overwrite, holding="prepared.json")
@@ -79,18 +98,33 @@ def write_arrays(tokens: MegatronTokens, target: str, tokenizer: Tokenizer, held
     kept = kept_documents(tokens.documents, heldout)
     tokenizer.check_end()
     sizes = np.array([len(tokenizer.token_bytes(index)) for index in range(tokenizer.vocab_size)])
-    info = {"tokenizer": {"kind": tokenizer.kind, "fingerprint": tokenizer.fingerprint,
-                          "vocab_size": tokenizer.vocab_size},
-            "settings": {"input": tokens.location, "heldout": heldout}}
+    info = {
+        "tokenizer": {
+            "kind": tokenizer.kind,
+            "fingerprint": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+        },
+        "settings": {"input": tokens.location, "heldout": heldout},
+    }
     try:
         tokenizer.save(storage.join(work, "tokenizer"))
         for part, first, last in (("train", 0, kept), ("heldout", kept, tokens.documents)):
-            writer = TokenWriter(storage.join(work, part), tokenizer.vocab_size, tokenizer.fingerprint)
+            writer = TokenWriter(
+                storage.join(work, part), tokenizer.vocab_size, tokenizer.fingerprint
+            )
             chosen = open_megatron(tokens.location, first, last)
             chosen.attach(tokenizer)
             for ids in documents_of(chosen):
-                ids = ids if ids.size and ids[0] == tokenizer.bos_id else np.append(tokenizer.bos_id, ids)
-                ids = ids if ids.size > 1 and ids[-1] == tokenizer.eos_id else np.append(ids, tokenizer.eos_id)
+                ids = (
+                    ids
+                    if ids.size and ids[0] == tokenizer.bos_id
+                    else np.append(tokenizer.bos_id, ids)
+                )
+                ids = (
+                    ids
+                    if ids.size > 1 and ids[-1] == tokenizer.eos_id
+                    else np.append(ids, tokenizer.eos_id)
+                )
                 writer.add(ids, int(sizes[ids].sum()))
             info[part] = writer.finish()
         info = {"fingerprint": tokens.meta["sha256"], **info}
@@ -98,16 +132,21 @@ def write_arrays(tokens: MegatronTokens, target: str, tokenizer: Tokenizer, held
         put_in_place(work, target, overwrite)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return (f"{target}: {info['train']['documents']:,} documents to train on, {info['heldout']['documents']:,} held "
-            f"out, {info['train']['tokens'] + info['heldout']['tokens']:,} tokens")
+    return (
+        f"{target}: {info['train']['documents']:,} documents to train on, {info['heldout']['documents']:,} held "
+        f"out, {info['train']['tokens'] + info['heldout']['tokens']:,} tokens"
+    )
 
 
 def documents_of(tokens: Tokens) -> Iterator[np.ndarray]:
-    """The tokens of each document; memory holds some millions of tokens, or the longest document."""
+    """The tokens of each document; memory holds some millions of tokens, or the longest
+    document."""
     for _, begins in tokens.blocks_of_offsets():
         first = 0
         while first < len(begins) - 1:
-            last = max(first + 1, int(np.searchsorted(begins, begins[first] + _PIECE, side="right")) - 1)
+            last = max(
+                first + 1, int(np.searchsorted(begins, begins[first] + _PIECE, side="right")) - 1
+            )
             piece = tokens.read(begins[first], begins[last])
             yield from np.split(piece, begins[first + 1 : last] - begins[first])
             first = last
@@ -115,22 +154,30 @@ def documents_of(tokens: Tokens) -> Iterator[np.ndarray]:
 
 def _tokenizer_of(tokens: Tokens, source: str, named: str) -> Tokenizer:
     if not named and isinstance(tokens, MegatronTokens):
-        raise ValueError(f"{source} is a Megatron data set, which does not hold its tokenizer; give --tokenizer=FOLDER")
+        raise ValueError(
+            f"{source} is a Megatron data set, which does not hold its tokenizer; give --tokenizer=FOLDER"
+        )
     found = load_tokenizer(named or storage.join(os.path.dirname(source.rstrip("/")), "tokenizer"))
     if isinstance(tokens, MegatronTokens):
         tokens.attach(found)
     elif found.fingerprint != tokens.meta["tokenizer"]:
-        raise ValueError(f"{source} was tokenized with another tokenizer ({tokens.meta['tokenizer'][:12]}) than "
-                         f"{named or 'the one beside it'} ({found.fingerprint[:12]}); give the one that made it")
+        raise ValueError(
+            f"{source} was tokenized with another tokenizer ({tokens.meta['tokenizer'][:12]}) than "
+            f"{named or 'the one beside it'} ({found.fingerprint[:12]}); give the one that made it"
+        )
     return found
 
 
 def _refuse_existing(target: str, overwrite: bool, holding: str = "") -> None:
     if os.path.exists(target) and not overwrite:
-        raise FileExistsError(f"{target} exists; choose another --to or replace it with --overwrite")
+        raise FileExistsError(
+            f"{target} exists; choose another --to or replace it with --overwrite"
+        )
     if os.path.exists(target) and holding and not os.path.exists(os.path.join(target, holding)):
-        raise FileExistsError(f"{target} is no prepared data set (no {holding}) and is not replaced; choose another "
-                              "--to")
+        raise FileExistsError(
+            f"{target} is no prepared data set (no {holding}) and is not replaced; choose another "
+            "--to"
+        )
 
 
 @contextlib.contextmanager
@@ -141,9 +188,13 @@ def _open_lines(path: str, target: str):
         if target.lower().endswith(".gz"):
             import gzip
 
-            file = stack.enter_context(gzip.GzipFile("", "wb", fileobj=raw, mtime=0))  # no time: equal bytes
+            file = stack.enter_context(
+                gzip.GzipFile("", "wb", fileobj=raw, mtime=0)
+            )  # no time: equal bytes
         elif target.lower().endswith(".zst"):
             import zstandard
 
-            file = stack.enter_context(zstandard.ZstdCompressor(level=3).stream_writer(raw, closefd=False))
+            file = stack.enter_context(
+                zstandard.ZstdCompressor(level=3).stream_writer(raw, closefd=False)
+            )
         yield file

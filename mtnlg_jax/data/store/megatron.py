@@ -1,4 +1,5 @@
-"""Megatron's indexed data sets, byte for byte: PREFIX.bin, the tokens, and PREFIX.idx, where its documents lie.
+"""Megatron's indexed data sets, byte for byte: PREFIX.bin, the tokens, and PREFIX.idx, where its
+documents lie.
 
 PREFIX.idx, all little-endian (megatron/core/datasets/indexed_dataset.py):
 
@@ -7,8 +8,8 @@ PREFIX.idx, all little-endian (megatron/core/datasets/indexed_dataset.py):
     int64 where each begins, in bytes
     int64 number of the first sequence of each document, and the number of sequences
 
-Multimodal sets have a mode of each sequence after that (int8), and are refused. Megatron's documents end with eos and
-have no bos.
+Multimodal sets have a mode of each sequence after that (int8), and are refused. Megatron's
+documents end with eos and have no bos.
 """
 
 import functools
@@ -25,7 +26,8 @@ from mtnlg_jax.data.store.offsets import Offsets
 from mtnlg_jax.data.store.tokens import Tokens
 from mtnlg_jax.data.tokenizer import Tokenizer
 
-_MAGIC, _HEADER = b"MMIDIDX\0\0", struct.Struct("<9sQBQQ")
+_MAGIC = b"MMIDIDX\0\0"
+_HEADER = struct.Struct("<9sQBQQ")
 _DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 _FLOATS = {6: "float64", 7: "float32"}
 _UINT16_BELOW = 65_500  # pieces; DType.optimal_dtype
@@ -34,22 +36,27 @@ _LOOK = 1 << 18  # tokens that are looked at when a tokenizer comes
 
 
 def prefix_of(location: str | os.PathLike) -> str | None:
-    """The prefix that a path names, with or without .bin or .idx; None where it is no Megatron data set."""
+    """The prefix that a path names, with or without .bin or .idx; None where it is no Megatron data
+    set."""
     path = str(location).rstrip("/")
     stem, suffix = os.path.splitext(path)
     if suffix in (".bin", ".idx") and not os.path.isdir(path):
         return stem
-    found = not storage.is_remote(path) and any(os.path.isfile(path + suffix) for suffix in (".idx", ".bin"))
+    found = not storage.is_remote(path) and any(
+        os.path.isfile(path + suffix) for suffix in (".idx", ".bin")
+    )
     return path if found and not os.path.isdir(path) else None
 
 
 def kept_documents(documents: int, heldout: float) -> int:
-    """How many documents are left to train on where a share of the last is held out; at least one, if there is one."""
+    """How many documents are left to train on where a share of the last is held out; at least one,
+    if there is one."""
     return documents - min(math.ceil(heldout * documents), max(0, documents - 1))
 
 
 class MegatronTokens(Tokens):
-    """`Tokens` of PREFIX.bin, mapped into memory. Nobody says which tokenizer made them: `attach` one.
+    """`Tokens` of PREFIX.bin, mapped into memory. Nobody says which tokenizer made them: `attach`
+    one.
 
     Documents are not known to begin with bos, so the first token of each is not predicted.
     """
@@ -59,8 +66,8 @@ class MegatronTokens(Tokens):
         self._tokenizer = None
 
     def attach(self, tokenizer: Tokenizer) -> None:
-        """Says what the tokens mean: from now on reading one that ``tokenizer`` lacks raises ValueError. Looks at the
-        beginning and at the end at once."""
+        """Says what the tokens mean: from now on reading one that ``tokenizer`` lacks raises
+        ValueError. Looks at the beginning and at the end at once."""
         self._tokenizer = tokenizer
         self.meta |= {"tokenizer": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}
         for start in (0, max(0, len(self) - _LOOK)):
@@ -76,40 +83,55 @@ class MegatronTokens(Tokens):
     @functools.cached_property
     def predicted(self) -> tuple[int, int]:
         """As of `Tokens`; reads them all."""
-        sizes = np.array([len(self._tokenizer.token_bytes(index)) for index in range(self._tokenizer.vocab_size)])
-        count, size = len(self), 0
+        sizes = np.array(
+            [len(self._tokenizer.token_bytes(index)) for index in range(self._tokenizer.vocab_size)]
+        )
+        count = len(self)
+        size = 0
         for start in range(0, count, _PIECE):
             size += int(sizes[self.read(start, min(start + _PIECE, len(self)))].sum())
         for _, begins in self.blocks_of_offsets():
             opening = self._array[begins[:-1][np.diff(begins) > 0]]
-            count, size = count - len(opening), size - int(sizes[opening].sum())
+            count = count - len(opening)
+            size = size - int(sizes[opening].sum())
         return count, size
 
     def read_windows(self, starts: np.ndarray, length: int) -> np.ndarray:
         windows = np.empty((len(starts), length), self._array.dtype)
         for row, start in zip(windows, map(int, starts), strict=True):
             head = min(length, len(self) - start)
-            row[:head], row[head:] = self._array[start : start + head], self._array[: length - head]
+            row[:head] = self._array[start : start + head]
+            row[head:] = self._array[: length - head]
         limit = self.meta["vocab_size"]
         if limit is not None and windows.size and not 0 <= windows.min() <= windows.max() < limit:
             wrong = windows[(windows < 0) | (windows >= limit)][0]
-            raise ValueError(f"{self.location} holds token {wrong}, and the tokenizer's vocabulary ends at "
-                             f"{limit - 1}; give the one that made these files as data.tokenizer")
+            raise ValueError(
+                f"{self.location} holds token {wrong}, and the tokenizer's vocabulary ends at "
+                f"{limit - 1}; give the one that made these files as data.tokenizer"
+            )
         return windows
 
 
-def open_megatron(location: str | os.PathLike, first: int = 0, last: int | None = None) -> MegatronTokens:
-    """Documents [first, last) of PREFIX.bin and PREFIX.idx; all without ``last``. Reads the ends of the index, no more.
+def open_megatron(
+    location: str | os.PathLike, first: int = 0, last: int | None = None
+) -> MegatronTokens:
+    """Documents [first, last) of PREFIX.bin and PREFIX.idx; all without ``last``. Reads the ends of
+    the index, no more.
 
-    Raises FileNotFoundError where a file is missing, ValueError where they are damaged, or hold what is no text.
+    Raises FileNotFoundError where a file is missing, ValueError where they are damaged, or hold
+    what is no text.
     """
     prefix = prefix_of(location) or str(location)
     if storage.is_remote(prefix):
-        raise ValueError(f"{prefix}: Megatron's files are mapped into memory; copy them to a local disk, or make token "
-                         "arrays of them with launch/convert_data.py")
+        raise ValueError(
+            f"{prefix}: Megatron's files are mapped into memory; copy them to a local disk, or make token "
+            "arrays of them with launch/convert_data.py"
+        )
     for suffix, other in ((".idx", ".bin"), (".bin", ".idx")):
         if not os.path.isfile(prefix + suffix):
-            raise FileNotFoundError(f"{prefix}{suffix} does not exist; a Megatron data set is that and {prefix}{other}")
+            raise FileNotFoundError(
+                f"{prefix}{suffix} does not exist; a Megatron data set is that and {prefix}{other}"
+            )
     damaged = functools.partial(_damaged, prefix)
     dtype, sequences, documents = _read_header(prefix, damaged)
     place = _HEADER.size
@@ -118,69 +140,107 @@ def open_megatron(location: str | os.PathLike, first: int = 0, last: int | None 
     firsts = _map(prefix + ".idx", "<i8", documents + 1, place + 12 * sequences)
     size = int(pointers[-1]) + int(lengths[-1]) * dtype.itemsize if sequences else 0
     if os.path.getsize(prefix + ".bin") != size:
-        raise damaged(f"{prefix}.bin has {os.path.getsize(prefix + '.bin')} bytes, and the index tells of {size}")
+        raise damaged(
+            f"{prefix}.bin has {os.path.getsize(prefix + '.bin')} bytes, and the index tells of {size}"
+        )
     if firsts[0] != 0 or firsts[-1] != sequences or (sequences and pointers[0] != 0):
         raise damaged(f"its documents are not those of {sequences} sequences from byte 0 on")
 
     def begins(start: int, stop: int) -> np.ndarray:
         """Token at which documents [start, stop) begin, with every sequence in between checked."""
         numbers = np.asarray(firsts[start:stop])
-        if numbers.size and (numbers[0] < 0 or numbers[-1] > sequences or (np.diff(numbers) < 0).any()):
-            raise damaged(f"the sequences of documents {start} to {stop - 1} do not follow each other")
+        if numbers.size and (
+            numbers[0] < 0 or numbers[-1] > sequences or (np.diff(numbers) < 0).any()
+        ):
+            raise damaged(
+                f"the sequences of documents {start} to {stop - 1} do not follow each other"
+            )
         if not numbers.size:
             return numbers
         inside = slice(int(numbers[0]), int(numbers[-1]))
-        ends = np.append(pointers[inside], pointers[inside.stop] if inside.stop < sequences else size)
+        ends = np.append(
+            pointers[inside], pointers[inside.stop] if inside.stop < sequences else size
+        )
         sizes = dtype.itemsize * lengths[inside].astype(np.int64)
         if (sizes < 0).any() or (np.diff(ends) != sizes).any() or ends[0] % dtype.itemsize:
-            raise damaged(f"the sequences of documents {start} to {stop - 1} do not lie one after another")
+            raise damaged(
+                f"the sequences of documents {start} to {stop - 1} do not lie one after another"
+            )
         return ends[numbers - inside.start] // dtype.itemsize
 
     last = documents if last is None else last
-    base, end = int(begins(first, first + 1)[0]), int(begins(last, last + 1)[0])
-    offsets = Offsets(lambda start, stop: begins(first + start, first + stop) - base, last - first, end - base, damaged,
-                      least=0)
+    base = int(begins(first, first + 1)[0])
+    end = int(begins(last, last + 1)[0])
+    offsets = Offsets(
+        lambda start, stop: begins(first + start, first + stop) - base,
+        last - first,
+        end - base,
+        damaged,
+        least=0,
+    )
     offsets.check_ends()
-    meta = {"dtype": dtype.name, "tokens": end - base, "documents": last - first, "tokenizer": None, "vocab_size": None,
-            "sha256": _fingerprint(prefix, first, last)}
-    return MegatronTokens(prefix, meta, _map(prefix + ".bin", dtype, size // dtype.itemsize, 0)[base:end], offsets)
+    meta = {
+        "dtype": dtype.name,
+        "tokens": end - base,
+        "documents": last - first,
+        "tokenizer": None,
+        "vocab_size": None,
+        "sha256": _fingerprint(prefix, first, last),
+    }
+    return MegatronTokens(
+        prefix, meta, _map(prefix + ".bin", dtype, size // dtype.itemsize, 0)[base:end], offsets
+    )
 
 
 def write_megatron(tokens: Tokens, prefix: str | os.PathLike, overwrite: bool = False) -> None:
-    """PREFIX.bin and PREFIX.idx with the same tokens: a sequence for each document, uint16 below 65,500 pieces and else
-    int32, as megatron-core's `IndexedDatasetBuilder` writes them. Memory is bounded, and both come into place at the
-    end. Raises FileExistsError where one exists, unless ``overwrite``."""
+    """PREFIX.bin and PREFIX.idx with the same tokens: a sequence for each document, uint16 below
+    65,500 pieces and else int32, as megatron-core's `IndexedDatasetBuilder` writes them. Memory is
+    bounded, and both come into place at the end. Raises FileExistsError where one exists, unless
+    ``overwrite``."""
     prefix = str(prefix).removesuffix(".idx").removesuffix(".bin")
     vocab_size = tokens.meta["vocab_size"]
     if vocab_size is None:
-        raise ValueError(f"{tokens.location}: of what vocabulary the tokens are is not known; give their --tokenizer")
+        raise ValueError(
+            f"{tokens.location}: of what vocabulary the tokens are is not known; give their --tokenizer"
+        )
     if tokens.prompt_lengths is not None:
-        raise ValueError(f"{tokens.location} holds pairs, and Megatron's files cannot say where an answer begins; "
-                         "convert them to .jsonl")
+        raise ValueError(
+            f"{tokens.location} holds pairs, and Megatron's files cannot say where an answer begins; "
+            "convert them to .jsonl"
+        )
     code = 8 if vocab_size < _UINT16_BELOW else 4
-    dtype, documents = np.dtype(_DTYPES[code]), tokens.documents
+    dtype = np.dtype(_DTYPES[code])
+    documents = tokens.documents
     for suffix in (".bin", ".idx"):
         if os.path.exists(prefix + suffix) and not overwrite:
-            raise FileExistsError(f"{prefix}{suffix} exists; choose another prefix or replace it with --overwrite")
+            raise FileExistsError(
+                f"{prefix}{suffix} exists; choose another prefix or replace it with --overwrite"
+            )
     Path(prefix).parent.mkdir(parents=True, exist_ok=True)
     beside = {suffix: f"{prefix}{suffix}.partial-{os.getpid()}" for suffix in (".bin", ".idx")}
     try:
         with open(beside[".bin"], "wb") as file:
             for start in range(0, len(tokens), _PIECE):
-                file.write(tokens.read(start, min(start + _PIECE, len(tokens))).astype(dtype).tobytes())
+                file.write(
+                    tokens.read(start, min(start + _PIECE, len(tokens))).astype(dtype).tobytes()
+                )
             _sync(file)
         with open(beside[".idx"], "wb") as file:
             file.write(_HEADER.pack(_MAGIC, 1, code, documents, documents + 1))
             for number, begins in tokens.blocks_of_offsets():
                 sizes = np.diff(begins)
                 if sizes.max() >= 1 << 31:
-                    raise ValueError(f"document {number + sizes.argmax()} of {tokens.location} has {sizes.max()} "
-                                     f"tokens, and Megatron's index holds lengths up to {(1 << 31) - 1}; cut it")
+                    raise ValueError(
+                        f"document {number + sizes.argmax()} of {tokens.location} has {sizes.max()} "
+                        f"tokens, and Megatron's index holds lengths up to {(1 << 31) - 1}; cut it"
+                    )
                 file.write(sizes.astype("<i4").tobytes())
             for _, begins in tokens.blocks_of_offsets():
                 file.write((begins[:-1] * dtype.itemsize).astype("<i8").tobytes())
             for start in range(0, documents + 1, _PIECE):
-                file.write(np.arange(start, min(start + _PIECE, documents + 1), dtype="<i8").tobytes())
+                file.write(
+                    np.arange(start, min(start + _PIECE, documents + 1), dtype="<i8").tobytes()
+                )
             _sync(file)
         # The index last: it is what opens a data set.
         if overwrite:
@@ -206,15 +266,21 @@ def _read_header(prefix: str, damaged) -> tuple[np.dtype, int, int]:
     if version != 1:
         raise damaged(f"{path} is of version {version}, and 1 is the only one known")
     if code in _FLOATS:
-        raise ValueError(f"{prefix} holds {_FLOATS[code]}, not tokens; give what Megatron's preprocess_data.py made")
+        raise ValueError(
+            f"{prefix} holds {_FLOATS[code]}, not tokens; give what Megatron's preprocess_data.py made"
+        )
     if code not in _DTYPES:
         raise damaged(f"{path} names dtype {code}; Megatron's codes are 1 to 8")
     wanted = _HEADER.size + 12 * sequences + 8 * documents
     if sequences and size == wanted + sequences:
-        raise ValueError(f"{prefix} is multimodal (each sequence has a mode), and the model reads text alone; make it "
-                         "again without modes")
+        raise ValueError(
+            f"{prefix} is multimodal (each sequence has a mode), and the model reads text alone; make it "
+            "again without modes"
+        )
     if not documents or size != wanted:
-        raise damaged(f"{path} has {size} bytes, and {sequences} sequences in {documents - 1} documents take {wanted}")
+        raise damaged(
+            f"{path} has {size} bytes, and {sequences} sequences in {documents - 1} documents take {wanted}"
+        )
     return np.dtype(_DTYPES[code]), sequences, documents - 1
 
 
@@ -223,9 +289,10 @@ def _map(path: str, dtype: str | np.dtype, count: int, offset: int) -> np.ndarra
 
 
 def _fingerprint(prefix: str, first: int, last: int) -> str:
-    """sha256 over both sizes, the documents chosen, and the first, middle and last MiB of both files: reading all of a
-    corpus would take hours."""
-    digest, part = hashlib.sha256(f"{first} {last}".encode()), 1 << 20
+    """sha256 over both sizes, the documents chosen, and the first, middle and last MiB of both
+    files: reading all of a corpus would take hours."""
+    digest = hashlib.sha256(f"{first} {last}".encode())
+    part = 1 << 20
     for suffix in (".idx", ".bin"):
         size = os.path.getsize(prefix + suffix)
         digest.update(f" {size} ".encode())

@@ -1,4 +1,5 @@
-"""What a run reads: prepared folders and Megatron's files alike, with one tokenizer and one held-out part."""
+"""What a run reads: prepared folders and Megatron's files alike, with one tokenizer and one
+held-out part."""
 
 import os
 import shlex
@@ -11,57 +12,75 @@ from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 
 def open_tokens(location: str | os.PathLike) -> Tokens:
-    """The tokens in a folder (path or URL) such as ``OUT/train``, or of Megatron's PREFIX.bin and PREFIX.idx.
+    """The tokens in a folder (path or URL) such as ``OUT/train``, or of Megatron's PREFIX.bin and
+    PREFIX.idx.
 
-    Raises FileNotFoundError where nothing was prepared, ValueError where something is damaged or missing.
+    Raises FileNotFoundError where nothing was prepared, ValueError where something is damaged or
+    missing.
     """
     location = str(location).rstrip("/")
     return open_megatron(location) if prefix_of(location) else open_stored(location)
 
 
 def spread(blend: Sequence[tuple[str, float]]) -> tuple[tuple[str, float], ...]:
-    """``blend`` with each output of a recipe (launch/prepare_data.py --config) replaced by its sources, which share
-    its weight as prepared.json says."""
+    """``blend`` with each output of a recipe (launch/prepare_data.py --config) replaced by its
+    sources, which share its weight as prepared.json says."""
     spread = []
     for path, weight in blend:
         prepared = not prefix_of(path) and storage.exists(path, "prepared.json")
         parts = read_prepared(path).get("sources") if prepared else None
-        spread += [(path, weight)] if parts is None else [
-            (storage.join(path, name), weight * share) for name, share in parts if share]
+        spread += (
+            [(path, weight)]
+            if parts is None
+            else [(storage.join(path, name), weight * share) for name, share in parts if share]
+        )
     return tuple(spread)
 
 
-def open_sources(paths: Sequence[str], tokenizer: str = "",
-                 heldout: float | str = 0.01) -> tuple[Tokenizer, dict[str, Tokens], dict[str, Tokens]]:
-    """(tokenizer, training tokens by path, held-out tokens by path) of prepared folders and Megatron prefixes. The
-    paths of training tokens are those that `spread` gives; held out is one part of each of ``paths``. One source of a
-    recipe's output is a path too, OUT/sources/NAME, and its held-out part is that of OUT.
+def open_sources(
+    paths: Sequence[str], tokenizer: str = "", heldout: float | str = 0.01
+) -> tuple[Tokenizer, dict[str, Tokens], dict[str, Tokens]]:
+    """(tokenizer, training tokens by path, held-out tokens by path) of prepared folders and
+    Megatron prefixes. The paths of training tokens are those that `spread` gives; held out is one
+    part of each of ``paths``. One source of a recipe's output is a path too, OUT/sources/NAME, and
+    its held-out part is that of OUT.
 
-    A prepared folder holds its ``tokenizer`` and its held-out part. Of Megatron's files the tokenizer must be named,
-    and the last documents are held out, a share of ``heldout`` (0 to 0.5). Where ``heldout`` is text, the tokens that
-    it names are all that is held out.
+    A prepared folder holds its ``tokenizer`` and its held-out part. Of Megatron's files the
+    tokenizer must be named, and the last documents are held out, a share of ``heldout`` (0 to 0.5).
+    Where ``heldout`` is text, the tokens that it names are all that is held out.
 
-    Where Megatron's documents do not begin with bos, as its own tools write them, the tokenizer's ``prompt_bos`` is
+    Where Megatron's documents do not begin with bos, as its own tools write them, the tokenizer's
+    ``prompt_bos`` is
     off: the model never reads a bos in training, so no prompt is to begin with one.
 
-    Raises ValueError where tokenizers differ or a token lies outside the vocabulary, and what opening raises.
+    Raises ValueError where tokenizers differ or a token lies outside the vocabulary, and what
+    opening raises.
     """
     for path in paths:
         _refuse_other_folders(path)
     foreign = [path for path in paths if prefix_of(path)]
     if foreign and not tokenizer:
-        raise ValueError(f"{foreign[0]} is a Megatron data set, which does not hold its tokenizer; give "
-                         "--set=data.tokenizer=FOLDER, the one that made it")
+        raise ValueError(
+            f"{foreign[0]} is a Megatron data set, which does not hold its tokenizer; give "
+            "--set=data.tokenizer=FOLDER, the one that made it"
+        )
     places = [place for place, _ in spread([(path, 1.0) for path in paths])]
-    opened = {path: open_tokens(path if path in foreign else storage.join(path, "train")) for path in places}
+    opened = {
+        path: open_tokens(path if path in foreign else storage.join(path, "train"))
+        for path in places
+    }
     prints = {path: opened[path].meta["tokenizer"] for path in places if path not in foreign}
     if len(set(prints.values())) > 1:
-        raise ValueError(f"the sources were tokenized differently: {prints}; prepare them with one --tokenizer")
+        raise ValueError(
+            f"the sources were tokenized differently: {prints}; prepare them with one --tokenizer"
+        )
     other = tokenizer or storage.join(_home(paths[0]), "tokenizer")
     found = load_tokenizer(other)
     if set(prints.values()) - {found.fingerprint}:
-        raise ValueError(f"{next(iter(prints))} was not tokenized with {other}; leave data.tokenizer out if that names "
-                         f"it, or prepare the text with --tokenizer={other}")
+        raise ValueError(
+            f"{next(iter(prints))} was not tokenized with {other}; leave data.tokenizer out if that names "
+            f"it, or prepare the text with --tokenizer={other}"
+        )
     held_out = _held_out(paths, opened, heldout)
     for tokens in [*opened.values(), *held_out.values()]:
         if isinstance(tokens, MegatronTokens):
@@ -72,10 +91,13 @@ def open_sources(paths: Sequence[str], tokenizer: str = "",
 
 
 def _refuse_other_folders(path: str) -> None:
-    """FileNotFoundError that says what ``path`` is, and what to give, where it is neither a prepared folder nor a
-    Megatron prefix."""
-    if prefix_of(path) or storage.exists(path, "prepared.json") or storage.exists(
-            storage.join(path, "train"), "meta.json"):
+    """FileNotFoundError that says what ``path`` is, and what to give, where it is neither a
+    prepared folder nor a Megatron prefix."""
+    if (
+        prefix_of(path)
+        or storage.exists(path, "prepared.json")
+        or storage.exists(storage.join(path, "train"), "meta.json")
+    ):
         return
     make = "make data of text with launch/prepare_data.py --output=OUT and give OUT"
     if storage.is_remote(path):
@@ -84,8 +106,10 @@ def _refuse_other_folders(path: str) -> None:
         found = storage.missing(path)
         raise FileNotFoundError(found if found.endswith("?") else f"{found}; {make}")
     if os.path.isfile(path):
-        raise FileNotFoundError(f"{path} is a file that was not prepared; give the folder that launch/prepare_data.py "
-                                f"--input={shlex.quote(path)} --output=OUT makes")
+        raise FileNotFoundError(
+            f"{path} is a file that was not prepared; give the folder that launch/prepare_data.py "
+            f"--input={shlex.quote(path)} --output=OUT makes"
+        )
     above = os.path.abspath(path)
     while (above := os.path.dirname(above)) != os.path.dirname(above):
         if os.path.isfile(os.path.join(above, "prepared.json")):
@@ -95,33 +119,53 @@ def _refuse_other_folders(path: str) -> None:
     prefixes = [os.path.join(path, entry[:-4]) for entry in entries if entry.endswith(".idx")]
     if prefixes:
         more = f", or one of {len(prefixes) - 1} more" if len(prefixes) > 1 else ""
-        raise FileNotFoundError(f"{path} is a folder of Megatron data sets; give the prefix of one: {prefixes[0]}{more}"
-                                "; several go into data.blend")
-    within = [entry for entry in entries if os.path.isfile(os.path.join(path, entry, "prepared.json"))]
+        raise FileNotFoundError(
+            f"{path} is a folder of Megatron data sets; give the prefix of one: {prefixes[0]}{more}"
+            "; several go into data.blend"
+        )
+    within = [
+        entry for entry in entries if os.path.isfile(os.path.join(path, entry, "prepared.json"))
+    ]
     if within:
-        raise FileNotFoundError(f"{path} holds prepared data in {', '.join(within[:4])}; give "
-                                f"{os.path.join(path, within[0])}")
+        raise FileNotFoundError(
+            f"{path} holds prepared data in {', '.join(within[:4])}; give "
+            f"{os.path.join(path, within[0])}"
+        )
     if "meta.json" in entries:
-        raise FileNotFoundError(f"{path} is one part of prepared data; give the folder that it lies in, whole")
+        raise FileNotFoundError(
+            f"{path} is one part of prepared data; give the folder that it lies in, whole"
+        )
     if "checkpoints" in entries:
-        raise FileNotFoundError(f"{path} is a run, which holds no data; give what it was trained on (data.path in "
-                                f"{path}/config.json)")
-    raise FileNotFoundError(f"{path} holds no prepared data (no prepared.json); make it with launch/prepare_data.py "
-                            f"--input={shlex.quote(path)} --output=OUT and give OUT")
+        raise FileNotFoundError(
+            f"{path} is a run, which holds no data; give what it was trained on (data.path in "
+            f"{path}/config.json)"
+        )
+    raise FileNotFoundError(
+        f"{path} holds no prepared data (no prepared.json); make it with launch/prepare_data.py "
+        f"--input={shlex.quote(path)} --output=OUT and give OUT"
+    )
 
 
 def _home(path: str) -> str:
-    """Where the tokenizer and the held-out part of a prepared ``path`` lie: OUT of OUT/sources/NAME, else itself."""
+    """Where the tokenizer and the held-out part of a prepared ``path`` lie: OUT of
+    OUT/sources/NAME, else itself."""
     output, _, name = path.rstrip("/").rpartition("/sources/")
-    return output if output and "/" not in name and storage.exists(output, "prepared.json") else path
+    return (
+        output if output and "/" not in name and storage.exists(output, "prepared.json") else path
+    )
 
 
-def _held_out(paths: Sequence[str], opened: dict[str, Tokens], heldout: float | str) -> dict[str, Tokens]:
-    """The held-out tokens by path; of Megatron's files they are the end, and the rest is opened again."""
+def _held_out(
+    paths: Sequence[str], opened: dict[str, Tokens], heldout: float | str
+) -> dict[str, Tokens]:
+    """The held-out tokens by path; of Megatron's files they are the end, and the rest is opened
+    again."""
     if isinstance(heldout, str):
         named = prefix_of(heldout)
         if named and named in {prefix_of(path) for path in opened}:
-            raise ValueError(f"data.heldout={heldout} is trained on, too; name other files, or a share such as 0.01")
+            raise ValueError(
+                f"data.heldout={heldout} is trained on, too; name other files, or a share such as 0.01"
+            )
         return {heldout: open_tokens(heldout)}
     parts = {}
     for path in dict.fromkeys(paths):

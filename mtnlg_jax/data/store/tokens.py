@@ -4,12 +4,13 @@ A prepared data set is a folder (or a URL below gs://, s3://):
 
     prepared.json   the fingerprint of it all, the settings, the counts; written last
     tokenizer/      what `load_tokenizer` reads
-    train/          tokens (uint16, or uint32 above 65,536 pieces), document_offsets (int64, documents + 1),
+    train/          tokens (uint16, or uint32 above 65,536 pieces), document_offsets (int64,
+                    documents + 1),
     heldout/        meta.json; of prompts with answers also prompt_lengths (int64, documents)
 
-Each document begins with bos and ends with eos also where both are one token, as <|endoftext|> is in GPT-2:
-attention does not leave the document, so its first word needs something to be predicted from. (Megatron's own
-index files have the eos only.)
+Each document begins with bos and ends with eos also where both are one token, as <|endoftext|> is
+in GPT-2: attention does not leave the document, so its first word needs something to be predicted
+from. (Megatron's own index files have the eos only.)
 """
 
 import functools
@@ -25,36 +26,57 @@ import tensorstore
 from mtnlg_jax import errors, storage
 from mtnlg_jax.data.store.offsets import Offsets
 
-# A chunk is what a random window decompresses, a shard is one file: 16.8 M tokens, 33 MB of memory to write.
-_CHUNK, SHARD = 1 << 16, 1 << 24
+# A chunk is what a random window decompresses, a shard is one file: 16.8 M tokens, 33 MB of memory
+# to write.
+_CHUNK = 1 << 16
+SHARD = 1 << 24
 _AGAIN = "prepare the data again (launch/prepare_data.py --overwrite)"
 
 
 class TokenWriter:
-    """Streams documents into ``tokens``, ``document_offsets`` and ``meta.json`` below a folder or a URL.
+    """Streams documents into ``tokens``, ``document_offsets`` and ``meta.json`` below a folder or a
+    URL.
 
     Holds one shard and 8 bytes a document in memory. Nothing can be opened before `finish`.
     """
 
-    def __init__(self, location: str | os.PathLike, vocab_size: int, tokenizer_fingerprint: str,
-                 seed: int = 0):
-        self._location, self._dtype = location, token_dtype(vocab_size)
+    def __init__(
+        self,
+        location: str | os.PathLike,
+        vocab_size: int,
+        tokenizer_fingerprint: str,
+        seed: int = 0,
+    ):
+        self._location = location
+        self._dtype = token_dtype(vocab_size)
         self._meta = {"vocab_size": vocab_size, "tokenizer": tokenizer_fingerprint, "seed": seed}
         self._array = _create(storage.join(location, "tokens"), self._dtype)
-        self._buffer, self._filled, self._written = np.empty(SHARD, self._dtype), 0, 0
-        self._offsets, self._bytes, self._digest = array("q", [0]), 0, hashlib.sha256()
-        self._prompts, self._prompt_bytes = array("q"), 0
+        self._buffer = np.empty(SHARD, self._dtype)
+        self._filled = 0
+        self._written = 0
+        self._offsets = array("q", [0])
+        self._bytes = 0
+        self._digest = hashlib.sha256()
+        self._prompts = array("q")
+        self._prompt_bytes = 0
         self._begun = 0  # tokens of a document that goes on
 
-    def add(self, tokens: np.ndarray, text_bytes: int, prompt: tuple[int, int] | None = None,
-            continued: bool = False) -> None:
-        """One document, with its bos and eos; ``text_bytes`` is the length of its text as UTF-8. ``prompt``: tokens
-        (with bos) and bytes of a pair's first part; all documents are pairs, or none. ``continued``: a part of a
-        document, which goes on with what is added next."""
+    def add(
+        self,
+        tokens: np.ndarray,
+        text_bytes: int,
+        prompt: tuple[int, int] | None = None,
+        continued: bool = False,
+    ) -> None:
+        """One document, with its bos and eos; ``text_bytes`` is the length of its text as UTF-8.
+        ``prompt``: tokens (with bos) and bytes of a pair's first part; all documents are pairs, or
+        none. ``continued``: a part of a document, which goes on with what is added next."""
         tokens = np.asarray(tokens)
         if tokens.size == 0 or tokens.min() < 0 or tokens.max() >= self._meta["vocab_size"]:
-            raise ValueError(f"document {len(self._offsets) - 1} is empty or has tokens outside the "
-                             f"vocabulary of {self._meta['vocab_size']}")
+            raise ValueError(
+                f"document {len(self._offsets) - 1} is empty or has tokens outside the "
+                f"vocabulary of {self._meta['vocab_size']}"
+            )
         self._begun += tokens.size
         if not continued:
             self._offsets.append(self._offsets[-1] + self._begun)
@@ -81,33 +103,45 @@ class TokenWriter:
             part = offsets[first : first + SHARD]
             stored[first : first + part.size].write(part).result()
         self._digest.update(offsets)
-        meta = {"dtype": self._dtype.name, "tokens": self._offsets[-1], "documents": offsets.size - 1,
-                "bytes": self._bytes, **self._meta}
+        meta = {
+            "dtype": self._dtype.name,
+            "tokens": self._offsets[-1],
+            "documents": offsets.size - 1,
+            "bytes": self._bytes,
+            **self._meta,
+        }
         if self._prompts:
             prompts = np.array(self._prompts, "<i8")
-            stored = _create(storage.join(self._location, "prompt_lengths"), prompts.dtype, prompts.size)
+            stored = _create(
+                storage.join(self._location, "prompt_lengths"), prompts.dtype, prompts.size
+            )
             stored.write(prompts).result()
             self._digest.update(prompts.tobytes())
-            meta |= {"answer_tokens": self._offsets[-1] - int(prompts.sum()),  # with their eos
-                     "answer_bytes": self._bytes - self._prompt_bytes}
+            meta |= {
+                "answer_tokens": self._offsets[-1] - int(prompts.sum()),  # with their eos
+                "answer_bytes": self._bytes - self._prompt_bytes,
+            }
         meta["sha256"] = self._digest.hexdigest()
         storage.write_file(self._location, "meta.json", json.dumps(meta, indent=1).encode())
         return meta
 
     def _flush(self) -> None:
         if self._filled:
-            part, end = self._buffer[: self._filled], self._written + self._filled
+            part = self._buffer[: self._filled]
+            end = self._written + self._filled
             # Growing rewrites the metadata only; nobody knows the length before the last document.
-            self._array = self._array.resize(exclusive_max=[end], expand_only=True,
-                                             resize_metadata_only=True).result()
+            self._array = self._array.resize(
+                exclusive_max=[end], expand_only=True, resize_metadata_only=True
+            ).result()
             self._array[self._written : end].write(part).result()
             self._digest.update(part.tobytes())
-            self._written, self._filled = end, 0
+            self._written = end
+            self._filled = 0
 
 
 def create_tokens(location: str | os.PathLike, vocab_size: int, tokens: int) -> None:
-    """The array of ``tokens`` tokens below ``location``, for `write_shard` to fill, from any process and in any order.
-    What was there is removed."""
+    """The array of ``tokens`` tokens below ``location``, for `write_shard` to fill, from any
+    process and in any order. What was there is removed."""
     _create(storage.join(location, "tokens"), token_dtype(vocab_size), tokens)
 
 
@@ -118,23 +152,29 @@ def write_shard(location: str | os.PathLike, number: int, tokens: np.ndarray) ->
 
 
 def finish_tokens(location: str | os.PathLike, lengths: Iterable[np.ndarray], meta: dict) -> None:
-    """document_offsets, of the lengths of all documents in order, some at a time, and then meta.json: ``meta`` holds
-    what `TokenWriter.finish` returns."""
+    """document_offsets, of the lengths of all documents in order, some at a time, and then
+    meta.json: ``meta`` holds what `TokenWriter.finish` returns."""
     array = _create_offsets(location, meta["documents"] + 1)
-    waiting, first, end = np.zeros(1, np.int64), 0, 0
+    waiting = np.zeros(1, np.int64)
+    first = 0
+    end = 0
     for values in lengths:
         waiting = np.concatenate([waiting, end + np.cumsum(values, dtype=np.int64)])
         end += int(values.sum())
-        whole = len(waiting) // SHARD * SHARD  # whole files only: part of one would be read and written again
+        whole = (
+            len(waiting) // SHARD * SHARD
+        )  # whole files only: part of one would be read and written again
         if whole:
             array[first : first + whole].write(waiting[:whole]).result()
-            first, waiting = first + whole, waiting[whole:]
+            first = first + whole
+            waiting = waiting[whole:]
     array[first : first + len(waiting)].write(waiting).result()
     storage.write_file(location, "meta.json", json.dumps(meta, indent=1).encode())
 
 
 def _create_offsets(location: str | os.PathLike, size: int) -> tensorstore.TensorStore:
-    # In small chunks: a window wants the offsets of one place, and these are four times as wide as tokens.
+    # In small chunks: a window wants the offsets of one place, and these are four times as wide as
+    # tokens.
     return _create(storage.join(location, "document_offsets"), np.dtype("<i8"), size, _CHUNK >> 4)
 
 
@@ -145,13 +185,23 @@ def token_dtype(vocab_size: int) -> np.dtype:
 class Tokens:
     """The tokens of one part (train or heldout); `open_stored` makes it. ``len`` counts tokens.
 
-    ``prompt_lengths`` [documents] int64: with how many tokens of a pair its answer is asked for; None for plain text.
+    ``prompt_lengths`` [documents] int64: with how many tokens of a pair its answer is asked for;
+    None for plain text.
     """
 
-    def __init__(self, location: str, meta: dict, array: tensorstore.TensorStore, offsets: Offsets,
-                 prompt_lengths: np.ndarray | None = None):
-        self.location, self.meta, self.prompt_lengths = location, meta, prompt_lengths
-        self._array, self._offsets = array, offsets
+    def __init__(
+        self,
+        location: str,
+        meta: dict,
+        array: tensorstore.TensorStore,
+        offsets: Offsets,
+        prompt_lengths: np.ndarray | None = None,
+    ):
+        self.location = location
+        self.meta = meta
+        self.prompt_lengths = prompt_lengths
+        self._array = array
+        self._offsets = offsets
 
     def __len__(self) -> int:
         return self.meta["tokens"]
@@ -162,20 +212,24 @@ class Tokens:
 
     @functools.cached_property
     def document_offsets(self) -> np.ndarray:
-        """[documents + 1] int64: document i is tokens ``offsets[i]`` to ``offsets[i + 1]``. Reads them all."""
+        """[documents + 1] int64: document i is tokens ``offsets[i]`` to ``offsets[i + 1]``. Reads
+        them all."""
         return self._offsets.all()
 
     def document_of(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """int64 (document, where it begins) of each token of ``places``; reads what it needs of the offsets."""
+        """int64 (document, where it begins) of each token of ``places``; reads what it needs of the
+        offsets."""
         return self._offsets.find(places)
 
     def blocks_of_offsets(self) -> Iterator[tuple[int, np.ndarray]]:
-        """(first document, offsets of some documents and of the last one's end) of all: for a pass in little memory."""
+        """(first document, offsets of some documents and of the last one's end) of all: for a pass
+        in little memory."""
         return self._offsets.blocks()
 
     @property
     def predicted(self) -> tuple[int, int]:
-        """Tokens that are learnt, and the UTF-8 bytes that they stand for: all but bos, or the answers of pairs."""
+        """Tokens that are learnt, and the UTF-8 bytes that they stand for: all but bos, or the
+        answers of pairs."""
         if self.prompt_lengths is not None:
             return self.meta["answer_tokens"], self.meta["answer_bytes"]
         return self.meta["tokens"] - self.meta["documents"], self.meta["bytes"]
@@ -183,7 +237,9 @@ class Tokens:
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop), of the dtype on disk; 0 <= start <= stop <= len."""
         if not 0 <= start <= stop <= len(self):
-            raise IndexError(f"tokens {start} to {stop} were asked for, {self.location} has {len(self)}")
+            raise IndexError(
+                f"tokens {start} to {stop} were asked for, {self.location} has {len(self)}"
+            )
         return self.read_windows(np.array([start]), stop - start)[0]
 
     def read_windows(self, starts: np.ndarray, length: int) -> np.ndarray:
@@ -207,21 +263,28 @@ class Tokens:
 def open_stored(location: str | os.PathLike) -> Tokens:
     """The tokens in a folder (path or URL) such as ``OUT/train``.
 
-    Raises FileNotFoundError where nothing was prepared, ValueError where something is damaged or missing.
+    Raises FileNotFoundError where nothing was prepared, ValueError where something is damaged or
+    missing.
     """
     location = str(location).rstrip("/")
     content = storage.read_file(location, "meta.json")
     if content is None:
         if storage.exists(storage.join(location, "train"), "meta.json"):
-            raise FileNotFoundError(f"{location} is a whole data set: give {location}/train, or its heldout folder")
+            raise FileNotFoundError(
+                f"{location} is a whole data set: give {location}/train, or its heldout folder"
+            )
         if not storage.is_remote(location) and not os.path.exists(location):
             raise FileNotFoundError(storage.missing(location))
-        raise FileNotFoundError(f"{location} holds no tokens (no meta.json): give the train or heldout "
-                                "folder of what launch/prepare_data.py wrote, or the prefix of Megatron's .bin and "
-                                ".idx")
+        raise FileNotFoundError(
+            f"{location} holds no tokens (no meta.json): give the train or heldout "
+            "folder of what launch/prepare_data.py wrote, or the prefix of Megatron's .bin and "
+            ".idx"
+        )
     try:
         meta = json.loads(content)
-        tokens, documents, dtype = meta["tokens"], meta["documents"], meta["dtype"]
+        tokens = meta["tokens"]
+        documents = meta["documents"]
+        dtype = meta["dtype"]
         stored = _open(storage.join(location, "tokens"))
         offsets = _open(storage.join(location, "document_offsets"))
         prompts = None
@@ -230,10 +293,15 @@ def open_stored(location: str | os.PathLike) -> Tokens:
     except (ValueError, KeyError, TypeError) as error:
         raise _unreadable(location, error) from None
     if stored.shape != (tokens,) or stored.dtype.name != dtype:
-        raise _damaged(location, f"it holds {stored.shape[0]} tokens of {stored.dtype.name}, meta.json says "
-                                 f"{tokens} of {dtype}")
+        raise _damaged(
+            location,
+            f"it holds {stored.shape[0]} tokens of {stored.dtype.name}, meta.json says "
+            f"{tokens} of {dtype}",
+        )
     if offsets.shape != (documents + 1,):
-        raise _damaged(location, f"document_offsets do not divide {tokens} tokens into {documents} documents")
+        raise _damaged(
+            location, f"document_offsets do not divide {tokens} tokens into {documents} documents"
+        )
 
     def read(first: int, stop: int) -> np.ndarray:
         try:
@@ -241,11 +309,18 @@ def open_stored(location: str | os.PathLike) -> Tokens:
         except ValueError as error:
             raise _unreadable(location, error) from None
 
-    opened = Tokens(location, meta, stored, Offsets(read, documents, tokens, functools.partial(_damaged, location)),
-                    prompts)
+    opened = Tokens(
+        location,
+        meta,
+        stored,
+        Offsets(read, documents, tokens, functools.partial(_damaged, location)),
+        prompts,
+    )
     opened._offsets.check_ends()
-    if prompts is not None and (prompts.shape != (documents,) or not
-                                ((0 < prompts) & (prompts < np.diff(opened.document_offsets))).all()):
+    if prompts is not None and (
+        prompts.shape != (documents,)
+        or not ((0 < prompts) & (prompts < np.diff(opened.document_offsets))).all()
+    ):
         raise _damaged(location, f"prompt_lengths do not fit {documents} documents")
     return opened
 
@@ -256,8 +331,10 @@ def read_prepared(location: str | os.PathLike) -> dict:
     Raises FileNotFoundError where nothing was prepared, ValueError where it is damaged."""
     content = storage.read_file(location, "prepared.json")
     if content is None:
-        raise FileNotFoundError(f"{location} holds no prepared data (no prepared.json): make it with "
-                                "python launch/prepare_data.py --output=" + str(location))
+        raise FileNotFoundError(
+            f"{location} holds no prepared data (no prepared.json): make it with "
+            "python launch/prepare_data.py --output=" + str(location)
+        )
     try:
         prepared = json.loads(content)
         prepared["fingerprint"], prepared["train"], prepared["heldout"]
@@ -277,25 +354,45 @@ def _damaged(location: str | os.PathLike, reason: str) -> ValueError:
     return ValueError(f"{location} is damaged: {reason}; {_AGAIN}")
 
 
-def _create(location: str, dtype: np.dtype, size: int = 0, inner: int | None = None) -> tensorstore.TensorStore:
+def _create(
+    location: str, dtype: np.dtype, size: int = 0, inner: int | None = None
+) -> tensorstore.TensorStore:
     little = {"name": "bytes", "configuration": {"endian": "little"}}
     chunk = [little, {"name": "zstd", "configuration": {"level": 3}}, {"name": "crc32c"}]
-    sharding = {"chunk_shape": [inner or _CHUNK], "codecs": chunk, "index_codecs": [little, {"name": "crc32c"}]}
-    return tensorstore.open({
-        "driver": "zarr3", "kvstore": storage.key_value_spec(location),
-        # Else a chunk of zeros would not be stored, and could not be told from one that is missing.
-        "store_data_equal_to_fill_value": True,
-        "metadata": {
-            "shape": [size], "data_type": dtype.name,
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [SHARD]}},
-            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+    sharding = {
+        "chunk_shape": [inner or _CHUNK],
+        "codecs": chunk,
+        "index_codecs": [little, {"name": "crc32c"}],
+    }
+    return tensorstore.open(
+        {
+            "driver": "zarr3",
+            "kvstore": storage.key_value_spec(location),
+            # Else a chunk of zeros would not be stored, and could not be told from one that is
+            # missing.
+            "store_data_equal_to_fill_value": True,
+            "metadata": {
+                "shape": [size],
+                "data_type": dtype.name,
+                "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [SHARD]}},
+                "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+            },
         },
-    }, create=True, delete_existing=True, context=storage.CONTEXT).result()
+        create=True,
+        delete_existing=True,
+        context=storage.CONTEXT,
+    ).result()
 
 
 def _open(location: str, write: bool = False) -> tensorstore.TensorStore:
-    return tensorstore.open({
-        "driver": "zarr3", "kvstore": storage.key_value_spec(location),
-        "fill_missing_data_reads": False,  # a missing chunk is an error, not zeros
-        "recheck_cached_data": "open",  # not at each read: what is written once does not change
-    }, read=True, write=write, context=storage.CONTEXT).result()
+    return tensorstore.open(
+        {
+            "driver": "zarr3",
+            "kvstore": storage.key_value_spec(location),
+            "fill_missing_data_reads": False,  # a missing chunk is an error, not zeros
+            "recheck_cached_data": "open",  # not at each read: what is written once does not change
+        },
+        read=True,
+        write=write,
+        context=storage.CONTEXT,
+    ).result()

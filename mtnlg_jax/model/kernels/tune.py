@@ -1,4 +1,5 @@
-"""Measures block sizes and implementations on the device of this process, for the table of ``blocks``."""
+"""Measures block sizes and implementations on the device of this process, for the table of
+``blocks``."""
 
 import functools
 import itertools
@@ -18,12 +19,21 @@ from mtnlg_jax.model.kernels.mask import Mask
 from mtnlg_jax.model.kernels.select import SUPPORT, call_of, device, refusal
 
 # What is tried: keys of a block, queries of a block; GPU kernels have 64 queries a warpgroup.
-_TPU = [Blocks(q, kv, compute) for q, kv, compute in itertools.product((256, 512, 1024, 2048), (512, 1024, 2048),
-                                                                       (256, 512, 1024)) if compute <= kv]
-_GPU = [Blocks(64, kv, 0, stages) for kv, stages in itertools.product((64, 96, 128, 256), (2, 3, 4))]
+_TPU = [
+    Blocks(q, kv, compute)
+    for q, kv, compute in itertools.product(
+        (256, 512, 1024, 2048), (512, 1024, 2048), (256, 512, 1024)
+    )
+    if compute <= kv
+]
+_GPU = [
+    Blocks(64, kv, 0, stages) for kv, stages in itertools.product((64, 96, 128, 256), (2, 3, 4))
+]
 _BLOCKWISE = [Blocks(q, kv) for q, kv in itertools.product((128, 256, 512), (128, 256, 512))]
-_DECODE = {"pallas_tpu": [Blocks(0, kv) for kv in (128, 256, 512, 1024, 2048)],
-           "pallas_gpu": [Blocks(0, kv) for kv in (64, 128, 256)]}
+_DECODE = {
+    "pallas_tpu": [Blocks(0, kv) for kv in (128, 256, 512, 1024, 2048)],
+    "pallas_gpu": [Blocks(0, kv) for kv in (64, 128, 256)],
+}
 
 
 def candidates(impl: str, kind: str, length: int) -> list[Blocks]:
@@ -39,15 +49,18 @@ def candidates(impl: str, kind: str, length: int) -> list[Blocks]:
 
 
 def milliseconds(run: Callable, arguments, seconds: float = 0.3, rounds: int = 3) -> float:
-    """Median time of one ``run(*arguments)`` on the device: many in one program, each after the other, and the cost of
-    starting a program taken off."""
+    """Median time of one ``run(*arguments)`` on the device: many in one program, each after the
+    other, and the cost of starting a program taken off."""
 
     @jax.jit
     def repeat(times, arguments):
         def again(_, arguments):
             first, *rest = arguments
-            # A number of each result goes into the next run's input: none can be left out, nor begin early.
-            token = sum(x[(0,) * x.ndim].astype(jnp.float32) for x in jax.tree.leaves(run(first, *rest)))
+            # A number of each result goes into the next run's input: none can be left out, nor
+            # begin early.
+            token = sum(
+                x[(0,) * x.ndim].astype(jnp.float32) for x in jax.tree.leaves(run(first, *rest))
+            )
             start = (0,) * first.ndim
             return first.at[start].add((1e-30 * token).astype(first.dtype)), *rest
 
@@ -70,9 +83,13 @@ def passes(impl: str) -> tuple[str, ...]:
 
 
 def shape_of(length: int, head_width: int, heads: int, tokens: int, dtype: str):
-    """Random q, k, v, (rows, length, heads, head_width) each; rows so that there are ``tokens`` of them."""
+    """Random q, k, v, (rows, length, heads, head_width) each; rows so that there are ``tokens`` of
+    them."""
     shape = (max(1, tokens // length), length, heads, head_width)
-    return tuple(jax.random.normal(key, shape, jnp.dtype(dtype)) for key in jax.random.split(jax.random.key(0), 3))
+    return tuple(
+        jax.random.normal(key, shape, jnp.dtype(dtype))
+        for key in jax.random.split(jax.random.key(0), 3)
+    )
 
 
 def _run_of(impl: str, kind: str, causal: bool, blocks: Blocks, q, k, v) -> tuple[Callable, tuple]:
@@ -81,13 +98,26 @@ def _run_of(impl: str, kind: str, causal: bool, blocks: Blocks, q, k, v) -> tupl
     if kind == "both":
 
         def loss(q, k, v):
-            return attention(q, k, v, causal=causal, impl=impl, block_sizes=sized).astype(jnp.float32).sum()
+            return (
+                attention(q, k, v, causal=causal, impl=impl, block_sizes=sized)
+                .astype(jnp.float32)
+                .sum()
+            )
 
         return jax.grad(loss, (0, 1, 2)), (q, k, v)
     if kind == "decode":
-        run = functools.partial(dispatch.decode, impl, scale=q.shape[3] ** -0.5, softcap=None,
-                                block_kv=blocks.kv or None)
-        return run, (q[:, 0], *(x.swapaxes(1, 2) for x in (k, v)), jnp.full(q.shape[:1], q.shape[1], jnp.int32))
+        run = functools.partial(
+            dispatch.decode,
+            impl,
+            scale=q.shape[3] ** -0.5,
+            softcap=None,
+            block_kv=blocks.kv or None,
+        )
+        return run, (
+            q[:, 0],
+            *(x.swapaxes(1, 2) for x in (k, v)),
+            jnp.full(q.shape[:1], q.shape[1], jnp.int32),
+        )
     mask = Mask(causal)
     plan = dispatch.plan_for(impl, q, k, mask, block_sizes=blocks)
 
@@ -99,14 +129,29 @@ def _run_of(impl: str, kind: str, causal: bool, blocks: Blocks, q, k, v) -> tupl
         grads = dispatch.backward(plan, q, k, v, mask, out, lse, out, jnp.zeros_like(lse))
         return grads[0] if kind == "dq" else grads[1:]
 
-    return (forward, (q, k, v)) if kind == "forward" else (gradients, (q, k, v, *jax.jit(forward)(q, k, v)))
+    return (
+        (forward, (q, k, v))
+        if kind == "forward"
+        else (gradients, (q, k, v, *jax.jit(forward)(q, k, v)))
+    )
 
 
-def sweep(impls: Sequence[str], lengths: Sequence[int], widths: Sequence[int], dtypes: Sequence[str], *, heads: int,
-          tokens: int, causal: Sequence[bool] = (True, False)) -> Iterator[dict]:
-    """Yields rows of the table, the best sizes of each shape and pass with their time, and as it goes those that the
-    compiler refuses are left out. What an implementation cannot do is skipped."""
-    for dtype, width, length, masked, impl in itertools.product(dtypes, widths, lengths, causal, impls):
+def sweep(
+    impls: Sequence[str],
+    lengths: Sequence[int],
+    widths: Sequence[int],
+    dtypes: Sequence[str],
+    *,
+    heads: int,
+    tokens: int,
+    causal: Sequence[bool] = (True, False),
+) -> Iterator[dict]:
+    """Yields rows of the table, the best sizes of each shape and pass with their time, and as it
+    goes those that the compiler refuses are left out. What an implementation cannot do is
+    skipped."""
+    for dtype, width, length, masked, impl in itertools.product(
+        dtypes, widths, lengths, causal, impls
+    ):
         q, k, v = shape_of(length, width, heads, tokens, dtype)
         if refusal(impl, call_of(q, k, masked, frozenset())):
             continue
@@ -122,15 +167,34 @@ def sweep(impls: Sequence[str], lengths: Sequence[int], widths: Sequence[int], d
                     continue
             if timed:
                 best = min(timed, key=timed.get)
-                kept = ("q", "kv", "compute", "stages") if impl == "pallas_gpu" else ("q", "kv", "compute")
-                sizes = {name: getattr(best, name) for name in kept if best.kv and getattr(best, name)}
-                yield {"device": device(), "impl": impl, "dtype": dtype, "head_width": width, "length": length,
-                       "causal": masked, "pass": kind, **sizes, "ms": round(timed[best], 4), "rows": q.shape[0],
-                       "heads": heads, "source": f"timed, {len(timed)} sizes tried, jax {jax.__version__}, "
-                       f"{time.strftime('%Y-%m-%d')}, {compat.device_kind()}"}
+                kept = (
+                    ("q", "kv", "compute", "stages")
+                    if impl == "pallas_gpu"
+                    else ("q", "kv", "compute")
+                )
+                sizes = {
+                    name: getattr(best, name) for name in kept if best.kv and getattr(best, name)
+                }
+                yield {
+                    "device": device(),
+                    "impl": impl,
+                    "dtype": dtype,
+                    "head_width": width,
+                    "length": length,
+                    "causal": masked,
+                    "pass": kind,
+                    **sizes,
+                    "ms": round(timed[best], 4),
+                    "rows": q.shape[0],
+                    "heads": heads,
+                    "source": f"timed, {len(timed)} sizes tried, jax {jax.__version__}, "
+                    f"{time.strftime('%Y-%m-%d')}, {compat.device_kind()}",
+                }
 
 
 def impls_here(dtype: str) -> list[str]:
     """Those that run on this device."""
     probe = jax.ShapeDtypeStruct((1, 128, 1, 128), dtype)
-    return [name for name in SUPPORT if refusal(name, call_of(probe, probe, True, frozenset())) is None]
+    return [
+        name for name in SUPPORT if refusal(name, call_of(probe, probe, True, frozenset())) is None
+    ]

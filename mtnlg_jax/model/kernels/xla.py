@@ -1,8 +1,9 @@
-"""Attention in XLA: exact, which holds all scores, and blockwise, FlashAttention's algorithms 1 and 2 (Dao 2023) as
-loops, with memory linear in the lengths.
+"""Attention in XLA: exact, which holds all scores, and blockwise, FlashAttention's algorithms 1 and
+2 (Dao 2023) as loops, with memory linear in the lengths.
 
-Inside, heads stand before positions: every product is then a plain batched matmul, and the scores (T x S, by far the
-largest array) are never transposed. G = N / K query heads share a key/value head.
+Inside, heads stand before positions: every product is then a plain batched matmul, and the scores
+(T x S, by far the largest array) are never transposed. G = N / K query heads share a key/value
+head.
 """
 
 import jax
@@ -19,7 +20,8 @@ NEG_INF = -jnp.inf
 
 @jax.custom_vjp
 def softmax(scores):
-    """Weights and log-sum-exp over the last dim; a row of -inf gives zeros and -inf. The backward pass keeps the
+    """Weights and log-sum-exp over the last dim; a row of -inf gives zeros and -inf. The backward
+    pass keeps the
     weights only: differentiating through the maximum would keep four arrays of T x S."""
     top = jnp.max(scores, -1, keepdims=True)
     weights = jnp.exp(scores - jnp.where(top == NEG_INF, 0.0, top))
@@ -61,20 +63,42 @@ def _ungroup(x):
 
 
 def _visible(mask: Mask, q_ids, kv_ids, q_start, q_size, k_start, k_size):
-    """Booleans that broadcast to (B, K, G, q_size, k_size), or None where all is visible. The ids are the block's."""
+    """Booleans that broadcast to (B, K, G, q_size, k_size), or None where all is visible. The ids
+    are the block's."""
     offset = jnp.asarray(mask.q_offset)
-    positions = (offset[..., None] + q_start + jnp.arange(q_size))[..., :, None]  # (q, 1) or (B, q, 1)
+    positions = (offset[..., None] + q_start + jnp.arange(q_size))[
+        ..., :, None
+    ]  # (q, 1) or (B, q, 1)
     length = None if mask.kv_lengths is None else mask.kv_lengths[:, None, None]
     ids = (None, None) if q_ids is None else (q_ids[:, :, None], kv_ids[:, None, :])
-    seen = visible(positions, k_start + jnp.arange(k_size), causal=mask.causal, window=mask.window, length=length,
-                   q_ids=ids[0], kv_ids=ids[1])
+    seen = visible(
+        positions,
+        k_start + jnp.arange(k_size),
+        causal=mask.causal,
+        window=mask.window,
+        length=length,
+        q_ids=ids[0],
+        kv_ids=ids[1],
+    )
     return seen if seen is None or seen.ndim == 2 else seen[:, None, None]
 
 
-def exact(q, k, v, mask: Mask, *, scale: float, softcap: float | None, bias=None, dropout_rate: float = 0.0,
-          dropout_key=None):
+def exact(
+    q,
+    k,
+    v,
+    mask: Mask,
+    *,
+    scale: float,
+    softcap: float | None,
+    bias=None,
+    dropout_rate: float = 0.0,
+    dropout_key=None,
+):
     """(out (B, T, N, H), lse (B, N, T)); ``bias`` broadcasts to (B, N, T, S)."""
-    heads, dtype, (length, keys) = q.shape[2], q.dtype, (q.shape[1], k.shape[1])
+    heads = q.shape[2]
+    dtype = q.dtype
+    length, keys = (q.shape[1], k.shape[1])
     seen = _visible(mask, mask.q_ids, mask.kv_ids, 0, length, 0, keys)
     scores = _scores(_group(q, k.shape[2]), k.transpose(0, 2, 1, 3), scale, softcap)
     if bias is not None:
@@ -91,14 +115,20 @@ def exact(q, k, v, mask: Mask, *, scale: float, softcap: float | None, bias=None
     return _ungroup(out).astype(dtype), lse.reshape(lse.shape[0], heads, length)
 
 
-def decode(q, k_cache, v_cache, lengths, *, scale: float, softcap: float | None, k_scale=None, v_scale=None):
-    """One query a row: q (B, N, H), caches (B, K, S, H), int8 with scales (B, K, S) -> out (B, N, H), lse (B, N)."""
+def decode(
+    q, k_cache, v_cache, lengths, *, scale: float, softcap: float | None, k_scale=None, v_scale=None
+):
+    """One query a row: q (B, N, H), caches (B, K, S, H), int8 with scales (B, K, S) -> out (B, N,
+    H), lse (B, N)."""
     batch, heads, width = q.shape
     kv_heads = k_cache.shape[1]
     grouped = q.reshape(batch, kv_heads, heads // kv_heads, width)
     if k_scale is not None:
-        k_cache, v_cache = k_cache.astype(q.dtype), v_cache.astype(q.dtype)
-    scores = jnp.einsum("BKGH,BKSH->BKGS", grouped, k_cache, preferred_element_type=jnp.float32) * scale
+        k_cache = k_cache.astype(q.dtype)
+        v_cache = v_cache.astype(q.dtype)
+    scores = (
+        jnp.einsum("BKGH,BKSH->BKGS", grouped, k_cache, preferred_element_type=jnp.float32) * scale
+    )
     if k_scale is not None:
         scores = scores * k_scale[:, :, None]
     if softcap is not None:
@@ -107,15 +137,22 @@ def decode(q, k_cache, v_cache, lengths, *, scale: float, softcap: float | None,
     weights, lse = softmax(jnp.where(seen[:, None, None], scores, NEG_INF))
     if v_scale is not None:
         weights = weights * v_scale[:, :, None]
-    out = jnp.einsum("BKGS,BKSH->BKGH", weights.astype(v_cache.dtype), v_cache, preferred_element_type=jnp.float32)
+    out = jnp.einsum(
+        "BKGS,BKSH->BKGH",
+        weights.astype(v_cache.dtype),
+        v_cache,
+        preferred_element_type=jnp.float32,
+    )
     return out.reshape(q.shape).astype(q.dtype), lse.reshape(batch, heads)
 
 
-# --- blockwise ----------------------------------------------------------------------------------------------------
+# --- blockwise
+# ----------------------------------------------------------------------------------------------------
 
 
 def _key_blocks(mask: Mask, rows, queries, keys, blocks: Blocks):
-    """(first, end) of the blocks of keys that each block of queries visits, for all rows at once."""
+    """(first, end) of the blocks of keys that each block of queries visits, for all rows at
+    once."""
     first, end = block_ranges(mask, rows, queries, keys, blocks.q, blocks.kv)
     some = end > first
     return jnp.where(some.any(0), jnp.where(some, first, keys).min(0), 0), end.max(0)
@@ -123,7 +160,9 @@ def _key_blocks(mask: Mask, rows, queries, keys, blocks: Blocks):
 
 def mean_key_blocks(length: int, blocks: Blocks) -> float:
     """Blocks of keys that a block of queries visits, the mean over a causal sequence."""
-    first, end = block_ranges(Mask(True), 1, length, length, min(blocks.q, length), min(blocks.kv, length))
+    first, end = block_ranges(
+        Mask(True), 1, length, length, min(blocks.q, length), min(blocks.kv, length)
+    )
     return float((end - first).mean())
 
 
@@ -138,10 +177,12 @@ def _pad(x, block: int, axis: int = 1):
 
 
 class _Loop:
-    """What both passes share: operands in whole blocks with heads first, and the scores of any block."""
+    """What both passes share: operands in whole blocks with heads first, and the scores of any
+    block."""
 
     def __init__(self, q, k, v, mask: Mask, scale, softcap, blocks: Blocks):
-        queries, keys = q.shape[1], k.shape[1]
+        queries = q.shape[1]
+        keys = k.shape[1]
         self.blocks = blocks = _fit(blocks, queries, keys)
         self.ranges = _key_blocks(mask, q.shape[0], queries, keys, blocks)
         if keys % blocks.kv:  # what pads the keys must stay invisible
@@ -149,8 +190,12 @@ class _Loop:
             lengths = whole if mask.kv_lengths is None else jnp.minimum(mask.kv_lengths, keys)
             mask = mask._replace(kv_lengths=lengths)
         if mask.q_ids is not None:
-            mask = mask._replace(q_ids=_pad(mask.q_ids, blocks.q), kv_ids=_pad(mask.kv_ids, blocks.kv))
-        self.mask, self.scale, self.softcap = mask, scale, softcap
+            mask = mask._replace(
+                q_ids=_pad(mask.q_ids, blocks.q), kv_ids=_pad(mask.kv_ids, blocks.kv)
+            )
+        self.mask = mask
+        self.scale = scale
+        self.softcap = softcap
         self.q = _group(_pad(q, blocks.q), k.shape[2])
         self.k, self.v = (_pad(x, blocks.kv).transpose(0, 2, 1, 3) for x in (k, v))
         self.starts = jnp.arange(0, self.q.shape[3], blocks.q)
@@ -167,14 +212,15 @@ class _Loop:
         slope = None if self.softcap is None else 1 - (scores / self.softcap) ** 2
         q_ids = kv_ids = None
         if self.mask.q_ids is not None:
-            q_ids, kv_ids = self.of_queries(self.mask.q_ids, q_start, 1), self.of_keys(self.mask.kv_ids, k_start, 1)
+            q_ids = self.of_queries(self.mask.q_ids, q_start, 1)
+            kv_ids = self.of_keys(self.mask.kv_ids, k_start, 1)
         seen = _visible(self.mask, q_ids, kv_ids, q_start, self.blocks.q, k_start, self.blocks.kv)
         return (scores if seen is None else jnp.where(seen, scores, NEG_INF)), slope
 
 
 def _varying_like(inputs, *arrays):
-    """``arrays`` marked as differing over the mesh axes that any of ``inputs`` differs over: a loop's carry
-    must start with the type that it ends with."""
+    """``arrays`` marked as differing over the mesh axes that any of ``inputs`` differs over: a
+    loop's carry must start with the type that it ends with."""
     axes = tuple(varying_axes(inputs))
     return tuple(lax.pcast(x, axes, to="varying") if axes else x for x in arrays)
 
@@ -197,28 +243,52 @@ def forward(q, k, v, mask: Mask, *, scale: float, softcap: float | None, blocks:
             weights = jnp.exp(scores - safe[..., None])
             shrink = jnp.exp(top - safe)
             acc = acc * shrink[..., None] + jnp.einsum(
-                "BKGTS,BKSH->BKGTH", weights.astype(v.dtype), v_block, preferred_element_type=jnp.float32)
+                "BKGTS,BKSH->BKGTH",
+                weights.astype(v.dtype),
+                v_block,
+                preferred_element_type=jnp.float32,
+            )
             return acc, new_top, total * shrink + weights.sum(-1)
 
         shape = q_block.shape[:-1]
-        start = _varying_like((q, k, v, mask), jnp.zeros((*shape, width)), jnp.full(shape, NEG_INF), jnp.zeros(shape))
+        start = _varying_like(
+            (q, k, v, mask), jnp.zeros((*shape, width)), jnp.full(shape, NEG_INF), jnp.zeros(shape)
+        )
         acc, top, total = lax.fori_loop(first, end, one_key_block, start)
         safe = jnp.where(total == 0, 1.0, total)
         return None, (acc / safe[..., None], jnp.where(total == 0, NEG_INF, top + jnp.log(safe)))
 
     _, (out, lse) = lax.scan(one_query_block, None, (loop.starts, *loop.ranges))
-    out = jnp.moveaxis(out, 0, 3).reshape(loop.q.shape).astype(q.dtype)  # (n, B, K, G, q, H) -> (B, K, G, T, H)
+    out = (
+        jnp.moveaxis(out, 0, 3).reshape(loop.q.shape).astype(q.dtype)
+    )  # (n, B, K, G, q, H) -> (B, K, G, T, H)
     lse = jnp.moveaxis(lse, 0, 3).reshape(batch, heads, -1)
     return _ungroup(out)[:, :length], lse[:, :, :length]
 
 
-def backward(q, k, v, mask: Mask, out, lse, d_out, d_lse, *, scale: float, softcap: float | None, blocks: Blocks):
+def backward(
+    q,
+    k,
+    v,
+    mask: Mask,
+    out,
+    lse,
+    d_out,
+    d_lse,
+    *,
+    scale: float,
+    softcap: float | None,
+    blocks: Blocks,
+):
     """Gradients (dq, dk, dv) for the cotangents ``d_out`` and ``d_lse`` of out and lse."""
     loop = _Loop(q, k, v, mask, scale, softcap, blocks)
-    length, kv_heads = q.shape[1], k.shape[2]
-    # d score = weight * (d weight - delta); the log-sum-exp's own cotangent enters with the other sign.
+    length = q.shape[1]
+    kv_heads = k.shape[2]
+    # d score = weight * (d weight - delta); the log-sum-exp's own cotangent enters with the other
+    # sign.
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), -1).swapaxes(1, 2) - d_lse
-    # A padded query has no cotangent, and a finite log-sum-exp keeps the weights of rows that see nothing finite.
+    # A padded query has no cotangent, and a finite log-sum-exp keeps the weights of rows that see
+    # nothing finite.
     lse = jnp.where(lse == NEG_INF, 0.0, lse)
     shape = loop.q.shape[:-1]
     delta, lse = (_pad(x, loop.blocks.q, 2).reshape(shape) for x in (delta, lse))
@@ -228,7 +298,8 @@ def backward(q, k, v, mask: Mask, out, lse, d_out, d_lse, *, scale: float, softc
     def one_query_block(carry, of_block):
         q_start, first, end = of_block
         q_block, d_block, lse_block, delta_block = (
-            loop.of_queries(x, q_start) for x in (loop.q, d_out, lse, delta))
+            loop.of_queries(x, q_start) for x in (loop.q, d_out, lse, delta)
+        )
 
         def one_key_block(i, carry):
             dq, dk, dv = carry
@@ -236,18 +307,30 @@ def backward(q, k, v, mask: Mask, out, lse, d_out, d_lse, *, scale: float, softc
             k_block, v_block = (loop.of_keys(x, k_start) for x in (loop.k, loop.v))
             scores, slope = loop.scores(q_block, k_block, q_start, k_start)
             weights = jnp.exp(scores - lse_block[..., None])
-            dv_part = jnp.einsum("BKGTS,BKGTH->BKSH", weights.astype(v.dtype), d_block,
-                                 preferred_element_type=jnp.float32)
-            d_weights = jnp.einsum("BKGTH,BKSH->BKGTS", d_block, v_block, preferred_element_type=jnp.float32)
+            dv_part = jnp.einsum(
+                "BKGTS,BKGTH->BKSH",
+                weights.astype(v.dtype),
+                d_block,
+                preferred_element_type=jnp.float32,
+            )
+            d_weights = jnp.einsum(
+                "BKGTH,BKSH->BKGTS", d_block, v_block, preferred_element_type=jnp.float32
+            )
             d_scores = weights * (d_weights - delta_block[..., None]) * scale
             if slope is not None:
                 d_scores = d_scores * slope
             d_scores = d_scores.astype(q.dtype)
-            dq = dq + jnp.einsum("BKGTS,BKSH->BKGTH", d_scores, k_block, preferred_element_type=jnp.float32)
-            dk_part = jnp.einsum("BKGTS,BKGTH->BKSH", d_scores, q_block, preferred_element_type=jnp.float32)
+            dq = dq + jnp.einsum(
+                "BKGTS,BKSH->BKGTH", d_scores, k_block, preferred_element_type=jnp.float32
+            )
+            dk_part = jnp.einsum(
+                "BKGTS,BKGTH->BKSH", d_scores, q_block, preferred_element_type=jnp.float32
+            )
 
             def add(total, part):
-                return lax.dynamic_update_slice_in_dim(total, loop.of_keys(total, k_start) + part, k_start, 2)
+                return lax.dynamic_update_slice_in_dim(
+                    total, loop.of_keys(total, k_start) + part, k_start, 2
+                )
 
             return dq, add(dk, dk_part), add(dv, dv_part)
 

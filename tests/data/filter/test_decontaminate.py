@@ -19,11 +19,21 @@ import pytest
 import zstandard
 
 from mtnlg_jax.data.filter import decontaminate
-from mtnlg_jax.data.filter.decontaminate import Decontamination, NGrams, below, check_hits, frequencies, ngrams, pieces
+from mtnlg_jax.data.filter.decontaminate import (
+    Decontamination,
+    NGrams,
+    below,
+    check_hits,
+    frequencies,
+    ngrams,
+    pieces,
+)
 from mtnlg_jax.data.read.builtin_corpus import embedded_documents
 from mtnlg_jax.data.read.documents import read_documents
 
-SMALL = Decontamination(max_words=4, min_words=2, key_threshold=3, side=3, min_characters=4, max_pieces=3)
+SMALL = Decontamination(
+    max_words=4, min_words=2, key_threshold=3, side=3, min_characters=4, max_pieces=3
+)
 
 
 def _oracle_ngrams(texts, config):
@@ -77,8 +87,11 @@ def _oracle_pieces(text, keys, config):
         start, key = match
         ends = [place for place, character in enumerate(text) if character in ".!?"]
         before = max([place for place in ends if place <= start - config.side], default=0)
-        behind = min([place for place in ends if place >= start + len(key) + config.side], default=len(text))
-        first, text = text[: before + 1] if before > 0 else "", text[behind + 1 :]
+        behind = min(
+            [place for place in ends if place >= start + len(key) + config.side], default=len(text)
+        )
+        first = text[: before + 1] if before > 0 else ""
+        text = text[behind + 1 :]
         if len(first) > config.min_characters:
             left.append(first)
         if len(text) <= config.min_characters:
@@ -90,7 +103,8 @@ def _oracle_pieces(text, keys, config):
 
 
 def _random_text(generator, length):
-    # "İ" is two characters in lower case; how "Σ" is lowered depends on what stands around it, full stops excepted.
+    # "İ" is two characters in lower case; how "Σ" is lowered depends on what stands around it, full
+    # stops excepted.
     odd = generator.choice([["b"], ["İ "], ["a.Σ ", "Σ "], ["aΣ ", "Σ ", "Σ"], ["天 "], ["ß."]])
     words = ["a", "a ", "B ", "a b ", "ba ", "a,   ", "a. ", "b!", "_\n", *odd]
     return "".join(generator.choices(words, k=length))
@@ -100,10 +114,18 @@ def test_equal_to_the_procedure_written_out():
     generator = random.Random(3)
     outcomes = collections.Counter()
     for _ in range(1000):
-        config = Decontamination(**{**SMALL.__dict__, "max_words": generator.choice([3, 4, 5, 7]),
-                                    "side": generator.choice([0, 3, 9]),
-                                    "min_characters": generator.choice([0, 4])})
-        tests = [_random_text(generator, generator.randrange(2, 15)) for _ in range(generator.randrange(1, 6))]
+        config = Decontamination(
+            **{
+                **SMALL.__dict__,
+                "max_words": generator.choice([3, 4, 5, 7]),
+                "side": generator.choice([0, 3, 9]),
+                "min_characters": generator.choice([0, 4]),
+            }
+        )
+        tests = [
+            _random_text(generator, generator.randrange(2, 15))
+            for _ in range(generator.randrange(1, 6))
+        ]
         keys = _oracle_ngrams(tests, config)
         if not keys:
             continue
@@ -124,10 +146,15 @@ def test_equal_to_the_procedure_written_out():
 
 
 def test_a_cut_through_a_word_leaves_its_end():
-    # A match counts one space between words, so where more stands there the search goes on inside the last word.
+    # A match counts one space between words, so where more stands there the search goes on inside
+    # the last word.
     keys = ngrams(["aaa bbb", "bb cccc", "c d"], Decontamination(max_words=2, min_words=2))
     text = "aaa,,, bbb,, cccc d e"
-    assert frequencies(text, keys) == _oracle_frequencies(text, keys.keys, keys.config) == dict.fromkeys(keys.keys, 1)
+    assert (
+        frequencies(text, keys)
+        == _oracle_frequencies(text, keys.keys, keys.config)
+        == dict.fromkeys(keys.keys, 1)
+    )
 
 
 def _corpus(request, corpus):
@@ -142,7 +169,10 @@ def _tests(request, corpus):
     if corpus == "embedded":
         generator = random.Random(5)
         word = ["".join(generator.choices("abcdefgh", k=5)) for _ in range(500)]
-        return [" ".join(generator.choices(word, k=generator.choice([8, 10, 13, 30, 60]))) for _ in range(100)]
+        return [
+            " ".join(generator.choices(word, k=generator.choice([8, 10, 13, 30, 60])))
+            for _ in range(100)
+        ]
     folder = request.getfixturevalue("shared") / "data/eval"
     lambada = _read(folder / "lambada/lambada_openai_test.jsonl", ["context"])
     return [*itertools.islice(lambada, 500), *_read(folder / "piqa/piqa_valid.jsonl", ["goal"])]
@@ -150,13 +180,15 @@ def _tests(request, corpus):
 
 @pytest.mark.parametrize("corpus", ["embedded", "real"])
 def test_planted_leaks_are_found_and_nothing_else(corpus, request):
-    originals, tests = _corpus(request, corpus), _tests(request, corpus)
+    originals = _corpus(request, corpus)
+    tests = _tests(request, corpus)
     keys = ngrams(tests)
     clean = [text for text in originals if _oracle_match(text, keys.keys, 13) is None]
     assert len(clean) > 0.95 * len(originals)
     generator = random.Random(2)
     leaks = [text for text in tests if len(re.findall(r"\w+", text)) >= 8]
-    texts, places = list(clean), sorted(generator.sample(range(len(clean)), len(clean) // 4))
+    texts = list(clean)
+    places = sorted(generator.sample(range(len(clean)), len(clean) // 4))
     for place in places:
         text = clean[place]
         for _ in range(generator.choice([1, 1, 2, 5])):
@@ -170,17 +202,23 @@ def test_planted_leaks_are_found_and_nothing_else(corpus, request):
     results = [pieces(text, rare) for text in texts]
     hit = {place for place, (_, matched) in enumerate(results) if matched}
     found = hit & {place for place in places if _oracle_match(texts[place], rare.keys, 13)}
-    recall, precision = len(found) / len(places), len(found) / len(hit)
-    print(f"{corpus}: {len(texts)} texts, {len(places)} leaks: recall {recall:.4f}, precision {precision:.4f}")
+    recall = len(found) / len(places)
+    precision = len(found) / len(hit)
+    print(
+        f"{corpus}: {len(texts)} texts, {len(places)} leaks: recall {recall:.4f}, precision {precision:.4f}"
+    )
     assert recall > 0.97 and precision == 1  # n-grams that were planted ten times are left alone
     for place, (text, (left, _)) in enumerate(zip(texts, results, strict=True)):
-        assert left == ([text] if place not in hit else _oracle_pieces(text, rare.keys, rare.config))
+        assert left == (
+            [text] if place not in hit else _oracle_pieces(text, rare.keys, rare.config)
+        )
         assert all(_oracle_match(piece, rare.keys, 13) is None for piece in left[-1:])
 
 
 def test_a_cut_by_hand():
     leak = "one two three four five six seven eight nine ten eleven twelve thirteen"
-    before, after = "Before. " * 60, "After. " * 60
+    before = "Before. " * 60
+    after = "After. " * 60
     left, matched = pieces(f"{before}{leak}. {after}", ngrams([leak]))
     assert matched == [leak]
     assert left == [("Before. " * 35)[:-1], f" {'After. ' * 31}"]
@@ -246,27 +284,48 @@ def test_a_test_set_that_equals_the_corpus(texts):
         check_hits(hit, len(english))
 
 
-@pytest.mark.parametrize("wrong, message", [
-    ({"min_words": 14}, "min_words=14"), ({"words": "chars"}, "words='chars'"), ({"side": -1}, "side=-1"),
-])
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"min_words": 14}, "min_words=14"),
+        ({"words": "chars"}, "words='chars'"),
+        ({"side": -1}, "side=-1"),
+    ],
+)
 def test_bad_settings(wrong, message):
     with pytest.raises(ValueError, match=message):
         Decontamination(**wrong)
 
 
-ROWS = [{"question": "Who?", "answers": {"text": ["He."]}},
-        {"question": "What?", "answers": {"text": ["It.", "That."]}}]
+ROWS = [
+    {"question": "Who?", "answers": {"text": ["He."]}},
+    {"question": "What?", "answers": {"text": ["It.", "That."]}},
+]
 
 
 def _read(path, keys=(), **options):
-    return [found.text for found in decontaminate.read_test_texts(path, keys, **options) if found.text is not None]
+    return [
+        found.text
+        for found in decontaminate.read_test_texts(path, keys, **options)
+        if found.text is not None
+    ]
 
 
 def test_test_texts_of_many_forms(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, ROWS)) + "\n\n")
     (tmp_path / "a.json").write_text(json.dumps({"data": [{"rows": ROWS}]}, indent=1))
-    assert _read(tmp_path / "a.jsonl", ["question"]) == _read(tmp_path / "a.json", ["question"]) == ["Who?", "What?"]
-    assert _read(tmp_path / "a.json", ["text", "question"]) == ["Who?", "He.", "What?", "It.", "That."]
+    assert (
+        _read(tmp_path / "a.jsonl", ["question"])
+        == _read(tmp_path / "a.json", ["question"])
+        == ["Who?", "What?"]
+    )
+    assert _read(tmp_path / "a.json", ["text", "question"]) == [
+        "Who?",
+        "He.",
+        "What?",
+        "It.",
+        "That.",
+    ]
     (tmp_path / "a.tsv").write_text('question\tlabel\nWho "is it?\t1\nWhat?\t0\n')
     assert _read(tmp_path / "a.tsv", ["question"]) == ['Who "is it?', "What?"]
     assert _read(tmp_path / "a.tsv", ["0"]) == ["question", 'Who "is it?', "What?"]
@@ -289,8 +348,13 @@ FORMS = {
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst", ".bz2", ".xz"])
 @pytest.mark.parametrize("name", FORMS)
 def test_test_sets_of_every_form_packed_or_not(tmp_path, name, suffix):
-    pack = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress, ".bz2": bz2.compress,
-            ".xz": lzma.compress}[suffix]
+    pack = {
+        "": bytes,
+        ".gz": gzip.compress,
+        ".zst": zstandard.ZstdCompressor().compress,
+        ".bz2": bz2.compress,
+        ".xz": lzma.compress,
+    }[suffix]
     (tmp_path / (name + suffix)).write_bytes(pack(FORMS[name].encode()))
     found = _read(tmp_path / (name + suffix))
     assert {"Who?", "He.", "What?", "It."} <= set(found)
@@ -302,17 +366,38 @@ def test_parquet_test_sets(tmp_path):
     found = {}
     for field, text in decontaminate.read_test_texts(tmp_path / "a.parquet"):
         found.setdefault(field, []).append(text)
-    assert found == {"question": ["Who?", "What?"], "text": ["He.", "It.", "That."], "label": [None, None],
-                     "choices": ["A lion.", "A bear."] * 2}
+    assert found == {
+        "question": ["Who?", "What?"],
+        "text": ["He.", "It.", "That."],
+        "label": [None, None],
+        "choices": ["A lion.", "A bear."] * 2,
+    }
 
 
 def test_every_field_counts_however_deep_it_lies(tmp_path):
-    row = {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "turns": [["c", {"d": "e"}], []],
-           "n": 3, "ok": True, "none": None}
+    row = {
+        "question": "q",
+        "choices": {"text": ["a", "b"], "label": ["A", "B"]},
+        "turns": [["c", {"d": "e"}], []],
+        "n": 3,
+        "ok": True,
+        "none": None,
+    }
     (tmp_path / "a.jsonl").write_text(json.dumps(row) + '\n"alone"\n["f"]\n')
     found = [tuple(each) for each in decontaminate.read_test_texts(tmp_path / "a.jsonl")]
-    assert found == [("question", "q"), ("text", "a"), ("text", "b"), ("label", "A"), ("label", "B"), ("turns", "c"),
-                     ("d", "e"), ("n", None), ("ok", None), ("text", "alone"), ("text", "f")]
+    assert found == [
+        ("question", "q"),
+        ("text", "a"),
+        ("text", "b"),
+        ("label", "A"),
+        ("label", "B"),
+        ("turns", "c"),
+        ("d", "e"),
+        ("n", None),
+        ("ok", None),
+        ("text", "alone"),
+        ("text", "f"),
+    ]
     assert _read(tmp_path / "a.jsonl", ["question", "d"]) == ["q", "e"]
 
 
@@ -320,21 +405,26 @@ def test_encodings_of_test_sets(tmp_path):
     (tmp_path / "a.jsonl").write_bytes('{"question": "Müller?"}\n'.encode("utf-16"))
     assert _read(tmp_path / "a.jsonl") == ["Müller?"]
     (tmp_path / "a.csv").write_bytes("question\nWer?\nMüller?\n".encode("cp1252"))
-    with pytest.raises(ValueError, match=r"a\.csv, line 3: byte 0xfc at 1 is not UTF-8; name its encoding"):
+    with pytest.raises(
+        ValueError, match=r"a\.csv, line 3: byte 0xfc at 1 is not UTF-8; name its encoding"
+    ):
         _read(tmp_path / "a.csv")
     assert "Müller?" in _read(tmp_path / "a.csv", encoding="latin-1")
 
 
-@pytest.mark.parametrize("name, content, keys, message", [
-    ("a.jsonl", '{"a": "b"}\n', ["query"], "none of the keys query; it has a"),
-    ("a.jsonl", '{"a": "b"}\n{"a": "b', ["a"], "line 2: not valid JSON"),
-    ("a.json", '{"a": "b"}\n{"a": "b', ["a"], "item 2: cut short or damaged on line 2"),
-    ("a.json", "[", ["a"], "the list is cut short"),
-    ("a.csv", 'a,b\n1,2\n1,"2\n', ["a"], "line 3: not a row of a table"),
-    ("a.tsv", "a\tb\n1\t2\n", ["c"], "none of the keys c; it has a, b"),
-    ("a.pdf", "", ["a"], "suffix that is not read"),
-    ("a.json", "{}", "query", r"\['query'\]"),
-])
+@pytest.mark.parametrize(
+    "name, content, keys, message",
+    [
+        ("a.jsonl", '{"a": "b"}\n', ["query"], "none of the keys query; it has a"),
+        ("a.jsonl", '{"a": "b"}\n{"a": "b', ["a"], "line 2: not valid JSON"),
+        ("a.json", '{"a": "b"}\n{"a": "b', ["a"], "item 2: cut short or damaged on line 2"),
+        ("a.json", "[", ["a"], "the list is cut short"),
+        ("a.csv", 'a,b\n1,2\n1,"2\n', ["a"], "line 3: not a row of a table"),
+        ("a.tsv", "a\tb\n1\t2\n", ["c"], "none of the keys c; it has a, b"),
+        ("a.pdf", "", ["a"], "suffix that is not read"),
+        ("a.json", "{}", "query", r"\['query'\]"),
+    ],
+)
 def test_bad_test_sets(tmp_path, name, content, keys, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
@@ -351,8 +441,12 @@ def test_equal_to_the_script_itself(texts, capsys, monkeypatch):
     """MEGATRON_FILTER_NGRAMS: path of Megatron-LM's tools/openwebtext/filter_ngrams.py."""
     if not os.environ.get("MEGATRON_FILTER_NGRAMS"):
         pytest.skip("MEGATRON_FILTER_NGRAMS does not name Megatron-LM's filter_ngrams.py")
-    monkeypatch.setitem(sys.modules, "nltk", types.ModuleType("nltk"))  # imported by the script, but never used
-    spec = importlib.util.spec_from_file_location("filter_ngrams", os.environ["MEGATRON_FILTER_NGRAMS"])
+    monkeypatch.setitem(
+        sys.modules, "nltk", types.ModuleType("nltk")
+    )  # imported by the script, but never used
+    spec = importlib.util.spec_from_file_location(
+        "filter_ngrams", os.environ["MEGATRON_FILTER_NGRAMS"]
+    )
     spec.loader.exec_module(script := importlib.util.module_from_spec(spec))
     generator = random.Random(4)
     for round_ in range(200):
@@ -362,11 +456,18 @@ def test_equal_to_the_script_itself(texts, capsys, monkeypatch):
             corpus = [_random_text(generator, 400).replace("İ", "i") for _ in range(5)]
         else:
             corpus = generator.sample(texts, 3)
-            tests = [text[start : start + generator.choice([60, 200])]
-                     for text in corpus for start in generator.sample(range(len(text)), 2)]
+            tests = [
+                text[start : start + generator.choice([60, 200])]
+                for text in corpus
+                for start in generator.sample(range(len(text)), 2)
+            ]
         arguments = types.SimpleNamespace(
-            max_ngram_size=config.max_words, min_ngram_size=config.min_words, remove_char_each_side=config.side,
-            filter_text_char_len=config.min_characters, key_threshold=config.key_threshold)
+            max_ngram_size=config.max_words,
+            min_ngram_size=config.min_words,
+            remove_char_each_side=config.side,
+            filter_text_char_len=config.min_characters,
+            key_threshold=config.key_threshold,
+        )
         keys = {}
         for text in tests:
             script.compute_ngrams_insert_dict(arguments, text, keys)

@@ -27,7 +27,10 @@ def _datasketch(texts, config=MinHashConfig()):  # noqa: B008
 
 def _random_texts(seed, count=40):
     generator = random.Random(seed)
-    return ["".join(generator.choices(ALPHABET, k=generator.choice([*range(20), 70, 300]))) for _ in range(count)]
+    return [
+        "".join(generator.choices(ALPHABET, k=generator.choice([*range(20), 70, 300])))
+        for _ in range(count)
+    ]
 
 
 @pytest.mark.parametrize("scheme", ["affine32", "legacy"])
@@ -48,7 +51,18 @@ def test_the_default_is_the_default_of_datasketch_2():
 
 def test_remainders_at_the_edges_of_the_prime():
     prime = 2**61 - 1
-    values = [0, 1, prime - 1, prime, prime + 1, 2 * prime - 1, 2 * prime, 7 * prime, 8 * prime, 2**64 - 1]
+    values = [
+        0,
+        1,
+        prime - 1,
+        prime,
+        prime + 1,
+        2 * prime - 1,
+        2 * prime,
+        7 * prime,
+        8 * prime,
+        2**64 - 1,
+    ]
     remainders = dedup._modulo_prime(np.array(values, np.uint64))
     assert remainders.tolist() == [value % prime for value in values]
 
@@ -65,7 +79,9 @@ def test_signatures_do_not_depend_on_how_texts_are_cut_into_blocks(texts, monkey
 
 
 def test_band_keys_are_equal_where_bands_are_and_stable():
-    signatures = dedup.signatures(["To be, or not to be", "To be, or not to bee", "that is the question"])
+    signatures = dedup.signatures(
+        ["To be, or not to be", "To be, or not to bee", "that is the question"]
+    )
     keys = dedup.band_keys(signatures, 10)
     bands = signatures.reshape(3, 10, 10)
     for row, other in itertools.combinations(range(3), 2):
@@ -80,25 +96,36 @@ def test_candidates_of_small_buckets_are_all_pairs_and_of_large_ones_connect():
     generator = np.random.default_rng(0)
     keys = generator.integers(0, 30, (200, 3)).astype(np.uint64)
     rank = generator.permutation(200)
-    everything = {pair for pair in itertools.combinations(range(200), 2) if (keys[pair[0]] == keys[pair[1]]).any()}
+    everything = {
+        pair
+        for pair in itertools.combinations(range(200), 2)
+        if (keys[pair[0]] == keys[pair[1]]).any()
+    }
     assert set(map(tuple, dedup.candidates(keys, rank, window=200).tolist())) == everything
     few = set(map(tuple, dedup.candidates(keys, rank, window=1).tolist()))
     assert few < everything
-    np.testing.assert_array_equal(dedup.components(list(few), 200), dedup.components(list(everything), 200))
+    np.testing.assert_array_equal(
+        dedup.components(list(few), 200), dedup.components(list(everything), 200)
+    )
     boilerplate = dedup.candidates(np.zeros((50_000, 1), np.uint64), np.arange(50_000))
     assert len(boilerplate) <= 9 * 50_000 and (boilerplate[:, 0] == 0).sum() == 49_999
 
 
 def test_no_candidates():
     assert dedup.candidates(np.zeros((0, 10), np.uint64), np.zeros(0, int)).shape == (0, 2)
-    assert dedup.candidates(np.arange(20, dtype=np.uint64).reshape(2, 10), np.arange(2)).shape == (0, 2)
+    assert dedup.candidates(np.arange(20, dtype=np.uint64).reshape(2, 10), np.arange(2)).shape == (
+        0,
+        2,
+    )
     assert dedup.components(np.zeros((0, 2), int), 3).tolist() == [0, 1, 2]
 
 
 def test_jaccard():
     assert dedup.jaccard("abcdef", "bcdefg") == 1 / 3
     assert dedup.jaccard("abcdef", "abcdefabcdef", width=1) == 1
-    assert [dedup.jaccard(*pair) for pair in (("", ""), ("", "a"), ("abc", "abc"), ("abc", "abcd"))] == [1, 0, 1, 0]
+    assert [
+        dedup.jaccard(*pair) for pair in (("", ""), ("", "a"), ("abc", "abc"), ("abc", "abcd"))
+    ] == [1, 0, 1, 0]
 
 
 def test_of_a_component_the_highest_priority_stays_then_the_first_place():
@@ -115,10 +142,17 @@ def _sources(shared=None):
     if shared is None:
         texts = [document.text for document in itertools.islice(embedded_documents(), 60)]
     else:
-        texts = [document.text for folder in ("en/gutenberg", "zh/classic_novels")
-                 for document in read_documents(shared / "data/pretrain" / folder)]
-    return [text[start : start + 2000] for text in texts for start in range(0, min(len(text), 40_000), 2000)
-            if len(text) - start > 400]
+        texts = [
+            document.text
+            for folder in ("en/gutenberg", "zh/classic_novels")
+            for document in read_documents(shared / "data/pretrain" / folder)
+        ]
+    return [
+        text[start : start + 2000]
+        for text in texts
+        for start in range(0, min(len(text), 40_000), 2000)
+        if len(text) - start > 400
+    ]
 
 
 def _changed(text, share, generator):
@@ -132,7 +166,9 @@ def _changed(text, share, generator):
 def _kept(texts, priority, places, config=MinHashConfig()):  # noqa: B008
     rank = dedup.ranks(priority, places)
     pairs = dedup.candidates(dedup.band_keys(dedup.signatures(texts, config), config.bands), rank)
-    similar = [pair for pair in pairs if dedup.jaccard(*(texts[row] for row in pair)) >= config.threshold]
+    similar = [
+        pair for pair in pairs if dedup.jaccard(*(texts[row] for row in pair)) >= config.threshold
+    ]
     return dedup.keep(dedup.components(similar, len(texts)), rank)
 
 
@@ -142,21 +178,37 @@ def test_planted_near_duplicates_are_found_and_nothing_else(corpus, request):
     generator = random.Random(1)
     planted = [_changed(text, 0.05, generator) for text in originals[::3]]
     texts = originals + planted
-    priority, places = [1] * len(originals) + [0] * len(planted), np.arange(len(texts))
+    priority = [1] * len(originals) + [0] * len(planted)
+    places = np.arange(len(texts))
     order = generator.sample(range(len(texts)), len(texts))
     kept = np.zeros(len(texts), bool)
-    kept[order] = _kept([texts[row] for row in order], [priority[row] for row in order], places[order])
-    found, wrong = (~kept[len(originals) :]).sum(), (~kept[: len(originals)]).sum()
-    recall, precision = found / len(planted), found / (found + wrong)
-    print(f"{corpus}: {len(originals)} texts, {len(planted)} planted: recall {recall:.4f}, precision {precision:.4f}")
+    kept[order] = _kept(
+        [texts[row] for row in order], [priority[row] for row in order], places[order]
+    )
+    found = (~kept[len(originals) :]).sum()
+    wrong = (~kept[: len(originals)]).sum()
+    recall = found / len(planted)
+    precision = found / (found + wrong)
+    print(
+        f"{corpus}: {len(originals)} texts, {len(planted)} planted: recall {recall:.4f}, precision {precision:.4f}"
+    )
     assert recall >= 0.99 and precision == 1
-    np.testing.assert_array_equal(kept, _kept(texts, priority, places))  # whatever the order of the input
+    np.testing.assert_array_equal(
+        kept, _kept(texts, priority, places)
+    )  # whatever the order of the input
 
 
-@pytest.mark.parametrize("wrong, message", [
-    ({"width": 14}, "width=14"), ({"width": 0}, "width=0"), ({"hashes": 105}, "hashes=105"),
-    ({"bands": 0}, "bands=0"), ({"threshold": 0}, "threshold=0"), ({"scheme": "affine64"}, "'affine64'"),
-])
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"width": 14}, "width=14"),
+        ({"width": 0}, "width=0"),
+        ({"hashes": 105}, "hashes=105"),
+        ({"bands": 0}, "bands=0"),
+        ({"threshold": 0}, "threshold=0"),
+        ({"scheme": "affine64"}, "'affine64'"),
+    ],
+)
 def test_bad_settings(wrong, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         MinHashConfig(**wrong)
@@ -167,7 +219,11 @@ def test_lone_surrogates_are_refused():
         dedup.signatures(["fine", "not \ud800 fine"])
 
 
-LONG = ["The quick brown fox jumps over the lazy dog, and then it sleeps.", "第一段话很长" * 11, "Another " * 10]
+LONG = [
+    "The quick brown fox jumps over the lazy dog, and then it sleeps.",
+    "第一段话很长" * 11,
+    "Another " * 10,
+]
 
 
 def test_paragraph_hashes_ignore_case_and_space_alone():
@@ -181,13 +237,19 @@ def test_paragraph_hashes_ignore_case_and_space_alone():
 
 
 def test_repeated_paragraphs_go_and_all_else_stays():
-    texts = [f"{LONG[0]}\n\n{LONG[1]}\n\n{LONG[0]}\n", f"kept\n\n{LONG[1]}\n\n  {LONG[2]}\n\nkept", "none"]
+    texts = [
+        f"{LONG[0]}\n\n{LONG[1]}\n\n{LONG[0]}\n",
+        f"kept\n\n{LONG[1]}\n\n  {LONG[2]}\n\nkept",
+        "none",
+    ]
     hashes = [dedup.paragraph_hashes(text, 40) for text in texts]
     rank = np.repeat([1, 0, 2], list(map(len, hashes)))  # the second text comes first
     numbers = np.concatenate([np.arange(len(row)) for row in hashes])
     flags = dedup.repeated(np.concatenate(hashes), rank, numbers)
     parts = np.split(flags, np.cumsum(list(map(len, hashes)))[:-1])
-    result = [dedup.without_paragraphs(text, part, 40) for text, part in zip(texts, parts, strict=True)]
+    result = [
+        dedup.without_paragraphs(text, part, 40) for text, part in zip(texts, parts, strict=True)
+    ]
     assert result == [f"{LONG[0]}\n\n", texts[1], texts[2]]
     with pytest.raises(ValueError, match="1 flags for 3 paragraphs"):
         dedup.without_paragraphs(texts[0], [True], 40)
@@ -195,7 +257,8 @@ def test_repeated_paragraphs_go_and_all_else_stays():
 
 def test_repeated_by_ranges_of_hashes():
     generator = np.random.default_rng(0)
-    hashes, order = generator.integers(0, 50, 300).astype(np.uint64), generator.permutation(300)
+    hashes = generator.integers(0, 50, 300).astype(np.uint64)
+    order = generator.permutation(300)
     result = dedup.repeated(hashes, order)
     seen = set()
     for row in np.argsort(order):

@@ -19,17 +19,22 @@ def _texts(folder, on_error="raise", encoding="", report=None):
     return [document.text for document in found]
 
 
-@pytest.mark.parametrize(("text", "mended"), [
-    ("He said â€œhelloâ€\x9d to the world", "He said “hello” to the world"),
-    ("so ðŸ˜\x8d it is", "so 😍 it is"),
-    ("a \x93quote\x94 and more\x85", "a “quote” and more…"),
-])
+@pytest.mark.parametrize(
+    ("text", "mended"),
+    [
+        ("He said â€œhelloâ€\x9d to the world", "He said “hello” to the world"),
+        ("so ðŸ˜\x8d it is", "so 😍 it is"),
+        ("a \x93quote\x94 and more\x85", "a “quote” and more…"),
+    ],
+)
 def test_utf8_that_was_read_as_windows_1252_with_controls_is_decoded(text, mended):
     assert mend_controls(text)[0] == mended
 
 
 @pytest.mark.parametrize("odd", ["&#8;", "&#11;", "&#x1f;", "&#xFFFF;"])
-@pytest.mark.parametrize("element", ["<sup>2{}</sup>", "<pre>a{}b</pre>", "<sub>{}</sub>", "x{}y<img alt='a'>"])
+@pytest.mark.parametrize(
+    "element", ["<sup>2{}</sup>", "<pre>a{}b</pre>", "<sub>{}</sub>", "x{}y<img alt='a'>"]
+)
 def test_a_reference_to_a_control_costs_nothing_else(odd, element, tmp_path):
     sentence = "This is a sentence that is long enough to be taken for the text of the page. "
     page = f"<p>{sentence * 4}</p><p>Here it is: {element.format(odd)} and then {sentence * 2}</p>"
@@ -41,7 +46,9 @@ def test_a_reference_to_a_control_costs_nothing_else(odd, element, tmp_path):
 def test_a_page_of_an_undefined_encoding_is_read(tmp_path):
     sentence = "This is a sentence that is long enough to be taken for the text of the page. "
     head = '<meta http-equiv="Content-Type" content="text/html; charset=undefined">'
-    (tmp_path / "a.html").write_text(f"<html><head>{head}</head><body><p>{sentence * 6}</p></body></html>")
+    (tmp_path / "a.html").write_text(
+        f"<html><head>{head}</head><body><p>{sentence * 6}</p></body></html>"
+    )
     assert len(_texts(tmp_path)) == 1
 
 
@@ -53,11 +60,14 @@ def test_ascii_stays_ascii_whatever_wide_encoding_is_named(encoding):
     assert as_utf8(io.BufferedReader(io.BytesIO(wide)), encoding)[0].read() == b"plain text"
 
 
-@pytest.mark.parametrize(("name", "content", "left"), [
-    ("a.json", '[{"text": "one", "n": ' + "1" * 5000 + '}, {"text": "two"}]', None),
-    ("a.jsonl", '{"text": "one", "n": ' + "1" * 5000 + '}\n{"text": "two"}\n', ["two"]),
-    ("a.csv", "id,text\r1,one\r2,two\r", None),
-])
+@pytest.mark.parametrize(
+    ("name", "content", "left"),
+    [
+        ("a.json", '[{"text": "one", "n": ' + "1" * 5000 + '}, {"text": "two"}]', None),
+        ("a.jsonl", '{"text": "one", "n": ' + "1" * 5000 + '}\n{"text": "two"}\n', ["two"]),
+        ("a.csv", "id,text\r1,one\r2,two\r", None),
+    ],
+)
 def test_an_odd_value_is_damage_and_no_traceback(name, content, left, tmp_path):
     (tmp_path / name).write_bytes(content.encode())
     with pytest.raises(ValueError, match=name):
@@ -78,7 +88,9 @@ def test_what_is_removed_at_the_end_of_a_long_text_repeats_nothing(end, tmp_path
 
 def test_a_long_text_that_begins_with_white_space_is_prepared(tmp_path, gpt2_files):
     (tmp_path / "a.txt").write_text("\n" * 70_000 + "Hello world, this is text. " * 100)
-    info = prepare(tmp_path / "a.txt", tmp_path / "out", tokenizer=str(gpt2_files), heldout=0, progress=False)
+    info = prepare(
+        tmp_path / "a.txt", tmp_path / "out", tokenizer=str(gpt2_files), heldout=0, progress=False
+    )
     assert info["train"]["documents"] == 1
 
 

@@ -1,8 +1,8 @@
 """Precision and recall of the rules for personal data on 1,000 labelled lines.
 
-The lines (fixtures/personal_lines.jsonl) come from 289 sentences, rows and lines of code written for
-it, filled with invented names and numbers; what must be masked is marked ⟦kind|value⟧. Which half a
-sentence fills was drawn. Rules were tuned on the half "tuned" alone.
+The lines (fixtures/personal_lines.jsonl) come from 289 sentences, rows and lines of code written
+for it, filled with invented names and numbers; what must be masked is marked ⟦kind|value⟧. Which
+half a sentence fills was drawn. Rules were tuned on the half "tuned" alone.
 """
 
 import json
@@ -21,9 +21,11 @@ _MASK = re.compile("<({})>".format("|".join(kind.upper() for kind in pii.KINDS))
 
 def labelled(text):
     """(plain text, {(kind, start, end)}) of a line with marks."""
-    pieces, spans, end = [], set(), 0
+    pieces = []
+    spans = set()
+    end = 0
     for match in _MARK.finditer(text):
-        pieces.append(text[end:match.start()])
+        pieces.append(text[end : match.start()])
         start = sum(map(len, pieces))
         pieces.append(match[2])
         spans.add((match[1], start, start + len(match[2])))
@@ -49,15 +51,20 @@ def score(half):
             continue
         text, expected = labelled(line["text"])
         found = masked_spans(text)
-        pairs = {(kind, start, end) for kind, start, end in expected for other, first, last in found
-                 if kind == other and first <= start and end <= last <= end + 8 and start - first <= 8}
+        pairs = {
+            (kind, start, end)
+            for kind, start, end in expected
+            for other, first, last in found
+            if kind == other and first <= start and end <= last <= end + 8 and start - first <= 8
+        }
         for kind, start, end in expected:
             for name in (line["genre"], kind):
                 right = (kind, start, end) in pairs
                 scores.setdefault(name, Counter())["right" if right else "missed"] += 1
         for kind, first, last in found:
-            right = any(kind == other and first <= start and end <= last
-                        for other, start, end in pairs)
+            right = any(
+                kind == other and first <= start and end <= last for other, start, end in pairs
+            )
             for name in (line["genre"], kind):
                 scores.setdefault(name, Counter())["wrong"] += not right
     return scores
@@ -65,28 +72,48 @@ def score(half):
 
 def rates(counts):
     """(precision, recall)."""
-    return (counts["right"] / (counts["right"] + counts["wrong"]),
-            counts["right"] / (counts["right"] + counts["missed"]))
+    return (
+        counts["right"] / (counts["right"] + counts["wrong"]),
+        counts["right"] / (counts["right"] + counts["missed"]),
+    )
 
 
 # (right, missed, wrong) by genre and kind; the half "reported" was scored when the rules were done.
 FIGURES = {
     "tuned": {
-        "prose": (148, 0, 0), "table": (156, 0, 0), "technical": (75, 0, 0), "api_key": (9, 0, 0),
-        "card_number": (16, 0, 0), "chinese_id": (22, 0, 0), "email": (105, 0, 0),
-        "ip_address": (28, 0, 0), "phone": (176, 0, 0), "us_ssn": (23, 0, 0)},
+        "prose": (148, 0, 0),
+        "table": (156, 0, 0),
+        "technical": (75, 0, 0),
+        "api_key": (9, 0, 0),
+        "card_number": (16, 0, 0),
+        "chinese_id": (22, 0, 0),
+        "email": (105, 0, 0),
+        "ip_address": (28, 0, 0),
+        "phone": (176, 0, 0),
+        "us_ssn": (23, 0, 0),
+    },
     "reported": {
-        "prose": (220, 0, 4), "table": (84, 0, 0), "technical": (93, 0, 0), "api_key": (6, 0, 0),
-        "card_number": (39, 0, 0), "chinese_id": (19, 0, 0), "email": (99, 0, 0),
-        "ip_address": (54, 0, 0), "phone": (173, 0, 4), "us_ssn": (7, 0, 0)},
+        "prose": (220, 0, 4),
+        "table": (84, 0, 0),
+        "technical": (93, 0, 0),
+        "api_key": (6, 0, 0),
+        "card_number": (39, 0, 0),
+        "chinese_id": (19, 0, 0),
+        "email": (99, 0, 0),
+        "ip_address": (54, 0, 0),
+        "phone": (173, 0, 4),
+        "us_ssn": (7, 0, 0),
+    },
 }
 
 
 @pytest.mark.parametrize("half", FIGURES)
 def test_precision_and_recall(half):
     scores = score(half)
-    assert {name: (counts["right"], counts["missed"], counts["wrong"])
-            for name, counts in scores.items()} == FIGURES[half]
+    assert {
+        name: (counts["right"], counts["missed"], counts["wrong"])
+        for name, counts in scores.items()
+    } == FIGURES[half]
     for genre, least in (("prose", 0.98), ("table", 0.95), ("technical", 0.95)):
         assert min(rates(scores[genre])) >= least, genre
 
@@ -103,4 +130,8 @@ def test_the_lines_are_many_and_different():
     assert len(lines) == len({line["text"] for line in lines}) == 1000
     assert Counter(line["language"] for line in lines)["zh"] >= 300
     plain = sum("⟦" not in line["text"] for line in lines)
-    assert 400 <= plain <= 600 and {line["genre"] for line in lines} == {"prose", "table", "technical"}
+    assert 400 <= plain <= 600 and {line["genre"] for line in lines} == {
+        "prose",
+        "table",
+        "technical",
+    }

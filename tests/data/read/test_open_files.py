@@ -1,4 +1,5 @@
-"""What of a folder is read: links, compressed files, and that whatever is left out is counted and named."""
+"""What of a folder is read: links, compressed files, and that whatever is left out is counted and
+named."""
 
 import bz2
 import gzip
@@ -47,7 +48,8 @@ def _read(root):
 
 
 def test_linked_folders_and_files_are_read(tmp_path):
-    root, store = tmp_path / "root", tmp_path / "store"
+    root = tmp_path / "root"
+    store = tmp_path / "store"
     _write(root, "web/w.txt")
     _write(store, "books/b.txt", "books/deep/c.txt", "single.md")
     (root / "books").symlink_to("../store/books")  # relative, as in a checkout
@@ -58,7 +60,8 @@ def test_linked_folders_and_files_are_read(tmp_path):
 
 
 def test_each_real_file_is_read_once(tmp_path):
-    root, store = tmp_path / "root", tmp_path / "store"
+    root = tmp_path / "root"
+    store = tmp_path / "store"
     _write(root, "a/own.txt", "b/x.txt")
     _write(store, "deep/s.txt", "t.txt")
     (root / "0").symlink_to(
@@ -170,7 +173,8 @@ def test_compressed_files_of_every_kind(tmp_path, suffix):
         list(read_documents(tmp_path))
 
 
-# --- from the command line ------------------------------------------------------------------------------------
+# --- from the command line
+# ------------------------------------------------------------------------------------
 
 
 def _launch(*arguments):
@@ -216,7 +220,8 @@ def _recipe(*sources, **more):
 
 
 def test_a_recipe_reads_links_and_tells_what_it_left_out(tmp_path):
-    root, store = tmp_path / "root", tmp_path / "store"
+    root = tmp_path / "root"
+    store = tmp_path / "store"
     _write(store, "x.txt", "y.txt")
     _write(root, "web/w.txt", "web/.hidden", "web/no.pdf", "beside.pdf")
     (root / "books").symlink_to(store)

@@ -19,7 +19,8 @@ LENGTH = 11
 
 
 def _tokens(location, pairs=PAIRS, vocab_size=1000):
-    writer, number = TokenWriter(location, vocab_size, ""), 0
+    writer = TokenWriter(location, vocab_size, "")
+    number = 0
     for prompt, answer in pairs:
         writer.add(np.arange(number, number + prompt + answer), prompt + answer, (prompt, prompt))
         number += prompt + answer
@@ -39,7 +40,8 @@ def test_whole_pairs_share_a_row_and_one_too_long_keeps_its_end(tokens, caplog):
     assert packed.count == 5
     rows = packed.rows(np.arange(6))
     # 5 + 9 are more than 12; the fourth pair has 17, of which the last 12 are kept.
-    starts, sizes = [0, 5, 14, 29, 41], [5, 9, 10, 12, 9]
+    starts = [0, 5, 14, 29, 41]
+    sizes = [5, 9, 10, 12, 9]
     for row, (start, size) in enumerate(zip(starts, sizes, strict=True)):
         assert rows["tokens"][row].tolist() == [*range(start, start + size), *[0] * (12 - size)]
     assert rows["segment_ids"][4].tolist() == [1] * 4 + [2] * 5 + [0] * 3
@@ -49,15 +51,20 @@ def test_whole_pairs_share_a_row_and_one_too_long_keeps_its_end(tokens, caplog):
     assert all(not values[5].any() for values in rows.values())
     assert heldout_count(tokens, LENGTH) == 5
     again = heldout_rows(tokens, LENGTH, np.array([4, 7]))
-    assert np.array_equal(again["tokens"][0], rows["tokens"][4]) and not again["segment_ids"][1].any()
+    assert (
+        np.array_equal(again["tokens"][0], rows["tokens"][4]) and not again["segment_ids"][1].any()
+    )
 
 
 def test_weights_are_1_on_answers_alone_and_count_each_once(tokens):
     batch = causal_batch(Packed(tokens, LENGTH).rows(np.arange(5)))
     learnt = batch["labels"][batch["weights"] > 0]
     ends = np.cumsum([sum(pair) for pair in PAIRS])
-    assert learnt.tolist() == [token for end, (_, answer) in zip(ends, PAIRS, strict=True)
-                               for token in range(end - answer, end)]
+    assert learnt.tolist() == [
+        token
+        for end, (_, answer) in zip(ends, PAIRS, strict=True)
+        for token in range(end - answer, end)
+    ]
     assert tokens.predicted == (21, 21) and batch["weights"].sum() == 21
 
 
@@ -65,7 +72,9 @@ def test_all_rows_come_equally_often_in_changing_order(tokens):
     batches = Batches([(tokens, 1.0)], LENGTH, seed=3)
     assert batches.windows_per_epoch == 5
     firsts = batches.rows(np.arange(5 * 1024))["tokens"][:, 0]
-    assert dict(zip(*np.unique(firsts, return_counts=True), strict=True)) == dict.fromkeys([0, 5, 14, 29, 41], 1024)
+    assert dict(zip(*np.unique(firsts, return_counts=True), strict=True)) == dict.fromkeys(
+        [0, 5, 14, 29, 41], 1024
+    )
     assert len({tuple(part) for part in firsts.reshape(-1, 5).tolist()}) > 100
 
 
@@ -73,22 +82,30 @@ def test_beside_plain_text_all_of_that_is_learnt(tokens, tmp_path):
     writer = TokenWriter(tmp_path, 1000, "")
     writer.add(np.arange(500, 600), 100)
     writer.finish()
-    rows = Batches([(tokens, 1.0), (open_tokens(tmp_path), 1.0)], LENGTH, seed=0).rows(np.arange(40))
+    rows = Batches([(tokens, 1.0), (open_tokens(tmp_path), 1.0)], LENGTH, seed=0).rows(
+        np.arange(40)
+    )
     plain = rows["tokens"][:, 0] >= 500
     assert 10 < plain.sum() < 30 and (rows["answers"][plain] == 1).all()
     assert rows["answers"][~plain].mean() < 0.6
 
 
 class _Words:
-    mask_id, is_special, starts_word = 999, np.zeros(1000, bool), np.ones(1000, bool)
+    mask_id = 999
+    is_special = np.zeros(1000, bool)
+    starts_word = np.ones(1000, bool)
 
 
 def test_masks_fall_on_answers_alone(tokens):
     rows = Packed(tokens, LENGTH).rows(np.arange(5))
-    masked = masked_batch(rows, range(5), 0, MaskingConfig(word_share=1.0, mask_share=1.0, random_share=0.0), _Words)
+    masked = masked_batch(
+        rows, range(5), 0, MaskingConfig(word_share=1.0, mask_share=1.0, random_share=0.0), _Words
+    )
     answers = rows["answers"][:, :-1] > 0
     assert np.array_equal(masked["weights"] > 0, answers)
-    assert (masked["tokens"][answers] == 999).all() and not (masked["tokens"][~answers] == 999).any()
+    assert (masked["tokens"][answers] == 999).all() and not (
+        masked["tokens"][~answers] == 999
+    ).any()
 
 
 def test_an_answer_longer_than_a_row_is_refused_with_both_numbers(tokens):
@@ -98,7 +115,8 @@ def test_an_answer_longer_than_a_row_is_refused_with_both_numbers(tokens):
     assert Packed(tokens, 9).rows(np.arange(5))["answers"].sum() == 21
 
 
-# --- from JSON ------------------------------------------------------------------------------------------------
+# --- from JSON
+# ------------------------------------------------------------------------------------------------
 
 
 def _write(path, rows):
@@ -107,57 +125,102 @@ def _write(path, rows):
 
 
 def _rows(count=120):
-    return [{"text": f"the film number {n} is good or bad", "label": ["bad", "good"][n % 2], "stars": n % 5}
-            for n in range(count)]
+    return [
+        {
+            "text": f"the film number {n} is good or bad",
+            "label": ["bad", "good"][n % 2],
+            "stars": n % 5,
+        }
+        for n in range(count)
+    ]
 
 
 def test_prepare_keeps_where_answers_begin(tmp_path):
-    info = prepare(_write(tmp_path / "a.jsonl", _rows()), tmp_path / "out", vocab_size=320, heldout=0.2, progress=False,
-                   prompt="{text}\\nIt is", answer=" {label}, {stars}")
-    tokenizer, texts = load_tokenizer(tmp_path / "out" / "tokenizer"), []
+    info = prepare(
+        _write(tmp_path / "a.jsonl", _rows()),
+        tmp_path / "out",
+        vocab_size=320,
+        heldout=0.2,
+        progress=False,
+        prompt="{text}\\nIt is",
+        answer=" {label}, {stars}",
+    )
+    tokenizer = load_tokenizer(tmp_path / "out" / "tokenizer")
+    texts = []
     for part in ("train", "heldout"):
         tokens = open_tokens(tmp_path / "out" / part)
-        for begin, end, asked in zip(tokens.document_offsets, tokens.document_offsets[1:], tokens.prompt_lengths,
-                                     strict=False):
+        for begin, end, asked in zip(
+            tokens.document_offsets,
+            tokens.document_offsets[1:],
+            tokens.prompt_lengths,
+            strict=False,
+        ):
             ids = tokens.read(begin, end)
             assert ids[0] == tokenizer.bos_id and ids[-1] == tokenizer.eos_id
             texts.append((tokenizer.decode(ids[:asked]), tokenizer.decode(ids[asked:])))
             # Apart: the answer's tokens are those that a decoder would write.
             assert ids[asked:-1].tolist() == tokenizer.encode(texts[-1][1])
-    assert sorted(texts) == sorted((f"{row['text']}\nIt is", f" {row['label']}, {row['stars']}") for row in _rows())
+    assert sorted(texts) == sorted(
+        (f"{row['text']}\nIt is", f" {row['label']}, {row['stars']}") for row in _rows()
+    )
     assert info["heldout"]["documents"] and info["train"]["answer_bytes"] == sum(
-        len(answer) for _, answer in texts[: info["train"]["documents"]])
+        len(answer) for _, answer in texts[: info["train"]["documents"]]
+    )
     assert info["input"]["bytes"] == sum(len(prompt + answer) for prompt, answer in texts)
-    assert "tokens are answers" in describe(info) and info["settings"]["answer"] == " {label}, {stars}"
+    assert (
+        "tokens are answers" in describe(info) and info["settings"]["answer"] == " {label}, {stars}"
+    )
 
 
 def test_answers_to_one_prompt_are_held_out_together(tmp_path):
     rows = [{"prompt": f"say {n // 3}", "answer": f"word {n}"} for n in range(300)]
-    prepare(_write(tmp_path / "a.jsonl", rows), tmp_path / "out", vocab_size=300, heldout=0.3, progress=False,
-            answer=" {answer}")
+    prepare(
+        _write(tmp_path / "a.jsonl", rows),
+        tmp_path / "out",
+        vocab_size=300,
+        heldout=0.3,
+        progress=False,
+        answer=" {answer}",
+    )
     tokenizer = load_tokenizer(tmp_path / "out" / "tokenizer")
     prompts = {}
     for part in ("train", "heldout"):
         tokens = open_tokens(tmp_path / "out" / part)
-        prompts[part] = {tokenizer.decode(tokens.read(begin, begin + asked)) for begin, asked in zip(
-            tokens.document_offsets, tokens.prompt_lengths, strict=False)}
+        prompts[part] = {
+            tokenizer.decode(tokens.read(begin, begin + asked))
+            for begin, asked in zip(tokens.document_offsets, tokens.prompt_lengths, strict=False)
+        }
     assert prompts["train"] and prompts["heldout"] and not prompts["train"] & prompts["heldout"]
 
 
 def test_few_pairs_are_never_cut(tmp_path):
     rows = [{"prompt": f"a sentence. {n} " * 100, "answer": "yes. and no. " * 60} for n in range(4)]
-    info = prepare(_write(tmp_path / "a.jsonl", rows), tmp_path / "out", vocab_size=290, progress=False,
-                   answer=" {answer}")
+    info = prepare(
+        _write(tmp_path / "a.jsonl", rows),
+        tmp_path / "out",
+        vocab_size=290,
+        progress=False,
+        answer=" {answer}",
+    )
     assert (info["train"]["documents"], info["heldout"]["documents"]) == (3, 1)
 
 
-@pytest.mark.parametrize(("row", "message"), [
-    ({"text": "a"}, r"a.jsonl, line 2: no 'label' among text; name the right one with --answer='\{KEY\}'"),
-    ({"label": "a", "x": 1}, r"line 2: no 'text' among label, x; name the right one with --prompt='\{KEY\}'"),
-    ({"text": "a", "label": " "}, r"line 2: the answer \('label'\) is empty"),
-    ({"text": "a", "label": None}, "line 2: 'label' holds NoneType, not text"),
-    (["a"], "line 2: a list, not an object"),
-])
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"text": "a"},
+            r"a.jsonl, line 2: no 'label' among text; name the right one with --answer='\{KEY\}'",
+        ),
+        (
+            {"label": "a", "x": 1},
+            r"line 2: no 'text' among label, x; name the right one with --prompt='\{KEY\}'",
+        ),
+        ({"text": "a", "label": " "}, r"line 2: the answer \('label'\) is empty"),
+        ({"text": "a", "label": None}, "line 2: 'label' holds NoneType, not text"),
+        (["a"], "line 2: a list, not an object"),
+    ],
+)
 def test_rows_that_are_no_pairs(tmp_path, row, message):
     path = _write(tmp_path / "a.jsonl", [{"text": "a b", "label": "c"}, row])
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,5 @@
-"""Encodings, forms of JSON, tables and records of WARC: read, or damaged with their place, never lost in silence."""
+"""Encodings, forms of JSON, tables and records of WARC: read, or damaged with their place, never
+lost in silence."""
 
 import codecs
 import gzip
@@ -35,7 +36,8 @@ def _write(path, content):
     return path
 
 
-# --- encodings ------------------------------------------------------------------------------------------------
+# --- encodings
+# ------------------------------------------------------------------------------------------------
 
 ENCODED = [
     ("cp1252", "“I don’t think so,” said the old man. " + GERMAN),
@@ -182,7 +184,8 @@ def test_random_bytes_are_never_a_traceback(tmp_path):
         assert number < 300
 
 
-# --- JSON -----------------------------------------------------------------------------------------------------
+# --- JSON
+# -----------------------------------------------------------------------------------------------------
 
 A, B, C, D = ({"text": text} for text in "abcd")
 
@@ -344,7 +347,8 @@ def test_damage_of_one_kind_is_one_line_of_the_report(tmp_path):
     ]
 
 
-# --- tables ---------------------------------------------------------------------------------------------------
+# --- tables
+# ---------------------------------------------------------------------------------------------------
 
 
 def test_tables(tmp_path):
@@ -389,7 +393,8 @@ def test_damaged_tables(tmp_path, content, place, sound):
     assert _texts(tmp_path, on_error="skip", report=report) == list(sound) and report.damaged == 1
 
 
-# --- WARC -----------------------------------------------------------------------------------------------------
+# --- WARC
+# -----------------------------------------------------------------------------------------------------
 
 PAGE = (
     "<!doctype html><html><body><article><p>"
@@ -501,7 +506,8 @@ def test_records_are_counted_by_reason(tmp_path):
     ]
 
 
-# --- long texts in pieces -------------------------------------------------------------------------------------
+# --- long texts in pieces
+# -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ending", ["", "\n", "\r\n", "\f\n"])
@@ -510,7 +516,8 @@ def test_a_text_in_pieces_is_the_text(tmp_path, monkeypatch, name, pack, ending)
     monkeypatch.setattr(documents, "_PIECE", 1000)
     text = ("one\r\ntwo\x0bthree\x1f " + GERMAN + CHINESE + ending + "\n") * 40 + "😀" * 900
     _write(tmp_path / name, pack(codecs.BOM_UTF8 + text.encode()))
-    whole, pieces = ReadReport(), ReadReport()
+    whole = ReadReport()
+    pieces = ReadReport()
     (expected,) = _texts(tmp_path, report=whole)
     found = list(read_documents(tmp_path, report=pieces, pieces=True))
     assert (

@@ -1,4 +1,5 @@
-"""The data recipe from end to end on real prose with planted faults, stopped, split and disturbed in every way."""
+"""The data recipe from end to end on real prose with planted faults, stopped, split and disturbed
+in every way."""
 
 import dataclasses
 import errno
@@ -24,30 +25,45 @@ from mtnlg_jax.data.read.builtin_corpus import embedded_documents
 from mtnlg_jax.data.recipe import run
 from mtnlg_jax.data.recipe.report import render
 from mtnlg_jax.data.recipe.run import make, summary
-from mtnlg_jax.data.recipe.settings import DecontaminationConfig, QualityConfig, Recipe, Source, load_recipe
+from mtnlg_jax.data.recipe.settings import (
+    DecontaminationConfig,
+    QualityConfig,
+    Recipe,
+    Source,
+    load_recipe,
+)
 from mtnlg_jax.data.recipe.stages import in_processes, on_ray
 from mtnlg_jax.data.store.sources import open_tokens
 from mtnlg_jax.data.tokenizer import load_tokenizer
 from mtnlg_jax.train.inputs import load_data
 
 ROOT = Path(__file__).resolve().parents[3]
-LEAK = ("A traveller who came from the northern harbour told them that seventeen lanterns had been lit on the old "
-        "lighthouse before the storm began in earnest.")
-NOTICE = ("This whole paragraph is a notice which the publisher put at the end of every single page of the manual, so "
-          "that nobody could ever miss it, and so it comes again and again.")
-FRENCH = ("Le petit chat est assis sur la table et regarde par la fenêtre les oiseaux qui chantent dans le jardin. "
-          "Il fait très beau ce matin et toute la famille prend le petit déjeuner sur la terrasse. ") * 6
+LEAK = (
+    "A traveller who came from the northern harbour told them that seventeen lanterns had been lit on the old "
+    "lighthouse before the storm began in earnest."
+)
+NOTICE = (
+    "This whole paragraph is a notice which the publisher put at the end of every single page of the manual, so "
+    "that nobody could ever miss it, and so it comes again and again."
+)
+FRENCH = (
+    "Le petit chat est assis sur la table et regarde par la fenêtre les oiseaux qui chantent dans le jardin. "
+    "Il fait très beau ce matin et toute la famille prend le petit déjeuner sur la terrasse. "
+) * 6
 
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
-    """(folder of text, folder of test sets): two sources, with a near-duplicate in the second of a document of the
-    first, a notice in three documents, a leak, an address, a French text and one that is too short."""
-    root, tests = tmp_path_factory.mktemp("text"), tmp_path_factory.mktemp("tests")
+    """(folder of text, folder of test sets): two sources, with a near-duplicate in the second of a
+    document of the first, a notice in three documents, a leak, an address, a French text and one
+    that is too short."""
+    root = tmp_path_factory.mktemp("text")
+    tests = tmp_path_factory.mktemp("tests")
     texts = [document.text for document in itertools.islice(embedded_documents(), 40)]
     texts = [text for text in texts if clean(text, CleanConfig()).text == text]
     half = len(texts) // 2
-    books, pages = texts[:half], texts[half:]
+    books = texts[:half]
+    pages = texts[half:]
     for number in (1, 2, 3):
         pages[number] += f"\n\n{NOTICE}\n"
     middle = books[5].index(". ", len(books[5]) // 2) + 2
@@ -58,16 +74,23 @@ def planted(tmp_path_factory):
     (root / "pages").mkdir()
     for number, text in enumerate(books):
         (root / "books" / f"{number:02d}.txt").write_text(text)
-    (root / "pages" / "web.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in pages))
+    (root / "pages" / "web.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in pages)
+    )
     (tests / "cloze.jsonl").write_text(json.dumps({"context": LEAK, "answer": "earnest"}) + "\n")
     return root, tests
 
 
 @pytest.fixture(scope="module")
 def recipe(planted):
-    return Recipe(name="planted", sources=(Source("books", ("books",), priority=1), Source("pages", ("pages",))),
-                  clean=CleanConfig(languages=("en",)), vocab_size=600, shard_bytes=20_000,
-                  decontamination=DecontaminationConfig(test_sets=(str(planted[1]),)))
+    return Recipe(
+        name="planted",
+        sources=(Source("books", ("books",), priority=1), Source("pages", ("pages",))),
+        clean=CleanConfig(languages=("en",)),
+        vocab_size=600,
+        shard_bytes=20_000,
+        decontamination=DecontaminationConfig(test_sets=(str(planted[1]),)),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +122,11 @@ def _texts(output):
 
 def _digests(output):
     """sha256 of every file but the lock and what says where the input lies."""
-    return {path.relative_to(output).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(output.rglob("*")) if path.is_file() and path.name not in (".lock", "recipe.json")}
+    return {
+        path.relative_to(output).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(output.rglob("*"))
+        if path.is_file() and path.name not in (".lock", "recipe.json")
+    }
 
 
 def test_planted_faults_are_found_and_nothing_else(made, planted):
@@ -117,8 +143,11 @@ def test_planted_faults_are_found_and_nothing_else(made, planted):
     assert stages["test sets"]["changed"] == {"holds text of a test set": 1}
     assert stages["clean"]["dropped"] == {"language": 1, "too_short": 1}
     assert stages["clean"]["changed"] == {"email": 1}
-    before, after = stages["read"]["bytes"][1], stages["test sets"]["bytes"][1]
-    assert 0 < before - after < len(FRENCH) + 2 * len(NOTICE) + 15_000  # the copy, and 200 characters beside the leak
+    before = stages["read"]["bytes"][1]
+    after = stages["test sets"]["bytes"][1]
+    assert (
+        0 < before - after < len(FRENCH) + 2 * len(NOTICE) + 15_000
+    )  # the copy, and 200 characters beside the leak
 
 
 def test_counts_agree_from_stage_to_stage(made):
@@ -132,13 +161,21 @@ def test_counts_agree_from_stage_to_stage(made):
     assert size == info["stages"][-1]["bytes"][1]
     assert 0.005 < prepared["heldout"]["bytes"] / size < 0.1
     assert sum(weight for _, weight in prepared["sources"]) == pytest.approx(1)
-    assert sum(row["epochs"] * row["tokens"] for row in info["blend"]) == pytest.approx(info["train_tokens"])
+    assert sum(row["epochs"] * row["tokens"] for row in info["blend"]) == pytest.approx(
+        info["train_tokens"]
+    )
 
 
 def test_the_report_is_for_a_browser_without_network(made):
     page = (made[0] / "report.html").read_text()
-    for wanted in ("near-duplicate of another document", "holds text of a test set", "web.jsonl:", "<img alt=",
-                   "Write to &lt;EMAIL&gt; for more", made[1]["outputs"]["all"]):
+    for wanted in (
+        "near-duplicate of another document",
+        "holds text of a test set",
+        "web.jsonl:",
+        "<img alt=",
+        "Write to &lt;EMAIL&gt; for more",
+        made[1]["outputs"]["all"],
+    ):
         assert wanted in page
     assert "http" not in page and "jane.doe" not in page
     assert page == render(json.loads((made[0] / "report.json").read_text()))
@@ -155,10 +192,16 @@ def test_the_order_of_input_does_not_matter(made, planted, recipe, one, tmp_path
     files = sorted((planted[0] / "books").iterdir())
     pages = Source("pages", (str(planted[0] / "pages"),))
     shuffled = [str(file) for file in random.Random(1).sample(files, len(files))]
-    other = dataclasses.replace(recipe, sources=(pages, Source("books", tuple(shuffled), priority=1)))
+    other = dataclasses.replace(
+        recipe, sources=(pages, Source("books", tuple(shuffled), priority=1))
+    )
     make(other, None, tmp_path / "out", engine=one(), progress=False)
-    ours, theirs = _digests(tmp_path / "out"), _digests(made[0])
-    assert {name for name in theirs if ours.get(name) != theirs[name]} <= {"report.json", "report.html"}
+    ours = _digests(tmp_path / "out")
+    theirs = _digests(made[0])
+    assert {name for name in theirs if ours.get(name) != theirs[name]} <= {
+        "report.json",
+        "report.html",
+    }
 
 
 class _Stopped(Exception):
@@ -184,8 +227,10 @@ def _stopping(after):
 
 
 def test_stopped_after_each_task_it_goes_on(made, planted, recipe, tmp_path):
-    """One output, stopped again and again with a few more tasks done each time: no task is done twice."""
-    everything, rounds = [], 0
+    """One output, stopped again and again with a few more tasks done each time: no task is done
+    twice."""
+    everything = []
+    rounds = 0
     while True:
         engine, done = _stopping(5)
         try:
@@ -200,8 +245,11 @@ def test_stopped_after_each_task_it_goes_on(made, planted, recipe, tmp_path):
     assert _digests(tmp_path / "out") == _digests(made[0])
 
 
-def test_a_full_disk_is_told_and_what_is_done_is_kept(made, planted, recipe, one, tmp_path, monkeypatch):
-    write, written = storage.write_file, []
+def test_a_full_disk_is_told_and_what_is_done_is_kept(
+    made, planted, recipe, one, tmp_path, monkeypatch
+):
+    write = storage.write_file
+    written = []
 
     def full(location, name, content):
         if len(written) == 60:
@@ -218,16 +266,30 @@ def test_a_full_disk_is_told_and_what_is_done_is_kept(made, planted, recipe, one
 
 
 def _command(planted, output, *more):
-    return [sys.executable, ROOT / "launch/prepare_data.py", f"--config={ROOT}/configs/data/english.py",
-            f"--input={planted[0]}", f"--test_sets={planted[1]}", f"--output={output}", "--vocab_size=600",
-            "--set=shard_bytes=20000", "--processes=2", *more]
+    return [
+        sys.executable,
+        ROOT / "launch/prepare_data.py",
+        f"--config={ROOT}/configs/data/english.py",
+        f"--input={planted[0]}",
+        f"--test_sets={planted[1]}",
+        f"--output={output}",
+        "--vocab_size=600",
+        "--set=shard_bytes=20000",
+        "--processes=2",
+        *more,
+    ]
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_it_goes_on(planted, tmp_path, kills):
     def run(output, seconds=None):
-        process = subprocess.Popen(_command(planted, output), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                   text=True, start_new_session=True)
+        process = subprocess.Popen(
+            _command(planted, output),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
         try:
             said, _ = process.communicate(timeout=seconds)
             assert process.returncode == 0, said
@@ -252,7 +314,9 @@ def test_a_changed_input_is_noticed(planted, recipe, one, tmp_path):
     make(recipe, root, tmp_path / "out", engine=one(), progress=False)
     with open(root / "books" / "03.txt", "a") as file:
         file.write("\nA sentence that came later than all the others did.\n")
-    with pytest.raises(FileExistsError, match=r"begun with other input: books/03.txt .*--overwrite"):
+    with pytest.raises(
+        FileExistsError, match=r"begun with other input: books/03.txt .*--overwrite"
+    ):
         make(recipe, root, tmp_path / "out", engine=one(), progress=False)
     engine, done = _stopping(None)
     make(recipe, root, tmp_path / "out", engine=engine, overwrite=True, progress=False)
@@ -260,7 +324,9 @@ def test_a_changed_input_is_noticed(planted, recipe, one, tmp_path):
     assert len(read) == 1 and "A sentence that came later" in "\n".join(_texts(tmp_path / "out"))
 
 
-def test_other_settings_are_noticed_and_redo_only_what_depends_on_them(made, planted, recipe, tmp_path):
+def test_other_settings_are_noticed_and_redo_only_what_depends_on_them(
+    made, planted, recipe, tmp_path
+):
     subprocess.run(["cp", "-r", made[0], tmp_path / "out"], check=True)
     other = dataclasses.replace(recipe, vocab_size=500)
     with pytest.raises(FileExistsError, match="vocab_size was 600 and is 500"):
@@ -289,13 +355,17 @@ def _small(folder, **texts):
     """A folder of sources, each a file of JSON lines."""
     for name, lines in texts.items():
         (folder / name).mkdir(parents=True)
-        (folder / name / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in lines))
+        (folder / name / "a.jsonl").write_text(
+            "".join(json.dumps({"text": text}) + "\n" for text in lines)
+        )
     return folder
 
 
 def _sentences(seed, count):
     rng = random.Random(seed)
-    return " ".join(f"Number {rng.randrange(10**9)} came before {rng.randrange(10**9)}." for _ in range(count))
+    return " ".join(
+        f"Number {rng.randrange(10**9)} came before {rng.randrange(10**9)}." for _ in range(count)
+    )
 
 
 PLAIN = Recipe(stages=("tokens",), vocab_size=300)
@@ -310,13 +380,21 @@ def test_a_run_that_failed_half_way_vouches_for_nothing(one, tmp_path):
     make(first, root, tmp_path / "out", engine=one(), progress=False)
     texts = sorted(_texts(tmp_path / "out"))
     with pytest.raises(ValueError, match="not valid JSON"):
-        make(dataclasses.replace(PLAIN, shard_bytes=500), root, tmp_path / "out", engine=one(), overwrite=True,
-             progress=False)
+        make(
+            dataclasses.replace(PLAIN, shard_bytes=500),
+            root,
+            tmp_path / "out",
+            engine=one(),
+            overwrite=True,
+            progress=False,
+        )
     make(first, root, tmp_path / "out", engine=one(), overwrite=True, progress=False)
     assert sorted(_texts(tmp_path / "out")) == texts
 
 
-def test_another_tokenizer_closes_the_data_until_it_is_whole(one, tmp_path, monkeypatch, gpt2_files):
+def test_another_tokenizer_closes_the_data_until_it_is_whole(
+    one, tmp_path, monkeypatch, gpt2_files
+):
     root = _small(tmp_path / "text", a=[_sentences(seed, 40) for seed in range(10)])
     make(PLAIN, root, tmp_path / "out", engine=one(), progress=False)
     other = dataclasses.replace(PLAIN, tokenizer=str(gpt2_files))
@@ -325,7 +403,11 @@ def test_another_tokenizer_closes_the_data_until_it_is_whole(one, tmp_path, monk
         make(other, root, tmp_path / "out", engine=engine, overwrite=True, progress=False)
     assert not (tmp_path / "out" / "prepared.json").exists()
     info = make(other, root, tmp_path / "out", engine=one(), overwrite=True, progress=False)
-    assert info["tokenizer"]["kind"] == load_tokenizer(tmp_path / "out" / "tokenizer").kind == "byte-level BPE"
+    assert (
+        info["tokenizer"]["kind"]
+        == load_tokenizer(tmp_path / "out" / "tokenizer").kind
+        == "byte-level BPE"
+    )
 
 
 def test_a_remote_output_is_the_same_and_is_not_taken_for_free(one, tmp_path):
@@ -358,8 +440,16 @@ if __name__ == "__main__":
 
 def test_no_text_is_on_both_sides(one, tmp_path):
     long = [_sentences(seed, 400) for seed in range(20)]
-    root = _small(tmp_path / "text", big=long + [_sentences(seed, 1) for seed in range(100, 1100)], small=long)
-    make(dataclasses.replace(PLAIN, heldout=0.1), root, tmp_path / "out", engine=one(), progress=False)
+    root = _small(
+        tmp_path / "text", big=long + [_sentences(seed, 1) for seed in range(100, 1100)], small=long
+    )
+    make(
+        dataclasses.replace(PLAIN, heldout=0.1),
+        root,
+        tmp_path / "out",
+        engine=one(),
+        progress=False,
+    )
     texts = _texts(tmp_path / "out")
     count = open_tokens(tmp_path / "out" / "heldout").documents
     assert count and not set(texts[-count:]) & set(texts[:-count])
@@ -367,9 +457,16 @@ def test_no_text_is_on_both_sides(one, tmp_path):
 
 def test_a_paragraph_that_came_before_stays_once(one, tmp_path):
     p, q, r, s = (_sentences(seed, 3) for seed in range(4))
-    root = _small(tmp_path / "text", a=[f"{q}\n\n{r}", f"{p}\n\n{q}", f"{p}\n\n{s}", "Short.", q + "\n\nEnd."])
-    info = make(Recipe(stages=("paragraphs", "tokens"), vocab_size=300, heldout=0.0), root, tmp_path / "out",
-                engine=one(), progress=False)
+    root = _small(
+        tmp_path / "text", a=[f"{q}\n\n{r}", f"{p}\n\n{q}", f"{p}\n\n{s}", "Short.", q + "\n\nEnd."]
+    )
+    info = make(
+        Recipe(stages=("paragraphs", "tokens"), vocab_size=300, heldout=0.0),
+        root,
+        tmp_path / "out",
+        engine=one(),
+        progress=False,
+    )
     joined = "\n\n".join(_texts(tmp_path / "out"))
     assert [joined.count(paragraph) for paragraph in (p, q, r, s)] == [1, 1, 1, 1]
     assert info["stages"][-1]["dropped"] == {"fewer than 200 characters left": 1}
@@ -378,27 +475,41 @@ def test_a_paragraph_that_came_before_stays_once(one, tmp_path):
 def test_parts_of_keys_do_not_matter(made, planted, recipe, one, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "_KEYS_AT_ONCE", 7)
     make(recipe, planted[0], tmp_path / "out", engine=one(), progress=False)
-    same = {name: digest for name, digest in _digests(made[0]).items() if not name.startswith("stages")}
+    same = {
+        name: digest for name, digest in _digests(made[0]).items() if not name.startswith("stages")
+    }
     assert same.items() <= _digests(tmp_path / "out").items()
 
 
 def test_changed_samples_and_test_sets_are_told(planted, one, tmp_path):
     root = _small(tmp_path / "text", a=[_sentences(seed, 40) for seed in range(30)])
-    samples = _small(tmp_path / "samples", good=[_sentences(seed, 4) for seed in range(40)],
-                     bad=["spam " * seed for seed in range(5, 30)])
-    (samples / "bad" / "b.jsonl").write_text((samples / "good" / "a.jsonl").read_text().replace("Number", "Nombre"))
-    judged = Recipe(stages=("quality",), quality=QualityConfig((str(samples / "good"),), (str(samples / "bad"),)))
+    samples = _small(
+        tmp_path / "samples",
+        good=[_sentences(seed, 4) for seed in range(40)],
+        bad=["spam " * seed for seed in range(5, 30)],
+    )
+    (samples / "bad" / "b.jsonl").write_text(
+        (samples / "good" / "a.jsonl").read_text().replace("Number", "Nombre")
+    )
+    judged = Recipe(
+        stages=("quality",),
+        quality=QualityConfig((str(samples / "good"),), (str(samples / "bad"),)),
+    )
     said = make(judged, root, tmp_path / "out", engine=one(), progress=False)["stages"][-1]["note"]
     os.rename(samples / "bad" / "b.jsonl", samples / "good" / "b.jsonl")
     with pytest.raises(FileExistsError, match="other input: .*b.jsonl"):
         make(judged, root, tmp_path / "out", engine=one(), progress=False)
-    again = make(judged, root, tmp_path / "out", engine=one(), overwrite=True, progress=False)["stages"][-1]["note"]
+    again = make(judged, root, tmp_path / "out", engine=one(), overwrite=True, progress=False)[
+        "stages"
+    ][-1]["note"]
     assert "40 good and 65 bad" in said and "80 good and 25 bad" in again
 
 
 def test_sources_that_vanish_or_clash_are_told(one, tmp_path):
     root = _small(tmp_path / "text", a=[_sentences(1, 40)], b=[" \n"])
-    weighted = dataclasses.replace(PLAIN, sources=(Source("a", ("a",), 0.5), Source("b", ("b",), 0.5)))
+    weighted = dataclasses.replace(
+        PLAIN, sources=(Source("a", ("a",), 0.5), Source("b", ("b",), 0.5))
+    )
     with pytest.raises(ValueError, match=r"'b' has the weight 0.5, and no text"):
         make(weighted, root, tmp_path / "out", engine=one(), progress=False)
     os.rename(root / "a", root / "a b")
@@ -419,17 +530,29 @@ def test_stages_alone_leave_text(planted, recipe, one, tmp_path):
 
 def test_a_classifier_takes_what_is_like_the_bad(planted, recipe, one, tmp_path):
     good = tmp_path / "good.jsonl"
-    good.write_text("".join(json.dumps({"text": text}) + "\n" for text in
-                            (path.read_text()[cut : cut + 300] for path in sorted((planted[0] / "books").iterdir())
-                             for cut in (0, 300))))
+    good.write_text(
+        "".join(
+            json.dumps({"text": text}) + "\n"
+            for text in (
+                path.read_text()[cut : cut + 300]
+                for path in sorted((planted[0] / "books").iterdir())
+                for cut in (0, 300)
+            )
+        )
+    )
     words = "buy cheap pills now click here win casino bonus free offer".split()
     spam = [" ".join(random.Random(number).choices(words, k=90)) for number in range(30)]
-    (tmp_path / "bad.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in spam[:20]))
+    (tmp_path / "bad.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in spam[:20])
+    )
     (tmp_path / "text").mkdir()
     texts = [path.read_text()[600:] for path in sorted((planted[0] / "books").iterdir())]
-    (tmp_path / "text" / "all.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in
-                                                         texts + spam[20:]))
-    judged = Recipe(stages=("quality",), quality=QualityConfig((str(good),), (str(tmp_path / "bad.jsonl"),)))
+    (tmp_path / "text" / "all.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in texts + spam[20:])
+    )
+    judged = Recipe(
+        stages=("quality",), quality=QualityConfig((str(good),), (str(tmp_path / "bad.jsonl"),))
+    )
     info = make(judged, tmp_path / "text", tmp_path / "out", engine=one(), progress=False)
     stage = info["stages"][-1]
     assert stage["dropped"] == {"by its score, and by chance": pytest.approx(10, abs=2)}
@@ -455,38 +578,69 @@ def test_the_blend_of_the_paper():
     assert sum(source.weight for source in found.sources) == pytest.approx(1, abs=1e-9)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"stages": ("wash",)}, "'wash' is not known"),
-    ({"stages": ("duplicates", "clean")}, "in this order: clean,duplicates"),
-    ({"quality": QualityConfig(alpha=0.0)}, "alpha=0.0"),
-    ({"tokenizer": "nowhere"}, "nowhere"),
-    ({"heldout": 0.7}, "heldout=0.7"),
-    ({"sources": (Source("a", ("books",), -1.0),)}, "weight=-1.0"),
-    ({"sources": (Source("a", ("books",), 0.0), Source("b", ("pages",), 0.0))}, "all sources are 0"),
-    ({"sources": (Source("a", ("books",), 1.0), Source("b", ("pages",)))}, "'b' has no weight"),
-    ({"sources": (Source("a", ("books",)), Source("a", ("pages",)))}, "two sources have the name 'a'"),
-    ({"sources": (Source("a/b", ("books",)),)}, "'a/b'"),
-    ({"sources": (Source("a", ()),)}, "no paths"),
-    ({"sources": (Source("a", ("nowhere",)),)}, "nowhere"),
-    ({"quality": QualityConfig(good=("x",))}, "go together"),
-    ({"decontamination": DecontaminationConfig(test_sets=("nowhere.jsonl",))}, "nowhere.jsonl"),
-    ({"shard_bytes": 0}, "shard_bytes=0"),
-    ({"sources": (Source("a", ("books",), settings=("clean.min_token=1",)),)}, "did you mean 'min_tokens'"),
-    ({"sources": (Source("a", ("books",), settings=("vocab_size=9",)),)}, "only those of clean differ by source"),
-    ({"sources": (Source("a", ("books",), settings=("clean.prose_rules=maybe",)),)}, "source 'a'.*not a value"),
-    ({"sources": (Source("a", ("books",), skip_stages=("tokens",)),)}, "holds 'tokens'; choose among clean"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stages": ("wash",)}, "'wash' is not known"),
+        ({"stages": ("duplicates", "clean")}, "in this order: clean,duplicates"),
+        ({"quality": QualityConfig(alpha=0.0)}, "alpha=0.0"),
+        ({"tokenizer": "nowhere"}, "nowhere"),
+        ({"heldout": 0.7}, "heldout=0.7"),
+        ({"sources": (Source("a", ("books",), -1.0),)}, "weight=-1.0"),
+        (
+            {"sources": (Source("a", ("books",), 0.0), Source("b", ("pages",), 0.0))},
+            "all sources are 0",
+        ),
+        ({"sources": (Source("a", ("books",), 1.0), Source("b", ("pages",)))}, "'b' has no weight"),
+        (
+            {"sources": (Source("a", ("books",)), Source("a", ("pages",)))},
+            "two sources have the name 'a'",
+        ),
+        ({"sources": (Source("a/b", ("books",)),)}, "'a/b'"),
+        ({"sources": (Source("a", ()),)}, "no paths"),
+        ({"sources": (Source("a", ("nowhere",)),)}, "nowhere"),
+        ({"quality": QualityConfig(good=("x",))}, "go together"),
+        ({"decontamination": DecontaminationConfig(test_sets=("nowhere.jsonl",))}, "nowhere.jsonl"),
+        ({"shard_bytes": 0}, "shard_bytes=0"),
+        (
+            {"sources": (Source("a", ("books",), settings=("clean.min_token=1",)),)},
+            "did you mean 'min_tokens'",
+        ),
+        (
+            {"sources": (Source("a", ("books",), settings=("vocab_size=9",)),)},
+            "only those of clean differ by source",
+        ),
+        (
+            {"sources": (Source("a", ("books",), settings=("clean.prose_rules=maybe",)),)},
+            "source 'a'.*not a value",
+        ),
+        (
+            {"sources": (Source("a", ("books",), skip_stages=("tokens",)),)},
+            "holds 'tokens'; choose among clean",
+        ),
+    ],
+)
 def test_bad_recipes_are_refused_before_any_work(planted, recipe, one, tmp_path, change, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        make(dataclasses.replace(recipe, **change), planted[0], tmp_path / "out", engine=one(), progress=False)
+        make(
+            dataclasses.replace(recipe, **change),
+            planted[0],
+            tmp_path / "out",
+            engine=one(),
+            progress=False,
+        )
     assert not (tmp_path / "out" / "stages").exists()
 
 
 def test_a_test_set_that_is_the_corpus_is_told(planted, recipe, one, tmp_path):
     rows = [{"text": path.read_text()} for path in sorted((planted[0] / "books").iterdir())]
-    rows += [json.loads(line) for line in (planted[0] / "pages" / "web.jsonl").read_text().splitlines()]
+    rows += [
+        json.loads(line) for line in (planted[0] / "pages" / "web.jsonl").read_text().splitlines()
+    ]
     (tmp_path / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    own = dataclasses.replace(recipe, decontamination=DecontaminationConfig(test_sets=(str(tmp_path / "all.jsonl"),)))
+    own = dataclasses.replace(
+        recipe, decontamination=DecontaminationConfig(test_sets=(str(tmp_path / "all.jsonl"),))
+    )
     with pytest.raises(ValueError, match="is one of the test sets the corpus itself"):
         make(own, planted[0], tmp_path / "out", engine=one(), progress=False)
 
@@ -499,6 +653,16 @@ def test_a_foreign_folder_is_not_touched(planted, recipe, one, tmp_path):
 
 
 def test_the_command_line_refuses_in_one_line(planted, tmp_path):
-    for more, words in (("--skip_sources=nobody", "nobody"), ("--stages=wash", "'wash'"), ("--answer=x", "pairs")):
-        result = subprocess.run(_command(planted, tmp_path / "out", more), capture_output=True, text=True)
-        assert result.returncode == 2 and words in result.stderr and len(result.stderr.strip().splitlines()) == 1
+    for more, words in (
+        ("--skip_sources=nobody", "nobody"),
+        ("--stages=wash", "'wash'"),
+        ("--answer=x", "pairs"),
+    ):
+        result = subprocess.run(
+            _command(planted, tmp_path / "out", more), capture_output=True, text=True
+        )
+        assert (
+            result.returncode == 2
+            and words in result.stderr
+            and len(result.stderr.strip().splitlines()) == 1
+        )

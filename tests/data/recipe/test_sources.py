@@ -32,7 +32,9 @@ def _texts(folder):
     for path in sorted(folder.glob("*.parquet")):
         table = pyarrow.parquet.read_table(path)
         places = table["place"].to_pylist()
-        found += zip((place.split("/")[0] for place in places), table["text"].to_pylist(), strict=True)
+        found += zip(
+            (place.split("/")[0] for place in places), table["text"].to_pylist(), strict=True
+        )
     return found
 
 
@@ -61,7 +63,8 @@ _LICENSE = "Licensed to all who read this file and to all who run it, under term
 
 @pytest.fixture(scope="module")
 def technical(tmp_path_factory):
-    """(folder, texts by source): code and formulas that a rule for prose would drop, and prose that shares a line."""
+    """(folder, texts by source): code and formulas that a rule for prose would drop, and prose that
+    shares a line."""
     root = tmp_path_factory.mktemp("technical")
     documents = (document.text for document in embedded_documents())
     prose = [text for text in documents if not clean(text, CleanConfig()).dropped]
@@ -98,7 +101,11 @@ def test_rules_for_prose_leave_code_and_formulas_alone(one, technical, tmp_path)
     assert sorted(left["marked", "clean", "math"]) == sorted(texts["math"])
     assert ("marked", "paragraphs", "code") not in left  # not run over it
     assert info["stages"][-1]["note"] == "Not run over code, math: 100 documents."
-    assert len(left.get(("plain", "clean", "code"), ())) + len(left.get(("plain", "clean", "math"), ())) < 50
+    assert (
+        len(left.get(("plain", "clean", "code"), ()))
+        + len(left.get(("plain", "clean", "math"), ()))
+        < 50
+    )
     for name in ("plain", "marked"):  # prose is treated alike in both
         assert sum(_LICENSE in text for text in left[name, "paragraphs", "prose"]) == 1
 
@@ -114,16 +121,23 @@ def test_personal_data_is_masked_in_code_too(one, technical, tmp_path):
     assert text == row["text"].replace("ann.lee@mail.com", "<EMAIL>")
 
 
-def test_a_source_may_skip_every_stage_and_settings_of_the_recipe_reach_it(one, technical, tmp_path):
+def test_a_source_may_skip_every_stage_and_settings_of_the_recipe_reach_it(
+    one, technical, tmp_path
+):
     root, texts = technical
     passed = {"skip_stages": ("clean", "duplicates", "paragraphs")}
-    sources = _sources(code=passed, math=TECHNICAL_TEXT, prose={"settings": ("clean.min_tokens=100000",)})
+    sources = _sources(
+        code=passed, math=TECHNICAL_TEXT, prose={"settings": ("clean.min_tokens=100000",)}
+    )
     recipe = Recipe(sources=sources, stages=("clean", "duplicates"))
     make(recipe, root, tmp_path / "out", engine=one(), progress=False)
     assert {source for source, _ in _texts(tmp_path / "out/stages/clean")} == {"math"}
     assert clean_config(recipe, "prose").min_tokens == 100000 and recipe.clean.min_tokens == 128
     shorter = dataclasses.replace(recipe, clean=dataclasses.replace(recipe.clean, min_tokens=7))
-    assert clean_config(shorter, "math").min_tokens == 7 and not clean_config(shorter, "math").prose_rules
+    assert (
+        clean_config(shorter, "math").min_tokens == 7
+        and not clean_config(shorter, "math").prose_rules
+    )
 
 
 def test_the_run_and_the_recipe_of_the_paper_name_the_same_sources():

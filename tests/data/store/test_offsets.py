@@ -13,9 +13,15 @@ from mtnlg_jax.data.store.offsets import Offsets
 
 RNG = np.random.default_rng(0)
 SIZES = {
-    "alike": RNG.integers(1, 9, 1000), "one": np.array([7]), "a block": np.full(8, 3), "and one": np.full(9, 3),
-    "skewed": np.concatenate([np.ones(700, int), [100_000], np.full(300, 50), [10**9], np.ones(200, int)]),
-    "growing": 1 + np.arange(500) ** 2, "with empty ones": RNG.integers(0, 3, 600),
+    "alike": RNG.integers(1, 9, 1000),
+    "one": np.array([7]),
+    "a block": np.full(8, 3),
+    "and one": np.full(9, 3),
+    "skewed": np.concatenate(
+        [np.ones(700, int), [100_000], np.full(300, 50), [10**9], np.ones(200, int)]
+    ),
+    "growing": 1 + np.arange(500) ** 2,
+    "with empty ones": RNG.integers(0, 3, 600),
     "empty ends": np.array([0] * 20 + [5, 0, 5] + [0] * 20),
 }
 
@@ -46,7 +52,9 @@ def test_the_same_as_a_search_in_all(kind):
     wanted = np.searchsorted(values, places, side="right") - 1
     for chosen in (slice(3), slice(None), slice(-1, None, -1)):
         documents, begins = lazy.find(places[chosen])
-        assert np.array_equal(documents, wanted[chosen]) and np.array_equal(begins, values[wanted[chosen]])
+        assert np.array_equal(documents, wanted[chosen]) and np.array_equal(
+            begins, values[wanted[chosen]]
+        )
         assert documents.dtype == begins.dtype == np.int64
     assert all(stop - first <= 9 for first, stop in reads)
     assert np.array_equal(lazy.all(), values)
@@ -64,13 +72,18 @@ def test_few_blocks_are_read_for_one_place(kind):
     assert kind != "alike" or np.mean(counts) < 4
 
 
-@pytest.mark.parametrize("place, value", [(0, 1), (1000, -1), (500, -1), (500, 10**9), (504, 0), (505, 0)])
+@pytest.mark.parametrize(
+    "place, value", [(0, 1), (1000, -1), (500, -1), (500, 10**9), (504, 0), (505, 0)]
+)
 def test_what_does_not_fit_is_seen_when_it_is_read(place, value):
     values = np.concatenate([[0], np.cumsum(SIZES["alike"])])
     broken = values.copy()
     broken[place] = values[place - 1] if value == 0 else value
     lazy = Offsets(lambda first, stop: broken[first:stop], 1000, int(values[-1]), ValueError)
-    with pytest.raises(ValueError, match=r"do not divide \d+ tokens into 1000 documents \(seen at documents \d+ to "):
+    with pytest.raises(
+        ValueError,
+        match=r"do not divide \d+ tokens into 1000 documents \(seen at documents \d+ to ",
+    ):
         lazy.find(np.arange(values[-1]))
     with pytest.raises(ValueError, match="do not divide"):
         lazy.all()
@@ -97,17 +110,32 @@ print(time.perf_counter() - begin, rows["tokens"].shape)
 
 @pytest.mark.slow
 def test_the_first_batch_of_many_documents(tmp_path, monkeypatch):
-    """30 million documents, as if `TokenWriter` had written them; a process that has read none of it yet."""
+    """30 million documents, as if `TokenWriter` had written them; a process that has read none of
+    it yet."""
     monkeypatch.undo()
     values = np.concatenate([[0], np.cumsum(RNG.integers(1, 6, 30_000_000, dtype=np.int64))])
-    stored = tokens._create(storage.join(tmp_path, "document_offsets"), values.dtype, values.size, tokens._CHUNK >> 4)
+    stored = tokens._create(
+        storage.join(tmp_path, "document_offsets"), values.dtype, values.size, tokens._CHUNK >> 4
+    )
     stored.write(values).result()
     ids = RNG.integers(0, 50_000, values[-1], dtype=np.uint16)
     tokens._create(storage.join(tmp_path, "tokens"), ids.dtype, ids.size).write(ids).result()
-    meta = {"dtype": "uint16", "tokens": ids.size, "documents": 30_000_000, "bytes": 0, "tokenizer": "", "sha256": ""}
+    meta = {
+        "dtype": "uint16",
+        "tokens": ids.size,
+        "documents": 30_000_000,
+        "bytes": 0,
+        "tokenizer": "",
+        "sha256": "",
+    }
     storage.write_file(tmp_path, "meta.json", json.dumps(meta).encode())
-    done = subprocess.run([sys.executable, "-c", FIRST_BATCH, tmp_path], capture_output=True, text=True, check=True,
-                          cwd=Path(__file__).resolve().parents[3])
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST_BATCH, tmp_path],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).resolve().parents[3],
+    )
     seconds, shape = done.stdout.split(" ", 1)
     print(f"first batch after {float(seconds):.3f} s")
     assert float(seconds) < 1 and shape.strip() == "(8, 2049)"

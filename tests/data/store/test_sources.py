@@ -8,7 +8,9 @@ from mtnlg_jax.data.prepare import prepare
 from mtnlg_jax.data.store.sources import open_sources, open_tokens
 from mtnlg_jax.data.tokenizer import load_tokenizer
 
-SHORT, SENTENCES = (str(Path(__file__).parents[1] / "fixtures" / name) for name in ("short", "sentences"))
+SHORT, SENTENCES = (
+    str(Path(__file__).parents[1] / "fixtures" / name) for name in ("short", "sentences")
+)
 
 
 @pytest.fixture(scope="module")
@@ -24,13 +26,18 @@ def prepared(gpt2_files, trained, tmp_path_factory):
 def test_prepared_folders_bring_all(prepared):
     tokenizer, opened, held_out = open_sources([prepared[0]])
     assert tokenizer.fingerprint == opened[prepared[0]].meta["tokenizer"] and tokenizer.prompt_bos
-    assert {path: part.location for path, part in held_out.items()} == {prepared[0]: f"{prepared[0]}/heldout"}
+    assert {path: part.location for path, part in held_out.items()} == {
+        prepared[0]: f"{prepared[0]}/heldout"
+    }
 
 
 @pytest.mark.parametrize("share, kept", [(0.01, 39), (0.25, 30), (0.0, 40), (0.5, 20)])
 def test_the_last_documents_are_held_out(gpt2_files, share, kept):
     tokenizer, opened, held_out = open_sources([SHORT, SENTENCES], str(gpt2_files), share)
-    for path in (SHORT, SENTENCES):  # of every source: a held-out loss speaks for all that is trained on
+    for path in (
+        SHORT,
+        SENTENCES,
+    ):  # of every source: a held-out loss speaks for all that is trained on
         whole = open_tokens(path)
         assert opened[path].documents == kept and held_out[path].documents == 40 - kept
         both = np.concatenate([part.read(0, len(part)) for part in (opened[path], held_out[path])])
@@ -62,7 +69,10 @@ def test_whether_prompts_begin_with_bos_stays_with_the_tokenizer(gpt2_files, tmp
     tokenizer, _, _ = open_sources([SHORT], str(gpt2_files))
     tokenizer.save(tmp_path)
     again = load_tokenizer(tmp_path)
-    assert not again.prompt_bos and again.fingerprint == tokenizer.fingerprint == load_tokenizer(gpt2_files).fingerprint
+    assert (
+        not again.prompt_bos
+        and again.fingerprint == tokenizer.fingerprint == load_tokenizer(gpt2_files).fingerprint
+    )
     assert load_tokenizer(gpt2_files).prompt_bos
 
 
@@ -77,14 +87,23 @@ def test_with_bos_before_documents_prompts_have_it(prepared, gpt2_files, tmp_pat
 
 
 def test_what_does_not_fit_is_refused(prepared, gpt2_files, tmp_path):
-    gpt2, (data, other) = str(gpt2_files), prepared
+    gpt2 = str(gpt2_files)
+    data, other = prepared
     shutil.copytree(data, tmp_path / "copy")
     for arguments, error, message in [
         (([SHORT],), ValueError, "does not hold its tokenizer; give --set=data.tokenizer=FOLDER"),
         (([data, SHORT],), ValueError, "short is a Megatron data set"),
-        (([SHORT, other], gpt2), ValueError, "other was not tokenized with .*; leave data.tokenizer out"),
+        (
+            ([SHORT, other], gpt2),
+            ValueError,
+            "other was not tokenized with .*; leave data.tokenizer out",
+        ),
         (([data, other],), ValueError, "the sources were tokenized differently"),
-        (([SHORT], gpt2, SHORT + ".bin"), ValueError, "data.heldout=.*short.bin is trained on, too"),
+        (
+            ([SHORT], gpt2, SHORT + ".bin"),
+            ValueError,
+            "data.heldout=.*short.bin is trained on, too",
+        ),
         (([SHORT], gpt2, str(tmp_path / "x")), FileNotFoundError, "x does not exist"),
         (([str(tmp_path / "x")], gpt2), FileNotFoundError, "x does not exist"),
         (([str(tmp_path / "x.idx")], gpt2), FileNotFoundError, "x.idx does not exist"),
@@ -97,23 +116,46 @@ def test_what_does_not_fit_is_refused(prepared, gpt2_files, tmp_path):
 def test_what_is_not_prepared_is_named_with_what_to_give(tmp_path, monkeypatch):
     """Each message leads to a path that works, not back to where it came from."""
     monkeypatch.chdir(tmp_path)
-    for name in ("OUT/train", "OUT/heldout", "OUT/tokenizer", "OUT/stages/clean", "shards", "above", "run/checkpoints",
-                 "raw"):
+    for name in (
+        "OUT/train",
+        "OUT/heldout",
+        "OUT/tokenizer",
+        "OUT/stages/clean",
+        "shards",
+        "above",
+        "run/checkpoints",
+        "raw",
+    ):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "OUT/prepared.json").write_text("{}")
-    for name in ("OUT/train/meta.json", "shards/web_text.idx", "shards/web_text.bin", "shards/b.idx", "book.txt",
-                 "raw/a.txt"):
+    for name in (
+        "OUT/train/meta.json",
+        "shards/web_text.idx",
+        "shards/web_text.bin",
+        "shards/b.idx",
+        "book.txt",
+        "raw/a.txt",
+    ):
         (tmp_path / name).write_text("")
     (tmp_path / "above/OUT").symlink_to(tmp_path / "OUT")
     for path, words in {
-        "OUT2": "OUT2 does not exist; did you mean OUT?", "OUT/train": "give OUT", "OUT/heldout/": "give OUT",
-        "OUT/stages/clean": "give OUT", f"{tmp_path}/OUT/tokenizer": f"give {tmp_path}/OUT",
-        "shards": "the prefix of one: shards/b, or one of 1 more", "shards/web_txt": "did you mean shards/web_text?",
-        "book.txt": "is a file that was not prepared", "above": "give above/OUT",
+        "OUT2": "OUT2 does not exist; did you mean OUT?",
+        "OUT/train": "give OUT",
+        "OUT/heldout/": "give OUT",
+        "OUT/stages/clean": "give OUT",
+        f"{tmp_path}/OUT/tokenizer": f"give {tmp_path}/OUT",
+        "shards": "the prefix of one: shards/b, or one of 1 more",
+        "shards/web_txt": "did you mean shards/web_text?",
+        "book.txt": "is a file that was not prepared",
+        "above": "give above/OUT",
         "run": "is a run, which holds no data",
-        "raw": "--input=raw --output=OUT", "nowhere/at/all": "does not exist; make data",
+        "raw": "--input=raw --output=OUT",
+        "nowhere/at/all": "does not exist; make data",
         "memory://nothing": "holds no prepared data",
     }.items():
         with pytest.raises(FileNotFoundError) as caught:
             open_sources([path])
-        assert words in str(caught.value) and "\n" not in str(caught.value), (path, str(caught.value))
+        assert words in str(caught.value) and "\n" not in str(caught.value), (
+            path,
+            str(caught.value),
+        )

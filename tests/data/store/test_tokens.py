@@ -28,15 +28,25 @@ def _write(location, documents=DOCUMENTS, vocab_size=300):
     return writer.finish()
 
 
-@pytest.mark.parametrize("vocab_size, dtype", [(300, "uint16"), (65536, "uint16"), (65537, "uint32")])
+@pytest.mark.parametrize(
+    "vocab_size, dtype", [(300, "uint16"), (65536, "uint16"), (65537, "uint32")]
+)
 def test_what_is_written_is_read(tmp_path, vocab_size, dtype):
     meta = _write(tmp_path / "x", [*DOCUMENTS, [vocab_size - 1]], vocab_size)
     assert (tmp_path / "x/tokens/c/7").exists() and not (tmp_path / "x/tokens/c/9").exists()
     tokens = open_tokens(tmp_path / "x")
     stream = np.append(STREAM, vocab_size - 1)
     assert len(tokens) == len(stream) and tokens.documents == 9 and tokens.meta == meta
-    assert {name: meta[name] for name in ("dtype", "tokens", "documents", "bytes", "seed", "tokenizer")} == {
-        "dtype": dtype, "tokens": 1041, "documents": 9, "bytes": 4164, "seed": 3, "tokenizer": "f00d"}
+    assert {
+        name: meta[name] for name in ("dtype", "tokens", "documents", "bytes", "seed", "tokenizer")
+    } == {
+        "dtype": dtype,
+        "tokens": 1041,
+        "documents": 9,
+        "bytes": 4164,
+        "seed": 3,
+        "tokenizer": "f00d",
+    }
     everything = tokens.read(0, len(tokens))
     assert everything.dtype == dtype and np.array_equal(everything, stream)
     assert tokens.document_offsets.dtype == np.int64
@@ -55,7 +65,8 @@ def test_windows_go_around(tmp_path):
 
 
 def test_the_content_decides_the_hash(tmp_path):
-    same, other = _write(tmp_path / "a"), _write(tmp_path / "b")
+    same = _write(tmp_path / "a")
+    other = _write(tmp_path / "b")
     assert same == other
     cut = [STREAM[:5], STREAM[5:]]  # the same tokens, other documents
     assert _write(tmp_path / "c", cut)["sha256"] != same["sha256"]
@@ -79,8 +90,16 @@ def test_tokens_outside_the_vocabulary_are_refused(tmp_path, wrong):
 def test_urls(tmp_path):
     _write("memory://corpus/train")
     assert np.array_equal(open_tokens("memory://corpus/train").read(0, len(STREAM)), STREAM)
-    assert storage.key_value_spec("gs://bucket/a/b") == {"driver": "gcs", "bucket": "bucket", "path": "a/b/"}
-    assert storage.key_value_spec("s3://bucket/a/") == {"driver": "s3", "bucket": "bucket", "path": "a/"}
+    assert storage.key_value_spec("gs://bucket/a/b") == {
+        "driver": "gcs",
+        "bucket": "bucket",
+        "path": "a/b/",
+    }
+    assert storage.key_value_spec("s3://bucket/a/") == {
+        "driver": "s3",
+        "bucket": "bucket",
+        "path": "a/",
+    }
     assert storage.key_value_spec(tmp_path) == {"driver": "file", "path": f"{tmp_path}/"}
     with pytest.raises(ValueError, match="nonsense://a is no URL that TensorStore knows"):
         storage.key_value_spec("nonsense://a")
@@ -107,37 +126,54 @@ def _meta(name, value):
     def change(folder):
         path = folder / "meta.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+
     return change
 
 
 def _offsets(folder):
     offsets = open_tokens(folder).document_offsets.copy()
     offsets[3] = offsets[2]
-    module._create(str(folder / "document_offsets"), offsets.dtype, offsets.size).write(offsets).result()
+    module._create(str(folder / "document_offsets"), offsets.dtype, offsets.size).write(
+        offsets
+    ).result()
 
 
-@pytest.mark.parametrize("damage, message", [
-    (_offsets, "do not divide"),
-    (lambda folder: (folder / "meta.json").write_text('{"tokens"'), "Expecting"),
-    (lambda folder: (folder / "meta.json").write_text("{}"), "tokens"),
-    (_meta("tokens", 1041), "1040 tokens of uint16, meta.json says 1041"),
-    (_meta("dtype", "uint32"), "meta.json says 1040 of uint32"),
-    (_meta("documents", 7), "do not divide"),
-    (lambda folder: shutil.rmtree(folder / "tokens"), "tokens/zarr.json"),
-    (lambda folder: (folder / "document_offsets/zarr.json").unlink(), "document_offsets/zarr.json"),
-    (lambda folder: (folder / "document_offsets/c/0").unlink(), "is missing"),
-], ids=range(9))
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (_offsets, "do not divide"),
+        (lambda folder: (folder / "meta.json").write_text('{"tokens"'), "Expecting"),
+        (lambda folder: (folder / "meta.json").write_text("{}"), "tokens"),
+        (_meta("tokens", 1041), "1040 tokens of uint16, meta.json says 1041"),
+        (_meta("dtype", "uint32"), "meta.json says 1040 of uint32"),
+        (_meta("documents", 7), "do not divide"),
+        (lambda folder: shutil.rmtree(folder / "tokens"), "tokens/zarr.json"),
+        (
+            lambda folder: (folder / "document_offsets/zarr.json").unlink(),
+            "document_offsets/zarr.json",
+        ),
+        (lambda folder: (folder / "document_offsets/c/0").unlink(), "is missing"),
+    ],
+    ids=range(9),
+)
 def test_damage_is_seen_at_opening(tmp_path, damage, message):
     _write(tmp_path)
     damage(tmp_path)
     with pytest.raises(ValueError, match=message) as error:
         open_tokens(tmp_path)
-    assert str(error.value).startswith(f"{tmp_path} is damaged: ") and "--overwrite" in str(error.value)
+    assert str(error.value).startswith(f"{tmp_path} is damaged: ") and "--overwrite" in str(
+        error.value
+    )
 
 
-@pytest.mark.parametrize("damage", [
-    lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-200]),
-    lambda path: path.write_bytes(path.read_bytes()[:20] + b"\x55" + path.read_bytes()[21:])])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.unlink(),
+        lambda path: path.write_bytes(path.read_bytes()[:-200]),
+        lambda path: path.write_bytes(path.read_bytes()[:20] + b"\x55" + path.read_bytes()[21:]),
+    ],
+)
 def test_damage_inside_is_seen_at_reading(tmp_path, damage):
     _write(tmp_path)
     damage(tmp_path / "tokens/c/3")

@@ -1,4 +1,5 @@
-"""Blocks that may be left out are those in which nobody sees anybody, and no others where that can be known."""
+"""Blocks that may be left out are those in which nobody sees anybody, and no others where that can
+be known."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +7,8 @@ import pytest
 
 from mtnlg_jax.model.kernels.mask import Mask, block_ranges, visible_blocks
 
-SORTED, MIXED = [1] * 9 + [2] * 4 + [5] * 10, [3, 1, 3] * 7 + [1, 1]
+SORTED = [1] * 9 + [2] * 4 + [5] * 10
+MIXED = [3, 1, 3] * 7 + [1, 1]
 CASES = {
     "causal": ({}, True),
     "both ways": ({"causal": False}, True),
@@ -18,8 +20,15 @@ CASES = {
     "documents": ({"causal": False, "segment_ids": ([SORTED] * 3, [SORTED] * 3)}, True),
     "mixed documents": ({"causal": False, "segment_ids": ([MIXED] * 3, [SORTED] * 3)}, False),
     # Each of the three shows something in a block where all together show nothing: not looked for.
-    "all": ({"segment_ids": ([SORTED] * 3, [SORTED] * 3), "window": 6, "kv_lengths": [20, 23, 9],
-             "q_offset": [0, 2, 4]}, False),
+    "all": (
+        {
+            "segment_ids": ([SORTED] * 3, [SORTED] * 3),
+            "window": 6,
+            "kv_lengths": [20, 23, 9],
+            "q_offset": [0, 2, 4],
+        },
+        False,
+    ),
 }
 
 
@@ -42,7 +51,10 @@ def test_no_visible_pair_is_skipped(longhand, case, blocks):
     assert got.shape == want.shape and not (want & ~got).any()
     assert not exact or np.array_equal(got, want)
     for axis, of_keys in ((2, False), (1, True)):
-        first, end = (np.asarray(x) for x in block_ranges(_mask(**options), 3, 23, 23, *blocks, of_keys=of_keys))
+        first, end = (
+            np.asarray(x)
+            for x in block_ranges(_mask(**options), 3, 23, 23, *blocks, of_keys=of_keys)
+        )
         seen = np.moveaxis(got, axis, -1)
         for at in np.ndindex(first.shape):
             places = np.flatnonzero(seen[at])

@@ -1,7 +1,8 @@
-"""cuDNN's fused attention, through jax.nn: where it needs neither a mask of T x S nor what it cannot give.
+"""cuDNN's fused attention, through jax.nn: where it needs neither a mask of T x S nor what it
+cannot give.
 
-It is never asked for lengths or ids (rows that see nothing are not defined there), nor for the log-sum-exp, which it
-rounds to the output's type.
+It is never asked for lengths or ids (rows that see nothing are not defined there), nor for the
+log-sum-exp, which it rounds to the output's type.
 """
 
 import jax
@@ -39,6 +40,13 @@ def _installed() -> bool:
 def attend(q, k, v, mask: Mask, *, scale: float):
     """out (B, T, N, H)."""
     window = None if mask.window is None else (mask.window - 1, 0)
-    out = jax.nn.dot_product_attention(q, k, v, is_causal=mask.causal, scale=scale, local_window_size=window,
-                                       implementation="cudnn")
+    out = jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        is_causal=mask.causal,
+        scale=scale,
+        local_window_size=window,
+        implementation="cudnn",
+    )
     return checkpoint_name(out, "attention")

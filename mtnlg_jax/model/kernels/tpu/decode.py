@@ -1,7 +1,9 @@
-"""Attention of one query a row over a cache, for TPU: reading the cache once, and only what of it is alive.
+"""Attention of one query a row over a cache, for TPU: reading the cache once, and only what of it
+is alive.
 
-The grid is (B, K, splits, steps): a step is one block of one key/value head's cache, for all query heads that share
-it. Partial results of the splits are merged by their log-sum-exps in XLA. Splits pay where one head of one row is all
+The grid is (B, K, splits, steps): a step is one block of one key/value head's cache, for all query
+heads that share it. Partial results of the splits are merged by their log-sum-exps in XLA. Splits
+pay where one head of one row is all
 there is, and the chip has two cores: one core streams a cache as fast as it can be read.
 """
 
@@ -20,7 +22,9 @@ from mtnlg_jax import compat
 LANES = 128
 SUBLANES = 16  # of a tile of bfloat16; float32 has 8
 LOG2_E = math.log2(math.e)
-HIDDEN = -0.7 * float(np.finfo(np.float32).max)  # the score of a dead key: finite, so that differences are numbers
+HIDDEN = -0.7 * float(
+    np.finfo(np.float32).max
+)  # the score of a dead key: finite, so that differences are numbers
 VMEM_LIMIT = 28 * 2**20
 
 
@@ -35,8 +39,8 @@ class _Plan(NamedTuple):
     scaled: bool  # the cache is int8 and has scales
 
     def place(self, lengths, row, split, step):
-        """(the block that is read in this step, whether it holds a live key). Dead steps read again what was read
-        before them, which costs nothing."""
+        """(the block that is read in this step, whether it holds a live key). Dead steps read again
+        what was read before them, which costs nothing."""
         block = split * self.steps + step
         last = jnp.maximum(lax.div(lengths[row] + self.block - 1, self.block) - 1, 0)
         return jnp.minimum(block, last), block * self.block < lengths[row]
@@ -44,7 +48,9 @@ class _Plan(NamedTuple):
 
 def _kernel(plan: _Plan, lengths, q, k, v, *refs):
     *scales, out, lse, top, total, acc = refs
-    row, split, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+    row = pl.program_id(0)
+    split = pl.program_id(2)
+    step = pl.program_id(3)
     block, live = plan.place(lengths, row, split, step)
 
     @pl.when(step == 0)
@@ -66,8 +72,11 @@ def _kernel(plan: _Plan, lengths, q, k, v, *refs):
         if masked:
             alive = lax.broadcasted_iota(jnp.int32, scores.shape, 1) < left
             scores = jnp.where(alive, scores, HIDDEN)
-            # Dead values may be anything, and beyond the cache's end are: 0 times that need not be 0.
-            values = jnp.where(lax.broadcasted_iota(jnp.int32, values.shape, 0) < left, values, 0).astype(values.dtype)
+            # Dead values may be anything, and beyond the cache's end are: 0 times that need not be
+            # 0.
+            values = jnp.where(
+                lax.broadcasted_iota(jnp.int32, values.shape, 0) < left, values, 0
+            ).astype(values.dtype)
         new = jnp.maximum(top[...], scores.max(-1, keepdims=True))
         shrink = jnp.exp2(top[...] - new)
         weights = jnp.exp2(scores - new[:, :1])
@@ -91,20 +100,36 @@ def _kernel(plan: _Plan, lengths, q, k, v, *refs):
 
 
 def _product(a, b, b_axis: int):
-    """a (rows, n) and b contracted over n, in float32. Precision is JAX's to choose where the inputs are float32."""
+    """a (rows, n) and b contracted over n, in float32. Precision is JAX's to choose where the
+    inputs are float32."""
     precision = None if a.dtype == jnp.float32 else lax.Precision.DEFAULT
-    return lax.dot_general(a, b, (((1,), (b_axis,)), ((), ())), precision=precision,
-                           preferred_element_type=jnp.float32)
+    return lax.dot_general(
+        a, b, (((1,), (b_axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
 
 
-def decode(q, k_cache, v_cache, lengths, *, scale: float, softcap: float | None, k_scale=None, v_scale=None,
-           num_splits: int | None = None, block_kv: int, interpret=False):
-    """Attention of q (B, N, H) over the first ``lengths`` int32 (B,) keys of caches (B, K, S, H), N % K == 0.
+def decode(
+    q,
+    k_cache,
+    v_cache,
+    lengths,
+    *,
+    scale: float,
+    softcap: float | None,
+    k_scale=None,
+    v_scale=None,
+    num_splits: int | None = None,
+    block_kv: int,
+    interpret=False,
+):
+    """Attention of q (B, N, H) over the first ``lengths`` int32 (B,) keys of caches (B, K, S, H), N
+    % K == 0.
 
-    Caches in int8 come with float32 ``k_scale`` and ``v_scale`` (B, K, S): a value is the integer times its scale.
-    ``block_kv``: keys of a step, a multiple of 128. ``num_splits``: parts of the cache that are reduced apart from
-    each other. Returns out (B, N, H) in q's dtype and the float32 log-sum-exp (B, N): 0 and -inf where the length
-    is 0."""
+    Caches in int8 come with float32 ``k_scale`` and ``v_scale`` (B, K, S): a value is the integer
+    times its scale.
+    ``block_kv``: keys of a step, a multiple of 128. ``num_splits``: parts of the cache that are
+    reduced apart from each other. Returns out (B, N, H) in q's dtype and the float32 log-sum-exp
+    (B, N): 0 and -inf where the length is 0."""
     rows, heads, width = q.shape
     kv_heads, keys = k_cache.shape[1:3]
     group = heads // kv_heads
@@ -112,8 +137,12 @@ def decode(q, k_cache, v_cache, lengths, *, scale: float, softcap: float | None,
     block = min(pl.cdiv(block_kv, LANES), pl.cdiv(keys, LANES)) * LANES
     splits = num_splits or (2 if rows * kv_heads == 1 else 1)
     splits = min(splits, pl.cdiv(keys, block))
-    plan = _Plan(scale, softcap, keys, block, pl.cdiv(pl.cdiv(keys, block), splits), k_scale is not None)
-    q_groups = jnp.pad(q.reshape(rows, kv_heads, group, width), ((0, 0), (0, 0), (0, padded - group), (0, 0)))
+    plan = _Plan(
+        scale, softcap, keys, block, pl.cdiv(pl.cdiv(keys, block), splits), k_scale is not None
+    )
+    q_groups = jnp.pad(
+        q.reshape(rows, kv_heads, group, width), ((0, 0), (0, 0), (0, padded - group), (0, 0))
+    )
     lengths = jnp.clip(lengths, 0, keys).astype(jnp.int32)
 
     def of_cache(row, head, split, step, lengths):
@@ -133,24 +162,40 @@ def decode(q, k_cache, v_cache, lengths, *, scale: float, softcap: float | None,
     arrays = (q_groups, k_cache, v_cache, *scales)
     # One part is stored as it is needed; several are still to be added up.
     part_dtype = q.dtype if splits == 1 else jnp.float32
-    outputs = [((rows, kv_heads, splits, padded, width), part_dtype),
-               ((rows, kv_heads, splits, padded, LANES), jnp.float32)]
+    outputs = [
+        ((rows, kv_heads, splits, padded, width), part_dtype),
+        ((rows, kv_heads, splits, padded, LANES), jnp.float32),
+    ]
     statistics = pltpu.VMEM((padded, LANES), jnp.float32)
     out, lse = pl.pallas_call(
         functools.partial(_kernel, plan),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1, grid=(rows, kv_heads, splits, plan.steps),
-            in_specs=[pl.BlockSpec((None, None, padded, width), of_query), cache, cache,
-                      *[pl.BlockSpec((None, None, 1, block), of_scales) for _ in scales]],
-            out_specs=[pl.BlockSpec((None, None, None, *shape[3:]), of_split) for shape, _ in outputs],
-            scratch_shapes=[statistics, statistics, pltpu.VMEM((padded, width), jnp.float32)]),
+            num_scalar_prefetch=1,
+            grid=(rows, kv_heads, splits, plan.steps),
+            in_specs=[
+                pl.BlockSpec((None, None, padded, width), of_query),
+                cache,
+                cache,
+                *[pl.BlockSpec((None, None, 1, block), of_scales) for _ in scales],
+            ],
+            out_specs=[
+                pl.BlockSpec((None, None, None, *shape[3:]), of_split) for shape, _ in outputs
+            ],
+            scratch_shapes=[statistics, statistics, pltpu.VMEM((padded, width), jnp.float32)],
+        ),
         out_shape=[compat.result_like(shape, dtype, lengths, *arrays) for shape, dtype in outputs],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
-                                             vmem_limit_bytes=VMEM_LIMIT),
-        interpret=interpret, name="decode")(lengths, *arrays)
-    out, lse = out[:, :, :, :group], lse[:, :, :, :group, 0]
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=VMEM_LIMIT,
+        ),
+        interpret=interpret,
+        name="decode",
+    )(lengths, *arrays)
+    out = out[:, :, :, :group]
+    lse = lse[:, :, :, :group, 0]
     if splits == 1:
-        out, lse = out[:, :, 0], lse[:, :, 0]
+        out = out[:, :, 0]
+        lse = lse[:, :, 0]
     else:
         top = lse.max(2, keepdims=True)
         weights = jnp.exp(lse - jnp.where(top == -jnp.inf, 0.0, top))

@@ -1,10 +1,13 @@
-"""FlashAttention for TPU, for any Mask: a streamed forward kernel, and one backward kernel or, at length, two.
+"""FlashAttention for TPU, for any Mask: a streamed forward kernel, and one backward kernel or, at
+length, two.
 
-Inside, heads stand before positions: q (B, N, T, H), k and v (B, K, S, H), T and S padded to whole blocks. The last
-axis of every grid streams: a block of queries sees its blocks of keys one after another (of keys, its queries), and
-the running sums stay in VMEM. Which blocks are streamed is arithmetic on the place in the grid where the mask is known
-before the program runs, else it is read from a prefetched table; blocks that nobody sees cost neither work nor DMA.
-Scores are kept in base 2, so that exp2 needs no factor of its own.
+Inside, heads stand before positions: q (B, N, T, H), k and v (B, K, S, H), T and S padded to whole
+blocks. The last
+axis of every grid streams: a block of queries sees its blocks of keys one after another (of keys,
+its queries), and the running sums stay in VMEM. Which blocks are streamed is arithmetic on the
+place in the grid where the mask is known before the program runs, else it is read from a prefetched
+table; blocks that nobody sees cost neither work nor DMA. Scores are kept in base 2, so that exp2
+needs no factor of its own.
 """
 
 import functools
@@ -32,11 +35,16 @@ from mtnlg_jax.model.kernels.tpu.common import (
     streamed,
 )
 
-NAMES = {forward_kernel: ("attention_forward", 2), dq_kernel: ("attention_dq", 3), dkv_kernel: ("attention_dkv", 4)}
+NAMES = {
+    forward_kernel: ("attention_forward", 2),
+    dq_kernel: ("attention_dq", 3),
+    dkv_kernel: ("attention_dkv", 4),
+}
 
 
 def _fitted(size: int, block: int, unit: int) -> int:
-    """The multiple of ``unit`` that covers ``size`` places in as few blocks as ``block`` does, with little padding."""
+    """The multiple of ``unit`` that covers ``size`` places in as few blocks as ``block`` does, with
+    little padding."""
     return pl.cdiv(pl.cdiv(size, pl.cdiv(size, block)), unit) * unit
 
 
@@ -47,11 +55,30 @@ def _plan(q, k, mask: Mask, blocks: Blocks, scale: float, softcap: float | None,
     block_q = _fitted(queries, blocks.q, LANES)
     unit = min(blocks.compute or LANES, pl.cdiv(keys, LANES) * LANES)
     block_kv = _fitted(keys, max(blocks.kv, unit), unit)
-    plan = Plan(mask.causal, mask.window, scale, softcap, mask.q_offset if isinstance(mask.q_offset, int) else None,
-                 keys if keys % block_kv else None, mask.q_ids is not None, queries, keys, block_q, block_kv,
-                 unit if blocks.compute else block_kv, heads // kv_heads, of_keys, False, 0, ())
-    size, other, number, number_other = ((block_kv, block_q, plan.number_kv, plan.number_q) if of_keys else
-                                         (block_q, block_kv, plan.number_q, plan.number_kv))
+    plan = Plan(
+        mask.causal,
+        mask.window,
+        scale,
+        softcap,
+        mask.q_offset if isinstance(mask.q_offset, int) else None,
+        keys if keys % block_kv else None,
+        mask.q_ids is not None,
+        queries,
+        keys,
+        block_q,
+        block_kv,
+        unit if blocks.compute else block_kv,
+        heads // kv_heads,
+        of_keys,
+        False,
+        0,
+        (),
+    )
+    size, other, number, number_other = (
+        (block_kv, block_q, plan.number_kv, plan.number_q)
+        if of_keys
+        else (block_q, block_kv, plan.number_q, plan.number_kv)
+    )
     width = number_other
     if plan.q_offset is not None:
         width = int(np.max(np.broadcast_to(known_range(plan, np.arange(number), np)[1], number)))
@@ -71,8 +98,12 @@ def _plan(q, k, mask: Mask, blocks: Blocks, scale: float, softcap: float | None,
         parts["low_q"], parts["high_q"] = masks.id_span(mask.q_ids, plan.number_q, block_q)
         parts["low_kv"], parts["high_kv"] = masks.id_span(mask.kv_ids, plan.number_kv, block_kv)
     starts = np.cumsum([0, *(part.size for part in parts.values())])
-    places = tuple((name, int(start), parts[name].shape[1]) for name, start in zip(parts, starts, strict=False))
-    return plan._replace(table=places), [jnp.concatenate([part.astype(jnp.int32).ravel() for part in parts.values()])]
+    places = tuple(
+        (name, int(start), parts[name].shape[1]) for name, start in zip(parts, starts, strict=False)
+    )
+    return plan._replace(table=places), [
+        jnp.concatenate([part.astype(jnp.int32).ravel() for part in parts.values()])
+    ]
 
 
 def _heads_first(x, block: int):
@@ -84,8 +115,10 @@ def _id_rows(mask: Mask, plan: Plan):
     """Segment ids as rows (B, 1, T) and (B, 1, S), padded; [] without them."""
     if mask.q_ids is None:
         return []
-    return [jnp.pad(ids.astype(jnp.int32), ((0, 0), (0, -ids.shape[1] % block)))[:, None]
-            for ids, block in ((mask.q_ids, plan.q), (mask.kv_ids, plan.kv))]
+    return [
+        jnp.pad(ids.astype(jnp.int32), ((0, 0), (0, -ids.shape[1] % block)))[:, None]
+        for ids, block in ((mask.q_ids, plan.q), (mask.kv_ids, plan.kv))
+    ]
 
 
 def dq_bytes(plan: Plan, width: int, dtype) -> int:
@@ -95,9 +128,10 @@ def dq_bytes(plan: Plan, width: int, dtype) -> int:
 
 
 def _call(kernel, plan: Plan, table, inputs, outputs, scratch, rows: int, heads: int, interpret):
-    """Runs a kernel over (B, its heads, its blocks, streamed blocks). ``inputs``: (array, kind) pairs, ``outputs``:
-    (shape, dtype, kind) triples; the kinds are "q" (by query position), "kv", and "q_row" and "kv_row", "q_id" and
-    "kv_id" for what has one number a position (ids have no heads)."""
+    """Runs a kernel over (B, its heads, its blocks, streamed blocks). ``inputs``: (array, kind)
+    pairs, ``outputs``: (shape, dtype, kind) triples; the kinds are "q" (by query position), "kv",
+    and "q_row" and "kv_row", "q_id" and "kv_id" for what has one number a position (ids have no
+    heads)."""
 
     def blocks_of(row, head, block, turn, table):
         """(query head, key/value head, block of queries, block of keys)."""
@@ -113,12 +147,16 @@ def _call(kernel, plan: Plan, table, inputs, outputs, scratch, rows: int, heads:
 
         if kind == "q_all":  # of all heads that share keys
             length = plan.number_q * plan.q
-            return pl.BlockSpec((None, plan.group, length, width), lambda row, head, *_: (row, head, 0, 0),
-                                pipeline_mode=pl.Buffered(1))
+            return pl.BlockSpec(
+                (None, plan.group, length, width),
+                lambda row, head, *_: (row, head, 0, 0),
+                pipeline_mode=pl.Buffered(1),
+            )
 
         def place(row, head, block, turn, *table):
             found = blocks_of(row, head, block, turn, table)
-            head, block = found[side], found[2 + side]
+            head = found[side]
+            block = found[2 + side]
             if kind.endswith("id"):
                 return row, 0, block
             return (row, head, 0, block) if kind.endswith("row") else (row, head, block, 0)
@@ -127,71 +165,132 @@ def _call(kernel, plan: Plan, table, inputs, outputs, scratch, rows: int, heads:
         return pl.BlockSpec(shapes.get(kind.partition("_")[2], (None, None, size, width)), place)
 
     arrays = [x for x, _ in inputs]
-    limit = VMEM_LIMIT + (dq_bytes(plan, arrays[0].shape[-1], arrays[0].dtype) if plan.with_dq else 0)
-    number, turns = (plan.number_kv, plan.width * plan.group) if plan.of_keys else (plan.number_q, plan.width)
+    limit = VMEM_LIMIT + (
+        dq_bytes(plan, arrays[0].shape[-1], arrays[0].dtype) if plan.with_dq else 0
+    )
+    number, turns = (
+        (plan.number_kv, plan.width * plan.group) if plan.of_keys else (plan.number_q, plan.width)
+    )
     query_heads = heads * plan.group if plan.of_keys else heads
     name, products = NAMES[kernel] if not plan.with_dq else ("attention_backward", 5)
     run = pl.pallas_call(
         functools.partial(kernel, plan),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(table), grid=(rows, heads, number, turns),
+            num_scalar_prefetch=len(table),
+            grid=(rows, heads, number, turns),
             in_specs=[spec(kind, x.shape[-1]) for x, kind in inputs],
-            out_specs=[spec(kind, shape[-1]) for shape, _, kind in outputs], scratch_shapes=scratch),
-        out_shape=[compat.result_like(shape, dtype, *table, *arrays) for shape, dtype, _ in outputs],
-        # Two cores share rows and heads, not blocks: of a causal mask's blocks one would get the longer part.
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-                                             vmem_limit_bytes=limit),
-        interpret=interpret, name=name)
-    with scope(name, rows, query_heads, plan.queries, plan.keys, arrays[0].shape[-1], products, plan.causal):
+            out_specs=[spec(kind, shape[-1]) for shape, _, kind in outputs],
+            scratch_shapes=scratch,
+        ),
+        out_shape=[
+            compat.result_like(shape, dtype, *table, *arrays) for shape, dtype, _ in outputs
+        ],
+        # Two cores share rows and heads, not blocks: of a causal mask's blocks one would get the
+        # longer part.
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
+            vmem_limit_bytes=limit,
+        ),
+        interpret=interpret,
+        name=name,
+    )
+    with scope(
+        name, rows, query_heads, plan.queries, plan.keys, arrays[0].shape[-1], products, plan.causal
+    ):
         return run(*table, *arrays)
 
 
-def forward(q, k, v, mask: Mask, *, scale: float, softcap: float | None, blocks: Blocks, interpret=False):
-    """Attention of q (B, T, N, H) over k and v (B, S, K, H), N % K == 0: out (B, T, N, H) in q's dtype and the float32
-    natural log-sum-exp (B, N, T). A query that sees no key gives 0 and -inf."""
+def forward(
+    q, k, v, mask: Mask, *, scale: float, softcap: float | None, blocks: Blocks, interpret=False
+):
+    """Attention of q (B, T, N, H) over k and v (B, S, K, H), N % K == 0: out (B, T, N, H) in q's
+    dtype and the float32 natural log-sum-exp (B, N, T). A query that sees no key gives 0 and
+    -inf."""
     plan, table = _plan(q, k, mask, blocks, scale, softcap, of_keys=False)
     rows, queries, heads, width = q.shape
     padded = (_heads_first(q, plan.q), _heads_first(k, plan.kv), _heads_first(v, plan.kv))
-    inputs = [*zip(padded, ("q", "kv", "kv"), strict=True),
-              *zip(_id_rows(mask, plan), ("q_id", "kv_id"), strict=False)]
+    inputs = [
+        *zip(padded, ("q", "kv", "kv"), strict=True),
+        *zip(_id_rows(mask, plan), ("q_id", "kv_id"), strict=False),
+    ]
     column = pltpu.VMEM((plan.q, LANES), jnp.float32)
     scratch = [column, column, pltpu.VMEM((plan.q, width), jnp.float32)]
     length = padded[0].shape[2]
     out, lse = _call(
-        forward_kernel, plan, table, inputs,
-        [((rows, heads, length, width), q.dtype, "q"), ((rows, heads, 1, length), jnp.float32, "q_row")],
-        scratch + [pltpu.VMEM((plan.q, LANES), jnp.int32)], rows, heads, interpret)
+        forward_kernel,
+        plan,
+        table,
+        inputs,
+        [
+            ((rows, heads, length, width), q.dtype, "q"),
+            ((rows, heads, 1, length), jnp.float32, "q_row"),
+        ],
+        scratch + [pltpu.VMEM((plan.q, LANES), jnp.int32)],
+        rows,
+        heads,
+        interpret,
+    )
     return out[:, :, :queries].transpose(0, 2, 1, 3), lse[:, :, 0, :queries]
 
 
-def backward(q, k, v, mask: Mask, out, lse, d_out, d_lse, *, scale: float, softcap: float | None, dq_blocks: Blocks,
-             dkv_blocks: Blocks, interpret=False):
-    """Gradients (dq, dk, dv) in the dtypes of q, k and v, from what forward() was given and gave and the cotangents
-    of its results."""
+def backward(
+    q,
+    k,
+    v,
+    mask: Mask,
+    out,
+    lse,
+    d_out,
+    d_lse,
+    *,
+    scale: float,
+    softcap: float | None,
+    dq_blocks: Blocks,
+    dkv_blocks: Blocks,
+    interpret=False,
+):
+    """Gradients (dq, dk, dv) in the dtypes of q, k and v, from what forward() was given and gave
+    and the cotangents of its results."""
     rows, queries, heads, width = q.shape
     blind = lse == -jnp.inf
-    delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), -1).transpose(0, 2, 1) - d_lse
-    # With a log-sum-exp of inf all weights are 0: so for queries that see nothing and for those of the padding.
-    lse, delta = jnp.where(blind, jnp.inf, lse * LOG2_E), jnp.where(blind, 0.0, delta)
+    delta = (
+        jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), -1).transpose(0, 2, 1) - d_lse
+    )
+    # With a log-sum-exp of inf all weights are 0: so for queries that see nothing and for those of
+    # the padding.
+    lse = jnp.where(blind, jnp.inf, lse * LOG2_E)
+    delta = jnp.where(blind, 0.0, delta)
 
     def run(kernel, plan, table, outputs, columns):
         pad = ((0, 0), (0, 0), (0, -queries % plan.q))
-        inputs = [(_heads_first(q, plan.q), "q"), (_heads_first(k, plan.kv), "kv"), (_heads_first(v, plan.kv), "kv"),
-                  (_heads_first(d_out.astype(q.dtype), plan.q), "q"),
-                  (jnp.pad(lse, pad, constant_values=jnp.inf)[:, :, None], "q_row"),
-                  (jnp.pad(delta, pad)[:, :, None], "q_row"),
-                  *zip(_id_rows(mask, plan), ("q_id", "kv_id"), strict=False)]
+        inputs = [
+            (_heads_first(q, plan.q), "q"),
+            (_heads_first(k, plan.kv), "kv"),
+            (_heads_first(v, plan.kv), "kv"),
+            (_heads_first(d_out.astype(q.dtype), plan.q), "q"),
+            (jnp.pad(lse, pad, constant_values=jnp.inf)[:, :, None], "q_row"),
+            (jnp.pad(delta, pad)[:, :, None], "q_row"),
+            *zip(_id_rows(mask, plan), ("q_id", "kv_id"), strict=False),
+        ]
         own, kind, size, number = (
-            (k, "kv", plan.kv, plan.number_kv) if plan.of_keys else (q, "q", plan.q, plan.number_q))
+            (k, "kv", plan.kv, plan.number_kv) if plan.of_keys else (q, "q", plan.q, plan.number_q)
+        )
         results = [((rows, own.shape[2], number * size, width), x.dtype, kind) for x in outputs]
         sums = [pltpu.VMEM((size, width), jnp.float32)] * len(outputs)
         if plan.with_dq:
             outputs = (*outputs, q)
             results.append(((rows, heads, plan.number_q * plan.q, width), q.dtype, "q_all"))
             sums.append(pltpu.VMEM((plan.group * plan.number_q, width, plan.q), jnp.float32))
-        scratch = sums + [pltpu.VMEM((size, LANES), dtype) for dtype in [jnp.float32] * columns + [jnp.int32]]
-        results = _call(kernel, plan, table, inputs, results, scratch, rows, own.shape[2], interpret)
-        return [x[:, :, : like.shape[1]].transpose(0, 2, 1, 3) for x, like in zip(results, outputs, strict=True)]
+        scratch = sums + [
+            pltpu.VMEM((size, LANES), dtype) for dtype in [jnp.float32] * columns + [jnp.int32]
+        ]
+        results = _call(
+            kernel, plan, table, inputs, results, scratch, rows, own.shape[2], interpret
+        )
+        return [
+            x[:, :, : like.shape[1]].transpose(0, 2, 1, 3)
+            for x, like in zip(results, outputs, strict=True)
+        ]
 
     plan, table = _plan(q, k, mask, dkv_blocks, scale, softcap, of_keys=True)
     plan = plan._replace(with_dq=dq_bytes(plan, width, q.dtype) <= DQ_LIMIT)

@@ -13,10 +13,27 @@ def test_output_lse_and_gradients_equal_the_longhand(kernels, longhand, case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [
-    "causal", "interior blocks", "head width 160", "one query", "both ways", "head width 96", "eight heads share",
-    "window", "window both ways", "lengths", "documents", "offset", "before the keys", "mixed documents", "softcap",
-    "all both ways"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "causal",
+        "interior blocks",
+        "head width 160",
+        "one query",
+        "both ways",
+        "head width 96",
+        "eight heads share",
+        "window",
+        "window both ways",
+        "lengths",
+        "documents",
+        "offset",
+        "before the keys",
+        "mixed documents",
+        "softcap",
+        "all both ways",
+    ],
+)
 def test_the_other_cases_equal_the_longhand(kernels, longhand, case):
     longhand.compare(*kernels.everything("pallas_gpu", case, "float16", (64, 64)), FLOAT16)
 

@@ -9,11 +9,33 @@ BFLOAT16 = 3e-2  # eight bits of mantissa, twice rounded, relative to the larges
 
 
 # Slow: what "all" and "all both ways" do, one thing at a time.
-@pytest.mark.parametrize("case", [
-    "head width 160", "lengths", "all", "all both ways",
-    *(pytest.param(case, marks=pytest.mark.slow) for case in (
-        "causal", "interior blocks", "window", "offset", "before the keys", "both ways", "head width 96",
-        "window both ways", "softcap", "documents", "mixed documents", "eight heads share", "one query"))])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "head width 160",
+        "lengths",
+        "all",
+        "all both ways",
+        *(
+            pytest.param(case, marks=pytest.mark.slow)
+            for case in (
+                "causal",
+                "interior blocks",
+                "window",
+                "offset",
+                "before the keys",
+                "both ways",
+                "head width 96",
+                "window both ways",
+                "softcap",
+                "documents",
+                "mixed documents",
+                "eight heads share",
+                "one query",
+            )
+        ),
+    ],
+)
 def test_output_lse_and_gradients_equal_the_longhand(kernels, longhand, case):
     longhand.compare(*kernels.everything("pallas_tpu", case), FLOAT32)
 
