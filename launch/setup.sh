@@ -1,19 +1,19 @@
 # shellcheck shell=bash
-# Sourced by quickstart.sh and test.sh. `set_up run` or `set_up dev` leaves a complete .venv at the root of the
-# repository, with the exact versions of constraints.txt in it, or prints one line that says why not and exits
-# with 2. Where that is done already, it only compares a checksum and starts Python once.
+# Sourced by quickstart.sh and test.sh. `set_up run` leaves a complete .venv at the root of the
+# repository, with the exact versions of constraints.txt; `set_up dev` adds the test tools and
+# `set_up ahead` the TPU compiler. Where that is done already, it compares a checksum and starts
+# Python once. What fails is reported in one line, and the script exits with 2.
 #
-# MTNLG_PYTHON=/path/to/python3.13 forces an interpreter. Runs under the bash 3.2 of macOS, too.
+# uv does the work: it finds a Python or downloads one, and installs. Where uv is missing, pip
+# installs it from the package index into the user's cache, beside nothing else.
+#
+# MTNLG_PYTHON=/path/to/python3.13 forces an interpreter. Runs under the bash 3.2 of macOS.
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 venv="$root/.venv"
 python="$venv/bin/python"
-state="$venv/setup_state" # "installing", or the key and the kind ("run" or "dev") of what is complete
-log="$venv/setup.log"
-
-# Measured: 1.4 GB for .venv, 0.3 for the wheels while they are unpacked, 0.3 for pip's own copy of them; 1.1 GB more
-# for the TPU compiler that the tests want.
-space_mb=2000
+state="$venv/setup_state" # "installing", or the key and the kind of what is complete
+log="$root/.venv.log"
 
 say() { printf '%s\n' "$1" >&2; }
 
@@ -22,151 +22,124 @@ fail() {
   exit 2
 }
 
-# One line about an interpreter: "yes VERSION PATH" where it can hold the pinned wheels, else "no VERSION WHY".
-# Python 3.12 to 3.14, because every pinned package has wheels for these three and not for 3.15.
-# PATH is what stands behind an active virtual environment, which may be the very one about to be made anew.
-describe() {
-  "$1" -I -c '
-import sys
-version = "%d.%d.%d" % sys.version_info[:3]
-if not (3, 12) <= sys.version_info[:2] <= (3, 14):
-    print("no " + version)
-elif sys.implementation.name != "cpython" or "t" in sys.abiflags or sys.maxsize < 2**32:
-    print("no " + version + " (not the ordinary 64-bit CPython)")
-else:
-    try:
-        import ensurepip, venv
-        print("yes " + version + " " + getattr(sys, "_base_executable", sys.executable))
-    except ImportError:
-        print("no " + version + " (without venv; on Debian and Ubuntu: apt install python3-venv)")
-' </dev/null 2>/dev/null || # Python 2 knows no -I.
-    "$1" -c 'import sys; print("no %d.%d.%d" % sys.version_info[:3])' </dev/null 2>/dev/null
-}
+# Every pinned package has wheels for these versions of Python, and not for 3.15.
+versions="3.13 3.12 3.14"
 
-# uv knows interpreters that stand on no PATH, and brings one where there is none.
-python_of_uv() {
-  uv python find --system '>=3.12,<3.15' 2>/dev/null && return
-  say "no Python 3.12 to 3.14 here; asking uv for one"
-  uv python install --quiet 3.13 >&2 && uv python find --system 3.13 2>/dev/null
-}
-
-# Prints what `describe` says of the first suitable interpreter.
-find_python() {
-  local candidate answer found="" IFS=$'\n'
-  if [[ -n "${MTNLG_PYTHON:-}" ]]; then
-    answer="$(describe "$MTNLG_PYTHON")" || answer="not a Python that runs"
-    [[ "$answer" == yes* ]] ||
-      fail "MTNLG_PYTHON=$MTNLG_PYTHON is ${answer#no }; name a Python 3.12 to 3.14 with venv, or unset it"
-    printf '%s\n' "$answer"
-    return
-  fi
-  # sort -V: 3.13.10 is newer than 3.13.9.
-  for candidate in python3.13 python3.12 python3 python3.14 \
-    $(printf '%s\n' "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.*/bin/python | sort -rV) uv; do
-    if [[ "$candidate" == uv ]]; then
-      command -v uv >/dev/null || continue
-      candidate="$(python_of_uv)" || found="${found:-no Python}, and uv could not download one"
-    fi
-    # What exists need not run: pyenv keeps a shim called python3.13 on the PATH whichever version is active.
-    answer="$(describe "$candidate")" || continue
-    if [[ "$answer" == yes* ]]; then
-      printf '%s\n' "$answer"
-      return
-    fi
-    [[ ", $found, " == *", ${answer#no }, "* ]] || found="${found:+$found, }${answer#no }"
-  done
-  fail "mtnlg_jax needs Python 3.12 to 3.14 with venv, found ${found:-no Python};\
- install Python 3.13 or uv, or set MTNLG_PYTHON=/path/to/python3.13"
-}
-
-# True where MTNLG_PYTHON is unset or is the interpreter that .venv was made with.
+# True where MTNLG_PYTHON is unset or is the interpreter that .venv was made from.
 as_forced() {
-  local ours theirs
-  [[ -n "${MTNLG_PYTHON:-}" ]] || return 0
-  ours="$(describe "$python")" && theirs="$(describe "$MTNLG_PYTHON")" || return 1
-  [[ "${ours#yes * }" -ef "${theirs#yes * }" ]]
+  [[ -z "${MTNLG_PYTHON:-}" ]] ||
+    [[ "$("$python" -I -c 'import sys; print(sys._base_executable)')" -ef \
+      "$("$MTNLG_PYTHON" -I -c 'import sys; print(sys._base_executable)')" ]]
 }
 
-# True where .venv is complete for this kind ("dev" includes "run"), starts, and finds this package.
+# The kinds in order: each includes the one before.
+rank() { case "$1" in run) echo 1 ;; dev) echo 2 ;; ahead) echo 3 ;; *) echo 0 ;; esac }
+
+# True where .venv is complete for this kind, starts, and finds this package.
 ready() {
-  local done=""
-  if [[ -f "$state" ]]; then done="$(<"$state")"; fi
-  [[ "$done" == "$key $1" || "$done" == "$key dev" ]] && "$python" -I -c 'import mtnlg_jax' 2>/dev/null && as_forced
+  local have=""
+  if [[ -f "$state" ]]; then have="$(<"$state")"; fi
+  [[ "$have" == "$key "* ]] && (($(rank "${have#* }") >= $(rank "$1"))) &&
+    "$python" -I -c 'import mtnlg_jax' 2>/dev/null && as_forced
 }
 
 check_folder() {
-  local free need=$space_mb
+  # Measured: 1.4 GB for .venv, and as much in uv's cache while it is unpacked; 1.1 GB more for the
+  # TPU compiler.
+  local free need=2000
+  if [[ "$1" == ahead ]]; then need=3100; fi
   free="$(df -Pk "$root" | awk 'NR == 2 {print int($4 / 1024)}')"
-  if [[ -d "$venv" ]]; then
-    # What is installed already saves its share; an exchange of some packages still wants a little.
-    need=$((space_mb - $(du -sk "$venv" | cut -f 1) * 3 / 2048))
-    if ((need < 300)); then need=300; fi
-  fi
-  ((free >= need)) || fail "no space: $root has $free MB free, installing takes about $need MB; free some or move the folder"
+  # What is installed already saves its share; an exchange of some packages still needs a little.
+  if [[ -d "$venv" ]]; then need=$((need - $(du -sk "$venv" | cut -f 1) * 3 / 2048)); fi
+  if ((need < 300)); then need=300; fi
+  ((free >= need)) ||
+    fail "no space: $root has $free MB free, installing takes about $need MB; free some or move the folder"
   if ! { : >>"$root/.venv.lock"; } 2>/dev/null || [[ -e "$venv" && ! -w "$venv" ]]; then
     fail "cannot write in $root, where .venv goes; make it writable, or copy the repository to a folder of yours"
   fi
 }
 
+# Says in one line why the last command failed, from what it wrote to the log since line $1.
+explain() {
+  local words
+  words="$(tail -n "+$1" "$log")"
+  case "$words" in
+    *"No space left on device"* | *"Disk quota exceeded"*)
+      fail "no space: the disk of $venv or of uv's cache filled up; free about 2000 MB and run this again" ;;
+    *"error sending request"* | *"Could not connect"* | *"dns error"* | *"connection broken by"* | *"(from versions: none)"* | \
+      *"Max retries exceeded"* | *"network connectivity is disabled"*)
+      fail "no network: the package index does not answer (log: $log); connect, or set HTTPS_PROXY or UV_DEFAULT_INDEX, and run this again" ;;
+  esac
+  words="$(grep -m 1 -A 2 -iE '^ *(error:|×)' <<<"$words" | tr -s ' \n' ' ' || true)"
+  fail "$2: ${words:-it stopped without a word} (log: $log)"
+}
+
+lines() { if [[ -f "$log" ]]; then awk 'END {print NR + 1}' "$log"; else echo 1; fi; }
+
+# Sets $uv, and PATH so that uv sees the versions of pyenv.
+find_uv() {
+  local candidate cache="${XDG_CACHE_HOME:-$HOME/.cache}/mtnlg_jax/uv" from
+  PATH="$PATH$(printf '%s\n' "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.*/bin | sort -rV | awk '{printf ":%s", $0}')"
+  export PATH
+  # uv does not read the settings of pip; a mirror that is set for pip alone should serve it as well.
+  if [[ -n "${PIP_INDEX_URL:-}" && -z "${UV_DEFAULT_INDEX:-}" ]]; then export UV_DEFAULT_INDEX="$PIP_INDEX_URL"; fi
+  uv="$(command -v uv)" && return
+  uv="$cache/bin/uv"
+  if [[ -x "$uv" ]] && "$uv" --version >/dev/null 2>&1; then return; fi
+  from="$(lines)"
+  for candidate in ${MTNLG_PYTHON:+"$MTNLG_PYTHON"} python3 python3.13 python3.12 python3.14; do
+    "$candidate" -I -c 'import venv, ensurepip' 2>/dev/null || continue
+    say "installing uv, which sets up Python packages, into $cache"
+    if rm -rf "$cache" && mkdir -p "$cache" && "$candidate" -I -m venv "$cache" >>"$log" 2>&1 &&
+      PIP_USER=0 "$cache/bin/python" -I -m pip install --disable-pip-version-check --no-input uv >>"$log" 2>&1; then
+      return
+    fi
+    rm -rf "$cache"
+    explain "$from" "could not install uv"
+  done
+  fail "mtnlg_jax needs uv, or a Python 3 with venv that can install it; see https://docs.astral.sh/uv, or on Debian and Ubuntu: apt install python3-venv"
+}
+
+# Prints the interpreter to use: the forced one, or the first suitable one that uv finds or downloads.
+find_python() {
+  local version found from
+  if [[ -n "${MTNLG_PYTHON:-}" ]]; then
+    found="$("$MTNLG_PYTHON" -I -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" ||
+      fail "MTNLG_PYTHON=$MTNLG_PYTHON does not run; name a Python 3.12 to 3.14, or unset it"
+    [[ " $versions " == *" $found "* ]] ||
+      fail "MTNLG_PYTHON=$MTNLG_PYTHON is $found; name a Python 3.12 to 3.14, or unset it"
+    printf '%s\n' "$MTNLG_PYTHON"
+    return
+  fi
+  for version in $versions; do
+    "$uv" python find --system --no-python-downloads "cpython-$version" 2>/dev/null && return
+  done
+  say "there is no Python 3.12 to 3.14 here; uv downloads one"
+  from="$(lines)"
+  { "$uv" python install 3.13 && "$uv" python find --system cpython-3.13; } 2>>"$log" ||
+    fail "mtnlg_jax needs Python 3.12 to 3.14: none is here, and uv could not download one (log: $log);\
+ install Python 3.13, or set MTNLG_PYTHON=/path/to/python3.13"
+}
+
 # Written beside and renamed: a full disk or a kill leaves the old word or the new one.
 mark() { printf '%s\n' "$1" >"$state.new" && mv "$state.new" "$state"; }
 
-# -I: what a PYTHONPATH holds must not count as installed. TMPDIR: only one disk's free space must suffice.
-pip_install() {
-  PIP_USER=0 TMPDIR="$venv/tmp" "$python" -I -m pip install --disable-pip-version-check --no-input \
-    --progress-bar off -c launch/constraints.txt "$@"
-}
-
-# install BASE WHAT: .venv from the interpreter BASE where there is none, and in it "." or ".[dev]".
 install() {
-  cd "$root" && mkdir -p "$venv/tmp" || return
-  [[ -x "$python" ]] || "$1" -I -m venv "$venv" || return
-  "$python" -I -c 'import pip' || "$python" -I -m ensurepip || return # uv makes a .venv without pip
-  # setuptools is pinned like the rest, so it comes first and builds without an environment of its own.
-  pip_install setuptools && pip_install --no-build-isolation -e "$2" || return
-  # The TPU compiler lies apart, where only the processes that compile look (mtnlg_jax/planning/topology.py): JAX would
-  # take it for a TPU in every other one. It has wheels for this platform only; elsewhere its tests skip.
-  [[ "$2" == . || "$OSTYPE $HOSTTYPE" != "linux-gnu x86_64" ]] ||
-    pip_install --no-deps --upgrade --target "$venv/ahead" libtpu
-}
-
-# Reads what `install` says: all of it to the log, one moving line to a terminal, the cause of a failure to
-# standard output.
-watch_install() {
-  local line last="" cause="" step="" shown="" count=0
-  while IFS= read -r line; do
-    last="$line"
-    { printf '%s\n' "$line" >>"$log"; } 2>/dev/null || true
-    case "$line" in
-      *"No space left on device"* | *"Disk quota exceeded"*) cause="space" ;;
-      *"connection broken by"* | *"Max retries exceeded"* | *"ConnectionError"* | *"Read timed out"* | \
-        *"Cannot install setuptools because"*) # all that pip says of it under PIP_RETRIES=0
-        cause="${cause:-network}" step="the package index does not answer, trying again" ;;
-      Collecting*) cause="" count=$((count + 1)) step="downloading, $count packages so far" ;;
-      "Installing collected"*) step="installing" ;;
-      [Ee][Rr][Rr][Oo][Rr]:*) cause="${cause:-${line#*: }}" ;;
-    esac
-    if [[ -t 2 && "$step" != "$shown" ]]; then printf '\r\033[K  %s' "$step" >&2; fi
-    shown="$step"
-  done
-  if [[ -t 2 ]]; then printf '\r\033[K' >&2; fi
-  printf '%s\n' "${cause:-$last}"
+  # The log gets every line; a terminal sees what is being downloaded.
+  "$uv" pip install --python "$python" -c launch/constraints.txt "$@" 2>&1 | tee -a "$log" |
+    { if [[ -t 2 ]]; then grep -E '^ *(Downloading|Resolved|Prepared)' >&2; else cat >/dev/null; fi || true; }
 }
 
 set_up() {
-  local kind="$1" what="." key before="" answer="" cause
-  local started=$SECONDS
-  if [[ "$kind" == dev ]]; then
-    what=".[dev]"
-    space_mb=$((space_mb + 1100))
-  fi
-  # The folder is part of the key: a .venv that was copied or moved imports the package of the old place.
+  local kind="$1" what=".[dev]" key before="" base="" from started=$SECONDS uv=""
+  if [[ "$kind" == run ]]; then what="."; fi
+  # The folder is part of the key: a .venv that was copied imports the package of the old folder.
   key="$({ cat "$root/setup.py" "$root/launch/constraints.txt" && printf '%s' "$root"; } | cksum | tr ' ' -)"
   if ready "$kind"; then return; fi
 
-  check_folder
-  # One set-up at a time. Its processes share the lock, so a killed shell's pip still holds it. Where there is no
-  # flock (macOS), or no locks on the file system, it is up to the person not to start two at once.
+  check_folder "$kind"
+  # One set-up at a time. Its processes share the lock, so a killed shell's uv still holds it. Where
+  # there is no flock (macOS), starting two at once is the user's responsibility.
   exec 9>>"$root/.venv.lock"
   if command -v flock >/dev/null && ! flock -n 9 2>/dev/null; then
     say "another set-up is at work on $venv; waiting for it"
@@ -177,36 +150,34 @@ set_up() {
     fi
   fi
 
+  : >"$log"
+  find_uv
   if [[ -f "$state" ]]; then before="$(<"$state")"; fi
-  if [[ "$before" != installing ]] && as_forced && answer="$(describe "$python")" && [[ "$answer" == yes* ]]; then
-    before="${before:-made by hand}"
-  else
-    answer="$(find_python)"
-    before=""
+  if [[ "$before" == installing ]] || ! "$python" -I -c '' 2>/dev/null || ! as_forced; then
+    base="$(find_python)"
     if [[ -e "$venv" || -L "$venv" ]]; then
-      say "making .venv anew: the one that is there is unfinished, broken or of another Python"
-      # Renamed first: a removal that is cut off must not leave half a .venv under its name.
-      rm -rf "$root/.venv.discarded"
-      mv "$venv" "$root/.venv.discarded"
+      say "making .venv again: the one that is there is unfinished, broken or of another Python"
     fi
+    before=""
+    from="$(lines)"
+    "$uv" venv --quiet --clear --python "$base" "$venv" >>"$log" 2>&1 || explain "$from" "could not make .venv"
   fi
-  { mkdir -p "$venv" && mark installing && : >"$log"; } 2>/dev/null || fail "cannot write in $venv; delete it, and run this again"
-  rm -rf "$root/.venv.discarded"
-  say "setting up .venv with Python $(cut -d ' ' -f 2 <<<"$answer"), about $((space_mb / 6)) MB to download the first time (log: $log)"
-  if ! cause="$(install "${answer#yes * }" "$what" 2>&1 | watch_install)"; then
-    # pip downloads everything before it changes anything: unless it was cut off between the two lines below,
-    # what was complete still is.
-    if [[ -n "$before" && "$cause" != space ]] &&
-      awk '/^Installing collected/ {part = 1} /^Successfully installed/ {part = 0} END {exit part}' "$log"; then
-      mark "$before"
-    fi
-    case "$cause" in
-      space) fail "no space: the disk of $venv filled up; free about $space_mb MB and run this again" ;;
-      network) fail "no network: pip reached no package index with the pinned packages (log: $log); connect, or set HTTPS_PROXY or PIP_INDEX_URL, and run this again" ;;
-      *) fail "could not install the pinned packages: ${cause:-stopped} (log: $log)" ;;
-    esac
+  mark installing
+  say "setting up .venv with Python $("$python" -I -c 'import platform; print(platform.python_version())') (log: $log)"
+  from="$(lines)"
+  # setuptools is pinned like the rest, so it comes first and builds without an environment of its own.
+  if ! (cd "$root" && install setuptools && install --no-build-isolation -e "$what"); then
+    # uv downloads everything before it changes anything: what was complete still is.
+    if [[ -n "$before" ]] && ! grep -q "No space left" "$log"; then mark "$before"; fi
+    explain "$from" "could not install the pinned packages"
   fi
-  rm -rf "$venv/tmp"
+  # The TPU compiler is separate, where only the processes that compile look for it
+  # (mtnlg_jax/planning/topology.py): JAX would take it for a TPU in every other process. It has
+  # wheels for this platform only; elsewhere its tests skip.
+  if [[ "$kind" == ahead && "$OSTYPE $HOSTTYPE" == "linux-gnu x86_64" ]]; then
+    (cd "$root" && install --no-deps --target "$venv/ahead" libtpu) ||
+      explain "$from" "could not install the TPU compiler"
+  fi
   mark "$key $kind"
   ready "$kind" || fail "the new .venv does not import mtnlg_jax (log: $log); delete .venv and run this again"
   exec 9>&-

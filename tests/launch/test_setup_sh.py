@@ -1,5 +1,5 @@
-"""launch/setup.sh on machines that lack something: each gets one line and exit code 2, none is left
-broken.
+"""launch/setup.sh on machines that lack something: each gets one line and exit code 2, and none is
+left broken.
 
 The machines are folders of small stand-ins on an otherwise empty PATH, so nothing here installs or
 downloads.
@@ -16,25 +16,46 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOLS = "awk bash cat cksum cp cut df dirname du flock mkdir mv rm sleep sort tr touch"
+TOOLS = "awk bash cat cksum cp cut df dirname du env flock grep mkdir mv rm sleep sort tail tee tr touch"
 
-# A Python of the wanted version. It answers the questions of setup.sh by running them in the real
-# one, with what differs put in first; `-m venv` copies it into the new folder; `-m pip` ends as the
-# file "pip" says.
-STAND_IN = """#!{bash}
+# A Python of some version: what setup.sh asks of an interpreter, answered without one.
+PYTHON = """#!{bash}
 home="${{0%/*}}"
 case "$2 $3" in
   "-c import mtnlg_jax") [[ -e "$home/../installed" ]] ;;
-  "-c import pip") ;;
-  "-c "*) exec {python} -c 'import sys; {lie}; exec(sys.argv[1])' "$3" ;;
+  "-c import sys; print(sys._base_executable)") cat "$home/base" 2>/dev/null || echo "$0" ;;
+  "-c import sys; print("*) version="{version}"; echo "${{version%.*}}" ;;
+  "-c import platform"*) echo {version} ;;
+  "-c import venv"*) {venv} ;;
   "-m venv") mkdir -p "$4/bin" && cp "$0" "$4/bin/python" ;;
   "-m pip")
     echo "$*" >>{room}/pip_calls
-    case "$(<{room}/pip)" in
-      works) touch "$home/../installed"; echo "Successfully installed everything" ;;
-      slow) sleep 0.3; touch "$home/../installed" ;;
+    cat {room}/pip
+    [[ "$(<{room}/pip)" == works ]] && cp {room}/uv "$home/uv" ;;
+  "-c ") ;;
+  *) exit 127 ;;
+esac
+"""
+
+# uv: finds the Pythons of the PATH by name, makes environments, and ends `pip install` as the file
+# "how" says.
+UV = """#!{bash}
+echo "$*" >>{room}/uv_calls
+case "$1 $2" in
+  "--version ") ;;
+  "python find")
+    version="${{!#}}"
+    command -v "python${{version#cpython-}}" || exit 2 ;;
+  "python install") [[ -e {room}/python_to_download ]] || {{ echo "error: dns error" >&2; exit 1; }}
+    mv {room}/python_to_download {room}/bin/python3.13 ;;
+  "venv --quiet")
+    rm -rf "$6" && mkdir -p "$6/bin" && cp "$5" "$6/bin/python" && echo "$5" >"$6/bin/base" ;;
+  "pip install")
+    case "$(<{room}/how)" in
+      works) touch "${{4%/bin/python}}/installed"; echo "Installed everything" ;;
+      slow) sleep 0.3; touch "${{4%/bin/python}}/installed" ;;
       hangs) touch {room}/hanging; sleep 30 ;;
-      *) cat {room}/pip; exit 1 ;;
+      *) cat {room}/how; exit 1 ;;
     esac ;;
   *) exit 127 ;;
 esac
@@ -54,34 +75,43 @@ class Machine:
         self.path.mkdir()
         for tool in filter(shutil.which, TOOLS.split()):
             (self.path / tool).symlink_to(shutil.which(tool))
+        self._program(room / "uv", UV.format(bash=shutil.which("bash"), room=room))
+        self.uv("works")
         self.pip("works")
+        self.add_uv()
+
+    def uv(self, how: str) -> None:
+        """`works`, `slow`, `hangs`, or the last words of a uv that fails."""
+        (self.room / "how").write_text(how + "\n")
 
     def pip(self, how: str) -> None:
-        """`works`, `slow`, `hangs`, or the last words of a pip that fails."""
+        """`works`, or the last words of a pip that cannot install uv."""
         (self.room / "pip").write_text(how + "\n")
 
-    def pip_calls(self) -> list[str]:
-        """The calls of pip since the last time this was asked."""
-        record = self.room / "pip_calls"
+    def add_uv(self) -> None:
+        shutil.copy(self.room / "uv", self.path / "uv")
+
+    def installs(self) -> list[str]:
+        """The calls of `uv pip install` since the last time this was asked."""
+        record = self.room / "uv_calls"
         calls = record.read_text().splitlines() if record.exists() else []
         record.unlink(missing_ok=True)
-        return calls
+        return [call for call in calls if call.startswith("pip install")]
+
+    def _program(self, path: Path, text: str) -> Path:
+        path.write_text(text)
+        path.chmod(0o755)
+        return path
 
     def add(self, name: str, text: str) -> Path:
-        program = self.path / name
-        program.write_text(text)
-        program.chmod(0o755)
-        return program
+        return self._program(self.path / name, text)
 
-    def add_python(self, name: str, version: str, without: str = "") -> Path:
-        lie = f'sys.version_info = (*map(int, "{version}".split(".")), "final", 0)'
-        lie += f'; sys._base_executable = "{self.path / name}"'
-        if without:
-            lie += f'; sys.modules["{without}"] = None'
+    def add_python(self, name: str, version: str, venv: bool = True) -> Path:
         bash = shutil.which("bash")
-        return self.add(
-            name, STAND_IN.format(bash=bash, python=sys.executable, lie=lie, room=self.room)
+        text = PYTHON.format(
+            bash=bash, version=version, room=self.room, venv="true" if venv else "false"
         )
+        return self.add(name, text)
 
     def start(self, kind="run", **environment) -> subprocess.Popen:
         environment = {"PATH": str(self.path), "HOME": str(self.room)} | environment
@@ -98,19 +128,19 @@ class Machine:
         )
 
     def set_up(self, kind="run", **environment) -> str:
-        """What a set-up that works tells the person."""
+        """What a set-up that works reports."""
         process = self.start(kind, **environment)
-        out, told = process.communicate(timeout=60)
-        assert process.returncode == 0, told
+        out, reported = process.communicate(timeout=60)
+        assert process.returncode == 0, reported
         assert out.strip() == f"{self.repository}/.venv/bin/python"
-        return told
+        return reported
 
     def refusal(self, kind="run", **environment) -> str:
         """The last line of a set-up that does not work."""
         process = self.start(kind, **environment)
-        out, told = process.communicate(timeout=60)
-        assert (process.returncode, out) == (2, ""), told
-        return told.splitlines()[-1]
+        out, reported = process.communicate(timeout=60)
+        assert (process.returncode, out) == (2, ""), reported
+        return reported.splitlines()[-1]
 
 
 @pytest.fixture
@@ -118,113 +148,120 @@ def machine(tmp_path) -> Machine:
     return Machine(tmp_path)
 
 
-def test_only_pythons_that_are_too_old(machine):
-    machine.add_python("python3", "3.9.2")
+def test_uv_downloads_a_python_only_where_none_suits(machine):
+    machine.add_python("python3.11", "3.11.9")
     line = machine.refusal()
-    assert (
-        "found 3.9.2;" in line and "needs Python 3.12 to 3.14" in line and "MTNLG_PYTHON=" in line
-    )
+    assert "needs Python 3.12 to 3.14" in line and "MTNLG_PYTHON=" in line
     assert not (machine.repository / ".venv").exists()
+    machine.add_python("downloaded", "3.13.2").rename(machine.room / "python_to_download")
+    assert "with Python 3.13.2" in machine.set_up()
 
 
-def test_a_python_too_new_for_the_pinned_wheels(machine):
-    machine.add_python("python3", "3.15.0")
-    assert "found 3.15.0;" in machine.refusal()
+@pytest.mark.parametrize(
+    ("names", "version"),
+    [
+        (["python3.12", "python3.14"], "3.12.0"),
+        (["python3.14", "python3.15"], "3.14.0"),
+        (["python3.12", "python3.13", "python3.14"], "3.13.0"),
+    ],
+)
+def test_versions_are_preferred_in_this_order(machine, names, version):
+    for name in names:
+        machine.add_python(name, f"{name.removeprefix('python')}.0")
+    assert f"with Python {version}" in machine.set_up()
 
 
-def test_no_python_at_all(machine):
-    assert "found no Python;" in machine.refusal()
-
-
-def test_a_debian_python_without_venv_is_passed_over(machine):
-    machine.add_python("python3.13", "3.13.1", without="ensurepip")
-    assert (
-        "3.13.1 (without venv; on Debian and Ubuntu: apt install python3-venv)" in machine.refusal()
-    )
-    machine.add_python("python3", "3.12.4")
-    assert "with Python 3.12.4" in machine.set_up()
-
-
-def test_a_shim_that_does_not_run_is_passed_over(machine):
-    machine.add("python3.13", "#!/bin/sh\necho 'command not found' >&2\nexit 127\n")
-    machine.add_python("python3.12", "3.12.1")
-    assert "with Python 3.12.1" in machine.set_up()
-
-
-def test_the_newest_suitable_of_pyenv(machine):
-    machine.add_python("python3", "3.11.9")
-    for version in ("3.9.1", "3.13.9", "3.13.10", "3.15.0"):
-        folder = machine.room / ".pyenv/versions" / version / "bin"
-        folder.mkdir(parents=True)
-        machine.add_python("made", version).rename(folder / "python")
-    # `made` is what each calls itself, so it must be there to make the environment.
-    machine.add_python("made", "3.13.10")
+def test_the_versions_of_pyenv_are_found(machine):
+    folder = machine.room / ".pyenv/versions/3.13.10/bin"
+    folder.mkdir(parents=True)
+    machine.add_python("made", "3.13.10").rename(folder / "python3.13")
     assert "with Python 3.13.10" in machine.set_up()
 
 
-def test_uv_is_asked_last_and_only_then_to_download(machine):
-    bash = shutil.which("bash")
-    found = machine.add_python("from_uv", "3.13.2")
-    uv = f'#!{bash}\necho "$*" >>{machine.room}/uv_calls\n'
-    uv += f'[[ "$2" == install ]] && touch {machine.room}/brought && exit\n'
-    uv += f"[[ -e {machine.room}/brought ]] && echo {found}\n"
-    machine.add("uv", uv)
-    assert "with Python 3.13.2" in machine.set_up()
-    assert "python install" in (machine.room / "uv_calls").read_text()
-
-    (machine.room / "uv_calls").unlink()
+def test_pip_installs_uv_where_it_is_missing(machine):
+    (machine.path / "uv").unlink()
+    machine.add_python("python3", "3.9.2")
+    machine.add_python("python3.13", "3.13.0")
+    reported = machine.set_up()
+    assert "installing uv" in reported and "with Python 3.13.0" in reported
+    # Another checkout of this user finds it.
+    (machine.room / "pip_calls").unlink()
     shutil.rmtree(machine.repository / ".venv")
-    machine.add_python("python3", "3.12.0")
-    assert "with Python 3.12.0" in machine.set_up()
-    assert not (machine.room / "uv_calls").exists()
+    assert "installing uv" not in machine.set_up()
+    assert not (machine.room / "pip_calls").exists()
+
+
+def test_neither_uv_nor_a_python_that_could_install_it(machine):
+    (machine.path / "uv").unlink()
+    assert "needs uv, or a Python 3 with venv" in machine.refusal()
+    machine.add_python("python3", "3.13.1", venv=False)
+    assert "apt install python3-venv" in machine.refusal()
+    machine.add_python("python3.12", "3.12.4")
+    assert "with Python 3.12.4" in machine.set_up()
+
+
+def test_pip_cannot_install_uv(machine):
+    (machine.path / "uv").unlink()
+    machine.add_python("python3", "3.13.0")
+    machine.pip("ERROR: Could not find a version that satisfies uv (from versions: none)")
+    assert machine.refusal().startswith("no network:")
+    machine.pip("ERROR: the wheel is damaged")
+    assert "could not install uv: ERROR: the wheel is damaged" in machine.refusal()
 
 
 def test_a_forced_interpreter(machine):
     machine.add_python("python3.13", "3.13.0")
     other = machine.add_python("other", "3.12.7")
     assert "with Python 3.13.0" in machine.set_up()
-    told = machine.set_up(MTNLG_PYTHON=str(other))
-    assert "making .venv anew" in told and "with Python 3.12.7" in told
-    # Once made of it, it is not made again, nor thrown away when nothing is forced.
+    reported = machine.set_up(MTNLG_PYTHON=str(other))
+    assert "making .venv again" in reported and "with Python 3.12.7" in reported
+    # Once made from it, it is not made again, nor removed when nothing is forced.
     assert machine.set_up(MTNLG_PYTHON=str(other)) == "" == machine.set_up()
 
     old = machine.add_python("old", "3.8.1")
-    assert f"MTNLG_PYTHON={old} is 3.8.1;" in machine.refusal(MTNLG_PYTHON=str(old))
-    assert "not a Python that runs" in machine.refusal(MTNLG_PYTHON="/no/such/python")
+    assert f"MTNLG_PYTHON={old} is 3.8;" in machine.refusal(MTNLG_PYTHON=str(old))
+    assert "does not run" in machine.refusal(MTNLG_PYTHON="/no/such/python")
     assert machine.set_up() == ""
 
 
 def test_a_second_run_installs_nothing_until_something_changes(machine):
-    machine.add_python("python3", "3.13.0")
+    machine.add_python("python3.13", "3.13.0")
     machine.set_up()
-    calls = machine.pip_calls()
+    calls = machine.installs()
     assert len(calls) == 2 and all("-c launch/constraints.txt" in call for call in calls)
     assert calls[0].endswith("setuptools") and calls[1].endswith("-e .")
-    assert machine.set_up() == "" and machine.pip_calls() == []
+    assert machine.set_up() == "" and machine.installs() == []
 
     assert "ready" in machine.set_up("dev")
-    assert machine.pip_calls()[1].endswith("-e .[dev]")
-    assert machine.set_up("dev") == "" == machine.set_up("run"), (
-        "the test tools come on top of all the rest"
-    )
+    assert machine.installs()[1].endswith("-e .[dev]")
+    assert machine.set_up("dev") == "" == machine.set_up("run"), "dev includes run"
 
     with (machine.repository / "launch/constraints.txt").open("a") as constraints:
         constraints.write("six==1.17.0\n")
-    assert "anew" not in machine.set_up() and len(machine.pip_calls()) == 2
+    assert "again" not in machine.set_up() and len(machine.installs()) == 2
+
+
+def test_only_ahead_installs_the_compiler(machine):
+    machine.add_python("python3.13", "3.13.0")
+    machine.set_up("dev")
+    assert not any("libtpu" in call for call in machine.installs())
+    machine.set_up("ahead", OSTYPE="linux-gnu", HOSTTYPE="x86_64")
+    assert machine.installs()[-1].endswith("/.venv/ahead libtpu")
+    assert machine.set_up("dev") == "", "ahead includes dev"
 
 
 def test_a_copied_environment_is_installed_again(machine):
-    machine.add_python("python3", "3.13.0")
+    machine.add_python("python3.13", "3.13.0")
     machine.set_up()
     copy = machine.room / "a copy"
     shutil.copytree(machine.repository, copy)
     machine.repository = copy
-    assert "ready" in machine.set_up() and len(machine.pip_calls()) == 4
+    assert "ready" in machine.set_up() and len(machine.installs()) == 4
 
 
-def test_a_set_up_that_was_killed_is_made_anew(machine):
-    machine.add_python("python3", "3.13.0")
-    machine.pip("hangs")
+def test_a_set_up_that_was_killed_is_made_again(machine):
+    machine.add_python("python3.13", "3.13.0")
+    machine.uv("hangs")
     process = machine.start()
     deadline = time.monotonic() + 30
     while not (machine.room / "hanging").exists() and time.monotonic() < deadline:
@@ -233,92 +270,81 @@ def test_a_set_up_that_was_killed_is_made_anew(machine):
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
 
-    machine.pip("works")
-    assert "making .venv anew" in machine.set_up()
+    machine.uv("works")
+    assert "making .venv again" in machine.set_up()
     assert not (machine.repository / ".venv/half of a package").exists()
-    assert not (machine.repository / ".venv.discarded").exists()
 
 
-def test_an_environment_whose_interpreter_is_gone_is_made_anew(machine):
-    machine.add_python("python3", "3.13.0")
+def test_an_environment_whose_interpreter_is_gone_is_made_again(machine):
+    machine.add_python("python3.13", "3.13.0")
     machine.set_up()
     inside = machine.repository / ".venv/bin/python"
     inside.unlink()
     inside.symlink_to(machine.room / "uninstalled")
-    assert "making .venv anew" in machine.set_up()
+    assert "making .venv again" in machine.set_up()
 
 
 def test_an_environment_that_works_needs_no_other_python(machine):
-    python = machine.add_python("python3", "3.13.0")
+    python = machine.add_python("python3.13", "3.13.0")
     machine.set_up()
     python.unlink()
-    assert "anew" not in machine.set_up("dev")
+    assert "again" not in machine.set_up("dev")
 
-    # One that is unfinished does, and where there is none, nothing is thrown away.
+    # One that is unfinished needs one, and where none is found nothing is removed.
     (machine.repository / ".venv/setup_state").write_text("installing\n")
-    assert "found no Python" in machine.refusal()
+    assert "needs Python 3.12 to 3.14" in machine.refusal()
     assert (machine.repository / ".venv/bin/python").exists()
 
 
 NO_NETWORK = """\
-WARNING: Retrying (Retry(total=0)) after connection broken by 'NewConnectionError(...)': /simple/jax/
-ERROR: No matching distribution found for jax"""
-NO_NETWORK_NO_RETRIES = """\
-ERROR: Cannot install setuptools because these package versions have conflicting dependencies.
-ERROR: ResolutionImpossible"""
-NO_SPACE = """\
-Collecting jax
-ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device"""
+error: Failed to fetch: `https://pypi.org/simple/jax/`
+  Caused by: error sending request for url (https://pypi.org/simple/jax/)"""
+OFFLINE = "error: Network connectivity is disabled: network connectivity is disabled"
 
 
-@pytest.mark.parametrize(
-    "words", [NO_NETWORK, NO_NETWORK_NO_RETRIES], ids=["retries", "no retries"]
-)
+@pytest.mark.parametrize("words", [NO_NETWORK, OFFLINE], ids=["no answer", "offline"])
 def test_no_network_is_one_line_and_harms_nothing(machine, words):
-    machine.add_python("python3", "3.13.0")
-    machine.pip(words)
+    machine.add_python("python3.13", "3.13.0")
+    machine.uv(words)
     line = machine.refusal()
-    assert line.startswith("no network:") and f"{machine.repository}/.venv/setup.log" in line
-    machine.pip("works")
+    assert line.startswith("no network:") and f"{machine.repository}/.venv.log" in line
+    machine.uv("works")
     machine.set_up()
 
-    # The test tools cannot be had, but what was there goes on to work.
-    machine.pip(words)
+    # The test tools cannot be had, but what was there works on.
+    machine.uv(words)
     assert machine.refusal("dev").startswith("no network:")
     assert machine.set_up("run") == ""
 
 
 def test_a_disk_that_fills_up(machine):
-    machine.add_python("python3", "3.13.0")
-    machine.pip(NO_SPACE)
+    machine.add_python("python3.13", "3.13.0")
+    machine.uv("error: failed to write\n  Caused by: No space left on device (os error 28)")
     assert machine.refusal().startswith("no space:")
-    machine.pip("works")
-    assert "making .venv anew" in machine.set_up()
+    machine.uv("works")
+    assert "making .venv again" in machine.set_up()
 
 
-def test_any_other_failure_of_pip_names_its_error_and_the_log(machine):
-    machine.add_python("python3", "3.13.0")
-    machine.pip(
-        "Collecting jax\nERROR: Cannot install jax and flax: versions in conflict\nmore words"
-    )
+def test_any_other_failure_names_its_error_and_the_log(machine):
+    machine.add_python("python3.13", "3.13.0")
+    machine.uv("Resolved\nerror: jax and flax: versions in conflict\n\nmore words")
     line = machine.refusal()
-    assert "Cannot install jax and flax" in line and "setup.log" in line
-    assert "more words" in (machine.repository / ".venv/setup.log").read_text()
+    assert "versions in conflict" in line and ".venv.log" in line
+    assert "more words" in (machine.repository / ".venv.log").read_text()
 
 
-def test_too_little_space_is_said_before_anything_is_done(machine):
-    machine.add_python("python3", "3.13.0")
+def test_too_little_space_is_reported_before_anything_is_done(machine):
+    machine.add_python("python3.13", "3.13.0")
     (machine.path / "df").unlink()
-    machine.add(
-        "df", f"#!{shutil.which('bash')}\necho header\necho /dev/x 9999999 9000000 409600 96% /\n"
-    )
+    bash = shutil.which("bash")
+    machine.add("df", f"#!{bash}\necho header\necho /dev/x 9999999 9000000 409600 96% /\n")
     line = machine.refusal()
     assert line.startswith("no space:") and "400 MB free" in line and "2000 MB" in line
     assert not (machine.repository / ".venv").exists()
 
 
 def test_a_folder_that_cannot_be_written(machine):
-    machine.add_python("python3", "3.13.0")
+    machine.add_python("python3.13", "3.13.0")
     # A folder in the lock's place refuses everyone, the administrator included, who may write
     # anywhere else.
     (machine.repository / ".venv.lock").mkdir()
@@ -327,22 +353,27 @@ def test_a_folder_that_cannot_be_written(machine):
 
 
 def test_two_at_once_take_turns(machine):
-    machine.add_python("python3", "3.13.0")
-    machine.pip("slow")
+    machine.add_python("python3.13", "3.13.0")
+    machine.uv("slow")
     both = [machine.start(), machine.start()]
-    told = [process.communicate(timeout=60)[1] for process in both]
-    assert [process.returncode for process in both] == [0, 0], told
-    assert sum("waiting for it" in text for text in told) == 1
-    assert len(machine.pip_calls()) == 2, "the second found everything done"
+    reported = [process.communicate(timeout=60)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], reported
+    assert sum("waiting for it" in text for text in reported) == 1
+    assert len(machine.installs()) == 2, "the second found everything done"
 
 
-def test_the_real_pip_without_a_network(machine):
-    """Its own words, of which the stand-in repeats some: a closed port instead of the package
-    index."""
-    real = getattr(sys, "_base_executable", sys.executable)
+def test_the_real_uv_without_a_network(machine):
+    """Its own words, which the stand-in repeats: a closed port instead of the package index."""
+    cached = Path.home() / ".cache/mtnlg_jax/uv/bin/uv"
+    real = shutil.which("uv") or (cached if cached.exists() else None)
+    if real is None:
+        pytest.skip("no uv on this machine")
+    (machine.path / "uv").unlink()
+    (machine.path / "uv").symlink_to(real)
     closed = {
-        "PIP_INDEX_URL": "http://127.0.0.1:9/",
-        "PIP_RETRIES": "1",
-        "PIP_CONFIG_FILE": os.devnull,
+        "MTNLG_PYTHON": os.path.realpath(sys.executable),
+        "UV_DEFAULT_INDEX": "http://127.0.0.1:9/",
+        "UV_NO_CACHE": "1",
+        "UV_HTTP_RETRIES": "1",
     }
-    assert machine.refusal(MTNLG_PYTHON=real, **closed).startswith("no network:")
+    assert machine.refusal(**closed).startswith("no network:")

@@ -349,7 +349,7 @@ def test_bad_input_is_one_line_and_exit_code_2(ask, folder, arguments, message):
         and message.replace("{folder}", str(folder)) in err
     )
     source = (SCRIPT.parents[1] / "mtnlg_jax/cli" / SCRIPT.name).read_text()
-    known = set(re.findall(r'(?:DEFINE_\w+|define_path)\("(\w+)"', source))
+    known = set(re.findall(r'(?:DEFINE_\w+|define_path)\(\s*"(\w+)"', source))
     named = set(re.findall(r"--(\w+)", err)) | set(re.findall(r"\b(on_error|text_key)\b", err))
     assert named <= known | {"help"}, "an error names a flag that this command lacks"
 
