@@ -35,7 +35,8 @@ ORDER = """
 
 TOP_LEVEL = {
     *("mtnlg_jax", "configs", "launch", "tests", "notebooks", "benchmarks", "docs"),
-    *("setup.py", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff"),
+    *("setup.py", "README.md", "README.zh.md", "LICENSE"),
+    *("CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff"),
 }
 
 
