@@ -25,7 +25,7 @@ from ftfy.chardata import LIGATURES
 from mtnlg_jax.data.filter import entities, pii, repetition
 from mtnlg_jax.data.filter.boilerplate import remove_boilerplate
 from mtnlg_jax.data.filter.pii import lines_with
-from mtnlg_jax.data.read.controls import CONTROLS, mend_controls
+from mtnlg_jax.data.read.controls import CONTROLS, repair_controls
 
 # The names under which rules are counted, in the order in which they act.
 CHANGES = ("unicode", "boilerplate", *pii.KINDS)
@@ -248,7 +248,7 @@ def _mend_line(line: str, config: CleanConfig, escaped: bool) -> str:
     if line.isascii() and not CONTROLS.search(line) and "\r" not in line:
         return line
     if _ODD.search(line):
-        line, _ = mend_controls(line.replace("\r", "\n").translate(_ANNOTATION))
+        line, _ = repair_controls(line.replace("\r", "\n").translate(_ANNOTATION))
         line = _LIGATURE.sub(lambda match: _LIGATURES[match[0]], line)
     bad = is_bad(line) and is_bad(_SOUND.sub(" ", line))
     line = ftfy.fix_text(line, _FTFY if bad else _SOUND_FTFY)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from mtnlg_jax.data.read import charsets, rows
-from mtnlg_jax.data.read.documents import JSON, LINES, PARQUET, TABLE, TEXT, kind_of
+from mtnlg_jax.data.read.kinds import JSON, LINES, PARQUET, TABLE, TEXT, kind_of
 from mtnlg_jax.data.read.open_files import (
     COMPRESSION_ERRORS,
     PACKED,
@@ -331,7 +331,7 @@ def read_test_texts(
         )
     names = {}  # in the order of the file, for the message
     for row in _test_rows(file, kind, keys, encoding):
-        place = f"{file.path}, {_UNITS.get(kind, 'line')} {row.place}"
+        place = f"{file.path}, {_UNITS.get(kind, 'line')} {row.number}"
         if isinstance(row.value, Damaged):
             raise ValueError(f"{place}: {row.value}; mend the test set")
         if row.wrong:
@@ -384,7 +384,7 @@ def _decoded(row: rows.Row, encoding: str) -> rows.Row:
             value, bad = charsets.decode(value)
             wrong = wrong or bad
         values[name] = value
-    return rows.Row(row.place, values, wrong)
+    return rows.Row(row.number, values, wrong)
 
 
 def _numbered(row: rows.Row) -> rows.Row:

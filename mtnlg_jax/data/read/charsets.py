@@ -113,7 +113,7 @@ def as_utf8(stream: io.BufferedReader, encoding: str = "") -> tuple[io.BufferedR
         found = known(encoding) if encoding and not _is_utf8(head, known(encoding)) else "utf-8"
     if found.startswith("utf-8"):
         return stream, ""
-    return io.BufferedReader(_Recoded(stream, found), 1 << 17), found
+    return io.BufferedReader(Recoded(stream, found), 1 << 17), found
 
 
 def _is_utf8(head: bytes, encoding: str) -> bool:
@@ -133,7 +133,7 @@ def _is_utf8(head: bytes, encoding: str) -> bool:
     return beyond >= (1 if single else _CERTAIN)
 
 
-class _Recoded(PieceStream):
+class Recoded(PieceStream):
     """UTF-8 of what is in another encoding; a byte 0xff stands for what that cannot decode.
     ``changed``: whether it was not ASCII, which is the same in most."""
 

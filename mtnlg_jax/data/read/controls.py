@@ -26,7 +26,7 @@ _BREAKS = re.compile("[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]+")
 _FIELDS = re.compile("\x1f+")
 
 
-def mend_controls(text: str) -> tuple[str, int]:
+def repair_controls(text: str) -> tuple[str, int]:
     """(text without ``CONTROLS``, number of those that it held); line ends must be LF already."""
     if not CONTROLS.search(text):
         return text, 0
@@ -36,7 +36,7 @@ def mend_controls(text: str) -> tuple[str, int]:
     if "\x08" in text:
         text = _OVERSTRUCK.sub(r"\1", text)
     if _C1.search(text):
-        text = _mend_c1(text)
+        text = _repair_c1(text)
     text = _BREAKS.sub(lambda match: _between(match, "\n", "\n"), text)
     text = _FIELDS.sub(lambda match: _between(match, " ", " \t\n"), text)
     return CONTROLS.sub("", text), count
@@ -50,7 +50,7 @@ def _between(match: re.Match, mark: str, same: str) -> str:
     return mark if before and after and before not in same and after not in same else ""
 
 
-def _mend_c1(text: str) -> str:
+def _repair_c1(text: str) -> str:
     table = _WINDOWS | ({0x85: "…"} if _QUOTES.search(text) else {})
     lines = text.split("\n")
     for number, line in enumerate(lines):

@@ -62,7 +62,7 @@ class Found(NamedTuple):
     ``left_out``: (reason, name) of each entry that no file stands for; the name of a folder ends
         with "/"."""
 
-    place: str
+    path: str
     is_folder: bool
     files: list[File]
     left_out: list[tuple[str, str]]

@@ -27,11 +27,11 @@ _JOINED_LINES = 1000  # of one row of a .tsv, at most
 
 
 class Row(NamedTuple):
-    """``place`` is the number of a line, an item or a row, from 1 on; ``value`` what JSON gives, or
+    """``number`` is that of a line, an item or a row, from 1 on; ``value`` what JSON gives, or
     a dict of a table's row. ``wrong`` says where it is not UTF-8 (`charsets.decode`), or is
     None."""
 
-    place: int
+    number: int
     value: object
     wrong: str | None = None
 
@@ -241,7 +241,7 @@ class _JsonValues:
 
 
 def cells(stream: io.BufferedReader, kind: str, limit: int) -> Iterator[Row]:
-    """The rows of a .csv or .tsv, the first one too: a list of texts each. ``place`` is the line
+    """The rows of a .csv or .tsv, the first one too: a list of texts each. ``number`` is the line
     where a row begins.
 
     .csv is as RFC 4180 says; where a comma does not divide the first line and ; or a tab does, it
