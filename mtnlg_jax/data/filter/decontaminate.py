@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from mtnlg_jax.data.read import charsets, rows
+from mtnlg_jax.data.read import charsets, json_rows, rows
 from mtnlg_jax.data.read.kinds import JSON, LINES, PARQUET, TABLE, TEXT, kind_of
 from mtnlg_jax.data.read.open_files import (
     COMPRESSION_ERRORS,
@@ -367,7 +367,7 @@ def _test_rows(file: File, kind: str, keys: tuple[str, ...], encoding: str) -> I
                 found = (rows.table if named else rows.cells)(stream, kind, _NO_LIMIT)
                 yield from found if named else map(_numbered, found)
             else:
-                yield from (rows.json_values if kind in JSON else rows.json_lines)(
+                yield from (json_rows.json_values if kind in JSON else json_rows.json_lines)(
                     stream, _NO_LIMIT
                 )
     except COMPRESSION_ERRORS as error:

@@ -4,7 +4,7 @@ import io
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from mtnlg_jax.data.read import charsets, html_warc, open_files, rows
+from mtnlg_jax.data.read import charsets, html_warc, json_rows, open_files, rows
 from mtnlg_jax.data.read.kinds import HTML, JSON, LINES, PARQUET, TABLE, TEXT, WARC, kind_of
 from mtnlg_jax.data.read.open_files import Damaged, File
 from mtnlg_jax.data.read.repair import BINARY
@@ -134,9 +134,9 @@ class Reader:
         if self.kind in TABLE:
             found = rows.table(stream, self.kind, self.limit)
         elif self.kind in JSON:
-            found = rows.json_values(stream, self.limit)
+            found = json_rows.json_values(stream, self.limit)
         else:
-            found = rows.json_lines(stream, self.limit)
+            found = json_rows.json_lines(stream, self.limit)
         for row in found:
             self._number = row.number
             yield from self._of_row(row)

@@ -13,7 +13,7 @@ import zstandard
 from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
-from mtnlg_jax.data.read import charsets, long_texts, rows
+from mtnlg_jax.data.read import charsets, json_rows, long_texts
 from mtnlg_jax.data.read.documents import (
     ReadReport,
     list_files,
@@ -295,7 +295,7 @@ def test_damaged_json_has_a_place_and_costs_itself_alone(tmp_path, content, plac
 
 @pytest.mark.parametrize("size", [1, 7, 1 << 16])
 def test_json_is_the_same_however_it_is_cut(tmp_path, monkeypatch, size):
-    monkeypatch.setattr(rows, "_READ", size)
+    monkeypatch.setattr(json_rows, "_READ", size)
     values = [
         {"text": "x" * 50 + 'ü€😀\n"\\'},
         12345678901234567890,
@@ -316,7 +316,7 @@ def test_json_is_the_same_however_it_is_cut(tmp_path, monkeypatch, size):
         ]
     )
     stream = io.BufferedReader(io.BytesIO(content.encode()))
-    found = list(rows.json_values(stream, 1 << 20))
+    found = list(json_rows.json_values(stream, 1 << 20))
     assert [row.value for row in found] == [*values, 12, 34]
     assert [row.number for row in found] == list(range(1, 11))
 
