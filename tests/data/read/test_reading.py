@@ -127,7 +127,7 @@ def test_what_the_named_encoding_does_not_have_is_damage(tmp_path):
     assert _texts(tmp_path, encoding="gbk", on_error="skip")[0].endswith("three" + CHINESE * 2)
     for wrong in ("base64", "nonsense", "unicode_escape"):
         with pytest.raises(
-            ValueError, match=f"encoding='{wrong}' is not known; name one such as cp1252"
+            ValueError, match=f"unknown value encoding='{wrong}'; name one such as cp1252"
         ):
             read_documents(tmp_path, encoding=wrong)
 
@@ -458,7 +458,7 @@ def test_pages_in_every_coding(tmp_path, coding, data, chunks):
 @pytest.mark.parametrize(
     "coding, data, words",
     [
-        ("compress", b"\x1f\x9d" + bytes(50), "'compress' is not known"),
+        ("compress", b"\x1f\x9d" + bytes(50), "'compress' is unknown"),
         ("zstd", zstandard.ZstdCompressor().compress(PAGE)[:-20], "'zstd' cannot be undone"),
         ("gzip", gzip.compress(PAGE)[:-20], "'gzip' cannot be undone"),
         ("gzip", bytes(range(200)), "'gzip' cannot be undone"),

@@ -88,8 +88,8 @@ def _replace(line: str, folded: str, kind: str, counts: Counter) -> tuple[str, s
     end_of = _CHECKS.get(kind)
     position = 0
     end = 0
-    pieces = []
-    folded_pieces = []
+    pieces: list[str] = []
+    folded_pieces: list[str] = []
     while match := _find(folded, kind, position):
         stop = end_of(match, end if pieces else None) if end_of else match.end()
         if stop is None:
