@@ -22,14 +22,9 @@ from mtnlg_jax.data.tokenizer import (
     Tokenizer,
     load_tokenizer,
 )
-from mtnlg_jax.data.tokenizer_files import (
-    END_OF_TEXT,
-    closed_roles,
-    first_free_id,
-    parse_tokenizer,
-    read_tokenizer_files,
-    without_rows,
-)
+from mtnlg_jax.data.tokenizer.byte_level import END_OF_TEXT
+from mtnlg_jax.data.tokenizer.files import first_free_id, parse_tokenizer, read_tokenizer_files
+from mtnlg_jax.data.tokenizer.roles import closed_roles, without_rows
 
 FILES = (
     "tokenizer.json",

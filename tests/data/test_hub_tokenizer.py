@@ -1,5 +1,5 @@
-"""Tokenizers of Hugging Face's folders: the ids of transformers, roles that are never numbered over
-taken ids, documents that cannot end themselves, and losses that are named."""
+"""Tokenizers of Hugging Face folders: ids equal those of transformers, roles never take ids in use,
+documents cannot end themselves, and losses are reported."""
 
 import copy
 import json
@@ -28,7 +28,7 @@ def hub(request, tmp_path_factory):
 
 
 def parsing(tokenizer):
-    """The same tokenizer as a prompt has it: with the special tokens that a text spells."""
+    """Return the tokenizer as a prompt uses it: special tokens in a text are parsed."""
     other = copy.copy(tokenizer)
     other.parse_special = True
     return other
@@ -39,13 +39,13 @@ def test_ids_are_those_of_transformers(hub):
     assert isinstance(tokenizer, HubTokenizer)
     special = tokenizer._parsed
     for text, (ids, plain, back) in zip(HUB_TEXTS, IDS[name], strict=True):
-        # Some models read their own special tokens there even as text; here they are cut.
+        # Some models read their own special tokens even in plain text; here these are cut.
         if not special & set(plain):
             assert tokenizer.encode(text) == plain, text
-        # "<mask>" is a role of ours where the folder has no such token.
+        # "<mask>" is a role added here if the folder has no such token.
         if "<mask>" not in text or tokenizer.mask_id in special:
             assert parsing(tokenizer).encode(text) == ids, text
-        # transformers leaves out what is unknown; here it shows, as U+FFFD or the folder's "?".
+        # transformers omits unknown text; here it shows as U+FFFD or the folder's "?".
         shown = tokenizer.decode(ids).replace("\ufffd", "")
         assert shown == back or "\ufffd" in tokenizer.decode(ids) or "?" in shown, text
 
@@ -82,7 +82,7 @@ def test_roles_are_never_numbered_over_taken_ids(hub):
             )
 
 
-def test_saved_and_loaded_it_is_the_same(hub, tmp_path):
+def test_a_saved_tokenizer_loads_the_same(hub, tmp_path):
     _, _, tokenizer = hub
     tokenizer.save(tmp_path)
     loaded = load_tokenizer(tmp_path)
@@ -97,7 +97,7 @@ def test_saved_and_loaded_it_is_the_same(hub, tmp_path):
 
 
 def test_pieces_are_the_bytes_of_the_text(hub):
-    """A text that is shown while it is written, token by token, is the text of all tokens."""
+    """The bytes of the tokens, one after another, are the bytes of the decoded text."""
     _, _, tokenizer = hub
     for text in HUB_TEXTS:
         ids = tokenizer.encode(text)
@@ -126,7 +126,7 @@ LOSSES = {
 }
 
 
-def test_what_a_text_loses_is_named(hub):
+def test_losses_are_listed(hub):
     name, _, tokenizer = hub
     found = tokenizer.losses()
     assert set(LOSSES.get(name, found)) <= set(found)
@@ -146,7 +146,7 @@ def test_losses_of_other_kinds(trained, gpt2_files, shared_spiece):
 
 @pytest.fixture(scope="module")
 def shared_spiece(tmp_path_factory):
-    """A SentencePiece model as others train it: normalized, a space before each text."""
+    """A SentencePiece model as trained elsewhere: normalized, a space before each text."""
     prefix = tmp_path_factory.mktemp("spiece") / "spiece"
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXT * 20), model_prefix=str(prefix), vocab_size=60, minloglevel=2
@@ -154,7 +154,7 @@ def shared_spiece(tmp_path_factory):
     return Path(f"{prefix}.model")
 
 
-def test_what_lies_beside_a_sentencepiece_model_counts(shared_spiece, tmp_path):
+def test_files_beside_a_sentencepiece_model_count(shared_spiece, tmp_path):
     files = {
         "tokenizer_config.json": {
             "added_tokens_decoder": {
@@ -183,7 +183,7 @@ def test_what_lies_beside_a_sentencepiece_model_counts(shared_spiece, tmp_path):
             load_tokenizer(folder)
 
 
-def test_words_of_word_pieces(tmp_path):
+def test_word_pieces_that_start_words(tmp_path):
     tokenizer = load_tokenizer(FOLDERS["vocab.txt"](tmp_path / "folder"))
     ids = tokenizer.encode("the man, town 天地")
     words = [(tokenizer.token_bytes(index), bool(tokenizer.starts_word[index])) for index in ids]
@@ -199,9 +199,8 @@ def test_words_of_word_pieces(tmp_path):
     ]
 
 
-def test_gpt2_is_gpt2_in_every_spelling(gpt2_files, tmp_path):
-    """Its folder on the hub gives the same tokenizer as its two files: the same ids and
-    fingerprint, and the fast way."""
+def test_every_form_of_gpt2_gives_the_same_tokenizer(gpt2_files, tmp_path):
+    """Its hub folder gives the same tokenizer as its two files: ids, fingerprint and tiktoken."""
     plain = load_tokenizer(gpt2_files)
     files = {
         "vocab.json": (gpt2_files / "encoder.json").read_text(encoding="utf-8"),
@@ -245,8 +244,8 @@ def test_gpt2_is_gpt2_in_every_spelling(gpt2_files, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["limited", "words and masks", "qwen"])
-def test_gpt2_with_more_special_tokens_keeps_the_fast_way(tmp_path, name):
-    """Of these only the first is GPT-2's tokenizer but for special tokens."""
+def test_gpt2_with_more_special_tokens_still_uses_tiktoken(tmp_path, name):
+    """Only the first of these differs from GPT-2's tokenizer in special tokens alone."""
     tokenizer = load_tokenizer(FOLDERS[name](tmp_path / "folder"))
     slow = tokenizer.encode_batch(HUB_TEXTS)
     tokenizer._characters = 1 << 40
@@ -306,7 +305,7 @@ def _without_decoder(fast, decoder):
         ),
     ],
 )
-def test_what_cannot_be_read_the_same_is_refused(tmp_path, make, message):
+def test_tokenizers_that_cannot_be_reproduced_are_refused(tmp_path, make, message):
     folder = make(tmp_path / "folder")
     with pytest.raises(ValueError, match=message):
         load_tokenizer(folder)
@@ -316,7 +315,7 @@ def test_what_cannot_be_read_the_same_is_refused(tmp_path, make, message):
 
 
 def test_documents_of_a_hub_tokenizer(tmp_path):
-    """prepare() writes its ids, ends documents itself, and says what is lost."""
+    """prepare() writes its ids, ends documents itself, and reports what is lost."""
     folder = FOLDERS["vocab.txt"](tmp_path / "folder")
     lines = ["the man [SEP] born", "天地玄黄"]
     (tmp_path / "text.jsonl").write_text(
@@ -340,7 +339,7 @@ def test_documents_of_a_hub_tokenizer(tmp_path):
     assert "it is not lossless; a text loses line ends" in describe(info)
 
 
-def test_a_recipe_says_what_its_tokenizer_loses():
+def test_a_recipe_reports_what_its_tokenizer_loses():
     stage = {"name": "read", "documents": [1, 1], "bytes": [0, 9], "dropped": {}}
     about = {"kind": "sentencepiece", "vocab_size": 9, "losses": ["line ends", "case"]}
     info = {"stages": [stage], "tokens": {"train": 7, "heldout": 0}, "tokenizer": about}
@@ -350,8 +349,8 @@ def test_a_recipe_says_what_its_tokenizer_loses():
     assert "lossless" not in summary(info | {"tokenizer": about | {"losses": []}})
 
 
-def test_the_folder_of_the_field(shared, tmp_path):
-    """NFC, a pattern of its own and added tokens: 26 ids, not GPT-2's 33."""
+def test_a_published_folder(shared, tmp_path):
+    """NFC, its own pattern and added tokens: 26 ids, not GPT-2's 33."""
     folder = shared / "faults/data"
     tokenizer = load_tokenizer(folder / "hf_tokenizer")
     text = json.loads((folder / "hf_tokenizer_text/a.jsonl").read_text(encoding="utf-8"))["text"]

@@ -8,7 +8,7 @@ import pytest
 
 from mtnlg_jax.data import prepare as module
 from mtnlg_jax.data.prepare import encode_long, encode_texts, prepare
-from mtnlg_jax.data.read import documents
+from mtnlg_jax.data.read import long_texts
 from mtnlg_jax.data.read.documents import Document
 from mtnlg_jax.data.store import tokens
 from mtnlg_jax.data.store.sources import open_tokens
@@ -58,7 +58,7 @@ def _long_text(megabytes):
 def test_a_long_text_is_never_held(tmp_path, monkeypatch, gpt2_files):
     """Of 6 MB, in pieces of 200 KB; held at once it would take eleven times its size."""
     for place, name, value in (
-        (documents, "_PIECE", 200_000),
+        (long_texts, "PIECE", 200_000),
         (module, "_PIECE", 200_000),
         (tokens, "SHARD", 1 << 18),
     ):
@@ -145,7 +145,7 @@ def test_what_is_prepared_does_not_depend_on_the_pieces(tmp_path, monkeypatch, g
         )
     prints = []
     for number, piece in enumerate((1 << 23, 3000)):
-        monkeypatch.setattr(documents, "_PIECE", piece)
+        monkeypatch.setattr(long_texts, "PIECE", piece)
         monkeypatch.setattr(module, "_PIECE", piece)
         chosen = str(gpt2_files) if kind == "gpt2" else kind
         info = prepare(

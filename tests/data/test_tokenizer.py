@@ -5,13 +5,16 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from mtnlg_jax.data import tokenizer as module
 from mtnlg_jax.data.tokenizer import (
     ByteLevelBPETokenizer,
     SentencePieceTokenizer,
     load_tokenizer,
     train_tokenizer,
 )
+from mtnlg_jax.data.tokenizer.base import replace_surrogates, starts_word
+from mtnlg_jax.data.tokenizer.byte_level import byte_alphabet
+from mtnlg_jax.data.tokenizer.sentence_piece import UNIT_CHARACTERS, split_line
+from mtnlg_jax.data.tokenizer.training import sample
 
 TEXTS = [
     "",
@@ -55,18 +58,18 @@ def _random_texts(count):
         )
 
 
-def test_every_text_comes_back(tokenizer):
+def test_every_text_survives_a_round_trip(tokenizer):
     texts = [*TEXTS, *_random_texts(300)]
     encoded = tokenizer.encode_batch(texts, threads=2)
     for text, ids in zip(texts, encoded, strict=True):
         assert tokenizer.decode(ids) == text
         assert not tokenizer.is_special[ids].any(), text
-        # as it is generated: byte by byte, and in two parts
+        # as text is generated: byte by byte
         assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
         assert tokenizer.encode(text) == ids
 
 
-def test_specials(tokenizer):
+def test_special_tokens(tokenizer):
     ids = [
         tokenizer.pad_id,
         tokenizer.bos_id,
@@ -92,7 +95,7 @@ def test_a_lone_surrogate_is_replaced(tokenizer):
     assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
 
 
-def test_half_a_character(tokenizer):
+def test_half_a_character_becomes_u_fffd(tokenizer):
     ids = tokenizer.encode("\U0001f600")
     assert (
         len(ids) == 4
@@ -102,14 +105,16 @@ def test_half_a_character(tokenizer):
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_our_layout(trained, kind):
+def test_layout_of_trained_models(trained, kind):
     ours = trained[kind]
     assert (ours.pad_id, ours.bos_id, ours.eos_id, ours.mask_id, ours.sep_id) == (0, 2, 3, 4, 5)
-    assert ours.vocab_size == 800 and ours.is_special.sum() == 6  # and <unk>, which never comes
+    assert (
+        ours.vocab_size == 800 and ours.is_special.sum() == 6
+    )  # five roles and <unk>, which no text yields
     assert ours.token_bytes(ours.encode("\n")[0]) == b"\n" and len(ours.encode("\n\t\n")) == 3
 
 
-def test_words(trained):
+def test_pieces_that_start_words(trained):
     ours = trained["bpe"]
     text = "the value, of\nthe 天下大势 \U0001f600"
     words = []
@@ -129,7 +134,7 @@ def test_words(trained):
     assert all(not ours.starts_word[index] for index in ours.encode("\U0001f600"))
 
 
-def test_words_of_gpt2(gpt2_files):
+def test_pieces_of_gpt2_that_start_words(gpt2_files):
     gpt2 = load_tokenizer(gpt2_files)
     ids = gpt2.encode("the, the7天")
     assert [(gpt2.token_bytes(index), bool(gpt2.starts_word[index])) for index in ids] == [
@@ -142,7 +147,7 @@ def test_words_of_gpt2(gpt2_files):
         (b"\xa9", False),
     ]
     # A piece may begin inside one character and end with the next.
-    assert not module._starts_word("天天".encode()[2:]) and module._starts_word("天天".encode()[:4])
+    assert not starts_word("天天".encode()[2:]) and starts_word("天天".encode()[:4])
     assert gpt2.vocab_size == 263 and gpt2.bos_id == gpt2.eos_id == 259 and gpt2.pad_id == 260
     assert gpt2.decode([gpt2.eos_id], skip_special=False) == "<|endoftext|>"
 
@@ -166,7 +171,7 @@ def test_gpt2_files_under_either_name(gpt2_files, tmp_path):
     assert load_tokenizer(tmp_path).fingerprint == load_tokenizer(gpt2_files).fingerprint
 
 
-def test_what_is_damaged_or_missing_is_named(trained, gpt2_files, tmp_path):
+def test_errors_name_damaged_or_missing_files(trained, gpt2_files, tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         load_tokenizer(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="holds no tokenizer"):
@@ -188,7 +193,7 @@ def test_what_is_damaged_or_missing_is_named(trained, gpt2_files, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_vocabulary_that_the_text_does_not_support(kind):
+def test_vocab_size_must_fit_the_text(kind):
     text = ["hello world this is a small text, small as it is\n"]
     with pytest.raises(ValueError, match="vocab_size=5000 .* largest possible is") as error:
         train_tokenizer(text, 5000, kind)
@@ -207,20 +212,19 @@ def test_training_is_repeatable(texts, trained, kind):
     assert train_tokenizer(iter(texts), 800, kind).fingerprint == trained[kind].fingerprint
 
 
-def test_a_sample_of_a_large_corpus(texts):
+def test_training_samples_a_large_corpus(texts):
     lines = [f"{number} {line}" for number, line in enumerate("\n".join(texts).split("\n"))]
-    assert module._sample(lines, 10**9, seed=0) == lines
-    sample = module._sample(lines, 20_000, seed=0)
-    assert 15_000 < sum(len(line.encode()) for line in sample) <= 20_000
-    assert sample == [line for line in lines if line in sample]  # in their order, from all over
-    assert set(sample) & set(lines[: len(lines) // 3]) and set(sample) & set(
-        lines[-len(lines) // 3 :]
-    )
+    assert sample(lines, 10**9, seed=0) == lines
+    some = sample(lines, 20_000, seed=0)
+    assert 15_000 < sum(len(line.encode()) for line in some) <= 20_000
+    assert some == [line for line in lines if line in some]  # in their order, from all over
+    third = len(lines) // 3
+    assert set(some) & set(lines[:third]) and set(some) & set(lines[-third:])
     once, again, other = (train_tokenizer(texts, 500, "bpe", seed, 30_000) for seed in (7, 7, 8))
     assert once.fingerprint == again.fingerprint != other.fingerprint
 
 
-def test_one_giant_line(texts):
+def test_a_giant_line_survives_a_round_trip(texts):
     line = " ".join(texts[:10]).replace("\n", " ") * 40
     assert len(line) > 1_000_000
     giant = train_tokenizer([line], 400)
@@ -229,14 +233,13 @@ def test_one_giant_line(texts):
     assert giant.decode(giant.encode(blank)) == blank
 
 
-def test_cutting_a_text_changes_nothing(texts, trained):
-    """Long texts go to SentencePiece in parts; where there are spaces the ids are those of the
-    whole."""
+def test_splitting_a_text_keeps_its_ids(texts, trained):
+    """Long texts go to SentencePiece in parts; cuts at spaces do not change the ids."""
     text = (" ".join(texts[:3]).replace("\n", "  ") + "\nnew line \u3002 " + texts[3])[:30_000]
-    assert text.index("\n") > 5 * module._UNIT
+    assert text.index("\n") > 5 * UNIT_CHARACTERS
     for line in (text, "x  " * 3000, "x" * 3000, " " * 3000 + "x", "x" * 1023 + "   " + "x" * 2000):
-        parts = list(module._split(line))
-        assert "".join(parts) == line and all(0 < len(part) <= module._UNIT for part in parts)
+        parts = list(split_line(line))
+        assert "".join(parts) == line and all(0 < len(part) <= UNIT_CHARACTERS for part in parts)
         if line.strip(" ").count(" "):
             assert not any(part.endswith(" ") for part in parts[:-1])
     for ours in trained.values():
@@ -246,8 +249,8 @@ def test_cutting_a_text_changes_nothing(texts, trained):
 
 @pytest.fixture(scope="module")
 def foreign(texts, tmp_path_factory):
-    """As others train: a space before each text, normalised, no bytes, <mask> found in texts, no
-    <sep>."""
+    """A model as trained elsewhere: a space before each text, normalized, no bytes, <mask> found
+    in texts, no <sep>."""
     prefix = tmp_path_factory.mktemp("foreign") / "spiece"
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(line for text in texts for line in text.split("\n")),
@@ -291,18 +294,20 @@ def test_published_vocabularies(shared):
 
 
 def _both(gpt2, texts):
-    """The ids of the fast way and of `tokenizers`."""
+    """Return the ids of tiktoken and of `tokenizers`."""
     assert gpt2._tiktoken is not None
     gpt2._characters = 1 << 40
     slow = [
         encoding.ids
-        for encoding in gpt2._tokenizer.encode_batch_fast([module._valid(text) for text in texts])
+        for encoding in gpt2._tokenizer.encode_batch_fast(
+            [replace_surrogates(text) for text in texts]
+        )
     ]
     return gpt2.encode_batch(texts), slow
 
 
 @pytest.mark.parametrize("files", ["small", "published"])
-def test_the_fast_way_gives_the_same_ids(files, gpt2_files, request):
+def test_tiktoken_gives_the_same_ids(files, gpt2_files, request):
     folder = (
         gpt2_files
         if files == "small"
@@ -310,7 +315,10 @@ def test_the_fast_way_gives_the_same_ids(files, gpt2_files, request):
     )
     gpt2 = load_tokenizer(folder)
     rng = random.Random(1)
-    code = "def f(x):\n\tif x != 'y''s':\r\n        return {\"a\": [1_000, 0x7f]}  # I'll, WE'LL, he'd've\n\n\n"
+    code = (
+        "def f(x):\n\tif x != 'y''s':\r\n"
+        "        return {\"a\": [1_000, 0x7f]}  # I'll, WE'LL, he'd've\n\n\n"
+    )
     runs = [
         mark * count
         for mark in ("x", " ", "\n", "0", "!", "天", "the ", " \n", "'s", "\u0301")
@@ -335,7 +343,7 @@ def test_the_fast_way_gives_the_same_ids(files, gpt2_files, request):
     assert fast == slow == gpt2.encode_batch(texts, threads=2)
 
 
-def test_the_fast_way_on_real_text(shared):
+def test_tiktoken_gives_the_same_ids_of_real_text(shared):
     gpt2 = load_tokenizer(shared / "data/tokenizers/gpt2")
     files = [*sorted((shared / "data/pretrain").rglob("*.txt")), shared / "data/README.md"]
     fast, slow = _both(gpt2, [path.read_text(encoding="utf-8")[:40_000] for path in files])
@@ -343,7 +351,7 @@ def test_the_fast_way_on_real_text(shared):
 
 
 @pytest.mark.slow
-def test_the_fast_way_cuts_at_every_character_alike(gpt2_files):
+def test_tiktoken_splits_alike_at_every_character(gpt2_files):
     characters = [chr(index) for index in range(0x110000) if not 0xD800 <= index < 0xE000]
     fast, slow = _both(
         load_tokenizer(gpt2_files), [f"a{c}b 1{c} {c}\n{c}{c}  {c}" for c in characters]
@@ -354,16 +362,14 @@ def test_the_fast_way_cuts_at_every_character_alike(gpt2_files):
 @pytest.mark.parametrize(
     "pieces, merges",
     [
-        (
-            ["he", "th", "the"],
-            ["h e", "t h", "th e"],
-        ),  # "the" is t and he: no pair of the list, yet it spells a token
+        # "the" is t and he: not a pair of the list, yet it spells a token.
+        (["he", "th", "the"], ["h e", "t h", "th e"]),
         (["the", "th"], ["t h", "th e"]),  # ids in another order
         (["th", "the"], ["t h", "th e", "t h"]),  # a pair twice
     ],
 )
-def test_where_ids_could_differ_the_slow_way_stays(pieces, merges):
-    alphabet = [*module.byte_alphabet()]
+def test_tiktoken_is_not_used_if_ids_could_differ(pieces, merges):
+    alphabet = [*byte_alphabet()]
     vocabulary = {piece: index for index, piece in enumerate([*alphabet, *pieces])}
     gpt2 = ByteLevelBPETokenizer(json.dumps(vocabulary).encode(), "\n".join(merges).encode())
     texts = ["the" * 100_000]

@@ -170,7 +170,7 @@ def test_words_without_a_row_are_refused(model, tmp_path):
     edit(model / "added_tokens.json", ROMEO=268)
     with pytest.raises(
         ValueError,
-        match="has 269 tokens and the model vocab_size=268, and text gives "
+        match="has 269 tokens and the model vocab_size=268, and text yields "
         "'ROMEO'; give --tokenizer=FOLDER",
     ):
         convert(model, tmp_path / "run")

@@ -27,7 +27,7 @@ PREFIX = str(Path(__file__).parents[1] / "data" / "fixtures" / "sentences")
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     """256 bytes and an end, as the fixture was made for."""
-    from mtnlg_jax.data.tokenizer_files import byte_alphabet
+    from mtnlg_jax.data.tokenizer.byte_level import byte_alphabet
 
     folder = tmp_path_factory.mktemp("gpt2")
     pieces = [*byte_alphabet(), "th", "the", "\u0120the", "<|endoftext|>"]

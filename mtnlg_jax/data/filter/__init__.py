@@ -1,2 +1,2 @@
-"""What the recipe removes or changes in documents: boilerplate, personal data, repetition,
-duplicates, test sets."""
+"""Rules that remove or change documents: boilerplate, personal data, repetition, duplicates, test
+sets."""

@@ -1,16 +1,16 @@
-"""Lines of web pages that are not their text: notices about cookies and scripts, menus, imprints.
+"""Remove lines of web pages that are not text: cookie and script notices, menus, imprints.
 
-A notice speaks of us, our site or your browser, tells the reader to do something, or is the whole
+A notice mentions us, our site or your browser, asks the reader to do something, or is the whole
 line. Sentences about cookies, JavaScript, newsletters, rights or terms are text.
 """
 
 import re
 
-# Longer lines are text that speaks of such things.
+# Longer lines are text about such things.
 _LONGEST = 200
 
-# Lines of nothing but these, in lower case: one of the first, or several of both with marks between
-# them.
+# Menus in lower case: a line with one entry of the first set, or with several of both sets separated
+# by marks.
 _BUTTONS = frozenset(
     """
 privacy policy|terms of use|terms of service|terms and conditions|terms & conditions|cookie policy|cookie settings|
@@ -38,7 +38,7 @@ _SITES = (
     r"youtube|weibo|e-?mail)"
 )
 _SUBJECT = r"(?:we|(?:this|our|the|my) (?:web)?site|this page|this (?:web )?app)"
-# What cookies of sites are for, and not those of bakers.
+# Purposes of browser cookies, as opposed to bakery cookies.
 _PURPOSE = (
     r"(?:experience|(?:web)?sites?|browser|browsing|privacy|consent|policy|traffic|"
     r"settings|"
@@ -51,8 +51,9 @@ _RUN = (
     r"video|"
     r"form|feature)|to (?:view|use|see|continue|proceed|comment|post|run this))"
 )
-# What a line must hold, in lower case, and how it looks then. C4 (Raffel et al. 2020, section 2.2)
-# drops every line with "javascript" and with phrases of policies; here it must be a notice.
+# A sign that a line must contain, in lower case, and the pattern of the notice. C4 (Raffel et al.
+# 2020, section 2.2) drops every line with "javascript" or a phrase of policies; here the line must
+# be a notice.
 _NOTICES = {
     sign: re.compile(pattern, re.IGNORECASE)
     for sign, pattern in {
@@ -141,34 +142,34 @@ _NOTICES = {
 
 
 def remove_boilerplate(text: str) -> tuple[str, int]:
-    """(text without such lines, how many they were)."""
+    """Return (text without boilerplate lines, number of removed lines)."""
     lines = text.split("\n")
     lowered = text.lower()
     small = lowered.split("\n")
-    doomed = {
+    removed = {
         number for number, line in enumerate(small) if len(line) <= _LONGEST and _is_menu(line)
     }
     for sign, pattern in _NOTICES.items():
-        place = number = 0
-        while (found := lowered.find(sign, place)) >= 0:
-            number += lowered.count("\n", place, found)
+        position = 0
+        number = 0
+        while (found := lowered.find(sign, position)) >= 0:
+            number += lowered.count("\n", position, found)
             if len(lines[number]) <= _LONGEST and pattern.search(lines[number]):
-                doomed.add(number)
-            place = lowered.find("\n", found)
-            if place < 0:
+                removed.add(number)
+            position = lowered.find("\n", found)
+            if position < 0:
                 break
-    if not doomed:
+    if not removed:
         return text, 0
-    return "\n".join(line for number, line in enumerate(lines) if number not in doomed), len(doomed)
+    return "\n".join(line for number, line in enumerate(lines) if number not in removed), len(
+        removed
+    )
 
 
 def _is_menu(line: str) -> bool:
     line = line.strip(_MARKS)
     if line in _BUTTONS:
         return True
-    parts = (
-        _BETWEEN.split(line)
-        if "|" in line or "  " in line or "·" in line or "»" in line or "｜" in line
-        else ()
-    )
+    separated = any(mark in line for mark in ("|", "  ", "·", "»", "｜"))
+    parts = _BETWEEN.split(line) if separated else ()
     return len(parts) > 1 and all(part.strip(_MARKS) in _OTHERS for part in parts)

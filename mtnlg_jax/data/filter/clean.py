@@ -1,13 +1,13 @@
-"""Clean: one document's text mended, freed of boilerplate and personal data, kept or dropped, each
-rule counted.
+"""Clean one document: repair its text, remove boilerplate and personal data, keep or drop it.
 
-Sources: the team of MT-NLG repaired Unicode with ftfy, kept English and dropped documents of under
-128 tokens (Smith et al. 2022; the scripts of Megatron-LM, tools/openwebtext). Measures of quality
-and repetition with their limits: Gopher (Rae et al. 2021, arXiv 2112.11446, appendix A.1.1 and
-table A1). Boilerplate lines: see `boilerplate`. What is said there of words holds for the
-characters of Chinese and Japanese, which have no spaces between words; measures that make no sense
-for them (length of words, share of words with letters) are left out. Unlike Gopher there is no most
-number of words: books are kept.
+Each rule is counted. Sources: the MT-NLG team repaired Unicode with ftfy, kept English and dropped
+documents of fewer than 128 tokens (Smith et al. 2022; the scripts of Megatron-LM,
+tools/openwebtext). Measures of quality and repetition with their limits: Gopher (Rae et al. 2021,
+arXiv 2112.11446, appendix A.1.1 and table A1). Boilerplate lines: see `boilerplate`.
+
+Rules about words apply to the characters of Chinese and Japanese, which have no spaces between
+words; measures that make no sense for them (length of words, share of words with letters) are
+skipped. Unlike in Gopher, there is no maximum number of words: books are kept.
 """
 
 import functools
@@ -25,7 +25,7 @@ from ftfy.chardata import LIGATURES
 from mtnlg_jax.data.filter import entities, pii, repetition
 from mtnlg_jax.data.filter.boilerplate import remove_boilerplate
 from mtnlg_jax.data.filter.pii import lines_with
-from mtnlg_jax.data.read.controls import CONTROLS, mend_controls
+from mtnlg_jax.data.read.controls import CONTROLS, repair_controls
 
 # The names under which rules are counted, in the order in which they act.
 CHANGES = ("unicode", "boilerplate", *pii.KINDS)
@@ -48,14 +48,16 @@ DROPS = (
 
 @dataclass(frozen=True)
 class CleanConfig:
-    """Settings of `clean`. Shares are 0 to 1; a document at a limit is kept. Lengths are in tokens
-    as GPT-2 splits text before BPE, so that a text has at least so many: a word, a number, a run of
-    marks, a Chinese character."""
+    """Settings of `clean`.
 
-    # Mojibake (ftfy), left-over entities, ligatures, controls; not quotes or the width of
-    # characters.
+    Shares are 0 to 1; a document at a limit is kept. Lengths are in tokens as GPT-2 splits text
+    before BPE: a word, a number, a run of marks, a Chinese character. BPE makes at least as many.
+    """
+
+    # Mojibake (ftfy), left-over entities, ligatures, controls; not quotes or character width.
     repair: bool = True
-    # Or NFKC, which makes Chinese punctuation ASCII, or none. Exponents, indices, fractions stay.
+    # Or NFKC, which turns Chinese punctuation into ASCII, or none. Exponents, indices and fractions
+    # stay.
     normalization: str = "NFC"
     boilerplate: bool = True
     mask: tuple[str, ...] = pii.KINDS
@@ -63,24 +65,21 @@ class CleanConfig:
     min_tokens: int = 128  # MT-NLG
     languages: tuple[str, ...] = ("en",)  # ISO 639-1 codes of py3langid; () keeps all
     min_language_confidence: float = 0.5
-    prose_rules: bool = True  # those of all settings below; false for code and mathematics
-    word_length: tuple[float, float] = (
-        3,
-        10,
-    )  # mean, of spaced languages; this and the next five: Gopher
+    prose_rules: bool = True  # apply all settings below; false for code and mathematics
+    # Mean, for languages with spaces. This and the next five: Gopher.
+    word_length: tuple[float, float] = (3, 10)
     max_symbol_ratio: float = 0.1  # "#" to words, and ellipses to words
-    min_letter_words: float = 0.8  # share of words with a letter, of spaced languages
+    min_letter_words: float = 0.8  # share of words with a letter, for languages with spaces
     max_bullet_lines: float = 0.9  # share of lines that begin with a bullet
     max_ellipsis_lines: float = 0.3  # share of lines that end with an ellipsis
-    min_stop_words: int = 2  # different ones of the, be, to, of, and, that, have, with; of English
-    duplicate_lines: float = (
-        0.30  # share of lines that stood there before; this and all below: Gopher, table A1
-    )
+    min_stop_words: int = 2  # distinct ones of the, be, to, of, and, that, have, with; English only
+    # Share of lines that are repetitions. This and all below: Gopher, table A1.
+    duplicate_lines: float = 0.30
     duplicate_line_characters: float = 0.20
     duplicate_paragraphs: float = 0.30
     duplicate_paragraph_characters: float = 0.20
-    # (n, share of the characters in the most frequent n-gram), and in n-grams that stood there
-    # before. Twice as many characters stand for n words in Chinese.
+    # (n, share of the characters in the most frequent n-gram), and in repeated n-grams. In Chinese,
+    # 2 n characters stand for n words.
     top_ngrams: tuple[tuple[int, float], ...] = ((2, 0.20), (3, 0.18), (4, 0.16))
     duplicate_ngrams: tuple[tuple[int, float], ...] = (
         (5, 0.15),
@@ -94,13 +93,14 @@ class CleanConfig:
     def __post_init__(self):
         if self.normalization not in ("NFC", "NFKC", "none"):
             raise ValueError(
-                f"normalization={self.normalization!r} is not known; use 'NFC', 'NFKC' or 'none'"
+                f"unknown value normalization={self.normalization!r}; use 'NFC', 'NFKC' or 'none'"
             )
         if unknown := sorted(set(self.mask) - set(pii.KINDS)):
-            raise ValueError(f"mask={unknown} is not known; choose among {', '.join(pii.KINDS)}")
+            raise ValueError(f"unknown values mask={unknown}; choose from {', '.join(pii.KINDS)}")
         if unknown := sorted(set(self.languages) - set(_identifier().labels)):
             raise ValueError(
-                f"languages={unknown} is not known; choose among {' '.join(sorted(_identifier().labels))}"
+                f"unknown values languages={unknown}; choose from "
+                f"{' '.join(sorted(_identifier().labels))}"
             )
         if self.min_tokens < 0:
             raise ValueError(f"min_tokens={self.min_tokens} must be at least 0")
@@ -125,7 +125,7 @@ class CleanConfig:
         }
         for name, share in shares.items():
             if not 0 <= share <= 1:
-                raise ValueError(f"{name}={share} must lie in 0 to 1")
+                raise ValueError(f"{name}={share} must be between 0 and 1")
         for n, _ in (*self.top_ngrams, *self.duplicate_ngrams):
             if n < 1:
                 raise ValueError(f"n-grams of n={n}: n must be at least 1")
@@ -133,10 +133,13 @@ class CleanConfig:
 
 @dataclass(frozen=True)
 class Cleaned:
-    """``text`` is None where the rule named ``dropped`` (of ``DROPS``) dropped it. ``counts`` says
-    how often each rule acted, by its name in ``CHANGES`` and ``DROPS``: lines for "unicode" and
-    "boilerplate", masks for personal data, 1 for a drop. ``language`` is None where the text was
-    dropped before that was asked."""
+    """The result of `clean`.
+
+    ``text``: None if the rule ``dropped`` (of ``DROPS``) dropped it. ``counts``: how often each
+    rule acted, by its name in ``CHANGES`` and ``DROPS``: lines for "unicode" and "boilerplate",
+    masks for personal data, 1 for a drop. ``language``: None if the text was dropped before it was
+    identified.
+    """
 
     text: str | None
     dropped: str | None = None
@@ -145,11 +148,13 @@ class Cleaned:
 
 
 def clean(text: str, config: CleanConfig) -> Cleaned:
-    """The text changed by the rules of ``CHANGES`` until none finds anything any more, then judged
-    by those of ``DROPS``. So cleaning what is clean changes nothing. The result is valid Unicode,
-    with NFC at most 3 times as long; it depends on the two arguments alone."""
-    counts = Counter()
-    for _ in range(16):  # it mostly takes 1 or 2; no text of 16 was seen
+    """Change a text by the rules of ``CHANGES`` until none applies, then judge it by ``DROPS``.
+
+    So cleaning a clean text changes nothing. The result is valid Unicode, with NFC at most 3 times
+    as long; it depends only on the two arguments.
+    """
+    counts: Counter[str] = Counter()
+    for _ in range(16):  # 1 or 2 rounds as a rule; no text needing 16 was seen
         changed, found = _change(text, config)
         counts.update(found)
         if changed == text:
@@ -164,8 +169,8 @@ def clean(text: str, config: CleanConfig) -> Cleaned:
 
 
 def _change(text: str, config: CleanConfig) -> tuple[str, dict[str, int]]:
-    text, mended = _repair(text, config)
-    counts = {"unicode": mended} if mended else {}
+    text, repaired = _repair(text, config)
+    counts = {"unicode": repaired} if repaired else {}
     if config.boilerplate:
         text, removed = remove_boilerplate(text)
         counts |= {"boilerplate": removed} if removed else {}
@@ -173,8 +178,8 @@ def _change(text: str, config: CleanConfig) -> tuple[str, dict[str, int]]:
     return text, counts | masked
 
 
-# Not the quotes and the width, for both are the proper marks of Chinese. Entities and ligatures
-# follow rules of our own, as ftfy changes the meaning of text that is about them.
+# Quotes and character width stay, because both are proper Chinese punctuation. Entities and
+# ligatures follow separate rules, because ftfy changes the meaning of text about them.
 _FTFY = ftfy.TextFixerConfig(
     uncurl_quotes=False,
     fix_character_width=False,
@@ -184,12 +189,13 @@ _FTFY = ftfy.TextFixerConfig(
     explain=False,
 )
 _SOUND_FTFY = _FTFY._replace(fix_encoding=False)
-# In a word only; by itself it is what the text is about. The digraphs of Croatian and Dutch stay.
+# Replaced only inside a word; a ligature by itself is the subject of the text. Croatian and Dutch
+# digraphs stay.
 _LIGATURES = {chr(code): letters for code, letters in LIGATURES.items() if code >= 0xFB00}
 _ODD = re.compile(f"[\r\ufff9-\ufffbﬀ-ﬆ{CONTROLS.pattern[1:]}")
 _LIGATURE = re.compile("(?<=[A-Za-z])[ﬀ-ﬆ]|[ﬀ-ﬆ](?=[A-Za-z])")
 _SOFT_HYPHEN = re.compile("(?<=\\w)\xad(?=\\w)")
-# What ftfy takes for damage and is none by itself: a product with an exponent, a letter alone.
+# Sound text that ftfy takes for damage: a product with an exponent, a letter alone.
 _SOUND = re.compile("[×÷±ØΔ∂√](?=[¹²³¼½¾])|(?<!\\w)[ÃÂ](?= )")
 _ANNOTATION = str.maketrans({"\ufff9": "", "\ufffa": "(", "\ufffb": ")"})
 _SURROGATES = re.compile("[\ud800-\udfff]")
@@ -199,9 +205,10 @@ def _class(characters) -> str:
     return "".join(map(re.escape, sorted(map(chr, characters))))
 
 
-# Where ftfy could change a line in Unicode's normal form. By themselves: controls, line ends,
-# ligatures, surrogates and the few characters that its heuristic of mojibake knows alone. Else that
-# wants two others beside each other; dashes, "…" and "’" count for it beside the former only.
+# Characters with which ftfy could change a line in Unicode's normal form. Alone: controls, line
+# ends, ligatures, surrogates and the few characters that its mojibake heuristic knows by
+# themselves. Otherwise it needs two others side by side; dashes, "…" and "’" count for it only
+# beside the former.
 _ALONE = (
     _class(
         {
@@ -218,7 +225,7 @@ _SUSPECT = re.compile(f"[{_ALONE}]|[{_BESIDE}][{_BESIDE}]|&#?[0-9A-Za-z]{{1,24}}
 
 
 def _repair(text: str, config: CleanConfig) -> tuple[str, int]:
-    """(text, number of lines changed)."""
+    """Return (text, number of lines changed)."""
     if "\r" in text:
         text = text.replace("\r\n", "\n")
     counted = 0
@@ -235,23 +242,23 @@ def _repair(text: str, config: CleanConfig) -> tuple[str, int]:
     for start, stop in lines_with(_SUSPECT, text):
         line = text[start:stop]
         in_fence = fenced and text.count("```", 0, start) % 2
-        fixed = _mend_line(line, config, escaped and not in_fence)
+        fixed = _repair_line(line, config, escaped and not in_fence)
         counted += fixed != line
         pieces += [text[end:start], fixed]
         end = stop
     return "".join([*pieces, text[end:]]) if pieces else text, counted
 
 
-def _mend_line(line: str, config: CleanConfig, escaped: bool) -> str:
+def _repair_line(line: str, config: CleanConfig, escaped: bool) -> str:
     if escaped and "&" in line:
         line = entities.unescape(line)
     if line.isascii() and not CONTROLS.search(line) and "\r" not in line:
         return line
     if _ODD.search(line):
-        line, _ = mend_controls(line.replace("\r", "\n").translate(_ANNOTATION))
+        line, _ = repair_controls(line.replace("\r", "\n").translate(_ANNOTATION))
         line = _LIGATURE.sub(lambda match: _LIGATURES[match[0]], line)
-    bad = is_bad(line) and is_bad(_SOUND.sub(" ", line))
-    line = ftfy.fix_text(line, _FTFY if bad else _SOUND_FTFY)
+    damaged = is_bad(line) and is_bad(_SOUND.sub(" ", line))
+    line = ftfy.fix_text(line, _FTFY if damaged else _SOUND_FTFY)
     if "\xad" in line:
         line = _SOFT_HYPHEN.sub("", line)
     return _normalize(line, config)
@@ -267,7 +274,7 @@ _SHIFTED = re.compile(
 
 
 def _normalize(text: str, config: CleanConfig) -> str:
-    """In Unicode's normal form, but for exponents, indices and fractions: 10³ is not 103."""
+    """Return Unicode's normal form, except for exponents, indices and fractions: 10³ is not 103."""
     if config.normalization == "none":
         return text
     if config.normalization == "NFC":
@@ -283,13 +290,12 @@ _BULLETS = ("-", "*", "•", "‣", "▪", "●", "○", "■", "□", "◦", "�
 
 
 def _judge(text: str, config: CleanConfig) -> tuple[str | None, str | None]:
-    """(the rule that drops it or None, its language)."""
+    """Return (the rule that drops the text or None, its language or None)."""
     if text.count("\ufffd") > config.max_replacement_share * len(text):
         return "undecodable", None
     least = config.min_tokens
-    if (
-        len(text.split(maxsplit=least)) <= least
-    ):  # a word is a token at the least, and words are counted faster
+    # A word has at least one token, and words are counted faster.
+    if len(text.split(maxsplit=least)) <= least:
         if sum(1 for _ in itertools.islice(_TOKENS.finditer(text), least)) < least:
             return "too_short", None
     language, confidence = identify(text)
@@ -340,7 +346,7 @@ def _quality(text: str, language: str, config: CleanConfig) -> str | None:
         share = units.duplicate_share(times * n)
         if share > limit:
             return "duplicate_ngrams"
-        if share <= least:  # it never grows with n
+        if share <= least:  # the share never grows with n
             break
     return None
 
@@ -352,15 +358,17 @@ def _identifier():
     return langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
 
 
-# Characters looked at first, then where that left doubt. More costs much and tells little.
+# Characters examined first, and in case of doubt. More cost much and help little.
 _SAMPLES = (256, 1024)
 _DOUBT = 0.95
 
 
 def identify(text: str) -> tuple[str, float]:
-    """(ISO 639-1 code, confidence 0 to 1) of py3langid for a sample of 256 characters, or where
-    that is not sure to
-    0.95 of 1024: of a longer text four parts spread evenly over it, together so many."""
+    """Return (ISO 639-1 code, confidence 0 to 1) by py3langid.
+
+    A sample of 256 characters is classified, or of 1024 if the confidence is below 0.95. The sample
+    of a longer text is four parts, spread evenly over it.
+    """
     for sample in _SAMPLES:
         size = sample // 4
         starts = [part * (len(text) - size) // 3 for part in range(4)]

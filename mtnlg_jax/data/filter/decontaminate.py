@@ -1,11 +1,11 @@
-"""Text of evaluation sets cut out of a corpus, as Megatron-LM does it
+"""Remove text of evaluation sets from a corpus, as Megatron-LM does
 (tools/openwebtext/filter_ngrams.py).
 
-Two passes: `frequencies` of the test sets' n-grams over the whole corpus, of which `below` leaves
-the rare ones (what is common is an idiom or a quotation and no leak), then `pieces` of each
-document without them. With the settings as they are, the pieces equal those of the script, its
-oddities included: the length of a match counts one space between words whatever stands there, and a
-document of fewer than 13 words is never searched.
+There are two passes. `frequencies` counts the test sets' n-grams over the whole corpus, and `below`
+keeps the rare ones, because a common n-gram is an idiom or a quotation and not a leak. Then
+`pieces` returns each document without them. With the default settings the pieces equal those of the
+script, including its oddities: the length of a match counts one space between words whatever
+separates them, and a document of fewer than 13 words is never searched.
 """
 
 import bisect
@@ -19,8 +19,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from mtnlg_jax.data.read import charsets, rows
-from mtnlg_jax.data.read.documents import JSON, LINES, PARQUET, TABLE, TEXT, kind_of
+from mtnlg_jax.data.read import charsets, json_rows, rows
+from mtnlg_jax.data.read.kinds import JSON, LINES, PARQUET, TABLE, TEXT, kind_of
 from mtnlg_jax.data.read.open_files import (
     COMPRESSION_ERRORS,
     PACKED,
@@ -30,28 +30,30 @@ from mtnlg_jax.data.read.open_files import (
     open_file,
 )
 
-# Kana, ideographs with their extensions and compatibility forms.
+# Kana, and ideographs with their extensions and compatibility forms.
 _CJK = "\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
 _WORDS = {"spaced": re.compile(r"\w+"), "characters": re.compile(rf"[{_CJK}]|[^\W{_CJK}]+")}
 TEST_KINDS = LINES + JSON + TEXT + TABLE + PARQUET
 _UNITS = {".json": "item", ".parquet": "row"}
 _NO_LIMIT = 1 << 40  # bytes of a row
-_ENOUGH = 20  # documents; of fewer, all may hold a leak
+_ENOUGH = 20  # documents; fewer may all contain a leak
 _ENDS = {"spaced": ".!?", "characters": ".!?。！？"}
 
 
 @dataclass(frozen=True)
 class Decontamination:
-    """Megatron-LM's settings. ``max_words`` a n-gram; a test text of ``min_words`` or more, but
-    fewer than that, is one n-gram itself. N-grams that occur ``key_threshold`` times or more in the
-    corpus stay. ``side`` characters go on each side of a match, and on to the end of a sentence; a
-    piece that is left has more than ``min_characters``; a document in more than ``max_pieces`` is
-    dropped.
+    """Megatron-LM's settings.
+
+    ``max_words``: words of an n-gram. ``min_words``: a test text with fewer than ``max_words`` but
+    at least these is one n-gram. ``key_threshold``: n-grams that occur at least this often in the
+    corpus stay. ``side``: characters removed on each side of a match, and on to the end of a
+    sentence. ``min_characters``: a remaining piece has more than these. ``max_pieces``: a document
+    in more pieces is dropped.
 
     ``words="spaced"`` takes a whole run of Chinese characters for one word, as the script does, and
-    so finds no leak in Chinese; with "characters" each Chinese or Japanese character is a word, and
-    。！？ end sentences, too. As 13 characters say no more than some 8 English words, more
-    ``max_words`` may then be wanted.
+    so finds no leak in Chinese. With "characters" each Chinese or Japanese character is a word, and
+    。！？ also end sentences. 13 characters say no more than about 8 English words, so a larger
+    ``max_words`` may be needed then.
     """
 
     max_words: int = 13
@@ -65,11 +67,11 @@ class Decontamination:
     def __post_init__(self):
         if not 1 <= self.min_words <= self.max_words:
             raise ValueError(
-                f"min_words={self.min_words} must lie between 1 and max_words={self.max_words}"
+                f"min_words={self.min_words} must be between 1 and max_words={self.max_words}"
             )
         if self.words not in _WORDS:
             raise ValueError(
-                f"words={self.words!r} is not known; use {' or '.join(map(repr, _WORDS))}"
+                f"unknown value words={self.words!r}; use {' or '.join(map(repr, _WORDS))}"
             )
         for name in ("key_threshold", "side", "min_characters", "max_pieces"):
             if getattr(self, name) < 0:
@@ -78,28 +80,29 @@ class Decontamination:
 
 @dataclass(frozen=True)
 class NGrams:
-    """N-grams of test texts: lower-case words joined by one space each."""
+    """N-grams of test texts: lower-case words joined by single spaces."""
 
     keys: frozenset[str]
     config: Decontamination = Decontamination()
 
     @functools.cached_property
     def lengths(self) -> list[int]:
-        """The numbers of words that n-grams have, ascending."""
+        """The lengths of the n-grams in words, ascending."""
         return sorted({key.count(" ") + 1 for key in self.keys})
 
     @functools.cached_property
     def heads(self) -> frozenset[str]:
-        """The first words of each n-gram, as many as the shortest has: where none begins, nothing
-        can match."""
+        """The first words of each n-gram, as many as the shortest has; a match begins with one."""
         least = self.lengths[0] if self.keys else 0
         return frozenset(" ".join(key.split(" ", least)[:least]) for key in self.keys)
 
     @functools.cached_property
     def samples(self) -> tuple[int, frozenset[str]]:
-        """(stride, sequences of words): wherever a head stands in a text, one of these stands at a
-        multiple of the stride, so that a look at every fifth word or so is enough to pass over a
-        clean text."""
+        """(stride, sequences of words): if a head is in a text, one of these is at a multiple of
+        the stride.
+
+        So a look at about every fifth word is enough to pass over a clean text.
+        """
         least = self.lengths[0] if self.keys else 1
         width = (least + 1) // 2
         heads = (head.split(" ") for head in self.heads)
@@ -111,19 +114,16 @@ class NGrams:
         return least - width + 1, frozenset(found)
 
     def __getstate__(self):
-        return {
-            "keys": self.keys,
-            "config": self.config,
-        }  # what is cached is sooner made again than sent
+        # The cached properties are faster to compute again than to send.
+        return {"keys": self.keys, "config": self.config}
 
 
 def ngrams(texts: Iterable[str], config: Decontamination = Decontamination()) -> NGrams:  # noqa: B008
-    """Every ``max_words`` words in a row of the texts of test sets, and texts that are a little
-    shorter as a whole.
+    """Return every ``max_words`` consecutive words of test texts, and slightly shorter texts whole.
 
-    Raises ValueError where there is no text, or none with ``min_words`` words.
+    Raises ValueError if there is no text, or none with ``min_words`` words.
     """
-    keys = set()
+    keys: set[str] = set()
     count = 0
     for text in texts:
         count += 1
@@ -135,36 +135,37 @@ def ngrams(texts: Iterable[str], config: Decontamination = Decontamination()) ->
             )
     if not count:
         raise ValueError(
-            "the test sets hold no text, so nothing would be found; name their files and keys, or leave "
-            "decontamination out"
+            "the test sets hold no text, so nothing would be found; name their files and keys, or "
+            "leave decontamination out"
         )
     if not keys:
         raise ValueError(
-            f"none of {count} test texts has min_words={config.min_words} words; is it the right key, "
-            "and are the texts Chinese, which needs words='characters'?"
+            f"none of {count} test texts has min_words={config.min_words} words; is it the right "
+            "key, and are the texts Chinese, which needs words='characters'?"
         )
     return NGrams(frozenset(keys), config)
 
 
 def words_of(text: str, config: Decontamination) -> int:
-    """How many words a test text has: one of fewer than ``min_words`` makes no n-gram."""
+    """Return the number of words of a test text; fewer than ``min_words`` make no n-gram."""
     return len(_WORDS[config.words].findall(text.lower()))
 
 
 class _Search:
-    """Matches in a document, one after the other; after each the caller says from where on to
-    search."""
+    """A search for the matches in a document, one after another.
+
+    After each match the caller sets where the search continues (`go_on`).
+    """
 
     def __init__(self, text: str, ngrams: NGrams):
         self.text = text
         self.ngrams = ngrams
         self.config = ngrams.config
-        self.base = 0  # where the part begins that is searched
+        self.base = 0  # start of the part that is searched
         self._pattern = _WORDS[self.config.words]
         lowered = text.lower()
-        # Of a part, lower() gives another text than of the whole where the end of a word is written
-        # in another way, or where one character becomes two, which the script does not notice when
-        # it cuts.
+        # lower() of a part differs from that of the whole if the end of a word has its own form
+        # (sigma), or if one character becomes two, which the script ignores when it cuts.
         self._stable = len(lowered) == len(text) and "\u03a3" not in text
         self._read(lowered)
 
@@ -172,7 +173,7 @@ class _Search:
         self._words = self._pattern.findall(lowered)
         self._lowered = lowered
         self._first = 0
-        self._starts = None
+        self._starts: list[int] | None = None
         words = self._words
         heads = self.ngrams.heads
         stride, samples = self.ngrams.samples
@@ -183,16 +184,18 @@ class _Search:
         sampled = map(samples.__contains__, map(" ".join, sequences))
         self._hits = [
             number
-            for place in itertools.compress(range(0, len(words), stride), sampled)
-            for number in range(max(place - stride + 1, 0), place + 1)
+            for sample in itertools.compress(range(0, len(words), stride), sampled)
+            for number in range(max(sample - stride + 1, 0), sample + 1)
             if number <= len(words) - self.config.max_words
             and " ".join(words[number : number + least]) in heads
         ]
 
     def find(self) -> tuple[int, int, str] | None:
-        """(start, length, n-gram) of the first match. At each word the longest n-grams are tried
-        first, then the others from the shortest on; the last words have only room for shorter
-        ones."""
+        """Return (start, length, n-gram) of the first match, or None.
+
+        At each word the longest n-grams are tried first, then the others from the shortest up; the
+        last words only have room for shorter ones.
+        """
         words = self._words
         keys = self.ngrams.keys
         lengths = self.ngrams.lengths
@@ -201,7 +204,9 @@ class _Search:
         hits = self._hits[bisect.bisect_left(self._hits, self._first) :]
         if self._first <= last and self._first not in hits[:1]:
             hits = [self._first, *hits]  # its word may have been cut
-        places = ((number, length) for number in hits for length in (size, *lengths))
+        tried: Iterable[tuple[int, int]] = (
+            (number, length) for number in hits for length in (size, *lengths)
+        )
         if self._first < last:
             ending = (
                 (number, length)
@@ -209,40 +214,48 @@ class _Search:
                 if length != size
                 for number in range(last, len(words) - length + 1)
             )
-            places = itertools.chain(places, ending)
-        for number, length in places:
+            tried = itertools.chain(tried, ending)
+        for number, length in tried:
             key = " ".join(words[number : number + length])
             if key in keys:
-                if self._starts is None:
-                    offset = 0 if self._stable else self.base
-                    self._starts = [
-                        offset + match.start() for match in self._pattern.finditer(self._lowered)
-                    ]
-                start = self._starts[number]
+                starts = self._word_starts()
+                start = starts[number]
                 if self.config.words == "spaced":
                     return start, len(key), key
                 final = number + length - 1
-                return start, self._starts[final] + len(words[final]) - start, key
+                return start, starts[final] + len(words[final]) - start, key
         return None
 
+    def _word_starts(self) -> list[int]:
+        """Return the start of each word in the text; computed at the first match."""
+        if self._starts is None:
+            offset = 0 if self._stable else self.base
+            found = self._pattern.finditer(self._lowered)
+            self._starts = [offset + match.start() for match in found]
+        return self._starts
+
     def go_on(self, base: int) -> None:
+        """Continue the search at ``base``."""
         self.base = base
         if not self._stable:
             self._read(self.text[base:].lower())
             return
-        self._first = bisect.bisect_left(self._starts, base)
+        starts = self._word_starts()
+        self._first = bisect.bisect_left(starts, base)
         before = self._first - 1
-        if before >= 0 and self._starts[before] + len(self._words[before]) > base:
-            self._words[before] = self._words[before][base - self._starts[before] :]
-            self._starts[before] = base
+        if before >= 0 and starts[before] + len(self._words[before]) > base:
+            self._words[before] = self._words[before][base - starts[before] :]
+            starts[before] = base
             self._first = before
 
 
 def frequencies(text: str, ngrams: NGrams) -> dict[str, int]:
-    """How often each n-gram occurs in a document. After a match the search goes on behind it, so
-    that of overlapping n-grams the first alone counts. The counts of a corpus are the sums over its
-    documents."""
-    counts = {}
+    """Count how often each n-gram occurs in a document.
+
+    The search continues after a match, so only the first of overlapping n-grams counts. The counts
+    of a corpus are the sums over its documents.
+    """
+    counts: dict[str, int] = {}
     search = _Search(text, ngrams)
     while match := search.find():
         start, length, key = match
@@ -254,8 +267,7 @@ def frequencies(text: str, ngrams: NGrams) -> dict[str, int]:
 
 
 def below(ngrams: NGrams, counts: Mapping[str, int]) -> NGrams:
-    """The n-grams that occur fewer than ``key_threshold`` times; ``counts`` are those of the whole
-    corpus."""
+    """Return the n-grams with fewer than ``key_threshold`` occurrences in the whole corpus."""
     threshold = ngrams.config.key_threshold
     return replace(
         ngrams, keys=frozenset(key for key in ngrams.keys if counts.get(key, 0) < threshold)
@@ -263,8 +275,11 @@ def below(ngrams: NGrams, counts: Mapping[str, int]) -> NGrams:
 
 
 def pieces(text: str, ngrams: NGrams) -> tuple[list[str], list[str]]:
-    """(pieces, n-grams that matched): the document itself where nothing matched, otherwise what is
-    left of it, which is nothing where too little is left or in too many pieces."""
+    """Return (pieces, n-grams that matched).
+
+    If nothing matched, the only piece is the document. Otherwise the pieces are what is left of it:
+    none if too little is left, or in too many pieces.
+    """
     config = ngrams.config
     left = []
     matched = []
@@ -290,18 +305,23 @@ def pieces(text: str, ngrams: NGrams) -> tuple[list[str], list[str]]:
 
 
 def check_hits(hit: int, documents: int, limit: float = 0.5) -> None:
-    """Raises ValueError where more than the share ``limit`` of the documents matched, which no leak
-    does: then a test set is the corpus itself, or was made of it."""
+    """Raise ValueError if more than the share ``limit`` of the documents matched.
+
+    That is not a leak: a test set is the corpus itself, or was made of it.
+    """
     if documents >= _ENOUGH and hit > limit * documents:
         raise ValueError(
-            f"{hit} of {documents} documents hold text of the test sets, more than a share of {limit}; is "
-            "one of the test sets the corpus itself? Then take it out of the test sets"
+            f"{hit} of {documents} documents hold text of the test sets, more than a share of "
+            f"{limit}; is one of the test sets the corpus itself? Then remove it from the test sets"
         )
 
 
 class TestText(NamedTuple):
-    """A text of a test set: its ``field``, a key or column, "line" or "paragraph" of a .txt; None
-    for ``text`` where the field holds a number, or is not one that counts."""
+    """A text of a test set.
+
+    ``field``: its key or column, or "line" or "paragraph" for a .txt. ``text``: None if the field
+    holds a number or is not one of the wanted keys.
+    """
 
     field: str
     text: str | None
@@ -310,14 +330,16 @@ class TestText(NamedTuple):
 def read_test_texts(
     file: str | os.PathLike | File, keys: Iterable[str] = (), encoding: str = ""
 ) -> Iterator[TestText]:
-    """The texts of an evaluation set: each string under one of ``keys`` (as "question"; none: under
-    any key), however deep it lies in the rows of .jsonl, .json (lists, objects, one after another),
-    .csv, .tsv and .parquet; columns of a table by the names of its first line, or by numbers from
-    "0" on, where each line is a row. Of .txt and the like each line, and each paragraph of several.
-    Files may be compressed, and lie where fsspec finds them.
+    """Yield the texts of an evaluation set.
 
-    Raises FileNotFoundError, and ValueError for another suffix, what is not valid or not in its
-    ``encoding`` (`charsets`), or where no key is found.
+    These are all strings under one of ``keys`` (such as "question"; without keys, under any key),
+    however deep in the rows of .jsonl, .json (lists, objects, one after another), .csv, .tsv and
+    .parquet. Columns of a table have the names in its first line, or are numbered from "0", and then
+    each line is a row. A .txt yields each line, and each paragraph of several lines. Files may be
+    compressed, and anywhere that fsspec reaches.
+
+    Raises FileNotFoundError, and ValueError for an unknown suffix, for a text that is invalid or not
+    in its ``encoding`` (`charsets`), or if no key is found.
     """
     if isinstance(keys, str):
         raise ValueError(f"keys={keys!r} is one string; give a list, as [{keys!r}]")
@@ -326,17 +348,18 @@ def read_test_texts(
     kind = kind_of(file.name)
     if kind not in TEST_KINDS:
         raise ValueError(
-            f"{file.path} has a suffix that is not read; a test set is {' '.join(TEST_KINDS)}, also with "
-            f"{' '.join(PACKED)}"
+            f"{file.path} has a suffix that is not read; a test set is {' '.join(TEST_KINDS)}, "
+            f"also with {' '.join(PACKED)}"
         )
-    names = {}  # in the order of the file, for the message
+    names: dict[str, None] = {}  # in the order of the file, for the message
     for row in _test_rows(file, kind, keys, encoding):
-        place = f"{file.path}, {_UNITS.get(kind, 'line')} {row.place}"
+        position = f"{file.path}, {_UNITS.get(kind, 'line')} {row.number}"
         if isinstance(row.value, Damaged):
-            raise ValueError(f"{place}: {row.value}; mend the test set")
+            raise ValueError(f"{position}: {row.value}; repair the test set")
         if row.wrong:
             raise ValueError(
-                f"{place}: {row.wrong}; name its encoding, as in encoding=cp1252, or mend the test set"
+                f"{position}: {row.wrong}; name its encoding, as in encoding=cp1252, or repair the "
+                "test set"
             )
         if kind in TEXT:
             yield TestText(*row.value)
@@ -344,7 +367,8 @@ def read_test_texts(
             yield from _fields(row.value, keys, names, "text")
     if keys and kind not in TEXT and not names.keys() & set(keys):
         raise ValueError(
-            f"{file.path} has none of the keys {', '.join(keys)}; it has {', '.join(list(names)[:12])}"
+            f"{file.path} has none of the keys {', '.join(keys)}; "
+            f"it has {', '.join(list(names)[:12])}"
         )
 
 
@@ -361,13 +385,13 @@ def _test_rows(file: File, kind: str, keys: tuple[str, ...], encoding: str) -> I
             elif kind in TEXT:
                 yield from _lines_of(stream)
             elif kind in TABLE:
-                # Without names each line is a row, the first one, too: whether that names columns
-                # cannot be told.
+                # Without names each line is a row, including the first, because it is unknown
+                # whether that names columns.
                 named = keys and not all(key.isdecimal() for key in keys)
                 found = (rows.table if named else rows.cells)(stream, kind, _NO_LIMIT)
                 yield from found if named else map(_numbered, found)
             else:
-                yield from (rows.json_values if kind in JSON else rows.json_lines)(
+                yield from (json_rows.json_values if kind in JSON else json_rows.json_lines)(
                     stream, _NO_LIMIT
                 )
     except COMPRESSION_ERRORS as error:
@@ -381,24 +405,25 @@ def _decoded(row: rows.Row, encoding: str) -> rows.Row:
     wrong = None
     for name, value in row.value.items():
         if isinstance(value, bytes):
-            value, bad = charsets.decode(value)
-            wrong = wrong or bad
+            value, invalid = charsets.decode(value)
+            wrong = wrong or invalid
         values[name] = value
-    return rows.Row(row.place, values, wrong)
+    return rows.Row(row.number, values, wrong)
 
 
 def _numbered(row: rows.Row) -> rows.Row:
-    return (
-        row
-        if isinstance(row.value, Damaged)
-        else row._replace(value=dict(zip(map(str, range(len(row.value))), row.value, strict=True)))
-    )
+    """Return a row of cells as a dict by the numbers of its columns."""
+    if isinstance(row.value, Damaged):
+        return row
+    return row._replace(value={str(number): cell for number, cell in enumerate(row.value)})
 
 
 def _lines_of(stream: io.BufferedReader) -> Iterator[rows.Row]:
-    """(field, text) of each line, and of each paragraph of several: a test may lie in the corpus
-    wrapped elsewhere."""
-    paragraph = []
+    """Yield (field, text) of each line, and of each paragraph of several lines.
+
+    The corpus may contain a test with other line breaks.
+    """
+    paragraph: list[str] = []
     number = 0
     for number, line in enumerate(stream, 1):
         text, wrong = charsets.decode(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)
@@ -414,9 +439,13 @@ def _lines_of(stream: io.BufferedReader) -> Iterator[rows.Row]:
         yield rows.Row(number, ("paragraph", "\n".join(paragraph)))
 
 
-def _fields(value, keys: tuple[str, ...], names: dict[str, None], name: str) -> Iterator[TestText]:
-    """Of a JSON value below the key ``name``. What lies below a key that counts has other keys of
-    its own."""
+def _fields(
+    value: object, keys: tuple[str, ...], names: dict[str, None], name: str
+) -> Iterator[TestText]:
+    """Yield the texts of a JSON value below the key ``name``.
+
+    Keys inside a wanted key count separately.
+    """
     if isinstance(value, list):
         for item in value:
             yield from _fields(item, keys, names, name)

@@ -1,9 +1,9 @@
-"""Near-duplicates by MinHash LSH and exactly repeated paragraphs, in NumPy alone.
+"""Near-duplicates by MinHash LSH, and exactly repeated paragraphs, with NumPy only.
 
-Documents are rows of arrays here. A stage computes `signatures` and `band_keys` shard by shard,
-then, over all of the corpus or over one range of keys at a time, `candidates`, whose pairs it holds
-to the exact `jaccard`; `components` and `keep` decide. Nothing depends on the order of the rows
-where `ranks` says which document comes first.
+Documents are rows of arrays here. A stage computes `signatures` and `band_keys` shard by shard.
+Then, over the whole corpus or one range of keys at a time, it computes `candidates` and verifies
+their pairs with the exact `jaccard`. `components` and `keep` decide. The result does not depend on
+the order of the rows if `ranks` defines which document comes first.
 """
 
 import hashlib
@@ -15,24 +15,25 @@ import numpy as np
 
 from mtnlg_jax.data.filter.shingles import MAX_WIDTH, Memory, shingle_hashes
 
-_GROUP = 1 << 20  # characters that are worked on at a time
-_BLOCK = 1 << 14  # shingles that are mapped at a time, so that they stay in the cache
+_GROUP = 1 << 20  # characters processed at a time
+_BLOCK = 1 << 14  # shingles mapped at a time, few enough to stay in the cache
 _PRIME = np.uint64((1 << 61) - 1)
 
 
 @dataclass(frozen=True)
 class MinHashConfig:
     """``width`` characters a shingle (1 to 13), ``hashes`` a signature in ``bands`` equal bands.
-    Two documents are duplicates from a Jaccard similarity of ``threshold`` on.
 
-    The widths and counts are those of Megatron-Turing NLG, whose threshold lay between 0.7 and 0.9.
-    Here it is 0.8: ten bands of ten find a pair of similarity s with 1 - (1 - s^10)^10, which is 25
-    % at 0.7, 68 % at 0.8, 99 % at 0.9 and one half at 0.79, so that below 0.8 most pairs would go
-    unseen anyway.
+    Two documents are duplicates if their Jaccard similarity is at least ``threshold``.
 
-    ``scheme`` is datasketch's: "affine32" as of 2.0, or "legacy" for ((a x + b) mod (2^61 - 1)) mod
-    2^32 as before, where a x + b wraps around at 2^64. Signatures of different schemes do not
-    compare.
+    Width and counts are those of Megatron-Turing NLG, whose threshold was between 0.7 and 0.9. Here
+    it is 0.8: ten bands of ten find a pair of similarity s with probability 1 - (1 - s^10)^10. That
+    is 25 % at 0.7, 68 % at 0.8, 99 % at 0.9 and one half at 0.79, so below 0.8 most pairs would not
+    be found anyway.
+
+    ``scheme`` is datasketch's: "affine32" since 2.0, or "legacy" for ((a x + b) mod (2^61 - 1)) mod
+    2^32 before that, where a x + b wraps around at 2^64. Signatures of different schemes cannot be
+    compared.
     """
 
     width: int = 5
@@ -47,23 +48,24 @@ class MinHashConfig:
             raise ValueError(f"width={self.width}: a shingle has 1 to {MAX_WIDTH} characters")
         if self.hashes < 1 or self.bands < 1 or self.hashes % self.bands:
             raise ValueError(
-                f"hashes={self.hashes} do not fill bands={self.bands}; make one a multiple of the other"
+                f"hashes={self.hashes} is not divisible by bands={self.bands}; make it a multiple"
             )
         if not 0 < self.threshold <= 1:
             raise ValueError(
-                f"threshold={self.threshold} is no similarity; give one above 0 and up to 1"
+                f"threshold={self.threshold} is not a similarity; give one above 0 and up to 1"
             )
         if self.scheme not in ("affine32", "legacy"):
-            raise ValueError(f"scheme={self.scheme!r} is not known; use 'affine32' or 'legacy'")
+            raise ValueError(f"unknown value scheme={self.scheme!r}; use 'affine32' or 'legacy'")
 
 
 def signatures(texts: Sequence[str], config: MinHashConfig = MinHashConfig()) -> np.ndarray:  # noqa: B008
-    """uint32 [texts, hashes], equal to ``datasketch.MinHash(num_perm, seed, scheme=scheme)`` after
-    an update with the UTF-8 of each shingle: of every ``width`` characters in a row, or of the text
-    itself where it is shorter.
+    """Return uint32 [texts, hashes], the MinHash signatures.
+
+    They equal ``datasketch.MinHash(num_perm, seed, scheme=scheme)`` after an update with the UTF-8
+    of each shingle: every ``width`` consecutive characters, or the whole text if it is shorter.
 
     The signature of an empty text is 2^32 - 1 throughout. Raises ValueError for lone surrogates,
-    which no UTF-8 has.
+    which have no UTF-8.
     """
     multipliers, addends = _permutations(config)
     result = np.full((len(texts), config.hashes), 2**32 - 1, np.uint32)
@@ -74,7 +76,7 @@ def signatures(texts: Sequence[str], config: MinHashConfig = MinHashConfig()) ->
             hashes = _murmur_finalizer(hashes)
         for first in range(0, len(hashes), _BLOCK):
             block = hashes[first : first + _BLOCK].astype(multipliers.dtype)
-            # The pieces that lie in this block, the one that began before it included.
+            # The pieces in this block, including one that began before it.
             low, high = np.searchsorted(starts, [first, first + len(block)], side="left")
             low -= low == len(starts) or starts[low] > first
             bounds = np.maximum(starts[low:high] - first, 0)
@@ -92,8 +94,7 @@ def signatures(texts: Sequence[str], config: MinHashConfig = MinHashConfig()) ->
 
 
 def _without_repeats(hashes: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Long pieces repeat many of their shingles, and to sort them takes less time than to map them
-    all."""
+    """Remove repeated hashes from long pieces; sorting takes less time than mapping them all."""
     parts = np.split(hashes, starts[1:])
     for number, part in enumerate(parts):
         if len(part) > _BLOCK // 2:
@@ -104,7 +105,7 @@ def _without_repeats(hashes: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray
 
 
 def _permutations(config: MinHashConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Multipliers and addends [hashes] in the order in which datasketch draws them."""
+    """Return (multipliers, addends) [hashes] in the order in which datasketch draws them."""
     generator = np.random.RandomState(config.seed)
     if config.scheme == "legacy":
         draws = [
@@ -114,18 +115,17 @@ def _permutations(config: MinHashConfig) -> tuple[np.ndarray, np.ndarray]:
             )
             for _ in range(config.hashes)
         ]
-        return tuple(np.array(draws, np.uint64).T)
-    odd = generator.randint(0, 1 << 31, config.hashes, dtype=np.uint32) * np.uint32(2) + np.uint32(
-        1
-    )
+        multipliers, addends = np.array(draws, np.uint64).T
+        return multipliers, addends
+    halves = generator.randint(0, 1 << 31, config.hashes, dtype=np.uint32)
+    odd = halves * np.uint32(2) + np.uint32(1)
     return odd, generator.randint(0, 1 << 32, config.hashes, dtype=np.uint32)
 
 
 def _modulo_prime(values: np.ndarray) -> np.ndarray:
     folded = (values & _PRIME) + (values >> np.uint64(61))
-    return np.minimum(
-        folded, folded - _PRIME
-    )  # what lies below the prime wraps around to something larger
+    # A value below the prime wraps around to a larger one.
+    return np.minimum(folded, folded - _PRIME)
 
 
 def _murmur_finalizer(values: np.ndarray) -> np.ndarray:
@@ -135,10 +135,13 @@ def _murmur_finalizer(values: np.ndarray) -> np.ndarray:
 
 
 def _groups(texts: Sequence[str], width: int) -> Iterator[tuple[np.ndarray, list[str]]]:
-    """(rows, pieces) of about a million characters. Long texts come in pieces that share width - 1
-    characters, each in a group of its own, so that no row comes twice in one."""
-    rows = []
-    pieces = []
+    """Yield (rows, pieces) of about a million characters.
+
+    Long texts are yielded in pieces that share width - 1 characters, each in its own group, so that
+    no row occurs twice in a group.
+    """
+    rows: list[int] = []
+    pieces: list[str] = []
     size = 0
     for row, text in enumerate(texts):
         for start in range(0, max(len(text) - width + 1, min(len(text), 1)), _GROUP):
@@ -156,36 +159,37 @@ def _groups(texts: Sequence[str], width: int) -> Iterator[tuple[np.ndarray, list
 
 
 def band_keys(signatures: np.ndarray, bands: int) -> np.ndarray:
-    """uint64 [n, bands]: a hash of each band of the signatures [n, hashes] and of its number, so
-    that the keys of all bands may lie in one table. Documents that share a key agree, but for one
-    chance in 2^64, on a whole band."""
+    """Return uint64 [n, bands], a hash of each band of the signatures [n, hashes] and its number.
+
+    Because of the number the keys of all bands fit in one table. Documents that share a key agree
+    on a whole band, except with probability 2^-64.
+    """
     if signatures.shape[1] % bands:
         raise ValueError(
-            f"{signatures.shape[1]} hashes do not fill {bands} bands; make one a multiple of the other"
+            f"{signatures.shape[1]} hashes are not divisible by {bands} bands; make them a multiple"
         )
     rows = signatures.reshape(len(signatures), bands, -1)
-    keys = np.broadcast_to(np.arange(1, bands + 1, dtype=np.uint64), rows.shape[:2]) * np.uint64(
-        0x9E3779B97F4A7C15
-    )
-    for column in range(
-        rows.shape[2]
-    ):  # the finalizer of SplitMix64 (Steele 2014) after each value
-        keys = keys + rows[:, :, column] + np.uint64(0x9E3779B97F4A7C15)
+    golden = np.uint64(0x9E3779B97F4A7C15)
+    keys = np.broadcast_to(np.arange(1, bands + 1, dtype=np.uint64), rows.shape[:2]) * golden
+    # The finalizer of SplitMix64 (Steele 2014) after each value.
+    for column in range(rows.shape[2]):
+        keys = keys + rows[:, :, column] + golden
         keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         keys = keys ^ (keys >> np.uint64(31))
     return keys
 
 
-def ranks(priority: Sequence[int], *place: Sequence) -> np.ndarray:
-    """int64 [n]: 0 for the document that stays before all others, which is the one of the highest
-    ``priority``, among those the one of the lowest ``place`` (one or more columns, the first counts
-    most: file, line).
+def ranks(priority: Sequence[int], *position: Sequence) -> np.ndarray:
+    """Return int64 [n], 0 for the document to keep before all others.
 
-    Raises ValueError where two documents have the same place, as their order would be that of the
-    input.
+    The highest ``priority`` comes first, then the lowest ``position`` (one or more columns, the
+    most significant first: file, line).
+
+    Raises ValueError if two documents have the same position, because their order would be that of
+    the input.
     """
-    columns = [-np.asarray(priority, np.int64), *map(np.asarray, place)]
+    columns = [-np.asarray(priority, np.int64), *map(np.asarray, position)]
     order = np.lexsort(columns[::-1])
     equal = np.ones(max(len(order) - 1, 0), bool)
     for column in columns:
@@ -193,8 +197,8 @@ def ranks(priority: Sequence[int], *place: Sequence) -> np.ndarray:
     if equal.any():
         row = order[np.argmax(equal)]
         raise ValueError(
-            f"two documents have the place {[column[row].item() for column in columns[1:]]}; "
-            "add a column that tells them apart"
+            f"two documents have the position {[column[row].item() for column in columns[1:]]}; "
+            "add a column in which they differ"
         )
     result = np.empty(len(order), np.int64)
     result[order] = np.arange(len(order))
@@ -202,15 +206,15 @@ def ranks(priority: Sequence[int], *place: Sequence) -> np.ndarray:
 
 
 def candidates(keys: np.ndarray, rank: np.ndarray, window: int = 8) -> np.ndarray:
-    """int64 [pairs, 2]: rows that share one of the ``keys`` [n, bands], the smaller row first,
-    sorted, each pair once.
+    """Return int64 [pairs, 2], rows that share one of the ``keys`` [n, bands].
+
+    The smaller row is first; pairs are sorted and occur once.
 
     Each member of a bucket is paired with the bucket's first by ``rank`` [n] and with the
-    ``window`` members before
-    it: with all up to buckets of window + 2, and with no more than window + 1 in larger ones, so
-    that a boilerplate page of a million copies costs no square. The components of all candidates
-    stay as they were; what is lost in large buckets is a pair that is similar while neither of the
-    two is similar to any other member it was paired with.
+    ``window`` members before it. That is all members in buckets of up to window + 2, and at most
+    window + 1 in larger ones, so that a page with a million copies does not cost the square. The
+    components of the candidates do not change; a large bucket loses a pair only if neither of the
+    two is similar to any other member that it was paired with.
     """
     found = []
     by_rank = np.argsort(rank, kind="stable")
@@ -235,13 +239,13 @@ def _distinct(pairs: np.ndarray, n: int) -> np.ndarray:
 
 
 def shingles(text: str, width: int = 5) -> set[str]:
-    """Every ``width`` characters in a row; the text itself where it is shorter, nothing of an empty
-    one."""
+    """Return every ``width`` consecutive characters; the text itself if it is shorter, nothing for
+    an empty one."""
     return {text[start : start + width] for start in range(max(len(text) - width + 1, 1))} - {""}
 
 
 def jaccard(a: str, b: str, width: int = 5) -> float:
-    """Shingles that both texts have over those that one has, 0 to 1; 1 for two empty texts."""
+    """Return the shingles of both texts over those of either, 0 to 1; 1 for two empty texts."""
     ours = shingles(a, width)
     theirs = shingles(b, width)
     common = len(ours & theirs)
@@ -249,8 +253,7 @@ def jaccard(a: str, b: str, width: int = 5) -> float:
 
 
 def components(pairs: np.ndarray, n: int) -> np.ndarray:
-    """int32 [n]: the number of each row's component, where ``pairs`` [m, 2] of rows belong
-    together."""
+    """Return int32 [n], the component of each row, if ``pairs`` [m, 2] of rows belong together."""
     import scipy.sparse
 
     pairs = np.asarray(pairs, np.int64).reshape(-1, 2)
@@ -261,14 +264,16 @@ def components(pairs: np.ndarray, n: int) -> np.ndarray:
 
 
 def keep(components: np.ndarray, rank: np.ndarray) -> np.ndarray:
-    """bool [n]: true for the row of the lowest ``rank`` in each component."""
+    """Return bool [n], true for the row of the lowest ``rank`` in each component."""
     return ~repeated(components, rank)
 
 
-def repeated(values: np.ndarray, *order: Sequence) -> np.ndarray:
-    """bool [n]: true for every occurrence of a value but its first by ``order`` (one or more
-    columns [n], the first counts most). All occurrences of a value must be there, so a corpus may
-    be cut by ranges of its values."""
+def repeated(values: np.ndarray, *order: Sequence | np.ndarray) -> np.ndarray:
+    """Return bool [n], true for every occurrence of a value except its first by ``order``.
+
+    ``order`` is one or more columns [n], the most significant first. All occurrences of a value
+    must be present, so a corpus may be split by ranges of its values.
+    """
     sort = np.lexsort([*map(np.asarray, order[::-1]), values])
     result = np.zeros(len(sort), bool)
     result[sort[1:]] = values[sort[1:]] == values[sort[:-1]]
@@ -280,7 +285,7 @@ _LINE_ENDS = re.compile(r"\n\s*")
 
 
 def _paragraphs(text: str) -> Iterator[tuple[int, int]]:
-    """(start, end) of each paragraph with the space behind it."""
+    """Yield (start, end) of each paragraph with the space after it."""
     start = 0
     for match in (_BLANK_LINES if _BLANK_LINES.search(text) else _LINE_ENDS).finditer(text):
         yield start, match.end()
@@ -289,15 +294,17 @@ def _paragraphs(text: str) -> Iterator[tuple[int, int]]:
         yield start, len(text)
 
 
-def _normalised(paragraph: str) -> str:
+def _normalized(paragraph: str) -> str:
     return " ".join(paragraph.casefold().split())
 
 
 def paragraph_hashes(text: str, min_length: int = 80) -> np.ndarray:
-    """uint64 [paragraphs]: a hash of each paragraph that has ``min_length`` characters or more,
-    regardless of case and of white space. Paragraphs end at blank lines; in a text without any,
-    each line is one."""
-    normal = (_normalised(text[start:end]) for start, end in _paragraphs(text))
+    """Return uint64 [paragraphs], hashes of the paragraphs of at least ``min_length`` characters.
+
+    Case and white space are ignored. Paragraphs end at blank lines; in a text without any, each
+    line is one.
+    """
+    normal = (_normalized(text[start:end]) for start, end in _paragraphs(text))
     return np.array(
         [
             int.from_bytes(hashlib.blake2b(paragraph.encode(), digest_size=8).digest(), "little")
@@ -309,17 +316,19 @@ def paragraph_hashes(text: str, min_length: int = 80) -> np.ndarray:
 
 
 def without_paragraphs(text: str, dropped: Sequence[bool], min_length: int = 80) -> str:
-    """The text without those of its paragraphs that are true in ``dropped``, one flag for each of
-    `paragraph_hashes`. All other characters stay as they are."""
+    """Return the text without its paragraphs that are true in ``dropped``.
+
+    There is one flag for each of `paragraph_hashes`. All other characters stay.
+    """
     spans = list(_paragraphs(text))
     counted = [
         number
         for number, (start, end) in enumerate(spans)
-        if len(_normalised(text[start:end])) >= min_length
+        if len(_normalized(text[start:end])) >= min_length
     ]
     if len(counted) != len(dropped):
         raise ValueError(
-            f"{len(dropped)} flags for {len(counted)} paragraphs of {min_length} characters or more; "
+            f"{len(dropped)} flags for {len(counted)} paragraphs of at least {min_length} characters; "
             "use the text and the min_length of paragraph_hashes"
         )
     gone = {number for number, flag in zip(counted, dropped, strict=True) if flag}

@@ -1,8 +1,8 @@
-"""HTML entities left over in text: resolved once, unless the text is about them.
+"""Resolve HTML entities left over in text once, unless the text is about them.
 
-A line keeps its entities where it is code, where it quotes one or speaks of markup or escaping,
-where resolving would make a tag or leave an entity (text that was escaped twice), and where the
-text writes both ``&lt;`` and ``<``. What was resolved holds no entity: nothing is resolved twice.
+A line keeps its entities if it is code, quotes one, or mentions markup or escaping; if resolving
+would make a tag or leave an entity (text that was escaped twice); and if the text contains both
+``&lt;`` and ``<``. A resolved line has no entity, so nothing is resolved twice.
 """
 
 import re
@@ -18,7 +18,7 @@ _OPEN = re.compile(rf"<(?!(?:{_MASKS})>)")
 _TAG = re.compile(r"</?[A-Za-z!?][^<>\n]{0,200}>")
 _MARKUP = "(?:lt|gt|amp|quot|apos|#0?3[489]|#6[02]|#x2[267]|#x3[ce])"
 _QUOTED = re.compile(rf"[\"'`“‘「『]&{_MARKUP};|&{_MARKUP};[\"'`”’」』]", re.IGNORECASE)
-# Entities of letters and typography: what escapes those is a program, not a writer.
+# Entities of letters and typography: programs escape those, writers do not.
 _LEFT_OVER = re.compile(rf"&(?!{_MARKUP};)#?[0-9A-Za-z]{{1,24}};", re.IGNORECASE)
 _ABOUT = re.compile(
     r"\b(?:x?html5?|xml|svg|entit(?:y|ies)|(?:un)?escap(?:e[ds]?|ing)|ampersands?|"
@@ -34,12 +34,12 @@ _CODE = re.compile(
 
 
 def writes_both(text: str) -> bool:
-    """Whether a text writes ``<`` as itself and as an entity; placeholders do not count."""
+    """Whether a text contains ``<`` both plain and as an entity; placeholders do not count."""
     return bool(_ESCAPED_TAG.search(text) and _OPEN.search(text))
 
 
 def unescape(line: str) -> str:
-    """The line with its entities resolved, or as it is where it is about them."""
+    """Return the line with its entities resolved, or unchanged if it is about them."""
     plain = ftfy.fixes.unescape_html(line)
     if plain == line or ftfy.fixes.unescape_html(plain) != plain:
         return line

@@ -1,9 +1,9 @@
-"""Documents judged by a linear classifier of the user's good and bad samples, and kept by the
-Pareto rule of GPT-3.
+"""Score documents by a linear classifier of good and bad samples, and keep them by GPT-3's Pareto
+rule.
 
-Words or characters are hashed into a vector (scikit-learn's MurmurHash3, the same in every
-process), logistic regression weighs them. Samples are taken in the order of their hashes, so a
-classifier does not depend on theirs.
+Words or characters are hashed into a vector (scikit-learn's MurmurHash3, the same in every process)
+and weighted by logistic regression. Samples are sorted by their hashes, so a classifier does not
+depend on their order.
 """
 
 import hashlib
@@ -15,15 +15,18 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-_BATCH = 256  # documents that are made into vectors at a time
-_HELD_OUT = 10  # one sample in so many
+_BATCH = 256  # documents vectorized at a time
+_HELD_OUT = 10  # one sample in ten is held out
 
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """``units`` are "words", 1 and 2 in a row, for text with spaces between them, or "characters",
-    1 to 3 in a row, for Chinese; hashed into 2^``bits`` features. ``strength`` is the inverse of
-    the regularization. Of each text the first ``limit`` characters are looked at."""
+    """Settings of a classifier.
+
+    ``units``: "words", n-grams of 1 and 2 for text with spaces, or "characters", n-grams of 1 to 3
+    for Chinese; hashed into 2^``bits`` features. ``strength``: the inverse of the regularization.
+    ``limit``: characters used at the start of each text.
+    """
 
     units: str = "words"
     bits: int = 18
@@ -33,19 +36,19 @@ class ClassifierConfig:
 
     def __post_init__(self):
         if self.units not in ("words", "characters"):
-            raise ValueError(f"units={self.units!r} is not known; use 'words' or 'characters'")
+            raise ValueError(f"unknown value units={self.units!r}; use 'words' or 'characters'")
         if not 1 <= self.bits <= 30:
-            raise ValueError(f"bits={self.bits} must lie between 1 and 30")
+            raise ValueError(f"bits={self.bits} must be between 1 and 30")
         if not self.strength > 0 or self.limit < 1 or self.minimum < 1:
             raise ValueError(
-                f"strength={self.strength}, limit={self.limit} and minimum={self.minimum} must be above 0"
+                f"strength={self.strength}, limit={self.limit} and minimum={self.minimum} must be "
+                "above 0"
             )
 
 
 @dataclass(frozen=True, eq=False)
 class Classifier:
-    """``weights`` float32 [2^bits] and ``bias``; ``result`` says how it did on samples that were
-    held out."""
+    """``weights`` float32 [2^bits] and ``bias``; ``result`` is its accuracy on held-out samples."""
 
     config: ClassifierConfig
     weights: np.ndarray
@@ -53,13 +56,13 @@ class Classifier:
     result: dict[str, float | int]
 
     def scores(self, texts: Iterable[str]) -> np.ndarray:
-        """float64 [texts], from 0 (as the bad samples) to 1 (as the good ones)."""
-        logits = [features @ self.weights for features in _features(texts, self.config)]
-        logits = np.concatenate([np.zeros(0), *logits]) + self.bias
+        """Return float64 [texts], from 0 (like the bad samples) to 1 (like the good ones)."""
+        parts = [features @ self.weights for features in _features(texts, self.config)]
+        logits = np.concatenate([np.zeros(0), *parts]) + self.bias
         return 1 / (1 + np.exp(-logits.clip(-500, 500)))
 
     def files(self) -> dict[str, bytes]:
-        """quality.json and quality.npz, which hold no code and open everywhere."""
+        """Return quality.json and quality.npz, which contain no code and open everywhere."""
         weights = io.BytesIO()
         np.savez_compressed(weights, weights=self.weights)
         description = {"config": asdict(self.config), "bias": self.bias, "result": self.result}
@@ -70,8 +73,7 @@ class Classifier:
 
     @classmethod
     def of(cls, files: Mapping[str, bytes]) -> "Classifier":
-        """The one of which these are the `files`. Raises ValueError where they do not fit
-        together."""
+        """Return the classifier of `files`. Raises ValueError if they do not fit together."""
         try:
             description = json.loads(files["quality.json"])
             config = ClassifierConfig(**description["config"])
@@ -85,7 +87,7 @@ class Classifier:
 
 
 def _features(texts: Iterable[str], config: ClassifierConfig) -> Iterator:
-    """Sparse float32 [up to 256, 2^bits] of unit length."""
+    """Yield sparse float32 [up to 256, 2^bits] of unit length."""
     from sklearn.feature_extraction.text import HashingVectorizer
 
     kinds = {
@@ -108,15 +110,14 @@ def _features(texts: Iterable[str], config: ClassifierConfig) -> Iterator:
 def train(
     good: Iterable[str], bad: Iterable[str], config: ClassifierConfig = ClassifierConfig()
 ) -> Classifier:  # noqa: B008
-    """A classifier of two classes that count the same, however many samples each has.
+    """Train a classifier of two classes with equal weight, however many samples each has.
 
-    One sample in ten, drawn by its hash, is held out first, to count the ``result``: the samples of
-    both classes, the share of the held-out ones that were told right (``accuracy``), and of each
-    class (``good_accuracy``, ``bad_accuracy``). Then all samples train the classifier that comes
-    back.
+    One sample in ten, chosen by its hash, is held out first to compute the ``result``: the number
+    of samples of both classes, the accuracy on the held-out ones (``accuracy``) and that of each
+    class (``good_accuracy``, ``bad_accuracy``). Then the returned classifier is trained on all samples.
 
-    Raises ValueError for a class with fewer than ``minimum`` different samples, or the same text in
-    both.
+    Raises ValueError for a class with fewer than ``minimum`` distinct samples, or for the same text
+    in both.
     """
     from scipy import sparse
     from sklearn.linear_model import LogisticRegression
@@ -127,8 +128,8 @@ def train(
     both = sorted(set(samples[0]) & set(samples[1]))
     if both:
         raise ValueError(
-            f"{len(both)} texts are good and bad samples at once, as {both[0][:60]!r}; "
-            "take them out of one of the two"
+            f"{len(both)} texts are both good and bad samples, such as {both[0][:60]!r}; "
+            "remove them from one of the two"
         )
     texts = samples[0] + samples[1]
     labels = np.repeat([1, 0], list(map(len, samples)))
@@ -136,8 +137,7 @@ def train(
     features = sparse.vstack(list(_features(texts, config)), format="csr")
 
     def fitted(rows):
-        # Of the solvers the one without random numbers; in float64, so that it stops where it
-        # should.
+        # The solver without random numbers; in float64, so that it stops where it should.
         model = LogisticRegression(
             C=config.strength, class_weight="balanced", solver="lbfgs", max_iter=1000
         )
@@ -161,13 +161,13 @@ def _sorted_samples(texts: Iterable[str], name: str, config: ClassifierConfig) -
     distinct = {text for text in texts if text.strip()}
     if len(distinct) < config.minimum:
         raise ValueError(
-            f"{len(distinct)} different {name} samples are too few; give {config.minimum} or more"
+            f"{len(distinct)} distinct {name} samples are too few; give {config.minimum} or more"
         )
     return sorted(distinct, key=lambda text: (_hash(text), text))
 
 
 def _hash(text: str, seed: int = 0) -> int:
-    """64 bits."""
+    """Return a hash of 64 bits."""
     data = text.encode(errors="surrogatepass")
     return int.from_bytes(
         hashlib.blake2b(data, digest_size=8, key=str(seed).encode()).digest(), "little"
@@ -175,21 +175,22 @@ def _hash(text: str, seed: int = 0) -> int:
 
 
 def kept(scores: np.ndarray, texts: Sequence[str], seed: int = 0, alpha: float = 9.0) -> np.ndarray:
-    """bool [texts]: true where a draw from the Pareto (Lomax) distribution, as by
-    ``numpy.random.pareto(alpha)``, is above 1 - score (Brown et al. 2020, appendix A): nearly all
-    of the best, and a few of the worst, 1 in 512 of those with a score of 0. The draw depends on
-    the text and on ``seed`` alone, so equal texts share their fate."""
+    """Return bool [texts], true if a draw from the Pareto (Lomax) distribution is above 1 - score.
+
+    The distribution is that of ``numpy.random.pareto(alpha)`` (Brown et al. 2020, appendix A). It
+    keeps nearly all of the best texts and a few of the worst: 1 in 512 of those with a score of 0.
+    The draw depends only on the text and on ``seed``, so equal texts have the same result.
+    """
     if len(scores) != len(texts):
         raise ValueError(f"{len(scores)} scores for {len(texts)} texts")
     if not alpha > 0:
         raise ValueError(f"alpha={alpha} must be above 0")
-    # 53 bits, from which a float64 in (0, 1] follows exactly.
+    # 53 bits give a float64 in (0, 1] exactly.
     uniform = np.array([((_hash(text, seed) >> 11) + 1) * 2.0**-53 for text in texts], np.float64)
     return uniform ** (-1 / alpha) - 1 > 1 - np.asarray(scores)
 
 
 def border(scores: np.ndarray, texts: Sequence[str], count: int = 10) -> list[tuple[float, str]]:
-    """(score, text) of the texts whose scores lie nearest to 0.5 where good and bad part, ascending
-    by score."""
+    """Return (score, text) of the texts with scores nearest to 0.5, the border, by score."""
     order = sorted(range(len(texts)), key=lambda row: (abs(scores[row] - 0.5), texts[row]))[:count]
     return sorted((float(scores[row]), texts[row]) for row in order)

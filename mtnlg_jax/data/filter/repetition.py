@@ -1,21 +1,19 @@
-"""How much of a text repeats itself: the measures of Gopher (Rae et al. 2021, arXiv 2112.11446,
+"""Measure how much of a text is repetition, as Gopher does (Rae et al. 2021, arXiv 2112.11446,
 table A1)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-# Characters of scripts that are written without spaces between words: each counts as a word. Kana,
-# Han.
+# Kana and Han: scripts without spaces between words, of which each character counts as a word.
 UNSPACED = "\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-# N-grams are counted within windows of so many units: in a novel any five words come again
-# somewhere.
+# N-grams are counted within windows of 2^14 units: in a novel any five words recur somewhere.
 _WINDOW_BITS = 14
 _PRIME = np.uint64(0x9E3779B97F4A7C15)  # odd, without a pattern: 2^64 / golden ratio
 
 
 def duplicate_share(pieces: Sequence[str]) -> tuple[float, float]:
-    """(share of the pieces that stood there before, share of the characters in those)."""
+    """Return (share of pieces that are repetitions, share of the characters in them)."""
     seen = set()
     count = 0
     size = 0
@@ -29,9 +27,11 @@ def duplicate_share(pieces: Sequence[str]) -> tuple[float, float]:
 
 
 class Units:
-    """What a text is counted in: the words between its white space, in lower case; or, where
-    ``unspaced`` says that it has more Chinese or Japanese characters than those, its letters and
-    digits."""
+    """The units in which a text is counted.
+
+    These are its words between white space, in lower case. If it has more Chinese or Japanese
+    characters than words, ``unspaced`` is true and the units are its letters and digits.
+    """
 
     def __init__(self, text: str):
         words = text.lower().split()
@@ -40,7 +40,7 @@ class Units:
             if not text.isascii()
             else np.zeros(0, np.uint32)
         )
-        # Kana and Han; no marks, and neither Hangul, which has spaces, nor the forms of full width.
+        # Kana and Han; not punctuation, Hangul (which has spaces) or full-width forms.
         characters = codes[
             (codes >= 0x3041) & (codes < 0xAC00)
             | (codes >= 0xF900) & (codes < 0xFB00)
@@ -52,11 +52,11 @@ class Units:
             letters |= (codes >= 0x30) & (codes <= 0x39) | ((codes | 32) >= 0x61) & (
                 (codes | 32) <= 0x7A
             )
-            self.numbers = {}
+            self.numbers: dict[str, int] = {}
             self.ids = codes[letters].astype(np.uint64)
             self.sizes = np.ones(len(self.ids), np.int64)
         else:
-            self.numbers = {}  # of each different word, in the order in which they come first
+            self.numbers = {}  # of each distinct word, in order of first occurrence
             self.ids = np.array(
                 [self.numbers.setdefault(word, len(self.numbers)) for word in words], np.uint64
             )
@@ -64,30 +64,31 @@ class Units:
                 self.ids.astype(np.int64)
             ]
         self._windows = range(0, len(self.ids), 1 << _WINDOW_BITS)
-        # of each window's start: n, and the hashes of its n-grams, to go on from with n + 1
-        self._hashed = {}
+        # By the start of a window: n and the hashes of its n-grams, from which n + 1 continues.
+        self._hashed: dict[int, tuple[int, np.ndarray]] = {}
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def lettered(self) -> int:
-        """How many of the words hold a letter."""
+        """Return the number of words that contain a letter."""
         has = np.array(
             [word.isalpha() or any(map(str.isalpha, word)) for word in self.numbers], bool
         )
         return int(has[self.ids.astype(np.int64)].sum())
 
     def top_share(self, n: int) -> float:
-        """The share of the characters that are in the most frequent n-gram, the mean over the
-        windows."""
+        """Return the share of characters in the most frequent n-gram, averaged over the windows."""
         return self._mean(self._top, n)
 
     def duplicate_share(self, n: int) -> float:
-        """The share of the characters that are in n-grams that stood there before, each counted
-        once; the mean over the windows. Never grows with n."""
+        """Return the share of characters in repeated n-grams, averaged over the windows.
+
+        Each character counts once. Never grows with n.
+        """
         return self._mean(self._duplicate, n)
 
-    def _mean(self, measure, n: int) -> float:
+    def _mean(self, measure: Callable[..., int], n: int) -> float:
         total = 0
         for start in self._windows:
             sizes = self.sizes[start : start + (1 << _WINDOW_BITS)]
@@ -102,7 +103,7 @@ class Units:
         return total / max(1, int(self.sizes.sum()))
 
     def _sorted(self, start: int, n: int) -> np.ndarray:
-        """Of the window: the hash of each n-gram above, its place below, in order."""
+        """Return the n-grams of a window, sorted: the hash in the high bits, the position below."""
         ids = self.ids[start : start + (1 << _WINDOW_BITS)]
         done, hashes = self._hashed.get(start, (0, np.zeros(len(ids), np.uint64)))
         if done > n:
@@ -117,19 +118,19 @@ class Units:
         return np.sort((hashes >> bits << bits) | np.arange(len(hashes), dtype=np.uint64))
 
     @staticmethod
-    def _top(hashes: np.ndarray, places: np.ndarray, sizes: np.ndarray, n: int) -> int:
+    def _top(hashes: np.ndarray, positions: np.ndarray, sizes: np.ndarray, n: int) -> int:
         starts = np.flatnonzero(np.concatenate([[True], hashes[1:] != hashes[:-1]]))
         counts = np.diff(starts, append=len(hashes))
         best = int(counts.max())
         if best < 2:
             return 0
-        first = places[starts[counts == best]].astype(np.int64)
+        first = positions[starts[counts == best]].astype(np.int64)
         ends = np.concatenate([[0], np.cumsum(sizes)])
         return best * int((ends[first + n] - ends[first]).max())
 
     @staticmethod
-    def _duplicate(hashes: np.ndarray, places: np.ndarray, sizes: np.ndarray, n: int) -> int:
-        again = places[1:][hashes[1:] == hashes[:-1]].astype(np.int64)
+    def _duplicate(hashes: np.ndarray, positions: np.ndarray, sizes: np.ndarray, n: int) -> int:
+        again = positions[1:][hashes[1:] == hashes[:-1]].astype(np.int64)
         if not len(again):
             return 0
         cover = np.zeros(len(sizes) + 1, np.int64)

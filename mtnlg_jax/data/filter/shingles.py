@@ -1,23 +1,23 @@
-"""SHA-1 of every shingle of a text, many at a time, in NumPy."""
+"""Compute SHA-1 of every shingle of a text, many at a time, in NumPy."""
+
+from typing import Any
 
 import numpy as np
 
-# characters of at most 4 bytes: with SHA-1's padding they still fit into one block of 64 bytes
+# 13 characters of at most 4 bytes fit with SHA-1's padding into one block of 64 bytes.
 MAX_WIDTH = 13
 
-_BLOCK = (
-    1 << 14
-)  # shingles that are hashed at a time: some dozen arrays of this length stay in the cache
-_LOOKUP = (
-    1 << 17
-)  # shingles that are looked up at a time: so many that those not found fill a block
+_BLOCK = 1 << 14  # shingles hashed at a time: a dozen arrays of this length stay in the cache
+_LOOKUP = 1 << 17  # shingles looked up at a time, enough for the unknown ones to fill a block
 _SLOTS = 1 << 19  # shingles whose hash is remembered
 
 
 class Memory:
-    """The hashes of shingles that were seen last, one a slot: running text repeats itself, and to
-    look a hash up takes a tenth of the time of SHA-1. Whole keys are compared, so that what is
-    remembered never changes a result."""
+    """The hashes of recent shingles, one a slot.
+
+    Running text repeats itself, and a lookup takes a tenth of the time of SHA-1. Whole keys are
+    compared, so the memory never changes a result.
+    """
 
     def __init__(self, width: int):
         # Three characters of 21 bits a word. No key is all ones, which marks an empty slot.
@@ -25,7 +25,7 @@ class Memory:
         self.hashes = np.zeros(_SLOTS, np.uint32)
 
     def find(self, keys: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(slots, hashes, numbers of those keys whose hash is not known)."""
+        """Return (slots, hashes, indices of the keys whose hash is unknown)."""
         mixed = keys[0] * np.uint64(0x9E3779B97F4A7C15)
         for key in keys[1:]:
             mixed ^= mixed >> np.uint64(29)
@@ -39,15 +39,15 @@ class Memory:
         return slots, self.hashes.take(slots), np.flatnonzero(~known)
 
     def store(self, slots: np.ndarray, keys: list[np.ndarray], hashes: np.ndarray) -> None:
-        # Of several keys for one slot NumPy leaves the last, in all arrays the same.
+        # If several keys have one slot, NumPy stores the last, the same in all arrays.
         for words, key in zip(self.words, keys, strict=True):
             words[slots] = key
         self.hashes[slots] = hashes
 
 
 def shingle_hashes(pieces: list[str], width: int, memory: Memory) -> tuple[np.ndarray, np.ndarray]:
-    """The first 32 bits of SHA-1 [shingles], little-endian, and where each piece's begin
-    [pieces]."""
+    """Return the first 32 bits of SHA-1 [shingles], little-endian, and the start of each piece's
+    shingles [pieces]."""
     text = "".join(pieces)
     try:
         data = np.frombuffer(text.encode() + bytes(4 * MAX_WIDTH + 8), np.uint8)
@@ -60,12 +60,12 @@ def shingle_hashes(pieces: list[str], width: int, memory: Memory) -> tuple[np.nd
     np.cumsum(
         1 + (codes > 0x7F).view(np.uint8) + (codes > 0x7FF) + (codes > 0xFFFF), out=offsets[1:]
     )
-    # Four bytes from each byte on, as SHA-1 reads them.
+    # The big-endian word at each byte, as SHA-1 reads them.
     words = np.zeros(len(data) - 3, np.uint32)
     for byte in range(4):
         words <<= np.uint32(8)
         words |= data[byte : len(data) - 3 + byte]
-    # A shingle from each character on; those that reach into the next text are taken out below.
+    # A shingle at each character; those that reach into the next text are removed below.
     hashes = np.empty(len(text), np.uint32)
     for first in range(0, len(text), _LOOKUP):
         last = min(first + _LOOKUP, len(text))
@@ -108,22 +108,22 @@ _ROUND_CONSTANTS = np.array([0x5A827999, 0x6ED9EBA1, 0x8F1BBCDC, 0xCA62C1D6], np
 
 
 def _sha1(words: np.ndarray, offsets: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The first four bytes, as a little-endian number, of SHA-1 (FIPS 180-4) of messages of one
-    block.
+    """Return the first four bytes, as a little-endian number, of SHA-1 (FIPS 180-4) of messages of
+    one block.
 
-    ``words`` [bytes] holds the big-endian word at each byte; a message is ``lengths`` bytes from
+    ``words`` [bytes] is the big-endian word at each byte; a message is ``lengths`` bytes from
     ``offsets`` on.
     """
-    schedule = [None] * 16  # None is a word of zeros
+    schedule: list[Any] = [None] * 16  # None is a word of zeros
     masks = np.array([0, 0xFF000000, 0xFFFF0000, 0xFFFFFF00, 0xFFFFFFFF, 0], np.uint32)
     ends = np.array([0x80000000, 0x00800000, 0x00008000, 0x00000080, 0, 0], np.uint32)
     for number in range(int(lengths.max()) // 4 + 1):
-        left = np.clip(
-            lengths - 4 * number, -1, 4
-        )  # -1, the last of both tables: the end lies before this word
-        schedule[number] = words.take(offsets + 4 * number)
-        schedule[number] &= masks[left]
-        schedule[number] |= ends[left]
+        # -1, the last entry of both tables: the message ends before this word.
+        left = np.clip(lengths - 4 * number, -1, 4)
+        word = words.take(offsets + 4 * number)
+        word &= masks[left]
+        word |= ends[left]
+        schedule[number] = word
     schedule[15] = (8 * lengths).astype(np.uint32)
     a, b, c, d, e = (
         np.full(len(lengths), value, np.uint32)

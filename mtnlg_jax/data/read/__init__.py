@@ -1,1 +1,1 @@
-"""Readers: files of every kind in, documents out."""
+"""Readers: turn files of every kind into documents."""

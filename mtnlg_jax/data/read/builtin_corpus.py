@@ -12,13 +12,12 @@ from mtnlg_jax.data.read.documents import Document
 
 
 def embedded_documents() -> Iterator[Document]:
-    """A corpus that needs no download: the prose of the running interpreter's own documentation,
-    about 1 MB.
+    """Yield the prose of the running interpreter's own documentation, about 1 MB.
 
-    The topics of ``help()``, then a document for each module of the standard library with the
-    docstrings of the module, its classes and its functions; parsed, never imported. Code, tables
-    and signatures are left out, and no paragraph comes twice. The same text on every machine with
-    the same version of Python.
+    First come the topics of ``help()``, then a document for each module of the standard library
+    with the docstrings of the module, its classes and its functions; modules are parsed, never
+    imported. Code, tables and signatures are omitted, and no paragraph occurs twice. The text is
+    the same on every machine with the same version of Python.
     """
     seen = set()
     for source, docstrings in _documentation():
@@ -35,7 +34,7 @@ def embedded_documents() -> Iterator[Document]:
 def _documentation() -> Iterator[tuple[str, list[str]]]:
     try:
         from pydoc_data.topics import topics
-    except ImportError:  # some distributions pack it separately
+    except ImportError:  # some distributions package it separately
         topics = {}
     for name in sorted(topics):
         yield f"topic:{name}", [topics[name]]
@@ -44,7 +43,7 @@ def _documentation() -> Iterator[tuple[str, list[str]]]:
         folder = library / name
         files = [library / f"{name}.py", *folder.rglob("*.py")] if name != "test" else []
         for file in sorted(files, key=lambda file: file.relative_to(library).as_posix()):
-            # Tests say little in prose, and not every installation has them.
+            # Tests have little prose, and not every installation has them.
             if file.is_file() and not {"test", "tests", "idle_test"} & set(
                 file.relative_to(library).parts
             ):
@@ -55,7 +54,9 @@ def _documentation() -> Iterator[tuple[str, list[str]]]:
                 yield f"module:{file.relative_to(library).as_posix()}", list(_docstrings(tree))
 
 
-def _docstrings(node: ast.AST) -> Iterator[str]:
+def _docstrings(
+    node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef,
+) -> Iterator[str]:
     yield ast.get_docstring(node, clean=False) or ""
     for child in node.body:
         if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -68,10 +69,10 @@ _EMPHASIS = re.compile(r"(?<![\w\"'*])(\*\*?)(\w(?:[^*]*\w)?)\1(?![\w\"'*])")
 
 
 def _prose(docstring: str) -> Iterator[str]:
-    """The paragraphs of a docstring that are sentences, each on one line, without markup."""
+    """Yield the paragraphs of a docstring that are sentences, each on one line, without markup."""
     for block in re.split(r"\n\s*\n", inspect.cleandoc(docstring)):
-        # Each item of a list is a paragraph of its own.
-        items = [[]]
+        # Each item of a list is a separate paragraph.
+        items: list[list[str]] = [[]]
         for line in block.split("\n"):
             if _BULLET.match(line):
                 items.append([])
@@ -92,6 +93,6 @@ def _is_prose(paragraph: str) -> bool:
         len(words) >= 5
         and plain >= 0.75 * len(words)
         and paragraph[0].isupper()
-        # Not ":", which announces the code or table that was left out.
+        # Not ":", which introduces code or a table that was omitted.
         and paragraph.rstrip("\"')").endswith((".", "!", "?"))
     )

@@ -1,15 +1,15 @@
-"""In which encoding bytes are text: one rule for files, lines, cells, pages and test sets alike.
+"""Find the encoding of text: one rule for files, lines, cells, pages and test sets.
 
 1. A byte order mark is certain: UTF-8, UTF-16 or UTF-32.
-2. A page is in what its HTTP header or itself declares, as browsers take those names.
-3. Bytes that are valid UTF-8 are UTF-8; where an encoding is named, they must hold enough beyond
-ASCII to tell.
-4. Then comes the encoding that the user names (``--encoding``), if one is named.
-5. A page that declares nothing is read as cp1252, as browsers have it, or by a guess in another
-script; both are
-   counted. Nothing else is guessed.
+2. A page has the encoding that its HTTP header or the page itself declares, as browsers read those
+   names.
+3. Valid UTF-8 is UTF-8; if an encoding is named, the bytes must have enough beyond ASCII to be
+   sure.
+4. Otherwise text has the encoding that the user names (``--encoding``), if any.
+5. A page that declares nothing is read as cp1252, as in browsers, or by a guess for another script;
+   both are counted. Nothing else is guessed.
 
-What is invalid then is damage: an error with its place, or U+FFFD, which is counted.
+Bytes that are invalid then are damage: an error with its position, or U+FFFD, which is counted.
 """
 
 import codecs
@@ -25,7 +25,7 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-# https://encoding.spec.whatwg.org: what browsers take these names for, since texts mean more than the names say.
+# Browsers read these names as larger encodings: https://encoding.spec.whatwg.org
 _MEANT = {
     "gb2312": "gb18030",
     "gbk": "gb18030",
@@ -38,61 +38,65 @@ _MEANT = {
 _EXAMPLES = "cp1252, gb18030, big5, shift_jis, euc_kr or utf-16-le"
 _NOT_OF_FILES = ("undefined", "unicode_escape", "raw_unicode_escape", "idna", "punycode")
 _HANDLER = "mtnlg_jax.damaged"
-_CERTAIN = (
-    8  # characters of several bytes, from which on valid UTF-8 is not another encoding by chance
-)
+# Continuation bytes from which on valid UTF-8 is not another encoding by chance.
+_CERTAIN = 8
 
-# What an encoding cannot decode becomes a byte that no UTF-8 has, and so is found by whoever reads
-# that.
-codecs.register_error(_HANDLER, lambda error: ("\udcff", error.end))
+
+def _replace(error: UnicodeError) -> tuple[str, int]:
+    """Replace bytes that an encoding cannot decode by one that UTF-8 never has, to be found later."""
+    assert isinstance(error, UnicodeDecodeError)
+    return "\udcff", error.end
+
+
+codecs.register_error(_HANDLER, _replace)
 
 
 def marked(head: bytes) -> str | None:
-    """The encoding that a byte order mark names, or None."""
+    """Return the encoding that a byte order mark names, or None."""
     return next((name for mark, name in _MARKS if head.startswith(mark)), None)
 
 
 def known(name: str | None) -> str | None:
-    """Python's name of an encoding of text as browsers understand it; None where there is no such
-    encoding."""
+    """Return Python's name of a text encoding as browsers understand it; None if there is none."""
+    if not name:
+        return None
     try:
-        found = codecs.lookup(name) if name else None
-        codecs.getincrementaldecoder(found.name if found else "")
+        found = codecs.lookup(name)
+        codecs.getincrementaldecoder(found.name)
     except (LookupError, ValueError):
         return None
-    if found.name == "undefined":  # a codec that raises at every text; scripts write the word
+    if found.name == "undefined":  # raises for every text, and pages do declare it
         return None
-    # Codecs that are not of text, such as base64, must not run over what was read.
+    # Codecs that do not decode text, such as base64, must not run over the input.
     return _MEANT.get(found.name, found.name) if getattr(found, "_is_text_encoding", True) else None
 
 
 def check(encoding: str) -> None:
-    """Raises ValueError where ``encoding`` ("" for none) is not the name of one."""
+    """Raise ValueError if ``encoding`` ("" for none) is unknown."""
     if encoding and (known(encoding) or "undefined").replace("-", "_") in _NOT_OF_FILES:
         raise ValueError(
-            f"encoding={encoding!r} is not known; name one such as {_EXAMPLES}, or leave it out for UTF-8"
+            f"unknown value encoding={encoding!r}; name one such as {_EXAMPLES}, or leave it out "
+            "for UTF-8"
         )
 
 
 def way_out(encoding: str = "") -> str:
-    """The end of a message about text that is not in UTF-8, or not in the ``encoding`` that was
-    named or marked."""
+    """Return the end of a message about text that is not in UTF-8 or in the ``encoding`` given."""
     if encoding.lower() in ("utf-16", "utf-32"):
-        return "mend the file, or give on_error=skip, which puts U+FFFD there and counts it"
+        return "repair the file, or give on_error=skip, which puts U+FFFD there and counts it"
     if encoding:
         return (
-            f"name the right encoding instead of encoding={encoding}, or give on_error=skip, which puts U+FFFD "
-            "there and counts it"
+            f"name the right encoding instead of encoding={encoding}, or give on_error=skip, "
+            "which puts U+FFFD there and counts it"
         )
     return (
-        f"name its encoding, as in encoding=cp1252 ({_EXAMPLES}), or give on_error=skip, which puts U+FFFD there "
-        "and counts it"
+        f"name its encoding, as in encoding=cp1252 ({_EXAMPLES}), or give on_error=skip, which "
+        "puts U+FFFD there and counts it"
     )
 
 
 def decode(data: bytes) -> tuple[str, str | None]:
-    """(text of UTF-8, what is wrong with it or None); bytes that are not UTF-8 become U+DC80 to
-    U+DCFF."""
+    """Return (text of UTF-8, what is wrong or None); other bytes become U+DC80 to U+DCFF."""
     try:
         return data.decode(), None
     except UnicodeDecodeError as error:
@@ -100,24 +104,25 @@ def decode(data: bytes) -> tuple[str, str | None]:
 
 
 def wrong(data: bytes, start: int) -> str:
+    """Describe the byte at ``start``, which is not UTF-8."""
     return f"byte 0x{data[start]:02x} at {start:,} is not UTF-8"
 
 
 def as_utf8(stream: io.BufferedReader, encoding: str = "") -> tuple[io.BufferedReader, str]:
-    """(the stream as UTF-8, the encoding that it was in or "" for UTF-8), by rules 1, 3 and 4 for
-    what begins it."""
+    """Return (the stream as UTF-8, its encoding or "" for UTF-8), by rules 1, 3 and 4."""
+    # Only the head is examined; the rest may have any size.
     head = stream.peek(1 << 16)[: 1 << 16]
+    named = known(encoding)
     found = marked(head)
     if found is None:
-        # The head alone is looked at: what follows may be of any size.
-        found = known(encoding) if encoding and not _is_utf8(head, known(encoding)) else "utf-8"
+        found = named if named and not _is_utf8(head, named) else "utf-8"
     if found.startswith("utf-8"):
         return stream, ""
-    return io.BufferedReader(_Recoded(stream, found), 1 << 17), found
+    return io.BufferedReader(Recoded(stream, found), 1 << 17), found
 
 
 def _is_utf8(head: bytes, encoding: str) -> bool:
-    """Whether valid UTF-8 says more than that it can be read as that, too."""
+    """Whether the head of a text is UTF-8 rather than ``encoding``."""
     try:
         text = head.decode()
     except UnicodeDecodeError as error:
@@ -125,17 +130,19 @@ def _is_utf8(head: bytes, encoding: str) -> bool:
             return False
         text = head[: error.start].decode()
     if head.isascii() and b"\0" not in head and len("a".encode(encoding)) > 1:
-        return True  # not a text of two or four bytes a character
+        return True  # an encoding of two or four bytes a character is ruled out
     beyond = len(head) - len(text)
-    # In an encoding of one byte a character, a letter and a sign after it are not text: one such
-    # pair is enough.
+    # In an encoding of one byte a character, a character of UTF-8 reads as a letter and a sign, which
+    # is not text: one is enough.
     single = len(bytes(range(256)).decode(encoding, "replace")) == 256
     return beyond >= (1 if single else _CERTAIN)
 
 
-class _Recoded(PieceStream):
-    """UTF-8 of what is in another encoding; a byte 0xff stands for what that cannot decode.
-    ``changed``: whether it was not ASCII, which is the same in most."""
+class Recoded(PieceStream):
+    """A stream in another encoding as UTF-8; a byte 0xff replaces what cannot be decoded.
+
+    ``changed``: whether it was not only ASCII, which is the same in most encodings.
+    """
 
     def __init__(self, stream: io.BufferedReader, encoding: str):
         super().__init__(stream)

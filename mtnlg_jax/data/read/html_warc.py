@@ -1,4 +1,4 @@
-"""The text of web pages: HTML by trafilatura, and the records of WARC and WET by warcio."""
+"""Extract the text of web pages: HTML by trafilatura, and records of WARC and WET by warcio."""
 
 import contextlib
 import functools
@@ -16,8 +16,8 @@ from mtnlg_jax.data.read.open_files import Damaged, Skipped, ZstdFile, is_binary
 _CHARSET = re.compile(rb"<meta[^>]{0,400}?charset\s*=\s*[\"']?\s*([\w.:-]{2,40})", re.IGNORECASE)
 GUESSED = "pages that declare no encoding and are not UTF-8, read as cp1252 or by a guess"
 _BEYOND_ASCII = re.compile(rb"[\x80-\xff]+")
-_RUN = 2.5  # bytes beyond ASCII in a row, on an average, from which on a script is not Latin
-NO_PAGE = Skipped("records of WARC that are no answer with a page (requests, metadata)")
+_RUN = 2.5  # mean length of runs of bytes beyond ASCII from which a script is not Latin
+NO_PAGE = Skipped("records of WARC without a page (requests, metadata)")
 NOT_HTML = Skipped("records of WARC that are not HTML")
 NOT_FOUND = Skipped("records of WARC whose HTTP status is not 200")
 _BEGINNINGS = re.compile(
@@ -29,8 +29,10 @@ _HTML_TYPES = ("text/html", "application/xhtml+xml")
 
 
 class Page(NamedTuple):
-    """A page as text, None where it is binary; what is ``wrong`` with its bytes, and ``how`` it was
-    decoded, where that is to be told."""
+    """A page as ``text``, None if it is binary.
+
+    ``wrong``: what is wrong with its bytes. ``how``: how it was decoded, if that should be reported.
+    """
 
     text: str | None
     wrong: str | None = None
@@ -38,15 +40,18 @@ class Page(NamedTuple):
 
 
 def page_text(data: bytes, charset: str | None = None) -> str | None:
-    """The `main_text` of `decode_page`; None for binary data."""
+    """Return the `main_text` of `decode_page`; None for binary data."""
     page = decode_page(data, charset)
     return page.text if page.text is None else main_text(page.text)
 
 
 def decode_page(data: bytes, charset: str | None = None, encoding: str = "") -> Page:
-    """An HTML page as text: by its byte order mark, else ``charset`` (of the HTTP header), else
-    what the page declares; where that fails or nothing is declared, as UTF-8, else in ``encoding``,
-    else as cp1252 or by a guess of trafilatura's. What cannot be decoded becomes U+FFFD."""
+    """Decode an HTML page.
+
+    The encoding is that of the byte order mark, else ``charset`` (from the HTTP header), else what
+    the page declares. If that fails or nothing is declared, it is UTF-8, else ``encoding``, else
+    cp1252 or a guess of trafilatura. Bytes that cannot be decoded become U+FFFD.
+    """
     marked = charsets.marked(data)
     if (marked or "utf-8").startswith("utf-8") and is_binary(data):
         return Page(None)
@@ -62,25 +67,27 @@ def decode_page(data: bytes, charset: str | None = None, encoding: str = "") -> 
             if name:
                 return Page(data.decode(name))
         except UnicodeDecodeError as error:
-            wrong = (
-                wrong or f"byte 0x{data[error.start]:02x} at {error.start:,} is not {name.upper()}"
-            )
+            byte = data[error.start]
+            named = str(name).upper()
+            wrong = wrong or f"byte 0x{byte:02x} at {error.start:,} is not {named}"
     if declared:
         return Page(data.decode(declared, "replace"), wrong)
     runs = _BEYOND_ASCII.findall(data)
     if sum(map(len, runs)) < _RUN * len(runs):
-        # Single letters between others: a Latin script, for which a guess is wrong more often than
-        # what browsers take.
+        # Single letters between ASCII: a Latin script, for which a guess is wrong more often than
+        # the default of browsers.
         with contextlib.suppress(UnicodeDecodeError):
             return Page(data.decode("cp1252"), None, GUESSED)
     return Page(_trafilatura()[1](data), None, GUESSED)
 
 
 def main_text(page: str) -> str:
-    """The main text of an HTML page, "" where it has none: no menus, comments, scripts. Exponents,
-    formulas and code are written out as `markup` says."""
+    """Return the main text of an HTML page, or "": no menus, comments or scripts.
+
+    Exponents, formulas and code are written out by `markup`.
+    """
     extract, _, parse = _trafilatura()
-    # Its declaration is no longer true of what is a string now, and lxml would refuse it.
+    # The declared encoding no longer applies to a string, and lxml would refuse it.
     page = re.sub(r"^\s*<\?xml[^>]*\?>", "", page).replace("\0", "")
     if not page.strip():
         return ""
@@ -91,10 +98,10 @@ def main_text(page: str) -> str:
             if content is None:
                 return ""
             markup.write_out(content)
-        # Precision: otherwise it gives the menu of a page that has nothing else.
+        # Without favor_precision a page without text yields its menu.
         text = extract(content, include_comments=False, favor_precision=True) or ""
         return text if content is page else markup.restore(text)
-    except RecursionError:  # elements nested without end
+    except RecursionError:  # elements nested too deeply
         return ""
 
 
@@ -103,15 +110,14 @@ def _trafilatura():
     import trafilatura
     import trafilatura.utils
 
-    # It logs an error for each page without text; those are counted.
+    # It logs an error for each page without text, which are counted instead.
     logging.getLogger("trafilatura").setLevel(logging.CRITICAL)
     return trafilatura.extract, trafilatura.utils.decode_file, trafilatura.load_html
 
 
 def _declared(name: str | None) -> str | None:
     found = charsets.known(name)
-    # A page whose declaration can be read is not in UTF-16, whatever it declares; so browsers have
-    # it.
+    # A page whose declaration can be read is not in UTF-16, whatever it declares, as in browsers.
     return "utf-8" if found in ("utf-16", "utf-16-le", "utf-16-be") else found
 
 
@@ -119,15 +125,14 @@ def read_records(
     stream: io.BufferedReader,
     limit: int,
     encoding: str = "",
-) -> Iterator[tuple[int, str | Damaged | Skipped, str | None, str | None]]:
-    """(number from 1, text, what is wrong with its bytes, how it was decoded) of each record of a
-    WARC or WET file that is not compressed any more.
+) -> Iterator[tuple[int, str | None, str | None, str | None]]:
+    """Yield (number from 1, text, what is wrong with its bytes, how it was decoded) of each record
+    of a decompressed WARC or WET file.
 
-    The text of a conversion record of plain text is itself, that of a response (HTTP 200) or
-    resource of HTML, by its type or by how it begins where it has none, is its `main_text`;
-    `Skipped` for all other records. `Damaged` stands for a page of more than ``limit`` bytes or in
-    a compression that cannot be undone, and for the rest of a file that is cut short or not WARC at
-    all.
+    A conversion record of plain text is its own text. A response (HTTP 200) or resource that is
+    HTML, by its type or else by its beginning, has its `main_text`. All other records are
+    `Skipped`. A page of more than ``limit`` bytes or with a damaged compression is `Damaged`, and
+    so is the rest of a file that is cut short or not WARC.
     """
     from warcio.archiveiterator import ArchiveIterator
     from warcio.exceptions import ArchiveLoadFailed
@@ -136,7 +141,7 @@ def read_records(
         yield 1, Damaged("not a WARC file: it does not begin with WARC/"), None, None
         return
     number = 0
-    # read1: what comes before a damaged place is still read.
+    # With read1 the data before damage is still read.
     records = ArchiveIterator(types.SimpleNamespace(read=stream.read1))
     try:
         for number, record in enumerate(records, 1):  # noqa: B007
@@ -166,8 +171,8 @@ def _record_text(record, limit: int, encoding: str) -> Page:
             and record.http_headers.get_statuscode() != "200"
         ):
             return Page(NOT_FOUND)
-        # The compression is undone here: warcio knows some of them, one at a time, and takes others
-        # for text.
+        # Decompressed below: warcio supports some compressions, one at a time, and takes others for
+        # text.
         record.http_headers.remove_header("Content-Encoding")
     if record.rec_type == "conversion" and kind.strip() == "text/plain":
         data = read_all(record.raw_stream, limit)
@@ -197,17 +202,19 @@ def _record_text(record, limit: int, encoding: str) -> Page:
 
 
 class _TooLong(Exception):
-    """More than the limit comes out of a compression."""
+    """Decompressed data exceeds the limit."""
 
 
 def _unpacked(data: bytes, coding: str, limit: int) -> bytes | Damaged:
-    """``data`` without what Content-Encoding names, the last one first. Data that is plain text
-    already, as crawlers keep it that undo the compression and leave the header, stays."""
+    """Decompress ``data`` by its Content-Encoding, the last name first.
+
+    Data that is already plain HTML stays: some crawlers decompress and keep the header.
+    """
     for name in reversed([part.strip().lower() for part in coding.split(",")]):
         if name in ("", "identity", "utf-8", "none"):
             continue
         if name not in _UNPACKERS:
-            return Damaged(f"its Content-Encoding {name!r} is not known")
+            return Damaged(f"its Content-Encoding {name!r} is unknown")
         try:
             unpacked = _UNPACKERS[name](data, limit)
         except ImportError as error:
@@ -225,7 +232,7 @@ def _unpacked(data: bytes, coding: str, limit: int) -> bytes | Damaged:
 
 
 def _unzip(data: bytes, limit: int, bits: int) -> bytes:
-    """Of zlib's formats; a stream that is cut short raises zlib.error."""
+    """Decompress a format of zlib; a truncated stream raises zlib.error."""
     pieces = []
     size = 0
     while data:
@@ -236,7 +243,7 @@ def _unzip(data: bytes, limit: int, bits: int) -> bytes:
             raise _TooLong
         if not unpacker.eof:
             raise zlib.error("it is cut short")
-        # Members of gzip one after another are one; zeros and the like behind them are not.
+        # Consecutive members of gzip are one stream; padding after them is ignored.
         data = unpacker.unused_data if unpacker.unused_data[:2] == b"\x1f\x8b" else b""
     return b"".join(pieces)
 
@@ -245,7 +252,7 @@ def _deflate(data: bytes, limit: int) -> bytes:
     try:
         return _unzip(data, limit, zlib.MAX_WBITS)
     except zlib.error:
-        return _unzip(data, limit, -zlib.MAX_WBITS)  # as many servers send it, without a header
+        return _unzip(data, limit, -zlib.MAX_WBITS)  # without a header, as many servers send it
 
 
 def _zstd(data: bytes, limit: int) -> bytes:
@@ -258,7 +265,7 @@ def _zstd(data: bytes, limit: int) -> bytes:
 def _brotli(data: bytes, limit: int) -> bytes:
     import brotli
 
-    unpacked = brotli.decompress(data)  # all at once: the library knows no limit
+    unpacked = brotli.decompress(data)  # all at once: the library has no limit
     if len(unpacked) > limit:
         raise _TooLong
     return unpacked

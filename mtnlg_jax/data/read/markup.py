@@ -1,20 +1,20 @@
-"""Elements of HTML whose text alone would say something else, written out before text is extracted.
+"""Write out elements of HTML whose bare text would change the meaning, before text is extracted.
 
 - Exponents and indices: 10⁶, H₂O, xⁿ⁺¹ where Unicode has all characters, else x^k, x_{ij}. Ordinals
   (1st), marks (TM) and notes ([3]) stay as they are.
-- Formulas, once each, however a page shows them (MathML, MediaWiki, KaTeX, MathJax, images with a
-  text): their LaTeX as \\(...\\) or \\[...\\], else MathML written in a line: (a+b)/2, √(x).
+- Formulas, once each, in whatever form (MathML, MediaWiki, KaTeX, MathJax, images with a text):
+  their LaTeX as \\(...\\) or \\[...\\], else MathML written on one line: (a+b)/2, √(x).
 - Code (pre): its line ends and empty lines. Readings (ruby): 漢(かん).
 - Entities that the page shows, as &amp;lt; shows &lt;, are not resolved again.
 """
 
 import re
 
-# Only such pages are changed; all others are extracted as they are.
+# Only pages with such elements are changed; all others are extracted unchanged.
 NEEDED = re.compile(
     r"<(?:su[bp]|math|pre|ruby|img|mjx-)\b|<script[^>]{1,80}math/|&amp;#?\w{1,24};", re.IGNORECASE
 )
-# Printable letters of Linear B stand for what extraction would change, as no page holds them.
+# Linear B letters, which no page contains, stand for characters that extraction would change.
 _LINE, _SPACE, _TAB, _AND = "\U00010080\U00010081\U00010082\U00010083"
 _KEPT = {_LINE: "\n", _SPACE: " ", _TAB: "\t", _AND: "&"}
 _ENTITY = re.compile(r"&(?=#?\w{1,24};)")
@@ -43,12 +43,12 @@ _FORMULA_IMAGE = re.compile(
 )
 
 
-# What references such as &#8; put into a tree, and lxml refuses to take back.
+# Characters that references such as &#8; put into a tree and that lxml then refuses.
 _NOT_XML = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
 
 
 def write_out(tree) -> None:
-    """Changes the tree of lxml in place; `restore` mends the text that is extracted from it."""
+    """Change the tree of lxml in place; `restore` is for the text extracted from it."""
     for part in tree.iter():
         if isinstance(part.tag, str) and part.text and _NOT_XML.search(part.text):
             part.text = _NOT_XML.sub(" ", part.text)
@@ -79,13 +79,14 @@ def write_out(tree) -> None:
 
 
 def _is_preview(element) -> bool:
-    """Whether it shows the formula of the script that follows it."""
+    """Whether an element previews the formula of the script that follows it."""
     if element is None or (element.tail or "").strip():
         return False
     return "MathJax" in element.get("class", "")
 
 
 def restore(text: str) -> str:
+    """Put back the characters that `write_out` protected from extraction."""
     for mark, kept in _KEPT.items():
         text = text.replace(mark, kept)
     return text
@@ -136,7 +137,7 @@ def _mark(mark: str, text: str) -> str:
 
 
 def _box_of(element):
-    """The outermost element that shows the formula, which may do so in several ways."""
+    """Return the outermost element of a formula, which may contain it in several forms."""
     box = element
     for ancestor in element.iterancestors():
         names = {ancestor.tag, *ancestor.get("class", "").split()}
@@ -170,7 +171,7 @@ def _name(element) -> str:
 
 
 def _in_a_line(element) -> str:
-    """Presentation MathML as one line of text."""
+    """Return presentation MathML as one line of text."""
     name = _name(element)
     parts = [
         _in_a_line(part)

@@ -1,5 +1,5 @@
-"""Input files wherever fsspec finds them (a path, gs://, s3://, memory://, file://), plain or
-compressed, as bytes."""
+"""Find and open input files, plain or compressed, anywhere that fsspec reaches (a path, gs://,
+s3://, memory://, file://)."""
 
 import bz2
 import gzip
@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -21,7 +21,7 @@ class CompressionError(Exception):
     """A compressed file is cut short or damaged."""
 
 
-# What the decompressors raise while such a file is read.
+# Errors of the decompressors while such a file is read.
 COMPRESSION_ERRORS = (zlib.error, gzip.BadGzipFile, CompressionError)
 PACKED = (".gz", ".zst", ".zstd", ".bz2", ".xz", ".lzma")
 
@@ -34,20 +34,22 @@ _CONTROLS = bytes(byte for byte in range(32) if byte not in b"\t\n\v\f\r\x1b")
 
 
 class Damaged(str):
-    """Why a document could not be read; stands in its place."""
+    """The reason why a document could not be read, in its place."""
 
 
 class Skipped(str):
-    """Why a record holds no document; stands in its place."""
+    """The reason why a record has no document, in its place."""
 
 
 @dataclass(frozen=True)
 class File:
-    """One file to read. ``name`` is its path below the folder listed, "/" between; ``size`` in
-    bytes, as stored.
-    ``stamp`` changes when the content does: of the size and the time of change or what the store
-    calls the version (etag, generation), or "sha256:..." of the bytes where that was asked for.
-    ``real``: the path without links, of a local file; ``linked``: whether a link led to it."""
+    """A file to read.
+
+    ``name``: its path below the folder listed, with "/". ``size``: bytes as stored. ``stamp``
+    changes with the content: size and modification time, or the version that a store gives (etag,
+    generation), or "sha256:..." of the bytes on request. ``real``: the path of a local file without
+    links. ``linked``: whether a link led to it.
+    """
 
     path: str
     name: str
@@ -58,31 +60,33 @@ class File:
 
 
 class Found(NamedTuple):
-    """What lies at a place: a file, or the files of a folder in the order of their names.
-    ``left_out``: (reason, name) of each entry that no file stands for; the name of a folder ends
-        with "/"."""
+    """A file, or the files of a folder in the order of their names.
 
-    place: str
+    ``left_out``: (reason, name) of each other entry; the name of a folder ends with "/".
+    """
+
+    path: str
     is_folder: bool
     files: list[File]
     left_out: list[tuple[str, str]]
 
 
 def find(path: str | os.PathLike) -> Found | None:
-    """What lies at a path or URL; None where nothing is. Hidden names are left out. Links are
-    followed, and each real
-    file is found once: by its own name where that lies in the folder, else by the first link that
-        leads to it.
+    """Return the file or files at a path or URL, or None.
 
-    Raises ValueError for a URL that cannot be opened, OSError for a folder that may not be."""
+    Hidden names are left out. Links are followed, and each real file is found once: by its own name
+    if that is in the folder, else by the first link to it.
+
+    Raises ValueError for a URL that cannot be opened, OSError for a folder without permission.
+    """
     if "://" not in str(path):
         return _find_locally(Path(path))
     try:
         system, place = fsspec.core.url_to_fs(str(path))
     except (ImportError, ValueError) as error:
         raise ValueError(
-            f"{path} cannot be opened: {error}; pip install 'mtnlg_jax[cloud]' brings gcsfs for gs:// and "
-            "s3fs for s3://"
+            f"{path} cannot be opened: {error}; pip install 'mtnlg_jax[cloud]' brings gcsfs for "
+            "gs:// and s3fs for s3://"
         ) from None
     if isinstance(system, LocalFileSystem):
         return _find_locally(Path(place))
@@ -91,28 +95,23 @@ def find(path: str | os.PathLike) -> Found | None:
     except FileNotFoundError:
         return None
     if info["type"] == "file":
-        return Found(
-            str(path), False, [_remote_file(system, place, os.path.basename(place), info)], []
-        )
+        file = _remote_file(system, place, os.path.basename(place), info)
+        return Found(str(path), False, [file], [])
     root = place.rstrip("/") + "/"
     found = {
         name.removeprefix(root): info for name, info in system.find(place, detail=True).items()
     }
     hidden = {entry: None for entry in map(_hidden_part, sorted(found)) if entry}
-    return Found(
-        str(path),
-        True,
-        [
-            _remote_file(system, root + name, name, found[name])
-            for name in sorted(found)
-            if not _hidden_part(name)
-        ],
-        [(HIDDEN, name) for name in hidden],
-    )
+    files = [
+        _remote_file(system, root + name, name, found[name])
+        for name in sorted(found)
+        if not _hidden_part(name)
+    ]
+    return Found(str(path), True, files, [(HIDDEN, name) for name in hidden])
 
 
 def _hidden_part(name: str) -> str:
-    """The path of the first file or folder along ``name`` that is hidden, or ""."""
+    """Return the path of the first hidden file or folder along ``name``, or ""."""
     parts = name.split("/")
     for number, part in enumerate(parts, 1):
         if part.startswith("."):
@@ -135,18 +134,17 @@ def _find_locally(path: Path) -> Found | None:
 
 
 class _Walk:
-    """``names``: (real path, whether a link led there) of each file below a folder, by its path
-    there."""
+    """The files below a folder. ``names``: (real path, whether a link led there) by path."""
 
     def __init__(self, root: Path):
         self.names: dict[str, tuple[str, bool]] = {}
         self.left_out: list[tuple[str, str]] = []
-        self._folders: set[str] = set()  # real paths of those that were read
-        self._linked: set[str] = set()  # and of files to which links led
+        self._folders: set[str] = set()  # real paths of folders that were read
+        self._linked: set[str] = set()  # real paths of files to which links led
         self._links: list[tuple[str, str]] = []
         self._read(str(root), "", os.path.realpath(root), False)
-        # Only when all that is there by its own name is known, and in the order of their names: so
-        # it does not depend on the order in which the system lists a folder.
+        # Links are followed last and by name, so that the result does not depend on the order in
+        # which the system lists a folder.
         while self._links:
             self._links.sort()
             self._follow(*self._links.pop(0))
@@ -156,28 +154,33 @@ class _Walk:
         while waiting:
             path, prefix, real = waiting.pop()
             self._folders.add(real)
-            # OSError is not caught: to pass over a folder that may not be opened would lose its
-            # text in silence.
+            # OSError is not caught: skipping a folder without permission would lose its text
+            # silently.
             with os.scandir(path) as entries:
                 for entry in entries:
                     name = prefix + entry.name
                     below = os.path.join(real, entry.name)
-                    if entry.name.startswith("."):
-                        is_folder = entry.is_dir(follow_symlinks=False)
-                        self.left_out.append((HIDDEN, f"{name}/" if is_folder else name))
-                    elif entry.is_symlink():
-                        self._links.append((name, entry.path))
-                    elif entry.is_dir(follow_symlinks=False):
-                        if below in self._folders:
-                            self.left_out.append((READ_ALREADY, f"{name}/"))
-                        else:
-                            waiting.append((entry.path, f"{name}/", below))
-                    elif not entry.is_file(follow_symlinks=False):
-                        self.left_out.append((NOT_A_FILE, name))
-                    elif below in self._linked:
-                        self.left_out.append((READ_ALREADY, name))
-                    else:
-                        self.names[name] = (below, linked)
+                    if self._add(entry, name, below, linked):
+                        waiting.append((entry.path, f"{name}/", below))
+
+    def _add(self, entry: os.DirEntry, name: str, real: str, linked: bool) -> bool:
+        """Add an entry of a folder; True for a folder to read."""
+        if entry.name.startswith("."):
+            is_folder = entry.is_dir(follow_symlinks=False)
+            self.left_out.append((HIDDEN, f"{name}/" if is_folder else name))
+        elif entry.is_symlink():
+            self._links.append((name, entry.path))
+        elif entry.is_dir(follow_symlinks=False):
+            if real not in self._folders:
+                return True
+            self.left_out.append((READ_ALREADY, f"{name}/"))
+        elif not entry.is_file(follow_symlinks=False):
+            self.left_out.append((NOT_A_FILE, name))
+        elif real in self._linked:
+            self.left_out.append((READ_ALREADY, name))
+        else:
+            self.names[name] = (real, linked)
+        return False
 
     def _follow(self, name: str, path: str) -> None:
         real = os.path.realpath(path)
@@ -197,15 +200,14 @@ class _Walk:
             self.left_out.append((READ_ALREADY, name))
         elif os.path.exists(real) and not os.path.isfile(real):
             self.left_out.append((NOT_A_FILE, name))
-        else:  # a link to nothing, too: reading it will tell
+        else:  # a file, or a broken link, which raises when it is read
             self._linked.add(real)
             self.names[name] = (real, True)
 
 
 def _local_file(path: Path, name: str, real: str, linked: bool = False) -> File:
-    state = (
-        path.lstat() if linked and not path.exists() else path.stat()
-    )  # reading a broken link will tell
+    # A broken link raises when it is read.
+    state = path.lstat() if linked and not path.exists() else path.stat()
     return File(
         str(path), name, state.st_size, f"{state.st_size}-{state.st_mtime_ns}", real, linked
     )
@@ -227,14 +229,16 @@ def _remote_file(system: fsspec.AbstractFileSystem, place: str, name: str, info:
 
 
 def content_stamp(file: File) -> str:
-    """The ``stamp`` that depends on the bytes alone."""
+    """Return a ``stamp`` that depends only on the bytes."""
     with _open_bytes(file.path) as stream:
         return "sha256:" + hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def open_file(path: str) -> io.BufferedReader:
-    """The content, decompressed as the last suffix says (`PACKED`). While it is read, one of
-    ``COMPRESSION_ERRORS`` says that the file is damaged."""
+    """Open a file, decompressed by its last suffix (`PACKED`).
+
+    Reading raises one of ``COMPRESSION_ERRORS`` if the file is damaged.
+    """
     stream = _open_bytes(path)
     suffix = os.path.splitext(path.lower())[1]
     if suffix == ".gz":
@@ -256,14 +260,17 @@ def _open_bytes(path: str) -> io.BufferedReader:
 
 
 class _GzipFile(gzip.GzipFile):
-    """Closes the file below it, too, gives what it has before an error, and that is no EOFError,
-    which warcio would take for the end."""
+    """A gzip file that also closes the file below it, and returns the data before an error.
+
+    The error is not an EOFError, which warcio would take for the end.
+    """
 
     def __init__(self, file: io.BufferedReader):
         super().__init__(fileobj=file)
-        self.myfileobj = file
+        # gzip closes what it calls its own file.
+        self.myfileobj = file  # type: ignore[assignment]  # typeshed knows only FileIO
 
-    def read(self, size: int = -1) -> bytes:
+    def read(self, size: int | None = -1) -> bytes:
         try:
             return super().read(size)
         except EOFError as error:
@@ -279,8 +286,10 @@ class _GzipFile(gzip.GzipFile):
 
 
 class _Unpacked(io.RawIOBase):
-    """What the standard library unpacks, with errors that say the file is damaged, and that closes
-    the file below."""
+    """A file of the standard library's decompressors that also closes the file below it.
+
+    Its errors are `CompressionError`.
+    """
 
     def __init__(self, unpacked: bz2.BZ2File | lzma.LZMAFile, file: io.BufferedReader):
         self._unpacked = unpacked
@@ -296,7 +305,7 @@ class _Unpacked(io.RawIOBase):
             raise CompressionError(error) from None
         except OSError as error:
             if error.errno:
-                raise  # the disk's fault and not the file's
+                raise  # a fault of the disk, not of the file
             raise CompressionError(error) from None
         buffer[: len(data)] = data
         return len(data)
@@ -308,8 +317,7 @@ class _Unpacked(io.RawIOBase):
 
 
 def read_all(stream: io.BufferedIOBase, limit: int) -> bytes | Damaged:
-    """All of it, or why not where that is more than ``limit`` bytes, after reading little more than
-    those."""
+    """Return all bytes, or `Damaged` for more than ``limit``, of which few are read."""
     pieces = []
     size = 0
     while piece := stream.read(1 << 20):
@@ -321,23 +329,25 @@ def read_all(stream: io.BufferedIOBase, limit: int) -> bytes | Damaged:
 
 
 def is_binary(data: bytes) -> bool:
-    """Whether more than 8 bytes and 1 % are control characters that no text has: so it is with
-    pictures, archives, programs and UTF-16."""
+    """Whether more than 8 bytes and 1 % are control characters that text does not have.
+
+    This is so for pictures, archives, programs and UTF-16.
+    """
     return controls(data) > max(8, 0.01 * len(data))
 
 
 def controls(data: bytes) -> int:
-    """How many bytes are control characters that no text has."""
+    """Return the number of control characters that text does not have."""
     return len(data) - len(data.translate(None, _CONTROLS))
 
 
 def too_long(limit: int) -> Damaged:
+    """Return the damage of a document of more than ``limit`` bytes."""
     return Damaged(f"longer than max_document_bytes={limit:,}; split it or raise that limit")
 
 
 def bounded_lines(stream: io.BufferedReader, limit: int) -> Iterator[bytes | Damaged]:
-    """Lines; in place of one of more than ``limit`` bytes, its end included, why it is not
-    given."""
+    """Yield lines; `Damaged` in place of one of more than ``limit`` bytes with its line end."""
     while line := stream.readline(limit + 1):
         if len(line) <= limit:
             yield line
@@ -348,10 +358,9 @@ def bounded_lines(stream: io.BufferedReader, limit: int) -> Iterator[bytes | Dam
 
 
 class PieceStream(io.RawIOBase):
-    """A stream of the pieces that a subclass makes of ``below``: ``_more()`` gives the next one,
-    maybe empty, and None at the end."""
+    """A stream of the pieces that a subclass makes of the stream ``below``."""
 
-    def __init__(self, below):
+    def __init__(self, below: io.BufferedIOBase):
         self._below = below
         self._ready = memoryview(b"")
 
@@ -369,16 +378,19 @@ class PieceStream(io.RawIOBase):
         self._ready = self._ready[count:]
         return count
 
+    def _more(self) -> bytes | None:
+        """Return the next piece, possibly empty, or None at the end."""
+        raise NotImplementedError
+
     def close(self) -> None:
         self._below.close()
         super().close()
 
 
 class ZstdFile(PieceStream):
-    """Frame after frame. zstandard's own reader takes a frame that was cut short for the end of the
-    file."""
+    """A .zst file, frame by frame; zstandard's reader takes a truncated frame for the end."""
 
-    def __init__(self, file: io.BufferedReader):
+    def __init__(self, file: io.BufferedIOBase):
         try:
             import zstandard
         except ImportError:
@@ -388,26 +400,26 @@ class ZstdFile(PieceStream):
         ).decompressobj()
         self._error = zstandard.ZstdError
         super().__init__(file)
-        self._frame = None
+        self._frame: Any = None
         self._compressed = b""
-        self._place = 0
+        self._position = 0
 
     def _more(self) -> bytes | None:
-        if self._place == len(self._compressed):
+        if self._position == len(self._compressed):
             self._compressed = self._below.read(1 << 17)
-            self._place = 0
+            self._position = 0
         if not self._compressed:
             if self._frame:
                 raise CompressionError("it ends inside a zstd frame")
             return None
         self._frame = self._frame or self._new_frame()
-        # Little at once: 1 KB can become 32 MB, and all of it comes out.
-        piece = self._compressed[self._place : self._place + 1024]
+        # Little at once, because 1 KB can decompress to 32 MB, all returned together.
+        piece = self._compressed[self._position : self._position + 1024]
         try:
             unpacked = self._frame.decompress(piece)
         except self._error as error:
             raise CompressionError(error) from None
         ended = self._frame.eof
-        self._place += len(piece) - (len(self._frame.unused_data) if ended else 0)
+        self._position += len(piece) - (len(self._frame.unused_data) if ended else 0)
         self._frame = None if ended else self._frame
         return unpacked

@@ -1,5 +1,4 @@
-"""Pairs: a prompt and its answer from each row of a JSON file, by two templates over the row's
-keys."""
+"""Make a prompt and its answer from each row of a JSON file by two templates over the row's keys."""
 
 import string
 from collections.abc import Callable
@@ -12,19 +11,20 @@ class Pair(str):
 
 
 def pair_maker(prompt: str, answer: str) -> Callable[[object], Pair]:
-    """A function from a JSON object to its `Pair`, for `read_documents`.
+    """Return a function from a JSON object to its `Pair`, for `read_documents`.
 
-    In a template ``{key}`` is what the row holds under the key: a text, a number, or a list of
-    texts, which is joined by spaces; ``\\n`` is a line break, ``{{`` a brace.
-    ("{title}\\n{text}\\nSummary:", " {summary}") for one. Raises ValueError where a template is
-    malformed or the answer's names no key; the function raises it where the row lacks a key, holds
-    something else there, or has an empty answer.
+    In a template ``{key}`` is the value of the row under the key: a text, a number, or a list of
+    texts, which is joined by spaces. ``\\n`` is a line break, ``{{`` a brace. An example is
+    ("{title}\\n{text}\\nSummary:", " {summary}").
+
+    Raises ValueError if a template is malformed or the answer's names no key. The function raises
+    it if the row lacks a key, has another type there, or has an empty answer.
     """
     templates = {"prompt": prompt.replace("\\n", "\n"), "answer": answer.replace("\\n", "\n")}
     keys = {name: _keys(name, template) for name, template in templates.items()}
     if not keys["answer"]:
         raise ValueError(
-            f"--answer={answer!r} names no key of the rows, so that all answers would be the same; write "
+            f"--answer={answer!r} names no key of the rows, so all answers would be the same; write "
             "it as --answer=' {answer}'"
         )
 
@@ -53,14 +53,14 @@ def _keys(name: str, template: str) -> list[str]:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
         raise ValueError(
-            f"--{name}={template!r} is no template ({error}); write keys as {{key}}, a brace as "
+            f"--{name}={template!r} is not a template ({error}); write keys as {{key}}, a brace as "
             "{{"
         ) from None
     keys = [key for _, key, _, _ in parts if key is not None]
     for _, key, specification, conversion in parts:
         if key is not None and (not key or specification or conversion or set(key) & set(".[")):
             raise ValueError(
-                f"--{name}={template!r}: {{{key}}} is no key; write keys as {{key}}, without more"
+                f"--{name}={template!r}: {{{key}}} is not a key; write keys as {{key}}, without more"
             )
     return keys
 

@@ -226,7 +226,7 @@ def test_lines_that_are_passed_over_are_those_that_nothing_mends():
     for text in random_texts(2, 6000, longest=24):
         text = unicodedata.normalize("NFC", text.replace("\r", ""))
         escaped = not module.entities.writes_both(text)
-        lines = [module._mend_line(line, CHANGE_ONLY, escaped) for line in text.split("\n")]
+        lines = [module._repair_line(line, CHANGE_ONLY, escaped) for line in text.split("\n")]
         assert module._repair(text, CHANGE_ONLY)[0] == "\n".join(lines)
         touched += lines != text.split("\n")
     assert touched > 1000
@@ -749,7 +749,7 @@ def test_language_of_a_bounded_sample():
         ({"mask": ("email", "name")}, r"mask=\['name'\].*email"),
         ({"languages": ("english",)}, r"languages=\['english'\].* en "),
         ({"min_tokens": -1}, "min_tokens=-1"),
-        ({"duplicate_lines": 1.5}, "duplicate_lines=1.5 must lie in 0 to 1"),
+        ({"duplicate_lines": 1.5}, "duplicate_lines=1.5 must be between 0 and 1"),
         ({"top_ngrams": ((2, -0.1),)}, "top_ngrams of 2=-0.1"),
         ({"duplicate_ngrams": ((0, 0.1),)}, "n=0"),
     ],

@@ -128,12 +128,12 @@ def test_jaccard():
     ] == [1, 0, 1, 0]
 
 
-def test_of_a_component_the_highest_priority_stays_then_the_first_place():
+def test_each_component_keeps_the_highest_priority_then_the_first_position():
     rank = dedup.ranks([1, 2, 2, 1, 3], ["b", "b", "a", "a", "c"], [1, 1, 7, 1, 1])
     assert rank.tolist() == [4, 2, 1, 3, 0]
     labels = dedup.components([(0, 1), (1, 2), (2, 3)], 5)
     assert dedup.keep(labels, rank).tolist() == [False, False, True, False, True]
-    with pytest.raises(ValueError, match=r"place \['a', 7\]"):
+    with pytest.raises(ValueError, match=r"position \['a', 7\]"):
         dedup.ranks([1, 1], ["a", "a"], [7, 7])
 
 

@@ -9,7 +9,7 @@ import pytest
 from mtnlg_jax.data import prepare as prepare_module
 from mtnlg_jax.data.prepare import prepare
 from mtnlg_jax.data.read.charsets import as_utf8
-from mtnlg_jax.data.read.controls import mend_controls
+from mtnlg_jax.data.read.controls import repair_controls
 from mtnlg_jax.data.read.documents import ReadReport, read_documents
 from mtnlg_jax.data.read.open_files import COMPRESSION_ERRORS, open_file
 
@@ -28,7 +28,7 @@ def _texts(folder, on_error="raise", encoding="", report=None):
     ],
 )
 def test_utf8_that_was_read_as_windows_1252_with_controls_is_decoded(text, mended):
-    assert mend_controls(text)[0] == mended
+    assert repair_controls(text)[0] == mended
 
 
 @pytest.mark.parametrize("odd", ["&#8;", "&#11;", "&#x1f;", "&#xFFFF;"])
@@ -78,7 +78,7 @@ def test_an_odd_value_is_damage_and_no_traceback(name, content, left, tmp_path):
 
 @pytest.mark.parametrize("end", [b"\x1a", b"\x00\x00", b"\x7f\n\x1a"])
 def test_what_is_removed_at_the_end_of_a_long_text_repeats_nothing(end, tmp_path, monkeypatch):
-    monkeypatch.setattr("mtnlg_jax.data.read.documents._PIECE", 900)
+    monkeypatch.setattr("mtnlg_jax.data.read.long_texts.PIECE", 900)
     (tmp_path / "a.txt").write_bytes(b"line of text here\n" * 300 + end)
     report = ReadReport()
     pieces = [document.text for document in read_documents(tmp_path, report=report, pieces=True)]

@@ -52,7 +52,7 @@ def test_good_and_bad_are_told_apart(samples, classifier):
 
 
 def test_what_was_held_out_was_not_seen(samples):
-    # Two classes of the same kind cannot be told apart but by heart.
+    # Two classes of the same kind can be distinguished only by memorizing them.
     result = train(samples[0][::2], samples[0][1::2]).result
     assert 0.2 < result["accuracy"] < 0.8
 
@@ -133,7 +133,7 @@ MANY = [f"sample {number}" for number in range(30)]
 @pytest.mark.parametrize(
     "good, bad, message",
     [
-        (MANY[:19] + ["", " "], MANY, "19 different good samples are too few; give 20"),
+        (MANY[:19] + ["", " "], MANY, "19 distinct good samples are too few; give 20"),
         (MANY, [], "0 different bad samples"),
         (
             MANY,

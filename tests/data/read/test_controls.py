@@ -3,7 +3,7 @@ import unicodedata
 
 import pytest
 
-from mtnlg_jax.data.read.controls import CONTROLS, mend_controls
+from mtnlg_jax.data.read.controls import CONTROLS, repair_controls
 
 
 @pytest.mark.parametrize(
@@ -33,8 +33,8 @@ from mtnlg_jax.data.read.controls import CONTROLS, mend_controls
     ],
 )
 def test_controls(text, mended):
-    assert mend_controls(text)[0] == mended
-    assert mend_controls(text)[1] == sum(map(bool, map(CONTROLS.match, text)))
+    assert repair_controls(text)[0] == mended
+    assert repair_controls(text)[1] == sum(map(bool, map(CONTROLS.match, text)))
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_controls(text, mended):
     ],
 )
 def test_what_scripts_need_stays(text):
-    assert mend_controls(text) == (text, 0)
+    assert repair_controls(text) == (text, 0)
 
 
 def test_no_control_stays_and_no_word_is_lost():
@@ -60,10 +60,10 @@ def test_no_control_stays_and_no_word_is_lost():
             draw.choice([draw.randrange(0xA0), draw.randrange(0x100), 0x2028, 0xFEFF, 0x6587])
             for _ in range(draw.randrange(30))
         ]
-        mended, _ = mend_controls("".join(map(chr, codes)).replace("\r", ""))
+        mended, _ = repair_controls("".join(map(chr, codes)).replace("\r", ""))
         kept = mended.replace("\t", "").replace("\n", "")
         assert not any(unicodedata.category(character) == "Cc" for character in kept)
-        assert mend_controls(mended) == (mended, 0)
+        assert repair_controls(mended) == (mended, 0)
     words = [f"word{number}" for number in range(8)]
     for separator in "\v\f\x1c\x1d\x1e\x1f\x85\u2028\u2029":
-        assert mend_controls(separator.join(words))[0].split() == words
+        assert repair_controls(separator.join(words))[0].split() == words

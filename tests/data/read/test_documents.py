@@ -413,7 +413,7 @@ def test_what_cannot_be_read_is_refused_at_once(tmp_path):
         read_documents(tmp_path / "nowhere")
     (tmp_path / "a.pdf").write_text("text")
     with pytest.raises(
-        ValueError, match=r"a\.pdf has the suffix \.pdf, .* rename what is text to \.txt"
+        ValueError, match=r"a\.pdf has the suffix \.pdf, .* rename a text file to \.txt"
     ):
         read_documents(tmp_path / "a.pdf")
     with pytest.raises(ValueError, match="on_error='ignore'"):

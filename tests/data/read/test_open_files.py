@@ -97,7 +97,7 @@ def test_a_link_to_nothing_is_damage(tmp_path):
     _write(tmp_path, "a.txt")
     (tmp_path / "b.txt").symlink_to("gone.txt")
     with pytest.raises(
-        ValueError, match=r"b\.txt: a link to .*gone\.txt, which does not exist; mend it"
+        ValueError, match=r"b\.txt: a link to .*gone\.txt, which does not exist; repair it"
     ):
         list(read_documents(tmp_path))
     report = ReadReport()

@@ -13,7 +13,7 @@ import zstandard
 from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
-from mtnlg_jax.data.read import charsets, documents, rows
+from mtnlg_jax.data.read import charsets, json_rows, long_texts
 from mtnlg_jax.data.read.documents import (
     ReadReport,
     list_files,
@@ -127,7 +127,7 @@ def test_what_the_named_encoding_does_not_have_is_damage(tmp_path):
     assert _texts(tmp_path, encoding="gbk", on_error="skip")[0].endswith("three" + CHINESE * 2)
     for wrong in ("base64", "nonsense", "unicode_escape"):
         with pytest.raises(
-            ValueError, match=f"encoding='{wrong}' is not known; name one such as cp1252"
+            ValueError, match=f"unknown value encoding='{wrong}'; name one such as cp1252"
         ):
             read_documents(tmp_path, encoding=wrong)
 
@@ -295,7 +295,7 @@ def test_damaged_json_has_a_place_and_costs_itself_alone(tmp_path, content, plac
 
 @pytest.mark.parametrize("size", [1, 7, 1 << 16])
 def test_json_is_the_same_however_it_is_cut(tmp_path, monkeypatch, size):
-    monkeypatch.setattr(rows, "_READ", size)
+    monkeypatch.setattr(json_rows, "_READ", size)
     values = [
         {"text": "x" * 50 + 'ü€😀\n"\\'},
         12345678901234567890,
@@ -316,9 +316,9 @@ def test_json_is_the_same_however_it_is_cut(tmp_path, monkeypatch, size):
         ]
     )
     stream = io.BufferedReader(io.BytesIO(content.encode()))
-    found = list(rows.json_values(stream, 1 << 20))
+    found = list(json_rows.json_values(stream, 1 << 20))
     assert [row.value for row in found] == [*values, 12, 34]
-    assert [row.place for row in found] == list(range(1, 11))
+    assert [row.number for row in found] == list(range(1, 11))
 
 
 def test_a_compressed_list_cut_short_gives_what_came_before(tmp_path):
@@ -458,7 +458,7 @@ def test_pages_in_every_coding(tmp_path, coding, data, chunks):
 @pytest.mark.parametrize(
     "coding, data, words",
     [
-        ("compress", b"\x1f\x9d" + bytes(50), "'compress' is not known"),
+        ("compress", b"\x1f\x9d" + bytes(50), "'compress' is unknown"),
         ("zstd", zstandard.ZstdCompressor().compress(PAGE)[:-20], "'zstd' cannot be undone"),
         ("gzip", gzip.compress(PAGE)[:-20], "'gzip' cannot be undone"),
         ("gzip", bytes(range(200)), "'gzip' cannot be undone"),
@@ -513,7 +513,7 @@ def test_records_are_counted_by_reason(tmp_path):
 @pytest.mark.parametrize("ending", ["", "\n", "\r\n", "\f\n"])
 @pytest.mark.parametrize("name, pack", [("a.txt", bytes), ("a.txt.gz", gzip.compress)])
 def test_a_text_in_pieces_is_the_text(tmp_path, monkeypatch, name, pack, ending):
-    monkeypatch.setattr(documents, "_PIECE", 1000)
+    monkeypatch.setattr(long_texts, "PIECE", 1000)
     text = ("one\r\ntwo\x0bthree\x1f " + GERMAN + CHINESE + ending + "\n") * 40 + "😀" * 900
     _write(tmp_path / name, pack(codecs.BOM_UTF8 + text.encode()))
     whole = ReadReport()
@@ -529,7 +529,7 @@ def test_a_text_in_pieces_is_the_text(tmp_path, monkeypatch, name, pack, ending)
 
 
 def test_what_is_wrong_with_a_piece_is_wrong_with_the_text(tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "_PIECE", 100)
+    monkeypatch.setattr(long_texts, "PIECE", 100)
     for data in (
         b"x y\n" * 100 + b"\xff" + b"x y\n" * 100,
         b"x y\n" * 100 + bytes(99),

@@ -1,0 +1,138 @@
+"""The tokenizer of a Hugging Face tokenizer.json."""
+
+import functools
+import json
+import re
+from collections.abc import Iterable
+from itertools import chain
+
+from mtnlg_jax.data.tokenizer.base import MANY_CHARACTERS, SPECIAL_IDS, Tokenizer
+from mtnlg_jax.data.tokenizer.byte_level import ByteLevelBPETokenizer, gpt2_pair
+from mtnlg_jax.data.tokenizer.files import parse_tokenizer
+from mtnlg_jax.data.tokenizer.pieces import pieces_of
+
+
+class HubTokenizer(Tokenizer):
+    """A tokenizer.json: its normalizer, pre-tokenizer, model, added tokens and decoder.
+
+    Its ids are those of transformers without special tokens around the text. A text yields tokens
+    that were added as words; a token that was added as special, only with ``parse_special``.
+    ``special_ids`` (JSON) has the roles, as in `ByteLevelBPETokenizer`; `roles.open_roles` and
+    `roles.closed_roles` make it.
+    """
+
+    kind = "tokenizer.json"
+
+    def __init__(self, content: bytes, special_ids: bytes):
+        """Raises ValueError if a token's text depends on the tokens around it, or an id occurs
+        twice."""
+        roles = self._read_roles(special_ids)
+        self._fast = parse_tokenizer(content)
+        self._fast.encode_special_tokens = True  # special tokens in a text are read as text
+        ids = self._fast.get_vocab(with_added_tokens=True)
+        spelled = {index: piece for piece, index in ids.items()}
+        if len(spelled) < len(ids):
+            raise ValueError("the vocabulary is damaged: an id occurs twice")
+        whole = json.loads(content)
+        pieces = pieces_of(whole, self._fast)
+        self._prefixed = pieces.prefixed
+        self._characters = 0
+        names = self._special_pieces(roles, spelled)
+        for index in range(len(pieces.content)):
+            if index not in spelled:
+                names[index] = f"<unused {index}>"
+        for index in names:
+            pieces.content[index] = b""
+        unknown = _unknown_id(whole["model"], ids)
+        # A single character that also stands for unknown text is a character.
+        if unknown is not None and unknown not in roles.values() and len(spelled[unknown]) > 1:
+            names.setdefault(unknown, spelled[unknown])
+            pieces.content[unknown] = b"\xef\xbf\xbd"
+        files = {"tokenizer.json": content, SPECIAL_IDS: special_ids}
+        super().__init__(pieces.content, roles, names, pieces.byte_ids, files)
+
+    def _special_pieces(self, roles: dict[str, int], spelled: dict[int, str]) -> dict[int, str]:
+        """Return the spellings of tokens that are not text, by id.
+
+        Sets ``_cuts``, the positions at which texts are cut so that they do not yield these tokens.
+        """
+        added = self._fast.get_added_tokens_decoder().items()
+        names = {index: token.content for index, token in added if token.special}
+        self._parsed = set(names)
+        for index in spelled.keys() & roles.values() - names.keys():
+            if index not in self._read([spelled[index]])[0]:
+                names[index] = spelled[index]
+        # A name that the model itself reads is cut after its first character; a single character
+        # stays text.
+        read = {index for index, name in names.items() if index in self._read([name])[0]}
+        names = {index: name for index, name in names.items() if index not in read or len(name) > 1}
+        cuts = [
+            f"(?<={re.escape(names[index][0])})(?={re.escape(names[index][1:])})"
+            for index in read & names.keys()
+        ]
+        self._cuts = re.compile("|".join(cuts)) if cuts else None
+        return names
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        text = super().decode(ids, skip_special)
+        return text.removeprefix(" ") if self._prefixed else text
+
+    def losses(self) -> list[str]:
+        strips = [
+            token.content
+            for token in self._fast.get_added_tokens_decoder().values()
+            if not token.special and (token.lstrip or token.rstrip)
+        ]
+        return super().losses() + [f"spaces around {name}" for name in strips[:1]]
+
+    def _read(self, texts: list[str]) -> list[list[int]]:
+        # "fast" skips offsets, which cost more than the ids; it chooses its own number of threads.
+        encoded = self._fast.encode_batch_fast(texts, add_special_tokens=False)
+        return [found.ids for found in encoded]
+
+    def _encode(self, texts: list[str], threads: int) -> list[list[int]]:
+        self._characters += sum(map(len, texts))
+        if self._characters > MANY_CHARACTERS and self._gpt2 is not None:
+            return self._gpt2.encode_batch(texts, threads)
+        cuts = self._cuts
+        if cuts is None:
+            return self._read(texts)
+        return [list(chain.from_iterable(self._read(cuts.split(text)))) for text in texts]
+
+    @functools.cached_property
+    def _gpt2(self) -> ByteLevelBPETokenizer | None:
+        """A faster tokenizer of the same ids, if only special tokens distinguish this one from
+        GPT-2's."""
+        if self._cuts is not None:
+            return None
+        pair = gpt2_pair(json.loads(self._files["tokenizer.json"]))
+        if pair is None:
+            return None
+        found = ByteLevelBPETokenizer(*pair)
+        found._characters = self._characters
+        return found
+
+    def _encode_special(self, text: str) -> list[int]:
+        roles = {self.bos_id, self.eos_id, self.pad_id, self._mask_id, self.sep_id}
+        others = {
+            name: index
+            for index, name in self.special_names.items()
+            if index in roles and index not in self._parsed
+        }
+        return self._split_at(text, others, self._read_special)
+
+    def _read_special(self, text: str) -> list[int]:
+        """Encode as transformers does, which may strip the spaces around an added token."""
+        self._fast.encode_special_tokens = False
+        try:
+            return self._read([text])[0]
+        finally:
+            self._fast.encode_special_tokens = True
+
+
+def _unknown_id(model: dict, ids: dict[str, int]) -> int | None:
+    """Return the id that a model of `tokenizers` gives to text outside its vocabulary."""
+    if model.get("unk_id") is not None:
+        return model["unk_id"]
+    unknown = model.get("unk_token")
+    return None if unknown is None else ids.get(unknown)

@@ -1,0 +1,146 @@
+"""Which tokens of a tokenizer.json are pad, bos, eos, mask and sep."""
+
+import json
+
+from mtnlg_jax.data.tokenizer.base import NO_TOKEN, ROLES
+from mtnlg_jax.data.tokenizer.byte_level import END_OF_TEXT
+from mtnlg_jax.data.tokenizer.files import HubTokenizerFiles, parse_tokenizer
+
+# Spellings of roles in vocabularies whose folder does not name them.
+_SPELLINGS = {
+    "pad": ("<pad>", "[PAD]"),
+    "bos": ("<bos>", END_OF_TEXT, "<s>", "<|begin_of_text|>", "[BOS]", "[CLS]"),
+    "eos": ("<eos>", END_OF_TEXT, "</s>", "<|end_of_text|>", "[EOS]", "[SEP]"),
+    "mask": ("<mask>", "[MASK]"),
+    "sep": ("<sep>", "[SEP]"),
+}
+
+
+def open_roles(files: HubTokenizerFiles) -> dict:
+    """Return special_ids.json for a model to be trained here.
+
+    Roles are as the folder names them, else as they are usually spelled. Missing ones are numbered
+    after the last id in use.
+    """
+    vocabulary = Vocabulary(files.content)
+    roles: dict[str, int | None] = {}
+    for role in ROLES:
+        names = [files.role(role), *_SPELLINGS[role]]
+        found = (vocabulary.ids[name] for name in names if name in vocabulary.ids)
+        roles[role] = next((index for index in found if not vocabulary.is_text(index)), None)
+    if roles["bos"] is None:
+        roles["bos"] = roles["eos"]
+    end = 1 + max(vocabulary.ids.values())
+    for role in ROLES:
+        if roles[role] is None:
+            roles[role] = end
+            end += 1
+    return roles | {"prompt_bos": True}
+
+
+def closed_roles(files: HubTokenizerFiles, config: dict, generation: dict, rows: int) -> dict:
+    """Return special_ids.json for a model of ``rows`` tokens that was trained elsewhere.
+
+    A role without a token is NO_TOKEN (eos) or left out (mask). ``config`` and ``generation`` are
+    config.json and generation_config.json.
+
+    A token that ordinary text yields is never eos, because a text would end at it. Raises
+    ValueError if the tokenizer puts tokens other than bos before a text.
+    """
+    vocabulary = Vocabulary(files.content)
+    ids = vocabulary.ids
+
+    def find(role: str) -> int | None:
+        for source in (generation, config):
+            value = source.get(f"{role}_token_id")
+            for index in value if isinstance(value, list) else [value]:
+                if type(index) is not int or index not in vocabulary.pieces or index >= rows:
+                    continue
+                if role != "eos" or not vocabulary.is_text(index):
+                    return index
+        names = filter(None, (files.role(role), *_SPELLINGS[role]))
+        found = (ids.get(name, rows) for name in names)
+        return next(
+            (index for index in found if index < rows and not vocabulary.is_text(index)), None
+        )
+
+    prefix = vocabulary.prefix()
+    if files.settings.get("add_bos_token") and not prefix:
+        named = files.role("bos")
+        prefix = [NO_TOKEN if named is None else ids.get(named, NO_TOKEN)]
+    eos = find("eos")
+    bos = find("bos")
+    if bos is None:
+        bos = eos if eos is not None else vocabulary.first_token()
+    if prefix not in ([], [bos]):
+        raise ValueError(
+            f"it puts the tokens {prefix} before each text; only bos ({bos}) is supported there"
+        )
+    roles = {"bos": bos, "eos": NO_TOKEN if eos is None else eos}
+    pad = find("pad")
+    if pad is None:
+        pad = bos if eos is None else eos
+    roles["pad"] = pad
+    for role in ("mask", "sep"):
+        if (index := find(role)) is not None:
+            roles[role] = index
+    return roles | {"prompt_bos": bool(prefix)}
+
+
+class Vocabulary:
+    """Ids and pieces of a tokenizer.json, and which of them text can yield."""
+
+    def __init__(self, content: bytes):
+        self._fast = parse_tokenizer(content)
+        self.ids = self._fast.get_vocab(with_added_tokens=True)
+        self.pieces = {index: piece for piece, index in self.ids.items()}
+        self._special = {
+            index for index, token in self._fast.get_added_tokens_decoder().items() if token.special
+        }
+        self._fast.encode_special_tokens = True
+
+    def is_text(self, index: int) -> bool:
+        """Whether a text with this token's spelling yields it even if cut inside the spelling."""
+        piece = self.pieces[index]
+        if index in self._special and len(piece) > 1:
+            return False
+        return index in self._fast.encode(piece, add_special_tokens=False).ids
+
+    def first_token(self) -> int:
+        """Return the token to put before a text if there are no special tokens: a line end, or the
+        token of the lowest id."""
+        ids = self._fast.encode("\n", add_special_tokens=False).ids
+        return ids[0] if len(ids) == 1 else min(self.pieces)
+
+    def prefix(self) -> list[int]:
+        """Return the tokens that the post-processor puts before a text."""
+        found = self._fast.encode("a")
+        mask = [*found.special_tokens_mask, 0]
+        return found.ids[: mask.index(0)]
+
+
+def without_rows(content: bytes, rows: int) -> tuple[bytes, list[str]]:
+    """Return (tokenizer.json without special tokens from id ``rows`` on, their spellings).
+
+    Raises ValueError if a text could yield a token beyond ``rows``.
+    """
+    vocabulary = parse_tokenizer(content)
+    outside = {
+        index: token
+        for index, token in vocabulary.get_added_tokens_decoder().items()
+        if index >= rows
+    }
+    size = 1 + max(vocabulary.get_vocab(with_added_tokens=True).values())
+    words = [token.content for token in outside.values() if not token.special]
+    if words or max(vocabulary.get_vocab(with_added_tokens=False).values()) >= rows:
+        named = f", and text yields {', '.join(map(repr, words[:3]))}" if words else ""
+        raise ValueError(
+            f"it has {size} tokens and the model vocab_size={rows}{named}; give --tokenizer=FOLDER "
+            "of the one that it was trained with"
+        )
+    if not outside:
+        return content, []
+    whole = json.loads(content)
+    whole["added_tokens"] = [token for token in whole["added_tokens"] if token["id"] < rows]
+    names = [outside[index].content for index in sorted(outside)]
+    return json.dumps(whole, ensure_ascii=False).encode(), names
