@@ -7,7 +7,8 @@ import statistics
 
 from mtnlg_jax.config import from_json
 from mtnlg_jax.hardware import CHIPS
-from mtnlg_jax.planning.cost import Job, layout_of
+from mtnlg_jax.planning.cost import Job
+from mtnlg_jax.planning.layout import layout_of
 from mtnlg_jax.planning.search import measured_efficiency
 from mtnlg_jax.storage import write_file
 from mtnlg_jax.train.metrics import read_metrics
