@@ -184,7 +184,8 @@ class Job:
 
     def speed(self, layout: Layout, axis: str) -> float:
         """Bytes a second in and out of a device for a collective over ``axis``; tensor is the
-        innermost axis. Members within one domain share its links: a ring over the nodes enters each node once."""
+        innermost axis. Members within one domain share its links: a ring over the nodes enters each
+        node once."""
         chip = self._known_chip
         inner = layout.mesh[AXES.index(axis) + 1 :]
         size = getattr(layout, axis)
@@ -259,8 +260,8 @@ class Job:
         return "gather" if heads % layout.context else "ulysses"
 
     def seconds(self, layout: Layout) -> tuple[dict[str, float], float, float]:
-        """Return the seconds of a step by purpose, the FLOPs of all devices including recomputation,
-        and the seconds of traffic that products hide."""
+        """Return the seconds of a step by purpose, the FLOPs of all devices with recomputation, and
+        the seconds of traffic that products hide."""
         model = self.config.model
         pipe = layout.pipe
         used = self.micro_batches(layout)[0]

@@ -256,7 +256,7 @@ def function_of(call: Call):
 _KERNEL = re.compile(
     r"""
     ^\ *(?:ROOT\ )?%?(\S+)\ =\ [^\n]*custom_call_target="(?:tpu_custom_call|mosaic_gpu\w*)"
-    (.*(?:\n(?!\ *(?:ROOT\ )?%\S+\ =\ ).*)*)  # metadata may go over several lines, up to the next instruction
+    (.*(?:\n(?!\ *(?:ROOT\ )?%\S+\ =\ ).*)*)  # metadata may have several lines
     """,
     re.MULTILINE | re.VERBOSE,
 )

@@ -229,8 +229,8 @@ def measured_efficiency(job: Job, layout: Layout, step_seconds: float) -> float:
     high = 1.0
     if not predicted(high) <= step_seconds <= predicted(low):
         raise ValueError(
-            f"{step_seconds:.4g} s a step is outside what this chip can do, {predicted(high):.4g} s "
-            "and more; is it the chip that the run used?"
+            f"{step_seconds:.4g} s a step is outside what this chip can do, "
+            f"{predicted(high):.4g} s and more; is it the chip that the run used?"
         )
     for _ in range(50):
         middle = math.sqrt(low * high)
