@@ -1,28 +1,33 @@
-"""Times the data recipe beside the tools that others use, in one run, on the same documents:
+"""Time the data recipe beside other tools, in one run, on the same documents:
 
-    python benchmarks/data.py --peer_python=PYTHON     a Python with megatron-core, grain,
-        datasketch, tokenizers, torch
+    python benchmarks/data.py --peer_python=PYTHON
 
-Each turn is a fresh process, held to one core (load: to two), and the order of the sides turns
-round every round, save in load, where one side builds what the next one finds. Importing is not
-timed. What the sides make must be equal, or the run fails.
+PYTHON has megatron-core, grain, datasketch, tokenizers and torch. Each turn is a fresh process,
+held to one core (load: to two). The order of the sides is reversed every round, except in load,
+where one side builds what the next one finds. Imports are not timed. The outputs of all sides must
+be equal, or the run fails.
 
-    tokenize   JSON lines -> token arrays on disk, bytes of text a second on one core. megatron: as
-               preprocess_data.py with one worker: a pool takes 32 lines at a time, encodes each by
-               the same GPT-2 files through Hugging Face's tokenizers, and sends it back to the
-               process that appends it to an IndexedDatasetBuilder. ours: one process, megabytes of
-               documents at a time, TokenWriter. Alike: the ids
-    minhash    documents -> signatures of 100 hashes over shingles of 5 characters, bytes a second
-               on one core. datasketch: MinHash.bulk over the set of each document's shingles.
-                   Alike: the signatures
-    load       batches a second of 8 rows of 2048 tokens, with segments and positions, blended by
-               weights from 15 sources, and the seconds from opening to the first batch. ours: token
-               arrays. ours_megatron:
-               .bin/.idx of the same tokens. grain: the same documents as ArrayRecord, shuffled,
-               mixed, ConcatThenSplitIterDataset, batch. megatron: BlendedDataset of GPTDatasets
-               over the same .bin/.idx (no attention mask, no segments) through torch's DataLoader,
-               building its indices; megatron_again finds them, and so does megatron_reset, which
-               makes positions anew in each document, as the others do
+tokenize: JSON lines -> token arrays on disk, bytes of text a second on one core. The ids must be
+equal.
+    megatron  like preprocess_data.py with one worker: a pool takes 32 lines at a time, encodes each
+              with the same GPT-2 files by Hugging Face's tokenizers, and sends it back to the
+              process that appends it to an IndexedDatasetBuilder
+    ours      one process, megabytes of documents at a time, TokenWriter
+
+minhash: documents -> signatures of 100 hashes over shingles of 5 characters, bytes a second on one
+core. The signatures must be equal.
+    datasketch  MinHash.bulk over the set of each document's shingles
+
+load: batches a second of 8 rows of 2048 tokens, with segments and positions, blended by weights
+from 15 sources, and the seconds from opening to the first batch.
+    ours            token arrays
+    ours_megatron   .bin/.idx of the same tokens
+    grain           the same documents as ArrayRecord, shuffled, mixed, ConcatThenSplitIterDataset,
+                    batch
+    megatron        BlendedDataset of GPTDatasets over the same .bin/.idx (no attention mask, no
+                    segments) through torch's DataLoader, building its indices
+    megatron_again  the same, with the indices already built
+    megatron_reset  the same, with positions that restart in each document, as on the other sides
 """
 
 import argparse
@@ -81,8 +86,7 @@ def parse(argv=None):
     return parser.parse_args(argv)
 
 
-# --- tokenize: each side returns (seconds, of processors, digest of the ids)
-# -------------------------------------
+# --- tokenize: each side returns (seconds, of processors, digest of the ids) ---
 
 
 def lines_of(args) -> list[bytes]:
@@ -178,8 +182,7 @@ def encode_line(line):
     return ids, [len(ids)], len(line)
 
 
-# --- minhash: each side returns (seconds, of processors, digest of the signatures)
-# -------------------------------
+# --- minhash: each side returns (seconds, of processors, digest of the signatures) ---
 
 
 def minhash_ours(args):
@@ -207,8 +210,7 @@ def minhash_datasketch(args):
     return *seconds, hashlib.sha256(found.astype("<u4").tobytes()).hexdigest()
 
 
-# --- load: each side returns (seconds of the batches, of processors, seconds to the first)
-# -----------------------
+# --- load: each side returns (seconds of the batches, of processors, seconds to the first) ---
 
 
 def weights_of(args) -> list[float]:
@@ -368,8 +370,7 @@ def load_megatron_reset(args):
     return load_megatron(args, reset=True)
 
 
-# --- the run
-# -----------------------------------------------------------------------------------------------------
+# --- the run ---
 
 
 def work(args) -> None:
@@ -573,7 +574,7 @@ def command(args) -> str:
 
 
 def check(args) -> None:
-    """Raises ValueError, in one line, for what could not work."""
+    """Raise ValueError, in one line, if the arguments cannot work."""
     for name in ("rounds", "megabytes", "sources", "tokens", "batches", "batch", "length"):
         if getattr(args, name) <= 0:
             raise ValueError(f"--{name}={getattr(args, name)} must be above 0")
@@ -582,7 +583,8 @@ def check(args) -> None:
             raise ValueError(f"--{name}={getattr(args, name)} does not exist; give one")
     if shutil.which(args.peer_python) is None:
         raise ValueError(
-            f"--peer_python={args.peer_python} is not a program; give the path of a Python with the peers"
+            f"--peer_python={args.peer_python} is not a program; "
+            "give the path of a Python with the peers"
         )
     done = subprocess.run(
         [args.peer_python, "-W", "ignore", "-c", f"import {NEEDED}"], capture_output=True, text=True
@@ -590,8 +592,8 @@ def check(args) -> None:
     if done.returncode:
         reason = (done.stderr.strip() or "no message").splitlines()[-1]
         raise ValueError(
-            f"{args.peer_python} lacks a peer ({reason}); run: pip install -e .[benchmarks], or give "
-            "--peer_python=PATH of an environment that has them"
+            f"{args.peer_python} lacks a peer ({reason}); run: pip install -e .[benchmarks], or "
+            "give --peer_python=PATH of an environment that has them"
         )
 
 
@@ -601,7 +603,7 @@ def main(argv: list[str]) -> int:
         work(args)
         return 0
     sys.path.insert(0, str(ROOT))
-    from mtnlg_jax.data import storage  # not in a worker of another Python
+    from mtnlg_jax import storage  # not in a worker of another Python
 
     try:
         check(args)

@@ -113,8 +113,8 @@ def check_installed(topology: Topology) -> None:
         missing = True
     if missing:
         raise ValueError(
-            f"compiling for {topology.kind} needs {(module or '').split('.')[-1]}, which is not here; "
-            "install it with: pip install -c launch/constraints.txt -e '.[ahead]'"
+            f"compiling for {topology.kind} needs {(module or '').split('.')[-1]}, which is not "
+            "here; install it with: pip install -c launch/constraints.txt -e '.[ahead]'"
         )
 
 
