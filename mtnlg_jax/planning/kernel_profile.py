@@ -203,7 +203,7 @@ def function_of(call: Call):
             *scales,
         ]
 
-    shapes = {
+    shapes: dict[str, list[tuple[int, ...]]] = {
         "segment_ids": [(call.rows, call.queries), (call.rows, call.keys)],
         "kv_lengths": [(call.rows,)],
         "q_offset": [(call.rows,)],
