@@ -396,7 +396,7 @@ class DecodeConfig:
     # A beam's score is divided by length ** length_penalty. Larger values favor long texts; 0
     # disables length normalization.
     length_penalty: Finite = 1.0
-    # hf: as length_penalty says. gnmt: divide by ((5 + length) / 6) ** length_penalty (Wu 2016).
+    # hf: length ** length_penalty. gnmt: divide by ((5 + length) / 6) ** length_penalty (Wu 2016).
     length_penalty_type: Literal["hf", "gnmt"] = "hf"
     # When to stop. True: when num_beams beams have ended. False: when a better one is unlikely.
     # never: when a better one is impossible.
