@@ -1,13 +1,11 @@
-"""Compiles the steps of the table in docs/compile_ahead.md for chips that are not here, one after
-the other.
+"""Compile the steps of the table in docs/compile_ahead.md for chips that are not here, one by one.
 
-    python benchmarks/compile_ahead.py                    writes
-        benchmarks/results/compile_ahead.json
-    python benchmarks/compile_ahead.py mtnlg_530b v6e     only rows with one of these words; the
-        others stay
+    python benchmarks/compile_ahead.py                    all rows
+    python benchmarks/compile_ahead.py mtnlg_530b v6e     rows with one of these words
 
-Every row holds what launch/compile_ahead.py says of it, with the compiler's flags that a run there
-sets. Needs the extra `ahead`; about half an hour.
+The results go to benchmarks/results/compile_ahead.json; rows that are not compiled stay as they
+are. Each row holds the report of launch/compile_ahead.py, with the compiler flags of a run there.
+Needs the extra `ahead` and about half an hour.
 """
 
 import argparse
@@ -43,7 +41,7 @@ CIRCULAR = [
 ]
 DECODE = ["mesh.pipe=1", "mesh.data=1", "mesh.tensor=128"]
 
-# config, topology, step, what is set
+# config, topology, step, --set values
 ROWS = [
     ("mtnlg_530b.py", "v5p:8x8x16", "train", ZERO3),
     ("mtnlg_530b.py", "v5p:8x8x16", "train", [*ZERO3, "train.micro_batch_size=5"]),
@@ -66,7 +64,7 @@ def main() -> None:
     parser.add_argument(
         "words",
         nargs="*",
-        help="of the config, the topology, the step or what is set; default: all",
+        help="words of the config, the topology, the step or its settings; default: all rows",
     )
     parser.add_argument(
         "--output", default=str(FOLDER / "benchmarks" / "results" / "compile_ahead.json")
@@ -78,7 +76,7 @@ def main() -> None:
     ]
     if not chosen:
         parser.error(
-            f"no row has {' or '.join(args.words)} in it; the rows are:\n"
+            f"no row contains {' or '.join(args.words)}; the rows are:\n"
             + "\n".join(label(*row) for row in ROWS)
         )
     known = json.loads(path.read_text())["rows"] if path.exists() else []
@@ -100,7 +98,7 @@ def measured(config: str, topology: str, step: str, settings: list[str]) -> dict
     from mtnlg_jax.planning import topology as described
 
     loaded = load_config(f"{FOLDER}/configs/{config}", settings)
-    kernels = collections.Counter()  # of all depths of loops
+    kernels: collections.Counter[str] = collections.Counter()  # over all depths of loops
     m = aot.measure(loaded, described.parse(topology), step)
     for kernel in m.kernels:
         kernels[kernel.name] += kernel.count
@@ -136,7 +134,7 @@ def save(path: Path, rows: list[dict]) -> None:
     from mtnlg_jax import storage
 
     result = {
-        "device": f"CPU, {os.cpu_count()} cores; the chips are described, none was there",
+        "device": f"CPU, {os.cpu_count()} cores; the chips are described, none was present",
         "versions": {
             name: importlib.metadata.version(name) for name in ("jax", "libtpu", "jax-cuda12-pjrt")
         },

@@ -1,37 +1,33 @@
-"""Training speed on CPU beside Hugging Face's GPT-2 in PyTorch eager, both in one run:
+"""Measure training speed on CPU beside Hugging Face's GPT-2 in PyTorch eager, both in one run:
 
     python benchmarks/cpu_train.py [--peer_python=PATH] [--rounds=5] [--steps=1] [--threads=2]
 
-Each side is a process of its own that starts from the same weights, trains on the same batch with
-the same AdamW, and waits while the others run; the order turns round every round. The losses of the
-first steps must agree, so
-both compute the same thing: loss, gradients and update. PyTorch may live in another environment
+Each side is a separate process. Both start from the same weights, train on the same batch with the
+same AdamW, and take turns; the order is reversed every round. The losses of the first steps must
+agree, so both compute the same loss, gradients and update. PyTorch may be in another environment
 (--peer_python).
 
-Where XLA:CPU lost time, and what was done. Seconds of processor time (least of five or six, several
-runs, on a busy machine) of the six layers, forward and backward, at 2 x 512 tokens, where the
-products alone take about 1.7 at their measured 80 GFLOP/s a core:
+How XLA:CPU lost time, and the remedies. Processor time (the least of five or six runs on a busy
+machine) of the six layers, forward and backward, at 2 x 512 tokens. The products alone take about
+1.7 s at their measured 80 GFLOP/s a core:
 
 | change | layers | memory for temporaries |
 | --- | --- | --- |
 | first plain version | 3.2 s | 798 MB |
-| softmax keeps its weights only, not what differentiating its maximum wants | 2.8 s | 596 MB |
-| attention in blocks of 128 x 128, heads first (no transposed scores, nothing above the diagonal) |
-2.2 s | 479 MB |
-| a layer keeps its products and computes the rest again (model.transformer.RECOMPUTE, elementwise)
-| 1.9 s | 191 MB |
+| softmax keeps its weights only, not the inputs to the gradient of its maximum | 2.8 s | 596 MB |
+| attention in blocks of 128 x 128, heads first, nothing above the diagonal | 2.2 s | 479 MB |
+| a layer keeps its products and recomputes the rest (recompute "elementwise") | 1.9 s | 191 MB |
 
-Attention alone fell from 148 to 44 ms a layer. What a loop over layers keeps is copied on one
-thread by XLA:CPU,
-twice, while other cores wait: keeping less pays there again. The whole step fell from 17.2 to about
-13 s of processor time and, on two cores with little else running, used 1.9 of them.
+Attention alone fell from 148 to 44 ms a layer. XLA:CPU copies what a loop over layers keeps twice,
+on one thread, while other cores wait: keeping less saves time there too. The whole step fell from
+17.2 to about 13 s of processor time and used 1.9 of two cores with little else running.
 
-Tried and left: unrolled layers (2.3 s instead of 1.9, and twice the time to compile), a
+Tried without success: unrolled layers (2.3 s instead of 1.9, and twice the time to compile), a
 hand-written GELU backward (2.0 instead of 1.9), checkpointed norms (between 0.1 worse and 0.2
-better before the last row, which covers them), XLA's older matmuls
+better before the last row, which includes them), XLA's older matmuls
 (--xla_cpu_experimental_ynn_fusion_type= : 17.7 instead of 16.7 s a step), huge pages in malloc (no
 less processor time). At the same shapes the loss over the vocabulary takes 1.4 s of 1.3 possible
-and the embedding's scatter-add 0.05 s: left alone.
+and the embedding's scatter-add 0.05 s, so both stay as they are.
 """
 
 import argparse
@@ -92,8 +88,7 @@ def tokens_of(args):
     )
 
 
-# --- the two sides: each returns (versions, a function that makes one step and returns its loss)
-# -------------
+# --- the two sides: each returns (versions, a function that runs one step and returns its loss) --
 
 
 def ours(args):
@@ -169,7 +164,7 @@ def peer(args):
     import transformers
 
     torch.set_num_threads(args.threads)
-    # GPT-2's own ids of special tokens lie outside this vocabulary
+    # It warns that GPT-2's special tokens are outside this vocabulary.
     transformers.logging.set_verbosity_error()
     config = transformers.GPT2Config(
         vocab_size=args.vocabulary,
@@ -218,7 +213,7 @@ def peer(args):
 
 
 def as_gpt2(named, args, torch):
-    """Our stacked parameters under GPT-2's names; its matrices are stored (in, out) like ours."""
+    """Rename our stacked parameters to GPT-2's; its matrices are stored (in, out) like ours."""
     width = args.width
     state = {
         "transformer.wte.weight": named["tokens_VD"],
@@ -251,8 +246,8 @@ def as_gpt2(named, args, torch):
 
 
 def work(args) -> None:
-    """A worker: says what it is, then answers every line N with the seconds and the losses of N
-    steps."""
+    """Run a worker: report the versions, then answer every line N with the seconds and the losses
+    of N steps."""
     if hasattr(os, "sched_setaffinity"):  # before any library counts the cores
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     answers = sys.stdout  # what libraries print must not mix with the answers
@@ -267,25 +262,19 @@ def work(args) -> None:
         begin = time.perf_counter()
         begin_cpu = time.process_time()
         losses = [step() for _ in range(int(line))]
-        print(
-            json.dumps(
-                {
-                    "seconds": time.perf_counter() - begin,
-                    "cpu_seconds": time.process_time() - begin_cpu,
-                    "losses": losses,
-                }
-            ),
-            file=answers,
-            flush=True,
-        )
+        answer = {
+            "seconds": time.perf_counter() - begin,
+            "cpu_seconds": time.process_time() - begin_cpu,
+            "losses": losses,
+        }
+        print(json.dumps(answer), file=answers, flush=True)
 
 
-# --- the run
-# ------------------------------------------------------------------------------------------------
+# --- the run ---
 
 
 # Idle OpenMP threads of PyTorch spin, or (passive) sleep: spinning is faster on an idle machine and
-# far slower on a busy one. The peer runs both ways and counts by the faster.
+# far slower on a busy one. The peer runs both ways and the faster counts.
 SIDES = {"ours": {}, "peer": {}, "peer_passive": {"OMP_WAIT_POLICY": "passive"}}
 
 
@@ -306,7 +295,8 @@ class Worker:
         line = self.process.stdout.readline()
         if not line:
             raise RuntimeError(
-                f"the worker {self.name!r} ended with code {self.process.wait()}; its message is above"
+                f"the worker {self.name!r} ended with code {self.process.wait()}; "
+                "its message is above"
             )
         answer = json.loads(line)
         if "error" in answer:
@@ -324,52 +314,38 @@ class Worker:
 
 
 def check(args) -> None:
-    """Raises ValueError, in one line, for what could not work."""
-    for name in (
-        "rounds",
-        "steps",
-        "threads",
-        "layers",
-        "width",
-        "heads",
-        "vocabulary",
-        "batch",
-        "length",
-    ):
+    """Raise ValueError, in one line, if the arguments cannot work."""
+    for name in "rounds steps threads layers width heads vocabulary batch length".split():
         if getattr(args, name) < 1:
             raise ValueError(f"--{name}={getattr(args, name)} must be 1 or more")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if args.threads > cores:
         raise ValueError(
-            f"--threads={args.threads} exceeds the {cores} cores of this machine; give at most {cores}"
+            f"--threads={args.threads} exceeds the {cores} cores of this machine; "
+            f"give at most {cores}"
         )
     if importlib.util.find_spec("jax") is None:
         raise ValueError(f"{sys.executable} has no jax; run: pip install -e .")
     if shutil.which(args.peer_python) is None:
         raise ValueError(
-            f"--peer_python={args.peer_python} is not a program; give the path of a Python with torch"
+            f"--peer_python={args.peer_python} is not a program; "
+            "give the path of a Python with torch"
         )
     if subprocess.run(
         [args.peer_python, "-c", "import numpy, torch, transformers"], capture_output=True
     ).returncode:
         raise ValueError(
-            f"{args.peer_python} cannot import torch and transformers; run: pip install -e .[benchmarks], "
-            "or give --peer_python=PATH of an environment that has them"
+            f"{args.peer_python} cannot import torch and transformers; run: pip install -e "
+            ".[benchmarks], or give --peer_python=PATH of an environment that has them"
         )
 
 
 def processor() -> str:
     info = Path("/proc/cpuinfo")
-    names = (
-        [
-            line.partition(":")[2].strip()
-            for line in info.read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        if info.exists()
-        else []
-    )
-    return names[0] if names else platform.processor() or platform.machine()
+    for line in info.read_text().splitlines() if info.exists() else []:
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def measure(args, argv: list[str]) -> dict:
@@ -379,14 +355,13 @@ def measure(args, argv: list[str]) -> dict:
         for name in SIDES:  # ours first: it writes the weights that all start from
             workers.append(Worker(name, args, argv, folder))
             stack.callback(workers[-1].close)
-        losses = {
-            worker.name: worker.run(3)["losses"] for worker in workers
-        }  # compiles and warms up too
+        # These steps also compile and warm up.
+        losses = {worker.name: worker.run(3)["losses"] for worker in workers}
         difference = max(abs(a - b) for a, b in zip(losses["ours"], losses["peer"], strict=True))
         if not difference <= LOSS_TOLERANCE:
             raise RuntimeError(
-                f"the losses differ by {difference:.2g}, above {LOSS_TOLERANCE}: {losses}; the sides do "
-                f"not compute the same thing"
+                f"the losses differ by {difference:.2g}, above {LOSS_TOLERANCE}: {losses}; the "
+                "sides do not compute the same thing"
             )
         turns = {name: [] for name in SIDES}
         for number in range(args.rounds):
@@ -437,7 +412,7 @@ def measure(args, argv: list[str]) -> dict:
 
 
 def command(args) -> str:
-    """The line that repeats the run; where the peer's Python lies says nothing about the result."""
+    """Return the command that repeats the run. The path of the peer's Python is left out."""
     defaults = parse([])
     words = [
         f"--{name}={'PYTHON' if name == 'peer_python' else value}"
@@ -452,7 +427,7 @@ def main(argv: list[str]) -> int:
     if args.worker:
         work(args)
         return 0
-    from mtnlg_jax.data import storage  # not in a worker of another Python
+    from mtnlg_jax import storage  # not in a worker of another Python
 
     try:
         check(args)
@@ -462,8 +437,9 @@ def main(argv: list[str]) -> int:
         return 2
     output = Path(args.output)
     storage.write_file(output.parent, output.name, (json.dumps(result, indent=1) + "\n").encode())
+    speeds = result["tokens_per_second"]
     print(
-        f"ours {result['tokens_per_second']['ours']} tokens/s, peer {result['tokens_per_second']['peer']} tokens/s: "
+        f"ours {speeds['ours']} tokens/s, peer {speeds['peer']} tokens/s: "
         f"ratio {result['ratio_tokens_per_second']} to the faster peer; losses differ by "
         f"{result['first_losses']['largest_difference']:.1e}; written to {output}"
     )

@@ -1,26 +1,31 @@
-"""Sentiment from a user's own labelled sentences, on 2 CPU cores: the loss is on the label alone.
+"""Sentiment from your own labeled sentences, on 2 CPU cores. The loss is on the label alone.
 
-The rows are a table of text, tab, 0 or 1, as that of SST-2. With the prompts of launch/task.py:
+The input is a table of text, tab, 0 or 1, like that of SST-2. launch/task.py makes the prompts:
 
-python launch/task.py --task=sentiment --input=train.tsv --labels=0=negative,1=positive
---make_pairs=pairs.jsonl python launch/prepare_data.py --input=pairs.jsonl --output=DATA
---prompt='{prompt}' --answer='{answer}' --heldout=0.05 python launch/pretrain.py
---config=configs/finetune_sentiment.py --set=data.path=DATA --workdir=RUN python launch/task.py
---workdir=RUN --task=sentiment --eval=dev.tsv --labels=0=negative,1=positive
+    python launch/task.py --task=sentiment --input=train.tsv --labels=0=negative,1=positive \\
+        --make_pairs=pairs.jsonl
+    python launch/prepare_data.py --input=pairs.jsonl --output=DATA --prompt='{prompt}' \\
+        --answer='{answer}' --heldout=0.05
+    python launch/pretrain.py --config=configs/finetune_sentiment.py --set=data.path=DATA \\
+        --workdir=RUN
+    python launch/task.py --workdir=RUN --task=sentiment --eval=dev.tsv \\
+        --labels=0=negative,1=positive
 
-A student of one layer that RUN teaches, on the same DATA:
+To distill RUN into a student of one layer, on the same DATA:
 
-python launch/pretrain.py --config=configs/finetune_sentiment.py --set=data.path=DATA
---workdir=STUDENT \\
-    --set=model.num_layers=1 --set='train.stages=[{"name": "taught", "distill": "RUN",
-    "distill_temperature": 2.0,
-    "distill_weight": 0.8}]'
+    python launch/pretrain.py --config=configs/finetune_sentiment.py --set=data.path=DATA \\
+        --workdir=STUDENT --set=model.num_layers=1 --set='train.stages=[{"name": "taught",
+        "distill": "RUN", "distill_temperature": 2.0, "distill_weight": 0.8}]'
 
-Of SST-2's 872 dev rows 77.8 % are right, and 77.4 % by the student, from its 6,920 training rows
-alone. The newest checkpoint is kept, not that of the lowest held-out loss: labels grow surer, which
-raises the loss, while more of them are right (step 300: 73.7 %). A run of more text is a better
-start: prepare with its --tokenizer=BASE/tokenizer, set its model here, give --init=BASE. Source:
-chosen here.
+Result: trained on the 6,920 rows of SST-2 alone, the run labels 77.8 % of the 872 dev rows
+correctly, its student 77.4 %. The run keeps the newest checkpoint rather than the one with the
+lowest held-out loss: as the labels become more certain the loss rises, yet more of them are correct
+(step 300: 73.7 %).
+
+A run trained on more text is a better start: prepare with --tokenizer=BASE/tokenizer, set its model
+here, and give --init=BASE.
+
+Source: chosen here.
 """
 
 from mtnlg_jax.config import Config, ModelConfig, OptimizerConfig, StageConfig, TrainConfig

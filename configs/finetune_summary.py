@@ -1,22 +1,22 @@
-"""Summaries by low-rank adaptation of a run of configs/small.py, on 2 CPU cores: 32,768 numbers are
-learnt, in A and B.
+"""Summaries by low-rank adaptation of a run of configs/small.py, on 2 CPU cores. It trains 32,768
+numbers, the factors A and B.
 
-The rows are JSON: {"source": "... or a list of sentences", "target": "..."}. Of SciTLDR's rows,
-which have several
-targets, the first is taken by: jq -c '{source: .source, target: .target[0]}' train.jsonl >
-pairs.jsonl
+The input is JSON: {"source": "... or a list of sentences", "target": "..."}. Rows of SciTLDR have
+several targets; this takes the first:
+jq -c '{source: .source, target: .target[0]}' train.jsonl > pairs.jsonl
 
-python launch/prepare_data.py --input=pairs.jsonl --output=DATA --tokenizer=BASE/tokenizer \\
-    --prompt='{source}\\nSummary:' --answer=' {target}'
-python launch/pretrain.py --config=configs/finetune_summary.py --init=BASE --set=data.path=DATA
---workdir=RUN python launch/generate.py --workdir=RUN --num_beams=4 --prompt="$(cat
-abstract.txt)"$'\\nSummary:'
+    python launch/prepare_data.py --input=pairs.jsonl --output=DATA --tokenizer=BASE/tokenizer \\
+        --prompt='{source}\\nSummary:' --answer=' {target}'
+    python launch/pretrain.py --config=configs/finetune_summary.py --init=BASE \\
+        --set=data.path=DATA --workdir=RUN
+    python launch/generate.py --workdir=RUN --num_beams=4 \\
+        --prompt="$(cat abstract.txt)"$'\\nSummary:'
 
-BASE is the folder of the run to start from; RUN is used as any other: what was learnt is merged
-when it is loaded. To learn all parameters, --set=optimizer.lora_rank=0. The beginning of a text
-that is longer than 512 tokens with its
-summary is left out. Source: Hu 2021 for where the ranks go; how well it summarises has not been
-measured.
+BASE is the folder of the run to start from. RUN is used like any other run: its factors are merged
+into the weights when it is loaded. --set=optimizer.lora_rank=0 trains all parameters. Where a text
+and its summary exceed 512 tokens, the beginning of the text is left out.
+
+Source: Hu 2021 for the adapted matrices. The quality of the summaries has not been measured.
 """
 
 from mtnlg_jax.config import (
@@ -28,7 +28,7 @@ from mtnlg_jax.config import (
     TrainConfig,
 )
 
-_BASE = "BASE"  # stands for the folder that --init names
+_BASE = "BASE"  # replaced by --init
 
 
 def get_config() -> Config:

@@ -3,15 +3,15 @@
     python launch/pretrain.py --config=configs/mtnlg_530b.py --set=data.path=OUT --workdir=RUN
     python launch/pretrain.py --config=configs/mtnlg_530b.py --workdir=RUN
 
-OUT is what configs/data/mtnlg.py made; it holds the weights of its sources. Without data.path the
-run reads the fifteen sources from data/Books3, data/OpenWebText2, ...
-(mtnlg_jax/data/mtnlg_blend.py), each prepared by launch/prepare_data.py with one --tokenizer.
+OUT is the output of configs/data/mtnlg.py, which holds the weights of its sources. Without
+data.path the run reads the fifteen sources from data/Books3, data/OpenWebText2, ...
+(mtnlg_jax/data/mtnlg_blend.py). launch/prepare_data.py must prepare each with the same --tokenizer.
 
 Hardware: 280 DGX A100 of the paper (2,240 GPUs of 80 GB): tensor 8 x pipe 35 x data 8, 60.1 s a
 step at full batch.
 Source: Smith et al. 2022, arXiv 2201.11990; the shape is Narayanan et al. 2021, Table 1. Figures
-marked [M] are remembered, not read in the paper; the same team's published scripts agree with most
-of them.
+marked [M] are from memory, not from the paper; most agree with the scripts that the same team
+published.
 """
 
 from mtnlg_jax.config import (
@@ -37,8 +37,8 @@ BLEND = tuple((f"data/{name}", weight) for name, weight in WEIGHTS.items())
 
 
 def steps_for(samples: int) -> int:
-    """Steps that consume ``samples`` sequences. The ramp and its small batches take 14,475 of
-    80,087."""
+    """Return the steps that consume ``samples`` sequences: 80,087 for SAMPLES, of which the ramp
+    with its small batches takes 14,475."""
     steps = done = 0
     while done < samples:
         grown = (BATCH - RAMP_START) // RAMP_STEP * done // RAMP_SAMPLES
@@ -60,7 +60,7 @@ def get_config() -> Config:
             tie_embeddings=True,
             init_method_std=0.004,  # about sqrt(1 / (3 x hidden_size))
         ),
-        # Each replica kept its whole optimizer state. 1F1B [M] takes the growing batch as it comes.
+        # Each replica kept its whole optimizer state. 1F1B [M] handles the growing batch.
         mesh=MeshConfig(pipe=35, data=8, tensor=8, zero=0, schedule="1f1b"),
         data=DataConfig(blend=BLEND),
         optimizer=OptimizerConfig(
@@ -80,7 +80,7 @@ def get_config() -> Config:
             micro_batch_size=1,
             rampup_batch_size=(RAMP_START, RAMP_STEP, RAMP_SAMPLES),
             compute_dtype="bfloat16",
-            # besides the stages, which a pipeline computes again: the paper's full recompute
+            # A pipeline recomputes its stages as well: together the paper's full recompute.
             recompute="elementwise",
         ),
     )

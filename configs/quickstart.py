@@ -1,9 +1,9 @@
-"""The newcomer's run: about 1 MB of text, masked, then causal, then a mix of both, on 2 CPU cores.
+"""The newcomer's run on 2 CPU cores: about 1 MB of text, masked, then causal, then a mix of both.
 
-bash launch/quickstart.sh
+    bash launch/quickstart.sh
 
-Hardware: a laptop; 6 minutes of training or less on 2 cores. The last stage keeps both objectives
-alive, so that one checkpoint continues texts and fills masks.
+Hardware: a laptop; at most 6 minutes of training on 2 cores. The last stage trains both objectives,
+so one checkpoint can continue texts and fill masks.
 """
 
 from mtnlg_jax.config import (

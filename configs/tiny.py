@@ -1,4 +1,4 @@
-"""The smallest run that does all there is to do: for tests, and for trying a change.
+"""The smallest run that uses every part of the code, for tests and for trying a change.
 
     python launch/pretrain.py --config=configs/tiny.py --set=data.path=PREPARED --workdir=RUN
 

@@ -201,7 +201,7 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
     looked_up = model.max_position_embeddings * model.hidden_size
     looked_up = looked_up if model.position_embedding_type == "learned" else 0
     if not model.tie_embeddings:
-        looked_up += model.vocab_size * model.hidden_size
+        looked_up += model.vocabulary * model.hidden_size
     products = model.parameter_count() - looked_up
     return (
         6 * products

@@ -170,15 +170,15 @@ def test_load_config_reads_lists_as_tuples(written):
     hash(config)
 
 
-def test_text_behind_a_colon_is_the_argument_of_get_config(written):
+def test_text_after_a_colon_is_the_argument_of_get_config(written):
     path = written(f"{IMPORT}def get_config(row):\n    return Config(name=row)\n")
     assert load_config(f"{path}:7.5b").name == "7.5b"
     with pytest.raises(
-        ValueError, match=f"get_config.. needs 'row'; give it behind a colon, as {path}:row"
+        ValueError, match=f"get_config.. needs 'row'; give it after a colon, as {path}:row"
     ):
         load_config(path)
     plain = written(f"{IMPORT}def get_config():\n    return Config()\n")
-    with pytest.raises(ValueError, match="takes no argument, and 'x' stands behind the colon"):
+    with pytest.raises(ValueError, match="takes no argument, but 'x' follows the colon"):
         load_config(f"{plain}:x")
     with pytest.raises(FileNotFoundError, match="nowhere.py' is not a file"):
         load_config("nowhere.py:7.5b")
@@ -192,8 +192,8 @@ def test_text_behind_a_colon_is_the_argument_of_get_config(written):
         ("def get_config(:", ["SyntaxError", "does not load"]),
         ("import no_such_module_at_all", ["no_such_module_at_all", "does not load"]),
         ("config = 3", ["defines no get_config()", "configs/tiny.py"]),
-        ("def get_config():\n    pass", ["gives a NoneType", "Config"]),
-        ("def get_config():\n    return {'train': 3}", ["gives a dict", "Config"]),
+        ("def get_config():\n    pass", ["returns a NoneType", "Config"]),
+        ("def get_config():\n    return {'train': 3}", ["returns a dict", "Config"]),
         (
             f"{IMPORT}def get_config():\n    return Config(train=TrainConfig(steps='9'))",
             ["train.steps='9' is str", "int"],
@@ -425,7 +425,7 @@ def test_validate_changes_nothing():
         (
             ["train.micro_batch_size=3"],
             ["global_batch_size=32", "3", "30 or 33"],
-        ),  # no mesh.data can mend it
+        ),  # no mesh.data can repair it
         (
             ["train.rampup_batch_size=(8, 5, 99)", "train.micro_batch_size=1"],
             ["24", "increment=5", "4 or 6"],

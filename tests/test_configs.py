@@ -15,7 +15,7 @@ from mtnlg_jax.model.attention import SUPPORT
 from mtnlg_jax.model.context_attention import MODES
 from mtnlg_jax.model.transformer import ACTIVATIONS, RECOMPUTE, abstract_model
 from mtnlg_jax.parallel.mesh import shardings_of
-from mtnlg_jax.planning.cost import POLICIES
+from mtnlg_jax.planning.layout import POLICIES
 from mtnlg_jax.train.schedule import batch_size_at, samples_before
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"

@@ -31,3 +31,10 @@ def test_every_page_is_reached_from_the_front_page():
 
 def test_the_page_of_settings_is_that_of_the_dataclasses():
     assert (ROOT / "docs/configuration.md").read_text() == page.render()
+
+
+def test_every_setting_has_a_description():
+    rows = [line for line in page.render().splitlines() if line.startswith("| `")]
+    assert len(rows) > 100
+    for row in rows:
+        assert re.search(r"\| [^|]+\. \|$", row), row

@@ -86,7 +86,8 @@ def print_table(config) -> None:
     from mtnlg_jax.config import validate
     from mtnlg_jax.model.transformer import abstract_model
     from mtnlg_jax.parallel.mesh import mesh_shape, plan_table
-    from mtnlg_jax.planning.cost import Job, layout_of
+    from mtnlg_jax.planning.cost import Job
+    from mtnlg_jax.planning.layout import layout_of
 
     mesh = config.mesh
     replica = mesh.pipe * mesh.context * mesh.tensor
@@ -234,7 +235,7 @@ def own_layout(config, devices: int):
     """The layout of the config as it stands; None where it takes more devices or one that is not
     allowed here."""
     from mtnlg_jax.config import validate
-    from mtnlg_jax.planning.cost import layout_of
+    from mtnlg_jax.planning.layout import layout_of
 
     mesh = config.mesh
     data = devices // (mesh.pipe * mesh.context * mesh.tensor) if mesh.data == -1 else mesh.data

@@ -1,7 +1,8 @@
-"""What a run is: `schema` holds the dataclasses, `load` reads them, `rules` says what fits
-together."""
+"""The config of a run. `schema` holds the dataclasses, `load` reads them, `rules` and
+`decode_rules` check what must fit together."""
 
 from mtnlg_jax.config.checks import divisors, near_divisors
+from mtnlg_jax.config.decode_rules import BEAM_ORDER, SAMPLING_LIMITS, acting, validate_decode
 from mtnlg_jax.config.load import (
     describe_failure,
     from_json,
@@ -12,15 +13,7 @@ from mtnlg_jax.config.load import (
     split_argument,
     to_json,
 )
-from mtnlg_jax.config.rules import (
-    BEAM_ORDER,
-    SAMPLING_LIMITS,
-    acting,
-    validate,
-    validate_batch,
-    validate_decode,
-    validate_model,
-)
+from mtnlg_jax.config.rules import validate, validate_batch, validate_model
 from mtnlg_jax.config.schema import (
     PATH,
     Config,

@@ -1,5 +1,5 @@
-"""Values as the types that the fields of a config name: what JSON, NumPy and literals lose is put
-back."""
+"""Convert values to the types that the fields of a config have; JSON, NumPy and literals lose some
+of them."""
 
 import dataclasses
 import functools
@@ -10,8 +10,8 @@ import typing
 
 
 def plain(value, path: str):
-    """``value`` as JSON holds it, to be coerced: NumPy's scalars and arrays as Python's, path
-    objects as text. Raises ValueError, naming ``path``, where it is none of these."""
+    """Convert ``value`` to what JSON can hold: NumPy scalars and arrays to Python's, paths to text.
+    Raises ValueError, naming ``path``, for any other object."""
     if value is None or isinstance(value, str | bool | int | float):
         return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -28,49 +28,46 @@ def plain(value, path: str):
     if hasattr(value, "tolist"):  # NumPy, JAX
         return value.tolist()
     raise ValueError(
-        f"{path}={value!r} is a {type(value).__name__}; write a number, a text, a list or None"
+        f"{path}={value!r} is a {type(value).__name__}; write a number, a string, a list or None"
     )
 
 
 def coerce(value, kind, path: str):
-    """``value`` as an instance of the annotation ``kind``: what JSON and literals lose is put
-    back."""
+    """Convert ``value`` to an instance of the annotation ``kind``. Raises ValueError, naming
+    ``path``, where it is not one."""
     if typing.get_origin(kind) is typing.Literal:
-        return coerce(value, base_of(kind), path)  # `checks.check_fields` looks at the choice
+        return coerce(value, base_of(kind), path)  # `checks.check_fields` checks the choice
     if isinstance(kind, types.UnionType):
         if value is None and type(None) in kind.__args__:
             return None
         kinds = [k for k in kind.__args__ if k is not type(None)]
-        kind = next((k for k in kinds if k is type(value)), kinds[0])
+        kind = type(value) if type(value) in kinds else kinds[0]
     origin = typing.get_origin(kind)
     if origin is tuple and isinstance(value, list | tuple):
-        kinds = typing.get_args(kind)
-        if kinds[-1] is Ellipsis:
-            return tuple(coerce(v, kinds[0], path) for v in value)
-        if len(kinds) == len(value):
-            return tuple(coerce(v, k, path) for v, k in zip(value, kinds, strict=True))
+        members = typing.get_args(kind)
+        if members[-1] is Ellipsis:
+            return tuple(coerce(v, members[0], path) for v in value)
+        if len(members) == len(value):
+            return tuple(coerce(v, k, path) for v, k in zip(value, members, strict=True))
     elif dataclasses.is_dataclass(kind) and isinstance(value, dict):
         return _from_dict(kind, value, path)
     elif origin is None and not dataclasses.is_dataclass(kind):
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            return float(
-                str(value)
-            )  # float(value) raises above 1e308; this gives inf, for validate()
+            return float(str(value))  # float(value) raises above 1e308; this gives inf
         if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
             return value
     raise ValueError(f"{path}={value!r} is {type(value).__name__}; it must be {kind_name(kind)}")
 
 
-@functools.cache
-def hints_of(kind: type, limits: bool = False) -> dict:
-    """{field: its annotation}; with ``limits`` also what `Annotated` adds. Kept: a search validates
-    thousands of configs."""
+@functools.cache  # a search validates thousands of configs
+def hints_of(kind: type, limits: bool = False) -> dict[str, typing.Any]:
+    """Return {field: annotation} of a dataclass, with the metadata of `Annotated` if ``limits``."""
     return typing.get_type_hints(kind, include_extras=limits)
 
 
 def base_of(kind):
-    """The types of a Literal's choices: Literal["a", "b"] is of str, Literal[False, "never"] of
-    bool | str."""
+    """Return the type of a Literal's choices: str for Literal["a", "b"], bool | str for
+    Literal[False, "never"]."""
     kinds = list(dict.fromkeys(map(type, typing.get_args(kind))))
     return functools.reduce(operator.or_, kinds)
 

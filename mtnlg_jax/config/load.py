@@ -1,4 +1,4 @@
-"""Reading a config: from a Python file, from JSON, and single values from the command line."""
+"""Read a config from a Python file or from JSON, and single values from the command line."""
 
 import ast
 import dataclasses
@@ -21,8 +21,8 @@ from mtnlg_jax.config.schema import Config
 
 
 def load_config(path: str, overrides: Iterable[str] = ()) -> Config:
-    """Runs ``get_config()`` of the Python file ``path``, applies ``overrides`` ("train.steps=10")
-    and validates. "FILE.py:TEXT" calls ``get_config("TEXT")``. Raises FileNotFoundError or
+    """Run ``get_config()`` of the Python file ``path``, apply ``overrides`` ("train.steps=10") and
+    validate the result. "FILE.py:TEXT" calls ``get_config("TEXT")``. Raises FileNotFoundError or
     ValueError."""
     config = load_object(path, Config, overrides)
     validate(config)
@@ -30,17 +30,18 @@ def load_config(path: str, overrides: Iterable[str] = ()) -> Config:
 
 
 def load_object(path: str, kind: type, overrides: Iterable[str] = ()):
-    """The same for a file that gives a dataclass of another ``kind``; not validated. Fields marked
-    with PATH have their ~ expanded. What fails in the file is a ValueError of one line, with the
+    """Load a dataclass of any ``kind`` in the same way, without validation. A ~ is expanded in
+    fields marked with PATH. Errors in the file become a ValueError of one line that names the
     file's line."""
-    given, path, arguments = path, *split_argument(path)
+    given = path
+    path, arguments = split_argument(path)
     if not os.path.isfile(path):
         root = os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir, os.pardir)
         there = os.path.normpath(os.path.join(root, path))
         hint = f"did you mean {there}?" if os.path.isfile(there) else "give one of configs/*.py"
         raise FileNotFoundError(f"config {path!r} is not a file; {hint}")
     spec = importlib.util.spec_from_file_location("mtnlg_config", path)
-    if spec is None:
+    if spec is None or spec.loader is None:
         raise ValueError(f"config {path!r} is not a Python file; give one of configs/*.py")
     module = importlib.util.module_from_spec(spec)
     get_config = None
@@ -58,64 +59,59 @@ def load_object(path: str, kind: type, overrides: Iterable[str] = ()):
         raise ValueError(f"config {path!r} defines no get_config(); see configs/tiny.py")
     if not isinstance(config, kind):
         raise ValueError(
-            f"get_config() of {path!r} gives a {type(config).__name__}; it must return a {kind.__name__}"
+            f"get_config() of {path!r} returns a {type(config).__name__}; "
+            f"it must return a {kind.__name__}"
         )
     try:
-        config = coerce(
-            plain(config, "config"), kind, "config"
-        )  # lists, where the file wrote them, become tuples
+        config = coerce(plain(config, "config"), kind, "config")  # lists become tuples
     except ValueError as error:
         raise ValueError(f"config {path!r}: {error}") from None
     return map_paths(override(config, *overrides), command.expand)
 
 
 def split_argument(path: str) -> tuple[str, list[str]]:
-    """ "FILE.py:TEXT" as ("FILE.py", ["TEXT"]); a path without TEXT as (path, [])."""
+    """Split "FILE.py:TEXT" into ("FILE.py", ["TEXT"]). A path without TEXT gives (path, [])."""
     found = None if os.path.isfile(path) else re.fullmatch(r"(.+\.py):([^/]*)", path)
     return (found[1], [found[2]]) if found else (path, [])
 
 
 def _check_arguments(given: str, get_config: Callable, arguments: list[str]) -> None:
-    taken = inspect.signature(get_config).parameters.values()
-    needed = [each for each in taken if each.default is each.empty]
+    parameters = inspect.signature(get_config).parameters.values()
+    needed = [each.name for each in parameters if each.default is each.empty]
     if len(needed) > len(arguments):
         raise ValueError(
-            f"get_config() needs {needed[0].name!r}; give it behind a colon, as {given}:{needed[0].name}"
+            f"get_config() needs {needed[0]!r}; give it after a colon, as {given}:{needed[0]}"
         )
-    if len(taken) < len(arguments):
+    if len(parameters) < len(arguments):
         raise ValueError(
-            f"get_config() takes no argument, and {arguments[0]!r} stands behind the colon; leave it out"
+            f"get_config() takes no argument, but {arguments[0]!r} follows the colon; leave it out"
         )
 
 
 def describe_failure(error: BaseException, path: str, called: Callable | None = None) -> str:
-    """ "line 7: TypeError: ..." in one line: what the Python file ``path`` raised, and where in it;
-    where it could not even enter ``called``, that function's line."""
+    """Describe in one line what the Python file ``path`` raised and where: "line 7: TypeError:
+    ...". If ``called`` could not even be entered, the line is that of its definition."""
     whole = os.path.abspath(path)
     numbers = [
         frame.lineno
         for frame in traceback.extract_tb(error.__traceback__)
         if os.path.abspath(frame.filename) == whole
     ]
-    if (
-        isinstance(error, SyntaxError)
-        and error.filename
-        and os.path.abspath(error.filename) == whole
-    ):
+    if isinstance(error, SyntaxError) and os.path.abspath(error.filename or "") == whole:
         numbers.append(error.lineno)
-    if not numbers and hasattr(called, "__code__"):
-        numbers.append(called.__code__.co_firstlineno)
+    code = getattr(called, "__code__", None)
+    if not numbers and code is not None:
+        numbers.append(code.co_firstlineno)
     line = f"line {numbers[-1]}: " if numbers else ""
     text = " ".join(str(error).split())
     return f"{line}{type(error).__name__}{f': {text}' if text else ''}{_nearest_field(text)}"
 
 
 def _nearest_field(text: str) -> str:
-    """What was meant where a dataclass of this module was given a field that it lacks; "" where
-    that is unknown."""
+    """Suggest a field if ``text`` reports that a dataclass of `schema` lacks one; else return ""."""
     found = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text)
     kind = getattr(schema, found[1], None) if found else None
-    if not dataclasses.is_dataclass(kind):
+    if found is None or not dataclasses.is_dataclass(kind):
         return ""
     names = [each.name for each in dataclasses.fields(kind)]
     close = difflib.get_close_matches(found[2], names, 1)
@@ -123,9 +119,9 @@ def _nearest_field(text: str) -> str:
 
 
 def map_paths(config, change: Callable[[str], str], prefix: str = ""):
-    """``config``, a dataclass, with each text that names a file or folder replaced by what
-    ``change`` makes of it."""
-    changed = {}
+    """Return the dataclass ``config`` with ``change`` applied to each text that names a file or
+    folder."""
+    changed: dict[str, typing.Any] = {}
     for each in dataclasses.fields(config):
         value = getattr(config, each.name)
         if each.metadata.get("path"):
@@ -136,10 +132,9 @@ def map_paths(config, change: Callable[[str], str], prefix: str = ""):
         elif dataclasses.is_dataclass(value):
             changed[each.name] = map_paths(value, change, f"{prefix}{each.name}.")
         elif isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
+            inner = f"{prefix}{each.name}."
             changed[each.name] = tuple(
-                map_paths(one, change, f"{prefix}{each.name}.")
-                if dataclasses.is_dataclass(one)
-                else one
+                map_paths(one, change, inner) if dataclasses.is_dataclass(one) else one
                 for one in value
             )
     return dataclasses.replace(config, **changed) if changed else config
@@ -148,24 +143,26 @@ def map_paths(config, change: Callable[[str], str], prefix: str = ""):
 def _map_texts(value, change: Callable[[str], str]):
     if isinstance(value, str):
         return change(value) if value else value
-    return (
-        tuple(_map_texts(each, change) for each in value)
-        if isinstance(value, list | tuple)
-        else value
-    )
+    if isinstance(value, list | tuple):
+        return tuple(_map_texts(each, change) for each in value)
+    return value
 
 
 def override(config: Config, *assignments: str) -> Config:
-    """A copy of ``config`` with each "section.key=value" applied; the value is read as the field's
-    type.
+    """Return a copy of ``config`` with each "section.key=value" applied. The value is read as the
+    type of the field.
 
-    Of data.path and data.blend, which exclude each other, the one given here replaces the file's
-    other one."""
-    given = dict(map(str.strip, assignment.partition("=")[::2]) for assignment in assignments)
-    for key, other, empty in (("path", "blend", ()), ("blend", "path", "")):
+    data.path and data.blend exclude each other: the one that is given here clears the other one of
+    the file."""
+    given: dict[str, str] = {}
+    for assignment in assignments:
+        key, _, text = assignment.partition("=")
+        given[key.strip()] = text.strip()
+    empty: dict[str, typing.Any] = {"path": "", "blend": ()}
+    for key, other in (("path", "blend"), ("blend", "path")):
         filled = given.get(f"data.{key}", "") not in ("", "()", "[]")
         if isinstance(config, Config) and filled and f"data.{other}" not in given:
-            data = dataclasses.replace(config.data, **{other: empty})
+            data = dataclasses.replace(config.data, **{other: empty[other]})
             config = dataclasses.replace(config, data=data)
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
@@ -190,8 +187,9 @@ def _replace(node, keys: list[str], text: str, path: str):
             raise ValueError(f"{path} is a section; set one of its keys: {inner}")
         return dataclasses.replace(node, **{keys[0]: _replace(value, keys[1:], text, path)})
     if len(keys) > 1:
-        raise ValueError(f"{path}: {keys[0]} is a value, not a section; nothing lies below it")
-    kind = hints_of(type(node))[keys[0]]
+        raise ValueError(f"{path}: {keys[0]} is a value, not a section; it has no keys")
+    section: typing.Any = type(node)
+    kind = hints_of(section)[keys[0]]
     return dataclasses.replace(node, **{keys[0]: _parse(text, kind, path)})
 
 
@@ -200,17 +198,10 @@ def _parse(text: str, kind, path: str):
         kind = base_of(kind)
     if kind is str:
         return text
+    text = {"true": "True", "false": "False", "none": "None"}.get(text.lower(), text)
     try:
-        value = ast.literal_eval(
-            {"true": "True", "false": "False", "none": "None"}.get(text.lower(), text)
-        )
-    except (
-        ValueError,
-        SyntaxError,
-        TypeError,
-        MemoryError,
-        RecursionError,
-    ):  # all that literal_eval raises
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # all it raises
         if isinstance(kind, types.UnionType) and str in kind.__args__:
             return text
         raise ValueError(f"{path}={text!r} is not a value of type {kind_name(kind)}") from None

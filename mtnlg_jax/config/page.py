@@ -1,15 +1,13 @@
-"""The page docs/configuration.md: every key with its type, default, range and meaning, read from
+"""Generate docs/configuration.md: every key with its type, default, range and meaning, read from
 `schema`.
 
-python -m mtnlg_jax.config.page > docs/configuration.md
+    python -m mtnlg_jax.config.page > docs/configuration.md
 """
 
 import dataclasses
 import inspect
-import io
 import math
 import re
-import tokenize
 import typing
 
 from mtnlg_jax.config import schema
@@ -29,36 +27,40 @@ SECTIONS = {
 
 HEAD = """# Configuration
 
-A run is one frozen dataclass, `Config`, with six sections. A file of `configs/` returns it from `get_config()`. The
-command line changes single values:
+A run is one frozen dataclass, `Config`, with six sections. A file of `configs/` returns it from
+`get_config()`. The command line changes single values:
 
 ```bash
-python launch/pretrain.py --config=configs/small.py --set=data.path=OUT --set=train.steps=2000 --workdir=RUN
+python launch/pretrain.py --config=configs/small.py --set=data.path=OUT --set=train.steps=2000 \\
+    --workdir=RUN
 python launch/plan.py --config=configs/ladder.py:7.5b --chips=H100:128
 ```
 
-Text behind a colon is the argument of `get_config`. Unknown keys, wrong types, values outside their range and
-combinations that do not fit are refused in one line, with the values and a way out, before any work is done.
+Text after a colon is the argument of `get_config`. Unknown keys, wrong types, values outside their
+range and combinations that do not fit are refused before any work starts. The error is one line
+that names the values and a way out.
 
 This page is generated: `python -m mtnlg_jax.config.page > docs/configuration.md`.
 """
 
 
 def render() -> str:
-    """The whole page."""
+    """Return the whole page."""
     return HEAD + "".join(_section(name, kind) for name, kind in SECTIONS.items())
 
 
 def _section(name: str, kind: type) -> str:
-    lines = [f"\n## {name}\n", " ".join(inspect.getdoc(kind).split()) + "\n"]
-    lines += ["| key | type | default | range | |", "| --- | --- | --- | --- | --- |"]
+    lines = [f"\n## {name}\n", " ".join((inspect.getdoc(kind) or "").split()) + "\n"]
+    lines += ["| key | type | default | range | meaning |", "| --- | --- | --- | --- | --- |"]
     hints = hints_of(kind, limits=True)
     comments = _comments(kind)
     for each in dataclasses.fields(kind):
-        if not dataclasses.is_dataclass(hints[each.name]):
-            name, limits = _kind(hints[each.name])
-            cells = [f"`{each.name}`", name, _default(each), limits, comments.get(each.name, "")]
-            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        hint = hints[each.name]
+        if dataclasses.is_dataclass(hint):
+            continue
+        cells = [f"`{each.name}`", _type_name(hint), _default(each), _allowed(hint)]
+        cells.append(comments[each.name])
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -69,17 +71,22 @@ def _default(each: dataclasses.Field) -> str:
     return f"`{value}`" if value not in ("", ()) else "none"
 
 
-def _kind(hint) -> tuple[str, str]:
-    """(type, range or choices) as text."""
+def _type_name(hint) -> str:
     if typing.get_origin(hint) is typing.Literal:
-        return "choice", ", ".join(f"`{choice}`" for choice in typing.get_args(hint))
-    limits = ""
+        return "choice"
     if typing.get_origin(hint) is typing.Annotated:
-        limits = ", ".join(_limits(*limit) for limit in hint.__metadata__)
         hint = typing.get_args(hint)[0]
-    return kind_name(hint).replace("mtnlg_jax.config.schema.", "").replace(
-        " | None", " or none"
-    ), limits
+    name = kind_name(hint).replace("mtnlg_jax.config.schema.", "")
+    return name.replace(" | None", " or none")
+
+
+def _allowed(hint) -> str:
+    """Return the choices or the range of a field as text; "" where any value of its type may be."""
+    if typing.get_origin(hint) is typing.Literal:
+        return ", ".join(f"`{choice}`" for choice in typing.get_args(hint))
+    if typing.get_origin(hint) is typing.Annotated:
+        return ", ".join(_limits(*limit) for limit in hint.__metadata__)
+    return ""
 
 
 def _limits(low: float, high: float, low_open: bool, high_open: bool) -> str:
@@ -89,23 +96,16 @@ def _limits(low: float, high: float, low_open: bool, high_open: bool) -> str:
 
 
 def _comments(kind: type) -> dict[str, str]:
-    """{field: the comment behind it, or above it}."""
-    source = inspect.getsource(kind)
-    behind = {}
-    above = {}
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            alone = not token.line[: token.start[1]].strip()
-            (above if alone else behind)[token.start[0]] = token.string.lstrip("# ")
+    """Return {field: the comment above it}."""
     found = {}
-    for number, line in enumerate(source.splitlines(), 1):
+    above: list[str] = []
+    for line in inspect.getsource(kind).splitlines():
+        if line.startswith("    # "):
+            above.append(line.strip("# "))
+            continue
         if match := re.match(r"    (\w+): ", line):
-            lines = []
-            place = number - 1
-            while place in above:
-                lines.insert(0, above[place])
-                place -= 1
-            found[match[1]] = " ".join([*lines, *([behind[number]] if number in behind else [])])
+            found[match[1]] = " ".join(above)
+        above = []
     return found
 
 

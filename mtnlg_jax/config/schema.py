@@ -1,8 +1,10 @@
-"""What a run is: frozen dataclasses. Each default, range and choice of a single field stands here,
-once.
+"""The dataclasses of a run's config. The default, range and choices of each field are written here
+and nowhere else.
 
-A run file in ``configs/`` defines ``get_config() -> Config``; the command line changes single
+A run file in ``configs/`` defines ``get_config() -> Config``. The command line changes single
 values: ``--config=configs/tiny.py --set=train.steps=10 --set=mesh.tensor=2``.
+
+The comment above a field is its description in docs/configuration.md.
 """
 
 import dataclasses
@@ -12,7 +14,7 @@ from typing import Annotated, Literal, NamedTuple
 
 
 class Range(NamedTuple):
-    """The values that a field may have, from ``low`` to ``high``; an open end is not among them."""
+    """The values that a field may have, from ``low`` to ``high``. An open end is excluded."""
 
     low: float
     high: float = 2**31
@@ -22,46 +24,71 @@ class Range(NamedTuple):
 
 Count = Annotated[int, Range(1)]
 OptionalCount = Annotated[int | None, Range(1)]
-Number = Annotated[int, Range(0)]  # 0 mostly turns something off
+CountFrom0 = Annotated[int, Range(0)]
 AxisSize = Annotated[int, Range(1, 2**20)]
 Share = Annotated[float, Range(0, 1)]
 ShareBelow1 = Annotated[float, Range(0, 1, high_open=True)]
 ShareAbove0 = Annotated[float, Range(0, 1, low_open=True)]
 Positive = Annotated[float, Range(0, math.inf, low_open=True, high_open=True)]
+OptionalPositive = Annotated[float | None, Range(0, math.inf, low_open=True, high_open=True)]
 NotNegative = Annotated[float, Range(0, math.inf, high_open=True)]
 Finite = Annotated[float, Range(-math.inf, math.inf, low_open=True, high_open=True)]
 
-# Metadata of a field whose texts name files or folders: `map_paths` finds them by it.
+Blend = tuple[tuple[str, float], ...]
+Tokens = tuple[int, ...]
+
+# Metadata of a field that holds paths of files or folders: `map_paths` looks for it.
 PATH = {"path": True}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of the Transformer. The defaults are the block of MT-NLG (pre-LayerNorm, learned
-    positions, tanh-GELU MLP of four widths, biases, tied embeddings); names follow Megatron-LM."""
+    """Shape of the Transformer. The defaults are the block of MT-NLG: pre-LayerNorm, learned
+    positions, an MLP of four widths with tanh-GELU, biases, tied embeddings. Names follow
+    Megatron-LM."""
 
+    # Transformer blocks.
     num_layers: Count = 12
+    # Width of the residual stream.
     hidden_size: Count = 768
+    # Query heads of each attention layer.
     num_attention_heads: Count = 12
-    num_query_groups: OptionalCount = None  # key/value heads; None: one for each attention head
-    kv_channels: OptionalCount = None  # width of one head; None: hidden_size / num_attention_heads
-    ffn_hidden_size: OptionalCount = None  # None: 4 x hidden_size
-    vocab_size: OptionalCount = None  # None: the tokenizer's, rounded up to vocab_size_divisible_by
+    # Key/value heads. None: one for each query head.
+    num_query_groups: OptionalCount = None
+    # Width of one head. None: hidden_size / num_attention_heads.
+    kv_channels: OptionalCount = None
+    # Width of the MLP. None: 4 x hidden_size.
+    ffn_hidden_size: OptionalCount = None
+    # Rows of the embedding table. None: the tokenizer's size, rounded up to a multiple of
+    # vocab_size_divisible_by.
+    vocab_size: OptionalCount = None
+    # The vocabulary is padded to a multiple of this, so that mesh.tensor divides it. The default is
+    # Megatron-LM's.
     vocab_size_divisible_by: Count = 128
-    max_position_embeddings: Count = 2048  # longest sequence, in tokens
+    # Longest sequence, in tokens. The default is MT-NLG's.
+    max_position_embeddings: Count = 2048
+    # How positions enter: a learned vector for each, or rotations of queries and keys (RoPE).
     position_embedding_type: Literal["learned", "rotary"] = "learned"
+    # Base of the rotary wavelengths. Used with rotary only.
     rotary_base: Positive = 10000.0
+    # Norm before each half block and at the end.
     normalization: Literal["layernorm", "rmsnorm"] = "layernorm"
+    # Added to the variance in each norm.
     norm_epsilon: ShareAbove0 = 1e-5
-    activation: Literal["gelu", "gelu_exact", "relu", "silu", "swiglu"] = (
-        "gelu"  # gelu: its tanh form
-    )
+    # Activation of the MLP. gelu is the tanh approximation, gelu_exact uses erf; swiglu has a gate
+    # and thus three matrices.
+    activation: Literal["gelu", "gelu_exact", "relu", "silu", "swiglu"] = "gelu"
+    # Biases in attention and MLP.
     add_bias: bool = True
+    # Use the embedding table as output head.
     tie_embeddings: bool = True
-    dropout_rate: ShareBelow1 = 0.0  # on the embedding and on what each half block adds
+    # Dropout on the embedding and on the output of each half block. 0 suits large runs, which read
+    # a text about once.
+    dropout_rate: ShareBelow1 = 0.0
+    # Standard deviation of the initial weights. The default is GPT-2's.
     init_method_std: Annotated[float, Range(0, 10, low_open=True)] = 0.02
-    # auto: the fastest that serves the call; the others are the keys of
-    # mtnlg_jax.model.attention.SUPPORT.
+    # Attention implementation. auto: the fastest one that supports the call; docs/attention.md
+    # compares them.
     attention_impl: Literal["auto", "pallas_tpu", "pallas_gpu", "cudnn", "xla_blockwise", "xla"] = (
         "auto"
     )
@@ -78,11 +105,16 @@ class ModelConfig:
     def mlp_width(self) -> int:
         return self.ffn_hidden_size or 4 * self.hidden_size
 
-    def parameter_count(self) -> int:
-        """Exact number of parameters; for the default block this is Narayanan 2021 (2),
-        12 l h^2 (1 + 13/(12 h) + (V + s)/(12 l h)), plus the 2h of the final LayerNorm."""
+    @property
+    def vocabulary(self) -> int:
+        """``vocab_size`` of a resolved model. Raises ValueError while it is None."""
         if self.vocab_size is None:
             raise ValueError("model.vocab_size is not known yet: set it, or give data.path")
+        return self.vocab_size
+
+    def parameter_count(self) -> int:
+        """Exact number of parameters. For the default block this is equation 2 of Narayanan 2021,
+        12 l h^2 (1 + 13/(12 h) + (V + s)/(12 l h)), plus the 2h of the final LayerNorm."""
         hidden = self.hidden_size
         mlp = self.mlp_width
         query = self.num_attention_heads * self.head_width
@@ -92,7 +124,7 @@ class ModelConfig:
         block = 2 * norm + hidden * (2 * query + 2 * kv) + (inputs + 1) * hidden * mlp
         if self.add_bias:
             block += query + 2 * kv + hidden + inputs * mlp + hidden
-        embeddings = self.vocab_size * hidden * (1 if self.tie_embeddings else 2)
+        embeddings = self.vocabulary * hidden * (1 if self.tie_embeddings else 2)
         if self.position_embedding_type == "learned":
             embeddings += self.max_position_embeddings * hidden
         return self.num_layers * block + embeddings + norm
@@ -100,24 +132,29 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes, slowest network first; -1 takes the devices that the others leave."""
+    """Sizes of the mesh axes, from the slowest network to the fastest. Their product is the number
+    of devices."""
 
+    # Pipeline stages.
     pipe: AxisSize = 1
+    # Data-parallel shards. -1: all devices that the other axes leave.
     data: int = -1
+    # Parts into which attention splits the sequence.
     context: AxisSize = 1
+    # Tensor-parallel shards of each matrix, with the sequence split between half blocks.
     tensor: AxisSize = 1
-    # 0: replicate over data. 1: shard masters and optimizer state, gather weights once a step. 3:
-    # per layer.
+    # ZeRO stage over data. 0: replicate everything. 1: shard master weights and optimizer state and
+    # gather weights once a step. 3: gather the weights of each layer when it runs.
     zero: Literal[0, 1, 3] = 1
-    # Of the pipeline. 1f1b holds at most 2 pipe - 1 activations.
+    # Pipeline schedule. 1f1b holds at most 2 pipe - 1 stage inputs, whatever the batch.
     schedule: Literal["circular", "1f1b"] = "circular"
-    virtual_pipe: AxisSize = (
-        1  # chunks of layers a stage holds; more make the circular schedule's bubble smaller
-    )
-    flush: OptionalCount = (
-        None  # micro-batches a circular pipeline takes at a time, None: all; a ramp counts in these
-    )
-    # Attention over context. auto: ulysses where heads divide.
+    # Chunks of layers on each stage of the circular schedule. More chunks make the bubble smaller.
+    virtual_pipe: AxisSize = 1
+    # Micro-batches that a circular pipeline takes at a time. None: all; a batch ramp grows in
+    # multiples of this.
+    flush: OptionalCount = None
+    # How attention works over context. auto: ulysses where the key/value heads of a device divide,
+    # else gather.
     context_mode: Literal["auto", "ulysses", "gather", "ring"] = "auto"
 
 
@@ -125,195 +162,248 @@ class MeshConfig:
 class MaskingConfig:
     """Whole-word masking for the masked objective (Devlin 2018, whole-word variant)."""
 
-    word_share: ShareAbove0 = 0.10  # share of the words of a sequence that are predicted
-    mask_share: Share = 0.80  # of those, replaced by <mask>
-    random_share: Share = 0.10  # of those, replaced by another random word; the rest is kept
+    # Share of a sequence's words that the model must predict.
+    word_share: ShareAbove0 = 0.10
+    # Share of the predicted words that are replaced by <mask>. The default is BERT's.
+    mask_share: Share = 0.80
+    # Share of the predicted words that are replaced by random words; the rest stays unchanged. The
+    # default is BERT's.
+    random_share: Share = 0.10
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where tokens come from: one prepared folder, or Megatron's PREFIX of .bin and .idx, or a
-    weighted blend."""
+    """Where tokens come from: a prepared folder, the PREFIX of Megatron's .bin and .idx files, or a
+    weighted blend of these."""
 
+    # Prepared folder, or PREFIX of Megatron's files.
     path: str = field(default="", metadata=PATH)
-    blend: tuple[tuple[str, float], ...] = field(
-        default=(), metadata=PATH
-    )  # ((folder, weight), ...) instead of path
-    tokenizer: str = field(
-        default="", metadata=PATH
-    )  # of Megatron's files: folder of the tokenizer that made them
-    # Of Megatron's files: share of each source's last documents, or a PREFIX.
+    # ((folder, weight), ...) instead of path. Weights are relative to each other.
+    blend: Blend = field(default=(), metadata=PATH)
+    # Folder of the tokenizer that made Megatron's files, which do not record it.
+    tokenizer: str = field(default="", metadata=PATH)
+    # Held-out text of Megatron's files: the share of each source's last documents, or a PREFIX.
     heldout: Annotated[float | str, Range(0, 0.5)] = field(default=0.01, metadata=PATH)
-    sequence_length: OptionalCount = None  # tokens in a row; None: model.max_position_embeddings
+    # Tokens in a row. None: model.max_position_embeddings.
+    sequence_length: OptionalCount = None
     masking: MaskingConfig = field(default_factory=MaskingConfig)
 
     @property
-    def sources(self) -> tuple[tuple[str, float], ...]:
+    def sources(self) -> Blend:
         return self.blend or (((self.path, 1.0),) if self.path else ())
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW or Muon with linear warm-up and cosine decay, in samples: so a batch ramp does not bend
-    it."""
+    """AdamW or Muon with linear warm-up and cosine decay. The schedule counts samples, so a batch
+    ramp leaves it as it is. The defaults of b1, b2, eps, weight_decay, clip_grad_norm and
+    min_learning_rate_ratio are those of GPT-3."""
 
-    # muon: orthogonal updates of the blocks' matrices, AdamW for all other parameters.
+    # muon: orthogonal updates for the matrices of the blocks, AdamW for all other parameters.
     name: Literal["adamw", "muon"] = "adamw"
-    learning_rate: Positive = 3e-4  # peak
-    min_learning_rate_ratio: Share = 0.1  # floor, as a share of the peak
-    warmup_fraction: ShareBelow1 = 0.01  # of the run's samples
-    decay_fraction: Positive = (
-        1.0  # the cosine reaches its floor after this share of the run; may exceed 1
-    )
+    # Peak of the learning rate.
+    learning_rate: Positive = 3e-4
+    # Lowest learning rate, as a share of the peak.
+    min_learning_rate_ratio: Share = 0.1
+    # Share of the run's samples over which the learning rate rises.
+    warmup_fraction: ShareBelow1 = 0.01
+    # Share of the run's samples at which the cosine reaches its lowest value. Above 1 the run ends
+    # before the cosine does.
+    decay_fraction: Positive = 1.0
+    # Decay of AdamW's first moment.
     b1: ShareBelow1 = 0.9
+    # Decay of AdamW's second moment.
     b2: ShareBelow1 = 0.95
+    # Momentum of muon.
     muon_momentum: ShareBelow1 = 0.95
+    # Added to the denominator of AdamW.
     eps: ShareAbove0 = 1e-8
-    weight_decay: NotNegative = 0.1  # on matrices only: not on norms, biases
-    clip_grad_norm: NotNegative = 1.0  # 0: off
-    # Above 0: parameters are frozen, and lora_targets learn a product of this rank (Hu 2021).
-    lora_rank: Number = 0
-    lora_alpha: Positive = 16.0  # the product counts lora_alpha / lora_rank
-    lora_targets: tuple[str, ...] = ("q", "v")  # of q, k, v, o (attention), in, gate, out (MLP)
+    # Decoupled weight decay of matrices and embeddings. Norms and biases have none.
+    weight_decay: NotNegative = 0.1
+    # Largest norm of the gradients; larger ones are scaled down. 0: off.
+    clip_grad_norm: NotNegative = 1.0
+    # Rank of low-rank adaptation (Hu 2021). Above 0 the model's parameters are frozen and
+    # lora_targets train a product of two factors of this rank. 0: off.
+    lora_rank: CountFrom0 = 0
+    # The product is scaled by lora_alpha / lora_rank.
+    lora_alpha: Positive = 16.0
+    # Matrices to adapt: q, k, v, o of attention; in, gate, out of the MLP. The default is that of
+    # Hu 2021.
+    lora_targets: tuple[str, ...] = ("q", "v")
 
 
 @dataclass(frozen=True)
 class StageConfig:
-    """One stage of a run: its share of the steps and what is learnt in it."""
+    """One stage of a run: its share of the steps and its objective."""
 
+    # Name in logs.
     name: str = "causal"
-    fraction: Positive = 1.0  # share of train.steps, relative to the other stages
-    masked: Share = (
-        0.0  # share of the steps with the masked objective: 0 causal, 1 masked, between: a mix
-    )
+    # Share of train.steps, relative to the other stages.
+    fraction: Positive = 1.0
+    # Share of the steps with the masked objective. 0: causal; 1: masked; between: a mix of both.
+    masked: Share = 0.0
+    # Factor of the learning rate in this stage.
     learning_rate_scale: NotNegative = 1.0
-    blend: tuple[tuple[str, float], ...] = field(
-        default=(), metadata=PATH
-    )  # of this stage; empty: the run's data
-    # Folder of a run with the same vocabulary: its distributions are trained on as well (Hinton
-    # 2015).
+    # ((folder, weight), ...) for this stage. Empty: the data of the run.
+    blend: Blend = field(default=(), metadata=PATH)
+    # Teacher: a run with the same vocabulary to distill from (Hinton 2015). Empty: none.
     distill: str = field(default="", metadata=PATH)
-    distill_temperature: Positive = (
-        1.0  # of both distributions; above 1 what is unlikely counts more
-    )
-    distill_weight: Share = (
-        0.5  # of the teacher's distributions; the text's tokens count 1 - distill_weight
-    )
+    # Temperature of both distributions in distillation. Above 1 unlikely tokens count more.
+    distill_temperature: Positive = 1.0
+    # Weight of the teacher's distribution in the loss. The tokens of the text have the rest.
+    distill_weight: Share = 0.5
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The loop."""
+    """The training loop."""
 
+    # Optimizer steps of the run.
     steps: Count = 1000
-    global_batch_size: Count = 32  # sequences a step
-    micro_batch_size: OptionalCount = (
-        None  # sequences a device takes at once; None: all of its share
-    )
-    rampup_batch_size: tuple[int, int, int] | None = (
-        None  # (start, increment, samples), as Megatron-LM
-    )
+    # Sequences in a step, over all devices.
+    global_batch_size: Count = 32
+    # Sequences that a data shard takes at once. None: its whole share of the batch.
+    micro_batch_size: OptionalCount = None
+    # (start, increment, samples), as Megatron-LM: the batch grows from start to global_batch_size
+    # over this number of samples. None: no ramp.
+    rampup_batch_size: tuple[int, int, int] | None = None
+    # Stages, one after the other.
     stages: tuple[StageConfig, ...] = (StageConfig(),)
-    # Folder of a run, or of a converted model, whose parameters this run starts from.
+    # Run or converted model whose parameters this run starts from. Empty: random parameters.
     init: str = field(default="", metadata=PATH)
-    seed: Number = 0
-    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # masters and sums are float32
-    # What the backward pass computes again: see model.transformer.RECOMPUTE.
+    # Seed of initialization, dropout, masking and the order of the data.
+    seed: CountFrom0 = 0
+    # Type of weights and activations in products. Master weights and sums are float32.
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    # What the backward pass computes again to save memory; docs/parallelism.md compares the
+    # choices. elementwise repeats no product.
     recompute: Literal["none", "elementwise", "mlp", "projections", "full"] = "elementwise"
-    # What gradients are summed in between devices. On one device the sum is float32.
+    # Type in which gradients travel between devices. bfloat16 halves the traffic; on one device the
+    # sum is always float32.
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
-    loss_chunk: Count = 1024  # tokens of logits in memory at once
-    # Of each target, spread evenly over the vocabulary. The held-out loss has none.
+    # Tokens whose logits are held in memory at once.
+    loss_chunk: Count = 1024
+    # Share of each target that is spread evenly over the vocabulary. The held-out loss has no
+    # smoothing.
     label_smoothing: ShareBelow1 = 0.0
+    # Steps from one log line to the next.
     log_every: Count = 1
-    eval_every: Number = 200  # 0: only at the end
-    eval_batches: Count = (
-        16  # of 16 held-out sequences each, spread over the held-out text, whatever the batch
-    )
-    save_every: Number = 200  # 0: only at the end
+    # Steps from one evaluation to the next. 0: evaluate at the end only.
+    eval_every: CountFrom0 = 200
+    # Batches of an evaluation, each of 16 held-out sequences whatever the batch of the run. They
+    # are spread over the held-out text.
+    eval_batches: Count = 16
+    # Steps from one checkpoint to the next. 0: save at the end only.
+    save_every: CountFrom0 = 200
+    # Newest checkpoints to keep. With 2 a damaged one still leaves a way back.
     keep_last: Count = 2
-    keep_best: bool = (
-        True  # and save whenever an evaluation is the best so far, also between two saves
-    )
-    max_bad_steps: Count = 5  # non-finite steps in a row that stop the run
-    watchdog_seconds: NotNegative = (
-        300.0  # a step that takes longer, and 10 times the median, ends its process; 0: off
-    )
-    # The same limit for every phase other than a step: compiling, restoring, evaluating, saving.
+    # Also keep the checkpoint with the lowest held-out loss. Each new best evaluation is then saved
+    # at once.
+    keep_best: bool = True
+    # Non-finite steps in a row that stop the run. Single ones are skipped.
+    max_bad_steps: Count = 5
+    # End a process whose step takes longer than this number of seconds and than 10 times the median
+    # step. 0: off.
+    watchdog_seconds: NotNegative = 300.0
+    # The same limit, in seconds, for every phase other than a step: compiling, restoring,
+    # evaluating, saving.
     phase_seconds: Annotated[float, Range(1, math.inf, high_open=True)] = 3600.0
-    # A process that is silent for this long counts as dead and ends the others.
+    # Seconds of silence after which a process counts as dead and the others end.
     heartbeat_seconds: Annotated[int, Range(1, 2**20)] = 100
-    # Peak of one device, FLOP/s, for MFU. None: by the table of its kind.
-    device_flops: Annotated[float | None, Range(0, math.inf, low_open=True, high_open=True)] = None
-    compare_every: Number = (
-        100  # steps until all processes compare config, step, data, program; 0: only at the end
-    )
+    # Peak of one device in FLOP/s, for MFU. None: the entry for this device in
+    # mtnlg_jax/hardware.py, if there is one.
+    device_flops: OptionalPositive = None
+    # Steps from one check that all processes agree on config, step, data and program to the next.
+    # 0: check at the end only.
+    compare_every: CountFrom0 = 100
 
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """How text is written; names and meanings follow Hugging Face's GenerationConfig, and OpenAI's
-    for logit_bias and the presence and frequency penalties. Off by default: top_k is 0 here, not
-    50. Lists and dicts become tuples."""
+    """How text is generated. Names and meanings follow Hugging Face's GenerationConfig; logit_bias
+    and the presence and frequency penalties follow OpenAI's API. Everything is off by default:
+    top_k is 0 here, not 50. Lists and dicts become tuples."""
 
+    # Most tokens to generate.
     max_new_tokens: Count = 128
-    min_new_tokens: Number = 0
-    min_length: Annotated[int, Range(0, high_open=True)] = 0  # of prompt and continuation
-    # A draw, or with num_beams above 1 stochastic beams: distinct sequences, drawn without
-    # replacement (Kool 2019).
-    temperature: NotNegative = 0.0  # 0: greedy
-    top_k: Number = 0  # 0: off
-    top_p: ShareAbove0 = 1.0  # 1: off
-    min_p: ShareBelow1 = 0.0  # 0: off
-    typical_p: ShareAbove0 = 1.0  # 1: off
-    epsilon_cutoff: ShareBelow1 = 0.0  # 0: off
-    eta_cutoff: ShareBelow1 = 0.0  # 0: off
-    repetition_penalty: Positive = 1.0  # 1: off; counts the prompt
-    presence_penalty: Finite = 0.0  # counts generated tokens only
-    frequency_penalty: Finite = 0.0  # counts generated tokens only
-    no_repeat_ngram_size: Number = 0  # 0: off
-    logit_bias: tuple[
-        tuple[int, float], ...
-    ] = ()  # (token, what is added to its logit); -inf: never
-    sequence_bias: tuple[
-        tuple[tuple[int, ...], float], ...
-    ] = ()  # (tokens, added to the last one after the others)
-    bad_words_ids: tuple[tuple[int, ...], ...] = ()  # sequences of tokens that are never completed
-    suppress_tokens: tuple[int, ...] = ()
-    begin_suppress_tokens: tuple[int, ...] = ()  # not as the first new token
-    forced_bos_token_id: int | None = None  # the first new token
-    forced_eos_token_id: int | None = (
-        None  # the last, where max_new_tokens or the context ends the row
-    )
-    forced_tokens: tuple[tuple[int, int], ...] = ()  # (which new token, from 0; its id)
-    eos_token_id: tuple[int, ...] = ()  # ends, not part of the result; none: the tokenizer's
-    stop_token_ids: tuple[int, ...] = ()  # ends, kept in the tokens and left out of the text
-    stop_sequences: tuple[tuple[int, ...], ...] = ()  # the same for several tokens in a row
-    stop_strings: tuple[str, ...] = ()  # looked for in the new text alone: the prompt may hold them
-    max_time: Annotated[float | None, Range(0, math.inf, low_open=True)] = None  # seconds
+    # Fewest tokens to generate before the text may end.
+    min_new_tokens: CountFrom0 = 0
+    # Fewest tokens of prompt and continuation together.
+    min_length: Annotated[int, Range(0, high_open=True)] = 0
+    # 0: greedy, or beam search. Above 0: sample; with num_beams above 1 draw distinct sequences
+    # without replacement (Kool 2019).
+    temperature: NotNegative = 0.0
+    # Sample from this number of most likely tokens. 0: off.
+    top_k: CountFrom0 = 0
+    # Sample from the most likely tokens whose probabilities add up to this. 1: off.
+    top_p: ShareAbove0 = 1.0
+    # Drop tokens with less than this share of the highest probability. 0: off.
+    min_p: ShareBelow1 = 0.0
+    # Sample from the most typical tokens whose probabilities add up to this (Meister 2022). 1: off.
+    typical_p: ShareAbove0 = 1.0
+    # Drop tokens below this probability (Hewitt 2022). 0: off.
+    epsilon_cutoff: ShareBelow1 = 0.0
+    # Drop tokens below a probability that depends on the entropy (Hewitt 2022). 0: off.
+    eta_cutoff: ShareBelow1 = 0.0
+    # Divide positive logits of tokens in prompt or text by this and multiply negative ones. 1: off.
+    repetition_penalty: Positive = 1.0
+    # Subtracted once from the logit of each generated token.
+    presence_penalty: Finite = 0.0
+    # Subtracted from a token's logit for each time that it was generated.
+    frequency_penalty: Finite = 0.0
+    # Never repeat a sequence of this number of tokens. 0: off.
+    no_repeat_ngram_size: CountFrom0 = 0
+    # ((token, what is added to its logit), ...). -inf: never generate it.
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    # ((tokens, what is added to the logit of the last one after the others), ...).
+    sequence_bias: tuple[tuple[Tokens, float], ...] = ()
+    # Sequences of tokens that are never completed.
+    bad_words_ids: tuple[Tokens, ...] = ()
+    # Tokens that are never generated.
+    suppress_tokens: Tokens = ()
+    # Tokens that are never the first new one.
+    begin_suppress_tokens: Tokens = ()
+    # The first new token.
+    forced_bos_token_id: int | None = None
+    # The last token where max_new_tokens or the context ends the text.
+    forced_eos_token_id: int | None = None
+    # ((position, token), ...): tokens forced at positions of the new text, counted from 0.
+    forced_tokens: tuple[tuple[int, int], ...] = ()
+    # Tokens that end the text and are not part of the result. Empty: the tokenizer's.
+    eos_token_id: Tokens = ()
+    # Tokens that end the text. They stay in the tokens of the result and are left out of its text.
+    stop_token_ids: Tokens = ()
+    # The same for sequences of several tokens.
+    stop_sequences: tuple[Tokens, ...] = ()
+    # Strings that end the text. Only the new text is searched: the prompt may contain them.
+    stop_strings: tuple[str, ...] = ()
+    # Most seconds to generate. None: no limit.
+    max_time: Annotated[float | None, Range(0, math.inf, low_open=True)] = None
+    # Seed of sampling. Each row has its own.
     seed: Annotated[int, Range(0, 2**32, high_open=True)] = 0
+    # Continuations of each prompt.
     num_return_sequences: Annotated[int, Range(1, 2**20)] = 1
-    # Speculative decoding: so many tokens are guessed and verified at once. What is written stays
-    # the same, or drawn from the same distribution.
-    # Guessed by what followed the last tokens where they stood before. 0: off.
+    # Speculative decoding by prompt lookup: guess this number of tokens from an earlier occurrence
+    # of the last tokens and verify them at once. Greedy text and the distribution of samples stay
+    # the same. 0: off.
     prompt_lookup_num_tokens: Annotated[int, Range(0, 2**8)] = 0
-    # Longest suffix to match. Shorter ones are tried next.
+    # Longest suffix to look up, in tokens. Shorter ones are tried next.
     max_matching_ngram_size: Annotated[int, Range(1, 2**5)] = 2
-    num_assistant_tokens: Annotated[int, Range(1, 2**8)] = (
-        5  # guessed by a draft model, where there is one
-    )
-    num_beams: Annotated[int, Range(1, 2**10)] = 1  # 1: no beam search
-    length_penalty: Finite = (
-        1.0  # scores are divided by length ** length_penalty; above 0 long ones gain
-    )
-    length_penalty_type: Literal["hf", "gnmt"] = (
-        "hf"  # gnmt: ((5 + length) / 6) ** length_penalty (Wu 2016)
-    )
-    # True: stop at num_beams ended beams. False: when a better one is unlikely. "never": when it is
-    # impossible.
+    # Tokens that a draft model guesses at once. Used with a draft only.
+    num_assistant_tokens: Annotated[int, Range(1, 2**8)] = 5
+    # Beams. 1: no beam search.
+    num_beams: Annotated[int, Range(1, 2**10)] = 1
+    # A beam's score is divided by length ** length_penalty. Larger values favor long texts; 0
+    # disables length normalization.
+    length_penalty: Finite = 1.0
+    # hf: length ** length_penalty. gnmt: divide by ((5 + length) / 6) ** length_penalty (Wu 2016).
+    length_penalty_type: Literal["hf", "gnmt"] = "hf"
+    # When to stop. True: when num_beams beams have ended. False: when a better one is unlikely.
+    # never: when a better one is impossible.
     early_stopping: Literal[False, True, "never"] = False
-    num_beam_groups: Annotated[int, Range(1, 2**10)] = 1  # diverse beams (Vijayakumar 2016)
-    # Subtracted for each beam of an earlier group that wrote the token in this step.
+    # Groups of beams that avoid each other's tokens (Vijayakumar 2016). 1: off.
+    num_beam_groups: Annotated[int, Range(1, 2**10)] = 1
+    # Subtracted from a token for each beam of an earlier group that chose it in this step.
     diversity_penalty: NotNegative = 0.0
 
     def __post_init__(self):
@@ -332,6 +422,8 @@ def _tuples(value):
 
 @dataclass(frozen=True)
 class Config:
+    """A whole run."""
+
     name: str = "run"
     model: ModelConfig = field(default_factory=ModelConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)

@@ -107,7 +107,7 @@ def search(
         np.array([config.early_stopping == "never" for config in configs]),
         column["diversity_penalty"].astype(np.float32),
     )
-    allowed_V = writable(tokenizer, decoder.config.vocab_size, end=False)
+    allowed_V = writable(tokenizer, decoder.config.vocabulary, end=False)
     state = _begin(prefix, about, static=static)
     allowance = np.array(
         [np.inf if config.max_time is None else config.max_time for config in configs]

@@ -198,7 +198,7 @@ def prefill(decoder: Decoder, prompts: Sequence[Sequence[int]], size: int) -> Pr
     padded = np.zeros((len(prompts), bucket(int(lengths.max()), size)), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
-    vocabulary = decoder.config.vocab_size
+    vocabulary = decoder.config.vocabulary
     if padded.min() < 0 or padded.max() >= vocabulary:
         bad = padded.min() if padded.min() < 0 else padded.max()
         raise ValueError(f"token {bad} lies outside the model's vocabulary, 0 to {vocabulary - 1}")

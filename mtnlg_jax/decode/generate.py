@@ -73,7 +73,7 @@ def generate(
         )
     for each in configs:
         validate_decode(each)
-        check_tokens(each, decoder.config.vocab_size)
+        check_tokens(each, decoder.config.vocabulary)
     check_draft(decoder, draft, configs)
     if not prompts:
         return []
@@ -196,7 +196,7 @@ def _continue_rows(
     rows, families = rows_and_families(per_row, constraint)
     news = np.array([min(config.max_new_tokens, decoder.context) for config in per_row], np.int32)
     static = {"families": families, "eos": tokenizer.eos_id}
-    allowed_V = writable(tokenizer, decoder.config.vocab_size, end=False)
+    allowed_V = writable(tokenizer, decoder.config.vocabulary, end=False)
     state, limits = begin(
         prefix,
         np.array(owners, np.int32),

@@ -42,7 +42,7 @@ def fill(decoder: Decoder, tokenizer, text: str, top_k: int = 5) -> Filled:
         raise ValueError(
             "the text has no mask to fill; write <mask> or [MASK] where a word is missing"
         )
-    allowed_V = writable(tokenizer, decoder.config.vocab_size)
+    allowed_V = writable(tokenizer, decoder.config.vocabulary)
     allowed_V[tokenizer.eos_id] = False
     if not 1 <= top_k <= allowed_V.sum():
         raise ValueError(

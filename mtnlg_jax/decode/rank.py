@@ -235,7 +235,7 @@ def _write(decoder, tokenizer, prompt, decode, weights):
     """The tokens and the prefix of ``prompt``, and what was written behind it; the prompt is read
     once."""
     validate_decode(decode)
-    check_tokens(decode, decoder.config.vocab_size)
+    check_tokens(decode, decoder.config.vocabulary)
     if decode.num_beams > 1 and decode.num_return_sequences == 1:
         decode = dataclasses.replace(decode, num_return_sequences=decode.num_beams)
     number = decode.num_return_sequences

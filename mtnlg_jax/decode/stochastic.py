@@ -77,7 +77,7 @@ def draw(
         tokenizer.eos_id,
     )
     about = lengths, news, np.array([config.seed for config in configs], np.uint32)
-    allowed_V = writable(tokenizer, decoder.config.vocab_size, end=False)
+    allowed_V = writable(tokenizer, decoder.config.vocabulary, end=False)
     state = _begin(prefix, about, static=static)
     allowance = np.array(
         [np.inf if config.max_time is None else config.max_time for config in configs]

@@ -135,7 +135,7 @@ def _to_run(
         )
     original = _json(source / "config.json")
     generation = vocabulary.read_json(source / "generation_config.json")
-    rows = gpt2.model_of(original).vocab_size
+    rows = gpt2.model_of(original).vocabulary
     tokenizer, outside = vocabulary.read_tokenizer(
         tokenizer_path or source, original, generation or {}, rows
     )
@@ -304,7 +304,7 @@ def _write_tensors(run: Run, folder: Path, dtype: str, max_shard_size: float) ->
 def _generation(tokenizer, model: ModelConfig) -> dict:
     """Ours never writes special tokens or the padding of the vocabulary; this tells Hugging Face
     not to, either."""
-    never = np.flatnonzero(~writable(tokenizer, model.vocab_size)).tolist()
+    never = np.flatnonzero(~writable(tokenizer, model.vocabulary)).tolist()
     end = tokenizer.eos_id if tokenizer.eos_id >= 0 else None
     return {
         "bos_token_id": tokenizer.bos_id,
@@ -391,7 +391,7 @@ def _kinds(dtypes: dict[str, str]) -> str:
 
 
 def _report(model: ModelConfig, tokenizer, numbers: str) -> list[str]:
-    rest = model.vocab_size - tokenizer.vocab_size
+    rest = model.vocabulary - tokenizer.vocab_size
     padding = f"; {rest} more rows, kept as they are, are never written" if rest > 0 else ""
     head = "tied" if model.tie_embeddings else "of its own"
     return [

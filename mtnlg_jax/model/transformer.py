@@ -242,7 +242,7 @@ class Transformer(nnx.Module):
         D = config.hidden_size
         std = config.init_method_std
         self.config = config
-        self.tokens_VD = _normal(rngs, std, config.vocab_size, D)
+        self.tokens_VD = _normal(rngs, std, config.vocabulary, D)
         self.positions_PD = (
             _normal(rngs, std, config.max_position_embeddings, D)
             if config.position_embedding_type == "learned"
@@ -256,7 +256,7 @@ class Transformer(nnx.Module):
 
         self.blocks = stacked(rngs)
         self.final_norm = Norm(config)
-        self.head_VD = None if config.tie_embeddings else _normal(rngs, std, config.vocab_size, D)
+        self.head_VD = None if config.tie_embeddings else _normal(rngs, std, config.vocabulary, D)
 
     def embed(self, tokens_BS, positions_BS):
         """(B, S) ids below vocab_size -> (B, S, D); in the manual region this device's part of

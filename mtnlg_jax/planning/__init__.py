@@ -1,1 +1,2 @@
-"""Compiles the project's own steps for accelerators that are only described."""
+"""Predict steps: layouts ranked by arithmetic, and steps compiled for accelerators that are only
+described."""

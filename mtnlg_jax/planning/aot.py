@@ -1,8 +1,8 @@
-"""One step compiled for a described topology, and what the compiler says of it.
+"""Compile one step for a described topology and measure the compiled program.
 
-The compiler runs in a process of its own: it may abort, and libtpu wants an environment that
-nothing else should
-see. This module is both ends: ``measure`` starts ``python -m mtnlg_jax.planning.aot``."""
+The compiler runs in a separate process, since it may abort and libtpu needs an environment that
+nothing else should see. This module is both ends: ``measure`` starts
+``python -m mtnlg_jax.planning.aot``."""
 
 import dataclasses
 import json
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 from mtnlg_jax import xla_flags
 from mtnlg_jax.config import Config, from_json, to_json
@@ -35,12 +36,10 @@ class Measurement:
     compiler: str
     limit: int | None  # main memory that a program may use; None: not known
     failure: str = ""  # why there is no program, in the compiler's words
-    needed: int | None = None  # what it says is needed, where that is why
+    needed: int | None = None  # memory needed according to the compiler, if that is why
     arguments: int = 0
     arguments_exact: int = 0  # without padding
-    padded: list = dataclasses.field(
-        default_factory=list
-    )  # [[name, bytes lost]], the largest first
+    padded: list = dataclasses.field(default_factory=list)  # [[name, bytes lost]], largest first
     temporaries: int = 0
     code: int = 0
     peak: int = 0
@@ -48,20 +47,19 @@ class Measurement:
     collectives: list = dataclasses.field(default_factory=list)  # hlo_cost.Collective
     guessed_loops: int = 0
     suspects: list = dataclasses.field(default_factory=list)  # hlo.Tensor
-    compiler_seconds: float | None = None  # its own estimate of a step
+    compiler_seconds: float | None = None  # the compiler's own estimate of a step
     lower_seconds: float = 0.0
     compile_seconds: float = 0.0
     resident: int = 0  # peak resident memory of the compiling process
     kernels: list = dataclasses.field(default_factory=list)  # hlo_cost.Kernel
-    flags: list = dataclasses.field(default_factory=list)  # of the compiler, all that it was given
+    flags: list = dataclasses.field(default_factory=list)  # all flags of the compiler
     flags_left_out: str = ""  # why some of a run's flags are not among them
-    processor_seconds: float = (
-        0.0  # of compiling, in all that the compiler starts, whoever else works here
-    )
+    # Processor time of compiling, child processes included; other load does not change it.
+    processor_seconds: float = 0.0
 
     @property
     def fits(self) -> bool | None:
-        """None where it cannot be told."""
+        """Whether the step fits; None if that is not known."""
         if self.failure:
             return False if self.needed is not None else None
         return None if self.limit is None else self.peak <= self.limit
@@ -81,23 +79,26 @@ def measure(
     text: str | None = None,
     flags: bool = True,
 ) -> Measurement:
-    """Compiles ``step`` in a process of its own. ``memory``: bytes of a device, instead of the
-    chip's. ``text``: a
-    file for the compiled program. ``flags``: with the compiler's flags that launch/pretrain.py sets
-    for these chips, beside what the environment says already; what decodes sets none.
+    """Compile ``step`` in a separate process.
 
-    Raises ValueError on what is wrong with config, mesh or topology. A compiler that gives up or
-    dies is no
-    error: the measurement says so."""
+    Args:
+      memory: bytes of a device, instead of the chip's.
+      text: file to write the compiled program to.
+      flags: add the compiler flags that launch/pretrain.py sets for these chips to those of the
+        environment. Decoding has none.
+
+    Raises ValueError if config, mesh or topology is wrong. A compiler that gives up or dies is not
+    an error: the measurement reports it."""
     described.check_installed(topology)
     if config.model.vocab_size is None:
         raise ValueError(
             "model.vocab_size is the tokenizer's, which compiling does not read; add "
-            "--set=model.vocab_size=51200, or what the tokenizer has"
+            "--set=model.vocab_size=51200, or the tokenizer's size"
         )
     if target_config is not None and topology.platform != "cuda":
         raise ValueError(
-            f"--target_config={target_config} describes a GPU, and {topology} has none; leave it out"
+            f"--target_config={target_config} describes a GPU, and {topology} has none; "
+            "leave it out"
         )
     if target_config is not None and not os.path.isfile(target_config):
         raise FileNotFoundError(
@@ -148,24 +149,19 @@ def measure(
 
 
 def kind_of(topology: described.Topology) -> str:
-    """Of its chips, as mtnlg_jax.xla_flags names kinds."""
+    """Return the kind of its chips by the names of mtnlg_jax.xla_flags."""
     return {"cuda": "gpu", "cpu": "cpu"}.get(topology.platform, topology.kind)
 
 
-def last_words(done) -> str:
-    """Why a process ended, in a line."""
+def last_words(done: subprocess.CompletedProcess) -> str:
+    """Describe in one line why a process ended."""
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    telling = (
-        [line for line in lines if re.search(r"Check failed|Error|^F\d{4}", line)]
-        or lines
-        or ["it said nothing"]
-    )
-    how = (
-        signal.Signals(-done.returncode).name
-        if done.returncode < 0
-        else f"exit code {done.returncode}"
-    )
-    return f"the compiler ended with {how}: {telling[-1][:300]}"
+    errors = [line for line in lines if re.search(r"Check failed|Error|^F\d{4}", line)]
+    last = (errors or lines or ["it printed nothing"])[-1]
+    how = f"exit code {done.returncode}"
+    if done.returncode < 0:
+        how = signal.Signals(-done.returncode).name
+    return f"the compiler ended with {how}: {last[:300]}"
 
 
 def _from_json(said: dict) -> Measurement:
@@ -182,8 +178,7 @@ def to_text(measurement: Measurement) -> str:
     return json.dumps(dataclasses.asdict(measurement), indent=1)
 
 
-# --- the other end
-# --------------------------------------------------------------------------------------------------
+# --- the other end ---
 
 
 def _answer() -> None:
@@ -212,8 +207,8 @@ def _answer() -> None:
 
 
 def _compile(config: Config, topology: described.Topology, step: str, target_config, memory, text):
-    """Yields what is known before the compiler starts, which may take this process with it, and
-    then all."""
+    """Yield what is known before the compiler starts, which may abort this process, and then the
+    whole measurement."""
     import jax
 
     from mtnlg_jax import compat
@@ -255,15 +250,15 @@ def _compile(config: Config, topology: described.Topology, step: str, target_con
     result.compile_seconds = time.perf_counter() - start
     result.processor_seconds = _processor_seconds() - busy
     result.resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    sizes_of = compiled.memory_analysis()
+    sizes_of: Any = compiled.memory_analysis()
     result.arguments = sizes_of.argument_size_in_bytes
     result.temporaries = sizes_of.temp_size_in_bytes
     result.code = sizes_of.generated_code_size_in_bytes
     result.peak = sizes_of.peak_memory_in_bytes
-    if topology.platform == "cpu":  # whose peak leaves the temporaries out
+    if topology.platform == "cpu":  # its peak leaves the temporaries out
         new = sizes_of.output_size_in_bytes - sizes_of.alias_size_in_bytes
         result.peak = result.arguments + result.temporaries + new
-    written = compiled.as_text()
+    written = compiled.as_text() or ""
     if text:
         with open(text, "w", encoding="utf-8") as file:
             file.write(written)
@@ -289,18 +284,18 @@ def _compile(config: Config, topology: described.Topology, step: str, target_con
 
 
 def _processor_seconds() -> float:
-    """Of this process so far, and of those that it has started and that have ended."""
+    """Return the processor time of this process and of its children that have ended."""
     return sum(os.times()[:4])
 
 
 def _believable(seconds: float | None) -> float | None:
-    """An estimate of the compiler's, or None for what stands for none: below zero, not finite, or
-    2^63 cycles."""
+    """Return the compiler's estimate, or None for the values that mean "none": below zero, not
+    finite, or 2^63 cycles."""
     return seconds if seconds is not None and 0 < seconds < 1e6 else None
 
 
 def _needed(failure: str) -> int | None:
-    """Bytes that the message of a failure for want of memory says are needed."""
+    """Return the bytes that an out-of-memory message reports as needed."""
     found = re.search(r"(?:required for HLO temporaries \(|Used )([\d.]+)([KMGT])", failure)
     return int(float(found[1]) * 1024 ** ("KMGT".index(found[2]) + 1)) if found else None
 

@@ -1,5 +1,4 @@
-"""Calibration: the share of a chip's peak at which a run that was made computes, as the planner
-counts it."""
+"""Calibrate the planner: find the share of a chip's peak at which a finished run computed."""
 
 import json
 import os
@@ -7,22 +6,23 @@ import statistics
 
 from mtnlg_jax.config import from_json
 from mtnlg_jax.hardware import CHIPS
-from mtnlg_jax.planning.cost import Job, layout_of
+from mtnlg_jax.planning.cost import Job
+from mtnlg_jax.planning.layout import layout_of
 from mtnlg_jax.planning.search import measured_efficiency
 from mtnlg_jax.storage import write_file
 from mtnlg_jax.train.metrics import read_metrics
 
 
 def calibrate(workdir: str, name: str, number: int) -> str:
-    """Writes RUN/calibration.json: the efficiency with which the planner predicts the speed that
-    the run had.
+    """Write RUN/calibration.json: the efficiency with which the planner predicts the speed of the
+    run.
 
-    Returns two lines for a person. Raises ValueError where no full step was timed.
+    Returns two lines for a person. Raises ValueError if no full step was timed.
     """
     with open(os.path.join(workdir, "config.json")) as file:
         config = from_json(file.read())
     layout = layout_of(config, number * CHIPS[name].devices)
-    # The first half still carries compilation, in a mean that fades.
+    # The rate is a fading mean, which includes compilation at first: leave the first half out.
     rates = [
         record["tokens_per_second"]
         for record in read_metrics(os.path.join(workdir, "metrics.jsonl"))
@@ -33,7 +33,8 @@ def calibrate(workdir: str, name: str, number: int) -> str:
     rates = rates[len(rates) // 2 :]
     if not rates:
         raise ValueError(
-            f"{workdir}/metrics.jsonl has no timed step of {config.train.global_batch_size} sequences yet"
+            f"{workdir}/metrics.jsonl has no timed step of {config.train.global_batch_size} "
+            "sequences yet"
         )
     seconds = config.train.global_batch_size * config.sequence_length / statistics.median(rates)
     efficiency = measured_efficiency(Job(config, CHIPS[name]), layout, seconds)
@@ -55,13 +56,14 @@ def calibrate(workdir: str, name: str, number: int) -> str:
         ).encode(),
     )
     return (
-        f"{path}: {seconds:.4g} s a step (median of {len(rates)}), so products run at {efficiency:.1%} of peak\n"
+        f"{path}: {seconds:.4g} s a step (median of {len(rates)}), so products run at "
+        f"{efficiency:.1%} of peak\n"
         f"next: python launch/plan.py --config=... --chips={name}:N --calibration={path}"
     )
 
 
 def read_calibration(path: str, name: str) -> tuple[float, str]:
-    """(efficiency, where it is from). Raises ValueError when it was measured on another chip."""
+    """Return (efficiency, its source). Raises ValueError if it was measured on another chip."""
     try:
         with open(path) as file:
             values = json.load(file)
@@ -79,6 +81,7 @@ def read_calibration(path: str, name: str) -> tuple[float, str]:
         )
     if not 0 < efficiency <= 1:
         raise ValueError(
-            f"{path}: efficiency={efficiency} lies outside (0, 1]; write it again with --calibrate=RUN"
+            f"{path}: efficiency={efficiency} is outside (0, 1]; write it again with "
+            "--calibrate=RUN"
         )
     return efficiency, f"{run} on {values.get('chips', '?')} {chip}, {path}"

@@ -1,15 +1,15 @@
-"""Memory and time of a run's step on a layout, from arithmetic.
+"""Predict memory and time of a run's step on a layout by arithmetic.
 
-A step is added up from what each device does: products at EFFICIENCY of the chip's peak,
-collectives at the network speed of their axis, and the ticks in which a pipeline waits. Nothing
-overlaps but ZeRO-3, which inside a layer can move the later weights while the earlier multiply; the
-other collectives feed the very next product. A message takes no time to start. So a prediction is
-of the right order and ranks layouts of large models; a run of your own corrects it
+The time of a step is the sum of what each device does: products at EFFICIENCY of the chip's peak,
+collectives at the network speed of their axis, and the ticks in which a pipeline waits. Only ZeRO-3
+overlaps: inside a layer it can move later weights during earlier products. The other collectives
+feed the very next product. Latency of messages is not counted. So a prediction has the right order
+of magnitude and ranks layouts of large models; a run of your own calibrates it
 (search.measured_efficiency).
 
 Formulas: Narayanan 2021 (bubble, FLOPs), Korthikanti 2022 (activation bytes), Jacobs 2023 and Llama
-Team 2024 (context traffic). Collectives a layer and FLOPs recomputed are those of this repository's
-step, counted.
+Team 2024 (context traffic). Collectives a layer and recomputed FLOPs are counted in this
+repository's step.
 """
 
 import functools
@@ -19,79 +19,33 @@ from typing import NamedTuple
 from mtnlg_jax.config import Config
 from mtnlg_jax.hardware import Chip, flops_per_token, layer_flops
 from mtnlg_jax.model.transformer import abstract_model
-from mtnlg_jax.parallel.mesh import AXES, mesh_shape, plan_table
+from mtnlg_jax.parallel.mesh import AXES, plan_table
+from mtnlg_jax.planning.layout import POLICIES, Layout
 
-# Share of peak that products reach while a stage is busy. The one constant of the model, from
-# MT-NLG on A100s: with it the paper's 60.1, 50.2 and 44.4 s a step on 2,240, 2,800 and 3,360 of
-# them come out within 3 %. Software
-# of 2021, kernels unfused: Megatron-LM of 2022 made 1.3 times as much of the same card.
+# Share of peak that products reach while a stage is busy: the one constant of the model. It comes
+# from MT-NLG on A100s: the paper's 60.1, 50.2 and 44.4 s a step on 2,240, 2,800 and 3,360 of them
+# are predicted within 3 %. That was software of 2021 with unfused kernels; Megatron-LM of 2022
+# reached 1.3 times as much on the same card.
 EFFICIENCY = 0.50
 
-MEMORY_SHARE = (
-    0.9  # of the chip's memory; the rest is XLA's workspace, the networks' buffers, the runtime
-)
-# stage inputs held for each that the circular schedule needs; 530 B compiled for v5p, H100: 1.0
+# Share of the chip's memory to fill. XLA's workspace, network buffers and the runtime take the
+# rest.
+MEMORY_SHARE = 0.9
+# Stage inputs held for each one that the circular schedule needs. Measured: 530 B compiled for v5p;
+# for H100 it is 1.0.
 CIRCULAR_COPIES = 1.25
-LAYER_BYTES = (
-    34  # of s b h: what one layer's backward pass has at hand (Korthikanti 2022, equation 4)
-)
-
-
-class Policy(NamedTuple):
-    """A value of train.recompute. ``kept``: bytes of s b h that a layer keeps in bf16 for the
-    backward pass;
-    ``again``: products computed a second time; ``collectives`` over tensor in a layer and
-    micro-batch, forward and backward (each moves s b h once): the gathers before products are
-    always made again."""
-
-    kept: float
-    again: tuple[str, ...]
-    collectives: int
-
-
-POLICIES = {  # model.transformer.RECOMPUTE; most kept first. The backward pass needs no second fc2
-    "none": Policy(32, (), 10),
-    "elementwise": Policy(20, (), 10),
-    "mlp": Policy(12, ("fc1",), 10),
-    "projections": Policy(6, ("qkv", "fc1"), 10),
-    "full": Policy(2, ("qkv", "scores", "out", "fc1"), 11),
-}
-
-
-class Layout(NamedTuple):
-    """What the planner chooses of a config."""
-
-    pipe: int
-    data: int
-    context: int
-    tensor: int
-    zero: int
-    schedule: str
-    virtual_pipe: int
-    flush: int | None
-    micro_batch_size: int
-    recompute: str
-
-    @property
-    def devices(self) -> int:
-        return self.pipe * self.data * self.context * self.tensor
-
-    @property
-    def mesh(self) -> tuple[int, int, int, int]:
-        return self[:4]
+# Bytes in units of s b h that the backward pass of one layer holds (Korthikanti 2022, equation 4).
+LAYER_BYTES = 34
 
 
 class Estimate(NamedTuple):
-    """``seconds`` of a step by what they go to; ``memory`` of a device in bytes by what it
-    holds."""
-
     layout: Layout
-    seconds: dict[str, float]
-    memory: dict[str, float]
+    seconds: dict[str, float]  # of a step, by purpose
+    memory: dict[str, float]  # bytes of a device, by content
     tokens: int
-    model_flops: float  # of a step, PaLM's count: attention in full, nothing recomputed
-    done_flops: float  # with what is recomputed
-    # seconds in which ZeRO-3 moves weights and gradients behind products; not in ``seconds``
+    model_flops: float  # of a step as PaLM counts: full attention, nothing recomputed
+    done_flops: float  # of a step, with what is recomputed
+    # Seconds in which ZeRO-3 moves weights and gradients during products; not in ``seconds``.
     hidden: float
     chip: Chip
 
@@ -117,13 +71,13 @@ class Estimate(NamedTuple):
 
     @property
     def bubble(self) -> float:
-        """Share of the step in which a device waits for its pipeline."""
+        """Share of the step that a device waits for its pipeline."""
         return self.seconds["bubble"] / self.step_seconds
 
     @property
     def binds(self) -> str:
-        """What to buy more of: compute where nothing else takes a fifth of the step; memory stands
-        for what is recomputed for want of it."""
+        """The resource to buy more of; compute if nothing else takes a fifth of the step. Memory is
+        charged for recomputation because memory is short."""
         losses = {
             "memory": self.seconds["recompute"],
             "tensor comm": self.seconds["tensor"],
@@ -133,39 +87,14 @@ class Estimate(NamedTuple):
             "data comm": self.seconds["data"],
             "memory speed": self.seconds["update"],
         }
-        worst = max(losses, key=losses.get)
+        worst = max(losses, key=losses.__getitem__)
         return worst if sum(losses.values()) > 0.2 * self.step_seconds else "compute"
 
 
-def layout_of(config: Config, devices: int | None = None) -> Layout:
-    """The layout that ``config`` chose; without ``devices`` its mesh.data must be known. Raises
-    ValueError where the mesh does not multiply to ``devices``."""
-    mesh = config.mesh
-    train = config.train
-    data = mesh.data if devices is None else mesh_shape(mesh, devices)["data"]
-    micro = train.micro_batch_size or train.global_batch_size // data
-    return Layout(
-        mesh.pipe,
-        data,
-        mesh.context,
-        mesh.tensor,
-        mesh.zero,
-        mesh.schedule,
-        mesh.virtual_pipe,
-        mesh.flush,
-        micro,
-        train.recompute,
-    )
-
-
-# --- memory and time of one layout
-# ----------------------------------------------------------------------------
-
-
 def padded_size(shape: tuple[int, ...]) -> int:
-    """Numbers that a TPU stores for a tensor of ``shape``: tiles of 8 x 128, over the two dims for
-    which that wastes least. XLA chooses the order of a parameter's dims so: (L, D, N, H) with H 160
-    lies with D innermost, unpadded; compiled for v5p, libtpu 0.0.50."""
+    """Return the numbers that a TPU stores for a tensor of ``shape``: tiles of 8 x 128 over the two
+    dims that waste least. XLA orders the dims of a parameter in this way: (L, D, N, H) with H 160
+    has D innermost and no padding (compiled for v5p, libtpu 0.0.50)."""
     if len(shape) < 2:
         return math.prod(shape)
 
@@ -181,9 +110,28 @@ def padded_size(shape: tuple[int, ...]) -> int:
     return round(math.prod(shape) * waste)
 
 
+class _Stage(NamedTuple):
+    """Seconds of one micro-batch in one stage, forward and backward, by purpose."""
+
+    compute: float
+    recompute: float
+    tensor: float
+    context: float
+    fetch: float  # of weights, by ZeRO-3
+    hidden: float  # traffic during products, not in ``total``
+    head: float  # the head's products; the stages share them unless the schedule is 1f1b
+    head_tensor: float  # collectives over tensor of embedding and head
+    passed: float  # bytes that one stage hands to the next
+    again: float  # share of the forward FLOPs computed again
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.recompute + self.tensor + self.context + self.fetch
+
+
 class Job:
-    """A config's model and batch on a kind of chip: what an estimate needs and a layout does not
-    change. Without a chip there is ``memory`` alone."""
+    """A config's model and batch on a kind of chip: everything an estimate needs except the layout.
+    Without a chip only ``memory`` is available."""
 
     def __init__(self, config: Config, chip: Chip | None, efficiency: float = EFFICIENCY):
         self.config = config
@@ -197,48 +145,56 @@ class Job:
         self.layer = layer_flops(model, self.sequence)
         self.forward = sum(self.layer.values())
         weights = {name: part for name, part in self.layer.items() if name != "scores"}
+        # Share of the weights that can move during products: all but the first, qkv.
         self.behind = 1 - weights["qkv"] / sum(weights.values())
-        self.head = (
-            6 * model.vocab_size * model.hidden_size
-        )  # forward and backward: cross_entropy forms both at once
+        # Forward and backward together, since cross_entropy computes both at once.
+        self.head = 6 * model.vocabulary * model.hidden_size
         self.flops = flops_per_token(model, self.sequence)
         self.params = abstract_model(model)[1]
         self.state = functools.cache(self._state)
         self.room = MEMORY_SHARE * chip.memory if chip else math.inf
 
     def _state(self, pipe: int, data: int, tensor: int) -> tuple[int, int, int]:
-        """Numbers a device has of the blocks' parameters, of the rest, and of Adam's second moments
-        (Muon keeps none for the blocks' matrices), D split over ``data``. Raises ValueError where a
-        dim does not divide."""
+        """Count the numbers that a device holds of the blocks' parameters, of the other parameters,
+        and of Adam's second moments (Muon keeps none for the blocks' matrices), with D split over
+        ``data``. Raises ValueError if a dim is not divisible."""
         rows = plan_table(self.params, dict(pipe=pipe, data=data, context=1, tensor=tensor))
         size = padded_size if self.chip and self.chip.tpu else math.prod
-        blocks = rest = second = 0
+        blocks = 0
+        rest = 0
+        second = 0
+        muon = self.config.optimizer.name == "muon"
         for row in rows:
             numbers = size(row.local)
             inside = row.path.startswith("blocks.")
-            blocks = blocks + inside * numbers
-            rest = rest + (not inside) * numbers
-            muon = (
-                self.config.optimizer.name == "muon"
-                and inside
-                and len(row.dims) > 2
-                and row.path.count("w_")
-            )
-            second += 0 if muon else numbers
+            if inside:
+                blocks += numbers
+            else:
+                rest += numbers
+            matrix = inside and len(row.dims) > 2 and "w_" in row.path
+            if not (muon and matrix):
+                second += numbers
         return blocks, rest, second
 
+    @property
+    def _known_chip(self) -> Chip:
+        if self.chip is None:
+            raise ValueError("without a chip a job has no times")
+        return self.chip
+
     def speed(self, layout: Layout, axis: str) -> float:
-        """Bytes a second in and out of a device for a collective over ``axis``, tensor being
-        innermost. Members within
-        one domain share its ways out: a ring over the nodes enters each node once."""
+        """Bytes a second in and out of a device for a collective over ``axis``; tensor is the
+        innermost axis. Members within one domain share its links: a ring over the nodes enters each
+        node once."""
+        chip = self._known_chip
         inner = layout.mesh[AXES.index(axis) + 1 :]
         size = getattr(layout, axis)
-        stride = math.prod(inner)
-        near = min(size, max(1, self.chip.domain // stride))
-        return self.chip.fast if near == size else min(self.chip.fast, near * self.chip.slow)
+        near = min(size, max(1, chip.domain // math.prod(inner)))
+        return chip.fast if near == size else min(chip.fast, near * chip.slow)
 
     def micro_batches(self, layout: Layout) -> tuple[int, int, int]:
-        """(micro-batches of a step, those that a pipeline takes with the empty ones, its flush)."""
+        """Return (micro-batches of a step, those plus the empty ones that fill the last flush of a
+        pipeline, micro-batches of a flush)."""
         used = self.batch // (layout.data * layout.micro_batch_size)
         if layout.pipe == 1 or layout.schedule == "1f1b":
             return used, used, used
@@ -247,7 +203,7 @@ class Job:
         return used, taken, min(layout.flush or taken, taken)
 
     def memory(self, layout: Layout) -> dict[str, float]:
-        """Bytes a device, by what they hold. Raises ValueError where a tensor does not divide."""
+        """Bytes of a device, by content. Raises ValueError if a tensor is not divisible."""
         pipe, data, context, tensor = layout.mesh
         model = self.config.model
         policy = POLICIES[layout.recompute]
@@ -260,11 +216,11 @@ class Job:
             gradients = 4 * (blocks + rest + 2 * all_blocks / layers + all_rest)
         else:
             weights = self.item * (all_blocks + all_rest)
-            # The sums, those of the micro-batch or flush at hand, and what the reduction over data
-            # leaves.
-            gradients = 4 * (all_blocks + all_rest) + (
-                4 * (blocks + rest) if data > 1 and layout.zero else 0
-            )
+            # The sums; the result of the reduction over data; the gradients of the present
+            # micro-batch or flush.
+            gradients = 4 * (all_blocks + all_rest)
+            if data > 1 and layout.zero:
+                gradients += 4 * (blocks + rest)
             if pipe == 1 or layout.schedule == "1f1b":
                 gradients += self.item * all_blocks
             elif flush < taken:
@@ -276,20 +232,16 @@ class Job:
         elif layout.schedule == "1f1b":
             inputs = (2 * pipe + 2) * x
         else:
-            inputs = (
-                CIRCULAR_COPIES * (layout.virtual_pipe * flush + pipe - 1) + 4 * flush / pipe
-            ) * x
+            held = CIRCULAR_COPIES * (layout.virtual_pipe * flush + pipe - 1)
+            inputs = (held + 4 * flush / pipe) * x
         kept = layers / layout.virtual_pipe * policy.kept / 2 * x
-        layer = LAYER_BYTES / 2 * x + (
-            4 * x * tensor if tensor > 1 else 0
-        )  # with the sequence gathered for products
+        layer = LAYER_BYTES / 2 * x
+        if tensor > 1:  # the sequence, gathered for products
+            layer += 4 * x * tensor
         if context > 1 and self.context_mode(layout) == "gather":
             layer += 2 * self.item * tokens * context * model.kv_heads * model.head_width / tensor
-        head = (
-            model.vocab_size
-            / tensor
-            * (10 * min(self.config.train.loss_chunk, tokens) + 4 * model.hidden_size)
-        )
+        chunk = min(self.config.train.loss_chunk, tokens)
+        head = model.vocabulary / tensor * (10 * chunk + 4 * model.hidden_size)
         return {
             "masters": 4 * (blocks + rest),
             "moments": 4 * (blocks + rest + second),
@@ -302,134 +254,156 @@ class Job:
 
     def context_mode(self, layout: Layout) -> str:
         mode = self.config.mesh.context_mode
-        if mode == "auto":
-            return (
-                "gather"
-                if self.config.model.kv_heads // layout.tensor % layout.context
-                else "ulysses"
-            )
-        return mode
+        if mode != "auto":
+            return mode
+        heads = self.config.model.kv_heads // layout.tensor
+        return "gather" if heads % layout.context else "ulysses"
 
     def seconds(self, layout: Layout) -> tuple[dict[str, float], float, float]:
-        """Seconds of a step by what they go to; the FLOPs that all devices do, with what is
-        recomputed; and the seconds of traffic that products hide."""
-        pipe, data, context, tensor = layout.mesh
+        """Return the seconds of a step by purpose, the FLOPs of all devices with recomputation, and
+        the seconds of traffic that products hide."""
         model = self.config.model
-        chip = self.chip
-        policy = POLICIES[layout.recompute]
+        pipe = layout.pipe
+        used = self.micro_batches(layout)[0]
+        blocks, rest, _ = self.state(pipe, layout.data if layout.zero else 1, layout.tensor)
+        stage = self._stage(layout)
+        bubble, passing = self._pipeline(layout, stage)
+        seconds = {
+            "compute": used * (stage.compute + stage.head / pipe),
+            "recompute": used * stage.recompute,
+            "tensor": used * (stage.tensor + stage.head_tensor / pipe),
+            "context": used * stage.context,
+            "pipe": passing,
+            "bubble": bubble,
+            "data": self._reduction(layout, stage),
+            "update": 28 * (blocks + rest) / self._known_chip.memory_speed,
+        }
+        flops = self.flops + model.num_layers * stage.again * self.forward
+        return seconds, self.batch * self.sequence * flops, used * stage.hidden
+
+    def _stage(self, layout: Layout) -> _Stage:
+        chip = self._known_chip
+        pipe, _, context, tensor = layout.mesh
+        model = self.config.model
         piped = pipe > 1
-        blocks, rest, _ = self.state(pipe, data if layout.zero else 1, tensor)
         all_blocks, all_rest, _ = self.state(pipe, 1, tensor)
         layers = model.num_layers // pipe
-        rounds = layout.virtual_pipe
-        used, taken, flush = self.micro_batches(layout)
         tokens = layout.micro_batch_size * self.sequence / context
         x = self.item * tokens * model.hidden_size / tensor
         rate = tensor * chip.flops * self.efficiency
-        remote = (data - 1) / data / self.speed(layout, "data")
 
-        # One micro-batch in one stage. A pipeline's stage is recomputed as a whole, besides what
-        # its layers recompute; where it is one layer, XLA makes one recomputation of the two.
-        twice = piped and layers > rounds
+        # A pipeline recomputes each stage as a whole, in addition to what its layers recompute. If
+        # a stage is one layer, XLA merges the two recomputations.
+        policy = POLICIES[layout.recompute]
+        twice = piped and layers > layout.virtual_pipe
         if piped and not twice:
             policy = POLICIES["full"]
         again = sum(self.layer[name] for name in policy.again) / self.forward + twice
-        forward = layers * max(
-            tokens * self.forward / rate, self.item * all_blocks / layers / chip.memory_speed
-        )
+        products = tokens * self.forward / rate
+        forward = layers * max(products, self.item * all_blocks / layers / chip.memory_speed)
         compute = 3 * forward
         recompute = again * forward
+
         by_tensor = x * (tensor - 1) / self.speed(layout, "tensor")
-        by_context = (
-            (3 + piped)
-            * layers
-            * self._context_bytes(layout, tokens)
-            / self.speed(layout, "context")
-        )
-        hidden = fetched = 0.0
+        sent = (3 + piped) * layers * self._context_bytes(layout, tokens)
+        hidden = 0.0
+        fetch = 0.0
         if layout.zero == 3:
+            remote = self._remote(layout)
             moved = remote * ((2 + piped) * self.item + self.reduced) * all_blocks
             hidden = min(moved * self.behind, compute + recompute)
-            fetched = moved - hidden + remote * 2 * (self.item + self.reduced) * all_rest
-        in_tensor = (policy.collectives + 4 * twice) * layers * by_tensor
-        stage = compute + recompute + in_tensor + by_context + fetched
-        head = tokens * self.head / rate
-        seconds = {
-            "compute": used * (compute + head / pipe),
-            "recompute": used * recompute,
-            "tensor": used * (in_tensor + 4 * by_tensor / pipe),
-            "context": used * by_context,
-            "pipe": 0.0,
-            "bubble": 0.0,
-        }
-
-        if piped:
-            if layout.schedule == "1f1b":
-                # On TPU and around a ring the bubble is computed, not skipped; the last stage alone
-                # has the head.
-                computed = chip.tpu or (context > 1 and self.context_mode(layout) == "ring")
-                ticks = hops = used + (2 if computed else 1) * (pipe - 1)
-                seconds["bubble"] = ((ticks if computed else used) - used / pipe) * (
-                    head + 4 * by_tensor
-                )
-            else:
-                hops = taken // flush * (rounds * flush + pipe - 1)
-                ticks = hops / rounds
-            inside = pipe * data * context * tensor <= chip.domain
-            link = (chip.fast / 2 if chip.tpu else chip.fast) if inside else chip.slow
-            seconds["bubble"] += (ticks - used) * stage
-            seconds["pipe"] = 2 * hops * x / link  # the activation forward, its gradient back
-            if rounds > 1:  # layers in natural order to their stages' chunks, and gradients home
-                seconds["pipe"] += 8 * blocks / link
-
-        if layout.zero == 3:
-            by_data = used * fetched
-        elif layout.zero:
-            by_data = (
-                (self.item + self.reduced) * (all_blocks + all_rest) * remote
-            )  # weights there, gradients back
-        else:
-            by_data = 2 * self.reduced * (all_blocks + all_rest) * remote
-        by_data += (
-            2
-            * self.reduced
-            * (blocks + rest)
-            * (context - 1)
-            / context
-            / self.speed(layout, "context")
+            fetch = moved - hidden + remote * 2 * (self.item + self.reduced) * all_rest
+        return _Stage(
+            compute=compute,
+            recompute=recompute,
+            tensor=(policy.collectives + 4 * twice) * layers * by_tensor,
+            context=sent / self.speed(layout, "context"),
+            fetch=fetch,
+            hidden=hidden,
+            head=tokens * self.head / rate,
+            head_tensor=4 * by_tensor,
+            passed=x,
+            again=again,
         )
-        by_data += 2 * self.reduced * rest * (pipe - 1) / pipe / self.speed(layout, "pipe")
-        seconds |= {"data": by_data, "update": 28 * (blocks + rest) / chip.memory_speed}
-        done = self.batch * self.sequence * (self.flops + model.num_layers * again * self.forward)
-        return seconds, done, used * hidden
+
+    def _remote(self, layout: Layout) -> float:
+        """Seconds to move one byte of a tensor's share between the data shards."""
+        return (layout.data - 1) / layout.data / self.speed(layout, "data")
+
+    def _pipeline(self, layout: Layout, stage: _Stage) -> tuple[float, float]:
+        """Return the seconds of a step that a device waits for its pipeline, and that activations,
+        gradients and parameters take between stages."""
+        pipe = layout.pipe
+        if pipe == 1:
+            return 0.0, 0.0
+        chip = self._known_chip
+        rounds = layout.virtual_pipe
+        used, taken, flush = self.micro_batches(layout)
+        bubble = 0.0
+        if layout.schedule == "1f1b":
+            # On TPU and around a ring the bubble is computed instead of skipped; only the last
+            # stage has the head.
+            computed = chip.tpu or (layout.context > 1 and self.context_mode(layout) == "ring")
+            ticks: float = used + (2 if computed else 1) * (pipe - 1)
+            hops: float = ticks
+            waited = (ticks if computed else used) - used / pipe
+            bubble = waited * (stage.head + stage.head_tensor)
+        else:
+            hops = taken // flush * (rounds * flush + pipe - 1)
+            ticks = hops / rounds
+        bubble += (ticks - used) * stage.total
+        inside = layout.devices <= chip.domain
+        link = (chip.fast / 2 if chip.tpu else chip.fast) if inside else chip.slow
+        passing = 2 * hops * stage.passed / link  # the activation forward, its gradient back
+        if rounds > 1:  # from layers in natural order to the stages' chunks, and gradients back
+            blocks = self.state(pipe, layout.data if layout.zero else 1, layout.tensor)[0]
+            passing += 8 * blocks / link
+        return bubble, passing
+
+    def _reduction(self, layout: Layout, stage: _Stage) -> float:
+        """Seconds of a step in which weights and gradients move between replicas of parameters."""
+        pipe, data, context, tensor = layout.mesh
+        used = self.micro_batches(layout)[0]
+        remote = self._remote(layout)
+        blocks, rest, _ = self.state(pipe, data if layout.zero else 1, tensor)
+        all_blocks, all_rest, _ = self.state(pipe, 1, tensor)
+        if layout.zero == 3:
+            seconds = used * stage.fetch
+        elif layout.zero:  # weights there, gradients back
+            seconds = (self.item + self.reduced) * (all_blocks + all_rest) * remote
+        else:
+            seconds = 2 * self.reduced * (all_blocks + all_rest) * remote
+        both = 2 * self.reduced  # a sum sends everything twice
+        by_context = both * (blocks + rest) * (context - 1) / context
+        seconds += by_context / self.speed(layout, "context")
+        seconds += both * rest * (pipe - 1) / pipe / self.speed(layout, "pipe")
+        return seconds
 
     def _context_bytes(self, layout: Layout, tokens: float) -> float:
-        """What a device sends in one layer's forward pass: queries, keys, values and outputs, or
-        all keys and values. The backward pass sends as much; so does each recomputation, which
-        every policy needs of keys and values."""
+        """Bytes that a device sends in one layer's forward pass: queries, keys, values and outputs,
+        or all keys and values. The backward pass sends as much, and so does each recomputation:
+        every policy recomputes keys and values."""
         model = self.config.model
         context = layout.context
-        width, kv = (
-            heads * model.head_width / layout.tensor
-            for heads in (model.num_attention_heads, model.kv_heads)
-        )
+        width = model.num_attention_heads * model.head_width / layout.tensor
+        kv = model.kv_heads * model.head_width / layout.tensor
         if self.context_mode(layout) == "ulysses":
             return 2 * self.item * tokens * (width + kv) * (context - 1) / context
         return 2 * self.item * tokens * kv * (context - 1)
 
     def estimate(self, layout: Layout) -> Estimate:
-        """Raises ValueError where a tensor does not divide."""
+        """Raises ValueError if a tensor is not divisible."""
         seconds, done, hidden = self.seconds(layout)
         tokens = self.batch * self.sequence
         return Estimate(
-            layout,
-            seconds,
-            self.memory(layout),
-            tokens,
-            tokens * self.flops,
-            done,
-            hidden,
-            self.chip,
+            layout=layout,
+            seconds=seconds,
+            memory=self.memory(layout),
+            tokens=tokens,
+            model_flops=tokens * self.flops,
+            done_flops=done,
+            hidden=hidden,
+            chip=self._known_chip,
         )
 
     def fits(self, layout: Layout) -> bool:

@@ -1,11 +1,11 @@
-"""A compiled program read from its text, that of ``jax.stages.Compiled.as_text()``, of any backend:
+"""Read a compiled program from the text of ``jax.stages.Compiled.as_text()``, of any backend:
 instructions, shapes and the bytes that they occupy, the largest tensors."""
 
 import dataclasses
 import math
 import re
 
-# Bytes of an element; what is not listed ends with its bits (f32, u8, f8e4m3fn).
+# Bytes of an element. The name of any other type contains its bits (f32, u8, f8e4m3fn).
 _ODD_SIZES = {
     "pred": 1,
     "token": 0,
@@ -25,23 +25,23 @@ class Instruction:
     name: str
     shape: str  # as written: f32[2,3]{1,0:T(8,128)}, or a tuple of these in parentheses
     opcode: str
-    operands: tuple[str, ...]  # names; of a parameter or constant what stands in the parentheses
+    # Names; for a parameter or a constant the text in the parentheses.
+    operands: tuple[str, ...]
     attributes: str
 
     @property
     def op_name(self) -> str:
-        """Where in the traced program it comes from; empty where the compiler does not say."""
+        """Its origin in the traced program; empty if the compiler gives none."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found[1].replace("\\'", "'") if found else ""
 
 
-# --- reading
-# ----------------------------------------------------------------------------------------------------
+# --- reading ---
 
 
 def _close(text: str, start: int) -> int:
-    """Index behind the parenthesis that closes the one at ``start``. Names in quotes may hold some,
-    too."""
+    """Return the index after the parenthesis that closes the one at ``start``. Parentheses in
+    quoted names do not count."""
     depth = 0
     quoted = False
     for index in range(start, len(text)):
@@ -56,7 +56,7 @@ def _close(text: str, start: int) -> int:
 
 
 def split_top(text: str) -> list[str]:
-    """ "a, b{1,0}, (c, d)" -> its parts at the outermost commas."""
+    """Split at the outermost commas: "a, b{1,0}, (c, d)" has three parts."""
     parts = []
     depth = 0
     begin = 0
@@ -79,7 +79,7 @@ def _instruction(line: str) -> Instruction | None:
     end = _close(line, start) if line[start] == "(" else line.index(" ", start)
     opening = line.index("(", end)
     closing = _close(line, opening)
-    # An operand may be written with its shape in front.
+    # An operand may come after its shape.
     operands = tuple(
         part.rpartition(" ")[2].lstrip("%") for part in split_top(line[opening + 1 : closing - 1])
     )
@@ -95,7 +95,7 @@ class Program:
         self.computations: dict[str, list[Instruction]] = {}
         self.roots: dict[str, Instruction] = {}
         self._indices: dict[str, dict[str, Instruction]] = {}
-        self.entry = None
+        entry = None
         current = None
         for line in text.splitlines():
             line = re.sub(r"/\*.*?\*/", "", line) if "/*" in line else line
@@ -104,15 +104,16 @@ class Program:
                 if head and not line.startswith("HloModule"):
                     current = head[2]
                     self.computations[current] = []
-                    self.entry = current if head[1] else self.entry
+                    entry = current if head[1] else entry
                 continue
             instruction = _instruction(line)
             if current and instruction:
                 self.computations[current].append(instruction)
                 if line.lstrip().startswith("ROOT "):
                     self.roots[current] = instruction
-        if self.entry is None:
-            raise ValueError("this is no HLO text: it has no ENTRY")
+        if entry is None:
+            raise ValueError("this is not HLO text: it has no ENTRY")
+        self.entry: str = entry
 
     def index(self, computation: str) -> dict[str, Instruction]:
         if computation not in self._indices:
@@ -120,8 +121,8 @@ class Program:
         return self._indices[computation]
 
     def called(self, instruction: Instruction, *keys: str) -> list[str]:
-        """Computations that an instruction names under ``keys`` (body, calls, branch_computations
-        ...)."""
+        """Return the computations that an instruction names under ``keys`` (body, calls,
+        branch_computations ...)."""
         names = []
         for key in keys:
             for found in re.finditer(rf"\b{key}=(\{{[^}}]*\}}|%?[\w.-]+)", instruction.attributes):
@@ -129,12 +130,11 @@ class Program:
         return [name for name in names if name in self.computations]
 
 
-# --- shapes
-# -------------------------------------------------------------------------------------------------------
+# --- shapes ---
 
 
 def arrays_of(shape: str) -> list[str]:
-    """The arrays of a shape, tuples taken apart."""
+    """Return the arrays of a shape; tuples are flattened."""
     if shape.startswith("("):
         return [
             array
@@ -150,10 +150,13 @@ def dims_of(array: str) -> tuple[int, ...]:
 
 
 def _element_bytes(array: str) -> float:
-    kind = re.match(r"\w+", array)[0]
+    kind = array.partition("[")[0]
     if kind in _ODD_SIZES:
         return _ODD_SIZES[kind]
-    return int(re.match(r"[a-z]+(\d+)", kind)[1]) / 8
+    bits = re.match(r"[a-z]+(\d+)", kind)
+    if bits is None:
+        raise ValueError(f"HLO element type {kind!r} has no size")
+    return int(bits[1]) / 8
 
 
 def bytes_of(shape: str) -> int:
@@ -162,7 +165,7 @@ def bytes_of(shape: str) -> int:
 
 
 def padded_bytes(shape: str) -> int:
-    """Bytes that the arrays occupy: a layout's first tile, T(8,128), is never filled in part."""
+    """Bytes that the arrays occupy. The first tile of a layout, T(8,128), is always filled up."""
     total = 0
     for array in arrays_of(shape):
         dims = list(dims_of(array))
@@ -178,27 +181,26 @@ def padded_bytes(shape: str) -> int:
     return total
 
 
-# --- memory
-# -------------------------------------------------------------------------------------------------------
+# --- memory ---
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
     bytes: int  # on a device, with padding
     shape: str  # f32[105,160]
-    held: str  # "argument", "loop" (carried by one from its start) or "temporary"
-    count: int  # how many of this shape are held so
-    name: str  # of the first of them: an argument's name, else where the program makes it
+    held: str  # "argument", "loop" (part of a loop's initial state) or "temporary"
+    count: int  # tensors of this shape that are held in this way
+    name: str  # of the first one: an argument's name, else its origin in the program
 
 
 def arguments_of(program: Program) -> list[tuple[str, str]]:
-    """(name, shape with layout) of every argument."""
+    """Return (name, shape with layout) of every argument."""
     return [
         (i.op_name, i.shape) for i in program.computations[program.entry] if i.opcode == "parameter"
     ]
 
 
-# These make no array of their own.
+# Instructions that make no array of their own.
 _NO_ARRAY = {
     "parameter",
     "tuple",
@@ -214,11 +216,11 @@ _NO_ARRAY = {
 
 
 def largest(program: Program, count: int) -> list[Tensor]:
-    """The largest tensors, arguments, loop state and others. A list of suspects: which of them live
-    at the same time only the compiler knows."""
-    names: dict[tuple, list[str]] = {}
+    """Return the largest tensors: arguments, loop state and temporaries. They are suspects only:
+    the compiler alone knows which of them live at the same time."""
+    names: dict[tuple[int, str, str], list[str]] = {}
 
-    def add(shape, held, name):
+    def add(shape: str, held: str, name: str) -> None:
         for array in arrays_of(shape):
             short = re.match(r"\w+\[[^\]]*\]", array)
             if short and "S(" not in array:  # S(1) is not in the device's main memory
@@ -226,7 +228,7 @@ def largest(program: Program, count: int) -> list[Tensor]:
 
     bodies = [program.entry]
     for body in bodies:
-        state = set()
+        state: set[str] = set()
         index = program.index(body)
         for instruction in program.computations[body]:
             if instruction.opcode in ("while", "conditional", "call"):
@@ -241,18 +243,15 @@ def largest(program: Program, count: int) -> list[Tensor]:
                 bodies += [name for name in called if name not in bodies]
             if instruction.opcode == "while":
                 init = index.get(instruction.operands[0])
-                state |= (
-                    set(init.operands) if init is not None and init.opcode == "tuple" else set()
-                )
+                if init is not None and init.opcode == "tuple":
+                    state |= set(init.operands)
         for instruction in program.computations[body]:
             if instruction.opcode == "parameter" and body == program.entry:
                 add(instruction.shape, "argument", instruction.op_name)
             elif instruction.opcode not in _NO_ARRAY:
-                add(
-                    instruction.shape,
-                    "loop" if instruction.name in state else "temporary",
-                    instruction.op_name,
-                )
+                held = "loop" if instruction.name in state else "temporary"
+                add(instruction.shape, held, instruction.op_name)
     return [
-        Tensor(*key, len(names[key]), names[key][0]) for key in sorted(names, reverse=True)[:count]
+        Tensor(size, shape, held, len(found), found[0])
+        for (size, shape, held), found in sorted(names.items(), reverse=True)[:count]
     ]

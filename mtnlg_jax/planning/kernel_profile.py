@@ -1,9 +1,8 @@
-"""Attention compiled alone for a described chip: does it compile, and what does the compiler say of
-its kernels?
+"""Compile attention alone for a described chip, and read what the compiler reports on its kernels.
 
-As in ``aot.measure``, the compiler runs in a process of its own:
-``python -m mtnlg_jax.planning.kernel_profile``. A process that dies over a call is started again
-with the next call."""
+As in ``aot.measure``, the compiler runs in a separate process,
+``python -m mtnlg_jax.planning.kernel_profile``. If it dies over a call, it is started again with
+the next call."""
 
 import contextlib
 import dataclasses
@@ -14,19 +13,19 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from typing import Any
 
 from mtnlg_jax.planning import topology as described
 from mtnlg_jax.planning.aot import last_words
 
-# libtpu's own model of a program gives each kernel its cycles only where it is told to write them
-# to a folder.
+# libtpu estimates the cycles of each kernel only if it may write them to a folder.
 _PROFILE = "--xla_jf_dump_static_llo_profile_to="
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One call of attention(), or, where ``step`` is "decode", of decode_attention(), over arrays
-    of these shapes."""
+    """One call of attention(), or of decode_attention() if ``step`` is "decode", over arrays of
+    these shapes."""
 
     step: str = "both"  # forward | both (forward and all gradients) | decode
     impl: str = "auto"
@@ -38,7 +37,7 @@ class Call:
     kv_heads: int = 8
     head_width: int = 128
     causal: bool = True
-    masks: tuple[str, ...] = ()  # of segment_ids, kv_lengths, q_offset, window
+    masks: tuple[str, ...] = ()  # a choice of segment_ids, kv_lengths, q_offset, window
     blocks: tuple[int, int] | None = None
 
 
@@ -46,23 +45,22 @@ class Call:
 class Compiled:
     call: Call
     failure: str = ""  # in the compiler's words; empty: it compiled
-    kernels: list = dataclasses.field(
-        default_factory=list
-    )  # [[name, estimated cycles or None], ...]
+    # [[name, estimated cycles or None], ...]
+    kernels: list = dataclasses.field(default_factory=list)
     temporaries: int = 0  # bytes
-    # Of a GPU's assembler: [[name, registers of a thread at launch, bytes spilled], ...]
+    # From a GPU's assembler: [[name, registers of a thread at launch, bytes spilled], ...]
     assembled: list = dataclasses.field(default_factory=list)
 
 
 def compile_calls(
     topology: described.Topology, calls: Sequence[Call], estimate: bool = False
 ) -> list[Compiled]:
-    """Compiles each of ``calls`` for one device of ``topology``. ``estimate``: with the TPU
-    compiler's own cycles of each kernel, for which it takes every branch as it would be taken, but
-    those on values that only exist when the program runs (segments, lengths, offsets in arrays),
-    which it takes as not taken.
+    """Compile each of ``calls`` for one device of ``topology``.
 
-    Raises ValueError where the compiler is not installed."""
+    ``estimate`` adds the TPU compiler's own cycles of each kernel. It assumes that branches on
+    values known only at run time (segments, lengths, offsets in arrays) are not taken.
+
+    Raises ValueError if the compiler is not installed."""
     described.check_installed(topology)
     results: list[Compiled] = []
     while len(results) < len(calls):
@@ -89,9 +87,10 @@ def compile_calls(
                 errors="replace",
                 env=environment,
             )
-            lines = (
-                open(answer, encoding="utf-8").read().splitlines() if os.path.exists(answer) else []
-            )
+            lines = []
+            if os.path.exists(answer):
+                with open(answer, encoding="utf-8") as file:
+                    lines = file.read().splitlines()
             results += [_read(line) for line in lines if line.endswith("}")]
             if done.returncode and len(results) < len(calls):
                 results.append(Compiled(calls[len(results)], failure=last_words(done)))
@@ -104,13 +103,11 @@ def _read(line: str) -> Compiled:
 
 
 def _call(said: dict) -> Call:
-    return Call(
-        **said | {"masks": tuple(said["masks"]), "blocks": said["blocks"] and tuple(said["blocks"])}
-    )
+    blocks = said["blocks"]
+    return Call(**said | {"masks": tuple(said["masks"]), "blocks": blocks and tuple(blocks)})
 
 
-# --- the other end
-# --------------------------------------------------------------------------------------------------
+# --- the other end ---
 
 
 def _answer() -> None:
@@ -138,17 +135,18 @@ def _answer() -> None:
             except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
                 result.failure = " ".join(str(error).split())[:1500]
             else:
-                result.kernels = kernels_of(compiled.as_text())
+                result.kernels = kernels_of(compiled.as_text() or "")
                 result.assembled = assembled_of("".join(output))
-                result.temporaries = compiled.memory_analysis().temp_size_in_bytes
+                sizes: Any = compiled.memory_analysis()
+                result.temporaries = sizes.temp_size_in_bytes
             file.write(json.dumps(dataclasses.asdict(result)) + "\n")
             file.flush()
 
 
 @contextlib.contextmanager
 def _output():
-    """A list that afterwards holds what was written to standard output and standard error, by
-    compiled code too."""
+    """Yield a list that afterwards holds everything written to standard output and standard error,
+    also by compiled code."""
     said: list[str] = []
     with tempfile.TemporaryFile() as file:
         sys.stdout.flush()
@@ -166,7 +164,7 @@ def _output():
 
 
 def assembled_of(text: str) -> list:
-    """[[kernel, registers, bytes of spill stores and loads]] of what the assembler wrote."""
+    """Read [[kernel, registers, bytes of spill stores and loads]] from the assembler's output."""
     found = []
     for part in text.split("Compiling entry function '")[1:]:
         registers = re.search(r"Used (\d+) registers", part)
@@ -178,7 +176,7 @@ def assembled_of(text: str) -> list:
 
 
 def function_of(call: Call):
-    """(function, its arguments as ShapeDtypeStructs) of ``call``."""
+    """Return (function, its arguments as ShapeDtypeStructs) of ``call``."""
     import jax
 
     from mtnlg_jax.model.attention import attention, decode_attention
@@ -205,7 +203,7 @@ def function_of(call: Call):
             *scales,
         ]
 
-    shapes = {
+    shapes: dict[str, list[tuple[int, ...]]] = {
         "segment_ids": [(call.rows, call.queries), (call.rows, call.keys)],
         "kv_lengths": [(call.rows,)],
         "q_offset": [(call.rows,)],
@@ -218,7 +216,9 @@ def function_of(call: Call):
     window = call.keys // 4 if "window" in call.masks else None
 
     def attend(q, k, v, arrays):
-        given = {name: tuple(x) if name == "segment_ids" else x[0] for name, x in arrays.items()}
+        given: dict[str, Any] = {
+            name: tuple(x) if name == "segment_ids" else x[0] for name, x in arrays.items()
+        }
         return attention(
             q,
             k,
@@ -237,26 +237,22 @@ def function_of(call: Call):
     q = array(call.rows, call.queries, call.heads, call.head_width)
     kv = array(call.rows, call.keys, call.kv_heads, call.head_width)
     flat, tree = jax.tree.flatten(arrays)
+
+    def forward(q, k, v, *flat):
+        return attend(q, k, v, jax.tree.unflatten(tree, flat))
+
+    def forward_and_backward(q, k, v, d_out, *flat):
+        return both(q, k, v, d_out, jax.tree.unflatten(tree, flat))
+
     if call.step == "forward":
-        return (lambda q, k, v, *flat: attend(q, k, v, jax.tree.unflatten(tree, flat))), [
-            q,
-            kv,
-            kv,
-            *flat,
-        ]
-    return (lambda q, k, v, d, *flat: both(q, k, v, d, jax.tree.unflatten(tree, flat))), [
-        q,
-        kv,
-        kv,
-        q,
-        *flat,
-    ]
+        return forward, [q, kv, kv, *flat]
+    return forward_and_backward, [q, kv, kv, q, *flat]
 
 
 _KERNEL = re.compile(
     r"""
     ^\ *(?:ROOT\ )?%?(\S+)\ =\ [^\n]*custom_call_target="(?:tpu_custom_call|mosaic_gpu\w*)"
-    (.*(?:\n(?!\ *(?:ROOT\ )?%\S+\ =\ ).*)*)  # metadata may go over several lines, up to the next instruction
+    (.*(?:\n(?!\ *(?:ROOT\ )?%\S+\ =\ ).*)*)  # metadata may have several lines
     """,
     re.MULTILINE | re.VERBOSE,
 )
@@ -266,12 +262,13 @@ UNKNOWN = 2**62  # the compiler writes 2^63 - 1 cycles where it has no estimate
 
 
 def kernels_of(text: str) -> list:
-    """[[name, estimated cycles or None]] of the kernels in a compiled program."""
+    """Read [[name, estimated cycles or None]] of the kernels in a compiled program."""
     found = []
     for name, rest in _KERNEL.findall(text):
         cycles = re.search(r'"estimated_cycles":"?(-?\d+)', rest)
-        known = cycles is not None and 0 <= int(cycles[1]) < UNKNOWN
-        found.append([re.sub(r"\.\d+$", "", name), int(cycles[1]) if known else None])
+        count = int(cycles[1]) if cycles else -1
+        known = 0 <= count < UNKNOWN
+        found.append([re.sub(r"\.\d+$", "", name), count if known else None])
     return found
 
 

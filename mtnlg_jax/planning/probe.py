@@ -1,9 +1,8 @@
-"""A small program with the collectives of a run, compiled for a described TPU under given flags:
-does the compiler take them? ``python -m mtnlg_jax.planning.probe`` is what mtnlg_jax/xla_flags.py
-starts before it sets any.
+"""Check whether the compiler of a described TPU accepts flags, by compiling a small program with
+the collectives of a run. mtnlg_jax/xla_flags.py starts ``python -m mtnlg_jax.planning.probe``
+before it sets any flag.
 
-A compiler may parse a flag and refuse the first program on which it would act, so parsing proves
-nothing."""
+Parsing proves nothing: a compiler may parse a flag and refuse the first program that it affects."""
 
 import json
 import os
@@ -14,30 +13,31 @@ from mtnlg_jax.parallel.mesh import AXES
 from mtnlg_jax.planning import topology as described
 from mtnlg_jax.planning.topology import Topology
 
-# Of a chip kind: a slice with 64 chips, so that groups lie in more than one dim of the torus.
+# By the dims of a torus: a slice of 64 chips, so that groups span more than one dim.
 DIMS = {2: (8, 8), 3: (4, 4, 4)}
+# Shapes: L layers, B rows, S positions, D width, F MLP width.
 LAYERS = 2
-WIDTH = 1024  # below it some collectives stay where they are, whatever the flags say
+WIDTH = 1024  # below it the flags do not affect some collectives
 LENGTH = 512
 
 
 def sizes_of(collectives: Collection[tuple[str, str]], devices: int) -> dict[str, int]:
-    """Sizes of the mesh axes over ``devices`` (a power of two): only those that something is sent
-    along are larger than 1, and ``data`` is the largest."""
+    """Return the sizes of the mesh axes over ``devices`` (a power of two). Only axes with traffic
+    are larger than 1; ``data`` is the largest."""
     used = {axis for _, axis in collectives}
     order = [axis for axis in ("data", "tensor", "pipe", "context") if axis in used] or ["data"]
     sizes = dict.fromkeys(AXES, 1)
     left = devices
-    for place, axis in enumerate(order[1:]):
-        sizes[axis] = 4 if left > 4 ** (2 if place == 0 else 1) else 2
+    for index, axis in enumerate(order[1:]):
+        sizes[axis] = 4 if left > 4 ** (2 if index == 0 else 1) else 2
         left //= sizes[axis]
     sizes[order[0]] = left
     return sizes
 
 
 def lower(topology: Topology, collectives: Collection[tuple[str, str]]):
-    """A training step of ``LAYERS`` layers, each one product in a scan, which sends what
-    ``collectives`` says: (kind as in planning.hlo_cost.KINDS, mesh axis)."""
+    """Lower a training step of ``LAYERS`` layers, each one product in a scan, with the given
+    ``collectives``: (kind as in planning.hlo_cost.KINDS, mesh axis)."""
     import jax
     import jax.numpy as jnp
     from jax import lax
@@ -48,8 +48,14 @@ def lower(topology: Topology, collectives: Collection[tuple[str, str]]):
 
     devices = described.devices(topology)
     sizes = sizes_of(collectives, len(devices))
-    mesh = described.mesh_over(MeshConfig(**sizes), topology, devices)
-    neighbours = {axis: [(i, (i + 1) % size) for i in range(size)] for axis, size in sizes.items()}
+    layout = MeshConfig(
+        pipe=sizes["pipe"],
+        data=sizes["data"],
+        context=sizes["context"],
+        tensor=sizes["tensor"],
+    )
+    mesh = described.mesh_over(layout, topology, devices)
+    neighbors = {axis: [(i, (i + 1) % size) for i in range(size)] for axis, size in sizes.items()}
 
     def has(kind, axis):
         return (kind, axis) in collectives
@@ -70,7 +76,7 @@ def lower(topology: Topology, collectives: Collection[tuple[str, str]]):
             y_BSF = lax.psum_scatter(y_BSF, "tensor", scatter_dimension=1, tiled=True)
         for axis in AXES:
             if has("collective-permute", axis):
-                y_BSF = lax.ppermute(y_BSF, axis, neighbours[axis])
+                y_BSF = lax.ppermute(y_BSF, axis, neighbors[axis])
         return y_BSF, None
 
     def loss(w_LDF, x_BSD):
@@ -99,8 +105,8 @@ def lower(topology: Topology, collectives: Collection[tuple[str, str]]):
 
 
 def _answer() -> None:
-    """Reads {"kind", "slices", "collectives"}; writes {"refused": why, or "" where it compiles}.
-    The compiler's flags stand in the environment already."""
+    """Read {"kind", "slices", "collectives"} and write {"refused": why, or "" if it compiles}. The
+    compiler's flags are in the environment already."""
     request = json.load(sys.stdin)
     dims = DIMS[2 if request["kind"] in described.FLAT else 3]
     topology = Topology(request["kind"], dims, request["slices"])
@@ -117,8 +123,8 @@ def _answer() -> None:
 
 
 if __name__ == "__main__":
-    # What the compiler prints besides must not stand between.
-    told = os.dup(1)
+    # Only the answer goes to standard output; the compiler's messages go to standard error.
+    output = os.dup(1)
     os.dup2(2, 1)
-    sys.stdout = os.fdopen(told, "w")
+    sys.stdout = os.fdopen(output, "w")
     _answer()

@@ -1,4 +1,4 @@
-"""A measurement as a page for a person; the same measurement gives the same text."""
+"""Render a measurement as a page for a person. The same measurement gives the same text."""
 
 import math
 
@@ -11,7 +11,7 @@ _INDENT = " " * 13
 
 
 def render(config: Config, m: Measurement) -> str:
-    """All that was measured, without a line break at its end."""
+    """Return everything that was measured, without a final line break."""
     lines = [
         f"{config.name}: {m.step} step on {m.topology}, {m.devices:,} devices, {m.compiler}",
         _row("layout", _layout(config, m)),
@@ -51,11 +51,11 @@ def render(config: Config, m: Measurement) -> str:
 
 
 def largest_tensors(m: Measurement) -> list[str]:
-    """What to look at first where memory is short."""
-    rows = [
-        f"{_INDENT}{size_of(t.bytes):>10}  x{t.count:<3} {t.held:<9}  {t.shape}  {_whence(t.name)}".rstrip()
-        for t in m.suspects
-    ]
+    """List the tensors to look at first if memory is short."""
+    rows = []
+    for t in m.suspects:
+        held = f"{size_of(t.bytes):>10}  x{t.count:<3} {t.held:<9}"
+        rows.append(f"{_INDENT}{held}  {t.shape}  {_whence(t.name)}".rstrip())
     return [
         _row(
             "largest",
@@ -70,7 +70,7 @@ def _row(name: str, text: str) -> str:
 
 
 def size_of(size: float) -> str:
-    """Bytes as 15.64 GiB, in the largest unit of which there is one."""
+    """Format bytes in the largest unit that fits, such as 15.64 GiB."""
     for unit, name in ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if abs(size) >= unit:
             return f"{size / unit:.2f} {name}"
@@ -109,7 +109,10 @@ def _verdict(m: Measurement) -> str:
     if m.failure and m.fits is None:
         return f"UNKNOWN: {m.failure}"
     if m.fits is None:
-        return f"compiles, peak {size_of(m.peak)} a device; what a device has is not known (--memory=GIB says it)"
+        return (
+            f"compiles, peak {size_of(m.peak)} a device; the memory of a device is not known "
+            "(give --memory=GIB)"
+        )
     if m.limit is None:
         return f"DOES NOT FIT: {m.failure}"
     spare = m.limit - m.most
@@ -119,13 +122,14 @@ def _verdict(m: Measurement) -> str:
             f"({spare / m.limit:.0%}) to spare"
         )
         share = m.peak / m.limit
-        if (
-            m.topology.split(":")[0] in GPUS and share > 0.75
-        ):  # the share of a card that JAX takes by itself
+        if m.topology.split(":")[0] in GPUS and share > 0.75:  # JAX takes 75 % of a card by default
             text += f"; set XLA_PYTHON_CLIENT_MEM_FRACTION={min(share + 0.02, 0.98):.2f}"
         return text
-    source = "at least, by the compiler's first look" if m.failure else "peak"
-    return f"DOES NOT FIT: {size_of(m.most)} a device ({source}) of {size_of(m.limit)}, {size_of(-spare)} too much"
+    source = "at least, by the compiler's first estimate" if m.failure else "peak"
+    return (
+        f"DOES NOT FIT: {size_of(m.most)} a device ({source}) of {size_of(m.limit)}, "
+        f"{size_of(-spare)} too much"
+    )
 
 
 def _padding(m: Measurement) -> str:
@@ -134,13 +138,14 @@ def _padding(m: Measurement) -> str:
         return "none in the arguments"
     most = ", ".join(f"{_whence(name)} {size_of(size)}" for name, size in m.padded[:3])
     return (
-        f"{size_of(lost)} of the arguments ({lost / m.arguments_exact:.1%}), tiles that dims do not fill; "
-        f"the most in {most}"
+        f"{size_of(lost)} of the arguments ({lost / m.arguments_exact:.1%}), tiles that dims do "
+        f"not fill; the most in {most}"
     )
 
 
 def _whence(name: str) -> str:
-    """state['params']['blocks']['attention']['w_q_DNH'].value -> params.blocks.attention.w_q_DNH"""
+    """Shorten the origin of a tensor: state['params']['blocks']['mlp']['w_in_DF'].value becomes
+    params.blocks.mlp.w_in_DF."""
     if not name.startswith("jit("):
         words = (
             name.removeprefix("state").removesuffix(".value").replace("']", "").replace("['", ".")
@@ -152,13 +157,13 @@ def _whence(name: str) -> str:
 
 def _products(m: Measurement) -> str:
     if not m.flops:  # of one row times a matrix
-        return "none left: the compiler made sums over elements of them"
+        return "none left: the compiler replaced them by sums over elements"
     text = f"{m.flops:.4g} FLOPs a device and step"
     if m.guessed_loops:
         loops = (
             "1 loop knows its" if m.guessed_loops == 1 else f"{m.guessed_loops} loops know their"
         )
-        text += f"; {loops} trips only when run: counted for the full batch and causal attention"
+        text += f"; {loops} trips only at run time: counted for the full batch and causal attention"
     return text
 
 
@@ -172,7 +177,7 @@ def _kernels(m: Measurement) -> str:
 
 
 def _axes(collective, m: Measurement) -> str:
-    """data+tensor, or data:16 where a group is 16 devices of a larger axis."""
+    """Name the axes: data+tensor, or data:16 if a group is 16 devices of a larger axis."""
     name = "+".join(collective.axes)
     whole = math.prod(m.mesh.get(axis, collective.group) for axis in collective.axes)
     return name if collective.group == whole else f"{name}:{collective.group}"
@@ -187,4 +192,7 @@ def _collectives_head(m: Measurement) -> str:
 def _estimate(m: Measurement) -> str:
     if m.compiler_seconds is None:
         return "estimate of the step's time: none"
-    return f"estimate {m.compiler_seconds:.4f} s, which counts the body of each loop once: no step time"
+    return (
+        f"estimate {m.compiler_seconds:.4f} s, which counts the body of each loop once: not a step "
+        "time"
+    )

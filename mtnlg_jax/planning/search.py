@@ -1,4 +1,4 @@
-"""Every layout that a config admits on a number of chips, ranked by the time of its step
+"""Search the layouts that a config allows on a number of chips, ranked by the time of a step
 (cost.py)."""
 
 import copy
@@ -8,7 +8,10 @@ import math
 from collections.abc import Iterator
 
 from mtnlg_jax.config import Config, divisors, validate, validate_batch
-from mtnlg_jax.planning.cost import POLICIES, Estimate, Job, Layout
+from mtnlg_jax.planning.cost import Estimate, Job
+from mtnlg_jax.planning.layout import POLICIES, Layout
+
+Mesh = tuple[int, int, int, int]  # pipe, data, context, tensor
 
 
 def with_layout(config: Config, layout: Layout) -> Config:
@@ -22,7 +25,7 @@ def with_layout(config: Config, layout: Layout) -> Config:
 
 
 def flags_of(config: Config, layout: Layout) -> list[str]:
-    """The --set flags that turn ``config`` into ``layout``."""
+    """Return the --set flags that give ``config`` the ``layout``."""
     wanted = with_layout(config, layout)
     flags = []
     for section, keys in (("mesh", Layout._fields[:8]), ("train", Layout._fields[8:])):
@@ -41,9 +44,9 @@ def _allowed(check, *args) -> bool:
     return True
 
 
-class _Laws:
-    """What config.validate accepts, asked once for each group of values that it looks at
-    together."""
+class _Validity:
+    """Which values config.validate accepts. Each combination that it checks together is asked for
+    once."""
 
     def __init__(self, config: Config):
         train = dataclasses.replace(config.train, micro_batch_size=1)
@@ -70,125 +73,132 @@ class _Laws:
         return _allowed(validate_batch, dataclasses.replace(self.config, train=train), data)
 
 
-def _schedules(job: Job, laws: _Laws, pipe: int, micro_batches: int) -> Iterator[list[tuple]]:
-    """Runs of (schedule, virtual_pipe, flush), each run from fast and large to slow and small."""
+Schedule = tuple[str, int, int | None]  # schedule, virtual_pipe, flush
+
+
+def _layout(mesh: Mesh, zero: int, how: Schedule, micro: int, policy: str) -> Layout:
+    pipe, data, context, tensor = mesh
+    schedule, virtual_pipe, flush = how
+    return Layout(pipe, data, context, tensor, zero, schedule, virtual_pipe, flush, micro, policy)
+
+
+def _schedules(
+    job: Job, valid: _Validity, pipe: int, micro_batches: int
+) -> Iterator[list[Schedule]]:
+    """Yield lists of schedules, each list from fast and large to slow and small."""
     if pipe == 1:
         yield [_unpiped(job)]
         return
     yield [("1f1b", 1, None)]
-    flushes = [
-        None,
-        *reversed([pipe << k for k in range(20) if pipe << k < micro_batches] or [pipe]),
-    ]
+    smaller = [pipe << k for k in range(20) if pipe << k < micro_batches] or [pipe]
+    flushes = [None, *reversed(smaller)]
     for rounds in divisors(job.config.model.num_layers // pipe):
         yield [
             ("circular", rounds, flush)
             for flush in flushes
-            if laws.split(pipe=pipe, schedule="circular", virtual_pipe=rounds, flush=flush)
+            if valid.split(pipe=pipe, schedule="circular", virtual_pipe=rounds, flush=flush)
         ]
 
 
-def _unpiped(job: Job) -> tuple[str, int, None]:
-    return job.config.mesh.schedule, 1, None  # without a pipeline it says nothing: so it stays
+def _unpiped(job: Job) -> Schedule:
+    return job.config.mesh.schedule, 1, None  # unused without a pipeline, so leave it as it is
 
 
-def _lean(job: Job, laws: _Laws, pipe: int) -> list[tuple]:
-    """The (schedule, virtual_pipe, flush) of which one needs the least memory."""
+def _lean(job: Job, valid: _Validity, pipe: int) -> list[Schedule]:
+    """Return schedules, one of which needs the least memory."""
     if pipe == 1:
         return [_unpiped(job)]
     flushes = [
-        flush for flush in (None, pipe) if laws.split(pipe=pipe, schedule="circular", flush=flush)
+        flush for flush in (None, pipe) if valid.split(pipe=pipe, schedule="circular", flush=flush)
     ]
     return [("1f1b", 1, None), *(("circular", 1, flush) for flush in flushes)]
 
 
-def _meshes(job: Job, laws: _Laws, devices: int) -> Iterator[tuple[int, int, int]]:
+def _meshes(job: Job, valid: _Validity, devices: int) -> Iterator[tuple[int, int, int]]:
+    """Yield (pipe, context, tensor) of each allowed mesh."""
     model = job.config.model
     for pipe in divisors(model.num_layers):
         for tensor in divisors(model.num_attention_heads):
             for context in divisors(job.sequence):
-                if pipe * tensor * context <= devices and laws.split(
-                    pipe=pipe, tensor=tensor, context=context
-                ):
+                if pipe * tensor * context > devices:
+                    continue
+                if valid.split(pipe=pipe, tensor=tensor, context=context):
                     yield pipe, context, tensor
 
 
 def search(job: Job, devices: int) -> list[Estimate]:
-    """The fastest layout of each mesh of up to ``devices`` devices in which the run fits, fastest
-    mesh first.
+    """Return the fastest layout of each mesh of up to ``devices`` devices in which the run fits,
+    fastest mesh first.
 
-    Where a count does not factor (105 layers on 1,024 chips) a mesh may leave devices out, up to
-    half of them."""
-    laws = _Laws(job.config)
+    If a count does not factor (105 layers on 1,024 chips) a mesh may leave up to half of the
+    devices out."""
+    valid = _Validity(job.config)
     found = []
-    for pipe, context, tensor in _meshes(job, laws, devices):
+    for pipe, context, tensor in _meshes(job, valid, devices):
         fit = devices // (pipe * context * tensor)
         datas = [data for data in divisors(job.batch) if fit / 2 < data <= fit]
         for data in datas or [max(data for data in divisors(job.batch) if data <= fit)]:
-            found.append(_fastest(job, laws, (pipe, data, context, tensor)))
+            found.append(fastest_on(job, (pipe, data, context, tensor), valid))
     return sorted(filter(None, found), key=lambda estimate: (estimate.step_seconds, estimate.bytes))
 
 
-def fastest_on(job: Job, mesh: tuple[int, int, int, int]) -> Estimate | None:
-    """The fastest layout of one mesh, (pipe, data, context, tensor); None where nothing fits or is
-    allowed."""
-    laws = _Laws(job.config)
+def fastest_on(job: Job, mesh: Mesh, valid: _Validity | None = None) -> Estimate | None:
+    """Return the fastest layout of one mesh, (pipe, data, context, tensor). None if nothing fits or
+    is allowed."""
+    valid = valid or _Validity(job.config)
     pipe, _, context, tensor = mesh
-    return (
-        _fastest(job, laws, mesh) if laws.split(pipe=pipe, context=context, tensor=tensor) else None
-    )
-
-
-def _fastest(job: Job, laws: _Laws, mesh: tuple[int, int, int, int]) -> Estimate | None:
-    own = job.config.train.recompute  # where a stage is one layer all policies are one
+    if not valid.split(pipe=pipe, tensor=tensor, context=context):
+        return None
+    own = job.config.train.recompute  # if a stage is one layer all policies are the same
     return min(
-        _fitting(job, laws, mesh),
+        _fitting(job, valid, mesh),
         default=None,
         key=lambda found: (found.step_seconds, found.layout.recompute != own, found.bytes),
     )
 
 
-def _fitting(job: Job, laws: _Laws, mesh: tuple[int, int, int, int]) -> Iterator[Estimate]:
-    """Estimates of layouts of ``mesh`` that fit: all but those which another one that fits beats
-    for certain."""
-    pipe, data, _, _ = mesh
+def _fitting(job: Job, valid: _Validity, mesh: Mesh) -> Iterator[Estimate]:
+    """Yield estimates of layouts of ``mesh`` that fit, except those that are certainly slower than
+    another one that fits."""
+    pipe, data, _, tensor = mesh
     for zero in (0, 1, 3) if data > 1 else (1,):
-        if not _allowed(job.state, pipe, data if zero else 1, mesh[3]):
+        if not _allowed(job.state, pipe, data if zero else 1, tensor):
             continue
         for micro in divisors(job.batch // data):
-            if not laws.batch(data, micro):
+            if not valid.batch(data, micro):
                 continue
-            if not any(
-                job.fits(Layout(*mesh, zero, *how, micro, laws.policies[-1]))
-                for how in _lean(job, laws, pipe)
-            ):
+            leanest_policy = valid.policies[-1]
+            lean = [
+                _layout(mesh, zero, how, micro, leanest_policy) for how in _lean(job, valid, pipe)
+            ]
+            if not any(map(job.fits, lean)):
                 break  # a larger micro-batch fits even less
-            for run in _schedules(job, laws, pipe, job.batch // (data * micro)):
-                for policy in laws.policies:
-                    layouts = (Layout(*mesh, zero, *how, micro, policy) for how in run)
+            for run in _schedules(job, valid, pipe, job.batch // (data * micro)):
+                for policy in valid.policies:
+                    layouts = (_layout(mesh, zero, how, micro, policy) for how in run)
                     fitting = next(filter(job.fits, layouts), None)
                     if fitting:
                         yield job.estimate(fitting)
 
 
 def leanest(job: Job, devices: int) -> Estimate:
-    """Of the layouts on up to ``devices`` devices the one that needs the least memory a device."""
-    laws = _Laws(job.config)
+    """Return the layout on up to ``devices`` devices that needs the least memory a device."""
+    valid = _Validity(job.config)
     candidates = (
-        Layout(pipe, data, context, tensor, zero, *how, 1, laws.policies[-1])
-        for pipe, context, tensor in _meshes(job, laws, devices)
+        _layout((pipe, data, context, tensor), zero, how, 1, valid.policies[-1])
+        for pipe, context, tensor in _meshes(job, valid, devices)
         for data in divisors(job.batch)
-        if pipe * context * tensor * data <= devices and laws.batch(data, 1)
+        if pipe * context * tensor * data <= devices and valid.batch(data, 1)
         for zero in ((1, 3) if data > 1 else (1,))
         if _allowed(job.state, pipe, data, tensor)
-        for how in _lean(job, laws, pipe)
+        for how in _lean(job, valid, pipe)
     )
     return job.estimate(min(candidates, key=lambda layout: sum(job.memory(layout).values())))
 
 
 def smallest_devices(job: Job, limit: int = 2**17) -> int | None:
-    """The smallest number of devices, up to ``limit``, in which the run fits; None where none is
-    enough."""
+    """Return the smallest number of devices, up to ``limit``, in which the run fits; None if there
+    is none."""
     low = 1
     high = 1
     while leanest(job, high).bytes > job.room:
@@ -198,13 +208,16 @@ def smallest_devices(job: Job, limit: int = 2**17) -> int | None:
             return None
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if leanest(job, middle).bytes <= job.room else (middle + 1, high)
+        if leanest(job, middle).bytes <= job.room:
+            high = middle
+        else:
+            low = middle + 1
     return low
 
 
 def measured_efficiency(job: Job, layout: Layout, step_seconds: float) -> float:
-    """The efficiency with which ``job`` predicts that a step of ``layout`` takes ``step_seconds``.
-    Raises ValueError where not even products at the chip's peak would be so fast."""
+    """Return the efficiency with which ``job`` predicts ``step_seconds`` for a step of ``layout``.
+    Raises ValueError if even products at the chip's peak would be slower."""
 
     probe = copy.copy(job)
 
@@ -216,10 +229,13 @@ def measured_efficiency(job: Job, layout: Layout, step_seconds: float) -> float:
     high = 1.0
     if not predicted(high) <= step_seconds <= predicted(low):
         raise ValueError(
-            f"{step_seconds:.4g} s a step lies outside what this chip can do, {predicted(high):.4g} s and "
-            f"more; is it the chip that the run used?"
+            f"{step_seconds:.4g} s a step is outside what this chip can do, "
+            f"{predicted(high):.4g} s and more; is it the chip that the run used?"
         )
     for _ in range(50):
         middle = math.sqrt(low * high)
-        low, high = (middle, high) if predicted(middle) > step_seconds else (low, middle)
+        if predicted(middle) > step_seconds:
+            low = middle
+        else:
+            high = middle
     return high

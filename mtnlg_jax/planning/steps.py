@@ -1,6 +1,7 @@
-"""The project's steps, traced over arrays that do not exist."""
+"""Trace the project's steps over abstract arrays."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,17 +23,18 @@ STEPS = ("train", "prefill", "decode")
 
 
 def lower(config: Config, mesh: Mesh, step: str) -> jax.stages.Lowered:
-    """``step`` of ``config`` over ``mesh``: "train" the full batch, "prefill" prompts as long as
-    the sequence, one micro-batch a data shard, "decode" the next tokens after them. Decoding has no
-    masters, so each data shard holds all weights (mesh.zero counts as 0), in compute_dtype. Raises
-    ValueError where the step does not fit the mesh."""
+    """Lower ``step`` of ``config`` over ``mesh``: "train" is the full batch, "prefill" prompts as
+    long as the sequence, one micro-batch a data shard, "decode" the next tokens after them.
+    Decoding has no master weights: each data shard holds all weights in compute_dtype, as with
+    mesh.zero=0. Raises ValueError if the step does not fit the mesh."""
     return _train(config, mesh) if step == "train" else _decode(config, mesh, step)
 
 
 def _train(config: Config, mesh: Mesh):
     whole = jax.ShapeDtypeStruct((), jnp.int32)
     causal = any(stage.masked < 1 for stage in config.train.stages)
-    return make_train_step(config, mesh, causal).lower(
+    step: Any = make_train_step(config, mesh, causal)
+    return step.lower(
         abstract_state(config, mesh),
         abstract_batch(config, mesh),
         whole,
@@ -45,8 +47,8 @@ def _decode(config: Config, mesh: Mesh, step: str):
     for axis in ("pipe", "context"):
         if mesh.shape[axis] > 1:
             raise ValueError(
-                f"--step={step} runs over data and tensor only, not mesh.{axis}={mesh.shape[axis]}; "
-                f"add --set=mesh.{axis}=1 --set=mesh.data=-1"
+                f"--step={step} runs over data and tensor only, not over "
+                f"mesh.{axis}={mesh.shape[axis]}; add --set=mesh.{axis}=1 --set=mesh.data=-1"
             )
     model = config.model
     length = config.sequence_length
@@ -74,13 +76,13 @@ def _decode(config: Config, mesh: Mesh, step: str):
         "data",
     )
     if step == "prefill":
-        with jax.set_mesh(mesh):  # by which kernels split themselves
+        with jax.set_mesh(mesh):  # kernels read the mesh from context
             return cache.prefill_rows.lower(params, tokens, lengths, config=model, size=length)
 
     prefill = functools.partial(cache.prefill_rows, config=model, size=length)
     prefix = jax.eval_shape(prefill, params, tokens, lengths)
     settings, families = rows_and_families([DecodeConfig()] * rows)
-    allowed = np.ones(model.vocab_size, bool)
+    allowed = np.ones(model.vocabulary, dtype=np.bool_)
     whole = np.arange(rows, dtype=np.int32)
     state, limits = jax.eval_shape(
         lambda prefix: sampling.begin(
@@ -112,20 +114,19 @@ def _decode(config: Config, mesh: Mesh, step: str):
 
 
 def dynamic_trips(config: Config, mesh: Mesh, step: str):
-    """Trips of the loops that know them only when they run, by the number of loops around them: the
-    outermost is the schedule of the full batch, what lies within others are the blocks of keys that
-    causal attention visits."""
+    """Return the trips of loops that only know them at run time, as a function of the number of
+    loops around them. The outermost loop is the schedule of the full batch; inner ones go over the
+    blocks of keys that causal attention visits."""
     pipe = mesh.shape["pipe"]
     flush = config.mesh.flush
-    turns = 1  # of decoding, one look at the host
+    turns = 1  # decoding: one device call
     if step == "train":
         turns = micro_batch_shape(config, mesh)[0]
         if pipe > 1:
-            turns = (
-                turns + 2 * (pipe - 1)
-                if config.mesh.schedule == "1f1b"
-                else -(-turns // (flush or turns))
-            )
+            if config.mesh.schedule == "1f1b":
+                turns += 2 * (pipe - 1)
+            else:
+                turns = -(-turns // (flush or turns))
     keys = mean_key_blocks(
         config.sequence_length, config.model.head_width, config.train.compute_dtype
     )

@@ -1,4 +1,4 @@
-"""What to change where a step does not fit: ranked by arithmetic, proved by compiling."""
+"""Suggest changes if a step does not fit: ranked by arithmetic, verified by compiling."""
 
 import dataclasses
 import math
@@ -7,27 +7,26 @@ from collections.abc import Iterator
 from mtnlg_jax.config import Config, override, validate, validate_batch
 from mtnlg_jax.parallel.mesh import mesh_shape
 from mtnlg_jax.planning.aot import Measurement, measure
-from mtnlg_jax.planning.cost import Job, layout_of
+from mtnlg_jax.planning.cost import Job
+from mtnlg_jax.planning.layout import layout_of
 from mtnlg_jax.planning.report import largest_tensors, size_of
 from mtnlg_jax.planning.topology import Topology
 
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """``flags`` are what the command line is given more; one change of layout may need two of
-    them."""
-
-    flags: tuple[str, ...]
+    flags: tuple[str, ...]  # to add to the command line; one change of layout may need two
     config: Config
     topology: Topology
     predicted: int  # bytes a device
 
 
-MARGIN = 1.1  # of the memory, up to which a prediction is worth a compile, which decides
+# A change is worth compiling if it is predicted to need up to this share of the memory.
+MARGIN = 1.1
 
 
 def estimate(config: Config, devices: int, step: str) -> dict[str, float]:
-    """Bytes of a step on a device by what they are for; of a train step, as the planner counts
+    """Return the bytes of a step on a device by content; for a train step as the planner counts
     them."""
     if step == "train":
         return Job(config, None).memory(layout_of(config, devices))
@@ -46,8 +45,8 @@ def estimate(config: Config, devices: int, step: str) -> dict[str, float]:
 def suggest(
     config: Config, topology: Topology, devices: int, needed: int, limit: int, step: str
 ) -> list[Change]:
-    """Changes that are predicted to fit, the least intrusive first: what a step needs moves as the
-    estimate does."""
+    """Return changes that are predicted to fit, the least intrusive first. The prediction scales
+    the measured need by the ratio of the estimates."""
     base = sum(estimate(config, devices, step).values())
     found = []
     for flags, larger in _candidates(config, topology, devices, step):
@@ -64,7 +63,7 @@ def suggest(
             if changed.mesh.zero and changed.model.hidden_size % data:
                 continue
             predicted = int(needed * sum(estimate(changed, count, step).values()) / base)
-        except ValueError:  # this one is no way out
+        except ValueError:  # not a valid config
             continue
         if predicted <= MARGIN * limit:
             found.append(Change(flags, changed, grown, predicted))
@@ -72,7 +71,7 @@ def suggest(
 
 
 def _candidates(config: Config, topology: Topology, devices: int, step: str):
-    """(flags, larger topology or None)."""
+    """Yield (flags, larger topology or None)."""
     mesh = config.mesh
     train = config.train
 
@@ -91,7 +90,7 @@ def _candidates(config: Config, topology: Topology, devices: int, step: str):
             yield of(
                 "mesh.schedule=1f1b", *(["mesh.virtual_pipe=1"] if mesh.virtual_pipe > 1 else [])
             )
-        # ZeRO-3 gathers a stage's weights anew for every micro-batch of a pipeline.
+        # In a pipeline ZeRO-3 would gather a stage's weights for every micro-batch.
         yield from (
             of(f"mesh.zero={zero}")
             for zero in ((1, 3) if mesh.pipe == 1 else (1,))
@@ -113,8 +112,8 @@ def _candidates(config: Config, topology: Topology, devices: int, step: str):
 
 
 def _grown(topology: Topology, factor: int) -> Topology:
-    """``factor`` (a power of two) times the chips: a torus grows along its shortest sides, v5e and
-    v6e beyond 16x16 in slices, GPUs in hosts."""
+    """Multiply the chips by ``factor``, a power of two: a torus grows along its shortest sides, v5e
+    and v6e beyond 16x16 in slices, GPUs in hosts."""
     dims = list(topology.dims)
     slices = topology.slices
     for _ in range(int(math.log2(factor))):
@@ -135,26 +134,24 @@ def way_out(
     prove: int,
     flags: bool = True,
 ) -> Iterator[str]:
-    """Lines on what fills the memory and which single change makes room; at most ``prove`` changes
-    are compiled,
-    until one fits. ``flags``: as in ``measure``."""
+    """Yield lines on what fills the memory and which single change makes room. At most ``prove``
+    changes are compiled, until one fits. ``flags`` as in ``measure``."""
     needed = found.most
     if found.failure and topology.platform == "tpu":
-        # The compiler gave up before it had placed a tensor. The same step for as many devices with
-        # more memory differs in little but its kernels.
+        # The compiler gave up before it placed any tensor. The same step for the same number of
+        # devices with more memory differs in its kernels and little else.
         roomy = _roomy(found.devices)
-        stand_in = (
-            measure(config, roomy, found.step, flags=flags)
-            if roomy and topology.kind != roomy.kind
-            else None
-        )
+        stand_in = None
+        if roomy and topology.kind != roomy.kind:
+            stand_in = measure(config, roomy, found.step, flags=flags)
         if stand_in and not stand_in.failure:
             needed = stand_in.peak
-            yield f"to blame     on {roomy}, where it compiles, the step's peak is {size_of(needed)} a device"
+            peak = size_of(needed)
+            yield f"to blame     on {roomy}, where it compiles, the step's peak is {peak} a device"
             yield from largest_tensors(stand_in)
     limit = found.limit
     if not limit or not needed:
-        yield "way out      none is known: the compiler said neither what is needed nor what there is"
+        yield "way out      none is known: the compiler reported neither need nor limit"
         return
     parts = sorted(estimate(config, found.devices, found.step).items(), key=lambda part: -part[1])
     yield (
@@ -169,26 +166,25 @@ def way_out(
         if proof.fits:
             yield (
                 f"way out      {said}: compiled, FITS with a peak of {size_of(proof.peak)} of "
-                f"{size_of(proof.limit)} a device"
+                f"{size_of(proof.limit or 0)} a device"
             )
             return
-        yield (
-            f"tried        {said}: "
-            + (
-                proof.failure[:120]
-                if proof.failure and not proof.needed
-                else f"{size_of(proof.most)} a device, still too much"
-            )
-            + f" ({size_of(change.predicted)} expected)"
-        )
+        result = f"{size_of(proof.most)} a device, still too much"
+        if proof.failure and not proof.needed:
+            result = proof.failure[:120]
+        yield f"tried        {said}: {result} ({size_of(change.predicted)} expected)"
     for change in changes[prove : prove + 1]:
-        yield f"perhaps      {' '.join(change.flags)}: {size_of(change.predicted)} a device expected, not compiled"
+        expected = f"{size_of(change.predicted)} a device expected, not compiled"
+        yield f"perhaps      {' '.join(change.flags)}: {expected}"
     if len(changes) <= prove:
-        yield "way out      no single change fits, as far as is known; take more devices and change the layout, too"
+        yield (
+            "way out      no single change is known to fit; take more devices and change the "
+            "layout as well"
+        )
 
 
 def _roomy(devices: int) -> Topology | None:
-    """As many v5p chips, in a shape that there is: the first two sizes even."""
+    """Return a v5p topology of ``devices`` chips in an existing shape: the first two sizes even."""
     if devices % 4:
         return None
     left = devices // 4

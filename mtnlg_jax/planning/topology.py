@@ -21,10 +21,10 @@ TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
 FLAT = ("v5e", "v6e")  # their torus has two dims, the others' three
 GPUS = ("A100", "H100", "H200", "B200")  # each has a file in gpus/
 
-# libtpu is loaded by programs that compile, never on a machine with the chip, so several may do it
-# at once; it must not ask the network what machine this is, nor fill standard error.
-# Where launch/test.sh puts the TPU compiler: seen by the processes that compile, and by no other.
+# Where launch/test.sh puts the TPU compiler. Only processes that compile see this folder.
 APART = Path(sys.prefix, "ahead")
+# Processes load libtpu only to compile, never on a machine with the chip, so several may do it at
+# once. It must not ask the network what machine this is, nor fill standard error.
 _TPU_ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -38,10 +38,10 @@ _TPU_ENVIRONMENT = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Chips of one kind. ``dims``: a TPU slice's chips along its torus; of GPUs hosts x cards; of
-    CPUs devices."""
+    """Chips of one kind."""
 
     kind: str
+    # TPU: chips of a slice along its torus. GPU: hosts x cards. CPU: devices.
     dims: tuple[int, ...]
     slices: int = 1
 
@@ -60,11 +60,12 @@ class Topology:
 
 
 def wrapped(topology: Topology) -> tuple[bool, bool, bool]:
-    """Along which dims of a slice the last chip is joined to the first, in slices as they are sold.
-    v4, v5p, tpu7x: all where 4 divides every dim, for they are made of cubes of 4 x 4 x 4, and none
-    in a part of one; v5e, v6e: a dim of 16, the whole pod's (MaxText, accelerator_to_spec_map.py,
-    2026; Google Cloud, TPU v5p page). Twisted tori, which v4 and v5p may also be asked for, are
-    described untwisted."""
+    """Return for each dim of a slice whether its last chip is linked to the first.
+
+    v4, v5p and tpu7x consist of cubes of 4 x 4 x 4: all dims are linked if 4 divides each of them,
+    else none. v5e and v6e: a dim of 16, the whole pod's, is linked (MaxText,
+    accelerator_to_spec_map.py, 2026; Google Cloud, TPU v5p page). Twisted tori, which v4 and v5p
+    also offer, are described untwisted."""
     if topology.kind in FLAT:
         first, second = (size == 16 for size in topology.dims)
         return first, second, False
@@ -72,13 +73,14 @@ def wrapped(topology: Topology) -> tuple[bool, bool, bool]:
 
 
 def parse(text: str) -> Topology:
-    """ "v5p:8x8x8*2" as a Topology. Raises ValueError on another form or an unknown kind."""
+    """Parse "v5p:8x8x8*2". Raises ValueError on another form or an unknown kind."""
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)(?:\*(\d+))?", text)
     kinds = {kind.lower(): kind for kind in (*TPUS, *GPUS, "cpu")}
     if not found or found[1].lower() not in kinds:
         raise ValueError(
-            f"topology {text!r} is not known; write KIND:SIZE, as v5p:8x8x16, v5e:16x16, v5p:8x8x8*2 for "
-            f"two slices, H100:280x8 for hosts x cards, cpu:8; KIND is one of {', '.join(kinds.values())}"
+            f"unknown topology {text!r}; write KIND:SIZE, as v5p:8x8x16, v5e:16x16, v5p:8x8x8*2 "
+            "for two slices, H100:280x8 for hosts x cards, cpu:8; KIND is one of "
+            f"{', '.join(kinds.values())}"
         )
     topology = Topology(
         kinds[found[1].lower()], tuple(map(int, found[2].split("x"))), int(found[3] or 1)
@@ -99,7 +101,7 @@ def parse(text: str) -> Topology:
 
 
 def check_installed(topology: Topology) -> None:
-    """Raises ValueError, with what to install, where the compiler for ``topology`` is missing."""
+    """Raise ValueError, with what to install, if the compiler for ``topology`` is missing."""
     module = {"tpu": "libtpu", "cuda": "jax_plugins.xla_cuda12"}.get(topology.platform)
     try:
         missing = (
@@ -111,13 +113,13 @@ def check_installed(topology: Topology) -> None:
         missing = True
     if missing:
         raise ValueError(
-            f"compiling for {topology.kind} needs {module.split('.')[-1]}, which is not here; install it "
-            "with: pip install -c launch/constraints.txt -e '.[ahead]'"
+            f"compiling for {topology.kind} needs {(module or '').split('.')[-1]}, which is not "
+            "here; install it with: pip install -c launch/constraints.txt -e '.[ahead]'"
         )
 
 
 def enter(topology: Topology) -> None:
-    """Makes this process one that compiles for ``topology``, before JAX is asked for anything."""
+    """Prepare this process to compile for ``topology``. Call it before any use of JAX."""
     for name, value in environment(topology).items():
         os.environ[name] = value
     if topology.platform == "tpu" and APART.is_dir() and str(APART) not in sys.path:
@@ -125,7 +127,8 @@ def enter(topology: Topology) -> None:
 
 
 def environment(topology: Topology) -> dict[str, str]:
-    """The environment of a process that compiles for ``topology``; only of that one."""
+    """Return the environment of a process that compiles for ``topology``. No other process should
+    have it."""
     values = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "TF_CPP_MIN_LOG_LEVEL": "3",
@@ -145,8 +148,8 @@ def environment(topology: Topology) -> dict[str, str]:
 
 
 def card(topology: Topology, path: str | None = None) -> str:
-    """The text (a GpuTargetConfigProto) that describes the card to the compiler: of the project, or
-    of ``path``."""
+    """Return the text (a GpuTargetConfigProto) that describes the card to the compiler: the
+    project's, or that of ``path``."""
     if path is not None:
         with open(path, encoding="utf-8") as file:
             return file.read()
@@ -158,8 +161,8 @@ def card(topology: Topology, path: str | None = None) -> str:
 
 
 def devices(topology: Topology, target_config: str | None = None) -> list:
-    """The described devices, or with "cpu" this process's own. Raises ValueError where the compiler
-    refuses."""
+    """Return the described devices, or with "cpu" those of this process. Raises ValueError if the
+    compiler refuses."""
     import jax
     from jax.experimental import topologies
 
@@ -174,12 +177,12 @@ def devices(topology: Topology, target_config: str | None = None) -> list:
                 topology=f"{topology.slices}x{hosts}",
                 target_config=card(topology, target_config),
             ).devices
-        more = {"num_slices": topology.slices} if topology.slices > 1 else {}
-        if (
-            topology.kind == "v4"
-        ):  # else its two cores would be two devices, as they are on no machine today
+        more: dict[str, int | str] = {}
+        if topology.slices > 1:
+            more["num_slices"] = topology.slices
+        if topology.kind == "v4":  # otherwise its two cores would be two devices
             more["chip_config_name"] = "megacore"
-        # Without ``wrap`` the compiler lays no ring through any dim.
+        # Without ``wrap`` the compiler uses no ring along any dim.
         return topologies.get_topology_desc(
             platform="tpu", topology_name=f"{topology.kind}:{hosts}", wrap=wrapped(topology), **more
         ).devices
@@ -190,7 +193,7 @@ def devices(topology: Topology, target_config: str | None = None) -> list:
 
 
 def abstract(device):
-    """A context in which kernels are lowered for the described ``device``."""
+    """Return a context in which kernels are lowered for the described ``device``."""
     from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
     cores = getattr(device, "num_cores", None) or getattr(device, "core_count", None) or 1
@@ -201,8 +204,9 @@ def abstract(device):
 
 
 def mesh_over(config: MeshConfig, topology: Topology, devices: list):
-    """The project's mesh over described devices; slices lie along ``data``, or ``pipe`` where that
-    alone divides. Raises ValueError where the sizes do not multiply to the devices."""
+    """Return the project's mesh over described devices. Slices are along ``data``, or along
+    ``pipe`` if only that is divisible. Raises ValueError if the sizes do not multiply to the
+    devices."""
     from jax.experimental import mesh_utils
     from jax.sharding import AxisType, Mesh
 
@@ -215,16 +219,13 @@ def mesh_over(config: MeshConfig, topology: Topology, devices: list):
         outer[AXES.index("data" if shape[1] % topology.slices == 0 else "pipe")] = topology.slices
         inner = [size // n for size, n in zip(shape, outer, strict=True)]
         return mesh(mesh_utils.create_hybrid_device_mesh(inner, outer, devices=devices))
-    except (
-        NotImplementedError,
-        ValueError,
-    ):  # no assignment to this torus: neighbours need not be neighbours
+    except (NotImplementedError, ValueError):  # no assignment to this torus: use any order
         return mesh(np.array(devices).reshape(shape))
 
 
 def memory_of(topology: Topology, devices: list, target_config: str | None = None) -> int | None:
-    """Bytes of main memory that a program may use on one device: by the compiler's own word, or the
-    card's description; None on CPU."""
+    """Return the bytes of main memory that a program may use on one device, from the compiler's
+    error message or the card's description; None on CPU."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import SingleDeviceSharding

@@ -96,7 +96,7 @@ def perform(
     if batch < 1 or passages < 1:
         raise ValueError(f"batch={batch} and passages={passages}: give 1 or more of both")
     validate_decode(decode)
-    check_tokens(decode, decoder.config.vocab_size)
+    check_tokens(decode, decoder.config.vocabulary)
     if decode.num_return_sequences != 1:
         raise ValueError(
             f"num_return_sequences={decode.num_return_sequences}, but a task gives "

@@ -107,7 +107,7 @@ def test_another_vocabulary(ask):
         (["--devices=7"], "does not fit 7 devices; their product must be 7"),
         (
             ["--set=mesh.pipe=4"],
-            "model.num_layers=105 does not divide by mesh.pipe=4; try mesh.pipe=3 or 5",
+            "model.num_layers=105 is not divisible by mesh.pipe=4; try mesh.pipe=3 or 5",
         ),
         (
             [

@@ -148,7 +148,7 @@ def test_settings_of_a_task_that_have_nothing_left_to_do_are_no_fault(ask, task,
     asked = ["--workdir=RUN", f"--task={task}", "--set=max_new_tokens=3", f"--set={setting}"]
     assert ask(*asked, stdin=b"A fine film.")[0] == 0
     code, _, err = ask(*asked, "--set=seed=3", stdin=b"A fine film.")
-    assert code == 2 and "seed=3 acts on what is drawn" in err
+    assert code == 2 and "seed=3 affects sampling only" in err
 
 
 def test_layouts_are_said_and_every_normalisation_is_told(ask, folder):

@@ -14,8 +14,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mtnlg_jax.planning.hlo import Program, arguments_of, bytes_of, largest, padded_bytes
-from mtnlg_jax.planning.hlo_cost import Kernel, cost_of, groups_of, trips_of
+from mtnlg_jax.planning.hlo_cost import Kernel, cost_of, groups_of
 from mtnlg_jax.planning.topology import check_installed, environment, parse
+from mtnlg_jax.planning.trips import trips_of
 
 MESH = {"a": 2, "b": 4}
 
@@ -252,7 +253,7 @@ def test_arguments_and_the_largest_tensors():
 
 
 def test_what_is_no_program_is_refused():
-    with pytest.raises(ValueError, match="no HLO text"):
+    with pytest.raises(ValueError, match="not HLO text"):
         Program("nothing\n")
 
 

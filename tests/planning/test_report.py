@@ -82,14 +82,14 @@ params.blocks.attention.w_q_DNH 128.00 MiB
 largest      size of one, how many in the program, held as, shape, the first one's origin
                1.50 GiB  x3   argument   f32[105,160]  params.blocks.attention.w_q_DNH
                1.00 MiB  x12  loop       bf16[8]  while/jvp()/mul
-products     1.5e+16 FLOPs a device and step; 4 loops know their trips only when run: counted for the full batch and \
+products     1.5e+16 FLOPs a device and step; 4 loops know their trips only at run time: counted for the full batch and \
 causal attention
 kernels      attention_forward 3,150 times, attention_backward 1,575 times a device and step
 collectives  kind               axes           loops     times        sent  a device and step
              all-gather         data               2    18,900    2.50 GiB
              all-reduce         data+tensor        0         1        64 B
              all-to-all         data:16            1         2    2.86 MiB
-compiler's   estimate 0.0500 s, which counts the body of each loop once: no step time
+compiler's   estimate 0.0500 s, which counts the body of each loop once: not a step time
 took         1.0 s to trace, 33.0 s to compile (30.0 s of processor time), 1.50 GiB of this machine's memory"""
 
 
@@ -107,7 +107,7 @@ def test_the_page_of_a_measurement():
         (
             {"failure": "out of memory", "needed": 97 * GIB},
             "DOES NOT FIT: 97.00 GiB a device (at least, by the compiler's "
-            "first look) of 96.00 GiB, 1.00 GiB too much",
+            "first estimate) of 96.00 GiB, 1.00 GiB too much",
         ),
         (
             {"failure": "the compiler ended with SIGABRT: Check failed"},
@@ -115,7 +115,7 @@ def test_the_page_of_a_measurement():
         ),
         (
             {"limit": None},
-            "compiles, peak 24.00 GiB a device; what a device has is not known (--memory=GIB says it)",
+            "compiles, peak 24.00 GiB a device; the memory of a device is not known (give --memory=GIB)",
         ),
         (
             {"topology": "H100:1x8", "peak": 80 * GIB},

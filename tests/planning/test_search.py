@@ -9,7 +9,8 @@ import pytest
 
 from mtnlg_jax.config import Config, ModelConfig, TrainConfig, load_config, override, validate
 from mtnlg_jax.hardware import CHIPS
-from mtnlg_jax.planning.cost import EFFICIENCY, POLICIES, Job, Layout
+from mtnlg_jax.planning.cost import EFFICIENCY, Job
+from mtnlg_jax.planning.layout import POLICIES, Layout
 from mtnlg_jax.planning.search import (
     fastest_on,
     flags_of,
@@ -173,6 +174,6 @@ def test_a_measured_time_gives_its_efficiency_back():
         )
     with pytest.raises(
         ValueError,
-        match="^1 s a step lies outside what this chip can do, 3.* s and more; is it the",
+        match="^1 s a step is outside what this chip can do, 3.* s and more; is it the",
     ):
         measured_efficiency(Job(config, A100), layout, 1.0)

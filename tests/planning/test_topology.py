@@ -45,8 +45,8 @@ def test_a_name_is_read_and_written_back(text, topology, chips, platform):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("v9:2x2", "not known.*v5p:8x8x16.*KIND is one of v4, v5e"),
-        ("v5p", "not known"),
+        ("v9:2x2", "unknown topology.*v5p:8x8x16.*KIND is one of v4, v5e"),
+        ("v5p", "unknown topology"),
         ("v5p:8x8", "v5p has 3 sizes.*v5p:2x2x2"),
         ("v5e:2x2x2", "v5e has 2 sizes"),
         ("H100:16", "H100 has 2 sizes"),

@@ -220,9 +220,9 @@ def stage(**settings):
     [
         (
             stage(distill="RUN", distill_temperature=0.0),
-            r"stage 's': distill_temperature=0.0 lies outside",
+            r"stage 's': distill_temperature=0.0 is outside",
         ),
-        (stage(distill="RUN", distill_weight=1.5), r"distill_weight=1.5 lies outside \[0, 1\]"),
+        (stage(distill="RUN", distill_weight=1.5), r"distill_weight=1.5 is outside \[0, 1\]"),
         (stage(distill_weight=0.1), "distill_weight=0.1 is for a teacher, and distill names none"),
         (
             dataclasses.replace(

@@ -281,7 +281,7 @@ def test_an_evaluation_that_is_not_finite_ends_a_run_without_a_save(
     [
         ({"data": DataConfig()}, "data.path is empty"),
         ({"data": DataConfig(path="/nowhere")}, "/nowhere"),
-        ({"mesh": MeshConfig(data=3)}, "does not divide|does not fit"),
+        ({"mesh": MeshConfig(data=3)}, "is not divisible|does not divide|does not fit"),
         ({"mesh": MeshConfig(data=16)}, "16.*8|8.*16"),
         ({"mesh": MeshConfig(data=1, tensor=3)}, "tensor=3; try"),
         (

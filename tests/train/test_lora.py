@@ -263,9 +263,9 @@ def test_no_gradient_of_a_frozen_matrix_is_computed():
         ({"lora_rank": 0, "lora_alpha": 3.0}, r"lora_alpha=3.0 is for low-rank adaptation"),
         (
             {"lora_targets": ("q", "w")},
-            r"lora_targets='w' is not known; choose one of q, k, v, o, in, out$",
+            r"unknown optimizer.lora_targets='w'; choose one of q, k, v, o, in, out$",
         ),
-        ({"lora_targets": ()}, "would learn nothing"),
+        ({"lora_targets": ()}, "would train nothing"),
         (
             {"lora_rank": 33},
             r"lora_rank=33 is above the rank of matrix 'q', 32 x 32; set it to 32 or less",
@@ -293,6 +293,6 @@ def test_settings_that_do_not_fit(settings, message):
 def test_adapters_of_nothing_are_refused():
     config = adapted_config()
     with pytest.raises(
-        ValueError, match="lora_rank=4 without a start would freeze .* give --init=RUN"
+        ValueError, match="lora_rank=4 needs pretrained weights; give --init=RUN"
     ):
         validate(dataclasses.replace(config, train=dataclasses.replace(config.train, init="")))
