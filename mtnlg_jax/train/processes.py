@@ -324,8 +324,8 @@ def refuse_other_course(
     line = disagreement(
         {
             "config": fingerprint(to_json(config)),
-            "step": [done, int(state["step"])],
-            "data": [int(state["samples"]), *data.values()],
+            "step": [done, int(state.step)],
+            "data": [int(state.samples), *data.values()],
             "program": programs,
         }
     )
