@@ -140,7 +140,7 @@ def _padding(m: Measurement) -> str:
 
 
 def _whence(name: str) -> str:
-    """state['params']['blocks']['attention']['w_q_DNH'].value -> params.blocks.attention.w_q_DNH"""
+    """state.params['blocks']['attention']['w_q_DNH'].value -> params.blocks.attention.w_q_DNH"""
     if not name.startswith("jit("):
         words = (
             name.removeprefix("state").removesuffix(".value").replace("']", "").replace("['", ".")

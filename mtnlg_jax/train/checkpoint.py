@@ -76,6 +76,8 @@ sys.unraisablehook = _without_late_writes(sys.unraisablehook)
 
 
 FINITE = "finite"  # the file in a checkpoint's folder
+# Counters of TrainState are stored under the names with which the first runs were saved.
+SAVED_NAMES = {"nonfinite_streak": "bad", "nonfinite_total": "skipped"}
 CHUNK_BYTES = 2**24  # of a parameter, at most, that are stored together
 
 
@@ -527,11 +529,11 @@ def _handler():
 def _flat(tree) -> dict[str, jax.Array]:
     """Leaves by dotted name: ``params.blocks.mlp.w_in_DF``, ``opt_state.1.mu.tokens_VD``, ``step``.
     Names go to disk rather than structures, so that files outlive the classes of Flax and Optax."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): leaf
-        for path, leaf in leaves
-    }
+    leaves = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+        leaves[SAVED_NAMES.get(name, name)] = leaf
+    return leaves
 
 
 def _is_parameter(name: str) -> bool:

@@ -78,9 +78,7 @@ def train(
         if restored:
             first, state, meta = restored
             config = changes.kept_init(meta, config)
-            samples = int(
-                state["samples"]
-            )  # 0: parameters alone, which no run has trained here yet
+            samples = int(state.samples)  # 0: parameters alone, which no run has trained here yet
             reported = changes.report_changes(meta, first, samples, config) if samples else None
             if reported and processes.is_first():
                 logging.warning("%s", reported)
@@ -89,7 +87,7 @@ def train(
             state = init_state(config, mesh, init_from.load_start(config, mesh))
         # The one clock: what is read next, the ramp and the learning rate all follow the samples of
         # the state.
-        samples = int(state["samples"])
+        samples = int(state.samples)
         total_samples = samples_at_end(config.train, min(first, config.train.steps), samples)
         if processes.is_first():
             describe.write(config, workdir, first)
@@ -220,7 +218,7 @@ def _metric(result: dict) -> float:
 
 
 def _evaluate(evaluate, state, done, log, show_progress) -> dict[str, float]:
-    result = evaluate(state["params"])
+    result = evaluate(state.params)
     log.write({"kind": "eval", "step": done, **result})
     if show_progress and result:
         tqdm.write(
@@ -235,7 +233,7 @@ def _save(config, state, done, checkpoints, identity, result) -> None:
     meta = {
         "config": json.loads(to_json(config)),
         "identity": identity,
-        "samples": int(state["samples"]),
+        "samples": int(state.samples),
         "order_of_samples": SAMPLE_ORDER,
         "metrics": result,
     }
@@ -250,13 +248,13 @@ def _summary(config, workdir, records, meter, checkpoints, state) -> Summary:
         workdir,
         config.train.steps,
         config.model.parameter_count(),
-        int(state["samples"]) * config.sequence_length,
+        int(state.samples) * config.sequence_length,
         meter.seconds,
         rate,
         meter.utilization(rate),
         final,
         checkpoints.best_step(),
-        int(state["skipped"]),
+        int(state.nonfinite_total),
     )
 
 

@@ -131,7 +131,7 @@ class Reporter:
         values = {key: value.item() for key, value in jax.device_get(metrics).items()}
         meter.add(sequences * self.config.sequence_length)
         _, _, stage = stage_at(train, step)
-        self.bad = values["bad"]
+        self.bad = values["nonfinite_streak"]
         name = loss_name(train, stage)
         if (step + 1) % train.log_every == 0 or step + 1 == train.steps or self.bad:
             self.log.write(
@@ -144,7 +144,7 @@ class Reporter:
                     "stage": stage.name,
                     "objective": "masked" if is_masked(train, step) else "causal",
                     "sequences": sequences,
-                    "skipped": values["skipped"],
+                    "skipped": values["nonfinite_total"],
                     "tokens_per_second": round(meter.rate, 1),
                     **meter.mfu_entry,
                 }
@@ -155,7 +155,7 @@ class Reporter:
             [
                 f"{name.replace('_', ' ')} {values['loss']:.3f}",
                 f"{meter.rate:,.0f} tokens/s" if meter.rate else "",
-                f"{values['skipped']} skipped" if values["skipped"] else "",
+                f"{values['nonfinite_total']} skipped" if values["nonfinite_total"] else "",
                 f"stage {stage.name}",
                 "" if meter.mfu is None else f"MFU {meter.mfu:.0%}",
             ],

@@ -124,7 +124,7 @@ def test_any_mesh_restores_any_checkpoint(tmp_path):
         assert jax.tree.map(lambda a: a.sharding, state) == jax.tree.map(
             lambda a: a.sharding, abstract
         )
-        layouts.add(state["params"]["blocks"]["mlp"]["w_in_DF"].sharding.shard_shape((2, 16, 64)))
+        layouts.add(state.params["blocks"]["mlp"]["w_in_DF"].sharding.shard_shape((2, 16, 64)))
     checkpoints.close()
     assert len(layouts) == 4
 
@@ -512,7 +512,7 @@ def test_another_identity_is_refused(run, one, change, shown):
 
 
 def test_other_arrays_are_refused(run, one):
-    wider = one | {"step": jax.ShapeDtypeStruct((3,), jnp.float32), "more": one["step"]}
+    wider = one._asdict() | {"step": jax.ShapeDtypeStruct((3,), jnp.float32), "more": one.step}
     shown = (
         r"arrays .*step: int32\[\] -> float32\[3\], more: absent -> int32\[\]; .*another --workdir"
     )
@@ -635,8 +635,8 @@ def test_load_run_reads_the_best_or_the_last(run, one):
             and loaded.config == config_on(1, 1)
             and loaded.meta == meta_of(step)
         )
-        assert bits(loaded.params) == bits(state_of(step, one)["params"])
-        assert jax.tree.structure(loaded.params) == jax.tree.structure(one["params"])
+        assert bits(loaded.params) == bits(state_of(step, one).params)
+        assert jax.tree.structure(loaded.params) == jax.tree.structure(one.params)
         assert loaded.tokenizer.decode(loaded.tokenizer.encode("a b c")) == "a b c"
     assert {leaf.sharding for leaf in jax.tree.leaves(loaded.params)} == {
         jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -647,14 +647,14 @@ def test_load_run_reads_no_optimizer(run, one):
     for step in (1, 2):
         shutil.rmtree(run / "checkpoints" / str(step) / "rest")
     before = tree_of(run)
-    assert bits(load_run(run).params) == bits(state_of(1, one)["params"])
+    assert bits(load_run(run).params) == bits(state_of(1, one).params)
     assert tree_of(run) == before
 
 
 def test_load_run_on_a_mesh(run, one):
     mesh = make_mesh(MeshConfig(data=2, tensor=4))
     params = load_run(run, mesh=mesh).params
-    assert bits(params) == bits(state_of(1, one)["params"])
+    assert bits(params) == bits(state_of(1, one).params)
     assert jax.tree.map(lambda a: a.sharding, params) == shardings_of(params, mesh, zero=0)
 
 
@@ -698,3 +698,13 @@ def test_figures_of_another_order_of_samples_do_not_compare(tmp_path):
     assert (
         records.best(epath.Path(tmp_path)) == 3 and records.best_metric(epath.Path(tmp_path)) == 2.5
     )
+
+
+def test_counters_keep_their_names_on_disk(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    one = abstract_on(1, 1)
+    checkpoints.save(1, state_of(1, one), meta_of(1), wait=True)
+    arrays = records.read_record(epath.Path(tmp_path) / "1")[0]["arrays"]
+    checkpoints.close()
+    names = {name for name in arrays if not name.startswith(("params.", "opt_state."))}
+    assert names == {"step", "samples", "bad", "skipped"}
