@@ -18,9 +18,6 @@ import errno
 import re
 import time
 from collections.abc import Callable
-from typing import TypeVar
-
-Result = TypeVar("Result")
 
 BAD_INPUT = 2
 DIVERGED = 3
@@ -90,7 +87,7 @@ class PassingError(OSError):
 
 
 def is_passing(error: BaseException | None) -> bool:
-    """Return whether ``error``, or one it was raised from, is a transient failure of input or output.
+    """Return whether ``error``, or one it was raised from, is a transient failure of I/O.
 
     That is a full disk, a stale file handle, a timeout, a broken connection or an object store's
     5xx. A file that is missing, of the wrong kind or protected is not.
@@ -122,7 +119,7 @@ def _is_passing(error: BaseException) -> bool:
     return bool(_PASSING_WORDS.match(text))
 
 
-def try_again(
+def try_again[Result](
     function: Callable[[], Result],
     pauses: tuple[float, ...],
     on_failure: Callable[[Exception, float], None],

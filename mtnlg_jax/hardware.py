@@ -169,7 +169,7 @@ _BF16_FLOPS = (
 
 
 def dense_flops(device_kind: str) -> float | None:
-    """Return the dense bf16 peak, FLOP/s, of one device of JAX's ``device_kind``; None if unknown."""
+    """Return the dense bf16 peak, FLOP/s, of one device of ``device_kind``; None if unknown."""
     for chip in CHIPS.values():
         if device_kind in chip.kinds:
             return chip.flops

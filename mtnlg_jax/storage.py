@@ -84,7 +84,10 @@ def remove_file(location: str | os.PathLike, name: str) -> None:
 
 
 def list_files(location: str | os.PathLike, folder: str) -> list[str]:
-    """Return the sorted names, relative to ``location``, of all files below ``folder`` ("": all)."""
+    """Return the sorted names, relative to ``location``, of all files below ``folder``.
+
+    An empty ``folder`` means all files.
+    """
     if is_remote(location):
         keys = (
             tensorstore.KvStore.KeyRange(folder + "/", folder + "0")
@@ -102,7 +105,7 @@ def list_files(location: str | os.PathLike, folder: str) -> list[str]:
 
 @contextlib.contextmanager
 def disk_errors(path: str, what: str) -> Iterator[None]:
-    """Add ``path`` and ``what`` to OSErrors without a file name, and to TensorStore's disk errors."""
+    """Add ``path`` and ``what`` to OSErrors without a file name, and to TensorStore's errors."""
     try:
         yield
     except OSError as error:

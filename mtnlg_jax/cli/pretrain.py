@@ -80,7 +80,7 @@ def main() -> None:
     )
     if _FLAGS.value == "on":
         xla_flags.set_flags(config.mesh, config.train.recompute)
-    with processes.leaving_at_once():
+    with processes.exit_on_failure():
         summary = train(
             config, _WORKDIR.value, _PROGRESS.value, functools.partial(print, flush=True)
         )

@@ -35,6 +35,8 @@ def text_curve(metrics_path: str, width: int = 72, height: int = 8) -> str:
 
 def _mean_loss(records: list[dict], objective: str) -> float | None:
     """Return the mean of the finite losses of ``objective``; None without any."""
-    losses = [training_loss(record)[1] for record in records if record.get("objective") == objective]
+    losses = [
+        training_loss(record)[1] for record in records if record.get("objective") == objective
+    ]
     finite = [loss for loss in losses if not math.isnan(loss)]
     return sum(finite) / len(finite) if finite else None

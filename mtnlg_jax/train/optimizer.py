@@ -23,7 +23,7 @@ _NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)  # Jordan 2024
 
 
 def decay_mask(params: Any) -> Any:
-    """Return True for matrices and embeddings, False for norms and biases (scale_*, bias_*, b_*)."""
+    """Return True for matrices and embeddings, False for norms and biases."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: not parameter_name(path).startswith(("scale_", "bias_", "b_")), params
     )

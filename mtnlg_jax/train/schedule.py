@@ -85,9 +85,7 @@ def is_masked(train: TrainConfig, step: int) -> bool:
     return math.floor((since + 1) * stage.masked + 1e-9) > math.floor(since * stage.masked + 1e-9)
 
 
-def learning_rate(
-    config: Config, samples: int | jax.Array, total: int | None = None
-) -> jax.Array:
+def learning_rate(config: Config, samples: int | jax.Array, total: int | None = None) -> jax.Array:
     """Return the learning rate of the step that ends after ``samples`` sequences (may be traced).
 
     It rises linearly to the peak during warm-up, then falls along a cosine to the floor and stays

@@ -24,7 +24,7 @@ from mtnlg_jax.config import Config, MeshConfig, ModelConfig, to_json
 from mtnlg_jax.data.tokenizer import train_tokenizer
 from mtnlg_jax.errors import PassingError
 from mtnlg_jax.parallel.mesh import make_mesh, shardings_of
-from mtnlg_jax.train import manifest as records
+from mtnlg_jax.train import manifest
 from mtnlg_jax.train.checkpoint import Checkpoints, load_run
 from mtnlg_jax.train.state import abstract_state
 
@@ -231,7 +231,7 @@ def restore_in(checkpoints, one) -> int:
 
 
 def test_a_refusal_comes_before_anything_is_read(run, one, monkeypatch):
-    monkeypatch.setattr(records, "damage", lambda *_: pytest.fail("hashed"))
+    monkeypatch.setattr(manifest, "damage", lambda *_: pytest.fail("hashed"))
     seen = []
 
     def refuse(meta, step, alone):
@@ -301,8 +301,8 @@ def test_a_kill_between_any_two_acts_loses_nothing(tmp_path, one, monkeypatch):
     checkpoints.save(1, state_of(1, one), meta_of(1), wait=True)
     around(checkpoints._orbax, "save")
     around(checkpoints._orbax, "wait_until_finished")
-    around(records, "write_record")
-    around(records, "write_file")
+    around(manifest, "write_record")
+    around(manifest, "write_file")
     path_type = type(checkpoints.folder)
     around(path_type, "touch")
     around(path_type, "unlink")
@@ -451,8 +451,8 @@ def test_the_one_before_a_damaged_checkpoint_is_used(run, one, kind):
 
 def test_every_byte_counts(run):
     path = epath.Path(run / "checkpoints" / "2")
-    record, damage = records.read_record(path)
-    assert damage is None and records.damage(path, record) is None
+    record, damage = manifest.read_record(path)
+    assert damage is None and manifest.damage(path, record) is None
     names = [name for name in tree_of(path) if name not in ("record.json", "finite")]
     assert sorted(record["files"]) == sorted(names)
     for name in names:
@@ -460,14 +460,14 @@ def test_every_byte_counts(run):
         content = file.read_bytes()
         for position in {0, len(content) // 3, len(content) - 1}:
             flip(file, position)
-            assert name in records.damage(path, record)
+            assert name in manifest.damage(path, record)
             file.write_bytes(content)
     text = Path(path / "record.json").read_bytes()
     for position in range(0, len(text), 97):
         flip(Path(path / "record.json"), position)
-        assert records.read_record(path)[0] is None
+        assert manifest.read_record(path)[0] is None
         Path(path / "record.json").write_bytes(text)
-    assert records.read_record(path)[0] == record
+    assert manifest.read_record(path)[0] == record
 
 
 def test_all_damaged_is_no_fresh_start(run, one):
@@ -541,14 +541,14 @@ def assert_full_disk_is_told(folder, one, checkpoints, amount=""):
 def test_disk_full_at_the_record(tmp_path, one, monkeypatch):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, state_of(1, one), meta_of(1), wait=True)
-    write = records.write_file
+    write = manifest.write_file
 
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(records, "write_file", full)
+    monkeypatch.setattr(manifest, "write_file", full)
     assert_full_disk_is_told(tmp_path, one, checkpoints)
-    monkeypatch.setattr(records, "write_file", write)
+    monkeypatch.setattr(manifest, "write_file", write)
     checkpoints.save(2, state_of(2, one), meta_of(2), wait=True)
     assert checkpoints.steps() == [1, 2]
     checkpoints.close()
@@ -560,7 +560,7 @@ def test_the_proof_of_a_save_that_failed_is_not_a_second_failure(tmp_path, one, 
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(records, "write_file", full)
+    monkeypatch.setattr(manifest, "write_file", full)
     checkpoints.save(1, state_of(1, one), meta_of(1), proven=False)
     checkpoints.prove()
     with pytest.raises(PassingError, match="the disk is full"):
@@ -694,9 +694,10 @@ def test_figures_of_another_order_of_samples_do_not_compare(tmp_path):
     ]:
         folder = epath.Path(tmp_path) / str(step)
         folder.mkdir()
-        records.write_record(folder, {"step": step, "metric": metric, "meta": meta})
+        manifest.write_record(folder, {"step": step, "metric": metric, "meta": meta})
     assert (
-        records.best(epath.Path(tmp_path)) == 3 and records.best_metric(epath.Path(tmp_path)) == 2.5
+        manifest.best(epath.Path(tmp_path)) == 3
+        and manifest.best_metric(epath.Path(tmp_path)) == 2.5
     )
 
 
@@ -704,7 +705,7 @@ def test_counters_keep_their_names_on_disk(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     one = abstract_on(1, 1)
     checkpoints.save(1, state_of(1, one), meta_of(1), wait=True)
-    arrays = records.read_record(epath.Path(tmp_path) / "1")[0]["arrays"]
+    arrays = manifest.read_record(epath.Path(tmp_path) / "1")[0]["arrays"]
     checkpoints.close()
     names = {name for name in arrays if not name.startswith(("params.", "opt_state."))}
     assert names == {"step", "samples", "bad", "skipped"}
