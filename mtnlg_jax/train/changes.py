@@ -154,8 +154,8 @@ def report_changes(meta: dict, step: int, samples: int, config: Config) -> str |
     order = meta.get("order_of_samples", "1")  # version 0.1.0 did not record its own
     if order != SAMPLE_ORDER:
         found.append(
-            f"order of samples {order} -> {SAMPLE_ORDER} (this version draws them differently: some "
-            "are read again, others later)"
+            f"order of samples {order} -> {SAMPLE_ORDER} (this version draws them differently: "
+            "some are read again, others later)"
         )
     unused = [
         f"{key} {old[key]} -> {new[key]} (it only acts at a fresh start)"

@@ -139,7 +139,7 @@ def _open_checkpoints(config: Config, workdir: str) -> Checkpoints:
 
 
 def _identity(config: Config, data: Data) -> dict[str, dict]:
-    """Return what must stay the same when a run resumes: the meaning of parameters, and the data."""
+    """Return what must stay the same when a run resumes: parameters' meaning, tokenizer, data."""
     return {
         "model": init_from.meaning(config.model),
         "tokenizer": {"sha256": data.tokenizer.fingerprint},
