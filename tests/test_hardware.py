@@ -86,9 +86,9 @@ def test_chips_are_read(text, chips):
         ("", "unknown chip ''"),
         ("H100", "write it as --chips=H100:1024$"),
         ("h100:0", "--chips=H100:1024$"),
-        ("H100:-8", "no number"),
-        ("H100:²", "no number"),
-        ("H100:9999999", "no number of chips from 1 to 1048576"),
+        ("H100:-8", "needs a number"),
+        ("H100:²", "needs a number"),
+        ("H100:9999999", "a number of chips from 1 to 1048576"),
     ],
 )
 def test_other_chips_are_refused(text, words):

@@ -79,7 +79,8 @@ def main() -> None:
         )
         print(
             f"{row['impl']:<14} {row['dtype']} H={row['head_width']} T={row['length']} "
-            f"{'causal' if row['causal'] else 'both ways'} {row['pass']:<8} {row['ms']:.4g} ms  {sizes}",
+            f"{'causal' if row['causal'] else 'both ways'} {row['pass']:<8} "
+            f"{row['ms']:.4g} ms  {sizes}",
             flush=True,
         )
 
