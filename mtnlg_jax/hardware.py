@@ -199,12 +199,11 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
     Attention counts in full, not halved for causality. N excludes the input embeddings, which are
     looked up, and includes the output embedding.
     """
-    looked_up = 0
+    products = model.parameter_count()  # raises where the vocabulary is not known
     if model.position_embedding_type == "learned":
-        looked_up += model.max_position_embeddings * model.hidden_size
-    if not model.tie_embeddings:
-        looked_up += model.vocab_size * model.hidden_size
-    products = model.parameter_count() - looked_up
+        products -= model.max_position_embeddings * model.hidden_size
+    if not model.tie_embeddings and model.vocab_size is not None:
+        products -= model.vocab_size * model.hidden_size
     width = model.num_attention_heads * model.head_width
     return 6 * products + 12 * model.num_layers * width * sequence_length
 

@@ -1,14 +1,14 @@
 """Start launch/pretrain.py on many hosts, or in several local processes, and restart it on failure.
 
-    python launch/cluster/launch.py --cluster=local --nodes=2 --local_devices=4 \
+    python launch/cluster/launch.py --cluster=local --nodes=2 --local_devices=4 \\
         --config=C --workdir=RUN
-    python launch/cluster/launch.py --cluster=slurm --nodes=4 --chips=8 \
+    python launch/cluster/launch.py --cluster=slurm --nodes=4 --chips=8 \\
         --option=--partition=gpu --config=C --workdir=RUN
-    python launch/cluster/launch.py --cluster=gke_gpu --nodes=4 --chips=8 \
+    python launch/cluster/launch.py --cluster=gke_gpu --nodes=4 --chips=8 \\
         --accelerator=nvidia-h100-80gb --image=I ...
-    python launch/cluster/launch.py --cluster=gke_tpu --nodes=4 --chips=4 \
+    python launch/cluster/launch.py --cluster=gke_tpu --nodes=4 --chips=4 \\
         --accelerator=tpu-v6e-slice --topology=4x4 ...
-    python launch/cluster/launch.py --cluster=tpu_pod --name=TPU --zone=ZONE \
+    python launch/cluster/launch.py --cluster=tpu_pod --name=TPU --zone=ZONE \\
         --config=C --workdir=RUN
 
 --dry_run only prints what would run. --config, --set, --workdir and --flags are those of
@@ -110,7 +110,7 @@ def main() -> int:
         ]
     elif _CLUSTER.value == "tpu_pod":
         _need(zone=_ZONE.value)
-        argv = ["bash", os.path.join(HERE, "tpu_pod.sh"), _NAME.value, _ZONE.value, *given]
+        argv = ["bash", os.path.join(HERE, "tpu_pod.sh"), _NAME.value, str(_ZONE.value), *given]
     else:
         environment = {}
         argv = ["kubectl", "apply", "-f", "-"]
@@ -156,7 +156,12 @@ def _flags_of_a_host() -> list[str]:
     _refuse_relative("--workdir", _WORKDIR.value)
     for value in _SET.value:
         named: list[str] = []
-        map_paths(override(Config(), value), lambda path, named=named: named.append(path) or path)
+
+        def collect(path: str, named: list[str] = named) -> str:
+            named.append(path)
+            return path
+
+        map_paths(override(Config(), value), collect)
         for path in named:
             _refuse_relative(f"--set={value.partition('=')[0]}", path)
     return [

@@ -1,6 +1,6 @@
 """Compile a step for accelerators that are not present, and report whether it fits.
 
-    python launch/compile_ahead.py --config=configs/mtnlg_530b.py --topology=v5p:8x8x16 \
+    python launch/compile_ahead.py --config=configs/mtnlg_530b.py --topology=v5p:8x8x16 \\
         --set=mesh.pipe=1 --set=mesh.data=128 --set=mesh.zero=3 --set=train.rampup_batch_size=none
 
 A train step is compiled with the compiler flags that launch/pretrain.py sets on these chips; the

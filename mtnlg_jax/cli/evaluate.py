@@ -10,8 +10,10 @@ quality.
 """
 
 import dataclasses
+import io
 import json
 import sys
+from typing import Any, cast
 
 from absl import flags
 
@@ -134,12 +136,17 @@ def _texts() -> tuple[list[str], dict[str, int]]:
     from mtnlg_jax.data.read.documents import ReadReport, note_lines, read_documents, read_stream
 
     report = ReadReport()
-    given = {"on_error": _ON_ERROR.value, "report": report, "encoding": _ENCODING.value}
+    given: dict[str, Any] = {
+        "on_error": _ON_ERROR.value,
+        "report": report,
+        "encoding": _ENCODING.value,
+    }
     if _INPUT.value == "-":
         name = "standard input"
         if sys.stdin.isatty():
             print("type the text, end with Ctrl-D:", file=sys.stderr)
-        texts = [document.text for document in read_stream(sys.stdin.buffer, name, **given)]
+        stream = cast(io.BufferedReader, sys.stdin.buffer)  # typeshed only promises BinaryIO
+        texts = [document.text for document in read_stream(stream, name, **given)]
     else:
         name = _INPUT.value
         texts = [document.text for document in read_documents(name, _TEXT_KEY.value, **given)]

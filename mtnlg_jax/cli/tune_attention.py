@@ -37,7 +37,7 @@ KEY = ("device", "impl", "dtype", "head_width", "length", "causal", "pass")
 
 def main() -> None:
     lengths = _numbers("lengths", _LENGTHS.value)
-    widths = _numbers("widths", _WIDTHS.value)
+    widths = _numbers("widths", _WIDTHS.value) or []
 
     from mtnlg_jax import compat
     from mtnlg_jax.model.kernels import blocks, select, tune

@@ -255,12 +255,12 @@ def find_run(
     config."""
     if which not in ("best", "last"):
         raise ValueError(f"unknown value which={which!r}; choose best or last")
-    workdir = epath.Path(workdir).absolute()
-    folder = workdir / "checkpoints"
+    run = epath.Path(workdir).absolute()
+    folder = run / "checkpoints"
     steps = manifest.finished(folder)[::-1]
     best = manifest.best(folder)
     if not steps:
-        raise FileNotFoundError(_no_run(workdir))
+        raise FileNotFoundError(_no_run(run))
     if which == "best" and best is not None:
         steps = [best, *(step for step in steps if step != best)]
     damaged = []
@@ -273,7 +273,7 @@ def find_run(
             if record is not None and damage is None:
                 config = from_json(json.dumps(record["meta"]["config"]))
                 params = read(path / "params", config)
-                tokenizer = load_tokenizer(os.fspath(workdir / "tokenizer"))
+                tokenizer = load_tokenizer(os.fspath(run / "tokenizer"))
                 return Run(lora.without(config), params, tokenizer, step, record["meta"])
         except Exception:
             # A run that trains here may delete this checkpoint in the meantime.

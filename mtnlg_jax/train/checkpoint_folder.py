@@ -169,8 +169,8 @@ class CheckpointFolder:
         self, identity: dict, arrays: dict[str, str], refuse: Refuse
     ) -> tuple[dict | None, list[str]]:
         """Return the newest whole checkpoint, and warnings about damaged ones that it set aside."""
-        damaged = []
-        warnings = []
+        damaged: list[str] = []
+        warnings: list[str] = []
         for step in reversed(manifest.candidates(self.path)):
             path = self.path / str(step)
             record, damage = manifest.read_record(path)

@@ -125,7 +125,7 @@ def _has_record(folder: epath.Path, step: int) -> bool:
 
 
 def _leaves(tree: dict, path: str = "") -> dict[str, object]:
-    flat = {}
+    flat: dict[str, object] = {}
     for key, value in tree.items():
         flat |= _leaves(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
     return flat

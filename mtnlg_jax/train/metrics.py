@@ -8,7 +8,7 @@ import os
 import platform
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -303,7 +303,7 @@ def curves(records: list[dict], objective: str, name: str) -> list[list[tuple[in
     return pieces
 
 
-def smoothed(losses: list[float]) -> np.ndarray:
+def smoothed(losses: Sequence[float]) -> np.ndarray:
     """Return a local linear fit at each loss, in which neighbors count less the farther away.
 
     Unlike a running mean it does not lag where the loss falls, nor at the beginning. A nan stays

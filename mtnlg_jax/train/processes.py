@@ -281,7 +281,7 @@ class PreemptionVote:
         if not several():
             return mine
         flags = jax.make_array_from_callback(
-            (jax.device_count(),), self._one_per_device, lambda index: np.int32([mine])
+            (jax.device_count(),), self._one_per_device, lambda index: np.array([mine], np.int32)
         )
         previous = self._previous
         self._previous = self._any(flags)
