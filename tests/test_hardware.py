@@ -46,7 +46,7 @@ def test_the_papers_throughput(devices, seconds, teraflops, mfu):
         (MTNLG, 2240, 2240, 39.15, 54.2),
     ],
 )
-def test_korthikantis_utilisation(model, devices, batch, seconds, mfu):
+def test_korthikantis_utilization(model, devices, batch, seconds, mfu):
     flops = batch * SEQUENCE * flops_per_token(model, SEQUENCE)
     # The 22B's 1.10 s has three digits only.
     assert 100 * flops / seconds / devices / A100 == pytest.approx(

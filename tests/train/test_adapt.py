@@ -257,7 +257,6 @@ def test_a_stage_learns_from_a_teacher_and_weight_0_is_a_plain_run(folder, tmp_p
 
 
 # --- what does not fit
-# ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

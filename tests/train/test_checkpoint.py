@@ -107,7 +107,6 @@ def restore(folder, abstract, identity=IDENTITY):
 
 
 # --- the same bits
-# ------------------------------------------------------------------------------------------
 
 
 def test_any_mesh_restores_any_checkpoint(tmp_path):
@@ -156,7 +155,6 @@ def test_orbax_says_nothing(tmp_path, one, capfd, recwarn):
 
 
 # --- which ones stay
-# ----------------------------------------------------------------------------------------
 
 
 def test_the_last_and_the_best_stay(tmp_path, one):
@@ -259,7 +257,6 @@ def test_none_kept_is_refused(tmp_path):
 
 
 # --- kill
-# ---------------------------------------------------------------------------------------------------
 
 
 def test_a_kill_between_any_two_acts_loses_nothing(tmp_path, one, monkeypatch):
@@ -407,7 +404,6 @@ def test_the_folder_of_another_run_is_left_alone(run):
 
 
 # --- damage
-# -------------------------------------------------------------------------------------------------
 
 
 def flip(path: Path, position: int | None = None):
@@ -491,7 +487,6 @@ def test_damage_twice_at_one_step_keeps_both(run, one):
 
 
 # --- another run
-# --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -521,7 +516,6 @@ def test_other_arrays_are_refused(run, one):
 
 
 # --- disk and rights
-# ----------------------------------------------------------------------------------------
 
 
 def assert_full_disk_is_told(folder, one, checkpoints, amount=""):
@@ -624,7 +618,6 @@ def test_a_read_only_folder(tmp_path):
 
 
 # --- load_run
-# -----------------------------------------------------------------------------------------------
 
 
 def test_load_run_reads_the_best_or_the_last(run, one):
