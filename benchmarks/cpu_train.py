@@ -131,7 +131,7 @@ def ours(args):
         os.path.join(args.folder, "weights.npz"),
         **{
             ".".join(str(key.key) for key in path if hasattr(key, "key")): leaf
-            for path, leaf in jax.tree_util.tree_leaves_with_path(state["params"])
+            for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)
         },
     )
     tokens = tokens_of(args)

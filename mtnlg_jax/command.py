@@ -1,5 +1,4 @@
-"""The frame around every script of launch/: flags that name files, one line for bad input, exit
-codes, output that may break away."""
+"""The frame of every command: flags that name files, one-line errors, exit codes, lost output."""
 
 import contextlib
 import errno
@@ -10,34 +9,36 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from types import ModuleType
+from typing import Any, TextIO
 
 from absl import app, flags
 
 from mtnlg_jax.errors import BAD_INPUT, INTERRUPTED, PROCESS_LOST, PassingError, explain
 
-LAUNCHER_PIPE = (
-    "MTNLG_LAUNCHER_PIPE"  # file descriptor of a pipe whose other end only the launcher holds
-)
-LAUNCHER_GRACE = 300  # seconds to save in, once the launcher is gone
+# File descriptor of a pipe whose other end only the launcher holds.
+LAUNCHER_PIPE = "MTNLG_LAUNCHER_PIPE"
+LAUNCHER_GRACE = 300  # seconds for a save after the launcher has ended
 
-flags.disclaim_key_flags()  # the flags that define_path makes belong to the script that calls it
+flags.disclaim_key_flags()  # flags of define_path belong to the module that calls it
 
 
 def run(main: Callable[[], int | None], log: bool = False) -> None:
-    """Parses the flags and exits with what ``main`` returns. ValueError and OSError are bad input
-    (exit code 2), or PASSING where `is_passing`; other exceptions that end a run as planned name
-    their code as ``exit_code``. Standard output that a full disk cut short is PASSING, too, unless
-    it is only a ``log``."""
+    """Parse the flags, call ``main`` and exit with the code that it returns.
+
+    ValueError and OSError are bad input (exit code 2), or PASSING where `is_passing`; other
+    expected exceptions carry an ``exit_code``. Standard output that a full disk cut short also
+    exits with PASSING, unless it is only a ``log``.
+    """
     end_with_launcher()
     _show_help_of(sys.modules[main.__module__])
     with lasting_output():
         app.run(functools.partial(_run, main, log), flags_parser=_parse)
 
 
-def _show_help_of(module) -> None:
-    """--help prints the docstring and the flags of the main module: those of ``module`` are its,
-    whether a script of launch/ or a console command imported it."""
+def _show_help_of(module: ModuleType) -> None:
+    """Make --help print the docstring and flags of ``module``, whichever script imported it."""
     entry = sys.modules["__main__"]
     if module is not entry:
         entry.__doc__ = module.__doc__
@@ -45,14 +46,15 @@ def _show_help_of(module) -> None:
             flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
 
-def _run(main: Callable, log: bool, argv: list[str]) -> int | None:
+def _run(main: Callable[[], int | None], log: bool, argv: list[str]) -> int | None:
     try:
         if len(argv) > 1:
             raise ValueError(f"unknown argument {argv[1]!r}; flags are written --name=value")
         code = main()
         sys.stdout.flush()
-        if not log and not code and sys.stdout.lost:
-            raise PassingError(f"standard output could not be written whole: {sys.stdout.lost}")
+        lost = getattr(sys.stdout, "lost", None)  # of the LastingStream
+        if not log and not code and lost:
+            raise PassingError(f"standard output could not be written whole: {lost}")
         return code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -74,24 +76,24 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 class LastingStream:
-    """Standard output or error that never fails: a log whose reader is gone, or whose disk is full,
-    is no reason to stop. All else is the ``stream``'s own.
+    """Standard output or error that never fails, neither without a reader nor on a full disk.
 
-    ``lost``: why something could not be written that somebody may still wait for; None where all
-        was."""
+    Everything else is delegated to ``stream``. ``lost`` is the first error that cost output which
+    still has a reader; None where all was written.
+    """
 
-    def __init__(self, stream):
+    def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self.lost: OSError | None = None
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
         self._attempt(lambda: self._stream.write(text))
         return len(text)
 
-    def writelines(self, lines) -> None:
+    def writelines(self, lines: Iterable[str]) -> None:
         for line in lines:
             self.write(line)
 
@@ -102,12 +104,8 @@ class LastingStream:
         try:
             function()
         except OSError as error:
-            if error.errno in (
-                errno.EPIPE,
-                errno.EIO,
-                errno.ENXIO,
-                errno.EBADF,
-            ):  # nobody reads it any more
+            if error.errno in (errno.EPIPE, errno.EIO, errno.ENXIO, errno.EBADF):
+                # The reader is gone: send all further output to /dev/null.
                 with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
                     os.dup2(nowhere.fileno(), self._stream.fileno())
             else:
@@ -118,8 +116,11 @@ class LastingStream:
 
 @contextlib.contextmanager
 def lasting_output() -> Iterator[None]:
-    """Inside, standard output and error never raise: a reader that ended, a closed terminal, a full
-    disk, a character that their encoding lacks (it is written as an escape)."""
+    """Make standard output and error never raise inside.
+
+    They survive a reader that ended, a closed terminal, a full disk, and a character that their
+    encoding lacks (it is written as an escape).
+    """
     before = sys.stdout, sys.stderr
     with contextlib.ExitStack() as stack:
         for name in ("stdout", "stderr"):
@@ -138,22 +139,24 @@ def lasting_output() -> Iterator[None]:
 
 
 def end_with_launcher() -> None:
-    """Where launch/cluster/launch.py started this process: sends it SIGTERM when the launcher has
-    ended, however that came, so that it saves and ends, too. It has LAUNCHER_GRACE seconds for
-    that."""
+    """End this process with launch/cluster/launch.py, if that started it.
+
+    When the launcher has ended, for any reason, this process gets SIGTERM, so that it saves and
+    ends as well. It has LAUNCHER_GRACE seconds for that.
+    """
     handle = os.environ.pop(LAUNCHER_PIPE, "")
     try:
         if not stat.S_ISFIFO(os.fstat(int(handle)).st_mode):
             return
-    except (ValueError, OSError):  # not started so, or by a process that was
+    except (ValueError, OSError):  # not started by the launcher, or a grandchild of it
         return
 
-    def watch():
+    def watch() -> None:
         while os.read(int(handle), 1):
             pass
         os.kill(os.getpid(), signal.SIGTERM)
         with contextlib.suppress(OSError):
-            print("the launcher ended, so this process does", file=sys.stderr, flush=True)
+            print("the launcher ended, so this process ends", file=sys.stderr, flush=True)
         time.sleep(LAUNCHER_GRACE)
         os._exit(PROCESS_LOST)
 
@@ -161,18 +164,17 @@ def end_with_launcher() -> None:
 
 
 # --- names of files
-# -------------------------------------------------------------------------------------------
 
 
 def define_path(
     name: str, default: str | None, help: str, required: bool = False
 ) -> flags.FlagHolder:
-    """A flag that names a file or a folder; see `expand`."""
+    """Define a flag that names a file or a folder; see `expand`."""
     return flags.DEFINE(_PathParser(), name, default, help, required=required)
 
 
 def define_paths(name: str, help: str) -> flags.FlagHolder:
-    """The same for a flag that is repeated; none by default."""
+    """Define the same as a repeated flag, empty by default."""
     return flags.DEFINE_multi(_PathParser(), flags.ArgumentSerializer(), name, [], help)
 
 
@@ -182,11 +184,10 @@ class _PathParser(flags.ArgumentParser):
 
 
 def expand(path: str) -> str:
-    """``path`` with ~ or ~user in front replaced by that home folder, which a shell does not do
-    behind a "=". A relative path means the folder in which the command was typed, and stays
-    relative.
+    """Return ``path`` with a leading ~ or ~user replaced, which a shell does not do after "=".
 
-    Raises ValueError where there is no such user, and where this Python cannot name the file.
+    A relative path is relative to the current folder, and stays relative. Raise ValueError where
+    the user does not exist, and where this Python cannot name the file.
     """
     given = path
     if path.startswith("~"):
@@ -194,32 +195,36 @@ def expand(path: str) -> str:
         if path.startswith("~"):
             user = given[1:].split("/")[0]
             raise ValueError(
-                f"{given}: there is no user {user!r} here; write the folder in full, or ./{given} if its "
-                "name begins with ~"
+                f"{given}: there is no user {user!r} here; write the folder in full, or ./{given} "
+                "if its name begins with ~"
             )
     try:
         whole = path if "://" in path else os.path.abspath(path)
     except FileNotFoundError:
-        raise ValueError(f"{given} lies in a folder that was removed; go to another one") from None
+        raise ValueError(
+            f"{given} is in a folder that was removed; change to another folder"
+        ) from None
     try:
         whole.encode()
         os.fsencode(whole)
     except UnicodeEncodeError:
         encoding = sys.getfilesystemencoding()
-        way_out = (
+        reason = (
             "its bytes are not UTF-8; rename it"
             if encoding == "utf-8"
-            else f"this Python names files in {encoding}; set PYTHONUTF8=1, or a locale such as LC_ALL=C.UTF-8"
+            else f"this Python encodes file names in {encoding}; set PYTHONUTF8=1, or a locale "
+            "such as LC_ALL=C.UTF-8"
         )
-        raise ValueError(f"{ascii(whole)} cannot be used: {way_out}") from None
+        raise ValueError(f"{ascii(whole)} cannot be used: {reason}") from None
     return path
 
 
 def read_text(path: str | None, what: str, encoding: str = "utf-8") -> tuple[str, str]:
-    """(a name for messages, the text) of a file, or of standard input where ``path`` is None or
-    "-"; ``what`` it is is said to a person at a terminal. Raises ValueError where it is not
-    UTF-8."""
-    if path in (None, "-"):
+    """Return (a name for messages, the text) of a file, or of standard input for None or "-".
+
+    At a terminal, ``what`` to type is printed. Raise ValueError where the text is not UTF-8.
+    """
+    if path is None or path == "-":
         if sys.stdin.isatty():
             print(f"{what}, ended by Ctrl-D:", file=sys.stderr)
         name = "standard input"
@@ -232,5 +237,5 @@ def read_text(path: str | None, what: str, encoding: str = "utf-8") -> tuple[str
         return name, raw.decode(encoding)
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{name} is not UTF-8 at byte {error.start}; convert it, as with iconv"
+            f"{name} is not UTF-8 at byte {error.start}; convert it, for example with iconv"
         ) from None

@@ -1,55 +1,60 @@
-"""What moves between platforms and JAX releases, in one place."""
+"""Everything that differs between platforms and JAX releases."""
 
 import contextlib
 import inspect
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 from absl import logging
 
+# Platform and device kind of `compile_for`, or empty.
 _DESCRIBED: list[str] = []
 
 
 def compile_for(platform: str, device_kind: str = "") -> None:
-    """Says that this process makes programs for ``platform`` ("tpu", "cuda", "cpu"), of which it
-    has no device."""
+    """Declare that this process compiles for ``platform`` ("tpu", "cuda", "cpu") without a device
+    of it."""
     _DESCRIBED[:] = [platform, device_kind]
 
 
 def described() -> bool:
-    """True where programs are made for devices that are not here."""
+    """Return whether programs are compiled for devices that are not present."""
     return bool(_DESCRIBED)
 
 
 def platform() -> str:
-    """What programs are made for: "cpu", "tpu" or "gpu"."""
+    """Return the platform that programs are compiled for: "cpu", "tpu" or "gpu"."""
     name = _DESCRIBED[0] if _DESCRIBED else jax.default_backend()
     return {"cuda": "gpu"}.get(name, name)
 
 
 def device_kind() -> str:
-    """Its devices in JAX's words: "cpu", "TPU v5 lite", "NVIDIA H100 80GB HBM3"."""
+    """Return JAX's name of its devices: "cpu", "TPU v5 lite", "NVIDIA H100 80GB HBM3"."""
     return _DESCRIBED[1] if _DESCRIBED else jax.devices()[0].device_kind
 
 
 def cuda_version() -> int | None:
-    """12080 for CUDA 12.8.0; None where this process has none."""
+    """Return the CUDA runtime version, 12080 for 12.8.0; None where this process has none."""
     from jax._src.lib import cuda_versions
 
-    return (
-        None if cuda_versions is None or described() else cuda_versions.cuda_runtime_get_version()
-    )
+    if cuda_versions is None or described():
+        return None
+    return cuda_versions.cuda_runtime_get_version()
 
 
-# What stands for a kernel's hardware while ``interpreted`` is on.
+# ``detect_races`` of each `interpreted` context that is open.
 _INTERPRETED: list[bool] = []
 
 
 @contextlib.contextmanager
-def interpreted(detect_races: bool = False):
-    """Runs the kernels of any platform here, on the CPU, slowly: for tests. ``detect_races`` also
-    watches every read and write, and raises RuntimeError where the kernel does not force their
-    order."""
+def interpreted(detect_races: bool = False) -> Iterator[None]:
+    """Interpret the kernels of any platform on the CPU, slowly: for tests.
+
+    ``detect_races`` also records every read and write, and raises RuntimeError where the kernel
+    does not order them.
+    """
     _INTERPRETED.append(detect_races)
     try:
         yield
@@ -57,40 +62,47 @@ def interpreted(detect_races: bool = False):
         _INTERPRETED.pop()
 
 
-def interpret_params(impl: str):
-    """What the kernels of ``impl`` take as ``interpret``: False and None mean the hardware."""
+def interpret_params(impl: str) -> Any:
+    """Return the ``interpret`` argument of the kernels of ``impl``.
+
+    False and None mean the hardware.
+    """
     if not _INTERPRETED:
         return None if impl == "pallas_gpu" else False
+    params: Any
     if impl == "pallas_gpu":
-        from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams as Params
+        from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams as params
     else:
-        from jax.experimental.pallas.tpu import InterpretParams as Params
+        from jax.experimental.pallas.tpu import InterpretParams as params
     # JAX 0.11 has no on_race: there a race is recorded and not raised.
-    known = {"detect_races": _INTERPRETED[-1], "on_race": "raise"}
-    known = {
-        name: value for name, value in known.items() if name in inspect.signature(Params).parameters
-    }
-    return Params(**known)
+    wanted = {"detect_races": _INTERPRETED[-1], "on_race": "raise"}
+    known = inspect.signature(params).parameters
+    return params(**{name: value for name, value in wanted.items() if name in known})
 
 
 def interpreting() -> bool:
+    """Return whether an `interpreted` context is open."""
     return bool(_INTERPRETED)
 
 
 def tpu_here() -> str | None:
-    """The kind of this machine's TPU chips, "v5p" or the like, by what its bus tells; None where it
-    tells of none. No chip is taken, and nothing of JAX is fixed."""
-    from jax._src import hardware_utils  # JAX starts libtpu by it; there is no public way
+    """Return the kind of this machine's TPU chips, such as "v5p"; None without chips.
+
+    It is read from the PCI bus: no chip is acquired, and JAX's choice of a backend stays open.
+    """
+    # JAX decides with this whether to start libtpu; there is no public way.
+    from jax._src import hardware_utils
 
     version = hardware_utils.num_available_tpu_chips_and_device_id()[1]
     return None if version is None else version.name
 
 
 def configure_cache(least_seconds: float | None = None) -> None:
-    """Keeps compiled programs between runs, so that a resumed run starts in seconds. An
-    accelerator's compile is worth minutes; $JAX_COMPILATION_CACHE_DIR moves the cache, an empty
-    value turns it off. ``least_seconds``: programs that take less to compile are not kept; None: as
-        JAX has it, 1."""
+    """Keep compiled programs between runs, so that a resumed run starts in seconds.
+
+    $JAX_COMPILATION_CACHE_DIR moves the cache, an empty value disables it. Programs that compile in
+    less than ``least_seconds`` are not kept; None leaves JAX's default, 1.
+    """
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     if folder is None:
         folder = os.path.join(cache_folder(), "xla")
@@ -101,50 +113,52 @@ def configure_cache(least_seconds: float | None = None) -> None:
 
 
 def cache_folder() -> str:
-    """Where what can be made again is kept between runs."""
-    return os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "mtnlg_jax"
-    )
+    """Return the folder of files that can be regenerated."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.path.join(base, "mtnlg_jax")
 
 
 def quiet() -> None:
-    """Libraries' chatter at INFO is for their developers; warnings stay."""
+    """Silence third-party INFO logs; warnings are still shown."""
     logging.set_verbosity(logging.WARNING)
 
 
 def serialize_cpu_collectives() -> None:
-    """Several programs in flight on more CPU devices than cores can wait for each other for ever
-    inside their collectives; one program at a time cannot."""
+    """Run one program at a time on several CPU devices.
+
+    With more devices than cores, programs in flight can deadlock inside their collectives.
+    """
     if jax.default_backend() == "cpu" and jax.device_count() > 1:
         jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def cluster_processes() -> int:
-    """How many processes JAX would start with by itself under SLURM, Open MPI, on a TPU pod or on
-    GKE; 0 where it finds none of them."""
-    from jax._src.clusters import (
-        ClusterEnv,
-    )  # the public way, jax.distributed.initialize(), raises where there is none
+    """Return the number of processes that JAX detects under SLURM, Open MPI, a TPU pod or GKE.
 
-    found = (
-        env
-        for env in ClusterEnv._cluster_types
-        if not env.opt_in_only_method and env.is_env_present()
-    )
-    env = next(found, None)
-    return env.get_process_count() if env else 0
+    Return 0 where it detects none of them.
+    """
+    # The public way, jax.distributed.initialize(), raises where there is no cluster.
+    from jax._src.clusters import ClusterEnv
+
+    for env in ClusterEnv._cluster_types:
+        if not env.opt_in_only_method and env.is_env_present():
+            return env.get_process_count()
+    return 0
 
 
-def varying_axes(*trees) -> frozenset[str]:
-    """The mesh axes that any array of ``trees`` differs over, inside a shard_map."""
-    return frozenset().union(
-        *(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(trees))
-    )
+def varying_axes(*trees: Any) -> frozenset[str]:
+    """Return the mesh axes over which any array of ``trees`` varies, inside a shard_map."""
+    axes: set[str] = set()
+    for leaf in jax.tree.leaves(trees):
+        axes |= jax.typeof(leaf).manual_axis_type.varying
+    return frozenset(axes)
 
 
-def result_like(shape, dtype, *inputs) -> jax.ShapeDtypeStruct:
-    """The type of a kernel's result made from ``inputs``: inside a shard_map it varies over the
-    mesh axes that any of them varies over."""
+def result_like(shape: tuple[int, ...], dtype: Any, *inputs: Any) -> jax.ShapeDtypeStruct:
+    """Return the type of a kernel's result computed from ``inputs``.
+
+    Inside a shard_map it varies over every mesh axis that any of them varies over.
+    """
     axes = varying_axes(*inputs)
     if not axes:
         return jax.ShapeDtypeStruct(shape, dtype)

@@ -1,4 +1,4 @@
-"""How a run can end: exit codes, the exceptions that carry one, and failures that may pass.
+"""Exit codes of a run, the exceptions that carry one, and transient failures.
 
 | exit code | meaning |
 | --- | --- |
@@ -10,7 +10,7 @@
 | 5 | the processes of a run disagree |
 | 6 | another process of the run ended |
 | 74 | reading or writing failed for a reason that may pass |
-| 75 | a signal came: the state was saved |
+| 75 | stopped by a signal, state saved |
 | 130 | Ctrl-C |
 """
 
@@ -26,12 +26,12 @@ DISAGREEMENT = 5
 PROCESS_LOST = 6
 PASSING = 74  # EX_IOERR of sysexits.h: reading or writing failed for a reason that may pass
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the state was saved, try again
-INTERRUPTED = 130  # 128 + SIGINT, as a shell says it
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 FINAL = (BAD_INPUT, DIVERGED, DISAGREEMENT)  # another start would end in the same way
 
 
 class Disagreement(Exception):
-    """The processes no longer do the same thing."""
+    """The processes differ in config, step, data or program."""
 
     exit_code = DISAGREEMENT
 
@@ -43,8 +43,7 @@ class ProcessLost(Exception):
 
 
 class Preempted(Exception):
-    """A signal came (`lifetime.signals`): the state was saved, the same command goes on from
-    there."""
+    """A signal stopped the run (`lifetime.signals`); the same command resumes it."""
 
     exit_code = PREEMPTED
 
@@ -56,7 +55,10 @@ class Diverged(Exception):
 
 
 def explain(error: Exception) -> tuple[str | None, int]:
-    """(one line for a person, exit code); no line for what nobody planned: that wants its stack."""
+    """Return (one readable line, exit code).
+
+    The line is None for unexpected errors, which should show a traceback.
+    """
     if hasattr(error, "exit_code"):
         return str(error), error.exit_code
     if is_passing(error):
@@ -66,18 +68,17 @@ def explain(error: Exception) -> tuple[str | None, int]:
     return None, 1
 
 
-# --- input and output that fails for a while
-# ------------------------------------------------------------------
+# --- transient failures of input and output
 
 _PASSING_NAMES = """
-    EAGAIN EBUSY EINTR EIO ENOSPC EDQUOT ESTALE ETIMEDOUT EPIPE ENOLCK ENOMEM EMFILE ENFILE ENOLINK EPROTO ECOMM
-    ECONNABORTED ECONNREFUSED ECONNRESET ENETDOWN ENETRESET ENETUNREACH EHOSTDOWN EHOSTUNREACH ENOTCONN ESHUTDOWN
-    EREMOTEIO ENOBUFS""".split()
+    EAGAIN EBUSY EINTR EIO ENOSPC EDQUOT ESTALE ETIMEDOUT EPIPE ENOLCK ENOMEM EMFILE ENFILE ENOLINK
+    EPROTO ECOMM ECONNABORTED ECONNREFUSED ECONNRESET ENETDOWN ENETRESET ENETUNREACH EHOSTDOWN
+    EHOSTUNREACH ENOTCONN ESHUTDOWN EREMOTEIO ENOBUFS""".split()
 _PASSING_NUMBERS = frozenset(
     getattr(errno, name) for name in _PASSING_NAMES if hasattr(errno, name)
 )
-_PASSING_STATUS = (408, 425, 429)  # of HTTP, beside all of 500 and above
-# TensorStore raises ValueError for what a file system or an object store answered.
+_PASSING_STATUS = (408, 425, 429)  # HTTP; 500 to 599 count as well
+# TensorStore raises ValueError for errors of a file system or an object store.
 _PASSING_WORDS = re.compile(r"(UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED): ")
 
 
@@ -86,9 +87,11 @@ class PassingError(OSError):
 
 
 def is_passing(error: BaseException | None) -> bool:
-    """Whether ``error``, or what it was raised from, is input or output that may work at another
-    try: a full disk, a stale file handle, a time-out, a broken connection, an object store's 5xx. A
-    file that is missing, of another kind or not ours to touch is none of these."""
+    """Return whether ``error``, or one it was raised from, is a transient failure of I/O.
+
+    That is a full disk, a stale file handle, a timeout, a broken connection or an object store's
+    5xx. A file that is missing, of the wrong kind or protected is not.
+    """
     while error is not None:
         if isinstance(error, PassingError) or _is_passing(error):
             return True
@@ -97,16 +100,10 @@ def is_passing(error: BaseException | None) -> bool:
 
 
 def _is_passing(error: BaseException) -> bool:
-    status = next(
-        (
-            value
-            for name in ("status", "status_code", "code")
-            if isinstance(value := getattr(error, name, None), int)
-        ),
-        0,
-    )
     if isinstance(error, SystemExit):
         return False
+    values = (getattr(error, name, None) for name in ("status", "status_code", "code"))
+    status = next((value for value in values if isinstance(value, int)), 0)
     if status in _PASSING_STATUS or 500 <= status < 600:
         return True
     if isinstance(error, OSError):
@@ -122,12 +119,16 @@ def _is_passing(error: BaseException) -> bool:
     return bool(_PASSING_WORDS.match(text))
 
 
-def try_again(
-    function: Callable, pauses: tuple[float, ...], on_failure: Callable[[Exception, float], None]
-):
-    """What ``function`` returns. Where it fails for a reason that may pass, it is called again
-    after each of ``pauses`` (seconds), each of which is first reported to ``on_failure``. The last
-    failure is raised, and one that will not pass at once."""
+def try_again[Result](
+    function: Callable[[], Result],
+    pauses: tuple[float, ...],
+    on_failure: Callable[[Exception, float], None],
+) -> Result:
+    """Return the result of ``function``, retrying it after transient failures.
+
+    Each failure and the pause (seconds) that follows it are reported to ``on_failure``. The failure
+    after the last of ``pauses`` is raised; one that will not pass is raised at once.
+    """
     for pause in pauses:
         try:
             return function()

@@ -1,12 +1,12 @@
-"""What a chip can do, by its vendor, and how many FLOPs a token takes.
+"""The vendors' figures for each chip, and the FLOPs of a token.
 
-`CHIPS` are those that the planner lays meshes over; `dense_flops` knows the speed of more kinds,
-for MFU.
+`CHIPS` are the chips that the planner supports; `dense_flops` knows the speed of more kinds, for
+MFU.
 
-Network figures are one way and of one device, in bytes a second. A GPU's ``fast`` network is NVLink
-inside its node; a TPU's is ICI, both directions of the ring that a mesh axis gets of the torus.
-``slow`` is what leads out of that
-domain: the InfiniBand card of a GPU, a TPU's share of its host's network.
+Network figures are for one device and one direction, in bytes per second. ``fast`` is the network
+inside a domain: a GPU's NVLink inside its node, or a TPU's ICI (both directions of the ring of the
+torus that a mesh axis gets). ``slow`` is the network between domains: a GPU's InfiniBand card, or a
+TPU's share of its host's network.
 """
 
 import re
@@ -20,14 +20,14 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """One JAX device of a kind; a chip of ``devices`` 2 shows up as two of them."""
+    """One JAX device of a kind; a chip with ``devices`` 2 appears as two of them."""
 
-    kinds: tuple[str, ...]  # of a TPU: jax's device_kind
+    kinds: tuple[str, ...]  # JAX's device_kind, for TPUs
     flops: float  # dense bf16 peak, FLOP/s
     memory: float  # bytes
     memory_speed: float  # bytes/s
-    domain: int  # devices that the fast network joins
-    fast: float
+    domain: int  # devices joined by the fast network
+    fast: float  # bytes/s, see above
     slow: float
     source: str
     date: str  # of the source
@@ -121,7 +121,7 @@ CHIPS = {
         "2026",
         tpu=True,
     ),
-    # Its two cores are two devices, which share the chip's memory and network.
+    # Its two cores are two devices that share the chip's memory and network.
     "TPU7x": Chip(
         ("TPU7x",),
         2307e12 / 2,
@@ -138,9 +138,9 @@ CHIPS = {
 }
 
 
-# Dense bf16 FLOP/s with float32 sums, by JAX's device_kind without its vendor. A pattern must match
-# all of that: an H100 on PCIe is another chip than one on SXM, and a slice of a card (MIG) or a
-# laptop's card is neither. Where a data sheet gives the figure with sparsity, half of it.
+# Dense bf16 FLOP/s with float32 sums, by JAX's device_kind without the vendor. A pattern must match
+# the whole name: an H100 on PCIe is slower than one on SXM, and a slice of a card (MIG) or a laptop
+# card is neither. Where a data sheet states the figure with sparsity, this is half of it.
 _SHEET = "NVIDIA data sheet"
 _BF16_FLOPS = (
     (r"A(100|800)([- ](SXM4?|PCIE|PCIe))?[- ](40|80)GB( PCIe)?", 312e12, _SHEET),
@@ -169,8 +169,7 @@ _BF16_FLOPS = (
 
 
 def dense_flops(device_kind: str) -> float | None:
-    """Dense bf16 peak, FLOP/s, of one device of JAX's ``device_kind``; None where no table has
-    it."""
+    """Return the dense bf16 peak, FLOP/s, of one device of ``device_kind``; None if unknown."""
     for chip in CHIPS.values():
         if device_kind in chip.kinds:
             return chip.flops
@@ -181,37 +180,39 @@ def dense_flops(device_kind: str) -> float | None:
 
 
 def parse_chips(text: str) -> tuple[str, int]:
-    """ "H100:1024" -> ("H100", 1024). Raises ValueError that names the known chips."""
+    """Parse "H100:1024" to ("H100", 1024). Raise ValueError naming the known chips otherwise."""
     name, _, number = text.partition(":")
     known = {chip.lower(): chip for chip in CHIPS}
     if name.lower() not in known:
-        raise ValueError(f"chip {name!r} is not known; choose one of {', '.join(CHIPS)}")
+        raise ValueError(f"unknown chip {name!r}; choose one of {', '.join(CHIPS)}")
     if not (number.isascii() and number.isdigit() and 1 <= int(number) <= 2**20):
         raise ValueError(
-            f"--chips={text!r} gives no number of chips from 1 to {2**20}; write it as "
+            f"--chips={text!r} needs a number of chips from 1 to {2**20}; write it as "
             f"--chips={known[name.lower()]}:1024"
         )
     return known[name.lower()], int(number)
 
 
 def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
-    """Forward and backward FLOPs a token, 6 N + 12 L H Q T (PaLM, appendix B): attention counted in
-    full, not halved for causality; N leaves out the input embeddings, which are looked up, and
-    keeps the output's."""
-    looked_up = model.max_position_embeddings * model.hidden_size
-    looked_up = looked_up if model.position_embedding_type == "learned" else 0
+    """Return forward and backward FLOPs per token, 6 N + 12 L H Q T (PaLM, appendix B).
+
+    Attention counts in full, not halved for causality. N excludes the input embeddings, which are
+    looked up, and includes the output embedding.
+    """
+    products = model.parameter_count()  # raises where the vocabulary is not known
+    if model.position_embedding_type == "learned":
+        products -= model.max_position_embeddings * model.hidden_size
     if not model.tie_embeddings:
-        looked_up += model.vocabulary * model.hidden_size
-    products = model.parameter_count() - looked_up
-    return (
-        6 * products
-        + 12 * model.num_layers * model.num_attention_heads * model.head_width * sequence_length
-    )
+        products -= model.vocabulary * model.hidden_size
+    width = model.num_attention_heads * model.head_width
+    return 6 * products + 12 * model.num_layers * width * sequence_length
 
 
 def layer_flops(model: ModelConfig, sequence_length: int) -> dict[str, float]:
-    """Forward FLOPs a token of one layer by product; together 24 h^2 (1 + s / (6 h)) for MT-NLG's
-    block (Narayanan 2021, appendix A)."""
+    """Return the forward FLOPs per token of each product of one layer.
+
+    For MT-NLG's block they sum to 24 h^2 (1 + s / (6 h)) (Narayanan 2021, appendix A).
+    """
     hidden = model.hidden_size
     heads = model.num_attention_heads
     head = model.head_width

@@ -1,5 +1,4 @@
-"""Where data lie: a local folder, or a TensorStore URL (gs://, s3://, memory://), read and written
-alike."""
+"""Read and write files in a local folder or below a TensorStore URL (gs://, s3://, memory://)."""
 
 import contextlib
 import difflib
@@ -10,29 +9,31 @@ from pathlib import Path
 
 import tensorstore
 
-# Decoded chunks of every open array share this cache: random rows of a corpus of some hundred
-# million tokens are decompressed once. One context a process also makes memory:// one store.
+# Decoded chunks of every open array share this cache: random rows of a corpus of a few hundred
+# million tokens are decompressed once. One context per process also makes memory:// one store.
 CONTEXT = tensorstore.Context({"cache_pool": {"total_bytes_limit": 256 << 20}})
 
 
 def is_remote(location: str | os.PathLike) -> bool:
+    """Return whether ``location`` is a URL."""
     return "://" in str(location)
 
 
 def join(location: str | os.PathLike, *names: str) -> str:
+    """Return the path or URL of ``names`` below ``location``."""
     return "/".join([str(location).rstrip("/") or "/", *names])
 
 
 def key_value_spec(location: str | os.PathLike) -> dict:
-    """The TensorStore spec of a folder given as a path or a URL."""
+    """Return the TensorStore spec of a folder given as a path or a URL."""
     if not is_remote(location):
         return {"driver": "file", "path": os.path.abspath(location) + "/"}
     try:
         return tensorstore.KvStore.Spec(str(location).rstrip("/") + "/").to_json()
     except ValueError as error:
         raise ValueError(
-            f"{location} is no URL that TensorStore knows; use a path, gs://, s3:// or memory://"
-            f" ({first_line(error)})"
+            f"{location} is not a URL that TensorStore supports; use a path, gs://, s3:// or "
+            f"memory:// ({first_line(error)})"
         ) from None
 
 
@@ -41,7 +42,7 @@ def _open(location: str | os.PathLike) -> tensorstore.KvStore:
 
 
 def read_file(location: str | os.PathLike, name: str) -> bytes | None:
-    """The content of one small file, or None where there is none."""
+    """Return the content of one small file; None if it does not exist."""
     if not is_remote(location):
         path = Path(location, name)
         return path.read_bytes() if path.is_file() else None
@@ -50,14 +51,14 @@ def read_file(location: str | os.PathLike, name: str) -> bytes | None:
 
 
 def exists(location: str | os.PathLike, name: str) -> bool:
-    """Whether there is a file of this name."""
+    """Return whether the file exists."""
     if not is_remote(location):
         return Path(location, name).is_file()
     return bool(_open(location).list(tensorstore.KvStore.KeyRange(name, name + "\0")).result())
 
 
 def write_file(location: str | os.PathLike, name: str, content: bytes) -> None:
-    """Write one small file whole or not at all, and make it last."""
+    """Write one small file atomically and durably."""
     if is_remote(location):
         _open(location).write(name, content).result()
         return
@@ -75,7 +76,7 @@ def write_file(location: str | os.PathLike, name: str, content: bytes) -> None:
 
 
 def remove_file(location: str | os.PathLike, name: str) -> None:
-    """Remove one file, if it is there."""
+    """Remove one file if it exists."""
     if is_remote(location):
         _open(location).write(name, None).result()
     else:
@@ -83,7 +84,10 @@ def remove_file(location: str | os.PathLike, name: str) -> None:
 
 
 def list_files(location: str | os.PathLike, folder: str) -> list[str]:
-    """The names below ``location`` of all files in ``folder`` ("": all), and deeper; sorted."""
+    """Return the sorted names, relative to ``location``, of all files below ``folder``.
+
+    An empty ``folder`` means all files.
+    """
     if is_remote(location):
         keys = (
             tensorstore.KvStore.KeyRange(folder + "/", folder + "0")
@@ -100,33 +104,30 @@ def list_files(location: str | os.PathLike, folder: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def disk_errors(place: str, what: str) -> Iterator[None]:
-    """Makes OSErrors without a file's name, and what TensorStore raises of the same kind, say
-    ``what`` of ``place``."""
+def disk_errors(path: str, what: str) -> Iterator[None]:
+    """Add ``path`` and ``what`` to OSErrors without a file name, and to TensorStore's errors."""
     try:
         yield
     except OSError as error:
         if error.filename or not error.errno:
             raise
-        raise OSError(error.errno, f"{error.strerror}; {what}", place) from None
+        raise OSError(error.errno, f"{error.strerror}; {what}", path) from None
     except ValueError as error:
-        code = re.search(
-            r"os_error_code='(\d+)'", str(error)
-        )  # how TensorStore says that the disk is full
+        # TensorStore reports a full disk in this form.
+        code = re.search(r"os_error_code='(\d+)'", str(error))
         if not code:
             raise
-        raise OSError(int(code[1]), f"{os.strerror(int(code[1]))}; {what}", place) from None
+        raise OSError(int(code[1]), f"{os.strerror(int(code[1]))}; {what}", path) from None
 
 
 def first_line(error: Exception) -> str:
-    """TensorStore's messages carry the whole spec in brackets: what a person needs stands before
-    it."""
+    """Return the readable part of TensorStore's message, which ends with the whole spec in
+    brackets."""
     return str(error).split(" [")[0].split("\n")[0]
 
 
 def missing(path: str) -> str:
-    """ "PATH does not exist", with the name beside it that may have been meant, as of a Megatron
-    prefix."""
+    """Return "PATH does not exist" and a similar name in its folder, such as a Megatron prefix."""
     folder, name = os.path.split(path.rstrip("/"))
     beside = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
     names = {

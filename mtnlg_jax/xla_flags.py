@@ -1,10 +1,9 @@
-"""Compiler flags that matter: they let communication run beside computation. On a CPU there are
-none.
+"""Set XLA's compiler flags that overlap communication with computation. There are none for CPUs.
 
-An unknown flag ends the process inside XLA, and each release drops some; a TPU compiler also knows
-flags that it then refuses on some chips. So all is tried in a process of its own before it is set:
-GPU flags are parsed, TPU flags are compiled, with the collectives that the run has. What the
-environment already says of a flag stays as it is.
+An unknown flag ends the process inside XLA, and each release drops some. A TPU compiler also knows
+flags that it then refuses on some chips. So all flags are first tried in another process: GPU flags
+are parsed, TPU flags compile a small program with the collectives of the run. Flags that the
+environment already sets stay as they are.
 """
 
 import dataclasses
@@ -32,36 +31,37 @@ _RECIPES = "MaxText and tpu-recipes, benchmarks of v5p and v6e, 2026"
 
 VARIABLE = {"gpu": "XLA_FLAGS", "tpu": "LIBTPU_INIT_ARGS"}
 
-# Left out where a layer that is split over tensor is recomputed whole: compiled for H100 (jaxlib
-# 0.12.0.1), the pipeliner then repeats attention's forward pass a third time, 9 % more FLOPs in the
-# ladder's 3.6B row.
+# Left out where a layer that is split over tensor is recomputed as a whole: compiled for H100
+# (jaxlib 0.12.0.1), the pipeliner then runs attention's forward pass a third time, 9 % more FLOPs
+# in the 3.6B config of the ladder.
 PIPELINED_GATHER = "--xla_gpu_enable_pipelined_all_gather=true"
-# flag -> where it is recommended
+# flag -> source of the recommendation
 GPU = {
     "--xla_gpu_enable_latency_hiding_scheduler=true": _TOOLBOX,
     PIPELINED_GATHER: _TOOLBOX,
     "--xla_gpu_enable_pipelined_all_reduce=true": _TOOLBOX,
     "--xla_gpu_enable_pipelined_reduce_scatter=true": _TOOLBOX,
-    "--xla_gpu_enable_dynamic_slice_fusion=true": "tried on jaxlib 0.11.2 and 0.12.0.1, November 2026",
+    "--xla_gpu_enable_dynamic_slice_fusion=true": (
+        "tried on jaxlib 0.11.2 and 0.12.0.1, November 2026"
+    ),
 }
 # Added where mesh.pipe > 1.
 GPU_PIPELINE = {
-    "--xla_gpu_experimental_pipeline_parallelism_opt_level=PIPELINE_PARALLELISM_OPT_LEVEL_ENABLE": _JAX_GPU,
+    "--xla_gpu_experimental_pipeline_parallelism_opt_level="
+    "PIPELINE_PARALLELISM_OPT_LEVEL_ENABLE": _JAX_GPU,
     "--xla_disable_hlo_passes=collective-permute-motion": _JAX_GPU,
     "--xla_gpu_enable_command_buffer=": _JAX_GPU,
 }
-ENVIRONMENT = {
-    "gpu": {
-        "NCCL_NVLS_ENABLE": "1",
-        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9",
-    },  # both: JAX-Toolbox, July 2026
-}
+# Environment variables by platform; source: JAX-Toolbox, July 2026.
+ENVIRONMENT = {"gpu": {"NCCL_NVLS_ENABLE": "1", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}}
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """TPU flags that are set together or not at all. ``what`` they do stands in messages;
-    ``flags``: flag -> where it is recommended."""
+    """TPU flags that are set together or not at all.
+
+    ``what`` they do appears in messages; ``flags``: flag -> source of the recommendation.
+    """
 
     what: str
     flags: dict[str, str]
@@ -76,9 +76,8 @@ _ASYNCHRONOUS = Group(
         "--xla_tpu_data_parallel_opt_different_sized_ops=true": _MAXTEXT,
     },
 )
-# The steps of a gather between the tiles of a product. All other chips' compilers refuse it, from
-# the first program
-# with a gather on: "incorrect results, hang, SDC".
+# Interleaves the steps of a gather with the tiles of a product. The compilers of all other chips
+# refuse it in the first program with a gather: "incorrect results, hang, SDC".
 _FUSION = Group(
     "gathers fused into products",
     {
@@ -88,7 +87,7 @@ _FUSION = Group(
         "--xla_tpu_overlap_compute_collective_tc=true": _MAXTEXT,
     },
 )
-# The collective runs on the chip's SparseCores, while its other cores go on.
+# Runs collectives on the chip's SparseCores while its other cores compute.
 _OFFLOAD = Group(
     "collectives on SparseCore",
     {
@@ -102,11 +101,11 @@ _OFFLOAD = Group(
         "--xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter=false": _RECIPES,
     },
 )
-# Chip kind -> groups, each one more than those before it. Compiled for every kind, timed on none. A
-# tpu7x's compiler offloads collectives by itself. Left out, though small steps compile with them:
-# gathers and scatters over two and three dims of the torus on SparseCore
-# (..._offload_2d_all_gather, 3d_all_gather, nd_reduce_scatter), with which 530B has not been
-# compiled, and a larger xla_tpu_scoped_vmem_limit_kib, whose gain nobody has measured here.
+# Chip kind -> groups; where the compiler refuses them all, the last ones are left out first.
+# Compiled for every kind, timed on none. The tpu7x compiler offloads collectives by itself. Not
+# used, although small steps compile with them: gathers and scatters over two and three dims of the
+# torus on SparseCore (..._offload_2d_all_gather, 3d_all_gather, nd_reduce_scatter), with which 530B
+# has not been compiled, and a larger xla_tpu_scoped_vmem_limit_kib, whose gain was not measured.
 TPU = {
     "v4": (_ASYNCHRONOUS,),
     "v5e": (_ASYNCHRONOUS, _FUSION),
@@ -118,7 +117,7 @@ TPU = {
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """``flags`` to add to the environment variable of a platform, and a line on what of ours was
+    """``flags`` to add to a platform's environment variable, and a line about those
     ``left_out``."""
 
     flags: tuple[str, ...] = ()
@@ -126,9 +125,10 @@ class Choice:
 
 
 def set_flags(mesh: MeshConfig, recompute: str = "elementwise") -> list[str]:
-    """Sets what is known to be good on this machine's chips for a run over ``mesh`` with
-    train.recompute=``recompute``, before the first use of a device; returns the flags that it
-    set."""
+    """Set and return the recommended flags for a run over ``mesh`` on this machine's chips.
+
+    Call this before the first use of a device. ``recompute``: train.recompute of the run.
+    """
     kind = kind_here()
     platform = platform_of(kind)
     if platform not in VARIABLE:
@@ -144,9 +144,11 @@ def set_flags(mesh: MeshConfig, recompute: str = "elementwise") -> list[str]:
 
 
 def choose(kind: str, mesh: MeshConfig, slices: int = 1, recompute: str = "elementwise") -> Choice:
-    """The flags that a run over ``mesh`` sets on chips of ``kind`` ("gpu", one of TPU, "tpu" for
-    one that is not told, "cpu"), beside those in the environment: the same for a run and for a
-    described chip. ``slices``: of TPUs."""
+    """Return the flags that a run over ``mesh`` adds to the environment on chips of ``kind``.
+
+    ``kind`` is "gpu", "cpu", a key of TPU, or "tpu" for an unknown one; ``slices``: TPU slices. The
+    answer is the same for a run and for a chip that is only described.
+    """
     platform = platform_of(kind)
     if platform not in VARIABLE:
         return Choice()
@@ -167,10 +169,10 @@ def choose(kind: str, mesh: MeshConfig, slices: int = 1, recompute: str = "eleme
     if kind not in TPU:
         return Choice(
             (),
-            "this TPU is of no known kind, so none of the compiler's flags are set; "
+            "the kind of this TPU is not known, so no compiler flags are set; "
             f"set TPU_ACCELERATOR_TYPE, as v5p-8, to one of {', '.join(TPU)}",
         )
-    groups = TPU[kind]
+    groups: tuple[Group, ...] = TPU[kind]
     why = ""
     while groups:
         flags = free(flag for group in groups for flag in group.flags)
@@ -193,14 +195,15 @@ def _name(flag: str) -> str:
 
 
 def collectives_of(mesh: MeshConfig) -> list[tuple[str, str]]:
-    """(kind, mesh axis) of what a step over ``mesh`` may send, as planning.hlo_cost names the
-    kinds."""
+    """Return (kind, mesh axis) of each collective that a step over ``mesh`` may use.
+
+    The kinds are named as in planning.hlo_cost.
+    """
     found = []
     if mesh.data != 1:
-        found += [
-            (kind, "data")
-            for kind in ("all-reduce", *(("all-gather", "reduce-scatter") if mesh.zero else ()))
-        ]
+        found.append(("all-reduce", "data"))
+        if mesh.zero:
+            found += [("all-gather", "data"), ("reduce-scatter", "data")]
     if mesh.tensor > 1:
         found += [(kind, "tensor") for kind in ("all-gather", "reduce-scatter", "all-reduce")]
     if mesh.pipe > 1:
@@ -211,19 +214,19 @@ def collectives_of(mesh: MeshConfig) -> list[tuple[str, str]]:
             "gather": ["all-gather"],
             "ring": ["collective-permute"],
         }
-        found += [
-            (kind, "context") for kind in kinds.get(mesh.context_mode, ["all-to-all", "all-gather"])
-        ]
+        used = kinds.get(mesh.context_mode, ["all-to-all", "all-gather"])
+        found += [(kind, "context") for kind in used]
     return found
 
 
-# --- what is here
-# ---------------------------------------------------------------------------------------------------
+# --- this machine
 
 
 def kind_here() -> str:
-    """The kind of chip that JAX will choose, without its choosing it yet: "cpu", "gpu", one of TPU,
-    or "tpu" where the machine does not tell which."""
+    """Return the kind of chip that JAX will choose, without making JAX choose it yet.
+
+    It is "cpu", "gpu", a key of TPU, or "tpu" where the machine does not report which.
+    """
     platform = platform_here()
     if platform != "tpu":
         return platform
@@ -232,47 +235,47 @@ def kind_here() -> str:
 
 
 def kind_of(accelerator: str) -> str | None:
-    """ "v5litepod-16", "tpu-v6e-slice" or "tpu7x-128" as a key of TPU; None for what names none."""
+    """Return the key of TPU for "v5litepod-16", "tpu-v6e-slice" or "tpu7x-128"; None if unknown."""
     text = accelerator.lower().replace("-", "").replace("v5lite", "v5e")
     return next((kind for kind in TPU if kind in text), None)
 
 
 def platform_of(kind: str) -> str:
-    """gpu, tpu or cpu."""
+    """Return the platform of ``kind``: gpu, tpu or cpu."""
     return "tpu" if kind in TPU else kind
 
 
 def platform_here() -> str:
-    """gpu, tpu or cpu: what JAX will choose, without its choosing it yet."""
-    asked = (jax.config.jax_platforms or "").split(",")[0]
-    if asked:
-        return {"cuda": "gpu"}.get(asked, asked)
-    if os.path.exists("/dev/nvidiactl") and any(
-        util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)
-    ):
+    """Return the platform that JAX will choose (gpu, tpu or cpu), without making it choose yet."""
+    requested = (jax.config.jax_platforms or "").split(",")[0]
+    if requested:
+        return {"cuda": "gpu"}.get(requested, requested)
+    has_plugin = any(util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13))
+    if os.path.exists("/dev/nvidiactl") and has_plugin:
         return "gpu"
     if util.find_spec("libtpu") and (glob.glob("/dev/accel*") or glob.glob("/dev/vfio/*")):
         return "tpu"
     return "cpu"
 
 
-# --- trying
-# ---------------------------------------------------------------------------------------------------------
+# --- trying flags in another process
 
-SECONDS = 600  # for one try
+SECONDS = 600  # limit of one try
 
 
 def unknown_flags(flags: Sequence[str]) -> list[str]:
-    """Those of the GPU compiler's ``flags`` that it does not know; remembered for its version."""
+    """Return those of ``flags`` that the GPU compiler does not know; cached for its version."""
     return _remembered(
         f"jaxlib {metadata.version('jaxlib')} {' '.join(flags)}", lambda: _unknown(list(flags))
     )
 
 
 def refusal(kind: str, mesh: MeshConfig, slices: int, flags: Sequence[str]) -> str:
-    """Why the compiler for ``kind`` refuses ``flags`` beside those in the environment, in its
-    words, or "": it has compiled a small step with the collectives of ``mesh``. Remembered for its
-        version."""
+    """Return why the compiler for ``kind`` refuses ``flags`` and those in the environment.
+
+    Return its own message, or "" if it compiled a small step with the collectives of ``mesh``. The
+    answer is cached for its version.
+    """
     request = {"kind": kind, "slices": min(slices, 2), "collectives": collectives_of(mesh)}
     all_flags = " ".join([*os.environ.get("LIBTPU_INIT_ARGS", "").split(), *flags])
     return _remembered(
@@ -281,20 +284,20 @@ def refusal(kind: str, mesh: MeshConfig, slices: int, flags: Sequence[str]) -> s
 
 
 def _libtpu() -> str:
-    """Which TPU compiler the process of a try will find; launch/test.sh puts one apart."""
+    """Name the TPU compiler that another process will find; launch/test.sh installs one apart."""
     path = [*sys.path, os.path.join(sys.prefix, "ahead")]
     found = next(iter(metadata.distributions(name="libtpu", path=path)), None)
-    return (
-        f"libtpu {found.version if found else 'unknown'} {os.environ.get('TPU_LIBRARY_PATH', '')}"
-    )
+    version = found.version if found else "unknown"
+    return f"libtpu {version} {os.environ.get('TPU_LIBRARY_PATH', '')}"
 
 
-def _remembered(key: str, find: Callable):
-    """What ``find`` gave for ``key`` before, or gives: (answer, whether that is certain, and so
-    worth keeping)."""
-    path = os.path.join(
-        compat.cache_folder(), f"flags-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-    )
+def _remembered[Answer](key: str, find: Callable[[], tuple[Answer, bool]]) -> Answer:
+    """Return the cached answer for ``key``, or that of ``find``.
+
+    ``find`` returns (answer, whether it is certain); only certain answers are cached.
+    """
+    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+    path = os.path.join(compat.cache_folder(), f"flags-{digest}.json")
     try:
         with open(path) as file:
             return json.load(file)["answer"]
@@ -308,12 +311,12 @@ def _remembered(key: str, find: Callable):
                 json.dump({"asked": key, "answer": answer}, file)
             os.replace(beside, path)
         except OSError:
-            pass  # a home that cannot be written to: asked again next time
+            pass  # the home folder is read-only: the next run tries again
     return answer
 
 
 def _refusal(request: dict, flags: str) -> tuple[str, bool]:
-    # The process takes no chip: it describes some, so libtpu need not be alone on this machine.
+    # The process acquires no chip, it only describes some: another one may hold the chips.
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("MEGASCALE_")
     }
@@ -337,15 +340,14 @@ def _refusal(request: dict, flags: str) -> tuple[str, bool]:
         return f"not tried: the compiler took more than {SECONDS} s", False
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])["refused"], True
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or [
-        f"exit code {done.returncode}"
-    ]
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    lines = lines or [f"exit code {done.returncode}"]
     unknown = [line for line in lines if _UNKNOWN.search(line)]
     return (unknown[-1], True) if unknown else (f"not tried: {lines[-1]}", False)
 
 
 _UNKNOWN = re.compile("nknown flag|nknown command line")
-# The parser of XLA's GPU flags is in every jaxlib, so that no card is needed, or taken.
+# Every jaxlib contains the parser of XLA's GPU flags, so no card is needed or acquired.
 _PARSES = "import jax; jax.devices()"
 
 
@@ -370,7 +372,7 @@ def _unknown(flags: list[str]) -> tuple[list[str], bool]:
         lines = [line for line in done.stderr.splitlines() if _UNKNOWN.search(line)]
         named = {name for line in lines for name in re.findall(r"xla_\w+", line.lower())}
         found = [flag for flag in left if _name(flag)[2:] in named]
-        if not found:  # it fails for another reason: better no flag than a run that ends
+        if not found:  # another failure: running without flags is better than not running
             return flags, False
         unknown += found
     return unknown, True

@@ -32,7 +32,6 @@ def python(program: str, *arguments: str, **options) -> subprocess.Popen:
 
 
 # --- what may pass
-# ----------------------------------------------------------------------------------------
 
 
 class StoreError(Exception):
@@ -173,7 +172,7 @@ def test_what_all_processes_hear_is_of_the_same_kind(error, kind, monkeypatch):
         raise error
 
     with pytest.raises((ValueError, OSError)) as caught:
-        processes.agree(fails)
+        processes.run_on_first(fails)
     assert (
         type(caught.value) is kind and errors.explain(caught.value)[1] == errors.explain(error)[1]
     )
@@ -181,7 +180,6 @@ def test_what_all_processes_hear_is_of_the_same_kind(error, kind, monkeypatch):
 
 
 # --- names of files
-# ---------------------------------------------------------------------------------------
 
 
 def test_a_home_folder_is_found_behind_the_equals_sign(monkeypatch):
@@ -237,7 +235,6 @@ def test_a_name_that_this_python_cannot_write_is_refused_before_work(environment
 
 
 # --- output that breaks away
-# ------------------------------------------------------------------------------
 
 
 class Broken(io.StringIO):
@@ -339,7 +336,6 @@ def test_an_interrupt_is_one_line():
 
 
 # --- the launcher's end
-# -----------------------------------------------------------------------------------
 
 CHILD = """
     import signal, sys, time

@@ -46,7 +46,7 @@ def test_the_papers_throughput(devices, seconds, teraflops, mfu):
         (MTNLG, 2240, 2240, 39.15, 54.2),
     ],
 )
-def test_korthikantis_utilisation(model, devices, batch, seconds, mfu):
+def test_korthikantis_utilization(model, devices, batch, seconds, mfu):
     flops = batch * SEQUENCE * flops_per_token(model, SEQUENCE)
     # The 22B's 1.10 s has three digits only.
     assert 100 * flops / seconds / devices / A100 == pytest.approx(
@@ -82,13 +82,13 @@ def test_chips_are_read(text, chips):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("B100:8", "chip 'B100' is not known; choose one of A100-80, H100, .*, TPU7x$"),
-        ("", "chip '' is not known"),
+        ("B100:8", "unknown chip 'B100'; choose one of A100-80, H100, .*, TPU7x$"),
+        ("", "unknown chip ''"),
         ("H100", "write it as --chips=H100:1024$"),
         ("h100:0", "--chips=H100:1024$"),
-        ("H100:-8", "no number"),
-        ("H100:²", "no number"),
-        ("H100:9999999", "no number of chips from 1 to 1048576"),
+        ("H100:-8", "needs a number"),
+        ("H100:²", "needs a number"),
+        ("H100:9999999", "a number of chips from 1 to 1048576"),
     ],
 )
 def test_other_chips_are_refused(text, words):

@@ -41,7 +41,6 @@ def test_nothing_is_set_on_a_cpu():
 
 
 # --- GPUs: parsed
-# ---------------------------------------------------------------------------------------------------
 
 
 def test_gpu_flags_are_known_and_an_invented_one_is_found_out(monkeypatch):
@@ -90,7 +89,6 @@ def test_a_try_that_fails_for_another_reason_sets_no_flag_and_is_not_remembered(
 
 
 # --- which chip
-# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -134,7 +132,6 @@ def test_a_chip_of_no_known_kind_gets_no_flag_and_one_line():
 
 
 # --- TPUs: compiled
-# -------------------------------------------------------------------------------------------------
 
 
 def test_every_flag_has_a_source_and_one_value():

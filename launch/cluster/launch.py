@@ -1,16 +1,19 @@
-"""Starts a run of launch/pretrain.py on many hosts, or here in several processes, and starts it
-again when it fails.
+"""Start launch/pretrain.py on many hosts, or in several local processes, and restart it on failure.
 
-python launch/cluster/launch.py --cluster=local --nodes=2 --local_devices=4 --config=C --workdir=RUN
-python launch/cluster/launch.py --cluster=slurm --nodes=4 --chips=8 --option=--partition=gpu
---config=C --workdir=RUN python launch/cluster/launch.py --cluster=gke_gpu --nodes=4 --chips=8
---accelerator=nvidia-h100-80gb --image=I ... python launch/cluster/launch.py --cluster=gke_tpu
---nodes=4 --chips=4 --accelerator=tpu-v6e-slice --topology=4x4 ... python launch/cluster/launch.py
---cluster=tpu_pod --name=TPU --zone=ZONE --config=C --workdir=RUN
+    python launch/cluster/launch.py --cluster=local --nodes=2 --local_devices=4 \\
+        --config=C --workdir=RUN
+    python launch/cluster/launch.py --cluster=slurm --nodes=4 --chips=8 \\
+        --option=--partition=gpu --config=C --workdir=RUN
+    python launch/cluster/launch.py --cluster=gke_gpu --nodes=4 --chips=8 \\
+        --accelerator=nvidia-h100-80gb --image=I ...
+    python launch/cluster/launch.py --cluster=gke_tpu --nodes=4 --chips=4 \\
+        --accelerator=tpu-v6e-slice --topology=4x4 ...
+    python launch/cluster/launch.py --cluster=tpu_pod --name=TPU --zone=ZONE \\
+        --config=C --workdir=RUN
 
---dry_run prints what would run, and that is all. --config, --set, --workdir and --flags are
-launch/pretrain.py's. Paths mean the folder in which this is typed; the hosts of gke and tpu_pod
-lack it, so that theirs are absolute.
+--dry_run only prints what would run. --config, --set, --workdir and --flags are those of
+launch/pretrain.py. Paths are relative to the current folder. The hosts of gke and tpu_pod do not
+have it, so paths there must be absolute.
 """
 
 import os
@@ -22,6 +25,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import FrameType
 
 from absl import flags
 
@@ -30,8 +34,8 @@ from mtnlg_jax.config import Config, load_config, map_paths, override, split_arg
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
-# Signals that are passed on to the processes of --cluster=local. SIGHUP stays ignored where it was,
-# as under nohup.
+# Signals that are passed on to the processes of --cluster=local. SIGHUP stays ignored if it was
+# ignored at the start, as under nohup.
 PASSED_ON = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
 
 _CLUSTER = flags.DEFINE_enum(
@@ -43,44 +47,42 @@ _CLUSTER = flags.DEFINE_enum(
 )
 _CONFIG = command.define_path("config", None, "a file of configs/", required=True)
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "folder of the run, seen by every host", required=True
+    "workdir", None, "folder of the run, visible to every host", required=True
 )
 _SET = flags.DEFINE_multi_string(
-    "set", [], "a value of the config, as train.steps=10; repeat for more"
+    "set", [], "a value of the config, such as train.steps=10; can be repeated"
 )
 _FLAGS = flags.DEFINE_enum(
-    "flags", "on", ["on", "off"], "the compiler's flags of mtnlg_jax/xla_flags.py"
+    "flags", "on", ["on", "off"], "the compiler flags of mtnlg_jax/xla_flags.py"
 )
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "print what would run")
-_NAME = flags.DEFINE_string("name", "mtnlg-jax", "of the job; tpu_pod: of the TPU")
+_NAME = flags.DEFINE_string("name", "mtnlg-jax", "name of the job; tpu_pod: of the TPU")
 _NODES = flags.DEFINE_integer(
-    "nodes", 1, "hosts (gke_tpu: of a slice); local: processes", lower_bound=1
+    "nodes", 1, "number of hosts (gke_tpu: per slice); local: of processes", lower_bound=1
 )
-_CHIPS = flags.DEFINE_integer("chips", 8, "cards or chips of a host", lower_bound=1)
-_RESTARTS = flags.DEFINE_integer(
-    "restarts", 20, "how often a failed run is started again", lower_bound=0
-)
+_CHIPS = flags.DEFINE_integer("chips", 8, "cards or chips per host", lower_bound=1)
+_RESTARTS = flags.DEFINE_integer("restarts", 20, "how often to restart a failed run", lower_bound=0)
 _OPTION = flags.DEFINE_multi_string(
-    "option", [], "slurm: an option of sbatch, as --option=--partition=gpu"
+    "option", [], "slurm: an option of sbatch, such as --option=--partition=gpu"
 )
-_ZONE = flags.DEFINE_string("zone", None, "tpu_pod: of Google Cloud")
+_ZONE = flags.DEFINE_string("zone", None, "tpu_pod: zone of Google Cloud")
 _IMAGE = flags.DEFINE_string(
     "image", None, "gke: a container image with the repository as its working directory"
 )
 _ACCELERATOR = flags.DEFINE_string(
-    "accelerator", None, "gke: the node pool's label, as nvidia-h100-80gb"
+    "accelerator", None, "gke: the node pool's label, such as nvidia-h100-80gb"
 )
-_TOPOLOGY = flags.DEFINE_string("topology", None, "gke_tpu: of a slice, as 4x4")
-_SLICES = flags.DEFINE_integer("slices", 1, "gke_tpu: how many", lower_bound=1)
+_TOPOLOGY = flags.DEFINE_string("topology", None, "gke_tpu: topology of a slice, such as 4x4")
+_SLICES = flags.DEFINE_integer("slices", 1, "gke_tpu: number of slices", lower_bound=1)
 _CLAIM = flags.DEFINE_string(
     "claim", None, "gke: the volume claim that holds --workdir and the data"
 )
 _MOUNT = flags.DEFINE_string("mount", "/runs", "gke: where the claim is mounted")
 _LOCAL_DEVICES = flags.DEFINE_integer(
-    "local_devices", None, "local: devices that each process simulates on the CPU"
+    "local_devices", None, "local: devices to simulate on the CPU in each process"
 )
 _GRACE = flags.DEFINE_integer(
-    "grace", 120, "local: seconds for the others to end by themselves after a failure"
+    "grace", 120, "local: seconds that the others have to end by themselves after a failure"
 )
 
 
@@ -108,7 +110,7 @@ def main() -> int:
         ]
     elif _CLUSTER.value == "tpu_pod":
         _need(zone=_ZONE.value)
-        argv = ["bash", os.path.join(HERE, "tpu_pod.sh"), _NAME.value, _ZONE.value, *given]
+        argv = ["bash", os.path.join(HERE, "tpu_pod.sh"), _NAME.value, str(_ZONE.value), *given]
     else:
         environment = {}
         argv = ["kubectl", "apply", "-f", "-"]
@@ -121,13 +123,14 @@ def main() -> int:
         return subprocess.run(argv, env=os.environ | environment, input=text, text=True).returncode
     except FileNotFoundError:
         raise ValueError(
-            f"{argv[0]} is not installed here; run this where it is, or see the command with --dry_run"
+            f"{argv[0]} is not installed here; run this where it is, or print the command with "
+            "--dry_run"
         ) from None
 
 
 def _flags_here() -> list[str]:
-    """The flags of launch/pretrain.py for processes that see the folder in which this was typed."""
-    load_config(_CONFIG.value, _SET.value)  # what it refuses is said once, before anything starts
+    """Return the flags of launch/pretrain.py for processes that have the current folder."""
+    load_config(_CONFIG.value, _SET.value)  # report errors once, before anything starts
     return [
         f"--config={_CONFIG.value}",
         f"--workdir={command.expand(_WORKDIR.value)}",
@@ -136,22 +139,29 @@ def _flags_here() -> list[str]:
 
 
 def _flags_of_a_host() -> list[str]:
-    """The same for hosts that have the repository alone: --config relative to it, all else
-    absolute."""
+    """Return the flags of launch/pretrain.py for hosts that only have the repository.
+
+    --config is relative to it, all other paths are absolute.
+    """
     config = _CONFIG.value
-    # An absolute path may be on the hosts alone.
+    # An absolute path may exist on the hosts only.
     if os.path.isfile(split_argument(config)[0]) or not os.path.isabs(config):
         load_config(config, _SET.value)
         config = os.path.relpath(os.path.realpath(config), os.path.realpath(ROOT))
     if config.startswith(os.pardir):
         raise ValueError(
-            f"--config={_CONFIG.value} lies outside {ROOT}, which is all that the hosts of "
-            f"--cluster={_CLUSTER.value} have; put it into configs/"
+            f"--config={_CONFIG.value} is outside {ROOT}, which is all that the hosts of "
+            f"--cluster={_CLUSTER.value} have; move it to configs/"
         )
     _refuse_relative("--workdir", _WORKDIR.value)
     for value in _SET.value:
-        named = []
-        map_paths(override(Config(), value), lambda path, named=named: named.append(path) or path)
+        named: list[str] = []
+
+        def collect(path: str, named: list[str] = named) -> str:
+            named.append(path)
+            return path
+
+        map_paths(override(Config(), value), collect)
         for path in named:
             _refuse_relative(f"--set={value.partition('=')[0]}", path)
     return [
@@ -162,24 +172,24 @@ def _flags_of_a_host() -> list[str]:
 
 
 def _refuse_relative(flag: str, path: str) -> None:
-    home = (
-        path.startswith("~") and _CLUSTER.value == "tpu_pod"
-    )  # of each host, whose pretrain.py expands it
+    # Each host of a TPU pod expands ~ to its own home folder.
+    home = path.startswith("~") and _CLUSTER.value == "tpu_pod"
     if not (os.path.isabs(path) or "://" in path or home):
         raise ValueError(
-            f"{flag}: {path!r} means a folder of this machine; give the whole path that it has on the "
-            f"hosts of --cluster={_CLUSTER.value}, as /runs/a"
+            f"{flag}: {path!r} is relative to a folder of this machine; give the absolute path on "
+            f"the hosts of --cluster={_CLUSTER.value}, such as /runs/a"
         )
 
 
 def manifest(given: list[str]) -> str:
-    """The JobSet of gke_gpu.yaml or gke_tpu.yaml with this run in it."""
+    """Return the JobSet of gke_gpu.yaml or gke_tpu.yaml, filled in for this run."""
     _need(image=_IMAGE.value, accelerator=_ACCELERATOR.value, claim=_CLAIM.value)
     if _CLUSTER.value == "gke_tpu":
         _need(topology=_TOPOLOGY.value)
     if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", _NAME.value):
         raise ValueError(
-            f"--name={_NAME.value!r} does not suit Kubernetes: small letters, digits and -, 40 at most"
+            f"--name={_NAME.value!r} is not valid in Kubernetes: use lowercase letters, digits "
+            "and -, at most 40"
         )
     values = {
         "NAME": _NAME.value,
@@ -198,26 +208,25 @@ def manifest(given: list[str]) -> str:
         return re.sub(r"@([A-Z]+)@", lambda found: str(values[found[1]]), file.read())
 
 
-def _need(**values) -> None:
+def _need(**values: str | None) -> None:
     missing = [f"--{name}" for name, value in values.items() if not value]
     if missing:
         raise ValueError(f"--cluster={_CLUSTER.value} needs {' and '.join(missing)}; see --help")
 
 
 def local(given: list[str]) -> int:
-    """Runs --nodes processes here, again after a failure; returns the exit code of the last
-    ones."""
+    """Run --nodes processes here, restarting them after a failure; return the last exit code."""
     stop = threading.Event()
     running: list[subprocess.Popen] = []
     signaled: list[subprocess.Popen] = []
 
-    def pass_on(number, frame):
+    def pass_on(number: int, frame: FrameType | None) -> None:
         stop.set()
         for process in running:
             process.send_signal(number)
             signaled.append(process)
 
-    # Each process watches this pipe: its end comes when the launcher ends, even by kill -9.
+    # Each process watches this pipe: it closes when the launcher ends, even by kill -9.
     reading, _ = os.pipe()
     if not _DRY_RUN.value:
         for name in PASSED_ON:
@@ -247,13 +256,13 @@ def local(given: list[str]) -> int:
                         env=os.environ | {command.LAUNCHER_PIPE: str(reading)},
                     )
                 )
-        if stop.is_set():  # a signal while they were started: the last one may have missed it
+        if stop.is_set():  # a signal during the start, which the last process may have missed
             for process in running:
                 if process not in signaled:
                     process.send_signal(signal.SIGTERM)
         codes = _follow(running)
         final = [code for code in codes if code in errors.FINAL]
-        followed = (errors.PROCESS_LOST, 128 + signal.SIGABRT)  # another one's end, not its own
+        followed = (errors.PROCESS_LOST, 128 + signal.SIGABRT)  # ended because of another process
         own = [code for code in codes if code and code not in followed]
         code = final[0] if final else max(own or codes, default=errors.PREEMPTED)
         if not any(codes) or final or stop.is_set() or failure > _RESTARTS.value:
@@ -284,15 +293,18 @@ def _local_command(given: list[str], port: int, process: int) -> list[str]:
 
 
 def _follow(running: list[subprocess.Popen]) -> list[int]:
-    """Exit codes of all (128 + n for signal n), whose lines it prints with the number of each; what
-    has not ended --grace seconds after the first failure is killed."""
+    """Wait for all processes and return their exit codes (128 + n for signal n).
 
-    def say(number, process):
-        for line in process.stdout:
-            if not line.startswith("[Gloo] Rank"):  # one line for every group of devices
+    Their output is printed, each line with the number of its process. Processes that still run
+    --grace seconds after the first failure are killed.
+    """
+
+    def show(number: int, process: subprocess.Popen) -> None:
+        for line in process.stdout or ():
+            if not line.startswith("[Gloo] Rank"):  # printed for every group of devices
                 print(f"{number}: {line}", end="", flush=True)
 
-    readers = [threading.Thread(target=say, args=pair) for pair in enumerate(running)]
+    readers = [threading.Thread(target=show, args=pair) for pair in enumerate(running)]
     for reader in readers:
         reader.start()
     failed = None

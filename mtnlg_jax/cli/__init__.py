@@ -1,2 +1,2 @@
-"""The commands: each module holds the flags and the ``main`` of one script of launch/ and of one
-console command."""
+"""The commands. Each module holds the flags and the ``main`` of a script of launch/ and of the
+console command of the same name."""

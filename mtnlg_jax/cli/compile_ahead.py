@@ -1,14 +1,13 @@
-"""Compiles a step for accelerators that are not here, and says whether it fits and what it does:
+"""Compile a step for accelerators that are not present, and report whether it fits.
 
-    python launch/compile_ahead.py --config=configs/mtnlg_530b.py --topology=v5p:8x8x16
-    --set=mesh.pipe=1 \
-        --set=mesh.data=128 --set=mesh.zero=3 --set=train.rampup_batch_size=none
+    python launch/compile_ahead.py --config=configs/mtnlg_530b.py --topology=v5p:8x8x16 \\
+        --set=mesh.pipe=1 --set=mesh.data=128 --set=mesh.zero=3 --set=train.rampup_batch_size=none
 
-A train step is compiled with the compiler's flags that launch/pretrain.py sets on these chips; the
+A train step is compiled with the compiler flags that launch/pretrain.py sets on these chips; the
 report names them.
 
 Topologies: v4, v5p, tpu7x (three sizes), v5e, v6e (two), each with *N for N slices; A100, H100,
-H200, B200 as hosts x cards; cpu:N. Needs the extra `ahead`, but for cpu. Exit codes: 0 it compiles
+H200, B200 as hosts x cards; cpu:N. All but cpu need the extra `ahead`. Exit codes: 0 it compiles
 and, as far as memory is known, fits; 1 it does not fit, or the compiler died; 2 bad input.
 """
 
@@ -20,26 +19,26 @@ from mtnlg_jax import command
 
 _CONFIG = command.define_path("config", None, "a file of configs/", required=True)
 _SET = flags.DEFINE_multi_string(
-    "set", [], "a value of the config, as mesh.tensor=8; repeat for more"
+    "set", [], "a value of the config, such as mesh.tensor=8; can be repeated"
 )
 _TOPOLOGY = flags.DEFINE_string(
-    "topology", None, "as v5p:8x8x16, v5p:8x8x8*2, H100:280x8, cpu:8", required=True
+    "topology", None, "such as v5p:8x8x16, v5p:8x8x8*2, H100:280x8, cpu:8", required=True
 )
 _STEP = flags.DEFINE_enum("step", "train", ["train", "prefill", "decode"], "which step")
 _TARGET_CONFIG = command.define_path(
     "target_config", None, "description of the GPU, dumped from a real card; default: the project's"
 )
 _MEMORY = flags.DEFINE_float(
-    "memory", None, "GiB that a device has; default: what the compiler or the card says", 0.0
+    "memory", None, "GiB per device; default: as reported by the compiler or the card", 0.0
 )
 _PROVE = flags.DEFINE_integer(
-    "prove", 2, "how many changes to compile where the step does not fit", 0
+    "prove", 2, "number of suggested changes to compile where the step does not fit", 0
 )
 _FLAGS = flags.DEFINE_enum(
     "flags",
     "on",
     ["on", "off"],
-    "compile a train step with the compiler's flags that launch/pretrain.py sets",
+    "compile a train step with the compiler flags that launch/pretrain.py sets",
 )
 _JSON = command.define_path("json", None, "file for the measurement, as JSON")
 _TEXT = command.define_path("hlo", None, "file for the compiled program's text")
@@ -52,7 +51,7 @@ def main() -> int:
     for flag in (_JSON, _TEXT):
         if flag.value and not os.path.isdir(os.path.dirname(flag.value) or "."):
             raise FileNotFoundError(
-                f"--{flag.name}={flag.value} lies in a folder that does not exist; make it first"
+                f"--{flag.name}={flag.value} is in a folder that does not exist; create it first"
             )
     described = topology.parse(_TOPOLOGY.value)
     config = load_config(_CONFIG.value, _SET.value)
@@ -81,5 +80,5 @@ def main() -> int:
 
 
 def run() -> None:
-    """Parses the command line, does what it says and exits."""
+    """Parse the command line, run the command and exit."""
     command.run(main)

@@ -1,12 +1,10 @@
-"""Turns a GPT-2 of Hugging Face into a run folder, and back; without PyTorch.
+"""Convert a Hugging Face GPT-2 to a run folder or back, without PyTorch.
 
-    python launch/convert.py --from=gpt2 --to=RUN       config.json, safetensors, tokenizer files ->
-        a run
-    python launch/convert.py --from=RUN --to=gpt2-new   a run of GPT-2's architecture -> what
-        transformers loads
+    python launch/convert.py --from=gpt2 --to=RUN       config.json, safetensors, tokenizer -> run
+    python launch/convert.py --from=RUN --to=gpt2-new   run of GPT-2's architecture -> transformers
 
-What --from holds decides the direction. There and back every tensor has the same bits. The
-tokenizer and generation_config.json of --from come along; the report names what has no counterpart.
+The content of --from decides the direction. A round trip keeps every bit of every tensor. The
+tokenizer and generation_config.json of --from are copied; the report names what has no counterpart.
 Exit codes: 0 done, 2 bad input.
 """
 
@@ -15,18 +13,19 @@ from absl import flags
 from mtnlg_jax import command
 
 _FROM = command.define_path(
-    "from", None, "folder of a model of Hugging Face's, or of a run", required=True
+    "from", None, "folder of a Hugging Face model or of a run", required=True
 )
-_TO = command.define_path("to", None, "folder to make", required=True)
+_TO = command.define_path("to", None, "folder to create", required=True)
 _DTYPE = flags.DEFINE_enum(
     "dtype",
     "source",
     ["source", "float32", "float16", "bfloat16"],
-    "tensors for Hugging Face; source: as they came, float32 where the run was trained here",
+    "type of the tensors for Hugging Face; source: that of the original model, float32 for a run "
+    "trained here",
 )
-_MAX_SHARD_SIZE = flags.DEFINE_float("max_shard_size", 5.0, "GB in one file for Hugging Face")
+_MAX_SHARD_SIZE = flags.DEFINE_float("max_shard_size", 5.0, "GB per file for Hugging Face")
 _CHECKPOINT = flags.DEFINE_enum("checkpoint", "best", ["best", "last"], "which checkpoint of a run")
-_TOKENIZER = command.define_path("tokenizer", None, "folder of a tokenizer, where --from has none")
+_TOKENIZER = command.define_path("tokenizer", None, "folder of a tokenizer, if --from has none")
 _OVERWRITE = flags.DEFINE_bool(
     "overwrite", False, "replace a run or model at --to, once the new one is whole"
 )
@@ -51,5 +50,5 @@ def main() -> None:
 
 
 def run() -> None:
-    """Parses the command line, does what it says and exits."""
+    """Parse the command line, run the command and exit."""
     command.run(main)

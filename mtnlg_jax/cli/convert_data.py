@@ -1,14 +1,14 @@
-"""Token arrays to Megatron's .bin and .idx and back, and either to text.
+"""Convert token arrays to Megatron's .bin and .idx and back, or either to text.
 
-    python launch/convert_data.py --from=OUT/train --to=PREFIX                  for Megatron: the
-        same tokens
-    python launch/convert_data.py --from=PREFIX --to=OUT --tokenizer=FOLDER     a prepared folder,
-        to train from
-    python launch/convert_data.py --from=OUT/train --to=text.jsonl.zst          {"text": ...} of
-        each document
+    # the same tokens for Megatron
+    python launch/convert_data.py --from=OUT/train --to=PREFIX
+    # a prepared folder, to train from
+    python launch/convert_data.py --from=PREFIX --to=OUT --tokenizer=FOLDER
+    # {"text": ...} for each document
+    python launch/convert_data.py --from=OUT/train --to=text.jsonl.zst
     python launch/convert_data.py --from=PREFIX --to=text.jsonl --tokenizer=FOLDER
 
-launch/pretrain.py also trains from PREFIX as it is (--set=data.path=PREFIX
+launch/pretrain.py also trains from PREFIX directly (--set=data.path=PREFIX
 --set=data.tokenizer=FOLDER). Exit codes: 0 done, 2 bad input.
 """
 
@@ -17,16 +17,16 @@ from absl import flags
 from mtnlg_jax import command
 
 _FROM = command.define_path(
-    "from", None, "folder of token arrays, as OUT/train, or a Megatron prefix", required=True
+    "from", None, "folder of token arrays, such as OUT/train, or a Megatron prefix", required=True
 )
 _TO = command.define_path(
-    "to", None, "Megatron prefix, folder, or a file .jsonl, .jsonl.gz, .jsonl.zst", required=True
+    "to", None, "Megatron prefix, folder, or file .jsonl, .jsonl.gz, .jsonl.zst", required=True
 )
 _TOKENIZER = command.define_path(
     "tokenizer", "", "folder of the tokenizer; default: the one beside the token arrays"
 )
 _HELDOUT = flags.DEFINE_float(
-    "heldout", 0.01, "of a folder made from PREFIX: share of the last documents held out"
+    "heldout", 0.01, "share of the last documents to hold out, when --from is a PREFIX"
 )
 _OVERWRITE = flags.DEFINE_bool(
     "overwrite", False, "replace what is at --to, once the new one is whole"
@@ -40,5 +40,5 @@ def main() -> None:
 
 
 def run() -> None:
-    """Parses the command line, does what it says and exits."""
+    """Parse the command line, run the command and exit."""
     command.run(main)

@@ -1,16 +1,19 @@
-"""Scores a text with a trained model: python launch/evaluate.py --workdir=RUN --input=FILE [--json]
+"""Score a text with a trained model: python launch/evaluate.py --workdir=RUN --input=FILE [--json]
 
-FILE is anything that launch/prepare_data.py reads (text, JSON lines, Parquet; a folder too), or -
-for standard input. Every token counts once and is scored with context (--stride). Perplexity is a
-token's; bits per byte and word perplexity (words between white space) compare models of different
-tokenizers. --adapt=4e-4 lets the model learn from each window after it has scored it, as a
-compressor does: three times as long, and a fairer comparison with one. --dtype, --weights and
---cache score it a second time as launch/generate.py would hold the model: what that costs.
+FILE is anything that launch/prepare_data.py reads (text, JSON lines, Parquet, or a folder), or -
+for standard input. Every token counts once and is scored with context (--stride). Perplexity is per
+token; bits per byte and word perplexity (words between white space) compare models with different
+tokenizers. --adapt=4e-4 lets the model learn from each window after scoring it, like a compressor:
+that takes three times as long, and compares more fairly with one. --dtype, --weights and --cache
+score the text a second time with the model as launch/generate.py would hold it, to show the loss in
+quality.
 """
 
 import dataclasses
+import io
 import json
 import sys
+from typing import Any, cast
 
 from absl import flags
 
@@ -29,25 +32,27 @@ _ON_ERROR = flags.DEFINE_enum(
     "on_error", "raise", ["raise", "skip"], "what to do about damaged documents: skip counts them"
 )
 _ENCODING = flags.DEFINE_string(
-    "encoding", "", "of text that is not UTF-8 and does not say so, such as cp1252"
+    "encoding", "", "encoding of text that is not UTF-8 and has no mark of it, such as cp1252"
 )
 _CHECKPOINT = flags.DEFINE_enum("checkpoint", "best", ["best", "last"], "which checkpoint")
 _STRIDE = flags.DEFINE_integer(
-    "stride", None, "tokens that a window scores; default: half the context"
+    "stride", None, "tokens scored in each window; default: half the context"
 )
 _ADAPT = flags.DEFINE_float(
     "adapt",
     0.0,
-    "learning rate of dynamic evaluation, from the trained weights anew for "
-    "each document; 0: the weights stay as they are",
+    "learning rate of dynamic evaluation, which restarts from the trained weights for each "
+    "document; 0: the weights stay fixed",
 )
 _DTYPE = flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "bfloat16"], "as launch/generate.py: type of products"
+    "dtype", "float32", ["float32", "bfloat16"], "type of the products, as in launch/generate.py"
 )
 _WEIGHTS = flags.DEFINE_enum(
-    "weights", None, ["int8"], "as launch/generate.py: weights of products"
+    "weights", None, ["int8"], "type of the weights, as in launch/generate.py"
 )
-_CACHE = flags.DEFINE_enum("cache", None, ["int8"], "as launch/generate.py: keys and values")
+_CACHE = flags.DEFINE_enum(
+    "cache", None, ["int8"], "type of the keys and values, as in launch/generate.py"
+)
 _JSON = flags.DEFINE_bool("json", False, "print one JSON object")
 
 
@@ -65,10 +70,10 @@ def main() -> None:
     if rounded and _ADAPT.value:
         name, value = next(iter(rounded.items()))
         raise ValueError(
-            f"--adapt={_ADAPT.value} trains weights, and --{name}={value} rounds them; leave one of "
-            "the two out"
+            f"--adapt={_ADAPT.value} trains weights, and --{name}={value} rounds them; leave one "
+            "of the two out"
         )
-    texts, read = _texts()
+    texts, left_out = _texts()
     compat.configure_cache()
 
     from flax import nnx
@@ -82,8 +87,8 @@ def main() -> None:
     model = nnx.merge(abstract_model(run.config.model)[0], run.params)
     with tqdm(unit="window", disable=None, leave=False) as bar:
 
-        def show(done, total):
-            bar.total = total
+        def show(done: int, windows: int) -> None:
+            bar.total = windows
             bar.update(done - bar.n)
 
         total = merged(
@@ -91,51 +96,62 @@ def main() -> None:
                 model, run.tokenizer, texts, _STRIDE.value, adapt=_ADAPT.value, on_batch=show
             )
         )
-    again = {}
+    other = None
     if rounded:
         decoder = unstack(run.config.model, run.params, **rounded)
         other = merged(evaluate_texts(decoder, run.tokenizer, texts, _STRIDE.value))
-        again = {"rounded": rounded | {"loss": other.loss, "perplexity": other.perplexity}}
     if _JSON.value:
-        told = {"step": run.step, "documents": len(texts), "adapt": _ADAPT.value, "left_out": read}
-        print(json.dumps(dataclasses.asdict(total) | told | again, allow_nan=False))
+        result = dataclasses.asdict(total) | {
+            "step": run.step,
+            "documents": len(texts),
+            "adapt": _ADAPT.value,
+            "left_out": left_out,
+        }
+        if other is not None:
+            result["rounded"] = rounded | {"loss": other.loss, "perplexity": other.perplexity}
+        print(json.dumps(result, allow_nan=False))
         return
-    if read:
-        print(
-            f"{_INPUT.value}: {', '.join(f'{count:,} {what}' for what, count in read.items())}",
-            file=sys.stderr,
-        )
+    name = _INPUT.value
+    if left_out:
+        counts = ", ".join(f"{count:,} {what}" for what, count in left_out.items())
+        print(f"{name}: {counts}", file=sys.stderr)
+    adapting = f", adapting at {_ADAPT.value:g}" if _ADAPT.value else ""
     print(
-        f"{_INPUT.value}: {len(texts)} document(s), {total.bytes:,} bytes, {total.tokens:,} tokens\n"
+        f"{name}: {len(texts)} document(s), {total.bytes:,} bytes, {total.tokens:,} tokens\n"
         f"loss {total.loss:.4f} nats a token, perplexity {total.perplexity:.2f}, "
-        f"{total.bits_per_byte:.4f} bits per byte, word perplexity {total.word_perplexity:.2f} of {total.words:,} "
-        f"words (checkpoint of step {run.step}"
-        f"{f', adapting at {_ADAPT.value:g}' if _ADAPT.value else ''})"
+        f"{total.bits_per_byte:.4f} bits per byte, word perplexity {total.word_perplexity:.2f} "
+        f"of {total.words:,} words (checkpoint of step {run.step}{adapting})"
     )
-    if rounded:
+    if other is not None:
+        kinds = ", ".join(f"{key} {value}" for key, value in rounded.items())
         print(
-            f"with {', '.join(f'{k} {v}' for k, v in rounded.items())}: loss {other.loss:.4f}, perplexity "
-            f"{other.perplexity:.3f} against {total.perplexity:.3f}: "
+            f"with {kinds}: loss {other.loss:.4f}, perplexity {other.perplexity:.3f} "
+            f"against {total.perplexity:.3f}: "
             f"{100 * (other.perplexity / total.perplexity - 1):+.2f} %"
         )
 
 
 def _texts() -> tuple[list[str], dict[str, int]]:
-    """The documents, and counts of what was left out or repaired where anything was."""
+    """Return the documents, and nonzero counts of what was left out or repaired."""
     from mtnlg_jax.data.read.documents import ReadReport, note_lines, read_documents, read_stream
 
     report = ReadReport()
-    given = {"on_error": _ON_ERROR.value, "report": report, "encoding": _ENCODING.value}
+    given: dict[str, Any] = {
+        "on_error": _ON_ERROR.value,
+        "report": report,
+        "encoding": _ENCODING.value,
+    }
     if _INPUT.value == "-":
         name = "standard input"
         if sys.stdin.isatty():
-            print("the text, ended by Ctrl-D:", file=sys.stderr)
-        texts = [document.text for document in read_stream(sys.stdin.buffer, name, **given)]
+            print("type the text, end with Ctrl-D:", file=sys.stderr)
+        stream = cast(io.BufferedReader, sys.stdin.buffer)  # typeshed only promises BinaryIO
+        texts = [document.text for document in read_stream(stream, name, **given)]
     else:
         name = _INPUT.value
         texts = [document.text for document in read_documents(name, _TEXT_KEY.value, **given)]
     if not texts:
-        raise ValueError(f"{name} holds no text; give a file or a folder with some")
+        raise ValueError(f"{name} contains no text; give a file or a folder with text")
     for line in note_lines(report.notes):
         print(f"{name}: {line}", file=sys.stderr)
     return texts, {
@@ -146,5 +162,5 @@ def _texts() -> tuple[list[str], dict[str, int]]:
 
 
 def run() -> None:
-    """Parses the command line, does what it says and exits."""
+    """Parse the command line, run the command and exit."""
     command.run(main)

@@ -1,57 +1,60 @@
-"""Trains one run: python launch/pretrain.py --config=configs/small.py --set=data.path=OUT
---workdir=RUN
+"""Train one run.
 
-Megatron's PREFIX.bin and PREFIX.idx train as they are: --set=data.path=PREFIX
+    python launch/pretrain.py --config=configs/small.py --set=data.path=OUT --workdir=RUN
+
+Megatron's PREFIX.bin and PREFIX.idx can be used directly: --set=data.path=PREFIX
 --set=data.tokenizer=FOLDER. The last hundredth of the documents is held out
 (--set=data.heldout=SHARE, or another PREFIX).
 
---init=RUN starts from the parameters of another run, or of a converted model, as to adapt it to a
-task: configs/ finetune_*.py. The data must have been prepared with its tokenizer, and the config
-must have its model.
+--init=RUN starts from the parameters of another run or of a converted model, for example to
+fine-tune it: configs/finetune_*.py. The data must have been prepared with its tokenizer, and the
+config must have its model.
 
-Start it again with the same flags to go on where it stopped. On SLURM, TPU pods and GKE start it
-once on every host or for every card (launch/cluster/launch.py does); elsewhere with
---coordinator=HOST:PORT --processes=N --process_id=I.
+Start it again with the same flags to resume it. On SLURM, TPU pods and GKE start it once on every
+host or for every card (launch/cluster/launch.py does); elsewhere with --coordinator=HOST:PORT
+--processes=N --process_id=I.
 
 Exit codes: 0 done, 2 bad input, 3 diverged, 4 no step was done in time (RUN/stacks-PROCESS.txt), 5
-the processes disagree, 6 another process ended (134: so JAX found), 74 reading or writing failed
+the processes disagree, 6 another process ended (134: detected by JAX), 74 reading or writing failed
 for a reason that may pass, 75 stopped by a signal (SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2,
-SIGXCPU) with its state saved. 4, 6, 74, 75, 134 and a kill are worth another start of all
-processes.
+SIGXCPU) with its state saved. After 4, 6, 74, 75, 134 and a kill it is worth starting all processes
+again.
 """
 
 import functools
 import shlex
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from mtnlg_jax import command
 
+if TYPE_CHECKING:
+    from mtnlg_jax.train.reporter import Summary
+
 _CONFIG = command.define_path("config", None, "a file of configs/", required=True)
 _SET = flags.DEFINE_multi_string(
-    "set", [], "a value of the config, as train.steps=10; repeat for more"
+    "set", [], "a value of the config, such as train.steps=10; can be repeated"
 )
 _WORKDIR = command.define_path("workdir", None, "folder of the run", required=True)
-_INIT = command.define_path(
-    "init", None, "folder of a run to start from: its best parameters, and nothing else of it"
-)
+_INIT = command.define_path("init", None, "folder of a run whose best parameters to start from")
 _PROGRESS = flags.DEFINE_bool("progress", True, "show a progress bar")
 _DISTRIBUTED = flags.DEFINE_enum(
     "distributed",
     "auto",
     ["auto", "on", "off"],
-    "join the processes that SLURM, a TPU pod or GKE tells of; on: insist on it",
+    "join the processes that SLURM, a TPU pod or GKE started; on: fail where there are none",
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "HOST:PORT of process 0, the same in every process"
 )
-_PROCESSES = flags.DEFINE_integer("processes", None, "how many there are")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "which one this is, from 0 on")
+_PROCESSES = flags.DEFINE_integer("processes", None, "number of processes")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "number of this process, from 0")
 _LOCAL_DEVICES = flags.DEFINE_integer(
-    "local_devices", None, "simulate so many devices on the CPU of this process"
+    "local_devices", None, "number of devices to simulate on the CPU of this process"
 )
 _COORDINATOR_TIMEOUT = flags.DEFINE_integer(
-    "coordinator_timeout", 300, "seconds to wait for all processes to come"
+    "coordinator_timeout", 300, "seconds to wait for all processes to connect"
 )
 _FLAGS = flags.DEFINE_enum(
     "flags", "on", ["on", "off"], "set the compiler's flags that mtnlg_jax/xla_flags.py lists"
@@ -66,9 +69,8 @@ def main() -> None:
 
     compat.quiet()
     compat.configure_cache()
-    config = load_config(
-        _CONFIG.value, [*_SET.value, *([f"train.init={_INIT.value}"] if _INIT.value else [])]
-    )
+    init = [f"train.init={_INIT.value}"] if _INIT.value else []
+    config = load_config(_CONFIG.value, [*_SET.value, *init])
     processes.start(
         _COORDINATOR.value,
         _PROCESSES.value,
@@ -80,7 +82,7 @@ def main() -> None:
     )
     if _FLAGS.value == "on":
         xla_flags.set_flags(config.mesh, config.train.recompute)
-    with processes.leaving_at_once():
+    with processes.exit_on_failure():
         summary = train(
             config, _WORKDIR.value, _PROGRESS.value, functools.partial(print, flush=True)
         )
@@ -88,8 +90,8 @@ def main() -> None:
             print(describe(summary))
 
 
-def describe(summary) -> str:
-    """The end of a run, for a person."""
+def describe(summary: "Summary") -> str:
+    """Return the text that is printed at the end of a run."""
     run = shlex.quote(summary.workdir)
     return f"""
 {summary.parameters:,} parameters, {summary.steps:,} steps, {summary.tokens:,} tokens, \
@@ -97,11 +99,12 @@ def describe(summary) -> str:
 {summary.held_out}
   {run}/checkpoints    {summary.kept}
   {run}/metrics.jsonl  every step
-  {run}/loss.png       the curve;  the same: pip install tensorboard, tensorboard --logdir={run}/tensorboard
+  {run}/loss.png       the curve; also in TensorBoard: pip install tensorboard, then
+                       tensorboard --logdir={run}/tensorboard
 next: python launch/generate.py --workdir={run} --prompt="Once upon a time"
       python launch/evaluate.py --workdir={run} --input=FILE"""
 
 
 def run() -> None:
-    """Parses the command line, does what it says and exits."""
+    """Parse the command line, run the command and exit."""
     command.run(main, log=True)

@@ -1,10 +1,10 @@
-"""Times attention on this machine and writes what is fastest: python launch/tune_attention.py
+"""Time attention on this machine and record the fastest settings: python launch/tune_attention.py
 
-Tries the block sizes of every kernel that runs here, and every implementation, on random data, and
-writes the best into the table that attention() reads (--table, by default the package's own). An
-entry that is there for the same device, implementation, pass and shape gives way; all others stay.
-The table is written after each shape, so what a stopped sweep has found is kept. Exit codes: 0
-done, 2 bad input.
+Try the block sizes of every kernel that runs here, and every implementation, on random data, and
+write the best into the table that attention() reads (--table, by default the package's own). An
+entry for the same device, implementation, pass and shape is replaced; all others stay. The table is
+written after each shape, so an interrupted sweep keeps its results. Exit codes: 0 done, 2 bad
+input.
 
     --lengths=512,2048 --widths=128 --dtypes=bfloat16 --impls=pallas_gpu,cudnn
 """
@@ -18,7 +18,7 @@ from absl import flags
 from mtnlg_jax import command
 
 _TABLE = command.define_path("table", None, "file to write; default: the package's own blocks.json")
-_IMPLS = flags.DEFINE_list("impls", None, "what to time; default: all that run here")
+_IMPLS = flags.DEFINE_list("impls", None, "implementations to time; default: all that run here")
 _LENGTHS = flags.DEFINE_list(
     "lengths", None, "T = S; default: 128 to 2048 on CPU, 512 to 16384 elsewhere"
 )
@@ -37,7 +37,7 @@ KEY = ("device", "impl", "dtype", "head_width", "length", "causal", "pass")
 
 def main() -> None:
     lengths = _numbers("lengths", _LENGTHS.value)
-    widths = _numbers("widths", _WIDTHS.value)
+    widths = _numbers("widths", _WIDTHS.value) or []
 
     from mtnlg_jax import compat
     from mtnlg_jax.model.kernels import blocks, select, tune
@@ -49,7 +49,7 @@ def main() -> None:
     for dtype in dtypes:
         if dtype not in select.FLOATS:
             raise ValueError(
-                f"--dtypes: {dtype!r} is not known; choose of {', '.join(select.FLOATS)}"
+                f"--dtypes: unknown type {dtype!r}; choose from {', '.join(select.FLOATS)}"
             )
     here = [
         name for name in select.SUPPORT if any(name in tune.impls_here(dtype) for dtype in dtypes)
@@ -58,7 +58,7 @@ def main() -> None:
         if name not in here:
             raise ValueError(
                 f"--impls: {name!r} does not run on {select.device()} in {', '.join(dtypes)}; "
-                f"choose of {', '.join(here)}"
+                f"choose from {', '.join(here)}"
             )
     path = Path(_TABLE.value or str(blocks.TABLE))
     rows = _read(path)
@@ -79,17 +79,18 @@ def main() -> None:
         )
         print(
             f"{row['impl']:<14} {row['dtype']} H={row['head_width']} T={row['length']} "
-            f"{'causal' if row['causal'] else 'both ways'} {row['pass']:<8} {row['ms']:.4g} ms  {sizes}",
+            f"{'causal' if row['causal'] else 'both ways'} {row['pass']:<8} "
+            f"{row['ms']:.4g} ms  {sizes}",
             flush=True,
         )
 
 
-def _numbers(name: str, values) -> list[int] | None:
+def _numbers(name: str, values: list[str] | None) -> list[int] | None:
     if values is None:
         return None
     if not all(value.strip().isdigit() and int(value) > 0 for value in values):
         raise ValueError(
-            f"--{name}={','.join(values)} must be whole numbers above 0, separated by commas"
+            f"--{name}={','.join(values)} must be integers above 0, separated by commas"
         )
     return list(map(int, values))
 
@@ -108,11 +109,11 @@ def _read(path: Path) -> list[dict]:
 
 
 def render(rows: list[dict]) -> str:
-    """The table as a file: one row a line, sorted by what it is of."""
+    """Return the table as the text of its file: one row per line, sorted by its key."""
     rows = sorted(rows, key=lambda row: [str(row[name]).zfill(8) for name in KEY])
     return '{"rows": [\n ' + ",\n ".join(map(json.dumps, rows)) + "\n]}\n"
 
 
 def run() -> None:
-    """Parses the command line, does what it says and exits."""
+    """Parse the command line, run the command and exit."""
     command.run(main, log=True)

@@ -144,7 +144,7 @@ def _padding(m: Measurement) -> str:
 
 
 def _whence(name: str) -> str:
-    """Shorten the origin of a tensor: state['params']['blocks']['mlp']['w_in_DF'].value becomes
+    """Shorten the origin of a tensor: state.params['blocks']['mlp']['w_in_DF'].value becomes
     params.blocks.mlp.w_in_DF."""
     if not name.startswith("jit("):
         words = (

@@ -1,7 +1,12 @@
-"""Parameters of a checkpoint one at a time, by layer where they are stored so: for who decodes, the
-memory of a second copy counts, and so does the time to import what trains."""
+"""Read the parameters of a checkpoint one at a time, by layer where they are stored by layer.
+
+This is for decoding, where the memory of a second copy matters, and so does the time to import the
+training code.
+"""
 
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -10,23 +15,23 @@ from mtnlg_jax.storage import is_remote
 
 
 class StoredArrays:
-    """The arrays below ``path``, which Orbax wrote, by name, as numpy arrays."""
+    """The arrays below ``path``, written by Orbax, as numpy arrays by name."""
 
-    def __init__(self, path: epath.Path):
+    def __init__(self, path: epath.Path) -> None:
         import tensorstore as ts
 
         self._path = path
         base = f"{path}/" if is_remote(path) else {"driver": "file", "path": os.path.join(path, "")}
-        # No cache: what is read is kept elsewhere, or not at all.
+        # No cache: the caller keeps each array, or drops it for good.
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
         self._store = {"driver": "ocdbt", "base": base}
         self._whole: tuple[str, np.ndarray] | None = None
 
     def read(self, name: str, index: int | None = None) -> np.ndarray:
-        """The array ``name``, or its entry ``index`` along its first dim (its layer). An array that
-        is stored in one piece is kept until another one is asked for.
+        """Return the array ``name``, or entry ``index`` along its first dim (a layer).
 
-        Raises ValueError naming the array and its layer where a number of it is not finite.
+        An array that is stored in one piece is kept until another one is read. Raise ValueError
+        naming the array and its layer where an element is not finite.
         """
         array = self._open(name)
         if index is None:
@@ -35,18 +40,15 @@ class StoredArrays:
             found = array[index].read().result()
         else:
             if self._whole is None or self._whole[0] != name:
-                self._whole = None  # before the next one is read
+                self._whole = None  # free it before the next one is read
                 self._whole = name, array.read().result()
             found = self._whole[1][index]
-        check_finite(
-            found,
-            name if index is None else f"{name} of layer {index}",
-            f"checkpoint {self._path.parent}",
-        )
+        label = name if index is None else f"{name} of layer {index}"
+        check_finite(found, label, f"checkpoint {self._path.parent}")
         return found
 
-    def blocks(self, name: str):
-        """Yields (first row, rows) of a table, a stored piece at a time."""
+    def blocks(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (first row, rows) of a table, one stored piece at a time."""
         array = self._open(name)
         rows = array.chunk_layout.read_chunk.shape[0]
         for start in range(0, array.shape[0], rows):
@@ -54,24 +56,24 @@ class StoredArrays:
             check_finite(found, name, f"checkpoint {self._path.parent}")
             yield start, found
 
-    def _open(self, name: str):
+    def _open(self, name: str) -> Any:
         import tensorstore as ts
 
         spec = {"driver": "zarr", "kvstore": self._store | {"path": f"{name}/"}}
         return ts.open(spec, open=True, read=True, context=self._context).result()
 
 
-def check_finite(array: np.ndarray, name: str, where: str) -> None:
-    """Raises ValueError where a number of ``array``, the parameter ``name`` of ``where``, is NaN or
+def check_finite(array: np.ndarray, name: str, source: str) -> None:
+    """Raise ValueError where an element of ``array``, parameter ``name`` of ``source``, is NaN or
     infinite."""
-    # A sum is faster than a look at each number, and is finite only if all of them are.
+    # A sum is faster than a test of each element, and is finite only if all of them are.
     with np.errstate(over="ignore", invalid="ignore"):
         if np.isfinite(array.sum(dtype=np.float32)):
             return
-    bad = ~np.isfinite(array)
-    if bad.any():
+    nonfinite = ~np.isfinite(array)
+    if nonfinite.any():
         raise ValueError(
-            f"parameter {name} of {where} has {int(bad.sum()):,} of {bad.size:,} numbers that are not "
-            f"finite, the first of them {array[bad][0]}; take another checkpoint (--checkpoint), or "
-            "convert or train the model again"
+            f"parameter {name} of {source} has {int(nonfinite.sum()):,} of {nonfinite.size:,} "
+            f"numbers that are not finite, the first of them {array[nonfinite][0]}; use another "
+            "checkpoint (--checkpoint), or convert or train the model again"
         )

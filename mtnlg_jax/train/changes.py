@@ -1,14 +1,15 @@
-"""Settings that differ from those of the checkpoint from which a run goes on: refused, reported, or
-free to change.
+"""Settings that changed since the checkpoint from which a run resumes: refused, reported or free.
 
-Every key of `Config` stands in one of the five sets below (a test compares). What decides which
-samples the next steps read, what they draw, or their learning rate is refused or reported with both
-values; speed, memory and output are free.
+Every key of `Config` is in one of the five sets below (a test compares). Settings that decide which
+samples the next steps read, their random numbers or their learning rate are refused, or reported
+with both values. Speed, memory and output are free.
 """
 
 import dataclasses
 import json
 import os
+from collections.abc import Iterable
+from typing import Any
 
 from mtnlg_jax.config import Config, TrainConfig, from_json, to_json
 from mtnlg_jax.data.batches import SAMPLE_ORDER
@@ -21,15 +22,14 @@ from mtnlg_jax.train.schedule import (
     stage_bounds,
 )
 
-# The checkpoint's identity refuses these (`loop._identity`, `start.meaning`), whatever they are
-# called in the config: data.path and the paths of a blend may move as long as the tokens are the
-# same.
+# The checkpoint's identity refuses these (`loop._identity`, `init_from.meaning`), by value rather
+# than by name: data.path and the paths of a blend may move while the tokens stay the same.
 IDENTITY = {
     f"model.{key}"
     for key in (
-        "num_layers hidden_size num_attention_heads num_query_groups kv_channels ffn_hidden_size vocab_size "
-        "max_position_embeddings position_embedding_type rotary_base normalization norm_epsilon activation add_bias "
-        "tie_embeddings"
+        "num_layers hidden_size num_attention_heads num_query_groups kv_channels ffn_hidden_size "
+        "vocab_size max_position_embeddings position_embedding_type rotary_base normalization "
+        "norm_epsilon activation add_bias tie_embeddings"
     ).split()
 } | {
     "data.path",
@@ -39,7 +39,7 @@ IDENTITY = {
     "optimizer.lora_targets",
 }
 
-# With another one the state, or the count of samples, would mean something else.
+# Another value would change the meaning of the state or of the sample count.
 REFUSED = {"train.init", "data.sequence_length", "optimizer.name"}
 
 REPORTED = {
@@ -70,7 +70,7 @@ REPORTED = {
     "train.eval_batches",
 }
 
-# They act when parameters are drawn, so they do nothing to a run that goes on.
+# These act when parameters are drawn, so they do nothing to a resumed run.
 START = {"model.init_method_std"}
 
 FREE = {
@@ -96,21 +96,24 @@ FREE_SECTIONS = ("mesh", "decode")
 
 
 def kept_init(meta: dict, config: Config) -> Config:
-    """``config`` with the train.init of the run that goes on, which is read at its start alone."""
+    """Return ``config`` with the train.init of the checkpoint: it is only read at a fresh start."""
     before = meta.get("config", {}).get("train", {}).get("init", "")
     return dataclasses.replace(config, train=dataclasses.replace(config.train, init=before))
 
 
 def refuse_changes(meta: dict, step: int, alone: bool, config: Config) -> None:
-    """ValueError where the checkpoint of ``step`` with ``meta`` cannot go on with ``config``, which
-    is resolved; of parameters ``alone``, where it cannot start."""
+    """Raise ValueError where a run cannot resume from the checkpoint of ``step`` with ``config``.
+
+    ``config`` is resolved. From parameters ``alone`` it starts afresh instead of resuming.
+    """
     saved = meta.get("config", {})
     before = saved.get("train", {}).get("init", "")
     init = config.train.init
-    if init and not _same_place(before, init):
+    if init and not _same_path(before, init):
         raise ValueError(
-            f"train.init={init} is not what this run started from ({before or 'no other run'}), and its "
-            f"checkpoint {step} goes on without it; leave --init out, or give another --workdir"
+            f"train.init={init} is not what this run started from ({before or 'no other run'}), "
+            f"and its checkpoint {step} resumes without it; leave --init out, or give another "
+            "--workdir"
         )
     if alone:
         return
@@ -122,37 +125,40 @@ def refuse_changes(meta: dict, step: int, alone: bool, config: Config) -> None:
     old = _values(saved)
     new = _values(json.loads(to_json(config)))
     for key, why in (
-        ("data.sequence_length", "samples of another length are another text"),
+        ("data.sequence_length", "samples of another length hold other text"),
         ("optimizer.name", "its moments are those of another optimizer"),
     ):
         if old[key] != new[key]:
             raise ValueError(
-                f"{key} was {old[key]} up to checkpoint {step} and is {new[key]}: {why}; give the same, "
-                "or another --workdir with --init of this run"
+                f"{key} was {old[key]} up to checkpoint {step} and is {new[key]}: {why}; give the "
+                "same, or another --workdir with --init of this run"
             )
 
 
 def report_changes(meta: dict, step: int, samples: int, config: Config) -> str | None:
-    """One line with both values of all that the steps after ``step`` do in another way than those
-    before, and of the next learning rate; None where nothing differs. ``samples``: sequences that
-    were read so far."""
+    """Return one line with both values of each setting that changes the steps after ``step``.
+
+    It includes the next learning rate. Return None where nothing differs. ``samples``: sequences
+    read so far.
+    """
     saved = meta.get("config", {})
     given = json.loads(to_json(config))
     old = _values(saved)
     new = _values(given)
     keys = [key for key in new if key in REPORTED and old[key] != new[key]]
-    found = [
-        f"{key} {_text(old[key])} -> {_text(new[key])}" for key in keys if key != "train.stages"
-    ]
+    found = []
+    for key in keys:
+        if key != "train.stages":
+            found.append(f"{key} {_text(old[key])} -> {_text(new[key])}")
     found += _changed_stages(old["train.stages"], new["train.stages"])
     order = meta.get("order_of_samples", "1")  # version 0.1.0 did not record its own
     if order != SAMPLE_ORDER:
         found.append(
-            f"order of samples {order} -> {SAMPLE_ORDER} (this version draws them otherwise: some are read "
-            "again, others later)"
+            f"order of samples {order} -> {SAMPLE_ORDER} (this version draws them differently: "
+            "some are read again, others later)"
         )
     unused = [
-        f"{key} {old[key]} -> {new[key]} (of a fresh start alone: it does nothing)"
+        f"{key} {old[key]} -> {new[key]} (it only acts at a fresh start)"
         for key in sorted(START)
         if old[key] != new[key]
     ]
@@ -160,11 +166,11 @@ def report_changes(meta: dict, step: int, samples: int, config: Config) -> str |
         return None
     if step >= config.train.steps:
         return f"step {step} was the last, so these changes do nothing: {'; '.join(found + unused)}"
+    before: Config | None
     try:
         before = from_json(json.dumps(saved))
-    except (
-        ValueError
-    ):  # written by another version: its keys are compared, its schedule cannot be made
+    except ValueError:
+        # Written by another version: its keys are compared, its schedule cannot be computed.
         before = None
     consequences = _consequences(before, config, step, samples) if before else []
     return f"from step {step + 1} on, settings differ from checkpoint {step}: " + "; ".join(
@@ -173,6 +179,7 @@ def report_changes(meta: dict, step: int, samples: int, config: Config) -> str |
 
 
 def _consequences(before: Config, config: Config, step: int, samples: int) -> list[str]:
+    """Return the effects of all changes on learning rate and stages."""
     found = []
     rates = []
     for one in (before, config):
@@ -187,7 +194,7 @@ def _consequences(before: Config, config: Config, step: int, samples: int) -> li
         found.append(f"stages end at steps {_listed(bounds[0])} -> {_listed(bounds[1])}")
         names = [stage_at(one.train, step)[2].name for one in (before, config)]
         if names[0] != names[1]:
-            found.append(f"step {step + 1} is of stage {names[0]} -> {names[1]}")
+            found.append(f"step {step + 1} is in stage {names[0]} -> {names[1]}")
     return found
 
 
@@ -205,9 +212,11 @@ def _changed_stages(old: list[dict], new: list[dict]) -> list[str]:
     ]
 
 
-def _values(config: dict) -> dict:
-    """Values by key, in a form in which equal ones act alike. Keys that ``config`` lacks, as one of
-    an older version, have their defaults."""
+def _values(config: dict) -> dict[str, Any]:
+    """Return values by dotted key, normalized so that equal values have equal effects.
+
+    Keys that ``config`` lacks, because an older version wrote it, have their defaults.
+    """
     config = _filled(json.loads(to_json(Config())), config)
     data = config["data"]
     train = config["train"]
@@ -215,25 +224,25 @@ def _values(config: dict) -> dict:
         _filled(dataclasses.asdict(TrainConfig().stages[0]), stage) for stage in train["stages"]
     ]
     own = data["blend"] or ([[data["path"], 1.0]] if data["path"] else [])
-    # Sources by the order in which they come, as the identity has them: paths may move.
-    paths = list(
-        dict.fromkeys(path for stage in train["stages"] for path, _ in stage["blend"] or own)
-    )
-    data["blend"] = (
-        _shares(own, paths) if any(not stage["blend"] for stage in train["stages"]) else None
-    )
+    # Sources count by their position, as in the identity: their paths may move.
+    blends = [stage["blend"] or own for stage in train["stages"]]
+    paths = list(dict.fromkeys(path for blend in blends for path, _ in blend))
+    uses_own = any(not stage["blend"] for stage in train["stages"])
+    data["blend"] = _shares(own, paths) if uses_own else None
     for stage in train["stages"]:
         stage["blend"] = _shares(stage["blend"], paths)
-        stage["distill"] = _place(stage["distill"])
+        stage["distill"] = _real_path(stage["distill"])
     data["sequence_length"] = data["sequence_length"] or config["model"]["max_position_embeddings"]
     if isinstance(data["heldout"], str):
-        data["heldout"] = _place(data["heldout"])
+        data["heldout"] = _real_path(data["heldout"])
     return _leaves(config)
 
 
 def _filled(defaults: dict, given: dict) -> dict:
-    """``given`` with the keys that ``defaults`` has and it lacks; keys that only ``given`` has are
-    of another version and left out."""
+    """Return ``defaults`` updated from ``given``.
+
+    Keys that only ``given`` has belong to another version and are left out.
+    """
     return {
         key: _filled(value, given.get(key, {}))
         if isinstance(value, dict)
@@ -242,33 +251,34 @@ def _filled(defaults: dict, given: dict) -> dict:
     }
 
 
-def _leaves(tree: dict, path: str = "") -> dict:
-    flat = {}
+def _leaves(tree: dict, path: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= _leaves(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
     return flat
 
 
-def _shares(blend: list, paths: list[str]) -> list:
+def _shares(blend: list, paths: list[str]) -> list[list]:
+    """Return [position of the source, its share] for each source of ``blend``."""
     total = sum(weight for _, weight in blend)
     return [
         [paths.index(path), round(weight / total, 9)] for path, weight in blend if path in paths
     ]
 
 
-def _same_place(one: str, other: str) -> bool:
-    return one == other or bool(one) and _place(one) == _place(other)
+def _same_path(one: str, other: str) -> bool:
+    return one == other or bool(one) and _real_path(one) == _real_path(other)
 
 
-def _place(path: str) -> str:
+def _real_path(path: str) -> str:
     return path if not path or is_remote(path) else os.path.realpath(os.path.expanduser(path))
 
 
-def _text(value) -> str:
-    if isinstance(value, list) and value and isinstance(value[0], list):  # of a blend
+def _text(value: Any) -> str:
+    if isinstance(value, list) and value and isinstance(value[0], list):  # a blend
         return " + ".join(f"{share:.4g} of source {number}" for number, share in value)
     return json.dumps(value) if isinstance(value, list | None) else str(value)
 
 
-def _listed(values) -> str:
+def _listed(values: Iterable[object]) -> str:
     return ", ".join(map(str, values))

@@ -1,31 +1,19 @@
-"""The loss as text, for terminals without pictures."""
+"""Plot the training loss as text, for terminals without pictures."""
 
 import math
 
 from mtnlg_jax.train.metrics import read_metrics, training_loss
 
+_MARKS = {"masked": "o", "causal": "*"}
+
 
 def text_curve(metrics_path: str, width: int = 72, height: int = 8) -> str:
-    """The training loss as text, masked and causal steps apart, for terminals without pictures."""
+    """Return the training loss as a text plot, masked and causal steps with their own marks."""
     steps = [r for r in read_metrics(metrics_path) if r["kind"] == "train"]
     width = min(width, len(steps))
     columns = [steps[i * len(steps) // width : (i + 1) * len(steps) // width] for i in range(width)]
-    marks = {"masked": "o", "causal": "*"}
-    means = {
-        name: [
-            _mean(
-                [
-                    loss
-                    for record in column
-                    if record.get("objective") == name
-                    and not math.isnan(loss := training_loss(record)[1])
-                ]
-            )
-            for column in columns
-        ]
-        for name in marks
-    }
-    seen = [m for values in means.values() for m in values if m is not None]
+    means = {name: [_mean_loss(column, name) for column in columns] for name in _MARKS}
+    seen = [mean for values in means.values() for mean in values if mean is not None]
     if not seen:
         return "no step had a finite loss"
     low = min(seen)
@@ -34,19 +22,21 @@ def text_curve(metrics_path: str, width: int = 72, height: int = 8) -> str:
     for name, values in means.items():
         for x, value in enumerate(values):
             if value is not None:
-                grid[round((high - value) / max(high - low, 1e-9) * (height - 1))][x] = marks[name]
+                y = round((high - value) / max(high - low, 1e-9) * (height - 1))
+                grid[y][x] = _MARKS[name]
     lines = [
         f"{high - i * (high - low) / (height - 1):6.2f} |{''.join(row)}"
         for i, row in enumerate(grid)
     ]
-    return "\n".join(
-        [
-            *lines,
-            " " * 7 + "+" + "-" * width,
-            f"        loss over {len(steps):,} steps (* causal, o masked)",
-        ]
-    )
+    axis = " " * 7 + "+" + "-" * width
+    legend = f"        loss over {len(steps):,} steps (* causal, o masked)"
+    return "\n".join([*lines, axis, legend])
 
 
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+def _mean_loss(records: list[dict], objective: str) -> float | None:
+    """Return the mean of the finite losses of ``objective``; None without any."""
+    losses = [
+        training_loss(record)[1] for record in records if record.get("objective") == objective
+    ]
+    finite = [loss for loss in losses if not math.isnan(loss)]
+    return sum(finite) / len(finite) if finite else None

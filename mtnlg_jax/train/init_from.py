@@ -1,10 +1,11 @@
-"""Runs that stand on other runs: the parameters that one starts from, and the teachers of its
-stages."""
+"""Initializing from another run: the first parameters, and the teachers of distillation stages."""
 
 import dataclasses
 import json
 import os
+from typing import Any
 
+from flax import nnx
 from jax.sharding import Mesh
 
 from mtnlg_jax import storage
@@ -16,38 +17,41 @@ from mtnlg_jax.train import lora
 from mtnlg_jax.train.checkpoint import load_run
 from mtnlg_jax.train.distill import Distillation
 
+# {index of a stage: (settings of its loss, the teacher's parameters, the teacher's step)}
+Teachers = dict[int, tuple[Distillation, nnx.State, int]]
+
 
 def meaning(model: ModelConfig) -> dict:
-    """The settings that say what parameters mean: with others they are another model."""
+    """Return the settings that give the parameters their meaning."""
     free = ("attention_impl", "dropout_rate", "init_method_std", "vocab_size_divisible_by")
     return {key: value for key, value in dataclasses.asdict(model).items() if key not in free}
 
 
 def refuse_other_runs(config: Config, tokenizer: Tokenizer, fresh: bool = True) -> None:
-    """Before any work: ValueError or FileNotFoundError in one line where train.init or a stage's
-    distill is no run, or does not fit this one. ``config`` is resolved. A run that is not ``fresh``
-    has read its start already."""
+    """Check before any work that train.init and each stage's distill are runs that fit this one.
+
+    Raise ValueError or FileNotFoundError otherwise. ``config`` is resolved. A run that is not
+    ``fresh`` no longer reads train.init.
+    """
     if config.train.init and fresh:
         theirs = _settings("--init", config.train.init, tokenizer)
         _refuse_other_model(f"--init={config.train.init}", theirs.model, config.model)
     for stage in config.train.stages:
         if _learns_from_teacher(stage):
             what = f"stage {stage.name!r}: distill"
-            _refuse_other_vocabulary(
-                f"{what}={stage.distill}", _settings(what, stage.distill, tokenizer), config
-            )
+            theirs = _settings(what, stage.distill, tokenizer)
+            _refuse_other_vocabulary(f"{what}={stage.distill}", theirs, config)
 
 
-def load_start(config: Config, mesh: Mesh):
-    """The best parameters of train.init, on ``mesh``; None where the run starts afresh."""
+def load_start(config: Config, mesh: Mesh) -> nnx.State | None:
+    """Return the best parameters of train.init, on ``mesh``; None where the run starts afresh."""
     if not config.train.init:
         return None
     return load_run(config.train.init, "best", mesh, config.mesh.zero).params
 
 
-def load_teachers(config: Config, mesh: Mesh) -> dict[int, tuple[Distillation, object, int]]:
-    """{number of a stage: (what its step must know, the teacher's parameters on ``mesh``, their
-    step)}; a teacher of several stages is held once."""
+def load_teachers(config: Config, mesh: Mesh) -> Teachers:
+    """Load the teacher of each stage on ``mesh``; a teacher of several stages is held once."""
     stages = {
         number: stage
         for number, stage in enumerate(config.train.stages)
@@ -67,24 +71,29 @@ def load_teachers(config: Config, mesh: Mesh) -> dict[int, tuple[Distillation, o
     }
 
 
-def kinds_of_steps(teachers: dict) -> list[tuple[int, dict]]:
-    """(number, what ``make_train_step`` is given) of each kind: -1 learns from data alone, the
-    others are stages."""
-    return [
-        (-1, {}),
-        *((number, {"distillation": given}) for number, (given, _, _) in teachers.items()),
+def kinds_of_steps(teachers: Teachers) -> list[tuple[int, dict[str, Any]]]:
+    """Return (kind, options of ``make_train_step``) for each kind of step.
+
+    Kind -1 learns from data alone; the others are the indices of stages with a teacher.
+    """
+    distilled = [
+        (number, {"distillation": settings}) for number, (settings, _, _) in teachers.items()
     ]
+    return [(-1, {}), *distilled]
 
 
-def teacher_of(teachers: dict, number: int) -> tuple[int, tuple]:
-    """(the kind of stage ``number``'s steps, their last arguments)."""
+def teacher_of(teachers: Teachers, number: int) -> tuple[int, tuple]:
+    """Return (the kind of stage ``number``'s steps, their last arguments)."""
     return (number, (teachers[number][1],)) if number in teachers else (-1, ())
 
 
-def identity_of(config: Config, teachers: dict) -> dict[str, dict]:
-    """What a run that goes on must find as it was: adapters mean something with their scale alone,
-    and a teacher that has learnt more teaches other things."""
-    found = {}
+def identity_of(config: Config, teachers: Teachers) -> dict[str, dict]:
+    """Return the settings of adapters and teachers that must stay the same when a run resumes.
+
+    Adapters only have a meaning together with their scale, and a teacher that was trained further
+    teaches something else.
+    """
+    found: dict[str, dict] = {}
     if lora.used(config):
         optimizer = config.optimizer
         found["lora"] = {
@@ -104,21 +113,18 @@ def _learns_from_teacher(stage: StageConfig) -> bool:
 
 
 def _settings(what: str, folder: str, tokenizer: Tokenizer) -> Config:
-    """config.json of the run in ``folder``, whose tokenizer must be that of the data."""
+    """Return the config of the run in ``folder``, whose tokenizer must be that of the data."""
     content = storage.read_file(folder, "config.json")
-    if content is None and not storage.is_remote(folder) and not os.path.exists(folder):
-        raise FileNotFoundError(
-            f"{what}={folder} is no run: {storage.missing(folder)}; give the --workdir of a "
-            "launch/pretrain.py run, or the --to of launch/convert.py"
-        )
     if content is None:
+        exists = storage.is_remote(folder) or os.path.exists(folder)
+        reason = "it has no config.json" if exists else storage.missing(folder)
         raise FileNotFoundError(
-            f"{what}={folder} is no run (no config.json in it); give the --workdir of a "
+            f"{what}={folder} is not a run: {reason}; give the --workdir of a "
             "launch/pretrain.py run, or the --to of launch/convert.py"
         )
     if "model_type" in json.loads(content):
         raise ValueError(
-            f"{what}={folder} is a model of Hugging Face's; make a run of it with launch/convert.py "
+            f"{what}={folder} is a Hugging Face model; convert it with launch/convert.py "
             f"--from={folder} --to=RUN and give that"
         )
     theirs = load_tokenizer(storage.join(folder, "tokenizer"))
@@ -128,7 +134,7 @@ def _settings(what: str, folder: str, tokenizer: Tokenizer) -> Config:
             f"{theirs.fingerprint[:12]}) than the data ({tokenizer.vocab_size}, "
             f"{tokenizer.fingerprint[:12]}); prepare the data with --tokenizer={folder}/tokenizer"
         )
-    return from_json(content)
+    return from_json(content.decode())
 
 
 def _refuse_other_model(what: str, theirs: ModelConfig, ours: ModelConfig) -> None:
@@ -136,9 +142,8 @@ def _refuse_other_model(what: str, theirs: ModelConfig, ours: ModelConfig) -> No
     new = meaning(ours)
     differing = [key for key in old if old[key] != new[key]]
     if ours.position_embedding_type == theirs.position_embedding_type == "rotary":
-        differing = [
-            key for key in differing if key != "max_position_embeddings"
-        ]  # no parameter, and no meaning
+        # Then the length shapes no parameter and changes no meaning.
+        differing = [key for key in differing if key != "max_position_embeddings"]
     found = _shapes(theirs)
     wanted = _shapes(ours)
     way_out = "give " + ", ".join(f"--set=model.{key}={old[key]}" for key in differing)
@@ -148,9 +153,8 @@ def _refuse_other_model(what: str, theirs: ModelConfig, ours: ModelConfig) -> No
                 f"{what}: parameter {name} is {_shape(found.get(name))} there and "
                 f"{_shape(wanted.get(name))} in this config; {way_out}"
             )
-    effective = [
-        key for key in differing if old[key] is not None and new[key] is not None
-    ]  # None: a width derived
+    # None is a width derived from the others; had it another value, a shape would differ above.
+    effective = [key for key in differing if old[key] is not None and new[key] is not None]
     if effective:
         key = effective[0]
         raise ValueError(
@@ -164,8 +168,8 @@ def _refuse_other_vocabulary(what: str, theirs: Config, config: Config) -> None:
     ours = config.model.vocab_size
     if rows != ours:
         raise ValueError(
-            f"{what}: the teacher's distributions are over {rows} rows and this model's over {ours}; give "
-            f"--set=model.vocab_size={rows}"
+            f"{what}: the teacher's vocabulary has {rows} rows and this model's has {ours}; "
+            f"give --set=model.vocab_size={rows}"
         )
     plain = dataclasses.replace(
         lora.without(config),
@@ -184,5 +188,5 @@ def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _shape(shape) -> str:
+def _shape(shape: tuple[int, ...] | None) -> str:
     return "absent" if shape is None else str(tuple(shape))

@@ -1,5 +1,4 @@
-"""What a run holds while it lives: the lock of its folder, and the signals that end it with its
-state saved."""
+"""The lock of a run folder, and the signals that stop a run after it has saved its state."""
 
 import contextlib
 import errno
@@ -11,31 +10,33 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from datetime import datetime
+from types import FrameType
+from typing import BinaryIO
 
 import jax
 
-# Seconds to wait for the lock of a run that is about to end: one on this host that was told to, as
-# by the end of its launcher; one on a host that died, whose lock the file system still holds for a
+# Seconds to wait for the lock of a run that is about to end. On this host it may be stopping, for
+# example because its launcher ended. On a host that died, the file system holds its lock for a
 # while (NFS: 90 s).
 PATIENCE_HERE = 10
 PATIENCE_ELSEWHERE = 120
 
-# Of these the first two are always handled; the others stay ignored where they were, as SIGHUP is
-# under nohup.
-ASKED = ("SIGTERM", "SIGINT")
-WARNED = (
-    "SIGHUP",
-    "SIGUSR1",
-    "SIGUSR2",
-    "SIGXCPU",
-)  # a closed terminal; what schedulers send before they kill
+# Always handled: requests to stop.
+STOP_SIGNALS = ("SIGTERM", "SIGINT")
+# A closed terminal, and what schedulers send before they kill. Handled unless they were ignored
+# when the process started, as SIGHUP is under nohup.
+WARNING_SIGNALS = ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 
 
 @contextlib.contextmanager
-def own(workdir: str):
-    """Makes ``workdir`` and holds it for this run; the lock goes with the process, however it dies.
-    Raises OSError where that is not possible, and where another run holds it, which it names."""
+def own(workdir: str) -> Iterator[None]:
+    """Create ``workdir`` and lock it for this run.
+
+    The lock ends with the process, however it ends. Raise OSError where the folder cannot be
+    written, and where another run holds the lock, naming that run.
+    """
     path = os.path.join(workdir, f".lock-{jax.process_index()}")
     try:
         os.makedirs(workdir, exist_ok=True)
@@ -46,73 +47,76 @@ def own(workdir: str):
         ) from error
     with file:
         _lock(file, workdir)
-        with contextlib.suppress(
-            OSError
-        ):  # a full disk: the lock holds without a word on its owner, too
+        # On a full disk the lock still holds, but its file does not name the owner.
+        with contextlib.suppress(OSError):
+            now = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
             file.truncate(0)
-            file.write(
-                f"{os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}\n".encode()
-            )
+            file.write(f"{os.getpid()} on {socket.gethostname()} since {now}\n".encode())
         yield
 
 
-def _lock(file, workdir: str) -> None:
+def _lock(file: BinaryIO, workdir: str) -> None:
     began = time.monotonic()
-    told = False
+    reported = False
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
-                return  # A file system without locks: it is up to the person not to start two.
-        with open(file.name, errors="replace") as current:
-            owner = re.fullmatch(r"(\d+) on (\S+)(?: since (.+))?\n?", current.read())
-        patience = PATIENCE_ELSEWHERE
-        name = "an unknown process"
-        if owner:
-            name = f"process {owner[1]} on {owner[2]}" + (f" since {owner[3]}" if owner[3] else "")
-            here = owner[2] == socket.gethostname()
-            patience = (
-                0
-                if here and int(owner[1]) == os.getpid()
-                else PATIENCE_HERE
-                if here
-                else PATIENCE_ELSEWHERE
-            )
+                # File systems without locks: starting two runs is the user's responsibility.
+                return
+        name, patience = _owner(file.name)
         if time.monotonic() - began >= patience:
             raise OSError(
-                f"another run is writing in {workdir}: {name}; wait for its end, end it with kill, or give "
-                "another --workdir"
+                f"another run is writing in {workdir}: {name}; wait for its end, end it with kill, "
+                "or give another --workdir"
             )
-        if not told:
+        if not reported:
             print(
                 f"{name} is writing in {workdir}: waiting {patience} s for its end",
                 file=sys.stderr,
                 flush=True,
             )
-            told = True
+            reported = True
         time.sleep(0.2)
 
 
+def _owner(path: str) -> tuple[str, float]:
+    """Return (name of the process that holds the lock, seconds to wait for it)."""
+    with open(path, errors="replace") as file:
+        owner = re.fullmatch(r"(\d+) on (\S+)(?: since (.+))?\n?", file.read())
+    if not owner:
+        return "an unknown process", PATIENCE_ELSEWHERE
+    process, host, since = owner.groups()
+    name = f"process {process} on {host}" + (f" since {since}" if since else "")
+    if host != socket.gethostname():
+        return name, PATIENCE_ELSEWHERE
+    return name, 0 if int(process) == os.getpid() else PATIENCE_HERE
+
+
 @contextlib.contextmanager
-def signals():
-    """An event that any of ASKED and WARNED sets; a SIGINT after that interrupts at once, the
-    others do nothing more."""
+def signals() -> Iterator[threading.Event]:
+    """Yield an event that any of STOP_SIGNALS and WARNING_SIGNALS sets.
+
+    A SIGINT after that raises KeyboardInterrupt; further other signals do nothing.
+    """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
 
-    def handle(number, frame):
+    def handle(number: int, frame: FrameType | None) -> None:
         if stop.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
         stop.set()
 
     before = {}
-    for name in ASKED + WARNED:
+    for name in STOP_SIGNALS + WARNING_SIGNALS:
         number = getattr(signal, name, None)
-        if number is not None and (name in ASKED or signal.getsignal(number) != signal.SIG_IGN):
+        if number is None:
+            continue
+        if name in STOP_SIGNALS or signal.getsignal(number) != signal.SIG_IGN:
             before[number] = signal.signal(number, handle)
     try:
         yield stop

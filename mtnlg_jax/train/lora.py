@@ -1,7 +1,7 @@
 """Low-rank adaptation (Hu 2021, arXiv 2106.09685): a matrix W of the blocks becomes W + alpha / r x
 A B, of which A and B alone are learnt. B begins at 0, so that the model begins as it was.
 
-A run of rank r keeps, beside the frozen parameters, ``lora`` in ``state["params"]``: of ``w_q_DNH``
+A run of rank r keeps, beside the frozen parameters, ``lora`` in ``state.params``: of ``w_q_DNH``
 the two ``lora_a_q_DR`` and ``lora_b_q_RNH``, stacked over layers as that is. Their names end in
 their dims, so the plan of the mesh, ZeRO and checkpoints hold for them as they do for all else. The
 step adds the product to each device's part of
@@ -86,7 +86,7 @@ def _abstract(config: Config) -> dict:
 
 
 def abstract_parameters(config: Config):
-    """What ``state["params"]`` is, as ShapeDtypeStructs: the model, and with a rank its adapters
+    """What ``state.params`` is, as ShapeDtypeStructs: the model, and with a rank its adapters
     under ``lora``."""
     params = abstract_model(config.model)[1]
     return joined(params, _abstract(config)) if used(config) else params
@@ -167,5 +167,5 @@ def _merged(params, config: Config):
 
 
 def merge(params, config: Config):
-    """``state["params"]`` of any run as those of a plain model."""
+    """``state.params`` of any run as those of a plain model."""
     return _merged(params, config) if used(config) else params

@@ -1,5 +1,7 @@
-"""What makes a folder a checkpoint: a record, written last, of what it holds and of every file's
-bytes."""
+"""The record that makes a folder a checkpoint: what it holds, and the bytes of every file.
+
+It is written last.
+"""
 
 import hashlib
 import json
@@ -16,12 +18,13 @@ HASH_THREADS = 4
 
 
 def marker(folder: epath.Path, step: int) -> epath.Path:
-    """The empty file that stands while checkpoint ``step`` is written or deleted."""
+    """Return the path of the empty file that exists while checkpoint ``step`` is written or
+    deleted."""
     return folder / f"{step}.unfinished"
 
 
 def candidates(folder: epath.Path) -> list[int]:
-    """Steps of the checkpoints of ``folder`` that are not known to be unfinished, ascending."""
+    """Return the steps of the checkpoints that are not known to be unfinished, ascending."""
     if not folder.exists():
         return []
     steps = sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
@@ -31,25 +34,27 @@ def candidates(folder: epath.Path) -> list[int]:
 
 
 def finished(folder: epath.Path) -> list[int]:
-    """Steps of the checkpoints of ``folder`` that have a record, ascending."""
+    """Return the steps of the checkpoints of ``folder`` that have a record, ascending."""
     return [step for step in candidates(folder) if _has_record(folder, step)]
 
 
 def best(folder: epath.Path) -> int | None:
-    """The step with the lowest metric, the newest of equals; None where no metric was recorded."""
+    """Return the step with the lowest metric, the newest of equals; None without any metric."""
     rated = _rated(folder)
     return -min(rated)[1] if rated else None
 
 
 def best_metric(folder: epath.Path) -> float | None:
-    """The lowest metric of the checkpoints of ``folder``; None where none was recorded."""
-    return min(_rated(folder), default=(None,))[0]
+    """Return the lowest metric of the checkpoints of ``folder``; None without any metric."""
+    rated = _rated(folder)
+    return min(rated)[0] if rated else None
 
 
 def _rated(folder: epath.Path) -> list[tuple[float, int]]:
+    """Return (metric, minus step) of each checkpoint that has a metric."""
     records = [read_record(folder / str(step))[0] for step in finished(folder)]
     rated = [found for found in records if found and found["metric"] is not None]
-    # Version 0.1.0 evaluated other rows: only figures of the newest one's kind compare.
+    # Version 0.1.0 evaluated other rows: only metrics of the newest checkpoint's kind compare.
     kind = _kind(rated[-1]) if rated else None
     return [(found["metric"], -found["step"]) for found in rated if _kind(found) == kind]
 
@@ -59,8 +64,10 @@ def _kind(record: dict) -> str | None:
 
 
 def write_record(path: epath.Path, content: dict) -> None:
-    """Makes ``path`` a checkpoint: all its files reach the disk, then a record of ``content`` and
-    of them. The record's first line is the SHA-256 of the rest."""
+    """Make ``path`` a checkpoint: sync all its files, then write a record of ``content`` and them.
+
+    The first line of the record is the SHA-256 of the rest.
+    """
     body = json.dumps(content | {"files": _inventory(path)}, indent=1)
     write_file(path, RECORD, f"{_digest_of_text(body)}\n{body}".encode())
     if not is_remote(path):
@@ -68,7 +75,7 @@ def write_record(path: epath.Path, content: dict) -> None:
 
 
 def read_record(path: epath.Path) -> tuple[dict | None, str | None]:
-    """(record, None), or (None, what is wrong with it)."""
+    """Return (record, None), or (None, what is wrong with it)."""
     try:
         digest, _, body = (path / RECORD).read_bytes().decode("utf-8", "replace").partition("\n")
     except FileNotFoundError:
@@ -79,8 +86,8 @@ def read_record(path: epath.Path) -> tuple[dict | None, str | None]:
 
 
 def damage(path: epath.Path, record: dict, below: str = "") -> str | None:
-    """What is wrong with the files of ``path`` whose names begin with ``below``; None if
-    nothing."""
+    """Return what is wrong with the files of ``path`` whose names begin with ``below``, if
+    anything."""
     files = {name: pair for name, pair in record["files"].items() if name.startswith(below)}
     for name, (size, _) in files.items():
         if not (path / name).exists():
@@ -90,17 +97,15 @@ def damage(path: epath.Path, record: dict, below: str = "") -> str | None:
             return f"{name} has {found} bytes instead of {size}"
     hashed = {name: digest for name, (_, digest) in files.items() if digest is not None}
     with ThreadPoolExecutor(HASH_THREADS) as pool:
-        for name, digest in zip(
-            hashed, pool.map(lambda name: _digest(path / name), hashed), strict=True
-        ):
+        digests = pool.map(lambda name: _digest(path / name), hashed)
+        for name, digest in zip(hashed, digests, strict=True):
             if digest != hashed[name]:
                 return f"{name} is not what was written (SHA-256 differs)"
     return None
 
 
 def refuse_difference(path: epath.Path, what: str, saved: dict, given: dict, way_out: str) -> None:
-    """Raises ValueError naming each key of which ``saved`` and ``given``, nested dicts, do not
-    agree."""
+    """Raise ValueError naming each key in which the nested dicts ``saved`` and ``given`` differ."""
     saved = _leaves(saved)
     given = _leaves(given)
     pairs = {
@@ -120,7 +125,7 @@ def _has_record(folder: epath.Path, step: int) -> bool:
 
 
 def _leaves(tree: dict, path: str = "") -> dict[str, object]:
-    flat = {}
+    flat: dict[str, object] = {}
     for key, value in tree.items():
         flat |= _leaves(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
     return flat
@@ -135,8 +140,7 @@ def _files(path: epath.Path) -> Iterator[epath.Path]:
 
 
 def _inventory(path: epath.Path) -> dict[str, tuple[int, str | None]]:
-    """{relative name: (bytes, SHA-256)} of all files below ``path``; local ones reach the disk by
-    this."""
+    """Return {relative name: (bytes, SHA-256)} of all files below ``path``; sync local ones."""
     files = list(_files(path))
     names = [os.fspath(file.relative_to(path)) for file in files]
     sizes = [file.stat().length for file in files]
@@ -154,12 +158,12 @@ def _digest_of_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _digest(path) -> str:
+def _digest(path: os.PathLike) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path) -> None:
+def _sync(path: str | os.PathLike) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -167,6 +171,6 @@ def _sync(path) -> None:
         os.close(handle)
 
 
-def _sync_and_digest(path) -> str:
+def _sync_and_digest(path: os.PathLike) -> str:
     _sync(path)
     return _digest(path)

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard, loss.png, a progress bar; and how fast it goes."""
+"""Write metrics.jsonl, TensorBoard and loss.png, and measure the devices' peak FLOP/s."""
 
 import contextlib
 import functools
@@ -8,7 +8,9 @@ import os
 import platform
 import time
 import zlib
+from collections.abc import Iterator, Sequence
 from importlib import metadata
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +23,11 @@ from mtnlg_jax.hardware import dense_flops
 
 
 def peak_flops(device_flops: float | None = None) -> float | None:
-    """FLOP/s of all devices together; None where one device's speed is not known.
+    """Return the FLOP/s of all devices together; None where the speed of one is not known.
 
-    One device does ``device_flops``, or what `dense_flops` says of its kind. On a CPU a float32
-    matrix product is timed
-    instead, once for each host: the devices of a CPU share its cores.
+    One device reaches ``device_flops``, by default the value of `dense_flops` for its kind. On a
+    CPU a float32 matrix product is timed instead, once per host: the devices of a CPU share its
+    cores.
     """
     device = jax.devices()[0]
     if device_flops is None and device.platform != "cpu":
@@ -49,7 +51,7 @@ def _timed_flops() -> float:
 
 
 def _hosts() -> int:
-    """On how many machines the processes of this run are."""
+    """Return the number of machines on which the processes of this run are."""
     if jax.process_count() == 1:
         return 1
     name = np.uint32(zlib.crc32(platform.node().encode()))
@@ -57,32 +59,22 @@ def _hosts() -> int:
 
 
 def environment() -> dict:
-    """On what this run runs: versions, devices, processes, and what the environment tells the
-    compiler."""
+    """Return versions, devices, processes, and the environment variables that JAX and XLA read."""
     device = jax.devices()[0]
-    told = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_", "NCCL_", "XLA_PYTHON_CLIENT_")
+    prefixes = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_", "NCCL_", "XLA_PYTHON_CLIENT_")
     packages = (
-        "mtnlg_jax",
-        "jax",
-        "jaxlib",
-        "libtpu",
-        "jax-cuda12-plugin",
-        "jax-cuda13-plugin",
-        "flax",
-        "optax",
-        "orbax-checkpoint",
-        "numpy",
-    )
+        "mtnlg_jax jax jaxlib libtpu jax-cuda12-plugin jax-cuda13-plugin flax optax "
+        "orbax-checkpoint numpy"
+    ).split()
     installed = {
         found.name.lower().replace("_", "-"): found.version for found in metadata.distributions()
     }
+    versions = {"python": platform.python_version()}
+    for name in packages:
+        if name.replace("_", "-") in installed:
+            versions[name] = installed[name.replace("_", "-")]
     return {
-        "versions": {"python": platform.python_version()}
-        | {
-            name: installed[name.replace("_", "-")]
-            for name in packages
-            if name.replace("_", "-") in installed
-        },
+        "versions": versions,
         "devices": {
             "kind": device.device_kind,
             "platform": device.platform,
@@ -90,18 +82,19 @@ def environment() -> dict:
         },
         "processes": jax.process_count(),
         "environment": {
-            name: value for name, value in sorted(os.environ.items()) if name.startswith(told)
+            name: value for name, value in sorted(os.environ.items()) if name.startswith(prefixes)
         },
     }
 
 
 class MetricsLog:
-    """metrics.jsonl and TensorBoard of a run folder; without ``writing``, only the records. A
-    resume at ``step``
-    forgets what was written after it: those steps will be taken, and written, again. A damaged line
-    is moved to metrics.jsonl.damaged, with a warning."""
+    """metrics.jsonl and TensorBoard of a run folder; without ``writing``, only the records.
 
-    def __init__(self, workdir: str, step: int, writing: bool = True):
+    A resume at ``step`` drops the records of later steps, which will be run and written again. A
+    damaged line is moved to metrics.jsonl.damaged, with a warning.
+    """
+
+    def __init__(self, workdir: str, step: int, writing: bool = True) -> None:
         self.path = os.path.join(workdir, "metrics.jsonl")
         self.writing = writing
         records, damaged = scan_metrics(self.path)
@@ -127,16 +120,18 @@ class MetricsLog:
         self._board = self._new_board(purge_step=step + 1)
 
     def write(self, record: dict) -> None:
-        """``record`` has "kind" (train | eval) and "step"; numbers go to TensorBoard under
-        kind/name, and what is not finite is null in the file, which JSON has no number for."""
+        """Append ``record``, which has "kind" (train | eval) and "step".
+
+        Its numbers go to TensorBoard under kind/name. A number that is not finite is null in the
+        file, because JSON cannot express it.
+        """
         self.records.append(record)
         if not self.writing:
             return
         self._unwritten += _line(record).encode()
         with self._outlasting():
             self._write()
-            # The writer's thread ends where it cannot write, and its queue would be full before
-            # long.
+            # The writer's thread ends after a failed write, and then its queue would fill up.
             if not self._board.file_writer.event_writer._worker.is_alive():
                 self._board = self._new_board()
         if self._behind:
@@ -145,7 +140,12 @@ class MetricsLog:
             if name != "step" and isinstance(value, int | float) and math.isfinite(value):
                 self._board.add_scalar(f"{record['kind']}/{name}", value, record["step"])
 
+    def has_eval(self, step: int) -> bool:
+        """Return whether an evaluation after ``step`` is recorded."""
+        return any(record["kind"] == "eval" and record["step"] == step for record in self.records)
+
     def close(self) -> None:
+        """Write what is left and close the files."""
         if self.writing:
             with self._outlasting():
                 self._write()
@@ -153,7 +153,7 @@ class MetricsLog:
                 self._board.close()
 
     def plot(self) -> None:
-        """loss.png beside the records."""
+        """Draw loss.png beside the records."""
         if self.writing:
             with self._outlasting():
                 plot_loss(self.records, os.path.join(os.path.dirname(self.path), "loss.png"))
@@ -164,9 +164,11 @@ class MetricsLog:
         self._behind = False
 
     @contextlib.contextmanager
-    def _outlasting(self):
-        """A full disk and the like end no run for the sake of its log: what is left is written with
-        the next line."""
+    def _outlasting(self) -> Iterator[None]:
+        """Suppress transient failures: a full disk must not end a run because of its log.
+
+        What is left is written with the next record.
+        """
         try:
             yield
         except Exception as error:
@@ -174,7 +176,7 @@ class MetricsLog:
                 raise
             if not self._behind:
                 logging.warning(
-                    "%s falls behind (%s): tried again with the next line", self.path, error
+                    "%s is behind (%s): retrying with the next record", self.path, error
                 )
             self._behind = True
 
@@ -183,9 +185,9 @@ class MetricsLog:
             file.writelines(line + b"\n" for line in damaged.values())
             file.flush()
             os.fsync(file.fileno())
-        numbers = ", ".join(map(str, list(damaged)[:8])) + (
-            f" and {len(damaged) - 8} more" if len(damaged) > 8 else ""
-        )
+        numbers = ", ".join(map(str, list(damaged)[:8]))
+        if len(damaged) > 8:
+            numbers += f" and {len(damaged) - 8} more"
         which = f"lines {numbers} are" if len(damaged) > 1 else f"line {numbers} is"
         logging.warning(
             "%s: %s damaged and moved to %s.damaged; all others are kept",
@@ -204,15 +206,19 @@ def _line(record: dict) -> str:
 
 
 def read_metrics(path: str) -> list[dict]:
-    """The records of a metrics.jsonl; damaged lines are left out, as one that a kill cut short. []
-    without a file."""
+    """Return the records of a metrics.jsonl; [] without a file.
+
+    Damaged lines, for example one that a kill cut short, are left out.
+    """
     return scan_metrics(path)[0]
 
 
 def scan_metrics(path: str) -> tuple[list[dict], dict[int, bytes]]:
-    """(records, {number of a damaged line, from 1: its bytes}) of a metrics.jsonl. A record is an
-    object with "kind" and a whole "step"; zero bytes, which a crash of the machine leaves between
-    lines, do not count."""
+    """Return (records, {number of a damaged line, from 1: its bytes}) of a metrics.jsonl.
+
+    A record is an object with "kind" and an integer "step". Zero bytes, which a crash of the
+    machine can leave between lines, are ignored.
+    """
     if not os.path.exists(path):
         return [], {}
     records = []
@@ -243,43 +249,48 @@ def _record(line: bytes) -> dict | None:
     return found if whole else None
 
 
-# How a training loss is called in metrics.jsonl, and what it is. The first is what the held-out
-# losses are; the others are only ever compared with themselves.
+# Names of training losses in metrics.jsonl, and what they are. The first can be compared with the
+# held-out losses, the others only with themselves.
 TRAINING_LOSSES = {
     "loss": "cross entropy, nats a token",
     "smoothed_loss": "training objective:\ncross entropy with label smoothing",
     "distillation_loss": "training objective:\ndistillation",
 }
-_DECAY = 0.9  # of a neighbor's weight in the smoothed line, with each record that it is away
-_REACH = 60  # records on either side
-_LONG_GAP = 3  # usual distances between records, above which some are missing
+_DECAY = 0.9  # the smoothed line weighs a neighbor by this to the power of its distance
+_REACH = 60  # neighbors on either side
+_LONG_GAP = 3  # in usual distances between records; above it some are missing
 
 
 def training_loss(record: dict) -> tuple[str | None, float]:
-    """(its name in `TRAINING_LOSSES`, the loss of a record of training); nan where it was not
-    finite, no name where the record has none."""
+    """Return (name in `TRAINING_LOSSES`, loss) of a training record.
+
+    The loss is nan where it was not finite; the name is None where the record has no loss.
+    """
     name = next((name for name in TRAINING_LOSSES if name in record), None)
-    value = record.get(name)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return name, float(value) if number and math.isfinite(value) else math.nan
+    value = record[name] if name is not None else None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return name, math.nan
+    return name, float(value)
 
 
 def curves(records: list[dict], objective: str, name: str) -> list[list[tuple[int, float]]]:
-    """The (step, loss) of training with ``objective``, in pieces within which it went on: a stage
-    without it, or records that are missing, begin another piece."""
+    """Return the (step, loss) pairs of ``objective``, in uninterrupted pieces.
+
+    A stage without the objective, or missing records, begin another piece.
+    """
     train = [record for record in records if record["kind"] == "train"]
     distances = sorted(
         later["step"] - earlier["step"] for earlier, later in zip(train, train[1:], strict=False)
     )
     usual = distances[len(distances) // 2] if distances else 1
-    pieces = []
+    pieces: list[list[tuple[int, float]]] = []
     stages = 0
-    last = None
-    before = None
+    last: int | None = None
+    before: dict | None = None
     for record in train:
         if before is not None:
             stages += record.get("stage") != before.get("stage")
-            # As a stage in between, so that nothing is drawn across.
+            # Missing records count as a stage in between, so that no line is drawn across them.
             stages += 2 * (record["step"] - before["step"] > _LONG_GAP * usual)
         before = record
         found, loss = training_loss(record)
@@ -292,37 +303,40 @@ def curves(records: list[dict], objective: str, name: str) -> list[list[tuple[in
     return pieces
 
 
-def smoothed(losses: list[float]) -> np.ndarray:
-    """[n]: at each loss the straight line through those around it, which count less the farther
-    away they are. Unlike a running mean it does not lag behind where the loss falls, nor at the
-    beginning; nan stays so and counts for nothing."""
+def smoothed(losses: Sequence[float]) -> np.ndarray:
+    """Return a local linear fit at each loss, in which neighbors count less the farther away.
+
+    Unlike a running mean it does not lag where the loss falls, nor at the beginning. A nan stays
+    nan and has no weight.
+    """
     values = np.array(losses, float)
     known = np.isfinite(values).astype(float)
     values = np.where(known > 0, values, 0.0)
     reach = min(len(values) - 1, _REACH)
     away = np.arange(-reach, reach + 1)
 
-    def around(numbers, power):
-        """Sum over the neighbors of their weight x distance^power x number."""
-        return np.convolve(numbers, (_DECAY ** np.abs(away) * away**power)[::-1], "full")[
-            reach : reach + len(values)
-        ]
+    def around(numbers: np.ndarray, power: int) -> np.ndarray:
+        """Return the sum over the neighbors of weight x distance^power x number."""
+        kernel = _DECAY ** np.abs(away) * away**power
+        return np.convolve(numbers, kernel[::-1], "full")[reach : reach + len(values)]
 
+    # Weighted least squares in closed form: moments of the distances (s) and of the losses (t).
     s0, s1, s2 = (around(known, power) for power in range(3))
     t0, t1 = (around(known * values, power) for power in range(2))
     spread = s0 * s2 - s1**2
+    fits = spread > 1e-9  # a line needs two points
     line = np.where(
-        spread > 1e-9,
-        (s2 * t0 - s1 * t1) / np.where(spread > 1e-9, spread, 1),
-        t0 / np.maximum(s0, 1e-9),
+        fits, (s2 * t0 - s1 * t1) / np.where(fits, spread, 1), t0 / np.maximum(s0, 1e-9)
     )
     return np.where(known > 0, line, np.nan)
 
 
 def plot_loss(records: list[dict], path: str) -> None:
-    """loss.png: losses of training, thin and smoothed, and of held-out text, by objective. A
-    training objective that is not the cross entropy of the text has a panel of its own; steps that
-    were not finite are marked."""
+    """Plot the losses of training (thin and smoothed) and of held-out text, by objective.
+
+    A training objective other than the cross entropy of the text has its own panel. Steps that were
+    not finite are marked.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -336,36 +350,9 @@ def plot_loss(records: list[dict], path: str) -> None:
     for name, axes in zip(panels, rows[:, 0], strict=True):
         for objective, color in {"causal": "tab:blue", "masked": "tab:orange"}.items():
             _plot_training(axes, curves(records, objective, name), color, f"{objective}, training")
-            evaluations = [
-                (r["step"], value)
-                for r in records
-                if isinstance(value := r.get(f"{objective}_loss"), int | float)
-                and math.isfinite(value)
-            ]
-            if evaluations and name == "loss":
-                axes.plot(
-                    *zip(*evaluations, strict=True),
-                    "o--",
-                    color=color,
-                    markersize=4,
-                    label=f"{objective}, held out",
-                )
-        lost = [
-            r["step"]
-            for r in records
-            if r["kind"] == "train"
-            and training_loss(r)[0] == name
-            and math.isnan(training_loss(r)[1])
-        ]
-        if lost:
-            axes.plot(
-                lost,
-                [0.02] * len(lost),
-                "x",
-                color="tab:red",
-                transform=axes.get_xaxis_transform(),
-                label="not finite: no step taken",
-            )
+            if name == "loss":
+                _plot_held_out(axes, records, objective, color)
+        _mark_skipped(axes, records, name)
         axes.set_ylabel(TRAINING_LOSSES[name])
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
@@ -379,10 +366,39 @@ def plot_loss(records: list[dict], path: str) -> None:
     os.replace(beside, path)
 
 
-def _plot_training(axes, pieces: list[list[tuple[int, float]]], color: str, label: str) -> None:
+def _plot_held_out(axes: Any, records: list[dict], objective: str, color: str) -> None:
+    points = []
+    for record in records:
+        loss = record.get(f"{objective}_loss")
+        if isinstance(loss, int | float) and math.isfinite(loss):
+            points.append((record["step"], loss))
+    if points:
+        steps, losses = zip(*points, strict=True)
+        label = f"{objective}, held out"
+        axes.plot(steps, losses, "o--", color=color, markersize=4, label=label)
+
+
+def _mark_skipped(axes: Any, records: list[dict], name: str) -> None:
+    train = [record for record in records if record["kind"] == "train"]
+    losses = {record["step"]: training_loss(record) for record in train}
+    skipped = [step for step, (found, loss) in losses.items() if found == name and math.isnan(loss)]
+    if skipped:
+        axes.plot(
+            skipped,
+            [0.02] * len(skipped),
+            "x",
+            color="tab:red",
+            transform=axes.get_xaxis_transform(),
+            label="not finite: step skipped",
+        )
+
+
+def _plot_training(
+    axes: Any, pieces: list[list[tuple[int, float]]], color: str, label: str
+) -> None:
     for number, piece in enumerate(pieces):
         steps, losses = zip(*piece, strict=True)
-        marker = "." if len(piece) < 10 else None  # a line through one point is not to be seen
+        marker = "." if len(piece) < 10 else None  # a line through one point would be invisible
         axes.plot(steps, losses, color=color, alpha=0.25, linewidth=0.8, marker=marker)
         axes.plot(
             steps,

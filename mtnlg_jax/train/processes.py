@@ -1,9 +1,9 @@
-"""Several processes, one run: how they meet, agree and part. Alone, all of it is free.
+"""Start-up, agreement and shutdown of multi-process runs; no-ops with one process.
 
-Crash-only: a process that fails leaves at once, without JAX's farewell, for which the others would
-never come. They notice in their next collective (gloo), by the heartbeat (JAX aborts them, exit
-code 134) or by their watchdogs; whoever started the processes starts them all again, and they go on
-from the last checkpoint.
+Crash-only: a process that fails exits at once, without the JAX shutdown barrier, which the others
+would never reach. They notice in their next collective (gloo), through the heartbeat (JAX aborts
+them, exit code 134) or through their watchdogs. Whoever started the processes starts all of them
+again, and they resume from the last checkpoint.
 """
 
 import contextlib
@@ -16,7 +16,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,8 +27,11 @@ from jax.sharding import PartitionSpec as P
 
 from mtnlg_jax import compat, errors
 from mtnlg_jax.config import Config, to_json
+from mtnlg_jax.train.state import TrainState
 
-LAST_WORDS = 3  # seconds that process 0 outlives a failure: JAX aborts the others when it goes
+# Process 0 hosts the coordination service: JAX aborts the others as soon as it exits. It waits this
+# long, so that they can still report their own errors.
+EXIT_DELAY_SECONDS = 3
 
 
 def start(
@@ -39,51 +43,26 @@ def start(
     distributed: str = "auto",
     timeout: int = 300,
 ) -> None:
-    """Joins the other processes of the run, before the first use of a device: those that
-    ``coordinator`` ("HOST:PORT", where process 0 runs), ``processes`` and ``process_id`` name;
-    else, unless ``distributed`` is "off", those that SLURM, Open MPI, a TPU pod or GKE tells of;
-    else none. "on" insists on others.
+    """Join the other processes of the run. Call this before the first use of a device.
 
-    Waits ``timeout`` seconds for process 0, and for all of them to come; then this process ends
-    (exit code 2). ``local_devices`` simulates devices on the CPU. Raises ValueError on what does
-    not fit.
+    With ``coordinator`` ("HOST:PORT" of process 0), ``processes`` and ``process_id``, join those.
+    Otherwise join the processes that SLURM, Open MPI, a TPU pod or GKE started, if any;
+    ``distributed`` "off" disables the detection, "on" requires it to succeed.
+
+    Wait up to ``timeout`` seconds for process 0 and for all processes to connect; then exit with
+    code 2. ``local_devices`` simulates devices on the CPU. Raise ValueError on invalid arguments.
     """
-    given = {"--coordinator": coordinator, "--processes": processes, "--process_id": process_id}
     if local_devices is not None:
         if local_devices < 1:
             raise ValueError(f"--local_devices={local_devices} must be at least 1")
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", local_devices)
-    if any(value is not None for value in given.values()):
-        missing = [name for name, value in given.items() if value is None]
-        if missing:
-            raise ValueError(
-                f"{' and '.join(missing)} missing: --coordinator=HOST:PORT, --processes and --process_id "
-                "go together; leave out all three on SLURM, TPU pods and GKE's TPUs"
-            )
-        _check_address(coordinator)
-        if processes < 1 or not 0 <= process_id < processes:
-            raise ValueError(
-                f"--process_id={process_id} of --processes={processes} does not exist; the first is 0"
-            )
-        arguments = {
-            "coordinator_address": coordinator,
-            "num_processes": processes,
-            "process_id": process_id,
-            "cluster_detection_method": "deactivate",
-        }
-    elif distributed == "on" or (distributed == "auto" and compat.cluster_processes() > 1):
-        if not compat.cluster_processes():
-            raise ValueError(
-                "--distributed=on, but no SLURM, Open MPI, TPU pod or GKE is found here; start under one, "
-                "or give --coordinator=HOST:PORT, --processes and --process_id"
-            )
-        arguments = {}
-    else:
+    arguments = _initialize_arguments(coordinator, processes, process_id, distributed)
+    if arguments is None:
         return
     with _deadline(timeout, coordinator, process_id):
         try:
-            # JAX aborts without a word for a person when its own time is over: ours is over before.
+            # When its own time is over, JAX aborts without a readable message: ours comes first.
             jax.distributed.initialize(
                 **arguments,
                 initialization_timeout=timeout + 60,
@@ -91,9 +70,43 @@ def start(
             )
         except RuntimeError as error:
             raise ValueError(
-                f"process {process_id} could not listen or connect at {coordinator}: "
+                f"process {process_id} could not listen on or connect to {coordinator}: "
                 f"{str(error).splitlines()[0]}; choose another port in --coordinator"
             ) from None
+
+
+def _initialize_arguments(
+    coordinator: str | None, processes: int | None, process_id: int | None, distributed: str
+) -> dict[str, Any] | None:
+    """Return the arguments of ``jax.distributed.initialize``; None for a run of one process."""
+    given = {"--coordinator": coordinator, "--processes": processes, "--process_id": process_id}
+    missing = [name for name, value in given.items() if value is None]
+    if coordinator is not None and processes is not None and process_id is not None:
+        _check_address(coordinator)
+        if processes < 1 or not 0 <= process_id < processes:
+            raise ValueError(
+                f"--process_id={process_id} does not exist with --processes={processes}; "
+                "the first is 0"
+            )
+        return {
+            "coordinator_address": coordinator,
+            "num_processes": processes,
+            "process_id": process_id,
+            "cluster_detection_method": "deactivate",
+        }
+    if len(missing) < len(given):
+        raise ValueError(
+            f"{' and '.join(missing)} missing: --coordinator=HOST:PORT, --processes and "
+            "--process_id go together; omit all three on SLURM, TPU pods and GKE TPUs"
+        )
+    if distributed == "on" and not compat.cluster_processes():
+        raise ValueError(
+            "--distributed=on, but no SLURM, Open MPI, TPU pod or GKE was found here; start under "
+            "one, or give --coordinator=HOST:PORT, --processes and --process_id"
+        )
+    if distributed == "on" or (distributed == "auto" and compat.cluster_processes() > 1):
+        return {}
+    return None
 
 
 def _check_address(coordinator: str) -> None:
@@ -101,37 +114,38 @@ def _check_address(coordinator: str) -> None:
         not re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[^:\s]+):[0-9]+", coordinator)
         or int(coordinator.split(":")[-1]) > 65535
     ):
-        raise ValueError(f"--coordinator={coordinator!r} is not HOST:PORT, as 10.0.0.1:1234")
+        raise ValueError(f"--coordinator={coordinator!r} is not HOST:PORT, such as 10.0.0.1:1234")
 
 
 @contextlib.contextmanager
-def _deadline(seconds: float, coordinator: str | None, process_id: int | None):
-    came = threading.Event()
+def _deadline(seconds: float, coordinator: str | None, process_id: int | None) -> Iterator[None]:
+    """Exit with code 2 and one line unless the body ends within ``seconds``."""
+    connected = threading.Event()
 
-    def wait():
-        if came.wait(seconds):
+    def wait() -> None:
+        if connected.wait(seconds):
             return
-        answers = process_id == 0 or coordinator is None or _listens(coordinator)
-        what = (
-            "not every process came to process 0"
+        answers = process_id == 0 or coordinator is None or _is_listening(coordinator)
+        problem = (
+            "not every process connected to process 0"
             if answers
             else f"no process 0 answers at {coordinator}"
         )
         print(
-            f"error: {what} within {seconds} s; see that all are started, with one --coordinator that each of them "
-            "can reach, or raise --coordinator_timeout",
+            f"error: {problem} within {seconds} s; check that all are started with the same "
+            "--coordinator, which each of them can reach, or raise --coordinator_timeout",
             file=sys.stderr,
         )
-        leave(2)
+        exit_now(errors.BAD_INPUT)
 
     threading.Thread(target=wait, daemon=True).start()
     try:
         yield
     finally:
-        came.set()
+        connected.set()
 
 
-def _listens(address: str) -> bool:
+def _is_listening(address: str) -> bool:
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), 1).close()
@@ -141,16 +155,17 @@ def _listens(address: str) -> bool:
 
 
 def several() -> bool:
+    """Return whether this run has more than one process."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def is_first() -> bool:
-    """Whether this process writes what one process writes: logs, curves, descriptions."""
+    """Return whether this process writes what only one process writes: logs, curves, metadata."""
     return jax.process_index() == 0
 
 
-def leave(code: int) -> None:
-    """Ends this process now: no clean-up waits for another."""
+def exit_now(code: int) -> None:
+    """End this process immediately: no cleanup handler waits for another process."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
@@ -158,36 +173,38 @@ def leave(code: int) -> None:
 
 
 @contextlib.contextmanager
-def leaving_at_once():
-    """Where there are others, ends the process on an exception: they are not in it, so nobody may
-    wait for them. What all have agreed on (it has an ``exit_code``) passes; alone, everything
-    does."""
+def exit_on_failure() -> Iterator[None]:
+    """With several processes, end this one on an exception.
+
+    The others did not see the exception, so nobody may wait for them. Exceptions that all processes
+    raise together (they have an ``exit_code``) pass, and with one process every exception does.
+    """
     try:
         yield
     except Exception as error:
         if not several() or hasattr(error, "exit_code"):
             raise
-        number = f"process {jax.process_index()} of {jax.process_count()}"
-        if _is_of_a_lost_process(error):
+        name = f"process {jax.process_index()} of {jax.process_count()}"
+        if _is_from_lost_process(error):
             print(
-                f"{number}: another process ended, so this one does; start all of them again to go on from the "
-                f"last checkpoint ({str(error).splitlines()[0]})",
+                f"{name}: another process ended, so this one ends; start all of them again to "
+                f"resume from the last checkpoint ({str(error).splitlines()[0]})",
                 file=sys.stderr,
             )
             code = errors.PROCESS_LOST
         else:
             line, code = errors.explain(error)
             print(
-                f"{number}: {line}" if line else "".join(traceback.format_exception(error)),
+                f"{name}: {line}" if line else "".join(traceback.format_exception(error)),
                 file=sys.stderr,
             )
         sys.stderr.flush()
         if is_first():
-            time.sleep(LAST_WORDS)
-        leave(code)
+            time.sleep(EXIT_DELAY_SECONDS)
+        exit_now(code)
 
 
-def _is_of_a_lost_process(error: Exception) -> bool:
+def _is_from_lost_process(error: Exception) -> bool:
     words = (
         "gloo",
         "connection closed",
@@ -202,57 +219,60 @@ def _is_of_a_lost_process(error: Exception) -> bool:
     )
 
 
-# --- agreeing
-# ---------------------------------------------------------------------------------------------
+# --- agreement
 
 
-def agree(function: Callable):
-    """What ``function`` returns (JSON) or raises (ValueError, OSError) in process 0, in every
-    process; what may pass is raised as PassingError."""
+def run_on_first(function: Callable[[], Any]) -> Any:
+    """Call ``function`` in process 0 and return its result (JSON) in every process.
+
+    A ValueError or OSError of ``function`` is raised in every process; a failure that may pass is
+    raised as PassingError.
+    """
     if jax.process_count() == 1:
         return function()
-    outcome = {}
+    outcome: dict[str, Any] = {}
     if is_first():
         try:
             outcome = {"value": function()}
         except Exception as error:
-            if not (isinstance(error, ValueError | OSError) or errors.is_passing(error)):
+            if errors.is_passing(error):
+                kind = "passing"
+            elif isinstance(error, ValueError):
+                kind = "value"
+            elif isinstance(error, OSError):
+                kind = "system"
+            else:
                 raise
-            kind = (
-                "passing"
-                if errors.is_passing(error)
-                else "value"
-                if isinstance(error, ValueError)
-                else "system"
-            )
             outcome = {"error": str(error), "kind": kind}
     text = json.dumps(outcome).encode()
+    # A broadcast needs the same shape in every process: first the size, then the bytes.
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
     sent = np.frombuffer(text[:size].ljust(size), np.uint8)
     outcome = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(sent), np.uint8).tobytes())
     if "error" in outcome:
-        raise {"passing": errors.PassingError, "value": ValueError, "system": OSError}[
-            outcome["kind"]
-        ](outcome["error"])
+        kinds = {"passing": errors.PassingError, "value": ValueError, "system": OSError}
+        raise kinds[outcome["kind"]](outcome["error"])
     return outcome["value"]
 
 
-def meet(name: str) -> None:
-    """Returns when every process is here."""
+def barrier(name: str) -> None:
+    """Return once every process has called this."""
     if several():
         multihost_utils.sync_global_devices(name)
 
 
-class Asked:
-    """asked(mine): whether any process was asked to stop by the call before; the same answer in
-    all, at the cost of one number a device. A step late, so that no process waits for the step that
-    runs."""
+class PreemptionVote:
+    """``vote(mine)``: return whether any process was asked to stop by the previous call.
 
-    def __init__(self):
-        self._before = None
+    Every process gets the same answer, for the cost of reducing one number per device. The answer
+    is one step late, so that no process waits for the running step.
+    """
+
+    def __init__(self) -> None:
+        self._previous: jax.Array | None = None
         if several():
             devices = Mesh(np.array(jax.devices()), "all")
-            self._each = NamedSharding(devices, P("all"))
+            self._one_per_device = NamedSharding(devices, P("all"))
             self._any = jax.jit(
                 lambda flags: flags.max(), out_shardings=NamedSharding(devices, P())
             )
@@ -261,21 +281,23 @@ class Asked:
         if not several():
             return mine
         flags = jax.make_array_from_callback(
-            (jax.device_count(),), self._each, lambda index: np.int32([mine])
+            (jax.device_count(),), self._one_per_device, lambda index: np.array([mine], np.int32)
         )
-        before = self._before
-        self._before = self._any(flags)
-        return before is not None and bool(before)
+        previous = self._previous
+        self._previous = self._any(flags)
+        return previous is not None and bool(previous)
 
 
-def fingerprint(parts) -> str:
-    """Of anything JSON."""
+def fingerprint(parts: Any) -> str:
+    """Return a short hash of any JSON value."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def disagreement(parts: dict) -> str | None:
-    """One line that says what of ``parts`` (JSON) differs, and with whom; None where all processes
-    hold the same."""
+def disagreement(parts: dict[str, Any]) -> str | None:
+    """Return one line that names which of ``parts`` (JSON) differ, and between which processes.
+
+    Return None where all processes hold the same.
+    """
     if not several():
         return None
     mine = np.frombuffer(bytes.fromhex(fingerprint(parts)), np.uint32)
@@ -284,28 +306,30 @@ def disagreement(parts: dict) -> str | None:
     others = [number for number, theirs in enumerate(everyone) if (theirs != mine).any()]
     if not (everyone != everyone[0]).any():
         return None
-    first = agree(lambda: parts)
+    first = run_on_first(lambda: parts)
     parts = json.loads(json.dumps(parts))
     keys = [key for key in {**first, **parts} if first.get(key) != parts.get(key)]
     different = [f"{key}={parts.get(key)!r} here, {first.get(key)!r} in process 0" for key in keys]
     more = f" and {len(different) - 4} more" if len(different) > 4 else ""
-    which = ", ".join(map(str, others[:8])) + (
-        f" and {len(others) - 8} more" if len(others) > 8 else ""
-    )
-    what = (
+    which = ", ".join(map(str, others[:8]))
+    if len(others) > 8:
+        which += f" and {len(others) - 8} more"
+    difference = (
         f"{'; '.join(different[:4])}{more}"
         if different
-        else "it holds what process 0 does, and they do not"
+        else "it holds the same as process 0, and they do not"
     )
-    return f"process {me} of {jax.process_count()} disagrees with {which}: {what}"
+    return f"process {me} of {jax.process_count()} disagrees with {which}: {difference}"
 
 
-def refuse_other_settings(config: Config, workdir: str) -> None:
-    """Before any work: ValueError in every process unless all were started alike."""
-    settings = {"jax": jax.__version__, "workdir": os.path.abspath(workdir)}
-    settings |= {
-        name: os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
-    }  # another program each
+def check_same_settings(config: Config, workdir: str) -> None:
+    """Check before any work that all processes were started with the same settings.
+
+    Raise ValueError in every process otherwise.
+    """
+    settings: dict[str, Any] = {"jax": jax.__version__, "workdir": os.path.abspath(workdir)}
+    # With other compiler flags the processes would run different programs.
+    settings |= {name: os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
     for section, value in json.loads(to_json(config)).items():
         settings |= (
             {f"{section}.{key}": one for key, one in value.items()}
@@ -317,17 +341,20 @@ def refuse_other_settings(config: Config, workdir: str) -> None:
         raise ValueError(f"{line}; start all processes with the same flags")
 
 
-def refuse_other_course(
-    config: Config, data: dict[str, str], programs: list[str], state, done: int
+def check_same_run(
+    config: Config, data: dict[str, str], programs: list[str], state: TrainState, done: int
 ) -> None:
-    """Disagreement in every process unless all are at the same step of the same run."""
+    """Check that all processes agree on config, step, data and compiled program.
+
+    Raise Disagreement in every process otherwise.
+    """
     line = disagreement(
         {
             "config": fingerprint(to_json(config)),
-            "step": [done, int(state["step"])],
-            "data": [int(state["samples"]), *data.values()],
+            "step": [done, int(state.step)],
+            "data": [int(state.samples), *data.values()],
             "program": programs,
         }
     )
     if line:
-        raise errors.Disagreement(f"after step {done} {line}; see to that, then start all again")
+        raise errors.Disagreement(f"after step {done} {line}; resolve this, then start all again")

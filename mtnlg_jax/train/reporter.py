@@ -1,4 +1,4 @@
-"""What a run says of itself: progress, speed, whether its state is sound, and how it ended."""
+"""Report the progress and speed of a run, judge whether its state is sound, and summarize it."""
 
 import dataclasses
 import math
@@ -19,12 +19,13 @@ FIGURES = ("causal_loss", "perplexity", "bits_per_byte", "masked_loss")  # of an
 
 
 def short(value: float | None) -> str:
+    """Format a loss with three decimals."""
     return "not finite" if value is None or not math.isfinite(value) else f"{value:.3f}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """How a run ended."""
+    """The result of a run."""
 
     workdir: str
     steps: int
@@ -35,17 +36,17 @@ class Summary:
     mfu: float | None  # None where the peak of these devices is not known
     final: dict  # the last evaluation: step, causal_loss, perplexity, bits_per_byte, masked_loss
     best_step: int | None
-    skipped: int
+    skipped: int  # non-finite steps
 
     @property
     def speed(self) -> str:
-        """ "1,234 tokens/s, MFU 41%", for a person."""
+        """Return text such as "1,234 tokens/s, MFU 41%"."""
         mfu = "unknown (train.device_flops)" if self.mfu is None else f"{self.mfu:.0%}"
         return f"{self.tokens_per_second:,.0f} tokens/s, MFU {mfu}"
 
     @property
     def held_out(self) -> str:
-        """The last evaluation, for a person."""
+        """Return the last evaluation as text."""
         losses = [
             f"{name.replace('_', ' ')} {short(self.final[name])}"
             for name in FIGURES
@@ -57,16 +58,15 @@ class Summary:
 
     @property
     def kept(self) -> str:
-        """The checkpoints that are left, for a person."""
-        return "the last ones" + (
-            "" if self.best_step is None else f" and the best (step {self.best_step})"
-        )
+        """Return as text which checkpoints are kept."""
+        best = "" if self.best_step is None else f" and the best (step {self.best_step})"
+        return "the last ones" + best
 
 
 class Meter:
-    """Tokens a second over the recent past, and model FLOP utilisation; pauses do not count."""
+    """Recent tokens per second and model FLOP utilization; pauses do not count."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config) -> None:
         self.flops = flops_per_token(config.model, config.sequence_length)
         self.peak = peak_flops(config.train.device_flops)
         self.rate = 0.0
@@ -75,53 +75,58 @@ class Meter:
         self.restart()
 
     def restart(self) -> None:
-        self._last = None
+        """Leave the time until the next step out."""
+        self._last: float | None = None
 
     def add(self, tokens: int) -> None:
+        """Count a step of ``tokens`` that has just ended."""
         now = time.perf_counter()
         if self._last is not None:
             seconds = now - self._last
-            self.tokens = self.tokens + tokens
-            self.seconds = self.seconds + seconds
-            self.rate = (
-                tokens / seconds
-                if not self.rate
-                else self.rate + 0.1 * (tokens / seconds - self.rate)
-            )
+            self.tokens += tokens
+            self.seconds += seconds
+            if self.rate:
+                self.rate += 0.1 * (tokens / seconds - self.rate)
+            else:
+                self.rate = tokens / seconds
         self._last = now
 
     @property
     def mfu(self) -> float | None:
+        """Return the MFU at the recent rate."""
         return self.utilization(self.rate)
 
     @property
     def mfu_entry(self) -> dict[str, float]:
-        """What metrics.jsonl says of it."""
+        """Return the entry of metrics.jsonl."""
         return {} if self.mfu is None else {"mfu": round(self.mfu, 4)}
 
     def utilization(self, rate: float) -> float | None:
-        """MFU at ``rate`` tokens/s; None where the peak of these devices is not known."""
+        """Return the MFU at ``rate`` tokens/s; None where the peak of the devices is not known."""
         return None if self.peak is None else rate * self.flops / self.peak
 
 
 class Reporter:
-    """Fetches the numbers of the step that ``pending`` holds, a step late, and judges by them
-    whether the state is fit to go on from."""
+    """Fetch the metrics of the pending step, one step late, and judge by them whether the state is
+    good."""
 
     def __init__(
         self, config: Config, log: MetricsLog, bar: tqdm, meter: Meter, checkpoints: Checkpoints
-    ):
+    ) -> None:
         self.config = config
         self.log = log
         self.bar = bar
         self.meter = meter
         self.checkpoints = checkpoints
-        self.pending = None  # (step, its metrics on the device, sequences)
-        self.bad = 0  # non-finite steps in a row, up to the last one reported
+        # (step, its metrics on the device, sequences)
+        self.pending: tuple[int, dict[str, jax.Array], int] | None = None
+        self.nonfinite_streak = 0  # up to the last step reported
 
     def report(self) -> None:
-        """Writes and shows the pending step, if there is one. Raises Diverged after too many
-        non-finite ones."""
+        """Write and show the pending step, if there is one.
+
+        Raise Diverged after too many non-finite steps in a row.
+        """
         if self.pending is None:
             return
         step, metrics, sequences = self.pending
@@ -131,9 +136,9 @@ class Reporter:
         values = {key: value.item() for key, value in jax.device_get(metrics).items()}
         meter.add(sequences * self.config.sequence_length)
         _, _, stage = stage_at(train, step)
-        self.bad = values["bad"]
+        self.nonfinite_streak = values["nonfinite_streak"]
         name = loss_name(train, stage)
-        if (step + 1) % train.log_every == 0 or step + 1 == train.steps or self.bad:
+        if (step + 1) % train.log_every == 0 or step + 1 == train.steps or self.nonfinite_streak:
             self.log.write(
                 {
                     "kind": "train",
@@ -144,7 +149,7 @@ class Reporter:
                     "stage": stage.name,
                     "objective": "masked" if is_masked(train, step) else "causal",
                     "sequences": sequences,
-                    "skipped": values["skipped"],
+                    "skipped": values["nonfinite_total"],
                     "tokens_per_second": round(meter.rate, 1),
                     **meter.mfu_entry,
                 }
@@ -155,32 +160,35 @@ class Reporter:
             [
                 f"{name.replace('_', ' ')} {values['loss']:.3f}",
                 f"{meter.rate:,.0f} tokens/s" if meter.rate else "",
-                f"{values['skipped']} skipped" if values["skipped"] else "",
+                f"{values['nonfinite_total']} skipped" if values["nonfinite_total"] else "",
                 f"stage {stage.name}",
                 "" if meter.mfu is None else f"MFU {meter.mfu:.0%}",
             ],
         )
-        if not self.bad:
+        if not self.nonfinite_streak:
             self.checkpoints.prove()
-        if self.bad >= train.max_bad_steps:
+        if self.nonfinite_streak >= train.max_bad_steps:
             self._diverge(
-                f"loss or gradient was not finite for {self.bad} steps in a row, up to step {step + 1}"
+                f"loss or gradient was not finite for {self.nonfinite_streak} steps in a row, "
+                f"up to step {step + 1}"
             )
 
     def is_healthy(self, done: int, result: dict, stopping: bool = False) -> bool:
-        """Whether the state after step ``done``, with the evaluation ``result`` ({}: none), is to
-        be saved: a loss of its parameters is finite, or they follow from a finite step. Where the
-        run ends here (``stopping``, or its last step), a skipped step is no reason to lose what
-        came before it: the state is saved and stays unproven. Raises Diverged where the last
-            evaluation is not finite."""
+        """Return whether the state after step ``done`` should be saved.
+
+        It should if a loss of its parameters is finite in the evaluation ``result`` ({}: none), or
+        if its last step was. Where the run ends here (``stopping``, or the last step), the state is
+        saved after a skipped step as well, so that earlier steps are not lost; it stays unproven.
+        Raise Diverged where the last evaluation of the run is not finite.
+        """
         losses = [result[name] for name in ("causal_loss", "masked_loss") if name in result]
         ending = stopping or done == self.config.train.steps
-        if all(map(math.isfinite, losses)) and (losses or not self.bad or ending):
+        if all(map(math.isfinite, losses)) and (losses or not self.nonfinite_streak or ending):
             return True
         what = (
             f"held-out loss {losses}"
             if losses
-            else f"loss or gradient of the last {self.bad} steps"
+            else f"loss or gradient of the last {self.nonfinite_streak} steps"
         )
         if done == self.config.train.steps:
             self._diverge(f"{what} was not finite at the last step, {done}")
@@ -190,28 +198,32 @@ class Reporter:
     def _diverge(self, what: str) -> None:
         good = self.checkpoints.give_up()
         last = (
-            "there is not a good checkpoint"
+            "there is no good checkpoint"
             if good is None
             else f"the last good checkpoint is of step {good}"
         )
         raise Diverged(
-            f"{what}; {last}. Lower optimizer.learning_rate or set optimizer.clip_grad_norm, then run again"
+            f"{what}; {last}. Lower optimizer.learning_rate or set optimizer.clip_grad_norm, then "
+            "run again"
         )
 
 
-WIDE = 110  # columns of a terminal that has room for tqdm's own line
+WIDE = 110  # columns of a terminal with room for tqdm's default line
 
 
 def show(bar: tqdm, parts: list[str]) -> None:
-    """Puts ``parts`` behind the bar, as many of the first ones as the terminal has room for; a
-    narrow one leaves out the elapsed time and steps/s, so that something of the bar is left."""
+    """Show ``parts`` behind the bar, as many as fit, the first ones first.
+
+    A narrow terminal leaves out the elapsed time and steps/s, so that part of the bar stays
+    visible.
+    """
     width = bar.format_dict["ncols"] or WIDE
-    bar.bar_format = (
-        None
-        if width >= WIDE
-        else "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining}{postfix}]"
-    )
-    room = width - (54 if width >= WIDE else 24 + 2 * len(str(bar.total)))
+    if width >= WIDE:
+        bar.bar_format = None
+        room = width - 54
+    else:
+        bar.bar_format = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining}{postfix}]"
+        room = width - 24 - 2 * len(str(bar.total))
     shown = ""
     for part in filter(None, parts):
         if shown and len(shown) + 2 + len(part) > room:

@@ -1,17 +1,23 @@
-"""What every step of a run does, as pure functions of the step: its batch, its stage, its
-objective, its learning rate. A resume needs one integer."""
+"""Batch size, stage, objective and learning rate of each step, as pure functions.
+
+They depend on the config, the step and the samples consumed so far, so a resume needs no other
+state.
+"""
 
 import functools
 import math
 
+import jax
 import jax.numpy as jnp
 
 from mtnlg_jax.config import Config, StageConfig, TrainConfig
 
 
 def batch_size_at(train: TrainConfig, samples: int) -> int:
-    """Sequences in the step that starts after ``samples`` sequences: Megatron-LM's
-    --rampup-batch-size."""
+    """Return the sequences in the step that starts after ``samples`` sequences.
+
+    This is Megatron-LM's --rampup-batch-size.
+    """
     if train.rampup_batch_size is None:
         return train.global_batch_size
     start, increment, ramp_samples = train.rampup_batch_size
@@ -23,19 +29,16 @@ def batch_size_at(train: TrainConfig, samples: int) -> int:
 
 @functools.lru_cache(maxsize=16)
 def _ramp(train: TrainConfig) -> tuple[int, ...]:
-    """Samples before each step of the ramp, and before the first step at full batch."""
+    """Return the samples before each step of the ramp, and before the first full batch."""
     before = [0]
-    while (
-        train.rampup_batch_size
-        and before[-1] < train.rampup_batch_size[2]
-        and len(before) <= train.steps
-    ):
+    ramp_samples = train.rampup_batch_size[2] if train.rampup_batch_size else 0
+    while before[-1] < ramp_samples and len(before) <= train.steps:
         before.append(before[-1] + batch_size_at(train, before[-1]))
     return tuple(before)
 
 
 def samples_before(train: TrainConfig, step: int) -> int:
-    """Sequences consumed by the steps before ``step``, at most train.steps."""
+    """Return the sequences consumed before ``step``, which is at most train.steps."""
     ramp = _ramp(train)
     if step < len(ramp):
         return ramp[step]
@@ -43,29 +46,29 @@ def samples_before(train: TrainConfig, step: int) -> int:
 
 
 def samples_at_end(train: TrainConfig, step: int, samples: int) -> int:
-    """Sequences consumed by the end of a run that has consumed ``samples`` in ``step`` steps,
-    whatever its batches were
-    until then: the length of its schedule."""
+    """Return the sequences that a run will have consumed at its end: the length of its schedule.
+
+    It has consumed ``samples`` in ``step`` steps, with whatever batch sizes.
+    """
     if train.rampup_batch_size:
-        while (
-            step < train.steps and (size := batch_size_at(train, samples)) < train.global_batch_size
-        ):
-            step = step + 1
-            samples = samples + size
+        size = batch_size_at(train, samples)
+        while step < train.steps and size < train.global_batch_size:
+            step += 1
+            samples += size
+            size = batch_size_at(train, samples)
     return samples + (train.steps - step) * train.global_batch_size
 
 
 def stage_bounds(train: TrainConfig) -> list[int]:
-    """Steps where stages end; the last is train.steps."""
-    total = sum(stage.fraction for stage in train.stages)
-    shares = [
-        sum(s.fraction for s in train.stages[: i + 1]) / total for i in range(len(train.stages))
-    ]
+    """Return the steps at which the stages end; the last is train.steps."""
+    fractions = [stage.fraction for stage in train.stages]
+    total = sum(fractions)
+    shares = [sum(fractions[: i + 1]) / total for i in range(len(fractions))]
     return [round(share * train.steps) for share in shares]
 
 
 def stage_at(train: TrainConfig, step: int) -> tuple[int, int, StageConfig]:
-    """(number of the stage, steps since it began, the stage)."""
+    """Return (index of the stage, steps since it began, the stage)."""
     begin = 0
     for number, end in enumerate(stage_bounds(train)):
         if step < end:
@@ -76,18 +79,18 @@ def stage_at(train: TrainConfig, step: int) -> tuple[int, int, StageConfig]:
 
 
 def is_masked(train: TrainConfig, step: int) -> bool:
-    """Whether ``step`` takes the masked objective; a mix spreads its masked steps evenly."""
+    """Return whether ``step`` uses the masked objective; a mix spreads its masked steps evenly."""
     _, since, stage = stage_at(train, step)
+    # A masked step is one in which the running count, share x steps, passes an integer.
     return math.floor((since + 1) * stage.masked + 1e-9) > math.floor(since * stage.masked + 1e-9)
 
 
-def learning_rate(config: Config, samples, total: int | None = None):
-    """The rate for the step that ends after ``samples`` sequences (may be traced): linear to the
-    peak over the warm-up, then a cosine to the floor, then the floor. The stage's scale is applied
-    by the caller.
+def learning_rate(config: Config, samples: int | jax.Array, total: int | None = None) -> jax.Array:
+    """Return the learning rate of the step that ends after ``samples`` sequences (may be traced).
 
-    ``total``: sequences of the whole run (`samples_at_end`); without, those of a run that began
-        with this config.
+    It rises linearly to the peak during warm-up, then falls along a cosine to the floor and stays
+    there. The caller applies the scale of the stage. ``total``: sequences of the whole run
+    (`samples_at_end`); the default is that of a run that began with this config.
     """
     total = samples_before(config.train, config.train.steps) if total is None else total
     optimizer = config.optimizer
@@ -103,9 +106,11 @@ def learning_rate(config: Config, samples, total: int | None = None):
 
 
 def loss_name(train: TrainConfig, stage: StageConfig) -> str:
-    """What the training loss of ``stage`` is, a name of `metrics.TRAINING_LOSSES`: only without a
-    teacher and without label smoothing is it the cross entropy of the text, as the held-out
-    loss."""
+    """Return the name of the training loss of ``stage``, a key of `metrics.TRAINING_LOSSES`.
+
+    Only without a teacher and without label smoothing is it the cross entropy of the text, like the
+    held-out loss.
+    """
     if stage.distill and stage.distill_weight > 0:
         return "distillation_loss"
     return "smoothed_loss" if train.label_smoothing else "loss"

@@ -1,9 +1,11 @@
-"""What training changes: parameters, optimizer state and counters, born sharded."""
+"""The training state: parameters, optimizer state and counters, created in their final shards."""
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import Mesh
 
 from mtnlg_jax.config import Config
@@ -13,42 +15,48 @@ from mtnlg_jax.train import lora
 from mtnlg_jax.train.optimizer import make_optimizer
 
 
-def init_state(config: Config, mesh: Mesh, params=None):
-    """{"params", "opt_state", "step", "samples", "bad", "skipped"}: float32 masters and moments,
-    born sharded. ``bad`` counts non-finite steps in a row, ``skipped`` all of them. ``params``: a
-    plain model's to start from, laid out as the plan says; without, fresh ones. With
-    optimizer.lora_rank they get fresh adapters."""
+class TrainState(NamedTuple):
+    """Everything that a step reads and replaces."""
+
+    params: nnx.State  # float32 masters; with optimizer.lora_rank also the adapters, under "lora"
+    opt_state: Any  # moments of the trained parameters, float32
+    step: jax.Array  # int32; steps done, the non-finite ones included
+    samples: jax.Array  # int32; sequences read, the clock of the ramp and of the learning rate
+    nonfinite_streak: jax.Array  # int32; non-finite steps in a row, up to the last step
+    nonfinite_total: jax.Array  # int32; non-finite steps since the start of the run
+
+
+def init_state(config: Config, mesh: Mesh, params: nnx.State | None = None) -> TrainState:
+    """Return the state of a run before its first step.
+
+    ``params`` are those of a plain model, sharded as the plan says; without them, new ones are
+    drawn from train.seed. With optimizer.lora_rank new adapters are added to either.
+    """
     shardings = state_shardings(config, mesh)
-    base, adapters = (
-        lora.split(shardings["params"]) if lora.used(config) else (shardings["params"], None)
-    )
+    base, adapters = lora.split(shardings.params) if lora.used(config) else (shardings.params, None)
     if params is None:
         params = init_parameters(config.model, config.train.seed, base)
     if adapters is not None:
         params = lora.joined(params, lora.init_adapters(config, adapters))
-    rest = {key: value for key, value in shardings.items() if key != "params"}
-    return {
-        "params": params,
-        **jax.jit(functools.partial(_rest, config), out_shardings=rest)(params),
-    }
+    # The parameters may fill the devices: they are left out of this program, not copied by it.
+    make_rest = functools.partial(_rest, config)
+    rest = jax.jit(make_rest, out_shardings=shardings._replace(params=None))(params)
+    return rest._replace(params=params)
 
 
-def _rest(config: Config, params):
+def _rest(config: Config, params: nnx.State) -> TrainState:
+    """Return the state without its parameters."""
+    trained = lora.split(params)[1] if lora.used(config) else params
     zero = jnp.int32(0)
-    learnt = lora.split(params)[1] if lora.used(config) else params
-    return {
-        "opt_state": make_optimizer(config.optimizer).init(learnt),
-        "step": zero,
-        "samples": zero,
-        "bad": zero,
-        "skipped": zero,
-    }
+    opt_state = make_optimizer(config.optimizer).init(trained)
+    return TrainState(None, opt_state, zero, zero, zero, zero)
 
 
-def abstract_state(config: Config, mesh: Mesh):
-    """The state as ShapeDtypeStructs with shardings: what a checkpoint is restored into."""
+def abstract_state(config: Config, mesh: Mesh) -> TrainState:
+    """Return the state as ShapeDtypeStructs with shardings, into which a checkpoint is restored."""
     params = lora.abstract_parameters(config)
-    shapes = {"params": params, **jax.eval_shape(functools.partial(_rest, config), params)}
+    rest = jax.eval_shape(functools.partial(_rest, config), params)
+    shapes = rest._replace(params=params)
     return jax.tree.map(
         lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
         shapes,
@@ -56,5 +64,6 @@ def abstract_state(config: Config, mesh: Mesh):
     )
 
 
-def state_shardings(config: Config, mesh: Mesh):
+def state_shardings(config: Config, mesh: Mesh) -> TrainState:
+    """Return the state with a NamedSharding in place of every array."""
     return jax.tree.map(lambda s: s.sharding, abstract_state(config, mesh))

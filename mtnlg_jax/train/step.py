@@ -16,7 +16,7 @@ from mtnlg_jax.train.gradients import make_loss_and_gradients
 from mtnlg_jax.train.optimizer import make_optimizer
 from mtnlg_jax.train.processes import fingerprint
 from mtnlg_jax.train.schedule import learning_rate
-from mtnlg_jax.train.state import state_shardings
+from mtnlg_jax.train.state import TrainState, state_shardings
 from mtnlg_jax.train.watchdog import Watchdog
 
 
@@ -37,36 +37,36 @@ def make_train_step(
     shardings = state_shardings(config, mesh)
 
     def step(state, batch, micro_batches, sequences, rate_scale, *teacher):
-        key = jax.random.fold_in(jax.random.key(config.train.seed), state["step"])
-        plain, learnt, to_learnt, to_params = lora.opened(state["params"], config)
+        key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
+        plain, learnt, to_learnt, to_params = lora.opened(state.params, config)
         loss, grads = loss_and_gradients(
             plain, batch, micro_batches, jax.random.key_data(key), *teacher
         )
         grads = to_learnt(grads)
         grad_norm = jnp.sqrt(sum(jnp.sum(jnp.square(grad)) for grad in jax.tree.leaves(grads)))
         good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        samples = state["samples"] + sequences
+        samples = state.samples + sequences
         rate = learning_rate(config, samples, total_samples) * rate_scale
-        updates, opt_state = optimizer.update(grads, state["opt_state"], learnt)
+        updates, opt_state = optimizer.update(grads, state.opt_state, learnt)
         params = jax.tree.map(lambda p, u: p - rate * u, learnt, updates)
 
         def keep(new, old):
             return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
 
-        new_state = {
-            "params": to_params(keep(params, learnt)),
-            "opt_state": keep(opt_state, state["opt_state"]),
-            "step": state["step"] + 1,
-            "samples": samples,
-            "bad": jnp.where(good, 0, state["bad"] + 1),
-            "skipped": state["skipped"] + ~good,
-        }
+        new_state = TrainState(
+            params=to_params(keep(params, learnt)),
+            opt_state=keep(opt_state, state.opt_state),
+            step=state.step + 1,
+            samples=samples,
+            nonfinite_streak=jnp.where(good, 0, state.nonfinite_streak + 1),
+            nonfinite_total=state.nonfinite_total + ~good,
+        )
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
             "learning_rate": rate,
-            "bad": new_state["bad"],
-            "skipped": new_state["skipped"],
+            "nonfinite_streak": new_state.nonfinite_streak,
+            "nonfinite_total": new_state.nonfinite_total,
         }
         return new_state, metrics
 

@@ -1,4 +1,4 @@
-"""Ends a process in which nothing moves, after it has said where it stands."""
+"""End a process that no longer makes progress, after it has dumped its stacks."""
 
 import contextlib
 import faulthandler
@@ -14,32 +14,36 @@ import jax
 from mtnlg_jax import errors
 from mtnlg_jax.train import processes
 
-MEDIANS = 10  # a step may take so many times the median of the last ones
-# seconds after which faulthandler dumps the stacks and exits by itself: something holds Python's
-# lock
-GRACE = 60
-# seconds that this thread was not woken for: the whole process was stopped, which is no fault
-SUSPENDED = 10
+STEP_MEDIANS = 10  # a step may take this many times the median of recent steps
+# After this many more seconds faulthandler dumps the stacks and exits by itself: something holds
+# Python's lock, so the watchdog thread cannot run.
+GRACE_SECONDS = 60
+# The watchdog thread woke this many seconds late: the whole process was suspended, which is not a
+# fault.
+SUSPENDED_SECONDS = 10
 STANDARD_ERROR = 2
 
 
 class Watchdog:
-    """While it is entered, a thread that dumps all stacks to standard error and to
-    ``workdir``/stacks-PROCESS.txt and exits with code 4, when a step is not done within ``seconds``
-    and 10 times the median step, or another phase (start, compilation, restore, evaluation, save)
-    within ``phase_seconds``. ``seconds=0``: nothing of all that."""
+    """Context manager: a thread that exits with code 4 when a phase takes too long.
 
-    def __init__(self, seconds: float, phase_seconds: float, workdir: str):
+    A step must end within ``seconds`` and within 10 times the median step; any other phase (start,
+    compilation, restore, evaluation, save) within ``phase_seconds``. Before it exits, the thread
+    dumps all stacks to standard error and to ``workdir``/stacks-PROCESS.txt. ``seconds=0`` disables
+    it.
+    """
+
+    def __init__(self, seconds: float, phase_seconds: float, workdir: str) -> None:
         self.seconds = seconds
         self.phase_seconds = phase_seconds
         self.path = os.path.join(workdir, f"stacks-{jax.process_index()}.txt")
         self._phase = "start"
         self._since = time.monotonic()
-        self._steps = deque(maxlen=99)
+        self._steps: deque[float] = deque(maxlen=99)
         self._over = threading.Event()
 
     def enter(self, phase: str) -> None:
-        """From now on ``phase``; "step" again means that another one is done."""
+        """Start ``phase``. "step" after "step" means that a step is done."""
         now = time.monotonic()
         if phase == self._phase == "step":
             self._steps.append(now - self._since)
@@ -48,19 +52,19 @@ class Watchdog:
 
     @property
     def limit(self) -> float:
-        """Seconds that the present phase may take."""
+        """Return the seconds that the current phase may take."""
         if self._phase != "step":
             return max(self.phase_seconds, self.seconds)
-        return max(self.seconds, MEDIANS * statistics.median(self._steps or [0.0]))
+        return max(self.seconds, STEP_MEDIANS * statistics.median(self._steps or [0.0]))
 
-    def __enter__(self):
+    def __enter__(self) -> "Watchdog":
         if self.seconds:
             with contextlib.suppress(OSError):
-                os.remove(self.path)  # of a run before
+                os.remove(self.path)  # from an earlier start
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self._over.set()
         faulthandler.cancel_dump_traceback_later()
 
@@ -70,19 +74,25 @@ class Watchdog:
             if left <= 0:
                 break
             if processes.several():
-                faulthandler.dump_traceback_later(left + GRACE, exit=True, file=STANDARD_ERROR)
-            asked = min(left, 1.0, self.seconds / 4)
+                # This works without Python's lock, unlike this thread.
+                faulthandler.dump_traceback_later(
+                    left + GRACE_SECONDS, exit=True, file=STANDARD_ERROR
+                )
+            pause = min(left, 1.0, self.seconds / 4)
             before = time.monotonic()
-            if self._over.wait(asked):
+            if self._over.wait(pause):
                 return
-            asleep = time.monotonic() - before - asked
-            if asleep > SUSPENDED:
-                self._since += asleep
-        phase = self._phase
-        since = time.monotonic() - self._since
+            late = time.monotonic() - before - pause
+            if late > SUSPENDED_SECONDS:
+                self._since += late
+        self._dump_and_exit()
+
+    def _dump_and_exit(self) -> None:
+        elapsed = time.monotonic() - self._since
         line = (
-            f"process {jax.process_index()} of {jax.process_count()}: the phase {phase!r} takes {since:.0f} s, its "
-            f"limit is {self.limit:.0f} (train.watchdog_seconds, train.phase_seconds); all stacks:\n"
+            f"process {jax.process_index()} of {jax.process_count()}: the phase {self._phase!r} "
+            f"has taken {elapsed:.0f} s, its limit is {self.limit:.0f} (train.watchdog_seconds, "
+            "train.phase_seconds); all stacks:\n"
         )
         with contextlib.suppress(OSError), open(self.path, "w") as file:
             file.write(line)
@@ -91,5 +101,5 @@ class Watchdog:
         print(f"{line.rstrip()} in {self.path}", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(STANDARD_ERROR)
         if processes.is_first() and processes.several():
-            time.sleep(processes.LAST_WORDS)  # for the others to say where they stand
-        processes.leave(errors.STUCK)
+            time.sleep(processes.EXIT_DELAY_SECONDS)  # the others report their stacks meanwhile
+        processes.exit_now(errors.STUCK)

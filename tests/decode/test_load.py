@@ -21,7 +21,7 @@ from mtnlg_jax.decode.infill import fill
 from mtnlg_jax.decode.load import load_decoder, names_of
 from mtnlg_jax.decode.rank import rank
 from mtnlg_jax.model.transformer import abstract_model
-from mtnlg_jax.train import arrays, checkpoint, lora
+from mtnlg_jax.train import arrays, checkpoint, checkpoint_arrays, lora
 from mtnlg_jax.train.checkpoint import Checkpoints, load_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,7 +60,7 @@ def _poisoned(tiny, name: str, value: float):
 def test_a_decoder_is_that_of_the_parameters_in_memory(
     tiny, tokenizer, tmp_path, monkeypatch, chunk
 ):
-    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(checkpoint_arrays, "CHUNK_BYTES", chunk)
     folder = _save(tmp_path, Config(model=tiny.config), tiny.params, tokenizer)
     stored = arrays.StoredArrays(checkpoint.epath.Path(folder / "checkpoints/3/params"))
     layers = stored._open("blocks.mlp.w_in_DF").chunk_layout.read_chunk.shape[0]

@@ -431,9 +431,11 @@ def test_a_converted_run_starts_where_a_fresh_one_does(converted, tmp_path, opti
         step, state, _ = checkpoints.restore(abstract, identity)
         fresh = init_state(config, mesh)
         assert step == 0 and jax.tree.structure(state) == jax.tree.structure(fresh)
-        for key in fresh.keys() - {"params"}:
+        for key in set(fresh._fields) - {"params"}:
             for here, there in zip(
-                jax.tree.leaves(state[key]), jax.tree.leaves(fresh[key]), strict=True
+                jax.tree.leaves(getattr(state, key)),
+                jax.tree.leaves(getattr(fresh, key)),
+                strict=True,
             ):
                 assert (
                     here.dtype == there.dtype

@@ -280,23 +280,29 @@ def test_what_would_run():
         (("--cluster=tpu_pod",), "needs --zone"),
         (
             ("--cluster=gke_gpu", "--image=i", "--accelerator=a", "--claim=c", "--name=A_B"),
-            "'A_B' does not suit",
+            "'A_B' is not valid",
         ),
         (("--cluster=local", "--set=train.step=3"), "did you mean 'steps'"),
         (("--cluster=slurm", "--config=nowhere.py"), "'nowhere.py' is not a file"),
         (("--cluster=local", "--workdir=~no-one/x"), "no user 'no-one'"),
-        (("--cluster=gke_gpu", "--workdir=run"), "--workdir: 'run' means a folder of this machine"),
-        (("--cluster=gke_tpu", "--workdir=~/run"), "--workdir: '~/run' means"),
-        (("--cluster=tpu_pod", "--set=data.path=../data"), "--set=data.path: '../data' means"),
+        (
+            ("--cluster=gke_gpu", "--workdir=run"),
+            "--workdir: 'run' is relative to a folder of this machine",
+        ),
+        (("--cluster=gke_tpu", "--workdir=~/run"), "--workdir: '~/run' is relative"),
+        (
+            ("--cluster=tpu_pod", "--set=data.path=../data"),
+            "--set=data.path: '../data' is relative",
+        ),
         (
             ("--cluster=tpu_pod", "--set=train.stages=[{'distill': 'RUN0'}]"),
-            "--set=train.stages: 'RUN0' means",
+            "--set=train.stages: 'RUN0' is relative",
         ),
         (
             ("--cluster=gke_gpu", "--set=data.blend=[('/a', 1), ('b', 1)]"),
-            "--set=data.blend: 'b' means",
+            "--set=data.blend: 'b' is relative",
         ),
-        (("--cluster=gke_gpu", "--config={outside}"), "lies outside"),
+        (("--cluster=gke_gpu", "--config={outside}"), "is outside"),
     ],
 )
 def test_what_is_missing_is_one_line(flags, message, tmp_path):

@@ -100,8 +100,8 @@ def test_another_vocabulary(ask):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--chips=B100:8"], "chip 'B100' is not known; choose one of A100-80, H100"),
-        (["--chips=H100"], "--chips='H100' gives no number"),
+        (["--chips=B100:8"], "unknown chip 'B100'; choose one of A100-80, H100"),
+        (["--chips=H100"], "--chips='H100' needs a number"),
         (["--chips=v5e:256"], "mtnlg_530b does not fit 256 v5e: the leanest layout, "),
         (["--chips=H100:8", "--config=nowhere.py"], "'nowhere.py' is not a file"),
         (["--devices=7"], "does not fit 7 devices; their product must be 7"),

@@ -82,12 +82,12 @@ def test_a_sweep_writes_what_it_timed_and_keeps_what_it_did_not(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--lengths=12,x"], "--lengths=12,x must be whole numbers above 0"),
+        (["--lengths=12,x"], "--lengths=12,x must be integers above 0"),
         (
             ["--impls=pallas_tpu"],
-            "'pallas_tpu' does not run on cpu in float32; choose of xla_blockwise, xla",
+            "'pallas_tpu' does not run on cpu in float32; choose from xla_blockwise, xla",
         ),
-        (["--dtypes=float64"], "'float64' is not known; choose of float32"),
+        (["--dtypes=float64"], "unknown type 'float64'; choose from float32"),
         (["--table={}/broken.json"], "is not a table of block sizes"),
         (["--heads=0"], "heads"),
     ],

@@ -201,7 +201,7 @@ def test_masters_and_moments_are_the_states(optimizer, mesh, zero):
     sizes = {
         key: sum(
             4 * math.prod(leaf.sharding.shard_shape(leaf.shape))
-            for leaf in jax.tree.leaves(state[key])
+            for leaf in jax.tree.leaves(getattr(state, key))
             if leaf.ndim
         )
         for key in ("params", "opt_state")

@@ -29,7 +29,7 @@ def config(*changes):
 
 def measurement(**changes):
     """Made up but for its shapes."""
-    state = "state['params']['blocks']['attention']['w_q_DNH'].value"
+    state = "state.params['blocks']['attention']['w_q_DNH'].value"
     tensors = [
         Tensor(3 * GIB // 2, "f32[105,160]", "argument", 3, state),
         Tensor(2**20, "bf16[8]", "loop", 12, "jit(step)/shard_map/while/body/jvp()/mul"),

@@ -257,7 +257,6 @@ def test_a_stage_learns_from_a_teacher_and_weight_0_is_a_plain_run(folder, tmp_p
 
 
 # --- what does not fit
-# ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -281,7 +280,7 @@ def test_a_stage_learns_from_a_teacher_and_weight_0_is_a_plain_run(folder, tmp_p
             r"--init=.*base has another tokenizer \(300 tokens, \w+\) than the data \(290, .*"
             r"--tokenizer=.*base/tokenizer$",
         ),
-        ({"init": "none"}, r"--init=none is no run: none does not exist; give the --workdir"),
+        ({"init": "none"}, r"--init=none is not a run: none does not exist; give the --workdir"),
     ],
 )
 def test_starts_that_do_not_fit(folder, tmp_path, change, message):
@@ -295,11 +294,11 @@ def test_starts_that_do_not_fit(folder, tmp_path, change, message):
     ("teacher", "change", "message"),
     [
         ("base", {"data": "other"}, "stage 'taught': distill=.*base has another tokenizer"),
-        ("none", {}, "stage 'taught': distill=.*none is no run"),
+        ("none", {}, "stage 'taught': distill=.*none is not a run"),
         (
             "base",
             {"vocab_size": 512},
-            r"the teacher's distributions are over 384 rows and this model's over 512; "
+            r"the teacher's vocabulary has 384 rows and this model's has 512; "
             r"give --set=model.vocab_size=384$",
         ),
     ],
@@ -316,7 +315,7 @@ def test_teachers_that_do_not_fit(folder, tmp_path, teacher, change, message):
 
 def test_a_folder_of_hugging_faces_is_sent_to_convert(folder, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(ValueError, match="make a run of it with launch/convert.py"):
+    with pytest.raises(ValueError, match="convert it with launch/convert.py"):
         train(config_of(folder, init=str(tmp_path)), tmp_path / "run")
 
 

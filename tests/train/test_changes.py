@@ -1,4 +1,4 @@
-"""What may change when a run goes on: every key of the config is refused, reported or free."""
+"""What may change when a run resumes: every key of the config is refused, reported or free."""
 
 import dataclasses
 import json
@@ -41,7 +41,7 @@ def test_every_key_is_of_one_kind():
             tuple(f"{s}." for s in changes.FREE_SECTIONS)
         )
         assert found == 1, (
-            f"{key}: say in train/changes.py what a run that goes on does where it differs"
+            f"{key}: define in train/changes.py what a resumed run does where it differs"
         )
     assert set.union(*kinds) <= set(keys_of())
 
@@ -132,7 +132,7 @@ def test_stages_that_move_are_reported():
     line = report(override(STAGED, "train.steps=40"), STAGED)
     assert (
         "stages end at steps 10, 20 -> 20, 40" in line
-        and "step 11 is of stage causal -> masked" in line
+        and "step 11 is in stage causal -> masked" in line
     )
     line = report(
         override(STAGED, 'train.stages=[{"name": "masked", "masked": 0.5}, {"name": "causal"}]'),
@@ -226,8 +226,6 @@ def test_a_run_of_a_version_with_another_order_of_samples_goes_on_and_says_so():
 
 
 def test_what_acts_at_a_start_alone_and_a_run_without_steps_to_come():
-    assert "(of a fresh start alone: it does nothing)" in report(
-        override(BASE, "model.init_method_std=0.5")
-    )
+    assert "(it only acts at a fresh start)" in report(override(BASE, "model.init_method_std=0.5"))
     line = report(override(BASE, "train.seed=3"), step=20, samples=160)
     assert line == "step 20 was the last, so these changes do nothing: train.seed 0 -> 3"

@@ -24,7 +24,7 @@ from mtnlg_jax.config import Config, MeshConfig, ModelConfig, to_json
 from mtnlg_jax.data.tokenizer import train_tokenizer
 from mtnlg_jax.errors import PassingError
 from mtnlg_jax.parallel.mesh import make_mesh, shardings_of
-from mtnlg_jax.train import manifest as records
+from mtnlg_jax.train import manifest
 from mtnlg_jax.train.checkpoint import Checkpoints, load_run
 from mtnlg_jax.train.state import abstract_state
 
@@ -107,7 +107,6 @@ def restore(folder, abstract, identity=IDENTITY):
 
 
 # --- the same bits
-# ------------------------------------------------------------------------------------------
 
 
 def test_any_mesh_restores_any_checkpoint(tmp_path):
@@ -124,7 +123,7 @@ def test_any_mesh_restores_any_checkpoint(tmp_path):
         assert jax.tree.map(lambda a: a.sharding, state) == jax.tree.map(
             lambda a: a.sharding, abstract
         )
-        layouts.add(state["params"]["blocks"]["mlp"]["w_in_DF"].sharding.shard_shape((2, 16, 64)))
+        layouts.add(state.params["blocks"]["mlp"]["w_in_DF"].sharding.shard_shape((2, 16, 64)))
     checkpoints.close()
     assert len(layouts) == 4
 
@@ -156,7 +155,6 @@ def test_orbax_says_nothing(tmp_path, one, capfd, recwarn):
 
 
 # --- which ones stay
-# ----------------------------------------------------------------------------------------
 
 
 def test_the_last_and_the_best_stay(tmp_path, one):
@@ -231,7 +229,7 @@ def restore_in(checkpoints, one) -> int:
 
 
 def test_a_refusal_comes_before_anything_is_read(run, one, monkeypatch):
-    monkeypatch.setattr(records, "damage", lambda *_: pytest.fail("hashed"))
+    monkeypatch.setattr(manifest, "damage", lambda *_: pytest.fail("hashed"))
     seen = []
 
     def refuse(meta, step, alone):
@@ -259,7 +257,6 @@ def test_none_kept_is_refused(tmp_path):
 
 
 # --- kill
-# ---------------------------------------------------------------------------------------------------
 
 
 def test_a_kill_between_any_two_acts_loses_nothing(tmp_path, one, monkeypatch):
@@ -301,8 +298,8 @@ def test_a_kill_between_any_two_acts_loses_nothing(tmp_path, one, monkeypatch):
     checkpoints.save(1, state_of(1, one), meta_of(1), wait=True)
     around(checkpoints._orbax, "save")
     around(checkpoints._orbax, "wait_until_finished")
-    around(records, "write_record")
-    around(records, "write_file")
+    around(manifest, "write_record")
+    around(manifest, "write_file")
     path_type = type(checkpoints.folder)
     around(path_type, "touch")
     around(path_type, "unlink")
@@ -407,7 +404,6 @@ def test_the_folder_of_another_run_is_left_alone(run):
 
 
 # --- damage
-# -------------------------------------------------------------------------------------------------
 
 
 def flip(path: Path, position: int | None = None):
@@ -451,8 +447,8 @@ def test_the_one_before_a_damaged_checkpoint_is_used(run, one, kind):
 
 def test_every_byte_counts(run):
     path = epath.Path(run / "checkpoints" / "2")
-    record, damage = records.read_record(path)
-    assert damage is None and records.damage(path, record) is None
+    record, damage = manifest.read_record(path)
+    assert damage is None and manifest.damage(path, record) is None
     names = [name for name in tree_of(path) if name not in ("record.json", "finite")]
     assert sorted(record["files"]) == sorted(names)
     for name in names:
@@ -460,14 +456,14 @@ def test_every_byte_counts(run):
         content = file.read_bytes()
         for position in {0, len(content) // 3, len(content) - 1}:
             flip(file, position)
-            assert name in records.damage(path, record)
+            assert name in manifest.damage(path, record)
             file.write_bytes(content)
     text = Path(path / "record.json").read_bytes()
     for position in range(0, len(text), 97):
         flip(Path(path / "record.json"), position)
-        assert records.read_record(path)[0] is None
+        assert manifest.read_record(path)[0] is None
         Path(path / "record.json").write_bytes(text)
-    assert records.read_record(path)[0] == record
+    assert manifest.read_record(path)[0] == record
 
 
 def test_all_damaged_is_no_fresh_start(run, one):
@@ -491,7 +487,6 @@ def test_damage_twice_at_one_step_keeps_both(run, one):
 
 
 # --- another run
-# --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -512,7 +507,7 @@ def test_another_identity_is_refused(run, one, change, shown):
 
 
 def test_other_arrays_are_refused(run, one):
-    wider = one | {"step": jax.ShapeDtypeStruct((3,), jnp.float32), "more": one["step"]}
+    wider = one._asdict() | {"step": jax.ShapeDtypeStruct((3,), jnp.float32), "more": one.step}
     shown = (
         r"arrays .*step: int32\[\] -> float32\[3\], more: absent -> int32\[\]; .*another --workdir"
     )
@@ -521,7 +516,6 @@ def test_other_arrays_are_refused(run, one):
 
 
 # --- disk and rights
-# ----------------------------------------------------------------------------------------
 
 
 def assert_full_disk_is_told(folder, one, checkpoints, amount=""):
@@ -541,14 +535,14 @@ def assert_full_disk_is_told(folder, one, checkpoints, amount=""):
 def test_disk_full_at_the_record(tmp_path, one, monkeypatch):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, state_of(1, one), meta_of(1), wait=True)
-    write = records.write_file
+    write = manifest.write_file
 
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(records, "write_file", full)
+    monkeypatch.setattr(manifest, "write_file", full)
     assert_full_disk_is_told(tmp_path, one, checkpoints)
-    monkeypatch.setattr(records, "write_file", write)
+    monkeypatch.setattr(manifest, "write_file", write)
     checkpoints.save(2, state_of(2, one), meta_of(2), wait=True)
     assert checkpoints.steps() == [1, 2]
     checkpoints.close()
@@ -560,7 +554,7 @@ def test_the_proof_of_a_save_that_failed_is_not_a_second_failure(tmp_path, one, 
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(records, "write_file", full)
+    monkeypatch.setattr(manifest, "write_file", full)
     checkpoints.save(1, state_of(1, one), meta_of(1), proven=False)
     checkpoints.prove()
     with pytest.raises(PassingError, match="the disk is full"):
@@ -624,7 +618,6 @@ def test_a_read_only_folder(tmp_path):
 
 
 # --- load_run
-# -----------------------------------------------------------------------------------------------
 
 
 def test_load_run_reads_the_best_or_the_last(run, one):
@@ -635,8 +628,8 @@ def test_load_run_reads_the_best_or_the_last(run, one):
             and loaded.config == config_on(1, 1)
             and loaded.meta == meta_of(step)
         )
-        assert bits(loaded.params) == bits(state_of(step, one)["params"])
-        assert jax.tree.structure(loaded.params) == jax.tree.structure(one["params"])
+        assert bits(loaded.params) == bits(state_of(step, one).params)
+        assert jax.tree.structure(loaded.params) == jax.tree.structure(one.params)
         assert loaded.tokenizer.decode(loaded.tokenizer.encode("a b c")) == "a b c"
     assert {leaf.sharding for leaf in jax.tree.leaves(loaded.params)} == {
         jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -647,14 +640,14 @@ def test_load_run_reads_no_optimizer(run, one):
     for step in (1, 2):
         shutil.rmtree(run / "checkpoints" / str(step) / "rest")
     before = tree_of(run)
-    assert bits(load_run(run).params) == bits(state_of(1, one)["params"])
+    assert bits(load_run(run).params) == bits(state_of(1, one).params)
     assert tree_of(run) == before
 
 
 def test_load_run_on_a_mesh(run, one):
     mesh = make_mesh(MeshConfig(data=2, tensor=4))
     params = load_run(run, mesh=mesh).params
-    assert bits(params) == bits(state_of(1, one)["params"])
+    assert bits(params) == bits(state_of(1, one).params)
     assert jax.tree.map(lambda a: a.sharding, params) == shardings_of(params, mesh, zero=0)
 
 
@@ -694,7 +687,18 @@ def test_figures_of_another_order_of_samples_do_not_compare(tmp_path):
     ]:
         folder = epath.Path(tmp_path) / str(step)
         folder.mkdir()
-        records.write_record(folder, {"step": step, "metric": metric, "meta": meta})
+        manifest.write_record(folder, {"step": step, "metric": metric, "meta": meta})
     assert (
-        records.best(epath.Path(tmp_path)) == 3 and records.best_metric(epath.Path(tmp_path)) == 2.5
+        manifest.best(epath.Path(tmp_path)) == 3
+        and manifest.best_metric(epath.Path(tmp_path)) == 2.5
     )
+
+
+def test_counters_keep_their_names_on_disk(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    one = abstract_on(1, 1)
+    checkpoints.save(1, state_of(1, one), meta_of(1), wait=True)
+    arrays = manifest.read_record(epath.Path(tmp_path) / "1")[0]["arrays"]
+    checkpoints.close()
+    names = {name for name in arrays if not name.startswith(("params.", "opt_state."))}
+    assert names == {"step", "samples", "bad", "skipped"}

@@ -41,7 +41,7 @@ def changed(**train) -> Config:
     [
         (CONFIG, 0, 0, "starts from random parameters (train.seed=0), 100 steps"),
         (changed(init="/a b"), 0, 0, "starts with the parameters of /a b, 100 steps"),
-        (changed(init="/a b"), 25, 400, "goes on from its checkpoint of step 25 of 100"),
+        (changed(init="/a b"), 25, 400, "resumes from its checkpoint of step 25 of 100"),
         (CONFIG, 100, 1600, "is finished: step 100 of 100 is done"),
     ],
 )

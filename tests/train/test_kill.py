@@ -133,7 +133,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(start, unkilled, kills)
     process.terminate()
     output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 75, output
-    assert "the same command goes on from there" in output and "Traceback" not in output
+    assert "the same command resumes from there" in output and "Traceback" not in output
     stopped = step_reached(workdir)
     assert (
         STEPS - 10 <= stopped < STEPS

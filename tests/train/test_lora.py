@@ -101,7 +101,7 @@ def with_second_factors(params):
 def numbers(config, causal=True):
     """(loss, gradients of A and B) with B away from 0."""
     mesh = mesh_of(config)
-    params = with_second_factors(init_state(config, mesh)["params"])
+    params = with_second_factors(init_state(config, mesh).params)
     function = make_loss_and_gradients(config, mesh, causal)
 
     @jax.jit
@@ -133,7 +133,7 @@ def test_pipeline_and_context_equal_one_device(mesh):
 
 def test_the_gradient_of_the_factors_is_that_of_a_loss_longhand():
     config = adapted_config(targets=TARGETS)
-    params = init_state(config, mesh_of(config))["params"]
+    params = init_state(config, mesh_of(config)).params
     graph = abstract_model(MODEL)[0]
     data = rows()
     base, adapters = lora.split(with_second_factors(params))
@@ -175,7 +175,7 @@ def plain_loss(config, params):
 
 def test_at_the_start_it_is_the_base_model_bit_for_bit():
     config = adapted_config(targets=TARGETS, model=dataclasses.replace(MODEL, num_layers=1))
-    params = init_state(config, mesh_of(config))["params"]
+    params = init_state(config, mesh_of(config)).params
     base = init_parameters(config.model, config.train.seed)
     merged = lora.merge(params, config)
     assert jax.tree.structure(merged) == jax.tree.structure(base)
@@ -189,7 +189,7 @@ def test_at_the_start_it_is_the_base_model_bit_for_bit():
 def test_what_is_merged_is_what_was_trained():
     config = adapted_config(targets=TARGETS)
     mesh = mesh_of(config)
-    params = with_second_factors(init_state(config, mesh)["params"])
+    params = with_second_factors(init_state(config, mesh).params)
     merged = lora.merge(params, config)
     base, low = lora.split(params)
     w, a, b = (
@@ -211,14 +211,14 @@ def test_a_step_changes_the_factors_alone_and_has_moments_of_them_alone():
     mesh = mesh_of(config)
     state = init_state(config, mesh)
     step = make_train_step(config, mesh, causal=True)
-    before = jax.tree.map(np.asarray, state["params"])
+    before = jax.tree.map(np.asarray, state.params)
     for _ in range(2):  # in the first A gets no gradient: B is 0
         state, metrics = step(state, batch_on(mesh), jnp.int32(2), jnp.int32(ROWS), 1.0)
     assert float(metrics["grad_norm"]) > 0
     changed = {
         jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
         for (path, new), old in zip(
-            jax.tree_util.tree_leaves_with_path(state["params"]),
+            jax.tree_util.tree_leaves_with_path(state.params),
             jax.tree.leaves(before),
             strict=True,
         )
@@ -226,14 +226,14 @@ def test_a_step_changes_the_factors_alone_and_has_moments_of_them_alone():
     }
     factors = ("lora_a_q_DR", "lora_b_q_RNH", "lora_a_v_DR", "lora_b_v_RKH")
     assert changed == {f"lora.blocks.{name}" for name in factors}
-    moments = [leaf.shape for leaf in jax.tree.leaves(state["opt_state"]) if leaf.ndim]
+    moments = [leaf.shape for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
     assert sorted(moments) == sorted(2 * [leaf.shape for leaf in jax.tree.leaves(before["lora"])])
 
 
 def test_no_gradient_of_a_frozen_matrix_is_computed():
     config = adapted_config()
     mesh = mesh_of(config)
-    plain = lora.opened(init_state(config, mesh)["params"], config)[0]
+    plain = lora.opened(init_state(config, mesh).params, config)[0]
     _, grads = jax.eval_shape(
         make_loss_and_gradients(config, mesh, True),
         plain,

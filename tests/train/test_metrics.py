@@ -114,7 +114,6 @@ def test_what_is_not_finite_is_null(tmp_path):
 
 
 # --- curves
-# ---------------------------------------------------------------------------------------------------
 
 
 def step(number, objective="causal", stage="one", loss=2.0, name="loss"):

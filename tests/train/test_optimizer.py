@@ -92,7 +92,7 @@ def after_two_steps(data, tensor, zero=1):
     for _ in range(2):
         state, _ = step(state, batch, jnp.int32(1), jnp.int32(ROWS), 1.0)
     assert step._cache_size() == 1
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(state["params"]["blocks"])]
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(state.params["blocks"])]
 
 
 @pytest.mark.slow

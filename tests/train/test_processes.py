@@ -1,5 +1,7 @@
-"""Several processes (gloo on localhost): how they meet, agree and part; runs of them stand in
-tests/launch."""
+"""Start-up, agreement and shutdown of several processes (gloo on localhost).
+
+Whole runs of several processes are tested in tests/launch.
+"""
 
 import os
 import signal
@@ -28,8 +30,7 @@ def free_port() -> int:
 
 
 def run_all(program: str, count: int, *arguments, environment=None) -> list[tuple[int, str]]:
-    """(exit code, output) of ``count`` processes that know their number, and a port of their
-    own."""
+    """Return (exit code, output) of ``count`` processes, given their number and a free port."""
     port = free_port()
     started = [
         subprocess.Popen(
@@ -65,7 +66,7 @@ TOGETHER = """
     from mtnlg_jax.train.batch import put_batch
 
     me, port = int(sys.argv[1]), sys.argv[2]
-    time.sleep(2 * me)  # one that starts late is waited for
+    time.sleep(2 * me)  # the others wait for one that starts late
     processes.start(f"localhost:{port}", 2, me, 10, local_devices=4)
     assert processes.several() and jax.device_count() == 8 and jax.process_index() == me
 
@@ -78,38 +79,41 @@ TOGETHER = """
     mine = [micro * 8 + row for micro in range(3) for row in range(4 * me, 4 * me + 4)]
     assert sorted(asked) == mine, asked
 
-    stop = processes.Asked()
-    heard = [stop(me == 1 and step == 3) for step in range(6)]
-    assert heard == [False] * 4 + [True, False], heard
+    vote = processes.PreemptionVote()
+    stopping = [vote(me == 1 and step == 3) for step in range(6)]
+    assert stopping == [False] * 4 + [True, False], stopping
 
     assert processes.disagreement({"a": 1, "b": [2]}) is None
     line = processes.disagreement({"a": 1, "b": [2, me]})
-    told = "b=[2, 1] here, [2, 0] in process 0" if me else "it holds what process 0 does, and they do not"
-    assert line == f"process {me} of 2 disagrees with {1 - me}: {told}", line
+    difference = (
+        "b=[2, 1] here, [2, 0] in process 0"
+        if me
+        else "it holds the same as process 0, and they do not"
+    )
+    assert line == f"process {me} of 2 disagrees with {1 - me}: {difference}", line
 
     def fails():
         raise ValueError("full")
     try:
-        processes.agree(fails)
+        processes.run_on_first(fails)
     except ValueError as error:
         assert str(error) == "full"
-    processes.meet("the end")
-    with processes.leaving_at_once():
+    processes.barrier("the end")
+    with processes.exit_on_failure():
         if me == 0:
             raise OSError("no such disk")
         time.sleep(60)
 """
 
 
-def test_two_processes_read_their_rows_agree_and_leave():
-    (code, output), (other, heard) = run_all(TOGETHER, 2)
+def test_two_processes_read_their_rows_agree_and_exit():
+    (code, output), (other_code, other_output) = run_all(TOGETHER, 2)
     assert code == 2 and "process 0 of 2: error: no such disk" in output, output
-    assert other == -signal.SIGABRT and "another task died" in heard, (
-        heard
-    )  # long before its sleep is over
+    # JAX aborts the other one long before its sleep is over.
+    assert other_code == -signal.SIGABRT and "another task died" in other_output, other_output
 
 
-COURSE = """
+OTHER_DATA = """
     import sys
     from mtnlg_jax import command
     from mtnlg_jax.config import load_config
@@ -119,7 +123,7 @@ COURSE = """
     real = loop.load_data
     def load_data(config):
         made = real(config)
-        made.fingerprints["source 0"] += str(me)  # as if this host's copy were another one
+        made.fingerprints["source 0"] += str(me)  # as if this host had another copy of the data
         return made
     loop.load_data = load_data
     def main():
@@ -131,12 +135,14 @@ COURSE = """
 
 
 @pytest.mark.slow
-def test_processes_on_another_course_say_so_and_end(tmp_path):
+def test_processes_with_other_data_report_it_and_exit(tmp_path):
     (tmp_path / "text.txt").write_text(
         "\n\n".join("a bird sat on a stone by the river" for _ in range(300))
     )
     prepare(tmp_path / "text.txt", tmp_path / "data", vocab_size=285, heldout=0.1, progress=False)
-    ended = run_all(COURSE, 2, ROOT / "configs" / "tiny.py", tmp_path / "data", tmp_path / "run")
+    ended = run_all(
+        OTHER_DATA, 2, ROOT / "configs" / "tiny.py", tmp_path / "data", tmp_path / "run"
+    )
     for me, (code, output) in enumerate(ended):
         assert code == errors.Disagreement.exit_code, output
         assert f"after step 2 process {me} of 2 disagrees with {1 - me}: " in output
@@ -155,14 +161,14 @@ START = """
 
 
 @pytest.mark.parametrize(
-    ("me", "what"),
-    [(1, "no process 0 answers at localhost:"), (0, "not every process came to process 0")],
+    ("me", "problem"),
+    [(1, "no process 0 answers at localhost:"), (0, "not every process connected to process 0")],
 )
-def test_nobody_comes_is_one_line(me, what):
+def test_a_missing_process_is_reported_in_one_line(me, problem):
     program = textwrap.dedent(START).replace("command.run(main)", "main()")
     began = time.monotonic()
     [(code, output)] = run_all(program, 1, 2, me, 2)
-    assert code == 2 and output.splitlines()[-1].startswith("error: " + what), output
+    assert code == 2 and output.splitlines()[-1].startswith("error: " + problem), output
     assert output.count("\n") == 1 and time.monotonic() - began < 60
 
 
@@ -173,23 +179,23 @@ def test_nobody_comes_is_one_line(me, what):
         ((None, 2, 0), "--coordinator missing"),
         (("localhost", 2, 0), "is not HOST:PORT"),
         (("localhost:123456", 2, 0), "is not HOST:PORT"),
-        (("localhost:1", 2, 2), "--process_id=2 of --processes=2 does not exist"),
+        (("localhost:1", 2, 2), "--process_id=2 does not exist with --processes=2"),
         (("localhost:1", 0, 0), "does not exist"),
     ],
 )
-def test_flags_that_do_not_fit(flags, message):
+def test_invalid_flags_are_refused(flags, message):
     with pytest.raises(ValueError, match=message):
         processes.start(*flags, 10)
 
 
-def test_on_insists_on_a_cluster_and_auto_does_not():
+def test_on_requires_a_cluster_and_auto_does_not():
     with pytest.raises(ValueError, match="no SLURM"):
         processes.start(None, None, None, 10, distributed="on")
     processes.start(None, None, None, 10)
     assert not processes.several()
 
 
-def test_slurm_is_found(monkeypatch):
+def test_slurm_is_detected(monkeypatch):
     assert compat.cluster_processes() == 0
     for name, value in {
         "SLURM_JOB_ID": 7,

@@ -415,7 +415,7 @@ def test_evaluation_on_a_mesh_equals_one_device():
         config = config_of(data, tensor, 3)
         mesh = make_mesh(config.mesh, jax.devices()[: data * tensor])
         nats, weight = make_eval(config, mesh, True)(
-            init_state(config, mesh)["params"], batch_on(mesh)
+            init_state(config, mesh).params, batch_on(mesh)
         )
         return float(nats), float(weight)
 
@@ -453,18 +453,18 @@ def test_a_ramp_of_the_batch_compiles_once_and_equals_the_small_batch():
 def test_a_non_finite_step_changes_nothing_and_is_counted(poison):
     config, mesh, step = stepper()
     before = init_state(config, mesh)
-    kept = jax.tree.map(np.asarray, before["params"]), jax.tree.map(np.asarray, before["opt_state"])
+    kept = jax.tree.map(np.asarray, before.params), jax.tree.map(np.asarray, before.opt_state)
     broken = {k: v.copy() for k, v in rows().items()}
     broken["weights"][0, 0] = poison
     state, metrics = step(before, batch_on(mesh, data=broken), jnp.int32(2), jnp.int32(16), 1.0)
     assert not np.isfinite(float(metrics["loss"]))
     for old, new in zip(
-        jax.tree.leaves(kept), jax.tree.leaves((state["params"], state["opt_state"])), strict=True
+        jax.tree.leaves(kept), jax.tree.leaves((state.params, state.opt_state)), strict=True
     ):
         np.testing.assert_array_equal(old, new)
-    assert (int(state["bad"]), int(state["skipped"]), int(state["step"])) == (1, 1, 1)
+    assert (int(state.nonfinite_streak), int(state.nonfinite_total), int(state.step)) == (1, 1, 1)
     state, _ = step(state, batch_on(mesh), jnp.int32(2), jnp.int32(16), 1.0)
-    assert (int(state["bad"]), int(state["skipped"])) == (0, 1)
+    assert (int(state.nonfinite_streak), int(state.nonfinite_total)) == (0, 1)
 
 
 def test_the_state_is_donated_not_copied():
@@ -501,14 +501,14 @@ def test_biases_and_norms_are_not_decayed():
     silent = {k: v.copy() for k, v in rows().items()}
     silent["weights"][:] = 0  # no gradient: only decay moves parameters
     state = init_state(config, mesh)
-    before = jax.tree.map(np.asarray, state["params"])
+    before = jax.tree.map(np.asarray, state.params)
     state, metrics = make_train_step(config, mesh, True)(
         state, batch_on(mesh, data=silent), jnp.int32(2), jnp.int32(16), 1.0
     )
     moved = jax.tree_util.tree_map_with_path(
         lambda path, old, new: (str(path), bool((old != np.asarray(new)).any())),
         before,
-        state["params"],
+        state.params,
     )
     for path, changed in [
         x for x in jax.tree.leaves(moved, is_leaf=lambda x: isinstance(x, tuple))

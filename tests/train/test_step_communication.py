@@ -39,7 +39,7 @@ def collectives(recompute="elementwise", **mesh):
     on = make_mesh(config.mesh)
     key = jax.random.key_data(jax.random.key(0))
     step = jax.jit(make_loss_and_gradients(config, on, causal=True))
-    params = abstract_state(config, on)["params"]
+    params = abstract_state(config, on).params
     batch = abstract_batch(config, on)
     compiled = step.lower(params, batch, jnp.int32(MICRO_BATCHES), key).compile()
     # The only loop whose trips are traced is the one over micro-batches; 1F1B fills and drains in

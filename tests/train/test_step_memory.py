@@ -36,7 +36,7 @@ def temporaries(micro_batches, dtype, **mesh):
     on = make_mesh(config.mesh, jax.devices()[:4])
     key = jax.random.key_data(jax.random.key(0))
     step = jax.jit(make_loss_and_gradients(config, on, causal=True))
-    params = abstract_state(config, on)["params"]
+    params = abstract_state(config, on).params
     batch = abstract_batch(config, on)
     lowered = step.lower(params, batch, jnp.int32(micro_batches), key)
     return lowered.compile().memory_analysis().temp_size_in_bytes

@@ -1,4 +1,4 @@
-"""A process in which nothing moves says where it stands, and ends."""
+"""A process that makes no progress dumps its stacks and exits."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from mtnlg_jax.train.watchdog import Watchdog
 STUCK = """
     import sys, time
     from mtnlg_jax.train.watchdog import Watchdog
-    def waits_for_ever():
+    def waits_forever():
         time.sleep(60)
     with Watchdog(0.5, 1.0, sys.argv[1]) as watchdog:
         if sys.argv[2] == "step":
@@ -23,12 +23,12 @@ STUCK = """
         else:
             watchdog.enter("step")
             watchdog.enter(sys.argv[2])
-        waits_for_ever()
+        waits_forever()
 """
 
 
 @pytest.mark.parametrize("phase", ["step", "saving"])
-def test_all_stacks_are_said(tmp_path, phase):
+def test_all_stacks_are_dumped(tmp_path, phase):
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(STUCK), tmp_path, phase],
@@ -39,8 +39,8 @@ def test_all_stacks_are_said(tmp_path, phase):
     )
     assert done.returncode == errors.STUCK, done.stderr
     written = (tmp_path / "stacks-0.txt").read_text()
-    for said in (done.stderr, written):
-        assert f"process 0 of 1: the phase '{phase}' takes" in said and "waits_for_ever" in said
+    for text in (done.stderr, written):
+        assert f"process 0 of 1: the phase '{phase}' has taken" in text and "waits_forever" in text
 
 
 def test_limits(tmp_path, monkeypatch):
@@ -51,7 +51,7 @@ def test_limits(tmp_path, monkeypatch):
     watchdog.enter("compilation")
     now[0] = 400.0
     watchdog.enter("step")
-    assert watchdog.limit == 30  # the compilation was no step
+    assert watchdog.limit == 30  # the compilation was not a step
     for seconds in (5, 7, 100):
         now[0] += seconds
         watchdog.enter("step")

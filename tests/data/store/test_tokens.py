@@ -101,7 +101,7 @@ def test_urls(tmp_path):
         "path": "a/",
     }
     assert storage.key_value_spec(tmp_path) == {"driver": "file", "path": f"{tmp_path}/"}
-    with pytest.raises(ValueError, match="nonsense://a is no URL that TensorStore knows"):
+    with pytest.raises(ValueError, match="nonsense://a is not a URL that TensorStore supports"):
         storage.key_value_spec("nonsense://a")
     with pytest.raises(FileNotFoundError, match="memory://nowhere holds no tokens"):
         open_tokens("memory://nowhere")

@@ -1,0 +1,255 @@
+"""The folder of a run's checkpoints, as process 0 keeps it: lock, space, pruning, damage.
+
+`checkpoint` describes what lies in it. Only under the lock are files removed.
+"""
+
+import contextlib
+import errno
+import fcntl
+import math
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import TextIO
+
+import jax
+from etils import epath
+
+from mtnlg_jax import storage
+from mtnlg_jax.errors import PassingError, is_passing
+from mtnlg_jax.storage import is_remote
+from mtnlg_jax.train import checkpoint_arrays, manifest
+
+FINITE = "finite"  # the marker file in a checkpoint's folder
+
+# Raises what speaks against a checkpoint, given its meta, its step and whether it holds parameters
+# alone.
+Refuse = Callable[[dict, int, bool], None]
+
+
+class CheckpointFolder:
+    """The checkpoints in ``path``: the ``keep_last`` newest, and the best with ``keep_best``."""
+
+    def __init__(self, path: str | os.PathLike, keep_last: int, keep_best: bool) -> None:
+        if keep_last < 1:
+            raise ValueError(f"keep_last={keep_last} would keep no checkpoint; set it to 1 or more")
+        self.path = epath.Path(path).absolute()
+        self.keep_last = keep_last
+        self.keep_best = keep_best
+        self._lock: TextIO | None = None
+
+    def close(self) -> None:
+        """Release the lock."""
+        if self._lock is not None:
+            self._lock.close()
+
+    def steps(self) -> list[int]:
+        """Return the steps of the finished checkpoints, ascending."""
+        return manifest.finished(self.path)
+
+    def open(self) -> None:
+        """Create and lock the folder, and remove leftovers."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if is_remote(self.path):
+                (self.path / "lock").write_text("")
+                return
+            self._lock = open(self.path / "lock", "a+")
+        except OSError as error:
+            raise OSError(
+                f"{self.path} cannot be written to ({error.strerror or error}); "
+                "make it writable, or give another --workdir"
+            ) from error
+        try:
+            # A lockf lock ends with the process, however it ends, and children do not inherit it.
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                # A file system without locks: others may be writing, so nothing is cleaned up.
+                return
+            self._lock.seek(0)
+            raise BlockingIOError(
+                f"another run ({self._lock.read().strip()}) writes to {self.path}; wait "
+                "for its end, or give another --workdir"
+            ) from None
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._lock.flush()
+        self._clean()
+
+    def _clean(self) -> None:
+        """Remove what a killed run left half written or half deleted. Call only under the lock."""
+        for path in self.path.glob("*.orbax-checkpoint-tmp*"):
+            path.rmtree()
+        markers = [path for path in self.path.glob("*.unfinished") if path.stem.isdigit()]
+        for step in [int(path.stem) for path in markers]:
+            if step in self.steps():
+                manifest.marker(self.path, step).unlink()
+            else:
+                self._remove(step)
+
+    def begin(self, step: int, size: int) -> bool:
+        """Return whether ``step`` is to be written, after checking the disk and marking it."""
+        if step in self.steps():
+            return False
+        with self.failure_named(step):
+            free = math.inf if is_remote(self.path) else shutil.disk_usage(self.path).free
+            if free < size:
+                raise PassingError(
+                    f"the disk is full: {free / 1e6:,.1f} MB are free, {size / 1e6:,.1f} MB needed"
+                )
+            manifest.marker(self.path, step).touch()
+        return True
+
+    def mark_finite(self, step: int) -> None:
+        """Record that a loss of the parameters of ``step`` was finite, and prune older ones."""
+        if jax.process_index() == 0 and step in self.steps():  # its save may have failed
+            with self.failure_named(step):
+                (self.path / str(step) / FINITE).touch()
+                self._prune()
+
+    def set_aside(self, unproven: int | None) -> int | None:
+        """Rename the newest checkpoint if it is ``unproven``; return the newest step left."""
+        steps = self.steps()
+        if steps and steps[-1] == unproven:
+            (self.path / str(steps[-1])).rename(self._free_path(f"{steps.pop()}.diverged"))
+        return steps[-1] if steps else None
+
+    def _prune(self) -> None:
+        steps = self.steps()
+        kept = {*steps[-self.keep_last :], manifest.best(self.path) if self.keep_best else None}
+        for step in steps:
+            if step not in kept:
+                self._remove(step)
+
+    def _remove(self, step: int) -> None:
+        path = self.path / str(step)
+        marker = manifest.marker(self.path, step)
+        # Before the record goes: after a kill in between, this is a leftover and not damage.
+        marker.touch()
+        (path / manifest.RECORD).unlink(missing_ok=True)
+        if path.exists():
+            path.rmtree()
+        marker.unlink()
+
+    def _discard(self, step: int) -> None:
+        """Remove half a checkpoint, whose space is needed.
+
+        Where one array could not be written, others may still be in progress for a moment, and a
+        folder that they write to cannot be removed: hence the retries.
+        """
+        for pause in (0, 0.1, 0.5, 2):
+            time.sleep(pause)
+            with contextlib.suppress(OSError):
+                for path in self.path.glob(f"{step}.orbax-checkpoint-tmp*"):
+                    path.rmtree()
+                self._remove(step)
+                return
+
+    @contextlib.contextmanager
+    def failure_named(self, step: int) -> Iterator[None]:
+        """Discard ``step`` after a failure, and raise an error that names it and the way out."""
+        try:
+            yield
+        except Exception as error:
+            whole = self.steps()
+            # Every process comes here after a failure, and process 0 cleans up.
+            if jax.process_index() == 0 and step not in whole:
+                self._discard(step)
+            start = f"step {whole[-1]}" if whole else "the beginning"
+            kind = PassingError if is_passing(error) else OSError
+            raise kind(
+                f"checkpoint {step} could not be written to {self.path}: {_reason(error)}; "
+                f"resolve this and start again, which resumes from {start}"
+            ) from error
+
+    def choose(
+        self, identity: dict, arrays: dict[str, str], refuse: Refuse
+    ) -> tuple[dict | None, list[str]]:
+        """Return the newest whole checkpoint, and warnings about damaged ones that it set aside."""
+        damaged: list[str] = []
+        warnings: list[str] = []
+        for step in reversed(manifest.candidates(self.path)):
+            path = self.path / str(step)
+            record, damage = manifest.read_record(path)
+            if record is not None:
+                params_only = _check_record(path, record, identity, arrays, refuse)
+                damage = manifest.damage(path, record)
+                if damage is None:
+                    chosen = {
+                        "step": step,
+                        "meta": record["meta"],
+                        "params_only": params_only,
+                        "proven": record["metric"] is not None or (path / FINITE).exists(),
+                    }
+                    return chosen, warnings
+            aside = self._free_path(f"{step}.damaged")
+            path.rename(aside)
+            damaged.append(f"{step} ({damage})")
+            warnings.append(f"checkpoint {path} is damaged ({damage}): set aside as {aside.name}")
+        damaged = damaged or sorted(path.name for path in self.path.glob("*.damaged*"))
+        if damaged:
+            raise OSError(
+                f"{self.path} holds damaged checkpoints only: {', '.join(damaged)}; restore a "
+                "good copy (named by its step), or start afresh with another --workdir"
+            )
+        return None, warnings
+
+    def _free_path(self, name: str) -> epath.Path:
+        """Return a path in the folder that does not exist: ``name``, or ``name`` with a number."""
+        taken = {path.name for path in self.path.iterdir()}
+        free = name
+        number = 2
+        while free in taken:
+            free = f"{name}-{number}"
+            number += 1
+        return self.path / free
+
+
+def _check_record(
+    path: epath.Path, record: dict, identity: dict, arrays: dict[str, str], refuse: Refuse
+) -> bool:
+    """Check that a run with ``identity`` and ``arrays`` may resume from the checkpoint at ``path``.
+
+    Return whether it holds parameters alone. Of those, only the settings that both sides name are
+    compared.
+    """
+    params_only = all(map(checkpoint_arrays.is_parameter, record["arrays"]))
+    saved = record["meta"].get("identity", {})
+    given = identity
+    wanted = arrays
+    if params_only:
+        saved, given = _common(saved, identity), _common(identity, saved)
+        wanted = {
+            name: shape for name, shape in arrays.items() if checkpoint_arrays.is_parameter(name)
+        }
+    manifest.refuse_difference(
+        path, "settings", saved, given, "give the same ones, or another --workdir"
+    )
+    refuse(record["meta"], record["step"], params_only)
+    manifest.refuse_difference(
+        path,
+        "arrays",
+        record["arrays"],
+        wanted,
+        "set model and optimizer as they were, or give another --workdir",
+    )
+    return params_only
+
+
+def _common(side: dict[str, dict], other: dict[str, dict]) -> dict[str, dict]:
+    """Return the settings of ``side`` that ``other`` names as well."""
+    return {
+        section: {key: side[section][key] for key in sorted(side[section].keys() & keys)}
+        for section, keys in other.items()
+        if section in side
+    }
+
+
+def _reason(error: Exception) -> str:
+    text = getattr(error, "strerror", None) or storage.first_line(error)
+    if os.strerror(errno.ENOSPC) in text:
+        return "the disk is full"
+    return text if isinstance(error, OSError) else f"{type(error).__name__}: {text}"
