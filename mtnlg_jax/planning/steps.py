@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from mtnlg_jax.config import Config, DecodeConfig
 from mtnlg_jax.decode import cache, sampling
-from mtnlg_jax.decode.processors import rows_and_families
+from mtnlg_jax.decode.batched_settings import batch_settings
 from mtnlg_jax.model.attention import mean_key_blocks
 from mtnlg_jax.model.transformer import abstract_model
 from mtnlg_jax.parallel.mesh import shardings_of
@@ -79,8 +79,8 @@ def _decode(config: Config, mesh: Mesh, step: str):
 
     prefill = functools.partial(cache.prefill_rows, config=model, size=length)
     prefix = jax.eval_shape(prefill, params, tokens, lengths)
-    settings, families = rows_and_families([DecodeConfig()] * rows)
-    allowed = np.ones(model.vocab_size, bool)
+    allowed_V = np.ones(model.vocab_size, bool)
+    settings = batch_settings([DecodeConfig()] * rows, allowed_V, eos=0)
     whole = np.arange(rows, dtype=np.int32)
     state, limits = jax.eval_shape(
         lambda prefix: sampling.begin(
@@ -89,9 +89,6 @@ def _decode(config: Config, mesh: Mesh, step: str):
             whole,
             whole.astype(np.uint32),
             settings,
-            allowed,
-            families=families,
-            eos=0,
         ),
         prefix,
     )
@@ -103,11 +100,8 @@ def _decode(config: Config, mesh: Mesh, step: str):
             state,
             limits,
             settings,
-            allowed,
             np.int32(1),
             config=model,
-            families=families,
-            eos=0,
         )
 
 
