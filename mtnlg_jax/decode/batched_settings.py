@@ -204,7 +204,8 @@ def check_tokens(config: DecodeConfig, vocabulary: int) -> None:
             if not 0 <= token < vocabulary:
                 raise ValueError(
                     f"{name} has token {token}, which is outside the model's vocabulary, "
-                    f"0 to {vocabulary - 1}; leave it out, or look it up with this model's tokenizer"
+                    f"0 to {vocabulary - 1}; leave it out, or look it up with this model's "
+                    "tokenizer"
                 )
 
 

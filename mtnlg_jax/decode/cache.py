@@ -111,7 +111,7 @@ def split_abstract(config: ModelConfig) -> tuple[nnx.State, nnx.State]:
 def unstack_params(params, *, config, dtype, weights=None, rows=False):
     """Return a decoder's parameters.
 
-    ``rows``: hold float weights as RowWeights as well. A mesh can split only arrays, by their names.
+    ``rows``: hold float weights as RowWeights as well. A mesh can split only arrays, by name.
     """
     int8 = weights == "int8"
     graph = abstract_model(config)[0]

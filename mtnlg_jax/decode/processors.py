@@ -134,7 +134,8 @@ def counts(tokens_BS, counted_BS, vocabulary: int) -> jax.Array:
 
 
 def repetition(logits_BV, seen_BV, penalty_B):
-    """Divide positive and multiply negative logits of tokens seen, prompt included (Keskar 2019)."""
+    """Divide positive and multiply negative logits of tokens seen, also in the prompt (Keskar
+    2019)."""
     penalty_B1 = penalty_B[:, None]
     penalized_BV = jnp.where(logits_BV < 0, logits_BV * penalty_B1, logits_BV / penalty_B1)
     return jnp.where(seen_BV, penalized_BV, logits_BV)

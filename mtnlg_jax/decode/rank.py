@@ -136,7 +136,7 @@ def rank(
         )
     else:
         prompt_tokens, found = _read(decoder, tokenizer, prompt, candidates)
-    first = {}
+    first: dict[Candidate, int] = {}
     counts = collections.Counter(found)
     for index, each in enumerate(found):
         first.setdefault(each, index)

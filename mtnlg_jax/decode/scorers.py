@@ -246,7 +246,8 @@ def _mbr(pool: Pool):
     """
     if pool.counts.sum() < 2:
         raise ValueError(
-            "mbr compares a candidate with the others, and there is 1 candidate; give or sample more"
+            "mbr compares a candidate with the others, and there is 1 candidate; give or "
+            "sample more"
         )
     utility = utility_of(pool.options.utility)
 
@@ -292,8 +293,8 @@ def _self_consistency(pool: Pool):
     return run
 
 
-# Each scorer takes a pool, raises ValueError on one it cannot score, and returns a function from the
-# sums log p(y|x) to Scores. So all checks come before the model does any work.
+# Each scorer takes a pool, raises ValueError on one it cannot score, and returns a function from
+# the sums log p(y|x) to Scores. So all checks come before the model does any work.
 SCORERS = {
     "logprob": _logprob,
     "gnmt": _gnmt,
@@ -323,7 +324,8 @@ def weights_of(scorers: str | Sequence[str] | Mapping[str, float]) -> dict[str, 
             raise ValueError(f"the weight of {name} is {weight!r}; give a finite number")
     if not any(weights.values()):
         raise ValueError(
-            f"all weights are 0 ({', '.join(weights)}), so every score would be; give one another value"
+            f"all weights are 0 ({', '.join(weights)}), so every score would be; give one "
+            "another value"
         )
     return {name: float(weight) for name, weight in weights.items()}
 
@@ -357,8 +359,8 @@ def check_request(
         )
     if not callable(options.utility) and options.utility not in UTILITIES:
         raise ValueError(
-            f"utility={options.utility!r} is not known; choose one of {', '.join(UTILITIES)}, or give a "
-            "function of two texts"
+            f"utility={options.utility!r} is not known; choose one of {', '.join(UTILITIES)}, or "
+            "give a function of two texts"
         )
     if options.votes not in ("count", "probability"):
         raise ValueError(f"votes={options.votes!r} is not known; choose count or probability")
@@ -368,8 +370,8 @@ def check_request(
         )
     if "noisy_channel" in weights and not (prompt if options.source is None else options.source):
         raise ValueError(
-            f"noisy_channel explains the source, and source={options.source!r} for the prompt {prompt!r}; "
-            "give a source that is not empty"
+            f"noisy_channel explains the source, and source={options.source!r} for the prompt "
+            f"{prompt!r}; give a source that is not empty"
         )
     if "self_consistency" in weights:
         _check_answer(options.answer)
@@ -379,9 +381,10 @@ def check_request(
         except ValueError as error:
             raise ValueError(f"pseudo_log_likelihood hides tokens: {error}") from None
         if stages is not None and not any(stage.masked for stage in stages):
+            causal = ", ".join(f"{each.name}: masked=0" for each in stages)
             raise ValueError(
-                "pseudo_log_likelihood needs a model that was trained to fill masks, and every stage of "
-                f"this one is causal ({', '.join(f'{each.name}: masked=0' for each in stages)}); train a "
+                "pseudo_log_likelihood needs a model that was trained to fill masks, and every "
+                f"stage of this one is causal ({causal}); train a "
                 "stage with masked above 0, or rank by logprob"
             )
 
@@ -397,16 +400,16 @@ def _neutral(tokenizer, neutral: str, prompt: str) -> list[int]:
 def _check_neutral(options: ScorerOptions, neutral: Sequence[int], prefix: Sequence[int]) -> None:
     if list(neutral) == list(prefix):
         raise ValueError(
-            f"neutral={options.neutral!r} is read as what the candidates stand behind, so that pmi is 0 "
-            "for every one; give another neutral, or leave pmi out"
+            f"neutral={options.neutral!r} is read as what the candidates follow, so that pmi is "
+            "0 for every one; give another neutral, or leave pmi out"
         )
 
 
 def _check_answer(answer) -> None:
     if not answer:
         raise ValueError(
-            f"self_consistency counts answers, and answer={answer!r}; give a pattern that finds one, as "
-            r"'answer is (\d+)', or a function"
+            f"self_consistency counts answers, and answer={answer!r}; give a pattern that "
+            r"finds one, as 'answer is (\d+)', or a function"
         )
     if not callable(answer):
         try:

@@ -1,5 +1,4 @@
-"""Log-probabilities of given tokens: after one shared prefix, in rows of their own, or masked one at
-a time.
+"""Log-probabilities of given tokens: after one shared prefix, in rows of their own, or masked.
 
 Any number of sequences is scored in blocks of at most BLOCK_TOKENS tokens (but at least one row),
 so that memory is bounded. A block's rows and width are powers of two, so that few programs are

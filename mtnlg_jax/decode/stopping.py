@@ -43,7 +43,7 @@ class TextStream:
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """Add one token, and return new text. After a stop, ``stopped`` is True and no more comes."""
+        """Add one token, and return new text. After a stop, ``stopped`` is True."""
         if self.stopped:
             return ""
         self._waiting += (token,)

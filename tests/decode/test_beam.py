@@ -15,10 +15,10 @@ import pytest
 
 from mtnlg_jax.config import DecodeConfig
 from mtnlg_jax.decode import beam as module
-from mtnlg_jax.decode import stochastic
+from mtnlg_jax.decode import beams, stochastic
 from mtnlg_jax.decode.cache import prefill, run_layers
 from mtnlg_jax.decode.generate import generate
-from mtnlg_jax.decode.results import encode_prompt
+from mtnlg_jax.decode.results import CHUNK, encode_prompt
 from mtnlg_jax.model.attention import attention
 
 ROUNDING = 1e-5
@@ -70,8 +70,8 @@ MIXED = [
     ids=["learned", "rotary"],
 )
 def test_log_probabilities_equal_full_forward_passes(request, tokenizer, name, settings):
-    """Prompts of different lengths, whose cache all beams share; the rotary model shares key heads,
-    too."""
+    """Prompts of different lengths, whose cache all beams share; the rotary model also
+    shares key heads."""
     tiny = request.getfixturevalue(name)
     results = generate(tiny.decoder, tokenizer, PROMPTS, settings)
     assert len({(result.prompt, result.tokens) for result in results}) == len(results) >= 14
@@ -92,7 +92,7 @@ def test_log_probabilities_equal_full_forward_passes(request, tokenizer, name, s
 
 
 @pytest.mark.parametrize("kind", ["searched", pytest.param("drawn", marks=pytest.mark.slow)])
-def test_a_search_does_not_depend_on_its_neighbours_or_its_place(learned, tokenizer, kind):
+def test_a_search_does_not_depend_on_its_neighbors_or_its_position(learned, tokenizer, kind):
     settings = (
         MIXED
         if kind == "searched"
@@ -414,7 +414,7 @@ def test_time(learned, tokenizer, monkeypatch, temperature):
     """The clock ticks a second each time that it is read: once at the start, then before every
     chunk of tokens."""
     ticks = itertools.count()
-    for each in (module, stochastic):
+    for each in (module, stochastic, beams):
         monkeypatch.setattr(
             each, "time", types.SimpleNamespace(monotonic=lambda: float(next(ticks)))
         )
@@ -425,7 +425,7 @@ def test_time(learned, tokenizer, monkeypatch, temperature):
         learned.decoder, tokenizer, prompts, [dataclasses.replace(long, max_time=1.5), long]
     )
     assert [result.finish_reason for result in results] == ["timeout"] * 4 + ["length"] * 4
-    assert {len(result.tokens) for result in results[:4]} == {module.CHUNK + 1}
+    assert {len(result.tokens) for result in results[:4]} == {CHUNK + 1}
     assert results[4:] == whole[4:]
 
 
