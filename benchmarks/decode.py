@@ -142,8 +142,8 @@ def compare(args) -> dict:
     if args.run:
         results["perplexity"] = perplexities(args)
     return {
-        "what": f"decoding, GPT-2 124M shape ({args.layers} layers), random float32 weights, {args.prompt} prompt + "
-        f"{args.new} new tokens a row",
+        "what": f"decoding, GPT-2 124M shape ({args.layers} layers), random float32 weights, "
+        f"{args.prompt} prompt + {args.new} new tokens a row",
         "command": " ".join(
             [
                 "python benchmarks/decode.py",

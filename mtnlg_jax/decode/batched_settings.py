@@ -1,39 +1,41 @@
-"""The settings of a batch as arrays: one row each, so that rows that differ share one compiled
-step.
+"""The decoding settings of a batch as arrays, one row each.
 
-Static, and so part of a program's key, are only which families any row uses, the sizes of the
-n-grams and the constraint. Lists become tables that are padded to powers of two, so that programs
-are few.
+Rows with different settings share one compiled step. Static, and so part of a program's cache key,
+are only the options that any row uses, the n-gram sizes, the constraint and the tokenizer's end.
+Lists become tables padded to powers of two, so that few programs are compiled.
 """
 
+# Shapes: B rows, S positions, V vocabulary, E entries of a table, J tokens of an entry
+
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mtnlg_jax.config import DecodeConfig
 
-_ANY = -1  # in tables of ids: matches everything; the tokenizer's end
-_OWN_END = -2
-_NEVER = -1  # in forced_at: not at all; at the row's last position
-LAST = -2
+_ANY = -1  # in tables of ids: matches everything
+_OWN_END = -2  # in tables of ends: the tokenizer's end
+_NEVER = -1  # in forced_at: not at all
+LAST = -2  # in forced_at: the row's last position
 
 
-class Families(NamedTuple):
-    """The static part: which processors run at all."""
+class StaticOptions(NamedTuple):
+    """The options compiled into a program: which processors run at all."""
 
     names: frozenset[str]
     ngrams: tuple[int, ...]
     # A pure JAX function (tokens_BS, lengths_B, prompts_B) -> bool (B, V): which ids may come next.
-    # ``tokens_BS`` are known up to ``lengths_B``, and the model's own from ``prompts_B`` on. Each
-    # new function is a new program.
+    # ``tokens_BS`` is known up to ``lengths_B`` and generated from ``prompts_B`` on. Each new
+    # function is a new program.
     constraint: Callable | None = None
 
 
 class Rows(NamedTuple):
-    """The settings of each row: values (B,), and tables (B, M ...) with as many entries as the
-    longest list needs."""
+    """The settings of each row: values (B,) and tables (B, E ...), as long as the longest list."""
 
     temperature: np.ndarray
     top_k: np.ndarray
@@ -48,27 +50,50 @@ class Rows(NamedTuple):
     no_repeat_ngram_size: np.ndarray
     min_new_tokens: np.ndarray
     min_length: np.ndarray
-    # bias (B, M) on token (B, M) behind the tokens before (B, M, L); first: only where it is the
-    # first new token
-    bias_before: np.ndarray
-    bias_token: np.ndarray
-    bias: np.ndarray
-    bias_first: np.ndarray
-    forced_at: np.ndarray  # (B, F): which new token
-    forced_token: np.ndarray
+    bias_before: np.ndarray  # (B, E, J): tokens that must precede bias_token
+    bias_token: np.ndarray  # (B, E)
+    bias: np.ndarray  # (B, E)
+    bias_first: np.ndarray  # (B, E): acts only on the first new token
+    forced_at: np.ndarray  # (B, E): index of the new token
+    forced_token: np.ndarray  # (B, E)
     ends: np.ndarray  # (B, E)
-    stops: np.ndarray  # (B, Q, L), aligned to the right
-    stop_lengths: np.ndarray  # (B, Q); 0: no entry
+    stops: np.ndarray  # (B, E, J), right-aligned
+    stop_lengths: np.ndarray  # (B, E); 0: no entry
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What decides the next token of a batch, besides the model and the tokens so far.
+
+    A pytree: ``rows`` and ``allowed_V`` are traced, the other two are static.
+    """
+
+    rows: Rows
+    allowed_V: np.ndarray  # ids that may ever be written; a row's own ends always may
+    static_options: StaticOptions = dataclasses.field(metadata={"static": True})
+    eos: int = dataclasses.field(metadata={"static": True})  # the end of rows that name none
+
+    def uses(self, *names: str) -> bool:
+        """Return whether any row uses one of the options ``names``."""
+        return bool(self.static_options.names & set(names))
+
+    def map_rows(self, change: Callable) -> "Settings":
+        """Return the settings with ``change`` applied to every array of ``rows``."""
+        return dataclasses.replace(self, rows=jax.tree.map(change, self.rows))
 
 
 _WHOLE = ("top_k", "no_repeat_ngram_size", "min_new_tokens", "min_length")
 _VALUES = Rows._fields[: Rows._fields.index("bias_before")]
 
 
-def rows_and_families(
-    configs: Sequence[DecodeConfig], constraint: Callable | None = None
-) -> tuple[Rows, Families]:
-    """The settings of all rows as arrays, and the families that any of them uses."""
+def batch_settings(
+    configs: Sequence[DecodeConfig],
+    allowed_V: np.ndarray,
+    eos: int,
+    constraint: Callable | None = None,
+) -> Settings:
+    """Return the settings of a batch, one of ``configs`` a row."""
     values = {name: np.array([getattr(config, name) for config in configs]) for name in _VALUES}
     names = {
         name for name, column in values.items() if (column != getattr(DecodeConfig, name)).any()
@@ -98,17 +123,21 @@ def rows_and_families(
         "stops": _right(stops),
         "stop_lengths": _table([list(map(len, row)) for row in stops], 0, np.int32),
     }
-    # One type whatever the values are: a second type would be a second compile.
+    # Fix the types: another type would compile another program.
     values = {
         name: column.astype(np.int32 if name in _WHOLE else np.float32)
         for name, column in values.items()
     }
-    return Rows(**values, **tables), Families(frozenset(names), ngrams, constraint)
+    static_options = StaticOptions(frozenset(names), ngrams, constraint)
+    return Settings(Rows(**values, **tables), allowed_V, static_options, eos)
 
 
 def _biases(config: DecodeConfig) -> list[tuple[tuple[int, ...], float, bool]]:
-    """(tokens, what is added to the last one's logit where the others stand before it, only for the
-    first new one)."""
+    """Return (tokens, bias, first) for each bias.
+
+    The bias is added to the last token's logit where the other tokens precede it; with ``first``,
+    only for the first new token.
+    """
     never = -np.inf
     return [
         *(((token,), bias, False) for token, bias in config.logit_bias),
@@ -120,6 +149,7 @@ def _biases(config: DecodeConfig) -> list[tuple[tuple[int, ...], float, bool]]:
 
 
 def _forced(config: DecodeConfig) -> list[tuple[int, int]]:
+    """Return (index of the new token, id it must have) for each forced token."""
     first = config.forced_bos_token_id
     last = config.forced_eos_token_id
     return [
@@ -133,27 +163,29 @@ def _width(count: int) -> int:
     return 1 << (count - 1).bit_length() if count else 0
 
 
-def _table(lists, fill, dtype) -> np.ndarray:
+def _table(lists: Sequence[Sequence], fill, dtype) -> np.ndarray:
+    """Return ``lists`` as one array (B, E), padded with ``fill``."""
     table = np.full((len(lists), _width(max(map(len, lists), default=0))), fill, dtype)
     for row, entries in zip(table, lists, strict=True):
         row[: len(entries)] = entries
     return table
 
 
-def _right(lists) -> np.ndarray:
-    """(B, M, L) of sequences aligned to the right; what is before them matches everything."""
+def _right(lists: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
+    """Return (B, E, J): sequences aligned to the right; padding matches every id."""
+    entries = _width(max(map(len, lists), default=0))
     longest = max((len(tokens) for row in lists for tokens in row), default=0)
-    table = np.full(
-        (len(lists), _width(max(map(len, lists), default=0)), _width(longest)), _ANY, np.int32
-    )
-    for row, entries in zip(table, lists, strict=True):
-        for place, tokens in zip(row, entries, strict=False):
-            place[len(place) - len(tokens) :] = tokens
+    table = np.full((len(lists), entries, _width(longest)), _ANY, np.int32)
+    for row, sequences in zip(table, lists, strict=True):
+        for padded, tokens in zip(row, sequences, strict=False):
+            padded[len(padded) - len(tokens) :] = tokens
     return table
 
 
 def check_tokens(config: DecodeConfig, vocabulary: int) -> None:
-    """Raises ValueError where a setting names a token that the model does not have."""
+    """Raise ValueError if a setting names a token that the model does not have."""
+    first = config.forced_bos_token_id
+    last = config.forced_eos_token_id
     named = {
         "eos_token_id": config.eos_token_id,
         "stop_token_ids": config.stop_token_ids,
@@ -164,46 +196,48 @@ def check_tokens(config: DecodeConfig, vocabulary: int) -> None:
         "suppress_tokens": config.suppress_tokens,
         "begin_suppress_tokens": config.begin_suppress_tokens,
         "forced_tokens": [token for _, token in config.forced_tokens],
-        "forced_bos_token_id": [config.forced_bos_token_id]
-        if config.forced_bos_token_id is not None
-        else [],
-        "forced_eos_token_id": [config.forced_eos_token_id]
-        if config.forced_eos_token_id is not None
-        else [],
+        "forced_bos_token_id": [] if first is None else [first],
+        "forced_eos_token_id": [] if last is None else [last],
     }
     for name, tokens in named.items():
         for token in tokens:
             if not 0 <= token < vocabulary:
                 raise ValueError(
-                    f"{name} has token {token}, which lies outside the model's vocabulary, "
-                    f"0 to {vocabulary - 1}; leave it out, or look it up with this model's tokenizer"
+                    f"{name} has token {token}, which is outside the model's vocabulary, "
+                    f"0 to {vocabulary - 1}; leave it out, or look it up with this model's "
+                    "tokenizer"
                 )
 
 
-def ends_of(rows: Rows, families: Families, eos: int):
-    """The ids that end each row, (B, E); ``eos`` where a row has none of its own. Entries below 0
-    are none."""
-    if "ends" not in families.names:
-        return jnp.full((rows.temperature.shape[0], 1), eos, jnp.int32)
-    return jnp.where(rows.ends == _OWN_END, eos, rows.ends)
+def ends_of(settings: Settings) -> jax.Array:
+    """Return the ids that end each row, (B, E), or ``eos`` where a row names none.
+
+    Entries below 0 are padding.
+    """
+    rows = settings.rows
+    if not settings.uses("ends"):
+        return jnp.full((rows.temperature.shape[0], 1), settings.eos, jnp.int32)
+    return jnp.where(rows.ends == _OWN_END, settings.eos, rows.ends)
 
 
-def tails(tokens_BS, lengths_B, width: int):
-    """The last ``width`` known tokens of each row, (B, width); before its beginning stands what
-    equals no id."""
+def tails(tokens_BS, lengths_B, width: int) -> jax.Array:
+    """Return the last ``width`` known tokens of each row, padded on the left with no valid id."""
     at = lengths_B[:, None] - width + jnp.arange(width)
+    # -3 differs from every id and from the markers of the tables.
     return jnp.where(at >= 0, jnp.take_along_axis(tokens_BS, jnp.maximum(at, 0), 1), -3)
 
 
-def matches(table_BML, tails_BL):
-    """Which sequences of the table end the rows, (B, M)."""
-    return ((table_BML == _ANY) | (table_BML == tails_BL[:, None])).all(-1)
+def matches(table_BEJ, tails_BJ) -> jax.Array:
+    """Return which sequences of the table end the rows, (B, E)."""
+    return ((table_BEJ == _ANY) | (table_BEJ == tails_BJ[:, None])).all(-1)
 
 
-def stopped(rows: Rows, families: Families, tokens_BS, lengths_B, prompts_B):
-    """Whether a stop sequence, all of it generated, ends the known tokens; (B,)."""
-    if "stops" not in families.names:
+def stopped(settings: Settings, tokens_BS, lengths_B, prompts_B) -> jax.Array:
+    """Return whether each row's known tokens end with a stop sequence that was all generated."""
+    if not settings.uses("stops"):
         return jnp.zeros(lengths_B.shape, bool)
-    hit_BQ = matches(rows.stops, tails(tokens_BS, lengths_B, rows.stops.shape[-1]))
-    whole_BQ = (rows.stop_lengths > 0) & (rows.stop_lengths <= (lengths_B - prompts_B)[:, None])
-    return (hit_BQ & whole_BQ).any(-1)
+    rows = settings.rows
+    hit_BE = matches(rows.stops, tails(tokens_BS, lengths_B, rows.stops.shape[-1]))
+    generated_B1 = (lengths_B - prompts_B)[:, None]
+    whole_BE = (rows.stop_lengths > 0) & (rows.stop_lengths <= generated_B1)
+    return (hit_BE & whole_BE).any(-1)

@@ -1,18 +1,20 @@
 """Beam search: Hugging Face's semantics (transformers 5, ``_beam_search``), GNMT's length penalty,
 and groups.
 
-A prompt is read once for all its beams, and what they wrote stays in its place in the cache while
-they are reordered. Arrays lead with (G, P, K): groups, prompts, beams of a group. Without groups G
-is 1.
+A prompt is read once for all its beams, and the tokens they write stay at their place in the cache
+while the beams are reordered.
 
-Diverse beams (Vijayakumar 2016): in each step group after group chooses, and a group's scores lose
-diversity_penalty for every beam of an earlier group that wrote the token in this step. Their best
-of all groups are the result.
+Diverse beams (Vijayakumar 2016): the groups choose one after another in each step, and a group's
+scores lose diversity_penalty for every beam of an earlier group that wrote the token in this step.
+The best beams of all groups are the result.
 """
+
+# Shapes: G groups (1 without groups), P prompts, W beams of a group, C candidates for the next
+# beams, V vocabulary
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -21,8 +23,8 @@ import numpy as np
 from jax import lax
 
 from mtnlg_jax.config import DecodeConfig
-from mtnlg_jax.decode.batched_settings import rows_and_families
-from mtnlg_jax.decode.beam_cache import BeamCache, empty_beams, next_logits
+from mtnlg_jax.decode.batched_settings import Settings
+from mtnlg_jax.decode.beam_cache import BeamCache, empty_beams
 from mtnlg_jax.decode.beams import (
     EMPTY,
     LENGTH,
@@ -30,26 +32,29 @@ from mtnlg_jax.decode.beams import (
     TIMEOUT,
     Sequences,
     Static,
+    advance_while,
     blank,
     collect,
     ending,
     extend,
+    max_new_tokens_of,
     process_beams,
+    run_until_done,
+    static_of,
     take,
 )
-from mtnlg_jax.decode.cache import Decoder, Prefix, bucket
-from mtnlg_jax.decode.results import CHUNK, Generated, writable
+from mtnlg_jax.decode.cache import Decoder, Prefix
+from mtnlg_jax.decode.results import Generated
 
-# As in transformers: below every score that counts, and finite, so that what is marked with it
-# keeps its order.
+# As in transformers: below every real score, and finite, so that marked scores keep their order.
 NEG = -1e9
 
 
-class Search(NamedTuple):
-    """What stays for each prompt, (P,)."""
+class SearchParams(NamedTuple):
+    """The constants of each prompt's search, (P,)."""
 
     prompts: jax.Array  # length of the prompt
-    news: jax.Array  # new tokens at most
+    max_new_tokens: jax.Array
     length_penalty: jax.Array
     gnmt: jax.Array
     early: jax.Array  # early_stopping is True
@@ -62,9 +67,9 @@ class State(NamedTuple):
 
     cache: BeamCache  # of the new tokens
     running: Sequences
-    sources: jax.Array  # (G, P, K): the beam of the step before that a running beam goes on from
+    sources: jax.Array  # (G, P, W): the beam of the previous step that a running beam continues
     ended: Sequences  # best first
-    open: jax.Array  # (G, P): whether a better sequence may still come
+    active: jax.Array  # (G, P): whether a better sequence may still come
     written: jax.Array  # new tokens so far
 
 
@@ -73,89 +78,72 @@ def search(
     tokenizer,
     prefix: Prefix,
     configs: Sequence[DecodeConfig],
-    constraint: Callable | None = None,
+    settings: Settings,
 ) -> list[Generated]:
-    """The num_return_sequences best beams of each prompt, best first; fewer, where fewer sequences
-    are possible.
+    """Return the num_return_sequences best beams of each prompt, best first.
 
-    ``configs``: one for each prompt, valid, with the same num_beams and num_beam_groups.
+    There are fewer where fewer sequences are possible. ``configs`` has one valid config for each
+    prompt, all with the same num_beams and num_beam_groups; ``settings`` are of the same.
     """
     start = time.monotonic()
-    rows, families = rows_and_families(configs, constraint)
-    lengths = np.asarray(prefix.lengths_B)
-    column = {
-        name: np.array([getattr(config, name) for config in configs])
-        for name in ("max_new_tokens", "length_penalty", "diversity_penalty")
-    }
-    news = np.minimum(
-        np.minimum(column["max_new_tokens"], decoder.context), decoder.context - lengths
-    ).astype(np.int32)
-    groups = configs[0].num_beam_groups
-    static = Static(
-        configs[0].num_beams // groups,
-        groups,
-        bucket(max(int(news.max()), 1), decoder.context),
-        families,
-        tokenizer.eos_id,
-    )
-    about = Search(
-        lengths,
-        news,
-        column["length_penalty"].astype(np.float32),
+    max_new_tokens_P = max_new_tokens_of(decoder, prefix, configs)
+    static = static_of(configs[0], max_new_tokens_P, decoder.context)
+    search_params = SearchParams(
+        np.asarray(prefix.lengths_B),
+        max_new_tokens_P,
+        np.array([config.length_penalty for config in configs], np.float32),
         np.array([config.length_penalty_type == "gnmt" for config in configs]),
         np.array([config.early_stopping is True for config in configs]),
         np.array([config.early_stopping == "never" for config in configs]),
-        column["diversity_penalty"].astype(np.float32),
+        np.array([config.diversity_penalty for config in configs], np.float32),
     )
-    allowed_V = writable(tokenizer, decoder.config.vocabulary, end=False)
-    state = _begin(prefix, about, static=static)
-    allowance = np.array(
-        [np.inf if config.max_time is None else config.max_time for config in configs]
-    )
-    steps = CHUNK if np.isfinite(allowance).any() else static.size
 
-    while (going_P := np.asarray(_going_now(state, about)).any(0)).any():
-        late = going_P & (time.monotonic() - start > allowance)
-        state = _advance(
+    def more(state, timed_out_P, steps):
+        return advance(
             decoder.params,
             prefix,
             state,
-            about,
-            rows,
-            allowed_V,
-            late,
-            np.int32(1 if late.any() else steps),
+            search_params,
+            settings,
+            timed_out_P,
+            steps,
             config=decoder.config,
             static=static,
         )
-    return collect(tokenizer, configs, lengths, state.ended, state.ended.scores)
+
+    def active_prompts(state):
+        return np.asarray(_active_now(state, search_params)).any(0)
+
+    state = begin(prefix, search_params, static=static)
+    state = run_until_done(state, start, static.size, configs, active_prompts, more)
+    return collect(tokenizer, configs, prefix, state.ended, state.ended.scores)
 
 
-def penalty(lengths, about: Search):
-    """What a sum of log-probabilities is divided by, for each prompt; broadcasts over lengths
-    (P,)."""
+def penalty(lengths, search_params: SearchParams) -> jax.Array:
+    """Return the divisor of a sum of log-probabilities for each prompt; broadcasts over (P,)."""
     lengths = jnp.asarray(lengths, jnp.float32)
-    return jnp.where(about.gnmt, (5 + lengths) / 6, lengths) ** about.length_penalty
+    base = jnp.where(search_params.gnmt, (5 + lengths) / 6, lengths)
+    return base**search_params.length_penalty
 
 
-def _going(state: State, about: Search):
-    """(G, P): which searches go on. Others change nothing more, while the rest of the batch goes
-    on."""
+def _active(state: State, search_params: SearchParams) -> jax.Array:
+    """Return which searches go on, (G, P). The others no longer change."""
     full_GP = (state.ended.why != EMPTY).all(-1)
-    return state.open & ~(full_GP & about.early)
+    return state.active & ~(full_GP & search_params.early)
 
 
-_going_now = jax.jit(_going)
+_active_now = jax.jit(_active)
 
 
 @functools.partial(jax.jit, static_argnames="static")
-def _begin(prefix: Prefix, about: Search, *, static: Static) -> State:
+def begin(prefix: Prefix, search_params: SearchParams, *, static: Static) -> State:
+    """Start the search of every prompt."""
     running = blank(prefix, static, 0.0)
     ended = blank(prefix, static, NEG)
-    # All beams of a prompt are alike at first: all but one are put out of the running.
+    # All beams of a prompt start alike, so only the first one may be continued.
     running = running._replace(scores=running.scores.at[:, :, 1:].set(NEG))
-    # A prompt that fills the context is a result, and nothing follows.
-    no_room_P = about.news <= 0
+    # A prompt that fills the context is itself the result.
+    no_room_P = search_params.max_new_tokens <= 0
     why = ended.why.at[0, :, 0].set(jnp.where(no_room_P, LENGTH, EMPTY).astype(jnp.int8))
     scores = ended.scores.at[0, :, 0].set(jnp.where(no_room_P, 0.0, NEG))
     shape = running.scores.shape
@@ -170,126 +158,130 @@ def _begin(prefix: Prefix, about: Search, *, static: Static) -> State:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "static"), donate_argnames="state")
-def _advance(
+def advance(
     params,
     prefix: Prefix,
     state: State,
-    about: Search,
-    rows,
-    allowed_V,
-    late_P,
+    search_params: SearchParams,
+    settings: Settings,
+    timed_out_P,
     steps,
     *,
     config,
-    static,
-):
-    """At most ``steps`` more tokens a beam; fewer when no search goes on. Prompts that are late end
-    with the next."""
+    static: Static,
+) -> State:
+    """Give every beam at most ``steps`` more tokens; fewer when no search goes on.
 
-    def one_token(carry):
-        count, state = carry
-        logits, cache = next_logits(
-            config, params, prefix, state.cache, state.sources, state.running.tokens, state.written
-        )
-        return count + 1, _grow(
-            logits, state._replace(cache=cache), about, rows, allowed_V, late_P, static
-        )
+    Prompts that timed out end with the next token.
+    """
 
-    def more(carry):
-        return (carry[0] < steps) & (carry[1].written < static.size) & _going(carry[1], about).any()
+    def grow(logits_GPWV, state):
+        return _grow(logits_GPWV, state, search_params, settings, timed_out_P, static)
 
-    return lax.while_loop(more, one_token, (jnp.int32(0), state))[1]
+    def is_active(state):
+        return _active(state, search_params)
+
+    return advance_while(
+        params, prefix, state, steps, grow, is_active, config=config, size=static.size
+    )
 
 
 def _grow(
-    logits_GPKV, state: State, about: Search, rows, allowed_V, late_P, static: Static
+    logits_GPWV,
+    state: State,
+    search_params: SearchParams,
+    settings: Settings,
+    timed_out_P,
+    static: Static,
 ) -> State:
-    """Every beam gets one more token, and what ended takes its place among the best."""
-    own = jax.nn.log_softmax(logits_GPKV, -1)
-    processed = process_beams(
-        own, state.running, about.prompts, about.news, rows, allowed_V, state.written, static
+    """Give every beam one more token, and add the sequences that ended to the best."""
+    own_GPWV = jax.nn.log_softmax(logits_GPWV, -1)
+    processed_GPWV = process_beams(
+        own_GPWV,
+        state.running,
+        search_params.prompts,
+        search_params.max_new_tokens,
+        state.written,
+        settings,
     )
 
     def one_group(earlier_PV, group):
-        running, ended, is_open_P, own_PKV, logprobs_PKV = group
-        less_PV = about.diversity[:, None] * earlier_PV if static.groups > 1 else 0.0 * earlier_PV
-        *grown, tokens_PK = _choose(
-            running,
-            ended,
-            is_open_P,
-            own_PKV,
-            logprobs_PKV - less_PV[:, None],
+        *beams, own_PWV, logprobs_PWV = group
+        weight = search_params.diversity[:, None] if static.groups > 1 else 0.0
+        less_PV = weight * earlier_PV
+        *grown, tokens_PW = _choose(
+            *beams,
+            own_PWV,
+            logprobs_PWV - less_PV[:, None],
             state.written,
-            about,
-            rows,
-            late_P,
-            static,
+            search_params,
+            settings,
+            timed_out_P,
         )
-        return earlier_PV + jax.nn.one_hot(tokens_PK, earlier_PV.shape[1]).sum(1), tuple(grown)
+        return earlier_PV + jax.nn.one_hot(tokens_PW, earlier_PV.shape[1]).sum(1), tuple(grown)
 
-    nothing_PV = jnp.zeros((own.shape[1], own.shape[-1]))
-    groups = state.running, state.ended, state.open, own, processed
-    _, (running, ended, is_open, sources) = lax.scan(one_group, nothing_PV, groups)
-    return State(state.cache, running, sources, ended, is_open, state.written + 1)
+    nothing_PV = jnp.zeros((own_GPWV.shape[1], own_GPWV.shape[-1]))
+    groups = state.running, state.ended, state.active, own_GPWV, processed_GPWV
+    _, (running, ended, active, sources) = lax.scan(one_group, nothing_PV, groups)
+    return State(state.cache, running, sources, ended, active, state.written + 1)
 
 
 def _choose(
-    running,
-    ended,
-    open_P,
-    own_PKV,
-    logprobs_PKV,
+    running: Sequences,
+    ended: Sequences,
+    active_P,
+    own_PWV,
+    logprobs_PWV,
     written,
-    about: Search,
-    rows,
-    late_P,
-    static: Static,
-):
-    """One group's step, arrays (P, K): (running, ended, open, sources, tokens)."""
-    prompts, beams, vocabulary = own_PKV.shape
-    # So many that K beams which go on remain when all their other candidates end.
-    count = min((1 + rows.ends.shape[1] + rows.stops.shape[1]) * beams, beams * vocabulary)
-    scores_PM, at_PM = lax.top_k(
-        (logprobs_PKV + running.scores[..., None]).reshape(prompts, -1), count
-    )
-    beams_PM = at_PM // vocabulary
-    tokens_PM = (at_PM % vocabulary).astype(jnp.int32)
-    tokens, logprobs = extend(running, beams_PM, tokens_PM, own_PKV, about.prompts, written)
-    ended_PM = ending(tokens, tokens_PM, about.prompts, written, rows, static)
-    length = written + 1
-    out_P1 = (length >= about.news)[:, None]
-    late_P1 = late_P[:, None]
-    hits_PM = ended_PM | out_P1 | late_P1
+    search_params: SearchParams,
+    settings: Settings,
+    timed_out_P,
+) -> tuple:
+    """Take one group's step; arrays are (P, W).
 
-    next_scores, next_at = lax.top_k(scores_PM + ended_PM * NEG, beams)
+    Returns: (running, ended, active, sources, tokens).
+    """
+    prompts, beams, vocabulary = own_PWV.shape
+    # Enough candidates that W of them go on even if every end and stop is among them.
+    rows = settings.rows
+    count = min((1 + rows.ends.shape[1] + rows.stops.shape[1]) * beams, beams * vocabulary)
+    totals_PWV = logprobs_PWV + running.scores[..., None]
+    scores_PC, at_PC = lax.top_k(totals_PWV.reshape(prompts, -1), count)
+    beams_PC = at_PC // vocabulary
+    tokens_PC = (at_PC % vocabulary).astype(jnp.int32)
+    tokens, logprobs = extend(running, beams_PC, tokens_PC, own_PWV, search_params.prompts, written)
+    ended_PC = ending(tokens, tokens_PC, search_params.prompts, written, settings)
+    length = written + 1
+    full_length_P1 = (length >= search_params.max_new_tokens)[:, None]
+    timed_out_P1 = timed_out_P[:, None]
+    hits_PC = ended_PC | full_length_P1 | timed_out_P1
+
+    next_scores, next_at = lax.top_k(scores_PC + ended_PC * NEG, beams)
     grown = Sequences(
         take(tokens, next_at), take(logprobs, next_at), next_scores, running.lengths, running.why
     )
-    sources = take(beams_PM, next_at)
-    chosen = take(tokens_PM, next_at)
+    sources = take(beams_PC, next_at)
+    chosen = take(tokens_PC, next_at)
 
-    # What ends counts only if it is among the best K; behind it are those that keep the search
-    # going. Dead beams, which stand in where there are not K different ones, never count.
-    just_PM = hits_PM & (jnp.arange(count) < beams) & (scores_PM > NEG / 2)
-    full_P1 = (ended.why != EMPTY).all(-1, keepdims=True) & about.early[:, None]
-    normal_PM = scores_PM / penalty(length, about)[:, None]
-    normal_PM += (full_P1 | ~open_P[:, None] | ~just_PM) * NEG
-    why_PM = jnp.where(
-        just_PM, jnp.where(ended_PM, STOP, jnp.where(out_P1, LENGTH, TIMEOUT)), EMPTY
-    ).astype(jnp.int8)
-    new = Sequences(tokens, logprobs, normal_PM, jnp.full_like(beams_PM, length), why_PM)
+    # An ended candidate counts only among the best W. Scores near NEG belong to placeholders, which
+    # fill in where there are not W different beams, and never count.
+    just_PC = hits_PC & (jnp.arange(count) < beams) & (scores_PC > NEG / 2)
+    full_P1 = (ended.why != EMPTY).all(-1, keepdims=True) & search_params.early[:, None]
+    normal_PC = scores_PC / penalty(length, search_params)[:, None]
+    normal_PC += (full_P1 | ~active_P[:, None] | ~just_PC) * NEG
+    reason_PC = jnp.where(ended_PC, STOP, jnp.where(full_length_P1, LENGTH, TIMEOUT))
+    why_PC = jnp.where(just_PC, reason_PC, EMPTY).astype(jnp.int8)
+    new = Sequences(tokens, logprobs, normal_PC, jnp.full_like(beams_PC, length), why_PC)
     merged = jax.tree.map(lambda old, new: jnp.concatenate([old, new], 1), ended, new)
     _, best = lax.top_k(merged.scores, beams)
     ended = jax.tree.map(lambda x: take(x, best), merged)
 
-    # The best that a running beam may come to: at its present length, or with "never" at the
-    # longest.
-    longest = jnp.where(about.never & (about.length_penalty > 0), about.news, length)
-    possible_P1 = next_scores[:, :1] / penalty(longest, about)[:, None]
-    worst_PK = jnp.where(ended.why != EMPTY, ended.scores.min(1, keepdims=True), NEG)
-    open_P &= (
-        (possible_P1 > worst_PK).any(-1)
-        & (next_scores > NEG / 2).any(-1)
-        & ~(out_P1 | late_P1)[:, 0]
-    )
-    return grown, ended, open_P, sources, chosen
+    # The best score a running beam can reach: at its present length, or for "never" at the longest.
+    at_longest_P = search_params.never & (search_params.length_penalty > 0)
+    longest_P = jnp.where(at_longest_P, search_params.max_new_tokens, length)
+    possible_P1 = next_scores[:, :1] / penalty(longest_P, search_params)[:, None]
+    worst_PW = jnp.where(ended.why != EMPTY, ended.scores.min(1, keepdims=True), NEG)
+    active_P &= (possible_P1 > worst_PW).any(-1)
+    active_P &= (next_scores > NEG / 2).any(-1)
+    active_P &= ~(full_length_P1 | timed_out_P1)[:, 0]
+    return grown, ended, active_P, sources, chosen

@@ -1,5 +1,8 @@
-"""The cache of beams: what beams wrote stays where it was written, while the beams are
-reordered."""
+"""The cache of beams: tokens stay where they were written while the beams are reordered."""
+
+# Shapes: G groups of beams, P prompts, W beams of a group, S positions, T new-token positions (the
+# keys of the cache of beams), B rows: one for each beam of each prompt and group, D width,
+# V vocabulary
 
 from typing import NamedTuple
 
@@ -12,42 +15,34 @@ from mtnlg_jax.model.attention import attention, decode_attention, merge
 
 
 class BeamCache(NamedTuple):
-    """What beams wrote, which stays where it was written: a beam that goes on from another looks at
-    other places."""
+    """Keys and values of the tokens that beams wrote.
 
-    layers: tuple[
-        tuple[jax.Array, jax.Array], ...
-    ]  # (G*P, heads, T*K, H): of each new token all K beams of a group
-    writers_GPKT: jax.Array  # which of the K wrote the token that a beam has at T; -1: none yet
+    Nothing in it moves: a beam that continues another one reads other entries.
+    """
+
+    # (k, v) of each layer, each (G*P, heads, T*W, H): for each new token all W beams of a group
+    layers: tuple[tuple[jax.Array, jax.Array], ...]
+    writers_GPWT: jax.Array  # which of the W beams wrote a beam's token at T; -1: none yet
 
 
 def next_logits(
-    config: ModelConfig, params, prefix: Prefix, cache: BeamCache, sources_GPK, tokens_GPKW, written
-):
-    """What follows the ``written`` new tokens of each beam: behind none, what follows the prompt;
-    else by ``step_beams``, with the last of them. Within one program, since what chooses among
-    logits takes long to compile."""
-    shape = sources_GPK.shape
+    config: ModelConfig, params, prefix: Prefix, cache: BeamCache, sources_GPW, tokens_GPWS, written
+) -> tuple[jax.Array, BeamCache]:
+    """Return the logits after the ``written`` new tokens of each beam, and the cache.
+
+    After none they are those of the prompt; otherwise ``step_beams`` reads the last token. Both
+    cases are one program, since the code that chooses from the logits takes long to compile.
+    """
+    shape = sources_GPW.shape
 
     def first(cache):
         logits_PV = prefix.logits_BV
         return jnp.broadcast_to(logits_PV[None, :, None], (*shape, logits_PV.shape[-1])), cache
 
     def later(cache):
-        last_GPK1 = jnp.broadcast_to((prefix.lengths_B + written - 1)[None, :, None], shape)[
-            ..., None
-        ]
-        tokens_GPK = jnp.take_along_axis(tokens_GPKW, last_GPK1, -1)[..., 0]
-        return step_beams(
-            config,
-            params,
-            prefix.cache,
-            prefix.lengths_B,
-            cache,
-            sources_GPK,
-            tokens_GPK,
-            written - 1,
-        )
+        last_GPW = jnp.broadcast_to((prefix.lengths_B + written - 1)[None, :, None], shape)
+        tokens_GPW = jnp.take_along_axis(tokens_GPWS, last_GPW[..., None], -1)[..., 0]
+        return step_beams(config, params, prefix, cache, sources_GPW, tokens_GPW, written - 1)
 
     return jax.lax.cond(written == 0, first, later, cache)
 
@@ -55,45 +50,45 @@ def next_logits(
 def step_beams(
     config: ModelConfig,
     params,
-    prompt_cache,
-    prompts_P,
+    prefix: Prefix,
     cache: BeamCache,
-    sources_GPK,
-    tokens_GPK,
+    sources_GPW,
+    tokens_GPW,
     read,
-):
-    """Reads one token a beam behind prompts that all their beams share.
+) -> tuple[jax.Array, BeamCache]:
+    """Read one token of each beam.
 
     Args:
-      prompt_cache, prompts_P: the cache of P prompts and their lengths; not copied.
-      cache: of the new tokens alone, of G groups of K beams for every prompt. Nothing in it is
-        moved either: a beam attends to what all K wrote, and sees of it its own line.
-      sources_GPK: the beam, 0 to K - 1, that each beam goes on from.
-      read: new tokens read so far, the same for all beams.
-    Returns: float32 logits of the next (G, P, K, V), the cache with the tokens.
+      prefix: the prompts, shared by all their beams and never copied.
+      cache: of the new tokens alone. A beam attends to the tokens of all W beams, masked to its
+        own ancestry.
+      sources_GPW: the beam, 0 to W - 1, that each beam continues.
+      read: number of new tokens already read, the same for all beams.
+
+    Returns: float32 logits of the next token (G, P, W, V), and the cache with the tokens.
     """
-    groups, prompts, beams = tokens_GPK.shape
+    groups, prompts, beams = tokens_GPW.shape
     rows = groups * prompts * beams
-    writers_GPKT = jnp.take_along_axis(cache.writers_GPKT, sources_GPK[..., None], 2)
-    writers_GPKT = writers_GPKT.at[..., read].set(jnp.arange(beams))
-    seen_GPKTK = writers_GPKT[..., None] == jnp.arange(beams)
-    bias = jnp.where(seen_GPKTK, 0.0, -jnp.inf).reshape(groups * prompts, 1, beams, -1)
-    positions_R = jnp.broadcast_to((prompts_P + read)[:, None], tokens_GPK.shape).reshape(rows)
+    writers_GPWT = jnp.take_along_axis(cache.writers_GPWT, sources_GPW[..., None], 2)
+    writers_GPWT = writers_GPWT.at[..., read].set(jnp.arange(beams))
+    visible_GPWTW = writers_GPWT[..., None] == jnp.arange(beams)
+    bias = jnp.where(visible_GPWTW, 0.0, -jnp.inf).reshape(groups * prompts, 1, beams, -1)
+    positions_P = prefix.lengths_B + read
+    positions_B = jnp.broadcast_to(positions_P[:, None], tokens_GPW.shape).reshape(rows)
     written = []
 
     def attend(layer, q, k, v):
-        def together(x):  # (G*P, K, heads, H) of one row a beam
+        def per_prompt(x):  # from one row a beam to (G*P, W, heads, H)
             return x.reshape(groups * prompts, beams, *x.shape[2:])
 
-        own = tuple(
-            jax.lax.dynamic_update_slice(
-                x, together(new).swapaxes(1, 2).astype(x.dtype), (0, 0, read * beams, 0)
-            )
-            for x, new in zip(cache.layers[layer], (k, v), strict=True)
-        )
+        def write(old, new):
+            new = per_prompt(new).swapaxes(1, 2).astype(old.dtype)
+            return jax.lax.dynamic_update_slice(old, new, (0, 0, read * beams, 0))
+
+        own = tuple(write(x, new) for x, new in zip(cache.layers[layer], (k, v), strict=True))
         written.append(own)
         o_own, lse_own = attention(
-            together(q),
+            per_prompt(q),
             *(x.swapaxes(1, 2) for x in own),
             causal=False,
             bias=bias,
@@ -102,8 +97,9 @@ def step_beams(
         )
         o_own = o_own.reshape(q[:, 0].shape)
         lse_own = lse_own.swapaxes(1, 2).reshape(q.shape[0], -1)
-        # Before the shared keys, the beams of a prompt are so many more query heads of one row.
-        shared_k, shared_v = prompt_cache[layer]
+        # To attend to the shared keys once, present the beams of a prompt as more query heads of
+        # one row.
+        shared_k, shared_v = prefix.cache[layer]
         heads = shared_k.shape[1]
         shape = groups, prompts, beams, heads, q.shape[2] // heads
         grouped = q.reshape(*shape, q.shape[-1]).transpose(1, 3, 0, 2, 4, 5)
@@ -111,23 +107,22 @@ def step_beams(
             grouped.reshape(prompts, -1, q.shape[-1]),
             shared_k,
             shared_v,
-            prompts_P,
+            prefix.lengths_B,
             return_lse=True,
         )
-        o_shared = o_shared.reshape(grouped.shape).transpose(2, 0, 3, 1, 4, 5).reshape(o_own.shape)
-        lse_shared = (
-            lse_shared.reshape(grouped.shape[:-1]).transpose(2, 0, 3, 1, 4).reshape(lse_own.shape)
-        )
+        o_shared = o_shared.reshape(grouped.shape).transpose(2, 0, 3, 1, 4, 5)
+        lse_shared = lse_shared.reshape(grouped.shape[:-1]).transpose(2, 0, 3, 1, 4)
+        o_shared = o_shared.reshape(o_own.shape)
+        lse_shared = lse_shared.reshape(lse_own.shape)
         return merge(o_shared, lse_shared, o_own, lse_own).astype(q.dtype)[:, None]
 
-    x_RSD, head = run(config, params, tokens_GPK.reshape(rows, 1), positions_R[:, None], attend)
-    return logits_of(x_RSD[:, 0], head).reshape(*tokens_GPK.shape, -1), BeamCache(
-        tuple(written), writers_GPKT
-    )
+    x_BSD, head = run(config, params, tokens_GPW.reshape(rows, 1), positions_B[:, None], attend)
+    logits_GPWV = logits_of(x_BSD[:, 0], head).reshape(*tokens_GPW.shape, -1)
+    return logits_GPWV, BeamCache(tuple(written), writers_GPWT)
 
 
 def empty_beams(prompt_cache, shape: tuple[int, int, int], size: int) -> BeamCache:
-    """A cache for ``size`` new tokens of each of (G, P, K) beams."""
+    """Return a cache for ``size`` new tokens of each of (G, P, W) beams."""
     groups, prompts, beams = shape
 
     def empty(x):

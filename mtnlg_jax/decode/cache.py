@@ -1,9 +1,12 @@
-"""The model as decoding holds it: layers unstacked, keys and values cached by position.
+"""The model for decoding: layers unstacked, keys and values cached by position.
 
 Prompts are padded on the right. Key j is visible iff j <= the query's position, so padding is never
-seen and is overwritten as a row grows. A cache is a tuple over layers of (k, v), each (B, K, S, H),
-changed in place.
+attended to and is overwritten as a row grows. A cache is a tuple over layers of (k, v), each
+(B, K, T, H), updated in place.
 """
+
+# Shapes: B rows, S query positions, T key positions, D width, N query heads, K key/value heads,
+# H head width, V vocabulary, L layers
 
 import functools
 from collections.abc import Callable, Sequence
@@ -15,20 +18,19 @@ import numpy as np
 from flax import nnx
 
 from mtnlg_jax.config import ModelConfig
-from mtnlg_jax.decode.quantized import RowWeight, on_cpu, quantise, rows_of
+from mtnlg_jax.decode.quantized import RowWeight, on_cpu, quantize, rows_of
 from mtnlg_jax.model.attention import attention, decode_attention, merge
 from mtnlg_jax.model.transformer import abstract_model
 
-TABLES = ("tokens_VD", "head_VD")  # what int8 quantises beside the products of the blocks
+TABLES = ("tokens_VD", "head_VD")  # quantized to int8 along with the products of the blocks
 
 
 class Decoder(NamedTuple):
-    """A model ready to decode: its shape, and as parameters (all but the blocks, a tuple of
-    blocks)."""
+    """A model ready to decode."""
 
     config: ModelConfig
-    params: tuple[Any, ...]
-    int8_cache: bool = False  # of what rows are written behind
+    params: tuple[Any, ...]  # (all but the blocks, a tuple of blocks)
+    int8_cache: bool = False  # holds the keys and values of rows in int8
 
     @property
     def context(self) -> int:
@@ -36,17 +38,17 @@ class Decoder(NamedTuple):
 
 
 class Prefix(NamedTuple):
-    """Prompts that the model has read: what decoding goes on from."""
+    """Prompts that the model has read, from which decoding continues."""
 
     tokens_BS: jax.Array  # int32, right-padded to the capacity of the cache
     lengths_B: jax.Array
-    logits_BV: jax.Array  # float32, of the token after each prompt
+    logits_BV: jax.Array  # float32, for the token after each prompt
     cache: tuple[tuple[jax.Array, jax.Array], ...]
 
 
 @functools.cache
 def _graphs(config: ModelConfig):
-    """Graphdefs of the model without its blocks, and of one block."""
+    """Return the graphdefs of the model without its blocks, and of one block."""
     model = nnx.merge(*abstract_model(config))
     block_graph, _ = nnx.split(model.blocks)
     model.blocks = None
@@ -61,17 +63,19 @@ def unstack(
     weights: str | None = None,
     cache: str | None = None,
 ) -> Decoder:
-    """The decoder of trained parameters: the scanned blocks come apart once, since a cache that
-    runs through a scan over layers is copied in every step.
+    """Return the decoder of trained parameters.
+
+    Splits the scanned blocks once, since a cache carried through a scan over layers would be copied
+    in every step.
 
     Args:
-      params: as ``init_parameters`` or a checkpoint gives them, blocks with a leading L.
-      dtype: "float32" or "bfloat16", of parameters, products and cache; float32 stay softmax,
-          norms, logits.
-      weights: None, or "int8": of products, head included, with a scale for each output; see
-          quantized.py.
-      cache: None, or "int8": of what rows (not beams) are written behind, with a scale for each
-          token and head.
+      params: as from ``init_parameters`` or a checkpoint, blocks with a leading L.
+      dtype: "float32" or "bfloat16", of parameters, products and cache; softmax, norms and logits
+        stay float32.
+      weights: None, or "int8" for the weights of products, head included, with a scale for each
+        output; see quantized.py.
+      cache: None, or "int8" for the keys and values of rows (not beams), with a scale for each
+        token and head.
     """
     dtype = check_held(dtype, weights, cache)
     params = unstack_params(params, config=config, dtype=dtype, weights=weights, rows=by_rows())
@@ -79,7 +83,7 @@ def unstack(
 
 
 def check_held(dtype, weights: str | None, cache: str | None) -> str:
-    """The name of ``dtype``. Raises ValueError where a decoder is not held so."""
+    """Return the name of ``dtype``. Raise ValueError on a form that a decoder cannot have."""
     if str(jnp.dtype(dtype)) not in ("float32", "bfloat16"):
         raise ValueError(f"dtype={dtype!r} cannot decode; choose float32 or bfloat16")
     for name, value in (("weights", weights), ("cache", cache)):
@@ -91,8 +95,10 @@ def check_held(dtype, weights: str | None, cache: str | None) -> str:
 
 
 def split_abstract(config: ModelConfig) -> tuple[nnx.State, nnx.State]:
-    """What a decoder's parameters are before any is quantised, as ShapeDtypeStructs: all but the
-    blocks, one block."""
+    """Return a decoder's parameters before quantization: (all but the blocks, one block).
+
+    The leaves are ShapeDtypeStructs.
+    """
     model = nnx.merge(*abstract_model(config))
     block = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), nnx.split(model.blocks)[1]
@@ -103,7 +109,10 @@ def split_abstract(config: ModelConfig) -> tuple[nnx.State, nnx.State]:
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "weights", "rows"))
 def unstack_params(params, *, config, dtype, weights=None, rows=False):
-    """``rows``: floats, too, as RowWeights; a mesh splits arrays alone, by their names."""
+    """Return a decoder's parameters.
+
+    ``rows``: hold float weights as RowWeights as well. A mesh can split only arrays, by name.
+    """
     int8 = weights == "int8"
     graph = abstract_model(config)[0]
     model = nnx.merge(graph, params)
@@ -115,42 +124,42 @@ def unstack_params(params, *, config, dtype, weights=None, rows=False):
         exact_layer, layer = (jax.tree.map(lambda x: x[number], each) for each in (exact, stacked))
         if not (int8 or rows):
             return layer
-        blocks = [nnx.merge(_graphs(config)[1], each) for each in (exact_layer, layer)]
-        for part, ours in zip(*((block.attention, block.mlp) for block in blocks), strict=True):
-            for name in [
-                name
-                for name, value in vars(part).items()
-                if name.startswith("w_") and value is not None
-            ]:
+        source, target = (nnx.merge(_graphs(config)[1], each) for each in (exact_layer, layer))
+        pairs = (source.attention, target.attention), (source.mlp, target.mlp)
+        for part, held in pairs:
+            for name, value in list(vars(part).items()):
+                if not name.startswith("w_") or value is None:
+                    continue
                 inputs = 2 if name == "w_o_NHD" else 1
-                setattr(
-                    ours, name, nnx.Param(rows_of(getattr(part, name)[...], inputs, int8, dtype))
-                )
-        return nnx.split(blocks[1])[1]
+                # int8 is rounded from the float32 weight, not from its bfloat16.
+                weight = rows_of(value[...], inputs, int8, dtype)
+                setattr(held, name, nnx.Param(weight))
+        return nnx.split(target)[1]
 
     layers = tuple(map(layer, range(config.num_layers)))
     for name in TABLES if int8 else ():
         if (table := getattr(model, name)) is not None:
-            setattr(
-                rounded, name, nnx.Param(rows_of(table[...], 1, int8, dtype, outputs_first=True))
-            )
+            weight = rows_of(table[...], 1, int8, dtype, outputs_first=True)
+            setattr(rounded, name, nnx.Param(weight))
     return nnx.split(rounded)[1], layers
 
 
 def by_rows() -> bool:
-    """Whether float weights, too, are best held as RowWeights."""
+    """Return whether float weights are best held as RowWeights as well."""
     return on_cpu()
 
 
 def run_layers(config: ModelConfig, params, tokens_BS, positions_BS, attend: Callable):
-    """(hidden states after the final norm (B, S, D), head (V, D)); ``attend(layer, q, k, v)`` is
-    layer ``layer``'s attention over whatever keys there are."""
+    """Return the hidden states after the final norm (B, S, D), and the head (V, D).
+
+    ``attend(layer, q, k, v)`` computes the attention of layer number ``layer``.
+    """
     x_BSD, head = run(config, params, tokens_BS, positions_BS, attend)
     return x_BSD, head.array(x_BSD.dtype) if isinstance(head, RowWeight) else head
 
 
 def run(config: ModelConfig, params, tokens_BS, positions_BS, attend: Callable):
-    """``run_layers``, with the head as it is held."""
+    """Do the same as ``run_layers``, but return the head as it is held."""
     outer_graph, block_graph = _graphs(config)
     outer, layers = params
     model = nnx.merge(outer_graph, outer)
@@ -163,7 +172,7 @@ def run(config: ModelConfig, params, tokens_BS, positions_BS, attend: Callable):
 
 
 def _embed(model, tokens_BS, positions_BS):
-    """``model.embed``, also from a quantised table."""
+    """Do the same as ``model.embed``, also from a quantized table."""
     table = model.tokens_VD[...]
     if not isinstance(table, RowWeight):
         return model.embed(tokens_BS, positions_BS)
@@ -172,21 +181,24 @@ def _embed(model, tokens_BS, positions_BS):
 
 
 def bucket(length: int, limit: int) -> int:
-    """The length to which prompts and candidates are padded: a power of two from 16, at most
+    """Return the padded length of prompts and candidates: a power of two from 16, at most
     ``limit``."""
     return min(max(16, 1 << (length - 1).bit_length()), limit)
 
 
 def capacity(length: int, limit: int) -> int:
-    """Positions of a cache for ``length`` tokens: 128, 192, 256, 384, 512 ..., at most ``limit``.
-    Coarse, so that compiles are few; not always ``limit``, since every step reads all of the
-    cache."""
+    """Return the positions of a cache for ``length`` tokens: 128, 192, 256, 384 ... ``limit``.
+
+    Coarse, so that few programs are compiled; not always ``limit``, since every step reads the
+    whole cache.
+    """
     power = max(128, 1 << (length - 1).bit_length())
-    return min(power // 4 * 3 if 128 < power and length <= power // 4 * 3 else power, limit)
+    between = power // 4 * 3
+    return min(between if 128 < power and length <= between else power, limit)
 
 
 def prefill(decoder: Decoder, prompts: Sequence[Sequence[int]], size: int) -> Prefix:
-    """Reads ``prompts`` (token ids, at least one each) into a cache of ``size`` positions.
+    """Read ``prompts`` (token ids, at least one each) into a cache of ``size`` positions.
 
     Raises ValueError on an empty prompt, one longer than ``size``, and ids outside the vocabulary.
     """
@@ -200,21 +212,23 @@ def prefill(decoder: Decoder, prompts: Sequence[Sequence[int]], size: int) -> Pr
         row[: len(prompt)] = prompt
     vocabulary = decoder.config.vocabulary
     if padded.min() < 0 or padded.max() >= vocabulary:
-        bad = padded.min() if padded.min() < 0 else padded.max()
-        raise ValueError(f"token {bad} lies outside the model's vocabulary, 0 to {vocabulary - 1}")
+        token = padded.min() if padded.min() < 0 else padded.max()
+        raise ValueError(f"token {token} is outside the model's vocabulary, 0 to {vocabulary - 1}")
     return prefill_rows(decoder.params, padded, lengths, config=decoder.config, size=size)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "size"))
-def prefill_rows(params, tokens_BS, lengths_B, *, config, size):
+def prefill_rows(params, tokens_BS, lengths_B, *, config, size) -> Prefix:
+    """Read padded prompts into a cache of ``size`` positions."""
     positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1]), tokens_BS.shape)
     more = size - tokens_BS.shape[1]
     cache = []
 
+    def pad(x):
+        return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, more), (0, 0)))
+
     def attend(_, q, k, v):
-        cache.append(
-            tuple(jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, more), (0, 0))) for x in (k, v))
-        )
+        cache.append((pad(k), pad(v)))
         return attention(q, k, v, impl=config.attention_impl)
 
     x_BSD, head = run(config, params, tokens_BS, positions_BS, attend)
@@ -225,94 +239,99 @@ def prefill_rows(params, tokens_BS, lengths_B, *, config, size):
 
 
 def step(config: ModelConfig, params, cache, tokens_B, positions_B):
-    """Reads one token a row, at its position: (float32 logits of the next (B, V), the cache with
-    it)."""
+    """Read one token of each row at its position.
+
+    Returns: float32 logits of the next token (B, V), and the cache with the token.
+    """
     written = []
 
     def attend(layer, q, k, v):
         written.append(_write(cache[layer], k, v, positions_B[:, None]))
-        return _look(q[:, 0], written[-1], positions_B + 1)[:, None]
+        return _attend_cached(q[:, 0], written[-1], positions_B + 1)[:, None]
 
     x_BSD, head = run(config, params, tokens_B[:, None], positions_B[:, None], attend)
     return logits_of(x_BSD[:, 0], head), tuple(written)
 
 
-def read(config: ModelConfig, params, cache, tokens_BT, starts_B):
-    """Reads T tokens a row, from position ``starts_B`` on, of which none needs to be kept: what is
-    not advanced over is never seen and is overwritten. What lies past the cache is not written, and
-    its logits mean nothing.
+def read(config: ModelConfig, params, cache, tokens_BS, starts_B):
+    """Read S tokens of each row, from position ``starts_B`` on.
 
-    Returns: float32 logits behind each of them (B, T, V), the cache with them."""
-    length = tokens_BT.shape[1]
-    positions_BT = starts_B[:, None] + jnp.arange(length)
+    None of them needs to be kept: tokens that are not advanced over are never attended to, and are
+    overwritten. Positions past the cache are not written, and their logits have no meaning.
+
+    Returns: float32 logits after each token (B, S, V), and the cache with the tokens.
+    """
+    length = tokens_BS.shape[1]
+    positions_BS = starts_B[:, None] + jnp.arange(length)
     written = []
 
     def attend(layer, q, k, v):
-        # Before the cache, the T queries of a row are so many more query heads; among themselves
-        # they are causal.
+        # All S queries of a row see the whole old cache, so they attend to it as more query heads
+        # of one position. Among themselves they are causal.
         batch, _, heads, width = q.shape
         kv_heads = k.shape[2]
-        grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, width).transpose(
-            0, 2, 1, 3, 4
-        )
-        o_old, lse_old = _look(
-            grouped.reshape(batch, -1, width), cache[layer], starts_B, return_lse=True
-        )
+        grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, width)
+        grouped = grouped.transpose(0, 2, 1, 3, 4)
+        queries = grouped.reshape(batch, -1, width)
+        o_old, lse_old = _attend_cached(queries, cache[layer], starts_B, return_lse=True)
         o_old = o_old.reshape(grouped.shape).transpose(0, 2, 1, 3, 4).reshape(q.shape)
         lse_old = lse_old.reshape(grouped.shape[:-1]).transpose(0, 2, 1, 3).reshape(q.shape[:-1])
-        written.append(_write(cache[layer], k, v, positions_BT))
+        written.append(_write(cache[layer], k, v, positions_BS))
         own = (as_cached(k), as_cached(v)) if len(cache[layer]) == 4 else (k, v)
         o_own, lse_own = attention(q, *own, return_lse=True)
         return merge(o_old, lse_old, o_own, lse_own.swapaxes(1, 2)).astype(q.dtype)
 
-    places_BT = jnp.minimum(positions_BT, config.max_position_embeddings - 1)
-    x_BTD, head = run(config, params, tokens_BT, places_BT, attend)
-    return logits_of(x_BTD, head), tuple(written)
+    valid_BS = jnp.minimum(positions_BS, config.max_position_embeddings - 1)
+    x_BSD, head = run(config, params, tokens_BS, valid_BS, attend)
+    return logits_of(x_BSD, head), tuple(written)
 
 
 def to_int8(cache):
-    """A float cache as int8 with one scale for each token and head: layers (k, v, k_scale,
-    v_scale)."""
+    """Return a float cache in int8, with a scale for each token and head.
+
+    Its layers are (k, v, k_scale, v_scale).
+    """
 
     def layer(k, v):
-        k, k_scale = quantise(k, -1)
-        v, v_scale = quantise(v, -1)
+        k, k_scale = quantize(k, -1)
+        v, v_scale = quantize(v, -1)
         return k, v, k_scale, v_scale
 
     return tuple(layer(*pair) for pair in cache)
 
 
 def as_cached(x):
-    """Keys or values (..., H) as they are once read from an int8 cache."""
-    number, scale = quantise(x, -1)
+    """Return keys or values (..., H) rounded as an int8 cache does."""
+    number, scale = quantize(x, -1)
     return (number * scale[..., None]).astype(x.dtype)
 
 
-def _look(q_BNH, layer, lengths_B, **options):
+def _attend_cached(q_BNH, layer, lengths_B, **options):
+    """Attend to the first ``lengths_B`` positions of a layer's cache."""
     k, v, *scales = layer
     names = dict(zip(("k_scale", "v_scale"), scales, strict=False))
     return decode_attention(q_BNH, k, v, lengths_B, **names, **options)
 
 
-def _write(layer, k_BTKH, v_BTKH, positions_BT):
-    """The cache of a layer with new keys and values; positions past it are not written."""
-    new = k_BTKH, v_BTKH
+def _write(layer, k_BSKH, v_BSKH, positions_BS):
+    """Return a layer's cache with new keys and values; positions past it are not written."""
+    new = k_BSKH, v_BSKH
     if len(layer) == 4:
-        (k, k_scale), (v, v_scale) = (quantise(x, -1) for x in new)
+        (k, k_scale), (v, v_scale) = (quantize(x, -1) for x in new)
         new = k, v, k_scale, v_scale
-    rows_B1 = jnp.arange(positions_BT.shape[0])[:, None]
-    # Unhindered, XLA:CPU writes a second time inside the attention's fusion, and so copies the
-    # whole cache.
-    return tuple(
-        jax.lax.optimization_barrier(
-            old.at[rows_B1, :, positions_BT].set(x.astype(old.dtype), mode="drop")
-        )
-        for old, x in zip(layer, new, strict=True)
-    )
+    rows_B1 = jnp.arange(positions_BS.shape[0])[:, None]
+
+    def write(old, x):
+        written = old.at[rows_B1, :, positions_BS].set(x.astype(old.dtype), mode="drop")
+        # Without the barrier XLA:CPU writes again inside the attention's fusion, and so copies the
+        # whole cache.
+        return jax.lax.optimization_barrier(written)
+
+    return tuple(write(old, x) for old, x in zip(layer, new, strict=True))
 
 
 def logits_of(x, head):
-    """float32 logits (..., V) of hidden states (..., D)."""
+    """Return float32 logits (..., V) of hidden states (..., D)."""
     if not isinstance(head, RowWeight):
         if not by_rows():
             return jnp.einsum("...D,VD->...V", x, head, preferred_element_type=jnp.float32)

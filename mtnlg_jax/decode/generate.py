@@ -1,10 +1,12 @@
 """Generative decoding: prompts in, continuations out.
 
-A prompt and its continuation fill at most the model's context: a row that reaches it ends with
-"length". A row's tokens depend on its prompt, settings and seed alone, not on its neighbours, its
-place in the batch or where chunks end (to rounding: other shapes may round a product differently in
-its last bit).
+A prompt and its continuation fill at most the model's context; a row that reaches it ends with
+"length". A row's tokens depend on its prompt, settings and seed alone: not on its neighbors, its
+index in the batch or where chunks end (up to rounding, since other shapes may round a product
+differently in its last bit).
 """
+
+# Shapes: B rows, S positions, V vocabulary
 
 import dataclasses
 import time
@@ -16,7 +18,7 @@ import numpy as np
 
 from mtnlg_jax.config import DecodeConfig, validate_decode
 from mtnlg_jax.decode import beam, stochastic
-from mtnlg_jax.decode.batched_settings import check_tokens, rows_and_families
+from mtnlg_jax.decode.batched_settings import Settings, batch_settings, check_tokens
 from mtnlg_jax.decode.cache import Decoder, Prefix, bucket, capacity, prefill
 from mtnlg_jax.decode.results import (
     Generated,
@@ -25,6 +27,7 @@ from mtnlg_jax.decode.results import (
     encode_prompt,
     ends_of_config,
     text_stream,
+    time_limits,
     writable,
 )
 from mtnlg_jax.decode.sampling import advance, begin
@@ -41,80 +44,85 @@ def generate(
     on_text: Callable[[int, str], None] | None = None,
     draft: Decoder | None = None,
 ) -> list[Generated]:
-    """Continuations of ``prompts``, num_return_sequences of the first, then of the second ...
+    """Return num_return_sequences continuations of each prompt, in the order of ``prompts``.
 
     Args:
-      prompts: texts, which get a <bos>, or token ids, taken as they are; an empty one starts from
-          <bos> alone.
+      prompts: texts, which get a <bos>, or token ids, which are used as they are; an empty prompt
+        starts from <bos> alone.
       decode: settings of all prompts, or one for each; rows that differ share one compiled step.
-      constraint: a pure JAX function (tokens_BS, lengths_B, prompts_B) -> bool (B, V), which ids
-        may come next; as for a grammar. See ``Families``. Where it allows none, the row ends.
-      on_text: called with (index in the result, text) as text comes; pieces joined are the result's
-        text. Of beams it comes at the end, when the best are known.
+      constraint: a pure JAX function (tokens_BS, lengths_B, prompts_B) -> bool (B, V) of the ids
+        that may come next, such as a grammar; see ``StaticOptions``. A row for which it allows
+        none ends.
+      on_text: called with (index in the result, text) as text is generated; the pieces joined are
+        the result's text. The text of beams comes at the end, when the best are known.
       draft: a smaller model with the same tokens, which guesses num_assistant_tokens at a time for
-          ``decoder`` to
-        verify at once: faster where it guesses well and the batch is small. See speculative.py.
-    Raises ValueError, before any work, on settings out of range or in conflict, ids outside the
-    vocabulary and a prompt longer than the context. Specials (but ends and forced tokens) and the
-    padding of the vocabulary are never written. The i-th sequence of a prompt draws with seed + i;
-    beams are one draw with seed. Beams may be fewer than num_return_sequences, where there are not
-    so many different sequences to write.
+        ``decoder`` to verify together; faster where it guesses well and the batch is small. See
+        speculative.py.
+
+    Raises ValueError, before any work, on settings that are out of range or in conflict, on ids
+    outside the vocabulary and on a prompt longer than the context. Special tokens (except ends and
+    forced tokens) and the padding of the vocabulary are never written. The i-th sequence of a
+    prompt draws with seed + i; the beams of a prompt are one draw with seed. There may be fewer
+    beams than num_return_sequences if fewer different sequences exist.
     """
-    prompts = [
+    token_prompts = [
         encode_prompt(tokenizer, prompt)
         if isinstance(prompt, str)
         else list(prompt) or [tokenizer.bos_id]
         for prompt in prompts
     ]
     configs = [decode] * len(prompts) if isinstance(decode, DecodeConfig) else list(decode)
-    if len(configs) != len(prompts):
+    if len(configs) != len(token_prompts):
         raise ValueError(
-            f"{len(configs)} settings for {len(prompts)} prompts; give one, or one for each"
+            f"{len(configs)} settings for {len(token_prompts)} prompts; give one, or one for each"
         )
-    for each in configs:
-        validate_decode(each)
-        check_tokens(each, decoder.config.vocabulary)
+    for config in configs:
+        validate_decode(config)
+        check_tokens(config, decoder.config.vocabulary)
     check_draft(decoder, draft, configs)
-    if not prompts:
+    if not token_prompts:
         return []
-    check_context(decoder, max(map(len, prompts)))
-    longest = max(map(len, prompts))
+    longest = max(map(len, token_prompts))
+    check_context(decoder, longest)
     size = bucket(longest, decoder.context)
+    # Beams keep their new tokens apart from the prompt, so only rows need room for theirs.
+    pairs = zip(token_prompts, configs, strict=True)
     rows = [
-        len(p) + c.max_new_tokens for p, c in zip(prompts, configs, strict=True) if c.num_beams == 1
+        len(prompt) + config.max_new_tokens for prompt, config in pairs if config.num_beams == 1
     ]
-    if rows:  # the new tokens of beams are kept apart from their prompt
+    if rows:
         size = capacity(max(longest, *rows), decoder.context)
-    prefix = prefill(decoder, prompts, size)
+    prefix = prefill(decoder, token_prompts, size)
     return continue_prefix(decoder, tokenizer, prefix, configs, on_text, constraint, draft)
 
 
 def check_draft(decoder: Decoder, draft: Decoder | None, configs: Sequence[DecodeConfig]) -> None:
-    """Raises ValueError where ``draft`` cannot guess for ``decoder`` under these settings."""
+    """Raise ValueError if ``draft`` cannot guess for ``decoder`` under these settings."""
     if draft is None:
         return
-    ours = decoder.config.vocab_size
-    theirs = draft.config.vocab_size
+    ours = decoder.config.vocabulary
+    theirs = draft.config.vocabulary
     if theirs != ours:
         raise ValueError(
-            f"the draft model has a vocabulary of {theirs} tokens and the model one of {ours}; give a "
-            "draft that was trained with the model's tokenizer, or none"
+            f"the draft model has a vocabulary of {theirs} tokens and the model one of {ours}; "
+            "give a draft that was trained with the model's tokenizer, or none"
         )
     if draft.context < decoder.context:
         raise ValueError(
-            f"the draft model's context holds {draft.context} tokens and the model's {decoder.context}; "
-            "give a draft with at least as many positions, or none"
+            f"the draft model's context holds {draft.context} tokens and the model's "
+            f"{decoder.context}; give a draft with at least as many positions, or none"
         )
     for config in configs:
         if config.num_beams > 1:
             raise ValueError(
-                f"a draft model guesses how one row goes on, and num_beams={config.num_beams} beams "
-                "go on in several ways; set num_beams=1, or give no draft model"
+                f"a draft model guesses how one row goes on, and num_beams={config.num_beams} "
+                "beams go on in several ways; set num_beams=1, or give no draft model"
             )
         if config.prompt_lookup_num_tokens:
             raise ValueError(
-                f"both a draft model and prompt_lookup_num_tokens={config.prompt_lookup_num_tokens} would "
-                "guess; give no draft model, or set prompt_lookup_num_tokens=0"
+                "both a draft model and prompt_lookup_num_tokens="
+                f"{config.prompt_lookup_num_tokens} would guess; give no draft model, or set "
+                "prompt_lookup_num_tokens=0"
             )
 
 
@@ -127,49 +135,55 @@ def continue_prefix(
     constraint: Callable | None = None,
     draft: Decoder | None = None,
 ) -> list[Generated]:
-    """``generate`` from prompts that are read already; ``prefix`` stays usable."""
+    """Generate from prompts that are already in a cache; ``prefix`` stays usable."""
+    allowed_V = writable(tokenizer, decoder.config.vocabulary, end=False)
+
+    def settings_of(configs: Sequence[DecodeConfig]) -> Settings:
+        return batch_settings(configs, allowed_V, tokenizer.eos_id, constraint)
+
+    # Searches of one kind run as one batch; None: rows, which are not beams.
     kinds = [
         (c.num_beams, c.num_beam_groups, c.temperature > 0) if c.num_beams > 1 else None
         for c in configs
     ]
     if set(kinds) == {None}:
-        return _continue_rows(decoder, tokenizer, prefix, configs, on_text, constraint, draft)
+        return _continue_rows(decoder, tokenizer, prefix, configs, settings_of, on_text, draft)
     if decoder.int8_cache:
         raise ValueError(
             f"an int8 cache is for rows, and num_beams={max(c.num_beams for c in configs)}; set "
             "num_beams=1, or leave cache=int8 out"
         )
-    results = [[] for _ in configs]
-    # Beams first: they may be fewer than asked for, and then the indices of what streams are known.
-    for kind in sorted(set(kinds) - {None}):
+    results: list[list[Generated]] = [[] for _ in configs]
+
+    def add(found: list[Generated], chosen: list[int]) -> None:
+        for result in found:
+            prompt = chosen[result.prompt]
+            results[prompt].append(dataclasses.replace(result, prompt=prompt))
+
+    # Beams first: there may be fewer than requested, and on_text needs indices in the result.
+    for kind in sorted({kind for kind in kinds if kind is not None}):
         chosen = [i for i, each in enumerate(kinds) if each == kind]
         part = prefix if len(chosen) == len(kinds) else _prompts_of(prefix, chosen)
         search = stochastic.draw if kind[2] else beam.search
-        for result in search(decoder, tokenizer, part, [configs[i] for i in chosen], constraint):
-            results[chosen[result.prompt]].append(
-                dataclasses.replace(result, prompt=chosen[result.prompt])
-            )
-    rest = [i for i, each in enumerate(kinds) if each is None]
+        part_configs = [configs[i] for i in chosen]
+        add(search(decoder, tokenizer, part, part_configs, settings_of(part_configs)), chosen)
+    rest = [i for i, kind in enumerate(kinds) if kind is None]
     counts = [
         len(found) or config.num_return_sequences * (kind is None)
         for found, config, kind in zip(results, configs, kinds, strict=True)
     ]
-    starts = np.cumsum([0, *counts])
+    starts = np.cumsum([0, *counts]).tolist()
     if on_text:
-        for i, found in enumerate(results):
-            for place, result in enumerate(found):
+        for start, found in zip(starts, results, strict=False):
+            for index, result in enumerate(found, start):
                 if result.text:
-                    on_text(int(starts[i]) + place, result.text)
+                    on_text(index, result.text)
     if rest:
         part = _prompts_of(prefix, rest)
-        places = [int(starts[i]) + place for i in rest for place in range(counts[i])]
-        shown = (lambda row, text: on_text(places[row], text)) if on_text else None
-        for result in _continue_rows(
-            decoder, tokenizer, part, [configs[i] for i in rest], shown, constraint
-        ):
-            results[rest[result.prompt]].append(
-                dataclasses.replace(result, prompt=rest[result.prompt])
-            )
+        indices = [starts[i] + copy for i in rest for copy in range(counts[i])]
+        show = (lambda row, text: on_text(indices[row], text)) if on_text else None
+        part_configs = [configs[i] for i in rest]
+        add(_continue_rows(decoder, tokenizer, part, part_configs, settings_of, show), rest)
     return [result for found in results for result in found]
 
 
@@ -178,105 +192,117 @@ def _prompts_of(prefix: Prefix, chosen: list[int]) -> Prefix:
 
 
 def _continue_rows(
-    decoder, tokenizer, prefix, configs, on_text, constraint, draft=None
+    decoder: Decoder,
+    tokenizer,
+    prefix: Prefix,
+    configs: Sequence[DecodeConfig],
+    settings_of: Callable[[Sequence[DecodeConfig]], Settings],
+    on_text: Callable[[int, str], None] | None,
+    draft: Decoder | None = None,
 ) -> list[Generated]:
-    """Rows of which none is a beam."""
+    """Generate rows, none of which is a beam."""
     start = time.monotonic()
-    owners = [i for i, config in enumerate(configs) for _ in range(config.num_return_sequences)]
+    copies = [(i, copy) for i, c in enumerate(configs) for copy in range(c.num_return_sequences)]
+    owners = [i for i, _ in copies]
     per_row = [configs[i] for i in owners]
-    # Seeds wrap: seed + i of the largest seed is a seed too.
-    seeds = np.array(
-        [
-            (config.seed + copy) % 2**32
-            for config in configs
-            for copy in range(config.num_return_sequences)
-        ],
-        np.uint32,
-    )
-    rows, families = rows_and_families(per_row, constraint)
-    news = np.array([min(config.max_new_tokens, decoder.context) for config in per_row], np.int32)
-    static = {"families": families, "eos": tokenizer.eos_id}
-    allowed_V = writable(tokenizer, decoder.config.vocabulary, end=False)
+    # Seeds wrap around, so that seed + i of the largest seed is a seed as well.
+    seeds_B = np.array([(configs[i].seed + copy) % 2**32 for i, copy in copies], np.uint32)
+    max_new_tokens = [min(config.max_new_tokens, decoder.context) for config in per_row]
+    settings = settings_of(per_row)
     state, limits = begin(
         prefix,
         np.array(owners, np.int32),
-        news,
-        seeds,
-        rows,
-        allowed_V,
-        **static,
+        np.array(max_new_tokens, np.int32),
+        seeds_B,
+        settings,
         int8_cache=decoder.int8_cache,
     )
     speculation = None
     if draft is not None or any(config.prompt_lookup_num_tokens for config in per_row):
         speculation = Speculation(decoder, draft, prefix, owners, per_row)
-    streams = [text_stream(tokenizer, config) for config in per_row]
-    ends = [ends_of_config(tokenizer, config) for config in per_row]
-    # Stop sequences are seen on the device; text and time are not.
-    looking = on_text is not None or any(
-        config.stop_strings or config.max_time for config in per_row
-    )
+    advance_rows = advance if speculation is None else speculation.advance
+    # The device sees stop sequences; only the host sees text and time, and must look often.
+    looking = on_text is not None or any(c.stop_strings or c.max_time for c in per_row)
     chunks = 1 if looking else decoder.context
-    prompts = np.asarray(limits.prompts_B)
-    seen = prompts.copy()
-    late = np.zeros(len(per_row), bool)
-    allowance = np.array(
-        [np.inf if config.max_time is None else config.max_time for config in per_row]
-    )
+    time_limits_B = time_limits(per_row)
+    texts = _Texts(tokenizer, per_row, np.asarray(limits.prompts_B), on_text)
+    timed_out_B = np.zeros(len(per_row), bool)
 
     while True:
-        tokens, lengths, done = (
-            np.asarray(x) for x in (state.tokens_BS, state.lengths_B, state.done_B)
+        tokens_BS, lengths_B, logprobs_BS = (
+            np.asarray(x) for x in (state.tokens_BS, state.lengths_B, state.logprobs_BS)
         )
-        done = done.copy()
-        logprobs = np.asarray(state.logprobs_BS)
         for row, owner in enumerate(owners):
-            check_finite(logprobs[row, seen[row] : lengths[row]], owner, seen[row] - prompts[row])
-        for row, stream in enumerate(streams):
-            for token in tokens[row, seen[row] : lengths[row]]:
-                if stream.stopped or int(token) in ends[row]:
-                    break
-                seen[row] += 1
-                piece = stream.push(int(token))
-                if piece and on_text:
-                    on_text(row, piece)
-            if stream.stopped:
-                done[row] = True
-        late |= ~done & (time.monotonic() - start > allowance)
-        done |= late
-        if done.all():
+            first = texts.seen_B[row]
+            check_finite(
+                logprobs_BS[row, first : lengths_B[row]], owner, first - texts.start_B[row]
+            )
+        done_B = np.asarray(state.done_B) | texts.push(tokens_BS, lengths_B)
+        timed_out_B |= ~done_B & (time.monotonic() - start > time_limits_B)
+        done_B |= timed_out_B
+        if done_B.all():
             break
-        state = state._replace(done_B=jnp.asarray(done))
-        advance_rows = advance if speculation is None else speculation.advance
+        state = state._replace(done_B=jnp.asarray(done_B))
         state = advance_rows(
-            decoder.params,
-            state,
-            limits,
-            rows,
-            allowed_V,
-            np.int32(chunks),
-            config=decoder.config,
-            **static,
+            decoder.params, state, limits, settings, np.int32(chunks), config=decoder.config
         )
 
-    guessed, accepted = (0 * prompts, 0 * prompts) if speculation is None else speculation.counts
+    texts.finish()
+    none_B = np.zeros(len(per_row), np.int32)
+    guessed_B, accepted_B = (none_B, none_B) if speculation is None else speculation.counts
     results = []
-    for row, stream in enumerate(streams):
-        piece = stream.finish()
-        if piece and on_text:
-            on_text(row, piece)
-        written = slice(prompts[row], seen[row])
-        ended = stream.stopped or lengths[row] > seen[row]
-        reason = "stop" if ended else "timeout" if late[row] else "length"
+    for row, stream in enumerate(texts.streams):
+        written = slice(texts.start_B[row], texts.seen_B[row])
+        ended = stream.stopped or lengths_B[row] > texts.seen_B[row]
         results.append(
             Generated(
                 owners[row],
-                tuple(tokens[row, written].tolist()),
+                tuple(tokens_BS[row, written].tolist()),
                 stream.text,
-                reason,
-                tuple(logprobs[row, written].tolist()),
-                guessed=int(guessed[row]),
-                accepted=int(accepted[row]),
+                "stop" if ended else "timeout" if timed_out_B[row] else "length",
+                tuple(logprobs_BS[row, written].tolist()),
+                guessed=int(guessed_B[row]),
+                accepted=int(accepted_B[row]),
             )
         )
     return results
+
+
+class _Texts:
+    """The texts of rows, built on the host as tokens arrive.
+
+    ``seen_B`` is the length of each row, its prompt included, without the end token and what
+    follows a stop; ``start_B`` the length of its prompt.
+    """
+
+    def __init__(
+        self,
+        tokenizer,
+        configs: Sequence[DecodeConfig],
+        start_B: np.ndarray,
+        on_text: Callable[[int, str], None] | None,
+    ):
+        self.streams = [text_stream(tokenizer, config) for config in configs]
+        self.start_B = start_B
+        self.seen_B = start_B.copy()
+        self._ends = [ends_of_config(tokenizer, config) for config in configs]
+        self._on_text = on_text
+
+    def push(self, tokens_BS: np.ndarray, lengths_B: np.ndarray) -> np.ndarray:
+        """Read the tokens that are new, and return which rows stopped, (B,)."""
+        for row, stream in enumerate(self.streams):
+            for token in tokens_BS[row, self.seen_B[row] : lengths_B[row]].tolist():
+                if stream.stopped or token in self._ends[row]:
+                    break
+                self.seen_B[row] += 1
+                self._show(row, stream.push(token))
+        return np.array([stream.stopped for stream in self.streams])
+
+    def finish(self) -> None:
+        """Show what the streams held back."""
+        for row, stream in enumerate(self.streams):
+            self._show(row, stream.finish())
+
+    def _show(self, row: int, piece: str) -> None:
+        if piece and self._on_text:
+            self._on_text(row, piece)

@@ -1,7 +1,10 @@
-"""A trained run as a decoder, read from its checkpoint parameter by parameter.
+"""Load a trained run as a decoder, reading its checkpoint parameter by parameter.
 
-The float32 weights that int8 or bfloat16 stand for are never held together, and float32 weights are
-held once."""
+When weights are converted to int8 or bfloat16, their float32 form is never held all at once;
+float32 weights are held once.
+"""
+
+# Shapes: O outputs, I inputs
 
 import ctypes
 import functools
@@ -13,7 +16,7 @@ from flax import nnx
 
 from mtnlg_jax.config import Config, ModelConfig
 from mtnlg_jax.decode.cache import TABLES, Decoder, by_rows, check_held, split_abstract
-from mtnlg_jax.decode.quantized import RowWeight, quantise_numpy
+from mtnlg_jax.decode.quantized import RowWeight, quantize_numpy
 from mtnlg_jax.train import lora
 from mtnlg_jax.train.arrays import StoredArrays
 from mtnlg_jax.train.checkpoint import Run, find_run, load_run
@@ -29,11 +32,10 @@ def load_decoder(
     weights: str | None = None,
     cache: str | None = None,
 ) -> tuple[Run, Decoder]:
-    """(the run, with no parameters, its decoder): what ``unstack`` makes of ``load_run``, in less
-    memory.
+    """Return the run, without parameters, and its decoder.
 
-    Args as of these two. Raises what they raise, and ValueError naming the parameter where one is
-    not finite.
+    Does the same as ``unstack`` of ``load_run`` in less memory, and takes their arguments. Raises
+    what they raise, and ValueError with the parameter's name if one is not finite.
     """
     dtype = check_held(dtype, weights, cache)
 
@@ -50,15 +52,14 @@ def load_decoder(
 
 
 def _trim() -> None:
-    """Gives back to the system what the parameters read so far left behind in the C library's
-    heap."""
+    """Return freed memory of the C library's heap to the system, after reading parameters."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):  # glibc
         libc.malloc_trim(0)
 
 
 class _Held:
-    """Parameters in memory, to be read as from a checkpoint."""
+    """Parameters in memory, with the interface of a checkpoint."""
 
     def __init__(self, params):
         self._arrays = names_of(params)
@@ -72,7 +73,7 @@ class _Held:
 
 
 def names_of(tree) -> dict:
-    """Leaves by dotted name: blocks.mlp.w_in_DF, tokens_VD."""
+    """Return the leaves by dotted name, such as blocks.mlp.w_in_DF or tokens_VD."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {_name(path): leaf for path, leaf in leaves}
 
@@ -82,10 +83,10 @@ def _name(path) -> str:
 
 
 def _assemble(config: ModelConfig, dtype: str, weights: str | None, stored) -> tuple:
-    """The decoder's parameters: each is read, converted and let go before the next one."""
+    """Return the decoder's parameters. Each is read, converted and freed before the next one."""
     outer, block = split_abstract(config)
     int8 = weights == "int8"
-    # The largest first: what is held besides one while it is converted is little then.
+    # The largest first, while little else is held.
     made = {}
     for name, leaf in sorted(names_of(outer).items(), key=lambda pair: -pair[1].size):
         if int8 and name in TABLES:
@@ -109,12 +110,12 @@ def _int8_table(stored, name: str, shape: tuple[int, ...]) -> RowWeight:
     scale_O = np.empty(shape[0], np.float32)
     for start, rows in stored.blocks(name):
         part = slice(start, start + len(rows))
-        number_OI[part], scale_O[part] = quantise_numpy(rows)
+        number_OI[part], scale_O[part] = quantize_numpy(rows)
     return RowWeight(jnp.asarray(number_OI), jnp.asarray(scale_O), shape[:1], 1)
 
 
 def _converted(name: str, dtype: str, int8: bool, array: np.ndarray):
-    """One parameter of a block as decoding holds it."""
+    """Return one parameter of a block in the form that decoding holds."""
     if not name.startswith("w_") or not (int8 or by_rows()):
         return jnp.asarray(array.astype(dtype, copy=False))
     inputs = 2 if name == "w_o_NHD" else 1
@@ -124,5 +125,5 @@ def _converted(name: str, dtype: str, int8: bool, array: np.ndarray):
         return RowWeight(
             jnp.asarray(np.ascontiguousarray(matrix_OI, dtype=dtype)), None, outputs, inputs
         )
-    number_OI, scale_O = quantise_numpy(np.ascontiguousarray(matrix_OI))
+    number_OI, scale_O = quantize_numpy(np.ascontiguousarray(matrix_OI))
     return RowWeight(jnp.asarray(number_OI), jnp.asarray(scale_O), outputs, inputs)

@@ -1,5 +1,4 @@
-"""Ranking: candidates, given, sampled or beamed, scored behind one shared prefix, by one scorer or
-several."""
+"""Rank candidates, given or generated, after one shared prefix, by one scorer or several."""
 
 import collections
 import dataclasses
@@ -13,11 +12,12 @@ from mtnlg_jax.decode.cache import Decoder, capacity, prefill
 from mtnlg_jax.decode.generate import continue_prefix
 from mtnlg_jax.decode.results import check_context, encode_prompt
 from mtnlg_jax.decode.scorers import (
-    NORMALISATIONS,
+    NORMALIZATIONS,
     SCORERS,
     Candidate,
     Pool,
     ScorerOptions,
+    Scores,
     check_request,
     weights_of,
 )
@@ -26,39 +26,38 @@ from mtnlg_jax.decode.scoring import score_from, score_rows
 
 @dataclasses.dataclass(frozen=True)
 class Ranked:
-    """A candidate, its score, and all that the score is made of; log-probabilities are natural
-    logarithms of the model's own distribution."""
+    """A candidate, its score and the parts of the score.
+
+    Log-probabilities are natural logarithms, in the model's own distribution.
+    """
 
     rank: int  # from 1
-    text: str  # the candidate as it was given or written
-    scored: str  # the text of ``tokens``, which all four numbers below are of: see ``rank``
+    text: str  # the candidate as it was given or generated
+    scored: str  # the text of ``tokens``, on which sum and per_... are based: see ``rank``
     tokens: tuple[int, ...]  # the tokens scored
-    score: float  # what it was sorted by: the sum of weight x parts[scorer] over the scorers
+    score: float  # the sort key: the sum of weight x parts[scorer] over the scorers
     sum: float  # log p(tokens | all tokens before them)
     per_token: float
     per_char: float  # characters of ``scored``
     per_byte: float  # bytes of ``scored`` in UTF-8
-    index: int  # among the candidates, first occurrence
-    count: int  # how many candidates were this one
-    parts: dict[
-        str, float
-    ]  # each scorer's score by its name, and what it was computed from by "scorer.part"
-    answer: str | None = None  # that self_consistency found
+    index: int  # of its first occurrence among the candidates
+    count: int  # how often it occurred
+    # each scorer's score by its name, and the terms it was computed from by "scorer.part"
+    parts: dict[str, float]
+    answer: str | None = None  # found by self_consistency
 
 
 @dataclasses.dataclass(frozen=True)
 class Ranking(Sequence):
-    """The candidates, best first. The best is the best of these alone, however many better texts
-    there may be."""
+    """The candidates, best first. Better texts may exist that were not among the candidates."""
 
     candidates: tuple[Ranked, ...]
-    size: int  # candidates, equal ones too
-    duplicates: int  # those that are equal to an earlier one
+    size: int  # number of candidates, duplicates included
+    duplicates: int  # those equal to an earlier one
     weights: dict[str, float]  # of the scorers
     normalise: str
-    utilities: tuple[tuple[float, ...], ...] | None = (
-        None  # of mbr, of each candidate (row) against each, best first
-    )
+    # of mbr: each candidate (row) against each, best first
+    utilities: tuple[tuple[float, ...], ...] | None = None
 
     def __getitem__(self, index):
         return self.candidates[index]
@@ -79,30 +78,35 @@ def rank(
     options: ScorerOptions | None = None,
     stages: Sequence[StageConfig] | None = None,
 ) -> Ranking:
-    """Candidates by falling score; ties keep their order, equal candidates are one with a count.
+    """Return the candidates by falling score.
+
+    Ties keep their order, and equal candidates become one with a count.
 
     Args:
-      candidates: texts that continue ``prompt``, with their own leading space where there is one.
-        None: writes ``decode.num_return_sequences`` of them, sampled or (num_beams above 1) beams;
-            all beams where that is 1.
-      scorers: a name of ``scorers.SCORERS``, several that weigh the same, or {name: weight}.
-      normalise: "sum", or log-probabilities divided by the number of tokens, characters or UTF-8
-          bytes of a text.
+      candidates: texts that continue ``prompt``, each with its own leading space if it has one.
+        None: generate ``decode.num_return_sequences`` of them, by sampling or, with num_beams
+        above 1, as beams; if that number is 1, all beams.
+      scorers: a name of ``scorers.SCORERS``, several of equal weight, or {name: weight}.
+      normalise: "sum", or what to divide log-probabilities by: "per_token", "per_char" or
+        "per_byte" (UTF-8).
       options: settings of single scorers.
-      stages: those that trained the model, where known: pseudo_log_likelihood is refused to one
-          without masks.
+      stages: the stages that trained the model, if known; pseudo_log_likelihood needs one with
+        masks.
 
     Each given candidate is scored at its own boundary, whatever else is in the list, as
     lm-evaluation-harness does it (``_encode_pair``): whitespace that ends the prompt is moved to
     the candidate, prompt and prompt + candidate are tokenized as one text each, and the tokens
     scored are those of the second behind the first. Where the candidate joins the prompt's last
-    tokens ("we saw th" + "e"), the harness has no answer: here scoring starts at the first token
+    tokens ("we saw th" + "e"), the harness is undefined. Here scoring starts at the first token
     that the candidate changes, and ``scored`` begins with the end of the prompt (" the"). Such a
-    sum pays for that end, too, and the numbers per token, character and byte, which divide it by
-    all that it covers, compare better. Written candidates are equal if both text and tokens are,
-    and are scored in the tokens that were written, those of a stop string included. Raises
-    ValueError, before the model does any work where that can be known, on an empty candidate or
-    list, on more tokens than the context holds, on unknown scorers, weights that say nothing and
+    sum includes that end; the values per token, character and byte, which divide by all that the
+    sum covers, compare better.
+
+    Generated candidates are equal if both text and tokens are, and are scored in the tokens that
+    were generated, including those of a stop string.
+
+    Raises ValueError, where possible before the model does any work, on an empty candidate or list,
+    on more tokens than the context holds, on unknown scorers, on weights that are all 0 and on
     options in conflict.
     """
     weights = weights_of(scorers)
@@ -123,7 +127,8 @@ def rank(
             )
             for result in written
         ]
-        if not decoder.int8_cache:  # else what was written was read less exactly than what is given
+        # With an int8 cache, generated tokens were read less exactly than given ones.
+        if not decoder.int8_cache:
             known = {each: result.logprobs for each, result in zip(found, written, strict=True)}
     elif decode is not None:
         raise ValueError(
@@ -131,7 +136,7 @@ def rank(
         )
     else:
         prompt_tokens, found = _read(decoder, tokenizer, prompt, candidates)
-    first = {}
+    first: dict[Candidate, int] = {}
     counts = collections.Counter(found)
     for index, each in enumerate(found):
         first.setdefault(each, index)
@@ -145,7 +150,7 @@ def rank(
         options,
     )
     planned = {name: SCORERS[name](pool) for name in weights}
-    # What the model wrote, it knows the probability of.
+    # The log-probabilities of generated candidates are already known.
     logprobs = (
         [known[each] for each in first]
         if known
@@ -155,17 +160,18 @@ def rank(
     scored = {name: run(sums) for name, run in planned.items()}
     totals = sum(weight * scored[name].parts[name] for name, weight in weights.items())
     if not np.isfinite(totals).all():
-        bad = int(np.flatnonzero(~np.isfinite(totals))[0])
+        nonfinite = int(np.flatnonzero(~np.isfinite(totals))[0])
         raise ValueError(
-            f"the score of {pool.candidates[bad].text[:40]!r} is {totals[bad]}; look for numbers that are "
-            "not finite in the model's parameters, or in what a function of yours returned"
+            f"the score of {pool.candidates[nonfinite].text[:40]!r} is {totals[nonfinite]}; look "
+            "for numbers that are not finite in the model's parameters, or in what a function of "
+            "yours returned"
         )
-    # Stable, and the different candidates stand in the order in which they came.
+    # A stable sort keeps ties in the order in which the candidates came.
     order = np.argsort(-totals, kind="stable")
     indices = list(first.values())
     ranked = tuple(
-        _ranked(place, i, totals, sums, scored, pool, indices)
-        for place, i in enumerate(order.tolist(), 1)
+        _ranked(number, i, totals, sums, scored, pool, indices)
+        for number, i in enumerate(order.tolist(), 1)
     )
     utilities = next(
         (each.utilities for each in scored.values() if each.utilities is not None), None
@@ -175,15 +181,24 @@ def rank(
     return Ranking(ranked, len(found), len(found) - len(first), weights, normalise, utilities)
 
 
-def _ranked(place, i, totals, sums, scored, pool: Pool, indices) -> Ranked:
+def _ranked(
+    rank: int,
+    i: int,
+    totals: np.ndarray,
+    sums: np.ndarray,
+    scored: Mapping[str, Scores],
+    pool: Pool,
+    indices: Sequence[int],
+) -> Ranked:
+    """Return the result for the pool's candidate ``i``."""
     candidate = pool.candidates[i]
     parts = {
         name: column[i].item() for each in scored.values() for name, column in each.parts.items()
     }
     answer = next((each.answers[i] for each in scored.values() if each.answers is not None), None)
-    means = {name: float(sums[i]) / candidate.length(name) for name in NORMALISATIONS}
+    means = {name: float(sums[i]) / candidate.length(name) for name in NORMALIZATIONS}
     return Ranked(
-        place,
+        rank,
         candidate.text,
         candidate.scored.decode("utf-8", "replace"),
         candidate.tokens,
@@ -197,9 +212,11 @@ def _ranked(place, i, totals, sums, scored, pool: Pool, indices) -> Ranked:
 
 
 def _score(decoder, prefix, prompt_tokens, candidates: Sequence[Candidate]) -> list[np.ndarray]:
-    """The log-probabilities of the tokens of each candidate, behind one reading of the prompt.
-    Those that share no token with it stand behind <bos> alone, and are read in rows of their
-    own."""
+    """Return the log-probabilities of the tokens of each candidate, reading the prompt once.
+
+    Candidates that share no token with the prompt follow <bos> alone, and are read in rows of their
+    own.
+    """
     logprobs = [np.empty(0, np.float32)] * len(candidates)
     behind = [
         i
@@ -232,8 +249,10 @@ def _bytes_of(tokenizer, tokens) -> bytes:
 
 
 def _write(decoder, tokenizer, prompt, decode, weights):
-    """The tokens and the prefix of ``prompt``, and what was written behind it; the prompt is read
-    once."""
+    """Generate candidates, reading the prompt once.
+
+    Returns: the prompt's tokens, its prefix, and the results.
+    """
     validate_decode(decode)
     check_tokens(decode, decoder.config.vocabulary)
     if decode.num_beams > 1 and decode.num_return_sequences == 1:
@@ -244,7 +263,7 @@ def _write(decoder, tokenizer, prompt, decode, weights):
             "mbr compares a candidate with the others, and num_return_sequences=1; ask for more"
         )
     tokens = encode_prompt(tokenizer, prompt)
-    # The model read both ways sees the end of the text, too.
+    # The bidirectional model also reads the end of the text.
     ends = int("pseudo_log_likelihood" in weights)
     check_context(
         decoder,
@@ -252,7 +271,7 @@ def _write(decoder, tokenizer, prompt, decode, weights):
         f"the prompt with {'a token and the end' if ends else 'one token'}",
     )
     longest = min(decode.max_new_tokens, decoder.context - len(tokens) - ends)
-    # A candidate has at least one token, else there were nothing to score.
+    # A candidate needs at least one token to score.
     decode = dataclasses.replace(
         decode, max_new_tokens=longest, min_new_tokens=min(max(1, decode.min_new_tokens), longest)
     )
@@ -262,14 +281,14 @@ def _write(decoder, tokenizer, prompt, decode, weights):
     ]
     if not written:
         raise ValueError(
-            "the settings let nothing be written, so there are no candidates to rank; allow more tokens"
+            "the settings let nothing be written, so there are no candidates to rank; allow more "
+            "tokens"
         )
     return tokens, prefix, written
 
 
 def _read(decoder, tokenizer, prompt: str, candidates) -> tuple[tuple[int, ...], list[Candidate]]:
-    """The tokens of the prompt, and each candidate behind those of them that it leaves as they
-    are."""
+    """Return the tokens of the prompt, and each candidate after the tokens it leaves unchanged."""
     if isinstance(candidates, str):
         raise ValueError(f"candidates={candidates[:40]!r} is one text; give a list of texts")
     candidates = list(candidates)
@@ -282,13 +301,13 @@ def _read(decoder, tokenizer, prompt: str, candidates) -> tuple[tuple[int, ...],
     for number, text in enumerate(candidates, 1):
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise ValueError(
-                f"candidate {number} of {len(candidates)}, {text[:40]!r}, is not Unicode text; decode it "
-                "from bytes with its encoding"
+                f"candidate {number} of {len(candidates)}, {text[:40]!r}, is not Unicode text; "
+                "decode it from bytes with its encoding"
             )
     context = prompt.rstrip()
     spaces = prompt[len(context) :]
     alone = tuple(encode_prompt(tokenizer, context))
-    # Candidates that come often are read once.
+    # Equal candidates are tokenized once.
     read = {
         text: _at_its_boundary(decoder, tokenizer, context, spaces, text, alone)
         for text in dict.fromkeys(candidates)
@@ -303,8 +322,7 @@ def _at_its_boundary(
     start = _common(alone, row)
     joined = alone[start:]
     if start == 0:
-        # Where texts have no <bos>, they may differ from their first token on; something must stand
-        # before it.
+        # Without a <bos> the texts may differ in their first token, which needs a token before it.
         row = (tokenizer.bos_id, *row)
         joined = () if alone == (tokenizer.bos_id,) else joined
         start = 1
@@ -315,6 +333,6 @@ def _at_its_boundary(
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens both begin with."""
+    """Return the number of tokens that both begin with."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (left, right) in pairs if left != right), min(len(one), len(other)))

@@ -1,8 +1,8 @@
-"""The most that a step of decoding can do: what it reads, at the speed that memory copies with
-here.
+"""The upper limit on decoding speed: the bytes a step reads, at the measured memory bandwidth.
 
 A step reads every weight of its products once, whatever the number of rows, and the whole cache,
-also past a row's end. At small batches that is what it takes; sampling, norms and sums come on top.
+even past a row's end. At small batches this takes most of the time; sampling, norms and sums are
+not counted.
 """
 
 import time
@@ -16,17 +16,19 @@ from mtnlg_jax.decode.cache import Decoder, capacity
 
 
 def step_bytes(decoder: Decoder, rows: int, length: int) -> dict[str, int]:
-    """Bytes that a step of ``rows`` rows reads: of ``weights``, and of a ``cache`` for ``length``
-    tokens a row."""
+    """Return the bytes that a step of ``rows`` rows reads.
+
+    ``weights`` is for the weights, ``cache`` for a cache of ``length`` tokens a row.
+    """
     config = decoder.config
     outer, layers = decoder.params
     weights = _size(layers)
     for path, leaf in nnx.to_pure_dict(outer).items():
-        # A row reads one entry of a table that tokens or positions are looked up in.
+        # A row reads only one entry of an embedding table.
         looked_up = path == "positions_PD" or path == "tokens_VD" and not config.tie_embeddings
         weights += 0 if looked_up else _size(leaf)
     item = np.dtype(jax.tree.leaves(nnx.to_pure_dict(outer)["final_norm"])[0].dtype).itemsize
-    # int8 has a float32 scale for each token and head, of keys and of values.
+    # An int8 cache has a float32 scale for each token and head, for keys and for values.
     wide = config.head_width + 4 if decoder.int8_cache else config.head_width * item
     size = capacity(min(length, decoder.context), decoder.context)
     return {
@@ -40,11 +42,12 @@ def _size(tree) -> int:
 
 
 def copy_bandwidth(size: int = 2**28, rounds: int = 5) -> float:
-    """Bytes read and written a second where ``size`` bytes are read, changed and written on the
-    default device; the best of ``rounds``, since what else runs only takes away from it. Choose a
-    size well above the caches."""
-    # In place: memory that is new to the process would first have to be found, which on a CPU takes
-    # longer.
+    """Measure the bytes a second that the default device reads and writes.
+
+    Reads, changes and writes ``size`` bytes, which should be well above the caches. Returns the
+    best of ``rounds``, since other processes can only lower it.
+    """
+    # In place, since on a CPU it takes longer to write to memory that is new to the process.
     change = jax.jit(lambda x: x + 1, donate_argnums=0)
     x = change(jnp.zeros(size // 4, jnp.float32)).block_until_ready()
     seconds = []
@@ -56,7 +59,10 @@ def copy_bandwidth(size: int = 2**28, rounds: int = 5) -> float:
 
 
 def roofline(decoder: Decoder, rows: int, length: int, bandwidth: float) -> dict[str, float]:
-    """Bytes a step, the bandwidth, and the tokens/s of all rows that they allow without guesses."""
+    """Return the bytes of a step, the bandwidth, and the tokens/s of all rows they allow.
+
+    Guesses of speculative decoding are not counted.
+    """
     read = step_bytes(decoder, rows, length)
     return {
         "weight_bytes_per_step": read["weights"],

@@ -1,5 +1,6 @@
-"""Rows that are written one token at a time, greedily or by sampling: the compiled part of
-generative decoding."""
+"""Write rows one token at a time, greedily or by sampling: the compiled part of decoding."""
+
+# Shapes: B rows, S positions, V vocabulary, E end tokens of a row
 
 import functools
 from collections.abc import Callable
@@ -9,14 +10,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mtnlg_jax.decode.batched_settings import ends_of, stopped
+from mtnlg_jax.config import ModelConfig
+from mtnlg_jax.decode.batched_settings import Settings, ends_of, stopped
 from mtnlg_jax.decode.cache import Prefix, step, to_int8
 from mtnlg_jax.decode.processors import choose, process
 from mtnlg_jax.decode.results import CHUNK
 
 
 class State(NamedTuple):
-    """What changes from step to step; donated, so that the cache stays in its place."""
+    """What changes from step to step; donated, so that the cache is updated in place."""
 
     cache: tuple[tuple[jax.Array, ...], ...]
     tokens_BS: jax.Array  # prompt and continuation
@@ -26,94 +28,92 @@ class State(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What stays for each row besides its ``Rows``."""
+    """The constants of each row besides its settings."""
 
     prompts_B: jax.Array  # length of the prompt
-    longest_B: jax.Array  # of prompt and continuation
+    longest_B: jax.Array  # length of prompt and continuation at most
     keys_B: jax.Array
 
 
 def append(
-    logits_BV,
-    state: State,
-    limits: Limits,
-    rows,
-    allowed_V,
-    families,
-    eos,
-    choose: Callable = choose,
+    logits_BV, state: State, limits: Limits, settings: Settings, choose: Callable = choose
 ) -> State:
-    """Chooses one more token for every row that is not done; ``choose`` does it from processed
-    logits."""
-    processed = process(
+    """Append one token to every row that is not done.
+
+    ``choose`` picks it from the processed logits; see ``processors.choose``.
+    """
+    processed_BV = process(
         logits_BV,
-        rows,
-        families,
+        settings,
         state.tokens_BS,
         state.lengths_B,
         limits.prompts_B,
         limits.longest_B,
-        allowed_V,
-        eos,
     )
-    tokens_B = choose(processed, rows, families, limits.keys_B, state.lengths_B - limits.prompts_B)
-    ends_BE = ends_of(rows, families, eos)
-    # A row to which everything is forbidden, as by n-grams of size 1 in a small vocabulary, has
-    # said it all.
-    tokens_B = jnp.where(processed.max(-1) == -jnp.inf, ends_BE[:, 0], tokens_B).astype(jnp.int32)
+    tokens_B = choose(processed_BV, settings, limits.keys_B, state.lengths_B - limits.prompts_B)
+    ends_BE = ends_of(settings)
+    # Where every token is forbidden, as by n-grams of size 1 in a small vocabulary, end the row.
+    nothing_B = processed_BV.max(-1) == -jnp.inf
+    tokens_B = jnp.where(nothing_B, ends_BE[:, 0], tokens_B).astype(jnp.int32)
     picked_B = jnp.take_along_axis(logits_BV, tokens_B[:, None], 1)[:, 0]
     logprobs_B = picked_B - jax.nn.logsumexp(logits_BV, -1)
-    at = (
-        jnp.arange(tokens_B.shape[0]),
-        jnp.where(state.done_B, state.tokens_BS.shape[1], state.lengths_B),
-    )
+    # Rows that are done write past the end, which mode="drop" discards.
+    position_B = jnp.where(state.done_B, state.tokens_BS.shape[1], state.lengths_B)
+    at = jnp.arange(tokens_B.shape[0]), position_B
     lengths_B = state.lengths_B + ~state.done_B
     tokens_BS = state.tokens_BS.at[at].set(tokens_B, mode="drop")
-    done_B = (tokens_B[:, None] == ends_BE).any(-1) | stopped(
-        rows, families, tokens_BS, lengths_B, limits.prompts_B
-    )
+    ended_B = (tokens_B[:, None] == ends_BE).any(-1)
+    ended_B |= stopped(settings, tokens_BS, lengths_B, limits.prompts_B)
     return State(
         state.cache,
         tokens_BS,
         state.logprobs_BS.at[at].set(logprobs_B, mode="drop"),
         lengths_B,
-        state.done_B | done_B | (lengths_B >= limits.longest_B),
+        state.done_B | ended_B | (lengths_B >= limits.longest_B),
     )
 
 
-@functools.partial(jax.jit, static_argnames=("families", "eos", "int8_cache"))
+@functools.partial(jax.jit, static_argnames="int8_cache")
 def begin(
-    prefix: Prefix, owners_B, news_B, seeds_B, rows, allowed_V, *, families, eos, int8_cache=False
-):
-    """Rows for the sequences to write, each from its prompt's part of ``prefix``, and their first
-    tokens."""
+    prefix: Prefix,
+    owners_B,
+    max_new_tokens_B,
+    seeds_B,
+    settings: Settings,
+    *,
+    int8_cache: bool = False,
+) -> tuple[State, Limits]:
+    """Start one row for each sequence to write, and choose its first token.
+
+    Row i continues prompt ``owners_B[i]`` of ``prefix``.
+    """
     if int8_cache:
         prefix = prefix._replace(cache=to_int8(prefix.cache))
     tokens_BS, prompts_B, logits_BV, cache = jax.tree.map(lambda x: x[owners_B], prefix)
-    longest_B = jnp.minimum(prompts_B + news_B, tokens_BS.shape[1])
+    longest_B = jnp.minimum(prompts_B + max_new_tokens_B, tokens_BS.shape[1])
     limits = Limits(prompts_B, longest_B, jax.vmap(jax.random.key)(seeds_B))
     state = State(cache, tokens_BS, jnp.zeros(tokens_BS.shape), prompts_B, prompts_B >= longest_B)
-    return append(logits_BV, state, limits, rows, allowed_V, families, eos), limits
+    return append(logits_BV, state, limits, settings), limits
 
 
-@functools.partial(jax.jit, static_argnames=("config", "families", "eos"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
 def advance(
-    params, state: State, limits: Limits, rows, allowed_V, chunks, *, config, families, eos
-):
-    """At most ``chunks`` times CHUNK more tokens; fewer when all rows are done."""
+    params, state: State, limits: Limits, settings: Settings, chunks, *, config: ModelConfig
+) -> State:
+    """Write at most ``chunks`` times CHUNK more tokens; fewer when all rows are done."""
 
     def one_token(state, _):
         last_B = state.lengths_B - 1
         tokens_B = jnp.take_along_axis(state.tokens_BS, last_B[:, None], 1)[:, 0]
         logits_BV, cache = step(config, params, state.cache, tokens_B, last_B)
-        return append(
-            logits_BV, state._replace(cache=cache), limits, rows, allowed_V, families, eos
-        ), None
+        return append(logits_BV, state._replace(cache=cache), limits, settings), None
 
     def more(carry):
-        return (carry[0] < chunks) & ~carry[1].done_B.all()
+        count, state = carry
+        return (count < chunks) & ~state.done_B.all()
 
     def one_chunk(carry):
-        return carry[0] + 1, lax.scan(one_token, carry[1], length=CHUNK)[0]
+        count, state = carry
+        return count + 1, lax.scan(one_token, state, length=CHUNK)[0]
 
     return lax.while_loop(more, one_chunk, (jnp.int32(0), state))[1]

@@ -1,9 +1,8 @@
-"""What candidates are ranked by. A scorer gives each candidate a number, the higher the better, and
-its parts.
+"""The scorers of ranking: each gives a candidate a number, the higher the better, and its parts.
 
-Written log p below are sums of log-probabilities (natural logarithm) of the model's own
-distribution over a candidate's tokens y behind the prompt x; |y| is its length as ``normalise``
-counts it, in tokens, characters or UTF-8 bytes, or 1.
+Below, log p is the sum of log-probabilities (natural logarithm), in the model's own distribution,
+of a candidate's tokens y given the prompt x. |y| is the candidate's length: 1, or its number of
+tokens, characters or UTF-8 bytes, as ``normalise`` says.
 """
 
 import collections
@@ -20,40 +19,31 @@ from mtnlg_jax.config import StageConfig
 from mtnlg_jax.decode.cache import Decoder, capacity, prefill
 from mtnlg_jax.decode.results import check_context, encode_prompt
 from mtnlg_jax.decode.scoring import score, score_masked, score_rows
+from mtnlg_jax.decode.utilities import UTILITIES, extract_answer, utility_of
 
-NORMALISATIONS = ("sum", "per_token", "per_char", "per_byte")
-UTILITIES = ("chrf", "bleu", "bleu_zh", "token_f1", "exact")
-# A character of a script without spaces is a word.
-_SPACELESS = (
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-    "\U00020000-\U0003ffff]"
-)
-_WORD = re.compile(rf"{_SPACELESS}|(?:(?!{_SPACELESS})\w)+")
+NORMALIZATIONS = ("sum", "per_token", "per_char", "per_byte")
 
 
 @dataclasses.dataclass(frozen=True)
 class ScorerOptions:
-    """Settings of single scorers; one that acts in none of the scorers asked for is an error."""
+    """Settings of single scorers. Setting one that none of the chosen scorers uses is an error."""
 
     gnmt_alpha: float = 0.6  # any finite number; 0: the sum
-    neutral: str = ""  # context of log p(y); of no text only <bos> is left
-    source: str | None = (
-        None  # x of the noisy channel, without the prompt's other words; None: the prompt
-    )
-    reverse: str = "{candidate}\n"  # prompt behind which the source is read, for log p(x|y)
+    neutral: str = ""  # context of log p(y); empty text means <bos> alone
+    # x of the noisy channel, without the prompt's other words; None: the prompt
+    source: str | None = None
+    reverse: str = "{candidate}\n"  # prompt before the source, for log p(x|y)
     channel_weight: float = 1.0  # of log p(x|y)
     language_weight: float = 1.0  # of log p(y)
-    within_word_l2r: bool = False  # also hides the rest of the token's word
-    utility: str | Callable[[str, str], float] = (
-        "chrf"  # of UTILITIES, or of (candidate, reference)
-    )
-    answer: str | Callable[[str], str | None] | None = (
-        None  # pattern: group 1, or all, of its last match
-    )
+    within_word_l2r: bool = False  # also masks the rest of the token's word
+    # a name of UTILITIES, or a function of (candidate, reference)
+    utility: str | Callable[[str, str], float] = "chrf"
+    # a pattern (group 1, or all, of its last match), or a function of the text
+    answer: str | Callable[[str], str | None] | None = None
     votes: str = "count"  # count | probability: count x exp(log p(y|x) / |y|)
 
 
-# Which scorers an option acts in.
+# The scorers that use each option.
 _ACTS_IN = {
     "gnmt_alpha": ("gnmt",),
     "neutral": ("pmi", "noisy_channel"),
@@ -69,31 +59,34 @@ _ACTS_IN = {
 
 
 class Candidate(NamedTuple):
-    """A text to score, in the tokens of the whole that it ends."""
+    """A text to score, with the tokens before it."""
 
     text: str
-    row: tuple[int, ...]  # the prompt's tokens before it, then its own
-    start: int  # the first of ``row`` that is scored, 1 or more
-    scored: bytes  # the text of those, in UTF-8
+    row: tuple[int, ...]  # the prompt's tokens, then its own
+    start: int  # index in ``row`` of the first token scored, 1 or more
+    scored: bytes  # text of the tokens scored, in UTF-8
 
     @property
     def tokens(self) -> tuple[int, ...]:
         return self.row[self.start :]
 
     def length(self, normalise: str) -> int:
-        """|y|. A candidate has at least one token; its text may be empty, as that of a stop token,
-        and counts 1."""
+        """Return |y|.
+
+        A candidate has at least one token. Its text may be empty, like that of a stop token, and
+        then has length 1.
+        """
         return length_of(normalise, self.scored, self.tokens)
 
 
 class Pool(NamedTuple):
-    """The different candidates, and how they are to be scored."""
+    """The different candidates, and how to score them."""
 
     decoder: Decoder
     tokenizer: object
     prompt: str
     candidates: list[Candidate]
-    counts: np.ndarray
+    counts: np.ndarray  # how often each occurred
     normalise: str
     options: ScorerOptions
 
@@ -110,16 +103,15 @@ class Pool(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Of all candidates of a pool: parts by name, each one number a candidate; the scorer's own
-    name is its score."""
+    """What a scorer returns for all candidates of a pool."""
 
-    parts: dict[str, np.ndarray]
-    answers: list[str | None] | None = None
-    utilities: np.ndarray | None = None
+    parts: dict[str, np.ndarray]  # by name, one number a candidate; the scorer's name is its score
+    answers: list[str | None] | None = None  # of self_consistency
+    utilities: np.ndarray | None = None  # of mbr: each candidate (row) against each
 
 
 def length_of(normalise: str, text: bytes, tokens: Sequence[int]) -> int:
-    """What ``normalise`` divides by; characters are those that begin in ``text`` (UTF-8)."""
+    """Return the length to divide by; a character counts where it begins in ``text`` (UTF-8)."""
     characters = sum(byte & 0xC0 != 0x80 for byte in text)
     return {
         "sum": 1,
@@ -141,9 +133,11 @@ def _gnmt(pool: Pool):
 
 
 def _pmi(pool: Pool):
-    """(log p(y|x) - log p(y|neutral)) / |y|: how much more likely the prompt makes a candidate, so
-    that texts which are likely anywhere do not win (Holtzman 2021, Surface Form Competition; Brown
-    2020, section 2.4)."""
+    """(log p(y|x) - log p(y|neutral)) / |y|.
+
+    Measures how much more likely the prompt makes a candidate, so that texts which are likely
+    anywhere do not win (Holtzman 2021, Surface Form Competition; Brown 2020, section 2.4).
+    """
     neutral = _neutral(pool.tokenizer, pool.options.neutral, pool.prompt)
     for each in pool.candidates:
         _check_neutral(pool.options, neutral, each.row[: each.start])
@@ -157,10 +151,12 @@ def _pmi(pool: Pool):
 
 
 def _noisy_channel(pool: Pool):
-    """log p(y|x) / |y| + channel_weight log p(x|y) / |x| + language_weight log p(y) / |x| (Yee
-    2019, with a weight for each; Li 2016). x is ``source`` behind ``reverse`` with the candidate in
-    it, read apart from each other, so that every candidate explains the same tokens; y stands
-    behind ``neutral`` in log p(y)."""
+    """log p(y|x) / |y| + channel_weight log p(x|y) / |x| + language_weight log p(y) / |x|.
+
+    Yee 2019, with a weight for each term; Li 2016. For log p(x|y), x is ``source`` after
+    ``reverse`` with the candidate in it; the two are tokenized separately, so that every candidate
+    explains the same tokens. The context of log p(y) is ``neutral``.
+    """
     options = pool.options
     tokenizer = pool.tokenizer
     text = pool.prompt if options.source is None else options.source
@@ -181,7 +177,7 @@ def _noisy_channel(pool: Pool):
 
     def run(sums):
         rows = [[*context, *source] for context in contexts]
-        channel = _totals(score_rows(pool.decoder, rows, list(map(len, contexts))))
+        channel = _sums(score_rows(pool.decoder, rows, list(map(len, contexts))))
         language = _sums_behind(pool, neutral)
         direct = sums / pool.lengths()
         total = (
@@ -202,9 +198,11 @@ def _noisy_channel(pool: Pool):
 
 
 def _pseudo_log_likelihood(pool: Pool):
-    """sum over t of log p(y_t | x, all other y) / |y| by the model read both ways, y_t replaced by
-    <mask> (Salazar 2020). ``within_word_l2r`` also masks what follows y_t in its word: else a rare
-    word of several pieces, each told by the others, looks likely (Kauf & Ivanova 2023)."""
+    """sum over t of log p(y_t | x, all other y) / |y|, bidirectionally, y_t replaced by <mask>.
+
+    Salazar 2020. ``within_word_l2r`` also masks the rest of y_t's word. Otherwise a rare word of
+    several pieces looks likely, since each piece gives the others away (Kauf & Ivanova 2023).
+    """
     rows = [[*each.row, pool.tokenizer.eos_id] for each in pool.candidates]
     starts = [each.start for each in pool.candidates]
     for text, row in zip(pool.texts, rows, strict=True):
@@ -213,15 +211,16 @@ def _pseudo_log_likelihood(pool: Pool):
         )
 
     def ends(row, start):
-        """Where the word of each token ends."""
-        places = []
+        """Return (position, end of its word) of each token."""
+        spans = []
         end = len(row) - 1
-        for place in reversed(range(start, len(row) - 1)):
-            places.append((place, end))
-            # A special, as of a stop token, belongs to no word.
-            if pool.tokenizer.starts_word[row[place]] or pool.tokenizer.is_special[row[place]]:
-                end = place
-        return places[::-1]
+        for position in reversed(range(start, len(row) - 1)):
+            spans.append((position, end))
+            token = row[position]
+            # A special token, such as a stop token, is not part of a word.
+            if pool.tokenizer.starts_word[token] or pool.tokenizer.is_special[token]:
+                end = position
+        return spans[::-1]
 
     def run(_):
         hidden = [
@@ -230,7 +229,7 @@ def _pseudo_log_likelihood(pool: Pool):
             else [(i, i + 1) for i in range(start, len(row) - 1)]
             for row, start in zip(rows, starts, strict=True)
         ]
-        totals = _totals(score_masked(pool.decoder, pool.tokenizer.mask_id, rows, hidden))
+        totals = _sums(score_masked(pool.decoder, pool.tokenizer.mask_id, rows, hidden))
         return Scores(
             {"pseudo_log_likelihood": totals / pool.lengths(), "pseudo_log_likelihood.sum": totals}
         )
@@ -239,15 +238,18 @@ def _pseudo_log_likelihood(pool: Pool):
 
 
 def _mbr(pool: Pool):
-    """Minimum Bayes risk (Kumar & Byrne 2004; Eikema & Aziz 2020): the mean utility against all
-    other candidates, of which equal ones count as often as they came; in [0, 1] for UTILITIES.
-    Calls the utility once for each pair of different candidates, and once for each of those that
-    came more than once."""
+    """Minimum Bayes risk: the mean utility against all other candidates, in [0, 1] for UTILITIES.
+
+    Kumar & Byrne 2004; Eikema & Aziz 2020. Equal candidates count as often as they occurred. The
+    utility is called once for each ordered pair of different candidates, and once for each
+    candidate against itself.
+    """
     if pool.counts.sum() < 2:
         raise ValueError(
-            "mbr compares a candidate with the others, and there is 1 candidate; give or sample more"
+            "mbr compares a candidate with the others, and there is 1 candidate; give or "
+            "sample more"
         )
-    utility = _utility(pool.options.utility)
+    utility = utility_of(pool.options.utility)
 
     def run(_):
         number = len(pool.texts)
@@ -261,11 +263,13 @@ def _mbr(pool: Pool):
 
 
 def _self_consistency(pool: Pool):
-    """The share of the votes that went to the candidate's answer, in [0, 1] (Wang 2022). A
-    candidate votes as often as it came, or with its probability; without an answer it has no vote
-    and 0."""
+    """The share of the votes for the candidate's answer, in [0, 1] (Wang 2022).
+
+    A candidate has one vote for each time it occurred, weighted by its probability if ``votes``
+    says so. Without an answer it has no vote and score 0.
+    """
     pattern = pool.options.answer
-    answers = [_extract(pattern, text) for text in pool.texts]
+    answers = [extract_answer(pattern, text) for text in pool.texts]
     if not any(answer is not None for answer in answers):
         raise ValueError(
             f"answer={pattern!r} finds none in any of the {len(answers)} candidates, such as "
@@ -277,9 +281,8 @@ def _self_consistency(pool: Pool):
         votes = pool.counts.astype(float)
         if pool.options.votes == "probability":
             means = sums / pool.lengths()
-            votes *= np.exp(
-                means - means[voting].max()
-            )  # shares stay as they are, and not all become 0
+            # Subtracting the maximum keeps the shares, and keeps some vote above 0.
+            votes *= np.exp(means - means[voting].max())
         votes = np.where(voting, votes, 0.0)
         totals = collections.defaultdict(float)
         for answer, vote in zip(answers, votes, strict=True):
@@ -290,8 +293,8 @@ def _self_consistency(pool: Pool):
     return run
 
 
-# Each takes a pool, refuses what it cannot score, and gives what does the work from the sums log
-# p(y|x).
+# Each scorer takes a pool, raises ValueError on one it cannot score, and returns a function from
+# the sums log p(y|x) to Scores. So all checks come before the model does any work.
 SCORERS = {
     "logprob": _logprob,
     "gnmt": _gnmt,
@@ -304,7 +307,7 @@ SCORERS = {
 
 
 def weights_of(scorers: str | Sequence[str] | Mapping[str, float]) -> dict[str, float]:
-    """The weight of each scorer: names alone weigh 1 each."""
+    """Return the weight of each scorer; names alone have weight 1."""
     if isinstance(scorers, str):
         scorers = [scorers]
     weights = dict(scorers) if isinstance(scorers, Mapping) else dict.fromkeys(scorers, 1.0)
@@ -321,7 +324,8 @@ def weights_of(scorers: str | Sequence[str] | Mapping[str, float]) -> dict[str, 
             raise ValueError(f"the weight of {name} is {weight!r}; give a finite number")
     if not any(weights.values()):
         raise ValueError(
-            f"all weights are 0 ({', '.join(weights)}), so every score would be; give one another value"
+            f"all weights are 0 ({', '.join(weights)}), so every score would be; give one "
+            "another value"
         )
     return {name: float(weight) for name, weight in weights.items()}
 
@@ -334,10 +338,10 @@ def check_request(
     prompt: str,
     stages: Sequence[StageConfig] | None,
 ) -> None:
-    """What can be refused before there are candidates."""
-    if normalise not in NORMALISATIONS:
+    """Raise ValueError on a request that is wrong whatever the candidates are."""
+    if normalise not in NORMALIZATIONS:
         raise ValueError(
-            f"normalise={normalise!r} is not known; choose one of {', '.join(NORMALISATIONS)}"
+            f"normalise={normalise!r} is not known; choose one of {', '.join(NORMALIZATIONS)}"
         )
     for name, scorers in _ACTS_IN.items():
         value = getattr(options, name)
@@ -355,8 +359,8 @@ def check_request(
         )
     if not callable(options.utility) and options.utility not in UTILITIES:
         raise ValueError(
-            f"utility={options.utility!r} is not known; choose one of {', '.join(UTILITIES)}, or give a "
-            "function of two texts"
+            f"utility={options.utility!r} is not known; choose one of {', '.join(UTILITIES)}, or "
+            "give a function of two texts"
         )
     if options.votes not in ("count", "probability"):
         raise ValueError(f"votes={options.votes!r} is not known; choose count or probability")
@@ -366,8 +370,8 @@ def check_request(
         )
     if "noisy_channel" in weights and not (prompt if options.source is None else options.source):
         raise ValueError(
-            f"noisy_channel explains the source, and source={options.source!r} for the prompt {prompt!r}; "
-            "give a source that is not empty"
+            f"noisy_channel explains the source, and source={options.source!r} for the prompt "
+            f"{prompt!r}; give a source that is not empty"
         )
     if "self_consistency" in weights:
         _check_answer(options.answer)
@@ -377,77 +381,41 @@ def check_request(
         except ValueError as error:
             raise ValueError(f"pseudo_log_likelihood hides tokens: {error}") from None
         if stages is not None and not any(stage.masked for stage in stages):
+            causal = ", ".join(f"{each.name}: masked=0" for each in stages)
             raise ValueError(
-                "pseudo_log_likelihood needs a model that was trained to fill masks, and every stage of "
-                f"this one is causal ({', '.join(f'{each.name}: masked=0' for each in stages)}); train a "
+                "pseudo_log_likelihood needs a model that was trained to fill masks, and every "
+                f"stage of this one is causal ({causal}); train a "
                 "stage with masked above 0, or rank by logprob"
             )
 
 
 def _neutral(tokenizer, neutral: str, prompt: str) -> list[int]:
-    """The neutral context. Whitespace that ends the prompt is scored with the candidates, so here
-    it is not read."""
+    """Return the neutral context.
+
+    Whitespace at the end of the prompt is scored with the candidates, so leave it out here.
+    """
     return encode_prompt(tokenizer, neutral.rstrip() if prompt != prompt.rstrip() else neutral)
 
 
 def _check_neutral(options: ScorerOptions, neutral: Sequence[int], prefix: Sequence[int]) -> None:
     if list(neutral) == list(prefix):
         raise ValueError(
-            f"neutral={options.neutral!r} is read as what the candidates stand behind, so that pmi is 0 "
-            "for every one; give another neutral, or leave pmi out"
+            f"neutral={options.neutral!r} is read as what the candidates follow, so that pmi is "
+            "0 for every one; give another neutral, or leave pmi out"
         )
 
 
 def _check_answer(answer) -> None:
     if not answer:
         raise ValueError(
-            f"self_consistency counts answers, and answer={answer!r}; give a pattern that finds one, as "
-            r"'answer is (\d+)', or a function"
+            f"self_consistency counts answers, and answer={answer!r}; give a pattern that "
+            r"finds one, as 'answer is (\d+)', or a function"
         )
     if not callable(answer):
         try:
             re.compile(answer)
         except re.error as error:
             raise ValueError(f"answer={answer!r} is not a regular expression: {error}") from None
-
-
-def _extract(answer, text: str) -> str | None:
-    if callable(answer):
-        return answer(text)
-    matches = list(re.finditer(answer, text))
-    if not matches:
-        return None
-    return matches[-1][1] if matches[-1].re.groups else matches[-1][0]
-
-
-def _utility(utility) -> Callable[[str, str], float]:
-    if callable(utility):
-        return utility
-    if utility in ("chrf", "bleu", "bleu_zh"):
-        from sacrebleu.metrics import BLEU, CHRF
-
-        # Effective order: else a candidate of fewer than four words has no BLEU at all.
-        metric = (
-            CHRF()
-            if utility == "chrf"
-            else BLEU(effective_order=True, tokenize="zh" if utility == "bleu_zh" else "13a")
-        )
-        return lambda text, reference: metric.sentence_score(text, [reference]).score / 100
-    return {
-        "token_f1": _token_f1,
-        "exact": lambda text, reference: float(text.strip() == reference.strip()),
-    }[utility]
-
-
-def _token_f1(text: str, reference: str) -> float:
-    """F1 of the words of two texts as bags, whatever their case (Rajpurkar 2016); of two without
-    words, equality."""
-    ours, theirs = (
-        collections.Counter(_WORD.findall(each.casefold())) for each in (text, reference)
-    )
-    if not ours or not theirs:
-        return float(text.strip() == reference.strip())
-    return 2 * (ours & theirs).total() / (ours.total() + theirs.total())
 
 
 def _check_behind(pool: Pool, context: Sequence[int], what: str) -> None:
@@ -458,10 +426,10 @@ def _check_behind(pool: Pool, context: Sequence[int], what: str) -> None:
 
 
 def _sums_behind(pool: Pool, context: Sequence[int]) -> np.ndarray:
-    """log p of the same tokens y behind another context."""
+    """Return log p of the same tokens y after another context."""
     prefix = prefill(pool.decoder, [context], capacity(len(context), pool.decoder.context))
-    return _totals(score(pool.decoder, prefix, pool.tokens))
+    return _sums(score(pool.decoder, prefix, pool.tokens))
 
 
-def _totals(scored: Sequence[np.ndarray]) -> np.ndarray:
+def _sums(scored: Sequence[np.ndarray]) -> np.ndarray:
     return np.array([each.sum(dtype=np.float64) for each in scored])

@@ -1,10 +1,11 @@
-"""Log-probabilities of tokens that are given: behind one shared prefix, each in its own row, or
-masked one at a time.
+"""Log-probabilities of given tokens: after one shared prefix, in rows of their own, or masked.
 
-However many there are, they are scored in blocks of at most BLOCK_TOKENS tokens (one row at least),
-so that memory is bounded. A block's rows and width are powers of two, so that compiles are few;
-where blocks end changes nothing but the last bits of rounding.
+Any number of sequences is scored in blocks of at most BLOCK_TOKENS tokens (but at least one row),
+so that memory is bounded. A block's rows and width are powers of two, so that few programs are
+compiled; where blocks end changes only the last bits of rounding.
 """
+
+# Shapes: C candidates (rows of a block), S positions, D width, V vocabulary
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -18,14 +19,16 @@ from mtnlg_jax.model.attention import attention, merge
 from mtnlg_jax.model.loss import token_log_probs
 
 BLOCK_TOKENS = 4096
-# Sequences whose starts lie as close together share a block: tokens before a start are read again,
-# not scored.
+# Sequences whose starts are within this distance share a block: tokens before a start are read
+# again, not scored.
 NEAR = 16
 
 
-def _blocks(lengths: Sequence[int], limit: int) -> Iterator[tuple[list[int], int, int]]:
-    """(which sequences, rows, width) of each block; rows past the sequences are padding. Sequences
-    of about the same length stand together, so that little of a block is padding."""
+def blocks(lengths: Sequence[int], limit: int) -> Iterator[tuple[list[int], int, int]]:
+    """Yield (indices of sequences, rows, width) of each block; further rows are padding.
+
+    Sequences of similar length share a block, so that little of it is padding.
+    """
     if not len(lengths):
         return
     most = max(1, BLOCK_TOKENS // bucket(max(lengths), limit))
@@ -39,14 +42,14 @@ def _blocks(lengths: Sequence[int], limit: int) -> Iterator[tuple[list[int], int
 def score(
     decoder: Decoder, prefix: Prefix, candidates: Sequence[Sequence[int]]
 ) -> list[np.ndarray]:
-    """The log-probability of every token of every candidate behind ``prefix`` (one row)."""
+    """Return the log-probability of every token of every candidate after ``prefix`` (one row)."""
     scored = [np.empty(0, np.float32)] * len(candidates)
-    for chosen, rows, width in _blocks(list(map(len, candidates)), decoder.context):
-        labels_NW = np.zeros((rows, width), np.int32)
-        for row, i in zip(labels_NW, chosen, strict=False):
+    for chosen, rows, width in blocks(list(map(len, candidates)), decoder.context):
+        labels_CS = np.zeros((rows, width), np.int32)
+        for row, i in zip(labels_CS, chosen, strict=False):
             row[: len(candidates[i])] = candidates[i]
-        table_NW = np.asarray(_score(decoder.params, prefix, labels_NW, config=decoder.config))
-        for row, i in zip(table_NW, chosen, strict=False):
+        table_CS = np.asarray(_score(decoder.params, prefix, labels_CS, config=decoder.config))
+        for row, i in zip(table_CS, chosen, strict=False):
             scored[i] = row[: len(candidates[i])]
     return scored
 
@@ -54,16 +57,18 @@ def score(
 def score_from(
     decoder: Decoder, prefix: Prefix, rows: Sequence[Sequence[int]], starts: Sequence[int]
 ) -> list[np.ndarray]:
-    """The log-probability of every token of each row from its start on, where each begins like
-    ``prefix`` (one row), as far as its start (1 to the prefix's length); what ``score_rows`` gives,
-    with the prefix read once."""
+    """Return the log-probability of every token of each row from its start on.
+
+    Does the same as ``score_rows``, but reads the prefix once: up to its start (1 to the prefix's
+    length) each row must equal ``prefix`` (one row).
+    """
     scored = [np.empty(0, np.float32)] * len(rows)
     left = sorted(range(len(rows)), key=starts.__getitem__)
     while left:
         first = starts[left[0]]
         group = [i for i in left if starts[i] <= first + NEAR]
         left = left[len(group) :]
-        # The keys of a prefix serve its beginnings, too.
+        # The keys of a prefix are those of its beginnings as well.
         begun = prefix._replace(lengths_B=np.array([first], np.int32))
         for i, part in zip(
             group, score(decoder, begun, [rows[i][first:] for i in group]), strict=True
@@ -73,21 +78,24 @@ def score_from(
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _score(params, prefix: Prefix, labels_NW, *, config):
-    """The block begins with the prefix's last token, whose output predicts each candidate's first:
-    its queries see the cache up to before that token, and the block itself causally."""
-    number, width = labels_NW.shape
+def _score(params, prefix: Prefix, labels_CS, *, config):
+    """Score a block of candidates.
+
+    The block begins with the prefix's last token, whose output predicts each candidate's first. Its
+    queries see the cache before that token, and the block itself causally.
+    """
+    number, width = labels_CS.shape
     before = prefix.lengths_B[0] - 1
-    first_N1 = jnp.broadcast_to(prefix.tokens_BS[0, before], (number, 1))
-    tokens_NW = jnp.concatenate([first_N1, labels_NW[:, :-1]], 1)
-    # Padding may reach past the last position; what stands there is never scored.
-    positions_NW = jnp.minimum(before + jnp.arange(width), config.max_position_embeddings - 1)
-    positions_NW = jnp.broadcast_to(positions_NW, (number, width))
+    first_C1 = jnp.broadcast_to(prefix.tokens_BS[0, before], (number, 1))
+    tokens_CS = jnp.concatenate([first_C1, labels_CS[:, :-1]], 1)
+    # Padding may reach past the last position; it is never scored.
+    positions_CS = jnp.minimum(before + jnp.arange(width), config.max_position_embeddings - 1)
+    positions_CS = jnp.broadcast_to(positions_CS, (number, width))
 
     def attend(layer, q, k, v):
         shared_k, shared_v = (x.swapaxes(1, 2) for x in prefix.cache[layer])
-        # All candidates are one long row of queries before the shared keys, which so are not copied
-        # N times.
+        # All candidates attend to the shared keys as one long row of queries, so that the keys are
+        # not copied for each candidate.
         flat = q.reshape(1, number * width, *q.shape[2:])
         o_shared, lse_shared = attention(
             flat, shared_k, shared_v, causal=False, kv_lengths=before[None], return_lse=True
@@ -98,41 +106,43 @@ def _score(params, prefix: Prefix, labels_NW, *, config):
             q.dtype
         )
 
-    x_NWD, head_VD = run_layers(config, params, tokens_NW, positions_NW, attend)
+    x_CSD, head_VD = run_layers(config, params, tokens_CS, positions_CS, attend)
     return token_log_probs(
-        x_NWD.reshape(-1, x_NWD.shape[-1]), head_VD, labels_NW.reshape(-1)
+        x_CSD.reshape(-1, x_CSD.shape[-1]), head_VD, labels_CS.reshape(-1)
     ).reshape(number, width)
 
 
 def score_rows(
     decoder: Decoder, rows: Sequence[Sequence[int]], starts: Sequence[int]
 ) -> list[np.ndarray]:
-    """The log-probability of every token of each row from its start (1 or more) on, given those
-    before it in the row: what ``score`` gives, where each has a context of its own."""
+    """Return the log-probability of every token of each row from its start (1 or more) on.
+
+    Does the same as ``score``, but each row has a context of its own.
+    """
     scored = [np.empty(0, np.float32)] * len(rows)
-    for chosen, number, width in _blocks(list(map(len, rows)), decoder.context):
-        tokens_NW = np.zeros((number, width), np.int32)
-        for row, i in zip(tokens_NW, chosen, strict=False):
+    for chosen, number, width in blocks(list(map(len, rows)), decoder.context):
+        tokens_CS = np.zeros((number, width), np.int32)
+        for row, i in zip(tokens_CS, chosen, strict=False):
             row[: len(rows[i])] = rows[i]
-        table_NW = np.asarray(_score_rows(decoder.params, tokens_NW, config=decoder.config))
-        for row, i in zip(table_NW, chosen, strict=False):
+        table_CS = np.asarray(_score_rows(decoder.params, tokens_CS, config=decoder.config))
+        for row, i in zip(table_CS, chosen, strict=False):
             scored[i] = row[starts[i] - 1 : len(rows[i]) - 1]
     return scored
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _score_rows(params, tokens_NW, *, config):
-    """Place j holds the log-probability of token j + 1."""
+def _score_rows(params, tokens_CS, *, config):
+    """Return a table whose entry j is the log-probability of token j + 1."""
 
     def attend(_, q, k, v):
         return attention(q, k, v, impl=config.attention_impl)
 
-    positions_NW = jnp.broadcast_to(jnp.arange(tokens_NW.shape[1]), tokens_NW.shape)
-    x_NWD, head_VD = run_layers(config, params, tokens_NW, positions_NW, attend)
-    labels_NW = jnp.roll(tokens_NW, -1, 1)
+    positions_CS = jnp.broadcast_to(jnp.arange(tokens_CS.shape[1]), tokens_CS.shape)
+    x_CSD, head_VD = run_layers(config, params, tokens_CS, positions_CS, attend)
+    labels_CS = jnp.roll(tokens_CS, -1, 1)
     return token_log_probs(
-        x_NWD.reshape(-1, x_NWD.shape[-1]), head_VD, labels_NW.reshape(-1)
-    ).reshape(labels_NW.shape)
+        x_CSD.reshape(-1, x_CSD.shape[-1]), head_VD, labels_CS.reshape(-1)
+    ).reshape(labels_CS.shape)
 
 
 def score_masked(
@@ -141,41 +151,43 @@ def score_masked(
     rows: Sequence[Sequence[int]],
     hidden: Sequence[Sequence[tuple[int, int]]],
 ) -> list[np.ndarray]:
-    """Log-probabilities by the model read both ways, which sees all of a row but what is hidden.
+    """Return log-probabilities by the bidirectional model, which sees a row except its masks.
 
     Args:
-      hidden: for each row, (place, end) of every token to score: the one at ``place``, with <mask>
-        from there up to before ``end``. Every one is a copy of its row: a row of n tokens takes n
-        of them.
+      hidden: for each row, (position, end) of every token to score: the token at ``position``, with
+        <mask> from there up to but not including ``end``. Each is a copy of its row, so a row of n
+        tokens is read n times.
     """
-    copies = [(i, place, end) for i, places in enumerate(hidden) for place, end in places]
+    copies = [(i, position, end) for i, spans in enumerate(hidden) for position, end in spans]
     scored = np.empty(len(copies), np.float32)
-    for chosen, number, width in _blocks([len(rows[i]) for i, _, _ in copies], decoder.context):
-        tokens_NW = np.zeros((number, width), np.int32)
-        lengths_N = np.ones(number, np.int32)
-        places_N = np.zeros(number, np.int32)
-        labels_N = np.zeros(number, np.int32)
+    for chosen, number, width in blocks([len(rows[i]) for i, _, _ in copies], decoder.context):
+        tokens_CS = np.zeros((number, width), np.int32)
+        lengths_C = np.ones(number, np.int32)
+        positions_C = np.zeros(number, np.int32)
+        labels_C = np.zeros(number, np.int32)
         for at, copy in enumerate(chosen):
-            i, place, end = copies[copy]
-            tokens_NW[at, : len(rows[i])] = rows[i]
-            tokens_NW[at, place:end] = mask_id
-            lengths_N[at] = len(rows[i])
-            places_N[at] = place
-            labels_N[at] = rows[i][place]
-        table_N = np.asarray(
+            i, position, end = copies[copy]
+            tokens_CS[at, : len(rows[i])] = rows[i]
+            tokens_CS[at, position:end] = mask_id
+            lengths_C[at] = len(rows[i])
+            positions_C[at] = position
+            labels_C[at] = rows[i][position]
+        table_C = np.asarray(
             _score_masked(
-                decoder.params, tokens_NW, lengths_N, places_N, labels_N, config=decoder.config
+                decoder.params, tokens_CS, lengths_C, positions_C, labels_C, config=decoder.config
             )
         )
-        scored[chosen] = table_N[: len(chosen)]
-    return np.split(scored, np.cumsum([len(places) for places in hidden])[:-1])
+        scored[chosen] = table_C[: len(chosen)]
+    return np.split(scored, np.cumsum([len(spans) for spans in hidden])[:-1])
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _score_masked(params, tokens_NW, lengths_N, places_N, labels_N, *, config):
-    def attend(_, q, k, v):
-        return attention(q, k, v, causal=False, kv_lengths=lengths_N, impl=config.attention_impl)
+def _score_masked(params, tokens_CS, lengths_C, positions_C, labels_C, *, config):
+    """Return the log-probability of each label at its position, (C,)."""
 
-    positions_NW = jnp.broadcast_to(jnp.arange(tokens_NW.shape[1]), tokens_NW.shape)
-    x_NWD, head_VD = run_layers(config, params, tokens_NW, positions_NW, attend)
-    return token_log_probs(x_NWD[jnp.arange(len(places_N)), places_N], head_VD, labels_N)
+    def attend(_, q, k, v):
+        return attention(q, k, v, causal=False, kv_lengths=lengths_C, impl=config.attention_impl)
+
+    positions_CS = jnp.broadcast_to(jnp.arange(tokens_CS.shape[1]), tokens_CS.shape)
+    x_CSD, head_VD = run_layers(config, params, tokens_CS, positions_CS, attend)
+    return token_log_probs(x_CSD[jnp.arange(len(positions_C)), positions_C], head_VD, labels_C)

@@ -1,15 +1,15 @@
-"""Stochastic beams: K different sequences drawn without replacement from the model (Kool 2019,
-algorithm 1).
+"""Stochastic beams: W different sequences drawn without replacement from the model.
 
-Every sequence's log-probability is perturbed by a Gumbel, and the K largest perturbed values are
-kept. They are found
-top down: a beam's own value is the largest among its continuations, whose values are drawn under
-that condition.
+Kool 2019, algorithm 1. The log-probability of every sequence is perturbed by a Gumbel, and the W
+largest perturbed values are kept. They are found top down: a beam's own value is the largest of its
+continuations' values, which are drawn under that condition.
 """
+
+# Shapes: P prompts, W beams, V vocabulary. Arrays of a state are (1, P, W): there is one group.
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -18,8 +18,8 @@ import numpy as np
 from jax import lax
 
 from mtnlg_jax.config import DecodeConfig
-from mtnlg_jax.decode.batched_settings import rows_and_families
-from mtnlg_jax.decode.beam_cache import BeamCache, empty_beams, next_logits
+from mtnlg_jax.decode.batched_settings import Settings
+from mtnlg_jax.decode.beam_cache import BeamCache, empty_beams
 from mtnlg_jax.decode.beams import (
     EMPTY,
     LENGTH,
@@ -27,25 +27,37 @@ from mtnlg_jax.decode.beams import (
     TIMEOUT,
     Sequences,
     Static,
+    advance_while,
     blank,
     collect,
     ending,
     extend,
+    max_new_tokens_of,
     process_beams,
+    run_until_done,
+    static_of,
     take,
 )
-from mtnlg_jax.decode.cache import Decoder, Prefix, bucket
+from mtnlg_jax.decode.cache import Decoder, Prefix
 from mtnlg_jax.decode.processors import warp
-from mtnlg_jax.decode.results import CHUNK, Generated, writable
+from mtnlg_jax.decode.results import Generated
+
+
+class SearchParams(NamedTuple):
+    """The constants of each prompt's search, (P,)."""
+
+    prompts: jax.Array  # length of the prompt
+    max_new_tokens: jax.Array
+    seeds: jax.Array
 
 
 class State(NamedTuple):
-    """What changes from step to step; donated. Arrays (1, P, K): there is one group."""
+    """What changes from step to step; donated."""
 
     cache: BeamCache
-    # scores: log-probabilities under the distribution that is drawn from; -inf: no such sequence
-    beams: Sequences
-    perturbed: jax.Array  # what they are kept and sorted by
+    # scores: log-probabilities in the distribution drawn from; -inf: there is no such sequence
+    running: Sequences  # the whole sequences as well
+    perturbed: jax.Array  # the values by which sequences are kept and sorted
     sources: jax.Array
     written: jax.Array
 
@@ -55,70 +67,66 @@ def draw(
     tokenizer,
     prefix: Prefix,
     configs: Sequence[DecodeConfig],
-    constraint: Callable | None = None,
+    settings: Settings,
 ) -> list[Generated]:
-    """num_return_sequences of num_beams different sequences for each prompt, in the order in which
-    they would be drawn one after another, without replacement, from the processed and warped
-    distribution (at the temperature given). ``score`` is a sequence's log-probability under it.
+    """Return num_return_sequences of num_beams different sequences for each prompt.
 
-    ``configs``: one for each prompt, valid, with the same num_beams. Each prompt draws with its
-        seed.
+    They come in the order in which they would be drawn one after another, without replacement, from
+    the processed and warped distribution (at the given temperature). ``score`` is a sequence's
+    log-probability in it. ``configs`` has one valid config for each prompt, all with the same
+    num_beams; each prompt draws with its own seed.
     """
     start = time.monotonic()
-    rows, families = rows_and_families(configs, constraint)
-    lengths = np.asarray(prefix.lengths_B)
-    news = np.array([min(config.max_new_tokens, decoder.context) for config in configs], np.int32)
-    news = np.minimum(news, decoder.context - lengths).astype(np.int32)
-    static = Static(
-        configs[0].num_beams,
-        1,
-        bucket(max(int(news.max()), 1), decoder.context),
-        families,
-        tokenizer.eos_id,
+    max_new_tokens_P = max_new_tokens_of(decoder, prefix, configs)
+    static = static_of(configs[0], max_new_tokens_P, decoder.context)
+    search_params = SearchParams(
+        np.asarray(prefix.lengths_B),
+        max_new_tokens_P,
+        np.array([config.seed for config in configs], np.uint32),
     )
-    about = lengths, news, np.array([config.seed for config in configs], np.uint32)
-    allowed_V = writable(tokenizer, decoder.config.vocabulary, end=False)
-    state = _begin(prefix, about, static=static)
-    allowance = np.array(
-        [np.inf if config.max_time is None else config.max_time for config in configs]
-    )
-    steps = CHUNK if np.isfinite(allowance).any() else static.size
 
-    while (going_P := np.asarray(_going_now(state)).any(-1)).any():
-        late = going_P & (time.monotonic() - start > allowance)
-        state = _advance(
+    def more(state, timed_out_P, steps):
+        return advance(
             decoder.params,
             prefix,
             state,
-            about,
-            rows,
-            allowed_V,
-            late,
-            np.int32(1 if late.any() else steps),
+            search_params,
+            settings,
+            timed_out_P,
+            steps,
             config=decoder.config,
             static=static,
         )
-    # Where there are fewer sequences than beams, the others have no probability.
-    why = jnp.where(state.beams.scores > -jnp.inf, state.beams.why, EMPTY)
-    return collect(tokenizer, configs, lengths, state.beams._replace(why=why), state.perturbed)
+
+    def active_prompts(state):
+        return np.asarray(_active_now(state)).any(-1)
+
+    state = begin(prefix, search_params, static=static)
+    state = run_until_done(state, start, static.size, configs, active_prompts, more)
+    # Beams without a sequence have no probability: there were fewer sequences than beams.
+    beams = state.running
+    beams = beams._replace(why=jnp.where(beams.scores > -jnp.inf, beams.why, EMPTY))
+    return collect(tokenizer, configs, prefix, beams, state.perturbed)
 
 
-def _going(state: State):
-    """(P, K): which beams are not whole sequences yet."""
-    return ((state.beams.why == EMPTY) & (state.beams.scores > -jnp.inf))[0]
+def _active(state: State) -> jax.Array:
+    """Return which beams are not whole sequences yet, (P, W)."""
+    return ((state.running.why == EMPTY) & (state.running.scores > -jnp.inf))[0]
 
 
-_going_now = jax.jit(_going)
+_active_now = jax.jit(_active)
 
 
 @functools.partial(jax.jit, static_argnames="static")
-def _begin(prefix: Prefix, about, *, static: Static) -> State:
+def begin(prefix: Prefix, search_params: SearchParams, *, static: Static) -> State:
+    """Start the search of every prompt."""
     beams = blank(prefix, static, -jnp.inf)
     shape = beams.scores.shape
-    # Of K alike beams one stands for all sequences. Their largest value may be any: it changes no
-    # order.
+    # The W beams start alike, so the first one stands for all sequences. The largest of their
+    # values may be any number, since it does not change their order.
     scores = beams.scores.at[:, :, 0].set(0.0)
-    why = beams.why.at[0, :, 0].set(jnp.where(about[1] <= 0, LENGTH, EMPTY).astype(jnp.int8))
+    no_room_P = search_params.max_new_tokens <= 0
+    why = beams.why.at[0, :, 0].set(jnp.where(no_room_P, LENGTH, EMPTY).astype(jnp.int8))
     return State(
         empty_beams(prefix.cache, shape, static.size),
         beams._replace(scores=scores, why=why),
@@ -129,72 +137,79 @@ def _begin(prefix: Prefix, about, *, static: Static) -> State:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "static"), donate_argnames="state")
-def _advance(
-    params, prefix: Prefix, state: State, about, rows, allowed_V, late_P, steps, *, config, static
-):
-    """At most ``steps`` more tokens a beam; fewer when all are whole. Prompts that are late end
-    with the next."""
+def advance(
+    params,
+    prefix: Prefix,
+    state: State,
+    search_params: SearchParams,
+    settings: Settings,
+    timed_out_P,
+    steps,
+    *,
+    config,
+    static: Static,
+) -> State:
+    """Give every beam at most ``steps`` more tokens; fewer when all are whole sequences.
 
-    def one_token(carry):
-        count, state = carry
-        logits, cache = next_logits(
-            config, params, prefix, state.cache, state.sources, state.beams.tokens, state.written
-        )
-        return count + 1, _grow(
-            logits, state._replace(cache=cache), about, rows, allowed_V, late_P, static
-        )
+    Prompts that timed out end with the next token.
+    """
 
-    def more(carry):
-        return (carry[0] < steps) & (carry[1].written < static.size) & _going(carry[1]).any()
+    def grow(logits_GPWV, state):
+        return _grow(logits_GPWV, state, search_params, settings, timed_out_P)
 
-    return lax.while_loop(more, one_token, (jnp.int32(0), state))[1]
-
-
-def _grow(logits_GPKV, state: State, about, rows, allowed_V, late_P, static: Static) -> State:
-    """The K continuations with the largest perturbed log-probabilities, whole sequences among
-    them."""
-    prompts_P, news_P, seeds_P = about
-    processed = process_beams(
-        logits_GPKV, state.beams, prompts_P, news_P, rows, allowed_V, state.written, static
+    return advance_while(
+        params, prefix, state, steps, grow, _active, config=config, size=static.size
     )
-    _, prompts, beams, vocabulary = processed.shape
-    repeated = jax.tree.map(lambda x: jnp.repeat(x, beams, 0), rows)
-    warped = warp(processed.reshape(-1, vocabulary), repeated, static.families).reshape(
+
+
+def _grow(
+    logits_GPWV, state: State, search_params: SearchParams, settings: Settings, timed_out_P
+) -> State:
+    """Keep the W continuations with the largest perturbed log-probabilities, among them the
+    sequences that are whole already."""
+    prompts_P, max_new_tokens_P, seeds_P = search_params
+    processed_GPWV = process_beams(
+        logits_GPWV, state.running, prompts_P, max_new_tokens_P, state.written, settings
+    )
+    _, prompts, beams, vocabulary = processed_GPWV.shape
+    repeated = settings.map_rows(lambda x: jnp.repeat(x, beams, 0))
+    warped_PWV = warp(processed_GPWV.reshape(-1, vocabulary), repeated).reshape(
         prompts, beams, vocabulary
     )
-    own_PKV = jax.nn.log_softmax(logits_GPKV, -1)[0]
-    kept = jax.tree.map(lambda x: x[0], state.beams)
-    whole_PK = kept.why != EMPTY
+    own_PWV = jax.nn.log_softmax(logits_GPWV, -1)[0]
+    kept = jax.tree.map(lambda x: x[0], state.running)
+    whole_PW = kept.why != EMPTY
 
-    totals_PKV = kept.scores[..., None] + jax.nn.log_softmax(warped, -1)
+    totals_PWV = kept.scores[..., None] + jax.nn.log_softmax(warped_PWV, -1)
     keys_P = jax.vmap(jax.random.fold_in, (0, None))(
         jax.vmap(jax.random.key)(seeds_P), state.written
     )
-    noise_PKV = jax.vmap(lambda key: jax.random.gumbel(key, (beams, vocabulary)))(keys_P)
-    values_PKV = _given_largest(totals_PKV + noise_PKV, state.perturbed[0])
-    # A whole sequence is its own one continuation.
-    stays_PKV = whole_PK[..., None] & (jnp.arange(vocabulary) == 0)
-    values_PKV = jnp.where(whole_PK[..., None], -jnp.inf, values_PKV)
-    values_PKV = jnp.where(stays_PKV, state.perturbed[0, ..., None], values_PKV)
-    totals_PKV = jnp.where(stays_PKV, kept.scores[..., None], totals_PKV)
+    noise_PWV = jax.vmap(lambda key: jax.random.gumbel(key, (beams, vocabulary)))(keys_P)
+    values_PWV = _given_largest(totals_PWV + noise_PWV, state.perturbed[0])
+    # A finished sequence has one continuation: itself.
+    stays_PWV = whole_PW[..., None] & (jnp.arange(vocabulary) == 0)
+    values_PWV = jnp.where(whole_PW[..., None], -jnp.inf, values_PWV)
+    values_PWV = jnp.where(stays_PWV, state.perturbed[0, ..., None], values_PWV)
+    totals_PWV = jnp.where(stays_PWV, kept.scores[..., None], totals_PWV)
 
-    perturbed, at_PK = lax.top_k(values_PKV.reshape(prompts, -1), beams)
-    sources = at_PK // vocabulary
-    tokens_PK = (at_PK % vocabulary).astype(jnp.int32)
-    stays_PK = take(whole_PK, sources)
-    tokens, logprobs = extend(kept, sources, tokens_PK, own_PKV, prompts_P, state.written)
-    ended_PK = ending(tokens, tokens_PK, prompts_P, state.written, rows, static)
-    out_P1 = (state.written + 1 >= news_P)[:, None]
-    late_P1 = late_P[:, None]
-    why = jnp.where(ended_PK, STOP, jnp.where(out_P1, LENGTH, jnp.where(late_P1, TIMEOUT, EMPTY)))
+    perturbed, at_PW = lax.top_k(values_PWV.reshape(prompts, -1), beams)
+    sources = at_PW // vocabulary
+    tokens_PW = (at_PW % vocabulary).astype(jnp.int32)
+    stays_PW = take(whole_PW, sources)
+    tokens, logprobs = extend(kept, sources, tokens_PW, own_PWV, prompts_P, state.written)
+    ended_PW = ending(tokens, tokens_PW, prompts_P, state.written, settings)
+    full_length_P1 = (state.written + 1 >= max_new_tokens_P)[:, None]
+    timed_out_P1 = timed_out_P[:, None]
+    limit_P1 = jnp.where(full_length_P1, LENGTH, jnp.where(timed_out_P1, TIMEOUT, EMPTY))
+    why = jnp.where(ended_PW, STOP, limit_P1)
     grown = Sequences(
         tokens,
         logprobs,
-        take(totals_PKV.reshape(prompts, -1), at_PK),
-        jnp.where(stays_PK, take(kept.lengths, sources), state.written + 1),
-        jnp.where(stays_PK, take(kept.why, sources), why.astype(jnp.int8)),
+        take(totals_PWV.reshape(prompts, -1), at_PW),
+        jnp.where(stays_PW, take(kept.lengths, sources), state.written + 1),
+        jnp.where(stays_PW, take(kept.why, sources), why.astype(jnp.int8)),
     )
-    # What has no probability is no sequence, whatever its value.
+    # Beams with probability 0 are not sequences, whatever their perturbed value.
     perturbed = jnp.where(grown.scores > -jnp.inf, perturbed, -jnp.inf)
     return State(
         state.cache,
@@ -205,11 +220,13 @@ def _grow(logits_GPKV, state: State, about, rows, allowed_V, late_P, static: Sta
     )
 
 
-def _given_largest(values_PKV, largest_PK):
-    """Perturbed values, drawn freely, under the condition that the largest of each beam is
-    ``largest_PK`` (Kool 2019, appendix B.3, in its stable form)."""
-    largest = largest_PK[..., None]
-    top = values_PKV.max(-1, keepdims=True)
-    v = largest - values_PKV + jnp.log1p(-jnp.exp(values_PKV - top))
-    given = largest - jnp.maximum(v, 0) - jnp.log1p(jnp.exp(-jnp.abs(v)))
-    return jnp.where(values_PKV > -jnp.inf, given, -jnp.inf)
+def _given_largest(values_PWV, largest_PW) -> jax.Array:
+    """Condition freely drawn perturbed values on ``largest_PW`` as the largest of each beam.
+
+    Kool 2019, appendix B.3, in its stable form.
+    """
+    largest_PW1 = largest_PW[..., None]
+    top_PW1 = values_PWV.max(-1, keepdims=True)
+    v_PWV = largest_PW1 - values_PWV + jnp.log1p(-jnp.exp(values_PWV - top_PW1))
+    given_PWV = largest_PW1 - jnp.maximum(v_PWV, 0) - jnp.log1p(jnp.exp(-jnp.abs(v_PWV)))
+    return jnp.where(values_PWV > -jnp.inf, given_PWV, -jnp.inf)

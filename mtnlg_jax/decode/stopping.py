@@ -1,13 +1,12 @@
-"""Tokens to text as they come: whole characters only, and nothing of a stop string or a stop
-sequence."""
+"""Turn tokens into text as they arrive: whole characters only, without stop strings and stop
+sequences."""
 
 import codecs
 from collections.abc import Sequence
 
 
 class ShownSpecials:
-    """A tokenizer whose special tokens add their names to a text; all else is the tokenizer's
-    own."""
+    """A tokenizer that writes special tokens by name, and otherwise acts as the one given."""
 
     def __init__(self, tokenizer):
         self._tokenizer = tokenizer
@@ -23,9 +22,9 @@ class ShownSpecials:
 class TextStream:
     """The text of one row, built token by token.
 
-    ``push`` returns what may be shown: text that later tokens cannot take back. It holds back the
-    bytes of a character that is not whole yet, an end that may become a stop string, and tokens
-    that may become a stop sequence.
+    ``push`` returns text that later tokens cannot take back. It holds back the bytes of an
+    incomplete character, an end that may become a stop string, and tokens that may become a stop
+    sequence.
     """
 
     def __init__(
@@ -40,11 +39,11 @@ class TextStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._waiting: tuple[int, ...] = ()
         self._held = ""
-        self.text = ""  # all that was shown
+        self.text = ""  # all text shown so far
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """Takes one token. After a stop, ``stopped`` is True and nothing more comes."""
+        """Add one token, and return new text. After a stop, ``stopped`` is True."""
         if self.stopped:
             return ""
         self._waiting += (token,)
@@ -58,8 +57,7 @@ class TextStream:
         return self._read(len(self._waiting) - kept_back)
 
     def finish(self, stopped: bool = False) -> str:
-        """What was held back, once no more tokens come; a character still cut in two is left
-        out."""
+        """Return the text held back, once no more tokens come, without an incomplete character."""
         if self.stopped:
             return ""
         shown = "" if stopped else self._read(len(self._waiting))
@@ -69,7 +67,7 @@ class TextStream:
         return shown
 
     def _read(self, count: int) -> str:
-        """Turns the first ``count`` waiting tokens to text, up to a stop string."""
+        """Turn the first ``count`` waiting tokens into text, up to a stop string."""
         tokens = self._waiting[:count]
         self._waiting = self._waiting[count:]
         shown = ""
@@ -91,8 +89,10 @@ class TextStream:
 
 
 def overlap(known: Sequence, stop: Sequence) -> int:
-    """Length of the longest end of ``known``, texts or tokens, that begins ``stop`` and is not all
-    of it."""
+    """Return the length of the longest end of ``known`` that is a proper prefix of ``stop``.
+
+    Both are texts, or both are tokens.
+    """
     return next(
         (n for n in range(min(len(known), len(stop) - 1), 0, -1) if stop[:n] == known[-n:]), 0
     )

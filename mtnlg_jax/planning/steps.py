@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from mtnlg_jax.config import Config, DecodeConfig
 from mtnlg_jax.decode import cache, sampling
-from mtnlg_jax.decode.processors import rows_and_families
+from mtnlg_jax.decode.batched_settings import batch_settings
 from mtnlg_jax.model.attention import mean_key_blocks
 from mtnlg_jax.model.transformer import abstract_model
 from mtnlg_jax.parallel.mesh import shardings_of
@@ -81,8 +81,8 @@ def _decode(config: Config, mesh: Mesh, step: str):
 
     prefill = functools.partial(cache.prefill_rows, config=model, size=length)
     prefix = jax.eval_shape(prefill, params, tokens, lengths)
-    settings, families = rows_and_families([DecodeConfig()] * rows)
-    allowed = np.ones(model.vocabulary, dtype=np.bool_)
+    allowed_V = np.ones(model.vocabulary, dtype=np.bool_)
+    settings = batch_settings([DecodeConfig()] * rows, allowed_V, eos=0)
     whole = np.arange(rows, dtype=np.int32)
     state, limits = jax.eval_shape(
         lambda prefix: sampling.begin(
@@ -91,9 +91,6 @@ def _decode(config: Config, mesh: Mesh, step: str):
             whole,
             whole.astype(np.uint32),
             settings,
-            allowed,
-            families=families,
-            eos=0,
         ),
         prefix,
     )
@@ -105,11 +102,8 @@ def _decode(config: Config, mesh: Mesh, step: str):
             state,
             limits,
             settings,
-            allowed,
             np.int32(1),
             config=model,
-            families=families,
-            eos=0,
         )
 
 

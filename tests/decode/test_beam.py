@@ -15,11 +15,10 @@ import pytest
 
 from mtnlg_jax.config import DecodeConfig
 from mtnlg_jax.decode import beam as module
-from mtnlg_jax.decode import stochastic
-from mtnlg_jax.decode.batched_settings import rows_and_families
+from mtnlg_jax.decode import beams, stochastic
 from mtnlg_jax.decode.cache import prefill, run_layers
 from mtnlg_jax.decode.generate import generate
-from mtnlg_jax.decode.results import encode_prompt
+from mtnlg_jax.decode.results import CHUNK, encode_prompt
 from mtnlg_jax.model.attention import attention
 
 ROUNDING = 1e-5
@@ -71,8 +70,8 @@ MIXED = [
     ids=["learned", "rotary"],
 )
 def test_log_probabilities_equal_full_forward_passes(request, tokenizer, name, settings):
-    """Prompts of different lengths, whose cache all beams share; the rotary model shares key heads,
-    too."""
+    """Prompts of different lengths, whose cache all beams share; the rotary model also
+    shares key heads."""
     tiny = request.getfixturevalue(name)
     results = generate(tiny.decoder, tokenizer, PROMPTS, settings)
     assert len({(result.prompt, result.tokens) for result in results}) == len(results) >= 14
@@ -93,7 +92,7 @@ def test_log_probabilities_equal_full_forward_passes(request, tokenizer, name, s
 
 
 @pytest.mark.parametrize("kind", ["searched", pytest.param("drawn", marks=pytest.mark.slow)])
-def test_a_search_does_not_depend_on_its_neighbours_or_its_place(learned, tokenizer, kind):
+def test_a_search_does_not_depend_on_its_neighbors_or_its_position(learned, tokenizer, kind):
     settings = (
         MIXED
         if kind == "searched"
@@ -126,8 +125,8 @@ def test_the_step_compiles_once_for_mixed_settings_and_all_lengths(learned, toke
         ]
         generate(learned.decoder, tokenizer, prompts, settings)
         if turn == 0:
-            before = module._advance._cache_size()
-    assert module._advance._cache_size() == before
+            before = module.advance._cache_size()
+    assert module.advance._cache_size() == before
 
 
 def test_rows_and_beams_of_all_kinds_in_one_call():
@@ -415,7 +414,7 @@ def test_time(learned, tokenizer, monkeypatch, temperature):
     """The clock ticks a second each time that it is read: once at the start, then before every
     chunk of tokens."""
     ticks = itertools.count()
-    for each in (module, stochastic):
+    for each in (module, stochastic, beams):
         monkeypatch.setattr(
             each, "time", types.SimpleNamespace(monotonic=lambda: float(next(ticks)))
         )
@@ -426,7 +425,7 @@ def test_time(learned, tokenizer, monkeypatch, temperature):
         learned.decoder, tokenizer, prompts, [dataclasses.replace(long, max_time=1.5), long]
     )
     assert [result.finish_reason for result in results] == ["timeout"] * 4 + ["length"] * 4
-    assert {len(result.tokens) for result in results[:4]} == {module.CHUNK + 1}
+    assert {len(result.tokens) for result in results[:4]} == {CHUNK + 1}
     assert results[4:] == whole[4:]
 
 
@@ -483,15 +482,14 @@ def test_settings_in_conflict(learned, tokenizer, settings, message):
 
 def test_a_prompt_is_held_once_and_its_beams_hold_new_tokens_alone(learned):
     prefix = prefill(learned.decoder, [list(range(20, 53))] * 2, 64)
-    _, families = rows_and_families([BEAMS] * 2)
-    static = module.Static(beams=4, groups=1, size=16, families=families, eos=3)
-    about = module.Search(
+    static = module.Static(beams=4, groups=1, size=16)
+    search_params = module.SearchParams(
         *map(
             np.array,
             ([33, 33], [10, 10], [1.0, 1.0], [False] * 2, [False] * 2, [False] * 2, [0.0, 0.0]),
         )
     )
-    state = jax.eval_shape(functools.partial(module._begin, static=static), prefix, about)
+    state = jax.eval_shape(functools.partial(module.begin, static=static), prefix, search_params)
     # Four heads of eight; of each prompt 4 beams of 16 new tokens, where copies of the prompts
     # would be 4 of 64 more.
     assert {x.shape for x in jax.tree.leaves(state.cache.layers)} == {(2, 4, 4 * 16, 8)}

@@ -7,7 +7,7 @@ import pytest
 
 from mtnlg_jax.config import DecodeConfig
 from mtnlg_jax.decode import cache, results, sampling
-from mtnlg_jax.decode.processors import rows_and_families
+from mtnlg_jax.decode.batched_settings import batch_settings
 
 ROUNDING = 1e-5  # float32, products of other shapes
 STEPS = 12
@@ -61,27 +61,18 @@ def test_bfloat16_cache_holds_bfloat16_and_stays_near(learned):
 @pytest.mark.parametrize("rows", [1, 3])
 def test_steps_change_the_cache_in_place(learned, tokenizer, rows):
     prefix = cache.prefill(learned.decoder, [[5, 6, 7]] * rows, 64)
-    settings, families = rows_and_families([DecodeConfig()] * rows)
-    static = {"families": families, "eos": tokenizer.eos_id}
     allowed = results.writable(tokenizer, learned.config.vocab_size)
+    settings = batch_settings([DecodeConfig()] * rows, allowed, tokenizer.eos_id)
     state, limits = sampling.begin(
-        prefix,
-        np.arange(rows),
-        np.full(rows, 9),
-        np.zeros(rows, np.uint32),
-        settings,
-        allowed,
-        **static,
+        prefix, np.arange(rows), np.full(rows, 9), np.zeros(rows, np.uint32), settings
     )
     compiled = sampling.advance.lower(
         learned.decoder.params,
         state,
         limits,
         settings,
-        allowed,
         np.int32(1),
         config=learned.config,
-        **static,
     ).compile()
     memory = compiled.memory_analysis()
     held = sum(x.nbytes for x in jax.tree.leaves(state.cache))

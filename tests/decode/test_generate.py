@@ -54,7 +54,7 @@ def test_a_prompt_without_tokens_starts_from_bos(learned, tokenizer):
     assert empty.tokens == bos.tokens == text.tokens
 
 
-def test_a_row_does_not_depend_on_its_neighbours_or_its_place(learned, tokenizer):
+def test_a_row_does_not_depend_on_its_neighbors_or_its_position(learned, tokenizer):
     alone = [generate(learned.decoder, tokenizer, [prompt], SAMPLED)[0] for prompt in PROMPTS]
     others = dataclasses.replace(SAMPLED, temperature=0.7, top_k=9, seed=77, repetition_penalty=1.2)
     batch = generate(

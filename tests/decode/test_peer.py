@@ -14,6 +14,7 @@ import pytest
 
 from mtnlg_jax.config import DecodeConfig
 from mtnlg_jax.decode import processors
+from mtnlg_jax.decode.batched_settings import batch_settings
 from mtnlg_jax.decode.generate import generate
 
 ROUNDING = 1e-5
@@ -115,23 +116,15 @@ def test_processors_within_generation(name, settings):
 def test_processors_on_random_logits(number):
     logits, ids = made.logits_and_ids()
     config = DecodeConfig(**{"temperature": 1.0} | made.settings_of(made.PROCESSORS[number]))
-    rows, families = processors.rows_and_families([config] * len(ids))
     length = ids.shape[1]
     vocabulary = logits.shape[1]
+    settings = batch_settings([config] * len(ids), np.ones(vocabulary, bool), vocabulary - 1)
     padded = np.pad(ids, ((0, 0), (0, 3)), constant_values=7)
     lengths = np.full(len(ids), length)
     processed = processors.process(
-        jnp.asarray(logits),
-        rows,
-        families,
-        padded,
-        lengths,
-        lengths - 5,
-        lengths + 3,
-        np.ones(vocabulary, bool),
-        vocabulary - 1,
+        jnp.asarray(logits), settings, padded, lengths, lengths - 5, lengths + 3
     )
-    ours = np.asarray(processors.warp(processed, rows, families))
+    ours = np.asarray(processors.warp(processed, settings))
     theirs = peer.fixtures()[f"processor_{number}"]
     np.testing.assert_array_equal(np.isneginf(ours), np.isneginf(theirs))
     np.testing.assert_allclose(ours, theirs, rtol=ROUNDING)

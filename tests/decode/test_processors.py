@@ -9,6 +9,7 @@ import pytest
 
 from mtnlg_jax.config import DecodeConfig
 from mtnlg_jax.decode import processors as p
+from mtnlg_jax.decode.batched_settings import StaticOptions, batch_settings
 
 ROUNDING = 1e-5
 VOCABULARY = 40
@@ -130,21 +131,15 @@ def _process(logits, allowed=None, eos=39, longest=20, constraint=None, **settin
     configs = [
         DecodeConfig(**{name: column[row] for name, column in settings.items()}) for row in range(4)
     ]
-    rows, families = p.rows_and_families(configs, constraint)
     allowed = np.ones(VOCABULARY, bool) if allowed is None else allowed
-    return np.asarray(
-        p.process(
-            jnp.asarray(logits),
-            rows,
-            families,
-            TOKENS,
-            LENGTHS,
-            PROMPTS,
-            np.full(4, longest),
-            allowed,
-            eos,
-        )
-    )
+    batch = batch_settings(configs, allowed, eos, constraint)
+    longest_B = np.full(4, longest)
+    return np.asarray(p.process(jnp.asarray(logits), batch, TOKENS, LENGTHS, PROMPTS, longest_B))
+
+
+def _sampling(configs):
+    """The settings of rows that every id may be written to, with no end."""
+    return batch_settings(configs, np.ones(VOCABULARY, bool), eos=0)
 
 
 def test_repetition_penalty_counts_the_prompt_and_nothing_unwritten(logits):
@@ -287,14 +282,14 @@ def test_forbidden_tokens(logits):
 
 
 def test_defaults_enable_nothing(logits):
-    assert p.rows_and_families([DecodeConfig()] * 2)[1] == p.Families(frozenset(), ())
+    assert _sampling([DecodeConfig()] * 2).static_options == StaticOptions(frozenset(), ())
     np.testing.assert_array_equal(_process(logits), logits)
 
 
 def test_choose_mixes_greedy_and_sampled_rows(logits):
-    rows, families = p.rows_and_families([DecodeConfig(temperature=t) for t in (0, 1, 0, 1)])
+    settings = _sampling([DecodeConfig(temperature=t) for t in (0, 1, 0, 1)])
     keys = jax.vmap(jax.random.key)(jnp.arange(4))
-    draws = np.array([p.choose(logits, rows, families, keys, jnp.full(4, i)) for i in range(30)])
+    draws = np.array([p.choose(logits, settings, keys, jnp.full(4, i)) for i in range(30)])
     assert (draws[:, [0, 2]] == logits.argmax(1)[[0, 2]]).all()
     assert all(len(set(draws[:, row])) > 5 for row in (1, 3))
 
@@ -304,11 +299,9 @@ def test_draws_follow_the_distribution():
     1,000."""
     logits = np.linspace(-1, 1, 8, dtype=np.float32)
     count = 4000
-    rows, families = p.rows_and_families([DecodeConfig(temperature=0.7)] * count)
+    settings = _sampling([DecodeConfig(temperature=0.7)] * count)
     keys = jax.vmap(jax.random.key)(jnp.arange(count))
-    drawn = p.choose(
-        jnp.tile(logits, (count, 1)), rows, families, keys, jnp.zeros(count, jnp.int32)
-    )
+    drawn = p.choose(jnp.tile(logits, (count, 1)), settings, keys, jnp.zeros(count, jnp.int32))
     expected = _softmax(logits / 0.7) * count
     assert ((np.bincount(drawn, minlength=8) - expected) ** 2 / expected).sum() < 24.3
 
@@ -330,7 +323,7 @@ def test_draws_from_many_blocks_follow_the_distribution():
 @pytest.mark.parametrize("share, reached", [(0.0, 1), (0.24, 1), (0.26, 3), (1 - 2**-24, 4)])
 def test_a_share_reaches_an_entry_that_is_possible(share, reached):
     odds = jnp.array([[0.0, 1.0, 0.0, 2.0, 1.0, 0.0, 0.0]])
-    assert p._reach(odds, jnp.array([share]))[0] == reached
+    assert p.inverse_cdf(odds, jnp.array([share]))[0] == reached
 
 
 WARPED = {
@@ -349,13 +342,9 @@ def test_draws_follow_what_a_limit_keeps(name):
     temperature 1.3."""
     logits = np.linspace(-2, 2, 8, dtype=np.float32)
     count = 4000
-    rows, families = p.rows_and_families(
-        [DecodeConfig(temperature=1.3, **{name: WARPED[name]})] * count
-    )
+    settings = _sampling([DecodeConfig(temperature=1.3, **{name: WARPED[name]})] * count)
     keys = jax.vmap(jax.random.key)(jnp.arange(count))
-    drawn = p.choose(
-        jnp.tile(logits, (count, 1)), rows, families, keys, jnp.zeros(count, jnp.int32)
-    )
+    drawn = p.choose(jnp.tile(logits, (count, 1)), settings, keys, jnp.zeros(count, jnp.int32))
     kept = np.isfinite(dict(p.WARPERS)[name](logits[None] / 1.3, jnp.array([WARPED[name]])))[0]
     assert 1 < kept.sum() < 8
     found = np.bincount(drawn, minlength=8)

@@ -20,7 +20,7 @@ def test_rounding_is_symmetric_and_at_most_half_a_step():
     x = np.random.default_rng(0).normal(size=(5, 40)).astype(np.float32)
     x[2] = 0
     x[3, 7] = -9
-    number, scale = map(np.asarray, quantized.quantise(x, 1))
+    number, scale = map(np.asarray, quantized.quantize(x, 1))
     assert (
         number.dtype == np.int8
         and number.min() == -127
@@ -32,7 +32,7 @@ def test_rounding_is_symmetric_and_at_most_half_a_step():
 
 @pytest.mark.parametrize("on_cpu", [True, False])
 @pytest.mark.parametrize("rows", [1, 5])
-def test_a_product_is_that_of_the_dequantised_weight(on_cpu, rows, monkeypatch):
+def test_a_product_is_that_of_the_dequantized_weight(on_cpu, rows, monkeypatch):
     monkeypatch.setattr(quantized, "on_cpu", lambda: on_cpu)
     rng = np.random.default_rng(1)
     x = rng.normal(size=(rows, 1, 4, 16)).astype(np.float32)
@@ -48,9 +48,9 @@ def test_a_product_is_that_of_the_dequantised_weight(on_cpu, rows, monkeypatch):
 def test_logits_stay_near_and_products_are_int8(tiny, dtype):
     held = cache.unstack(tiny.config, tiny.params, dtype, weights="int8")
     leaves = jax.tree.leaves(held.params)
-    quantised = sum(x.size for x in leaves if x.dtype == jnp.int8)
+    quantized = sum(x.size for x in leaves if x.dtype == jnp.int8)
     heads = tiny.config.vocab_size * tiny.config.hidden_size
-    assert sum(x.size for x in leaves if x.dtype != jnp.int8) < heads * 1.4 < quantised
+    assert sum(x.size for x in leaves if x.dtype != jnp.int8) < heads * 1.4 < quantized
     exact, near = (
         np.asarray(cache.prefill(each, PROMPTS, 48).logits_BV) for each in (tiny.decoder, held)
     )

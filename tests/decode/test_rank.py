@@ -63,7 +63,7 @@ def test_scores_equal_full_forward_passes(tiny, tokenizer, prompt):
     assert [each.score for each in ranked] == sorted((each.score for each in ranked), reverse=True)
 
 
-@pytest.mark.parametrize("normalise", module.NORMALISATIONS)
+@pytest.mark.parametrize("normalise", module.NORMALIZATIONS)
 def test_sorts_by_the_score_asked_for(learned, tokenizer, normalise):
     ranked = rank(learned.decoder, tokenizer, "The cat", CANDIDATES, normalise=normalise)
     assert [each.score for each in ranked] == sorted([getattr(each, normalise) for each in ranked])[
@@ -379,7 +379,7 @@ def test_lengths_of_chinese_text_are_exact(learned, tokenizer):
     [([3, 70, 5, 5, 200], 256), (list(range(1, 65)) * 20, 64), ([900], 1000), ([7] * 5000, 16)],
 )
 def test_blocks_are_bounded_and_of_few_shapes(lengths, limit):
-    blocks = list(scoring._blocks(lengths, limit))
+    blocks = list(scoring.blocks(lengths, limit))
     assert sorted(i for chosen, _, _ in blocks for i in chosen) == list(range(len(lengths)))
     for chosen, rows, width in blocks:
         assert len(chosen) <= rows < 2 * len(chosen) and rows & (rows - 1) == 0

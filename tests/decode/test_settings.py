@@ -15,7 +15,7 @@ from mtnlg_jax.config import (
     validate,
     validate_decode,
 )
-from mtnlg_jax.decode.batched_settings import rows_and_families
+from mtnlg_jax.decode.batched_settings import batch_settings
 
 FULL = DecodeConfig(
     logit_bias={5: -1, 6: 2.5},
@@ -63,8 +63,9 @@ def test_values_from_the_command_line():
 
 
 def test_tables_are_padded_to_powers_of_two():
-    rows, families = rows_and_families([FULL, DecodeConfig()])
-    assert families.names == {"bias", "forced", "ends", "stops"}
+    settings = batch_settings([FULL, DecodeConfig()], np.ones(100, bool), eos=0)
+    rows = settings.rows
+    assert settings.static_options.names == {"bias", "forced", "ends", "stops"}
     # Two logit biases, a sequence, two bad words, a suppressed token: six, in a table of eight.
     assert rows.bias.shape == (2, 8) and rows.bias_before.shape == (2, 8, 1)
     assert rows.stops.tolist() == [[[4, 5]], [[-1, -1]]] and rows.stop_lengths.tolist() == [
@@ -75,9 +76,9 @@ def test_tables_are_padded_to_powers_of_two():
 
 
 def test_rows_of_defaults_carry_no_tables():
-    rows, families = rows_and_families([DecodeConfig()] * 3)
-    assert not families.names and not families.ngrams
-    tables = {name: value for name, value in rows._asdict().items() if np.ndim(value) > 1}
+    settings = batch_settings([DecodeConfig()] * 3, np.ones(100, bool), eos=0)
+    assert not settings.static_options.names and not settings.static_options.ngrams
+    tables = {name: value for name, value in settings.rows._asdict().items() if np.ndim(value) > 1}
     assert [name for name, value in tables.items() if value.size] == ["ends"]
 
 

@@ -11,7 +11,7 @@ from scipy import stats
 from mtnlg_jax.config import DecodeConfig, ModelConfig
 from mtnlg_jax.decode.cache import Decoder, prefill, read, step, unstack
 from mtnlg_jax.decode.generate import generate
-from mtnlg_jax.decode.speculative import look_up
+from mtnlg_jax.decode.speculative import Guessing, look_up
 from mtnlg_jax.model.transformer import abstract_model
 
 PROMPTS = [[40], [50, 60, 70, 50, 60], list(range(30, 61))]
@@ -208,7 +208,8 @@ def test_look_up_finds_the_first_place_of_the_longest_match():
     )
     lengths = np.array([9, 3, 9, 5], np.int32)
     most = np.array([3, 3, 3, 1], np.int32)
-    guesses, counts = look_up(tokens, lengths, most, np.full(4, 2, np.int32), 3, 2)
+    guessing = Guessing(most, np.full(4, 2, np.int32), most=3, ngrams=2, draft=None)
+    guesses, counts = look_up(tokens, lengths, guessing)
     assert counts.tolist() == [3, 1, 0, 1]
     assert guesses[0].tolist() == [9, 2, 3] and guesses[1, 0] == 4 and guesses[3, 0] == 8
 
