@@ -159,6 +159,33 @@ def test_same_input_same_bytes(many, tmp_path):
     assert third["fingerprint"] != first["fingerprint"]
 
 
+# A fingerprint covers the tokenizer and every token and offset of both parts, as version 0.2.0 wrote
+# them. A change here means that prepared data can no longer be reproduced.
+_GOLDEN = {
+    ("few", "bpe", 0.1): "65877a8880c20f08d92bca07ab86871b8edf8c970db36ce2da31e4983234bbd6",
+    ("few", "bpe", 0.0): "b45835186ca9d720c80c2155e66ca3b4e88382cdff2b4d70053514266ebf520c",
+    ("few", "gpt2", 0.1): "165ef918bd225c7cb8e9bfbc15e835f0880ecb952d9689af8977b4441f5e712d",
+    ("few", "gpt2", 0.0): "7114435155c5ebdf67364f9f51359e2d1b1f105b45fe79e0db994049d18f8696",
+    ("many", "bpe", 0.1): "75f8383b419008c40f6552c5988da589994dc517a2d309a800b68979652289ca",
+    ("many", "bpe", 0.0): "a8cffee9724167bf2523c72020f1dbad6618bdbfe6daa0e0b91b1e0ac1764c2e",
+    ("many", "gpt2", 0.1): "57b534d8b7212e1240ab7808a8cfce6197bc7da059477dac03bdcc1355649862",
+    ("many", "gpt2", 0.0): "25a1fe750fe170513b69b31342b885803db10472a58186fdf4703e41e34eee35",
+}
+
+
+@pytest.mark.parametrize(("corpus", "tokenizer", "heldout"), _GOLDEN)
+def test_tokens_stay_as_they_were(few, many, gpt2_files, tmp_path, corpus, tokenizer, heldout):
+    """ "few" is text files of which the ends are held out, "many" JSON lines held out whole."""
+    info = prepare(
+        {"few": few, "many": many}[corpus],
+        tmp_path / "out",
+        tokenizer=str(gpt2_files) if tokenizer == "gpt2" else tokenizer,
+        heldout=heldout,
+        **SETTINGS,
+    )
+    assert info["fingerprint"] == _GOLDEN[corpus, tokenizer, heldout]
+
+
 def test_a_tokenizer_that_exists(few, gpt2_files, tmp_path):
     ours = prepare(few, tmp_path / "ours", **SETTINGS)
     again = prepare(
