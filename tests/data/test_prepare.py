@@ -1,5 +1,6 @@
 import errno
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -8,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from mtnlg_jax.data import prepare as module
+from mtnlg_jax.data.heldout import split
 from mtnlg_jax.data.prepare import describe, prepare
 from mtnlg_jax.data.read import documents
+from mtnlg_jax.data.spool import Spool
+from mtnlg_jax.data.store.prepared import read_prepared
 from mtnlg_jax.data.store.sources import open_tokens
-from mtnlg_jax.data.store.tokens import TokenWriter, read_prepared
+from mtnlg_jax.data.store.tokens import TokenWriter
 from mtnlg_jax.data.tokenizer import load_tokenizer
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launch/prepare_data.py"
@@ -107,10 +110,10 @@ def test_of_many_documents_whole_ones_are_held_out(many, tmp_path):
 
 @pytest.mark.parametrize("share", [0.11, 0.12, 0.13, 0.14, 0.15])
 def test_copies_of_a_text_stay_on_one_side(many, tmp_path, share):
-    with module._Spool(str(tmp_path / "texts"), seed=0) as spool:
+    with Spool(str(tmp_path / "texts"), seed=0) as spool:
         spool.fill(documents.read_documents(many))
         train, held = (
-            {spool.read(*span) for span in part.in_order()} for part in module._split(spool, share)
+            {spool.read(*span[:2]) for span in part.in_order()} for part in split(spool, share)
         )
     assert train and held and not train & held
 
@@ -227,7 +230,7 @@ def test_an_output_that_exists_is_kept_until_the_new_one_is_whole(few, many, tmp
         def full(spool, documents):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        patch.setattr(module._Spool, "fill", full)
+        patch.setattr(Spool, "fill", full)
         with pytest.raises(OSError, match=f"No space left on device; nothing was kept: '{output}'"):
             prepare(many, output, overwrite=True, **SETTINGS)
     with monkeypatch.context() as patch:
@@ -242,14 +245,14 @@ def test_an_output_that_exists_is_kept_until_the_new_one_is_whole(few, many, tmp
         with pytest.raises(OSError, match=f"No space left on device; nothing was kept: '{output}'"):
             prepare(many, output, overwrite=True, **SETTINGS)
     with monkeypatch.context() as patch:
-        rename = module.os.rename
+        rename = os.rename
 
         def refuse(source, target):
             if ".partial-" in source:
                 raise OSError(errno.EIO, "Input/output error")
             rename(source, target)
 
-        patch.setattr(module.os, "rename", refuse)
+        patch.setattr(os, "rename", refuse)
         with pytest.raises(OSError, match="Input/output error"):
             prepare(many, output, overwrite=True, **SETTINGS)
     assert _content(output) == before and list(tmp_path.iterdir()) == [output]
@@ -279,7 +282,9 @@ def test_what_is_no_data_set_is_never_replaced(few, tmp_path):
     (tmp_path / "home/letter").write_text("dear")
     (tmp_path / "file").write_text("dear")
     for name in ("home", "file"):
-        with pytest.raises(FileExistsError, match="is no prepared data set .* and is not replaced"):
+        with pytest.raises(
+            FileExistsError, match="is not a prepared data set .* and is not replaced"
+        ):
             prepare(few, tmp_path / name, overwrite=True, **SETTINGS)
     assert (tmp_path / "home/letter").read_text() == (tmp_path / "file").read_text() == "dear"
 
@@ -287,7 +292,7 @@ def test_what_is_no_data_set_is_never_replaced(few, tmp_path):
 @pytest.mark.parametrize(
     "options, error, message",
     [
-        ({"heldout": 0.6}, ValueError, "heldout=0.6 must lie in 0 to 0.5"),
+        ({"heldout": 0.6}, ValueError, "heldout=0.6 must be in 0 to 0.5"),
         ({"heldout": float("nan")}, ValueError, "heldout=nan"),
         ({"on_error": "hope"}, ValueError, "on_error='hope'"),
         ({"text_key": "body"}, ValueError, "no 'text' among|no 'body' among text"),
@@ -311,7 +316,7 @@ def test_empty_corpus(tmp_path):
     (tmp_path / "in/c.pdf").write_bytes(b"%")
     with pytest.raises(ValueError, match="2 files read, 1 skipped, 1 documents empty, 1 damaged"):
         prepare(tmp_path / "in", tmp_path / "out", on_error="skip")
-    with pytest.raises(ValueError, match="lies inside the input"):
+    with pytest.raises(ValueError, match="is inside the input"):
         prepare(tmp_path / "in", tmp_path / "in/out")
 
 

@@ -9,14 +9,18 @@ import numpy as np
 
 from mtnlg_jax import storage
 from mtnlg_jax.data.batches import permute
-from mtnlg_jax.data.prepare import cut_place, encode_texts
-from mtnlg_jax.data.recipe.stages import Folder, Row, Shard, Task
+from mtnlg_jax.data.encode import encode_texts
+from mtnlg_jax.data.heldout import split_text
+from mtnlg_jax.data.recipe.stages import Folder, Shard, Task
 from mtnlg_jax.data.recipe.texts import load, save
 from mtnlg_jax.data.store.tokens import (
     SHARD,
     create_tokens,
-    finish_tokens,
+    open_for_writing,
     token_dtype,
+    token_meta,
+    write_meta,
+    write_offsets,
     write_shard,
 )
 from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -24,7 +28,6 @@ from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 PARTS = ("train", "heldout")
 # Of fewer documents the ends of the long ones are held out: whole ones would be too large a share.
 _FEW_DOCUMENTS = 1000
-_LEAST_CHARACTERS = 200  # of an end
 # What SentencePiece draws its 20 MB from: some of the shards are read, not a corpus of any size.
 _TRAINING_TEXT = 200_000_000
 
@@ -79,14 +82,9 @@ def array_tasks(
     counts = {
         what: sum(result[what] for result in found) for what in ("tokens", "documents", "bytes")
     }
-    meta = {
-        "dtype": token_dtype(tokenizer.vocab_size).name,
-        **counts,
-        "vocab_size": tokenizer.vocab_size,
-        "tokenizer": tokenizer.fingerprint,
-        "seed": seed,
-        "sha256": hashlib.sha256(repr(depends).encode()).hexdigest(),
-    }
+    # A hash of the hashes of all shards: nobody reads the tokens again to hash them.
+    sha256 = hashlib.sha256(repr(depends).encode()).hexdigest()
+    meta = token_meta(tokenizer.vocab_size, tokenizer.fingerprint, seed, counts, sha256)
     name = "stages/arrays/" + place.replace("/", "-")
     first = Task(name, _frame, (place, part, blobs, meta), depends)
     return first, [
@@ -104,18 +102,6 @@ def _order(count: int, seed: int) -> np.ndarray:
 def _tails(shards: list[Shard]) -> bool:
     """Whether ends are held out, of every source alike: else a text could be on both sides."""
     return sum(shard.documents for shard in shards) < _FEW_DOCUMENTS
-
-
-def _split(row: Row, share: float, tail: bool, key: bytes) -> tuple[str, str]:
-    """The training part and the held-out part of a document; one of them is mostly empty."""
-    if tail and len(row.text) * share >= _LEAST_CHARACTERS:
-        place = cut_place(row.text, share)
-        return row.text[:place], row.text[place:]
-    digest = hashlib.blake2b(row.text.encode(), digest_size=8, key=key).digest()
-    held = (
-        int.from_bytes(digest, "little") < share * 2.0**64
-    )  # by the text: its copies are on the same side
-    return ("", row.text) if held else (row.text, "")
 
 
 def _bring(folder: Folder, name: str, kind: str) -> dict:
@@ -144,10 +130,9 @@ def _training_texts(
     folder: Folder, shards: list[Shard], tails: bool, heldout: float, seed: int
 ) -> Iterator[str]:
     size = 0
-    key = str(seed).encode()
     for shard in shards:
         for row in folder.rows(shard):
-            if text := _split(row, heldout, tails, key)[0]:
+            if text := split_text(row.text, heldout, tails, seed)[0]:
                 size += len(text.encode())
                 yield text
         if size > _TRAINING_TEXT:
@@ -185,8 +170,9 @@ def _encode(
 ) -> dict:
     tokenizer = _tokenizer(place, fingerprint)
     rows = folder.rows(shard)
-    key = str(seed).encode()
-    split = [_split(rows[number], heldout, tail, key) for number in _order(len(rows), seed)]
+    split = [
+        split_text(rows[number].text, heldout, tail, seed) for number in _order(len(rows), seed)
+    ]
     result = {}
     for part, texts in zip(PARTS, zip(*split, strict=True), strict=True):
         texts = [text for text in texts if text]
@@ -210,7 +196,9 @@ def _frame(
 ) -> dict:
     location = storage.join(folder.root, place)
     create_tokens(location, meta["vocab_size"], meta["tokens"])
-    finish_tokens(location, (load(folder, f"{blob[0]}.{part}.lengths") for blob in blobs), meta)
+    lengths = (load(folder, f"{encoded}.{part}.lengths") for encoded, _ in blobs)
+    write_offsets(location, lengths, meta["documents"])
+    write_meta(location, meta)
     folder.note(f"{place}/meta.json")
     return meta
 
@@ -227,6 +215,7 @@ def _shard(
             tokens = load(folder, f"{blob}.{part}.tokens")
             pieces.append(tokens[max(0, low - start) : high - start])
         start += count
-    write_shard(storage.join(folder.root, place), number, np.concatenate(pieces))
+    stored = open_for_writing(storage.join(folder.root, place))
+    write_shard(stored, number, np.concatenate(pieces))
     folder.note(f"{place}/tokens/c/{number}")
     return {}

@@ -39,7 +39,8 @@ def test_files(config: DecontaminationConfig, report: ReadReport | None = None) 
         readable = list_files(path, report, kinds=TEST_KINDS)
         if not readable:
             raise ValueError(
-                f"test set {path} holds none of {' '.join(TEST_KINDS)} (also compressed); convert it"
+                f"test set {path} holds none of {' '.join(TEST_KINDS)} (also compressed); convert "
+                "it"
             )
         for file in readable:
             files.setdefault(file.real or file.path, file)

@@ -80,8 +80,10 @@ def _summary(info: dict) -> str:
     ]
     if "tokens" in info:
         lines += [
-            f"{info['tokens']['train']:,} tokens to train on, {info['tokens']['heldout']:,} held out; the "
-            f"tokenizer ({_text(info['tokenizer']['kind'])}) has {info['tokenizer']['vocab_size']:,} pieces."
+            f"{info['tokens']['train']:,} tokens to train on, {info['tokens']['heldout']:,} held "
+            "out; the "
+            f"tokenizer ({_text(info['tokenizer']['kind'])}) has "
+            f"{info['tokenizer']['vocab_size']:,} pieces."
         ]
         if losses := info["tokenizer"].get("losses"):
             lines.append(f"It is not lossless; a text loses {_text(', '.join(losses))}.")

@@ -267,7 +267,8 @@ def on_ray() -> Iterator[Callable]:
         import ray.data
     except ImportError:
         raise ValueError(
-            "--engine=ray needs Ray; install it with: pip install -c launch/constraints.txt -e '.[ray]'"
+            "--engine=ray needs Ray; install it with: pip install -c launch/constraints.txt -e "
+            "'.[ray]'"
         ) from None
     ray.init(log_to_driver=False, logging_level="warning")
     ray.data.DataContext.get_current().enable_progress_bars = False

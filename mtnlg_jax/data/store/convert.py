@@ -3,14 +3,13 @@
 import contextlib
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from mtnlg_jax import storage
-from mtnlg_jax.data.prepare import put_in_place
+from mtnlg_jax.data.output import check_output, new_folder
 from mtnlg_jax.data.store.megatron import (
     MegatronTokens,
     kept_documents,
@@ -18,6 +17,7 @@ from mtnlg_jax.data.store.megatron import (
     prefix_of,
     write_megatron,
 )
+from mtnlg_jax.data.store.prepared import PREPARED, prepared_info, tokenizer_info, write_prepared
 from mtnlg_jax.data.store.sources import open_tokens
 from mtnlg_jax.data.store.tokens import Tokens, TokenWriter
 from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -62,7 +62,10 @@ def convert(
 def write_lines(tokens: Tokens, target: str, tokenizer: Tokenizer, overwrite: bool = False) -> str:
     """The text of each document as a line of JSON; special tokens are left out, broken characters
     become U+FFFD."""
-    _refuse_existing(target, overwrite)
+    if os.path.exists(target) and not overwrite:
+        raise FileExistsError(
+            f"{target} exists; choose another --to or replace it with --overwrite"
+        )
     count = 0
     beside = f"{target}.partial-{os.getpid()}"
     Path(target).parent.mkdir(parents=True, exist_ok=True)
@@ -93,49 +96,38 @@ def write_arrays(
 ) -> str:
     """A prepared folder, as `prepare` makes it, of Megatron's files."""
     target = target.rstrip("/")
-    _refuse_existing(target, overwrite, holding="prepared.json")
-    work = f"{target}.partial-{os.getpid()}"
+    check_output(target, PREPARED, overwrite=overwrite, flag="--to")
     kept = kept_documents(tokens.documents, heldout)
     tokenizer.check_end()
-    sizes = np.array([len(tokenizer.token_bytes(index)) for index in range(tokenizer.vocab_size)])
-    info = {
-        "tokenizer": {
-            "kind": tokenizer.kind,
-            "fingerprint": tokenizer.fingerprint,
-            "vocab_size": tokenizer.vocab_size,
-        },
-        "settings": {"input": tokens.location, "heldout": heldout},
-    }
-    try:
+    with new_folder(target, overwrite) as (work, _):
         tokenizer.save(storage.join(work, "tokenizer"))
-        for part, first, last in (("train", 0, kept), ("heldout", kept, tokens.documents)):
-            writer = TokenWriter(
-                storage.join(work, part), tokenizer.vocab_size, tokenizer.fingerprint
-            )
-            chosen = open_megatron(tokens.location, first, last)
-            chosen.attach(tokenizer)
-            for ids in documents_of(chosen):
-                ids = (
-                    ids
-                    if ids.size and ids[0] == tokenizer.bos_id
-                    else np.append(tokenizer.bos_id, ids)
-                )
-                ids = (
-                    ids
-                    if ids.size > 1 and ids[-1] == tokenizer.eos_id
-                    else np.append(ids, tokenizer.eos_id)
-                )
-                writer.add(ids, int(sizes[ids].sum()))
-            info[part] = writer.finish()
-        info = {"fingerprint": tokens.meta["sha256"], **info}
-        storage.write_file(work, "prepared.json", json.dumps(info, indent=1).encode())
-        put_in_place(work, target, overwrite)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        train = _write_part(tokens.location, 0, kept, tokenizer, storage.join(work, "train"))
+        held = _write_part(
+            tokens.location, kept, tokens.documents, tokenizer, storage.join(work, "heldout")
+        )
+        settings = {"input": tokens.location, "heldout": heldout}
+        info = prepared_info(tokenizer_info(tokenizer), train, held, settings=settings)
+        # The fingerprint is that of Megatron's files: the two hold the same data.
+        write_prepared(work, info | {"fingerprint": tokens.meta["sha256"]})
     return (
-        f"{target}: {info['train']['documents']:,} documents to train on, {info['heldout']['documents']:,} held "
-        f"out, {info['train']['tokens'] + info['heldout']['tokens']:,} tokens"
+        f"{target}: {train['documents']:,} documents to train on, {held['documents']:,} held out, "
+        f"{train['tokens'] + held['tokens']:,} tokens"
     )
+
+
+def _write_part(location: str, first: int, last: int, tokenizer: Tokenizer, target: str) -> dict:
+    """Write documents [first, last) of Megatron's files with bos and eos; return their meta.json."""
+    sizes = np.array([len(tokenizer.token_bytes(index)) for index in range(tokenizer.vocab_size)])
+    chosen = open_megatron(location, first, last)
+    chosen.attach(tokenizer)
+    writer = TokenWriter(target, tokenizer.vocab_size, tokenizer.fingerprint)
+    for ids in documents_of(chosen):
+        if not ids.size or ids[0] != tokenizer.bos_id:
+            ids = np.append(tokenizer.bos_id, ids)
+        if ids.size == 1 or ids[-1] != tokenizer.eos_id:
+            ids = np.append(ids, tokenizer.eos_id)
+        writer.add(ids, int(sizes[ids].sum()))
+    return writer.finish()
 
 
 def documents_of(tokens: Tokens) -> Iterator[np.ndarray]:
@@ -155,7 +147,8 @@ def documents_of(tokens: Tokens) -> Iterator[np.ndarray]:
 def _tokenizer_of(tokens: Tokens, source: str, named: str) -> Tokenizer:
     if not named and isinstance(tokens, MegatronTokens):
         raise ValueError(
-            f"{source} is a Megatron data set, which does not hold its tokenizer; give --tokenizer=FOLDER"
+            f"{source} is a Megatron data set, which does not hold its tokenizer; give "
+            "--tokenizer=FOLDER"
         )
     found = load_tokenizer(named or storage.join(os.path.dirname(source.rstrip("/")), "tokenizer"))
     if isinstance(tokens, MegatronTokens):
@@ -166,18 +159,6 @@ def _tokenizer_of(tokens: Tokens, source: str, named: str) -> Tokenizer:
             f"{named or 'the one beside it'} ({found.fingerprint[:12]}); give the one that made it"
         )
     return found
-
-
-def _refuse_existing(target: str, overwrite: bool, holding: str = "") -> None:
-    if os.path.exists(target) and not overwrite:
-        raise FileExistsError(
-            f"{target} exists; choose another --to or replace it with --overwrite"
-        )
-    if os.path.exists(target) and holding and not os.path.exists(os.path.join(target, holding)):
-        raise FileExistsError(
-            f"{target} is no prepared data set (no {holding}) and is not replaced; choose another "
-            "--to"
-        )
 
 
 @contextlib.contextmanager

@@ -124,7 +124,8 @@ def open_megatron(
     prefix = prefix_of(location) or str(location)
     if storage.is_remote(prefix):
         raise ValueError(
-            f"{prefix}: Megatron's files are mapped into memory; copy them to a local disk, or make token "
+            f"{prefix}: Megatron's files are mapped into memory; copy them to a local disk, or "
+            "make token "
             "arrays of them with launch/convert_data.py"
         )
     for suffix, other in ((".idx", ".bin"), (".bin", ".idx")):
@@ -141,7 +142,8 @@ def open_megatron(
     size = int(pointers[-1]) + int(lengths[-1]) * dtype.itemsize if sequences else 0
     if os.path.getsize(prefix + ".bin") != size:
         raise damaged(
-            f"{prefix}.bin has {os.path.getsize(prefix + '.bin')} bytes, and the index tells of {size}"
+            f"{prefix}.bin has {os.path.getsize(prefix + '.bin')} bytes, and the index tells of "
+            f"{size}"
         )
     if firsts[0] != 0 or firsts[-1] != sequences or (sequences and pointers[0] != 0):
         raise damaged(f"its documents are not those of {sequences} sequences from byte 0 on")
@@ -201,11 +203,13 @@ def write_megatron(tokens: Tokens, prefix: str | os.PathLike, overwrite: bool = 
     vocab_size = tokens.meta["vocab_size"]
     if vocab_size is None:
         raise ValueError(
-            f"{tokens.location}: of what vocabulary the tokens are is not known; give their --tokenizer"
+            f"{tokens.location}: of what vocabulary the tokens are is not known; give their "
+            "--tokenizer"
         )
     if tokens.prompt_lengths is not None:
         raise ValueError(
-            f"{tokens.location} holds pairs, and Megatron's files cannot say where an answer begins; "
+            f"{tokens.location} holds pairs, and Megatron's files cannot say where an answer "
+            "begins; "
             "convert them to .jsonl"
         )
     code = 8 if vocab_size < _UINT16_BELOW else 4
@@ -231,7 +235,8 @@ def write_megatron(tokens: Tokens, prefix: str | os.PathLike, overwrite: bool = 
                 sizes = np.diff(begins)
                 if sizes.max() >= 1 << 31:
                     raise ValueError(
-                        f"document {number + sizes.argmax()} of {tokens.location} has {sizes.max()} "
+                        f"document {number + sizes.argmax()} of {tokens.location} has "
+                        f"{sizes.max()} "
                         f"tokens, and Megatron's index holds lengths up to {(1 << 31) - 1}; cut it"
                     )
                 file.write(sizes.astype("<i4").tobytes())
@@ -267,19 +272,22 @@ def _read_header(prefix: str, damaged) -> tuple[np.dtype, int, int]:
         raise damaged(f"{path} is of version {version}, and 1 is the only one known")
     if code in _FLOATS:
         raise ValueError(
-            f"{prefix} holds {_FLOATS[code]}, not tokens; give what Megatron's preprocess_data.py made"
+            f"{prefix} holds {_FLOATS[code]}, not tokens; give what Megatron's preprocess_data.py "
+            "made"
         )
     if code not in _DTYPES:
         raise damaged(f"{path} names dtype {code}; Megatron's codes are 1 to 8")
     wanted = _HEADER.size + 12 * sequences + 8 * documents
     if sequences and size == wanted + sequences:
         raise ValueError(
-            f"{prefix} is multimodal (each sequence has a mode), and the model reads text alone; make it "
+            f"{prefix} is multimodal (each sequence has a mode), and the model reads text alone; "
+            "make it "
             "again without modes"
         )
     if not documents or size != wanted:
         raise damaged(
-            f"{path} has {size} bytes, and {sequences} sequences in {documents - 1} documents take {wanted}"
+            f"{path} has {size} bytes, and {sequences} sequences in {documents - 1} documents "
+            f"take {wanted}"
         )
     return np.dtype(_DTYPES[code]), sequences, documents - 1
 

@@ -129,6 +129,7 @@ class Offsets:
 
     def _unfit(self, first: int, stop: int) -> Exception:
         return self._damaged(
-            f"document_offsets do not divide {self._tokens} tokens into {self._documents} documents "
+            f"document_offsets do not divide {self._tokens} tokens into {self._documents} "
+            "documents "
             f"(seen at documents {first} to {stop})"
         )

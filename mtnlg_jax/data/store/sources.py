@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from mtnlg_jax import storage
 from mtnlg_jax.data.store.megatron import MegatronTokens, kept_documents, open_megatron, prefix_of
-from mtnlg_jax.data.store.tokens import Tokens, open_stored, read_prepared
+from mtnlg_jax.data.store.prepared import read_prepared
+from mtnlg_jax.data.store.tokens import Tokens, open_stored
 from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -78,7 +79,8 @@ def open_sources(
     found = load_tokenizer(other)
     if set(prints.values()) - {found.fingerprint}:
         raise ValueError(
-            f"{next(iter(prints))} was not tokenized with {other}; leave data.tokenizer out if that names "
+            f"{next(iter(prints))} was not tokenized with {other}; leave data.tokenizer out if "
+            "that names "
             f"it, or prepare the text with --tokenizer={other}"
         )
     held_out = _held_out(paths, opened, heldout)
@@ -164,7 +166,8 @@ def _held_out(
         named = prefix_of(heldout)
         if named and named in {prefix_of(path) for path in opened}:
             raise ValueError(
-                f"data.heldout={heldout} is trained on, too; name other files, or a share such as 0.01"
+                f"data.heldout={heldout} is trained on, too; name other files, or a share such as "
+                "0.01"
             )
         return {heldout: open_tokens(heldout)}
     parts = {}
