@@ -1,8 +1,9 @@
-"""Chinese text by the same recipe: a character is what a word is in English, also in the n-grams of
-test sets.
+"""Chinese text by the same recipe, with characters in place of words, also in the n-grams of test
+sets.
 
-python launch/prepare_data.py --config=configs/data/chinese.py --input=FOLDER --test_sets=EVAL
---output=OUT python launch/pretrain.py --config=configs/small.py --set=data.path=OUT --workdir=RUN
+    python launch/prepare_data.py --config=configs/data/chinese.py --input=FOLDER \\
+        --test_sets=EVAL --output=OUT
+    python launch/pretrain.py --config=configs/small.py --set=data.path=OUT --workdir=RUN
 
 Source: chosen here; the paper's text is English.
 """

@@ -1,8 +1,9 @@
-"""English and Chinese together, half of the samples each, whatever their sizes: FOLDER holds the
-folders en and zh.
+"""English and Chinese with half of the samples each, whatever their sizes: FOLDER holds the folders
+en and zh.
 
-python launch/prepare_data.py --config=configs/data/mixed.py --input=FOLDER --test_sets=EVAL
---output=OUT python launch/pretrain.py --config=configs/small.py --set=data.path=OUT --workdir=RUN
+    python launch/prepare_data.py --config=configs/data/mixed.py --input=FOLDER \\
+        --test_sets=EVAL --output=OUT
+    python launch/pretrain.py --config=configs/small.py --set=data.path=OUT --workdir=RUN
 
 Source: chosen here.
 """

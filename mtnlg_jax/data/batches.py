@@ -13,13 +13,13 @@ import numpy as np
 
 from mtnlg_jax.data.store.tokens import Tokens
 
-# Runs record it and refuse another one. In order 2 a source's windows follow its samples; order 1
-# drew blocks of 1024 in any order, which repeated some windows of a small source within an epoch and
-# left others out.
+# Runs record it and refuse another one. In order 2 a source's windows follow its samples. Order 1
+# drew blocks of 1024 in any order, which repeated some windows of a small source within an epoch
+# and left others out.
 SAMPLE_ORDER = "2"
 
 _BLOCK = 1024  # samples over which the blend is exact
-_BLOCKS_KEPT = 64  # 20 KiB each; a batch lies in one or two
+_BLOCKS_KEPT = 64  # 20 KiB each; a batch touches one or two
 _SHARE_BITS = 24  # shares are integers over 2^24: exact arithmetic up to 2^39 samples
 # Purposes of random keys.
 _ORDER = 1
@@ -190,9 +190,8 @@ class Packed:
             worst = int(answers.argmax())
             raise ValueError(
                 f"{tokens.location}: the answer of pair {worst} has {answers[worst]} tokens with "
-                "its end, "
-                f"data.sequence_length={sequence_length} holds {sequence_length}; raise it to "
-                f"{answers[worst]}, or remove such pairs"
+                f"its end, data.sequence_length={sequence_length} holds {sequence_length}; raise "
+                f"it to {answers[worst]}, or remove such pairs"
             )
         kept = np.minimum(lengths, self._size)
         if cut := int((kept < lengths).sum()):
@@ -203,8 +202,8 @@ class Packed:
                 len(lengths),
                 sequence_length,
             )
-        # Next-fit packing. A pair that was cut fills its row, so every row is one contiguous stretch
-        # of the stream.
+        # Next-fit packing. A pair that was cut fills its row, so every row is one contiguous
+        # stretch of the stream.
         total = np.concatenate([[0], np.cumsum(kept)])
         first = 0
         rows = []

@@ -33,6 +33,11 @@ class Text(NamedTuple):
     def decode(self) -> str:
         return self.read(self.start, self.stop).decode()
 
+    def pair(self) -> tuple[bytes, bytes]:
+        """Return prompt and answer of a pair."""
+        assert self.answer is not None
+        return self.read(self.start, self.answer), self.read(self.answer, self.stop)
+
 
 class Encoded(NamedTuple):
     """The arguments of `TokenWriter.add` for a document, or for one piece of a long one."""
@@ -55,20 +60,20 @@ def encode_documents(
     for group in _groups(texts):
         if group[0].answer is not None:
             # Prompt and answer are tokenized separately: at generation the prompt comes alone.
-            prompts = tokenizer.encode_batch(
-                [text.read(text.start, text.answer).decode() for text in group], threads
+            prompts, answers = zip(*(text.pair() for text in group), strict=True)
+            encoded = zip(
+                tokenizer.encode_batch([prompt.decode() for prompt in prompts], threads),
+                tokenizer.encode_batch([answer.decode() for answer in answers], threads),
+                strict=True,
             )
-            answers = tokenizer.encode_batch(
-                [text.read(text.answer, text.stop).decode() for text in group], threads
-            )
-            for text, prompt, answer in zip(group, prompts, answers, strict=True):
-                counts = (1 + len(prompt), text.answer - text.start)
-                yield Encoded(framed(*prompt, *answer), text.size, counts)
+            for text, prompt, (ids, more) in zip(group, prompts, encoded, strict=True):
+                counts = (1 + len(ids), len(prompt))
+                yield Encoded(framed(*ids, *more), text.size, counts)
         elif group[0].size > _PIECE:
             yield from _encode_pieces(tokenizer, group[0], dtype, threads)
         else:
-            encoded = tokenizer.encode_batch([text.decode() for text in group], threads)
-            for text, ids in zip(group, encoded, strict=True):
+            whole = tokenizer.encode_batch([text.decode() for text in group], threads)
+            for text, ids in zip(group, whole, strict=True):
                 yield Encoded(framed(*ids), text.size)
 
 

@@ -28,12 +28,14 @@ class Part:
     def __init__(
         self, spool: Spool, numbers: np.ndarray | None = None, spans: np.ndarray | None = None
     ):
+        assert (numbers is None) != (spans is None)
         self._spool = spool
         self._numbers = numbers
         self._spans = spans
 
     def __len__(self) -> int:
-        return len(self._numbers if self._spans is None else self._spans)
+        chosen = self._numbers if self._numbers is not None else self._spans
+        return 0 if chosen is None else len(chosen)
 
     def in_order(self) -> Iterator[np.ndarray]:
         """Yield [3] int64 of each text, as `Spool.spans` returns them."""
@@ -47,9 +49,9 @@ class Part:
         # In groups: shuffling takes a dozen times the memory of what is shuffled.
         for first in range(0, len(self), _DOCUMENTS_AT_ONCE):
             chosen = order(np.arange(first, min(first + _DOCUMENTS_AT_ONCE, len(self))))
-            if self._spans is None:
+            if self._numbers is not None:
                 yield from self._spool.spans(self._numbers[chosen])
-            else:
+            elif self._spans is not None:
                 yield from self._spans[chosen]
 
 

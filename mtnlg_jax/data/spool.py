@@ -12,7 +12,7 @@ _PIECE = 4 << 20  # bytes of a long text read at once
 _EXAMPLE_BYTES = 1 << 16  # of a document, searched for an example
 
 
-def text_hash(seed: int) -> "hashlib._Hash":
+def text_hash(seed: int) -> hashlib.blake2b:
     """Return a 64-bit hash by which texts are held out; ``seed`` draws other texts."""
     return hashlib.blake2b(digest_size=8, key=str(seed).encode())
 

@@ -1,5 +1,5 @@
-"""The last stages: tokenizer, tokens of each shard, and the arrays of each source, written shard of
-zarr by shard."""
+"""Tasks of the stage "tokens": the tokenizer, the tokens of each shard, and the zarr shards of the
+arrays of each source."""
 
 import hashlib
 from collections.abc import Iterator
@@ -26,17 +26,17 @@ from mtnlg_jax.data.store.tokens import (
 from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 PARTS = ("train", "heldout")
-# Of fewer documents the ends of the long ones are held out: whole ones would be too large a share.
+# If there are fewer, hold out the ends of the long ones: whole ones would be too large a share.
 _FEW_DOCUMENTS = 1000
-# What SentencePiece draws its 20 MB from: some of the shards are read, not a corpus of any size.
+# Bytes from which SentencePiece draws its 20 MB: only some shards of a large corpus are read.
 _TRAINING_TEXT = 200_000_000
 
 
 def tokenizer_task(
     shards: list[Shard], kind: str, vocab_size: int, heldout: float, seed: int
 ) -> Task:
-    """Trains a tokenizer of ``kind`` ("bpe", "unigram") on the training part, or brings that of the
-    path ``kind``."""
+    """Return the task that trains a tokenizer of ``kind`` ("bpe", "unigram") on the training part,
+    or copies the one at the path ``kind``."""
     if kind not in ("bpe", "unigram"):
         ready = load_tokenizer(kind)
         return Task("stages/tokenizer/task", _bring, (kind,), (ready.fingerprint,))
@@ -52,9 +52,8 @@ def tokenizer_task(
 def encode_tasks(
     shards: list[Shard], tokenizer: str, fingerprint: str, heldout: float, seed: int
 ) -> list[Task]:
-    """One for each shard: its documents in another order, cut into training and held-out part, as
-    tokens.
-    ``tokenizer``: its folder or URL."""
+    """Return a task for each shard, which shuffles its documents, splits off the held-out part and
+    encodes both. ``tokenizer`` is its folder or URL."""
     tails = _tails(shards)
     return [
         Task(
@@ -70,8 +69,8 @@ def encode_tasks(
 def array_tasks(
     encoded: list[Task], results: list[dict], place: str, part: str, seed: int, tokenizer: Tokenizer
 ) -> tuple[Task, list[Task]]:
-    """What makes the array ``place`` (sources/NAME/train, heldout) of what `encode_tasks` made: the
-    task that must be first, and one for each 16.8 million tokens."""
+    """Return the tasks that write the results of `encode_tasks` to ``place`` (sources/NAME/train,
+    heldout): one that must run first, and one for each 16.8 million tokens."""
     order = _order(len(encoded), seed)
     found = [results[number][part] for number in order]
     blobs = [
@@ -100,7 +99,8 @@ def _order(count: int, seed: int) -> np.ndarray:
 
 
 def _tails(shards: list[Shard]) -> bool:
-    """Whether ends are held out, of every source alike: else a text could be on both sides."""
+    """Whether ends are held out, in all sources or none: otherwise copies of a text could be on
+    both sides."""
     return sum(shard.documents for shard in shards) < _FEW_DOCUMENTS
 
 
@@ -140,9 +140,8 @@ def _training_texts(
 
 
 def _save(folder: Folder, tokenizer: Tokenizer) -> dict:
-    for old in storage.list_files(
-        folder.root, "tokenizer"
-    ):  # another kind's would be taken for this one's
+    # Files of another kind of tokenizer would be taken for those of this one.
+    for old in storage.list_files(folder.root, "tokenizer"):
         storage.remove_file(folder.root, old)
     for file, content in tokenizer.files().items():
         folder.write(f"tokenizer/{file}", content)
@@ -153,7 +152,7 @@ def _save(folder: Folder, tokenizer: Tokenizer) -> dict:
     }
 
 
-@lru_cache(maxsize=1)  # one a process, not one a task
+@lru_cache(maxsize=1)  # kept by a process from task to task
 def _tokenizer(place: str, fingerprint: str) -> Tokenizer:
     return load_tokenizer(place)
 

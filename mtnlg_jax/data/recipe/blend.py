@@ -95,8 +95,7 @@ def _weights(recipe: Recipe, trained: dict[str, dict]) -> dict[str, float]:
     if empty:
         raise ValueError(
             f"source {empty[0]!r} has the weight {given[empty[0]]}, and no text of it is left to "
-            "train "
-            "on; loosen the rule that dropped it, or leave the source out (--skip_sources)"
+            "train on; loosen the rule that dropped it, or leave the source out (--skip_sources)"
         )
     weights = {
         name: meta["tokens"] if given[name] is None else given[name]

@@ -1,7 +1,7 @@
-"""The stages between reading and tokens: each turns shards into the tasks that do it, and counts.
+"""The stages between reading and tokens: each plans and runs its tasks over all shards.
 
-A stage that compares documents (duplicates, paragraphs, test sets) runs several rounds of tasks, and
-decides between them what the next round needs.
+A stage that compares documents (duplicates, paragraphs, test sets) runs several rounds of tasks,
+and plans each round from the results of the one before.
 """
 
 import hashlib
@@ -97,8 +97,7 @@ def duplicates(runner: Runner, recipe: Recipe, shards: list[Shard]) -> StageResu
     merged = texts.merged("near-duplicates", results)
     merged["note"] = (
         f"Pairs that share a band of {config.hashes // config.bands} hashes: {len(pairs):,}; of "
-        "these "
-        f"with a Jaccard similarity of {config.threshold} or more: {similar.sum():,}."
+        f"these with a Jaccard similarity of {config.threshold} or more: {similar.sum():,}."
     )
     examples = sorted(tuple(example) for result in compared for example in result["examples"])[:5]
     if examples:
@@ -186,12 +185,11 @@ def decontaminate(
     results = runner.run("cutting test sets out", tasks)
     merged = texts.merged("test sets", results)
     check_hits(merged["changed"].get(filters.LEAK, 0), merged["documents"][0])
+    fields = filters.fields_note(made["fields"], config)
     merged["note"] = (
         f"{about['ngrams']:,} n-grams of {len(tests)} files of test sets; {about['found']:,} are "
-        "in the "
-        f"text, and {about['common']:,} of them so often ({config.algorithm.key_threshold} times) "
-        "that "
-        f"they stay. {filters.fields_note(made['fields'], config)}"
+        f"in the text. {about['common']:,} of these occur {config.algorithm.key_threshold} times or "
+        f"more and are kept. {fields}"
     )
     return tasks, results, merged
 
@@ -212,7 +210,7 @@ def quality(
             config.classifier,
         ),
     )
-    (about,) = runner.run("learning good from bad", [learning])
+    (about,) = runner.run("training the classifier", [learning])
     tasks = [
         Task(
             f"stages/quality/{shard.base}",
@@ -225,8 +223,8 @@ def quality(
     results = runner.run("judging quality", tasks)
     merged = texts.merged("quality", results)
     merged["note"] = (
-        f"Learnt from {about['good']:,} good and {about['bad']:,} bad documents; of those held out "
-        f"{about['accuracy']:.1%} are told apart."
+        f"Trained on {about['good']:,} good and {about['bad']:,} bad documents; of those held out "
+        f"{about['accuracy']:.1%} are classified correctly."
     )
     nearest = sorted(tuple(entry) for result in results for entry in result["nearest"])[:5]
     merged["examples"]["near the border"] = [entry[1:] for entry in nearest]
@@ -234,7 +232,7 @@ def quality(
 
 
 def _task(stage: str, function: Callable, shard: Shard, *given) -> Task:
-    """One that makes of ``shard`` another of the same name."""
+    """Return a task that turns ``shard`` into another of the same name."""
     return Task(f"stages/{stage}/{shard.base}", function, (shard, *given), (shard.key, *given))
 
 

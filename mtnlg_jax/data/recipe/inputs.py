@@ -68,7 +68,8 @@ def beside_sources(recipe: Recipe, root: str) -> dict[str, dict]:
     """Return notes on entries of ``root`` that are in no source."""
     if storage.is_remote(root):
         listed = find(root)
-        paths = [file.name for file in listed.files] + [name for _, name in listed.left_out]
+        paths = [file.name for file in listed.files] if listed else []
+        paths += [name for _, name in listed.left_out] if listed else []
         names = {path.split("/")[0] for path in paths}
     else:
         names = set(os.listdir(root)) if os.path.isdir(root) else set()

@@ -5,6 +5,7 @@ import dataclasses
 import fcntl
 import json
 import os
+from collections.abc import Callable
 
 from mtnlg_jax import storage
 from mtnlg_jax.data.output import check_output
@@ -90,7 +91,7 @@ def _run(
     texts.with_notes(stages[0], [*left_out, *(result["notes"] for result in results)])
     shards = _remaining(tasks, results, stages, [])
 
-    do = {
+    do: dict[str, Callable[..., corpus.StageResult]] = {
         "clean": corpus.clean,
         "duplicates": corpus.duplicates,
         "paragraphs": corpus.paragraphs,
@@ -153,8 +154,7 @@ def _remaining(
         raise ValueError(
             f"nothing is left after the stage {last['name']!r}, which received "
             f"{last['documents'][0]} documents: {last['dropped'] or last['tables']}; loosen the "
-            "rule "
-            "that dropped most"
+            "rule that dropped most"
         )
     return shards
 
@@ -244,7 +244,7 @@ def _locked(output: str):
 
 def _flat(tree: dict, prefix: str = "") -> dict:
     """Return nested settings under dotted keys."""
-    flat = {}
+    flat: dict = {}
     for key, value in tree.items():
         flat |= (
             _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}

@@ -40,7 +40,8 @@ class Source:
 
 # For a source of code or mathematics: `Source(name, paths, **TECHNICAL_TEXT)`. Its documents are
 # dropped only for their length, and changed only to mask personal data and to cut out test sets.
-# Code repeats itself, so blocks that also occur in other files are kept; near-duplicate files are not.
+# Code repeats itself, so blocks that also occur in other files are kept; near-duplicate files are
+# not.
 TECHNICAL_TEXT = {
     "settings": (
         "clean.prose_rules=false",
@@ -186,8 +187,7 @@ def clean_config(recipe: Recipe, name: str) -> CleanConfig:
         if not setting.startswith("clean."):
             raise ValueError(
                 f"source {name!r}: settings holds {setting!r}; only those of clean differ by "
-                "source, as "
-                "'clean.min_tokens=16'"
+                "source, as 'clean.min_tokens=16'"
             )
     try:
         return override(recipe, *source.settings).clean
@@ -234,9 +234,8 @@ def _entries(root: str) -> tuple[Source, ...]:
     if "" in entries:
         if len(entries) > 1:
             raise ValueError(
-                f"{root} holds both files and folders; move the files to a folder of their own, "
-                "or name "
-                "the sources in the recipe"
+                f"{root} holds both files and folders; move the files to a folder of their own, or "
+                "name the sources in the recipe"
             )
         return (Source("files", (root,)),)
     names = [re.sub(r"[^\w.-]", "_", entry) for entry in entries]
@@ -244,8 +243,7 @@ def _entries(root: str) -> tuple[Source, ...]:
         if names.count(name) > 1:
             raise ValueError(
                 f"{root}: two folders, {entry!r} among them, would be the source {name!r}; rename "
-                "one, "
-                "or name the sources in the recipe"
+                "one, or name the sources in the recipe"
             )
     return tuple(
         Source(name, (storage.join(root, entry),))

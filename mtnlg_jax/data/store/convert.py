@@ -1,4 +1,4 @@
-"""Token arrays to Megatron's files and back, and either to JSON lines of text."""
+"""Convert token arrays to Megatron's files and back, and either to JSON lines of text."""
 
 import contextlib
 import json
@@ -29,24 +29,24 @@ _LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 def convert(
     source: str, target: str, tokenizer: str = "", heldout: float = 0.01, overwrite: bool = False
 ) -> str:
-    """Make ``target`` of ``source``, and say so in a line.
+    """Convert ``source`` to ``target``, and return a line that describes the result.
 
     ``source`` is a folder of token arrays (OUT/train) or a Megatron prefix. A target named .jsonl
-    (.gz, .zst) gets the text of each document, {"text": ...}, of pairs {"prompt": ..., "answer":
-    ...}; else arrays become Megatron's files, token by token, and Megatron's files a prepared
-    folder: with bos before and eos after a document where they are missing, and the last documents,
-    a share of ``heldout`` (0 to 0.5), held out. ``tokenizer`` is a folder; arrays have theirs
-    beside them.
+    (.gz, .zst) gets the text of each document, {"text": ...}, or of pairs {"prompt": ...,
+    "answer": ...}. Otherwise arrays become Megatron's files, token by token, and Megatron's files
+    become a prepared folder: missing bos and eos are added to each document, and the last
+    documents, a share of ``heldout`` (0 to 0.5), are held out. ``tokenizer`` is a folder; that of
+    arrays is next to them.
 
-    Whole or not at all. Raises ValueError, FileNotFoundError or FileExistsError (a target that
-    exists, not ``overwrite``) before any work.
+    The target is written completely or not at all. Raises ValueError, FileNotFoundError or
+    FileExistsError (the target exists and not ``overwrite``) before any work.
     """
     if not 0 <= heldout <= 0.5:
-        raise ValueError(f"heldout={heldout} must lie in 0 to 0.5")
+        raise ValueError(f"heldout={heldout} must be in 0 to 0.5")
     if storage.is_remote(target):
         raise ValueError(f"{target} is a URL; convert to a local path and copy that")
     if prefix_of(target) and prefix_of(target) == prefix_of(source):
-        raise ValueError(f"{target} is what is read; choose another --to")
+        raise ValueError(f"{target} is the source itself; choose another --to")
     tokens = open_tokens(source)
     lines = target.lower().endswith(_LINES)
     if isinstance(tokens, MegatronTokens) or lines:
@@ -60,8 +60,8 @@ def convert(
 
 
 def write_lines(tokens: Tokens, target: str, tokenizer: Tokenizer, overwrite: bool = False) -> str:
-    """The text of each document as a line of JSON; special tokens are left out, broken characters
-    become U+FFFD."""
+    """Write the text of each document as a line of JSON. Special tokens are removed; invalid
+    characters become U+FFFD."""
     if os.path.exists(target) and not overwrite:
         raise FileExistsError(
             f"{target} exists; choose another --to or replace it with --overwrite"
@@ -94,7 +94,7 @@ def write_arrays(
     heldout: float = 0.01,
     overwrite: bool = False,
 ) -> str:
-    """A prepared folder, as `prepare` makes it, of Megatron's files."""
+    """Write a prepared folder, as `prepare` does, from Megatron's files."""
     target = target.rstrip("/")
     check_output(target, PREPARED, overwrite=overwrite, flag="--to")
     kept = kept_documents(tokens.documents, heldout)
@@ -116,7 +116,8 @@ def write_arrays(
 
 
 def _write_part(location: str, first: int, last: int, tokenizer: Tokenizer, target: str) -> dict:
-    """Write documents [first, last) of Megatron's files with bos and eos; return their meta.json."""
+    """Write documents [first, last) of Megatron's files with bos and eos, and return their
+    meta.json."""
     sizes = np.array([len(tokenizer.token_bytes(index)) for index in range(tokenizer.vocab_size)])
     chosen = open_megatron(location, first, last)
     chosen.attach(tokenizer)
@@ -131,7 +132,7 @@ def _write_part(location: str, first: int, last: int, tokenizer: Tokenizer, targ
 
 
 def documents_of(tokens: Tokens) -> Iterator[np.ndarray]:
-    """The tokens of each document; memory holds some millions of tokens, or the longest
+    """Yield the tokens of each document. Memory holds some millions of tokens, or the longest
     document."""
     for _, begins in tokens.blocks_of_offsets():
         first = 0
@@ -163,15 +164,14 @@ def _tokenizer_of(tokens: Tokens, source: str, named: str) -> Tokenizer:
 
 @contextlib.contextmanager
 def _open_lines(path: str, target: str):
-    """A file of bytes, compressed as ``target`` is named."""
+    """Open a file of bytes, compressed according to the name ``target``."""
     with open(path, "wb") as raw, contextlib.ExitStack() as stack:
         file = raw
         if target.lower().endswith(".gz"):
             import gzip
 
-            file = stack.enter_context(
-                gzip.GzipFile("", "wb", fileobj=raw, mtime=0)
-            )  # no time: equal bytes
+            # Without a time stamp, so that equal texts give equal bytes.
+            file = stack.enter_context(gzip.GzipFile("", "wb", fileobj=raw, mtime=0))
         elif target.lower().endswith(".zst"):
             import zstandard
 

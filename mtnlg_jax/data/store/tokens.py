@@ -1,16 +1,16 @@
-"""Token arrays: every document as <bos> text <eos>, one after another, in TensorStore zarr arrays.
+"""Token arrays: documents as <bos> text <eos>, one after another, in TensorStore zarr arrays.
 
 A prepared data set is a folder (or a URL below gs://, s3://):
 
-    prepared.json   the fingerprint of it all, the settings, the counts; written last
-    tokenizer/      what `load_tokenizer` reads
+    prepared.json   fingerprint, settings and counts (`mtnlg_jax.data.store.prepared`); written last
+    tokenizer/      for `load_tokenizer`
     train/          tokens (uint16, or uint32 above 65,536 pieces), document_offsets (int64,
-                    documents + 1),
-    heldout/        meta.json; of prompts with answers also prompt_lengths (int64, documents)
+                    documents + 1), meta.json; of pairs also prompt_lengths (int64, documents)
+    heldout/        the same
 
-Each document begins with bos and ends with eos also where both are one token, as <|endoftext|> is
-in GPT-2: attention does not leave the document, so its first word needs something to be predicted
-from. (Megatron's own index files have the eos only.)
+Each document begins with bos and ends with eos even if both are one token, such as <|endoftext|> in
+GPT-2: attention does not leave the document, so its first word must be predicted from something.
+(Megatron's own files have only the eos.)
 """
 
 import functools
@@ -26,7 +26,7 @@ import tensorstore
 from mtnlg_jax import errors, storage
 from mtnlg_jax.data.store.offsets import Offsets
 
-# A chunk is what a random window decompresses, a shard is one file: 16.8 M tokens, 33 MB of memory
+# In tokens. A random window decompresses one chunk; a shard is one file, and takes 33 MB of memory
 # to write.
 _CHUNK = 1 << 16
 SHARD = 1 << 24
@@ -236,10 +236,10 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 class Tokens:
-    """The tokens of one part (train or heldout); `open_stored` makes it. ``len`` counts tokens.
+    """The tokens of one part (train or heldout), from `open_stored`. ``len`` counts tokens.
 
-    ``prompt_lengths`` [documents] int64: with how many tokens of a pair its answer is asked for;
-    None for plain text.
+    ``prompt_lengths`` [documents] int64: tokens of each pair before its answer; None for plain
+    text.
     """
 
     def __init__(
@@ -266,29 +266,29 @@ class Tokens:
     @functools.cached_property
     def document_offsets(self) -> np.ndarray:
         """[documents + 1] int64: document i is tokens ``offsets[i]`` to ``offsets[i + 1]``. Reads
-        them all."""
+        all offsets."""
         return self._offsets.all()
 
-    def document_of(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """int64 (document, where it begins) of each token of ``places``; reads what it needs of the
-        offsets."""
-        return self._offsets.find(places)
+    def document_of(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return int64 (document, its first token) of each token of ``positions``; reads only the
+        offsets it needs."""
+        return self._offsets.find(positions)
 
     def blocks_of_offsets(self) -> Iterator[tuple[int, np.ndarray]]:
-        """(first document, offsets of some documents and of the last one's end) of all: for a pass
-        in little memory."""
+        """Yield (first document, offsets of some documents and of their end) for all: a pass in
+        little memory."""
         return self._offsets.blocks()
 
     @property
     def predicted(self) -> tuple[int, int]:
-        """Tokens that are learnt, and the UTF-8 bytes that they stand for: all but bos, or the
+        """The number of tokens to predict, and of UTF-8 bytes they encode: all but bos, or the
         answers of pairs."""
         if self.prompt_lengths is not None:
             return self.meta["answer_tokens"], self.meta["answer_bytes"]
         return self.meta["tokens"] - self.meta["documents"], self.meta["bytes"]
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop), of the dtype on disk; 0 <= start <= stop <= len."""
+        """Return tokens [start, stop), of the dtype on disk; 0 <= start <= stop <= len."""
         if not 0 <= start <= stop <= len(self):
             raise IndexError(
                 f"tokens {start} to {stop} were asked for, {self.location} has {len(self)}"
@@ -296,10 +296,10 @@ class Tokens:
         return self.read_windows(np.array([start]), stop - start)[0]
 
     def read_windows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """[n, length] tokens from each start on; after the last token comes the first."""
+        """Return [n, length] tokens from each start; the first token follows the last."""
         starts = [int(start) for start in starts]
         windows = np.empty((len(starts), length), self.meta["dtype"])
-        pending = []  # all reads are under way before the first is waited for
+        pending = []  # start all reads before waiting for the first
         for row, start in zip(windows, starts, strict=True):
             head = min(length, len(self) - start)
             pending.append((row[:head], self._array[start : start + head].read()))
@@ -314,10 +314,9 @@ class Tokens:
 
 
 def open_stored(location: str | os.PathLike) -> Tokens:
-    """The tokens in a folder (path or URL) such as ``OUT/train``.
+    """Open the tokens in a folder (path or URL) such as ``OUT/train``.
 
-    Raises FileNotFoundError where nothing was prepared, ValueError where something is damaged or
-    missing.
+    Raises FileNotFoundError if nothing was prepared, ValueError if something is damaged or missing.
     """
     location = str(location).rstrip("/")
     content = storage.read_file(location, "meta.json")
@@ -379,7 +378,7 @@ def open_stored(location: str | os.PathLike) -> Tokens:
 
 
 def _unreadable(location: str | os.PathLike, error: Exception) -> Exception:
-    """What a failed read is raised as: damage, unless it may work at another try."""
+    """Return the error of a failed read: damage, unless a retry may succeed."""
     if errors.is_passing(error):
         return errors.PassingError(f"{location} could not be read: {storage.first_line(error)}")
     return damaged(location, storage.first_line(error))
@@ -404,8 +403,7 @@ def _create(
         {
             "driver": "zarr3",
             "kvstore": storage.key_value_spec(location),
-            # Else a chunk of zeros would not be stored, and could not be told from one that is
-            # missing.
+            # Otherwise a chunk of zeros would not be stored, and would look like a missing one.
             "store_data_equal_to_fill_value": True,
             "metadata": {
                 "shape": [size],
@@ -426,7 +424,7 @@ def _open(location: str, write: bool = False) -> tensorstore.TensorStore:
             "driver": "zarr3",
             "kvstore": storage.key_value_spec(location),
             "fill_missing_data_reads": False,  # a missing chunk is an error, not zeros
-            "recheck_cached_data": "open",  # not at each read: what is written once does not change
+            "recheck_cached_data": "open",  # not at each read: written data do not change
         },
         read=True,
         write=write,

@@ -119,7 +119,7 @@ def test_what_cannot_be_is_refused(prepared, trained, gpt2_files, tmp_path):
     trained["bpe"].save(tmp_path / "other")
     for arguments, error, message in [
         ((train, prefix), FileExistsError, "x.bin exists"),
-        ((prefix, prefix + ".idx"), ValueError, "is what is read"),
+        ((prefix, prefix + ".idx"), ValueError, "is the source itself"),
         (
             (prefix, str(tmp_path / "y")),
             ValueError,
@@ -134,7 +134,7 @@ def test_what_cannot_be_is_refused(prepared, trained, gpt2_files, tmp_path):
         (
             (prefix, str(tmp_path / "y"), str(gpt2_files), 0.7),
             ValueError,
-            "heldout=0.7 must lie in 0 to 0.5",
+            "heldout=0.7 must be in 0 to 0.5",
         ),
         (
             (train, str(tmp_path / "y.jsonl"), str(tmp_path / "other")),
