@@ -1,5 +1,5 @@
-"""Chinese text by the same recipe. A character takes the place of an English word, also in the
-n-grams of test sets.
+"""Chinese text by the same recipe, with characters in place of words, also in the n-grams of test
+sets.
 
     python launch/prepare_data.py --config=configs/data/chinese.py --input=FOLDER \\
         --test_sets=EVAL --output=OUT

@@ -1,4 +1,4 @@
-"""English text by the recipe of MT-NLG: cleaned, without duplicates and test sets.
+"""English text by the recipe of MT-NLG: cleaned, without duplicates or test sets.
 
     python launch/prepare_data.py --config=configs/data/english.py --input=FOLDER \\
         --test_sets=EVAL --output=OUT
@@ -6,8 +6,7 @@
 
 Each folder of FOLDER becomes a source, weighted by its tokens. Sources: arXiv 2201.11990 and its
 team's scripts (tools/openwebtext of Megatron-LM) for minimum length, shingles, hashes, bands and
-n-grams. The other limits are documented where they are defined
-(mtnlg_jax/data/filter/clean.py).
+n-grams; the other limits are documented where they are defined (mtnlg_jax/data/filter/clean.py).
 """
 
 from mtnlg_jax.data.filter.clean import CleanConfig

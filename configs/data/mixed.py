@@ -1,5 +1,5 @@
-"""English and Chinese together, half of the samples each whatever their sizes. FOLDER holds the
-folders en and zh.
+"""English and Chinese with half of the samples each, whatever their sizes: FOLDER holds the folders
+en and zh.
 
     python launch/prepare_data.py --config=configs/data/mixed.py --input=FOLDER \\
         --test_sets=EVAL --output=OUT

@@ -4,10 +4,9 @@
         --test_sets=EVAL --output=OUT --tokenizer=GPT2_FILES --engine=ray
     python launch/pretrain.py --config=configs/mtnlg_530b.py --set=data.path=OUT --workdir=RUN
 
-The folders have the names in mtnlg_jax/data/mtnlg_blend.py: Books3, OpenWebText2, ... To leave out
-sources that you lack, name them: --skip_sources=Books3,BookCorpus2. The other weights keep their
-proportions. Rules for prose are not applied to GitHub, ArXiv and StackExchange; personal data is
-masked there as everywhere.
+The folders are named as in mtnlg_jax/data/mtnlg_blend.py: Books3, OpenWebText2, ... Skip the ones
+you lack: --skip_sources=Books3,BookCorpus2; the other weights keep their proportions. Rules for
+prose do not run over GitHub, ArXiv and StackExchange, but personal data is masked there as well.
 
 Source: arXiv 2201.11990, table 2, for the weights; section 3.1 for the 270 billion tokens. Chosen
 here: of two duplicates the copy in a curated source is kept rather than the one in a crawl.

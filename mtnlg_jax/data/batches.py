@@ -1,8 +1,8 @@
-"""Batches: rows of S + 1 tokens, each a pure function of (seed, sample number) and of nothing else.
+"""Batches: rows of S + 1 tokens, each a pure function of (seed, sample number).
 
-No state, no shuffle buffer, no number of processes: a run resumes from one integer, and every
-process computes the rows that it needs. Sample -> (source, number within the source) -> (epoch,
-window) -> tokens.
+There is no state and no shuffle buffer, and the number of processes does not matter: a run resumes
+from one integer, and every process computes the rows it needs. Sample -> (source, number within the
+source) -> (epoch, window) -> tokens.
 """
 
 import functools
@@ -13,15 +13,16 @@ import numpy as np
 
 from mtnlg_jax.data.store.tokens import Tokens
 
-# Part of what a run is: 2, since a source's windows come in the order of its samples; 1 drew blocks
-# of 1024 of them in any order, which in a small source repeated some windows within an epoch and
-# left others out.
+# Runs record it and refuse another one. In order 2 a source's windows follow its samples. Order 1
+# drew blocks of 1024 in any order, which repeated some windows of a small source within an epoch
+# and left others out.
 SAMPLE_ORDER = "2"
 
 _BLOCK = 1024  # samples over which the blend is exact
-_BLOCKS_KEPT = 64  # 20 KiB each; a batch lies in one or two
+_BLOCKS_KEPT = 64  # 20 KiB each; a batch touches one or two
 _SHARE_BITS = 24  # shares are integers over 2^24: exact arithmetic up to 2^39 samples
-_ORDER = 1  # what a key is for
+# Purposes of random keys.
+_ORDER = 1
 _SHIFT = 2
 _BLEND = 3
 _NAMES = ("tokens", "segment_ids", "positions")
@@ -32,15 +33,15 @@ _log = logging.getLogger(__name__)
 class Batches:
     """Rows from a weighted blend of token arrays.
 
-    A source's stream of tokens is a circle, cut into windows of S + 1 tokens that share their end
-    tokens, so that an epoch predicts every token once (at the seam fewer than S a second time).
-    Each epoch cuts at another place and visits the windows in another order. Each block of 1024
-    samples has the exact share of each source; weights need not add up to 1. Pairs are not a
-    stream: their rows are those of `Packed`, in another order in each epoch.
+    A source's stream of tokens is a circle, cut into windows of S + 1 tokens. Neighbors share their
+    end tokens, so an epoch predicts every token once (at the seam, fewer than S twice). Each epoch
+    shifts the cuts and draws a new order of the windows. Each block of 1024 samples has the exact
+    share of each source; weights need not add up to 1. Pairs are not a stream: their rows are those
+    of `Packed`, in a new order in each epoch.
 
-    Each window of a source comes once an epoch, exactly: with W windows the source's samples number
-    0 to W - 1, as they come, are its first epoch, the next W the second, and so on, for any size,
-    weights and number of epochs.
+    Each window of a source comes exactly once an epoch: with W windows, the first W samples of the
+    source are its first epoch, the next W its second, and so on, for any size, weights and number
+    of epochs.
     """
 
     def __init__(self, sources: Sequence[tuple[Tokens, float]], sequence_length: int, seed: int):
@@ -51,8 +52,8 @@ class Batches:
         for tokens, weight in sources:
             if not 0 < weight < float("inf"):
                 raise ValueError(
-                    f"weight {weight} of {tokens.location} must be above 0 and finite; leave "
-                    "the source out if it is not wanted"
+                    f"weight {weight} of {tokens.location} must be above 0 and finite; remove "
+                    "the source if you do not need it"
                 )
             if tokens.prompt_lengths is None and len(tokens) < sequence_length + 1:
                 raise ValueError(
@@ -74,37 +75,38 @@ class Batches:
             ]
         )
         weights = np.array([weight for _, weight in sources], float)
-        # Of what the sources before left over, the share of each; the last one takes all.
+        # Each source's share of what earlier sources left; the last one takes all.
         left = np.cumsum(weights[::-1])[::-1]
         self._shares = np.round(weights / left * 2**_SHARE_BITS).astype(np.int64)
         self._block = functools.lru_cache(maxsize=_BLOCKS_KEPT)(self._draw_block)
 
     @property
     def windows_per_epoch(self) -> int:
-        """Different rows in one epoch of every source, together."""
+        """The number of distinct rows in one epoch of every source."""
         return int(self._windows.sum())
 
     def epochs_seen(self, samples: int) -> np.ndarray:
-        """[sources] float: how often the first ``samples`` samples went through each source."""
+        """Return [sources] float: how many epochs of each source the first ``samples`` samples
+        take."""
         block, inside = divmod(int(samples), _BLOCK)
         drawn = np.bincount(self._block(block)[0][:inside], minlength=len(self._windows))
         return (np.diff(self._boundaries(np.array([block * _BLOCK]))[0]) + drawn) / self._windows
 
     def rows(self, samples: np.ndarray) -> dict[str, np.ndarray]:
-        """int32 ``tokens``, ``segment_ids``, ``positions``, each [n, S + 1], of sample numbers [n]
-        from 0 on.
+        """Return int32 ``tokens``, ``segment_ids`` and ``positions``, each [n, S + 1], of sample
+        numbers [n] from 0 on.
 
-        ``segment_ids`` number the documents within a row from 1; ``positions`` start at 0 with each
-        document, and with the row, also where that begins inside a document. Where a source has
-        pairs, ``answers`` is 1 on what
-        is to be learnt: all of plain text, and of a pair the answer and its eos.
+        ``segment_ids`` number the documents within a row from 1. ``positions`` start at 0 with each
+        document, and with the row even if it begins inside a document. If a source has pairs,
+        ``answers`` is 1 on the tokens to train on: all of plain text, and of a pair the answer and
+        its eos.
         """
         samples = np.asarray(samples, np.int64)
         source, number = self._blend(samples)
         counts = self._windows[source]
         epoch = number // counts
         window = permute(number % counts, counts, _keys(self._seed, _ORDER, source, epoch))
-        # Where in a source's stream its windows begin.
+        # The shift of the epoch moves every cut of the circle.
         size = self._sizes[source]
         shift = _keys(self._seed, _SHIFT, source, epoch) % size.astype(np.uint64)
         starts = (window * self._length + shift.astype(np.int64)) % size
@@ -123,7 +125,7 @@ class Batches:
         return rows
 
     def _blend(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The source of each sample, and how many samples of that source come before it."""
+        """Return the source of each sample, and how many samples of that source precede it."""
         source = np.empty_like(samples)
         number = np.empty_like(samples)
         blocks = samples // _BLOCK
@@ -134,15 +136,17 @@ class Batches:
         return source, number
 
     def _draw_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """What `_blend` says of each sample of a block: int64 [1024] each. The sources are
-        shuffled, but each one's samples are numbered in the order in which they come, so that no
-        epoch begins before the last one has ended."""
+        """Return `_blend` of all samples of a block: int64 [1024] each.
+
+        The sources are shuffled, but the samples of each are numbered in their order in the block,
+        so that no epoch begins before the last one has ended.
+        """
         first, last = self._boundaries(np.array([block, block + 1]) * _BLOCK)
         counts = np.diff(last) - np.diff(first)
         slots = permute(np.arange(_BLOCK), _BLOCK, _keys(self._seed, _BLEND, 0, np.array([block])))
         source = np.searchsorted(np.cumsum(counts), slots, side="right")
         number = np.empty(_BLOCK, np.int64)
-        # Stable: of equal sources the earlier sample comes first.
+        # A stable sort keeps the samples of one source in their order.
         number[np.argsort(source, kind="stable")] = np.concatenate(
             [
                 np.arange(start, start + count)
@@ -152,10 +156,12 @@ class Batches:
         return source, number
 
     def _boundaries(self, samples: np.ndarray) -> np.ndarray:
-        """[n, sources + 1]: of the first ``samples``, those of the sources before each. What is
-        left is split
-        source by source: so no count ever goes down, as it could if each were rounded on its
-            own."""
+        """Return [n, sources + 1]: how many of the first ``samples`` samples belong to the sources
+        before each.
+
+        The rest is split source by source, so that no count ever decreases, as it could if each
+        were rounded separately.
+        """
         boundaries = np.zeros((len(samples), len(self._shares) + 1), np.int64)
         for index, share in enumerate(self._shares):
             left = samples - boundaries[:, index]
@@ -165,12 +171,13 @@ class Batches:
 
 
 class Packed:
-    """Whole pairs, as many one after another as fit into a row of S + 1 tokens; the rest of a row
-    is token 0 of segment 0. Of a pair that is longer than a row its end is kept: the beginning of
-    the prompt is left out, with one warning for all.
+    """Rows of whole pairs, as many as fit into S + 1 tokens; the rest is token 0 of segment 0.
 
-    Raises ValueError where an answer with its eos, and one token to predict it from, is longer than
-    a row.
+    Only the end of a pair that is longer than a row is kept: the beginning of its prompt is cut
+    off, with one warning for all.
+
+    Raises ValueError if an answer with its eos, and one token to predict it from, is longer than a
+    row.
     """
 
     def __init__(self, tokens: Tokens, sequence_length: int):
@@ -182,9 +189,9 @@ class Packed:
         if answers.size and answers.max() > sequence_length:
             worst = int(answers.argmax())
             raise ValueError(
-                f"{tokens.location}: the answer of pair {worst} has {answers[worst]} tokens with its end, "
-                f"data.sequence_length={sequence_length} holds {sequence_length}; raise it to "
-                f"{answers[worst]}, or leave such pairs out"
+                f"{tokens.location}: the answer of pair {worst} has {answers[worst]} tokens with "
+                f"its end, data.sequence_length={sequence_length} holds {sequence_length}; raise "
+                f"it to {answers[worst]}, or remove such pairs"
             )
         kept = np.minimum(lengths, self._size)
         if cut := int((kept < lengths).sum()):
@@ -195,8 +202,8 @@ class Packed:
                 len(lengths),
                 sequence_length,
             )
-        # Next fit. A pair that was cut fills its row, so that every row is one stretch of the
-        # stream.
+        # Next-fit packing. A pair that was cut fills its row, so every row is one contiguous
+        # stretch of the stream.
         total = np.concatenate([[0], np.cumsum(kept)])
         first = 0
         rows = []
@@ -208,11 +215,11 @@ class Packed:
 
     @property
     def count(self) -> int:
-        """Rows that hold all pairs once."""
+        """The number of rows that hold all pairs once."""
         return len(self._stretches)
 
     def rows(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
-        """Rows of `Batches.rows`' form, with ``answers``; those beyond the last are empty."""
+        """Return rows as `Batches.rows` does, with ``answers``; those beyond the last are empty."""
         inside = numbers < self.count
         begins, ends = self._stretches[np.where(inside, numbers, 0)].T
         rows = {
@@ -229,8 +236,8 @@ packed = functools.lru_cache(maxsize=16)(Packed)
 
 
 def heldout_count(tokens: Tokens, sequence_length: int) -> int:
-    """How many rows `heldout_rows` has: the last token is only predicted, no window begins
-    there."""
+    """Return the number of rows of `heldout_rows`. The last token is only predicted: no window
+    begins there."""
     if sequence_length < 1:
         raise ValueError(f"sequence_length={sequence_length} must be at least 1")
     if tokens.prompt_lengths is not None:
@@ -241,11 +248,10 @@ def heldout_count(tokens: Tokens, sequence_length: int) -> int:
 def heldout_rows(
     tokens: Tokens, sequence_length: int, numbers: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Rows of `Batches.rows`' form, by their numbers [n]: all of them together predict every token
-    once, or of pairs every answer.
+    """Return rows as `Batches.rows` does, by their numbers [n].
 
-    No window wraps; what is left over in the last one, and in rows after it, is token 0 of segment
-    0.
+    All of them together predict every token once, or every answer of pairs. No window wraps: the
+    rest of the last one, and of rows after it, is token 0 of segment 0.
     """
     if tokens.prompt_lengths is not None:
         return packed(tokens, sequence_length).rows(np.asarray(numbers, np.int64))
@@ -261,12 +267,12 @@ def heldout_rows(
 
 
 class HeldOut:
-    """The rows on which a run is evaluated: windows of the held-out text of each source, evenly
-    spread over all of it, so that text that lies in reading order counts by its length. Their
-    number depends on no batch and no mesh.
+    """The rows on which a run is evaluated: windows spread evenly over the held-out text of each
+    source, so that every document counts by its length. Their number depends on neither batch nor
+    mesh.
 
-    Sources share about ``rows`` rows by their weights, at least one each; where a text has fewer,
-    all of it is read.
+    Sources share about ``rows`` rows by their weights, at least one each; all rows of a source are
+    used if it has fewer.
     """
 
     def __init__(self, sources: Sequence[tuple[Tokens, float]], sequence_length: int, rows: int):
@@ -278,25 +284,21 @@ class HeldOut:
         ]
         self.sources = [tokens for tokens, _, _ in used]
         weights = np.array([weight for _, weight, _ in used], float)
-        self.shares = (
-            weights / weights.sum() if used else weights
-        )  # [sources], of the held-out loss; they add up to 1
+        # [sources]: shares of the held-out loss, which add up to 1.
+        self.shares = weights / weights.sum() if used else weights
         chosen = [
             _spread(count, max(1, round(share * rows)))
             for share, (_, _, count) in zip(self.shares, used, strict=True)
         ]
-        self.source = np.repeat(
-            np.arange(len(used)), [len(numbers) for numbers in chosen]
-        )  # [rows]
-        self.window = np.concatenate(
-            [np.zeros(0, np.int64), *chosen]
-        )  # [rows], number within the source
+        # [rows] each: the source of a row, and its number within the source.
+        self.source = np.repeat(np.arange(len(used)), [len(numbers) for numbers in chosen])
+        self.window = np.concatenate([np.zeros(0, np.int64), *chosen])
 
     def __len__(self) -> int:
         return len(self.window)
 
     def rows(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
-        """Rows of `Batches.rows`' form, by their numbers [n] from 0 to len - 1."""
+        """Return rows as `Batches.rows` does, by their numbers [n] from 0 to len - 1."""
         shape = (len(numbers), self._length + 1)
         rows = {name: np.zeros(shape, np.int32) for name in _NAMES}
         if any(tokens.prompt_lengths is not None for tokens in self.sources):
@@ -310,32 +312,32 @@ class HeldOut:
 
 
 def _spread(count: int, wanted: int) -> np.ndarray:
-    """``wanted`` of the numbers 0 to count - 1, the middle ones of as many equal parts; all where
+    """Return the middles of ``wanted`` equal parts of the numbers 0 to count - 1; all of them if
     there are fewer."""
     wanted = min(wanted, count)
     return (2 * np.arange(wanted, dtype=np.int64) + 1) * count // (2 * wanted)
 
 
 def _windows(tokens: Tokens, starts: np.ndarray, length: int) -> dict[str, np.ndarray]:
-    """The windows of ``length`` tokens from each start on, around the seam;
+    """Return the windows of ``length`` tokens from each start, which wrap around the seam;
     ``length <= len(tokens)``."""
     size = len(tokens)
-    places = starts[:, None] + np.arange(length)
-    wrapped = places >= size
-    document, opens = tokens.document_of(places - size * wrapped)
-    # Beyond the seam documents and places go on counting, so that the first document is not taken
-    # for one that the window began in.
+    index = starts[:, None] + np.arange(length)
+    wrapped = index >= size
+    document, opens = tokens.document_of(index - size * wrapped)
+    # Documents and indices continue to count beyond the seam; otherwise the first document could be
+    # taken for the one in which the window began.
     opens += size * wrapped
     begins = np.maximum(opens, starts[:, None])
     if tokens.prompt_lengths is not None:
-        answers = {"answers": places - opens >= tokens.prompt_lengths[document]}
+        answers = {"answers": index - opens >= tokens.prompt_lengths[document]}
     else:
         answers = {}
     document += tokens.documents * wrapped
     return {
         "tokens": tokens.read_windows(starts, length),
         "segment_ids": document - document[:, :1] + 1,
-        "positions": places - begins,
+        "positions": index - begins,
         **answers,
     }
 
@@ -343,11 +345,12 @@ def _windows(tokens: Tokens, starts: np.ndarray, length: int) -> dict[str, np.nd
 def permute(
     numbers: np.ndarray, size: int | np.ndarray, keys: np.ndarray | np.uint64
 ) -> np.ndarray:
-    """A bijection of [0, size) for each uint64 key, computed number by number, without a table.
-    Size and key are one for all numbers, or one for each.
+    """Map numbers by a bijection of [0, size) for each uint64 key, without a table. ``size`` and
+    ``keys`` are one for all numbers, or one for each.
 
-    Feistel network over the next power of four; what falls outside walks on along its cycle until
-    it is back inside (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
+    A Feistel network permutes the next power of four; a number that lands outside [0, size) is
+    mapped again until it is inside (Black and Rogaway 2002, "Ciphers with arbitrary finite
+    domains").
     """
     values = np.array(numbers, np.uint64)
     halves = [max(1, ((int(one) - 1).bit_length() + 1) // 2) for one in np.atleast_1d(size)]
@@ -372,7 +375,7 @@ def permute(
 
 
 def _keys(seed: int, purpose: int, source: int | np.ndarray, counter: np.ndarray) -> np.ndarray:
-    """uint64 keys, one for each counter, unlike those of any other seed, purpose or source."""
+    """Return uint64 keys, one for each counter; every seed, purpose and source has its own."""
     key = np.array([seed & (1 << 64) - 1], np.uint64)
     for value in (purpose, source):
         key = _mix(key ^ np.asarray(value, np.uint64))
@@ -380,8 +383,8 @@ def _keys(seed: int, purpose: int, source: int | np.ndarray, counter: np.ndarray
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
-    """splitmix64 (Steele, Lea and Flood 2014): each bit of the input changes half the bits of the
-    output."""
+    """Hash with splitmix64 (Steele, Lea and Flood 2014): each input bit changes half the output
+    bits."""
     values = values + np.uint64(0x9E3779B97F4A7C15)
     values = (values ^ values >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ values >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)

@@ -1,7 +1,7 @@
-"""The fifteen sources of MT-NLG and the share of the training samples that each gives.
+"""The fifteen sources of MT-NLG and their shares of the training samples.
 
 Source: Smith et al. 2022, arXiv 2201.11990, table 2. `configs/data/mtnlg.py` prepares them and
-`configs/mtnlg_530b.py` trains on them, so a source has one name in both.
+`configs/mtnlg_530b.py` trains on them under the same names.
 """
 
 WEIGHTS = {
@@ -22,7 +22,7 @@ WEIGHTS = {
     "GitHub": 0.01588,
 }
 
-# Web crawls: of two duplicates the copy in a curated source stays.
+# Web crawls have the lower priority: of two duplicates the copy in a curated source is kept.
 CRAWLS = ("Pile-CC", "CC-2020-50", "CC-2021-04", "CC-Stories")
 
 # Code and mathematics, where rules for prose would drop or change most documents.

@@ -13,7 +13,6 @@ from tokenizers import decoders
 
 from mtnlg_jax.data.prepare import describe, prepare
 from mtnlg_jax.data.recipe import report
-from mtnlg_jax.data.recipe.run import summary
 from mtnlg_jax.data.store.sources import open_tokens
 from mtnlg_jax.data.tokenizer import ByteLevelBPETokenizer, HubTokenizer, load_tokenizer
 
@@ -344,9 +343,9 @@ def test_a_recipe_reports_what_its_tokenizer_loses():
     about = {"kind": "sentencepiece", "vocab_size": 9, "losses": ["line ends", "case"]}
     info = {"stages": [stage], "tokens": {"train": 7, "heldout": 0}, "tokenizer": about}
     told = "it is not lossless; a text loses line ends, case"
-    assert told in summary(info)
+    assert told in describe(info)
     assert told in report._summary(info).replace("It is", "it is")
-    assert "lossless" not in summary(info | {"tokenizer": about | {"losses": []}})
+    assert "lossless" not in describe(info | {"tokenizer": about | {"losses": []}})
 
 
 def test_a_published_folder(shared, tmp_path):

@@ -6,8 +6,9 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from mtnlg_jax.data import prepare as module
-from mtnlg_jax.data.prepare import encode_long, encode_texts, prepare
+from mtnlg_jax.data import encode, heldout, spool
+from mtnlg_jax.data.encode import encode_long, encode_texts
+from mtnlg_jax.data.prepare import prepare
 from mtnlg_jax.data.read import long_texts
 from mtnlg_jax.data.read.documents import Document
 from mtnlg_jax.data.store import tokens
@@ -29,12 +30,12 @@ def _peak(function):
 
 def test_each_document_takes_50_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(tokens, "SHARD", 1 << 16)
-    monkeypatch.setattr(module, "_DOCUMENTS_AT_ONCE", 1 << 8)
+    monkeypatch.setattr(heldout, "_DOCUMENTS_AT_ONCE", 1 << 8)
 
     def run(count):
-        with module._Spool(str(tmp_path / "texts"), seed=0) as spool:
-            spool.fill(Document(str(number), "") for number in range(count))
-            train, held = module._split(spool, 0.5)
+        with spool.Spool(str(tmp_path / "texts"), seed=0) as texts:
+            texts.fill(Document(str(number), "") for number in range(count))
+            train, held = heldout.split(texts, 0.5)
             assert len(train) + len(held) == count and len(held) > count / 3
             writer = TokenWriter(tmp_path / "out", 300, "")
             for start, stop, _ in train.shuffled(np.uint64(3)):
@@ -59,7 +60,8 @@ def test_a_long_text_is_never_held(tmp_path, monkeypatch, gpt2_files):
     """Of 6 MB, in pieces of 200 KB; held at once it would take eleven times its size."""
     for place, name, value in (
         (long_texts, "PIECE", 200_000),
-        (module, "_PIECE", 200_000),
+        (spool, "_PIECE", 200_000),
+        (encode, "_PIECE", 200_000),
         (tokens, "SHARD", 1 << 18),
     ):
         monkeypatch.setattr(place, name, value)
@@ -105,7 +107,7 @@ def _odd_text(generator, length):
 
 
 def test_pieces_have_the_ids_of_the_whole(tokenizer, monkeypatch):
-    monkeypatch.setattr(module, "_PIECE", 100)
+    monkeypatch.setattr(encode, "_PIECE", 100)
     generator = np.random.default_rng(0)
     cut = 0
     for length in [0, 1, 30, 300, 3000] * 20:
@@ -124,13 +126,13 @@ def test_pieces_have_the_ids_of_the_whole(tokenizer, monkeypatch):
 
 def test_a_tokenizer_that_marks_the_beginning_of_a_text_is_not_cut(trained, monkeypatch):
     tokenizer = trained["bpe"]
-    encode = tokenizer.encode_batch
+    encode_batch = tokenizer.encode_batch
     monkeypatch.setattr(
         tokenizer,
         "encode_batch",
-        lambda texts, threads=1: [[7, *ids] for ids in encode(texts, threads)],
+        lambda texts, threads=1: [[7, *ids] for ids in encode_batch(texts, threads)],
     )
-    monkeypatch.setattr(module, "_PIECE", 100)
+    monkeypatch.setattr(encode, "_PIECE", 100)
     data = _long_text(0.01).encode()
     parts = list(encode_long(tokenizer, lambda start, stop: data[start:stop], 0, len(data)))
     assert len(parts) == 1 and parts[0][0] == tokenizer.encode(data.decode())
@@ -146,7 +148,8 @@ def test_what_is_prepared_does_not_depend_on_the_pieces(tmp_path, monkeypatch, g
     prints = []
     for number, piece in enumerate((1 << 23, 3000)):
         monkeypatch.setattr(long_texts, "PIECE", piece)
-        monkeypatch.setattr(module, "_PIECE", piece)
+        monkeypatch.setattr(spool, "_PIECE", piece)
+        monkeypatch.setattr(encode, "_PIECE", piece)
         chosen = str(gpt2_files) if kind == "gpt2" else kind
         info = prepare(
             tmp_path / "in",

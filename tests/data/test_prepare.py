@@ -1,5 +1,6 @@
 import errno
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -8,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from mtnlg_jax.data import prepare as module
+from mtnlg_jax.data.heldout import split
 from mtnlg_jax.data.prepare import describe, prepare
 from mtnlg_jax.data.read import documents
+from mtnlg_jax.data.spool import Spool
+from mtnlg_jax.data.store.prepared import read_prepared
 from mtnlg_jax.data.store.sources import open_tokens
-from mtnlg_jax.data.store.tokens import TokenWriter, read_prepared
+from mtnlg_jax.data.store.tokens import TokenWriter
 from mtnlg_jax.data.tokenizer import load_tokenizer
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launch/prepare_data.py"
@@ -107,10 +110,10 @@ def test_of_many_documents_whole_ones_are_held_out(many, tmp_path):
 
 @pytest.mark.parametrize("share", [0.11, 0.12, 0.13, 0.14, 0.15])
 def test_copies_of_a_text_stay_on_one_side(many, tmp_path, share):
-    with module._Spool(str(tmp_path / "texts"), seed=0) as spool:
+    with Spool(str(tmp_path / "texts"), seed=0) as spool:
         spool.fill(documents.read_documents(many))
         train, held = (
-            {spool.read(*span) for span in part.in_order()} for part in module._split(spool, share)
+            {spool.read(*span[:2]) for span in part.in_order()} for part in split(spool, share)
         )
     assert train and held and not train & held
 
@@ -159,6 +162,33 @@ def test_same_input_same_bytes(many, tmp_path):
     assert third["fingerprint"] != first["fingerprint"]
 
 
+# A fingerprint covers the tokenizer and every token and offset of both parts, as version 0.2.0 wrote
+# them. A change here means that prepared data can no longer be reproduced.
+_GOLDEN = {
+    ("few", "bpe", 0.1): "65877a8880c20f08d92bca07ab86871b8edf8c970db36ce2da31e4983234bbd6",
+    ("few", "bpe", 0.0): "b45835186ca9d720c80c2155e66ca3b4e88382cdff2b4d70053514266ebf520c",
+    ("few", "gpt2", 0.1): "165ef918bd225c7cb8e9bfbc15e835f0880ecb952d9689af8977b4441f5e712d",
+    ("few", "gpt2", 0.0): "7114435155c5ebdf67364f9f51359e2d1b1f105b45fe79e0db994049d18f8696",
+    ("many", "bpe", 0.1): "75f8383b419008c40f6552c5988da589994dc517a2d309a800b68979652289ca",
+    ("many", "bpe", 0.0): "a8cffee9724167bf2523c72020f1dbad6618bdbfe6daa0e0b91b1e0ac1764c2e",
+    ("many", "gpt2", 0.1): "57b534d8b7212e1240ab7808a8cfce6197bc7da059477dac03bdcc1355649862",
+    ("many", "gpt2", 0.0): "25a1fe750fe170513b69b31342b885803db10472a58186fdf4703e41e34eee35",
+}
+
+
+@pytest.mark.parametrize(("corpus", "tokenizer", "heldout"), _GOLDEN)
+def test_tokens_stay_as_they_were(few, many, gpt2_files, tmp_path, corpus, tokenizer, heldout):
+    """ "few" is text files of which the ends are held out, "many" JSON lines held out whole."""
+    info = prepare(
+        {"few": few, "many": many}[corpus],
+        tmp_path / "out",
+        tokenizer=str(gpt2_files) if tokenizer == "gpt2" else tokenizer,
+        heldout=heldout,
+        **SETTINGS,
+    )
+    assert info["fingerprint"] == _GOLDEN[corpus, tokenizer, heldout]
+
+
 def test_a_tokenizer_that_exists(few, gpt2_files, tmp_path):
     ours = prepare(few, tmp_path / "ours", **SETTINGS)
     again = prepare(
@@ -200,7 +230,7 @@ def test_an_output_that_exists_is_kept_until_the_new_one_is_whole(few, many, tmp
         def full(spool, documents):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        patch.setattr(module._Spool, "fill", full)
+        patch.setattr(Spool, "fill", full)
         with pytest.raises(OSError, match=f"No space left on device; nothing was kept: '{output}'"):
             prepare(many, output, overwrite=True, **SETTINGS)
     with monkeypatch.context() as patch:
@@ -215,14 +245,14 @@ def test_an_output_that_exists_is_kept_until_the_new_one_is_whole(few, many, tmp
         with pytest.raises(OSError, match=f"No space left on device; nothing was kept: '{output}'"):
             prepare(many, output, overwrite=True, **SETTINGS)
     with monkeypatch.context() as patch:
-        rename = module.os.rename
+        rename = os.rename
 
         def refuse(source, target):
             if ".partial-" in source:
                 raise OSError(errno.EIO, "Input/output error")
             rename(source, target)
 
-        patch.setattr(module.os, "rename", refuse)
+        patch.setattr(os, "rename", refuse)
         with pytest.raises(OSError, match="Input/output error"):
             prepare(many, output, overwrite=True, **SETTINGS)
     assert _content(output) == before and list(tmp_path.iterdir()) == [output]
@@ -252,7 +282,9 @@ def test_what_is_no_data_set_is_never_replaced(few, tmp_path):
     (tmp_path / "home/letter").write_text("dear")
     (tmp_path / "file").write_text("dear")
     for name in ("home", "file"):
-        with pytest.raises(FileExistsError, match="is no prepared data set .* and is not replaced"):
+        with pytest.raises(
+            FileExistsError, match="is not a prepared data set .* and is not replaced"
+        ):
             prepare(few, tmp_path / name, overwrite=True, **SETTINGS)
     assert (tmp_path / "home/letter").read_text() == (tmp_path / "file").read_text() == "dear"
 
@@ -260,7 +292,7 @@ def test_what_is_no_data_set_is_never_replaced(few, tmp_path):
 @pytest.mark.parametrize(
     "options, error, message",
     [
-        ({"heldout": 0.6}, ValueError, "heldout=0.6 must lie in 0 to 0.5"),
+        ({"heldout": 0.6}, ValueError, "heldout=0.6 must be in 0 to 0.5"),
         ({"heldout": float("nan")}, ValueError, "heldout=nan"),
         ({"on_error": "hope"}, ValueError, "on_error='hope'"),
         ({"text_key": "body"}, ValueError, "no 'text' among|no 'body' among text"),
@@ -284,7 +316,7 @@ def test_empty_corpus(tmp_path):
     (tmp_path / "in/c.pdf").write_bytes(b"%")
     with pytest.raises(ValueError, match="2 files read, 1 skipped, 1 documents empty, 1 damaged"):
         prepare(tmp_path / "in", tmp_path / "out", on_error="skip")
-    with pytest.raises(ValueError, match="lies inside the input"):
+    with pytest.raises(ValueError, match="is inside the input"):
         prepare(tmp_path / "in", tmp_path / "in/out")
 
 

@@ -1,5 +1,5 @@
-"""The last stages: tokenizer, tokens of each shard, and the arrays of each source, written shard of
-zarr by shard."""
+"""Tasks of the stage "tokens": the tokenizer, the tokens of each shard, and the zarr shards of the
+arrays of each source."""
 
 import hashlib
 from collections.abc import Iterator
@@ -9,31 +9,34 @@ import numpy as np
 
 from mtnlg_jax import storage
 from mtnlg_jax.data.batches import permute
-from mtnlg_jax.data.prepare import cut_place, encode_texts
-from mtnlg_jax.data.recipe.stages import Folder, Row, Shard, Task
+from mtnlg_jax.data.encode import encode_texts
+from mtnlg_jax.data.heldout import split_text
+from mtnlg_jax.data.recipe.stages import Folder, Shard, Task
 from mtnlg_jax.data.recipe.texts import load, save
 from mtnlg_jax.data.store.tokens import (
     SHARD,
     create_tokens,
-    finish_tokens,
+    open_for_writing,
     token_dtype,
+    token_meta,
+    write_meta,
+    write_offsets,
     write_shard,
 )
 from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 PARTS = ("train", "heldout")
-# Of fewer documents the ends of the long ones are held out: whole ones would be too large a share.
+# If there are fewer, hold out the ends of the long ones: whole ones would be too large a share.
 _FEW_DOCUMENTS = 1000
-_LEAST_CHARACTERS = 200  # of an end
-# What SentencePiece draws its 20 MB from: some of the shards are read, not a corpus of any size.
+# Bytes from which SentencePiece draws its 20 MB: only some shards of a large corpus are read.
 _TRAINING_TEXT = 200_000_000
 
 
 def tokenizer_task(
     shards: list[Shard], kind: str, vocab_size: int, heldout: float, seed: int
 ) -> Task:
-    """Trains a tokenizer of ``kind`` ("bpe", "unigram") on the training part, or brings that of the
-    path ``kind``."""
+    """Return the task that trains a tokenizer of ``kind`` ("bpe", "unigram") on the training part,
+    or copies the one at the path ``kind``."""
     if kind not in ("bpe", "unigram"):
         ready = load_tokenizer(kind)
         return Task("stages/tokenizer/task", _bring, (kind,), (ready.fingerprint,))
@@ -49,9 +52,8 @@ def tokenizer_task(
 def encode_tasks(
     shards: list[Shard], tokenizer: str, fingerprint: str, heldout: float, seed: int
 ) -> list[Task]:
-    """One for each shard: its documents in another order, cut into training and held-out part, as
-    tokens.
-    ``tokenizer``: its folder or URL."""
+    """Return a task for each shard, which shuffles its documents, splits off the held-out part and
+    encodes both. ``tokenizer`` is its folder or URL."""
     tails = _tails(shards)
     return [
         Task(
@@ -67,8 +69,8 @@ def encode_tasks(
 def array_tasks(
     encoded: list[Task], results: list[dict], place: str, part: str, seed: int, tokenizer: Tokenizer
 ) -> tuple[Task, list[Task]]:
-    """What makes the array ``place`` (sources/NAME/train, heldout) of what `encode_tasks` made: the
-    task that must be first, and one for each 16.8 million tokens."""
+    """Return the tasks that write the results of `encode_tasks` to ``place`` (sources/NAME/train,
+    heldout): one that must run first, and one for each 16.8 million tokens."""
     order = _order(len(encoded), seed)
     found = [results[number][part] for number in order]
     blobs = [
@@ -79,14 +81,9 @@ def array_tasks(
     counts = {
         what: sum(result[what] for result in found) for what in ("tokens", "documents", "bytes")
     }
-    meta = {
-        "dtype": token_dtype(tokenizer.vocab_size).name,
-        **counts,
-        "vocab_size": tokenizer.vocab_size,
-        "tokenizer": tokenizer.fingerprint,
-        "seed": seed,
-        "sha256": hashlib.sha256(repr(depends).encode()).hexdigest(),
-    }
+    # A hash of the hashes of all shards: nobody reads the tokens again to hash them.
+    sha256 = hashlib.sha256(repr(depends).encode()).hexdigest()
+    meta = token_meta(tokenizer.vocab_size, tokenizer.fingerprint, seed, counts, sha256)
     name = "stages/arrays/" + place.replace("/", "-")
     first = Task(name, _frame, (place, part, blobs, meta), depends)
     return first, [
@@ -102,20 +99,9 @@ def _order(count: int, seed: int) -> np.ndarray:
 
 
 def _tails(shards: list[Shard]) -> bool:
-    """Whether ends are held out, of every source alike: else a text could be on both sides."""
+    """Whether ends are held out, in all sources or none: otherwise copies of a text could be on
+    both sides."""
     return sum(shard.documents for shard in shards) < _FEW_DOCUMENTS
-
-
-def _split(row: Row, share: float, tail: bool, key: bytes) -> tuple[str, str]:
-    """The training part and the held-out part of a document; one of them is mostly empty."""
-    if tail and len(row.text) * share >= _LEAST_CHARACTERS:
-        place = cut_place(row.text, share)
-        return row.text[:place], row.text[place:]
-    digest = hashlib.blake2b(row.text.encode(), digest_size=8, key=key).digest()
-    held = (
-        int.from_bytes(digest, "little") < share * 2.0**64
-    )  # by the text: its copies are on the same side
-    return ("", row.text) if held else (row.text, "")
 
 
 def _bring(folder: Folder, name: str, kind: str) -> dict:
@@ -144,10 +130,9 @@ def _training_texts(
     folder: Folder, shards: list[Shard], tails: bool, heldout: float, seed: int
 ) -> Iterator[str]:
     size = 0
-    key = str(seed).encode()
     for shard in shards:
         for row in folder.rows(shard):
-            if text := _split(row, heldout, tails, key)[0]:
+            if text := split_text(row.text, heldout, tails, seed)[0]:
                 size += len(text.encode())
                 yield text
         if size > _TRAINING_TEXT:
@@ -155,9 +140,8 @@ def _training_texts(
 
 
 def _save(folder: Folder, tokenizer: Tokenizer) -> dict:
-    for old in storage.list_files(
-        folder.root, "tokenizer"
-    ):  # another kind's would be taken for this one's
+    # Files of another kind of tokenizer would be taken for those of this one.
+    for old in storage.list_files(folder.root, "tokenizer"):
         storage.remove_file(folder.root, old)
     for file, content in tokenizer.files().items():
         folder.write(f"tokenizer/{file}", content)
@@ -168,7 +152,7 @@ def _save(folder: Folder, tokenizer: Tokenizer) -> dict:
     }
 
 
-@lru_cache(maxsize=1)  # one a process, not one a task
+@lru_cache(maxsize=1)  # kept by a process from task to task
 def _tokenizer(place: str, fingerprint: str) -> Tokenizer:
     return load_tokenizer(place)
 
@@ -185,8 +169,9 @@ def _encode(
 ) -> dict:
     tokenizer = _tokenizer(place, fingerprint)
     rows = folder.rows(shard)
-    key = str(seed).encode()
-    split = [_split(rows[number], heldout, tail, key) for number in _order(len(rows), seed)]
+    split = [
+        split_text(rows[number].text, heldout, tail, seed) for number in _order(len(rows), seed)
+    ]
     result = {}
     for part, texts in zip(PARTS, zip(*split, strict=True), strict=True):
         texts = [text for text in texts if text]
@@ -210,7 +195,9 @@ def _frame(
 ) -> dict:
     location = storage.join(folder.root, place)
     create_tokens(location, meta["vocab_size"], meta["tokens"])
-    finish_tokens(location, (load(folder, f"{blob[0]}.{part}.lengths") for blob in blobs), meta)
+    lengths = (load(folder, f"{encoded}.{part}.lengths") for encoded, _ in blobs)
+    write_offsets(location, lengths, meta["documents"])
+    write_meta(location, meta)
     folder.note(f"{place}/meta.json")
     return meta
 
@@ -227,6 +214,7 @@ def _shard(
             tokens = load(folder, f"{blob}.{part}.tokens")
             pieces.append(tokens[max(0, low - start) : high - start])
         start += count
-    write_shard(storage.join(folder.root, place), number, np.concatenate(pieces))
+    stored = open_for_writing(storage.join(folder.root, place))
+    write_shard(stored, number, np.concatenate(pieces))
     folder.note(f"{place}/tokens/c/{number}")
     return {}

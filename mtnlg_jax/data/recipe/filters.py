@@ -1,5 +1,4 @@
-"""Stages that take text for what it says: test sets cut out, and what a classifier learnt to leave
-out."""
+"""Tasks that remove text for its content: test sets, and what a classifier rejects."""
 
 import json
 from collections import Counter
@@ -27,10 +26,11 @@ LEAK = "holds text of a test set"
 
 
 def test_files(config: DecontaminationConfig, report: ReadReport | None = None) -> list[File]:
-    """The files of the test sets, each once; what of their folders is left out is counted in
-    ``report``. Raises FileNotFoundError, or ValueError where a test set has none that can be
-    read."""
-    files = {}
+    """Return the files of the test sets, each once; ``report`` counts the files left out.
+
+    Raises FileNotFoundError, or ValueError if a test set has no file that can be read.
+    """
+    files: dict[str, File] = {}
     for path in config.test_sets:
         if find(path) is None:
             raise FileNotFoundError(
@@ -39,7 +39,8 @@ def test_files(config: DecontaminationConfig, report: ReadReport | None = None) 
         readable = list_files(path, report, kinds=TEST_KINDS)
         if not readable:
             raise ValueError(
-                f"test set {path} holds none of {' '.join(TEST_KINDS)} (also compressed); convert it"
+                f"test set {path} holds none of {' '.join(TEST_KINDS)} (also compressed); convert "
+                "it"
             )
         for file in readable:
             files.setdefault(file.real or file.path, file)
@@ -49,10 +50,12 @@ def test_files(config: DecontaminationConfig, report: ReadReport | None = None) 
 def test_ngrams(
     folder: Folder, name: str, files: list[File], config: DecontaminationConfig, encoding: str
 ) -> dict:
-    """NAME.keys: the n-grams of the test sets, a line each. "fields": by field, how many texts
-    counted, were too short to make an n-gram, or did not count: numbers, and fields that
-    ``test_keys`` does not name."""
-    fields = {}
+    """Write NAME.keys: the n-grams of the test sets, a line each.
+
+    "fields" in the result counts, by field, texts that were used, were too short for an n-gram, or
+    were left out: numbers, and fields that ``test_keys`` does not name.
+    """
+    fields: dict[str, dict[str, int]] = {}
 
     def texts() -> Iterator[str]:
         for file in files:
@@ -73,7 +76,7 @@ def test_ngrams(
 
 
 def fields_note(fields: dict[str, dict[str, int]], config: DecontaminationConfig) -> str:
-    """Which fields of the test sets counted, and which did not and why."""
+    """Describe which fields of the test sets were used, and why others were not."""
     reasons = {
         "too short": f"under {config.algorithm.min_words} words",
         "left out": "not named by test_keys, or not text"
@@ -87,15 +90,15 @@ def fields_note(fields: dict[str, dict[str, int]], config: DecontaminationConfig
     for what, why in reasons.items():
         named = [f"{field} ({counts[what]:,})" for field, counts in fields.items() if counts[what]]
         if named:
-            parts.append(f"Texts that did not count, {why}: {', '.join(named)}.")
+            parts.append(f"Texts not used, {why}: {', '.join(named)}.")
     return " ".join(parts)
 
 
 def leaks(
     folder: Folder, name: str, shard: Shard, tests: str, key: str, config: DecontaminationConfig
 ) -> dict:
-    """How often each n-gram occurs in the shard."""
-    counts = Counter()
+    """Count each n-gram of the test sets in the shard."""
+    counts: Counter[str] = Counter()
     found = _ngrams(folder.root, tests, key, config)
     for row in folder.rows(shard):
         counts.update(frequencies(row.text, found))
@@ -110,8 +113,8 @@ def rare_ngrams(
     counted: list[str],
     config: DecontaminationConfig,
 ) -> dict:
-    """NAME.keys: those that are found less often than the threshold in all of the corpus."""
-    counts = Counter()
+    """Write NAME.keys: the n-grams found less often than the threshold in the whole corpus."""
+    counts: Counter[str] = Counter()
     for task in counted:
         counts.update(json.loads(folder.read(task + ".json"))["result"]["counts"])
     every = _ngrams(folder.root, tests, key, config)
@@ -127,6 +130,7 @@ def rare_ngrams(
 def decontaminated(
     folder: Folder, name: str, shard: Shard, rare: str, key: str, config: DecontaminationConfig
 ) -> dict:
+    """Write the shard with the n-grams of the test sets, and the text around them, cut out."""
     tally = Tally()
     kept = []
     found = _ngrams(folder.root, rare, key, config)
@@ -155,29 +159,36 @@ def classifier(
     encoding: str,
     config: QualityConfig,
 ) -> dict:
-    """NAME.quality.*: what was learnt from the two."""
-    texts = [
+    """Write NAME.quality.*: a classifier trained on good and bad files."""
+    good_texts, bad_texts = (
         [
             document.text
             for file in files
             for document in read_file(file, text_key, encoding=encoding)
         ]
         for files in (good, bad)
-    ]
-    learnt = train(*texts, config.classifier)
-    for file, content in learnt.files().items():
+    )
+    trained = train(good_texts, bad_texts, config.classifier)
+    for file, content in trained.files().items():
         folder.write(f"{name}.{file}", content)
-    return learnt.result
+    return trained.result
 
 
 def good_rows(
-    folder: Folder, name: str, shard: Shard, learnt: str, key: str, seed: int, config: QualityConfig
+    folder: Folder,
+    name: str,
+    shard: Shard,
+    trained: str,
+    key: str,
+    seed: int,
+    config: QualityConfig,
 ) -> dict:
+    """Write the shard without most documents that the classifier ``trained`` finds bad."""
     tally = Tally()
     left = []
     rows = folder.rows(shard)
     texts = [row.text for row in rows]
-    scores = _classifier(folder.root, learnt, key).scores(texts)
+    scores = _classifier(folder.root, trained, key).scores(texts)
     for row, score, keep in zip(rows, scores, kept(scores, texts, seed, config.alpha), strict=True):
         tally.came(row)
         if keep:
@@ -198,6 +209,7 @@ def good_rows(
 
 
 def files_of(paths: tuple[str, ...], report: ReadReport | None = None) -> list[File]:
+    """Return the readable files of ``paths``; ``report`` counts those left out."""
     return [file for path in paths for file in list_files(path, report)]
 
 
@@ -205,7 +217,7 @@ def _save(folder: Folder, name: str, found: NGrams) -> None:
     folder.write(name + ".keys", "\n".join(sorted(found.keys)).encode())
 
 
-@lru_cache(maxsize=2)  # one a process, not one a task
+@lru_cache(maxsize=2)  # kept by a process from task to task
 def _ngrams(root: str, name: str, key: str, config: DecontaminationConfig) -> NGrams:
     return NGrams(
         frozenset(Folder(root).read(name + ".keys").decode().split("\n")) - {""}, config.algorithm

@@ -1,5 +1,5 @@
-"""report.html: what came in, what each stage took and why, with examples; one file that needs no
-network."""
+"""Render report.html: the input, what each stage removed and why, with examples. It is one file
+that needs no network."""
 
 import base64
 import html
@@ -7,35 +7,33 @@ import io
 from collections.abc import Iterable
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, "Noto Sans CJK SC", sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em;
-  color: #222 }
+body { font: 15px/1.5 system-ui, "Noto Sans CJK SC", sans-serif; max-width: 62em; margin: 2em auto;
+  padding: 0 1em; color: #222 }
 h1 { font-size: 1.6em } h2 { font-size: 1.25em; margin-top: 2em; border-bottom: 1px solid #ccc }
 table { border-collapse: collapse; margin: 1em 0 }
 th, td { padding: .2em .8em; text-align: right; border-bottom: 1px solid #eee }
 th { text-align: right; font-weight: 600 } td:first-child, th:first-child { text-align: left }
 .wide td, .wide th { text-align: left; vertical-align: top }
 .bar { background: #4a7ab5; height: .8em; display: inline-block }
-details { margin: .4em 0 } summary { cursor: pointer } blockquote { margin: .3em 0 .8em 1em; padding-left: .8em;
-border-left: 3px solid #ddd; white-space: pre-wrap; overflow-wrap: anywhere } code { overflow-wrap: anywhere }
+details { margin: .4em 0 } summary { cursor: pointer }
+blockquote { margin: .3em 0 .8em 1em; padding-left: .8em; border-left: 3px solid #ddd;
+  white-space: pre-wrap; overflow-wrap: anywhere }
+code { overflow-wrap: anywhere }
 .place { color: #777; font-size: .9em } del { background: #fdd } img { max-width: 100% }
 """
-_LENGTHS = [1 << power for power in range(4, 25)]  # bytes
+_LENGTHS = [1 << power for power in range(4, 25)]  # bytes, upper limits of the bins
 BINS = len(_LENGTHS) + 1  # of a histogram of lengths
 
 
 def bin_of(size: int) -> int:
-    """The bin of a document of ``size`` bytes in the histograms of lengths."""
+    """Return the bin of a document of ``size`` bytes in the histograms of lengths."""
     return next((index for index, limit in enumerate(_LENGTHS) if size < limit), len(_LENGTHS))
 
 
 def render(info: dict) -> str:
-    """The page of what `mtnlg_jax.data.recipe.run.make` returns."""
+    """Return the HTML page for the result of `mtnlg_jax.data.recipe.run.make`."""
     parts = [f"<h1>{_text(info['name'])}</h1>", _summary(info), _flow(info["stages"])]
-    parts += [
-        _image(
-            _lengths(info["stages"]), "documents by length, as they came in and as they are kept"
-        )
-    ]
+    parts += [_image(_lengths(info["stages"]), "documents by length, as read and as kept")]
     parts += [_stage(stage) for stage in info["stages"]]
     if "blend" in info:
         parts += ["<h2>Blend</h2>", _blend(info)]
@@ -80,8 +78,9 @@ def _summary(info: dict) -> str:
     ]
     if "tokens" in info:
         lines += [
-            f"{info['tokens']['train']:,} tokens to train on, {info['tokens']['heldout']:,} held out; the "
-            f"tokenizer ({_text(info['tokenizer']['kind'])}) has {info['tokenizer']['vocab_size']:,} pieces."
+            f"{info['tokens']['train']:,} tokens to train on, {info['tokens']['heldout']:,} held "
+            f"out; the tokenizer ({_text(info['tokenizer']['kind'])}) has "
+            f"{info['tokenizer']['vocab_size']:,} pieces."
         ]
         if losses := info["tokenizer"].get("losses"):
             lines.append(f"It is not lossless; a text loses {_text(', '.join(losses))}.")
@@ -94,7 +93,7 @@ def _flow(stages: list[dict]) -> str:
     for stage in stages:
         before, after = stage["documents"]
         size_before, size_after = stage["bytes"]
-        taken = f"{size_before - size_after:,}" if size_before else ""
+        removed = f"{size_before - size_after:,}" if size_before else ""
         share = f"{(size_before - size_after) / size_before:.2%}" if size_before else ""
         rows.append(
             [
@@ -102,13 +101,13 @@ def _flow(stages: list[dict]) -> str:
                 f"{before:,}" if size_before else "",
                 f"{after:,}",
                 _size(size_after),
-                taken,
+                removed,
                 share,
                 _bar(size_after, most),
             ]
         )
     return _table(
-        ["stage", "documents in", "documents out", "text out", "bytes taken", "share", ""], rows
+        ["stage", "documents in", "documents out", "text out", "bytes removed", "share", ""], rows
     )
 
 
@@ -131,7 +130,7 @@ def _stage(stage: dict) -> str:
             )
         )
     elif stage["bytes"][0]:
-        parts.append("<p>Nothing was taken.</p>")
+        parts.append("<p>Nothing was removed.</p>")
     for name, values in stage.get("tables", {}).items():
         rows = sorted(values.items(), key=lambda item: (-item[1], item[0]))
         parts.append(
@@ -174,7 +173,8 @@ def _lengths(stages: list[dict]):
 def _image(figure, words: str) -> str:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
-    return f"<img alt='{_text(words)}' src='data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}'>"
+    content = base64.b64encode(file.getvalue()).decode()
+    return f"<img alt='{_text(words)}' src='data:image/png;base64,{content}'>"
 
 
 def _blend(info: dict) -> str:
@@ -191,7 +191,7 @@ def _blend(info: dict) -> str:
     ]
     return (
         _table(["source", "documents", "tokens", "bytes / token", "weight", "epochs"], rows)
-        + f"<p>Epochs: how often {info['train_tokens']:,} tokens of training go through each source.</p>"
+        + f"<p>Epochs of each source in {info['train_tokens']:,} tokens of training.</p>"
     )
 
 

@@ -1,5 +1,4 @@
-"""What a recipe is: a frozen dataclass that a file of configs/data gives, as configs/*.py give a
-run's."""
+"""The settings of a recipe: frozen dataclasses, which a file of configs/data returns."""
 
 import dataclasses
 import re
@@ -16,32 +15,33 @@ from mtnlg_jax.data.read import charsets
 from mtnlg_jax.data.read.documents import READABLE, list_files
 from mtnlg_jax.data.read.open_files import find
 
-# In this order; what is left out is passed over. "read" is always first.
+# In this order; a recipe may skip some. "read" is always first.
 STAGES = ("clean", "duplicates", "paragraphs", "decontaminate", "quality", "tokens")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Text that has a weight of its own: files and folders (paths, gs://, s3://); relative ones lie
+    """Text with a weight of its own: files and folders (paths, gs://, s3://); relative ones are
     below --input."""
 
     name: str = ""
     paths: tuple[str, ...] = field(default=(), metadata=PATH)
-    weight: float | None = (
-        None  # of the samples in training, relative to the others; None for all: by their tokens
-    )
-    priority: int = 0  # of duplicates the one whose source has the highest stays
-    text_key: str = (
-        "text"  # key or column of the text in JSON and Parquet; of "a|b" the first that is there
-    )
-    settings: tuple[str, ...] = ()  # of "clean", for this source alone: ("clean.min_tokens=16",)
-    skip_stages: tuple[str, ...] = ()  # of STAGES[:-1]; what this source's text passes unchanged
+    # Relative share of the training samples. None in all sources: by their tokens.
+    weight: float | None = None
+    # Of duplicates the one in the source of the highest priority is kept.
+    priority: int = 0
+    # Key or column of the text in JSON and Parquet; of "a|b" the first that exists.
+    text_key: str = "text"
+    # Settings of "clean" for this source alone: ("clean.min_tokens=16",).
+    settings: tuple[str, ...] = ()
+    # Stages (of STAGES[:-1]) that leave the text of this source unchanged.
+    skip_stages: tuple[str, ...] = ()
 
 
-# A source of code or mathematics: `Source(name, paths, **TECHNICAL_TEXT)`. Its text is judged by
-# its length alone, and changed by nothing but the masks of personal data and the cuts of test sets.
-# Repetition is the nature of code, so blocks that other files hold too stay; whole files that are
-# alike do not.
+# For a source of code or mathematics: `Source(name, paths, **TECHNICAL_TEXT)`. Its documents are
+# dropped only for their length, and changed only to mask personal data and to cut out test sets.
+# Code repeats itself, so blocks that also occur in other files are kept; near-duplicate files are
+# not.
 TECHNICAL_TEXT = {
     "settings": (
         "clean.prose_rules=false",
@@ -56,7 +56,7 @@ TECHNICAL_TEXT = {
 
 @dataclass(frozen=True)
 class ParagraphConfig:
-    """Paragraphs that came before, letter for letter but for case and white space."""
+    """Removal of paragraphs already seen in the corpus, ignoring case and white space."""
 
     min_length: int = 80  # characters; shorter ones may repeat
     min_left: int = 200  # characters that a document must keep
@@ -64,30 +64,31 @@ class ParagraphConfig:
 
 @dataclass(frozen=True)
 class DecontaminationConfig:
-    """Test sets that a model must not have seen, and how they are cut out."""
+    """Removal of test sets from the text."""
 
     # Files and folders of .jsonl, .json, .txt, .csv, .tsv, .parquet, also compressed.
     test_sets: tuple[str, ...] = field(default=(), metadata=PATH)
-    test_keys: tuple[
-        str, ...
-    ] = ()  # fields of their rows that count; none named: all, however deep they lie
+    # Fields of their rows to search for; empty: all, nested ones included.
+    test_keys: tuple[str, ...] = ()
     algorithm: Decontamination = field(default_factory=Decontamination)
 
 
 @dataclass(frozen=True)
 class QualityConfig:
-    """What is like the user's good text stays, by the Pareto rule of GPT-3 (Brown 2020, appendix
-    A)."""
+    """Selection of documents similar to given good text, by the Pareto rule of GPT-3 (Brown 2020,
+    appendix A)."""
 
-    good: tuple[str, ...] = field(default=(), metadata=PATH)  # files and folders of text to be like
+    # Files and folders of text.
+    good: tuple[str, ...] = field(default=(), metadata=PATH)
     bad: tuple[str, ...] = field(default=(), metadata=PATH)
-    alpha: float = 9.0  # of the Pareto distribution: the higher, the fewer of the bad are kept
+    # Of the Pareto distribution: a higher alpha keeps fewer bad documents.
+    alpha: float = 9.0
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """From text to tokens. ``sources`` empty: every folder and file of --input is one."""
+    """All settings, from text to tokens. Without ``sources`` each folder of --input is one."""
 
     name: str = "data"
     sources: tuple[Source, ...] = ()
@@ -97,23 +98,21 @@ class Recipe:
     paragraphs: ParagraphConfig = field(default_factory=ParagraphConfig)
     decontamination: DecontaminationConfig = field(default_factory=DecontaminationConfig)
     quality: QualityConfig = field(default_factory=QualityConfig)
-    # bpe or unigram: trained on the result; or the path of one.
+    # bpe or unigram, trained on the result; or the path of an existing one.
     tokenizer: str = field(default="bpe", metadata=PATH)
-    vocab_size: int = 8000  # of one to train
+    vocab_size: int = 8000  # of a tokenizer to train
     heldout: float = 0.02  # share of the text, 0 to 0.5
-    train_tokens: int | None = (
-        None  # for how many tokens the epochs are told; None: those of one epoch
-    )
+    train_tokens: int | None = None  # token budget used to report epochs; None: one epoch
     seed: int = 0
     on_error: str = "raise"  # raise | skip: damaged input
-    encoding: str = ""  # of text that is not UTF-8 and does not say so, as cp1252 or gb18030
+    encoding: str = ""  # of text that is not UTF-8 and does not declare one: cp1252, gb18030
     max_document_bytes: int = 256 << 20
-    text_key: str = "text"  # of sources that no recipe names
-    shard_bytes: int = 64 << 20  # text that a task holds
+    text_key: str = "text"  # `Source.text_key` if the recipe names no sources
+    shard_bytes: int = 64 << 20  # text held by a task
 
 
 def load_recipe(path: str, overrides: tuple[str, ...] = ()) -> Recipe:
-    """``get_config()`` of a file, with "section.key=value" applied. Raises FileNotFoundError or
+    """Load ``get_config()`` of a file and apply "section.key=value". Raises FileNotFoundError or
     ValueError."""
     recipe = load_object(path, Recipe, overrides)
     validate(recipe)
@@ -121,19 +120,20 @@ def load_recipe(path: str, overrides: tuple[str, ...] = ()) -> Recipe:
 
 
 def validate(recipe: Recipe) -> None:
-    """Raises ValueError in one line that names the value, the limit and the way out."""
+    """Check a recipe. Raises ValueError in one line with the value, the limit and a remedy."""
     for stage in recipe.stages:
         if stage not in STAGES:
-            raise ValueError(f"stages: {stage!r} is not known; it is one of {', '.join(STAGES)}")
+            raise ValueError(f"unknown stage {stage!r}; choose among {', '.join(STAGES)}")
     ordered = tuple(stage for stage in STAGES if stage in recipe.stages)
     if recipe.stages != ordered:
         raise ValueError(
-            f"stages={','.join(recipe.stages)} must each come once and in this order: {','.join(ordered)}"
+            f"stages={','.join(recipe.stages)} must each come once and in this order: "
+            f"{','.join(ordered)}"
         )
     if not 0 <= recipe.heldout <= 0.5:
-        raise ValueError(f"heldout={recipe.heldout} must lie in 0 to 0.5")
+        raise ValueError(f"heldout={recipe.heldout} must be in 0 to 0.5")
     if recipe.on_error not in ("raise", "skip"):
-        raise ValueError(f"on_error={recipe.on_error!r} is not known; use 'raise' or 'skip'")
+        raise ValueError(f"unknown on_error={recipe.on_error!r}; use 'raise' or 'skip'")
     charsets.check(recipe.encoding)
     for name in ("shard_bytes", "max_document_bytes", "vocab_size"):
         if getattr(recipe, name) < 1:
@@ -142,7 +142,7 @@ def validate(recipe: Recipe) -> None:
     for name in names:
         if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
             raise ValueError(
-                f"source {name!r}: a name is made of letters, digits, '_', '-' and '.'"
+                f"source {name!r}: a name consists of letters, digits, '_', '-' and '.'"
             )
         if names.count(name) > 1:
             raise ValueError(f"two sources have the name {name!r}; give each its own")
@@ -152,7 +152,8 @@ def validate(recipe: Recipe) -> None:
         for stage in source.skip_stages:
             if stage not in STAGES[:-1]:
                 raise ValueError(
-                    f"source {source.name!r}: skip_stages holds {stage!r}; choose among {', '.join(STAGES[:-1])}"
+                    f"source {source.name!r}: skip_stages holds {stage!r}; choose among "
+                    f"{', '.join(STAGES[:-1])}"
                 )
         if not source.paths:
             raise ValueError(f"source {source.name!r} has no paths; name its files or folders")
@@ -166,24 +167,27 @@ def validate(recipe: Recipe) -> None:
             f"source {lacking!r} has no weight while others have one; give all of them one, or none"
         )
     if weights and not any(weights):
-        raise ValueError("the weights of all sources are 0; give at least one that is above")
+        raise ValueError("the weights of all sources are 0; raise at least one")
     quality = recipe.quality
     if bool(quality.good) != bool(quality.bad):
-        raise ValueError("quality.good and quality.bad go together: a classifier learns from both")
+        raise ValueError(
+            "quality.good and quality.bad go together: a classifier is trained on both"
+        )
     if not quality.alpha > 0:
         raise ValueError(f"quality.alpha={quality.alpha} must be above 0")
 
 
 def clean_config(recipe: Recipe, name: str) -> CleanConfig:
-    """The settings of "clean" for the source ``name``: the recipe's, changed by the source's own.
+    """Return the settings of "clean" for the source ``name``: the recipe's with its own applied.
 
-    Raises ValueError where a setting does not exist or has no such value."""
+    Raises ValueError if a setting does not exist or does not take its value.
+    """
     source = next(source for source in recipe.sources if source.name == name)
     for setting in source.settings:
         if not setting.startswith("clean."):
             raise ValueError(
-                f"source {name!r}: settings holds {setting!r}; only those of clean differ by source, as in "
-                "'clean.min_tokens=16'"
+                f"source {name!r}: settings holds {setting!r}; only those of clean differ by "
+                "source, as 'clean.min_tokens=16'"
             )
     try:
         return override(recipe, *source.settings).clean
@@ -192,8 +196,11 @@ def clean_config(recipe: Recipe, name: str) -> CleanConfig:
 
 
 def with_sources(recipe: Recipe, root: str | None) -> Recipe:
-    """``recipe`` with the paths of its sources below ``root``; without sources of its own, one for
-    each entry of root. Sources of weight 0 are left out. Raises FileNotFoundError or ValueError."""
+    """Return ``recipe`` with the paths of its sources below ``root``.
+
+    A recipe without sources gets one for each entry of ``root``. Sources of weight 0 are removed.
+    Raises FileNotFoundError or ValueError.
+    """
     if not recipe.sources:
         if root is None:
             raise ValueError("the recipe names no sources; give a folder of text with --input")
@@ -212,11 +219,9 @@ def with_sources(recipe: Recipe, root: str | None) -> Recipe:
 
 
 def _below(root: str | None, path: str) -> str:
-    return (
-        path
-        if root is None or storage.is_remote(path) or Path(path).is_absolute()
-        else storage.join(root, path)
-    )
+    if root is None or storage.is_remote(path) or Path(path).is_absolute():
+        return path
+    return storage.join(root, path)
 
 
 def _entries(root: str) -> tuple[Source, ...]:
@@ -229,16 +234,16 @@ def _entries(root: str) -> tuple[Source, ...]:
     if "" in entries:
         if len(entries) > 1:
             raise ValueError(
-                f"{root} holds files beside folders; put them into a folder of their own, or name the "
-                "sources in the recipe"
+                f"{root} holds both files and folders; move the files to a folder of their own, or "
+                "name the sources in the recipe"
             )
         return (Source("files", (root,)),)
     names = [re.sub(r"[^\w.-]", "_", entry) for entry in entries]
     for name, entry in zip(names, entries, strict=True):
         if names.count(name) > 1:
             raise ValueError(
-                f"{root}: the folder {entry!r} would be the source {name!r}, as another one is; rename "
-                "it, or name the sources in the recipe"
+                f"{root}: two folders, {entry!r} among them, would be the source {name!r}; rename "
+                "one, or name the sources in the recipe"
             )
     return tuple(
         Source(name, (storage.join(root, entry),))

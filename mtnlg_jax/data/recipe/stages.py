@@ -1,11 +1,12 @@
-"""Stages: tasks over files, done by any number of processes or machines, stopped and taken up again
-at any moment.
+"""Tasks over files, done by any number of processes or machines, which can be interrupted and
+resumed at any time.
 
-A task's result depends on what it is given alone, never on who does it or when. Its record, written
-last, holds the
-task's key: a hash of the function's name, the settings and the keys of all that it reads. A task
-whose record has its key is done; another input or setting gives another key, for it and for all
-that comes after.
+The result of a task depends only on its arguments, not on where or when it runs. Its record, which
+is written last, holds the task's key: a hash of the function's name, the settings and the keys of
+everything it reads. A task is done if its record has its key. Another input or setting changes the
+key of the task and of all that depend on it.
+
+The name includes the function's module: to move or rename a function makes every corpus again.
 """
 
 import contextlib
@@ -28,11 +29,11 @@ from tqdm import tqdm
 
 from mtnlg_jax import __version__, storage
 
-_GROUP = 256  # rows that are packed together
+_GROUP = 256  # rows of a Parquet row group
 
 
 class Row(NamedTuple):
-    """A document: its text, and where it came from (source, path below that, line or piece)."""
+    """A document: its text, and its origin ``place`` (source, path below it, line or piece)."""
 
     text: str
     place: str
@@ -40,8 +41,8 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of rows below the root: ``name`` without its suffix, the source it belongs to,
-    ``documents`` in it, and the key of what it depends on."""
+    """A file of rows below the root: its ``name`` without suffix, its source, the number of
+    ``documents``, and the key of the task that wrote it."""
 
     name: str
     source: str
@@ -55,11 +56,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class Task:
-    """``function(folder, name, *given)`` writes files through the `Folder`, and returns what JSON
-    can hold; its record is ``name`` with ".json".
+    """``function(folder, name, *given)`` writes files through the `Folder`, and returns a value for
+    JSON; the record is ``name`` with ".json".
 
-    ``depends`` are keys, or anything of which the repr says all that ``given`` says and no place of
-    this machine."""
+    ``depends`` are keys, or values whose repr identifies ``given`` without machine paths.
+    """
 
     name: str
     function: Callable[..., dict]
@@ -73,20 +74,20 @@ class Task:
 
 
 class Runner:
-    """Does tasks below ``root``, a folder or a URL that every process can reach.
+    """Run tasks below ``root``, a folder or a URL that every process can reach.
 
     ``engine(function, tasks)`` yields (number, function(task)) in any order: `in_processes` or
-    `on_ray`."""
+    `on_ray`.
+    """
 
     def __init__(self, root: str, engine: Callable, progress: bool = True):
-        self.root = root  # None: on a terminal only
+        self.root = root
         self._engine = engine
-        self._silent = None if progress else True
+        self._silent = None if progress else True  # None: a bar on a terminal only
         self._kept: set[str] = set()
 
     def run(self, label: str, tasks: list[Task]) -> list[dict]:
-        """The results of ``tasks``, in their order; those that are done already are not done
-        again."""
+        """Run the ``tasks`` that are not done, and return the results of all in their order."""
         records = [_record(self.root, task) for task in tasks]
         missing = [number for number, record in enumerate(records) if record is None]
         with tqdm(
@@ -107,15 +108,15 @@ class Runner:
 
     @property
     def folder(self) -> "Folder":
-        """To read what tasks wrote."""
+        """The folder of the tasks, to read what they wrote."""
         return Folder(self.root)
 
     def is_done(self, task: Task) -> bool:
         return _record(self.root, task) is not None
 
     def prune(self, folder: str) -> None:
-        """Removes the files below ``folder`` that no task of this runner made: of other inputs or
-        settings, or of a process that was killed."""
+        """Remove files below ``folder`` that no task of this runner made: those of other inputs or
+        settings, or of a killed process."""
         for name in storage.list_files(self.root, folder):
             if name not in self._kept:
                 storage.remove_file(self.root, name)
@@ -125,30 +126,27 @@ def _record(root: str, task: Task) -> dict | None:
     content = storage.read_file(root, task.name + ".json")
     try:
         record = json.loads(content) if content else None
-        whole = (
-            record
-            and record["key"] == task.key
-            and all(storage.exists(root, name) for name in record["files"])
-        )
+        if record is None or record["key"] != task.key:
+            return None
+        whole = all(storage.exists(root, name) for name in record["files"])
         return record if whole else None
     except (ValueError, KeyError, TypeError):
-        return None  # a damaged record: its task is done again
+        return None  # a damaged record: run its task again
 
 
 def _do(root: str, task: Task) -> dict:
-    # First: a record of what was made before must not vouch for files that are about to be written
-    # over.
+    # First of all: an earlier record must not vouch for files that are about to be overwritten.
     storage.remove_file(root, task.name + ".json")
     files: list[str] = []
     result = task.function(Folder(root, files), task.name, *task.given)
     record = {"key": task.key, "files": files, "result": result}
     content = json.dumps(record, ensure_ascii=False, indent=1).encode()
     storage.write_file(root, task.name + ".json", content)
-    return json.loads(content)  # as it would be read: tuples are lists, keys are strings
+    return json.loads(content)  # as a later run will read it: tuples are lists, keys are strings
 
 
 class Folder:
-    """What a task reads and writes below the root; it notes what is written."""
+    """The files below the root for a task, with a list of those it wrote."""
 
     def __init__(self, root: str, written: list[str] | None = None):
         self.root = root
@@ -159,7 +157,7 @@ class Folder:
         if content is None:
             raise ValueError(
                 f"{storage.join(self.root, name)} is missing, though its stage was done; remove "
-                f"{storage.join(self.root, name.split('/')[0])} to have that stage done again"
+                f"{storage.join(self.root, name.split('/')[0])} to run that stage again"
             )
         return content
 
@@ -168,7 +166,7 @@ class Folder:
         self.note(name)
 
     def note(self, name: str) -> None:
-        """Files that something else wrote for the task."""
+        """Record a file that other code wrote for the task."""
         self._written.append(name)
 
     def rows(self, shard: Shard) -> list[Row]:
@@ -179,19 +177,18 @@ class Folder:
         ]
 
     def some_rows(self, shard: Shard, numbers: np.ndarray) -> dict[int, Row]:
-        """Those of ``numbers``, sorted; only the groups of rows that hold them are unpacked."""
+        """Return the rows at ``numbers``, which are sorted; reads only their row groups."""
         with pyarrow.parquet.ParquetFile(
             pyarrow.BufferReader(self.read(shard.name + ".parquet"))
         ) as file:
             groups = np.unique(numbers // _GROUP)
             table = file.read_row_groups(groups.tolist())
-        places = np.searchsorted(groups, numbers // _GROUP) * _GROUP + numbers % _GROUP
-        table = table.take(places)
+        table = table.take(np.searchsorted(groups, numbers // _GROUP) * _GROUP + numbers % _GROUP)
         rows = zip(table["text"].to_pylist(), table["place"].to_pylist(), strict=True)
         return {int(number): Row(*row) for number, row in zip(numbers, rows, strict=True)}
 
     def write_rows(self, name: str, source: str, rows: list[Row]) -> dict:
-        """Writes a shard; gives what `shards_of` wants of it."""
+        """Write a shard; return its entry for `shards_of`."""
         table = pyarrow.table(
             {
                 "text": pyarrow.array([row.text for row in rows], pyarrow.large_string()),
@@ -207,7 +204,7 @@ class Folder:
 
 
 def shards_of(tasks: list[Task], results: list[dict]) -> list[Shard]:
-    """The shards that are not empty, in the order of their names."""
+    """Return the shards that are not empty, sorted by name."""
     shards = [
         Shard(**shard, key=task.key)
         for task, result in zip(tasks, results, strict=True)
@@ -219,7 +216,7 @@ def shards_of(tasks: list[Task], results: list[dict]) -> list[Shard]:
 
 @contextlib.contextmanager
 def in_processes(count: int) -> Iterator[Callable]:
-    """The engine of one machine: ``count`` processes, spawned once for all stages; with one, this
+    """Engine for one machine: ``count`` processes, spawned once for all stages. One is this
     process."""
     if count < 1:
         raise ValueError(f"processes={count} must be at least 1")
@@ -235,7 +232,7 @@ def in_processes(count: int) -> Iterator[Callable]:
                 yield numbers[future], future.result()
         except BrokenProcessPool:
             raise RuntimeError(
-                "a process of the stage ended, as it does where memory runs out; take fewer with "
+                "a process of the stage ended, probably because memory ran out; use fewer with "
                 "--processes, or smaller shards with --set=shard_bytes; what is done is kept"
             ) from None
 
@@ -246,8 +243,8 @@ def in_processes(count: int) -> Iterator[Callable]:
 
 
 def _start() -> None:
-    """Ends this process with the one that started it: what goes on writing would be in the way of
-    the next run."""
+    """End this process with its parent: an orphan would still write into the output of the next
+    run."""
 
     def watch() -> None:
         parent_process().join()
@@ -258,16 +255,18 @@ def _start() -> None:
 
 @contextlib.contextmanager
 def on_ray() -> Iterator[Callable]:
-    """The engine of many machines: Ray Data, on the cluster that RAY_ADDRESS names, else on this
-    machine. All of them must reach the output's folder or URL, and the input.
+    """Engine for many machines: Ray Data on the cluster of RAY_ADDRESS, or else on this machine.
+    All machines must reach the input and the output's folder or URL.
 
-    Ray rather than Beam: it runs on the very hosts, pods and SLURM nodes that training runs on,
-    without a service beside it, and its task is a plain Python function like ours."""
+    Ray rather than Beam: it runs on the same hosts, pods and SLURM nodes as training, without a
+    separate service, and its tasks are plain Python functions like ours.
+    """
     try:
         import ray.data
     except ImportError:
         raise ValueError(
-            "--engine=ray needs Ray; install it with: pip install -c launch/constraints.txt -e '.[ray]'"
+            "--engine=ray needs Ray; install it with: pip install -c launch/constraints.txt -e "
+            "'.[ray]'"
         ) from None
     ray.init(log_to_driver=False, logging_level="warning")
     ray.data.DataContext.get_current().enable_progress_bars = False

@@ -1,10 +1,10 @@
-"""What the stages before the tokenizer do with the rows of one shard, and how their counts are put
-together."""
+"""Tasks of the stages before the tokenizer, over the rows of one shard, and their counts."""
 
 import hashlib
 import heapq
 import io
 from collections import Counter
+from typing import Any
 
 import numpy as np
 
@@ -19,16 +19,16 @@ from mtnlg_jax.data.recipe.stages import Folder, Row, Shard
 READING = "reading, in documents and bytes"
 LEFT_OUT = "left out, dropped or repaired"
 
-_EXAMPLES = 3  # of each rule, characters of each
-_EXCERPT = 300
+_EXAMPLES = 3  # of each rule
+_EXCERPT = 300  # characters of an example
 
 
 class Tally:
-    """Counts of what a stage did, with a few examples of each rule; `merged` adds those of all
-    shards."""
+    """Counts of what a stage did to a shard, with a few examples of each rule; `merged` adds up
+    those of all shards."""
 
     def __init__(self):
-        self.counts = {
+        self.counts: dict[str, Any] = {
             "documents": [0, 0],
             "bytes": [0, 0],
             "dropped": Counter(),
@@ -48,7 +48,8 @@ class Tally:
         self.counts["lengths"][bin_of(size)] += 1
 
     def took(self, kind: str, rule: str, place: str, text: str) -> None:
-        """``kind``: dropped or changed; ``text``: what a person should see of it."""
+        """Count one document for ``rule``. ``kind`` is "dropped" or "changed"; ``text`` is an
+        example for the report."""
         self.counts[kind][rule] += 1
         self._examples.setdefault(rule, []).append((_draw(place + rule), place, excerpt(text)))
         if len(self._examples[rule]) > 100:
@@ -62,8 +63,8 @@ class Tally:
 
 
 def merged(name: str, results: list[dict]) -> dict:
-    """The counts of a stage over all its tasks, as `report.render` wants them."""
-    total = {
+    """Return the counts of a stage over all its tasks, for `report.render`."""
+    total: dict[str, Any] = {
         "name": name,
         "documents": [0, 0],
         "bytes": [0, 0],
@@ -98,8 +99,8 @@ def merged(name: str, results: list[dict]) -> dict:
 
 
 def excerpt(text: str, length: int = _EXCERPT) -> str:
-    """The beginning, for a person, without personal data: what a rule dropped was not masked by
-    it."""
+    """Return the beginning of a text for the report, with personal data masked: text that a rule
+    dropped was not masked before."""
     shown, _ = pii.mask(text[: 2 * length])
     return shown if len(shown) <= length else shown[:length] + " ..."
 
@@ -119,11 +120,11 @@ def read(
     shard_bytes: int,
     encoding: str,
 ) -> dict:
-    """The documents of ``files``, in shards of about ``shard_bytes`` of text."""
+    """Write the documents of ``files`` as shards of about ``shard_bytes`` of text."""
     report = ReadReport()
     tally = Tally()
-    shards = []
-    rows = []
+    shards: list[dict] = []
+    rows: list[Row] = []
     size = 0
 
     def flush() -> None:
@@ -157,7 +158,7 @@ def read(
 
 
 def named_after(source: str, notes: dict[str, dict]) -> dict[str, dict]:
-    """``notes`` of a `ReadReport`, with the source before each name."""
+    """Return the ``notes`` of a `ReadReport` with the source before each name."""
     return {
         reason: {"count": noted["count"], "names": [f"{source}/{name}" for name in noted["names"]]}
         for reason, noted in notes.items()
@@ -165,9 +166,9 @@ def named_after(source: str, notes: dict[str, dict]) -> dict[str, dict]:
 
 
 def with_notes(stage: dict, several: list[dict[str, dict]]) -> None:
-    """Adds up notes of what was left out, dropped or repaired, and puts them into a stage as a
-    table and examples."""
-    total = {}
+    """Add up notes on what was left out, dropped or repaired, and add them to ``stage`` as a table
+    and examples."""
+    total: dict[str, dict] = {}
     for notes in several:
         for reason, noted in notes.items():
             known = total.setdefault(reason, {"count": 0, "names": []})
@@ -185,9 +186,10 @@ def with_notes(stage: dict, several: list[dict[str, dict]]) -> None:
 
 
 def cleaned(folder: Folder, name: str, shard: Shard, config: CleanConfig) -> dict:
+    """Write the shard with each document cleaned or dropped."""
     tally = Tally()
     kept = []
-    languages = Counter()
+    languages: Counter[str] = Counter()
     for row in folder.rows(shard):
         tally.came(row)
         found = clean(row.text, config)
@@ -205,7 +207,7 @@ def cleaned(folder: Folder, name: str, shard: Shard, config: CleanConfig) -> dic
 
 
 def _change(rule: str, before: str, after: str) -> str:
-    """The line in which a mask stands, or lines that went and those that came."""
+    """Return the line that holds a mask, or the first lines removed and added."""
     masked = next(
         (line for line in after.split("\n") if rule and f"<{rule.upper()}>" in line), None
     )
@@ -216,12 +218,15 @@ def _change(rule: str, before: str, after: str) -> str:
     new = after.split("\n")
     kept = set(new)
     known = set(old)
-    gone = [f"- {line[: _EXCERPT // 3]}" for line in old if line.strip() and line not in kept][:2]
-    return "\n".join(gone + [f"+ {line[: _EXCERPT // 3]}" for line in new if line not in known][:2])
+    removed = [line for line in old if line.strip() and line not in kept][:2]
+    added = [line for line in new if line not in known][:2]
+    width = _EXCERPT // 3
+    lines = [f"- {line[:width]}" for line in removed] + [f"+ {line[:width]}" for line in added]
+    return "\n".join(lines)
 
 
 def band_keys(folder: Folder, name: str, shard: Shard, config: MinHashConfig) -> dict:
-    """NAME-BAND.npy: uint64 [documents]."""
+    """Write NAME-BAND.npy, uint64 [documents], the keys of each band."""
     signatures = dedup.signatures([row.text for row in folder.rows(shard)], config)
     for band, keys in enumerate(dedup.band_keys(signatures, config.bands).T):
         save(folder, f"{name}-{band:04d}", keys)
@@ -231,8 +236,8 @@ def band_keys(folder: Folder, name: str, shard: Shard, config: MinHashConfig) ->
 def candidate_pairs(
     folder: Folder, name: str, keys: list[str], ranks: np.ndarray, band: int, part: int, parts: int
 ) -> dict:
-    """NAME.npy: int64 [pairs, 2], documents of the whole corpus that share a key of ``band`` in
-    this part of its range. ``ranks`` [shards]: of each shard's first document."""
+    """Write NAME.npy, int64 [pairs, 2]: documents of the whole corpus that share a key of ``band``
+    in this part of its range. ``ranks`` [shards] are those of each shard's first document."""
     found = []
     numbers = []
     rank = []
@@ -258,8 +263,8 @@ def similar_pairs(
     pairs: np.ndarray,
     config: MinHashConfig,
 ) -> dict:
-    """NAME.npy: which of ``pairs`` int64 [n, 3] (row of ``shard``, other shard, row of that) are
-    duplicates: bool [n]. Holds the wanted texts of two shards."""
+    """Write NAME.npy, bool [n]: which of ``pairs`` int64 [n, 3] (row of ``shard``, other shard, row
+    there) are duplicates. Memory holds the texts needed from two shards."""
     similar = np.zeros(len(pairs), bool)
     examples = []
     ours = folder.some_rows(shard, np.unique(pairs[:, 0]))
@@ -284,7 +289,7 @@ def similar_pairs(
 
 
 def without_documents(folder: Folder, name: str, shard: Shard, dropped: np.ndarray) -> dict:
-    """``dropped``: bool [documents]."""
+    """Write the shard without the documents of ``dropped``, bool [documents]."""
     tally = Tally()
     kept = []
     for row, gone in zip(folder.rows(shard), dropped, strict=True):
@@ -298,7 +303,7 @@ def without_documents(folder: Folder, name: str, shard: Shard, dropped: np.ndarr
 
 
 def paragraph_hashes(folder: Folder, name: str, shard: Shard, min_length: int) -> dict:
-    """NAME.npy: uint64 [2, paragraphs], hash and row of each paragraph, in order."""
+    """Write NAME.npy, uint64 [2, paragraphs]: hash and row of each paragraph, in order."""
     found = [dedup.paragraph_hashes(row.text, min_length) for row in folder.rows(shard)]
     rows = np.repeat(np.arange(len(found), dtype=np.uint64), [len(hashes) for hashes in found])
     save(folder, name, np.stack([np.concatenate(found), rows]))
@@ -308,19 +313,21 @@ def paragraph_hashes(folder: Folder, name: str, shard: Shard, min_length: int) -
 def repeated_paragraphs(
     folder: Folder, name: str, hashes: list[str], ranks: np.ndarray, part: int, parts: int
 ) -> dict:
-    """NAME-SHARD.npy: which paragraphs of each shard (by their places in its file) with hashes in
-    this part of their range came before in the corpus, by the rank of their document. ``ranks``
-    [shards]: of each shard's first one."""
+    """Write NAME-SHARD.npy: the paragraphs of each shard, by their index in its file, that an
+    earlier document of the corpus has too, for the hashes in this part of their range.
+
+    Documents are ordered by rank; ``ranks`` [shards] are those of each shard's first one.
+    """
     found = []
     for number, file in enumerate(hashes):
         values, rows = load(folder, file)
         inside = np.flatnonzero(values % np.uint64(parts) == part)
         rank = ranks[number] + rows[inside].astype(np.int64)
         found.append((values[inside], rank, np.full(len(inside), number), inside))
-    values, rank, shards, places = map(np.concatenate, zip(*found, strict=True))
-    again = dedup.repeated(values, rank, places)
+    values, rank, shards, indices = map(np.concatenate, zip(*found, strict=True))
+    again = dedup.repeated(values, rank, indices)
     for number in range(len(hashes)):
-        save(folder, f"{name}-{number:06d}", places[again & (shards == number)])
+        save(folder, f"{name}-{number:06d}", indices[again & (shards == number)])
     return {"repeated": int(again.sum())}
 
 
@@ -333,9 +340,12 @@ def without_paragraphs(
     min_length: int,
     min_left: int,
 ) -> dict:
-    """``repeated``: names of what `repeated_paragraphs` wrote of this shard. A document of which no
-    such paragraph and fewer than ``min_left`` characters are left is dropped: so none is lost that
-    stands nowhere else."""
+    """Write the shard without its repeated paragraphs.
+
+    ``repeated`` names the files that `repeated_paragraphs` wrote for this shard. A document is
+    dropped if all its paragraphs were repeated and fewer than ``min_left`` characters are left, so
+    no text is lost that occurs only once.
+    """
     tally = Tally()
     kept = []
     values, rows = load(folder, hashes)
@@ -361,10 +371,12 @@ def without_paragraphs(
 
 
 def save(folder: Folder, name: str, array: np.ndarray) -> None:
+    """Write ``array`` as NAME.npy."""
     file = io.BytesIO()
     np.save(file, array)
     folder.write(name + ".npy", file.getvalue())
 
 
 def load(folder: Folder, name: str) -> np.ndarray:
+    """Read NAME.npy."""
     return np.load(io.BytesIO(folder.read(name + ".npy")))

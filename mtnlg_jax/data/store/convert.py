@@ -1,16 +1,15 @@
-"""Token arrays to Megatron's files and back, and either to JSON lines of text."""
+"""Convert token arrays to Megatron's files and back, and either to JSON lines of text."""
 
 import contextlib
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from mtnlg_jax import storage
-from mtnlg_jax.data.prepare import put_in_place
+from mtnlg_jax.data.output import check_output, new_folder
 from mtnlg_jax.data.store.megatron import (
     MegatronTokens,
     kept_documents,
@@ -18,6 +17,7 @@ from mtnlg_jax.data.store.megatron import (
     prefix_of,
     write_megatron,
 )
+from mtnlg_jax.data.store.prepared import PREPARED, prepared_info, tokenizer_info, write_prepared
 from mtnlg_jax.data.store.sources import open_tokens
 from mtnlg_jax.data.store.tokens import Tokens, TokenWriter
 from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -29,24 +29,24 @@ _LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 def convert(
     source: str, target: str, tokenizer: str = "", heldout: float = 0.01, overwrite: bool = False
 ) -> str:
-    """Make ``target`` of ``source``, and say so in a line.
+    """Convert ``source`` to ``target``, and return a line that describes the result.
 
     ``source`` is a folder of token arrays (OUT/train) or a Megatron prefix. A target named .jsonl
-    (.gz, .zst) gets the text of each document, {"text": ...}, of pairs {"prompt": ..., "answer":
-    ...}; else arrays become Megatron's files, token by token, and Megatron's files a prepared
-    folder: with bos before and eos after a document where they are missing, and the last documents,
-    a share of ``heldout`` (0 to 0.5), held out. ``tokenizer`` is a folder; arrays have theirs
-    beside them.
+    (.gz, .zst) gets the text of each document, {"text": ...}, or of pairs {"prompt": ...,
+    "answer": ...}. Otherwise arrays become Megatron's files, token by token, and Megatron's files
+    become a prepared folder: missing bos and eos are added to each document, and the last
+    documents, a share of ``heldout`` (0 to 0.5), are held out. ``tokenizer`` is a folder; that of
+    arrays is next to them.
 
-    Whole or not at all. Raises ValueError, FileNotFoundError or FileExistsError (a target that
-    exists, not ``overwrite``) before any work.
+    The target is written completely or not at all. Raises ValueError, FileNotFoundError or
+    FileExistsError (the target exists and not ``overwrite``) before any work.
     """
     if not 0 <= heldout <= 0.5:
-        raise ValueError(f"heldout={heldout} must lie in 0 to 0.5")
+        raise ValueError(f"heldout={heldout} must be in 0 to 0.5")
     if storage.is_remote(target):
         raise ValueError(f"{target} is a URL; convert to a local path and copy that")
     if prefix_of(target) and prefix_of(target) == prefix_of(source):
-        raise ValueError(f"{target} is what is read; choose another --to")
+        raise ValueError(f"{target} is the source itself; choose another --to")
     tokens = open_tokens(source)
     lines = target.lower().endswith(_LINES)
     if isinstance(tokens, MegatronTokens) or lines:
@@ -60,9 +60,12 @@ def convert(
 
 
 def write_lines(tokens: Tokens, target: str, tokenizer: Tokenizer, overwrite: bool = False) -> str:
-    """The text of each document as a line of JSON; special tokens are left out, broken characters
-    become U+FFFD."""
-    _refuse_existing(target, overwrite)
+    """Write the text of each document as a line of JSON. Special tokens are removed; invalid
+    characters become U+FFFD."""
+    if os.path.exists(target) and not overwrite:
+        raise FileExistsError(
+            f"{target} exists; choose another --to or replace it with --overwrite"
+        )
     count = 0
     beside = f"{target}.partial-{os.getpid()}"
     Path(target).parent.mkdir(parents=True, exist_ok=True)
@@ -91,55 +94,45 @@ def write_arrays(
     heldout: float = 0.01,
     overwrite: bool = False,
 ) -> str:
-    """A prepared folder, as `prepare` makes it, of Megatron's files."""
+    """Write a prepared folder, as `prepare` does, from Megatron's files."""
     target = target.rstrip("/")
-    _refuse_existing(target, overwrite, holding="prepared.json")
-    work = f"{target}.partial-{os.getpid()}"
+    check_output(target, PREPARED, overwrite=overwrite, flag="--to")
     kept = kept_documents(tokens.documents, heldout)
     tokenizer.check_end()
-    sizes = np.array([len(tokenizer.token_bytes(index)) for index in range(tokenizer.vocab_size)])
-    info = {
-        "tokenizer": {
-            "kind": tokenizer.kind,
-            "fingerprint": tokenizer.fingerprint,
-            "vocab_size": tokenizer.vocab_size,
-        },
-        "settings": {"input": tokens.location, "heldout": heldout},
-    }
-    try:
+    with new_folder(target, overwrite) as (work, _):
         tokenizer.save(storage.join(work, "tokenizer"))
-        for part, first, last in (("train", 0, kept), ("heldout", kept, tokens.documents)):
-            writer = TokenWriter(
-                storage.join(work, part), tokenizer.vocab_size, tokenizer.fingerprint
-            )
-            chosen = open_megatron(tokens.location, first, last)
-            chosen.attach(tokenizer)
-            for ids in documents_of(chosen):
-                ids = (
-                    ids
-                    if ids.size and ids[0] == tokenizer.bos_id
-                    else np.append(tokenizer.bos_id, ids)
-                )
-                ids = (
-                    ids
-                    if ids.size > 1 and ids[-1] == tokenizer.eos_id
-                    else np.append(ids, tokenizer.eos_id)
-                )
-                writer.add(ids, int(sizes[ids].sum()))
-            info[part] = writer.finish()
-        info = {"fingerprint": tokens.meta["sha256"], **info}
-        storage.write_file(work, "prepared.json", json.dumps(info, indent=1).encode())
-        put_in_place(work, target, overwrite)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        train = _write_part(tokens.location, 0, kept, tokenizer, storage.join(work, "train"))
+        held = _write_part(
+            tokens.location, kept, tokens.documents, tokenizer, storage.join(work, "heldout")
+        )
+        settings = {"input": tokens.location, "heldout": heldout}
+        info = prepared_info(tokenizer_info(tokenizer), train, held, settings=settings)
+        # The fingerprint is that of Megatron's files: the two hold the same data.
+        write_prepared(work, info | {"fingerprint": tokens.meta["sha256"]})
     return (
-        f"{target}: {info['train']['documents']:,} documents to train on, {info['heldout']['documents']:,} held "
-        f"out, {info['train']['tokens'] + info['heldout']['tokens']:,} tokens"
+        f"{target}: {train['documents']:,} documents to train on, {held['documents']:,} held out, "
+        f"{train['tokens'] + held['tokens']:,} tokens"
     )
 
 
+def _write_part(location: str, first: int, last: int, tokenizer: Tokenizer, target: str) -> dict:
+    """Write documents [first, last) of Megatron's files with bos and eos, and return their
+    meta.json."""
+    sizes = np.array([len(tokenizer.token_bytes(index)) for index in range(tokenizer.vocab_size)])
+    chosen = open_megatron(location, first, last)
+    chosen.attach(tokenizer)
+    writer = TokenWriter(target, tokenizer.vocab_size, tokenizer.fingerprint)
+    for ids in documents_of(chosen):
+        if not ids.size or ids[0] != tokenizer.bos_id:
+            ids = np.append(tokenizer.bos_id, ids)
+        if ids.size == 1 or ids[-1] != tokenizer.eos_id:
+            ids = np.append(ids, tokenizer.eos_id)
+        writer.add(ids, int(sizes[ids].sum()))
+    return writer.finish()
+
+
 def documents_of(tokens: Tokens) -> Iterator[np.ndarray]:
-    """The tokens of each document; memory holds some millions of tokens, or the longest
+    """Yield the tokens of each document. Memory holds some millions of tokens, or the longest
     document."""
     for _, begins in tokens.blocks_of_offsets():
         first = 0
@@ -155,7 +148,8 @@ def documents_of(tokens: Tokens) -> Iterator[np.ndarray]:
 def _tokenizer_of(tokens: Tokens, source: str, named: str) -> Tokenizer:
     if not named and isinstance(tokens, MegatronTokens):
         raise ValueError(
-            f"{source} is a Megatron data set, which does not hold its tokenizer; give --tokenizer=FOLDER"
+            f"{source} is a Megatron data set, which does not hold its tokenizer; give "
+            "--tokenizer=FOLDER"
         )
     found = load_tokenizer(named or storage.join(os.path.dirname(source.rstrip("/")), "tokenizer"))
     if isinstance(tokens, MegatronTokens):
@@ -168,29 +162,16 @@ def _tokenizer_of(tokens: Tokens, source: str, named: str) -> Tokenizer:
     return found
 
 
-def _refuse_existing(target: str, overwrite: bool, holding: str = "") -> None:
-    if os.path.exists(target) and not overwrite:
-        raise FileExistsError(
-            f"{target} exists; choose another --to or replace it with --overwrite"
-        )
-    if os.path.exists(target) and holding and not os.path.exists(os.path.join(target, holding)):
-        raise FileExistsError(
-            f"{target} is no prepared data set (no {holding}) and is not replaced; choose another "
-            "--to"
-        )
-
-
 @contextlib.contextmanager
 def _open_lines(path: str, target: str):
-    """A file of bytes, compressed as ``target`` is named."""
+    """Open a file of bytes, compressed according to the name ``target``."""
     with open(path, "wb") as raw, contextlib.ExitStack() as stack:
         file = raw
         if target.lower().endswith(".gz"):
             import gzip
 
-            file = stack.enter_context(
-                gzip.GzipFile("", "wb", fileobj=raw, mtime=0)
-            )  # no time: equal bytes
+            # Without a time stamp, so that equal texts give equal bytes.
+            file = stack.enter_context(gzip.GzipFile("", "wb", fileobj=raw, mtime=0))
         elif target.lower().endswith(".zst"):
             import zstandard
 

@@ -1,15 +1,15 @@
-"""Megatron's indexed data sets, byte for byte: PREFIX.bin, the tokens, and PREFIX.idx, where its
-documents lie.
+"""Megatron's indexed data sets, byte for byte: PREFIX.bin, the tokens, and PREFIX.idx, their
+documents.
 
 PREFIX.idx, all little-endian (megatron/core/datasets/indexed_dataset.py):
 
     "MMIDIDX\\0\\0", uint64 1, uint8 dtype, uint64 sequences, uint64 documents + 1
     int32 length of each sequence, in tokens
-    int64 where each begins, in bytes
+    int64 start of each sequence, in bytes
     int64 number of the first sequence of each document, and the number of sequences
 
-Multimodal sets have a mode of each sequence after that (int8), and are refused. Megatron's
-documents end with eos and have no bos.
+Multimodal sets end with a mode of each sequence (int8) and are refused. Megatron's documents end
+with eos and have no bos.
 """
 
 import functools
@@ -32,12 +32,12 @@ _DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 _FLOATS = {6: "float64", 7: "float32"}
 _UINT16_BELOW = 65_500  # pieces; DType.optimal_dtype
 _PIECE = 1 << 22  # tokens in memory at once
-_LOOK = 1 << 18  # tokens that are looked at when a tokenizer comes
+_LOOK = 1 << 18  # tokens checked at either end when a tokenizer is attached
 
 
 def prefix_of(location: str | os.PathLike) -> str | None:
-    """The prefix that a path names, with or without .bin or .idx; None where it is no Megatron data
-    set."""
+    """Return the prefix that a path names, with or without .bin or .idx; None if it is not a
+    Megatron data set."""
     path = str(location).rstrip("/")
     stem, suffix = os.path.splitext(path)
     if suffix in (".bin", ".idx") and not os.path.isdir(path):
@@ -49,16 +49,16 @@ def prefix_of(location: str | os.PathLike) -> str | None:
 
 
 def kept_documents(documents: int, heldout: float) -> int:
-    """How many documents are left to train on where a share of the last is held out; at least one,
-    if there is one."""
+    """Return the number of documents to train on if a share of the last ones is held out; at least
+    one, if there is any."""
     return documents - min(math.ceil(heldout * documents), max(0, documents - 1))
 
 
 class MegatronTokens(Tokens):
-    """`Tokens` of PREFIX.bin, mapped into memory. Nobody says which tokenizer made them: `attach`
+    """`Tokens` of PREFIX.bin, mapped into memory. The files do not record their tokenizer: `attach`
     one.
 
-    Documents are not known to begin with bos, so the first token of each is not predicted.
+    Documents may lack a bos, so the first token of each is not predicted.
     """
 
     def __init__(self, location: str, meta: dict, array: np.ndarray, offsets: Offsets):
@@ -66,8 +66,8 @@ class MegatronTokens(Tokens):
         self._tokenizer = None
 
     def attach(self, tokenizer: Tokenizer) -> None:
-        """Says what the tokens mean: from now on reading one that ``tokenizer`` lacks raises
-        ValueError. Looks at the beginning and at the end at once."""
+        """Set the tokenizer: reading a token outside its vocabulary raises ValueError from now on.
+        Checks the beginning and the end at once."""
         self._tokenizer = tokenizer
         self.meta |= {"tokenizer": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}
         for start in (0, max(0, len(self) - _LOOK)):
@@ -82,7 +82,7 @@ class MegatronTokens(Tokens):
 
     @functools.cached_property
     def predicted(self) -> tuple[int, int]:
-        """As of `Tokens`; reads them all."""
+        """As in `Tokens`; reads all tokens."""
         sizes = np.array(
             [len(self._tokenizer.token_bytes(index)) for index in range(self._tokenizer.vocab_size)]
         )
@@ -115,17 +115,17 @@ class MegatronTokens(Tokens):
 def open_megatron(
     location: str | os.PathLike, first: int = 0, last: int | None = None
 ) -> MegatronTokens:
-    """Documents [first, last) of PREFIX.bin and PREFIX.idx; all without ``last``. Reads the ends of
-    the index, no more.
+    """Open documents [first, last) of PREFIX.bin and PREFIX.idx; without ``last`` up to the end.
+    Reads only the ends of the index.
 
-    Raises FileNotFoundError where a file is missing, ValueError where they are damaged, or hold
-    what is no text.
+    Raises FileNotFoundError if a file is missing, ValueError if the files are damaged or hold
+    something other than text.
     """
     prefix = prefix_of(location) or str(location)
     if storage.is_remote(prefix):
         raise ValueError(
-            f"{prefix}: Megatron's files are mapped into memory; copy them to a local disk, or make token "
-            "arrays of them with launch/convert_data.py"
+            f"{prefix}: Megatron's files are mapped into memory; copy them to a local disk, or "
+            "make token arrays of them with launch/convert_data.py"
         )
     for suffix, other in ((".idx", ".bin"), (".bin", ".idx")):
         if not os.path.isfile(prefix + suffix):
@@ -134,20 +134,22 @@ def open_megatron(
             )
     damaged = functools.partial(_damaged, prefix)
     dtype, sequences, documents = _read_header(prefix, damaged)
-    place = _HEADER.size
-    lengths = _map(prefix + ".idx", "<i4", sequences, place)
-    pointers = _map(prefix + ".idx", "<i8", sequences, place + 4 * sequences)
-    firsts = _map(prefix + ".idx", "<i8", documents + 1, place + 12 * sequences)
+    start = _HEADER.size
+    lengths = _map(prefix + ".idx", "<i4", sequences, start)
+    pointers = _map(prefix + ".idx", "<i8", sequences, start + 4 * sequences)
+    firsts = _map(prefix + ".idx", "<i8", documents + 1, start + 12 * sequences)
     size = int(pointers[-1]) + int(lengths[-1]) * dtype.itemsize if sequences else 0
     if os.path.getsize(prefix + ".bin") != size:
         raise damaged(
-            f"{prefix}.bin has {os.path.getsize(prefix + '.bin')} bytes, and the index tells of {size}"
+            f"{prefix}.bin has {os.path.getsize(prefix + '.bin')} bytes, and the index requires "
+            f"{size}"
         )
     if firsts[0] != 0 or firsts[-1] != sequences or (sequences and pointers[0] != 0):
         raise damaged(f"its documents are not those of {sequences} sequences from byte 0 on")
 
     def begins(start: int, stop: int) -> np.ndarray:
-        """Token at which documents [start, stop) begin, with every sequence in between checked."""
+        """Return the first token of documents [start, stop), after a check of every sequence in
+        between."""
         numbers = np.asarray(firsts[start:stop])
         if numbers.size and (
             numbers[0] < 0 or numbers[-1] > sequences or (np.diff(numbers) < 0).any()
@@ -193,20 +195,24 @@ def open_megatron(
 
 
 def write_megatron(tokens: Tokens, prefix: str | os.PathLike, overwrite: bool = False) -> None:
-    """PREFIX.bin and PREFIX.idx with the same tokens: a sequence for each document, uint16 below
-    65,500 pieces and else int32, as megatron-core's `IndexedDatasetBuilder` writes them. Memory is
-    bounded, and both come into place at the end. Raises FileExistsError where one exists, unless
-    ``overwrite``."""
+    """Write PREFIX.bin and PREFIX.idx with the same tokens, as megatron-core's
+    `IndexedDatasetBuilder` does: a sequence for each document; uint16 below 65,500 pieces, else
+    int32.
+
+    Memory is bounded, and both files are put in place at the end. Raises FileExistsError if one
+    exists and not ``overwrite``.
+    """
     prefix = str(prefix).removesuffix(".idx").removesuffix(".bin")
     vocab_size = tokens.meta["vocab_size"]
     if vocab_size is None:
         raise ValueError(
-            f"{tokens.location}: of what vocabulary the tokens are is not known; give their --tokenizer"
+            f"{tokens.location}: of what vocabulary the tokens are is not known; give their "
+            "--tokenizer"
         )
     if tokens.prompt_lengths is not None:
         raise ValueError(
-            f"{tokens.location} holds pairs, and Megatron's files cannot say where an answer begins; "
-            "convert them to .jsonl"
+            f"{tokens.location} holds pairs, and Megatron's files cannot say where an answer "
+            "begins; convert them to .jsonl"
         )
     code = 8 if vocab_size < _UINT16_BELOW else 4
     dtype = np.dtype(_DTYPES[code])
@@ -231,8 +237,9 @@ def write_megatron(tokens: Tokens, prefix: str | os.PathLike, overwrite: bool = 
                 sizes = np.diff(begins)
                 if sizes.max() >= 1 << 31:
                     raise ValueError(
-                        f"document {number + sizes.argmax()} of {tokens.location} has {sizes.max()} "
-                        f"tokens, and Megatron's index holds lengths up to {(1 << 31) - 1}; cut it"
+                        f"document {number + sizes.argmax()} of {tokens.location} has "
+                        f"{sizes.max()} tokens, and Megatron's index holds lengths up to "
+                        f"{(1 << 31) - 1}; cut it"
                     )
                 file.write(sizes.astype("<i4").tobytes())
             for _, begins in tokens.blocks_of_offsets():
@@ -242,7 +249,7 @@ def write_megatron(tokens: Tokens, prefix: str | os.PathLike, overwrite: bool = 
                     np.arange(start, min(start + _PIECE, documents + 1), dtype="<i8").tobytes()
                 )
             _sync(file)
-        # The index last: it is what opens a data set.
+        # The index last: a data set is opened by it.
         if overwrite:
             Path(prefix + ".idx").unlink(missing_ok=True)
         os.replace(beside[".bin"], prefix + ".bin")
@@ -253,33 +260,35 @@ def write_megatron(tokens: Tokens, prefix: str | os.PathLike, overwrite: bool = 
 
 
 def _read_header(prefix: str, damaged) -> tuple[np.dtype, int, int]:
-    """(dtype, sequences, documents), with the size of the index checked against them."""
+    """Return (dtype, sequences, documents), after a check of the index size against them."""
     path = prefix + ".idx"
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         head = file.read(_HEADER.size)
     if head[: len(_MAGIC)] != _MAGIC:
-        raise damaged(f"{path} does not begin with MMIDIDX, so it is no index of Megatron's")
+        raise damaged(f"{path} does not begin with MMIDIDX, so it is not a Megatron index")
     if len(head) < _HEADER.size:
         raise damaged(f"{path} ends after {len(head)} bytes, inside its header")
     _, version, code, sequences, documents = _HEADER.unpack(head)
     if version != 1:
-        raise damaged(f"{path} is of version {version}, and 1 is the only one known")
+        raise damaged(f"{path} has version {version}; only version 1 is supported")
     if code in _FLOATS:
         raise ValueError(
-            f"{prefix} holds {_FLOATS[code]}, not tokens; give what Megatron's preprocess_data.py made"
+            f"{prefix} holds {_FLOATS[code]}, not tokens; give what Megatron's preprocess_data.py "
+            "made"
         )
     if code not in _DTYPES:
         raise damaged(f"{path} names dtype {code}; Megatron's codes are 1 to 8")
     wanted = _HEADER.size + 12 * sequences + 8 * documents
     if sequences and size == wanted + sequences:
         raise ValueError(
-            f"{prefix} is multimodal (each sequence has a mode), and the model reads text alone; make it "
-            "again without modes"
+            f"{prefix} is multimodal (each sequence has a mode), and the model reads text alone; "
+            "make it again without modes"
         )
     if not documents or size != wanted:
         raise damaged(
-            f"{path} has {size} bytes, and {sequences} sequences in {documents - 1} documents take {wanted}"
+            f"{path} has {size} bytes, and {sequences} sequences in {documents - 1} documents "
+            f"take {wanted}"
         )
     return np.dtype(_DTYPES[code]), sequences, documents - 1
 
@@ -289,8 +298,8 @@ def _map(path: str, dtype: str | np.dtype, count: int, offset: int) -> np.ndarra
 
 
 def _fingerprint(prefix: str, first: int, last: int) -> str:
-    """sha256 over both sizes, the documents chosen, and the first, middle and last MiB of both
-    files: reading all of a corpus would take hours."""
+    """Return the sha256 of both sizes, the chosen documents, and the first, middle and last MiB of
+    both files: reading a whole corpus would take hours."""
     digest = hashlib.sha256(f"{first} {last}".encode())
     part = 1 << 20
     for suffix in (".idx", ".bin"):

@@ -1,7 +1,6 @@
-"""Where the documents of a stream of tokens begin, for any number of them: blocks that are read
-when they are wanted.
+"""Find the documents of a stream of tokens, reading their offsets in blocks on demand.
 
-So the first batch waits for the few blocks that it touches, and not for 8 bytes of each document.
+The first batch waits only for the few blocks that it touches, not for 8 bytes of each document.
 """
 
 import bisect
@@ -15,12 +14,13 @@ _KEPT = 256  # blocks in memory
 
 
 class Offsets:
-    """``documents + 1`` numbers from 0 to ``tokens``: document i is the tokens from number i to
-    number i + 1.
+    """``documents + 1`` offsets from 0 to ``tokens``: document i is the tokens from offset i to
+    offset i + 1.
 
-    ``read(first, stop)`` gives the numbers [first, stop) as int64. Each block is checked when it is
-    read: a document has ``least`` tokens or more, and blocks go on where those before them end.
-        ``damaged(reason)`` makes the error.
+    ``read(first, stop)`` returns the offsets [first, stop) as int64. Each block is checked when it
+    is read: a document has at least ``least`` tokens, and a block starts where the one before it
+    ends. ``damaged(reason)`` makes the error.
+
     Memory: the blocks used last (8 MiB), and some 100 bytes for each block seen.
     """
 
@@ -40,11 +40,11 @@ class Offsets:
         self._block = functools.lru_cache(maxsize=_KEPT)(self._read_block)
         self._size = BLOCK
         self._count = -(-documents // self._size)
-        # (first token, number) of the blocks that are known, and the end: in both orders at once.
+        # (first token, number) of the blocks seen so far, and of the end; ascending in both.
         self._known = [(0, 0), (tokens, self._count)]
 
     def check_ends(self) -> None:
-        """Read the first block and the last one; raises what ``damaged`` makes."""
+        """Read and check the first and the last block."""
         if not self._documents:
             self._check(self._read(0, 1), 0, 0)
             return
@@ -52,48 +52,50 @@ class Offsets:
             self._block(number)
 
     def all(self) -> np.ndarray:
-        """[documents + 1] int64."""
+        """Return [documents + 1] int64, all offsets."""
         offsets = self._read(0, self._documents + 1)
         self._check(offsets, 0, self._documents)
         return offsets
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
-        """(first document, offsets of its block's documents and of the end of the last) of all, one
-        after another."""
+        """Yield (first document, offsets of the block's documents and of its end) of each block."""
         for number in range(self._count):
             yield number * self._size, self._block(number)
 
-    def find(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """int64 (document, its first token) of each of ``places``, tokens in [0, tokens), in the
-        same shape."""
-        documents = np.empty_like(places)
-        begins = np.empty_like(places)
-        left = np.ones(places.shape, bool)
+    def find(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return int64 (document, its first token) of each of ``positions``, tokens in [0, tokens),
+        in the same shape."""
+        documents = np.empty_like(positions)
+        begins = np.empty_like(positions)
+        left = np.ones(positions.shape, bool)
         while left.any():
-            number = self._block_of(int(places[left][0]))
+            number = self._block_of(int(positions[left][0]))
             offsets = self._block(number)
-            here = left & (places >= offsets[0]) & (places < offsets[-1])
-            found = np.searchsorted(offsets, places[here], side="right") - 1
+            here = left & (positions >= offsets[0]) & (positions < offsets[-1])
+            found = np.searchsorted(offsets, positions[here], side="right") - 1
             documents[here] = found + number * self._size
             begins[here] = offsets[found]
             left &= ~here
         return documents, begins
 
-    def _block_of(self, place: int) -> int:
-        """The block that holds token ``place``. Documents are mostly alike, so that its number is
-        guessed from the place; where a guess leaves more than half, the next one halves."""
-        after = bisect.bisect_right(self._known, (place, self._count))
+    def _block_of(self, position: int) -> int:
+        """Return the block that holds the token at ``position``.
+
+        Interpolation search, since documents have similar lengths; if a guess leaves more than half
+        of the range, the next step is a bisection.
+        """
+        after = bisect.bisect_right(self._known, (position, self._count))
         start, low = self._known[after - 1]
         end, high = self._known[after]
         halve = False
         while high - low > 1:
             width = high - low
-            number = low + (width // 2 if halve else (place - start) * width // (end - start))
+            number = low + (width // 2 if halve else (position - start) * width // (end - start))
             offsets = self._block(number)
-            if place < offsets[0]:
+            if position < offsets[0]:
                 high = number
                 end = int(offsets[0])
-            elif place >= offsets[-1]:
+            elif position >= offsets[-1]:
                 low = number + 1
                 start = int(offsets[-1])
             else:
@@ -107,14 +109,14 @@ class Offsets:
         offsets = self._read(first, stop + 1)
         self._check(offsets, first, stop)
         for known in ((int(offsets[0]), number), (int(offsets[-1]), -(-stop // self._size))):
-            place = bisect.bisect_left(self._known, known)
-            before = self._known[place - 1 : place] or [(0, 0)]
-            after = self._known[place : place + 1]
+            index = bisect.bisect_left(self._known, known)
+            before = self._known[index - 1 : index] or [(0, 0)]
+            after = self._known[index : index + 1]
             if after == [known]:
                 continue
             if before[0][1] >= known[1] or (after and after[0][1] <= known[1]):
                 raise self._unfit(first, stop)
-            self._known.insert(place, known)
+            self._known.insert(index, known)
         return offsets
 
     def _check(self, offsets: np.ndarray, first: int, stop: int) -> None:
@@ -129,6 +131,6 @@ class Offsets:
 
     def _unfit(self, first: int, stop: int) -> Exception:
         return self._damaged(
-            f"document_offsets do not divide {self._tokens} tokens into {self._documents} documents "
-            f"(seen at documents {first} to {stop})"
+            f"document_offsets do not divide {self._tokens} tokens into {self._documents} "
+            f"documents (seen at documents {first} to {stop})"
         )

@@ -1,5 +1,4 @@
-"""What a run reads: prepared folders and Megatron's files alike, with one tokenizer and one
-held-out part."""
+"""Open the data of a run: prepared folders and Megatron's files, with one tokenizer."""
 
 import os
 import shlex
@@ -7,27 +6,27 @@ from collections.abc import Sequence
 
 from mtnlg_jax import storage
 from mtnlg_jax.data.store.megatron import MegatronTokens, kept_documents, open_megatron, prefix_of
-from mtnlg_jax.data.store.tokens import Tokens, open_stored, read_prepared
+from mtnlg_jax.data.store.prepared import PREPARED, read_prepared
+from mtnlg_jax.data.store.tokens import Tokens, open_stored
 from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 
 def open_tokens(location: str | os.PathLike) -> Tokens:
-    """The tokens in a folder (path or URL) such as ``OUT/train``, or of Megatron's PREFIX.bin and
-    PREFIX.idx.
+    """Open the tokens in a folder (path or URL) such as ``OUT/train``, or in Megatron's PREFIX.bin
+    and PREFIX.idx.
 
-    Raises FileNotFoundError where nothing was prepared, ValueError where something is damaged or
-    missing.
+    Raises FileNotFoundError if nothing was prepared, ValueError if something is damaged or missing.
     """
     location = str(location).rstrip("/")
     return open_megatron(location) if prefix_of(location) else open_stored(location)
 
 
 def spread(blend: Sequence[tuple[str, float]]) -> tuple[tuple[str, float], ...]:
-    """``blend`` with each output of a recipe (launch/prepare_data.py --config) replaced by its
-    sources, which share its weight as prepared.json says."""
-    spread = []
+    """Return ``blend`` with each output of a recipe (launch/prepare_data.py --config) replaced by
+    its sources, which share its weight according to prepared.json."""
+    spread: list[tuple[str, float]] = []
     for path, weight in blend:
-        prepared = not prefix_of(path) and storage.exists(path, "prepared.json")
+        prepared = not prefix_of(path) and storage.exists(path, PREPARED)
         parts = read_prepared(path).get("sources") if prepared else None
         spread += (
             [(path, weight)]
@@ -40,21 +39,23 @@ def spread(blend: Sequence[tuple[str, float]]) -> tuple[tuple[str, float], ...]:
 def open_sources(
     paths: Sequence[str], tokenizer: str = "", heldout: float | str = 0.01
 ) -> tuple[Tokenizer, dict[str, Tokens], dict[str, Tokens]]:
-    """(tokenizer, training tokens by path, held-out tokens by path) of prepared folders and
-    Megatron prefixes. The paths of training tokens are those that `spread` gives; held out is one
-    part of each of ``paths``. One source of a recipe's output is a path too, OUT/sources/NAME, and
-    its held-out part is that of OUT.
+    """Open prepared folders and Megatron prefixes: return (tokenizer, training tokens by path,
+    held-out tokens by path).
 
-    A prepared folder holds its ``tokenizer`` and its held-out part. Of Megatron's files the
-    tokenizer must be named, and the last documents are held out, a share of ``heldout`` (0 to 0.5).
-    Where ``heldout`` is text, the tokens that it names are all that is held out.
+    The paths of training tokens are those that `spread` returns; each of ``paths`` has one held-out
+    part. One source of a recipe's output, OUT/sources/NAME, is also a path; its held-out part is
+    that of OUT.
 
-    Where Megatron's documents do not begin with bos, as its own tools write them, the tokenizer's
-    ``prompt_bos`` is
-    off: the model never reads a bos in training, so no prompt is to begin with one.
+    A prepared folder holds its tokenizer and its held-out part. Megatron's files need
+    ``tokenizer``, and their last documents are held out, a share of ``heldout`` (0 to 0.5). If
+    ``heldout`` is a string, the tokens at this path are the whole held-out part.
 
-    Raises ValueError where tokenizers differ or a token lies outside the vocabulary, and what
-    opening raises.
+    If Megatron's documents do not begin with bos (its own tools write none), the tokenizer's
+    ``prompt_bos`` is off: the model never reads a bos in training, so no prompt should begin with
+    one.
+
+    Raises ValueError if tokenizers differ or a token is outside the vocabulary, and the errors of
+    opening.
     """
     for path in paths:
         _refuse_other_folders(path)
@@ -64,12 +65,12 @@ def open_sources(
             f"{foreign[0]} is a Megatron data set, which does not hold its tokenizer; give "
             "--set=data.tokenizer=FOLDER, the one that made it"
         )
-    places = [place for place, _ in spread([(path, 1.0) for path in paths])]
+    parts = [part for part, _ in spread([(path, 1.0) for path in paths])]
     opened = {
         path: open_tokens(path if path in foreign else storage.join(path, "train"))
-        for path in places
+        for path in parts
     }
-    prints = {path: opened[path].meta["tokenizer"] for path in places if path not in foreign}
+    prints = {path: opened[path].meta["tokenizer"] for path in parts if path not in foreign}
     if len(set(prints.values())) > 1:
         raise ValueError(
             f"the sources were tokenized differently: {prints}; prepare them with one --tokenizer"
@@ -78,8 +79,8 @@ def open_sources(
     found = load_tokenizer(other)
     if set(prints.values()) - {found.fingerprint}:
         raise ValueError(
-            f"{next(iter(prints))} was not tokenized with {other}; leave data.tokenizer out if that names "
-            f"it, or prepare the text with --tokenizer={other}"
+            f"{next(iter(prints))} was not tokenized with {other}; leave data.tokenizer out if "
+            f"that names it, or prepare the text with --tokenizer={other}"
         )
     held_out = _held_out(paths, opened, heldout)
     for tokens in [*opened.values(), *held_out.values()]:
@@ -91,11 +92,11 @@ def open_sources(
 
 
 def _refuse_other_folders(path: str) -> None:
-    """FileNotFoundError that says what ``path`` is, and what to give, where it is neither a
-    prepared folder nor a Megatron prefix."""
+    """Check that ``path`` is a prepared folder or a Megatron prefix. Raises FileNotFoundError that
+    explains what it is instead, and what to give."""
     if (
         prefix_of(path)
-        or storage.exists(path, "prepared.json")
+        or storage.exists(path, PREPARED)
         or storage.exists(storage.join(path, "train"), "meta.json")
     ):
         return
@@ -112,7 +113,7 @@ def _refuse_other_folders(path: str) -> None:
         )
     above = os.path.abspath(path)
     while (above := os.path.dirname(above)) != os.path.dirname(above):
-        if os.path.isfile(os.path.join(above, "prepared.json")):
+        if os.path.isfile(os.path.join(above, PREPARED)):
             whole = above if os.path.isabs(path) else os.path.relpath(above)
             raise FileNotFoundError(f"{path} is one part of prepared data; give {whole}")
     entries = sorted(os.listdir(path))
@@ -123,9 +124,7 @@ def _refuse_other_folders(path: str) -> None:
             f"{path} is a folder of Megatron data sets; give the prefix of one: {prefixes[0]}{more}"
             "; several go into data.blend"
         )
-    within = [
-        entry for entry in entries if os.path.isfile(os.path.join(path, entry, "prepared.json"))
-    ]
+    within = [entry for entry in entries if os.path.isfile(os.path.join(path, entry, PREPARED))]
     if within:
         raise FileNotFoundError(
             f"{path} holds prepared data in {', '.join(within[:4])}; give "
@@ -133,7 +132,7 @@ def _refuse_other_folders(path: str) -> None:
         )
     if "meta.json" in entries:
         raise FileNotFoundError(
-            f"{path} is one part of prepared data; give the folder that it lies in, whole"
+            f"{path} is one part of prepared data; give the folder that contains it"
         )
     if "checkpoints" in entries:
         raise FileNotFoundError(
@@ -147,24 +146,24 @@ def _refuse_other_folders(path: str) -> None:
 
 
 def _home(path: str) -> str:
-    """Where the tokenizer and the held-out part of a prepared ``path`` lie: OUT of
-    OUT/sources/NAME, else itself."""
+    """Return the folder that holds the tokenizer and the held-out part of a prepared ``path``: OUT
+    of OUT/sources/NAME, otherwise itself."""
     output, _, name = path.rstrip("/").rpartition("/sources/")
-    return (
-        output if output and "/" not in name and storage.exists(output, "prepared.json") else path
-    )
+    inside = output and "/" not in name and storage.exists(output, PREPARED)
+    return output if inside else path
 
 
 def _held_out(
     paths: Sequence[str], opened: dict[str, Tokens], heldout: float | str
 ) -> dict[str, Tokens]:
-    """The held-out tokens by path; of Megatron's files they are the end, and the rest is opened
-    again."""
+    """Return the held-out tokens by path. Those of Megatron's files are their last documents, and
+    ``opened`` gets the rest."""
     if isinstance(heldout, str):
         named = prefix_of(heldout)
         if named and named in {prefix_of(path) for path in opened}:
             raise ValueError(
-                f"data.heldout={heldout} is trained on, too; name other files, or a share such as 0.01"
+                f"data.heldout={heldout} is also trained on; name other files, or a share such as "
+                "0.01"
             )
         return {heldout: open_tokens(heldout)}
     parts = {}

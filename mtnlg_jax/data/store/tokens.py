@@ -1,16 +1,16 @@
-"""Token arrays: every document as <bos> text <eos>, one after another, in TensorStore zarr arrays.
+"""Token arrays: documents as <bos> text <eos>, one after another, in TensorStore zarr arrays.
 
 A prepared data set is a folder (or a URL below gs://, s3://):
 
-    prepared.json   the fingerprint of it all, the settings, the counts; written last
-    tokenizer/      what `load_tokenizer` reads
+    prepared.json   fingerprint, settings and counts (`mtnlg_jax.data.store.prepared`); written last
+    tokenizer/      for `load_tokenizer`
     train/          tokens (uint16, or uint32 above 65,536 pieces), document_offsets (int64,
-                    documents + 1),
-    heldout/        meta.json; of prompts with answers also prompt_lengths (int64, documents)
+                    documents + 1), meta.json; of pairs also prompt_lengths (int64, documents)
+    heldout/        the same
 
-Each document begins with bos and ends with eos also where both are one token, as <|endoftext|> is
-in GPT-2: attention does not leave the document, so its first word needs something to be predicted
-from. (Megatron's own index files have the eos only.)
+Each document begins with bos and ends with eos even if both are one token, such as <|endoftext|> in
+GPT-2: attention does not leave the document, so its first word must be predicted from something.
+(Megatron's own files have only the eos.)
 """
 
 import functools
@@ -26,7 +26,7 @@ import tensorstore
 from mtnlg_jax import errors, storage
 from mtnlg_jax.data.store.offsets import Offsets
 
-# A chunk is what a random window decompresses, a shard is one file: 16.8 M tokens, 33 MB of memory
+# In tokens. A random window decompresses one chunk; a shard is one file, and takes 33 MB of memory
 # to write.
 _CHUNK = 1 << 16
 SHARD = 1 << 24
@@ -34,7 +34,7 @@ _AGAIN = "prepare the data again (launch/prepare_data.py --overwrite)"
 
 
 class TokenWriter:
-    """Streams documents into ``tokens``, ``document_offsets`` and ``meta.json`` below a folder or a
+    """Stream documents into ``tokens``, ``document_offsets`` and ``meta.json`` below a folder or a
     URL.
 
     Holds one shard and 8 bytes a document in memory. Nothing can be opened before `finish`.
@@ -48,18 +48,19 @@ class TokenWriter:
         seed: int = 0,
     ):
         self._location = location
-        self._dtype = token_dtype(vocab_size)
-        self._meta = {"vocab_size": vocab_size, "tokenizer": tokenizer_fingerprint, "seed": seed}
-        self._array = _create(storage.join(location, "tokens"), self._dtype)
-        self._buffer = np.empty(SHARD, self._dtype)
+        self._vocab_size = vocab_size
+        self._tokenizer = tokenizer_fingerprint
+        self._seed = seed
+        self._array = create_tokens(location, vocab_size)
+        self._buffer = np.empty(SHARD, token_dtype(vocab_size))
         self._filled = 0
-        self._written = 0
-        self._offsets = array("q", [0])
+        self._shards = 0
+        self._lengths = array("q")  # tokens of each document
+        self._begun = 0  # tokens of a document that goes on
         self._bytes = 0
-        self._digest = hashlib.sha256()
         self._prompts = array("q")
         self._prompt_bytes = 0
-        self._begun = 0  # tokens of a document that goes on
+        self._digest = hashlib.sha256()
 
     def add(
         self,
@@ -68,18 +69,21 @@ class TokenWriter:
         prompt: tuple[int, int] | None = None,
         continued: bool = False,
     ) -> None:
-        """One document, with its bos and eos; ``text_bytes`` is the length of its text as UTF-8.
-        ``prompt``: tokens (with bos) and bytes of a pair's first part; all documents are pairs, or
-        none. ``continued``: a part of a document, which goes on with what is added next."""
+        """Append one document, with its bos and eos.
+
+        ``text_bytes`` is the length of its text as UTF-8. ``prompt`` is (tokens with bos, bytes) of
+        a pair's prompt; all documents are pairs, or none. ``continued``: this is a piece of a
+        document that goes on with the next call.
+        """
         tokens = np.asarray(tokens)
-        if tokens.size == 0 or tokens.min() < 0 or tokens.max() >= self._meta["vocab_size"]:
+        if tokens.size == 0 or tokens.min() < 0 or tokens.max() >= self._vocab_size:
             raise ValueError(
-                f"document {len(self._offsets) - 1} is empty or has tokens outside the "
-                f"vocabulary of {self._meta['vocab_size']}"
+                f"document {len(self._lengths)} is empty or has tokens outside the "
+                f"vocabulary of {self._vocab_size}"
             )
         self._begun += tokens.size
         if not continued:
-            self._offsets.append(self._offsets[-1] + self._begun)
+            self._lengths.append(self._begun)
             self._begun = 0
         self._bytes += text_bytes
         if prompt is not None:
@@ -94,22 +98,13 @@ class TokenWriter:
                 self._flush()
 
     def finish(self) -> dict:
-        """Write what is left and, last, meta.json; returns its content."""
+        """Write the rest and, last, meta.json; return its content."""
+        tokens = self._shards * SHARD + self._filled
         self._flush()
-        offsets = np.frombuffer(self._offsets, "<i8")  # no copy
-        stored = _create_offsets(self._location, offsets.size)
-        # Whole files, one after another: TensorStore copies what it writes.
-        for first in range(0, offsets.size, SHARD):
-            part = offsets[first : first + SHARD]
-            stored[first : first + part.size].write(part).result()
-        self._digest.update(offsets)
-        meta = {
-            "dtype": self._dtype.name,
-            "tokens": self._offsets[-1],
-            "documents": offsets.size - 1,
-            "bytes": self._bytes,
-            **self._meta,
-        }
+        lengths = np.frombuffer(self._lengths, np.int64)
+        write_offsets(self._location, [lengths], len(lengths), self._digest)
+        counts = {"tokens": tokens, "documents": len(lengths), "bytes": self._bytes}
+        answers = {}
         if self._prompts:
             prompts = np.array(self._prompts, "<i8")
             stored = _create(
@@ -117,65 +112,123 @@ class TokenWriter:
             )
             stored.write(prompts).result()
             self._digest.update(prompts.tobytes())
-            meta |= {
-                "answer_tokens": self._offsets[-1] - int(prompts.sum()),  # with their eos
+            answers = {
+                "answer_tokens": tokens - int(prompts.sum()),  # with their eos
                 "answer_bytes": self._bytes - self._prompt_bytes,
             }
-        meta["sha256"] = self._digest.hexdigest()
-        storage.write_file(self._location, "meta.json", json.dumps(meta, indent=1).encode())
+        meta = token_meta(
+            self._vocab_size,
+            self._tokenizer,
+            self._seed,
+            counts | answers,
+            self._digest.hexdigest(),
+        )
+        write_meta(self._location, meta)
         return meta
 
     def _flush(self) -> None:
         if self._filled:
             part = self._buffer[: self._filled]
-            end = self._written + self._filled
-            # Growing rewrites the metadata only; nobody knows the length before the last document.
-            self._array = self._array.resize(
-                exclusive_max=[end], expand_only=True, resize_metadata_only=True
-            ).result()
-            self._array[self._written : end].write(part).result()
+            self._array = write_shard(self._array, self._shards, part)
             self._digest.update(part.tobytes())
-            self._written = end
+            self._shards += 1
             self._filled = 0
 
 
-def create_tokens(location: str | os.PathLike, vocab_size: int, tokens: int) -> None:
-    """The array of ``tokens`` tokens below ``location``, for `write_shard` to fill, from any
-    process and in any order. What was there is removed."""
-    _create(storage.join(location, "tokens"), token_dtype(vocab_size), tokens)
+def create_tokens(
+    location: str | os.PathLike, vocab_size: int, tokens: int = 0
+) -> tensorstore.TensorStore:
+    """Create the array of ``tokens`` tokens below ``location``; `write_shard` fills it. An earlier
+    array is removed."""
+    return _create(storage.join(location, "tokens"), token_dtype(vocab_size), tokens)
 
 
-def write_shard(location: str | os.PathLike, number: int, tokens: np.ndarray) -> None:
-    """Tokens ``number * SHARD`` and on, `SHARD` of them or the last ones: one file."""
-    array = _open(storage.join(location, "tokens"), write=True)
-    array[number * SHARD : number * SHARD + len(tokens)].write(tokens).result()
+def open_for_writing(location: str | os.PathLike) -> tensorstore.TensorStore:
+    """Open what `create_tokens` created, in any process."""
+    return _open(storage.join(location, "tokens"), write=True)
 
 
-def finish_tokens(location: str | os.PathLike, lengths: Iterable[np.ndarray], meta: dict) -> None:
-    """document_offsets, of the lengths of all documents in order, some at a time, and then
-    meta.json: ``meta`` holds what `TokenWriter.finish` returns."""
-    array = _create_offsets(location, meta["documents"] + 1)
-    waiting = np.zeros(1, np.int64)
+def write_shard(
+    stored: tensorstore.TensorStore, number: int, tokens: np.ndarray
+) -> tensorstore.TensorStore:
+    """Write one file: the tokens from ``number * SHARD`` on, `SHARD` of them or the last ones.
+
+    Shards of an array of the final size may come from any process in any order. Returns the array,
+    grown if it was too short.
+    """
+    start = number * SHARD
+    stop = start + len(tokens)
+    if stop > stored.shape[0]:
+        # Growing rewrites only the metadata: a stream has no known length before its end.
+        stored = stored.resize(
+            exclusive_max=[stop], expand_only=True, resize_metadata_only=True
+        ).result()
+    stored[start:stop].write(tokens).result()
+    return stored
+
+
+def write_offsets(
+    location: str | os.PathLike,
+    lengths: Iterable[np.ndarray],
+    documents: int,
+    digest: "hashlib._Hash | None" = None,
+) -> None:
+    """Write document_offsets from the lengths of all documents in order, some at a time.
+
+    ``digest`` is updated with the offsets. Memory: one file of them (128 MB).
+    """
+    # In small chunks: a window needs the offsets around one position, and these are four times as
+    # wide as tokens.
+    stored = _create(
+        storage.join(location, "document_offsets"), np.dtype("<i8"), documents + 1, _CHUNK >> 4
+    )
+    block = np.zeros(min(SHARD, documents + 1), "<i8")
+    filled = 1  # the first offset is 0
     first = 0
     end = 0
+
+    def flush() -> None:
+        # Whole files, one after another: part of a file would be read and written again.
+        stored[first : first + filled].write(block[:filled]).result()
+        if digest is not None:
+            digest.update(block[:filled])
+
     for values in lengths:
-        waiting = np.concatenate([waiting, end + np.cumsum(values, dtype=np.int64)])
-        end += int(values.sum())
-        whole = (
-            len(waiting) // SHARD * SHARD
-        )  # whole files only: part of one would be read and written again
-        if whole:
-            array[first : first + whole].write(waiting[:whole]).result()
-            first = first + whole
-            waiting = waiting[whole:]
-    array[first : first + len(waiting)].write(waiting).result()
+        while len(values):
+            if filled == len(block):
+                flush()
+                first += filled
+                filled = 0
+            part = values[: len(block) - filled]
+            target = block[filled : filled + len(part)]
+            np.cumsum(part, dtype=np.int64, out=target)
+            target += end
+            end = int(target[-1])
+            filled += len(part)
+            values = values[len(part) :]
+    flush()
+
+
+def token_meta(
+    vocab_size: int, tokenizer_fingerprint: str, seed: int, counts: dict[str, int], sha256: str
+) -> dict:
+    """Return the content of meta.json; ``counts`` holds tokens, documents, bytes, and of pairs
+    answer_tokens and answer_bytes."""
+    common = ("tokens", "documents", "bytes")
+    return {
+        "dtype": token_dtype(vocab_size).name,
+        **{key: counts[key] for key in common},
+        "vocab_size": vocab_size,
+        "tokenizer": tokenizer_fingerprint,
+        "seed": seed,
+        **{key: count for key, count in counts.items() if key not in common},
+        "sha256": sha256,
+    }
+
+
+def write_meta(location: str | os.PathLike, meta: dict) -> None:
+    """Write meta.json, which makes the tokens below ``location`` openable: the last of all."""
     storage.write_file(location, "meta.json", json.dumps(meta, indent=1).encode())
-
-
-def _create_offsets(location: str | os.PathLike, size: int) -> tensorstore.TensorStore:
-    # In small chunks: a window wants the offsets of one place, and these are four times as wide as
-    # tokens.
-    return _create(storage.join(location, "document_offsets"), np.dtype("<i8"), size, _CHUNK >> 4)
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -183,10 +236,10 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 class Tokens:
-    """The tokens of one part (train or heldout); `open_stored` makes it. ``len`` counts tokens.
+    """The tokens of one part (train or heldout), from `open_stored`. ``len`` counts tokens.
 
-    ``prompt_lengths`` [documents] int64: with how many tokens of a pair its answer is asked for;
-    None for plain text.
+    ``prompt_lengths`` [documents] int64: tokens of each pair before its answer; None for plain
+    text.
     """
 
     def __init__(
@@ -213,29 +266,29 @@ class Tokens:
     @functools.cached_property
     def document_offsets(self) -> np.ndarray:
         """[documents + 1] int64: document i is tokens ``offsets[i]`` to ``offsets[i + 1]``. Reads
-        them all."""
+        all offsets."""
         return self._offsets.all()
 
-    def document_of(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """int64 (document, where it begins) of each token of ``places``; reads what it needs of the
-        offsets."""
-        return self._offsets.find(places)
+    def document_of(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return int64 (document, its first token) of each token of ``positions``; reads only the
+        offsets it needs."""
+        return self._offsets.find(positions)
 
     def blocks_of_offsets(self) -> Iterator[tuple[int, np.ndarray]]:
-        """(first document, offsets of some documents and of the last one's end) of all: for a pass
-        in little memory."""
+        """Yield (first document, offsets of some documents and of their end) for all: a pass in
+        little memory."""
         return self._offsets.blocks()
 
     @property
     def predicted(self) -> tuple[int, int]:
-        """Tokens that are learnt, and the UTF-8 bytes that they stand for: all but bos, or the
+        """The number of tokens to predict, and of UTF-8 bytes they encode: all but bos, or the
         answers of pairs."""
         if self.prompt_lengths is not None:
             return self.meta["answer_tokens"], self.meta["answer_bytes"]
         return self.meta["tokens"] - self.meta["documents"], self.meta["bytes"]
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop), of the dtype on disk; 0 <= start <= stop <= len."""
+        """Return tokens [start, stop), of the dtype on disk; 0 <= start <= stop <= len."""
         if not 0 <= start <= stop <= len(self):
             raise IndexError(
                 f"tokens {start} to {stop} were asked for, {self.location} has {len(self)}"
@@ -243,10 +296,10 @@ class Tokens:
         return self.read_windows(np.array([start]), stop - start)[0]
 
     def read_windows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """[n, length] tokens from each start on; after the last token comes the first."""
+        """Return [n, length] tokens from each start; the first token follows the last."""
         starts = [int(start) for start in starts]
         windows = np.empty((len(starts), length), self.meta["dtype"])
-        pending = []  # all reads are under way before the first is waited for
+        pending = []  # start all reads before waiting for the first
         for row, start in zip(windows, starts, strict=True):
             head = min(length, len(self) - start)
             pending.append((row[:head], self._array[start : start + head].read()))
@@ -261,10 +314,9 @@ class Tokens:
 
 
 def open_stored(location: str | os.PathLike) -> Tokens:
-    """The tokens in a folder (path or URL) such as ``OUT/train``.
+    """Open the tokens in a folder (path or URL) such as ``OUT/train``.
 
-    Raises FileNotFoundError where nothing was prepared, ValueError where something is damaged or
-    missing.
+    Raises FileNotFoundError if nothing was prepared, ValueError if something is damaged or missing.
     """
     location = str(location).rstrip("/")
     content = storage.read_file(location, "meta.json")
@@ -293,13 +345,13 @@ def open_stored(location: str | os.PathLike) -> Tokens:
     except (ValueError, KeyError, TypeError) as error:
         raise _unreadable(location, error) from None
     if stored.shape != (tokens,) or stored.dtype.name != dtype:
-        raise _damaged(
+        raise damaged(
             location,
             f"it holds {stored.shape[0]} tokens of {stored.dtype.name}, meta.json says "
             f"{tokens} of {dtype}",
         )
     if offsets.shape != (documents + 1,):
-        raise _damaged(
+        raise damaged(
             location, f"document_offsets do not divide {tokens} tokens into {documents} documents"
         )
 
@@ -313,7 +365,7 @@ def open_stored(location: str | os.PathLike) -> Tokens:
         location,
         meta,
         stored,
-        Offsets(read, documents, tokens, functools.partial(_damaged, location)),
+        Offsets(read, documents, tokens, functools.partial(damaged, location)),
         prompts,
     )
     opened._offsets.check_ends()
@@ -321,36 +373,19 @@ def open_stored(location: str | os.PathLike) -> Tokens:
         prompts.shape != (documents,)
         or not ((0 < prompts) & (prompts < np.diff(opened.document_offsets))).all()
     ):
-        raise _damaged(location, f"prompt_lengths do not fit {documents} documents")
+        raise damaged(location, f"prompt_lengths do not fit {documents} documents")
     return opened
 
 
-def read_prepared(location: str | os.PathLike) -> dict:
-    """prepared.json of a data set, as `prepare` returned it.
-
-    Raises FileNotFoundError where nothing was prepared, ValueError where it is damaged."""
-    content = storage.read_file(location, "prepared.json")
-    if content is None:
-        raise FileNotFoundError(
-            f"{location} holds no prepared data (no prepared.json): make it with "
-            "python launch/prepare_data.py --output=" + str(location)
-        )
-    try:
-        prepared = json.loads(content)
-        prepared["fingerprint"], prepared["train"], prepared["heldout"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(location, f"prepared.json: {error!r}") from None
-    return prepared
-
-
 def _unreadable(location: str | os.PathLike, error: Exception) -> Exception:
-    """What a failed read is raised as: damage, unless it may work at another try."""
+    """Return the error of a failed read: damage, unless a retry may succeed."""
     if errors.is_passing(error):
         return errors.PassingError(f"{location} could not be read: {storage.first_line(error)}")
-    return _damaged(location, storage.first_line(error))
+    return damaged(location, storage.first_line(error))
 
 
-def _damaged(location: str | os.PathLike, reason: str) -> ValueError:
+def damaged(location: str | os.PathLike, reason: str) -> ValueError:
+    """Return the error of a damaged data set."""
     return ValueError(f"{location} is damaged: {reason}; {_AGAIN}")
 
 
@@ -368,8 +403,7 @@ def _create(
         {
             "driver": "zarr3",
             "kvstore": storage.key_value_spec(location),
-            # Else a chunk of zeros would not be stored, and could not be told from one that is
-            # missing.
+            # Otherwise a chunk of zeros would not be stored, and would look like a missing one.
             "store_data_equal_to_fill_value": True,
             "metadata": {
                 "shape": [size],
@@ -390,7 +424,7 @@ def _open(location: str, write: bool = False) -> tensorstore.TensorStore:
             "driver": "zarr3",
             "kvstore": storage.key_value_spec(location),
             "fill_missing_data_reads": False,  # a missing chunk is an error, not zeros
-            "recheck_cached_data": "open",  # not at each read: what is written once does not change
+            "recheck_cached_data": "open",  # not at each read: written data do not change
         },
         read=True,
         write=write,

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from mtnlg_jax.data import prepare as prepare_module
+from mtnlg_jax.data.encode import _cut_marks
 from mtnlg_jax.data.prepare import prepare
 from mtnlg_jax.data.read.charsets import as_utf8
 from mtnlg_jax.data.read.controls import repair_controls
@@ -95,9 +95,9 @@ def test_a_long_text_that_begins_with_white_space_is_prepared(tmp_path, gpt2_fil
 
 
 def test_a_token_over_a_space_is_not_cut():
-    assert prepare_module._cut_marks(_WithWords(["foo", " bar", "\n"])) == (b"\n", b" ")
-    assert prepare_module._cut_marks(_WithWords(["foo bar", "\n"])) == (b"\n",)
-    assert prepare_module._cut_marks(_WithWords(["foo bar", "a\nb"])) == ()
+    assert _cut_marks(_WithWords(["foo", " bar", "\n"])) == (b"\n", b" ")
+    assert _cut_marks(_WithWords(["foo bar", "\n"])) == (b"\n",)
+    assert _cut_marks(_WithWords(["foo bar", "a\nb"])) == ()
 
 
 class _WithWords:

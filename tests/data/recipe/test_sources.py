@@ -15,8 +15,8 @@ from mtnlg_jax.data.read.builtin_corpus import embedded_documents
 from mtnlg_jax.data.recipe.run import make
 from mtnlg_jax.data.recipe.settings import TECHNICAL_TEXT, Recipe, Source, clean_config, load_recipe
 from mtnlg_jax.data.recipe.stages import in_processes
+from mtnlg_jax.data.store.prepared import read_prepared
 from mtnlg_jax.data.store.sources import open_sources
-from mtnlg_jax.data.store.tokens import read_prepared
 
 ROOT = Path(__file__).resolve().parents[3]
 

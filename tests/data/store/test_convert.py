@@ -11,8 +11,8 @@ from mtnlg_jax.data.read.documents import read_documents
 from mtnlg_jax.data.store import convert as module
 from mtnlg_jax.data.store import offsets
 from mtnlg_jax.data.store.convert import convert
+from mtnlg_jax.data.store.prepared import read_prepared
 from mtnlg_jax.data.store.sources import open_tokens
-from mtnlg_jax.data.store.tokens import read_prepared
 from mtnlg_jax.data.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -119,7 +119,7 @@ def test_what_cannot_be_is_refused(prepared, trained, gpt2_files, tmp_path):
     trained["bpe"].save(tmp_path / "other")
     for arguments, error, message in [
         ((train, prefix), FileExistsError, "x.bin exists"),
-        ((prefix, prefix + ".idx"), ValueError, "is what is read"),
+        ((prefix, prefix + ".idx"), ValueError, "is the source itself"),
         (
             (prefix, str(tmp_path / "y")),
             ValueError,
@@ -129,12 +129,12 @@ def test_what_cannot_be_is_refused(prepared, trained, gpt2_files, tmp_path):
         (
             (prefix, str(there), str(gpt2_files), 0.1, True),
             FileExistsError,
-            "is no prepared data set",
+            "is not a prepared data set",
         ),
         (
             (prefix, str(tmp_path / "y"), str(gpt2_files), 0.7),
             ValueError,
-            "heldout=0.7 must lie in 0 to 0.5",
+            "heldout=0.7 must be in 0 to 0.5",
         ),
         (
             (train, str(tmp_path / "y.jsonl"), str(tmp_path / "other")),

@@ -185,11 +185,11 @@ def _shift(prefix):
             r"x.idx does not exist; .* and .*x.bin",
         ),
         (_put(0, "<9s", b"MMIDIDY\0\0"), ValueError, "does not begin with MMIDIDX"),
-        (_put(9, "<Q", 2), ValueError, "of version 2"),
+        (_put(9, "<Q", 2), ValueError, "has version 2"),
         (_put(17, "<B", 6), ValueError, "holds float64, not tokens"),
         (_put(17, "<B", 7), ValueError, "float32"),
         (_put(17, "<B", 9), ValueError, "names dtype 9"),
-        (_put(17, "<B", 4), ValueError, "x.bin has 4840 bytes, and the index tells of"),
+        (_put(17, "<B", 4), ValueError, "x.bin has 4840 bytes, and the index requires"),
         (
             _put(18, "<Q", 39),
             ValueError,
@@ -203,7 +203,7 @@ def _shift(prefix):
         (
             _edit(".bin", lambda data: data[:-2]),
             ValueError,
-            "x.bin has 4838 bytes, and the index tells of 4840",
+            "x.bin has 4838 bytes, and the index requires 4840",
         ),
         (_edit(".bin", lambda data: data + b"\0"), ValueError, "x.bin has 4841 bytes"),
         (

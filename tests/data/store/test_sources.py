@@ -102,7 +102,7 @@ def test_what_does_not_fit_is_refused(prepared, gpt2_files, tmp_path):
         (
             ([SHORT], gpt2, SHORT + ".bin"),
             ValueError,
-            "data.heldout=.*short.bin is trained on, too",
+            "data.heldout=.*short.bin is also trained on",
         ),
         (([SHORT], gpt2, str(tmp_path / "x")), FileNotFoundError, "x does not exist"),
         (([str(tmp_path / "x")], gpt2), FileNotFoundError, "x does not exist"),

@@ -6,8 +6,9 @@ import pytest
 
 from mtnlg_jax import storage
 from mtnlg_jax.data.store import tokens as module
+from mtnlg_jax.data.store.prepared import read_prepared
 from mtnlg_jax.data.store.sources import open_tokens
-from mtnlg_jax.data.store.tokens import TokenWriter, read_prepared
+from mtnlg_jax.data.store.tokens import TokenWriter
 
 RNG = np.random.default_rng(0)
 DOCUMENTS = [RNG.integers(0, 300, size) for size in (1, 2, 700, 3, 64, 1, 260, 9)]
