@@ -14,22 +14,17 @@ from jax.sharding import PartitionSpec as P
 
 from mtnlg_jax.config import Config
 from mtnlg_jax.data.batches import HeldOut
-from mtnlg_jax.model.transformer import abstract_model
+from mtnlg_jax.model.transformer import abstract_model, split_params
 from mtnlg_jax.parallel.collectives import axis_index, axis_size, vary
+from mtnlg_jax.parallel.mesh import specs_of
 from mtnlg_jax.parallel.pipeline import circular, to_rounds
 from mtnlg_jax.train import lora
 from mtnlg_jax.train.batch import micro_batch_shape, put_batch
-from mtnlg_jax.train.gradients import (
-    Parts,
-    chunk_of,
-    gather_of,
-    over_mesh,
-    sum_apart,
-    with_blocks,
-    without_blocks,
-)
+from mtnlg_jax.train.gradients import batch_specs, chunk_of, over_mesh, sum_shared
 from mtnlg_jax.train.inputs import Data
+from mtnlg_jax.train.micro_batches import MicroBatches
 from mtnlg_jax.train.objectives import causal_batch, masked_batch
+from mtnlg_jax.train.weights import make_weights
 
 EVALUATION_ROWS = 16  # held-out sequences in one of train.eval_batches
 
@@ -154,42 +149,42 @@ class Evaluator:
 
 
 def make_eval(config: Config, mesh: Mesh, causal: bool) -> Callable:
-    """(params, batch) -> (sum of weight x -log p, sum of weights) of a batch (M, B, S)."""
-    params = abstract_model(config.model)[1]
-    zero = config.mesh.zero
-    piped = mesh.shape["pipe"] > 1
-    rounds = config.mesh.virtual_pipe
-    undropped = dataclasses.replace(
-        config, model=dataclasses.replace(config.model, dropout_rate=0.0)
+    """Return (params, batch) -> (sum of weight x -log p, sum of weights) of a batch (M, B, S)."""
+    # The plain loss: neither dropout nor label smoothing.
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, dropout_rate=0.0),
+        train=dataclasses.replace(config.train, label_smoothing=0.0),
     )
+    weights = make_weights(config)
 
-    def local(params, batch, count, key):
+    def sums(losses, batch):
+        total = sum_shared(losses.sum(), ("pipe", "data", "context"))
+        return total, sum_shared(batch["weights"].sum(), ("data", "context"))
+
+    def evaluate(params, batch):
         params, batch = vary((params, batch))
-        if piped:
-            params = with_blocks(params, to_rounds(params["blocks"], rounds))
-        weights = params if zero == 3 else gather_of(config)(params)
-        parts = Parts(undropped, causal, weights, batch, 1.0, None)
-        rest = without_blocks(weights)
-        blocks = weights["blocks"]
-        micro_batches = batch["tokens"].shape[0]
-        if piped:
-            mine = jnp.arange(micro_batches // axis_size("pipe")) * axis_size("pipe") + axis_index(
-                "pipe"
-            )
-            ys = circular(
-                lambda round, m, x: parts.stage(rest, *chunk_of(parts, blocks, round), m, x),
-                vary(parts.start(rest, mine)),
-                rounds,
-            )
-            losses = lax.map(lambda args: parts.finish(rest, *args, smoothing=0.0), (mine, ys))
-        else:
+        params = weights.at_start(params)
+        micro_batches = MicroBatches(config, causal, batch, 1.0)
+        numbers = jnp.arange(len(micro_batches))
+        return sums(lax.map(lambda m: micro_batches.whole(params, m), numbers), batch)
 
-            def one(m):
-                x_BSD = parts.stage(rest, blocks, 0, m, parts.start(rest, m[None])[0])
-                return parts.finish(rest, m, x_BSD, smoothing=0.0)
+    def pipelined_evaluate(params, batch):
+        params, batch = vary((split_params(params), batch))
+        blocks = to_rounds(params.blocks, config.mesh.virtual_pipe)
+        rest, blocks = weights.at_start(params._replace(blocks=blocks))
+        micro_batches = MicroBatches(config, causal, batch, 1.0)
+        size = axis_size("pipe")
+        mine = jnp.arange(len(micro_batches) // size) * size + axis_index("pipe")
+        x_GBSD = vary(micro_batches.embed(rest, mine))
+        y_GBSD = circular(
+            lambda round, m, x: micro_batches.layers(rest, *chunk_of(blocks, round), m, x),
+            x_GBSD,
+            config.mesh.virtual_pipe,
+        )
+        losses = lax.map(lambda args: micro_batches.loss(rest, *args), (mine, y_GBSD))
+        return sums(losses, batch)
 
-            losses = lax.map(one, jnp.arange(micro_batches))
-        total = sum_apart(losses.sum(), ("pipe", "data", "context"))
-        return total, sum_apart(batch["weights"].sum(), ("data", "context"))
-
-    return jax.jit(over_mesh(local, mesh, params, zero, (P(), P())))
+    function = pipelined_evaluate if mesh.shape["pipe"] > 1 else evaluate
+    specs = specs_of(abstract_model(config.model)[1], config.mesh.zero)
+    return jax.jit(over_mesh(function, mesh, (specs, batch_specs()), (P(), P())))
