@@ -69,6 +69,10 @@ def multiply(dims: str, x: jax.Array, weight: jax.Array | Callable) -> jax.Array
     return weight(x) if callable(weight) else jnp.einsum(dims, x, weight)
 
 
+def _add_bias(x: jax.Array, bias: nnx.Param | None) -> jax.Array:
+    return x if bias is None else x + bias[...]
+
+
 class Norm(nnx.Module):
     """LayerNorm (Ba 2016) or RMSNorm (Zhang 2019), computed in float32."""
 
@@ -137,10 +141,9 @@ class Attention(nnx.Module):
         q = multiply("BSD,DNH->BSNH", x_BSD, self.w_q_DNH[...])
         k = multiply("BSD,DKH->BSKH", x_BSD, self.w_k_DKH[...])
         v = multiply("BSD,DKH->BSKH", x_BSD, self.w_v_DKH[...])
-        if self.b_q_NH is not None:
-            q = q + self.b_q_NH[...]
-            k = k + self.b_k_KH[...]
-            v = v + self.b_v_KH[...]
+        q = _add_bias(q, self.b_q_NH)
+        k = _add_bias(k, self.b_k_KH)
+        v = _add_bias(v, self.b_v_KH)
         if self.rotary_base is not None:
             q = rotate(q, positions_BS, self.rotary_base)
             k = rotate(k, positions_BS, self.rotary_base)
@@ -150,12 +153,12 @@ class Attention(nnx.Module):
         """Project heads back to width, (B, S, D); in the manual region this device's part of S."""
         # Each device has the sum over its own heads only; the reduce-scatter completes it.
         x_BSD = scatter_sum(multiply("BSNH,NHD->BSD", o_BSNH, self.w_o_NHD[...]), "tensor", 1)
-        return x_BSD if self.b_o_D is None else x_BSD + self.b_o_D[...]
+        return _add_bias(x_BSD, self.b_o_D)
 
 
 # Activations of an MLP without a gate. "gelu" is the tanh form of GPT-2 and Megatron-LM
 # (Hendrycks 2016).
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=True),
     "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
     "relu": jax.nn.relu,
@@ -183,18 +186,15 @@ class Mlp(nnx.Module):
 
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
         h_BSF = multiply("BSD,DF->BSF", x_BSD, self.w_in_DF[...])
-        if self.b_in_F is not None:
-            h_BSF = h_BSF + self.b_in_F[...]
+        h_BSF = _add_bias(h_BSF, self.b_in_F)
         if self.w_gate_DF is None:
             h_BSF = ACTIVATIONS[self.activation](h_BSF)
         else:
             g_BSF = multiply("BSD,DF->BSF", x_BSD, self.w_gate_DF[...])
-            if self.b_gate_F is not None:
-                g_BSF = g_BSF + self.b_gate_F[...]
-            h_BSF = h_BSF * jax.nn.silu(g_BSF)
+            h_BSF = h_BSF * jax.nn.silu(_add_bias(g_BSF, self.b_gate_F))
         h_BSF = checkpoint_name(h_BSF, "activation")
         y_BSD = scatter_sum(multiply("BSF,FD->BSD", h_BSF, self.w_out_FD[...]), "tensor", 1)
-        return y_BSD if self.b_out_D is None else y_BSD + self.b_out_D[...]
+        return _add_bias(y_BSD, self.b_out_D)
 
 
 class Block(nnx.Module):
@@ -285,25 +285,6 @@ class Hooks(NamedTuple):
 PLAIN = Hooks()
 
 
-class Params(NamedTuple):
-    """A model's parameters in two parts: pipelines and ZeRO-3 treat the layers separately."""
-
-    rest: nnx.State  # embeddings, final norm and head
-    blocks: nnx.State  # the layers, stacked: L is the first dim of every leaf
-
-
-def split_params(params: nnx.State) -> Params:
-    """Split a model's parameters; `join_params` undoes it."""
-    rest = {name: part for name, part in params.raw_mapping.items() if name != "blocks"}
-    return Params(type(params)(rest), params["blocks"])
-
-
-def join_params(params: Params) -> nnx.State:
-    """Join what `split_params` has split."""
-    whole = {**params.rest.raw_mapping, "blocks": params.blocks.raw_mapping}
-    return type(params.rest)(whole)
-
-
 class Transformer(nnx.Module):
     """Token embedding, stacked Blocks, final norm and output embedding.
 
@@ -311,10 +292,15 @@ class Transformer(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        if config.vocab_size is None:
+            raise ValueError(
+                "model.vocab_size is None; set it to the size of the tokenizer or more"
+            )
+        V = config.vocab_size
         D = config.hidden_size
         std = config.init_method_std
         self.config = config
-        self.tokens_VD = _normal(rngs, std, config.vocab_size, D)
+        self.tokens_VD = _normal(rngs, std, V, D)
         self.positions_PD = (
             _normal(rngs, std, config.max_position_embeddings, D)
             if config.position_embedding_type == "learned"
@@ -328,7 +314,7 @@ class Transformer(nnx.Module):
 
         self.blocks = stacked(rngs)
         self.final_norm = Norm(config)
-        self.head_VD = None if config.tie_embeddings else _normal(rngs, std, config.vocab_size, D)
+        self.head_VD = None if config.tie_embeddings else _normal(rngs, std, V, D)
 
     # --- the plain forward pass
 
@@ -433,6 +419,7 @@ class Transformer(nnx.Module):
     def _drop(self, x_BSD: jax.Array, number: int | jax.Array, hooks: Hooks) -> jax.Array:
         if hooks.dropout_key is None or self.config.dropout_rate == 0:
             return x_BSD
+        assert hooks.rows_B is not None, "dropout numbers the rows of the global batch"
         key = jax.random.fold_in(hooks.dropout_key, number)
         return dropout(x_BSD, self.config.dropout_rate, key, hooks.rows_B)
 

@@ -17,7 +17,8 @@ from jax import lax
 
 from mtnlg_jax.config import Config, ModelConfig
 from mtnlg_jax.model.context_attention import context_attention
-from mtnlg_jax.model.transformer import Hooks, abstract_model, join_params, split_params
+from mtnlg_jax.model.params import join_params, split_params
+from mtnlg_jax.model.transformer import Hooks, abstract_model
 from mtnlg_jax.train.weights import make_weights
 
 

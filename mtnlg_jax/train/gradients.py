@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from mtnlg_jax.config import Config
-from mtnlg_jax.model.transformer import Params, abstract_model, join_params, split_params
+from mtnlg_jax.model.params import Params, join_params, split_params
+from mtnlg_jax.model.transformer import abstract_model
 from mtnlg_jax.parallel.collectives import (
     axis_index,
     axis_size,

@@ -12,14 +12,8 @@ from jax import lax
 from mtnlg_jax.config import Config
 from mtnlg_jax.model.context_attention import context_attention
 from mtnlg_jax.model.loss import cross_entropy, distilled_cross_entropy
-from mtnlg_jax.model.transformer import (
-    Hooks,
-    Params,
-    Transformer,
-    abstract_model,
-    join_params,
-    split_params,
-)
+from mtnlg_jax.model.params import Params, join_params, split_params
+from mtnlg_jax.model.transformer import Hooks, Transformer, abstract_model
 from mtnlg_jax.train.distill import Teacher
 from mtnlg_jax.train.weights import make_weights
 
@@ -67,8 +61,12 @@ class MicroBatches:
         tokens = self.batch["tokens"][numbers]
         positions = self.batch["positions"][numbers]
         rows = self.batch["rows"][numbers]
-        flat = [x.reshape(-1, *x.shape[2:]) for x in (tokens, positions)]
-        x_BSD = self._model(rest).start(*flat, self._hooks(rows.reshape(-1)))
+        # The rows of all G are embedded at once.
+        x_BSD = self._model(rest).start(
+            tokens.reshape(-1, tokens.shape[-1]),
+            positions.reshape(-1, tokens.shape[-1]),
+            self._hooks(rows.reshape(-1)),
+        )
         return x_BSD.reshape(*tokens.shape[:2], *x_BSD.shape[1:])
 
     def layers(
@@ -100,17 +98,22 @@ class MicroBatches:
         x_BD = x_BSD.reshape(-1, x_BSD.shape[-1])
         labels = micro["labels"].reshape(-1)
         weights = micro["weights"].reshape(-1)
-        targets = (labels, weights, train.loss_chunk, train.label_smoothing)
+        chunk = train.loss_chunk
+        smoothing = train.label_smoothing
         if self.teacher is None:
-            return cross_entropy(x_BD, model.head(), *targets) / self.total
-        nats = distilled_cross_entropy(
-            x_BD,
-            model.head(),
-            *self.teacher.hidden(micro),
-            *targets,
-            self.teacher.temperature,
-            self.teacher.weight,
-        )
+            nats = cross_entropy(x_BD, model.head(), labels, weights, chunk, smoothing)
+        else:
+            nats = distilled_cross_entropy(
+                x_BD,
+                model.head(),
+                *self.teacher.hidden(micro),
+                labels,
+                weights,
+                chunk,
+                smoothing,
+                self.teacher.temperature,
+                self.teacher.weight,
+            )
         return nats / self.total
 
     def _select(self, number: int | jax.Array) -> dict[str, jax.Array]:

@@ -29,7 +29,7 @@ class TrainState(NamedTuple):
 def init_state(config: Config, mesh: Mesh, params: nnx.State | None = None) -> TrainState:
     """Return the state of a run before its first step.
 
-    ``params`` are those of a plain model, sharded as the plan says; without them, new ones are
+    ``params`` are those of a plain model, sharded by the plan; without them, new ones are
     drawn from train.seed. With optimizer.lora_rank new adapters are added to either.
     """
     shardings = state_shardings(config, mesh)
@@ -39,7 +39,7 @@ def init_state(config: Config, mesh: Mesh, params: nnx.State | None = None) -> T
     params = lora.with_new_adapters(params, config, adapters)
     # The parameters may fill the devices: they are left out of this program, not copied by it.
     make_rest = functools.partial(_rest, config)
-    rest = jax.jit(make_rest, out_shardings=shardings._replace(params=None))(params)
+    rest = jax.jit(make_rest, out_shardings=shardings._replace(params=nnx.State({})))(params)
     return rest._replace(params=params)
 
 
@@ -49,7 +49,7 @@ def _rest(config: Config, params: nnx.State) -> TrainState:
     trained, _ = to_trainable(params)
     zero = jnp.int32(0)
     opt_state = make_optimizer(config.optimizer).init(trained)
-    return TrainState(None, opt_state, zero, zero, zero, zero)
+    return TrainState(nnx.State({}), opt_state, zero, zero, zero, zero)
 
 
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:

@@ -3,7 +3,6 @@
 The number of micro-batches in use is traced, so a batch ramp (`batch`) does not compile again.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,7 +26,7 @@ def make_train_step(
     causal: bool,
     distillation: Distillation | None = None,
     total_samples: int | None = None,
-) -> Callable:
+) -> jax.stages.Wrapped:
     """Return the jitted step.
 
     It maps (state, batch, micro_batches, sequences, rate_scale) to (state, metrics) and donates the
@@ -88,10 +87,10 @@ class CompiledStep:
     text that the compiler was given; it is "" before the first call.
     """
 
-    def __init__(self, train_step: Callable, watchdog: Watchdog):
+    def __init__(self, train_step: jax.stages.Wrapped, watchdog: Watchdog):
         self._train_step = train_step
         self._watchdog = watchdog
-        self._compiled: Callable | None = None
+        self._compiled: jax.stages.Compiled | None = None
         self.fingerprint = ""
 
     def __call__(self, *args: Any) -> tuple[TrainState, dict[str, jax.Array]]:
