@@ -305,7 +305,7 @@ def train_ours(sizes: dict, rows: int, impl: str, packed: bool) -> dict:
     from mtnlg_jax.config import Config, DataConfig, ModelConfig, TrainConfig, validate
     from mtnlg_jax.parallel.mesh import make_mesh
     from mtnlg_jax.train import batch as batches
-    from mtnlg_jax.train import gradients
+    from mtnlg_jax.train import micro_batches
     from mtnlg_jax.train.state import init_state
     from mtnlg_jax.train.step import make_train_step
 
@@ -317,8 +317,8 @@ def train_ours(sizes: dict, rows: int, impl: str, packed: bool) -> dict:
     )
     validate(config)
     if not packed:
-        whole = gradients.context_attention
-        gradients.context_attention = lambda *args, segment_ids=None, **options: whole(
+        whole = micro_batches.context_attention
+        micro_batches.context_attention = lambda *args, segment_ids=None, **options: whole(
             *args, **options
         )
     try:
@@ -349,7 +349,7 @@ def train_ours(sizes: dict, rows: int, impl: str, packed: bool) -> dict:
         losses, seconds = timed(one, lambda loss: float(jax.block_until_ready(loss)))
     finally:
         if not packed:
-            gradients.context_attention = whole
+            micro_batches.context_attention = whole
     return of_step(sizes, rows, seconds) | {"losses": losses, "packed_documents": packed}
 
 

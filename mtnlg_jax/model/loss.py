@@ -1,8 +1,12 @@
-"""Cross entropy over a vocabulary split over ``tensor``, a chunk of tokens at a time.
+"""Cross entropy over a vocabulary split over ``tensor``, computed a chunk of tokens at a time.
 
-Logits exist for one chunk only, and the gradient is formed in the same pass (Hsu 2024, Liger): the
-backward pass multiplies. Six products a parameter and token instead of eight, and never [B, S, V].
+Logits exist for one chunk only, and its gradient is computed in the same pass (Hsu 2024, Liger). So
+the backward pass only scales. That takes six products per parameter and token instead of eight, and
+never allocates [B, S, V].
 """
+
+# Shapes: B tokens (all rows and positions of a micro-batch), D width, V vocabulary, C width of the
+# teacher
 
 import functools
 
@@ -13,55 +17,70 @@ from jax import lax
 from mtnlg_jax.parallel.collectives import axis_index, axis_size, max_over, sum_over, vary
 
 
-def cross_entropy(x_TD, head_VD, labels_T, weights_T, chunk: int = 1024, smoothing: float = 0.0):
-    """Sum over tokens of weight x -log p(label), a float32 scalar.
+def cross_entropy(
+    x_BD: jax.Array,
+    head_VD: jax.Array,
+    labels_B: jax.Array,
+    weights_B: jax.Array,
+    chunk: int = 1024,
+    smoothing: float = 0.0,
+) -> jax.Array:
+    """Return the sum over tokens of weight x -log p(label), a float32 scalar.
 
     Args:
-      x_TD: hidden states, (tokens, width), equal on all devices of ``tensor``.
+      x_BD: hidden states, equal on all devices of ``tensor``.
       head_VD: this device's part of the output embedding.
-      labels_T: int32 ids in the whole vocabulary. weights_T: float32; 0 leaves a token out.
-      chunk: tokens whose logits exist at once.
-      smoothing: in [0, 1), the share of a target that is spread evenly over the rows of the
-        embedding, so that no token is held impossible (Szegedy 2016, Rethinking the Inception
-        Architecture, section 7).
+      labels_B: int32 ids in the whole vocabulary.
+      weights_B: float32; 0 leaves a token out.
+      chunk: how many tokens have logits at the same time.
+      smoothing: the share, in [0, 1), of every target that is spread evenly over the vocabulary
+        (Szegedy 2016, Rethinking the Inception Architecture, section 7).
     """
-    tokens = x_TD.shape[0]
-    chunk = min(chunk, tokens)
-    pad = -tokens % chunk
-    if pad:
-        x_TD = jnp.pad(x_TD, ((0, pad), (0, 0)))
-        labels_T = jnp.pad(labels_T, (0, pad))
-        weights_T = jnp.pad(weights_T, (0, pad))
-    x_TD, head_VD, labels_T, weights_T = vary((x_TD, head_VD, labels_T, weights_T))
-    return _summed(chunk, smoothing, x_TD, head_VD, labels_T, weights_T)
+    chunk = min(chunk, x_BD.shape[0])
+    x_BD, labels_B, weights_B = _padded(chunk, x_BD, labels_B, weights_B)
+    return _summed(chunk, smoothing, *vary((x_BD, head_VD, labels_B, weights_B)))
 
 
-def token_log_probs(x_TD, head_VD, labels_T, chunk: int = 1024):
-    """log p(label) of every token, float32 (tokens,); not for training."""
-    tokens = x_TD.shape[0]
+def token_log_probs(
+    x_BD: jax.Array, head_VD: jax.Array, labels_B: jax.Array, chunk: int = 1024
+) -> jax.Array:
+    """Return log p(label) of every token, float32 (B,); not for training."""
+    tokens = x_BD.shape[0]
     chunk = min(chunk, tokens)
-    pad = -tokens % chunk
-    x = jnp.pad(x_TD, ((0, pad), (0, 0))).reshape(-1, chunk, x_TD.shape[1])
-    labels = jnp.pad(labels_T, (0, pad)).reshape(-1, chunk)
-    losses = lax.map(lambda args: _chunk_losses(args[0], head_VD, args[1])[0], (x, labels))
+    parts = _chunks(chunk, *_padded(chunk, x_BD, labels_B))
+    losses = lax.map(lambda part: _chunk_losses(part[0], head_VD, part[1])[0], parts)
     return -losses.reshape(-1)[:tokens]
 
 
-def _chunk_losses(x, head, labels, smoothing=0.0):
-    """Losses (T,) of a chunk, and what their gradient needs: exp(logits - max), the sums, the
-    targets."""
-    return _losses_of(
-        jnp.einsum("TD,VD->TV", x, head, preferred_element_type=jnp.float32),
-        head,
-        labels,
-        smoothing,
-    )
+def _padded(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Pad the first dim with zeros to a multiple of ``chunk``; the weight of such a token is 0."""
+    pad = -arrays[0].shape[0] % chunk
+    if not pad:
+        return arrays
+    return tuple(jnp.pad(a, ((0, pad), *[(0, 0)] * (a.ndim - 1))) for a in arrays)
 
 
-def _losses_of(logits, head, labels, smoothing):
+def _chunks(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    return tuple(a.reshape(-1, chunk, *a.shape[1:]) for a in arrays)
+
+
+def _chunk_losses(
+    x: jax.Array, head: jax.Array, labels: jax.Array, smoothing: float = 0.0
+) -> tuple[jax.Array, tuple]:
+    """Return the losses (B,) of a chunk, and what `_losses_of` returns for their gradient."""
+    logits = jnp.einsum("BD,VD->BV", x, head, preferred_element_type=jnp.float32)
+    return _losses_of(logits, head, labels, smoothing)
+
+
+def _losses_of(
+    logits: jax.Array, head: jax.Array, labels: jax.Array, smoothing: float
+) -> tuple[jax.Array, tuple]:
+    """Return (losses, (exp(logits - max), their sums, targets)), reduced over ``tensor``."""
+    # Softmax does not change with the maximum, so no gradient goes through it.
     top = max_over(lax.stop_gradient(logits.max(-1)), "tensor")
     exped = jnp.exp(logits - top[:, None])
     total = sum_over(exped.sum(-1), "tensor")
+    # The label's logit is on one device of tensor; the others contribute 0 to the sum.
     local = labels - axis_index("tensor") * head.shape[0]
     mine = (local >= 0) & (local < head.shape[0])
     picked = jnp.take_along_axis(logits, jnp.where(mine, local, 0)[:, None], -1)[:, 0]
@@ -75,43 +94,39 @@ def _losses_of(logits, head, labels, smoothing):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _summed(chunk, smoothing, x_TD, head_VD, labels_T, weights_T):
+def _summed(chunk, smoothing, x_BD, head_VD, labels_B, weights_B):
     def one(total, part):
         x, labels, weights = part
         return total + jnp.dot(_chunk_losses(x, head_VD, labels, smoothing)[0], weights), None
 
-    total, _ = lax.scan(one, vary(jnp.float32(0)), _chunks(chunk, x_TD, labels_T, weights_T))
+    total, _ = lax.scan(one, vary(jnp.float32(0)), _chunks(chunk, x_BD, labels_B, weights_B))
     return total
 
 
-def _chunks(chunk, *arrays):
-    return tuple(a.reshape(-1, chunk, *a.shape[1:]) for a in arrays)
-
-
-def _forward(chunk, smoothing, x_TD, head_VD, labels_T, weights_T):
+def _forward(chunk, smoothing, x_BD, head_VD, labels_B, weights_B):
     def one(carry, part):
         total, d_head = carry
         x, labels, weights = part
         losses, (exped, sums, targets) = _chunk_losses(x, head_VD, labels, smoothing)
         d_logits = (exped / sums[:, None] - targets) * weights[:, None]
         d_logits = d_logits.astype(head_VD.dtype)
-        d_head = d_head + jnp.einsum("TV,TD->VD", d_logits, x, preferred_element_type=jnp.float32)
-        return vary((total + jnp.dot(losses, weights), d_head)), jnp.einsum(
-            "TV,VD->TD", d_logits, head_VD
-        )
+        d_head = d_head + jnp.einsum("BV,BD->VD", d_logits, x, preferred_element_type=jnp.float32)
+        total = total + jnp.dot(losses, weights)
+        return vary((total, d_head)), jnp.einsum("BV,VD->BD", d_logits, head_VD)
 
     start = vary((jnp.float32(0), jnp.zeros(head_VD.shape, jnp.float32)))
-    (total, d_head), d_x = lax.scan(one, start, _chunks(chunk, x_TD, labels_T, weights_T))
-    return total, (d_x.reshape(x_TD.shape), d_head, head_VD, weights_T)
+    (total, d_head), d_x = lax.scan(one, start, _chunks(chunk, x_BD, labels_B, weights_B))
+    return total, (d_x.reshape(x_BD.shape), d_head, head_VD, weights_B)
 
 
 def _backward(chunk, smoothing, residuals, grad):
-    d_x, d_head, head_VD, weights_T = residuals
+    d_x, d_head, head_VD, weights_B = residuals
+    # The weights are data: nothing is differentiated by them.
     return (
         (d_x * grad).astype(d_x.dtype),
         (d_head * grad).astype(head_VD.dtype),
         None,
-        jnp.zeros_like(weights_T),
+        jnp.zeros_like(weights_B),
     )
 
 
@@ -119,50 +134,51 @@ _summed.defvjp(_forward, _backward)
 
 
 # --- distillation
-# -------------------------------------------------------------------------------------------
 
 
 def distilled_cross_entropy(
-    x_TD,
-    head_VD,
-    teacher_x_TC,
-    teacher_head_VC,
-    labels_T,
-    weights_T,
+    x_BD: jax.Array,
+    head_VD: jax.Array,
+    teacher_x_BC: jax.Array,
+    teacher_head_VC: jax.Array,
+    labels_B: jax.Array,
+    weights_B: jax.Array,
     chunk: int = 1024,
     smoothing: float = 0.0,
     temperature: float = 1.0,
     share: float = 0.5,
-):
-    """Sum over tokens of weight x ((1 - share) x -log p(label) + share x temperature^2 x -sum q log
-    p), float32, where in the second part p is the student's distribution and q the teacher's, of
-    logits / temperature (Hinton 2015, section 2; the square keeps the gradient's size). As
-    `cross_entropy` in all else: logits of either model exist for one chunk, split over ``tensor``.
-        Nothing is learnt of the teacher.
+) -> jax.Array:
+    """Return the loss of a student and its distance from a teacher, summed over tokens, float32.
+
+    A token adds weight x ((1 - share) x -log p(label) + share x temperature^2 x -sum q log p).
+    In the second part p is the student's distribution and q the teacher's, both of
+    logits / temperature (Hinton 2015, section 2). The square keeps the size of the gradient
+    independent of the temperature. The teacher gets no gradient.
+
+    Like in `cross_entropy`, logits of either model exist for one chunk only, split over ``tensor``.
 
     Args:
-      teacher_x_TC, teacher_head_VC: the teacher's hidden states, of its own width, and its output
-        embedding, split over the same vocabulary.
-      temperature: above 0. share: in [0, 1]; 0 gives the number of `cross_entropy`.
+      teacher_x_BC: the teacher's hidden states, of its own width.
+      teacher_head_VC: the teacher's output embedding, split over the same vocabulary.
+      temperature: above 0.
+      share: in [0, 1]; 0 gives the result of `cross_entropy`.
     """
-    tokens = x_TD.shape[0]
-    chunk = min(chunk, tokens)
-    pad = -tokens % chunk
-    teacher_x_TC, teacher_head_VC = lax.stop_gradient((teacher_x_TC, teacher_head_VC))
-    x_TD, teacher_x_TC = (jnp.pad(x, ((0, pad), (0, 0))) for x in (x_TD, teacher_x_TC))
-    labels_T = jnp.pad(labels_T, (0, pad))
-    weights_T = jnp.pad(weights_T, (0, pad))
+    chunk = min(chunk, x_BD.shape[0])
+    teacher_x_BC, teacher_head_VC = lax.stop_gradient((teacher_x_BC, teacher_head_VC))
+    x_BD, teacher_x_BC, labels_B, weights_B = _padded(
+        chunk, x_BD, teacher_x_BC, labels_B, weights_B
+    )
     return _distilled(
         chunk,
         smoothing,
         temperature,
         share,
-        *vary((x_TD, head_VD, teacher_x_TC, teacher_head_VC, labels_T, weights_T)),
+        *vary((x_BD, head_VD, teacher_x_BC, teacher_head_VC, labels_B, weights_B)),
     )
 
 
-def _softmax(logits):
-    """(probabilities, log of their sum) over a vocabulary split over ``tensor``."""
+def _softmax(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return (probabilities, log of the sum of exp) over a vocabulary split over ``tensor``."""
     top = max_over(lax.stop_gradient(logits.max(-1)), "tensor")
     exped = jnp.exp(logits - top[:, None])
     total = sum_over(exped.sum(-1), "tensor")
@@ -170,19 +186,19 @@ def _softmax(logits):
 
 
 def _distilled_chunk(smoothing, temperature, share, x, head, teacher_x, teacher_head, labels):
-    """Losses (T,) of a chunk and their gradients by logits (T, V)."""
-    logits = jnp.einsum("TD,VD->TV", x, head, preferred_element_type=jnp.float32)
+    """Return the losses (B,) of a chunk and their gradients by logits (B, V)."""
+    logits = jnp.einsum("BD,VD->BV", x, head, preferred_element_type=jnp.float32)
     hard, (exped, sums, targets) = _losses_of(logits, head, labels, smoothing)
-    wanted, _ = _softmax(
-        jnp.einsum("TC,VC->TV", teacher_x, teacher_head, preferred_element_type=jnp.float32)
-        / temperature
+    teacher_logits = jnp.einsum(
+        "BC,VC->BV", teacher_x, teacher_head, preferred_element_type=jnp.float32
     )
-    given, log_total = _softmax(logits / temperature)
-    soft = log_total - sum_over((wanted * logits).sum(-1), "tensor") / temperature
+    q, _ = _softmax(teacher_logits / temperature)
+    p, log_total = _softmax(logits / temperature)
+    soft = log_total - sum_over((q * logits).sum(-1), "tensor") / temperature
     losses = (1 - share) * hard + share * temperature**2 * soft
-    return losses, (1 - share) * (exped / sums[:, None] - targets) + share * temperature * (
-        given - wanted
-    )
+    d_hard = exped / sums[:, None] - targets
+    # d soft / d logits is (p - q) / temperature, times temperature^2.
+    return losses, (1 - share) * d_hard + share * temperature * (p - q)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
@@ -191,12 +207,12 @@ def _distilled(
     smoothing,
     temperature,
     share,
-    x_TD,
+    x_BD,
     head_VD,
-    teacher_x_TC,
+    teacher_x_BC,
     teacher_head_VC,
-    labels_T,
-    weights_T,
+    labels_B,
+    weights_B,
 ):
     def one(total, part):
         x, teacher_x, labels, weights = part
@@ -206,7 +222,7 @@ def _distilled(
         return total + jnp.dot(losses, weights), None
 
     total, _ = lax.scan(
-        one, vary(jnp.float32(0)), _chunks(chunk, x_TD, teacher_x_TC, labels_T, weights_T)
+        one, vary(jnp.float32(0)), _chunks(chunk, x_BD, teacher_x_BC, labels_B, weights_B)
     )
     return total
 
@@ -216,12 +232,12 @@ def _distilled_forward(
     smoothing,
     temperature,
     share,
-    x_TD,
+    x_BD,
     head_VD,
-    teacher_x_TC,
+    teacher_x_BC,
     teacher_head_VC,
-    labels_T,
-    weights_T,
+    labels_B,
+    weights_B,
 ):
     def one(carry, part):
         total, d_head = carry
@@ -230,16 +246,15 @@ def _distilled_forward(
             smoothing, temperature, share, x, head_VD, teacher_x, teacher_head_VC, labels
         )
         d_logits = (d_logits * weights[:, None]).astype(head_VD.dtype)
-        d_head = d_head + jnp.einsum("TV,TD->VD", d_logits, x, preferred_element_type=jnp.float32)
-        return vary((total + jnp.dot(losses, weights), d_head)), jnp.einsum(
-            "TV,VD->TD", d_logits, head_VD
-        )
+        d_head = d_head + jnp.einsum("BV,BD->VD", d_logits, x, preferred_element_type=jnp.float32)
+        total = total + jnp.dot(losses, weights)
+        return vary((total, d_head)), jnp.einsum("BV,VD->BD", d_logits, head_VD)
 
     start = vary((jnp.float32(0), jnp.zeros(head_VD.shape, jnp.float32)))
     (total, d_head), d_x = lax.scan(
-        one, start, _chunks(chunk, x_TD, teacher_x_TC, labels_T, weights_T)
+        one, start, _chunks(chunk, x_BD, teacher_x_BC, labels_B, weights_B)
     )
-    return total, (d_x.reshape(x_TD.shape), d_head, head_VD, weights_T)
+    return total, (d_x.reshape(x_BD.shape), d_head, head_VD, weights_B)
 
 
 def _distilled_backward(chunk, smoothing, temperature, share, residuals, grad):

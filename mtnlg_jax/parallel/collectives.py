@@ -1,8 +1,11 @@
-"""The few communications of the model. Inside the manual region they are collectives; on an axis of
-size 1, or outside the region, they do nothing, so the same model code runs on one core and on a
-pod."""
+"""The collectives the model uses.
+
+Outside the manual region, and on an axis of size 1, they do nothing. So the same model code runs on
+one core and on a pod.
+"""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,38 +16,40 @@ from mtnlg_jax.parallel.mesh import AXES, dims_of, spec_of
 
 
 def axis_size(axis: str) -> int:
-    """Size of ``axis`` if the caller runs manually over it, else 1."""
+    """Return the size of ``axis`` if the caller runs manually over it, else 1."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.shape[axis] if axis in mesh.manual_axes else 1
 
 
-def axis_index(axis: str):
+def axis_index(axis: str) -> jax.Array | int:
+    """Return this device's position along ``axis``; 0 outside the manual region."""
     return lax.axis_index(axis) if axis_size(axis) > 1 else 0
 
 
-def gather(x, axis: str, dim: int):
-    """Joins the shards of ``x`` along ``dim``. Its transpose is ``scatter_sum``."""
+def gather(x: jax.Array, axis: str, dim: int) -> jax.Array:
+    """Concatenate the shards of ``x`` along ``dim``. The transpose is `scatter_sum`."""
     return lax.all_gather(x, axis, axis=dim, tiled=True) if axis_size(axis) > 1 else x
 
 
-def scatter_sum(x, axis: str, dim: int):
-    """Sums ``x`` over ``axis`` and keeps this device's part of ``dim``. Its transpose is
-    ``gather``."""
-    return (
-        lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True) if axis_size(axis) > 1 else x
-    )
+def scatter_sum(x: jax.Array, axis: str, dim: int) -> jax.Array:
+    """Sum ``x`` over ``axis`` and keep this device's part of ``dim``. The transpose is `gather`."""
+    if axis_size(axis) == 1:
+        return x
+    return lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True)
 
 
-def sum_over(x, axis: str):
+def sum_over(x: jax.Array, axis: str) -> jax.Array:
+    """Return the sum of ``x`` over ``axis``, on every device of it."""
     return lax.psum(x, axis) if axis_size(axis) > 1 else x
 
 
-def max_over(x, axis: str):
+def max_over(x: jax.Array, axis: str) -> jax.Array:
+    """Return the maximum of ``x`` over ``axis``, on every device of it."""
     return lax.pmax(x, axis) if axis_size(axis) > 1 else x
 
 
-def own_part(x, axis: str, dim: int):
-    """This device's part of ``dim`` of an ``x`` that every device of ``axis`` holds whole."""
+def own_part(x: jax.Array, axis: str, dim: int) -> jax.Array:
+    """Return this device's part of ``dim``, where every device of ``axis`` holds ``x`` whole."""
     size = axis_size(axis)
     if size == 1:
         return x
@@ -52,19 +57,23 @@ def own_part(x, axis: str, dim: int):
     return lax.dynamic_slice_in_dim(x, axis_index(axis) * part, part, dim)
 
 
-def zigzag(length: int, parts: int):
-    """The order of a sequence's places when ``context`` splits it over ``parts`` devices: of 2 x
-    parts chunks device i has chunks i and 2 x parts - 1 - i, so that causal attention is the same
-    work for each."""
+def zigzag(length: int, parts: int) -> np.ndarray:
+    """Return the order of a sequence's positions when ``context`` splits it over ``parts`` devices.
+
+    Of 2 x parts chunks, device i holds the chunks i and 2 x parts - 1 - i. Late positions attend to
+    more keys than early ones. Such a pair makes causal attention the same work on every device.
+    """
     if parts == 1:
         return np.arange(length)
     chunks = np.arange(length).reshape(2 * parts, -1)
     return np.concatenate([np.concatenate([chunks[i], chunks[-1 - i]]) for i in range(parts)])
 
 
-def sequence_places(length: int):
-    """Places in the whole sequence of the ``length`` tokens that this device has between the half
-    blocks."""
+def sequence_positions(length: int) -> jax.Array:
+    """Return the positions in the whole sequence of this device's ``length`` tokens.
+
+    These are the tokens that it holds between half blocks.
+    """
     inside = axis_index("tensor") * length + jnp.arange(length)
     parts = axis_size("context")
     whole = length * axis_size("tensor")
@@ -73,9 +82,12 @@ def sequence_places(length: int):
     return jnp.asarray(zigzag(parts * whole, parts))[axis_index("context") * whole + inside]
 
 
-def vary(tree):
-    """Marks every leaf as differing between all devices, so that autodiff sums nothing by itself:
-    the reductions of gradients are then written out, once, in ``reduce_gradients``."""
+def vary(tree: Any) -> Any:
+    """Mark every leaf as varying between all devices.
+
+    Autodiff would sum the gradient of an unvarying value at every use. For varying ones it sums
+    nothing: the reductions are written out once, in `reduce_gradients`.
+    """
     manual = [axis for axis in AXES if axis in jax.sharding.get_abstract_mesh().manual_axes]
 
     def one(leaf):
@@ -104,16 +116,21 @@ def _gather_weight_backward(dim, dtype, reduce_dtype, _, grad):
 _gather_weight.defvjp(_gather_weight_forward, _gather_weight_backward)
 
 
-def _data_dim(spec, leaf) -> int:
-    """Which dim of ``leaf`` is split over data. A layer inside the scan over layers has lost its
-    leading L, the rounds of a pipeline have two dims for it: so it is counted from the end."""
+def _data_dim(spec, leaf: jax.Array) -> int:
+    """Return the dim of ``leaf`` that is split over data.
+
+    It is counted from the end: inside the scan over layers the leading L is gone, and the rounds of
+    a pipeline have two dims in its place.
+    """
     return list(spec).index("data") - len(spec) + leaf.ndim
 
 
-def gather_weights(params, dtype, zero: int, reduce_dtype=jnp.float32):
-    """Float32 master shards -> compute weights in ``dtype``, whole along D. The transpose sums
-    gradients over data in ``reduce_dtype``, whatever the weights travel in, and hands each device
-    its part (ZeRO)."""
+def gather_weights(params: Any, dtype, zero: int, reduce_dtype=jnp.float32) -> Any:
+    """Gather float32 master shards into compute weights in ``dtype``, whole along D.
+
+    The transpose is ZeRO's reduce-scatter: it sums gradients over data in ``reduce_dtype``,
+    independent of ``dtype``, and leaves each device its own part.
+    """
 
     def one(path, leaf):
         spec = spec_of(dims_of(path), zero)
@@ -124,10 +141,12 @@ def gather_weights(params, dtype, zero: int, reduce_dtype=jnp.float32):
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def reduce_gradients(grads, zero: int, scattered: bool, reduce_dtype=jnp.float32):
-    """Local gradients -> float32 gradients as the parameters are stored: summed in ``reduce_dtype``
-    over every axis that the parameter is not split over. ``scattered``: the sum over data along D
-    was done already (zero=3)."""
+def reduce_gradients(grads: Any, zero: int, scattered: bool, reduce_dtype=jnp.float32) -> Any:
+    """Reduce local gradients to float32 gradients, split as the parameters are stored.
+
+    They are summed in ``reduce_dtype`` over every axis that the parameter is not split over.
+    ``scattered``: the transpose of `gather_weights` has done the sum over data along D (ZeRO-3).
+    """
     manual = [axis for axis in AXES if axis in jax.sharding.get_abstract_mesh().manual_axes]
     if not manual:
         return grads

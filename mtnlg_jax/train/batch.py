@@ -3,7 +3,10 @@
 B is split over ``data``, S over ``context`` in zigzag order.
 """
 
+# Shapes: M micro-batches, B rows of one over the whole mesh, S query positions
+
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +22,10 @@ BATCH_KEYS = ("tokens", "labels", "segment_ids", "positions", "weights", "rows")
 
 
 def micro_batch_shape(config: Config, mesh: Mesh) -> tuple[int, int]:
-    """(micro-batches, rows of each over the whole mesh) of the largest batch; a circular pipeline
-    takes micro-batches by the flush, so that some may have to stay empty."""
+    """Return (M, B) of the largest batch.
+
+    A circular pipeline takes micro-batches by the flush, so some may have to stay empty.
+    """
     size = mesh.shape["data"]
     train = config.train
     rows = (train.micro_batch_size or train.global_batch_size // size) * size
@@ -31,9 +36,8 @@ def micro_batch_shape(config: Config, mesh: Mesh) -> tuple[int, int]:
     return -(-micro_batches // unit) * unit, rows
 
 
-def abstract_batch(config: Config, mesh: Mesh):
-    """The largest batch as ShapeDtypeStructs with shardings: what ``put_batch`` makes, and a step
-    is compiled for."""
+def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the largest batch as ShapeDtypeStructs: every step is compiled for this input."""
     micro, rows = micro_batch_shape(config, mesh)
 
     def one(name):
@@ -48,19 +52,26 @@ def abstract_batch(config: Config, mesh: Mesh):
 
 
 def layout_of(name: str, shape: tuple[int, int, int]) -> tuple[tuple[int, ...], P]:
-    """Shape and spec of one array of a batch (M, B, S)."""
+    """Return the shape and the PartitionSpec of one array of a batch (M, B, S)."""
     return (shape[:2], P(None, "data")) if name == "rows" else (shape, BATCH)
 
 
-def put_batch(rows_of: Callable, shape: tuple[int, int, int], mesh: Mesh):
-    """The global batch (M, B, S) as sharded arrays, places in the zigzag order of the context axis.
-    ``rows_of(numbers)`` gives a dict of (n, S) arrays for global row numbers m * B + b; it is asked
-    only for the rows that this process holds."""
+def put_batch(
+    rows_of: Callable[[np.ndarray], dict[str, np.ndarray]],
+    shape: tuple[int, int, int],
+    mesh: Mesh,
+) -> dict[str, jax.Array]:
+    """Return the global batch (M, B, S) as sharded arrays, S in the zigzag order of ``context``.
+
+    ``rows_of(numbers)`` returns a dict of (n, S) arrays for global row numbers m * B + b. It is
+    called only for rows that this process holds.
+    """
     micro, rows, length = shape
     order = zigzag(length, mesh.shape["context"])
-    parts: dict[tuple, dict] = {}
+    parts: dict[tuple[int, int], dict[str, np.ndarray]] = {}
 
-    def part(index) -> dict:
+    def part(index) -> dict[str, np.ndarray]:
+        # Devices along pipe, context and tensor share rows: they are read once.
         key = (index[1].start or 0, rows if index[1].stop is None else index[1].stop)
         if key not in parts:
             numbers = (np.arange(micro)[:, None] * rows + np.arange(*key)).reshape(-1)
@@ -71,10 +82,11 @@ def put_batch(rows_of: Callable, shape: tuple[int, int, int], mesh: Mesh):
             }
         return parts[key]
 
-    def array(name):
+    def array(name: str) -> jax.Array:
+        def shard(index: Any) -> np.ndarray:
+            return part(index)[name][:, :, *index[2:]]
+
         size, spec = layout_of(name, shape)
-        return jax.make_array_from_callback(
-            size, NamedSharding(mesh, spec), lambda index: part(index)[name][:, :, *index[2:]]
-        )
+        return jax.make_array_from_callback(size, NamedSharding(mesh, spec), shard)
 
     return {name: array(name) for name in BATCH_KEYS}

@@ -1,28 +1,30 @@
-"""Distillation (Hinton 2015, arXiv 1503.02531): the teacher of a stage, run inside the student's
-step.
+"""Distillation (Hinton 2015, arXiv 1503.02531): the teacher runs inside the student's step.
 
-The teacher is frozen parameters beside the state, split over the mesh as the student's are, without
-moments. It reads each micro-batch as the student does, masked or not, without dropout; its last
-hidden states meet the student's in `model.loss.distilled_cross_entropy`, a chunk of tokens at a
+The teacher's parameters are frozen. They are split over the mesh like the student's and have no
+moments. The teacher reads each micro-batch as the student does, masked or not, without dropout.
+`model.loss.distilled_cross_entropy` compares the last hidden states of both, a chunk of tokens at a
 time.
 """
+
+# Shapes: B rows, S query positions, C width of the teacher, V vocabulary
 
 import dataclasses
 import functools
 
-import jax.numpy as jnp
+import jax
 from flax import nnx
 from jax import lax
 
 from mtnlg_jax.config import Config, ModelConfig
 from mtnlg_jax.model.context_attention import context_attention
-from mtnlg_jax.model.transformer import abstract_model
-from mtnlg_jax.parallel.collectives import gather_weights
+from mtnlg_jax.model.params import join_params, split_params
+from mtnlg_jax.model.transformer import Hooks, abstract_model
+from mtnlg_jax.train.weights import make_weights
 
 
 @dataclasses.dataclass(frozen=True)
 class Distillation:
-    """What a step must know of a stage's teacher; its parameters are an argument of the step."""
+    """The teacher of a stage, without its parameters: those are an argument of the step."""
 
     model: ModelConfig
     temperature: float
@@ -30,37 +32,31 @@ class Distillation:
 
 
 class Teacher:
-    """The teacher in the manual region: ``params`` are this device's part."""
+    """The teacher in the manual region; ``params`` are this device's shards."""
 
-    def __init__(self, config: Config, given: Distillation, causal: bool, params):
+    def __init__(self, config: Config, given: Distillation, causal: bool, params: nnx.State):
         self.temperature = given.temperature
         self.weight = given.weight
         self._graph = abstract_model(given.model)[0]
         self._causal = causal
-        self._mode = config.mesh.context_mode
-        self._gather = functools.partial(
-            gather_weights, dtype=jnp.dtype(config.train.compute_dtype), zero=config.mesh.zero
+        # The same ZeRO stage as the student's. The reduce type of gradients does not matter here.
+        self._weights = make_weights(config)
+        self._params = split_params(self._weights.at_start(params))
+        self._hooks = Hooks(
+            prepare=self._weights.of_layer,
+            attend=functools.partial(context_attention, mode=config.mesh.context_mode),
         )
-        # As the student's: whole once a step, or with ZeRO-3 a layer at a time.
-        self._layerwise = config.mesh.zero == 3
-        self._params = params if self._layerwise else self._gather(params)
 
-    def hidden(self, micro) -> tuple:
-        """(last hidden states (B x S, C), output embedding (V, C)) of a micro-batch."""
-        rest = {key: value for key, value in self._params.raw_mapping.items() if key != "blocks"}
-        if self._layerwise:
-            rest = self._gather(rest)
-        weights = type(self._params)({**rest, "blocks": self._params.raw_mapping["blocks"]})
-        model = nnx.merge(self._graph, lax.stop_gradient(weights))
+    def hidden(self, micro: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """Return (last hidden states (B x S, C), output embedding (V, C)) of a micro-batch."""
+        rest = self._weights.of_rest(self._params.rest)
+        params = join_params(self._params._replace(rest=rest))
+        model = nnx.merge(self._graph, lax.stop_gradient(params))
         x_BSC = model.hidden(
             micro["tokens"],
             positions_BS=micro["positions"],
             segment_ids_BS=micro["segment_ids"],
             causal=self._causal,
-            prepare=self._layer,
-            attend=functools.partial(context_attention, mode=self._mode),
+            hooks=self._hooks,
         )
         return x_BSC.reshape(-1, x_BSC.shape[-1]), model.head()
-
-    def _layer(self, layer):
-        return self._gather({"blocks": layer})["blocks"] if self._layerwise else layer

@@ -3,55 +3,51 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from mtnlg_jax.config import Config
 from mtnlg_jax.data.batches import HeldOut
+from mtnlg_jax.model.params import split_params
 from mtnlg_jax.model.transformer import abstract_model
 from mtnlg_jax.parallel.collectives import axis_index, axis_size, vary
+from mtnlg_jax.parallel.mesh import specs_of
 from mtnlg_jax.parallel.pipeline import circular, to_rounds
 from mtnlg_jax.train import lora
 from mtnlg_jax.train.batch import micro_batch_shape, put_batch
-from mtnlg_jax.train.gradients import (
-    Parts,
-    chunk_of,
-    gather_of,
-    over_mesh,
-    sum_apart,
-    with_blocks,
-    without_blocks,
-)
+from mtnlg_jax.train.gradients import batch_specs, chunk_of, over_mesh, sum_shared
 from mtnlg_jax.train.inputs import Data
+from mtnlg_jax.train.micro_batches import MicroBatches
 from mtnlg_jax.train.objectives import causal_batch, masked_batch
+from mtnlg_jax.train.weights import make_weights
 
 EVALUATION_ROWS = 16  # held-out sequences in one of train.eval_batches
 
 
 class Evaluator:
-    """Held-out loss, perplexity and bits per byte, for the objectives that the run trains, always
-    of the same rows (`HeldOut`). The loss of several sources is the mean of theirs, each by its
-    share of the run's samples."""
+    """Held-out loss, perplexity and bits per byte of the objectives that the run trains.
 
-    def __init__(self, config: Config, mesh, data: Data):
+    The rows are always the same (`HeldOut`). The loss of several sources is the mean of their
+    losses, weighted by their shares of the run's samples.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh, data: Data):
         self.config = config
         self.mesh = mesh
         self.data = data
         stages = config.train.stages
-        self.objectives = [
-            name
-            for name, used in (
-                ("causal", any(s.masked < 1 for s in stages)),
-                ("masked", any(s.masked > 0 for s in stages)),
-            )
-            if used
-        ]
+        self.objectives = []
+        if any(stage.masked < 1 for stage in stages):
+            self.objectives.append("causal")
+        if any(stage.masked > 0 for stage in stages):
+            self.objectives.append("masked")
         self.held_out = HeldOut(
             data.held_out, config.sequence_length, EVALUATION_ROWS * config.train.eval_batches
         )
@@ -59,23 +55,27 @@ class Evaluator:
             name: make_eval(config, mesh, causal=name == "causal") for name in self.objectives
         }
 
-    def __call__(self, params) -> dict[str, float]:
-        """causal_loss, perplexity, bits_per_byte, masked_loss, and of how many tokens and bytes the
-        causal ones are; {} where nothing is held out."""
-        result = {}
+    def __call__(self, params: nnx.State) -> dict[str, float]:
+        """Evaluate ``state.params``; {} when nothing is held out.
+
+        The keys are causal_loss, perplexity, bits_per_byte and masked_loss, and the size of the
+        causal text: scored_tokens and scored_bytes.
+        """
+        result: dict[str, float] = {}
         params = lora.merge(params, self.config)
         for name in self.objectives if len(self.held_out) else ():
-            total = np.float64(0)
-            weight = np.float64(0)
+            total = 0.0
+            weight = 0.0
             for batch in self._batches(name):
                 nats, tokens = self._steps[name](params, batch)
-                total = total + float(nats)
-                weight = weight + float(tokens)
+                total += float(nats)
+                weight += float(tokens)
             if not weight:
                 continue
-            result[f"{name}_loss"] = loss = float(total / weight)
+            loss = total / weight
+            result[f"{name}_loss"] = loss
             if name == "causal":
-                result["perplexity"] = math.exp(min(loss, 700.0))
+                result["perplexity"] = math.exp(min(loss, 700.0))  # exp(710) overflows
                 if size := self._sizes["bytes"]:
                     result["bits_per_byte"] = loss / math.log(2) / size
                 result |= {
@@ -94,8 +94,10 @@ class Evaluator:
 
     @functools.cached_property
     def _scales(self) -> dict[str, np.ndarray]:
-        """By objective: what a token of each source weighs [sources], so that the sources count by
-        their shares."""
+        """By objective: the weight of a token of each source [sources].
+
+        With these weights every source counts by its share of the run, not by its held-out size.
+        """
         scales = {}
         for name in self.objectives:
             tokens = np.zeros(len(self.held_out.sources))
@@ -106,28 +108,24 @@ class Evaluator:
 
     @functools.cached_property
     def _counts(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """By objective: tokens that each row predicts [rows], and the bytes of their text."""
+        """By objective: the number of predicted tokens of each row, and the bytes of their text."""
         tokenizer = self.data.tokenizer
         counts = {}
-        sizes = np.array(
-            [len(tokenizer.token_bytes(index)) for index in range(tokenizer.vocab_size)]
-        )
+        sizes = np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
         for name in self.objectives:
-            parts = []
+            tokens = []
+            sizes_of_text = []
             for first in range(0, len(self.held_out), 64):
                 rows = self._rows(name, np.arange(first, min(first + 64, len(self.held_out))))
-                parts.append(
-                    [
-                        (rows["weights"] > 0).sum(1),
-                        (sizes[rows["labels"]] * (rows["weights"] > 0)).sum(1),
-                    ]
-                )
-            counts[name] = tuple(np.concatenate(part) for part in zip(*parts, strict=True))
+                scored = rows["weights"] > 0
+                tokens.append(scored.sum(1))
+                sizes_of_text.append((sizes[rows["labels"]] * scored).sum(1))
+            counts[name] = np.concatenate(tokens), np.concatenate(sizes_of_text)
         return counts
 
     @functools.cached_property
     def _sizes(self) -> dict[str, float]:
-        """Of causal rows: bytes of a token, sources by their shares; all tokens and bytes."""
+        """Sizes of causal rows: mean bytes per token, sources by share; all tokens and bytes."""
         tokens, sizes = self._counts["causal"]
         scales = self._scales["causal"][self.held_out.source]
         return {
@@ -136,10 +134,11 @@ class Evaluator:
             "all_bytes": int(sizes.sum()),
         }
 
-    def _batches(self, objective: str):
+    def _batches(self, objective: str) -> Iterator[dict[str, jax.Array]]:
+        """Yield batches of the held-out rows; missing rows of the last one have weight 0."""
         pipe = self.mesh.shape["pipe"]
         micro_batches, rows = micro_batch_shape(self.config, self.mesh)
-        # No more micro-batches than there are rows for, and as many as a pipeline is fed at a time.
+        # No more micro-batches than there are rows for, in groups of the size of the pipeline.
         micro_batches = -(-min(micro_batches, -(-len(self.held_out) // rows)) // pipe) * pipe
         scales = self._scales[objective][self.held_out.source].astype(np.float32)
         for first in range(0, len(self.held_out), micro_batches * rows):
@@ -154,42 +153,42 @@ class Evaluator:
 
 
 def make_eval(config: Config, mesh: Mesh, causal: bool) -> Callable:
-    """(params, batch) -> (sum of weight x -log p, sum of weights) of a batch (M, B, S)."""
-    params = abstract_model(config.model)[1]
-    zero = config.mesh.zero
-    piped = mesh.shape["pipe"] > 1
-    rounds = config.mesh.virtual_pipe
-    undropped = dataclasses.replace(
-        config, model=dataclasses.replace(config.model, dropout_rate=0.0)
+    """Return (params, batch) -> (sum of weight x -log p, sum of weights) of a batch (M, B, S)."""
+    # The plain loss: neither dropout nor label smoothing.
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, dropout_rate=0.0),
+        train=dataclasses.replace(config.train, label_smoothing=0.0),
     )
+    weights = make_weights(config)
 
-    def local(params, batch, count, key):
+    def sums(losses, batch):
+        total = sum_shared(losses.sum(), ("pipe", "data", "context"))
+        return total, sum_shared(batch["weights"].sum(), ("data", "context"))
+
+    def evaluate(params, batch):
         params, batch = vary((params, batch))
-        if piped:
-            params = with_blocks(params, to_rounds(params["blocks"], rounds))
-        weights = params if zero == 3 else gather_of(config)(params)
-        parts = Parts(undropped, causal, weights, batch, 1.0, None)
-        rest = without_blocks(weights)
-        blocks = weights["blocks"]
-        micro_batches = batch["tokens"].shape[0]
-        if piped:
-            mine = jnp.arange(micro_batches // axis_size("pipe")) * axis_size("pipe") + axis_index(
-                "pipe"
-            )
-            ys = circular(
-                lambda round, m, x: parts.stage(rest, *chunk_of(parts, blocks, round), m, x),
-                vary(parts.start(rest, mine)),
-                rounds,
-            )
-            losses = lax.map(lambda args: parts.finish(rest, *args, smoothing=0.0), (mine, ys))
-        else:
+        params = weights.at_start(params)
+        micro_batches = MicroBatches(config, causal, batch, 1.0)
+        numbers = jnp.arange(len(micro_batches))
+        return sums(lax.map(lambda m: micro_batches.whole(params, m), numbers), batch)
 
-            def one(m):
-                x_BSD = parts.stage(rest, blocks, 0, m, parts.start(rest, m[None])[0])
-                return parts.finish(rest, m, x_BSD, smoothing=0.0)
+    def pipelined_evaluate(params, batch):
+        params, batch = vary((split_params(params), batch))
+        blocks = to_rounds(params.blocks, config.mesh.virtual_pipe)
+        rest, blocks = weights.at_start(params._replace(blocks=blocks))
+        micro_batches = MicroBatches(config, causal, batch, 1.0)
+        size = axis_size("pipe")
+        mine = jnp.arange(len(micro_batches) // size) * size + axis_index("pipe")
+        x_GBSD = vary(micro_batches.embed(rest, mine))
+        y_GBSD = circular(
+            lambda round, m, x: micro_batches.layers(rest, *chunk_of(blocks, round), m, x),
+            x_GBSD,
+            config.mesh.virtual_pipe,
+        )
+        losses = lax.map(lambda args: micro_batches.loss(rest, *args), (mine, y_GBSD))
+        return sums(losses, batch)
 
-            losses = lax.map(one, jnp.arange(micro_batches))
-        total = sum_apart(losses.sum(), ("pipe", "data", "context"))
-        return total, sum_apart(batch["weights"].sum(), ("data", "context"))
-
-    return jax.jit(over_mesh(local, mesh, params, zero, (P(), P())))
+    function = pipelined_evaluate if mesh.shape["pipe"] > 1 else evaluate
+    specs = specs_of(abstract_model(config.model)[1], config.mesh.zero)
+    return jax.jit(over_mesh(function, mesh, (specs, batch_specs()), (P(), P())))

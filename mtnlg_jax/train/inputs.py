@@ -1,10 +1,12 @@
-"""What a run reads: sources, tokenizer, held-out text, and the batch of each step."""
+"""The inputs of a run: sources, tokenizer, held-out text, and the batch of each step."""
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from jax.sharding import Mesh
 
 from mtnlg_jax.config import Config, validate
 from mtnlg_jax.data.batches import Batches, heldout_count
@@ -18,20 +20,20 @@ from mtnlg_jax.train.schedule import batch_size_at, is_masked, stage_at
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """What a run reads: batches by stage, held-out text, and the tokenizer that they share."""
+    """Batches of each stage, held-out text, and the tokenizer that they share."""
 
     tokenizer: Tokenizer
     stages: tuple[Batches, ...]
-    held_out: tuple[
-        tuple[Tokens, float], ...
-    ]  # of each source, with its share of the run's samples
-    fingerprints: dict[str, str]
+    held_out: tuple[tuple[Tokens, float], ...]  # of each source: tokens, share of the run's samples
+    fingerprints: dict[str, str]  # source -> hash of its tokens
     training_tokens: int  # of all sources together
 
 
 def load_data(config: Config) -> Data:
-    """Opens every source of the run. Raises ValueError when none is named or their tokenizers
-    differ."""
+    """Open every source of the run.
+
+    Raises ValueError when none is named, or when their tokenizers differ.
+    """
     if not config.data.sources:
         raise ValueError(
             "data.path is empty; prepare text with launch/prepare_data.py --output=OUT and give "
@@ -53,10 +55,11 @@ def load_data(config: Config) -> Data:
         for path, weight in blend:
             share = stage.fraction * weight / sum(weight for _, weight in blend)
             shares[path] = shares.get(path, 0.0) + share
-    parts: dict[str, list] = {}  # sources of one output share their held-out part
+    # Sources of one prepared output share its held-out part, so their shares add up.
+    parts: dict[str, list] = {}
     for path, tokens in held_out.items():
         if len(held_out) > 1 and not heldout_count(tokens, config.sequence_length):
-            logging.warning("%s holds nothing out: the held-out loss says nothing about it", path)
+            logging.warning("%s holds nothing out: the held-out loss does not cover it", path)
         parts.setdefault(tokens.location, [tokens, 0.0])[1] += shares.get(path, 1.0)
     prints = {f"source {i}": tokens.meta["sha256"] for i, tokens in enumerate(opened.values())}
     return Data(
@@ -69,8 +72,10 @@ def load_data(config: Config) -> Data:
 
 
 def resolve(config: Config, tokenizer: Tokenizer) -> Config:
-    """``config`` with the vocabulary that ``tokenizer`` needs, rounded up so that it splits and
-    tiles well."""
+    """Return ``config`` with a vocabulary for ``tokenizer``.
+
+    Its size is rounded up to model.vocab_size_divisible_by, so that it splits and tiles well.
+    """
     size = config.model.vocab_size
     unit = config.model.vocab_size_divisible_by
     if size is None:
@@ -85,16 +90,21 @@ def resolve(config: Config, tokenizer: Tokenizer) -> Config:
     return config
 
 
-def batch_at(config: Config, mesh, data: Data, step: int, first: int):
-    """(batch arrays (M, B, S), micro-batches in use, sequences) of ``step``, which ``first``
-    samples come before: pure in these and the seed, whatever the mesh. A step of the ramp that is
-    smaller than the largest fills the rest with rows of weight 0."""
+def batch_at(
+    config: Config, mesh: Mesh, data: Data, step: int, first: int
+) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
+    """Return (batch arrays (M, B, S), micro-batches in use, sequences) of ``step``.
+
+    ``first`` is the number of samples before it. The batch depends on these two and the seed alone,
+    not on the mesh. During a batch ramp the rest of the arrays is filled with rows of weight 0.
+    """
     sequences = batch_size_at(config.train, first)
     micro_batches, rows = micro_batch_shape(config, mesh)
     number, _, _ = stage_at(config.train, step)
     masked = is_masked(config.train, step)
 
-    def rows_of(numbers):
+    def rows_of(numbers: np.ndarray) -> dict[str, np.ndarray]:
+        # Unused rows repeat the first sample, and their weights are 0.
         used = numbers < sequences
         samples = first + np.where(used, numbers, 0)
         raw = data.stages[number].rows(samples)

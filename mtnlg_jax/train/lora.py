@@ -1,21 +1,30 @@
-"""Low-rank adaptation (Hu 2021, arXiv 2106.09685): a matrix W of the blocks becomes W + alpha / r x
-A B, of which A and B alone are learnt. B begins at 0, so that the model begins as it was.
+"""Low-rank adaptation (Hu 2021, arXiv 2106.09685).
 
-A run of rank r keeps, beside the frozen parameters, ``lora`` in ``state.params``: of ``w_q_DNH``
-the two ``lora_a_q_DR`` and ``lora_b_q_RNH``, stacked over layers as that is. Their names end in
-their dims, so the plan of the mesh, ZeRO and checkpoints hold for them as they do for all else. The
-step adds the product to each device's part of
-the float32 masters: what is computed with is always a plain model, the same as is loaded
-afterwards. The price is that gradients of the matrices named exist while a step runs; moments do of
-A and B alone.
+A matrix W of the blocks becomes W + alpha / r x A B, and only A and B are trained. B starts at 0,
+so the first step computes with the unchanged model.
+
+A run of rank r keeps its adapters under ``lora`` in ``state.params``, beside the frozen parameters.
+Those of ``w_q_DNH`` are ``lora_a_q_DR`` and ``lora_b_q_RNH``, stacked over layers like the matrix.
+Their names end in their dims, so the plan of the mesh, ZeRO and checkpoints treat them like any
+parameter.
+
+The step adds A B to each device's part of the float32 masters. So the loss is always computed with
+a plain model, the one that decoding loads afterwards. The price: gradients of the adapted matrices
+exist during a step. Moments exist for A and B alone.
 """
+
+# Shapes: L layers, R low rank, and in names of parameters D width, F MLP width, N query heads,
+# K key/value heads, H head width
 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from mtnlg_jax.config import Config, OptimizerConfig
 from mtnlg_jax.model.transformer import abstract_model
@@ -25,75 +34,119 @@ _OFF = {key: getattr(OptimizerConfig(), key) for key in ("lora_rank", "lora_alph
 
 
 def used(config: Config) -> bool:
+    """Return whether ``config`` trains adapters."""
     return config.optimizer.lora_rank > 0
 
 
 def without(config: Config) -> Config:
-    """``config`` of the plain model that a merged run is."""
+    """Return ``config`` with low-rank adaptation off: that of the merged model."""
     return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, **_OFF))
 
 
-def matrices(params, config: Config) -> dict:
-    """{"blocks": {"w_q_DNH": ...}}: of a tree of named parameters those that the config names,
-    whatever they are."""
-    names = {
-        parameter_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
-    return {
-        "blocks": {
-            name: leaf
-            for name, leaf in names.items()
-            if _target(name) in config.optimizer.lora_targets
-        }
-    }
+# --- what a step does with parameters; without a rank, nothing
 
 
-def with_matrices(params, chosen: dict):
-    """``params`` with the matrices ``chosen`` in their places."""
+def make_mappings(config: Config) -> tuple[Callable, Callable]:
+    """Return (to_model, to_trainable) for the parameters of a state. Each returns a pair.
+
+    to_model: params -> (those of a plain model, a function from gradients of its `targets` to
+    gradients of the trainable ones).
+    to_trainable: params -> (the trainable ones, a function from new ones to params).
+    """
+    if not used(config):
+        return _identity, _identity
+
+    def to_model(params):
+        base, adapters = split(params)
+        targets = _target_matrices(base, config)
+        adapted, pull_back = jax.vjp(lambda new: _adapted(targets, new, config), adapters)
+        return _with_matrices(base, adapted), lambda gradients: pull_back(gradients)[0]
+
+    def to_trainable(params):
+        base, adapters = split(params)
+        return adapters, functools.partial(joined, base)
+
+    return to_model, to_trainable
+
+
+def _identity(params: Any) -> tuple[Any, Callable]:
+    return params, lambda new: new
+
+
+def make_targets(config: Config) -> tuple[Callable, Callable]:
+    """Return (targets, with_targets): which leaves of a plain model the loss is differentiated by.
+
+    targets: params -> these leaves; with adapters, only the adapted matrices.
+    with_targets: (params, these leaves) -> params.
+    """
+    if not used(config):
+        return lambda params: params, lambda params, targets: targets
+    return functools.partial(_target_matrices, config=config), _with_matrices
+
+
+def _target_matrices(params: Any, config: Config) -> dict[str, dict[str, Any]]:
+    """Return the leaves named in lora_targets (arrays, specs or shapes), below "blocks"."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    names = {parameter_name(path): leaf for path, leaf in leaves}
+    targets = config.optimizer.lora_targets
+    return {"blocks": {name: leaf for name, leaf in names.items() if _target(name) in targets}}
+
+
+def _with_matrices(params: Any, matrices: dict[str, dict[str, Any]]) -> Any:
+    """Return ``params`` with ``matrices`` in place of its own."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: chosen["blocks"].get(parameter_name(path), leaf), params
+        lambda path, leaf: matrices["blocks"].get(parameter_name(path), leaf), params
     )
 
 
 def _target(name: str) -> str | None:
-    """q of w_q_DNH; None for what is no matrix of a block."""
+    """Return "q" for w_q_DNH, None for a parameter that is not a matrix of a block."""
     return name.split("_")[1] if name.startswith("w_") else None
 
 
-def _names(name: str) -> tuple[str, str]:
-    """Of w_q_DNH: lora_a_q_DR and lora_b_q_RNH."""
-    _, target, dims = name.split("_")
-    # Matrices lead from D (DNH, DF) or to D (NHD, FD).
-    inputs, outputs = (dims[0], dims[1:]) if dims[0] == "D" else (dims[:-1], dims[-1])
-    return f"lora_a_{target}_{inputs}R", f"lora_b_{target}_R{outputs}"
+def _adapted(matrices: dict, adapters: dict, config: Config) -> dict:
+    """Return W + alpha / r x A B for the matrices W, in float32."""
+    scale = config.optimizer.lora_alpha / config.optimizer.lora_rank
+    factors = adapters["blocks"]
+
+    def one(path, leaf):
+        first, second = _names(parameter_name(path))
+        dims = ["L" + name.rsplit("_", 1)[1] for name in (first, second)]
+        # By default TPUs would round the factors to bfloat16 before the product.
+        product = jnp.einsum(
+            f"{dims[0]},{dims[1]}->{dims_of(path)}",
+            factors[first],
+            factors[second],
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        return leaf + scale * product
+
+    return jax.tree_util.tree_map_with_path(one, matrices)
 
 
-def _abstract(config: Config) -> dict:
-    """The adapters as ShapeDtypeStructs."""
-    chosen = matrices(abstract_model(config.model)[1], config)["blocks"]
-    sizes = {"R": config.optimizer.lora_rank}
-    for name, leaf in chosen.items():
-        sizes |= dict(zip("L" + name.split("_")[2], leaf.shape, strict=True))
-    names = [one for name in chosen for one in _names(name)]
-    return {
-        "blocks": {
-            name: jax.ShapeDtypeStruct(
-                tuple(sizes[dim] for dim in "L" + name.rsplit("_", 1)[1]), jnp.float32
-            )
-            for name in names
-        }
-    }
+# --- the adapters of a state
 
 
-def abstract_parameters(config: Config):
-    """What ``state.params`` is, as ShapeDtypeStructs: the model, and with a rank its adapters
-    under ``lora``."""
-    params = abstract_model(config.model)[1]
-    return joined(params, _abstract(config)) if used(config) else params
+def joined(params: nnx.State, adapters: dict) -> nnx.State:
+    """Return a plain model's parameters and adapters as one tree."""
+    return type(params)({**params.raw_mapping, "lora": adapters})
 
 
-def init_adapters(config: Config, shardings: dict) -> dict:
-    """A from train.seed with variance 1 / (3 inputs), as in Hu's code, B 0; equal on every mesh."""
+def split(params: nnx.State) -> tuple[nnx.State, dict | None]:
+    """Return (a plain model's parameters, adapters or None): the inverse of `joined`."""
+    mapping = dict(params.raw_mapping)
+    adapters = mapping.pop("lora", None)
+    return type(params)(mapping), adapters
+
+
+def with_new_adapters(params: nnx.State, config: Config, shardings: dict | None) -> nnx.State:
+    """Return a plain model's ``params`` with the adapters of a run's start, if it has any.
+
+    A is drawn from train.seed with variance 1 / (3 inputs), as in Hu's code, and B is 0. They are
+    equal on every mesh.
+    """
+    if not used(config):
+        return params
 
     def one(number, name, shape):
         if name.startswith("lora_b"):
@@ -104,68 +157,46 @@ def init_adapters(config: Config, shardings: dict) -> dict:
         return drawn.reshape(shape) / math.sqrt(3 * inputs)
 
     def make():
-        leaves = _abstract(config)["blocks"].items()
-        return {
-            "blocks": {
-                name: one(number, name, leaf.shape) for number, (name, leaf) in enumerate(leaves)
-            }
-        }
+        leaves = enumerate(_abstract(config)["blocks"].items())
+        return {"blocks": {name: one(number, name, leaf.shape) for number, (name, leaf) in leaves}}
 
-    return jax.jit(make, out_shardings=shardings)()
+    return joined(params, jax.jit(make, out_shardings=shardings)())
 
 
-def joined(params, adapters: dict):
-    """A plain model's parameters and adapters as one tree."""
-    return type(params)({**params.raw_mapping, "lora": adapters})
+def _names(name: str) -> tuple[str, str]:
+    """Return the names of the factors: lora_a_q_DR and lora_b_q_RNH for w_q_DNH."""
+    _, target, dims = name.split("_")
+    # The inputs of a matrix are D alone (DNH, DF), or all dims before D (NHD, FD).
+    inputs, outputs = (dims[0], dims[1:]) if dims[0] == "D" else (dims[:-1], dims[-1])
+    return f"lora_a_{target}_{inputs}R", f"lora_b_{target}_R{outputs}"
 
 
-def split(params) -> tuple:
-    """(a plain model's parameters, adapters): what ``joined`` had put together."""
-    mapping = dict(params.raw_mapping)
-    adapters = mapping.pop("lora")
-    return type(params)(mapping), adapters
+def _abstract(config: Config) -> dict:
+    """Return the adapters as ShapeDtypeStructs."""
+    matrices = _target_matrices(abstract_model(config.model)[1], config)["blocks"]
+    sizes = {"R": config.optimizer.lora_rank}
+    for name, leaf in matrices.items():
+        sizes |= dict(zip("L" + name.split("_")[2], leaf.shape, strict=True))
+    names = [factor for name in matrices for factor in _names(name)]
+
+    def one(name):
+        shape = tuple(sizes[dim] for dim in "L" + name.rsplit("_", 1)[1])
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    return {"blocks": {name: one(name) for name in names}}
 
 
-def adapted(chosen: dict, adapters: dict, config: Config) -> dict:
-    """The matrices W as W + alpha / r x A B, in float32."""
-    scale = config.optimizer.lora_alpha / config.optimizer.lora_rank
-    found = adapters["blocks"]
-
-    def one(path, leaf):
-        first, second = _names(parameter_name(path))
-        dims = ["L" + name.rsplit("_", 1)[1] for name in (first, second)]
-        product = jnp.einsum(
-            f"{dims[0]},{dims[1]}->{dims_of(path)}",
-            found[first],
-            found[second],
-            precision=jax.lax.Precision.HIGHEST,
-        )
-        return leaf + scale * product
-
-    return jax.tree_util.tree_map_with_path(one, chosen)
-
-
-def opened(params, config: Config) -> tuple:
-    """``params`` of a state as (those of a plain model, what is learnt, a function from gradients
-    of the first to those of the second, a function from what is learnt to ``params``)."""
-    if not used(config):
-        return params, params, lambda grads: grads, lambda learnt: learnt
-    base, adapters = split(params)
-    chosen, back = jax.vjp(lambda new: adapted(matrices(base, config), new, config), adapters)
-    return (
-        with_matrices(base, chosen),
-        adapters,
-        lambda grads: back(grads)[0],
-        functools.partial(joined, base),
-    )
+def abstract_parameters(config: Config) -> nnx.State:
+    """Return ``state.params`` as ShapeDtypeStructs: the model, and its adapters under ``lora``."""
+    params = abstract_model(config.model)[1]
+    return joined(params, _abstract(config)) if used(config) else params
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _merged(params, config: Config):
-    base, adapters = split(params)
-    return with_matrices(base, adapted(matrices(base, config), adapters, config))
+def _merged(params: nnx.State, config: Config) -> nnx.State:
+    return make_mappings(config)[0](params)[0]
 
 
-def merge(params, config: Config):
-    """``state.params`` of any run as those of a plain model."""
+def merge(params: nnx.State, config: Config) -> nnx.State:
+    """Return ``state.params`` of any run as those of a plain model."""
     return _merged(params, config) if used(config) else params

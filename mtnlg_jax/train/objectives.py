@@ -1,10 +1,10 @@
-"""Objectives: rows of S + 1 packed tokens -> what the model reads, and what it must say.
+"""Objectives: from rows of S + 1 packed tokens to inputs and labels.
 
-Rows with ``answers`` are learnt where that is 1 alone: prompts are read, not predicted.
+Both objectives return int32 ``tokens``, ``labels``, ``segment_ids`` and ``positions`` and float32
+``weights``, all (n, S). The loss is the weighted mean of -log p(label). Of rows with ``answers``
+only tokens where that is 1 are predicted; the model reads prompts without predicting them.
 
-Both return int32 ``tokens``, ``labels``, ``segment_ids``, ``positions`` and float32 ``weights``,
-all (n, S); the loss is the weighted mean of -log p(label). Pure in (seed, sample): a row's masks
-never depend on its batch, its process or the mesh.
+The masks of a row depend on (seed, sample) alone, never on its batch, its process or the mesh.
 """
 
 from collections.abc import Iterable
@@ -12,11 +12,11 @@ from collections.abc import Iterable
 import numpy as np
 
 from mtnlg_jax.config import MaskingConfig
+from mtnlg_jax.data.tokenizer import Tokenizer
 
 
 def causal_batch(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Next token, within its document: the last token of a document has no label in the next
-    one."""
+    """Predict the next token of the same document; the last token of a document has no label."""
     ids = rows["tokens"]
     segments = rows["segment_ids"]
     same = (segments[:, :-1] == segments[:, 1:]) & (segments[:, :-1] > 0)
@@ -36,22 +36,27 @@ def masked_batch(
     samples: Iterable[int],
     seed: int,
     masking: MaskingConfig,
-    tokenizer,
+    tokenizer: Tokenizer,
 ) -> dict[str, np.ndarray]:
-    """Whole-word masking (Devlin 2018): ``word_share`` of the words of each row is chosen, at least
-    one; of the chosen words ``mask_share`` become <mask>, ``random_share`` random tokens, the
-    others stay. All tokens of chosen words are predicted, from both sides.
+    """Mask whole words (Devlin 2018).
 
-    A word is a token with ``tokenizer.starts_word`` and the tokens after it that have not, within a
-    document; special tokens belong to no word. Counts are exact: round(share x words)."""
+    In each row ``word_share`` of the words are chosen, at least one. Of these, ``mask_share``
+    become <mask>, ``random_share`` become random tokens, and the rest stay. All tokens of chosen
+    words are predicted from both sides.
+
+    A word is a token with ``tokenizer.starts_word`` and the following tokens of the document
+    without it. Special tokens do not belong to a word. Counts are exact: round(share x words).
+    """
     tokens = rows["tokens"][:, :-1].copy()
     segments = rows["segment_ids"][:, :-1]
-    learnt = np.where(rows["answers"][:, :-1] > 0, segments, 0) if "answers" in rows else segments
+    predicted = segments
+    if "answers" in rows:
+        predicted = np.where(rows["answers"][:, :-1] > 0, segments, 0)
     labels = tokens.copy()
     weights = np.zeros(tokens.shape, np.float32)
     ordinary = np.flatnonzero(~tokenizer.is_special)
     for row, sample in enumerate(samples):
-        words = word_numbers(tokens[row], learnt[row], tokenizer)
+        words = word_numbers(tokens[row], predicted[row], tokenizer)
         count = words.max(initial=-1) + 1
         if count == 0:
             continue
@@ -59,9 +64,9 @@ def masked_batch(
         chosen = rng.permutation(count)[: max(1, round(masking.word_share * count))]
         masked = round(masking.mask_share * len(chosen))
         random = min(round(masking.random_share * len(chosen)), len(chosen) - masked)
-        fate = np.zeros(
-            count + 1, np.int8
-        )  # the last entry serves tokens outside words, numbered -1
+        # 1: <mask>, 2: random, 3: chosen and kept. The last entry is for tokens outside words,
+        # whose number is -1.
+        fate = np.zeros(count + 1, np.int8)
         fate[chosen] = 3
         fate[chosen[:masked]] = 1
         fate[chosen[masked : masked + random]] = 2
@@ -78,9 +83,8 @@ def masked_batch(
     }
 
 
-def word_numbers(tokens: np.ndarray, segments: np.ndarray, tokenizer) -> np.ndarray:
-    """The number of the word that each token of a row belongs to, counted from 0; -1 outside
-    words."""
+def word_numbers(tokens: np.ndarray, segments: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """Return the number of each token's word in the row, from 0; -1 for tokens outside words."""
     inside = ~tokenizer.is_special[tokens] & (segments > 0)
     before = np.concatenate([[False], inside[:-1] & (segments[1:] == segments[:-1])])
     starts = inside & (tokenizer.starts_word[tokens] | ~before)

@@ -29,27 +29,27 @@ class TrainState(NamedTuple):
 def init_state(config: Config, mesh: Mesh, params: nnx.State | None = None) -> TrainState:
     """Return the state of a run before its first step.
 
-    ``params`` are those of a plain model, sharded as the plan says; without them, new ones are
+    ``params`` are those of a plain model, sharded by the plan; without them, new ones are
     drawn from train.seed. With optimizer.lora_rank new adapters are added to either.
     """
     shardings = state_shardings(config, mesh)
-    base, adapters = lora.split(shardings.params) if lora.used(config) else (shardings.params, None)
+    base, adapters = lora.split(shardings.params)
     if params is None:
         params = init_parameters(config.model, config.train.seed, base)
-    if adapters is not None:
-        params = lora.joined(params, lora.init_adapters(config, adapters))
+    params = lora.with_new_adapters(params, config, adapters)
     # The parameters may fill the devices: they are left out of this program, not copied by it.
     make_rest = functools.partial(_rest, config)
-    rest = jax.jit(make_rest, out_shardings=shardings._replace(params=None))(params)
+    rest = jax.jit(make_rest, out_shardings=shardings._replace(params=nnx.State({})))(params)
     return rest._replace(params=params)
 
 
 def _rest(config: Config, params: nnx.State) -> TrainState:
     """Return the state without its parameters."""
-    trained = lora.split(params)[1] if lora.used(config) else params
+    _, to_trainable = lora.make_mappings(config)
+    trained, _ = to_trainable(params)
     zero = jnp.int32(0)
     opt_state = make_optimizer(config.optimizer).init(trained)
-    return TrainState(None, opt_state, zero, zero, zero, zero)
+    return TrainState(nnx.State({}), opt_state, zero, zero, zero, zero)
 
 
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:

@@ -1,9 +1,9 @@
 """One training step: loss and gradients in one manual region over the whole mesh, then the update.
 
-The number of micro-batches in use is traced, so a ramp of the batch (`batch`) never compiles again.
+The number of micro-batches in use is traced, so a batch ramp (`batch`) does not compile again.
 """
 
-from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,40 +26,47 @@ def make_train_step(
     causal: bool,
     distillation: Distillation | None = None,
     total_samples: int | None = None,
-) -> Callable:
-    """jitted (state, batch, micro_batches, sequences, rate_scale) -> (state, metrics); the state is
-    donated. With a ``distillation`` the teacher's parameters are the last argument.
-    ``total_samples`` is for `learning_rate`.
+) -> jax.stages.Wrapped:
+    """Return the jitted step.
 
-    A step whose loss or gradient norm is not finite changes nothing but the counters."""
+    It maps (state, batch, micro_batches, sequences, rate_scale) to (state, metrics) and donates the
+    state. With a ``distillation`` the teacher's parameters are one more argument, the last.
+    ``total_samples`` is that of `learning_rate`.
+
+    A step whose loss or gradient norm is not finite changes nothing but the counters.
+    """
     optimizer = make_optimizer(config.optimizer)
     loss_and_gradients = make_loss_and_gradients(config, mesh, causal, distillation)
+    to_model, to_trainable = lora.make_mappings(config)
     shardings = state_shardings(config, mesh)
 
-    def step(state, batch, micro_batches, sequences, rate_scale, *teacher):
-        key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
-        plain, learnt, to_learnt, to_params = lora.opened(state.params, config)
-        loss, grads = loss_and_gradients(
-            plain, batch, micro_batches, jax.random.key_data(key), *teacher
-        )
-        grads = to_learnt(grads)
-        grad_norm = jnp.sqrt(sum(jnp.sum(jnp.square(grad)) for grad in jax.tree.leaves(grads)))
-        good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    def train_step(state: TrainState, batch, micro_batches, sequences, rate_scale, *teacher):
+        # Dropout follows from the seed and the step alone, so a resumed run repeats it.
+        key = jax.random.key_data(jax.random.fold_in(jax.random.key(config.train.seed), state.step))
+        model, pull_back = to_model(state.params)
+        trained, to_params = to_trainable(state.params)
+        loss, grads = loss_and_gradients(model, batch, micro_batches, key, *teacher)
+        grads = pull_back(grads)
+
         samples = state.samples + sequences
         rate = learning_rate(config, samples, total_samples) * rate_scale
-        updates, opt_state = optimizer.update(grads, state.opt_state, learnt)
-        params = jax.tree.map(lambda p, u: p - rate * u, learnt, updates)
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+        params = jax.tree.map(lambda p, u: p - rate * u, trained, updates)
+
+        grad_norm = jnp.sqrt(sum(jnp.sum(jnp.square(grad)) for grad in jax.tree.leaves(grads)))
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
         def keep(new, old):
-            return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
+        # The counters advance in any case: the data of a non-finite step is not read again.
         new_state = TrainState(
-            params=to_params(keep(params, learnt)),
+            params=to_params(keep(params, trained)),
             opt_state=keep(opt_state, state.opt_state),
             step=state.step + 1,
             samples=samples,
-            nonfinite_streak=jnp.where(good, 0, state.nonfinite_streak + 1),
-            nonfinite_total=state.nonfinite_total + ~good,
+            nonfinite_streak=jnp.where(finite, 0, state.nonfinite_streak + 1),
+            nonfinite_total=state.nonfinite_total + ~finite,
         )
         metrics = {
             "loss": loss,
@@ -70,26 +77,26 @@ def make_train_step(
         }
         return new_state, metrics
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
 
 
 class CompiledStep:
-    """The jitted ``function``, compiled at its first call under the long limit of ``watchdog``.
+    """A jitted step, compiled at its first call under the compilation limit of ``watchdog``.
 
-    All calls have the same shapes, types and shardings. ``fingerprint`` is of the lowered text that
-    the compiler was given, "" before the first call.
+    All calls have the same shapes, types and shardings. ``fingerprint`` is the hash of the lowered
+    text that the compiler was given; it is "" before the first call.
     """
 
-    def __init__(self, function, watchdog: Watchdog):
-        self._function = function
+    def __init__(self, train_step: jax.stages.Wrapped, watchdog: Watchdog):
+        self._train_step = train_step
         self._watchdog = watchdog
-        self._compiled = None
+        self._compiled: jax.stages.Compiled | None = None
         self.fingerprint = ""
 
-    def __call__(self, *args):
+    def __call__(self, *args: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         if self._compiled is None:
             self._watchdog.enter("compilation")
-            lowered = self._function.lower(*args)
+            lowered = self._train_step.lower(*args)
             self.fingerprint = fingerprint(lowered.as_text())
             self._compiled = lowered.compile()
         return self._compiled(*args)

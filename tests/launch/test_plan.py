@@ -116,7 +116,7 @@ def test_another_vocabulary(ask):
                 "--set=train.global_batch_size=1926",
                 "--set=train.rampup_batch_size=None",
             ],
-            "D=20480 does not divide by data=6; try mesh.data=4 or 5, or mesh.zero=0",
+            "D=20480 is not divisible by data=6; try mesh.data=4 or 5, or mesh.zero=0",
         ),
         (["--set=train.micro_batch_size=7"], "try"),
         (["--calibrate=RUN"], "--calibrate needs --chips"),

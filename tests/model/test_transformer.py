@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from mtnlg_jax.config import MeshConfig, ModelConfig
 from mtnlg_jax.model.transformer import (
+    Hooks,
     Mlp,
     Norm,
     Transformer,
@@ -270,7 +271,9 @@ def test_recomputing_changes_no_number(recompute):
     graph, params = _parts(GPT2)
 
     def loss(params, recompute):
-        return (nnx.merge(graph, params).hidden(TOKENS, recompute=recompute) ** 2).sum()
+        return (
+            nnx.merge(graph, params).hidden(TOKENS, hooks=Hooks(recompute=recompute)) ** 2
+        ).sum()
 
     (value, grads), (plain, plain_grads) = (
         jax.jit(jax.value_and_grad(functools.partial(loss, recompute=name)))(params)
@@ -305,7 +308,11 @@ def test_a_recompute_policy_keeps_the_bytes_that_the_table_says(recompute, kept,
         positions = jnp.zeros((3, 256), jnp.int32)
         layers = nnx.state(model.blocks)
         _, back = jax.vjp(
-            lambda layers, x: model.run(layers, 0, x, positions, recompute=recompute), layers, x_BSD
+            lambda layers, x: model.run_layers(
+                layers, 0, x, positions, hooks=Hooks(recompute=recompute)
+            ),
+            layers,
+            x_BSD,
         )
         whole = [w.size for w in jax.tree.leaves(layers)]
         found.append(sum(leaf.nbytes for leaf in jax.tree.leaves(back) if leaf.size not in whole))
@@ -368,24 +375,22 @@ def test_every_half_block_of_every_layer_drops_by_a_mask_of_its_own():
     params = jax.tree_util.tree_map_with_path(
         lambda path, leaf: jnp.full(leaf.shape, float(parameter_name(path) in ones)), shapes
     )
-    x_BSD = jax.jit(
-        functools.partial(nnx.merge(graph, params).hidden, dropout_key=jax.random.key(0))
-    )(TOKENS, rows_B=jnp.arange(2))
+    hooks = Hooks(dropout_key=jax.random.key(0), rows_B=jnp.arange(2))
+    x_BSD = jax.jit(functools.partial(nnx.merge(graph, params).hidden, hooks=hooks))(TOKENS)
     values = [len(np.unique(row.round(4))) for row in np.asarray(x_BSD).reshape(-1, 16)]
     assert max(values) == 5
 
 
 def test_dropout_is_off_without_a_rate_or_a_key():
     dropping = ModelConfig(**SMALL, dropout_rate=0.5)
-    key = jax.random.key(1)
-    rows = jnp.arange(2)
+    on = Hooks(dropout_key=jax.random.key(1), rows_B=jnp.arange(2))
 
     def draws(config, **options):
         hidden = functools.partial(_model(config).hidden, **options)
         return "random_bits" in str(jax.make_jaxpr(hidden)(TOKENS))
 
-    assert draws(dropping, dropout_key=key, rows_B=rows)
-    assert not draws(dropping) and not draws(GPT2, dropout_key=key, rows_B=rows)
+    assert draws(dropping, hooks=on)
+    assert not draws(dropping) and not draws(GPT2, hooks=on)
 
 
 def test_hidden_states_with_dropout_are_equal_on_a_mesh():
@@ -396,7 +401,9 @@ def test_hidden_states_with_dropout_are_equal_on_a_mesh():
 
     def run(params, tokens, segments, rows, key):
         return nnx.merge(graph, params).hidden(
-            tokens, segment_ids_BS=segments, dropout_key=jax.random.wrap_key_data(key), rows_B=rows
+            tokens,
+            segment_ids_BS=segments,
+            hooks=Hooks(dropout_key=jax.random.wrap_key_data(key), rows_B=rows),
         )
 
     def run_local(*args):

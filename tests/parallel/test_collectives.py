@@ -69,7 +69,7 @@ def test_on_an_axis_of_size_one_nothing_is_sent(move):
     assert [name for name in COMMUNICATES if name in text]
 
 
-def test_sizes_and_places_outside_are_those_of_one_device():
+def test_sizes_and_indices_outside_are_those_of_one_device():
     tree = {"a": jnp.ones(3)}
     assert all(axis_size(axis) == 1 and axis_index(axis) == 0 for axis in AXES)
     assert vary(tree) is tree and reduce_gradients(tree, zero=1, scattered=False) is tree

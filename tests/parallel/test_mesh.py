@@ -46,7 +46,7 @@ EVERY_SWITCH = ModelConfig(**SMALL, activation="swiglu", num_query_groups=2, tie
         ("PD", 1, P(None, "data")),
         ("D", 1, P("data")),
         ("D", 0, P(None)),
-        ("LHPC", 1, P("pipe", None, None, None)),
+        ("LHPR", 1, P("pipe", None, None, None)),
         ("", 1, P()),
     ],
 )
@@ -59,7 +59,7 @@ def test_the_table_gives_the_spec(dims, zero, spec):
 )
 def test_an_axis_is_not_used_twice(dims, axis):
     with pytest.raises(
-        ValueError, match=f"'{dims}' would use mesh axis '{axis}' twice; name its dims apart"
+        ValueError, match=f"'{dims}' would use mesh axis '{axis}' twice; name its dims differently"
     ):
         spec_of(dims)
 
@@ -101,9 +101,9 @@ def test_what_does_not_divide_is_named_with_the_way_out():
         (
             (1, 3, 1, 1),
             1,
-            r": D=16 does not divide by data=3; try mesh.data=2 or 4, or mesh.zero=0$",
+            r": D=16 is not divisible by data=3; try mesh.data=2 or 4, or mesh.zero=0$",
         ),
-        ((1, 1, 1, 4), 1, r"b_k_KH: K=2 does not divide by tensor=4; try mesh.tensor=1 or 2$"),
+        ((1, 1, 1, 4), 1, r"b_k_KH: K=2 is not divisible by tensor=4; try mesh.tensor=1 or 2$"),
     ]:
         with pytest.raises(ValueError, match=words):
             shardings_of(params, AbstractMesh(shape, AXES), zero)

@@ -106,9 +106,9 @@ def numbers(config, causal=True):
 
     @jax.jit
     def run(params, batch):
-        plain, _, to_learnt, _ = lora.opened(params, config)
+        plain, pull_back = lora.make_mappings(config)[0](params)
         loss, grads = function(plain, batch, jnp.int32(2), jax.random.key_data(jax.random.key(3)))
-        return loss, to_learnt(grads)
+        return loss, pull_back(grads)
 
     loss, grads = run(params, batch_on(mesh))
     return float(loss), [np.asarray(grad) for grad in jax.tree.leaves(grads)]
@@ -233,7 +233,7 @@ def test_a_step_changes_the_factors_alone_and_has_moments_of_them_alone():
 def test_no_gradient_of_a_frozen_matrix_is_computed():
     config = adapted_config()
     mesh = mesh_of(config)
-    plain = lora.opened(init_state(config, mesh).params, config)[0]
+    plain = lora.merge(init_state(config, mesh).params, config)
     _, grads = jax.eval_shape(
         make_loss_and_gradients(config, mesh, True),
         plain,

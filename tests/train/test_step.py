@@ -1,4 +1,4 @@
-"""The promise of every mesh: loss and gradients on any factorisation of the devices equal one
+"""The promise of every mesh: loss and gradients on any factorization of the devices equal one
 device."""
 
 import dataclasses
@@ -122,7 +122,7 @@ def quick(cases, chosen):
         [(2, 4, 0), (8, 1, 3)],
     ),
 )
-def test_every_factorisation_of_8_devices_equals_one(data, tensor, zero):
+def test_every_factorization_of_8_devices_equals_one(data, tensor, zero):
     assert_equal_numbers(loss_and_gradients(config_of(data, tensor, zero)), one_device())
 
 
@@ -352,7 +352,7 @@ def test_evaluation_through_pipeline_and_context_equals_one_device(mesh):
 
 # test_context_inside_a_pipeline_and_with_the_masked_objective runs it with less and with more
 @pytest.mark.slow
-def test_the_masked_objective_too():
+def test_the_masked_objective_on_a_mesh_equals_one_device():
     assert deep_alone(causal=False)[0] != deep_alone(causal=True)[0]
     assert_equal_numbers(on_a_mesh(1, 2, 1, 4, 3, causal=False), deep_alone(causal=False))
 

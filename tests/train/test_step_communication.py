@@ -1,4 +1,4 @@
-"""What a step says between devices, counted in the compiled program with the trips of its loops."""
+"""The collectives of a step, counted in the compiled program with the trips of its loops."""
 
 import functools
 

@@ -1,0 +1,140 @@
+"""The loss of one micro-batch, whole or in the three parts between which a pipeline fits."""
+
+# Shapes: G micro-batches, B rows (in x_BD: all tokens), S query positions, D width
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from mtnlg_jax.config import Config
+from mtnlg_jax.model.context_attention import context_attention
+from mtnlg_jax.model.loss import cross_entropy, distilled_cross_entropy
+from mtnlg_jax.model.params import Params, join_params, split_params
+from mtnlg_jax.model.transformer import Hooks, Transformer, abstract_model
+from mtnlg_jax.train.distill import Teacher
+from mtnlg_jax.train.weights import make_weights
+
+
+class MicroBatches:
+    """The micro-batches of this device in the manual region; methods select one by its number.
+
+    Losses are this device's share of the mean over the whole batch. Devices along ``tensor``
+    compute the same number, but each one's gradient is only its own part, so the parts add up.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        causal: bool,
+        batch: dict[str, jax.Array],
+        total: float | jax.Array,
+        key: jax.Array | None = None,
+        teacher: Teacher | None = None,
+    ):
+        """``total`` is the weight of the whole batch; without ``key`` there is no dropout."""
+        self.config = config
+        self.causal = causal
+        self.batch = batch
+        self.total = total
+        self.key = key if config.model.dropout_rate else None
+        self.teacher = teacher
+        self.weights = make_weights(config)
+        graph, shapes = abstract_model(config.model)
+        self._graph = graph
+        self._block_shapes = split_params(shapes).blocks
+
+    def __len__(self) -> int:
+        return self.batch["tokens"].shape[0]
+
+    def whole(self, params: nnx.State, number: int | jax.Array) -> jax.Array:
+        """Return the loss of micro-batch ``number`` through all layers."""
+        rest, blocks = split_params(params)
+        x_BSD = self.embed(rest, jnp.asarray(number)[None])[0]
+        x_BSD = self.layers(rest, blocks, 0, number, x_BSD)
+        return self.loss(rest, number, x_BSD)
+
+    def embed(self, rest: nnx.State, numbers: jax.Array) -> jax.Array:
+        """Return the inputs of the first layer for micro-batches ``numbers`` (G,), (G, B, S, D)."""
+        tokens = self.batch["tokens"][numbers]
+        positions = self.batch["positions"][numbers]
+        rows = self.batch["rows"][numbers]
+        # The rows of all G are embedded at once.
+        x_BSD = self._model(rest).start(
+            tokens.reshape(-1, tokens.shape[-1]),
+            positions.reshape(-1, tokens.shape[-1]),
+            self._hooks(rows.reshape(-1)),
+        )
+        return x_BSD.reshape(*tokens.shape[:2], *x_BSD.shape[1:])
+
+    def layers(
+        self,
+        rest: nnx.State,
+        layers: nnx.State,
+        first: int | jax.Array,
+        number: int | jax.Array,
+        x_BSD: jax.Array,
+    ) -> jax.Array:
+        """Apply ``layers``, the model's from number ``first`` on, to the input ``x_BSD``."""
+        micro = self._select(number)
+        return self._model(rest).run_layers(
+            layers,
+            first,
+            x_BSD,
+            micro["positions"],
+            micro["segment_ids"],
+            causal=self.causal,
+            hooks=self._hooks(micro["rows"]),
+        )
+
+    def loss(self, rest: nnx.State, number: int | jax.Array, x_BSD: jax.Array) -> jax.Array:
+        """Return the loss, given the output of the last layer."""
+        model = self._model(rest)
+        micro = self._select(number)
+        train = self.config.train
+        x_BSD = model.finish(x_BSD)
+        x_BD = x_BSD.reshape(-1, x_BSD.shape[-1])
+        labels = micro["labels"].reshape(-1)
+        weights = micro["weights"].reshape(-1)
+        chunk = train.loss_chunk
+        smoothing = train.label_smoothing
+        if self.teacher is None:
+            nats = cross_entropy(x_BD, model.head(), labels, weights, chunk, smoothing)
+        else:
+            nats = distilled_cross_entropy(
+                x_BD,
+                model.head(),
+                *self.teacher.hidden(micro),
+                labels,
+                weights,
+                chunk,
+                smoothing,
+                self.teacher.temperature,
+                self.teacher.weight,
+            )
+        return nats / self.total
+
+    def _select(self, number: int | jax.Array) -> dict[str, jax.Array]:
+        return {
+            name: lax.dynamic_index_in_dim(x, number, 0, keepdims=False)
+            for name, x in self.batch.items()
+        }
+
+    def _model(self, rest: nnx.State) -> Transformer:
+        """Return the module over compute weights.
+
+        Its own blocks are shapes: `layers` is given those that this device applies.
+        """
+        params = Params(self.weights.of_rest(rest), self._block_shapes)
+        return nnx.merge(self._graph, join_params(params))
+
+    def _hooks(self, rows_B: jax.Array) -> Hooks:
+        return Hooks(
+            prepare=self.weights.of_layer,
+            recompute=self.config.train.recompute,
+            attend=functools.partial(context_attention, mode=self.config.mesh.context_mode),
+            dropout_key=self.key,
+            rows_B=rows_B,
+        )
