@@ -27,7 +27,7 @@ from mtnlg_jax.model.kernels.tpu.common import (
     LANES,
     LOG2_E,
     VMEM_LIMIT,
-    Plan,
+    KernelPlan,
     dkv_kernel,
     dq_kernel,
     forward_kernel,
@@ -55,7 +55,7 @@ def _plan(q, k, mask: Mask, blocks: Blocks, scale: float, softcap: float | None,
     block_q = _fitted(queries, blocks.q, LANES)
     unit = min(blocks.compute or LANES, pl.cdiv(keys, LANES) * LANES)
     block_kv = _fitted(keys, max(blocks.kv, unit), unit)
-    plan = Plan(
+    plan = KernelPlan(
         mask.causal,
         mask.window,
         scale,
@@ -95,8 +95,8 @@ def _plan(q, k, mask: Mask, blocks: Blocks, scale: float, softcap: float | None,
     if mask.kv_lengths is not None:
         parts["length"] = jnp.minimum(mask.kv_lengths, keys)[:, None]
     if plan.has_ids:
-        parts["low_q"], parts["high_q"] = masks.id_span(mask.q_ids, plan.number_q, block_q)
-        parts["low_kv"], parts["high_kv"] = masks.id_span(mask.kv_ids, plan.number_kv, block_kv)
+        parts["low_q"], parts["high_q"] = masks.id_range(mask.q_ids, plan.number_q, block_q)
+        parts["low_kv"], parts["high_kv"] = masks.id_range(mask.kv_ids, plan.number_kv, block_kv)
     starts = np.cumsum([0, *(part.size for part in parts.values())])
     places = tuple(
         (name, int(start), parts[name].shape[1]) for name, start in zip(parts, starts, strict=False)
@@ -111,7 +111,7 @@ def _heads_first(x, block: int):
     return jnp.pad(x.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, -x.shape[1] % block), (0, 0)))
 
 
-def _id_rows(mask: Mask, plan: Plan):
+def _id_rows(mask: Mask, plan: KernelPlan):
     """Segment ids as rows (B, 1, T) and (B, 1, S), padded; [] without them."""
     if mask.q_ids is None:
         return []
@@ -121,13 +121,15 @@ def _id_rows(mask: Mask, plan: Plan):
     ]
 
 
-def dq_bytes(plan: Plan, width: int, dtype) -> int:
+def dq_bytes(plan: KernelPlan, width: int, dtype) -> int:
     """VMEM that dq takes in the kernel of keys: float32 sums and the result."""
     padded = pl.cdiv(width, LANES) * LANES
     return plan.group * plan.number_q * plan.q * (width * 4 + padded * jnp.dtype(dtype).itemsize)
 
 
-def _call(kernel, plan: Plan, table, inputs, outputs, scratch, rows: int, heads: int, interpret):
+def _call(
+    kernel, plan: KernelPlan, table, inputs, outputs, scratch, rows: int, heads: int, interpret
+):
     """Runs a kernel over (B, its heads, its blocks, streamed blocks). ``inputs``: (array, kind)
     pairs, ``outputs``: (shape, dtype, kind) triples; the kinds are "q" (by query position), "kv",
     and "q_row" and "kv_row", "q_id" and "kv_id" for what has one number a position (ids have no
