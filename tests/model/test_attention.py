@@ -324,7 +324,7 @@ def _on_a_card(monkeypatch, capability="9.0", kind="NVIDIA H100 80GB HBM3"):
     ("capability", "options", "width", "chosen"),
     [
         ("9.0", {}, 160, "cudnn"),  # until the table says otherwise
-        ("9.0", {"segment_ids": IDS}, 160, "pallas_gpu"),  # where cuDNN would need a mask of T x S
+        ("9.0", {"segment_ids": IDS}, 160, "pallas_gpu"),  # where cuDNN would need a mask of S x T
         ("9.0", {"kv_lengths": LENGTHS}, 128, "pallas_gpu"),
         ("9.0", {"window": 512}, 128, "cudnn"),
         ("9.0", {"window": 512, "causal": False}, 128, "pallas_gpu"),

@@ -286,11 +286,11 @@ def backward(
     loop = _Loop(q, k, v, mask, scale, softcap, blocks)
     queries = q.shape[1]
     keys, kv_heads = k.shape[1:3]
-    # d score = weight * (d weight - delta); the log-sum-exp's own cotangent enters with the opposite
-    # sign.
+    # d score = weight * (d weight - delta); the log-sum-exp's own cotangent enters with the
+    # opposite sign.
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), -1).swapaxes(1, 2) - d_lse
-    # A padded query has no cotangent. Rows that see nothing need a finite log-sum-exp: exp(-inf - 0)
-    # is 0, where exp(-inf + inf) would be NaN.
+    # A padded query has no cotangent. Rows that see nothing need a finite log-sum-exp: exp(-inf -
+    # 0) is 0, where exp(-inf + inf) would be NaN.
     lse = jnp.where(lse == NEG_INF, 0.0, lse)
     shape = loop.q.shape[:-1]
     delta, lse = (_pad(x, loop.blocks.q, 2).reshape(shape) for x in (delta, lse))

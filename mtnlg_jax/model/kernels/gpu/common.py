@@ -135,7 +135,7 @@ def product(shape, left, right):
 
 
 def two_products(shape, first, second, use: Callable):
-    """use(first product, second) for two pairs of operands. ``second`` is a function, as its product
+    """use(first product, second) for two pairs of operands. ``second`` is a function: its product
     is still being computed while ``use`` works on the first one."""
 
     def multiply(acc_first, acc_second):
@@ -234,8 +234,8 @@ def release(empty, was_loaded: bool) -> None:
 
 
 def split_tile(tile, pairs: int, number: int, section: int):
-    """(pair of row and head, index of the tile within it). The kernel goes through ``section`` pairs
-    at a time, whose keys and values fit the L2 cache: first the first tile of each, then the second
+    """(pair of row and head, index of the tile in it). The kernel goes through ``section`` pairs at
+    a time, whose keys and values fit the L2 cache: first the first tile of each, then the second
     tile of each, and so on."""
     section = min(section, pairs)
     part = lax.div(tile, jnp.int32(section * number))
