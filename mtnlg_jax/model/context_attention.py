@@ -1,19 +1,19 @@
-"""Attention over a sequence that ``context`` splits, in three ways behind one call.
+"""Attention over a sequence that the mesh axis ``context`` splits, in three modes behind one call.
 
-Device i of c holds chunks i and 2 c - 1 - i of the sequence's 2 c (zigzag): causal attention is
-then the same work for all. Inputs and outputs lie so; the ways differ in what travels.
+Of the sequence's 2 c chunks, device i of c holds chunks i and 2 c - 1 - i (zigzag), so that causal
+attention is the same work for all devices. Inputs and outputs are in this order. The modes differ
+in what they communicate:
 
-| mode | travels | asks |
-| --- | --- | --- |
-| ulysses | queries, keys, values, outputs: each device attends to all places with some of the heads
-| heads % c == 0 |
-| gather | keys and values, to everyone | room for all keys and values |
-| ring | keys and values, to the neighbour, c - 1 times; the backward pass sends them round again |
-|
+- ulysses: queries, keys, values and outputs. Each device attends to all positions with some of the
+  heads, so heads % c == 0.
+- gather: keys and values, to every device, which must have room for all of them.
+- ring: keys and values, to the next device, c - 1 times; the backward pass sends them around again.
 
 Sources: Jacobs 2023 (DeepSpeed Ulysses), Llama Team 2024 (Llama 3, section 3.3.2), Liu 2023 (Ring
 Attention).
 """
+
+# Shapes: B rows, S positions of the sequence, N query heads, K key/value heads, H head width
 
 import functools
 
@@ -32,11 +32,11 @@ def context_attention(
     q, k, v, *, causal: bool = True, segment_ids=None, mode: str = "auto", impl: str = "auto"
 ):
     """attention() over the whole sequence. q (B, S/c, N, H), k and v (B, S/c, K, H), segment_ids
-    (B, S/c), each the device's own places in zigzag order -> (B, S/c, N, H). On a context axis of
-    size 1 it is attention().
+    (B, S/c), each the device's own positions in zigzag order -> (B, S/c, N, H). On a context axis
+    of size 1 it is attention().
 
-    mode "auto" is ulysses where the heads of this device divide by c, else gather.
-    Raises ValueError where ulysses is asked for and they do not."""
+    Mode "auto" is ulysses if the heads of this device are divisible by c, and gather otherwise.
+    Raises ValueError if ulysses is requested and they are not."""
     parts = axis_size("context")
     if parts == 1:
         return attention(q, k, v, causal=causal, segment_ids=segment_ids, impl=impl)
@@ -46,19 +46,19 @@ def context_attention(
     if mode == "ulysses":
         if not divides:
             raise ValueError(
-                f"mesh.context_mode=ulysses: {k.shape[2]} key/value heads a device do not divide by "
-                f"mesh.context={parts}; take mesh.context_mode=gather or ring"
+                f"mesh.context_mode=ulysses: {k.shape[2]} key/value heads per device are not "
+                f"divisible by mesh.context={parts}; use mesh.context_mode=gather or ring"
             )
         return _ulysses(q, k, v, causal, segment_ids, impl)
     if mode == "gather":
         return _gathered(q, k, v, causal, segment_ids, impl)
     if mode == "ring":
         return _ring(causal, impl, q, k, v, segment_ids)
-    raise ValueError(f"context mode {mode!r} is not known; choose one of {', '.join(MODES)}")
+    raise ValueError(f"unknown context mode {mode!r}; choose one of {', '.join(MODES)}")
 
 
 def _natural(x):
-    """(B, S, ...) of all devices one after the other -> the order of the sequence."""
+    """(B, S, ...), in the order of the devices -> in the order of the sequence."""
     parts = axis_size("context")
     chunks = x.reshape(x.shape[0], parts, 2, -1, *x.shape[2:])
     return jnp.concatenate([chunks[:, :, 0], chunks[:, ::-1, 1]], 1).reshape(x.shape)
@@ -76,7 +76,7 @@ def _ulysses(q, k, v, causal, segment_ids, impl):
 
 
 def _own_chunks():
-    """Numbers of this device's two chunks."""
+    """Indices of this device's two chunks."""
     here = axis_index("context")
     return here, 2 * axis_size("context") - 1 - here
 
@@ -97,17 +97,16 @@ def _gathered(q, k, v, causal, segment_ids, impl):
     return jnp.concatenate(halves, 1)
 
 
-# --- ring: hop by hop, each hop only the blocks of which something is visible
-# -----------------------------------
+# --- ring: each hop attends only to pairs of chunks in which something is visible
 
 
 def _visible_pairs(hop: int, causal: bool, source):
-    """[(query half, key half, causal)] of a hop; a half may be a choice made by the device.
+    """[(query half, key half, causal)] of a hop. A half may be a traced number.
 
-    With its own keys a device sees (first, first) and (second, second) up to the diagonal and
-    (second, first) wholly. Of those of device ``source`` the second half sees the first chunk; the
-    other whole block is (first, first) where they come from before, (second, second) where from
-    behind."""
+    Among its own keys a device sees (first, first) and (second, second) up to the diagonal and all
+    of (second, first). Among the keys of device ``source`` its second half sees their first half.
+    The other visible pair is (first, first) if ``source`` comes before this device, and (second,
+    second) if it comes after."""
     if not causal:
         return [(i, j, False) for i in (0, 1) for j in (0, 1)]
     if hop == 0:
@@ -124,7 +123,7 @@ def _half(x, which):
 
 
 def _hops(causal, kv):
-    """For each hop its keys, values, ids and the pairs to look at; the ring turns in between."""
+    """Yield each hop's (keys, values, ids) and visible pairs, and pass the former on in between."""
     parts = axis_size("context")
     here = axis_index("context")
     right = [(i, (i + 1) % parts) for i in range(parts)]
@@ -145,8 +144,8 @@ def _ring(causal, impl, q, k, v, ids):
 
 def _ring_forward(causal, impl, q, k, v, ids):
     batch, length, heads, width = q.shape
-    # Softmax over the union of blocks: outputs weighted by their share of the sum (Milakov 2018),
-    # halves apart.
+    # Softmax over the union of blocks: outputs are weighted by their share of the sum (Milakov
+    # 2018), each half on its own.
     out = vary(jnp.zeros((batch, length, heads, width), jnp.float32))
     lse = vary(jnp.full((batch, length, heads), -jnp.inf))
     for (k_now, v_now, kv_ids), pairs in _hops(causal, (k, v, ids)):
@@ -189,7 +188,7 @@ def _ring_backward(causal, impl, residuals, d_out):
             total, _half(total, which) + part.astype(jnp.float32), which * half, 1
         )
 
-    # The gradients of keys and values go round with them, and once more: home.
+    # The gradients of keys and values travel with them, and after the last hop once more: home.
     for (k_now, v_now, kv_ids), pairs in _hops(causal, (k, v, ids)):
         for i, j, diagonal in pairs:
             grads = attention_gradients(

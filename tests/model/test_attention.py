@@ -16,7 +16,6 @@ from mtnlg_jax.config import MeshConfig, ModelConfig, validate_model
 from mtnlg_jax.model.attention import SUPPORT, attention, decode_attention, explain_attention
 from mtnlg_jax.model.kernels import blocks
 from mtnlg_jax.model.kernels.gpu import cudnn
-from mtnlg_jax.model.kernels.select import support_table
 from mtnlg_jax.parallel.mesh import make_mesh
 
 IMPLS = ("xla", "xla_blockwise")
@@ -325,7 +324,7 @@ def _on_a_card(monkeypatch, capability="9.0", kind="NVIDIA H100 80GB HBM3"):
     ("capability", "options", "width", "chosen"),
     [
         ("9.0", {}, 160, "cudnn"),  # until the table says otherwise
-        ("9.0", {"segment_ids": IDS}, 160, "pallas_gpu"),  # where cuDNN would need a mask of T x S
+        ("9.0", {"segment_ids": IDS}, 160, "pallas_gpu"),  # where cuDNN would need a mask of S x T
         ("9.0", {"kv_lengths": LENGTHS}, 128, "pallas_gpu"),
         ("9.0", {"window": 512}, 128, "cudnn"),
         ("9.0", {"window": 512, "causal": False}, 128, "pallas_gpu"),
@@ -404,7 +403,7 @@ Q, K, V = (np.zeros((1, 8, 2, 4), np.float32) for _ in range(3))
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"impl": "flash9"}, "'flash9' is not known; choose auto, pallas_tpu"),
+        ({"impl": "flash9"}, "unknown attention impl='flash9'; choose auto, pallas_tpu"),
         (
             {"impl": "xla_blockwise", "bias": np.zeros(1)},
             "'xla_blockwise' cannot serve.*bias.*impl='auto', or xla",
@@ -435,7 +434,7 @@ Q, K, V = (np.zeros((1, 8, 2, 4), np.float32) for _ in range(3))
         ({"window": 0}, "window=0 must be an int of at least 1"),
         ({"softcap": 0.0}, "softcap=0.0 must be a number above 0"),
         ({"scale": float("nan")}, "scale=nan must be a finite number"),
-        ({"dropout_rate": 1.0}, r"dropout_rate=1.0 lies outside \[0, 1\)"),
+        ({"dropout_rate": 1.0}, r"dropout_rate=1.0 is outside \[0, 1\)"),
         ({"dropout_rate": 0.5}, "dropout_rate=0.5 needs a dropout_key"),
         ({"block_sizes": (0, 8)}, r"block_sizes=\(0, 8\) must be two sizes"),
     ],
@@ -456,15 +455,15 @@ def test_bad_options_are_refused_by_name(options, words):
         (
             _shapes(8, 8)[:2] + _shapes(8, 9)[2:],
             {},
-            r"attention wants q .*\(1, 8, 2, 4\).*\(1, 9, 2, 4\)",
+            r"attention takes q .*\(1, 8, 2, 4\).*\(1, 9, 2, 4\)",
         ),
-        (_shapes(8, 8, rows=2)[:1] + _shapes(8, 8)[1:], {}, "attention wants q"),
+        (_shapes(8, 8, rows=2)[:1] + _shapes(8, 8)[1:], {}, "attention takes q"),
         (_shapes(8, 0), {}, "none of them empty"),
-        (_shapes(8, 8, width=6)[:1] + _shapes(8, 8)[1:], {}, "attention wants q"),
+        (_shapes(8, 8, width=6)[:1] + _shapes(8, 8)[1:], {}, "attention takes q"),
         (
             _shapes(3, 8),
             {"segment_ids": np.zeros((1, 3), int)},
-            "T=3 and S=8 differ: give segment_ids as",
+            "S=3 queries and T=8 keys differ: give segment_ids as",
         ),
         (
             _shapes(8, 8, dtype="float64"),
@@ -497,8 +496,8 @@ SCALES = np.zeros((1, 2, 16), np.float32)
     ("changes", "options", "words"),
     [
         ({"q": ((1, 3, 64), "float32")}, {}, "3 query heads"),
-        ({"q": ((1, 4, 32), "float32")}, {}, "decode_attention wants q"),
-        ({"v_cache": ((1, 2, 17, 64), "float32")}, {}, "decode_attention wants q"),
+        ({"q": ((1, 4, 32), "float32")}, {}, "decode_attention takes q"),
+        ({"v_cache": ((1, 2, 17, 64), "float32")}, {}, "decode_attention takes q"),
         ({"lengths": ((2,), "int32")}, {}, r"lengths has shape \(2,\)"),
         ({"k_cache": ((1, 2, 16, 64), "int8")}, {}, "k and v are .* cast"),
         (
@@ -508,7 +507,7 @@ SCALES = np.zeros((1, 2, 16), np.float32)
         ),
         ({}, {"k_scale": SCALES}, "k_scale is given with a cache of float32"),
         ({}, {"impl": "pallas_tpu"}, "runs on TPU"),
-        ({}, {"impl": "cudnn"}, "one query against a cache"),
+        ({}, {"impl": "cudnn"}, "does not support single-token decoding"),
         ({}, {"num_splits": 0}, "num_splits=0"),
         ({}, {"scale": float("inf")}, "scale=inf"),
     ],
@@ -521,7 +520,9 @@ def test_bad_calls_of_decode_attention_are_refused(changes, options, words):
 
 def test_lengths_beyond_the_cache_are_refused():
     given = {name: np.zeros(*what) for name, what in CACHE.items()} | {"lengths": np.array([17])}
-    with pytest.raises(ValueError, match="lengths=17 is above 16, the positions of the cache"):
+    with pytest.raises(
+        ValueError, match="lengths=17 is above 16, the number of positions of the cache"
+    ):
         decode_attention(**given)
 
 
@@ -547,6 +548,19 @@ def test_the_config_knows_every_implementation():
         validate_model(ModelConfig(attention_impl="flash"))
 
 
-def test_the_page_of_attention_has_the_table_of_what_each_can_do():
-    readme = (Path(__file__).resolve().parents[2] / "docs/attention.md").read_text(encoding="utf-8")
-    assert support_table() in readme
+def test_the_page_of_attention_holds_the_table_of_implementations():
+    page = (Path(__file__).resolve().parents[2] / "docs/attention.md").read_text(encoding="utf-8")
+    lines = [
+        "| `impl` | runs on | types | head widths | takes | |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, support in SUPPORT.items():
+        widths = "all"
+        if support.head_widths is not None:
+            widths = "multiples of {} to {}".format(*support.head_widths)
+        takes = ", ".join(f"`{option}`" for option in sorted(support.options))
+        dtypes = ", ".join(support.dtypes)
+        lines.append(
+            f"| `{name}` | {support.runs_on} | {dtypes} | {widths} | {takes} | {support.note} |"
+        )
+    assert "\n".join(lines) in page

@@ -100,11 +100,12 @@ def test_zigzag_gives_every_device_the_same_causal_work(parts, length):
 def test_heads_that_do_not_divide_are_refused_by_ulysses_alone():
     *tensors, ids = arrays(32, kv_heads=2)
     with pytest.raises(
-        ValueError, match="2 key/value heads a device do not divide by mesh.context=4; .*gather or"
+        ValueError,
+        match="2 key/value heads per device are not divisible by mesh.context=4; .*gather or",
     ):
         over_context(4, "ulysses", True, *tensors, ids)
     with pytest.raises(
-        ValueError, match="'star' is not known; choose one of auto, ulysses, gather, ring"
+        ValueError, match="unknown context mode 'star'; choose one of auto, ulysses, gather, ring"
     ):
         over_context(4, "star", True, *tensors, ids)
 

@@ -1,2 +1,2 @@
 """Implementations behind ``mtnlg_jax.model.attention``. Each takes the public arrays, a Mask and
-Blocks; only ``attention`` chooses among them."""
+Blocks. Only ``attention`` chooses among them."""

@@ -1,27 +1,23 @@
-"""Block sizes, and which implementation is faster: the committed table ``blocks.json``, and what
-holds without it.
+"""Block sizes, and which implementation is faster: the committed table ``blocks.json``, and
+defaults for shapes it does not hold.
 
-An entry is what ``launch/tune_attention.py`` found on one device for one shape; an ``ms`` of null
-says that nothing was timed there, and ``source`` then says where its sizes come from. Nothing else
-changes the table: no kernel is tuned while a program runs.
+``launch/tune_attention.py`` measures the entries, each on one device for one shape. An ``ms`` of
+null means that nothing was timed, and ``source`` then names where the sizes come from. No kernel is
+tuned while a program runs.
 """
 
 import functools
 import json
 import math
+from collections.abc import Sequence
 from importlib import resources
 from typing import NamedTuple
 
 import jax
 
 TABLE = resources.files(__package__) / "blocks.json"
-PASSES = (
-    "forward",
-    "dq",
-    "dkv",
-    "decode",
-    "both",
-)  # both: output and all gradients, of any implementation
+# both: output and all gradients, of any implementation
+PASSES = ("forward", "dq", "dkv", "decode", "both")
 
 
 def scope(
@@ -34,36 +30,36 @@ def scope(
     products: int,
     causal: bool = False,
 ):
-    """A scope for the call of a kernel, which tells whoever reads the compiled program its name and
-    the FLOPs of its ``products`` of (queries x keys x width) for each row and head; where causal,
-    of the half that is visible."""
-    flops = (
-        2 * products * rows * heads * queries * keys * width // (2 if causal and queries > 1 else 1)
-    )
+    """A scope around the call of a kernel, from which a reader of the compiled program learns the
+    kernel's name and its FLOPs: ``products`` of (queries x keys x width) for each row and head, or
+    half of them if causal."""
+    flops = 2 * products * rows * heads * queries * keys * width
+    if causal and queries > 1:
+        flops //= 2
     return jax.named_scope(f"{name}:{flops}flops")
 
 
 class Blocks(NamedTuple):
-    """Sizes of one pass of one kernel."""
+    """Block sizes of one pass of one kernel."""
 
-    q: int = 0  # queries of a block (of one warpgroup, on GPU)
+    q: int = 0  # queries of a block; on GPU, of one warpgroup
     kv: int = 0  # keys of a block
     compute: int = 0  # TPU: keys of one inner step, divides kv; 0: all of kv
     stages: int = 2  # GPU: blocks in flight
 
 
 class Entry(NamedTuple):
-    """A row of the table."""
+    """One row of the table."""
 
     device: str  # as device_name() gives it
     impl: str
     dtype: str
     head_width: int
-    length: int  # T and S
+    length: int  # of queries and of keys
     causal: bool
     kind: str  # one of PASSES; "pass" in the file
     blocks: Blocks
-    ms: float | None  # milliseconds of one run over `batch` rows and `heads` heads; None: not timed
+    ms: float | None  # milliseconds of one run; None: not timed
     source: str
 
 
@@ -92,7 +88,7 @@ def read(text: str) -> tuple[Entry, ...]:
     )
 
 
-# Parts of jax's device_kind, and the name that the table has for it; the first that fits.
+# Parts of jax's device_kind -> the table's name for the device; the first match counts.
 _DEVICES = {
     "v5 lite": "v5e",
     "v5e": "v5e",
@@ -108,19 +104,20 @@ _DEVICES = {
 
 
 def device_name(kind: str) -> str:
-    """ "TPU v5 lite" -> "v5e"; what the table does not know stays as it is."""
+    """Return the table's name for a device kind, such as "v5e" for "TPU v5 lite". An unknown kind
+    is its own name."""
     return next((name for part, name in _DEVICES.items() if part.lower() in kind.lower()), kind)
 
 
 def _nearest(
     kind: str, impl: str, device: str, dtype: str, head_width: int, length: float, causal: bool
 ) -> Entry | None:
-    """The entry for this shape: of the same device, type, head width and masking, and of the
-    nearest length. What is not a kernel depends on these but little, so there the nearest of each
-    will do."""
+    """The entry of the same device, dtype, head width and causality with the nearest length.
+    Non-kernel paths are insensitive to all but the device, so for them the nearest entry counts
+    even if these differ."""
     loose = impl.startswith("xla")
 
-    def far(entry):
+    def distance(entry: Entry) -> tuple:
         return (
             entry.causal != causal,
             entry.dtype != dtype,
@@ -132,27 +129,24 @@ def _nearest(
         entry
         for entry in table()
         if (entry.device, entry.impl, entry.kind) == (device, impl, kind)
-        and (loose or far(entry)[:3] == (False, False, 0))
+        and (loose or distance(entry)[:3] == (False, False, 0))
     ]
-    return min(found, key=far, default=None)
+    return min(found, key=distance, default=None)
 
 
 def blocks_for(
     kind: str, impl: str, device: str, dtype: str, head_width: int, length: float, causal: bool
 ) -> Blocks:
-    """Sizes for pass ``kind`` of ``impl``: the table's for the nearest length, or a rule of
-    thumb."""
+    """Block sizes for pass ``kind`` of ``impl``: the table's for the nearest length, or else
+    default_blocks()."""
     entry = _nearest(kind, impl, device, dtype, head_width, length, causal)
-    return (
-        entry.blocks
-        if entry and entry.blocks.kv
-        else default_blocks(kind, impl, dtype, head_width, causal)
-    )
+    if entry and entry.blocks.kv:
+        return entry.blocks
+    return default_blocks(kind, impl, dtype, head_width, causal)
 
 
-# On GPU: (keys of a block, stages) by the widest head that they fit, for registers and shared
-# memory without spills up to width 160 (tests/planning/test_kernel_profile.py); nothing of it was
-# timed.
+# GPU: (widest head, keys of a block, stages). These fit registers and shared memory, without spills
+# up to width 160 (tests/planning/test_kernel_profile.py). None of them was timed.
 _GPU = {
     "forward": ((64, 128, 3), (160, 128, 2), (192, 64, 3), (256, 64, 2)),
     "dq": ((96, 64, 3), (192, 64, 2), (256, 64, 1)),
@@ -162,9 +156,9 @@ _GPU = {
 
 
 def default_blocks(kind: str, impl: str, dtype: str, head_width: int, causal: bool) -> Blocks:
-    """Sizes for a shape of which the table has no entry: never timed."""
+    """Block sizes for a shape that the table does not hold. They were never timed."""
     if impl == "pallas_tpu":
-        size = 512 if dtype == "float32" else 1024  # what fits the VMEM of v5e at width 256
+        size = 512 if dtype == "float32" else 1024  # fits the VMEM of v5e at width 256
         return Blocks(0, 2048) if kind == "decode" else Blocks(size, size, 256 if causal else 512)
     if impl == "pallas_gpu":
         kv, stages = next(row[1:] for row in _GPU[kind] if head_width <= row[0])
@@ -173,18 +167,18 @@ def default_blocks(kind: str, impl: str, dtype: str, head_width: int, causal: bo
 
 
 def fastest(
-    impls, device: str, dtype: str, head_width: int, length: float, causal: bool
+    impls: Sequence[str], device: str, dtype: str, head_width: int, length: float, causal: bool
 ) -> tuple[str, str] | None:
     """(the implementation that took the least time for output and gradients at the nearest shape,
-    that in words), or None unless each of ``impls`` was timed there."""
-    entries = [_nearest("both", impl, device, dtype, head_width, length, causal) for impl in impls]
-    if any(entry is None or entry.ms is None for entry in entries):
-        return None
-    if any(
-        not entry.impl.startswith("xla") and abs(math.log2(entry.length / length)) > 1
-        for entry in entries
-    ):
-        return None  # too far away to tell
-    best = min(entries, key=lambda entry: entry.ms)
-    times = ", ".join(f"{entry.impl} {entry.ms:.3g} ms" for entry in entries)
+    the measurement in words), or None unless each of ``impls`` was timed near that shape."""
+    timed = []
+    for impl in impls:
+        entry = _nearest("both", impl, device, dtype, head_width, length, causal)
+        if entry is None or entry.ms is None:
+            return None
+        if not impl.startswith("xla") and abs(math.log2(entry.length / length)) > 1:
+            return None  # at another length a kernel's time says too little
+        timed.append((entry.ms, entry))
+    best = min(timed, key=lambda pair: pair[0])[1]
+    times = ", ".join(f"{entry.impl} {ms:.3g} ms" for ms, entry in timed)
     return best.impl, f"timed at length {best.length}, head width {best.head_width}: {times}"

@@ -1,8 +1,12 @@
-"""The implementations that have a backward pass of their own, behind one custom derivative."""
+"""Dispatch to the implementations that have a backward pass of their own, behind one custom
+derivative, and to those that decode."""
+
+# Shapes: B rows, S query positions, T key positions, N query heads, K key/value heads, H head width
 
 import functools
-import math
-from typing import NamedTuple
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -13,12 +17,13 @@ from mtnlg_jax import compat
 from mtnlg_jax.model.kernels import blocks as sizes
 from mtnlg_jax.model.kernels import xla
 from mtnlg_jax.model.kernels.blocks import Blocks
+from mtnlg_jax.model.kernels.call import AttentionCall
 from mtnlg_jax.model.kernels.mask import Mask
 from mtnlg_jax.model.kernels.select import device
 
 
-class Plan(NamedTuple):
-    """All that is known while tracing."""
+class DispatchPlan(NamedTuple):
+    """The static part of a call: hashable, and known while tracing."""
 
     impl: str
     causal: bool
@@ -27,68 +32,50 @@ class Plan(NamedTuple):
     scale: float
     softcap: float | None
     blocks: tuple[Blocks, Blocks, Blocks]  # forward, dq, dkv
-    interpret: object
+    interpret: Any  # as compat.interpret_params() gives it
 
     def mask(self, arrays) -> Mask:
+        """The whole mask, from this plan and what mask_arrays() took out of it."""
         q_ids, kv_ids, lengths, offset = arrays
         offset = offset if self.q_offset is None else self.q_offset
         return Mask(self.causal, self.window, offset, q_ids, kv_ids, lengths)
 
     @property
-    def given(self) -> dict:
+    def scaling(self) -> dict:
         return {"scale": self.scale, "softcap": self.softcap}
 
 
-def plan_for(
-    impl: str,
-    q,
-    k,
-    mask: Mask,
-    *,
-    scale: float | None = None,
-    softcap: float | None = None,
-    block_sizes=None,
-) -> Plan:
-    """``block_sizes``: (queries, keys), or Blocks, of every pass; None: the table's."""
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    offset = mask.q_offset if isinstance(mask.q_offset, int) else None
-    if block_sizes is not None:
-        blocks = (Blocks(*block_sizes),) * 3
+def plan_for(impl: str, call: AttentionCall) -> DispatchPlan:
+    """The plan of ``call`` on ``impl``. Block sizes come from the call, which may hold a Blocks, or
+    else from the table."""
+    offset = call.q_offset if isinstance(call.q_offset, int) else None
+    if call.block_sizes is not None:
+        blocks = (Blocks(*call.block_sizes),) * 3
     else:
-        shape = (
-            impl,
-            device(),
-            str(q.dtype),
-            q.shape[3],
-            math.sqrt(q.shape[1] * k.shape[1]),
-            mask.causal,
-        )
+        shape = (impl, device(), call.dtype, call.head_width, call.length, bool(call.causal))
         kinds = ("both",) * 3 if impl == "xla_blockwise" else ("forward", "dq", "dkv")
-        blocks = tuple(sizes.blocks_for(kind, *shape) for kind in kinds)
-    return Plan(
+        forward, dq, dkv = (sizes.blocks_for(kind, *shape) for kind in kinds)
+        blocks = (forward, dq, dkv)
+    return DispatchPlan(
         impl,
-        mask.causal,
-        mask.window,
+        bool(call.causal),
+        call.window,
         offset,
-        scale,
-        softcap,
+        call.score_scale,
+        call.softcap,
         blocks,
         compat.interpret_params(impl),
     )
 
 
-def arrays_of(mask: Mask):
-    """What of a mask is an array, apart from what a Plan holds."""
-    return (
-        mask.q_ids,
-        mask.kv_ids,
-        mask.kv_lengths,
-        None if isinstance(mask.q_offset, int) else mask.q_offset,
-    )
+def mask_arrays(mask: Mask) -> tuple:
+    """The arrays of a mask, which a DispatchPlan does not hold."""
+    offset = None if isinstance(mask.q_offset, int) else mask.q_offset
+    return (mask.q_ids, mask.kv_ids, mask.kv_lengths, offset)
 
 
-def _kernel(impl: str):
-    # Imported where they are used: neither should be needed on the other's machine, nor on a CPU.
+def _kernel(impl: str) -> ModuleType:
+    # Imported late: neither module is needed on the other's hardware, or on a CPU.
     if impl == "pallas_tpu":
         from mtnlg_jax.model.kernels.tpu import flash as module
     else:
@@ -96,44 +83,45 @@ def _kernel(impl: str):
     return module
 
 
-def forward(plan: Plan, q, k, v, mask: Mask):
-    """(out (B, T, N, H), lse float32 (B, N, T))."""
+def forward(plan: DispatchPlan, q, k, v, mask: Mask):
+    """(out (B, S, N, H), lse float32 (B, N, S))."""
     if plan.impl == "xla_blockwise":
-        return xla.forward(q, k, v, mask, blocks=plan.blocks[0], **plan.given)
+        return xla.forward(q, k, v, mask, blocks=plan.blocks[0], **plan.scaling)
     return _kernel(plan.impl).forward(
-        q, k, v, mask, blocks=plan.blocks[0], interpret=plan.interpret, **plan.given
+        q, k, v, mask, blocks=plan.blocks[0], interpret=plan.interpret, **plan.scaling
     )
 
 
-def backward(plan: Plan, q, k, v, mask: Mask, out, lse, d_out, d_lse):
+def backward(plan: DispatchPlan, q, k, v, mask: Mask, out, lse, d_out, d_lse):
     """(dq, dk, dv)."""
-    given = (q, k, v, mask, out, lse, d_out, d_lse)
+    arrays = (q, k, v, mask, out, lse, d_out, d_lse)
+    _, dq_blocks, dkv_blocks = plan.blocks
     if plan.impl == "xla_blockwise":
-        return xla.backward(*given, blocks=plan.blocks[1], **plan.given)
+        return xla.backward(*arrays, blocks=dq_blocks, **plan.scaling)
     return _kernel(plan.impl).backward(
-        *given,
-        dq_blocks=plan.blocks[1],
-        dkv_blocks=plan.blocks[2],
+        *arrays,
+        dq_blocks=dq_blocks,
+        dkv_blocks=dkv_blocks,
         interpret=plan.interpret,
-        **plan.given,
+        **plan.scaling,
     )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def fused(plan: Plan, q, k, v, arrays):
-    """(out, lse), differentiable in q, k and v; ``arrays`` as arrays_of() gives them."""
+def fused(plan: DispatchPlan, q, k, v, arrays):
+    """(out, lse), differentiable in q, k and v; ``arrays`` as mask_arrays() gives them."""
     return _fused_forward(plan, q, k, v, arrays)[0]
 
 
-def _fused_forward(plan: Plan, q, k, v, arrays):
+def _fused_forward(plan: DispatchPlan, q, k, v, arrays):
     out, lse = forward(plan, q, k, v, plan.mask(arrays))
-    # Named, so that a recompute policy can keep both and spare the backward pass this one.
+    # The name lets a recompute policy keep both, so that the backward pass need not attend again.
     out = checkpoint_name(out, "attention")
     lse = checkpoint_name(lse, "attention")
     return (out, lse), (q, k, v, arrays, out, lse)
 
 
-def _fused_backward(plan: Plan, residuals, cotangents):
+def _fused_backward(plan: DispatchPlan, residuals, cotangents):
     q, k, v, arrays, out, lse = residuals
     return *backward(plan, q, k, v, plan.mask(arrays), out, lse, *cotangents), None
 
@@ -154,22 +142,21 @@ def decode(
     num_splits: int | None = None,
     block_kv: int | None = None,
 ):
-    """(out (B, N, H), lse (B, N)) of one query a row; ``scales`` of an int8 cache, (B, K, S)
+    """(out (B, N, H), lse (B, N)) of one query a row. ``scales`` of an int8 cache: (B, K, T)
     each."""
-    given = {"scale": scale, "softcap": softcap, "k_scale": scales[0], "v_scale": scales[1]}
+    scaling = {"scale": scale, "softcap": softcap, "k_scale": scales[0], "v_scale": scales[1]}
     if impl == "xla":
-        return xla.decode(q, k_cache, v_cache, lengths, **given)
+        return xla.decode(q, k_cache, v_cache, lengths, **scaling)
+    run: Callable
     if impl == "pallas_tpu":
         from mtnlg_jax.model.kernels.tpu.decode import decode as run
     else:
         from mtnlg_jax.model.kernels.gpu.decode import decode as run
+    rows, heads, width = q.shape
+    keys = k_cache.shape[2]
     if block_kv is None:
-        block_kv = sizes.blocks_for(
-            "decode", impl, device(), str(q.dtype), q.shape[2], k_cache.shape[2], False
-        ).kv
-    with sizes.scope(
-        "attention_decode", q.shape[0], q.shape[1], 1, k_cache.shape[2], q.shape[2], 2
-    ):
+        block_kv = sizes.blocks_for("decode", impl, device(), str(q.dtype), width, keys, False).kv
+    with sizes.scope("attention_decode", rows, heads, 1, keys, width, products=2):
         return run(
             q,
             k_cache,
@@ -178,32 +165,29 @@ def decode(
             num_splits=num_splits,
             block_kv=block_kv,
             interpret=compat.interpret_params(impl),
-            **given,
+            **scaling,
         )
 
 
-# --- over a mesh that XLA partitions: kernels are opaque to it, so they are split here
-# ------------------------------
+# --- a mesh that XLA partitions: kernels are opaque to XLA, so they are split over it here
 
 
 def _axes(rows: int, heads: int) -> tuple[str | None, str | None]:
-    """The axes to split ``rows`` and ``heads`` over, where XLA would partition and they divide."""
+    """The mesh axes to split ``rows`` and ``heads`` over: those that XLA partitions automatically
+    and that divide them."""
     mesh = jax.sharding.get_abstract_mesh()
-    automatic = {
-        name
-        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind == AxisType.Auto
-    }
-    return tuple(
-        axis
-        if axis in automatic and mesh.shape[axis] > 1 and number % mesh.shape[axis] == 0
-        else None
-        for axis, number in (("data", rows), ("tensor", heads))
-    )
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+
+    def axis_if_it_divides(axis: str, number: int) -> str | None:
+        if kinds.get(axis) != AxisType.Auto or mesh.shape[axis] == 1:
+            return None
+        return axis if number % mesh.shape[axis] == 0 else None
+
+    return axis_if_it_divides("data", rows), axis_if_it_divides("tensor", heads)
 
 
-def split_heads(run, q, k, v, arrays):
-    """``run(q, k, v, arrays)`` -> (out, lse), rows over data and heads over tensor."""
+def split_heads(run: Callable, q, k, v, arrays):
+    """``run(q, k, v, arrays)`` -> (out, lse), with rows split over data and heads over tensor."""
     rows, heads = _axes(k.shape[0], k.shape[2])
     if rows is None and heads is None:
         return run(q, k, v, arrays)
@@ -216,8 +200,8 @@ def split_heads(run, q, k, v, arrays):
     )(q, k, v, arrays)
 
 
-def split_cache(run, q, k_cache, v_cache, lengths, scales):
-    """``run(q, k_cache, v_cache, lengths, scales)`` -> (out, lse) likewise."""
+def split_cache(run: Callable, q, k_cache, v_cache, lengths, scales):
+    """``run(q, k_cache, v_cache, lengths, scales)`` -> (out, lse), split as in split_heads()."""
     rows, heads = _axes(k_cache.shape[0], k_cache.shape[1])
     if rows is None and heads is None:
         return run(q, k_cache, v_cache, lengths, scales)

@@ -1,4 +1,4 @@
-"""Measures block sizes and implementations on the device of this process, for the table of
+"""Measure block sizes and implementations on the device of this process, for the table of
 ``blocks``."""
 
 import functools
@@ -15,10 +15,11 @@ from mtnlg_jax import compat
 from mtnlg_jax.model.attention import attention
 from mtnlg_jax.model.kernels import dispatch
 from mtnlg_jax.model.kernels.blocks import Blocks
+from mtnlg_jax.model.kernels.call import AttentionCall
 from mtnlg_jax.model.kernels.mask import Mask
-from mtnlg_jax.model.kernels.select import SUPPORT, call_of, device, refusal
+from mtnlg_jax.model.kernels.select import SUPPORT, device, unsupported_reason
 
-# What is tried: keys of a block, queries of a block; GPU kernels have 64 queries a warpgroup.
+# The sizes to try. GPU kernels have 64 queries a warpgroup.
 _TPU = [
     Blocks(q, kv, compute)
     for q, kv, compute in itertools.product(
@@ -37,27 +38,27 @@ _DECODE = {
 
 
 def candidates(impl: str, kind: str, length: int) -> list[Blocks]:
-    """Sizes to try for pass ``kind``; an empty one where there is nothing to choose."""
+    """Block sizes to try for pass ``kind``. A single empty one if there is nothing to choose."""
     if kind == "decode":
         found = _DECODE.get(impl, [Blocks()])
     elif kind == "both":
         found = _BLOCKWISE if impl == "xla_blockwise" else [Blocks()]
     else:
         found = {"pallas_tpu": _TPU, "pallas_gpu": _GPU}[impl]
-    # Above the length a block is the whole of it, so one of these is enough.
+    # Blocks longer than the sequence all become the whole sequence, so shorter ones suffice.
     return [sizes for sizes in found if max(sizes.q, sizes.kv) <= max(length, 64)] or found[:1]
 
 
 def milliseconds(run: Callable, arguments, seconds: float = 0.3, rounds: int = 3) -> float:
-    """Median time of one ``run(*arguments)`` on the device: many in one program, each after the
-    other, and the cost of starting a program taken off."""
+    """Median time of one ``run(*arguments)`` on the device: many runs in one program, one after the
+    other, less the cost of starting a program."""
 
     @jax.jit
     def repeat(times, arguments):
         def again(_, arguments):
             first, *rest = arguments
-            # A number of each result goes into the next run's input: none can be left out, nor
-            # begin early.
+            # One number of each result enters the next run's input, so that XLA can neither leave a
+            # run out nor start it early.
             token = sum(
                 x[(0,) * x.ndim].astype(jnp.float32) for x in jax.tree.leaves(run(first, *rest))
             )
@@ -78,13 +79,13 @@ def milliseconds(run: Callable, arguments, seconds: float = 0.3, rounds: int = 3
 
 
 def passes(impl: str) -> tuple[str, ...]:
-    """What there is to time of an implementation."""
+    """The passes of an implementation that can be timed."""
     return ("forward", "dq", "dkv", "both", "decode") if impl.startswith("pallas") else ("both",)
 
 
 def shape_of(length: int, head_width: int, heads: int, tokens: int, dtype: str):
-    """Random q, k, v, (rows, length, heads, head_width) each; rows so that there are ``tokens`` of
-    them."""
+    """Random q, k, v, each (rows, length, heads, head_width), with as many rows as ``tokens``
+    fill."""
     shape = (max(1, tokens // length), length, heads, head_width)
     return tuple(
         jax.random.normal(key, shape, jnp.dtype(dtype))
@@ -98,11 +99,8 @@ def _run_of(impl: str, kind: str, causal: bool, blocks: Blocks, q, k, v) -> tupl
     if kind == "both":
 
         def loss(q, k, v):
-            return (
-                attention(q, k, v, causal=causal, impl=impl, block_sizes=sized)
-                .astype(jnp.float32)
-                .sum()
-            )
+            out = attention(q, k, v, causal=causal, impl=impl, block_sizes=sized)
+            return out.astype(jnp.float32).sum()
 
         return jax.grad(loss, (0, 1, 2)), (q, k, v)
     if kind == "decode":
@@ -113,27 +111,22 @@ def _run_of(impl: str, kind: str, causal: bool, blocks: Blocks, q, k, v) -> tupl
             softcap=None,
             block_kv=blocks.kv or None,
         )
-        return run, (
-            q[:, 0],
-            *(x.swapaxes(1, 2) for x in (k, v)),
-            jnp.full(q.shape[:1], q.shape[1], jnp.int32),
-        )
+        lengths = jnp.full(q.shape[:1], q.shape[1], jnp.int32)
+        return run, (q[:, 0], k.swapaxes(1, 2), v.swapaxes(1, 2), lengths)
     mask = Mask(causal)
-    plan = dispatch.plan_for(impl, q, k, mask, block_sizes=blocks)
+    plan = dispatch.plan_for(impl, AttentionCall(q, k, v, causal=causal, block_sizes=blocks))
 
     def forward(q, k, v):
         return dispatch.forward(plan, q, k, v, mask)
 
     def gradients(q, k, v, out, lse):
-        # What is not returned is not computed, so one of the two kernels runs.
+        # XLA drops the kernel whose result is not returned.
         grads = dispatch.backward(plan, q, k, v, mask, out, lse, out, jnp.zeros_like(lse))
         return grads[0] if kind == "dq" else grads[1:]
 
-    return (
-        (forward, (q, k, v))
-        if kind == "forward"
-        else (gradients, (q, k, v, *jax.jit(forward)(q, k, v)))
-    )
+    if kind == "forward":
+        return forward, (q, k, v)
+    return gradients, (q, k, v, *jax.jit(forward)(q, k, v))
 
 
 def sweep(
@@ -146,14 +139,13 @@ def sweep(
     tokens: int,
     causal: Sequence[bool] = (True, False),
 ) -> Iterator[dict]:
-    """Yields rows of the table, the best sizes of each shape and pass with their time, and as it
-    goes those that the compiler refuses are left out. What an implementation cannot do is
-    skipped."""
+    """Yield rows of the table: the best sizes of each shape and pass, with their time. Sizes that
+    the compiler refuses are left out, and so are shapes that an implementation does not support."""
     for dtype, width, length, masked, impl in itertools.product(
         dtypes, widths, lengths, causal, impls
     ):
         q, k, v = shape_of(length, width, heads, tokens, dtype)
-        if refusal(impl, call_of(q, k, masked, frozenset())):
+        if unsupported_reason(impl, AttentionCall(q, k, v, causal=masked)):
             continue
         for kind in passes(impl):
             if kind == "decode" and masked:
@@ -166,15 +158,10 @@ def sweep(
                 except (jax.errors.JaxRuntimeError, ValueError):  # does not fit the device
                     continue
             if timed:
-                best = min(timed, key=timed.get)
-                kept = (
-                    ("q", "kv", "compute", "stages")
-                    if impl == "pallas_gpu"
-                    else ("q", "kv", "compute")
-                )
-                sizes = {
-                    name: getattr(best, name) for name in kept if best.kv and getattr(best, name)
-                }
+                best = min(timed, key=lambda blocks: timed[blocks])
+                sizes = {name: size for name, size in best._asdict().items() if best.kv and size}
+                if impl != "pallas_gpu":
+                    sizes.pop("stages", None)
                 yield {
                     "device": device(),
                     "impl": impl,
@@ -193,8 +180,7 @@ def sweep(
 
 
 def impls_here(dtype: str) -> list[str]:
-    """Those that run on this device."""
+    """The implementations that run on this device."""
     probe = jax.ShapeDtypeStruct((1, 128, 1, 128), dtype)
-    return [
-        name for name in SUPPORT if refusal(name, call_of(probe, probe, True, frozenset())) is None
-    ]
+    call = AttentionCall(probe, probe, probe)
+    return [name for name in SUPPORT if unsupported_reason(name, call) is None]

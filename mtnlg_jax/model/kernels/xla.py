@@ -1,10 +1,12 @@
 """Attention in XLA: exact, which holds all scores, and blockwise, FlashAttention's algorithms 1 and
 2 (Dao 2023) as loops, with memory linear in the lengths.
 
-Inside, heads stand before positions: every product is then a plain batched matmul, and the scores
-(T x S, by far the largest array) are never transposed. G = N / K query heads share a key/value
-head.
+Inside, heads come before positions. Every product is then a plain batched matmul, and the scores,
+by far the largest array, are never transposed.
 """
+
+# Shapes: B rows, S query positions, T key positions, N query heads, K key/value heads, H head
+# width, G query heads of a key/value head (N / K)
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +23,8 @@ NEG_INF = -jnp.inf
 @jax.custom_vjp
 def softmax(scores):
     """Weights and log-sum-exp over the last dim; a row of -inf gives zeros and -inf. The backward
-    pass keeps the
-    weights only: differentiating through the maximum would keep four arrays of T x S."""
+    pass keeps only the weights, where differentiating through the maximum would keep four arrays of
+    S x T."""
     top = jnp.max(scores, -1, keepdims=True)
     weights = jnp.exp(scores - jnp.where(top == NEG_INF, 0.0, top))
     total = jnp.sum(weights, -1, keepdims=True)
@@ -45,40 +47,39 @@ softmax.defvjp(_softmax_forward, _softmax_backward)
 
 
 def _scores(q, k, scale, softcap):
-    """q (B, K, G, T, H), k (B, K, S, H) -> float32 (B, K, G, T, S)."""
-    scores = jnp.einsum("BKGTH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32) * scale
+    """q (B, K, G, S, H), k (B, K, T, H) -> float32 (B, K, G, S, T)."""
+    scores = jnp.einsum("BKGSH,BKTH->BKGST", q, k, preferred_element_type=jnp.float32) * scale
     return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
 
 
 def _group(x, kv_heads):
-    """(B, T, N, H) -> (B, K, G, T, H)."""
+    """(B, S, N, H) -> (B, K, G, S, H)."""
     batch, length, heads, width = x.shape
     return x.reshape(batch, length, kv_heads, heads // kv_heads, width).transpose(0, 2, 3, 1, 4)
 
 
 def _ungroup(x):
-    """(B, K, G, T, H) -> (B, T, N, H)."""
+    """(B, K, G, S, H) -> (B, S, N, H)."""
     batch, kv_heads, group, length, width = x.shape
     return x.transpose(0, 3, 1, 2, 4).reshape(batch, length, kv_heads * group, width)
 
 
 def _visible(mask: Mask, q_ids, kv_ids, q_start, q_size, k_start, k_size):
-    """Booleans that broadcast to (B, K, G, q_size, k_size), or None where all is visible. The ids
-    are the block's."""
-    offset = jnp.asarray(mask.q_offset)
-    positions = (offset[..., None] + q_start + jnp.arange(q_size))[
-        ..., :, None
-    ]  # (q, 1) or (B, q, 1)
+    """Booleans that broadcast to (B, K, G, q_size, k_size), or None if nothing is masked. The ids
+    are those of the block."""
+    positions = jnp.asarray(mask.q_offset)[..., None] + q_start + jnp.arange(q_size)
     length = None if mask.kv_lengths is None else mask.kv_lengths[:, None, None]
-    ids = (None, None) if q_ids is None else (q_ids[:, :, None], kv_ids[:, None, :])
+    if q_ids is not None:
+        q_ids = q_ids[:, :, None]
+        kv_ids = kv_ids[:, None, :]
     seen = visible(
-        positions,
+        positions[..., None],  # (q_size, 1), or (B, q_size, 1) if offsets differ by row
         k_start + jnp.arange(k_size),
         causal=mask.causal,
         window=mask.window,
         length=length,
-        q_ids=ids[0],
-        kv_ids=ids[1],
+        q_ids=q_ids,
+        kv_ids=kv_ids,
     )
     return seen if seen is None or seen.ndim == 2 else seen[:, None, None]
 
@@ -95,31 +96,30 @@ def exact(
     dropout_rate: float = 0.0,
     dropout_key=None,
 ):
-    """(out (B, T, N, H), lse (B, N, T)); ``bias`` broadcasts to (B, N, T, S)."""
-    heads = q.shape[2]
-    dtype = q.dtype
-    length, keys = (q.shape[1], k.shape[1])
-    seen = _visible(mask, mask.q_ids, mask.kv_ids, 0, length, 0, keys)
+    """(out (B, S, N, H), lse (B, N, S)); ``bias`` broadcasts to (B, N, S, T)."""
+    rows, queries, heads, _ = q.shape
+    keys = k.shape[1]
+    seen = _visible(mask, mask.q_ids, mask.kv_ids, 0, queries, 0, keys)
     scores = _scores(_group(q, k.shape[2]), k.transpose(0, 2, 1, 3), scale, softcap)
     if bias is not None:
-        shape = (scores.shape[0], heads, length, keys)
-        scores = scores + jnp.broadcast_to(bias, shape).reshape(scores.shape)
+        bias = jnp.broadcast_to(bias, (rows, heads, queries, keys))
+        scores = scores + bias.reshape(scores.shape)
     if seen is not None:
         scores = jnp.where(seen, scores, NEG_INF)
     weights, lse = softmax(scores)
     if dropout_rate > 0:
         kept = jax.random.bernoulli(dropout_key, 1 - dropout_rate, weights.shape)
         weights = jnp.where(kept, weights / (1 - dropout_rate), 0.0)
-    out = jnp.einsum("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), v.transpose(0, 2, 1, 3))
+    out = jnp.einsum("BKGST,BKTH->BKGSH", weights.astype(v.dtype), v.transpose(0, 2, 1, 3))
     out = checkpoint_name(out, "attention")
-    return _ungroup(out).astype(dtype), lse.reshape(lse.shape[0], heads, length)
+    return _ungroup(out).astype(q.dtype), lse.reshape(rows, heads, queries)
 
 
 def decode(
     q, k_cache, v_cache, lengths, *, scale: float, softcap: float | None, k_scale=None, v_scale=None
 ):
-    """One query a row: q (B, N, H), caches (B, K, S, H), int8 with scales (B, K, S) -> out (B, N,
-    H), lse (B, N)."""
+    """One query a row: q (B, N, H), caches (B, K, T, H), or int8 with scales (B, K, T) -> out (B,
+    N, H), lse (B, N)."""
     batch, heads, width = q.shape
     kv_heads = k_cache.shape[1]
     grouped = q.reshape(batch, kv_heads, heads // kv_heads, width)
@@ -127,7 +127,7 @@ def decode(
         k_cache = k_cache.astype(q.dtype)
         v_cache = v_cache.astype(q.dtype)
     scores = (
-        jnp.einsum("BKGH,BKSH->BKGS", grouped, k_cache, preferred_element_type=jnp.float32) * scale
+        jnp.einsum("BKGH,BKTH->BKGT", grouped, k_cache, preferred_element_type=jnp.float32) * scale
     )
     if k_scale is not None:
         scores = scores * k_scale[:, :, None]
@@ -138,7 +138,7 @@ def decode(
     if v_scale is not None:
         weights = weights * v_scale[:, :, None]
     out = jnp.einsum(
-        "BKGS,BKSH->BKGH",
+        "BKGT,BKTH->BKGH",
         weights.astype(v_cache.dtype),
         v_cache,
         preferred_element_type=jnp.float32,
@@ -147,52 +147,53 @@ def decode(
 
 
 # --- blockwise
-# ----------------------------------------------------------------------------------------------------
 
 
 def _key_blocks(mask: Mask, rows, queries, keys, blocks: Blocks):
-    """(first, end) of the blocks of keys that each block of queries visits, for all rows at
-    once."""
+    """(first, end) of the blocks of keys that each block of queries visits: one range for all rows,
+    since one loop serves them."""
     first, end = block_ranges(mask, rows, queries, keys, blocks.q, blocks.kv)
     some = end > first
     return jnp.where(some.any(0), jnp.where(some, first, keys).min(0), 0), end.max(0)
 
 
 def mean_key_blocks(length: int, blocks: Blocks) -> float:
-    """Blocks of keys that a block of queries visits, the mean over a causal sequence."""
-    first, end = block_ranges(
-        Mask(True), 1, length, length, min(blocks.q, length), min(blocks.kv, length)
-    )
+    """Mean number of key blocks that a block of queries visits, over a causal sequence."""
+    blocks = _fit(blocks, length, length)
+    first, end = block_ranges(Mask(True), 1, length, length, blocks.q, blocks.kv)
     return float((end - first).mean())
 
 
 def _fit(blocks: Blocks, queries: int, keys: int) -> Blocks:
+    """``blocks``, no larger than the sequences."""
     return Blocks(min(blocks.q, queries), min(blocks.kv, keys))
 
 
 def _pad(x, block: int, axis: int = 1):
+    """``x`` padded with zeros to whole blocks."""
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, -x.shape[axis] % block)
     return jnp.pad(x, widths)
 
 
 class _Loop:
-    """What both passes share: operands in whole blocks with heads first, and the scores of any
-    block."""
+    """The state that both passes share: operands padded to whole blocks with heads first, and the
+    scores of any block."""
 
-    def __init__(self, q, k, v, mask: Mask, scale, softcap, blocks: Blocks):
+    def __init__(
+        self, q, k, v, mask: Mask, scale: float, softcap: float | None, blocks: Blocks
+    ) -> None:
         queries = q.shape[1]
         keys = k.shape[1]
         self.blocks = blocks = _fit(blocks, queries, keys)
         self.ranges = _key_blocks(mask, q.shape[0], queries, keys, blocks)
-        if keys % blocks.kv:  # what pads the keys must stay invisible
+        if keys % blocks.kv:  # the padding of the keys must stay invisible
             whole = jnp.full(q.shape[:1], keys)
             lengths = whole if mask.kv_lengths is None else jnp.minimum(mask.kv_lengths, keys)
             mask = mask._replace(kv_lengths=lengths)
         if mask.q_ids is not None:
-            mask = mask._replace(
-                q_ids=_pad(mask.q_ids, blocks.q), kv_ids=_pad(mask.kv_ids, blocks.kv)
-            )
+            q_ids = _pad(mask.q_ids, blocks.q)
+            mask = mask._replace(q_ids=q_ids, kv_ids=_pad(mask.kv_ids, blocks.kv))
         self.mask = mask
         self.scale = scale
         self.softcap = softcap
@@ -207,7 +208,7 @@ class _Loop:
         return lax.dynamic_slice_in_dim(x, start, self.blocks.kv, axis)
 
     def scores(self, q_block, k_block, q_start, k_start):
-        """Masked scores of one block, and the softcap's derivative (or None)."""
+        """The masked scores of one block, and the softcap's derivative or None."""
         scores = _scores(q_block, k_block, self.scale, self.softcap)
         slope = None if self.softcap is None else 1 - (scores / self.softcap) ** 2
         q_ids = kv_ids = None
@@ -219,22 +220,24 @@ class _Loop:
 
 
 def _varying_like(inputs, *arrays):
-    """``arrays`` marked as differing over the mesh axes that any of ``inputs`` differs over: a
-    loop's carry must start with the type that it ends with."""
+    """Mark ``arrays`` as varying over the mesh axes that any of ``inputs`` varies over: a loop's
+    carry must start with the type that it ends with."""
     axes = tuple(varying_axes(inputs))
     return tuple(lax.pcast(x, axes, to="varying") if axes else x for x in arrays)
 
 
 def forward(q, k, v, mask: Mask, *, scale: float, softcap: float | None, blocks: Blocks):
-    """(out (B, T, N, H), lse float32 (B, N, T))."""
+    """(out (B, S, N, H), lse float32 (B, N, S))."""
     loop = _Loop(q, k, v, mask, scale, softcap, blocks)
-    batch, length, heads, width = q.shape
+    rows, queries, heads, width = q.shape
 
     def one_query_block(_, of_block):
         q_start, first, end = of_block
         q_block = loop.of_queries(loop.q, q_start)
 
         def one_key_block(i, carry):
+            # Online softmax: weights are relative to the largest score so far, and a new largest
+            # score shrinks what was summed before.
             acc, top, total = carry
             k_block, v_block = (loop.of_keys(x, i * loop.blocks.kv) for x in (loop.k, loop.v))
             scores, _ = loop.scores(q_block, k_block, q_start, i * loop.blocks.kv)
@@ -243,7 +246,7 @@ def forward(q, k, v, mask: Mask, *, scale: float, softcap: float | None, blocks:
             weights = jnp.exp(scores - safe[..., None])
             shrink = jnp.exp(top - safe)
             acc = acc * shrink[..., None] + jnp.einsum(
-                "BKGTS,BKSH->BKGTH",
+                "BKGST,BKTH->BKGSH",
                 weights.astype(v.dtype),
                 v_block,
                 preferred_element_type=jnp.float32,
@@ -259,11 +262,10 @@ def forward(q, k, v, mask: Mask, *, scale: float, softcap: float | None, blocks:
         return None, (acc / safe[..., None], jnp.where(total == 0, NEG_INF, top + jnp.log(safe)))
 
     _, (out, lse) = lax.scan(one_query_block, None, (loop.starts, *loop.ranges))
-    out = (
-        jnp.moveaxis(out, 0, 3).reshape(loop.q.shape).astype(q.dtype)
-    )  # (n, B, K, G, q, H) -> (B, K, G, T, H)
-    lse = jnp.moveaxis(lse, 0, 3).reshape(batch, heads, -1)
-    return _ungroup(out)[:, :length], lse[:, :, :length]
+    # (blocks, B, K, G, queries of a block, H) -> (B, K, G, S, H)
+    out = jnp.moveaxis(out, 0, 3).reshape(loop.q.shape).astype(q.dtype)
+    lse = jnp.moveaxis(lse, 0, 3).reshape(rows, heads, -1)
+    return _ungroup(out)[:, :queries], lse[:, :, :queries]
 
 
 def backward(
@@ -282,13 +284,13 @@ def backward(
 ):
     """Gradients (dq, dk, dv) for the cotangents ``d_out`` and ``d_lse`` of out and lse."""
     loop = _Loop(q, k, v, mask, scale, softcap, blocks)
-    length = q.shape[1]
-    kv_heads = k.shape[2]
-    # d score = weight * (d weight - delta); the log-sum-exp's own cotangent enters with the other
-    # sign.
+    queries = q.shape[1]
+    keys, kv_heads = k.shape[1:3]
+    # d score = weight * (d weight - delta); the log-sum-exp's own cotangent enters with the
+    # opposite sign.
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), -1).swapaxes(1, 2) - d_lse
-    # A padded query has no cotangent, and a finite log-sum-exp keeps the weights of rows that see
-    # nothing finite.
+    # A padded query has no cotangent. Rows that see nothing need a finite log-sum-exp: exp(-inf -
+    # 0) is 0, where exp(-inf + inf) would be NaN.
     lse = jnp.where(lse == NEG_INF, 0.0, lse)
     shape = loop.q.shape[:-1]
     delta, lse = (_pad(x, loop.blocks.q, 2).reshape(shape) for x in (delta, lse))
@@ -308,23 +310,23 @@ def backward(
             scores, slope = loop.scores(q_block, k_block, q_start, k_start)
             weights = jnp.exp(scores - lse_block[..., None])
             dv_part = jnp.einsum(
-                "BKGTS,BKGTH->BKSH",
+                "BKGST,BKGSH->BKTH",
                 weights.astype(v.dtype),
                 d_block,
                 preferred_element_type=jnp.float32,
             )
             d_weights = jnp.einsum(
-                "BKGTH,BKSH->BKGTS", d_block, v_block, preferred_element_type=jnp.float32
+                "BKGSH,BKTH->BKGST", d_block, v_block, preferred_element_type=jnp.float32
             )
             d_scores = weights * (d_weights - delta_block[..., None]) * scale
             if slope is not None:
                 d_scores = d_scores * slope
             d_scores = d_scores.astype(q.dtype)
             dq = dq + jnp.einsum(
-                "BKGTS,BKSH->BKGTH", d_scores, k_block, preferred_element_type=jnp.float32
+                "BKGST,BKTH->BKGSH", d_scores, k_block, preferred_element_type=jnp.float32
             )
             dk_part = jnp.einsum(
-                "BKGTS,BKGTH->BKSH", d_scores, q_block, preferred_element_type=jnp.float32
+                "BKGST,BKGSH->BKTH", d_scores, q_block, preferred_element_type=jnp.float32
             )
 
             def add(total, part):
@@ -340,6 +342,6 @@ def backward(
 
     start = _varying_like(inputs, jnp.zeros(loop.k.shape), jnp.zeros(loop.k.shape))
     (dk, dv), dq = lax.scan(one_query_block, start, (loop.starts, *loop.ranges))
-    dq = _ungroup(jnp.moveaxis(dq, 0, 3).reshape(loop.q.shape))[:, :length]
-    dk, dv = (x.transpose(0, 2, 1, 3)[:, : k.shape[1]] for x in (dk, dv))
+    dq = _ungroup(jnp.moveaxis(dq, 0, 3).reshape(loop.q.shape))[:, :queries]
+    dk, dv = (x.transpose(0, 2, 1, 3)[:, :keys] for x in (dk, dv))
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)

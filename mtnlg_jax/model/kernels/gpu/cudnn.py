@@ -1,9 +1,10 @@
-"""cuDNN's fused attention, through jax.nn: where it needs neither a mask of T x S nor what it
-cannot give.
+"""cuDNN's fused attention, through jax.nn, for calls that need no mask array of S x T.
 
-It is never asked for lengths or ids (rows that see nothing are not defined there), nor for the
-log-sum-exp, which it rounds to the output's type.
+Lengths and segment ids are never passed on, because cuDNN does not define rows that see nothing;
+nor is its log-sum-exp used, which it rounds to the output's type.
 """
+
+# Shapes: B rows, S query positions, T key positions, N query heads, H head width
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -12,14 +13,16 @@ from mtnlg_jax import compat
 from mtnlg_jax.model.kernels.mask import Mask
 
 
-def refusal(queries: int, keys: int, head_width: int, causal: bool, window: bool) -> str | None:
-    """Why it cannot serve such a call on a GPU here; None where it can."""
+def cudnn_unsupported_reason(
+    queries: int, keys: int, head_width: int, causal: bool, window: bool
+) -> str | None:
+    """Why cuDNN cannot serve such a call on this machine's GPU, or None if it can."""
     if causal and queries != keys:
-        return f"aligns causality in its own way unless T = S, and T={queries}, S={keys}"
+        return f"aligns causality in its own way unless S = T, and S={queries}, T={keys}"
     if window and not causal:
         return "takes a window to the left only, so only where causal"
     if compat.described():
-        return "cannot be compiled for a card that is not here"
+        return "cannot be compiled for a GPU that is not in this machine"
     if head_width > 128 and not _hopper_or_later():
         return f"takes head widths up to 128 before Hopper, not {head_width}"
     if not _installed():
@@ -38,7 +41,7 @@ def _installed() -> bool:
 
 
 def attend(q, k, v, mask: Mask, *, scale: float):
-    """out (B, T, N, H)."""
+    """out (B, S, N, H)."""
     window = None if mask.window is None else (mask.window - 1, 0)
     out = jax.nn.dot_product_attention(
         q,

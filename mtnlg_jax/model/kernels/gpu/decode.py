@@ -1,12 +1,16 @@
 """Attention of one new query per row to a cache, on Hopper GPUs: a Pallas kernel (Mosaic GPU) that
 splits the keys.
 
-Every thread block takes one row, one key/value head (with the up to 64 query heads that share it:
-one product's rows) and one run of keys. It reads no further than the row's length. The runs are
-merged by their log-sum-exps. Warpgroups, forms and limits are those of flash_gpu, but for one
-computing warpgroup instead of two: the cache's bytes take longer than the arithmetic."""
+Every thread block takes one row, one key/value head (with up to 64 query heads that share it: the
+rows of one product) and one run of keys, no further than the row's length. XLA then merges the runs
+by their log-sum-exps. Warpgroups, forms and limits are those of flash.py, except that one warpgroup
+computes instead of two: reading the cache takes longer than the arithmetic.
+"""
+
+# Shapes: B rows, T key positions, N query heads, K key/value heads, H head width
 
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -20,14 +24,16 @@ from mtnlg_jax.model.kernels.gpu.common import (
     LOW,
     ROWS,
     TILE,
-    Weigh,
+    ScoreScale,
     accumulate,
-    along,
+    broadcast_along,
     check_blocks,
+    check_width,
     fill,
     interpret_params,
     load,
     multiprocessors,
+    pad_to_8,
     product,
     release,
     ring,
@@ -39,7 +45,7 @@ from mtnlg_jax.model.kernels.gpu.common import (
 )
 
 HEADS = 64  # query heads of a tile
-KEYS_OF_SPLIT = 256  # fewer are not worth a thread block
+KEYS_OF_SPLIT = 256  # fewer keys are not worth a thread block
 
 
 def decode(
@@ -56,202 +62,254 @@ def decode(
     block_kv: int = 64,
     stages: int | None = None,
     interpret=None,
-    fast=None,
+    fast: bool | None = None,
 ):
-    """Attention of q (B, N, H) to the first ``lengths`` (B,) keys of k_cache and v_cache (B, K, S,
-    H): out (B, N, H) and its log-sum-exp, float32 (B, N). The caches are of q's dtype, or int8 with
-    float32 scales (B, K, S); they are copied unless S is a multiple of eight."""
+    """Attention of q (B, N, H) to the first ``lengths`` (B,) keys of k_cache and v_cache (B, K, T,
+    H): out (B, N, H) and its log-sum-exp, float32 (B, N). The caches have q's dtype, or are int8
+    with float32 scales (B, K, T). They are copied unless T is a multiple of eight."""
     batch, heads, width = q.shape
     kv_heads, keys = k_cache.shape[1:3]
-    dtype = q.dtype
-    _check(q, k_cache, v_cache, k_scale, v_scale)
+    _check_arrays(q, k_cache, v_cache, k_scale, v_scale)
     check_blocks(width, "query heads", HEADS, "keys", block_kv)
-    fast = interpret is None if fast is None else fast
-    quantized = k_cache.dtype == jnp.int8
-    weigh = Weigh(scale, softcap)
     group = heads // kv_heads
     blocks = -(-keys // block_kv)
     rows = -(-group // 8) * 8 if group <= HEADS else -(-group // HEADS) * HEADS
     tiles = -(-rows // HEADS)
     if num_splits is None:
-        num_splits = min(
-            -(-multiprocessors() // (batch * kv_heads * tiles)), -(-keys // KEYS_OF_SPLIT)
-        )
+        free = -(-multiprocessors() // (batch * kv_heads * tiles))
+        num_splits = min(free, -(-keys // KEYS_OF_SPLIT))
     splits = max(1, min(num_splits, blocks))
-    stages = stages or (4 if width <= 64 else 3 if width <= 128 else 2)
-    # Partial results are float32 where shared memory has room for them.
-    partial = dtype if splits == 1 or width > 192 else jnp.float32
-
-    def body(r):
-        row, tile, split = (lax.axis_index(name) for name in ("row", "tile", "split"))
-        head = lax.div(tile, jnp.int32(tiles))
-        first_head = lax.rem(tile, jnp.int32(tiles)) * HEADS
-        length = jnp.minimum(scalar(r.lengths, row), keys)
-        live = lax.div(jnp.maximum(length, 0) + (block_kv - 1), jnp.int32(block_kv))
-        share = lax.div(
-            live + (splits - 1), jnp.int32(splits)
-        )  # of what the row has, not of what the cache holds
-        first = jnp.minimum(split * share, live)
-        end = jnp.minimum(first + share, live)
-
-        def operand(block, full, empty, wide, scales, slot):
-            """A slot's keys or values as an operand, and their scales: integers become numbers in
-            shared memory."""
-            plgpu.barrier_wait(full.at[slot])
-            if not quantized:
-                return block.at[slot], None
-            values = plgpu.load(block.at[slot], layout=TILE).astype(dtype)
-            factors = plgpu.load(scales.at[slot], layout=COLUMNS)
-            release(empty.at[slot], True)
-            return stored(values, wide), factors
-
-        def block(j, carry):
-            total, top, mass = carry
-            slot = lax.rem(j - first, jnp.int32(stages))
-            right, factors = operand(
-                r.k_block, r.k_full, r.k_empty, r.k_wide, r.k_scale_block, slot
-            )
-            scores = product((HEADS, block_kv), r.q_block, right.transpose((1, 0)))
-            if not quantized:
-                plgpu.barrier_arrive(r.k_empty.at[slot])
-            else:
-                scores = scores * along(factors, scores.shape, 1)
-            scores = weigh.cap(scores)
-            place = j * block_kv + plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=TILE)
-            scores = jnp.where(place < length, scores, -jnp.inf)
-            new_top = jnp.maximum(top, scores.max(axis=1) * weigh.factor)
-            weights = jnp.exp2(scores * weigh.factor - along(new_top, scores.shape, 0))
-            shrink = jnp.exp2(top - new_top)
-            total = total * along(shrink, total.shape, 0)
-            mass = mass * shrink + weights.sum(axis=1)
-            right, factors = operand(
-                r.v_block, r.v_full, r.v_empty, r.v_wide, r.v_scale_block, slot
-            )
-            if quantized:  # a key past the length may have any scale
-                weights = jnp.where(place < length, weights * along(factors, scores.shape, 1), 0.0)
-            weights = weights.astype(dtype)
-            total = accumulate(total, weights if fast else stored(weights, r.weights), right, fast)
-            if not quantized:
-                plgpu.barrier_arrive(r.v_empty.at[slot])
-            return total, new_top, mass
-
-        @pl.when(lax.axis_index("wg") == 0)
-        def _():
-            load([(r.q.at[row, head, pl.ds(first_head, HEADS)], r.q_block)], r.loaded)
-            start_top = plgpu.layout_cast(jnp.full((HEADS,), LOW, jnp.float32), ROWS)
-            carry = (zeros((HEADS, width)), start_top, zeros((HEADS,)))
-            total, top, mass = lax.fori_loop(first, end, block, carry)
-            nothing = mass == 0.0
-            mass = jnp.where(nothing, 1.0, mass)
-            out_block = r.q_block if partial == dtype else r.out_block
-            out_block[...] = (total * along(1.0 / mass, total.shape, 0)).astype(partial)
-            r.lse_block[...] = jnp.where(nothing, -jnp.inf, top * (1 / LOG2E) + jnp.log(mass))
-            plgpu.commit_smem()
-            at = (row * kv_heads + head) * splits + split, pl.ds(first_head, HEADS)
-            plgpu.copy_smem_to_gmem(out_block, r.out.at[at])
-            plgpu.copy_smem_to_gmem(r.lse_block, r.lse.at[at])
-            plgpu.wait_smem_to_gmem(0)
-
-        @pl.when(lax.axis_index("wg") == 1)
-        def _():
-            def feed(j, _):
-                at = pl.ds(j * block_kv, block_kv)
-                step = j - first
-                for cache, block, scales, scale_block, full, empty in (
-                    (r.k, r.k_block, r.k_scale, r.k_scale_block, r.k_full, r.k_empty),
-                    (r.v, r.v_block, r.v_scale, r.v_scale_block, r.v_full, r.v_empty),
-                ):
-                    copies = [(cache.at[row, head, at], block)]
-                    if quantized:
-                        copies.append((scales.at[row, head, at], scale_block))
-                    fill(step, stages, full, empty, copies)
-
-            def drain(i, _):
-                for empty in (r.k_empty, r.v_empty):
-                    plgpu.barrier_wait(empty.at[lax.rem(i, jnp.int32(stages))])
-
-            lax.fori_loop(first, end, feed, None)
-            lax.fori_loop(jnp.maximum(end - first - stages, 0), end - first, drain, None)
-
+    plan = GpuDecodePlan(
+        kv_heads=kv_heads,
+        keys=keys,
+        width=width,
+        dtype=q.dtype,
+        # Partial results are float32 if shared memory has room for them.
+        partial=q.dtype if splits == 1 or width > 192 else jnp.float32,
+        quantized=k_cache.dtype == jnp.int8,
+        tiles=tiles,
+        splits=splits,
+        block_kv=block_kv,
+        stages=stages or (4 if width <= 64 else 3 if width <= 128 else 2),
+        score_scale=ScoreScale(scale, softcap),
+        fast=interpret is None if fast is None else fast,
+    )
     q_groups = q.reshape(batch, kv_heads, group, width)
     q_groups = jnp.pad(q_groups, ((0, 0), (0, 0), (0, rows - group), (0, 0)))
-    k_cache = _eights(k_cache)
-    v_cache = _eights(v_cache)
+    k_cache = pad_to_8(k_cache, axis=2)
+    v_cache = pad_to_8(v_cache, axis=2)
     inputs = {"q": q_groups, "k": k_cache, "v": v_cache, "lengths": lengths.astype(jnp.int32)}
-    scratch = {
-        "q_block": tiled((HEADS, width), dtype),
-        "lse_block": plgpu.SMEM((HEADS,), jnp.float32),
-        "loaded": plgpu.Barrier(),
-    }
-    if partial != dtype:
-        scratch["out_block"] = tiled((HEADS, width), partial)
-    for name in ("k", "v"):
-        shape = (stages, block_kv, width)
-        scratch |= ring(name, stages, 1 + quantized, readers=1)
-        scratch[f"{name}_block"] = plgpu.SMEM(shape, jnp.int8) if quantized else tiled(shape, dtype)
-        if quantized:
-            scratch[f"{name}_wide"] = tiled(shape[1:], dtype)
-            scratch[f"{name}_scale_block"] = plgpu.SMEM(shape[:2], jnp.float32)
-    if quantized:
-        inputs |= {"k_scale": _eights(k_scale), "v_scale": _eights(v_scale)}
-    if not fast:
-        scratch["weights"] = tiled((HEADS, block_kv), dtype, width)
-    absent = dict.fromkeys(
-        ("k_scale", "v_scale", "k_wide", "v_wide", "k_scale_block", "v_scale_block")
-    )
+    if plan.quantized:
+        inputs |= {"k_scale": pad_to_8(k_scale, axis=2), "v_scale": pad_to_8(v_scale, axis=2)}
+    out, lse = _run(plan, inputs, batch, rows, interpret)
+    out = out.reshape(batch, kv_heads, splits, rows, width)[..., :group, :].astype(jnp.float32)
+    lse = lse.reshape(batch, kv_heads, splits, rows)[..., :group]
+    out, lse = (out[:, :, 0], lse[:, :, 0]) if splits == 1 else _merged(out, lse)
+    return out.astype(q.dtype).reshape(q.shape), lse.reshape(batch, heads)
+
+
+def _check_arrays(q, k_cache, v_cache, k_scale, v_scale) -> None:
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        raise ValueError(f"the GPU kernels take queries in bfloat16 or float16, not {q.dtype}")
+    if k_cache.dtype != v_cache.dtype or k_cache.dtype not in (q.dtype, jnp.int8):
+        raise ValueError(
+            "both caches must have the queries' dtype or be int8, not "
+            f"{k_cache.dtype}, {v_cache.dtype}"
+        )
+    if (k_cache.dtype == jnp.int8) != (k_scale is not None and v_scale is not None):
+        raise ValueError("int8 caches need k_scale and v_scale, and no other cache takes them")
+    check_width(q.shape[-1])
+
+
+def _merged(out, lse):
+    """Merge the splits' outputs (B, K, splits, G, H) by their log-sum-exps (B, K, splits, G)."""
+    top = lse.max(2, keepdims=True)
+    shares = jnp.exp(lse - jnp.where(jnp.isneginf(top), 0.0, top))
+    mass = shares.sum(2)
+    mass = jnp.where(mass == 0, 1.0, mass)
+    out = (out * shares[..., None]).sum(2) / mass[..., None]
+    return out, top[:, :, 0] + jnp.log(mass)
+
+
+class Part(NamedTuple):
+    """The part of the work that one thread block does: blocks first <= j < end of the keys."""
+
+    row: Any
+    head: Any  # key/value head
+    first_head: Any  # of the query heads that share it
+    split: Any
+    length: Any
+    first: Any
+    end: Any
+
+
+class GpuDecodePlan(NamedTuple):
+    """The static part of the kernel."""
+
+    kv_heads: int
+    keys: int
+    width: int
+    dtype: Any
+    partial: Any  # dtype of a split's result
+    quantized: bool
+    tiles: int  # of the query heads of a key/value head
+    splits: int
+    block_kv: int
+    stages: int
+    score_scale: ScoreScale
+    fast: bool
+
+    def part(self, r) -> Part:
+        row, tile, split = (lax.axis_index(name) for name in ("row", "tile", "split"))
+        head = lax.div(tile, jnp.int32(self.tiles))
+        first_head = lax.rem(tile, jnp.int32(self.tiles)) * HEADS
+        length = jnp.minimum(scalar(r.lengths, row), self.keys)
+        live = lax.div(jnp.maximum(length, 0) + (self.block_kv - 1), jnp.int32(self.block_kv))
+        # An equal share of the blocks that the row has, not of those that the cache holds.
+        share = lax.div(live + (self.splits - 1), jnp.int32(self.splits))
+        first = jnp.minimum(split * share, live)
+        end = jnp.minimum(first + share, live)
+        return Part(row, head, first_head, split, length, first, end)
+
+    def scratch(self) -> dict:
+        found = {
+            "q_block": tiled((HEADS, self.width), self.dtype),
+            "lse_block": plgpu.SMEM((HEADS,), jnp.float32),
+            "loaded": plgpu.Barrier(),
+        }
+        if self.partial != self.dtype:
+            found["out_block"] = tiled((HEADS, self.width), self.partial)
+        for name in ("k", "v"):
+            shape = (self.stages, self.block_kv, self.width)
+            found |= ring(name, self.stages, 1 + self.quantized, readers=1)
+            if self.quantized:
+                found[f"{name}_block"] = plgpu.SMEM(shape, jnp.int8)
+                found[f"{name}_wide"] = tiled(shape[1:], self.dtype)
+                found[f"{name}_scale_block"] = plgpu.SMEM(shape[:2], jnp.float32)
+            else:
+                found[f"{name}_block"] = tiled(shape, self.dtype)
+        if not self.fast:
+            found["weights"] = tiled((HEADS, self.block_kv), self.dtype, self.width)
+        return found
+
+
+def _run(plan: GpuDecodePlan, inputs: dict, batch: int, rows: int, interpret):
+    """(out, lse) of every row, key/value head and split, merged into one axis."""
+    # A float cache has no scales: the body then finds None under their names.
+    names = ("k_scale", "v_scale", "k_wide", "v_wide", "k_scale_block", "v_scale_block")
+    absent = dict.fromkeys(names)
+    arrays = inputs.values()
+    shape = (batch * plan.kv_heads * plan.splits, rows)
     outputs = {
-        "out": result_like((batch * kv_heads * splits, rows, width), partial, *inputs.values()),
-        "lse": result_like((batch * kv_heads * splits, rows), jnp.float32, *inputs.values()),
+        "out": result_like((*shape, plan.width), plan.partial, *arrays),
+        "lse": result_like(shape, jnp.float32, *arrays),
     }
 
     def kernel(*refs, **scratch_refs):
-        body(
-            SimpleNamespace(
-                **absent | dict(zip((*inputs, *outputs), refs, strict=True)) | scratch_refs
-            )
-        )
+        named = dict(zip((*inputs, *outputs), refs, strict=True))
+        r = SimpleNamespace(**absent | named | scratch_refs)
+        part = plan.part(r)
+        pl.when(lax.axis_index("wg") == 0)(lambda: _compute(plan, r, part))
+        pl.when(lax.axis_index("wg") == 1)(lambda: _feed(plan, r, part))
 
     results = plgpu.kernel(
         kernel,
         out_type=list(outputs.values()),
-        scratch_types=scratch,
-        grid=(kv_heads * tiles, splits, batch),
+        scratch_types=plan.scratch(),
+        grid=(plan.kv_heads * plan.tiles, plan.splits, batch),
         grid_names=("tile", "split", "row"),
         num_threads=2,
         thread_name="wg",
         kernel_name="flash_decode",
         interpret=interpret_params(interpret),
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(*inputs.values())
-    out, lse = varying_like(results, *inputs.values())
-    out = out.reshape(batch, kv_heads, splits, rows, width)[..., :group, :].astype(jnp.float32)
-    lse = lse.reshape(batch, kv_heads, splits, rows)[..., :group]
-    if splits == 1:
-        return out.astype(dtype).reshape(q.shape), lse.reshape(batch, heads)
-    top = lse.max(2, keepdims=True)
-    shares = jnp.exp(lse - jnp.where(jnp.isneginf(top), 0.0, top))
-    mass = shares.sum(2)
-    out = (out * shares[..., None]).sum(2) / jnp.where(mass == 0, 1.0, mass)[..., None]
-    lse = top[:, :, 0] + jnp.log(jnp.where(mass == 0, 1.0, mass))
-    return out.astype(dtype).reshape(q.shape), lse.reshape(batch, heads)
+    )(*arrays)
+    return varying_like(results, *arrays)
 
 
-def _check(q, k_cache, v_cache, k_scale, v_scale) -> None:
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
-        raise ValueError(f"the GPU kernels take queries in bfloat16 or float16, not {q.dtype}")
-    if k_cache.dtype != v_cache.dtype or k_cache.dtype not in (q.dtype, jnp.int8):
-        raise ValueError(
-            f"caches are of the queries' dtype or int8, both alike: {k_cache.dtype}, {v_cache.dtype}"
-        )
-    if (k_cache.dtype == jnp.int8) != (k_scale is not None and v_scale is not None):
-        raise ValueError("k_scale and v_scale are given with int8 caches, and only then")
-    if q.shape[-1] % 32 or q.shape[-1] > 256:
-        raise ValueError(
-            f"the GPU kernels take head widths that are multiples of 32, at most 256, not {q.shape[-1]}"
-        )
+def _feed(plan: GpuDecodePlan, r, part: Part) -> None:
+    """The feeding warpgroup: copy the blocks of keys and values, in order, and wait until all are
+    read."""
+
+    def feed(j, _):
+        at = pl.ds(j * plan.block_kv, plan.block_kv)
+        step = j - part.first
+        for cache, block, scales, scale_block, full, empty in (
+            (r.k, r.k_block, r.k_scale, r.k_scale_block, r.k_full, r.k_empty),
+            (r.v, r.v_block, r.v_scale, r.v_scale_block, r.v_full, r.v_empty),
+        ):
+            copies = [(cache.at[part.row, part.head, at], block)]
+            if plan.quantized:
+                copies.append((scales.at[part.row, part.head, at], scale_block))
+            fill(step, plan.stages, full, empty, copies)
+
+    def drain(i, _):
+        for empty in (r.k_empty, r.v_empty):
+            plgpu.barrier_wait(empty.at[lax.rem(i, jnp.int32(plan.stages))])
+
+    lax.fori_loop(part.first, part.end, feed, None)
+    steps = part.end - part.first
+    lax.fori_loop(jnp.maximum(steps - plan.stages, 0), steps, drain, None)
 
 
-def _eights(cache):
-    """(B, K, S, ...) with S padded to whole tiles of eight: a copy of the cache where S is no
-    multiple of eight."""
-    return jnp.pad(cache, ((0, 0), (0, 0), (0, -cache.shape[2] % 8), *[(0, 0)] * (cache.ndim - 3)))
+def _compute(plan: GpuDecodePlan, r, part: Part) -> None:
+    """The computing warpgroup: attention of the tile's query heads to the part's keys."""
+    score_scale = plan.score_scale
+    shape = (HEADS, plan.block_kv)
+
+    def operand(block, full, empty, wide, scales, slot):
+        """A slot's keys or values as an operand, and their scales. Integers become floats in shared
+        memory."""
+        plgpu.barrier_wait(full.at[slot])
+        if not plan.quantized:
+            return block.at[slot], None
+        values = plgpu.load(block.at[slot], layout=TILE).astype(plan.dtype)
+        factors = plgpu.load(scales.at[slot], layout=COLUMNS)
+        release(empty.at[slot], True)
+        return stored(values, wide), factors
+
+    def block(j, carry):
+        total, top, mass = carry
+        slot = lax.rem(j - part.first, jnp.int32(plan.stages))
+        right, factors = operand(r.k_block, r.k_full, r.k_empty, r.k_wide, r.k_scale_block, slot)
+        scores = product(shape, r.q_block, right.transpose((1, 0)))
+        if plan.quantized:
+            scores = scores * broadcast_along(factors, scores.shape, 1)
+        else:
+            plgpu.barrier_arrive(r.k_empty.at[slot])
+        scores = score_scale.cap(scores)
+        keys = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=TILE)
+        position = j * plan.block_kv + keys
+        scores = jnp.where(position < part.length, scores, -jnp.inf)
+        new_top = jnp.maximum(top, scores.max(axis=1) * score_scale.factor)
+        exponents = scores * score_scale.factor - broadcast_along(new_top, scores.shape, 0)
+        weights = jnp.exp2(exponents)
+        shrink = jnp.exp2(top - new_top)
+        total = total * broadcast_along(shrink, total.shape, 0)
+        mass = mass * shrink + weights.sum(axis=1)
+        right, factors = operand(r.v_block, r.v_full, r.v_empty, r.v_wide, r.v_scale_block, slot)
+        if plan.quantized:  # a key past the length may have any scale, even NaN
+            weights = weights * broadcast_along(factors, scores.shape, 1)
+            weights = jnp.where(position < part.length, weights, 0.0)
+        weights = weights.astype(plan.dtype)
+        left = weights if plan.fast else stored(weights, r.weights)
+        total = accumulate(total, left, right, plan.fast)
+        if not plan.quantized:
+            plgpu.barrier_arrive(r.v_empty.at[slot])
+        return total, new_top, mass
+
+    heads = pl.ds(part.first_head, HEADS)
+    load([(r.q.at[part.row, part.head, heads], r.q_block)], r.loaded)
+    start_top = plgpu.layout_cast(jnp.full((HEADS,), LOW, jnp.float32), ROWS)
+    carry = (zeros((HEADS, plan.width)), start_top, zeros((HEADS,)))
+    total, top, mass = lax.fori_loop(part.first, part.end, block, carry)
+    blind = mass == 0.0
+    mass = jnp.where(blind, 1.0, mass)
+    out_block = r.q_block if plan.partial == plan.dtype else r.out_block
+    out_block[...] = (total * broadcast_along(1.0 / mass, total.shape, 0)).astype(plan.partial)
+    r.lse_block[...] = jnp.where(blind, -jnp.inf, top * (1 / LOG2E) + jnp.log(mass))
+    plgpu.commit_smem()
+    index = (part.row * plan.kv_heads + part.head) * plan.splits + part.split
+    plgpu.copy_smem_to_gmem(out_block, r.out.at[index, heads])
+    plgpu.copy_smem_to_gmem(r.lse_block, r.lse.at[index, heads])
+    plgpu.wait_smem_to_gmem(0)

@@ -1,9 +1,15 @@
 """Backward pass of flash attention on Hopper GPUs: a kernel for dq, whose tiles are of queries, and
-one for dk and dv, whose tiles are of keys (Dao 2023, algorithm 2). Both add up in registers and in
-a fixed order: no atomics, the same bits every time. Structure, forms and limits are those of
-    flash_gpu."""
+one for dk and dv, whose tiles are of keys (Dao 2023, algorithm 2).
+
+Both accumulate in registers and in a fixed order, without atomics: the same bits every time. The
+structure, the two forms and the limits are those of flash.py.
+"""
+
+# Shapes: B rows, S query positions, T key positions, N query heads, K key/value heads, H head width
 
 import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -14,36 +20,31 @@ from mtnlg_jax.model.kernels.blocks import Blocks, scope
 from mtnlg_jax.model.kernels.gpu.common import (
     COLUMNS,
     COMPUTE,
-    L2_BYTES,
     LOG2E,
     ROWS,
     TILE,
-    OverKeys,
-    Plan,
-    Weigh,
+    ScoreScale,
     accumulate,
     accumulate_and_multiply,
-    along,
-    check,
+    broadcast_along,
+    check_arrays,
     check_blocks,
-    eights,
-    fill,
     launch,
     load,
-    pad_to,
+    pad_to_8,
     product,
     release,
     ring,
-    see,
-    split_tile,
     stored,
     tiled,
     two_products,
+    visible_mask,
     zeros,
 )
+from mtnlg_jax.model.kernels.gpu.tiles import KeyTiles, QueryTiles
 from mtnlg_jax.model.kernels.mask import Mask
 
-SHARED_WIDTH = 128  # the widest head for which a warpgroup has both dk and dv
+SHARED_WIDTH = 128  # the widest head of which one warpgroup can hold both dk and dv
 HANDED = 2  # blocks of weights on their way from one warpgroup to the other
 
 
@@ -62,125 +63,57 @@ def backward(
     dq_blocks: Blocks,
     dkv_blocks: Blocks,
     interpret=None,
-    fast=None,
+    fast: bool | None = None,
 ):
-    """Cotangents (dq, dk, dv) of forward()'s arguments, from those of its results: d_out (B, T, N,
-    H) and d_lse (B, N, T). The blocks: of queries and keys, in each of the two kernels."""
-    check(q, k, v)
+    """Cotangents (dq, dk, dv) of forward()'s arguments from those of its results, d_out (B, S, N,
+    H) and d_lse (B, N, S). dq_blocks and dkv_blocks: sizes in each of the two kernels."""
+    check_arrays(q, k, v)
     fast = interpret is None if fast is None else fast
-    # d score = weight * (d weight - delta); the log-sum-exp's own cotangent enters with the other
-    # sign.
-    delta = jnp.einsum("BTNH,BTNH->BNT", out, d_out, preferred_element_type=jnp.float32) - d_lse
-    # In powers of two. A query that sees no key, or that is none, has infinitely small weights, not
-    # NaN.
+    # d score = weight * (d weight - delta); the log-sum-exp's own cotangent enters with the
+    # opposite sign.
+    delta = jnp.einsum("BSNH,BSNH->BNS", out, d_out, preferred_element_type=jnp.float32) - d_lse
+    # In powers of two. A query that sees no key, or that is padding, has weights of 0, not NaN.
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse * LOG2E)
-    arguments = (q, k, v, d_out.astype(q.dtype), mask, lse, delta, Weigh(scale, softcap))
+    operands = (q, k, v, d_out.astype(q.dtype), mask, lse, delta, ScoreScale(scale, softcap))
     return (
-        _dq(*arguments, dq_blocks, interpret, fast),
-        *_dkv(*arguments, dkv_blocks, interpret, fast),
+        _dq(*operands, dq_blocks, interpret, fast),
+        *_dkv(*operands, dkv_blocks, interpret, fast),
     )
 
 
-def pad_queries(array, size: int, value: float = 0.0):
+def _pad_queries(array, size: int, value: float = 0.0):
     return jnp.pad(array, ((0, 0), (0, 0), (0, size - array.shape[2])), constant_values=value)
 
 
-def _dq(q, k, v, d_out, mask, lse, delta, weigh, blocks, interpret, fast):
+# --- dq
+
+
+def _dq(q, k, v, d_out, mask, lse, delta, score_scale, blocks, interpret, fast):
     width = q.shape[3]
     dtype = q.dtype
-    rows = blocks.q
-    kv = blocks.kv
-    check_blocks(width, "queries", rows, "keys", kv)
-    visit = OverKeys.of(q.shape, k.shape, mask, blocks)
-    plan = visit.plan
-    slot_of = visit.slot
-    ids = visit.ids
-
-    def compute(r, wg, tile, step):
-        row, head, base = visit.place(tile)
-        start = base + wg * rows
-        at = pl.ds(start, rows)
-        copies = [
-            (r.q.at[row, at, head], r.q_block),
-            (r.d_out.at[row, at, head], r.d_out_block),
-            (r.lse.at[row, head, at], r.lse_block),
-            (r.delta.at[row, head, at], r.delta_block),
-        ]
-        if ids:
-            copies.append((r.q_ids.at[row, at], r.q_ids_block))
-        load([(source, target.at[wg]) for source, target in copies], r.loaded.at[wg])
-        lse, delta = (plgpu.load(ref.at[wg], layout=ROWS) for ref in (r.lse_block, r.delta_block))
-        q_ids = plgpu.load(r.q_ids_block.at[wg], layout=ROWS) if ids else None
-        plgpu.commit_smem()
-        span = plan.span(r, row, base, start, rows)
-
-        def block(masked, j, total):
-            slot = slot_of(step, j, span)
-            plgpu.barrier_wait(r.k_full.at[slot])
-            plgpu.barrier_wait(r.v_full.at[slot])
-
-            def use(scores, d_weights):
-                scores = weigh.cap(scores)
-                weights = jnp.exp2(scores * weigh.factor - along(lse, scores.shape, 0))
-                weights = weigh.sloped(weights, scores)
-                if masked:
-                    kv_ids = plgpu.load(r.kv_ids_block.at[slot], layout=COLUMNS) if ids else None
-                    seen = see(
-                        mask, scores.shape, span.offset + start, j * kv, span.length, q_ids, kv_ids
-                    )
-                    weights = weights if seen is None else jnp.where(seen, weights, 0.0)
-                return (weights * (d_weights() - along(delta, scores.shape, 0))).astype(dtype)
-
-            gradient = two_products(
-                (rows, kv),
-                (r.q_block.at[wg], r.k_block.at[slot].transpose((1, 0))),
-                (r.d_out_block.at[wg], r.v_block.at[slot].transpose((1, 0))),
-                use,
-            )
-            plgpu.barrier_arrive(r.v_empty.at[slot])
-            left = gradient if fast else stored(gradient, r.gradient.at[wg])
-            total = accumulate(total, left, r.k_block.at[slot], fast)
-            release(r.k_empty.at[slot], ids)
-            return total
-
-        def flush(j, _):
-            """Passes over a block that only the other warpgroup needs."""
-            slot = slot_of(step, j, span)
-            for full, empty in ((r.k_full, r.k_empty), (r.v_full, r.v_empty)):
-                plgpu.barrier_wait(full.at[slot])
-                plgpu.barrier_arrive(empty.at[slot])
-
-        total = span.walk(block, zeros((rows, width)))
-        if plan.flushes(rows):
-            lax.fori_loop(span.last, span.end, flush, None)
-        r.q_block[wg] = (total * weigh.scale).astype(dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(r.q_block.at[wg], r.dq.at[row, at, head])
-        plgpu.wait_smem_to_gmem(0)
-        return step + span.count
-
-    inputs = visit.inputs(q, k, v)
-    scratch = visit.scratch(width, dtype)
-    inputs |= {
-        "d_out": eights(d_out),
-        "lse": pad_queries(lse, visit.padded, jnp.inf),
-        "delta": pad_queries(delta, visit.padded),
+    check_blocks(width, "queries", blocks.q, "keys", blocks.kv)
+    tiles = QueryTiles.of(q.shape, k.shape, mask, blocks)
+    plan = tiles.plan
+    inputs = tiles.inputs(q, k, v) | {
+        "d_out": pad_to_8(d_out),
+        "lse": _pad_queries(lse, tiles.padded, jnp.inf),
+        "delta": _pad_queries(delta, tiles.padded),
     }
+    scratch = tiles.scratch(width, dtype)
     for name in ("q", "d_out"):
-        scratch[f"{name}_block"] = tiled((COMPUTE, rows, width), dtype)
+        scratch[f"{name}_block"] = tiled((COMPUTE, blocks.q, width), dtype)
     for name in ("lse", "delta"):
-        scratch[f"{name}_block"] = plgpu.SMEM((COMPUTE, rows), jnp.float32)
-    scratch["loaded"] = plgpu.Barrier(num_barriers=COMPUTE, num_arrivals=4 + ids)
+        scratch[f"{name}_block"] = plgpu.SMEM((COMPUTE, blocks.q), jnp.float32)
+    scratch["loaded"] = plgpu.Barrier(num_barriers=COMPUTE, num_arrivals=4 + tiles.has_ids)
     if not fast:
-        scratch["gradient"] = tiled((COMPUTE, rows, kv), dtype, width)
-    with scope(
-        "attention_dq", visit.batch, visit.heads, plan.queries, plan.keys, width, 3, mask.causal
-    ):
+        scratch["gradient"] = tiled((COMPUTE, blocks.q, blocks.kv), dtype, width)
+    shape = (tiles.batch, tiles.heads, plan.queries, plan.keys, width)
+    with scope("attention_dq", *shape, products=3, causal=mask.causal):
         (dq,) = launch(
             "flash_dq",
-            compute,
-            visit.feed,
-            visit.tiles,
+            _dq_body(tiles, score_scale, width, dtype, fast),
+            tiles.feed,
+            tiles.tiles,
             blocks.stages,
             ("k", "v"),
             inputs,
@@ -191,127 +124,248 @@ def _dq(q, k, v, d_out, mask, lse, delta, weigh, blocks, interpret, fast):
     return dq[:, : plan.queries]
 
 
-def _dkv(q, k, v, d_out, mask, lse, delta, weigh, blocks, interpret, fast):
-    """Rows of every product are keys: the scores are transposed. The query heads of a key/value
-    head come one after the other and add to the same sums.
+def _dq_body(tiles: QueryTiles, score_scale: ScoreScale, width: int, dtype, fast: bool) -> Callable:
+    """What a computing warpgroup does with a tile of queries, as launch() takes it."""
+    rows = tiles.blocks.q
+    kv = tiles.blocks.kv
+    plan = tiles.plan
+    has_ids = tiles.has_ids
 
-    Up to SHARED_WIDTH each computing warpgroup has its own keys, with sums for both dk and dv.
-    Wider heads leave no
-    registers for that: there both have the same keys, the first one has the weights and dv, and
-    hands the weights over to the second one, which has dk. Either does two of the four products."""
-    batch, queries, heads, width = q.shape
-    keys, kv_heads = k.shape[1:3]
+    def compute(r, wg, tile, step):
+        row, head, base = tiles.locate(tile)
+        start = base + wg * rows
+        at = pl.ds(start, rows)
+        copies = [
+            (r.q.at[row, at, head], r.q_block),
+            (r.d_out.at[row, at, head], r.d_out_block),
+            (r.lse.at[row, head, at], r.lse_block),
+            (r.delta.at[row, head, at], r.delta_block),
+        ]
+        if has_ids:
+            copies.append((r.q_ids.at[row, at], r.q_ids_block))
+        load([(source, target.at[wg]) for source, target in copies], r.loaded.at[wg])
+        lse, delta = (plgpu.load(ref.at[wg], layout=ROWS) for ref in (r.lse_block, r.delta_block))
+        q_ids = plgpu.load(r.q_ids_block.at[wg], layout=ROWS) if has_ids else None
+        plgpu.commit_smem()
+        span = plan.span(r, row, base, start, rows)
+
+        def block(masked, j, total):
+            slot = tiles.slot(step, j, span)
+            plgpu.barrier_wait(r.k_full.at[slot])
+            plgpu.barrier_wait(r.v_full.at[slot])
+
+            def score_gradient(scores, d_weights):
+                scores = score_scale.cap(scores)
+                exponents = scores * score_scale.factor - broadcast_along(lse, scores.shape, 0)
+                weights = score_scale.times_slope(jnp.exp2(exponents), scores)
+                if masked:
+                    kv_ids = None
+                    if has_ids:
+                        kv_ids = plgpu.load(r.kv_ids_block.at[slot], layout=COLUMNS)
+                    position = span.offset + start
+                    seen = visible_mask(
+                        plan.mask, scores.shape, position, j * kv, span.length, q_ids, kv_ids
+                    )
+                    weights = weights if seen is None else jnp.where(seen, weights, 0.0)
+                centered = d_weights() - broadcast_along(delta, scores.shape, 0)
+                return (weights * centered).astype(dtype)
+
+            gradient = two_products(
+                (rows, kv),
+                (r.q_block.at[wg], r.k_block.at[slot].transpose((1, 0))),
+                (r.d_out_block.at[wg], r.v_block.at[slot].transpose((1, 0))),
+                score_gradient,
+            )
+            plgpu.barrier_arrive(r.v_empty.at[slot])
+            left = gradient if fast else stored(gradient, r.gradient.at[wg])
+            total = accumulate(total, left, r.k_block.at[slot], fast)
+            release(r.k_empty.at[slot], has_ids)
+            return total
+
+        def flush(j, _):
+            """Pass over a block that only the other warpgroup needs."""
+            slot = tiles.slot(step, j, span)
+            for full, empty in ((r.k_full, r.k_empty), (r.v_full, r.v_empty)):
+                plgpu.barrier_wait(full.at[slot])
+                plgpu.barrier_arrive(empty.at[slot])
+
+        total = span.walk(block, zeros((rows, width)))
+        if plan.flushes(rows):
+            lax.fori_loop(span.last, span.end, flush, None)
+        r.q_block[wg] = (total * score_scale.scale).astype(dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(r.q_block.at[wg], r.dq.at[row, at, head])
+        plgpu.wait_smem_to_gmem(0)
+        return step + span.count
+
+    return compute
+
+
+# --- dk and dv
+
+
+def _dkv(q, k, v, d_out, mask, lse, delta, score_scale, blocks, interpret, fast):
+    """The rows of every product are keys, so scores are transposed: (keys, queries).
+
+    Up to SHARED_WIDTH each computing warpgroup has its own keys and sums both dk and dv
+    (_dkv_shared). Wider heads leave no registers for that, so both have the same keys, and each
+    does two of the four products (_dkv_apart)."""
+    width = q.shape[3]
     dtype = q.dtype
-    rows = blocks.kv
-    size = blocks.q
-    stages = blocks.stages
-    check_blocks(width, "keys", rows, "queries", size)
-    ids = mask.q_ids is not None
+    keys = k.shape[1]
+    check_blocks(width, "keys", blocks.kv, "queries", blocks.q)
     apart = width > SHARED_WIDTH
-    own = 1 if apart else COMPUTE  # runs of keys of a tile
-    plan = Plan(mask, queries, keys, own * rows, size, of_keys=True)
-    group = heads // kv_heads
-    number = plan.number
-    section = max(1, L2_BYTES // (4 * queries * width * group))
-
-    def place(tile):
-        """Row, key/value head and place of the first key of a tile. Most queries see the first
-        keys."""
-        pair, number_kv = split_tile(tile, batch * kv_heads, number, section)
-        return (
-            lax.div(pair, jnp.int32(kv_heads)),
-            lax.rem(pair, jnp.int32(kv_heads)),
-            number_kv * plan.outer,
+    tiles = KeyTiles.of(q.shape, k.shape, mask, blocks, runs=1 if apart else COMPUTE)
+    parts = _DkvParts(tiles, score_scale, width, dtype, fast)
+    inputs = tiles.inputs(q, k, v, d_out) | {
+        "lse": _pad_queries(lse, tiles.plan.padded, jnp.inf),
+        "delta": _pad_queries(delta, tiles.plan.padded),
+    }
+    scratch = tiles.scratch(width, dtype)
+    operands = 1 if apart else 2
+    scratch["loaded"] = plgpu.Barrier(num_barriers=COMPUTE, num_arrivals=operands + tiles.has_ids)
+    shape = (blocks.kv, blocks.q)
+    if apart:
+        scratch["handed"] = tiled((HANDED, *shape), dtype)
+        scratch |= ring("handed", HANDED, 1, readers=1)
+    if not fast:
+        shape = shape if apart else (COMPUTE, *shape)
+        scratch |= {name: tiled(shape, dtype, width) for name in ("weights", "gradient")}
+    batch, queries, heads, _ = q.shape
+    with scope("attention_dkv", batch, heads, queries, keys, width, products=4, causal=mask.causal):
+        results = launch(
+            "flash_dkv",
+            _dkv_apart(parts) if apart else _dkv_shared(parts),
+            tiles.feed,
+            tiles.tiles,
+            blocks.stages,
+            ("q", "d_out"),
+            inputs,
+            dict.fromkeys(("dk", "dv"), (inputs["k"].shape, dtype)),
+            scratch,
+            interpret,
+            walks=apart,
         )
+    return tuple(x[:, :keys] for x in results)
 
-    def slot_of(step, i, span):
-        return lax.rem(step + i - span.first, jnp.int32(stages))
 
-    def visit(span, step, block, totals):
-        """Calls block(step, masked, i, totals) for every query head and block of queries."""
+class _DkvParts(NamedTuple):
+    """The parts of the kernel for dk and dv that do not depend on how its products are shared."""
 
-        def one_head(g, totals):
-            return span.walk(functools.partial(block, step + g * span.count), totals)
+    tiles: KeyTiles
+    score_scale: ScoreScale
+    width: int
+    dtype: Any
+    fast: bool
 
-        return lax.fori_loop(0, group, one_head, totals)
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of a block of scores: (keys, queries)."""
+        return self.tiles.blocks.kv, self.tiles.blocks.q
 
-    def weights_of(r, slot, scores, masked, position, key, span, kv_ids):
-        """Weights of a block, and the same times the derivative of the softcap."""
-        scores = weigh.cap(scores)
-        lse = plgpu.load(r.lse_block.at[slot], layout=COLUMNS)
-        weights = jnp.exp2(scores * weigh.factor - along(lse, scores.shape, 1))
-        if masked:
-            q_ids = plgpu.load(r.q_ids_block.at[slot], layout=COLUMNS) if ids else None
-            seen = see(mask, scores.shape, position, key, span.length, q_ids, kv_ids, True)
-            weights = weights if seen is None else jnp.where(seen, weights, 0.0)
-        return weights, weigh.sloped(weights, scores)
+    def zeros(self):
+        return zeros((self.tiles.blocks.kv, self.width))
 
-    def begin(r, row, head, at, wg, *operands):
-        """Loads a warpgroup's keys, values or both; returns the keys' segment ids."""
+    def begin(self, r, row, head, at, wg, *operands):
+        """Load a warpgroup's keys, values or both; return the keys' segment ids or None."""
         copies = [(x.at[row, at, head], block) for x, block in operands]
-        if ids:
+        if self.tiles.has_ids:
             copies.append((r.kv_ids.at[row, at], r.kv_ids_block.at[wg]))
         load(copies, r.loaded.at[wg])
-        kv_ids = plgpu.load(r.kv_ids_block.at[wg], layout=ROWS) if ids else None
-        if ids:
-            plgpu.commit_smem()
+        if not self.tiles.has_ids:
+            return None
+        kv_ids = plgpu.load(r.kv_ids_block.at[wg], layout=ROWS)
+        plgpu.commit_smem()
         return kv_ids
 
-    def end(row, head, at, *results):
+    def end(self, row, head, at, *results):
+        """Store (sum, block in shared memory, output) triples."""
         for total, block, _ in results:
-            block[...] = total.astype(dtype)
+            block[...] = total.astype(self.dtype)
         plgpu.commit_smem()
         for _, block, x in results:
             plgpu.copy_smem_to_gmem(block, x.at[row, at, head])
         plgpu.wait_smem_to_gmem(0)
 
-    def compute_both(r, wg, tile, step):
-        row, head, base = place(tile)
+    def weights(self, r, slot, scores, masked, i, start, span, kv_ids):
+        """The weights of block i of queries, and the same times the derivative of the softcap."""
+        scores = self.score_scale.cap(scores)
+        lse = plgpu.load(r.lse_block.at[slot], layout=COLUMNS)
+        exponents = scores * self.score_scale.factor - broadcast_along(lse, scores.shape, 1)
+        weights = jnp.exp2(exponents)
+        if masked:
+            q_ids = None
+            if self.tiles.has_ids:
+                q_ids = plgpu.load(r.q_ids_block.at[slot], layout=COLUMNS)
+            position = span.offset + i * self.tiles.blocks.q
+            mask = self.tiles.plan.mask
+            seen = visible_mask(
+                mask, scores.shape, position, start, span.length, q_ids, kv_ids, of_keys=True
+            )
+            weights = weights if seen is None else jnp.where(seen, weights, 0.0)
+        return weights, self.score_scale.times_slope(weights, scores)
+
+
+def _dkv_shared(parts: _DkvParts) -> Callable:
+    """What a computing warpgroup does with its half of a tile of keys: both dk and dv."""
+    tiles, score_scale, _, dtype, fast = parts
+    rows = tiles.blocks.kv
+
+    def compute(r, wg, tile, step):
+        row, head, base = tiles.locate(tile)
         start = base + wg * rows
         at = pl.ds(start, rows)
-        kv_ids = begin(r, row, head, at, wg, (r.k, r.k_block.at[wg]), (r.v, r.v_block.at[wg]))
-        span = plan.span(r, row, base, start, rows)
+        k_block = r.k_block.at[wg]
+        v_block = r.v_block.at[wg]
+        kv_ids = parts.begin(r, row, head, at, wg, (r.k, k_block), (r.v, v_block))
+        span = tiles.plan.span(r, row, base, start, rows)
 
         def block(step, masked, i, totals):
             dk, dv = totals
-            slot = slot_of(step, i, span)
+            slot = tiles.slot(step, i, span)
             plgpu.barrier_wait(r.q_full.at[slot])
             plgpu.barrier_wait(r.d_out_full.at[slot])
-            scores = product((rows, size), r.k_block.at[wg], r.q_block.at[slot].transpose((1, 0)))
-            weights, sloped = weights_of(
-                r, slot, scores, masked, span.offset + i * size, start, span, kv_ids
-            )
-            low = weights.astype(dtype)
-            left = low if fast else stored(low, r.weights.at[wg])
+            scores = product(parts.shape, k_block, r.q_block.at[slot].transpose((1, 0)))
+            weights, sloped = parts.weights(r, slot, scores, masked, i, start, span, kv_ids)
+            weights = weights.astype(dtype)
+            left = weights if fast else stored(weights, r.weights.at[wg])
             right = r.d_out_block.at[slot]
             dv, d_weights = accumulate_and_multiply(
-                dv, left, right, r.v_block.at[wg], right.transpose((1, 0)), fast
+                dv, left, right, v_block, right.transpose((1, 0)), fast
             )
             delta = plgpu.load(r.delta_block.at[slot], layout=COLUMNS)
-            gradient = (sloped * (d_weights - along(delta, scores.shape, 1))).astype(dtype)
+            centered = d_weights - broadcast_along(delta, scores.shape, 1)
+            gradient = (sloped * centered).astype(dtype)
             release(r.d_out_empty.at[slot], True)
             left = gradient if fast else stored(gradient, r.gradient.at[wg])
             dk = accumulate(dk, left, r.q_block.at[slot], fast)
             release(r.q_empty.at[slot], True)
             return dk, dv
 
-        dk, dv = visit(span, step, block, (zeros((rows, width)), zeros((rows, width))))
-        end(row, head, at, (dk * weigh.scale, r.k_block.at[wg], r.dk), (dv, r.v_block.at[wg], r.dv))
-        return step + group * span.count
+        dk, dv = tiles.visit(span, step, block, (parts.zeros(), parts.zeros()))
+        parts.end(row, head, at, (dk * score_scale.scale, k_block, r.dk), (dv, v_block, r.dv))
+        return step + tiles.group * span.count
 
-    def compute_apart(r, wg, tile, step):
-        row, head, start = place(tile)
+    return compute
+
+
+def _dkv_apart(parts: _DkvParts) -> Callable:
+    """What a computing warpgroup does with a tile of keys that both have: the first one makes the
+    weights and dv, and hands the weights to the second one, which makes dk."""
+    tiles, score_scale, _, dtype, fast = parts
+    rows = tiles.blocks.kv
+
+    def compute(r, wg, tile, step):
+        row, head, start = tiles.locate(tile)
         at = pl.ds(start, rows)
-        span = plan.span(r, row, start, start, rows)
+        span = tiles.plan.span(r, row, start, start, rows)
 
         def block_dv(kv_ids, step, masked, i, dv):
-            slot = slot_of(step, i, span)
+            slot = tiles.slot(step, i, span)
             count = step + i - span.first
             plgpu.barrier_wait(r.q_full.at[slot])
-            scores = product((rows, size), r.k_block.at[0], r.q_block.at[slot].transpose((1, 0)))
-            weights, sloped = weights_of(
-                r, slot, scores, masked, span.offset + i * size, start, span, kv_ids
-            )
+            scores = product(parts.shape, r.k_block.at[0], r.q_block.at[slot].transpose((1, 0)))
+            weights, sloped = parts.weights(r, slot, scores, masked, i, start, span, kv_ids)
             release(r.q_empty.at[slot], True)
             handed = lax.rem(count, jnp.int32(HANDED))
 
@@ -323,129 +377,48 @@ def _dkv(q, k, v, d_out, mask, lse, delta, weigh, blocks, interpret, fast):
             plgpu.barrier_arrive(r.handed_full.at[handed])
             weights = weights.astype(dtype)
             plgpu.barrier_wait(r.d_out_full.at[slot])
-            dv = accumulate(
-                dv, weights if fast else stored(weights, r.weights), r.d_out_block.at[slot], fast
-            )
+            left = weights if fast else stored(weights, r.weights)
+            dv = accumulate(dv, left, r.d_out_block.at[slot], fast)
             plgpu.barrier_arrive(r.d_out_empty.at[slot])
             return dv
 
         def block_dk(step, masked, i, dk):
-            slot = slot_of(step, i, span)
+            slot = tiles.slot(step, i, span)
             count = step + i - span.first
             plgpu.barrier_wait(r.d_out_full.at[slot])
-            d_weights = product(
-                (rows, size), r.v_block.at[0], r.d_out_block.at[slot].transpose((1, 0))
-            )
+            right = r.d_out_block.at[slot].transpose((1, 0))
+            d_weights = product(parts.shape, r.v_block.at[0], right)
             delta = plgpu.load(r.delta_block.at[slot], layout=COLUMNS)
-            d_weights = d_weights - along(delta, d_weights.shape, 1)
+            centered = d_weights - broadcast_along(delta, d_weights.shape, 1)
             release(r.d_out_empty.at[slot], True)
             handed = lax.rem(count, jnp.int32(HANDED))
             plgpu.barrier_wait(r.handed_full.at[handed])
-            gradient = (
-                plgpu.load(r.handed.at[handed], layout=TILE).astype(jnp.float32) * d_weights
-            ).astype(dtype)
+            sloped = plgpu.load(r.handed.at[handed], layout=TILE).astype(jnp.float32)
+            gradient = (sloped * centered).astype(dtype)
             plgpu.barrier_arrive(r.handed_empty.at[handed])
             plgpu.barrier_wait(r.q_full.at[slot])
-            dk = accumulate(
-                dk, gradient if fast else stored(gradient, r.gradient), r.q_block.at[slot], fast
-            )
+            left = gradient if fast else stored(gradient, r.gradient)
+            dk = accumulate(dk, left, r.q_block.at[slot], fast)
             plgpu.barrier_arrive(r.q_empty.at[slot])
             return dk
 
         @pl.when(wg == 0)
         def _():
-            kv_ids = begin(r, row, head, at, 0, (r.k, r.k_block.at[0]))
-            dv = visit(span, step, functools.partial(block_dv, kv_ids), zeros((rows, width)))
-            end(row, head, at, (dv, r.k_block.at[0], r.dv))
+            kv_ids = parts.begin(r, row, head, at, 0, (r.k, r.k_block.at[0]))
+            block = functools.partial(block_dv, kv_ids)
+            dv = tiles.visit(span, step, block, parts.zeros())
+            parts.end(row, head, at, (dv, r.k_block.at[0], r.dv))
 
         @pl.when(wg == 1)
         def _():
-            begin(r, row, head, at, 1, (r.v, r.v_block.at[0]))
+            parts.begin(r, row, head, at, 1, (r.v, r.v_block.at[0]))
+            # The weights come masked from the other warpgroup: one section without a mask.
             whole = span._replace(
                 sections=(False, True, False), whole=span.first, whole_end=span.last
             )
-            dk = visit(whole, step, block_dk, zeros((rows, width)))
-            end(row, head, at, (dk * weigh.scale, r.v_block.at[0], r.dk))
+            dk = tiles.visit(whole, step, block_dk, parts.zeros())
+            parts.end(row, head, at, (dk * score_scale.scale, r.v_block.at[0], r.dk))
 
-        return step + group * span.count
+        return step + tiles.group * span.count
 
-    def feed(r, tile, step):
-        row, kv_head, base = place(tile)
-        span = plan.span(r, row, base, base, plan.outer)
-
-        def block(g, step, i, _):
-            head = kv_head * group + g
-            at = pl.ds(i * size, size)
-            i = step + i - span.first
-            copies = [(r.q.at[row, at, head], r.q_block), (r.lse.at[row, head, at], r.lse_block)]
-            if ids:
-                copies.append((r.q_ids.at[row, at], r.q_ids_block))
-            fill(i, stages, r.q_full, r.q_empty, copies)
-            fill(
-                i,
-                stages,
-                r.d_out_full,
-                r.d_out_empty,
-                [
-                    (r.d_out.at[row, at, head], r.d_out_block),
-                    (r.delta.at[row, head, at], r.delta_block),
-                ],
-            )
-
-        def one_head(g, step):
-            lax.fori_loop(span.first, span.end, functools.partial(block, g, step), None)
-            return step + span.count
-
-        return lax.fori_loop(0, group, one_head, step)
-
-    inputs = {name: eights(x) for name, x in (("q", q), ("k", k), ("v", v), ("d_out", d_out))}
-    inputs |= {
-        "lse": pad_queries(lse, plan.padded, jnp.inf),
-        "delta": pad_queries(delta, plan.padded),
-    }
-    scratch = {
-        "k_block": tiled((own, rows, width), dtype),
-        "v_block": tiled((own, rows, width), dtype),
-        "q_block": tiled((stages, size, width), dtype),
-        "d_out_block": tiled((stages, size, width), dtype),
-        "lse_block": plgpu.SMEM((stages, size), jnp.float32),
-        "delta_block": plgpu.SMEM((stages, size), jnp.float32),
-        "loaded": plgpu.Barrier(num_barriers=COMPUTE, num_arrivals=(1 if apart else 2) + ids),
-        **ring("q", stages, 2 + ids),
-        **ring("d_out", stages, 2),
-    }
-    if not mask.known:
-        inputs["spans"] = plan.spans(batch)
-    if ids:
-        inputs |= {
-            "q_ids": pad_to(mask.q_ids, plan.padded),
-            "kv_ids": pad_to(mask.kv_ids, number * plan.outer),
-        }
-        scratch |= {
-            "kv_ids_block": plgpu.SMEM((COMPUTE, rows), jnp.int32),
-            "q_ids_block": plgpu.SMEM((stages, size), jnp.int32),
-        }
-    if apart:
-        scratch |= {
-            "handed": tiled((HANDED, rows, size), dtype),
-            **ring("handed", HANDED, 1, readers=1),
-        }
-    if not fast:
-        shape = (rows, size) if apart else (COMPUTE, rows, size)
-        scratch |= {name: tiled(shape, dtype, width) for name in ("weights", "gradient")}
-    outputs = dict.fromkeys(("dk", "dv"), (inputs["k"].shape, dtype))
-    with scope("attention_dkv", batch, heads, queries, keys, width, 4, mask.causal):
-        results = launch(
-            "flash_dkv",
-            compute_apart if apart else compute_both,
-            feed,
-            batch * kv_heads * number,
-            stages,
-            ("q", "d_out"),
-            inputs,
-            outputs,
-            scratch,
-            interpret,
-            walks=apart,
-        )
-    return tuple(x[:, :keys] for x in results)
+    return compute

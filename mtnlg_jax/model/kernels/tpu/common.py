@@ -1,7 +1,10 @@
-"""The three kernels of flash_tpu, and how they walk over blocks."""
+"""The three kernels of flash.py, and how they walk over blocks."""
+
+# Shapes: B rows, S query positions, T key positions, H head width
 
 import functools
 import math
+from types import ModuleType
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -13,97 +16,99 @@ from mtnlg_jax.model.kernels import mask as masks
 
 LANES = 128
 LOG2_E = math.log2(math.e)
-HIDDEN = -0.7 * float(
-    np.finfo(np.float32).max
-)  # an invisible key's score: finite, so that differences are numbers
-# Bytes of VMEM. v5p has 64 MiB, v5e and v6e twice that; what a kernel may take is lost to XLA while
-# the kernel runs.
+# The score of an invisible key: finite, so that differences are numbers.
+HIDDEN = -0.7 * float(np.finfo(np.float32).max)
+# Bytes of VMEM. v5p has 64 MiB, v5e and v6e twice that. XLA loses what a kernel may take while the
+# kernel runs.
 VMEM_LIMIT = 28 * 2**20
-DQ_LIMIT = 25 * 2**20  # for dq, where the kernel of keys holds all of it
+DQ_LIMIT = 25 * 2**20  # for dq, if the kernel for dk and dv holds all of it
 
 
-class Plan(NamedTuple):
-    """What is known of one kernel before the program runs."""
+class KernelPlan(NamedTuple):
+    """The static part of one kernel. With ``of_keys`` the kernel streams blocks of queries past
+    each block of keys, and otherwise blocks of keys past each block of queries."""
 
     causal: bool
     window: int | None
     scale: float
     softcap: float | None
     q_offset: int | None  # None: in the table
-    length: int | None  # keys that exist, None where whole blocks do
+    length: int | None  # number of keys; None if they fill whole blocks
     has_ids: bool
-    queries: int  # T and S before padding
+    queries: int  # before padding
     keys: int
     q: int  # block sizes
     kv: int
     compute: int
     group: int  # query heads of a key/value head
-    of_keys: bool  # the kernel streams queries past blocks of keys
-    with_dq: bool  # a kernel of keys that makes dq, too
-    width: int  # blocks streamed at most
-    # ((name, first place, places of a row), ...) of the prefetched vector; empty: nothing is
+    of_keys: bool
+    with_dq: bool  # a kernel of_keys that computes dq as well
+    width: int  # most blocks streamed past any one block
+    # ((name, first index, entries of a row), ...) of the prefetched vector; empty if nothing is
     # prefetched
     table: tuple
 
     @property
-    def number_q(self):
+    def number_q(self) -> int:
         return pl.cdiv(self.queries, self.q)
 
     @property
-    def number_kv(self):
+    def number_kv(self) -> int:
         return pl.cdiv(self.keys, self.kv)
 
-    def read(self, table, name, row, place=0):
+    def read(self, table, name: str, row, index=0):
         """An entry of the prefetched vector."""
         start, size = next(part[1:] for part in self.table if part[0] == name)
-        return table[0][start + row * size + place]
+        return table[0][start + row * size + index]
 
     def step(self, turn):
-        """Which of the steps of one head turn ``turn`` of the last grid axis is."""
+        """The step within one head of turn ``turn`` of the last grid axis."""
         return turn if self.group == 1 else lax.rem(turn, self.width)
 
     def head(self, kv_head, turn):
-        """The query head of turn ``turn``, of those of a key/value head."""
+        """The query head of turn ``turn``, among those of a key/value head."""
         return kv_head if self.group == 1 else kv_head * self.group + lax.div(turn, self.width)
 
     def offset(self, table, row):
         return self.read(table, "offset", row) if self.q_offset is None else self.q_offset
 
     def keys_of(self, table, row):
-        """How many keys row ``row`` has; None where no block holds a key past them."""
-        return (
-            self.read(table, "length", row)
-            if any(part[0] == "length" for part in self.table)
-            else self.length
-        )
+        """The number of keys of row ``row``, or None if no block holds a key past them."""
+        if any(part[0] == "length" for part in self.table):
+            return self.read(table, "length", row)
+        return self.length
 
 
-def known_range(plan: Plan, block, lib=jnp):
-    """(first, number) of the blocks that block number ``block`` is streamed past, by the mask's
-    arithmetic."""
-    divide = (lambda a, b: a // b) if lib is np else lax.div
-    size, other = (plan.kv, plan.q) if plan.of_keys else (plan.q, plan.kv)
-    number = plan.number_q if plan.of_keys else plan.number_kv
-    shift = -plan.q_offset if plan.of_keys else plan.q_offset
-    first_place = block * size + shift  # on the axis of the streamed side
-    last_place = (
-        lib.minimum((block + 1) * size, plan.keys if plan.of_keys else plan.queries) - 1 + shift
-    )
-    below = above = (
-        None  # how far before the first and after the last place something is seen; None: all of it
-    )
-    if plan.window is not None:
-        below = above = plan.window - 1
-    if plan.causal:
-        below, above = (0, above) if plan.of_keys else (below, 0)
-    first = 0 if below is None else divide(lib.maximum(first_place - below, 0), other)
-    end = number if above is None else divide(lib.maximum(last_place + above + other, 0), other)
-    return first, lib.maximum(lib.minimum(end, number) - first, 0)
+def known_range(plan: KernelPlan, block, lib: ModuleType = jnp):
+    """(first, count) of the blocks that are streamed past block ``block``, from the mask's
+    arithmetic alone."""
+    if plan.of_keys:
+        size = plan.kv
+        other = plan.q
+        number = plan.number_q
+        stop = plan.keys
+        shift = -plan.q_offset
+    else:
+        size = plan.q
+        other = plan.kv
+        number = plan.number_kv
+        stop = plan.queries
+        shift = plan.q_offset
+    # Positions on the axis of the streamed side.
+    first_position = block * size + shift
+    last_position = lib.minimum((block + 1) * size, stop) - 1 + shift
+    back, ahead = masks.reach(plan.causal, plan.window, of_keys=plan.of_keys)
+    low = None if back is None else first_position - back
+    first = masks.first_block(low, other, lib=lib)
+    high = None if ahead is None else last_position + ahead
+    end = masks.end_block(high, other, number, lib=lib)
+    return first, lib.maximum(end - first, 0)
 
 
-def streamed(plan: Plan, table, row, block, step):
-    """(number of the block streamed in step ``step``, whether anything is to be done). The idle
-    steps come first: the first block then arrives while the work before it is still being done."""
+def streamed(plan: KernelPlan, table, row, block, step):
+    """(index of the block streamed in step ``step``, whether there is anything to do). The idle
+    steps come first, so that the first block is fetched while the previous work is still being
+    done."""
     if table:
         first, count = (plan.read(table, name, row, block) for name in ("first", "count"))
     else:
@@ -113,39 +118,36 @@ def streamed(plan: Plan, table, row, block, step):
     return jnp.minimum(first + jnp.maximum(ahead, 0), last), ahead >= 0
 
 
-def _wholly_visible(plan: Plan, table, row, i, j):
-    """Whether every query of block i is known to see every key of block j."""
+def _wholly_visible(plan: KernelPlan, table, row, i, j):
+    """Whether every query of block i is known to see every key of block j. None if nothing is
+    masked."""
     first_q = plan.offset(table, row) + i * plan.q
     first_kv = j * plan.kv
-    last_q = first_q + plan.q - 1
-    last_kv = first_kv + plan.kv - 1
-    tests = []
-    if plan.causal:
-        tests.append(last_kv <= first_q)
-    if plan.window is not None:
-        tests.append(first_kv > last_q - plan.window)
-        if not plan.causal:
-            tests.append(last_kv < first_q + plan.window)
-    length = plan.keys_of(table, row)
-    if length is not None:
-        tests.append(last_kv < length)
+    ids = {}
     if plan.has_ids:
-        low_q, high_q = (plan.read(table, name, row, i) for name in ("low_q", "high_q"))
-        low_kv, high_kv = (plan.read(table, name, row, j) for name in ("low_kv", "high_kv"))
-        tests += [low_q == high_kv, high_q == low_kv]
-    return functools.reduce(jnp.logical_and, tests) if tests else None
+        ids["q_ids"] = [plan.read(table, name, row, i) for name in ("low_q", "high_q")]
+        ids["kv_ids"] = [plan.read(table, name, row, j) for name in ("low_kv", "high_kv")]
+    return masks.all_visible(
+        first_q,
+        first_q + plan.q - 1,
+        first_kv,
+        first_kv + plan.kv - 1,
+        causal=plan.causal,
+        window=plan.window,
+        length=plan.keys_of(table, row),
+        **ids,
+    )
 
 
-def _hide(plan: Plan, table, row, i, j, start, part, scores, ids):
-    """``scores`` with those of invisible keys HIDDEN: of block i of queries and part ``part`` of
-    block j of keys, (queries, keys), or (keys, queries) in a kernel of keys. ``ids``: those of the
-    rows and of the columns."""
+def _hide(plan: KernelPlan, table, row, i, j, start, part, scores, ids):
+    """Set the scores of invisible keys to HIDDEN. ``scores`` are those of block i of queries and
+    part ``part`` of block j of keys: (queries, keys), or with of_keys (keys, queries). ``ids``:
+    those of the rows and of the columns."""
     key_axis = 0 if plan.of_keys else 1
     first_key = j * plan.kv + part * plan.compute
     keys = lax.broadcasted_iota(jnp.int32, scores.shape, key_axis)
-    gap = (
-        plan.offset(table, row) + i * plan.q + start - first_key
-    )  # from the first key to the first query's position
+    # From the first key to the first query's position.
+    gap = plan.offset(table, row) + i * plan.q + start - first_key
     seen = []
     if plan.causal or plan.window is not None:
         queries = lax.broadcasted_iota(jnp.int32, scores.shape, 1 - key_axis)
@@ -160,10 +162,10 @@ def _hide(plan: Plan, table, row, i, j, start, part, scores, ids):
     return jnp.where(functools.reduce(jnp.logical_and, seen), scores, HIDDEN)
 
 
-def _scores(plan: Plan, table, row, i, j, q, k, ids, id_column):
-    """scores_of(first query, masked, part) of a block: (scores in base 2, the softcap's slope),
-    with those of invisible keys HIDDEN where ``masked``; (queries, keys), or in a kernel of keys
-    (keys, queries)."""
+def _scores(plan: KernelPlan, table, row, i, j, q, k, ids, id_column):
+    """Return scores_of(first query, masked, part), which gives (scores in base 2, the softcap's
+    slope) of a part of a block: (queries, keys), or with of_keys (keys, queries). With ``masked``
+    the scores of invisible keys are HIDDEN."""
 
     def scores_of(start, masked, part):
         queries = pl.ds(start, plan.q - start)
@@ -172,7 +174,9 @@ def _scores(plan: Plan, table, row, i, j, q, k, ids, id_column):
         left, right = (k, q) if plan.of_keys else (q, k)
         scores, slope = _capped(plan, _product(left[rows, :], right[columns, :], 1, 1))
         if masked:
-            pair = (id_column[rows, :], ids[0 if plan.of_keys else 1][:, columns]) if ids else None
+            pair = None
+            if ids:
+                pair = (id_column[rows, :], ids[0 if plan.of_keys else 1][:, columns])
             scores = _hide(plan, table, row, i, j, start, part, scores, pair)
         return scores, slope
 
@@ -196,8 +200,8 @@ def _row(column):
 
 
 def _product(a, b, a_axis: int, b_axis: int):
-    """a and b contracted over an axis each, in float32. Precision is JAX's to choose where the
-    inputs are float32."""
+    """a and b contracted over one axis each, in float32. For float32 inputs JAX's own setting
+    chooses the precision."""
     precision = None if a.dtype == jnp.float32 else lax.Precision.DEFAULT
     return lax.dot_general(
         a,
@@ -208,8 +212,8 @@ def _product(a, b, a_axis: int, b_axis: int):
     )
 
 
-def _capped(plan: Plan, products):
-    """Scores in base 2 from products q k, and the softcap's slope (None without one)."""
+def _capped(plan: KernelPlan, products):
+    """Scores in base 2 from products of queries and keys, and the softcap's slope or None."""
     if plan.softcap is None:
         return products * (plan.scale * LOG2_E), None
     capped = jnp.tanh(products * (plan.scale / plan.softcap))
@@ -217,15 +221,14 @@ def _capped(plan: Plan, products):
 
 
 def _lane_sums(x):
-    """(n, LANES * m) -> (n, LANES): sums over m. Adding up lanes is left for the end, when it costs
-    nothing."""
+    """(n, LANES * m) -> (n, LANES): sums over m. Lanes are summed once, at the end."""
     return functools.reduce(jnp.add, (x[:, at : at + LANES] for at in range(0, x.shape[1], LANES)))
 
 
-def _visit(plan: Plan, table, row, i, j, live, tile):
-    """Runs tile(first query, masked, part) over the parts of a block if it is ``live``: with mask
-    arithmetic only where it may be needed, and on a causal diagonal without the queries before a
-    part's first key."""
+def _visit(plan: KernelPlan, table, row, i, j, live, tile):
+    """Run tile(first query, masked, part) over the parts of a block if it is ``live``. The mask is
+    computed only if it may be needed, and on a causal diagonal the queries before a part's first
+    key are left out."""
 
     def parts(masked, diagonal=False):
         for part in range(plan.kv // plan.compute):
@@ -247,8 +250,8 @@ def _visit(plan: Plan, table, row, i, j, live, tile):
     pl.when(edge)(lambda: parts(True, True))
 
 
-def forward_kernel(plan: Plan, *refs):
-    """One block of keys for one block of queries."""
+def forward_kernel(plan: KernelPlan, *refs):
+    """Add one block of keys to one block of queries."""
     table, refs = (refs[:1], refs[1:]) if plan.table else ((), refs)
     q, k, v, *ids, out, lse, top, total, acc, id_column = refs
     row = pl.program_id(0)
@@ -282,8 +285,7 @@ def forward_kernel(plan: Plan, *refs):
 
     @pl.when(step == plan.width - 1)
     def _():
-        # A query that saw nothing has weights of 1 for what it was shown; its top has stayed where
-        # it was.
+        # A query that sees nothing gave its hidden keys weights of 1; its top is still HIDDEN.
         seen = top[...] > HIDDEN
         sums = jnp.where(seen, jnp.broadcast_to(total[...].sum(-1, keepdims=True), top.shape), 1.0)
         inverse = jnp.where(seen, 1 / sums, 0.0)
@@ -291,8 +293,8 @@ def forward_kernel(plan: Plan, *refs):
         lse[...] = _row(jnp.where(seen, (top[...] + jnp.log2(sums)) / LOG2_E, -jnp.inf))
 
 
-def dq_kernel(plan: Plan, *refs):
-    """One block of keys for the gradient of one block of queries."""
+def dq_kernel(plan: KernelPlan, *refs):
+    """Add one block of keys to the gradient of one block of queries."""
     table, refs = (refs[:1], refs[1:]) if plan.table else ((), refs)
     q, k, v, d_out, lse, delta, *ids, dq, acc, lse_column, delta_column, id_column = refs
     row = pl.program_id(0)
@@ -327,11 +329,12 @@ def dq_kernel(plan: Plan, *refs):
         dq[...] = (acc[...] * plan.scale).astype(dq.dtype)
 
 
-def dkv_kernel(plan: Plan, *refs):
-    """One block of queries of one head for the gradients of one block of keys and values. Scores
-    stand transposed, (keys, queries): then no product needs a transposed one, and what belongs to a
-    query is a row. Where dq fits VMEM, for all queries of the heads that share the keys, it is
-    summed up here: then scores are made once, not twice."""
+def dkv_kernel(plan: KernelPlan, *refs):
+    """Add one block of queries of one head to the gradients of one block of keys and values.
+
+    Scores are transposed, (keys, queries): no product then needs a transposed operand, and the
+    numbers of a query are a row. If dq of all heads that share the keys fits VMEM, it is summed
+    here as well, so that scores are computed once instead of twice."""
     table, refs = (refs[:1], refs[1:]) if plan.table else ((), refs)
     q, k, v, d_out, lse, delta, *ids = refs[: 6 + 2 * plan.has_ids]
     *results, id_column = refs[6 + 2 * plan.has_ids :]
@@ -344,7 +347,7 @@ def dkv_kernel(plan: Plan, *refs):
     turn = pl.program_id(3)
     i, live = streamed(plan, table, row, j, plan.step(turn))
     scores_of = _scores(plan, table, row, i, j, q, k, ids, id_column)
-    mine = plan.head(0, turn) * plan.number_q + i  # this block's place in dq_acc
+    mine = plan.head(0, turn) * plan.number_q + i  # index of this block in dq_acc
 
     @pl.when(turn == 0)
     def _():
@@ -371,9 +374,8 @@ def dkv_kernel(plan: Plan, *refs):
         d_scores = d_scores.astype(q.dtype)
         dk_acc[keys, :] += _product(d_scores, q[queries, :], 1, 0)
         if plan.with_dq:
-            dq_acc[mine, :, queries] += _product(
-                k[keys, :], d_scores, 0, 0
-            )  # turning k over is cheaper than scores
+            # Transposing k is cheaper than transposing the scores.
+            dq_acc[mine, :, queries] += _product(k[keys, :], d_scores, 0, 0)
 
     _visit(plan, table, row, i, j, live, tile)
 
@@ -390,9 +392,8 @@ def dkv_kernel(plan: Plan, *refs):
 
                 def store(block, _, head=head):
                     at = pl.ds(pl.multiple_of(block * plan.q, LANES), plan.q)
-                    dq[head, at, :] = (dq_acc[head * plan.number_q + block].T * plan.scale).astype(
-                        dq.dtype
-                    )
+                    total = dq_acc[head * plan.number_q + block].T
+                    dq[head, at, :] = (total * plan.scale).astype(dq.dtype)
                     return 0
 
                 lax.fori_loop(0, plan.number_q, store, 0)

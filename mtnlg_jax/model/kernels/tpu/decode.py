@@ -1,11 +1,12 @@
-"""Attention of one query a row over a cache, for TPU: reading the cache once, and only what of it
-is alive.
+"""Attention of one query a row over a cache, for TPU: the live part of the cache is read once.
 
 The grid is (B, K, splits, steps): a step is one block of one key/value head's cache, for all query
-heads that share it. Partial results of the splits are merged by their log-sum-exps in XLA. Splits
-pay where one head of one row is all
-there is, and the chip has two cores: one core streams a cache as fast as it can be read.
+heads that share it. XLA merges the splits' partial results by their log-sum-exps. Splits pay only
+for a single head of a single row on a chip with two cores: otherwise each core already streams a
+cache as fast as it can be read.
 """
+
+# Shapes: B rows, T key positions, N query heads, K key/value heads, H head width
 
 import functools
 import math
@@ -22,36 +23,35 @@ from mtnlg_jax import compat
 LANES = 128
 SUBLANES = 16  # of a tile of bfloat16; float32 has 8
 LOG2_E = math.log2(math.e)
-HIDDEN = -0.7 * float(
-    np.finfo(np.float32).max
-)  # the score of a dead key: finite, so that differences are numbers
+# The score of a key past the length: finite, so that differences are numbers.
+HIDDEN = -0.7 * float(np.finfo(np.float32).max)
 VMEM_LIMIT = 28 * 2**20
 
 
-class _Plan(NamedTuple):
-    """What is known before the program runs."""
+class _DecodePlan(NamedTuple):
+    """The static part of the kernel."""
 
     scale: float
     softcap: float | None
-    keys: int  # S
+    keys: int
     block: int  # keys of a step
     steps: int  # of a split
     scaled: bool  # the cache is int8 and has scales
 
-    def place(self, lengths, row, split, step):
-        """(the block that is read in this step, whether it holds a live key). Dead steps read again
-        what was read before them, which costs nothing."""
+    def block_of(self, lengths, row, split, step):
+        """(index of the block to read in this step, whether it holds a live key). A step past the
+        length names the last live block again, which costs no read."""
         block = split * self.steps + step
         last = jnp.maximum(lax.div(lengths[row] + self.block - 1, self.block) - 1, 0)
         return jnp.minimum(block, last), block * self.block < lengths[row]
 
 
-def _kernel(plan: _Plan, lengths, q, k, v, *refs):
+def _kernel(plan: _DecodePlan, lengths, q, k, v, *refs):
     *scales, out, lse, top, total, acc = refs
     row = pl.program_id(0)
     split = pl.program_id(2)
     step = pl.program_id(3)
-    block, live = plan.place(lengths, row, split, step)
+    block, live = plan.block_of(lengths, row, split, step)
 
     @pl.when(step == 0)
     def _():
@@ -72,8 +72,7 @@ def _kernel(plan: _Plan, lengths, q, k, v, *refs):
         if masked:
             alive = lax.broadcasted_iota(jnp.int32, scores.shape, 1) < left
             scores = jnp.where(alive, scores, HIDDEN)
-            # Dead values may be anything, and beyond the cache's end are: 0 times that need not be
-            # 0.
+            # Values past the length may be anything, even NaN, and 0 times NaN is not 0.
             values = jnp.where(
                 lax.broadcasted_iota(jnp.int32, values.shape, 0) < left, values, 0
             ).astype(values.dtype)
@@ -100,12 +99,22 @@ def _kernel(plan: _Plan, lengths, q, k, v, *refs):
 
 
 def _product(a, b, b_axis: int):
-    """a (rows, n) and b contracted over n, in float32. Precision is JAX's to choose where the
-    inputs are float32."""
+    """a (rows, n) and b contracted over n, in float32. For float32 inputs JAX's own setting chooses
+    the precision."""
     precision = None if a.dtype == jnp.float32 else lax.Precision.DEFAULT
     return lax.dot_general(
         a, b, (((1,), (b_axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
     )
+
+
+def _merged(out, lse):
+    """Merge the splits' outputs (B, K, splits, G, H) by their log-sum-exps (B, K, splits, G)."""
+    top = lse.max(2, keepdims=True)
+    weights = jnp.exp(lse - jnp.where(top == -jnp.inf, 0.0, top))
+    total = weights.sum(2)
+    safe = jnp.where(total == 0, 1.0, total)
+    out = (out * weights[..., None]).sum(2) / safe[..., None]
+    return out, jnp.where(total == 0, -jnp.inf, top[:, :, 0] + jnp.log(safe))
 
 
 def decode(
@@ -122,14 +131,15 @@ def decode(
     block_kv: int,
     interpret=False,
 ):
-    """Attention of q (B, N, H) over the first ``lengths`` int32 (B,) keys of caches (B, K, S, H), N
+    """Attention of q (B, N, H) over the first ``lengths`` int32 (B,) keys of caches (B, K, T, H), N
     % K == 0.
 
-    Caches in int8 come with float32 ``k_scale`` and ``v_scale`` (B, K, S): a value is the integer
-    times its scale.
-    ``block_kv``: keys of a step, a multiple of 128. ``num_splits``: parts of the cache that are
-    reduced apart from each other. Returns out (B, N, H) in q's dtype and the float32 log-sum-exp
-    (B, N): 0 and -inf where the length is 0."""
+    int8 caches come with float32 ``k_scale`` and ``v_scale`` (B, K, T): a value is the integer
+    times its scale. ``block_kv``: keys of a step, a multiple of 128. ``num_splits``: parts of the
+    cache that are reduced separately.
+
+    Returns out (B, N, H) in q's dtype and the float32 log-sum-exp (B, N): 0 and -inf where the
+    length is 0."""
     rows, heads, width = q.shape
     kv_heads, keys = k_cache.shape[1:3]
     group = heads // kv_heads
@@ -137,7 +147,7 @@ def decode(
     block = min(pl.cdiv(block_kv, LANES), pl.cdiv(keys, LANES)) * LANES
     splits = num_splits or (2 if rows * kv_heads == 1 else 1)
     splits = min(splits, pl.cdiv(keys, block))
-    plan = _Plan(
+    plan = _DecodePlan(
         scale, softcap, keys, block, pl.cdiv(pl.cdiv(keys, block), splits), k_scale is not None
     )
     q_groups = jnp.pad(
@@ -146,10 +156,10 @@ def decode(
     lengths = jnp.clip(lengths, 0, keys).astype(jnp.int32)
 
     def of_cache(row, head, split, step, lengths):
-        return row, head, plan.place(lengths, row, split, step)[0], 0
+        return row, head, plan.block_of(lengths, row, split, step)[0], 0
 
     def of_scales(row, head, split, step, lengths):
-        return row, head, 0, plan.place(lengths, row, split, step)[0]
+        return row, head, 0, plan.block_of(lengths, row, split, step)[0]
 
     def of_query(row, head, split, step, lengths):
         return row, head, 0, 0
@@ -160,7 +170,7 @@ def decode(
     cache = pl.BlockSpec((None, None, block, width), of_cache)
     scales = [x[:, :, None] for x in (k_scale, v_scale) if x is not None]
     arrays = (q_groups, k_cache, v_cache, *scales)
-    # One part is stored as it is needed; several are still to be added up.
+    # A single part is stored as the result; several are still to be merged.
     part_dtype = q.dtype if splits == 1 else jnp.float32
     outputs = [
         ((rows, kv_heads, splits, padded, width), part_dtype),
@@ -197,10 +207,5 @@ def decode(
         out = out[:, :, 0]
         lse = lse[:, :, 0]
     else:
-        top = lse.max(2, keepdims=True)
-        weights = jnp.exp(lse - jnp.where(top == -jnp.inf, 0.0, top))
-        total = weights.sum(2)
-        safe = jnp.where(total == 0, 1.0, total)
-        out = (out * weights[..., None]).sum(2) / safe[..., None]
-        lse = jnp.where(total == 0, -jnp.inf, top[:, :, 0] + jnp.log(safe))
+        out, lse = _merged(out, lse)
     return out.reshape(rows, heads, width).astype(q.dtype), lse.reshape(rows, heads)

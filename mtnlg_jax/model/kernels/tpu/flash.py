@@ -1,14 +1,15 @@
-"""FlashAttention for TPU, for any Mask: a streamed forward kernel, and one backward kernel or, at
-length, two.
+"""FlashAttention for TPU, for any Mask: a streamed forward kernel, and one backward kernel or, for
+long sequences, two.
 
-Inside, heads stand before positions: q (B, N, T, H), k and v (B, K, S, H), T and S padded to whole
-blocks. The last
-axis of every grid streams: a block of queries sees its blocks of keys one after another (of keys,
-its queries), and the running sums stay in VMEM. Which blocks are streamed is arithmetic on the
-place in the grid where the mask is known before the program runs, else it is read from a prefetched
-table; blocks that nobody sees cost neither work nor DMA. Scores are kept in base 2, so that exp2
-needs no factor of its own.
+Inside, heads come before positions: q (B, N, S, H), k and v (B, K, T, H), with S and T padded to
+whole blocks. The last axis of every grid streams: a block of queries sees its blocks of keys one
+after another (or a block of keys its queries), and the running sums stay in VMEM. If the mask is
+known before the program runs, arithmetic on the grid position gives the blocks to stream; otherwise
+they are read from a prefetched table. Blocks in which nothing is visible cost neither work nor DMA.
+Scores are in base 2, so that exp2 needs no factor.
 """
+
+# Shapes: B rows, S query positions, T key positions, N query heads, K key/value heads, H head width
 
 import functools
 
@@ -27,7 +28,7 @@ from mtnlg_jax.model.kernels.tpu.common import (
     LANES,
     LOG2_E,
     VMEM_LIMIT,
-    Plan,
+    KernelPlan,
     dkv_kernel,
     dq_kernel,
     forward_kernel,
@@ -43,8 +44,8 @@ NAMES = {
 
 
 def _fitted(size: int, block: int, unit: int) -> int:
-    """The multiple of ``unit`` that covers ``size`` places in as few blocks as ``block`` does, with
-    little padding."""
+    """The smallest multiple of ``unit`` that covers ``size`` positions in as few blocks as
+    ``block`` does."""
     return pl.cdiv(pl.cdiv(size, pl.cdiv(size, block)), unit) * unit
 
 
@@ -55,7 +56,7 @@ def _plan(q, k, mask: Mask, blocks: Blocks, scale: float, softcap: float | None,
     block_q = _fitted(queries, blocks.q, LANES)
     unit = min(blocks.compute or LANES, pl.cdiv(keys, LANES) * LANES)
     block_kv = _fitted(keys, max(blocks.kv, unit), unit)
-    plan = Plan(
+    plan = KernelPlan(
         mask.causal,
         mask.window,
         scale,
@@ -82,7 +83,7 @@ def _plan(q, k, mask: Mask, blocks: Blocks, scale: float, softcap: float | None,
     width = number_other
     if plan.q_offset is not None:
         width = int(np.max(np.broadcast_to(known_range(plan, np.arange(number), np)[1], number)))
-    elif mask.window is not None:  # as many blocks as so many places in a row can touch
+    elif mask.window is not None:  # most blocks that this many consecutive positions can touch
         seen = size + (mask.window - 1) * (1 if mask.causal else 2)
         width = min(width, (seen + other - 2) // other + 1)
     plan = plan._replace(width=max(width, 1))
@@ -95,8 +96,8 @@ def _plan(q, k, mask: Mask, blocks: Blocks, scale: float, softcap: float | None,
     if mask.kv_lengths is not None:
         parts["length"] = jnp.minimum(mask.kv_lengths, keys)[:, None]
     if plan.has_ids:
-        parts["low_q"], parts["high_q"] = masks.id_span(mask.q_ids, plan.number_q, block_q)
-        parts["low_kv"], parts["high_kv"] = masks.id_span(mask.kv_ids, plan.number_kv, block_kv)
+        parts["low_q"], parts["high_q"] = masks.id_range(mask.q_ids, plan.number_q, block_q)
+        parts["low_kv"], parts["high_kv"] = masks.id_range(mask.kv_ids, plan.number_kv, block_kv)
     starts = np.cumsum([0, *(part.size for part in parts.values())])
     places = tuple(
         (name, int(start), parts[name].shape[1]) for name, start in zip(parts, starts, strict=False)
@@ -107,12 +108,12 @@ def _plan(q, k, mask: Mask, blocks: Blocks, scale: float, softcap: float | None,
 
 
 def _heads_first(x, block: int):
-    """(B, T, N, H) -> (B, N, T padded to whole blocks, H)."""
+    """(B, S, N, H) -> (B, N, S padded to whole blocks, H)."""
     return jnp.pad(x.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, -x.shape[1] % block), (0, 0)))
 
 
-def _id_rows(mask: Mask, plan: Plan):
-    """Segment ids as rows (B, 1, T) and (B, 1, S), padded; [] without them."""
+def _id_rows(mask: Mask, plan: KernelPlan):
+    """Segment ids as rows (B, 1, S) and (B, 1, T), padded, or []."""
     if mask.q_ids is None:
         return []
     return [
@@ -121,17 +122,20 @@ def _id_rows(mask: Mask, plan: Plan):
     ]
 
 
-def dq_bytes(plan: Plan, width: int, dtype) -> int:
-    """VMEM that dq takes in the kernel of keys: float32 sums and the result."""
+def dq_bytes(plan: KernelPlan, width: int, dtype) -> int:
+    """Bytes of VMEM for dq in the kernel for dk and dv: float32 sums and the result."""
     padded = pl.cdiv(width, LANES) * LANES
     return plan.group * plan.number_q * plan.q * (width * 4 + padded * jnp.dtype(dtype).itemsize)
 
 
-def _call(kernel, plan: Plan, table, inputs, outputs, scratch, rows: int, heads: int, interpret):
-    """Runs a kernel over (B, its heads, its blocks, streamed blocks). ``inputs``: (array, kind)
-    pairs, ``outputs``: (shape, dtype, kind) triples; the kinds are "q" (by query position), "kv",
-    and "q_row" and "kv_row", "q_id" and "kv_id" for what has one number a position (ids have no
-    heads)."""
+def _call(
+    kernel, plan: KernelPlan, table, inputs, outputs, scratch, rows: int, heads: int, interpret
+):
+    """Run a kernel over (B, its heads, its blocks, streamed blocks).
+
+    ``inputs`` are (array, kind) pairs, ``outputs`` (shape, dtype, kind) triples. Kinds are "q" and
+    "kv" for vectors by query or key position, "q_row" and "kv_row" for one number a position, and
+    "q_id" and "kv_id" for the same without heads."""
 
     def blocks_of(row, head, block, turn, table):
         """(query head, key/value head, block of queries, block of keys)."""
@@ -185,8 +189,8 @@ def _call(kernel, plan: Plan, table, inputs, outputs, scratch, rows: int, heads:
         out_shape=[
             compat.result_like(shape, dtype, *table, *arrays) for shape, dtype, _ in outputs
         ],
-        # Two cores share rows and heads, not blocks: of a causal mask's blocks one would get the
-        # longer part.
+        # Two cores share rows and heads, not blocks: of a causal mask's blocks one core would get
+        # the longer part.
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=limit,
@@ -203,8 +207,8 @@ def _call(kernel, plan: Plan, table, inputs, outputs, scratch, rows: int, heads:
 def forward(
     q, k, v, mask: Mask, *, scale: float, softcap: float | None, blocks: Blocks, interpret=False
 ):
-    """Attention of q (B, T, N, H) over k and v (B, S, K, H), N % K == 0: out (B, T, N, H) in q's
-    dtype and the float32 natural log-sum-exp (B, N, T). A query that sees no key gives 0 and
+    """Attention of q (B, S, N, H) over k and v (B, T, K, H), N % K == 0: out (B, S, N, H) in q's
+    dtype and the float32 natural log-sum-exp (B, N, S). A query that sees no key gives 0 and
     -inf."""
     plan, table = _plan(q, k, mask, blocks, scale, softcap, of_keys=False)
     rows, queries, heads, width = q.shape
@@ -249,15 +253,14 @@ def backward(
     dkv_blocks: Blocks,
     interpret=False,
 ):
-    """Gradients (dq, dk, dv) in the dtypes of q, k and v, from what forward() was given and gave
-    and the cotangents of its results."""
+    """Gradients (dq, dk, dv) in the dtypes of q, k and v, from the arguments and results of
+    forward() and the cotangents of the results."""
     rows, queries, heads, width = q.shape
     blind = lse == -jnp.inf
     delta = (
         jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), -1).transpose(0, 2, 1) - d_lse
     )
-    # With a log-sum-exp of inf all weights are 0: so for queries that see nothing and for those of
-    # the padding.
+    # A log-sum-exp of inf makes all weights 0, for queries that see nothing and for padding.
     lse = jnp.where(blind, jnp.inf, lse * LOG2_E)
     delta = jnp.where(blind, 0.0, delta)
 
