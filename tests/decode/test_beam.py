@@ -456,8 +456,8 @@ def test_beams_end_where_the_context_does(learned, tokenizer, temperature):
         ({"diversity_penalty": 1.0}, "diversity_penalty=1.0 .* num_beam_groups=1; set"),
         ({"diversity_penalty": -1.0}, "diversity_penalty=-1.0"),
         ({"num_beams": 0}, "num_beams=0"),
-        ({"length_penalty_type": "bert"}, "'bert' .* hf, gnmt"),
-        ({"early_stopping": "always"}, "'always' .* never"),
+        ({"length_penalty_type": "bert"}, "'bert'.* hf, gnmt"),
+        ({"early_stopping": "always"}, "'always'.* never"),
         ({"length_penalty": float("nan")}, "length_penalty=nan"),
         (
             {"num_beams": 1, "num_return_sequences": 1, "length_penalty": 0.6},

@@ -77,7 +77,7 @@ def test_keys_are_named_and_what_is_left_out_is_counted(ask):
     ("arguments", "stdin", "message"),
     [
         (["--input={folder}/rows.jsonl"], b"", "no 'text' among body; name the right one with"),
-        (["--input={folder}/cut.jsonl"], b"", "drop what is damaged with"),
+        (["--input={folder}/cut.jsonl"], b"", "drop damaged documents with"),
         (["--input={folder}/empty.txt"], b"", "contains no text; give a file or a folder with text"),
         (["--input=-"], b" \n", "standard input contains no text"),
         (["--input=-"], b"\xff\xfa", "standard input: line 1: byte 0xff at 0 is not UTF-8"),

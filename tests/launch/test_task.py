@@ -320,7 +320,7 @@ def test_a_row_without_a_common_character_is_scored(ask, folder):
         ),
         (
             ["--workdir=OTHER", "--task=answer", "--passages={folder}/damaged"],
-            "drop what is damaged with",
+            "drop damaged documents with",
         ),
         (
             ["--workdir=RUN", "--task=answer", "--choices=a", "--choices=a"],

@@ -231,7 +231,7 @@ def test_a_description_that_cannot_serve_is_refused(monkeypatch):
 
 
 def test_a_place_that_is_not_there_is_found_before_any_work():
-    assert "lies in a folder that does not exist" in run(
+    assert "is in a folder that does not exist" in run(
         *TINY, "--topology=cpu:8", "--json=nowhere/m.json", code=2
     )
 

@@ -134,11 +134,11 @@ MANY = [f"sample {number}" for number in range(30)]
     "good, bad, message",
     [
         (MANY[:19] + ["", " "], MANY, "19 distinct good samples are too few; give 20"),
-        (MANY, [], "0 different bad samples"),
+        (MANY, [], "0 distinct bad samples"),
         (
             MANY,
             [text + "!" for text in MANY] + MANY[3:5],
-            "2 texts are good and bad samples at once, as 'sample 3'",
+            "2 texts are both good and bad samples, such as 'sample 3'",
         ),
     ],
 )
