@@ -81,7 +81,7 @@ def main() -> None:
         return
     os.environ["JAX_PLATFORMS"] = "cpu"
     result = compare(args)
-    from mtnlg_jax.data import storage  # not in a peer's Python
+    from mtnlg_jax import storage  # not in a peer's Python
 
     output = Path(args.output)
     storage.write_file(output.parent, output.name, (json.dumps(result, indent=1) + "\n").encode())

@@ -183,6 +183,57 @@ def test_a_planted_circle_is_found(tmp_path, line):
     assert len(_circle(tmp_path / "mtnlg_jax")) >= 3
 
 
+def _missing(path: Path) -> list[str]:
+    """Names that a file imports from the package and that the package does not define."""
+    found = []
+    for line, name in _imports(path, "none"):
+        if not name.startswith("mtnlg_jax."):
+            continue
+        module, _, last = name.rpartition(".")
+        if _file_of(name) is None and not _defines(_file_of(module), last):
+            found.append(f"{path.name}:{line}: {name}")
+    return found
+
+
+def _file_of(module: str) -> Path | None:
+    base = ROOT.joinpath(*module.split("."))
+    candidates = (base.with_suffix(".py"), base / "__init__.py")
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _defines(path: Path | None, name: str) -> bool:
+    if path is None:
+        return False
+    return name in {
+        defined
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        for defined in _names_of(node)
+    }
+
+
+def _names_of(node: ast.stmt) -> set[str]:
+    """Names that a statement of a module binds."""
+    if isinstance(node, ast.ClassDef | ast.FunctionDef):
+        return {node.name}
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        return {name.asname or name.name for name in node.names}
+    return {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+
+
+def test_what_is_beside_the_package_imports_what_exists(tmp_path):
+    """Benchmarks, configs and scripts, whose imports inside functions few tests reach."""
+    paths = [
+        path for room in ("benchmarks", "configs", "launch") for path in (ROOT / room).rglob("*.py")
+    ]
+    assert len(paths) > 20
+    assert [line for path in paths for line in _missing(path)] == []
+    planted = tmp_path / "planted.py"
+    planted.write_text(
+        "def f():\n    from mtnlg_jax.data import storage\n    import mtnlg_jax.attic\n"
+    )
+    assert len(_missing(planted)) == 2
+
+
 def test_the_data_room_does_without_jax():
     modules = []
     for path in sorted((ROOT / "mtnlg_jax/data").rglob("*.py")):
