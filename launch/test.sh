@@ -15,7 +15,7 @@ for argument in "$@"; do
     --quick)
       kind=dev
       quick=(tests/test_house.py tests/test_docs.py tests/test_command.py tests/test_config.py tests/test_configs.py
-        tests/data tests/tasks tests/parallel/test_mesh.py)
+        tests/data tests/tasks tests/parallel/test_mesh.py --ignore=tests/data/recipe)
       ;;
     tests/planning* | tests/test_xla_flags.py* | tests | tests/) kind=ahead && arguments+=("$argument") ;;
     tests/*) kind=dev && arguments+=("$argument") ;;
