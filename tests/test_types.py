@@ -19,6 +19,11 @@ CEILINGS = {
     "train": 0,
     "decode": 0,
     "storage.py": 0,
+    "cli": 49,
+    "data": 33,
+    "evaluate": 1,
+    "interop": 13,
+    "tasks": 32,
 }
 
 
