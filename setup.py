@@ -16,7 +16,9 @@ VERSION = re.search(
 setup(
     name="mtnlg_jax",
     version=VERSION,
-    description="Megatron-Turing NLG in JAX and Flax NNX: pretraining, decoding and ranking on any mesh",
+    description=(
+        "Megatron-Turing NLG in JAX and Flax NNX: pretraining, decoding and ranking on any mesh"
+    ),
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["mtnlg_jax", "mtnlg_jax.*"]),

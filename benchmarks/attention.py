@@ -118,7 +118,8 @@ def main() -> int:
     result["matmul_8192_tflops"] = matmul(size)
     result["copy_gb_s"] = copy(1 << (20 if args.small else 30))
     print(
-        f"calibration: {result['matmul_8192_tflops']:.1f} TFLOP/s, copy {result['copy_gb_s']:.0f} GB/s",
+        f"calibration: {result['matmul_8192_tflops']:.1f} TFLOP/s, "
+        f"copy {result['copy_gb_s']:.0f} GB/s",
         flush=True,
     )
     for width in args.widths:
@@ -137,8 +138,8 @@ def main() -> int:
         ]
         for row in result["decode"]:
             print(
-                f"decode H={row['width']} S={row['keys']} B={row['rows']} {row['cache']}: {row['gb_s']} GB/s, "
-                f"{row['of_copy']} of a copy",
+                f"decode H={row['width']} S={row['keys']} B={row['rows']} {row['cache']}: "
+                f"{row['gb_s']} GB/s, {row['of_copy']} of a copy",
                 flush=True,
             )
     if not args.small:

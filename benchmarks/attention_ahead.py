@@ -129,7 +129,8 @@ def profiled(chip: str, length: int, contender: str, part: str) -> dict:
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not found:
         print(
-            f"{contender}, {part}, at {length} on {chip} ended with {done.returncode}: {done.stderr[-300:]}",
+            f"{contender}, {part}, at {length} on {chip} ended with {done.returncode}: "
+            f"{done.stderr[-300:]}",
             file=sys.stderr,
         )
     return {json.dumps(each["blocks"]): each["kernels"] for each in found}

@@ -225,11 +225,11 @@ def work(part: str, small: bool) -> None:
     from mtnlg_jax import compat
 
     if jax.default_backend() != "gpu" and not small:
-        say(
-            {
-                "error": f"there is no GPU here (JAX sees {jax.default_backend()}); --small tries the script without one"
-            }
+        error = (
+            f"there is no GPU here (JAX sees {jax.default_backend()}); "
+            "--small tries the script without one"
         )
+        say({"error": error})
         sys.exit(2)
     say({"device": compat.device_kind()})
     globals()[part](small)

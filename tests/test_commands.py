@@ -226,7 +226,8 @@ def test_every_command_shown_can_run():
         ("python launch/task.py --workdir=RUN --task=answer --set=max_tokens=3", "max_tokens"),
         ("python benchmarks/compile_ahead.py --outptu=x", "outptu"),
         (
-            "python launch/plan.py --config=configs/mtnlg_530b.py --set=data.path=a --set=\"data.blend=(('b',1),)\"",
+            "python launch/plan.py --config=configs/mtnlg_530b.py --set=data.path=a "
+            "--set=\"data.blend=(('b',1),)\"",
             "both",
         ),
     ],
@@ -239,7 +240,8 @@ def test_a_wrong_command_is_found(text, words):
 @pytest.mark.parametrize(
     "text",
     [
-        "python launch/pretrain.py --config=configs/mtnlg_530b.py --set=data.path=OUT --workdir=RUN",
+        "python launch/pretrain.py --config=configs/mtnlg_530b.py --set=data.path=OUT "
+        "--workdir=RUN",
         "bash launch/test.sh           # every test",
         "start it by python launch/plan.py --config=configs/tiny.py on a laptop",
         "python launch/cluster/launch.py --cluster=gke_gpu --nodes=4 ...",
@@ -255,7 +257,10 @@ def test_a_right_command_passes(text):
     "command", sorted((ROOT / "mtnlg_jax/cli").glob("[a-z]*.py")), ids=lambda path: path.stem
 )
 def test_a_command_shows_its_own_help(command):
-    program = f"import sys; sys.argv = ['mtnlg', '--help']; from mtnlg_jax.cli.{command.stem} import run; run()"
+    program = (
+        "import sys; sys.argv = ['mtnlg', '--help']; "
+        f"from mtnlg_jax.cli.{command.stem} import run; run()"
+    )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     docstring = ast.get_docstring(ast.parse(command.read_text()), clean=False)
     own = re.findall(r'(?:DEFINE_\w+|define_paths?)\(\s*"(\w+)"', command.read_text())

@@ -221,7 +221,8 @@ def test_text_after_a_colon_is_the_argument_of_get_config(written):
             ["train.steps={9} is a set"],
         ),
         (
-            f"{IMPORT}import numpy as np\ndef get_config():\n    return Config(train=TrainConfig(steps=np.float32(2)))",
+            f"{IMPORT}import numpy as np\n"
+            "def get_config():\n    return Config(train=TrainConfig(steps=np.float32(2)))",
             ["config.train.steps=2.0 is float; it must be int"],
         ),
         (
@@ -243,7 +244,8 @@ from pathlib import Path
 def get_config():
     return Config(model=ModelConfig(num_layers=np.int64(2), tie_embeddings=np.bool_(True)),
                   data=DataConfig(blend=[(Path("a"), np.float32(0.5))]), name=np.str_("n"),
-                  train=TrainConfig(rampup_batch_size=np.array([8, 8, 64]), micro_batch_size=1, init=Path("/b")))
+                  train=TrainConfig(rampup_batch_size=np.array([8, 8, 64]), micro_batch_size=1,
+                                    init=Path("/b")))
 """)
     )
     assert config == from_json(to_json(config)) and type(config.model.num_layers) is int
@@ -258,7 +260,8 @@ def get_config():
 def test_a_home_folder_is_expanded_in_every_path_of_a_config(written, monkeypatch):
     monkeypatch.setenv("HOME", "/h")
     path = written(
-        f"{IMPORT}def get_config():\n    return Config(data=DataConfig(blend=[['~/a', 1]], tokenizer='~'))"
+        f"{IMPORT}def get_config():\n"
+        "    return Config(data=DataConfig(blend=[['~/a', 1]], tokenizer='~'))"
     )
     config = load_config(
         path,

@@ -29,7 +29,7 @@ LEGEND = "# Shapes: "
 
 
 def packed(text: str) -> list[int]:
-    """Lines of assignments ``a, b = x, y``, except where a value reads an earlier target (a swap)."""
+    """Return the lines of assignments ``a, b = x, y``; a swap, which reads a target, may stay."""
     found = []
     for node in ast.walk(ast.parse(text)):
         if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Tuple):

@@ -82,8 +82,10 @@ def check_rules(rules: Rules, settings) -> None:
 
 
 def refuse_changed(settings, keys: Iterable[str], why: str, prefix: str = "") -> None:
-    """Raise ValueError if a setting among ``keys`` is not its default. ``why`` tells the user why it cannot
-    act and what to set instead."""
+    """Raise ValueError if a setting among ``keys`` is not its default.
+
+    ``why`` tells the user why it cannot act and what to set instead.
+    """
     for key in keys:
         value = getattr(settings, key)
         if value != getattr(type(settings), key):

@@ -108,7 +108,7 @@ def describe_failure(error: BaseException, path: str, called: Callable | None = 
 
 
 def _nearest_field(text: str) -> str:
-    """Suggest a field if ``text`` reports that a dataclass of `schema` lacks one; else return ""."""
+    """Suggest a field if ``text`` reports that a dataclass of `schema` lacks it, or return ""."""
     found = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text)
     kind = getattr(schema, found[1], None) if found else None
     if found is None or not dataclasses.is_dataclass(kind):

@@ -76,8 +76,8 @@ def convert(
         else:
             if tokenizer is not None:
                 raise ValueError(
-                    f"--tokenizer={tokenizer} is for a model without one; {source} is a run, so leave it "
-                    "out"
+                    f"--tokenizer={tokenizer} is for a model without one; {source} is a run, so "
+                    "leave it out"
                 )
             report = _to_model(source, Path(beside), dtype, max_shard_size, which)
         _put_in_place(beside, os.path.abspath(target))
@@ -108,8 +108,8 @@ def read_model(folder: str | os.PathLike) -> tuple[ModelConfig, object, dict]:
         shards[names["lm_head.weight"]], shards[names["wte.weight"]]
     ):
         raise ValueError(
-            f"lm_head.weight of {folder} differs from wte.weight, and tie_word_embeddings is true; set "
-            "that to false to use both, or remove lm_head.weight"
+            f"lm_head.weight of {folder} differs from wte.weight, and tie_word_embeddings is true; "
+            "set that to false to use both, or remove lm_head.weight"
         )
 
     def read(name: str) -> np.ndarray:
@@ -181,7 +181,8 @@ def _to_run(
             *_report(model, tokenizer, f"from {_kinds(origin['dtypes'])} to float32, exact"),
             *_report_tokenizer(tokenizer, outside, rows),
             *_report_decode(decode, told),
-            f"dropout    {model.dropout_rate:g} when training further (resid_pdrop; attention weights are not dropped)",
+            f"dropout    {model.dropout_rate:g} when training further (resid_pdrop; "
+            "attention weights are not dropped)",
             f"next       python launch/generate.py --workdir={workdir} --prompt=TEXT",
             f"           {workdir}/config.py says how to train further",
         ]
@@ -332,7 +333,8 @@ def _holds_model(source: str) -> bool:
     if run == model:
         raise ValueError(
             f"{source} holds {'both' if run else 'neither'} checkpoints/ of a run "
-            f"{'and' if run else 'nor'} config.json with a model_type of Hugging Face's; give one of them"
+            f"{'and' if run else 'nor'} config.json with a model_type of Hugging Face's; "
+            "give one of them"
         )
     return model
 
@@ -353,8 +355,8 @@ def _refuse_target(source: str, target: str, overwrite: bool) -> None:
             )
         if not (there / "config.json").is_file():
             raise ValueError(
-                f"{target} is neither a run nor a model, so --overwrite does not replace it; give another "
-                "--to"
+                f"{target} is neither a run nor a model, so --overwrite does not replace it; "
+                "give another --to"
             )
 
 

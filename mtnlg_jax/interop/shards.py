@@ -94,8 +94,8 @@ class Shards:
         extra = sorted(self.shapes.keys() - placed.keys())
         if missing or extra:
             raise ValueError(
-                f"{self.folder / INDEX} and its shards disagree: {len(missing)} tensors are in the index "
-                f"alone ({', '.join(missing[:3])}), {len(extra)} in the shards alone "
+                f"{self.folder / INDEX} and its shards disagree: {len(missing)} tensors are in the "
+                f"index alone ({', '.join(missing[:3])}), {len(extra)} in the shards alone "
                 f"({', '.join(extra[:3])}); copy all files anew"
             )
 

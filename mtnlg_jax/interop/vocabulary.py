@@ -213,8 +213,8 @@ def _compare(folder, ours: Tokenizer, fast: tokenizers.Tokenizer) -> None:
         there = fast.encode(text).ids
         if here != there:
             raise ValueError(
-                f"the tokenizer of {folder} is not GPT-2's byte-level BPE, or not as it is here: it reads "
-                f"{text!r} as {there[:8]}, this one as {here[:8]}"
+                f"the tokenizer of {folder} is not GPT-2's byte-level BPE, or not as it is here: "
+                f"it reads {text!r} as {there[:8]}, this one as {here[:8]}"
             )
 
 

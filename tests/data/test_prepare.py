@@ -23,7 +23,8 @@ SETTINGS = {"vocab_size": 400, "progress": False}
 
 
 def _sentence(number):
-    return f"Sentence {number} says that {number * 7919 % 1000} is a number, and no other than {number}. "
+    product = number * 7919 % 1000
+    return f"Sentence {number} says that {product} is a number, and no other than {number}. "
 
 
 @pytest.fixture(scope="module")
@@ -162,8 +163,8 @@ def test_same_input_same_bytes(many, tmp_path):
     assert third["fingerprint"] != first["fingerprint"]
 
 
-# A fingerprint covers the tokenizer and every token and offset of both parts, as version 0.2.0 wrote
-# them. A change here means that prepared data can no longer be reproduced.
+# A fingerprint covers the tokenizer and every token and offset of both parts, as version 0.2.0
+# wrote them. A change here means that prepared data can no longer be reproduced.
 _GOLDEN = {
     ("few", "bpe", 0.1): "65877a8880c20f08d92bca07ab86871b8edf8c970db36ce2da31e4983234bbd6",
     ("few", "bpe", 0.0): "b45835186ca9d720c80c2155e66ca3b4e88382cdff2b4d70053514266ebf520c",

@@ -374,7 +374,10 @@ def test_generation_settings_are_kept_or_told(closed, generation, changed, told)
 def test_generation_settings_out_of_range_are_refused(closed):
     for wrong, message in (
         ({"repetition_penalty": -1}, "repetition_penalty=-1 is outside"),
-        ({"num_beams": 2, "stop_strings": ["a"]}, "stop_strings cannot be searched while num_beams=2"),
+        (
+            {"num_beams": 2, "stop_strings": ["a"]},
+            "stop_strings cannot be searched while num_beams=2",
+        ),
         ({"max_new_tokens": "9"}, "generation_config.json cannot be kept"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -765,12 +765,14 @@ READ = """
     folder, prompts = sys.argv[1], json.loads(sys.argv[2])
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    # A model from elsewhere may have rows beyond its tokenizer's last: unlike us, transformers would write them.
+    # A model from elsewhere may have rows beyond its tokenizer's last. Unlike us, transformers
+    # would write them.
     beyond = list(range(len(tokenizer), model.config.vocab_size))
     never = model.generation_config.suppress_tokens or beyond or None
     for prompt in prompts:
         ids = tokenizer(prompt, return_tensors="pt")
-        written = model.generate(**ids, max_new_tokens=12, do_sample=False, suppress_tokens=never)[0].tolist()
+        greedy = {"max_new_tokens": 12, "do_sample": False, "suppress_tokens": never}
+        written = model.generate(**ids, **greedy)[0].tolist()
         logits = model(ids["input_ids"]).logits[0].tolist()
         print(json.dumps([written, tokenizer.decode(written, skip_special_tokens=True), logits]))
 """

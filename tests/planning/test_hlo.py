@@ -140,13 +140,15 @@ TPU = """HloModule jit_f, is_scheduled=true
 
 %all-reduce-scatter.1 (p: f32[8,512]) -> f32[8,128] {
   %p = f32[8,512]{1,0:T(8,128)} parameter(0)
-  %whole = f32[8,512]{1,0:T(8,128)} all-reduce(%p), channel_id=2, replica_groups=[2,4]<=[8], to_apply=%add
+  %whole = f32[8,512]{1,0:T(8,128)} all-reduce(%p), channel_id=2, replica_groups=[2,4]<=[8], \
+to_apply=%add
   ROOT %part = f32[8,128]{1,0:T(8,128)} slice(%whole), slice={[0:8], [0:128]}
 }
 
 %started (p.1: bf16[8,128]) -> bf16[32,128] {
   %p.1 = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
-  ROOT %g = bf16[32,128]{1,0:T(8,128)(2,1)} all-gather(%p.1), replica_groups=[2,4]<=[8], dimensions={0}
+  ROOT %g = bf16[32,128]{1,0:T(8,128)(2,1)} all-gather(%p.1), replica_groups=[2,4]<=[8], \
+dimensions={0}
 }
 
 %condition (s: (s32[], f32[8,512], s32[])) -> pred[] {
@@ -164,10 +166,12 @@ TPU = """HloModule jit_f, is_scheduled=true
   %one = s32[]{:T(128)} constant(1)
   %next = s32[]{:T(128)} add(%i.1, %one)
   %fused = f32[8,128]{1,0:T(8,128)S(1)} fusion(%x.1), kind=kCustom, calls=%all-reduce-scatter.1
-  ROOT %t = (s32[]{:T(128)}, f32[8,512]{1,0:T(8,128)}, /*index=2*/s32[]{:T(128)}) tuple(%next, %x.1, %n.1)
+  ROOT %t = (s32[]{:T(128)}, f32[8,512]{1,0:T(8,128)}, /*index=2*/s32[]{:T(128)}) tuple(%next, \
+%x.1, %n.1)
 }
 
-ENTRY %main (a: f32[8,512], b: bf16[8,128], q: f32[16,128,160], k: f32[16,128,160]) -> f32[16,128,128] {
+ENTRY %main (a: f32[8,512], b: bf16[8,128], q: f32[16,128,160], k: f32[16,128,160]) -> \
+f32[16,128,128] {
   %a = f32[8,512]{1,0:T(8,128)} parameter(0), metadata={op_name="state['w']"}
   %b = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(1), metadata={op_name="b (of \\"two\\")"}
   %q = f32[16,128,160]{2,1,0:T(8,128)} parameter(2)
@@ -175,15 +179,19 @@ ENTRY %main (a: f32[8,512], b: bf16[8,128], q: f32[16,128,160], k: f32[16,128,16
   %zero = s32[]{:T(128)} constant(0)
   %five = s32[]{:T(128)} constant(5)
   %copied = s32[]{:T(128)} copy(%five)
-  %start = (s32[]{:T(128)}, f32[8,512]{1,0:T(8,128)}, /*index=2*/s32[]{:T(128)}) tuple(%zero, %a, /*index=2*/%copied)
-  %loop = (s32[]{:T(128)}, f32[8,512]{1,0:T(8,128)}, s32[]{:T(128)}) while(%start), condition=%condition, body=%body
+  %start = (s32[]{:T(128)}, f32[8,512]{1,0:T(8,128)}, /*index=2*/s32[]{:T(128)}) tuple(%zero, %a, \
+/*index=2*/%copied)
+  %loop = (s32[]{:T(128)}, f32[8,512]{1,0:T(8,128)}, s32[]{:T(128)}) while(%start), \
+condition=%condition, body=%body
   %s.2 = ((bf16[8,128]), bf16[32,128], u32[]) async-start(%b), calls=%started
   %u = ((bf16[8,128]), bf16[32,128], u32[]) async-update(%s.2), calls=%started
   %d = bf16[32,128]{1,0:T(8,128)(2,1)} async-done(%u), calls=%started
   %token = token[] after-all()
-  %leaves = (bf16[8,128], u32[], token[]) send(%b, %token), channel_id=5, is_host_transfer=true, frontend_attributes=\
+  %leaves = (bf16[8,128], u32[], token[]) send(%b, %token), channel_id=5, is_host_transfer=true, \
+frontend_attributes=\
 {_xla_megascale_target="{1,2}x{0:511}",_xla_megascale_transfer_type="ALL_GATHER"}
-  ROOT %c = f32[16,128,128]{2,1,0:T(8,128)} convolution(%q, %k), window={size=16 stride=15 lhs_dilate=16}, \
+  ROOT %c = f32[16,128,128]{2,1,0:T(8,128)} convolution(%q, %k), window={size=16 stride=15 \
+lhs_dilate=16}, \
 dim_labels=0bf_0oi->0bf
 }
 """
@@ -461,11 +469,17 @@ def array(shape, *spec):
 def product(x, w):
     return jax.lax.with_sharding_constraint(x @ w, NamedSharding(mesh, P(None, "tensor")))
 
-written = jax.jit(product).lower(array((65536, 8192), "tensor", None), array((8192, 8192), None, "tensor")).compile()
+x = array((65536, 8192), "tensor", None)
+w = array((8192, 8192), None, "tensor")
+written = jax.jit(product).lower(x, w).compile()
 program = hlo.Program(written.as_text())
 cost = hlo_cost.cost_of(program, dict(mesh.shape))
-loops = [hlo_cost.trips_of(program, name, each) for name, body in program.computations.items() for each in body
-         if each.opcode == "while"]
+loops = [
+    hlo_cost.trips_of(program, name, each)
+    for name, body in program.computations.items()
+    for each in body
+    if each.opcode == "while"
+]
 print(json.dumps([loops, cost.flops, cost.guessed_loops, sum(c.bytes for c in cost.collectives)]))
 """
 

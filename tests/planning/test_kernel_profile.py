@@ -131,14 +131,17 @@ ptxas info    : Used 168 registers, used 16 barriers"""
 
 def test_kernels_are_found_in_a_program_whose_metadata_has_several_lines():
     text = """
-  %splash.1 = bf16[8,64]{1,0} custom-call(%a), custom_call_target="tpu_custom_call", frontend_attributes={x={
+  %splash.1 = bf16[8,64]{1,0} custom-call(%a), custom_call_target="tpu_custom_call", \
+frontend_attributes={x={
 "xprof": "1"
 }}, backend_config={"estimated_cycles":"120"}
   %add.2 = f32[8]{0} add(%b, %c), backend_config={"estimated_cycles":"7"}
   %lookup.4 = bf16[8]{0} custom-call(%a), custom_call_target="tpu_custom_call", \
 backend_config={"estimated_cycles":"9223372036854775807"}
-  %odd.5 = bf16[8]{0} custom-call(%a), custom_call_target="tpu_custom_call", backend_config={"estimated_cycles":"-1"}
-  ROOT %attention.12 = (bf16[8]{0}, f32[8]{0}) custom-call(%d), custom_call_target="mosaic_gpu_v2", metadata={}
+  %odd.5 = bf16[8]{0} custom-call(%a), custom_call_target="tpu_custom_call", \
+backend_config={"estimated_cycles":"-1"}
+  ROOT %attention.12 = (bf16[8]{0}, f32[8]{0}) custom-call(%d), \
+custom_call_target="mosaic_gpu_v2", metadata={}
 """
     # 2^63 - 1 is the compiler's word for no estimate, and must not stand in a sum.
     assert kernels_of(text) == [

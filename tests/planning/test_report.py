@@ -73,7 +73,8 @@ def measurement(**changes):
 
 GOLDEN = """\
 mtnlg_530b: train step on v5p:8x8x16, 1,024 devices, libtpu 1.2
-layout       pipe 1 x data 128 x context 1 x tensor 8, zero 3, recompute full, 15 micro-batches, 1 row a data shard
+layout       pipe 1 x data 128 x context 1 x tensor 8, zero 3, recompute full, 15 micro-batches, \
+1 row a data shard
 flags        --xla_a=true --xla_b=1
 verdict      FITS: peak 24.00 GiB of 96.00 GiB a device, 72.00 GiB (75%) to spare
 memory       arguments 6.50 GiB, temporaries 16.00 GiB, code 38.00 MiB; peak 24.00 GiB a device
@@ -82,7 +83,8 @@ params.blocks.attention.w_q_DNH 128.00 MiB
 largest      size of one, how many in the program, held as, shape, the first one's origin
                1.50 GiB  x3   argument   f32[105,160]  params.blocks.attention.w_q_DNH
                1.00 MiB  x12  loop       bf16[8]  while/jvp()/mul
-products     1.5e+16 FLOPs a device and step; 4 loops know their trips only at run time: counted for the full batch and \
+products     1.5e+16 FLOPs a device and step; 4 loops know their trips only at run time: counted \
+for the full batch and \
 causal attention
 kernels      attention_forward 3,150 times, attention_backward 1,575 times a device and step
 collectives  kind               axes           loops     times        sent  a device and step
@@ -90,7 +92,8 @@ collectives  kind               axes           loops     times        sent  a de
              all-reduce         data+tensor        0         1        64 B
              all-to-all         data:16            1         2    2.86 MiB
 compiler's   estimate 0.0500 s, which counts the body of each loop once: not a step time
-took         1.0 s to trace, 33.0 s to compile (30.0 s of processor time), 1.50 GiB of this machine's memory"""
+took         1.0 s to trace, 33.0 s to compile (30.0 s of processor time), 1.50 GiB of this \
+machine's memory"""
 
 
 def test_the_page_of_a_measurement():
@@ -115,7 +118,8 @@ def test_the_page_of_a_measurement():
         ),
         (
             {"limit": None},
-            "compiles, peak 24.00 GiB a device; the memory of a device is not known (give --memory=GIB)",
+            "compiles, peak 24.00 GiB a device; the memory of a device is not known "
+            "(give --memory=GIB)",
         ),
         (
             {"topology": "H100:1x8", "peak": 80 * GIB},
@@ -167,7 +171,7 @@ def test_sizes_in_a_unit_of_which_there_is_one(size, text):
 
 
 # --- the way out
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def flags(changes):

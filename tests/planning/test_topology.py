@@ -100,7 +100,7 @@ def test_the_mesh_is_the_projects_own_and_its_sizes_are_checked():
 
 
 # --- the torus
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -150,8 +150,13 @@ for text, data, tensor in json.loads(sys.argv[1]):
     mesh = mesh_over(MeshConfig(pipe=1, data=data, tensor=tensor), parse(text), described)
     found = [len(described)]
     for send, out in ((lax.all_gather, P()), (lax.psum_scatter, P("data"))):
-        region = jax.shard_map(lambda x: send(x, "data", tiled=True), mesh=mesh, in_specs=P("data"), out_specs=out,
-                               check_vma=False)
+        region = jax.shard_map(
+            lambda x: send(x, "data", tiled=True),
+            mesh=mesh,
+            in_specs=P("data"),
+            out_specs=out,
+            check_vma=False,
+        )
         x = jax.ShapeDtypeStruct((8192, 4096), "bfloat16", sharding=NamedSharding(mesh, P("data")))
         written = jax.jit(region).lower(x).compile().as_text()
         found += re.findall(r'"emitter":"(\w*AllGather\w*)"|(Strategy\w*)\{', written)[:1]

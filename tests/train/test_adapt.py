@@ -264,16 +264,18 @@ def test_a_stage_learns_from_a_teacher_and_weight_0_is_a_plain_run(folder, tmp_p
     [
         (
             {"model": dataclasses.replace(MODEL, hidden_size=8)},
-            r"--init=.*base: parameter blocks.attention.b_k_KH is \(1, 4, 4\) there and \(1, 4, 2\) in this config; "
-            r"give --set=model.hidden_size=16$",
+            r"--init=.*base: parameter blocks.attention.b_k_KH is \(1, 4, 4\) there "
+            r"and \(1, 4, 2\) in this config; give --set=model.hidden_size=16$",
         ),
         (
             {"model": dataclasses.replace(MODEL, add_bias=False)},
-            r"parameter blocks.attention.b_\w+ is \(1, .*\) there and absent in this config; give --set=model.add_bias=True",
+            r"parameter blocks.attention.b_\w+ is \(1, .*\) there and absent in this config; "
+            r"give --set=model.add_bias=True",
         ),
         (
             {"model": dataclasses.replace(MODEL, norm_epsilon=1e-6)},
-            r"model.norm_epsilon is 1e-05 there and 1e-06 in this config, so that its parameters would mean something else",
+            r"model.norm_epsilon is 1e-05 there and 1e-06 in this config, "
+            r"so that its parameters would mean something else",
         ),
         (
             {"data": "other"},

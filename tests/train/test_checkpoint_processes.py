@@ -32,14 +32,17 @@ PROCESS = """
     def state_of(step, abstract):
         leaves, structure = jax.tree.flatten(abstract)
         def make(index, leaf):
-            values = (np.random.default_rng([step, index]).normal(size=leaf.shape) * 1000).astype(leaf.dtype)
-            return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda part: values[part])
+            values = np.random.default_rng([step, index]).normal(size=leaf.shape) * 1000
+            values = values.astype(leaf.dtype)
+            return jax.make_array_from_callback(
+                leaf.shape, leaf.sharding, lambda part: values[part])
         return jax.tree.unflatten(structure, [make(*pair) for pair in enumerate(leaves)])
 
     def restored(identity):
         abstract = abstract_on(2, 2)
         step, state, _ = checkpoints.restore(abstract, identity)
-        for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(state_of(step, abstract)), strict=True):
+        saved = state_of(step, abstract)
+        for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(saved), strict=True):
             assert a.sharding == b.sharding
             for x, y in zip(a.addressable_shards, b.addressable_shards, strict=True):
                 np.testing.assert_array_equal(x.data, y.data)
@@ -49,7 +52,8 @@ PROCESS = """
     checkpoints = Checkpoints(folder)
     assert checkpoints.restore(abstract_on(4, 1), identity) is None
     for step in (1, 2, 3):
-        checkpoints.save(step, state_of(step, abstract_on(4, 1)), {"identity": identity}, metric=step)
+        state = state_of(step, abstract_on(4, 1))
+        checkpoints.save(step, state, {"identity": identity}, metric=step)
     assert restored(identity) == 3 and not checkpoints.warnings
     multihost_utils.sync_global_devices("restored")
     if jax.process_index() == 0:

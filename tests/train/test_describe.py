@@ -49,7 +49,8 @@ def test_a_start_says_what_the_run_is(config, first, samples, words):
     text = said(config, first=first, samples=samples)
     assert text.startswith("'/runs/my run' ") and words in text.splitlines()[0]
     for part in (
-        f"{CONFIG.model.parameter_count():,} parameters: 2 layers, width 64, 4 heads, vocabulary 384",
+        f"{CONFIG.model.parameter_count():,} parameters: "
+        "2 layers, width 64, 4 heads, vocabulary 384",
         "data 4 x context 1 x tensor 2, zero 1: 8 of 8 ",
         "16 x 128 = 2,048 a step; 204,800 by the end",
         "0.5 times the data's 409,600",

@@ -25,7 +25,10 @@ from mtnlg_jax.train import lifetime, loop
 from mtnlg_jax.train.checkpoint import load_run
 from mtnlg_jax.train.metrics import read_metrics
 
-WORDS = "the whale swam north while the old captain slept and nobody on the ship dared to wake him again".split()
+WORDS = (
+    "the whale swam north while the old captain slept "
+    "and nobody on the ship dared to wake him again"
+).split()
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,10 @@ from mtnlg_jax.train.metrics import read_metrics
 from mtnlg_jax.train.step import make_train_step
 
 LOSSES = 1e-5  # float32, after updates by Adam
-WORDS = "the whale swam north while the old captain slept and nobody on the ship dared to wake him again".split()
+WORDS = (
+    "the whale swam north while the old captain slept "
+    "and nobody on the ship dared to wake him again"
+).split()
 
 
 @pytest.fixture(scope="module")

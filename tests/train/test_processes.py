@@ -128,7 +128,8 @@ OTHER_DATA = """
     loop.load_data = load_data
     def main():
         processes.start(f"localhost:{port}", 2, me, 10, local_devices=1)
-        loop.train(load_config(tiny, [f"data.path={data}", "train.compare_every=2", "train.eval_every=0"]), workdir)
+        changes = [f"data.path={data}", "train.compare_every=2", "train.eval_every=0"]
+        loop.train(load_config(tiny, changes), workdir)
     sys.argv[1:] = []
     command.run(main)
 """

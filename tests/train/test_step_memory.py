@@ -55,8 +55,8 @@ def temporaries(micro_batches, dtype, **mesh):
     ids=str,
 )
 def test_temporaries_grow_with_micro_batches_by_a_few_stage_inputs(dtype, mesh, low, high):
-    # A stage's input is this device's positions of one row; circular keeps one for each round of each
-    # micro-batch.
+    # A stage's input is this device's positions of one row; circular keeps one for each round of
+    # each micro-batch.
     stage_input = 256 // 2 * MODEL.hidden_size * jnp.dtype(dtype).itemsize
     growth = (temporaries(32, dtype, **mesh) - temporaries(8, dtype, **mesh)) / 24 / stage_input
     assert low <= growth <= high

@@ -9,25 +9,28 @@ import re
 # Longer lines are text about such things.
 _LONGEST = 200
 
-# Menus in lower case: a line with one entry of the first set, or with several of both sets separated
-# by marks.
+# Menus in lower case: a line with one entry of the first set, or with several of both sets
+# separated by marks.
 _BUTTONS = frozenset(
     """
-privacy policy|terms of use|terms of service|terms and conditions|terms & conditions|cookie policy|cookie settings|
-contact us|site map|sitemap|log in|login|sign in|sign up|skip to content|skip to main content|skip to navigation|
-read more|click to read more|continue reading|back to top|advertisement|leave a comment|leave a reply|post a comment|
-related articles|related posts|related stories|share this|share this article|share this post|share this page|
-follow us|like us on facebook|add to cart|subscribe now|all rights reserved|print this page|email this article|
-首页|返回首页|返回顶部|回到顶部|设为首页|加入收藏|网站地图|联系我们|关于我们|免责声明|隐私政策|用户协议|版权声明|广告服务|
-友情链接|帮助中心|意见反馈|登录|注册|立即注册|忘记密码|相关阅读|相关推荐|相关文章|热门推荐|猜你喜欢|阅读全文|阅读原文|
-查看更多|查看全文|点击查看|点击查看更多|点击查看详情|点击查看全文|点击查看大图|展开全文|收起全文|加载更多|点击加载更多|
-上一篇|下一篇|上一页|下一页|上一章|下一章|打印本页|关闭窗口|广告|点赞|收藏|举报|打赏|分享|分享到|发表评论|我要评论
+privacy policy|terms of use|terms of service|terms and conditions|terms & conditions|cookie policy|
+cookie settings|contact us|site map|sitemap|log in|login|sign in|sign up|skip to content|
+skip to main content|skip to navigation|read more|click to read more|continue reading|back to top|
+advertisement|leave a comment|leave a reply|post a comment|related articles|related posts|
+related stories|share this|share this article|share this post|share this page|follow us|
+like us on facebook|add to cart|subscribe now|all rights reserved|print this page|
+email this article|首页|返回首页|返回顶部|回到顶部|设为首页|加入收藏|网站地图|联系我们|关于我们|
+免责声明|隐私政策|用户协议|版权声明|广告服务|友情链接|帮助中心|意见反馈|登录|注册|立即注册|忘记密码|
+相关阅读|相关推荐|相关文章|热门推荐|猜你喜欢|阅读全文|阅读原文|查看更多|查看全文|点击查看|
+点击查看更多|点击查看详情|点击查看全文|点击查看大图|展开全文|收起全文|加载更多|点击加载更多|上一篇|
+下一篇|上一页|下一页|上一章|下一章|打印本页|关闭窗口|广告|点赞|收藏|举报|打赏|分享|分享到|发表评论|
+我要评论
 """.replace("\n", "").split("|")
 )
 _OTHERS = _BUTTONS | frozenset(
     """
-home|about|about us|contact|help|faq|privacy|terms|cookies|register|subscribe|careers|press|legal|disclaimer|imprint|
-accessibility|news|blog|search|next|previous|目录|更多|搜索|关于
+home|about|about us|contact|help|faq|privacy|terms|cookies|register|subscribe|careers|press|legal|
+disclaimer|imprint|accessibility|news|blog|search|next|previous|目录|更多|搜索|关于
 """.replace("\n", "").split("|")
 )
 _BETWEEN = re.compile(r"\s*[|｜·•>»/、\t]\s*|\s{2,}")
@@ -111,9 +114,10 @@ _NOTICES = {
         r"(?:[\w-]+ ){0,3}newsletter",
         "click here": r"^\W*(?:please )?click here (?:to|for) .{0,60}$",
         "lorem ipsum": r"^\W*lorem ipsum dolor",
-        "powered by": r"^\W*(?:proudly )?powered by (?:wordpress|blogger|disqus|vbulletin|phpbb|discuz|"
-        r"shopify|wix)[^,]{0,40}$",
-        "版权所有": r"^\W*版权所有(?:\W*$|\s?[:：©(（\d]|\W{1,3}(?:\d{4}|侵权|翻印|违者|未经|不得|盗版|仿冒))|"
+        "powered by": r"^\W*(?:proudly )?powered by (?:wordpress|blogger|disqus|vbulletin|phpbb|"
+        r"discuz|shopify|wix)[^,]{0,40}$",
+        "版权所有": r"^\W*版权所有(?:\W*$|\s?[:：©(（\d]|"
+        r"\W{1,3}(?:\d{4}|侵权|翻印|违者|未经|不得|盗版|仿冒))|"
         r"(?:©|\(c\)|copyright|(?:19|20)\d{2}).{0,40}版权所有|(?:本站|本网|公司)\s?版权所有|"
         r"版权所有\s?(?:©|\d{4}|[,，]?\s?(?:侵权|翻印|违者)必究)",
         "icp": r"[\u4e00-\u9fff]\s?icp\s?[备证]\s?案?号?[:：]?\s?\d{5,}",
@@ -121,13 +125,16 @@ _NOTICES = {
         "点击": r"^\W*(?:请|欢迎|更多\S{0,4}请?|您可以)?点击(?:此处|这里|图片|链接|下方|下载)?"
         r"(?:查看|阅读|进入|浏览|下载|访问)?(?:更多|全文|详情|大图|原文).{0,8}$|^\W*(?:请|更多\S{0,4}请?)?点击(?:查看|此处|"
         r"这里).{0,12}$",
-        "分享到": r"^\W*(?:一键)?分享到[:：]?(?:.{0,6}(?:微信|微博|朋友圈|qq|空间|豆瓣|好友))+.{0,4}$",
-        "扫": r"^\W*(?:请|欢迎|微信|立即|快来|赶快)?(?:用?微信)?(?:扫一扫|扫描|扫码|长按|识别).{0,15}"
+        "分享到": r"^\W*(?:一键)?分享到[:：]?"
+        r"(?:.{0,6}(?:微信|微博|朋友圈|qq|空间|豆瓣|好友))+.{0,4}$",
+        "扫": r"^\W*(?:请|欢迎|微信|立即|快来|赶快)?(?:用?微信)?"
+        r"(?:扫一扫|扫描|扫码|长按|识别).{0,15}"
         r"(?:关注|加群|进群|公众号|添加|下载(?:app|客户端))|"
         r"^\W*(?:请|欢迎|微信)?(?:扫一扫|扫描|扫码|长按|识别)?(?:识别)?(?:下方|上方|下面|上面|以下|图中)?"
         r"(?:的)?二维码\W*$",
         "二维码": r"^\W*(?:请|欢迎)?(?:长按|识别).{0,12}二维码",
-        "公众号": r"(?:^\W*|请|欢迎|敬请)(?:关注|搜索|添加|订阅)(?:我们的?|本站|本报|官方)?(?:微信)?(?:官方)?公众号",
+        "公众号": r"(?:^\W*|请|欢迎|敬请)(?:关注|搜索|添加|订阅)"
+        r"(?:我们的?|本站|本报|官方)?(?:微信)?(?:官方)?公众号",
         "编辑": r"^\W*(?:责任编辑|本文编辑|编辑)\s?[:：][^。！？，,!?]{1,20}$",
         "责编": r"^\W*责编\s?[:：][^。！？，,!?]{1,20}$",
         "转载": r"未经.{0,12}(?:许可|授权|同意|允许)?[,，\s]?(?:任何\S{0,10})?"

@@ -334,12 +334,12 @@ def read_test_texts(
 
     These are all strings under one of ``keys`` (such as "question"; without keys, under any key),
     however deep in the rows of .jsonl, .json (lists, objects, one after another), .csv, .tsv and
-    .parquet. Columns of a table have the names in its first line, or are numbered from "0", and then
-    each line is a row. A .txt yields each line, and each paragraph of several lines. Files may be
-    compressed, and anywhere that fsspec reaches.
+    .parquet. Columns of a table have the names in its first line, or are numbered from "0", and
+    then each line is a row. A .txt yields each line, and each paragraph of several lines. Files may
+    be compressed, and anywhere that fsspec reaches.
 
-    Raises FileNotFoundError, and ValueError for an unknown suffix, for a text that is invalid or not
-    in its ``encoding`` (`charsets`), or if no key is found.
+    Raises FileNotFoundError, and ValueError for an unknown suffix, for a text that is invalid or
+    not in its ``encoding`` (`charsets`), or if no key is found.
     """
     if isinstance(keys, str):
         raise ValueError(f"keys={keys!r} is one string; give a list, as [{keys!r}]")

@@ -328,8 +328,8 @@ def without_paragraphs(text: str, dropped: Sequence[bool], min_length: int = 80)
     ]
     if len(counted) != len(dropped):
         raise ValueError(
-            f"{len(dropped)} flags for {len(counted)} paragraphs of at least {min_length} characters; "
-            "use the text and the min_length of paragraph_hashes"
+            f"{len(dropped)} flags for {len(counted)} paragraphs of at least {min_length} "
+            "characters; use the text and the min_length of paragraph_hashes"
         )
     gone = {number for number, flag in zip(counted, dropped, strict=True) if flag}
     return "".join(

@@ -114,7 +114,8 @@ def train(
 
     One sample in ten, chosen by its hash, is held out first to compute the ``result``: the number
     of samples of both classes, the accuracy on the held-out ones (``accuracy``) and that of each
-    class (``good_accuracy``, ``bad_accuracy``). Then the returned classifier is trained on all samples.
+    class (``good_accuracy``, ``bad_accuracy``). Then the returned classifier is trained on all
+    samples.
 
     Raises ValueError for a class with fewer than ``minimum`` distinct samples, or for the same text
     in both.

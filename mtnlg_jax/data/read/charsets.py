@@ -43,7 +43,7 @@ _CERTAIN = 8
 
 
 def _replace(error: UnicodeError) -> tuple[str, int]:
-    """Replace bytes that an encoding cannot decode by one that UTF-8 never has, to be found later."""
+    """Replace bytes that an encoding cannot decode by one that UTF-8 never has, to find later."""
     assert isinstance(error, UnicodeDecodeError)
     return "\udcff", error.end
 
@@ -132,8 +132,8 @@ def _is_utf8(head: bytes, encoding: str) -> bool:
     if head.isascii() and b"\0" not in head and len("a".encode(encoding)) > 1:
         return True  # an encoding of two or four bytes a character is ruled out
     beyond = len(head) - len(text)
-    # In an encoding of one byte a character, a character of UTF-8 reads as a letter and a sign, which
-    # is not text: one is enough.
+    # In an encoding of one byte a character, a character of UTF-8 reads as a letter and a sign,
+    # which is not text: one is enough.
     single = len(bytes(range(256)).decode(encoding, "replace")) == 256
     return beyond >= (1 if single else _CERTAIN)
 

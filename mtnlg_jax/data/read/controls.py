@@ -2,9 +2,9 @@
 
 Separators of words still separate them: vertical tab, form feed, U+001C to U+001E, NEL, U+2028 and
 U+2029 become a line end, U+001F (between fields) a space. Terminal sequences and overstriking are
-removed as a whole. C1 controls are read as UTF-8 or Windows-1252 that was decoded as Latin-1 if they
-fit that, as in browsers, and are removed otherwise. Joiners that scripts and emoji need (U+200C,
-U+200D) are not controls and stay.
+removed as a whole. C1 controls are read as UTF-8 or Windows-1252 that was decoded as Latin-1 if
+they fit that, as in browsers, and are removed otherwise. Joiners that scripts and emoji need
+(U+200C, U+200D) are not controls and stay.
 """
 
 import re

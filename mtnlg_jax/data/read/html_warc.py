@@ -31,7 +31,7 @@ _HTML_TYPES = ("text/html", "application/xhtml+xml")
 class Page(NamedTuple):
     """A page as ``text``, None if it is binary.
 
-    ``wrong``: what is wrong with its bytes. ``how``: how it was decoded, if that should be reported.
+    ``wrong``: what is wrong with its bytes. ``how``: how it was decoded, if that is to be reported.
     """
 
     text: str | None

@@ -1,4 +1,4 @@
-"""Make a prompt and its answer from each row of a JSON file by two templates over the row's keys."""
+"""Make a prompt and its answer from each row of a JSON file, by two templates over its keys."""
 
 import string
 from collections.abc import Callable
@@ -24,8 +24,8 @@ def pair_maker(prompt: str, answer: str) -> Callable[[object], Pair]:
     keys = {name: _keys(name, template) for name, template in templates.items()}
     if not keys["answer"]:
         raise ValueError(
-            f"--answer={answer!r} names no key of the rows, so all answers would be the same; write "
-            "it as --answer=' {answer}'"
+            f"--answer={answer!r} names no key of the rows, so all answers would be the same; "
+            "write it as --answer=' {answer}'"
         )
 
     def make(row: object) -> Pair:
@@ -60,7 +60,8 @@ def _keys(name: str, template: str) -> list[str]:
     for _, key, specification, conversion in parts:
         if key is not None and (not key or specification or conversion or set(key) & set(".[")):
             raise ValueError(
-                f"--{name}={template!r}: {{{key}}} is not a key; write keys as {{key}}, without more"
+                f"--{name}={template!r}: {{{key}}} is not a key; write keys as {{key}}, "
+                "without more"
             )
     return keys
 

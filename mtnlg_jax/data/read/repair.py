@@ -19,7 +19,10 @@ BINARY = Damaged(
 
 
 def repair(text: str, report: ReadReport) -> tuple[str, int]:
-    """Return (valid text without control characters, characters replaced by U+FFFD); counts both."""
+    """Return (valid text without control characters, characters replaced by U+FFFD).
+
+    Counts both in ``report``.
+    """
     lost = 0
     if not _is_valid(text):
         before = text.count("\ufffd")
@@ -73,7 +76,7 @@ def wrong_encoding(encoding: str) -> Damaged:
 
 
 def drop(damage: Damaged, path: str, source: str, on_error: str, report: ReadReport) -> None:
-    """Count a damaged document, or raise ValueError with its ``path`` if ``on_error`` is "raise"."""
+    """Count a damaged document, or raise ValueError with its ``path`` for on_error="raise"."""
     if on_error == "raise":
         raise ValueError(
             f"{path}: {damage}; repair it, or drop damaged documents with on_error=skip"
@@ -83,7 +86,7 @@ def drop(damage: Damaged, path: str, source: str, on_error: str, report: ReadRep
 
 
 def _reason(damage: Damaged) -> str:
-    """Return the reason for a report: the damage without numbers and names that differ each time."""
+    """Return the reason for a report: the damage without the numbers and names that vary."""
     kind = re.sub(" on line [0-9,]+", "", damage.split(" (")[0].split(" among ")[0])
     return "damaged and dropped, " + re.sub(r"(?<![-\w])\d[\d,]*", "N", kind)[:150]
 

@@ -188,8 +188,8 @@ def decontaminate(
     fields = filters.fields_note(made["fields"], config)
     merged["note"] = (
         f"{about['ngrams']:,} n-grams of {len(tests)} files of test sets; {about['found']:,} are "
-        f"in the text. {about['common']:,} of these occur {config.algorithm.key_threshold} times or "
-        f"more and are kept. {fields}"
+        f"in the text. {about['common']:,} of these occur {config.algorithm.key_threshold} times "
+        f"or more and are kept. {fields}"
     )
     return tasks, results, merged
 

@@ -14,14 +14,20 @@ from mtnlg_jax.data.filter.repetition import Units, duplicate_share
 from mtnlg_jax.data.read.documents import read_documents
 
 ENGLISH = """\
-The harbour of the old town had been built by merchants who wanted a shelter for their ships, and over the years it
-grew into a place where people from every country met. In the morning the boats came back with fish, and the market
-that stood behind the customs house was full of voices. Nobody could say who had put up the first stall, but everyone
+The harbour of the old town had been built by merchants who wanted a shelter for their ships, and \
+over the years it
+grew into a place where people from every country met. In the morning the boats came back with \
+fish, and the market
+that stood behind the customs house was full of voices. Nobody could say who had put up the first \
+stall, but everyone
 knew that the best bread was sold by a woman with a red scarf, who was never seen without her dog.
 
-When the railway came, most of the trade moved to the city, and the warehouses were left to the gulls. A few families
-stayed. They repaired nets, painted the boats that were still used, and told the children stories of storms which they
-had not seen themselves. One of those children became a painter, and his pictures of the harbour hang in a museum today,
+When the railway came, most of the trade moved to the city, and the warehouses were left to the \
+gulls. A few families
+stayed. They repaired nets, painted the boats that were still used, and told the children stories \
+of storms which they
+had not seen themselves. One of those children became a painter, and his pictures of the harbour \
+hang in a museum today,
 where visitors stop in front of them and ask whether such a place ever existed.
 """
 CHINESE = """\
@@ -123,7 +129,8 @@ def test_entities_that_are_left_over_are_resolved(text, mended):
 @pytest.mark.parametrize(
     "text",
     [
-        "To show a tag in HTML, write &lt;b&gt; and not the tag; for an ampersand write &amp;amp; there.",
+        "To show a tag in HTML, write &lt;b&gt; and not the tag; "
+        "for an ampersand write &amp;amp; there.",
         "    s = s.replace(\"'\", '&#39;').replace('&', '&amp;')",
         "Write &lt;b&gt; for bold text.",
         "Convert '&amp;', '&lt;', and '&gt;' to the characters.",
@@ -315,7 +322,8 @@ We're sorry but this app doesn't work without JavaScript.
 Join our newsletter
 Share this post on Facebook and Twitter""".split("\n")
 PROSE = """\
-Cookies are small files that a site leaves in a browser; the committee asked how long they may stay there.
+Cookies are small files that a site leaves in a browser; the committee asked how long they may \
+stay there.
 JavaScript is a language that was made in ten days in 1995.
 The program needs no JavaScript to run.
 Share your bread with those who have none.
@@ -426,16 +434,18 @@ CHECKED = "11010519491231002X"  # the example of GB 11643
         ("AIza" + "a1B2c" * 7, "<API_KEY>"),
         ("eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.abcDEF123_-x", "<API_KEY>"),
         (
-            "-----BEGIN RSA PRIVATE KEY-----\nMIIEpAIBAAKCAQEA\nabc+/=\n-----END RSA PRIVATE KEY-----\nend",
+            "-----BEGIN RSA PRIVATE KEY-----\nMIIEpAIBAAKCAQEA\nabc+/=\n"
+            "-----END RSA PRIVATE KEY-----\nend",
             "<PRIVATE_KEY>\nend",
         ),
         (
-            "> -----BEGIN PRIVATE KEY-----\n> MIIEpAIBAAKCAQEAxyz0\n> abcdefghijklmnopqrst\n> so it was",
+            "> -----BEGIN PRIVATE KEY-----\n> MIIEpAIBAAKCAQEAxyz0\n"
+            "> abcdefghijklmnopqrst\n> so it was",
             "> <PRIVATE_KEY>\n> so it was",
         ),
         (
-            "-----BEGIN RSA PRIVATE KEY-----\nProc-Type: 4,ENCRYPTED\nDEK-Info: AES-128-CBC,0A\n\nMIIE\n"
-            "-----END RSA PRIVATE KEY-----\nend",
+            "-----BEGIN RSA PRIVATE KEY-----\nProc-Type: 4,ENCRYPTED\n"
+            "DEK-Info: AES-128-CBC,0A\n\nMIIE\n-----END RSA PRIVATE KEY-----\nend",
             "<PRIVATE_KEY>\nend",
         ),
         (

@@ -205,7 +205,8 @@ def test_planted_leaks_are_found_and_nothing_else(corpus, request):
     recall = len(found) / len(places)
     precision = len(found) / len(hit)
     print(
-        f"{corpus}: {len(texts)} texts, {len(places)} leaks: recall {recall:.4f}, precision {precision:.4f}"
+        f"{corpus}: {len(texts)} texts, {len(places)} leaks: "
+        f"recall {recall:.4f}, precision {precision:.4f}"
     )
     assert recall > 0.97 and precision == 1  # n-grams that were planted ten times are left alone
     for place, (text, (left, _)) in enumerate(zip(texts, results, strict=True)):

@@ -190,7 +190,8 @@ def test_planted_near_duplicates_are_found_and_nothing_else(corpus, request):
     recall = found / len(planted)
     precision = found / (found + wrong)
     print(
-        f"{corpus}: {len(originals)} texts, {len(planted)} planted: recall {recall:.4f}, precision {precision:.4f}"
+        f"{corpus}: {len(originals)} texts, {len(planted)} planted: "
+        f"recall {recall:.4f}, precision {precision:.4f}"
     )
     assert recall >= 0.99 and precision == 1
     np.testing.assert_array_equal(

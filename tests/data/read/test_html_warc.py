@@ -10,19 +10,25 @@ from mtnlg_jax.data.read.documents import ReadReport, read_documents
 from mtnlg_jax.data.read.html_warc import page_text
 
 ENGLISH = [
-    "The lighthouse keeper counted the ships that passed before noon, and wrote each name into a ledger.",
-    "On the ninth day the fog came in, and for a week there was nothing to write down but the weather.",
+    "The lighthouse keeper counted the ships that passed before noon, "
+    "and wrote each name into a ledger.",
+    "On the ninth day the fog came in, "
+    "and for a week there was nothing to write down but the weather.",
 ]
 CHINESE = [
     "灯塔的守护人每天中午以前清点经过的船只，并把每一个船名都写进一本厚厚的账簿里，从来没有遗漏过。",
     "到了第九天，大雾笼罩了整个海面，整整一个星期除了天气以外，再也没有什么值得他记录下来的事情。",
 ]
-MENU = "<nav><ul><li><a href='/'>Startpage</a></li><li><a href='/x'>Imprint</a></li></ul></nav><script>var a=1</script>"
+MENU = (
+    "<nav><ul><li><a href='/'>Startpage</a></li><li><a href='/x'>Imprint</a></li></ul></nav>"
+    "<script>var a=1</script>"
+)
 
 
 def page(paragraphs, head=""):
     body = "".join(f"<p>{paragraph}</p>" for paragraph in paragraphs)
-    return f"<html><head><title>T</title>{head}</head><body>{MENU}<article>{body}</article></body></html>"
+    head = f"<head><title>T</title>{head}</head>"
+    return f"<html>{head}<body>{MENU}<article>{body}</article></body></html>"
 
 
 def record(
@@ -254,12 +260,14 @@ TEX = r'<annotation encoding="application/x-tex">{\displaystyle a^{2}}</annotati
         ("<math alttext='x_1'><mi>q</mi></math>", r"\(x_1\)"),
         (f"<math display='block'><semantics><mi>a</mi>{TEX}</semantics></math>", r"\[a^{2}\]"),
         (
-            "<span class='mwe-math-element'><span style='display: none;'><math><semantics><mi>a</mi>"
-            f"{TEX}</semantics></math></span><img class='mwe-math-fallback-image-inline' alt='a' src='a'></span>",
+            "<span class='mwe-math-element'><span style='display: none;'>"
+            f"<math><semantics><mi>a</mi>{TEX}</semantics></math></span>"
+            "<img class='mwe-math-fallback-image-inline' alt='a' src='a'></span>",
             r"\(a^{2}\)",
         ),
         (
-            f"<span class='katex'><math><semantics><mi>a</mi>{TEX}</semantics></math><span>a2</span></span>",
+            f"<span class='katex'><math><semantics><mi>a</mi>{TEX}</semantics></math>"
+            "<span>a2</span></span>",
             r"\(a^{2}\)",
         ),
         ("<span class='MathJax_Preview'>c3</span><script type='math/tex'>c^3</script>", r"\(c^3\)"),

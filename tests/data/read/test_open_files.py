@@ -248,8 +248,10 @@ def test_a_recipe_reads_links_and_tells_what_it_left_out(tmp_path):
 
 QUESTIONS = [
     "Which bird flies from one pole of the earth to the other every single year of its long life?",
-    "How does a steam engine turn the heat of burning coal into the motion of its heavy iron wheels?",
-    "What do the divers of the southern islands carry with them when they look for sponges at night?",
+    "How does a steam engine turn the heat of burning coal "
+    "into the motion of its heavy iron wheels?",
+    "What do the divers of the southern islands carry with them "
+    "when they look for sponges at night?",
 ]
 
 

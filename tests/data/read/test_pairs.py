@@ -109,7 +109,10 @@ def test_masks_fall_on_answers_alone(tokens):
 
 
 def test_an_answer_longer_than_a_row_is_refused_with_both_numbers(tokens):
-    message = "the answer of pair 2 has 9 tokens with its end, data.sequence_length=8 holds 8; raise it to 9"
+    message = (
+        "the answer of pair 2 has 9 tokens with its end, data.sequence_length=8 holds 8; "
+        "raise it to 9"
+    )
     with pytest.raises(ValueError, match=message):
         Batches([(tokens, 1.0)], 8, seed=0)
     assert Packed(tokens, 9).rows(np.arange(5))["answers"].sum() == 21

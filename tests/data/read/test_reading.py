@@ -114,7 +114,8 @@ def test_much_in_another_encoding_is_dropped_and_named(tmp_path):
     assert _texts(tmp_path, on_error="skip", report=report) == ["sound"]
     assert report.damaged == 1
     assert note_lines(report.notes) == [
-        "1 damaged and dropped, much of it is not UTF-8; name the right encoding, as in encoding=cp1252: a.txt"
+        "1 damaged and dropped, much of it is not UTF-8; name the right encoding, "
+        "as in encoding=cp1252: a.txt"
     ]
 
 
@@ -140,7 +141,8 @@ def test_text_without_a_mark_in_utf_16_needs_its_name(tmp_path):
 
 
 def test_pages_follow_the_same_rule(tmp_path):
-    body = f"<html><head>{{}}</head><body><article><p>{GERMAN}</p><p>{GERMAN}</p></article></body></html>"
+    article = f"<article><p>{GERMAN}</p><p>{GERMAN}</p></article>"
+    body = f"<html><head>{{}}</head><body>{article}</body></html>"
     data = body.format("").encode("cp1252")
     _write(tmp_path / "a.html", data)
     report = ReadReport()
@@ -185,7 +187,7 @@ def test_random_bytes_are_never_a_traceback(tmp_path):
 
 
 # --- JSON
-# -----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 A, B, C, D = ({"text": text} for text in "abcd")
 
@@ -341,14 +343,15 @@ def test_damage_of_one_kind_is_one_line_of_the_report(tmp_path):
     report = ReadReport()
     assert _texts(tmp_path, on_error="skip", report=report) == []
     assert note_lines(report.notes) == [
-        "3,000 damaged and dropped, no 'text': a.jsonl:2, a.jsonl:4, a.jsonl:6, a.jsonl:8, a.jsonl:10 and 2,995 more",
-        "3,000 damaged and dropped, not valid JSON: a.jsonl:1, a.jsonl:3, a.jsonl:5, a.jsonl:7, a.jsonl:9 and 2,995 "
-        "more",
+        "3,000 damaged and dropped, no 'text': "
+        "a.jsonl:2, a.jsonl:4, a.jsonl:6, a.jsonl:8, a.jsonl:10 and 2,995 more",
+        "3,000 damaged and dropped, not valid JSON: "
+        "a.jsonl:1, a.jsonl:3, a.jsonl:5, a.jsonl:7, a.jsonl:9 and 2,995 more",
     ]
 
 
 # --- tables
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_tables(tmp_path):
@@ -368,7 +371,8 @@ def test_tables(tmp_path):
     (tmp_path / "a.csv").unlink()
     _write(
         tmp_path / "b.tsv",
-        b'n\ttext\n1\t"Rings true, he said.\n2\t"a ""b"""\n3\t"two\nlines"\n4\t"quoted"\n5\t"a\tb"\n',
+        b'n\ttext\n1\t"Rings true, he said.\n2\t"a ""b"""\n3\t"two\nlines"\n'
+        b'4\t"quoted"\n5\t"a\tb"\n',
     )
     assert _texts(tmp_path) == ['"Rings true, he said.', 'a "b"', "two\nlines", '"quoted"', "a\tb"]
     _write(tmp_path / "b.tsv", b'"n"\t"text"\n"1"\t"all ""are"" quoted"\n"2"\t"every one"\n')
@@ -394,7 +398,7 @@ def test_damaged_tables(tmp_path, content, place, sound):
 
 
 # --- WARC
-# -----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 PAGE = (
     "<!doctype html><html><body><article><p>"

@@ -40,15 +40,16 @@ from mtnlg_jax.train.inputs import load_data
 
 ROOT = Path(__file__).resolve().parents[3]
 LEAK = (
-    "A traveller who came from the northern harbour told them that seventeen lanterns had been lit on the old "
-    "lighthouse before the storm began in earnest."
+    "A traveller who came from the northern harbour told them that seventeen lanterns had been lit "
+    "on the old lighthouse before the storm began in earnest."
 )
 NOTICE = (
-    "This whole paragraph is a notice which the publisher put at the end of every single page of the manual, so "
-    "that nobody could ever miss it, and so it comes again and again."
+    "This whole paragraph is a notice which the publisher put at the end of every single page "
+    "of the manual, so that nobody could ever miss it, and so it comes again and again."
 )
 FRENCH = (
-    "Le petit chat est assis sur la table et regarde par la fenêtre les oiseaux qui chantent dans le jardin. "
+    "Le petit chat est assis sur la table et regarde par la fenêtre les oiseaux "
+    "qui chantent dans le jardin. "
     "Il fait très beau ce matin et toute la famille prend le petit déjeuner sur la terrasse. "
 ) * 6
 

@@ -58,7 +58,10 @@ _FORMULA = r"""
 \begin{{equation}} E_{{{number}}} = m c^2 + \sum_{{i=0}}^{{n}} \frac{{a_i}}{{b_i}} \end{{equation}}
 \begin{{align}} x &= y_{{1}} \\ y &= z^{{2}} \\ z &= \alpha + \beta \cdot \gamma \end{{align}}
 """
-_LICENSE = "Licensed to all who read this file and to all who run it, under terms that a file beside it holds."
+_LICENSE = (
+    "Licensed to all who read this file and to all who run it, "
+    "under terms that a file beside it holds."
+)
 
 
 @pytest.fixture(scope="module")
