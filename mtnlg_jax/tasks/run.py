@@ -16,16 +16,8 @@ from mtnlg_jax.decode.scorers import ScorerOptions
 from mtnlg_jax.decode.scoring import score_rows
 from mtnlg_jax.tasks.answers import NORMALISATIONS, Answer, Choice, length_of
 from mtnlg_jax.tasks.passages import Retriever
-from mtnlg_jax.tasks.prompts import (
-    Examples,
-    Prompt,
-    Row,
-    check_passages,
-    check_task,
-    compose,
-    seam,
-    template_of,
-)
+from mtnlg_jax.tasks.prompts import Examples, Prompt, compose
+from mtnlg_jax.tasks.rendering import Row, check_passages, check_task, seam, template_of
 from mtnlg_jax.tasks.templates import Task
 from mtnlg_jax.tasks.text import clean, normalise
 
