@@ -13,7 +13,7 @@ import numpy as np
 
 from mtnlg_jax.tasks.metrics import RESAMPLES, Score, baseline, chance, mean, measure
 from mtnlg_jax.tasks.passages import Passage
-from mtnlg_jax.tasks.prompts import Row, answer_of, template_of
+from mtnlg_jax.tasks.rendering import Row, answer_of, template_of
 from mtnlg_jax.tasks.templates import Task
 
 NORMALISATIONS = ("sum", "per_char", "per_byte")

@@ -31,6 +31,24 @@ def reading_of(column: str) -> str:
     return reading if "@" in column and reading in READINGS else ""
 
 
+def value_at(item, key: str):
+    """What an object holds under a key, or under a path of keys with points between; None where
+    nothing is."""
+    if not isinstance(item, dict):
+        return None
+    if key in item:
+        return item[key]
+    for part in key.split("."):
+        if isinstance(item, dict) and part in item:
+            item = item[part]
+        elif isinstance(item, list) and part.isdecimal() and int(part) < len(item):
+            item = item[int(part)]
+        else:
+            return None
+    return item
+
+
+FIELDS = ("input", "reference", "context", "choices")
 READINGS = ("0", "1", "letter", "text")
 
 # The first that fits counts, so that layouts with more keys stand before those with fewer.

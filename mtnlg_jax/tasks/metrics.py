@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mtnlg_jax.tasks.prompts import Row, template_of
+from mtnlg_jax.tasks.rendering import Row, template_of
 from mtnlg_jax.tasks.templates import Task
 from mtnlg_jax.tasks.text import UNSPACED, WORDS, ascii_share, normalise, sentences, words
 

@@ -2,6 +2,7 @@
 what to do."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -16,16 +17,8 @@ from mtnlg_jax.decode.scorers import ScorerOptions
 from mtnlg_jax.decode.scoring import score_rows
 from mtnlg_jax.tasks.answers import NORMALISATIONS, Answer, Choice, length_of
 from mtnlg_jax.tasks.passages import Retriever
-from mtnlg_jax.tasks.prompts import (
-    Examples,
-    Prompt,
-    Row,
-    check_passages,
-    check_task,
-    compose,
-    seam,
-    template_of,
-)
+from mtnlg_jax.tasks.prompts import Examples, Prompt, compose
+from mtnlg_jax.tasks.rendering import Row, check_passages, check_task, seam, template_of
 from mtnlg_jax.tasks.templates import Task
 from mtnlg_jax.tasks.text import clean, normalise
 
@@ -80,7 +73,54 @@ def perform(
     pool = Examples(task, [_row(each) for each in examples], language)
     decode = decode or task.decode
     if not rows:
-        raise ValueError(f"task {task.name!r} has no rows to do; give one at least")
+        raise ValueError(f"task {task.name!r} has no rows to answer; give at least one")
+    if batch < 1 or passages < 1:
+        raise ValueError(f"batch={batch} and passages={passages}: give 1 or more of both")
+    _check_ranking(task, scorer, normalise, last_word)
+    _check_decode(decode, decoder)
+    task_here = dataclasses.replace(task, decode=decode)
+    checked: set[str] = set()
+
+    def prompt_of(row: Row) -> Prompt:
+        chosen, template = template_of(task, row.input, language)
+        if chosen not in checked:
+            check_task(task, template, tokenizer)
+            checked.add(chosen)
+        if retriever:
+            check_passages(task, template)
+        return compose(
+            task_here,
+            row,
+            tokenizer,
+            decoder.context,
+            language=language,
+            passages=retriever.best(row.input, passages) if retriever else (),
+            reserve=_last_word_reserve(tokenizer, row) if last_word else None,
+            examples=pool.of(row, chosen, shots, seed),
+        )
+
+    prompts = _for_each_row(prompt_of, rows)
+    _check_prompts(prompts, scorer, normalise)
+    answers: dict[int, Answer] = {}
+
+    def give(index: int, answer: Answer) -> None:
+        answers[index] = answer
+        on_answer(index, answer)
+
+    if last_word:
+        _last_words(decoder, tokenizer, rows, prompts, batch, give)
+    else:
+        for index, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+            if prompt.candidates:
+                give(index, _choose(decoder, tokenizer, row, prompt, scorer, normalise, stages))
+        write = functools.partial(
+            _write, decoder, tokenizer, task, decode=decode, language=language
+        )
+        _write_batches(write, rows, prompts, batch, give)
+    return [answers[index] for index in range(len(rows))]
+
+
+def _check_ranking(task: Task, scorer: str, normalise: str | None, last_word: bool) -> None:
     if scorer not in SCORERS:
         raise ValueError(f"scorer {scorer!r} is not known; choose from {', '.join(SCORERS)}")
     if normalise not in (None, *NORMALISATIONS):
@@ -89,101 +129,74 @@ def perform(
         )
     if last_word and not task.joined:
         raise ValueError(
-            f"the last word is asked of a text that goes on, and task {task.name!r} "
-            "asks otherwise; take "
-            "task 'continue'"
+            f"last-word scoring requires a text to continue, and task {task.name!r} "
+            "does not continue its input; use task 'continue'"
         )
-    if batch < 1 or passages < 1:
-        raise ValueError(f"batch={batch} and passages={passages}: give 1 or more of both")
+
+
+def _check_decode(decode: DecodeConfig, decoder: Decoder) -> None:
     validate_decode(decode)
     check_tokens(decode, decoder.config.vocabulary)
     if decode.num_return_sequences != 1:
         raise ValueError(
-            f"num_return_sequences={decode.num_return_sequences}, but a task gives "
-            "one answer; set it to "
-            "1, or use launch/generate.py"
+            f"num_return_sequences={decode.num_return_sequences}, but a task gives one answer; "
+            "set it to 1, or use launch/generate.py"
         )
-    task_here = dataclasses.replace(task, decode=decode)
-    asked = []
-    checked = set()
-    for number, row in enumerate(rows, 1):
-        try:
-            chosen, template = template_of(task, row.input, language)
-            if chosen not in checked:
-                check_task(task, template, tokenizer)
-                checked.add(chosen)
-            if retriever:
-                check_passages(task, template)
-            found = retriever.best(row.input, passages) if retriever else ()
-            reserve = None
-            if last_word:
-                if row.choices or not row.references:
-                    raise ValueError(
-                        f"the row with input {row.input[:40]!r} has "
-                        f"{'choices' * bool(row.choices)}"
-                        f"{'no reference' * (not row.choices)}; a last word is "
-                        "compared with a reference"
-                    )
-                reserve = len(tokenizer.encode(_target(row))) + 1
-            asked.append(
-                compose(
-                    task_here,
-                    row,
-                    tokenizer,
-                    decoder.context,
-                    language=language,
-                    examples=pool.of(row, chosen, shots, seed),
-                    passages=found,
-                    reserve=reserve,
-                )
-            )
-        except ValueError as error:
-            raise ValueError(
-                f"row {number} of {len(rows)}: {error}" if len(rows) > 1 else str(error)
-            ) from None
-    if not any(prompt.candidates for prompt in asked) and (normalise or scorer != "logprob"):
+
+
+def _check_prompts(prompts: Sequence[Prompt], scorer: str, normalise: str | None) -> None:
+    if not any(prompt.candidates for prompt in prompts) and (normalise or scorer != "logprob"):
         what = f"normalise={normalise}" if normalise else f"scorer={scorer}"
         raise ValueError(f"{what} ranks labels and choices, and these rows have none; leave it out")
-    if any(prompt.texts for prompt in asked) and scorer != "logprob":
+    if any(prompt.texts for prompt in prompts) and scorer != "logprob":
         raise ValueError(
-            f"scorer={scorer} compares what fills a blank, and it is the text behind "
-            "it that is scored; "
-            "take scorer=logprob, or leave the blank out"
+            f"scorer={scorer} cannot compare choices that fill a blank, because all of them score "
+            "the same text after the blank; use scorer=logprob, or leave the blank out"
         )
-    answers: list[Answer | None] = [None] * len(rows)
 
-    def give(index, answer):
-        answers[index] = answer
-        on_answer(index, answer)
 
-    if last_word:
-        _last_words(decoder, tokenizer, rows, asked, batch, give)
-        return answers
-    for index, (row, prompt) in enumerate(zip(rows, asked, strict=True)):
-        if prompt.candidates:
-            give(index, _choose(decoder, tokenizer, row, prompt, scorer, normalise, stages))
-    # Prompts of like lengths together: a batch costs as much as its longest.
-    written = sorted(
-        (i for i, prompt in enumerate(asked) if not prompt.candidates),
-        key=lambda i: len(asked[i].text),
+def _last_word_reserve(tokenizer, row: Row) -> int:
+    """Return the number of tokens that the last word of a row may take."""
+    if row.choices:
+        lack = "choices"
+    elif not row.references:
+        lack = "no reference"
+    else:
+        return len(tokenizer.encode(_target(row))) + 1
+    raise ValueError(
+        f"the row with input {row.input[:40]!r} has {lack}; a last word is compared with a "
+        "reference"
     )
-    for start in range(0, len(written), batch):
-        group = written[start : start + batch]
-        for index, answer in zip(
-            group,
-            _write(
-                decoder,
-                tokenizer,
-                task,
-                [rows[i] for i in group],
-                [asked[i] for i in group],
-                decode,
-                language,
-            ),
-            strict=True,
-        ):
+
+
+def _for_each_row(prompt_of: Callable[[Row], Prompt], rows: Sequence[Row]) -> list[Prompt]:
+    """Compose the prompt of each row; errors name the row."""
+    prompts = []
+    for number, row in enumerate(rows, 1):
+        try:
+            prompts.append(prompt_of(row))
+        except ValueError as error:
+            where = f"row {number} of {len(rows)}: " if len(rows) > 1 else ""
+            raise ValueError(f"{where}{error}") from None
+    return prompts
+
+
+def _write_batches(
+    write: Callable[[list[Row], list[Prompt]], list[Answer]],
+    rows: Sequence[Row],
+    prompts: Sequence[Prompt],
+    batch: int,
+    give: Callable[[int, Answer], None],
+) -> None:
+    """Write the answers of all rows without candidates, ``batch`` of them at once."""
+    # Prompts of similar lengths go together: a batch costs as much as its longest.
+    indices = [index for index, prompt in enumerate(prompts) if not prompt.candidates]
+    indices.sort(key=lambda index: len(prompts[index].text))
+    for start in range(0, len(indices), batch):
+        group = indices[start : start + batch]
+        answers = write([rows[i] for i in group], [prompts[i] for i in group])
+        for index, answer in zip(group, answers, strict=True):
             give(index, answer)
-    return answers
 
 
 def _row(row) -> Row:

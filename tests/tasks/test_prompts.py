@@ -14,7 +14,8 @@ from mtnlg_jax.data.read.pairs import pair_maker
 from mtnlg_jax.data.tokenizer import SentencePieceTokenizer
 from mtnlg_jax.decode.results import encode_prompt
 from mtnlg_jax.tasks.passages import Passage
-from mtnlg_jax.tasks.prompts import Examples, Row, check_task, compose, pairs, seam, split_last_word
+from mtnlg_jax.tasks.prompts import Examples, compose, pairs, split_last_word
+from mtnlg_jax.tasks.rendering import Row, check_task, seam
 from mtnlg_jax.tasks.templates import TASKS, Template, task_of, with_templates
 
 PASSAGES = [

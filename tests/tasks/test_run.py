@@ -175,7 +175,7 @@ def test_examples_are_those_of_the_language(memory):
 @pytest.mark.parametrize(
     ("name", "rows", "options", "message"),
     [
-        ("summarise", [], {}, "task 'summarise' has no rows to do"),
+        ("summarise", [], {}, "task 'summarise' has no rows to answer"),
         ("summarise", ["a", " "], {}, "row 2 of 2: the input of task 'summarise' is empty"),
         ("summarise", [3], {}, "'3' is no row; give a text"),
         (
@@ -213,14 +213,14 @@ def test_examples_are_those_of_the_language(memory):
             "summarise",
             [Row("a", ("b",))],
             {"last_word": True},
-            "the last word is asked of a text that goes on",
+            "last-word scoring requires a text to continue",
         ),
         ("continue", ["a"], {"last_word": True}, "has no reference; a last word is compared"),
         (
             "continue",
             [Row("a _ b", choices=("c", "d"), blank="_")],
             {"scorer": "pmi"},
-            "take scorer=logprob",
+            "use scorer=logprob",
         ),
         (
             "continue",
