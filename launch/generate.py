@@ -1,6 +1,8 @@
-"""Asks a trained model: python launch/generate.py --workdir=RUN --prompt="Once upon a time"
+"""Generate, rank or fill in text with a trained model.
 
---help says more. The code is in mtnlg_jax/cli/generate.py.
+    python launch/generate.py --workdir=RUN --prompt="Once upon a time"
+
+--help describes every flag. The code is in mtnlg_jax/cli/generate.py.
 """
 
 from mtnlg_jax.cli.generate import main, run

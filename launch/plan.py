@@ -1,6 +1,6 @@
-"""How a run lies on a mesh, and which mesh to choose, by arithmetic; nothing is allocated.
+"""Show how a run is split over a mesh, and rank meshes by estimated speed.
 
---help says more. The code is in mtnlg_jax/cli/plan.py.
+--help describes every flag. The code is in mtnlg_jax/cli/plan.py.
 """
 
 from mtnlg_jax.cli.plan import main, run

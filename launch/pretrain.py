@@ -1,7 +1,8 @@
-"""Trains one run: python launch/pretrain.py --config=configs/small.py --set=data.path=OUT
---workdir=RUN
+"""Train one run.
 
---help says more. The code is in mtnlg_jax/cli/pretrain.py.
+    python launch/pretrain.py --config=configs/small.py --set=data.path=OUT --workdir=RUN
+
+--help describes every flag. The code is in mtnlg_jax/cli/pretrain.py.
 """
 
 from mtnlg_jax.cli.pretrain import main, run

@@ -1,7 +1,8 @@
-"""Does a task with a trained model: python launch/task.py --workdir=RUN --task=summarise
---input=FILE
+"""Do a task with a trained model.
 
---help says more. The code is in mtnlg_jax/cli/task.py.
+    python launch/task.py --workdir=RUN --task=summarise --input=FILE
+
+--help describes every flag. The code is in mtnlg_jax/cli/task.py.
 """
 
 from mtnlg_jax.cli.task import main, run
