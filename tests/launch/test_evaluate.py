@@ -78,7 +78,11 @@ def test_keys_are_named_and_what_is_left_out_is_counted(ask):
     [
         (["--input={folder}/rows.jsonl"], b"", "no 'text' among body; name the right one with"),
         (["--input={folder}/cut.jsonl"], b"", "drop damaged documents with"),
-        (["--input={folder}/empty.txt"], b"", "contains no text; give a file or a folder with text"),
+        (
+            ["--input={folder}/empty.txt"],
+            b"",
+            "contains no text; give a file or a folder with text",
+        ),
         (["--input=-"], b" \n", "standard input contains no text"),
         (["--input=-"], b"\xff\xfa", "standard input: line 1: byte 0xff at 0 is not UTF-8"),
         (["--input={folder}/a.txt", "--stride=65"], b"", "stride=65 lies outside [1, 64]"),

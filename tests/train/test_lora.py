@@ -292,7 +292,5 @@ def test_settings_that_do_not_fit(settings, message):
 
 def test_adapters_of_nothing_are_refused():
     config = adapted_config()
-    with pytest.raises(
-        ValueError, match="lora_rank=4 needs pretrained weights; give --init=RUN"
-    ):
+    with pytest.raises(ValueError, match="lora_rank=4 needs pretrained weights; give --init=RUN"):
         validate(dataclasses.replace(config, train=dataclasses.replace(config.train, init="")))
