@@ -104,18 +104,12 @@ def prepare(
         if storage.is_remote(output) and overwrite:
             storage.remove_file(output, PREPARED)
         with Spool(os.path.join(work, "texts"), seed) as spool:
-            spool.fill(bar(documents, "reading", unit=" documents"))
-            if input_path is None:
-                report.documents = len(spool)
-                report.bytes = spool.size
-            if not len(spool):
-                raise _no_text(input_path, report)
+            _fill(spool, bar(documents, "reading", unit=" documents"), input_path, report)
             train, held = split(spool, heldout, pairs)
             if ready is None:
                 # In the order read, not shuffled: that spreads the sample of a huge corpus over it.
-                spans = bar(
-                    train.in_order(), f"training {tokenizer}", len(train), unit=" documents"
-                )
+                reading = f"training {tokenizer}"
+                spans = bar(train.in_order(), reading, len(train), unit=" documents")
                 texts = (text for span in spans for text in spool.lines(*span[:2]))
                 ready = train_tokenizer(texts, vocab_size, tokenizer, seed)
             ready.save(storage.join(target, "tokenizer"))
@@ -128,13 +122,8 @@ def prepare(
             first = itertools.islice(_shuffled(train, seed), _EXAMPLES)
             examples = [_example(ready, spool.head(*span[:2])) for span in first]
         os.unlink(spool.path)
-        info = prepared_info(
-            tokenizer_info(ready),
-            **parts,
-            settings=settings,
-            input=asdict(report),
-            examples=examples,
-        )
+        described = {"settings": settings, "input": asdict(report), "examples": examples}
+        info = prepared_info(tokenizer_info(ready), **parts, **described)
         write_prepared(target, info)
     return info
 
@@ -154,6 +143,21 @@ def _documents(
         encoding=encoding,
         pieces=True,
     )
+
+
+def _fill(
+    spool: Spool,
+    documents: Iterable[Document],
+    input_path: str | os.PathLike | None,
+    report: ReadReport,
+) -> None:
+    """Write the documents to the spool. Raise ValueError if there are none."""
+    spool.fill(documents)
+    if input_path is None:
+        report.documents = len(spool)
+        report.bytes = spool.size
+    if not len(spool):
+        raise _no_text(input_path, report)
 
 
 def _no_text(input_path: str | os.PathLike | None, report: ReadReport) -> ValueError:

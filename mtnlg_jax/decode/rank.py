@@ -118,15 +118,7 @@ def rank(
         prompt_tokens, prefix, written = _write(
             decoder, tokenizer, prompt, decode or DecodeConfig(), weights
         )
-        found = [
-            Candidate(
-                result.text,
-                (*prompt_tokens, *result.tokens),
-                len(prompt_tokens),
-                _bytes_of(tokenizer, result.tokens),
-            )
-            for result in written
-        ]
+        found = [_generated(tokenizer, prompt_tokens, result) for result in written]
         # With an int8 cache, generated tokens were read less exactly than given ones.
         if not decoder.int8_cache:
             known = {each: result.logprobs for each, result in zip(found, written, strict=True)}
@@ -159,13 +151,7 @@ def rank(
     sums = np.array([np.sum(each, dtype=np.float64) for each in logprobs])
     scored = {name: run(sums) for name, run in planned.items()}
     totals = sum(weight * scored[name].parts[name] for name, weight in weights.items())
-    if not np.isfinite(totals).all():
-        nonfinite = int(np.flatnonzero(~np.isfinite(totals))[0])
-        raise ValueError(
-            f"the score of {pool.candidates[nonfinite].text[:40]!r} is {totals[nonfinite]}; look "
-            "for numbers that are not finite in the model's parameters, or in what a function of "
-            "yours returned"
-        )
+    _check_finite(totals, pool)
     # A stable sort keeps ties in the order in which the candidates came.
     order = np.argsort(-totals, kind="stable")
     indices = list(first.values())
@@ -179,6 +165,24 @@ def rank(
     if utilities is not None:
         utilities = tuple(map(tuple, utilities[np.ix_(order, order)].tolist()))
     return Ranking(ranked, len(found), len(found) - len(first), weights, normalise, utilities)
+
+
+def _generated(tokenizer, prompt_tokens: Sequence[int], result) -> Candidate:
+    """Return a generated result as a candidate."""
+    tokens = (*prompt_tokens, *result.tokens)
+    written = _bytes_of(tokenizer, result.tokens)
+    return Candidate(result.text, tokens, len(prompt_tokens), written)
+
+
+def _check_finite(totals: np.ndarray, pool: Pool) -> None:
+    """Raise ValueError that names the first candidate whose score is not finite."""
+    if not np.isfinite(totals).all():
+        nonfinite = int(np.flatnonzero(~np.isfinite(totals))[0])
+        raise ValueError(
+            f"the score of {pool.candidates[nonfinite].text[:40]!r} is {totals[nonfinite]}; look "
+            "for numbers that are not finite in the model's parameters, or in what a function of "
+            "yours returned"
+        )
 
 
 def _ranked(

@@ -5,7 +5,8 @@ largest perturbed values are kept. They are found top down: a beam's own value i
 continuations' values, which are drawn under that condition.
 """
 
-# Shapes: P prompts, W beams, V vocabulary. Arrays of a state are (1, P, W): there is one group.
+# Shapes: P prompts, W beams, V vocabulary, G groups of beams. Arrays of a state are (1, P, W):
+# there is one group.
 
 import functools
 import time

@@ -1,5 +1,8 @@
 """A look inside the model: where each head looks, and what each layer would already say."""
 
+# Shapes: B rows (one here), S query positions, T key positions, D width, V vocabulary, N query
+# heads, L layers
+
 import math
 from typing import NamedTuple
 

@@ -1,5 +1,7 @@
 """Loss, perplexity and bits per byte of any text, long or short."""
 
+# Shapes: B rows, S positions, D width, V vocabulary
+
 import collections
 import dataclasses
 import functools

@@ -1,5 +1,7 @@
 """Trace the project's steps over abstract arrays."""
 
+# Shapes: V vocabulary
+
 import functools
 from typing import Any
 

@@ -1,5 +1,8 @@
 """The held-out loss of a run while it trains."""
 
+# Shapes: M micro-batches of a batch, G of them that one pipeline stage embeds, B rows, S positions,
+# D width
+
 import dataclasses
 import functools
 import math

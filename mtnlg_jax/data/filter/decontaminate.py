@@ -1,5 +1,4 @@
-"""Remove text of evaluation sets from a corpus, as Megatron-LM does
-(tools/openwebtext/filter_ngrams.py).
+"""Remove test texts from a corpus, as Megatron-LM does (tools/openwebtext/filter_ngrams.py).
 
 There are two passes. `frequencies` counts the test sets' n-grams over the whole corpus, and `below`
 keeps the rare ones, because a common n-gram is an idiom or a quotation and not a leak. Then
@@ -98,8 +97,7 @@ class NGrams:
 
     @functools.cached_property
     def samples(self) -> tuple[int, frozenset[str]]:
-        """(stride, sequences of words): if a head is in a text, one of these is at a multiple of
-        the stride.
+        """(stride, sequences of words): a text with a head has one at a multiple of the stride.
 
         So a look at about every fifth word is enough to pass over a clean text.
         """
@@ -178,9 +176,8 @@ class _Search:
         heads = self.ngrams.heads
         stride, samples = self.ngrams.samples
         least = (self.ngrams.lengths or [1])[0]
-        sequences = zip(
-            *(words[start::stride] for start in range(least - stride + 1)), strict=False
-        )
+        starts = range(least - stride + 1)
+        sequences = zip(*(words[start::stride] for start in starts), strict=False)
         sampled = map(samples.__contains__, map(" ".join, sequences))
         self._hits = [
             number
@@ -204,9 +201,7 @@ class _Search:
         hits = self._hits[bisect.bisect_left(self._hits, self._first) :]
         if self._first <= last and self._first not in hits[:1]:
             hits = [self._first, *hits]  # its word may have been cut
-        tried: Iterable[tuple[int, int]] = (
-            (number, length) for number in hits for length in (size, *lengths)
-        )
+        tried: Iterable[tuple[int, int]] = itertools.product(hits, (size, *lengths))
         if self._first < last:
             ending = (
                 (number, length)
@@ -269,9 +264,8 @@ def frequencies(text: str, ngrams: NGrams) -> dict[str, int]:
 def below(ngrams: NGrams, counts: Mapping[str, int]) -> NGrams:
     """Return the n-grams with fewer than ``key_threshold`` occurrences in the whole corpus."""
     threshold = ngrams.config.key_threshold
-    return replace(
-        ngrams, keys=frozenset(key for key in ngrams.keys if counts.get(key, 0) < threshold)
-    )
+    rare = frozenset(key for key in ngrams.keys if counts.get(key, 0) < threshold)
+    return replace(ngrams, keys=rare)
 
 
 def pieces(text: str, ngrams: NGrams) -> tuple[list[str], list[str]]:
@@ -391,9 +385,8 @@ def _test_rows(file: File, kind: str, keys: tuple[str, ...], encoding: str) -> I
                 found = (rows.table if named else rows.cells)(stream, kind, _NO_LIMIT)
                 yield from found if named else map(_numbered, found)
             else:
-                yield from (json_rows.json_values if kind in JSON else json_rows.json_lines)(
-                    stream, _NO_LIMIT
-                )
+                read = json_rows.json_values if kind in JSON else json_rows.json_lines
+                yield from read(stream, _NO_LIMIT)
     except COMPRESSION_ERRORS as error:
         yield rows.Row(1, Damaged(f"the compressed file is cut short or damaged ({error})"))
 
