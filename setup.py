@@ -87,6 +87,7 @@ setup(
             "pytest>=9,<10",
             "pytest-xdist>=3.8,<4",
             "ruff>=0.14",
+            "mypy>=2,<3",
             "nbclient",
             "nbformat",
             "ipykernel",

@@ -122,7 +122,7 @@ def prepare(
             first = itertools.islice(_shuffled(train, seed), _EXAMPLES)
             examples = [_example(ready, spool.head(*span[:2])) for span in first]
         os.unlink(spool.path)
-        described = {"settings": settings, "input": asdict(report), "examples": examples}
+        described: dict = {"settings": settings, "input": asdict(report), "examples": examples}
         info = prepared_info(tokenizer_info(ready), **parts, **described)
         write_prepared(target, info)
     return info

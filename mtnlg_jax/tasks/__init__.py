@@ -1,2 +1,1 @@
-"""Tasks: continue, summarise, translate, sentiment and answer, each from a text to a text and a
-score."""
+"""Text tasks (continue, summarise, translate, sentiment, answer) with answers and scores."""

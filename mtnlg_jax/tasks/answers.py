@@ -1,5 +1,4 @@
-"""Answers of a task: what each holds, the file in which they are kept, and their scores. Needs no
-model and no JAX."""
+"""Answers of a task: their fields, their file and their scores. Needs neither a model nor JAX."""
 
 import dataclasses
 import json
@@ -24,51 +23,52 @@ class Choice:
     """Log-probabilities are natural logarithms."""
 
     label: str
-    # What was scored: the text behind the prompt, or behind the blank; with the end of the prompt
-    # where the choice joins its last token (see `decode.rank.rank`).
+    # The scored text after the prompt or the blank. It includes the end of the prompt if the choice
+    # joins its last token (see `decode.rank.rank`).
     text: str
-    score: float  # what it was ranked by: see `Answer.ranked_by`
+    score: float  # the ranking score; see `Answer.ranked_by`
     log_prob: float  # log p(text | prompt), the sum over its tokens
-    # exp(log_prob) over the sum of all choices: that it is this one, given that it is one of them
+    # exp(log_prob) over its sum for all choices: probability of this label among all labels
     probability: float
 
 
 @dataclass(frozen=True)
 class Answer:
-    text: str  # after post-processing; of a ranking the best label or choice
-    raw: str  # as the model wrote it, or the text that was ranked
+    text: str  # after post-processing; for a ranking, the best label or choice
+    raw: str  # the unprocessed output of the model, or the ranked text
     language: str  # of the answer
-    # "stop", "length" or "timeout" of what was written, "ranked" of what was chosen, "last word" of
-    # what was compared with the reference.
+    # "stop", "length" or "timeout" for generated answers, "ranked" for choices, "last word" for
+    # answers compared with the reference.
     finish_reason: str
-    choices: tuple[Choice, ...]  # best first; empty where the answer was written
+    choices: tuple[Choice, ...]  # best first; empty if the answer was generated
     citations: tuple[Passage, ...]  # the passages in the prompt: the first is [1]
-    examples: int  # in the prompt
+    examples: int  # number of examples in the prompt
     shortened: bool  # part of the input was left out
     context_shortened: bool  # part of the row's own context was left out
-    prompt: str  # with a blank, the one of the best choice
-    ranked_by: str = (
-        ""  # scorer and normalisation, as "logprob per_byte"; empty where the answer was written
-    )
-    log_prob: float | None = None  # of the reference behind the prompt, for last words
+    prompt: str  # with a blank, the prompt of the best choice
+    # Scorer and normalization, such as "logprob per_byte"; empty if the answer was generated.
+    ranked_by: str = ""
+    log_prob: float | None = None  # of the reference after the prompt, for last words
 
 
 @dataclass(frozen=True)
 class Evaluation:
     rows: int
-    scores: dict[str, Score]  # of the model; the first is the task's own
-    baseline: str  # what was done without a model
+    scores: dict[str, Score]  # of the model; the first is the main metric of the task
+    baseline: str  # name of the baseline
     baseline_scores: dict[str, Score]
-    normalised: dict[
-        str, Score
-    ]  # accuracy of choices under each of NORMALISATIONS; empty where there are none
+    # Accuracy of choices under each of NORMALISATIONS; empty without choices.
+    normalised: dict[str, Score]
 
 
 def length_of(normalise: str, text: str) -> int:
-    """What a log-probability is divided by: 1 ("sum"), or the characters or UTF-8 bytes of the text
-    without the white space before it, at least 1. In the terms of lm-evaluation-harness "sum" gives
-    acc and "per_char" acc_norm, whose divisor is len(choice) without the space that joins it to the
-    prompt; "per_byte" differs from that only where a choice has characters outside ASCII."""
+    """Return the divisor of a log-probability.
+
+    This is 1 for "sum", otherwise the number of characters or UTF-8 bytes of the text without
+    leading white space, at least 1. In lm-evaluation-harness, "sum" is acc and "per_char" is
+    acc_norm, which divides by len(choice) without the space that joins it to the prompt. "per_byte"
+    differs from it only for choices with characters outside ASCII.
+    """
     if normalise == "sum":
         return 1
     text = text.lstrip()
@@ -76,8 +76,12 @@ def length_of(normalise: str, text: str) -> int:
 
 
 def check_references(task: Task, rows: Sequence[Row], language: str | None = None) -> None:
-    """Raises ValueError where rows cannot be scored together: one lacks a reference, has one that
-    is none of its labels or choices, or has no choices where others have some."""
+    """Check that all rows can be scored together.
+
+    Raises:
+      ValueError: a row has no reference, its reference is none of its labels or choices, or it has
+        no choices although others do.
+    """
     ranked = []
     for number, row in enumerate(rows, 1):
         try:
@@ -89,8 +93,7 @@ def check_references(task: Task, rows: Sequence[Row], language: str | None = Non
     if any(ranked) != all(ranked):
         raise ValueError(
             f"{sum(ranked)} of {len(rows)} rows have choices and the others have "
-            "none, the first of them "
-            f"row {ranked.index(False) + 1}; score the two apart"
+            f"none, the first of them row {ranked.index(False) + 1}; score the two groups separately"
         )
 
 
@@ -101,9 +104,11 @@ def evaluate(
     seed: int = 0,
     language: str | None = None,
 ) -> Evaluation:
-    """The metrics of answers, and of those of the trivial baseline, against the rows' references.
-    ``language`` of the inputs, as in `template_of`. Raises ValueError as `check_references`
-    does."""
+    """Score answers, and those of a trivial baseline, against the references of the rows.
+
+    ``language`` is that of the inputs, as in `template_of`. Raises ValueError as `check_references`
+    does.
+    """
     references = [row.references for row in rows]
     texts = [answer.text for answer in answers]
     languages = [answer.language for answer in answers]
@@ -136,7 +141,7 @@ def evaluate(
 
 
 def _normalised(rows: Sequence[Row], answers: Sequence[Answer], seed: int) -> dict[str, Score]:
-    # Other scorers have no log-probability that could be normalised another way.
+    # Only the scores of "logprob" can be normalized another way.
     if not all(answer.choices and answer.ranked_by.startswith("logprob ") for answer in answers):
         return {}
     found = {}
@@ -153,7 +158,7 @@ def _normalised(rows: Sequence[Row], answers: Sequence[Answer], seed: int) -> di
 
 
 def _perplexity(log_probs: Sequence[float], seed: int) -> Score:
-    """e^-(mean log-probability of a reference), 1 or above, with its 95 % interval by bootstrap."""
+    """Return e^-(mean log-probability of a reference) with its 95 % bootstrap interval."""
     values = np.array(log_probs, np.float64)
     rng = np.random.default_rng(seed)
     means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(RESAMPLES)]
@@ -165,8 +170,10 @@ def _perplexity(log_probs: Sequence[float], seed: int) -> Score:
 
 
 def record_of(number: int, row: Row, answer: Answer) -> dict:
-    """A line of a file of answers: the row (``row`` counts from 1, ``options`` are its choices in
-    their order) and the fields of its `Answer`."""
+    """Return one line of an answers file: the row and the fields of its `Answer`.
+
+    ``row`` counts from 1; ``options`` are the choices of the row in their order.
+    """
     asked = {"row": number, "input": row.input, "references": list(row.references)}
     asked |= {"context": row.context} if row.context else {}
     asked |= {"options": list(row.choices)} if row.choices else {}
@@ -174,11 +181,10 @@ def record_of(number: int, row: Row, answer: Answer) -> dict:
 
 
 class AnswersFile:
-    """A file of answers that grows by a line an answer, so that what is done is kept whatever
-    happens next."""
+    """An answers file to which each answer is appended at once, so an interruption loses none."""
 
     def __init__(self, path: str | os.PathLike, rows: Sequence[Row]):
-        """Raises FileExistsError where there is something already."""
+        """Create the file; raise FileExistsError if it exists."""
         self.path = Path(path)
         self._rows = rows
         self._file = open(self.path, "x", encoding="utf-8", newline="\n")
@@ -187,7 +193,7 @@ class AnswersFile:
         line = json.dumps(
             record_of(index + 1, self._rows[index], answer), ensure_ascii=False, allow_nan=False
         )
-        # Lone surrogates have no UTF-8.
+        # Lone surrogates cannot be encoded as UTF-8.
         self._file.write(line.encode("utf-8", "replace").decode() + "\n")
         self._file.flush()
 
@@ -201,23 +207,24 @@ def read_answers(
     rows: Sequence[Row] | None = None,
     language: str | None = None,
 ) -> tuple[list[Row], list[Answer]]:
-    """(rows, answers) to score, of anybody's making.
+    """Read (rows, answers) to score from a file of any origin.
 
-    .txt: an answer a line, of ``rows`` in their order, a ``\\n`` in it a line break of the answer.
-    .jsonl, .ndjson, .json (lines or a list): objects as `record_of` makes them, of which ``text``
-    is needed (or answer, prediction, output, response, completion, generated_text), and without
-    ``rows`` also ``input`` and ``references`` (or reference). Where every object has a ``row``, it
-    says which row of ``rows`` it answers, counted from 1, else they stand in the same order. Raises
-    OSError, and ValueError where answers and rows do not match.
+    .txt holds one answer per line, in the order of ``rows``; ``\\n`` in it is a line break of the
+    answer. .jsonl, .ndjson and .json (lines or a list) hold objects in the format of `record_of`.
+    ``text`` is required (or answer, prediction, output, response, completion, generated_text);
+    without ``rows``, so are ``input`` and ``references`` (or reference). If every object has a
+    ``row``, it is the number of the answered row, counted from 1; otherwise the order is the same.
+
+    Raises:
+      OSError: the file cannot be read.
+      ValueError: answers and rows do not match.
     """
     path = Path(path)
     text = path.read_text(encoding="utf-8-sig")
     lines = text.split("\n")
     if path.suffix.lower() == ".txt":
         if rows is None:
-            raise ValueError(
-                f"{path} holds answers alone; name the rows that they answer with --eval"
-            )
+            raise ValueError(f"{path} holds answers without rows; give the rows with --eval")
         while lines and not lines[-1].strip():
             lines.pop()
         items = [{"text": line.rstrip("\r").replace("\\n", "\n")} for line in lines]
@@ -236,8 +243,7 @@ def read_answers(
     if len(items) != len(rows):
         raise ValueError(
             f"{path} holds {len(items):,} answers, and there are {len(rows):,} rows; "
-            "give one for each "
-            "(a --limit takes rows away)"
+            "give one for each (--limit removes rows)"
         )
     return list(rows), [
         _answer_of(f"{path}, answer {number}", item, task, row, language)
@@ -274,13 +280,12 @@ def _in_order(path: Path, items: Sequence[Mapping], count: int) -> list[Mapping]
     if missing:
         raise ValueError(
             f"{path} has no answer to row {missing[0]}, {len(missing):,} of {count:,} "
-            "rows in all; let "
-            "the model finish, or give the rows that it answered"
+            "rows in all; "
+            "let the model finish, or give only the answered rows"
         )
     if len(found) > count:
         raise ValueError(
-            f"{path} answers {len(found):,} rows, and there are {count:,}; give the "
-            "rows that it answered"
+            f"{path} answers {len(found):,} rows, and there are {count:,}; give the answered rows"
         )
     return [found[number] for number in range(1, count + 1)]
 
@@ -289,9 +294,8 @@ def _row_of(where: str, item: Mapping) -> Row:
     references = item.get("references", item.get("reference"))
     if references is None or references == [] or references == "":
         raise ValueError(
-            f"{where} has no references, only {', '.join(map(str, item))[:80]}; add "
-            "them, or name the "
-            "rows with --eval"
+            f"{where} has no references, only {', '.join(map(str, item))[:80]}; "
+            "add them, or give the rows with --eval"
         )
     references = references if isinstance(references, list) else [references]
     return Row(
@@ -307,12 +311,11 @@ def _answer_of(where: str, item: Mapping, task: Task, row: Row, language: str | 
     key = next((key for key in keys if key in item), None)
     if key is None or not isinstance(item[key], str):
         raise ValueError(
-            f"{where} has no text, only {', '.join(map(str, item))[:80]}; give it as "
-            "one of "
-            f"{', '.join(keys)}"
+            f"{where} has no text, only {', '.join(map(str, item))[:80]}; "
+            f"give it as one of {', '.join(keys)}"
         )
     seen, template = template_of(task, row.input, language)
-    # Those of a ranking by record_of; others may have put anything there.
+    # Choices of a ranking by record_of; files of other origin may hold anything here.
     choices = item.get("choices") or ()
     try:
         choices = tuple(Choice(**choice) for choice in choices)

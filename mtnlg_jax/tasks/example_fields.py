@@ -1,4 +1,4 @@
-"""The fields of one row of a task: its texts, its choices and its unresolved references."""
+"""Parse one row of a task: its texts, its choices and its unresolved references."""
 
 import ast
 import json
@@ -10,14 +10,14 @@ from mtnlg_jax.tasks.layouts import keys_of, value_at
 
 @dataclass
 class ParsedRow:
-    """A row before its references are known."""
+    """A row whose references are not yet resolved to choices."""
 
     where: str
     texts: dict[str, str]
     choices: tuple[str, ...]
-    names: tuple[str, ...] | None  # what the file itself calls the choices: A, B, ...
-    right: tuple[int, ...] | None  # where the choices themselves say which are right
-    values: list  # references as they stand
+    names: tuple[str, ...] | None  # names of the choices in the file: A, B, ...
+    right: tuple[int, ...] | None  # right choices, if the choices themselves mark them
+    values: list  # references as written in the file
 
 
 def parse_row(
@@ -38,7 +38,7 @@ def parse_row(
         values = [value_at(item, key) for key in keys]
         if field == "choices":
             while len(values) > 1 and values[-1] in (None, ""):
-                values.pop()  # questions of fewer choices than there are columns
+                values.pop()  # rows may have fewer choices than columns
         if values and not any(value is None or value == "" or value == [] for value in values):
             found[field] = values if len(keys) > 1 else values[0]
             if field == "choices":
@@ -55,9 +55,8 @@ def parse_row(
             and any(value not in (None, "") for value in values)
         ):
             raise ValueError(
-                f"{where}: a choice under {column!r} is empty and those behind it are "
-                "not; leave the row "
-                "out, or write the choice"
+                f"{where}: a choice under {column!r} is empty and a later one is not; "
+                "leave the row out, or write the choice"
             )
     texts = {
         field: _joined(where, field, found[field])
@@ -79,7 +78,7 @@ def _joined(where: str, field: str, value) -> str:
 
 
 def _scored(value) -> bool:
-    """Whether choices are {text: score}."""
+    """Return whether choices are {text: score}."""
     return (
         isinstance(value, dict)
         and bool(value)
@@ -90,7 +89,7 @@ def _scored(value) -> bool:
 
 
 def _choices(where: str, value):
-    """(texts, names in the file or None, the right ones or None)."""
+    """Return (texts, names in the file or None, indices of right choices or None)."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = _literal(value)  # a list in one cell of a table
     if _scored(value):
@@ -116,8 +115,7 @@ def _choices(where: str, value):
         if texts is None or (labels is not None and len(labels) != len(texts)):
             raise ValueError(
                 f"{where}: choices are a dict of {', '.join(map(str, value))[:60]}; "
-                "give a list of texts, "
-                'or {"text": [...], "label": [...]}'
+                'give a list of texts, or {"text": [...], "label": [...]}'
             )
         if labels is not None and len(texts) > 1 and is_one_hot(labels, len(texts)):
             return _texts(where, texts), None, (labels.index(1),)
@@ -135,8 +133,7 @@ def _choices(where: str, value):
     if not isinstance(value, list):
         raise ValueError(
             f"{where}: choices are a {type(value).__name__}; give a list of texts, or "
-            "the keys of several "
-            "columns as in --columns=choices=sol1+sol2"
+            "the keys of several columns as in --columns=choices=sol1+sol2"
         )
     return _texts(where, value), None, None
 
@@ -157,7 +154,7 @@ def _literal(value: str):
             found = read(value)
         except (ValueError, SyntaxError):
             continue
-        # "['a' 'b']", as NumPy prints it, is one text to Python.
+        # NumPy prints "['a' 'b']", which Python reads as one concatenated text.
         if isinstance(found, list) and len(found) > 1:
             return found
     return value
@@ -172,7 +169,7 @@ def is_one_hot(values, count: int) -> bool:
 
 
 def _values(where: str, value) -> list:
-    """The references of a row as they stand, none of them empty."""
+    """Return the references of a row as written in the file, none of them empty."""
     if isinstance(value, dict):
         texts = (
             [value.get("value"), *(value.get("aliases") or [])]
@@ -182,8 +179,7 @@ def _values(where: str, value) -> list:
         if texts is None:
             raise ValueError(
                 f"{where}: reference is a dict of {', '.join(map(str, value))[:60]}; "
-                "name what to take, "
-                "as in --columns=reference=answers.text"
+                "name the key to use, as in --columns=reference=answers.text"
             )
         value = texts
     values = value if isinstance(value, list) else [value]

@@ -1,4 +1,4 @@
-"""Rows of a task as plain dicts, from JSON, JSON lines, SQuAD JSON, Parquet and tables."""
+"""Read the rows of a task as dicts from JSON, JSON lines, SQuAD JSON, Parquet and tables."""
 
 import json
 from pathlib import Path
@@ -43,13 +43,12 @@ def _text(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is not {'UTF-16' if wide else 'UTF-8'} at byte {error.start}; "
-            "convert it, as with "
-            "iconv"
+            "convert it, for example with iconv"
         ) from None
 
 
 def _objects(path: Path, kind: str, columns, needs, notes):
-    """((number, object) of each row, columns or None)."""
+    """Return ((number, object) of each row, columns or None)."""
     if kind == ".parquet":
         return list(enumerate(_parquet(path), 1)), columns
     text = _text(path)
@@ -98,7 +97,7 @@ def _parquet(path: Path) -> list[dict]:
 
 
 def _whole(path: Path, kind: str, whole, columns, needs, notes):
-    """The rows of one JSON value."""
+    """Return the rows of one JSON value and their columns."""
     if isinstance(whole, dict) and isinstance(whole.get("data"), list) and not _flat(whole["data"]):
         return list(enumerate(_squad(path, whole["data"], needs, notes), 1)), _SQUAD | dict(
             columns or {}
@@ -131,14 +130,14 @@ def _whole(path: Path, kind: str, whole, columns, needs, notes):
     if whole and all(
         isinstance(each, dict) and isinstance(each.get("row"), dict) for each in whole
     ):
-        whole = [each["row"] for each in whole]  # as the hub's server of rows wraps them
+        whole = [each["row"] for each in whole]  # the format of the Hugging Face dataset viewer
     if kind != ".json" and whole and not isinstance(whole[0], dict):
         return [(1, whole)], columns
     return list(enumerate(whole, 1)), columns
 
 
 def _flat(data: list) -> bool:
-    """Whether these are rows, and not SQuAD's articles."""
+    """Return whether these are rows rather than SQuAD articles."""
     return (
         bool(data)
         and all(isinstance(each, dict) for each in data)
@@ -165,23 +164,21 @@ def _squad(path: Path, articles: list, needs, notes) -> list[dict]:
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} has 'data' as SQuAD's files do, but not their layout below it "
-            f"({error!r}); make "
-            "it a list of objects"
+            f"({error!r}); "
+            "make it a list of objects"
         ) from None
     answered = [each for each in found if each["answers"]]
     if "reference" in needs and len(answered) < len(found):
         notes.append(
-            f"{len(found) - len(answered):,} of {len(found):,} questions have no answer "
-            "in their passage and "
-            "are left out"
+            f"{len(found) - len(answered):,} of {len(found):,} questions have no answer in their "
+            "passage and are left out"
         )
         return answered
     return found
 
 
 def _of_dict(path: Path, whole: dict, columns):
-    """A list of objects from an object that holds them; the object itself as the one row where it
-    is a row."""
+    """Return the list of objects that an object holds, or [object] if it is a single row."""
     own = columns or {"input": "input"}
     if all(
         value_at(whole, key) is not None for key in keys_of(own.get("input", "input"))
@@ -203,8 +200,7 @@ def _of_dict(path: Path, whole: dict, columns):
     if lists:
         raise ValueError(
             f"{path} holds a dict of the lists {', '.join(map(repr, lists))}; write "
-            "the one to read to a "
-            "file of its own"
+            "the one to read to its own file"
         )
     values = list(whole.values())
     if values and all(

@@ -1,4 +1,4 @@
-"""Find the choice that each reference of a file names: by text, name, letter or number."""
+"""Resolve references to choices by text, name, letter or number."""
 
 import json
 import re
@@ -21,7 +21,7 @@ def resolve_references(
     reading = _reading(path, chosen, columns, notes) if chosen else ""
     rows = []
     if twice := sum(len(set(row.choices)) < len(row.choices) for row in parsed):
-        notes.append(f"{twice:,} of {len(parsed):,} rows hold equal choices, which count once")
+        notes.append(f"{twice:,} of {len(parsed):,} rows have duplicate choices, which count once")
     for row in parsed:
         if row.right is not None:
             references = tuple(row.choices[i] for i in row.right)
@@ -44,20 +44,19 @@ def resolve_references(
 
 
 def _renamed(where: str, value, labels: Mapping[str, str]) -> str:
-    # True and true; 1.0 where a table of numbers has gaps.
+    # Also match True as true, and 1.0 as 1: number columns with gaps become floats.
     for name in (str(value), json.dumps(value), re.sub(r"(?<=\d)\.0+$", "", str(value))):
         if name in labels:
             return labels[name]
     raise ValueError(
-        f"{where}: reference {str(value)[:40]!r} is none of the labels "
-        f"{', '.join(labels)}; name it, too"
+        f"{where}: reference {str(value)[:40]!r} is none of the labels {', '.join(labels)}; add it"
     )
 
 
 def _reading(
     path: Path, rows: Sequence[ParsedRow], columns: Mapping[str, str], notes: list[str]
 ) -> str:
-    """How the references name choices: of READINGS, or "name"."""
+    """Return how the references name choices: one of READINGS, or "name"."""
     column = columns.get("reference", "reference")
     key = keys_of(column)[0]
     ways = f"--columns=reference={key}@0, @1 (numbers that count from there), @letter or @text"
@@ -67,8 +66,8 @@ def _reading(
         if missed:
             raise ValueError(
                 f"{missed.where}: reference {_shown(missed)} names none of the "
-                f"{len(missed.choices)} "
-                f"choices when read as @{said}; say how it does: {ways}"
+                f"{len(missed.choices)} choices when read as @{said}; "
+                f"state how it names them: {ways}"
             )
         return said
     if any(row.names for row in rows) and all(_indices(row, "name") is not None for row in rows):
@@ -86,8 +85,7 @@ def _reading(
         if missed:
             raise ValueError(
                 f"{missed.where}: reference {_shown(missed)} is none of the "
-                f"{len(missed.choices)} "
-                "choices, nor the letter or number of one; give it as it stands there"
+                f"{len(missed.choices)} choices, nor the letter or number of one; copy it exactly"
             )
         seen = {
             reading: next(row for row in rows if _indices(row, reading) is None)
@@ -95,16 +93,14 @@ def _reading(
         }
         row = max(seen.values(), key=lambda row: int(row.where.rpartition(" ")[2]))
         raise ValueError(
-            f"{row.where}: reference {_shown(row)} does not name its choice as those "
-            "of the rows before "
-            "it do; write all of them alike, as texts, letters or numbers"
+            f"{row.where}: reference {_shown(row)} does not name its choice the way "
+            "earlier rows do; write all references as texts, as letters or as numbers"
         )
     if {"0", "1"} <= set(fitting):
         if _numbered_from_1(columns.get("choices", "")):
             raise ValueError(
                 f"{path}: no reference is 0 and none is the number of the choices, so "
-                "that they may count "
-                f"from 0 or from 1; say which: {ways}"
+                f"they may count from 0 or from 1; state which: {ways}"
             )
         fitting.remove("1")
         if any(_NUMBER.fullmatch(str(value)) for row in rows for value in row.values):
@@ -123,13 +119,13 @@ def _reading(
             )
             raise ValueError(
                 f"{row.where}: reference {_shown(row)} may be {what}, and they "
-                f"differ; say which: {ways}"
+                f"differ; state which: {ways}"
             )
     return fitting[0]
 
 
 def _known(columns: Mapping[str, str]) -> str:
-    """The reading of the layout whose choices and reference stand in these columns."""
+    """Return the reading of the layout that has these columns of choices and reference, or ""."""
     return next(
         (
             reading_of(layout.columns["reference"])
@@ -154,7 +150,7 @@ def _shown(row: ParsedRow) -> str:
 
 
 def _indices(row: ParsedRow, reading: str) -> list[int] | None:
-    """The choices that a row's references name when read so; None where one names none."""
+    """Return the indices of the choices that the references name; None if one names none."""
     if len(row.values) > 1 and is_one_hot(row.values, len(row.choices)):
         return [row.values.index(1)]
     found = [_index(row, value, reading) for value in row.values]

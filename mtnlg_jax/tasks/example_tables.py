@@ -1,4 +1,4 @@
-"""Rows of a task from CSV files and from text files with columns between tabs."""
+"""Read the rows of a task from CSV files and from text files with tab-separated columns."""
 
 import csv
 import io
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mtnlg_jax.tasks.layouts import FIELDS, LAYOUTS, keys_of
 
-# A first line whose cells, in the columns asked for, are all of these is a head.
+# A first line is a header if its cells, in the requested columns, are all among these.
 _HEADS = {
     key.casefold()
     for layout in LAYOUTS
@@ -17,8 +17,7 @@ _HEADS = {
 
 
 def read_table(path: Path, kind: str, text: str, columns, notes):
-    """((number, object) of each record, columns as keys of it or None where the head names
-    them)."""
+    """Return ((number, object) of each record, columns), None if the header names the columns."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     records = _csv(path, text) if kind == ".csv" else _tabbed(text)
     if not records:
@@ -34,11 +33,10 @@ def read_table(path: Path, kind: str, text: str, columns, notes):
             columns = None
         elif kind == ".csv":
             raise ValueError(
-                f"{path}: the first line names {', '.join(head)[:80]}, none of them "
-                "as known sets do; say "
-                "where things stand, as in --columns=input=NAME,reference=NAME, by "
-                "numbers from 0 where "
-                "there is no head"
+                f"{path}: the first line names {', '.join(head)[:80]}, which match "
+                "no known data set; name the columns, as in "
+                "--columns=input=NAME,reference=NAME, or give their numbers from 0 if there is no "
+                "header"
             )
         else:
             columns = {"input": "0", "reference": "1"}
@@ -51,22 +49,22 @@ def read_table(path: Path, kind: str, text: str, columns, notes):
                     (number, dict(zip(map(str, range(len(cells))), cells, strict=True)))
                     for number, cells in records
                 ], columns
-            notes.append(f"the first line, {', '.join(head)[:80]}, is taken as a head")
+            notes.append(f"the first line, {', '.join(head)[:80]}, is taken as a header")
         for field, column in columns.items():
             for key in keys_of(column):
                 if key not in names and not (key.isdecimal() and int(key) < len(head)):
                     raise ValueError(
                         f"{path}: {field}={key}, but the first line names "
-                        f"{', '.join(head)[:80]}; name "
-                        "one of them, or give the column's number from 0"
+                        f"{', '.join(head)[:80]}; "
+                        "name one of them, or give the column's number from 0"
                     )
     items = []
     for number, cells in records[1:]:
         if any(cell.strip() for cell in cells[len(head) :]):
             raise ValueError(
                 f"{path}, row {number}: {len(cells)} columns where the first line "
-                f"names {len(head)}; put "
-                "quotes around texts that hold the separator"
+                f"names {len(head)}; "
+                "put quotes around texts that hold the separator"
             )
         cells = cells[: len(head)]
         item = dict(zip(names, cells, strict=False))
@@ -74,15 +72,17 @@ def read_table(path: Path, kind: str, text: str, columns, notes):
             (
                 number,
                 item
-                | {str(place): cell for place, cell in enumerate(cells) if str(place) not in item},
+                | {str(index): cell for index, cell in enumerate(cells) if str(index) not in item},
             )
         )
     return items, columns
 
 
 def _csv(path: Path, text: str) -> list[tuple[int, list[str]]]:
-    """Records of the separator that splits the most of the first ones alike: a comma where several
-    do."""
+    """Split records at the separator that gives most of the first ones the same width.
+
+    Ties go to the comma.
+    """
     found = {}
     for separator in ",;\t|":
         try:
@@ -116,10 +116,12 @@ def _quoted(text: str, separator: str) -> list[tuple[int, list[str]]]:
 
 
 def _tabbed(text: str) -> list[tuple[int, list[str]]]:
-    """Records between tabs. Quotes are part of the texts, as in GLUE's files, unless the file must
-    have been written with quoting: every cell of its first line is quoted, every quoted cell holds
-    a doubled quote, a tab or a line break, or only with quoting do all lines have as many
-    columns."""
+    """Split records at tabs.
+
+    Quotes are part of the texts, as in GLUE's files, unless the file was clearly written with
+    quoting: every cell of its first line is quoted, every quoted cell holds a doubled quote, a tab
+    or a line break, or only with quoting do all lines have the same number of columns.
+    """
     plain = [
         (number, line.split("\t"))
         for number, line in enumerate(text.split("\n"), 1)

@@ -1,5 +1,4 @@
-"""Rows of a task from the files in which people keep them: JSON lines, JSON, SQuAD's JSON, Parquet,
-CSV, and columns between tabs."""
+"""Read the rows of a task from JSON lines, JSON, SQuAD JSON, Parquet, CSV and TSV files."""
 
 import os
 import random
@@ -24,35 +23,41 @@ def read_rows(
     choices: Sequence[str] = (),
     notes: list[str] | None = None,
 ) -> list[Row]:
-    """The rows of a file.
+    """Read the rows of a file.
 
-    .jsonl, .ndjson: an object a line; .json: such lines, a list of objects, a dict of columns, or
-    the questions of a file in SQuAD's layout; .csv: records with a head, between commas, semicolons
-    or tabs; .tsv, .txt: a row a line, its columns between tabs; .parquet. UTF-8, or UTF-16 with a
-    byte order mark.
+    .jsonl and .ndjson hold one object per line. .json holds such lines, a list of objects, a dict
+    of columns, or the questions of a file in SQuAD's layout. .csv holds records with a header line,
+    separated by commas, semicolons or tabs. .tsv and .txt hold one row per line with columns
+    separated by tabs. .parquet is read with PyArrow. Text is UTF-8, or UTF-16 with a byte order
+    mark.
 
     Args:
-      columns: where each of FIELDS stands: the key of an object (``a.b`` for b inside a), the
-        number of a column from 0, or its name in the first line, which then is a head. Several keys
-        are written ``sol1+sol2``: choices one a column, texts joined by spaces. None: the fields'
-        own names, else the first of `layouts.LAYOUTS` whose keys are all there, else in .tsv and
-        .txt input=0 and reference=1. A key that is named for one field is read for no other.
-      labels: what references are renamed to, as {"0": "negative", "1": "positive"}.
-      limit: as many rows, drawn by ``seed``, in the order of the file; all where it has no more.
-      needs: fields without which a row is refused.
-      choices: those of every row that holds none.
-      notes: gets a line for everything that was decided or left out.
+      columns: the location of each of FIELDS: the key of an object (``a.b`` for b inside a), the
+        number of a column from 0, or its name in the first line, which then is a header. Several
+        keys are written ``sol1+sol2``: choices take one column each, texts are joined by spaces.
+        None: the fields' own names; else the first of `layouts.LAYOUTS` whose keys are all present;
+        else, in .tsv and .txt, input=0 and reference=1. A key named for one field is read for no
+        other field.
+      labels: new names of references, such as {"0": "negative", "1": "positive"}.
+      limit: maximum number of rows, drawn by ``seed`` and kept in the order of the file.
+      needs: required fields; a row without them is an error.
+      choices: choices of every row that has none of its own.
+      notes: a list that receives one line for each guess and for rows left out.
+
     A list of texts as input or context is joined by spaces; several references are a list. Choices
     are a list of texts or of {"label", "text"}, {"text": [...], "label": [...]}, {"A": text, ...},
     or {text: score}.
 
-    With choices a reference is a choice's text, its name in the file, its letter, or its number
-    from 0 or from 1. The names in the file come first; else the one way that fits every row of the
-    file is taken. Where numbers from 0 and from 1 both fit, they count from 0, unless the choices
-    stand in columns whose own numbers start at 1. What stays ambiguous is refused:
-    ``reference=KEY@0``, ``@1``, ``@letter`` or ``@text`` says it. False and true are "no" and "yes"
-    among the choices, else 0 and 1.
-    Raises OSError, and ValueError naming the row.
+    With choices, a reference is a choice's text, its name in the file, its letter, or its number
+    from 0 or from 1. Names in the file are tried first, then the one reading that fits every row of
+    the file. If numbers from 0 and from 1 both fit, they count from 0, unless the choices come from
+    columns numbered from 1. Ambiguous references are an error; ``reference=KEY@0``, ``@1``,
+    ``@letter`` or ``@text`` resolves them. False and true are "no" and "yes" among the choices,
+    else 0 and 1.
+
+    Raises:
+      OSError: the file cannot be read.
+      ValueError: a row is invalid; the message names it.
     """
     path = Path(path)
     labels = dict(labels or {})
@@ -100,21 +105,20 @@ def read_rows(
 
 
 def _check_named(path: Path, items, columns: Mapping[str, str]) -> None:
-    """Raises ValueError where a key that was named stands in no row."""
+    """Check that each named key is in at least one row, or raise ValueError."""
     objects = [item for _, item in items if isinstance(item, dict)]
     for field, column in columns.items():
         for key in [] if any(column in item for item in objects) else keys_of(column):
             if objects and all(key not in item and value_at(item, key) is None for item in objects):
                 raise ValueError(
                     f"{path}: no row has a {field} under {key!r}, the first one only "
-                    f"{', '.join(map(str, objects[0]))[:80]}; name the right one, as "
-                    "in "
+                    f"{', '.join(map(str, objects[0]))[:80]}; name the right one, as in "
                     f"--columns={field}=KEY"
                 )
 
 
 def _layout_of(items, choices, notes):
-    """(columns, choices, blank) where nobody named columns."""
+    """Return (columns, choices, blank) of the first layout that fits the rows."""
     first = items[0][1] if items else {}
     if isinstance(first, dict) and "input" not in first:
         layout = next(

@@ -1,5 +1,4 @@
-"""Where the fields of a row stand in the evaluation sets that people share, known by the names of
-their keys."""
+"""Layouts of public evaluation sets: the keys under which they keep the fields of a row."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,33 +6,34 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Layout:
-    """``columns`` as in `rows.read_rows`."""
+    """Keys of one data set; ``columns`` as in `examples.read_rows`."""
 
     name: str
     columns: dict[str, str]
-    choices: tuple[str, ...] = ()  # of every row, where the rows hold none
-    blank: str = ""  # what the choices fill in the input
+    choices: tuple[str, ...] = ()  # choices of every row, if rows have none
+    blank: str = ""  # the mark in the input that choices replace
 
     def fits(self, has: Callable[[str], bool]) -> bool:
-        """Whether every key of the columns is there."""
+        """Return whether every key of the columns is present."""
         return all(has(key) for column in self.columns.values() for key in keys_of(column))
 
 
 def keys_of(column: str) -> list[str]:
-    """["sol1", "sol2"] of "sol1+sol2", ["label"] of "label@1"."""
+    """Return ["sol1", "sol2"] for "sol1+sol2", ["label"] for "label@1"."""
     return column.rpartition("@")[0].split("+") if reading_of(column) else column.split("+")
 
 
 def reading_of(column: str) -> str:
-    """ "1" of "label@1", how the reference names its choice: one of READINGS, or "" where the
-    column does not say."""
+    """Return how the reference names its choice, such as "1" for "label@1".
+
+    The result is one of READINGS, or "" if the column does not specify one.
+    """
     reading = column.rpartition("@")[2]
     return reading if "@" in column and reading in READINGS else ""
 
 
 def value_at(item, key: str):
-    """What an object holds under a key, or under a path of keys with points between; None where
-    nothing is."""
+    """Return the value of an object under a key or a dotted path of keys, or None."""
     if not isinstance(item, dict):
         return None
     if key in item:
@@ -51,7 +51,7 @@ def value_at(item, key: str):
 FIELDS = ("input", "reference", "context", "choices")
 READINGS = ("0", "1", "letter", "text")
 
-# The first that fits counts, so that layouts with more keys stand before those with fewer.
+# The first layout that fits is used, so layouts with more keys come before those with fewer.
 LAYOUTS = (
     Layout("HellaSwag", {"input": "ctx", "choices": "endings", "reference": "label@0"}),
     Layout(

@@ -1,5 +1,4 @@
-"""From a row to the prompt that a model reads, never longer than its context; and to pairs for
-fine-tuning."""
+"""Compose prompts that fit the context of a model, and prompt/answer pairs for fine-tuning."""
 
 import collections
 import dataclasses
@@ -30,35 +29,34 @@ from mtnlg_jax.tasks.text import cut, normalise
 @dataclass(frozen=True)
 class Prompt:
     text: str
-    candidates: tuple[
-        tuple[str, str], ...
-    ]  # (label or choice, the text behind the prompt); empty: to be written
-    examples: int  # shown, the last of those given
-    passages: tuple[Passage, ...]  # shown, in order: the first is [1]
+    candidates: tuple[tuple[str, str], ...]  # (label or choice, its text); empty: to be generated
+    examples: int  # number of examples shown, the last of those given
+    passages: tuple[Passage, ...]  # passages shown, in order: the first is [1]
     shortened: bool  # part of the input was left out
     context_shortened: bool  # part of the row's own context was left out
-    neutral: str  # the same without the input, for rankings by pmi
+    neutral: str  # the prompt without the input, for rankings by pmi
     language: str  # of the answer
-    texts: tuple[
-        str, ...
-    ] = ()  # of each candidate, where a blank makes them differ; else ``text`` is that of all
+    # The prompt of each candidate if a blank makes them differ; otherwise all of them use ``text``.
+    texts: tuple[str, ...] = ()
 
 
 def split_last_word(row: Row) -> Row:
-    """A row without reference asks for the last word of its input."""
+    """Make the last word of the input the reference of a row that has none."""
     if row.references:
         return row
     parts = row.input.rstrip().rsplit(None, 1)
     if len(parts) < 2:
         raise ValueError(
-            f"the input {row.input[:40]!r} has no last word behind others; give it a reference"
+            f"the input {row.input[:40]!r} has no last word to split off; give it a reference"
         )
     return dataclasses.replace(row, input=parts[0], references=(parts[1],))
 
 
 class Examples:
-    """Rows with references to show before others; never one that asks what the row itself asks
-    (`same_question`)."""
+    """Rows with references to show as examples.
+
+    An example is never shown before a row that asks the same question (`same_question`).
+    """
 
     def __init__(self, task: Task, rows: Sequence[Row], language: str | None = None):
         self._by_language = collections.defaultdict(list)
@@ -69,9 +67,11 @@ class Examples:
     def of(
         self, row: Row, language: str, shots: int | None = None, seed: int | None = None
     ) -> list[Row]:
-        """Those of the row's language: the first ``shots``, in their order, or as many drawn by
-        ``seed`` and the row's input, the same for it whatever else is evaluated; all where
-        ``shots`` is None."""
+        """Return ``shots`` examples in the row's language; None: all of them.
+
+        Without ``seed`` these are the first ones, in their order. With ``seed`` they are drawn by
+        the seed and the row's input, so they do not depend on the other rows.
+        """
         pool = self._by_language[language]
         if shots is not None and seed is not None:
             asked = _folded(row.input)
@@ -87,8 +87,11 @@ class Examples:
 
 
 def same_question(one: Row, other: Row) -> bool:
-    """Whether two rows ask the same, whatever their answers: inputs that differ in case and spaces
-    at most, and contexts and choices that are the same or that one of them lacks."""
+    """Return whether two rows ask the same question, regardless of their answers.
+
+    Their inputs differ at most in case and white space. Their contexts and choices are equal, or
+    missing from one of them.
+    """
     if _folded(one.input) != _folded(other.input):
         return False
     contexts = {_folded(row.context) for row in (one, other) if row.context.strip()}
@@ -112,18 +115,21 @@ def compose(
     passages: Sequence[Passage] = (),
     reserve: int | None = None,
 ) -> Prompt:
-    """The prompt of a row: instruction, examples in their order, passages, input.
+    """Compose the prompt of a row: instruction, examples in their order, passages, input.
 
     Args:
-      context: tokens that the prompt and its answer may take together.
-      passages: looked up, best first; they stand behind the row's own context.
-      reserve: tokens kept free for a written answer; default: those of the task's decoding, but at
-        most a quarter of the context. Candidates keep what the longest of them needs.
-    Where all of it does not fit, these go one after the other until it does: passages but the best,
-    the first examples, then what the task does not need of the input (`Task.keep`). The last
-    passage is shortened to what is left. A context that does not fit is looked through for the
-    passages that speak about the input; as many as fit are shown, in the order of the text. Raises
-    ValueError where the input is empty, or still too long.
+      context: maximum number of tokens of the prompt and its answer together.
+      passages: retrieved passages, best first; they follow the row's own context.
+      reserve: tokens kept free for a generated answer. Default: the length in the task's decoding,
+        but at most a quarter of the context. Candidates reserve the length of the longest one.
+
+    If the prompt does not fit, parts are removed in this order: passages except the best, the first
+    examples, then the part of the input that the task can spare (`Task.keep`). The last passage is
+    shortened to the remaining space. If the row's own context does not fit, its passages most
+    relevant to the input are shown instead, as many as fit, in the order of the text.
+
+    Raises:
+      ValueError: the input is empty, or still too long.
     """
     from mtnlg_jax.decode.results import encode_prompt
 
@@ -148,12 +154,9 @@ def compose(
     reserve = _reserve(task, context) if reserve is None else reserve
 
     def length(prompt: str) -> int:
-        # 1 more where a tokenizer has no <bos> before texts: a ranking may put one there.
-        tokens = (
-            max(len(encode_prompt(tokenizer, prompt + ending)) for ending in endings)
-            + 1
-            - tokenizer.prompt_bos
-        )
+        # Leave room for the <bos> that a ranking may add if the tokenizer adds none.
+        longest = max(len(encode_prompt(tokenizer, prompt + ending)) for ending in endings)
+        tokens = longest + 1 - tokenizer.prompt_bos
         return tokens if candidates else tokens + reserve
 
     def build(text, passages, examples):
@@ -202,7 +205,7 @@ def compose(
 
 
 def _most(examples: list[Row], fits: Callable[[list[Row]], bool]) -> list[Row]:
-    """The most of the last examples that fit, by bisection."""
+    """Return the longest tail of the examples that fits, by bisection."""
     if not examples or fits(examples):
         return examples
     low = 0
@@ -216,7 +219,7 @@ def _most(examples: list[Row], fits: Callable[[list[Row]], bool]) -> list[Row]:
 
 
 def _ordered(passages: list[Passage], own: Sequence[Passage]) -> list[Passage]:
-    """Those of the row's own context in the order of its text, then those looked up, best first."""
+    """Put passages of the row's own context first, in text order, then retrieved ones, best first."""
     ours = [passage for passage in passages if any(passage is each for each in own)]
     others = [passage for passage in passages if not any(passage is each for each in own)]
     return sorted(ours, key=lambda passage: passage.start) + others
@@ -230,10 +233,14 @@ def pairs(
     tokenizer=None,
     context: int | None = None,
 ) -> list[dict[str, str]]:
-    """{"prompt": ..., "answer": ...} of each row, as the task will ask it without examples: what a
-    model is fine-tuned on. With a tokenizer and the model's context, inputs are shortened to it as
-    they will be then. The answer has its own leading space, so `launch/prepare_data.py` takes it as
-    --answer='{answer}'. Raises ValueError naming the row.
+    """Return {"prompt": ..., "answer": ...} of each row, to fine-tune a model on.
+
+    Prompts are those of the task without examples. With a tokenizer and the context of the model,
+    inputs are shortened as they will be at inference. The answer includes its leading space, so
+    pass --answer='{answer}' to `launch/prepare_data.py`.
+
+    Raises:
+      ValueError: a row is invalid; the message names it.
     """
     made = []
     for number, row in enumerate(rows, 1):
@@ -278,8 +285,7 @@ def _reserve(task: Task, context: int) -> int:
 
 
 def _given(row: Row, fits: Callable[[Passage], bool]) -> list[Passage]:
-    """The row's own context: whole, or where that does not fit its passages that speak about the
-    input."""
+    """Return the row's own context whole, or its passages most relevant to the input."""
     if not row.context.strip():
         return []
     whole = Passage(row.context, "context", 0, len(row.context))
@@ -292,20 +298,17 @@ def _given(row: Row, fits: Callable[[Passage], bool]) -> list[Passage]:
 def _shortened(task: Task, row: Row, text: str, fits, length: int, context: int) -> str:
     what = (
         f"the input {row.input[:40]!r} takes {length} tokens with its prompt and room for the "
-        "answer, and the "
-        f"model's context holds {context}"
+        f"answer, and the model's context holds {context}"
     )
     if not task.keep:
         raise ValueError(
             f"{what}; task {task.name!r} needs all of it: give it in parts, such as "
-            "its sentences, or use "
-            "a model with more positions"
+            "its sentences, or use a model with more positions"
         )
     text = cut(text, task.keep, fits)
     if not text:
         raise ValueError(
-            f"{what}, where not a word of it would fit; use a shorter template, or a "
-            "model with more "
-            "positions"
+            f"{what}, and not one word of it fits; use a shorter template, or a "
+            "model with more positions"
         )
     return text

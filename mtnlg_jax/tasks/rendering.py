@@ -1,4 +1,4 @@
-"""A row of a task in the words of a template: its prompt, its answer and its candidates."""
+"""Render one row of a task with a template: its prompt, its answer and its candidates."""
 
 import re
 import string
@@ -13,11 +13,13 @@ from mtnlg_jax.tasks.text import UNSPACED, language_of, normalise
 @dataclass(frozen=True)
 class Row:
     input: str
-    references: tuple[str, ...] = ()  # right answers; the best counts, and the first is learnt
-    context: str = ""  # a passage given with the row
+    references: tuple[
+        str, ...
+    ] = ()  # right answers; the best match counts, and the first is trained on
+    context: str = ""  # a passage that comes with the row
     choices: tuple[str, ...] = ()  # answers to choose from, other than the labels of the task
-    # What the choices fill in the input. Tasks whose answer goes on from the input then score what
-    # follows it.
+    # The mark in the input that the choices replace. Tasks that continue the input then score the
+    # text after it.
     blank: str = ""
 
     def __post_init__(self):
@@ -26,7 +28,7 @@ class Row:
 
 
 def template_of(task: Task, text: str, language: str | None = None) -> tuple[str, Template]:
-    """The language of a text, given or seen, and the task's template for it."""
+    """Return the language of a text, given or detected, and the task's template for it."""
     chosen = language or language_of(text)
     if chosen not in task.templates:
         raise ValueError(
@@ -43,7 +45,7 @@ def render(
     passages: Sequence[Passage] = (),
     text: str | None = None,
 ) -> str:
-    """The prompt of one row, without instruction; ``text`` in place of its input."""
+    """Return the prompt of one row without instruction; ``text`` replaces the input of the row."""
     shown = "".join(
         fill_in(template.passage, number=str(number), text=normalise(passage.text))
         for number, passage in enumerate(passages, 1)
@@ -63,8 +65,10 @@ def render(
 
 
 def answer_of(task: Task, template: Template, row: Row) -> str:
-    """What a model should write behind the prompt of a row, from its first reference: of a label,
-    its word."""
+    """Return the text that a model should write after the prompt of a row.
+
+    The text comes from the first reference; a label is replaced by its word in the template.
+    """
     if not row.references or not row.references[0].strip():
         raise ValueError(
             f"the row with input {row.input[:40]!r} has no reference; give it a right answer"
@@ -75,26 +79,26 @@ def answer_of(task: Task, template: Template, row: Row) -> str:
         if answer not in words:
             raise ValueError(
                 f"reference {answer[:40]!r} is none of the labels {', '.join(words)}; "
-                "name what stands "
-                "for which, as in "
+                "map references to labels, as in "
                 f"--labels={answer.split()[0][:20]}={next(iter(words))}"
             )
         return fill_in(template.answer, answer=words[answer])
     if row.choices:
         if answer not in row.choices:
             raise ValueError(
-                f"reference {answer[:40]!r} is none of the {len(row.choices)} choices "
-                "of the row with "
-                f"input {row.input[:40]!r}; give it as it stands there"
+                f"reference {answer[:40]!r} is none of the {len(row.choices)} choices of the row "
+                f"with input {row.input[:40]!r}; copy it exactly"
             )
         return dict(candidates_of(task, template, row))[answer]
     return fill_in(template.answer, answer=answer.rstrip() if task.joined else normalise(answer))
 
 
 def candidates_of(task: Task, template: Template, row: Row) -> tuple[tuple[str, str], ...]:
-    """(label, text behind the prompt) of all there are to choose from. Of choices that the prompt
-    lists with letters the letter stands behind it, unless the template says otherwise. Where the
-    answer goes on from the input, a choice gets the space that it lacks."""
+    """Return (label, text after the prompt) of every label or choice.
+
+    Choices that the prompt lists with letters are answered by letter, unless the template sets
+    ``chosen_by``. Where the answer continues the input, a missing space is added to the choice.
+    """
     if not row.choices:
         return tuple(
             (label, fill_in(template.answer, answer=word)) for label, word in template.labels
@@ -112,10 +116,10 @@ def candidates_of(task: Task, template: Template, row: Row) -> tuple[tuple[str, 
     )
 
 
-def seam(text: str, behind: str) -> str:
-    """ " " where two texts need a space between them, else ""."""
+def seam(text: str, after: str) -> str:
+    """Return " " if two texts need a space between them, else ""."""
     last = text[-1:]
-    first = behind[:1]
+    first = after[:1]
     if (
         not last
         or not first
@@ -132,8 +136,7 @@ def _letters(row: Row) -> list[str]:
     if len(row.choices) > len(string.ascii_uppercase):
         raise ValueError(
             f"the row with input {row.input[:40]!r} has {len(row.choices)} choices, "
-            "and there are 26 "
-            "letters for {choices}; use a template without them"
+            "and there are 26 letters for {choices}; use a template without them"
         )
     return list(string.ascii_uppercase[: len(row.choices)])
 
@@ -148,13 +151,12 @@ def fill_blank(before: str, choice: str) -> str:
 
 
 def around_blank(row: Row, text: str) -> tuple[str, str]:
-    """The input before and behind its blank, which may be drawn by several marks in a row."""
+    """Return the input before and after its blank, which may be several marks in a row."""
     parts = re.split(f"(?:{re.escape(row.blank)})+", text)
     if len(parts) != 2 or not parts[1].strip():
         raise ValueError(
             f"the input {row.input[:40]!r} has {len(parts) - 1} blanks {row.blank!r} "
-            "with text behind "
-            "the last; it needs one, and a text behind it, which is what is scored"
+            "with text after the last; give it one blank, with a text after it to score"
         )
     return parts[0], parts[1].rstrip()
 
@@ -163,14 +165,13 @@ def check_passages(task: Task, template: Template) -> None:
     if "{passages}" not in template.prompt:
         raise ValueError(
             f"task {task.name!r} takes no passages, as its prompt {template.prompt!r} "
-            "has no place for "
-            "them; leave them out, or write {passages} there in a templates file"
+            "does not contain {passages}; leave them out, or add it in a templates file"
         )
 
 
 def check_task(task: Task, template: Template, tokenizer) -> None:
-    """Raises ValueError where the tokenizer has no tokens for what the template says."""
-    # The fixed words one by one, so that the one to change is named.
+    """Check that the tokenizer can encode the words of the template, or raise ValueError."""
+    # Check each text separately, so that the error names the one to change.
     named = {
         "instruction": template.instruction,
         "prompt": template.prompt,
@@ -191,17 +192,15 @@ def check_task(task: Task, template: Template, tokenizer) -> None:
             told = tokenizer.decode(ids, skip_special=False)
             raise ValueError(
                 f"task {task.name!r}: {what}, {text!r}, is {told!r} to this run's "
-                "tokenizer, which lacks "
-                "tokens for it; write it otherwise in a templates file, or take a run "
+                "tokenizer, which lacks tokens for it; change it in a templates file, or use a run "
                 "that knows "
                 f"{LANGUAGES[language_of(text)]}"
             )
         if what in words:
             if ids in tokens:
                 raise ValueError(
-                    f"task {task.name!r}: {what} and {tokens[ids]} have the same "
-                    "tokens in this run's "
-                    "tokenizer; write one of them otherwise in a templates file"
+                    f"task {task.name!r}: {what} and {tokens[ids]} have the same tokens "
+                    "in this run's tokenizer; change one of them in a templates file"
                 )
             tokens[ids] = what
 

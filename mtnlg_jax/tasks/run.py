@@ -1,5 +1,4 @@
-"""Tasks done by a model: rows in, answers out, whether it was fine-tuned for the task or only told
-what to do."""
+"""Run a task with a model: answer rows, with a fine-tuned model or by prompting alone."""
 
 import dataclasses
 import functools
@@ -45,29 +44,33 @@ def perform(
     batch: int = 8,
     on_answer: Callable[[int, Answer], None] = lambda index, answer: None,
 ) -> list[Answer]:
-    """The answer of each row. Labels and choices are ranked, all else is written.
+    """Return the answer of each row. Labels and choices are ranked; other answers are generated.
 
     Args:
       rows: inputs, or `Row`s with choices or a context.
-      language: of the inputs, a key of the task's templates; None: seen from each.
+      language: language of the inputs, a key of the task's templates; None: detect it per input.
       examples: rows with references, or (input, answer), shown in this order before each input of
-        their language; never those that ask what the row itself asks (`prompts.same_question`).
-      shots: as many of them, the first ones or, with ``seed``, drawn for each row; None: all.
-      retriever: where ``passages`` of them, as many as fit, are looked up for each input.
-      decode: in place of the task's decoding; its length is held to the context, and the task's
-        stops are added.
-      scorer: of SCORERS, for rankings. "pmi" takes off what the prompt without an input would say,
-        which helps a model that was not fine-tuned (Zhao 2021, Holtzman 2021).
-      normalise: of `answers.NORMALISATIONS`: what scores are divided by, see `answers.length_of`.
-        None: "sum" for labels, and for choices that fill a blank, behind which all score the same
-        text; "per_byte" for other choices, since they are of different lengths.
-      last_word: the reference of each row is scored as the end of its text (LAMBADA), without
-        labels and choices: the answer is what the model writes greedily in as many tokens as the
-        reference has, its ``log_prob`` that of the reference.
-      stages: those that trained the model, where known, for "pseudo_log_likelihood".
-      batch: rows written at once.
-      on_answer: called with (index of the row, answer) as soon as it is there.
-    Raises ValueError before the model does any work.
+        their language. Examples that ask the row's own question (`prompts.same_question`) are
+        skipped.
+      shots: number of examples to show: the first ones or, with ``seed``, a random draw per row;
+        None: all.
+      retriever: source of up to ``passages`` passages for each input, as many as fit.
+      decode: settings that replace the task's decoding. The length is limited to the context, and
+        the task's stops are added.
+      scorer: one of SCORERS, for rankings. "pmi" subtracts the score after a prompt without an
+        input, which helps a model that was not fine-tuned (Zhao 2021, Holtzman 2021).
+      normalise: one of `answers.NORMALISATIONS`, the divisor of scores (see `answers.length_of`).
+        None: "sum" for labels and for choices that fill a blank, which all score the same text
+        after it; "per_byte" for other choices, because their lengths differ.
+      last_word: score the reference of each row as the end of its text (LAMBADA), without labels
+        or choices. The answer is the model's greedy continuation of the reference's token count;
+        its ``log_prob`` is the reference's.
+      stages: the training stages of the model, if known, for "pseudo_log_likelihood".
+      batch: number of rows generated at once.
+      on_answer: called with (index of the row, answer) as soon as the answer is available.
+
+    Raises:
+      ValueError: an argument or a row is invalid; raised before the model does any work.
     """
     rows = [_row(row) for row in rows]
     pool = Examples(task, [_row(each) for each in examples], language)
@@ -211,7 +214,7 @@ def _row(row) -> Row:
     ):
         return Row(row[0], (row[1],))
     raise ValueError(
-        f"{str(row)[:60]!r} is no row; give a text, a Row, or for an example (input, answer)"
+        f"{str(row)[:60]!r} is not a row; give a text, a Row, or for an example (input, answer)"
     )
 
 
@@ -220,7 +223,7 @@ def _choose(
 ) -> Answer:
     labels, texts = zip(*prompt.candidates, strict=True)
     if prompt.texts:
-        # Each choice has a prompt of its own, and all score the same text.
+        # Each choice has its own prompt, and all of them score the same text after the blank.
         ranked = [
             (
                 i,
@@ -277,7 +280,7 @@ def _choose(
 
 
 def _target(row: Row) -> str:
-    """A row's reference as the end of its text."""
+    """Return the reference of a row as the end of its text."""
     reference = row.references[0].rstrip()
     return seam(row.input.rstrip(), reference) + reference
 
@@ -289,7 +292,7 @@ def _last_words(
         encode_prompt(tokenizer, prompt.text + _target(row))
         for row, prompt in zip(rows, prompts, strict=True)
     ]
-    # Behind the tokens that are those of the prompt alone.
+    # Score from the first token that differs from those of the prompt alone.
     starts = [
         max(1, _common(encode_prompt(tokenizer, prompt.text), tokens))
         for prompt, tokens in zip(prompts, whole, strict=True)
@@ -323,7 +326,7 @@ def _last_words(
 
 
 def _common(first, second) -> int:
-    """How many tokens both begin with alike."""
+    """Return the length of the common prefix of two token sequences."""
     return next(
         (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b),
         min(len(first), len(second)),
@@ -337,7 +340,7 @@ def _write(
     stops = []
     for row, prompt in zip(rows, prompts, strict=True):
         template = template_of(task, row.input, language)[1]
-        # Beams know no strings while they are chosen, but every token that may begin one ends them.
+        # Beam search cannot match strings, so every token that may begin a stop ends a beam.
         stop = (
             {"eos_token_id": _ends(decoder, tokenizer, decode, template.stops)}
             if decode.num_beams > 1
@@ -373,8 +376,11 @@ def _write(
 
 
 def _ends(decoder, tokenizer, decode: DecodeConfig, stops: Sequence[str]) -> tuple[int, ...]:
-    """The ids that end a beam: its ends, and for stops of one character all tokens that begin with
-    one. Longer stops are cut off when the text is known."""
+    """Return the token ids that end a beam.
+
+    These are its end tokens and, for stops of one character, all tokens that begin with one. Longer
+    stops are cut off after decoding.
+    """
     begins = tuple(stop.encode() for stop in stops if len(stop) == 1)
     tokens = [
         token

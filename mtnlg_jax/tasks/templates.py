@@ -1,4 +1,4 @@
-"""The five tasks: their words in English and Chinese, and how each is decoded, cut and scored."""
+"""The five tasks: English and Chinese templates, decoding, truncation and metrics."""
 
 import dataclasses
 import difflib
@@ -16,29 +16,24 @@ LANGUAGES = {"en": "English", "zh": "Chinese"}
 
 @dataclass(frozen=True)
 class Template:
-    """The words around an input. ``{input}`` and the other keys below stand for texts, any other
-    brace for itself.
+    """The words around an input. ``{input}`` and the keys below are replaced; other braces stay.
 
-    A prompt is instruction, examples (prompt and answer, a separator behind each), and the prompt
+    A prompt is the instruction, the examples (prompt, answer and separator of each), and the prompt
     of the input.
     """
 
-    # With {input}, with {passages} where there may be some, and {choices} where they are listed
-    # before they are chosen from; ends where the answer begins.
+    # Contains {input}, optionally {passages}, and {choices} if the prompt lists the choices. It
+    # ends where the answer begins.
     prompt: str
     answer: str = " {answer}"  # with its leading space, which belongs to the answer's first token
     instruction: str = ""
-    passage: str = ""  # one of {passages}: {number} and {text}
+    passage: str = ""  # format of one of {passages}, with {number} and {text}
     separator: str = "\n\n"
-    labels: tuple[
-        tuple[str, str], ...
-    ] = ()  # (label, the {answer} that stands for it); empty: the answer is written
-    choice: str = "{letter}. {text}\n"  # one of {choices}
-    chosen_by: str = (
-        "letter"  # the {answer} of one of {choices}: its "letter" (MMLU) or its "text" (cloze)
-    )
-    stops: tuple[str, ...] = ("\n",)  # where a written answer ends; the end token always ends it
-    answer_language: str = ""  # empty: that of the input
+    labels: tuple[tuple[str, str], ...] = ()  # (label, its {answer}); empty: generate the answer
+    choice: str = "{letter}. {text}\n"  # format of one of {choices}
+    chosen_by: str = "letter"  # the {answer} to {choices}: "letter" (MMLU) or "text" (cloze)
+    stops: tuple[str, ...] = ("\n",)  # strings that end a generated answer, like the end token
+    answer_language: str = ""  # empty: the language of the input
 
     def __post_init__(self):
         labels = self.labels.items() if isinstance(self.labels, Mapping) else self.labels
@@ -52,12 +47,10 @@ class Task:
     name: str
     templates: Mapping[str, Template]  # by language of the input
     decode: DecodeConfig
-    metrics: tuple[
-        str, ...
-    ]  # of written answers, of metrics.METRICS; chosen ones have their accuracy
-    # part of an input too long for the context: "start", "end", "both"; "": it cannot be cut
+    metrics: tuple[str, ...]  # metrics.METRICS of generated answers; choices have accuracy
+    # Part to keep of an input too long for the context: "start", "end", "both"; "": all of it.
     keep: str = ""
-    joined: bool = False  # the answer goes on from the input, so that white space counts
+    joined: bool = False  # the answer continues the input, so white space matters
 
 
 def check_template(template: Template) -> None:

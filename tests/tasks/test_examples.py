@@ -134,7 +134,7 @@ def test_layouts(tmp_path, name, content, options, rows):
             '{"input": "a", "choices": ["b", "c"], "reference": 3}',
             {},
             "row 1: reference 3 is none of the 2 "
-            "choices, nor the letter or number of one; give it as it stands there",
+            "choices, nor the letter or number of one; copy it exactly",
         ),
         ("a.jsonl", "", {}, "holds no rows"),
         ("a.tsv", "alone\n", {}, "row 1: no reference under '1', only 0"),
@@ -321,16 +321,16 @@ def test_choices_in_columns_and_where_numbers_begin(tmp_path, items, columns, ex
         ),
         (
             [{"e": ["1", "3", "2"], "r": 1}],
-            "say which: --columns=reference=r@0, @1 (numbers that count from there)",
+            "state which: --columns=reference=r@0, @1 (numbers that count from there)",
         ),
         ([{"e": ["B", "A"], "r": "A"}], "may be a choice's text or a choice's letter"),
         (
             [{"e": ["a", "b"], "r": 0}, {"e": ["a", "b"], "r": 2}],
-            "row 2: reference 2 does not name its choice as those of",
+            "row 2: reference 2 does not name its choice the way",
         ),
         (
             [{"e": ["a", "b"], "r": 1}, {"e": ["a", "b"], "r": "A"}],
-            "write all of them alike, as texts, letters or numbers",
+            "write all references as texts, as letters or as numbers",
         ),
         ([{"e": ["maybe", "yes"], "r": False}], "reference False is none of the 2 choices"),
         ([{"e": ["a", {"b": 1}], "r": 0}], "choice 2 of 2 is a dict; give a text"),
@@ -350,7 +350,7 @@ def test_what_may_mean_two_things_is_refused(tmp_path, items, message):
 def test_numbered_columns_without_a_sign_of_the_first_number_are_refused(tmp_path):
     path = write(tmp_path, "a.jsonl", json.dumps({"s": "q", "way1": "a", "way2": "b", "n": "1"}))
     with pytest.raises(
-        ValueError, match="may count from 0 or from 1; say which: --columns=reference=n@0, @1"
+        ValueError, match="may count from 0 or from 1; state which: --columns=reference=n@0, @1"
     ):
         read_rows(path, {"input": "s", "choices": "way1+way2", "reference": "n"})
     notes = []
@@ -580,7 +580,7 @@ def test_tables_with_and_without_quotes(tmp_path, name, content, columns, rows):
         (
             "a.csv",
             "foo,bar\na,b\n",
-            "the first line names foo, bar, none of them as known sets do; say where things stand",
+            "the first line names foo, bar, which match no known data set; name the columns",
         ),
         (
             "a.csv",
@@ -639,7 +639,7 @@ def test_equal_choices_count_once_and_are_told(tmp_path):
     row = one(tmp_path, {"input": "q", "choices": ["a", "b", "a"], "reference": 2}, notes=notes)
     assert (
         row == Row("q", ("a",), choices=("a", "b"))
-        and "1 of 1 rows hold equal choices" in notes[-1]
+        and "1 of 1 rows have duplicate choices" in notes[-1]
     )
 
 

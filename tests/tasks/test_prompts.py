@@ -304,7 +304,7 @@ def test_pairs_go_the_round(tokenizer, known, tmp_path):
         (
             "sentiment",
             Row("a", ("good",)),
-            "row 1: reference 'good' is none of the labels negative, positive; name",
+            "row 1: reference 'good' is none of the labels negative, positive; map",
         ),
         ("summarise", Row("a"), "row 1: the row with input 'a' has no reference"),
         ("summarise", Row(" ", ("b",)), "row 1: the input is empty"),
@@ -331,7 +331,7 @@ def test_pairs_that_cannot_be(task, row, message):
             "summarise",
             Row("Hello"),
             {"context": 10},
-            "context holds 10, where not a word of it would fit",
+            "context holds 10, and not one word of it fits",
         ),
         (
             "summarise",

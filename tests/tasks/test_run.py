@@ -177,7 +177,7 @@ def test_examples_are_those_of_the_language(memory):
     [
         ("summarise", [], {}, "task 'summarise' has no rows to answer"),
         ("summarise", ["a", " "], {}, "row 2 of 2: the input of task 'summarise' is empty"),
-        ("summarise", [3], {}, "'3' is no row; give a text"),
+        ("summarise", [3], {}, "'3' is not a row; give a text"),
         (
             "sentiment",
             ["a"],
@@ -226,7 +226,7 @@ def test_examples_are_those_of_the_language(memory):
             "continue",
             [Row("a b", choices=("c", "d"), blank="_")],
             {},
-            "has 0 blanks '_' with text behind the last",
+            "has 0 blanks '_' with text after the last",
         ),
         ("continue", [Row("a _.", choices=("c", "d"), blank="x")], {}, "has 0 blanks 'x'"),
         ("sentiment", ["a"], {"decode": DecodeConfig(temperature=-1)}, "temperature=-1"),

@@ -263,9 +263,8 @@ def frequencies(text: str, ngrams: NGrams) -> dict[str, int]:
 
 def below(ngrams: NGrams, counts: Mapping[str, int]) -> NGrams:
     """Return the n-grams with fewer than ``key_threshold`` occurrences in the whole corpus."""
-    threshold = ngrams.config.key_threshold
-    rare = frozenset(key for key in ngrams.keys if counts.get(key, 0) < threshold)
-    return replace(ngrams, keys=rare)
+    most = ngrams.config.key_threshold
+    return replace(ngrams, keys=frozenset(k for k in ngrams.keys if counts.get(k, 0) < most))
 
 
 def pieces(text: str, ngrams: NGrams) -> tuple[list[str], list[str]]:
