@@ -1,0 +1,1 @@
+"""Parts of launch/generate.py: its flags, their checks, and its modes."""

@@ -1,0 +1,113 @@
+"""Check that the flags of launch/generate.py fit together."""
+
+import os
+import re
+import sys
+
+from mtnlg_jax.cli.generation import options
+from mtnlg_jax.cli.generation.settings_flags import NAMES, SETTINGS
+
+
+def check_flags() -> None:
+    """Raise ValueError on a flag that has no effect beside the others."""
+    _check_mode()
+    _check_prompts()
+    _check_texts()
+    _note_escapes()
+
+
+def _check_mode() -> None:
+    """Refuse flags of another mode than --mode, and settings for candidates that are given."""
+    mode = options.MODE.value
+    written = ("generative",) if options.CANDIDATES.value else ("generative", "ranking")
+    acts_in = dict.fromkeys(["stream", "stats", "draft", "num_assistant_tokens"], ("generative",))
+    acts_in |= dict.fromkeys(["candidates", "normalise", "scorer", *options.SCORING], ("ranking",))
+    acts_in |= {"guesses": ("fill",)} | dict.fromkeys(["cache", "show_special"], written)
+    acts_in |= dict.fromkeys(
+        ["checkpoint", "dtype", "weights", "prompts", "output", "batch"],
+        ("generative", "ranking", "fill"),
+    )
+    acts_in = dict.fromkeys(NAMES, ("generative", "ranking")) | acts_in
+    for name, modes in acts_in.items():
+        if not options.is_given(name) or mode in modes:
+            continue
+        if mode == "ranking" and "ranking" not in modes and name in ("cache", "show_special"):
+            raise ValueError(
+                f"--{name} is for texts that are written, and --candidates gives them; leave it out"
+            )
+        raise ValueError(
+            f"--{name} is for --mode={' or '.join(modes)}, not --mode={mode}; leave it out"
+        )
+    if mode == "ranking" and options.CANDIDATES.value:
+        for name in NAMES:
+            if options.is_given(name):
+                raise ValueError(
+                    f"--{name} is for candidates that are written, and --candidates gives them; "
+                    "leave one "
+                    "of the two out"
+                )
+
+
+def _check_prompts() -> None:
+    """Refuse flags of one prompt beside --prompts, and flags of many without it."""
+    for name in ("output", "batch"):
+        if options.is_given(name) and not options.PROMPTS.value:
+            raise ValueError(
+                f"--{name} is for many prompts; name their file with --prompts, or leave it out"
+            )
+    if options.PROMPTS.value:
+        for name in ("prompt", "input", "stream", "stats", "json"):
+            if options.is_given(name):
+                raise ValueError(
+                    f"--{name} is for one prompt, and --prompts={options.PROMPTS.value} holds "
+                    "many; leave one of "
+                    "the two out"
+                )
+
+
+def _check_texts() -> None:
+    """Refuse --stream for what cannot be streamed, and draft settings without a draft."""
+    if options.STREAM.value and options.JSON.value:
+        raise ValueError(
+            "--stream shows text as it comes, and --json prints it at the end; leave one of the "
+            "two out"
+        )
+    if options.STREAM.value and (SETTINGS["num_return_sequences"].value or 1) > 1:
+        raise ValueError(
+            "--stream shows one text as it comes, and "
+            f"--n={SETTINGS['num_return_sequences'].value} asks "
+            "for several; leave one of the two out"
+        )
+    if options.is_given("num_assistant_tokens") and options.DRAFT.value is None:
+        raise ValueError(
+            f"--num_assistant_tokens={SETTINGS['num_assistant_tokens'].value} are guessed by a "
+            "draft "
+            "model; name its run with --draft, or leave it out"
+        )
+
+
+def _note_escapes() -> None:
+    """Print a note for each text in which a backslash may be meant as an escape."""
+    for text in (options.PROMPT.value or "", *options.CANDIDATES.value):
+        if re.search(r"\\[nt]", text):
+            print(
+                f"note: {text[:40]!r} holds a backslash and a letter, not a line end or a tab; "
+                "for those write "
+                "$'\\n' in the shell",
+                file=sys.stderr,
+            )
+
+
+def check_output() -> None:
+    """Raise ValueError if --output cannot be written, before the model is loaded."""
+    if options.OUTPUT.value is None:
+        return
+    if os.path.exists(options.OUTPUT.value):
+        raise ValueError(f"--output={options.OUTPUT.value} exists; name another file, or remove it")
+    folder = os.path.dirname(os.path.abspath(options.OUTPUT.value))
+    if not os.access(folder, os.W_OK):
+        raise ValueError(
+            f"--output={options.OUTPUT.value} cannot be written, as {folder} is not a writable "
+            "folder; create it, "
+            "or name another file"
+        )
