@@ -292,11 +292,7 @@ class Transformer(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        if config.vocab_size is None:
-            raise ValueError(
-                "model.vocab_size is None; set it to the size of the tokenizer or more"
-            )
-        V = config.vocab_size
+        V = config.vocabulary  # raises ValueError while it is not known
         D = config.hidden_size
         std = config.init_method_std
         self.config = config

@@ -13,8 +13,27 @@ import jax.numpy as jnp
 from mtnlg_jax.model.kernels.mask import Mask
 
 
+class _Call:
+    """What both kinds of calls derive from q, whose last dim is the head width."""
+
+    q: jax.Array
+    scale: float | None
+
+    @property
+    def head_width(self) -> int:
+        return self.q.shape[-1]
+
+    @property
+    def dtype(self) -> str:
+        return str(self.q.dtype)
+
+    @property
+    def score_scale(self) -> float:
+        return 1 / math.sqrt(self.head_width) if self.scale is None else float(self.scale)
+
+
 @dataclass(frozen=True, eq=False)
-class AttentionCall:
+class AttentionCall(_Call):
     """One call of attention(), whose docstring explains the fields. The arrays may be
     ShapeDtypeStructs as long as the call is only checked or explained."""
 
@@ -46,14 +65,6 @@ class AttentionCall:
         return self.k.shape[1]
 
     @property
-    def head_width(self) -> int:
-        return self.q.shape[3]
-
-    @property
-    def dtype(self) -> str:
-        return str(self.q.dtype)
-
-    @property
     def length(self) -> float:
         """The length that the table of block sizes knows: the geometric mean of S and T."""
         return math.sqrt(self.queries * self.keys)
@@ -74,10 +85,6 @@ class AttentionCall:
         return frozenset(name for name, use in used.items() if use)
 
     @property
-    def score_scale(self) -> float:
-        return 1 / math.sqrt(self.head_width) if self.scale is None else float(self.scale)
-
-    @property
     def segment_pair(self) -> tuple:
         """Segment ids of the queries and of the keys, or (None, None)."""
         ids = self.segment_ids
@@ -93,7 +100,7 @@ class AttentionCall:
 
 
 @dataclass(frozen=True, eq=False)
-class DecodeCall:
+class DecodeCall(_Call):
     """One call of decode_attention(), whose docstring explains the fields."""
 
     decoding: ClassVar[bool] = True
@@ -116,14 +123,6 @@ class DecodeCall:
         return self.k_cache.shape[2]
 
     @property
-    def head_width(self) -> int:
-        return self.q.shape[2]
-
-    @property
-    def dtype(self) -> str:
-        return str(self.q.dtype)
-
-    @property
     def length(self) -> float:
         return math.sqrt(self.queries * self.keys)
 
@@ -132,7 +131,3 @@ class DecodeCall:
         """As for AttentionCall. Every implementation that decodes takes the scales of a cache."""
         used = {"kv_lengths", "return_lse"}
         return frozenset(used if self.softcap is None else used | {"softcap"})
-
-    @property
-    def score_scale(self) -> float:
-        return 1 / math.sqrt(self.head_width) if self.scale is None else float(self.scale)
