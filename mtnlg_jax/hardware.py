@@ -216,7 +216,7 @@ def layer_flops(model: ModelConfig, sequence_length: int) -> dict[str, float]:
     hidden = model.hidden_size
     heads = model.num_attention_heads
     head = model.head_width
-    inputs = 2 if model.activation == "swiglu" else 1
+    inputs = 2 if model.gated else 1
     return {
         "qkv": 2 * hidden * head * (heads + 2 * model.kv_heads),
         "scores": 4 * sequence_length * heads * head,

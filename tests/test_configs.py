@@ -13,7 +13,9 @@ import pytest
 from mtnlg_jax.config import MeshConfig, ModelConfig, TrainConfig, load_config
 from mtnlg_jax.model.attention import SUPPORT
 from mtnlg_jax.model.context_attention import MODES
-from mtnlg_jax.model.transformer import ACTIVATIONS, RECOMPUTE, abstract_model
+from mtnlg_jax.model.hooks import RECOMPUTE
+from mtnlg_jax.model.parts import ACTIVATIONS
+from mtnlg_jax.model.transformer import abstract_model
 from mtnlg_jax.parallel.mesh import shardings_of
 from mtnlg_jax.planning.layout import POLICIES
 from mtnlg_jax.train.schedule import batch_size_at, samples_before

@@ -10,12 +10,16 @@ import math
 import re
 import typing
 
-from mtnlg_jax.config import schema
+from mtnlg_jax.config import model, schema
 from mtnlg_jax.config.checks import interval
 from mtnlg_jax.config.coerce import hints_of, kind_name
 
 SECTIONS = {
-    "model": schema.ModelConfig,
+    "model": model.ModelConfig,
+    "model.rope_scaling": model.RopeScaling,
+    "model.layer_pattern": model.LayerSpec,
+    "model.multipliers": model.Multipliers,
+    "model.moe": model.MoEConfig,
     "mesh": schema.MeshConfig,
     "data": schema.DataConfig,
     "data.masking": schema.MaskingConfig,
@@ -76,7 +80,11 @@ def _type_name(hint) -> str:
         return "choice"
     if typing.get_origin(hint) is typing.Annotated:
         hint = typing.get_args(hint)[0]
-    name = kind_name(hint).replace("mtnlg_jax.config.schema.", "")
+    name = (
+        kind_name(hint)
+        .replace("mtnlg_jax.config.schema.", "")
+        .replace("mtnlg_jax.config.model.", "")
+    )
     return name.replace(" | None", " or none")
 
 

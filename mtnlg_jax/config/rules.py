@@ -15,7 +15,19 @@ from mtnlg_jax.config.checks import (
 )
 from mtnlg_jax.config.coerce import coerce
 from mtnlg_jax.config.decode_rules import validate_decode
-from mtnlg_jax.config.schema import Config, ModelConfig, StageConfig
+from mtnlg_jax.config.model import BIASES, ModelConfig
+from mtnlg_jax.config.schema import Config, StageConfig
+
+
+def _ring_cannot(model: ModelConfig) -> bool:
+    return (
+        any(spec.window is not None for spec in model.layer_pattern)
+        or model.attn_logit_softcapping is not None
+        or model.position_embedding_type == "alibi"
+        or model.attention_sink
+        or model.multipliers.attention is not None
+    )
+
 
 _RULES: Rules = (
     (
@@ -63,6 +75,11 @@ _RULES: Rules = (
         "({c.optimizer.warmup_fraction}, inf): the decay ends after optimizer.warmup_fraction",
     ),
     (lambda c: not c.train.stages, "train.stages is empty; give at least one StageConfig"),
+    (
+        lambda c: c.mesh.context > 1 and c.mesh.context_mode == "ring" and _ring_cannot(c.model),
+        "mesh.context_mode=ring passes on whole keys and values, without windows, soft caps, "
+        "distances or sinks, which this model has; set mesh.context_mode=gather, or ulysses",
+    ),
 )
 
 _LORA_RULES: Rules = (  # for lora_rank above 0
@@ -112,9 +129,14 @@ def _check_divisors(config: Config) -> None:
     mesh = config.mesh
     if mesh.data != -1:
         within("mesh.data", mesh.data, 1, 2**20)
+    # Fewer key/value heads than parts are replicated.
+    heads = model.kv_heads
+    if heads < mesh.tensor:
+        must_divide("mesh.tensor", mesh.tensor, "model.num_query_groups", heads)
+        heads = mesh.tensor
     split_by_tensor = {
         "model.num_attention_heads": model.num_attention_heads,
-        "model.num_query_groups": model.kv_heads,
+        "model.num_query_groups": heads,
         "model.ffn_hidden_size": model.mlp_width,
         "model.vocab_size": model.vocab_size or 0,  # 0: not known yet
     }
@@ -122,9 +144,18 @@ def _check_divisors(config: Config) -> None:
         must_divide(name, number, "mesh.tensor", mesh.tensor)
     chunks = "mesh.pipe x mesh.virtual_pipe" if mesh.virtual_pipe > 1 else "mesh.pipe"
     must_divide("model.num_layers", model.num_layers, chunks, mesh.pipe * mesh.virtual_pipe)
+    if mesh.pipe > 1:
+        layers = model.num_layers // (mesh.pipe * mesh.virtual_pipe)
+        period = len(model.layer_pattern)
+        if layers % period:
+            raise ValueError(
+                f"a pipeline stage holds whole periods of model.layer_pattern, and {layers} layers "
+                f"({chunks}={mesh.pipe * mesh.virtual_pipe}) are not a multiple of its length "
+                f"{period}; lower {chunks}, or set mesh.pipe=1"
+            )
     must_divide("mesh.flush", mesh.flush or 0, "mesh.pipe", mesh.pipe)
     if mesh.context_mode == "ulysses":
-        heads = model.kv_heads // mesh.tensor
+        heads = max(1, model.kv_heads // mesh.tensor)
         must_divide("model.num_query_groups / mesh.tensor", heads, "mesh.context", mesh.context)
     parts = mesh.context * mesh.tensor
     name = "mesh.context x mesh.tensor"
@@ -154,7 +185,7 @@ def _check_lora(config: Config) -> None:
     kv = model.kv_heads * model.head_width
     mlp = model.mlp_width
     widths = {"q": query, "k": kv, "v": kv, "o": query, "in": mlp, "gate": mlp, "out": mlp}
-    if model.activation != "swiglu":
+    if not model.gated:
         del widths["gate"]
     for target in optimizer.lora_targets:
         one_of("optimizer.lora_targets", target, tuple(widths))
@@ -205,14 +236,66 @@ def validate_batch(config: Config, data_size: int) -> None:
             )
 
 
+def _check_rope(model: ModelConfig) -> None:
+    scaling = model.rope_scaling
+    if scaling.rope_type in ("llama3", "yarn", "longrope"):
+        if not scaling.original_max_position_embeddings:
+            raise ValueError(
+                f"model.rope_scaling.rope_type={scaling.rope_type} needs "
+                "model.rope_scaling.original_max_position_embeddings, the context of pretraining; "
+                "set it"
+            )
+    if scaling.rope_type == "longrope":
+        for name in ("short_factor", "long_factor"):
+            number = len(getattr(scaling, name))
+            if number != model.rotary_width // 2:
+                raise ValueError(
+                    f"model.rope_scaling.{name} has {number} factors, and "
+                    f"{model.rotary_width} dims of a head rotate; give {model.rotary_width // 2}"
+                )
+
+
+_MODEL_RULES: Rules = (
+    (
+        lambda m: m.parallel_residual != "none" and m.norm_placement != "pre",
+        "model.parallel_residual={c.parallel_residual} with "
+        "model.norm_placement={c.norm_placement}: attention and MLP side by side read normed "
+        "inputs; set model.norm_placement=pre, or model.parallel_residual=none",
+    ),
+    (
+        lambda m: m.attention_sink and m.attention_impl == "cudnn",
+        "model.attention_sink needs the log-sum-exp, which model.attention_impl=cudnn does not "
+        "give; set it to auto",
+    ),
+    (
+        lambda m: m.moe.num_moe_experts and m.moe.moe_router_topk > m.moe.num_moe_experts,
+        "model.moe.moe_router_topk={c.moe.moe_router_topk} is above "
+        "model.moe.num_moe_experts={c.moe.num_moe_experts}; lower it",
+    ),
+)
+
+
 def validate_model(model: ModelConfig) -> None:
     check_fields(model, "model.")
     heads = model.num_attention_heads
     if model.kv_channels is None:
         must_divide("model.hidden_size", model.hidden_size, "model.num_attention_heads", heads)
     must_divide("model.num_attention_heads", heads, "model.num_query_groups", model.kv_heads)
+    if model.position_embedding_type == "rotary" and not model.rotary_width:
+        raise ValueError(
+            f"model.rotary_percent={model.rotary_percent} of a head width of {model.head_width} "
+            "leaves no pair of dims to rotate; raise it, or set model.kv_channels"
+        )
     if model.position_embedding_type == "rotary" and model.head_width % 2:
         raise ValueError(
             f"rotary positions need an even head width, not {model.head_width}; set "
             "model.kv_channels"
         )
+    if not model.layer_pattern:
+        raise ValueError("model.layer_pattern is empty; give at least one LayerSpec")
+    for number, spec in enumerate(model.layer_pattern):
+        check_fields(spec, f"model.layer_pattern[{number}].")
+    for name in model.bias or ():
+        one_of("model.bias", name, BIASES)
+    _check_rope(model)
+    check_rules(_MODEL_RULES, model)

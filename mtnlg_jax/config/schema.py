@@ -10,124 +10,29 @@ The comment above a field is its description in docs/configuration.md.
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
-
-class Range(NamedTuple):
-    """The values that a field may have, from ``low`` to ``high``. An open end is excluded."""
-
-    low: float
-    high: float = 2**31
-    low_open: bool = False
-    high_open: bool = False
-
-
-Count = Annotated[int, Range(1)]
-OptionalCount = Annotated[int | None, Range(1)]
-CountFrom0 = Annotated[int, Range(0)]
-AxisSize = Annotated[int, Range(1, 2**20)]
-Share = Annotated[float, Range(0, 1)]
-ShareBelow1 = Annotated[float, Range(0, 1, high_open=True)]
-ShareAbove0 = Annotated[float, Range(0, 1, low_open=True)]
-Positive = Annotated[float, Range(0, math.inf, low_open=True, high_open=True)]
-OptionalPositive = Annotated[float | None, Range(0, math.inf, low_open=True, high_open=True)]
-NotNegative = Annotated[float, Range(0, math.inf, high_open=True)]
-Finite = Annotated[float, Range(-math.inf, math.inf, low_open=True, high_open=True)]
+from mtnlg_jax.config.model import ModelConfig
+from mtnlg_jax.config.ranges import (
+    AxisSize,
+    Count,
+    CountFrom0,
+    Finite,
+    NotNegative,
+    OptionalCount,
+    OptionalPositive,
+    Positive,
+    Range,
+    Share,
+    ShareAbove0,
+    ShareBelow1,
+)
 
 Blend = tuple[tuple[str, float], ...]
 Tokens = tuple[int, ...]
 
 # Metadata of a field that holds paths of files or folders: `map_paths` looks for it.
 PATH = {"path": True}
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Shape of the Transformer. The defaults are the block of MT-NLG: pre-LayerNorm, learned
-    positions, an MLP of four widths with tanh-GELU, biases, tied embeddings. Names follow
-    Megatron-LM."""
-
-    # Transformer blocks.
-    num_layers: Count = 12
-    # Width of the residual stream.
-    hidden_size: Count = 768
-    # Query heads of each attention layer.
-    num_attention_heads: Count = 12
-    # Key/value heads. None: one for each query head.
-    num_query_groups: OptionalCount = None
-    # Width of one head. None: hidden_size / num_attention_heads.
-    kv_channels: OptionalCount = None
-    # Width of the MLP. None: 4 x hidden_size.
-    ffn_hidden_size: OptionalCount = None
-    # Rows of the embedding table. None: the tokenizer's size, rounded up to a multiple of
-    # vocab_size_divisible_by.
-    vocab_size: OptionalCount = None
-    # The vocabulary is padded to a multiple of this, so that mesh.tensor divides it. The default is
-    # Megatron-LM's.
-    vocab_size_divisible_by: Count = 128
-    # Longest sequence, in tokens. The default is MT-NLG's.
-    max_position_embeddings: Count = 2048
-    # How positions enter: a learned vector for each, or rotations of queries and keys (RoPE).
-    position_embedding_type: Literal["learned", "rotary"] = "learned"
-    # Base of the rotary wavelengths. Used with rotary only.
-    rotary_base: Positive = 10000.0
-    # Norm before each half block and at the end.
-    normalization: Literal["layernorm", "rmsnorm"] = "layernorm"
-    # Added to the variance in each norm.
-    norm_epsilon: ShareAbove0 = 1e-5
-    # Activation of the MLP. gelu is the tanh approximation, gelu_exact uses erf; swiglu has a gate
-    # and thus three matrices.
-    activation: Literal["gelu", "gelu_exact", "relu", "silu", "swiglu"] = "gelu"
-    # Biases in attention and MLP.
-    add_bias: bool = True
-    # Use the embedding table as output head.
-    tie_embeddings: bool = True
-    # Dropout on the embedding and on the output of each half block. 0 suits large runs, which read
-    # a text about once.
-    dropout_rate: ShareBelow1 = 0.0
-    # Standard deviation of the initial weights. The default is GPT-2's.
-    init_method_std: Annotated[float, Range(0, 10, low_open=True)] = 0.02
-    # Attention implementation. auto: the fastest one that supports the call; docs/attention.md
-    # compares them.
-    attention_impl: Literal["auto", "pallas_tpu", "pallas_gpu", "cudnn", "xla_blockwise", "xla"] = (
-        "auto"
-    )
-
-    @property
-    def kv_heads(self) -> int:
-        return self.num_query_groups or self.num_attention_heads
-
-    @property
-    def head_width(self) -> int:
-        return self.kv_channels or self.hidden_size // self.num_attention_heads
-
-    @property
-    def mlp_width(self) -> int:
-        return self.ffn_hidden_size or 4 * self.hidden_size
-
-    @property
-    def vocabulary(self) -> int:
-        """``vocab_size`` of a resolved model. Raises ValueError while it is None."""
-        if self.vocab_size is None:
-            raise ValueError("model.vocab_size is not known yet: set it, or give data.path")
-        return self.vocab_size
-
-    def parameter_count(self) -> int:
-        """Exact number of parameters. For the default block this is equation 2 of Narayanan 2021,
-        12 l h^2 (1 + 13/(12 h) + (V + s)/(12 l h)), plus the 2h of the final LayerNorm."""
-        hidden = self.hidden_size
-        mlp = self.mlp_width
-        query = self.num_attention_heads * self.head_width
-        kv = self.kv_heads * self.head_width
-        norm = hidden * (2 if self.normalization == "layernorm" else 1)
-        inputs = 2 if self.activation == "swiglu" else 1
-        block = 2 * norm + hidden * (2 * query + 2 * kv) + (inputs + 1) * hidden * mlp
-        if self.add_bias:
-            block += query + 2 * kv + hidden + inputs * mlp + hidden
-        embeddings = self.vocabulary * hidden * (1 if self.tie_embeddings else 2)
-        if self.position_embedding_type == "learned":
-            embeddings += self.max_position_embeddings * hidden
-        return self.num_layers * block + embeddings + norm
 
 
 @dataclass(frozen=True)

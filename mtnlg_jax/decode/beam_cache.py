@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from mtnlg_jax.config import ModelConfig
-from mtnlg_jax.decode.cache import Prefix, logits_of, run
-from mtnlg_jax.model.attention import attention, decode_attention, merge
+from mtnlg_jax.decode.cache import Prefix, logits_of, options_of_heads, run
+from mtnlg_jax.model.attention import attention, decode_attention, merge, merge_lse
 
 
 class BeamCache(NamedTuple):
@@ -72,12 +72,27 @@ def step_beams(
     writers_GPWT = jnp.take_along_axis(cache.writers_GPWT, sources_GPW[..., None], 2)
     writers_GPWT = writers_GPWT.at[..., read].set(jnp.arange(beams))
     visible_GPWTW = writers_GPWT[..., None] == jnp.arange(beams)
-    bias = jnp.where(visible_GPWTW, 0.0, -jnp.inf).reshape(groups * prompts, 1, beams, -1)
+    visible = visible_GPWTW.reshape(groups * prompts, 1, beams, -1)
+    # How far after the query each key is: 0 for the token that is read now.
+    distance = jnp.repeat(jnp.arange(writers_GPWT.shape[-1]) - read, beams)
     positions_P = prefix.lengths_B + read
     positions_B = jnp.broadcast_to(positions_P[:, None], tokens_GPW.shape).reshape(rows)
     written = []
 
-    def attend(layer, q, k, v):
+    def own_options(options):
+        """Options for the tokens of the beams, whose positions are folded into a bias."""
+        seen = visible
+        bias = jnp.zeros(())
+        options = dict(options)
+        window = options.pop("window", None)
+        if window is not None:
+            seen = seen & (distance > -window)
+        slopes = options.pop("alibi_slopes", None)
+        if slopes is not None:
+            bias = slopes[None, :, None, None] * distance.astype(jnp.float32)
+        return options | {"bias": jnp.where(seen, bias, -jnp.inf)}
+
+    def attend(layer, q, k, v, return_lse=False, **options):
         def per_prompt(x):  # from one row a beam to (G*P, W, heads, H)
             return x.reshape(groups * prompts, beams, *x.shape[2:])
 
@@ -91,9 +106,9 @@ def step_beams(
             per_prompt(q),
             *(x.swapaxes(1, 2) for x in own),
             causal=False,
-            bias=bias,
             impl="xla",
             return_lse=True,
+            **own_options(options),
         )
         o_own = o_own.reshape(q[:, 0].shape)
         lse_own = lse_own.swapaxes(1, 2).reshape(q.shape[0], -1)
@@ -103,18 +118,25 @@ def step_beams(
         heads = shared_k.shape[1]
         shape = groups, prompts, beams, heads, q.shape[2] // heads
         grouped = q.reshape(*shape, q.shape[-1]).transpose(1, 3, 0, 2, 4, 5)
+        # Slopes (N,) are those of (heads, rest); the presented heads are (heads, G, W, rest).
+        presented = (heads, groups * beams, q.shape[2] // heads)
+        shared_options = options_of_heads(options, presented, 1)
+        if "window" in options or "alibi_slopes" in options:
+            shared_options["positions"] = positions_P
         o_shared, lse_shared = decode_attention(
             grouped.reshape(prompts, -1, q.shape[-1]),
             shared_k,
             shared_v,
             prefix.lengths_B,
             return_lse=True,
+            **shared_options,
         )
         o_shared = o_shared.reshape(grouped.shape).transpose(2, 0, 3, 1, 4, 5)
         lse_shared = lse_shared.reshape(grouped.shape[:-1]).transpose(2, 0, 3, 1, 4)
         o_shared = o_shared.reshape(o_own.shape)
         lse_shared = lse_shared.reshape(lse_own.shape)
-        return merge(o_shared, lse_shared, o_own, lse_own).astype(q.dtype)[:, None]
+        out = merge(o_shared, lse_shared, o_own, lse_own).astype(q.dtype)[:, None]
+        return (out, merge_lse(lse_shared, lse_own)[..., None]) if return_lse else out
 
     x_BSD, head = run(config, params, tokens_GPW.reshape(rows, 1), positions_B[:, None], attend)
     logits_GPWV = logits_of(x_BSD[:, 0], head).reshape(*tokens_GPW.shape, -1)

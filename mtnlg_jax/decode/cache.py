@@ -8,6 +8,7 @@ attended to and is overwritten as a row grows. A cache is a tuple over layers of
 # Shapes: B rows, S query positions, T key positions, D width, N query heads, K key/value heads,
 # H head width, V vocabulary, L layers
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -19,7 +20,8 @@ from flax import nnx
 
 from mtnlg_jax.config import ModelConfig
 from mtnlg_jax.decode.quantized import RowWeight, on_cpu, quantize, rows_of
-from mtnlg_jax.model.attention import attention, decode_attention, merge
+from mtnlg_jax.model.attention import attention, decode_attention, merge, merge_lse
+from mtnlg_jax.model.head import Head
 from mtnlg_jax.model.transformer import abstract_model
 
 TABLES = ("tokens_VD", "head_VD")  # quantized to int8 along with the products of the blocks
@@ -128,8 +130,8 @@ def unstack_params(params, *, config, dtype, weights=None, rows=False):
         pairs = (source.attention, target.attention), (source.mlp, target.mlp)
         for part, held in pairs:
             for name, value in list(vars(part).items()):
-                if not name.startswith("w_") or value is None:
-                    continue
+                if not name.startswith("w_") or value is None or name.rpartition("_")[2][0] == "E":
+                    continue  # grouped products take arrays
                 inputs = 2 if name == "w_o_NHD" else 1
                 # int8 is rounded from the float32 weight, not from its bfloat16.
                 weight = rows_of(value[...], inputs, int8, dtype)
@@ -150,12 +152,14 @@ def by_rows() -> bool:
 
 
 def run_layers(config: ModelConfig, params, tokens_BS, positions_BS, attend: Callable):
-    """Return the hidden states after the final norm (B, S, D), and the head (V, D).
+    """Return what the head multiplies, (B, S, D), and the `Head`, whose table is an array.
 
-    ``attend(layer, q, k, v)`` computes the attention of layer number ``layer``.
+    ``attend(layer, q, k, v, **options)`` computes the attention of layer number ``layer``.
     """
     x_BSD, head = run(config, params, tokens_BS, positions_BS, attend)
-    return x_BSD, head.array(x_BSD.dtype) if isinstance(head, RowWeight) else head
+    if isinstance(head.table_VD, RowWeight):
+        head = dataclasses.replace(head, table_VD=head.table_VD.array(x_BSD.dtype))
+    return x_BSD, head
 
 
 def run(config: ModelConfig, params, tokens_BS, positions_BS, attend: Callable):
@@ -163,21 +167,24 @@ def run(config: ModelConfig, params, tokens_BS, positions_BS, attend: Callable):
     outer_graph, block_graph = _graphs(config)
     outer, layers = params
     model = nnx.merge(outer_graph, outer)
-    x_BSD = _embed(model, tokens_BS, positions_BS)
-    for number, layer in enumerate(layers):
-        x_BSD = nnx.merge(block_graph, layer)(
-            x_BSD, positions_BS, functools.partial(attend, number)
+    blocks = [nnx.merge(block_graph, layer) for layer in layers]
+    x_BSD = _embed(model, tokens_BS, positions_BS, blocks[0].norm_1.scale_D[...].dtype)
+    for number, block in enumerate(blocks):
+        x_BSD = block(
+            x_BSD,
+            positions_BS,
+            functools.partial(attend, number),
+            spec=config.layer(number),
         )
-    return model.final_norm(x_BSD), model.head()
+    return model.normed(x_BSD), model.head()
 
 
-def _embed(model, tokens_BS, positions_BS):
+def _embed(model, tokens_BS, positions_BS, dtype):
     """Do the same as ``model.embed``, also from a quantized table."""
     table = model.tokens_VD[...]
     if not isinstance(table, RowWeight):
         return model.embed(tokens_BS, positions_BS)
-    x_BSD = table.rows(tokens_BS, model.final_norm.scale_D[...].dtype)
-    return x_BSD if model.positions_PD is None else x_BSD + model.positions_PD[...][positions_BS]
+    return model.place(table.rows(tokens_BS, dtype), positions_BS)
 
 
 def bucket(length: int, limit: int) -> int:
@@ -227,9 +234,9 @@ def prefill_rows(params, tokens_BS, lengths_B, *, config, size) -> Prefix:
     def pad(x):
         return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, more), (0, 0)))
 
-    def attend(_, q, k, v):
+    def attend(_, q, k, v, **options):
         cache.append((pad(k), pad(v)))
-        return attention(q, k, v, impl=config.attention_impl)
+        return attention(q, k, v, impl=config.attention_impl, **options)
 
     x_BSD, head = run(config, params, tokens_BS, positions_BS, attend)
     last_BD = jnp.take_along_axis(x_BSD, (lengths_B - 1)[:, None, None], 1)[:, 0]
@@ -245,9 +252,10 @@ def step(config: ModelConfig, params, cache, tokens_B, positions_B):
     """
     written = []
 
-    def attend(layer, q, k, v):
+    def attend(layer, q, k, v, return_lse=False, **options):
         written.append(_write(cache[layer], k, v, positions_B[:, None]))
-        return _attend_cached(q[:, 0], written[-1], positions_B + 1)[:, None]
+        out, lse = _attend_cached(q[:, 0], written[-1], positions_B + 1, return_lse=True, **options)
+        return (out[:, None], lse[..., None]) if return_lse else out[:, None]
 
     x_BSD, head = run(config, params, tokens_B[:, None], positions_B[:, None], attend)
     return logits_of(x_BSD[:, 0], head), tuple(written)
@@ -265,7 +273,7 @@ def read(config: ModelConfig, params, cache, tokens_BS, starts_B):
     positions_BS = starts_B[:, None] + jnp.arange(length)
     written = []
 
-    def attend(layer, q, k, v):
+    def attend(layer, q, k, v, return_lse=False, **options):
         # All S queries of a row see the whole old cache, so they attend to it as more query heads
         # of one position. Among themselves they are causal.
         batch, _, heads, width = q.shape
@@ -273,13 +281,20 @@ def read(config: ModelConfig, params, cache, tokens_BS, starts_B):
         grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, width)
         grouped = grouped.transpose(0, 2, 1, 3, 4)
         queries = grouped.reshape(batch, -1, width)
-        o_old, lse_old = _attend_cached(queries, cache[layer], starts_B, return_lse=True)
+        old_options = options_of_heads(options, grouped.shape[1:4], 1)
+        if "window" in options or "alibi_slopes" in options:
+            positions = jnp.broadcast_to(positions_BS[:, None, :, None], grouped.shape[:4])
+            old_options["positions"] = positions.reshape(batch, -1)
+        o_old, lse_old = _attend_cached(
+            queries, cache[layer], starts_B, return_lse=True, **old_options
+        )
         o_old = o_old.reshape(grouped.shape).transpose(0, 2, 1, 3, 4).reshape(q.shape)
         lse_old = lse_old.reshape(grouped.shape[:-1]).transpose(0, 2, 1, 3).reshape(q.shape[:-1])
         written.append(_write(cache[layer], k, v, positions_BS))
         own = (as_cached(k), as_cached(v)) if len(cache[layer]) == 4 else (k, v)
-        o_own, lse_own = attention(q, *own, return_lse=True)
-        return merge(o_old, lse_old, o_own, lse_own.swapaxes(1, 2)).astype(q.dtype)
+        o_own, lse_own = attention(q, *own, return_lse=True, **options)
+        out = merge(o_old, lse_old, o_own, lse_own.swapaxes(1, 2)).astype(q.dtype)
+        return (out, merge_lse(lse_old.swapaxes(1, 2), lse_own)) if return_lse else out
 
     valid_BS = jnp.minimum(positions_BS, config.max_position_embeddings - 1)
     x_BSD, head = run(config, params, tokens_BS, valid_BS, attend)
@@ -306,6 +321,19 @@ def as_cached(x):
     return (number * scale[..., None]).astype(x.dtype)
 
 
+def options_of_heads(options: dict, shape: Sequence[int], inserted: int) -> dict:
+    """Return attention options for queries that are presented as more heads.
+
+    Slopes are one for each of N heads. The presented heads have ``shape``, which is (K, G) of the N
+    heads with one more dim at ``inserted``.
+    """
+    if "alibi_slopes" not in options:
+        return dict(options)
+    kept = [size for at, size in enumerate(shape) if at != inserted]
+    slopes = jnp.expand_dims(options["alibi_slopes"].reshape(kept), inserted)
+    return options | {"alibi_slopes": jnp.broadcast_to(slopes, shape).reshape(-1)}
+
+
 def _attend_cached(q_BNH, layer, lengths_B, **options):
     """Attend to the first ``lengths_B`` positions of a layer's cache."""
     k, v, *scales = layer
@@ -330,10 +358,11 @@ def _write(layer, k_BSKH, v_BSKH, positions_BS):
     return tuple(write(old, x) for old, x in zip(layer, new, strict=True))
 
 
-def logits_of(x, head):
-    """Return float32 logits (..., V) of hidden states (..., D)."""
-    if not isinstance(head, RowWeight):
+def logits_of(x, head: Head):
+    """Return float32 logits (..., V) of what the `Head` multiplies, (..., D)."""
+    table = head.table_VD
+    if not isinstance(table, RowWeight):
         if not by_rows():
-            return jnp.einsum("...D,VD->...V", x, head, preferred_element_type=jnp.float32)
-        head = rows_of(head, 1, False, head.dtype, outputs_first=True)
-    return head.float32(x)
+            return head.logits(x)
+        table = rows_of(table, 1, False, table.dtype, outputs_first=True)
+    return head.finish(table.float32(x))

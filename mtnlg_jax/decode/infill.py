@@ -106,12 +106,18 @@ def fill(decoder: Decoder, tokenizer, text: str, top_k: int = 5) -> Filled:
 def _guess(params, row_S, length, positions_U, allowed_V, *, config, top_k):
     """Return (probabilities, ids), each (U, top_k), of the best tokens at ``positions_U``."""
 
-    def attend(_, q, k, v):
-        return attention(q, k, v, causal=False, kv_lengths=length[None], impl=config.attention_impl)
+    def attend(_, q, k, v, **options):
+        return attention(
+            q,
+            k,
+            v,
+            causal=False,
+            kv_lengths=length[None],
+            impl=config.attention_impl,
+            **options,
+        )
 
     positions_1S = jnp.arange(row_S.shape[0])[None]
-    x_1SD, head_VD = run_layers(config, params, row_S[None], positions_1S, attend)
-    logits_UV = jnp.einsum(
-        "UD,VD->UV", x_1SD[0, positions_U], head_VD, preferred_element_type=jnp.float32
-    )
+    x_1SD, head = run_layers(config, params, row_S[None], positions_1S, attend)
+    logits_UV = head.logits(x_1SD[0, positions_U])
     return jax.lax.top_k(jnp.where(allowed_V, jax.nn.softmax(logits_UV, -1), -1.0), top_k)

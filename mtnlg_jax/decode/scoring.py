@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtnlg_jax.decode.cache import Decoder, Prefix, bucket, run_layers
-from mtnlg_jax.model.attention import attention, merge
+from mtnlg_jax.decode.cache import Decoder, Prefix, bucket, options_of_heads, run_layers
+from mtnlg_jax.model.attention import attention, merge, merge_lse
 from mtnlg_jax.model.loss import token_log_probs
 
 BLOCK_TOKENS = 4096
@@ -92,24 +92,46 @@ def _score(params, prefix: Prefix, labels_CS, *, config):
     positions_CS = jnp.minimum(before + jnp.arange(width), config.max_position_embeddings - 1)
     positions_CS = jnp.broadcast_to(positions_CS, (number, width))
 
-    def attend(layer, q, k, v):
-        shared_k, shared_v = (x.swapaxes(1, 2) for x in prefix.cache[layer])
-        # All candidates attend to the shared keys as one long row of queries, so that the keys are
-        # not copied for each candidate.
-        flat = q.reshape(1, number * width, *q.shape[2:])
-        o_shared, lse_shared = attention(
-            flat, shared_k, shared_v, causal=False, kv_lengths=before[None], return_lse=True
-        )
-        o_own, lse_own = attention(q, k, v, return_lse=True)
-        lse_shared = lse_shared.reshape(-1, number, width).transpose(1, 2, 0)
-        return merge(o_shared.reshape(q.shape), lse_shared, o_own, lse_own.swapaxes(1, 2)).astype(
-            q.dtype
-        )
+    def attend(layer, q, k, v, return_lse=False, **options):
+        shared = tuple(x.swapaxes(1, 2) for x in prefix.cache[layer])
+        o_shared, lse_shared = _attend_shared(q, *shared, before, options)
+        o_own, lse_own = attention(q, k, v, return_lse=True, **options)
+        out = merge(o_shared, lse_shared, o_own, lse_own.swapaxes(1, 2)).astype(q.dtype)
+        return (out, merge_lse(lse_shared.swapaxes(1, 2), lse_own)) if return_lse else out
 
-    x_CSD, head_VD = run_layers(config, params, tokens_CS, positions_CS, attend)
-    return token_log_probs(
-        x_CSD.reshape(-1, x_CSD.shape[-1]), head_VD, labels_CS.reshape(-1)
-    ).reshape(number, width)
+    x_CSD, head = run_layers(config, params, tokens_CS, positions_CS, attend)
+    return token_log_probs(x_CSD.reshape(-1, x_CSD.shape[-1]), head, labels_CS.reshape(-1)).reshape(
+        number, width
+    )
+
+
+def _attend_shared(q, k, v, before, options: dict):
+    """Return (out (C, S, N, H), lse (C, S, N)) of all candidates over the first ``before`` keys of
+    one row. The keys are not copied for each candidate."""
+    number, width, heads, head_width = q.shape
+    if "window" not in options and "alibi_slopes" not in options:
+        # One long row of queries: positions do not matter.
+        flat = q.reshape(1, number * width, heads, head_width)
+        out, lse = attention(
+            flat, k, v, causal=False, kv_lengths=before[None], return_lse=True, **options
+        )
+        return out.reshape(q.shape), lse.reshape(heads, number, width).transpose(1, 2, 0)
+    # One row in which the candidates are more query heads, so that query i is at before + i.
+    kv_heads = k.shape[2]
+    shape = (kv_heads, number, heads // kv_heads)
+    grouped = q.reshape(number, width, kv_heads, -1, head_width).transpose(1, 2, 0, 3, 4)
+    out, lse = attention(
+        grouped.reshape(1, width, -1, head_width),
+        k,
+        v,
+        q_offset=before[None],
+        kv_lengths=before[None],
+        return_lse=True,
+        **options_of_heads(options, shape, 1),
+    )
+    out = out.reshape(grouped.shape).transpose(2, 0, 1, 3, 4).reshape(q.shape)
+    lse = lse.reshape(*shape, width).transpose(1, 3, 0, 2).reshape(number, width, heads)
+    return out, lse
 
 
 def score_rows(
@@ -134,15 +156,15 @@ def score_rows(
 def _score_rows(params, tokens_CS, *, config):
     """Return a table whose entry j is the log-probability of token j + 1."""
 
-    def attend(_, q, k, v):
-        return attention(q, k, v, impl=config.attention_impl)
+    def attend(_, q, k, v, **options):
+        return attention(q, k, v, impl=config.attention_impl, **options)
 
     positions_CS = jnp.broadcast_to(jnp.arange(tokens_CS.shape[1]), tokens_CS.shape)
-    x_CSD, head_VD = run_layers(config, params, tokens_CS, positions_CS, attend)
+    x_CSD, head = run_layers(config, params, tokens_CS, positions_CS, attend)
     labels_CS = jnp.roll(tokens_CS, -1, 1)
-    return token_log_probs(
-        x_CSD.reshape(-1, x_CSD.shape[-1]), head_VD, labels_CS.reshape(-1)
-    ).reshape(labels_CS.shape)
+    return token_log_probs(x_CSD.reshape(-1, x_CSD.shape[-1]), head, labels_CS.reshape(-1)).reshape(
+        labels_CS.shape
+    )
 
 
 def score_masked(
@@ -185,9 +207,17 @@ def score_masked(
 def _score_masked(params, tokens_CS, lengths_C, positions_C, labels_C, *, config):
     """Return the log-probability of each label at its position, (C,)."""
 
-    def attend(_, q, k, v):
-        return attention(q, k, v, causal=False, kv_lengths=lengths_C, impl=config.attention_impl)
+    def attend(_, q, k, v, **options):
+        return attention(
+            q,
+            k,
+            v,
+            causal=False,
+            kv_lengths=lengths_C,
+            impl=config.attention_impl,
+            **options,
+        )
 
     positions_CS = jnp.broadcast_to(jnp.arange(tokens_CS.shape[1]), tokens_CS.shape)
-    x_CSD, head_VD = run_layers(config, params, tokens_CS, positions_CS, attend)
-    return token_log_probs(x_CSD[jnp.arange(len(positions_C)), positions_C], head_VD, labels_C)
+    x_CSD, head = run_layers(config, params, tokens_CS, positions_CS, attend)
+    return token_log_probs(x_CSD[jnp.arange(len(positions_C)), positions_C], head, labels_C)

@@ -33,7 +33,7 @@ def look_inside(model: Transformer, tokens, causal: bool = True) -> Inside:
     graph, stacked = nnx.split(model.blocks)
     maps = []
 
-    def attend(q, k, v):
+    def attend(q, k, v, return_lse=False, **options):
         # Attention to the unit vectors gives the weights themselves, from the same code that the
         # model runs.
         ones = jnp.eye(k.shape[1], dtype=q.dtype)[None, :, None].repeat(k.shape[2], 2)
@@ -46,22 +46,20 @@ def look_inside(model: Transformer, tokens, causal: bool = True) -> Inside:
             jnp.pad(k, pad_qk),
             jnp.pad(ones, pad_v),
             causal=causal,
-            scale=1 / math.sqrt(width),
             impl="xla",
+            **{"scale": 1 / math.sqrt(width), **options},
         )
         maps.append(weights[0, :, :, :keys].transpose(1, 0, 2).astype(jnp.float32))
-        return attention(q, k, v, causal=causal)
+        return attention(q, k, v, causal=causal, return_lse=return_lse, **options)
 
     def guess(x_BSD):
-        return jnp.einsum(
-            "BSD,VD->BSV", model.final_norm(x_BSD), model.head(), preferred_element_type=jnp.float32
-        )[0]
+        return model.head().logits(model.normed(x_BSD))[0]
 
     x_BSD = model.embed(tokens_BS, positions_BS)
     guesses = [guess(x_BSD)]
     for layer in range(model.config.num_layers):
         x_BSD = nnx.merge(graph, jax.tree.map(lambda w, layer=layer: w[layer], stacked))(
-            x_BSD, positions_BS, attend
+            x_BSD, positions_BS, attend, spec=model.config.layer(layer)
         )
         guesses.append(guess(x_BSD))
     return Inside(jnp.stack(maps), jnp.stack(guesses))

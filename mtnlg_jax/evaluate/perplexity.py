@@ -130,14 +130,14 @@ def _score_then_learn(graph, rate, params, state, inputs, labels, weights):
 def _decoder_losses(params, inputs, labels, weights, *, config, int8_cache):
     positions_BS = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
 
-    def attend(_, q, k, v):
+    def attend(_, q, k, v, **options):
         if int8_cache:  # as decoding reads them from there
             k = as_cached(k)
             v = as_cached(v)
-        return attention(q, k, v, impl=config.attention_impl)
+        return attention(q, k, v, impl=config.attention_impl, **options)
 
-    x_BSD, head_VD = run_layers(config, params, inputs, positions_BS, attend)
-    log_probs = token_log_probs(x_BSD.reshape(-1, x_BSD.shape[-1]), head_VD, labels.reshape(-1))
+    x_BSD, head = run_layers(config, params, inputs, positions_BS, attend)
+    log_probs = token_log_probs(x_BSD.reshape(-1, x_BSD.shape[-1]), head, labels.reshape(-1))
     return -jnp.where(weights > 0, log_probs.reshape(labels.shape), 0.0).sum(1)
 
 

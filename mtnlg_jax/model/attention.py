@@ -37,6 +37,7 @@ __all__ = [
     "explain_attention",
     "mean_key_blocks",
     "merge",
+    "merge_lse",
 ]
 
 
@@ -52,6 +53,7 @@ def attention(
     window: int | None = None,
     softcap: float | None = None,
     bias=None,
+    alibi_slopes=None,
     scale: float | None = None,
     dropout_rate: float = 0.0,
     dropout_key=None,
@@ -72,6 +74,8 @@ def attention(
           j < q_offset + i + window.
       softcap: scores become softcap * tanh(scores / softcap).
       bias: added to the scaled scores, broadcastable to (B, N, S, T).
+      alibi_slopes: float32 (N,). slope x (j - position of the query) is added to the scores (Press
+          2021).
       scale: default 1 / sqrt(H).
       dropout_rate, dropout_key: dropout on the attention weights.
       impl: "auto" or a key of SUPPORT.
@@ -99,6 +103,7 @@ def attention(
         window=window,
         softcap=softcap,
         bias=bias,
+        alibi_slopes=alibi_slopes,
         scale=scale,
         dropout_rate=dropout_rate,
         dropout_key=dropout_key,
@@ -122,6 +127,7 @@ def _run(call: AttentionCall, chosen: str):
             scale=call.score_scale,
             softcap=call.softcap,
             bias=call.bias,
+            alibi_slopes=call.alibi_slopes,
             dropout_rate=call.dropout_rate,
             dropout_key=call.dropout_key,
         )
@@ -145,6 +151,7 @@ def explain_attention(
     window: int | None = None,
     softcap: float | None = None,
     bias=None,
+    alibi_slopes=None,
     scale: float | None = None,
     dropout_rate: float = 0.0,
     dropout_key=None,
@@ -169,6 +176,7 @@ def explain_attention(
         window=window,
         softcap=softcap,
         bias=bias,
+        alibi_slopes=alibi_slopes,
         scale=scale,
         dropout_rate=dropout_rate,
         dropout_key=dropout_key,
@@ -186,6 +194,9 @@ def decode_attention(
     v_cache,
     lengths,
     *,
+    positions=None,
+    window: int | None = None,
+    alibi_slopes=None,
     scale: float | None = None,
     softcap: float | None = None,
     k_scale=None,
@@ -200,6 +211,10 @@ def decode_attention(
       q: (B, N, H). k_cache, v_cache: (B, K, T, H), N % K == 0; float, or int8 with ``k_scale`` and
           ``v_scale``.
       lengths: int32 (B,), 0 to T. Keys at or past the length are invisible.
+      positions: int32 (B,) or (B, N), position of the query on the key axis; default lengths - 1.
+          Used by window and alibi_slopes.
+      window: int. Key j is visible only if j > position - window.
+      alibi_slopes: float32 (N,), as for attention().
       k_scale, v_scale: float32 (B, K, T). A key is its int8 numbers times its scale.
       impl: "auto", "pallas_tpu", "pallas_gpu" or "xla".
       num_splits: number of parts of the cache that the kernels process in parallel. None: derived
@@ -215,6 +230,9 @@ def decode_attention(
         k_cache,
         v_cache,
         lengths,
+        positions=positions,
+        window=window,
+        alibi_slopes=alibi_slopes,
         scale=scale,
         softcap=softcap,
         k_scale=k_scale,
@@ -224,8 +242,11 @@ def decode_attention(
     )
     check_decode(call)
     chosen = choose(call)
+    where = {}
+    if window is not None or alibi_slopes is not None:
+        where = {"positions": call.query_positions, "window": window, "alibi_slopes": alibi_slopes}
     run = functools.partial(
-        decode, chosen, scale=call.score_scale, softcap=softcap, num_splits=num_splits
+        decode, chosen, scale=call.score_scale, softcap=softcap, num_splits=num_splits, **where
     )
     arrays = (q, k_cache, v_cache, jnp.asarray(lengths, jnp.int32), (k_scale, v_scale))
     out, lse = run(*arrays) if chosen == "xla" else split_cache(run, *arrays)
@@ -238,6 +259,12 @@ def merge(out, lse, other, other_lse):
     give."""
     share = jax.nn.sigmoid(lse - other_lse)[..., None]
     return share * out + (1 - share) * other
+
+
+def merge_lse(lse, other_lse):
+    """Return the log-sum-exp over both parts of the keys; -inf where neither has a visible key."""
+    both = jnp.logaddexp(lse, other_lse)
+    return jnp.where(jnp.isneginf(lse) & jnp.isneginf(other_lse), -jnp.inf, both)
 
 
 def attention_gradients(

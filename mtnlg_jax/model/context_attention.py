@@ -23,23 +23,39 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from mtnlg_jax.model.attention import attention, attention_gradients
-from mtnlg_jax.parallel.collectives import axis_index, axis_size, gather, vary, zigzag
+from mtnlg_jax.parallel.collectives import (
+    axis_index,
+    axis_size,
+    gather,
+    own_part,
+    vary,
+    zigzag,
+)
 
 MODES = ("auto", "ulysses", "gather", "ring")
 
 
 def context_attention(
-    q, k, v, *, causal: bool = True, segment_ids=None, mode: str = "auto", impl: str = "auto"
+    q,
+    k,
+    v,
+    *,
+    causal: bool = True,
+    segment_ids=None,
+    mode: str = "auto",
+    impl: str = "auto",
+    **options,
 ):
     """attention() over the whole sequence. q (B, S/c, N, H), k and v (B, S/c, K, H), segment_ids
     (B, S/c), each the device's own positions in zigzag order -> (B, S/c, N, H). On a context axis
-    of size 1 it is attention().
+    of size 1 it is attention(). ``options`` are further arguments of attention(): window, softcap,
+    scale, alibi_slopes and return_lse. The ring takes none.
 
     Mode "auto" is ulysses if the heads of this device are divisible by c, and gather otherwise.
     Raises ValueError if ulysses is requested and they are not."""
     parts = axis_size("context")
     if parts == 1:
-        return attention(q, k, v, causal=causal, segment_ids=segment_ids, impl=impl)
+        return attention(q, k, v, causal=causal, segment_ids=segment_ids, impl=impl, **options)
     divides = k.shape[2] % parts == 0
     if mode == "auto":
         mode = "ulysses" if divides else "gather"
@@ -49,10 +65,15 @@ def context_attention(
                 f"mesh.context_mode=ulysses: {k.shape[2]} key/value heads per device are not "
                 f"divisible by mesh.context={parts}; use mesh.context_mode=gather or ring"
             )
-        return _ulysses(q, k, v, causal, segment_ids, impl)
+        return _ulysses(q, k, v, causal, segment_ids, impl, options)
     if mode == "gather":
-        return _gathered(q, k, v, causal, segment_ids, impl)
+        return _gathered(q, k, v, causal, segment_ids, impl, options)
     if mode == "ring":
+        if options:
+            raise ValueError(
+                f"mesh.context_mode=ring does not take {', '.join(sorted(options))} of attention; "
+                "use mesh.context_mode=gather or ulysses"
+            )
         return _ring(causal, impl, q, k, v, segment_ids)
     raise ValueError(f"unknown context mode {mode!r}; choose one of {', '.join(MODES)}")
 
@@ -68,11 +89,21 @@ def _whole(x):
     return None if x is None else _natural(gather(x, "context", 1))
 
 
-def _ulysses(q, k, v, causal, segment_ids, impl):
+def _ulysses(q, k, v, causal, segment_ids, impl, options):
+    if "alibi_slopes" in options:
+        options = options | {"alibi_slopes": own_part(options["alibi_slopes"], "context", 0)}
     q, k, v = (_natural(lax.all_to_all(x, "context", 2, 1, tiled=True)) for x in (q, k, v))
-    out = attention(q, k, v, causal=causal, segment_ids=_whole(segment_ids), impl=impl)
-    out = out[:, zigzag(out.shape[1], axis_size("context"))]
-    return lax.all_to_all(out, "context", 1, 2, tiled=True)
+    ids = _whole(segment_ids)
+    result = attention(q, k, v, causal=causal, segment_ids=ids, impl=impl, **options)
+    order = zigzag(q.shape[1], axis_size("context"))
+
+    def back(x):
+        return lax.all_to_all(x[:, order], "context", 1, 2, tiled=True)
+
+    if not options.get("return_lse"):
+        return back(result)
+    out, lse_BNS = result
+    return back(out), back(lse_BNS.swapaxes(1, 2)).swapaxes(1, 2)
 
 
 def _own_chunks():
@@ -81,7 +112,7 @@ def _own_chunks():
     return here, 2 * axis_size("context") - 1 - here
 
 
-def _gathered(q, k, v, causal, segment_ids, impl):
+def _gathered(q, k, v, causal, segment_ids, impl, options):
     k = _whole(k)
     v = _whole(v)
     ids = _whole(segment_ids)
@@ -91,10 +122,20 @@ def _gathered(q, k, v, causal, segment_ids, impl):
         pair = None if ids is None else (segment_ids[:, part], ids)
         halves.append(
             attention(
-                q[:, part], k, v, causal=causal, segment_ids=pair, q_offset=number * half, impl=impl
+                q[:, part],
+                k,
+                v,
+                causal=causal,
+                segment_ids=pair,
+                q_offset=number * half,
+                impl=impl,
+                **options,
             )
         )
-    return jnp.concatenate(halves, 1)
+    if not options.get("return_lse"):
+        return jnp.concatenate(halves, 1)
+    outs, lses = zip(*halves, strict=True)
+    return jnp.concatenate(outs, 1), jnp.concatenate(lses, 2)
 
 
 # --- ring: each hop attends only to pairs of chunks in which something is visible

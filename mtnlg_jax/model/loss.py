@@ -8,18 +8,20 @@ never allocates [B, S, V].
 # Shapes: B tokens (all rows and positions of a micro-batch), D width, V vocabulary, C width of the
 # teacher
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mtnlg_jax.model.head import Head
 from mtnlg_jax.parallel.collectives import axis_index, axis_size, max_over, sum_over, vary
 
 
 def cross_entropy(
     x_BD: jax.Array,
-    head_VD: jax.Array,
+    head: Head,
     labels_B: jax.Array,
     weights_B: jax.Array,
     chunk: int = 1024,
@@ -29,7 +31,7 @@ def cross_entropy(
 
     Args:
       x_BD: hidden states, equal on all devices of ``tensor``.
-      head_VD: this device's part of the output embedding.
+      head: this device's part of the output head.
       labels_B: int32 ids in the whole vocabulary.
       weights_B: float32; 0 leaves a token out.
       chunk: how many tokens have logits at the same time.
@@ -38,17 +40,17 @@ def cross_entropy(
     """
     chunk = min(chunk, x_BD.shape[0])
     x_BD, labels_B, weights_B = _padded(chunk, x_BD, labels_B, weights_B)
-    return _summed(chunk, smoothing, *vary((x_BD, head_VD, labels_B, weights_B)))
+    return _summed(chunk, smoothing, *vary((x_BD, head, labels_B, weights_B)))
 
 
 def token_log_probs(
-    x_BD: jax.Array, head_VD: jax.Array, labels_B: jax.Array, chunk: int = 1024
+    x_BD: jax.Array, head: Head, labels_B: jax.Array, chunk: int = 1024
 ) -> jax.Array:
     """Return log p(label) of every token, float32 (B,); not for training."""
     tokens = x_BD.shape[0]
     chunk = min(chunk, tokens)
     parts = _chunks(chunk, *_padded(chunk, x_BD, labels_B))
-    losses = lax.map(lambda part: _chunk_losses(part[0], head_VD, part[1])[0], parts)
+    losses = lax.map(lambda part: _chunk_losses(part[0], head, part[1])[0], parts)
     return -losses.reshape(-1)[:tokens]
 
 
@@ -65,66 +67,83 @@ def _chunks(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def _chunk_losses(
-    x: jax.Array, head: jax.Array, labels: jax.Array, smoothing: float = 0.0
+    x: jax.Array, head: Head, labels: jax.Array, smoothing: float = 0.0
 ) -> tuple[jax.Array, tuple]:
     """Return the losses (B,) of a chunk, and what `_losses_of` returns for their gradient."""
-    logits = jnp.einsum("BD,VD->BV", x, head, preferred_element_type=jnp.float32)
-    return _losses_of(logits, head, labels, smoothing)
+    return _losses_of(head.logits(x), labels, smoothing)
 
 
-def _losses_of(
-    logits: jax.Array, head: jax.Array, labels: jax.Array, smoothing: float
-) -> tuple[jax.Array, tuple]:
+def _losses_of(logits: jax.Array, labels: jax.Array, smoothing: float) -> tuple[jax.Array, tuple]:
     """Return (losses, (exp(logits - max), their sums, targets)), reduced over ``tensor``."""
+    own = logits.shape[-1]
     # Softmax does not change with the maximum, so no gradient goes through it.
     top = max_over(lax.stop_gradient(logits.max(-1)), "tensor")
     exped = jnp.exp(logits - top[:, None])
     total = sum_over(exped.sum(-1), "tensor")
     # The label's logit is on one device of tensor; the others contribute 0 to the sum.
-    local = labels - axis_index("tensor") * head.shape[0]
-    mine = (local >= 0) & (local < head.shape[0])
+    local = labels - axis_index("tensor") * own
+    mine = (local >= 0) & (local < own)
     picked = jnp.take_along_axis(logits, jnp.where(mine, local, 0)[:, None], -1)[:, 0]
     target = sum_over(jnp.where(mine, picked, 0.0), "tensor")
-    hits = jnp.arange(head.shape[0]) == jnp.where(mine, local, -1)[:, None]
+    hits = jnp.arange(own) == jnp.where(mine, local, -1)[:, None]
     if smoothing:
-        even = 1 / (head.shape[0] * axis_size("tensor"))
+        even = 1 / (own * axis_size("tensor"))
         target = (1 - smoothing) * target + smoothing * even * sum_over(logits.sum(-1), "tensor")
         hits = (1 - smoothing) * hits + smoothing * even
     return jnp.log(total) + top - target, (exped, total, hits)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _summed(chunk, smoothing, x_BD, head_VD, labels_B, weights_B):
+def _summed(chunk, smoothing, x_BD, head, labels_B, weights_B):
     def one(total, part):
         x, labels, weights = part
-        return total + jnp.dot(_chunk_losses(x, head_VD, labels, smoothing)[0], weights), None
+        return total + jnp.dot(_chunk_losses(x, head, labels, smoothing)[0], weights), None
 
     total, _ = lax.scan(one, vary(jnp.float32(0)), _chunks(chunk, x_BD, labels_B, weights_B))
     return total
 
 
-def _forward(chunk, smoothing, x_BD, head_VD, labels_B, weights_B):
+def _forward(chunk, smoothing, x_BD, head, labels_B, weights_B):
     def one(carry, part):
         total, d_head = carry
         x, labels, weights = part
-        losses, (exped, sums, targets) = _chunk_losses(x, head_VD, labels, smoothing)
+        logits = head.logits(x)
+        losses, (exped, sums, targets) = _losses_of(logits, labels, smoothing)
         d_logits = (exped / sums[:, None] - targets) * weights[:, None]
-        d_logits = d_logits.astype(head_VD.dtype)
-        d_head = d_head + jnp.einsum("BV,BD->VD", d_logits, x, preferred_element_type=jnp.float32)
+        d_head, d_x = _through_head(head, d_head, x, logits, d_logits)
         total = total + jnp.dot(losses, weights)
-        return vary((total, d_head)), jnp.einsum("BV,VD->BD", d_logits, head_VD)
+        return vary((total, d_head)), d_x
 
-    start = vary((jnp.float32(0), jnp.zeros(head_VD.shape, jnp.float32)))
+    start = vary((jnp.float32(0), _zeros_like(head)))
     (total, d_head), d_x = lax.scan(one, start, _chunks(chunk, x_BD, labels_B, weights_B))
-    return total, (d_x.reshape(x_BD.shape), d_head, head_VD, weights_B)
+    return total, (d_x.reshape(x_BD.shape), d_head, head, weights_B)
+
+
+def _zeros_like(head: Head) -> Head:
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), head)
+
+
+def _through_head(
+    head: Head, d_head: Head, x: jax.Array, logits: jax.Array, d_logits: jax.Array
+) -> tuple[Head, jax.Array]:
+    """Return the sum of the head's gradients with those of a chunk, and the gradient by ``x``."""
+    d_logits = head.before_cap(d_logits, logits)
+    if head.bias_V is not None:
+        d_head = dataclasses.replace(d_head, bias_V=d_head.bias_V + d_logits.sum(0))
+    if head.multiplier != 1:
+        d_logits = head.multiplier * d_logits
+    d_logits = d_logits.astype(head.table_VD.dtype)
+    d_table = jnp.einsum("BV,BD->VD", d_logits, x, preferred_element_type=jnp.float32)
+    d_head = dataclasses.replace(d_head, table_VD=d_head.table_VD + d_table)
+    return d_head, jnp.einsum("BV,VD->BD", d_logits, head.table_VD)
 
 
 def _backward(chunk, smoothing, residuals, grad):
-    d_x, d_head, head_VD, weights_B = residuals
+    d_x, d_head, head, weights_B = residuals
     # The weights are data: nothing is differentiated by them.
     return (
         (d_x * grad).astype(d_x.dtype),
-        (d_head * grad).astype(head_VD.dtype),
+        jax.tree.map(lambda total, leaf: (total * grad).astype(leaf.dtype), d_head, head),
         None,
         jnp.zeros_like(weights_B),
     )
@@ -138,9 +157,9 @@ _summed.defvjp(_forward, _backward)
 
 def distilled_cross_entropy(
     x_BD: jax.Array,
-    head_VD: jax.Array,
+    head: Head,
     teacher_x_BC: jax.Array,
-    teacher_head_VC: jax.Array,
+    teacher_head: Head,
     labels_B: jax.Array,
     weights_B: jax.Array,
     chunk: int = 1024,
@@ -159,12 +178,12 @@ def distilled_cross_entropy(
 
     Args:
       teacher_x_BC: the teacher's hidden states, of its own width.
-      teacher_head_VC: the teacher's output embedding, split over the same vocabulary.
+      teacher_head: the teacher's head, split over the same vocabulary.
       temperature: above 0.
       share: in [0, 1]; 0 gives the result of `cross_entropy`.
     """
     chunk = min(chunk, x_BD.shape[0])
-    teacher_x_BC, teacher_head_VC = lax.stop_gradient((teacher_x_BC, teacher_head_VC))
+    teacher_x_BC, teacher_head = lax.stop_gradient((teacher_x_BC, teacher_head))
     x_BD, teacher_x_BC, labels_B, weights_B = _padded(
         chunk, x_BD, teacher_x_BC, labels_B, weights_B
     )
@@ -173,7 +192,7 @@ def distilled_cross_entropy(
         smoothing,
         temperature,
         share,
-        *vary((x_BD, head_VD, teacher_x_BC, teacher_head_VC, labels_B, weights_B)),
+        *vary((x_BD, head, teacher_x_BC, teacher_head, labels_B, weights_B)),
     )
 
 
@@ -186,19 +205,17 @@ def _softmax(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _distilled_chunk(smoothing, temperature, share, x, head, teacher_x, teacher_head, labels):
-    """Return the losses (B,) of a chunk and their gradients by logits (B, V)."""
-    logits = jnp.einsum("BD,VD->BV", x, head, preferred_element_type=jnp.float32)
-    hard, (exped, sums, targets) = _losses_of(logits, head, labels, smoothing)
-    teacher_logits = jnp.einsum(
-        "BC,VC->BV", teacher_x, teacher_head, preferred_element_type=jnp.float32
-    )
+    """Return the losses (B,) of a chunk, and the logits (B, V) with their gradients."""
+    logits = head.logits(x)
+    hard, (exped, sums, targets) = _losses_of(logits, labels, smoothing)
+    teacher_logits = teacher_head.logits(teacher_x)
     q, _ = _softmax(teacher_logits / temperature)
     p, log_total = _softmax(logits / temperature)
     soft = log_total - sum_over((q * logits).sum(-1), "tensor") / temperature
     losses = (1 - share) * hard + share * temperature**2 * soft
     d_hard = exped / sums[:, None] - targets
     # d soft / d logits is (p - q) / temperature, times temperature^2.
-    return losses, (1 - share) * d_hard + share * temperature * (p - q)
+    return losses, logits, (1 - share) * d_hard + share * temperature * (p - q)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
@@ -208,16 +225,16 @@ def _distilled(
     temperature,
     share,
     x_BD,
-    head_VD,
+    head,
     teacher_x_BC,
-    teacher_head_VC,
+    teacher_head,
     labels_B,
     weights_B,
 ):
     def one(total, part):
         x, teacher_x, labels, weights = part
-        losses, _ = _distilled_chunk(
-            smoothing, temperature, share, x, head_VD, teacher_x, teacher_head_VC, labels
+        losses, _, _ = _distilled_chunk(
+            smoothing, temperature, share, x, head, teacher_x, teacher_head, labels
         )
         return total + jnp.dot(losses, weights), None
 
@@ -233,28 +250,28 @@ def _distilled_forward(
     temperature,
     share,
     x_BD,
-    head_VD,
+    head,
     teacher_x_BC,
-    teacher_head_VC,
+    teacher_head,
     labels_B,
     weights_B,
 ):
     def one(carry, part):
         total, d_head = carry
         x, teacher_x, labels, weights = part
-        losses, d_logits = _distilled_chunk(
-            smoothing, temperature, share, x, head_VD, teacher_x, teacher_head_VC, labels
+        losses, logits, d_logits = _distilled_chunk(
+            smoothing, temperature, share, x, head, teacher_x, teacher_head, labels
         )
-        d_logits = (d_logits * weights[:, None]).astype(head_VD.dtype)
-        d_head = d_head + jnp.einsum("BV,BD->VD", d_logits, x, preferred_element_type=jnp.float32)
+        d_logits = d_logits * weights[:, None]
+        d_head, d_x = _through_head(head, d_head, x, logits, d_logits)
         total = total + jnp.dot(losses, weights)
-        return vary((total, d_head)), jnp.einsum("BV,VD->BD", d_logits, head_VD)
+        return vary((total, d_head)), d_x
 
-    start = vary((jnp.float32(0), jnp.zeros(head_VD.shape, jnp.float32)))
+    start = vary((jnp.float32(0), _zeros_like(head)))
     (total, d_head), d_x = lax.scan(
         one, start, _chunks(chunk, x_BD, teacher_x_BC, labels_B, weights_B)
     )
-    return total, (d_x.reshape(x_BD.shape), d_head, head_VD, weights_B)
+    return total, (d_x.reshape(x_BD.shape), d_head, head, weights_B)
 
 
 def _distilled_backward(chunk, smoothing, temperature, share, residuals, grad):

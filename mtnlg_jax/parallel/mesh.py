@@ -15,7 +15,7 @@ share the plan.
 | B rows | data | one sum of the gradients a step |
 | S sequence | context | exchange of keys and values, or of heads, in attention |
 | S sequence, between half blocks | tensor too | none: norms and residuals are per token |
-| H head width, P positions, R rank of an adapter | none | |
+| H head width, P positions, R rank of an adapter, C width of a masked head, E experts | none | |
 """
 
 import math
@@ -31,7 +31,7 @@ from mtnlg_jax.config import MeshConfig, near_divisors
 AXES = ("pipe", "data", "context", "tensor")  # slowest network first
 
 AXIS_OF = {"L": "pipe", "V": "tensor", "N": "tensor", "K": "tensor", "F": "tensor", "D": "data"}
-UNSPLIT = "HPR"
+UNSPLIT = "CEHPR"
 
 # Tokens, labels and weights, (M, B, S): rows are split over data, positions over context.
 BATCH = P(None, "data", "context")

@@ -29,7 +29,9 @@ IDENTITY = {
     for key in (
         "num_layers hidden_size num_attention_heads num_query_groups kv_channels ffn_hidden_size "
         "vocab_size max_position_embeddings position_embedding_type rotary_base normalization "
-        "norm_epsilon activation add_bias tie_embeddings"
+        "norm_epsilon activation add_bias tie_embeddings bias norm_placement qk_layernorm "
+        "parallel_residual rotary_percent rope_scaling layer_pattern attn_logit_softcapping "
+        "final_logit_softcapping multipliers embedding_norm mlm_head attention_sink moe"
     ).split()
 } | {
     "data.path",

@@ -17,8 +17,10 @@ from jax import lax
 
 from mtnlg_jax.config import Config, ModelConfig
 from mtnlg_jax.model.context_attention import context_attention
+from mtnlg_jax.model.head import Head
+from mtnlg_jax.model.hooks import Hooks
 from mtnlg_jax.model.params import join_params, split_params
-from mtnlg_jax.model.transformer import Hooks, abstract_model
+from mtnlg_jax.model.transformer import abstract_model
 from mtnlg_jax.train.weights import make_weights
 
 
@@ -47,8 +49,8 @@ class Teacher:
             attend=functools.partial(context_attention, mode=config.mesh.context_mode),
         )
 
-    def hidden(self, micro: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """Return (last hidden states (B x S, C), output embedding (V, C)) of a micro-batch."""
+    def hidden(self, micro: dict[str, jax.Array]) -> tuple[jax.Array, Head]:
+        """Return (what the head multiplies (B x S, C), the head) of a micro-batch."""
         rest = self._weights.of_rest(self._params.rest)
         params = join_params(self._params._replace(rest=rest))
         model = nnx.merge(self._graph, lax.stop_gradient(params))

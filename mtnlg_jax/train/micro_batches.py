@@ -11,9 +11,10 @@ from jax import lax
 
 from mtnlg_jax.config import Config
 from mtnlg_jax.model.context_attention import context_attention
+from mtnlg_jax.model.hooks import Hooks
 from mtnlg_jax.model.loss import cross_entropy, distilled_cross_entropy
 from mtnlg_jax.model.params import Params, join_params, split_params
-from mtnlg_jax.model.transformer import Hooks, Transformer, abstract_model
+from mtnlg_jax.model.transformer import Transformer, abstract_model
 from mtnlg_jax.train.distill import Teacher
 from mtnlg_jax.train.weights import make_weights
 

@@ -13,8 +13,18 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from mtnlg_jax.config import MeshConfig
-from mtnlg_jax.model.loss import cross_entropy, token_log_probs
+from mtnlg_jax.model import loss
+from mtnlg_jax.model.head import Head
 from mtnlg_jax.parallel.mesh import AXES, make_mesh
+
+
+def cross_entropy(x, head, *rest, **options):
+    return loss.cross_entropy(x, Head(head), *rest, **options)
+
+
+def token_log_probs(x, head, *rest, **options):
+    return loss.token_log_probs(x, Head(head), *rest, **options)
+
 
 FLOAT32 = 2e-5  # sums of some dozens of float32 numbers of size one
 BFLOAT16 = 3e-2  # the gradient of the logits is rounded to eight bits before the products

@@ -11,17 +11,12 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from mtnlg_jax.config import MeshConfig, ModelConfig
-from mtnlg_jax.model.transformer import (
-    Hooks,
-    Mlp,
-    Norm,
-    Transformer,
-    abstract_model,
-    dropout,
-    init_parameters,
-    rotate,
-)
+from mtnlg_jax.config import MeshConfig, ModelConfig, RopeScaling
+from mtnlg_jax.model.block import Mlp
+from mtnlg_jax.model.hooks import Hooks, dropout
+from mtnlg_jax.model.parts import Norm
+from mtnlg_jax.model.positions import rope_frequencies, rotate
+from mtnlg_jax.model.transformer import Transformer, abstract_model, init_parameters
 from mtnlg_jax.parallel.collectives import vary
 from mtnlg_jax.parallel.mesh import AXES, make_mesh, parameter_name, shardings_of, specs_of
 
@@ -199,11 +194,12 @@ def test_gelu_is_the_tanh_form():
 def test_rotary_positions_equal_complex_turns_and_see_only_distances():
     x = np.random.default_rng(2).standard_normal((2, 3, 2, 8)).astype(np.float32)
     positions = np.array([[0, 5, 900], [7, 1, 2]], np.int32)
-    got = jax.jit(functools.partial(rotate, base=100.0))(x, positions)
+    frequencies = rope_frequencies(100.0, 8, RopeScaling(), 1000)
+    got = jax.jit(functools.partial(rotate, frequencies=frequencies))(x, positions)
     for b, s, n in np.ndindex(2, 3, 2):
         want = _rotate(x[b, s, n].astype(np.float64), positions[b, s], 100.0)
         np.testing.assert_allclose(got[b, s, n], want, atol=3e-4)  # float32 angles up to 900
-    moved = jax.jit(functools.partial(rotate, base=100.0))(x, positions + 3)
+    moved = jax.jit(functools.partial(rotate, frequencies=frequencies))(x, positions + 3)
     products, moved_products = (np.einsum("bsnh,btnh->bnst", y, y) for y in (got, moved))
     np.testing.assert_allclose(products, moved_products, atol=2e-3)
 

@@ -20,7 +20,8 @@ from mtnlg_jax.config import (
     override,
 )
 from mtnlg_jax.hardware import CHIPS
-from mtnlg_jax.model.transformer import RECOMPUTE, abstract_model
+from mtnlg_jax.model.hooks import RECOMPUTE
+from mtnlg_jax.model.transformer import abstract_model
 from mtnlg_jax.parallel.mesh import make_mesh
 from mtnlg_jax.planning.cost import CIRCULAR_COPIES, Job, padded_size
 from mtnlg_jax.planning.layout import POLICIES, Layout, layout_of

@@ -11,12 +11,23 @@ import pytest
 from flax import nnx
 
 from mtnlg_jax.config import Config, MeshConfig, ModelConfig, StageConfig, TrainConfig, validate
-from mtnlg_jax.model.loss import cross_entropy, distilled_cross_entropy
+from mtnlg_jax.model import loss
+from mtnlg_jax.model.head import Head
 from mtnlg_jax.model.transformer import abstract_model, init_parameters
 from mtnlg_jax.parallel.mesh import make_mesh, shardings_of
 from mtnlg_jax.train.batch import put_batch
 from mtnlg_jax.train.distill import Distillation
 from mtnlg_jax.train.gradients import make_loss_and_gradients
+
+
+def cross_entropy(x, head, *rest, **options):
+    return loss.cross_entropy(x, Head(head), *rest, **options)
+
+
+def distilled_cross_entropy(x, head, teacher_x, teacher_head, *rest, **options):
+    heads = (Head(head), teacher_x, Head(teacher_head))
+    return loss.distilled_cross_entropy(x, *heads, *rest, **options)
+
 
 T = 10
 D = 8

@@ -49,6 +49,7 @@ class AttentionCall(_Call):
     window: int | None = None
     softcap: float | None = None
     bias: jax.Array | None = None
+    alibi_slopes: jax.Array | None = None  # (N,)
     scale: float | None = None
     dropout_rate: float = 0.0
     dropout_key: jax.Array | None = None
@@ -79,6 +80,7 @@ class AttentionCall(_Call):
             "window": self.window is not None,
             "softcap": self.softcap is not None,
             "bias": self.bias is not None,
+            "alibi_slopes": self.alibi_slopes is not None,
             "dropout": self.dropout_rate > 0,
             "return_lse": self.return_lse,
         }
@@ -111,6 +113,9 @@ class DecodeCall(_Call):
     k_cache: jax.Array  # (B, K, T, H)
     v_cache: jax.Array  # (B, K, T, H)
     lengths: jax.Array  # (B,)
+    positions: jax.Array | None = None  # (B,) or (B, N)
+    window: int | None = None
+    alibi_slopes: jax.Array | None = None  # (N,)
     scale: float | None = None
     softcap: float | None = None
     k_scale: jax.Array | None = None  # (B, K, T)
@@ -129,5 +134,16 @@ class DecodeCall(_Call):
     @property
     def options(self) -> frozenset[str]:
         """As for AttentionCall. Every implementation that decodes takes the scales of a cache."""
-        used = {"kv_lengths", "return_lse"}
-        return frozenset(used if self.softcap is None else used | {"softcap"})
+        used = {
+            "softcap": self.softcap is not None,
+            "window": self.window is not None,
+            "alibi_slopes": self.alibi_slopes is not None,
+        }
+        return frozenset({"kv_lengths", "return_lse", *(name for name, use in used.items() if use)})
+
+    @property
+    def query_positions(self) -> jax.Array:
+        """Position of each query on the key axis, int32 (B, N) or (B, 1)."""
+        positions = self.lengths - 1 if self.positions is None else self.positions
+        positions = jnp.asarray(positions, jnp.int32)
+        return positions[:, None] if positions.ndim == 1 else positions

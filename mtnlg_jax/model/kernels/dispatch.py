@@ -141,12 +141,13 @@ def decode(
     softcap: float | None,
     num_splits: int | None = None,
     block_kv: int | None = None,
+    **where,
 ):
     """(out (B, N, H), lse (B, N)) of one query a row. ``scales`` of an int8 cache: (B, K, T)
-    each."""
+    each. ``where``: positions, window and alibi_slopes, if they are used."""
     scaling = {"scale": scale, "softcap": softcap, "k_scale": scales[0], "v_scale": scales[1]}
     if impl == "xla":
-        return xla.decode(q, k_cache, v_cache, lengths, **scaling)
+        return xla.decode(q, k_cache, v_cache, lengths, **scaling, **where)
     run: Callable
     if impl == "pallas_tpu":
         from mtnlg_jax.model.kernels.tpu.decode import decode as run

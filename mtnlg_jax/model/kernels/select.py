@@ -63,7 +63,7 @@ SUPPORT = {
         "anything",
         FLOATS,
         None,
-        _MASKS | {"softcap", "return_lse", "bias", "dropout"},
+        _MASKS | {"softcap", "return_lse", "bias", "alibi_slopes", "dropout"},
         "exact, holds S x T scores",
     ),
 }
@@ -86,6 +86,8 @@ def unsupported_reason(name: str, call: AttentionCall | DecodeCall) -> str | Non
     here = device()
     if call.decoding and name in ("cudnn", "xla_blockwise"):
         return "does not support single-token decoding"
+    if call.decoding and name != "xla" and "window" in call.options:
+        return "does not take window in decoding"
     if not compat.interpreting() or name == "cudnn":
         fits = {
             "TPU": platform == "tpu",

@@ -93,10 +93,12 @@ def exact(
     scale: float,
     softcap: float | None,
     bias=None,
+    alibi_slopes=None,
     dropout_rate: float = 0.0,
     dropout_key=None,
 ):
-    """(out (B, S, N, H), lse (B, N, S)); ``bias`` broadcasts to (B, N, S, T)."""
+    """(out (B, S, N, H), lse (B, N, S)); ``bias`` broadcasts to (B, N, S, T), ``alibi_slopes`` are
+    (N,)."""
     rows, queries, heads, _ = q.shape
     keys = k.shape[1]
     seen = _visible(mask, mask.q_ids, mask.kv_ids, 0, queries, 0, keys)
@@ -104,6 +106,12 @@ def exact(
     if bias is not None:
         bias = jnp.broadcast_to(bias, (rows, heads, queries, keys))
         scores = scores + bias.reshape(scores.shape)
+    if alibi_slopes is not None:
+        slopes_KG11 = alibi_slopes.reshape(scores.shape[1:3])[..., None, None]
+        positions = jnp.asarray(mask.q_offset)[..., None] + jnp.arange(queries)
+        distance = jnp.arange(keys) - positions[..., None]  # (S, T) or (B, S, T)
+        distance = distance.reshape(-1, 1, 1, queries, keys).astype(jnp.float32)
+        scores = scores + slopes_KG11[None] * distance
     if seen is not None:
         scores = jnp.where(seen, scores, NEG_INF)
     weights, lse = softmax(scores)
@@ -116,10 +124,21 @@ def exact(
 
 
 def decode(
-    q, k_cache, v_cache, lengths, *, scale: float, softcap: float | None, k_scale=None, v_scale=None
+    q,
+    k_cache,
+    v_cache,
+    lengths,
+    *,
+    scale: float,
+    softcap: float | None,
+    k_scale=None,
+    v_scale=None,
+    positions=None,
+    window: int | None = None,
+    alibi_slopes=None,
 ):
     """One query a row: q (B, N, H), caches (B, K, T, H), or int8 with scales (B, K, T) -> out (B,
-    N, H), lse (B, N)."""
+    N, H), lse (B, N). ``positions`` of the queries are (B, N) or (B, 1)."""
     batch, heads, width = q.shape
     kv_heads = k_cache.shape[1]
     grouped = q.reshape(batch, kv_heads, heads // kv_heads, width)
@@ -133,8 +152,18 @@ def decode(
         scores = scores * k_scale[:, :, None]
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    seen = visible(0, jnp.arange(k_cache.shape[2]), causal=False, length=lengths[:, None])
-    weights, lse = softmax(jnp.where(seen[:, None, None], scores, NEG_INF))
+    keys_T = jnp.arange(k_cache.shape[2])
+    seen_BT = visible(0, keys_T[None], causal=False, length=lengths[:, None])
+    seen = seen_BT[:, None, None]
+    if window is not None or alibi_slopes is not None:
+        positions = jnp.broadcast_to(positions, (batch, heads)).reshape(*grouped.shape[:3], 1)
+        distance = keys_T - positions
+        if alibi_slopes is not None:
+            slopes = alibi_slopes.reshape(1, *grouped.shape[1:3], 1)
+            scores = scores + slopes * distance.astype(jnp.float32)
+        if window is not None:
+            seen = seen & (distance > -window)
+    weights, lse = softmax(jnp.where(seen, scores, NEG_INF))
     if v_scale is not None:
         weights = weights * v_scale[:, :, None]
     out = jnp.einsum(
