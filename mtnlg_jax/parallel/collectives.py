@@ -141,18 +141,21 @@ def gather_weights(params: Any, dtype, zero: int, reduce_dtype=jnp.float32) -> A
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def reduce_gradients(grads: Any, zero: int, scattered: bool, reduce_dtype=jnp.float32) -> Any:
+def reduce_gradients(
+    grads: Any, zero: int, scattered: bool, reduce_dtype=jnp.float32, whole: str = ""
+) -> Any:
     """Reduce local gradients to float32 gradients, split as the parameters are stored.
 
     They are summed in ``reduce_dtype`` over every axis that the parameter is not split over.
     ``scattered``: the transpose of `gather_weights` has done the sum over data along D (ZeRO-3).
+    ``whole``: dims that stay whole on this mesh.
     """
     manual = [axis for axis in AXES if axis in jax.sharding.get_abstract_mesh().manual_axes]
     if not manual:
         return grads
 
     def one(path, grad):
-        spec = spec_of(dims_of(path), zero)
+        spec = spec_of(dims_of(path), zero, whole)
         grad = grad.astype(reduce_dtype)
         if "data" in spec and not scattered:
             grad = scatter_sum(grad, "data", _data_dim(spec, grad))

@@ -8,6 +8,7 @@ share the plan.
 | --- | --- | --- |
 | V vocabulary | tensor | one reduce-scatter after the look-up; three scalars a token in the loss |
 | N query heads, K key/value heads | tensor | gather of S before, reduce-scatter after attention |
+| K key/value heads, fewer than the parts | none | products of all K on every device |
 | F MLP width | tensor | the same around the MLP |
 | D width, weights only | data (ZeRO) | all-gather of a weight, reduce-scatter of its gradient |
 | L layers | pipe | one activation to the next stage a tick, each way |
@@ -75,8 +76,8 @@ def dims_of(path) -> str:
     return ("L" if stacked else "") + parameter_name(path).rsplit("_", 1)[1]
 
 
-def spec_of(dims: str, zero: int = 1) -> P:
-    """Return the PartitionSpec of a tensor whose dims are ``dims``.
+def spec_of(dims: str, zero: int = 1, whole: str = "") -> P:
+    """Return the PartitionSpec of a tensor whose dims are ``dims``; those in ``whole`` stay whole.
 
     Raises ValueError on an unknown dim, or when two dims would be split over the same axis.
     """
@@ -87,7 +88,7 @@ def spec_of(dims: str, zero: int = 1) -> P:
                 f"dim {dim!r} of {dims!r} is not in the plan; add a row to AXIS_OF or UNSPLIT"
             )
         axis = AXIS_OF.get(dim)
-        if axis == "data" and zero == 0:
+        if (axis == "data" and zero == 0) or dim in whole:
             axis = None
         if axis is not None and axis in axes:
             raise ValueError(
@@ -97,11 +98,22 @@ def spec_of(dims: str, zero: int = 1) -> P:
     return P(*axes)
 
 
-def specs_of(tree: Any, zero: int = 1) -> Any:
-    """Return the PartitionSpecs of a tree of named parameters (arrays or ShapeDtypeStructs)."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: spec_of(dims_of(path), zero) if getattr(leaf, "ndim", 0) else P(), tree
-    )
+def whole_dims(dims: str, shape: Sequence[int], tensor: int) -> str:
+    """Return the dims that tensor does not split: key/value heads, if it has more parts."""
+    return "K" if "K" in dims and shape[dims.index("K")] < tensor else ""
+
+
+def specs_of(tree: Any, zero: int = 1, tensor: int = 1) -> Any:
+    """Return the PartitionSpecs of a tree of named parameters (arrays or ShapeDtypeStructs of the
+    whole shapes) on a mesh whose axis tensor has ``tensor`` parts."""
+
+    def spec(path, leaf):
+        if not getattr(leaf, "ndim", 0):
+            return P()
+        dims = dims_of(path)
+        return spec_of(dims, zero, whole_dims(dims, leaf.shape, tensor))
+
+    return jax.tree_util.tree_map_with_path(spec, tree)
 
 
 def local_shape(
@@ -112,7 +124,8 @@ def local_shape(
     Raises ValueError naming the tensor when a dim is not divisible.
     """
     local = []
-    for dim, size, axis in zip(dims, shape, spec_of(dims, zero), strict=True):
+    spec = spec_of(dims, zero, whole_dims(dims, shape, sizes["tensor"]))
+    for dim, size, axis in zip(dims, shape, spec, strict=True):
         parts = sizes[axis] if axis else 1
         if size % parts:
             way_out = f"try mesh.{axis}={near_divisors(size, parts)}"
@@ -134,7 +147,8 @@ def shardings_of(tree: Any, mesh: Mesh, zero: int = 1) -> Any:
             return NamedSharding(mesh, P())
         dims = dims_of(path)
         local_shape(parameter_name(path), dims, leaf.shape, mesh.shape, zero)
-        return NamedSharding(mesh, spec_of(dims, zero))
+        whole = whole_dims(dims, leaf.shape, mesh.shape["tensor"])
+        return NamedSharding(mesh, spec_of(dims, zero, whole))
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
@@ -160,5 +174,6 @@ def plan_table(tree, sizes: dict[str, int], zero: int = 1) -> list[Row]:
         dims = dims_of(path)
         name = ".".join(key.key for key in path if isinstance(getattr(key, "key", None), str))
         local = local_shape(parameter_name(path), dims, leaf.shape, sizes, zero)
-        rows.append(Row(name, dims, leaf.shape, spec_of(dims, zero), local, 4 * math.prod(local)))
+        spec = spec_of(dims, zero, whole_dims(dims, leaf.shape, sizes["tensor"]))
+        rows.append(Row(name, dims, leaf.shape, spec, local, 4 * math.prod(local)))
     return rows

@@ -193,5 +193,6 @@ def make_eval(config: Config, mesh: Mesh, causal: bool) -> Callable:
         return sums(losses, batch)
 
     function = pipelined_evaluate if mesh.shape["pipe"] > 1 else evaluate
-    specs = specs_of(abstract_model(config.model)[1], config.mesh.zero)
+    abstract = abstract_model(config.model)[1]
+    specs = specs_of(abstract, config.mesh.zero, mesh.shape["tensor"])
     return jax.jit(over_mesh(function, mesh, (specs, batch_specs()), (P(), P())))

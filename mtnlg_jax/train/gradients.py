@@ -46,6 +46,8 @@ def make_loss_and_gradients(
     teacher's parameters are one more argument, the last.
     """
     zero = config.mesh.zero
+    tensor = mesh.shape["tensor"]
+    whole = "K" if config.model.kv_heads < tensor else ""
     weights = make_weights(config)
     targets, with_targets = lora.make_targets(config)
 
@@ -62,7 +64,7 @@ def make_loss_and_gradients(
     def leave(loss, gradients):
         """Sum over devices: (mean loss, gradients as the masters are split)."""
         reduce_dtype = jnp.dtype(config.train.reduce_dtype)
-        gradients = reduce_gradients(gradients, zero, weights.scattered, reduce_dtype)
+        gradients = reduce_gradients(gradients, zero, weights.scattered, reduce_dtype, whole)
         return sum_shared(loss, ("pipe", "data", "context")), gradients
 
     def loss_and_gradients(params, batch, count, key, teacher=None):
@@ -92,10 +94,10 @@ def make_loss_and_gradients(
         return loss, targets(join_params(gradients._replace(blocks=blocks)))
 
     abstract = abstract_model(config.model)[1]
-    in_specs = [specs_of(abstract, zero), batch_specs(), P(), P()]
+    in_specs = [specs_of(abstract, zero, tensor), batch_specs(), P(), P()]
     if distillation is not None:
-        in_specs.append(specs_of(abstract_model(distillation.model)[1], zero))
-    out_specs = (P(), specs_of(targets(abstract), zero))
+        in_specs.append(specs_of(abstract_model(distillation.model)[1], zero, tensor))
+    out_specs = (P(), specs_of(targets(abstract), zero, tensor))
     piped = mesh.shape["pipe"] > 1
     function = pipelined_loss_and_gradients if piped else loss_and_gradients
     return over_mesh(function, mesh, in_specs, out_specs)
