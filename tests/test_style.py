@@ -16,8 +16,6 @@ FILE_LINES = 450
 SCRIPT_LINES = 120
 # Still to be divided: their lengths may only fall.
 LONG = {
-    "mtnlg_jax/cli/generate.py": 150,
-    "mtnlg_jax/cli/task.py": 487,
     "mtnlg_jax/cli/plan.py": 344,
     "mtnlg_jax/cli/prepare.py": 198,
     "mtnlg_jax/cli/evaluate.py": 166,

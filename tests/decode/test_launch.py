@@ -77,6 +77,32 @@ def test_beams_and_lists_of_tokens_reach_the_decoder(ask):
     assert f"--- 1, score {sequences[0]['score']:.4f} ---\nThe cat" in ask(*arguments)[1]
 
 
+@pytest.mark.parametrize(
+    ("by_flag", "by_set"),
+    [
+        (["--num_beams=3", "--n=2"], ["num_beams=3", "num_return_sequences=2"]),
+        (["--temperature=1.5", "--seed=3"], ["temperature=1.5", "seed=3"]),
+        (["--early_stopping=true", "--num_beams=2"], ["early_stopping=true", "num_beams=2"]),
+        (
+            ["--bad_words_ids=7,8", "--bad_words_ids=9", "--suppress_tokens=10"],
+            ["bad_words_ids=((7, 8), (9,))", "suppress_tokens=(10,)"],
+        ),
+    ],
+)
+def test_a_setting_by_flag_and_by_set_gives_the_same_text(ask, by_flag, by_set):
+    arguments = ["--workdir=RUN", "--prompt=The cat", "--json"]
+    expected = ask(*arguments, *by_flag)
+    assert expected[0] == 0, expected[2]
+    assigned = [f"--set=decode.{entry}" for entry in by_set]
+    assert ask(*arguments, *assigned) == expected
+    assert ask(*arguments, *by_flag, *assigned) == expected
+
+
+def test_texts_and_ids_of_a_setting_add_up(ask):
+    base = ["--workdir=RUN", "--prompt=The cat", "--json", "--bad_words=the"]
+    assert ask(*base, "--set=decode.bad_words_ids=((7, 8),)") == ask(*base, "--bad_words_ids=7,8")
+
+
 def test_several_texts_are_told_apart(ask):
     out = ask("--workdir=RUN", "--prompt=The", "--temperature=1", "--n=2")[1]
     assert out.startswith("--- 1 ---\nThe") and "\n--- 2 ---\nThe" in out
@@ -234,7 +260,7 @@ def test_the_ids_of_a_text(ask, tokenizer):
     code, out, err = ask(f"--workdir={ask.folder}", "--mode=tokens", "--prompt=The cat 好")
     ids = tokenizer.encode("The cat 好")
     assert code == 0 and out.splitlines()[-1] == ",".join(map(str, ids)) and "'The'" in out
-    assert err == f"(as a prompt it stands behind token {tokenizer.bos_id})\n"
+    assert err == f"(as a prompt, it follows token {tokenizer.bos_id})\n"
     assert ask_ids(ask, " sat on") == tokenizer.encode(" sat on")
 
 
@@ -336,7 +362,7 @@ def test_a_file_of_prompts_is_checked_before_work_and_keeps_what_is_written(ask,
         (["--top_k=5"], "top_k=5 affects sampling only"),
         (["--min_p=0.1"], "min_p=0.1 affects sampling only"),
         (["--seed=1"], "seed=1 affects sampling only"),
-        (["--seed=0"], "seed=0 is for what is drawn"),
+        (["--seed=0"], "seed=0 affects sampling only"),
         (["--seed=1", "--num_beams=2"], "seed=1 affects sampling only, and beam search"),
         (["--n=3"], "the same text"),
         (["--n=1", "--temperature=0", "--typical_p=0.5"], "typical_p=0.5"),
@@ -356,12 +382,12 @@ def test_a_file_of_prompts_is_checked_before_work_and_keeps_what_is_written(ask,
         (["--mode=fill", "--stop_words=a"], "--stop_words is for"),
         (
             ["--mode=ranking", "--candidates= b", "--cache=int8"],
-            "--cache is for texts that are written",
+            "--cache affects generated texts",
         ),
-        (["--mode=ranking", "--candidates= b", "--n=3"], "--n is for candidates that are written"),
+        (["--mode=ranking", "--candidates= b", "--n=3"], "--n affects generated candidates"),
         (
             ["--mode=ranking", "--candidates= b", "--bad_words=a"],
-            "--bad_words is for candidates that are written",
+            "--bad_words affects generated candidates",
         ),
         (["--mode=ranking", "--stream"], "--stream is for --mode=generative"),
         (["--output=x"], "--output is for many"),
@@ -371,6 +397,26 @@ def test_a_file_of_prompts_is_checked_before_work_and_keeps_what_is_written(ask,
         (["--batch=2"], "--batch is for many prompts"),
         (["--suppress_words=zzqx"], "--bad_words forbids them in a row"),
         (["--word_bias=the"], "TEXT:BIAS"),
+        (["--set=decode.top_k=5"], "top_k=5 affects sampling only"),
+        (["--set=decode.seed=0"], "seed=0 affects sampling only"),
+        (
+            ["--temperature=1", "--stream", "--set=decode.num_return_sequences=2"],
+            "--set=decode.num_return_sequences=2 asks for several",
+        ),
+        (["--set=decode.num_assistant_tokens=3"], "--set=decode.num_assistant_tokens=3 are"),
+        (["--mode=fill", "--set=decode.top_k=5"], "--set is for --mode=generative or ranking"),
+        (
+            ["--mode=ranking", "--candidates= b", "--set=decode.top_k=5"],
+            "--set affects generated candidates",
+        ),
+        (
+            ["--num_beams=2", "--set=decode.num_beams=3"],
+            "--num_beams gives 2 and --set=decode.num_beams gives 3",
+        ),
+        (
+            ["--temperature=1", "--n=2", "--set=decode.num_return_sequences=3"],
+            "--n gives 2 and --set=decode.num_return_sequences gives 3",
+        ),
     ],
 )
 def test_a_flag_that_cannot_act_is_refused(ask, arguments, message):
@@ -398,6 +444,15 @@ def test_a_flag_that_cannot_act_is_refused(ask, arguments, message):
             "num_return_sequences=3 is above num_beams=2",
         ),
         (["--workdir=RUN", "--prompt=a", "--early_stopping=maybe"], "maybe"),
+        (["--workdir=RUN", "--prompt=a", "--set=decode.num_beam=2"], "did you mean 'num_beams'"),
+        (
+            ["--workdir=OTHER", "--prompt=a", "--set=decode.top_k=many"],
+            "decode.top_k='many' is not a value of type int",
+        ),
+        (
+            ["--workdir=OTHER", "--prompt=a", "--set=decode.top_p=0"],
+            "decode.top_p=0.0 is outside (0, 1]",
+        ),
         (
             ["--workdir=RUN", "--prompt=a", "--logit_bias=5"],
             "--logit_bias=5 is not of the form ID:BIAS, as in",
@@ -412,7 +467,7 @@ def test_a_flag_that_cannot_act_is_refused(ask, arguments, message):
         ),
         (
             ["--workdir=RUN", "--prompt=a", "--forced_tokens=5"],
-            "--forced_tokens=5 is not of the form PLACE:ID",
+            "--forced_tokens=5 is not of the form POSITION:ID",
         ),
         (["--workdir=RUN", "--prompt=a", "--eos_token_id=99999"], "eos_token_id has token 99999"),
         (["--workdir=RUN", "--prompt=a", "--stop_strings="], "a stop string is empty"),
@@ -443,7 +498,7 @@ def test_a_flag_that_cannot_act_is_refused(ask, arguments, message):
         ),
         (
             ["--workdir=RUN", "--mode=ranking", "--prompt=a", "--candidates= b", "--top_k=5"],
-            "--top_k is for candidates",
+            "--top_k affects generated candidates",
         ),
         (
             ["--workdir=RUN", "--mode=ranking", "--prompt=a", "--scorer=pseudo_log_likelihood"],
