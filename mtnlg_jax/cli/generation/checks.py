@@ -30,7 +30,8 @@ def _check_mode() -> None:
     """Refuse flags of another mode than --mode, and settings for candidates that are given."""
     mode = options.MODE.value
     generated = ("generative",) if options.CANDIDATES.value else ("generative", "ranking")
-    acts_in = dict.fromkeys(DECODE_FLAGS, ("generative", "ranking"))
+    acts_in: dict[str, tuple[str, ...]] = {}  # modes by the names of flags
+    acts_in |= dict.fromkeys(DECODE_FLAGS, ("generative", "ranking"))
     acts_in |= dict.fromkeys(["stream", "stats", "draft", "num_assistant_tokens"], ("generative",))
     acts_in |= dict.fromkeys(["candidates", "normalise", "scorer", *options.SCORING], ("ranking",))
     acts_in |= {"guesses": ("fill",)} | dict.fromkeys(["cache", "show_special"], generated)

@@ -27,7 +27,7 @@ def _given_by_flags() -> dict[str, Any]:
     for name, (read, form, several, flag) in LISTS.items():
         if flag.value is None:
             continue
-        texts = flag.value if several else [flag.value]
+        texts: list[str] = flag.value if several else [flag.value]
         try:
             entries = [read(text) for text in texts]
         except ValueError:

@@ -1,5 +1,8 @@
 """Flags of launch/generate.py that set DecodeConfig."""
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 from absl import flags
 
 from mtnlg_jax import command
@@ -9,6 +12,16 @@ FLAG_OF = {"num_return_sequences": "n"}  # flags named otherwise than their sett
 EARLY = {"false": False, "true": True, "never": "never"}
 # Flags by the names of DecodeConfig.
 SETTINGS: dict[str, flags.FlagHolder] = {}
+
+
+class ListFlag(NamedTuple):
+    """A flag whose entries are read from text."""
+
+    read: Callable[[str], Any]  # the parser of an entry
+    form: str  # of an entry, for messages
+    several: bool  # whether the flag can be repeated, with an entry each time
+    flag: flags.FlagHolder
+
 
 with command.flag_group("Length of the text"):
     SETTINGS |= {
@@ -116,9 +129,8 @@ with command.flag_group("Texts and tokens to forbid, favor, force or stop at"):
             "word_bias": "TEXT:BIAS: added to the last token's logit after the others",
         }.items()
     }
-    # Settings read from text: the parser of an entry, its form, whether the flag repeats, the flag.
     LISTS = {
-        name: (
+        name: ListFlag(
             read,
             form,
             several,
