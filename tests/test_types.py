@@ -24,7 +24,7 @@ CEILINGS = {
     "tasks": 22,
     "decode": 27,
     "data": 33,
-    "cli": 35,
+    "cli": 15,
 }
 
 

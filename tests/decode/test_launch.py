@@ -1,5 +1,5 @@
-"""launch/generate.py: three modes, text and JSON, and one line with exit code 2 for what it cannot
-do."""
+"""launch/generate.py from end to end: modes, text and JSON, and one line with exit code 2 for bad
+input."""
 
 import json
 import subprocess
@@ -103,12 +103,12 @@ def test_texts_and_ids_of_a_setting_add_up(ask):
     assert ask(*base, "--set=decode.bad_words_ids=((7, 8),)") == ask(*base, "--bad_words_ids=7,8")
 
 
-def test_several_texts_are_told_apart(ask):
+def test_several_texts_are_numbered(ask):
     out = ask("--workdir=RUN", "--prompt=The", "--temperature=1", "--n=2")[1]
     assert out.startswith("--- 1 ---\nThe") and "\n--- 2 ---\nThe" in out
 
 
-def test_the_end_of_the_context_is_told(ask):
+def test_the_end_of_the_context_is_reported(ask):
     code, out, err = ask(
         "--workdir=RUN", "--prompt=The cat sat on", "--max_new_tokens=99", "--min_new_tokens=99"
     )
@@ -140,7 +140,7 @@ def test_ranking(ask):
     ].keys()
 
 
-def test_scorers_mix_and_their_table_is_straight(ask):
+def test_scorers_mix_and_their_table_is_aligned(ask):
     arguments = [
         "--workdir=RUN",
         "--mode=ranking",
@@ -167,7 +167,7 @@ def test_scorers_mix_and_their_table_is_straight(ask):
         "".join(c + "-" * (unicodedata.east_asian_width(c) == "W") for c in line)
         for line in lines[1:]
     ]
-    assert len(set(map(len, shown))) == 1 and "天" in out, "Chinese characters take two places each"
+    assert len(set(map(len, shown))) == 1 and "天" in out, "a Chinese character takes two columns"
     record = json.loads(ask(*arguments, "--json")[1])
     assert (record["size"], record["duplicates"], len(record["utilities"])) == (3, 0, 3)
     assert record["weights"] == {"pmi": 0.5, "mbr": 1.0, "self_consistency": 2.0}
@@ -226,8 +226,8 @@ def test_fill(ask):
     assert len(record["masks"][0]) == 5 and record["text"].startswith("The ")
 
 
-def test_a_line_end_is_written_as_two_characters_where_a_shell_cannot(ask):
-    """In stops; a prompt is taken as it is, with a note."""
+def test_backslash_n_is_a_line_end_in_stops_but_not_in_prompts(ask):
+    """A prompt is taken literally, with a note."""
     plain = json.loads(ask("--workdir=RUN", "--prompt=The", "--max_new_tokens=6", "--json")[1])[
         "sequences"
     ][0]
@@ -244,7 +244,9 @@ def test_a_line_end_is_written_as_two_characters_where_a_shell_cannot(ask):
         out = json.loads(
             ask(*forced, f"--forced_tokens=0:{ids[0]}", rf"--stop_strings=\{typed}")[1]
         )
-        assert out["sequences"][0]["text"].startswith(stop), "an escaped backslash is one"
+        assert out["sequences"][0]["text"].startswith(stop), (
+            "an escaped backslash stands for itself"
+        )
     code, out, err = ask("--workdir=RUN", r"--prompt=a\nb", "--max_new_tokens=1")
     assert code == 0 and out.startswith(r"a\nb") and err.startswith("note: ") and r"$'\n'" in err
     assert first
@@ -264,8 +266,8 @@ def test_the_ids_of_a_text(ask, tokenizer):
     assert ask_ids(ask, " sat on") == tokenizer.encode(" sat on")
 
 
-def test_words_stand_for_their_tokens(ask, tokenizer):
-    """At the beginning and behind a space; the same as their ids by hand."""
+def test_words_are_replaced_by_their_tokens(ask, tokenizer):
+    """At the beginning and after a space; the same as giving their ids."""
     base = ["--workdir=RUN", "--prompt=The cat", "--json"]
     with_space, bare = (",".join(map(str, tokenizer.encode(text))) for text in (" the", "the"))
     assert "," not in with_space
@@ -419,7 +421,7 @@ def test_a_file_of_prompts_is_checked_before_work_and_keeps_what_is_written(ask,
         ),
     ],
 )
-def test_a_flag_that_cannot_act_is_refused(ask, arguments, message):
+def test_a_flag_without_effect_is_refused(ask, arguments, message):
     code, out, err = ask("--workdir=RUN", "--prompt=a", *arguments)
     assert (
         (code, out) == (2, "")

@@ -373,7 +373,7 @@ def test_bad_input_is_one_line_and_exit_code_2(ask, folder, arguments, message):
     source = "".join(path.read_text() for path in paths)
     known = set(re.findall(r'(?:DEFINE_\w+|define_path)\(\s*"(\w+)"', source))
     named = set(re.findall(r"--(\w+)", err)) | set(re.findall(r"\b(on_error|text_key)\b", err))
-    assert named <= known | {"help"}, "an error names a flag that this command lacks"
+    assert named <= known | {"help"}, "an error names a flag that the script does not have"
 
 
 def run_alone(program, *arguments):
@@ -410,7 +410,7 @@ def test_scoring_needs_neither_jax_nor_the_packages_of_other_paths(folder):
     assert (done.returncode, done.stderr) == (0, "") and "accuracy      100.00" in done.stdout
 
 
-def test_answers_are_kept_and_named_where_the_metrics_fail(folder):
+def test_answers_are_kept_if_the_metrics_fail(folder):
     program = """
 from types import SimpleNamespace
 from mtnlg_jax.cli.task_modes import performing
