@@ -263,10 +263,10 @@ def test_a_command_shows_its_own_help(command):
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     docstring = ast.get_docstring(ast.parse(command.read_text()), clean=False)
-    parts = [command]
-    if "adopt_module_key_flags" in command.read_text():
-        parts += (command.parent / "generation").glob("*.py")
-    source = "".join(path.read_text() for path in parts)
+    # Flags may be defined in the subpackage that the command imports.
+    subpackages = set(re.findall(r"from mtnlg_jax\.cli\.(\w+)", command.read_text()))
+    parts = [path for name in subpackages for path in (command.parent / name).glob("*.py")]
+    source = "".join(path.read_text() for path in [command, *parts])
     own = re.findall(r'(?:DEFINE_\w+|define_paths?)\(\s*"(\w+)"', source)
     assert docstring.splitlines()[0] in done.stdout, done.stdout + done.stderr
     assert all(re.search(rf"--(?:\[no\])?{name}\b", done.stdout) for name in own)

@@ -18,10 +18,6 @@ SCRIPT_LINES = 120
 LONG = {
     "mtnlg_jax/cli/generate.py": 150,
     "mtnlg_jax/cli/task.py": 487,
-    "mtnlg_jax/cli/plan.py": 344,
-    "mtnlg_jax/cli/prepare.py": 198,
-    "mtnlg_jax/cli/evaluate.py": 166,
-    "launch/quickstart.py": 149,
 }
 
 PACKAGE = sorted((ROOT / "mtnlg_jax").rglob("*.py"))

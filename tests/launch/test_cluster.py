@@ -248,18 +248,19 @@ def dry_run(*flags, cwd=ROOT) -> str:
 
 def test_what_would_run():
     assert dry_run("--cluster=slurm", "--nodes=4", "--chips=8", "--option=--partition=gpu") == (
-        f"MTNLG_RESTARTS=20 MTNLG_ROOT={ROOT} sbatch --job-name=mtnlg-jax --nodes=4 --gpus-per-node=8 "
-        f"--ntasks-per-node=8 --export=ALL --partition=gpu {CLUSTER}/slurm.sbatch --config={TINY} --workdir=/runs/a "
-        "--set=train.steps=5\n"
+        f"MTNLG_RESTARTS=20 MTNLG_ROOT={ROOT} sbatch --job-name=mtnlg-jax --nodes=4 "
+        "--gpus-per-node=8 --ntasks-per-node=8 --export=ALL --partition=gpu "
+        f"{CLUSTER}/slurm.sbatch --config={TINY} --workdir=/runs/a --set=train.steps=5\n"
     )
     assert dry_run("--cluster=tpu_pod", "--name=pod", "--zone=us-east5-a", "--restarts=3") == (
-        f"MTNLG_RESTARTS=3 bash {CLUSTER}/tpu_pod.sh pod us-east5-a --config=configs/tiny.py --workdir=/runs/a "
-        "--set=train.steps=5\n"
+        f"MTNLG_RESTARTS=3 bash {CLUSTER}/tpu_pod.sh pod us-east5-a --config=configs/tiny.py "
+        "--workdir=/runs/a --set=train.steps=5\n"
     )
     lines = dry_run("--cluster=local", "--nodes=2", "--local_devices=4", "--flags=off").splitlines()
     assert [line.partition(" ")[2] for line in lines] == [
-        f"{ROOT}/launch/pretrain.py --config={TINY} --workdir=/runs/a --set=train.steps=5 --flags=off --noprogress "
-        f"--local_devices=4 --coordinator=localhost:1234 --processes=2 --process_id={number}"
+        f"{ROOT}/launch/pretrain.py --config={TINY} --workdir=/runs/a --set=train.steps=5 "
+        "--flags=off --noprogress --local_devices=4 --coordinator=localhost:1234 --processes=2 "
+        f"--process_id={number}"
         for number in (0, 1)
     ]
     said = subprocess.run(
@@ -412,9 +413,11 @@ from mtnlg_jax import command
 command.end_with_launcher()
 me = next(flag for flag in sys.argv if flag.startswith("--process_id="))[len("--process_id="):]
 heard = []
+def hear(number, _):
+    heard.append(signal.Signals(number).name)
 for name in ("SIGTERM", "SIGHUP", "SIGUSR1"):
     if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
-        signal.signal(getattr(signal, name), lambda number, _: heard.append(signal.Signals(number).name))
+        signal.signal(getattr(signal, name), hear)
 here = os.environ["STAND_IN"]
 starts = os.path.join(here, "starts-" + me)
 with open(starts, "a") as file:
@@ -696,7 +699,9 @@ def test_the_tpu_pod_script_runs_here(two, folder, tools, tmp_path):
     environment = tools(
         "gcloud",
         """
-        for argument; do case $argument in --command=*) command="${argument#--command=}" ;; esac; done
+        for argument; do
+            case $argument in --command=*) command="${argument#--command=}" ;; esac
+        done
         export SLURM_STEP_NODELIST=localhost SLURM_NTASKS=2 SLURM_JOB_ID=$RANDOM
         for host in 0 1; do SLURM_PROCID=$host SLURM_LOCALID=$host bash -c "$command" & done
         wait

@@ -25,7 +25,10 @@ DRIVER = """
     names = runpy.run_path(sys.argv[1])
     for line in sys.stdin:
         out, err, code = io.StringIO(), io.StringIO(), 0
-        with flagsaver.flagsaver(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(flagsaver.flagsaver())
+            stack.enter_context(contextlib.redirect_stdout(out))
+            stack.enter_context(contextlib.redirect_stderr(err))
             try:
                 sys.argv = [sys.argv[0], *json.loads(line)]
                 command.run(names["main"])

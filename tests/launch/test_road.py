@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
-TEXT = "the whale swam north while the old captain slept and nobody on the ship dared to wake him again".split()
+TEXT = (
+    "the whale swam north while the old captain slept and nobody on the ship "
+    "dared to wake him again"
+).split()
 
 
 def run(script, *flags, code=0, stdin=None):

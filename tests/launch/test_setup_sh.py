@@ -16,7 +16,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOLS = "awk bash cat cksum cp cut df dirname du env flock grep mkdir mv rm sleep sort tail tee tr touch"
+TOOLS = (
+    "awk bash cat cksum cp cut df dirname du env flock grep mkdir mv rm sleep sort tail tee tr "
+    "touch"
+)
 
 # A Python of some version: what setup.sh asks of an interpreter, answered without one.
 PYTHON = """#!{bash}

@@ -2,8 +2,10 @@
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mtnlg_jax import storage
 from mtnlg_jax.config import PATH, load_object, override
@@ -117,6 +119,43 @@ def load_recipe(path: str, overrides: tuple[str, ...] = ()) -> Recipe:
     recipe = load_object(path, Recipe, overrides)
     validate(recipe)
     return recipe
+
+
+def with_flags(
+    recipe: Recipe,
+    stages: Sequence[str] | None = None,
+    test_sets: Sequence[str] = (),
+    skip_sources: Sequence[str] = (),
+    **settings: Any,
+) -> Recipe:
+    """Return ``recipe`` with what the command line changes.
+
+    ``settings`` replace those of the recipe. A ``text_key`` among them also replaces the default of
+    its sources, but not one that a source has of its own. Raises ValueError if ``skip_sources``
+    names a source that does not exist.
+    """
+    known = [source.name for source in recipe.sources]
+    for name in skip_sources:
+        if name not in known:
+            raise ValueError(
+                f"--skip_sources={name} is not a source of the recipe: "
+                f"{', '.join(known) or 'it names none'}"
+            )
+    sources = [source for source in recipe.sources if source.name not in skip_sources]
+    if "text_key" in settings:
+        sources = [
+            dataclasses.replace(source, text_key=settings["text_key"])
+            if source.text_key == "text"
+            else source
+            for source in sources
+        ]
+    if stages is not None:
+        settings["stages"] = tuple(stages)
+    if test_sets:
+        settings["decontamination"] = dataclasses.replace(
+            recipe.decontamination, test_sets=tuple(test_sets)
+        )
+    return dataclasses.replace(recipe, sources=tuple(sources), **settings)
 
 
 def validate(recipe: Recipe) -> None:
