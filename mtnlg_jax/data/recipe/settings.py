@@ -267,7 +267,8 @@ def _entries(root: str) -> tuple[Source, ...]:
     files = list_files(root)
     if not files:
         raise ValueError(f"{root} holds nothing to read; give a folder with any of {READABLE}")
-    if len(files) == 1 and not find(root)[1]:
+    found = find(root)
+    if len(files) == 1 and found is not None and not found.is_folder:
         return (Source("input", (root,)),)
     entries = sorted({file.name.split("/")[0] if "/" in file.name else "" for file in files})
     if "" in entries:
