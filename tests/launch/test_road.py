@@ -1,5 +1,5 @@
-"""The scripts as a person starts them: the quickstart on a small text, then its checkpoint in every
-mode."""
+"""The scripts as a user starts them: the quickstart on a small text, then every mode on its
+checkpoint."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def road(tmp_path_factory):
     return folder, said
 
 
-def test_the_quickstart_says_everything(road):
+def test_the_quickstart_prints_every_part(road):
     folder, said = road
     for part in (
         "loss over 8 steps",
