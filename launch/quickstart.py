@@ -29,9 +29,7 @@ _WORKDIR = command.define_path("workdir", "runs/quickstart", "folder of the run 
 _CONFIG = command.define_path(
     "config", os.path.join(os.path.dirname(__file__), "../configs/quickstart.py"), "the run"
 )
-_SET = flags.DEFINE_multi_string(
-    "set", [], "a value of the config, such as train.steps=300; can be repeated"
-)
+_SET = flags.DEFINE_multi_string("set", [], "a value of the config, such as train.steps=300")
 _VOCAB = flags.DEFINE_integer("vocab_size", 4096, "pieces of the tokenizer")
 
 

@@ -9,8 +9,10 @@ sets on these chips; the report names them:
 
 The step that reads a prompt, and the one that writes a token:
 
-    python launch/compile_ahead.py --config=configs/ladder.py:7.5b --topology=v5e:2x4 --step=prefill
-    python launch/compile_ahead.py --config=configs/ladder.py:7.5b --topology=v5e:2x4 --step=decode
+    python launch/compile_ahead.py --config=configs/ladder.py:7.5b --topology=v5e:2x4 \\
+        --set=mesh.data=2 --step=prefill
+    python launch/compile_ahead.py --config=configs/ladder.py:7.5b --topology=v5e:2x4 \\
+        --set=mesh.data=2 --step=decode
 
 Topologies: v4, v5p, tpu7x (three sizes), v5e, v6e (two), each with *N for N slices; A100, H100,
 H200, B200 as hosts x cards; cpu:N. All but cpu need the extra `ahead`.
@@ -27,9 +29,7 @@ from mtnlg_jax import command
 
 with command.flag_group("What to compile"):
     _CONFIG = command.define_path("config", None, "a file of configs/", required=True)
-    _SET = flags.DEFINE_multi_string(
-        "set", [], "a value of the config, such as mesh.tensor=8; can be repeated"
-    )
+    _SET = flags.DEFINE_multi_string("set", [], "a value of the config, such as mesh.tensor=8")
     _STEP = flags.DEFINE_enum("step", "train", ["train", "prefill", "decode"], "which step")
     _FLAGS = flags.DEFINE_enum(
         "flags",

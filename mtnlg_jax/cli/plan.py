@@ -32,9 +32,7 @@ with command.flag_group("The config"):
     _CONFIG = command.define_path(
         "config", str(_MTNLG) if _MTNLG.is_file() else None, "a file of configs/"
     )
-    _SET = flags.DEFINE_multi_string(
-        "set", [], "a value of the config, such as mesh.tensor=4; can be repeated"
-    )
+    _SET = flags.DEFINE_multi_string("set", [], "a value of the config, such as mesh.tensor=4")
 with command.flag_group("The table of tensors"):
     _DEVICES = flags.DEFINE_integer(
         "devices",

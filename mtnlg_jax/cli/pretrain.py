@@ -42,9 +42,7 @@ if TYPE_CHECKING:
 
 with command.flag_group("The run"):
     _CONFIG = command.define_path("config", None, "a file of configs/", required=True)
-    _SET = flags.DEFINE_multi_string(
-        "set", [], "a value of the config, such as train.steps=10; can be repeated"
-    )
+    _SET = flags.DEFINE_multi_string("set", [], "a value of the config, such as train.steps=10")
     _WORKDIR = command.define_path("workdir", None, "folder of the run", required=True)
     _INIT = command.define_path("init", None, "folder of a run whose best parameters to start from")
     _PROGRESS = flags.DEFINE_bool("progress", True, "show a progress bar")

@@ -65,7 +65,7 @@ with command.flag_group("A recipe"):
         "config", None, "the recipe, a file of configs/data; default: text is taken as it is"
     )
     SET = flags.DEFINE_multi_string(
-        "set", [], "a setting of the recipe, such as clean.min_tokens=64; can be repeated"
+        "set", [], "a setting of the recipe, such as clean.min_tokens=64"
     )
     STAGES = flags.DEFINE_list(
         "stages",
@@ -74,7 +74,7 @@ with command.flag_group("A recipe"):
     )
     TEST_SETS = command.define_paths(
         "test_sets",
-        "evaluation data to remove from the text, a file or folder; can be repeated",
+        "evaluation data to remove from the text, a file or folder",
     )
     SKIP_SOURCES = flags.DEFINE_list("skip_sources", [], "sources to leave out")
     PROCESSES = flags.DEFINE_integer(
