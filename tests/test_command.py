@@ -234,6 +234,40 @@ def test_a_name_that_this_python_cannot_write_is_refused_before_work(environment
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "PYTHONUTF8=1" in done.stderr
 
 
+GROUPED = '''
+    """Do a thing, 10 % of the time, or %s.
+    """
+    import sys
+    from absl import flags
+    from mtnlg_jax import command
+    with command.flag_group("The thing"):
+        flags.DEFINE_string("b", None, "second: 5 % of it")
+        command.define_path("a", None, "first")
+    with command.flag_group("The rest"):
+        flags.DEFINE_bool("c", False, "third")
+    sys.argv = ["do", "--help"]
+    command.run(lambda: None)
+'''
+
+
+def test_help_shows_flags_in_groups(tmp_path):
+    module = tmp_path / "grouped.py"
+    module.write_text(textwrap.dedent(GROUPED).strip())
+    done = subprocess.run(
+        [sys.executable, "-c", "import grouped"],
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"},
+        text=True,
+        capture_output=True,
+        timeout=PATIENCE,
+    )
+    assert done.stdout == (
+        "Do a thing, 10 % of the time, or %s.\n"
+        "\nThe thing:\n  --a: first\n  --b: second: 5 % of it\n"
+        "\nThe rest:\n  --[no]c: third\n    (default: 'false')\n"
+        "\nTry --helpfull to get a list of all flags.\n"
+    ), done.stderr
+
+
 # --- output that breaks away
 
 

@@ -15,12 +15,7 @@ FUNCTION_LINES = 100
 FILE_LINES = 450
 SCRIPT_LINES = 120
 # Still to be divided: their lengths may only fall.
-LONG = {
-    "mtnlg_jax/cli/plan.py": 344,
-    "mtnlg_jax/cli/prepare.py": 198,
-    "mtnlg_jax/cli/evaluate.py": 166,
-    "launch/quickstart.py": 149,
-}
+LONG: dict[str, int] = {}
 
 PACKAGE = sorted((ROOT / "mtnlg_jax").rglob("*.py"))
 SCRIPTS = [*sorted((ROOT / "launch").glob("*.py")), *sorted((ROOT / "mtnlg_jax/cli").glob("*.py"))]

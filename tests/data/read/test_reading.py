@@ -397,6 +397,17 @@ def test_damaged_tables(tmp_path, content, place, sound):
     assert _texts(tmp_path, on_error="skip", report=report) == list(sound) and report.damaged == 1
 
 
+def test_a_line_that_is_too_long_after_an_open_quote_is_counted(tmp_path):
+    """The search for the closing quote reads ahead, and must not lose the damage that it finds."""
+    long = "word " * 300
+    _write(tmp_path / "a.tsv", f'id\ttext\n1\t"open\n{long}\n3\tc\n'.encode())
+    with pytest.raises(ValueError, match=r"a\.tsv, line 3: longer than max_document_bytes=1,000"):
+        _texts(tmp_path, max_document_bytes=1000)
+    report = ReadReport()
+    found = _texts(tmp_path, max_document_bytes=1000, on_error="skip", report=report)
+    assert (found, report.damaged) == (['"open', "c"], 1)
+
+
 # --- WARC
 # --------------------------------------------------------------------------------------------------
 

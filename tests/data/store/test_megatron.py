@@ -257,6 +257,8 @@ def test_what_names_a_data_set(tmp_path):
 def test_a_tokenizer_that_does_not_fit(tmp_path, gpt2_files):
     gpt2 = load_tokenizer(gpt2_files)
     tokens = open_megatron(FIXTURES / "short")
+    with pytest.raises(ValueError, match="short: the bytes of its tokens are not known without"):
+        tokens.predicted  # noqa: B018
     tokens.attach(gpt2)
     lengths = [len(document) - 1 for document in documents()]
     # The first token of a document is not predicted, and its end has no bytes.
