@@ -65,7 +65,7 @@ def read_rows(
     for field in columns or {}:
         if field not in FIELDS:
             raise ValueError(
-                f"column {field!r} is not known; name those of {', '.join(FIELDS)}, as in input=0"
+                f"unknown column {field!r}; name some of {', '.join(FIELDS)}, as in input=0"
             )
     named = set(columns or {})
     items, columns = read_items(path, columns, needs, notes)

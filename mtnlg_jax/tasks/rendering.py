@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mtnlg_jax.tasks.passages import Passage
 from mtnlg_jax.tasks.templates import LANGUAGES, Task, Template, check_choices, fill_in
-from mtnlg_jax.tasks.text import UNSPACED, language_of, normalise
+from mtnlg_jax.tasks.text import UNSPACED, language_of, normalize
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,13 @@ def render(
 ) -> str:
     """Return the prompt of one row without instruction; ``text`` replaces the input of the row."""
     shown = "".join(
-        fill_in(template.passage, number=str(number), text=normalise(passage.text))
+        fill_in(template.passage, number=str(number), text=normalize(passage.text))
         for number, passage in enumerate(passages, 1)
     )
     choices = ""
     if "{choices}" in template.prompt:
         choices = "".join(
-            fill_in(template.choice, letter=letter, text=normalise(choice))
+            fill_in(template.choice, letter=letter, text=normalize(choice))
             for letter, choice in zip(_letters(row), row.choices, strict=True)
         )
     return fill_in(
@@ -90,7 +90,7 @@ def answer_of(task: Task, template: Template, row: Row) -> str:
                 f"with input {row.input[:40]!r}; copy it exactly"
             )
         return dict(candidates_of(task, template, row))[answer]
-    return fill_in(template.answer, answer=answer.rstrip() if task.joined else normalise(answer))
+    return fill_in(template.answer, answer=answer.rstrip() if task.joined else normalize(answer))
 
 
 def candidates_of(task: Task, template: Template, row: Row) -> tuple[tuple[str, str], ...]:
@@ -109,7 +109,7 @@ def candidates_of(task: Task, template: Template, row: Row) -> tuple[tuple[str, 
     elif task.joined:
         words = [seam(row.input, choice) + choice.rstrip() for choice in row.choices]
     else:
-        words = [normalise(choice) for choice in row.choices]
+        words = [normalize(choice) for choice in row.choices]
     return tuple(
         (choice, fill_in(template.answer, answer=word))
         for choice, word in zip(row.choices, words, strict=True)
@@ -146,7 +146,7 @@ def has_blank(task: Task, row: Row) -> bool:
 
 
 def fill_blank(before: str, choice: str) -> str:
-    choice = normalise(choice)
+    choice = normalize(choice)
     return before + seam(before, choice) + choice
 
 
@@ -210,4 +210,4 @@ def _fixed(template: str) -> str:
 
 
 def input_of(task: Task, row: Row) -> str:
-    return normalise(row.input, lines=task.joined)
+    return normalize(row.input, lines=task.joined)
