@@ -129,7 +129,6 @@ def versions() -> dict[str, str]:
 
 
 # --- the parent: a process for each part, its rows written as they come
-# -----------------------------------------
 
 
 def run_part(part: str, args, seconds: float, result: dict) -> None:
@@ -209,7 +208,6 @@ def shown(row: dict) -> str:
 
 
 # --- a part
-# --------------------------------------------------------------------------------------------------
 
 
 def say(row: dict) -> None:

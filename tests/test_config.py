@@ -45,7 +45,6 @@ def _refused(call, *words):
 
 
 # --- reading
-# --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -140,7 +139,6 @@ def test_override_refuses(assignment, words):
 
 
 # --- files
-# ------------------------------------------------------------------------------------------------
 
 
 IMPORT = "from mtnlg_jax.config import *\n\n"
@@ -313,7 +311,6 @@ def test_load_config_wants_a_python_file(written, tmp_path):
 
 
 # --- JSON
-# -------------------------------------------------------------------------------------------------
 
 ODD = Config(
     name='a "quoted"\n\0 name, 中文 \ud800',
@@ -360,7 +357,6 @@ def test_from_json_refuses(text, words):
 
 
 # --- impossible values and combinations
-# ---------------------------------------------------------------------
 
 
 def test_the_defaults_are_valid():

@@ -294,7 +294,6 @@ def test_groups_equal_a_search_with_loops(groups):
 
 
 # --- stochastic beams
-# ---------------------------------------------------------------------------------------------
 
 # Of three tokens, one of them the end, two steps make seven sequences. Two beams hold fewer than
 # the first step has.
@@ -382,7 +381,6 @@ def test_stochastic_beams_with_a_limit_draw_from_what_it_keeps():
 
 
 # --- stopping and limits
-# ------------------------------------------------------------------------------------------
 
 
 def _by_turns(tokens_BS, lengths_B, prompts_B):

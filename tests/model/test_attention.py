@@ -142,7 +142,6 @@ def test_lengths_beyond_the_keys_show_all_keys_and_no_more(impl, longhand):
 
 
 # --- laws
-# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -215,7 +214,6 @@ def test_dropout_keeps_the_mean_and_follows_its_key(longhand):
 
 
 # --- under a mesh
-# -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -243,7 +241,6 @@ def test_inside_the_manual_region_rows_and_heads_split(impl, longhand):
 
 
 # --- the choice, the errors, the memory
-# ---------------------------------------------------------------------
 
 
 def _shapes(queries, keys, heads=2, kv_heads=2, width=4, rows=1, dtype="float32"):

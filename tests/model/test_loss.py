@@ -127,7 +127,6 @@ def test_token_log_probs_are_the_losses_with_the_other_sign(chunk):
 
 
 # --- memory
-# -------------------------------------------------------------------------------------------------
 
 MANY = 512
 WIDE = 1024
@@ -166,7 +165,6 @@ def test_the_logits_of_all_tokens_never_exist(dtype):
 
 
 # --- a split vocabulary
-# -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

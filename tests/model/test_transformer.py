@@ -82,7 +82,6 @@ def _hidden(config, **options):
 
 
 # --- longhand
-# -----------------------------------------------------------------------------------------------
 
 
 def _norm(x, scale, bias, epsilon):
@@ -209,7 +208,6 @@ def test_rotary_positions_equal_complex_turns_and_see_only_distances():
 
 
 # --- laws
-# --------------------------------------------------------------------------------------------------
 
 
 def test_no_gradient_reaches_a_later_token():
@@ -344,7 +342,6 @@ def test_bfloat16_weights_give_float32_logits_near_the_exact():
 
 
 # --- dropout
-# ------------------------------------------------------------------------------------------------
 
 
 def test_dropout_drops_its_share_and_keeps_the_mean():
@@ -430,7 +427,6 @@ def test_hidden_states_with_dropout_are_equal_on_a_mesh():
 
 
 # --- initialisation
-# -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

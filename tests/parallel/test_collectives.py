@@ -123,7 +123,6 @@ def test_gather_and_scatter_sum_are_each_others_transpose():
 
 
 # --- ZeRO
-# --------------------------------------------------------------------------------------------------
 
 
 def test_weights_arrive_whole_and_their_gradients_are_summed_in_float32():

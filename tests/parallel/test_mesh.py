@@ -137,7 +137,6 @@ def test_the_plan_table_accounts_for_every_byte():
 
 
 # --- make_mesh
-# ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

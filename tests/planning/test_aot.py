@@ -237,7 +237,6 @@ def test_a_place_that_is_not_there_is_found_before_any_work():
 
 
 # --- the real compilers
-# -----------------------------------------------------------------------------------------------
 
 
 def missing(topology):

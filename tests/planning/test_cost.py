@@ -42,7 +42,6 @@ def mtnlg():
 
 
 # --- published step times
-# -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("data", "seconds"), [(8, 60.1), (10, 50.2), (12, 44.4)])
@@ -115,7 +114,6 @@ def test_the_bubble_is_narayanans(mtnlg):
 
 
 # --- what the step does
-# ---------------------------------------------------------------------------------------
 
 WIDTH = 256
 LENGTH = 64
@@ -211,7 +209,6 @@ def test_masters_and_moments_are_the_states(optimizer, mesh, zero):
 
 
 # --- memory
-# --------------------------------------------------------------------------------------------------
 
 
 def test_the_papers_memory(mtnlg):
@@ -291,7 +288,6 @@ def test_head_width_160_costs_a_tpu_state_only_where_zero_cuts_the_width_small(m
 
 
 # --- network
-# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

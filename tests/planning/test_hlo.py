@@ -308,7 +308,6 @@ def test_kernels_are_counted_with_the_flops_that_their_scope_tells():
 
 
 # --- trips of loops
-# -------------------------------------------------------------------------------------------------
 
 LOOP = """HloModule jit_loop
 

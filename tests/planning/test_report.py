@@ -171,7 +171,6 @@ def test_sizes_in_a_unit_of_which_there_is_one(size, text):
 
 
 # --- the way out
-# --------------------------------------------------------------------------------------------------
 
 
 def flags(changes):

@@ -100,7 +100,6 @@ def test_the_mesh_is_the_projects_own_and_its_sizes_are_checked():
 
 
 # --- the torus
-# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,6 @@ def test_with_weight_0_it_is_the_cross_entropy_bit_for_bit_and_nothing_reaches_t
 
 
 # --- in the step
-# ----------------------------------------------------------------------------------------------
 
 STUDENT = ModelConfig(
     num_layers=1, hidden_size=16, num_attention_heads=4, vocab_size=64, max_position_embeddings=16

@@ -127,7 +127,6 @@ def test_every_factorization_of_8_devices_equals_one(data, tensor, zero):
 
 
 # --- pipeline and context
-# ---------------------------------------------------------------------------------------
 
 # Without biases, which compile a third longer; OTHER, below, has them.
 DEEP = dataclasses.replace(MODEL, num_layers=8, normalization="rmsnorm", add_bias=False)

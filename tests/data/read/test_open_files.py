@@ -174,7 +174,6 @@ def test_compressed_files_of_every_kind(tmp_path, suffix):
 
 
 # --- from the command line
-# ------------------------------------------------------------------------------------
 
 
 def _launch(*arguments):

@@ -119,7 +119,6 @@ def test_an_answer_longer_than_a_row_is_refused_with_both_numbers(tokens):
 
 
 # --- from JSON
-# ------------------------------------------------------------------------------------------------
 
 
 def _write(path, rows):

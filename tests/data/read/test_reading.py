@@ -37,7 +37,6 @@ def _write(path, content):
 
 
 # --- encodings
-# ------------------------------------------------------------------------------------------------
 
 ENCODED = [
     ("cp1252", "“I don’t think so,” said the old man. " + GERMAN),
@@ -187,7 +186,6 @@ def test_random_bytes_are_never_a_traceback(tmp_path):
 
 
 # --- JSON
-# --------------------------------------------------------------------------------------------------
 
 A, B, C, D = ({"text": text} for text in "abcd")
 
@@ -351,7 +349,6 @@ def test_damage_of_one_kind_is_one_line_of_the_report(tmp_path):
 
 
 # --- tables
-# --------------------------------------------------------------------------------------------------
 
 
 def test_tables(tmp_path):
@@ -398,7 +395,6 @@ def test_damaged_tables(tmp_path, content, place, sound):
 
 
 # --- WARC
-# --------------------------------------------------------------------------------------------------
 
 PAGE = (
     "<!doctype html><html><body><article><p>"
@@ -511,7 +507,6 @@ def test_records_are_counted_by_reason(tmp_path):
 
 
 # --- long texts in pieces
-# -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ending", ["", "\n", "\r\n", "\f\n"])
