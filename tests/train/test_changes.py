@@ -217,7 +217,7 @@ def test_a_record_without_newer_keys_uses_their_defaults():
     assert "optimizer.muon_momentum 0.95 -> 0.9" in line
 
 
-def test_a_run_with_an_older_order_of_samples_resumes_with_a_warning():
+def test_an_older_order_of_samples_is_reported():
     saved = json.loads(to_json(BASE))
     for meta in ({"config": saved}, _meta(saved, "1")):  # version 0.1.0 recorded none
         line = changes.report_changes(meta, 10, 80, BASE)
@@ -225,7 +225,7 @@ def test_a_run_with_an_older_order_of_samples_resumes_with_a_warning():
     assert changes.report_changes(_meta(saved), 10, 80, BASE) is None
 
 
-def test_changes_of_the_start_or_after_the_last_step_are_not_reported():
+def test_changes_that_no_longer_act_are_reported_as_such():
     assert "(it only acts at a fresh start)" in report(override(BASE, "model.init_method_std=0.5"))
     line = report(override(BASE, "train.seed=3"), step=20, samples=160)
     assert line == "step 20 was the last, so these changes do nothing: train.seed 0 -> 3"

@@ -186,7 +186,7 @@ def save(checkpoints, step, one, **settings):
     checkpoints.save(step, state_of(step, one), meta_of(step), wait=True, **settings)
 
 
-def test_a_verified_checkpoint_is_not_removed_for_an_unverified_one(tmp_path, one):
+def test_a_proven_checkpoint_is_not_removed_for_an_unproven_one(tmp_path, one):
     checkpoints = Checkpoints(tmp_path, keep_last=1)
     save(checkpoints, 1, one)
     save(checkpoints, 2, one, proven=False)
@@ -201,7 +201,7 @@ def test_a_verified_checkpoint_is_not_removed_for_an_unverified_one(tmp_path, on
     assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "3.diverged", "lock"]
 
 
-def test_a_restart_knows_which_checkpoints_are_verified(tmp_path, one):
+def test_a_restart_knows_which_checkpoints_are_proven(tmp_path, one):
     checkpoints = Checkpoints(tmp_path)
     save(checkpoints, 1, one)
     save(checkpoints, 2, one, proven=False)  # and killed before the next step
@@ -214,7 +214,7 @@ def test_a_restart_knows_which_checkpoints_are_verified(tmp_path, one):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2.diverged", "lock"]
 
 
-def test_without_a_verified_checkpoint_a_run_starts_over(tmp_path, one):
+def test_without_a_proven_checkpoint_a_run_starts_over(tmp_path, one):
     checkpoints = Checkpoints(tmp_path)
     save(checkpoints, 1, one, proven=False)
     assert checkpoints.give_up() is None and checkpoints.restore(one, IDENTITY) is None
@@ -228,7 +228,7 @@ def restore_in(checkpoints, one) -> int:
     return checkpoints.restore(one, IDENTITY)[0]
 
 
-def test_another_identity_raises_before_arrays_are_read(run, one, monkeypatch):
+def test_a_refused_config_raises_before_arrays_are_read(run, one, monkeypatch):
     monkeypatch.setattr(manifest, "damage", lambda *_: pytest.fail("hashed"))
     seen = []
 
@@ -531,7 +531,7 @@ def assert_full_disk_is_told(folder, one, checkpoints, amount=""):
     assert bits(checkpoints.restore(one, IDENTITY)[1]) == bits(state_of(1, one))
 
 
-def test_a_full_disk_at_the_record_raises_an_error(tmp_path, one, monkeypatch):
+def test_full_disk_at_the_record(tmp_path, one, monkeypatch):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, state_of(1, one), meta_of(1), wait=True)
     write = manifest.write_file
@@ -547,7 +547,7 @@ def test_a_full_disk_at_the_record_raises_an_error(tmp_path, one, monkeypatch):
     checkpoints.close()
 
 
-def test_marking_a_failed_save_as_verified_does_not_fail_again(tmp_path, one, monkeypatch):
+def test_a_failed_save_raises_once(tmp_path, one, monkeypatch):
     checkpoints = Checkpoints(tmp_path)
 
     def full(*args):
@@ -576,7 +576,7 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.parametrize("announced", [True, False])
-def test_a_full_disk_at_the_arrays_raises_an_error(small_disk, one, capfd, monkeypatch, recwarn, announced):
+def test_full_disk_at_the_arrays(small_disk, one, capfd, monkeypatch, recwarn, announced):
     checkpoints = Checkpoints(small_disk)
     checkpoints.save(1, state_of(1, one), meta_of(1), wait=True)
     free = os.statvfs(small_disk)

@@ -71,7 +71,9 @@ def test_the_folder_records_every_start(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "orig_argv", command)
     describe.write(CONFIG, str(tmp_path), 0)
     describe.write(CONFIG, str(tmp_path), 25)
-    (tmp_path / "config.json").write_text("{")  # cut short: the next start writes all settings again
+    (tmp_path / "config.json").write_text(
+        "{"
+    )  # cut short: the next start writes all settings again
     describe.write(changed(global_batch_size=32, seed=3), str(tmp_path), 50)
     describe.write(changed(global_batch_size=8, seed=3), str(tmp_path), 75)
     starts = [json.loads(line) for line in (tmp_path / "starts.jsonl").read_text().splitlines()]
