@@ -103,8 +103,8 @@ def _oracle_pieces(text, keys, config):
 
 
 def _random_text(generator, length):
-    # "İ" is two characters in lower case; how "Σ" is lowered depends on what stands around it, full
-    # stops excepted.
+    # "İ" is two characters in lower case; the lower case of "Σ" depends on its neighbors, except
+    # full stops.
     odd = generator.choice([["b"], ["İ "], ["a.Σ ", "Σ "], ["aΣ ", "Σ ", "Σ"], ["天 "], ["ß."]])
     words = ["a", "a ", "B ", "a b ", "ba ", "a,   ", "a. ", "b!", "_\n", *odd]
     return "".join(generator.choices(words, k=length))
