@@ -373,7 +373,7 @@ def test_invalid_arguments_raise_an_error(learned, tokenizer, monkeypatch):
                 options=ScorerOptions(**options),
             )
 
-    refused("scorer 'bleurt' is not known; choose from logprob, gnmt", pool, "bleurt")
+    refused("unknown scorer 'bleurt'; choose from logprob, gnmt", pool, "bleurt")
     refused("no scorer to rank by", pool, [])
     refused("no scorer to rank by", pool, {})
     refused("the weight of pmi is nan", pool, {"logprob": 1, "pmi": math.nan})
@@ -390,7 +390,7 @@ def test_invalid_arguments_raise_an_error(learned, tokenizer, monkeypatch):
         "the source behind reverse with ' cat' has .* 64", pool, "noisy_channel", source="天" * 63
     )
     refused("channel_weight=nan", pool, "noisy_channel", channel_weight=math.nan)
-    refused("utility='rouge' is not known; choose one of chrf", pool, "mbr", utility="rouge")
+    refused("unknown utility='rouge'; choose one of chrf", pool, "mbr", utility="rouge")
     refused("there is 1 candidate; give or sample more", [" cat"], "mbr")
     refused(
         "num_return_sequences=1; ask for more", None, "mbr", decode=DecodeConfig(temperature=1.0)
@@ -403,7 +403,7 @@ def test_invalid_arguments_raise_an_error(learned, tokenizer, monkeypatch):
         "self_consistency",
         answer="[0-9]",
     )
-    refused("votes='most' is not known", pool, "self_consistency", answer="a", votes="most")
+    refused("unknown votes='most'", pool, "self_consistency", answer="a", votes="most")
     refused(
         "every stage of this one is causal .*warm: masked=0.*; train a stage with masked",
         pool,

@@ -283,7 +283,7 @@ def test_documents_that_megatron_cannot_hold_raise_an_error(tmp_path):
     writer.finish()
     with pytest.raises(ValueError, match="holds pairs"):
         write_megatron(open_tokens(tmp_path / "x"), tmp_path / "y")
-    with pytest.raises(ValueError, match="of what vocabulary"):
+    with pytest.raises(ValueError, match="the vocabulary of the tokens is unknown"):
         write_megatron(open_megatron(FIXTURES / "short"), tmp_path / "y")
     assert not (tmp_path / "y.bin").exists()
 
