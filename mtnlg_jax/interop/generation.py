@@ -134,9 +134,8 @@ def decode_of(
             index for index in settings["suppress_tokens"] if index not in never
         ]
     for name, value in given.items():
-        neutral = (
-            value in (False, "", _NEUTRAL.get(name)) or isinstance(value, list | dict) and not value
-        )
+        empty = isinstance(value, list | dict) and not value
+        neutral = empty or value in (False, "", _NEUTRAL.get(name))
         if whole and name not in _SAME and name not in _SILENT and not neutral:
             not_kept.append(f"{name}={value}")
     try:

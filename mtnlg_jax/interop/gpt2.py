@@ -277,10 +277,8 @@ def refuse_other_tensors(
             problems.append(f"{name} is {list(found[name])} (expected {list(wanted[name])})")
     for name in found.keys() - wanted.keys():
         # A tied head may be stored as well; it is compared later.
-        if not BUFFERS.fullmatch(name) and (name, found[name]) != (
-            "lm_head.weight",
-            wanted["wte.weight"],
-        ):
+        tied_head = name == "lm_head.weight" and found[name] == wanted["wte.weight"]
+        if not tied_head and not BUFFERS.fullmatch(name):
             problems.append(f"{name} {list(found[name])} is not part of the model")
     if problems:
         more = f" and {len(problems) - 6} more" if len(problems) > 6 else ""

@@ -324,11 +324,9 @@ def _answer_of(where: str, item: Mapping, task: Task, row: Row, language: str | 
     except (TypeError, AttributeError):
         choices = ()
     log_prob = item.get("log_prob")
-    finish = (
-        item.get("finish_reason", "")
-        if log_prob is not None or item.get("finish_reason") != "last word"
-        else ""
-    )
+    finish = item.get("finish_reason", "")
+    if finish == "last word" and log_prob is None:
+        finish = ""
     return Answer(
         item[key],
         item.get("raw", item[key]),

@@ -130,7 +130,7 @@ def _layout_of(items, choices, notes):
             None,
         )
         if layout:
-            told = ",".join(f"{field}={column}" for field, column in layout.columns.items())
-            notes.append(f"columns taken as those of {layout.name}: --columns={told}")
+            flags = ",".join(f"{field}={column}" for field, column in layout.columns.items())
+            notes.append(f"columns taken as those of {layout.name}: --columns={flags}")
             return layout.columns, choices or layout.choices, layout.blank
     return {field: field for field in FIELDS}, choices, ""

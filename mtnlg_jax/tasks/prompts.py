@@ -212,9 +212,10 @@ def _most(examples: list[Row], fits: Callable[[list[Row]], bool]) -> list[Row]:
     high = len(examples) - 1
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (
-            (middle, high) if fits(examples[len(examples) - middle :]) else (low, middle - 1)
-        )
+        if fits(examples[len(examples) - middle :]):
+            low = middle
+        else:
+            high = middle - 1
     return examples[len(examples) - low :]
 
 

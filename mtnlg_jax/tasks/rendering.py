@@ -13,9 +13,8 @@ from mtnlg_jax.tasks.text import UNSPACED, language_of, normalize
 @dataclass(frozen=True)
 class Row:
     input: str
-    references: tuple[
-        str, ...
-    ] = ()  # right answers; the best match counts, and the first is trained on
+    # Right answers: the best match counts, and the first is trained on.
+    references: tuple[str, ...] = ()
     context: str = ""  # a passage that comes with the row
     choices: tuple[str, ...] = ()  # answers to choose from, other than the labels of the task
     # The mark in the input that the choices replace. Tasks that continue the input then score the
@@ -189,9 +188,9 @@ def check_task(task: Task, template: Template, tokenizer) -> None:
             continue
         ids = tuple(tokenizer.encode(text))
         if not ids or tokenizer.is_special[list(ids)].any() or "\ufffd" in tokenizer.decode(ids):
-            told = tokenizer.decode(ids, skip_special=False)
+            decoded = tokenizer.decode(ids, skip_special=False)
             raise ValueError(
-                f"task {task.name!r}: {what}, {text!r}, is {told!r} to this run's "
+                f"task {task.name!r}: {what}, {text!r}, is {decoded!r} to this run's "
                 "tokenizer, which lacks tokens for it; change it in a templates file, or use a run "
                 "that knows "
                 f"{LANGUAGES[language_of(text)]}"

@@ -123,9 +123,10 @@ def cut(text: str, keep: str, fits: Callable[[str], bool]) -> str:
         high = len(spans) - 1
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (
-                (middle, high) if fits(_part(text, spans, keep, middle)) else (low, middle - 1)
-            )
+            if fits(_part(text, spans, keep, middle)):
+                low = middle
+            else:
+                high = middle - 1
         if low:
             return _part(text, spans, keep, low)
     return ""
