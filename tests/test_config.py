@@ -574,5 +574,5 @@ def test_path_and_blend_replace_each_other_unless_empty(assignment, path, blend)
     assert (data.path, data.blend) == (path, blend)
 
 
-def test_a_recipe_as_config_raises_an_error():
+def test_an_override_of_data_in_a_recipe_raises_an_error():
     _refused(lambda: override(Recipe(), "data.path=x"), "data", "Recipe")

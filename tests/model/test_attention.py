@@ -70,7 +70,7 @@ CASES = {
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("case", CASES)
-def test_output_lse_and_gradients_equal_the_longhand(case, impl, longhand):
+def test_output_lse_and_gradients_equal_the_reference(case, impl, longhand):
     queries, keys, heads, kv_heads, options, runs = CASES[case]
     arrays = longhand.inputs(0, 2, queries, keys, heads, kv_heads)
     compute = jax.jit(
@@ -97,7 +97,7 @@ def test_cases_include_queries_that_see_nothing(longhand):
     )
 
 
-def test_bias_equals_the_longhand(longhand):
+def test_bias_equals_the_reference(longhand):
     arrays = longhand.inputs(1, 2, 5, 7, 4, 2)
     bias = np.random.default_rng(2).standard_normal((4, 1, 7)).astype(np.float32)
     got = jax.jit(functools.partial(longhand.everything, bias=bias, causal=False))(*arrays)
@@ -105,7 +105,7 @@ def test_bias_equals_the_longhand(longhand):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_bfloat16_stays_near_the_longhand(impl, longhand):
+def test_bfloat16_stays_near_the_reference(impl, longhand):
     queries, keys, heads, kv_heads, options, runs = CASES["all_options"]
     arrays = longhand.inputs(3, 2, queries, keys, heads, kv_heads)
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in arrays[:3])

@@ -67,7 +67,7 @@ def _loss_and_gradients(chunk, smoothing=0.0):
 @pytest.mark.parametrize(
     "chunk", [1, 7, 13, 1000]
 )  # 7 leaves a remainder, 13 does not, 1000 is more than all tokens
-def test_loss_and_gradients_equal_the_longhand(chunk, smoothing):
+def test_loss_and_gradients_equal_the_reference(chunk, smoothing):
     x, head, labels, weights = _inputs()
     value, (d_x, d_head) = _loss_and_gradients(chunk, smoothing)(x, head, labels, weights)
     losses, want_x, want_head = _longhand(x, head, labels, weights, smoothing)

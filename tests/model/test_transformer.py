@@ -156,7 +156,7 @@ def _forward(config, params, tokens, causal=True):
     [(GPT2, True), (GPT2, False), (LLAMA, True)],
     ids=["gpt2", "gpt2_both_ways", "llama"],
 )
-def test_logits_equal_the_longhand(config, causal):
+def test_logits_equal_the_reference(config, causal):
     got = jax.jit(functools.partial(_model(config), causal=causal))(TOKENS)
     want = np.stack([_forward(config, _parts(config)[1], row, causal) for row in TOKENS])
     assert got.shape == (2, 12, 24) and got.dtype == jnp.float32 and np.abs(want).max() > 0.5
@@ -164,7 +164,7 @@ def test_logits_equal_the_longhand(config, causal):
 
 
 @pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
-def test_norm_equals_the_longhand(kind):
+def test_norm_equals_the_reference(kind):
     graph, params = nnx.split(Norm(ModelConfig(**SMALL, normalization=kind, norm_epsilon=0.01)))
     params = _random(params)
     x = (

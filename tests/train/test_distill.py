@@ -48,7 +48,7 @@ def longhand(x, head, teacher_x, teacher_head, labels, weights, temperature, sha
 @pytest.mark.parametrize(
     ("temperature", "share"), [pytest.param(1.0, 1.0, marks=pytest.mark.slow), (2.5, 0.3)]
 )
-def test_loss_and_gradient_equal_longhand(temperature, share):
+def test_loss_and_gradient_equal_the_reference(temperature, share):
     x, head, *rest = states()
     ours, grads = jax.value_and_grad(
         lambda x, head: distilled_cross_entropy(

@@ -318,7 +318,7 @@ def test_invalid_configs_raise_before_any_work(prepared, tmp_path, change, messa
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_the_papers_flops_per_token():
+def test_flops_per_token_of_the_paper():
     # PaLM's convention for MT-NLG: 6 x 529.6 B, plus 12 L H Q T for attention.
     model = ModelConfig(
         num_layers=105, hidden_size=20480, num_attention_heads=128, vocab_size=51200

@@ -410,7 +410,7 @@ def test_another_tokenizer_hides_the_data_until_it_is_complete(
     )
 
 
-def test_a_remote_output_is_the_same_and_is_locked(one, tmp_path):
+def test_a_remote_output_is_the_same_and_keeps_other_files(one, tmp_path):
     root = _small(tmp_path / "text", a=[_sentences(seed, 40) for seed in range(10)])
     here = make(PLAIN, root, tmp_path / "out", engine=one(), progress=False)
     there = make(PLAIN, root, "memory://recipe/out", engine=one(), progress=False)

@@ -8,7 +8,7 @@ BFLOAT16 = 3e-2
 
 # A case takes seconds, so there is one for each feature that these kernels implement differently.
 @pytest.mark.parametrize("case", ["all"])
-def test_output_lse_and_gradients_equal_the_longhand(kernels, longhand, case):
+def test_output_lse_and_gradients_equal_the_reference(kernels, longhand, case):
     longhand.compare(*kernels.everything("pallas_gpu", case, "float16", (64, 64)), FLOAT16)
 
 
@@ -34,10 +34,10 @@ def test_output_lse_and_gradients_equal_the_longhand(kernels, longhand, case):
         "all both ways",
     ],
 )
-def test_the_other_cases_equal_the_longhand(kernels, longhand, case):
+def test_the_other_cases_equal_the_reference(kernels, longhand, case):
     longhand.compare(*kernels.everything("pallas_gpu", case, "float16", (64, 64)), FLOAT16)
 
 
 @pytest.mark.slow
-def test_bfloat16_stays_near_the_longhand(kernels, longhand):
+def test_bfloat16_stays_near_the_reference(kernels, longhand):
     longhand.compare(*kernels.everything("pallas_gpu", "causal", "bfloat16", (64, 64)), BFLOAT16)

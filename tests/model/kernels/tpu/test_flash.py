@@ -36,12 +36,12 @@ BFLOAT16 = 3e-2  # eight bits of mantissa, rounded twice, relative to the larges
         ),
     ],
 )
-def test_output_lse_and_gradients_equal_the_longhand(kernels, longhand, case):
+def test_output_lse_and_gradients_equal_the_reference(kernels, longhand, case):
     longhand.compare(*kernels.everything("pallas_tpu", case), FLOAT32)
 
 
 @pytest.mark.parametrize("case", ["causal"])
-def test_bfloat16_stays_near_the_longhand(kernels, longhand, case):
+def test_bfloat16_stays_near_the_reference(kernels, longhand, case):
     longhand.compare(*kernels.everything("pallas_tpu", case, "bfloat16"), BFLOAT16)
 
 
