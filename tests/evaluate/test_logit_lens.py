@@ -8,7 +8,7 @@ from mtnlg_jax.evaluate.logit_lens import look_inside
 from mtnlg_jax.model.transformer import Transformer
 
 
-# Shorter and longer than a head is wide.
+# Shorter and longer than the width of a head.
 @pytest.mark.parametrize("length", [pytest.param(5, marks=pytest.mark.slow), 40])
 @pytest.mark.parametrize("causal", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_logits_and_attention_agree_with_the_model(length, causal):
