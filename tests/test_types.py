@@ -1,7 +1,6 @@
-"""mypy: no more errors in a room than its ceiling below.
+"""Check that mypy finds no more errors in a room than its ceiling below.
 
-A ceiling falls with every error that is mended, so a count below its ceiling fails as well: write
-the new count here.
+A count below its ceiling fails as well: write the new count here.
 """
 
 import collections
@@ -27,7 +26,7 @@ CEILINGS = {
 }
 
 
-def test_errors_are_at_their_ceilings():
+def test_error_counts_equal_their_ceilings():
     done = subprocess.run(
         [sys.executable, "-m", "mypy"], cwd=ROOT, capture_output=True, text=True, timeout=600
     )

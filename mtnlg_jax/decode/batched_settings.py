@@ -64,7 +64,7 @@ class Rows(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What decides the next token of a batch, besides the model and the tokens so far.
+    """All that decides the next token of a batch except the model and the tokens so far.
 
     A pytree: ``rows`` and ``allowed_V`` are traced, the other two are static.
     """

@@ -63,7 +63,7 @@ class SearchParams(NamedTuple):
 
 
 class State(NamedTuple):
-    """What changes from step to step; donated."""
+    """The state of the search, which changes in every step; donated."""
 
     cache: BeamCache  # of the new tokens
     running: Sequences

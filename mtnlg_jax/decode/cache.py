@@ -88,9 +88,7 @@ def check_held(dtype, weights: str | None, cache: str | None) -> str:
         raise ValueError(f"dtype={dtype!r} cannot decode; choose float32 or bfloat16")
     for name, value in (("weights", weights), ("cache", cache)):
         if value not in (None, "int8"):
-            raise ValueError(
-                f"{name}={value!r} is not known; give int8, or leave it out for what dtype says"
-            )
+            raise ValueError(f"unknown {name}={value!r}; give int8, or leave it out to use dtype")
     return str(jnp.dtype(dtype))
 
 

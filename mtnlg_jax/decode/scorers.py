@@ -103,7 +103,7 @@ class Pool(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """What a scorer returns for all candidates of a pool."""
+    """The result of a scorer for all candidates of a pool."""
 
     parts: dict[str, np.ndarray]  # by name, one number a candidate; the scorer's name is its score
     answers: list[str | None] | None = None  # of self_consistency
@@ -265,8 +265,8 @@ def _mbr(pool: Pool):
 def _self_consistency(pool: Pool):
     """The share of the votes for the candidate's answer, in [0, 1] (Wang 2022).
 
-    A candidate has one vote for each time it occurred, weighted by its probability if ``votes``
-    says so. Without an answer it has no vote and score 0.
+    A candidate has one vote for each time it occurred, weighted by its probability if ``votes`` is
+    "probability". Without an answer it has no vote and score 0.
     """
     pattern = pool.options.answer
     answers = [extract_answer(pattern, text) for text in pool.texts]
@@ -315,7 +315,7 @@ def weights_of(scorers: str | Sequence[str] | Mapping[str, float]) -> dict[str, 
         raise ValueError(f"there is no scorer to rank by; choose from {', '.join(SCORERS)}")
     for name, weight in weights.items():
         if name not in SCORERS:
-            raise ValueError(f"scorer {name!r} is not known; choose from {', '.join(SCORERS)}")
+            raise ValueError(f"unknown scorer {name!r}; choose from {', '.join(SCORERS)}")
         if (
             isinstance(weight, bool)
             or not isinstance(weight, numbers.Real)
@@ -341,7 +341,7 @@ def check_request(
     """Raise ValueError on a request that is wrong whatever the candidates are."""
     if normalise not in NORMALIZATIONS:
         raise ValueError(
-            f"normalise={normalise!r} is not known; choose one of {', '.join(NORMALIZATIONS)}"
+            f"unknown normalise={normalise!r}; choose one of {', '.join(NORMALIZATIONS)}"
         )
     for name, scorers in _ACTS_IN.items():
         value = getattr(options, name)
@@ -359,11 +359,11 @@ def check_request(
         )
     if not callable(options.utility) and options.utility not in UTILITIES:
         raise ValueError(
-            f"utility={options.utility!r} is not known; choose one of {', '.join(UTILITIES)}, or "
+            f"unknown utility={options.utility!r}; choose one of {', '.join(UTILITIES)}, or "
             "give a function of two texts"
         )
     if options.votes not in ("count", "probability"):
-        raise ValueError(f"votes={options.votes!r} is not known; choose count or probability")
+        raise ValueError(f"unknown votes={options.votes!r}; choose count or probability")
     if "pmi" in weights:
         _check_neutral(
             options, _neutral(tokenizer, options.neutral, prompt), encode_prompt(tokenizer, prompt)

@@ -5,8 +5,8 @@ largest perturbed values are kept. They are found top down: a beam's own value i
 continuations' values, which are drawn under that condition.
 """
 
-# Shapes: P prompts, W beams, V vocabulary, G groups of beams. Arrays of a state are (1, P, W):
-# there is one group.
+# Shapes: G groups of beams, as in beam search, but always 1; P prompts, W beams, V vocabulary. So
+# arrays of a state are (1, P, W).
 
 import functools
 import time
@@ -53,7 +53,7 @@ class SearchParams(NamedTuple):
 
 
 class State(NamedTuple):
-    """What changes from step to step; donated."""
+    """The state of the search, which changes in every step; donated."""
 
     cache: BeamCache
     # scores: log-probabilities in the distribution drawn from; -inf: there is no such sequence
@@ -123,7 +123,7 @@ def begin(prefix: Prefix, search_params: SearchParams, *, static: Static) -> Sta
     """Start the search of every prompt."""
     beams = blank(prefix, static, -jnp.inf)
     shape = beams.scores.shape
-    # The W beams start alike, so the first one stands for all sequences. The largest of their
+    # The W beams start equal, so the first one represents all sequences. The largest of their
     # values may be any number, since it does not change their order.
     scores = beams.scores.at[:, :, 0].set(0.0)
     no_room_P = search_params.max_new_tokens <= 0

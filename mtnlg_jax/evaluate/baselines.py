@@ -1,4 +1,4 @@
-"""What a language model must beat: a unigram model of the same tokens, and a compressor."""
+"""Baselines that a model must beat: a unigram model of the same tokens, and a compressor."""
 
 import lzma
 
@@ -9,7 +9,7 @@ from mtnlg_jax.train.inputs import Data
 
 
 def held_out_text(data: Data, limit: int) -> str:
-    """Return the beginning of the held-out documents, up to ``limit`` tokens, as text."""
+    """Return the first ``limit`` tokens of the held-out documents as text."""
     held_out = data.held_out[0][0]
     tokens = held_out.read(0, min(limit, len(held_out)))
     return data.tokenizer.decode([int(t) for t in tokens])

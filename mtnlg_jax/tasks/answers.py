@@ -15,7 +15,7 @@ from mtnlg_jax.tasks.passages import Passage
 from mtnlg_jax.tasks.rendering import Row, answer_of, template_of
 from mtnlg_jax.tasks.templates import Task
 
-NORMALISATIONS = ("sum", "per_char", "per_byte")
+NORMALIZATIONS = ("sum", "per_char", "per_byte")
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Evaluation:
     scores: dict[str, Score]  # of the model; the first is the main metric of the task
     baseline: str  # name of the baseline
     baseline_scores: dict[str, Score]
-    # Accuracy of choices under each of NORMALISATIONS; empty without choices.
+    # Accuracy of choices under each of NORMALIZATIONS; empty without choices.
     normalised: dict[str, Score]
 
 
@@ -92,8 +92,8 @@ def check_references(task: Task, rows: Sequence[Row], language: str | None = Non
         ranked.append(bool(row.choices or template.labels))
     if any(ranked) != all(ranked):
         raise ValueError(
-            f"{sum(ranked)} of {len(rows)} rows have choices and the others have "
-            f"none, the first of them row {ranked.index(False) + 1}; score the two groups separately"
+            f"{sum(ranked)} of {len(rows)} rows have choices and the others have none, the first "
+            f"of them row {ranked.index(False) + 1}; score the two groups separately"
         )
 
 
@@ -126,7 +126,7 @@ def evaluate(
             scores,
             "by chance",
             {"accuracy": chance(rows, seed)},
-            _normalised(rows, answers, seed),
+            _accuracy_by_normalization(rows, answers, seed),
         )
     ranked = bool(template_of(task, rows[0].input, language)[1].labels)
     names = ("accuracy",) if ranked else task.metrics
@@ -140,12 +140,14 @@ def evaluate(
     )
 
 
-def _normalised(rows: Sequence[Row], answers: Sequence[Answer], seed: int) -> dict[str, Score]:
+def _accuracy_by_normalization(
+    rows: Sequence[Row], answers: Sequence[Answer], seed: int
+) -> dict[str, Score]:
     # Only the scores of "logprob" can be normalized another way.
     if not all(answer.choices and answer.ranked_by.startswith("logprob ") for answer in answers):
         return {}
     found = {}
-    for name in NORMALISATIONS:
+    for name in NORMALIZATIONS:
         right = [
             max(
                 answer.choices, key=lambda choice: choice.log_prob / length_of(name, choice.text)
@@ -322,11 +324,9 @@ def _answer_of(where: str, item: Mapping, task: Task, row: Row, language: str | 
     except (TypeError, AttributeError):
         choices = ()
     log_prob = item.get("log_prob")
-    finish = (
-        item.get("finish_reason", "")
-        if log_prob is not None or item.get("finish_reason") != "last word"
-        else ""
-    )
+    finish = item.get("finish_reason", "")
+    if finish == "last word" and log_prob is None:
+        finish = ""
     return Answer(
         item[key],
         item.get("raw", item[key]),

@@ -11,7 +11,10 @@ from mtnlg_jax.tasks.rendering import Row
 
 _LETTER = re.compile(r"\s*[(（]?([A-Za-z])[)）]?[.:、．：]?\s*")
 _NUMBER = re.compile(r"\s*[(（]?(\d+)(?:\.0+)?[)）]?\s*")
-_YES_NO = ({"yes", "true", "是", "对", "正确"}, {"no", "false", "否", "不是", "不对", "错误", "错"})
+_YES_NO = (
+    {"yes", "true", "是", "对", "正确"},
+    {"no", "false", "否", "不是", "不对", "错误", "错"},
+)
 
 
 def resolve_references(

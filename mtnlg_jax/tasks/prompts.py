@@ -23,7 +23,7 @@ from mtnlg_jax.tasks.rendering import (
     template_of,
 )
 from mtnlg_jax.tasks.templates import Task, Template, check_choices
-from mtnlg_jax.tasks.text import cut, normalise
+from mtnlg_jax.tasks.text import cut, normalize
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def same_question(one: Row, other: Row) -> bool:
 
 @functools.lru_cache(1 << 16)
 def _folded(text: str) -> str:
-    return normalise(text).casefold()
+    return normalize(text).casefold()
 
 
 def compose(
@@ -212,14 +212,15 @@ def _most(examples: list[Row], fits: Callable[[list[Row]], bool]) -> list[Row]:
     high = len(examples) - 1
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (
-            (middle, high) if fits(examples[len(examples) - middle :]) else (low, middle - 1)
-        )
+        if fits(examples[len(examples) - middle :]):
+            low = middle
+        else:
+            high = middle - 1
     return examples[len(examples) - low :]
 
 
 def _ordered(passages: list[Passage], own: Sequence[Passage]) -> list[Passage]:
-    """Put passages of the row's own context first, in text order, then retrieved ones, best first."""
+    """Order passages: first those of the row's own context, as in its text, then by score."""
     ours = [passage for passage in passages if any(passage is each for each in own)]
     others = [passage for passage in passages if not any(passage is each for each in own)]
     return sorted(ours, key=lambda passage: passage.start) + others

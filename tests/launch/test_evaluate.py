@@ -84,7 +84,7 @@ def test_keys_are_named_and_what_is_left_out_is_counted(ask):
         ),
         (["--input=-"], b" \n", "standard input contains no text"),
         (["--input=-"], b"\xff\xfa", "standard input: line 1: byte 0xff at 0 is not UTF-8"),
-        (["--input={folder}/a.txt", "--stride=65"], b"", "stride=65 lies outside [1, 64]"),
+        (["--input={folder}/a.txt", "--stride=65"], b"", "stride=65 is outside [1, 64]"),
         (["--input={folder}/a.txt", "--adapt=-1"], b"", "adapt=-1"),
         (
             ["--input={folder}/a.txt", "--adapt=1e-3", "--cache=int8"],

@@ -216,8 +216,8 @@ def _unquoted(cell: str, always: bool) -> str:
 def parquet(stream: IO[bytes], choose: Callable[[list[str]], list[str] | Damaged]) -> Iterator[Row]:
     """Yield the rows of a Parquet file as dicts of the columns that ``choose`` selects.
 
-    ``choose`` gets the names of all columns; if it returns `Damaged`, that stands for the file.
-    Texts are bytes, because pyarrow refuses strings that are not UTF-8.
+    ``choose`` gets the names of all columns; a `Damaged` result becomes the only row. Texts are
+    bytes, because pyarrow refuses strings that are not UTF-8.
     """
     import pyarrow
     import pyarrow.parquet

@@ -212,8 +212,7 @@ def write_megatron(tokens: Tokens, prefix: str | os.PathLike, overwrite: bool = 
     vocab_size = tokens.meta["vocab_size"]
     if vocab_size is None:
         raise ValueError(
-            f"{tokens.location}: of what vocabulary the tokens are is not known; give their "
-            "--tokenizer"
+            f"{tokens.location}: the vocabulary of the tokens is unknown; give their --tokenizer"
         )
     if tokens.prompt_lengths is not None:
         raise ValueError(

@@ -14,7 +14,7 @@ from mtnlg_jax.model.kernels.mask import Mask
 
 
 class _Call:
-    """What both kinds of calls derive from q, whose last dim is the head width."""
+    """Values that both kinds of calls derive from q, whose last dim is the head width."""
 
     q: jax.Array
     scale: float | None

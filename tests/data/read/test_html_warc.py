@@ -88,7 +88,7 @@ CRAWL = [
         ('<meta charset="no-such-thing">', "utf-8"),
     ],
 )
-def test_the_charset_is_honoured(head, encoding):
+def test_the_declared_charset_is_used(head, encoding):
     paragraphs = (
         CHINESE
         if encoding != "big5"
@@ -98,7 +98,7 @@ def test_the_charset_is_honoured(head, encoding):
     assert paragraphs[0] in text and "Startpage" not in text and "var a" not in text
 
 
-def test_the_header_goes_before_what_the_page_says_and_names_mean_what_browsers_take_them_for():
+def test_the_header_has_precedence_and_charset_names_follow_browsers():
     data = page(CHINESE, '<meta charset="gbk">').encode()
     assert CHINESE[0] in page_text(data, "UTF-8")
     assert CHINESE[0] in page_text(data)  # cannot be GBK, and is valid UTF-8
@@ -129,7 +129,7 @@ def test_a_page_without_text_is_empty(data):
     assert page_text(data) == ""
 
 
-def test_an_xhtml_declaration_is_no_hindrance():
+def test_an_xhtml_declaration_is_ignored():
     assert ENGLISH[1] in page_text(b'<?xml version="1.0" encoding="utf-8"?>\n' + HTML)
 
 
@@ -277,7 +277,7 @@ TEX = r'<annotation encoding="application/x-tex">{\displaystyle a^{2}}</annotati
         ("one<br>two", "one\ntwo"),
     ],
 )
-def test_what_markup_says_is_written_out(body, text):
+def test_markup_becomes_text(body, text):
     assert written(body) == text
 
 
@@ -290,7 +290,7 @@ def test_code_keeps_its_lines():
     assert code in page_text(colored.encode())
 
 
-def test_tables_and_lists_keep_their_cells_and_items_apart():
+def test_cells_and_items_are_separated():
     body = (
         "</p><table><tr><td>Ann</td><td>Oslo</td></tr></table><ul><li>one</li><li>two</li></ul><p>"
     )

@@ -1,5 +1,4 @@
-"""Blocks that may be left out are those in which nobody sees anybody, and no others where that can
-be known."""
+"""Check that blocks are skipped only if they have no visible pair, and always if that is known."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +18,7 @@ CASES = {
     "offsets of rows": ({"q_offset": [0, -4, 30]}, True),
     "documents": ({"causal": False, "segment_ids": ([SORTED] * 3, [SORTED] * 3)}, True),
     "mixed documents": ({"causal": False, "segment_ids": ([MIXED] * 3, [SORTED] * 3)}, False),
-    # Each of the three shows something in a block where all together show nothing: not looked for.
+    # Each of the three shows a pair in a block, but all together show none: this is not detected.
     "all": (
         {
             "segment_ids": ([SORTED] * 3, [SORTED] * 3),
@@ -61,6 +60,6 @@ def test_no_visible_pair_is_skipped(longhand, case, blocks):
             assert (first[at], end[at]) == ((places[0], places[-1] + 1) if len(places) else (0, 0))
 
 
-def test_a_mask_is_known_where_no_array_is_in_it():
+def test_a_mask_without_arrays_is_known_exactly():
     assert Mask(True, 5, 3).known
     assert not _mask(kv_lengths=[1]).known and not _mask(q_offset=[0]).known

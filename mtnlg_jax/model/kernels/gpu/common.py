@@ -339,7 +339,7 @@ def varying_like(results, *inputs):
 
 
 def interpret_params(interpret):
-    """What plgpu.kernel takes as ``interpret``: True becomes the default parameters."""
+    """Return the argument ``interpret`` of plgpu.kernel: True becomes the default parameters."""
     return plgpu.InterpretGPUParams() if interpret is True else interpret
 
 
