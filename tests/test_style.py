@@ -101,7 +101,7 @@ def test_functions_are_short():
 
 
 def _long(paths: list[Path], most: int) -> dict[str, int]:
-    """Return the lengths of files that are longer than ``most`` and than LONG allows."""
+    """Return the lengths of files that are longer than ``most``."""
     lengths = {
         str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines())
         for path in paths
