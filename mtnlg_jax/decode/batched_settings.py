@@ -17,6 +17,9 @@ import numpy as np
 
 from mtnlg_jax.config import DecodeConfig
 
+# Of numpy where a batch is put together on the host, of JAX inside the compiled programs.
+Array = np.ndarray | jax.Array
+
 _ANY = -1  # in tables of ids: matches everything
 _OWN_END = -2  # in tables of ends: the tokenizer's end
 _NEVER = -1  # in forced_at: not at all

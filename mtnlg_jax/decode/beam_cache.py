@@ -121,7 +121,7 @@ def step_beams(
     return logits_GPWV, BeamCache(tuple(written), writers_GPWT)
 
 
-def empty_beams(prompt_cache, shape: tuple[int, int, int], size: int) -> BeamCache:
+def empty_beams(prompt_cache, shape: tuple[int, ...], size: int) -> BeamCache:
     """Return a cache for ``size`` new tokens of each of (G, P, W) beams."""
     groups, prompts, beams = shape
 

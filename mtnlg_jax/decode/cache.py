@@ -315,7 +315,7 @@ def _attend_cached(q_BNH, layer, lengths_B, **options):
 
 def _write(layer, k_BSKH, v_BSKH, positions_BS):
     """Return a layer's cache with new keys and values; positions past it are not written."""
-    new = k_BSKH, v_BSKH
+    new: tuple[jax.Array, ...] = (k_BSKH, v_BSKH)
     if len(layer) == 4:
         (k, k_scale), (v, v_scale) = (quantize(x, -1) for x in new)
         new = k, v, k_scale, v_scale

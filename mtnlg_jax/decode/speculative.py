@@ -25,7 +25,7 @@ import numpy as np
 from jax import lax
 
 from mtnlg_jax.config import DecodeConfig, ModelConfig
-from mtnlg_jax.decode.batched_settings import Settings
+from mtnlg_jax.decode.batched_settings import Array, Settings
 from mtnlg_jax.decode.cache import Decoder, Prefix, bucket, prefill, read, step, to_int8
 from mtnlg_jax.decode.processors import choose, draw, process, warp
 from mtnlg_jax.decode.results import CHUNK
@@ -42,8 +42,8 @@ INSTEAD = 3
 class Guessing:
     """How many tokens each row guesses, and from what."""
 
-    most_B: np.ndarray  # guesses a round at most; 0: none
-    ngrams_B: np.ndarray  # longest n-gram to look up
+    most_B: Array  # guesses a round at most; 0: none
+    ngrams_B: Array  # longest n-gram to look up
     most: int = dataclasses.field(metadata={"static": True})  # the largest of ``most_B``
     ngrams: int = dataclasses.field(metadata={"static": True})  # the largest of ``ngrams_B``
     draft: ModelConfig | None = dataclasses.field(metadata={"static": True})  # None: look-up
@@ -124,6 +124,7 @@ def _advance(
 
     def one_round(carry):
         state, draft_cache, (guessed_B, accepted_B) = carry
+        counts_B: Array
         if guessing.draft is None:
             guesses_BA, counts_B = look_up(state.tokens_BS, state.lengths_B, guessing)
             odds_BAV = None
@@ -195,17 +196,19 @@ def _draft(
     draft's cache with all guesses.
     """
     drawing = settings.uses("temperature")
+    draft_config = guessing.draft
+    assert draft_config is not None, "look_up guesses where there is no draft model"
 
     def one(carry, _):
         cache, tokens_BS, lengths_B = carry
         at_B = jnp.minimum(lengths_B, tokens_BS.shape[1]) - 1
         last_B = jnp.take_along_axis(tokens_BS, at_B[:, None], 1)[:, 0]
-        logits_BV, cache = step(guessing.draft, params, cache, last_B, at_B)
+        logits_BV, cache = step(draft_config, params, cache, last_B, at_B)
         processed_BV = process(
             logits_BV, settings, tokens_BS, lengths_B, limits.prompts_B, limits.longest_B
         )
         guess_B = jnp.argmax(processed_BV, -1)
-        odds_BV = ()
+        odds_BV: jax.Array | tuple[()] = ()
         if drawing:
             odds_BV = jax.nn.softmax(warp(processed_BV, settings), -1)
             drawn_B = draw(_keys(limits, lengths_B, DRAFT), odds_BV)

@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 
 from mtnlg_jax.config import DecodeConfig
-from mtnlg_jax.decode.batched_settings import Settings
+from mtnlg_jax.decode.batched_settings import Array, Settings
 from mtnlg_jax.decode.beam_cache import BeamCache, empty_beams
 from mtnlg_jax.decode.beams import (
     EMPTY,
@@ -47,9 +47,9 @@ from mtnlg_jax.decode.results import Generated
 class SearchParams(NamedTuple):
     """The constants of each prompt's search, (P,)."""
 
-    prompts: jax.Array  # length of the prompt
-    max_new_tokens: jax.Array
-    seeds: jax.Array
+    prompts: Array  # length of the prompt
+    max_new_tokens: Array
+    seeds: Array
 
 
 class State(NamedTuple):
