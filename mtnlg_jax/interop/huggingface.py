@@ -141,7 +141,7 @@ def _to_run(
     )
     # Before there was a generation_config.json, config.json had its settings.
     alone = generation is not None
-    decode, told = decode_of(generation if alone else original, tokenizer, rows, alone)
+    decode, told = decode_of(original if generation is None else generation, tokenizer, rows, alone)
     model, params, origin = read_model(source)
     config = Config(
         name=source.resolve().name,

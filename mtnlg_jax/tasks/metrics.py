@@ -233,7 +233,9 @@ def _corpus(name: str, answers, references, languages, seed: int) -> Score:
     most = max(map(len, references))
     # One list for the first reference of each row, one for the second ...; None where a row has no
     # more.
-    streams = [[each[i] if i < len(each) else None for each in references] for i in range(most)]
+    streams: list = [
+        [each[i] if i < len(each) else None for each in references] for i in range(most)
+    ]
     # Not corpus_score(n_bootstrap=...): it takes statistics.mean of floats and float32s, which
     # raises TypeError.
     statistics = metric._extract_corpus_statistics(list(answers), streams)

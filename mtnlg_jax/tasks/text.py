@@ -50,7 +50,7 @@ def words(text: str) -> list[str]:
     """The words of a text in any script, lower case and without punctuation: letters and digits
     with their marks. Of scripts without spaces between words (Han, kana, Thai, Lao, Khmer,
     Burmese), each character with its marks."""
-    found = []
+    found: list[str] = []
     # kind of the character before: "word", "character" (of a script without spaces), or "" for
     # others
     before = ""
@@ -181,7 +181,7 @@ def _punctuated(text: str, language: str) -> str:
 
 def _without_repeats(text: str, neighbours: bool) -> str:
     kept = []
-    seen = []
+    seen: list[str] = []
     for sentence in sentences(text):
         words = "".join(WORDS.findall(sentence.casefold()))
         if words and words in (seen[-1:] if neighbours else seen):
