@@ -124,35 +124,6 @@ def test_what_was_handled_on_the_way_does_not_count():
         assert not errors.is_passing(error)
 
 
-def test_what_may_pass_is_tried_again_and_nothing_else():
-    calls = []
-    heard = []
-
-    def fails_until(attempt, error):
-        def function():
-            calls.append(attempt)
-            if len(calls) < attempt:
-                raise error
-            return "done"
-
-        return function
-
-    full = OSError(errno.ENOSPC, "No space left on device")
-    assert (
-        errors.try_again(fails_until(3, full), (0, 0, 0), lambda error, pause: heard.append(error))
-        == "done"
-    )
-    assert heard == [full, full] and len(calls) == 3
-    calls.clear()
-    with pytest.raises(OSError, match="No space"):
-        errors.try_again(fails_until(9, full), (0, 0), lambda *_: None)
-    assert len(calls) == 3
-    calls.clear()
-    with pytest.raises(FileNotFoundError):
-        errors.try_again(fails_until(9, FileNotFoundError(2, "x")), (0, 0), lambda *_: None)
-    assert len(calls) == 1
-
-
 @pytest.mark.parametrize(
     ("error", "kind"),
     [
