@@ -129,7 +129,7 @@ def penalty(lengths, search_params: SearchParams) -> jax.Array:
 def _active(state: State, search_params: SearchParams) -> jax.Array:
     """Return which searches go on, (G, P). The others no longer change."""
     full_GP = (state.ended.why != EMPTY).all(-1)
-    return state.active & ~(full_GP & search_params.early)
+    return state.active & ~(full_GP & search_params.early[None, :])
 
 
 _active_now = jax.jit(_active)
@@ -267,7 +267,7 @@ def _choose(
 
     # An ended candidate counts only among the best W. Scores near NEG belong to placeholders, which
     # fill in where there are not W different beams, and never count.
-    just_PC = hits_PC & (jnp.arange(count) < beams) & (scores_PC > NEG / 2)
+    just_PC = hits_PC & (jnp.arange(count)[None, :] < beams) & (scores_PC > NEG / 2)
     full_P1 = (ended.why != EMPTY).all(-1, keepdims=True) & search_params.early[:, None]
     normal_PC = scores_PC / penalty(length, search_params)[:, None]
     normal_PC += (full_P1 | ~active_P[:, None] | ~just_PC) * NEG

@@ -71,7 +71,7 @@ def step_beams(
     rows = groups * prompts * beams
     writers_GPWT = jnp.take_along_axis(cache.writers_GPWT, sources_GPW[..., None], 2)
     writers_GPWT = writers_GPWT.at[..., read].set(jnp.arange(beams))
-    visible_GPWTW = writers_GPWT[..., None] == jnp.arange(beams)
+    visible_GPWTW = writers_GPWT[..., None] == jax.lax.broadcast_to_rank(jnp.arange(beams), 5)
     bias = jnp.where(visible_GPWTW, 0.0, -jnp.inf).reshape(groups * prompts, 1, beams, -1)
     positions_P = prefix.lengths_B + read
     positions_B = jnp.broadcast_to(positions_P[:, None], tokens_GPW.shape).reshape(rows)

@@ -262,7 +262,7 @@ def read(config: ModelConfig, params, cache, tokens_BS, starts_B):
     Returns: float32 logits after each token (B, S, V), and the cache with the tokens.
     """
     length = tokens_BS.shape[1]
-    positions_BS = starts_B[:, None] + jnp.arange(length)
+    positions_BS = starts_B[:, None] + jnp.arange(length)[None, :]
     written = []
 
     def attend(layer, q, k, v):

@@ -72,9 +72,9 @@ class RowWeight:
         if self.scale_O is None:
             y_BO = _multiply(rows_BI.astype(self.number_OI.dtype), self.number_OI)
         elif on_cpu():
-            y_BO = self.scale_O * _multiply_int8(rows_BI, self.number_OI)
+            y_BO = self.scale_O[None, :] * _multiply_int8(rows_BI, self.number_OI)
         else:
-            y_BO = self.scale_O * jax.lax.dot_general(
+            y_BO = self.scale_O[None, :] * jax.lax.dot_general(
                 rows_BI,
                 self.number_OI.astype(x.dtype),
                 _BOWS_BY_BOWS,

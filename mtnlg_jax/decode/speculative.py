@@ -173,16 +173,17 @@ def look_up(tokens_BS, lengths_B, guessing: Guessing) -> tuple[jax.Array, jax.Ar
     Returns: tokens (B, A), how many of them are guesses (B,).
     """
     size = tokens_BS.shape[1]
-    positions = jnp.arange(size)
+    positions_1S = jnp.arange(size)[None, :]
     start_B = jnp.zeros_like(lengths_B)  # 0: no match, since a match has a token before it
     same_BS = jnp.ones(tokens_BS.shape, bool)
     for n in range(1, min(guessing.ngrams, size - 1) + 1):
         # same_BS: whether the n tokens before a position are the row's last n.
         last_B1 = jnp.take_along_axis(tokens_BS, jnp.maximum(lengths_B - n, 0)[:, None], 1)
-        same_BS &= (jnp.roll(tokens_BS, n, 1) == last_B1) & (positions >= n)
-        usable_BS = same_BS & (positions < lengths_B[:, None]) & (n <= guessing.ngrams_B)[:, None]
+        same_BS &= (jnp.roll(tokens_BS, n, 1) == last_B1) & (positions_1S >= n)
+        long_B1 = (n <= guessing.ngrams_B)[:, None]
+        usable_BS = same_BS & (positions_1S < lengths_B[:, None]) & long_B1
         start_B = jnp.where(usable_BS.any(-1), jnp.argmax(usable_BS, -1), start_B)
-    at_BA = start_B[:, None] + jnp.arange(guessing.most)
+    at_BA = start_B[:, None] + jnp.arange(guessing.most)[None, :]
     counts_B = jnp.where(start_B > 0, jnp.minimum(guessing.most_B, lengths_B - start_B), 0)
     return jnp.take_along_axis(tokens_BS, jnp.minimum(at_BA, size - 1), 1), counts_B
 

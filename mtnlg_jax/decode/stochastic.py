@@ -188,7 +188,7 @@ def _grow(
     noise_PWV = jax.vmap(lambda key: jax.random.gumbel(key, (beams, vocabulary)))(keys_P)
     values_PWV = _given_largest(totals_PWV + noise_PWV, state.perturbed[0])
     # A finished sequence has one continuation: itself.
-    stays_PWV = whole_PW[..., None] & (jnp.arange(vocabulary) == 0)
+    stays_PWV = whole_PW[:, :, None] & (jnp.arange(vocabulary) == 0)[None, None, :]
     values_PWV = jnp.where(whole_PW[..., None], -jnp.inf, values_PWV)
     values_PWV = jnp.where(stays_PWV, state.perturbed[0, ..., None], values_PWV)
     totals_PWV = jnp.where(stays_PWV, kept.scores[..., None], totals_PWV)
