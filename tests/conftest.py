@@ -33,6 +33,8 @@ compat.configure_cache()
 # Several programs in flight on more CPU devices than cores can wait for each other inside their
 # collectives.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
+# Arrays of different ranks must be aligned in plain sight, as in x_BSD * scale_D[None, None, :].
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_addoption(parser):
