@@ -83,6 +83,7 @@ def test_a_run_that_is_cut_keeps_the_rows_it_has(environment, tmp_path):
             break
     os.killpg(child.pid, signal.SIGKILL)
     child.wait()
+    child.stdout.close()
     rows = json.loads(output.read_text())["parts"]["calibration"]["rows"]
     assert rows[0]["tflops"] > 0
 

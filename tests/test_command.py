@@ -340,6 +340,7 @@ def test_a_process_hears_of_its_launchers_end(tmp_path):
     os.close(writing)  # as when the launcher is killed
     assert child.wait(PATIENCE) == 75 and (tmp_path / "saved").exists()
     os.close(reading)
+    child.stdout.close()
 
 
 @pytest.mark.parametrize("value", ["", "77", "0", "x"])

@@ -364,6 +364,8 @@ def test_the_command(few, tmp_path):
     assert _launch(f"--output={tmp_path}/y", "stray").returncode == 2
 
 
+# JAX warns of every fork in a process with threads; the child calls exec at once.
+@pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called:RuntimeWarning")
 def test_a_disk_that_takes_no_more(few, tmp_path):
     """A limit on the size of files stands for the full disk."""
 

@@ -40,6 +40,8 @@ def held(tmp_path):
     yield process
     process.kill()
     process.wait()
+    process.stdin.close()
+    process.stdout.close()
 
 
 def test_the_lock_says_who_holds_it_and_since_when(tmp_path):

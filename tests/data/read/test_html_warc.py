@@ -53,11 +53,11 @@ def record(
         )
     else:
         options["warc_content_type"] = content_type
-    writer.write_record(
-        writer.create_warc_record(
-            "http://example.org/", kind, payload=io.BytesIO(content), http_headers=http, **options
-        )
+    made = writer.create_warc_record(
+        "http://example.org/", kind, payload=io.BytesIO(content), http_headers=http, **options
     )
+    writer.write_record(made)
+    made.raw_stream.close()  # warcio leaves its temporary file open
 
 
 def warc(*records, packed=False):
