@@ -31,6 +31,8 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(compat.cache_fol
 compat.configure_cache()
 # Several programs in flight on more CPU devices than cores can deadlock in their collectives.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
+# Arrays of different ranks must be aligned in plain sight, as in x_BSD * scale_D[None, None, :].
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_addoption(parser):

@@ -83,6 +83,7 @@ def test_an_interrupted_run_keeps_its_rows(environment, tmp_path):
             break
     os.killpg(child.pid, signal.SIGKILL)
     child.wait()
+    child.stdout.close()
     rows = json.loads(output.read_text())["parts"]["calibration"]["rows"]
     assert rows[0]["tflops"] > 0
 

@@ -124,35 +124,6 @@ def test_handled_errors_do_not_count():
         assert not errors.is_passing(error)
 
 
-def test_only_transient_errors_are_retried():
-    calls = []
-    heard = []
-
-    def fails_until(attempt, error):
-        def function():
-            calls.append(attempt)
-            if len(calls) < attempt:
-                raise error
-            return "done"
-
-        return function
-
-    full = OSError(errno.ENOSPC, "No space left on device")
-    assert (
-        errors.try_again(fails_until(3, full), (0, 0, 0), lambda error, pause: heard.append(error))
-        == "done"
-    )
-    assert heard == [full, full] and len(calls) == 3
-    calls.clear()
-    with pytest.raises(OSError, match="No space"):
-        errors.try_again(fails_until(9, full), (0, 0), lambda *_: None)
-    assert len(calls) == 3
-    calls.clear()
-    with pytest.raises(FileNotFoundError):
-        errors.try_again(fails_until(9, FileNotFoundError(2, "x")), (0, 0), lambda *_: None)
-    assert len(calls) == 1
-
-
 @pytest.mark.parametrize(
     ("error", "kind"),
     [
@@ -403,6 +374,7 @@ def test_a_process_notices_the_end_of_its_launcher(tmp_path):
     os.close(writing)  # as when the launcher is killed
     assert child.wait(PATIENCE) == 75 and (tmp_path / "saved").exists()
     os.close(reading)
+    child.stdout.close()
 
 
 @pytest.mark.parametrize("value", ["", "77", "0", "x"])

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mtnlg_jax.config import StageConfig
+from mtnlg_jax.data.tokenizer.base import Tokenizer
 from mtnlg_jax.decode.cache import Decoder, capacity, prefill
 from mtnlg_jax.decode.results import check_context, encode_prompt
 from mtnlg_jax.decode.scoring import score, score_masked, score_rows
@@ -83,7 +84,7 @@ class Pool(NamedTuple):
     """The different candidates, and how to score them."""
 
     decoder: Decoder
-    tokenizer: object
+    tokenizer: Tokenizer
     prompt: str
     candidates: list[Candidate]
     counts: np.ndarray  # how often each occurred
@@ -269,6 +270,7 @@ def _self_consistency(pool: Pool):
     "probability". Without an answer it has no vote and score 0.
     """
     pattern = pool.options.answer
+    assert pattern is not None, "check_request refuses self_consistency without an answer"
     answers = [extract_answer(pattern, text) for text in pool.texts]
     if not any(answer is not None for answer in answers):
         raise ValueError(
@@ -284,7 +286,7 @@ def _self_consistency(pool: Pool):
             # Subtracting the maximum keeps the shares, and keeps some vote above 0.
             votes *= np.exp(means - means[voting].max())
         votes = np.where(voting, votes, 0.0)
-        totals = collections.defaultdict(float)
+        totals: dict[str | None, float] = collections.defaultdict(float)
         for answer, vote in zip(answers, votes, strict=True):
             totals[answer] += vote
         shares = np.array([totals[answer] for answer in answers]) / votes.sum()

@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 
 from mtnlg_jax.config import DecodeConfig
-from mtnlg_jax.decode.batched_settings import Settings
+from mtnlg_jax.decode.batched_settings import Array, Settings
 from mtnlg_jax.decode.beam_cache import BeamCache, empty_beams
 from mtnlg_jax.decode.beams import (
     EMPTY,
@@ -47,9 +47,9 @@ from mtnlg_jax.decode.results import Generated
 class SearchParams(NamedTuple):
     """The constants of each prompt's search, (P,)."""
 
-    prompts: jax.Array  # length of the prompt
-    max_new_tokens: jax.Array
-    seeds: jax.Array
+    prompts: Array  # length of the prompt
+    max_new_tokens: Array
+    seeds: Array
 
 
 class State(NamedTuple):
@@ -188,7 +188,7 @@ def _grow(
     noise_PWV = jax.vmap(lambda key: jax.random.gumbel(key, (beams, vocabulary)))(keys_P)
     values_PWV = _given_largest(totals_PWV + noise_PWV, state.perturbed[0])
     # A finished sequence has one continuation: itself.
-    stays_PWV = whole_PW[..., None] & (jnp.arange(vocabulary) == 0)
+    stays_PWV = whole_PW[:, :, None] & (jnp.arange(vocabulary) == 0)[None, None, :]
     values_PWV = jnp.where(whole_PW[..., None], -jnp.inf, values_PWV)
     values_PWV = jnp.where(stays_PWV, state.perturbed[0, ..., None], values_PWV)
     totals_PWV = jnp.where(stays_PWV, kept.scores[..., None], totals_PWV)

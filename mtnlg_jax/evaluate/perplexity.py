@@ -219,6 +219,7 @@ def evaluate_texts(
     ]
     widths = widths_of([window.end - window.begin for window in todo], length, batch * length)
     if adapt:
+        assert not isinstance(model, Decoder), "refused above"
         score = _adapting(model, adapt, documents)
         # In the order of each text, because each window is trained on after it is scored.
         groups = [([window], 1, width) for window, width in zip(todo, widths, strict=True)]

@@ -8,6 +8,7 @@ axis, and layers are stacked. Tensor names are without ``transformer.``.
 import json
 import re
 from collections.abc import Callable, Iterable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ PREFIX = "transformer."
 # The causal mask, which older versions also saved.
 BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 
-_OUTER = {
+_OUTER: dict[str, tuple[str, ...]] = {
     "wte.weight": ("tokens_VD",),
     "wpe.weight": ("positions_PD",),
     "ln_f.weight": ("final_norm.scale_D",),
@@ -67,7 +68,7 @@ _ALIASES = {
     "n_head": "num_attention_heads",
 }
 # Hugging Face's names of our activations; the first one is written.
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[Literal["gelu", "gelu_exact", "relu", "silu", "swiglu"], tuple[str, ...]] = {
     "gelu": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"),
     "gelu_exact": ("gelu",),
     "relu": ("relu",),
@@ -293,7 +294,7 @@ def _parts(model: ModelConfig) -> dict[str, tuple[tuple[str, ...], int | None]]:
 
     Several names are side by side in the last dim. The layer is None outside the blocks.
     """
-    parts = {
+    parts: dict[str, tuple[tuple[str, ...], int | None]] = {
         name: (ours, None) for name, ours in _OUTER.items() if name in ("wte.weight", "wpe.weight")
     }
     for layer in range(model.num_layers):
@@ -315,7 +316,7 @@ def _matrix_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape if at < 0 else (*shape[:at], shape[at] * shape[at + 1], *shape[at + 2 :])
 
 
-def _flat(tree) -> dict[str, object]:
+def _flat(tree) -> dict[str, Any]:
     """Return leaves by dotted name, such as ``blocks.mlp.w_in_DF``."""
     return {
         jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): leaf

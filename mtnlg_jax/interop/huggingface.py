@@ -143,7 +143,9 @@ def _to_run(
     )
     # In older folders config.json has the settings of generation_config.json.
     alone = generation is not None
-    decode, not_kept = decode_of(generation if alone else original, tokenizer, rows, alone)
+    decode, not_kept = decode_of(
+        original if generation is None else generation, tokenizer, rows, alone
+    )
     model, params, origin = read_model(source)
     config = Config(
         name=source.resolve().name,

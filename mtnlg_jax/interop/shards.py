@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +28,7 @@ class Shards:
         self.folder = Path(folder)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
-        self._files: dict[str, object] = {}
+        self._files: dict[str, Any] = {}  # open files of safetensors, by tensor
         placed = self._index()
         for name in sorted(set(placed.values())) if placed else [SINGLE]:
             self._open(name)
@@ -120,7 +121,7 @@ def write_shards(
             for number in range(1, len(groups) + 1)
         ]
     )
-    placed = {}
+    placed: dict[str, str] = {}
     for file_name, names in zip(files, groups, strict=True):
         # transformers does not read a file without this metadata.
         save_file(
@@ -138,7 +139,7 @@ def write_shards(
 
 
 def _groups(sizes: dict[str, int], limit: float) -> Iterable[list[str]]:
-    group = []
+    group: list[str] = []
     size = 0
     for name, more in sizes.items():
         if group and size + more > limit:

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
@@ -124,7 +125,7 @@ def _closed_sentencepiece(
         raise ValueError(
             f"it has {tokenizer.pieces} tokens and the model vocab_size={rows}; {_OTHER}"
         )
-    roles = {}
+    roles: dict[str, int | None] = {}
     for role in ("eos", "bos", "pad", "mask", "sep"):
         stated = [source.get(f"{role}_token_id") for source in (generation, config)]
         own = getattr(tokenizer, "_mask_id" if role == "mask" else f"{role}_id")
@@ -227,11 +228,12 @@ def _compare(folder, ours: Tokenizer, fast: tokenizers.Tokenizer) -> None:
 
 def _fast_of_bytes(tokenizer: ByteLevelBPETokenizer) -> tokenizers.Tokenizer:
     files = tokenizer.files()
-    pairs = [
-        tuple(line.split(" "))
+    lines = [
+        line.partition(" ")
         for line in files["merges.txt"].decode().split("\n")
         if line.strip() and not line.startswith("#version")
     ]
+    pairs = [(left, right) for left, _, right in lines]
     fast = tokenizers.Tokenizer(models.BPE(vocab=json.loads(files["vocab.json"]), merges=pairs))
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = decoders.ByteLevel()
@@ -241,12 +243,13 @@ def _fast_of_bytes(tokenizer: ByteLevelBPETokenizer) -> tokenizers.Tokenizer:
 def _fast_of_sentencepiece(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokenizer:
     from sentencepiece import sentencepiece_model_pb2
 
-    proto = sentencepiece_model_pb2.ModelProto()
+    # protobuf defines its classes as the module is imported, where mypy sees none.
+    proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     proto.ParseFromString(tokenizer.files()["tokenizer.model"])
     scores = [(piece.piece, piece.score) for piece in proto.pieces]
     unknown = proto.trainer_spec.unk_id
     if proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM:
-        model = models.Unigram(scores, unk_id=unknown, byte_fallback=True)
+        model: models.Model = models.Unigram(scores, unk_id=unknown, byte_fallback=True)
     else:
         numbers = {piece: index for index, (piece, _) in enumerate(scores)}
         model = models.BPE(

@@ -116,7 +116,8 @@ def evaluate(
         commonest = max(references, key=references.count)[0]
         guess = measure(("accuracy",), [commonest] * len(rows), references, languages, seed)
         scores = measure(("accuracy",), texts, references, languages, seed)
-        scores["perplexity"] = _perplexity([answer.log_prob for answer in answers], seed)
+        log_probs = np.array([answer.log_prob for answer in answers], np.float64)
+        scores["perplexity"] = _perplexity(log_probs, seed)
         return Evaluation(len(rows), scores, "the commonest word", guess, {})
     check_references(task, rows, language)
     if rows[0].choices:
@@ -159,9 +160,8 @@ def _accuracy_by_normalization(
     return found
 
 
-def _perplexity(log_probs: Sequence[float], seed: int) -> Score:
+def _perplexity(values: np.ndarray, seed: int) -> Score:
     """Return e^-(mean log-probability of a reference) with its 95 % bootstrap interval."""
-    values = np.array(log_probs, np.float64)
     rng = np.random.default_rng(seed)
     means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(RESAMPLES)]
     low, high = np.percentile(means, [2.5, 97.5])
@@ -224,6 +224,7 @@ def read_answers(
     path = Path(path)
     text = path.read_text(encoding="utf-8-sig")
     lines = text.split("\n")
+    items: Sequence[Mapping]
     if path.suffix.lower() == ".txt":
         if rows is None:
             raise ValueError(f"{path} holds answers without rows; give the rows with --eval")

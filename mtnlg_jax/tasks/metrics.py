@@ -252,7 +252,9 @@ def _corpus(name: str, answers, references, languages, seed: int) -> Score:
     most = max(map(len, references))
     # One list of the first reference of each row, one of the second, and so on; None if a row has
     # fewer.
-    streams = [[each[i] if i < len(each) else None for each in references] for i in range(most)]
+    streams: list = [
+        [each[i] if i < len(each) else None for each in references] for i in range(most)
+    ]
     # corpus_score(n_bootstrap=...) cannot be used: it calls statistics.mean on a mix of floats and
     # float32s, which raises TypeError.
     statistics = metric._extract_corpus_statistics(list(answers), streams)

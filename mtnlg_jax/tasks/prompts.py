@@ -77,7 +77,7 @@ class Examples:
             asked = _folded(row.input)
             wanted = min(len(pool), shots + self._copies[asked])
             pool = random.Random(f"{seed} {zlib.crc32(repr(asked).encode())}").sample(pool, wanted)
-        found = []
+        found: list[Row] = []
         for example in pool:
             if len(found) == shots:
                 break
@@ -166,13 +166,16 @@ def compose(
     def fits(text, passages=(), examples=()):
         return length(build(text, passages, examples)) <= context
 
+    def begins_to_fit(passage: Passage, part: str) -> bool:
+        return fits(text, [dataclasses.replace(passage, text=part)], shown)
+
     text = whole
     own = _given(row, lambda passage: fits(text, [passage]))
     wanted = [*own, *passages]
     shown = _most(list(examples), lambda examples: fits(text, wanted[:1], examples))
     if not fits(text):
         text = _shortened(task, row, text, fits, length(build(text, (), ())), context)
-    taken = []
+    taken: list[Passage] = []
     for passage in wanted:
         if fits(text, _ordered([*taken, passage], own), shown):
             taken = _ordered([*taken, passage], own)
@@ -180,9 +183,7 @@ def compose(
             part := cut(
                 passage.text,
                 "start",
-                lambda part, passage=passage: fits(
-                    text, [dataclasses.replace(passage, text=part)], shown
-                ),
+                functools.partial(begins_to_fit, passage),
             )
         ):
             taken.append(dataclasses.replace(passage, text=part, end=passage.start + len(part)))
@@ -260,6 +261,7 @@ def pairs(
                 given = _given(row, lambda passage: True)
                 prompt = template.instruction + render(task, template, row, given)
             else:
+                assert context is not None, "a tokenizer comes with the model's context"
                 room = max(_reserve(task, context), len(tokenizer.encode(answer)) + 1)
                 prompt = compose(
                     task, row, tokenizer, context, language=language, reserve=room

@@ -182,7 +182,7 @@ def check_task(task: Task, template: Template, tokenizer) -> None:
         f"the word of label {label!r}": fill_in(template.answer, answer=word)
         for label, word in template.labels
     }
-    tokens = {}
+    tokens: dict[tuple[int, ...], str] = {}
     for what, text in ({name: _fixed(text) for name, text in named.items()} | words).items():
         if not text.strip():
             continue

@@ -72,10 +72,10 @@ def perform(
     Raises:
       ValueError: an argument or a row is invalid; raised before the model does any work.
     """
-    rows = [_row(row) for row in rows]
+    asked = [_row(row) for row in rows]
     pool = Examples(task, [_row(each) for each in examples], language)
     decode = decode or task.decode
-    if not rows:
+    if not asked:
         raise ValueError(f"task {task.name!r} has no rows to answer; give at least one")
     if batch < 1 or passages < 1:
         raise ValueError(f"batch={batch} and passages={passages}: give 1 or more of both")
@@ -102,7 +102,7 @@ def perform(
             examples=pool.of(row, chosen, shots, seed),
         )
 
-    prompts = _for_each_row(prompt_of, rows)
+    prompts = _for_each_row(prompt_of, asked)
     _check_prompts(prompts, scorer, normalise)
     answers: dict[int, Answer] = {}
 
@@ -111,16 +111,16 @@ def perform(
         on_answer(index, answer)
 
     if last_word:
-        _last_words(decoder, tokenizer, rows, prompts, batch, give)
+        _last_words(decoder, tokenizer, asked, prompts, batch, give)
     else:
-        for index, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        for index, (row, prompt) in enumerate(zip(asked, prompts, strict=True)):
             if prompt.candidates:
                 give(index, _choose(decoder, tokenizer, row, prompt, scorer, normalise, stages))
         write = functools.partial(
             _write, decoder, tokenizer, task, decode=decode, language=language
         )
-        _write_batches(write, rows, prompts, batch, give)
-    return [answers[index] for index in range(len(rows))]
+        _write_batches(write, asked, prompts, batch, give)
+    return [answers[index] for index in range(len(asked))]
 
 
 def _check_ranking(task: Task, scorer: str, normalise: str | None, last_word: bool) -> None:

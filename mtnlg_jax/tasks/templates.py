@@ -156,13 +156,13 @@ TASKS = {
                 "en": Template(
                     "Review: {input}\nSentiment:",
                     instruction="Is each review positive or negative?\n\n",
-                    labels={"negative": "negative", "positive": "positive"},
+                    labels=(("negative", "negative"), ("positive", "positive")),
                 ),
                 "zh": Template(
                     "评论：{input}\n情感：",
                     "{answer}",
                     "判断每条评论是正面还是负面。\n\n",
-                    labels={"negative": "负面", "positive": "正面"},
+                    labels=(("negative", "负面"), ("positive", "正面")),
                 ),
             },
             DecodeConfig(max_new_tokens=8),

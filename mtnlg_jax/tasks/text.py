@@ -54,7 +54,7 @@ def words(text: str) -> list[str]:
     A word consists of letters and digits with their combining marks. In scripts without spaces
     between words (Han, kana, Thai, Lao, Khmer, Burmese) each character with its marks is a word.
     """
-    found = []
+    found: list[str] = []
     # Kind of the previous character: "word", "character" (in a script without spaces), or "" for
     # any other.
     before = ""
@@ -186,7 +186,7 @@ def _punctuated(text: str, language: str) -> str:
 
 def _without_repeats(text: str, adjacent: bool) -> str:
     kept = []
-    seen = []
+    seen: list[str] = []
     for sentence in sentences(text):
         words = "".join(WORDS.findall(sentence.casefold()))
         if words and words in (seen[-1:] if adjacent else seen):

@@ -366,6 +366,8 @@ def test_the_command(few, tmp_path):
     assert _launch(f"--output={tmp_path}/y", "stray").returncode == 2
 
 
+# JAX warns of every fork in a process with threads; the child calls exec at once.
+@pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called:RuntimeWarning")
 def test_a_full_disk_raises_an_error(few, tmp_path):
     """A limit on the size of files replaces a full disk."""
 

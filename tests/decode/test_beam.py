@@ -390,7 +390,8 @@ def test_stochastic_beams_with_a_limit_draw_only_kept_tokens():
 def _by_turns(tokens_BS, lengths_B, prompts_B):
     """Allow 2 and 9 alternately; after a prompt of five tokens allow nothing."""
     turn_B = jnp.where((lengths_B - prompts_B) % 2 == 1, 9, 2)
-    return (jnp.arange(made.VOCABULARY) == turn_B[:, None]) & (prompts_B != 5)[:, None]
+    ids_1V = jnp.arange(made.VOCABULARY)[None, :]
+    return (ids_1V == turn_B[:, None]) & (prompts_B != 5)[:, None]
 
 
 def test_ends_stop_sequences_and_constraints_within_beams():

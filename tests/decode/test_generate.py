@@ -237,8 +237,8 @@ def _words_of_three(tokens_BS, lengths_B, prompts_B):
     seven."""
     place_B1 = (lengths_B - prompts_B)[:, None]
     low_B1 = jnp.where(place_B1 % 3 == 2, 110, 100)
-    ids = jnp.arange(437)
-    return (ids >= low_B1) & (ids < low_B1 + 10) & (place_B1 < 7)
+    ids_1V = jnp.arange(437)[None, :]
+    return (ids_1V >= low_B1) & (ids_1V < low_B1 + 10) & (place_B1 < 7)
 
 
 def test_a_constraint_enforces_its_grammar(learned, tokenizer):

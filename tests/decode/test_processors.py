@@ -271,7 +271,8 @@ def test_a_constraint_sees_the_tokens_so_far(logits):
 
     def rising(tokens_BS, lengths_B, prompts_B):
         last_B = jnp.take_along_axis(tokens_BS, lengths_B[:, None] - 1, 1)[:, 0]
-        return jnp.arange(VOCABULARY) > jnp.where(lengths_B > prompts_B, last_B, -1)[:, None]
+        ids_1V = jnp.arange(VOCABULARY)[None, :]
+        return ids_1V > jnp.where(lengths_B > prompts_B, last_B, -1)[:, None]
 
     processed = _process(logits, constraint=rising)
     assert [int(np.isfinite(row).argmax()) for row in processed] == [7, 2, 10, 0]

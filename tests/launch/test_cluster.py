@@ -173,6 +173,7 @@ def test_a_killed_run_resumes_with_other_processes_bit_for_bit(
     )
     kill_one(folder / name, 0, 5, started)
     assert started.wait(PATIENCE) != 0
+    started.stdout.close()
     before = len(numbers(folder / name))
     assert 5 <= before < 10
     done = subprocess.run(
@@ -476,6 +477,8 @@ def stand_in(tmp_path):
     yield start
     for process in started:
         process.kill()
+        process.wait()
+        process.stdout.close()
 
 
 def wait_for(path: Path, text: str = "") -> str:

@@ -56,6 +56,7 @@ def ask():
     yield answer
     process.stdin.close()
     process.wait()
+    process.stdout.close()
 
 
 def config_flag(name):

@@ -360,6 +360,7 @@ def test_kill_nine_in_the_middle_of_saves(tmp_path, kills):
         child.send_signal(signal.SIGKILL)
         lines = [first, *child.stdout.read().splitlines()]
         child.wait()
+        child.stdout.close()
         last = max(int(line.split()[1]) for line in lines if line.startswith("saved"))
     abstract = abstract_on(1, 1)
     (step, state, _), checkpoints = restore(tmp_path, abstract)

@@ -40,6 +40,8 @@ def held(tmp_path):
     yield process
     process.kill()
     process.wait()
+    process.stdin.close()
+    process.stdout.close()
 
 
 def test_the_lock_names_its_holder_and_start(tmp_path):

@@ -54,6 +54,7 @@ def run_all(program: str, count: int, *arguments, environment=None) -> list[tupl
     finally:
         for process in started:
             process.kill()
+            process.stdout.close()
 
 
 TOGETHER = """

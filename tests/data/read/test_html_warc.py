@@ -7,7 +7,7 @@ from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
 from mtnlg_jax.data.read.documents import ReadReport, read_documents
-from mtnlg_jax.data.read.html_warc import page_text
+from mtnlg_jax.data.read.html_warc import decode_page, main_text
 
 ENGLISH = [
     "The lighthouse keeper counted the ships that passed before noon, "
@@ -23,6 +23,12 @@ MENU = (
     "<nav><ul><li><a href='/'>Startpage</a></li><li><a href='/x'>Imprint</a></li></ul></nav>"
     "<script>var a=1</script>"
 )
+
+
+def page_text(data, charset=None):
+    """Return the main text of a page; None for binary data."""
+    text = decode_page(data, charset).text
+    return None if text is None else main_text(text)
 
 
 def page(paragraphs, head=""):
@@ -47,11 +53,11 @@ def record(
         )
     else:
         options["warc_content_type"] = content_type
-    writer.write_record(
-        writer.create_warc_record(
-            "http://example.org/", kind, payload=io.BytesIO(content), http_headers=http, **options
-        )
+    made = writer.create_warc_record(
+        "http://example.org/", kind, payload=io.BytesIO(content), http_headers=http, **options
     )
+    writer.write_record(made)
+    made.raw_stream.close()  # warcio leaves its temporary file open
 
 
 def warc(*records, packed=False):

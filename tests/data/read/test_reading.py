@@ -422,11 +422,11 @@ def _warc(tmp_path, *records):
     writer = WARCWriter(stream, gzip=False)
     for content, headers, status in records:
         http = StatusAndHeaders(status, headers, protocol="HTTP/1.1")
-        writer.write_record(
-            writer.create_warc_record(
-                "http://e.org/", "response", payload=io.BytesIO(content), http_headers=http
-            )
+        made = writer.create_warc_record(
+            "http://e.org/", "response", payload=io.BytesIO(content), http_headers=http
         )
+        writer.write_record(made)
+        made.raw_stream.close()  # warcio leaves its temporary file open
     return _write(tmp_path / "a.warc", stream.getvalue())
 
 

@@ -15,6 +15,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mtnlg_jax import storage
@@ -347,8 +348,10 @@ def test_a_run_reads_every_source_by_its_weight(made):
     [(held_out, share)] = data.held_out
     assert len(held_out) == info["tokens"]["heldout"] and share == 1
     samples = 1024
-    seen = data.stages[0].epochs_seen(samples) * [-(-row["tokens"] // 64) for row in info["blend"]]
-    assert seen / samples == pytest.approx([row["weight"] for row in info["blend"]], abs=0.001)
+    drawn, _ = data.stages[0]._blend(np.arange(samples))
+    assert np.bincount(drawn) / samples == pytest.approx(
+        [row["weight"] for row in info["blend"]], abs=0.001
+    )
 
 
 def _small(folder, **texts):

@@ -1,10 +1,13 @@
 """Check that blocks are skipped only if they have no visible pair, and always if that is known."""
 
+import re
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtnlg_jax.model.kernels.mask import Mask, block_ranges, visible_blocks
+from mtnlg_jax.model.kernels import mask as masks
+from mtnlg_jax.model.kernels.mask import Mask, block_ranges, visible, visible_blocks
 
 SORTED = [1] * 9 + [2] * 4 + [5] * 10
 MIXED = [3, 1, 3] * 7 + [1, 1]
@@ -63,3 +66,24 @@ def test_no_visible_pair_is_skipped(longhand, case, blocks):
 def test_a_mask_without_arrays_is_known_exactly():
     assert Mask(True, 5, 3).known
     assert not _mask(kv_lengths=[1]).known and not _mask(q_offset=[0]).known
+
+
+def test_the_drawing_of_the_module_is_what_the_code_computes():
+    rows = re.findall(r"\d   ([#.](?: [#.]){5})    (\d)", masks.__doc__)
+    drawn = np.array([[cell == "#" for cell in cells.split()] for cells, _ in rows])
+    assert drawn.shape == (6, 6)
+    ids = jnp.int32([[int(segment) for _, segment in rows]])
+    positions = jnp.arange(6)
+    seen = visible(
+        positions[:, None],
+        positions[None, :],
+        causal=True,
+        window=3,
+        q_ids=ids[0, :, None],
+        kv_ids=ids[0, None, :],
+    )
+    np.testing.assert_array_equal(seen, drawn)
+    # The text below the drawing lists the blocks of two by two that the kernels visit.
+    listed = [(int(i), int(j)) for i, j in re.findall(r"\((\d), (\d)\)", masks.__doc__)]
+    visited = visible_blocks(Mask(True, 3, 0, ids, ids), 1, 6, 6, 2, 2)[0]
+    assert listed == [tuple(block) for block in np.argwhere(visited).tolist()]

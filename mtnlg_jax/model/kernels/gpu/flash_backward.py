@@ -229,8 +229,8 @@ def _dkv(q, k, v, d_out, mask, lse, delta, score_scale, blocks, interpret, fast)
         scratch["handed"] = tiled((HANDED, *shape), dtype)
         scratch |= ring("handed", HANDED, 1, readers=1)
     if not fast:
-        shape = shape if apart else (COMPUTE, *shape)
-        scratch |= {name: tiled(shape, dtype, width) for name in ("weights", "gradient")}
+        stored_shape = shape if apart else (COMPUTE, *shape)
+        scratch |= {name: tiled(stored_shape, dtype, width) for name in ("weights", "gradient")}
     batch, queries, heads, _ = q.shape
     with scope("attention_dkv", batch, heads, queries, keys, width, products=4, causal=mask.causal):
         results = launch(
