@@ -1,8 +1,6 @@
 """Generate, rank or fill in text with a trained model.
 
-    python launch/generate.py --workdir=RUN --prompt="Once upon a time"
-
---help describes every flag. The code is in mtnlg_jax/cli/generate.py.
+--help shows examples and every flag. The code is in mtnlg_jax/cli/generate.py.
 """
 
 from mtnlg_jax.cli.generate import main, run

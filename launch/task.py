@@ -1,8 +1,6 @@
-"""Do a task with a trained model.
+"""Do a task with a trained model, and score its answers.
 
-    python launch/task.py --workdir=RUN --task=summarise --input=FILE
-
---help describes every flag. The code is in mtnlg_jax/cli/task.py.
+--help shows examples and every flag. The code is in mtnlg_jax/cli/task.py.
 """
 
 from mtnlg_jax.cli.task import main, run

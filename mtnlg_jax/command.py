@@ -21,6 +21,7 @@ from mtnlg_jax.errors import BAD_INPUT, INTERRUPTED, PROCESS_LOST, PassingError,
 LAUNCHER_PIPE = "MTNLG_LAUNCHER_PIPE"
 LAUNCHER_GRACE = 300  # seconds for a save after the launcher has ended
 
+_GROUPS: dict[str, None] = {}  # titles of `flag_group`, in the order of definition
 flags.disclaim_key_flags()  # flags of define_path belong to the module that calls it
 
 
@@ -38,12 +39,24 @@ def run(main: Callable[[], int | None], log: bool = False) -> None:
 
 
 def _show_help_of(module: ModuleType) -> None:
-    """Make --help print the docstring and flags of ``module``, whichever script imported it."""
+    """Make --help print the docstring and flags of ``module``, whichever script imported it.
+
+    Flags of a `flag_group` follow the docstring under their title.
+    """
     entry = sys.modules["__main__"]
+    own = flags.FLAGS.get_key_flags_for_module(module.__name__)
+    grouped = {title: flags.FLAGS.get_key_flags_for_module(title) for title in _GROUPS}
+    # In a process that imported several scripts, the groups of the others are left out.
+    shown = [title for title, members in grouped.items() if any(flag in own for flag in members)]
+    help = module.__doc__ or ""
+    if shown:
+        help = "\n".join([help.rstrip(), *map(flags.FLAGS.module_help, shown)])
+    entry.__doc__ = help.replace("%", "%%")  # absl formats it with %
     if module is not entry:
-        entry.__doc__ = module.__doc__
-        for flag in flags.FLAGS.get_key_flags_for_module(module.__name__):
-            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+        inside = [flag for title in shown for flag in grouped[title]]
+        for flag in own:
+            if flag not in inside:
+                flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
 
 def _run(main: Callable[[], int | None], log: bool, argv: list[str]) -> int | None:
@@ -163,7 +176,17 @@ def end_with_launcher() -> None:
     threading.Thread(target=watch, name="launcher", daemon=True).start()
 
 
-# --- names of files
+# --- flags
+
+
+@contextlib.contextmanager
+def flag_group(title: str) -> Iterator[None]:
+    """Show the flags that are defined inside under ``title`` in --help."""
+    before = set(flags.FLAGS)
+    yield
+    _GROUPS[title] = None
+    for name in set(flags.FLAGS) - before:
+        flags.FLAGS.register_key_flag_for_module(title, flags.FLAGS[name])
 
 
 def define_path(

@@ -1,5 +1,4 @@
-"""Every command that the documentation and the scripts show: its script exists, its flags parse,
-its config loads."""
+"""Check every command in the documentation and scripts: its script, its flags, and its config."""
 
 import argparse
 import ast
@@ -15,12 +14,13 @@ from pathlib import Path
 import pytest
 from absl import flags
 
+from mtnlg_jax.cli.decoding.settings import read_assignments
 from mtnlg_jax.config import Config, load_config, override
 from mtnlg_jax.data.recipe.settings import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = re.compile(r"\b(?:python|bash) (?:launch|benchmarks)/[\w/]+\.(?:py|sh)[^`\n]*")
-# What a shell script hands its flags to, and how many arguments it takes before them.
+# The script that a shell script passes its flags to, and the number of arguments before them.
 HANDS_TO = {
     "launch/quickstart.sh": ("launch/quickstart.py", 0),
     "launch/cluster/tpu_pod.sh": ("launch/pretrain.py", 2),
@@ -28,8 +28,8 @@ HANDS_TO = {
 
 
 def _documents():
-    """Yields (path, text) of all that may show a command: pages, notebooks, scripts, and strings of
-    modules."""
+    """Yield (path, text) of everything that may show a command: pages, notebooks, scripts, and
+    strings of modules."""
     listing = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     names = listing.stdout.split() if listing.returncode == 0 else []
     if not names:
@@ -43,7 +43,7 @@ def _documents():
         elif path.suffix in (
             ".sh",
             ".sbatch",
-        ):  # what they run themselves is tested in tests/launch
+        ):  # the commands that they run are tested in tests/launch
             lines = [line for line in path.read_text().splitlines() if line.startswith("#")]
             yield name, "\n".join(lines)
         elif path.suffix == ".ipynb":
@@ -54,7 +54,7 @@ def _documents():
 
 
 def _strings(tree):
-    """The strings of a module; what an f-string fills in is written as three dots."""
+    """Return the strings of a module, with three dots in place of the values of f-strings."""
     inside = {
         id(part)
         for node in ast.walk(tree)
@@ -75,26 +75,26 @@ def _strings(tree):
 
 
 def commands(text: str) -> list[list[str]]:
-    """The commands in ``text``, each as [script, argument, ...]."""
+    """Return the commands in ``text``, each as [script, argument, ...]."""
     found = []
     text = re.sub(r"\s*\\\n[\s#]*", " ", text)
     text = re.sub(r"(='[^'\n]*)\n\s*([^'\n]*')", r"\1 \2", text)  # a quoted value over two lines
     for match in COMMAND.finditer(text):
         line = re.split(r"\s{2,}(?!--)| \| | && |; ", match[0])[0]
-        if line.count(")") > line.count("("):  # of the prose around it
+        if line.count(")") > line.count("("):  # punctuation of the surrounding prose
             line = line.removesuffix(")")
         try:
             words = shlex.split(line, comments=True)[1:]
-        except ValueError:  # a quotation mark of the prose around it
+        except ValueError:  # a quotation mark of the surrounding prose
             words = line.split()[1:]
-        words = [word.removeprefix("[") for word in words]  # around what may be left out
+        words = [word.removeprefix("[") for word in words]  # around optional parts
         words = [
             word.removesuffix("]") if word.count("]") > word.count("[") else word for word in words
         ]
         script, *given = words
         count = HANDS_TO.get(script, (script, 0))[1]
         if script.startswith("launch/"):
-            # Scripts take --name=value alone: what else follows is prose.
+            # Scripts accept only --name=value: anything else is prose.
             end = next(
                 (n for n, word in enumerate(given) if n >= count and not word.startswith("--")),
                 len(given),
@@ -105,7 +105,7 @@ def commands(text: str) -> list[list[str]]:
 
 
 def problem(command: list[str]) -> str | None:
-    """Why ``command`` cannot run, in one line."""
+    """Return why ``command`` cannot run, in one line."""
     script, *given = command
     if not (ROOT / script).is_file():
         return f"{script} does not exist"
@@ -139,13 +139,13 @@ def _absl_problem(script: str, given: list[str]) -> str | None:
 
 
 def _forget_scripts() -> None:
-    """A module defines its flags when it is imported; the next command needs them again."""
+    """Unload scripts: their flags are defined on import, and the next command needs them again."""
     for name in [name for name in sys.modules if name.startswith("mtnlg_jax.cli.")]:
         del sys.modules[name]
 
 
 class _Parsed(Exception):
-    """Ends a benchmark once it has read its arguments."""
+    """Raised to end a benchmark once it has parsed its arguments."""
 
 
 def _argparse_problem(script: str, given: list[str]) -> str | None:
@@ -180,8 +180,8 @@ def _config_problem(script: str, given: list[str]) -> str | None:
         (word.partition("=")[2] for word in given if word.startswith("--config=configs/")), None
     )
     try:
-        if script == "launch/task.py":
-            override(Config(), *(f"decode.{value}" for value in values))
+        if script in ("launch/task.py", "launch/generate.py"):
+            read_assignments(values)
         elif script == "launch/quickstart.py":
             load_config(str(ROOT / "configs/quickstart.py"), values)
         elif config and script == "launch/prepare_data.py":
@@ -232,7 +232,7 @@ def test_every_command_shown_can_run():
         ),
     ],
 )
-def test_a_wrong_command_is_found(text, words):
+def test_an_invalid_command_is_found(text, words):
     (command,) = commands(text)
     assert words in problem(command)
 
@@ -248,7 +248,7 @@ def test_a_wrong_command_is_found(text, words):
         "bash launch/cluster/tpu_pod.sh TPU_NAME ZONE --config=... --workdir=RUN",
     ],
 )
-def test_a_right_command_passes(text):
+def test_a_valid_command_passes(text):
     (command,) = commands(text)
     assert problem(command) is None
 
@@ -263,16 +263,16 @@ def test_a_command_shows_its_own_help(command):
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     docstring = ast.get_docstring(ast.parse(command.read_text()), clean=False)
-    parts = [command]
-    if "adopt_module_key_flags" in command.read_text():
-        parts += (command.parent / "generation").glob("*.py")
-    source = "".join(path.read_text() for path in parts)
+    # Flags may be defined in the subpackage that the command imports.
+    subpackages = set(re.findall(r"from mtnlg_jax\.cli\.(\w+)", command.read_text()))
+    parts = [path for name in subpackages for path in (command.parent / name).glob("*.py")]
+    source = "".join(path.read_text() for path in [command, *parts])
     own = re.findall(r'(?:DEFINE_\w+|define_paths?)\(\s*"(\w+)"', source)
     assert docstring.splitlines()[0] in done.stdout, done.stdout + done.stderr
     assert all(re.search(rf"--(?:\[no\])?{name}\b", done.stdout) for name in own)
 
 
-def test_console_commands_are_there():
+def test_console_commands_exist():
     given = re.findall(
         r'"mtnlg-[a-z-]+=(mtnlg_jax\.cli\.\w+):run"', (ROOT / "setup.py").read_text()
     )

@@ -230,7 +230,7 @@ def _input_rows(info: dict) -> Iterator[tuple[str, str]]:
 
 
 def _stage_rows(info: dict) -> Iterator[tuple[str, str]]:
-    """What each stage of a recipe kept."""
+    """Yield a row of the description for each stage of a recipe: what it kept."""
     for stage in info.get("stages", ()):
         before, after = stage["documents"]
         size, left = stage["bytes"]

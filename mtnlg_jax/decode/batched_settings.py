@@ -17,6 +17,9 @@ import numpy as np
 
 from mtnlg_jax.config import DecodeConfig
 
+# Of numpy where a batch is put together on the host, of JAX inside the compiled programs.
+Array = np.ndarray | jax.Array
+
 _ANY = -1  # in tables of ids: matches everything
 _OWN_END = -2  # in tables of ends: the tokenizer's end
 _NEVER = -1  # in forced_at: not at all
@@ -64,7 +67,7 @@ class Rows(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What decides the next token of a batch, besides the model and the tokens so far.
+    """All that decides the next token of a batch except the model and the tokens so far.
 
     A pytree: ``rows`` and ``allowed_V`` are traced, the other two are static.
     """
@@ -222,7 +225,7 @@ def ends_of(settings: Settings) -> jax.Array:
 
 def tails(tokens_BS, lengths_B, width: int) -> jax.Array:
     """Return the last ``width`` known tokens of each row, padded on the left with no valid id."""
-    at = lengths_B[:, None] - width + jnp.arange(width)
+    at = lengths_B[:, None] - width + jnp.arange(width)[None, :]
     # -3 differs from every id and from the markers of the tables.
     return jnp.where(at >= 0, jnp.take_along_axis(tokens_BS, jnp.maximum(at, 0), 1), -3)
 

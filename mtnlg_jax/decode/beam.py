@@ -23,7 +23,7 @@ import numpy as np
 from jax import lax
 
 from mtnlg_jax.config import DecodeConfig
-from mtnlg_jax.decode.batched_settings import Settings
+from mtnlg_jax.decode.batched_settings import Array, Settings
 from mtnlg_jax.decode.beam_cache import BeamCache, empty_beams
 from mtnlg_jax.decode.beams import (
     EMPTY,
@@ -53,17 +53,17 @@ NEG = -1e9
 class SearchParams(NamedTuple):
     """The constants of each prompt's search, (P,)."""
 
-    prompts: jax.Array  # length of the prompt
-    max_new_tokens: jax.Array
-    length_penalty: jax.Array
-    gnmt: jax.Array
-    early: jax.Array  # early_stopping is True
-    never: jax.Array  # early_stopping is "never"
-    diversity: jax.Array
+    prompts: Array  # length of the prompt
+    max_new_tokens: Array
+    length_penalty: Array
+    gnmt: Array
+    early: Array  # early_stopping is True
+    never: Array  # early_stopping is "never"
+    diversity: Array
 
 
 class State(NamedTuple):
-    """What changes from step to step; donated."""
+    """The state of the search, which changes in every step; donated."""
 
     cache: BeamCache  # of the new tokens
     running: Sequences
@@ -129,7 +129,7 @@ def penalty(lengths, search_params: SearchParams) -> jax.Array:
 def _active(state: State, search_params: SearchParams) -> jax.Array:
     """Return which searches go on, (G, P). The others no longer change."""
     full_GP = (state.ended.why != EMPTY).all(-1)
-    return state.active & ~(full_GP & search_params.early)
+    return state.active & ~(full_GP & search_params.early[None, :])
 
 
 _active_now = jax.jit(_active)
@@ -206,11 +206,13 @@ def _grow(
     )
 
     def one_group(earlier_PV, group):
-        *beams, own_PWV, logprobs_PWV = group
+        running, ended, active_P, own_PWV, logprobs_PWV = group
         weight = search_params.diversity[:, None] if static.groups > 1 else 0.0
         less_PV = weight * earlier_PV
         *grown, tokens_PW = _choose(
-            *beams,
+            running,
+            ended,
+            active_P,
             own_PWV,
             logprobs_PWV - less_PV[:, None],
             state.written,
@@ -265,7 +267,7 @@ def _choose(
 
     # An ended candidate counts only among the best W. Scores near NEG belong to placeholders, which
     # fill in where there are not W different beams, and never count.
-    just_PC = hits_PC & (jnp.arange(count) < beams) & (scores_PC > NEG / 2)
+    just_PC = hits_PC & (jnp.arange(count)[None, :] < beams) & (scores_PC > NEG / 2)
     full_P1 = (ended.why != EMPTY).all(-1, keepdims=True) & search_params.early[:, None]
     normal_PC = scores_PC / penalty(length, search_params)[:, None]
     normal_PC += (full_P1 | ~active_P[:, None] | ~just_PC) * NEG

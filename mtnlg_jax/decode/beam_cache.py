@@ -71,10 +71,10 @@ def step_beams(
     rows = groups * prompts * beams
     writers_GPWT = jnp.take_along_axis(cache.writers_GPWT, sources_GPW[..., None], 2)
     writers_GPWT = writers_GPWT.at[..., read].set(jnp.arange(beams))
-    visible_GPWTW = writers_GPWT[..., None] == jnp.arange(beams)
+    visible_GPWTW = writers_GPWT[..., None] == jax.lax.broadcast_to_rank(jnp.arange(beams), 5)
     visible = visible_GPWTW.reshape(groups * prompts, 1, beams, -1)
     # How far after the query each key is: 0 for the token that is read now.
-    distance = jnp.repeat(jnp.arange(writers_GPWT.shape[-1]) - read, beams)
+    distance = jnp.repeat(jnp.arange(writers_GPWT.shape[-1]) - read, beams)[None, None, None]
     positions_P = prefix.lengths_B + read
     positions_B = jnp.broadcast_to(positions_P[:, None], tokens_GPW.shape).reshape(rows)
     written = []
@@ -143,7 +143,7 @@ def step_beams(
     return logits_GPWV, BeamCache(tuple(written), writers_GPWT)
 
 
-def empty_beams(prompt_cache, shape: tuple[int, int, int], size: int) -> BeamCache:
+def empty_beams(prompt_cache, shape: tuple[int, ...], size: int) -> BeamCache:
     """Return a cache for ``size`` new tokens of each of (G, P, W) beams."""
     groups, prompts, beams = shape
 

@@ -1,4 +1,4 @@
-"""What beam search and stochastic beams share: sequences, candidates, the loop, results."""
+"""Parts shared by beam search and stochastic beams: sequences, candidates, the loop, results."""
 
 # Shapes: G groups of beams (1 without groups), P prompts, W beams of a group, C candidates for the
 # next beams, S positions, T new tokens, B rows: one for each beam or candidate of each prompt,

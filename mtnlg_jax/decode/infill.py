@@ -120,4 +120,4 @@ def _guess(params, row_S, length, positions_U, allowed_V, *, config, top_k):
     positions_1S = jnp.arange(row_S.shape[0])[None]
     x_1SD, head = run_layers(config, params, row_S[None], positions_1S, attend)
     logits_UV = head.logits(x_1SD[0, positions_U])
-    return jax.lax.top_k(jnp.where(allowed_V, jax.nn.softmax(logits_UV, -1), -1.0), top_k)
+    return jax.lax.top_k(jnp.where(allowed_V[None, :], jax.nn.softmax(logits_UV, -1), -1.0), top_k)

@@ -87,13 +87,13 @@ def _assemble(config: ModelConfig, dtype: str, weights: str | None, stored) -> t
     outer, block = split_abstract(config)
     int8 = weights == "int8"
     # The largest first, while little else is held.
-    made = {}
+    made: dict[str, jax.Array | RowWeight] = {}
     for name, leaf in sorted(names_of(outer).items(), key=lambda pair: -pair[1].size):
         if int8 and name in TABLES:
             made[name] = _int8_table(stored, name, leaf.shape)
         else:
             made[name] = jnp.asarray(stored.read(name).astype(dtype, copy=False))
-    layers = [{} for _ in range(config.num_layers)]
+    layers: list[dict[str, jax.Array | RowWeight]] = [{} for _ in range(config.num_layers)]
     for name in names_of(block):
         convert = functools.partial(_converted, name.rpartition(_SEPARATOR)[2], dtype, int8)
         for number, layer in enumerate(layers):

@@ -25,8 +25,8 @@ def process(logits_BV, settings: Settings, tokens_BS, lengths_B, prompts_B, long
     """
     rows = settings.rows
     vocabulary = logits_BV.shape[1]
-    positions = jnp.arange(tokens_BS.shape[1])
-    known_BS = positions < lengths_B[:, None]
+    positions_1S = jnp.arange(tokens_BS.shape[1])[None, :]
+    known_BS = positions_1S < lengths_B[:, None]
     new_B = lengths_B - prompts_B
     if settings.uses("bias"):
         logits_BV = logits_BV + biases(rows, tokens_BS, lengths_B, new_B, vocabulary)
@@ -34,7 +34,7 @@ def process(logits_BV, settings: Settings, tokens_BS, lengths_B, prompts_B, long
         seen_BV = counts(tokens_BS, known_BS, vocabulary) > 0
         logits_BV = repetition(logits_BV, seen_BV, rows.repetition_penalty)
     if settings.uses("presence_penalty", "frequency_penalty"):
-        counts_BV = counts(tokens_BS, known_BS & (positions >= prompts_B[:, None]), vocabulary)
+        counts_BV = counts(tokens_BS, known_BS & (positions_1S >= prompts_B[:, None]), vocabulary)
         logits_BV = presence_frequency(
             logits_BV, counts_BV, rows.presence_penalty, rows.frequency_penalty
         )
@@ -49,7 +49,7 @@ def process(logits_BV, settings: Settings, tokens_BS, lengths_B, prompts_B, long
     constraint = settings.static_options.constraint
     if constraint is not None:
         logits_BV = jnp.where(constraint(tokens_BS, lengths_B, prompts_B), logits_BV, NEG_INF)
-    logits_BV = jnp.where(settings.allowed_V | ends_BV, logits_BV, NEG_INF)
+    logits_BV = jnp.where(settings.allowed_V[None, :] | ends_BV, logits_BV, NEG_INF)
     if settings.uses("forced"):
         # LAST is the position where the row must end, which may be the end of the context.
         last_B1 = (longest_B - prompts_B)[:, None] - 1
@@ -113,7 +113,7 @@ def inverse_cdf(odds_BI, share_B) -> jax.Array:
 
 def one_hot(ids_BE, vocabulary: int) -> jax.Array:
     """Return which ids a row names, (B, V); ids below 0 are padding."""
-    return (ids_BE[:, :, None] == jnp.arange(vocabulary)).any(1)
+    return (ids_BE[:, :, None] == jnp.arange(vocabulary)[None, None, :]).any(1)
 
 
 def biases(rows: Rows, tokens_BS, lengths_B, new_B, vocabulary: int) -> jax.Array:
@@ -151,10 +151,11 @@ def no_repeat_ngram(logits_BV, tokens_BS, lengths_B, n: int, on_B):
     batch, size = tokens_BS.shape
     if size < n:
         return logits_BV
-    grams = tokens_BS[:, jnp.arange(size - n + 1)[:, None] + jnp.arange(n)]  # (B, grams, n)
-    tail_at = jnp.maximum(lengths_B[:, None] - (n - 1) + jnp.arange(n - 1), 0)
+    starts = jnp.arange(size - n + 1)
+    grams = tokens_BS[:, starts[:, None] + jnp.arange(n)[None, :]]  # (B, grams, n)
+    tail_at = jnp.maximum(lengths_B[:, None] - (n - 1) + jnp.arange(n - 1)[None, :], 0)
     tail = jnp.take_along_axis(tokens_BS, tail_at, 1)
-    known = jnp.arange(size - n + 1) + n <= lengths_B[:, None]
+    known = starts[None, :] + n <= lengths_B[:, None]
     hit = (grams[:, :, : n - 1] == tail[:, None]).all(-1) & known & on_B[:, None]
     return jnp.where(counts(grams[:, :, -1], hit, logits_BV.shape[1]) > 0, NEG_INF, logits_BV)
 

@@ -24,8 +24,8 @@ import numpy as np
 from mtnlg_jax import compat
 
 # With fewer rows XLA:CPU does not use its kernels, or they are not faster.
-LEAST_BOWS = 4
-_BOWS_BY_BOWS = (((1,), (1,)), ((), ()))
+LEAST_ROWS = 4
+_ROWS_BY_ROWS = (((1,), (1,)), ((), ()))
 
 
 def quantize(x, axes):
@@ -72,12 +72,12 @@ class RowWeight:
         if self.scale_O is None:
             y_BO = _multiply(rows_BI.astype(self.number_OI.dtype), self.number_OI)
         elif on_cpu():
-            y_BO = self.scale_O * _multiply_int8(rows_BI, self.number_OI)
+            y_BO = self.scale_O[None, :] * _multiply_int8(rows_BI, self.number_OI)
         else:
-            y_BO = self.scale_O * jax.lax.dot_general(
+            y_BO = self.scale_O[None, :] * jax.lax.dot_general(
                 rows_BI,
                 self.number_OI.astype(x.dtype),
-                _BOWS_BY_BOWS,
+                _ROWS_BY_ROWS,
                 preferred_element_type=jnp.float32,
             )
         return y_BO.reshape(*x.shape[: x.ndim - self.inputs], *self.outputs)
@@ -117,8 +117,8 @@ def _multiply(x_BI, number_OI):
     """Return the product in float32, (B, O)."""
     rows = x_BI.shape[0]
     if on_cpu() and x_BI.dtype != jnp.float32:
-        x_BI = jnp.pad(x_BI, ((0, max(0, LEAST_BOWS - rows)), (0, 0)))
-    return jax.lax.dot_general(x_BI, number_OI, _BOWS_BY_BOWS, preferred_element_type=jnp.float32)[
+        x_BI = jnp.pad(x_BI, ((0, max(0, LEAST_ROWS - rows)), (0, 0)))
+    return jax.lax.dot_general(x_BI, number_OI, _ROWS_BY_ROWS, preferred_element_type=jnp.float32)[
         :rows
     ]
 
@@ -135,9 +135,9 @@ def _multiply_int8(x_BI, number_OI):
     hi_BI = jnp.round(scaled_BI)
     lo_BI = jnp.round((scaled_BI - hi_BI) * 254)
     both_BI = jnp.concatenate([hi_BI, lo_BI]).astype(jnp.int8)
-    both_BI = jnp.pad(both_BI, ((0, max(0, LEAST_BOWS - 2 * rows)), (0, 0)))
+    both_BI = jnp.pad(both_BI, ((0, max(0, LEAST_ROWS - 2 * rows)), (0, 0)))
     sums_BO = jax.lax.dot_general(
-        both_BI, number_OI, _BOWS_BY_BOWS, preferred_element_type=jnp.int32
+        both_BI, number_OI, _ROWS_BY_ROWS, preferred_element_type=jnp.int32
     )
     sums_BO = sums_BO.astype(jnp.float32)
     return scale_B1 * (sums_BO[:rows] + sums_BO[rows : 2 * rows] / 254)

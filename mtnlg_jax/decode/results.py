@@ -1,4 +1,4 @@
-"""What all ways of decoding share: prompts as tokens, writable tokens, checks and results."""
+"""Parts shared by all ways of decoding: prompts as tokens, writable tokens, checks, results."""
 
 import contextlib
 import dataclasses
@@ -72,7 +72,7 @@ def time_limits(configs: Sequence[DecodeConfig]) -> np.ndarray:
 
 
 def text_stream(tokenizer, config: DecodeConfig) -> TextStream:
-    """Return a stream that stops where ``config`` says."""
+    """Return a stream with the stop strings of ``config``."""
     stop_tokens = [(token,) for token in config.stop_token_ids]
     return TextStream(tokenizer, config.stop_strings, [*stop_tokens, *config.stop_sequences])
 

@@ -18,7 +18,7 @@ from mtnlg_jax.decode.results import CHUNK
 
 
 class State(NamedTuple):
-    """What changes from step to step; donated, so that the cache is updated in place."""
+    """The state of the rows, which changes in every step; donated to update the cache in place."""
 
     cache: tuple[tuple[jax.Array, ...], ...]
     tokens_BS: jax.Array  # prompt and continuation

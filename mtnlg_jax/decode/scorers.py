@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mtnlg_jax.config import StageConfig
+from mtnlg_jax.data.tokenizer.base import Tokenizer
 from mtnlg_jax.decode.cache import Decoder, capacity, prefill
 from mtnlg_jax.decode.results import check_context, encode_prompt
 from mtnlg_jax.decode.scoring import score, score_masked, score_rows
@@ -83,7 +84,7 @@ class Pool(NamedTuple):
     """The different candidates, and how to score them."""
 
     decoder: Decoder
-    tokenizer: object
+    tokenizer: Tokenizer
     prompt: str
     candidates: list[Candidate]
     counts: np.ndarray  # how often each occurred
@@ -103,7 +104,7 @@ class Pool(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """What a scorer returns for all candidates of a pool."""
+    """The result of a scorer for all candidates of a pool."""
 
     parts: dict[str, np.ndarray]  # by name, one number a candidate; the scorer's name is its score
     answers: list[str | None] | None = None  # of self_consistency
@@ -265,10 +266,11 @@ def _mbr(pool: Pool):
 def _self_consistency(pool: Pool):
     """The share of the votes for the candidate's answer, in [0, 1] (Wang 2022).
 
-    A candidate has one vote for each time it occurred, weighted by its probability if ``votes``
-    says so. Without an answer it has no vote and score 0.
+    A candidate has one vote for each time it occurred, weighted by its probability if ``votes`` is
+    "probability". Without an answer it has no vote and score 0.
     """
     pattern = pool.options.answer
+    assert pattern is not None, "check_request refuses self_consistency without an answer"
     answers = [extract_answer(pattern, text) for text in pool.texts]
     if not any(answer is not None for answer in answers):
         raise ValueError(
@@ -284,7 +286,7 @@ def _self_consistency(pool: Pool):
             # Subtracting the maximum keeps the shares, and keeps some vote above 0.
             votes *= np.exp(means - means[voting].max())
         votes = np.where(voting, votes, 0.0)
-        totals = collections.defaultdict(float)
+        totals: dict[str | None, float] = collections.defaultdict(float)
         for answer, vote in zip(answers, votes, strict=True):
             totals[answer] += vote
         shares = np.array([totals[answer] for answer in answers]) / votes.sum()
@@ -315,7 +317,7 @@ def weights_of(scorers: str | Sequence[str] | Mapping[str, float]) -> dict[str, 
         raise ValueError(f"there is no scorer to rank by; choose from {', '.join(SCORERS)}")
     for name, weight in weights.items():
         if name not in SCORERS:
-            raise ValueError(f"scorer {name!r} is not known; choose from {', '.join(SCORERS)}")
+            raise ValueError(f"unknown scorer {name!r}; choose from {', '.join(SCORERS)}")
         if (
             isinstance(weight, bool)
             or not isinstance(weight, numbers.Real)
@@ -341,7 +343,7 @@ def check_request(
     """Raise ValueError on a request that is wrong whatever the candidates are."""
     if normalise not in NORMALIZATIONS:
         raise ValueError(
-            f"normalise={normalise!r} is not known; choose one of {', '.join(NORMALIZATIONS)}"
+            f"unknown normalise={normalise!r}; choose one of {', '.join(NORMALIZATIONS)}"
         )
     for name, scorers in _ACTS_IN.items():
         value = getattr(options, name)
@@ -359,11 +361,11 @@ def check_request(
         )
     if not callable(options.utility) and options.utility not in UTILITIES:
         raise ValueError(
-            f"utility={options.utility!r} is not known; choose one of {', '.join(UTILITIES)}, or "
+            f"unknown utility={options.utility!r}; choose one of {', '.join(UTILITIES)}, or "
             "give a function of two texts"
         )
     if options.votes not in ("count", "probability"):
-        raise ValueError(f"votes={options.votes!r} is not known; choose count or probability")
+        raise ValueError(f"unknown votes={options.votes!r}; choose count or probability")
     if "pmi" in weights:
         _check_neutral(
             options, _neutral(tokenizer, options.neutral, prompt), encode_prompt(tokenizer, prompt)

@@ -69,7 +69,7 @@ def score_from(
         group = [i for i in left if starts[i] <= first + NEAR]
         left = left[len(group) :]
         # The keys of a prefix are those of its beginnings as well.
-        begun = prefix._replace(lengths_B=np.array([first], np.int32))
+        begun = prefix._replace(lengths_B=jnp.array([first], jnp.int32))
         for i, part in zip(
             group, score(decoder, begun, [rows[i][first:] for i in group]), strict=True
         ):
@@ -93,8 +93,8 @@ def _score(params, prefix: Prefix, labels_CS, *, config):
     positions_CS = jnp.broadcast_to(positions_CS, (number, width))
 
     def attend(layer, q, k, v, return_lse=False, **options):
-        shared = tuple(x.swapaxes(1, 2) for x in prefix.cache[layer])
-        o_shared, lse_shared = _attend_shared(q, *shared, before, options)
+        shared_k, shared_v = (x.swapaxes(1, 2) for x in prefix.cache[layer])
+        o_shared, lse_shared = _attend_shared(q, shared_k, shared_v, before, options)
         o_own, lse_own = attention(q, k, v, return_lse=True, **options)
         out = merge(o_shared, lse_shared, o_own, lse_own.swapaxes(1, 2)).astype(q.dtype)
         return (out, merge_lse(lse_shared.swapaxes(1, 2), lse_own)) if return_lse else out

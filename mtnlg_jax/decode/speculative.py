@@ -25,7 +25,7 @@ import numpy as np
 from jax import lax
 
 from mtnlg_jax.config import DecodeConfig, ModelConfig
-from mtnlg_jax.decode.batched_settings import Settings
+from mtnlg_jax.decode.batched_settings import Array, Settings
 from mtnlg_jax.decode.cache import Decoder, Prefix, bucket, prefill, read, step, to_int8
 from mtnlg_jax.decode.processors import choose, draw, process, warp
 from mtnlg_jax.decode.results import CHUNK
@@ -42,8 +42,8 @@ INSTEAD = 3
 class Guessing:
     """How many tokens each row guesses, and from what."""
 
-    most_B: np.ndarray  # guesses a round at most; 0: none
-    ngrams_B: np.ndarray  # longest n-gram to look up
+    most_B: Array  # guesses a round at most; 0: none
+    ngrams_B: Array  # longest n-gram to look up
     most: int = dataclasses.field(metadata={"static": True})  # the largest of ``most_B``
     ngrams: int = dataclasses.field(metadata={"static": True})  # the largest of ``ngrams_B``
     draft: ModelConfig | None = dataclasses.field(metadata={"static": True})  # None: look-up
@@ -124,6 +124,7 @@ def _advance(
 
     def one_round(carry):
         state, draft_cache, (guessed_B, accepted_B) = carry
+        counts_B: Array
         if guessing.draft is None:
             guesses_BA, counts_B = look_up(state.tokens_BS, state.lengths_B, guessing)
             odds_BAV = None
@@ -172,16 +173,17 @@ def look_up(tokens_BS, lengths_B, guessing: Guessing) -> tuple[jax.Array, jax.Ar
     Returns: tokens (B, A), how many of them are guesses (B,).
     """
     size = tokens_BS.shape[1]
-    positions = jnp.arange(size)
+    positions_1S = jnp.arange(size)[None, :]
     start_B = jnp.zeros_like(lengths_B)  # 0: no match, since a match has a token before it
     same_BS = jnp.ones(tokens_BS.shape, bool)
     for n in range(1, min(guessing.ngrams, size - 1) + 1):
         # same_BS: whether the n tokens before a position are the row's last n.
         last_B1 = jnp.take_along_axis(tokens_BS, jnp.maximum(lengths_B - n, 0)[:, None], 1)
-        same_BS &= (jnp.roll(tokens_BS, n, 1) == last_B1) & (positions >= n)
-        usable_BS = same_BS & (positions < lengths_B[:, None]) & (n <= guessing.ngrams_B)[:, None]
+        same_BS &= (jnp.roll(tokens_BS, n, 1) == last_B1) & (positions_1S >= n)
+        long_B1 = (n <= guessing.ngrams_B)[:, None]
+        usable_BS = same_BS & (positions_1S < lengths_B[:, None]) & long_B1
         start_B = jnp.where(usable_BS.any(-1), jnp.argmax(usable_BS, -1), start_B)
-    at_BA = start_B[:, None] + jnp.arange(guessing.most)
+    at_BA = start_B[:, None] + jnp.arange(guessing.most)[None, :]
     counts_B = jnp.where(start_B > 0, jnp.minimum(guessing.most_B, lengths_B - start_B), 0)
     return jnp.take_along_axis(tokens_BS, jnp.minimum(at_BA, size - 1), 1), counts_B
 
@@ -195,17 +197,19 @@ def _draft(
     draft's cache with all guesses.
     """
     drawing = settings.uses("temperature")
+    draft_config = guessing.draft
+    assert draft_config is not None, "look_up guesses where there is no draft model"
 
     def one(carry, _):
         cache, tokens_BS, lengths_B = carry
         at_B = jnp.minimum(lengths_B, tokens_BS.shape[1]) - 1
         last_B = jnp.take_along_axis(tokens_BS, at_B[:, None], 1)[:, 0]
-        logits_BV, cache = step(guessing.draft, params, cache, last_B, at_B)
+        logits_BV, cache = step(draft_config, params, cache, last_B, at_B)
         processed_BV = process(
             logits_BV, settings, tokens_BS, lengths_B, limits.prompts_B, limits.longest_B
         )
         guess_B = jnp.argmax(processed_BV, -1)
-        odds_BV = ()
+        odds_BV: jax.Array | tuple[()] = ()
         if drawing:
             odds_BV = jax.nn.softmax(warp(processed_BV, settings), -1)
             drawn_B = draw(_keys(limits, lengths_B, DRAFT), odds_BV)

@@ -5,8 +5,8 @@ largest perturbed values are kept. They are found top down: a beam's own value i
 continuations' values, which are drawn under that condition.
 """
 
-# Shapes: P prompts, W beams, V vocabulary, G groups of beams. Arrays of a state are (1, P, W):
-# there is one group.
+# Shapes: G groups of beams, as in beam search, but always 1; P prompts, W beams, V vocabulary. So
+# arrays of a state are (1, P, W).
 
 import functools
 import time
@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 
 from mtnlg_jax.config import DecodeConfig
-from mtnlg_jax.decode.batched_settings import Settings
+from mtnlg_jax.decode.batched_settings import Array, Settings
 from mtnlg_jax.decode.beam_cache import BeamCache, empty_beams
 from mtnlg_jax.decode.beams import (
     EMPTY,
@@ -47,13 +47,13 @@ from mtnlg_jax.decode.results import Generated
 class SearchParams(NamedTuple):
     """The constants of each prompt's search, (P,)."""
 
-    prompts: jax.Array  # length of the prompt
-    max_new_tokens: jax.Array
-    seeds: jax.Array
+    prompts: Array  # length of the prompt
+    max_new_tokens: Array
+    seeds: Array
 
 
 class State(NamedTuple):
-    """What changes from step to step; donated."""
+    """The state of the search, which changes in every step; donated."""
 
     cache: BeamCache
     # scores: log-probabilities in the distribution drawn from; -inf: there is no such sequence
@@ -123,7 +123,7 @@ def begin(prefix: Prefix, search_params: SearchParams, *, static: Static) -> Sta
     """Start the search of every prompt."""
     beams = blank(prefix, static, -jnp.inf)
     shape = beams.scores.shape
-    # The W beams start alike, so the first one stands for all sequences. The largest of their
+    # The W beams start equal, so the first one represents all sequences. The largest of their
     # values may be any number, since it does not change their order.
     scores = beams.scores.at[:, :, 0].set(0.0)
     no_room_P = search_params.max_new_tokens <= 0
@@ -188,7 +188,7 @@ def _grow(
     noise_PWV = jax.vmap(lambda key: jax.random.gumbel(key, (beams, vocabulary)))(keys_P)
     values_PWV = _given_largest(totals_PWV + noise_PWV, state.perturbed[0])
     # A finished sequence has one continuation: itself.
-    stays_PWV = whole_PW[..., None] & (jnp.arange(vocabulary) == 0)
+    stays_PWV = whole_PW[:, :, None] & (jnp.arange(vocabulary) == 0)[None, None, :]
     values_PWV = jnp.where(whole_PW[..., None], -jnp.inf, values_PWV)
     values_PWV = jnp.where(stays_PWV, state.perturbed[0, ..., None], values_PWV)
     totals_PWV = jnp.where(stays_PWV, kept.scores[..., None], totals_PWV)

@@ -58,8 +58,8 @@ def _both(theirs: str, weight: str, bias: str, **how: Any) -> Table:
     return {f"{theirs}.weight": _t(weight, **how), f"{theirs}.bias": _t(bias, **how)}
 
 
-def _norms(plus_one: bool = False, **names: str) -> Table:
-    """Return the tensors of norms, {our name: their name}."""
+def _norms(names: dict[str, str], plus_one: bool = False) -> Table:
+    """Return the tensors of norms; ``names`` are {our name: their name}."""
     table = {}
     for ours, theirs in names.items():
         table[f"{theirs}.weight"] = _t(f"{ours}.scale_D", plus_one=plus_one)
@@ -96,7 +96,7 @@ def _plain(up: str, down: str, **how: Any) -> Table:
 def _outer(tokens: str, final: str, head: str = "lm_head", plus_one: bool = False) -> Table:
     return {
         f"{tokens}.weight": _t("tokens_VD"),
-        **_norms(plus_one, final_norm=final),
+        **_norms({"final_norm": final}, plus_one),
         f"{head}.weight": _t("head_VD"),
         f"{head}.bias": _t("b_head_V"),
     }
@@ -145,9 +145,8 @@ _MODEL = _outer("model.embed_tokens", "model.norm")
 _MODEL_PLUS_ONE = _outer("model.embed_tokens", "model.norm", plus_one=True)
 _ATTENTION = _attention("self_attn")
 _PAIRED = _attention("self_attn", pairs=True)
-_LLAMA = {**_ATTENTION, **_GATED, **_norms(**_PRE)}
+_LLAMA = {**_ATTENTION, **_GATED, **_norms(_PRE)}
 _H = "transformer.h.{}."
-_GPT = {"prefix": "transformer."}
 _OF_HEADS = "query_key_value"
 
 # Text models inside multimodal ones.
@@ -161,7 +160,7 @@ _VISION = r"rotary_emb\.inv_freq$|vision_tower\.|multi_modal_projector\.|vision_
 _BERT_BLOCK = {
     **_attention("attention", ("self.query", "self.key", "self.value", "output.dense")),
     **_plain("intermediate.dense", "output.dense"),
-    **_norms(norm_1="attention.output.LayerNorm", norm_2="output.LayerNorm"),
+    **_norms({"norm_1": "attention.output.LayerNorm", "norm_2": "output.LayerNorm"}),
 }
 _OLD_NORMS = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
 
@@ -201,13 +200,13 @@ FAMILIES: dict[str, Family] = {
     "granite": _llama_like(settings.granite, defaults=_LLAMA_DEFAULTS),
     "gemma": _llama_like(
         settings.gemma,
-        _LLAMA | _norms(True, **_PRE),
+        _LLAMA | _norms(_PRE, plus_one=True),
         outer=_MODEL_PLUS_ONE,
         defaults=_GEMMA_DEFAULTS,
     ),
     "gemma2": _llama_like(
         settings.gemma2,
-        _LLAMA | _norms(True, **_SANDWICH),
+        _LLAMA | _norms(_SANDWICH, plus_one=True),
         outer=_MODEL_PLUS_ONE,
         defaults=_GEMMA_DEFAULTS
         | {
@@ -219,7 +218,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "gemma3_text": _llama_like(
         settings.gemma3,
-        _LLAMA | _norms(True, **_SANDWICH) | _plus_one(_HEAD_NORMS),
+        _LLAMA | _norms(_SANDWICH, plus_one=True) | _plus_one(_HEAD_NORMS),
         outer=_MODEL_PLUS_ONE,
         defaults=_GEMMA_DEFAULTS
         | {"query_pre_attn_scalar": 256, "sliding_window": 4096, "rope_theta": 1e6},
@@ -231,7 +230,7 @@ FAMILIES: dict[str, Family] = {
         {
             **_fused("self_attn.qkv_proj", "self_attn.o_proj"),
             **_GATE_UP,
-            **_norms(**_PRE),
+            **_norms(_PRE),
         },
         defaults={"rms_norm_eps": 1e-5, "tie_word_embeddings": False},
     ),
@@ -241,7 +240,7 @@ FAMILIES: dict[str, Family] = {
         {
             **_attention("self_attn", ("q_proj", "k_proj", "v_proj", "dense")),
             **_plain("mlp.fc1", "mlp.fc2"),
-            **_norms(norm_1="input_layernorm"),
+            **_norms({"norm_1": "input_layernorm"}),
         },
         settings.phi,
         defaults={
@@ -252,12 +251,12 @@ FAMILIES: dict[str, Family] = {
     ),
     "olmo2": _llama_like(
         settings.olmo2,
-        {**_ATTENTION, **_GATED, **_norms(**_OUTPUT), **_FULL_NORMS},
+        {**_ATTENTION, **_GATED, **_norms(_OUTPUT), **_FULL_NORMS},
         defaults={"rms_norm_eps": 1e-5, "tie_word_embeddings": False},
     ),
     "olmo3": _llama_like(
         settings.olmo3,
-        {**_ATTENTION, **_GATED, **_norms(**_OUTPUT), **_FULL_NORMS},
+        {**_ATTENTION, **_GATED, **_norms(_OUTPUT), **_FULL_NORMS},
         defaults={"rms_norm_eps": 1e-5, "tie_word_embeddings": False, "sliding_window": 4096},
     ),
     "glm4": _llama_like(
@@ -266,22 +265,24 @@ FAMILIES: dict[str, Family] = {
             **_PAIRED,
             **_GATE_UP,
             **_norms(
-                norm_1="input_layernorm",
-                norm_1_out="post_self_attn_layernorm",
-                norm_2="post_attention_layernorm",
-                norm_2_out="post_mlp_layernorm",
+                {
+                    "norm_1": "input_layernorm",
+                    "norm_1_out": "post_self_attn_layernorm",
+                    "norm_2": "post_attention_layernorm",
+                    "norm_2_out": "post_mlp_layernorm",
+                }
             ),
         },
         defaults={"partial_rotary_factor": 0.5, "tie_word_embeddings": False, "head_dim": 128},
     ),
     "cohere": _llama_like(
         settings.cohere,
-        {**_PAIRED, **_GATED, **_norms(norm_1="input_layernorm")},
+        {**_PAIRED, **_GATED, **_norms({"norm_1": "input_layernorm"})},
         defaults={"rope_theta": 500000.0, "layer_norm_eps": 1e-5},
     ),
     "cohere2": _llama_like(
         settings.cohere2,
-        {**_PAIRED, **_GATED, **_norms(norm_1="input_layernorm")},
+        {**_PAIRED, **_GATED, **_norms({"norm_1": "input_layernorm"})},
         defaults={"sliding_window": 4096, "layer_norm_eps": 1e-5},
     ),
     "stablelm": _llama_like(
@@ -290,7 +291,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "nemotron": _llama_like(
         settings.nemotron,
-        {**_ATTENTION, **_plain("mlp.up_proj", "mlp.down_proj"), **_norms(True, **_PRE)},
+        {**_ATTENTION, **_plain("mlp.up_proj", "mlp.down_proj"), **_norms(_PRE, plus_one=True)},
         outer=_MODEL_PLUS_ONE,
         defaults={
             "partial_rotary_factor": 0.5,
@@ -300,7 +301,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "starcoder2": _llama_like(
         settings.starcoder2,
-        {**_ATTENTION, **_plain("mlp.c_fc", "mlp.c_proj"), **_norms(**_PRE)},
+        {**_ATTENTION, **_plain("mlp.c_fc", "mlp.c_proj"), **_norms(_PRE)},
         defaults={"hidden_act": "gelu_pytorch_tanh"},
     ),
     "gpt_neox": Family(
@@ -309,7 +310,7 @@ FAMILIES: dict[str, Family] = {
         {
             **_fused(f"attention.{_OF_HEADS}", "attention.dense", by_group=True),
             **_plain("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
-            **_norms(**_PRE),
+            **_norms(_PRE),
         },
         settings.gpt_neox,
         defaults={"tie_word_embeddings": False, "rotary_pct": 0.25},
@@ -324,7 +325,7 @@ FAMILIES: dict[str, Family] = {
         {
             **_attention("attn", ("q_proj", "k_proj", "v_proj", "out_proj"), pairs=True),
             **_plain("mlp.fc_in", "mlp.fc_out"),
-            **_norms(norm_1="ln_1"),
+            **_norms({"norm_1": "ln_1"}),
         },
         settings.gptj,
         defaults={
@@ -333,7 +334,7 @@ FAMILIES: dict[str, Family] = {
             "activation_function": "gelu_new",
         },
         buffers=r"\.attn\.bias$|\.masked_bias$|embed_positions$",
-        **_GPT,
+        prefix="transformer.",
     ),
     "gpt2": Family(
         _H,
@@ -343,7 +344,7 @@ FAMILIES: dict[str, Family] = {
             **_fused("attn.c_attn", "attn.c_proj", columns=True),
             "attn.c_proj.weight": _t(OUT, columns=True),
             **_plain("mlp.c_fc", "mlp.c_proj", columns=True),
-            **_norms(norm_1="ln_1", norm_2="ln_2"),
+            **_norms({"norm_1": "ln_1", "norm_2": "ln_2"}),
         },
         settings.gpt2,
         defaults={
@@ -355,7 +356,7 @@ FAMILIES: dict[str, Family] = {
             "activation_function": "gelu_new",
         },
         buffers=r"\.attn\.(bias|masked_bias)$",
-        **_GPT,
+        prefix="transformer.",
     ),
     "opt": Family(
         "model.decoder.layers.{}.",
@@ -364,7 +365,7 @@ FAMILIES: dict[str, Family] = {
         {
             **_attention("self_attn", ("q_proj", "k_proj", "v_proj", "out_proj")),
             **_plain("fc1", "fc2"),
-            **_norms(norm_1="self_attn_layer_norm", norm_2="final_layer_norm"),
+            **_norms({"norm_1": "self_attn_layer_norm", "norm_2": "final_layer_norm"}),
         },
         settings.opt,
         defaults={"activation_function": "relu"},
@@ -373,14 +374,14 @@ FAMILIES: dict[str, Family] = {
     "bloom": Family(
         _H,
         _outer("transformer.word_embeddings", "transformer.ln_f")
-        | _norms(embedding_norm="transformer.word_embeddings_layernorm"),
+        | _norms({"embedding_norm": "transformer.word_embeddings_layernorm"}),
         {
             **_fused(f"self_attention.{_OF_HEADS}", "self_attention.dense", by_group=True),
             **_plain("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
-            **_norms(**_PRE),
+            **_norms(_PRE),
         },
         settings.bloom,
-        **_GPT,
+        prefix="transformer.",
     ),
     "falcon": Family(
         _H,
@@ -388,20 +389,20 @@ FAMILIES: dict[str, Family] = {
         {
             **_fused(f"self_attention.{_OF_HEADS}", "self_attention.dense", by_group=True),
             **_plain("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
-            **_norms(**_PRE),
+            **_norms(_PRE),
         },
         settings.falcon,
         renames=(
             (r"\.ln_attn\.", ".input_layernorm."),
             (r"\.ln_mlp\.", ".post_attention_layernorm."),
         ),
-        **_GPT,
+        prefix="transformer.",
     ),
     "mixtral": _llama_like(
         settings.mixtral,
         {
             **_ATTENTION,
-            **_norms(**_PRE),
+            **_norms(_PRE),
             **_experts(
                 "block_sparse_moe.gate",
                 *(f"block_sparse_moe.experts.{{}}.{name}" for name in ("w1", "w3", "w2")),
@@ -413,7 +414,7 @@ FAMILIES: dict[str, Family] = {
         settings.qwen3_moe,
         {
             **_ATTENTION,
-            **_norms(**_PRE),
+            **_norms(_PRE),
             **_HEAD_NORMS,
             **_experts(
                 "mlp.gate",
@@ -426,7 +427,7 @@ FAMILIES: dict[str, Family] = {
         settings.olmoe,
         {
             **_ATTENTION,
-            **_norms(**_PRE),
+            **_norms(_PRE),
             **_FULL_NORMS,
             **_experts(
                 "mlp.gate",
@@ -439,7 +440,7 @@ FAMILIES: dict[str, Family] = {
         settings.gpt_oss,
         {
             **_ATTENTION,
-            **_norms(**_PRE),
+            **_norms(_PRE),
             "self_attn.sinks": _t("attention.b_sink_N"),
             **_both("mlp.router", "mlp.w_router_DE", "mlp.b_router_E"),
             "mlp.experts.gate_up_proj": _t(
@@ -458,7 +459,7 @@ FAMILIES: dict[str, Family] = {
             "bert.embeddings.position_embeddings.weight": _t(
                 "positions_PD", add="bert.embeddings.token_type_embeddings.weight"
             ),
-            **_norms(embedding_norm="bert.embeddings.LayerNorm"),
+            **_norms({"embedding_norm": "bert.embeddings.LayerNorm"}),
             **_masked(
                 "cls.predictions.transform.dense",
                 "cls.predictions.transform.LayerNorm",
@@ -482,7 +483,7 @@ FAMILIES: dict[str, Family] = {
             "roberta.embeddings.position_embeddings.weight": _t(
                 "positions_PD", skip=2, add="roberta.embeddings.token_type_embeddings.weight"
             ),
-            **_norms(embedding_norm="roberta.embeddings.LayerNorm"),
+            **_norms({"embedding_norm": "roberta.embeddings.LayerNorm"}),
             **_masked("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder", "lm_head.bias"),
         },
         _BERT_BLOCK,
@@ -498,14 +499,14 @@ FAMILIES: dict[str, Family] = {
         _LAYERS,
         {
             "model.embeddings.tok_embeddings.weight": _t("tokens_VD"),
-            **_norms(embedding_norm="model.embeddings.norm", final_norm="model.final_norm"),
+            **_norms({"embedding_norm": "model.embeddings.norm", "final_norm": "model.final_norm"}),
             **_masked("head.dense", "head.norm", "decoder", "decoder.bias"),
         },
         {
             **_fused("attn.Wqkv", "attn.Wo"),
             "mlp.Wi.weight": _t("mlp.w_gate_DF mlp.w_in_DF"),
             "mlp.Wo.weight": _t("mlp.w_out_FD"),
-            **_norms(norm_1="attn_norm", norm_2="mlp_norm"),
+            **_norms({"norm_1": "attn_norm", "norm_2": "mlp_norm"}),
         },
         settings.modernbert,
         defaults={"hidden_activation": "gelu", "local_attention": 128, "norm_eps": 1e-5},

@@ -6,7 +6,7 @@ Everything is read layer by layer: a parameter is never held in two forms as a w
 import math
 import re
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -25,11 +25,11 @@ class Entry(NamedTuple):
     """A tensor of theirs in a model."""
 
     tensor: Tensor
-    index: tuple[int, ...]  # of our parameters: (), (layer,) or (layer, expert)
+    at: tuple[int, ...]  # index into our parameters: (), (layer,) or (layer, expert)
     shape: tuple[int, ...]
 
 
-def flat(tree) -> dict[str, object]:
+def flat(tree) -> dict[str, Any]:
     """Return leaves by dotted name, such as ``blocks.mlp.w_in_DF``."""
     return {
         jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): leaf

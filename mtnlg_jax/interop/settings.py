@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from mtnlg_jax.config import LayerSpec, MoEConfig, Multipliers, RopeScaling
+from mtnlg_jax.config.coerce import coerce
 from mtnlg_jax.interop.keys import Keys
 
 Fields = dict[str, Any]
@@ -106,9 +107,6 @@ def rope(c: Keys) -> Fields:
         )
     if kind == "default":
         known = {}
-    tuples = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in known.items()
-    }
     if percent is None:
         percent = c.get("partial_rotary_factor", "rotary_pct", default=1.0)
     if theta is None:
@@ -117,7 +115,7 @@ def rope(c: Keys) -> Fields:
         c.get("rope_theta", "rotary_emb_base")
     return {
         "position_embedding_type": "rotary",
-        "rope_scaling": RopeScaling(**tuples | {"rope_type": kind}),
+        "rope_scaling": coerce(known | {"rope_type": kind}, RopeScaling, "rope_scaling"),
         "rotary_percent": float(percent),
         "rotary_base": float(theta),
     }

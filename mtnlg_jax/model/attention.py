@@ -9,6 +9,7 @@ the key axis and sees keys up to that position.
 # multiple of K), H head width
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -242,7 +243,7 @@ def decode_attention(
     )
     check_decode(call)
     chosen = choose(call)
-    where = {}
+    where: dict[str, Any] = {}
     if window is not None or alibi_slopes is not None:
         where = {"positions": call.query_positions, "window": window, "alibi_slopes": alibi_slopes}
     run = functools.partial(

@@ -61,7 +61,7 @@ class Attention(nnx.Module):
         q = add_bias(multiply("BSD,DNH->BSNH", x_BSD, self.w_q_DNH[...]), self.b_q_NH)
         k = add_bias(multiply("BSD,DKH->BSKH", x_BSD, self.w_k_DKH[...]), self.b_k_KH)
         v = add_bias(multiply("BSD,DKH->BSKH", x_BSD, self.w_v_DKH[...]), self.b_v_KH)
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q = self.q_norm(q)
             k = self.k_norm(k)
         k = self._own_heads(k)

@@ -85,7 +85,7 @@ def _losses_of(logits: jax.Array, labels: jax.Array, smoothing: float) -> tuple[
     mine = (local >= 0) & (local < own)
     picked = jnp.take_along_axis(logits, jnp.where(mine, local, 0)[:, None], -1)[:, 0]
     target = sum_over(jnp.where(mine, picked, 0.0), "tensor")
-    hits = jnp.arange(own) == jnp.where(mine, local, -1)[:, None]
+    hits = jnp.arange(own)[None, :] == jnp.where(mine, local, -1)[:, None]
     if smoothing:
         even = 1 / (own * axis_size("tensor"))
         target = (1 - smoothing) * target + smoothing * even * sum_over(logits.sum(-1), "tensor")
@@ -128,7 +128,7 @@ def _through_head(
 ) -> tuple[Head, jax.Array]:
     """Return the sum of the head's gradients with those of a chunk, and the gradient by ``x``."""
     d_logits = head.before_cap(d_logits, logits)
-    if head.bias_V is not None:
+    if d_head.bias_V is not None:
         d_head = dataclasses.replace(d_head, bias_V=d_head.bias_V + d_logits.sum(0))
     if head.multiplier != 1:
         d_logits = head.multiplier * d_logits

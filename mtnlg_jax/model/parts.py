@@ -53,13 +53,8 @@ def multiply(dims: str, x: jax.Array, weight: jax.Array | Callable) -> jax.Array
     return weight(x) if callable(weight) else jnp.einsum(dims, x, weight)
 
 
-def along_last(vector: jax.Array, x: jax.Array) -> jax.Array:
-    """Return ``vector`` with leading dims of 1, so that it lies along the last dims of ``x``."""
-    return jnp.expand_dims(vector, tuple(range(x.ndim - vector.ndim)))
-
-
 def add_bias(x: jax.Array, bias: nnx.Param | None) -> jax.Array:
-    return x if bias is None else x + along_last(bias[...], x)
+    return x if bias is None else x + lax.broadcast_to_rank(bias[...], x.ndim)
 
 
 @jax.custom_jvp
@@ -120,9 +115,9 @@ class Norm(nnx.Module):
         if self.centered:
             x = x - x.mean(-1, keepdims=True)
         x = x * lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)
-        x = x * along_last(self.scale_D[...].astype(jnp.float32), x)
+        x = x * lax.broadcast_to_rank(self.scale_D[...].astype(jnp.float32), x.ndim)
         if self.bias_D is not None:
-            x = x + along_last(self.bias_D[...].astype(jnp.float32), x)
+            x = x + lax.broadcast_to_rank(self.bias_D[...].astype(jnp.float32), x.ndim)
         return x.astype(x_BSD.dtype)
 
 
@@ -145,10 +140,12 @@ class HeadNorm(nnx.Module):
             scale = self.scale_H[...]
             variance = jnp.square(x).mean(-1, keepdims=True)
         else:
-            scale = (self.scale_KH if self.scale_NH is None else self.scale_NH)[...]
+            scaled = self.scale_KH if self.scale_NH is None else self.scale_NH
+            assert scaled is not None, "a norm of all heads has one of the two"
+            scale = scaled[...]
             squares = jnp.square(x).sum((-2, -1), keepdims=True)
             # A device of tensor has its own heads, or all of them where they are not split.
             whole = math.prod(x.shape[-2:]) == self.numbers
             variance = (squares if whole else sum_over(squares, "tensor")) / self.numbers
         x = x * lax.rsqrt(variance + self.epsilon)
-        return (x * along_last(scale.astype(jnp.float32), x)).astype(x_BSNH.dtype)
+        return (x * lax.broadcast_to_rank(scale.astype(jnp.float32), x.ndim)).astype(x_BSNH.dtype)

@@ -70,9 +70,11 @@ class CheckpointFolder:
                 # A file system without locks: others may be writing, so nothing is cleaned up.
                 return
             self._lock.seek(0)
+            owner = self._lock.read().strip()
+            self.close()
             raise BlockingIOError(
-                f"another run ({self._lock.read().strip()}) writes to {self.path}; wait "
-                "for its end, or give another --workdir"
+                f"another run ({owner}) writes to {self.path}; wait for its end, or give another "
+                "--workdir"
             ) from None
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")

@@ -1,5 +1,4 @@
-"""launch/generate.py: three modes, text and JSON, and one line with exit code 2 for what it cannot
-do."""
+"""Run launch/generate.py: three modes, text and JSON, and errors of one line with exit code 2."""
 
 import json
 import subprocess
@@ -14,7 +13,8 @@ SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "generate.py"
 
 @pytest.fixture(scope="module")
 def ask(answering, tokenizer, tmp_path_factory):
-    """(*arguments, stdin bytes) -> (exit code, standard output, standard error)."""
+    """Return a function (*arguments, stdin bytes) -> (exit code, standard output, standard
+    error)."""
     folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer.save(folder)
     answer = answering("generate.py", folder, positions=32, new_tokens=6)
@@ -77,12 +77,38 @@ def test_beams_and_lists_of_tokens_reach_the_decoder(ask):
     assert f"--- 1, score {sequences[0]['score']:.4f} ---\nThe cat" in ask(*arguments)[1]
 
 
-def test_several_texts_are_told_apart(ask):
+@pytest.mark.parametrize(
+    ("by_flag", "by_set"),
+    [
+        (["--num_beams=3", "--n=2"], ["num_beams=3", "num_return_sequences=2"]),
+        (["--temperature=1.5", "--seed=3"], ["temperature=1.5", "seed=3"]),
+        (["--early_stopping=true", "--num_beams=2"], ["early_stopping=true", "num_beams=2"]),
+        (
+            ["--bad_words_ids=7,8", "--bad_words_ids=9", "--suppress_tokens=10"],
+            ["bad_words_ids=((7, 8), (9,))", "suppress_tokens=(10,)"],
+        ),
+    ],
+)
+def test_a_setting_by_flag_and_by_set_gives_the_same_text(ask, by_flag, by_set):
+    arguments = ["--workdir=RUN", "--prompt=The cat", "--json"]
+    expected = ask(*arguments, *by_flag)
+    assert expected[0] == 0, expected[2]
+    assigned = [f"--set=decode.{entry}" for entry in by_set]
+    assert ask(*arguments, *assigned) == expected
+    assert ask(*arguments, *by_flag, *assigned) == expected
+
+
+def test_texts_and_ids_of_a_setting_add_up(ask):
+    base = ["--workdir=RUN", "--prompt=The cat", "--json", "--bad_words=the"]
+    assert ask(*base, "--set=decode.bad_words_ids=((7, 8),)") == ask(*base, "--bad_words_ids=7,8")
+
+
+def test_several_texts_are_separated(ask):
     out = ask("--workdir=RUN", "--prompt=The", "--temperature=1", "--n=2")[1]
     assert out.startswith("--- 1 ---\nThe") and "\n--- 2 ---\nThe" in out
 
 
-def test_the_end_of_the_context_is_told(ask):
+def test_reaching_the_end_of_the_context_is_reported(ask):
     code, out, err = ask(
         "--workdir=RUN", "--prompt=The cat sat on", "--max_new_tokens=99", "--min_new_tokens=99"
     )
@@ -114,7 +140,7 @@ def test_ranking(ask):
     ].keys()
 
 
-def test_scorers_mix_and_their_table_is_straight(ask):
+def test_scorers_are_mixed_and_their_table_is_aligned(ask):
     arguments = [
         "--workdir=RUN",
         "--mode=ranking",
@@ -141,7 +167,7 @@ def test_scorers_mix_and_their_table_is_straight(ask):
         "".join(c + "-" * (unicodedata.east_asian_width(c) == "W") for c in line)
         for line in lines[1:]
     ]
-    assert len(set(map(len, shown))) == 1 and "天" in out, "Chinese characters take two places each"
+    assert len(set(map(len, shown))) == 1 and "天" in out, "a Chinese character takes two columns"
     record = json.loads(ask(*arguments, "--json")[1])
     assert (record["size"], record["duplicates"], len(record["utilities"])) == (3, 0, 3)
     assert record["weights"] == {"pmi": 0.5, "mbr": 1.0, "self_consistency": 2.0}
@@ -200,8 +226,8 @@ def test_fill(ask):
     assert len(record["masks"][0]) == 5 and record["text"].startswith("The ")
 
 
-def test_a_line_end_is_written_as_two_characters_where_a_shell_cannot(ask):
-    """In stops; a prompt is taken as it is, with a note."""
+def test_an_escaped_line_end_in_stops_is_a_line_end(ask):
+    r"""In stops, \n is a line end. A prompt is used unchanged, with a note."""
     plain = json.loads(ask("--workdir=RUN", "--prompt=The", "--max_new_tokens=6", "--json")[1])[
         "sequences"
     ][0]
@@ -218,7 +244,9 @@ def test_a_line_end_is_written_as_two_characters_where_a_shell_cannot(ask):
         out = json.loads(
             ask(*forced, f"--forced_tokens=0:{ids[0]}", rf"--stop_strings=\{typed}")[1]
         )
-        assert out["sequences"][0]["text"].startswith(stop), "an escaped backslash is one"
+        assert out["sequences"][0]["text"].startswith(stop), (
+            "an escaped backslash stands for itself"
+        )
     code, out, err = ask("--workdir=RUN", r"--prompt=a\nb", "--max_new_tokens=1")
     assert code == 0 and out.startswith(r"a\nb") and err.startswith("note: ") and r"$'\n'" in err
     assert first
@@ -230,16 +258,17 @@ def ask_ids(ask, text: str) -> list[int]:
     )["tokens"]
 
 
-def test_the_ids_of_a_text(ask, tokenizer):
+def test_mode_tokens_prints_the_ids_of_a_text(ask, tokenizer):
     code, out, err = ask(f"--workdir={ask.folder}", "--mode=tokens", "--prompt=The cat 好")
     ids = tokenizer.encode("The cat 好")
     assert code == 0 and out.splitlines()[-1] == ",".join(map(str, ids)) and "'The'" in out
-    assert err == f"(as a prompt it stands behind token {tokenizer.bos_id})\n"
+    assert err == f"(as a prompt, it follows token {tokenizer.bos_id})\n"
     assert ask_ids(ask, " sat on") == tokenizer.encode(" sat on")
 
 
-def test_words_stand_for_their_tokens(ask, tokenizer):
-    """At the beginning and behind a space; the same as their ids by hand."""
+def test_words_are_replaced_by_their_tokens(ask, tokenizer):
+    """Words are encoded with and without a space before them; the result equals the same ids given
+    by hand."""
     base = ["--workdir=RUN", "--prompt=The cat", "--json"]
     with_space, bare = (",".join(map(str, tokenizer.encode(text))) for text in (" the", "the"))
     assert "," not in with_space
@@ -292,7 +321,7 @@ def test_a_file_of_prompts_is_answered_line_by_line(ask, tmp_path):
     assert code == 0 and all(len(json.loads(line)["masks"]) == 1 for line in out.splitlines())
 
 
-def test_a_file_of_prompts_is_checked_before_work_and_keeps_what_is_written(ask, tmp_path):
+def test_a_file_of_prompts_is_checked_first_and_output_is_kept(ask, tmp_path):
     path = tmp_path / "p.jsonl"
     answers = tmp_path / "a.jsonl"
     for content, message in (
@@ -336,7 +365,7 @@ def test_a_file_of_prompts_is_checked_before_work_and_keeps_what_is_written(ask,
         (["--top_k=5"], "top_k=5 affects sampling only"),
         (["--min_p=0.1"], "min_p=0.1 affects sampling only"),
         (["--seed=1"], "seed=1 affects sampling only"),
-        (["--seed=0"], "seed=0 is for what is drawn"),
+        (["--seed=0"], "seed=0 affects sampling only"),
         (["--seed=1", "--num_beams=2"], "seed=1 affects sampling only, and beam search"),
         (["--n=3"], "the same text"),
         (["--n=1", "--temperature=0", "--typical_p=0.5"], "typical_p=0.5"),
@@ -356,12 +385,12 @@ def test_a_file_of_prompts_is_checked_before_work_and_keeps_what_is_written(ask,
         (["--mode=fill", "--stop_words=a"], "--stop_words is for"),
         (
             ["--mode=ranking", "--candidates= b", "--cache=int8"],
-            "--cache is for texts that are written",
+            "--cache affects generated texts",
         ),
-        (["--mode=ranking", "--candidates= b", "--n=3"], "--n is for candidates that are written"),
+        (["--mode=ranking", "--candidates= b", "--n=3"], "--n affects generated candidates"),
         (
             ["--mode=ranking", "--candidates= b", "--bad_words=a"],
-            "--bad_words is for candidates that are written",
+            "--bad_words affects generated candidates",
         ),
         (["--mode=ranking", "--stream"], "--stream is for --mode=generative"),
         (["--output=x"], "--output is for many"),
@@ -371,9 +400,29 @@ def test_a_file_of_prompts_is_checked_before_work_and_keeps_what_is_written(ask,
         (["--batch=2"], "--batch is for many prompts"),
         (["--suppress_words=zzqx"], "--bad_words forbids them in a row"),
         (["--word_bias=the"], "TEXT:BIAS"),
+        (["--set=decode.top_k=5"], "top_k=5 affects sampling only"),
+        (["--set=decode.seed=0"], "seed=0 affects sampling only"),
+        (
+            ["--temperature=1", "--stream", "--set=decode.num_return_sequences=2"],
+            "--set=decode.num_return_sequences=2 asks for several",
+        ),
+        (["--set=decode.num_assistant_tokens=3"], "--set=decode.num_assistant_tokens=3 are"),
+        (["--mode=fill", "--set=decode.top_k=5"], "--set is for --mode=generative or ranking"),
+        (
+            ["--mode=ranking", "--candidates= b", "--set=decode.top_k=5"],
+            "--set affects generated candidates",
+        ),
+        (
+            ["--num_beams=2", "--set=decode.num_beams=3"],
+            "--num_beams gives 2 and --set=decode.num_beams gives 3",
+        ),
+        (
+            ["--temperature=1", "--n=2", "--set=decode.num_return_sequences=3"],
+            "--n gives 2 and --set=decode.num_return_sequences gives 3",
+        ),
     ],
 )
-def test_a_flag_that_cannot_act_is_refused(ask, arguments, message):
+def test_a_flag_without_effect_raises_an_error(ask, arguments, message):
     code, out, err = ask("--workdir=RUN", "--prompt=a", *arguments)
     assert (
         (code, out) == (2, "")
@@ -398,6 +447,15 @@ def test_a_flag_that_cannot_act_is_refused(ask, arguments, message):
             "num_return_sequences=3 is above num_beams=2",
         ),
         (["--workdir=RUN", "--prompt=a", "--early_stopping=maybe"], "maybe"),
+        (["--workdir=RUN", "--prompt=a", "--set=decode.num_beam=2"], "did you mean 'num_beams'"),
+        (
+            ["--workdir=OTHER", "--prompt=a", "--set=decode.top_k=many"],
+            "decode.top_k='many' is not a value of type int",
+        ),
+        (
+            ["--workdir=OTHER", "--prompt=a", "--set=decode.top_p=0"],
+            "decode.top_p=0.0 is outside (0, 1]",
+        ),
         (
             ["--workdir=RUN", "--prompt=a", "--logit_bias=5"],
             "--logit_bias=5 is not of the form ID:BIAS, as in",
@@ -412,7 +470,7 @@ def test_a_flag_that_cannot_act_is_refused(ask, arguments, message):
         ),
         (
             ["--workdir=RUN", "--prompt=a", "--forced_tokens=5"],
-            "--forced_tokens=5 is not of the form PLACE:ID",
+            "--forced_tokens=5 is not of the form POSITION:ID",
         ),
         (["--workdir=RUN", "--prompt=a", "--eos_token_id=99999"], "eos_token_id has token 99999"),
         (["--workdir=RUN", "--prompt=a", "--stop_strings="], "a stop string is empty"),
@@ -443,7 +501,7 @@ def test_a_flag_that_cannot_act_is_refused(ask, arguments, message):
         ),
         (
             ["--workdir=RUN", "--mode=ranking", "--prompt=a", "--candidates= b", "--top_k=5"],
-            "--top_k is for candidates",
+            "--top_k affects generated candidates",
         ),
         (
             ["--workdir=RUN", "--mode=ranking", "--prompt=a", "--scorer=pseudo_log_likelihood"],
@@ -468,13 +526,13 @@ def test_a_flag_that_cannot_act_is_refused(ask, arguments, message):
         (["--workdir=RUN"], "standard input is not UTF-8 at byte 1"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(ask, arguments, message):
+def test_invalid_input_exits_with_2_and_one_line(ask, arguments, message):
     code, out, err = ask(*arguments, stdin=b"a\xff")
     assert (code, out) == (2, "")
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
 
 
-def test_the_script_itself_exits_with_2():
+def test_the_script_exits_with_2():
     done = subprocess.run([sys.executable, SCRIPT, "--wrokdir=RUN"], capture_output=True, text=True)
     assert (
         done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

@@ -1,5 +1,5 @@
-"""launch/task.py from end to end: its answers and scores, its pairs, and one line with exit code 2
-for bad input."""
+"""launch/task.py from end to end: answers, scores, pairs, and one line with exit code 2 for bad
+input."""
 
 import json
 import os
@@ -48,8 +48,10 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ask(answering, folder):
-    """(*arguments, stdin bytes) -> (exit code, standard output, standard error); {folder} is filled
-    in."""
+    """(*arguments, stdin bytes) -> (exit code, standard output, standard error).
+
+    {folder} in an argument stands for the folder of the fixture.
+    """
     texts = [
         "Is each review positive or negative? Review: a fine film Sentiment: dull\n",
         "Answer: Question: Who [1]\n",
@@ -72,8 +74,7 @@ def test_one_answer(ask):
     assert lines[1].split()[1] == lines[0]
     assert sorted(line.split()[1] for line in lines[1:3]) == ["negative", "positive"]
     assert (
-        lines[3]
-        == "(the probability of each among these, and logprob sum in nats, by which they are ranked)"
+        lines[3] == "(probability among these choices, and logprob sum in nats, which ranks them)"
     )
     record = json.loads(
         ask("--workdir=RUN", "--task=sentiment", "--json", stdin=b"A fine film.")[1]
@@ -140,10 +141,21 @@ def test_a_set_is_scored_beside_its_baseline(ask):
 CONTINUE = ("--workdir=RUN", "--task=continue")
 
 
+def test_a_setting_with_and_without_its_section_is_the_same(ask):
+    asked = [*CONTINUE, "--json"]
+    answers = [
+        json.loads(ask(*asked, f"--set={key}=4", stdin=b"Once upon")[1])
+        for key in ("max_new_tokens", "decode.max_new_tokens")
+    ]
+    assert answers[0] == answers[1]
+    longer = json.loads(ask(*asked, "--set=decode.max_new_tokens=9", stdin=b"Once upon")[1])
+    assert len(longer["text"]) > len(answers[0]["text"])
+
+
 @pytest.mark.parametrize(
     ("task", "setting"), [("summarise", "num_beams=1"), ("continue", "temperature=0")]
 )
-def test_settings_of_a_task_that_have_nothing_left_to_do_are_no_fault(ask, task, setting):
+def test_settings_of_a_task_without_effect_are_reset(ask, task, setting):
     """early_stopping without beams, top_p without a temperature; those of --set are refused."""
     asked = ["--workdir=RUN", f"--task={task}", "--set=max_new_tokens=3", f"--set={setting}"]
     assert ask(*asked, stdin=b"A fine film.")[0] == 0
@@ -151,7 +163,7 @@ def test_settings_of_a_task_that_have_nothing_left_to_do_are_no_fault(ask, task,
     assert code == 2 and "seed=3 affects sampling only" in err
 
 
-def test_layouts_are_said_and_every_normalisation_is_told(ask, folder):
+def test_layouts_are_noted_and_every_normalization_is_reported(ask, folder):
     code, out, err = ask("--workdir=RUN", "--task=answer", "--eval={folder}/piqa.jsonl")
     assert (
         code == 0
@@ -230,7 +242,7 @@ def test_a_row_without_a_common_character_is_scored(ask, folder):
         code == 0 and len((folder / "kept.jsonl").read_text().splitlines()) == 2 and "chrf" in out
     ), err
     code, _, err = ask(*CONTINUE, "--eval={folder}/r.jsonl", "--output={folder}/kept.jsonl")
-    assert code == 2 and "is there already; give another name, or score it with --score=" in err
+    assert code == 2 and "exists; name another file, or score it with --score=" in err
 
 
 @pytest.mark.parametrize(
@@ -238,7 +250,7 @@ def test_a_row_without_a_common_character_is_scored(ask, folder):
     [
         (
             ["--workdir=RUN", "--task=sumarise"],
-            "task 'sumarise' is not known; did you mean 'summarise'?",
+            "unknown task 'sumarise'; did you mean 'summarise'?",
         ),
         (["--workdir=RUN"], "--task"),
         (["--task=summarise"], "--workdir is missing"),
@@ -249,11 +261,11 @@ def test_a_row_without_a_common_character_is_scored(ask, folder):
         ),
         (
             ["--workdir=OTHER", "--task=answer", "--passages={folder}/bare"],
-            "bare holds no text to look passages up in",
+            "bare holds no text to retrieve passages from",
         ),
         (
             ["--workdir=OTHER", "--task=sentiment", "--templates={folder}/twice.json"],
-            "label 'a' stands 2 times among 2",
+            "label 'a' occurs 2 times among 2",
         ),
         (
             ["--workdir=OTHER", "--task=summarise", "--examples={folder}/rows.jsonl"],
@@ -292,11 +304,11 @@ def test_a_row_without_a_common_character_is_scored(ask, folder):
         ),
         (
             ["--workdir=OTHER", "--task=answer", "--eval={folder}/blank.jsonl", "--blank=_"],
-            "take --task=continue",
+            "use --task=continue",
         ),
         (
             ["--workdir=OTHER", "--task=continue", "--blank=_"],
-            "--blank=_ belongs to rows that are scored",
+            "--blank=_ is for rows that are scored",
         ),
         (
             ["--workdir=OTHER", "--task=continue", "--last_word"],
@@ -324,9 +336,17 @@ def test_a_row_without_a_common_character_is_scored(ask, folder):
         ),
         (
             ["--workdir=RUN", "--task=answer", "--choices=a", "--choices=a"],
-            "choice 'a' stands 2 times among 2",
+            "choice 'a' occurs 2 times among 2",
         ),
         (["--workdir=RUN", "--task=summarise", "--set=num_beam=2"], "did you mean 'num_beams'"),
+        (
+            ["--workdir=RUN", "--task=summarise", "--set=decode.num_beams=many"],
+            "decode.num_beams='many' is not a value of type int",
+        ),
+        (
+            ["--workdir=RUN", "--task=summarise", "--set=model.num_layers=2"],
+            "unknown setting 'model.num_layers'; write --set=decode.KEY=VALUE",
+        ),
         (["--workdir=RUN", "--task=summarise", "--language=de"], "language='de' has no template"),
         (
             ["--workdir=RUN", "--task=summarise", "--passages={folder}/notes"],
@@ -348,24 +368,25 @@ def test_bad_input_is_one_line_and_exit_code_2(ask, folder, arguments, message):
         and err.count("\n") == 1
         and message.replace("{folder}", str(folder)) in err
     )
-    source = (SCRIPT.parents[1] / "mtnlg_jax/cli" / SCRIPT.name).read_text()
+    cli = SCRIPT.parents[1] / "mtnlg_jax/cli"
+    paths = [*(cli / "task_modes").glob("*.py"), *(cli / "decoding").glob("*.py")]
+    source = "".join(path.read_text() for path in paths)
     known = set(re.findall(r'(?:DEFINE_\w+|define_path)\(\s*"(\w+)"', source))
     named = set(re.findall(r"--(\w+)", err)) | set(re.findall(r"\b(on_error|text_key)\b", err))
-    assert named <= known | {"help"}, "an error names a flag that this command lacks"
+    assert named <= known | {"help"}, "an error names a flag that the script does not have"
 
 
 def run_alone(program, *arguments):
-    """The script in a process of its own, after ``program``, which may change ``names``, its
-    globals."""
+    """Run the script after ``program`` in a process of its own, without JAX and the like."""
     source = f"""
 import runpy, sys
 sys.argv = ["task.py", *{list(arguments)!r}]
 for name in ("jax", "bm25s", "zstandard", "trafilatura", "ftfy", "tensorboardX"):
     sys.modules[name] = None
-names = runpy.run_path({str(SCRIPT)!r})["main"].__globals__
+main = runpy.run_path({str(SCRIPT)!r})["main"]
 {program}
 from mtnlg_jax import command
-command.run(names["main"])
+command.run(main)
 """
     root = SCRIPT.parents[1]
     return subprocess.run(
@@ -389,18 +410,20 @@ def test_scoring_needs_neither_jax_nor_the_packages_of_other_paths(folder):
     assert (done.returncode, done.stderr) == (0, "") and "accuracy      100.00" in done.stdout
 
 
-def test_answers_are_kept_and_named_where_the_metrics_fail(folder):
+def test_answers_are_kept_if_the_metrics_fail(folder):
     program = """
 from types import SimpleNamespace
+from mtnlg_jax.cli.task_modes import performing
 from mtnlg_jax.tasks import answers
-def perform(task, rows, given, on_answer):
+def perform(task, rows, support, on_answer):
     made = [answers.Answer("b", "b", "en", "stop", (), (), 0, False, False, "a") for _ in rows]
     for index, answer in enumerate(made):
         on_answer(index, answer)
     return SimpleNamespace(step=1), made
 def measure(*args):
     raise TypeError("don't know how to coerce float32 and float")
-names["_perform"], answers.measure = perform, measure
+performing.perform = perform
+answers.measure = measure
 """
     for output in ((), (f"--output={folder}/failed.jsonl",)):
         done = run_alone(

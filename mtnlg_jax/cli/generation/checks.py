@@ -3,48 +3,58 @@
 import os
 import re
 import sys
+from typing import Any
 
+from mtnlg_jax.cli.decoding import shared_flags
 from mtnlg_jax.cli.generation import options
-from mtnlg_jax.cli.generation.settings_flags import NAMES, SETTINGS
+from mtnlg_jax.cli.generation.settings import as_given
+from mtnlg_jax.cli.generation.settings_flags import NAMES
+
+# Every flag that sets DecodeConfig.
+DECODE_FLAGS = (*NAMES, shared_flags.SET.name)
 
 
 def check_flags() -> None:
     """Raise ValueError on a flag that has no effect beside the others."""
     _check_mode()
     _check_prompts()
-    _check_texts()
+    if options.STREAM.value and shared_flags.JSON.value:
+        raise ValueError(
+            "--stream shows text as it comes, and --json prints it at the end; leave one of the "
+            "two out"
+        )
     _note_escapes()
 
 
 def _check_mode() -> None:
     """Refuse flags of another mode than --mode, and settings for candidates that are given."""
     mode = options.MODE.value
-    written = ("generative",) if options.CANDIDATES.value else ("generative", "ranking")
-    acts_in = dict.fromkeys(["stream", "stats", "draft", "num_assistant_tokens"], ("generative",))
+    generated = ("generative",) if options.CANDIDATES.value else ("generative", "ranking")
+    acts_in: dict[str, tuple[str, ...]] = {}  # modes by the names of flags
+    acts_in |= dict.fromkeys(DECODE_FLAGS, ("generative", "ranking"))
+    acts_in |= dict.fromkeys(["stream", "stats", "draft", "num_assistant_tokens"], ("generative",))
     acts_in |= dict.fromkeys(["candidates", "normalise", "scorer", *options.SCORING], ("ranking",))
-    acts_in |= {"guesses": ("fill",)} | dict.fromkeys(["cache", "show_special"], written)
+    acts_in |= {"guesses": ("fill",)} | dict.fromkeys(["cache", "show_special"], generated)
     acts_in |= dict.fromkeys(
         ["checkpoint", "dtype", "weights", "prompts", "output", "batch"],
         ("generative", "ranking", "fill"),
     )
-    acts_in = dict.fromkeys(NAMES, ("generative", "ranking")) | acts_in
     for name, modes in acts_in.items():
         if not options.is_given(name) or mode in modes:
             continue
-        if mode == "ranking" and "ranking" not in modes and name in ("cache", "show_special"):
+        if mode == "ranking" and name in ("cache", "show_special"):
             raise ValueError(
-                f"--{name} is for texts that are written, and --candidates gives them; leave it out"
+                f"--{name} affects generated texts, and --candidates gives the texts; leave it out"
             )
         raise ValueError(
             f"--{name} is for --mode={' or '.join(modes)}, not --mode={mode}; leave it out"
         )
     if mode == "ranking" and options.CANDIDATES.value:
-        for name in NAMES:
+        for name in DECODE_FLAGS:
             if options.is_given(name):
                 raise ValueError(
-                    f"--{name} is for candidates that are written, and --candidates gives them; "
-                    "leave one "
-                    "of the two out"
+                    f"--{name} affects generated candidates, and --candidates gives them; leave "
+                    "one of the two out"
                 )
 
 
@@ -60,30 +70,8 @@ def _check_prompts() -> None:
             if options.is_given(name):
                 raise ValueError(
                     f"--{name} is for one prompt, and --prompts={options.PROMPTS.value} holds "
-                    "many; leave one of "
-                    "the two out"
+                    "many; leave one of the two out"
                 )
-
-
-def _check_texts() -> None:
-    """Refuse --stream for what cannot be streamed, and draft settings without a draft."""
-    if options.STREAM.value and options.JSON.value:
-        raise ValueError(
-            "--stream shows text as it comes, and --json prints it at the end; leave one of the "
-            "two out"
-        )
-    if options.STREAM.value and (SETTINGS["num_return_sequences"].value or 1) > 1:
-        raise ValueError(
-            "--stream shows one text as it comes, and "
-            f"--n={SETTINGS['num_return_sequences'].value} asks "
-            "for several; leave one of the two out"
-        )
-    if options.is_given("num_assistant_tokens") and options.DRAFT.value is None:
-        raise ValueError(
-            f"--num_assistant_tokens={SETTINGS['num_assistant_tokens'].value} are guessed by a "
-            "draft "
-            "model; name its run with --draft, or leave it out"
-        )
 
 
 def _note_escapes() -> None:
@@ -92,10 +80,25 @@ def _note_escapes() -> None:
         if re.search(r"\\[nt]", text):
             print(
                 f"note: {text[:40]!r} holds a backslash and a letter, not a line end or a tab; "
-                "for those write "
-                "$'\\n' in the shell",
+                "for those write $'\\n' in the shell",
                 file=sys.stderr,
             )
+
+
+def check_settings(given: dict[str, Any]) -> None:
+    """Refuse --stream for several texts, and settings of a draft model without --draft."""
+    if options.STREAM.value and given.get("num_return_sequences", 1) > 1:
+        name = as_given("num_return_sequences")
+        raise ValueError(
+            f"--stream shows one text as it comes, and {name}={given['num_return_sequences']} asks "
+            "for several; leave one of the two out"
+        )
+    if "num_assistant_tokens" in given and options.DRAFT.value is None:
+        name = as_given("num_assistant_tokens")
+        raise ValueError(
+            f"{name}={given['num_assistant_tokens']} are guessed by a draft model; name its run "
+            "with --draft, or leave it out"
+        )
 
 
 def check_output() -> None:
@@ -108,6 +111,5 @@ def check_output() -> None:
     if not os.access(folder, os.W_OK):
         raise ValueError(
             f"--output={options.OUTPUT.value} cannot be written, as {folder} is not a writable "
-            "folder; create it, "
-            "or name another file"
+            "folder; create it, or name another file"
         )

@@ -22,6 +22,6 @@ def read_biased(text: str) -> tuple[tuple[int, ...], float]:
 
 
 def read_forced(text: str) -> tuple[int, int]:
-    """Read PLACE:ID."""
+    """Read POSITION:ID."""
     position, token = text.split(":")
     return int(position), int(token)

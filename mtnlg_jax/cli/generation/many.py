@@ -6,9 +6,9 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from mtnlg_jax.cli.decoding.output import dump
 from mtnlg_jax.cli.generation import options
 from mtnlg_jax.cli.generation.other_modes import fill_masks
-from mtnlg_jax.cli.generation.output import dump
 from mtnlg_jax.cli.generation.writing import load_draft
 
 if TYPE_CHECKING:

@@ -5,8 +5,9 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from mtnlg_jax.cli.decoding import shared_flags
+from mtnlg_jax.cli.decoding.output import dump, print_table
 from mtnlg_jax.cli.generation import options
-from mtnlg_jax.cli.generation.output import dump, print_table
 
 if TYPE_CHECKING:
     from mtnlg_jax.config import DecodeConfig
@@ -22,7 +23,7 @@ def show_tokens(prompt: str) -> None:
     ids = tokenizer.encode(prompt)
     pieces = [tokenizer.decode([index], skip_special=False) for index in ids]
     before = [tokenizer.bos_id] if tokenizer.prompt_bos or not ids else []
-    if options.JSON.value:
+    if shared_flags.JSON.value:
         content = {"mode": "tokens", "prompt": prompt, "tokens": ids}
         print(dump(content | {"pieces": pieces, "before": before}))
         return
@@ -30,7 +31,7 @@ def show_tokens(prompt: str) -> None:
     print_table([["id", "text"], *rows], {"text"})
     print(",".join(map(str, ids)))
     if before:
-        print(f"(as a prompt it stands behind token {before[0]})", file=sys.stderr)
+        print(f"(as a prompt, it follows token {before[0]})", file=sys.stderr)
 
 
 def fill_masks(decoder: "Decoder", tokenizer, prompt: str, _: "DecodeConfig") -> dict:
@@ -38,7 +39,7 @@ def fill_masks(decoder: "Decoder", tokenizer, prompt: str, _: "DecodeConfig") ->
     from mtnlg_jax.decode.infill import fill
 
     filled = fill(decoder, tokenizer, prompt, options.GUESSES.value)
-    if not (options.JSON.value or options.PROMPTS.value):
+    if not (shared_flags.JSON.value or options.PROMPTS.value):
         for number, guesses in enumerate(filled.masks, 1):
             print(f"mask {number}")
             for guess in guesses:

@@ -37,15 +37,16 @@ def read_rows(path: str) -> list[dict]:
         row = {"prompt": row} if isinstance(row, str) else row
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
             raise ValueError(
-                f'{name}, line {number} has no text under the key "prompt"; write {{"prompt": TEXT}}'
+                f'{name}, line {number} has no text under the key "prompt"; write '
+                '{"prompt": TEXT}'
             )
         texts = row.get("candidates", [])
         if options.MODE.value == "ranking" and not (
             isinstance(texts, list) and all(isinstance(each, str) for each in texts)
         ):
             raise ValueError(
-                f"{name}, line {number} has candidates that are not a list of texts; write [TEXT, "
-                "TEXT]"
+                f"{name}, line {number} has candidates that are not a list of texts; write "
+                "[TEXT, TEXT]"
             )
         rows.append(row)
     if not rows:

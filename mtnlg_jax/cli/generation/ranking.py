@@ -4,9 +4,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from mtnlg_jax.cli.decoding import shared_flags
+from mtnlg_jax.cli.decoding.output import print_table
 from mtnlg_jax.cli.generation import options
 from mtnlg_jax.cli.generation.entries import unescape
-from mtnlg_jax.cli.generation.output import print_table
 
 if TYPE_CHECKING:
     from mtnlg_jax.config import DecodeConfig, StageConfig
@@ -46,7 +47,7 @@ def rank_candidates(
         options=ScorerOptions(**values),
         stages=stages,
     )
-    if not (options.JSON.value or options.PROMPTS.value):
+    if not (shared_flags.JSON.value or options.PROMPTS.value):
         _print_ranking(ranked)
     return dataclasses.asdict(ranked)
 
@@ -55,9 +56,8 @@ def _print_ranking(ranked: "Ranking") -> None:
     """Print the scorers, then a table of the candidates, the best first."""
     mixture = " + ".join(f"{weight:g} {name}" for name, weight in ranked.weights.items())
     print(
-        f"{mixture}, {ranked.normalise}, natural logarithms; candidates: {ranked.size}, "
-        "duplicates: "
-        f"{ranked.duplicates}"
+        f"{mixture}, {ranked.normalise}, natural logarithms; "
+        f"candidates: {ranked.size}, duplicates: {ranked.duplicates}"
     )
     sums = ("sum", "per_token", "per_char", "per_byte")
     # The part logprob is one of the sums above.

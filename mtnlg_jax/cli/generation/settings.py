@@ -1,28 +1,39 @@
 """Read the settings of DecodeConfig from the command line."""
 
-from typing import Any
+import dataclasses
+from typing import TYPE_CHECKING, Any
 
+from mtnlg_jax.cli.decoding import shared_flags
+from mtnlg_jax.cli.decoding.settings import merge, read_assignments
+from mtnlg_jax.cli.generation import options
 from mtnlg_jax.cli.generation.entries import unescape
-from mtnlg_jax.cli.generation.settings_flags import EARLY, LISTS, SETTINGS, WORDS
+from mtnlg_jax.cli.generation.settings_flags import EARLY, FLAG_OF, LISTS, SETTINGS, WORDS
+
+if TYPE_CHECKING:
+    from mtnlg_jax.config import DecodeConfig
 
 
 def given_settings() -> dict[str, Any]:
-    """Return the settings of DecodeConfig that the command line gives."""
+    """Return the settings of DecodeConfig that flags and --set give."""
+    return merge(_given_by_flags(), read_assignments(shared_flags.SET.value), FLAG_OF)
+
+
+def _given_by_flags() -> dict[str, Any]:
     given = {name: flag.value for name, flag in SETTINGS.items() if flag.value is not None}
     if "early_stopping" in given:
         given["early_stopping"] = EARLY[given["early_stopping"]]
     if "stop_strings" in given:
         given["stop_strings"] = tuple(map(unescape, given["stop_strings"]))
     for name, (read, form, several, flag) in LISTS.items():
-        texts = flag.value if several else [flag.value]
         if flag.value is None:
             continue
+        texts: list[str] = flag.value if several else [flag.value]
         try:
             entries = [read(text) for text in texts]
         except ValueError:
+            example = form.replace("BIAS", "-2.5").replace("POSITION", "0").replace("ID", "7")
             raise ValueError(
-                f"--{name}={' '.join(texts)} is not of the form {form}, as in --{name}="
-                f"{form.replace('BIAS', '-2.5').replace('PLACE', '0').replace('ID', '7')}"
+                f"--{name}={' '.join(texts)} is not of the form {form}, as in --{name}={example}"
             ) from None
         if name == "logit_bias":
             if any(len(tokens) > 1 for tokens, _ in entries):
@@ -34,7 +45,15 @@ def given_settings() -> dict[str, Any]:
     return given
 
 
-def with_words(tokenizer, given: dict) -> dict:
+def as_given(key: str) -> str:
+    """Return the flag that gives a setting, for messages: "--n" or "--set=decode.top_k"."""
+    flag = FLAG_OF.get(key, key)
+    if not options.is_given(flag) and key in read_assignments(shared_flags.SET.value):
+        return f"--set=decode.{key}"
+    return f"--{flag}"
+
+
+def with_words(tokenizer, given: dict[str, Any]) -> dict[str, Any]:
     """Return ``given`` extended by the flags of WORDS, in the tokens of ``tokenizer``."""
     texts = {name: list(map(unescape, flag.value or [])) for name, flag in WORDS.items()}
     added: dict[str, list] = {
@@ -57,8 +76,7 @@ def with_words(tokenizer, given: dict) -> dict:
             if not single:
                 raise ValueError(
                     f"--{name}={text} is {len(forms[0])} tokens, {','.join(map(str, forms[0]))}, "
-                    "which "
-                    "occur in other texts as well; --bad_words forbids them in a row"
+                    "which occur in other texts as well; --bad_words forbids them in a row"
                 )
             added[setting] += single
     for entry in texts["word_bias"]:
@@ -82,3 +100,35 @@ def _forms(tokenizer, name: str, text: str) -> list[tuple[int, ...]]:
         raise ValueError(f"--{name} is empty; leave it out")
     forms = [tokenizer.encode(text)] + ([] if text[0].isspace() else [tokenizer.encode(f" {text}")])
     return list(dict.fromkeys(tuple(form) for form in forms if form))
+
+
+def decode_settings(
+    rows: list[dict], run_decode: "DecodeConfig", given: dict[str, Any]
+) -> "DecodeConfig":
+    """Return the settings of the run with those of the command line; refuse idle ones."""
+    from mtnlg_jax.config import DecodeConfig, acting, validate_decode
+
+    all_have_candidates = all("candidates" in row for row in rows)
+    if options.MODE.value == "ranking" and given and all_have_candidates:
+        raise ValueError(
+            f"{as_given(next(iter(given)))} affects generated candidates, and each line of "
+            f"{options.PROMPTS.value} has its own; leave one of the two out"
+        )
+    decode = dataclasses.replace(run_decode, **given)
+    given_candidates = bool(options.CANDIDATES.value) or all_have_candidates
+    # Ranking needs different samples, which greedy decoding does not give.
+    sampling = options.MODE.value == "ranking" and not given_candidates
+    greedy = decode.temperature == 0 and decode.num_beams == 1
+    if sampling and greedy and "temperature" not in given:
+        decode = dataclasses.replace(decode, temperature=1.0)
+    # Settings of the run that have no effect are reset; those of the command line are refused.
+    decode = acting(decode, given)
+    if options.DRAFT.value is None:
+        decode = dataclasses.replace(decode, num_assistant_tokens=DecodeConfig.num_assistant_tokens)
+    validate_decode(decode)
+    if "seed" in given and decode.temperature == 0:
+        raise ValueError(
+            f"seed={decode.seed} affects sampling only, and temperature=0 does not sample; set "
+            "temperature above 0, or leave seed out"
+        )
+    return decode

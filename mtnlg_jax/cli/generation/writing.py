@@ -5,6 +5,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from mtnlg_jax.cli.decoding import shared_flags
 from mtnlg_jax.cli.generation import options
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ def write(decoder: "Decoder", tokenizer, prompt: str, decode: "DecodeConfig") ->
     draft = load_draft(tokenizer)
     stream = sys.stdout.isatty() if options.STREAM.value is None else options.STREAM.value
     # Several texts cannot be streamed to one terminal at once.
-    stream = stream and decode.num_return_sequences == 1 and not options.JSON.value
+    stream = stream and decode.num_return_sequences == 1 and not shared_flags.JSON.value
 
     def show(_: int, text: str) -> None:
         print(text, end="", flush=True)
@@ -36,12 +37,12 @@ def write(decoder: "Decoder", tokenizer, prompt: str, decode: "DecodeConfig") ->
     for number, result in enumerate(results, 1):
         if stream:
             print()
-        elif not options.JSON.value:
+        elif not shared_flags.JSON.value:
             score = "" if result.score is None else f", score {result.score:.4f}"
             print(f"--- {number}{score} ---\n" * (len(results) > 1) + prompt + result.text)
         if (
             len(encode_prompt(tokenizer, prompt)) + len(result.tokens) == decoder.context
-            and not options.JSON.value
+            and not shared_flags.JSON.value
         ):
             print(f"(ended: the context of {decoder.context} tokens is full)", file=sys.stderr)
     answer: dict[str, Any] = {"sequences": [dataclasses.asdict(result) for result in results]}
@@ -54,7 +55,7 @@ def write(decoder: "Decoder", tokenizer, prompt: str, decode: "DecodeConfig") ->
         answer["stats"] = _stats(
             decoder, tokenizer, prompt, results, decode, time.perf_counter() - begin
         ) | {"first_seconds": round(seconds, 3)}
-        if not options.JSON.value:
+        if not shared_flags.JSON.value:
             print(
                 "\n".join(f"{name}: {value}" for name, value in answer["stats"].items()),
                 file=sys.stderr,
@@ -70,8 +71,8 @@ def load_draft(tokenizer) -> "Decoder | None":
         return None
     run, draft = load_decoder(
         options.DRAFT.value,
-        options.CHECKPOINT.value,
-        options.DTYPE.value,
+        shared_flags.CHECKPOINT.value,
+        shared_flags.DTYPE.value,
         weights=options.WEIGHTS.value,
         cache=options.CACHE.value,
     )
@@ -81,8 +82,8 @@ def load_draft(tokenizer) -> "Decoder | None":
     ):
         raise ValueError(
             f"--draft={options.DRAFT.value} was trained with another tokenizer, of "
-            f"{run.tokenizer.vocab_size} "
-            f"tokens where the model's has {tokenizer.vocab_size}; give a draft with the same one"
+            f"{run.tokenizer.vocab_size} tokens where the model's has {tokenizer.vocab_size}; give "
+            "a draft with the same one"
         )
     return draft
 

@@ -19,6 +19,7 @@ import json
 import os
 from array import array
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import tensorstore
@@ -246,14 +247,14 @@ class Tokens:
         self,
         location: str,
         meta: dict,
-        array: tensorstore.TensorStore,
+        array: tensorstore.TensorStore | np.ndarray,
         offsets: Offsets,
         prompt_lengths: np.ndarray | None = None,
     ):
         self.location = location
         self.meta = meta
         self.prompt_lengths = prompt_lengths
-        self._array = array
+        self._array: Any = array  # a TensorStore here; a subclass may hold a numpy array
         self._offsets = offsets
 
     def __len__(self) -> int:
@@ -297,10 +298,9 @@ class Tokens:
 
     def read_windows(self, starts: np.ndarray, length: int) -> np.ndarray:
         """Return [n, length] tokens from each start; the first token follows the last."""
-        starts = [int(start) for start in starts]
         windows = np.empty((len(starts), length), self.meta["dtype"])
         pending = []  # start all reads before waiting for the first
-        for row, start in zip(windows, starts, strict=True):
+        for row, start in zip(windows, map(int, starts), strict=True):
             head = min(length, len(self) - start)
             pending.append((row[:head], self._array[start : start + head].read()))
             if head < length:

@@ -17,7 +17,7 @@ import jax
 
 TABLE = resources.files(__package__) / "blocks.json"
 # both: output and all gradients, of any implementation
-PASSES = ("forward", "dq", "dkv", "decode", "both")
+PASSES = ("forward", "dq", "dkv", "both", "decode")
 
 
 def scope(

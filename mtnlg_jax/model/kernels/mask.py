@@ -193,9 +193,9 @@ def _edges(mask: Mask, rows: int, queries: int, keys: int, block_q: int, block_k
     last block ends where its padding ends."""
     blocks_q = -(-queries // block_q)
     blocks_kv = -(-keys // block_kv)
-    first_q = jnp.arange(blocks_q)[:, None] * block_q
+    first_q = jnp.arange(blocks_q)[None, :, None] * block_q
     last_q = first_q + (block_q - 1)
-    first_kv = jnp.arange(blocks_kv) * block_kv
+    first_kv = jnp.arange(blocks_kv)[None, None, :] * block_kv
     last_kv = first_kv + (block_kv - 1)
     if clip:
         last_q = jnp.minimum(last_q, queries - 1)

@@ -14,7 +14,7 @@ from jax import lax
 from mtnlg_jax import compat
 from mtnlg_jax.model.attention import attention
 from mtnlg_jax.model.kernels import dispatch
-from mtnlg_jax.model.kernels.blocks import Blocks
+from mtnlg_jax.model.kernels.blocks import PASSES, Blocks
 from mtnlg_jax.model.kernels.call import AttentionCall
 from mtnlg_jax.model.kernels.mask import Mask
 from mtnlg_jax.model.kernels.select import SUPPORT, device, unsupported_reason
@@ -80,7 +80,7 @@ def milliseconds(run: Callable, arguments, seconds: float = 0.3, rounds: int = 3
 
 def passes(impl: str) -> tuple[str, ...]:
     """The passes of an implementation that can be timed."""
-    return ("forward", "dq", "dkv", "both", "decode") if impl.startswith("pallas") else ("both",)
+    return PASSES if impl.startswith("pallas") else ("both",)
 
 
 def shape_of(length: int, head_width: int, heads: int, tokens: int, dtype: str):

@@ -107,7 +107,7 @@ def forward(
 def _forward_body(
     tiles: QueryTiles, score_scale: ScoreScale, width: int, dtype, fast: bool
 ) -> Callable:
-    """What a computing warpgroup does with a tile, as launch() takes it."""
+    """Return the work of a computing warpgroup on a tile, in the form that launch() expects."""
     rows = tiles.blocks.q
     kv = tiles.blocks.kv
     plan = tiles.plan

@@ -125,7 +125,7 @@ def _dq(q, k, v, d_out, mask, lse, delta, score_scale, blocks, interpret, fast):
 
 
 def _dq_body(tiles: QueryTiles, score_scale: ScoreScale, width: int, dtype, fast: bool) -> Callable:
-    """What a computing warpgroup does with a tile of queries, as launch() takes it."""
+    """Return the work of a computing warpgroup on a tile of queries, as launch() expects it."""
     rows = tiles.blocks.q
     kv = tiles.blocks.kv
     plan = tiles.plan
@@ -229,8 +229,8 @@ def _dkv(q, k, v, d_out, mask, lse, delta, score_scale, blocks, interpret, fast)
         scratch["handed"] = tiled((HANDED, *shape), dtype)
         scratch |= ring("handed", HANDED, 1, readers=1)
     if not fast:
-        shape = shape if apart else (COMPUTE, *shape)
-        scratch |= {name: tiled(shape, dtype, width) for name in ("weights", "gradient")}
+        stored_shape = shape if apart else (COMPUTE, *shape)
+        scratch |= {name: tiled(stored_shape, dtype, width) for name in ("weights", "gradient")}
     batch, queries, heads, _ = q.shape
     with scope("attention_dkv", batch, heads, queries, keys, width, products=4, causal=mask.causal):
         results = launch(
@@ -307,7 +307,7 @@ class _DkvParts(NamedTuple):
 
 
 def _dkv_shared(parts: _DkvParts) -> Callable:
-    """What a computing warpgroup does with its half of a tile of keys: both dk and dv."""
+    """Return the work of a computing warpgroup on its half of a tile of keys: both dk and dv."""
     tiles, score_scale, _, dtype, fast = parts
     rows = tiles.blocks.kv
 
@@ -350,8 +350,11 @@ def _dkv_shared(parts: _DkvParts) -> Callable:
 
 
 def _dkv_apart(parts: _DkvParts) -> Callable:
-    """What a computing warpgroup does with a tile of keys that both have: the first one makes the
-    weights and dv, and hands the weights to the second one, which makes dk."""
+    """Return the work of two computing warpgroups on a shared tile of keys.
+
+    The first one computes the weights and dv, and passes the weights to the second one, which
+    computes dk.
+    """
     tiles, score_scale, _, dtype, fast = parts
     rows = tiles.blocks.kv
 

@@ -50,8 +50,8 @@ class Span(NamedTuple):
     """
 
     first: int | jax.Array
-    whole: jax.Array
-    whole_end: jax.Array
+    whole: int | jax.Array
+    whole_end: int | jax.Array
     last: int | jax.Array
     end: int | jax.Array
     offset: int | jax.Array  # of the mask

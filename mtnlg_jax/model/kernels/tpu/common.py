@@ -82,6 +82,7 @@ class KernelPlan(NamedTuple):
 def known_range(plan: KernelPlan, block, lib: ModuleType = jnp):
     """(first, count) of the blocks that are streamed past block ``block``, from the mask's
     arithmetic alone."""
+    assert plan.q_offset is not None, "an offset in a table leaves nothing to arithmetic"
     if plan.of_keys:
         size = plan.kv
         other = plan.q

@@ -114,7 +114,7 @@ def _heads_first(x, block: int):
 
 def _id_rows(mask: Mask, plan: KernelPlan):
     """Segment ids as rows (B, 1, S) and (B, 1, T), padded, or []."""
-    if mask.q_ids is None:
+    if mask.q_ids is None or mask.kv_ids is None:
         return []
     return [
         jnp.pad(ids.astype(jnp.int32), ((0, 0), (0, -ids.shape[1] % block)))[:, None]
@@ -299,5 +299,6 @@ def backward(
     plan = plan._replace(with_dq=dq_bytes(plan, width, q.dtype) <= DQ_LIMIT)
     dk, dv, *dq = run(dkv_kernel, plan, table, (k, v), 0)
     if not dq:
-        dq = run(dq_kernel, *_plan(q, k, mask, dq_blocks, scale, softcap, of_keys=False), (q,), 2)
+        plan, table = _plan(q, k, mask, dq_blocks, scale, softcap, of_keys=False)
+        dq = run(dq_kernel, plan, table, (q,), 2)
     return dq[0], dk, dv

@@ -1,0 +1,22 @@
+"""The flags that launch/generate.py and launch/task.py have in common."""
+
+from absl import flags
+
+from mtnlg_jax import command
+
+with command.flag_group("Model"):
+    CHECKPOINT = flags.DEFINE_enum("checkpoint", "best", ["best", "last"], "which checkpoint")
+    DTYPE = flags.DEFINE_enum(
+        "dtype", "float32", ["float32", "bfloat16"], "type of the products and the cache"
+    )
+
+with command.flag_group("Output"):
+    JSON = flags.DEFINE_bool("json", False, "print one JSON object")
+
+with command.flag_group("Any setting of decoding"):
+    SET = flags.DEFINE_multi_string(
+        "set",
+        [],
+        "decode.KEY=VALUE: a setting of the section decode of docs/configuration.md; can be "
+        "repeated",
+    )

@@ -1,0 +1,117 @@
+"""Load the model and perform the task on rows."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mtnlg_jax.cli.decoding import shared_flags
+from mtnlg_jax.cli.decoding.settings import read_assignments
+from mtnlg_jax.cli.task_modes import options
+from mtnlg_jax.cli.task_modes.rows import read_rows
+
+if TYPE_CHECKING:
+    from mtnlg_jax.config import DecodeConfig
+    from mtnlg_jax.tasks.answers import Answer
+    from mtnlg_jax.tasks.rendering import Row
+    from mtnlg_jax.tasks.templates import Task
+    from mtnlg_jax.train.checkpoint import Run
+
+
+def read_support(task: "Task", notes: list[str]) -> dict[str, Any]:
+    """Return the arguments of `tasks.run.perform` that hold examples and passages.
+
+    Reading them comes before the model is loaded, so that a wrong file is reported at once.
+    """
+    from mtnlg_jax.tasks.passages import read_passages
+
+    shots = options.SHOTS.value
+    examples = []
+    if options.EXAMPLES.value and shots != 0:
+        examples = read_rows(task, options.EXAMPLES.value, None, notes)
+        if (shots or 0) > len(examples):
+            raise ValueError(
+                f"--shots={shots}, but {options.EXAMPLES.value} holds {len(examples)} rows; give "
+                "a smaller number"
+            )
+    elif shots:
+        raise ValueError(f"--shots={shots} without examples; name their file with --examples")
+    retriever = None
+    if options.PASSAGES.value:
+        retriever = read_passages(
+            options.PASSAGES.value,
+            options.PASSAGE_SIZE.value,
+            options.TEXT_KEY.value,
+            options.ON_ERROR.value,
+        )
+    return {
+        "examples": examples,
+        "shots": shots or None,
+        "seed": options.SEED.value,
+        "retriever": retriever,
+    }
+
+
+def load() -> "Run":
+    """Load the run of --workdir."""
+    from mtnlg_jax import compat
+    from mtnlg_jax.train.checkpoint import load_run
+
+    compat.quiet()
+    compat.configure_cache()
+    return load_run(options.WORKDIR.value, shared_flags.CHECKPOINT.value)
+
+
+def perform(
+    task: "Task",
+    rows: Sequence["Row"],
+    support: dict[str, Any],
+    on_answer: Callable[[int, "Answer"], None] = lambda index, answer: None,
+) -> tuple["Run", list["Answer"]]:
+    """Return the run and the answer to each row, with a progress bar for several rows.
+
+    ``support`` comes from `read_support`. ``on_answer`` is called with (index of the row, answer)
+    as soon as the answer is known.
+    """
+    from tqdm import tqdm
+
+    from mtnlg_jax.decode.cache import unstack
+    from mtnlg_jax.tasks import run as tasks_run
+
+    decode = decode_settings(task)
+    run = load()
+    decoder = unstack(run.config.model, run.params, shared_flags.DTYPE.value)
+    hidden = None if len(rows) > 1 else True  # None: hidden unless on a terminal
+    with tqdm(total=len(rows), unit="row", disable=hidden, leave=False) as bar:
+
+        def done(index: int, answer: "Answer") -> None:
+            on_answer(index, answer)
+            bar.update()
+
+        return run, tasks_run.perform(
+            decoder,
+            run.tokenizer,
+            task,
+            rows,
+            language=options.LANGUAGE.value,
+            passages=options.BEST.value,
+            decode=decode,
+            scorer=options.SCORER.value,
+            normalise=options.NORMALISE.value,
+            last_word=options.LAST_WORD.value,
+            stages=run.config.train.stages,
+            batch=options.BATCH.value,
+            on_answer=done,
+            **support,
+        )
+
+
+def decode_settings(task: "Task") -> "DecodeConfig":
+    """Return the settings of the task with those of --set.
+
+    Settings of the task that --set leaves without effect, such as early_stopping without beams, are
+    reset.
+    """
+    from mtnlg_jax.config import acting
+
+    given = read_assignments(shared_flags.SET.value)
+    return acting(dataclasses.replace(task.decode, **given), given)
