@@ -155,6 +155,8 @@ def _first_state(
     Precedence: 1. the newest good checkpoint of this folder; 2. the parameters of train.init;
     3. fresh ones from train.seed.
     """
+    # The abstract state has this run's shardings, so a checkpoint of another mesh is restored onto
+    # this one.
     restored = checkpoints.restore(
         abstract_state(config, mesh),
         identity,
@@ -163,6 +165,7 @@ def _first_state(
     if not restored:
         return config, 0, init_state(config, mesh, init_from.load_start(config, mesh)), False
     first, state, meta = restored
+    # From here on the config names the run that these parameters really began with.
     config = changes.kept_init(meta, config)
     samples = int(state.samples)
     if samples and processes.is_first():  # 0: parameters alone, not trained in this folder yet
@@ -178,6 +181,8 @@ def _compiled_steps(
     """Return {(kind, masked): step}; each is compiled at its first call."""
     steps = {}
     for kind, options in init_from.kinds_of_steps(teachers):
+        # The attention mask is static: a masked step is another program, and costs nothing where no
+        # stage is masked, since a step is compiled at its first call.
         for masked in (False, True):
             step = make_train_step(
                 config, mesh, causal=not masked, total_samples=total_samples, **options
@@ -187,6 +192,7 @@ def _compiled_steps(
 
 
 def _programs(steps: dict[tuple[int, bool], CompiledStep]) -> list[str]:
+    # Sorted: processes compare the list by position.
     return [steps[key].fingerprint for key in sorted(steps)]
 
 
@@ -205,6 +211,7 @@ def _progress_bar(config: Config, first: int, show_progress: bool) -> tqdm:
 
 
 def _is_due(every: int, done: int, config: Config) -> bool:
+    # The last step is always due, so that every finished run has a checkpoint and an evaluation.
     return done == config.train.steps or (every > 0 and done % every == 0)
 
 
@@ -213,6 +220,7 @@ def _metric(result: dict) -> float:
 
     It is infinite where nothing was evaluated, or where the loss is not finite.
     """
+    # The causal loss decides where a run has both: the masked one is not a likelihood of the text.
     value = result.get("causal_loss", result.get("masked_loss", math.inf))
     return value if math.isfinite(value) else math.inf
 
@@ -232,6 +240,7 @@ def _evaluate(
 def _meta(config: Config, identity: dict, samples: int, result: dict) -> dict:
     """Return what a checkpoint records beside its arrays."""
     return {
+        # The resolved config: a resume compares with it, and decoding needs the vocabulary.
         "config": json.loads(to_json(config)),
         "identity": identity,
         "samples": samples,
@@ -267,7 +276,9 @@ def _summary(
     checkpoints: Checkpoints,
     state: TrainState,
 ) -> Summary:
+    # There is one: the last step is always evaluated, and a finished run that lost it repeats it.
     final = [record for record in records if record["kind"] == "eval"][-1]
+    # The mean over this process's steps, not the moving average of the progress bar.
     rate = meter.tokens / meter.seconds if meter.seconds else 0.0
     return Summary(
         workdir,
@@ -287,6 +298,7 @@ def _keep_tokenizer(tokenizer: Tokenizer, workdir: str) -> None:
     """Copy the tokenizer into the run folder, so that the folder can be used on its own."""
     target = os.path.join(workdir, "tokenizer")
     if not os.path.exists(target):
+        # Written beside and renamed: a folder named tokenizer is always whole.
         shutil.rmtree(target + ".partial", ignore_errors=True)
         tokenizer.save(target + ".partial")
         os.replace(target + ".partial", target)
