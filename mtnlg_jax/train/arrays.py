@@ -18,7 +18,7 @@ class StoredArrays:
     """The arrays below ``path``, written by Orbax, as numpy arrays by name."""
 
     def __init__(self, path: epath.Path) -> None:
-        # Imported where it is used: it takes part of a second, and only checkpoints need it.
+        # Imported where it is used, to keep the import of this module fast.
         import tensorstore as ts
 
         self._path = path

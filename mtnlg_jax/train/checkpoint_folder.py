@@ -100,8 +100,7 @@ class CheckpointFolder:
 
     def begin(self, step: int, size: int) -> bool:
         """Return whether ``step`` is to be written, after checking the disk and marking it."""
-        # Saved before, for example by a start that was stopped right after it. The state is the
-        # same.
+        # A checkpoint that exists is never written again.
         if step in self.steps():
             return False
         with self.failure_named(step):
@@ -188,8 +187,8 @@ class CheckpointFolder:
         """Return the newest whole checkpoint, and warnings about damaged ones that it set aside."""
         damaged: list[str] = []
         warnings: list[str] = []
-        # The newest first. An unfinished one is no candidate, but one without a record or a marker
-        # is damaged.
+        # The newest first. A folder with neither a record nor a marker is a candidate that turns
+        # out damaged.
         for step in reversed(manifest.candidates(self.path)):
             path = self.path / str(step)
             record, damage = manifest.read_record(path)

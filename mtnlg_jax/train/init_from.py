@@ -156,8 +156,7 @@ def _refuse_other_model(what: str, theirs: ModelConfig, ours: ModelConfig) -> No
     found = _shapes(theirs)
     wanted = _shapes(ours)
     way_out = "give " + ", ".join(f"--set=model.{key}={old[key]}" for key in differing)
-    # Shapes are compared before settings: a message about a parameter says more than one about a
-    # default.
+    # Shapes come before settings: a parameter that does not fit is the more concrete message.
     for name in [*wanted, *(name for name in found if name not in wanted)]:
         if found.get(name) != wanted.get(name):
             raise ValueError(

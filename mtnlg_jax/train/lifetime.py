@@ -95,7 +95,7 @@ def _owner(path: str) -> tuple[str, float]:
     name = f"process {process} on {host}" + (f" since {since}" if since else "")
     if host != socket.gethostname():
         return name, PATIENCE_ELSEWHERE
-    # This very process holds it, in another call of train: waiting would not help.
+    # Another call of train in this very process holds it, so waiting would not help.
     return name, 0 if int(process) == os.getpid() else PATIENCE_HERE
 
 

@@ -41,6 +41,7 @@ def finished(folder: epath.Path) -> list[int]:
 def best(folder: epath.Path) -> int | None:
     """Return the step with the lowest metric, the newest of equals; None without any metric."""
     rated = _rated(folder)
+    # The pair sorts by metric, then by minus step: of equals the newest.
     return -min(rated)[1] if rated else None
 
 
@@ -68,8 +69,13 @@ def write_record(path: epath.Path, content: dict) -> None:
 
     The first line of the record is the SHA-256 of the rest.
     """
+    # The inventory also syncs the files: once the record exists, everything that it names is on
+    # disk.
     body = json.dumps(content | {"files": _inventory(path)}, indent=1)
+    # `write_file` renames a whole file into place. The digest in it shows later damage of the
+    # record itself.
     write_file(path, RECORD, f"{_digest_of_text(body)}\n{body}".encode())
+    # The folder's entry of the record must reach the disk as well.
     if not is_remote(path):
         _sync(path)
 
@@ -80,6 +86,7 @@ def read_record(path: epath.Path) -> tuple[dict | None, str | None]:
         digest, _, body = (path / RECORD).read_bytes().decode("utf-8", "replace").partition("\n")
     except FileNotFoundError:
         return None, f"{RECORD} is missing"
+    # Compared before it is parsed, so that damage is never taken for settings.
     if _digest_of_text(body) != digest:
         return None, f"{RECORD} is not what was written"
     return json.loads(body), None
@@ -89,6 +96,7 @@ def damage(path: epath.Path, record: dict, below: str = "") -> str | None:
     """Return what is wrong with the files of ``path`` whose names begin with ``below``, if
     anything."""
     files = {name: pair for name, pair in record["files"].items() if name.startswith(below)}
+    # Sizes first: they find a missing or truncated file without reading gigabytes.
     for name, (size, _) in files.items():
         if not (path / name).exists():
             return f"{name} is missing"
@@ -96,6 +104,7 @@ def damage(path: epath.Path, record: dict, below: str = "") -> str | None:
         if found != size:
             return f"{name} has {found} bytes instead of {size}"
     hashed = {name: digest for name, (_, digest) in files.items() if digest is not None}
+    # hashlib releases Python's lock, so threads hash in parallel.
     with ThreadPoolExecutor(HASH_THREADS) as pool:
         digests = pool.map(lambda name: _digest(path / name), hashed)
         for name, digest in zip(hashed, digests, strict=True):
@@ -144,10 +153,12 @@ def _inventory(path: epath.Path) -> dict[str, tuple[int, str | None]]:
     files = list(_files(path))
     names = [os.fspath(file.relative_to(path)) for file in files]
     sizes = [file.stat().length for file in files]
+    # The store keeps checksums itself; reading everything back would cost as much as the save.
     if is_remote(path):
         return {name: (size, None) for name, size in zip(names, sizes, strict=True)}
     with ThreadPoolExecutor(HASH_THREADS) as pool:
         digests = list(pool.map(_sync_and_digest, files))
+    # A file's name is on disk only after its folder was synced.
     for folder, _, _ in os.walk(path):
         _sync(folder)
     _sync(path.parent)

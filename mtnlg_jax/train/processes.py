@@ -128,7 +128,7 @@ def _deadline(seconds: float, coordinator: str | None, process_id: int | None) -
     def wait() -> None:
         if connected.wait(seconds):
             return
-        # Process 0 cannot ask itself. The others can tell a missing process 0 from a missing peer.
+        # Asked only where it tells two causes apart: a missing process 0 and a missing peer.
         answers = process_id == 0 or coordinator is None or _is_listening(coordinator)
         problem = (
             "not every process connected to process 0"
@@ -143,7 +143,7 @@ def _deadline(seconds: float, coordinator: str | None, process_id: int | None) -
         # From this thread an exception would not reach the main one, which is inside JAX.
         exit_now(errors.BAD_INPUT)
 
-    # JAX blocks without Python's signal handling, so the limit needs a thread.
+    # The call into JAX blocks the main thread, so the limit needs another one.
     threading.Thread(target=wait, daemon=True).start()
     try:
         yield
@@ -162,7 +162,7 @@ def _is_listening(address: str) -> bool:
 
 def several() -> bool:
     """Return whether this run has more than one process."""
-    # Asked without touching a device, so that it may be called before the backend starts.
+    # In this order: `process_count` starts the backend.
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 

@@ -101,8 +101,7 @@ class Watchdog:
             f"has taken {elapsed:.0f} s, its limit is {self.limit:.0f} (train.watchdog_seconds, "
             "train.phase_seconds); all stacks:\n"
         )
-        # To a file first: the pipe of standard error may be blocked, which may be why nothing
-        # moves.
+        # To a file first, since standard error may be a pipe that nobody reads.
         with contextlib.suppress(OSError), open(self.path, "w") as file:
             file.write(line)
             file.flush()
