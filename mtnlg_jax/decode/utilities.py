@@ -20,6 +20,7 @@ def extract_answer(answer: str | Callable[[str], str | None], text: str) -> str 
     matches = list(re.finditer(answer, text))
     if not matches:
         return None
+    # The last match: reasoning comes before its answer.
     return matches[-1][1] if matches[-1].re.groups else matches[-1][0]
 
 
@@ -52,4 +53,5 @@ def _token_f1(text: str, reference: str) -> float:
     theirs = collections.Counter(_WORD.findall(reference.casefold()))
     if not ours or not theirs:
         return float(text.strip() == reference.strip())
+    # 2 P R / (P + R) with P and R as shares of the common words.
     return 2 * (ours & theirs).total() / (ours.total() + theirs.total())

@@ -272,8 +272,7 @@ def one_f_one_b(
 
     def backward(t, arrived, inputs):
         """B of this tick: gradients of (weights, input, rest) from that of the output."""
-        # B of the last stage is in the tick of its F, and each earlier stage follows one tick
-        # later.
+        # B of the last stage is in the tick of its F; each earlier stage follows a tick later.
         n = t - 2 * (size - 1) + here
         due = (n >= 0) & (n < micro_batches)
         x = _at(inputs, jnp.mod(n, held))
@@ -285,7 +284,6 @@ def one_f_one_b(
 
         d_weights, d_x = when(due, through_stage, (_zeros_like(weights), nothing), arrived, x)
         through_embedding = jax.vjp(lambda rest: vary(embed(rest, n)), rest)[1]
-        # The gradient of the embedding comes out of the first stage only; the others add 0.
         (d_rest,) = through_embedding(jnp.where(due & (here == 0), d_x, nothing))
         return d_weights, d_x, d_rest
 
@@ -297,8 +295,7 @@ def one_f_one_b(
         d_stage, d_x, d_embedding = backward(t, jnp.where(last, d_y, d_x), inputs)
         return vary(
             (
-                # The ring also brings the last output to stage 0 and the first gradient to the last
-                # stage. Neither reads it.
+                # The ring also joins both ends, which ignore what it brings them.
                 lax.ppermute(y, "pipe", right),
                 lax.ppermute(d_x, "pipe", left),
                 inputs,
@@ -310,8 +307,7 @@ def one_f_one_b(
 
     inputs = jnp.zeros((held, *nothing.shape), nothing.dtype)
     begin = vary((nothing, nothing, inputs, zeros(weights), zeros(rest), jnp.float32(0)))
-    # The number of ticks may be traced, since gradients are computed inside and nothing
-    # differentiates the loop.
+    # A traced number of ticks is possible because nothing differentiates this loop.
     *_, d_weights, d_rest, total = lax.fori_loop(0, micro_batches + 2 * (size - 1), tick, begin)
     return total, d_weights, d_rest
 

@@ -270,8 +270,8 @@ def _leaves(tree: dict, path: str = "") -> dict[str, Any]:
 def _shares(blend: list, paths: list[str]) -> list[list]:
     """Return [position of the source, its share] for each source of ``blend``."""
     total = sum(weight for _, weight in blend)
+    # Weights 1:1 and 2:2 are the same blend; 9 digits absorb the rounding of the division.
     return [
-        # Weights 1:1 and 2:2 are the same blend; 9 digits absorb the rounding of the division.
         [paths.index(path), round(weight / total, 9)] for path, weight in blend if path in paths
     ]
 

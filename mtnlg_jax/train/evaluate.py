@@ -95,9 +95,9 @@ class Evaluator:
         raw = self.held_out.rows(numbers)
         if objective == "causal":
             return causal_batch(raw)
+        # Seed 0 and the window's number, not train.seed: the same masks in every run and at every
+        # step.
         return masked_batch(
-            # Seed 0 and the window's number, not train.seed: the same masks in every run and at
-            # every step.
             raw, self.held_out.window[numbers], 0, self.config.data.masking, self.data.tokenizer
         )
 

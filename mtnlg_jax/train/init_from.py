@@ -194,8 +194,8 @@ def _refuse_other_vocabulary(what: str, theirs: Config, config: Config) -> None:
 
 
 def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    # A mesh of size 1 along every axis: whole shapes.
     return {
-        # A mesh of size 1 along every axis: whole shapes.
         row.path: row.shape for row in plan_table(abstract_model(model)[1], dict.fromkeys(AXES, 1))
     }
 
