@@ -144,6 +144,7 @@ def collect(
         indices = [index for index in indices if why[index] != EMPTY]
         for index in indices[: config.num_return_sequences]:
             length = int(lengths[index])
+            # Only results are checked: other beams may hold placeholders.
             check_finite(logprobs[index][:length], prompt, 0)
             first = prompt_lengths[prompt]
             written = tokens[index][first : first + length].tolist()
@@ -178,6 +179,7 @@ def process_beams(
     shape = logprobs_GPWV.shape
     rows = shape[0] * shape[1] * shape[2]
 
+    # Every beam of a prompt has its prompt's settings.
     def spread(x_P):
         every = jnp.broadcast_to(x_P[None, :, None], (*shape[:3], *x_P.shape[1:]))
         return every.reshape(rows, *x_P.shape[1:])
@@ -193,6 +195,7 @@ def process_beams(
         prompts_B + spread(max_new_tokens_P),
     )
     end = jnp.arange(rows), ends_of(settings)[:, 0]
+    # A beam must have a continuation; otherwise it would leave the search without having ended.
     nothing_B = processed_BV.max(-1) == -jnp.inf
     processed_BV = processed_BV.at[end].set(jnp.where(nothing_B, 0.0, processed_BV[end]))
     return processed_BV.reshape(shape)

@@ -178,6 +178,7 @@ def continue_prefix(
         len(found) or config.num_return_sequences * (kind is None)
         for found, config, kind in zip(results, configs, kinds, strict=True)
     ]
+    # Index of each prompt's first sequence in the result.
     starts = np.cumsum([0, *counts]).tolist()
     if on_text:
         for start, found in zip(starts, results, strict=False):
@@ -186,6 +187,7 @@ def continue_prefix(
                     on_text(index, result.text)
     if rest:
         part = _prompts_of(prefix, rest)
+        # Rows are numbered within their own batch; on_text needs their number in the whole result.
         indices = [starts[i] + copy for i in rest for copy in range(counts[i])]
         show = (lambda row, text: on_text(indices[row], text)) if on_text else None
         part_configs = [configs[i] for i in rest]
@@ -310,6 +312,7 @@ class _Texts:
                     break
                 self.seen_B[row] += 1
                 self._show(row, stream.push(token))
+        # Ends that the device knows are in its own done_B.
         return np.array([stream.stopped for stream in self.streams])
 
     def finish(self) -> None:

@@ -47,6 +47,7 @@ def process(logits_BV, settings: Settings, tokens_BS, lengths_B, prompts_B, long
         )
     ends_BV = one_hot(ends_of(settings), vocabulary)
     if settings.uses("min_new_tokens", "min_length"):
+        # min_length counts the prompt, min_new_tokens does not.
         early_B = (new_B < rows.min_new_tokens) | (lengths_B < rows.min_length)
         logits_BV = jnp.where(early_B[:, None] & ends_BV, NEG_INF, logits_BV)
     constraint = settings.static_options.constraint
@@ -178,6 +179,7 @@ def temper(logits_BV, temperature_B):
 def top_k(logits_BV, k_B):
     """Keep the k best and all that equal the k-th; 0 keeps all."""
     k_B = jnp.clip(k_B, 0, logits_BV.shape[1])
+    # Sorting and not top_k, because k differs from row to row.
     worst = jnp.take_along_axis(
         jnp.sort(logits_BV, -1, descending=True), jnp.maximum(k_B - 1, 0)[:, None], 1
     )
@@ -216,6 +218,7 @@ def typical(logits_BV, p_B):
     distance = jnp.abs(-log_p - entropy)
     order = jnp.argsort(distance, -1)
     mass = jnp.cumsum(jnp.exp(jnp.take_along_axis(log_p, order, -1)), -1)
+    # The first entry that reaches p still counts.
     last = jnp.minimum((mass < p_B[:, None]).sum(-1), logits_BV.shape[1] - 1)
     farthest = jnp.take_along_axis(distance, jnp.take_along_axis(order, last[:, None], -1), -1)
     return jnp.where((distance > farthest) & (p_B[:, None] < 1), NEG_INF, logits_BV)

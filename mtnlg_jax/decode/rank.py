@@ -128,7 +128,6 @@ def rank(
         )
     else:
         prompt_tokens, found = _read(decoder, tokenizer, prompt, candidates)
-    # Equal candidates are scored once; their order and their number are kept.
     first: dict[Candidate, int] = {}
     counts = collections.Counter(found)
     for index, each in enumerate(found):
@@ -279,6 +278,7 @@ def _write(decoder, tokenizer, prompt, decode, weights):
         len(tokens) + 1 + ends,
         f"the prompt with {'a token and the end' if ends else 'one token'}",
     )
+    # With room for the end that the bidirectional model reads.
     longest = min(decode.max_new_tokens, decoder.context - len(tokens) - ends)
     # A candidate needs at least one token to score.
     decode = dataclasses.replace(

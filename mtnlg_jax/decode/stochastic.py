@@ -126,6 +126,7 @@ def begin(prefix: Prefix, search_params: SearchParams, *, static: Static) -> Sta
     # The W beams start equal, so the first one represents all sequences. The largest of their
     # values may be any number, since it does not change their order.
     scores = beams.scores.at[:, :, 0].set(0.0)
+    # A prompt that fills the context is itself the only sequence.
     no_room_P = search_params.max_new_tokens <= 0
     why = beams.why.at[0, :, 0].set(jnp.where(no_room_P, LENGTH, EMPTY).astype(jnp.int8))
     return State(
@@ -177,6 +178,7 @@ def _grow(
     warped_PWV = warp(processed_GPWV.reshape(-1, vocabulary), repeated).reshape(
         prompts, beams, vocabulary
     )
+    # Reported with the tokens; the draw uses the processed and warped distribution.
     own_PWV = jax.nn.log_softmax(logits_GPWV, -1)[0]
     kept = jax.tree.map(lambda x: x[0], state.running)
     whole_PW = kept.why != EMPTY
@@ -203,6 +205,7 @@ def _grow(
     sources = at_PW // vocabulary
     tokens_PW = (at_PW % vocabulary).astype(jnp.int32)
     stays_PW = take(whole_PW, sources)
+    # A finished sequence is extended as well, but behind its length, where nothing is read.
     tokens, logprobs = extend(kept, sources, tokens_PW, own_PWV, prompts_P, state.written)
     ended_PW = ending(tokens, tokens_PW, prompts_P, state.written, settings)
     full_length_P1 = (state.written + 1 >= max_new_tokens_P)[:, None]

@@ -75,6 +75,7 @@ class TextStream:
         tokens = self._waiting[:count]
         self._waiting = self._waiting[count:]
         shown = ""
+        # Token by token, so that the text of a stop string ends the row at the right token.
         for token in tokens:
             self._held += self._decoder.decode(self._tokenizer.token_bytes(token))
             # The earliest match of all stop strings, also one across several tokens.

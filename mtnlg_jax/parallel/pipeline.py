@@ -291,7 +291,6 @@ def one_f_one_b(
         y, d_x, inputs, d_weights, d_rest, total = carry
         # F before B, because the last stage needs both of one micro-batch in this tick.
         y, inputs, part, d_head, d_y = forward(t, y, inputs)
-        # The last stage starts from its own loss, the others from what their right neighbor sent.
         d_stage, d_x, d_embedding = backward(t, jnp.where(last, d_y, d_x), inputs)
         return vary(
             (

@@ -119,6 +119,7 @@ def refuse_changes(meta: dict, step: int, alone: bool, config: Config) -> None:
     # Without a sample count and moments nothing below can contradict the checkpoint.
     if alone:
         return
+    # Equal is allowed: a finished run that is started again reports itself as finished.
     if step > config.train.steps:
         raise ValueError(
             f"train.steps={config.train.steps} is below the checkpoint's step {step}; give "
@@ -160,6 +161,7 @@ def report_changes(meta: dict, step: int, samples: int, config: Config) -> str |
             f"order of samples {order} -> {SAMPLE_ORDER} (this version draws them differently: "
             "some are read again, others later)"
         )
+    # Reported, because someone who changed them expects an effect.
     unused = [
         f"{key} {old[key]} -> {new[key]} (it only acts at a fresh start)"
         for key in sorted(START)
@@ -167,6 +169,7 @@ def report_changes(meta: dict, step: int, samples: int, config: Config) -> str |
     ]
     if not found + unused:
         return None
+    # Still reported, since the config on disk will differ from what was trained.
     if step >= config.train.steps:
         return f"step {step} was the last, so these changes do nothing: {'; '.join(found + unused)}"
     before: Config | None
@@ -195,6 +198,8 @@ def _consequences(before: Config, config: Config, step: int, samples: int) -> li
     # float32 rounds a rate that did not change.
     if abs(rates[1] - rates[0]) > 1e-6 * max(rates):
         found.append(f"learning rate of step {step + 1} {rates[0]:.3g} -> {rates[1]:.3g}")
+    # The bounds follow from the fractions and from train.steps, so they may move without a change
+    # of a stage.
     bounds = [stage_bounds(one.train) for one in (before, config)]
     if len(config.train.stages) > 1 and bounds[0] != bounds[1]:
         found.append(f"stages end at steps {_listed(bounds[0])} -> {_listed(bounds[1])}")
@@ -242,6 +247,7 @@ def _values(config: dict) -> dict[str, Any]:
         stage["blend"] = _shares(stage["blend"], paths)
         stage["distill"] = _real_path(stage["distill"])
     data["sequence_length"] = data["sequence_length"] or config["model"]["max_position_embeddings"]
+    # A path to held-out text; otherwise a share.
     if isinstance(data["heldout"], str):
         data["heldout"] = _real_path(data["heldout"])
     return _leaves(config)

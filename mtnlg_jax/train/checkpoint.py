@@ -143,6 +143,7 @@ class Checkpoints:
         """
         step = self._unproven
         self._unproven = None
+        # In the background and behind the save that it belongs to, since there is one thread.
         if step is not None:
             self._pending.append(self._background.submit(self._files.mark_finite, step))
 
@@ -175,6 +176,7 @@ class Checkpoints:
         # Through JSON, as the saved identity went, so that a tuple equals its list.
         given = json.loads(json.dumps(identity))
         chosen, warnings = run_on_first(lambda: self._files.choose(given, shapes, refuse))
+        # Only process 0 looked, but every process keeps the warnings.
         for warning in warnings:
             logging.warning("%s", warning)
         self.warnings += warnings
@@ -317,6 +319,7 @@ def _no_run(workdir: epath.Path) -> str:
         return f"{path} holds no checkpoint; {way_out}"
     if not os.path.exists(path):
         return f"{storage.missing(path)}; it holds no checkpoint: {way_out}"
+    # Someone may have given a folder inside a run, such as checkpoints/200.
     for above in (workdir.parent, workdir.parent.parent):
         if manifest.finished(above / "checkpoints"):
             return f"{path} is part of a run and holds no checkpoint; give {os.fspath(above)}"

@@ -13,6 +13,7 @@ def text_curve(metrics_path: str, width: int = 72, height: int = 8) -> str:
     width = min(width, len(steps))
     # A column is the mean of its steps, so that no step is left out of the picture.
     columns = [steps[i * len(steps) // width : (i + 1) * len(steps) // width] for i in range(width)]
+    # Masked and causal losses are not comparable, so each has its own mark in a column.
     means = {name: [_mean_loss(column, name) for column in columns] for name in _MARKS}
     seen = [mean for values in means.values() for mean in values if mean is not None]
     if not seen:

@@ -56,6 +56,7 @@ def at_start(
     ramp = f" (from {train.rampup_batch_size[0]} on)" if train.rampup_batch_size else ""
     # From here on, since earlier steps may have had other batch sizes.
     total = samples_at_end(train, min(first, train.steps), samples) * length
+    # More than one means that text is read again.
     epochs = ""
     if training_tokens:
         epochs = f", {total / training_tokens:,.3g} times the data's {training_tokens:,}"
@@ -120,6 +121,7 @@ def write(config: Config, workdir: str, first: int) -> None:
                 before = json.load(file)
         except ValueError:  # cut short or edited: all settings are written again
             pass
+    # The first start of this folder, or a file that cannot be compared.
     if before is None:
         settings = {"config": json.loads(text)}
     else:
@@ -154,6 +156,7 @@ def commit() -> str | None:
         return None
     try:
         done = subprocess.run(
+            # ``--exclude=*`` leaves tags out, so that the name is always the hash.
             ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
             capture_output=True,
             text=True,

@@ -121,6 +121,7 @@ def _learns_from_teacher(stage: StageConfig) -> bool:
 
 def _settings(what: str, folder: str, tokenizer: Tokenizer) -> Config:
     """Return the config of the run in ``folder``, whose tokenizer must be that of the data."""
+    # The run's own config and not the checkpoint's: nothing large is opened for a check.
     content = storage.read_file(folder, "config.json")
     if content is None:
         exists = storage.is_remote(folder) or os.path.exists(folder)
@@ -176,6 +177,7 @@ def _refuse_other_model(what: str, theirs: ModelConfig, ours: ModelConfig) -> No
 def _refuse_other_vocabulary(what: str, theirs: Config, config: Config) -> None:
     rows = theirs.model.vocab_size
     ours = config.model.vocab_size
+    # Distributions are compared entry by entry, so the vocabularies must be equal.
     if rows != ours:
         raise ValueError(
             f"{what}: the teacher's vocabulary has {rows} rows and this model's has {ours}; "

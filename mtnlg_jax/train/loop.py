@@ -51,17 +51,17 @@ def train(
     processes.check_same_settings(config, workdir)
     show_progress = show_progress and processes.is_first()
     with (
-        lifetime.own(workdir),
+        lifetime.own(workdir),  # first, so that everything below is this run's alone
         lifetime.signals() as stop,
         contextlib.ExitStack() as resources,
         Watchdog(config.train.watchdog_seconds, config.train.phase_seconds, workdir) as watchdog,
-        processes.exit_on_failure(),
+        processes.exit_on_failure(),  # innermost: it ends the process before anything waits
     ):
         compat.serialize_cpu_collectives()
         data = load_data(config)
         config = resolve(config, data.tokenizer)
         mesh = make_mesh(config.mesh)
-        validate_batch(config, mesh.shape["data"])
+        validate_batch(config, mesh.shape["data"])  # data=-1 is only known now
         checkpoints = _open_checkpoints(config, workdir)
         resources.callback(checkpoints.close)
         init_from.refuse_other_runs(config, data.tokenizer, fresh=not checkpoints.steps())
@@ -84,7 +84,7 @@ def train(
         steps = _compiled_steps(config, mesh, teachers, total_samples, watchdog)
         evaluate = Evaluator(config, mesh, data)
         vote = processes.PreemptionVote()
-        best = checkpoints.best_metric()
+        best = checkpoints.best_metric()  # of earlier starts as well
         save = None  # saves the newest state again, if the last save failed
 
         for step in range(first, config.train.steps):
@@ -96,16 +96,16 @@ def train(
             scale = float(stage.learning_rate_scale)
             state, metrics = run_step(state, batch, micro_batches, sequences, scale, *teacher)
             reporter.report()  # the previous step, while this one runs
-            watchdog.enter("step")
-            reporter.pending = (step, metrics, int(sequences))
+            watchdog.enter("step")  # a step ends where the next one has been started
+            reporter.pending = (step, metrics, int(sequences))  # fetched one step later
             done = step + 1
-            stopping = vote(stop.is_set())
+            stopping = vote(stop.is_set())  # the same answer in every process
             if processes.several() and _is_due(config.train.compare_every, done, config):
                 processes.check_same_run(config, data.fingerprints, _programs(steps), state, done)
             evaluating = _is_due(config.train.eval_every, done, config)
             saving = stopping or saver.is_due() or _is_due(config.train.save_every, done, config)
             if evaluating or saving:
-                reporter.report()
+                reporter.report()  # the state is judged by this step, not the previous one
                 watchdog.enter("evaluation or saving")
                 result = _evaluate(evaluate, state, done, log, show_progress) if evaluating else {}
                 metric = _metric(result)
@@ -117,10 +117,10 @@ def train(
                     best = min(best, metric) if saver.save(save) else best
                 if not stopping and done < config.train.steps:
                     save = None  # it would hold this state beside the next one
-                reporter.meter.restart()
+                reporter.meter.restart()  # evaluation and saving are not the speed of steps
             if stopping and done < config.train.steps:
                 saver.finish(save)
-                processes.barrier("saved")
+                processes.barrier("saved")  # process 0 may still be writing the record
                 raise _preempted(done, workdir, saved=save is not None)
 
         watchdog.enter("saving")

@@ -27,6 +27,7 @@ def candidates(folder: epath.Path) -> list[int]:
     """Return the steps of the checkpoints that are not known to be unfinished, ascending."""
     if not folder.exists():
         return []
+    # Names such as 200.damaged are not numbers and drop out.
     steps = sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
     return [
         step for step in steps if _has_record(folder, step) or not marker(folder, step).exists()
@@ -53,6 +54,7 @@ def best_metric(folder: epath.Path) -> float | None:
 
 def _rated(folder: epath.Path) -> list[tuple[float, int]]:
     """Return (metric, minus step) of each checkpoint that has a metric."""
+    # A record that is damaged is None here; `damage` finds it when the checkpoint is read.
     records = [read_record(folder / str(step))[0] for step in finished(folder)]
     rated = [found for found in records if found and found["metric"] is not None]
     # Version 0.1.0 evaluated other rows: only metrics of the newest checkpoint's kind compare.
@@ -115,6 +117,7 @@ def damage(path: epath.Path, record: dict, below: str = "") -> str | None:
 
 def refuse_difference(path: epath.Path, what: str, saved: dict, given: dict, way_out: str) -> None:
     """Raise ValueError naming each key in which the nested dicts ``saved`` and ``given`` differ."""
+    # Leaf by leaf, so that the message names the setting and both values.
     saved = _leaves(saved)
     given = _leaves(given)
     pairs = {
@@ -157,10 +160,12 @@ def _inventory(path: epath.Path) -> dict[str, tuple[int, str | None]]:
     if is_remote(path):
         return {name: (size, None) for name, size in zip(names, sizes, strict=True)}
     with ThreadPoolExecutor(HASH_THREADS) as pool:
+        # Synced first, so that an error of the disk shows before there is a record.
         digests = list(pool.map(_sync_and_digest, files))
     # A file's name is on disk only after its folder was synced.
     for folder, _, _ in os.walk(path):
         _sync(folder)
+    # The entry of the checkpoint's own folder.
     _sync(path.parent)
     return {name: (size, digest) for name, size, digest in zip(names, sizes, digests, strict=True)}
 

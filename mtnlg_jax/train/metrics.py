@@ -29,6 +29,7 @@ def peak_flops(device_flops: float | None = None) -> float | None:
     CPU a float32 matrix product is timed instead, once per host: the devices of a CPU share its
     cores.
     """
+    # All devices of a run are of one kind.
     device = jax.devices()[0]
     if device_flops is None and device.platform != "cpu":
         device_flops = dense_flops(device.device_kind)
@@ -70,6 +71,7 @@ def environment() -> dict:
         "mtnlg_jax jax jaxlib libtpu jax-cuda12-plugin jax-cuda13-plugin flax optax "
         "orbax-checkpoint numpy"
     ).split()
+    # Read from what is installed, since importing a package to ask for its version takes seconds.
     installed = {
         found.name.lower().replace("_", "-"): found.version for found in metadata.distributions()
     }
@@ -211,6 +213,7 @@ class MetricsLog:
 
 def _line(record: dict) -> str:
     finite = {
+        # NaN would make a line that other JSON readers refuse.
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in record.items()
     }
@@ -234,6 +237,7 @@ def scan_metrics(path: str) -> tuple[list[dict], dict[int, bytes]]:
     if not os.path.exists(path):
         return [], {}
     records = []
+    # Numbers of lines, because the warning names them.
     damaged = {}
     # Bytes, since a damaged line need not be UTF-8.
     with open(path, "rb") as file:
@@ -257,6 +261,7 @@ def _record(line: bytes) -> dict | None:
     whole = (
         isinstance(found, dict)
         and isinstance(found.get("kind"), str)
+        # Not isinstance: a bool is an int as well.
         and type(found.get("step")) is int
     )
     return found if whole else None
@@ -298,6 +303,7 @@ def curves(records: list[dict], objective: str, name: str) -> list[list[tuple[in
     # The median distance is log_every, unless that changed between starts.
     usual = distances[len(distances) // 2] if distances else 1
     pieces: list[list[tuple[int, float]]] = []
+    # A counter that grows at each break; a piece ends where it has grown by more than one.
     stages = 0
     last: int | None = None
     before: dict | None = None
@@ -360,6 +366,7 @@ def plot_loss(records: list[dict], path: str) -> None:
     from matplotlib import pyplot, ticker
 
     used = {training_loss(record)[0] for record in records if record["kind"] == "train"}
+    # The panel of the cross entropy is always there, for the held-out losses.
     panels = [name for name in TRAINING_LOSSES if name == "loss" or name in used]
     figure, rows = pyplot.subplots(
         len(panels), figsize=(8, 1.5 + 3 * len(panels)), sharex=True, squeeze=False
@@ -403,6 +410,7 @@ def _mark_skipped(axes: Any, records: list[dict], name: str) -> None:
     if skipped:
         axes.plot(
             skipped,
+            # A height on the axes and not in nats, since these steps have no loss.
             [0.02] * len(skipped),
             "x",
             color="tab:red",

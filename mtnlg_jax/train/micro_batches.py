@@ -107,6 +107,7 @@ class MicroBatches:
         chunk = train.loss_chunk
         smoothing = train.label_smoothing
         if self.teacher is None:
+            # Head and loss in one call, which never holds the logits of all tokens.
             nats = cross_entropy(x_BD, model.head(), labels, weights, chunk, smoothing)
         else:
             nats = distilled_cross_entropy(
@@ -136,6 +137,7 @@ class MicroBatches:
 
         Its own blocks are shapes: `layers` is given those that this device applies.
         """
+        # With ZeRO-3 this gathers embeddings and head at every use and keeps none of them.
         params = Params(self.weights.of_rest(rest), self._block_shapes)
         return nnx.merge(self._graph, join_params(params))
 

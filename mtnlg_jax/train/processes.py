@@ -101,6 +101,7 @@ def _initialize_arguments(
             f"{' and '.join(missing)} missing: --coordinator=HOST:PORT, --processes and "
             "--process_id go together; omit all three on SLURM, TPU pods and GKE TPUs"
         )
+    # A job that silently trains alone on each host would cost more than an error.
     if distributed == "on" and not compat.cluster_processes():
         raise ValueError(
             "--distributed=on, but no SLURM, Open MPI, TPU pod or GKE was found here; start under "
@@ -114,6 +115,7 @@ def _initialize_arguments(
 
 def _check_address(coordinator: str) -> None:
     if (
+        # Checked before JAX sees it, so that the message names the flag.
         not re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[^:\s]+):[0-9]+", coordinator)
         or int(coordinator.split(":")[-1]) > 65535
     ):
@@ -154,6 +156,7 @@ def _deadline(seconds: float, coordinator: str | None, process_id: int | None) -
 def _is_listening(address: str) -> bool:
     host, _, port = address.rpartition(":")
     try:
+        # A port that accepts a connection is enough; nothing is sent.
         socket.create_connection((host.strip("[]"), int(port)), 1).close()
     except OSError:
         return False
@@ -192,6 +195,7 @@ def exit_on_failure() -> Iterator[None]:
     except Exception as error:
         if not several() or hasattr(error, "exit_code"):
             raise
+        # All processes may write to one terminal, so each line says whose it is.
         name = f"process {jax.process_index()} of {jax.process_count()}"
         if _is_from_lost_process(error):
             print(
@@ -214,6 +218,7 @@ def exit_on_failure() -> Iterator[None]:
 
 
 def _is_from_lost_process(error: Exception) -> bool:
+    # JAX reports a lost peer in the words of the library that noticed it.
     words = (
         "gloo",
         "connection closed",
@@ -330,9 +335,11 @@ def disagreement(parts: dict[str, Any]) -> str | None:
     keys = [key for key in {**first, **parts} if first.get(key) != parts.get(key)]
     different = [f"{key}={parts.get(key)!r} here, {first.get(key)!r} in process 0" for key in keys]
     more = f" and {len(different) - 4} more" if len(different) > 4 else ""
+    # At most 8: one wrong process disagrees with all others.
     which = ", ".join(map(str, others[:8]))
     if len(others) > 8:
         which += f" and {len(others) - 8} more"
+    # Process 0 itself, or two processes that agree with each other against a third.
     difference = (
         f"{'; '.join(different[:4])}{more}"
         if different

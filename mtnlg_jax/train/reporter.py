@@ -240,6 +240,7 @@ def show(bar: tqdm, parts: list[str]) -> None:
         room = width - 24 - 2 * len(str(bar.total))
     shown = ""
     for part in filter(None, parts):
+        # The first part always shows, even if it is cut: it is the loss.
         if shown and len(shown) + 2 + len(part) > room:
             break
         shown += (", " if shown else "") + part

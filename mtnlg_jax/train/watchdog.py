@@ -80,6 +80,7 @@ class Watchdog:
                 break
             if processes.several():
                 # This works without Python's lock, unlike this thread.
+                # Set again at every look, so it only fires when this thread cannot look any more.
                 faulthandler.dump_traceback_later(
                     left + GRACE_SECONDS, exit=True, file=STANDARD_ERROR
                 )

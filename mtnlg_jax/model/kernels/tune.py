@@ -53,6 +53,7 @@ def milliseconds(run: Callable, arguments, seconds: float = 0.3, rounds: int = 3
     """Median time of one ``run(*arguments)`` on the device: many runs in one program, one after the
     other, less the cost of starting a program."""
 
+    # The number of runs is traced: one compilation serves all.
     @jax.jit
     def repeat(times, arguments):
         def again(_, arguments):
@@ -115,6 +116,7 @@ def _run_of(impl: str, kind: str, causal: bool, blocks: Blocks, q, k, v) -> tupl
             softcap=None,
             block_kv=blocks.kv or None,
         )
+        # A full cache, the longest case.
         lengths = jnp.full(q.shape[:1], q.shape[1], jnp.int32)
         return run, (q[:, 0], k.swapaxes(1, 2), v.swapaxes(1, 2), lengths)
     mask = Mask(causal)

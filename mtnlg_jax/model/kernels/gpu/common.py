@@ -142,6 +142,7 @@ def two_products(shape, first, second, use: Callable):
     """use(first product, second) for two pairs of operands. ``second`` is a function: its product
     is still being computed while ``use`` works on the first one."""
 
+    # Both products are issued at once; wait_n=1 lets the second one run on.
     def multiply(acc_first, acc_second):
         plgpu.wgmma(acc_first, *first)
         plgpu.wgmma(acc_second, *second)
@@ -222,6 +223,7 @@ def load(copies, barrier) -> None:
 def fill(step, stages: int, full, empty, copies) -> None:
     """The feeding warpgroup's side of a ring: copy into the slot of ``step`` as soon as it is
     empty."""
+    # The first ``stages`` slots have never been filled and need no wait.
     slot = lax.rem(step, jnp.int32(stages))
 
     @pl.when(step >= stages)

@@ -145,7 +145,7 @@ def _forward_body(
 
             scores = score_scale.cap(pl.run_scoped(multiply, plgpu.ACC((rows, kv), jnp.float32)))
             kv_ids = plgpu.load(r.kv_ids_block.at[slot], layout=COLUMNS) if has_ids else None
-            # As early as possible: the feeding warpgroup may overwrite the keys during the softmax.
+            # Early: the keys may be overwritten during the softmax.
             release(r.k_empty.at[slot], has_ids)
             if masked:
                 position = span.offset + start
@@ -153,8 +153,6 @@ def _forward_body(
                     plan.mask, scores.shape, position, j * kv, span.length, q_ids, kv_ids
                 )
                 scores = scores if seen is None else jnp.where(seen, scores, -jnp.inf)
-            # Online softmax (Milakov 2018). With nothing visible new_top stays LOW and all weights
-            # are 0.
             new_top = jnp.maximum(top, scores.max(axis=1) * score_scale.factor)
             exponents = scores * score_scale.factor - broadcast_along(new_top, scores.shape, 0)
             weights = jnp.exp2(exponents)
@@ -197,7 +195,7 @@ def _forward_body(
         # A query that sees nothing: 0 and -inf.
         blind = mass == 0.0
         mass = jnp.where(blind, 1.0, mass)
-        # The queries are not needed any more: their memory takes the output to the TMA.
+        # The queries are not needed any more.
         r.q_block[wg] = (total * broadcast_along(1.0 / mass, total.shape, 0)).astype(dtype)
         r.lse_block[wg] = jnp.where(blind, -jnp.inf, top * (1 / LOG2E) + jnp.log(mass))
         plgpu.commit_smem()

@@ -104,6 +104,7 @@ def _dq(q, k, v, d_out, mask, lse, delta, score_scale, blocks, interpret, fast):
         scratch[f"{name}_block"] = tiled((COMPUTE, blocks.q, width), dtype)
     for name in ("lse", "delta"):
         scratch[f"{name}_block"] = plgpu.SMEM((COMPUTE, blocks.q), jnp.float32)
+    # Queries, cotangents, lse and delta.
     scratch["loaded"] = plgpu.Barrier(num_barriers=COMPUTE, num_arrivals=4 + tiles.has_ids)
     if not fast:
         scratch["gradient"] = tiled((COMPUTE, blocks.q, blocks.kv), dtype, width)
@@ -225,6 +226,7 @@ def _dkv(q, k, v, d_out, mask, lse, delta, score_scale, blocks, interpret, fast)
         "delta": _pad_queries(delta, tiles.plan.padded),
     }
     scratch = tiles.scratch(width, dtype)
+    # Keys and values, or one of the two.
     operands = 1 if apart else 2
     scratch["loaded"] = plgpu.Barrier(num_barriers=COMPUTE, num_arrivals=operands + tiles.has_ids)
     shape = (blocks.kv, blocks.q)
@@ -382,6 +384,7 @@ def _dkv_apart(parts: _DkvParts) -> Callable:
 
             @pl.when(count >= HANDED)
             def _():
+                # The second warpgroup may be up to HANDED blocks behind.
                 plgpu.barrier_wait(r.handed_empty.at[handed])
 
             # Handed over before this warpgroup's own product, so that the other one can start.
@@ -404,6 +407,7 @@ def _dkv_apart(parts: _DkvParts) -> Callable:
             centered = d_weights - broadcast_along(delta, d_weights.shape, 1)
             release(r.d_out_empty.at[slot], True)
             handed = lax.rem(count, jnp.int32(HANDED))
+            # As late as possible: its own product is done while the weights are on their way.
             plgpu.barrier_wait(r.handed_full.at[handed])
             sloped = plgpu.load(r.handed.at[handed], layout=TILE).astype(jnp.float32)
             gradient = (sloped * centered).astype(dtype)

@@ -229,6 +229,7 @@ class QueryTiles(NamedTuple):
     def locate(self, tile):
         """Row, query head and position of the first query of a tile."""
         pair, number = split_tile(tile, self.batch * self.heads, self.plan.number, self.section)
+        # Long tiles last would leave most multiprocessors idle at the end.
         if self.plan.mask.causal:  # the longest tiles first
             number = self.plan.number - 1 - number
         heads = jnp.int32(self.heads)
@@ -250,7 +251,9 @@ class QueryTiles(NamedTuple):
 
         def block(j, _):
             at = pl.ds(j * self.blocks.kv, self.blocks.kv)
+            # Slots are numbered over all tiles of a thread block, so the rings never restart.
             i = step + j - span.first
+            # Keys and values have rings of their own: keys are free after the first product.
             copies = [(r.k.at[row, at, kv_head], r.k_block)]
             if self.has_ids:
                 copies.append((r.kv_ids.at[row, at], r.kv_ids_block))

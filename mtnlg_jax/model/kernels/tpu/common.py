@@ -58,6 +58,7 @@ class KernelPlan(NamedTuple):
 
     def read(self, table, name: str, row, index=0):
         """An entry of the prefetched vector."""
+        # The layout of the vector is static, so this is one read at a computed index.
         start, size = next(part[1:] for part in self.table if part[0] == name)
         return table[0][start + row * size + index]
 
@@ -110,11 +111,13 @@ def streamed(plan: KernelPlan, table, row, block, step):
     """(index of the block streamed in step ``step``, whether there is anything to do). The idle
     steps come first, so that the first block is fetched while the previous work is still being
     done."""
+    # Two ways to the same range: a table where the mask holds arrays, arithmetic otherwise.
     if table:
         first, count = (plan.read(table, name, row, block) for name in ("first", "count"))
     else:
         first, count = known_range(plan, block)
     ahead = step - (plan.width - count)
+    # An index past the last block would be a read outside the array, even in an idle step.
     last = (plan.number_q if plan.of_keys else plan.number_kv) - 1
     return jnp.minimum(first + jnp.maximum(ahead, 0), last), ahead >= 0
 

@@ -55,6 +55,7 @@ def _plan(q, k, mask: Mask, blocks: Blocks, scale: float, softcap: float | None,
     keys, kv_heads = k.shape[1:3]
     # As few blocks as the sizes asked for, but no more padding than needed.
     block_q = _fitted(queries, blocks.q, LANES)
+    # A short sequence is one unit, so that its padding stays below LANES.
     unit = min(blocks.compute or LANES, pl.cdiv(keys, LANES) * LANES)
     block_kv = _fitted(keys, max(blocks.kv, unit), unit)
     plan = KernelPlan(
@@ -85,6 +86,7 @@ def _plan(q, k, mask: Mask, blocks: Blocks, scale: float, softcap: float | None,
     width = number_other
     if plan.q_offset is not None:
         width = int(np.max(np.broadcast_to(known_range(plan, np.arange(number), np)[1], number)))
+    # An offset in the table leaves the position of the block open.
     elif mask.window is not None:  # most blocks that this many consecutive positions can touch
         seen = size + (mask.window - 1) * (1 if mask.causal else 2)
         width = min(width, (seen + other - 2) // other + 1)
@@ -127,6 +129,7 @@ def _id_rows(mask: Mask, plan: KernelPlan):
 
 def dq_bytes(plan: KernelPlan, width: int, dtype) -> int:
     """Bytes of VMEM for dq in the kernel for dk and dv: float32 sums and the result."""
+    # Rows of the result are padded to whole lanes; the sums are transposed and are not.
     padded = pl.cdiv(width, LANES) * LANES
     return plan.group * plan.number_q * plan.q * (width * 4 + padded * jnp.dtype(dtype).itemsize)
 
@@ -262,6 +265,7 @@ def backward(
     forward() and the cotangents of the results."""
     rows, queries, heads, width = q.shape
     blind = lse == -jnp.inf
+    # The log-sum-exp's own cotangent enters with the opposite sign.
     delta = (
         jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), -1).transpose(0, 2, 1) - d_lse
     )
