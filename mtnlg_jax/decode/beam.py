@@ -148,6 +148,7 @@ def begin(prefix: Prefix, search_params: SearchParams, *, static: Static) -> Sta
     no_room_P = search_params.max_new_tokens <= 0
     why = ended.why.at[0, :, 0].set(jnp.where(no_room_P, LENGTH, EMPTY).astype(jnp.int8))
     scores = ended.scores.at[0, :, 0].set(jnp.where(no_room_P, 0.0, NEG))
+    # (G, P, W).
     shape = running.scores.shape
     return State(
         empty_beams(prefix.cache, shape, static.size),

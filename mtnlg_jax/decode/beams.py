@@ -113,6 +113,7 @@ def advance_while(
         logits_GPWV, cache = next_logits(
             config, params, prefix, state.cache, state.sources, state.running.tokens, state.written
         )
+        # The cache is written first; reordering the beams does not move it.
         return count + 1, grow(logits_GPWV, state._replace(cache=cache))
 
     def more(carry):
@@ -148,7 +149,7 @@ def collect(
             check_finite(logprobs[index][:length], prompt, 0)
             first = prompt_lengths[prompt]
             written = tokens[index][first : first + length].tolist()
-            # The end token is no text; a stop sequence stays, and the text stream cuts it.
+            # The end token is not text. A stop sequence stays here, and the text stream cuts it.
             if written and why[index] == STOP and written[-1] in ends:
                 written.pop()
             stream = text_stream(tokenizer, config)

@@ -101,6 +101,7 @@ def check_draft(decoder: Decoder, draft: Decoder | None, configs: Sequence[Decod
     """Raise ValueError if ``draft`` cannot guess for ``decoder`` under these settings."""
     if draft is None:
         return
+    # Guesses are token ids, so both models must number tokens alike.
     ours = decoder.config.vocabulary
     theirs = draft.config.vocabulary
     if theirs != ours:
@@ -108,6 +109,7 @@ def check_draft(decoder: Decoder, draft: Decoder | None, configs: Sequence[Decod
             f"the draft model has a vocabulary of {theirs} tokens and the model one of {ours}; "
             "give a draft that was trained with the model's tokenizer, or none"
         )
+    # The draft reads every position that the model reads.
     if draft.context < decoder.context:
         raise ValueError(
             f"the draft model's context holds {draft.context} tokens and the model's "
@@ -235,6 +237,7 @@ def _continue_rows(
     looking = on_text is not None or any(c.stop_strings or c.max_time for c in per_row)
     # Each return to the host costs a wait for the device, so without a reason there is only one.
     chunks = 1 if looking else decoder.context
+    # The clock includes the first token but not the prefill, which all rows share.
     time_limits_B = time_limits(per_row)
     texts = _Texts(tokenizer, per_row, np.asarray(limits.prompts_B), on_text)
     timed_out_B = np.zeros(len(per_row), bool)
@@ -307,6 +310,7 @@ class _Texts:
     def push(self, tokens_BS: np.ndarray, lengths_B: np.ndarray) -> np.ndarray:
         """Read the tokens that are new, and return which rows stopped, (B,)."""
         for row, stream in enumerate(self.streams):
+            # Tokens behind an end or a stop stay unseen: they are not part of the result.
             for token in tokens_BS[row, self.seen_B[row] : lengths_B[row]].tolist():
                 if stream.stopped or token in self._ends[row]:
                     break

@@ -262,7 +262,7 @@ def _write(decoder, tokenizer, prompt, decode, weights):
     """
     validate_decode(decode)
     check_tokens(decode, decoder.config.vocabulary)
-    # A ranking of one beam would be of no use, so all of them are ranked.
+    # A ranking of one beam is pointless, so all of them are ranked.
     if decode.num_beams > 1 and decode.num_return_sequences == 1:
         decode = dataclasses.replace(decode, num_return_sequences=decode.num_beams)
     number = decode.num_return_sequences

@@ -175,6 +175,7 @@ def _noisy_channel(pool: Pool):
             len(context) + len(source),
             f"the source behind reverse with {each[:40]!r}",
         )
+    # |x| and not |y| for both terms of the channel, as in Yee 2019.
     length = length_of(pool.normalise, text.encode(), source)
 
     def run(sums):

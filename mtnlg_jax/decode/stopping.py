@@ -65,6 +65,7 @@ class TextStream:
             return ""
         # The tokens of the stop itself are dropped.
         shown = "" if stopped else self._read(len(self._waiting))
+        # An end that might have become a stop string is text after all.
         if not self.stopped:
             shown += self._show(len(self._held))
         self.stopped |= stopped

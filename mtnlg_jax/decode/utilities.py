@@ -49,6 +49,7 @@ def _token_f1(text: str, reference: str) -> float:
 
     If one has no words, it is 1 for equal texts and 0 for others.
     """
+    # casefold, since lower keeps apart forms such as ß and ss.
     ours = collections.Counter(_WORD.findall(text.casefold()))
     theirs = collections.Counter(_WORD.findall(reference.casefold()))
     if not ours or not theirs:

@@ -150,8 +150,7 @@ def commit() -> str | None:
     Return None without a checkout or without git.
     """
     here = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    # An installed package may lie inside another project's checkout, whose commit says nothing
-    # here.
+    # An installed package may lie inside the checkout of another project, whose commit is not ours.
     if not os.path.exists(os.path.join(here, ".git")):
         return None
     try:

@@ -201,8 +201,8 @@ def _edges(mask: Mask, rows: int, queries: int, keys: int, block_q: int, block_k
     last_q = first_q + (block_q - 1)
     first_kv = jnp.arange(blocks_kv)[None, None, :] * block_kv
     last_kv = first_kv + (block_kv - 1)
-    # Padding must not make a block visible; for "all visible" it must count, as keys that nobody
-    # sees.
+    # With ``clip`` padding does not make a block visible. Without it padding counts, as keys that
+    # no query sees.
     if clip:
         last_q = jnp.minimum(last_q, queries - 1)
         last_kv = jnp.minimum(last_kv, keys - 1)

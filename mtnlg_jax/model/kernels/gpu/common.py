@@ -223,9 +223,9 @@ def load(copies, barrier) -> None:
 def fill(step, stages: int, full, empty, copies) -> None:
     """The feeding warpgroup's side of a ring: copy into the slot of ``step`` as soon as it is
     empty."""
-    # The first ``stages`` slots have never been filled and need no wait.
     slot = lax.rem(step, jnp.int32(stages))
 
+    # The first ``stages`` slots have never been filled, so there is nothing to wait for.
     @pl.when(step >= stages)
     def _():
         plgpu.barrier_wait(empty.at[slot])
