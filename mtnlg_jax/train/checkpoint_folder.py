@@ -91,8 +91,8 @@ class CheckpointFolder:
             path.rmtree()
         markers = [path for path in self.path.glob("*.unfinished") if path.stem.isdigit()]
         for step in [int(path.stem) for path in markers]:
-            # A marker beside a record: the run was killed between the two last actions of a save.
-            # The checkpoint is whole.
+            # A marker beside a record: the run was killed after a save had written the record, or
+            # before a deletion removed it. Either way the checkpoint is whole.
             if step in self.steps():
                 manifest.marker(self.path, step).unlink()
             else:
