@@ -128,6 +128,7 @@ def collect(
 ) -> list[Generated]:
     """Return the results of all prompts from the ended beams of all groups, by falling order."""
     prompt_lengths = np.asarray(prefix.lengths_B)
+    # One copy to the host for all prompts.
     tokens, logprobs, scores, lengths, why = map(np.asarray, ended)
     results = []
     for prompt, config in enumerate(configs):

@@ -161,6 +161,7 @@ def no_repeat_ngram(logits_BV, tokens_BS, lengths_B, n: int, on_B):
         return logits_BV
     starts = jnp.arange(size - n + 1)
     grams = tokens_BS[:, starts[:, None] + jnp.arange(n)[None, :]]  # (B, grams, n)
+    # A row shorter than n - 1 reads position 0 again; no n-gram of it is known, so nothing matches.
     tail_at = jnp.maximum(lengths_B[:, None] - (n - 1) + jnp.arange(n - 1)[None, :], 0)
     tail = jnp.take_along_axis(tokens_BS, tail_at, 1)
     # The whole n-gram must lie within the known tokens.

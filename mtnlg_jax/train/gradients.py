@@ -136,6 +136,7 @@ def _circular(
         def stage(trained, round, m, x):
             layers, first = chunk_of(trained, round)
             if separate:
+                # Values from the compute weights, gradients to the float32 zeros.
                 layers = jax.tree.map(_gradient_to_sum, chunk_of(blocks, round)[0], layers)
             return micro_batches.layers(rest, layers, first, number * flush + m, x)
 

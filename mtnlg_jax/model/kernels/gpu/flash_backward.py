@@ -427,6 +427,8 @@ def _dkv_apart(parts: _DkvParts) -> Callable:
 
         @pl.when(wg == 1)
         def _():
+            # The gradient of one operand leaves through the memory of the other: each warpgroup may
+            # only overwrite what it alone reads.
             parts.begin(r, row, head, at, 1, (r.v, r.v_block.at[0]))
             # The weights come masked from the other warpgroup: one section without a mask.
             whole = span._replace(

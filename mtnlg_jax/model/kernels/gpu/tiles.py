@@ -137,6 +137,7 @@ class TilePlan(NamedTuple):
         length = jnp.full((batch,), self.keys)
         if mask.kv_lengths is not None:
             length = jnp.minimum(length, mask.kv_lengths)
+        # Six numbers of each tile, in the order in which `span` reads them.
         columns = jnp.broadcast_arrays(
             first, whole_first, whole_end, end, offset[:, None], length[:, None]
         )
@@ -336,6 +337,7 @@ class KeyTiles(NamedTuple):
         queries."""
 
         def one_head(g, totals):
+            # The rings run on from one head of the group to the next.
             return span.walk(functools.partial(block, step + g * span.count), totals)
 
         return lax.fori_loop(0, self.group, one_head, totals)

@@ -235,6 +235,7 @@ def _visit(plan: KernelPlan, table, row, i, j, live, tile):
     key are left out."""
 
     def parts(masked, diagonal=False):
+        # A Python loop: sizes are static, so the parts are unrolled.
         for part in range(plan.kv // plan.compute):
             tile(part * plan.compute if diagonal else 0, masked, part)
 
@@ -369,7 +370,8 @@ def dkv_kernel(plan: KernelPlan, *refs):
             id_column[...] = column(ids[1][...])
 
     if plan.with_dq:
-
+        # The sums of dq live through all blocks of keys that share a head: cleared before the
+        # first, stored after the last.
         @pl.when(jnp.logical_and(turn == 0, j == 0))
         def _():
             dq_acc[...] = jnp.zeros(dq_acc.shape, jnp.float32)

@@ -119,6 +119,8 @@ def _heads_first(x, block: int):
 
 def _id_rows(mask: Mask, plan: KernelPlan):
     """Segment ids as rows (B, 1, S) and (B, 1, T), padded, or []."""
+    # The id of the padding does not matter: its keys are past the length, and its queries are cut
+    # off.
     if mask.q_ids is None or mask.kv_ids is None:
         return []
     return [
@@ -157,6 +159,8 @@ def _call(
         size = (plan.q, plan.kv)[side]
 
         if kind == "q_all":  # of all heads that share keys
+            # One buffer: the block only changes with the row and the head, and a second one would
+            # double it.
             length = plan.number_q * plan.q
             return pl.BlockSpec(
                 (None, plan.group, length, width),
@@ -284,6 +288,7 @@ def backward(
             (jnp.pad(delta, pad)[:, :, None], "q_row"),
             *zip(_id_rows(mask, plan), ("q_id", "kv_id"), strict=False),
         ]
+        # The side whose gradients are summed in VMEM while the other one streams past it.
         own, kind, size, number = (
             (k, "kv", plan.kv, plan.number_kv) if plan.of_keys else (q, "q", plan.q, plan.number_q)
         )
