@@ -105,18 +105,14 @@ class MoEConfig:
     moe_router_topk_scaling_factor: Positive = 1.0
     # Bias of the router's logits.
     moe_router_bias: bool = False
-    # Choose experts by score plus a bias that follows their load (Wang 2024, Auxiliary-loss-free
-    # load balancing); the bias does not enter the weights.
-    moe_router_enable_expert_bias: bool = False
-    # Step by which that bias moves after each training step.
-    moe_router_bias_update_rate: NotNegative = 1e-3
     # Width of an MLP that every token visits beside the experts. 0: none.
     moe_shared_expert_intermediate_size: CountFrom0 = 0
     # Scale the shared expert's output by a learned sigmoid gate (Qwen2-MoE).
     moe_shared_expert_gate: bool = False
-    # Weight of the load-balancing loss (Fedus 2021, equation 4).
+    # Weight of the load-balancing loss (Fedus 2021, equation 4), computed for each sequence
+    # (DeepSeek-V3, equation 17). It adds to gradients, not to the reported loss.
     moe_aux_loss_coeff: NotNegative = 0.0
-    # Weight of the router's z-loss (Zoph 2022, equation 5).
+    # Weight of the router's z-loss (Zoph 2022, equation 5), in the same way.
     moe_z_loss_coeff: NotNegative = 0.0
 
 
@@ -309,9 +305,7 @@ class ModelConfig:
         moe = self.moe
         if not moe.num_moe_experts:
             return self._one_mlp_count(self.mlp_width)
-        per_expert = (
-            self.hidden_size + moe.moe_router_bias + moe.moe_router_enable_expert_bias
-        )  # of the router
+        per_expert = self.hidden_size + moe.moe_router_bias  # of the router
         count = moe.num_moe_experts * (self._one_mlp_count(self.mlp_width) + per_expert)
         if moe.moe_shared_expert_intermediate_size:
             count += self._one_mlp_count(moe.moe_shared_expert_intermediate_size)

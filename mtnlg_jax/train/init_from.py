@@ -23,7 +23,7 @@ Teachers = dict[int, tuple[Distillation, nnx.State, int]]
 
 # Settings of the model that act on training alone.
 _FREE = ("attention_impl", "dropout_rate", "init_method_std", "vocab_size_divisible_by")
-_FREE_OF_MOE = ("moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_router_bias_update_rate")
+_FREE_OF_MOE = ("moe_aux_loss_coeff", "moe_z_loss_coeff")
 # Runs of version 0.2 do not record these.
 _ADDED = (
     "rotary_percent rope_scaling norm_placement qk_layernorm parallel_residual embedding_norm bias "

@@ -51,14 +51,22 @@ MODELS = {
         final_logit_softcapping=3.0,
         multipliers=Multipliers(embedding=5.6, attention=0.2),
     ),
-    # Mixtral, with biases that depend on the expert.
+    # Mixtral with biases that depend on the expert, a shared expert and the router's losses.
     "experts": ModelConfig(
         **SIZES,
         **ROTARY,
         num_query_groups=4,
         bias=("mlp",),
         activation="swiglu",
-        moe=MoEConfig(4, 2, moe_router_bias=True),
+        moe=MoEConfig(
+            4,
+            2,
+            moe_router_bias=True,
+            moe_shared_expert_intermediate_size=24,
+            moe_shared_expert_gate=True,
+            moe_aux_loss_coeff=0.1,
+            moe_z_loss_coeff=0.01,
+        ),
         tie_embeddings=False,
     ),
     # BERT.
