@@ -44,6 +44,9 @@ from jax import lax
 
 from mtnlg_jax.parallel.collectives import axis_index, axis_size, vary
 
+# Number of the micro-batch where a stage waits. Look-ups clamp it to the last one.
+BUBBLE = 2**30
+
 
 def _at(array: jax.Array, index: int | jax.Array) -> jax.Array:
     # The index is traced: devices along pipe run one program and differ in it alone.
@@ -108,7 +111,8 @@ def circular(stage: Callable, x_GBSD: jax.Array, rounds: int = 1) -> jax.Array:
 
     Args:
       stage: (round, micro-batch, x) -> y of x's shape. It applies this device's chunk of that
-        round. Anything else it needs of a micro-batch it looks up by the micro-batch's number.
+        round. Anything else it needs of a micro-batch it looks up by the micro-batch's number,
+        which is BUBBLE if there is none.
       x_GBSD: the inputs of the micro-batches g P + (this device's index), for g in G.
     Returns: their outputs, on the devices of their inputs.
     """
@@ -127,7 +131,8 @@ def circular(stage: Callable, x_GBSD: jax.Array, rounds: int = 1) -> jax.Array:
         step = jnp.clip(tick - here, 0, groups * steps - 1)
         group = step // steps
         inside = step % steps
-        return vary(stage(inside // size, group * size + inside % size, x))
+        micro_batch = jnp.where(step == tick - here, group * size + inside % size, BUBBLE)
+        return vary(stage(inside // size, micro_batch, x))
 
     # One register, ``io``, both feeds stage 0 and carries finished micro-batches home. It moves
     # left once a tick, and stage 0 swaps a new micro-batch for a finished one.

@@ -16,6 +16,7 @@ from mtnlg_jax.model.loss import cross_entropy, distilled_cross_entropy
 from mtnlg_jax.model.params import Params, join_params, split_params
 from mtnlg_jax.model.transformer import Transformer, abstract_model
 from mtnlg_jax.parallel.collectives import sum_over
+from mtnlg_jax.parallel.pipeline import BUBBLE
 from mtnlg_jax.train.distill import Teacher
 from mtnlg_jax.train.weights import make_weights
 
@@ -92,7 +93,7 @@ class MicroBatches:
             micro["positions"],
             micro["segment_ids"],
             causal=self.causal,
-            hooks=self._hooks(micro["rows"], self._penalty(micro["weights"])),
+            hooks=self._hooks(micro["rows"], self._penalty(number, micro["weights"])),
         )
 
     def loss(self, rest: nnx.State, number: int | jax.Array, x_BSD: jax.Array) -> jax.Array:
@@ -143,13 +144,15 @@ class MicroBatches:
         params = Params(self.weights.of_rest(rest), self._block_shapes)
         return nnx.merge(self._graph, join_params(params))
 
-    def _penalty(self, weights_BS: jax.Array) -> jax.Array | None:
+    def _penalty(self, number: int | jax.Array, weights_BS: jax.Array) -> jax.Array | None:
         """Return the share of each row in the mean loss, or None if routers have no losses."""
         moe = self.config.model.moe
         if not moe.num_moe_experts or not (moe.moe_aux_loss_coeff or moe.moe_z_loss_coeff):
             return None
-        # Weighted like the loss itself, so that accumulation and meshes change nothing.
-        return sum_over(weights_BS.sum(-1), "context") / self.total
+        # Weighted like the loss itself, so that accumulation and meshes change nothing. A waiting
+        # stage computes layers too, and its gradient would not be 0.
+        share_B = sum_over(weights_BS.sum(-1), "context") / self.total
+        return jnp.where(number < BUBBLE, share_B, 0.0)
 
     def _hooks(self, rows_B: jax.Array, penalty_B: jax.Array | None = None) -> Hooks:
         return Hooks(

@@ -102,6 +102,7 @@ MESHES = {
     "data and tensor": MeshConfig(data=2, tensor=4),
     "context": MeshConfig(data=1, context=2, tensor=2, zero=3),
     "pipe": MeshConfig(data=2, pipe=2, tensor=2),
+    "1f1b": MeshConfig(data=1, pipe=2, tensor=2, schedule="1f1b"),
     "ZeRO 3": MeshConfig(data=4, tensor=2, zero=3),
 }
 QUICK = {
