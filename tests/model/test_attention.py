@@ -29,6 +29,7 @@ BLOCKS = (4, 3)  # small, unequal, and not divisors of the lengths below unless 
 # occurs at least once, several together, and lengths are not multiples of blocks. Runs of a case
 # share a compilation.
 SEGMENTS = ([[1] * 4 + [2] * 3, [9] * 7], [[1] * 8 + [2] * 4 + [0] * 2, [9] * 14])
+SLOPES = np.float32([0.5, 0.2, 0.05, 0.01])
 CASES = {
     "causal": (10, 10, 4, 2, {}, [{}]),
     "both_ways": (5, 11, 4, 1, {"causal": False}, [{}]),
@@ -52,6 +53,18 @@ CASES = {
             {"segment_ids": SEGMENTS, "kv_lengths": [14, 14], "q_offset": [7, 7]},
             {"segment_ids": SEGMENTS, "kv_lengths": [11, 5], "q_offset": [2, 9]},
             {"segment_ids": SEGMENTS, "kv_lengths": [0, 1], "q_offset": [20, -5]},
+        ],
+    ),
+    "alibi": (9, 14, 4, 2, {"alibi_slopes": SLOPES, "causal": False}, [{"q_offset": 2}]),
+    "alibi_and_all_options": (
+        7,
+        14,
+        4,
+        2,
+        {"window": 6, "softcap": 1.5, "scale": 0.9, "alibi_slopes": SLOPES},
+        [
+            {"segment_ids": SEGMENTS, "kv_lengths": [13, 9], "q_offset": [5, 3]},
+            {"segment_ids": SEGMENTS, "kv_lengths": [14, 8], "q_offset": [-3, 7]},
         ],
     ),
     "all_options": (
@@ -429,6 +442,11 @@ Q, K, V = (np.zeros((1, 8, 2, 4), np.float32) for _ in range(3))
         ({"q_offset": np.array([-3])}, "q_offset=-3 is below 0"),
         ({"q_offset": np.array([1, 2])}, r"q_offset has shape \(2,\); it must be \(1,\) or an int"),
         ({"window": 0}, "window=0 must be an int of at least 1"),
+        (
+            {"alibi_slopes": np.ones(3, np.float32)},
+            r"alibi_slopes have shape \(3,\); they must be \(2,\), one slope a query head",
+        ),
+        ({"alibi_slopes": np.ones(2, int)}, "alibi_slopes are int.*; cast them to float32"),
         ({"softcap": 0.0}, "softcap=0.0 must be a number above 0"),
         ({"scale": float("nan")}, "scale=nan must be a finite number"),
         ({"dropout_rate": 1.0}, r"dropout_rate=1.0 is outside \[0, 1\)"),
@@ -507,6 +525,16 @@ SCALES = np.zeros((1, 2, 16), np.float32)
         ({}, {"impl": "cudnn"}, "does not support single-token decoding"),
         ({}, {"num_splits": 0}, "num_splits=0"),
         ({}, {"scale": float("inf")}, "scale=inf"),
+        ({}, {"window": 0}, "window=0 must be an int of at least 1, or None"),
+        ({}, {"alibi_slopes": np.ones(2, np.float32)}, r"alibi_slopes have shape \(2,\); .*\(4,\)"),
+        ({}, {"alibi_slopes": np.ones(4, int)}, "alibi_slopes are int.*; cast them to float32"),
+        (
+            {},
+            {"positions": np.zeros((1, 2), int)},
+            r"positions have shape \(1, 2\); they must be \(1,\), one a row, or \(1, 4\), one a "
+            "query head, or None for lengths - 1",
+        ),
+        ({}, {"positions": np.zeros(1)}, "positions are float.*; cast them to int32"),
     ],
 )
 def test_invalid_calls_of_decode_attention_raise_an_error(changes, options, words):

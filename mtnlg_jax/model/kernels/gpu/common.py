@@ -79,6 +79,10 @@ class ScoreScale(NamedTuple):
             return product if self.scale > 0 else product * self.scale
         return 1.0 - 2.0 / (1.0 + jnp.exp2(product * (2 * LOG2E * self.scale / self.softcap)))
 
+    def slopes(self, alibi_slopes):
+        """ALiBi's slopes in the units of capped products, to be added to them before ``factor``."""
+        return alibi_slopes * (LOG2E / self.factor)
+
     def times_slope(self, weights, capped):
         """``weights`` times the derivative of the softcap."""
         return weights if self.softcap is None else weights * (1.0 - capped * capped)
@@ -105,6 +109,17 @@ def visible_mask(mask: Mask, shape, position, key, length, q_ids, kv_ids, of_key
     )
 
 
+def with_distances(scores, slope, position, key, of_keys: bool = False):
+    """``scores`` plus ``slope`` x (key position - query position), for a block as visible_mask()
+    takes it. ``slope`` is a number, or None where there is no ALiBi."""
+    if slope is None:
+        return scores
+    query_axis = 1 if of_keys else 0
+    queries = plgpu.broadcasted_iota(jnp.int32, scores.shape, query_axis, layout=TILE)
+    keys = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1 - query_axis, layout=TILE)
+    return scores + slope * (keys - queries + (key - position)).astype(jnp.float32)
+
+
 # --- values in registers and products
 
 
@@ -117,6 +132,11 @@ def scalar(ref, *index):
     """A number from global memory. Inside a shard_map its type varies over the mesh, which loops
     inside the kernel do not accept; the type of the sum does not."""
     return ref[index] + 0
+
+
+def slope_of(r, head):
+    """The slope of query head ``head`` that ScoreScale.slopes() gave, or None without ALiBi."""
+    return scalar(r.slopes, head) if hasattr(r, "slopes") else None
 
 
 def zeros(shape):

@@ -321,11 +321,11 @@ class KeyTiles(NamedTuple):
         return lax.rem(step + i - span.first, jnp.int32(self.blocks.stages))
 
     def visit(self, span: Span, step, block: Callable, totals):
-        """Call block(step, masked, i, totals) -> totals for every query head and block of
-        queries."""
+        """Call block(g, step, masked, i, totals) -> totals for every query head g of the key/value
+        head and every block of queries."""
 
         def one_head(g, totals):
-            return span.walk(functools.partial(block, step + g * span.count), totals)
+            return span.walk(functools.partial(block, g, step + g * span.count), totals)
 
         return lax.fori_loop(0, self.group, one_head, totals)
 

@@ -16,6 +16,7 @@ BFLOAT16 = 3e-2  # eight bits of mantissa, rounded twice, relative to the larges
         "lengths",
         "all",
         "all both ways",
+        "alibi and all",
         *(
             pytest.param(case, marks=pytest.mark.slow)
             for case in (
@@ -32,6 +33,9 @@ BFLOAT16 = 3e-2  # eight bits of mantissa, rounded twice, relative to the larges
                 "mixed documents",
                 "eight heads share",
                 "one query",
+                "alibi",
+                "alibi both ways",
+                "alibi head width 160",
             )
         ),
     ],
@@ -45,7 +49,13 @@ def test_bfloat16_stays_near_the_reference(kernels, longhand, case):
     longhand.compare(*kernels.everything("pallas_tpu", case, "bfloat16"), BFLOAT16)
 
 
-@pytest.mark.parametrize("case", ["interior blocks", pytest.param("all", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "interior blocks",
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("all", "alibi and all")),
+    ],
+)
 def test_dq_in_a_separate_kernel_is_the_same(kernels, longhand, monkeypatch, case):
     monkeypatch.setattr(flash, "DQ_LIMIT", 0)  # as for sequences whose dq does not fit VMEM
     longhand.compare(*kernels.everything("pallas_tpu", case), FLOAT32)
