@@ -144,6 +144,25 @@ def test_large_scores_do_not_overflow(impl, longhand):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_steep_slopes_do_not_overflow(impl, longhand):
+    """Keys far behind a query, padded ones included, have scores of some hundreds."""
+    arrays = longhand.inputs(12, 1, 5, 11, 2, 2)
+    options = {"alibi_slopes": np.float32([30, 60]), "causal": False}
+    compute = functools.partial(longhand.everything, impl=impl, block_sizes=BLOCKS, **options)
+    longhand.compare(jax.jit(compute)(*arrays), longhand.reference(*arrays, **options), FLOAT32)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_slopes_get_no_gradient(impl, longhand):
+    q, k, v, _, _ = longhand.inputs(13, 1, 5, 5, 2, 2)
+
+    def loss(slopes):
+        return attention(q, k, v, alibi_slopes=slopes, impl=impl, block_sizes=BLOCKS).sum()
+
+    assert not np.asarray(jax.grad(loss)(jnp.ones(2))).any()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_lengths_beyond_the_keys_show_all_keys(impl, longhand):
     # Blocks of 3 pad ten keys to twelve: the padding must stay invisible for all lengths.
     q, k, v, _, _ = longhand.inputs(5, 2, 4, 10, 2, 2)

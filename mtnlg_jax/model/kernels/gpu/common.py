@@ -109,14 +109,17 @@ def visible_mask(mask: Mask, shape, position, key, length, q_ids, kv_ids, of_key
     )
 
 
-def with_distances(scores, slope, position, key, of_keys: bool = False):
+def with_distances(scores, slope, position, key, of_keys: bool = False, last: int | None = None):
     """``scores`` plus ``slope`` x (key position - query position), for a block as visible_mask()
-    takes it. ``slope`` is a number, or None where there is no ALiBi."""
+    takes it. ``slope`` is a number, or None where there is no ALiBi. Keys past ``last`` count as
+    if they were there."""
     if slope is None:
         return scores
     query_axis = 1 if of_keys else 0
     queries = plgpu.broadcasted_iota(jnp.int32, scores.shape, query_axis, layout=TILE)
     keys = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1 - query_axis, layout=TILE)
+    if last is not None:
+        keys = jnp.minimum(keys, last - key)
     return scores + slope * (keys - queries + (key - position)).astype(jnp.float32)
 
 

@@ -301,7 +301,12 @@ class _DkvParts(NamedTuple):
         ``slope`` is ALiBi's, of these queries' head, or None."""
         capped = self.score_scale.cap(scores)
         position = span.offset + i * self.tiles.blocks.q
-        scores = with_distances(capped, slope, position, start, of_keys=True)
+        plan = self.tiles.plan
+        # Keys that do not exist need no mask, since their sums are dropped. But after a query their
+        # distance would let their weights overflow.
+        overhangs = not plan.mask.causal and plan.keys % plan.outer
+        last = plan.keys - 1 if overhangs else None
+        scores = with_distances(capped, slope, position, start, of_keys=True, last=last)
         lse = plgpu.load(r.lse_block.at[slot], layout=COLUMNS)
         exponents = scores * self.score_scale.factor - broadcast_along(lse, scores.shape, 1)
         weights = jnp.exp2(exponents)
@@ -309,9 +314,8 @@ class _DkvParts(NamedTuple):
             q_ids = None
             if self.tiles.has_ids:
                 q_ids = plgpu.load(r.q_ids_block.at[slot], layout=COLUMNS)
-            mask = self.tiles.plan.mask
             seen = visible_mask(
-                mask, scores.shape, position, start, span.length, q_ids, kv_ids, of_keys=True
+                plan.mask, scores.shape, position, start, span.length, q_ids, kv_ids, of_keys=True
             )
             weights = weights if seen is None else jnp.where(seen, weights, 0.0)
         return weights, self.score_scale.times_slope(weights, capped)
