@@ -105,18 +105,14 @@ class MoEConfig:
     moe_router_topk_scaling_factor: Positive = 1.0
     # Bias of the router's logits.
     moe_router_bias: bool = False
-    # Choose experts by score plus a bias that follows their load (Wang 2024, Auxiliary-loss-free
-    # load balancing); the bias does not enter the weights.
-    moe_router_enable_expert_bias: bool = False
-    # Step by which that bias moves after each training step.
-    moe_router_bias_update_rate: NotNegative = 1e-3
     # Width of an MLP that every token visits beside the experts. 0: none.
     moe_shared_expert_intermediate_size: CountFrom0 = 0
     # Scale the shared expert's output by a learned sigmoid gate (Qwen2-MoE).
     moe_shared_expert_gate: bool = False
-    # Weight of the load-balancing loss (Fedus 2021, equation 4).
+    # Weight of the load-balancing loss (Fedus 2021, equation 4), computed for each sequence
+    # (DeepSeek-V3, equation 17). It adds to gradients, not to the reported loss.
     moe_aux_loss_coeff: NotNegative = 0.0
-    # Weight of the router's z-loss (Zoph 2022, equation 5).
+    # Weight of the router's z-loss (Zoph 2022, equation 5), in the same way.
     moe_z_loss_coeff: NotNegative = 0.0
 
 
@@ -291,21 +287,32 @@ class ModelConfig:
             count += query + kv
         return count + (self.num_attention_heads if self.attention_sink else 0)
 
-    def _mlp_count(self) -> int:
-        hidden = self.hidden_size
-        inputs = 2 if self.gated else 1
+    def active_parameter_count(self) -> int:
+        """Number of parameters that a token uses: of the experts, those that it visits."""
         moe = self.moe
+        idle = max(0, moe.num_moe_experts - moe.moe_router_topk)
+        return self.parameter_count() - self.num_layers * idle * self._one_mlp_count(self.mlp_width)
 
-        def one(width: int) -> int:
-            biases = inputs * width + hidden if self.has_bias("mlp") else 0
-            return (inputs + 1) * hidden * width + biases
+    def attended(self, sequence_length: int) -> float:
+        """Return the keys that a query sees in the mean over layers, causality not counted."""
+        seen = [
+            min(self.layer(number).window or sequence_length, sequence_length)
+            for number in range(self.num_layers)
+        ]
+        return sum(seen) / len(seen)
 
+    def _mlp_count(self) -> int:
+        moe = self.moe
         if not moe.num_moe_experts:
-            return one(self.mlp_width)
-        experts = moe.num_moe_experts
-        per_expert = hidden + moe.moe_router_bias + moe.moe_router_enable_expert_bias
-        count = experts * (one(self.mlp_width) + per_expert)
+            return self._one_mlp_count(self.mlp_width)
+        per_expert = self.hidden_size + moe.moe_router_bias  # of the router
+        count = moe.num_moe_experts * (self._one_mlp_count(self.mlp_width) + per_expert)
         if moe.moe_shared_expert_intermediate_size:
-            count += one(moe.moe_shared_expert_intermediate_size)
-            count += hidden if moe.moe_shared_expert_gate else 0
+            count += self._one_mlp_count(moe.moe_shared_expert_intermediate_size)
+            count += self.hidden_size if moe.moe_shared_expert_gate else 0
         return count
+
+    def _one_mlp_count(self, width: int) -> int:
+        inputs = 2 if self.gated else 1
+        biases = inputs * width + self.hidden_size if self.has_bias("mlp") else 0
+        return (inputs + 1) * self.hidden_size * width + biases

@@ -98,12 +98,15 @@ def batch_settings(
 ) -> Settings:
     """Return the settings of a batch, one of ``configs`` a row."""
     values = {name: np.array([getattr(config, name) for config in configs]) for name in _VALUES}
+    # A processor is part of the program only if some row differs from its neutral default.
     names = {
         name for name, column in values.items() if (column != getattr(DecodeConfig, name)).any()
     }
+    # Sizes are static: each compiles windows of its own width.
     ngrams = tuple(sorted({int(n) for n in values["no_repeat_ngram_size"] if n}))
     biases = [_biases(config) for config in configs]
     forced = [_forced(config) for config in configs]
+    # A stop token is a stop sequence of length 1, so one table serves both.
     stops = [
         [(token,) for token in config.stop_token_ids] + list(config.stop_sequences)
         for config in configs
@@ -163,6 +166,7 @@ def _forced(config: DecodeConfig) -> list[tuple[int, int]]:
 
 
 def _width(count: int) -> int:
+    # Powers of two: a batch whose longest list is a little longer reuses the program.
     return 1 << (count - 1).bit_length() if count else 0
 
 
@@ -181,6 +185,8 @@ def _right(lists: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
     table = np.full((len(lists), entries, _width(longest)), _ANY, np.int32)
     for row, sequences in zip(table, lists, strict=True):
         for padded, tokens in zip(row, sequences, strict=False):
+            # Aligned to the right, as `tails` gives the end of a row, so that both compare position
+            # by position.
             padded[len(padded) - len(tokens) :] = tokens
     return table
 
@@ -232,6 +238,7 @@ def tails(tokens_BS, lengths_B, width: int) -> jax.Array:
 
 def matches(table_BEJ, tails_BJ) -> jax.Array:
     """Return which sequences of the table end the rows, (B, E)."""
+    # Padding matches everything: an entry shorter than the table only decides by its own tokens.
     return ((table_BEJ == _ANY) | (table_BEJ == tails_BJ[:, None])).all(-1)
 
 
@@ -241,6 +248,7 @@ def stopped(settings: Settings, tokens_BS, lengths_B, prompts_B) -> jax.Array:
         return jnp.zeros(lengths_B.shape, bool)
     rows = settings.rows
     hit_BE = matches(rows.stops, tails(tokens_BS, lengths_B, rows.stops.shape[-1]))
+    # A sequence that begins in the prompt was not written, and does not stop the row.
     generated_B1 = (lengths_B - prompts_B)[:, None]
     whole_BE = (rows.stop_lengths > 0) & (rows.stop_lengths <= generated_B1)
     return (hit_BE & whole_BE).any(-1)

@@ -15,8 +15,8 @@ import numpy as np
 from flax import nnx
 
 from mtnlg_jax.config import Config, ModelConfig
-from mtnlg_jax.decode.cache import TABLES, Decoder, by_rows, check_held, split_abstract
-from mtnlg_jax.decode.quantized import RowWeight, quantize_numpy
+from mtnlg_jax.decode.cache import ROUTER, TABLES, Decoder, by_rows, check_held, split_abstract
+from mtnlg_jax.decode.quantized import ExpertWeight, RowWeight, quantize_numpy
 from mtnlg_jax.train import lora
 from mtnlg_jax.train.arrays import StoredArrays
 from mtnlg_jax.train.checkpoint import Run, find_run, load_run
@@ -37,9 +37,12 @@ def load_decoder(
     Does the same as ``unstack`` of ``load_run`` in less memory, and takes their arguments. Raises
     what they raise, and ValueError with the parameter's name if one is not finite.
     """
+    # Before anything is read, since reading takes long.
     dtype = check_held(dtype, weights, cache)
 
     def read(path, config: Config) -> tuple:
+        # Merging needs a matrix and both its factors at once, so runs with adapters are loaded
+        # whole.
         if not lora.used(config):
             return _assemble(config.model, dtype, weights, StoredArrays(path))
         return _assemble(config.model, dtype, weights, _Held(load_run(workdir, which).params))
@@ -93,6 +96,7 @@ def _assemble(config: ModelConfig, dtype: str, weights: str | None, stored) -> t
             made[name] = _int8_table(stored, name, leaf.shape)
         else:
             made[name] = jnp.asarray(stored.read(name).astype(dtype, copy=False))
+    # Name by name, each through all layers: an array that is stored in one piece is read once.
     layers: list[dict[str, jax.Array | RowWeight]] = [{} for _ in range(config.num_layers)]
     for name in names_of(block):
         convert = functools.partial(_converted, name.rpartition(_SEPARATOR)[2], dtype, int8)
@@ -109,17 +113,33 @@ def _int8_table(stored, name: str, shape: tuple[int, ...]) -> RowWeight:
     number_OI = np.empty(shape, np.int8)
     scale_O = np.empty(shape[0], np.float32)
     for start, rows in stored.blocks(name):
+        # A scale for each row, so pieces of the table are quantized independently.
         part = slice(start, start + len(rows))
         number_OI[part], scale_O[part] = quantize_numpy(rows)
     return RowWeight(jnp.asarray(number_OI), jnp.asarray(scale_O), shape[:1], 1)
 
 
+def _converted_experts(array: np.ndarray, dtype: str, int8: bool):
+    """Return the weights of a layer's experts; grouped products take arrays."""
+    if not int8:
+        return jnp.asarray(array.astype(dtype, copy=False))
+    experts = [quantize_numpy(np.ascontiguousarray(matrix.T)) for matrix in array]
+    numbers = np.stack([number.T for number, _ in experts])
+    return ExpertWeight(jnp.asarray(numbers), jnp.asarray(np.stack([s for _, s in experts])))
+
+
 def _converted(name: str, dtype: str, int8: bool, array: np.ndarray):
     """Return one parameter of a block in the form that decoding holds."""
+    int8 = int8 and name != ROUTER
+    # Only the matrices of products are held in rows.
     if not name.startswith("w_") or not (int8 or by_rows()):
         return jnp.asarray(array.astype(dtype, copy=False))
+    if name.rpartition("_")[2].startswith("E"):
+        return _converted_experts(array, dtype, int8)
+    # Dims that the product sums over: N and H of the output projection, the first one elsewhere.
     inputs = 2 if name == "w_o_NHD" else 1
     outputs = array.shape[inputs:]
+    # Outputs first, as RowWeight holds them.
     matrix_OI = array.reshape(-1, int(np.prod(outputs))).T
     if not int8:
         return RowWeight(

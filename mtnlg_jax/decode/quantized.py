@@ -12,7 +12,7 @@ few rows. There every activation therefore becomes two int8 numbers, hi + lo / 2
 together, as two rows of one integer product.
 """
 
-# Shapes: B rows of a product, I inputs, O outputs
+# Shapes: B rows of a product, I inputs, O outputs, E experts
 
 import dataclasses
 import math
@@ -34,6 +34,7 @@ def quantize(x, axes):
     Symmetric: the largest number along ``axes`` becomes 127.
     """
     x = x.astype(jnp.float32)
+    # -128 is not used, so that the range is symmetric.
     scale = jnp.abs(x).max(axes, keepdims=True) / 127
     # All zeros have scale 0, by which nothing can be divided.
     number = jnp.round(x / jnp.where(scale > 0, scale, 1.0))
@@ -45,6 +46,7 @@ def quantize_numpy(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     # In place, since int8 is there to save another copy of a table.
     scale = np.maximum(x.max(1, keepdims=True), -x.min(1, keepdims=True)) / np.float32(127)
     number = x / np.where(scale > 0, scale, np.float32(1))
+    # Rounds half to even, as jnp.round does.
     return np.rint(number, out=number).astype(np.int8), scale[:, 0]
 
 
@@ -68,12 +70,15 @@ class RowWeight:
 
     def float32(self, x):
         """Return the product before it is rounded to x's type."""
+        # Both operands have inputs last, so memory is read in order and nothing is transposed.
         rows_BI = x.reshape(-1, self.number_OI.shape[1])
         if self.scale_O is None:
             y_BO = _multiply(rows_BI.astype(self.number_OI.dtype), self.number_OI)
         elif on_cpu():
             y_BO = self.scale_O[None, :] * _multiply_int8(rows_BI, self.number_OI)
         else:
+            # The integers are exact in bfloat16 (8 bits of significand), and the scale multiplies
+            # the float32 sum.
             y_BO = self.scale_O[None, :] * jax.lax.dot_general(
                 rows_BI,
                 self.number_OI.astype(x.dtype),
@@ -92,6 +97,32 @@ class RowWeight:
         if self.scale_O is None:
             return self.number_OI.astype(dtype)
         return (self.number_OI * self.scale_O[:, None]).astype(dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ExpertWeight:
+    """The weights of experts in int8, with a scale for each output of each expert."""
+
+    number_EIO: jax.Array
+    scale_EO: jax.Array
+
+    def __getitem__(self, key):
+        """Return the weight itself for ``param[...]``, as an array does."""
+        assert key is ..., "a quantized weight is read as a whole"
+        return self
+
+    def grouped(self, x_BI, sizes_E, experts_B):
+        """Return the products of rows that are sorted by expert, (B, O)."""
+        y_BO = jax.lax.ragged_dot(
+            x_BI, self.number_EIO.astype(x_BI.dtype), sizes_E, preferred_element_type=jnp.float32
+        )
+        return (y_BO * self.scale_EO[experts_B]).astype(x_BI.dtype)
+
+
+def experts_of(weight_EIO) -> ExpertWeight:
+    """Return the float weights of experts in int8."""
+    return ExpertWeight(*quantize(weight_EIO, 1))
 
 
 def on_cpu() -> bool:
@@ -117,6 +148,7 @@ def _multiply(x_BI, number_OI):
     """Return the product in float32, (B, O)."""
     rows = x_BI.shape[0]
     if on_cpu() and x_BI.dtype != jnp.float32:
+        # Rows of zeros reach XLA:CPU's kernels; a row more costs less than its plain loop.
         x_BI = jnp.pad(x_BI, ((0, max(0, LEAST_ROWS - rows)), (0, 0)))
     return jax.lax.dot_general(x_BI, number_OI, _ROWS_BY_ROWS, preferred_element_type=jnp.float32)[
         :rows
@@ -133,7 +165,9 @@ def _multiply_int8(x_BI, number_OI):
     scale_B1 = jnp.abs(x_BI).max(1, keepdims=True) / 127
     scaled_BI = x_BI / jnp.where(scale_B1 > 0, scale_B1, 1.0)
     hi_BI = jnp.round(scaled_BI)
+    # The rest is within 0.5, so lo is within 127.
     lo_BI = jnp.round((scaled_BI - hi_BI) * 254)
+    # One product of twice the rows reads the weights once.
     both_BI = jnp.concatenate([hi_BI, lo_BI]).astype(jnp.int8)
     both_BI = jnp.pad(both_BI, ((0, max(0, LEAST_ROWS - 2 * rows)), (0, 0)))
     sums_BO = jax.lax.dot_general(

@@ -89,6 +89,8 @@ def writable(tokenizer, vocabulary: int, end: bool = True) -> np.ndarray:
     ends. Other special tokens of an imported tokenizer may be written, as its model was trained to
     do, and add nothing to the text.
     """
+    # The model's vocabulary is padded, and a tokenizer may have fewer tokens than an imported
+    # model.
     size = min(tokenizer.vocab_size, vocabulary)
     allowed = np.zeros(vocabulary, bool)
     allowed[:size] = ~tokenizer.is_special[:size] | _is_learned_special(tokenizer)[:size]
@@ -104,6 +106,7 @@ def _is_learned_special(tokenizer) -> np.ndarray:
     if getattr(tokenizer, "kind", "sentencepiece") == "sentencepiece":
         return found
     roles = {tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.sep_id}
+    # A tokenizer without <mask> raises.
     with contextlib.suppress(ValueError):
         roles.add(tokenizer.mask_id)
     found[[index for index in tokenizer.special_names if index not in roles]] = True

@@ -113,6 +113,7 @@ class Scores(NamedTuple):
 
 def length_of(normalise: str, text: bytes, tokens: Sequence[int]) -> int:
     """Return the length to divide by; a character counts where it begins in ``text`` (UTF-8)."""
+    # Continuation bytes of UTF-8 are 10xxxxxx.
     characters = sum(byte & 0xC0 != 0x80 for byte in text)
     return {
         "sum": 1,
@@ -174,6 +175,7 @@ def _noisy_channel(pool: Pool):
             len(context) + len(source),
             f"the source behind reverse with {each[:40]!r}",
         )
+    # |x| and not |y| for both terms of the channel, as in Yee 2019.
     length = length_of(pool.normalise, text.encode(), source)
 
     def run(sums):
@@ -204,6 +206,7 @@ def _pseudo_log_likelihood(pool: Pool):
     Salazar 2020. ``within_word_l2r`` also masks the rest of y_t's word. Otherwise a rare word of
     several pieces looks likely, since each piece gives the others away (Kauf & Ivanova 2023).
     """
+    # As in training, masked positions see the end of the document.
     rows = [[*each.row, pool.tokenizer.eos_id] for each in pool.candidates]
     starts = [each.start for each in pool.candidates]
     for text, row in zip(pool.texts, rows, strict=True):
@@ -215,6 +218,7 @@ def _pseudo_log_likelihood(pool: Pool):
         """Return (position, end of its word) of each token."""
         spans = []
         end = len(row) - 1
+        # From the right, since the end of a word is known before its beginning.
         for position in reversed(range(start, len(row) - 1)):
             spans.append((position, end))
             token = row[position]
@@ -257,6 +261,7 @@ def _mbr(pool: Pool):
         table = np.array(
             [[float(utility(text, other)) for other in pool.texts] for text in pool.texts]
         )
+        # A candidate is not compared with itself, but with its other occurrences.
         others = np.broadcast_to(pool.counts, (number, number)) - np.eye(number)
         return Scores({"mbr": (table * others).sum(1) / others.sum(1)}, utilities=table)
 
@@ -347,6 +352,7 @@ def check_request(
         )
     for name, scorers in _ACTS_IN.items():
         value = getattr(options, name)
+        # An option that nothing reads is more likely a mistake than a wish.
         if value != getattr(ScorerOptions, name) and not weights.keys() & set(scorers):
             raise ValueError(
                 f"{name}={value!r} acts in {' and '.join(scorers)} alone, not among the scorers "

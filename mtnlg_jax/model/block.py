@@ -4,8 +4,7 @@ The default block is MT-NLG's. Switches of ModelConfig turn it into the blocks o
 models; docs/models.md says which family sets which switch.
 """
 
-# Shapes: B rows, S query positions, D width, F MLP width, N query heads, K key/value heads,
-# H head width
+# Shapes: B rows, S query positions, D width, N query heads, K key/value heads, H head width
 
 import math
 from collections.abc import Callable
@@ -18,8 +17,9 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from mtnlg_jax.config import LayerSpec, ModelConfig
+from mtnlg_jax.model.mlp import Mlp
 from mtnlg_jax.model.moe import Moe
-from mtnlg_jax.model.parts import HeadNorm, Norm, activate, add_bias, constant, multiply, normal
+from mtnlg_jax.model.parts import HeadNorm, Norm, add_bias, constant, multiply, normal
 from mtnlg_jax.model.positions import alibi_slopes, layer_frequencies, rotate
 from mtnlg_jax.parallel.collectives import axis_index, axis_size, gather, own_part, scatter_sum
 
@@ -114,36 +114,6 @@ class Attention(nnx.Module):
         return add_bias(x_BSD, self.b_o_D)
 
 
-class Mlp(nnx.Module):
-    """Two matrices with an activation between them, or three with a gate."""
-
-    def __init__(self, config: ModelConfig, width: int | None = None, *, rngs: nnx.Rngs):
-        D = config.hidden_size
-        F = width or config.mlp_width
-        std = config.init_method_std
-        out_std = config.init_method_std / math.sqrt(2 * config.num_layers)
-        self.activation = config.activation
-        gated = config.gated
-        bias = config.has_bias("mlp")
-        self.w_in_DF = normal(rngs, std, D, F)
-        self.w_gate_DF = normal(rngs, std, D, F) if gated else None
-        self.w_out_FD = normal(rngs, out_std, F, D)
-        self.b_in_F = constant(0.0, F) if bias else None
-        self.b_gate_F = constant(0.0, F) if bias and gated else None
-        self.b_out_D = constant(0.0, D) if bias else None
-
-    def __call__(self, x_BSD: jax.Array) -> jax.Array:
-        h_BSF = add_bias(multiply("BSD,DF->BSF", x_BSD, self.w_in_DF[...]), self.b_in_F)
-        g_BSF = None
-        if self.w_gate_DF is not None:
-            g_BSF = multiply("BSD,DF->BSF", x_BSD, self.w_gate_DF[...])
-            g_BSF = add_bias(g_BSF, self.b_gate_F)
-        h_BSF = activate(self.activation, h_BSF, g_BSF)
-        h_BSF = checkpoint_name(h_BSF, "activation")
-        y_BSD = scatter_sum(multiply("BSF,FD->BSD", h_BSF, self.w_out_FD[...]), "tensor", 1)
-        return add_bias(y_BSD, self.b_out_D)
-
-
 class Block(nnx.Module):
     """Two half blocks, attention and MLP. With pre-norm (MT-NLG; Shoeybi 2019):
     x + attention(norm(x)), then x + mlp(norm(x))."""
@@ -168,11 +138,13 @@ class Block(nnx.Module):
         attend: Callable,
         drop: Callable = lambda x, half: x,
         spec: LayerSpec = PLAIN_LAYER,
+        penalty_B: jax.Array | None = None,
     ) -> jax.Array:
         """Return the block's output, (B, S, D).
 
         ``attend(q, k, v, **options)`` is the attention over the keys of this sequence, or of a
-        cache. ``drop(x, half)`` is the dropout after half block 0 or 1.
+        cache. ``drop(x, half)`` is the dropout after half block 0 or 1. ``penalty_B`` weights the
+        router's losses of each row.
         """
 
         def attention(x_BSD):
@@ -180,7 +152,8 @@ class Block(nnx.Module):
             return self.attention.output(self.attention.attend(attend, q, k, v, spec))
 
         def mlp(x_BSD):
-            return self.mlp(gather(x_BSD, "tensor", 1))
+            whole = gather(x_BSD, "tensor", 1)
+            return self.mlp(whole, penalty_B) if isinstance(self.mlp, Moe) else self.mlp(whole)
 
         def added(y_BSD, half):
             y_BSD = drop(y_BSD, half)

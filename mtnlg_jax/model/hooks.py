@@ -55,7 +55,7 @@ class Hooks(NamedTuple):
     """Changes to the plain forward pass. Each field serves one guest; the defaults change nothing.
 
     Mixed precision and ZeRO-3 use ``prepare``, activation recomputation ``recompute``, context
-    parallelism ``attend``, and dropout the last two fields.
+    parallelism ``attend``, dropout the next two fields, and experts the last one.
     """
 
     prepare: Callable = lambda layer: layer  # one layer's stored parameters -> compute weights
@@ -63,6 +63,7 @@ class Hooks(NamedTuple):
     attend: Callable = attention  # attention(), or its equivalent over a split sequence
     dropout_key: jax.Array | None = None  # None: no dropout
     rows_B: jax.Array | None = None  # number of each row in the global batch, for dropout
+    penalty_B: jax.Array | None = None  # weight of each row's router losses; None: no such losses
 
 
 PLAIN = Hooks()

@@ -5,7 +5,7 @@ Nothing is dropped. Tokens are sorted by expert, and one grouped product compute
 """
 
 # Shapes: B rows, S query positions, D width, F width of an expert, E experts, X experts of a token,
-# T tokens (B x S), U visits (T x X, sorted by expert)
+# T tokens (B x S), U visits (T x X, sorted by expert), C 1 (the gate of the shared expert)
 
 import math
 
@@ -15,8 +15,23 @@ from flax import nnx
 from jax import lax
 
 from mtnlg_jax.config import ModelConfig
+from mtnlg_jax.model.mlp import Mlp
 from mtnlg_jax.model.parts import activate, add_bias, constant, multiply, normal
-from mtnlg_jax.parallel.collectives import own_part, scatter_sum
+from mtnlg_jax.parallel.collectives import axis_size, own_part, scatter_sum, sum_over
+
+
+@jax.custom_vjp
+def with_penalty(x: jax.Array, penalty: jax.Array) -> jax.Array:
+    """Return ``x``; its gradient is that of a loss to which the scalar ``penalty`` is added.
+
+    So the losses of routers need no way of their own through scans and pipelines.
+    """
+    return x
+
+
+with_penalty.defvjp(
+    lambda x, penalty: (x, penalty), lambda penalty, grad: (grad, jnp.ones_like(penalty))
+)
 
 
 class Moe(nnx.Module):
@@ -39,12 +54,19 @@ class Moe(nnx.Module):
         self.b_in_EF = constant(0.0, E, F) if bias else None
         self.b_gate_EF = constant(0.0, E, F) if bias and config.gated else None
         self.b_out_ED = constant(0.0, E, D) if bias else None
+        width = config.moe.moe_shared_expert_intermediate_size
+        self.shared = Mlp(config, width, rngs=rngs) if width else None
+        gated = width and config.moe.moe_shared_expert_gate
+        self.w_shared_DC = normal(rngs, std, D, 1) if gated else None
 
-    def route(self, x_TD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def router_logits(self, x_TD: jax.Array) -> jax.Array:
+        """Return the router's logits, float32 (T, E)."""
+        logits_TE = multiply("TD,DE->TE", x_TD, self.w_router_DE[...]).astype(jnp.float32)
+        return add_bias(logits_TE, self.b_router_E)
+
+    def route(self, logits_TE: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return the experts of each token, int32 (T, X), and their weights, float32 (T, X)."""
         config = self.config
-        logits_TE = multiply("TD,DE->TE", x_TD, self.w_router_DE[...]).astype(jnp.float32)
-        logits_TE = add_bias(logits_TE, self.b_router_E)
         if config.moe_router_score_function == "sigmoid":
             scores_TE = jax.nn.sigmoid(logits_TE)
         elif config.moe_router_pre_softmax:
@@ -58,19 +80,60 @@ class Moe(nnx.Module):
             weights_TX = weights_TX / weights_TX.sum(-1, keepdims=True)
         return experts_TX, weights_TX * config.moe_router_topk_scaling_factor
 
-    def __call__(self, x_BSD: jax.Array) -> jax.Array:
+    def penalty(
+        self, logits_TE: jax.Array, experts_TX: jax.Array, penalty_B: jax.Array
+    ) -> jax.Array:
+        """Return this device's share of the router's losses, a scalar.
+
+        Of each row: moe_aux_loss_coeff x E sum_e f_e P_e, with the share f of visits and the mean
+        probability P of each expert, and moe_z_loss_coeff x mean(logsumexp(logits)^2).
+        """
+        config = self.config
+        rows = penalty_B.shape[0]
+        experts = config.num_moe_experts
+        logits_BSE = logits_TE.reshape(rows, -1, experts)
+        # Devices along context hold parts of a row, and devices along tensor the same numbers.
+        tokens = logits_BSE.shape[1] * axis_size("context")
+        visits_BSE = jax.nn.one_hot(experts_TX, experts).sum(1).reshape(logits_BSE.shape)
+        shares_BE = sum_over(visits_BSE.sum(1), "context") / (tokens * experts_TX.shape[1])
+        if config.moe_router_score_function == "sigmoid":
+            scores_BSE = jax.nn.sigmoid(logits_BSE)
+            scores_BSE = scores_BSE / scores_BSE.sum(-1, keepdims=True)
+        else:
+            scores_BSE = jax.nn.softmax(logits_BSE, -1)
+        # The shares are counts: gradients go through the probabilities of this device's tokens.
+        means_BE = scores_BSE.sum(1) / tokens
+        balance_B = experts * (lax.stop_gradient(shares_BE) * means_BE).sum(-1)
+        z_B = jnp.square(jax.nn.logsumexp(logits_BSE, -1)).sum(1) / tokens
+        losses_B = config.moe_aux_loss_coeff * balance_B + config.moe_z_loss_coeff * z_B
+        return jnp.dot(losses_B, penalty_B) / axis_size("tensor")
+
+    def __call__(self, x_BSD: jax.Array, penalty_B: jax.Array | None = None) -> jax.Array:
+        """Return the experts' output, (B, S, D); in the manual region this device's part of S.
+
+        ``penalty_B`` weights the losses of each row; None leaves them out.
+        """
         batch, length, width = x_BSD.shape
         x_TD = x_BSD.reshape(-1, width)
-        experts_TX, weights_TX = self.route(x_TD)
+        logits_TE = self.router_logits(x_TD)
+        experts_TX, weights_TX = self.route(logits_TE)
+        if penalty_B is not None:
+            x_TD = with_penalty(x_TD, self.penalty(logits_TE, experts_TX, penalty_B))
         number, visits = experts_TX.shape
-        experts = self.w_in_EDF.shape[0]
+        experts = self.config.num_moe_experts
         order_U = jnp.argsort(experts_TX.reshape(-1), stable=True)
         experts_U = experts_TX.reshape(-1)[order_U]
         sizes_E = jnp.bincount(experts_TX.reshape(-1), length=experts).astype(jnp.int32)
         x_UD = x_TD[order_U // visits]
 
         def product(x, weight, bias):
-            y = lax.ragged_dot(x, weight[...], sizes_E)
+            weight = weight[...]
+            # Decoding may hold a quantized weight, which computes the same product.
+            y = (
+                weight.grouped(x, sizes_E, experts_U)
+                if hasattr(weight, "grouped")
+                else lax.ragged_dot(x, weight, sizes_E)
+            )
             return y if bias is None else y + bias[...][experts_U]
 
         h_UF = product(x_UD, self.w_in_EDF, self.b_in_EF)
@@ -82,8 +145,17 @@ class Moe(nnx.Module):
         # Back in the order of the tokens, whose visits are then neighbors.
         y_TD = y_UD[jnp.argsort(order_U)].reshape(number, visits, width).sum(1)
         y_BSD = scatter_sum(y_TD.reshape(batch, length, width), "tensor", 1)
+        if self.shared is not None:
+            y_BSD = y_BSD + self._gated(self.shared(x_BSD), x_BSD)
         if self.b_out_ED is None:
             return y_BSD
         shares_TE = (jax.nn.one_hot(experts_TX, experts) * weights_TX[..., None]).sum(1)
         shares_BSE = own_part(shares_TE.reshape(batch, length, experts), "tensor", 1)
         return y_BSD + multiply("BSE,ED->BSD", shares_BSE.astype(y_BSD.dtype), self.b_out_ED[...])
+
+    def _gated(self, y_BSD: jax.Array, x_BSD: jax.Array) -> jax.Array:
+        """Return the output of the shared expert through its gate, if it has one."""
+        if self.w_shared_DC is None:
+            return y_BSD
+        own_BSD = own_part(x_BSD, "tensor", 1)
+        return y_BSD * jax.nn.sigmoid(multiply("BSD,DC->BSC", own_BSD, self.w_shared_DC[...]))

@@ -29,12 +29,16 @@ from jax.sharding import PartitionSpec as P
 
 from mtnlg_jax.config import MeshConfig, near_divisors
 
+# The last axis numbers neighboring devices: tensor, which communicates most, spans the fastest
+# links.
 AXES = ("pipe", "data", "context", "tensor")  # slowest network first
 
+# No two dims of one tensor may share an axis, so the dims of a new parameter must differ in it.
 AXIS_OF = {"L": "pipe", "V": "tensor", "N": "tensor", "K": "tensor", "F": "tensor", "D": "data"}
 UNSPLIT = "CEHPR"
 
 # Tokens, labels and weights, (M, B, S): rows are split over data, positions over context.
+# Every stage looks up what it needs of a micro-batch by its number, so M stays whole.
 BATCH = P(None, "data", "context")
 
 
@@ -43,8 +47,11 @@ def mesh_shape(config: MeshConfig, devices: int) -> dict[str, int]:
 
     Raises ValueError when the product of the sizes is not ``devices``.
     """
+    # data is the axis that grows with the number of devices, since it changes nothing else in the
+    # plan.
     fixed = config.pipe * config.context * config.tensor
     data = devices // fixed if config.data == -1 else config.data
+    # data is 0 where the other axes need more devices than there are.
     if fixed * data != devices or data == 0:
         raise ValueError(
             f"mesh pipe={config.pipe} x data={config.data} x context={config.context} x "
@@ -58,6 +65,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """Return a mesh of AXES over ``devices`` (default: all), with the sizes of `mesh_shape`."""
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(config, len(devices))
+    # Auto: outside the manual region, as in the optimizer's update, XLA derives how to split.
     return jax.make_mesh(
         tuple(shape.values()), AXES, axis_types=(AxisType.Auto,) * 4, devices=devices
     )
@@ -65,6 +73,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 def parameter_name(path) -> str:
     """Return a parameter's name from its pytree key path: the last string key."""
+    # Attributes of NNX variables and indices of tuples are not string keys.
     names = [key.key for key in path if isinstance(getattr(key, "key", None), str)]
     return names[-1]
 
@@ -88,8 +97,10 @@ def spec_of(dims: str, zero: int = 1, whole: str = "") -> P:
                 f"dim {dim!r} of {dims!r} is not in the plan; add a row to AXIS_OF or UNSPLIT"
             )
         axis = AXIS_OF.get(dim)
+        # Without ZeRO every device along data holds whole parameters and moments.
         if (axis == "data" and zero == 0) or dim in whole:
             axis = None
+        # JAX would refuse such a spec as well, but without the name of the tensor.
         if axis is not None and axis in axes:
             raise ValueError(
                 f"{dims!r} would use mesh axis {axis!r} twice; name its dims differently"
@@ -99,8 +110,12 @@ def spec_of(dims: str, zero: int = 1, whole: str = "") -> P:
 
 
 def whole_dims(dims: str, shape: Sequence[int], tensor: int) -> str:
-    """Return the dims that tensor does not split: key/value heads, if it has more parts."""
-    return "K" if "K" in dims and shape[dims.index("K")] < tensor else ""
+    """Return the dims that tensor does not split: key/value heads, if it has a multiple of them in
+    parts."""
+    if "K" not in dims:
+        return ""
+    heads = shape[dims.index("K")]
+    return "K" if heads < tensor and tensor % heads == 0 else ""
 
 
 def specs_of(tree: Any, zero: int = 1, tensor: int = 1) -> Any:
@@ -128,6 +143,7 @@ def local_shape(
     for dim, size, axis in zip(dims, shape, spec, strict=True):
         parts = sizes[axis] if axis else 1
         if size % parts:
+            # The message gives sizes that do divide.
             way_out = f"try mesh.{axis}={near_divisors(size, parts)}"
             if axis == "data":
                 way_out += ", or mesh.zero=0"
@@ -143,6 +159,7 @@ def shardings_of(tree: Any, mesh: Mesh, zero: int = 1) -> Any:
     """
 
     def sharding(path, leaf):
+        # Counters of the state have no name with dims and are equal everywhere.
         if not getattr(leaf, "ndim", 0):
             return NamedSharding(mesh, P())
         dims = dims_of(path)
@@ -172,6 +189,7 @@ def plan_table(tree, sizes: dict[str, int], zero: int = 1) -> list[Row]:
     rows = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         dims = dims_of(path)
+        # The same names as in a checkpoint.
         name = ".".join(key.key for key in path if isinstance(getattr(key, "key", None), str))
         local = local_shape(parameter_name(path), dims, leaf.shape, sizes, zero)
         spec = spec_of(dims, zero, whole_dims(dims, leaf.shape, sizes["tensor"]))

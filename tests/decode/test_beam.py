@@ -37,10 +37,10 @@ def _log_softmax(logits):
 @functools.partial(jax.jit, static_argnames="config")
 def _full(config, params, tokens_BS):
     positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1]), tokens_BS.shape)
-    x_BSD, head_VD = run_layers(
+    x_BSD, head = run_layers(
         config, params, tokens_BS, positions_BS, lambda _, q, k, v: attention(q, k, v)
     )
-    return x_BSD @ head_VD.T
+    return x_BSD @ head.table_VD.T
 
 
 def _next(number, sequences) -> np.ndarray:

@@ -485,7 +485,7 @@ def test_a_flag_without_effect_raises_an_error(ask, arguments, message):
         (["--workdir=RUN", "--mode=ranking", "--prompt=a", "--candidates="], "empty"),
         (
             ["--workdir=RUN", "--mode=ranking", "--prompt=a", "--scorer=rouge"],
-            "scorer 'rouge' is not known",
+            "unknown scorer 'rouge'",
         ),
         (
             ["--workdir=RUN", "--mode=ranking", "--prompt=a", "--scorer=pmi=x"],

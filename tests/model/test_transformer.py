@@ -12,8 +12,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from mtnlg_jax.config import MeshConfig, ModelConfig, RopeScaling
-from mtnlg_jax.model.block import Mlp
 from mtnlg_jax.model.hooks import Hooks, dropout
+from mtnlg_jax.model.mlp import Mlp
 from mtnlg_jax.model.parts import Norm
 from mtnlg_jax.model.positions import rope_frequencies, rotate
 from mtnlg_jax.model.transformer import Transformer, abstract_model, init_parameters

@@ -15,6 +15,7 @@ def read_rows(path: Path) -> list[dict]:
     """
     if not path.exists():
         return []
+    # Found out before hours of measuring, not after.
     if not os.access(path, os.W_OK):
         raise PermissionError(f"--table={path} cannot be written; name another with --table")
     try:
@@ -32,5 +33,7 @@ def with_row(rows: list[dict], row: dict) -> list[dict]:
 
 def render(rows: list[dict]) -> str:
     """Return the table as the text of its file: one row per line, sorted by its key."""
+    # Padded with zeros, numbers sort as numbers. A fixed order keeps a diff to the rows that
+    # changed.
     rows = sorted(rows, key=lambda row: [str(row[name]).zfill(8) for name in _KEY])
     return '{"rows": [\n ' + ",\n ".join(map(json.dumps, rows)) + "\n]}\n"

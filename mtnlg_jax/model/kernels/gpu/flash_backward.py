@@ -31,6 +31,7 @@ from mtnlg_jax.model.kernels.gpu.common import (
     check_blocks,
     launch,
     load,
+    pad_queries,
     pad_to_8,
     product,
     release,
@@ -86,10 +87,6 @@ def backward(
     )
 
 
-def _pad_queries(array, size: int, value: float = 0.0):
-    return jnp.pad(array, ((0, 0), (0, 0), (0, size - array.shape[2])), constant_values=value)
-
-
 # --- dq
 
 
@@ -101,8 +98,8 @@ def _dq(q, k, v, d_out, mask, lse, delta, slopes, score_scale, blocks, interpret
     plan = tiles.plan
     inputs = tiles.inputs(q, k, v) | {
         "d_out": pad_to_8(d_out),
-        "lse": _pad_queries(lse, tiles.padded, jnp.inf),
-        "delta": _pad_queries(delta, tiles.padded),
+        "lse": pad_queries(lse, tiles.padded, jnp.inf),
+        "delta": pad_queries(delta, tiles.padded),
         **slopes,
     }
     scratch = tiles.scratch(width, dtype)
@@ -110,6 +107,7 @@ def _dq(q, k, v, d_out, mask, lse, delta, slopes, score_scale, blocks, interpret
         scratch[f"{name}_block"] = tiled((COMPUTE, blocks.q, width), dtype)
     for name in ("lse", "delta"):
         scratch[f"{name}_block"] = plgpu.SMEM((COMPUTE, blocks.q), jnp.float32)
+    # Queries, cotangents, lse and delta.
     scratch["loaded"] = plgpu.Barrier(num_barriers=COMPUTE, num_arrivals=4 + tiles.has_ids)
     if not fast:
         scratch["gradient"] = tiled((COMPUTE, blocks.q, blocks.kv), dtype, width)
@@ -163,18 +161,18 @@ def _dq_body(tiles: QueryTiles, score_scale: ScoreScale, width: int, dtype, fast
 
             def score_gradient(scores, d_weights):
                 capped = score_scale.cap(scores)
-                position = span.offset + start
-                scores = with_distances(capped, slope, position, j * kv)
+                where = (span.offset + start, j * kv)
+                scores = with_distances(capped, slope, *where)
                 exponents = scores * score_scale.factor - broadcast_along(lse, scores.shape, 0)
                 weights = score_scale.times_slope(jnp.exp2(exponents), capped)
                 if masked:
                     kv_ids = None
                     if has_ids:
                         kv_ids = plgpu.load(r.kv_ids_block.at[slot], layout=COLUMNS)
-                    seen = visible_mask(
-                        plan.mask, scores.shape, position, j * kv, span.length, q_ids, kv_ids
-                    )
+                    seen = visible_mask(plan.mask, scores.shape, *where, span.length, q_ids, kv_ids)
                     weights = weights if seen is None else jnp.where(seen, weights, 0.0)
+                # Called as late as possible: the second product is computed during the
+                # exponentials.
                 centered = d_weights() - broadcast_along(delta, scores.shape, 0)
                 return (weights * centered).astype(dtype)
 
@@ -200,6 +198,7 @@ def _dq_body(tiles: QueryTiles, score_scale: ScoreScale, width: int, dtype, fast
         total = span.walk(block, zeros((rows, width)))
         if plan.flushes(rows):
             lax.fori_loop(span.last, span.end, flush, None)
+        # The scale of the scores is applied once to the sum and not to every block.
         r.q_block[wg] = (total * score_scale.scale).astype(dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(r.q_block.at[wg], r.dq.at[row, at, head])
@@ -226,11 +225,12 @@ def _dkv(q, k, v, d_out, mask, lse, delta, slopes, score_scale, blocks, interpre
     tiles = KeyTiles.of(q.shape, k.shape, mask, blocks, runs=1 if apart else COMPUTE)
     parts = _DkvParts(tiles, score_scale, width, dtype, fast)
     inputs = tiles.inputs(q, k, v, d_out) | {
-        "lse": _pad_queries(lse, tiles.plan.padded, jnp.inf),
-        "delta": _pad_queries(delta, tiles.plan.padded),
+        "lse": pad_queries(lse, tiles.plan.padded, jnp.inf),
+        "delta": pad_queries(delta, tiles.plan.padded),
         **slopes,
     }
     scratch = tiles.scratch(width, dtype)
+    # Keys and values, or one of the two.
     operands = 1 if apart else 2
     scratch["loaded"] = plgpu.Barrier(num_barriers=COMPUTE, num_arrivals=operands + tiles.has_ids)
     shape = (blocks.kv, blocks.q)
@@ -253,6 +253,7 @@ def _dkv(q, k, v, d_out, mask, lse, delta, slopes, score_scale, blocks, interpre
             dict.fromkeys(("dk", "dv"), (inputs["k"].shape, dtype)),
             scratch,
             interpret,
+            # The shared form holds both sums in registers, and has none left for the walk.
             walks=apart,
         )
     return tuple(x[:, :keys] for x in results)
@@ -289,6 +290,7 @@ class _DkvParts(NamedTuple):
 
     def end(self, row, head, at, *results):
         """Store (sum, block in shared memory, output) triples."""
+        # The blocks held keys and values, which are not needed any more.
         for total, block, _ in results:
             block[...] = total.astype(self.dtype)
         plgpu.commit_smem()
@@ -300,13 +302,10 @@ class _DkvParts(NamedTuple):
         """The weights of block i of queries, and the same times the derivative of the softcap.
         ``slope`` is ALiBi's, of these queries' head, or None."""
         capped = self.score_scale.cap(scores)
-        position = span.offset + i * self.tiles.blocks.q
-        plan = self.tiles.plan
-        # Keys that do not exist need no mask, since their sums are dropped. But after a query their
-        # distance would let their weights overflow.
-        overhangs = not plan.mask.causal and plan.keys % plan.outer
-        last = plan.keys - 1 if overhangs else None
-        scores = with_distances(capped, slope, position, start, of_keys=True, last=last)
+        where = (span.offset + i * self.tiles.blocks.q, start)
+        last = self.tiles.last_key
+        scores = with_distances(capped, slope, *where, of_keys=True, last=last)
+        # An lse of inf, of padding and of queries that see nothing, gives weights of 0.
         lse = plgpu.load(r.lse_block.at[slot], layout=COLUMNS)
         exponents = scores * self.score_scale.factor - broadcast_along(lse, scores.shape, 1)
         weights = jnp.exp2(exponents)
@@ -315,7 +314,7 @@ class _DkvParts(NamedTuple):
             if self.tiles.has_ids:
                 q_ids = plgpu.load(r.q_ids_block.at[slot], layout=COLUMNS)
             seen = visible_mask(
-                plan.mask, scores.shape, position, start, span.length, q_ids, kv_ids, of_keys=True
+                self.tiles.plan.mask, scores.shape, *where, span.length, q_ids, kv_ids, of_keys=True
             )
             weights = weights if seen is None else jnp.where(seen, weights, 0.0)
         return weights, self.score_scale.times_slope(weights, capped)
@@ -352,9 +351,11 @@ def _dkv_shared(parts: _DkvParts) -> Callable:
             delta = plgpu.load(r.delta_block.at[slot], layout=COLUMNS)
             centered = d_weights - broadcast_along(delta, scores.shape, 1)
             gradient = (sloped * centered).astype(dtype)
+            # delta was read by ordinary loads, hence the fence.
             release(r.d_out_empty.at[slot], True)
             left = gradient if fast else stored(gradient, r.gradient.at[wg])
             dk = accumulate(dk, left, r.q_block.at[slot], fast)
+            # lse and ids were read by ordinary loads.
             release(r.q_empty.at[slot], True)
             return dk, dv
 
@@ -391,8 +392,10 @@ def _dkv_apart(parts: _DkvParts) -> Callable:
 
             @pl.when(count >= HANDED)
             def _():
+                # The second warpgroup may be up to HANDED blocks behind.
                 plgpu.barrier_wait(r.handed_empty.at[handed])
 
+            # Handed over before this warpgroup's own product, so that the other one can start.
             r.handed[handed] = sloped.astype(dtype)
             plgpu.barrier_arrive(r.handed_full.at[handed])
             weights = weights.astype(dtype)
@@ -412,6 +415,7 @@ def _dkv_apart(parts: _DkvParts) -> Callable:
             centered = d_weights - broadcast_along(delta, d_weights.shape, 1)
             release(r.d_out_empty.at[slot], True)
             handed = lax.rem(count, jnp.int32(HANDED))
+            # As late as possible: its own product is done while the weights are on their way.
             plgpu.barrier_wait(r.handed_full.at[handed])
             sloped = plgpu.load(r.handed.at[handed], layout=TILE).astype(jnp.float32)
             gradient = (sloped * centered).astype(dtype)
@@ -431,6 +435,8 @@ def _dkv_apart(parts: _DkvParts) -> Callable:
 
         @pl.when(wg == 1)
         def _():
+            # The gradient of one operand leaves through the memory of the other: each warpgroup may
+            # only overwrite what it alone reads.
             parts.begin(r, row, head, at, 1, (r.v, r.v_block.at[0]))
             # The weights come masked from the other warpgroup: one section without a mask.
             whole = span._replace(

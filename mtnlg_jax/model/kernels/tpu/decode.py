@@ -61,6 +61,26 @@ class _DecodePlan(NamedTuple):
         last = jnp.maximum(lax.div(length + self.block - 1, self.block) - 1, 0)
         return jnp.minimum(block, last), live
 
+    # Which block of an array a step works on.
+
+    def of_cache(self, row, head, split, step, *numbers):
+        return row, head, self.block_of(numbers, row, split, step)[0], 0
+
+    def of_scales(self, row, head, split, step, *numbers):
+        return row, head, 0, self.block_of(numbers, row, split, step)[0]
+
+
+def _of_query(row, head, split, step, *numbers):
+    return row, head, 0, 0
+
+
+def _of_slopes(row, head, split, step, *numbers):
+    return head, 0, 0
+
+
+def _of_split(row, head, split, step, *numbers):
+    return row, head, split, 0, 0
+
 
 def _kernel(plan: _DecodePlan, *refs):
     numbers = refs[: plan.prefetched]
@@ -85,6 +105,7 @@ def _kernel(plan: _DecodePlan, *refs):
         keys, values = (x[...].astype(q.dtype) if plan.scaled else x[...] for x in (k, v))
         scores = _product(q[...], keys, 1)
         if plan.scaled:
+            # The scale of a key is common to its row of integers, so it multiplies the product.
             scores = scores * scales[0][...]
         if plan.softcap is None:
             scores = scores * (plan.scale * LOG2_E)
@@ -109,6 +130,7 @@ def _kernel(plan: _DecodePlan, *refs):
         top[...] = new
         total[...] = total[...] * shrink + weights.sum(-1, keepdims=True)
         if plan.scaled:
+            # The scale of a value joins its key's weight instead of the integers.
             weights = weights * scales[1][...]
             weights = jnp.where(alive, weights, 0.0) if masked else weights
         acc[...] = acc[...] * shrink[:, :1] + _product(weights.astype(values.dtype), values, 0)
@@ -160,12 +182,20 @@ def _blocks(keys: int, block_kv: int, window: int | None, last: bool) -> tuple[i
 def _numbers(plan: _DecodePlan, lengths, positions, window: int | None) -> list:
     """The prefetched vectors, int32 (B,) each."""
     positions = lengths - 1 if positions is None else positions
+    # A length that is only known at run time cannot be checked, but must not read past the cache.
     numbers = [jnp.clip(lengths, 0, plan.keys).astype(jnp.int32)]
     if window is not None:
         numbers.append(jnp.maximum(positions - (window - 1), 0))
     if plan.has_slopes:
         numbers.append(positions)
     return numbers
+
+
+def _columns(alibi_slopes, kv_heads: int, group: int, padded: int):
+    """Slopes in base 2, (K, query heads of a key/value head, LANES) of equal lanes."""
+    slopes = (alibi_slopes * LOG2_E).reshape(kv_heads, group, 1)
+    slopes = jnp.pad(slopes, ((0, 0), (0, padded - group), (0, 0)))
+    return jnp.broadcast_to(slopes, (kv_heads, padded, LANES))
 
 
 def decode(
@@ -197,6 +227,7 @@ def decode(
     rows, heads, width = q.shape
     kv_heads, keys = k_cache.shape[1:3]
     group = heads // kv_heads
+    # Whole tiles of bfloat16; float32 needs less but fits as well.
     padded = pl.cdiv(group, SUBLANES) * SUBLANES
     block, number = _blocks(keys, block_kv, window, last=positions is None)
     splits = min(num_splits or (2 if rows * kv_heads == 1 else 1), number)
@@ -214,28 +245,9 @@ def decode(
         q.reshape(rows, kv_heads, group, width), ((0, 0), (0, 0), (0, padded - group), (0, 0))
     )
     numbers = _numbers(plan, lengths, positions, window)
-    slopes = []
-    if plan.has_slopes:
-        of_groups = (alibi_slopes * LOG2_E).reshape(kv_heads, group, 1)
-        of_groups = jnp.pad(of_groups, ((0, 0), (0, padded - group), (0, 0)))
-        slopes.append(jnp.broadcast_to(of_groups, (kv_heads, padded, LANES)))
-
-    def of_cache(row, head, split, step, *numbers):
-        return row, head, plan.block_of(numbers, row, split, step)[0], 0
-
-    def of_scales(row, head, split, step, *numbers):
-        return row, head, 0, plan.block_of(numbers, row, split, step)[0]
-
-    def of_query(row, head, split, step, *numbers):
-        return row, head, 0, 0
-
-    def of_slopes(row, head, split, step, *numbers):
-        return head, 0, 0
-
-    def of_split(row, head, split, step, *numbers):
-        return row, head, split, 0, 0
-
-    cache = pl.BlockSpec((None, None, block, width), of_cache)
+    slopes = [_columns(alibi_slopes, kv_heads, group, padded)] if plan.has_slopes else []
+    cache = pl.BlockSpec((None, None, block, width), plan.of_cache)
+    # A row of scales for each head, as blocks need two dims.
     scales = [x[:, :, None] for x in (k_scale, v_scale) if x is not None]
     arrays = (q_groups, k_cache, v_cache, *scales, *slopes)
     # A single part is stored as the result; several are still to be merged.
@@ -251,14 +263,14 @@ def decode(
             num_scalar_prefetch=plan.prefetched,
             grid=(rows, kv_heads, splits, plan.steps),
             in_specs=[
-                pl.BlockSpec((None, None, padded, width), of_query),
+                pl.BlockSpec((None, None, padded, width), _of_query),
                 cache,
                 cache,
-                *[pl.BlockSpec((None, None, 1, block), of_scales) for _ in scales],
-                *[pl.BlockSpec((None, padded, LANES), of_slopes) for _ in slopes],
+                *[pl.BlockSpec((None, None, 1, block), plan.of_scales) for _ in scales],
+                *[pl.BlockSpec((None, padded, LANES), _of_slopes) for _ in slopes],
             ],
             out_specs=[
-                pl.BlockSpec((None, None, None, *shape[3:]), of_split) for shape, _ in outputs
+                pl.BlockSpec((None, None, None, *shape[3:]), _of_split) for shape, _ in outputs
             ],
             scratch_shapes=[statistics, statistics, pltpu.VMEM((padded, width), jnp.float32)],
         ),

@@ -1,0 +1,43 @@
+"""The MLP of a block: two matrices with an activation between them, or three with a gate."""
+
+# Shapes: B rows, S query positions, D width, F MLP width
+
+import math
+
+import jax
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from mtnlg_jax.config import ModelConfig
+from mtnlg_jax.model.parts import activate, add_bias, constant, multiply, normal
+from mtnlg_jax.parallel.collectives import scatter_sum
+
+
+class Mlp(nnx.Module):
+    """Two matrices with an activation between them, or three with a gate."""
+
+    def __init__(self, config: ModelConfig, width: int | None = None, *, rngs: nnx.Rngs):
+        D = config.hidden_size
+        F = width or config.mlp_width
+        std = config.init_method_std
+        out_std = config.init_method_std / math.sqrt(2 * config.num_layers)
+        self.activation = config.activation
+        gated = config.gated
+        bias = config.has_bias("mlp")
+        self.w_in_DF = normal(rngs, std, D, F)
+        self.w_gate_DF = normal(rngs, std, D, F) if gated else None
+        self.w_out_FD = normal(rngs, out_std, F, D)
+        self.b_in_F = constant(0.0, F) if bias else None
+        self.b_gate_F = constant(0.0, F) if bias and gated else None
+        self.b_out_D = constant(0.0, D) if bias else None
+
+    def __call__(self, x_BSD: jax.Array) -> jax.Array:
+        h_BSF = add_bias(multiply("BSD,DF->BSF", x_BSD, self.w_in_DF[...]), self.b_in_F)
+        g_BSF = None
+        if self.w_gate_DF is not None:
+            g_BSF = multiply("BSD,DF->BSF", x_BSD, self.w_gate_DF[...])
+            g_BSF = add_bias(g_BSF, self.b_gate_F)
+        h_BSF = activate(self.activation, h_BSF, g_BSF)
+        h_BSF = checkpoint_name(h_BSF, "activation")
+        y_BSD = scatter_sum(multiply("BSF,FD->BSD", h_BSF, self.w_out_FD[...]), "tensor", 1)
+        return add_bias(y_BSD, self.b_out_D)
