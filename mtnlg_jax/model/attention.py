@@ -212,7 +212,7 @@ def decode_attention(
           ``v_scale``.
       lengths: int32 (B,), 0 to T. Keys at or past the length are invisible.
       positions: int32 (B,) or (B, N), position of the query on the key axis; default lengths - 1.
-          Used by window and alibi_slopes.
+          Used by window and alibi_slopes, for which the kernels take (B,) only.
       window: int. Key j is visible only if j > position - window.
       alibi_slopes: float32 (N,), as for attention().
       k_scale, v_scale: float32 (B, K, T). A key is its int8 numbers times its scale.
