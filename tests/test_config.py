@@ -362,6 +362,14 @@ def test_the_defaults_are_valid():
     validate(BASE)
 
 
+RING = ["mesh.context_mode=ring", "mesh.context=2"]
+
+
+def test_the_ring_takes_a_soft_cap_and_a_multiplier_of_attention():
+    caps = ["model.attn_logit_softcapping=50", "model.multipliers.attention=0.1"]
+    validate(override(BASE, *RING, *caps))
+
+
 def test_validate_does_not_change_the_config():
     odd = override(ODD, "mesh.tensor=1", "train.micro_batch_size=1", "train.global_batch_size=4")
     before = to_json(odd)
@@ -407,6 +415,14 @@ def test_validate_does_not_change_the_config():
         (
             ["mesh.context_mode=ulysses", "mesh.context=8"],
             ["mesh.tensor=12", "mesh.context=8", "4 or 6"],
+        ),
+        (
+            [*RING, "model.position_embedding_type=alibi"],
+            ["mesh.context_mode=ring", "windows, distances or sinks", "gather, or ulysses"],
+        ),
+        (
+            [*RING, "model.layer_pattern=[{'window': 64}]"],
+            ["mesh.context_mode=ring", "windows, distances or sinks", "gather, or ulysses"],
         ),
         (["mesh.flush=3", "mesh.pipe=2"], ["mesh.flush=3", "mesh.pipe=2", "1 or 3"]),
         (
@@ -483,10 +499,6 @@ def test_validate_does_not_change_the_config():
         (
             ["model.moe.num_moe_experts=2", "model.moe.moe_router_topk=3"],
             ["moe_router_topk=3", "num_moe_experts=2"],
-        ),
-        (
-            ["model.attn_logit_softcapping=5", "mesh.context=2", "mesh.context_mode=ring"],
-            ["mesh.context_mode=ring", "gather"],
         ),
         (["model.dropout_rate=1"], ["dropout_rate=1.0", "[0, 1)"]),
         (["model.rotary_base=0"], ["rotary_base=0.0", "(0, inf)"]),

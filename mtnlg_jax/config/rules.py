@@ -22,10 +22,8 @@ from mtnlg_jax.config.schema import Config, StageConfig
 def _ring_cannot(model: ModelConfig) -> bool:
     return (
         any(spec.window is not None for spec in model.layer_pattern)
-        or model.attn_logit_softcapping is not None
         or model.position_embedding_type == "alibi"
         or model.attention_sink
-        or model.multipliers.attention is not None
     )
 
 
@@ -77,8 +75,8 @@ _RULES: Rules = (
     (lambda c: not c.train.stages, "train.stages is empty; give at least one StageConfig"),
     (
         lambda c: c.mesh.context > 1 and c.mesh.context_mode == "ring" and _ring_cannot(c.model),
-        "mesh.context_mode=ring passes on whole keys and values, without windows, soft caps, "
-        "distances or sinks, which this model has; set mesh.context_mode=gather, or ulysses",
+        "mesh.context_mode=ring passes on whole keys and values, without windows, distances or "
+        "sinks, which this model has; set mesh.context_mode=gather, or ulysses",
     ),
 )
 

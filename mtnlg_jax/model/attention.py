@@ -9,7 +9,6 @@ the key axis and sees keys up to that position.
 # multiple of K), H head width
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +75,7 @@ def attention(
       softcap: scores become softcap * tanh(scores / softcap).
       bias: added to the scaled scores, broadcastable to (B, N, S, T).
       alibi_slopes: float32 (N,). slope x (j - position of the query) is added to the scores (Press
-          2021).
+          2021). They get no gradient.
       scale: default 1 / sqrt(H).
       dropout_rate, dropout_key: dropout on the attention weights.
       impl: "auto" or a key of SUPPORT.
@@ -128,7 +127,7 @@ def _run(call: AttentionCall, chosen: str):
             scale=call.score_scale,
             softcap=call.softcap,
             bias=call.bias,
-            alibi_slopes=call.alibi_slopes,
+            alibi_slopes=call.slopes,
             dropout_rate=call.dropout_rate,
             dropout_key=call.dropout_key,
         )
@@ -136,8 +135,8 @@ def _run(call: AttentionCall, chosen: str):
         return cudnn.attend(*qkv, mask, scale=call.score_scale), None
     run = functools.partial(fused, plan_for(chosen, call))
     if chosen == "xla_blockwise":  # XLA partitions its own loops over a mesh
-        return run(*qkv, mask_arrays(mask))
-    return split_heads(run, *qkv, mask_arrays(mask))
+        return run(*qkv, mask_arrays(mask), call.slopes)
+    return split_heads(run, *qkv, mask_arrays(mask), call.slopes)
 
 
 def explain_attention(
@@ -213,7 +212,7 @@ def decode_attention(
           ``v_scale``.
       lengths: int32 (B,), 0 to T. Keys at or past the length are invisible.
       positions: int32 (B,) or (B, N), position of the query on the key axis; default lengths - 1.
-          Used by window and alibi_slopes.
+          Used by window and alibi_slopes, for which the kernels take (B,) only.
       window: int. Key j is visible only if j > position - window.
       alibi_slopes: float32 (N,), as for attention().
       k_scale, v_scale: float32 (B, K, T). A key is its int8 numbers times its scale.
@@ -243,13 +242,16 @@ def decode_attention(
     )
     check_decode(call)
     chosen = choose(call)
-    where: dict[str, Any] = {}
-    if window is not None or alibi_slopes is not None:
-        where = {"positions": call.query_positions, "window": window, "alibi_slopes": alibi_slopes}
     run = functools.partial(
-        decode, chosen, scale=call.score_scale, softcap=softcap, num_splits=num_splits, **where
+        decode,
+        chosen,
+        scale=call.score_scale,
+        softcap=softcap,
+        window=window,
+        num_splits=num_splits,
     )
-    arrays = (q, k_cache, v_cache, jnp.asarray(lengths, jnp.int32), (k_scale, v_scale))
+    lengths = jnp.asarray(lengths, jnp.int32)
+    arrays = (q, k_cache, v_cache, lengths, (k_scale, v_scale), call.query_positions, call.slopes)
     out, lse = run(*arrays) if chosen == "xla" else split_cache(run, *arrays)
     return (out, lse) if return_lse else out
 
@@ -279,13 +281,14 @@ def attention_gradients(
     causal: bool,
     segment_ids=None,
     scale: float | None = None,
+    softcap: float | None = None,
     impl: str = "auto",
     block_sizes: tuple[int, int] | None = None,
 ):
     """Gradients (dq, dk, dv) of what these keys contribute to an attention over more keys.
 
     Args:
-      q, k, v, causal, segment_ids, scale, impl, block_sizes: as for attention().
+      q, k, v, causal, segment_ids, scale, softcap, impl, block_sizes: as for attention().
       out, lse: the output (B, S, N, H) and log-sum-exp (B, N, S) over all keys.
       d_out: the output's cotangent.
 
@@ -298,6 +301,7 @@ def attention_gradients(
         causal=causal,
         segment_ids=segment_ids,
         scale=scale,
+        softcap=softcap,
         impl=impl,
         block_sizes=block_sizes,
         return_lse=True,

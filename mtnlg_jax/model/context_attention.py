@@ -16,6 +16,7 @@ Attention).
 # Shapes: B rows, S positions of the sequence, N query heads, K key/value heads, H head width
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,7 @@ from mtnlg_jax.parallel.collectives import (
 )
 
 MODES = ("auto", "ulysses", "gather", "ring")
+RING_OPTIONS = frozenset({"softcap", "scale"})  # of attention()
 
 
 def context_attention(
@@ -49,7 +51,7 @@ def context_attention(
     """attention() over the whole sequence. q (B, S/c, N, H), k and v (B, S/c, K, H), segment_ids
     (B, S/c), each the device's own positions in zigzag order -> (B, S/c, N, H). On a context axis
     of size 1 it is attention(). ``options`` are further arguments of attention(): window, softcap,
-    scale, alibi_slopes and return_lse. The ring takes none.
+    scale, alibi_slopes and return_lse. The ring takes softcap and scale.
 
     Mode "auto" is ulysses if the heads of this device are divisible by c, and gather otherwise.
     Raises ValueError if ulysses is requested and they are not."""
@@ -69,12 +71,13 @@ def context_attention(
     if mode == "gather":
         return _gathered(q, k, v, causal, segment_ids, impl, options)
     if mode == "ring":
-        if options:
+        unable = sorted(options.keys() - RING_OPTIONS)
+        if unable:
             raise ValueError(
-                f"mesh.context_mode=ring does not take {', '.join(sorted(options))} of attention; "
+                f"mesh.context_mode=ring does not take {', '.join(unable)} of attention; "
                 "use mesh.context_mode=gather or ulysses"
             )
-        return _ring(causal, impl, q, k, v, segment_ids)
+        return _ring(_Ring(causal, impl, **options), q, k, v, segment_ids)
     raise ValueError(f"unknown context mode {mode!r}; choose one of {', '.join(MODES)}")
 
 
@@ -178,18 +181,32 @@ def _pair_ids(ids, kv_ids, i, j):
     return None if ids is None else (_half(ids, i), _half(kv_ids, j))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _ring(causal, impl, q, k, v, ids):
-    return _ring_forward(causal, impl, q, k, v, ids)[0]
+class _Ring(NamedTuple):
+    """The static part of ring attention."""
+
+    causal: bool
+    impl: str
+    softcap: float | None = None
+    scale: float | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of the attention of one pair of chunks."""
+        return {"impl": self.impl, "softcap": self.softcap, "scale": self.scale}
 
 
-def _ring_forward(causal, impl, q, k, v, ids):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _ring(static: _Ring, q, k, v, ids):
+    return _ring_forward(static, q, k, v, ids)[0]
+
+
+def _ring_forward(static: _Ring, q, k, v, ids):
     batch, length, heads, width = q.shape
     # Softmax over the union of blocks: outputs are weighted by their share of the sum (Milakov
     # 2018), each half on its own.
     out = vary(jnp.zeros((batch, length, heads, width), jnp.float32))
     lse = vary(jnp.full((batch, length, heads), -jnp.inf))
-    for (k_now, v_now, kv_ids), pairs in _hops(causal, (k, v, ids)):
+    for (k_now, v_now, kv_ids), pairs in _hops(static.causal, (k, v, ids)):
         for i, j, diagonal in pairs:
             new, new_lse = attention(
                 _half(q, i),
@@ -197,8 +214,8 @@ def _ring_forward(causal, impl, q, k, v, ids):
                 _half(v_now, j),
                 causal=diagonal,
                 segment_ids=_pair_ids(ids, kv_ids, i, j),
-                impl=impl,
                 return_lse=True,
+                **static.options,
             )
             new_lse = new_lse.transpose(0, 2, 1)
             old = _half(out, i)
@@ -217,7 +234,7 @@ def _ring_forward(causal, impl, q, k, v, ids):
     return out, (q, k, v, ids, out, lse)
 
 
-def _ring_backward(causal, impl, residuals, d_out):
+def _ring_backward(static: _Ring, residuals, d_out):
     q, k, v, ids, out, lse = residuals
     half = q.shape[1] // 2
     dq, dk, dv = (vary(jnp.zeros(x.shape, jnp.float32)) for x in (q, k, v))
@@ -230,7 +247,7 @@ def _ring_backward(causal, impl, residuals, d_out):
         )
 
     # The gradients of keys and values travel with them, and after the last hop once more: home.
-    for (k_now, v_now, kv_ids), pairs in _hops(causal, (k, v, ids)):
+    for (k_now, v_now, kv_ids), pairs in _hops(static.causal, (k, v, ids)):
         for i, j, diagonal in pairs:
             grads = attention_gradients(
                 _half(q, i),
@@ -241,7 +258,7 @@ def _ring_backward(causal, impl, residuals, d_out):
                 _half(d_out, i),
                 causal=diagonal,
                 segment_ids=_pair_ids(ids, kv_ids, i, j),
-                impl=impl,
+                **static.options,
             )
             dq = add(dq, grads[0], i)
             dk = add(dk, grads[1], j)

@@ -37,7 +37,9 @@ class Call:
     kv_heads: int = 8
     head_width: int = 128
     causal: bool = True
-    masks: tuple[str, ...] = ()  # a choice of segment_ids, kv_lengths, q_offset, window
+    # A choice of segment_ids, kv_lengths, q_offset, window and alibi_slopes; for a decode step, of
+    # the last two.
+    masks: tuple[str, ...] = ()
     blocks: tuple[int, int] | None = None
 
 
@@ -186,13 +188,18 @@ def function_of(call: Call):
             shape, dtype or ("bfloat16" if call.dtype == "int8" else call.dtype)
         )
 
+    window = call.keys // 4 if "window" in call.masks else None
     if call.step == "decode":
         cache = array(call.rows, call.kv_heads, call.keys, call.head_width, dtype=call.dtype)
-        scales = [array(*cache.shape[:3], dtype="float32")] * 2 if call.dtype == "int8" else []
+        rest = {}
+        if call.dtype == "int8":
+            rest = dict.fromkeys(("k_scale", "v_scale"), array(*cache.shape[:3], dtype="float32"))
+        if "alibi_slopes" in call.masks:
+            rest["alibi_slopes"] = array(call.heads, dtype="float32")
 
-        def decode(q, k, v, lengths, *scales):
-            named = dict(zip(("k_scale", "v_scale"), scales, strict=False))
-            return decode_attention(q, k, v, lengths, impl=call.impl, **named)
+        def decode(q, k, v, lengths, *values):
+            named: dict[str, Any] = dict(zip(rest, values, strict=True))
+            return decode_attention(q, k, v, lengths, window=window, impl=call.impl, **named)
 
         lengths = array(call.rows, dtype="int32")
         return decode, [
@@ -200,20 +207,23 @@ def function_of(call: Call):
             cache,
             cache,
             lengths,
-            *scales,
+            *rest.values(),
         ]
 
     shapes: dict[str, list[tuple[int, ...]]] = {
         "segment_ids": [(call.rows, call.queries), (call.rows, call.keys)],
         "kv_lengths": [(call.rows,)],
         "q_offset": [(call.rows,)],
+        "alibi_slopes": [(call.heads,)],
     }
     arrays = {
-        name: [array(*shape, dtype="int32") for shape in shapes[name]]
+        name: [
+            array(*shape, dtype="float32" if name == "alibi_slopes" else "int32")
+            for shape in shapes[name]
+        ]
         for name in call.masks
         if name in shapes
     }
-    window = call.keys // 4 if "window" in call.masks else None
 
     def attend(q, k, v, arrays):
         given: dict[str, Any] = {

@@ -46,7 +46,9 @@ def _visible(
     return seen
 
 
-def _reference(q, k, v, d_out, d_lse, *, softcap=None, scale=None, bias=None, **mask):
+def _reference(
+    q, k, v, d_out, d_lse, *, softcap=None, scale=None, bias=None, alibi_slopes=None, **mask
+):
     """Return out, lse, dq, dk, dv in float64, for the loss sum(out * d_out) + sum(finite lse *
     d_lse)."""
     q, k, v, d_out, d_lse = (np.asarray(x, np.float64) for x in (q, k, v, d_out, d_lse))
@@ -71,6 +73,9 @@ def _reference(q, k, v, d_out, d_lse, *, softcap=None, scale=None, bias=None, **
             slope = 1 - (scores / softcap) ** 2
         if bias is not None:
             scores = scores + np.broadcast_to(bias, (rows, heads, queries, keys))[b, n, i, at]
+        if alibi_slopes is not None:
+            offset = np.broadcast_to(mask.get("q_offset", 0), (rows,))[b]
+            scores = scores + np.float64(alibi_slopes[n]) * (at - (offset + i))
         total = np.exp(scores).sum()
         weights = np.exp(scores) / total
         out[b, i, n] = weights @ v[b, at, g]

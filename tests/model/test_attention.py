@@ -29,6 +29,7 @@ BLOCKS = (4, 3)  # small, unequal, and not divisors of the lengths below unless 
 # occurs at least once, several together, and lengths are not multiples of blocks. Runs of a case
 # share a compilation.
 SEGMENTS = ([[1] * 4 + [2] * 3, [9] * 7], [[1] * 8 + [2] * 4 + [0] * 2, [9] * 14])
+SLOPES = np.float32([0.5, 0.2, 0.05, 0.01])
 CASES = {
     "causal": (10, 10, 4, 2, {}, [{}]),
     "both_ways": (5, 11, 4, 1, {"causal": False}, [{}]),
@@ -52,6 +53,18 @@ CASES = {
             {"segment_ids": SEGMENTS, "kv_lengths": [14, 14], "q_offset": [7, 7]},
             {"segment_ids": SEGMENTS, "kv_lengths": [11, 5], "q_offset": [2, 9]},
             {"segment_ids": SEGMENTS, "kv_lengths": [0, 1], "q_offset": [20, -5]},
+        ],
+    ),
+    "alibi": (9, 14, 4, 2, {"alibi_slopes": SLOPES, "causal": False}, [{"q_offset": 2}]),
+    "alibi_and_all_options": (
+        7,
+        14,
+        4,
+        2,
+        {"window": 6, "softcap": 1.5, "scale": 0.9, "alibi_slopes": SLOPES},
+        [
+            {"segment_ids": SEGMENTS, "kv_lengths": [13, 9], "q_offset": [5, 3]},
+            {"segment_ids": SEGMENTS, "kv_lengths": [14, 8], "q_offset": [-3, 7]},
         ],
     ),
     "all_options": (
@@ -128,6 +141,25 @@ def test_large_scores_do_not_overflow(impl, longhand):
     assert all(np.isfinite(x).all() for x in got)
     best = np.where(np.tri(7, dtype=bool), q[0, :, 0] @ k[0, :, 0].T, -np.inf).argmax(-1)
     np.testing.assert_allclose(got[0][0, :, 0], v[0, best, 0], atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_steep_slopes_do_not_overflow(impl, longhand):
+    """Keys far behind a query, padded ones included, have scores of some hundreds."""
+    arrays = longhand.inputs(12, 1, 5, 11, 2, 2)
+    options = {"alibi_slopes": np.float32([30, 60]), "causal": False}
+    compute = functools.partial(longhand.everything, impl=impl, block_sizes=BLOCKS, **options)
+    longhand.compare(jax.jit(compute)(*arrays), longhand.reference(*arrays, **options), FLOAT32)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_slopes_get_no_gradient(impl, longhand):
+    q, k, v, _, _ = longhand.inputs(13, 1, 5, 5, 2, 2)
+
+    def loss(slopes):
+        return attention(q, k, v, alibi_slopes=slopes, impl=impl, block_sizes=BLOCKS).sum()
+
+    assert not np.asarray(jax.grad(loss)(jnp.ones(2))).any()
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -429,6 +461,11 @@ Q, K, V = (np.zeros((1, 8, 2, 4), np.float32) for _ in range(3))
         ({"q_offset": np.array([-3])}, "q_offset=-3 is below 0"),
         ({"q_offset": np.array([1, 2])}, r"q_offset has shape \(2,\); it must be \(1,\) or an int"),
         ({"window": 0}, "window=0 must be an int of at least 1"),
+        (
+            {"alibi_slopes": np.ones(3, np.float32)},
+            r"alibi_slopes have shape \(3,\); they must be \(2,\), one slope a query head",
+        ),
+        ({"alibi_slopes": np.ones(2, int)}, "alibi_slopes are int.*; cast them to float32"),
         ({"softcap": 0.0}, "softcap=0.0 must be a number above 0"),
         ({"scale": float("nan")}, "scale=nan must be a finite number"),
         ({"dropout_rate": 1.0}, r"dropout_rate=1.0 is outside \[0, 1\)"),
@@ -507,6 +544,16 @@ SCALES = np.zeros((1, 2, 16), np.float32)
         ({}, {"impl": "cudnn"}, "does not support single-token decoding"),
         ({}, {"num_splits": 0}, "num_splits=0"),
         ({}, {"scale": float("inf")}, "scale=inf"),
+        ({}, {"window": 0}, "window=0 must be an int of at least 1, or None"),
+        ({}, {"alibi_slopes": np.ones(2, np.float32)}, r"alibi_slopes have shape \(2,\); .*\(4,\)"),
+        ({}, {"alibi_slopes": np.ones(4, int)}, "alibi_slopes are int.*; cast them to float32"),
+        (
+            {},
+            {"positions": np.zeros((1, 2), int)},
+            r"positions have shape \(1, 2\); they must be \(1,\), one a row, or \(1, 4\), one a "
+            "query head, or None for lengths - 1",
+        ),
+        ({}, {"positions": np.zeros(1)}, "positions are float.*; cast them to int32"),
     ],
 )
 def test_invalid_calls_of_decode_attention_raise_an_error(changes, options, words):

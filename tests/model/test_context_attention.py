@@ -31,13 +31,13 @@ def value_and_gradients(attend, q, k, v, d_out, ids=None):
     return out, *back(d_out)
 
 
-def over_context(parts, mode, causal, q, k, v, d_out, ids):
+def over_context(parts, mode, causal, q, k, v, d_out, ids, **options):
     mesh = make_mesh(MeshConfig(data=1, context=parts), jax.devices()[:parts])
     order = zigzag(q.shape[1], parts)
 
     def local(*args):
         def attend(q, k, v, ids):
-            return context_attention(q, k, v, causal=causal, segment_ids=ids, mode=mode)
+            return context_attention(q, k, v, causal=causal, segment_ids=ids, mode=mode, **options)
 
         return value_and_gradients(attend, *vary(args))
 
@@ -81,8 +81,33 @@ def test_every_mode_equals_attention_over_the_whole(mode, parts, kv_heads, causa
         assert np.abs(got - want).max() <= FLOAT32 * max(1, np.abs(want).max())
 
 
-def _alone(causal, q, k, v, ids):
-    return attention(q, k, v, causal=causal, segment_ids=ids)
+def _alone(causal, q, k, v, ids, **options):
+    return attention(q, k, v, causal=causal, segment_ids=ids, **options)
+
+
+@pytest.mark.parametrize("causal", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("parts", [4, pytest.param(8, marks=pytest.mark.slow)])
+def test_the_ring_takes_a_soft_cap_and_a_scale(parts, causal):
+    *tensors, ids = arrays(32, 2)
+    options = {"softcap": 1.5, "scale": 0.9}
+    alone = functools.partial(_alone, causal, **options)
+    wanted = value_and_gradients(alone, *tensors, ids)
+    for got, want in zip(
+        over_context(parts, "ring", causal, *tensors, ids, **options), wanted, strict=True
+    ):
+        assert np.abs(got - want).max() <= FLOAT32 * max(1, np.abs(want).max())
+
+
+def test_the_ring_refuses_windows_and_distances():
+    *tensors, ids = arrays(32)
+    slopes = np.ones(HEADS, np.float32)
+    with pytest.raises(
+        ValueError,
+        match="mesh.context_mode=ring does not take alibi_slopes, window of attention; "
+        "use mesh.context_mode=gather or ulysses",
+    ):
+        options = {"window": 5, "alibi_slopes": slopes, "softcap": 2.0}
+        over_context(4, "ring", True, *tensors, ids, **options)
 
 
 @pytest.mark.parametrize(("parts", "length"), [(2, 8), (4, 64), (8, 16)])

@@ -62,6 +62,7 @@ def test_tpu_kernels_compile_for_every_width_to_128k(device):
             (96, 2048, MASKS),
             (128, LONG, ("segment_ids",)),
             (160, 32768, ("segment_ids",)),
+            (128, 8192, ("alibi_slopes",)),
             (192, 8192, ()),
             (256, 32768, ()),
         )
@@ -69,6 +70,7 @@ def test_tpu_kernels_compile_for_every_width_to_128k(device):
     calls += [
         Call("decode", keys=32768, rows=8),
         Call("decode", dtype="int8", keys=LONG, rows=4, head_width=160),
+        Call("decode", keys=32768, rows=8, masks=("window", "alibi_slopes")),
     ]
     for result in compiled(TPUS[device], calls):
         assert not result.failure, result

@@ -19,6 +19,14 @@ class _Call:
 
     q: jax.Array | jax.ShapeDtypeStruct
     scale: float | None
+    alibi_slopes: jax.Array | None
+
+    @property
+    def slopes(self) -> jax.Array | None:
+        """ALiBi's slopes, float32 (N,), as constants: no implementation differentiates them."""
+        if self.alibi_slopes is None:
+            return None
+        return jax.lax.stop_gradient(jnp.asarray(self.alibi_slopes, jnp.float32))
 
     @property
     def head_width(self) -> int:
@@ -143,8 +151,15 @@ class DecodeCall(_Call):
         return frozenset({"kv_lengths", "return_lse", *(name for name, use in used.items() if use)})
 
     @property
-    def query_positions(self) -> jax.Array:
-        """Position of each query on the key axis, int32 (B, N) or (B, 1)."""
-        positions = self.lengths - 1 if self.positions is None else self.positions
-        positions = jnp.asarray(positions, jnp.int32)
-        return positions[:, None] if positions.ndim == 1 else positions
+    def positions_by_head(self) -> bool:
+        """Whether the heads of a row are at positions of their own, (B, N), which matter."""
+        return self.query_positions is not None and self.query_positions.ndim == 2
+
+    @property
+    def query_positions(self) -> jax.Array | None:
+        """The positions, int32 (B,) or (B, N), if an argument makes use of them. None: the last
+        ones, lengths - 1."""
+        unused = self.window is None and self.alibi_slopes is None
+        if unused or self.positions is None:
+            return None
+        return jnp.asarray(self.positions, jnp.int32)

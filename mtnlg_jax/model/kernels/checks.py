@@ -34,9 +34,8 @@ def check_attention(call: AttentionCall) -> None:
     _check_heads(q.shape[2], k.shape[2])
     _check_dtypes(q, k, v)
     _check_scale_and_softcap(call.scale, call.softcap)
-    window = call.window
-    if window is not None and not (isinstance(window, int) and window >= 1):
-        raise ValueError(f"window={window!r} must be an int of at least 1, or None")
+    _check_window(call.window)
+    _check_slopes(call.alibi_slopes, q.shape[2])
     if not 0 <= call.dropout_rate < 1:
         raise ValueError(f"dropout_rate={call.dropout_rate} is outside [0, 1)")
     if call.dropout_rate > 0 and call.dropout_key is None:
@@ -102,6 +101,35 @@ def _check_scale_and_softcap(scale, softcap) -> None:
         raise ValueError(f"softcap={softcap!r} must be a number above 0, or None")
 
 
+def _check_window(window) -> None:
+    if window is not None and not (isinstance(window, int) and window >= 1):
+        raise ValueError(f"window={window!r} must be an int of at least 1, or None")
+
+
+def _check_slopes(slopes, heads: int) -> None:
+    if slopes is None:
+        return
+    if np.shape(slopes) != (heads,):
+        raise ValueError(
+            f"alibi_slopes have shape {np.shape(slopes)}; they must be ({heads},), one slope a "
+            "query head"
+        )
+    if not jnp.issubdtype(jnp.result_type(slopes), jnp.floating):
+        raise ValueError(f"alibi_slopes are {jnp.result_type(slopes)}; cast them to float32")
+
+
+def _check_positions(positions, rows: int, heads: int) -> None:
+    if positions is None:
+        return
+    if np.shape(positions) not in ((rows,), (rows, heads)):
+        raise ValueError(
+            f"positions have shape {np.shape(positions)}; they must be ({rows},), one a row, or "
+            f"({rows}, {heads}), one a query head, or None for lengths - 1"
+        )
+    if not np.issubdtype(jnp.result_type(positions), np.integer):
+        raise ValueError(f"positions are {jnp.result_type(positions)}; cast them to int32")
+
+
 def _check_integers(name: str, value, rows: int, *, high: int | None = None, meaning: str) -> None:
     """Check that ``value`` holds integers (rows,) from 0 to ``high``, or an int where it is the
     offset. Values that are not known while tracing are not looked at."""
@@ -148,6 +176,9 @@ def check_decode(call: DecodeCall) -> None:
     _check_integers(
         "lengths", call.lengths, rows, high=keys, meaning="the number of positions of the cache"
     )
+    _check_window(call.window)
+    _check_slopes(call.alibi_slopes, q.shape[1])
+    _check_positions(call.positions, rows, q.shape[1])
     for name, x in (("k_scale", call.k_scale), ("v_scale", call.v_scale)):
         if (x is None) == (str(k.dtype) == "int8"):
             raise ValueError(

@@ -85,47 +85,49 @@ def _kernel(impl: str) -> ModuleType:
     return gpu_flash
 
 
-def forward(plan: DispatchPlan, q, k, v, mask: Mask):
-    """(out (B, S, N, H), lse float32 (B, N, S))."""
+def forward(plan: DispatchPlan, q, k, v, mask: Mask, alibi_slopes=None):
+    """(out (B, S, N, H), lse float32 (B, N, S)). ``alibi_slopes`` are (N,)."""
+    options = plan.scaling | {"alibi_slopes": alibi_slopes, "blocks": plan.blocks[0]}
     if plan.impl == "xla_blockwise":
-        return xla.forward(q, k, v, mask, blocks=plan.blocks[0], **plan.scaling)
-    return _kernel(plan.impl).forward(
-        q, k, v, mask, blocks=plan.blocks[0], interpret=plan.interpret, **plan.scaling
-    )
+        return xla.forward(q, k, v, mask, **options)
+    return _kernel(plan.impl).forward(q, k, v, mask, interpret=plan.interpret, **options)
 
 
-def backward(plan: DispatchPlan, q, k, v, mask: Mask, out, lse, d_out, d_lse):
+def backward(plan: DispatchPlan, q, k, v, mask: Mask, out, lse, d_out, d_lse, alibi_slopes=None):
     """(dq, dk, dv)."""
+    options = plan.scaling | {"alibi_slopes": alibi_slopes}
     arrays = (q, k, v, mask, out, lse, d_out, d_lse)
     _, dq_blocks, dkv_blocks = plan.blocks
     if plan.impl == "xla_blockwise":
-        return xla.backward(*arrays, blocks=dq_blocks, **plan.scaling)
+        return xla.backward(*arrays, blocks=dq_blocks, **options)
     return _kernel(plan.impl).backward(
         *arrays,
         dq_blocks=dq_blocks,
         dkv_blocks=dkv_blocks,
         interpret=plan.interpret,
-        **plan.scaling,
+        **options,
     )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def fused(plan: DispatchPlan, q, k, v, arrays):
+def fused(plan: DispatchPlan, q, k, v, arrays, alibi_slopes=None):
     """(out, lse), differentiable in q, k and v; ``arrays`` as mask_arrays() gives them."""
-    return _fused_forward(plan, q, k, v, arrays)[0]
+    return _fused_forward(plan, q, k, v, arrays, alibi_slopes)[0]
 
 
-def _fused_forward(plan: DispatchPlan, q, k, v, arrays):
-    out, lse = forward(plan, q, k, v, plan.mask(arrays))
+def _fused_forward(plan: DispatchPlan, q, k, v, arrays, alibi_slopes):
+    out, lse = forward(plan, q, k, v, plan.mask(arrays), alibi_slopes)
     # The name lets a recompute policy keep both, so that the backward pass need not attend again.
     out = checkpoint_name(out, "attention")
     lse = checkpoint_name(lse, "attention")
-    return (out, lse), (q, k, v, arrays, out, lse)
+    return (out, lse), (q, k, v, arrays, alibi_slopes, out, lse)
 
 
 def _fused_backward(plan: DispatchPlan, residuals, cotangents):
-    q, k, v, arrays, out, lse = residuals
-    return *backward(plan, q, k, v, plan.mask(arrays), out, lse, *cotangents), None
+    q, k, v, arrays, alibi_slopes, out, lse = residuals
+    d_out, d_lse = cotangents
+    mask = plan.mask(arrays)
+    return *backward(plan, q, k, v, mask, out, lse, d_out, d_lse, alibi_slopes), None, None
 
 
 fused.defvjp(_fused_forward, _fused_backward)
@@ -138,18 +140,29 @@ def decode(
     v_cache,
     lengths,
     scales=(None, None),
+    positions=None,
+    alibi_slopes=None,
     *,
     scale: float,
     softcap: float | None,
+    window: int | None = None,
     num_splits: int | None = None,
     block_kv: int | None = None,
-    **where,
 ):
-    """(out (B, N, H), lse (B, N)) of one query a row. ``scales`` of an int8 cache: (B, K, T)
-    each. ``where``: positions, window and alibi_slopes, if they are used."""
-    scaling = {"scale": scale, "softcap": softcap, "k_scale": scales[0], "v_scale": scales[1]}
+    """(out (B, N, H), lse (B, N)) of one query a row. ``scales`` of an int8 cache: (B, K, T) each.
+    ``positions`` are (B,), or for XLA also (B, N), by default lengths - 1; ``alibi_slopes`` are
+    (N,)."""
+    options = {
+        "scale": scale,
+        "softcap": softcap,
+        "k_scale": scales[0],
+        "v_scale": scales[1],
+        "positions": positions,
+        "window": window,
+        "alibi_slopes": alibi_slopes,
+    }
     if impl == "xla":
-        return xla.decode(q, k_cache, v_cache, lengths, **scaling, **where)
+        return xla.decode(q, k_cache, v_cache, lengths, **options)
     run: Callable
     if impl == "pallas_tpu":
         from mtnlg_jax.model.kernels.tpu.decode import decode as run
@@ -168,7 +181,7 @@ def decode(
             num_splits=num_splits,
             block_kv=block_kv,
             interpret=compat.interpret_params(impl),
-            **scaling,
+            **options,
         )
 
 
@@ -189,28 +202,45 @@ def _axes(rows: int, heads: int) -> tuple[str | None, str | None]:
     return axis_if_it_divides("data", rows), axis_if_it_divides("tensor", heads)
 
 
-def split_heads(run: Callable, q, k, v, arrays):
-    """``run(q, k, v, arrays)`` -> (out, lse), with rows split over data and heads over tensor."""
+def split_heads(run: Callable, q, k, v, arrays, alibi_slopes=None):
+    """``run(q, k, v, arrays, alibi_slopes)`` -> (out, lse), with rows split over data and heads,
+    and their slopes, over tensor."""
     rows, heads = _axes(k.shape[0], k.shape[2])
     if rows is None and heads is None:
-        return run(q, k, v, arrays)
+        return run(q, k, v, arrays, alibi_slopes)
     whole = P(rows, None, heads)
     by_row = P(rows)
     return jax.shard_map(
         run,
-        in_specs=(whole, whole, whole, jax.tree.map(lambda _: by_row, arrays)),
+        in_specs=(
+            whole,
+            whole,
+            whole,
+            jax.tree.map(lambda _: by_row, arrays),
+            None if alibi_slopes is None else P(heads),
+        ),
         out_specs=(whole, P(rows, heads)),
-    )(q, k, v, arrays)
+    )(q, k, v, arrays, alibi_slopes)
 
 
-def split_cache(run: Callable, q, k_cache, v_cache, lengths, scales):
-    """``run(q, k_cache, v_cache, lengths, scales)`` -> (out, lse), split as in split_heads()."""
+def split_cache(
+    run: Callable, q, k_cache, v_cache, lengths, scales, positions=None, alibi_slopes=None
+):
+    """``run`` of the other arguments -> (out, lse), split as in split_heads()."""
     rows, heads = _axes(k_cache.shape[0], k_cache.shape[1])
     if rows is None and heads is None:
-        return run(q, k_cache, v_cache, lengths, scales)
+        return run(q, k_cache, v_cache, lengths, scales, positions, alibi_slopes)
     by_head = P(rows, heads)
     return jax.shard_map(
         run,
-        in_specs=(by_head, by_head, by_head, P(rows), jax.tree.map(lambda _: by_head, scales)),
+        in_specs=(
+            by_head,
+            by_head,
+            by_head,
+            P(rows),
+            jax.tree.map(lambda _: by_head, scales),
+            None if positions is None else P(rows),
+            None if alibi_slopes is None else P(heads),
+        ),
         out_specs=(by_head, by_head),
-    )(q, k_cache, v_cache, lengths, scales)
+    )(q, k_cache, v_cache, lengths, scales, positions, alibi_slopes)

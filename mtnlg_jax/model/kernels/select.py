@@ -36,15 +36,15 @@ SUPPORT = {
         "TPU",
         ("float32", "bfloat16"),
         (32, 256),
-        _MASKS | {"softcap", "return_lse"},
-        "our kernels; skips blocks that causality, lengths or segments hide",
+        _MASKS | {"softcap", "return_lse", "alibi_slopes"},
+        "our kernels; skips blocks that causality, windows, lengths or segments hide",
     ),
     "pallas_gpu": Support(
         "Hopper",
         ("bfloat16", "float16"),
         (32, 256),
-        _MASKS | {"softcap", "return_lse"},
-        "our kernels; skips blocks that causality, lengths or segments hide",
+        _MASKS | {"softcap", "return_lse", "alibi_slopes"},
+        "our kernels; skips blocks that causality, windows, lengths or segments hide",
     ),
     "cudnn": Support(
         "NVIDIA GPU",
@@ -58,7 +58,7 @@ SUPPORT = {
         "anything",
         FLOATS,
         None,
-        _MASKS | {"softcap", "return_lse"},
+        _MASKS | {"softcap", "return_lse", "alibi_slopes"},
         "online softmax, memory linear in S and T; skips the same blocks",
     ),
     "xla": Support(
@@ -88,8 +88,6 @@ def unsupported_reason(name: str, call: AttentionCall | DecodeCall) -> str | Non
     here = device()
     if call.decoding and name in ("cudnn", "xla_blockwise"):
         return "does not support single-token decoding"
-    if call.decoding and name != "xla" and "window" in call.options:
-        return "does not take window in decoding"
     if not compat.interpreting() or name == "cudnn":
         fits = {
             "TPU": platform == "tpu",
@@ -111,6 +109,8 @@ def unsupported_reason(name: str, call: AttentionCall | DecodeCall) -> str | Non
     unable = sorted(call.options - support.options)
     if unable:
         return f"does not take {', '.join(unable)}"
+    if isinstance(call, DecodeCall) and name != "xla" and call.positions_by_head:
+        return "takes one position a row, positions (B,), not (B, N)"
     if name == "pallas_gpu" and call.causal and 12080 <= (compat.cuda_version() or 0) < 12091:
         return (
             "is miscompiled by the assembler of CUDA 12.8.0 to 12.9.0 where causal; install "

@@ -64,17 +64,21 @@ def _ungroup(x):
     return x.transpose(0, 3, 1, 2, 4).reshape(batch, length, kv_heads * group, width)
 
 
+def _positions(mask: Mask, q_start, q_size):
+    """Positions of a block of queries on the key axis: (1, q_size, 1), or (B, q_size, 1) if offsets
+    differ by row."""
+    return jnp.reshape(mask.q_offset, (-1, 1, 1)) + q_start + jnp.arange(q_size)[None, :, None]
+
+
 def _visible(mask: Mask, q_ids, kv_ids, q_start, q_size, k_start, k_size):
     """Booleans that broadcast to (B, K, G, q_size, k_size), or None if nothing is masked. The ids
     are those of the block."""
-    # (1, q_size), or (B, q_size) if offsets differ by row.
-    positions = jnp.reshape(mask.q_offset, (-1, 1)) + q_start + jnp.arange(q_size)[None, :]
     length = None if mask.kv_lengths is None else mask.kv_lengths[:, None, None]
     if q_ids is not None:
         q_ids = q_ids[:, :, None]
         kv_ids = kv_ids[:, None, :]
     seen = visible(
-        positions[:, :, None],
+        _positions(mask, q_start, q_size),
         k_start + jnp.arange(k_size)[None, None, :],
         causal=mask.causal,
         window=mask.window,
@@ -83,6 +87,17 @@ def _visible(mask: Mask, q_ids, kv_ids, q_start, q_size, k_start, k_size):
         kv_ids=kv_ids,
     )
     return None if seen is None else seen[:, None, None]
+
+
+def _with_distances(scores, alibi_slopes, mask: Mask, q_start, q_size, k_start, k_size):
+    """The scores (B, K, G, q_size, k_size) of a block plus slope x (key position - query position).
+    ``alibi_slopes`` are (N,) or None."""
+    if alibi_slopes is None:
+        return scores
+    slopes = alibi_slopes.reshape(1, *scores.shape[1:3], 1, 1)
+    keys = k_start + jnp.arange(k_size)[None, None, :]
+    distance = keys - _positions(mask, q_start, q_size)
+    return scores + slopes * distance[:, None, None].astype(jnp.float32)
 
 
 def exact(
@@ -107,12 +122,7 @@ def exact(
     if bias is not None:
         bias = jnp.broadcast_to(bias, (rows, heads, queries, keys))
         scores = scores + bias.reshape(scores.shape)
-    if alibi_slopes is not None:
-        slopes_KG11 = alibi_slopes.reshape(scores.shape[1:3])[..., None, None]
-        positions = jnp.asarray(mask.q_offset)[..., None] + jnp.arange(queries)
-        distance = jnp.arange(keys) - positions[..., None]  # (S, T) or (B, S, T)
-        distance = distance.reshape(-1, 1, 1, queries, keys).astype(jnp.float32)
-        scores = scores + slopes_KG11[None] * distance
+    scores = _with_distances(scores, alibi_slopes, mask, 0, queries, 0, keys)
     if seen is not None:
         scores = jnp.where(seen, scores, NEG_INF)
     weights, lse = softmax(scores)
@@ -139,7 +149,7 @@ def decode(
     alibi_slopes=None,
 ):
     """One query a row: q (B, N, H), caches (B, K, T, H), or int8 with scales (B, K, T) -> out (B,
-    N, H), lse (B, N). ``positions`` of the queries are (B, N) or (B, 1)."""
+    N, H), lse (B, N). ``positions`` of the queries are (B,) or (B, N), by default lengths - 1."""
     batch, heads, width = q.shape
     kv_heads = k_cache.shape[1]
     grouped = q.reshape(batch, kv_heads, heads // kv_heads, width)
@@ -157,6 +167,8 @@ def decode(
     seen_BT = visible(0, keys_1T, causal=False, length=lengths[:, None])
     seen = seen_BT[:, None, None]
     if window is not None or alibi_slopes is not None:
+        positions = lengths - 1 if positions is None else positions
+        positions = positions[:, None] if positions.ndim == 1 else positions
         positions = jnp.broadcast_to(positions, (batch, heads)).reshape(*grouped.shape[:3], 1)
         distance = keys_1T[:, None, None] - positions
         if alibi_slopes is not None:
@@ -199,11 +211,11 @@ def _fit(blocks: Blocks, queries: int, keys: int) -> Blocks:
     return Blocks(min(blocks.q, queries), min(blocks.kv, keys))
 
 
-def _pad(x, block: int, axis: int = 1):
-    """``x`` padded with zeros to whole blocks."""
+def _pad(x, block: int, axis: int = 1, value: float = 0):
+    """``x`` padded with ``value`` to whole blocks."""
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, -x.shape[axis] % block)
-    return jnp.pad(x, widths)
+    return jnp.pad(x, widths, constant_values=value)
 
 
 class _Loop:
@@ -211,7 +223,15 @@ class _Loop:
     scores of any block."""
 
     def __init__(
-        self, q, k, v, mask: Mask, scale: float, softcap: float | None, blocks: Blocks
+        self,
+        q,
+        k,
+        v,
+        mask: Mask,
+        scale: float,
+        softcap: float | None,
+        alibi_slopes: jax.Array | None,
+        blocks: Blocks,
     ) -> None:
         queries = q.shape[1]
         keys = k.shape[1]
@@ -227,6 +247,7 @@ class _Loop:
         self.mask = mask
         self.scale = scale
         self.softcap = softcap
+        self.alibi_slopes = alibi_slopes
         self.q = _group(_pad(q, blocks.q), k.shape[2])
         self.k, self.v = (_pad(x, blocks.kv).transpose(0, 2, 1, 3) for x in (k, v))
         self.starts = jnp.arange(0, self.q.shape[3], blocks.q)
@@ -239,13 +260,15 @@ class _Loop:
 
     def scores(self, q_block, k_block, q_start, k_start):
         """The masked scores of one block, and the softcap's derivative or None."""
+        sizes = (q_start, self.blocks.q, k_start, self.blocks.kv)
         scores = _scores(q_block, k_block, self.scale, self.softcap)
         slope = None if self.softcap is None else 1 - (scores / self.softcap) ** 2
+        scores = _with_distances(scores, self.alibi_slopes, self.mask, *sizes)
         q_ids = kv_ids = None
         if self.mask.q_ids is not None:
             q_ids = self.of_queries(self.mask.q_ids, q_start, 1)
             kv_ids = self.of_keys(self.mask.kv_ids, k_start, 1)
-        seen = _visible(self.mask, q_ids, kv_ids, q_start, self.blocks.q, k_start, self.blocks.kv)
+        seen = _visible(self.mask, q_ids, kv_ids, *sizes)
         return (scores if seen is None else jnp.where(seen, scores, NEG_INF)), slope
 
 
@@ -256,9 +279,19 @@ def _varying_like(inputs, *arrays):
     return tuple(lax.pcast(x, axes, to="varying") if axes else x for x in arrays)
 
 
-def forward(q, k, v, mask: Mask, *, scale: float, softcap: float | None, blocks: Blocks):
+def forward(
+    q,
+    k,
+    v,
+    mask: Mask,
+    *,
+    scale: float,
+    softcap: float | None,
+    alibi_slopes: jax.Array | None = None,
+    blocks: Blocks,
+):
     """(out (B, S, N, H), lse float32 (B, N, S))."""
-    loop = _Loop(q, k, v, mask, scale, softcap, blocks)
+    loop = _Loop(q, k, v, mask, scale, softcap, alibi_slopes, blocks)
     rows, queries, heads, width = q.shape
 
     def one_query_block(_, of_block):
@@ -285,7 +318,10 @@ def forward(q, k, v, mask: Mask, *, scale: float, softcap: float | None, blocks:
 
         shape = q_block.shape[:-1]
         start = _varying_like(
-            (q, k, v, mask), jnp.zeros((*shape, width)), jnp.full(shape, NEG_INF), jnp.zeros(shape)
+            (q, k, v, mask, alibi_slopes),
+            jnp.zeros((*shape, width)),
+            jnp.full(shape, NEG_INF),
+            jnp.zeros(shape),
         )
         acc, top, total = lax.fori_loop(first, end, one_key_block, start)
         safe = jnp.where(total == 0, 1.0, total)
@@ -310,22 +346,24 @@ def backward(
     *,
     scale: float,
     softcap: float | None,
+    alibi_slopes: jax.Array | None = None,
     blocks: Blocks,
 ):
     """Gradients (dq, dk, dv) for the cotangents ``d_out`` and ``d_lse`` of out and lse."""
-    loop = _Loop(q, k, v, mask, scale, softcap, blocks)
+    loop = _Loop(q, k, v, mask, scale, softcap, alibi_slopes, blocks)
     queries = q.shape[1]
     keys, kv_heads = k.shape[1:3]
     # d score = weight * (d weight - delta); the log-sum-exp's own cotangent enters with the
     # opposite sign.
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), -1).swapaxes(1, 2) - d_lse
-    # A padded query has no cotangent. Rows that see nothing need a finite log-sum-exp: exp(-inf -
-    # 0) is 0, where exp(-inf + inf) would be NaN.
-    lse = jnp.where(lse == NEG_INF, 0.0, lse)
+    # A log-sum-exp of inf makes all weights 0, for queries that see nothing (with -inf they would
+    # be NaN) and for padding, whose distance to later keys may be large.
+    lse = jnp.where(lse == NEG_INF, jnp.inf, lse)
     shape = loop.q.shape[:-1]
-    delta, lse = (_pad(x, loop.blocks.q, 2).reshape(shape) for x in (delta, lse))
+    delta = _pad(delta, loop.blocks.q, 2).reshape(shape)
+    lse = _pad(lse, loop.blocks.q, 2, jnp.inf).reshape(shape)
     d_out = _group(_pad(d_out, loop.blocks.q), kv_heads)
-    inputs = (q, k, v, mask, d_out)
+    inputs = (q, k, v, mask, alibi_slopes, d_out)
 
     def one_query_block(carry, of_block):
         q_start, first, end = of_block

@@ -23,6 +23,7 @@ def _mixed(rows, length, number, seed=1):
     return np.random.default_rng(seed).integers(0, number, (rows, length)).tolist()
 
 
+SLOPES = np.float32([0.5, 0.2, 0.05, 0.01])
 # (rows, queries, keys, heads, key/value heads, head width, static options, arrays): each argument
 # of a mask at least once, then together; "all" has rows that see nothing. Blocks hold 128 queries
 # and 64 or 128 keys.
@@ -49,6 +50,32 @@ CASES = {
         64,
         {"causal": False},
         {"segment_ids": (_mixed(1, 130, 3), _mixed(1, 200, 3))},
+    ),
+    "alibi": (1, 300, 300, 2, 1, 64, {"alibi_slopes": SLOPES[:2]}, {}),
+    "alibi both ways": (
+        1,
+        140,
+        200,
+        4,
+        2,
+        64,
+        {"alibi_slopes": SLOPES, "causal": False, "q_offset": 20},
+        {},
+    ),
+    "alibi head width 160": (1, 130, 130, 4, 2, 160, {"alibi_slopes": SLOPES, "window": 70}, {}),
+    "alibi and all": (
+        3,
+        140,
+        200,
+        2,
+        1,
+        96,
+        {"window": 90, "softcap": 3.0, "alibi_slopes": SLOPES[:2]},
+        {
+            "segment_ids": (_documents(3, 140, 2), _documents(3, 200, 2)),
+            "kv_lengths": [200, 0, 130],
+            "q_offset": [-60, 0, 100],
+        },
     ),
     "softcap": (1, 130, 130, 2, 2, 64, {"softcap": 1.5, "scale": 0.3}, {}),
     "all": (
@@ -122,9 +149,13 @@ def kernels(longhand):
         softcap=None,
         int8=False,
         num_splits=None,
+        positions=None,
+        window=None,
+        alibi=False,
+        hidden=None,
     ):
         """Return (out, lse) of the kernel and of attention() with impl="xla" over the same cache,
-        in float32."""
+        in float32. With ``hidden`` the kernel's cache has NaN in the values before that key."""
         draws = np.random.default_rng(0)
         q = draws.standard_normal((rows, heads, width)).astype(np.float32)
         cache = [
@@ -141,11 +172,23 @@ def kernels(longhand):
             scales = dict(zip(("k_scale", "v_scale"), steps, strict=True))
         else:
             cache = [jnp.asarray(x, dtype) for x in cache]
+        given = list(cache)
+        if hidden is not None:
+            given[1] = given[1].at[:, :, :hidden].set(jnp.nan)
+        slopes = np.geomspace(0.5, 0.01, heads).astype(np.float32) if alibi else None
+        at = np.int32(lengths) - 1 if positions is None else np.int32(positions)
         q = jnp.asarray(q, dtype)
-        run = functools.partial(decode_attention, softcap=softcap, return_lse=True)
+        run = functools.partial(
+            decode_attention,
+            softcap=softcap,
+            return_lse=True,
+            positions=positions if positions is None else at,
+            window=window,
+            alibi_slopes=slopes,
+        )
         with compat.interpreted(detect_races=True):
             got = jax.jit(functools.partial(run, impl=impl, num_splits=num_splits))(
-                q, *cache, jnp.int32(lengths), **scales
+                q, *given, jnp.int32(lengths), **scales
             )
         floats = [np.asarray(x, np.float32) for x in cache]
         if int8:
@@ -158,6 +201,9 @@ def kernels(longhand):
             causal=False,
             kv_lengths=jnp.int32(lengths),
             softcap=softcap,
+            q_offset=np.maximum(at, 0),
+            window=window,
+            alibi_slopes=slopes,
             impl="xla",
             return_lse=True,
         )

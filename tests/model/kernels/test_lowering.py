@@ -62,6 +62,13 @@ def _kernels(text: str) -> int:
         pytest.param(Call(head_width=160, masks=("segment_ids",)), id="160 documents"),
         pytest.param(Call(queries=1000, keys=1100, masks=MASKS), id="all masks"),
         pytest.param(
+            Call(queries=1000, keys=1100, kv_heads=2, masks=(*MASKS, "alibi_slopes")),
+            id="all masks and alibi",
+        ),
+        pytest.param(
+            Call(head_width=160, masks=("alibi_slopes",)), id="160 alibi", marks=pytest.mark.slow
+        ),
+        pytest.param(
             Call(queries=131072, keys=131072, masks=("segment_ids",)),
             id="131072",
             marks=pytest.mark.slow,
@@ -76,12 +83,19 @@ def test_attention_and_its_gradients_lower_to_kernels(monkeypatch, device, call)
 
 
 @pytest.mark.parametrize("device", ["v5e", "v5p", "v6e", "H100"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-def test_decoding_lowers_to_a_kernel(monkeypatch, device, dtype):
-    assert (
-        _kernels_in(monkeypatch, device, Call("decode", dtype=dtype, rows=4, keys=2000, kv_heads=2))
-        == 1
-    )
+@pytest.mark.parametrize(
+    ("dtype", "masks"),
+    [
+        ("bfloat16", ()),
+        ("int8", ()),
+        ("bfloat16", ("window",)),
+        ("bfloat16", ("alibi_slopes",)),
+        pytest.param("int8", ("window", "alibi_slopes"), marks=pytest.mark.slow),
+    ],
+)
+def test_decoding_lowers_to_a_kernel(monkeypatch, device, dtype, masks):
+    call = Call("decode", dtype=dtype, rows=4, keys=2000, kv_heads=2, masks=masks)
+    assert _kernels_in(monkeypatch, device, call) == 1
 
 
 def test_an_a100_has_no_kernel_and_asking_for_one_raises_an_error(monkeypatch):

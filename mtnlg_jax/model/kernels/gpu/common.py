@@ -4,7 +4,7 @@ memory, and the launch.
 TMA is the unit that copies between global and shared memory; wgmma multiplies on the tensor cores.
 """
 
-# Shapes: B rows
+# Shapes: B rows, S query positions, N query heads
 
 import math
 from collections.abc import Callable, Sequence
@@ -82,6 +82,10 @@ class ScoreScale(NamedTuple):
         # tanh(x) = 1 - 2 / (1 + e^2x).
         return 1.0 - 2.0 / (1.0 + jnp.exp2(product * (2 * LOG2E * self.scale / self.softcap)))
 
+    def slopes(self, alibi_slopes):
+        """ALiBi's slopes in the units of capped products, to be added to them before ``factor``."""
+        return alibi_slopes * (LOG2E / self.factor)
+
     def times_slope(self, weights, capped):
         """``weights`` times the derivative of the softcap."""
         # The derivative of tanh is 1 - tanh^2.
@@ -109,6 +113,20 @@ def visible_mask(mask: Mask, shape, position, key, length, q_ids, kv_ids, of_key
     )
 
 
+def with_distances(scores, slope, position, key, of_keys: bool = False, last: int | None = None):
+    """``scores`` plus ``slope`` x (key position - query position), for a block as visible_mask()
+    takes it. ``slope`` is a number, or None where there is no ALiBi. Keys past ``last`` count as
+    if they were there."""
+    if slope is None:
+        return scores
+    query_axis = 1 if of_keys else 0
+    queries = plgpu.broadcasted_iota(jnp.int32, scores.shape, query_axis, layout=TILE)
+    keys = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1 - query_axis, layout=TILE)
+    if last is not None:
+        keys = jnp.minimum(keys, last - key)
+    return scores + slope * (keys - queries + (key - position)).astype(jnp.float32)
+
+
 # --- values in registers and products
 
 
@@ -121,6 +139,11 @@ def scalar(ref, *index):
     """A number from global memory. Inside a shard_map its type varies over the mesh, which loops
     inside the kernel do not accept; the type of the sum does not."""
     return ref[index] + 0
+
+
+def slope_of(r, head):
+    """The slope of query head ``head`` that ScoreScale.slopes() gave, or None without ALiBi."""
+    return scalar(r.slopes, head) if hasattr(r, "slopes") else None
 
 
 def zeros(shape):
@@ -368,6 +391,11 @@ def multiprocessors() -> int:
 def pad_to(array, size: int):
     """(B, x) -> (B, size). The TMA needs whole rows of 16 bytes."""
     return jnp.pad(array, ((0, 0), (0, size - array.shape[1])))
+
+
+def pad_queries(array, size: int, value: float = 0.0):
+    """(B, N, S) -> (B, N, size)."""
+    return jnp.pad(array, ((0, 0), (0, 0), (0, size - array.shape[2])), constant_values=value)
 
 
 def pad_to_8(array, axis: int = 1):

@@ -33,6 +33,7 @@ from mtnlg_jax.model.kernels.gpu.common import (
     interpret_params,
     load,
     multiprocessors,
+    pad_to,
     pad_to_8,
     product,
     release,
@@ -58,6 +59,9 @@ def decode(
     softcap: float | None,
     k_scale=None,
     v_scale=None,
+    positions=None,
+    window: int | None = None,
+    alibi_slopes=None,
     num_splits: int | None = None,
     block_kv: int = 64,
     stages: int | None = None,
@@ -66,7 +70,8 @@ def decode(
 ):
     """Attention of q (B, N, H) to the first ``lengths`` (B,) keys of k_cache and v_cache (B, K, T,
     H): out (B, N, H) and its log-sum-exp, float32 (B, N). The caches have q's dtype, or are int8
-    with float32 scales (B, K, T). They are copied unless T is a multiple of eight."""
+    with float32 scales (B, K, T). They are copied unless T is a multiple of eight.
+    ``positions`` int32 (B,), by default lengths - 1; ``alibi_slopes`` float32 (N,)."""
     batch, heads, width = q.shape
     kv_heads, keys = k_cache.shape[1:3]
     _check_arrays(q, k_cache, v_cache, k_scale, v_scale)
@@ -80,7 +85,8 @@ def decode(
     if num_splits is None:
         # Enough thread blocks that every multiprocessor has one.
         free = -(-multiprocessors() // (batch * kv_heads * tiles))
-        num_splits = min(free, -(-keys // KEYS_OF_SPLIT))
+        live = keys if window is None or positions is not None else min(keys, window)
+        num_splits = min(free, -(-live // KEYS_OF_SPLIT))
     # At least a block of keys for each split.
     splits = max(1, min(num_splits, blocks))
     plan = GpuDecodePlan(
@@ -97,6 +103,8 @@ def decode(
         # Fewer slots for wider heads, whose slots are larger.
         stages=stages or (4 if width <= 64 else 3 if width <= 128 else 2),
         score_scale=ScoreScale(scale, softcap),
+        windowed=window is not None,
+        has_slopes=alibi_slopes is not None,
         fast=interpret is None if fast is None else fast,
     )
     q_groups = q.reshape(batch, kv_heads, group, width)
@@ -104,6 +112,13 @@ def decode(
     k_cache = pad_to_8(k_cache, axis=2)
     v_cache = pad_to_8(v_cache, axis=2)
     inputs = {"q": q_groups, "k": k_cache, "v": v_cache, "lengths": lengths.astype(jnp.int32)}
+    positions = lengths - 1 if positions is None else positions
+    if window is not None:
+        inputs["starts"] = jnp.maximum(positions - (window - 1), 0).astype(jnp.int32)
+    if alibi_slopes is not None:
+        slopes = plan.score_scale.slopes(alibi_slopes).reshape(kv_heads, group)
+        inputs["positions"] = positions.astype(jnp.int32)
+        inputs["slopes"] = pad_to(slopes, tiles * HEADS)
     if plan.quantized:
         inputs |= {"k_scale": pad_to_8(k_scale, axis=2), "v_scale": pad_to_8(v_scale, axis=2)}
     out, lse = _run(plan, inputs, batch, rows, interpret)
@@ -138,12 +153,14 @@ def _merged(out, lse):
 
 
 class Part(NamedTuple):
-    """The part of the work that one thread block does: blocks first <= j < end of the keys."""
+    """The part of the work that one thread block does: blocks first <= j < end of the keys. The
+    row sees keys start <= key < length."""
 
     row: Any
     head: Any  # key/value head
     first_head: Any  # of the query heads that share it
     split: Any
+    start: Any  # None without a window
     length: Any
     first: Any
     end: Any
@@ -163,6 +180,8 @@ class GpuDecodePlan(NamedTuple):
     block_kv: int
     stages: int
     score_scale: ScoreScale
+    windowed: bool
+    has_slopes: bool
     fast: bool
 
     def part(self, r) -> Part:
@@ -172,18 +191,25 @@ class GpuDecodePlan(NamedTuple):
         length = jnp.minimum(scalar(r.lengths, row), self.keys)
         # Blocks that hold a key of this row.
         live = lax.div(jnp.maximum(length, 0) + (self.block_kv - 1), jnp.int32(self.block_kv))
-        # An equal share of the blocks that the row has, not of those that the cache holds.
-        share = lax.div(live + (self.splits - 1), jnp.int32(self.splits))
-        first = jnp.minimum(split * share, live)
+        start = None
+        low = jnp.int32(0)
+        if self.windowed:
+            start = scalar(r.starts, row)
+            low = jnp.minimum(lax.div(start, jnp.int32(self.block_kv)), live)
+        # An equal share of the blocks that the row sees, not of those that the cache holds.
+        share = lax.div(live - low + (self.splits - 1), jnp.int32(self.splits))
+        first = jnp.minimum(low + split * share, live)
         end = jnp.minimum(first + share, live)
-        return Part(row, head, first_head, split, length, first, end)
+        return Part(row, head, first_head, split, start, length, first, end)
 
     def scratch(self) -> dict:
         found = {
             "q_block": tiled((HEADS, self.width), self.dtype),
             "lse_block": plgpu.SMEM((HEADS,), jnp.float32),
-            "loaded": plgpu.Barrier(),
+            "loaded": plgpu.Barrier(num_arrivals=1 + self.has_slopes),
         }
+        if self.has_slopes:
+            found["slopes_block"] = plgpu.SMEM((HEADS,), jnp.float32)
         if self.partial != self.dtype:
             found["out_block"] = tiled((HEADS, self.width), self.partial)
         for name in ("k", "v"):
@@ -290,7 +316,13 @@ def _compute(plan: GpuDecodePlan, r, part: Part) -> None:
         scores = score_scale.cap(scores)
         keys = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=TILE)
         position = j * plan.block_kv + keys
-        scores = jnp.where(position < part.length, scores, -jnp.inf)
+        if plan.has_slopes:
+            distance = (position - query_position).astype(jnp.float32)
+            scores = scores + broadcast_along(slopes, scores.shape, 0) * distance
+        seen = position < part.length
+        if plan.windowed:
+            seen = seen & (position >= part.start)
+        scores = jnp.where(seen, scores, -jnp.inf)
         new_top = jnp.maximum(top, scores.max(axis=1) * score_scale.factor)
         exponents = scores * score_scale.factor - broadcast_along(new_top, scores.shape, 0)
         weights = jnp.exp2(exponents)
@@ -301,7 +333,7 @@ def _compute(plan: GpuDecodePlan, r, part: Part) -> None:
         if plan.quantized:  # a key past the length may have any scale, even NaN
             # The scale of a value joins its key's weight instead of the integers.
             weights = weights * broadcast_along(factors, scores.shape, 1)
-            weights = jnp.where(position < part.length, weights, 0.0)
+            weights = jnp.where(seen, weights, 0.0)
         weights = weights.astype(plan.dtype)
         left = weights if plan.fast else stored(weights, r.weights)
         total = accumulate(total, left, right, plan.fast)
@@ -310,7 +342,13 @@ def _compute(plan: GpuDecodePlan, r, part: Part) -> None:
         return total, new_top, mass
 
     heads = pl.ds(part.first_head, HEADS)
-    load([(r.q.at[part.row, part.head, heads], r.q_block)], r.loaded)
+    copies = [(r.q.at[part.row, part.head, heads], r.q_block)]
+    if plan.has_slopes:
+        copies.append((r.slopes.at[part.head, heads], r.slopes_block))
+    load(copies, r.loaded)
+    if plan.has_slopes:
+        slopes = plgpu.load(r.slopes_block, layout=ROWS)
+        query_position = scalar(r.positions, part.row)
     start_top = plgpu.layout_cast(jnp.full((HEADS,), LOW, jnp.float32), ROWS)
     carry = (zeros((HEADS, plan.width)), start_top, zeros((HEADS,)))
     total, top, mass = lax.fori_loop(part.first, part.end, block, carry)

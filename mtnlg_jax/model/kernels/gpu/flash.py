@@ -39,9 +39,11 @@ from mtnlg_jax.model.kernels.gpu.common import (
     launch,
     load,
     release,
+    slope_of,
     stored,
     tiled,
     visible_mask,
+    with_distances,
     zeros,
 )
 from mtnlg_jax.model.kernels.gpu.flash_backward import backward
@@ -59,6 +61,7 @@ def forward(
     *,
     scale: float,
     softcap: float | None,
+    alibi_slopes=None,
     blocks: Blocks,
     interpret=None,
     fast: bool | None = None,
@@ -66,6 +69,7 @@ def forward(
     """Attention of q (B, S, N, H) to k and v (B, T, K, H): out (B, S, N, H) and its log-sum-exp,
     float32 (B, N, S).
 
+    alibi_slopes: float32 (N,) or None.
     interpret: parameters of Pallas' GPU interpreter (or True), or None to compile.
     fast: the form, see above. None: fast unless interpreted."""
     check_arrays(q, k, v)
@@ -74,7 +78,10 @@ def forward(
     width = q.shape[3]
     tiles = QueryTiles.of(q.shape, k.shape, mask, blocks)
     plan = tiles.plan
+    score_scale = ScoreScale(scale, softcap)
     inputs = tiles.inputs(q, k, v)
+    if alibi_slopes is not None:
+        inputs["slopes"] = score_scale.slopes(alibi_slopes)
     scratch = tiles.scratch(width, q.dtype) | {
         "q_block": tiled((COMPUTE, blocks.q, width), q.dtype),
         "lse_block": plgpu.SMEM((COMPUTE, blocks.q), jnp.float32),
@@ -92,7 +99,7 @@ def forward(
     with scope("attention_forward", *shape, products=2, causal=mask.causal):
         out, lse = launch(
             "flash_forward",
-            _forward_body(tiles, ScoreScale(scale, softcap), width, q.dtype, fast),
+            _forward_body(tiles, score_scale, width, q.dtype, fast),
             tiles.feed,
             tiles.tiles,
             blocks.stages,
@@ -124,6 +131,7 @@ def _forward_body(
         load(copies, r.loaded.at[wg])
         q_ids = plgpu.load(r.q_ids_block.at[wg], layout=ROWS) if has_ids else None
         span = plan.span(r, row, base, start, rows)
+        slope = slope_of(r, head)
 
         def turn():
             """Hand the tensor cores to the other warpgroup and wait for them to come back."""
@@ -147,11 +155,10 @@ def _forward_body(
             kv_ids = plgpu.load(r.kv_ids_block.at[slot], layout=COLUMNS) if has_ids else None
             # Early: the keys may be overwritten during the softmax.
             release(r.k_empty.at[slot], has_ids)
+            where = (span.offset + start, j * kv)
+            scores = with_distances(scores, slope, *where)
             if masked:
-                position = span.offset + start
-                seen = visible_mask(
-                    plan.mask, scores.shape, position, j * kv, span.length, q_ids, kv_ids
-                )
+                seen = visible_mask(plan.mask, scores.shape, *where, span.length, q_ids, kv_ids)
                 scores = scores if seen is None else jnp.where(seen, scores, -jnp.inf)
             new_top = jnp.maximum(top, scores.max(axis=1) * score_scale.factor)
             exponents = scores * score_scale.factor - broadcast_along(new_top, scores.shape, 0)

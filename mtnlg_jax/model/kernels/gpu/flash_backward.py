@@ -31,14 +31,17 @@ from mtnlg_jax.model.kernels.gpu.common import (
     check_blocks,
     launch,
     load,
+    pad_queries,
     pad_to_8,
     product,
     release,
     ring,
+    slope_of,
     stored,
     tiled,
     two_products,
     visible_mask,
+    with_distances,
     zeros,
 )
 from mtnlg_jax.model.kernels.gpu.tiles import KeyTiles, QueryTiles
@@ -60,6 +63,7 @@ def backward(
     *,
     scale: float,
     softcap: float | None,
+    alibi_slopes=None,
     dq_blocks: Blocks,
     dkv_blocks: Blocks,
     interpret=None,
@@ -74,21 +78,19 @@ def backward(
     delta = jnp.einsum("BSNH,BSNH->BNS", out, d_out, preferred_element_type=jnp.float32) - d_lse
     # In powers of two. A query that sees no key, or that is padding, has weights of 0, not NaN.
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse * LOG2E)
-    operands = (q, k, v, d_out.astype(q.dtype), mask, lse, delta, ScoreScale(scale, softcap))
+    score_scale = ScoreScale(scale, softcap)
+    slopes = {} if alibi_slopes is None else {"slopes": score_scale.slopes(alibi_slopes)}
+    operands = (q, k, v, d_out.astype(q.dtype), mask, lse, delta, slopes, score_scale)
     return (
         _dq(*operands, dq_blocks, interpret, fast),
         *_dkv(*operands, dkv_blocks, interpret, fast),
     )
 
 
-def _pad_queries(array, size: int, value: float = 0.0):
-    return jnp.pad(array, ((0, 0), (0, 0), (0, size - array.shape[2])), constant_values=value)
-
-
 # --- dq
 
 
-def _dq(q, k, v, d_out, mask, lse, delta, score_scale, blocks, interpret, fast):
+def _dq(q, k, v, d_out, mask, lse, delta, slopes, score_scale, blocks, interpret, fast):
     width = q.shape[3]
     dtype = q.dtype
     check_blocks(width, "queries", blocks.q, "keys", blocks.kv)
@@ -96,8 +98,9 @@ def _dq(q, k, v, d_out, mask, lse, delta, score_scale, blocks, interpret, fast):
     plan = tiles.plan
     inputs = tiles.inputs(q, k, v) | {
         "d_out": pad_to_8(d_out),
-        "lse": _pad_queries(lse, tiles.padded, jnp.inf),
-        "delta": _pad_queries(delta, tiles.padded),
+        "lse": pad_queries(lse, tiles.padded, jnp.inf),
+        "delta": pad_queries(delta, tiles.padded),
+        **slopes,
     }
     scratch = tiles.scratch(width, dtype)
     for name in ("q", "d_out"):
@@ -149,6 +152,7 @@ def _dq_body(tiles: QueryTiles, score_scale: ScoreScale, width: int, dtype, fast
         q_ids = plgpu.load(r.q_ids_block.at[wg], layout=ROWS) if has_ids else None
         plgpu.commit_smem()
         span = plan.span(r, row, base, start, rows)
+        slope = slope_of(r, head)
 
         def block(masked, j, total):
             slot = tiles.slot(step, j, span)
@@ -156,17 +160,16 @@ def _dq_body(tiles: QueryTiles, score_scale: ScoreScale, width: int, dtype, fast
             plgpu.barrier_wait(r.v_full.at[slot])
 
             def score_gradient(scores, d_weights):
-                scores = score_scale.cap(scores)
+                capped = score_scale.cap(scores)
+                where = (span.offset + start, j * kv)
+                scores = with_distances(capped, slope, *where)
                 exponents = scores * score_scale.factor - broadcast_along(lse, scores.shape, 0)
-                weights = score_scale.times_slope(jnp.exp2(exponents), scores)
+                weights = score_scale.times_slope(jnp.exp2(exponents), capped)
                 if masked:
                     kv_ids = None
                     if has_ids:
                         kv_ids = plgpu.load(r.kv_ids_block.at[slot], layout=COLUMNS)
-                    position = span.offset + start
-                    seen = visible_mask(
-                        plan.mask, scores.shape, position, j * kv, span.length, q_ids, kv_ids
-                    )
+                    seen = visible_mask(plan.mask, scores.shape, *where, span.length, q_ids, kv_ids)
                     weights = weights if seen is None else jnp.where(seen, weights, 0.0)
                 # Called as late as possible: the second product is computed during the
                 # exponentials.
@@ -208,7 +211,7 @@ def _dq_body(tiles: QueryTiles, score_scale: ScoreScale, width: int, dtype, fast
 # --- dk and dv
 
 
-def _dkv(q, k, v, d_out, mask, lse, delta, score_scale, blocks, interpret, fast):
+def _dkv(q, k, v, d_out, mask, lse, delta, slopes, score_scale, blocks, interpret, fast):
     """The rows of every product are keys, so scores are transposed: (keys, queries).
 
     Up to SHARED_WIDTH each computing warpgroup has its own keys and sums both dk and dv
@@ -222,8 +225,9 @@ def _dkv(q, k, v, d_out, mask, lse, delta, score_scale, blocks, interpret, fast)
     tiles = KeyTiles.of(q.shape, k.shape, mask, blocks, runs=1 if apart else COMPUTE)
     parts = _DkvParts(tiles, score_scale, width, dtype, fast)
     inputs = tiles.inputs(q, k, v, d_out) | {
-        "lse": _pad_queries(lse, tiles.plan.padded, jnp.inf),
-        "delta": _pad_queries(delta, tiles.plan.padded),
+        "lse": pad_queries(lse, tiles.plan.padded, jnp.inf),
+        "delta": pad_queries(delta, tiles.plan.padded),
+        **slopes,
     }
     scratch = tiles.scratch(width, dtype)
     # Keys and values, or one of the two.
@@ -294,9 +298,13 @@ class _DkvParts(NamedTuple):
             plgpu.copy_smem_to_gmem(block, x.at[row, at, head])
         plgpu.wait_smem_to_gmem(0)
 
-    def weights(self, r, slot, scores, masked, i, start, span, kv_ids):
-        """The weights of block i of queries, and the same times the derivative of the softcap."""
-        scores = self.score_scale.cap(scores)
+    def weights(self, r, slot, scores, slope, masked, i, start, span, kv_ids):
+        """The weights of block i of queries, and the same times the derivative of the softcap.
+        ``slope`` is ALiBi's, of these queries' head, or None."""
+        capped = self.score_scale.cap(scores)
+        where = (span.offset + i * self.tiles.blocks.q, start)
+        last = self.tiles.last_key
+        scores = with_distances(capped, slope, *where, of_keys=True, last=last)
         # An lse of inf, of padding and of queries that see nothing, gives weights of 0.
         lse = plgpu.load(r.lse_block.at[slot], layout=COLUMNS)
         exponents = scores * self.score_scale.factor - broadcast_along(lse, scores.shape, 1)
@@ -305,13 +313,11 @@ class _DkvParts(NamedTuple):
             q_ids = None
             if self.tiles.has_ids:
                 q_ids = plgpu.load(r.q_ids_block.at[slot], layout=COLUMNS)
-            position = span.offset + i * self.tiles.blocks.q
-            mask = self.tiles.plan.mask
             seen = visible_mask(
-                mask, scores.shape, position, start, span.length, q_ids, kv_ids, of_keys=True
+                self.tiles.plan.mask, scores.shape, *where, span.length, q_ids, kv_ids, of_keys=True
             )
             weights = weights if seen is None else jnp.where(seen, weights, 0.0)
-        return weights, self.score_scale.times_slope(weights, scores)
+        return weights, self.score_scale.times_slope(weights, capped)
 
 
 def _dkv_shared(parts: _DkvParts) -> Callable:
@@ -328,13 +334,14 @@ def _dkv_shared(parts: _DkvParts) -> Callable:
         kv_ids = parts.begin(r, row, head, at, wg, (r.k, k_block), (r.v, v_block))
         span = tiles.plan.span(r, row, base, start, rows)
 
-        def block(step, masked, i, totals):
+        def block(g, step, masked, i, totals):
             dk, dv = totals
+            slope = slope_of(r, head * tiles.group + g)
             slot = tiles.slot(step, i, span)
             plgpu.barrier_wait(r.q_full.at[slot])
             plgpu.barrier_wait(r.d_out_full.at[slot])
             scores = product(parts.shape, k_block, r.q_block.at[slot].transpose((1, 0)))
-            weights, sloped = parts.weights(r, slot, scores, masked, i, start, span, kv_ids)
+            weights, sloped = parts.weights(r, slot, scores, slope, masked, i, start, span, kv_ids)
             weights = weights.astype(dtype)
             left = weights if fast else stored(weights, r.weights.at[wg])
             right = r.d_out_block.at[slot]
@@ -373,12 +380,13 @@ def _dkv_apart(parts: _DkvParts) -> Callable:
         at = pl.ds(start, rows)
         span = tiles.plan.span(r, row, start, start, rows)
 
-        def block_dv(kv_ids, step, masked, i, dv):
+        def block_dv(kv_ids, g, step, masked, i, dv):
+            slope = slope_of(r, head * tiles.group + g)
             slot = tiles.slot(step, i, span)
             count = step + i - span.first
             plgpu.barrier_wait(r.q_full.at[slot])
             scores = product(parts.shape, r.k_block.at[0], r.q_block.at[slot].transpose((1, 0)))
-            weights, sloped = parts.weights(r, slot, scores, masked, i, start, span, kv_ids)
+            weights, sloped = parts.weights(r, slot, scores, slope, masked, i, start, span, kv_ids)
             release(r.q_empty.at[slot], True)
             handed = lax.rem(count, jnp.int32(HANDED))
 
@@ -397,7 +405,7 @@ def _dkv_apart(parts: _DkvParts) -> Callable:
             plgpu.barrier_arrive(r.d_out_empty.at[slot])
             return dv
 
-        def block_dk(step, masked, i, dk):
+        def block_dk(_, step, masked, i, dk):
             slot = tiles.slot(step, i, span)
             count = step + i - span.first
             plgpu.barrier_wait(r.d_out_full.at[slot])

@@ -317,6 +317,13 @@ class KeyTiles(NamedTuple):
         return self.plan.mask.q_ids is not None
 
     @property
+    def last_key(self) -> int | None:
+        """The last key, if a query may see keys after it. Those that do not exist need no mask, as
+        their sums are dropped, but their distances would let their weights overflow."""
+        overhangs = not self.plan.mask.causal and self.plan.keys % self.plan.outer
+        return self.plan.keys - 1 if overhangs else None
+
+    @property
     def tiles(self) -> int:
         return self.batch * self.kv_heads * self.plan.number
 
@@ -333,12 +340,12 @@ class KeyTiles(NamedTuple):
         return lax.rem(step + i - span.first, jnp.int32(self.blocks.stages))
 
     def visit(self, span: Span, step, block: Callable, totals):
-        """Call block(step, masked, i, totals) -> totals for every query head and block of
-        queries."""
+        """Call block(g, step, masked, i, totals) -> totals for every query head g of the key/value
+        head and every block of queries."""
 
         def one_head(g, totals):
             # The rings run on from one head of the group to the next.
-            return span.walk(functools.partial(block, step + g * span.count), totals)
+            return span.walk(functools.partial(block, g, step + g * span.count), totals)
 
         return lax.fori_loop(0, self.group, one_head, totals)
 

@@ -35,6 +35,7 @@ class KernelPlan(NamedTuple):
     q_offset: int | None  # None: in the table
     length: int | None  # number of keys; None if they fill whole blocks
     has_ids: bool
+    has_slopes: bool  # ALiBi's, one a query head
     queries: int  # before padding
     keys: int
     q: int  # block sizes
@@ -166,10 +167,20 @@ def _hide(plan: KernelPlan, table, row, i, j, start, part, scores, ids):
     return jnp.where(functools.reduce(jnp.logical_and, seen), scores, HIDDEN)
 
 
-def _scores(plan: KernelPlan, table, row, i, j, q, k, ids, id_column):
+def _distance(plan: KernelPlan, table, row, i, j, start, part, shape):
+    """Key position less query position, float32, for the scores of _hide()."""
+    key_axis = 0 if plan.of_keys else 1
+    keys = lax.broadcasted_iota(jnp.int32, shape, key_axis)
+    queries = lax.broadcasted_iota(jnp.int32, shape, 1 - key_axis)
+    first_key = j * plan.kv + part * plan.compute
+    gap = plan.offset(table, row) + i * plan.q + start - first_key
+    return (keys - queries - gap).astype(jnp.float32)
+
+
+def _scores(plan: KernelPlan, table, row, i, j, q, k, ids, id_column, alibi):
     """Return scores_of(first query, masked, part), which gives (scores in base 2, the softcap's
     slope) of a part of a block: (queries, keys), or with of_keys (keys, queries). With ``masked``
-    the scores of invisible keys are HIDDEN."""
+    the scores of invisible keys are HIDDEN. ``alibi``: the head's slope in base 2, or None."""
 
     def scores_of(start, masked, part):
         queries = pl.ds(start, plan.q - start)
@@ -177,6 +188,9 @@ def _scores(plan: KernelPlan, table, row, i, j, q, k, ids, id_column):
         rows, columns = (keys, queries) if plan.of_keys else (queries, keys)
         left, right = (k, q) if plan.of_keys else (q, k)
         scores, slope = _capped(plan, _product(left[rows, :], right[columns, :], 1, 1))
+        if alibi is not None:
+            distance = _distance(plan, table, row, i, j, start, part, scores.shape)
+            scores = scores + alibi * distance
         if masked:
             pair = None
             if ids:
@@ -256,15 +270,25 @@ def _visit(plan: KernelPlan, table, row, i, j, live, tile):
     pl.when(edge)(lambda: parts(True, True))
 
 
+def _split(plan: KernelPlan, refs):
+    """(the prefetched vector or nothing, slope_of(query head), the other references)."""
+    table, refs = (refs[:1], refs[1:]) if plan.table else ((), refs)
+    if not plan.has_slopes:
+        return table, lambda head: None, refs
+    slopes, *refs = refs
+    return table, lambda head: slopes[head], refs
+
+
 def forward_kernel(plan: KernelPlan, *refs):
     """Add one block of keys to one block of queries."""
-    table, refs = (refs[:1], refs[1:]) if plan.table else ((), refs)
+    table, slope_of, refs = _split(plan, refs)
     q, k, v, *ids, out, lse, top, total, acc, id_column = refs
     row = pl.program_id(0)
+    alibi = slope_of(pl.program_id(1))
     i = pl.program_id(2)
     step = pl.program_id(3)
     j, live = streamed(plan, table, row, i, step)
-    scores_of = _scores(plan, table, row, i, j, q, k, ids, id_column)
+    scores_of = _scores(plan, table, row, i, j, q, k, ids, id_column, alibi)
 
     @pl.when(step == 0)
     def _():
@@ -305,13 +329,14 @@ def forward_kernel(plan: KernelPlan, *refs):
 
 def dq_kernel(plan: KernelPlan, *refs):
     """Add one block of keys to the gradient of one block of queries."""
-    table, refs = (refs[:1], refs[1:]) if plan.table else ((), refs)
+    table, slope_of, refs = _split(plan, refs)
     q, k, v, d_out, lse, delta, *ids, dq, acc, lse_column, delta_column, id_column = refs
     row = pl.program_id(0)
+    alibi = slope_of(pl.program_id(1))
     i = pl.program_id(2)
     step = pl.program_id(3)
     j, live = streamed(plan, table, row, i, step)
-    scores_of = _scores(plan, table, row, i, j, q, k, ids, id_column)
+    scores_of = _scores(plan, table, row, i, j, q, k, ids, id_column, alibi)
 
     @pl.when(step == 0)
     def _():
@@ -348,7 +373,7 @@ def dkv_kernel(plan: KernelPlan, *refs):
     Scores are transposed, (keys, queries): no product then needs a transposed operand, and the
     numbers of a query are a row. If dq of all heads that share the keys fits VMEM, it is summed
     here as well, so that scores are computed once instead of twice."""
-    table, refs = (refs[:1], refs[1:]) if plan.table else ((), refs)
+    table, slope_of, refs = _split(plan, refs)
     q, k, v, d_out, lse, delta, *ids = refs[: 6 + 2 * plan.has_ids]
     *results, id_column = refs[6 + 2 * plan.has_ids :]
     if plan.with_dq:
@@ -359,7 +384,8 @@ def dkv_kernel(plan: KernelPlan, *refs):
     j = pl.program_id(2)
     turn = pl.program_id(3)
     i, live = streamed(plan, table, row, j, plan.step(turn))
-    scores_of = _scores(plan, table, row, i, j, q, k, ids, id_column)
+    alibi = slope_of(plan.head(pl.program_id(1), turn))
+    scores_of = _scores(plan, table, row, i, j, q, k, ids, id_column, alibi)
     mine = plan.head(0, turn) * plan.number_q + i  # index of this block in dq_acc
 
     @pl.when(turn == 0)

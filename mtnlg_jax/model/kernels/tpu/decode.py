@@ -26,10 +26,12 @@ LOG2_E = math.log2(math.e)
 # The score of a key past the length: finite, so that differences are numbers.
 HIDDEN = -0.7 * float(np.finfo(np.float32).max)
 VMEM_LIMIT = 28 * 2**20
+WINDOW_BLOCK = 512  # keys of a step, if a window is no larger; not timed
 
 
 class _DecodePlan(NamedTuple):
-    """The static part of the kernel."""
+    """The static part of the kernel. Numbers of the rows are prefetched: their lengths, and for a
+    window their first visible keys, and for slopes the positions of their queries."""
 
     scale: float
     softcap: float | None
@@ -37,21 +39,60 @@ class _DecodePlan(NamedTuple):
     block: int  # keys of a step
     steps: int  # of a split
     scaled: bool  # the cache is int8 and has scales
+    windowed: bool
+    has_slopes: bool
 
-    def block_of(self, lengths, row, split, step):
-        """(index of the block to read in this step, whether it holds a live key). A step past the
-        length names the last live block again, which costs no read."""
+    @property
+    def prefetched(self) -> int:
+        """Number of prefetched vectors."""
+        return 1 + self.windowed + self.has_slopes
+
+    def block_of(self, numbers, row, split, step):
+        """(index of the block to read in this step, whether it holds a live key). The first step is
+        that of the first visible key. A step past the length names the last live block again, which
+        costs no read."""
+        length = numbers[0][row]
         block = split * self.steps + step
-        last = jnp.maximum(lax.div(lengths[row] + self.block - 1, self.block) - 1, 0)
-        return jnp.minimum(block, last), block * self.block < lengths[row]
+        live = block * self.block < length
+        if self.windowed:
+            start = numbers[1][row]
+            block = block + lax.div(start, self.block)
+            live = jnp.logical_and(block * self.block < length, start < length)
+        last = jnp.maximum(lax.div(length + self.block - 1, self.block) - 1, 0)
+        return jnp.minimum(block, last), live
+
+    # Which block of an array a step works on.
+
+    def of_cache(self, row, head, split, step, *numbers):
+        return row, head, self.block_of(numbers, row, split, step)[0], 0
+
+    def of_scales(self, row, head, split, step, *numbers):
+        return row, head, 0, self.block_of(numbers, row, split, step)[0]
 
 
-def _kernel(plan: _DecodePlan, lengths, q, k, v, *refs):
-    *scales, out, lse, top, total, acc = refs
+def _of_query(row, head, split, step, *numbers):
+    return row, head, 0, 0
+
+
+def _of_slopes(row, head, split, step, *numbers):
+    return head, 0, 0
+
+
+def _of_split(row, head, split, step, *numbers):
+    return row, head, split, 0, 0
+
+
+def _kernel(plan: _DecodePlan, *refs):
+    numbers = refs[: plan.prefetched]
+    q, k, v, *rest = refs[plan.prefetched :]
+    *others, out, lse, top, total, acc = rest
+    scales = others[: 2 * plan.scaled]
     row = pl.program_id(0)
     split = pl.program_id(2)
     step = pl.program_id(3)
-    block, live = plan.block_of(lengths, row, split, step)
+    length = numbers[0][row]
+    block, live = plan.block_of(numbers, row, split, step)
+    first_key = block * plan.block
 
     @pl.when(step == 0)
     def _():
@@ -60,7 +101,7 @@ def _kernel(plan: _DecodePlan, lengths, q, k, v, *refs):
         acc[...] = jnp.zeros(acc.shape, jnp.float32)
 
     def work(masked: bool):
-        left = lengths[row] - block * plan.block  # live keys from here on
+        left = length - first_key  # live keys from here on
         keys, values = (x[...].astype(q.dtype) if plan.scaled else x[...] for x in (k, v))
         scores = _product(q[...], keys, 1)
         if plan.scaled:
@@ -70,8 +111,14 @@ def _kernel(plan: _DecodePlan, lengths, q, k, v, *refs):
             scores = scores * (plan.scale * LOG2_E)
         else:
             scores = jnp.tanh(scores * (plan.scale / plan.softcap)) * (plan.softcap * LOG2_E)
+        at = lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+        if plan.has_slopes:
+            distance = at + (first_key - numbers[-1][row])
+            scores = scores + others[-1][...][:, :1] * distance.astype(jnp.float32)
         if masked:
-            alive = lax.broadcasted_iota(jnp.int32, scores.shape, 1) < left
+            alive = at < left
+            if plan.windowed:
+                alive = jnp.logical_and(alive, at >= numbers[1][row] - first_key)
             scores = jnp.where(alive, scores, HIDDEN)
             # Values past the length may be anything, even NaN, and 0 times NaN is not 0.
             values = jnp.where(
@@ -88,7 +135,9 @@ def _kernel(plan: _DecodePlan, lengths, q, k, v, *refs):
             weights = jnp.where(alive, weights, 0.0) if masked else weights
         acc[...] = acc[...] * shrink[:, :1] + _product(weights.astype(values.dtype), values, 0)
 
-    whole = (block + 1) * plan.block <= lengths[row]
+    whole = first_key + plan.block <= length
+    if plan.windowed:
+        whole = jnp.logical_and(whole, numbers[1][row] <= first_key)
     pl.when(jnp.logical_and(live, whole))(lambda: work(False))
     pl.when(jnp.logical_and(live, jnp.logical_not(whole)))(lambda: work(True))
 
@@ -119,6 +168,36 @@ def _merged(out, lse):
     return out, jnp.where(total == 0, -jnp.inf, top[:, :, 0] + jnp.log(safe))
 
 
+def _blocks(keys: int, block_kv: int, window: int | None, last: bool) -> tuple[int, int]:
+    """(keys of a block, most blocks that a row can see). ``last``: queries are at the last keys."""
+    if window is not None:  # long blocks would read many keys before the window
+        block_kv = min(block_kv, max(window, WINDOW_BLOCK))
+    block = min(pl.cdiv(block_kv, LANES), pl.cdiv(keys, LANES)) * LANES
+    number = pl.cdiv(keys, block)
+    if window is not None and last:
+        number = min(number, (window + block - 2) // block + 1)
+    return block, number
+
+
+def _numbers(plan: _DecodePlan, lengths, positions, window: int | None) -> list:
+    """The prefetched vectors, int32 (B,) each."""
+    positions = lengths - 1 if positions is None else positions
+    # A length that is only known at run time cannot be checked, but must not read past the cache.
+    numbers = [jnp.clip(lengths, 0, plan.keys).astype(jnp.int32)]
+    if window is not None:
+        numbers.append(jnp.maximum(positions - (window - 1), 0))
+    if plan.has_slopes:
+        numbers.append(positions)
+    return numbers
+
+
+def _columns(alibi_slopes, kv_heads: int, group: int, padded: int):
+    """Slopes in base 2, (K, query heads of a key/value head, LANES) of equal lanes."""
+    slopes = (alibi_slopes * LOG2_E).reshape(kv_heads, group, 1)
+    slopes = jnp.pad(slopes, ((0, 0), (0, padded - group), (0, 0)))
+    return jnp.broadcast_to(slopes, (kv_heads, padded, LANES))
+
+
 def decode(
     q,
     k_cache,
@@ -129,6 +208,9 @@ def decode(
     softcap: float | None,
     k_scale=None,
     v_scale=None,
+    positions=None,
+    window: int | None = None,
+    alibi_slopes=None,
     num_splits: int | None = None,
     block_kv: int,
     interpret=False,
@@ -138,7 +220,7 @@ def decode(
 
     int8 caches come with float32 ``k_scale`` and ``v_scale`` (B, K, T): a value is the integer
     times its scale. ``block_kv``: keys of a step, a multiple of 128. ``num_splits``: parts of the
-    cache that are reduced separately.
+    cache that are reduced separately. ``positions`` int32 (B,), by default lengths - 1.
 
     Returns out (B, N, H) in q's dtype and the float32 log-sum-exp (B, N): 0 and -inf where the
     length is 0."""
@@ -147,34 +229,27 @@ def decode(
     group = heads // kv_heads
     # Whole tiles of bfloat16; float32 needs less but fits as well.
     padded = pl.cdiv(group, SUBLANES) * SUBLANES
-    block = min(pl.cdiv(block_kv, LANES), pl.cdiv(keys, LANES)) * LANES
-    splits = num_splits or (2 if rows * kv_heads == 1 else 1)
-    splits = min(splits, pl.cdiv(keys, block))
+    block, number = _blocks(keys, block_kv, window, last=positions is None)
+    splits = min(num_splits or (2 if rows * kv_heads == 1 else 1), number)
     plan = _DecodePlan(
-        scale, softcap, keys, block, pl.cdiv(pl.cdiv(keys, block), splits), k_scale is not None
+        scale,
+        softcap,
+        keys,
+        block,
+        pl.cdiv(number, splits),
+        k_scale is not None,
+        window is not None,
+        alibi_slopes is not None,
     )
     q_groups = jnp.pad(
         q.reshape(rows, kv_heads, group, width), ((0, 0), (0, 0), (0, padded - group), (0, 0))
     )
-    # A length that is only known at run time cannot be checked, but must not read past the cache.
-    lengths = jnp.clip(lengths, 0, keys).astype(jnp.int32)
-
-    def of_cache(row, head, split, step, lengths):
-        return row, head, plan.block_of(lengths, row, split, step)[0], 0
-
-    def of_scales(row, head, split, step, lengths):
-        return row, head, 0, plan.block_of(lengths, row, split, step)[0]
-
-    def of_query(row, head, split, step, lengths):
-        return row, head, 0, 0
-
-    def of_split(row, head, split, step, lengths):
-        return row, head, split, 0, 0
-
-    cache = pl.BlockSpec((None, None, block, width), of_cache)
+    numbers = _numbers(plan, lengths, positions, window)
+    slopes = [_columns(alibi_slopes, kv_heads, group, padded)] if plan.has_slopes else []
+    cache = pl.BlockSpec((None, None, block, width), plan.of_cache)
     # A row of scales for each head, as blocks need two dims.
     scales = [x[:, :, None] for x in (k_scale, v_scale) if x is not None]
-    arrays = (q_groups, k_cache, v_cache, *scales)
+    arrays = (q_groups, k_cache, v_cache, *scales, *slopes)
     # A single part is stored as the result; several are still to be merged.
     part_dtype = q.dtype if splits == 1 else jnp.float32
     outputs = [
@@ -185,27 +260,28 @@ def decode(
     out, lse = pl.pallas_call(
         functools.partial(_kernel, plan),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
+            num_scalar_prefetch=plan.prefetched,
             grid=(rows, kv_heads, splits, plan.steps),
             in_specs=[
-                pl.BlockSpec((None, None, padded, width), of_query),
+                pl.BlockSpec((None, None, padded, width), _of_query),
                 cache,
                 cache,
-                *[pl.BlockSpec((None, None, 1, block), of_scales) for _ in scales],
+                *[pl.BlockSpec((None, None, 1, block), plan.of_scales) for _ in scales],
+                *[pl.BlockSpec((None, padded, LANES), _of_slopes) for _ in slopes],
             ],
             out_specs=[
-                pl.BlockSpec((None, None, None, *shape[3:]), of_split) for shape, _ in outputs
+                pl.BlockSpec((None, None, None, *shape[3:]), _of_split) for shape, _ in outputs
             ],
             scratch_shapes=[statistics, statistics, pltpu.VMEM((padded, width), jnp.float32)],
         ),
-        out_shape=[compat.result_like(shape, dtype, lengths, *arrays) for shape, dtype in outputs],
+        out_shape=[compat.result_like(shape, dtype, *numbers, *arrays) for shape, dtype in outputs],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=VMEM_LIMIT,
         ),
         interpret=interpret,
         name="decode",
-    )(lengths, *arrays)
+    )(*numbers, *arrays)
     out = out[:, :, :, :group]
     lse = lse[:, :, :, :group, 0]
     if splits == 1:

@@ -49,7 +49,17 @@ def _fitted(size: int, block: int, unit: int) -> int:
     return pl.cdiv(pl.cdiv(size, pl.cdiv(size, block)), unit) * unit
 
 
-def _plan(q, k, mask: Mask, blocks: Blocks, scale: float, softcap: float | None, *, of_keys: bool):
+def _plan(
+    q,
+    k,
+    mask: Mask,
+    blocks: Blocks,
+    scale: float,
+    softcap: float | None,
+    *,
+    has_slopes: bool,
+    of_keys: bool,
+):
     """(plan, [the prefetched vector] or [])."""
     rows, queries, heads, _ = q.shape
     keys, kv_heads = k.shape[1:3]
@@ -66,6 +76,7 @@ def _plan(q, k, mask: Mask, blocks: Blocks, scale: float, softcap: float | None,
         mask.q_offset if isinstance(mask.q_offset, int) else None,
         keys if keys % block_kv else None,
         mask.q_ids is not None,
+        has_slopes,
         queries,
         keys,
         block_q,
@@ -136,8 +147,22 @@ def dq_bytes(plan: KernelPlan, width: int, dtype) -> int:
     return plan.group * plan.number_q * plan.q * (width * 4 + padded * jnp.dtype(dtype).itemsize)
 
 
+def _base_2(alibi_slopes) -> list:
+    """[slopes in base 2] or []."""
+    return [] if alibi_slopes is None else [alibi_slopes * LOG2_E]
+
+
 def _call(
-    kernel, plan: KernelPlan, table, inputs, outputs, scratch, rows: int, heads: int, interpret
+    kernel,
+    plan: KernelPlan,
+    table,
+    slopes,
+    inputs,
+    outputs,
+    scratch,
+    rows: int,
+    heads: int,
+    interpret,
 ):
     """Run a kernel over (B, its heads, its blocks, streamed blocks).
 
@@ -194,12 +219,16 @@ def _call(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(table),
             grid=(rows, heads, number, turns),
-            in_specs=[spec(kind, x.shape[-1]) for x, kind in inputs],
+            in_specs=[
+                *[pl.BlockSpec(memory_space=pltpu.SMEM) for _ in slopes],
+                *[spec(kind, x.shape[-1]) for x, kind in inputs],
+            ],
             out_specs=[spec(kind, shape[-1]) for shape, _, kind in outputs],
             scratch_shapes=scratch,
         ),
         out_shape=[
-            compat.result_like(shape, dtype, *table, *arrays) for shape, dtype, _ in outputs
+            compat.result_like(shape, dtype, *table, *slopes, *arrays)
+            for shape, dtype, _ in outputs
         ],
         # Two cores share rows and heads, not blocks: of a causal mask's blocks one core would get
         # the longer part.
@@ -213,16 +242,26 @@ def _call(
     with scope(
         name, rows, query_heads, plan.queries, plan.keys, arrays[0].shape[-1], products, plan.causal
     ):
-        return run(*table, *arrays)
+        return run(*table, *slopes, *arrays)
 
 
 def forward(
-    q, k, v, mask: Mask, *, scale: float, softcap: float | None, blocks: Blocks, interpret=False
+    q,
+    k,
+    v,
+    mask: Mask,
+    *,
+    scale: float,
+    softcap: float | None,
+    alibi_slopes=None,
+    blocks: Blocks,
+    interpret=False,
 ):
     """Attention of q (B, S, N, H) over k and v (B, T, K, H), N % K == 0: out (B, S, N, H) in q's
     dtype and the float32 natural log-sum-exp (B, N, S). A query that sees no key gives 0 and
-    -inf."""
-    plan, table = _plan(q, k, mask, blocks, scale, softcap, of_keys=False)
+    -inf. ``alibi_slopes``: float32 (N,) or None."""
+    slopes = _base_2(alibi_slopes)
+    plan, table = _plan(q, k, mask, blocks, scale, softcap, has_slopes=bool(slopes), of_keys=False)
     rows, queries, heads, width = q.shape
     padded = (_heads_first(q, plan.q), _heads_first(k, plan.kv), _heads_first(v, plan.kv))
     inputs = [
@@ -236,6 +275,7 @@ def forward(
         forward_kernel,
         plan,
         table,
+        slopes,
         inputs,
         [
             ((rows, heads, length, width), q.dtype, "q"),
@@ -261,6 +301,7 @@ def backward(
     *,
     scale: float,
     softcap: float | None,
+    alibi_slopes=None,
     dq_blocks: Blocks,
     dkv_blocks: Blocks,
     interpret=False,
@@ -268,6 +309,7 @@ def backward(
     """Gradients (dq, dk, dv) in the dtypes of q, k and v, from the arguments and results of
     forward() and the cotangents of the results."""
     rows, queries, heads, width = q.shape
+    slopes = _base_2(alibi_slopes)
     blind = lse == -jnp.inf
     # The log-sum-exp's own cotangent enters with the opposite sign.
     delta = (
@@ -302,18 +344,19 @@ def backward(
             pltpu.VMEM((size, LANES), dtype) for dtype in [jnp.float32] * columns + [jnp.int32]
         ]
         results = _call(
-            kernel, plan, table, inputs, results, scratch, rows, own.shape[2], interpret
+            kernel, plan, table, slopes, inputs, results, scratch, rows, own.shape[2], interpret
         )
         return [
             x[:, :, : like.shape[1]].transpose(0, 2, 1, 3)
             for x, like in zip(results, outputs, strict=True)
         ]
 
-    plan, table = _plan(q, k, mask, dkv_blocks, scale, softcap, of_keys=True)
+    plan_of = functools.partial(_plan, q, k, mask, has_slopes=bool(slopes))
+    plan, table = plan_of(dkv_blocks, scale, softcap, of_keys=True)
     # One kernel computes the scores once; two need less VMEM.
     plan = plan._replace(with_dq=dq_bytes(plan, width, q.dtype) <= DQ_LIMIT)
     dk, dv, *dq = run(dkv_kernel, plan, table, (k, v), 0)
     if not dq:
-        plan, table = _plan(q, k, mask, dq_blocks, scale, softcap, of_keys=False)
+        plan, table = plan_of(dq_blocks, scale, softcap, of_keys=False)
         dq = run(dq_kernel, plan, table, (q,), 2)
     return dq[0], dk, dv

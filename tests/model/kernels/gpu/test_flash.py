@@ -7,7 +7,7 @@ BFLOAT16 = 3e-2
 
 
 # A case takes seconds, so there is one for each feature that these kernels implement differently.
-@pytest.mark.parametrize("case", ["all"])
+@pytest.mark.parametrize("case", ["all", "alibi and all"])
 def test_output_lse_and_gradients_equal_the_reference(kernels, longhand, case):
     longhand.compare(*kernels.everything("pallas_gpu", case, "float16", (64, 64)), FLOAT16)
 
@@ -32,6 +32,9 @@ def test_output_lse_and_gradients_equal_the_reference(kernels, longhand, case):
         "mixed documents",
         "softcap",
         "all both ways",
+        "alibi",
+        "alibi both ways",
+        "alibi head width 160",
     ],
 )
 def test_the_other_cases_equal_the_reference(kernels, longhand, case):
