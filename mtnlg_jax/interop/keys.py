@@ -65,7 +65,8 @@ class Keys:
         default."""
         value = self.get(*keys, default=default)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"{keys[0]}={value!r} of config.json must be a number; correct it")
+            name = next((key for key in keys if self._config.get(key) is not None), keys[0])
+            raise ValueError(f"{name}={value!r} of config.json must be a number; correct it")
         return value
 
     def must_be(self, key: str, *allowed: Any) -> None:

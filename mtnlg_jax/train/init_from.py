@@ -1,7 +1,6 @@
 """Initializing from another run: the first parameters, and the teachers of distillation stages."""
 
 import dataclasses
-import json
 import os
 from typing import Any
 
@@ -11,6 +10,7 @@ from jax.sharding import Mesh
 from mtnlg_jax import storage
 from mtnlg_jax.config import Config, ModelConfig, StageConfig, TrainConfig, from_json, validate
 from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mtnlg_jax.interop.recognize import is_gguf, is_model
 from mtnlg_jax.model.transformer import abstract_model
 from mtnlg_jax.parallel.mesh import AXES, plan_table
 from mtnlg_jax.train import lora
@@ -114,18 +114,15 @@ def _learns_from_teacher(stage: StageConfig) -> bool:
 
 def _settings(what: str, folder: str, tokenizer: Tokenizer) -> Config:
     """Return the config of the run in ``folder``, whose tokenizer must be that of the data."""
+    if is_model(folder):
+        return _settings_of_model(what, folder, tokenizer)
     content = storage.read_file(folder, "config.json")
     if content is None:
         exists = storage.is_remote(folder) or os.path.exists(folder)
         reason = "it has no config.json" if exists else storage.missing(folder)
         raise FileNotFoundError(
             f"{what}={folder} is not a run: {reason}; give the --workdir of a "
-            "launch/pretrain.py run, or the --to of launch/convert.py"
-        )
-    if "model_type" in json.loads(content):
-        raise ValueError(
-            f"{what}={folder} is a Hugging Face model; convert it with launch/convert.py "
-            f"--from={folder} --to=RUN and give that"
+            "launch/pretrain.py run, the --to of launch/convert.py, or a Hugging Face folder"
         )
     theirs = load_tokenizer(storage.join(folder, "tokenizer"))
     if theirs.fingerprint != tokenizer.fingerprint:
@@ -135,6 +132,26 @@ def _settings(what: str, folder: str, tokenizer: Tokenizer) -> Config:
             f"{tokenizer.fingerprint[:12]}); prepare the data with --tokenizer={folder}/tokenizer"
         )
     return from_json(content.decode())
+
+
+def _settings_of_model(what: str, folder: str, tokenizer: Tokenizer) -> Config:
+    """Return the config of the Hugging Face model in ``folder``.
+
+    The data may be prepared with its files, or with the tokenizer of a run that was converted from
+    it: text has the same ids.
+    """
+    from mtnlg_jax.interop.source import Source
+
+    settings = Source(folder).settings()
+    if tokenizer.fingerprint != settings.tokenizer.fingerprint:
+        files = load_tokenizer(os.path.dirname(folder) if is_gguf(folder) else folder)
+        if tokenizer.fingerprint != files.fingerprint:
+            raise ValueError(
+                f"{what}={folder} has another tokenizer ({settings.tokenizer.vocab_size} tokens, "
+                f"{settings.tokenizer.fingerprint[:12]}) than the data ({tokenizer.vocab_size}, "
+                f"{tokenizer.fingerprint[:12]}); prepare the data with --tokenizer={folder}"
+            )
+    return settings.config
 
 
 def _refuse_other_model(what: str, theirs: ModelConfig, ours: ModelConfig) -> None:

@@ -314,9 +314,9 @@ def test_invalid_teachers_raise_an_error(folder, tmp_path, teacher, change, mess
         train(config, tmp_path)
 
 
-def test_a_hugging_face_folder_as_base_raises_an_error_naming_convert(folder, tmp_path):
+def test_a_hugging_face_folder_without_tensors_as_base_raises_an_error(folder, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(ValueError, match="convert it with launch/convert.py"):
+    with pytest.raises(FileNotFoundError, match="holds neither model.safetensors nor"):
         train(config_of(folder, init=str(tmp_path)), tmp_path / "run")
 
 

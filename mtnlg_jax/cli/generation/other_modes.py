@@ -17,8 +17,15 @@ if TYPE_CHECKING:
 def show_tokens(prompt: str) -> None:
     """Show the tokens of a text, without a model."""
     from mtnlg_jax.data.tokenizer import load_tokenizer
+    from mtnlg_jax.interop.recognize import is_model
 
-    tokenizer = load_tokenizer(os.path.join(options.WORKDIR.value, "tokenizer"))
+    workdir = options.WORKDIR.value
+    if is_model(workdir):
+        from mtnlg_jax.interop.loading import tokenizer_of
+
+        tokenizer = tokenizer_of(workdir)
+    else:
+        tokenizer = load_tokenizer(os.path.join(workdir, "tokenizer"))
     tokenizer.parse_special = options.PARSE_SPECIAL.value
     ids = tokenizer.encode(prompt)
     pieces = [tokenizer.decode([index], skip_special=False) for index in ids]
