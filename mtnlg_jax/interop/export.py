@@ -89,7 +89,7 @@ def meaning(model: ModelConfig, family: str | None = None) -> dict[str, Any]:
     }
 
 
-def _differences(one: ModelConfig, other: ModelConfig, family: str) -> list[str]:
+def differences(one: ModelConfig, other: ModelConfig, family: str) -> list[str]:
     """Return the fields in which two models differ, as far as ``family`` knows them."""
     left = meaning(one, family)
     right = meaning(other, family)
@@ -120,7 +120,7 @@ def config_of(model: ModelConfig, original: dict | None = None) -> dict:
             found = model_of(config)
         except ValueError:
             continue
-        other = _differences(model, found, family)
+        other = differences(model, found, family)
         if not other:
             return config
         if nearest is None or len(other) < nearest[0]:
@@ -144,7 +144,7 @@ def _changed(model: ModelConfig, original: dict) -> dict | None:
     if original.get("model_type") in NESTED:
         config = inner | {"architectures": [_ARCHITECTURES[family]]}
     before = model_of(config)
-    for key in _differences(model, before, family):
+    for key in differences(model, before, family):
         names = _SPELLINGS.get(key, ())
         present = [name for name in names if name in config] or list(names[:1])
         value = getattr(model, key)
@@ -152,7 +152,7 @@ def _changed(model: ModelConfig, original: dict) -> dict | None:
         if key == "dropout_rate":
             config = config | {"resid_pdrop": value}
     try:
-        return config if not _differences(model, model_of(config), family) else None
+        return config if not differences(model, model_of(config), family) else None
     except ValueError:
         return None
 

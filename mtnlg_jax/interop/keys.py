@@ -27,7 +27,7 @@ NO_EFFECT = frozenset(
     attention_type deterministic_flash_attn max_window_layers decoder_bias
     layer_norm_elementwise_affine fused_bias_fc is_cross_attention cache_implementation
     _attn_implementation_autoset n_positions_original experts_implementation
-    encoder_no_repeat_ngram_size
+    encoder_no_repeat_ngram_size n_ctx
     """.split()
 )
 

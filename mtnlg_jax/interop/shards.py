@@ -45,8 +45,9 @@ class Shards:
         return self._file(self._paths[name]).get_tensor(name)
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Return rows of the first dim."""
-        return self._file(self._paths[name]).get_slice(name)[start:stop]
+        """Return rows of the first dim, as many of them as there are."""
+        last = min(stop, self.shapes[name][0])
+        return self._file(self._paths[name]).get_slice(name)[start:last]
 
     def _file(self, path: Path) -> Any:
         if self._mapped is None or self._mapped[0] != path:

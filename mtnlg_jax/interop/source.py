@@ -254,13 +254,14 @@ def changed_decoding(decode: DecodeConfig) -> dict[str, Any]:
 
 def meta_of(settings: Settings, source: Source) -> dict[str, Any]:
     """Return the meta of a checkpoint that is this model."""
+    config = json.loads(to_json(settings.config))
     return {
-        "config": json.loads(to_json(settings.config)),
+        "config": config,
         "samples": 0,
         "metrics": {},
         "huggingface": source.origin(),
         "identity": {
-            "model": dataclasses.asdict(source.model),
+            "model": config["model"],
             "tokenizer": {"sha256": settings.tokenizer.fingerprint},
         },
     }

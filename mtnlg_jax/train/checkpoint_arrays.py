@@ -145,8 +145,6 @@ class LayerWriter:
                     "store_data_equal_to_fill_value": True,
                 },
                 create=True,
-                delete_existing=True,
-                open=True,
                 context=context,
             ).result()
             for name, shape in shapes.items()

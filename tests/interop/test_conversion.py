@@ -27,7 +27,7 @@ from mtnlg_jax.config import (
 )
 from mtnlg_jax.decode.generate import DecodeConfig, generate
 from mtnlg_jax.decode.load import load_decoder
-from mtnlg_jax.interop.export import config_of, meaning
+from mtnlg_jax.interop.export import config_of, differences, meaning
 from mtnlg_jax.interop.families import FAMILIES, family_of, model_of
 from mtnlg_jax.interop.huggingface import convert, read_model
 from mtnlg_jax.interop.interchange import flat
@@ -100,20 +100,22 @@ def test_a_round_trip_of_every_family_keeps_every_bit(folder, tmp_path, name):
         key: (values * rng.uniform(0.9, 1.1, values.shape)).astype(np.float32)
         for key, values in before.items()
     }
-    for tensors in (before, noise):
+    config = json.loads((source / "config.json").read_text())
+    for dtype, tensors in (("float16", before), ("float32", noise)):
         store(source, tensors)
+        (source / "config.json").write_text(json.dumps(config | {"dtype": dtype}))
         convert(source, tmp_path / "run", overwrite=True)
         convert(tmp_path / "run", tmp_path / "back", overwrite=True)
         assert same_bits(tensors, load_file(tmp_path / "back/model.safetensors"))
-        stored = json.loads((source / "config.json").read_text())
-        assert json.loads((tmp_path / "back/config.json").read_text()) == stored
+        back = json.loads((tmp_path / "back/config.json").read_text())
+        assert back == config | {"dtype": dtype}
     run = load_run(tmp_path / "run")
     _, params, _ = read_model(source)
     assert same_bits(
         {key: np.asarray(leaf) for key, leaf in flat(params).items()},
         {key: np.asarray(leaf) for key, leaf in flat(run.params).items()},
     )
-    masked = FAMILIES[family_of(stored)[0]].masked
+    masked = FAMILIES[family_of(config)[0]].masked
     assert run.config.train.stages[0].masked == masked
 
 
@@ -242,7 +244,7 @@ def test_fixtures_are_expressed_by_their_family_or_refused_by_name(name):
         assert "no family of Hugging Face's can express this model; the nearest is" in str(error)
         assert name in ("cohere2", "gptj", "modernbert", "olmo3", "phi3_longrope")
     else:
-        assert meaning(model_of(found)) == pytest.approx(meaning(model))
+        assert differences(model_of(found), model, found["model_type"]) == []
         assert found["model_type"] == config["model_type"]
 
 
@@ -316,9 +318,9 @@ def test_a_folder_is_decoded_as_its_run_is(folder, tmp_path, name, dtype, weight
 
 def test_a_folder_is_loaded_on_a_mesh(folder):
     source = folder("gpt_neox")
-    mesh = make_mesh(MeshConfig(data=2, tensor=2), jax.devices()[:4])
+    mesh = make_mesh(MeshConfig(data=4), jax.devices()[:4])
     plain = load_run(source)
-    spread = load_run(source, mesh=mesh, zero=1)
+    spread = load_run(source, mesh=mesh, zero=3)
     assert plain.tokenizer.fingerprint == spread.tokenizer.fingerprint
     for left, right in zip(
         jax.tree.leaves(plain.params), jax.tree.leaves(spread.params), strict=True
@@ -352,7 +354,7 @@ def test_the_scripts_take_a_folder(folder):
     assert "perplexity" in launch(
         "evaluate", f"--workdir={source}", f"--input={source / 'text.txt'}"
     )
-    assert "llama3" in launch("plan", f"--config={source}", "--devices=4", "--chip=v5e")
+    assert "llama3" in launch("plan", f"--config={source}")
 
 
 # --- memory
