@@ -196,20 +196,21 @@ def parse_chips(text: str) -> tuple[str, int]:
 def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
     """Return forward and backward FLOPs per token, 6 N + 12 L H Q T (PaLM, appendix B).
 
-    Attention counts in full, not halved for causality. N excludes the input embeddings, which are
-    looked up, and includes the output embedding.
+    Attention counts in full, not halved for causality; T is at most the window of a layer. N
+    excludes the input embeddings, which are looked up, and the experts that a token does not visit.
+    It includes the output embedding.
     """
-    products = model.parameter_count()  # raises where the vocabulary is not known
+    products = model.active_parameter_count()  # raises where the vocabulary is not known
     if model.position_embedding_type == "learned":
         products -= model.max_position_embeddings * model.hidden_size
     if not model.tie_embeddings:
         products -= model.vocabulary * model.hidden_size
     width = model.num_attention_heads * model.head_width
-    return 6 * products + 12 * model.num_layers * width * sequence_length
+    return 6 * products + 12 * model.num_layers * width * model.attended(sequence_length)
 
 
 def layer_flops(model: ModelConfig, sequence_length: int) -> dict[str, float]:
-    """Return the forward FLOPs per token of each product of one layer.
+    """Return the forward FLOPs per token of each product of one layer, in the mean over layers.
 
     For MT-NLG's block they sum to 24 h^2 (1 + s / (6 h)) (Narayanan 2021, appendix A).
     """
@@ -217,10 +218,12 @@ def layer_flops(model: ModelConfig, sequence_length: int) -> dict[str, float]:
     heads = model.num_attention_heads
     head = model.head_width
     inputs = 2 if model.gated else 1
+    visits = model.moe.moe_router_topk if model.moe.num_moe_experts else 1
+    mlp = visits * model.mlp_width + model.moe.moe_shared_expert_intermediate_size
     return {
         "qkv": 2 * hidden * head * (heads + 2 * model.kv_heads),
-        "scores": 4 * sequence_length * heads * head,
+        "scores": 4 * model.attended(sequence_length) * heads * head,
         "out": 2 * hidden * heads * head,
-        "fc1": 2 * inputs * hidden * model.mlp_width,
-        "fc2": 2 * hidden * model.mlp_width,
+        "fc1": 2 * inputs * hidden * mlp,
+        "fc2": 2 * hidden * mlp,
     }

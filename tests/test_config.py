@@ -457,9 +457,37 @@ def test_validate_does_not_change_the_config():
         (["model.num_query_groups=0"], ["num_query_groups=0", "[1, "]),
         (["model.kv_channels=-64"], ["kv_channels=-64", "[1, "]),
         (["model.hidden_size=10000000000"], ["hidden_size=10000000000", "2147483648]"]),
-        (["model.activation=tanh"], ["'tanh'", "gelu, gelu_exact, relu, silu, swiglu"]),
+        (
+            ["model.activation=tanh"],
+            ["'tanh'", "gelu, gelu_exact, relu, squared_relu, silu, swiglu"],
+        ),
         (["model.normalization=batchnorm"], ["'batchnorm'", "layernorm, rmsnorm"]),
-        (["model.position_embedding_type=alibi"], ["'alibi'", "learned, rotary"]),
+        (["model.position_embedding_type=sinusoidal"], ["'sinusoidal'", "learned, rotary"]),
+        (
+            ["model.layer_pattern=[]"],
+            ["model.layer_pattern is empty", "LayerSpec"],
+        ),
+        (["model.bias=('qkv', 'all')"], ["'all'", "qkv, out, mlp"]),
+        (
+            ["model.position_embedding_type=rotary", "model.rotary_percent=0.01"],
+            ["model.rotary_percent=0.01", "no pair of dims"],
+        ),
+        (
+            ["model.rope_scaling.rope_type=yarn"],
+            ["rope_type=yarn", "original_max_position_embeddings"],
+        ),
+        (
+            ["model.parallel_residual=one_norm", "model.norm_placement=post"],
+            ["parallel_residual=one_norm", "norm_placement=post"],
+        ),
+        (
+            ["model.moe.num_moe_experts=2", "model.moe.moe_router_topk=3"],
+            ["moe_router_topk=3", "num_moe_experts=2"],
+        ),
+        (
+            ["model.attn_logit_softcapping=5", "mesh.context=2", "mesh.context_mode=ring"],
+            ["mesh.context_mode=ring", "gather"],
+        ),
         (["model.dropout_rate=1"], ["dropout_rate=1.0", "[0, 1)"]),
         (["model.rotary_base=0"], ["rotary_base=0.0", "(0, inf)"]),
         (["model.rotary_base=-1"], ["rotary_base=-1.0", "(0, inf)"]),

@@ -291,21 +291,34 @@ class ModelConfig:
             count += query + kv
         return count + (self.num_attention_heads if self.attention_sink else 0)
 
-    def _mlp_count(self) -> int:
-        hidden = self.hidden_size
-        inputs = 2 if self.gated else 1
+    def active_parameter_count(self) -> int:
+        """Number of parameters that a token uses: of the experts, those that it visits."""
         moe = self.moe
+        idle = max(0, moe.num_moe_experts - moe.moe_router_topk)
+        return self.parameter_count() - self.num_layers * idle * self._one_mlp_count(self.mlp_width)
 
-        def one(width: int) -> int:
-            biases = inputs * width + hidden if self.has_bias("mlp") else 0
-            return (inputs + 1) * hidden * width + biases
+    def attended(self, sequence_length: int) -> float:
+        """Return the keys that a query sees in the mean over layers, causality not counted."""
+        seen = [
+            min(self.layer(number).window or sequence_length, sequence_length)
+            for number in range(self.num_layers)
+        ]
+        return sum(seen) / len(seen)
 
+    def _mlp_count(self) -> int:
+        moe = self.moe
         if not moe.num_moe_experts:
-            return one(self.mlp_width)
-        experts = moe.num_moe_experts
-        per_expert = hidden + moe.moe_router_bias + moe.moe_router_enable_expert_bias
-        count = experts * (one(self.mlp_width) + per_expert)
+            return self._one_mlp_count(self.mlp_width)
+        per_expert = (
+            self.hidden_size + moe.moe_router_bias + moe.moe_router_enable_expert_bias
+        )  # of the router
+        count = moe.num_moe_experts * (self._one_mlp_count(self.mlp_width) + per_expert)
         if moe.moe_shared_expert_intermediate_size:
-            count += one(moe.moe_shared_expert_intermediate_size)
-            count += hidden if moe.moe_shared_expert_gate else 0
+            count += self._one_mlp_count(moe.moe_shared_expert_intermediate_size)
+            count += self.hidden_size if moe.moe_shared_expert_gate else 0
         return count
+
+    def _one_mlp_count(self, width: int) -> int:
+        inputs = 2 if self.gated else 1
+        biases = inputs * width + self.hidden_size if self.has_bias("mlp") else 0
+        return (inputs + 1) * self.hidden_size * width + biases

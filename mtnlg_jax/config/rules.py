@@ -130,10 +130,7 @@ def _check_divisors(config: Config) -> None:
     if mesh.data != -1:
         within("mesh.data", mesh.data, 1, 2**20)
     # Fewer key/value heads than parts are replicated.
-    heads = model.kv_heads
-    if heads < mesh.tensor:
-        must_divide("mesh.tensor", mesh.tensor, "model.num_query_groups", heads)
-        heads = mesh.tensor
+    heads = model.kv_heads if mesh.tensor % model.kv_heads else mesh.tensor
     split_by_tensor = {
         "model.num_attention_heads": model.num_attention_heads,
         "model.num_query_groups": heads,

@@ -19,11 +19,12 @@ import numpy as np
 from flax import nnx
 
 from mtnlg_jax.config import ModelConfig
-from mtnlg_jax.decode.quantized import RowWeight, on_cpu, quantize, rows_of
+from mtnlg_jax.decode.quantized import RowWeight, experts_of, on_cpu, quantize, rows_of
 from mtnlg_jax.model.attention import attention, decode_attention, merge, merge_lse
 from mtnlg_jax.model.head import Head
 from mtnlg_jax.model.transformer import abstract_model
 
+ROUTER = "w_router_DE"
 TABLES = ("tokens_VD", "head_VD")  # quantized to int8 along with the products of the blocks
 
 
@@ -128,11 +129,16 @@ def unstack_params(params, *, config, dtype, weights=None, rows=False):
         pairs = (source.attention, target.attention), (source.mlp, target.mlp)
         for part, held in pairs:
             for name, value in list(vars(part).items()):
-                if not name.startswith("w_") or value is None or name.rpartition("_")[2][0] == "E":
-                    continue  # grouped products take arrays
+                if not name.startswith("w_") or value is None:
+                    continue
+                if name.rpartition("_")[2].startswith("E"):
+                    if int8:
+                        setattr(held, name, nnx.Param(experts_of(value[...])))
+                    continue
                 inputs = 2 if name == "w_o_NHD" else 1
                 # int8 is rounded from the float32 weight, not from its bfloat16.
-                weight = rows_of(value[...], inputs, int8, dtype)
+                # The router stays exact: rounding would send tokens to other experts.
+                weight = rows_of(value[...], inputs, int8 and name != ROUTER, dtype)
                 setattr(held, name, nnx.Param(weight))
         return nnx.split(target)[1]
 

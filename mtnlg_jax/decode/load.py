@@ -15,8 +15,8 @@ import numpy as np
 from flax import nnx
 
 from mtnlg_jax.config import Config, ModelConfig
-from mtnlg_jax.decode.cache import TABLES, Decoder, by_rows, check_held, split_abstract
-from mtnlg_jax.decode.quantized import RowWeight, quantize_numpy
+from mtnlg_jax.decode.cache import ROUTER, TABLES, Decoder, by_rows, check_held, split_abstract
+from mtnlg_jax.decode.quantized import ExpertWeight, RowWeight, quantize_numpy
 from mtnlg_jax.interop.recognize import is_model
 from mtnlg_jax.train import lora
 from mtnlg_jax.train.arrays import StoredArrays
@@ -122,10 +122,22 @@ def _int8_table(stored, name: str, shape: tuple[int, ...]) -> RowWeight:
     return RowWeight(jnp.asarray(number_OI), jnp.asarray(scale_O), shape[:1], 1)
 
 
+def _converted_experts(array: np.ndarray, dtype: str, int8: bool):
+    """Return the weights of a layer's experts; grouped products take arrays."""
+    if not int8:
+        return jnp.asarray(array.astype(dtype, copy=False))
+    experts = [quantize_numpy(np.ascontiguousarray(matrix.T)) for matrix in array]
+    numbers = np.stack([number.T for number, _ in experts])
+    return ExpertWeight(jnp.asarray(numbers), jnp.asarray(np.stack([s for _, s in experts])))
+
+
 def _converted(name: str, dtype: str, int8: bool, array: np.ndarray):
     """Return one parameter of a block in the form that decoding holds."""
+    int8 = int8 and name != ROUTER
     if not name.startswith("w_") or not (int8 or by_rows()):
         return jnp.asarray(array.astype(dtype, copy=False))
+    if name.rpartition("_")[2].startswith("E"):
+        return _converted_experts(array, dtype, int8)
     inputs = 2 if name == "w_o_NHD" else 1
     outputs = array.shape[inputs:]
     matrix_OI = array.reshape(-1, int(np.prod(outputs))).T

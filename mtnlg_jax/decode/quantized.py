@@ -94,6 +94,32 @@ class RowWeight:
         return (self.number_OI * self.scale_O[:, None]).astype(dtype)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ExpertWeight:
+    """The weights of experts in int8, with a scale for each output of each expert."""
+
+    number_EIO: jax.Array
+    scale_EO: jax.Array
+
+    def __getitem__(self, key):
+        """Return the weight itself for ``param[...]``, as an array does."""
+        assert key is ..., "a quantized weight is read as a whole"
+        return self
+
+    def grouped(self, x_BI, sizes_E, experts_B):
+        """Return the products of rows that are sorted by expert, (B, O)."""
+        y_BO = jax.lax.ragged_dot(
+            x_BI, self.number_EIO.astype(x_BI.dtype), sizes_E, preferred_element_type=jnp.float32
+        )
+        return (y_BO * self.scale_EO[experts_B]).astype(x_BI.dtype)
+
+
+def experts_of(weight_EIO) -> ExpertWeight:
+    """Return the float weights of experts in int8."""
+    return ExpertWeight(*quantize(weight_EIO, 1))
+
+
 def on_cpu() -> bool:
     return compat.device_kind() == "cpu"
 

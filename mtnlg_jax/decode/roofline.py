@@ -27,7 +27,7 @@ def step_bytes(decoder: Decoder, rows: int, length: int) -> dict[str, int]:
         # A row reads only one entry of an embedding table.
         looked_up = path == "positions_PD" or path == "tokens_VD" and not config.tie_embeddings
         weights += 0 if looked_up else _size(leaf)
-    item = np.dtype(jax.tree.leaves(nnx.to_pure_dict(outer)["final_norm"])[0].dtype).itemsize
+    item = np.dtype(jax.tree.leaves(nnx.to_pure_dict(layers[0])["norm_1"])[0].dtype).itemsize
     # An int8 cache has a float32 scale for each token and head, for keys and for values.
     wide = config.head_width + 4 if decoder.int8_cache else config.head_width * item
     size = capacity(min(length, decoder.context), decoder.context)

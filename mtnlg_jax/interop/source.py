@@ -254,14 +254,15 @@ def changed_decoding(decode: DecodeConfig) -> dict[str, Any]:
 
 def meta_of(settings: Settings, source: Source) -> dict[str, Any]:
     """Return the meta of a checkpoint that is this model."""
-    config = json.loads(to_json(settings.config))
+    from mtnlg_jax.train.init_from import recorded_meaning
+
     return {
-        "config": config,
+        "config": json.loads(to_json(settings.config)),
         "samples": 0,
         "metrics": {},
         "huggingface": source.origin(),
         "identity": {
-            "model": config["model"],
+            "model": json.loads(json.dumps(recorded_meaning(source.model))),
             "tokenizer": {"sha256": settings.tokenizer.fingerprint},
         },
     }

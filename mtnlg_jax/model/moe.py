@@ -63,14 +63,20 @@ class Moe(nnx.Module):
         x_TD = x_BSD.reshape(-1, width)
         experts_TX, weights_TX = self.route(x_TD)
         number, visits = experts_TX.shape
-        experts = self.w_in_EDF.shape[0]
+        experts = self.config.num_moe_experts
         order_U = jnp.argsort(experts_TX.reshape(-1), stable=True)
         experts_U = experts_TX.reshape(-1)[order_U]
         sizes_E = jnp.bincount(experts_TX.reshape(-1), length=experts).astype(jnp.int32)
         x_UD = x_TD[order_U // visits]
 
         def product(x, weight, bias):
-            y = lax.ragged_dot(x, weight[...], sizes_E)
+            weight = weight[...]
+            # Decoding may hold a quantized weight, which computes the same product.
+            y = (
+                weight.grouped(x, sizes_E, experts_U)
+                if hasattr(weight, "grouped")
+                else lax.ragged_dot(x, weight, sizes_E)
+            )
             return y if bias is None else y + bias[...][experts_U]
 
         h_UF = product(x_UD, self.w_in_EDF, self.b_in_EF)

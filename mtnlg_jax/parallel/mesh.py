@@ -99,8 +99,12 @@ def spec_of(dims: str, zero: int = 1, whole: str = "") -> P:
 
 
 def whole_dims(dims: str, shape: Sequence[int], tensor: int) -> str:
-    """Return the dims that tensor does not split: key/value heads, if it has more parts."""
-    return "K" if "K" in dims and shape[dims.index("K")] < tensor else ""
+    """Return the dims that tensor does not split: key/value heads, if it has a multiple of them in
+    parts."""
+    if "K" not in dims:
+        return ""
+    heads = shape[dims.index("K")]
+    return "K" if heads < tensor and tensor % heads == 0 else ""
 
 
 def specs_of(tree: Any, zero: int = 1, tensor: int = 1) -> Any:

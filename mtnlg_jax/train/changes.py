@@ -11,7 +11,15 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
-from mtnlg_jax.config import Config, TrainConfig, from_json, to_json
+from mtnlg_jax.config import (
+    Config,
+    MoEConfig,
+    Multipliers,
+    RopeScaling,
+    TrainConfig,
+    from_json,
+    to_json,
+)
 from mtnlg_jax.data.batches import SAMPLE_ORDER
 from mtnlg_jax.storage import is_remote
 from mtnlg_jax.train.schedule import (
@@ -24,28 +32,43 @@ from mtnlg_jax.train.schedule import (
 
 # The checkpoint's identity refuses these (`loop._identity`, `init_from.meaning`), by value rather
 # than by name: data.path and the paths of a blend may move while the tokens stay the same.
-IDENTITY = {
-    f"model.{key}"
-    for key in (
-        "num_layers hidden_size num_attention_heads num_query_groups kv_channels ffn_hidden_size "
-        "vocab_size max_position_embeddings position_embedding_type rotary_base normalization "
-        "norm_epsilon activation add_bias tie_embeddings bias norm_placement qk_layernorm "
-        "parallel_residual rotary_percent rope_scaling layer_pattern attn_logit_softcapping "
-        "final_logit_softcapping multipliers embedding_norm mlm_head attention_sink moe"
-    ).split()
-} | {
-    "data.path",
-    "data.tokenizer",
-    "optimizer.lora_rank",
-    "optimizer.lora_alpha",
-    "optimizer.lora_targets",
+_SECTIONS = {"rope_scaling": RopeScaling, "multipliers": Multipliers, "moe": MoEConfig}
+_TRAINING_OF_MOE = {
+    "model.moe.moe_aux_loss_coeff",
+    "model.moe.moe_z_loss_coeff",
+    "model.moe.moe_router_bias_update_rate",
 }
+IDENTITY = (
+    {
+        f"model.{key}"
+        for key in (
+            "num_layers hidden_size num_attention_heads num_query_groups kv_channels "
+            "ffn_hidden_size vocab_size max_position_embeddings position_embedding_type "
+            "rotary_base rotary_percent normalization norm_placement norm_epsilon qk_layernorm "
+            "parallel_residual embedding_norm activation add_bias bias tie_embeddings mlm_head "
+            "layer_pattern attn_logit_softcapping final_logit_softcapping attention_sink"
+        ).split()
+    }
+    | {
+        f"model.{section}.{each.name}"
+        for section, kind in _SECTIONS.items()
+        for each in dataclasses.fields(kind)
+    }
+    | {
+        "data.path",
+        "data.tokenizer",
+        "optimizer.lora_rank",
+        "optimizer.lora_alpha",
+        "optimizer.lora_targets",
+    }
+) - _TRAINING_OF_MOE
 
 # Another value would change the meaning of the state or of the sample count.
 REFUSED = {"train.init", "data.sequence_length", "optimizer.name"}
 
 REPORTED = {
     "model.dropout_rate",
+    *_TRAINING_OF_MOE,
     "data.blend",
     "data.heldout",
     "data.masking.word_share",

@@ -21,10 +21,33 @@ from mtnlg_jax.train.distill import Distillation
 Teachers = dict[int, tuple[Distillation, nnx.State, int]]
 
 
+# Settings of the model that act on training alone.
+_FREE = ("attention_impl", "dropout_rate", "init_method_std", "vocab_size_divisible_by")
+_FREE_OF_MOE = ("moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_router_bias_update_rate")
+# Runs of version 0.2 do not record these.
+_ADDED = (
+    "rotary_percent rope_scaling norm_placement qk_layernorm parallel_residual embedding_norm bias "
+    "mlm_head layer_pattern attn_logit_softcapping final_logit_softcapping multipliers "
+    "attention_sink moe"
+).split()
+
+
 def meaning(model: ModelConfig) -> dict:
     """Return the settings that give the parameters their meaning."""
-    free = ("attention_impl", "dropout_rate", "init_method_std", "vocab_size_divisible_by")
-    return {key: value for key, value in dataclasses.asdict(model).items() if key not in free}
+    given = dataclasses.asdict(model)
+    given["moe"] = {key: v for key, v in given["moe"].items() if key not in _FREE_OF_MOE}
+    return {key: value for key, value in given.items() if key not in _FREE}
+
+
+def recorded_meaning(model: ModelConfig) -> dict:
+    """Return `meaning` as checkpoints record it: switches at their defaults are left out, as in the
+    runs of versions that did not have them."""
+    plain = meaning(ModelConfig())
+    return {
+        key: value
+        for key, value in meaning(model).items()
+        if key not in _ADDED or value != plain[key]
+    }
 
 
 def refuse_other_runs(config: Config, tokenizer: Tokenizer, fresh: bool = True) -> None:

@@ -141,7 +141,7 @@ def _open_checkpoints(config: Config, workdir: str) -> Checkpoints:
 def _identity(config: Config, data: Data) -> dict[str, dict]:
     """Return what must stay the same when a run resumes: parameters' meaning, tokenizer, data."""
     return {
-        "model": init_from.meaning(config.model),
+        "model": init_from.recorded_meaning(config.model),
         "tokenizer": {"sha256": data.tokenizer.fingerprint},
         "data": data.fingerprints,
     }

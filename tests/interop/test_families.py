@@ -177,6 +177,18 @@ def test_several_tokens_at_once_and_scores_equal_full_passes(name):
     np.testing.assert_allclose(alone, wanted, atol=LOGITS)
 
 
+@pytest.mark.parametrize("name", ["gemma3", "mixtral"])
+def test_int8_weights_stay_near_and_differ(name):
+    case = fixture(name)
+    prompts = [row[:12].tolist() for row in np.asarray(case.tokens)]
+    exact, quantized = (
+        np.asarray(prefill(unstack(case.model, case.params, weights=w), prompts, 64).logits_BV)
+        for w in (None, "int8")
+    )
+    spread = exact.std()
+    assert 0 < np.abs(quantized - exact).max() < 0.2 * spread
+
+
 # --- planted mistakes
 
 

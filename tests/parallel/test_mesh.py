@@ -103,7 +103,7 @@ def test_an_indivisible_size_raises_an_error_with_a_remedy():
             1,
             r": D=16 is not divisible by data=3; try mesh.data=2 or 4, or mesh.zero=0$",
         ),
-        ((1, 1, 1, 4), 1, r"b_k_KH: K=2 is not divisible by tensor=4; try mesh.tensor=1 or 2$"),
+        ((1, 1, 1, 3), 1, r"b_k_KH: K=2 is not divisible by tensor=3; try mesh.tensor=1 or 2$"),
     ]:
         with pytest.raises(ValueError, match=words):
             shardings_of(params, AbstractMesh(shape, AXES), zero)
