@@ -58,6 +58,9 @@ with command.flag_group("The result"):
 
 
 def main() -> int:
+    from mtnlg_jax.interop import registry
+
+    registry.register()
     from mtnlg_jax.config import load_config
     from mtnlg_jax.planning import aot, report, suggest, topology
 

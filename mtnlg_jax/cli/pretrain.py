@@ -70,6 +70,9 @@ with command.flag_group("Several processes"):
 
 
 def main() -> None:
+    from mtnlg_jax.interop import registry
+
+    registry.register()
     from mtnlg_jax import compat, xla_flags
     from mtnlg_jax.config import load_config
     from mtnlg_jax.train import processes

@@ -77,6 +77,9 @@ for module in (options, shared_flags):
 
 
 def main() -> None:
+    from mtnlg_jax.interop import registry
+
+    registry.register()
     from absl import logging
 
     from mtnlg_jax.tasks.templates import task_of

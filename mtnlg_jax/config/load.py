@@ -13,22 +13,20 @@ import types
 import typing
 from collections.abc import Callable, Iterable
 
-from mtnlg_jax import command
+from mtnlg_jax import command, foreign
 from mtnlg_jax.config import schema
 from mtnlg_jax.config.coerce import base_of, coerce, hints_of, kind_name, plain
 from mtnlg_jax.config.rules import validate
 from mtnlg_jax.config.schema import Config
-from mtnlg_jax.interop.recognize import is_model
 
 
 def load_config(path: str, overrides: Iterable[str] = ()) -> Config:
     """Run ``get_config()`` of the Python file ``path``, apply ``overrides`` ("train.steps=10") and
-    validate the result. "FILE.py:TEXT" calls ``get_config("TEXT")``. A folder of Hugging Face's or
-    a GGUF file stands for a run with its model. Raises FileNotFoundError or ValueError."""
-    if is_model(path):
-        from mtnlg_jax.interop.source import read_run
-
-        config = map_paths(override(read_run(path), *overrides), command.expand)
+    validate the result. "FILE.py:TEXT" calls ``get_config("TEXT")``. A model of another format
+    (`foreign`) gives the config of a run with it. Raises FileNotFoundError or ValueError."""
+    reader = foreign.reader_of(path)
+    if reader is not None:
+        config = map_paths(override(reader.config(path), *overrides), command.expand)
     else:
         config = load_object(path, Config, overrides)
     validate(config)

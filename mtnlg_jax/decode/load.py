@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mtnlg_jax import foreign
 from mtnlg_jax.config import Config, ModelConfig
 from mtnlg_jax.decode.cache import ROUTER, TABLES, Decoder, by_rows, check_held, split_abstract
 from mtnlg_jax.decode.quantized import ExpertWeight, RowWeight, quantize_numpy
-from mtnlg_jax.interop.recognize import is_model
 from mtnlg_jax.train import lora
 from mtnlg_jax.train.arrays import StoredArrays
 from mtnlg_jax.train.checkpoint import Run, find_run, load_run
@@ -39,10 +39,9 @@ def load_decoder(
     what they raise, and ValueError with the parameter's name if one is not finite.
     """
     dtype = check_held(dtype, weights, cache)
-    if is_model(workdir):
-        from mtnlg_jax.interop.loading import open_model
-
-        run, source = open_model(workdir)
+    reader = foreign.reader_of(workdir)
+    if reader is not None:
+        run, source = reader.open(workdir)
         params = _assemble(run.config.model, dtype, weights, source)
         _trim()
         return run, Decoder(run.config.model, params, cache == "int8")

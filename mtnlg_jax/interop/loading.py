@@ -7,7 +7,6 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from mtnlg_jax.data.tokenizer import Tokenizer
 from mtnlg_jax.interop.interchange import flat
 from mtnlg_jax.interop.source import Source, meta_of
 from mtnlg_jax.parallel.mesh import shardings_of
@@ -29,11 +28,6 @@ def load_model(path: str | os.PathLike, mesh: Mesh | None = None, zero: int = 0)
     else:
         params = _on_mesh(source, mesh, zero)
     return Run(run.config, params, run.tokenizer, run.step, run.meta)
-
-
-def tokenizer_of(path: str | os.PathLike) -> Tokenizer:
-    """Return the tokenizer of the model at ``path``."""
-    return Source(path).settings().tokenizer
 
 
 def _on_mesh(source: Source, mesh: Mesh, zero: int) -> nnx.State:

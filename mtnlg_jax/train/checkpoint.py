@@ -38,10 +38,9 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
-from mtnlg_jax import storage
+from mtnlg_jax import foreign, storage
 from mtnlg_jax.config import Config, from_json
 from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer
-from mtnlg_jax.interop.recognize import is_model
 from mtnlg_jax.storage import is_remote
 from mtnlg_jax.train import checkpoint_arrays, lora, manifest
 from mtnlg_jax.train.arrays import check_finite
@@ -265,15 +264,14 @@ def load_run(
     ``mesh`` as the plan says; low-rank adapters are merged. Write nothing, so that a run may be
     training there; a damaged checkpoint is skipped with a warning.
 
-    A model of Hugging Face's in ``workdir`` is read without conversion.
+    A model of another format in ``workdir`` is read without conversion (`foreign`).
 
     Raise FileNotFoundError where there is no checkpoint, OSError where none is whole, and without a
     mesh ValueError naming the parameter where one is not finite.
     """
-    if is_model(workdir):
-        from mtnlg_jax.interop.loading import load_model
-
-        return load_model(workdir, mesh, zero)
+    reader = foreign.reader_of(workdir)
+    if reader is not None:
+        return reader.load(workdir, mesh, zero)
 
     def read(path: epath.Path, config: Config) -> nnx.State:
         params = lora.merge(checkpoint_arrays.read_params(path, config, mesh, zero), config)

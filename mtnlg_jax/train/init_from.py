@@ -7,10 +7,9 @@ from typing import Any
 from flax import nnx
 from jax.sharding import Mesh
 
-from mtnlg_jax import storage
+from mtnlg_jax import foreign, storage
 from mtnlg_jax.config import Config, ModelConfig, StageConfig, TrainConfig, from_json, validate
 from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer
-from mtnlg_jax.interop.recognize import is_gguf, is_model
 from mtnlg_jax.model.transformer import abstract_model
 from mtnlg_jax.parallel.mesh import AXES, plan_table
 from mtnlg_jax.train import lora
@@ -137,8 +136,9 @@ def _learns_from_teacher(stage: StageConfig) -> bool:
 
 def _settings(what: str, folder: str, tokenizer: Tokenizer) -> Config:
     """Return the config of the run in ``folder``, whose tokenizer must be that of the data."""
-    if is_model(folder):
-        return _settings_of_model(what, folder, tokenizer)
+    reader = foreign.reader_of(folder)
+    if reader is not None:
+        return _settings_of_model(what, folder, reader, tokenizer)
     content = storage.read_file(folder, "config.json")
     if content is None:
         exists = storage.is_remote(folder) or os.path.exists(folder)
@@ -157,24 +157,19 @@ def _settings(what: str, folder: str, tokenizer: Tokenizer) -> Config:
     return from_json(content.decode())
 
 
-def _settings_of_model(what: str, folder: str, tokenizer: Tokenizer) -> Config:
-    """Return the config of the Hugging Face model in ``folder``.
-
-    The data may be prepared with its files, or with the tokenizer of a run that was converted from
-    it: text has the same ids.
-    """
-    from mtnlg_jax.interop.source import Source
-
-    settings = Source(folder).settings()
-    if tokenizer.fingerprint != settings.tokenizer.fingerprint:
-        files = load_tokenizer(os.path.dirname(folder) if is_gguf(folder) else folder)
-        if tokenizer.fingerprint != files.fingerprint:
-            raise ValueError(
-                f"{what}={folder} has another tokenizer ({settings.tokenizer.vocab_size} tokens, "
-                f"{settings.tokenizer.fingerprint[:12]}) than the data ({tokenizer.vocab_size}, "
-                f"{tokenizer.fingerprint[:12]}); prepare the data with --tokenizer={folder}"
-            )
-    return settings.config
+def _settings_of_model(
+    what: str, folder: str, reader: foreign.Reader, tokenizer: Tokenizer
+) -> Config:
+    """Return the config of a model of another format, whose tokenizer must be that of the data."""
+    config, theirs = reader.settings(folder)
+    if tokenizer.fingerprint not in [each.fingerprint for each in theirs]:
+        raise ValueError(
+            f"{what}={folder} has another tokenizer ({theirs[0].vocab_size} tokens, "
+            f"{theirs[0].fingerprint[:12]}) than the data ({tokenizer.vocab_size}, "
+            f"{tokenizer.fingerprint[:12]}); prepare the data with --tokenizer={folder}, or with "
+            "the tokenizer/ that launch/convert.py writes"
+        )
+    return config
 
 
 def _refuse_other_model(what: str, theirs: ModelConfig, ours: ModelConfig) -> None:

@@ -27,6 +27,7 @@ from mtnlg_jax.config import (
 )
 from mtnlg_jax.decode.generate import DecodeConfig, generate
 from mtnlg_jax.decode.load import load_decoder
+from mtnlg_jax.interop import registry
 from mtnlg_jax.interop.export import config_of, differences, meaning
 from mtnlg_jax.interop.families import FAMILIES, family_of, model_of
 from mtnlg_jax.interop.huggingface import convert, read_model
@@ -40,6 +41,9 @@ from mtnlg_jax.train.checkpoint import Checkpoints, load_run
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 NAMES = sorted(path.name for path in (HERE / "families").iterdir())
+
+
+registry.register()
 
 
 @pytest.fixture(scope="session")

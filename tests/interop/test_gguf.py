@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from mtnlg_jax.config import load_config
+from mtnlg_jax.interop import registry
 from mtnlg_jax.interop.families import FAMILIES, model_of
 from mtnlg_jax.interop.gguf_file import _BLOCK, _OUTER, _SANDWICH, GGUF, llama_3_factors
 from mtnlg_jax.interop.huggingface import convert, read_model
@@ -19,7 +20,7 @@ from mtnlg_jax.interop.source import Source
 from mtnlg_jax.train.checkpoint import load_run
 
 gguf = pytest.importorskip("gguf", reason="needs the extra gguf: pip install '.[gguf]'")
-HERE = Path(__file__).parent
+registry.register()
 BASE = {
     "vocab_size": 64,
     "hidden_size": 256,

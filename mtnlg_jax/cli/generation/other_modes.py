@@ -16,14 +16,13 @@ if TYPE_CHECKING:
 
 def show_tokens(prompt: str) -> None:
     """Show the tokens of a text, without a model."""
+    from mtnlg_jax import foreign
     from mtnlg_jax.data.tokenizer import load_tokenizer
-    from mtnlg_jax.interop.recognize import is_model
 
     workdir = options.WORKDIR.value
-    if is_model(workdir):
-        from mtnlg_jax.interop.loading import tokenizer_of
-
-        tokenizer = tokenizer_of(workdir)
+    reader = foreign.reader_of(workdir)
+    if reader is not None:
+        tokenizer = reader.settings(workdir)[1][0]
     else:
         tokenizer = load_tokenizer(os.path.join(workdir, "tokenizer"))
     tokenizer.parse_special = options.PARSE_SPECIAL.value
