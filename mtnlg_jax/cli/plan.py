@@ -60,12 +60,11 @@ VOCABULARY = 51200
 
 
 def main() -> None:
+    from mtnlg_jax.config import load_config
+    from mtnlg_jax.hardware import parse_chips
     from mtnlg_jax.interop import registry
 
     registry.register()
-    from mtnlg_jax.config import load_config
-    from mtnlg_jax.hardware import parse_chips
-
     if _CALIBRATE.value:
         if not _CHIPS.value:
             raise ValueError(
