@@ -25,6 +25,7 @@ from mtnlg_jax.config import (
     load_config,
     to_json,
 )
+from mtnlg_jax.data.tokenizer import load_tokenizer
 from mtnlg_jax.decode.generate import DecodeConfig, generate
 from mtnlg_jax.decode.load import load_decoder
 from mtnlg_jax.interop import registry
@@ -37,8 +38,12 @@ from mtnlg_jax.interop.source import Source
 from mtnlg_jax.model.transformer import abstract_model
 from mtnlg_jax.parallel.mesh import make_mesh
 from mtnlg_jax.train.checkpoint import Checkpoints, load_run
+from mtnlg_jax.train.init_from import load_start, refuse_other_runs
 
 HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent / "data"))
+from hub_folders import FOLDERS  # noqa: E402
+
 ROOT = HERE.parents[1]
 NAMES = sorted(path.name for path in (HERE / "families").iterdir())
 
@@ -476,3 +481,23 @@ def test_transformers_reads_the_written_models(transformers_python, own, folder,
     causal = not FAMILIES[family].masked
     ours = logits_of(run.config.model, run.params, tokens, causal)
     np.testing.assert_allclose(ours, np.load(tmp_path / "logits.npy"), rtol=0, atol=1e-4)
+
+
+# --- training from a folder
+
+
+def test_a_run_starts_from_a_folder(tmp_path):
+    source = HERE / "fixtures/tied"
+    config = load_config(os.fspath(source), [f"train.init={source}"])
+    mesh = make_mesh(MeshConfig(data=2), jax.devices()[:2])
+    closed = load_run(source)
+    refuse_other_runs(config, closed.tokenizer)
+    start = load_start(config, mesh)
+    for left, right in zip(jax.tree.leaves(start), jax.tree.leaves(closed.params), strict=True):
+        assert np.array_equal(left, right)
+    other = load_tokenizer(FOLDERS["characters"](tmp_path / "other"))
+    with pytest.raises(ValueError, match="has another tokenizer .*prepare the data with"):
+        refuse_other_runs(config, other)
+    wider = dataclasses.replace(config.model, norm_epsilon=1e-6)
+    with pytest.raises(ValueError, match="model.norm_epsilon is 1e-05 there and 1e-06"):
+        refuse_other_runs(dataclasses.replace(config, model=wider), closed.tokenizer)
