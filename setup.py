@@ -92,7 +92,10 @@ setup(
             "nbformat",
             "ipykernel",
             "datasketch>=1.6,<3",
+            "gguf>=0.17,<1",
         ],
+        # launch/convert.py and --workdir of GGUF files.
+        "gguf": ["gguf>=0.17,<1"],
         "benchmarks": ["torch", "transformers", "megatron-core", "grain"],
     },
 )

@@ -94,7 +94,7 @@ def compare(args) -> dict:
     from mtnlg_jax.config import ModelConfig
     from mtnlg_jax.decode.cache import unstack
     from mtnlg_jax.decode.roofline import copy_bandwidth
-    from mtnlg_jax.interop import gpt2
+    from mtnlg_jax.interop.written import Written
     from mtnlg_jax.model.transformer import init_parameters
 
     config = ModelConfig(
@@ -113,8 +113,9 @@ def compare(args) -> dict:
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         if {"greedy", "beam", "ranking"} & set(args.cases):
             weights = os.path.join(folder, "gpt2.npz")
-            tensor = gpt2.reader_of(config, params)
-            np.savez(weights, **{name: tensor(name) for name in gpt2.shapes_of(config)})
+            made = Written(config, "gpt2", params)
+            bare = {name: name.removeprefix("transformer.") for name in made.names}
+            np.savez(weights, **{bare[name]: made[name] for name in made.names})
             peers = {}
             for name, environment in PEERS.items():
                 command = [

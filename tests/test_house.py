@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A room may import itself and the rooms on the lines above it, but not other rooms on its line.
 ORDER = """
     errors
-    compat command storage
+    compat command storage foreign
     config
     xla_flags hardware
     parallel

@@ -28,7 +28,9 @@ from absl import flags
 from mtnlg_jax import command
 
 with command.flag_group("What to compile"):
-    _CONFIG = command.define_path("config", None, "a file of configs/", required=True)
+    _CONFIG = command.define_path(
+        "config", None, "a file of configs/ or a Hugging Face folder", required=True
+    )
     _SET = flags.DEFINE_multi_string("set", [], "a value of the config, such as mesh.tensor=8")
     _STEP = flags.DEFINE_enum("step", "train", ["train", "prefill", "decode"], "which step")
     _FLAGS = flags.DEFINE_enum(
@@ -59,8 +61,10 @@ with command.flag_group("The result"):
 
 def main() -> int:
     from mtnlg_jax.config import load_config
+    from mtnlg_jax.interop import registry
     from mtnlg_jax.planning import aot, report, suggest, topology
 
+    registry.register()
     for flag in (_JSON, _TEXT):
         if flag.value and not os.path.isdir(os.path.dirname(flag.value) or "."):
             raise FileNotFoundError(

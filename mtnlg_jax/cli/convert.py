@@ -1,11 +1,15 @@
-"""Convert a Hugging Face GPT-2 to a run folder or back, without PyTorch.
+"""Convert a Hugging Face model to a run folder or back, without PyTorch.
 
-    python launch/convert.py --from=gpt2 --to=RUN       config.json, safetensors, tokenizer -> run
-    python launch/convert.py --from=RUN --to=gpt2-new   run of GPT-2's architecture -> transformers
-    python launch/convert.py --from=RUN --to=gpt2-half --dtype=float16 --max_shard_size=2
+    python launch/convert.py --from=Qwen3-0.6B --to=RUN     config.json, safetensors, tokenizer
+    python launch/convert.py --from=MODEL.gguf --to=RUN --tokenizer=FOLDER
+    python launch/convert.py --from=RUN --to=FOLDER         a run -> a folder for transformers
+    python launch/convert.py --from=RUN --to=FOLDER --dtype=bfloat16 --max_shard_size=2
 
-The content of --from decides the direction. A round trip keeps every bit of every tensor. The
-tokenizer and generation_config.json of --from are copied; the report names what has no counterpart.
+The content of --from decides the direction. docs/huggingface.md lists the families. A round trip
+keeps every bit of every tensor, and memory holds one shard and one layer at a time. The tokenizer
+and generation_config.json of --from are copied; the report names what has no counterpart.
+
+Generating, evaluating, planning and --set=train.init take such a folder without conversion.
 
 Exit codes: 0 done, 2 bad input.
 """
@@ -16,7 +20,7 @@ from mtnlg_jax import command
 
 with command.flag_group("Both directions"):
     _FROM = command.define_path(
-        "from", None, "folder of a Hugging Face model or of a run", required=True
+        "from", None, "folder of a Hugging Face model, GGUF file, or folder of a run", required=True
     )
     _TO = command.define_path("to", None, "folder to create", required=True)
     _TOKENIZER = command.define_path("tokenizer", None, "folder of a tokenizer, if --from has none")

@@ -66,8 +66,10 @@ with command.flag_group("A second score, as launch/generate.py would hold the mo
 def main() -> None:
     from mtnlg_jax import compat
     from mtnlg_jax.evaluate.texts import read_texts
+    from mtnlg_jax.interop import registry
 
     compat.quiet()
+    registry.register()
     rounded = {
         flag.name: flag.value
         for flag in (_DTYPE, _WEIGHTS, _CACHE)

@@ -62,6 +62,9 @@ for module in (options, settings_flags, shared_flags):
 
 
 def main() -> None:
+    from mtnlg_jax.interop import registry
+
+    registry.register()
     check_flags()
     if options.MODE.value == "tokens":
         return show_tokens(read_prompt())

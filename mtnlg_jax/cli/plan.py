@@ -30,7 +30,9 @@ _MTNLG = Path(__file__).resolve().parents[2] / "configs" / "mtnlg_530b.py"
 
 with command.flag_group("The config"):
     _CONFIG = command.define_path(
-        "config", str(_MTNLG) if _MTNLG.is_file() else None, "a file of configs/"
+        "config",
+        str(_MTNLG) if _MTNLG.is_file() else None,
+        "a file of configs/ or a Hugging Face folder",
     )
     _SET = flags.DEFINE_multi_string("set", [], "a value of the config, such as mesh.tensor=4")
 with command.flag_group("The table of tensors"):
@@ -60,7 +62,9 @@ VOCABULARY = 51200
 def main() -> None:
     from mtnlg_jax.config import load_config
     from mtnlg_jax.hardware import parse_chips
+    from mtnlg_jax.interop import registry
 
+    registry.register()
     if _CALIBRATE.value:
         if not _CHIPS.value:
             raise ValueError(

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from mtnlg_jax.train.reporter import Summary
 
 with command.flag_group("The run"):
-    _CONFIG = command.define_path("config", None, "a file of configs/", required=True)
+    _CONFIG = command.define_path("config", None, "file of configs/, or a model", required=True)
     _SET = flags.DEFINE_multi_string("set", [], "a value of the config, such as train.steps=10")
     _WORKDIR = command.define_path("workdir", None, "folder of the run", required=True)
     _INIT = command.define_path("init", None, "folder of a run whose best parameters to start from")
@@ -72,9 +72,11 @@ with command.flag_group("Several processes"):
 def main() -> None:
     from mtnlg_jax import compat, xla_flags
     from mtnlg_jax.config import load_config
+    from mtnlg_jax.interop import registry
     from mtnlg_jax.train import processes
     from mtnlg_jax.train.loop import train
 
+    registry.register()
     compat.quiet()
     compat.configure_cache()
     init = [f"train.init={_INIT.value}"] if _INIT.value else []

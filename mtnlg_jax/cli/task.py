@@ -79,8 +79,10 @@ for module in (options, shared_flags):
 def main() -> None:
     from absl import logging
 
+    from mtnlg_jax.interop import registry
     from mtnlg_jax.tasks.templates import task_of
 
+    registry.register()
     # Before anything imports JAX, which logs at INFO each backend that is missing.
     logging.set_verbosity(logging.WARNING)
     task = task_of(options.TASK.value, options.TEMPLATES.value)

@@ -13,7 +13,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable
 
-from mtnlg_jax import command
+from mtnlg_jax import command, foreign
 from mtnlg_jax.config import schema
 from mtnlg_jax.config.coerce import base_of, coerce, hints_of, kind_name, plain
 from mtnlg_jax.config.rules import validate
@@ -22,9 +22,13 @@ from mtnlg_jax.config.schema import Config
 
 def load_config(path: str, overrides: Iterable[str] = ()) -> Config:
     """Run ``get_config()`` of the Python file ``path``, apply ``overrides`` ("train.steps=10") and
-    validate the result. "FILE.py:TEXT" calls ``get_config("TEXT")``. Raises FileNotFoundError or
-    ValueError."""
-    config = load_object(path, Config, overrides)
+    validate the result. "FILE.py:TEXT" calls ``get_config("TEXT")``. A model of another format
+    (`foreign`) gives the config of a run with it. Raises FileNotFoundError or ValueError."""
+    reader = foreign.reader_of(path)
+    if reader is not None:
+        config = map_paths(override(reader.config(path), *overrides), command.expand)
+    else:
+        config = load_object(path, Config, overrides)
     validate(config)
     return config
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mtnlg_jax import foreign
 from mtnlg_jax.config import Config, ModelConfig
 from mtnlg_jax.decode.cache import ROUTER, TABLES, Decoder, by_rows, check_held, split_abstract
 from mtnlg_jax.decode.quantized import ExpertWeight, RowWeight, quantize_numpy
@@ -39,6 +40,12 @@ def load_decoder(
     """
     # Before anything is read, since reading takes long.
     dtype = check_held(dtype, weights, cache)
+    reader = foreign.reader_of(workdir)
+    if reader is not None:
+        run, source = reader.open(workdir)
+        params = _assemble(run.config.model, dtype, weights, source)
+        _trim()
+        return run, Decoder(run.config.model, params, cache == "int8")
 
     def read(path, config: Config) -> tuple:
         # Merging needs a matrix and both its factors at once, so runs with adapters are loaded

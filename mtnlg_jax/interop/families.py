@@ -45,10 +45,6 @@ class Family:
         """The tensor of the token embedding."""
         return next(name for name, tensor in self.outer.items() if tensor.ours == ("tokens_VD",))
 
-    def tied_copy(self, name: str) -> bool:
-        """Return whether ``name`` may be a copy of the embedding or of a bias."""
-        return name in (self.head, self.head.replace("weight", "bias"))
-
 
 def _t(ours: str, **how: Any) -> Tensor:
     return Tensor(tuple(ours.split()), **how)

@@ -1,18 +1,23 @@
-"""Convert a GPT-2 folder of Hugging Face to a run folder, and back."""
+"""Convert a folder of Hugging Face to a run folder, and back."""
 
-import dataclasses
 import json
+import math
 import os
 import shutil
 from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import save_file
 
-from mtnlg_jax.config import Config, DecodeConfig, ModelConfig, OptimizerConfig, to_json, validate
+from mtnlg_jax.config import DecodeConfig, ModelConfig, to_json
 from mtnlg_jax.decode.results import writable
-from mtnlg_jax.interop import gpt2, vocabulary
-from mtnlg_jax.interop.generation import decode_of
-from mtnlg_jax.interop.shards import Shards, cast, finite, write_shards
+from mtnlg_jax.interop import vocabulary
+from mtnlg_jax.interop.export import config_of
+from mtnlg_jax.interop.families import family_of
+from mtnlg_jax.interop.recognize import is_gguf
+from mtnlg_jax.interop.shards import cast, write_shards
+from mtnlg_jax.interop.source import Source, changed_decoding, meta_of
+from mtnlg_jax.interop.written import KEPT, Written, read_kept
 from mtnlg_jax.storage import is_remote
 from mtnlg_jax.train.checkpoint import Checkpoints, Run, load_run
 
@@ -91,107 +96,68 @@ def convert(
 
 
 def read_model(folder: str | os.PathLike) -> tuple[ModelConfig, object, dict]:
-    """Return the config and float32 parameters of a GPT-2 folder, and what conversion back needs.
+    """Return the config and float32 parameters of a model, and what conversion back needs.
 
     Raises ValueError or FileNotFoundError that names what is missing or not supported.
     """
-    folder = Path(folder)
-    model = gpt2.model_of(_json(folder / "config.json"))
-    shards = Shards(folder)
-    names = gpt2.names_of(shards.shapes)
-    # A tied model may store only its output embedding, which is also the input embedding.
-    if model.tie_embeddings and "wte.weight" not in names and "lm_head.weight" in names:
-        names["wte.weight"] = names["lm_head.weight"]
-    gpt2.refuse_other_tensors(
-        os.fspath(folder), {name: shards.shapes[full] for name, full in names.items()}, model
-    )
-    written_out = model.tie_embeddings and "lm_head.weight" in names
-    if written_out and not np.array_equal(
-        shards[names["lm_head.weight"]], shards[names["wte.weight"]]
-    ):
-        raise ValueError(
-            f"lm_head.weight of {folder} differs from wte.weight, and tie_word_embeddings is true; "
-            "set that to false to use both, or remove lm_head.weight"
-        )
-
-    def read(name: str) -> np.ndarray:
-        return finite(f"{names[name]} of {folder}", shards[names[name]])
-
-    params = gpt2.parameters_of(model, read)
-    stored = gpt2.names_of(shards.shapes)
-    dtypes = {
-        name: shards.dtypes[full]
-        for name, full in stored.items()
-        if not gpt2.BUFFERS.fullmatch(name)
-    }
-    prefixed = any(gpt2.PREFIX in full for full in stored.values())
-    return model, params, {"dtypes": dtypes, "prefix": gpt2.PREFIX if prefixed else ""}
+    source = Source(folder)
+    return source.model, source.interchange.parameters(source.tensor), source.origin()
 
 
-def _to_run(
-    source: Path, folder: Path, workdir: str, dtype: str, tokenizer_path: str | None
-) -> str:
+def _to_run(given: Path, folder: Path, workdir: str, dtype: str, tokenizer_path: str | None) -> str:
     if dtype not in ("source", "float32"):
         raise ValueError(
             f"--dtype={dtype} is for tensors of Hugging Face's; a run is float32, so leave it out"
         )
-    original = _json(source / "config.json")
-    generation = vocabulary.read_json(source / "generation_config.json")
-    rows = gpt2.model_of(original).vocabulary
-    tokenizer, outside = vocabulary.read_tokenizer(
-        tokenizer_path or source, original, generation or {}, rows
-    )
-    # In older folders config.json has the settings of generation_config.json.
-    alone = generation is not None
-    decode, not_kept = decode_of(
-        original if generation is None else generation, tokenizer, rows, alone
-    )
-    model, params, origin = read_model(source)
-    config = Config(
-        name=source.resolve().name,
-        model=model,
-        decode=decode,
-        # Usual values for further training.
-        optimizer=OptimizerConfig(learning_rate=5e-5, weight_decay=0.01),
-    )
-    validate(config)
-    meta = {
-        "config": json.loads(to_json(config)),
-        "samples": 0,
-        "metrics": {},
-        "huggingface": origin,
-        "identity": {
-            "model": dataclasses.asdict(model),
-            "tokenizer": {"sha256": tokenizer.fingerprint},
-        },
-    }
+    source = Source(given)
+    settings = source.settings(tokenizer_path)
+    config = settings.config
+    tokenizer = settings.tokenizer
     checkpoints = Checkpoints(folder / "checkpoints")
     try:
-        checkpoints.save(0, {"params": params}, meta, wait=True)
+        checkpoints.save_parameters(
+            0, source.interchange.shapes, source.parameters(), meta_of(settings, source)
+        )
     finally:
         checkpoints.close()
     tokenizer.save(folder / "tokenizer")
     (folder / "config.json").write_text(to_json(config))
     (folder / "config.py").write_text(_CONFIG)
-    kept = [
-        name
-        for name in ("config.json", "generation_config.json", *vocabulary.FILES)
-        if (source / name).is_file() and (tokenizer_path is None or name not in vocabulary.FILES)
-    ]
     (folder / ORIGINALS).mkdir()
-    for name in kept:
-        shutil.copyfile(source / name, folder / ORIGINALS / name)
+    for name in source.files():
+        if tokenizer_path is None or name not in vocabulary.FILES:
+            shutil.copyfile(source.folder / name, folder / ORIGINALS / name)
+    if source.is_gguf:
+        content = json.dumps(source.original, indent=2) + "\n"
+        (folder / ORIGINALS / "config.json").write_text(content)
+    kept = {} if source.is_gguf else source.inexact()
+    if kept:
+        save_file(kept, folder / ORIGINALS / KEPT)
+    model = source.model
+    lines = _report(model, tokenizer, f"from {_kinds(source.dtypes)} to float32, exact")
+    lines += _report_tokenizer(tokenizer, settings.left_out, model.vocabulary)
+    lines += _report_decode(config.decode, settings.not_kept)
+    if source.left_out:
+        lines.append(
+            f"left out   {_first(source.left_out)}: tensors that the model does not compute with"
+        )
+    if model.dropout_rate:
+        lines.append(
+            f"dropout    {model.dropout_rate:g} when training further (resid_pdrop; "
+            "attention weights are not dropped)"
+        )
+    how = "--mode=fill --prompt='A <mask>.'" if source.family.masked else "--prompt=TEXT"
     return "\n".join(
         [
-            *_report(model, tokenizer, f"from {_kinds(origin['dtypes'])} to float32, exact"),
-            *_report_tokenizer(tokenizer, outside, rows),
-            *_report_decode(decode, not_kept),
-            f"dropout    {model.dropout_rate:g} when training further (resid_pdrop; "
-            "attention weights are not dropped)",
-            f"next       python launch/generate.py --workdir={workdir} --prompt=TEXT",
+            *lines,
+            f"next       python launch/generate.py --workdir={workdir} {how}",
             f"           {workdir}/config.py shows how to train further",
         ]
     )
+
+
+def _first(names: list[str]) -> str:
+    return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
 
 
 def _report_tokenizer(tokenizer, outside: list[str], rows: int) -> list[str]:
@@ -218,12 +184,7 @@ def _report_tokenizer(tokenizer, outside: list[str], rows: int) -> list[str]:
 
 
 def _report_decode(decode: DecodeConfig, not_kept: list[str]) -> list[str]:
-    names = [each.name for each in dataclasses.fields(DecodeConfig)]
-    changed = [
-        f"{name}={getattr(decode, name)}"
-        for name in names
-        if getattr(decode, name) != getattr(DecodeConfig, name)
-    ]
+    changed = [f"{name}={value}" for name, value in changed_decoding(decode).items()]
     lines = []
     if changed:
         lines.append(f"decoding   as generation_config.json has it: {', '.join(changed)}")
@@ -241,8 +202,10 @@ def _to_model(workdir: str, folder: Path, dtype: str, max_shard_size: float, whi
     tokenizer = run.tokenizer
     originals = Path(workdir, ORIGINALS)
     original = vocabulary.read_json(originals / "config.json")
-    config = gpt2.config_of(model, original)
-    written = _write_tensors(run, folder, dtype, max_shard_size)
+    config = config_of(model, original)
+    written = _write_tensors(
+        run, folder, config, original, dtype, max_shard_size, read_kept(originals)
+    )
     kinds = set(written.values())
     if len(kinds) == 1:
         key = next((key for key in ("dtype", "torch_dtype") if key in (original or {})), "dtype")
@@ -279,31 +242,36 @@ def _to_model(workdir: str, folder: Path, dtype: str, max_shard_size: float, whi
     )
 
 
-def _write_tensors(run: Run, folder: Path, dtype: str, max_shard_size: float) -> dict[str, str]:
-    """Write the tensors, and return the dtype of each by its name without prefix."""
-    model = run.config.model
+def _write_tensors(
+    run: Run,
+    folder: Path,
+    config: dict,
+    original: dict | None,
+    dtype: str,
+    max_shard_size: float,
+    kept: dict[str, np.ndarray],
+) -> dict[str, str]:
+    """Write the tensors, and return the dtype of each by its name in the family's table."""
+    family = config["model_type"]
     origin = run.meta.get("huggingface")
-    read = gpt2.reader_of(model, run.params)
-    shapes = gpt2.shapes_of(model)
-    prefix = gpt2.PREFIX if origin is None else origin["prefix"]
-    if origin is not None and "lm_head.weight" in origin["dtypes"] and model.tie_embeddings:
-        shapes["lm_head.weight"] = shapes["wte.weight"]
-        if "wte.weight" not in origin["dtypes"]:  # only the output embedding was stored
-            del shapes["wte.weight"]
+    if original is None or family_of(original)[0] != family:
+        origin = None  # a run that was changed into another family
+        kept = {}
+    made = Written(run.config.model, family, run.params, origin, kept)
     if dtype == "source":
-        dtypes = dict.fromkeys(shapes, "float32") if origin is None else origin["dtypes"]
+        dtypes = {name: made.origin_dtypes.get(name, "float32") for name in made.names}
     else:
-        dtypes = dict.fromkeys(shapes, dtype)
-    names = {name if name.startswith("lm_head") else prefix + name: name for name in shapes}
+        dtypes = dict.fromkeys(made.names, dtype)
+    names = {made.stored_name(name): name for name in made.names}
 
-    def values(full):
-        name = names[full]
-        tied = name == "lm_head.weight" and model.tie_embeddings
-        return cast(full, read("wte.weight" if tied else name), dtypes[name])
+    def values(full: str) -> np.ndarray:
+        return cast(full, made[names[full]], dtypes[names[full]])
 
-    sizes = {full: int(np.prod(shapes[name])) * _ITEM[dtypes[name]] for full, name in names.items()}
+    sizes = {
+        full: math.prod(made.shape(name)) * _ITEM[dtypes[name]] for full, name in names.items()
+    }
     write_shards(folder, sizes, values, max_shard_size)
-    return {name: dtypes[name] for name in shapes}
+    return dtypes
 
 
 def _generation(tokenizer, model: ModelConfig) -> dict:
@@ -329,9 +297,11 @@ def _holds_model(source: str) -> bool:
     if is_remote(source):
         raise ValueError(f"{source} is a URL; copy the folder to this machine first")
     folder = Path(source)
+    if is_gguf(source) and folder.is_file():
+        return True
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"{source} is not a folder; give a model of Hugging Face's or a run"
+            f"{source} is not a folder; give a model of Hugging Face's, a GGUF file or a run"
         )
     run = (folder / "checkpoints").is_dir()
     model = "model_type" in (vocabulary.read_json(folder / "config.json") or {})
@@ -386,13 +356,6 @@ def _put_in_place(beside: str, target: str) -> None:
             os.rename(old, target)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _json(path: Path) -> dict:
-    found = vocabulary.read_json(path)
-    if found is None:
-        raise FileNotFoundError(f"{path} is missing; copy the whole folder")
-    return found
 
 
 def _kinds(dtypes: dict[str, str]) -> str:

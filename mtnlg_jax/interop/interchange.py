@@ -19,6 +19,7 @@ from mtnlg_jax.interop.tensors import Tensor
 from mtnlg_jax.model.transformer import abstract_model
 
 Read = Callable[[str], np.ndarray]
+HEAD_BIAS = "b_head_V"
 
 
 class Entry(NamedTuple):
@@ -91,6 +92,21 @@ class Interchange:
     def _has_experts(self, name: str, index: tuple[int, ...]) -> bool:
         return tensors.dims_of(name).startswith("E") and len(index) == 1 and "b_router" not in name
 
+    def copied(self, theirs: str) -> str | None:
+        """Return the tensor of the table of which ``theirs`` may be a copy: a tied head of the
+        embedding, or the bias of a masked head under its other name."""
+        family = self.family
+        if theirs in self.table:
+            return None
+        if theirs == family.head:
+            return family.embedding if self.model.tie_embeddings else None
+        if theirs == family.head.replace("weight", "bias"):
+            names = (
+                name for name, entry in self.table.items() if entry.tensor.ours == (HEAD_BIAS,)
+            )
+            return next(names, None)
+        return None
+
     # --- theirs -> ours
 
     def parameter(self, name: str, layer: int | None, read: Read) -> np.ndarray:
@@ -137,6 +153,13 @@ class Interchange:
         shape = self._shape_of(name, index)
         return shape[-1] if tensors.is_vector(name) else shape[-2]
 
+    def parts(self, theirs: str, read: Read) -> list[np.ndarray]:
+        """Return our parameters, or layers of them, that ``theirs`` holds."""
+        tensor, index, _ = self.table[theirs]
+        return [
+            self._one(name, index, self.shapes[name][len(index) :], read) for name in tensor.ours
+        ]
+
     def parameters(self, read: Read) -> nnx.State:
         """Return all of our parameters, float32, on this process's first device."""
         arrays = []
@@ -168,6 +191,10 @@ class Interchange:
             return np.stack(parts)
         layer = [np.asarray(arrays[name][index] if index else arrays[name]) for name in tensor.ours]
         return self._to_rows(tensor, layer, gradient)
+
+    def joined(self, theirs: str, parts: list[np.ndarray]) -> np.ndarray:
+        """Undo `parts`, without the rows that are skipped or added."""
+        return self._to_rows(self.table[theirs].tensor, parts, gradient=False)
 
     def _to_rows(self, tensor: Tensor, layer: list[np.ndarray], gradient: bool) -> np.ndarray:
         parts = []
@@ -213,13 +240,16 @@ def problems(interchange: Interchange, found: dict[str, tuple[int, ...]]) -> lis
         for name, shape in wanted.items()
         if name not in found
     ]
+    lines += [f"{name} is missing" for name in added if name not in found]
     for name, shape in found.items():
-        if name in added or interchange.family.tied_copy(name):
+        copied = interchange.copied(name)
+        expected = wanted.get(name) or (wanted[copied] if copied else None)
+        if name in added:
             continue
-        if name not in wanted:
+        if expected is None:
             lines.append(f"{name} {list(shape)} is not part of the model")
-        elif shape != wanted[name]:
-            lines.append(f"{name} is {list(shape)} (expected {list(wanted[name])})")
+        elif shape != expected:
+            lines.append(f"{name} is {list(shape)} (expected {list(expected)})")
     return sorted(lines)
 
 

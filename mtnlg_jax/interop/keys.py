@@ -27,7 +27,7 @@ NO_EFFECT = frozenset(
     attention_type deterministic_flash_attn max_window_layers decoder_bias
     layer_norm_elementwise_affine fused_bias_fc is_cross_attention cache_implementation
     _attn_implementation_autoset n_positions_original experts_implementation
-    encoder_no_repeat_ngram_size
+    encoder_no_repeat_ngram_size n_ctx
     """.split()
 )
 
@@ -65,7 +65,8 @@ class Keys:
         default."""
         value = self.get(*keys, default=default)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"{keys[0]}={value!r} of config.json must be a number; correct it")
+            name = next((key for key in keys if self._config.get(key) is not None), keys[0])
+            raise ValueError(f"{name}={value!r} of config.json must be a number; correct it")
         return value
 
     def must_be(self, key: str, *allowed: Any) -> None:

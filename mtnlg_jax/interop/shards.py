@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,20 @@ DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 class Shards:
     """The tensors of a folder, with ``shapes`` and ``dtypes`` by name from the headers alone.
 
+    One file is mapped at a time, so that memory holds at most one shard and the tensor that was
+    read. Tensors whose names match ``unread`` may have any dtype.
+
     Raises FileNotFoundError if a file is missing; ValueError if one is damaged, has a dtype that is
     not in DTYPES, or does not agree with the index.
     """
 
-    def __init__(self, folder: str | os.PathLike):
+    def __init__(self, folder: str | os.PathLike, unread: str = r"\.attn\.(bias|masked_bias)$"):
         self.folder = Path(folder)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
-        self._files: dict[str, Any] = {}  # open files of safetensors, by tensor
+        self._unread = unread
+        self._paths: dict[str, Path] = {}  # by tensor
+        self._mapped: tuple[Path, Any] | None = None
         placed = self._index()
         for name in sorted(set(placed.values())) if placed else [SINGLE]:
             self._open(name)
@@ -36,7 +42,18 @@ class Shards:
             self._compare(placed)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._files[name].get_tensor(name)
+        return self._file(self._paths[name]).get_tensor(name)
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Return rows of the first dim, as many of them as there are."""
+        last = min(stop, self.shapes[name][0])
+        return self._file(self._paths[name]).get_slice(name)[start:last]
+
+    def _file(self, path: Path) -> Any:
+        if self._mapped is None or self._mapped[0] != path:
+            self._mapped = None  # unmaps the last one
+            self._mapped = path, safe_open(path, "np")
+        return self._mapped[1]
 
     def _index(self) -> dict[str, str]:
         """Return {tensor: file} of the index; {} if there is a single file, which is preferred."""
@@ -72,16 +89,16 @@ class Shards:
                 f"{path} is damaged or not a safetensors file ({error}); copy it again"
             ) from None
         for name in file.keys():
-            if name in self._files:
+            if name in self._paths:
                 raise ValueError(f"{path} and another shard both hold {name}; keep one of them")
             header = file.get_slice(name)
             dtype = header.get_dtype()
-            if dtype not in DTYPES and not name.endswith((".attn.bias", ".attn.masked_bias")):
+            if dtype not in DTYPES and not re.search(self._unread, name):
                 raise ValueError(
                     f"{name} in {path} is {dtype}; parameters here are float32, which holds only "
                     f"{', '.join(DTYPES)} exactly; save it as one of them"
                 )
-            self._files[name] = file
+            self._paths[name] = path
             self.shapes[name] = tuple(header.get_shape())
             self.dtypes[name] = DTYPES.get(dtype, dtype)
 

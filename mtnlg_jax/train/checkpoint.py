@@ -26,8 +26,7 @@ has a fresh optimizer and counters at 0, and may choose its data and its optimiz
 import json
 import math
 import os
-import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +38,7 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
-from mtnlg_jax import storage
+from mtnlg_jax import foreign, storage
 from mtnlg_jax.config import Config, from_json
 from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mtnlg_jax.storage import is_remote
@@ -135,6 +134,36 @@ class Checkpoints:
         self._pending.append(self._background.submit(self._finish, record, proven))
         if wait:
             self.wait()
+
+    def save_parameters(
+        self,
+        step: int,
+        shapes: dict[str, tuple[int, ...]],
+        parts: Iterable[tuple[str, int | None, np.ndarray]],
+        meta: dict,
+    ) -> None:
+        """Save parameters alone, from (name, layer, float32 array) as ``parts`` yields them; a
+        parameter outside the blocks has layer None. Return once they are on disk.
+
+        Raises what ``parts`` raises.
+        """
+        self.wait()
+        arrays = {f"params.{name}": f"float32{list(shape)}" for name, shape in shapes.items()}
+        size = sum(4 * math.prod(shape) for shape in shapes.values())
+        if not run_on_first(lambda: self._files.begin(step, size)):
+            return
+        path = self.folder / str(step)
+        with self._files.failure_named(step):
+            writer = checkpoint_arrays.LayerWriter(path / "params", shapes)
+        for name, layer, array in parts:
+            with self._files.failure_named(step):
+                writer.write(name, layer, array)
+        record = {"step": step, "metric": None, "meta": json.loads(json.dumps(meta))}
+        with self._files.failure_named(step):
+            writer.finish()
+            manifest.write_record(path, record | {"arrays": arrays})
+            manifest.marker(self.folder, step).unlink()
+            self._files.mark_finite(step)
 
     def prove(self) -> None:
         """Record that a loss of the newest checkpoint's parameters is finite; older ones may go.
@@ -255,9 +284,14 @@ def load_run(
     ``mesh`` as the plan says; low-rank adapters are merged. Write nothing, so that a run may be
     training there; a damaged checkpoint is skipped with a warning.
 
+    A model of another format in ``workdir`` is read without conversion (`foreign`).
+
     Raise FileNotFoundError where there is no checkpoint, OSError where none is whole, and without a
     mesh ValueError naming the parameter where one is not finite.
     """
+    reader = foreign.reader_of(workdir)
+    if reader is not None:
+        return reader.load(workdir, mesh, zero)
 
     def read(path: epath.Path, config: Config) -> nnx.State:
         params = lora.merge(checkpoint_arrays.read_params(path, config, mesh, zero), config)
@@ -325,7 +359,7 @@ def _no_run(workdir: epath.Path) -> str:
             return f"{path} is part of a run and holds no checkpoint; give {os.fspath(above)}"
     if os.path.isfile(os.path.join(path, "model.safetensors")):
         return (
-            f"{path} is a Hugging Face model and holds no checkpoint; convert it with "
-            f"launch/convert.py --from={shlex.quote(path)} --to=RUN"
+            f"{path} is a Hugging Face model without its config.json, and holds no checkpoint; "
+            "copy the whole folder"
         )
     return f"{path} holds no checkpoint; {way_out}"

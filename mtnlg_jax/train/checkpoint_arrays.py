@@ -3,7 +3,9 @@
 Names go to disk rather than structures, so that files outlive the classes of Flax and Optax.
 """
 
+import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -18,6 +20,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from mtnlg_jax.config import Config
 from mtnlg_jax.parallel.mesh import shardings_of
+from mtnlg_jax.storage import is_remote
 from mtnlg_jax.train import lora
 
 # Orbax logs each phase of its work, and each failure with a stack trace. Failures are raised here
@@ -117,6 +120,91 @@ def save_args(params: dict[str, jax.Array], rest: dict[str, jax.Array]) -> Any:
             layouts = {name: layout(part, name, array) for name, array in flat.items()}
             parts[part] = ocp.args.PyTreeSave(flat, save_args=layouts)
     return ocp.args.Composite(**parts)
+
+
+class LayerWriter:
+    """Write parameters in Orbax's layout, one layer at a time, so that no parameter need be in
+    memory as a whole. `read` and `StoredArrays` read them as those that Orbax wrote."""
+
+    def __init__(self, path: epath.Path, shapes: dict[str, tuple[int, ...]]) -> None:
+        import tensorstore as ts
+
+        self._path = path
+        self._shapes = shapes
+        path.mkdir(parents=True, exist_ok=True)
+        base = f"{path}/" if is_remote(path) else {"driver": "file", "path": f"{path}/"}
+        store = {"driver": "ocdbt", "base": base}
+        context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+        self._arrays = {
+            name: ts.open(
+                {
+                    "driver": "zarr",
+                    "kvstore": store | {"path": f"{name}/"},
+                    "metadata": {
+                        "shape": shape,
+                        "chunks": _chunks(name, shape),
+                        "dtype": "<f4",
+                        "compressor": None,
+                    },
+                    "store_data_equal_to_fill_value": True,
+                },
+                create=True,
+                context=context,
+            ).result()
+            for name, shape in shapes.items()
+        }
+        # Layers of arrays that are stored in one piece.
+        self._waiting: dict[str, dict[int, np.ndarray]] = {}
+
+    def write(self, name: str, layer: int | None, array: np.ndarray) -> None:
+        """Write parameter ``name``, or one layer of it."""
+        target = self._arrays[name]
+        if layer is None:
+            target.write(array).result()
+        elif _chunks(name, self._shapes[name])[0] == 1:
+            target[layer].write(array).result()
+        else:
+            waiting = self._waiting.setdefault(name, {})
+            waiting[layer] = array
+            if len(waiting) == self._shapes[name][0]:
+                target.write(np.stack([waiting[index] for index in sorted(waiting)])).result()
+                del self._waiting[name]
+
+    def finish(self) -> None:
+        """Write what names the arrays."""
+        if self._waiting:
+            raise ValueError(f"layers of {', '.join(sorted(self._waiting))} were not written")
+        tree = {
+            str((name,)): {
+                "key_metadata": [{"key": name, "key_type": 2}],
+                "value_metadata": {"value_type": "jax.Array", "skip_deserialize": False},
+            }
+            for name in self._shapes
+        }
+        content = {
+            "tree_metadata": tree,
+            "use_ocdbt": True,
+            "use_zarr3": False,
+            "store_array_data_equal_to_fill_value": True,
+            "custom_metadata": None,
+        }
+        (self._path / "_METADATA").write_text(json.dumps(content))
+
+
+def _chunks(name: str, shape: tuple[int, ...]) -> list[int]:
+    """Return the shape of a stored piece: whole small arrays, layers of blocks, rows of tables."""
+    chunks = list(shape)
+    if 4 * math.prod(shape) <= CHUNK_BYTES // 16:
+        return chunks
+    axes = range(len(shape))
+    if name.startswith("blocks."):
+        chunks[0] = 1
+        axes = range(1, len(shape))
+    for axis in axes:
+        size = 4 * math.prod(chunks)
+        if size > CHUNK_BYTES:
+            chunks[axis] = max(1, chunks[axis] * CHUNK_BYTES // size)
+    return chunks
 
 
 def read(path: epath.Path, abstract: dict[str, Any]) -> dict[str, jax.Array]:

@@ -1,14 +1,13 @@
 """Initializing from another run: the first parameters, and the teachers of distillation stages."""
 
 import dataclasses
-import json
 import os
 from typing import Any
 
 from flax import nnx
 from jax.sharding import Mesh
 
-from mtnlg_jax import storage
+from mtnlg_jax import foreign, storage
 from mtnlg_jax.config import Config, ModelConfig, StageConfig, TrainConfig, from_json, validate
 from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mtnlg_jax.model.transformer import abstract_model
@@ -142,6 +141,9 @@ def _learns_from_teacher(stage: StageConfig) -> bool:
 
 def _settings(what: str, folder: str, tokenizer: Tokenizer) -> Config:
     """Return the config of the run in ``folder``, whose tokenizer must be that of the data."""
+    reader = foreign.reader_of(folder)
+    if reader is not None:
+        return _settings_of_model(what, folder, reader, tokenizer)
     # The run's own config and not the checkpoint's: nothing large is opened for a check.
     content = storage.read_file(folder, "config.json")
     if content is None:
@@ -149,13 +151,7 @@ def _settings(what: str, folder: str, tokenizer: Tokenizer) -> Config:
         reason = "it has no config.json" if exists else storage.missing(folder)
         raise FileNotFoundError(
             f"{what}={folder} is not a run: {reason}; give the --workdir of a "
-            "launch/pretrain.py run, or the --to of launch/convert.py"
-        )
-    # Hugging Face's config.json has the same file name.
-    if "model_type" in json.loads(content):
-        raise ValueError(
-            f"{what}={folder} is a Hugging Face model; convert it with launch/convert.py "
-            f"--from={folder} --to=RUN and give that"
+            "launch/pretrain.py run, the --to of launch/convert.py, or a Hugging Face folder"
         )
     theirs = load_tokenizer(storage.join(folder, "tokenizer"))
     # The same ids must mean the same text, or the parameters mean nothing here.
@@ -166,6 +162,21 @@ def _settings(what: str, folder: str, tokenizer: Tokenizer) -> Config:
             f"{tokenizer.fingerprint[:12]}); prepare the data with --tokenizer={folder}/tokenizer"
         )
     return from_json(content.decode())
+
+
+def _settings_of_model(
+    what: str, folder: str, reader: foreign.Reader, tokenizer: Tokenizer
+) -> Config:
+    """Return the config of a model of another format, whose tokenizer must be that of the data."""
+    config, theirs = reader.settings(folder)
+    if tokenizer.fingerprint not in [each.fingerprint for each in theirs]:
+        raise ValueError(
+            f"{what}={folder} has another tokenizer ({theirs[0].vocab_size} tokens, "
+            f"{theirs[0].fingerprint[:12]}) than the data ({tokenizer.vocab_size}, "
+            f"{tokenizer.fingerprint[:12]}); prepare the data with --tokenizer={folder}, or with "
+            "the tokenizer/ that launch/convert.py writes"
+        )
+    return config
 
 
 def _refuse_other_model(what: str, theirs: ModelConfig, ours: ModelConfig) -> None:

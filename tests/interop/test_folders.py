@@ -21,7 +21,8 @@ from mtnlg_jax.data.prepare import prepare
 from mtnlg_jax.data.tokenizer import HubTokenizer, load_tokenizer
 from mtnlg_jax.decode.results import encode_prompt, writable
 from mtnlg_jax.decode.stopping import ShownSpecials, TextStream
-from mtnlg_jax.interop import gpt2
+from mtnlg_jax.interop.export import config_of
+from mtnlg_jax.interop.families import model_of
 from mtnlg_jax.interop.generation import decode_of
 from mtnlg_jax.interop.huggingface import convert, read_model
 from mtnlg_jax.interop.vocabulary import read_tokenizer, write_tokenizer
@@ -526,12 +527,10 @@ ACTIVATIONS = {
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations_survive_a_round_trip(model, name):
     config = json.loads((model / "config.json").read_text()) | {"activation_function": name}
-    found = gpt2.model_of(config)
+    found = model_of(config)
     assert found.activation == ACTIVATIONS[name]
-    assert gpt2.config_of(found, config)["activation_function"] == name
-    assert gpt2.model_of(gpt2.config_of(found)) == dataclasses.replace(
-        found, vocab_size_divisible_by=1
-    )
+    assert config_of(found, config)["activation_function"] == name
+    assert model_of(config_of(found)) == dataclasses.replace(found, vocab_size_divisible_by=1)
 
 
 def test_logits_of_other_activations_equal_transformers(model):
@@ -539,7 +538,7 @@ def test_logits_of_other_activations_equal_transformers(model):
     _, params, _ = read_model(model)
     config = json.loads((model / "config.json").read_text())
     for name in ("relu", "gelu", "silu"):
-        graph = abstract_model(gpt2.model_of(config | {"activation_function": name}))[0]
+        graph = abstract_model(model_of(config | {"activation_function": name}))[0]
         logits = nnx.merge(graph, params)(jnp.asarray(expected["tokens"], jnp.int32))
         np.testing.assert_allclose(logits, expected[name], rtol=0, atol=1e-4)
     assert np.abs(expected["relu"] - expected["gelu"]).max() > 0.1

@@ -23,6 +23,7 @@ from mtnlg_jax.config import (
 from mtnlg_jax.data.batches import Packed
 from mtnlg_jax.data.prepare import prepare
 from mtnlg_jax.data.store.sources import open_tokens
+from mtnlg_jax.interop import registry
 from mtnlg_jax.model.transformer import abstract_model, init_parameters
 from mtnlg_jax.parallel.mesh import make_mesh
 from mtnlg_jax.train import loop
@@ -314,9 +315,10 @@ def test_invalid_teachers_raise_an_error(folder, tmp_path, teacher, change, mess
         train(config, tmp_path)
 
 
-def test_a_hugging_face_folder_as_base_raises_an_error_naming_convert(folder, tmp_path):
+def test_a_hugging_face_folder_without_tensors_as_base_raises_an_error(folder, tmp_path):
+    registry.register()
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(ValueError, match="convert it with launch/convert.py"):
+    with pytest.raises(FileNotFoundError, match="holds neither model.safetensors nor"):
         train(config_of(folder, init=str(tmp_path)), tmp_path / "run")
 
 

@@ -16,9 +16,15 @@ if TYPE_CHECKING:
 
 def show_tokens(prompt: str) -> None:
     """Show the tokens of a text, without a model."""
+    from mtnlg_jax import foreign
     from mtnlg_jax.data.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(os.path.join(options.WORKDIR.value, "tokenizer"))
+    workdir = options.WORKDIR.value
+    reader = foreign.reader_of(workdir)
+    if reader is not None:
+        tokenizer = reader.settings(workdir)[1][0]
+    else:
+        tokenizer = load_tokenizer(os.path.join(workdir, "tokenizer"))
     tokenizer.parse_special = options.PARSE_SPECIAL.value
     ids = tokenizer.encode(prompt)
     pieces = [tokenizer.decode([index], skip_special=False) for index in ids]

@@ -1,0 +1,41 @@
+"""Models of other projects that take the place of a run.
+
+The room that knows a format registers what reads it, so that the rooms below need not import it:
+`interop.registry` for Hugging Face's folders and GGUF files.
+"""
+
+import os
+from typing import Any, Protocol
+
+
+class Reader(Protocol):
+    """What reads the models of a format."""
+
+    def is_model(self, path: str | os.PathLike) -> bool:
+        """Return whether ``path`` is a model of this format."""
+
+    def config(self, path: str | os.PathLike) -> Any:
+        """Return the Config of a run with the model, without reading its parameters."""
+
+    def settings(self, path: str | os.PathLike) -> tuple[Any, tuple]:
+        """Return (Config, the tokenizers with which data for the model may be prepared)."""
+
+    def open(self, path: str | os.PathLike) -> tuple[Any, Any]:
+        """Return (the Run without parameters, its parameters as `train.arrays.StoredArrays`)."""
+
+    def load(self, path: str | os.PathLike, mesh: Any, zero: int) -> Any:
+        """Return the Run, with its parameters on one device or on ``mesh``."""
+
+
+_READERS: list[Reader] = []
+
+
+def register(reader: Reader) -> None:
+    """Let ``reader`` read the models that it recognizes. A second call changes nothing."""
+    if reader not in _READERS:
+        _READERS.append(reader)
+
+
+def reader_of(path: str | os.PathLike) -> Reader | None:
+    """Return what reads the model at ``path``; None for a run, or where nothing is registered."""
+    return next((reader for reader in _READERS if reader.is_model(path)), None)

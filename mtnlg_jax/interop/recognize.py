@@ -1,0 +1,27 @@
+"""Recognize a model of Hugging Face's, without importing what reads it."""
+
+import json
+import os
+from pathlib import Path
+
+from mtnlg_jax.storage import is_remote
+
+
+def is_gguf(path: str | os.PathLike) -> bool:
+    return os.fspath(path).endswith(".gguf")
+
+
+def is_model(path: str | os.PathLike) -> bool:
+    """Return whether ``path`` is a folder of Hugging Face's or a GGUF file. Runs have a config.json
+    as well, but no model_type in it."""
+    if is_remote(path):
+        return False
+    if is_gguf(path):
+        return os.path.isfile(path)
+    if os.path.isdir(os.path.join(path, "checkpoints")):
+        return False
+    try:
+        found = json.loads(Path(path, "config.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and "model_type" in found
