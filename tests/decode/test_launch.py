@@ -516,11 +516,11 @@ def test_a_flag_without_effect_raises_an_error(ask, arguments, message):
         ),
         (
             ["--workdir=RUN", "--prompt=a", "--prompt_lookup_num_tokens=2", "--num_beams=2"],
-            "guesses how one row goes on",
+            "guesses the next tokens of one sequence",
         ),
         (
             ["--workdir=RUN", "--prompt=a", "--cache=int8", "--num_beams=2"],
-            "an int8 cache is for rows",
+            "beam search does not support an int8 cache",
         ),
         (["--workdir=RUN", "--prompt=a", "--weights=int4"], "int4"),
         (["--workdir=RUN"], "standard input is not UTF-8 at byte 1"),
