@@ -407,6 +407,10 @@ def test_a_file_of_prompts_is_checked_first_and_output_is_kept(ask, tmp_path):
             "--set=decode.num_return_sequences=2 asks for several",
         ),
         (["--set=decode.num_assistant_tokens=3"], "--set=decode.num_assistant_tokens=3 are"),
+        (
+            ["--mode=ranking", "--set=decode.num_assistant_tokens=3"],
+            "--set=decode.num_assistant_tokens is for --mode=generative",
+        ),
         (["--mode=fill", "--set=decode.top_k=5"], "--set is for --mode=generative or ranking"),
         (
             ["--mode=ranking", "--candidates= b", "--set=decode.top_k=5"],
