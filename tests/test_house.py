@@ -1,4 +1,4 @@
-"""Check the rules of the repository: imports between rooms, fixed files, and pinned versions."""
+"""Check the rules of the repository: imports between packages, fixed files, pinned versions."""
 
 import ast
 import graphlib
@@ -16,7 +16,7 @@ from mtnlg_jax import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# A room may import itself and the rooms on the lines above it, but not other rooms on its line.
+# A package may import itself and those on the lines above it, but not others on its line.
 ORDER = """
     errors
     compat command storage foreign
@@ -38,10 +38,10 @@ TOP_LEVEL = {
 }
 
 
-def _room_of(module: str) -> str | None:
-    """Return the room of ORDER that contains "mtnlg_jax.parallel.mesh", or None."""
+def _package_of(module: str) -> str | None:
+    """Return the package of ORDER that contains "mtnlg_jax.parallel.mesh", or None."""
     inside = module.removeprefix("mtnlg_jax.") + "."
-    return next((room for room in ORDER.split() if inside.startswith(room + ".")), None)
+    return next((package for package in ORDER.split() if inside.startswith(package + ".")), None)
 
 
 def _imports(path: Path, module: str):
@@ -61,27 +61,29 @@ def _imports(path: Path, module: str):
 
 def _violations(package: Path) -> list[str]:
     height = {
-        room: line
-        for line, rooms in enumerate(ORDER.strip().splitlines())
-        for room in rooms.split()
+        name: line
+        for line, names in enumerate(ORDER.strip().splitlines())
+        for name in names.split()
     }
     found = []
     for path in sorted(package.rglob("*.py")):
         relative = path.relative_to(package)
         parts = [package.name, *relative.with_suffix("").parts]
         module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        room = _room_of(module)
-        if room is None and path.name != "__init__.py":
-            found.append(f"{relative}: is in no room of ORDER")
+        own = _package_of(module)
+        if own is None and path.name != "__init__.py":
+            found.append(f"{relative}: is in no package of ORDER")
         for line, name in _imports(path, module):
             if name.split(".")[0] in ("configs", "launch", "tests"):
                 found.append(f"{relative}:{line}: imports {name}, which stands above the package")
             elif name.startswith("mtnlg_jax.") and not name.startswith("mtnlg_jax.__"):
-                target = _room_of(name)
+                target = _package_of(name)
                 if target is None:
-                    found.append(f"{relative}:{line}: imports {name}, which is in no room of ORDER")
-                elif room is None or (room != target and height[target] >= height[room]):
-                    found.append(f"{relative}:{line}: {room or module} imports {name}")
+                    found.append(
+                        f"{relative}:{line}: imports {name}, which is in no package of ORDER"
+                    )
+                elif own is None or (own != target and height[target] >= height[own]):
+                    found.append(f"{relative}:{line}: {own or module} imports {name}")
     return found
 
 
@@ -219,7 +221,9 @@ def _names_of(node: ast.stmt) -> set[str]:
 def test_imports_of_files_outside_the_package_exist(tmp_path):
     """Few tests reach the imports inside functions of benchmarks, configs and scripts."""
     paths = [
-        path for room in ("benchmarks", "configs", "launch") for path in (ROOT / room).rglob("*.py")
+        path
+        for folder in ("benchmarks", "configs", "launch")
+        for path in (ROOT / folder).rglob("*.py")
     ]
     assert len(paths) > 20
     assert [line for path in paths for line in _missing(path)] == []

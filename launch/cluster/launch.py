@@ -49,9 +49,7 @@ _CONFIG = command.define_path("config", None, "a file of configs/", required=Tru
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "folder of the run, visible to every host", required=True
 )
-_SET = flags.DEFINE_multi_string(
-    "set", [], "a value of the config, such as train.steps=10; can be repeated"
-)
+_SET = flags.DEFINE_multi_string("set", [], "a value of the config, such as train.steps=10")
 _FLAGS = flags.DEFINE_enum(
     "flags", "on", ["on", "off"], "the compiler flags of mtnlg_jax/xla_flags.py"
 )

@@ -40,9 +40,9 @@ _BEAM_RULES: Rules = (
     ),
     (
         lambda c: c.num_beams > 1 and c.prompt_lookup_num_tokens,
-        "prompt_lookup_num_tokens={c.prompt_lookup_num_tokens} guesses how one row goes on, and "
-        "num_beams={c.num_beams} beams go on in several ways; set one of them to its default, 0 or "
-        "1",
+        "prompt_lookup_num_tokens={c.prompt_lookup_num_tokens} guesses the next tokens of one "
+        "sequence, and num_beams={c.num_beams} continues several; set one of them to its default, "
+        "0 or 1",
     ),
     (
         lambda c: 1 < c.num_beams < c.num_return_sequences,

@@ -1,9 +1,10 @@
 """Generative decoding: prompts in, continuations out.
 
-A prompt and its continuation fill at most the model's context; a row that reaches it ends with
-"length". A row's tokens depend on its prompt, settings and seed alone: not on its neighbors, its
-index in the batch or where chunks end (up to rounding, since other shapes may round a product
-differently in its last bit).
+A row is one sequence of the batch that is written greedily or by sampling, not by beams. A prompt
+and its continuation must fit the model's context; a row that fills it ends with "length". A row's
+tokens depend only on its prompt, settings and seed: not on other rows, its index in the batch or
+the lengths of chunks (up to rounding, since other shapes may round a product differently in its
+last bit).
 """
 
 # Shapes: B rows, S positions, V vocabulary
@@ -50,20 +51,23 @@ def generate(
       prompts: texts, which get a <bos>, or token ids, which are used as they are; an empty prompt
         starts from <bos> alone.
       decode: settings of all prompts, or one for each; rows that differ share one compiled step.
-      constraint: a pure JAX function (tokens_BS, lengths_B, prompts_B) -> bool (B, V) of the ids
-        that may come next, such as a grammar; see ``StaticOptions``. A row for which it allows
-        none ends.
+      constraint: a pure JAX function (tokens_BS, lengths_B, prompts_B) -> bool (B, V) that marks
+        the ids that may come next, such as a grammar; see ``StaticOptions``. A row ends if it
+        allows none.
       on_text: called with (index in the result, text) as text is generated; the pieces joined are
         the result's text. The text of beams comes at the end, when the best are known.
       draft: a smaller model with the same tokens, which guesses num_assistant_tokens at a time for
-        ``decoder`` to verify together; faster where it guesses well and the batch is small. See
+        ``decoder`` to verify together; faster if it guesses well and the batch is small. See
         speculative.py.
 
-    Raises ValueError, before any work, on settings that are out of range or in conflict, on ids
-    outside the vocabulary and on a prompt longer than the context. Special tokens (except ends and
-    forced tokens) and the padding of the vocabulary are never written. The i-th sequence of a
-    prompt draws with seed + i; the beams of a prompt are one draw with seed. There may be fewer
-    beams than num_return_sequences if fewer different sequences exist.
+    Special tokens (except ends and forced tokens) and the padding of the vocabulary are never
+    written. The i-th sequence of a prompt draws with seed + i; the beams of a prompt are one draw
+    with seed. There may be fewer beams than num_return_sequences if fewer different sequences
+    exist.
+
+    Raises:
+      ValueError: settings are out of range or in conflict, ids are outside the vocabulary, or a
+        prompt is longer than the context.
     """
     # Tokens and checks come first, so that a mistake costs no time on the device.
     token_prompts = [
@@ -86,7 +90,7 @@ def generate(
     longest = max(map(len, token_prompts))
     check_context(decoder, longest)
     size = bucket(longest, decoder.context)
-    # Beams keep their new tokens apart from the prompt, so only rows need room for theirs.
+    # Beams keep new tokens in a cache of their own, so only rows need room for theirs here.
     pairs = zip(token_prompts, configs, strict=True)
     rows = [
         len(prompt) + config.max_new_tokens for prompt, config in pairs if config.num_beams == 1
@@ -118,14 +122,15 @@ def check_draft(decoder: Decoder, draft: Decoder | None, configs: Sequence[Decod
     for config in configs:
         if config.num_beams > 1:
             raise ValueError(
-                f"a draft model guesses how one row goes on, and num_beams={config.num_beams} "
-                "beams go on in several ways; set num_beams=1, or give no draft model"
+                "a draft model guesses the next tokens of one sequence, and "
+                f"num_beams={config.num_beams} continues several; set num_beams=1, or give no "
+                "draft model"
             )
         if config.prompt_lookup_num_tokens:
             raise ValueError(
                 "both a draft model and prompt_lookup_num_tokens="
-                f"{config.prompt_lookup_num_tokens} would guess; give no draft model, or set "
-                "prompt_lookup_num_tokens=0"
+                f"{config.prompt_lookup_num_tokens} would guess the next tokens; give no draft "
+                "model, or set prompt_lookup_num_tokens=0"
             )
 
 
@@ -138,14 +143,18 @@ def continue_prefix(
     constraint: Callable | None = None,
     draft: Decoder | None = None,
 ) -> list[Generated]:
-    """Generate from prompts that are already in a cache; ``prefix`` stays usable."""
-    # Without the end token: each row adds its own ends, which may be others.
+    """Generate from prompts that are already in a cache; ``prefix`` stays usable.
+
+    ``configs`` has one entry for each prompt of ``prefix``; the other arguments and the result are
+    those of `generate`. Raises ValueError if beams are to use an int8 cache.
+    """
+    # Without the end token: each row adds its own ends, which may differ.
     allowed_V = writable(tokenizer, decoder.config.vocabulary, end=False)
 
     def settings_of(configs: Sequence[DecodeConfig]) -> Settings:
         return batch_settings(configs, allowed_V, tokenizer.eos_id, constraint)
 
-    # Searches of one kind run as one batch; None: rows, which are not beams.
+    # Beam searches with equal (beams, groups, whether sampled) run as one batch. None marks rows.
     kinds = [
         (c.num_beams, c.num_beam_groups, c.temperature > 0) if c.num_beams > 1 else None
         for c in configs
@@ -153,11 +162,12 @@ def continue_prefix(
     # The usual case: text can then be shown as it is written.
     if set(kinds) == {None}:
         return _continue_rows(decoder, tokenizer, prefix, configs, settings_of, on_text, draft)
-    # The beams' cache holds floats alone.
+    # The cache of beams holds only floats.
     if decoder.int8_cache:
         raise ValueError(
-            f"an int8 cache is for rows, and num_beams={max(c.num_beams for c in configs)}; set "
-            "num_beams=1, or leave cache=int8 out"
+            "beam search does not support an int8 cache, and "
+            f"num_beams={max(c.num_beams for c in configs)}; set num_beams=1, or leave cache=int8 "
+            "out"
         )
     results: list[list[Generated]] = [[] for _ in configs]
 
@@ -169,7 +179,7 @@ def continue_prefix(
     # Beams first: there may be fewer than requested, and on_text needs indices in the result.
     for kind in sorted({kind for kind in kinds if kind is not None}):
         chosen = [i for i, each in enumerate(kinds) if each == kind]
-        # A selection copies the cache, so it is left out where it would select everything.
+        # Selecting prompts copies the cache, so it is skipped if all are selected.
         part = prefix if len(chosen) == len(kinds) else _prompts_of(prefix, chosen)
         search = stochastic.draw if kind[2] else beam.search
         part_configs = [configs[i] for i in chosen]
@@ -198,6 +208,7 @@ def continue_prefix(
 
 
 def _prompts_of(prefix: Prefix, chosen: list[int]) -> Prefix:
+    """Return a copy of ``prefix`` with only the prompts at the indices ``chosen``."""
     return jax.tree.map(lambda x: x[np.array(chosen)], prefix)
 
 
@@ -210,7 +221,10 @@ def _continue_rows(
     on_text: Callable[[int, str], None] | None,
     draft: Decoder | None = None,
 ) -> list[Generated]:
-    """Generate rows, none of which is a beam."""
+    """Generate rows: num_return_sequences for each prompt of ``prefix``.
+
+    ``on_text`` is called with (number of the row, text).
+    """
     start = time.monotonic()
     # Copies of a prompt are rows of their own: they share its prefill but not its cache.
     copies = [(i, copy) for i, c in enumerate(configs) for copy in range(c.num_return_sequences)]
@@ -233,10 +247,10 @@ def _continue_rows(
     if draft is not None or any(config.prompt_lookup_num_tokens for config in per_row):
         speculation = Speculation(decoder, draft, prefix, owners, per_row)
     advance_rows = advance if speculation is None else speculation.advance
-    # The device sees stop sequences; only the host sees text and time, and must look often.
-    looking = on_text is not None or any(c.stop_strings or c.max_time for c in per_row)
+    # The device checks stop sequences. Only the host can check text and time, after every chunk.
+    host_checks = on_text is not None or any(c.stop_strings or c.max_time for c in per_row)
     # Each return to the host costs a wait for the device, so without a reason there is only one.
-    chunks = 1 if looking else decoder.context
+    chunks = 1 if host_checks else decoder.context
     # The clock includes the first token but not the prefill, which all rows share.
     time_limits_B = time_limits(per_row)
     texts = _Texts(tokenizer, per_row, np.asarray(limits.prompts_B), on_text)
@@ -247,7 +261,7 @@ def _continue_rows(
             np.asarray(x) for x in (state.tokens_BS, state.lengths_B, state.logprobs_BS)
         )
         for row, owner in enumerate(owners):
-            # Only what is new since the last look.
+            # Only tokens that are new since the last return to the host.
             first = texts.seen_B[row]
             check_finite(
                 logprobs_BS[row, first : lengths_B[row]], owner, first - texts.start_B[row]
@@ -259,7 +273,7 @@ def _continue_rows(
         done_B |= timed_out_B
         if done_B.all():
             break
-        # The device then writes nothing more in these rows.
+        # The device writes no more tokens in rows that are done.
         state = state._replace(done_B=jnp.asarray(done_B))
         state = advance_rows(
             decoder.params, state, limits, settings, np.int32(chunks), config=decoder.config
@@ -290,8 +304,8 @@ def _continue_rows(
 class _Texts:
     """The texts of rows, built on the host as tokens arrive.
 
-    ``seen_B`` is the length of each row, its prompt included, without the end token and what
-    follows a stop; ``start_B`` the length of its prompt.
+    ``start_B`` is the length of each row's prompt. ``seen_B`` is the length of the prompt and the
+    text so far, without the end token and anything after a stop.
     """
 
     def __init__(
@@ -310,13 +324,13 @@ class _Texts:
     def push(self, tokens_BS: np.ndarray, lengths_B: np.ndarray) -> np.ndarray:
         """Read the tokens that are new, and return which rows stopped, (B,)."""
         for row, stream in enumerate(self.streams):
-            # Tokens behind an end or a stop stay unseen: they are not part of the result.
+            # Tokens after an end or a stop stay unseen: they are not part of the result.
             for token in tokens_BS[row, self.seen_B[row] : lengths_B[row]].tolist():
                 if stream.stopped or token in self._ends[row]:
                     break
                 self.seen_B[row] += 1
                 self._show(row, stream.push(token))
-        # Ends that the device knows are in its own done_B.
+        # Rows that the device ended are in its own done_B.
         return np.array([stream.stopped for stream in self.streams])
 
     def finish(self) -> None:

@@ -15,7 +15,7 @@ from mtnlg_jax.model.transformer import Transformer
 
 
 class Inside(NamedTuple):
-    attention_LNST: jax.Array  # float32; how head n of layer l at s weights each token t
+    attention_LNST: jax.Array  # float32; the weight of token t for query s, by layer and head
     logits_LSV: jax.Array  # float32, L + 1 layers: after the embedding, then after each layer
 
 

@@ -13,7 +13,7 @@ from mtnlg_jax.decode.rank import rank
 from mtnlg_jax.evaluate.baselines import held_out_text
 from mtnlg_jax.train.inputs import Data
 
-_BLANK = 7  # the word that is masked
+_BLANK = 7  # the word that is masked; the last one of a shorter text
 _PROMPT = 12  # words
 _RANKED = 6  # samples
 _GREEDY = DecodeConfig(max_new_tokens=48, min_new_tokens=24)
@@ -30,13 +30,14 @@ def samples(decoder: Decoder, tokenizer: Tokenizer, data: Data) -> Iterator[str]
     words = paragraph.split(" ") if spaced else list(paragraph)
     joint = " " if spaced else ""
 
-    masked = joint.join([*words[:_BLANK], "<mask>", *words[_BLANK + 1 : 20]])
+    blank = min(_BLANK, len(words) - 1)
+    masked = joint.join([*words[:blank], "<mask>", *words[blank + 1 : 20]])
     yield _wrapped("a filled mask", masked)
     filled = fill(decoder, tokenizer, masked, top_k=5)
     guesses = ", ".join(
         f"{candidate.text!r} {candidate.probability:.1%}" for candidate in filled.masks[0]
     )
-    yield _wrapped("", f"{guesses} (the author wrote {words[_BLANK]!r})")
+    yield _wrapped("", f"{guesses} (the author wrote {words[blank]!r})")
 
     prompt = joint.join(words[:_PROMPT])
     for name, decode in (("greedy", _GREEDY), ("sampled", _SAMPLED)):

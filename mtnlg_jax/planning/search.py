@@ -5,16 +5,18 @@ import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from mtnlg_jax.config import Config, divisors, validate, validate_batch
 from mtnlg_jax.planning.cost import Estimate, Job
 from mtnlg_jax.planning.layout import POLICIES, Layout
 
 Mesh = tuple[int, int, int, int]  # pipe, data, context, tensor
+Schedule = tuple[str, int, int | None]  # schedule, virtual_pipe, flush
 
 
 def with_layout(config: Config, layout: Layout) -> Config:
+    """Return ``config`` with the settings of ``layout``."""
     values = layout._asdict()
     train = {key: values.pop(key) for key in ("micro_batch_size", "recompute")}
     return dataclasses.replace(
@@ -28,6 +30,7 @@ def flags_of(config: Config, layout: Layout) -> list[str]:
     """Return the --set flags that give ``config`` the ``layout``."""
     wanted = with_layout(config, layout)
     flags = []
+    # The last two fields of a layout, micro_batch_size and recompute, belong to train.
     for section, keys in (("mesh", Layout._fields[:8]), ("train", Layout._fields[8:])):
         for key in keys:
             value = getattr(getattr(wanted, section), key)
@@ -36,7 +39,8 @@ def flags_of(config: Config, layout: Layout) -> list[str]:
     return flags
 
 
-def _allowed(check, *args) -> bool:
+def _allowed(check: Callable, *args) -> bool:
+    """Return whether ``check(*args)`` raises no ValueError."""
     try:
         check(*args)
     except ValueError:
@@ -45,8 +49,12 @@ def _allowed(check, *args) -> bool:
 
 
 class _Validity:
-    """Which values config.validate accepts. Each combination that it checks together is asked for
-    once."""
+    """The values that config.validate accepts, with one cached call for each combination of them.
+
+    `split` checks settings of the mesh, `batch` (data, micro_batch_size), and `policies` are the
+    allowed values of train.recompute, most memory first. Each is checked with neutral values of the
+    others.
+    """
 
     def __init__(self, config: Config):
         train = dataclasses.replace(config.train, micro_batch_size=1)
@@ -71,9 +79,6 @@ class _Validity:
     def _batch(self, data: int, micro: int) -> bool:
         train = dataclasses.replace(self.config.train, micro_batch_size=micro)
         return _allowed(validate_batch, dataclasses.replace(self.config, train=train), data)
-
-
-Schedule = tuple[str, int, int | None]  # schedule, virtual_pipe, flush
 
 
 def _layout(mesh: Mesh, zero: int, how: Schedule, micro: int, policy: str) -> Layout:
@@ -101,11 +106,11 @@ def _schedules(
 
 
 def _unpiped(job: Job) -> Schedule:
-    return job.config.mesh.schedule, 1, None  # unused without a pipeline, so leave it as it is
+    return job.config.mesh.schedule, 1, None  # the schedule has no effect, so it stays as it is
 
 
 def _lean(job: Job, valid: _Validity, pipe: int) -> list[Schedule]:
-    """Return schedules, one of which needs the least memory."""
+    """Return the schedules that may need the least memory."""
     if pipe == 1:
         return [_unpiped(job)]
     flushes = [
@@ -127,11 +132,11 @@ def _meshes(job: Job, valid: _Validity, devices: int) -> Iterator[tuple[int, int
 
 
 def search(job: Job, devices: int) -> list[Estimate]:
-    """Return the fastest layout of each mesh of up to ``devices`` devices in which the run fits,
-    fastest mesh first.
+    """Return the fastest layout of each mesh on which the run fits, fastest mesh first.
 
-    If a count does not factor (105 layers on 1,024 chips) a mesh may leave up to half of the
-    devices out."""
+    Meshes have at most ``devices`` devices. If the counts do not divide (105 layers on 1,024
+    chips), a mesh may leave up to half of the devices idle.
+    """
     valid = _Validity(job.config)
     found = []
     for pipe, context, tensor in _meshes(job, valid, devices):
@@ -143,13 +148,13 @@ def search(job: Job, devices: int) -> list[Estimate]:
 
 
 def fastest_on(job: Job, mesh: Mesh, valid: _Validity | None = None) -> Estimate | None:
-    """Return the fastest layout of one mesh, (pipe, data, context, tensor). None if nothing fits or
-    is allowed."""
+    """Return the fastest layout of one mesh; None if no layout is allowed and fits."""
     valid = valid or _Validity(job.config)
     pipe, _, context, tensor = mesh
     if not valid.split(pipe=pipe, tensor=tensor, context=context):
         return None
-    own = job.config.train.recompute  # if a stage is one layer all policies are the same
+    # Policies are equally fast if a stage is one layer: then the config keeps its own.
+    own = job.config.train.recompute
     return min(
         _fitting(job, valid, mesh),
         default=None,
@@ -158,10 +163,13 @@ def fastest_on(job: Job, mesh: Mesh, valid: _Validity | None = None) -> Estimate
 
 
 def _fitting(job: Job, valid: _Validity, mesh: Mesh) -> Iterator[Estimate]:
-    """Yield estimates of layouts of ``mesh`` that fit, except those that are certainly slower than
-    another one that fits."""
+    """Yield estimates of layouts of ``mesh`` that fit.
+
+    Layouts that are certainly slower than another one that fits are left out.
+    """
     pipe, data, _, tensor = mesh
     for zero in (0, 1, 3) if data > 1 else (1,):
+        # `state` raises ValueError if a dim is not divisible by its axis.
         if not _allowed(job.state, pipe, data if zero else 1, tensor):
             continue
         for micro in divisors(job.batch // data):
@@ -173,16 +181,17 @@ def _fitting(job: Job, valid: _Validity, mesh: Mesh) -> Iterator[Estimate]:
             ]
             if not any(map(job.fits, lean)):
                 break  # a larger micro-batch fits even less
-            for run in _schedules(job, valid, pipe, job.batch // (data * micro)):
+            for schedules in _schedules(job, valid, pipe, job.batch // (data * micro)):
                 for policy in valid.policies:
-                    layouts = (_layout(mesh, zero, how, micro, policy) for how in run)
+                    # From fast and large to slow and small, so the first one that fits is enough.
+                    layouts = (_layout(mesh, zero, how, micro, policy) for how in schedules)
                     fitting = next(filter(job.fits, layouts), None)
                     if fitting:
                         yield job.estimate(fitting)
 
 
 def leanest(job: Job, devices: int) -> Estimate:
-    """Return the layout on up to ``devices`` devices that needs the least memory a device."""
+    """Return the layout on up to ``devices`` devices that needs the least memory per device."""
     valid = _Validity(job.config)
     candidates = (
         _layout((pipe, data, context, tensor), zero, how, 1, valid.policies[-1])
@@ -197,8 +206,10 @@ def leanest(job: Job, devices: int) -> Estimate:
 
 
 def smallest_devices(job: Job, limit: int = 2**17) -> int | None:
-    """Return the smallest number of devices, up to ``limit``, in which the run fits; None if there
-    is none."""
+    """Return the smallest number of devices on which the run fits; None if ``limit`` is not enough.
+
+    The least memory per device never grows with the number of devices, so bisection finds it.
+    """
     low = 1
     high = 1
     while leanest(job, high).bytes > job.room:
@@ -217,8 +228,10 @@ def smallest_devices(job: Job, limit: int = 2**17) -> int | None:
 
 def measured_efficiency(job: Job, layout: Layout, step_seconds: float) -> float:
     """Return the efficiency with which ``job`` predicts ``step_seconds`` for a step of ``layout``.
-    Raises ValueError if even products at the chip's peak would be slower."""
 
+    It is the share of the chip's peak FLOP/s that matrix products reach, in [1e-6, 1]. Raises
+    ValueError if no efficiency in this range fits the time.
+    """
     probe = copy.copy(job)
 
     def predicted(efficiency: float) -> float:
@@ -233,7 +246,7 @@ def measured_efficiency(job: Job, layout: Layout, step_seconds: float) -> float:
             f"{predicted(high):.4g} s and more; is it the chip that the run used?"
         )
     for _ in range(50):
-        middle = math.sqrt(low * high)
+        middle = math.sqrt(low * high)  # bisection on a logarithmic scale
         if predicted(middle) > step_seconds:
             low = middle
         else:

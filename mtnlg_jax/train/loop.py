@@ -1,4 +1,4 @@
-"""The training loop. ``train`` reads from top to bottom; everything it calls is one hop away."""
+"""The training loop: ``train`` is the whole course of a run, from checks to the summary."""
 
 import contextlib
 import functools
@@ -37,15 +37,15 @@ def train(
     show_progress: bool = True,
     announce: Callable[[str], None] = lambda text: None,
 ) -> Summary:
-    """Train ``config`` in ``workdir``, resuming from the newest good checkpoint there.
+    """Train ``config`` in ``workdir``, resuming from the newest good checkpoint, and summarize it.
 
-    Every process of the run calls this. The first one writes the files and calls ``announce`` with
-    a description of the run (`describe.at_start`).
+    Every process calls this. The first one writes the files and describes the run to ``announce``.
 
-    Raise ValueError on invalid settings, Preempted after a signal to any process (state saved),
-    Diverged after train.max_bad_steps non-finite steps in a row, Disagreement. With several
-    processes any other exception ends the process, and so does a phase that takes too long
-    (train.watchdog_seconds).
+    Raises ValueError if a setting is invalid or contradicts the run in ``workdir``, Preempted after
+    a signal to any process (the state is saved if it is finite), Diverged after train.max_bad_steps
+    non-finite steps in a row, and Disagreement if the processes differ in config, step, data or
+    program. With several processes any other exception ends the process, and so does a phase that
+    takes too long (train.watchdog_seconds).
     """
     validate(config)
     processes.check_same_settings(config, workdir)
@@ -68,7 +68,7 @@ def train(
         teachers = init_from.load_teachers(config, mesh)
         identity = _identity(config, data) | init_from.identity_of(config, teachers)
         config, first, state, restored = _first_state(config, mesh, checkpoints, identity)
-        # The only clock: data order, the batch ramp and the learning rate all follow it.
+        # Data order, the batch ramp and the learning rate follow the samples, not the steps.
         samples = int(state.samples)
         total_samples = samples_at_end(config.train, min(first, config.train.steps), samples)
         if processes.is_first():
@@ -96,7 +96,7 @@ def train(
             scale = float(stage.learning_rate_scale)
             state, metrics = run_step(state, batch, micro_batches, sequences, scale, *teacher)
             reporter.report()  # the previous step, while this one runs
-            watchdog.enter("step")  # a step ends where the next one has been started
+            watchdog.enter("step")  # its time runs until the next step has been started
             reporter.pending = (step, metrics, int(sequences))  # fetched one step later
             done = step + 1
             stopping = vote(stop.is_set())  # the same answer in every process
@@ -105,7 +105,7 @@ def train(
             evaluating = _is_due(config.train.eval_every, done, config)
             saving = stopping or saver.is_due() or _is_due(config.train.save_every, done, config)
             if evaluating or saving:
-                reporter.report()  # the state is judged by this step, not the previous one
+                reporter.report()  # this step, whose loss decides whether the state is healthy
                 watchdog.enter("evaluation or saving")
                 result = _evaluate(evaluate, state, done, log, show_progress) if evaluating else {}
                 metric = _metric(result)
@@ -116,8 +116,8 @@ def train(
                     save = functools.partial(_save, checkpoints, done, state, meta, metric)
                     best = min(best, metric) if saver.save(save) else best
                 if not stopping and done < config.train.steps:
-                    save = None  # it would hold this state beside the next one
-                reporter.meter.restart()  # evaluation and saving are not the speed of steps
+                    save = None  # it would keep this state in memory beside the next one
+                reporter.meter.restart()  # time of evaluation and saving does not count
             if stopping and done < config.train.steps:
                 saver.finish(save)
                 processes.barrier("saved")  # process 0 may still be writing the record
@@ -134,12 +134,13 @@ def train(
 
 
 def _open_checkpoints(config: Config, workdir: str) -> Checkpoints:
+    """Open the checkpoints of the run, which locks their folder."""
     folder = os.path.join(workdir, "checkpoints")
     return Checkpoints(folder, config.train.keep_last, config.train.keep_best)
 
 
 def _identity(config: Config, data: Data) -> dict[str, dict]:
-    """Return what must stay the same when a run resumes: parameters' meaning, tokenizer, data."""
+    """Return what must not change when a run resumes: model architecture, tokenizer and data."""
     return {
         "model": init_from.recorded_meaning(config.model),
         "tokenizer": {"sha256": data.tokenizer.fingerprint},
@@ -165,7 +166,7 @@ def _first_state(
     if not restored:
         return config, 0, init_state(config, mesh, init_from.load_start(config, mesh)), False
     first, state, meta = restored
-    # From here on the config names the run that these parameters really began with.
+    # From here on train.init of the config is that of the first start of this run.
     config = changes.kept_init(meta, config)
     samples = int(state.samples)
     if samples and processes.is_first():  # 0: parameters alone, not trained in this folder yet
@@ -178,11 +179,11 @@ def _first_state(
 def _compiled_steps(
     config: Config, mesh: Mesh, teachers: dict, total_samples: int, watchdog: Watchdog
 ) -> dict[tuple[int, bool], CompiledStep]:
-    """Return {(kind, masked): step}; each is compiled at its first call."""
+    """Return {(kind, masked): step}, where kind is -1 or the number of a stage with a teacher."""
     steps = {}
     for kind, options in init_from.kinds_of_steps(teachers):
-        # The attention mask is static: a masked step is another program, and costs nothing where no
-        # stage is masked, since a step is compiled at its first call.
+        # The attention mask is static, so a masked step is another program. It costs nothing if no
+        # stage is masked, because a step is compiled at its first call.
         for masked in (False, True):
             step = make_train_step(
                 config, mesh, causal=not masked, total_samples=total_samples, **options
@@ -192,6 +193,7 @@ def _compiled_steps(
 
 
 def _programs(steps: dict[tuple[int, bool], CompiledStep]) -> list[str]:
+    """Return the fingerprints of the steps; "" for those not compiled yet."""
     # Sorted: processes compare the list by position.
     return [steps[key].fingerprint for key in sorted(steps)]
 
@@ -203,7 +205,7 @@ def _progress_bar(config: Config, first: int, show_progress: bool) -> tqdm:
         unit="step",
         dynamic_ncols=True,
         smoothing=0.05,
-        disable=None if show_progress else True,
+        disable=None if show_progress else True,  # None: hidden unless on a terminal
     )
     if first < config.train.steps:
         show(bar, ["compiling"])
@@ -211,16 +213,17 @@ def _progress_bar(config: Config, first: int, show_progress: bool) -> tqdm:
 
 
 def _is_due(every: int, done: int, config: Config) -> bool:
+    """Return whether something that happens ``every`` steps (0: never) is due after ``done``."""
     # The last step is always due, so that every finished run has a checkpoint and an evaluation.
     return done == config.train.steps or (every > 0 and done % every == 0)
 
 
 def _metric(result: dict) -> float:
-    """Return the loss by which models are compared, lower is better.
+    """Return the held-out loss that selects the best checkpoint (lower is better).
 
-    It is infinite where nothing was evaluated, or where the loss is not finite.
+    It is infinite if nothing was evaluated, or if the loss is not finite.
     """
-    # The causal loss decides where a run has both: the masked one is not a likelihood of the text.
+    # If a run has both, the causal loss decides: the masked one is not a likelihood of the text.
     value = result.get("causal_loss", result.get("masked_loss", math.inf))
     return value if math.isfinite(value) else math.inf
 
@@ -238,7 +241,7 @@ def _evaluate(
 
 
 def _meta(config: Config, identity: dict, samples: int, result: dict) -> dict:
-    """Return what a checkpoint records beside its arrays."""
+    """Return the metadata of a checkpoint."""
     return {
         # The resolved config: a resume compares with it, and decoding needs the vocabulary.
         "config": json.loads(to_json(config)),
@@ -252,7 +255,7 @@ def _meta(config: Config, identity: dict, samples: int, result: dict) -> dict:
 def _save(
     checkpoints: Checkpoints, done: int, state: TrainState, meta: dict, metric: float
 ) -> None:
-    # Without an evaluation, the next step shows whether these parameters have a finite loss.
+    # Without an evaluation, only the next step shows whether these parameters have a finite loss.
     checkpoints.save(done, state, meta, metric, proven=math.isfinite(metric))
 
 
@@ -276,7 +279,8 @@ def _summary(
     checkpoints: Checkpoints,
     state: TrainState,
 ) -> Summary:
-    # There is one: the last step is always evaluated, and a finished run that lost it repeats it.
+    # There is an evaluation: the last step always has one, and a finished run that lost it repeats
+    # it.
     final = [record for record in records if record["kind"] == "eval"][-1]
     # The mean over this process's steps, not the moving average of the progress bar.
     rate = meter.tokens / meter.seconds if meter.seconds else 0.0
@@ -298,7 +302,7 @@ def _keep_tokenizer(tokenizer: Tokenizer, workdir: str) -> None:
     """Copy the tokenizer into the run folder, so that the folder can be used on its own."""
     target = os.path.join(workdir, "tokenizer")
     if not os.path.exists(target):
-        # Written beside and renamed: a folder named tokenizer is always whole.
+        # Written to another name and renamed, so a folder named tokenizer is always complete.
         shutil.rmtree(target + ".partial", ignore_errors=True)
         tokenizer.save(target + ".partial")
         os.replace(target + ".partial", target)

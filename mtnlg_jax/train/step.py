@@ -1,4 +1,4 @@
-"""One training step: loss and gradients in one manual region over the whole mesh, then the update.
+"""One training step: loss and gradients in one shard_map over the whole mesh, then the update.
 
 The number of micro-batches in use is traced, so a batch ramp (`batch`) does not compile again.
 """
@@ -30,10 +30,14 @@ def make_train_step(
     """Return the jitted step.
 
     It maps (state, batch, micro_batches, sequences, rate_scale) to (state, metrics) and donates the
-    state. With a ``distillation`` the teacher's parameters are one more argument, the last.
-    ``total_samples`` is that of `learning_rate`.
+    state. ``batch`` holds arrays (M, B, S), of which ``micro_batches`` (of M) and ``sequences`` are
+    in use; see `inputs.batch_at`. ``rate_scale`` is the factor on the learning rate in this stage.
+    With a ``distillation`` the teacher's parameters are one more argument, the last. A step whose
+    loss or gradient norm is not finite changes only the counters.
 
-    A step whose loss or gradient norm is not finite changes nothing but the counters.
+    Args:
+      causal: whether attention is causal, as for the causal objective, or bidirectional.
+      total_samples: sequences of the whole run, as in `learning_rate`.
     """
     optimizer = make_optimizer(config.optimizer)
     loss_and_gradients = make_loss_and_gradients(config, mesh, causal, distillation)
@@ -41,11 +45,11 @@ def make_train_step(
     shardings = state_shardings(config, mesh)
 
     def train_step(state: TrainState, batch, micro_batches, sequences, rate_scale, *teacher):
-        # Dropout follows from the seed and the step alone, so a resumed run repeats it.
+        # Dropout depends only on the seed and the step, so a resumed run repeats it.
         key = jax.random.key_data(jax.random.fold_in(jax.random.key(config.train.seed), state.step))
-        # With adapters the model and the trained parameters differ: the loss is computed with the
-        # merged matrices, and the optimizer sees A and B alone. Without them both are the
-        # parameters.
+        # With LoRA the model and the trained parameters differ: the loss is computed with the
+        # merged matrices, and the optimizer sees only the factors A and B. Without LoRA both are
+        # the parameters.
         model, pull_back = to_model(state.params)
         trained, to_params = to_trainable(state.params)
         loss, grads = loss_and_gradients(model, batch, micro_batches, key, *teacher)
@@ -62,18 +66,18 @@ def make_train_step(
 
         # Global arrays: the sums go over all shards. This is the norm before clipping.
         grad_norm = jnp.sqrt(sum(jnp.sum(jnp.square(grad)) for grad in jax.tree.leaves(grads)))
-        # The loss may be finite where a gradient overflowed, so both count.
+        # A gradient may overflow although the loss is finite, so both are checked.
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
-        # A selection for each element, not a branch: the update is computed in any case, and a NaN
-        # in it does not pass the selection.
-        def keep(new, old):
+        # An elementwise selection, not a branch: the update is always computed, and a NaN in it is
+        # not selected.
+        def if_finite(new, old):
             return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
-        # The counters advance in any case: the data of a non-finite step is not read again.
+        # The counters always advance: the data of a non-finite step is not read again.
         new_state = TrainState(
-            params=to_params(keep(params, trained)),
-            opt_state=keep(opt_state, state.opt_state),
+            params=to_params(if_finite(params, trained)),
+            opt_state=if_finite(opt_state, state.opt_state),
             step=state.step + 1,
             samples=samples,
             nonfinite_streak=jnp.where(finite, 0, state.nonfinite_streak + 1),
@@ -96,8 +100,8 @@ def make_train_step(
 class CompiledStep:
     """A jitted step, compiled at its first call under the compilation limit of ``watchdog``.
 
-    All calls have the same shapes, types and shardings. ``fingerprint`` is the hash of the lowered
-    text that the compiler was given; it is "" before the first call.
+    All calls must have the same shapes, types and shardings. ``fingerprint`` is the hash of the
+    lowered program (StableHLO text); it is "" before the first call.
     """
 
     def __init__(self, train_step: jax.stages.Wrapped, watchdog: Watchdog):

@@ -407,6 +407,10 @@ def test_a_file_of_prompts_is_checked_first_and_output_is_kept(ask, tmp_path):
             "--set=decode.num_return_sequences=2 asks for several",
         ),
         (["--set=decode.num_assistant_tokens=3"], "--set=decode.num_assistant_tokens=3 are"),
+        (
+            ["--mode=ranking", "--set=decode.num_assistant_tokens=3"],
+            "--set=decode.num_assistant_tokens is for --mode=generative",
+        ),
         (["--mode=fill", "--set=decode.top_k=5"], "--set is for --mode=generative or ranking"),
         (
             ["--mode=ranking", "--candidates= b", "--set=decode.top_k=5"],
@@ -516,11 +520,11 @@ def test_a_flag_without_effect_raises_an_error(ask, arguments, message):
         ),
         (
             ["--workdir=RUN", "--prompt=a", "--prompt_lookup_num_tokens=2", "--num_beams=2"],
-            "guesses how one row goes on",
+            "guesses the next tokens of one sequence",
         ),
         (
             ["--workdir=RUN", "--prompt=a", "--cache=int8", "--num_beams=2"],
-            "an int8 cache is for rows",
+            "beam search does not support an int8 cache",
         ),
         (["--workdir=RUN", "--prompt=a", "--weights=int4"], "int4"),
         (["--workdir=RUN"], "standard input is not UTF-8 at byte 1"),

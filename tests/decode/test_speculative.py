@@ -229,7 +229,7 @@ def test_invalid_settings_raise_an_error(learned, rotary, tokenizer):
     ask("num_beams=2", model, num_beams=2)
     ask("prompt_lookup_num_tokens=3 would guess", model, prompt_lookup_num_tokens=3)
     ask(
-        "prompt_lookup_num_tokens=3 guesses how one row goes on",
+        "prompt_lookup_num_tokens=3 guesses the next tokens of one sequence",
         prompt_lookup_num_tokens=3,
         num_beams=2,
     )

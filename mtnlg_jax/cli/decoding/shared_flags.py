@@ -17,6 +17,5 @@ with command.flag_group("Any setting of decoding"):
     SET = flags.DEFINE_multi_string(
         "set",
         [],
-        "decode.KEY=VALUE: a setting of the section decode of docs/configuration.md; can be "
-        "repeated",
+        "decode.KEY=VALUE: a setting of the section decode of docs/configuration.md",
     )

@@ -86,7 +86,7 @@ def _note_escapes() -> None:
 
 
 def check_settings(given: dict[str, Any]) -> None:
-    """Refuse --stream for several texts, and settings of a draft model without --draft."""
+    """Refuse --stream for several texts, and settings of a draft model where none can guess."""
     if options.STREAM.value and given.get("num_return_sequences", 1) > 1:
         name = as_given("num_return_sequences")
         raise ValueError(
@@ -95,6 +95,11 @@ def check_settings(given: dict[str, Any]) -> None:
         )
     if "num_assistant_tokens" in given and options.DRAFT.value is None:
         name = as_given("num_assistant_tokens")
+        # A flag is refused by `check_flags`; --set is for other modes as well.
+        if options.MODE.value != "generative":
+            raise ValueError(
+                f"{name} is for --mode=generative, not --mode={options.MODE.value}; leave it out"
+            )
         raise ValueError(
             f"{name}={given['num_assistant_tokens']} are guessed by a draft model; name its run "
             "with --draft, or leave it out"

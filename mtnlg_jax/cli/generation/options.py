@@ -57,7 +57,7 @@ with command.flag_group("Output"):
 
 with command.flag_group("--mode=ranking"):
     CANDIDATES = flags.DEFINE_multi_string(
-        "candidates", [], "a text to rank, with its leading space; can be repeated"
+        "candidates", [], "a text to rank, with its leading space"
     )
     NORMALISE = flags.DEFINE_enum(
         "normalise",

@@ -109,7 +109,7 @@ with command.flag_group("Penalties"):
 with command.flag_group("Texts and tokens to forbid, favor, force or stop at"):
     SETTINGS |= {
         "stop_strings": flags.DEFINE_multi_string(
-            "stop_strings", None, "stop before this text, \\n: a line end; can be repeated"
+            "stop_strings", None, "stop before this text, \\n: a line end"
         ),
         "forced_bos_token_id": flags.DEFINE_integer(
             "forced_bos_token_id", None, "the first new token"
@@ -120,7 +120,7 @@ with command.flag_group("Texts and tokens to forbid, favor, force or stop at"):
     }
     # Texts for settings that DecodeConfig takes as tokens.
     WORDS = {
-        name: flags.DEFINE_multi_string(name, None, f"{meaning}; can be repeated")
+        name: flags.DEFINE_multi_string(name, None, meaning)
         for name, meaning in {
             "bad_words": "a text that is never generated",
             "suppress_words": "a text of one token that is never generated",
@@ -135,7 +135,7 @@ with command.flag_group("Texts and tokens to forbid, favor, force or stop at"):
             form,
             several,
             (flags.DEFINE_multi_string if several else flags.DEFINE_string)(
-                name, None, f"{meaning}: {form}" + "; can be repeated" * several
+                name, None, f"{meaning}: {form}"
             ),
         )
         for name, read, form, several, meaning in (

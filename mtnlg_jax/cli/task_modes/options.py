@@ -92,7 +92,7 @@ with command.flag_group("Passages to answer from"):
 
 with command.flag_group("Labels and choices"):
     CHOICES = flags.DEFINE_multi_string(
-        "choices", [], "an answer to choose from, for rows without choices; can be repeated"
+        "choices", [], "an answer to choose from, for rows without choices"
     )
     BLANK = flags.DEFINE_string(
         "blank",

@@ -1,4 +1,4 @@
-"""Run a recipe from end to end: read, each stage in turn, tokens, and the report."""
+"""Run a recipe: read the input, run each stage in turn, write the tokens and the report."""
 
 import contextlib
 import dataclasses
@@ -30,21 +30,32 @@ def make(
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict:
-    """Run ``recipe`` over the text below ``root`` into ``output``, a folder or a URL, and return
-    what report.json holds. After an interruption the same call continues. Every result depends on
-    the text and the recipe alone.
+    """Run ``recipe``, and return the content of its report.json.
 
-    ``output`` finally holds prepared.json (which makes it a ``data.path``), tokenizer/,
+    After an interruption the same call continues. Every result depends only on the text and the
+    recipe.
+
+    When it is done, ``output`` holds prepared.json (which makes it a ``data.path``), tokenizer/,
     sources/NAME/train, heldout/, report.html, report.json, and stages/ with the output of each
-    stage, Parquet files of texts and where they came from. Without the stage "tokens" the texts of
-    the last stage are the result.
+    stage: Parquet files of texts and their origins. Without the stage "tokens" the texts of the
+    last stage are the result.
 
-    ``engine``: `in_processes` (default: one per core) or `on_ray`. Memory: a few times
-    ``recipe.shard_bytes`` in each process, and here 40 bytes for each document and 80 for each pair
-    of possible duplicates.
+    Memory: a few times ``recipe.shard_bytes`` in each process, and in this one also 40 bytes for
+    each document and 80 for each pair of possible duplicates.
 
-    Raises ValueError or FileNotFoundError before any work where that can be known, FileExistsError
-    if ``output`` was made with other settings or input and not ``overwrite``.
+    Args:
+      root: file or folder of the input, to which the paths of the recipe's sources are relative;
+        None if those are complete.
+      output: folder or URL.
+      engine: `in_processes` (default: one process for each core) or `on_ray`.
+      overwrite: remake what depends on a changed setting or input.
+      progress: whether to show a progress bar on a terminal.
+
+    Raises:
+      ValueError: the recipe or the input is invalid; raised before any work if that is known then.
+      FileNotFoundError: an input is missing.
+      FileExistsError: ``output`` was begun with other settings or input and ``overwrite`` is false,
+        or another run is writing to it.
     """
     validate(recipe)
     output = str(output).rstrip("/")
@@ -61,6 +72,7 @@ def make(
     ]
     left_out += [texts.named_after(name, report.notes) for name, report in reports.items()]
     left_out += [beside_sources(recipe, str(root))] if root is not None else []
+    # A stamp changes with the content of a file: `_check_settings` finds changed input by it.
     stamps = {f"{name}/{file.name}": file.stamp for name, group in files.items() for file in group}
     stamps |= {file.path: file.stamp for file in (*tests, *samples[0], *samples[1])}
     if recipe.tokenizer not in ("bpe", "unigram"):
@@ -70,8 +82,9 @@ def make(
     with _locked(output):
         _check_settings(recipe, output, stamps, overwrite)
         kept = "what is done is kept, and the same command continues from there"
-        with storage.disk_errors(output, kept), engine or in_processes(os.cpu_count() or 1) as do:
-            runner = Runner(output, do, progress)
+        engine = engine or in_processes(os.cpu_count() or 1)
+        with storage.disk_errors(output, kept), engine as run_tasks:
+            runner = Runner(output, run_tasks, progress)
             info = _run(runner, recipe, files, tests, samples, left_out)
         runner.prune("stages")
     return info
@@ -92,13 +105,14 @@ def _run(
     texts.with_notes(stages[0], [*left_out, *(result["notes"] for result in results)])
     shards = _remaining(tasks, results, stages, [])
 
-    do: dict[str, Callable[..., corpus.StageResult]] = {
+    functions: dict[str, Callable[..., corpus.StageResult]] = {
         "clean": corpus.clean,
         "duplicates": corpus.duplicates,
         "paragraphs": corpus.paragraphs,
         "decontaminate": functools.partial(corpus.decontaminate, tests=tests),
         "quality": functools.partial(corpus.quality, samples=samples),
     }
+    # Tokens are made below; the other two have nothing to compare with.
     idle = {"tokens"} | ({"decontaminate"} if not tests else set())
     idle |= {"quality"} if not recipe.quality.good else set()
     skipping = {source.name: source.skip_stages for source in recipe.sources}
@@ -107,7 +121,7 @@ def _run(
         treated = [shard for shard in shards if stage not in skipping[shard.source]]
         if stage in idle or not treated:
             continue
-        tasks, results, counts = do[stage](runner, recipe, treated)
+        tasks, results, counts = functions[stage](runner, recipe, treated)
         stages.append(counts)
         if passing:
             names = ", ".join(sorted({shard.source for shard in passing}))
@@ -127,7 +141,7 @@ def _run(
         info |= blend.make_tokens(runner, recipe, shards)
     else:
         _remove_tokens(runner.root)
-    info = json.loads(json.dumps(info))  # as it will be read: tuples are lists
+    info = json.loads(json.dumps(info))  # as report.json will be read, with lists for tuples
     storage.write_file(
         runner.root, "report.json", json.dumps(info, indent=1, ensure_ascii=False).encode()
     )
@@ -148,7 +162,10 @@ def _remove_tokens(root: str) -> None:
 def _remaining(
     tasks: list[Task], results: list[dict], stages: list[dict], passing: list[Shard]
 ) -> list[Shard]:
-    """Return the shards that a stage left and those it skipped, in the order they were read."""
+    """Return the shards that a stage kept and those it skipped, in the order of reading.
+
+    Raises ValueError if none is left.
+    """
     shards = sorted([*shards_of(tasks, results), *passing], key=lambda shard: shard.base)
     if not shards:
         last = stages[-1]
@@ -161,6 +178,7 @@ def _remaining(
 
 
 def _read_tasks(recipe: Recipe, files: dict[str, list[File]]) -> list[Task]:
+    """Return the tasks that read the input, each about ``recipe.shard_bytes`` of one source."""
     given = (
         recipe.on_error,
         recipe.max_document_bytes,
@@ -191,8 +209,10 @@ def _groups(files: list[File], size: int) -> list[list[File]]:
 
 
 def _check_settings(recipe: Recipe, output: str, stamps: dict[str, str], overwrite: bool) -> None:
-    """Compare settings and input with recipe.json, which records those of the output, and write
-    it. Raises FileExistsError if they differ and not ``overwrite``."""
+    """Compare settings and input with the recipe.json of ``output``, and write a new one.
+
+    Raises FileExistsError if they differ and ``overwrite`` is false.
+    """
     settings = _flat(dataclasses.asdict(dataclasses.replace(recipe, sources=())))
     sources = {}
     for source in recipe.sources:
@@ -207,7 +227,7 @@ def _check_settings(recipe: Recipe, output: str, stamps: dict[str, str], overwri
                 f"{output} was begun by another version, which has other settings; choose another "
                 "--output, or remake all of it with --overwrite"
             )
-        for what, way in (("settings", "settings"), ("sources", "sources"), ("inputs", "input")):
+        for what, noun in (("settings", "settings"), ("sources", "sources"), ("inputs", "input")):
             changed = sorted(
                 key
                 for key in begun[what].keys() | wanted[what].keys()
@@ -217,9 +237,9 @@ def _check_settings(recipe: Recipe, output: str, stamps: dict[str, str], overwri
                 key = changed[0]
                 more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
                 raise FileExistsError(
-                    f"{output} was begun with other {way}: {key} was {begun[what].get(key)} and is "
-                    f"{wanted[what].get(key)}{more}; choose another --output, or remake all that "
-                    "depends on it with --overwrite"
+                    f"{output} was begun with other {noun}: {key} was {begun[what].get(key)} and "
+                    f"is {wanted[what].get(key)}{more}; choose another --output, or remake all "
+                    "that depends on it with --overwrite"
                 )
     storage.write_file(
         output, "recipe.json", json.dumps(wanted, indent=1, ensure_ascii=False).encode()
@@ -228,7 +248,7 @@ def _check_settings(recipe: Recipe, output: str, stamps: dict[str, str], overwri
 
 @contextlib.contextmanager
 def _locked(output: str):
-    """Allow one run at a time in a local folder."""
+    """Lock a local folder, so that only one run writes to it; raise FileExistsError if one does."""
     if storage.is_remote(output):
         yield
         return

@@ -36,6 +36,7 @@ from mtnlg_jax.model.kernels.tpu.common import (
     streamed,
 )
 
+# The name of a kernel in profiles, and its number of matrix products.
 NAMES = {
     forward_kernel: ("attention_forward", 2),
     dq_kernel: ("attention_dq", 3),
@@ -44,8 +45,8 @@ NAMES = {
 
 
 def _fitted(size: int, block: int, unit: int) -> int:
-    """The smallest multiple of ``unit`` that covers ``size`` positions in as few blocks as
-    ``block`` does."""
+    """Return the smallest block, a multiple of ``unit``, that covers ``size`` positions in as few
+    blocks as ``block`` does."""
     return pl.cdiv(pl.cdiv(size, pl.cdiv(size, block)), unit) * unit
 
 
@@ -60,7 +61,11 @@ def _plan(
     has_slopes: bool,
     of_keys: bool,
 ):
-    """(plan, [the prefetched vector] or [])."""
+    """Return (the plan of a kernel, [the int32 vector to prefetch] or []).
+
+    A block of queries streams blocks of keys or, with ``of_keys``, the other way around. The vector
+    is empty if the mask is known before the program runs.
+    """
     rows, queries, heads, _ = q.shape
     keys, kv_heads = k.shape[1:3]
     # As few blocks as the sizes asked for, but no more padding than needed.
@@ -69,38 +74,39 @@ def _plan(
     unit = min(blocks.compute or LANES, pl.cdiv(keys, LANES) * LANES)
     block_kv = _fitted(keys, max(blocks.kv, unit), unit)
     plan = KernelPlan(
-        mask.causal,
-        mask.window,
-        scale,
-        softcap,
-        mask.q_offset if isinstance(mask.q_offset, int) else None,
-        keys if keys % block_kv else None,
-        mask.q_ids is not None,
-        has_slopes,
-        queries,
-        keys,
-        block_q,
-        block_kv,
-        unit if blocks.compute else block_kv,
-        heads // kv_heads,
-        of_keys,
-        False,
-        0,
-        (),
+        causal=mask.causal,
+        window=mask.window,
+        scale=scale,
+        softcap=softcap,
+        q_offset=mask.q_offset if isinstance(mask.q_offset, int) else None,
+        length=keys if keys % block_kv else None,
+        has_ids=mask.q_ids is not None,
+        has_slopes=has_slopes,
+        queries=queries,
+        keys=keys,
+        q=block_q,
+        kv=block_kv,
+        compute=unit if blocks.compute else block_kv,
+        group=heads // kv_heads,
+        of_keys=of_keys,
+        with_dq=False,
+        width=0,
+        table=(),
     )
-    size, other, number, number_other = (
+    size, size_streamed, number, number_streamed = (
         (block_kv, block_q, plan.number_kv, plan.number_q)
         if of_keys
         else (block_q, block_kv, plan.number_q, plan.number_kv)
     )
     # The grid has a fixed number of steps: the most that any block needs.
-    width = number_other
+    width = number_streamed
     if plan.q_offset is not None:
         width = int(np.max(np.broadcast_to(known_range(plan, np.arange(number), np)[1], number)))
-    # An offset in the table leaves the position of the block open.
-    elif mask.window is not None:  # most blocks that this many consecutive positions can touch
+    # With an offset that is only known at run time, a block may be anywhere: count the most blocks
+    # that this many consecutive positions can touch.
+    elif mask.window is not None:
         seen = size + (mask.window - 1) * (1 if mask.causal else 2)
-        width = min(width, (seen + other - 2) // other + 1)
+        width = min(width, (seen + size_streamed - 2) // size_streamed + 1)
     plan = plan._replace(width=max(width, 1))
     if mask.known:
         return plan, []
@@ -124,12 +130,12 @@ def _plan(
 
 
 def _heads_first(x, block: int):
-    """(B, S, N, H) -> (B, N, S padded to whole blocks, H)."""
+    """Transpose (B, S, N, H) to (B, N, S, H), with S padded to whole blocks."""
     return jnp.pad(x.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, -x.shape[1] % block), (0, 0)))
 
 
 def _id_rows(mask: Mask, plan: KernelPlan):
-    """Segment ids as rows (B, 1, S) and (B, 1, T), padded, or []."""
+    """Return segment ids as rows (B, 1, S) and (B, 1, T), padded to whole blocks; [] if none."""
     # The id of the padding does not matter: its keys are past the length, and its queries are cut
     # off.
     if mask.q_ids is None or mask.kv_ids is None:
@@ -141,7 +147,7 @@ def _id_rows(mask: Mask, plan: KernelPlan):
 
 
 def dq_bytes(plan: KernelPlan, width: int, dtype) -> int:
-    """Bytes of VMEM for dq in the kernel for dk and dv: float32 sums and the result."""
+    """Return the bytes of VMEM for dq in the kernel of dk and dv: float32 sums and the result."""
     # Rows of the result are padded to whole lanes; the sums are transposed and are not.
     padded = pl.cdiv(width, LANES) * LANES
     return plan.group * plan.number_q * plan.q * (width * 4 + padded * jnp.dtype(dtype).itemsize)
@@ -164,14 +170,16 @@ def _call(
     heads: int,
     interpret,
 ):
-    """Run a kernel over (B, its heads, its blocks, streamed blocks).
+    """Run a kernel over the grid (B, heads, blocks, streamed blocks), and return its outputs.
 
-    ``inputs`` are (array, kind) pairs, ``outputs`` (shape, dtype, kind) triples. Kinds are "q" and
-    "kv" for vectors by query or key position, "q_row" and "kv_row" for one number a position, and
-    "q_id" and "kv_id" for the same without heads."""
+    ``inputs`` are (array, kind) pairs, ``outputs`` (shape, dtype, kind) triples. The kind decides
+    the block that a grid step sees. "q" and "kv" are vectors by query or key position, "q_row" and
+    "kv_row" one number for each position, "q_id" and "kv_id" the same without heads, and "q_all"
+    all queries of the heads that share keys.
+    """
 
     def blocks_of(row, head, block, turn, table):
-        """(query head, key/value head, block of queries, block of keys)."""
+        """Return (query head, key/value head, block of queries, block of keys) of a grid step."""
         if plan.of_keys:
             # The block to copy and the block to compute come from the same function, so they agree.
             at, _ = streamed(plan, table, row, block, plan.step(turn))
@@ -183,14 +191,14 @@ def _call(
         side = 0 if kind.startswith("q") else 1
         size = (plan.q, plan.kv)[side]
 
-        if kind == "q_all":  # of all heads that share keys
+        if kind == "q_all":
             # One buffer: the block only changes with the row and the head, and a second one would
             # double it.
             length = plan.number_q * plan.q
             return pl.BlockSpec(
                 (None, plan.group, length, width),
                 lambda row, head, *_: (row, head, 0, 0),
-                pipeline_mode=pl.Buffered(1),
+                pipeline_mode=pl.Buffered(1),  # one buffer, as the block is large and stays
             )
 
         def place(row, head, block, turn, *table):
@@ -257,9 +265,12 @@ def forward(
     blocks: Blocks,
     interpret=False,
 ):
-    """Attention of q (B, S, N, H) over k and v (B, T, K, H), N % K == 0: out (B, S, N, H) in q's
-    dtype and the float32 natural log-sum-exp (B, N, S). A query that sees no key gives 0 and
-    -inf. ``alibi_slopes``: float32 (N,) or None."""
+    """Return attention of q (B, S, N, H) over k and v (B, T, K, H), where N % K == 0.
+
+    The results are out (B, S, N, H) in q's dtype, and the natural log-sum-exp of the scores,
+    (B, N, S) in float32. A query that sees no key gives 0 and -inf. ``alibi_slopes`` are float32
+    (N,) or None.
+    """
     slopes = _base_2(alibi_slopes)
     plan, table = _plan(q, k, mask, blocks, scale, softcap, has_slopes=bool(slopes), of_keys=False)
     rows, queries, heads, width = q.shape
@@ -306,8 +317,11 @@ def backward(
     dkv_blocks: Blocks,
     interpret=False,
 ):
-    """Gradients (dq, dk, dv) in the dtypes of q, k and v, from the arguments and results of
-    forward() and the cotangents of the results."""
+    """Return the gradients (dq, dk, dv) in the shapes and dtypes of q, k and v.
+
+    ``out`` and ``lse`` are the results of forward() for q, k, v and mask; ``d_out`` and ``d_lse``
+    are their cotangents. ``dq_blocks`` are used only if dq has a kernel of its own.
+    """
     rows, queries, heads, width = q.shape
     slopes = _base_2(alibi_slopes)
     blind = lse == -jnp.inf
@@ -320,6 +334,8 @@ def backward(
     delta = jnp.where(blind, 0.0, delta)
 
     def run(kernel, plan, table, outputs, columns):
+        """Return the gradients of ``outputs``; ``columns`` is how many (q, LANES) float32 columns
+        the kernel needs as scratch."""
         pad = ((0, 0), (0, 0), (0, -queries % plan.q))
         inputs = [
             (_heads_first(q, plan.q), "q"),
