@@ -139,7 +139,7 @@ def continue_prefix(
     allowed_V = writable(tokenizer, decoder.config.vocabulary, end=False)
 
     def settings_of(configs: Sequence[DecodeConfig]) -> Settings:
-        return batch_settings(configs, allowed_V, tokenizer.eos_id, constraint)
+        return batch_settings(configs, allowed_V, tokenizer.eos_ids, constraint)
 
     # Searches of one kind run as one batch; None: rows, which are not beams.
     kinds = [

@@ -23,7 +23,12 @@ from mtnlg_jax.data.tokenizer import (
     load_tokenizer,
 )
 from mtnlg_jax.data.tokenizer.byte_level import END_OF_TEXT
-from mtnlg_jax.data.tokenizer.files import first_free_id, parse_tokenizer, read_tokenizer_files
+from mtnlg_jax.data.tokenizer.files import (
+    companions_of,
+    first_free_id,
+    parse_tokenizer,
+    read_tokenizer_files,
+)
 from mtnlg_jax.data.tokenizer.roles import closed_roles, without_rows
 
 FILES = (
@@ -73,13 +78,13 @@ def read_tokenizer(
     path = Path(path)
     folder = path.parent if path.name == "tokenizer.json" and path.is_file() else path
     if not folder.exists() or (folder / "tokenizer_meta.json").is_file():
-        tokenizer = load_tokenizer(path)
-        if tokenizer.vocab_size > rows:
+        saved = load_tokenizer(path)
+        if saved.vocab_size > rows:
             raise ValueError(
-                f"the tokenizer of {path} has {tokenizer.vocab_size} tokens and the "
+                f"the tokenizer of {path} has {saved.vocab_size} tokens and the "
                 f"model vocab_size={rows}; {_OTHER}"
             )
-        return tokenizer, []
+        return saved, []
 
     def read(name: str) -> bytes | None:
         if folder.is_file():
@@ -90,7 +95,9 @@ def read_tokenizer(
     try:
         model = next(filter(None, map(read, SENTENCEPIECE_FILES)), None)
         if model is not None and read("tokenizer.json") is None:
-            return _closed_sentencepiece(model, read, config, generation, rows), []
+            closed = _closed_sentencepiece(model, read, config, generation, rows)
+            closed.companions = companions_of(read)
+            return closed, []
         files = read_tokenizer_files(read)
         if files is None:
             raise FileNotFoundError(
@@ -100,10 +107,15 @@ def read_tokenizer(
         content, outside = without_rows(files.content, rows)
         roles = closed_roles(dataclasses.replace(files, content=content), config, generation, rows)
         special = json.dumps(roles).encode()
-        named = {index for role, index in roles.items() if role != "prompt_bos"}
+        named = {index for role, index in roles.items() if role not in ("prompt_bos", "ends")}
+        named |= set(roles.get("ends", ()))
+        tokenizer: Tokenizer
         if files.plain is not None and named == {json.loads(files.plain[0]).get(END_OF_TEXT)}:
-            return ByteLevelBPETokenizer(*files.plain, special), outside
-        return HubTokenizer(content, special), outside
+            tokenizer = ByteLevelBPETokenizer(*files.plain, special)
+        else:
+            tokenizer = HubTokenizer(content, special)
+        tokenizer.companions = companions_of(read)
+        return tokenizer, outside
     except ValueError as error:
         raise ValueError(f"the tokenizer of {folder}: {error}") from None
 

@@ -95,6 +95,38 @@ def test_a_saved_tokenizer_loads_the_same(hub, tmp_path):
         load_tokenizer(tmp_path)
 
 
+FILES_BESIDE = {
+    "tokenizer_config.json": '{"chat_template":  "{{ bos_token }}", "eos_token": "<|im_end|>"}',
+    "chat_template.jinja": "{{ messages }}\n",
+}
+
+
+def test_files_beside_a_tokenizer_are_kept_byte_for_byte(tmp_path):
+    """The template and all ends come along, and a changed file is noticed."""
+    folder = FOLDERS["qwen"](tmp_path / "folder")
+    plain = load_tokenizer(folder)
+    assert plain.eos_ids == (plain.eos_id,)
+    added = {name: index for index, name in plain.special_names.items()}
+    first, second = added["<|im_end|>"], added["<|endoftext|>"]
+    files = FILES_BESIDE | {"generation_config.json": '{"eos_token_id": [%d, 3, 900]}' % second}
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.eos_ids == (first, second), "text yields 3, and there is no 900"
+    assert load_tokenizer(folder / "tokenizer.json").eos_ids == (first, second)
+    for where in (tmp_path / "saved", tmp_path / "again"):
+        tokenizer.save(where)
+        for name, text in files.items():
+            assert (where / name).read_text(encoding="utf-8") == text
+        given = (folder / "tokenizer.json").read_bytes()
+        assert (where / "tokenizer.json").read_bytes() == given
+        tokenizer = load_tokenizer(where)
+        assert tokenizer.eos_ids == (first, second)
+    (where / "chat_template.jinja").write_text("{{ other }}")
+    with pytest.raises(ValueError, match="chat_template.jinja is missing or was changed"):
+        load_tokenizer(where)
+
+
 def test_pieces_are_the_bytes_of_the_text(hub):
     """The bytes of the tokens, one after another, are the bytes of the decoded text."""
     _, _, tokenizer = hub

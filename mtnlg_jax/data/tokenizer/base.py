@@ -6,7 +6,8 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
@@ -16,6 +17,14 @@ ROLES = ("pad", "bos", "eos", "mask", "sep")
 NO_TOKEN = -1  # id of a role that a closed vocabulary lacks
 META = "tokenizer_meta.json"
 SPECIAL_IDS = "special_ids.json"
+# Files of a Hugging Face folder that do not change the ids of texts: kept byte for byte beside the
+# tokenizer, for its chat template and for export.
+COMPANIONS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 # Number of characters from which a faster encoder repays the half second it takes to build.
 MANY_CHARACTERS = 1 << 17
 
@@ -52,12 +61,15 @@ class Tokenizer:
 
     ``pad_id bos_id eos_id mask_id sep_id``: ids of the special tokens. ``eos_id`` is -1 if a model
     trained elsewhere has no token that ends a text.
+    ``eos_ids``: all tokens that end a text, ``eos_id`` first; models for chat have several.
     ``vocab_size``: rows a model needs, before any padding of its own.
     ``starts_word``: bool [vocab_size]; true if the piece begins a word, that is with a space, a
     punctuation mark or a character of a script without spaces.
     ``is_special``: bool [vocab_size]; true if the token is not text.
     ``special_names``: spelling of each special token by id.
     ``fingerprint``: SHA-256 of the content; equal fingerprints mean equal ids.
+    ``companions``: the `COMPANIONS` of the folder it came from, by name. They are saved with it and
+    are not part of the fingerprint, as they do not change ids.
     ``prompt_bos``: a text to continue follows bos, as documents did in training.
     ``parse_special``: special tokens spelled in a text are encoded as such. Meant for prompts; off
     for documents.
@@ -66,6 +78,8 @@ class Tokenizer:
     kind: str
     prompt_bos = True
     parse_special = False
+    companions: Mapping[str, bytes] = MappingProxyType({})
+    _more_ends: tuple[int, ...] = ()
 
     def __init__(
         self,
@@ -101,10 +115,16 @@ class Tokenizer:
         self.fingerprint = digest.hexdigest()
 
     def _read_roles(self, special_ids: bytes) -> dict[str, int]:
-        """Return the roles of special_ids.json and set ``prompt_bos``."""
+        """Return the roles of special_ids.json, and set ``prompt_bos`` and the further ends."""
         roles = json.loads(special_ids)
         self.prompt_bos = roles.pop("prompt_bos")
+        self._more_ends = tuple(roles.pop("ends", ()))
         return {"sep": roles["bos"] if roles["eos"] == NO_TOKEN else roles["eos"]} | roles
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Return the ids that end a text, the one that ends documents first."""
+        return tuple(dict.fromkeys((self.eos_id, *self._more_ends)))
 
     @property
     def mask_id(self) -> int:
@@ -204,7 +224,17 @@ class Tokenizer:
         meta = {"kind": self.kind, "fingerprint": self.fingerprint, "vocab_size": self.vocab_size}
         if not self.prompt_bos:
             meta["prompt_bos"] = False
-        return {**self._files, META: json.dumps(meta, indent=1).encode()}
+        if self.companions:
+            hashes = {name: hashlib.sha256(data).hexdigest() for name, data in self._companions()}
+            meta["companions"] = hashes
+        return {
+            **dict(self._companions()),
+            **self._files,
+            META: json.dumps(meta, indent=1).encode(),
+        }
+
+    def _companions(self) -> list[tuple[str, bytes]]:
+        return sorted(self.companions.items())
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write `files` to a folder or below a TensorStore URL."""

@@ -59,7 +59,8 @@ class HubTokenizer(Tokenizer):
         added = self._fast.get_added_tokens_decoder().items()
         names = {index: token.content for index, token in added if token.special}
         self._parsed = set(names)
-        for index in spelled.keys() & roles.values() - names.keys():
+        used = {*roles.values(), *self._more_ends}
+        for index in spelled.keys() & used - names.keys():
             if index not in self._read([spelled[index]])[0]:
                 names[index] = spelled[index]
         # A name that the model itself reads is cut after its first character; a single character
