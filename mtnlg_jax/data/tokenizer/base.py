@@ -14,6 +14,8 @@ import numpy as np
 from mtnlg_jax import storage
 
 ROLES = ("pad", "bos", "eos", "mask", "sep")
+# A noncharacter of Unicode, which no text should have; inside a spelling it keeps that text.
+HIDE = "\ufdd0"
 NO_TOKEN = -1  # id of a role that a closed vocabulary lacks
 META = "tokenizer_meta.json"
 SPECIAL_IDS = "special_ids.json"
@@ -160,20 +162,71 @@ class Tokenizer:
         ids = {name: index for index, name in self.special_names.items()}
         return self._split_at(text, ids, lambda part: self._encode([part], 1)[0])
 
+    def _split_spelled(self, text: str, names: Iterable[str]) -> list[str]:
+        """Split a text at each of ``names``, which are parts as well; the longest wins."""
+        spellings = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+        return re.split(f"({spellings})", text) if spellings else [text]
+
     def _split_at(
         self, text: str, ids_of: dict[str, int], encode: Callable[[str], list[int]]
     ) -> list[int]:
         """Encode a text: spellings in ``ids_of`` to their ids, everything else by ``encode``."""
-        if not ids_of:
-            return encode(text)
-        spellings = "|".join(map(re.escape, sorted(ids_of, key=len, reverse=True)))
         ids: list[int] = []
-        for part in re.split(f"({spellings})", text):
+        for part in self._split_spelled(text, ids_of):
             if part in ids_of:
                 ids.append(ids_of[part])
             elif part:
                 ids += encode(part)
         return ids
+
+    def encode_rendering(self, text: str) -> tuple[list[int], list[tuple[int, int] | None]]:
+        """Return the ids of a text in which special tokens are spelled, and the characters (start,
+        stop) of ``text`` that each came from.
+
+        `HIDE` is a character that is not part of the text: a spelling with it inside is text. The
+         characters are None where the tokenizer loses some of the text.
+        """
+        ids: list[int] = []
+        offsets: list[tuple[int, int] | None] = []
+        names = {name: index for index, name in self._spelled_names().items()}
+        start = 0
+        for part in self._split_spelled(replace_surrogates(text), names):
+            if part in names:
+                ids.append(names[part])
+                offsets.append((start, start + len(part)))
+            elif part:
+                found, spans = self._encode_part(part)
+                ids += found
+                offsets += [span and (start + span[0], start + span[1]) for span in spans]
+            start += len(part)
+        return ids, offsets
+
+    def _spelled_names(self) -> dict[int, str]:
+        """Return the special tokens that `_encode_part` does not read itself."""
+        return self.special_names
+
+    def _encode_part(self, text: str) -> tuple[list[int], Sequence[tuple[int, int] | None]]:
+        """Do the same as `encode_rendering` for a text without special tokens."""
+        kept = [index for index, character in enumerate(text) if character != HIDE]
+        plain = text.replace(HIDE, "")
+        ids = self._encode([plain], 1)[0]
+        data = plain.encode()
+        pieces = [self._bytes[index] for index in ids]
+        lead = 1 if b"".join(pieces) == b" " + data else 0
+        if not lead and b"".join(pieces) != data:
+            return ids, [None] * len(ids)
+        characters = [
+            at for at, character in zip(kept, plain, strict=True) for _ in character.encode()
+        ]
+        offsets = []
+        stop = -lead
+        for piece in pieces:
+            start = max(stop, 0)
+            stop += len(piece)
+            inside = characters[start : max(stop, start)]
+            at = inside[0] if inside else len(text)
+            offsets.append((at, inside[-1] + 1 if inside else at))
+        return ids, offsets
 
     def check_end(self) -> None:
         """Raise ValueError if the vocabulary is closed and has no token that ends a document."""
