@@ -86,8 +86,8 @@ def writable(tokenizer, vocabulary: int, end: bool = True) -> np.ndarray:
     """Return which ids may be written, (V,): ids of the tokenizer that are not control tokens.
 
     Control tokens are pad, bos, mask and sep, and without ``end`` the end tokens; rows add their
-    own ends. Other special tokens of an imported tokenizer may be written, as its model was trained to
-    do, and add nothing to the text.
+    own ends. Other special tokens of an imported tokenizer may be written, as its model was trained
+    to do, and add nothing to the text.
     """
     size = min(tokenizer.vocab_size, vocabulary)
     allowed = np.zeros(vocabulary, bool)
