@@ -18,6 +18,11 @@ Prompts with answers, for the configs/finetune_*.py, which train on the answers 
 
     python launch/prepare_data.py --input=pairs.jsonl --output=data/pairs \\
         --tokenizer=RUN/tokenizer --prompt='{title}\\n{text}\\nSummary:' --answer=' {summary}'
+
+Conversations, which train the assistant's turns alone, by the chat template of a tokenizer:
+
+    python launch/prepare_data.py --input=chats.jsonl --output=data/chats \\
+        --tokenizer=RUN/tokenizer --messages=messages --sequence_length=1024 --show=3
 """
 
 import dataclasses
@@ -85,6 +90,27 @@ _ANSWER = flags.DEFINE_string(
     "Makes pairs: a template of the answer, with {KEY} for the value of a JSON row, mostly with a "
     "space in front: ' {answer}'.",
 )
+_MESSAGES = flags.DEFINE_string(
+    "messages",
+    None,
+    "Makes conversations: the key of a JSON row that holds a list of {role, content}, mostly "
+    "messages; the tokenizer's chat template renders them.",
+)
+_CHAT_TEMPLATE = command.define_path(
+    "chat_template", None, "With --messages: file of a chat template, instead of the tokenizer's."
+)
+_SEQUENCE_LENGTH = flags.DEFINE_integer(
+    "sequence_length",
+    None,
+    "With --messages: data.sequence_length of the training, to refuse longer conversations.",
+    lower_bound=1,
+)
+_SHOW = flags.DEFINE_integer(
+    "show",
+    0,
+    "With --messages: how many conversations to print, with what is trained on marked.",
+    lower_bound=0,
+)
 _OVERWRITE = flags.DEFINE_bool(
     "overwrite",
     False,
@@ -104,6 +130,7 @@ _ENCODING = flags.DEFINE_string(
 # Flags of one of the two ways to prepare: a recipe, or text as it is.
 _RECIPE_FLAGS = ("set", "stages", "test_sets", "skip_sources", "processes", "engine")
 _PAIR_FLAGS = ("prompt", "answer")
+_CHAT_FLAGS = ("messages", "chat_template", "sequence_length", "show")
 # Flags that replace a setting of the recipe if they are given.
 _SETTINGS = ("vocab_size", "tokenizer", "heldout", "seed", "text_key", "on_error", "encoding")
 
@@ -115,6 +142,7 @@ def main() -> None:
         info = _prepare()
     else:
         _refuse(_PAIR_FLAGS, "makes pairs, which no recipe cleans; leave --config out")
+        _refuse(_CHAT_FLAGS, "is for conversations, which no recipe cleans; leave --config out")
         info = _make()
     print(describe(info))
     if _CONFIG.value is not None:
@@ -122,7 +150,7 @@ def main() -> None:
     if "tokenizer" in info:  # a recipe without the stage "tokens" leaves nothing to train on
         config = (
             "--config=configs/small.py"
-            if _ANSWER.value is None
+            if _ANSWER.value is None and _MESSAGES.value is None
             else "--config=configs/finetune_sentiment.py, or another that fits"
         )
         path = shlex.quote(_OUTPUT.value)
@@ -141,6 +169,10 @@ def _prepare() -> dict:
         _OUTPUT.value,
         prompt=_PROMPT.value,
         answer=_ANSWER.value,
+        messages=_MESSAGES.value,
+        chat_template=_CHAT_TEMPLATE.value,
+        sequence_length=_SEQUENCE_LENGTH.value,
+        show=_SHOW.value,
         overwrite=_OVERWRITE.value,
         **{name: flags.FLAGS[name].value for name in _SETTINGS},
     )

@@ -5,7 +5,7 @@ A recipe (`mtnlg_jax.data.recipe`) makes the same data set in parallel tasks, af
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from functools import partial
 
@@ -13,7 +13,8 @@ import numpy as np
 from tqdm import tqdm
 
 from mtnlg_jax import storage
-from mtnlg_jax.data.encode import Text, encode_documents
+from mtnlg_jax.data.conversations import Conversations, open_conversations
+from mtnlg_jax.data.encode import Encoded, Text, encode_documents
 from mtnlg_jax.data.heldout import Part, split
 from mtnlg_jax.data.output import check_output, new_folder
 from mtnlg_jax.data.read.builtin_corpus import embedded_documents
@@ -38,6 +39,10 @@ def prepare(
     text_key: str = "text",
     prompt: str = "{prompt}",
     answer: str | None = None,
+    messages: str | None = None,
+    chat_template: str | os.PathLike | None = None,
+    sequence_length: int | None = None,
+    show: int = 0,
     on_error: str = "raise",
     encoding: str = "",
     overwrite: bool = False,
@@ -56,6 +61,12 @@ def prepare(
     is the row in the template ``prompt``, then the answer, and a model is trained on the answer
     alone. The two are tokenized separately. Pairs with the same prompt are held out together,
     always whole.
+
+    ``messages``, a key of JSON rows, makes conversations: a list of {"role": ..., "content": ...}
+    under it, rendered by the tokenizer's chat template or by the file ``chat_template``. A model is
+    trained on the assistant's turns alone. A row that leaves nothing to train on, or one of more
+    than ``sequence_length`` + 1 tokens, is damaged. ``show`` prints as many of them with what is
+    trained on marked, before anything is written.
 
     ``encoding`` is that of text that is not UTF-8 and does not declare one (`charsets`).
 
@@ -79,10 +90,21 @@ def prepare(
     if pairs and input_path is None:
         raise ValueError("--answer makes pairs of the rows of a JSON file; give that as --input")
     ready = None if tokenizer in ("bpe", "unigram") else load_tokenizer(tokenizer)
-    if ready is not None:
+    talks = None
+    make_row = text_key if answer is None else pair_maker(prompt, answer)
+    if messages is not None:
+        if pairs or input_path is None:
+            raise ValueError("--messages reads the rows of a JSON --input, without --answer")
+        talks = open_conversations(ready, messages, chat_template, sequence_length)
+        make_row = talks.make
+    elif chat_template or sequence_length or show:
+        raise ValueError(
+            "--chat_template, --sequence_length and --show are for conversations; give the key of "
+            "the messages with --messages, or leave them out"
+        )
+    elif ready is not None:
         ready.check_end()
     report = ReadReport()
-    make_row = text_key if answer is None else pair_maker(prompt, answer)
     documents = _documents(input_path, make_row, on_error, encoding, report)
     settings = {
         "input": str(input_path or "embedded"),
@@ -94,6 +116,7 @@ def prepare(
         "on_error": on_error,
         **({"encoding": encoding} if encoding else {}),
         **({"prompt": prompt, "answer": answer} if pairs else {}),
+        **({"messages": messages, "sequence_length": sequence_length} if talks else {}),
     }
     # None: a bar on a terminal only.
     bar = partial(tqdm, disable=None if progress else True)
@@ -105,27 +128,40 @@ def prepare(
             storage.remove_file(output, PREPARED)
         with Spool(os.path.join(work, "texts"), seed) as spool:
             _fill(spool, bar(documents, "reading", unit=" documents"), input_path, report)
-            train, held = split(spool, heldout, pairs)
+            train, held = split(spool, heldout, pairs or talks is not None)
             if ready is None:
                 # In the order read, not shuffled: that spreads the sample of a huge corpus over it.
                 reading = f"training {tokenizer}"
                 spans = bar(train.in_order(), reading, len(train), unit=" documents")
                 texts = (text for span in spans for text in spool.lines(*span[:2]))
                 ready = train_tokenizer(texts, vocab_size, tokenizer, seed)
+            if talks is not None:
+                lines = (spool.read(*span[:2]) for span in _shuffled(train, seed))
+                talks.show(itertools.islice(lines, show))
             ready.save(storage.join(target, "tokenizer"))
             with bar(desc="encoding", total=spool.size, unit="B", unit_scale=True) as encoding_bar:
-                write = partial(_write_tokens, spool, ready, pairs, seed, encoding_bar)
+                encode = partial(encode_documents, ready, threads=os.cpu_count() or 1)
+                if talks is not None:
+                    encode = talks.encode
+                write = partial(_write_tokens, spool, ready, encode, pairs, seed, encoding_bar)
                 parts = {
                     "train": write(storage.join(target, "train"), _shuffled(train, seed)),
                     "heldout": write(storage.join(target, "heldout"), held.in_order()),
                 }
             first = itertools.islice(_shuffled(train, seed), _EXAMPLES)
-            examples = [_example(ready, spool.head(*span[:2])) for span in first]
+            examples = [_example(ready, _text(talks, spool, span)) for span in first]
         os.unlink(spool.path)
         described: dict = {"settings": settings, "input": asdict(report), "examples": examples}
         info = prepared_info(tokenizer_info(ready), **parts, **described)
         write_prepared(target, info)
     return info
+
+
+def _text(talks: Conversations | None, spool: Spool, span: np.ndarray) -> str:
+    """Return the beginning of a document, or a conversation as it was rendered."""
+    if talks is None:
+        return spool.head(*span[:2])
+    return talks.row(spool.read(*span[:2])).text
 
 
 def _documents(
@@ -177,6 +213,7 @@ def _shuffled(train: Part, seed: int) -> Iterator[np.ndarray]:
 def _write_tokens(
     spool: Spool,
     tokenizer: Tokenizer,
+    encode: Callable[[Iterable[Text]], Iterator[Encoded]],
     pairs: bool,
     seed: int,
     bar: tqdm,
@@ -189,7 +226,7 @@ def _write_tokens(
         for start, stop, answer in spans
     )
     writer = TokenWriter(location, tokenizer.vocab_size, tokenizer.fingerprint, seed)
-    for encoded in encode_documents(tokenizer, texts, os.cpu_count() or 1):
+    for encoded in encode(texts):
         writer.add(*encoded)
         bar.update(encoded.text_bytes)
     return writer.finish()

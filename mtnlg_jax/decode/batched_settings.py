@@ -225,7 +225,7 @@ def ends_of(settings: Settings) -> jax.Array:
     if not settings.uses("ends"):
         shape = (rows.temperature.shape[0], len(settings.eos))
         return jnp.broadcast_to(jnp.array(settings.eos, jnp.int32), shape)
-    return rows.ends
+    return jnp.asarray(rows.ends)
 
 
 def tails(tokens_BS, lengths_B, width: int) -> jax.Array:

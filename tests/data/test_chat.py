@@ -76,7 +76,8 @@ def spelled(tokenizer, ids):
 
 def trained_text(tokenizer, row):
     """The text of the tokens that are trained on, and | between stretches of them."""
-    parts, before = [], False
+    parts = []
+    before = False
     for index, answer in zip(row.tokens, row.answers, strict=True):
         if answer:
             piece = tokenizer.token_bytes(index) or tokenizer.special_names[index].encode()

@@ -107,8 +107,11 @@ def test_files_beside_a_tokenizer_are_kept_byte_for_byte(tmp_path):
     plain = load_tokenizer(folder)
     assert plain.eos_ids == (plain.eos_id,)
     added = {name: index for index, name in plain.special_names.items()}
-    first, second = added["<|im_end|>"], added["<|endoftext|>"]
-    files = FILES_BESIDE | {"generation_config.json": '{"eos_token_id": [%d, 3, 900]}' % second}
+    first = added["<|im_end|>"]
+    second = added["<|endoftext|>"]
+    files = FILES_BESIDE | {
+        "generation_config.json": json.dumps({"eos_token_id": [second, 3, 900]})
+    }
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
     tokenizer = load_tokenizer(folder)

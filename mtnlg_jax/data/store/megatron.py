@@ -209,6 +209,11 @@ def write_megatron(tokens: Tokens, prefix: str | os.PathLike, overwrite: bool = 
             f"{tokens.location}: of what vocabulary the tokens are is not known; give their "
             "--tokenizer"
         )
+    if tokens.conversations:
+        raise ValueError(
+            f"{tokens.location} holds conversations, and Megatron's files cannot say which tokens "
+            "to train on; convert a data set of text"
+        )
     if tokens.prompt_lengths is not None:
         raise ValueError(
             f"{tokens.location} holds pairs, and Megatron's files cannot say where an answer "

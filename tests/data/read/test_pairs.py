@@ -233,7 +233,7 @@ def test_rows_that_are_no_pairs(tmp_path, row, message):
 
 def test_other_files_and_templates_are_refused(tmp_path):
     (tmp_path / "a.txt").write_text("text")
-    with pytest.raises(ValueError, match="pairs are read from .jsonl"):
+    with pytest.raises(ValueError, match="pairs and conversations are read from .jsonl"):
         prepare(tmp_path / "a.txt", tmp_path / "out", progress=False, answer=" {label}")
     with pytest.raises(ValueError, match="give that as --input"):
         prepare(None, tmp_path / "out", progress=False, answer=" {label}")
