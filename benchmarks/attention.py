@@ -1,20 +1,20 @@
-"""Attention on a GPU: first the fast forms of our kernels against the exact one, then their speed
-beside cuDNN's and PyTorch's, in one run on one card.
+"""Check and time our attention kernels on a GPU beside cuDNN's and PyTorch's, in one run.
 
     pip install -c launch/constraints.txt -e '.[gpu]'     and, for the last column, torch
-    python benchmarks/attention.py                        writes
-        benchmarks/results/attention_CARD.json
+    python benchmarks/attention.py
 
-Device time only: many runs in one program, the cost of starting it taken off (JAX), or CUDA events
-around many calls (PyTorch). Random data, since multiplying zeros draws less power and runs faster.
-TFLOP/s count the two products of a forward pass, five of a backward one, halved where causal. A
-product of two 8192 x 8192 matrices stands beside them as what the card can do, and a copy of 1 GiB
-for decoding, which is bound by memory. A row in the result names what failed instead of a number
-where something did; parity that fails ends the run with exit code 1.
+The result goes to benchmarks/results/attention_CARD.json. First the fast forms of our kernels are
+compared with exact attention, then all are timed.
 
-A card that is not a Hopper has no kernels of ours; they are left out there. --small tries the
-script itself, on
-anything, in seconds: with interpreted kernels where there is no card.
+Only device time counts: many runs in one program minus the cost of starting it (JAX), or CUDA
+events around many calls (PyTorch). Data is random, because multiplying zeros draws less power and
+runs faster. TFLOP/s count the two products of a forward pass and five of a backward pass, half of
+them where causal. For comparison, a product of two 8192 x 8192 matrices shows what the card can do,
+and a copy of 1 GiB does so for decoding, which is bound by memory. Where something failed, a row
+names the error instead of a number. A failed comparison ends the run with exit code 1.
+
+A card other than Hopper has no kernels of ours, so they are left out. --small tries the script
+anywhere in seconds, with interpreted kernels if there is no card.
 """
 
 import argparse
@@ -49,7 +49,7 @@ PARITY = [
 TOLERANCE = {
     "float16": 4e-3,
     "bfloat16": 3e-2,
-}  # of the largest number; a rounding of the weights and one at the end
+}  # relative to the largest value: one rounding of the weights and one at the end
 
 
 def main() -> int:
@@ -168,8 +168,8 @@ def versions() -> dict:
 
 
 def check(case, dtype: str) -> dict:
-    """One shape: output, log-sum-exp and gradients of the kernels against the exact attention in
-    float32."""
+    """Compare output, log-sum-exp and gradients of the kernels with exact attention in float32 for
+    one shape."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -219,13 +219,13 @@ def check(case, dtype: str) -> dict:
             row["failure"] = (
                 f"{worst} is off by {row['errors'][worst]:.2e}, above {TOLERANCE[dtype]}"
             )
-    except Exception as error:  # whatever the compiler or the driver says belongs in the result
+    except Exception as error:  # any error of the compiler or driver belongs in the result
         row["failure"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     return row
 
 
 def matmul(size: int) -> float:
-    """TFLOP/s of a bfloat16 product of two square matrices."""
+    """Return TFLOP/s of a bfloat16 product of two square matrices."""
     import jax
     import jax.numpy as jnp
 
@@ -236,7 +236,7 @@ def matmul(size: int) -> float:
 
 
 def copy(size: int) -> float:
-    """GB/s, read and written, of moving ``size`` bytes."""
+    """Return GB/s, read and written, of copying ``size`` bytes."""
     import jax.numpy as jnp
 
     from mtnlg_jax.model.kernels.tune import milliseconds
@@ -246,7 +246,8 @@ def copy(size: int) -> float:
 
 
 def speed(length: int, width: int, causal: bool, ours: bool, small: bool) -> dict:
-    """TFLOP/s of each implementation, forward, and forward with all gradients less forward."""
+    """Return TFLOP/s of each implementation for the forward pass, and for all gradients without
+    it."""
     import jax
     import jax.numpy as jnp
 
@@ -283,7 +284,7 @@ def speed(length: int, width: int, causal: bool, ours: bool, small: bool) -> dic
 
 
 def torch_speed(shape, causal: bool, flops: float) -> dict:
-    """The same of PyTorch's scaled_dot_product_attention, whichever backend it takes."""
+    """Return the same for PyTorch's scaled_dot_product_attention with its default backend."""
     import torch
 
     if not torch.cuda.is_available():
@@ -330,7 +331,7 @@ def torch_speed(shape, causal: bool, flops: float) -> dict:
 
 
 def decoding(width: int, keys: int, rows: int, int8: bool, copy_gb_s: float) -> dict:
-    """GB/s of cache read by the decode kernel, and its share of what a copy moves."""
+    """Return GB/s of cache read by the decode kernel, and the ratio to the bandwidth of a copy."""
     import jax
     import jax.numpy as jnp
 

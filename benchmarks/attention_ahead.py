@@ -1,23 +1,23 @@
-"""What the TPU compiler expects of our attention kernels, beside JAX's splash and flash attention,
-without a TPU.
+"""Estimate our attention kernels beside JAX's splash and flash attention with the TPU compiler.
 
-    python benchmarks/attention_ahead.py                  writes
-        benchmarks/results/attention_ahead.json
+    python benchmarks/attention_ahead.py
 
-For one described chip after the other, the same shapes are compiled for each of the three:
-bfloat16, causal, head width 128, one head a core. The compiler's static profile gives every kernel
-`estimated_cycles` (libtpu, told by --xla_jf_dump_static_llo_profile_to): it goes through the scalar
-program, takes each branch as it would be taken, and adds up bundles and transfers. These are
-estimates, not times: nothing here has run on a TPU.
+The result goes to benchmarks/results/attention_ahead.json. No TPU is needed: these are estimates,
+not times, and nothing here has run on a TPU.
 
-The profile takes a branch on a number that is read from memory as not taken. Splash reads from such
-a table which blocks are visible, so here, and only here, it is handed the same answer as arithmetic
-on the place in the grid; all else of it is as installed. Each contender has its best of several
-block sizes, splash also of its two backward passes. "Backward" is the sum of the kernels of a
-backward pass; the profile aborts on some transfers of v5e, which is left out. It holds a kernel's
-VMEM twice, which on v5p leaves no room for our backward pass from 16384 on; on v6e that of 32768
-wants more than 24 GB of the machine that compiles. What fails is told and left out. On v5p flash
-attention lets the two cores share the blocks of one head; the other two share rows and heads only.
+For each described chip the same shapes are compiled for all three: bfloat16, causal, head width
+128, one head a core. The compiler's static profile gives `estimated_cycles` of every kernel
+(libtpu, --xla_jf_dump_static_llo_profile_to). It follows the scalar program, takes each branch as
+it would be taken, and adds up bundles and transfers.
+
+The profile treats a branch on a value read from memory as not taken. Splash reads from such a table
+which blocks are visible, so here it gets the same answer as arithmetic on the grid position; the
+rest of it is unchanged. Each implementation has its best of several block sizes, splash also of its
+two backward passes. "Backward" is the sum of the kernels of a backward pass. The profile aborts on
+some transfers of v5e, which is left out. It holds a kernel's VMEM twice, which leaves no room for
+our backward pass on v5p from 16384 on; on v6e the one of 32768 needs more than 24 GB on the
+compiling machine. Failures are printed and left out. On v5p flash attention lets the two cores
+share the blocks of one head; the other two share only rows and heads.
 """
 
 import argparse
@@ -98,7 +98,7 @@ def show(row: dict) -> str:
 
 
 def ask(chip: str, length: int, contender: str, passes: list[str]) -> dict:
-    """{"forward": {"cycles", "blocks"}, "backward": ...} of the best block sizes, as far as memory
+    """Return {"forward": {"cycles", "blocks"}, "backward": ...} of the best block sizes that memory
     allows."""
     best = {}
     for kind in passes:
@@ -112,7 +112,7 @@ def ask(chip: str, length: int, contender: str, passes: list[str]) -> dict:
 
 
 def profiled(chip: str, length: int, contender: str, part: str) -> dict:
-    """{blocks, as JSON: {name of a kernel: its cycles}}, of the blocks that compile."""
+    """Return {blocks as JSON: {name of a kernel: its cycles}} of the blocks that compile."""
     from mtnlg_jax.planning import topology
 
     with tempfile.TemporaryDirectory() as folder:
@@ -137,13 +137,14 @@ def profiled(chip: str, length: int, contender: str, part: str) -> dict:
 
 
 def leave_some_memory() -> None:
-    """A profile may ask for more than there is: then its process is to end, and not the machine."""
+    """Limit the memory of this process: a profile may need more than there is, which would stop the
+    machine."""
     most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") - 3 * 2**30
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
 def child(chip: str, length: int, contender: str, part: str) -> None:
-    """Prints {"blocks", "kernels": {name: cycles}} for each choice of blocks that compiles."""
+    """Print {"blocks", "kernels": {name: cycles}} for each choice of blocks that compiles."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import SingleDeviceSharding
@@ -164,8 +165,8 @@ def child(chip: str, length: int, contender: str, part: str) -> None:
 
     x = placed(jax.ShapeDtypeStruct((1, 1, length, WIDTH), jnp.bfloat16))
     for blocks, attend in CONTENDERS[contender](length):
-        # The backward pass from what the forward pass left, and only what these gradients need:
-        # less to profile.
+        # The backward pass from the residuals of the forward pass, with only what these gradients
+        # need, to have less to profile.
         try:
             with topology.abstract(device):
                 if part == "forward":
@@ -186,7 +187,7 @@ def child(chip: str, length: int, contender: str, part: str) -> None:
             continue
         found = dict(kernels_of(text))
         unknown = [name for name, number in found.items() if not number]
-        if unknown:  # a sum without them would look fast
+        if unknown:  # a sum without them would be too small
             print(f"{blocks}: no estimate of {', '.join(unknown)}", file=sys.stderr)
             continue
         print(json.dumps({"blocks": blocks, "kernels": found}), flush=True)

@@ -1,12 +1,12 @@
-"""Proves and times what a Hopper card is for, in one command of a few minutes:
+"""Check and time this package on a Hopper GPU, in one command of a few minutes:
 
     python benchmarks/card.py --seconds=500      writes benchmarks/results/card_CARD.json
 
-The parts, in the order of their worth, each in a process of its own with a limit of its own:
+The parts, most important first, each in its own process with its own time limit:
 
-    parity       fast forms of our attention kernels against the exact attention: 6 shapes, bfloat16
-    calibration  a product of two 8192 x 8192 matrices and a copy of 1 GiB: what the others are
-                 measured by
+    parity       fast forms of our attention kernels against exact attention: 6 shapes, bfloat16
+    calibration  a product of two 8192 x 8192 matrices and a copy of 1 GiB, as a reference for the
+                 other parts
     attention    forward and backward at 2,048 and 8,192 tokens, head widths 64, 128, 160; cuDNN;
                  PyTorch's SDPA
     train        a step of 1.3 billion parameters: our kernels, cuDNN, PyTorch eager and
@@ -14,14 +14,14 @@ The parts, in the order of their worth, each in a process of its own with a limi
     decode       1.3 billion parameters, bfloat16 and int8, 1, 8 and 64 rows, beside copy bandwidth;
                  Hugging Face
 
-The result is written after every row, so a run that is cut still counts. A row names what failed
-instead of a number where something did; a part that crashes or takes too long leaves its rows and a
-word on how it ended. Parity that fails ends the command with exit code 1, after everything else has
+The result is written after every row, so an interrupted run keeps its rows. Where something failed,
+a row names the error instead of a number; a part that crashes or takes too long keeps its rows and
+a note on how it ended. Failed parity ends the command with exit code 1 after everything else has
 run. --seconds bounds the whole command.
 
-Needs jax with its CUDA plugin, flax, optax, orbax-checkpoint and tensorstore; torch and
-transformers for the peers, which are left out with a word where they are missing. --small tries
-every part on anything, a CPU included, and writes only where --output says.
+It needs jax with its CUDA plugin, flax, optax, orbax-checkpoint and tensorstore. The peers need
+torch and transformers, and are left out with a note if those are missing. --small tries every part
+anywhere, including a CPU, and writes only to --output.
 """
 
 import argparse
@@ -40,11 +40,10 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-# Beside the installed packages: the card's machine may hold the repository without having installed
-# it.
+# The machine with the card may have the repository without having installed it.
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-# Most that a part may take of the time that is left when it begins; what it leaves goes to the
+# The largest share of the remaining time that a part may take; what it does not use is left to the
 # next.
 PARTS = {"parity": 0.35, "calibration": 0.15, "attention": 0.4, "train": 0.6, "decode": 1.0}
 PACKAGES = (
@@ -60,7 +59,7 @@ PACKAGES = (
     "transformers",
     "triton",
 )
-# Of benchmarks/attention.py's shapes: plain, grouped heads, another length of keys, width 160,
+# Shapes of benchmarks/attention.py: plain, grouped heads, another length of keys, width 160,
 # documents, lengths.
 SHAPES = (0, 1, 2, 3, 4, 5)
 MODEL = {
@@ -93,7 +92,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument(
         "--part", choices=list(PARTS), help=argparse.SUPPRESS
-    )  # makes this process that part
+    )  # runs this part in this process
     args = parser.parse_args(argv)
     if args.part:
         work(args.part, args.small)
@@ -128,12 +127,11 @@ def versions() -> dict[str, str]:
     return found
 
 
-# --- the parent: a process for each part, its rows written as they come
-# -----------------------------------------
+# --- the parent: a process for each part; rows are written as they arrive
 
 
 def run_part(part: str, args, seconds: float, result: dict) -> None:
-    """Runs ``part`` for at most ``seconds`` and keeps what it said in ``result``."""
+    """Run ``part`` for at most ``seconds``, and keep its rows in ``result``."""
     rows = []
     found = result["parts"][part] = {"ended": "running", "seconds": None, "rows": rows}
     if seconds < 1:
@@ -158,7 +156,7 @@ def run_part(part: str, args, seconds: float, result: dict) -> None:
         try:
             for line in child.stdout:
                 if not line.startswith("{"):
-                    continue  # what a library prints
+                    continue  # output of a library
                 said = json.loads(line)
                 if "error" in said:
                     print(f"error: {said['error']}", file=sys.stderr)
@@ -168,7 +166,7 @@ def run_part(part: str, args, seconds: float, result: dict) -> None:
                     rows.append(said)
                 found["seconds"] = round(time.monotonic() - begin, 1)
                 write(args, result)
-                if rows and rows[-1] is said:  # what is shown is on disk
+                if rows and rows[-1] is said:  # save before showing
                     print(f"{part}: {shown(said)}", flush=True)
             code = child.wait()
         finally:
@@ -176,7 +174,7 @@ def run_part(part: str, args, seconds: float, result: dict) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(
                     child.pid, signal.SIGKILL
-                )  # what a part left running must not disturb the next
+                )  # processes left by a part must not disturb the next one
         errors.seek(0)
         last = (errors.read().strip().splitlines() or [""])[-1][:300]
     found["seconds"] = round(time.monotonic() - begin, 1)
@@ -199,7 +197,7 @@ def write(args, result: dict) -> None:
 
 
 def shown(row: dict) -> str:
-    """A row in one line."""
+    """Return a row in one line."""
     parts = []
     for name, value in row.items():
         if isinstance(value, dict):
@@ -209,7 +207,6 @@ def shown(row: dict) -> str:
 
 
 # --- a part
-# --------------------------------------------------------------------------------------------------
 
 
 def say(row: dict) -> None:
@@ -217,8 +214,8 @@ def say(row: dict) -> None:
 
 
 def work(part: str, small: bool) -> None:
-    """Prints the device, then each row of ``part`` as a JSON line."""
-    if part == "decode" or part == "train":  # PyTorch needs memory beside JAX
+    """Print the device, then each row of ``part`` as a JSON line."""
+    if part == "decode" or part == "train":  # leave memory for PyTorch
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
 
@@ -236,12 +233,12 @@ def work(part: str, small: bool) -> None:
 
 
 def attempt(row: dict, call) -> None:
-    """Says ``row`` with what ``call`` adds, or with why it could not."""
+    """Print ``row`` with the results of ``call``, or with why it failed."""
     try:
         row |= call()
     except ImportError as error:
         row["left_out"] = str(error)
-    except Exception as error:  # what the compiler or the driver says belongs in the result
+    except Exception as error:  # any error of the compiler or driver belongs in the result
         row["failure"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     say(row)
 
@@ -297,8 +294,10 @@ def train(small: bool) -> None:
 
 
 def train_ours(sizes: dict, rows: int, impl: str, packed: bool) -> dict:
-    """Our step in bfloat16 with float32 masters and AdamW. cuDNN takes no documents: ``packed`` is
-    false for it."""
+    """Time our step in bfloat16 with float32 master weights and AdamW.
+
+    cuDNN does not support documents: ``packed`` is false for it.
+    """
     import jax
     import numpy as np
 
@@ -354,8 +353,8 @@ def train_ours(sizes: dict, rows: int, impl: str, packed: bool) -> dict:
 
 
 def train_torch(sizes: dict, rows: int, compiled: bool) -> dict:
-    """GPT-2 of transformers at the same sizes: float32 masters, bfloat16 products by autocast,
-    fused AdamW."""
+    """Time GPT-2 of transformers with the same sizes: float32 master weights, bfloat16 products by
+    autocast, fused AdamW."""
     import torch
     import transformers
 
@@ -405,8 +404,7 @@ def gpt2(transformers, sizes: dict):
 
 
 def timed(call, finish, times: int = 5) -> tuple[list[float], float]:
-    """(results of three calls to warm up, seconds of one of ``times`` calls that follow each
-    other)."""
+    """Return (results of three warm-up calls, seconds of one of ``times`` consecutive calls)."""
     first = [finish(call()) for _ in range(3)]
     begin = time.perf_counter()
     for _ in range(times):
@@ -416,7 +414,7 @@ def timed(call, finish, times: int = 5) -> tuple[list[float], float]:
 
 
 def of_step(sizes: dict, rows: int, seconds: float) -> dict:
-    """Milliseconds, tokens/s, model TFLOP/s (PaLM's count) and, of a listed card, MFU."""
+    """Return milliseconds, tokens/s, model TFLOP/s (PaLM's count) and, for a known card, MFU."""
     from mtnlg_jax import compat
     from mtnlg_jax.config import ModelConfig
     from mtnlg_jax.hardware import CHIPS, flops_per_token
@@ -457,7 +455,7 @@ def decode(small: bool) -> None:
                 return decode_ours(decoder, rows, prompt, new, bandwidth)
 
             attempt(row, ours)
-    decoder = None  # its memory is the peer's
+    decoder = None  # free its memory for the peer
     for rows in (2,) if small else (1, 8, 64):
         row = {
             "side": "transformers",

@@ -1,11 +1,11 @@
-"""Compile the steps of the table in docs/compile_ahead.md for chips that are not here, one by one.
+"""Compile the steps of the table in docs/compile_ahead.md for chips that are not present.
 
     python benchmarks/compile_ahead.py                    all rows
     python benchmarks/compile_ahead.py mtnlg_530b v6e     rows with one of these words
 
-The results go to benchmarks/results/compile_ahead.json; rows that are not compiled stay as they
-are. Each row holds the report of launch/compile_ahead.py, with the compiler flags of a run there.
-Needs the extra `ahead` and about half an hour.
+The results go to benchmarks/results/compile_ahead.json; rows that are not compiled keep their old
+results. Each row is the report of launch/compile_ahead.py with the compiler flags of a run. This
+needs the extra `ahead` and about half an hour.
 """
 
 import argparse

@@ -140,7 +140,7 @@ def ours(args):
         "labels": np.roll(tokens, -1, 1),
         "segment_ids": np.ones_like(tokens),
         "positions": np.broadcast_to(np.arange(args.length, dtype=np.int32), tokens.shape),
-        # GPT-2's loss leaves out the last token, whose successor is unknown.
+        # GPT-2's loss omits the last token, which has no successor.
         "weights": np.broadcast_to(np.arange(args.length) < args.length - 1, tokens.shape).astype(
             np.float32
         ),
@@ -248,9 +248,9 @@ def as_gpt2(named, args, torch):
 def work(args) -> None:
     """Run a worker: report the versions, then answer every line N with the seconds and the losses
     of N steps."""
-    if hasattr(os, "sched_setaffinity"):  # before any library counts the cores
+    if hasattr(os, "sched_setaffinity"):  # set before any library counts the cores
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
-    answers = sys.stdout  # what libraries print must not mix with the answers
+    answers = sys.stdout  # output of libraries must not mix with the answers
     sys.stdout = sys.stderr
     try:
         versions, step = (ours if args.worker == "ours" else peer)(args)

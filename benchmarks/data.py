@@ -84,14 +84,14 @@ def parse(argv=None):
 
 def work(args) -> None:
     case, side = args.worker
-    answers = sys.stdout  # what libraries print must not mix with the answer
+    answers = sys.stdout  # output of libraries must not mix with the answer
     sys.stdout = sys.stderr
     import data_sides  # a worker is a script, whose folder Python searches
 
     if side == "make_records":
         data_sides.make_records(args)
         return
-    if hasattr(os, "sched_setaffinity"):  # before any library counts the cores
+    if hasattr(os, "sched_setaffinity"):  # set before any library counts the cores
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: 2 if case == "load" else 1])
     if side.startswith("ours"):
         sys.path.insert(0, str(ROOT))

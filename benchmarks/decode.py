@@ -1,5 +1,4 @@
-"""Times decoding against Hugging Face's GPT-2 in PyTorch on the CPU, in one run, with the same
-weights.
+"""Time decoding beside Hugging Face's GPT-2 in PyTorch on the CPU, in one run, with equal weights.
 
     python benchmarks/decode.py --peer_python=PYTHON      a Python that has torch and transformers
 
@@ -8,8 +7,8 @@ float32 weights. Every call has a prompt of 64 random tokens a row and writes 12
 included. Calls of the sides alternate, and each uses all cores. The peer runs in eager mode, with
 its cache and its default attention (sdpa).
 
-    batch_1, batch_8, batch_32   greedy. All are to write the same tokens: the result says for how
-                                 long they do
+    batch_1, batch_8, batch_32   greedy; both should write the same tokens, and the result reports
+                                 for how many tokens they do
     beam_5                       beam search, one prompt
     ranking_16                   16 samples of 32 tokens and their scores; the peer draws, then
                                  reads each once more
@@ -17,8 +16,8 @@ its cache and its default attention (sdpa).
                                  against float32, with the tokens/s that the bytes of each allow;
                                  and with guesses by prompt look-up
     ranking_by_number            N given candidates in one call against N calls
-    perplexity                   only with --run=FOLDER --text=FILE: what bfloat16 and int8 cost a
-                                 trained model
+    perplexity                   only with --run=FOLDER --text=FILE: the cost of bfloat16 and int8
+                                 for a trained model
 """
 
 import argparse
@@ -42,7 +41,7 @@ POSITIONS = 1024
 END = 50256
 REST = 0.5  # seconds between the sides: PyTorch's threads spin for 0.2 s after their work
 # Idle OpenMP threads of PyTorch spin, or (passive) sleep: spinning is faster on an idle machine and
-# far slower on a busy one. The peer runs both ways and counts by the faster.
+# far slower on a busy one. The peer runs both ways, and the faster one counts.
 PEERS = {"peer": {}, "peer_passive": {"OMP_WAIT_POLICY": "passive"}}
 HELD = {
     "float32": {},
@@ -72,7 +71,7 @@ def main() -> None:
     parser.add_argument("--run", help="folder of a trained run")
     parser.add_argument("--text", help="text to score with it")
     parser.add_argument("--output", default=str(Path(__file__).parent / "results" / "decode.json"))
-    parser.add_argument("--peer_weights", help=argparse.SUPPRESS)  # makes this process the peer
+    parser.add_argument("--peer_weights", help=argparse.SUPPRESS)  # runs the peer in this process
     args = parser.parse_args()
     if (args.run is None) != (args.text is None):
         parser.error("--run and --text belong together; give both or none")
@@ -233,7 +232,7 @@ def against_peers(args, decoder, peers: dict, bandwidth: float) -> dict:
 
 
 def held(args, config, params, bandwidth: float) -> dict:
-    """Ours at batch 1, by how the model is held, and with guesses."""
+    """Time ours at batch 1, by the types of weights and cache, and with guesses."""
     from mtnlg_jax.config import DecodeConfig
     from mtnlg_jax.decode.cache import unstack
     from mtnlg_jax.decode.generate import generate
@@ -281,7 +280,7 @@ def held(args, config, params, bandwidth: float) -> dict:
 
 
 def ranking_by_number(args, decoder) -> dict:
-    """Seconds of N given candidates in one call, and of N calls with one each."""
+    """Return seconds of N given candidates in one call, and of N calls with one each."""
     import numpy as np
 
     from mtnlg_jax.decode.rank import rank
@@ -323,7 +322,7 @@ def ranking_by_number(args, decoder) -> dict:
 
 
 def perplexities(args) -> dict:
-    """Of a trained run on a text, by how the model is held."""
+    """Return perplexities of a trained run on a text, by the types of weights and cache."""
     from mtnlg_jax.decode.cache import unstack
     from mtnlg_jax.evaluate.perplexity import evaluate_text
     from mtnlg_jax.train.checkpoint import load_run
@@ -350,8 +349,11 @@ def timed(call) -> tuple:
 
 
 def alternate(sides: dict, rounds: int, tokens: int, equal: bool = True) -> dict:
-    """Medians over ``rounds`` calls of each side in turn, after one call of each that is not timed;
-    ``equal``: whether all are to write the same."""
+    """Return medians over ``rounds`` alternating calls of each side, after one untimed call of
+    each.
+
+    ``equal``: whether all sides should write the same tokens.
+    """
     first = {name: side()[1] for name, side in sides.items()}
     seconds = {name: [] for name in sides}
     for number in range(rounds):
@@ -386,7 +388,7 @@ def as_text(tokens: list[int]) -> str:
 
 
 class Ids:
-    """What decoding asks of a tokenizer, for texts that are numbers."""
+    """The part of a tokenizer that decoding needs, for texts that are numbers."""
 
     vocab_size = VOCABULARY
     bos_id = END
@@ -407,7 +409,7 @@ class Ids:
 
 
 def serve_peer(weights: str, layers: int) -> None:
-    """Answers each line of standard input, a JSON request, with seconds and tokens."""
+    """Answer each line of standard input, a JSON request, with seconds and tokens."""
     import numpy as np
     import torch
     import transformers
@@ -462,13 +464,13 @@ def serve_peer(weights: str, layers: int) -> None:
 
 
 def score_peer(model, row, prompt: int) -> float:
-    """The mean log-probability of what follows the prompt: a forward pass, as for any text."""
+    """Return the mean log-probability of the tokens after the prompt, by a forward pass."""
     logits = model(row).logits[0, prompt - 1 : -1]
     return logits.log_softmax(-1).gather(-1, row[0, prompt:, None]).mean().item()
 
 
 def read(peer) -> dict:
-    """The peer's next JSON line; what its libraries print besides is passed over."""
+    """Return the peer's next JSON line; other output of its libraries is skipped."""
     for line in peer.stdout:
         if line.startswith("{"):
             return json.loads(line)

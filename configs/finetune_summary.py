@@ -13,8 +13,8 @@ jq -c '{source: .source, target: .target[0]}' train.jsonl > pairs.jsonl
         --prompt="$(cat abstract.txt)"$'\\nSummary:'
 
 BASE is the folder of the run to start from. RUN is used like any other run: its factors are merged
-into the weights when it is loaded. --set=optimizer.lora_rank=0 trains all parameters. Where a text
-and its summary exceed 512 tokens, the beginning of the text is left out.
+into the weights when it is loaded. --set=optimizer.lora_rank=0 trains all parameters. If a text and
+its summary exceed 512 tokens, the beginning of the text is left out.
 
 Source: Hu 2021 for the adapted matrices. The quality of the summaries has not been measured.
 """

@@ -1,6 +1,6 @@
-"""Compiles a step for accelerators that are not here, and says whether it fits and what it does:
+"""Compile a step for accelerators that are not present, and report whether it fits.
 
---help says more. The code is in mtnlg_jax/cli/compile_ahead.py.
+--help shows examples and every flag. The code is in mtnlg_jax/cli/compile_ahead.py.
 """
 
 from mtnlg_jax.cli.compile_ahead import main, run

@@ -1,6 +1,6 @@
-"""Turns a GPT-2 of Hugging Face into a run folder, and back; without PyTorch.
+"""Convert a Hugging Face GPT-2 to a run folder or back, without PyTorch.
 
---help says more. The code is in mtnlg_jax/cli/convert.py.
+--help shows examples and every flag. The code is in mtnlg_jax/cli/convert.py.
 """
 
 from mtnlg_jax.cli.convert import main, run

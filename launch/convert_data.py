@@ -1,6 +1,6 @@
-"""Token arrays to Megatron's .bin and .idx and back, and either to text.
+"""Convert token arrays to Megatron's .bin and .idx and back, or either to text.
 
---help says more. The code is in mtnlg_jax/cli/convert_data.py.
+--help shows examples and every flag. The code is in mtnlg_jax/cli/convert_data.py.
 """
 
 from mtnlg_jax.cli.convert_data import main, run

@@ -1,6 +1,6 @@
-"""Scores a text with a trained model: python launch/evaluate.py --workdir=RUN --input=FILE [--json]
+"""Score a text with a trained model: loss, perplexity, bits per byte.
 
---help says more. The code is in mtnlg_jax/cli/evaluate.py.
+--help shows examples and every flag. The code is in mtnlg_jax/cli/evaluate.py.
 """
 
 from mtnlg_jax.cli.evaluate import main, run

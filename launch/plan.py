@@ -1,6 +1,6 @@
-"""Show how a run is split over a mesh, and rank meshes by estimated speed.
+"""Show how a run lies on a mesh, and which mesh to choose, by arithmetic; nothing is allocated.
 
---help describes every flag. The code is in mtnlg_jax/cli/plan.py.
+--help shows examples and every flag. The code is in mtnlg_jax/cli/plan.py.
 """
 
 from mtnlg_jax.cli.plan import main, run

@@ -1,6 +1,6 @@
 """Turn text into a folder to train from: tokenizer, token arrays, held-out part.
 
---help says more. The code is in mtnlg_jax/cli/prepare.py.
+--help shows examples and every flag. The code is in mtnlg_jax/cli/prepare.py.
 """
 
 from mtnlg_jax.cli.prepare import main, run

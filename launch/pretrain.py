@@ -1,8 +1,6 @@
 """Train one run.
 
-    python launch/pretrain.py --config=configs/small.py --set=data.path=OUT --workdir=RUN
-
---help describes every flag. The code is in mtnlg_jax/cli/pretrain.py.
+--help shows examples and every flag. The code is in mtnlg_jax/cli/pretrain.py.
 """
 
 from mtnlg_jax.cli.pretrain import main, run

@@ -1,6 +1,6 @@
-"""Times attention on this machine and writes what is fastest: python launch/tune_attention.py
+"""Time attention on this machine and record the fastest settings.
 
---help says more. The code is in mtnlg_jax/cli/tune_attention.py.
+--help shows examples and every flag. The code is in mtnlg_jax/cli/tune_attention.py.
 """
 
 from mtnlg_jax.cli.tune_attention import main, run

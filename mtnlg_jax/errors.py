@@ -16,8 +16,6 @@
 
 import errno
 import re
-import time
-from collections.abc import Callable
 
 BAD_INPUT = 2
 DIVERGED = 3
@@ -34,12 +32,6 @@ class Disagreement(Exception):
     """The processes differ in config, step, data or program."""
 
     exit_code = DISAGREEMENT
-
-
-class ProcessLost(Exception):
-    """Another process of the run ended."""
-
-    exit_code = PROCESS_LOST
 
 
 class Preempted(Exception):
@@ -117,24 +109,3 @@ def _is_passing(error: BaseException) -> bool:
     if code := re.search(r"http_response_code='(\d+)'", text):
         return int(code[1]) in _PASSING_STATUS or int(code[1]) >= 500
     return bool(_PASSING_WORDS.match(text))
-
-
-def try_again[Result](
-    function: Callable[[], Result],
-    pauses: tuple[float, ...],
-    on_failure: Callable[[Exception, float], None],
-) -> Result:
-    """Return the result of ``function``, retrying it after transient failures.
-
-    Each failure and the pause (seconds) that follows it are reported to ``on_failure``. The failure
-    after the last of ``pauses`` is raised; one that will not pass is raised at once.
-    """
-    for pause in pauses:
-        try:
-            return function()
-        except Exception as error:
-            if not is_passing(error):
-                raise
-            on_failure(error, pause)
-        time.sleep(pause)
-    return function()

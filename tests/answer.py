@@ -1,6 +1,8 @@
-"""Stands in for a trained run, since training one takes longer than all of a script's tests, and
-answers many command lines in one process, since importing JAX takes longer than answering: the
-fixture `answering` runs it."""
+"""Run command lines of a script with a random model in place of a trained run.
+
+Training a run takes longer than all tests of a script, and importing JAX takes longer than
+answering, so one process answers many command lines. The fixture `answering` runs it.
+"""
 
 import contextlib
 import io

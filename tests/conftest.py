@@ -1,5 +1,4 @@
-"""What every test stands on: eight virtual CPU devices, and skipping what is slow or wants
-hardware."""
+"""Set up eight virtual CPU devices, and skip tests that are slow or need hardware."""
 
 import contextlib
 import json
@@ -10,29 +9,30 @@ from pathlib import Path
 
 import pytest
 
-# Before the first import of JAX, which reads both once. To test on an accelerator:
+# Set before the first import of JAX, which reads both once. To test on an accelerator, set
 # JAX_PLATFORMS=cuda.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _flags = os.environ.get("XLA_FLAGS", "")
-# Small programs take longer to optimise than to run.
+# Small programs take longer to optimize than to run.
 for _flag in ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"):
     if _flag.split("=")[0] not in _flags:
         _flags = f"{_flags} {_flag}".strip()
 os.environ["XLA_FLAGS"] = _flags
-# Half of the suite's time is compilation: programs that took longer than this are kept.
+# Half of the suite's time is compilation: programs that took longer than this are cached.
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import jax  # noqa: E402
 
 from mtnlg_jax import compat  # noqa: E402
 
-# For later tests, the processes that they start, and later runs. JAX_COMPILATION_CACHE_DIR="" does
-# without.
+# For later tests, the processes that they start, and later runs. JAX_COMPILATION_CACHE_DIR=""
+# disables it.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(compat.cache_folder(), "tests"))
 compat.configure_cache()
-# Several programs in flight on more CPU devices than cores can wait for each other inside their
-# collectives.
+# Several programs in flight on more CPU devices than cores can deadlock in their collectives.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
+# Arrays of different ranks must be aligned in plain sight, as in x_BSD * scale_D[None, None, :].
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_addoption(parser):
@@ -49,8 +49,8 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real corpora and published weights beside the checkout; without it a test
-    skips."""
+    """Return the folder of real corpora and published weights next to the checkout, or skip the
+    test."""
     folder = Path(__file__).resolve().parents[2] / "shared"
     if not folder.is_dir():
         pytest.skip(f"needs the data of {folder.name}/ beside the checkout")
@@ -59,9 +59,12 @@ def shared() -> Path:
 
 @pytest.fixture(scope="module")
 def answering():
-    """(script of launch/, folder of a tokenizer, positions, new tokens) -> a function of
-    (*arguments, stdin bytes) that gives (exit code, standard output, standard error) of the script
-    with a random model as --workdir=RUN."""
+    """Return a factory of functions that run a script with a random model as --workdir=RUN.
+
+    The factory takes (script of launch/, folder of a tokenizer, positions, new tokens); its
+    functions take (*arguments, stdin bytes) and return (exit code, standard output, standard
+    error).
+    """
     with contextlib.ExitStack() as stack:
 
         def start(script, tokenizer, positions, new_tokens):

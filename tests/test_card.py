@@ -1,5 +1,5 @@
-"""benchmarks/card.py: every part runs, without the packages that a card's machine lacks, and a cut
-run still counts."""
+"""Check benchmarks/card.py: every part runs without optional packages, and an interrupted run is
+kept."""
 
 import json
 import os
@@ -35,7 +35,7 @@ LACKING = (
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """One device, and none of the packages in LACKING."""
+    """Return an environment with one device and none of the packages in LACKING."""
     folder = tmp_path_factory.mktemp("lacking")
     (folder / "sitecustomize.py").write_text(
         "import sys\n"
@@ -45,7 +45,7 @@ def environment(tmp_path_factory):
         "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
         "sys.meta_path.insert(0, Lacking())\n"
     )
-    quick = "--xla_backend_optimization_level=0"  # halves what compiling costs this test
+    quick = "--xla_backend_optimization_level=0"  # halves the compile time of this test
     return os.environ | {"PYTHONPATH": str(folder), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick}
 
 
@@ -72,7 +72,7 @@ def test_every_part_runs_on_a_cpu(environment, tmp_path):
     assert len(peers) == 1 and ("tflops" in peers[0] or "torch" in peers[0]["left_out"])
 
 
-def test_a_run_that_is_cut_keeps_the_rows_it_has(environment, tmp_path):
+def test_an_interrupted_run_keeps_its_rows(environment, tmp_path):
     output = tmp_path / "card.json"
     command = _command("--parts", "calibration", "train", f"--output={output}")
     child = subprocess.Popen(
@@ -83,6 +83,7 @@ def test_a_run_that_is_cut_keeps_the_rows_it_has(environment, tmp_path):
             break
     os.killpg(child.pid, signal.SIGKILL)
     child.wait()
+    child.stdout.close()
     rows = json.loads(output.read_text())["parts"]["calibration"]["rows"]
     assert rows[0]["tflops"] > 0
 
@@ -93,13 +94,13 @@ def test_a_part_that_takes_too_long_is_stopped(environment, tmp_path):
     command = _command("--parts", "decode", "--seconds=1.5", f"--output={output}")
     subprocess.run(command, env=environment, capture_output=True, text=True)
     assert time.monotonic() - begin < 60
-    if output.exists():  # the device was named in time
-        # What was left of the 1.5 seconds when the part began.
+    if output.exists():  # the device was reported in time
+        # The rest of the 1.5 seconds when the part began.
         ended = json.loads(output.read_text())["parts"]["decode"]["ended"]
         assert ended in ("stopped after 1 s", "stopped after 2 s")
 
 
-def test_without_a_card_it_says_so(environment):
+def test_without_a_gpu_it_exits_with_an_error(environment):
     command = [sys.executable, str(ROOT / "benchmarks/card.py"), "--parts", "calibration"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and "there is no GPU here (JAX sees cpu); --small" in done.stderr

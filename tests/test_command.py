@@ -1,4 +1,4 @@
-"""Around every script: names of files, what may pass, output that breaks away, the launcher's
+"""Check what every script shares: file names, transient errors, broken output, the launcher's
 end."""
 
 import errno
@@ -21,7 +21,7 @@ PATIENCE = 60  # seconds, on a busy machine
 
 
 def python(program: str, *arguments: str, **options) -> subprocess.Popen:
-    """A process that runs ``program`` with what it needs of the package."""
+    """Start a process that runs ``program`` with the required parts of the package."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | options.pop("environment", {})
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(program), *arguments],
@@ -31,11 +31,11 @@ def python(program: str, *arguments: str, **options) -> subprocess.Popen:
     )
 
 
-# --- what may pass
+# --- transient errors
 
 
 class StoreError(Exception):
-    """As gcsfs raises it."""
+    """An error as gcsfs raises it."""
 
     def __init__(self, code):
         super().__init__(f"HTTP {code}")
@@ -81,7 +81,7 @@ def chained(outer: Exception, inner: Exception) -> Exception:
         ValueError("DEADLINE_EXCEEDED: All 32 retry attempts failed"),
     ],
 )
-def test_what_may_pass_has_a_code_that_is_started_again(error):
+def test_transient_errors_have_the_exit_code_for_a_restart(error):
     line, code = errors.explain(error)
     assert code == errors.PASSING and code not in errors.FINAL and line.count("\n") == 0
 
@@ -109,12 +109,12 @@ def test_what_may_pass_has_a_code_that_is_started_again(error):
         ValueError("FAILED_PRECONDITION: Not a directory [os_error_code='20']"),
     ],
 )
-def test_bad_input_is_final(error):
+def test_invalid_input_is_not_retried(error):
     code = errors.explain(error)[1]
     assert code == (1 if isinstance(error, StoreError) else errors.BAD_INPUT)
 
 
-def test_what_was_handled_on_the_way_does_not_count():
+def test_handled_errors_do_not_count():
     try:
         try:
             raise OSError(errno.EAGAIN, "locked")
@@ -122,35 +122,6 @@ def test_what_was_handled_on_the_way_does_not_count():
             raise OSError("another run is writing") from None
     except OSError as error:
         assert not errors.is_passing(error)
-
-
-def test_what_may_pass_is_tried_again_and_nothing_else():
-    calls = []
-    heard = []
-
-    def fails_until(attempt, error):
-        def function():
-            calls.append(attempt)
-            if len(calls) < attempt:
-                raise error
-            return "done"
-
-        return function
-
-    full = OSError(errno.ENOSPC, "No space left on device")
-    assert (
-        errors.try_again(fails_until(3, full), (0, 0, 0), lambda error, pause: heard.append(error))
-        == "done"
-    )
-    assert heard == [full, full] and len(calls) == 3
-    calls.clear()
-    with pytest.raises(OSError, match="No space"):
-        errors.try_again(fails_until(9, full), (0, 0), lambda *_: None)
-    assert len(calls) == 3
-    calls.clear()
-    with pytest.raises(FileNotFoundError):
-        errors.try_again(fails_until(9, FileNotFoundError(2, "x")), (0, 0), lambda *_: None)
-    assert len(calls) == 1
 
 
 @pytest.mark.parametrize(
@@ -161,7 +132,7 @@ def test_what_may_pass_is_tried_again_and_nothing_else():
         (ValueError("data.path"), ValueError),
     ],
 )
-def test_what_all_processes_hear_is_of_the_same_kind(error, kind, monkeypatch):
+def test_all_processes_raise_the_same_kind_of_error(error, kind, monkeypatch):
     sent = []
     monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
     monkeypatch.setattr(
@@ -179,10 +150,10 @@ def test_what_all_processes_hear_is_of_the_same_kind(error, kind, monkeypatch):
     assert len(sent) == 2
 
 
-# --- names of files
+# --- file names
 
 
-def test_a_home_folder_is_found_behind_the_equals_sign(monkeypatch):
+def test_a_home_folder_is_expanded_after_the_equals_sign(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     assert command.expand("~/run") == "/home/me/run" and command.expand("~") == "/home/me"
     assert command.expand("~root/x") == os.path.expanduser("~root/x")
@@ -192,7 +163,7 @@ def test_a_home_folder_is_found_behind_the_equals_sign(monkeypatch):
         command.expand("~nobody-here/x")
 
 
-def test_a_name_that_is_not_utf_8_is_refused():
+def test_a_name_that_is_not_utf_8_raises_an_error():
     with pytest.raises(ValueError, match="its bytes are not UTF-8"):
         command.expand(os.fsdecode(b"run-\xff"))
 
@@ -202,7 +173,7 @@ SCRIPTS = sorted((ROOT / "launch").rglob("*.py"))
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_flags_that_name_files_are_paths(script):
-    """A flag whose help speaks of a file or folder is made by define_path, or expands its value
+    """A flag whose help mentions a file or folder is made by define_path, or expands its value
     itself."""
     text = script.read_text()
     words = [
@@ -224,7 +195,7 @@ def test_flags_that_name_files_are_paths(script):
         ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, "運行"),
     ],
 )
-def test_a_name_that_this_python_cannot_write_is_refused_before_work(environment, name, tmp_path):
+def test_an_unencodable_name_raises_before_any_work(environment, name, tmp_path):
     done = subprocess.run(
         [sys.executable, ROOT / "launch/plan.py", f"--config={tmp_path}/{name}.py"],
         text=True,
@@ -234,7 +205,41 @@ def test_a_name_that_this_python_cannot_write_is_refused_before_work(environment
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "PYTHONUTF8=1" in done.stderr
 
 
-# --- output that breaks away
+GROUPED = '''
+    """Do a thing, 10 % of the time, or %s.
+    """
+    import sys
+    from absl import flags
+    from mtnlg_jax import command
+    with command.flag_group("The thing"):
+        flags.DEFINE_string("b", None, "second: 5 % of it")
+        command.define_path("a", None, "first")
+    with command.flag_group("The rest"):
+        flags.DEFINE_bool("c", False, "third")
+    sys.argv = ["do", "--help"]
+    command.run(lambda: None)
+'''
+
+
+def test_help_shows_flags_in_groups(tmp_path):
+    module = tmp_path / "grouped.py"
+    module.write_text(textwrap.dedent(GROUPED).strip())
+    done = subprocess.run(
+        [sys.executable, "-c", "import grouped"],
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"},
+        text=True,
+        capture_output=True,
+        timeout=PATIENCE,
+    )
+    assert done.stdout == (
+        "Do a thing, 10 % of the time, or %s.\n"
+        "\nThe thing:\n  --a: first\n  --b: second: 5 % of it\n"
+        "\nThe rest:\n  --[no]c: third\n    (default: 'false')\n"
+        "\nTry --helpfull to get a list of all flags.\n"
+    ), done.stderr
+
+
+# --- broken output
 
 
 class Broken(io.StringIO):
@@ -280,7 +285,7 @@ PRINTS = """
 @pytest.mark.parametrize(
     "shell", ["| head -1", "2>&1 | true", ">/dev/full", ">&- 2>&-", "2>/dev/full | head -c 5"]
 )
-def test_a_script_ends_its_work_when_nobody_reads_it(shell, tmp_path):
+def test_a_script_finishes_if_its_output_is_closed(shell, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(textwrap.dedent(PRINTS))
     done = subprocess.run(
@@ -294,14 +299,14 @@ def test_a_script_ends_its_work_when_nobody_reads_it(shell, tmp_path):
         capture_output=True,
         timeout=PATIENCE,
     )
-    full = shell == ">/dev/full"  # somebody may still wait for what was cut: exit code 74
+    full = shell == ">/dev/full"  # a reader may still wait for the lost output: exit code 74
     assert done.returncode == (errors.PASSING if full else 0), done.stderr
     assert ("standard output could not be written whole" in done.stderr) == full
     assert (tmp_path / "out").read_text() == "done", done.stderr
     assert "Traceback" not in done.stderr and "Broken pipe" not in done.stderr
 
 
-def test_a_character_that_the_output_lacks_is_written_as_an_escape():
+def test_unencodable_characters_are_escaped():
     process = python(
         """
         from mtnlg_jax import command
@@ -316,7 +321,7 @@ def test_a_character_that_the_output_lacks_is_written_as_an_escape():
     )
 
 
-def test_an_interrupt_is_one_line():
+def test_an_interrupt_prints_one_line():
     process = python(
         """
         import time
@@ -353,7 +358,7 @@ CHILD = """
 """
 
 
-def test_a_process_hears_of_its_launchers_end(tmp_path):
+def test_a_process_notices_the_end_of_its_launcher(tmp_path):
     reading, writing = os.pipe()
     child = python(
         CHILD,
@@ -369,10 +374,11 @@ def test_a_process_hears_of_its_launchers_end(tmp_path):
     os.close(writing)  # as when the launcher is killed
     assert child.wait(PATIENCE) == 75 and (tmp_path / "saved").exists()
     os.close(reading)
+    child.stdout.close()
 
 
 @pytest.mark.parametrize("value", ["", "77", "0", "x"])
-def test_who_has_no_launcher_waits_for_none(value):
+def test_a_process_without_a_launcher_watches_none(value):
     child = python(
         "from mtnlg_jax import command; command.run(lambda: None)",
         stdin=subprocess.DEVNULL,

@@ -1,5 +1,4 @@
-"""Every command that the documentation and the scripts show: its script exists, its flags parse,
-its config loads."""
+"""Check every command in the documentation and scripts: its script, its flags, and its config."""
 
 import argparse
 import ast
@@ -21,7 +20,7 @@ from mtnlg_jax.data.recipe.settings import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = re.compile(r"\b(?:python|bash) (?:launch|benchmarks)/[\w/]+\.(?:py|sh)[^`\n]*")
-# What a shell script hands its flags to, and how many arguments it takes before them.
+# The script that a shell script passes its flags to, and the number of arguments before them.
 HANDS_TO = {
     "launch/quickstart.sh": ("launch/quickstart.py", 0),
     "launch/cluster/tpu_pod.sh": ("launch/pretrain.py", 2),
@@ -29,8 +28,8 @@ HANDS_TO = {
 
 
 def _documents():
-    """Yields (path, text) of all that may show a command: pages, notebooks, scripts, and strings of
-    modules."""
+    """Yield (path, text) of everything that may show a command: pages, notebooks, scripts, and
+    strings of modules."""
     listing = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     names = listing.stdout.split() if listing.returncode == 0 else []
     if not names:
@@ -44,7 +43,7 @@ def _documents():
         elif path.suffix in (
             ".sh",
             ".sbatch",
-        ):  # what they run themselves is tested in tests/launch
+        ):  # the commands that they run are tested in tests/launch
             lines = [line for line in path.read_text().splitlines() if line.startswith("#")]
             yield name, "\n".join(lines)
         elif path.suffix == ".ipynb":
@@ -55,7 +54,7 @@ def _documents():
 
 
 def _strings(tree):
-    """The strings of a module; what an f-string fills in is written as three dots."""
+    """Return the strings of a module, with three dots in place of the values of f-strings."""
     inside = {
         id(part)
         for node in ast.walk(tree)
@@ -76,26 +75,26 @@ def _strings(tree):
 
 
 def commands(text: str) -> list[list[str]]:
-    """The commands in ``text``, each as [script, argument, ...]."""
+    """Return the commands in ``text``, each as [script, argument, ...]."""
     found = []
     text = re.sub(r"\s*\\\n[\s#]*", " ", text)
     text = re.sub(r"(='[^'\n]*)\n\s*([^'\n]*')", r"\1 \2", text)  # a quoted value over two lines
     for match in COMMAND.finditer(text):
         line = re.split(r"\s{2,}(?!--)| \| | && |; ", match[0])[0]
-        if line.count(")") > line.count("("):  # of the prose around it
+        if line.count(")") > line.count("("):  # punctuation of the surrounding prose
             line = line.removesuffix(")")
         try:
             words = shlex.split(line, comments=True)[1:]
-        except ValueError:  # a quotation mark of the prose around it
+        except ValueError:  # a quotation mark of the surrounding prose
             words = line.split()[1:]
-        words = [word.removeprefix("[") for word in words]  # around what may be left out
+        words = [word.removeprefix("[") for word in words]  # around optional parts
         words = [
             word.removesuffix("]") if word.count("]") > word.count("[") else word for word in words
         ]
         script, *given = words
         count = HANDS_TO.get(script, (script, 0))[1]
         if script.startswith("launch/"):
-            # Scripts take --name=value alone: what else follows is prose.
+            # Scripts accept only --name=value: anything else is prose.
             end = next(
                 (n for n, word in enumerate(given) if n >= count and not word.startswith("--")),
                 len(given),
@@ -106,7 +105,7 @@ def commands(text: str) -> list[list[str]]:
 
 
 def problem(command: list[str]) -> str | None:
-    """Why ``command`` cannot run, in one line."""
+    """Return why ``command`` cannot run, in one line."""
     script, *given = command
     if not (ROOT / script).is_file():
         return f"{script} does not exist"
@@ -140,13 +139,13 @@ def _absl_problem(script: str, given: list[str]) -> str | None:
 
 
 def _forget_scripts() -> None:
-    """A module defines its flags when it is imported; the next command needs them again."""
+    """Unload scripts: their flags are defined on import, and the next command needs them again."""
     for name in [name for name in sys.modules if name.startswith("mtnlg_jax.cli.")]:
         del sys.modules[name]
 
 
 class _Parsed(Exception):
-    """Ends a benchmark once it has read its arguments."""
+    """Raised to end a benchmark once it has parsed its arguments."""
 
 
 def _argparse_problem(script: str, given: list[str]) -> str | None:
@@ -233,7 +232,7 @@ def test_every_command_shown_can_run():
         ),
     ],
 )
-def test_a_wrong_command_is_found(text, words):
+def test_an_invalid_command_is_found(text, words):
     (command,) = commands(text)
     assert words in problem(command)
 
@@ -249,7 +248,7 @@ def test_a_wrong_command_is_found(text, words):
         "bash launch/cluster/tpu_pod.sh TPU_NAME ZONE --config=... --workdir=RUN",
     ],
 )
-def test_a_right_command_passes(text):
+def test_a_valid_command_passes(text):
     (command,) = commands(text)
     assert problem(command) is None
 
@@ -273,7 +272,7 @@ def test_a_command_shows_its_own_help(command):
     assert all(re.search(rf"--(?:\[no\])?{name}\b", done.stdout) for name in own)
 
 
-def test_console_commands_are_there():
+def test_console_commands_exist():
     given = re.findall(
         r'"mtnlg-[a-z-]+=(mtnlg_jax\.cli\.\w+):run"', (ROOT / "setup.py").read_text()
     )

@@ -1,5 +1,4 @@
-"""Configuration: what is read, what is refused, and that a refusal names the numbers and the way
-out."""
+"""Check how configs are read, which are refused, and that errors give the values and a remedy."""
 
 import dataclasses
 import json
@@ -33,8 +32,7 @@ BASE = Config()
 
 
 def _refused(call, *words):
-    """The message of the ValueError that ``call`` raises: one line, holding every one of
-    ``words``."""
+    """Return the message of the ValueError that ``call`` raises: one line with all of ``words``."""
     with pytest.raises(ValueError) as caught:
         call()
     message = str(caught.value)
@@ -45,7 +43,6 @@ def _refused(call, *words):
 
 
 # --- reading
-# --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -79,7 +76,9 @@ def test_override_reads_a_value_as_its_fields_type(assignment, path, value):
     for key in path.split("."):
         read = getattr(read, key)
     assert read == value and type(read) is type(value)
-    assert changed == override(changed) and BASE == Config()  # nothing else moved, and BASE did not
+    assert (
+        changed == override(changed) and BASE == Config()
+    )  # nothing else changed, and neither did BASE
 
 
 def test_the_last_override_wins():
@@ -135,12 +134,11 @@ def test_the_last_override_wins():
         ("train.stages=[{'masked': 'all'}]", ["train.stages.masked='all' is str", "float"]),
     ],
 )
-def test_override_refuses(assignment, words):
+def test_an_invalid_override_raises_an_error(assignment, words):
     _refused(lambda: override(BASE, assignment), *words)
 
 
 # --- files
-# ------------------------------------------------------------------------------------------------
 
 
 IMPORT = "from mtnlg_jax.config import *\n\n"
@@ -231,12 +229,12 @@ def test_text_after_a_colon_is_the_argument_of_get_config(written):
         ),
     ],
 )
-def test_load_config_names_what_is_wrong_with_a_file(written, text, words):
+def test_an_invalid_config_file_raises_an_error(written, text, words):
     path = written(text)
     _refused(lambda: load_config(path, ["train.seed=1"]), *words)
 
 
-def test_load_config_takes_numpy_numbers_and_path_objects(written):
+def test_load_config_accepts_numpy_numbers_and_path_objects(written):
     config = load_config(
         written(f"""{IMPORT}
 import numpy as np
@@ -284,9 +282,8 @@ def test_a_home_folder_is_expanded_in_every_path_of_a_config(written, monkeypatc
     )
 
 
-def test_every_text_of_a_config_that_names_a_file_is_marked():
-    """`map_paths` reaches what it should: a field whose comment or name speaks of a folder has the
-    mark."""
+def test_config_fields_that_name_files_are_marked():
+    """A field whose comment or name mentions a folder has the mark that `map_paths` looks for."""
     seen = []
     config = dataclasses.replace(
         Config(),
@@ -295,16 +292,16 @@ def test_every_text_of_a_config_that_names_a_file_is_marked():
     )
     mapped = map_paths(config, lambda text: seen.append(text) or f"/{text}")
     assert sorted(seen) == list("123456") and mapped.train.stages[0].blend == (("/6", 1.0),)
-    assert map_paths(Config(), lambda text: "changed") == Config()  # an empty text names nothing
+    assert map_paths(Config(), lambda text: "changed") == Config()  # an empty text is not a path
 
 
-def test_a_config_of_the_repository_is_pointed_to(tmp_path, monkeypatch):
+def test_a_missing_config_suggests_one_of_the_repository(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"did you mean /.*/configs/tiny\.py\?"):
         load_config("configs/tiny.py")
 
 
-def test_load_config_wants_a_python_file(written, tmp_path):
+def test_load_config_requires_a_python_file(written, tmp_path):
     for path in ("", "no/such.py", str(tmp_path), "\0"):
         with pytest.raises(FileNotFoundError, match="is not a file; give one of configs"):
             load_config(path)
@@ -313,7 +310,6 @@ def test_load_config_wants_a_python_file(written, tmp_path):
 
 
 # --- JSON
-# -------------------------------------------------------------------------------------------------
 
 ODD = Config(
     name='a "quoted"\n\0 name, 中文 \ud800',
@@ -331,14 +327,14 @@ ODD = Config(
 
 
 @pytest.mark.parametrize("config", [BASE, ODD], ids=["default", "odd"])
-def test_a_config_survives_json(config):
+def test_a_config_survives_a_round_trip_through_json(config):
     read = from_json(to_json(config))
     assert read == config and hash(read) == hash(config)
     assert isinstance(read.optimizer.learning_rate, float)
     assert from_json(to_json(read)) == read
 
 
-def test_an_older_file_takes_todays_defaults():
+def test_an_older_file_gets_current_defaults():
     assert from_json('{"model": {"num_layers": 3}}') == Config(model=ModelConfig(num_layers=3))
 
 
@@ -355,19 +351,18 @@ def test_an_older_file_takes_todays_defaults():
         ('{"train": {"stages": [{"blend": [["a"]]}]}}', ["train.stages.blend=['a'] is list"]),
     ],
 )
-def test_from_json_refuses(text, words):
+def test_invalid_json_raises_an_error(text, words):
     _refused(lambda: from_json(text), *words)
 
 
-# --- impossible values and combinations
-# ---------------------------------------------------------------------
+# --- invalid values and combinations
 
 
 def test_the_defaults_are_valid():
     validate(BASE)
 
 
-def test_validate_changes_nothing():
+def test_validate_does_not_change_the_config():
     odd = override(ODD, "mesh.tensor=1", "train.micro_batch_size=1", "train.global_batch_size=4")
     before = to_json(odd)
     validate(odd)
@@ -377,7 +372,7 @@ def test_validate_changes_nothing():
 @pytest.mark.parametrize(
     ("assignments", "words"),
     [
-        # what must divide: both numbers, and the nearest that would do
+        # divisibility: both numbers, and the nearest valid ones
         (["mesh.tensor=7"], ["num_attention_heads=12", "mesh.tensor=7", "4 or 6"]),
         (
             ["mesh.tensor=6", "model.num_query_groups=4"],
@@ -428,7 +423,7 @@ def test_validate_changes_nothing():
         (
             ["train.micro_batch_size=3"],
             ["global_batch_size=32", "3", "30 or 33"],
-        ),  # no mesh.data can repair it
+        ),  # no mesh.data makes it valid
         (
             ["train.rampup_batch_size=(8, 5, 99)", "train.micro_batch_size=1"],
             ["24", "increment=5", "4 or 6"],
@@ -453,7 +448,7 @@ def test_validate_changes_nothing():
         (["data.masking.random_share=0.5"], ["mask_share=0.8", "random_share=0.5", "lower one"]),
         (["decode.min_new_tokens=200"], ["200", "128"]),
         (["optimizer.warmup_fraction=0.5", "optimizer.decay_fraction=0.4"], ["0.4", "0.5"]),
-        # outside the range: the value and the limits
+        # out of range: the value and the limits
         (["mesh.data=0"], ["mesh.data=0", "[1, "]),
         (["mesh.data=-2"], ["mesh.data=-2", "[1, "]),
         (["mesh.tensor=0"], ["mesh.tensor=0", "[1, "]),
@@ -503,7 +498,7 @@ def test_validate_changes_nothing():
         (["decode.max_new_tokens=0"], ["max_new_tokens=0", "[1, "]),
     ],
 )
-def test_validate_refuses(assignments, words):
+def test_validate_raises_for_invalid_configs(assignments, words):
     _refused(lambda: validate(override(BASE, *assignments)), *words)
 
 
@@ -532,11 +527,11 @@ def test_validate_refuses(assignments, words):
         Config(name=3),
     ],
 )
-def test_validate_checks_what_a_config_file_put_there(config):
+def test_validate_checks_values_of_a_config_file(config):
     _refused(lambda: validate(config))
 
 
-def test_every_float_refuses_nan():
+def test_nan_raises_an_error_for_every_float():
     count = 0
     for section in (f.name for f in dataclasses.fields(Config) if f.name != "name"):
         for key, value in dataclasses.asdict(getattr(BASE, section)).items():
@@ -547,8 +542,8 @@ def test_every_float_refuses_nan():
     assert count > 15
 
 
-def test_huge_numbers_are_refused_at_once():
-    # The way out is looked for among the divisors: that must not take time in proportion to the
+def test_huge_numbers_raise_at_once():
+    # The remedy is searched among the divisors, which must not take time proportional to the
     # number.
     begin = time.perf_counter()
     width = ("model.ffn_hidden_size=2147483647", "mesh.tensor=2")
@@ -558,7 +553,7 @@ def test_huge_numbers_are_refused_at_once():
     assert time.perf_counter() - begin < 2
 
 
-def test_validate_batch_judges_the_devices_that_were_found():
+def test_validate_batch_checks_the_available_devices():
     config = override(BASE, "train.micro_batch_size=4")
     validate(config)
     validate_batch(config, 8)
@@ -574,10 +569,10 @@ def test_validate_batch_judges_the_devices_that_were_found():
         ("data.path=", "", ()),
     ],
 )
-def test_one_of_path_and_blend_replaces_the_other_and_an_empty_one_nothing(assignment, path, blend):
+def test_path_and_blend_replace_each_other_unless_empty(assignment, path, blend):
     data = override(Config(data=DataConfig(path="a")), assignment).data
     assert (data.path, data.blend) == (path, blend)
 
 
-def test_a_recipe_has_no_section_of_data():
+def test_an_override_of_data_in_a_recipe_raises_an_error():
     _refused(lambda: override(Recipe(), "data.path=x"), "data", "Recipe")

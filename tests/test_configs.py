@@ -1,4 +1,4 @@
-"""Every run file in configs/ loads, fits together, and has the size that was published."""
+"""Check that every run file in configs/ loads, is consistent, and has its published size."""
 
 import ast
 import dataclasses
@@ -20,7 +20,7 @@ from mtnlg_jax.train.schedule import batch_size_at, samples_before
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
 FILES = sorted(FOLDER.glob("*.py"))
-VOCABULARY = 1024  # stands in where the tokenizer decides
+VOCABULARY = 1024  # used where the tokenizer decides
 
 # Narayanan 2021, Table 1: billions, heads, width, layers, tensor, pipe, GPUs, batch.
 LADDER = """
@@ -55,7 +55,7 @@ def _size(tree) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-def test_the_folder_holds_all_that_are_published():
+def test_the_folder_has_all_published_configs():
     assert {"tiny", "mtnlg_530b", "ladder"} <= {path.stem for path in FILES}
 
 
@@ -68,7 +68,7 @@ def test_a_config_loads_and_counts_its_parameters(name):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_config_says_how_to_run_it_and_imports_only_the_package(path):
+def test_a_config_shows_its_command_and_imports_only_the_package(path):
     tree = ast.parse(path.read_text())
     text = ast.get_docstring(tree)
     assert re.search(r"^ *(python|bash) launch/\w+\.(py|sh)", text, re.MULTILINE), "no command"
@@ -80,7 +80,7 @@ def test_a_config_says_how_to_run_it_and_imports_only_the_package(path):
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
-def test_the_ladder_is_the_published_table(row):
+def test_the_ladder_equals_the_published_table(row):
     config = _config(f"ladder.py:{_row_name(row)}")
     model = config.model
     mesh = config.mesh
@@ -99,7 +99,7 @@ def test_the_ladder_is_the_published_table(row):
         2048,
         51200,
     )
-    # The formula of section 5.1 leaves out the final LayerNorm's 2h.
+    # The formula of section 5.1 omits the 2h of the final LayerNorm.
     h = width
     l = layers  # noqa: E741
     V = 51200
@@ -108,7 +108,7 @@ def test_the_ladder_is_the_published_table(row):
     assert model.parameter_count() - 2 * h == round(formula)
 
 
-def test_megatron_turing_is_the_papers_recipe():
+def test_megatron_turing_has_the_recipe_of_the_paper():
     config = _config("mtnlg_530b.py")
     model = config.model
     mesh = config.mesh
@@ -121,12 +121,14 @@ def test_megatron_turing_is_the_papers_recipe():
     assert len(config.data.blend) == 15
     assert sum(weight for _, weight in config.data.blend) == pytest.approx(1, abs=1e-9)
     tokens = samples_before(train, train.steps) * config.sequence_length
-    assert 0 <= tokens - 270e9 + 2048 < 1920 * 2048  # the last step goes at most a batch beyond
+    assert (
+        0 <= tokens - 270e9 + 2048 < 1920 * 2048
+    )  # the last step exceeds this by less than a batch
     assert optimizer.warmup_fraction * tokens == pytest.approx(1e9, rel=1e-4)
     assert optimizer.decay_fraction * tokens == pytest.approx(340e9, rel=1e-4)
 
 
-def test_megatron_turings_batch_grows_to_1920_over_twelve_billion_tokens():
+def test_the_batch_of_megatron_turing_grows_to_1920_over_12b_tokens():
     train = _config("mtnlg_530b.py").train
     ramp = round(12e9 / 2048)
     sizes = [batch_size_at(train, i * ramp // 590) for i in range(591)]
@@ -135,8 +137,8 @@ def test_megatron_turings_batch_grows_to_1920_over_twelve_billion_tokens():
 
 
 @pytest.mark.parametrize("name", ["mtnlg_530b.py", "ladder.py:310.1b", "ladder.py:1008b"])
-def test_every_tensor_of_the_largest_divides_over_its_axes(name):
-    # An abstract mesh: the plan of thousands of chips needs none of them.
+def test_tensors_of_the_largest_configs_divide_over_their_axes(name):
+    # An abstract mesh, because the plan for thousands of chips does not need them.
     config = _config(name)
     mesh = config.mesh
     shape = (mesh.pipe, mesh.data, mesh.context, mesh.tensor)
@@ -154,7 +156,7 @@ def test_every_tensor_of_the_largest_divides_over_its_axes(name):
         (TrainConfig, "recompute", tuple(POLICIES)),
     ],
 )
-def test_a_field_offers_what_there_is(section, field, choices):
+def test_the_choices_of_a_field_are_those_implemented(section, field, choices):
     assert set(typing.get_args(typing.get_type_hints(section)[field])) == set(choices)
 
 
@@ -185,12 +187,12 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("switches", VARIANTS.values(), ids=VARIANTS)
-def test_the_closed_form_counts_what_every_switch_makes(switches):
+def test_the_parameter_count_is_exact_for_every_option(switches):
     plain = ModelConfig(**SMALL)
     model = ModelConfig(**SMALL, **switches)
     assert model.parameter_count() == _size(abstract_model(model)[1]) != plain.parameter_count()
 
 
-def test_an_unknown_vocabulary_cannot_be_counted():
+def test_counting_parameters_needs_a_vocabulary():
     with pytest.raises(ValueError, match="model.vocab_size is not known yet"):
         ModelConfig().parameter_count()

@@ -1,4 +1,4 @@
-"""The pages: links lead somewhere, and the page of all settings is that of the dataclasses."""
+"""Check the pages: links resolve, and the page of settings matches the dataclasses."""
 
 import re
 from pathlib import Path
@@ -12,24 +12,24 @@ PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
-def test_links_and_code_places_exist(path):
+def test_links_and_code_references_exist(path):
     text = path.read_text()
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
         assert "://" in target or (path.parent / target).exists(), target
-    if path.name != "CHANGELOG.md":  # which names places of its time
+    if path.name != "CHANGELOG.md":  # which names files of its time
         folders = "mtnlg_jax|tests|configs|launch|benchmarks|notebooks"
         for place in re.findall(rf"`((?:{folders})/[\w/.]+\.\w+)(?::[\w.]+)?`", text):
             assert (ROOT / place).exists(), place
 
 
-def test_every_page_is_reached_from_the_front_page():
+def test_the_front_page_links_every_page():
     readme = (ROOT / "README.md").read_text()
     assert len(readme.splitlines()) <= 150
     for path in (ROOT / "docs").glob("*.md"):
         assert f"(docs/{path.name})" in readme, path.name
 
 
-def test_the_page_of_settings_is_that_of_the_dataclasses():
+def test_the_page_of_settings_matches_the_dataclasses():
     assert (ROOT / "docs/configuration.md").read_text() == page.render()
 
 

@@ -1,4 +1,4 @@
-"""The hardware table, and FLOP counts against the tables that published them."""
+"""Check the hardware table, and compare FLOP counts with published tables."""
 
 import jax
 import pytest
@@ -21,13 +21,13 @@ def gpt(layers, width, heads):
 MTNLG = gpt(105, 20480, 128)
 
 
-# Smith 2022: 1,920 sequences a step on A100s; TFLOP/s count the recomputed forward pass, MFU does
+# Smith 2022: 1,920 sequences a step on A100s. TFLOP/s include the recomputed forward pass, MFU does
 # not.
 @pytest.mark.parametrize(
     ("devices", "seconds", "teraflops", "mfu"),
     [(2240, 60.1, 125.7, 30.2), (2800, 50.2, 120.4, 29.0), (3360, 44.4, 113.5, 27.3)],
 )
-def test_the_papers_throughput(devices, seconds, teraflops, mfu):
+def test_throughput_of_the_paper(devices, seconds, teraflops, mfu):
     tokens = 1920 * SEQUENCE
     model = flops_per_token(MTNLG, SEQUENCE)
     done = model + MTNLG.num_layers * sum(layer_flops(MTNLG, SEQUENCE).values())
@@ -46,7 +46,7 @@ def test_the_papers_throughput(devices, seconds, teraflops, mfu):
         (MTNLG, 2240, 2240, 39.15, 54.2),
     ],
 )
-def test_korthikantis_utilization(model, devices, batch, seconds, mfu):
+def test_utilization_equals_korthikanti(model, devices, batch, seconds, mfu):
     flops = batch * SEQUENCE * flops_per_token(model, SEQUENCE)
     # The 22B's 1.10 s has three digits only.
     assert 100 * flops / seconds / devices / A100 == pytest.approx(
@@ -54,7 +54,7 @@ def test_korthikantis_utilization(model, devices, batch, seconds, mfu):
     )
 
 
-def test_a_layer_is_narayanans():
+def test_flops_of_a_layer_equal_narayanan():
     h = 20480
     s = SEQUENCE
     assert sum(layer_flops(MTNLG, s).values()) == pytest.approx(
@@ -62,7 +62,7 @@ def test_a_layer_is_narayanans():
     )
 
 
-def test_fewer_key_heads_and_a_gate_change_the_layer():
+def test_key_heads_and_gates_change_the_flops_of_a_layer():
     plain = layer_flops(ModelConfig(hidden_size=64, num_attention_heads=4), 32)
     other = layer_flops(
         ModelConfig(hidden_size=64, num_attention_heads=4, num_query_groups=1, activation="swiglu"),
@@ -75,7 +75,7 @@ def test_fewer_key_heads_and_a_gate_change_the_layer():
 @pytest.mark.parametrize(
     ("text", "chips"), [("H100:1024", ("H100", 1024)), ("tpu7X:1", ("TPU7x", 1))]
 )
-def test_chips_are_read(text, chips):
+def test_chip_names_are_read(text, chips):
     assert parse_chips(text) == chips
 
 
@@ -91,7 +91,7 @@ def test_chips_are_read(text, chips):
         ("H100:9999999", "a number of chips from 1 to 1048576"),
     ],
 )
-def test_other_chips_are_refused(text, words):
+def test_unknown_chips_raise_an_error(text, words):
     with pytest.raises(ValueError, match=words):
         parse_chips(text)
 
@@ -120,7 +120,7 @@ def running(monkeypatch, kind, platform="gpu", count=4):
         ("TPU7x", "TPU7x"),
     ],
 )
-def test_a_running_device_finds_its_row(kind, chip, monkeypatch):
+def test_a_device_finds_its_row(kind, chip, monkeypatch):
     running(monkeypatch, kind)
     assert peak_flops() == 4 * CHIPS[chip].flops
 
@@ -144,7 +144,7 @@ def test_a_running_device_finds_its_row(kind, chip, monkeypatch):
         ("AMD Instinct MI300X", 1307.4),
     ],
 )
-def test_each_kind_of_card_has_its_own_speed(kind, teraflops, monkeypatch):
+def test_each_kind_of_gpu_has_its_own_speed(kind, teraflops, monkeypatch):
     running(monkeypatch, kind, count=8)
     assert peak_flops() == pytest.approx(8 * teraflops * 1e12)
 
@@ -165,7 +165,7 @@ def test_each_kind_of_card_has_its_own_speed(kind, teraflops, monkeypatch):
         "cpu",
     ],
 )
-def test_a_kind_without_a_figure_has_none_unless_it_is_given(kind, monkeypatch):
+def test_an_unknown_device_has_no_flops_unless_given(kind, monkeypatch):
     running(monkeypatch, kind, count=8)
     assert peak_flops() is None
     assert peak_flops(362e12) == 8 * 362e12  # train.device_flops

@@ -1,5 +1,4 @@
-"""The house rules: what may import what, what lies where, and that the pinned versions cover
-setup.py."""
+"""Check the rules of the repository: imports between rooms, fixed files, and pinned versions."""
 
 import ast
 import graphlib
@@ -17,8 +16,7 @@ from mtnlg_jax import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# A room may import itself and the rooms on the lines above it; rooms of one line do not see each
-# other.
+# A room may import itself and the rooms on the lines above it, but not other rooms on its line.
 ORDER = """
     errors
     compat command storage
@@ -41,13 +39,13 @@ TOP_LEVEL = {
 
 
 def _room_of(module: str) -> str | None:
-    """The room of ORDER in which "mtnlg_jax.parallel.mesh" lies; None for what lies in none."""
+    """Return the room of ORDER that contains "mtnlg_jax.parallel.mesh", or None."""
     inside = module.removeprefix("mtnlg_jax.") + "."
     return next((room for room in ORDER.split() if inside.startswith(room + ".")), None)
 
 
 def _imports(path: Path, module: str):
-    """Yields (line, dotted name) of every import in a file, also those inside functions."""
+    """Yield (line, dotted name) of every import in a file, including those inside functions."""
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -74,16 +72,14 @@ def _violations(package: Path) -> list[str]:
         module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
         room = _room_of(module)
         if room is None and path.name != "__init__.py":
-            found.append(f"{relative}: stands in no room of ORDER")
+            found.append(f"{relative}: is in no room of ORDER")
         for line, name in _imports(path, module):
             if name.split(".")[0] in ("configs", "launch", "tests"):
                 found.append(f"{relative}:{line}: imports {name}, which stands above the package")
             elif name.startswith("mtnlg_jax.") and not name.startswith("mtnlg_jax.__"):
                 target = _room_of(name)
                 if target is None:
-                    found.append(
-                        f"{relative}:{line}: imports {name}, which stands in no room of ORDER"
-                    )
+                    found.append(f"{relative}:{line}: imports {name}, which is in no room of ORDER")
                 elif room is None or (room != target and height[target] >= height[room]):
                     found.append(f"{relative}:{line}: {room or module} imports {name}")
     return found
@@ -109,7 +105,7 @@ def test_imports_flow_one_way():
         ("decode/cache.py", "from mtnlg_jax.attic import old"),
     ],
 )
-def test_a_planted_import_is_found(tmp_path, where, line):
+def test_a_planted_wrong_import_is_found(tmp_path, where, line):
     path = tmp_path / "mtnlg_jax" / where
     path.parent.mkdir(parents=True)
     path.write_text(line + "\n")
@@ -126,7 +122,7 @@ def test_a_planted_import_is_found(tmp_path, where, line):
         ("data/store/tokens.py", "import numpy\nfrom mtnlg_jax.data.tokenizer import load"),
     ],
 )
-def test_an_import_downwards_is_free(tmp_path, where, line):
+def test_an_import_from_above_is_allowed(tmp_path, where, line):
     path = tmp_path / "mtnlg_jax" / where
     path.parent.mkdir(parents=True)
     path.write_text(line + "\n")
@@ -134,8 +130,8 @@ def test_an_import_downwards_is_free(tmp_path, where, line):
 
 
 def _circle(package: Path) -> list[str]:
-    """Files of which each imports the next and the last the first, also by imports inside
-    functions; [] for none."""
+    """Return files that import each other in a cycle, including imports inside functions; [] for
+    none."""
     graph = {}
     for path in package.rglob("*.py"):
         module = ".".join(
@@ -143,7 +139,7 @@ def _circle(package: Path) -> list[str]:
         ).removesuffix(".__init__")
         graph[module] = path
     imported = {
-        # What is imported is a module, or something of one.
+        # An import names a module or an attribute of one.
         module: {
             found if found in graph else found.rpartition(".")[0]
             for _, found in _imports(path, module)
@@ -158,7 +154,7 @@ def _circle(package: Path) -> list[str]:
     return []
 
 
-def test_no_files_import_each_other():
+def test_files_do_not_import_each_other():
     assert _circle(ROOT / "mtnlg_jax") == []
 
 
@@ -172,7 +168,7 @@ def test_no_files_import_each_other():
         "import mtnlg_jax.data.c",
     ],
 )
-def test_a_planted_circle_is_found(tmp_path, line):
+def test_a_planted_cycle_is_found(tmp_path, line):
     folder = tmp_path / "mtnlg_jax" / "data"
     folder.mkdir(parents=True)
     (folder / "a.py").write_text(line + "\n")
@@ -184,7 +180,7 @@ def test_a_planted_circle_is_found(tmp_path, line):
 
 
 def _missing(path: Path) -> list[str]:
-    """Names that a file imports from the package and that the package does not define."""
+    """Return names that a file imports from the package and that the package does not define."""
     found = []
     for line, name in _imports(path, "none"):
         if not name.startswith("mtnlg_jax."):
@@ -212,7 +208,7 @@ def _defines(path: Path | None, name: str) -> bool:
 
 
 def _names_of(node: ast.stmt) -> set[str]:
-    """Names that a statement of a module binds."""
+    """Return names that a statement of a module binds."""
     if isinstance(node, ast.ClassDef | ast.FunctionDef):
         return {node.name}
     if isinstance(node, ast.Import | ast.ImportFrom):
@@ -220,8 +216,8 @@ def _names_of(node: ast.stmt) -> set[str]:
     return {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
 
 
-def test_what_is_beside_the_package_imports_what_exists(tmp_path):
-    """Benchmarks, configs and scripts, whose imports inside functions few tests reach."""
+def test_imports_of_files_outside_the_package_exist(tmp_path):
+    """Few tests reach the imports inside functions of benchmarks, configs and scripts."""
     paths = [
         path for room in ("benchmarks", "configs", "launch") for path in (ROOT / room).rglob("*.py")
     ]
@@ -234,14 +230,14 @@ def test_what_is_beside_the_package_imports_what_exists(tmp_path):
     assert len(_missing(planted)) == 2
 
 
-def test_the_data_room_does_without_jax():
+def test_the_data_room_does_not_import_jax():
     modules = []
     for path in sorted((ROOT / "mtnlg_jax/data").rglob("*.py")):
         inside = path.relative_to(ROOT).with_suffix("")
         modules.append(".".join(inside.parts).removesuffix(".__init__"))
         heads = {name.split(".")[0] for _, name in _imports(path, modules[-1])}
         assert not heads & {"jax", "jaxlib", "flax", "optax", "orbax"}, path.name
-    # What a module imports may import JAX in turn, so a fresh process looks at the result.
+    # An imported module may import JAX itself, so a new process checks the result.
     program = f"import sys\nfor name in {modules}: __import__(name)\nprint('jax' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
@@ -249,7 +245,7 @@ def test_the_data_room_does_without_jax():
     assert done.stdout.strip() == "False"
 
 
-def test_importing_the_package_imports_nothing_else():
+def test_importing_the_package_imports_no_room():
     program = (
         "import sys; before = set(sys.modules); import mtnlg_jax; print(*set(sys.modules) - before)"
     )
@@ -272,7 +268,7 @@ def test_the_top_level_is_fixed():
     assert {name for name in names if not name.startswith(".")} <= TOP_LEVEL
 
 
-def test_the_license_is_named_alike_everywhere():
+def test_the_license_is_the_same_everywhere():
     name = re.search(
         r"^SPDX-License-Identifier: (\S+)$", (ROOT / "LICENSE").read_text(), re.MULTILINE
     )[1]
@@ -281,7 +277,7 @@ def test_the_license_is_named_alike_everywhere():
     assert f"license: {name}\n" in (ROOT / "CITATION.cff").read_text()
 
 
-def test_the_citation_is_of_this_version():
+def test_the_citation_has_the_current_version():
     assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 

@@ -1,4 +1,4 @@
-"""The way of a reader from the command to the gradient: few calls, few lines, and really there.
+"""Check the reading path from the command to the gradient: few calls, few lines, and correct.
 
 One device, the causal objective, AdamW, no adapters and no teacher. README.md shows this path.
 """
@@ -148,7 +148,7 @@ def _faults(package: Path, path: list[Stop]) -> list[str]:
     return faults
 
 
-def test_the_gradient_is_a_short_way_from_the_command():
+def test_the_path_from_command_to_gradient_is_short():
     assert _faults(PACKAGE, PATH) == []
 
 
@@ -187,6 +187,6 @@ def test_a_planted_detour_is_found(tmp_path, file, old, new, fault):
     assert fault in found
 
 
-def test_one_call_more_is_found():
+def test_an_additional_call_is_found():
     longer = [PATH[0], *PATH]
     assert any("6 calls" in fault for fault in _faults(PACKAGE, longer))

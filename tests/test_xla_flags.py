@@ -1,5 +1,5 @@
-"""The compiler's flags: each is tried before it is set, TPU flags by compiling what the run will
-send."""
+"""Check compiler flags: each is tried before it is set, TPU flags by compiling the run's
+collectives."""
 
 import json
 import os
@@ -16,7 +16,7 @@ INVENTED = "--xla_gpu_invented_for_a_test=true"
 DEAD = "--xla_gpu_lhs_enable_gpu_async_tracker=true"  # recommended once, gone from jaxlib 0.10.2 on
 ZERO3 = MeshConfig(pipe=1, data=-1, tensor=4, zero=3)
 ALL = MeshConfig(pipe=2, data=-1, context=2, tensor=4, zero=1)
-# What stood for every TPU before: v5e's compiler alone takes it.
+# Formerly set for every TPU, but only v5e's compiler accepts it.
 FUSE = "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true"
 
 
@@ -43,7 +43,7 @@ def test_nothing_is_set_on_a_cpu():
 # --- GPUs: parsed
 
 
-def test_gpu_flags_are_known_and_an_invented_one_is_found_out(monkeypatch):
+def test_gpu_flags_are_known_and_an_invented_one_is_rejected(monkeypatch):
     monkeypatch.setattr(xla_flags, "platform_here", lambda: "gpu")
     ours = {**xla_flags.GPU, **xla_flags.GPU_PIPELINE}
     monkeypatch.setattr(xla_flags, "GPU", xla_flags.GPU | {INVENTED: "nobody", DEAD: "nobody"})
@@ -52,7 +52,7 @@ def test_gpu_flags_are_known_and_an_invented_one_is_found_out(monkeypatch):
     assert os.environ["NCCL_NVLS_ENABLE"] == "set by the user"
 
 
-def test_gathers_are_not_pipelined_where_a_split_layer_is_recomputed_whole(monkeypatch):
+def test_gathers_are_not_pipelined_if_a_split_layer_is_recomputed(monkeypatch):
     monkeypatch.setattr(xla_flags, "unknown_flags", lambda flags: [])
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     split = MeshConfig(tensor=8)
@@ -66,7 +66,7 @@ def test_gathers_are_not_pipelined_where_a_split_layer_is_recomputed_whole(monke
     assert set(chosen[1]) - set(chosen[0]) == {xla_flags.PIPELINED_GATHER}
 
 
-def test_what_is_known_is_remembered_and_what_is_given_stays(monkeypatch):
+def test_results_are_cached_and_given_flags_are_kept(monkeypatch):
     monkeypatch.setattr(xla_flags, "platform_here", lambda: "gpu")
     tried = []
     monkeypatch.setattr(
@@ -82,7 +82,7 @@ def test_what_is_known_is_remembered_and_what_is_given_stays(monkeypatch):
     assert xla_flags.set_flags(ZERO3) == rest and len(tried) == 1
 
 
-def test_a_try_that_fails_for_another_reason_sets_no_flag_and_is_not_remembered(monkeypatch):
+def test_a_failed_try_sets_no_flag_and_is_not_cached(monkeypatch):
     monkeypatch.setattr(xla_flags, "_PARSES", "raise SystemExit(1)")
     assert xla_flags.unknown_flags([INVENTED]) == [INVENTED]
     assert not os.path.exists(compat.cache_folder())
@@ -107,11 +107,11 @@ def test_a_try_that_fails_for_another_reason_sets_no_flag_and_is_not_remembered(
         ("", None),
     ],
 )
-def test_kinds_in_the_words_of_a_cloud(said, kind):
+def test_kinds_from_cloud_names(said, kind):
     assert xla_flags.kind_of(said) == kind
 
 
-def test_the_bus_goes_before_the_environment(monkeypatch):
+def test_the_pci_bus_has_precedence_over_the_environment(monkeypatch):
     monkeypatch.setattr(xla_flags, "platform_here", lambda: "tpu")
     monkeypatch.setattr(compat, "tpu_here", lambda: None)
     assert xla_flags.kind_here() == "tpu"
@@ -123,10 +123,10 @@ def test_the_bus_goes_before_the_environment(monkeypatch):
     monkeypatch.delenv("TPU_ACCELERATOR_TYPE")
     assert xla_flags.kind_here() == "tpu"
     monkeypatch.undo()
-    assert compat.tpu_here() is None  # no machine of ours has one
+    assert compat.tpu_here() is None  # none of our machines has one
 
 
-def test_a_chip_of_no_known_kind_gets_no_flag_and_one_line():
+def test_a_chip_of_unknown_kind_gets_no_flag_and_one_line():
     choice = xla_flags.choose("tpu", ZERO3)
     assert choice.flags == () and "set TPU_ACCELERATOR_TYPE, as v5p-8" in choice.left_out
 
@@ -180,12 +180,12 @@ def test_every_flag_has_a_source_and_one_value():
         ),
     ],
 )
-def test_a_try_sends_what_the_run_sends(mesh, sent):
+def test_a_try_has_the_collectives_of_the_run(mesh, sent):
     assert xla_flags.collectives_of(mesh) == sent
 
 
 def on(monkeypatch, kind, refuses):
-    """A machine with chips of ``kind``, whose compiler says of flags what ``refuses`` says; the
+    """Return a machine with chips of ``kind`` whose compiler answers as ``refuses`` says, and its
     tries."""
     tried = []
 
@@ -198,7 +198,7 @@ def on(monkeypatch, kind, refuses):
     return tried
 
 
-def test_a_run_sets_the_flags_of_its_chip_and_what_is_given_stays(monkeypatch):
+def test_a_run_sets_the_flags_of_its_chip_and_keeps_given_ones(monkeypatch):
     tried = on(monkeypatch, "v5p", lambda flags: "")
     given = "--xla_enable_async_all_gather=false --xla_my_own=1"
     monkeypatch.setenv("LIBTPU_INIT_ARGS", given)
@@ -206,7 +206,7 @@ def test_a_run_sets_the_flags_of_its_chip_and_what_is_given_stays(monkeypatch):
     wanted = [flag for flag in of("v5p") if not flag.startswith("--xla_enable_async_all_gather=")]
     assert xla_flags.set_flags(ZERO3) == wanted
     assert os.environ["LIBTPU_INIT_ARGS"].split() == [*given.split(), *wanted]
-    # Tried as they will stand, over slices, with the run's collectives; once.
+    # Tried once as they will be set, over slices, with the collectives of the run.
     assert tried == [
         {
             "kind": "v5p",
@@ -220,9 +220,7 @@ def test_a_run_sets_the_flags_of_its_chip_and_what_is_given_stays(monkeypatch):
 
 
 @pytest.mark.parametrize(("bad", "left"), [("offload_reduce_scatter", 1), ("async_all_gather", 0)])
-def test_a_set_that_is_refused_gives_way_to_the_next_smaller_in_one_line(
-    monkeypatch, caplog, bad, left
-):
+def test_a_rejected_set_is_replaced_by_a_smaller_one(monkeypatch, caplog, bad, left):
     tried = on(
         monkeypatch, "v6e", lambda flags: f"FAILED_PRECONDITION: no {bad}" if bad in flags else ""
     )
@@ -261,7 +259,7 @@ def test_a_set_that_is_refused_gives_way_to_the_next_smaller_in_one_line(
     ],
     ids=["taken", "refused", "unknown", "killed", "slow"],
 )
-def test_what_a_try_says_is_kept_where_it_is_certain(monkeypatch, done, answer, kept):
+def test_only_certain_results_of_a_try_are_cached(monkeypatch, done, answer, kept):
     asked = []
 
     def run(command, input, env, **_):
@@ -296,7 +294,7 @@ def needs_libtpu(kind):
     ],
     ids=str,
 )
-def test_every_set_compiles_a_layer_that_zero3_gathers_and_scatters(kind, mesh, slices):
+def test_every_set_compiles_a_zero_3_layer(kind, mesh, slices):
     needs_libtpu(kind)
     assert xla_flags.choose(kind, mesh, slices) == xla_flags.Choice(tuple(of(kind)))
 
@@ -309,12 +307,12 @@ def test_every_smaller_set_compiles(kind):
         assert xla_flags.refusal(kind, ZERO3, 1, of(kind, groups)) == ""
 
 
-def test_a_flag_that_parses_and_is_refused_when_it_acts_is_found_out():
+def test_a_flag_that_parses_but_fails_to_compile_is_rejected():
     needs_libtpu("v5p")
     assert "not supported" in xla_flags.refusal("v5p", ZERO3, 1, of("v5e"))
 
 
-def test_a_tpu_flag_that_nobody_knows_is_found_out():
+def test_an_unknown_tpu_flag_is_rejected():
     needs_libtpu("v5p")
     assert "xla_tpu_invented" in xla_flags.refusal(
         "v5p", ZERO3, 1, ["--xla_tpu_invented_for_a_test=1"]

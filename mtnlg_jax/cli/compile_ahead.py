@@ -1,14 +1,24 @@
 """Compile a step for accelerators that are not present, and report whether it fits.
 
+A train step, on TPUs and on GPUs. It is compiled with the compiler flags that launch/pretrain.py
+sets on these chips; the report names them:
+
     python launch/compile_ahead.py --config=configs/mtnlg_530b.py --topology=v5p:8x8x16 \\
         --set=mesh.pipe=1 --set=mesh.data=128 --set=mesh.zero=3 --set=train.rampup_batch_size=none
+    python launch/compile_ahead.py --config=configs/ladder.py:7.5b --topology=H100:16x8
 
-A train step is compiled with the compiler flags that launch/pretrain.py sets on these chips; the
-report names them.
+The step that reads a prompt, and the one that writes a token:
+
+    python launch/compile_ahead.py --config=configs/ladder.py:7.5b --topology=v5e:2x4 \\
+        --set=mesh.data=2 --step=prefill
+    python launch/compile_ahead.py --config=configs/ladder.py:7.5b --topology=v5e:2x4 \\
+        --set=mesh.data=2 --step=decode
 
 Topologies: v4, v5p, tpu7x (three sizes), v5e, v6e (two), each with *N for N slices; A100, H100,
-H200, B200 as hosts x cards; cpu:N. All but cpu need the extra `ahead`. Exit codes: 0 it compiles
-and, as far as memory is known, fits; 1 it does not fit, or the compiler died; 2 bad input.
+H200, B200 as hosts x cards; cpu:N. All but cpu need the extra `ahead`.
+
+Exit codes: 0 it compiles and, as far as memory is known, fits; 1 it does not fit, or the compiler
+died; 2 bad input.
 """
 
 import os
@@ -17,31 +27,34 @@ from absl import flags
 
 from mtnlg_jax import command
 
-_CONFIG = command.define_path("config", None, "a file of configs/", required=True)
-_SET = flags.DEFINE_multi_string(
-    "set", [], "a value of the config, such as mesh.tensor=8; can be repeated"
-)
-_TOPOLOGY = flags.DEFINE_string(
-    "topology", None, "such as v5p:8x8x16, v5p:8x8x8*2, H100:280x8, cpu:8", required=True
-)
-_STEP = flags.DEFINE_enum("step", "train", ["train", "prefill", "decode"], "which step")
-_TARGET_CONFIG = command.define_path(
-    "target_config", None, "description of the GPU, dumped from a real card; default: the project's"
-)
-_MEMORY = flags.DEFINE_float(
-    "memory", None, "GiB per device; default: as reported by the compiler or the card", 0.0
-)
-_PROVE = flags.DEFINE_integer(
-    "prove", 2, "number of suggested changes to compile where the step does not fit", 0
-)
-_FLAGS = flags.DEFINE_enum(
-    "flags",
-    "on",
-    ["on", "off"],
-    "compile a train step with the compiler flags that launch/pretrain.py sets",
-)
-_JSON = command.define_path("json", None, "file for the measurement, as JSON")
-_TEXT = command.define_path("hlo", None, "file for the compiled program's text")
+with command.flag_group("What to compile"):
+    _CONFIG = command.define_path("config", None, "a file of configs/", required=True)
+    _SET = flags.DEFINE_multi_string("set", [], "a value of the config, such as mesh.tensor=8")
+    _STEP = flags.DEFINE_enum("step", "train", ["train", "prefill", "decode"], "which step")
+    _FLAGS = flags.DEFINE_enum(
+        "flags",
+        "on",
+        ["on", "off"],
+        "compile a train step with the compiler flags that launch/pretrain.py sets",
+    )
+with command.flag_group("The chips"):
+    _TOPOLOGY = flags.DEFINE_string(
+        "topology", None, "such as v5p:8x8x16, v5p:8x8x8*2, H100:280x8, cpu:8", required=True
+    )
+    _TARGET_CONFIG = command.define_path(
+        "target_config",
+        None,
+        "description of the GPU, dumped from a real card; default: the project's",
+    )
+    _MEMORY = flags.DEFINE_float(
+        "memory", None, "GiB per device; default: as reported by the compiler or the card", 0.0
+    )
+with command.flag_group("The result"):
+    _PROVE = flags.DEFINE_integer(
+        "prove", 2, "number of suggested changes to compile where the step does not fit", 0
+    )
+    _JSON = command.define_path("json", None, "file for the measurement, as JSON")
+    _TEXT = command.define_path("hlo", None, "file for the compiled program's text")
 
 
 def main() -> int:

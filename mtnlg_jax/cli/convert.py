@@ -2,9 +2,11 @@
 
     python launch/convert.py --from=gpt2 --to=RUN       config.json, safetensors, tokenizer -> run
     python launch/convert.py --from=RUN --to=gpt2-new   run of GPT-2's architecture -> transformers
+    python launch/convert.py --from=RUN --to=gpt2-half --dtype=float16 --max_shard_size=2
 
 The content of --from decides the direction. A round trip keeps every bit of every tensor. The
 tokenizer and generation_config.json of --from are copied; the report names what has no counterpart.
+
 Exit codes: 0 done, 2 bad input.
 """
 
@@ -12,23 +14,24 @@ from absl import flags
 
 from mtnlg_jax import command
 
-_FROM = command.define_path(
-    "from", None, "folder of a Hugging Face model or of a run", required=True
-)
-_TO = command.define_path("to", None, "folder to create", required=True)
-_DTYPE = flags.DEFINE_enum(
-    "dtype",
-    "source",
-    ["source", "float32", "float16", "bfloat16"],
-    "type of the tensors for Hugging Face; source: that of the original model, float32 for a run "
-    "trained here",
-)
-_MAX_SHARD_SIZE = flags.DEFINE_float("max_shard_size", 5.0, "GB per file for Hugging Face")
-_CHECKPOINT = flags.DEFINE_enum("checkpoint", "best", ["best", "last"], "which checkpoint of a run")
-_TOKENIZER = command.define_path("tokenizer", None, "folder of a tokenizer, if --from has none")
-_OVERWRITE = flags.DEFINE_bool(
-    "overwrite", False, "replace a run or model at --to, once the new one is whole"
-)
+with command.flag_group("Both directions"):
+    _FROM = command.define_path(
+        "from", None, "folder of a Hugging Face model or of a run", required=True
+    )
+    _TO = command.define_path("to", None, "folder to create", required=True)
+    _TOKENIZER = command.define_path("tokenizer", None, "folder of a tokenizer, if --from has none")
+    _OVERWRITE = flags.DEFINE_bool(
+        "overwrite", False, "replace a run or model at --to, once the new one is whole"
+    )
+with command.flag_group("From a run to Hugging Face"):
+    _CHECKPOINT = flags.DEFINE_enum("checkpoint", "best", ["best", "last"], "which checkpoint")
+    _DTYPE = flags.DEFINE_enum(
+        "dtype",
+        "source",
+        ["source", "float32", "float16", "bfloat16"],
+        "type of the tensors; source: that of the original model, float32 for a run trained here",
+    )
+    _MAX_SHARD_SIZE = flags.DEFINE_float("max_shard_size", 5.0, "GB per file")
 
 
 def main() -> None:

@@ -1,18 +1,26 @@
 """Train one run.
 
+From prepared data, OUT; start it again with the same flags to resume it:
+
     python launch/pretrain.py --config=configs/small.py --set=data.path=OUT --workdir=RUN
 
-Megatron's PREFIX.bin and PREFIX.idx can be used directly: --set=data.path=PREFIX
---set=data.tokenizer=FOLDER. The last hundredth of the documents is held out
-(--set=data.heldout=SHARE, or another PREFIX).
+From Megatron's PREFIX.bin and PREFIX.idx. The last hundredth of the documents is held out
+(--set=data.heldout=SHARE, or another PREFIX):
 
---init=RUN starts from the parameters of another run or of a converted model, for example to
-fine-tune it: configs/finetune_*.py. The data must have been prepared with its tokenizer, and the
-config must have its model.
+    python launch/pretrain.py --config=configs/small.py --set=data.path=PREFIX \\
+        --set=data.tokenizer=FOLDER --workdir=RUN
 
-Start it again with the same flags to resume it. On SLURM, TPU pods and GKE start it once on every
-host or for every card (launch/cluster/launch.py does); elsewhere with --coordinator=HOST:PORT
---processes=N --process_id=I.
+From the parameters of another run or of a converted model, for example to fine-tune it. The data
+must have been prepared with its tokenizer, and the config must have its model:
+
+    python launch/pretrain.py --config=configs/finetune_sentiment.py --init=RUN \\
+        --set=data.path=OUT --workdir=TUNED
+
+With several processes. On SLURM, TPU pods and GKE start it once on every host or for every card
+(launch/cluster/launch.py does); elsewhere with the address of process 0:
+
+    python launch/pretrain.py --config=configs/small.py --set=data.path=OUT --workdir=RUN \\
+        --coordinator=HOST:1234 --processes=2 --process_id=0
 
 Exit codes: 0 done, 2 bad input, 3 diverged, 4 no step was done in time (RUN/stacks-PROCESS.txt), 5
 the processes disagree, 6 another process ended (134: detected by JAX), 74 reading or writing failed
@@ -32,33 +40,33 @@ from mtnlg_jax import command
 if TYPE_CHECKING:
     from mtnlg_jax.train.reporter import Summary
 
-_CONFIG = command.define_path("config", None, "a file of configs/", required=True)
-_SET = flags.DEFINE_multi_string(
-    "set", [], "a value of the config, such as train.steps=10; can be repeated"
-)
-_WORKDIR = command.define_path("workdir", None, "folder of the run", required=True)
-_INIT = command.define_path("init", None, "folder of a run whose best parameters to start from")
-_PROGRESS = flags.DEFINE_bool("progress", True, "show a progress bar")
-_DISTRIBUTED = flags.DEFINE_enum(
-    "distributed",
-    "auto",
-    ["auto", "on", "off"],
-    "join the processes that SLURM, a TPU pod or GKE started; on: fail where there are none",
-)
-_COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "HOST:PORT of process 0, the same in every process"
-)
-_PROCESSES = flags.DEFINE_integer("processes", None, "number of processes")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "number of this process, from 0")
-_LOCAL_DEVICES = flags.DEFINE_integer(
-    "local_devices", None, "number of devices to simulate on the CPU of this process"
-)
-_COORDINATOR_TIMEOUT = flags.DEFINE_integer(
-    "coordinator_timeout", 300, "seconds to wait for all processes to connect"
-)
-_FLAGS = flags.DEFINE_enum(
-    "flags", "on", ["on", "off"], "set the compiler's flags that mtnlg_jax/xla_flags.py lists"
-)
+with command.flag_group("The run"):
+    _CONFIG = command.define_path("config", None, "a file of configs/", required=True)
+    _SET = flags.DEFINE_multi_string("set", [], "a value of the config, such as train.steps=10")
+    _WORKDIR = command.define_path("workdir", None, "folder of the run", required=True)
+    _INIT = command.define_path("init", None, "folder of a run whose best parameters to start from")
+    _PROGRESS = flags.DEFINE_bool("progress", True, "show a progress bar")
+    _FLAGS = flags.DEFINE_enum(
+        "flags", "on", ["on", "off"], "set the compiler's flags that mtnlg_jax/xla_flags.py lists"
+    )
+with command.flag_group("Several processes"):
+    _DISTRIBUTED = flags.DEFINE_enum(
+        "distributed",
+        "auto",
+        ["auto", "on", "off"],
+        "join the processes that SLURM, a TPU pod or GKE started; on: fail where there are none",
+    )
+    _COORDINATOR = flags.DEFINE_string(
+        "coordinator", None, "HOST:PORT of process 0, the same in every process"
+    )
+    _PROCESSES = flags.DEFINE_integer("processes", None, "number of processes")
+    _PROCESS_ID = flags.DEFINE_integer("process_id", None, "number of this process, from 0")
+    _LOCAL_DEVICES = flags.DEFINE_integer(
+        "local_devices", None, "number of devices to simulate on the CPU of this process"
+    )
+    _COORDINATOR_TIMEOUT = flags.DEFINE_integer(
+        "coordinator_timeout", 300, "seconds to wait for all processes to connect"
+    )
 
 
 def main() -> None:

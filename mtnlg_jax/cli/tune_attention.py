@@ -1,38 +1,42 @@
-"""Time attention on this machine and record the fastest settings: python launch/tune_attention.py
+"""Time attention on this machine and record the fastest settings.
+
+Every kernel and shape, into the table of the package; some of them, into a file:
+
+    python launch/tune_attention.py
+    python launch/tune_attention.py --lengths=512,2048 --widths=128 --dtypes=bfloat16 \\
+        --impls=pallas_gpu,cudnn --table=blocks.json
 
 Try the block sizes of every kernel that runs here, and every implementation, on random data, and
-write the best into the table that attention() reads (--table, by default the package's own). An
-entry for the same device, implementation, pass and shape is replaced; all others stay. The table is
-written after each shape, so an interrupted sweep keeps its results. Exit codes: 0 done, 2 bad
-input.
+write the best into the table that attention() reads. An entry for the same device, implementation,
+pass and shape is replaced; all others stay. The table is written after each shape, so an
+interrupted sweep keeps its results.
 
-    --lengths=512,2048 --widths=128 --dtypes=bfloat16 --impls=pallas_gpu,cudnn
+Exit codes: 0 done, 2 bad input.
 """
 
-import json
-import os
 from pathlib import Path
 
 from absl import flags
 
 from mtnlg_jax import command
 
-_TABLE = command.define_path("table", None, "file to write; default: the package's own blocks.json")
-_IMPLS = flags.DEFINE_list("impls", None, "implementations to time; default: all that run here")
-_LENGTHS = flags.DEFINE_list(
-    "lengths", None, "T = S; default: 128 to 2048 on CPU, 512 to 16384 elsewhere"
-)
-_WIDTHS = flags.DEFINE_list("widths", ["64", "128", "160"], "head widths")
-_DTYPES = flags.DEFINE_list("dtypes", None, "default: float32 on CPU, bfloat16 elsewhere")
-_HEADS = flags.DEFINE_integer(
-    "heads", None, "query heads; default: 4 on CPU, 16 elsewhere", lower_bound=1
-)
-_TOKENS = flags.DEFINE_integer(
-    "tokens", None, "rows x length; default: 1024 on CPU, 16384 elsewhere", lower_bound=1
-)
-_CAUSAL = flags.DEFINE_enum("causal", "both", ["both", "yes", "no"], "masking")
-
-KEY = ("device", "impl", "dtype", "head_width", "length", "causal", "pass")
+with command.flag_group("What to time"):
+    _IMPLS = flags.DEFINE_list("impls", None, "implementations; default: all that run here")
+    _DTYPES = flags.DEFINE_list("dtypes", None, "types; default: float32 on CPU, else bfloat16")
+with command.flag_group("The shapes"):
+    _LENGTHS = flags.DEFINE_list(
+        "lengths", None, "of queries and keys; default: 128 to 2048 on CPU, else 512 to 16384"
+    )
+    _WIDTHS = flags.DEFINE_list("widths", ["64", "128", "160"], "head widths")
+    _HEADS = flags.DEFINE_integer("heads", None, "query heads; default: 4 on CPU, else 16", 1)
+    _TOKENS = flags.DEFINE_integer(
+        "tokens", None, "rows x length; default: 1024 on CPU, else 16384", 1
+    )
+    _CAUSAL = flags.DEFINE_enum("causal", "both", ["both", "yes", "no"], "masking")
+with command.flag_group("The result"):
+    _TABLE = command.define_path(
+        "table", None, "file to write; default: blocks.json of the package"
+    )
 
 
 def main() -> None:
@@ -41,6 +45,7 @@ def main() -> None:
 
     from mtnlg_jax import compat
     from mtnlg_jax.model.kernels import blocks, select, tune
+    from mtnlg_jax.model.kernels.table_file import read_rows, render, with_row
     from mtnlg_jax.storage import write_file
 
     compat.quiet()
@@ -61,7 +66,7 @@ def main() -> None:
                 f"choose from {', '.join(here)}"
             )
     path = Path(_TABLE.value or str(blocks.TABLE))
-    rows = _read(path)
+    rows = read_rows(path)
     sweep = tune.sweep(
         _IMPLS.value or here,
         lengths or ([128, 256, 512, 1024, 2048] if cpu else [512, 1024, 2048, 4096, 8192, 16384]),
@@ -72,7 +77,7 @@ def main() -> None:
         causal={"both": (True, False), "yes": (True,), "no": (False,)}[_CAUSAL.value],
     )
     for row in sweep:
-        rows = [old for old in rows if any(old[name] != row[name] for name in KEY)] + [row]
+        rows = with_row(rows, row)
         write_file(path.parent, path.name, render(rows).encode())
         sizes = ", ".join(
             f"{name} {row[name]}" for name in ("q", "kv", "compute", "stages") if name in row
@@ -93,25 +98,6 @@ def _numbers(name: str, values: list[str] | None) -> list[int] | None:
             f"--{name}={','.join(values)} must be integers above 0, separated by commas"
         )
     return list(map(int, values))
-
-
-def _read(path: Path) -> list[dict]:
-    if not path.exists():
-        return []
-    if not os.access(path, os.W_OK):
-        raise PermissionError(f"--table={path} cannot be written; name another with --table")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["rows"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(
-            f"--table={path} is not a table of block sizes: it must be JSON with 'rows'"
-        ) from None
-
-
-def render(rows: list[dict]) -> str:
-    """Return the table as the text of its file: one row per line, sorted by its key."""
-    rows = sorted(rows, key=lambda row: [str(row[name]).zfill(8) for name in KEY])
-    return '{"rows": [\n ' + ",\n ".join(map(json.dumps, rows)) + "\n]}\n"
 
 
 def run() -> None:

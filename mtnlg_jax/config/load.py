@@ -148,9 +148,9 @@ def _map_texts(value, change: Callable[[str], str]):
     return value
 
 
-def override(config: Config, *assignments: str) -> Config:
+def override[Settings](config: Settings, *assignments: str) -> Settings:
     """Return a copy of ``config`` with each "section.key=value" applied. The value is read as the
-    type of the field.
+    type of the field. ``config`` may be any dataclass of settings.
 
     data.path and data.blend exclude each other: the one that is given here clears the other one of
     the file."""

@@ -80,18 +80,6 @@ class Batches:
         self._shares = np.round(weights / left * 2**_SHARE_BITS).astype(np.int64)
         self._block = functools.lru_cache(maxsize=_BLOCKS_KEPT)(self._draw_block)
 
-    @property
-    def windows_per_epoch(self) -> int:
-        """The number of distinct rows in one epoch of every source."""
-        return int(self._windows.sum())
-
-    def epochs_seen(self, samples: int) -> np.ndarray:
-        """Return [sources] float: how many epochs of each source the first ``samples`` samples
-        take."""
-        block, inside = divmod(int(samples), _BLOCK)
-        drawn = np.bincount(self._block(block)[0][:inside], minlength=len(self._windows))
-        return (np.diff(self._boundaries(np.array([block * _BLOCK]))[0]) + drawn) / self._windows
-
     def rows(self, samples: np.ndarray) -> dict[str, np.ndarray]:
         """Return int32 ``tokens``, ``segment_ids`` and ``positions``, each [n, S + 1], of sample
         numbers [n] from 0 on.

@@ -63,13 +63,11 @@ class Conversations:
             size = sum(map(len, trained))
             yield Encoded(tokens, len(row.text.encode()), answers=(row.answers, size))
 
-    def show(self, lines: Iterable[str]) -> None:
+    def show(self, line: str) -> None:
         """Print what `make` made, with what is trained on marked."""
-        for number, line in enumerate(lines, 1):
-            row = self.row(line)
-            count = f"{int(row.answers.sum()):,} of {len(row.tokens):,} tokens are trained on"
-            print(f"--- conversation {number}: {count} ---")
-            print(shown(row, self._tokenizer, color=sys.stdout.isatty()), flush=True)
+        row = self.row(line)
+        print(f"--- {int(row.answers.sum()):,} of {len(row.tokens):,} tokens are trained on ---")
+        print(shown(row, self._tokenizer, color=sys.stdout.isatty()), flush=True)
 
     def _row(self, kept: dict[str, Any]) -> TrainingRow:
         more = {"tools": kept["tools"]} if "tools" in kept else {}
@@ -91,14 +89,18 @@ def shown(row: TrainingRow, tokenizer: Tokenizer, color: bool) -> str:
 
 def open_conversations(
     tokenizer: Tokenizer | None,
-    key: str,
+    key: str | None,
     template: str | os.PathLike | None,
     sequence_length: int | None,
-) -> Conversations:
-    """Return the maker of conversations; its tokenizer keeps the file ``template`` as its own.
+) -> Conversations | None:
+    """Return the maker of conversations, or None without a ``key``.
+
+    Its tokenizer keeps the file ``template`` as its own.
 
     Raises ValueError if there is no tokenizer or no template.
     """
+    if key is None:
+        return None
     if tokenizer is None:
         raise ValueError(
             "--messages needs the tokenizer of a model, whose chat template renders them; give "

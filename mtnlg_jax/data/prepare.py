@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from mtnlg_jax import storage
 from mtnlg_jax.data.conversations import Conversations, open_conversations
-from mtnlg_jax.data.encode import Encoded, Text, encode_documents
+from mtnlg_jax.data.encode import Text, encode_documents
 from mtnlg_jax.data.heldout import Part, split
 from mtnlg_jax.data.output import check_output, new_folder
 from mtnlg_jax.data.read.builtin_corpus import embedded_documents
@@ -87,37 +87,20 @@ def prepare(
     output = str(output).rstrip("/")
     check_output(output, PREPARED, overwrite=overwrite, input_path=input_path)
     pairs = answer is not None
-    if pairs and input_path is None:
-        raise ValueError("--answer makes pairs of the rows of a JSON file; give that as --input")
+    _check_rows(input_path, answer, messages, bool(chat_template or sequence_length or show))
     ready = None if tokenizer in ("bpe", "unigram") else load_tokenizer(tokenizer)
-    talks = None
-    make_row = text_key if answer is None else pair_maker(prompt, answer)
-    if messages is not None:
-        if pairs or input_path is None:
-            raise ValueError("--messages reads the rows of a JSON --input, without --answer")
-        talks = open_conversations(ready, messages, chat_template, sequence_length)
-        make_row = talks.make
-    elif chat_template or sequence_length or show:
-        raise ValueError(
-            "--chat_template, --sequence_length and --show are for conversations; give the key of "
-            "the messages with --messages, or leave them out"
-        )
-    elif ready is not None:
+    talks = open_conversations(ready, messages, chat_template, sequence_length)
+    if ready is not None and talks is None:
         ready.check_end()
+    make_row = _row_maker(text_key, prompt, answer, talks)
     report = ReadReport()
     documents = _documents(input_path, make_row, on_error, encoding, report)
-    settings = {
-        "input": str(input_path or "embedded"),
-        "tokenizer": str(tokenizer),
-        "vocab_size": vocab_size,
-        "heldout": heldout,
-        "seed": seed,
-        "text_key": text_key,
-        "on_error": on_error,
-        **({"encoding": encoding} if encoding else {}),
-        **({"prompt": prompt, "answer": answer} if pairs else {}),
-        **({"messages": messages, "sequence_length": sequence_length} if talks else {}),
-    }
+    settings: dict = {"input": str(input_path or "embedded"), "tokenizer": str(tokenizer)}
+    settings |= {"vocab_size": vocab_size, "heldout": heldout, "seed": seed}
+    settings |= {"text_key": text_key, "on_error": on_error}
+    settings |= {"encoding": encoding} if encoding else {}
+    settings |= {"prompt": prompt, "answer": answer} if pairs else {}
+    settings |= {"messages": messages, "sequence_length": sequence_length} if talks else {}
     # None: a bar on a terminal only.
     bar = partial(tqdm, disable=None if progress else True)
     with (
@@ -130,26 +113,16 @@ def prepare(
             _fill(spool, bar(documents, "reading", unit=" documents"), input_path, report)
             train, held = split(spool, heldout, pairs or talks is not None)
             if ready is None:
-                # In the order read, not shuffled: that spreads the sample of a huge corpus over it.
-                reading = f"training {tokenizer}"
-                spans = bar(train.in_order(), reading, len(train), unit=" documents")
-                texts = (text for span in spans for text in spool.lines(*span[:2]))
-                ready = train_tokenizer(texts, vocab_size, tokenizer, seed)
-            if talks is not None:
-                lines = (spool.read(*span[:2]) for span in _shuffled(train, seed))
-                talks.show(itertools.islice(lines, show))
+                ready = _train(spool, train, tokenizer, vocab_size, seed, bar)
+            _show(spool, itertools.islice(_shuffled(train, seed), show), talks)
             ready.save(storage.join(target, "tokenizer"))
             with bar(desc="encoding", total=spool.size, unit="B", unit_scale=True) as encoding_bar:
-                encode = partial(encode_documents, ready, threads=os.cpu_count() or 1)
-                if talks is not None:
-                    encode = talks.encode
-                write = partial(_write_tokens, spool, ready, encode, pairs, seed, encoding_bar)
+                write = partial(_write_tokens, spool, ready, talks, pairs, seed, encoding_bar)
                 parts = {
                     "train": write(storage.join(target, "train"), _shuffled(train, seed)),
                     "heldout": write(storage.join(target, "heldout"), held.in_order()),
                 }
-            first = itertools.islice(_shuffled(train, seed), _EXAMPLES)
-            examples = [_example(ready, _text(talks, spool, span)) for span in first]
+            examples = _examples(spool, _shuffled(train, seed), ready, talks)
         os.unlink(spool.path)
         described: dict = {"settings": settings, "input": asdict(report), "examples": examples}
         info = prepared_info(tokenizer_info(ready), **parts, **described)
@@ -157,11 +130,57 @@ def prepare(
     return info
 
 
-def _text(talks: Conversations | None, spool: Spool, span: np.ndarray) -> str:
-    """Return the beginning of a document, or a conversation as it was rendered."""
-    if talks is None:
-        return spool.head(*span[:2])
-    return talks.row(spool.read(*span[:2])).text
+def _check_rows(
+    input_path: str | os.PathLike | None,
+    answer: str | None,
+    messages: str | None,
+    for_conversations: bool,
+) -> None:
+    """Raise ValueError if settings of rows are given that do not fit together."""
+    if answer is not None and input_path is None:
+        raise ValueError("--answer makes pairs of the rows of a JSON file; give that as --input")
+    if messages is not None and (answer is not None or input_path is None):
+        raise ValueError("--messages reads the rows of a JSON --input, without --answer")
+    if messages is None and for_conversations:
+        raise ValueError(
+            "--chat_template, --sequence_length and --show are for conversations; give the key of "
+            "the messages with --messages, or leave them out"
+        )
+
+
+def _row_maker(
+    text_key: str, prompt: str, answer: str | None, talks: Conversations | None
+) -> str | Callable[[object], str]:
+    """Return what `read_documents` makes a text of a row by."""
+    if talks is not None:
+        return talks.make
+    return text_key if answer is None else pair_maker(prompt, answer)
+
+
+def _train(
+    spool: Spool, train: Part, model_type: str, vocab_size: int, seed: int, bar: partial
+) -> Tokenizer:
+    """Train a tokenizer on the training part."""
+    # In the order read, not shuffled: that spreads the sample of a huge corpus over it.
+    spans = bar(train.in_order(), f"training {model_type}", len(train), unit=" documents")
+    texts = (text for span in spans for text in spool.lines(*span[:2]))
+    return train_tokenizer(texts, vocab_size, model_type, seed)
+
+
+def _show(spool: Spool, spans: Iterable[np.ndarray], talks: Conversations | None) -> None:
+    for start, stop, _ in spans if talks is not None else ():
+        talks.show(spool.read(start, stop))
+
+
+def _examples(
+    spool: Spool, spans: Iterable[np.ndarray], tokenizer: Tokenizer, talks: Conversations | None
+) -> list[list[str]]:
+    """Return the pieces of a line of the first documents, or of conversations as rendered."""
+    examples = []
+    for start, stop, _ in itertools.islice(spans, _EXAMPLES):
+        text = spool.head(start, stop) if talks is None else talks.row(spool.read(start, stop)).text
+        examples.append(_example(tokenizer, text))
+    return examples
 
 
 def _documents(
@@ -213,7 +232,7 @@ def _shuffled(train: Part, seed: int) -> Iterator[np.ndarray]:
 def _write_tokens(
     spool: Spool,
     tokenizer: Tokenizer,
-    encode: Callable[[Iterable[Text]], Iterator[Encoded]],
+    talks: Conversations | None,
     pairs: bool,
     seed: int,
     bar: tqdm,
@@ -226,7 +245,12 @@ def _write_tokens(
         for start, stop, answer in spans
     )
     writer = TokenWriter(location, tokenizer.vocab_size, tokenizer.fingerprint, seed)
-    for encoded in encode(texts):
+    found = (
+        encode_documents(tokenizer, texts, os.cpu_count() or 1)
+        if talks is None
+        else talks.encode(texts)
+    )
+    for encoded in found:
         writer.add(*encoded)
         bar.update(encoded.text_bytes)
     return writer.finish()
@@ -267,7 +291,7 @@ def _input_rows(info: dict) -> Iterator[tuple[str, str]]:
 
 
 def _stage_rows(info: dict) -> Iterator[tuple[str, str]]:
-    """What each stage of a recipe kept."""
+    """Yield a row of the description for each stage of a recipe: what it kept."""
     for stage in info.get("stages", ()):
         before, after = stage["documents"]
         size, left = stage["bytes"]

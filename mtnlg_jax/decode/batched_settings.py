@@ -17,6 +17,9 @@ import numpy as np
 
 from mtnlg_jax.config import DecodeConfig
 
+# Of numpy where a batch is put together on the host, of JAX inside the compiled programs.
+Array = np.ndarray | jax.Array
+
 _ANY = -1  # in tables of ids: matches everything
 _NEVER = -1  # in forced_at: not at all
 LAST = -2  # in forced_at: the row's last position
@@ -63,7 +66,7 @@ class Rows(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What decides the next token of a batch, besides the model and the tokens so far.
+    """All that decides the next token of a batch except the model and the tokens so far.
 
     A pytree: ``rows`` and ``allowed_V`` are traced, the other two are static.
     """
@@ -98,12 +101,15 @@ def batch_settings(
     ``eos``: the ids that end a row whose config names none.
     """
     values = {name: np.array([getattr(config, name) for config in configs]) for name in _VALUES}
+    # A processor is part of the program only if some row differs from its neutral default.
     names = {
         name for name, column in values.items() if (column != getattr(DecodeConfig, name)).any()
     }
+    # Sizes are static: each compiles windows of its own width.
     ngrams = tuple(sorted({int(n) for n in values["no_repeat_ngram_size"] if n}))
     biases = [_biases(config) for config in configs]
     forced = [_forced(config) for config in configs]
+    # A stop token is a stop sequence of length 1, so one table serves both.
     stops = [
         [(token,) for token in config.stop_token_ids] + list(config.stop_sequences)
         for config in configs
@@ -167,6 +173,7 @@ def _forced(config: DecodeConfig) -> list[tuple[int, int]]:
 
 
 def _width(count: int) -> int:
+    # Powers of two: a batch whose longest list is a little longer reuses the program.
     return 1 << (count - 1).bit_length() if count else 0
 
 
@@ -185,6 +192,8 @@ def _right(lists: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
     table = np.full((len(lists), entries, _width(longest)), _ANY, np.int32)
     for row, sequences in zip(table, lists, strict=True):
         for padded, tokens in zip(row, sequences, strict=False):
+            # Aligned to the right, as `tails` gives the end of a row, so that both compare position
+            # by position.
             padded[len(padded) - len(tokens) :] = tokens
     return table
 
@@ -230,13 +239,14 @@ def ends_of(settings: Settings) -> jax.Array:
 
 def tails(tokens_BS, lengths_B, width: int) -> jax.Array:
     """Return the last ``width`` known tokens of each row, padded on the left with no valid id."""
-    at = lengths_B[:, None] - width + jnp.arange(width)
+    at = lengths_B[:, None] - width + jnp.arange(width)[None, :]
     # -3 differs from every id and from the markers of the tables.
     return jnp.where(at >= 0, jnp.take_along_axis(tokens_BS, jnp.maximum(at, 0), 1), -3)
 
 
 def matches(table_BEJ, tails_BJ) -> jax.Array:
     """Return which sequences of the table end the rows, (B, E)."""
+    # Padding matches everything: an entry shorter than the table only decides by its own tokens.
     return ((table_BEJ == _ANY) | (table_BEJ == tails_BJ[:, None])).all(-1)
 
 
@@ -246,6 +256,7 @@ def stopped(settings: Settings, tokens_BS, lengths_B, prompts_B) -> jax.Array:
         return jnp.zeros(lengths_B.shape, bool)
     rows = settings.rows
     hit_BE = matches(rows.stops, tails(tokens_BS, lengths_B, rows.stops.shape[-1]))
+    # A sequence that begins in the prompt was not written, and does not stop the row.
     generated_B1 = (lengths_B - prompts_B)[:, None]
     whole_BE = (rows.stop_lengths > 0) & (rows.stop_lengths <= generated_B1)
     return (hit_BE & whole_BE).any(-1)

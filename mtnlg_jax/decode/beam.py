@@ -23,7 +23,7 @@ import numpy as np
 from jax import lax
 
 from mtnlg_jax.config import DecodeConfig
-from mtnlg_jax.decode.batched_settings import Settings
+from mtnlg_jax.decode.batched_settings import Array, Settings
 from mtnlg_jax.decode.beam_cache import BeamCache, empty_beams
 from mtnlg_jax.decode.beams import (
     EMPTY,
@@ -53,17 +53,17 @@ NEG = -1e9
 class SearchParams(NamedTuple):
     """The constants of each prompt's search, (P,)."""
 
-    prompts: jax.Array  # length of the prompt
-    max_new_tokens: jax.Array
-    length_penalty: jax.Array
-    gnmt: jax.Array
-    early: jax.Array  # early_stopping is True
-    never: jax.Array  # early_stopping is "never"
-    diversity: jax.Array
+    prompts: Array  # length of the prompt
+    max_new_tokens: Array
+    length_penalty: Array
+    gnmt: Array
+    early: Array  # early_stopping is True
+    never: Array  # early_stopping is "never"
+    diversity: Array
 
 
 class State(NamedTuple):
-    """What changes from step to step; donated."""
+    """The state of the search, which changes in every step; donated."""
 
     cache: BeamCache  # of the new tokens
     running: Sequences
@@ -122,14 +122,16 @@ def search(
 def penalty(lengths, search_params: SearchParams) -> jax.Array:
     """Return the divisor of a sum of log-probabilities for each prompt; broadcasts over (P,)."""
     lengths = jnp.asarray(lengths, jnp.float32)
+    # Wu 2016, equation 14, or Hugging Face's length itself.
     base = jnp.where(search_params.gnmt, (5 + lengths) / 6, lengths)
     return base**search_params.length_penalty
 
 
 def _active(state: State, search_params: SearchParams) -> jax.Array:
     """Return which searches go on, (G, P). The others no longer change."""
+    # early_stopping=True ends a search once W sequences have ended.
     full_GP = (state.ended.why != EMPTY).all(-1)
-    return state.active & ~(full_GP & search_params.early)
+    return state.active & ~(full_GP & search_params.early[None, :])
 
 
 _active_now = jax.jit(_active)
@@ -146,6 +148,7 @@ def begin(prefix: Prefix, search_params: SearchParams, *, static: Static) -> Sta
     no_room_P = search_params.max_new_tokens <= 0
     why = ended.why.at[0, :, 0].set(jnp.where(no_room_P, LENGTH, EMPTY).astype(jnp.int8))
     scores = ended.scores.at[0, :, 0].set(jnp.where(no_room_P, 0.0, NEG))
+    # (G, P, W).
     shape = running.scores.shape
     return State(
         empty_beams(prefix.cache, shape, static.size),
@@ -195,6 +198,7 @@ def _grow(
     static: Static,
 ) -> State:
     """Give every beam one more token, and add the sequences that ended to the best."""
+    # Log-probabilities before processing are reported; those after it decide.
     own_GPWV = jax.nn.log_softmax(logits_GPWV, -1)
     processed_GPWV = process_beams(
         own_GPWV,
@@ -206,11 +210,14 @@ def _grow(
     )
 
     def one_group(earlier_PV, group):
-        *beams, own_PWV, logprobs_PWV = group
+        running, ended, active_P, own_PWV, logprobs_PWV = group
         weight = search_params.diversity[:, None] if static.groups > 1 else 0.0
+        # The penalty acts on the choice and on the scores, as in Hugging Face.
         less_PV = weight * earlier_PV
         *grown, tokens_PW = _choose(
-            *beams,
+            running,
+            ended,
+            active_P,
             own_PWV,
             logprobs_PWV - less_PV[:, None],
             state.written,
@@ -221,6 +228,7 @@ def _grow(
         return earlier_PV + jax.nn.one_hot(tokens_PW, earlier_PV.shape[1]).sum(1), tuple(grown)
 
     nothing_PV = jnp.zeros((own_GPWV.shape[1], own_GPWV.shape[-1]))
+    # A scan over G, because a group must know what the earlier ones wrote.
     groups = state.running, state.ended, state.active, own_GPWV, processed_GPWV
     _, (running, ended, active, sources) = lax.scan(one_group, nothing_PV, groups)
     return State(state.cache, running, sources, ended, active, state.written + 1)
@@ -246,6 +254,7 @@ def _choose(
     rows = settings.rows
     count = min((1 + rows.ends.shape[1] + rows.stops.shape[1]) * beams, beams * vocabulary)
     totals_PWV = logprobs_PWV + running.scores[..., None]
+    # All W x V continuations of a prompt compete with each other.
     scores_PC, at_PC = lax.top_k(totals_PWV.reshape(prompts, -1), count)
     beams_PC = at_PC // vocabulary
     tokens_PC = (at_PC % vocabulary).astype(jnp.int32)
@@ -256,6 +265,7 @@ def _choose(
     timed_out_P1 = timed_out_P[:, None]
     hits_PC = ended_PC | full_length_P1 | timed_out_P1
 
+    # An ended candidate is pushed below every real one, so it does not go on.
     next_scores, next_at = lax.top_k(scores_PC + ended_PC * NEG, beams)
     grown = Sequences(
         take(tokens, next_at), take(logprobs, next_at), next_scores, running.lengths, running.why
@@ -265,14 +275,17 @@ def _choose(
 
     # An ended candidate counts only among the best W. Scores near NEG belong to placeholders, which
     # fill in where there are not W different beams, and never count.
-    just_PC = hits_PC & (jnp.arange(count) < beams) & (scores_PC > NEG / 2)
+    just_PC = hits_PC & (jnp.arange(count)[None, :] < beams) & (scores_PC > NEG / 2)
     full_P1 = (ended.why != EMPTY).all(-1, keepdims=True) & search_params.early[:, None]
     normal_PC = scores_PC / penalty(length, search_params)[:, None]
+    # Candidates that do not count stay in the arrays, since shapes are static, but below all
+    # others.
     normal_PC += (full_P1 | ~active_P[:, None] | ~just_PC) * NEG
     reason_PC = jnp.where(ended_PC, STOP, jnp.where(full_length_P1, LENGTH, TIMEOUT))
     why_PC = jnp.where(just_PC, reason_PC, EMPTY).astype(jnp.int8)
     new = Sequences(tokens, logprobs, normal_PC, jnp.full_like(beams_PC, length), why_PC)
     merged = jax.tree.map(lambda old, new: jnp.concatenate([old, new], 1), ended, new)
+    # The old ones come first, so of equal scores they stay.
     _, best = lax.top_k(merged.scores, beams)
     ended = jax.tree.map(lambda x: take(x, best), merged)
 
@@ -280,8 +293,10 @@ def _choose(
     at_longest_P = search_params.never & (search_params.length_penalty > 0)
     longest_P = jnp.where(at_longest_P, search_params.max_new_tokens, length)
     possible_P1 = next_scores[:, :1] / penalty(longest_P, search_params)[:, None]
+    # While there are fewer than W ended sequences, anything is better than the empty entry.
     worst_PW = jnp.where(ended.why != EMPTY, ended.scores.min(1, keepdims=True), NEG)
     active_P &= (possible_P1 > worst_PW).any(-1)
+    # False where only placeholders are left: every continuation has ended or is forbidden.
     active_P &= (next_scores > NEG / 2).any(-1)
     active_P &= ~(full_length_P1 | timed_out_P1)[:, 0]
     return grown, ended, active_P, sources, chosen

@@ -71,7 +71,7 @@ def step_beams(
     rows = groups * prompts * beams
     writers_GPWT = jnp.take_along_axis(cache.writers_GPWT, sources_GPW[..., None], 2)
     writers_GPWT = writers_GPWT.at[..., read].set(jnp.arange(beams))
-    visible_GPWTW = writers_GPWT[..., None] == jnp.arange(beams)
+    visible_GPWTW = writers_GPWT[..., None] == jax.lax.broadcast_to_rank(jnp.arange(beams), 5)
     bias = jnp.where(visible_GPWTW, 0.0, -jnp.inf).reshape(groups * prompts, 1, beams, -1)
     positions_P = prefix.lengths_B + read
     positions_B = jnp.broadcast_to(positions_P[:, None], tokens_GPW.shape).reshape(rows)
@@ -121,7 +121,7 @@ def step_beams(
     return logits_GPWV, BeamCache(tuple(written), writers_GPWT)
 
 
-def empty_beams(prompt_cache, shape: tuple[int, int, int], size: int) -> BeamCache:
+def empty_beams(prompt_cache, shape: tuple[int, ...], size: int) -> BeamCache:
     """Return a cache for ``size`` new tokens of each of (G, P, W) beams."""
     groups, prompts, beams = shape
 

@@ -1,4 +1,4 @@
-"""What beam search and stochastic beams share: sequences, candidates, the loop, results."""
+"""Parts shared by beam search and stochastic beams: sequences, candidates, the loop, results."""
 
 # Shapes: G groups of beams (1 without groups), P prompts, W beams of a group, C candidates for the
 # next beams, S positions, T new tokens, B rows: one for each beam or candidate of each prompt,
@@ -53,6 +53,7 @@ def max_new_tokens_of(
     decoder: Decoder, prefix: Prefix, configs: Sequence[DecodeConfig]
 ) -> np.ndarray:
     """Return how many new tokens each prompt may get, within the context: (P,)."""
+    # Cut first: a very large number would not fit int32.
     asked = [min(config.max_new_tokens, decoder.context) for config in configs]
     return np.minimum(asked, decoder.context - np.asarray(prefix.lengths_B)).astype(np.int32)
 
@@ -60,6 +61,7 @@ def max_new_tokens_of(
 def static_of(config: DecodeConfig, max_new_tokens_P: np.ndarray, context: int) -> Static:
     """Return the static arguments of a search whose prompts all have ``config``'s beams."""
     groups = config.num_beam_groups
+    # A bucket, so that few lengths compile their own program; at least 1, since arrays need a size.
     size = bucket(max(int(max_new_tokens_P.max()), 1), context)
     return Static(config.num_beams // groups, groups, size)
 
@@ -80,9 +82,11 @@ def run_until_done(
       advance: (state, timed_out_P, steps) -> state; see ``advance_while``.
     """
     time_limits_P = time_limits(configs)
+    # Without a time limit the host has nothing to decide, so one call does it all.
     steps = CHUNK if np.isfinite(time_limits_P).any() else size
     while (active_P := np.asarray(active_prompts(state))).any():
         timed_out_P = active_P & (time.monotonic() - start > time_limits_P)
+        # A prompt that timed out ends with its next token, so one step is enough.
         state = advance(state, timed_out_P, np.int32(1 if timed_out_P.any() else steps))
     return state
 
@@ -109,6 +113,7 @@ def advance_while(
         logits_GPWV, cache = next_logits(
             config, params, prefix, state.cache, state.sources, state.running.tokens, state.written
         )
+        # The cache is written first; reordering the beams does not move it.
         return count + 1, grow(logits_GPWV, state._replace(cache=cache))
 
     def more(carry):
@@ -123,6 +128,7 @@ def collect(
 ) -> list[Generated]:
     """Return the results of all prompts from the ended beams of all groups, by falling order."""
     prompt_lengths = np.asarray(prefix.lengths_B)
+    # One copy to the host for all prompts.
     tokens, logprobs, scores, lengths, why = map(np.asarray, ended)
     results = []
     for prompt, config in enumerate(configs):
@@ -134,14 +140,17 @@ def collect(
             )
         ends = ends_of_config(tokenizer, config)
         order_GW = np.asarray(order_GPW)[:, prompt]
+        # Over all groups; stable, so that of equals the earlier group comes first.
         best = np.argsort(-order_GW.reshape(-1), kind="stable").tolist()
         indices = [(i // scores.shape[2], prompt, i % scores.shape[2]) for i in best]
         indices = [index for index in indices if why[index] != EMPTY]
         for index in indices[: config.num_return_sequences]:
             length = int(lengths[index])
+            # Only results are checked: other beams may hold placeholders.
             check_finite(logprobs[index][:length], prompt, 0)
             first = prompt_lengths[prompt]
             written = tokens[index][first : first + length].tolist()
+            # The end token is not text. A stop sequence stays here, and the text stream cuts it.
             if written and why[index] == STOP and written[-1] in ends:
                 written.pop()
             stream = text_stream(tokenizer, config)
@@ -172,6 +181,7 @@ def process_beams(
     shape = logprobs_GPWV.shape
     rows = shape[0] * shape[1] * shape[2]
 
+    # Every beam of a prompt has its prompt's settings.
     def spread(x_P):
         every = jnp.broadcast_to(x_P[None, :, None], (*shape[:3], *x_P.shape[1:]))
         return every.reshape(rows, *x_P.shape[1:])
@@ -187,6 +197,7 @@ def process_beams(
         prompts_B + spread(max_new_tokens_P),
     )
     end = jnp.arange(rows), ends_of(settings)[:, 0]
+    # A beam must have a continuation; otherwise it would leave the search without having ended.
     nothing_B = processed_BV.max(-1) == -jnp.inf
     processed_BV = processed_BV.at[end].set(jnp.where(nothing_B, 0.0, processed_BV[end]))
     return processed_BV.reshape(shape)
@@ -225,6 +236,7 @@ def ending(tokens_PCS, last_PC, prompts_P, written, settings: Settings) -> jax.A
 
     prompts_B = repeat(prompts_P)
     tokens_BS = tokens_PCS.reshape(-1, size)
+    # The token that was just chosen counts, hence + 1.
     hit_B = stopped(settings.map_rows(repeat), tokens_BS, prompts_B + written + 1, prompts_B)
     return ended_PC | hit_B.reshape(prompts, candidates)
 
@@ -232,6 +244,7 @@ def ending(tokens_PCS, last_PC, prompts_P, written, settings: Settings) -> jax.A
 def blank(prefix: Prefix, static: Static, score: float) -> Sequences:
     """Return beams that hold their prompt alone."""
     shape = static.groups, prefix.tokens_BS.shape[0], static.beams
+    # Room for the new tokens behind the longest prompt.
     tokens_PS = jnp.pad(prefix.tokens_BS, ((0, 0), (0, static.size)))
     return Sequences(
         jnp.broadcast_to(tokens_PS[None, :, None], (*shape, tokens_PS.shape[1])),

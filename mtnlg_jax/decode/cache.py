@@ -88,9 +88,7 @@ def check_held(dtype, weights: str | None, cache: str | None) -> str:
         raise ValueError(f"dtype={dtype!r} cannot decode; choose float32 or bfloat16")
     for name, value in (("weights", weights), ("cache", cache)):
         if value not in (None, "int8"):
-            raise ValueError(
-                f"{name}={value!r} is not known; give int8, or leave it out for what dtype says"
-            )
+            raise ValueError(f"unknown {name}={value!r}; give int8, or leave it out to use dtype")
     return str(jnp.dtype(dtype))
 
 
@@ -262,7 +260,7 @@ def read(config: ModelConfig, params, cache, tokens_BS, starts_B):
     Returns: float32 logits after each token (B, S, V), and the cache with the tokens.
     """
     length = tokens_BS.shape[1]
-    positions_BS = starts_B[:, None] + jnp.arange(length)
+    positions_BS = starts_B[:, None] + jnp.arange(length)[None, :]
     written = []
 
     def attend(layer, q, k, v):
@@ -315,7 +313,7 @@ def _attend_cached(q_BNH, layer, lengths_B, **options):
 
 def _write(layer, k_BSKH, v_BSKH, positions_BS):
     """Return a layer's cache with new keys and values; positions past it are not written."""
-    new = k_BSKH, v_BSKH
+    new: tuple[jax.Array, ...] = (k_BSKH, v_BSKH)
     if len(layer) == 4:
         (k, k_scale), (v, v_scale) = (quantize(x, -1) for x in new)
         new = k, v, k_scale, v_scale

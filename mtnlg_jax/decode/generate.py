@@ -65,6 +65,7 @@ def generate(
     prompt draws with seed + i; the beams of a prompt are one draw with seed. There may be fewer
     beams than num_return_sequences if fewer different sequences exist.
     """
+    # Tokens and checks come first, so that a mistake costs no time on the device.
     token_prompts = [
         encode_prompt(tokenizer, prompt)
         if isinstance(prompt, str)
@@ -100,6 +101,7 @@ def check_draft(decoder: Decoder, draft: Decoder | None, configs: Sequence[Decod
     """Raise ValueError if ``draft`` cannot guess for ``decoder`` under these settings."""
     if draft is None:
         return
+    # Guesses are token ids, so both models must number tokens alike.
     ours = decoder.config.vocabulary
     theirs = draft.config.vocabulary
     if theirs != ours:
@@ -107,6 +109,7 @@ def check_draft(decoder: Decoder, draft: Decoder | None, configs: Sequence[Decod
             f"the draft model has a vocabulary of {theirs} tokens and the model one of {ours}; "
             "give a draft that was trained with the model's tokenizer, or none"
         )
+    # The draft reads every position that the model reads.
     if draft.context < decoder.context:
         raise ValueError(
             f"the draft model's context holds {draft.context} tokens and the model's "
@@ -136,6 +139,7 @@ def continue_prefix(
     draft: Decoder | None = None,
 ) -> list[Generated]:
     """Generate from prompts that are already in a cache; ``prefix`` stays usable."""
+    # Without the end token: each row adds its own ends, which may be others.
     allowed_V = writable(tokenizer, decoder.config.vocabulary, end=False)
 
     def settings_of(configs: Sequence[DecodeConfig]) -> Settings:
@@ -146,8 +150,10 @@ def continue_prefix(
         (c.num_beams, c.num_beam_groups, c.temperature > 0) if c.num_beams > 1 else None
         for c in configs
     ]
+    # The usual case: text can then be shown as it is written.
     if set(kinds) == {None}:
         return _continue_rows(decoder, tokenizer, prefix, configs, settings_of, on_text, draft)
+    # The beams' cache holds floats alone.
     if decoder.int8_cache:
         raise ValueError(
             f"an int8 cache is for rows, and num_beams={max(c.num_beams for c in configs)}; set "
@@ -163,15 +169,18 @@ def continue_prefix(
     # Beams first: there may be fewer than requested, and on_text needs indices in the result.
     for kind in sorted({kind for kind in kinds if kind is not None}):
         chosen = [i for i, each in enumerate(kinds) if each == kind]
+        # A selection copies the cache, so it is left out where it would select everything.
         part = prefix if len(chosen) == len(kinds) else _prompts_of(prefix, chosen)
         search = stochastic.draw if kind[2] else beam.search
         part_configs = [configs[i] for i in chosen]
         add(search(decoder, tokenizer, part, part_configs, settings_of(part_configs)), chosen)
     rest = [i for i, kind in enumerate(kinds) if kind is None]
+    # Beams are known already; a prompt of rows always has all its sequences.
     counts = [
         len(found) or config.num_return_sequences * (kind is None)
         for found, config, kind in zip(results, configs, kinds, strict=True)
     ]
+    # Index of each prompt's first sequence in the result.
     starts = np.cumsum([0, *counts]).tolist()
     if on_text:
         for start, found in zip(starts, results, strict=False):
@@ -180,6 +189,7 @@ def continue_prefix(
                     on_text(index, result.text)
     if rest:
         part = _prompts_of(prefix, rest)
+        # Rows are numbered within their own batch; on_text needs their number in the whole result.
         indices = [starts[i] + copy for i in rest for copy in range(counts[i])]
         show = (lambda row, text: on_text(indices[row], text)) if on_text else None
         part_configs = [configs[i] for i in rest]
@@ -202,11 +212,13 @@ def _continue_rows(
 ) -> list[Generated]:
     """Generate rows, none of which is a beam."""
     start = time.monotonic()
+    # Copies of a prompt are rows of their own: they share its prefill but not its cache.
     copies = [(i, copy) for i, c in enumerate(configs) for copy in range(c.num_return_sequences)]
     owners = [i for i, _ in copies]
     per_row = [configs[i] for i in owners]
     # Seeds wrap around, so that seed + i of the largest seed is a seed as well.
     seeds_B = np.array([(configs[i].seed + copy) % 2**32 for i, copy in copies], np.uint32)
+    # A number above the context might not fit int32.
     max_new_tokens = [min(config.max_new_tokens, decoder.context) for config in per_row]
     settings = settings_of(per_row)
     state, limits = begin(
@@ -223,7 +235,9 @@ def _continue_rows(
     advance_rows = advance if speculation is None else speculation.advance
     # The device sees stop sequences; only the host sees text and time, and must look often.
     looking = on_text is not None or any(c.stop_strings or c.max_time for c in per_row)
+    # Each return to the host costs a wait for the device, so without a reason there is only one.
     chunks = 1 if looking else decoder.context
+    # The clock includes the first token but not the prefill, which all rows share.
     time_limits_B = time_limits(per_row)
     texts = _Texts(tokenizer, per_row, np.asarray(limits.prompts_B), on_text)
     timed_out_B = np.zeros(len(per_row), bool)
@@ -233,15 +247,19 @@ def _continue_rows(
             np.asarray(x) for x in (state.tokens_BS, state.lengths_B, state.logprobs_BS)
         )
         for row, owner in enumerate(owners):
+            # Only what is new since the last look.
             first = texts.seen_B[row]
             check_finite(
                 logprobs_BS[row, first : lengths_B[row]], owner, first - texts.start_B[row]
             )
+        # The host may end rows that the device would continue, by a stop string or by time.
         done_B = np.asarray(state.done_B) | texts.push(tokens_BS, lengths_B)
+        # A row that is done in the same round ended by itself.
         timed_out_B |= ~done_B & (time.monotonic() - start > time_limits_B)
         done_B |= timed_out_B
         if done_B.all():
             break
+        # The device then writes nothing more in these rows.
         state = state._replace(done_B=jnp.asarray(done_B))
         state = advance_rows(
             decoder.params, state, limits, settings, np.int32(chunks), config=decoder.config
@@ -253,6 +271,7 @@ def _continue_rows(
     results = []
     for row, stream in enumerate(texts.streams):
         written = slice(texts.start_B[row], texts.seen_B[row])
+        # A token that was written but not taken into the text is an end token, or follows a stop.
         ended = stream.stopped or lengths_B[row] > texts.seen_B[row]
         results.append(
             Generated(
@@ -291,11 +310,13 @@ class _Texts:
     def push(self, tokens_BS: np.ndarray, lengths_B: np.ndarray) -> np.ndarray:
         """Read the tokens that are new, and return which rows stopped, (B,)."""
         for row, stream in enumerate(self.streams):
+            # Tokens behind an end or a stop stay unseen: they are not part of the result.
             for token in tokens_BS[row, self.seen_B[row] : lengths_B[row]].tolist():
                 if stream.stopped or token in self._ends[row]:
                     break
                 self.seen_B[row] += 1
                 self._show(row, stream.push(token))
+        # Ends that the device knows are in its own done_B.
         return np.array([stream.stopped for stream in self.streams])
 
     def finish(self) -> None:

@@ -114,4 +114,4 @@ def _guess(params, row_S, length, positions_U, allowed_V, *, config, top_k):
     logits_UV = jnp.einsum(
         "UD,VD->UV", x_1SD[0, positions_U], head_VD, preferred_element_type=jnp.float32
     )
-    return jax.lax.top_k(jnp.where(allowed_V, jax.nn.softmax(logits_UV, -1), -1.0), top_k)
+    return jax.lax.top_k(jnp.where(allowed_V[None, :], jax.nn.softmax(logits_UV, -1), -1.0), top_k)

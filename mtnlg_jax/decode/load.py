@@ -37,9 +37,12 @@ def load_decoder(
     Does the same as ``unstack`` of ``load_run`` in less memory, and takes their arguments. Raises
     what they raise, and ValueError with the parameter's name if one is not finite.
     """
+    # Before anything is read, since reading takes long.
     dtype = check_held(dtype, weights, cache)
 
     def read(path, config: Config) -> tuple:
+        # Merging needs a matrix and both its factors at once, so runs with adapters are loaded
+        # whole.
         if not lora.used(config):
             return _assemble(config.model, dtype, weights, StoredArrays(path))
         return _assemble(config.model, dtype, weights, _Held(load_run(workdir, which).params))
@@ -87,13 +90,14 @@ def _assemble(config: ModelConfig, dtype: str, weights: str | None, stored) -> t
     outer, block = split_abstract(config)
     int8 = weights == "int8"
     # The largest first, while little else is held.
-    made = {}
+    made: dict[str, jax.Array | RowWeight] = {}
     for name, leaf in sorted(names_of(outer).items(), key=lambda pair: -pair[1].size):
         if int8 and name in TABLES:
             made[name] = _int8_table(stored, name, leaf.shape)
         else:
             made[name] = jnp.asarray(stored.read(name).astype(dtype, copy=False))
-    layers = [{} for _ in range(config.num_layers)]
+    # Name by name, each through all layers: an array that is stored in one piece is read once.
+    layers: list[dict[str, jax.Array | RowWeight]] = [{} for _ in range(config.num_layers)]
     for name in names_of(block):
         convert = functools.partial(_converted, name.rpartition(_SEPARATOR)[2], dtype, int8)
         for number, layer in enumerate(layers):
@@ -109,6 +113,7 @@ def _int8_table(stored, name: str, shape: tuple[int, ...]) -> RowWeight:
     number_OI = np.empty(shape, np.int8)
     scale_O = np.empty(shape[0], np.float32)
     for start, rows in stored.blocks(name):
+        # A scale for each row, so pieces of the table are quantized independently.
         part = slice(start, start + len(rows))
         number_OI[part], scale_O[part] = quantize_numpy(rows)
     return RowWeight(jnp.asarray(number_OI), jnp.asarray(scale_O), shape[:1], 1)
@@ -116,10 +121,13 @@ def _int8_table(stored, name: str, shape: tuple[int, ...]) -> RowWeight:
 
 def _converted(name: str, dtype: str, int8: bool, array: np.ndarray):
     """Return one parameter of a block in the form that decoding holds."""
+    # Only the matrices of products are held in rows.
     if not name.startswith("w_") or not (int8 or by_rows()):
         return jnp.asarray(array.astype(dtype, copy=False))
+    # Dims that the product sums over: N and H of the output projection, the first one elsewhere.
     inputs = 2 if name == "w_o_NHD" else 1
     outputs = array.shape[inputs:]
+    # Outputs first, as RowWeight holds them.
     matrix_OI = array.reshape(-1, int(np.prod(outputs))).T
     if not int8:
         return RowWeight(

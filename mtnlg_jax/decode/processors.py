@@ -25,16 +25,19 @@ def process(logits_BV, settings: Settings, tokens_BS, lengths_B, prompts_B, long
     """
     rows = settings.rows
     vocabulary = logits_BV.shape[1]
-    positions = jnp.arange(tokens_BS.shape[1])
-    known_BS = positions < lengths_B[:, None]
+    positions_1S = jnp.arange(tokens_BS.shape[1])[None, :]
+    # Arrays have the size of the cache; behind a row's length is padding, or guesses that do not
+    # count.
+    known_BS = positions_1S < lengths_B[:, None]
     new_B = lengths_B - prompts_B
     if settings.uses("bias"):
         logits_BV = logits_BV + biases(rows, tokens_BS, lengths_B, new_B, vocabulary)
     if settings.uses("repetition_penalty"):
+        # The prompt counts as well, unlike for presence and frequency.
         seen_BV = counts(tokens_BS, known_BS, vocabulary) > 0
         logits_BV = repetition(logits_BV, seen_BV, rows.repetition_penalty)
     if settings.uses("presence_penalty", "frequency_penalty"):
-        counts_BV = counts(tokens_BS, known_BS & (positions >= prompts_B[:, None]), vocabulary)
+        counts_BV = counts(tokens_BS, known_BS & (positions_1S >= prompts_B[:, None]), vocabulary)
         logits_BV = presence_frequency(
             logits_BV, counts_BV, rows.presence_penalty, rows.frequency_penalty
         )
@@ -44,18 +47,21 @@ def process(logits_BV, settings: Settings, tokens_BS, lengths_B, prompts_B, long
         )
     ends_BV = one_hot(ends_of(settings), vocabulary)
     if settings.uses("min_new_tokens", "min_length"):
+        # min_length counts the prompt, min_new_tokens does not.
         early_B = (new_B < rows.min_new_tokens) | (lengths_B < rows.min_length)
         logits_BV = jnp.where(early_B[:, None] & ends_BV, NEG_INF, logits_BV)
     constraint = settings.static_options.constraint
     if constraint is not None:
         logits_BV = jnp.where(constraint(tokens_BS, lengths_B, prompts_B), logits_BV, NEG_INF)
-    logits_BV = jnp.where(settings.allowed_V | ends_BV, logits_BV, NEG_INF)
+    # Late, so that no bias can bring back what must not be written.
+    logits_BV = jnp.where(settings.allowed_V[None, :] | ends_BV, logits_BV, NEG_INF)
     if settings.uses("forced"):
         # LAST is the position where the row must end, which may be the end of the context.
         last_B1 = (longest_B - prompts_B)[:, None] - 1
         at_BE = jnp.where(rows.forced_at == LAST, last_B1, rows.forced_at)
         now_BE = at_BE == new_B[:, None]
         forced_BV = one_hot(jnp.where(now_BE, rows.forced_token, -1), vocabulary)
+        # Last: a forced token wins over everything that forbids it.
         only_forced_BV = jnp.where(forced_BV, 0.0, NEG_INF)
         logits_BV = jnp.where(now_BE.any(-1)[:, None], only_forced_BV, logits_BV)
     return logits_BV
@@ -92,9 +98,11 @@ def draw(keys_B, odds_BV) -> jax.Array:
     over the row; a Gumbel for each id takes a fifth of a GPT-2 step on a CPU.
     """
     batch, vocabulary = odds_BV.shape
+    # Padding has odds 0 and is never drawn.
     padded_BV = jnp.pad(odds_BV, ((0, 0), (0, -vocabulary % DRAW_BLOCK)))
     odds_BUI = padded_BV.reshape(batch, -1, DRAW_BLOCK)
     shares_B2 = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_B)
+    # P(block) x P(id | block) is the probability of the id.
     block_B = inverse_cdf(odds_BUI.sum(-1), shares_B2[:, 0])
     odds_BI = jnp.take_along_axis(odds_BUI, block_B[:, None, None], 1)[:, 0]
     return block_B * DRAW_BLOCK + inverse_cdf(odds_BI, shares_B2[:, 1])
@@ -113,7 +121,7 @@ def inverse_cdf(odds_BI, share_B) -> jax.Array:
 
 def one_hot(ids_BE, vocabulary: int) -> jax.Array:
     """Return which ids a row names, (B, V); ids below 0 are padding."""
-    return (ids_BE[:, :, None] == jnp.arange(vocabulary)).any(1)
+    return (ids_BE[:, :, None] == jnp.arange(vocabulary)[None, None, :]).any(1)
 
 
 def biases(rows: Rows, tokens_BS, lengths_B, new_B, vocabulary: int) -> jax.Array:
@@ -151,21 +159,28 @@ def no_repeat_ngram(logits_BV, tokens_BS, lengths_B, n: int, on_B):
     batch, size = tokens_BS.shape
     if size < n:
         return logits_BV
-    grams = tokens_BS[:, jnp.arange(size - n + 1)[:, None] + jnp.arange(n)]  # (B, grams, n)
-    tail_at = jnp.maximum(lengths_B[:, None] - (n - 1) + jnp.arange(n - 1), 0)
+    starts = jnp.arange(size - n + 1)
+    grams = tokens_BS[:, starts[:, None] + jnp.arange(n)[None, :]]  # (B, grams, n)
+    # A row shorter than n - 1 reads position 0 again; no n-gram of it is known, so nothing matches.
+    tail_at = jnp.maximum(lengths_B[:, None] - (n - 1) + jnp.arange(n - 1)[None, :], 0)
     tail = jnp.take_along_axis(tokens_BS, tail_at, 1)
-    known = jnp.arange(size - n + 1) + n <= lengths_B[:, None]
+    # The whole n-gram must lie within the known tokens.
+    known = starts[None, :] + n <= lengths_B[:, None]
+    # Its first n - 1 tokens equal the row's last ones, so its last token would complete a
+    # repetition.
     hit = (grams[:, :, : n - 1] == tail[:, None]).all(-1) & known & on_B[:, None]
     return jnp.where(counts(grams[:, :, -1], hit, logits_BV.shape[1]) > 0, NEG_INF, logits_BV)
 
 
 def temper(logits_BV, temperature_B):
+    # Greedy rows share the program: their temperature of 0 becomes 1, and their draw is dropped.
     return logits_BV / jnp.where(temperature_B > 0, temperature_B, 1.0)[:, None]
 
 
 def top_k(logits_BV, k_B):
     """Keep the k best and all that equal the k-th; 0 keeps all."""
     k_B = jnp.clip(k_B, 0, logits_BV.shape[1])
+    # Sorting and not top_k, because k differs from row to row.
     worst = jnp.take_along_axis(
         jnp.sort(logits_BV, -1, descending=True), jnp.maximum(k_B - 1, 0)[:, None], 1
     )
@@ -178,9 +193,11 @@ def top_p(logits_BV, p_B):
     Cuts as Hugging Face does: drops tokens where the ascending cumulative sum is at most 1 - p, but
     never the best.
     """
+    # Ascending, so that the cut is where the sum from the worst token on passes 1 - p.
     order = jnp.argsort(logits_BV, -1)
     below = jnp.cumsum(jax.nn.softmax(jnp.take_along_axis(logits_BV, order, -1), -1), -1)
     drop = (below <= 1 - p_B[:, None]).at[:, -1].set(False)
+    # Back to the order of ids.
     drop = jnp.put_along_axis(jnp.zeros_like(drop), order, drop, -1, inplace=False)
     return jnp.where(drop & (p_B[:, None] < 1), NEG_INF, logits_BV)
 
@@ -197,10 +214,12 @@ def typical(logits_BV, p_B):
     """Keep the tokens whose surprisal is closest to the entropy, up to probability p (Meister
     2022)."""
     log_p = jax.nn.log_softmax(logits_BV, -1)
+    # -inf x 0 would be NaN; the limit of p log p is 0.
     entropy = -jnp.where(log_p == NEG_INF, 0.0, log_p * jnp.exp(log_p)).sum(-1, keepdims=True)
     distance = jnp.abs(-log_p - entropy)
     order = jnp.argsort(distance, -1)
     mass = jnp.cumsum(jnp.exp(jnp.take_along_axis(log_p, order, -1)), -1)
+    # The first entry that reaches p still counts.
     last = jnp.minimum((mass < p_B[:, None]).sum(-1), logits_BV.shape[1] - 1)
     farthest = jnp.take_along_axis(distance, jnp.take_along_axis(order, last[:, None], -1), -1)
     return jnp.where((distance > farthest) & (p_B[:, None] < 1), NEG_INF, logits_BV)

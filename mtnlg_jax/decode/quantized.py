@@ -24,8 +24,8 @@ import numpy as np
 from mtnlg_jax import compat
 
 # With fewer rows XLA:CPU does not use its kernels, or they are not faster.
-LEAST_BOWS = 4
-_BOWS_BY_BOWS = (((1,), (1,)), ((), ()))
+LEAST_ROWS = 4
+_ROWS_BY_ROWS = (((1,), (1,)), ((), ()))
 
 
 def quantize(x, axes):
@@ -34,6 +34,7 @@ def quantize(x, axes):
     Symmetric: the largest number along ``axes`` becomes 127.
     """
     x = x.astype(jnp.float32)
+    # -128 is not used, so that the range is symmetric.
     scale = jnp.abs(x).max(axes, keepdims=True) / 127
     # All zeros have scale 0, by which nothing can be divided.
     number = jnp.round(x / jnp.where(scale > 0, scale, 1.0))
@@ -45,6 +46,7 @@ def quantize_numpy(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     # In place, since int8 is there to save another copy of a table.
     scale = np.maximum(x.max(1, keepdims=True), -x.min(1, keepdims=True)) / np.float32(127)
     number = x / np.where(scale > 0, scale, np.float32(1))
+    # Rounds half to even, as jnp.round does.
     return np.rint(number, out=number).astype(np.int8), scale[:, 0]
 
 
@@ -68,16 +70,19 @@ class RowWeight:
 
     def float32(self, x):
         """Return the product before it is rounded to x's type."""
+        # Both operands have inputs last, so memory is read in order and nothing is transposed.
         rows_BI = x.reshape(-1, self.number_OI.shape[1])
         if self.scale_O is None:
             y_BO = _multiply(rows_BI.astype(self.number_OI.dtype), self.number_OI)
         elif on_cpu():
-            y_BO = self.scale_O * _multiply_int8(rows_BI, self.number_OI)
+            y_BO = self.scale_O[None, :] * _multiply_int8(rows_BI, self.number_OI)
         else:
-            y_BO = self.scale_O * jax.lax.dot_general(
+            # The integers are exact in bfloat16 (8 bits of significand), and the scale multiplies
+            # the float32 sum.
+            y_BO = self.scale_O[None, :] * jax.lax.dot_general(
                 rows_BI,
                 self.number_OI.astype(x.dtype),
-                _BOWS_BY_BOWS,
+                _ROWS_BY_ROWS,
                 preferred_element_type=jnp.float32,
             )
         return y_BO.reshape(*x.shape[: x.ndim - self.inputs], *self.outputs)
@@ -117,8 +122,9 @@ def _multiply(x_BI, number_OI):
     """Return the product in float32, (B, O)."""
     rows = x_BI.shape[0]
     if on_cpu() and x_BI.dtype != jnp.float32:
-        x_BI = jnp.pad(x_BI, ((0, max(0, LEAST_BOWS - rows)), (0, 0)))
-    return jax.lax.dot_general(x_BI, number_OI, _BOWS_BY_BOWS, preferred_element_type=jnp.float32)[
+        # Rows of zeros reach XLA:CPU's kernels; a row more costs less than its plain loop.
+        x_BI = jnp.pad(x_BI, ((0, max(0, LEAST_ROWS - rows)), (0, 0)))
+    return jax.lax.dot_general(x_BI, number_OI, _ROWS_BY_ROWS, preferred_element_type=jnp.float32)[
         :rows
     ]
 
@@ -133,11 +139,13 @@ def _multiply_int8(x_BI, number_OI):
     scale_B1 = jnp.abs(x_BI).max(1, keepdims=True) / 127
     scaled_BI = x_BI / jnp.where(scale_B1 > 0, scale_B1, 1.0)
     hi_BI = jnp.round(scaled_BI)
+    # The rest is within 0.5, so lo is within 127.
     lo_BI = jnp.round((scaled_BI - hi_BI) * 254)
+    # One product of twice the rows reads the weights once.
     both_BI = jnp.concatenate([hi_BI, lo_BI]).astype(jnp.int8)
-    both_BI = jnp.pad(both_BI, ((0, max(0, LEAST_BOWS - 2 * rows)), (0, 0)))
+    both_BI = jnp.pad(both_BI, ((0, max(0, LEAST_ROWS - 2 * rows)), (0, 0)))
     sums_BO = jax.lax.dot_general(
-        both_BI, number_OI, _BOWS_BY_BOWS, preferred_element_type=jnp.int32
+        both_BI, number_OI, _ROWS_BY_ROWS, preferred_element_type=jnp.int32
     )
     sums_BO = sums_BO.astype(jnp.float32)
     return scale_B1 * (sums_BO[:rows] + sums_BO[rows : 2 * rows] / 254)

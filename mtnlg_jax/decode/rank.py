@@ -141,6 +141,7 @@ def rank(
         normalise,
         options,
     )
+    # All checks come before any scorer runs the model.
     planned = {name: SCORERS[name](pool) for name in weights}
     # The log-probabilities of generated candidates are already known.
     logprobs = (
@@ -170,6 +171,7 @@ def rank(
 def _generated(tokenizer, prompt_tokens: Sequence[int], result) -> Candidate:
     """Return a generated result as a candidate."""
     tokens = (*prompt_tokens, *result.tokens)
+    # Bytes of the tokens and not of the text: a stop string is cut from the text but was generated.
     written = _bytes_of(tokenizer, result.tokens)
     return Candidate(result.text, tokens, len(prompt_tokens), written)
 
@@ -225,6 +227,7 @@ def _score(decoder, prefix, prompt_tokens, candidates: Sequence[Candidate]) -> l
     behind = [
         i
         for i, each in enumerate(candidates)
+        # The row agrees with the prompt up to its start, so the prompt's cache serves it.
         if each.row[: each.start] == prompt_tokens[: each.start]
     ]
     alone = [i for i in range(len(candidates)) if i not in set(behind)]
@@ -259,6 +262,7 @@ def _write(decoder, tokenizer, prompt, decode, weights):
     """
     validate_decode(decode)
     check_tokens(decode, decoder.config.vocabulary)
+    # A ranking of one beam is pointless, so all of them are ranked.
     if decode.num_beams > 1 and decode.num_return_sequences == 1:
         decode = dataclasses.replace(decode, num_return_sequences=decode.num_beams)
     number = decode.num_return_sequences
@@ -274,11 +278,13 @@ def _write(decoder, tokenizer, prompt, decode, weights):
         len(tokens) + 1 + ends,
         f"the prompt with {'a token and the end' if ends else 'one token'}",
     )
+    # With room for the end that the bidirectional model reads.
     longest = min(decode.max_new_tokens, decoder.context - len(tokens) - ends)
     # A candidate needs at least one token to score.
     decode = dataclasses.replace(
         decode, max_new_tokens=longest, min_new_tokens=min(max(1, decode.min_new_tokens), longest)
     )
+    # Room for the prompt and the longest candidate. Scoring may read behind this prefix again.
     prefix = prefill(decoder, [tokens], capacity(len(tokens) + longest, decoder.context))
     written = [
         result for result in continue_prefix(decoder, tokenizer, prefix, [decode]) if result.tokens
@@ -308,6 +314,7 @@ def _read(decoder, tokenizer, prompt: str, candidates) -> tuple[tuple[int, ...],
                 f"candidate {number} of {len(candidates)}, {text[:40]!r}, is not Unicode text; "
                 "decode it from bytes with its encoding"
             )
+    # Tokenizers join a space with the word behind it, so it belongs to the candidate.
     context = prompt.rstrip()
     spaces = prompt[len(context) :]
     alone = tuple(encode_prompt(tokenizer, context))
@@ -323,7 +330,9 @@ def _at_its_boundary(
     decoder, tokenizer, context: str, spaces: str, text: str, alone: tuple[int, ...]
 ) -> Candidate:
     row = tuple(encode_prompt(tokenizer, context + spaces + text))
+    # The first token that the candidate changes; from there on all is scored.
     start = _common(alone, row)
+    # Tokens of the prompt that the candidate changed: their text is part of what is scored.
     joined = alone[start:]
     if start == 0:
         # Without a <bos> the texts may differ in their first token, which needs a token before it.

@@ -1,4 +1,4 @@
-"""What all ways of decoding share: prompts as tokens, writable tokens, checks and results."""
+"""Parts shared by all ways of decoding: prompts as tokens, writable tokens, checks, results."""
 
 import contextlib
 import dataclasses
@@ -72,7 +72,7 @@ def time_limits(configs: Sequence[DecodeConfig]) -> np.ndarray:
 
 
 def text_stream(tokenizer, config: DecodeConfig) -> TextStream:
-    """Return a stream that stops where ``config`` says."""
+    """Return a stream with the stop strings of ``config``."""
     stop_tokens = [(token,) for token in config.stop_token_ids]
     return TextStream(tokenizer, config.stop_strings, [*stop_tokens, *config.stop_sequences])
 
@@ -89,6 +89,8 @@ def writable(tokenizer, vocabulary: int, end: bool = True) -> np.ndarray:
     own ends. Other special tokens of an imported tokenizer may be written, as its model was trained
     to do, and add nothing to the text.
     """
+    # The model's vocabulary is padded, and a tokenizer may have fewer tokens than an imported
+    # model.
     size = min(tokenizer.vocab_size, vocabulary)
     allowed = np.zeros(vocabulary, bool)
     allowed[:size] = ~tokenizer.is_special[:size] | _is_learned_special(tokenizer)[:size]
@@ -105,6 +107,7 @@ def _is_learned_special(tokenizer) -> np.ndarray:
     if getattr(tokenizer, "kind", "sentencepiece") == "sentencepiece":
         return found
     roles = {tokenizer.pad_id, tokenizer.bos_id, tokenizer.sep_id, *tokenizer.eos_ids}
+    # A tokenizer without <mask> raises.
     with contextlib.suppress(ValueError):
         roles.add(tokenizer.mask_id)
     found[[index for index in tokenizer.special_names if index not in roles]] = True

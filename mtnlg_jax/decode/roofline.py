@@ -24,7 +24,8 @@ def step_bytes(decoder: Decoder, rows: int, length: int) -> dict[str, int]:
     outer, layers = decoder.params
     weights = _size(layers)
     for path, leaf in nnx.to_pure_dict(outer).items():
-        # A row reads only one entry of an embedding table.
+        # A row reads only one entry of an embedding table. A tied table is the head as well, of
+        # which every step reads all.
         looked_up = path == "positions_PD" or path == "tokens_VD" and not config.tie_embeddings
         weights += 0 if looked_up else _size(leaf)
     item = np.dtype(jax.tree.leaves(nnx.to_pure_dict(outer)["final_norm"])[0].dtype).itemsize
@@ -49,12 +50,14 @@ def copy_bandwidth(size: int = 2**28, rounds: int = 5) -> float:
     """
     # In place, since on a CPU it takes longer to write to memory that is new to the process.
     change = jax.jit(lambda x: x + 1, donate_argnums=0)
+    # The first run compiles and is not measured.
     x = change(jnp.zeros(size // 4, jnp.float32)).block_until_ready()
     seconds = []
     for _ in range(rounds):
         begin = time.perf_counter()
         x = change(x).block_until_ready()
         seconds.append(time.perf_counter() - begin)
+    # Read once and written once.
     return 2 * x.nbytes / min(seconds)
 
 

@@ -18,7 +18,7 @@ from mtnlg_jax.decode.results import CHUNK
 
 
 class State(NamedTuple):
-    """What changes from step to step; donated, so that the cache is updated in place."""
+    """The state of the rows, which changes in every step; donated to update the cache in place."""
 
     cache: tuple[tuple[jax.Array, ...], ...]
     tokens_BS: jax.Array  # prompt and continuation
@@ -42,6 +42,8 @@ def append(
 
     ``choose`` picks it from the processed logits; see ``processors.choose``.
     """
+    # Penalties and constraints act before the choice; the log-probability below is of the raw
+    # logits, and so the model's own.
     processed_BV = process(
         logits_BV,
         settings,
@@ -62,6 +64,7 @@ def append(
     at = jnp.arange(tokens_B.shape[0]), position_B
     lengths_B = state.lengths_B + ~state.done_B
     tokens_BS = state.tokens_BS.at[at].set(tokens_B, mode="drop")
+    # Padding of the ends is below 0 and equals no token.
     ended_B = (tokens_B[:, None] == ends_BE).any(-1)
     ended_B |= stopped(settings, tokens_BS, lengths_B, limits.prompts_B)
     return State(
@@ -87,12 +90,16 @@ def begin(
 
     Row i continues prompt ``owners_B[i]`` of ``prefix``.
     """
+    # Prompts are read in floats; their keys and values are rounded once, here.
     if int8_cache:
         prefix = prefix._replace(cache=to_int8(prefix.cache))
+    # Each row has a copy of its prompt's cache, because it writes behind it.
     tokens_BS, prompts_B, logits_BV, cache = jax.tree.map(lambda x: x[owners_B], prefix)
     longest_B = jnp.minimum(prompts_B + max_new_tokens_B, tokens_BS.shape[1])
+    # A key for each row, so that its draws do not depend on the batch.
     limits = Limits(prompts_B, longest_B, jax.vmap(jax.random.key)(seeds_B))
     state = State(cache, tokens_BS, jnp.zeros(tokens_BS.shape), prompts_B, prompts_B >= longest_B)
+    # The first token needs no step of the model: the prefill has its logits.
     return append(logits_BV, state, limits, settings), limits
 
 
@@ -103,11 +110,14 @@ def advance(
     """Write at most ``chunks`` times CHUNK more tokens; fewer when all rows are done."""
 
     def one_token(state, _):
+        # The newest token is not in the cache yet: reading it writes its keys and gives the next
+        # logits.
         last_B = state.lengths_B - 1
         tokens_B = jnp.take_along_axis(state.tokens_BS, last_B[:, None], 1)[:, 0]
         logits_BV, cache = step(config, params, state.cache, tokens_B, last_B)
         return append(logits_BV, state._replace(cache=cache), limits, settings), None
 
+    # Looked at once a chunk: rows that are done inside of one compute without effect.
     def more(carry):
         count, state = carry
         return (count < chunks) & ~state.done_B.all()

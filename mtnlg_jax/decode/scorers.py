@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mtnlg_jax.config import StageConfig
+from mtnlg_jax.data.tokenizer.base import Tokenizer
 from mtnlg_jax.decode.cache import Decoder, capacity, prefill
 from mtnlg_jax.decode.results import check_context, encode_prompt
 from mtnlg_jax.decode.scoring import score, score_masked, score_rows
@@ -83,7 +84,7 @@ class Pool(NamedTuple):
     """The different candidates, and how to score them."""
 
     decoder: Decoder
-    tokenizer: object
+    tokenizer: Tokenizer
     prompt: str
     candidates: list[Candidate]
     counts: np.ndarray  # how often each occurred
@@ -103,7 +104,7 @@ class Pool(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """What a scorer returns for all candidates of a pool."""
+    """The result of a scorer for all candidates of a pool."""
 
     parts: dict[str, np.ndarray]  # by name, one number a candidate; the scorer's name is its score
     answers: list[str | None] | None = None  # of self_consistency
@@ -112,6 +113,7 @@ class Scores(NamedTuple):
 
 def length_of(normalise: str, text: bytes, tokens: Sequence[int]) -> int:
     """Return the length to divide by; a character counts where it begins in ``text`` (UTF-8)."""
+    # Continuation bytes of UTF-8 are 10xxxxxx.
     characters = sum(byte & 0xC0 != 0x80 for byte in text)
     return {
         "sum": 1,
@@ -173,6 +175,7 @@ def _noisy_channel(pool: Pool):
             len(context) + len(source),
             f"the source behind reverse with {each[:40]!r}",
         )
+    # |x| and not |y| for both terms of the channel, as in Yee 2019.
     length = length_of(pool.normalise, text.encode(), source)
 
     def run(sums):
@@ -203,6 +206,7 @@ def _pseudo_log_likelihood(pool: Pool):
     Salazar 2020. ``within_word_l2r`` also masks the rest of y_t's word. Otherwise a rare word of
     several pieces looks likely, since each piece gives the others away (Kauf & Ivanova 2023).
     """
+    # As in training, masked positions see the end of the document.
     rows = [[*each.row, pool.tokenizer.eos_id] for each in pool.candidates]
     starts = [each.start for each in pool.candidates]
     for text, row in zip(pool.texts, rows, strict=True):
@@ -214,6 +218,7 @@ def _pseudo_log_likelihood(pool: Pool):
         """Return (position, end of its word) of each token."""
         spans = []
         end = len(row) - 1
+        # From the right, since the end of a word is known before its beginning.
         for position in reversed(range(start, len(row) - 1)):
             spans.append((position, end))
             token = row[position]
@@ -256,6 +261,7 @@ def _mbr(pool: Pool):
         table = np.array(
             [[float(utility(text, other)) for other in pool.texts] for text in pool.texts]
         )
+        # A candidate is not compared with itself, but with its other occurrences.
         others = np.broadcast_to(pool.counts, (number, number)) - np.eye(number)
         return Scores({"mbr": (table * others).sum(1) / others.sum(1)}, utilities=table)
 
@@ -265,10 +271,11 @@ def _mbr(pool: Pool):
 def _self_consistency(pool: Pool):
     """The share of the votes for the candidate's answer, in [0, 1] (Wang 2022).
 
-    A candidate has one vote for each time it occurred, weighted by its probability if ``votes``
-    says so. Without an answer it has no vote and score 0.
+    A candidate has one vote for each time it occurred, weighted by its probability if ``votes`` is
+    "probability". Without an answer it has no vote and score 0.
     """
     pattern = pool.options.answer
+    assert pattern is not None, "check_request refuses self_consistency without an answer"
     answers = [extract_answer(pattern, text) for text in pool.texts]
     if not any(answer is not None for answer in answers):
         raise ValueError(
@@ -284,7 +291,7 @@ def _self_consistency(pool: Pool):
             # Subtracting the maximum keeps the shares, and keeps some vote above 0.
             votes *= np.exp(means - means[voting].max())
         votes = np.where(voting, votes, 0.0)
-        totals = collections.defaultdict(float)
+        totals: dict[str | None, float] = collections.defaultdict(float)
         for answer, vote in zip(answers, votes, strict=True):
             totals[answer] += vote
         shares = np.array([totals[answer] for answer in answers]) / votes.sum()
@@ -315,7 +322,7 @@ def weights_of(scorers: str | Sequence[str] | Mapping[str, float]) -> dict[str, 
         raise ValueError(f"there is no scorer to rank by; choose from {', '.join(SCORERS)}")
     for name, weight in weights.items():
         if name not in SCORERS:
-            raise ValueError(f"scorer {name!r} is not known; choose from {', '.join(SCORERS)}")
+            raise ValueError(f"unknown scorer {name!r}; choose from {', '.join(SCORERS)}")
         if (
             isinstance(weight, bool)
             or not isinstance(weight, numbers.Real)
@@ -341,10 +348,11 @@ def check_request(
     """Raise ValueError on a request that is wrong whatever the candidates are."""
     if normalise not in NORMALIZATIONS:
         raise ValueError(
-            f"normalise={normalise!r} is not known; choose one of {', '.join(NORMALIZATIONS)}"
+            f"unknown normalise={normalise!r}; choose one of {', '.join(NORMALIZATIONS)}"
         )
     for name, scorers in _ACTS_IN.items():
         value = getattr(options, name)
+        # An option that nothing reads is more likely a mistake than a wish.
         if value != getattr(ScorerOptions, name) and not weights.keys() & set(scorers):
             raise ValueError(
                 f"{name}={value!r} acts in {' and '.join(scorers)} alone, not among the scorers "
@@ -359,11 +367,11 @@ def check_request(
         )
     if not callable(options.utility) and options.utility not in UTILITIES:
         raise ValueError(
-            f"utility={options.utility!r} is not known; choose one of {', '.join(UTILITIES)}, or "
+            f"unknown utility={options.utility!r}; choose one of {', '.join(UTILITIES)}, or "
             "give a function of two texts"
         )
     if options.votes not in ("count", "probability"):
-        raise ValueError(f"votes={options.votes!r} is not known; choose count or probability")
+        raise ValueError(f"unknown votes={options.votes!r}; choose count or probability")
     if "pmi" in weights:
         _check_neutral(
             options, _neutral(tokenizer, options.neutral, prompt), encode_prompt(tokenizer, prompt)

@@ -69,7 +69,7 @@ def score_from(
         group = [i for i in left if starts[i] <= first + NEAR]
         left = left[len(group) :]
         # The keys of a prefix are those of its beginnings as well.
-        begun = prefix._replace(lengths_B=np.array([first], np.int32))
+        begun = prefix._replace(lengths_B=jnp.array([first], jnp.int32))
         for i, part in zip(
             group, score(decoder, begun, [rows[i][first:] for i in group]), strict=True
         ):

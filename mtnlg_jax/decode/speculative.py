@@ -25,7 +25,7 @@ import numpy as np
 from jax import lax
 
 from mtnlg_jax.config import DecodeConfig, ModelConfig
-from mtnlg_jax.decode.batched_settings import Settings
+from mtnlg_jax.decode.batched_settings import Array, Settings
 from mtnlg_jax.decode.cache import Decoder, Prefix, bucket, prefill, read, step, to_int8
 from mtnlg_jax.decode.processors import choose, draw, process, warp
 from mtnlg_jax.decode.results import CHUNK
@@ -42,8 +42,8 @@ INSTEAD = 3
 class Guessing:
     """How many tokens each row guesses, and from what."""
 
-    most_B: np.ndarray  # guesses a round at most; 0: none
-    ngrams_B: np.ndarray  # longest n-gram to look up
+    most_B: Array  # guesses a round at most; 0: none
+    ngrams_B: Array  # longest n-gram to look up
     most: int = dataclasses.field(metadata={"static": True})  # the largest of ``most_B``
     ngrams: int = dataclasses.field(metadata={"static": True})  # the largest of ``ngrams_B``
     draft: ModelConfig | None = dataclasses.field(metadata={"static": True})  # None: look-up
@@ -83,8 +83,10 @@ class Speculation:
             lengths = np.asarray(prefix.lengths_B)
             tokens = np.asarray(prefix.tokens_BS)
             prompts = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
+            # The draft reads the prompts itself: its keys and values are not the model's.
             cache = prefill(draft, prompts, bucket(prefix.tokens_BS.shape[1], draft.context)).cache
             cache = to_int8(cache) if draft.int8_cache else cache
+            # As many draft rows as rows, in the same order.
             self._draft_cache = jax.tree.map(lambda x: x[np.array(owners)], cache)
         self.counts = np.zeros((2, len(configs)), np.int32)
 
@@ -124,6 +126,8 @@ def _advance(
 
     def one_round(carry):
         state, draft_cache, (guessed_B, accepted_B) = carry
+        counts_B: Array
+        # Static: look-up and draft model are two programs.
         if guessing.draft is None:
             guesses_BA, counts_B = look_up(state.tokens_BS, state.lengths_B, guessing)
             odds_BAV = None
@@ -132,6 +136,8 @@ def _advance(
             guesses_BA, odds_BAV, draft_cache = _draft(
                 draft_params, draft_cache, state, limits, settings, guessing
             )
+        # One pass reads the newest token and all guesses: the logits after each of them say what
+        # should have come next.
         last_B1 = jnp.take_along_axis(state.tokens_BS, state.lengths_B[:, None] - 1, 1)
         read_BS = jnp.concatenate([last_B1, guesses_BA], 1)
         logits_BSV, cache = read(config, params, state.cache, read_BS, state.lengths_B - 1)
@@ -172,16 +178,19 @@ def look_up(tokens_BS, lengths_B, guessing: Guessing) -> tuple[jax.Array, jax.Ar
     Returns: tokens (B, A), how many of them are guesses (B,).
     """
     size = tokens_BS.shape[1]
-    positions = jnp.arange(size)
+    positions_1S = jnp.arange(size)[None, :]
     start_B = jnp.zeros_like(lengths_B)  # 0: no match, since a match has a token before it
     same_BS = jnp.ones(tokens_BS.shape, bool)
     for n in range(1, min(guessing.ngrams, size - 1) + 1):
         # same_BS: whether the n tokens before a position are the row's last n.
         last_B1 = jnp.take_along_axis(tokens_BS, jnp.maximum(lengths_B - n, 0)[:, None], 1)
-        same_BS &= (jnp.roll(tokens_BS, n, 1) == last_B1) & (positions >= n)
-        usable_BS = same_BS & (positions < lengths_B[:, None]) & (n <= guessing.ngrams_B)[:, None]
+        same_BS &= (jnp.roll(tokens_BS, n, 1) == last_B1) & (positions_1S >= n)
+        long_B1 = (n <= guessing.ngrams_B)[:, None]
+        usable_BS = same_BS & (positions_1S < lengths_B[:, None]) & long_B1
+        # Longer n-grams come later and overwrite shorter ones; argmax takes the first occurrence.
         start_B = jnp.where(usable_BS.any(-1), jnp.argmax(usable_BS, -1), start_B)
-    at_BA = start_B[:, None] + jnp.arange(guessing.most)
+    at_BA = start_B[:, None] + jnp.arange(guessing.most)[None, :]
+    # What follows the match may end at the row's end, and then there are fewer guesses.
     counts_B = jnp.where(start_B > 0, jnp.minimum(guessing.most_B, lengths_B - start_B), 0)
     return jnp.take_along_axis(tokens_BS, jnp.minimum(at_BA, size - 1), 1), counts_B
 
@@ -195,18 +204,24 @@ def _draft(
     draft's cache with all guesses.
     """
     drawing = settings.uses("temperature")
+    draft_config = guessing.draft
+    assert draft_config is not None, "look_up guesses where there is no draft model"
 
     def one(carry, _):
         cache, tokens_BS, lengths_B = carry
+        # Guesses may run past the context; they cannot be accepted, but must not read outside the
+        # arrays.
         at_B = jnp.minimum(lengths_B, tokens_BS.shape[1]) - 1
         last_B = jnp.take_along_axis(tokens_BS, at_B[:, None], 1)[:, 0]
-        logits_BV, cache = step(guessing.draft, params, cache, last_B, at_B)
+        logits_BV, cache = step(draft_config, params, cache, last_B, at_B)
+        # Processed like the model's own logits: a guess that is forbidden could never be accepted.
         processed_BV = process(
             logits_BV, settings, tokens_BS, lengths_B, limits.prompts_B, limits.longest_B
         )
         guess_B = jnp.argmax(processed_BV, -1)
-        odds_BV = ()
+        odds_BV: jax.Array | tuple[()] = ()
         if drawing:
+            # q of the acceptance rule is the distribution that the guess was really drawn from.
             odds_BV = jax.nn.softmax(warp(processed_BV, settings), -1)
             drawn_B = draw(_keys(limits, lengths_B, DRAFT), odds_BV)
             guess_B = jnp.where(settings.rows.temperature > 0, drawn_B, guess_B)
@@ -240,6 +255,8 @@ def _verify(
         # The token after the last guess has no guess of its own: read the last one, unused.
         column = jnp.minimum(index, most - 1)
         guess_B = guesses_BA[:, column]
+        # Once a guess is rejected, the tokens behind it were read after a wrong token, and count no
+        # more.
         guessed_B = (index < counts_B) & going_B
         decide = functools.partial(
             _decide,
@@ -250,8 +267,12 @@ def _verify(
             keys_of=functools.partial(_keys, limits, state.lengths_B),
         )
         active_B = going_B & ~state.done_B
+        # Rows that are not active are marked as done for this call only, so that they write
+        # nothing.
         grown = append(logits_BV, state._replace(done_B=~active_B), limits, settings, decide)
         written_B = jnp.take_along_axis(grown.tokens_BS, grown.lengths_B[:, None] - 1, 1)[:, 0]
+        # Compared with what was written. A replacement never equals the guess, since max(0, p - q)
+        # is 0 there.
         hit_B = active_B & guessed_B & (written_B == guess_B)
         done_B = jnp.where(active_B, grown.done_B, state.done_B)
         return (grown._replace(done_B=done_B), hit_B & ~done_B, right_B + hit_B), None
@@ -280,6 +301,7 @@ def _decide(
 
     Rows that are ``plain`` never guess, and draw as in a batch without guesses.
     """
+    # Greedy: the guess is accepted exactly if it equals this.
     best_B = jnp.argmax(processed_BV, -1)
     if not settings.uses("temperature"):
         return best_B
@@ -292,11 +314,14 @@ def _decide(
         return jnp.take_along_axis(x_BV, guess_B[:, None], 1)[:, 0]
 
     uniform_B = jax.vmap(jax.random.uniform)(keys_of(ACCEPT))
+    # u q < p is u < p / q without a division, and never true where p is 0.
     accepted_B = guessed_B & (uniform_B * of_guess(q_BV) < of_guess(p_BV))
+    # max(0, p - q), not normalized: `draw` takes odds. Without a guess q is 0 and this is p.
     rest_BV = jnp.maximum(p_BV - q_BV, 0.0)
     # Rounding may leave nothing where p and q are equal.
     rest_BV = jnp.where(rest_BV.sum(-1, keepdims=True) > 0, rest_BV, p_BV)
     instead_B = draw(keys_of(INSTEAD), rest_BV)
+    # The same key as without speculation, so that these rows repeat exactly.
     plainly_B = choose(processed_BV, settings, keys_B, index_B)
     drawn_B = jnp.where(plain_B, plainly_B, jnp.where(accepted_B, guess_B, instead_B))
     return jnp.where(settings.rows.temperature > 0, drawn_B, best_B)

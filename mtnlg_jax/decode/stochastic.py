@@ -5,8 +5,8 @@ largest perturbed values are kept. They are found top down: a beam's own value i
 continuations' values, which are drawn under that condition.
 """
 
-# Shapes: P prompts, W beams, V vocabulary, G groups of beams. Arrays of a state are (1, P, W):
-# there is one group.
+# Shapes: G groups of beams, as in beam search, but always 1; P prompts, W beams, V vocabulary. So
+# arrays of a state are (1, P, W).
 
 import functools
 import time
@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 
 from mtnlg_jax.config import DecodeConfig
-from mtnlg_jax.decode.batched_settings import Settings
+from mtnlg_jax.decode.batched_settings import Array, Settings
 from mtnlg_jax.decode.beam_cache import BeamCache, empty_beams
 from mtnlg_jax.decode.beams import (
     EMPTY,
@@ -47,13 +47,13 @@ from mtnlg_jax.decode.results import Generated
 class SearchParams(NamedTuple):
     """The constants of each prompt's search, (P,)."""
 
-    prompts: jax.Array  # length of the prompt
-    max_new_tokens: jax.Array
-    seeds: jax.Array
+    prompts: Array  # length of the prompt
+    max_new_tokens: Array
+    seeds: Array
 
 
 class State(NamedTuple):
-    """What changes from step to step; donated."""
+    """The state of the search, which changes in every step; donated."""
 
     cache: BeamCache
     # scores: log-probabilities in the distribution drawn from; -inf: there is no such sequence
@@ -123,9 +123,10 @@ def begin(prefix: Prefix, search_params: SearchParams, *, static: Static) -> Sta
     """Start the search of every prompt."""
     beams = blank(prefix, static, -jnp.inf)
     shape = beams.scores.shape
-    # The W beams start alike, so the first one stands for all sequences. The largest of their
+    # The W beams start equal, so the first one represents all sequences. The largest of their
     # values may be any number, since it does not change their order.
     scores = beams.scores.at[:, :, 0].set(0.0)
+    # A prompt that fills the context is itself the only sequence.
     no_room_P = search_params.max_new_tokens <= 0
     why = beams.why.at[0, :, 0].set(jnp.where(no_room_P, LENGTH, EMPTY).astype(jnp.int8))
     return State(
@@ -177,30 +178,39 @@ def _grow(
     warped_PWV = warp(processed_GPWV.reshape(-1, vocabulary), repeated).reshape(
         prompts, beams, vocabulary
     )
+    # Reported with the tokens; the draw uses the processed and warped distribution.
     own_PWV = jax.nn.log_softmax(logits_GPWV, -1)[0]
     kept = jax.tree.map(lambda x: x[0], state.running)
     whole_PW = kept.why != EMPTY
 
+    # Log-probability of each continuation as a whole sequence, in the distribution drawn from.
     totals_PWV = kept.scores[..., None] + jax.nn.log_softmax(warped_PWV, -1)
+    # A key for each prompt and token, so that a prompt's draws do not depend on its batch.
     keys_P = jax.vmap(jax.random.fold_in, (0, None))(
         jax.vmap(jax.random.key)(seeds_P), state.written
     )
     noise_PWV = jax.vmap(lambda key: jax.random.gumbel(key, (beams, vocabulary)))(keys_P)
+    # A Gumbel for each continuation, then shifted so that the largest one has exactly its beam's
+    # value: this makes the draws equal to perturbing all whole sequences at once.
     values_PWV = _given_largest(totals_PWV + noise_PWV, state.perturbed[0])
     # A finished sequence has one continuation: itself.
-    stays_PWV = whole_PW[..., None] & (jnp.arange(vocabulary) == 0)
+    stays_PWV = whole_PW[:, :, None] & (jnp.arange(vocabulary) == 0)[None, None, :]
+    # It keeps its value, in the entry of token 0. Its other entries cannot win.
     values_PWV = jnp.where(whole_PW[..., None], -jnp.inf, values_PWV)
     values_PWV = jnp.where(stays_PWV, state.perturbed[0, ..., None], values_PWV)
     totals_PWV = jnp.where(stays_PWV, kept.scores[..., None], totals_PWV)
 
+    # The largest W of all beams together: draws without replacement.
     perturbed, at_PW = lax.top_k(values_PWV.reshape(prompts, -1), beams)
     sources = at_PW // vocabulary
     tokens_PW = (at_PW % vocabulary).astype(jnp.int32)
     stays_PW = take(whole_PW, sources)
+    # A finished sequence is extended as well, but behind its length, where nothing is read.
     tokens, logprobs = extend(kept, sources, tokens_PW, own_PWV, prompts_P, state.written)
     ended_PW = ending(tokens, tokens_PW, prompts_P, state.written, settings)
     full_length_P1 = (state.written + 1 >= max_new_tokens_P)[:, None]
     timed_out_P1 = timed_out_P[:, None]
+    # An end decides before a limit that is reached with the same token.
     limit_P1 = jnp.where(full_length_P1, LENGTH, jnp.where(timed_out_P1, TIMEOUT, EMPTY))
     why = jnp.where(ended_PW, STOP, limit_P1)
     grown = Sequences(
@@ -228,6 +238,7 @@ def _given_largest(values_PWV, largest_PW) -> jax.Array:
     """
     largest_PW1 = largest_PW[..., None]
     top_PW1 = values_PWV.max(-1, keepdims=True)
+    # exp(-|v|) does not overflow, whatever the sign of v.
     v_PWV = largest_PW1 - values_PWV + jnp.log1p(-jnp.exp(values_PWV - top_PW1))
     given_PWV = largest_PW1 - jnp.maximum(v_PWV, 0) - jnp.log1p(jnp.exp(-jnp.abs(v_PWV)))
     return jnp.where(values_PWV > -jnp.inf, given_PWV, -jnp.inf)

@@ -35,7 +35,9 @@ class TextStream:
     ):
         self._tokenizer = tokenizer
         self._stops = tuple(stop_strings)
+        # The longest first: of two that end here, it hides more.
         self._sequences = sorted(map(tuple, stop_sequences), key=len, reverse=True)
+        # Incremental, because a character may be spread over several tokens.
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._waiting: tuple[int, ...] = ()
         self._held = ""
@@ -51,6 +53,7 @@ class TextStream:
             if self._waiting[-len(sequence) :] == sequence:
                 shown = self._read(len(self._waiting) - len(sequence))
                 return shown + self.finish(stopped=True)
+        # What may still become a stop sequence is not shown, since shown text cannot be taken back.
         kept_back = max(
             (overlap(self._waiting, sequence) for sequence in self._sequences), default=0
         )
@@ -60,7 +63,9 @@ class TextStream:
         """Return the text held back, once no more tokens come, without an incomplete character."""
         if self.stopped:
             return ""
+        # The tokens of the stop itself are dropped.
         shown = "" if stopped else self._read(len(self._waiting))
+        # An end that might have become a stop string is text after all.
         if not self.stopped:
             shown += self._show(len(self._held))
         self.stopped |= stopped
@@ -71,8 +76,10 @@ class TextStream:
         tokens = self._waiting[:count]
         self._waiting = self._waiting[count:]
         shown = ""
+        # Token by token, so that the text of a stop string ends the row at the right token.
         for token in tokens:
             self._held += self._decoder.decode(self._tokenizer.token_bytes(token))
+            # The earliest match of all stop strings, also one across several tokens.
             found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
             if found:
                 self.stopped = True
@@ -93,6 +100,7 @@ def overlap(known: Sequence, stop: Sequence) -> int:
 
     Both are texts, or both are tokens.
     """
+    # From the longest down: the first match is the answer. A whole match is a stop, not an overlap.
     return next(
         (n for n in range(min(len(known), len(stop) - 1), 0, -1) if stop[:n] == known[-n:]), 0
     )

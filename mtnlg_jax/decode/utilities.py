@@ -20,6 +20,7 @@ def extract_answer(answer: str | Callable[[str], str | None], text: str) -> str 
     matches = list(re.finditer(answer, text))
     if not matches:
         return None
+    # The last match: reasoning comes before its answer.
     return matches[-1][1] if matches[-1].re.groups else matches[-1][0]
 
 
@@ -48,8 +49,10 @@ def _token_f1(text: str, reference: str) -> float:
 
     If one has no words, it is 1 for equal texts and 0 for others.
     """
+    # casefold, since lower keeps apart forms such as ß and ss.
     ours = collections.Counter(_WORD.findall(text.casefold()))
     theirs = collections.Counter(_WORD.findall(reference.casefold()))
     if not ours or not theirs:
         return float(text.strip() == reference.strip())
+    # 2 P R / (P + R) with P and R as shares of the common words.
     return 2 * (ours & theirs).total() / (ours.total() + theirs.total())

@@ -1,7 +1,7 @@
-"""A look inside the model: where each head looks, and what each layer would already say."""
+"""Attention weights of each head, and the predictions after each layer (logit lens)."""
 
-# Shapes: B rows (one here), S query positions, T key positions, D width, V vocabulary, N query
-# heads, L layers
+# Shapes: B rows (here 1), S query positions, T key positions, D width, V vocabulary, N query heads,
+# L layers
 
 import math
 from typing import NamedTuple
@@ -15,18 +15,16 @@ from mtnlg_jax.model.transformer import Transformer
 
 
 class Inside(NamedTuple):
-    attention_LNTT: (
-        jax.Array
-    )  # float32; row t: the shares that head n of layer l gives to each token
-    logits_LTV: jax.Array  # float32, L + 1 rows: after the embedding, then after each layer
+    attention_LNST: jax.Array  # float32; how head n of layer l at s weights each token t
+    logits_LSV: jax.Array  # float32, L + 1 layers: after the embedding, then after each layer
 
 
 def look_inside(model: Transformer, tokens, causal: bool = True) -> Inside:
-    """Attention weights and layer-by-layer guesses for one sequence of token ids, (T,).
+    """Return attention weights and the predictions of every layer for one sequence of token ids.
 
-    A layer's guess is the final norm and the output embedding on its residual stream ("logit lens",
-    nostalgebraist 2020); the last row is the model's own answer. Memory is L N T^2 and L T V: for
-    short texts.
+    A layer's prediction is the final norm and the output embedding applied to its residual stream
+    ("logit lens", nostalgebraist 2020); the last one is the model's own. Memory is L N S^2 and
+    L S V, so texts must be short.
     """
     tokens_BS = jnp.asarray(tokens, jnp.int32)[None]
     positions_BS = jnp.arange(tokens_BS.shape[1])[None]
@@ -34,8 +32,7 @@ def look_inside(model: Transformer, tokens, causal: bool = True) -> Inside:
     maps = []
 
     def attend(q, k, v):
-        # Attention to the unit vectors gives the weights themselves, from the same code that the
-        # model runs.
+        # With unit vectors as values, the model's own attention returns the weights themselves.
         ones = jnp.eye(k.shape[1], dtype=q.dtype)[None, :, None].repeat(k.shape[2], 2)
         width = q.shape[-1]
         keys = k.shape[1]
@@ -52,16 +49,16 @@ def look_inside(model: Transformer, tokens, causal: bool = True) -> Inside:
         maps.append(weights[0, :, :, :keys].transpose(1, 0, 2).astype(jnp.float32))
         return attention(q, k, v, causal=causal)
 
-    def guess(x_BSD):
+    def predict(x_BSD):
         return jnp.einsum(
             "BSD,VD->BSV", model.final_norm(x_BSD), model.head(), preferred_element_type=jnp.float32
         )[0]
 
     x_BSD = model.embed(tokens_BS, positions_BS)
-    guesses = [guess(x_BSD)]
+    logits = [predict(x_BSD)]
     for layer in range(model.config.num_layers):
         x_BSD = nnx.merge(graph, jax.tree.map(lambda w, layer=layer: w[layer], stacked))(
             x_BSD, positions_BS, attend
         )
-        guesses.append(guess(x_BSD))
-    return Inside(jnp.stack(maps), jnp.stack(guesses))
+        logits.append(predict(x_BSD))
+    return Inside(jnp.stack(maps), jnp.stack(logits))

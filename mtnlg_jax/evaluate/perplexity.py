@@ -25,19 +25,21 @@ from mtnlg_jax.model.transformer import Transformer
 class Evaluation:
     tokens: int
     bytes: int  # of the text in UTF-8
-    loss: float  # nats a token
-    perplexity: float  # e^loss, a token
+    loss: float  # nats per token
+    perplexity: float  # e^loss, per token
     bits_per_byte: float  # independent of the tokenizer, so comparable between models and with xz
-    words: int  # between white space, so that texts without spaces have few
-    word_perplexity: float  # e^(nats a word)
+    words: int  # separated by white space, so texts without spaces have few
+    word_perplexity: float  # e^(nats per word)
 
 
-NARROWEST = 16  # tokens of a window at least, so that there are few widths to compile for
+NARROWEST = 16  # smallest width of a batch in tokens, so that few widths are compiled
 
 
 class Window(NamedTuple):
-    """A stretch of a document's tokens: reads [begin, end), predicts [begin + 1, end + 1), scores
-    from first + 1 on."""
+    """A window of a document's tokens.
+
+    It reads [begin, end), predicts [begin + 1, end + 1), and scores from first + 1 on.
+    """
 
     document: int
     begin: int
@@ -46,9 +48,11 @@ class Window(NamedTuple):
 
 
 def spans(count: int, length: int, stride: int, document: int = 0) -> list[Window]:
-    """Windows of at most ``length`` tokens that score tokens 1 to ``count`` - 1 once each. Every
-    window after the first has length - stride tokens of context before the first token that it
-    scores."""
+    """Return windows of at most ``length`` tokens that score tokens 1 to ``count`` - 1 once each.
+
+    Every window after the first has length - stride tokens of context before the first token that
+    it scores.
+    """
     found = []
     scored = 0
     begin = 0
@@ -62,9 +66,11 @@ def spans(count: int, length: int, stride: int, document: int = 0) -> list[Windo
 
 
 def widths_of(lengths: Sequence[int], length: int, spare: int) -> list[int]:
-    """The width of a batch for each window: the power of two that holds it, from NARROWEST up to
-    ``length``. Widths that few windows need are left out: each is a program to compile, which must
-    save ``spare`` tokens of padding."""
+    """Return the width of each window's batch: a power of two that holds it, or ``length``.
+
+    The smallest width is NARROWEST. A width that few windows need is left out, because it must be
+    compiled: it is used only if it saves at least ``spare`` tokens of padding.
+    """
     narrow = [width for width in (1 << power for power in range(20)) if NARROWEST <= width < length]
     ladder = [*narrow, length]
     counts = collections.Counter(
@@ -82,7 +88,7 @@ def widths_of(lengths: Sequence[int], length: int, spare: int) -> list[int]:
 
 
 def _arrays(documents: Sequence[np.ndarray], chosen: Sequence[Window], rows: int, width: int):
-    """Inputs, labels and weights, each (rows, width); rows past those chosen are padding."""
+    """Return inputs, labels and weights, each (rows, width); rows without a window are padding."""
     inputs = np.zeros((rows, width), np.int32)
     labels = np.zeros((rows, width), np.int32)
     weights = np.zeros((rows, width), np.float32)
@@ -107,8 +113,7 @@ def _window_losses(graph, params, inputs, labels, weights):
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
 def _score_then_learn(graph, rate, params, state, inputs, labels, weights):
-    """The loss of one window before the step, and parameters and Adam's state after a step on what
-    it scored."""
+    """Return the loss of one window, and the parameters and Adam's state after a step on it."""
 
     def loss(params):
         model = nnx.merge(graph, params)
@@ -131,7 +136,7 @@ def _decoder_losses(params, inputs, labels, weights, *, config, int8_cache):
     positions_BS = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
 
     def attend(_, q, k, v):
-        if int8_cache:  # as decoding reads them from there
+        if int8_cache:  # round keys and values as decoding reads them from its cache
             k = as_cached(k)
             v = as_cached(v)
         return attention(q, k, v, impl=config.attention_impl)
@@ -142,7 +147,7 @@ def _decoder_losses(params, inputs, labels, weights, *, config, int8_cache):
 
 
 def _adam(rate):
-    # The mean of the gradients would only delay what the last window taught.
+    # A running mean of gradients would only delay the effect of the last window.
     return optax.adam(rate, b1=0.0)
 
 
@@ -155,7 +160,7 @@ def evaluate_text(
     adapt: float = 0.0,
     on_batch=lambda done, total: None,
 ) -> Evaluation:
-    """`evaluate_texts` of one text."""
+    """Evaluate one text as `evaluate_texts` does."""
     return evaluate_texts(model, tokenizer, [text], stride, batch, adapt, on_batch)[0]
 
 
@@ -168,43 +173,45 @@ def evaluate_texts(
     adapt: float = 0.0,
     on_batch=lambda done, total: None,
 ) -> list[Evaluation]:
-    """Scores every token of each text once, after <bos>, in windows of the model's context. Windows
-    of like lengths, of whatever texts, are scored together and padded to the least of a few widths
-    that holds them.
+    """Score every token of each text once, after <bos>, in windows of the model's context.
+
+    Windows of similar lengths, of any text, are scored together and padded to one of a few widths.
 
     Args:
-      model: as it was trained, or a Decoder, whose weights and cache may be rounded; it cannot
-        adapt.
-      stride: tokens that each window scores, 1 to the context; default half the context, so that a
-        token has at least half a context before it, save at the beginning.
-      batch: windows of the whole context scored at once, and as many more of shorter ones as have
-        as many tokens; adapting takes one after the other.
-      adapt: 0, or the learning rate of dynamic evaluation (Krause 2018, arXiv:1709.07432): every
-        window is scored first and learnt from then, by one step of Adam, so that the model grows
-        used to the text as a compressor does. A token is still predicted from earlier tokens alone.
-        ``model`` keeps its weights, from which each text starts anew. About 4e-4.
+      model: the trained model, or a Decoder, whose weights and cache may be rounded. A Decoder
+        cannot adapt.
+      stride: tokens that each window scores, 1 to the context. Default: half the context, so that
+        every token has at least half a context before it, except at the beginning.
+      batch: number of windows of full length scored at once; more of shorter ones, with the same
+        number of tokens in all. With ``adapt``, one window at a time.
+      adapt: 0, or the learning rate of dynamic evaluation (Krause 2018, arXiv:1709.07432), such as
+        4e-4: after each window is scored, one step of Adam trains on it, so the model adapts to the
+        text as a compressor does. Tokens are still predicted from earlier ones only. Each text
+        starts from the weights of ``model``, which do not change.
       on_batch: called with (windows done, windows) after each batch.
-    Raises ValueError on a text without tokens, on a stride outside the context, on a negative rate,
-    and where the loss is not finite.
+
+    Raises:
+      ValueError: a text has no tokens, the stride is outside the context, the rate is negative, or
+        a loss is not finite.
     """
     if adapt and isinstance(model, Decoder):
         raise ValueError(
-            f"adapt={adapt} trains weights, and those of a decoder are rounded; leave "
-            "one of the two out"
+            f"adapt={adapt} trains weights, but those of a decoder may be rounded; leave one of "
+            "the two out"
         )
     length = model.config.max_position_embeddings
     stride = max(1, length // 2) if stride is None else stride
     if not 1 <= stride <= length:
-        raise ValueError(f"stride={stride} lies outside [1, {length}], the model's context")
+        raise ValueError(f"stride={stride} is outside [1, {length}], the model's context")
     if not 0 <= adapt < math.inf:
-        raise ValueError(f"adapt={adapt}, but a learning rate is 0 (off) or above, such as 4e-4")
+        raise ValueError(f"adapt={adapt}, but a learning rate is 0 (off) or more, such as 4e-4")
     documents = [
         np.asarray([tokenizer.bos_id, *tokenizer.encode(text)], np.int32) for text in texts
     ]
     for number, tokens in enumerate(documents, 1):
         if len(tokens) < 2:
             which = f"text {number} of {len(texts)}" if len(texts) > 1 else "the text"
-            raise ValueError(f"{which} is empty: there is nothing to score")
+            raise ValueError(f"{which} is empty; there is nothing to score")
     todo = [
         window
         for number, tokens in enumerate(documents)
@@ -212,8 +219,9 @@ def evaluate_texts(
     ]
     widths = widths_of([window.end - window.begin for window in todo], length, batch * length)
     if adapt:
+        assert not isinstance(model, Decoder), "refused above"
         score = _adapting(model, adapt, documents)
-        # In the order of each text, which it learns as it goes.
+        # In the order of each text, because each window is trained on after it is scored.
         groups = [([window], 1, width) for window, width in zip(todo, widths, strict=True)]
     else:
         score = _scoring(model, documents)
@@ -229,23 +237,19 @@ def evaluate_texts(
         _evaluation(text, len(tokens) - 1, float(total))
         for text, tokens, total in zip(texts, documents, nats, strict=True)
     ]
-    bad = next(
-        (number for number, each in enumerate(results, 1) if not math.isfinite(each.loss)), None
-    )
-    if bad is not None:
-        remedy = (
-            f"adapt={adapt} is too high a rate; about 4e-4 is one that works"
-            if adapt
-            else "look for numbers that are not finite in the model's parameters"
-        )
-        raise ValueError(
-            f"the loss of text {bad} of {len(texts)} is {results[bad - 1].loss}; {remedy}"
-        )
+    for number, each in enumerate(results, 1):
+        if not math.isfinite(each.loss):
+            remedy = (
+                f"adapt={adapt} is too high a rate; about 4e-4 works"
+                if adapt
+                else "look for numbers that are not finite in the model's parameters"
+            )
+            raise ValueError(f"the loss of text {number} of {len(texts)} is {each.loss}; {remedy}")
     return results
 
 
 def merged(results: Sequence[Evaluation]) -> Evaluation:
-    """One Evaluation for several texts: the mean over all their tokens, bytes and words."""
+    """Merge the evaluations of several texts: means over all their tokens, bytes and words."""
     tokens = sum(each.tokens for each in results)
     return _totals(
         tokens,
@@ -260,7 +264,7 @@ def _evaluation(text: str, tokens: int, nats: float) -> Evaluation:
 
 
 def _totals(tokens: int, size: int, words: int, nats: float) -> Evaluation:
-    # Above e^700 there are no floats.
+    # e^710 overflows a float.
     loss = nats / tokens
     return Evaluation(
         tokens,
@@ -274,8 +278,10 @@ def _totals(tokens: int, size: int, words: int, nats: float) -> Evaluation:
 
 
 def _groups(todo: Sequence[Window], widths: Sequence[int], most: int):
-    """(windows, rows, width) of each batch of at most ``most`` tokens; one number of rows for each
-    width, so that it compiles once."""
+    """Yield (windows, rows, width) of each batch of at most ``most`` tokens.
+
+    All batches of a width have the same number of rows, so that each width compiles once.
+    """
     for width in sorted(set(widths), reverse=True):
         these = [window for window, each in zip(todo, widths, strict=True) if each == width]
         rows = min(max(1, most // width), len(these))
@@ -300,7 +306,7 @@ def _adapting(model: Transformer, rate: float, documents: Sequence[np.ndarray]):
     def score(chosen, rows, width):
         nonlocal params, state
         if chosen[0].begin == 0:  # a new text
-            params = jax.tree.map(jnp.copy, trained)  # donated, and the caller's model must live on
+            params = jax.tree.map(jnp.copy, trained)  # a copy, because it is donated
             state = _adam(rate).init(params)
         loss, params, state = _score_then_learn(
             graph, rate, params, state, *_arrays(documents, chosen, rows, width)

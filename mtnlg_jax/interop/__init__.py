@@ -1,1 +1,1 @@
-"""Models from and to other libraries' folders. Nothing here needs PyTorch."""
+"""Convert models from and to other libraries' folders. Nothing here needs PyTorch."""

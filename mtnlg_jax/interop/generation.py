@@ -1,11 +1,11 @@
-"""generation_config.json of Hugging Face as our DecodeConfig."""
+"""Translate a generation_config.json of Hugging Face into our DecodeConfig."""
 
 import numpy as np
 
 from mtnlg_jax.config import BEAM_ORDER, SAMPLING_LIMITS, DecodeConfig, validate_decode
 from mtnlg_jax.decode.results import writable
 
-# Fields that mean the same here and there.
+# Fields with the same meaning in both.
 _SAME = (
     "max_new_tokens",
     "min_new_tokens",
@@ -27,9 +27,9 @@ _SAME = (
     *SAMPLING_LIMITS,
     *(name for name in BEAM_ORDER if name != "length_penalty_type"),
 )
-# What Hugging Face takes for a field that is left out, where it is not what DecodeConfig takes.
+# Hugging Face's defaults that differ from those of DecodeConfig.
 _THEIRS = {"temperature": 1.0, "top_k": 50}
-# Fields that say nothing of the text, or that are read elsewhere.
+# Fields that do not affect the text, or that are read elsewhere.
 _SILENT = {
     "transformers_version",
     "_from_model_config",
@@ -69,18 +69,21 @@ _NEUTRAL = {
 def decode_of(
     generation: dict, tokenizer, rows: int, whole: bool = True
 ) -> tuple[DecodeConfig, list[str]]:
-    """(DecodeConfig that writes as Hugging Face does with ``generation``, the settings that have no
-    counterpart).
+    """Return the DecodeConfig equivalent to ``generation``, and the settings without a counterpart.
 
-    ``generation``: the object in generation_config.json, or in a config.json of before there was
-    one. ``rows``: the model's vocabulary size; ids outside it are left out, as no text has them.
-    ``whole``: all keys are settings of generation; a config.json has others, too. Raises
-    ValueError naming the setting that is out of range or in conflict with another.
+    Args:
+      generation: the object in generation_config.json, or in a config.json that is older than that
+        file.
+      rows: the model's vocabulary size; ids outside it are left out, because no text has them.
+      whole: whether all keys are settings of generation; a config.json has others as well.
+
+    Raises:
+      ValueError: a setting is out of range or conflicts with another; the message names it.
     """
     given = {key: value for key, value in generation.items() if value is not None}
     sampled = bool(given.get("do_sample", False)) and given.get("temperature", 1.0) > 0
     beams = given.get("num_beams", 1) > 1
-    told = []
+    not_kept = []
 
     def leave_out(names, why: str) -> None:
         for name in names:
@@ -88,13 +91,13 @@ def decode_of(
                 _THEIRS.get(name, getattr(DecodeConfig, name)),
                 False,
             ):
-                told.append(f"{name}={given[name]} ({why})")
+                not_kept.append(f"{name}={given[name]} ({why})")
             given.pop(name, None)
 
     if not sampled:
         leave_out(("temperature", *SAMPLING_LIMITS), "do_sample is false")
     if sampled and beams:
-        leave_out(("num_beams",), "beams that are drawn are not the same here")
+        leave_out(("num_beams",), "beam sampling differs here")
         beams = False
     if not beams:
         leave_out([name for name in BEAM_ORDER if name in given], "num_beams is 1")
@@ -103,47 +106,46 @@ def decode_of(
         settings |= {name: given.get(name, value) for name, value in _THEIRS.items()}
     if "max_length" in given and "max_new_tokens" not in given:
         settings["max_new_tokens"] = given["max_length"]
-        told.append(
+        not_kept.append(
             f"max_length={given['max_length']} (it counts the prompt; "
             f"max_new_tokens={given['max_length']} does not)"
         )
     last = given.get("forced_eos_token_id")
     if isinstance(last, list) and len(last) > 1:
-        told.append(f"forced_eos_token_id={last} (one token can be forced)")
+        not_kept.append(f"forced_eos_token_id={last} (one token can be forced)")
     elif last is not None:
         settings["forced_eos_token_id"] = last[0] if isinstance(last, list) else last
     if isinstance(settings.get("stop_strings"), str):
         settings["stop_strings"] = [settings["stop_strings"]]
     if isinstance(settings.get("sequence_bias"), dict):
-        told.append("sequence_bias (its keys are no lists of ids)")
+        not_kept.append("sequence_bias (its keys are not lists of ids)")
         del settings["sequence_bias"]
     ends = _ids(given.get("eos_token_id"))
     outside = [index for index in ends if index >= rows]
     if outside and len(outside) < len(ends):
-        told.append(f"eos_token_id {outside} (outside the model's {rows} rows)")
+        not_kept.append(f"eos_token_id {outside} (outside the model's {rows} rows)")
     ends = [index for index in ends if index < rows]
     if ends and set(ends) != {tokenizer.eos_id}:
         settings["eos_token_id"] = ends
-    # What is never written anyway, as our own export lists it.
+    # Tokens that are never written anyway, as listed by our own export.
     never = set(np.flatnonzero(~writable(tokenizer, rows, end=False)).tolist())
     if "suppress_tokens" in settings:
         settings["suppress_tokens"] = [
             index for index in settings["suppress_tokens"] if index not in never
         ]
     for name, value in given.items():
-        neutral = (
-            value in (False, "", _NEUTRAL.get(name)) or isinstance(value, list | dict) and not value
-        )
+        empty = isinstance(value, list | dict) and not value
+        neutral = empty or value in (False, "", _NEUTRAL.get(name))
         if whole and name not in _SAME and name not in _SILENT and not neutral:
-            told.append(f"{name}={value}")
+            not_kept.append(f"{name}={value}")
     try:
         decode = DecodeConfig(**settings)
         validate_decode(decode, standing_by=True)
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"generation_config.json cannot be kept: {error}; correct it there"
+            f"generation_config.json cannot be converted: {error}; correct it there"
         ) from None
-    return decode, told
+    return decode, not_kept
 
 
 def _ids(value) -> list[int]:

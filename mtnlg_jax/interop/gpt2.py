@@ -1,13 +1,14 @@
-"""GPT-2's architecture in two spellings: Hugging Face's config and tensors, and ours.
+"""Translate GPT-2's config and tensors between Hugging Face's format and ours.
 
-Hugging Face stores matrices [in, out] (its Conv1D), queries, keys and values side by side in one,
-and layers apart; here they are apart, heads have an axis of their own, and layers are stacked.
-Names are without ``transformer.``.
+Hugging Face stores matrices as [in, out] (Conv1D), queries, keys and values side by side in one
+matrix, and each layer separately. Here queries, keys and values are separate, heads have their own
+axis, and layers are stacked. Tensor names are without ``transformer.``.
 """
 
 import json
 import re
 from collections.abc import Callable, Iterable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +19,10 @@ from mtnlg_jax.config import ModelConfig, validate_model
 from mtnlg_jax.model.transformer import abstract_model
 
 PREFIX = "transformer."
-BUFFERS = re.compile(
-    r"h\.\d+\.attn\.(bias|masked_bias)"
-)  # the causal mask, which older versions saved, too
+# The causal mask, which older versions also saved.
+BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 
-_OUTER = {
+_OUTER: dict[str, tuple[str, ...]] = {
     "wte.weight": ("tokens_VD",),
     "wpe.weight": ("positions_PD",),
     "ln_f.weight": ("final_norm.scale_D",),
@@ -44,7 +44,7 @@ _BLOCK = {
     "mlp.c_proj.bias": ("mlp.b_out_D",),
 }
 
-# GPT2Config's own values where a config.json leaves a key out, and the names it also goes by.
+# GPT2Config's defaults for keys that a config.json leaves out, and other names of keys.
 _DEFAULTS = {
     "vocab_size": 50257,
     "n_positions": 1024,
@@ -67,15 +67,15 @@ _ALIASES = {
     "n_layer": "num_hidden_layers",
     "n_head": "num_attention_heads",
 }
-# Hugging Face's names of the activations here, the first of them written.
-_ACTIVATIONS = {
+# Hugging Face's names of our activations; the first one is written.
+_ACTIVATIONS: dict[Literal["gelu", "gelu_exact", "relu", "silu", "swiglu"], tuple[str, ...]] = {
     "gelu": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"),
     "gelu_exact": ("gelu",),
     "relu": ("relu",),
     "silu": ("silu", "swish"),
 }
-# Other values change what the model computes. reorder_and_upcast_attn only says that attention sums
-# in float32, as it always does here.
+# Any other value changes what the model computes. reorder_and_upcast_attn is not checked: it makes
+# attention sum in float32, which it always does here.
 _SWITCHES = {
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
@@ -87,12 +87,9 @@ _SWITCHES = {
 
 
 def model_of(config: dict) -> ModelConfig:
-    """The ModelConfig of a config.json. Raises ValueError naming what another model than this would
-    need."""
+    """Return the ModelConfig of a config.json; raise ValueError for an unsupported setting."""
     if config.get("model_type") != "gpt2":
-        raise ValueError(
-            f"model_type is {config.get('model_type')!r}; the only one that is read is 'gpt2'"
-        )
+        raise ValueError(f"model_type is {config.get('model_type')!r}; only 'gpt2' is supported")
     for key, allowed in _SWITCHES.items():
         if config.get(key, allowed[0]) not in allowed:
             raise ValueError(
@@ -135,8 +132,11 @@ def model_of(config: dict) -> ModelConfig:
 
 
 def config_of(model: ModelConfig, original: dict | None = None) -> dict:
-    """The config.json of ``model``; keys that say nothing of it are those of ``original``, which it
-    came from. Raises ValueError naming the fields of ``model`` that GPT-2 has no word for."""
+    """Return the config.json of ``model``.
+
+    Keys that do not describe the model are taken from ``original``, the config.json that it was
+    converted from. Raises ValueError for settings that GPT-2 does not have.
+    """
     refuse_other_architecture(model)
     width = model.hidden_size
     ours = {
@@ -158,12 +158,8 @@ def config_of(model: ModelConfig, original: dict | None = None) -> dict:
     }
     if original is None:
         return ours
-    kept = {
-        "activation_function",
-        "attn_pdrop",
-        "model_type",
-        "architectures",
-    }  # alike, or not known here
+    # Equivalent in both, or not part of our config.
+    kept = {"activation_function", "attn_pdrop", "model_type", "architectures"}
     before = model_of(original)
     if before.dropout_rate == model.dropout_rate:
         kept.add("embd_pdrop")
@@ -180,7 +176,7 @@ def config_of(model: ModelConfig, original: dict | None = None) -> dict:
 
 
 def refuse_other_architecture(model: ModelConfig) -> None:
-    """Raises ValueError naming every field in which ``model`` is not of GPT-2's architecture."""
+    """Raise ValueError if ``model`` does not have GPT-2's architecture; name every such field."""
     wanted = {
         "position_embedding_type": ("learned",),
         "normalization": ("layernorm",),
@@ -209,8 +205,9 @@ def refuse_other_architecture(model: ModelConfig) -> None:
 
 
 def names_of(stored: Iterable[str]) -> dict[str, str]:
-    """The tensors of a folder: name without any prefix -> name as stored. Wrappers for several
-    devices and for compiling put prefixes of their own before PREFIX.
+    """Return {name without any prefix: name as stored} of the tensors of a folder.
+
+    Wrappers for data parallelism and compilation add their own prefixes before PREFIX.
     """
     bare = {full: re.sub(r"^((module|_orig_mod)\.)+", "", full) for full in stored}
     prefixed = any(name.startswith(PREFIX) for name in bare.values())
@@ -218,7 +215,7 @@ def names_of(stored: Iterable[str]) -> dict[str, str]:
 
 
 def shapes_of(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of Hugging Face's GPT-2, without PREFIX, in its order."""
+    """Return the shapes of all tensors of Hugging Face's GPT-2, without PREFIX, in its order."""
     ours = _flat(abstract_model(model)[1])
     shapes = {}
     for name, (parts, layer) in _parts(model).items():
@@ -228,8 +225,10 @@ def shapes_of(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def parameters_of(model: ModelConfig, read: Callable[[str], np.ndarray]) -> nnx.State:
-    """Our float32 parameters; ``read`` gives a tensor by Hugging Face's name, of the shape of
-    ``shapes_of``."""
+    """Return our float32 parameters.
+
+    ``read`` returns a tensor by Hugging Face's name, with its shape in `shapes_of`.
+    """
     abstract = abstract_model(model)[1]
     arrays = {name: np.empty(leaf.shape, np.float32) for name, leaf in _flat(abstract).items()}
     for name, (parts, layer) in _parts(model).items():
@@ -244,8 +243,10 @@ def parameters_of(model: ModelConfig, read: Callable[[str], np.ndarray]) -> nnx.
 
 
 def reader_of(model: ModelConfig, params: nnx.State) -> Callable[[str], np.ndarray]:
-    """Gives a tensor by Hugging Face's name, float32, from our parameters, or from gradients like
-    them."""
+    """Return a function from Hugging Face's name to the float32 tensor of our parameters.
+
+    ``params`` may also be their gradients.
+    """
     arrays = {name: np.asarray(leaf) for name, leaf in _flat(params).items()}
     parts_of = _parts(model)
 
@@ -264,8 +265,10 @@ def reader_of(model: ModelConfig, params: nnx.State) -> Callable[[str], np.ndarr
 def refuse_other_tensors(
     folder: str, found: dict[str, tuple[int, ...]], model: ModelConfig
 ) -> None:
-    """Raises ValueError that names what is missing, misshapen or of no use among ``found``, by name
-    without PREFIX."""
+    """Raise ValueError if tensors are missing, unknown or of another shape than the model's.
+
+    Names in ``found`` are without PREFIX.
+    """
     wanted = shapes_of(model)
     problems = []
     for name in wanted.keys() - found.keys():
@@ -274,14 +277,10 @@ def refuse_other_tensors(
         if found[name] != wanted[name]:
             problems.append(f"{name} is {list(found[name])} (expected {list(wanted[name])})")
     for name in found.keys() - wanted.keys():
-        # A tied head may be written out: it is compared later.
-        if not BUFFERS.fullmatch(name) and (name, found[name]) != (
-            "lm_head.weight",
-            wanted["wte.weight"],
-        ):
-            problems.append(
-                f"{name} {list(found[name])} is not part of the model (expected no such tensor)"
-            )
+        # A tied head may be stored as well; it is compared later.
+        tied_head = name == "lm_head.weight" and found[name] == wanted["wte.weight"]
+        if not tied_head and not BUFFERS.fullmatch(name):
+            problems.append(f"{name} {list(found[name])} is not part of the model")
     if problems:
         more = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
         raise ValueError(
@@ -291,9 +290,11 @@ def refuse_other_tensors(
 
 
 def _parts(model: ModelConfig) -> dict[str, tuple[tuple[str, ...], int | None]]:
-    """Hugging Face's name -> (our names, side by side in the last dim; layer, or None outside the
-    blocks)."""
-    parts = {
+    """Return {Hugging Face's name: (our names, layer)}.
+
+    Several names are side by side in the last dim. The layer is None outside the blocks.
+    """
+    parts: dict[str, tuple[tuple[str, ...], int | None]] = {
         name: (ours, None) for name, ours in _OUTER.items() if name in ("wte.weight", "wpe.weight")
     }
     for layer in range(model.num_layers):
@@ -309,14 +310,14 @@ def _parts(model: ModelConfig) -> dict[str, tuple[tuple[str, ...], int | None]]:
 
 
 def _matrix_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """``shape`` of one layer's parameter with heads and head width as one dim."""
+    """Return the shape of one layer's parameter with heads and head width merged into one dim."""
     dims = name.rpartition("_")[2]
     at = max(dims.find("NH"), dims.find("KH"))
     return shape if at < 0 else (*shape[:at], shape[at] * shape[at + 1], *shape[at + 2 :])
 
 
-def _flat(tree) -> dict[str, object]:
-    """Leaves by dotted name: ``blocks.mlp.w_in_DF``."""
+def _flat(tree) -> dict[str, Any]:
+    """Return leaves by dotted name, such as ``blocks.mlp.w_in_DF``."""
     return {
         jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)

@@ -1,4 +1,4 @@
-"""convert(): a GPT-2 folder of Hugging Face to a run folder of ours, and back."""
+"""Convert a GPT-2 folder of Hugging Face to a run folder, and back."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from mtnlg_jax.interop.shards import Shards, cast, finite, write_shards
 from mtnlg_jax.storage import is_remote
 from mtnlg_jax.train.checkpoint import Checkpoints, Run, load_run
 
-ORIGINALS = "huggingface"  # below a converted run: config.json and tokenizer files as they came
+ORIGINALS = "huggingface"  # folder in a converted run: the original config.json and tokenizer
 DTYPES = ("source", "float32", "float16", "bfloat16")
 _ITEM = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -47,25 +47,26 @@ def convert(
     tokenizer: str | None = None,
     overwrite: bool = False,
 ) -> str:
-    """Converts ``source`` to ``target`` and returns what was done, for a person. What ``source``
-    holds decides the
-    direction: config.json with a model_type is a model of Hugging Face's, checkpoints/ are a run of
-        ours.
+    """Convert ``source`` to ``target``, and return a report for the user.
+
+    The contents of ``source`` decide the direction: a config.json with a model_type is a model of
+    Hugging Face's, and checkpoints/ are those of a run.
 
     Args:
-      dtype: of the tensors written for Hugging Face: a key of DTYPES. "source" is as they came, for
-        a run that was converted and not trained since, else float32. A run of ours is float32
-        always.
-      max_shard_size: GB in one file.
+      dtype: type of the tensors written for Hugging Face, one of DTYPES. "source" is the original
+        type for a run that was converted and not trained since, else float32. Runs are always
+        float32.
+      max_shard_size: maximum size of a file in GB.
       which: the checkpoint of a run, "best" or "last".
-      tokenizer: path of the tokenizer of a model that comes without its own.
-      overwrite: ``target`` may hold an earlier run or model, which is replaced once the new one is
-          whole.
-    Raises ValueError where something does not fit, FileNotFoundError or OSError where it is not
-    there.
+      tokenizer: path of the tokenizer for a model that lacks one.
+      overwrite: replace an earlier run or model in ``target`` once the new one is complete.
+
+    Raises:
+      ValueError: something cannot be converted.
+      OSError: a file is missing or cannot be read.
     """
     if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} is not known; choose one of {', '.join(DTYPES)}")
+        raise ValueError(f"unknown dtype={dtype!r}; choose one of {', '.join(DTYPES)}")
     to_run = _holds_model(source)
     _refuse_target(source, target, overwrite)
     beside = f"{os.path.abspath(target)}.partial-{os.getpid()}"
@@ -87,17 +88,18 @@ def convert(
 
 
 # --- Hugging Face -> ours
-# ---------------------------------------------------------------------------------
 
 
 def read_model(folder: str | os.PathLike) -> tuple[ModelConfig, object, dict]:
-    """(shape, float32 parameters, what a way back must know) of a GPT-2 folder. Raises ValueError
-    or FileNotFoundError naming what does not fit."""
+    """Return the config and float32 parameters of a GPT-2 folder, and what conversion back needs.
+
+    Raises ValueError or FileNotFoundError that names what is missing or not supported.
+    """
     folder = Path(folder)
     model = gpt2.model_of(_json(folder / "config.json"))
     shards = Shards(folder)
     names = gpt2.names_of(shards.shapes)
-    # Only the output embedding of a tied model may be stored, which is the input embedding, too.
+    # A tied model may store only its output embedding, which is also the input embedding.
     if model.tie_embeddings and "wte.weight" not in names and "lm_head.weight" in names:
         names["wte.weight"] = names["lm_head.weight"]
     gpt2.refuse_other_tensors(
@@ -139,16 +141,19 @@ def _to_run(
     tokenizer, outside = vocabulary.read_tokenizer(
         tokenizer_path or source, original, generation or {}, rows
     )
-    # Before there was a generation_config.json, config.json had its settings.
+    # In older folders config.json has the settings of generation_config.json.
     alone = generation is not None
-    decode, told = decode_of(generation if alone else original, tokenizer, rows, alone)
+    decode, not_kept = decode_of(
+        original if generation is None else generation, tokenizer, rows, alone
+    )
     model, params, origin = read_model(source)
     config = Config(
         name=source.resolve().name,
         model=model,
         decode=decode,
+        # Usual values for further training.
         optimizer=OptimizerConfig(learning_rate=5e-5, weight_decay=0.01),
-    )  # usual for training further
+    )
     validate(config)
     meta = {
         "config": json.loads(to_json(config)),
@@ -180,11 +185,11 @@ def _to_run(
         [
             *_report(model, tokenizer, f"from {_kinds(origin['dtypes'])} to float32, exact"),
             *_report_tokenizer(tokenizer, outside, rows),
-            *_report_decode(decode, told),
+            *_report_decode(decode, not_kept),
             f"dropout    {model.dropout_rate:g} when training further (resid_pdrop; "
             "attention weights are not dropped)",
             f"next       python launch/generate.py --workdir={workdir} --prompt=TEXT",
-            f"           {workdir}/config.py says how to train further",
+            f"           {workdir}/config.py shows how to train further",
         ]
     )
 
@@ -198,7 +203,7 @@ def _report_tokenizer(tokenizer, outside: list[str], rows: int) -> list[str]:
     end = (
         f"the end token is {spelled(tokenizer.eos_id)}"
         if tokenizer.eos_id >= 0
-        else (f"there is no end token; an empty prompt starts from {spelled(tokenizer.bos_id)}")
+        else f"there is no end token; an empty prompt starts from {spelled(tokenizer.bos_id)}"
     )
     lines = [f"prompts    {bos}; {end}"]
     if outside:
@@ -212,7 +217,7 @@ def _report_tokenizer(tokenizer, outside: list[str], rows: int) -> list[str]:
     return lines
 
 
-def _report_decode(decode: DecodeConfig, told: list[str]) -> list[str]:
+def _report_decode(decode: DecodeConfig, not_kept: list[str]) -> list[str]:
     names = [each.name for each in dataclasses.fields(DecodeConfig)]
     changed = [
         f"{name}={getattr(decode, name)}"
@@ -222,13 +227,12 @@ def _report_decode(decode: DecodeConfig, told: list[str]) -> list[str]:
     lines = []
     if changed:
         lines.append(f"decoding   as generation_config.json has it: {', '.join(changed)}")
-    if told:
-        lines.append(f"not kept   of generation_config.json: {', '.join(told)}")
+    if not_kept:
+        lines.append(f"not kept   of generation_config.json: {', '.join(not_kept)}")
     return lines
 
 
 # --- ours -> Hugging Face
-# ---------------------------------------------------------------------------------
 
 
 def _to_model(workdir: str, folder: Path, dtype: str, max_shard_size: float, which: str) -> str:
@@ -276,7 +280,7 @@ def _to_model(workdir: str, folder: Path, dtype: str, max_shard_size: float, whi
 
 
 def _write_tensors(run: Run, folder: Path, dtype: str, max_shard_size: float) -> dict[str, str]:
-    """Writes the tensors and returns the dtype of each, by its name without prefix."""
+    """Write the tensors, and return the dtype of each by its name without prefix."""
     model = run.config.model
     origin = run.meta.get("huggingface")
     read = gpt2.reader_of(model, run.params)
@@ -303,8 +307,10 @@ def _write_tensors(run: Run, folder: Path, dtype: str, max_shard_size: float) ->
 
 
 def _generation(tokenizer, model: ModelConfig) -> dict:
-    """Ours never writes special tokens or the padding of the vocabulary; this tells Hugging Face
-    not to, either."""
+    """Return a generation_config.json.
+
+    It suppresses special tokens and the padding of the vocabulary, which are never written here.
+    """
     never = np.flatnonzero(~writable(tokenizer, model.vocabulary)).tolist()
     end = tokenizer.eos_id if tokenizer.eos_id >= 0 else None
     return {
@@ -315,14 +321,13 @@ def _generation(tokenizer, model: ModelConfig) -> dict:
     }
 
 
-# --- both ways
-# --------------------------------------------------------------------------------------------
+# --- both directions
 
 
 def _holds_model(source: str) -> bool:
-    """True for a model of Hugging Face's, False for a run of ours."""
+    """Return True for a model of Hugging Face's, False for a run."""
     if is_remote(source):
-        raise ValueError(f"{source} is a URL; copy the folder here first")
+        raise ValueError(f"{source} is a URL; copy the folder to this machine first")
     folder = Path(source)
     if not folder.is_dir():
         raise FileNotFoundError(
@@ -345,7 +350,9 @@ def _refuse_target(source: str, target: str, overwrite: bool) -> None:
     here = Path(source).resolve()
     there = Path(target).resolve()
     if here == there or here in there.parents or there in here.parents:
-        raise ValueError(f"--from={source} and --to={target} lie in each other; give another --to")
+        raise ValueError(
+            f"one of --from={source} and --to={target} contains the other; give another --to"
+        )
     if there.exists() and not there.is_dir():
         raise ValueError(f"{target} is a file; give another --to")
     if there.is_dir() and any(there.iterdir()):
@@ -361,7 +368,7 @@ def _refuse_target(source: str, target: str, overwrite: bool) -> None:
 
 
 def _put_in_place(beside: str, target: str) -> None:
-    """The old folder is moved aside and deleted last: at any moment one of the two is whole."""
+    """Replace ``target``. The old folder is deleted last, so one of the two is always complete."""
     for folder, _, names in os.walk(beside):
         for path in (*(os.path.join(folder, name) for name in names), folder):
             handle = os.open(path, os.O_RDONLY)
@@ -394,8 +401,8 @@ def _kinds(dtypes: dict[str, str]) -> str:
 
 def _report(model: ModelConfig, tokenizer, numbers: str) -> list[str]:
     rest = model.vocabulary - tokenizer.vocab_size
-    padding = f"; {rest} more rows, kept as they are, are never written" if rest > 0 else ""
-    head = "tied" if model.tie_embeddings else "of its own"
+    padding = f"; {rest} more rows are kept but never written" if rest > 0 else ""
+    head = "tied" if model.tie_embeddings else "separate"
     return [
         f"model      {model.parameter_count():,} parameters, {model.num_layers} layers of width "
         f"{model.hidden_size}, {model.num_attention_heads} heads, output embedding {head}",

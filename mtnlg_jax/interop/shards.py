@@ -1,9 +1,10 @@
-"""Folders of ``safetensors`` as Hugging Face writes them: one file, or shards beside an index."""
+"""Read and write ``safetensors`` folders of Hugging Face: one file, or shards and an index."""
 
 import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,25 +13,22 @@ from safetensors.numpy import save_file
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-DTYPES = {
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-}  # what float32 parameters hold exactly
+# The types that float32 parameters hold exactly.
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 class Shards:
-    """The tensors of a folder; ``shapes`` and ``dtypes`` by name, read from the headers alone.
+    """The tensors of a folder, with ``shapes`` and ``dtypes`` by name from the headers alone.
 
-    Raises FileNotFoundError where a file is missing, ValueError where one is damaged, of another
-    dtype than DTYPES, or does not agree with the index.
+    Raises FileNotFoundError if a file is missing; ValueError if one is damaged, has a dtype that is
+    not in DTYPES, or does not agree with the index.
     """
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
-        self._files: dict[str, object] = {}
+        self._files: dict[str, Any] = {}  # open files of safetensors, by tensor
         placed = self._index()
         for name in sorted(set(placed.values())) if placed else [SINGLE]:
             self._open(name)
@@ -41,7 +39,7 @@ class Shards:
         return self._files[name].get_tensor(name)
 
     def _index(self) -> dict[str, str]:
-        """{tensor: file} of the index; empty where there is one file, which then counts."""
+        """Return {tensor: file} of the index; {} if there is a single file, which is preferred."""
         if (self.folder / SINGLE).is_file():
             return {}
         path = self.folder / INDEX
@@ -59,7 +57,7 @@ class Shards:
                 raise ValueError("its weight_map must name files beside it")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{path} is no index of shards ({type(error).__name__}: {error})"
+                f"{path} is not an index of shards ({type(error).__name__}: {error})"
             ) from None
         return placed
 
@@ -71,19 +69,17 @@ class Shards:
             file = safe_open(path, "np")
         except SafetensorError as error:
             raise ValueError(
-                f"{path} is damaged or not a safetensors file ({error}); copy it anew"
+                f"{path} is damaged or not a safetensors file ({error}); copy it again"
             ) from None
         for name in file.keys():
             if name in self._files:
-                raise ValueError(
-                    f"{path} holds {name}, and so does another shard; keep one of them"
-                )
+                raise ValueError(f"{path} and another shard both hold {name}; keep one of them")
             header = file.get_slice(name)
             dtype = header.get_dtype()
             if dtype not in DTYPES and not name.endswith((".attn.bias", ".attn.masked_bias")):
                 raise ValueError(
-                    f"{name} in {path} is {dtype}; parameters here are float32, which holds "
-                    f"{', '.join(DTYPES)} exactly and no other: save it as one of them"
+                    f"{name} in {path} is {dtype}; parameters here are float32, which holds only "
+                    f"{', '.join(DTYPES)} exactly; save it as one of them"
                 )
             self._files[name] = file
             self.shapes[name] = tuple(header.get_shape())
@@ -96,7 +92,7 @@ class Shards:
             raise ValueError(
                 f"{self.folder / INDEX} and its shards disagree: {len(missing)} tensors are in the "
                 f"index alone ({', '.join(missing[:3])}), {len(extra)} in the shards alone "
-                f"({', '.join(extra[:3])}); copy all files anew"
+                f"({', '.join(extra[:3])}); copy all files again"
             )
 
 
@@ -106,12 +102,13 @@ def write_shards(
     read: Callable[[str], np.ndarray],
     max_shard_size: float,
 ) -> list[str]:
-    """Writes the tensors that ``sizes`` (bytes, by name) lists, in its order, and returns the names
-    of the files.
+    """Write tensors to one file or to shards, and return the names of the files.
 
-    ``read`` gives one tensor; those of one shard are in memory together. ``max_shard_size`` is in
-    GB (1e9 bytes); a tensor that is larger has a shard of its own. One shard alone is named SINGLE
-    and needs no index.
+    Args:
+      sizes: the bytes of each tensor by name, in the order in which they are written.
+      read: returns a tensor by name; those of one shard are in memory together.
+      max_shard_size: in GB (1e9 bytes). A larger tensor has its own shard. A single shard is named
+        SINGLE and has no index.
     """
     if not max_shard_size > 0:
         raise ValueError(f"max_shard_size={max_shard_size} GB holds no tensor; set it above 0")
@@ -124,9 +121,9 @@ def write_shards(
             for number in range(1, len(groups) + 1)
         ]
     )
-    placed = {}
+    placed: dict[str, str] = {}
     for file_name, names in zip(files, groups, strict=True):
-        # transformers reads no file without this line.
+        # transformers does not read a file without this metadata.
         save_file(
             {name: read(name) for name in names}, Path(folder, file_name), metadata={"format": "pt"}
         )
@@ -142,7 +139,7 @@ def write_shards(
 
 
 def _groups(sizes: dict[str, int], limit: float) -> Iterable[list[str]]:
-    group = []
+    group: list[str] = []
     size = 0
     for name, more in sizes.items():
         if group and size + more > limit:
@@ -155,22 +152,20 @@ def _groups(sizes: dict[str, int], limit: float) -> Iterable[list[str]]:
 
 
 def finite(what: str, values: np.ndarray) -> np.ndarray:
-    """``values``. Raises ValueError naming the first of them that is infinite or not a number."""
+    """Return ``values``, or raise ValueError that names the first one that is not finite."""
     known = np.isfinite(values)
     if not known.all():
-        place = np.unravel_index(np.argmin(known), values.shape)
+        position = np.unravel_index(np.argmin(known), values.shape)
         raise ValueError(
             f"{what} has {known.size - known.sum():,} values that are not finite "
-            f"({values[place]} at {list(map(int, place))}), and a model with them "
-            "computes nothing; take a checkpoint from before they came"
+            f"({values[position]} at {list(map(int, position))}), and a model cannot compute with "
+            "them; use an earlier checkpoint without them"
         )
     return values
 
 
 def cast(name: str, values: np.ndarray, dtype: str) -> np.ndarray:
-    """``values`` as ``dtype``. Raises ValueError where one is not finite, or would become
-    infinite.
-    """
+    """Return ``values`` as ``dtype``; raise ValueError if one is not finite or would overflow."""
     kind = jnp.dtype(dtype)
     finite(name, values)
     with np.errstate(over="ignore"):

@@ -1,15 +1,16 @@
-"""Tokenizers from and to Hugging Face's files.
+"""Convert tokenizers from and to Hugging Face's files.
 
-What stays different: here a text becomes a special token by spelling its name only where it is
-asked for (``parse_special``); a text's own U+2581 is no space to our SentencePiece models, as it
-is to Hugging Face's form of them; and of two segmentations that are equally likely to a unigram
-model (4 of 5,488 lines of code and prose) Hugging Face's may take the other.
+Three differences remain. Here, the name of a special token in a text becomes that token only on
+request (``parse_special``). A U+2581 in a text is not a space to our SentencePiece models, but it
+is to Hugging Face's form of them. And of two segmentations that are equally likely under a unigram
+model (4 of 5,488 lines of code and prose), Hugging Face may choose the other one.
 """
 
 import dataclasses
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
@@ -43,8 +44,8 @@ FILES = (
     "vocab.bpe",
     *SENTENCEPIECE_FILES,
 )
-# Where tokenizers that look alike differ: case, spaces, digits, marks, scripts, breaks, what is no
-# character.
+# Texts in which similar tokenizers differ: case, spaces, digits, marks, scripts, line breaks, and
+# characters of zero width.
 _PROBES = (
     "Hello world",
     " Hello  world's 2,024 tokens",
@@ -58,22 +59,28 @@ _PROBES = (
     "x" * 40,
     "",
 )
-_OTHER = "give --tokenizer=FOLDER of the one that it was trained with"
+_OTHER = "give --tokenizer=FOLDER with the one that it was trained with"
 
 
 def read_tokenizer(
     path: str | os.PathLike, config: dict, generation: dict, rows: int
 ) -> tuple[Tokenizer, list[str]]:
-    """(tokenizer, special tokens that were left out) of a model of ``rows`` tokens that was trained
-    elsewhere.
+    """Read the tokenizer of a model that was trained elsewhere.
 
-    ``path``: a folder of Hugging Face's or one that `Tokenizer.save` wrote, a tokenizer.json, or a
-    SentencePiece model. ``config`` and ``generation`` are config.json and generation_config.json,
-    which say what bos, eos and pad are. A special token without a row in the model is left out: no
-    text has it.
+    Args:
+      path: a folder of Hugging Face's or one written by `Tokenizer.save`, a tokenizer.json, or a
+        SentencePiece model.
+      config: the object in config.json; like ``generation``, it names bos, eos and pad.
+      generation: the object in generation_config.json.
+      rows: the model's vocabulary size. Special tokens without a row are left out, because no text
+        has them.
 
-    Raises FileNotFoundError where there is no tokenizer; ValueError where text could give a
-    token without a row, or the tokenizer cannot be read the same here.
+    Returns:
+      The tokenizer, and the special tokens that were left out.
+
+    Raises:
+      FileNotFoundError: there is no tokenizer.
+      ValueError: a text could contain a token without a row, or the tokenizer cannot be reproduced.
     """
     path = Path(path)
     folder = path.parent if path.name == "tokenizer.json" and path.is_file() else path
@@ -123,14 +130,14 @@ def read_tokenizer(
 def _closed_sentencepiece(
     model: bytes, read, config: dict, generation: dict, rows: int
 ) -> SentencePieceTokenizer:
-    """A SentencePiece model whose roles are among its pieces."""
+    """Return a SentencePiece tokenizer whose roles (bos, eos, ...) are pieces of the model."""
     tokenizer = SentencePieceTokenizer(model)
     first_free_id(read, tokenizer.pieces)
     if tokenizer.pieces > rows:
         raise ValueError(
             f"it has {tokenizer.pieces} tokens and the model vocab_size={rows}; {_OTHER}"
         )
-    roles = {}
+    roles: dict[str, int | None] = {}
     for role in ("eos", "bos", "pad", "mask", "sep"):
         stated = [source.get(f"{role}_token_id") for source in (generation, config)]
         own = getattr(tokenizer, "_mask_id" if role == "mask" else f"{role}_id")
@@ -142,15 +149,16 @@ def _closed_sentencepiece(
         if found or role not in ("mask", "sep"):
             roles[role] = next(iter(found), roles.get("eos"))
     if roles["eos"] is None:
-        raise ValueError("it has no token that ends a text; name it in config.json as eos_token_id")
+        raise ValueError("it has no end token; name one in config.json as eos_token_id")
     special = json.dumps({**roles, "prompt_bos": tokenizer.prompt_bos})
     return SentencePieceTokenizer(model, special.encode())
 
 
 def write_tokenizer(tokenizer: Tokenizer, context: int) -> tuple[dict[str, bytes], str]:
-    """(files by name, one line that says what they are) of a tokenizer of ours for transformers'
-    AutoTokenizer. Raises ValueError where tokenizer.json would read some text into other tokens
-    than ours."""
+    """Return files for transformers' AutoTokenizer, by name, and a line that describes them.
+
+    Raises ValueError if tokenizer.json would encode some text differently.
+    """
     if isinstance(tokenizer, ByteLevelBPETokenizer):
         fast = _fast_of_bytes(tokenizer)
     elif isinstance(tokenizer, SentencePieceTokenizer) and tokenizer.lossless:
@@ -160,7 +168,7 @@ def write_tokenizer(tokenizer: Tokenizer, context: int) -> tuple[dict[str, bytes
     else:
         return (
             tokenizer.files(),
-            "as tokenizer.model alone: SentencePiece of another make, load it with its own class",
+            "as tokenizer.model only, because its settings differ; load it with its own class",
         )
     names = {
         index: name
@@ -204,16 +212,16 @@ def write_tokenizer(tokenizer: Tokenizer, context: int) -> tuple[dict[str, bytes
 
 
 def read_json(path: Path) -> dict | None:
-    """The object in a file of a model's folder; None where there is no such file."""
+    """Return the object in a file of a model's folder, or None if there is no such file."""
     if not path.is_file():
         return None
     try:
         found = json.loads(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); copy it anew") from None
+        raise ValueError(f"{path} is not valid JSON ({error}); copy it again") from None
     if not isinstance(found, dict):
         raise ValueError(
-            f"{path} holds a {type(found).__name__} of JSON, not an object; copy it anew"
+            f"{path} holds a JSON {type(found).__name__}, not an object; copy it again"
         )
     return found
 
@@ -225,18 +233,19 @@ def _compare(folder, ours: Tokenizer, fast: tokenizers.Tokenizer) -> None:
         there = fast.encode(text).ids
         if here != there:
             raise ValueError(
-                f"the tokenizer of {folder} is not GPT-2's byte-level BPE, or not as it is here: "
-                f"it reads {text!r} as {there[:8]}, this one as {here[:8]}"
+                f"the tokenizer of {folder} is not GPT-2's byte-level BPE, or differs from it: "
+                f"it encodes {text!r} as {there[:8]}, this one as {here[:8]}"
             )
 
 
 def _fast_of_bytes(tokenizer: ByteLevelBPETokenizer) -> tokenizers.Tokenizer:
     files = tokenizer.files()
-    pairs = [
-        tuple(line.split(" "))
+    lines = [
+        line.partition(" ")
         for line in files["merges.txt"].decode().split("\n")
         if line.strip() and not line.startswith("#version")
     ]
+    pairs = [(left, right) for left, _, right in lines]
     fast = tokenizers.Tokenizer(models.BPE(vocab=json.loads(files["vocab.json"]), merges=pairs))
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = decoders.ByteLevel()
@@ -246,12 +255,13 @@ def _fast_of_bytes(tokenizer: ByteLevelBPETokenizer) -> tokenizers.Tokenizer:
 def _fast_of_sentencepiece(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokenizer:
     from sentencepiece import sentencepiece_model_pb2
 
-    proto = sentencepiece_model_pb2.ModelProto()
+    # protobuf defines its classes as the module is imported, where mypy sees none.
+    proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     proto.ParseFromString(tokenizer.files()["tokenizer.model"])
     scores = [(piece.piece, piece.score) for piece in proto.pieces]
     unknown = proto.trainer_spec.unk_id
     if proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM:
-        model = models.Unigram(scores, unk_id=unknown, byte_fallback=True)
+        model: models.Model = models.Unigram(scores, unk_id=unknown, byte_fallback=True)
     else:
         numbers = {piece: index for index, (piece, _) in enumerate(scores)}
         model = models.BPE(
@@ -270,8 +280,10 @@ def _fast_of_sentencepiece(tokenizer: SentencePieceTokenizer) -> tokenizers.Toke
 
 
 def _merges(scores: list[tuple[str, float]], numbers: dict[str, int]) -> list[tuple[str, str]]:
-    """SentencePiece joins the two neighbours whose union has the highest score; merges are that
-    order, written out."""
+    """Return the merges of a SentencePiece BPE model, in order.
+
+    SentencePiece merges the two adjacent pieces whose union has the highest score.
+    """
     merges = []
     for piece, score in scores:
         splits = ((piece[:at], piece[at:]) for at in range(1, len(piece)))

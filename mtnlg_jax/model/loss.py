@@ -85,7 +85,7 @@ def _losses_of(
     mine = (local >= 0) & (local < head.shape[0])
     picked = jnp.take_along_axis(logits, jnp.where(mine, local, 0)[:, None], -1)[:, 0]
     target = sum_over(jnp.where(mine, picked, 0.0), "tensor")
-    hits = jnp.arange(head.shape[0]) == jnp.where(mine, local, -1)[:, None]
+    hits = jnp.arange(head.shape[0])[None, :] == jnp.where(mine, local, -1)[:, None]
     if smoothing:
         even = 1 / (head.shape[0] * axis_size("tensor"))
         target = (1 - smoothing) * target + smoothing * even * sum_over(logits.sum(-1), "tensor")

@@ -70,7 +70,7 @@ def multiply(dims: str, x: jax.Array, weight: jax.Array | Callable) -> jax.Array
 
 
 def _add_bias(x: jax.Array, bias: nnx.Param | None) -> jax.Array:
-    return x if bias is None else x + bias[...]
+    return x if bias is None else x + lax.broadcast_to_rank(bias[...], x.ndim)
 
 
 class Norm(nnx.Module):
@@ -88,9 +88,9 @@ class Norm(nnx.Module):
         if self.bias_D is not None:
             x = x - x.mean(-1, keepdims=True)
         x = x * lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)
-        x = x * self.scale_D[...].astype(jnp.float32)
+        x = x * self.scale_D[...].astype(jnp.float32)[None, None, :]
         if self.bias_D is not None:
-            x = x + self.bias_D[...].astype(jnp.float32)
+            x = x + self.bias_D[...].astype(jnp.float32)[None, None, :]
         return x.astype(x_BSD.dtype)
 
 
@@ -100,7 +100,8 @@ def rotate(x_BSNH: jax.Array, positions_BS: jax.Array, base: float) -> jax.Array
     The pair (i, i + H/2) turns by the angle position / base^(2i/H).
     """
     half = x_BSNH.shape[-1] // 2
-    angle = positions_BS[..., None].astype(jnp.float32) * base ** (-jnp.arange(half) / half)
+    rates = base ** (-jnp.arange(half) / half)
+    angle = positions_BS[:, :, None].astype(jnp.float32) * rates[None, None, :]
     cos = jnp.cos(angle)[:, :, None]
     sin = jnp.sin(angle)[:, :, None]
     left, right = jnp.split(x_BSNH.astype(jnp.float32), 2, -1)

@@ -17,17 +17,21 @@ from mtnlg_jax.parallel.mesh import AXES, dims_of, spec_of
 
 def axis_size(axis: str) -> int:
     """Return the size of ``axis`` if the caller runs manually over it, else 1."""
+    # The mesh in context, so that a module need not carry one. A Python number: shapes may depend
+    # on it.
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.shape[axis] if axis in mesh.manual_axes else 1
 
 
 def axis_index(axis: str) -> jax.Array | int:
     """Return this device's position along ``axis``; 0 outside the manual region."""
+    # A plain 0 on an axis of size 1 lets XLA fold what depends on it.
     return lax.axis_index(axis) if axis_size(axis) > 1 else 0
 
 
 def gather(x: jax.Array, axis: str, dim: int) -> jax.Array:
     """Concatenate the shards of ``x`` along ``dim``. The transpose is `scatter_sum`."""
+    # ``tiled`` concatenates along an existing dim and adds none.
     return lax.all_gather(x, axis, axis=dim, tiled=True) if axis_size(axis) > 1 else x
 
 
@@ -53,6 +57,7 @@ def own_part(x: jax.Array, axis: str, dim: int) -> jax.Array:
     size = axis_size(axis)
     if size == 1:
         return x
+    # A slice and no communication: the data are here already.
     part = x.shape[dim] // size
     return lax.dynamic_slice_in_dim(x, axis_index(axis) * part, part, dim)
 
@@ -65,6 +70,7 @@ def zigzag(length: int, parts: int) -> np.ndarray:
     """
     if parts == 1:
         return np.arange(length)
+    # Cut into equal chunks, so the length must be divisible by 2 x parts.
     chunks = np.arange(length).reshape(2 * parts, -1)
     return np.concatenate([np.concatenate([chunks[i], chunks[-1 - i]]) for i in range(parts)])
 
@@ -74,6 +80,7 @@ def sequence_positions(length: int) -> jax.Array:
 
     These are the tokens that it holds between half blocks.
     """
+    # Context splits the sequence first, and tensor the part of each of its devices.
     inside = axis_index("tensor") * length + jnp.arange(length)
     parts = axis_size("context")
     whole = length * axis_size("tensor")
@@ -91,6 +98,7 @@ def vary(tree: Any) -> Any:
     manual = [axis for axis in AXES if axis in jax.sharding.get_abstract_mesh().manual_axes]
 
     def one(leaf):
+        # pcast takes only axes over which the leaf does not vary yet.
         missing = tuple(
             axis for axis in manual if axis not in jax.typeof(leaf).manual_axis_type.varying
         )
@@ -99,8 +107,11 @@ def vary(tree: Any) -> Any:
     return jax.tree.map(one, tree) if manual else tree
 
 
+# The transpose by autodiff would reduce in ``dtype``. A rule of its own lets the sum have another
+# type than the products.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _gather_weight(w, dim: int, dtype, reduce_dtype):
+    # Cast before the gather: bfloat16 halves what is sent.
     return lax.all_gather(w.astype(dtype), "data", axis=dim, tiled=True)
 
 
@@ -109,6 +120,7 @@ def _gather_weight_forward(w, dim, dtype, reduce_dtype):
 
 
 def _gather_weight_backward(dim, dtype, reduce_dtype, _, grad):
+    # Master gradients are float32, whatever the type of the sum on the network.
     grad = lax.psum_scatter(grad.astype(reduce_dtype), "data", scatter_dimension=dim, tiled=True)
     return (grad.astype(jnp.float32),)
 
@@ -133,7 +145,10 @@ def gather_weights(params: Any, dtype, zero: int, reduce_dtype=jnp.float32) -> A
     """
 
     def one(path, leaf):
+        # The name of a parameter decides; no list of shardings is passed along.
         spec = spec_of(dims_of(path), zero)
+        # A parameter without D (b_q_NH), ZeRO off, or one device along data: nothing is split over
+        # data.
         if "data" not in spec or axis_size("data") == 1:
             return leaf.astype(dtype)
         return _gather_weight(leaf, _data_dim(spec, leaf), dtype, reduce_dtype)
@@ -154,8 +169,11 @@ def reduce_gradients(grads: Any, zero: int, scattered: bool, reduce_dtype=jnp.fl
     def one(path, grad):
         spec = spec_of(dims_of(path), zero)
         grad = grad.astype(reduce_dtype)
+        # First the sum over data, which leaves each device a part: the sums that follow are over
+        # less.
         if "data" in spec and not scattered:
             grad = scatter_sum(grad, "data", _data_dim(spec, grad))
+        # For example pipe for the embedding: each stage has a part of its gradient, or 0.
         missing = tuple(axis for axis in manual if axis not in spec)
         return (lax.psum(grad, missing) if missing else grad).astype(jnp.float32)
 

@@ -28,12 +28,16 @@ from jax.sharding import PartitionSpec as P
 
 from mtnlg_jax.config import MeshConfig, near_divisors
 
+# The last axis numbers neighboring devices: tensor, which communicates most, spans the fastest
+# links.
 AXES = ("pipe", "data", "context", "tensor")  # slowest network first
 
+# No two dims of one tensor may share an axis, so the dims of a new parameter must differ in it.
 AXIS_OF = {"L": "pipe", "V": "tensor", "N": "tensor", "K": "tensor", "F": "tensor", "D": "data"}
 UNSPLIT = "HPR"
 
 # Tokens, labels and weights, (M, B, S): rows are split over data, positions over context.
+# Every stage looks up what it needs of a micro-batch by its number, so M stays whole.
 BATCH = P(None, "data", "context")
 
 
@@ -42,8 +46,11 @@ def mesh_shape(config: MeshConfig, devices: int) -> dict[str, int]:
 
     Raises ValueError when the product of the sizes is not ``devices``.
     """
+    # data is the axis that grows with the number of devices, since it changes nothing else in the
+    # plan.
     fixed = config.pipe * config.context * config.tensor
     data = devices // fixed if config.data == -1 else config.data
+    # data is 0 where the other axes need more devices than there are.
     if fixed * data != devices or data == 0:
         raise ValueError(
             f"mesh pipe={config.pipe} x data={config.data} x context={config.context} x "
@@ -57,6 +64,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """Return a mesh of AXES over ``devices`` (default: all), with the sizes of `mesh_shape`."""
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(config, len(devices))
+    # Auto: outside the manual region, as in the optimizer's update, XLA derives how to split.
     return jax.make_mesh(
         tuple(shape.values()), AXES, axis_types=(AxisType.Auto,) * 4, devices=devices
     )
@@ -64,6 +72,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 def parameter_name(path) -> str:
     """Return a parameter's name from its pytree key path: the last string key."""
+    # Attributes of NNX variables and indices of tuples are not string keys.
     names = [key.key for key in path if isinstance(getattr(key, "key", None), str)]
     return names[-1]
 
@@ -87,8 +96,10 @@ def spec_of(dims: str, zero: int = 1) -> P:
                 f"dim {dim!r} of {dims!r} is not in the plan; add a row to AXIS_OF or UNSPLIT"
             )
         axis = AXIS_OF.get(dim)
+        # Without ZeRO every device along data holds whole parameters and moments.
         if axis == "data" and zero == 0:
             axis = None
+        # JAX would refuse such a spec as well, but without the name of the tensor.
         if axis is not None and axis in axes:
             raise ValueError(
                 f"{dims!r} would use mesh axis {axis!r} twice; name its dims differently"
@@ -115,6 +126,7 @@ def local_shape(
     for dim, size, axis in zip(dims, shape, spec_of(dims, zero), strict=True):
         parts = sizes[axis] if axis else 1
         if size % parts:
+            # The message gives sizes that do divide.
             way_out = f"try mesh.{axis}={near_divisors(size, parts)}"
             if axis == "data":
                 way_out += ", or mesh.zero=0"
@@ -130,6 +142,7 @@ def shardings_of(tree: Any, mesh: Mesh, zero: int = 1) -> Any:
     """
 
     def sharding(path, leaf):
+        # Counters of the state have no name with dims and are equal everywhere.
         if not getattr(leaf, "ndim", 0):
             return NamedSharding(mesh, P())
         dims = dims_of(path)
@@ -158,6 +171,7 @@ def plan_table(tree, sizes: dict[str, int], zero: int = 1) -> list[Row]:
     rows = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         dims = dims_of(path)
+        # The same names as in a checkpoint.
         name = ".".join(key.key for key in path if isinstance(getattr(key, "key", None), str))
         local = local_shape(parameter_name(path), dims, leaf.shape, sizes, zero)
         rows.append(Row(name, dims, leaf.shape, spec_of(dims, zero), local, 4 * math.prod(local)))

@@ -46,11 +46,13 @@ from mtnlg_jax.parallel.collectives import axis_index, axis_size, vary
 
 
 def _at(array: jax.Array, index: int | jax.Array) -> jax.Array:
+    # The index is traced: devices along pipe run one program and differ in it alone.
     return lax.dynamic_index_in_dim(array, index, 0, keepdims=False)
 
 
 def _rings(size: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """Return the permutations (source, target) to the right and to the left neighbor."""
+    # A ring: the last stage sends to the first one, which is where the next round begins.
     right = [(i, (i + 1) % size) for i in range(size)]
     return right, [(j, i) for i, j in right]
 
@@ -74,10 +76,13 @@ def to_rounds(layers: Any, rounds: int) -> Any:
     group_size = size // math.gcd(rounds, size)
 
     def one(leaf):
+        # (V, L/(P V), ...): the layers stored here as V chunks.
         chunks = leaf.reshape(rounds, -1, *leaf.shape[1:])
+        # The chunks are at home already.
         if rounds == 1 or size == 1:
             return chunks
         placed = jnp.zeros_like(chunks)
+        # A Python loop: permutations must be known when the program is compiled. V is small.
         for turn in range(rounds):
             sent = [p * rounds + (turn + p // group_size) % rounds for p in range(size)]
             arrived = lax.ppermute(
@@ -85,6 +90,7 @@ def to_rounds(layers: Any, rounds: int) -> Any:
                 "pipe",
                 [(p, chunk % size) for p, chunk in enumerate(sent)],
             )
+            # Of the chunk that arrives at device p, the round in which p applies it.
             slots = [chunk // size for chunk in sorted(sent, key=lambda chunk: chunk % size)]
             placed = lax.dynamic_update_index_in_dim(placed, arrived, jnp.asarray(slots)[here], 0)
         return placed
@@ -116,6 +122,8 @@ def circular(stage: Callable, x_GBSD: jax.Array, rounds: int = 1) -> jax.Array:
     # way only the inputs of stages are.
     @jax.checkpoint
     def apply_stage(tick, x):
+        # In the bubble a stage applies its first or last step to whatever it holds. Nobody reads
+        # the result, so its gradient is 0.
         step = jnp.clip(tick - here, 0, groups * steps - 1)
         group = step // steps
         inside = step % steps
@@ -127,7 +135,11 @@ def circular(stage: Callable, x_GBSD: jax.Array, rounds: int = 1) -> jax.Array:
         ring, io, ys = carry
         group = tick // steps
         inside = tick % steps
+        # Once a group each device puts its own micro-batch into the register. After k moves to the
+        # left stage 0 holds micro-batch k.
         io = jnp.where(inside == 0, _at(x_GBSD, jnp.minimum(group, groups - 1)), io)
+        # In the first P ticks of a group stage 0 begins the group's micro-batches. What the ring
+        # brings it then is finished.
         swap = (here == 0) & (inside < size)
         x = jnp.where(swap, io, ring)
         io = jnp.where(swap, ring, io)
@@ -140,6 +152,7 @@ def circular(stage: Callable, x_GBSD: jax.Array, rounds: int = 1) -> jax.Array:
 
     nothing = jnp.zeros_like(x_GBSD)
     start = vary((nothing[0], nothing[0], nothing))
+    # A scan and not a while loop, because JAX must differentiate it.
     (ring, io, ys), _ = lax.scan(one, start, jnp.arange(groups * steps + size - 1))
     # The last group has no successor whose ticks would bring it home.
     io = lax.ppermute(jnp.where(here == 0, ring, io), "pipe", left)
@@ -174,6 +187,8 @@ def circular_loss_and_gradients(
         x_GBSD = vary(embed(rest, mine))
         return circular(lambda round, m, x: stage(weights, round, m, x), x_GBSD, rounds)
 
+    # The loss is not part of the differentiated pipeline: its gradient is taken for one micro-batch
+    # at a time, so that the head's activations exist for only one.
     y_GBSD, back = jax.vjp(forward, weights, rest)
 
     def one(group, carry):
@@ -183,8 +198,10 @@ def circular_loss_and_gradients(
         )
         return add(total, (part, d_rest)), lax.dynamic_update_index_in_dim(held, d_y, group, 0)
 
+    # float32 sums, whatever the type of the weights.
     start = vary((jnp.float32(0), zeros(rest)))
     (total, d_head), d_y_GBSD = lax.fori_loop(0, len(mine), one, (start, y_GBSD))
+    # One backward pass for all micro-batches, with the ticks in reverse.
     d_weights, d_embedding = back(d_y_GBSD)
     return total, d_weights, add(d_head, d_embedding)
 
@@ -213,12 +230,18 @@ def one_f_one_b(
     size = axis_size("pipe")
     here = axis_index("pipe")
     right, left = _rings(size)
+    # Slots of stage inputs, used in turn. A slot is free again one tick or more before its next
+    # use.
     held = 2 * size - 1
     last = here == size - 1
+    # The type of what stages send to each other: that of the embedding's output.
     shape = jax.eval_shape(lambda: embed(rest, jnp.int32(0)))
     nothing = jnp.zeros(shape.shape, shape.dtype)
 
     def when(condition, function, otherwise, *args):
+        # A branch may hold collectives over the other axes: the condition depends on the stage and
+        # the tick alone, so all their devices take the same branch. Permutes along pipe stay
+        # outside.
         if skip:
             return lax.cond(
                 condition, lambda *args: vary(function(*args)), lambda *args: vary(otherwise), *args
@@ -232,7 +255,10 @@ def one_f_one_b(
         m = t - here
         busy = (m >= 0) & (m < micro_batches)
         m = jnp.clip(m, 0, micro_batches - 1)
+        # Every stage embeds, though only the first one needs it: a look-up costs little, and so all
+        # devices run the same collectives.
         x = jnp.where(here == 0, vary(embed(rest, m)), arrived)
+        # In the bubble this overwrites a slot whose B is already done.
         inputs = lax.dynamic_update_index_in_dim(inputs, x, jnp.mod(t - here, held), 0)
         y = when(busy, lambda x: stage(weights, m, x), nothing, x)
 
@@ -246,6 +272,7 @@ def one_f_one_b(
 
     def backward(t, arrived, inputs):
         """B of this tick: gradients of (weights, input, rest) from that of the output."""
+        # B of the last stage is in the tick of its F; each earlier stage follows a tick later.
         n = t - 2 * (size - 1) + here
         due = (n >= 0) & (n < micro_batches)
         x = _at(inputs, jnp.mod(n, held))
@@ -262,10 +289,12 @@ def one_f_one_b(
 
     def tick(t, carry):
         y, d_x, inputs, d_weights, d_rest, total = carry
+        # F before B, because the last stage needs both of one micro-batch in this tick.
         y, inputs, part, d_head, d_y = forward(t, y, inputs)
         d_stage, d_x, d_embedding = backward(t, jnp.where(last, d_y, d_x), inputs)
         return vary(
             (
+                # The ring also joins both ends, which ignore what it brings them.
                 lax.ppermute(y, "pipe", right),
                 lax.ppermute(d_x, "pipe", left),
                 inputs,
@@ -277,6 +306,7 @@ def one_f_one_b(
 
     inputs = jnp.zeros((held, *nothing.shape), nothing.dtype)
     begin = vary((nothing, nothing, inputs, zeros(weights), zeros(rest), jnp.float32(0)))
+    # A traced number of ticks is possible because nothing differentiates this loop.
     *_, d_weights, d_rest, total = lax.fori_loop(0, micro_batches + 2 * (size - 1), tick, begin)
     return total, d_weights, d_rest
 

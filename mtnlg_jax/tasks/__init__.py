@@ -1,1 +1,1 @@
-"""Text tasks (continue, summarise, translate, sentiment, answer) with answers and scores."""
+"""Text tasks (continue, summarize, translate, sentiment, answer) with answers and scores."""

@@ -15,7 +15,7 @@ from mtnlg_jax.tasks.passages import Passage
 from mtnlg_jax.tasks.rendering import Row, answer_of, template_of
 from mtnlg_jax.tasks.templates import Task
 
-NORMALISATIONS = ("sum", "per_char", "per_byte")
+NORMALIZATIONS = ("sum", "per_char", "per_byte")
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Evaluation:
     scores: dict[str, Score]  # of the model; the first is the main metric of the task
     baseline: str  # name of the baseline
     baseline_scores: dict[str, Score]
-    # Accuracy of choices under each of NORMALISATIONS; empty without choices.
+    # Accuracy of choices under each of NORMALIZATIONS; empty without choices.
     normalised: dict[str, Score]
 
 
@@ -92,8 +92,8 @@ def check_references(task: Task, rows: Sequence[Row], language: str | None = Non
         ranked.append(bool(row.choices or template.labels))
     if any(ranked) != all(ranked):
         raise ValueError(
-            f"{sum(ranked)} of {len(rows)} rows have choices and the others have "
-            f"none, the first of them row {ranked.index(False) + 1}; score the two groups separately"
+            f"{sum(ranked)} of {len(rows)} rows have choices and the others have none, the first "
+            f"of them row {ranked.index(False) + 1}; score the two groups separately"
         )
 
 
@@ -116,7 +116,8 @@ def evaluate(
         commonest = max(references, key=references.count)[0]
         guess = measure(("accuracy",), [commonest] * len(rows), references, languages, seed)
         scores = measure(("accuracy",), texts, references, languages, seed)
-        scores["perplexity"] = _perplexity([answer.log_prob for answer in answers], seed)
+        log_probs = np.array([answer.log_prob for answer in answers], np.float64)
+        scores["perplexity"] = _perplexity(log_probs, seed)
         return Evaluation(len(rows), scores, "the commonest word", guess, {})
     check_references(task, rows, language)
     if rows[0].choices:
@@ -126,7 +127,7 @@ def evaluate(
             scores,
             "by chance",
             {"accuracy": chance(rows, seed)},
-            _normalised(rows, answers, seed),
+            _accuracy_by_normalization(rows, answers, seed),
         )
     ranked = bool(template_of(task, rows[0].input, language)[1].labels)
     names = ("accuracy",) if ranked else task.metrics
@@ -140,12 +141,14 @@ def evaluate(
     )
 
 
-def _normalised(rows: Sequence[Row], answers: Sequence[Answer], seed: int) -> dict[str, Score]:
+def _accuracy_by_normalization(
+    rows: Sequence[Row], answers: Sequence[Answer], seed: int
+) -> dict[str, Score]:
     # Only the scores of "logprob" can be normalized another way.
     if not all(answer.choices and answer.ranked_by.startswith("logprob ") for answer in answers):
         return {}
     found = {}
-    for name in NORMALISATIONS:
+    for name in NORMALIZATIONS:
         right = [
             max(
                 answer.choices, key=lambda choice: choice.log_prob / length_of(name, choice.text)
@@ -157,9 +160,8 @@ def _normalised(rows: Sequence[Row], answers: Sequence[Answer], seed: int) -> di
     return found
 
 
-def _perplexity(log_probs: Sequence[float], seed: int) -> Score:
+def _perplexity(values: np.ndarray, seed: int) -> Score:
     """Return e^-(mean log-probability of a reference) with its 95 % bootstrap interval."""
-    values = np.array(log_probs, np.float64)
     rng = np.random.default_rng(seed)
     means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(RESAMPLES)]
     low, high = np.percentile(means, [2.5, 97.5])
@@ -222,6 +224,7 @@ def read_answers(
     path = Path(path)
     text = path.read_text(encoding="utf-8-sig")
     lines = text.split("\n")
+    items: Sequence[Mapping]
     if path.suffix.lower() == ".txt":
         if rows is None:
             raise ValueError(f"{path} holds answers without rows; give the rows with --eval")
@@ -322,11 +325,9 @@ def _answer_of(where: str, item: Mapping, task: Task, row: Row, language: str | 
     except (TypeError, AttributeError):
         choices = ()
     log_prob = item.get("log_prob")
-    finish = (
-        item.get("finish_reason", "")
-        if log_prob is not None or item.get("finish_reason") != "last word"
-        else ""
-    )
+    finish = item.get("finish_reason", "")
+    if finish == "last word" and log_prob is None:
+        finish = ""
     return Answer(
         item[key],
         item.get("raw", item[key]),

@@ -58,7 +58,7 @@ def parse_row(
                 f"{where}: a choice under {column!r} is empty and a later one is not; "
                 "leave the row out, or write the choice"
             )
-    texts = {
+    texts: dict[str, str] = {
         field: _joined(where, field, found[field])
         for field in ("input", "context")
         if field in found

@@ -7,7 +7,10 @@ from mtnlg_jax.data.read import open_files
 from mtnlg_jax.tasks.example_tables import read_table
 from mtnlg_jax.tasks.layouts import LAYOUTS, keys_of, value_at
 
-SUFFIXES = ".jsonl, .ndjson, .json, .csv, .tsv and .txt (each also with .gz, .zst, .bz2 or .xz), and .parquet"
+SUFFIXES = (
+    ".jsonl, .ndjson, .json, .csv, .tsv and .txt (each also with .gz, .zst, .bz2 or .xz), and "
+    ".parquet"
+)
 _TABLES = (".csv", ".tsv", ".txt")
 _JSON = (".jsonl", ".ndjson", ".json")
 _SQUAD = {"input": "question", "reference": "answers", "context": "context"}

@@ -11,7 +11,10 @@ from mtnlg_jax.tasks.rendering import Row
 
 _LETTER = re.compile(r"\s*[(（]?([A-Za-z])[)）]?[.:、．：]?\s*")
 _NUMBER = re.compile(r"\s*[(（]?(\d+)(?:\.0+)?[)）]?\s*")
-_YES_NO = ({"yes", "true", "是", "对", "正确"}, {"no", "false", "否", "不是", "不对", "错误", "错"})
+_YES_NO = (
+    {"yes", "true", "是", "对", "正确"},
+    {"no", "false", "否", "不是", "不对", "错误", "错"},
+)
 
 
 def resolve_references(
@@ -28,7 +31,7 @@ def resolve_references(
         elif labels:
             references = tuple(_renamed(row.where, value, labels) for value in row.values)
         elif row.choices and row.values:
-            references = tuple(row.choices[i] for i in _indices(row, reading))
+            references = tuple(row.choices[i] for i in _known_indices(row, reading))
         else:
             references = tuple(map(str, row.values))
         distinct = tuple(dict.fromkeys(row.choices))
@@ -110,7 +113,7 @@ def _reading(
             "numbers of the reference count from 1: none is 0, and some are the number of choices"
         )
     for row in rows:
-        if len({tuple(_indices(row, reading)) for reading in fitting}) > 1:
+        if len({tuple(_known_indices(row, reading)) for reading in fitting}) > 1:
             what = " or ".join(
                 {"text": "a choice's text", "letter": "a choice's letter"}.get(
                     each, "a choice's number"
@@ -153,8 +156,20 @@ def _indices(row: ParsedRow, reading: str) -> list[int] | None:
     """Return the indices of the choices that the references name; None if one names none."""
     if len(row.values) > 1 and is_one_hot(row.values, len(row.choices)):
         return [row.values.index(1)]
-    found = [_index(row, value, reading) for value in row.values]
-    return None if None in found else found
+    found = []
+    for value in row.values:
+        index = _index(row, value, reading)
+        if index is None:
+            return None
+        found.append(index)
+    return found
+
+
+def _known_indices(row: ParsedRow, reading: str) -> list[int]:
+    """Return `_indices` for a reading that is known to fit the row."""
+    found = _indices(row, reading)
+    assert found is not None, f"reading {reading!r} does not fit {row.where}"
+    return found
 
 
 def _index(row: ParsedRow, value, reading: str) -> int | None:

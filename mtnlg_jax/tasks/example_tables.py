@@ -83,7 +83,7 @@ def _csv(path: Path, text: str) -> list[tuple[int, list[str]]]:
 
     Ties go to the comma.
     """
-    found = {}
+    found: dict[str, tuple[int, int, list[tuple[int, list[str]]] | str]] = {}
     for separator in ",;\t|":
         try:
             records = _quoted(text, separator)

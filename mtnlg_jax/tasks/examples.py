@@ -65,7 +65,7 @@ def read_rows(
     for field in columns or {}:
         if field not in FIELDS:
             raise ValueError(
-                f"column {field!r} is not known; name those of {', '.join(FIELDS)}, as in input=0"
+                f"unknown column {field!r}; name some of {', '.join(FIELDS)}, as in input=0"
             )
     named = set(columns or {})
     items, columns = read_items(path, columns, needs, notes)
@@ -130,7 +130,7 @@ def _layout_of(items, choices, notes):
             None,
         )
         if layout:
-            told = ",".join(f"{field}={column}" for field, column in layout.columns.items())
-            notes.append(f"columns taken as those of {layout.name}: --columns={told}")
+            flags = ",".join(f"{field}={column}" for field, column in layout.columns.items())
+            notes.append(f"columns taken as those of {layout.name}: --columns={flags}")
             return layout.columns, choices or layout.choices, layout.blank
     return {field: field for field in FIELDS}, choices, ""

@@ -1,6 +1,8 @@
-"""How good answers are: ROUGE by rouge-score, BLEU and chrF by sacrebleu, accuracy, and exact match
-and F1 of SQuAD; each with its 95 % interval, and beside what an answer without a model would
-get."""
+"""Score answers by ROUGE, BLEU, chrF, accuracy, and SQuAD's exact match and F1.
+
+ROUGE is rouge-score's; BLEU and chrF are sacrebleu's. Each score has a 95 % bootstrap interval.
+`baseline` gives answers that need no model.
+"""
 
 import collections
 import dataclasses
@@ -13,20 +15,19 @@ import numpy as np
 
 from mtnlg_jax.tasks.rendering import Row, template_of
 from mtnlg_jax.tasks.templates import Task
-from mtnlg_jax.tasks.text import UNSPACED, WORDS, ascii_share, normalise, sentences, words
+from mtnlg_jax.tasks.text import UNSPACED, WORDS, ascii_share, normalize, sentences, words
 
 RESAMPLES = 1000
 METRICS = ("rouge1", "rouge2", "rougeL", "bleu", "chrf", "accuracy", "exact_match", "f1")
-# English has fewer letters outside ASCII (naïve, São); every other language that uses some has
-# more.
+# Texts with a larger share of ASCII letters are English: it has few others (naïve, São), and every
+# other language that uses any has more.
 _ENGLISH_SHARE = 0.99
-_RESAMPLED_AT_ONCE = 1 << 24  # counts of rows, so that memory stays below 200 MB
+_RESAMPLED_AT_ONCE = 1 << 24  # row counts drawn at once, which keeps memory below 200 MB
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """In [0, 100], with the interval in which it lies for 95 % of the sets drawn from these rows
-    (bootstrap)."""
+    """A score in [0, 100] with its 95 % bootstrap interval over the rows."""
 
     value: float
     low: float
@@ -37,16 +38,20 @@ class Score:
 
 
 class _Characters:
-    """Splits for rouge-score, whose own tokenizer leaves nothing of Chinese: characters, and words
-    of other scripts."""
+    """Tokenizer for rouge-score that splits Chinese into characters and other scripts into words.
+
+    rouge-score's own tokenizer drops all Chinese text.
+    """
 
     def tokenize(self, text: str) -> list[str]:
         return WORDS.findall(text.casefold())
 
 
 class _AllScripts:
-    """Splits for rouge-score, whose own tokenizer keeps a-z and 0-9 alone: `words`, of which those
-    in ASCII are stemmed as rouge-score does it."""
+    """Tokenizer for rouge-score that keeps the words of every script (`words`).
+
+    rouge-score's own tokenizer keeps only a-z and 0-9. ASCII words are stemmed as it does.
+    """
 
     def __init__(self):
         from rouge_score.tokenizers import DefaultTokenizer
@@ -68,33 +73,38 @@ def measure(
     language: str | Sequence[str],
     seed: int = 0,
 ) -> dict[str, Score]:
-    """Each metric of METRICS over all rows; of several references the best counts.
+    """Return the named METRICS over all rows.
 
-    ``language`` of the answers, or of each: for "zh" characters are words. Of other languages ROUGE
-    takes the tokens of rouge-score where 99 % of the references' letters are ASCII, so that English
-    figures are those that others print, and else the words of every script (`text.words`). BLEU
-    takes sacrebleu's tokenizer "zh" in all rows where one is Chinese, "char" where most letters of
-    the references belong to scripts without spaces, else "13a". An answer may be empty, and may
-    share nothing with its references: it scores 0.
-    Raises ValueError where a row has no reference or a metric is unknown.
+    If a row has several references, the best match counts. An answer that is empty or shares
+    nothing with its references scores 0.
+
+    Args:
+      language: language of all answers, or a list with one for each. In "zh", characters are words.
+        In other languages, ROUGE uses rouge-score's tokenizer if 99 % of the references' letters
+        are ASCII, so that English scores are comparable with published ones, and otherwise the
+        words of every script (`text.words`). BLEU uses sacrebleu's tokenizer "zh" for all rows if
+        any answer is Chinese, "char" if most letters of the references belong to scripts without
+        spaces, and otherwise "13a".
+
+    Raises:
+      ValueError: a row has no reference, or a metric is unknown.
     """
     if len(answers) != len(references) or not answers:
         raise ValueError(
-            f"{len(answers)} answers for {len(references)} rows; give one answer a "
-            "row, and at least one"
+            f"{len(answers)} answers for {len(references)} rows; give one answer for each row, and "
+            "at least one"
         )
     for number, each in enumerate(references, 1):
         if not any(reference.strip() for reference in each):
             raise ValueError(
-                f"row {number} of {len(references)} has no reference to compare its "
-                "answer with; add one, "
-                "or leave the row out"
+                f"row {number} of {len(references)} has no reference to compare its answer with; "
+                "add one, or leave the row out"
             )
     languages = [language] * len(answers) if isinstance(language, str) else language
     scores = {}
     for name in names:
         if name not in METRICS:
-            raise ValueError(f"metric {name!r} is not known; choose from {', '.join(METRICS)}")
+            raise ValueError(f"unknown metric {name!r}; choose from {', '.join(METRICS)}")
         if name in ("bleu", "chrf"):
             scores[name] = _corpus(name, answers, references, languages, seed)
         else:
@@ -103,10 +113,13 @@ def measure(
 
 
 def baseline(task: Task, rows: Sequence[Row], language: str | None = None) -> tuple[str, list[str]]:
-    """What needs no model, and its answers: where rows are ranked by the labels of their templates
-    the class that most rows have, else the first sentence of the text to summarise or of the given
-    passage, the commonest answer, or the input itself. Rows with choices of their own have
-    `chance`. ``language`` as in `template_of`."""
+    """Return the name of a baseline that needs no model, and its answers.
+
+    For rows ranked by the labels of their templates this is the most frequent class. Otherwise it
+    is the first sentence of the text to summarize or of the given passage, the most common answer,
+    or a copy of the input. Rows with their own choices use `chance` instead. ``language`` as in
+    `template_of`.
+    """
     commonest = collections.Counter(row.references[0] for row in rows).most_common(1)[0][0]
     if all(template_of(task, row.input, language)[1].labels for row in rows):
         return "majority class", [commonest] * len(rows)
@@ -116,21 +129,22 @@ def baseline(task: Task, rows: Sequence[Row], language: str | None = None) -> tu
         if all(row.context for row in rows):
             return "lead sentence of the passage", [_lead(row.context) for row in rows]
         return "the commonest answer", [commonest] * len(rows)
-    return "copying the source", [normalise(row.input) for row in rows]
+    return "copying the source", [normalize(row.input) for row in rows]
 
 
 def chance(rows: Sequence[Row], seed: int = 0) -> Score:
-    """The accuracy of choosing blindly among each row's choices: the mean share of those that are
-    right."""
+    """Return the accuracy of a random guess: the mean share of correct choices in a row."""
     return mean(
         np.array([len(set(row.references) & set(row.choices)) / len(row.choices) for row in rows]),
         seed,
     )
 
 
-def squad_normalise(text: str, language: str) -> str:
-    """Lower case, without punctuation, articles and surplus spaces (Rajpurkar 2016); of Chinese,
-    without any space."""
+def squad_normalize(text: str, language: str) -> str:
+    """Return the text in lower case without punctuation, articles and repeated spaces.
+
+    As in SQuAD (Rajpurkar 2016). All spaces are removed from Chinese.
+    """
     text = "".join(
         " " * (language == "zh") if unicodedata.category(c).startswith("P") else c
         for c in text.lower()
@@ -143,12 +157,14 @@ def squad_normalise(text: str, language: str) -> str:
 
 
 def exact_match(answer: str, reference: str, language: str) -> float:
-    return float(squad_normalise(answer, language) == squad_normalise(reference, language))
+    return float(squad_normalize(answer, language) == squad_normalize(reference, language))
 
 
 def token_f1(answer: str, reference: str, language: str) -> float:
-    """F1 of the two bags of words, of scripts without spaces of their characters; equality where
-    one of them is empty."""
+    """Return the F1 of two bags of words, or of characters in scripts without spaces.
+
+    If either bag is empty, the result is 1 if both are, else 0.
+    """
     ours, theirs = (_bag(text, language) for text in (answer, reference))
     if not ours or not theirs:
         return float(ours == theirs)
@@ -159,17 +175,17 @@ def token_f1(answer: str, reference: str, language: str) -> float:
 def _bag(text: str, language: str) -> list[str]:
     if language == "zh":
         return WORDS.findall(text.lower())
-    found = squad_normalise(text, language).split()
+    found = squad_normalize(text, language).split()
     return [part for word in found for part in (words(word) if UNSPACED.search(word) else (word,))]
 
 
 def _lead(text: str) -> str:
-    found = sentences(normalise(text))
+    found = sentences(normalize(text))
     return found[0].strip() if found else ""
 
 
 def _rows(name: str, answers, references, languages) -> np.ndarray:
-    """The score of each row, in [0, 1]."""
+    """Return the score of each row, in [0, 1]."""
     rows = zip(answers, references, languages, strict=True)
     if name.startswith("rouge"):
         scorers = {
@@ -211,7 +227,7 @@ def _rouge(name: str, language: str, references, languages):
 
 
 def mean(scores: np.ndarray, seed: int = 0) -> Score:
-    """The mean of scores in [0, 1], one a row, as a `Score`."""
+    """Return the mean of scores in [0, 1], one for each row, as a `Score`."""
     count = len(scores)
     rng = np.random.default_rng(seed)
     means = [scores[rng.integers(0, count, count)].mean() for _ in range(RESAMPLES)]
@@ -220,22 +236,27 @@ def mean(scores: np.ndarray, seed: int = 0) -> Score:
 
 
 def _corpus(name: str, answers, references, languages, seed: int) -> Score:
-    """BLEU and chrF belong to the whole set: each resample is scored from the sums of its rows'
-    counts."""
+    """Return BLEU or chrF of the whole set.
+
+    They are not means over rows, so each bootstrap resample is scored from the summed counts of its
+    rows.
+    """
     from sacrebleu.metrics import BLEU, CHRF
 
-    # force: no warning about texts that look tokenized.
+    # force suppresses the warning about texts that look tokenized.
     metric = (
         CHRF()
         if name == "chrf"
         else BLEU(tokenize=_bleu_tokenizer(references, languages), force=True)
     )
     most = max(map(len, references))
-    # One list for the first reference of each row, one for the second ...; None where a row has no
-    # more.
-    streams = [[each[i] if i < len(each) else None for each in references] for i in range(most)]
-    # Not corpus_score(n_bootstrap=...): it takes statistics.mean of floats and float32s, which
-    # raises TypeError.
+    # One list of the first reference of each row, one of the second, and so on; None if a row has
+    # fewer.
+    streams: list = [
+        [each[i] if i < len(each) else None for each in references] for i in range(most)
+    ]
+    # corpus_score(n_bootstrap=...) cannot be used: it calls statistics.mean on a mix of floats and
+    # float32s, which raises TypeError.
     statistics = metric._extract_corpus_statistics(list(answers), streams)
     value = float(metric._aggregate_and_compute(statistics).score)
     table = np.array(statistics, np.float64)

@@ -1,5 +1,4 @@
-"""Outside knowledge: the passages of a user's own texts that speak most about a question (BM25 by
-bm25s)."""
+"""Retrieve the passages of a user's texts that are most relevant to a question (BM25, by bm25s)."""
 
 import dataclasses
 import logging
@@ -17,27 +16,34 @@ from mtnlg_jax.tasks.text import WORDS, sentences
 
 @dataclasses.dataclass(frozen=True)
 class Passage:
-    """``text`` is [start, end), in characters, of the document ``source`` as `read_documents` reads
-    it: with LF line ends and without control characters. ``source``: the path below the folder,
-        with :line in files of many."""
+    """A passage of a document: its characters [start, end).
+
+    Positions refer to the text as `read_documents` returns it, with LF line ends and without
+    control characters.
+    """
 
     text: str
-    source: str
+    source: str  # path below the folder, with :line in files of several documents
     start: int
     end: int
-    score: float = 0.0  # of BM25; 0 where it was given and not looked for
+    score: float = 0.0  # of BM25; 0 if the passage was given rather than retrieved
 
 
 class Retriever:
-    """Finds passages. Words are compared without case and accents kept; of Chinese, characters and
-    pairs of them, so that no dictionary is needed."""
+    """A search index over passages.
+
+    Words are compared without case but with their accents. Chinese is indexed by characters and
+    pairs of characters, so no dictionary is needed.
+    """
 
     def __init__(self, documents: Iterable[Document], size: int = 600):
-        """``size``: characters of a passage at most. Raises ValueError where the documents hold no
-        text."""
-        with warnings.catch_warnings(action="ignore"):  # of its progress bars, which are not shown
+        """Index documents in passages of at most ``size`` characters.
+
+        Raises ValueError if they hold no text.
+        """
+        with warnings.catch_warnings(action="ignore"):  # about progress bars, which are not shown
             import bm25s
-        logging.getLogger("bm25s").setLevel(logging.WARNING)  # it tells of every index
+        logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs every index
         if size < 1:
             raise ValueError(
                 f"passages of size={size} characters hold nothing; give 1 or more, such as 600"
@@ -46,14 +52,16 @@ class Retriever:
         words = [_words(passage.text) for passage in self.passages]
         if not any(words):
             raise ValueError(
-                "there is no text to look passages up in; give documents with words in them"
+                "there is no text to retrieve passages from; give documents with words in them"
             )
         self._index = bm25s.BM25()
         self._index.index(words, show_progress=False)
 
     def best(self, query: str, count: int) -> list[Passage]:
-        """At most ``count`` passages, best first, that share a word with the query; ties in the
-        texts' order."""
+        """Return at most ``count`` passages that share a word with the query, best first.
+
+        Passages with equal scores keep the order of the texts.
+        """
         words = _words(query)
         if not words:
             return []
@@ -69,26 +77,30 @@ class Retriever:
 def read_passages(
     path: str | os.PathLike, size: int = 600, text_key: str = "text", on_error: str = "raise"
 ) -> Retriever:
-    """A retriever over a file or a folder of whatever `read_documents` reads. Raises as that does,
-    and ValueError where there is no text."""
+    """Return a retriever over a file or folder that `read_documents` can read.
+
+    Raises what `read_documents` raises, and ValueError if there is no text.
+    """
     documents = list(read_documents(path, text_key, on_error))
     if not documents:
         raise ValueError(
-            f"{path} holds no text to look passages up in; put any of {READABLE} there"
+            f"{path} holds no text to retrieve passages from; put any of {READABLE} there"
         )
     return Retriever(documents, size)
 
 
 def split(document: Document, size: int) -> list[Passage]:
-    """Whole sentences, as many as fit into ``size`` characters; a longer sentence is broken at
-    spaces where it has some. No passage begins or ends with white space; together they hold every
-    other character once."""
+    """Split a document into passages of as many whole sentences as fit into ``size`` characters.
+
+    A longer sentence is broken at spaces, if it has any. Passages do not begin or end with white
+    space; together they hold every other character once.
+    """
     pieces = [piece for sentence in sentences(document.text) for piece in _broken(sentence, size)]
     spans = []
     start = 0
     end = 0
     for piece in pieces:
-        # White space at the end is not shown, and does not count.
+        # White space at the end is removed later, so it does not count.
         if end > start and end - start + len(piece.rstrip()) > size:
             spans.append((start, end))
             start = end

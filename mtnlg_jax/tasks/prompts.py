@@ -23,7 +23,7 @@ from mtnlg_jax.tasks.rendering import (
     template_of,
 )
 from mtnlg_jax.tasks.templates import Task, Template, check_choices
-from mtnlg_jax.tasks.text import cut, normalise
+from mtnlg_jax.tasks.text import cut, normalize
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Examples:
             asked = _folded(row.input)
             wanted = min(len(pool), shots + self._copies[asked])
             pool = random.Random(f"{seed} {zlib.crc32(repr(asked).encode())}").sample(pool, wanted)
-        found = []
+        found: list[Row] = []
         for example in pool:
             if len(found) == shots:
                 break
@@ -101,7 +101,7 @@ def same_question(one: Row, other: Row) -> bool:
 
 @functools.lru_cache(1 << 16)
 def _folded(text: str) -> str:
-    return normalise(text).casefold()
+    return normalize(text).casefold()
 
 
 def compose(
@@ -166,13 +166,16 @@ def compose(
     def fits(text, passages=(), examples=()):
         return length(build(text, passages, examples)) <= context
 
+    def begins_to_fit(passage: Passage, part: str) -> bool:
+        return fits(text, [dataclasses.replace(passage, text=part)], shown)
+
     text = whole
     own = _given(row, lambda passage: fits(text, [passage]))
     wanted = [*own, *passages]
     shown = _most(list(examples), lambda examples: fits(text, wanted[:1], examples))
     if not fits(text):
         text = _shortened(task, row, text, fits, length(build(text, (), ())), context)
-    taken = []
+    taken: list[Passage] = []
     for passage in wanted:
         if fits(text, _ordered([*taken, passage], own), shown):
             taken = _ordered([*taken, passage], own)
@@ -180,9 +183,7 @@ def compose(
             part := cut(
                 passage.text,
                 "start",
-                lambda part, passage=passage: fits(
-                    text, [dataclasses.replace(passage, text=part)], shown
-                ),
+                functools.partial(begins_to_fit, passage),
             )
         ):
             taken.append(dataclasses.replace(passage, text=part, end=passage.start + len(part)))
@@ -212,14 +213,15 @@ def _most(examples: list[Row], fits: Callable[[list[Row]], bool]) -> list[Row]:
     high = len(examples) - 1
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (
-            (middle, high) if fits(examples[len(examples) - middle :]) else (low, middle - 1)
-        )
+        if fits(examples[len(examples) - middle :]):
+            low = middle
+        else:
+            high = middle - 1
     return examples[len(examples) - low :]
 
 
 def _ordered(passages: list[Passage], own: Sequence[Passage]) -> list[Passage]:
-    """Put passages of the row's own context first, in text order, then retrieved ones, best first."""
+    """Order passages: first those of the row's own context, as in its text, then by score."""
     ours = [passage for passage in passages if any(passage is each for each in own)]
     others = [passage for passage in passages if not any(passage is each for each in own)]
     return sorted(ours, key=lambda passage: passage.start) + others
@@ -259,6 +261,7 @@ def pairs(
                 given = _given(row, lambda passage: True)
                 prompt = template.instruction + render(task, template, row, given)
             else:
+                assert context is not None, "a tokenizer comes with the model's context"
                 room = max(_reserve(task, context), len(tokenizer.encode(answer)) + 1)
                 prompt = compose(
                     task, row, tokenizer, context, language=language, reserve=room

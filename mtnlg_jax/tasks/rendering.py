@@ -7,15 +7,14 @@ from dataclasses import dataclass
 
 from mtnlg_jax.tasks.passages import Passage
 from mtnlg_jax.tasks.templates import LANGUAGES, Task, Template, check_choices, fill_in
-from mtnlg_jax.tasks.text import UNSPACED, language_of, normalise
+from mtnlg_jax.tasks.text import UNSPACED, language_of, normalize
 
 
 @dataclass(frozen=True)
 class Row:
     input: str
-    references: tuple[
-        str, ...
-    ] = ()  # right answers; the best match counts, and the first is trained on
+    # Right answers: the best match counts, and the first is trained on.
+    references: tuple[str, ...] = ()
     context: str = ""  # a passage that comes with the row
     choices: tuple[str, ...] = ()  # answers to choose from, other than the labels of the task
     # The mark in the input that the choices replace. Tasks that continue the input then score the
@@ -47,13 +46,13 @@ def render(
 ) -> str:
     """Return the prompt of one row without instruction; ``text`` replaces the input of the row."""
     shown = "".join(
-        fill_in(template.passage, number=str(number), text=normalise(passage.text))
+        fill_in(template.passage, number=str(number), text=normalize(passage.text))
         for number, passage in enumerate(passages, 1)
     )
     choices = ""
     if "{choices}" in template.prompt:
         choices = "".join(
-            fill_in(template.choice, letter=letter, text=normalise(choice))
+            fill_in(template.choice, letter=letter, text=normalize(choice))
             for letter, choice in zip(_letters(row), row.choices, strict=True)
         )
     return fill_in(
@@ -90,7 +89,7 @@ def answer_of(task: Task, template: Template, row: Row) -> str:
                 f"with input {row.input[:40]!r}; copy it exactly"
             )
         return dict(candidates_of(task, template, row))[answer]
-    return fill_in(template.answer, answer=answer.rstrip() if task.joined else normalise(answer))
+    return fill_in(template.answer, answer=answer.rstrip() if task.joined else normalize(answer))
 
 
 def candidates_of(task: Task, template: Template, row: Row) -> tuple[tuple[str, str], ...]:
@@ -109,7 +108,7 @@ def candidates_of(task: Task, template: Template, row: Row) -> tuple[tuple[str, 
     elif task.joined:
         words = [seam(row.input, choice) + choice.rstrip() for choice in row.choices]
     else:
-        words = [normalise(choice) for choice in row.choices]
+        words = [normalize(choice) for choice in row.choices]
     return tuple(
         (choice, fill_in(template.answer, answer=word))
         for choice, word in zip(row.choices, words, strict=True)
@@ -146,7 +145,7 @@ def has_blank(task: Task, row: Row) -> bool:
 
 
 def fill_blank(before: str, choice: str) -> str:
-    choice = normalise(choice)
+    choice = normalize(choice)
     return before + seam(before, choice) + choice
 
 
@@ -183,15 +182,15 @@ def check_task(task: Task, template: Template, tokenizer) -> None:
         f"the word of label {label!r}": fill_in(template.answer, answer=word)
         for label, word in template.labels
     }
-    tokens = {}
+    tokens: dict[tuple[int, ...], str] = {}
     for what, text in ({name: _fixed(text) for name, text in named.items()} | words).items():
         if not text.strip():
             continue
         ids = tuple(tokenizer.encode(text))
         if not ids or tokenizer.is_special[list(ids)].any() or "\ufffd" in tokenizer.decode(ids):
-            told = tokenizer.decode(ids, skip_special=False)
+            decoded = tokenizer.decode(ids, skip_special=False)
             raise ValueError(
-                f"task {task.name!r}: {what}, {text!r}, is {told!r} to this run's "
+                f"task {task.name!r}: {what}, {text!r}, is {decoded!r} to this run's "
                 "tokenizer, which lacks tokens for it; change it in a templates file, or use a run "
                 "that knows "
                 f"{LANGUAGES[language_of(text)]}"
@@ -210,4 +209,4 @@ def _fixed(template: str) -> str:
 
 
 def input_of(task: Task, row: Row) -> str:
-    return normalise(row.input, lines=task.joined)
+    return normalize(row.input, lines=task.joined)

@@ -14,12 +14,12 @@ from mtnlg_jax.decode.rank import rank
 from mtnlg_jax.decode.results import encode_prompt
 from mtnlg_jax.decode.scorers import ScorerOptions
 from mtnlg_jax.decode.scoring import score_rows
-from mtnlg_jax.tasks.answers import NORMALISATIONS, Answer, Choice, length_of
+from mtnlg_jax.tasks.answers import NORMALIZATIONS, Answer, Choice, length_of
 from mtnlg_jax.tasks.passages import Retriever
 from mtnlg_jax.tasks.prompts import Examples, Prompt, compose
 from mtnlg_jax.tasks.rendering import Row, check_passages, check_task, seam, template_of
 from mtnlg_jax.tasks.templates import Task
-from mtnlg_jax.tasks.text import clean, normalise
+from mtnlg_jax.tasks.text import clean, normalize
 
 SCORERS = ("logprob", "pmi", "pseudo_log_likelihood")
 
@@ -59,7 +59,7 @@ def perform(
         the task's stops are added.
       scorer: one of SCORERS, for rankings. "pmi" subtracts the score after a prompt without an
         input, which helps a model that was not fine-tuned (Zhao 2021, Holtzman 2021).
-      normalise: one of `answers.NORMALISATIONS`, the divisor of scores (see `answers.length_of`).
+      normalise: one of `answers.NORMALIZATIONS`, the divisor of scores (see `answers.length_of`).
         None: "sum" for labels and for choices that fill a blank, which all score the same text
         after it; "per_byte" for other choices, because their lengths differ.
       last_word: score the reference of each row as the end of its text (LAMBADA), without labels
@@ -72,10 +72,10 @@ def perform(
     Raises:
       ValueError: an argument or a row is invalid; raised before the model does any work.
     """
-    rows = [_row(row) for row in rows]
+    asked = [_row(row) for row in rows]
     pool = Examples(task, [_row(each) for each in examples], language)
     decode = decode or task.decode
-    if not rows:
+    if not asked:
         raise ValueError(f"task {task.name!r} has no rows to answer; give at least one")
     if batch < 1 or passages < 1:
         raise ValueError(f"batch={batch} and passages={passages}: give 1 or more of both")
@@ -102,7 +102,7 @@ def perform(
             examples=pool.of(row, chosen, shots, seed),
         )
 
-    prompts = _for_each_row(prompt_of, rows)
+    prompts = _for_each_row(prompt_of, asked)
     _check_prompts(prompts, scorer, normalise)
     answers: dict[int, Answer] = {}
 
@@ -111,24 +111,24 @@ def perform(
         on_answer(index, answer)
 
     if last_word:
-        _last_words(decoder, tokenizer, rows, prompts, batch, give)
+        _last_words(decoder, tokenizer, asked, prompts, batch, give)
     else:
-        for index, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        for index, (row, prompt) in enumerate(zip(asked, prompts, strict=True)):
             if prompt.candidates:
                 give(index, _choose(decoder, tokenizer, row, prompt, scorer, normalise, stages))
         write = functools.partial(
             _write, decoder, tokenizer, task, decode=decode, language=language
         )
-        _write_batches(write, rows, prompts, batch, give)
-    return [answers[index] for index in range(len(rows))]
+        _write_batches(write, asked, prompts, batch, give)
+    return [answers[index] for index in range(len(asked))]
 
 
 def _check_ranking(task: Task, scorer: str, normalise: str | None, last_word: bool) -> None:
     if scorer not in SCORERS:
-        raise ValueError(f"scorer {scorer!r} is not known; choose from {', '.join(SCORERS)}")
-    if normalise not in (None, *NORMALISATIONS):
+        raise ValueError(f"unknown scorer {scorer!r}; choose from {', '.join(SCORERS)}")
+    if normalise not in (None, *NORMALIZATIONS):
         raise ValueError(
-            f"normalise={normalise!r} is not known; choose from {', '.join(NORMALISATIONS)}"
+            f"unknown normalise={normalise!r}; choose from {', '.join(NORMALIZATIONS)}"
         )
     if last_word and not task.joined:
         raise ValueError(
@@ -219,7 +219,7 @@ def _row(row) -> Row:
 
 
 def _choose(
-    decoder, tokenizer, row: Row, prompt: Prompt, scorer: str, normalisation: str | None, stages
+    decoder, tokenizer, row: Row, prompt: Prompt, scorer: str, normalization: str | None, stages
 ) -> Answer:
     labels, texts = zip(*prompt.candidates, strict=True)
     if prompt.texts:
@@ -252,8 +252,8 @@ def _choose(
             normalise="sum",
         )
         ranked = sorted(((each.index, each) for each in ranking), key=lambda pair: pair[0])
-    normalisation = normalisation or ("per_byte" if row.choices and not prompt.texts else "sum")
-    scores = np.array([each.score / length_of(normalisation, each.scored) for _, each in ranked])
+    normalization = normalization or ("per_byte" if row.choices and not prompt.texts else "sum")
+    scores = np.array([each.score / length_of(normalization, each.scored) for _, each in ranked])
     sums = np.array([each.sum for _, each in ranked])
     probabilities = np.exp(sums - sums.max())
     probabilities /= probabilities.sum()
@@ -275,7 +275,7 @@ def _choose(
         prompt.shortened,
         prompt.context_shortened,
         prompt.texts[best] if prompt.texts else prompt.text,
-        f"{scorer} {normalisation}",
+        f"{scorer} {normalization}",
     )
 
 
@@ -305,7 +305,7 @@ def _last_words(
         written = generate(decoder, tokenizer, [prompts[i].text for i in group], configs)
         for i, result in zip(group, written, strict=True):
             right = result.text.strip() == _target(rows[i]).strip()
-            text = rows[i].references[0] if right else normalise(result.text)
+            text = rows[i].references[0] if right else normalize(result.text)
             prompt = prompts[i]
             give(
                 i,

@@ -57,42 +57,44 @@ def check_template(template: Template) -> None:
     for name, key in (("prompt", "{input}"), ("answer", "{answer}")):
         if key not in getattr(template, name):
             raise ValueError(
-                f"template {name}={getattr(template, name)!r} has no place for the {key[1:-1]}; write "
-                f"{key} there"
+                f"template {name}={getattr(template, name)!r} does not contain {key}; write {key} "
+                f"where the {key[1:-1]} belongs"
             )
     if "{passages}" in template.prompt and "{text}" not in template.passage:
         raise ValueError(
-            f"template passage={template.passage!r} has no place for the text; write {{text}} there, as "
+            f"template passage={template.passage!r} does not contain {{text}}; write it there, as "
             "in '[{number}] {text}\\n'"
         )
     if "{choices}" in template.prompt and not (
         "{text}" in template.choice and "{letter}" in template.choice
     ):
         raise ValueError(
-            f"template choice={template.choice!r} has no place for the letter or the text; write both "
-            "there, as in '{letter}. {text}\\n'"
+            f"template choice={template.choice!r} does not contain both {{letter}} and {{text}}; "
+            "write them there, as in '{letter}. {text}\\n'"
         )
     if template.chosen_by not in ("letter", "text"):
         raise ValueError(
-            f"template chosen_by={template.chosen_by!r} is not known; choose letter or text"
+            f"unknown template chosen_by={template.chosen_by!r}; choose letter or text"
         )
     if "" in template.stops:
-        raise ValueError(f"template stops={list(template.stops)} hold an empty one; leave it out")
+        raise ValueError(
+            f"template stops={list(template.stops)} contain an empty string; leave it out"
+        )
     check_choices([label for label, _ in template.labels], "label")
     check_choices([word for _, word in template.labels], "the word of a label,")
     if len(template.labels) == 1:
-        raise ValueError(f"label {template.labels[0][0]!r} is the only one; give two at least")
+        raise ValueError(f"label {template.labels[0][0]!r} is the only one; give at least two")
 
 
 def check_choices(choices, what: str = "choice") -> None:
-    """Raises ValueError where two of the texts are one, or one is empty."""
+    """Check that the texts are distinct and not empty, or raise ValueError."""
     for index, choice in enumerate(choices):
         if not choice.strip():
             raise ValueError(f"{what} {index + 1} of {len(choices)} is empty; leave it out")
         if choice in choices[:index]:
             raise ValueError(
-                f"{what} {choice!r} stands {list(choices).count(choice)} times among {len(choices)}; keep "
-                "one of them"
+                f"{what} {choice!r} occurs {list(choices).count(choice)} times among "
+                f"{len(choices)}; keep one of them"
             )
 
 
@@ -104,8 +106,8 @@ TASKS = {
         Task(
             "continue",
             {"en": _CONTINUE, "zh": _CONTINUE},
-            # Sampled: the most likely continuation of an open text soon repeats itself (Holtzman
-            # 2020).
+            # Sampled, because the most likely continuation of an open-ended text soon repeats
+            # itself (Holtzman 2020).
             DecodeConfig(max_new_tokens=128, temperature=0.8, top_p=0.95),
             ("chrf",),
             keep="end",
@@ -118,9 +120,14 @@ TASKS = {
                     "Text: {input}\nSummary:",
                     instruction="Summarise each text in one sentence.\n\n",
                 ),
-                "zh": Template("正文：{input}\n摘要：", "{answer}", "用一句话概括每篇正文。\n\n"),
+                "zh": Template(
+                    "正文：{input}\n摘要：",
+                    "{answer}",
+                    "用一句话概括每篇正文。\n\n",
+                ),
             },
-            # No no_repeat_ngram_size: it counts the prompt, and a summary has words of its text.
+            # no_repeat_ngram_size is not set: it also counts the prompt, and a summary repeats
+            # words of its text.
             DecodeConfig(max_new_tokens=96, num_beams=4, early_stopping=True),
             ("rougeL", "rouge1", "rouge2"),
             keep="start",
@@ -149,13 +156,13 @@ TASKS = {
                 "en": Template(
                     "Review: {input}\nSentiment:",
                     instruction="Is each review positive or negative?\n\n",
-                    labels={"negative": "negative", "positive": "positive"},
+                    labels=(("negative", "negative"), ("positive", "positive")),
                 ),
                 "zh": Template(
                     "评论：{input}\n情感：",
                     "{answer}",
                     "判断每条评论是正面还是负面。\n\n",
-                    labels={"negative": "负面", "positive": "正面"},
+                    labels=(("negative", "负面"), ("positive", "正面")),
                 ),
             },
             DecodeConfig(max_new_tokens=8),
@@ -185,25 +192,28 @@ TASKS = {
 
 
 def task_of(name: str, templates: str | None = None) -> Task:
-    """The task of a name, with the templates of a file in place of its own; see
-    `with_templates`."""
+    """Return the task of a name, with its templates changed by a file (see `with_templates`)."""
     if name not in TASKS:
         close = difflib.get_close_matches(name, TASKS, 1)
         hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"task {name!r} is not known; {hint}choose from {', '.join(TASKS)}")
+        raise ValueError(f"unknown task {name!r}; {hint}choose from {', '.join(TASKS)}")
     return TASKS[name] if templates is None else with_templates(TASKS[name], templates)
 
 
 def with_templates(task: Task, path: str) -> Task:
-    """The task with fields of its templates changed by a file: JSON, or Python that sets TEMPLATES
-    to the like of
+    """Return the task with fields of its templates replaced by those in a file.
 
-        {"en": {"instruction": "", "prompt": "{input} It was", "labels": {"negative": "terrible",
-        "positive": "great"}}}
+    The file is JSON, or Python that sets TEMPLATES, such as
 
-    What a language's entry does not name stays; a language that the task lacks starts from its
-    English template. Raises OSError, and ValueError where the file cannot be read or names what a
-    `Template` does not have.
+        {"en": {"instruction": "", "prompt": "{input} It was",
+                "labels": {"negative": "terrible", "positive": "great"}}}
+
+    Fields that are not named keep their values. A language that the task lacks starts from its
+    English template.
+
+    Raises:
+      OSError: the file cannot be opened.
+      ValueError: the file cannot be parsed, or names a field that `Template` does not have.
     """
     try:
         if Path(path).suffix == ".py":
@@ -222,7 +232,7 @@ def with_templates(task: Task, path: str) -> Task:
         or not all(isinstance(each, Mapping) for each in read.values())
     ):
         raise ValueError(
-            f"templates {path} hold no object with languages, each with its fields; write them as "
+            f"templates {path} do not hold an object that maps languages to fields; write them as "
             '{"en": {"prompt": "{input} =>"}} (in Python: TEMPLATES = ...)'
         )
     templates = dict(task.templates)
@@ -231,15 +241,16 @@ def with_templates(task: Task, path: str) -> Task:
         for name in fields:
             if name not in names:
                 raise ValueError(
-                    f"templates {path}: {language}: {name!r} is not known; choose from {', '.join(names)}"
+                    f"templates {path}: {language}: unknown field {name!r}; choose from "
+                    f"{', '.join(names)}"
                 )
         for name, value in fields.items():
             if not isinstance(
                 value, Mapping | list | tuple if name in ("labels", "stops") else str
             ):
                 raise ValueError(
-                    f"templates {path}: {language}: {name} is a {type(value).__name__}; see the fields of "
-                    "tasks.templates.Template"
+                    f"templates {path}: {language}: {name} is a {type(value).__name__}; see the "
+                    "fields of tasks.templates.Template"
                 )
         try:
             templates[language] = dataclasses.replace(
@@ -251,5 +262,5 @@ def with_templates(task: Task, path: str) -> Task:
 
 
 def fill_in(template: str, **texts: str) -> str:
-    """The template with {key} replaced by each text, in one pass: a text may hold braces itself."""
+    """Replace each {key} of a template by its text in one pass, as a text may contain braces."""
     return re.sub(r"\{(" + "|".join(texts) + r")\}", lambda match: texts[match[1]], template)

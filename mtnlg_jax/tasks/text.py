@@ -1,8 +1,7 @@
-"""Texts before and after the model: what is mended in an input, where it may be cut, and what is
-mended in an answer.
+"""Normalize and shorten input texts, and clean up generated answers.
 
-English and Chinese ("en", "zh") have rules of their own; a text in another language is treated as
-English. Words (`words`) are found in every script.
+English and Chinese ("en", "zh") have their own rules; other languages are treated as English.
+`words` splits text in every script.
 """
 
 import re
@@ -12,26 +11,29 @@ from collections.abc import Callable, Sequence
 _HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _FULL = "，。！？；：、“”‘’（）《》【】「」『』…"
 _CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b\ufeff\ufffd]")
-# A sentence with the white space behind it; all of them, joined, are the text. "Mr. Smith" counts
-# as two.
+# A sentence with the white space after it, so that all of them joined are the text. "Mr. Smith"
+# counts as two.
 _SENTENCE = re.compile(
-    r".+?(?:[。！？…]+[”’」』）】]*|[.!?]+[\"'”’)\]]*(?=\s|\Z)|(?=\n)|\Z)\s*", re.DOTALL
+    r".+?(?:[。！？…]+[”’」』）】]*"  # the end of a Chinese sentence
+    r"|[.!?]+[\"'”’)\]]*(?=\s|\Z)"  # the end of an English one
+    r"|(?=\n)|\Z)\s*",
+    re.DOTALL,
 )
 _WORD = re.compile(rf"[{_HAN}]|[^\s{_HAN}]+")
 WORDS = re.compile(rf"[{_HAN}]|(?:(?![{_HAN}])\w)+")  # without punctuation
 
-# Scripts that put no spaces between words: Thai, Lao, Burmese, Khmer, kana, bopomofo, half-width
+# Scripts without spaces between words: Thai, Lao, Burmese, Khmer, kana, bopomofo, half-width
 # katakana.
 _UNSPACED = (
     "\u0e01-\u0e3a\u0e40-\u0e4e\u0e81-\u0ece\u1000-\u103f\u1050-\u108f\u1780-\u17b3"
     "\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u3105-\u312f\u31f0-\u31ff\uff66-\uff9f"
 )
 UNSPACED = re.compile(f"[{_HAN}{_UNSPACED}]")
-_JOINERS = "\u200c\u200d"  # inside words of Indic scripts and Persian
+_JOINERS = "\u200c\u200d"  # used inside words in Indic scripts and Persian
 
 _HALF_OF = dict(zip("，。！？；：", ",.!?;:", strict=True))
 _FULL_OF = {half: full for full, half in _HALF_OF.items()}
-# Full-width digits and letters stand for the plain ones in both languages.
+# Full-width digits and letters become plain ones in both languages.
 _PLAIN = {
     code: code - 0xFEE0
     for first, last in ("０９", "ＡＺ", "ａｚ")
@@ -40,19 +42,21 @@ _PLAIN = {
 
 
 def language_of(text: str) -> str:
-    """ "zh" where Chinese characters are more than the words of other scripts, else "en"."""
+    """Return "zh" if Chinese characters outnumber the words of other scripts, else "en"."""
     words = WORDS.findall(text)
     chinese = sum(bool(re.match(f"[{_HAN}]", word)) for word in words)
     return "zh" if 2 * chinese > len(words) else "en"
 
 
 def words(text: str) -> list[str]:
-    """The words of a text in any script, lower case and without punctuation: letters and digits
-    with their marks. Of scripts without spaces between words (Han, kana, Thai, Lao, Khmer,
-    Burmese), each character with its marks."""
-    found = []
-    # kind of the character before: "word", "character" (of a script without spaces), or "" for
-    # others
+    """Return the words of a text in any script, in lower case and without punctuation.
+
+    A word consists of letters and digits with their combining marks. In scripts without spaces
+    between words (Han, kana, Thai, Lao, Khmer, Burmese) each character with its marks is a word.
+    """
+    found: list[str] = []
+    # Kind of the previous character: "word", "character" (in a script without spaces), or "" for
+    # any other.
     before = ""
     for character in unicodedata.normalize("NFKC", text).casefold():
         kind = unicodedata.category(character)[0]
@@ -73,7 +77,7 @@ def words(text: str) -> list[str]:
 
 
 def ascii_share(texts: Sequence[str]) -> float:
-    """The share of letters that are ASCII, 0 to 1; 1 of texts without letters."""
+    """Return the share of letters that are ASCII, 0 to 1; 1 for texts without letters."""
     letters = plain = 0
     for text in texts:
         if text.isascii():
@@ -87,10 +91,12 @@ def ascii_share(texts: Sequence[str]) -> float:
     return plain / letters if letters else 1.0
 
 
-def normalise(text: str, lines: bool = False) -> str:
-    """NFC, no control characters, one space for any white space and none at the ends; with
-    ``lines``, line breaks and the spaces inside lines stay, and so do those before the first
-    word."""
+def normalize(text: str, lines: bool = False) -> str:
+    """Return the text in NFC, without control characters, with single spaces and none at the ends.
+
+    With ``lines``, line breaks and the spaces inside lines are kept, as are spaces before the first
+    word.
+    """
     text = _CONTROLS.sub(
         "", unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
     )
@@ -98,17 +104,16 @@ def normalise(text: str, lines: bool = False) -> str:
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of a text, each with the white space behind it: joined, they are the text."""
+    """Split a text into sentences that include the white space after them."""
     return _SENTENCE.findall(text)
 
 
 def cut(text: str, keep: str, fits: Callable[[str], bool]) -> str:
-    """The longest part that fits, in whole sentences or, where not one of them fits, in words or
-    Chinese characters.
+    """Return the longest part of a text that fits, or "" if nothing fits.
 
-    ``keep``: "start" and "end" give a true beginning or end of the text; "both" gives these two
-    with " … " between, as a review says what it thinks there. "" where nothing fits. Calls ``fits``
-    about 2 log2(words) times.
+    The part consists of whole sentences or, if not even one sentence fits, of words or Chinese
+    characters. ``keep`` is "start", "end", or "both": the beginning and the end with " … " between
+    them, because a review states its opinion there. Calls ``fits`` about 2 log2(words) times.
     """
     if fits(text):
         return text
@@ -118,9 +123,10 @@ def cut(text: str, keep: str, fits: Callable[[str], bool]) -> str:
         high = len(spans) - 1
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (
-                (middle, high) if fits(_part(text, spans, keep, middle)) else (low, middle - 1)
-            )
+            if fits(_part(text, spans, keep, middle)):
+                low = middle
+            else:
+                high = middle - 1
         if low:
             return _part(text, spans, keep, low)
     return ""
@@ -136,13 +142,13 @@ def _part(text: str, spans, keep: str, count: int) -> str:
 
 
 def clean(text: str, language: str, stops: Sequence[str] = (), joined: bool = False) -> str:
-    """What a model wrote, as a person would hand it in.
+    """Clean up a generated text.
 
-    In this order: cut at the first of ``stops``; word pieces merged (``▁`` of SentencePiece, ``##``
-    and ``@@``); white space; punctuation, full-width beside Chinese characters and half-width
-    elsewhere, none doubled; sentences that stood before left out. A text that goes on from its
-    prompt (``joined``) keeps its white space, its punctuation and its first space, and of its
-    sentences loses those that repeat the one right before.
+    The steps are, in this order: cut at the first of ``stops``; merge word pieces (SentencePiece's
+    ``▁``, ``##`` and ``@@``); normalize white space; normalize punctuation to full width next to
+    Chinese characters and to half width elsewhere, and remove doubled marks; remove sentences that
+    occurred before. A text that continues its prompt (``joined``) keeps its white space,
+    punctuation and first space, and only sentences that repeat the previous one are removed.
     """
     for stop in stops:
         text = text.partition(stop)[0]
@@ -156,7 +162,7 @@ def clean(text: str, language: str, stops: Sequence[str] = (), joined: bool = Fa
 
 def _punctuated(text: str, language: str) -> str:
     if language == "zh":
-        # Not in 3.14, 10:30 or a domain's name.
+        # Leave 3.14, 10:30 and domain names alone.
         text = re.sub(
             rf"(?<=[{_HAN}”’）》】」』])\s*(?:([,!?;])|([.:])(?![\w.]))",
             lambda match: _FULL_OF[match[1] or match[2]],
@@ -172,19 +178,18 @@ def _punctuated(text: str, language: str) -> str:
             text,
         )
         text = re.sub(r"\s+(?=[,.;:!?%)\]}]+(?:[\s\"”’]|\Z))|(?<=[(\[{])\s+", "", text)
-        text = re.sub(
-            r"(?<=\w)\s+(?=(?:n't|'(?:s|re|ve|ll|d|m))\b)", "", text
-        )  # "do n't", as treebanks write it
+        # "do n't", as treebanks write it.
+        text = re.sub(r"(?<=\w)\s+(?=(?:n't|'(?:s|re|ve|ll|d|m))\b)", "", text)
     text = re.sub(r"([,，、;；。!！?？])\1+", r"\1", text)
     return re.sub(r"\.{4,}", "...", re.sub("…{3,}", "……", text))
 
 
-def _without_repeats(text: str, neighbours: bool) -> str:
+def _without_repeats(text: str, adjacent: bool) -> str:
     kept = []
-    seen = []
+    seen: list[str] = []
     for sentence in sentences(text):
         words = "".join(WORDS.findall(sentence.casefold()))
-        if words and words in (seen[-1:] if neighbours else seen):
+        if words and words in (seen[-1:] if adjacent else seen):
             continue
         seen += [words] * bool(words)
         kept.append(sentence)

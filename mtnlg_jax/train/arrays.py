@@ -18,6 +18,7 @@ class StoredArrays:
     """The arrays below ``path``, written by Orbax, as numpy arrays by name."""
 
     def __init__(self, path: epath.Path) -> None:
+        # Imported where it is used, to keep the import of this module fast.
         import tensorstore as ts
 
         self._path = path
@@ -36,6 +37,7 @@ class StoredArrays:
         array = self._open(name)
         if index is None:
             found = array.read().result()
+        # Stored by layer: one layer can be read without the others.
         elif array.chunk_layout.read_chunk.shape[0] == 1:
             found = array[index].read().result()
         else:
@@ -50,6 +52,7 @@ class StoredArrays:
     def blocks(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (first row, rows) of a table, one stored piece at a time."""
         array = self._open(name)
+        # A read that is not aligned to the stored pieces would read some of them twice.
         rows = array.chunk_layout.read_chunk.shape[0]
         for start in range(0, array.shape[0], rows):
             found = array[start : start + rows].read().result()
@@ -70,6 +73,7 @@ def check_finite(array: np.ndarray, name: str, source: str) -> None:
     with np.errstate(over="ignore", invalid="ignore"):
         if np.isfinite(array.sum(dtype=np.float32)):
             return
+    # A sum of finite numbers may overflow as well, so each element decides.
     nonfinite = ~np.isfinite(array)
     if nonfinite.any():
         raise ValueError(

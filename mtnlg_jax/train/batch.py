@@ -29,10 +29,12 @@ def micro_batch_shape(config: Config, mesh: Mesh) -> tuple[int, int]:
     size = mesh.shape["data"]
     train = config.train
     rows = (train.micro_batch_size or train.global_batch_size // size) * size
+    # `validate_batch` has checked that this divides.
     micro_batches = train.global_batch_size // rows
     unit = 1
     if mesh.shape["pipe"] > 1 and config.mesh.schedule == "circular":
         unit = config.mesh.flush or mesh.shape["pipe"]
+    # Rounded up to whole flushes; the rows added have weight 0.
     return -(-micro_batches // unit) * unit, rows
 
 
@@ -53,6 +55,7 @@ def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct
 
 def layout_of(name: str, shape: tuple[int, int, int]) -> tuple[tuple[int, ...], P]:
     """Return the shape and the PartitionSpec of one array of a batch (M, B, S)."""
+    # Row numbers have no position, so they are the one array without S.
     return (shape[:2], P(None, "data")) if name == "rows" else (shape, BATCH)
 
 
@@ -67,6 +70,7 @@ def put_batch(
     called only for rows that this process holds.
     """
     micro, rows, length = shape
+    # The order is applied on the host, so that devices never exchange tokens.
     order = zigzag(length, mesh.shape["context"])
     parts: dict[tuple[int, int], dict[str, np.ndarray]] = {}
 
@@ -74,6 +78,8 @@ def put_batch(
         # Devices along pipe, context and tensor share rows: they are read once.
         key = (index[1].start or 0, rows if index[1].stop is None else index[1].stop)
         if key not in parts:
+            # Row b of micro-batch m is global row m B + b on every mesh, which makes a batch
+            # independent of the number of devices.
             numbers = (np.arange(micro)[:, None] * rows + np.arange(*key)).reshape(-1)
             flat = {name: x[:, order] for name, x in rows_of(numbers).items()}
             flat["rows"] = numbers.astype(np.int32)
@@ -84,6 +90,7 @@ def put_batch(
 
     def array(name: str) -> jax.Array:
         def shard(index: Any) -> np.ndarray:
+            # Rows are selected already; what is left of the index is the part of S.
             return part(index)[name][:, :, *index[2:]]
 
         size, spec = layout_of(name, shape)

@@ -109,14 +109,17 @@ def refuse_changes(meta: dict, step: int, alone: bool, config: Config) -> None:
     saved = meta.get("config", {})
     before = saved.get("train", {}).get("init", "")
     init = config.train.init
+    # An empty --init does not contradict: the run remembers its own (`kept_init`).
     if init and not _same_path(before, init):
         raise ValueError(
             f"train.init={init} is not what this run started from ({before or 'no other run'}), "
             f"and its checkpoint {step} resumes without it; leave --init out, or give another "
             "--workdir"
         )
+    # Without a sample count and moments nothing below can contradict the checkpoint.
     if alone:
         return
+    # Equal is allowed: a finished run that is started again reports itself as finished.
     if step > config.train.steps:
         raise ValueError(
             f"train.steps={config.train.steps} is below the checkpoint's step {step}; give "
@@ -148,6 +151,7 @@ def report_changes(meta: dict, step: int, samples: int, config: Config) -> str |
     keys = [key for key in new if key in REPORTED and old[key] != new[key]]
     found = []
     for key in keys:
+        # Stages are compared key by key below, which reads better than two whole lists.
         if key != "train.stages":
             found.append(f"{key} {_text(old[key])} -> {_text(new[key])}")
     found += _changed_stages(old["train.stages"], new["train.stages"])
@@ -157,6 +161,7 @@ def report_changes(meta: dict, step: int, samples: int, config: Config) -> str |
             f"order of samples {order} -> {SAMPLE_ORDER} (this version draws them differently: "
             "some are read again, others later)"
         )
+    # Reported, because someone who changed them expects an effect.
     unused = [
         f"{key} {old[key]} -> {new[key]} (it only acts at a fresh start)"
         for key in sorted(START)
@@ -164,6 +169,7 @@ def report_changes(meta: dict, step: int, samples: int, config: Config) -> str |
     ]
     if not found + unused:
         return None
+    # Still reported, since the config on disk will differ from what was trained.
     if step >= config.train.steps:
         return f"step {step} was the last, so these changes do nothing: {'; '.join(found + unused)}"
     before: Config | None
@@ -183,12 +189,17 @@ def _consequences(before: Config, config: Config, step: int, samples: int) -> li
     found = []
     rates = []
     for one in (before, config):
+        # Both schedules are asked about the same step after the same samples, so that only the
+        # settings differ.
         total = samples_at_end(one.train, min(step, one.train.steps), samples)
         after = samples + batch_size_at(one.train, samples)
         scale = stage_at(one.train, step)[2].learning_rate_scale
         rates.append(float(learning_rate(one, after, total)) * scale)
+    # float32 rounds a rate that did not change.
     if abs(rates[1] - rates[0]) > 1e-6 * max(rates):
         found.append(f"learning rate of step {step + 1} {rates[0]:.3g} -> {rates[1]:.3g}")
+    # The bounds follow from the fractions and from train.steps, so they may move without a change
+    # of a stage.
     bounds = [stage_bounds(one.train) for one in (before, config)]
     if len(config.train.stages) > 1 and bounds[0] != bounds[1]:
         found.append(f"stages end at steps {_listed(bounds[0])} -> {_listed(bounds[1])}")
@@ -208,6 +219,7 @@ def _changed_stages(old: list[dict], new: list[dict]) -> list[str]:
         f"train.stages[{number}].{key} {_text(one.get(key))} -> {_text(other[key])}"
         for number, (one, other) in enumerate(zip(old, new, strict=True))
         for key in other
+        # A new name alone changes no step.
         if key != "name" and one.get(key) != other[key]
     ]
 
@@ -217,12 +229,14 @@ def _values(config: dict) -> dict[str, Any]:
 
     Keys that ``config`` lacks, because an older version wrote it, have their defaults.
     """
+    # JSON on both sides, so that tuples and lists compare equal.
     config = _filled(json.loads(to_json(Config())), config)
     data = config["data"]
     train = config["train"]
     train["stages"] = [
         _filled(dataclasses.asdict(TrainConfig().stages[0]), stage) for stage in train["stages"]
     ]
+    # data.path is the blend of one source.
     own = data["blend"] or ([[data["path"], 1.0]] if data["path"] else [])
     # Sources count by their position, as in the identity: their paths may move.
     blends = [stage["blend"] or own for stage in train["stages"]]
@@ -233,6 +247,7 @@ def _values(config: dict) -> dict[str, Any]:
         stage["blend"] = _shares(stage["blend"], paths)
         stage["distill"] = _real_path(stage["distill"])
     data["sequence_length"] = data["sequence_length"] or config["model"]["max_position_embeddings"]
+    # A path to held-out text; otherwise a share.
     if isinstance(data["heldout"], str):
         data["heldout"] = _real_path(data["heldout"])
     return _leaves(config)
@@ -261,6 +276,7 @@ def _leaves(tree: dict, path: str = "") -> dict[str, Any]:
 def _shares(blend: list, paths: list[str]) -> list[list]:
     """Return [position of the source, its share] for each source of ``blend``."""
     total = sum(weight for _, weight in blend)
+    # Weights 1:1 and 2:2 are the same blend; 9 digits absorb the rounding of the division.
     return [
         [paths.index(path), round(weight / total, 9)] for path, weight in blend if path in paths
     ]
@@ -271,6 +287,7 @@ def _same_path(one: str, other: str) -> bool:
 
 
 def _real_path(path: str) -> str:
+    # The same folder may be given in several ways, such as by a link or relative to another folder.
     return path if not path or is_remote(path) else os.path.realpath(os.path.expanduser(path))
 
 

@@ -63,6 +63,7 @@ class Checkpoints:
         self._files = CheckpointFolder(folder, keep_last, keep_best)
         self.folder = self._files.path
         self.warnings: list[str] = []
+        # Process 0 holds the one lock of the folder; its error is raised in all processes.
         run_on_first(self._files.open)
         self._orbax = checkpoint_arrays.make_writer()
         # One thread, so that saves, marks and deletions happen in order.
@@ -105,22 +106,32 @@ class Checkpoints:
         Return once the arrays may be donated; the rest happens in the background. Its failures are
         raised as OSError by the next ``save`` or ``wait``, and leave older checkpoints as they are.
         """
+        # One save at a time: this raises the failure of the last one before anything new is
+        # written.
         self.wait()
         step = int(step)
         flat = checkpoint_arrays.flatten(state)
         record = {
             "step": step,
+            # JSON has no infinity, and a metric that is not finite must not be compared.
             "metric": float(metric) if metric is not None and math.isfinite(metric) else None,
+            # A copy in the form in which it is read back, with lists for tuples. It also fails
+            # here, in the caller, and not in the background.
             "meta": json.loads(json.dumps(meta)),
             "arrays": checkpoint_arrays.shapes(flat),
         }
+        # Of the global arrays: process 0 checks the space for what all processes write.
         size = sum(array.size * array.dtype.itemsize for array in flat.values())
+        # The marker must exist before any array is written, in whichever process.
         if not run_on_first(lambda: self._files.begin(step, size)):
             return
         args = checkpoint_arrays.save_args(*checkpoint_arrays.split(flat))
+        # ``force`` overwrites what an unfinished save left behind on an object store.
         with self._files.failure_named(step):
             self._orbax.save(self.folder / str(step), force=True, args=args)
         self._unproven = None if proven else step
+        # Orbax returns once the arrays are on the host. Hashing and syncing take longer, in the
+        # background.
         self._pending.append(self._background.submit(self._finish, record, proven))
         if wait:
             self.wait()
@@ -132,6 +143,7 @@ class Checkpoints:
         """
         step = self._unproven
         self._unproven = None
+        # In the background and behind the save that it belongs to, since there is one thread.
         if step is not None:
             self._pending.append(self._background.submit(self._files.mark_finite, step))
 
@@ -141,6 +153,7 @@ class Checkpoints:
         Return the step of the newest one that is left, the same in every process; None without any.
         """
         self.wait()
+        # Only an unproven checkpoint is renamed: an older one led to finite steps.
         return run_on_first(lambda: self._files.set_aside(self._unproven))
 
     def restore(
@@ -160,8 +173,10 @@ class Checkpoints:
         self.wait()
         flat = checkpoint_arrays.flatten(abstract_state)
         shapes = checkpoint_arrays.shapes(flat)
+        # Through JSON, as the saved identity went, so that a tuple equals its list.
         given = json.loads(json.dumps(identity))
         chosen, warnings = run_on_first(lambda: self._files.choose(given, shapes, refuse))
+        # Only process 0 looked, but every process keeps the warnings.
         for warning in warnings:
             logging.warning("%s", warning)
         self.warnings += warnings
@@ -175,6 +190,7 @@ class Checkpoints:
             arrays |= checkpoint_arrays.zeros(rest)
         else:
             arrays |= checkpoint_arrays.read(path / "rest", rest)
+        # By name and not by position: the order of leaves on disk does not matter.
         state = jax.tree.unflatten(
             jax.tree.structure(abstract_state), [arrays[name] for name in flat]
         )
@@ -203,8 +219,12 @@ class Checkpoints:
         """Turn arrays on the host into a checkpoint that counts. Runs in the background."""
         step = record["step"]
         with self._files.failure_named(step):
+            # Every process waits for its own arrays; then process 0 alone makes the checkpoint
+            # count.
             self._orbax.wait_until_finished()
             if jax.process_index() == 0:
+                # The order is the protocol: a kill before the record leaves something unfinished, a
+                # kill after it a whole checkpoint with a marker too many.
                 manifest.write_record(self.folder / str(step), record)
                 manifest.marker(self.folder, step).unlink()
                 if proven:
@@ -262,6 +282,7 @@ def find_run(
     if not steps:
         raise FileNotFoundError(_no_run(run))
     if which == "best" and best is not None:
+        # The others follow in case the best is damaged or deleted while it is read.
         steps = [best, *(step for step in steps if step != best)]
     damaged = []
     for step in steps:
@@ -269,11 +290,13 @@ def find_run(
         try:
             record, damage = manifest.read_record(path)
             if record is not None:
+                # Only params/ is hashed: Adam's moments are twice as large and are not read.
                 damage = manifest.damage(path, record, below="params/")
             if record is not None and damage is None:
                 config = from_json(json.dumps(record["meta"]["config"]))
                 params = read(path / "params", config)
                 tokenizer = load_tokenizer(os.fspath(run / "tokenizer"))
+                # Adapters are merged, so the config that goes with the parameters has none.
                 return Run(lora.without(config), params, tokenizer, step, record["meta"])
         except Exception:
             # A run that trains here may delete this checkpoint in the meantime.
@@ -296,6 +319,7 @@ def _no_run(workdir: epath.Path) -> str:
         return f"{path} holds no checkpoint; {way_out}"
     if not os.path.exists(path):
         return f"{storage.missing(path)}; it holds no checkpoint: {way_out}"
+    # Someone may have given a folder inside a run, such as checkpoints/200.
     for above in (workdir.parent, workdir.parent.parent):
         if manifest.finished(above / "checkpoints"):
             return f"{path} is part of a run and holds no checkpoint; give {os.fspath(above)}"

@@ -49,6 +49,7 @@ def flatten(tree: Any) -> dict[str, Any]:
     leaves = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+        # A variable of Flax NNX adds ".value" to the path of its array; names on disk have none.
         leaves[SAVED_NAMES.get(name, name)] = leaf
     return leaves
 
@@ -78,6 +79,7 @@ def make_writer() -> Any:
     """Return the asynchronous Orbax checkpointer of the parts params/ and rest/."""
     import orbax.checkpoint as ocp
 
+    # Two parts, so that a reader of the parameters never opens the optimizer state.
     handler = ocp.CompositeCheckpointHandler(params=_handler(), rest=_handler())
     return ocp.AsyncCheckpointer(handler)
 
@@ -104,11 +106,13 @@ def save_args(params: dict[str, jax.Array], rest: dict[str, jax.Array]) -> Any:
     def layout(part: str, name: str, array: jax.Array) -> Any:
         if part != "params" or array.nbytes <= CHUNK_BYTES:
             return ocp.SaveArgs()
+        # Dim 0 of a block's parameter is L.
         axes = (0,) if name.startswith("blocks.") else ()
         return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=axes)
 
     parts = {}
     for part, flat in {"params": params, "rest": rest}.items():
+        # A converted model has no optimizer state, and then no folder rest/.
         if flat:
             layouts = {name: layout(part, name, array) for name, array in flat.items()}
             parts[part] = ocp.args.PyTreeSave(flat, save_args=layouts)
@@ -124,6 +128,7 @@ def read(path: epath.Path, abstract: dict[str, Any]) -> dict[str, jax.Array]:
         name: ocp.ArrayRestoreArgs(sharding=leaf.sharding or one_device, global_shape=leaf.shape)
         for name, leaf in abstract.items()
     }
+    # A reader of its own: the writer is asynchronous and belongs to the run.
     with ocp.Checkpointer(_handler()) as reader:
         return reader.restore(path, args=ocp.args.PyTreeRestore(abstract, restore_args=arguments))
 
@@ -131,6 +136,7 @@ def read(path: epath.Path, abstract: dict[str, Any]) -> dict[str, jax.Array]:
 def zeros(abstract: dict[str, Any]) -> dict[str, jax.Array]:
     """Return the optimizer state and counters of a fresh start."""
     one_device = SingleDeviceSharding(jax.local_devices()[0])
+    # Made on the devices, in their shards, and not copied from the host.
     return jax.jit(
         lambda: {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in abstract.items()},
         out_shardings={name: leaf.sharding or one_device for name, leaf in abstract.items()},

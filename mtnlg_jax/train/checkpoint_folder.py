@@ -54,8 +54,11 @@ class CheckpointFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if is_remote(self.path):
+                # Object stores have no locks. Writing shows at the start, not at the first save,
+                # whether the run may write there.
                 (self.path / "lock").write_text("")
                 return
+            # Appending does not truncate: the file names its owner until the lock is ours.
             self._lock = open(self.path / "lock", "a+")
         except OSError as error:
             raise OSError(
@@ -70,13 +73,16 @@ class CheckpointFolder:
                 # A file system without locks: others may be writing, so nothing is cleaned up.
                 return
             self._lock.seek(0)
+            owner = self._lock.read().strip()
+            self.close()
             raise BlockingIOError(
-                f"another run ({self._lock.read().strip()}) writes to {self.path}; wait "
-                "for its end, or give another --workdir"
+                f"another run ({owner}) writes to {self.path}; wait for its end, or give another "
+                "--workdir"
             ) from None
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self._lock.flush()
+        # Only now: leftovers of a run that still writes are not leftovers.
         self._clean()
 
     def _clean(self) -> None:
@@ -85,6 +91,8 @@ class CheckpointFolder:
             path.rmtree()
         markers = [path for path in self.path.glob("*.unfinished") if path.stem.isdigit()]
         for step in [int(path.stem) for path in markers]:
+            # A marker beside a record: the run was killed after a save had written the record, or
+            # before a deletion removed it. Either way the checkpoint is whole.
             if step in self.steps():
                 manifest.marker(self.path, step).unlink()
             else:
@@ -92,9 +100,11 @@ class CheckpointFolder:
 
     def begin(self, step: int, size: int) -> bool:
         """Return whether ``step`` is to be written, after checking the disk and marking it."""
+        # A checkpoint that exists is never written again.
         if step in self.steps():
             return False
         with self.failure_named(step):
+            # Better refused now than found out by a write half way, which would leave a leftover.
             free = math.inf if is_remote(self.path) else shutil.disk_usage(self.path).free
             if free < size:
                 raise PassingError(
@@ -107,6 +117,8 @@ class CheckpointFolder:
         """Record that a loss of the parameters of ``step`` was finite, and prune older ones."""
         if jax.process_index() == 0 and step in self.steps():  # its save may have failed
             with self.failure_named(step):
+                # The order matters: older checkpoints may only go once this one is known to be
+                # good.
                 (self.path / str(step) / FINITE).touch()
                 self._prune()
 
@@ -119,6 +131,8 @@ class CheckpointFolder:
 
     def _prune(self) -> None:
         steps = self.steps()
+        # The best may be older than the newest ones; None, where nothing was evaluated, matches no
+        # step.
         kept = {*steps[-self.keep_last :], manifest.best(self.path) if self.keep_best else None}
         for step in steps:
             if step not in kept:
@@ -140,6 +154,7 @@ class CheckpointFolder:
         Where one array could not be written, others may still be in progress for a moment, and a
         folder that they write to cannot be removed: hence the retries.
         """
+        # Each failure is ignored: what is left is removed by the next start.
         for pause in (0, 0.1, 0.5, 2):
             time.sleep(pause)
             with contextlib.suppress(OSError):
@@ -159,6 +174,7 @@ class CheckpointFolder:
             if jax.process_index() == 0 and step not in whole:
                 self._discard(step)
             start = f"step {whole[-1]}" if whole else "the beginning"
+            # The class decides whether `saving.Saver` tries again.
             kind = PassingError if is_passing(error) else OSError
             raise kind(
                 f"checkpoint {step} could not be written to {self.path}: {_reason(error)}; "
@@ -171,10 +187,14 @@ class CheckpointFolder:
         """Return the newest whole checkpoint, and warnings about damaged ones that it set aside."""
         damaged: list[str] = []
         warnings: list[str] = []
+        # The newest first. A folder with neither a record nor a marker is a candidate that turns
+        # out damaged.
         for step in reversed(manifest.candidates(self.path)):
             path = self.path / str(step)
             record, damage = manifest.read_record(path)
             if record is not None:
+                # Settings are compared before the files are hashed, so that a mistake in a flag
+                # shows in an instant.
                 params_only = _check_record(path, record, identity, arrays, refuse)
                 damage = manifest.damage(path, record)
                 if damage is None:
@@ -189,6 +209,8 @@ class CheckpointFolder:
             path.rename(aside)
             damaged.append(f"{step} ({damage})")
             warnings.append(f"checkpoint {path} is damaged ({damage}): set aside as {aside.name}")
+        # Damaged ones may have been set aside by an earlier start. Without this check a second
+        # start would silently begin from scratch.
         damaged = damaged or sorted(path.name for path in self.path.glob("*.damaged*"))
         if damaged:
             raise OSError(

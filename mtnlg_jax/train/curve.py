@@ -11,7 +11,9 @@ def text_curve(metrics_path: str, width: int = 72, height: int = 8) -> str:
     """Return the training loss as a text plot, masked and causal steps with their own marks."""
     steps = [r for r in read_metrics(metrics_path) if r["kind"] == "train"]
     width = min(width, len(steps))
+    # A column is the mean of its steps, so that no step is left out of the picture.
     columns = [steps[i * len(steps) // width : (i + 1) * len(steps) // width] for i in range(width)]
+    # Masked and causal losses are not comparable, so each has its own mark in a column.
     means = {name: [_mean_loss(column, name) for column in columns] for name in _MARKS}
     seen = [mean for values in means.values() for mean in values if mean is not None]
     if not seen:
@@ -22,6 +24,7 @@ def text_curve(metrics_path: str, width: int = 72, height: int = 8) -> str:
     for name, values in means.items():
         for x, value in enumerate(values):
             if value is not None:
+                # Row 0 is the top.
                 y = round((high - value) / max(high - low, 1e-9) * (height - 1))
                 grid[y][x] = _MARKS[name]
     lines = [

@@ -54,7 +54,9 @@ def at_start(
     length = config.sequence_length
     processes = f"{jax.process_count()} process" + ("es" if jax.process_count() > 1 else "")
     ramp = f" (from {train.rampup_batch_size[0]} on)" if train.rampup_batch_size else ""
+    # From here on, since earlier steps may have had other batch sizes.
     total = samples_at_end(train, min(first, train.steps), samples) * length
+    # More than one means that text is read again.
     epochs = ""
     if training_tokens:
         epochs = f", {total / training_tokens:,.3g} times the data's {training_tokens:,}"
@@ -106,6 +108,7 @@ def write(config: Config, workdir: str, first: int) -> None:
     now: dict[str, Any] = {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": command_line(),
+        # Relative paths in the command begin here.
         "folder": os.getcwd(),
         "commit": commit(),
     }
@@ -118,6 +121,7 @@ def write(config: Config, workdir: str, first: int) -> None:
                 before = json.load(file)
         except ValueError:  # cut short or edited: all settings are written again
             pass
+    # The first start of this folder, or a file that cannot be compared.
     if before is None:
         settings = {"config": json.loads(text)}
     else:
@@ -125,6 +129,8 @@ def write(config: Config, workdir: str, first: int) -> None:
     start = now | {"step": first, "versions": found["versions"]} | settings
     # A lone surrogate, from a flag that is not UTF-8, is written as JSON's escape.
     line = json.dumps(start, ensure_ascii=False) + "\n"
+    # Before config.json is replaced: a kill in between repeats a change in the next line instead of
+    # losing it.
     with open(os.path.join(workdir, "starts.jsonl"), "ab") as file:
         file.write(line.encode(errors="backslashreplace"))
     described = json.dumps(now | found, indent=1, ensure_ascii=False)
@@ -144,13 +150,16 @@ def commit() -> str | None:
     Return None without a checkout or without git.
     """
     here = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    # An installed package may lie inside the checkout of another project, whose commit is not ours.
     if not os.path.exists(os.path.join(here, ".git")):
         return None
     try:
         done = subprocess.run(
+            # ``--exclude=*`` leaves tags out, so that the name is always the hash.
             ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
             capture_output=True,
             text=True,
+            # A slow network file system must not hold up the start.
             timeout=20,
         )
     except (OSError, subprocess.TimeoutExpired):

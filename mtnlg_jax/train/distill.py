@@ -37,6 +37,7 @@ class Teacher:
     def __init__(self, config: Config, given: Distillation, causal: bool, params: nnx.State):
         self.temperature = given.temperature
         self.weight = given.weight
+        # The teacher has its own width and depth; only the vocabulary is the student's.
         self._graph = abstract_model(given.model)[0]
         self._causal = causal
         # The same ZeRO stage as the student's. The reduce type of gradients does not matter here.

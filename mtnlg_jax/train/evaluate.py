@@ -47,6 +47,7 @@ class Evaluator:
         self.data = data
         stages = config.train.stages
         self.objectives = []
+        # A stage with a mix trains both objectives.
         if any(stage.masked < 1 for stage in stages):
             self.objectives.append("causal")
         if any(stage.masked > 0 for stage in stages):
@@ -65,14 +66,17 @@ class Evaluator:
         causal text: scored_tokens and scored_bytes.
         """
         result: dict[str, float] = {}
+        # Once for all batches and objectives.
         params = lora.merge(params, self.config)
         for name in self.objectives if len(self.held_out) else ():
             total = 0.0
             weight = 0.0
             for batch in self._batches(name):
                 nats, tokens = self._steps[name](params, batch)
+                # Added on the host in float64: float32 would lose digits over many batches.
                 total += float(nats)
                 weight += float(tokens)
+            # No row has a token to predict, for example no answer.
             if not weight:
                 continue
             loss = total / weight
@@ -91,6 +95,8 @@ class Evaluator:
         raw = self.held_out.rows(numbers)
         if objective == "causal":
             return causal_batch(raw)
+        # Seed 0 and the window's number, not train.seed: the same masks in every run and at every
+        # step.
         return masked_batch(
             raw, self.held_out.window[numbers], 0, self.config.data.masking, self.data.tokenizer
         )
@@ -105,7 +111,10 @@ class Evaluator:
         for name in self.objectives:
             tokens = np.zeros(len(self.held_out.sources))
             np.add.at(tokens, self.held_out.source, self._counts[name][0])
+            # A source without predicted tokens cannot count; the others take over its share.
             shares = np.where(tokens > 0, self.held_out.shares, 0.0)
+            # The weights of all tokens add up to their number, so that a loss stays in nats per
+            # token.
             scales[name] = shares / max(shares.sum(), 1e-300) * tokens.sum() / np.maximum(tokens, 1)
         return scales
 
@@ -118,10 +127,12 @@ class Evaluator:
         for name in self.objectives:
             tokens = []
             sizes_of_text = []
+            # 64 rows at a time, since the held-out text may be large.
             for first in range(0, len(self.held_out), 64):
                 rows = self._rows(name, np.arange(first, min(first + 64, len(self.held_out))))
                 scored = rows["weights"] > 0
                 tokens.append(scored.sum(1))
+                # Bytes of the labels: the text that is predicted, not the one that is read.
                 sizes_of_text.append((sizes[rows["labels"]] * scored).sum(1))
             counts[name] = np.concatenate(tokens), np.concatenate(sizes_of_text)
         return counts
@@ -147,6 +158,7 @@ class Evaluator:
         for first in range(0, len(self.held_out), micro_batches * rows):
 
             def rows_of(numbers, first=first):
+                # Row 0 stands in for missing rows; its weight becomes 0.
                 used = first + numbers < len(self.held_out)
                 chosen = np.where(used, first + numbers, 0)
                 made = self._rows(objective, chosen)
@@ -170,18 +182,22 @@ def make_eval(config: Config, mesh: Mesh, causal: bool) -> Callable:
         return total, sum_shared(batch["weights"].sum(), ("data", "context"))
 
     def evaluate(params, batch):
+        # No gradient is taken here, but the loss is written for varying values, as in training.
         params, batch = vary((params, batch))
         params = weights.at_start(params)
+        # A total of 1: sums and not means leave the device, since batches have different weights.
         micro_batches = MicroBatches(config, causal, batch, 1.0)
         numbers = jnp.arange(len(micro_batches))
         return sums(lax.map(lambda m: micro_batches.whole(params, m), numbers), batch)
 
     def pipelined_evaluate(params, batch):
         params, batch = vary((split_params(params), batch))
+        # As in the train step, layers move to their stages as shards, before the gather.
         blocks = to_rounds(params.blocks, config.mesh.virtual_pipe)
         rest, blocks = weights.at_start(params._replace(blocks=blocks))
         micro_batches = MicroBatches(config, causal, batch, 1.0)
         size = axis_size("pipe")
+        # The micro-batches that this stage embeds and whose loss it computes, as in `circular`.
         mine = jnp.arange(len(micro_batches) // size) * size + axis_index("pipe")
         x_GBSD = vary(micro_batches.embed(rest, mine))
         y_GBSD = circular(

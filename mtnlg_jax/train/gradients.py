@@ -51,7 +51,10 @@ def make_loss_and_gradients(
 
     def enter(params, batch, key, teacher):
         """Mark all as varying and gather: (compute weights, the micro-batches)."""
+        # Devices along pipe and tensor hold the same rows, so only data and context are summed
+        # over. At least 1: a batch without a predicted token has loss 0 and not NaN.
         total = jnp.maximum(sum_over(sum_over(batch["weights"].sum(), "data"), "context"), 1.0)
+        # Before the gather: otherwise autodiff would insert its own reductions at every use.
         params, batch, total = vary((params, batch, total))
         params = weights.at_start(params)
         if distillation is not None:
@@ -62,6 +65,8 @@ def make_loss_and_gradients(
     def leave(loss, gradients):
         """Sum over devices: (mean loss, gradients as the masters are split)."""
         reduce_dtype = jnp.dtype(config.train.reduce_dtype)
+        # Once a step, after all micro-batches: gradient traffic does not grow with their number.
+        # Only ZeRO-3 reduces inside the loop.
         gradients = reduce_gradients(gradients, zero, weights.scattered, reduce_dtype)
         return sum_shared(loss, ("pipe", "data", "context")), gradients
 
@@ -71,11 +76,17 @@ def make_loss_and_gradients(
         def loss_of(leaves, number):
             return micro_batches.whole(with_targets(params, leaves), number)
 
+        # With adapters only the adapted matrices are differentiated, so no gradient of the others
+        # exists.
         leaves = targets(params)
         one = jax.value_and_grad(loss_of)
+        # The sums are float32 even where compute weights are bfloat16, in which small terms would
+        # vanish.
         total = vary((jnp.float32(0), zeros(leaves)))
         if len(micro_batches) == 1:  # no loop is needed
             return leave(*add(total, one(leaves, 0)))
+        # ``count`` is traced, so that a batch ramp does not compile again. A loop of unknown length
+        # has no backward pass, which is why gradients are taken inside it.
         return leave(*lax.fori_loop(0, count, lambda m, sums: add(sums, one(leaves, m)), total))
 
     def pipelined_loss_and_gradients(params, batch, count, key, teacher=None):
@@ -88,6 +99,8 @@ def make_loss_and_gradients(
         staged, micro_batches = enter(natural._replace(blocks=blocks), batch, key, teacher)
         schedule = _one_f_one_b if config.mesh.schedule == "1f1b" else _circular
         loss, gradients = leave(*schedule(micro_batches, staged, count, mesh))
+        # The masters, and so the optimizer and checkpoints, keep the natural order of layers. The
+        # transpose of the permutes brings gradients back to it.
         (blocks,) = to_natural(gradients.blocks)
         return loss, targets(join_params(gradients._replace(blocks=blocks)))
 
@@ -96,6 +109,7 @@ def make_loss_and_gradients(
     if distillation is not None:
         in_specs.append(specs_of(abstract_model(distillation.model)[1], zero))
     out_specs = (P(), specs_of(targets(abstract), zero))
+    # Chosen here, outside the traced function, since the two are different programs.
     piped = mesh.shape["pipe"] > 1
     function = pipelined_loss_and_gradients if piped else loss_and_gradients
     return over_mesh(function, mesh, in_specs, out_specs)
@@ -114,12 +128,15 @@ def _circular(
     # JAX adds the gradients of a weight that is used once a micro-batch in the weight's own type.
     # With ZeRO-3 that type is the float32 of the masters, since the gather is inside the loop.
     separate = not micro_batches.weights.scattered and config.train.compute_dtype != "float32"
+    # In the separate case the pipeline differentiates by these zeros: they receive the gradients of
+    # the blocks and are summed in float32.
     trained = vary(zeros(blocks)) if separate else blocks
 
     def one(number, sums):
         def stage(trained, round, m, x):
             layers, first = chunk_of(trained, round)
             if separate:
+                # Values from the compute weights, gradients to the float32 zeros.
                 layers = jax.tree.map(_gradient_to_sum, chunk_of(blocks, round)[0], layers)
             return micro_batches.layers(rest, layers, first, number * flush + m, x)
 
@@ -137,6 +154,8 @@ def _circular(
         )
 
     sums = vary((jnp.float32(0), *zeros((blocks, rest))))
+    # One flush holds everything, so no loop is needed. Micro-batches beyond ``count`` have weight
+    # 0.
     if flush == len(micro_batches):
         loss, d_blocks, d_rest = one(0, sums)
     else:
@@ -173,6 +192,7 @@ def _one_f_one_b(
 def chunk_of(blocks: nnx.State, round: int | jax.Array) -> tuple[nnx.State, jax.Array]:
     """Return (the layers that this stage applies in ``round``, the number of the first one)."""
     layers = jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, round, 0, keepdims=False), blocks)
+    # The interleaving of `parallel.pipeline`: in round v stage p applies chunk v P + p.
     chunk = round * axis_size("pipe") + axis_index("pipe")
     return layers, chunk * jax.tree.leaves(layers)[0].shape[0]
 
@@ -200,6 +220,7 @@ def sum_shared(x: jax.Array, axes: Sequence[str]) -> jax.Array:
     manual = jax.sharding.get_abstract_mesh().manual_axes
     if not manual:
         return x
+    # One device of each group with the same number contributes; the sum then goes over all axes.
     first = functools.reduce(
         jnp.logical_and, [axis_index(axis) == 0 for axis in AXES if axis not in axes]
     )
@@ -213,6 +234,7 @@ def batch_specs() -> dict[str, P]:
 
 def over_mesh(function: Callable, mesh: Mesh, in_specs: Sequence, out_specs: Any) -> Callable:
     """Return ``function`` as a shard_map, manual over every axis; on one device, unchanged."""
+    # A single device needs no manual region: outside it the collectives do nothing.
     if mesh.size == 1:
         return function
     return jax.shard_map(function, mesh=mesh, in_specs=tuple(in_specs), out_specs=out_specs)

@@ -23,6 +23,8 @@ Teachers = dict[int, tuple[Distillation, nnx.State, int]]
 
 def meaning(model: ModelConfig) -> dict:
     """Return the settings that give the parameters their meaning."""
+    # These change speed, training or the padding of the vocabulary, whose size is compared by
+    # itself.
     free = ("attention_impl", "dropout_rate", "init_method_std", "vocab_size_divisible_by")
     return {key: value for key, value in dataclasses.asdict(model).items() if key not in free}
 
@@ -33,9 +35,11 @@ def refuse_other_runs(config: Config, tokenizer: Tokenizer, fresh: bool = True) 
     Raise ValueError or FileNotFoundError otherwise. ``config`` is resolved. A run that is not
     ``fresh`` no longer reads train.init.
     """
+    # Only the first start reads train.init, so a run resumes even where that run is gone.
     if config.train.init and fresh:
         theirs = _settings("--init", config.train.init, tokenizer)
         _refuse_other_model(f"--init={config.train.init}", theirs.model, config.model)
+    # Teachers are read at every start.
     for stage in config.train.stages:
         if _learns_from_teacher(stage):
             what = f"stage {stage.name!r}: distill"
@@ -57,6 +61,7 @@ def load_teachers(config: Config, mesh: Mesh) -> Teachers:
         for number, stage in enumerate(config.train.stages)
         if _learns_from_teacher(stage)
     }
+    # A set: a teacher of several stages is loaded and held once.
     folders = {stage.distill for stage in stages.values()}
     runs = {folder: load_run(folder, "best", mesh, config.mesh.zero) for folder in sorted(folders)}
     return {
@@ -79,6 +84,8 @@ def kinds_of_steps(teachers: Teachers) -> list[tuple[int, dict[str, Any]]]:
     distilled = [
         (number, {"distillation": settings}) for number, (settings, _, _) in teachers.items()
     ]
+    # Temperature and weight are compiled into the step, so each stage with a teacher has its own
+    # program.
     return [(-1, {}), *distilled]
 
 
@@ -114,6 +121,7 @@ def _learns_from_teacher(stage: StageConfig) -> bool:
 
 def _settings(what: str, folder: str, tokenizer: Tokenizer) -> Config:
     """Return the config of the run in ``folder``, whose tokenizer must be that of the data."""
+    # The run's own config and not the checkpoint's: nothing large is opened for a check.
     content = storage.read_file(folder, "config.json")
     if content is None:
         exists = storage.is_remote(folder) or os.path.exists(folder)
@@ -122,12 +130,14 @@ def _settings(what: str, folder: str, tokenizer: Tokenizer) -> Config:
             f"{what}={folder} is not a run: {reason}; give the --workdir of a "
             "launch/pretrain.py run, or the --to of launch/convert.py"
         )
+    # Hugging Face's config.json has the same file name.
     if "model_type" in json.loads(content):
         raise ValueError(
             f"{what}={folder} is a Hugging Face model; convert it with launch/convert.py "
             f"--from={folder} --to=RUN and give that"
         )
     theirs = load_tokenizer(storage.join(folder, "tokenizer"))
+    # The same ids must mean the same text, or the parameters mean nothing here.
     if theirs.fingerprint != tokenizer.fingerprint:
         raise ValueError(
             f"{what}={folder} has another tokenizer ({theirs.vocab_size} tokens, "
@@ -147,6 +157,7 @@ def _refuse_other_model(what: str, theirs: ModelConfig, ours: ModelConfig) -> No
     found = _shapes(theirs)
     wanted = _shapes(ours)
     way_out = "give " + ", ".join(f"--set=model.{key}={old[key]}" for key in differing)
+    # Shapes come before settings: a parameter that does not fit is the more concrete message.
     for name in [*wanted, *(name for name in found if name not in wanted)]:
         if found.get(name) != wanted.get(name):
             raise ValueError(
@@ -166,11 +177,13 @@ def _refuse_other_model(what: str, theirs: ModelConfig, ours: ModelConfig) -> No
 def _refuse_other_vocabulary(what: str, theirs: Config, config: Config) -> None:
     rows = theirs.model.vocab_size
     ours = config.model.vocab_size
+    # Distributions are compared entry by entry, so the vocabularies must be equal.
     if rows != ours:
         raise ValueError(
             f"{what}: the teacher's vocabulary has {rows} rows and this model's has {ours}; "
             f"give --set=model.vocab_size={rows}"
         )
+    # The teacher runs on this run's mesh with these batches, so the usual checks apply to it.
     plain = dataclasses.replace(
         lora.without(config),
         model=theirs.model,
@@ -183,6 +196,7 @@ def _refuse_other_vocabulary(what: str, theirs: Config, config: Config) -> None:
 
 
 def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    # A mesh of size 1 along every axis: whole shapes.
     return {
         row.path: row.shape for row in plan_table(abstract_model(model)[1], dict.fromkeys(AXES, 1))
     }

@@ -40,8 +40,10 @@ def load_data(config: Config) -> Data:
             "--set=data.path=OUT, or the prefix of Megatron's .bin and .idx"
         )
     blends = [stage.blend or config.data.sources for stage in config.train.stages]
+    # Each source once, in a fixed order, since the fingerprints are numbered by it.
     folders = list(dict.fromkeys(path for blend in blends for path, _ in blend))
     tokenizer, opened, held_out = open_sources(folders, config.data.tokenizer, config.data.heldout)
+    # One order of samples for each stage, although stages may share sources.
     batches = tuple(
         Batches(
             [(opened[path], weight) for path, weight in spread(blend)],
@@ -53,6 +55,7 @@ def load_data(config: Config) -> Data:
     shares: dict[str, float] = {}
     for stage, blend in zip(config.train.stages, blends, strict=True):
         for path, weight in blend:
+            # The share of the run's samples: a source may have other weights in other stages.
             share = stage.fraction * weight / sum(weight for _, weight in blend)
             shares[path] = shares.get(path, 0.0) + share
     # Sources of one prepared output share its held-out part, so their shares add up.
@@ -79,12 +82,14 @@ def resolve(config: Config, tokenizer: Tokenizer) -> Config:
     size = config.model.vocab_size
     unit = config.model.vocab_size_divisible_by
     if size is None:
+        # Megatron-LM's --make-vocab-size-divisible-by.
         size = -(-tokenizer.vocab_size // unit) * unit
     if size < tokenizer.vocab_size:
         raise ValueError(
             f"model.vocab_size={size} is smaller than the tokenizer's {tokenizer.vocab_size}; "
             f"set it to at least that, or to None"
         )
+    # Checked again, because the sizes of the vocabulary's shards are only known now.
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
     validate(config)
     return config
@@ -98,6 +103,7 @@ def batch_at(
     ``first`` is the number of samples before it. The batch depends on these two and the seed alone,
     not on the mesh. During a batch ramp the rest of the arrays is filled with rows of weight 0.
     """
+    # By samples, so that a resume with another batch size continues the ramp where it was.
     sequences = batch_size_at(config.train, first)
     micro_batches, rows = micro_batch_shape(config, mesh)
     number, _, _ = stage_at(config.train, step)
@@ -114,8 +120,11 @@ def batch_at(
             )
         else:
             made = causal_batch(raw)
+        # The arrays always have the size of a full batch, so that the ramp needs no second program.
         made["weights"] = made["weights"] * used[:, None]
         return made
 
     shape = (micro_batches, rows, config.sequence_length)
+    # As arrays, since Python numbers would be constants of the program. Rounded up: the last
+    # micro-batch may be partly unused.
     return put_batch(rows_of, shape, mesh), jnp.int32(-(-sequences // rows)), jnp.int32(sequences)

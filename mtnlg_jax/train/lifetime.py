@@ -37,9 +37,11 @@ def own(workdir: str) -> Iterator[None]:
     The lock ends with the process, however it ends. Raise OSError where the folder cannot be
     written, and where another run holds the lock, naming that run.
     """
+    # One lock for each process of a run, since all of them share the folder.
     path = os.path.join(workdir, f".lock-{jax.process_index()}")
     try:
         os.makedirs(workdir, exist_ok=True)
+        # Appending does not truncate: the file names its owner until the lock is ours.
         file = open(path, "ab", buffering=0)
     except OSError as error:
         raise OSError(
@@ -66,6 +68,7 @@ def _lock(file: BinaryIO, workdir: str) -> None:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 # File systems without locks: starting two runs is the user's responsibility.
                 return
+        # Read again each time: the owner may change while this run waits.
         name, patience = _owner(file.name)
         if time.monotonic() - began >= patience:
             raise OSError(
@@ -92,6 +95,7 @@ def _owner(path: str) -> tuple[str, float]:
     name = f"process {process} on {host}" + (f" since {since}" if since else "")
     if host != socket.gethostname():
         return name, PATIENCE_ELSEWHERE
+    # Another call of train in this very process holds it, so waiting would not help.
     return name, 0 if int(process) == os.getpid() else PATIENCE_HERE
 
 
@@ -102,13 +106,16 @@ def signals() -> Iterator[threading.Event]:
     A SIGINT after that raises KeyboardInterrupt; further other signals do nothing.
     """
     stop = threading.Event()
+    # Python lets only the main thread set handlers.
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
+        # A second Ctrl-C: the user does not want to wait for the end of the step.
         if stop.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
+        # Only a flag: the step in progress ends normally, and the loop saves between steps.
         stop.set()
 
     before = {}

@@ -51,17 +51,17 @@ def train(
     processes.check_same_settings(config, workdir)
     show_progress = show_progress and processes.is_first()
     with (
-        lifetime.own(workdir),
+        lifetime.own(workdir),  # first, so that everything below is this run's alone
         lifetime.signals() as stop,
         contextlib.ExitStack() as resources,
         Watchdog(config.train.watchdog_seconds, config.train.phase_seconds, workdir) as watchdog,
-        processes.exit_on_failure(),
+        processes.exit_on_failure(),  # innermost: it ends the process before anything waits
     ):
         compat.serialize_cpu_collectives()
         data = load_data(config)
         config = resolve(config, data.tokenizer)
         mesh = make_mesh(config.mesh)
-        validate_batch(config, mesh.shape["data"])
+        validate_batch(config, mesh.shape["data"])  # data=-1 is only known now
         checkpoints = _open_checkpoints(config, workdir)
         resources.callback(checkpoints.close)
         init_from.refuse_other_runs(config, data.tokenizer, fresh=not checkpoints.steps())
@@ -84,7 +84,7 @@ def train(
         steps = _compiled_steps(config, mesh, teachers, total_samples, watchdog)
         evaluate = Evaluator(config, mesh, data)
         vote = processes.PreemptionVote()
-        best = checkpoints.best_metric()
+        best = checkpoints.best_metric()  # of earlier starts as well
         save = None  # saves the newest state again, if the last save failed
 
         for step in range(first, config.train.steps):
@@ -96,16 +96,16 @@ def train(
             scale = float(stage.learning_rate_scale)
             state, metrics = run_step(state, batch, micro_batches, sequences, scale, *teacher)
             reporter.report()  # the previous step, while this one runs
-            watchdog.enter("step")
-            reporter.pending = (step, metrics, int(sequences))
+            watchdog.enter("step")  # a step ends where the next one has been started
+            reporter.pending = (step, metrics, int(sequences))  # fetched one step later
             done = step + 1
-            stopping = vote(stop.is_set())
+            stopping = vote(stop.is_set())  # the same answer in every process
             if processes.several() and _is_due(config.train.compare_every, done, config):
                 processes.check_same_run(config, data.fingerprints, _programs(steps), state, done)
             evaluating = _is_due(config.train.eval_every, done, config)
             saving = stopping or saver.is_due() or _is_due(config.train.save_every, done, config)
             if evaluating or saving:
-                reporter.report()
+                reporter.report()  # the state is judged by this step, not the previous one
                 watchdog.enter("evaluation or saving")
                 result = _evaluate(evaluate, state, done, log, show_progress) if evaluating else {}
                 metric = _metric(result)
@@ -117,10 +117,10 @@ def train(
                     best = min(best, metric) if saver.save(save) else best
                 if not stopping and done < config.train.steps:
                     save = None  # it would hold this state beside the next one
-                reporter.meter.restart()
+                reporter.meter.restart()  # evaluation and saving are not the speed of steps
             if stopping and done < config.train.steps:
                 saver.finish(save)
-                processes.barrier("saved")
+                processes.barrier("saved")  # process 0 may still be writing the record
                 raise _preempted(done, workdir, saved=save is not None)
 
         watchdog.enter("saving")
@@ -155,6 +155,8 @@ def _first_state(
     Precedence: 1. the newest good checkpoint of this folder; 2. the parameters of train.init;
     3. fresh ones from train.seed.
     """
+    # The abstract state has this run's shardings, so a checkpoint of another mesh is restored onto
+    # this one.
     restored = checkpoints.restore(
         abstract_state(config, mesh),
         identity,
@@ -163,6 +165,7 @@ def _first_state(
     if not restored:
         return config, 0, init_state(config, mesh, init_from.load_start(config, mesh)), False
     first, state, meta = restored
+    # From here on the config names the run that these parameters really began with.
     config = changes.kept_init(meta, config)
     samples = int(state.samples)
     if samples and processes.is_first():  # 0: parameters alone, not trained in this folder yet
@@ -178,6 +181,8 @@ def _compiled_steps(
     """Return {(kind, masked): step}; each is compiled at its first call."""
     steps = {}
     for kind, options in init_from.kinds_of_steps(teachers):
+        # The attention mask is static: a masked step is another program, and costs nothing where no
+        # stage is masked, since a step is compiled at its first call.
         for masked in (False, True):
             step = make_train_step(
                 config, mesh, causal=not masked, total_samples=total_samples, **options
@@ -187,6 +192,7 @@ def _compiled_steps(
 
 
 def _programs(steps: dict[tuple[int, bool], CompiledStep]) -> list[str]:
+    # Sorted: processes compare the list by position.
     return [steps[key].fingerprint for key in sorted(steps)]
 
 
@@ -205,6 +211,7 @@ def _progress_bar(config: Config, first: int, show_progress: bool) -> tqdm:
 
 
 def _is_due(every: int, done: int, config: Config) -> bool:
+    # The last step is always due, so that every finished run has a checkpoint and an evaluation.
     return done == config.train.steps or (every > 0 and done % every == 0)
 
 
@@ -213,6 +220,7 @@ def _metric(result: dict) -> float:
 
     It is infinite where nothing was evaluated, or where the loss is not finite.
     """
+    # The causal loss decides where a run has both: the masked one is not a likelihood of the text.
     value = result.get("causal_loss", result.get("masked_loss", math.inf))
     return value if math.isfinite(value) else math.inf
 
@@ -232,6 +240,7 @@ def _evaluate(
 def _meta(config: Config, identity: dict, samples: int, result: dict) -> dict:
     """Return what a checkpoint records beside its arrays."""
     return {
+        # The resolved config: a resume compares with it, and decoding needs the vocabulary.
         "config": json.loads(to_json(config)),
         "identity": identity,
         "samples": samples,
@@ -267,7 +276,9 @@ def _summary(
     checkpoints: Checkpoints,
     state: TrainState,
 ) -> Summary:
+    # There is one: the last step is always evaluated, and a finished run that lost it repeats it.
     final = [record for record in records if record["kind"] == "eval"][-1]
+    # The mean over this process's steps, not the moving average of the progress bar.
     rate = meter.tokens / meter.seconds if meter.seconds else 0.0
     return Summary(
         workdir,
@@ -287,6 +298,7 @@ def _keep_tokenizer(tokenizer: Tokenizer, workdir: str) -> None:
     """Copy the tokenizer into the run folder, so that the folder can be used on its own."""
     target = os.path.join(workdir, "tokenizer")
     if not os.path.exists(target):
+        # Written beside and renamed: a folder named tokenizer is always whole.
         shutil.rmtree(target + ".partial", ignore_errors=True)
         tokenizer.save(target + ".partial")
         os.replace(target + ".partial", target)

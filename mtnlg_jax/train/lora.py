@@ -53,17 +53,21 @@ def make_mappings(config: Config) -> tuple[Callable, Callable]:
     gradients of the trainable ones).
     to_trainable: params -> (the trainable ones, a function from new ones to params).
     """
+    # Full training takes the same path with identities, so the step has no branch for adapters.
     if not used(config):
         return _identity, _identity
 
     def to_model(params):
         base, adapters = split(params)
         targets = _target_matrices(base, config)
+        # The loss is differentiated by the merged matrices. This transpose turns their gradients
+        # into those of A and B, once a step and not once a micro-batch.
         adapted, pull_back = jax.vjp(lambda new: _adapted(targets, new, config), adapters)
         return _with_matrices(base, adapted), lambda gradients: pull_back(gradients)[0]
 
     def to_trainable(params):
         base, adapters = split(params)
+        # The frozen base goes back into the new state as it is.
         return adapters, functools.partial(joined, base)
 
     return to_model, to_trainable
@@ -88,6 +92,7 @@ def _target_matrices(params: Any, config: Config) -> dict[str, dict[str, Any]]:
     """Return the leaves named in lora_targets (arrays, specs or shapes), below "blocks"."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     names = {parameter_name(path): leaf for path, leaf in leaves}
+    # Below "blocks", as in a model, so that `dims_of` sees the leading L.
     targets = config.optimizer.lora_targets
     return {"blocks": {name: leaf for name, leaf in names.items() if _target(name) in targets}}
 
@@ -101,6 +106,7 @@ def _with_matrices(params: Any, matrices: dict[str, dict[str, Any]]) -> Any:
 
 def _target(name: str) -> str | None:
     """Return "q" for w_q_DNH, None for a parameter that is not a matrix of a block."""
+    # Biases (b_q_NH) and norms (scale_D) have no low-rank form.
     return name.split("_")[1] if name.startswith("w_") else None
 
 
@@ -111,6 +117,7 @@ def _adapted(matrices: dict, adapters: dict, config: Config) -> dict:
 
     def one(path, leaf):
         first, second = _names(parameter_name(path))
+        # R is the only letter that both factors share besides L, so the einsum sums over it alone.
         dims = ["L" + name.rsplit("_", 1)[1] for name in (first, second)]
         # By default TPUs would round the factors to bfloat16 before the product.
         product = jnp.einsum(
@@ -129,6 +136,7 @@ def _adapted(matrices: dict, adapters: dict, config: Config) -> dict:
 
 def joined(params: nnx.State, adapters: dict) -> nnx.State:
     """Return a plain model's parameters and adapters as one tree."""
+    # The tree keeps its type, so paths, specs and checkpoints treat it like a plain model's.
     return type(params)({**params.raw_mapping, "lora": adapters})
 
 
@@ -151,12 +159,17 @@ def with_new_adapters(params: nnx.State, config: Config, shardings: dict | None)
     def one(number, name, shape):
         if name.startswith("lora_b"):
             return jnp.zeros(shape, jnp.float32)
+        # Shape (L, inputs ..., R).
         inputs = math.prod(shape[1:-1])
+        # "lora" in ASCII, a number that no step reaches: these draws stay apart from those of
+        # dropout.
         key = jax.random.fold_in(jax.random.key(config.train.seed), 0x6C6F7261 + number)
+        # Drawn as a matrix: XLA needs seconds to compile a draw of more dims.
         drawn = jax.random.normal(key, (shape[0], inputs * shape[-1]), jnp.float32)
         return drawn.reshape(shape) / math.sqrt(3 * inputs)
 
     def make():
+        # The number decides the draw: with other targets a matrix gets other adapters.
         leaves = enumerate(_abstract(config)["blocks"].items())
         return {"blocks": {name: one(number, name, leaf.shape) for number, (name, leaf) in leaves}}
 
@@ -176,6 +189,7 @@ def _abstract(config: Config) -> dict:
     matrices = _target_matrices(abstract_model(config.model)[1], config)["blocks"]
     sizes = {"R": config.optimizer.lora_rank}
     for name, leaf in matrices.items():
+        # Names hold the dims, so sizes by letter follow from the matrices themselves.
         sizes |= dict(zip("L" + name.split("_")[2], leaf.shape, strict=True))
     names = [factor for name in matrices for factor in _names(name)]
 

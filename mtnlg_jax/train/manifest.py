@@ -27,6 +27,7 @@ def candidates(folder: epath.Path) -> list[int]:
     """Return the steps of the checkpoints that are not known to be unfinished, ascending."""
     if not folder.exists():
         return []
+    # Names such as 200.damaged are not numbers and drop out.
     steps = sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
     return [
         step for step in steps if _has_record(folder, step) or not marker(folder, step).exists()
@@ -41,6 +42,7 @@ def finished(folder: epath.Path) -> list[int]:
 def best(folder: epath.Path) -> int | None:
     """Return the step with the lowest metric, the newest of equals; None without any metric."""
     rated = _rated(folder)
+    # The pair sorts by metric, then by minus step: of equals the newest.
     return -min(rated)[1] if rated else None
 
 
@@ -52,6 +54,7 @@ def best_metric(folder: epath.Path) -> float | None:
 
 def _rated(folder: epath.Path) -> list[tuple[float, int]]:
     """Return (metric, minus step) of each checkpoint that has a metric."""
+    # A record that is damaged is None here; `damage` finds it when the checkpoint is read.
     records = [read_record(folder / str(step))[0] for step in finished(folder)]
     rated = [found for found in records if found and found["metric"] is not None]
     # Version 0.1.0 evaluated other rows: only metrics of the newest checkpoint's kind compare.
@@ -68,8 +71,13 @@ def write_record(path: epath.Path, content: dict) -> None:
 
     The first line of the record is the SHA-256 of the rest.
     """
+    # The inventory also syncs the files: once the record exists, everything that it names is on
+    # disk.
     body = json.dumps(content | {"files": _inventory(path)}, indent=1)
+    # `write_file` renames a whole file into place. The digest in it shows later damage of the
+    # record itself.
     write_file(path, RECORD, f"{_digest_of_text(body)}\n{body}".encode())
+    # The folder's entry of the record must reach the disk as well.
     if not is_remote(path):
         _sync(path)
 
@@ -80,6 +88,7 @@ def read_record(path: epath.Path) -> tuple[dict | None, str | None]:
         digest, _, body = (path / RECORD).read_bytes().decode("utf-8", "replace").partition("\n")
     except FileNotFoundError:
         return None, f"{RECORD} is missing"
+    # Compared before it is parsed, so that damage is never taken for settings.
     if _digest_of_text(body) != digest:
         return None, f"{RECORD} is not what was written"
     return json.loads(body), None
@@ -89,6 +98,7 @@ def damage(path: epath.Path, record: dict, below: str = "") -> str | None:
     """Return what is wrong with the files of ``path`` whose names begin with ``below``, if
     anything."""
     files = {name: pair for name, pair in record["files"].items() if name.startswith(below)}
+    # Sizes first: they find a missing or truncated file without reading gigabytes.
     for name, (size, _) in files.items():
         if not (path / name).exists():
             return f"{name} is missing"
@@ -96,6 +106,7 @@ def damage(path: epath.Path, record: dict, below: str = "") -> str | None:
         if found != size:
             return f"{name} has {found} bytes instead of {size}"
     hashed = {name: digest for name, (_, digest) in files.items() if digest is not None}
+    # hashlib releases Python's lock, so threads hash in parallel.
     with ThreadPoolExecutor(HASH_THREADS) as pool:
         digests = pool.map(lambda name: _digest(path / name), hashed)
         for name, digest in zip(hashed, digests, strict=True):
@@ -106,6 +117,7 @@ def damage(path: epath.Path, record: dict, below: str = "") -> str | None:
 
 def refuse_difference(path: epath.Path, what: str, saved: dict, given: dict, way_out: str) -> None:
     """Raise ValueError naming each key in which the nested dicts ``saved`` and ``given`` differ."""
+    # Leaf by leaf, so that the message names the setting and both values.
     saved = _leaves(saved)
     given = _leaves(given)
     pairs = {
@@ -144,12 +156,16 @@ def _inventory(path: epath.Path) -> dict[str, tuple[int, str | None]]:
     files = list(_files(path))
     names = [os.fspath(file.relative_to(path)) for file in files]
     sizes = [file.stat().length for file in files]
+    # The store keeps checksums itself; reading everything back would cost as much as the save.
     if is_remote(path):
         return {name: (size, None) for name, size in zip(names, sizes, strict=True)}
     with ThreadPoolExecutor(HASH_THREADS) as pool:
+        # Synced first, so that an error of the disk shows before there is a record.
         digests = list(pool.map(_sync_and_digest, files))
+    # A file's name is on disk only after its folder was synced.
     for folder, _, _ in os.walk(path):
         _sync(folder)
+    # The entry of the checkpoint's own folder.
     _sync(path.parent)
     return {name: (size, digest) for name, size, digest in zip(names, sizes, digests, strict=True)}
 

@@ -29,6 +29,7 @@ def peak_flops(device_flops: float | None = None) -> float | None:
     CPU a float32 matrix product is timed instead, once per host: the devices of a CPU share its
     cores.
     """
+    # All devices of a run are of one kind.
     device = jax.devices()[0]
     if device_flops is None and device.platform != "cpu":
         device_flops = dense_flops(device.device_kind)
@@ -41,12 +42,15 @@ def _timed_flops() -> float:
     size = 1536
     x = jnp.ones((size, size), jnp.float32)
     product = jax.jit(jnp.dot)
+    # The first call compiles.
     product(x, x).block_until_ready()
     seconds = math.inf
     for _ in range(5):
         start = time.perf_counter()
         product(x, x).block_until_ready()
+        # The best of five: other processes can only make it slower.
         seconds = min(seconds, time.perf_counter() - start)
+    # A multiplication and an addition for each of size^3 terms.
     return 2 * size**3 / seconds
 
 
@@ -54,6 +58,7 @@ def _hosts() -> int:
     """Return the number of machines on which the processes of this run are."""
     if jax.process_count() == 1:
         return 1
+    # Names cannot be gathered as arrays, but their checksums can.
     name = np.uint32(zlib.crc32(platform.node().encode()))
     return len(np.unique(multihost_utils.process_allgather(name)))
 
@@ -66,6 +71,7 @@ def environment() -> dict:
         "mtnlg_jax jax jaxlib libtpu jax-cuda12-plugin jax-cuda13-plugin flax optax "
         "orbax-checkpoint numpy"
     ).split()
+    # Read from what is installed, since importing a package to ask for its version takes seconds.
     installed = {
         found.name.lower().replace("_", "-"): found.version for found in metadata.distributions()
     }
@@ -98,6 +104,7 @@ class MetricsLog:
         self.path = os.path.join(workdir, "metrics.jsonl")
         self.writing = writing
         records, damaged = scan_metrics(self.path)
+        # An evaluation after step n is part of the state of step n, so it stays.
         self.records = [record for record in records if record["step"] <= step]
         if not writing:
             return
@@ -105,18 +112,22 @@ class MetricsLog:
 
         if damaged:
             self._set_aside(damaged)
+        # Rewritten whole and renamed, so that a kill leaves either the old or the new file.
         beside = self.path + ".partial"
         with open(beside, "w", encoding="utf-8") as file:
             file.writelines(_line(record) for record in self.records)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, self.path)
+        # Unbuffered: a record is with the system as soon as it is written, whatever happens to the
+        # process.
         self._file = open(self.path, "ab", buffering=0)
         self._unwritten = b""
         self._behind = False
         self._new_board = functools.partial(
             SummaryWriter, os.path.join(workdir, "tensorboard"), flush_secs=30
         )
+        # TensorBoard hides what an earlier start wrote for the steps that run again.
         self._board = self._new_board(purge_step=step + 1)
 
     def write(self, record: dict) -> None:
@@ -128,12 +139,14 @@ class MetricsLog:
         self.records.append(record)
         if not self.writing:
             return
+        # The disk may have been full before: older lines go first.
         self._unwritten += _line(record).encode()
         with self._outlasting():
             self._write()
             # The writer's thread ends after a failed write, and then its queue would fill up.
             if not self._board.file_writer.event_writer._worker.is_alive():
                 self._board = self._new_board()
+        # While the disk is full these points are lost: nothing queues them.
         if self._behind:
             return
         for name, value in record.items():
@@ -160,6 +173,7 @@ class MetricsLog:
 
     def _write(self) -> None:
         while self._unwritten:
+            # An unbuffered write may write a part; the rest follows, so that no line is torn.
             self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
         self._behind = False
 
@@ -199,6 +213,7 @@ class MetricsLog:
 
 def _line(record: dict) -> str:
     finite = {
+        # NaN would make a line that other JSON readers refuse.
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in record.items()
     }
@@ -222,7 +237,9 @@ def scan_metrics(path: str) -> tuple[list[dict], dict[int, bytes]]:
     if not os.path.exists(path):
         return [], {}
     records = []
+    # Numbers of lines, because the warning names them.
     damaged = {}
+    # Bytes, since a damaged line need not be UTF-8.
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             line = line.strip(b"\0 \t\r\n")
@@ -244,6 +261,7 @@ def _record(line: bytes) -> dict | None:
     whole = (
         isinstance(found, dict)
         and isinstance(found.get("kind"), str)
+        # Not isinstance: a bool is an int as well.
         and type(found.get("step")) is int
     )
     return found if whole else None
@@ -282,8 +300,10 @@ def curves(records: list[dict], objective: str, name: str) -> list[list[tuple[in
     distances = sorted(
         later["step"] - earlier["step"] for earlier, later in zip(train, train[1:], strict=False)
     )
+    # The median distance is log_every, unless that changed between starts.
     usual = distances[len(distances) // 2] if distances else 1
     pieces: list[list[tuple[int, float]]] = []
+    # A counter that grows at each break; a piece ends where it has grown by more than one.
     stages = 0
     last: int | None = None
     before: dict | None = None
@@ -317,12 +337,14 @@ def smoothed(losses: Sequence[float]) -> np.ndarray:
 
     def around(numbers: np.ndarray, power: int) -> np.ndarray:
         """Return the sum over the neighbors of weight x distance^power x number."""
+        # Losses that are nan are 0 in all sums, and so have no weight.
         kernel = _DECAY ** np.abs(away) * away**power
         return np.convolve(numbers, kernel[::-1], "full")[reach : reach + len(values)]
 
     # Weighted least squares in closed form: moments of the distances (s) and of the losses (t).
     s0, s1, s2 = (around(known, power) for power in range(3))
     t0, t1 = (around(known * values, power) for power in range(2))
+    # The determinant of the normal equations; it is 0 where all weight is on one point.
     spread = s0 * s2 - s1**2
     fits = spread > 1e-9  # a line needs two points
     line = np.where(
@@ -339,10 +361,12 @@ def plot_loss(records: list[dict], path: str) -> None:
     """
     import matplotlib
 
+    # Draws into a file and needs no display.
     matplotlib.use("Agg")
     from matplotlib import pyplot, ticker
 
     used = {training_loss(record)[0] for record in records if record["kind"] == "train"}
+    # The panel of the cross entropy is always there, for the held-out losses.
     panels = [name for name in TRAINING_LOSSES if name == "loss" or name in used]
     figure, rows = pyplot.subplots(
         len(panels), figsize=(8, 1.5 + 3 * len(panels)), sharex=True, squeeze=False
@@ -360,6 +384,7 @@ def plot_loss(records: list[dict], path: str) -> None:
             axes.legend()
     rows[-1, 0].set_xlabel("step")
     figure.tight_layout()
+    # A viewer that refreshes never sees half a picture.
     beside = path + ".partial.png"
     figure.savefig(beside, dpi=120)
     pyplot.close(figure)
@@ -385,6 +410,7 @@ def _mark_skipped(axes: Any, records: list[dict], name: str) -> None:
     if skipped:
         axes.plot(
             skipped,
+            # A height on the axes and not in nats, since these steps have no loss.
             [0.02] * len(skipped),
             "x",
             color="tab:red",

@@ -42,6 +42,8 @@ class MicroBatches:
         self.key = key if config.model.dropout_rate else None
         self.teacher = teacher
         self.weights = make_weights(config)
+        # Only the structure of the module is needed here: its parameters are an argument of each
+        # method, so that they can be differentiated.
         graph, shapes = abstract_model(config.model)
         self._graph = graph
         self._block_shapes = split_params(shapes).blocks
@@ -51,6 +53,7 @@ class MicroBatches:
 
     def whole(self, params: nnx.State, number: int | jax.Array) -> jax.Array:
         """Return the loss of micro-batch ``number`` through all layers."""
+        # The same three parts as with a pipeline, so that both ways compute the same loss.
         rest, blocks = split_params(params)
         x_BSD = self.embed(rest, jnp.asarray(number)[None])[0]
         x_BSD = self.layers(rest, blocks, 0, number, x_BSD)
@@ -67,6 +70,7 @@ class MicroBatches:
             positions.reshape(-1, tokens.shape[-1]),
             self._hooks(rows.reshape(-1)),
         )
+        # S may be shorter than that of the tokens: between half blocks it is split over tensor.
         return x_BSD.reshape(*tokens.shape[:2], *x_BSD.shape[1:])
 
     def layers(
@@ -94,6 +98,8 @@ class MicroBatches:
         model = self._model(rest)
         micro = self._select(number)
         train = self.config.train
+        # From here on S is whole along tensor again, because the loss splits the vocabulary
+        # instead.
         x_BSD = model.finish(x_BSD)
         x_BD = x_BSD.reshape(-1, x_BSD.shape[-1])
         labels = micro["labels"].reshape(-1)
@@ -101,6 +107,7 @@ class MicroBatches:
         chunk = train.loss_chunk
         smoothing = train.label_smoothing
         if self.teacher is None:
+            # Head and loss in one call, which never holds the logits of all tokens.
             nats = cross_entropy(x_BD, model.head(), labels, weights, chunk, smoothing)
         else:
             nats = distilled_cross_entropy(
@@ -114,10 +121,13 @@ class MicroBatches:
                 self.teacher.temperature,
                 self.teacher.weight,
             )
+        # Divided by the weight of the whole batch and not of the micro-batch, so that every token
+        # counts the same however they are spread, and shares add up to the mean.
         return nats / self.total
 
     def _select(self, number: int | jax.Array) -> dict[str, jax.Array]:
         return {
+            # The number may be a loop variable or, in a pipeline, depend on the stage.
             name: lax.dynamic_index_in_dim(x, number, 0, keepdims=False)
             for name, x in self.batch.items()
         }
@@ -127,6 +137,7 @@ class MicroBatches:
 
         Its own blocks are shapes: `layers` is given those that this device applies.
         """
+        # With ZeRO-3 this gathers embeddings and head at every use and keeps none of them.
         params = Params(self.weights.of_rest(rest), self._block_shapes)
         return nnx.merge(self._graph, join_params(params))
 

@@ -19,8 +19,11 @@ def causal_batch(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Predict the next token of the same document; the last token of a document has no label."""
     ids = rows["tokens"]
     segments = rows["segment_ids"]
+    # Segment 0 is padding. A token is not asked to predict the first one of the next document,
+    # which it does not determine.
     same = (segments[:, :-1] == segments[:, 1:]) & (segments[:, :-1] > 0)
     if "answers" in rows:
+        # The mark belongs to the token that is predicted, not to the one that predicts it.
         same &= rows["answers"][:, 1:] > 0
     return {
         "tokens": ids[:, :-1],
@@ -47,6 +50,8 @@ def masked_batch(
     A word is a token with ``tokenizer.starts_word`` and the following tokens of the document
     without it. Special tokens do not belong to a word. Counts are exact: round(share x words).
     """
+    # The masked objective needs no next token. The last one is dropped all the same, so that both
+    # objectives have rows of S tokens.
     tokens = rows["tokens"][:, :-1].copy()
     segments = rows["segment_ids"][:, :-1]
     predicted = segments
@@ -54,13 +59,16 @@ def masked_batch(
         predicted = np.where(rows["answers"][:, :-1] > 0, segments, 0)
     labels = tokens.copy()
     weights = np.zeros(tokens.shape, np.float32)
+    # A random token may be any but a special one, since those do not occur inside words.
     ordinary = np.flatnonzero(~tokenizer.is_special)
     for row, sample in enumerate(samples):
         words = word_numbers(tokens[row], predicted[row], tokenizer)
         count = words.max(initial=-1) + 1
         if count == 0:
             continue
+        # Seeded by the sample: the same mask on a resume, on any mesh and in any process.
         rng = np.random.default_rng((seed, 0x6D61736B, int(sample)))
+        # A permutation and not independent draws, so that the share of chosen words is exact.
         chosen = rng.permutation(count)[: max(1, round(masking.word_share * count))]
         masked = round(masking.mask_share * len(chosen))
         random = min(round(masking.random_share * len(chosen)), len(chosen) - masked)
@@ -73,6 +81,8 @@ def masked_batch(
         fates = fate[words]
         tokens[row, fates == 1] = tokenizer.mask_id
         tokens[row, fates == 2] = rng.choice(ordinary, int((fates == 2).sum()))
+        # Words that were chosen and kept are predicted as well: the model cannot know which visible
+        # words it has to predict, so it must encode all of them.
         weights[row] = fates > 0
     return {
         "tokens": tokens,
@@ -86,6 +96,8 @@ def masked_batch(
 def word_numbers(tokens: np.ndarray, segments: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     """Return the number of each token's word in the row, from 0; -1 for tokens outside words."""
     inside = ~tokenizer.is_special[tokens] & (segments > 0)
+    # Whether the token before belongs to the same document and to a word: if not, a word starts
+    # here even where the tokenizer does not mark it.
     before = np.concatenate([[False], inside[:-1] & (segments[1:] == segments[:-1])])
     starts = inside & (tokenizer.starts_word[tokens] | ~before)
     return np.where(inside, np.cumsum(starts) - 1, -1)

@@ -34,16 +34,20 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
     The caller scales the updates by minus the learning rate.
     """
+    # Clipping comes first: moments then never see a gradient above the limit.
     clip = optax.identity()
     if config.clip_grad_norm:
         clip = optax.clip_by_global_norm(config.clip_grad_norm)
     moments = optax.scale_by_adam(config.b1, config.b2, config.eps)
     if config.name == "muon":
+        # Clipping is outside the partition, so that the norm is that of all gradients together.
         moments = optax.partition({"adam": moments, "muon": _muon(config)}, _labels)
+    # Decay follows the moments and so is decoupled from them (AdamW, Loshchilov 2019).
     return optax.chain(clip, moments, optax.add_decayed_weights(config.weight_decay, decay_mask))
 
 
 def _is_matrix(path: Path) -> bool:
+    # The leading L marks a parameter of the stacked blocks.
     return dims_of(path).startswith("L") and parameter_name(path).startswith("w_")
 
 
@@ -67,6 +71,7 @@ def _matrix_axes(updates: Any) -> Any:
 
     def axes(path: Path, leaf: jax.Array) -> contrib.MuonDimensionNumbers:
         split = _first_output(path, leaf.ndim)
+        # Dim 0 is L: it belongs to neither side, so each layer is orthogonalized by itself.
         return contrib.MuonDimensionNumbers(tuple(range(1, split)), tuple(range(split, leaf.ndim)))
 
     return jax.tree_util.tree_map_with_path(axes, updates)
@@ -75,6 +80,7 @@ def _matrix_axes(updates: Any) -> Any:
 def _scale(path: Path, update: jax.Array) -> jax.Array:
     """Scale an orthogonal m x n matrix, whose RMS is 1 / sqrt(max(m, n)), to _MUON_RMS."""
     split = _first_output(path, update.ndim)
+    # Dims 1 to split are the inputs, the others the outputs.
     size = max(math.prod(update.shape[1:split]), math.prod(update.shape[split:]))
     return _MUON_RMS * math.sqrt(size) * update
 

@@ -55,6 +55,7 @@ def start(
     if local_devices is not None:
         if local_devices < 1:
             raise ValueError(f"--local_devices={local_devices} must be at least 1")
+        # Both must be set before JAX starts its backend, which the first use of a device does.
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", local_devices)
     arguments = _initialize_arguments(coordinator, processes, process_id, distributed)
@@ -92,6 +93,7 @@ def _initialize_arguments(
             "coordinator_address": coordinator,
             "num_processes": processes,
             "process_id": process_id,
+            # Explicit arguments win over what SLURM or a TPU pod would say.
             "cluster_detection_method": "deactivate",
         }
     if len(missing) < len(given):
@@ -99,18 +101,21 @@ def _initialize_arguments(
             f"{' and '.join(missing)} missing: --coordinator=HOST:PORT, --processes and "
             "--process_id go together; omit all three on SLURM, TPU pods and GKE TPUs"
         )
+    # A job that silently trains alone on each host would cost more than an error.
     if distributed == "on" and not compat.cluster_processes():
         raise ValueError(
             "--distributed=on, but no SLURM, Open MPI, TPU pod or GKE was found here; start under "
             "one, or give --coordinator=HOST:PORT, --processes and --process_id"
         )
     if distributed == "on" or (distributed == "auto" and compat.cluster_processes() > 1):
+        # Empty arguments: JAX detects all of them from the cluster.
         return {}
     return None
 
 
 def _check_address(coordinator: str) -> None:
     if (
+        # Checked before JAX sees it, so that the message names the flag.
         not re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[^:\s]+):[0-9]+", coordinator)
         or int(coordinator.split(":")[-1]) > 65535
     ):
@@ -125,6 +130,7 @@ def _deadline(seconds: float, coordinator: str | None, process_id: int | None) -
     def wait() -> None:
         if connected.wait(seconds):
             return
+        # Asked only where it tells two causes apart: a missing process 0 and a missing peer.
         answers = process_id == 0 or coordinator is None or _is_listening(coordinator)
         problem = (
             "not every process connected to process 0"
@@ -136,8 +142,10 @@ def _deadline(seconds: float, coordinator: str | None, process_id: int | None) -
             "--coordinator, which each of them can reach, or raise --coordinator_timeout",
             file=sys.stderr,
         )
+        # From this thread an exception would not reach the main one, which is inside JAX.
         exit_now(errors.BAD_INPUT)
 
+    # The call into JAX blocks the main thread, so the limit needs another one.
     threading.Thread(target=wait, daemon=True).start()
     try:
         yield
@@ -148,6 +156,7 @@ def _deadline(seconds: float, coordinator: str | None, process_id: int | None) -
 def _is_listening(address: str) -> bool:
     host, _, port = address.rpartition(":")
     try:
+        # A port that accepts a connection is enough; nothing is sent.
         socket.create_connection((host.strip("[]"), int(port)), 1).close()
     except OSError:
         return False
@@ -156,6 +165,7 @@ def _is_listening(address: str) -> bool:
 
 def several() -> bool:
     """Return whether this run has more than one process."""
+    # In this order: `process_count` starts the backend.
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
@@ -169,6 +179,7 @@ def exit_now(code: int) -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
+    # sys.exit would run JAX's shutdown barrier, and wait for processes that may never come.
     os._exit(code)
 
 
@@ -184,6 +195,7 @@ def exit_on_failure() -> Iterator[None]:
     except Exception as error:
         if not several() or hasattr(error, "exit_code"):
             raise
+        # All processes may write to one terminal, so each line says whose it is.
         name = f"process {jax.process_index()} of {jax.process_count()}"
         if _is_from_lost_process(error):
             print(
@@ -199,12 +211,14 @@ def exit_on_failure() -> Iterator[None]:
                 file=sys.stderr,
             )
         sys.stderr.flush()
+        # The others must be able to report first: they are aborted when process 0 ends.
         if is_first():
             time.sleep(EXIT_DELAY_SECONDS)
         exit_now(code)
 
 
 def _is_from_lost_process(error: Exception) -> bool:
+    # JAX reports a lost peer in the words of the library that noticed it.
     words = (
         "gloo",
         "connection closed",
@@ -230,11 +244,14 @@ def run_on_first(function: Callable[[], Any]) -> Any:
     """
     if jax.process_count() == 1:
         return function()
+    # The others send an empty outcome into the broadcast, which ignores it.
     outcome: dict[str, Any] = {}
     if is_first():
         try:
             outcome = {"value": function()}
         except Exception as error:
+            # Only the class and the text cross to the other processes. Anything else is a fault of
+            # the program, and ends process 0 at once (`exit_on_failure`).
             if errors.is_passing(error):
                 kind = "passing"
             elif isinstance(error, ValueError):
@@ -271,6 +288,7 @@ class PreemptionVote:
     def __init__(self) -> None:
         self._previous: jax.Array | None = None
         if several():
+            # One flag for each device, because JAX reduces over devices and not over processes.
             devices = Mesh(np.array(jax.devices()), "all")
             self._one_per_device = NamedSharding(devices, P("all"))
             self._any = jax.jit(
@@ -283,6 +301,8 @@ class PreemptionVote:
         flags = jax.make_array_from_callback(
             (jax.device_count(),), self._one_per_device, lambda index: np.array([mine], np.int32)
         )
+        # Reading the answer of this call would wait for the step that is queued before it; that of
+        # the previous call is there already.
         previous = self._previous
         self._previous = self._any(flags)
         return previous is not None and bool(previous)
@@ -300,20 +320,26 @@ def disagreement(parts: dict[str, Any]) -> str | None:
     """
     if not several():
         return None
+    # Eight bytes as two uint32, since JAX would cut a uint64 to 32 bits.
     mine = np.frombuffer(bytes.fromhex(fingerprint(parts)), np.uint32)
     everyone = multihost_utils.process_allgather(mine)
     me = jax.process_index()
     others = [number for number, theirs in enumerate(everyone) if (theirs != mine).any()]
+    # All processes see the same table, so all return here or none does: what follows is collective.
     if not (everyone != everyone[0]).any():
         return None
+    # The parts themselves are exchanged only after a difference.
     first = run_on_first(lambda: parts)
+    # Through JSON, as those of process 0 came.
     parts = json.loads(json.dumps(parts))
     keys = [key for key in {**first, **parts} if first.get(key) != parts.get(key)]
     different = [f"{key}={parts.get(key)!r} here, {first.get(key)!r} in process 0" for key in keys]
     more = f" and {len(different) - 4} more" if len(different) > 4 else ""
+    # At most 8: one wrong process disagrees with all others.
     which = ", ".join(map(str, others[:8]))
     if len(others) > 8:
         which += f" and {len(others) - 8} more"
+    # Process 0 itself, or two processes that agree with each other against a third.
     difference = (
         f"{'; '.join(different[:4])}{more}"
         if different
@@ -330,6 +356,7 @@ def check_same_settings(config: Config, workdir: str) -> None:
     settings: dict[str, Any] = {"jax": jax.__version__, "workdir": os.path.abspath(workdir)}
     # With other compiler flags the processes would run different programs.
     settings |= {name: os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
+    # Key by key, so that the message names the setting and not two hashes.
     for section, value in json.loads(to_json(config)).items():
         settings |= (
             {f"{section}.{key}": one for key, one in value.items()}

@@ -81,11 +81,13 @@ class Meter:
     def add(self, tokens: int) -> None:
         """Count a step of ``tokens`` that has just ended."""
         now = time.perf_counter()
+        # The first step after a pause has no start, so it is not measured.
         if self._last is not None:
             seconds = now - self._last
             self.tokens += tokens
             self.seconds += seconds
             if self.rate:
+                # A moving average over about ten steps.
                 self.rate += 0.1 * (tokens / seconds - self.rate)
             else:
                 self.rate = tokens / seconds
@@ -129,15 +131,20 @@ class Reporter:
         """
         if self.pending is None:
             return
+        # Cleared first: a step must not be reported twice when the report raises.
         step, metrics, sequences = self.pending
         self.pending = None
         train = self.config.train
         meter = self.meter
+        # This waits for the step. It is called after the next one was started, so the device stays
+        # busy.
         values = {key: value.item() for key, value in jax.device_get(metrics).items()}
+        # Sequences and not rows: the padding of a ramp is not speed.
         meter.add(sequences * self.config.sequence_length)
         _, _, stage = stage_at(train, step)
         self.nonfinite_streak = values["nonfinite_streak"]
         name = loss_name(train, stage)
+        # Non-finite steps are always recorded, since they are what a reader looks for.
         if (step + 1) % train.log_every == 0 or step + 1 == train.steps or self.nonfinite_streak:
             self.log.write(
                 {
@@ -165,6 +172,8 @@ class Reporter:
                 "" if meter.mfu is None else f"MFU {meter.mfu:.0%}",
             ],
         )
+        # This loss was computed with the parameters of the newest checkpoint or later ones, so they
+        # are good.
         if not self.nonfinite_streak:
             self.checkpoints.prove()
         if self.nonfinite_streak >= train.max_bad_steps:
@@ -183,6 +192,8 @@ class Reporter:
         """
         losses = [result[name] for name in ("causal_loss", "masked_loss") if name in result]
         ending = stopping or done == self.config.train.steps
+        # An evaluation proves these very parameters. The last step only proves those before its
+        # update, which is why such a checkpoint stays unproven.
         if all(map(math.isfinite, losses)) and (losses or not self.nonfinite_streak or ending):
             return True
         what = (
@@ -190,12 +201,14 @@ class Reporter:
             if losses
             else f"loss or gradient of the last {self.nonfinite_streak} steps"
         )
+        # At the end there is no later step that could recover.
         if done == self.config.train.steps:
             self._diverge(f"{what} was not finite at the last step, {done}")
         logging.warning("step %d is not saved: %s is not finite", done, what)
         return False
 
     def _diverge(self, what: str) -> None:
+        # Before the message, which names the checkpoint that is left.
         good = self.checkpoints.give_up()
         last = (
             "there is no good checkpoint"
@@ -220,12 +233,14 @@ def show(bar: tqdm, parts: list[str]) -> None:
     width = bar.format_dict["ncols"] or WIDE
     if width >= WIDE:
         bar.bar_format = None
+        # 54 and 24: the columns of tqdm's own parts in the two formats.
         room = width - 54
     else:
         bar.bar_format = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining}{postfix}]"
         room = width - 24 - 2 * len(str(bar.total))
     shown = ""
     for part in filter(None, parts):
+        # The first part always shows, even if it is cut: it is the loss.
         if shown and len(shown) + 2 + len(part) > room:
             break
         shown += (", " if shown else "") + part

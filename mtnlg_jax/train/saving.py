@@ -30,8 +30,10 @@ class Saver:
 
         Raise a failure that will not pass, or that came after the last pause.
         """
+        # A retry would have to be agreed on by all processes at the same step.
         if processes.several():
             return False
+        # Never wait here: this is called in every step, while a save is written in the background.
         if self.checkpoints.is_settled():
             self._settle()
         return self._retry_at is not None and time.monotonic() >= self._retry_at
@@ -50,6 +52,7 @@ class Saver:
         except Exception as error:
             self._take(error)
         else:
+            # What may still fail in the background sets it again.
             self._retry_at = None
         return self._retry_at is None
 
@@ -60,6 +63,7 @@ class Saver:
         saved.
         """
         self._settle()
+        # `_take` raises after the last pause, so this ends.
         while self._retry_at is not None and save is not None:
             time.sleep(max(0.0, self._retry_at - time.monotonic()))
             self.save(save)
@@ -71,6 +75,8 @@ class Saver:
         except Exception as error:
             self._take(error)
         else:
+            # A success counts only if no retry is due: `wait` also returns after a failure that was
+            # taken.
             if self._retry_at is None:
                 self._failures = 0
 

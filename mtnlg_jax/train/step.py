@@ -43,19 +43,30 @@ def make_train_step(
     def train_step(state: TrainState, batch, micro_batches, sequences, rate_scale, *teacher):
         # Dropout follows from the seed and the step alone, so a resumed run repeats it.
         key = jax.random.key_data(jax.random.fold_in(jax.random.key(config.train.seed), state.step))
+        # With adapters the model and the trained parameters differ: the loss is computed with the
+        # merged matrices, and the optimizer sees A and B alone. Without them both are the
+        # parameters.
         model, pull_back = to_model(state.params)
         trained, to_params = to_trainable(state.params)
         loss, grads = loss_and_gradients(model, batch, micro_batches, key, *teacher)
         grads = pull_back(grads)
 
+        # The schedule follows the samples at the end of the step, so that the first step of a
+        # warm-up does not have rate 0.
         samples = state.samples + sequences
         rate = learning_rate(config, samples, total_samples) * rate_scale
+        # Clipping acts inside the optimizer. The decoupled weight decay is part of the updates, so
+        # the rate scales it as well.
         updates, opt_state = optimizer.update(grads, state.opt_state, trained)
         params = jax.tree.map(lambda p, u: p - rate * u, trained, updates)
 
+        # Global arrays: the sums go over all shards. This is the norm before clipping.
         grad_norm = jnp.sqrt(sum(jnp.sum(jnp.square(grad)) for grad in jax.tree.leaves(grads)))
+        # The loss may be finite where a gradient overflowed, so both count.
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
+        # A selection for each element, not a branch: the update is computed in any case, and a NaN
+        # in it does not pass the selection.
         def keep(new, old):
             return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
@@ -77,6 +88,8 @@ def make_train_step(
         }
         return new_state, metrics
 
+    # The new state takes the memory of the old one. Its shardings are fixed, so that the output of
+    # a step is a valid input of the next without a new compilation.
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
 
 
@@ -96,7 +109,11 @@ class CompiledStep:
     def __call__(self, *args: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         if self._compiled is None:
             self._watchdog.enter("compilation")
+            # Compiled ahead of the call: the text of the program becomes known, and arguments of
+            # another shape later are an error instead of a silent second compilation.
             lowered = self._train_step.lower(*args)
+            # `processes.check_same_run` compares it: processes with different programs may wait for
+            # each other forever.
             self.fingerprint = fingerprint(lowered.as_text())
             self._compiled = lowered.compile()
         return self._compiled(*args)

@@ -45,6 +45,8 @@ class Watchdog:
     def enter(self, phase: str) -> None:
         """Start ``phase``. "step" after "step" means that a step is done."""
         now = time.monotonic()
+        # The first step of a series is not measured: it includes what came before it, such as a
+        # compilation.
         if phase == self._phase == "step":
             self._steps.append(now - self._since)
         self._phase = phase
@@ -55,12 +57,15 @@ class Watchdog:
         """Return the seconds that the current phase may take."""
         if self._phase != "step":
             return max(self.phase_seconds, self.seconds)
+        # The median ignores a few slow steps; with long steps it raises the limit above
+        # ``seconds``.
         return max(self.seconds, STEP_MEDIANS * statistics.median(self._steps or [0.0]))
 
     def __enter__(self) -> "Watchdog":
         if self.seconds:
             with contextlib.suppress(OSError):
                 os.remove(self.path)  # from an earlier start
+            # A daemon, so that it does not keep a finished process alive.
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
@@ -75,15 +80,18 @@ class Watchdog:
                 break
             if processes.several():
                 # This works without Python's lock, unlike this thread.
+                # Set again at every look, so it only fires when this thread cannot look any more.
                 faulthandler.dump_traceback_later(
                     left + GRACE_SECONDS, exit=True, file=STANDARD_ERROR
                 )
+            # At most a second, so that a phase entered meanwhile with a shorter limit is noticed.
             pause = min(left, 1.0, self.seconds / 4)
             before = time.monotonic()
             if self._over.wait(pause):
                 return
             late = time.monotonic() - before - pause
             if late > SUSPENDED_SECONDS:
+                # A laptop's sleep or a stopped process is not counted as progress that is missing.
                 self._since += late
         self._dump_and_exit()
 
@@ -94,6 +102,7 @@ class Watchdog:
             f"has taken {elapsed:.0f} s, its limit is {self.limit:.0f} (train.watchdog_seconds, "
             "train.phase_seconds); all stacks:\n"
         )
+        # To a file first, since standard error may be a pipe that nobody reads.
         with contextlib.suppress(OSError), open(self.path, "w") as file:
             file.write(line)
             file.flush()

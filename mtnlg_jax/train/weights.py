@@ -31,6 +31,8 @@ def make_weights(config: Config) -> Weights:
         zero=config.mesh.zero,
         reduce_dtype=jnp.dtype(config.train.reduce_dtype),
     )
+    # Compute weights of all layers must fit beside the masters. They are gathered once and used by
+    # every micro-batch.
     if config.mesh.zero < 3:
         return Weights(gather, _unchanged, _unchanged, scattered=False)
 
@@ -38,6 +40,8 @@ def make_weights(config: Config) -> Weights:
         # The name of the parent tells the plan that these parameters have a leading L.
         return gather({"blocks": layer})["blocks"]
 
+    # ZeRO-3 holds one gathered layer at a time and pays with a gather for each use, forward and
+    # backward.
     return Weights(_unchanged, gather, of_layer, scattered=True)
 
 

@@ -1,4 +1,4 @@
-"""A small bilingual corpus and the tokenizers trained on it, made once."""
+"""Provide a small bilingual corpus and tokenizers trained on it, created once."""
 
 import itertools
 import json
@@ -22,7 +22,8 @@ CHINESE = (
 
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
-    """Some 100 KB: the embedded text begins with help topics, so no module is parsed for it."""
+    """Return about 100 KB of text: the built-in corpus begins with help topics, so no module is
+    parsed for it."""
     return [document.text for document in itertools.islice(embedded_documents(), 30)] + [CHINESE]
 
 
@@ -33,7 +34,7 @@ def trained(texts) -> dict:
 
 @pytest.fixture(scope="session")
 def gpt2_files(tmp_path_factory) -> Path:
-    """A vocabulary in GPT-2's format: 256 bytes, three merges, <|endoftext|> last."""
+    """Write a vocabulary in GPT-2's format: 256 bytes, three merges, <|endoftext|> last."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in visible]
     pieces = [*map(chr, visible), *(chr(256 + number) for number in range(len(hidden)))]

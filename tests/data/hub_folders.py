@@ -1,10 +1,11 @@
-"""Small tokenizer folders as Hugging Face has them, made with `tokenizers`: one for each way to say
-what a tokenizer is. With a Python that has transformers,
+"""Write small tokenizer folders in Hugging Face's formats, one for each way to define a tokenizer.
+
+They are made with `tokenizers`. With a Python that has transformers,
 
     python tests/data/hub_folders.py tests/data/hub_ids.json
 
-writes the ids that it gives to HUB_TEXTS: by folder, for each text [ids, ids with special tokens as
-text, ids decoded without special tokens].
+writes its ids of HUB_TEXTS: by folder, for each text [ids, ids with special tokens as text, ids
+decoded without special tokens].
 """
 
 import json
@@ -77,7 +78,7 @@ def byte_level(*, alphabet=True, vocab_size=330, special=("<|endoftext|>",)) -> 
 
 
 def characters(kind: str, fused: bool = True) -> Tokenizer:
-    """A model of single characters: of the texts, as nanoGPT's shakespeare_char."""
+    """Write a model of single characters of the texts, as in nanoGPT's shakespeare_char."""
     numbers = {character: index for index, character in enumerate(sorted(set("".join(TEXT))))}
     model = (
         models.BPE(vocab=numbers, merges=[])
@@ -111,7 +112,8 @@ def word_pieces() -> list[str]:
 
 
 def unigram() -> Tokenizer:
-    """As of T5: U+2581 for spaces, normalized, no bytes for what is unknown."""
+    """Write a tokenizer in the style of T5: U+2581 for spaces, normalized, no bytes for unknown
+    text."""
     letters = sorted(set("".join(TEXT)) - {" "})
     pieces = ["<pad>", "</s>", "<unk>", "\u2581", "\u2581the", "\u2581in", "an", "he", *letters]
     made = Tokenizer(models.Unigram([(piece, -len(piece) / 2) for piece in pieces], unk_id=2))
@@ -128,7 +130,8 @@ def unigram() -> Tokenizer:
 
 
 def byte_fallback() -> Tokenizer:
-    """As of Llama: characters, bytes for the rest, U+2581 for spaces."""
+    """Write a tokenizer in the style of Llama: characters, bytes for the rest, U+2581 for
+    spaces."""
     letters = ["\u2581", *sorted(set("".join(TEXT)) - {" ", "\n"})]
     pairs = [("t", "h"), ("th", "e"), ("\u2581", "the"), ("\u2581", "\u2581")]
     pieces = [
@@ -169,7 +172,8 @@ def byte_fallback() -> Tokenizer:
 def write(
     folder: Path, fast: Tokenizer | None = None, files: dict | None = None, **settings
 ) -> Path:
-    """A folder with tokenizer.json, tokenizer_config.json of ``settings`` and ``files`` by name."""
+    """Write a folder with tokenizer.json, tokenizer_config.json of ``settings`` and ``files`` by
+    name."""
     folder.mkdir(parents=True)
     if fast is not None:
         fast.save(os.fspath(folder / "tokenizer.json"))
@@ -182,7 +186,7 @@ def write(
 
 
 def older_files(fast: Tokenizer) -> dict:
-    """vocab.json and merges.txt of a byte-level BPE."""
+    """Return vocab.json and merges.txt of a byte-level BPE."""
     model = json.loads(fast.to_str())["model"]
     return {
         "vocab.json": model["vocab"],
@@ -211,7 +215,7 @@ def _limited() -> Tokenizer:
 
 
 def _word_level_ends() -> Tokenizer:
-    """The model itself reads "<s>" in a text."""
+    """Write a tokenizer whose model itself reads "<s>" in a text."""
     words = sorted(set(" ".join(TEXT).split())) + ["<s>", "</s>", "<", "s", ">", "/", "<unk>"]
     made = Tokenizer(
         models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>")

@@ -1,10 +1,11 @@
-"""Runs megatron-core's own writer and reader, in a Python that has it:
+"""Run megatron-core's own writer and reader, in a Python that has it.
 
-PYTHON tests/data/megatron_peer.py fixtures            writes
-    tests/data/fixtures/{short,sentences}.{bin,idx}
-PYTHON tests/data/megatron_peer.py copy PREFIX TARGET  reads PREFIX document by document and writes
-    it again
-PYTHON tests/data/megatron_peer.py read PREFIX         prints the documents as JSON
+PYTHON tests/data/megatron_peer.py fixtures
+    write tests/data/fixtures/{short,sentences}.{bin,idx}
+PYTHON tests/data/megatron_peer.py copy PREFIX TARGET
+    read PREFIX document by document and write it again
+PYTHON tests/data/megatron_peer.py read PREFIX
+    print the documents as JSON
 """
 
 import json
@@ -13,11 +14,11 @@ import warnings
 from pathlib import Path
 
 FIXTURES = Path(__file__).parent / "fixtures"
-END = 259  # <|endoftext|> of the vocabulary that the tests make
+END = 259  # <|endoftext|> of the vocabulary that the tests create
 
 
 def documents() -> list[list[int]]:
-    """What the fixtures hold: 40 documents of 2 to 118 tokens, bytes of small Latin letters, each
+    """Return the documents of the fixtures: 40 of 2 to 118 tokens, bytes of small Latin letters
     with an end."""
     return [
         [64 + (number * place + place) % 26 for place in range(1 + 3 * number)] + [END]
@@ -52,7 +53,7 @@ def main(action: str, *arguments: str) -> None:
         write(
             FIXTURES / "short", DType.optimal_dtype(260), [[document] for document in documents()]
         )
-        # As preprocess_data.py --split-sentences does it: several sequences in a document.
+        # Like preprocess_data.py --split-sentences: several sequences in a document.
         write(
             FIXTURES / "sentences",
             DType.optimal_dtype(70_000),

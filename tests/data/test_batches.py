@@ -12,7 +12,7 @@ SIZES = [7, 1, 40, 3, 90, 2, 58]  # 201 tokens
 
 
 def _tokens(location, sizes=SIZES, first=0):
-    """Token n is n (from ``first`` on), so that a row shows by itself where it was cut."""
+    """Write tokens where token n is n (from ``first`` on), so that a row shows where it was cut."""
     ends = first + np.cumsum(sizes)
     writer = TokenWriter(location, 1 << 20, "")
     for size, end in zip(sizes, ends, strict=True):
@@ -26,7 +26,7 @@ def tokens(tmp_path_factory):
     return _tokens(tmp_path_factory.mktemp("tokens"))
 
 
-def test_rows_are_windows_of_the_circle(tokens):
+def test_rows_are_windows_that_wrap_around(tokens):
     rows = Batches([(tokens, 1.0)], 24, seed=5).rows(np.arange(300))
     assert {name: (values.shape, values.dtype) for name, values in rows.items()} == {
         name: ((300, 25), np.dtype(np.int32)) for name in ("tokens", "segment_ids", "positions")
@@ -49,7 +49,6 @@ def test_rows_are_windows_of_the_circle(tokens):
 def test_an_epoch_predicts_every_token_once(tmp_path, length, missing):
     size = 1024 * length - missing  # 1024 windows: epochs are then whole blocks of samples
     batches = Batches([(_tokens(tmp_path, [size // 2, size - size // 2]), 3.0)], length, seed=1)
-    assert batches.windows_per_epoch == 1024
     orders = []
     for epoch in range(3):
         rows = batches.rows(np.arange(1024 * epoch, 1024 * (epoch + 1)))["tokens"]
@@ -61,7 +60,7 @@ def test_an_epoch_predicts_every_token_once(tmp_path, length, missing):
     if length > 1:
         assert (
             len({tuple(sorted(order)) for order in orders}) > 1
-        )  # not always cut at the same places
+        )  # not always cut at the same positions
 
 
 def test_a_row_depends_on_seed_and_sample_only(tokens, tmp_path):
@@ -80,7 +79,7 @@ def test_a_row_depends_on_seed_and_sample_only(tokens, tmp_path):
 
 
 def test_the_order_of_samples_never_changes(tokens):
-    """Golden: a run that resumes with a newer version must meet the same rows."""
+    """Golden values: a run resumed with a newer version must read the same rows."""
     first = Batches([(tokens, 1.0)], 24, seed=5).rows(np.array([0, 1, 2, 9, 5000, 10**9]))[
         "tokens"
     ][:, 0]
@@ -89,7 +88,7 @@ def test_the_order_of_samples_never_changes(tokens):
 
 
 @pytest.mark.parametrize("size", [*range(1, 70), 1000, 1024, 1025, 4097])
-def test_permutations(size):
+def test_permutations_contain_every_index_once(size):
     orders = [permute(np.arange(size), size, np.uint64(key)) for key in range(4)]
     for order in orders:
         assert np.array_equal(np.sort(order), np.arange(size))
@@ -97,7 +96,7 @@ def test_permutations(size):
         for order in orders:
             assert abs(np.corrcoef(order, np.arange(size))[0, 1]) < 5 / np.sqrt(size)
             assert not any(np.array_equal(order, other) for other in orders if other is not order)
-    sizes = np.array([size, 5, size])  # one size for each number, too
+    sizes = np.array([size, 5, size])  # one size for each number
     mixed = permute(np.array([size - 1, 4, 0]), sizes, np.array([2, 7, 0], np.uint64))
     assert mixed.tolist() == [
         orders[2][-1],
@@ -119,7 +118,7 @@ WEIGHTS = [
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
-def test_blend_is_exact(tmp_path, weights):
+def test_blend_shares_are_exact(tmp_path, weights):
     sources = [
         (_tokens(tmp_path / str(index), [400], first=1000 * index), weight)
         for index, weight in enumerate(weights)
@@ -131,12 +130,8 @@ def test_blend_is_exact(tmp_path, weights):
     counts = np.array(
         [np.bincount(drawn[: 1024 * block], minlength=len(weights)) for block in range(blocks + 1)]
     )
-    rounding = 0.5 * len(weights)  # what is left is rounded source by source
+    rounding = 0.5 * len(weights)  # the remainder is rounded source by source
     assert (np.abs(counts - 1024 * np.arange(blocks + 1)[:, None] * shares) <= rounding).all()
-    assert np.allclose(batches.epochs_seen(1024 * blocks), counts[-1] / 4)
-    assert np.allclose(
-        batches.epochs_seen(777) * 4, np.bincount(drawn[:777], minlength=len(weights))
-    )
     # mixed, not one source after the other
     assert len(weights) == 1 or (np.diff(drawn) != 0).sum() > 0.5 * (len(drawn) - counts[-1].max())
 
@@ -155,9 +150,9 @@ def test_blend_is_exact(tmp_path, weights):
         ([90, 3000, 1024], [0.9, 0.05, 0.05]),
     ],
 )
-def test_each_window_comes_once_an_epoch(tmp_path, windows, weights):
-    """Of sources below and above a block of samples, for any blend, in batches drawn by runs that
-    each start anew."""
+def test_each_window_occurs_once_an_epoch(tmp_path, windows, weights):
+    """Sources smaller and larger than a block of samples, any blend, and batches read by runs that
+    each start again."""
     length = 4
     sources = [
         (_tokens(tmp_path / str(index), [count * length], first=100_000 * index), weight)
@@ -172,19 +167,16 @@ def test_each_window_comes_once_an_epoch(tmp_path, windows, weights):
             for part in range(0, 650, 130)
         ]
     drawn = np.concatenate(drawn)[:, 0]
-    seen = batches.epochs_seen(last)
     for index, count in enumerate(windows):
         mine = drawn[drawn // 100_000 == index] % 100_000
-        assert seen[index] == len(mine) / count
-        assert batches.epochs_seen(777)[index] == (drawn[:777] // 100_000 == index).sum() / count
         for epoch in range(0, len(mine) - count + 1, count):
             assert len(set(mine[epoch : epoch + count].tolist())) == count
         rest = mine[len(mine) // count * count :]
         assert len(set(rest.tolist())) == len(rest)
 
 
-def test_a_source_goes_on_where_it_was(tokens, tmp_path):
-    """In a blend, too, a source is visited window by window, none twice before all were seen."""
+def test_a_source_continues_across_batches(tokens, tmp_path):
+    """In a blend a source is also read window by window, none twice before all were read."""
     other = _tokens(tmp_path, [10] * 3000, first=1000)
     batches = Batches([(tokens, 0.2), (other, 0.8)], 10, seed=0)
     starts = batches.rows(np.arange(3072))["tokens"][:, 0]
@@ -202,7 +194,7 @@ def test_a_source_goes_on_where_it_was(tokens, tmp_path):
         (8, float("nan"), "weight nan"),
     ],
 )
-def test_what_cannot_be_is_refused(tokens, length, weight, message):
+def test_invalid_arguments_raise_an_error(tokens, length, weight, message):
     with pytest.raises(ValueError, match=message):
         Batches([(tokens, weight)], length, seed=0)
     with pytest.raises(ValueError, match="at least one source"):
@@ -212,7 +204,7 @@ def test_what_cannot_be_is_refused(tokens, length, weight, message):
 def test_the_shortest_corpus(tokens):
     rows = Batches([(tokens, 1.0)], 200, seed=0).rows(np.arange(4))
     assert (np.sort(rows["tokens"], axis=1) == np.arange(201)).all()
-    # The document in which the window began and ended is two segments.
+    # The document that contains both ends of the window is two segments.
     assert (rows["segment_ids"].max(axis=1) >= len(SIZES)).all()
 
 
@@ -236,7 +228,7 @@ def test_heldout_tokens_are_predicted_once_each(tokens, length, batch):
     assert seen == list(range(1, 201))
 
 
-def test_heldout_of_nothing(tmp_path):
+def test_empty_held_out_data(tmp_path):
     assert (
         heldout_count(_tokens(tmp_path / "none", []), 8)
         == heldout_count(_tokens(tmp_path / "one", [1]), 8)
@@ -247,7 +239,8 @@ def test_heldout_of_nothing(tmp_path):
 
 
 def test_rows_of_many_documents_never_change(tmp_path):
-    """Golden: 40,000 documents, in many blocks of offsets; rows of training and held-out."""
+    """Golden values: 40,000 documents in many blocks of offsets, rows of training and held-out
+    text."""
     rng = np.random.default_rng(3)
     tokens = [
         _tokens(tmp_path / str(index), (1 + rng.geometric(share, 40_000)).tolist(), first=7 * index)

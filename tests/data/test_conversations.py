@@ -137,7 +137,7 @@ def test_conversations_are_shown_with_what_is_trained_on(tmp_path, folder, capsy
     row = Chat(load_tokenizer(folder)).training_row(ROWS[0])
     counts = f"{row.answers.sum()} of {len(row.tokens)} tokens are trained on"
     assert capsys.readouterr().out == (
-        f"--- conversation 1: {counts} ---\n"
+        f"--- {counts} ---\n"
         "<|im_start|>user\nthe man<|im_end|>\n<|im_start|>assistant\n«in the town<|im_end|>»\n\n"
     )
     talks = Conversations(load_tokenizer(folder), "talk")

@@ -33,7 +33,7 @@ def parsing(tokenizer):
     return other
 
 
-def test_ids_are_those_of_transformers(hub):
+def test_ids_equal_those_of_transformers(hub):
     name, _, tokenizer = hub
     assert isinstance(tokenizer, HubTokenizer)
     special = tokenizer._parsed
@@ -64,7 +64,7 @@ def test_a_text_never_becomes_a_special_token(hub):
     assert roles <= set(parsing(tokenizer).encode(text))
 
 
-def test_roles_are_never_numbered_over_taken_ids(hub):
+def test_roles_never_take_ids_in_use(hub):
     _, folder, tokenizer = hub
     numbers = tokenizer._fast.get_vocab(with_added_tokens=True)
     taken = {index: piece for piece, index in numbers.items()}
@@ -188,7 +188,7 @@ def shared_spiece(tmp_path_factory):
     return Path(f"{prefix}.model")
 
 
-def test_files_beside_a_sentencepiece_model_count(shared_spiece, tmp_path):
+def test_files_next_to_a_sentencepiece_model_are_read(shared_spiece, tmp_path):
     files = {
         "tokenizer_config.json": {
             "added_tokens_decoder": {
@@ -287,7 +287,7 @@ def test_gpt2_with_more_special_tokens_still_uses_tiktoken(tmp_path, name):
     assert (tokenizer._gpt2 is not None) == (name == "limited")
 
 
-def test_a_file_alone(tmp_path):
+def test_a_single_file(tmp_path):
     folder = FOLDERS["words and masks"](tmp_path / "folder")
     whole = load_tokenizer(folder)
     assert load_tokenizer(folder / "tokenizer.json").fingerprint == whole.fingerprint
@@ -339,7 +339,7 @@ def _without_decoder(fast, decoder):
         ),
     ],
 )
-def test_tokenizers_that_cannot_be_reproduced_are_refused(tmp_path, make, message):
+def test_tokenizers_that_cannot_be_reproduced_raise_an_error(tmp_path, make, message):
     folder = make(tmp_path / "folder")
     with pytest.raises(ValueError, match=message):
         load_tokenizer(folder)

@@ -1,4 +1,4 @@
-"""What preparing holds in memory: some bytes of each document, and some megabytes of a long one."""
+"""Measure the memory of preparing data: some bytes per document, some megabytes for a long one."""
 
 import os
 import tracemalloc
@@ -28,7 +28,7 @@ def _peak(function):
         tracemalloc.stop()
 
 
-def test_each_document_takes_50_bytes(tmp_path, monkeypatch):
+def test_a_document_takes_50_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(tokens, "SHARD", 1 << 16)
     monkeypatch.setattr(zarr, "SHARD", 1 << 16)
     monkeypatch.setattr(heldout, "_DOCUMENTS_AT_ONCE", 1 << 8)
@@ -43,7 +43,7 @@ def test_each_document_takes_50_bytes(tmp_path, monkeypatch):
                 writer.add(np.zeros(2, np.uint16), int(stop - start))
             writer.finish()
 
-    run(300)  # what is made once
+    run(300)  # allocated once
     few, many = (_peak(lambda count=count: run(count)) for count in (2_000, 14_000))
     assert (many - few) / 12_000 < 50
 
@@ -57,8 +57,8 @@ def _long_text(megabytes):
     )
 
 
-def test_a_long_text_is_never_held(tmp_path, monkeypatch, gpt2_files):
-    """Of 6 MB, in pieces of 200 KB; held at once it would take eleven times its size."""
+def test_a_long_text_is_never_held_in_memory(tmp_path, monkeypatch, gpt2_files):
+    """6 MB in pieces of 200 KB. Held at once, they would take eleven times their size."""
     for place, name, value in (
         (long_texts, "PIECE", 200_000),
         (spool, "_PIECE", 200_000),
@@ -141,7 +141,7 @@ def test_a_tokenizer_that_marks_the_beginning_of_a_text_is_not_cut(trained, monk
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram", "gpt2"])
-def test_what_is_prepared_does_not_depend_on_the_pieces(tmp_path, monkeypatch, gpt2_files, kind):
+def test_prepared_data_does_not_depend_on_the_pieces(tmp_path, monkeypatch, gpt2_files, kind):
     (tmp_path / "in").mkdir()
     for number in range(3):
         (tmp_path / f"in/{number}.txt").write_text(

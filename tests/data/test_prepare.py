@@ -29,7 +29,7 @@ def _sentence(number):
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
-    """Three long documents and one that is empty."""
+    """Write three long documents and an empty one."""
     folder = tmp_path_factory.mktemp("few")
     for name in range(3):
         text = "".join(_sentence(1000 * name + n) + "\n\n" * (n % 5 == 4) for n in range(300))
@@ -40,7 +40,7 @@ def few(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
-    """Two hundred short documents, each there twice."""
+    """Write two hundred short documents, each of them twice."""
     folder = tmp_path_factory.mktemp("many")
     texts = ["".join(_sentence(10 * n + i) for i in range(3 + n % 9)) for n in range(200)]
     (folder / "a.jsonl").write_text(
@@ -50,7 +50,7 @@ def many(tmp_path_factory):
 
 
 def _parts(folder):
-    """The texts of the two parts; that each document has its bos and eos is asserted on the way."""
+    """Return the texts of the two parts, and check that each document has its bos and eos."""
     tokenizer = load_tokenizer(Path(folder) / "tokenizer")
     texts = {}
     for part in ("train", "heldout"):
@@ -71,7 +71,7 @@ def _read(folder):
     return [document.text for document in documents.read_documents(folder)]
 
 
-def test_few_documents_lose_their_ends(few, tmp_path):
+def test_few_documents_have_their_ends_held_out(few, tmp_path):
     info = prepare(few, tmp_path / "out", heldout=0.1, **SETTINGS)
     assert info == read_prepared(tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
@@ -94,11 +94,11 @@ def test_few_documents_lose_their_ends(few, tmp_path):
     assert info["input"]["documents"] == 3 and info["input"]["empty"] == 1
 
 
-def test_of_many_documents_whole_ones_are_held_out(many, tmp_path):
+def test_many_documents_are_held_out_whole(many, tmp_path):
     prepare(many, tmp_path / "out", heldout=0.1, **SETTINGS)
     train, held = _parts(tmp_path / "out")
     assert sorted(train + held) == sorted(_read(many))
-    assert not set(train) & set(held)  # copies of a text are on one side
+    assert not set(train) & set(held)  # copies of a text are in one part
     share = sum(map(len, held)) / sum(map(len, train + held))
     assert 0.07 < share <= 0.12
     wholes = _read(many)
@@ -110,7 +110,7 @@ def test_of_many_documents_whole_ones_are_held_out(many, tmp_path):
 
 
 @pytest.mark.parametrize("share", [0.11, 0.12, 0.13, 0.14, 0.15])
-def test_copies_of_a_text_stay_on_one_side(many, tmp_path, share):
+def test_copies_of_a_text_are_in_one_part(many, tmp_path, share):
     with Spool(str(tmp_path / "texts"), seed=0) as spool:
         spool.fill(documents.read_documents(many))
         train, held = (
@@ -119,8 +119,8 @@ def test_copies_of_a_text_stay_on_one_side(many, tmp_path, share):
     assert train and held and not train & held
 
 
-def test_a_small_corpus_keeps_some_back(many, few, tmp_path):
-    """Two per cent of it would not fill a window: a tenth is taken."""
+def test_a_small_corpus_holds_out_a_tenth(many, few, tmp_path):
+    """Two per cent of it would not fill a window, so a tenth is held out."""
     for corpus in (many, few):
         info = prepare(corpus, tmp_path / corpus.name, **SETTINGS)
         total = info["train"]["bytes"] + info["heldout"]["bytes"]
@@ -135,7 +135,7 @@ def test_short_texts_and_one_long_one(tmp_path):
     train, held = _parts(tmp_path / "out")
     assert (len(train), len(held)) == (4, 1) and sorted(train + held) == _read(tmp_path / "in")
 
-    (tmp_path / "giant.txt").write_text("x" * 300_000)  # nowhere to cut
+    (tmp_path / "giant.txt").write_text("x" * 300_000)  # no place to cut
     info = prepare(tmp_path / "giant.txt", tmp_path / "giant", vocab_size=266, progress=False)
     train, held = _parts(tmp_path / "giant")
     assert train[0] + held[0] == "x" * 300_000 and info["heldout"]["bytes"] == 16_384
@@ -156,7 +156,7 @@ def _content(folder):
     }
 
 
-def test_same_input_same_bytes(many, tmp_path):
+def test_the_same_input_gives_the_same_bytes(many, tmp_path):
     first, second = (prepare(many, tmp_path / name, **SETTINGS) for name in ("a", "b"))
     assert first == second and _content(tmp_path / "a") == _content(tmp_path / "b")
     third = prepare(many, tmp_path / "c", **(SETTINGS | {"vocab_size": 401}))
@@ -178,8 +178,10 @@ _GOLDEN = {
 
 
 @pytest.mark.parametrize(("corpus", "tokenizer", "heldout"), _GOLDEN)
-def test_tokens_stay_as_they_were(few, many, gpt2_files, tmp_path, corpus, tokenizer, heldout):
-    """ "few" is text files of which the ends are held out, "many" JSON lines held out whole."""
+def test_tokens_equal_those_of_earlier_versions(
+    few, many, gpt2_files, tmp_path, corpus, tokenizer, heldout
+):
+    """ "few" is text files whose ends are held out, "many" is JSON lines held out whole."""
     info = prepare(
         {"few": few, "many": many}[corpus],
         tmp_path / "out",
@@ -190,28 +192,28 @@ def test_tokens_stay_as_they_were(few, many, gpt2_files, tmp_path, corpus, token
     assert info["fingerprint"] == _GOLDEN[corpus, tokenizer, heldout]
 
 
-def test_a_tokenizer_that_exists(few, gpt2_files, tmp_path):
+def test_an_existing_tokenizer(few, gpt2_files, tmp_path):
     ours = prepare(few, tmp_path / "ours", **SETTINGS)
     again = prepare(
         few, tmp_path / "again", tokenizer=str(tmp_path / "ours/tokenizer"), progress=False
     )
     assert again["fingerprint"] == ours["fingerprint"]
     prepare(few, tmp_path / "gpt2", tokenizer=str(gpt2_files), progress=False)
-    train, held = _parts(tmp_path / "gpt2")  # with <|endoftext|> at either end
+    train, held = _parts(tmp_path / "gpt2")  # with <|endoftext|> at both ends
     assert len(train) == len(held) == 3
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         prepare(few, tmp_path / "none", tokenizer="nowhere", progress=False)
 
 
-def test_unigram(few, tmp_path):
+def test_a_unigram_tokenizer(few, tmp_path):
     prepare(few, tmp_path / "out", tokenizer="unigram", vocab_size=300, progress=False)
     train, held = _parts(tmp_path / "out")
     assert sum(map(len, train + held)) == sum(map(len, _read(few)))
 
 
-def test_an_output_that_exists_is_kept_until_the_new_one_is_whole(few, many, tmp_path, monkeypatch):
+def test_an_existing_output_is_kept_until_the_new_one_is_complete(few, many, tmp_path, monkeypatch):
     output = tmp_path / "out"
-    output.mkdir()  # empty: as good as none
+    output.mkdir()  # empty: like none
     prepare(few, output, **SETTINGS)
     before = _content(output)
     with pytest.raises(FileExistsError, match="out exists; .*--overwrite"):
@@ -263,7 +265,7 @@ def test_an_output_that_exists_is_kept_until_the_new_one_is_whole(few, many, tmp
 
 
 def test_two_runs_into_one_output(few, many, tmp_path, monkeypatch):
-    """The one that ends first has it."""
+    """The one that ends first keeps the output."""
     finish = TokenWriter.finish
 
     def other_run_first(writer):
@@ -278,7 +280,7 @@ def test_two_runs_into_one_output(few, many, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "prepared.json"]
 
 
-def test_what_is_no_data_set_is_never_replaced(few, tmp_path):
+def test_folders_that_are_not_data_sets_are_never_replaced(few, tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home/letter").write_text("dear")
     (tmp_path / "file").write_text("dear")
@@ -301,14 +303,14 @@ def test_what_is_no_data_set_is_never_replaced(few, tmp_path):
         ({"input_path": "nowhere"}, FileNotFoundError, "nowhere does not exist"),
     ],
 )
-def test_bad_arguments(many, tmp_path, options, error, message):
+def test_invalid_arguments_raise_an_error(many, tmp_path, options, error, message):
     arguments = {"input_path": many, "output": tmp_path / "out"} | SETTINGS | options
     with pytest.raises(error, match=message):
         prepare(**arguments)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_empty_corpus(tmp_path):
+def test_an_empty_corpus_raises_an_error(tmp_path):
     (tmp_path / "in").mkdir()
     with pytest.raises(ValueError, match="holds no text: 0 files read, 0 skipped"):
         prepare(tmp_path / "in", tmp_path / "out")
@@ -321,7 +323,7 @@ def test_empty_corpus(tmp_path):
         prepare(tmp_path / "in", tmp_path / "in/out")
 
 
-def test_output_at_a_url(few, tmp_path):
+def test_an_output_at_a_url(few, tmp_path):
     local = prepare(few, tmp_path / "out", **SETTINGS)
     assert prepare(few, "memory://bucket/data/", **SETTINGS)["fingerprint"] == local["fingerprint"]
     tokens = open_tokens("memory://bucket/data/heldout")
@@ -364,8 +366,10 @@ def test_the_command(few, tmp_path):
     assert _launch(f"--output={tmp_path}/y", "stray").returncode == 2
 
 
-def test_a_disk_that_takes_no_more(few, tmp_path):
-    """A limit on the size of files stands for the full disk."""
+# JAX warns of every fork in a process with threads; the child calls exec at once.
+@pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called:RuntimeWarning")
+def test_a_full_disk_raises_an_error(few, tmp_path):
+    """A limit on the size of files replaces a full disk."""
 
     def restrict():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -64,7 +64,7 @@ def test_every_text_survives_a_round_trip(tokenizer):
     for text, ids in zip(texts, encoded, strict=True):
         assert tokenizer.decode(ids) == text
         assert not tokenizer.is_special[ids].any(), text
-        # as text is generated: byte by byte
+        # as in generation: byte by byte
         assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
         assert tokenizer.encode(text) == ids
 
@@ -152,7 +152,7 @@ def test_pieces_of_gpt2_that_start_words(gpt2_files):
     assert gpt2.decode([gpt2.eos_id], skip_special=False) == "<|endoftext|>"
 
 
-def test_saved_and_loaded(tokenizer, tmp_path):
+def test_a_saved_tokenizer_loads_the_same(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "there")
     loaded = load_tokenizer(tmp_path / "there")
     assert loaded.fingerprint == tokenizer.fingerprint and loaded.vocab_size == tokenizer.vocab_size
@@ -217,7 +217,7 @@ def test_training_samples_a_large_corpus(texts):
     assert sample(lines, 10**9, seed=0) == lines
     some = sample(lines, 20_000, seed=0)
     assert 15_000 < sum(len(line.encode()) for line in some) <= 20_000
-    assert some == [line for line in lines if line in some]  # in their order, from all over
+    assert some == [line for line in lines if line in some]  # in order, from the whole corpus
     third = len(lines) // 3
     assert set(some) & set(lines[:third]) and set(some) & set(lines[-third:])
     once, again, other = (train_tokenizer(texts, 500, "bpe", seed, 30_000) for seed in (7, 7, 8))
@@ -249,8 +249,8 @@ def test_splitting_a_text_keeps_its_ids(texts, trained):
 
 @pytest.fixture(scope="module")
 def foreign(texts, tmp_path_factory):
-    """A model as trained elsewhere: a space before each text, normalized, no bytes, <mask> found
-    in texts, no <sep>."""
+    """Return a model as trained elsewhere: a space before each text, normalized, no bytes, <mask>
+    found in texts, no <sep>."""
     prefix = tmp_path_factory.mktemp("foreign") / "spiece"
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(line for text in texts for line in text.split("\n")),
@@ -351,7 +351,7 @@ def test_tiktoken_gives_the_same_ids_of_real_text(shared):
 
 
 @pytest.mark.slow
-def test_tiktoken_splits_alike_at_every_character(gpt2_files):
+def test_tiktoken_splits_the_same_at_every_character(gpt2_files):
     characters = [chr(index) for index in range(0x110000) if not 0xD800 <= index < 0xE000]
     fast, slow = _both(
         load_tokenizer(gpt2_files), [f"a{c}b 1{c} {c}\n{c}{c}  {c}" for c in characters]

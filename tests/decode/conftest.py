@@ -1,5 +1,7 @@
-"""Two tiny models, random but not flat, and a tokenizer with byte pieces; shared, since compiles
-are the cost."""
+"""Provide two tiny random models with peaked distributions, and a tokenizer with byte pieces.
+
+They are shared because compiling is slow.
+"""
 
 import copy
 import functools
@@ -18,8 +20,7 @@ from mtnlg_jax.data.tokenizer import train_tokenizer
 from mtnlg_jax.decode.cache import Decoder, unstack
 from mtnlg_jax.model.transformer import abstract_model
 
-# Tests are imported without their folder in the path; peer.py and make_fixtures.py stand beside
-# them.
+# The folder of the tests is not in the import path, but peer.py and make_fixtures.py are there.
 sys.path.append(str(Path(__file__).parent))
 
 CONTEXT = 64
@@ -33,13 +34,13 @@ TEXTS = [
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    """Knows the characters above; others, as in "你好", become bytes."""
+    """Return a tokenizer that knows the characters above; others, as in "你好", become bytes."""
     return train_tokenizer(TEXTS, 420)
 
 
 @pytest.fixture(scope="session")
 def letters(tokenizer):
-    """The tokenizer, with the bytes of other characters among what is never written: text is then
+    """Return the tokenizer with the bytes of other characters never written, so that text is
     readable."""
     other = copy.copy(tokenizer)
     pieces = map(tokenizer.token_bytes, range(tokenizer.vocab_size))
@@ -55,8 +56,8 @@ class Tiny(NamedTuple):
     decoder: Decoder
 
     def logits(self, tokens, **options) -> np.ndarray:
-        """Float32 (B, S, V) by the whole model, without a cache; padded to one shape, hence one
-        compile."""
+        """Return float32 logits (B, S, V) of the whole model without a cache, padded to one shape,
+        so that it compiles once."""
         padded = np.zeros((len(tokens), CONTEXT), np.int32)
         padded[:, : np.shape(tokens)[1]] = tokens
         return np.asarray(_full(self.config, self.params, padded, **options))[
@@ -72,7 +73,7 @@ def _full(config, params, tokens, causal=True, segment_ids_BS=None):
 
 
 def _tiny(vocabulary, **shape) -> Tiny:
-    # 17 ids more than the tokenizer has stand for the padding of a vocabulary.
+    # 17 ids more than the tokenizer has are the padding of the vocabulary.
     config = ModelConfig(
         num_layers=2,
         hidden_size=32,
@@ -84,8 +85,8 @@ def _tiny(vocabulary, **shape) -> Tiny:
     rng = np.random.default_rng(3)
 
     def draw(path, leaf):
-        # Large weights, and none at 0: else all tokens are about as likely, and nothing would be
-        # tested.
+        # Large weights, and none of 0. Otherwise all tokens would be about equally likely, and
+        # tests would prove little.
         name = jax.tree_util.keystr(path)
         std = 0.15 if "_VD" in name or "w_" in name else 0.05
         return jnp.asarray(rng.normal("scale" in name, std, leaf.shape), jnp.float32)
@@ -101,8 +102,8 @@ def learned(tokenizer):
 
 @pytest.fixture(scope="session")
 def rotary(tokenizer):
-    """Rotary positions, two query heads to a key head, RMSNorm, SwiGLU, an output embedding of its
-    own."""
+    """Return a model with rotary positions, two query heads to a key head, RMSNorm, SwiGLU and a
+    separate output embedding."""
     return _tiny(
         tokenizer.vocab_size,
         position_embedding_type="rotary",

@@ -1,12 +1,11 @@
-"""Writes fixtures/transformers.npz: what Hugging Face's generate and logits processors make of
-random GPT-2 models.
+"""Write fixtures/transformers.npz: results of Hugging Face's generate and logits processors.
 
     python tests/decode/make_fixtures.py --output=tests/decode/fixtures/transformers.npz
 
-needs torch and transformers and nothing of this project. The traps: top_k is 50 unless it is set; a
-pad id of 0 counts as none, and ended beams are then padded with the end token; and only a small
-vocabulary with a seed that was looked for has beams that end early, without which beam search
-proves little.
+This needs torch and transformers, and nothing of this project. The models are random GPT-2 models.
+Note: top_k is 50 unless it is set. A pad id of 0 counts as missing, and ended beams are then padded
+with the end token. Only a small vocabulary with a chosen seed has beams that end early, without
+which beam search is hardly tested.
 """
 
 import argparse
@@ -29,7 +28,7 @@ BEAMS = (2, 3, 5)
 LENGTH_PENALTIES = (0.0, 0.6, 1.0, 2.0, -1.0)
 EARLY = (False, True, "never")
 
-# Settings that both sides know by the same names, on prompts of one length: transformers counts
+# Settings with the same names on both sides, on prompts of one length, because transformers counts
 # padding as seen.
 GREEDY_SETTINGS = [
     {"repetition_penalty": 1.3},
@@ -56,7 +55,7 @@ GREEDY_SETTINGS = [
 ]
 BEAM_SETTINGS = [{"num_beams": 3, "length_penalty": 0.6} | each for each in GREEDY_SETTINGS]
 
-# A processor's class, its arguments, and the settings that stand for them here.
+# A processor's class, its arguments, and the equivalent settings here.
 PROCESSORS = [
     ("RepetitionPenaltyLogitsProcessor", {"penalty": 1.3}, {"repetition_penalty": 1.3}),
     ("RepetitionPenaltyLogitsProcessor", {"penalty": 0.7}, {"repetition_penalty": 0.7}),
@@ -86,7 +85,7 @@ PROCESSORS = [
 
 
 def settings_of(entry) -> dict:
-    """The settings that stand for an entry of PROCESSORS."""
+    """Return the settings that are equivalent to an entry of PROCESSORS."""
     _, arguments, settings = entry
     return (
         {key: value for key, value in arguments.items() if key != "eos_token_id"}
@@ -98,7 +97,7 @@ def settings_of(entry) -> dict:
 def logits_and_ids():
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 12, (8, 14))
-    ids[:, 6:9], ids[:, 12:14] = ids[:, :3], ids[:, :2]  # n-grams that came before
+    ids[:, 6:9], ids[:, 12:14] = ids[:, :3], ids[:, :2]  # n-grams that occurred before
     ids[1, -1] = 3
     ids[2, -2:] = (9, 9)
     ids[3, -3:] = (0, 1, 2)
@@ -120,7 +119,7 @@ def make() -> dict[str, np.ndarray]:
     from transformers.generation import logits_process
 
     def generate(model, tokens, **settings):
-        """(rows, NEW) new tokens, the scores of beams."""
+        """Return (rows, NEW) new tokens, and the scores of beams."""
         longest = max(map(len, tokens))
         ids, mask = (torch.full((len(tokens), longest), fill) for fill in (PAD, 0))
         for row, prompt in enumerate(tokens):
@@ -194,7 +193,7 @@ def make() -> dict[str, np.ndarray]:
         made[f"processor_{number}"] = getattr(logits_process, name)(**arguments)(
             ids, logits.clone()
         ).numpy()
-    # What entries were made from: a test that uses others must fail rather than compare them.
+    # The inputs of the entries: a test that uses others must fail rather than compare them.
     made["settings"] = np.array(json.dumps([GREEDY_SETTINGS, BEAM_SETTINGS, PROCESSORS]))
     return made
 

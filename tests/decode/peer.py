@@ -1,5 +1,4 @@
-"""The random GPT-2 models of fixtures/transformers.npz as this project's, and what Hugging Face
-made of them."""
+"""Build the random GPT-2 models of fixtures/transformers.npz, and read Hugging Face's results."""
 
 import functools
 import json
@@ -25,7 +24,7 @@ CONFIG = ModelConfig(
 
 
 class Letters:
-    """A token is a letter; every one may be written, and one is the end."""
+    """A tokenizer whose tokens are letters; every one may be written, and one is the end."""
 
     vocab_size = made.VOCABULARY
     bos_id = made.END
@@ -54,7 +53,7 @@ def fixtures() -> dict[str, np.ndarray]:
 
 @functools.cache
 def decoder(number: int) -> Decoder:
-    """Model ``number`` of the fixtures."""
+    """Return model ``number`` of the fixtures."""
     heads = made.HEADS
     width = made.WIDTH
 
@@ -100,6 +99,6 @@ def decoder(number: int) -> Decoder:
 
 
 def cut(tokens, ends=(made.END,)) -> tuple[int, ...]:
-    """A row of Hugging Face's, up to before its end."""
+    """Return a row of Hugging Face's up to its end token."""
     row = tokens.tolist()
     return tuple(row[: next((place for place, token in enumerate(row) if token in ends), len(row))])

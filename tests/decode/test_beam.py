@@ -1,5 +1,7 @@
-"""Beams: what a search with loops and full forward passes finds, alone or in a batch. test_peer.py:
-as Hugging Face."""
+"""Compare beam search with a search by loops and full forward passes, alone and in a batch.
+
+test_peer.py compares it with Hugging Face.
+"""
 
 import dataclasses
 import functools
@@ -42,8 +44,8 @@ def _full(config, params, tokens_BS):
 
 
 def _next(number, sequences) -> np.ndarray:
-    """Log-probabilities (B, V) of what follows each sequence, by a full forward pass of model
-    ``number``."""
+    """Return log-probabilities (B, V) of the next token of each sequence, by a full forward pass of
+    model ``number``."""
     padded = np.zeros((16 * -(-len(sequences) // 16), 24), np.int32)
     for row, tokens in zip(padded, sequences, strict=False):
         row[: len(tokens)] = tokens
@@ -51,7 +53,7 @@ def _next(number, sequences) -> np.ndarray:
     return _log_softmax([logits[row, len(tokens) - 1] for row, tokens in enumerate(sequences)])
 
 
-# Settings that differ in all that a batch may mix.
+# Settings that differ in everything that a batch may mix.
 MIXED = [
     dataclasses.replace(BEAMS, repetition_penalty=1.1),
     dataclasses.replace(
@@ -70,8 +72,8 @@ MIXED = [
     ids=["learned", "rotary"],
 )
 def test_log_probabilities_equal_full_forward_passes(request, tokenizer, name, settings):
-    """Prompts of different lengths, whose cache all beams share; the rotary model also
-    shares key heads."""
+    """Prompts of different lengths share a cache with all beams; the rotary model also shares key
+    heads."""
     tiny = request.getfixturevalue(name)
     results = generate(tiny.decoder, tokenizer, PROMPTS, settings)
     assert len({(result.prompt, result.tokens) for result in results}) == len(results) >= 14
@@ -92,7 +94,7 @@ def test_log_probabilities_equal_full_forward_passes(request, tokenizer, name, s
 
 
 @pytest.mark.parametrize("kind", ["searched", pytest.param("drawn", marks=pytest.mark.slow)])
-def test_a_search_does_not_depend_on_its_neighbors_or_its_position(learned, tokenizer, kind):
+def test_a_search_does_not_depend_on_the_batch(learned, tokenizer, kind):
     settings = (
         MIXED
         if kind == "searched"
@@ -129,13 +131,13 @@ def test_the_step_compiles_once_for_mixed_settings_and_all_lengths(learned, toke
     assert module.advance._cache_size() == before
 
 
-def test_rows_and_beams_of_all_kinds_in_one_call():
+def test_one_call_mixes_greedy_sampled_and_beam_rows():
     kinds = [
         DecodeConfig(max_new_tokens=9, num_return_sequences=2, temperature=1.0),
         dataclasses.replace(BEAMS, num_return_sequences=3),
         DRAWN,
     ]
-    # So long that alone and together they need caches of one size.
+    # Long enough that alone and together they need caches of the same size.
     prompts = made.prompts((50, 53, 52))
     pieces = {}
     together = generate(
@@ -158,7 +160,8 @@ def test_rows_and_beams_of_all_kinds_in_one_call():
 
 
 def _all_sequences(number, prompt, longest):
-    """(tokens, log-probability of each, ended) of every sequence of at most ``longest`` tokens."""
+    """Return (tokens, log-probability of each, ended) of every sequence of at most ``longest``
+    tokens."""
     found = []
     open_ = [((), 0.0)]
     for place in range(longest):
@@ -176,8 +179,8 @@ def _all_sequences(number, prompt, longest):
 @pytest.mark.parametrize(
     ("kind", "exponent"), [("hf", 1.0), ("hf", 0.0), ("gnmt", 0.6), ("gnmt", 3.0)]
 )
-def test_as_many_beams_as_tokens_find_the_best_of_all_sequences(kind, exponent):
-    """Two tokens with 13 beams of a vocabulary of 13 are an exhaustive search."""
+def test_beams_as_wide_as_the_vocabulary_find_the_best_sequence(kind, exponent):
+    """With two tokens and a vocabulary of 13, 13 beams are an exhaustive search."""
     prompt = made.prompts((6,))[0]
     decode = DecodeConfig(
         max_new_tokens=2,
@@ -204,8 +207,8 @@ def test_as_many_beams_as_tokens_find_the_best_of_all_sequences(kind, exponent):
 
 
 def _reference(number, prompt, decode):
-    """[(tokens, score)] of a group beam search with lists and loops; also what is searched without
-    groups."""
+    """Return [(tokens, score)] of a group beam search with lists and loops, also for a search
+    without groups."""
     groups = decode.num_beam_groups
     beams = decode.num_beams // decode.num_beam_groups
     running = [[((), 0.0)] for _ in range(groups)]
@@ -244,7 +247,7 @@ def _reference(number, prompt, decode):
     return sorted(results, key=lambda each: -each[1])[: decode.num_return_sequences]
 
 
-def test_the_search_with_loops_finds_what_hugging_face_does():
+def test_the_search_by_loops_equals_hugging_face():
     for early, place in ((False, 6), (True, 1), ("never", 11)):
         penalty = made.LENGTH_PENALTIES[place // 3]
         decode = DecodeConfig(
@@ -260,7 +263,7 @@ def test_the_search_with_loops_finds_what_hugging_face_does():
 
 
 @pytest.mark.parametrize("groups", [pytest.param(2, marks=pytest.mark.slow), 3])
-def test_groups_equal_a_search_with_loops(groups):
+def test_groups_equal_a_search_by_loops(groups):
     settings = [
         DecodeConfig(
             max_new_tokens=8,
@@ -294,10 +297,9 @@ def test_groups_equal_a_search_with_loops(groups):
 
 
 # --- stochastic beams
-# ---------------------------------------------------------------------------------------------
 
-# Of three tokens, one of them the end, two steps make seven sequences. Two beams hold fewer than
-# the first step has.
+# With three tokens, one of them the end, two steps make seven sequences. The first step has more
+# candidates than the two beams can hold.
 FEW = DecodeConfig(
     max_new_tokens=2,
     temperature=0.7,
@@ -308,7 +310,7 @@ FEW = DecodeConfig(
 
 
 def _few_sequences(number, prompt):
-    """{tokens with their end: probability} of the seven sequences."""
+    """Return {tokens with their end: probability} of the seven sequences."""
     allowed = [2, 9, made.END]
 
     def choices(tokens):
@@ -325,7 +327,8 @@ def _few_sequences(number, prompt):
 
 
 def test_stochastic_beams_are_draws_without_replacement():
-    """Chi-square over 2,000 draws: the first sequence, and the ordered pairs of the first two."""
+    """Chi-square over 2,000 draws of the first sequence, and of the ordered pairs of the first
+    two."""
     prompt = made.prompts((6,))[0]
     count = 2000
     share = _few_sequences(2, prompt)
@@ -357,11 +360,11 @@ def test_stochastic_beams_are_draws_without_replacement():
             if a != b:
                 expected = count * share[a] * share[b] / (1 - share[a])
                 statistic[2] += (pairs.get((a, b), 0) - expected) ** 2 / expected
-    # Exceeded by one seed in 1,000 with 6 and with 41 degrees of freedom.
+    # One seed in 1,000 exceeds these with 6 and with 41 degrees of freedom.
     assert statistic[1] < 22.5 and statistic[2] < 74.7
 
 
-def test_stochastic_beams_with_a_limit_draw_from_what_it_keeps():
+def test_stochastic_beams_with_a_limit_draw_only_kept_tokens():
     prompt = made.prompts((6,))[0]
     limited = dataclasses.replace(
         FEW, suppress_tokens=(), top_k=2, max_new_tokens=1, num_beams=3, num_return_sequences=3
@@ -373,7 +376,7 @@ def test_stochastic_beams_with_a_limit_draw_from_what_it_keeps():
         [dataclasses.replace(limited, seed=seed) for seed in range(20)],
     )
     best = set(np.argsort(-_next(2, [prompt])[0])[:2].tolist())
-    # Three beams were asked for, and there are two sequences.
+    # Three beams were requested, but there are only two sequences.
     assert len(results) == 40
     for first, second in zip(results[::2], results[1::2], strict=True):
         assert {(*result.tokens, made.END)[0] for result in (first, second)} == best
@@ -382,17 +385,17 @@ def test_stochastic_beams_with_a_limit_draw_from_what_it_keeps():
 
 
 # --- stopping and limits
-# ------------------------------------------------------------------------------------------
 
 
 def _by_turns(tokens_BS, lengths_B, prompts_B):
-    """2 and 9 by turns; behind a prompt of five tokens nothing."""
+    """Allow 2 and 9 alternately; after a prompt of five tokens allow nothing."""
     turn_B = jnp.where((lengths_B - prompts_B) % 2 == 1, 9, 2)
-    return (jnp.arange(made.VOCABULARY) == turn_B[:, None]) & (prompts_B != 5)[:, None]
+    ids_1V = jnp.arange(made.VOCABULARY)[None, :]
+    return (ids_1V == turn_B[:, None]) & (prompts_B != 5)[:, None]
 
 
 def test_ends_stop_sequences_and_constraints_within_beams():
-    """One sequence is possible, and so one is returned."""
+    """Only one sequence is possible, so only one is returned."""
     decode = DecodeConfig(max_new_tokens=6, num_beams=3, num_return_sequences=3)
     stopping = dataclasses.replace(decode, stop_sequences=((9, 2), (4,)))
     ending = dataclasses.replace(decode, eos_token_id=(7, 9))
@@ -410,9 +413,9 @@ def test_ends_stop_sequences_and_constraints_within_beams():
 
 
 @pytest.mark.parametrize("temperature", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
-def test_time(learned, tokenizer, monkeypatch, temperature):
-    """The clock ticks a second each time that it is read: once at the start, then before every
-    chunk of tokens."""
+def test_max_time_ends_beams(learned, tokenizer, monkeypatch, temperature):
+    """The clock advances a second each time it is read: once at the start, then before every chunk
+    of tokens."""
     ticks = itertools.count()
     for each in (module, stochastic, beams):
         monkeypatch.setattr(
@@ -430,7 +433,7 @@ def test_time(learned, tokenizer, monkeypatch, temperature):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_beams_end_where_the_context_does(learned, tokenizer, temperature):
+def test_beams_end_at_the_end_of_the_context(learned, tokenizer, temperature):
     tokens = np.random.default_rng(2).integers(10, 300, 64).tolist()
     long = dataclasses.replace(BEAMS, max_new_tokens=30, min_new_tokens=30, temperature=temperature)
     results = generate(learned.decoder, tokenizer, [tokens[:40], tokens], long)
@@ -475,12 +478,12 @@ def test_beams_end_where_the_context_does(learned, tokenizer, temperature):
         ({"stop_strings": ("a",)}, "stop_strings .* num_beams=4 .*stop_sequences"),
     ],
 )
-def test_settings_in_conflict(learned, tokenizer, settings, message):
+def test_conflicting_settings_raise_an_error(learned, tokenizer, settings, message):
     with pytest.raises(ValueError, match=message):
         generate(learned.decoder, tokenizer, ["The"], dataclasses.replace(BEAMS, **settings))
 
 
-def test_a_prompt_is_held_once_and_its_beams_hold_new_tokens_alone(learned):
+def test_the_cache_holds_a_prompt_once_for_all_beams(learned):
     prefix = prefill(learned.decoder, [list(range(20, 53))] * 2, 64)
     static = module.Static(beams=4, groups=1, size=16)
     search_params = module.SearchParams(
@@ -490,6 +493,6 @@ def test_a_prompt_is_held_once_and_its_beams_hold_new_tokens_alone(learned):
         )
     )
     state = jax.eval_shape(functools.partial(module.begin, static=static), prefix, search_params)
-    # Four heads of eight; of each prompt 4 beams of 16 new tokens, where copies of the prompts
-    # would be 4 of 64 more.
+    # Four heads of width 8. Each prompt has 4 beams of 16 new tokens; copies of the prompts would
+    # add 4 of 64 each.
     assert {x.shape for x in jax.tree.leaves(state.cache.layers)} == {(2, 4, 4 * 16, 8)}

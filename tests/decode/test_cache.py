@@ -1,4 +1,4 @@
-"""The cache: equal to no cache at every position, and changed in place."""
+"""Check that cached decoding equals decoding without a cache, and updates the cache in place."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ _step = jax.jit(cache.step, static_argnums=0)
 
 
 def _decoded(decoder, tokens, lengths):
-    """Logits of every row from the end of its prompt on: (B, STEPS + 1, V)."""
+    """Return logits of every row from the end of its prompt on: (B, STEPS + 1, V)."""
     prefix = cache.prefill(
         decoder, [row[:n] for row, n in zip(tokens.tolist(), lengths, strict=True)], 48
     )
@@ -47,7 +47,7 @@ def test_cached_decoding_equals_the_full_forward_pass_at_every_position(tiny):
         np.testing.assert_allclose(decoded[row], expected, atol=ROUNDING, rtol=ROUNDING)
 
 
-def test_bfloat16_cache_holds_bfloat16_and_stays_near(learned):
+def test_a_bfloat16_cache_stays_near_the_exact_logits(learned):
     tokens = _tokens(learned)
     half = cache.unstack(learned.config, learned.params, "bfloat16")
     prefix = cache.prefill(half, [tokens[0, :9].tolist()], 48)
@@ -77,7 +77,7 @@ def test_steps_change_the_cache_in_place(learned, tokenizer, rows):
     memory = compiled.memory_analysis()
     held = sum(x.nbytes for x in jax.tree.leaves(state.cache))
     assert held <= memory.alias_size_in_bytes
-    # The loop's own copies of the cache would be temporaries.
+    # Copies of the cache made by the loop would be temporaries.
     assert memory.temp_size_in_bytes < held / 2
 
 
@@ -106,7 +106,7 @@ def test_buckets():
     assert cache.capacity(5, 64) == 64
 
 
-def test_bad_input(learned):
+def test_invalid_arguments_raise_an_error(learned):
     with pytest.raises(ValueError, match="0, 4.* 16"):
         cache.prefill(learned.decoder, [[], [1, 2, 3, 4]], 16)
     with pytest.raises(ValueError, match="17.* 16"):

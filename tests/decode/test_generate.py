@@ -1,4 +1,4 @@
-"""Generation: the model's own tokens, whatever the batch, the chunks and the settings of others."""
+"""Check that rows get the model's own tokens for every batch, chunk and setting of other rows."""
 
 import copy
 import dataclasses
@@ -21,7 +21,7 @@ PROMPTS = ["The cat", "In the town where I was", "天地", ""]
 
 
 def _argmax_loop(tiny, tokenizer, prompt, count):
-    """Greedy tokens and their log-probabilities, each from a full forward pass; ends are not
+    """Return greedy tokens and their log-probabilities, each from a full forward pass; ends are not
     written."""
     tokens = list(prompt)
     logprobs = []
@@ -54,7 +54,7 @@ def test_a_prompt_without_tokens_starts_from_bos(learned, tokenizer):
     assert empty.tokens == bos.tokens == text.tokens
 
 
-def test_a_row_does_not_depend_on_its_neighbors_or_its_position(learned, tokenizer):
+def test_a_row_does_not_depend_on_the_batch(learned, tokenizer):
     alone = [generate(learned.decoder, tokenizer, [prompt], SAMPLED)[0] for prompt in PROMPTS]
     others = dataclasses.replace(SAMPLED, temperature=0.7, top_k=9, seed=77, repetition_penalty=1.2)
     batch = generate(
@@ -64,7 +64,7 @@ def test_a_row_does_not_depend_on_its_neighbors_or_its_position(learned, tokeniz
     assert all(a.tokens != b.tokens for a, b in zip(batch[4:], alone, strict=True))
 
 
-def test_sequences_of_one_prompt_have_seeds_that_follow(learned, tokenizer):
+def test_sequences_of_one_prompt_have_consecutive_seeds(learned, tokenizer):
     three = dataclasses.replace(SAMPLED, num_return_sequences=3)
     several = generate(learned.decoder, tokenizer, PROMPTS[:2], three)
     assert [result.prompt for result in several] == [0, 0, 0, 1, 1, 1]
@@ -97,7 +97,7 @@ def test_the_step_compiles_once_for_mixed_requests_and_all_lengths(learned, toke
                     epsilon_cutoff=0.001,
                     eta_cutoff=0.001,
                     stop_token_ids=(int(k),),
-                    # Three or four entries of up to two tokens are one table of four.
+                    # Three or four entries of up to two tokens make one table of four.
                     logit_bias={int(k) + i: 0.5 for i in range(rng.integers(1, 3))},
                     bad_words_ids=((int(k), 9),),
                     suppress_tokens=(4,),
@@ -119,7 +119,7 @@ def test_the_step_compiles_once_for_mixed_requests_and_all_lengths(learned, toke
     )  # prompts of 16 and of 32
 
 
-def test_specials_and_padding_of_the_vocabulary_are_never_written(learned, tokenizer):
+def test_special_tokens_and_padding_ids_are_never_written(learned, tokenizer):
     hot = DecodeConfig(max_new_tokens=60, temperature=50.0, num_return_sequences=40)
     results = generate(learned.decoder, tokenizer, [""], hot)
     tokens = np.concatenate([result.tokens for result in results]).astype(int)
@@ -131,7 +131,7 @@ def test_specials_and_padding_of_the_vocabulary_are_never_written(learned, token
 
 
 def _ending_with(tokenizer, token):
-    """The tokenizer, with another token as its end."""
+    """Return the tokenizer with another token as its end."""
     other = copy.copy(tokenizer)
     other.eos_id = token
     return other
@@ -178,8 +178,7 @@ def test_each_of_several_ends_of_a_tokenizer_stops_a_row(learned, tokenizer):
 
 
 def test_rows_have_their_own_ends_and_stops(learned, letters):
-    """In one batch: other ends, several of them; a stop token; a stop sequence over the border of a
-    chunk."""
+    """One batch with several other ends, a stop token, and a stop sequence across two chunks."""
     free = generate(learned.decoder, letters, PROMPTS, SAMPLED)
     tokens = [result.tokens for result in free]
     ends = (tokens[0][9], tokens[0][5])
@@ -214,8 +213,8 @@ def test_rows_have_their_own_ends_and_stops(learned, letters):
     assert results == generate(learned.decoder, letters, PROMPTS, settings)
 
 
-def test_no_stop_fires_on_the_prompt(learned, letters):
-    """A stop that the prompt holds, or begins, is looked for in what comes behind it alone."""
+def test_stops_in_the_prompt_are_ignored(learned, letters):
+    """A stop that the prompt contains, or begins, is searched only in the text after it."""
     prompt = "The cat"
     (free,) = generate(learned.decoder, letters, [prompt], SAMPLED)
     known = encode_prompt(letters, prompt)
@@ -228,9 +227,7 @@ def test_no_stop_fires_on_the_prompt(learned, letters):
     assert generate(learned.decoder, letters, [prompt], stops) == [free]
 
 
-def test_a_stop_string_that_the_prompt_holds_ends_the_text_where_it_is_written_again(
-    learned, letters
-):
+def test_a_stop_string_of_the_prompt_ends_the_text_when_written_again(learned, letters):
     known = [*encode_prompt(letters, "The cat"), *letters.encode("ogi")]
     stop = letters.encode("ogi")
     written = dataclasses.replace(SAMPLED, forced_tokens=tuple(enumerate(stop, 3)))
@@ -243,9 +240,9 @@ def test_a_stop_string_that_the_prompt_holds_ends_the_text_where_it_is_written_a
     assert result.text == free.text[:at] and result.finish_reason == "stop"
 
 
-def test_time_ends_a_row_and_leaves_the_others(learned, tokenizer, monkeypatch):
-    """The clock ticks a second each time that it is read: once at the start, then before every
-    chunk of tokens."""
+def test_max_time_ends_only_its_row(learned, tokenizer, monkeypatch):
+    """The clock advances a second each time it is read: once at the start, then before every chunk
+    of tokens."""
     free = generate(learned.decoder, tokenizer, PROMPTS, GREEDY)
     ticks = itertools.count()
     monkeypatch.setattr(module, "time", types.SimpleNamespace(monotonic=lambda: float(next(ticks))))
@@ -263,15 +260,15 @@ def test_time_ends_a_row_and_leaves_the_others(learned, tokenizer, monkeypatch):
 
 
 def _words_of_three(tokens_BS, lengths_B, prompts_B):
-    """A grammar by its states: two tokens of 100 to 109, one of 110 to 119, and so on; then, after
-    seven, nothing."""
+    """Constrain tokens by a grammar: two of 100 to 109, one of 110 to 119, and so on; nothing after
+    seven."""
     place_B1 = (lengths_B - prompts_B)[:, None]
     low_B1 = jnp.where(place_B1 % 3 == 2, 110, 100)
-    ids = jnp.arange(437)
-    return (ids >= low_B1) & (ids < low_B1 + 10) & (place_B1 < 7)
+    ids_1V = jnp.arange(437)[None, :]
+    return (ids_1V >= low_B1) & (ids_1V < low_B1 + 10) & (place_B1 < 7)
 
 
-def test_a_constraint_keeps_to_its_grammar(learned, tokenizer):
+def test_a_constraint_enforces_its_grammar(learned, tokenizer):
     results = generate(
         learned.decoder, tokenizer, PROMPTS, [SAMPLED, GREEDY] * 2, constraint=_words_of_three
     )
@@ -281,7 +278,7 @@ def test_a_constraint_keeps_to_its_grammar(learned, tokenizer):
         assert max(result.logprobs) < 0, "of the model's own distribution"
 
 
-def test_min_new_tokens_holds_the_end_back(learned, tokenizer):
+def test_min_new_tokens_delays_the_end(learned, tokenizer):
     end = generate(learned.decoder, tokenizer, ["The cat"], GREEDY)[0].tokens[0]
     (result,) = generate(
         learned.decoder,
@@ -292,8 +289,8 @@ def test_min_new_tokens_holds_the_end_back(learned, tokenizer):
     assert len(result.tokens) >= 6 and end not in result.tokens
 
 
-def test_no_repeat_of_single_tokens_ends_a_row_that_may_say_nothing_more(learned, tokenizer):
-    """With all but three tokens made special, the fourth has nothing left."""
+def test_a_row_without_allowed_tokens_ends(learned, tokenizer):
+    """All but three tokens are special, so no token is left for the fourth position."""
     narrow = copy.copy(tokenizer)
     narrow.is_special = np.ones(tokenizer.vocab_size, bool)
     narrow.is_special[[100, 101, 102]] = False
@@ -303,7 +300,7 @@ def test_no_repeat_of_single_tokens_ends_a_row_that_may_say_nothing_more(learned
     assert sorted(result.tokens) == [100, 101, 102] and result.finish_reason == "stop"
 
 
-def test_generation_ends_where_the_context_does(learned, tokenizer):
+def test_generation_ends_at_the_end_of_the_context(learned, tokenizer):
     tokens = np.random.default_rng(2).integers(10, 300, 64).tolist()
     short, full = generate(learned.decoder, tokenizer, [tokens[:59], tokens], GREEDY)
     assert len(short.tokens) == 5 and short.finish_reason == "length"
@@ -328,7 +325,7 @@ def test_streamed_text_equals_text_at_once(learned, tokenizer, decode):
     assert all(len(parts) > 3 for parts in pieces.values())
 
 
-def test_stop_strings_across_the_borders_of_tokens_and_chunks(learned, letters):
+def test_stop_strings_span_tokens_and_chunks(learned, letters):
     (free,) = generate(learned.decoder, letters, ["The cat"], SAMPLED)
     before = letters.decode(free.tokens[: CHUNK + 1])  # one token comes before the first chunk
     for width in (1, 2, 4):
@@ -368,7 +365,7 @@ def test_work_ends_when_all_rows_have_stopped(learned, letters, monkeypatch):
     assert len(calls) <= 1
 
 
-def test_one_row_stops_and_the_others_go_on(learned, letters):
+def test_a_row_that_stops_does_not_end_the_others(learned, letters):
     free = generate(learned.decoder, letters, PROMPTS, SAMPLED)
     stop = free[0].text[3:8]
     assert not any(stop in result.text for result in free[1:])
@@ -419,13 +416,13 @@ def test_one_row_stops_and_the_others_go_on(learned, letters):
         ({"sequence_bias": {(1, 9999): 1.0}}, "sequence_bias .*9999"),
     ],
 )
-def test_settings_out_of_range(learned, tokenizer, monkeypatch, setting, message):
-    monkeypatch.setattr(module, "prefill", None)  # refused before any work
+def test_settings_out_of_range_raise_an_error(learned, tokenizer, monkeypatch, setting, message):
+    monkeypatch.setattr(module, "prefill", None)  # raised before any work
     with pytest.raises(ValueError, match=message):
         generate(learned.decoder, tokenizer, ["The"], DecodeConfig(**setting))
 
 
-def test_bad_prompts(learned, tokenizer):
+def test_invalid_prompts_raise_an_error(learned, tokenizer):
     with pytest.raises(ValueError, match="65 tokens .* 64; shorten"):
         generate(learned.decoder, tokenizer, [[5] * 65], GREEDY)
     with pytest.raises(ValueError, match="token 9999 .* 0 to"):

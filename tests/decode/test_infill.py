@@ -1,4 +1,5 @@
-"""Filling masks: the bidirectional model's own probabilities, and a text with the blanks filled."""
+"""Compare filled masks with the model's own bidirectional probabilities, and check the filled
+text."""
 
 import numpy as np
 import pytest
@@ -10,8 +11,8 @@ ROUNDING = 1e-5
 
 
 def _probabilities(tiny, tokens):
-    """(S, V) by a full forward pass both ways; the padding of the fixture is cut off as another
-    segment."""
+    """Return probabilities (S, V) by a full bidirectional forward pass, with the padding of the
+    fixture as another segment."""
     segments = np.zeros((1, 64), np.int32)
     segments[0, : len(tokens)] = 1
     logits = tiny.logits([tokens], causal=False, segment_ids_BS=segments)[0].astype(np.float64)
@@ -19,7 +20,7 @@ def _probabilities(tiny, tokens):
 
 
 @pytest.mark.parametrize("mask", ["<mask>", "[MASK]"])
-def test_probabilities_and_text(tiny, tokenizer, mask):
+def test_probabilities_and_text_of_filled_masks(tiny, tokenizer, mask):
     filled = fill(tiny.decoder, tokenizer, f"The {mask} sat on{mask} mat.", top_k=4)
     tokens = [
         tokenizer.bos_id,
@@ -49,17 +50,15 @@ def test_probabilities_and_text(tiny, tokenizer, mask):
     assert filled.text == b"The %b sat on%b mat.".__mod__(written).decode("utf-8", "replace")
 
 
-def test_what_follows_a_mask_matters(learned, tokenizer):
-    """A causal model would guess the same."""
+def test_the_text_after_a_mask_changes_the_guess(learned, tokenizer):
+    """A causal model would guess the same for both."""
     left, right = (
         fill(learned.decoder, tokenizer, f"The <mask> {end}").masks[0] for end in ("sat.", "在")
     )
     assert left[0].probability != pytest.approx(right[0].probability, abs=1e-3)
 
 
-def test_a_piece_with_its_space_does_not_double_the_space_of_the_text(
-    learned, tokenizer, monkeypatch
-):
+def test_a_piece_with_a_space_does_not_double_the_space(learned, tokenizer, monkeypatch):
     ids = {tokenizer.token_bytes(i): i for i in range(tokenizer.vocab_size)}
     for piece, text, expected in (
         (b" the", "on <mask> mat", "on the mat"),
@@ -72,8 +71,8 @@ def test_a_piece_with_its_space_does_not_double_the_space_of_the_text(
         assert fill(learned.decoder, tokenizer, text, top_k=1).text == expected
 
 
-def test_pieces_of_one_character_join(learned, tokenizer, monkeypatch):
-    """Three masks in a row that are guessed as the bytes of one character make that character."""
+def test_byte_pieces_of_one_character_are_joined(learned, tokenizer, monkeypatch):
+    """Three adjacent masks filled with the bytes of one character give that character."""
     byte_ids = [
         next(i for i in range(tokenizer.vocab_size) if tokenizer.token_bytes(i) == bytes([byte]))
         for byte in "你".encode()
@@ -85,7 +84,7 @@ def test_pieces_of_one_character_join(learned, tokenizer, monkeypatch):
     assert [candidates[0].text for candidates in filled.masks] == ["\ufffd"] * 3
 
 
-def test_bad_input(learned, tokenizer):
+def test_invalid_prompts_raise_an_error(learned, tokenizer):
     def refused(message, *args, **options):
         with pytest.raises(ValueError, match=message):
             fill(learned.decoder, tokenizer, *args, **options)

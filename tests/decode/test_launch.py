@@ -1,5 +1,4 @@
-"""launch/generate.py from end to end: modes, text and JSON, and one line with exit code 2 for bad
-input."""
+"""Run launch/generate.py: three modes, text and JSON, and errors of one line with exit code 2."""
 
 import json
 import subprocess
@@ -14,7 +13,8 @@ SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "generate.py"
 
 @pytest.fixture(scope="module")
 def ask(answering, tokenizer, tmp_path_factory):
-    """(*arguments, stdin bytes) -> (exit code, standard output, standard error)."""
+    """Return a function (*arguments, stdin bytes) -> (exit code, standard output, standard
+    error)."""
     folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer.save(folder)
     answer = answering("generate.py", folder, positions=32, new_tokens=6)
@@ -103,12 +103,12 @@ def test_texts_and_ids_of_a_setting_add_up(ask):
     assert ask(*base, "--set=decode.bad_words_ids=((7, 8),)") == ask(*base, "--bad_words_ids=7,8")
 
 
-def test_several_texts_are_numbered(ask):
+def test_several_texts_are_separated(ask):
     out = ask("--workdir=RUN", "--prompt=The", "--temperature=1", "--n=2")[1]
     assert out.startswith("--- 1 ---\nThe") and "\n--- 2 ---\nThe" in out
 
 
-def test_the_end_of_the_context_is_reported(ask):
+def test_reaching_the_end_of_the_context_is_reported(ask):
     code, out, err = ask(
         "--workdir=RUN", "--prompt=The cat sat on", "--max_new_tokens=99", "--min_new_tokens=99"
     )
@@ -140,7 +140,7 @@ def test_ranking(ask):
     ].keys()
 
 
-def test_scorers_mix_and_their_table_is_aligned(ask):
+def test_scorers_are_mixed_and_their_table_is_aligned(ask):
     arguments = [
         "--workdir=RUN",
         "--mode=ranking",
@@ -226,8 +226,8 @@ def test_fill(ask):
     assert len(record["masks"][0]) == 5 and record["text"].startswith("The ")
 
 
-def test_backslash_n_is_a_line_end_in_stops_but_not_in_prompts(ask):
-    """A prompt is taken literally, with a note."""
+def test_an_escaped_line_end_in_stops_is_a_line_end(ask):
+    r"""In stops, \n is a line end. A prompt is used unchanged, with a note."""
     plain = json.loads(ask("--workdir=RUN", "--prompt=The", "--max_new_tokens=6", "--json")[1])[
         "sequences"
     ][0]
@@ -258,7 +258,7 @@ def ask_ids(ask, text: str) -> list[int]:
     )["tokens"]
 
 
-def test_the_ids_of_a_text(ask, tokenizer):
+def test_mode_tokens_prints_the_ids_of_a_text(ask, tokenizer):
     code, out, err = ask(f"--workdir={ask.folder}", "--mode=tokens", "--prompt=The cat 好")
     ids = tokenizer.encode("The cat 好")
     assert code == 0 and out.splitlines()[-1] == ",".join(map(str, ids)) and "'The'" in out
@@ -267,7 +267,8 @@ def test_the_ids_of_a_text(ask, tokenizer):
 
 
 def test_words_are_replaced_by_their_tokens(ask, tokenizer):
-    """At the beginning and after a space; the same as giving their ids."""
+    """Words are encoded with and without a space before them; the result equals the same ids given
+    by hand."""
     base = ["--workdir=RUN", "--prompt=The cat", "--json"]
     with_space, bare = (",".join(map(str, tokenizer.encode(text))) for text in (" the", "the"))
     assert "," not in with_space
@@ -320,7 +321,7 @@ def test_a_file_of_prompts_is_answered_line_by_line(ask, tmp_path):
     assert code == 0 and all(len(json.loads(line)["masks"]) == 1 for line in out.splitlines())
 
 
-def test_a_file_of_prompts_is_checked_before_work_and_keeps_what_is_written(ask, tmp_path):
+def test_a_file_of_prompts_is_checked_first_and_output_is_kept(ask, tmp_path):
     path = tmp_path / "p.jsonl"
     answers = tmp_path / "a.jsonl"
     for content, message in (
@@ -421,7 +422,7 @@ def test_a_file_of_prompts_is_checked_before_work_and_keeps_what_is_written(ask,
         ),
     ],
 )
-def test_a_flag_without_effect_is_refused(ask, arguments, message):
+def test_a_flag_without_effect_raises_an_error(ask, arguments, message):
     code, out, err = ask("--workdir=RUN", "--prompt=a", *arguments)
     assert (
         (code, out) == (2, "")
@@ -484,7 +485,7 @@ def test_a_flag_without_effect_is_refused(ask, arguments, message):
         (["--workdir=RUN", "--mode=ranking", "--prompt=a", "--candidates="], "empty"),
         (
             ["--workdir=RUN", "--mode=ranking", "--prompt=a", "--scorer=rouge"],
-            "scorer 'rouge' is not known",
+            "unknown scorer 'rouge'",
         ),
         (
             ["--workdir=RUN", "--mode=ranking", "--prompt=a", "--scorer=pmi=x"],
@@ -525,13 +526,13 @@ def test_a_flag_without_effect_is_refused(ask, arguments, message):
         (["--workdir=RUN"], "standard input is not UTF-8 at byte 1"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(ask, arguments, message):
+def test_invalid_input_exits_with_2_and_one_line(ask, arguments, message):
     code, out, err = ask(*arguments, stdin=b"a\xff")
     assert (code, out) == (2, "")
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
 
 
-def test_the_script_itself_exits_with_2():
+def test_the_script_exits_with_2():
     done = subprocess.run([sys.executable, SCRIPT, "--wrokdir=RUN"], capture_output=True, text=True)
     assert (
         done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

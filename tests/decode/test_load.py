@@ -1,5 +1,5 @@
-"""Decoders read from checkpoints: as from parameters in memory, in less of it, and refused where
-not finite."""
+"""Load decoders from checkpoints: equal to parameters in memory, with less memory, finite values
+only."""
 
 import dataclasses
 import json
@@ -44,7 +44,7 @@ def _save(folder, config: Config, params, tokenizer):
 
 
 def _poisoned(tiny, name: str, value: float):
-    """The parameters of ``tiny`` with one number of ``name`` replaced."""
+    """Return the parameters of ``tiny`` with one value of ``name`` replaced."""
 
     def one(path, leaf):
         if jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value") != name:
@@ -57,7 +57,7 @@ def _poisoned(tiny, name: str, value: float):
 @pytest.mark.parametrize(
     "chunk", [pytest.param(2**24, marks=pytest.mark.slow), 2**12], ids=["whole", "by_layer"]
 )
-def test_a_decoder_is_that_of_the_parameters_in_memory(
+def test_a_loaded_decoder_equals_the_parameters_in_memory(
     tiny, tokenizer, tmp_path, monkeypatch, chunk
 ):
     monkeypatch.setattr(checkpoint_arrays, "CHUNK_BYTES", chunk)
@@ -76,8 +76,8 @@ def test_a_decoder_is_that_of_the_parameters_in_memory(
             jax.tree.leaves(found.params), jax.tree.leaves(expected.params), strict=True
         ):
             assert one.dtype == other.dtype
-            # XLA and numpy round a quotient differently in its last bit, which now and then decides
-            # a tie.
+            # XLA and NumPy round a quotient differently in its last bit, which occasionally
+            # decides a tie.
             differences = np.abs(np.asarray(one, np.float32) - np.asarray(other, np.float32))
             if one.dtype == jnp.int8:
                 assert differences.max() <= 1 and differences.mean() < 1e-3
@@ -86,7 +86,7 @@ def test_a_decoder_is_that_of_the_parameters_in_memory(
 
 
 def test_int8_holds_a_tied_table_once(learned):
-    """The table of tokens and the head are one int8 array; the largest float array is that of
+    """The embedding table and the head are one int8 array; the largest float array holds the
     positions."""
     held = cache.unstack(learned.config, learned.params, weights="int8")
     sizes = {
@@ -99,7 +99,7 @@ def test_int8_holds_a_tied_table_once(learned):
     assert [leaf.size for leaf in jax.tree.leaves(held.params) if leaf.size >= table] == [table]
 
 
-def test_a_run_with_adapters_is_merged(learned, tokenizer, tmp_path):
+def test_adapters_of_a_run_are_merged(learned, tokenizer, tmp_path):
     config = Config(model=learned.config, optimizer=OptimizerConfig(lora_rank=2))
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, init="elsewhere"))
     rng = np.random.default_rng(0)
@@ -120,7 +120,7 @@ def test_a_run_with_adapters_is_merged(learned, tokenizer, tmp_path):
     ("name", "value"),
     [("blocks.mlp.b_in_F", np.nan), ("tokens_VD", np.inf), ("final_norm.scale_D", -np.inf)],
 )
-def test_a_parameter_that_is_not_finite_is_named(learned, tokenizer, tmp_path, name, value):
+def test_a_parameter_that_is_not_finite_raises_an_error(learned, tokenizer, tmp_path, name, value):
     folder = _save(
         tmp_path, Config(model=learned.config), _poisoned(learned, name, value), tokenizer
     )
@@ -132,13 +132,13 @@ def test_a_parameter_that_is_not_finite_is_named(learned, tokenizer, tmp_path, n
             load(folder)
 
 
-def test_finite_numbers_whose_sum_is_not_are_taken():
+def test_finite_values_with_an_infinite_sum_are_accepted():
     arrays.check_finite(np.full(8, 3e38, np.float32), "w", "here")
     with pytest.raises(ValueError, match="1 of 8"):
         arrays.check_finite(np.array([3e38] * 7 + [np.inf], np.float32), "w", "here")
 
 
-# Slow: a parameter of a layer, whose numbers reach the same check.
+# Slow: a parameter of a layer, which reaches the same check.
 @pytest.mark.parametrize(
     "name",
     [
@@ -146,8 +146,8 @@ def test_finite_numbers_whose_sum_is_not_are_taken():
         pytest.param("blocks.attention.b_v_KH", marks=pytest.mark.slow),
     ],
 )
-def test_logits_that_are_not_finite_are_no_text(learned, tokenizer, name):
-    """Of parameters that no checkpoint checked."""
+def test_logits_that_are_not_finite_raise_an_error(learned, tokenizer, name):
+    """The parameters were not checked by a checkpoint."""
     decoder = cache.unstack(learned.config, _poisoned(learned, name, np.nan))
     for settings in (
         {},
@@ -167,7 +167,7 @@ def test_logits_that_are_not_finite_are_no_text(learned, tokenizer, name):
             rank(decoder, tokenizer, "The", candidates)
 
 
-def test_asking_a_model_imports_nothing_that_only_training_or_measuring_needs():
+def test_generation_does_not_import_training_packages():
     heavy = [
         "orbax.checkpoint",
         "sacrebleu",
@@ -199,7 +199,7 @@ def gpt2_124m(tokenizer, tmp_path_factory):
 
 
 def _ask(folder, *flags, environment=None) -> tuple[float, float]:
-    """(peak of memory in bytes, processor time in seconds) of launch/generate.py."""
+    """Return (peak memory in bytes, processor time in seconds) of launch/generate.py."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     program = (
         "import resource, subprocess, sys; done = subprocess.run(sys.argv[1:]); "
@@ -225,8 +225,8 @@ def _ask(folder, *flags, environment=None) -> tuple[float, float]:
 
 
 @pytest.mark.slow
-def test_int8_and_bfloat16_save_the_memory_that_they_should(gpt2_124m, tmp_path):
-    """Of 124M parameters: what a decoder holds, and at most 500 MB besides.
+def test_int8_and_bfloat16_reduce_memory(gpt2_124m, tmp_path):
+    """The limit for 124M parameters is the size of the decoder and 500 MB.
 
     JAX, its programs and the package take 390 MB with a model of any size.
     """
@@ -242,7 +242,7 @@ def test_int8_and_bfloat16_save_the_memory_that_they_should(gpt2_124m, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_warm_start_is_quick(learned, tokenizer, tmp_path):
+def test_a_warm_start_is_fast(learned, tokenizer, tmp_path):
     folder = _save(tmp_path / "run", Config(model=learned.config), learned.params, tokenizer)
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     environment["XDG_CACHE_HOME"] = str(tmp_path)

@@ -1,5 +1,5 @@
-"""Hugging Face's generate and logits processors, by what they made of the same weights and logits:
-token for token."""
+"""Compare tokens with those of Hugging Face's generate and logits processors for the same
+weights."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ MODELS = range(len(made.MODELS))
 
 
 def _generate(number, prompts, settings):
-    """Results for every setting and prompt, in one batch."""
+    """Return results for every setting and prompt, in one batch."""
     configs = [
         DecodeConfig(max_new_tokens=made.NEW, num_return_sequences=each.get("num_beams", 1), **each)
         for each in settings
@@ -36,7 +36,8 @@ def _generate(number, prompts, settings):
 
 
 def _compare(results, tokens, scores=None, ends=None):
-    """``tokens``: (settings, rows, NEW) of Hugging Face's; ``ends`` of each setting."""
+    """Compare with ``tokens`` (settings, rows, NEW) of Hugging Face; ``ends`` are those of each
+    setting."""
     ends = [(made.END,)] * len(tokens) if ends is None else ends
     expected = [
         (peer.cut(row, end), set(row.tolist()) & set(end))
@@ -53,7 +54,7 @@ def _compare(results, tokens, scores=None, ends=None):
         )
 
 
-def test_greedy_in_a_ragged_batch():
+def test_greedy_tokens_of_a_ragged_batch_equal_hugging_face():
     for number in MODELS:
         results = _generate(number, made.prompts(made.PROMPTS), [{}])
         _compare(results, peer.fixtures()[f"{number}/greedy"][None])
@@ -66,9 +67,8 @@ def test_greedy_in_a_ragged_batch():
         for beams in made.BEAMS
     ],
 )
-def test_beams_and_their_scores_over_all_settings(beams):
-    """Length penalties and early stopping differ within the batch, as do the lengths of the
-    prompts."""
+def test_beams_and_scores_equal_hugging_face_for_all_settings(beams):
+    """Length penalties and early stopping differ within the batch, as do the lengths of prompts."""
     settings = [
         {"num_beams": beams, "length_penalty": penalty, "early_stopping": early}
         for penalty in made.LENGTH_PENALTIES
@@ -84,14 +84,13 @@ def test_beams_and_their_scores_over_all_settings(beams):
             )
 
 
-def test_fixtures_prove_something():
-    """Beams that never end early, or all beams alike, would pass with half of the search left
-    out."""
+def test_fixtures_cover_early_and_different_beams():
+    """If no beam ended early, or all beams were equal, half of the search would not be tested."""
     for beams in made.BEAMS:
         tokens = np.stack([peer.fixtures()[f"{number}/beams_{beams}"] for number in MODELS])
         ended = (tokens == made.END).any(-1)
         assert 0.4 < ended.mean() < 0.9
-        # Each length penalty and each value of early stopping changes what is found.
+        # Each length penalty and each value of early stopping changes the result.
         by_setting = tokens.reshape(len(MODELS), len(made.LENGTH_PENALTIES), len(made.EARLY), -1)
         for axis in (1, 2):
             parts = np.moveaxis(by_setting, axis, 0)
@@ -104,7 +103,7 @@ def test_fixtures_prove_something():
     ("name", "settings"),
     [("greedy_settings", made.GREEDY_SETTINGS), ("beam_settings", made.BEAM_SETTINGS)],
 )
-def test_processors_within_generation(name, settings):
+def test_processors_in_generation_equal_hugging_face(name, settings):
     ends = [each.get("eos_token_id", [made.END]) for each in settings]
     for number in MODELS:
         results = _generate(number, made.prompts((6, 6, 6)), settings)
@@ -113,7 +112,7 @@ def test_processors_within_generation(name, settings):
 
 
 @pytest.mark.parametrize("number", range(len(made.PROCESSORS)))
-def test_processors_on_random_logits(number):
+def test_processors_on_random_logits_equal_hugging_face(number):
     logits, ids = made.logits_and_ids()
     config = DecodeConfig(**{"temperature": 1.0} | made.settings_of(made.PROCESSORS[number]))
     length = ids.shape[1]
@@ -134,8 +133,8 @@ def test_processors_on_random_logits(number):
 
 
 @pytest.mark.slow
-def test_the_installed_transformers_makes_the_same(tmp_path):
-    """PEER_PYTHON names a Python that has torch and transformers; by default this one."""
+def test_the_installed_transformers_has_the_same_results(tmp_path):
+    """PEER_PYTHON names a Python with torch and transformers. Default: this one."""
     python = os.environ.get("PEER_PYTHON", sys.executable)
     if subprocess.run([python, "-c", "import torch, transformers"], capture_output=True).returncode:
         pytest.skip(f"{python} has no torch and transformers; name one that has in PEER_PYTHON")

@@ -1,4 +1,4 @@
-"""Each processor against its definition written out with loops."""
+"""Compare each processor with its definition written as loops."""
 
 import math
 
@@ -26,7 +26,7 @@ def _softmax(row):
 
 
 def _kept(logits, keep):
-    """Rows with all but the kept tokens at -inf."""
+    """Return rows with all but the kept tokens at -inf."""
     return np.array(
         [
             [x if token in kept else -math.inf for token, x in enumerate(row)]
@@ -43,7 +43,7 @@ def test_temperature(logits):
 
 
 def test_top_k(logits):
-    logits[1, [3, 5]] = 9.0  # equal to the k-th: both stay
+    logits[1, [3, 5]] = 9.0  # equal to the k-th: both are kept
     keep = [set(np.argsort(-logits[0])[:5]), {3, 5}, set(range(VOCABULARY)), set(range(VOCABULARY))]
     np.testing.assert_array_equal(p.top_k(logits, jnp.array([5, 1, 0, 1000])), _kept(logits, keep))
 
@@ -65,7 +65,7 @@ def test_top_p(logits):
     )
 
 
-def test_top_p_keeps_the_best_token_alone(logits):
+def test_top_p_keeps_at_least_the_best_token(logits):
     kept = p.top_p(logits, jnp.full(4, 1e-9))
     np.testing.assert_array_equal(np.isfinite(kept).sum(1), 1)
     np.testing.assert_array_equal(kept.argmax(1), logits.argmax(1))
@@ -84,7 +84,9 @@ def test_min_p(logits):
 def test_typical(logits):
     logits[
         :, 4
-    ] = -math.inf  # forbidden before: its surprise is infinite, its share of the entropy none
+    ] = (
+        -math.inf
+    )  # already forbidden: its surprisal is infinite, and it adds nothing to the entropy
     keep = []
     for row, mass in zip(logits, (0.2, 0.6, 0.9, 1.0), strict=True):
         probability = _softmax(row)
@@ -127,7 +129,7 @@ PROMPTS = np.array([2, 3, 1, 2])
 
 
 def _process(logits, allowed=None, eos=39, longest=20, constraint=None, **settings):
-    """``settings``: one value for each row."""
+    """Process logits with ``settings``, one value for each row."""
     configs = [
         DecodeConfig(**{name: column[row] for name, column in settings.items()}) for row in range(4)
     ]
@@ -138,11 +140,11 @@ def _process(logits, allowed=None, eos=39, longest=20, constraint=None, **settin
 
 
 def _sampling(configs):
-    """The settings of rows that every id may be written to, with no end."""
+    """Return settings of rows that may write every id and have no end."""
     return batch_settings(configs, np.ones(VOCABULARY, bool), eos=(0,))
 
 
-def test_repetition_penalty_counts_the_prompt_and_nothing_unwritten(logits):
+def test_repetition_penalty_counts_the_prompt(logits):
     penalties = [1.3, 2.0, 1.0, 0.5]
     expected = logits.copy()
     for row, penalty in enumerate(penalties):
@@ -168,7 +170,7 @@ def test_presence_and_frequency_penalties_count_generated_tokens_only(logits):
     np.testing.assert_allclose(processed, expected, rtol=ROUNDING)
 
 
-def test_no_repeat_ngram_sizes_mix_in_one_batch(logits):
+def test_no_repeat_ngram_sizes_differ_within_a_batch(logits):
     sizes = [3, 2, 1, 5]
     expected = logits.copy()
     for row, n in enumerate(sizes):
@@ -183,7 +185,7 @@ def test_no_repeat_ngram_sizes_mix_in_one_batch(logits):
     np.testing.assert_array_equal(_process(logits, no_repeat_ngram_size=sizes), expected)
 
 
-def test_min_new_tokens_holds_the_end_back_until_then(logits):
+def test_min_new_tokens_suppresses_the_end(logits):
     processed = _process(
         logits, eos=11, min_new_tokens=[4, 3, 0, 1]
     )  # generated so far: 3, 1, 4, 0
@@ -196,13 +198,13 @@ def test_min_length_counts_the_prompt(logits):
     assert np.isinf(processed[:, 11]).tolist() == [False, True, True, False]
 
 
-def test_biases_of_tokens_and_sequences_mix_in_one_batch(logits):
+def test_biases_of_tokens_and_sequences_differ_within_a_batch(logits):
     expected = logits.copy()
     expected[0, 3] += 2.5
     expected[0, 4] -= 1.0
-    expected[0, 9] += 1.5  # behind 5, 6
-    expected[1, 3] += 0.5 + 0.25  # a token of its own and behind 1
-    expected[2, [7, 11]] = -math.inf  # 7 always, 11 behind 8, 9
+    expected[0, 9] += 1.5  # after 5, 6
+    expected[1, 3] += 0.5 + 0.25  # a single token, and one after 1
+    expected[2, [7, 11]] = -math.inf  # 7 always, 11 after 8, 9
     processed = _process(
         logits,
         logit_bias=[{3: 2.5, 4: -1.0}, ((3, 0.5),), (), ()],
@@ -212,8 +214,8 @@ def test_biases_of_tokens_and_sequences_mix_in_one_batch(logits):
     np.testing.assert_allclose(processed, expected, rtol=ROUNDING)
 
 
-def test_a_sequence_longer_than_what_is_known_has_no_effect(logits):
-    """The fourth row knows 4, 4: a third token before it is not there."""
+def test_a_sequence_longer_than_the_text_has_no_effect(logits):
+    """The fourth row has the tokens 4, 4 and no third one before them."""
     processed = _process(
         logits, bad_words_ids=[(), (), (), ((3, 4, 4, 8), (0, 4, 4, 9), (4, 4, 10))]
     )
@@ -230,7 +232,8 @@ def test_suppressed_tokens_always_and_at_the_beginning(logits):
 
 
 def test_forced_tokens(logits):
-    """At places of their own, at the first and at the last; whatever else says about them."""
+    """Tokens are forced at given positions, at the first and at the last, whatever other settings
+    say."""
     allowed = np.ones(VOCABULARY, bool)
     allowed[20] = False
     processed = _process(
@@ -252,8 +255,8 @@ def test_forced_tokens(logits):
 
 
 def test_a_row_has_its_own_ends(logits):
-    """They are held back together, and may be written even if they are special; the tokenizer's is
-    then no end."""
+    """They are suppressed together, and may be written even if they are special. The tokenizer's
+    end then is not an end."""
     allowed = np.ones(VOCABULARY, bool)
     allowed[[11, 12, 13]] = False
     processed = _process(
@@ -263,12 +266,13 @@ def test_a_row_has_its_own_ends(logits):
     assert forbidden == [[11, 12, 13], [11, 13], [12, 13], [11, 12, 13, 14]]
 
 
-def test_a_constraint_masks_by_what_is_known(logits):
-    """Only tokens above the last one that was generated."""
+def test_a_constraint_sees_the_tokens_so_far(logits):
+    """It allows only tokens above the last one generated."""
 
     def rising(tokens_BS, lengths_B, prompts_B):
         last_B = jnp.take_along_axis(tokens_BS, lengths_B[:, None] - 1, 1)[:, 0]
-        return jnp.arange(VOCABULARY) > jnp.where(lengths_B > prompts_B, last_B, -1)[:, None]
+        ids_1V = jnp.arange(VOCABULARY)[None, :]
+        return ids_1V > jnp.where(lengths_B > prompts_B, last_B, -1)[:, None]
 
     processed = _process(logits, constraint=rising)
     assert [int(np.isfinite(row).argmax()) for row in processed] == [7, 2, 10, 0]
@@ -281,12 +285,12 @@ def test_forbidden_tokens(logits):
     assert np.isinf(processed).sum() == 8 and np.isinf(processed[:, [0, 17]]).all()
 
 
-def test_defaults_enable_nothing(logits):
+def test_default_settings_enable_no_processor(logits):
     assert _sampling([DecodeConfig()] * 2).static_options == StaticOptions(frozenset(), ())
     np.testing.assert_array_equal(_process(logits), logits)
 
 
-def test_choose_mixes_greedy_and_sampled_rows(logits):
+def test_choose_handles_greedy_and_sampled_rows(logits):
     settings = _sampling([DecodeConfig(temperature=t) for t in (0, 1, 0, 1)])
     keys = jax.vmap(jax.random.key)(jnp.arange(4))
     draws = np.array([p.choose(logits, settings, keys, jnp.full(4, i)) for i in range(30)])
@@ -295,8 +299,8 @@ def test_choose_mixes_greedy_and_sampled_rows(logits):
 
 
 def test_draws_follow_the_distribution():
-    """Chi-square over 4,000 draws of 8 tokens at temperature 0.7; 24.3 is exceeded by one seed in
-    1,000."""
+    """Chi-square over 4,000 draws of 8 tokens at temperature 0.7. One seed in 1,000 exceeds
+    24.3."""
     logits = np.linspace(-1, 1, 8, dtype=np.float32)
     count = 4000
     settings = _sampling([DecodeConfig(temperature=0.7)] * count)
@@ -307,8 +311,8 @@ def test_draws_follow_the_distribution():
 
 
 def test_draws_from_many_blocks_follow_the_distribution():
-    """Eight ids that are possible, the first and the last of blocks and of the vocabulary among
-    them, and 1,492 that are not; 24.3 as above."""
+    """Eight ids are possible, among them the first and last of blocks and of the vocabulary, and
+    1,492 are not; the limit is 24.3 as above."""
     possible = np.array([0, 255, 256, 300, 511, 767, 1000, 1499])
     count = 4000
     logits = np.full(1500, -np.inf, np.float32)
@@ -321,7 +325,7 @@ def test_draws_from_many_blocks_follow_the_distribution():
 
 
 @pytest.mark.parametrize("share, reached", [(0.0, 1), (0.24, 1), (0.26, 3), (1 - 2**-24, 4)])
-def test_a_share_reaches_an_entry_that_is_possible(share, reached):
+def test_a_draw_never_reaches_an_impossible_token(share, reached):
     odds = jnp.array([[0.0, 1.0, 0.0, 2.0, 1.0, 0.0, 0.0]])
     assert p.inverse_cdf(odds, jnp.array([share]))[0] == reached
 
@@ -337,8 +341,8 @@ WARPED = {
 
 
 @pytest.mark.parametrize("name", WARPED)
-def test_draws_follow_what_a_limit_keeps(name):
-    """Chi-square of 4,000 draws against the renormalised distribution of the tokens kept, at
+def test_draws_follow_the_distribution_that_a_limit_keeps(name):
+    """Chi-square of 4,000 draws against the renormalized distribution of the kept tokens, at
     temperature 1.3."""
     logits = np.linspace(-2, 2, 8, dtype=np.float32)
     count = 4000
@@ -351,5 +355,5 @@ def test_draws_follow_what_a_limit_keeps(name):
     assert found[~kept].sum() == 0
     expected = _softmax(logits / 1.3) * kept
     expected *= count / expected.sum()
-    # 24.3 is exceeded by one seed in 1,000 with 7 degrees of freedom, by fewer with less.
+    # One seed in 1,000 exceeds 24.3 with 7 degrees of freedom, fewer seeds with less.
     assert ((found - expected)[kept] ** 2 / expected[kept]).sum() < 24.3

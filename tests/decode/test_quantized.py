@@ -1,4 +1,4 @@
-"""int8 weights and cache: near to what they stand for, in all that decodes, and held as int8."""
+"""Check int8 weights and cache: near the exact values in all of decoding, and stored as int8."""
 
 import dataclasses
 
@@ -32,11 +32,11 @@ def test_rounding_is_symmetric_and_at_most_half_a_step():
 
 @pytest.mark.parametrize("on_cpu", [True, False])
 @pytest.mark.parametrize("rows", [1, 5])
-def test_a_product_is_that_of_the_dequantized_weight(on_cpu, rows, monkeypatch):
+def test_a_product_equals_that_of_the_dequantized_weight(on_cpu, rows, monkeypatch):
     monkeypatch.setattr(quantized, "on_cpu", lambda: on_cpu)
     rng = np.random.default_rng(1)
     x = rng.normal(size=(rows, 1, 4, 16)).astype(np.float32)
-    x[0, 0, 1, 3] = 30  # an outlier must not cost the others their digits
+    x[0, 0, 1, 3] = 30  # an outlier must not reduce the precision of the others
     weight = jnp.asarray(rng.normal(size=(4, 16, 24)), jnp.float32)
     row_weight = quantized.rows_of(weight, 2, True, "float32")
     exact = x.reshape(rows, 1, 64) @ np.asarray(row_weight.array(jnp.float32)).T
@@ -45,7 +45,7 @@ def test_a_product_is_that_of_the_dequantized_weight(on_cpu, rows, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_logits_stay_near_and_products_are_int8(tiny, dtype):
+def test_logits_stay_near_and_products_use_int8(tiny, dtype):
     held = cache.unstack(tiny.config, tiny.params, dtype, weights="int8")
     leaves = jax.tree.leaves(held.params)
     quantized = sum(x.size for x in leaves if x.dtype == jnp.int8)
@@ -69,13 +69,13 @@ def test_logits_stay_near_and_products_are_int8(tiny, dtype):
 @pytest.mark.parametrize(
     "tiny", ["rotary", pytest.param("learned", marks=pytest.mark.slow)], indirect=True
 )
-def test_what_is_written_is_what_its_own_logits_say(tiny, tokenizer, held):
+def test_generated_tokens_follow_the_quantized_logits(tiny, tokenizer, held):
     """Prefill, steps, and speculative reads of the same decoder agree."""
     decoder = cache.unstack(tiny.config, tiny.params, **held)
     results = generate(decoder, tokenizer, PROMPTS, SETTINGS)
     if (
         "dtype" not in held
-    ):  # bfloat16 rounds other shapes otherwise, and so writes other tokens now and then
+    ):  # bfloat16 rounds differently in other shapes, so occasionally other tokens are written
         guessing = dataclasses.replace(SETTINGS, prompt_lookup_num_tokens=3)
         assert [r.tokens for r in generate(decoder, tokenizer, PROMPTS, guessing)] == [
             r.tokens for r in results
@@ -118,10 +118,10 @@ def test_ranking_and_beams_read_int8_weights(rotary, tokenizer):
     assert len(beams) == 1 and beams[0].score < 0
 
 
-def test_bad_input(learned, tokenizer):
-    with pytest.raises(ValueError, match="weights='int4' is not known"):
+def test_invalid_types_raise_an_error(learned, tokenizer):
+    with pytest.raises(ValueError, match="unknown weights='int4'"):
         cache.unstack(learned.config, learned.params, weights="int4")
-    with pytest.raises(ValueError, match="cache='fp8' is not known"):
+    with pytest.raises(ValueError, match="unknown cache='fp8'"):
         cache.unstack(learned.config, learned.params, cache="fp8")
     held = cache.unstack(learned.config, learned.params, cache="int8")
     with pytest.raises(ValueError, match="int8 cache is for rows, and num_beams=2"):

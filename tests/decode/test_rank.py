@@ -1,4 +1,5 @@
-"""Ranking: scores of full forward passes, sorted, whatever the candidates' lengths and the seam."""
+"""Check rankings: scores of full forward passes, sorted, for candidates of any length and
+boundary."""
 
 import copy
 import dataclasses
@@ -24,7 +25,8 @@ SAMPLED = DecodeConfig(max_new_tokens=9, temperature=1.2, num_return_sequences=7
 
 
 def _full_scores(tiny, prefix, tokens):
-    """Log-probability of each of ``tokens`` behind ``prefix``, from one full forward pass."""
+    """Return the log-probability of each of ``tokens`` after ``prefix``, from one full forward
+    pass."""
     logits = tiny.logits([[*prefix, *tokens]])[0].astype(np.float64)
     logits = logits[len(prefix) - 1 : -1]
     return (logits - np.log(np.exp(logits).sum(-1, keepdims=True)))[
@@ -64,7 +66,7 @@ def test_scores_equal_full_forward_passes(tiny, tokenizer, prompt):
 
 
 @pytest.mark.parametrize("normalise", module.NORMALIZATIONS)
-def test_sorts_by_the_score_asked_for(learned, tokenizer, normalise):
+def test_candidates_are_sorted_by_the_requested_score(learned, tokenizer, normalise):
     ranked = rank(learned.decoder, tokenizer, "The cat", CANDIDATES, normalise=normalise)
     assert [each.score for each in ranked] == sorted([getattr(each, normalise) for each in ranked])[
         ::-1
@@ -72,7 +74,7 @@ def test_sorts_by_the_score_asked_for(learned, tokenizer, normalise):
 
 
 def test_each_token_of_a_block_and_an_empty_prompt(tiny, tokenizer):
-    """Behind <bos> alone, no key of the shared prefix is visible to the block."""
+    """After <bos> alone, no key of the shared prefix is visible to the block."""
     prefix = cache.prefill(tiny.decoder, [[tokenizer.bos_id]], 64)
     candidates = [[50], list(range(60, 90)), [70, 80, 90]]
     for scored, tokens in zip(
@@ -105,9 +107,7 @@ def test_sampled_candidates_come_from_one_prefill_and_score_as_given_ones(
         assert 1 <= len(each.tokens) <= 9
 
 
-def test_equal_candidates_are_one_with_a_count_and_ties_keep_their_order(
-    learned, tokenizer, monkeypatch
-):
+def test_equal_candidates_are_merged_and_ties_keep_their_order(learned, tokenizer, monkeypatch):
     ranked = rank(learned.decoder, tokenizer, "The cat", [" sat", " on", " sat", " sat"])
     assert {(each.text, each.count, each.index) for each in ranked} == {
         (" sat", 3, 0),
@@ -120,7 +120,7 @@ def test_equal_candidates_are_one_with_a_count_and_ties_keep_their_order(
     assert [each.text for each in ranked] == [" dog", " and", " cat"]
 
 
-# Prompts with candidates of which some join the prompt's last tokens, and others do not.
+# Prompts with some candidates that join the prompt's last tokens, and others that do not.
 SEAMS = [
     ("The ca", ["t sat", " on", "n", "t"]),
     ("天地", ["玄黄,好", "好", "玄", "天"]),
@@ -131,11 +131,9 @@ SEAMS = [
 
 
 @pytest.mark.parametrize(("prompt", "candidates"), SEAMS)
-def test_a_candidate_is_scored_at_its_own_boundary_whatever_else_is_in_the_list(
-    learned, tokenizer, prompt, candidates
-):
-    """Alone, among others, in another order and with another one added: the same tokens, text and
-    numbers."""
+def test_a_score_does_not_depend_on_the_other_candidates(learned, tokenizer, prompt, candidates):
+    """Alone, among others, in another order and with another one added, it has the same tokens,
+    text and scores."""
     alone = {text: rank(learned.decoder, tokenizer, prompt, [text])[0] for text in candidates}
     for ranked in (
         rank(learned.decoder, tokenizer, prompt, candidates),
@@ -153,7 +151,7 @@ def test_a_candidate_is_scored_at_its_own_boundary_whatever_else_is_in_the_list(
         prefix = whole[: len(whole) - len(each.tokens)]
         assert prefix == before[: len(prefix)] and whole[len(prefix) :] == list(each.tokens)
         assert each.sum == pytest.approx(_full_scores(learned, prefix, each.tokens).sum(), abs=1e-4)
-        # All four numbers are of one text, of which the candidate is the end.
+        # All four scores are of one text that ends with the candidate.
         assert each.scored == tokenizer.decode(each.tokens) and each.scored.endswith(text)
         assert each.per_token == each.sum / len(each.tokens)
         assert each.per_char == each.sum / len(each.scored)
@@ -164,7 +162,7 @@ def test_a_candidate_is_scored_at_its_own_boundary_whatever_else_is_in_the_list(
             )
 
 
-def test_some_of_these_candidates_join_the_prompt_and_some_do_not(tokenizer):
+def test_the_cases_include_candidates_that_join_the_prompt(tokenizer):
     joining = [
         encode_prompt(tokenizer, prompt + text)[: len(encode_prompt(tokenizer, prompt))]
         != encode_prompt(tokenizer, prompt)
@@ -174,9 +172,8 @@ def test_some_of_these_candidates_join_the_prompt_and_some_do_not(tokenizer):
     assert 4 <= sum(joining) <= len(joining) - 4
 
 
-def test_a_boundary_far_back_is_a_block_of_its_own(learned, tokenizer, monkeypatch):
-    """Tokens are read again only where starts lie close together; where they do not, nothing
-    changes."""
+def test_a_distant_boundary_has_its_own_block(learned, tokenizer, monkeypatch):
+    """Tokens are read again only if starts are close together; otherwise nothing changes."""
     rows = [[2, *range(40, 70), 5], [2, *range(40, 62), 9, 9], [2, *range(40, 70), 7, 8]]
     starts = [31, 23, 31]
     blocks = []
@@ -196,16 +193,16 @@ def test_a_boundary_far_back_is_a_block_of_its_own(learned, tokenizer, monkeypat
         assert blocks == expected
 
 
-def test_characters_split_across_tokens_count_whole(learned, tokenizer):
-    """The bytes of a character that the vocabulary lacks are tokens each; numbers are of characters
-    and bytes."""
+def test_characters_split_across_tokens_count_once(learned, tokenizer):
+    """The bytes of a character that the vocabulary lacks are tokens; lengths count characters and
+    bytes."""
     (each,) = rank(learned.decoder, tokenizer, "The", [" 你好"])
     assert len(each.tokens) > 5 and each.scored == " 你好"
     assert each.sum == pytest.approx(each.per_char * 3) == pytest.approx(each.per_byte * 7)
 
 
-def test_written_candidates_are_scored_over_the_text_of_their_tokens(learned, letters):
-    """Also where a stop is left out of what they show."""
+def test_generated_candidates_are_scored_by_the_text_of_their_tokens(learned, letters):
+    """This also holds if a stop is removed from the shown text."""
     tokenizer = letters
     stop = tokenizer.encode(" the")[0]
     ranked = rank(
@@ -225,8 +222,8 @@ def test_written_candidates_are_scored_over_the_text_of_their_tokens(learned, le
             assert each.scored == each.text + " the"
 
 
-def test_a_space_that_ends_the_prompt_goes_with_the_candidates(learned, tokenizer):
-    """And what they are scored by with it: the same as of the space before each candidate."""
+def test_a_space_at_the_end_of_the_prompt_moves_to_the_candidates(learned, tokenizer):
+    """Scores equal those with the space before each candidate."""
     for space in (" ", "  ", "\n"):
         ours, theirs = (
             rank(
@@ -248,9 +245,9 @@ def test_a_space_that_ends_the_prompt_goes_with_the_candidates(learned, tokenize
             assert (one.sum, one.per_char, one.score) == (other.sum, other.per_char, other.score)
 
 
-def test_without_bos_candidates_stand_behind_one_all_the_same(learned, tokenizer):
-    """As GPT-2's tokenizer has it: an empty prompt, or a candidate that changes the prompt's first
-    token."""
+def test_candidates_of_an_empty_prompt_follow_bos(learned, tokenizer):
+    """As with GPT-2's tokenizer: an empty prompt, or a candidate that changes the first token of
+    the prompt."""
     other = copy.copy(tokenizer)
     other.prompt_bos = False
     seen = []
@@ -278,7 +275,7 @@ def test_without_bos_candidates_stand_behind_one_all_the_same(learned, tokenizer
     "settings", [{}, {"num_beam_groups": 2, "diversity_penalty": 0.5}], ids=["beams", "diverse"]
 )
 def test_beams_are_candidates_in_one_call(learned, tokenizer, settings):
-    """All beams, where num_return_sequences does not say how many."""
+    """All beams are candidates if num_return_sequences is not set."""
     decode = DecodeConfig(max_new_tokens=5, min_new_tokens=1, num_beams=4, **settings)
     written = generate(
         learned.decoder, tokenizer, ["The cat"], dataclasses.replace(decode, num_return_sequences=4)
@@ -299,7 +296,7 @@ def test_beams_are_candidates_in_one_call(learned, tokenizer, settings):
 
 
 class Letters:
-    """A tokenizer of three letters, and nothing else."""
+    """A tokenizer of three letters."""
 
     prompt_bos = False
     bos_id = 0
@@ -313,9 +310,9 @@ class Letters:
         return "abc"[token].encode()
 
 
-def test_the_best_of_all_sequences_is_the_true_best():
-    """Over three tokens all sequences of a length can be ranked: their probabilities make 1, the
-    first is the most probable, and what is best step by step is not."""
+def test_ranking_all_sequences_finds_the_most_probable():
+    """With three tokens all sequences of a length can be ranked: their probabilities sum to 1, the
+    first is the most probable one, and greedy search does not find it."""
     config = ModelConfig(
         num_layers=1,
         hidden_size=16,
@@ -361,7 +358,7 @@ def test_permuted_candidates_give_permuted_results(learned, tokenizer):
     )
 
 
-def test_a_ranking_tells_its_pool(learned, tokenizer):
+def test_a_ranking_reports_its_pool(learned, tokenizer):
     ranked = rank(learned.decoder, tokenizer, "The cat", [" sat", " on", " sat", " sat", " on"])
     assert (ranked.size, ranked.duplicates, len(ranked)) == (5, 3, 2)
     assert ranked.weights == {"logprob": 1.0} and ranked.normalise == "per_token"
@@ -379,7 +376,7 @@ def test_lengths_of_chinese_text_are_exact(learned, tokenizer):
     ("lengths", "limit"),
     [([3, 70, 5, 5, 200], 256), (list(range(1, 65)) * 20, 64), ([900], 1000), ([7] * 5000, 16)],
 )
-def test_blocks_are_bounded_and_of_few_shapes(lengths, limit):
+def test_blocks_are_bounded_and_have_few_shapes(lengths, limit):
     blocks = list(scoring.blocks(lengths, limit))
     assert sorted(i for chosen, _, _ in blocks for i in chosen) == list(range(len(lengths)))
     for chosen, rows, width in blocks:
@@ -389,7 +386,7 @@ def test_blocks_are_bounded_and_of_few_shapes(lengths, limit):
     assert len({block[1:] for block in blocks}) <= 6
 
 
-def test_bad_input(learned, tokenizer, monkeypatch):
+def test_invalid_arguments_raise_an_error(learned, tokenizer, monkeypatch):
     for room in (module, scorers):
         monkeypatch.setattr(room, "prefill", lambda *args: pytest.fail("the model began to work"))
 

@@ -1,4 +1,4 @@
-"""Bytes a step reads, counted by hand."""
+"""Compare the bytes that a step reads with counts by hand."""
 
 import jax
 import pytest
@@ -17,7 +17,7 @@ def test_bytes_of_a_step(tiny, held):
     cache = prefill(decoder, [[1]] * 3, 64).cache  # the capacity for 40 tokens is the context
     cache = to_int8(cache) if decoder.int8_cache else cache
     assert read["cache"] == sum(x.nbytes for x in jax.tree.leaves(cache))
-    # Of all parameters, what is looked up is not read as a whole; a tied table is, as the head.
+    # All parameters are read except tables for look-up; a tied table is read as the head.
     tables = (not config.tie_embeddings) * config.vocab_size
     tables += (config.position_embedding_type == "learned") * config.max_position_embeddings
     products = sum(x.size for x in jax.tree.leaves(tiny.params)) - tables * config.hidden_size
@@ -25,7 +25,7 @@ def test_bytes_of_a_step(tiny, held):
     assert each[0] * products <= read["weights"] <= each[1] * products
 
 
-def test_roofline(learned):
+def test_tokens_per_second_at_the_roofline(learned):
     line = roofline(learned.decoder, 2, 40, 1e9)
     read = step_bytes(learned.decoder, 2, 40)
     assert line["roofline_tokens_per_second"] == pytest.approx(

@@ -1,5 +1,4 @@
-"""Scorers: each against its definition written out, from full forward passes or by calling
-sacrebleu."""
+"""Compare each scorer with its definition, by full forward passes or by sacrebleu."""
 
 import math
 import types
@@ -34,7 +33,7 @@ DIVISORS = {
 
 
 def _behind(tiny, prefix, tokens):
-    """log p of ``tokens`` behind ``prefix``, by one full forward pass."""
+    """Return log p of ``tokens`` after ``prefix``, by one full forward pass."""
     logits = tiny.logits([[*prefix, *tokens]])[0].astype(np.float64)[len(prefix) - 1 : -1]
     return (logits - np.log(np.exp(logits).sum(-1, keepdims=True)))[
         np.arange(len(tokens)), list(tokens)
@@ -202,7 +201,7 @@ def test_mbr_equals_sacrebleu(learned, tokenizer, utility, direct):
         others = [other for i, other in enumerate(candidates) if i != each.index]
         expected = np.mean([direct(each.text, [other]).score for other in others]) / 100
         assert each.score == pytest.approx(expected, abs=1e-9)
-        # From the parts: every other candidate, as often as it came.
+        # From the parts: every other candidate, as often as it occurred.
         row = ranked.utilities[each.rank - 1]
         again = sum(
             u * (other.count - (other is each)) for u, other in zip(row, ranked, strict=True)
@@ -298,8 +297,8 @@ ALL = {
 
 
 def test_mixtures_permutations_and_blocks(learned, tokenizer, monkeypatch):
-    """A mixture is the weighted sum of what each scorer gives alone; the order of the candidates
-    and where blocks end change nothing."""
+    """A mixture is the weighted sum of its scorers. The order of candidates and the ends of blocks
+    do not matter."""
     options = ScorerOptions(answer=" the")
 
     def of(candidates, weights):
@@ -335,7 +334,7 @@ def test_mixtures_permutations_and_blocks(learned, tokenizer, monkeypatch):
     same(of(CANDIDATES, ALL))
 
 
-def test_written_candidates_take_any_scorer_in_one_call(learned, letters):
+def test_generated_candidates_accept_every_scorer(learned, letters):
     ranked = rank(
         learned.decoder,
         letters,
@@ -344,7 +343,7 @@ def test_written_candidates_take_any_scorer_in_one_call(learned, letters):
         decode=DecodeConfig(max_new_tokens=9, temperature=1.2, num_return_sequences=7),
     )
     assert ranked.size == 7 and len(ranked.utilities) == len(ranked)
-    # To the end of the context, of which the model read both ways needs one place for the end.
+    # Up to the end of the context, where the bidirectional model needs one position for the end.
     prompt = "The cat sat on the mat and the dog"
     room = 64 - len(encode_prompt(letters, prompt))
     for name, length in (("logprob", room), ("pseudo_log_likelihood", room - 1)):
@@ -354,7 +353,7 @@ def test_written_candidates_take_any_scorer_in_one_call(learned, letters):
         assert len(each.tokens) == length
 
 
-def test_bad_input(learned, tokenizer, monkeypatch):
+def test_invalid_arguments_raise_an_error(learned, tokenizer, monkeypatch):
     for room in (rank_module, scorers):
         monkeypatch.setattr(room, "prefill", lambda *args: pytest.fail("the model began to work"))
     pool = [" cat", " dog"]
@@ -374,7 +373,7 @@ def test_bad_input(learned, tokenizer, monkeypatch):
                 options=ScorerOptions(**options),
             )
 
-    refused("scorer 'bleurt' is not known; choose from logprob, gnmt", pool, "bleurt")
+    refused("unknown scorer 'bleurt'; choose from logprob, gnmt", pool, "bleurt")
     refused("no scorer to rank by", pool, [])
     refused("no scorer to rank by", pool, {})
     refused("the weight of pmi is nan", pool, {"logprob": 1, "pmi": math.nan})
@@ -391,7 +390,7 @@ def test_bad_input(learned, tokenizer, monkeypatch):
         "the source behind reverse with ' cat' has .* 64", pool, "noisy_channel", source="天" * 63
     )
     refused("channel_weight=nan", pool, "noisy_channel", channel_weight=math.nan)
-    refused("utility='rouge' is not known; choose one of chrf", pool, "mbr", utility="rouge")
+    refused("unknown utility='rouge'; choose one of chrf", pool, "mbr", utility="rouge")
     refused("there is 1 candidate; give or sample more", [" cat"], "mbr")
     refused(
         "num_return_sequences=1; ask for more", None, "mbr", decode=DecodeConfig(temperature=1.0)
@@ -404,7 +403,7 @@ def test_bad_input(learned, tokenizer, monkeypatch):
         "self_consistency",
         answer="[0-9]",
     )
-    refused("votes='most' is not known", pool, "self_consistency", answer="a", votes="most")
+    refused("unknown votes='most'", pool, "self_consistency", answer="a", votes="most")
     refused(
         "every stage of this one is causal .*warm: masked=0.*; train a stage with masked",
         pool,
@@ -426,7 +425,7 @@ def test_bad_input(learned, tokenizer, monkeypatch):
     )
 
 
-def test_a_score_that_is_no_number_is_told(learned, tokenizer):
+def test_a_score_that_is_not_finite_raises_an_error(learned, tokenizer):
     with pytest.raises(
         ValueError, match="the score of ' cat' is nan; look for numbers that are not finite"
     ):

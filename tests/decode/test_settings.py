@@ -1,4 +1,4 @@
-"""DecodeConfig: what it takes, how it is written down and read, and the arrays that rows become."""
+"""Check DecodeConfig: accepted values, JSON, and the arrays of batched settings."""
 
 import dataclasses
 
@@ -31,7 +31,7 @@ FULL = DecodeConfig(
 )
 
 
-def test_lists_dicts_and_single_ids_become_tuples_and_stay_so_in_json():
+def test_lists_dicts_and_single_ids_become_tuples():
     assert (FULL.logit_bias, FULL.sequence_bias) == (((5, -1), (6, 2.5)), (((5, 6), 1.5),))
     assert (FULL.bad_words_ids, FULL.eos_token_id, FULL.stop_strings) == (
         ((7,), (8, 9)),
@@ -75,7 +75,7 @@ def test_tables_are_padded_to_powers_of_two():
     assert rows.ends.tolist() == [[3], [0]] and not rows.bias[1].any()
 
 
-def test_rows_of_defaults_carry_no_tables():
+def test_default_settings_have_no_tables():
     settings = batch_settings([DecodeConfig()] * 3, np.ones(100, bool), eos=(0,))
     assert not settings.static_options.names and not settings.static_options.ngrams
     tables = {name: value for name, value in settings.rows._asdict().items() if np.ndim(value) > 1}
@@ -102,12 +102,12 @@ IDLE = [
 
 
 @pytest.mark.parametrize(("settings", "named"), IDLE)
-def test_what_cannot_act_is_refused_by_name_but_in_a_run_it_waits(settings, named):
+def test_settings_without_effect_raise_unless_they_are_those_of_a_run(settings, named):
     decode = DecodeConfig(**settings)
     with pytest.raises(ValueError, match=f"{named}.*(set|leave|ask)"):
         validate_decode(decode)
-    # A run's settings, as of a generation_config.json with top_k=50 and do_sample=false, act once
-    # others let them.
+    # Settings of a run, as from a generation_config.json with top_k=50 and do_sample=false, take
+    # effect once others allow it.
     model = dataclasses.replace(Config().model, vocab_size=128)
     config = Config(decode=decode, model=model)
     validate(config)
@@ -121,7 +121,7 @@ def test_what_cannot_act_is_refused_by_name_but_in_a_run_it_waits(settings, name
         validate_decode(acting(decode, [name]))
 
 
-def test_what_acts_stays():
+def test_settings_with_effect_are_accepted():
     for settings in (
         {"temperature": 1.0, "top_k": 5, "seed": 3, "num_return_sequences": 2},
         {"num_beams": 4, "length_penalty": 0.5, "num_return_sequences": 2},
@@ -133,7 +133,7 @@ def test_what_acts_stays():
         assert acting(decode) == decode
 
 
-def test_a_setting_that_waits_is_still_within_its_range():
+def test_inactive_settings_are_still_checked():
     model = dataclasses.replace(Config().model, vocab_size=128)
     for settings in (
         {"top_p": 2.0},

@@ -1,4 +1,4 @@
-"""Guesses change how fast rows are written, and nothing of what is written."""
+"""Check that guessed tokens change the speed of decoding but not its output."""
 
 import dataclasses
 
@@ -21,7 +21,7 @@ GUESSES = {"prompt_lookup_num_tokens": 4, "num_assistant_tokens": 3}
 
 @pytest.fixture(scope="session")
 def draft(learned) -> Decoder:
-    """Near enough to the model to be right now and then."""
+    """Return a draft that is close enough to the model to be right sometimes."""
     rng = np.random.default_rng(4)
     noisy = jax.tree.map(
         lambda x: x + 0.2 * jnp.std(x) * jnp.asarray(rng.normal(size=x.shape), jnp.float32),
@@ -51,7 +51,7 @@ def test_reading_several_tokens_equals_reading_one_at_a_time(tiny):
     )
     layers = prefix.cache
     single = jax.jit(step, static_argnums=0)
-    for place in range(4):  # the fifth of the second row lies past the cache
+    for place in range(4):  # the fifth of the second row is past the cache
         one, layers = single(
             tiny.config, tiny.decoder.params, layers, block[:, place], starts + place
         )
@@ -64,7 +64,7 @@ def test_reading_several_tokens_equals_reading_one_at_a_time(tiny):
 @pytest.mark.parametrize(
     "model", [None, pytest.param("draft", marks=pytest.mark.slow)], ids=["look-up", "draft"]
 )
-def test_greedy_rows_are_the_same(learned, tokenizer, request, model):
+def test_greedy_rows_do_not_change(learned, tokenizer, request, model):
     draft = model and request.getfixturevalue(model)
     settings = [
         SETTINGS,
@@ -92,7 +92,7 @@ def test_greedy_rows_are_the_same(learned, tokenizer, request, model):
     assert 0 < sum(each.accepted for each in results) < sum(each.guessed for each in results)
 
 
-def test_rows_at_the_end_of_the_context_stops_and_streams_are_the_same(learned, tokenizer):
+def test_context_ends_stops_and_streams_do_not_change(learned, tokenizer):
     settings = dataclasses.replace(SETTINGS, max_new_tokens=60, min_new_tokens=60)
     text = generate(learned.decoder, tokenizer, PROMPTS, settings)
     assert [len(each.tokens) for each in text] == [60, 59, 33]
@@ -112,7 +112,7 @@ def test_rows_at_the_end_of_the_context_stops_and_streams_are_the_same(learned, 
 
 
 @pytest.mark.slow
-def test_a_model_that_guesses_for_itself_is_always_right(learned, tokenizer):
+def test_guesses_of_the_model_itself_are_always_accepted(learned, tokenizer):
     settings = dataclasses.replace(SETTINGS, num_assistant_tokens=3)
     results = generate(learned.decoder, tokenizer, PROMPTS, settings, draft=learned.decoder)
     assert sum(each.accepted for each in results) == sum(each.guessed for each in results) > 50
@@ -139,7 +139,7 @@ class Digits:
 
 
 @pytest.mark.parametrize("guess", ["look-up", pytest.param("draft", marks=pytest.mark.slow)])
-def test_drawn_rows_have_the_model_s_distribution(guess):
+def test_sampled_rows_follow_the_distribution_of_the_model(guess):
     config = ModelConfig(
         num_layers=1, hidden_size=8, num_attention_heads=2, vocab_size=7, max_position_embeddings=16
     )
@@ -178,14 +178,14 @@ def test_drawn_rows_have_the_model_s_distribution(guess):
     plain = generate(model, Digits(), [prompt], settings)
     reference = np.zeros((6, 6, 6))
     np.add.at(reference, tuple(np.array([each.tokens for each in plain]).T), 1)
-    for axes in ((1, 2), (0, 2), (0, 1), (0,), (2,)):  # every place, and neighbours together
+    for axes in ((1, 2), (0, 2), (0, 1), (0,), (2,)):  # every position, and pairs of them
         both = np.stack([counts.sum(axes).ravel(), reference.sum(axes).ravel()])
         both = both[:, both.sum(0) >= 20]
         assert both.shape[1] > 2 and stats.chi2_contingency(both).pvalue > 1e-3, (axes, both)
 
 
 @pytest.mark.slow
-def test_a_row_s_draws_do_not_depend_on_its_neighbours(learned, tokenizer):
+def test_sampled_rows_do_not_depend_on_the_batch(learned, tokenizer):
     settings = [
         dataclasses.replace(SETTINGS, temperature=1.0, seed=seed, prompt_lookup_num_tokens=guesses)
         for seed, guesses in ((5, 4), (6, 0), (7, 2))
@@ -197,7 +197,7 @@ def test_a_row_s_draws_do_not_depend_on_its_neighbours(learned, tokenizer):
         assert alone.tokens == result.tokens
 
 
-def test_look_up_finds_the_first_place_of_the_longest_match():
+def test_look_up_finds_the_first_longest_match():
     tokens = np.array(
         [
             [1, 2, 3, 9, 2, 3, 5, 2, 3, 0, 0, 0],
@@ -215,7 +215,7 @@ def test_look_up_finds_the_first_place_of_the_longest_match():
     assert guesses[0].tolist() == [9, 2, 3] and guesses[1, 0] == 4 and guesses[3, 0] == 8
 
 
-def test_bad_input(learned, rotary, tokenizer):
+def test_invalid_settings_raise_an_error(learned, rotary, tokenizer):
     def ask(message, draft=None, **settings):
         with pytest.raises(ValueError, match=message):
             generate(learned.decoder, tokenizer, [[5]], DecodeConfig(**settings), draft=draft)

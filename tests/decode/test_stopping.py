@@ -1,4 +1,4 @@
-"""Text as it comes: whole characters, and nothing of a stop string, wherever tokens end."""
+"""Check streamed text: whole characters and no part of a stop string, wherever tokens end."""
 
 import random
 
@@ -8,7 +8,7 @@ from mtnlg_jax.decode.stopping import TextStream
 
 
 class Bytes:
-    """A token is a piece of UTF-8 by its index in ``pieces``."""
+    """A tokenizer whose tokens index pieces of UTF-8 in ``pieces``."""
 
     def __init__(self, pieces):
         self.pieces = pieces
@@ -18,27 +18,27 @@ class Bytes:
 
 
 def _stream(pieces, stops=()):
-    """(pieces shown, the stream) after all tokens or the stop."""
+    """Return (shown pieces, the stream) after all tokens or the stop."""
     stream = TextStream(Bytes(pieces), stops)
     shown = [stream.push(i) for i in range(len(pieces))]
     return [*shown, stream.finish()], stream
 
 
-def test_characters_come_whole():
+def test_characters_are_shown_whole():
     shown, stream = _stream([bytes([byte]) for byte in "a你好🙂".encode()])
     assert [piece for piece in shown if piece] == ["a", "你", "好", "🙂"]
     assert stream.text == "a你好🙂"
 
 
-def test_a_character_cut_by_the_end_is_left_out():
+def test_an_incomplete_last_character_is_dropped():
     assert _stream(["你".encode(), "好".encode()[:2]])[1].text == "你"
 
 
-def test_bytes_that_are_no_utf8_become_the_replacement_character():
+def test_invalid_utf8_becomes_the_replacement_character():
     assert _stream([b"a", b"\xff", b"b"])[1].text == "a\ufffdb"
 
 
-def test_what_may_become_a_stop_string_is_held_back():
+def test_a_possible_stop_string_is_held_back():
     shown, stream = _stream([b"one\n", b"\n", b"two"], ["\n\n"])
     assert shown == ["one", "", "", ""] and stream.stopped
     shown, stream = _stream([b"one\n", b"two\n"], ["\n\n"])
@@ -47,8 +47,8 @@ def test_what_may_become_a_stop_string_is_held_back():
 
 @pytest.mark.parametrize("seed", range(200))
 def test_any_split_gives_the_text_before_the_first_stop_string(seed):
-    """Tokens of one to five bytes of a random text, whose few letters meet the stop strings
-    often."""
+    """Tokens are one to five bytes of a random text, whose few letters often match the stop
+    strings."""
     rng = random.Random(seed)
     text = "".join(rng.choices("ab你\n", k=30))
     stops = ["".join(rng.choices("ab你\n", k=rng.randint(1, 4))) for _ in range(rng.randint(0, 3))]
@@ -62,7 +62,8 @@ def test_any_split_gives_the_text_before_the_first_stop_string(seed):
     shown, stream = _stream(pieces, stops)
     assert "".join(shown) == stream.text
     assert stream.stopped == any(stop in text for stop in stops)
-    # One byte a token: a stop counts as soon as it is whole. Longer tokens may end several at once.
+    # With one byte a token, a stop counts as soon as it is complete. Longer tokens may complete
+    # several at once.
     ends = [text.index(stop) + len(stop) for stop in stops if stop in text]
     if not ends or all(len(piece) == 1 for piece in pieces):
         read = text[: min(ends, default=len(text))]
@@ -71,7 +72,7 @@ def test_any_split_gives_the_text_before_the_first_stop_string(seed):
     assert text.startswith(stream.text)
 
 
-def test_tokens_that_may_become_a_stop_sequence_are_held_back():
+def test_a_possible_stop_sequence_is_held_back():
     pieces = [b"a", b"b", b"c", b"d"]
     stream = TextStream(Bytes(pieces), (), [(1, 2), (1, 3, 3)])
     assert [stream.push(token) for token in (0, 1, 1, 3, 0, 1, 2)] == [
@@ -89,7 +90,7 @@ def test_tokens_that_may_become_a_stop_sequence_are_held_back():
     assert not stream.stopped
 
 
-def test_the_longest_stop_sequence_is_cut_off():
+def test_the_longest_stop_sequence_is_removed():
     stream = TextStream(Bytes([b"a", b"b", b"c"]), (), [(2,), (1, 2)])
     assert [stream.push(token) for token in (0, 1, 2, 0)] == ["a", "", "", ""]
     assert stream.stopped and stream.text == "a"

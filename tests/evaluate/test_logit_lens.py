@@ -8,10 +8,10 @@ from mtnlg_jax.evaluate.logit_lens import look_inside
 from mtnlg_jax.model.transformer import Transformer
 
 
-# Shorter and longer than a head is wide.
+# Shorter and longer than the width of a head.
 @pytest.mark.parametrize("length", [pytest.param(5, marks=pytest.mark.slow), 40])
 @pytest.mark.parametrize("causal", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_the_look_inside_agrees_with_the_model(length, causal):
+def test_logits_and_attention_agree_with_the_model(length, causal):
     config = ModelConfig(
         num_layers=3,
         hidden_size=32,
@@ -24,22 +24,22 @@ def test_the_look_inside_agrees_with_the_model(length, causal):
     model = Transformer(config, rngs=nnx.Rngs(0))
     tokens = np.random.default_rng(0).integers(0, 64, length)
     inside = look_inside(model, tokens, causal)
-    assert inside.attention_LNTT.shape == (3, 4, length, length) and inside.logits_LTV.shape == (
+    assert inside.attention_LNST.shape == (3, 4, length, length) and inside.logits_LSV.shape == (
         4,
         length,
         64,
     )
-    np.testing.assert_allclose(inside.attention_LNTT.sum(-1), 1, atol=1e-5)
+    np.testing.assert_allclose(inside.attention_LNST.sum(-1), 1, atol=1e-5)
     later = np.triu(np.ones((length, length), bool), 1)
-    assert (np.abs(np.asarray(inside.attention_LNTT)[..., later]).max() == 0) == causal
+    assert (np.abs(np.asarray(inside.attention_LNST)[..., later]).max() == 0) == causal
     np.testing.assert_allclose(
-        inside.logits_LTV[-1], model(tokens[None], causal=causal)[0], rtol=1e-4, atol=1e-4
+        inside.logits_LSV[-1], model(tokens[None], causal=causal)[0], rtol=1e-4, atol=1e-4
     )
-    first = jax.nn.softmax(inside.logits_LTV[0])
-    assert np.abs(first - jax.nn.softmax(inside.logits_LTV[-1])).max() > 1e-3
+    first = jax.nn.softmax(inside.logits_LSV[0])
+    assert np.abs(first - jax.nn.softmax(inside.logits_LSV[-1])).max() > 1e-3
 
 
-def test_weights_by_longhand():
+def test_attention_weights_equal_a_direct_computation():
     config = ModelConfig(
         num_layers=1,
         hidden_size=16,
@@ -62,4 +62,4 @@ def test_weights_by_longhand():
     scores[:, np.triu(np.ones((6, 6), bool), 1)] = -np.inf
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
-    np.testing.assert_allclose(look_inside(model, tokens).attention_LNTT[0], weights, atol=1e-5)
+    np.testing.assert_allclose(look_inside(model, tokens).attention_LNST[0], weights, atol=1e-5)

@@ -32,7 +32,7 @@ def model():
 
 @pytest.mark.parametrize("count", [2, 3, 16, 17, 18, 40, 100])
 @pytest.mark.parametrize("stride", [1, 5, 8, 16])
-def test_every_token_counts_once_and_has_context(count, stride):
+def test_windows_score_every_token_once_with_context(count, stride):
     found = spans(count, 16, stride)
     scored = [position for window in found for position in range(window.first + 1, window.end + 1)]
     assert scored == list(range(1, count))
@@ -62,7 +62,7 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("adapt", [0.0, pytest.param(0.01, marks=pytest.mark.slow)])
-def test_texts_of_all_lengths_score_as_they_do_alone(long, adapt):
+def test_texts_scored_together_score_as_they_do_alone(long, adapt):
     texts = TEXTS if not adapt else TEXTS[::8]
     done = []
     together = evaluate_texts(
@@ -82,7 +82,7 @@ def test_texts_of_all_lengths_score_as_they_do_alone(long, adapt):
     assert done[-1] == (done[-1][1], done[-1][1]) and done == sorted(done)
 
 
-def test_widths_are_few_and_hold_their_windows():
+def test_widths_hold_their_windows_and_are_few():
     rng = np.random.default_rng(0)
     for _ in range(100):
         length = int(rng.choice([16, 100, 256, 1000]))
@@ -97,7 +97,7 @@ def test_widths_are_few_and_hold_their_windows():
     assert widths_of([10], 1024, 8192) == [16] and widths_of([600, 1000], 1000, 8000) == [1000] * 2
 
 
-def test_a_short_text_costs_no_whole_context(long, monkeypatch):
+def test_a_short_text_is_padded_to_a_small_width(long, monkeypatch):
     seen = []
     arrays = perplexity._arrays
     monkeypatch.setattr(perplexity, "_arrays", lambda *args: seen.append(args[2:]) or arrays(*args))
@@ -105,7 +105,7 @@ def test_a_short_text_costs_no_whole_context(long, monkeypatch):
     assert sum(rows * width for rows, width in seen) < 0.45 * 301 * 64
 
 
-def test_word_perplexity_and_several_texts(long):
+def test_word_perplexity_and_merged_evaluations(long):
     one, two = evaluate_texts(long, TOKENIZER, ["a few words", "中文没有空格"])
     assert (one.words, two.words) == (3, 1)
     assert one.word_perplexity == pytest.approx(math.exp(one.loss * one.tokens / 3))
@@ -119,16 +119,14 @@ def test_word_perplexity_and_several_texts(long):
     assert json.loads(json.dumps(dataclasses.asdict(both), allow_nan=False))["words"] == 4
 
 
-def test_a_loss_that_is_not_finite_is_an_error(long):
+def test_a_loss_that_is_not_finite_raises_an_error(long):
     graph, params = nnx.split(long)
     broken = nnx.merge(graph, jax.tree.map(lambda x: x * np.nan, params))
     with pytest.raises(
         ValueError, match="the loss of text 1 of 2 is nan; look for numbers that are not finite"
     ):
         evaluate_texts(broken, TOKENIZER, ["a", "b"])
-    with pytest.raises(
-        ValueError, match=r"adapt=1e\+30 is too high a rate; about 4e-4 is one that works"
-    ):
+    with pytest.raises(ValueError, match=r"adapt=1e\+30 is too high a rate; about 4e-4 works"):
         evaluate_text(long, TOKENIZER, "x" * 200, adapt=1e30)
 
 
@@ -144,7 +142,7 @@ def test_a_short_text_equals_the_full_logits(model):
     assert result.bits_per_byte == pytest.approx(nats / math.log(2) / 11, rel=1e-5)
 
 
-def test_a_long_text_by_longhand_windows(model):
+def test_a_long_text_equals_a_direct_computation_by_windows(model):
     text = "0123456789" * 5
     ids = np.array([1, *TOKENIZER.encode(text)], np.int32)
     nats = 0.0
@@ -162,7 +160,7 @@ def test_a_long_text_by_longhand_windows(model):
 
 
 @pytest.mark.slow
-def test_adapting_learns_a_window_after_it_is_scored(model):
+def test_adapting_trains_on_a_window_after_scoring_it(model):
     text = "0123456789" * 2
     rate = 0.01
     ids = np.array([1, *TOKENIZER.encode(text)], np.int32)
@@ -182,7 +180,7 @@ def test_adapting_learns_a_window_after_it_is_scored(model):
     assert abs(result.loss - evaluate_text(model, TOKENIZER, text).loss) > 1e-2
 
 
-def test_adapting_cheats_nowhere_and_leaves_the_model(model):
+def test_adapting_sees_no_later_token_and_keeps_the_model(model):
     before = evaluate_text(model, TOKENIZER, "one window long")
     assert evaluate_text(model, TOKENIZER, "one window long", adapt=0.1).loss == pytest.approx(
         before.loss, rel=1e-6
@@ -193,7 +191,7 @@ def test_adapting_cheats_nowhere_and_leaves_the_model(model):
     assert evaluate_text(model, TOKENIZER, repeated) == static
 
 
-def test_a_decoder_scores_as_it_decodes(model):
+def test_a_decoder_scores_texts_as_it_decodes(model):
     config = model.config
     params = nnx.split(model)[1]
     exact = evaluate_text(model, TOKENIZER, "0123456789" * 3).loss
@@ -206,7 +204,7 @@ def test_a_decoder_scores_as_it_decodes(model):
 
 
 @pytest.mark.slow
-def test_the_loss_of_an_int8_cache_is_that_of_the_tokens_read_one_by_one(model):
+def test_the_loss_with_an_int8_cache_equals_decoding_token_by_token(model):
     decoder = unstack(model.config, nnx.split(model)[1], cache="int8")
     tokens = [1, *TOKENIZER.encode("a short one")]
     cache = to_int8(prefill(decoder, [[1]], 16).cache)
@@ -221,12 +219,12 @@ def test_the_loss_of_an_int8_cache_is_that_of_the_tokens_read_one_by_one(model):
     )
 
 
-def test_bytes_are_utf8(model):
+def test_bytes_are_those_of_utf8(model):
     result = evaluate_text(model, TOKENIZER, "中文")
     assert result.bytes == 6
 
 
-def test_bad_input(model):
+def test_invalid_arguments_raise_an_error(model):
     with pytest.raises(ValueError, match="empty"):
         evaluate_text(model, TOKENIZER, "")
     with pytest.raises(ValueError, match="text 2 of 2 is empty"):

@@ -1,14 +1,12 @@
-"""Writes what transformers makes of two small random GPT-2 models, with a Python that has torch and
-transformers:
+"""Write fixtures of two small random GPT-2 models, using a Python with torch and transformers:
 
     python tests/interop/make_fixtures.py tests/interop/fixtures
 
-Each folder is what save_pretrained writes, with the tokenizer's files, and expected.npz and
+Each folder holds the output of save_pretrained, the files of the tokenizer, and expected.npz and
 expected.json: logits, loss and gradients of one batch, greedy texts, and the versions that made
-them. ``tied`` has the architecture's defaults; ``untied`` has an output embedding of its own,
-another MLP width and epsilon, and a vocabulary with three rows more than the tokenizer has tokens.
-``tied`` also has expected_activations.npz: the logits of its tensors with other activation
-functions.
+them. ``tied`` has the architecture's defaults; ``untied`` has a separate output embedding, another
+MLP width and epsilon, and three more rows than its tokenizer has tokens. ``tied`` also has
+expected_activations.npz: logits of its tensors with other activation functions.
 """
 
 import json
@@ -47,14 +45,13 @@ VARIANTS = {
 
 
 def byte_characters() -> list[str]:
-    """GPT-2's spelling of the bytes 0 to 255, in the order of its vocabulary."""
+    """Return GPT-2's characters for the bytes 0 to 255, in the order of its vocabulary."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     return [*map(chr, visible), *(chr(256 + number) for number in range(256 - len(visible)))]
 
 
 def write_tokenizer(folder: Path) -> int:
-    """vocab.json and merges.txt; returns the number of tokens, the last of which is
-    <|endoftext|>."""
+    """Write vocab.json and merges.txt; return the number of tokens, the last one <|endoftext|>."""
     pieces = [*byte_characters(), *(pair.replace(" ", "") for pair in PAIRS), "<|endoftext|>"]
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
@@ -82,14 +79,11 @@ def make(folder: Path, changes: dict) -> None:
     )
     with torch.no_grad():
         for name, values in model.named_parameters():
-            # Large, and no bias at 0 nor scale at 1: else much could be wrong and nothing would
-            # show.
+            # Large values, and no bias of 0 or scale of 1, which would hide errors.
             scale = name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight"))
             values.copy_(torch.randn_like(values) * 0.3 + float(scale))
             if name.endswith(("wte.weight", "lm_head.weight")):
-                values[94:256] *= (
-                    0.1  # bytes that are no ASCII: seldom the best, so that texts are readable
-                )
+                values[94:256] *= 0.1  # make non-ASCII bytes unlikely, so that texts are readable
     model.eval()
     model.save_pretrained(folder)
     tokens = torch.from_numpy(np.random.default_rng(1).integers(0, size, (2, 13)))
@@ -127,7 +121,7 @@ def make(folder: Path, changes: dict) -> None:
 
 
 def write_activations(folder: Path) -> None:
-    """Logits of the model in ``folder`` for one row, by activation function."""
+    """Write logits of the model in ``folder`` for one row, by activation function."""
     tokens = np.random.default_rng(2).integers(0, 268, (1, 9))
     arrays = {"tokens": tokens}
     for name in ("relu", "gelu", "silu"):

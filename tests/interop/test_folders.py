@@ -1,5 +1,5 @@
-"""What a folder of Hugging Face's says is read, or refused by name: tokens, generation settings,
-numbers, activations, and the ways to store a tied model.
+"""Convert Hugging Face folders with various tokens, generation settings, values, activations and
+ways to store a tied model.
 """
 
 import dataclasses
@@ -53,12 +53,12 @@ def edit(path, **changes) -> None:
 
 @pytest.fixture
 def model(tmp_path):
-    """A copy of the tied model, to be changed."""
+    """Copy the tied model, so that a test can change it."""
     return Path(shutil.copytree(TIED, tmp_path / "model"))
 
 
 def resize(folder, rows: int) -> None:
-    """A vocabulary of ``rows`` tokens, as model.resize_token_embeddings makes it."""
+    """Resize the vocabulary to ``rows`` tokens, as model.resize_token_embeddings does."""
     values = tensors(folder)
     table = values["transformer.wte.weight"]
     more = np.full((max(0, rows - len(table)), table.shape[1]), 0.25, np.float32)
@@ -71,7 +71,7 @@ def resize(folder, rows: int) -> None:
 
 @pytest.mark.parametrize("how", ["added_tokens.json", "added_tokens_decoder", "tokenizer.json"])
 def test_added_words_are_read_from_text(model, tmp_path, how):
-    """transformers reads "ROMEO is" as [268, 220, 72, 82] in all three."""
+    """transformers encodes "ROMEO is" as [268, 220, 72, 82] in all three cases."""
     resize(model, 269)
     if how == "added_tokens.json":
         edit(model / how, ROMEO=268)
@@ -104,8 +104,8 @@ def test_added_words_are_read_from_text(model, tmp_path, how):
 
 
 def test_special_tokens_of_a_chat_model(tmp_path):
-    """They are text in documents, tokens in a prompt that is parsed, and never shown; the model may
-    write those that are not bos, pad, mask or sep, as Hugging Face lets it."""
+    """Special tokens are text in documents, tokens in a parsed prompt, and not shown in the output.
+    As with Hugging Face, the model may write those that are not bos, pad, mask or sep."""
     files = older_files(byte_level())
     settings = {
         "added_tokens_decoder": {
@@ -139,7 +139,7 @@ def test_special_tokens_of_a_chat_model(tmp_path):
 
 @pytest.mark.parametrize("rows", [268, 267, 270, 320])
 def test_special_tokens_without_a_row_are_left_out(model, tmp_path, rows):
-    """The tokenizer was saved with [PAD] and the model was not resized; or to a multiple of 64."""
+    """The tokenizer was saved with [PAD]; the model was not resized, or to a multiple of 64."""
     resize(model, rows)
     edit(
         model / "tokenizer_config.json",
@@ -166,7 +166,7 @@ def test_special_tokens_without_a_row_are_left_out(model, tmp_path, rows):
     assert tokenizer.encode("the [PAD]") == load_tokenizer(TIED).encode("the [PAD]")
 
 
-def test_words_without_a_row_are_refused(model, tmp_path):
+def test_words_without_a_row_raise_an_error(model, tmp_path):
     edit(model / "added_tokens.json", ROMEO=268)
     with pytest.raises(
         ValueError,
@@ -191,7 +191,7 @@ def test_words_without_a_row_are_refused(model, tmp_path):
         "unigram",
     ],
 )
-def test_models_with_other_tokenizers_come_in(tmp_path, name):
+def test_models_with_other_tokenizers_are_converted(tmp_path, name):
     """The ids are compared with transformers in tests/data/test_hub_tokenizer.py."""
     model = FOLDERS[name](tmp_path / "model")
     free = load_tokenizer(model)
@@ -221,7 +221,7 @@ def test_models_with_other_tokenizers_come_in(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["alone.json", "spiece.model", "folder"])
-def test_a_tokenizer_from_elsewhere_has_no_token_more_than_the_model(tmp_path, name):
+def test_a_separate_tokenizer_is_limited_to_the_rows_of_the_model(tmp_path, name):
     """--tokenizer names a file or a folder; its roles are among the model's rows."""
     if name == "alone.json":
         folder = FOLDERS["qwen"](tmp_path / "qwen")
@@ -253,7 +253,7 @@ def test_a_tokenizer_from_elsewhere_has_no_token_more_than_the_model(tmp_path, n
 
 
 @pytest.mark.parametrize("name", ["qwen", "vocab.txt", "unigram", "words and masks"])
-def test_a_run_of_ours_with_such_a_tokenizer_goes_there(tmp_path, name):
+def test_hub_tokenizers_are_written_and_read_back(tmp_path, name):
     ours = load_tokenizer(FOLDERS[name](tmp_path / "folder"))
     files, how = write_tokenizer(ours, 64)
     assert how == "as tokenizer.json"
@@ -307,7 +307,7 @@ CASES = [
     (
         {"do_sample": True, "num_beams": 4},
         {"temperature": 1.0, "top_k": 50},
-        ["num_beams=4 (beams that are drawn are not the same here)"],
+        ["num_beams=4 (beam sampling differs here)"],
     ),
     (
         {"max_length": 30},
@@ -366,25 +366,25 @@ def closed():
     return read_tokenizer(TIED, {"eos_token_id": 267}, {}, 268)[0]
 
 
-@pytest.mark.parametrize(("generation", "changed", "told"), CASES)
-def test_generation_settings_are_kept_or_told(closed, generation, changed, told):
-    assert decode_of(generation, closed, 268) == (DecodeConfig(**changed), told)
+@pytest.mark.parametrize(("generation", "changed", "not_kept"), CASES)
+def test_generation_settings_are_kept_or_reported(closed, generation, changed, not_kept):
+    assert decode_of(generation, closed, 268) == (DecodeConfig(**changed), not_kept)
 
 
-def test_generation_settings_out_of_range_are_refused(closed):
+def test_generation_settings_out_of_range_raise_an_error(closed):
     for wrong, message in (
         ({"repetition_penalty": -1}, "repetition_penalty=-1 is outside"),
         (
             {"num_beams": 2, "stop_strings": ["a"]},
             "stop_strings cannot be searched while num_beams=2",
         ),
-        ({"max_new_tokens": "9"}, "generation_config.json cannot be kept"),
+        ({"max_new_tokens": "9"}, "generation_config.json cannot be converted"),
     ):
         with pytest.raises(ValueError, match=message):
             decode_of(wrong, closed, 268)
 
 
-def test_a_converted_run_decodes_as_its_folder_says(model, tmp_path):
+def test_a_converted_run_keeps_the_generation_settings(model, tmp_path):
     edit(
         model / "generation_config.json",
         eos_token_id=[32, 267],
@@ -399,10 +399,10 @@ def test_a_converted_run_decodes_as_its_folder_says(model, tmp_path):
         "eos_token_id=(32, 267)" in report
     )
     assert "not kept   of generation_config.json: penalty_alpha=0.6" in report
-    # A word that ends generation is text all the same.
+    # A word that ends generation is still text.
     tokenizer = load_run(tmp_path / "run").tokenizer
     assert tokenizer.eos_id == 267 and tokenizer.decode([32]) == "A"
-    # Before there was such a file, config.json had its settings.
+    # In older folders config.json has these settings.
     (model / "generation_config.json").unlink()
     edit(model / "config.json", no_repeat_ngram_size=3, eos_token_id=267)
     convert(model, tmp_path / "older")
@@ -413,7 +413,7 @@ def test_a_converted_run_decodes_as_its_folder_says(model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "place", "value", "dtype"),
+    ("name", "position", "value", "dtype"),
     [
         ("transformer.h.0.mlp.c_fc.bias", (3,), np.nan, np.float32),
         ("transformer.wte.weight", (7, 2), np.inf, np.float32),
@@ -421,14 +421,12 @@ def test_a_converted_run_decodes_as_its_folder_says(model, tmp_path):
         ("transformer.ln_f.weight", (1,), np.nan, jnp.bfloat16),
     ],
 )
-def test_numbers_that_are_not_finite_are_refused_by_name(
-    model, tmp_path, name, place, value, dtype
-):
+def test_values_that_are_not_finite_raise_an_error(model, tmp_path, name, position, value, dtype):
     values = tensors(model)
     changed = values[name].astype(dtype)
-    changed[place] = value
+    changed[position] = value
     store(model, values | {name: changed})
-    at = ", ".join(map(str, place))
+    at = ", ".join(map(str, position))
     with pytest.raises(
         ValueError,
         match=rf"{name} of .*model has 1 values that are not finite "
@@ -438,8 +436,8 @@ def test_numbers_that_are_not_finite_are_refused_by_name(
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_run_with_such_numbers_is_not_written(model, tmp_path):
-    """A causal mask of older versions may hold -inf; it is no parameter."""
+def test_a_run_with_values_that_are_not_finite_is_not_written(model, tmp_path):
+    """The causal mask of older versions may hold -inf, because it is not a parameter."""
     store(
         model, tensors(model) | {"transformer.h.0.attn.masked_bias": np.float32(-np.inf).reshape(1)}
     )
@@ -482,7 +480,7 @@ def only_head(values):
         ),
     ],
 )
-def test_a_tied_model_that_stores_its_output_embedding_alone(model, tmp_path, change):
+def test_a_tied_model_may_store_only_its_output_embedding(model, tmp_path, change):
     before = read_model(model)[1]
     store(model, change(tensors(model)))
     convert(model, tmp_path / "run")
@@ -497,7 +495,7 @@ def test_a_tied_model_that_stores_its_output_embedding_alone(model, tmp_path, ch
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
-def test_prefixes_of_wrappers(model, prefix):
+def test_prefixes_of_wrappers_are_removed(model, prefix):
     before = jax.tree.leaves(read_model(model)[1])
     store(model, {prefix + name: array for name, array in tensors(model).items()})
     _, params, origin = read_model(model)
@@ -507,7 +505,7 @@ def test_prefixes_of_wrappers(model, prefix):
     assert origin["prefix"] == "transformer."
 
 
-def test_an_embedding_that_is_missing_is_named(model, tmp_path):
+def test_a_missing_embedding_raises_an_error(model, tmp_path):
     store(model, only_head(tensors(model)))
     edit(model / "config.json", tie_word_embeddings=False)
     with pytest.raises(ValueError, match=r"wte.weight is missing \(expected \[268, 16\]\)"):
@@ -526,7 +524,7 @@ ACTIVATIONS = {
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_activations_go_there_and_back(model, name):
+def test_activations_survive_a_round_trip(model, name):
     config = json.loads((model / "config.json").read_text()) | {"activation_function": name}
     found = gpt2.model_of(config)
     assert found.activation == ACTIVATIONS[name]
@@ -536,7 +534,7 @@ def test_activations_go_there_and_back(model, name):
     )
 
 
-def test_logits_of_other_activations_are_those_of_transformers(model):
+def test_logits_of_other_activations_equal_transformers(model):
     expected = np.load(TIED / "expected_activations.npz")
     _, params, _ = read_model(model)
     config = json.loads((model / "config.json").read_text())
@@ -547,7 +545,7 @@ def test_logits_of_other_activations_are_those_of_transformers(model):
     assert np.abs(expected["relu"] - expected["gelu"]).max() > 0.1
 
 
-def test_activations_do_not_change_the_count_of_parameters():
+def test_activations_do_not_change_the_parameter_count():
     sizes = {
         ModelConfig(vocab_size=8, activation=name).parameter_count()
         for name in ("gelu", "gelu_exact", "relu", "silu")

@@ -1,5 +1,7 @@
-"""GPT-2 from and to Hugging Face: the same bits there and back, the same numbers as transformers,
-and every misfit named. fixtures/ hold what transformers itself wrote (make_fixtures.py)."""
+"""Convert GPT-2 from and to Hugging Face: exact round trips, the numbers of transformers, errors.
+
+fixtures/ holds files that transformers itself wrote (make_fixtures.py).
+"""
 
 import base64
 import dataclasses
@@ -67,13 +69,13 @@ def edit_json(path, **changes) -> None:
 
 @pytest.fixture
 def model(tmp_path):
-    """A copy of the tied model, to be changed."""
+    """Copy the tied model, so that a test can change it."""
     return Path(shutil.copytree(HERE / "fixtures/tied", tmp_path / "model"))
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def converted(request, tmp_path_factory):
-    """(folder of transformers, run folder made of it)."""
+    """Return (folder of transformers, run folder converted from it)."""
     run = tmp_path_factory.mktemp("converted") / request.param
     convert(HERE / "fixtures" / request.param, run)
     return HERE / "fixtures" / request.param, run
@@ -81,8 +83,8 @@ def converted(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
-    """A run as launch/pretrain.py leaves one: SentencePiece, a padded vocabulary, special tokens of
-    our own."""
+    """Return a run as launch/pretrain.py writes it, with SentencePiece, a padded vocabulary and our
+    own special tokens."""
     folder = tmp_path_factory.mktemp("own") / "run"
     texts = [
         "The cat sat on the mat and the dog sat on the log.\n",
@@ -118,10 +120,9 @@ def own(tmp_path_factory):
 
 
 # --- the same numbers
-# ---------------------------------------------------------------------------------------
 
 
-def test_logits_loss_and_gradients_are_those_of_transformers(converted):
+def test_logits_loss_and_gradients_equal_transformers(converted):
     source, workdir = converted
     run = load_run(workdir)
     expected = np.load(source / "expected.npz")
@@ -150,7 +151,7 @@ def test_logits_loss_and_gradients_are_those_of_transformers(converted):
         np.testing.assert_allclose(read(name), wanted, rtol=0, atol=1e-4, err_msg=name)
 
 
-def test_greedy_text_is_that_of_transformers(converted):
+def test_greedy_text_equals_transformers(converted):
     source, workdir = converted
     run = load_run(workdir)
     greedy = json.loads((source / "expected.json").read_text())["greedy"]
@@ -169,7 +170,7 @@ def test_greedy_text_is_that_of_transformers(converted):
 
 
 def test_a_small_real_model_sorts(shared, tmp_path):
-    """gpt_nano_sort: three symbols, trained with minGPT, which stores matrices [out, in]."""
+    """gpt_nano_sort has three symbols and was trained with minGPT, with matrices [out, in]."""
     stored = json.loads(
         (shared / "data/weights/gpt_nano_sort/gpt-nano-sort-model.json").read_text()
     )
@@ -240,13 +241,11 @@ def test_a_small_real_model_sorts(shared, tmp_path):
     assert all(back[name].tobytes() == written[name].tobytes() for name in back) and len(back) == 41
 
 
-# --- there and back
-# -----------------------------------------------------------------------------------------
+# --- round trips
 
 
 def rewrite(folder, change) -> None:
-    """The tensors of ``folder``, one file, as ``change`` makes them: {name: array} -> {name:
-    array}."""
+    """Apply ``change``, {name: array} -> {name: array}, to the tensors in a folder of one file."""
     path = folder / "model.safetensors"
     save_file(
         {name: np.ascontiguousarray(values) for name, values in change(load_file(path)).items()},
@@ -256,7 +255,7 @@ def rewrite(folder, change) -> None:
 
 
 def bare(tensors):
-    """As the published gpt2 is stored: no prefix, and the causal mask among the weights."""
+    """Store tensors as the published gpt2: no prefix, and the causal mask among the weights."""
     made = {name.removeprefix("transformer."): values for name, values in tensors.items()}
     return made | {
         "h.0.attn.bias": np.tril(np.ones((1, 1, 48, 48), np.uint8)),
@@ -284,13 +283,13 @@ SOURCES = {
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_there_and_back_every_bit_is_the_same(model, tmp_path, source):
+def test_a_round_trip_is_exact(model, tmp_path, source):
     rewrite(model, SOURCES[source])
     if source in ("float16", "bfloat16"):
         edit_json(model / "config.json", dtype=source)
     report = convert(model, tmp_path / "run")
     convert(tmp_path / "run", tmp_path / "back")
-    if source == "bare":  # masks are made anew by whoever needs them
+    if source == "bare":  # masks are recreated by whoever needs them
         rewrite(
             model,
             lambda tensors: {
@@ -308,7 +307,7 @@ def test_there_and_back_every_bit_is_the_same(model, tmp_path, source):
     assert {"mixed": "float16 and float32", "bfloat16": "bfloat16"}.get(source, "float") in report
 
 
-def test_another_dtype_is_a_wish(converted, tmp_path):
+def test_another_dtype_is_written_on_request(converted, tmp_path):
     source, run = converted
     convert(run, tmp_path / "half", dtype="bfloat16")
     wanted = {name: values.astype(jnp.bfloat16) for name, values in tensors_of(source).items()}
@@ -322,7 +321,7 @@ def test_another_dtype_is_a_wish(converted, tmp_path):
         convert(source, tmp_path / "run", dtype="float16")
 
 
-def test_numbers_too_large_for_a_dtype_are_refused(model, tmp_path):
+def test_values_too_large_for_a_dtype_raise_an_error(model, tmp_path):
     rewrite(
         model, lambda tensors: tensors | {"transformer.ln_f.bias": np.full(16, 1e5, np.float32)}
     )
@@ -361,7 +360,7 @@ def test_shards_are_written_and_read(converted, tmp_path):
         convert(tmp_path / "sharded", tmp_path / "other")
 
 
-def test_a_run_of_our_own_goes_there_and_back(own, tmp_path):
+def test_our_own_run_survives_a_round_trip(own, tmp_path):
     report = convert(own, tmp_path / "model")
     assert "202 more rows" in report and "checkpoint of step 3" in report
     config = json.loads((tmp_path / "model/config.json").read_text())
@@ -376,14 +375,14 @@ def test_a_run_of_our_own_goes_there_and_back(own, tmp_path):
     assert model == shape
     pairs = zip(jax.tree.leaves(params), jax.tree.leaves(run.params), strict=True)
     assert all(np.asarray(one).tobytes() == np.asarray(other).tobytes() for one, other in pairs)
-    # What is never written here is not to be written there: specials but the end, and the padding.
+    # Tokens never written here are suppressed there: special ones except the end, and the padding.
     generation = json.loads((tmp_path / "model/generation_config.json").read_text())
     special = set(np.flatnonzero(run.tokenizer.is_special)) - {run.tokenizer.eos_id}
     assert generation["suppress_tokens"] == sorted(map(int, special | set(range(310, 512))))
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram", "gpt2"])
-def test_tokenizers_of_ours_read_the_same_there(kind, tmp_path):
+def test_our_tokenizers_encode_the_same_in_transformers_format(kind, tmp_path):
     rng = np.random.default_rng(0)
     words = ["".join(rng.choice(list("aeinorst"), rng.integers(1, 9))) for _ in range(400)]
     source = "\n".join(" ".join(rng.choice(words, rng.integers(1, 12))) for _ in range(300))
@@ -403,19 +402,18 @@ def test_tokenizers_of_ours_read_the_same_there(kind, tmp_path):
         for line, ids in zip(lines, read, strict=True)
         if ids != [ours.bos_id, *ours.encode(line)]
     ]
-    # To a unigram model two segmentations may be equally likely, as of a row of the same letter.
+    # Under a unigram model two segmentations may be equally likely, as of a repeated letter.
     assert len(other) <= (8 if kind == "unigram" else 0), other
     settings = json.loads(files["tokenizer_config.json"])
     for role in ("bos", "eos", "pad"):
         assert there.token_to_id(settings[f"{role}_token"]) == getattr(ours, f"{role}_id")
 
 
-# --- a converted run is a run
-# -------------------------------------------------------------------------------
+# --- training a converted run
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_converted_run_starts_where_a_fresh_one_does(converted, tmp_path, optimizer):
+def test_a_converted_run_starts_with_the_optimizer_of_a_fresh_one(converted, tmp_path, optimizer):
     _, workdir = converted
     workdir = Path(shutil.copytree(workdir, tmp_path / "run"))
     config = load_config(os.fspath(workdir / "config.py"), [f"optimizer.name={optimizer}"])
@@ -453,7 +451,7 @@ def test_a_converted_run_starts_where_a_fresh_one_does(converted, tmp_path, opti
 
 
 @pytest.mark.slow
-def test_a_converted_run_is_trained_further_and_goes_back(converted, tmp_path):
+def test_a_converted_run_is_trained_and_converted_back(converted, tmp_path):
     source, workdir = converted
     workdir = Path(shutil.copytree(workdir, tmp_path / "run"))
     (tmp_path / "text.txt").write_text("the man in the town where I was born\n" * 400)
@@ -492,8 +490,7 @@ def test_the_tokenizer_of_a_converted_run(converted):
         _ = tokenizer.mask_id
 
 
-# --- what does not fit
-# --------------------------------------------------------------------------------------
+# --- invalid models
 
 
 def without(name):
@@ -534,7 +531,7 @@ def without(name):
         ),
     ],
 )
-def test_a_tensor_that_does_not_fit_is_named(model, tmp_path, change, message):
+def test_a_wrong_tensor_raises_an_error(model, tmp_path, change, message):
     rewrite(model, change)
     with pytest.raises(ValueError, match=message):
         convert(model, tmp_path / "run")
@@ -560,7 +557,7 @@ def test_a_tensor_that_does_not_fit_is_named(model, tmp_path, change, message):
         ({"layer_norm_epsilon": 0}, "norm_epsilon=0"),
     ],
 )
-def test_a_config_that_does_not_fit_is_named(model, tmp_path, changes, message):
+def test_an_unsupported_config_raises_an_error(model, tmp_path, changes, message):
     edit_json(model / "config.json", **changes)
     with pytest.raises(ValueError, match=message):
         convert(model, tmp_path / "run")
@@ -585,7 +582,7 @@ def test_a_config_that_does_not_fit_is_named(model, tmp_path, changes, message):
         ),
     ],
 )
-def test_a_run_of_another_architecture_is_refused(changes, message):
+def test_a_run_of_another_architecture_raises_an_error(changes, message):
     model = ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=4, vocab_size=8)
     assert gpt2.model_of(gpt2.config_of(model) | {"n_ctx": 1}).hidden_size == 16
     with pytest.raises(ValueError, match=message):
@@ -615,7 +612,7 @@ def test_older_spellings_of_a_config(model, tmp_path):
 
 
 def tokenizer_json(folder, *, prefix_space=False, template=False, added=()) -> None:
-    """vocab.json and merges.txt of ``folder`` as one tokenizer.json."""
+    """Replace vocab.json and merges.txt of ``folder`` by one tokenizer.json."""
     merges = [
         tuple(line.split()) for line in (folder / "merges.txt").read_text().split("\n")[1:] if line
     ]
@@ -633,12 +630,12 @@ def tokenizer_json(folder, *, prefix_space=False, template=False, added=()) -> N
     (folder / "merges.txt").unlink()
 
 
-def test_tokenizer_json_alone_is_enough(model, tmp_path):
+def test_tokenizer_json_alone_is_read(model, tmp_path):
     before = load_tokenizer(model)
     tokenizer_json(model, template=True)
     convert(model, tmp_path / "run")
     tokenizer = load_run(tmp_path / "run").tokenizer
-    assert tokenizer.prompt_bos  # as its template says
+    assert tokenizer.prompt_bos  # as in its template
     assert tokenizer.encode("In the wan thing 12 天") == before.encode("In the wan thing 12 天")
     convert(tmp_path / "run", tmp_path / "back")
     assert (model / "tokenizer.json").read_bytes() == (
@@ -646,7 +643,7 @@ def test_tokenizer_json_alone_is_enough(model, tmp_path):
     ).read_bytes()
 
 
-def test_added_tokens_have_their_ids(tmp_path):
+def test_added_tokens_keep_their_ids(tmp_path):
     model = Path(shutil.copytree(HERE / "fixtures/untied", tmp_path / "model"))
     tokenizer_json(model, added=["<pad>", "<mask>"])
     edit_json(model / "generation_config.json", pad_token_id=268, eos_token_id=[267, 5])
@@ -665,7 +662,7 @@ def test_added_tokens_have_their_ids(tmp_path):
     assert tokenizer.is_special[[267, 268, 269]].all()
 
 
-def test_a_tokenizer_that_does_not_fit_is_refused(model, tmp_path):
+def test_an_unsupported_tokenizer_raises_an_error(model, tmp_path):
     edit_json(model / "generation_config.json", bos_token_id=None)
     tokenizer_json(model, template=True)
     whole = json.loads((model / "tokenizer.json").read_text())
@@ -685,11 +682,10 @@ def test_a_tokenizer_that_does_not_fit_is_refused(model, tmp_path):
     convert(model, tmp_path / "run", tokenizer=HERE / "fixtures/tied")
 
 
-# --- whole or not at all
-# ------------------------------------------------------------------------------------
+# --- incomplete output
 
 
-def test_nothing_is_left_half_written(converted, tmp_path, monkeypatch):
+def test_a_failed_conversion_leaves_the_target_unchanged(converted, tmp_path, monkeypatch):
     source, run = converted
     target = tmp_path / "model"
     convert(run, target)
@@ -707,7 +703,7 @@ def test_nothing_is_left_half_written(converted, tmp_path, monkeypatch):
     convert(run, target, dtype="bfloat16", overwrite=True)
     assert os.listdir(tmp_path) == ["model"] and not same_tensors(source, target)
     for folder in (run, run / "inside", run.parent):
-        with pytest.raises(ValueError, match="lie in each other"):
+        with pytest.raises(ValueError, match="contains the other"):
             convert(run, folder, overwrite=True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/letter.txt").touch()
@@ -717,7 +713,7 @@ def test_nothing_is_left_half_written(converted, tmp_path, monkeypatch):
         convert(tmp_path / "mine", tmp_path / "other")
 
 
-def test_damaged_files_are_named(model, tmp_path):
+def test_damaged_files_raise_an_error(model, tmp_path):
     path = model / "model.safetensors"
     whole = path.read_bytes()
     for content in (whole[:-3], whole[:5], b"", b"not a tensor" * 9):
@@ -729,14 +725,14 @@ def test_damaged_files_are_named(model, tmp_path):
         convert(model, tmp_path / "run")
     for index in ("[]", "{", '{"weight_map": {}}', '{"weight_map": {"a": "../x.safetensors"}}'):
         (model / "model.safetensors.index.json").write_text(index)
-        with pytest.raises(ValueError, match="is no index of shards"):
+        with pytest.raises(ValueError, match="is not an index of shards"):
             convert(model, tmp_path / "run")
     (model / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="config.json is no JSON"):
+    with pytest.raises(ValueError, match="config.json is not valid JSON"):
         convert(model, tmp_path / "run")
 
 
-def test_the_script(tmp_path):
+def test_the_convert_script(tmp_path):
     def launch(*flags):
         return subprocess.run(
             [sys.executable, ROOT / "launch/convert.py", *flags],
@@ -757,7 +753,6 @@ def test_the_script(tmp_path):
 
 
 # --- against transformers itself
-# ----------------------------------------------------------------------------
 
 READ = """
     import json, sys, torch
@@ -765,8 +760,8 @@ READ = """
     folder, prompts = sys.argv[1], json.loads(sys.argv[2])
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    # A model from elsewhere may have rows beyond its tokenizer's last. Unlike us, transformers
-    # would write them.
+    # A model from elsewhere may have more rows than its tokenizer has tokens. transformers would
+    # write them, unlike our decoding.
     beyond = list(range(len(tokenizer), model.config.vocab_size))
     never = model.generation_config.suppress_tokens or beyond or None
     for prompt in prompts:
@@ -780,7 +775,7 @@ READ = """
 
 @pytest.fixture(scope="module")
 def transformers_python():
-    """A Python that has torch and transformers: this one, or that of TRANSFORMERS_PYTHON."""
+    """Return a Python with torch and transformers: this one, or TRANSFORMERS_PYTHON."""
     python = os.environ.get("TRANSFORMERS_PYTHON", sys.executable)
     if subprocess.run([python, "-c", "import torch, transformers"], capture_output=True).returncode:
         pytest.skip(
@@ -790,7 +785,7 @@ def transformers_python():
 
 
 @pytest.mark.slow
-def test_the_fixtures_are_what_transformers_makes_today(transformers_python, tmp_path):
+def test_the_fixtures_equal_those_of_installed_transformers(transformers_python, tmp_path):
     subprocess.run(
         [transformers_python, HERE / "make_fixtures.py", tmp_path], check=True, capture_output=True
     )
@@ -811,7 +806,7 @@ def test_the_fixtures_are_what_transformers_makes_today(transformers_python, tmp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["own", *VARIANTS])
-def test_transformers_reads_what_is_written(transformers_python, own, tmp_path, name):
+def test_transformers_reads_the_written_models(transformers_python, own, tmp_path, name):
     run_folder = own
     if name != "own":
         run_folder = tmp_path / "run"

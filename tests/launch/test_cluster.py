@@ -1,4 +1,4 @@
-"""launch/cluster: what each script would run, and that this runs here, with processes over gloo."""
+"""launch/cluster: the commands of each script, which also run here, with processes over gloo."""
 
 import json
 import os
@@ -24,8 +24,8 @@ CLUSTER = ROOT / "launch" / "cluster"
 PATIENCE = 240  # seconds, for a start on a busy machine
 HEARTBEAT = 8  # seconds
 MEASURED = {"tokens_per_second", "mfu"}  # of the clock, not of the run
-# One process adds up in its memory, several over gloo, in another order: one unit in the last place
-# of a float32 was measured.
+# One process reduces in its memory, several reduce over gloo in a different order: the difference
+# was measured as one unit in the last place of a float32.
 OTHER_ORDER = 4e-7
 SETTINGS = [
     "train.steps=8",
@@ -93,7 +93,7 @@ def numbers(workdir: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def two(folder, environment) -> Path:
-    """The run of two processes with four devices each, with a pipeline across them."""
+    """A run of two processes with four devices each, and a pipeline across them."""
     done = subprocess.run(
         local(folder, "two", 2, 4),
         env=environment,
@@ -127,7 +127,7 @@ def test_two_processes_give_the_losses_of_one(two, folder):
 def kill_one(
     workdir: Path, process: int, step: int, started: subprocess.Popen, how=signal.SIGKILL
 ) -> None:
-    """The signal ``how`` to one process of the run, as soon as it has done ``step``."""
+    """Send the signal ``how`` to one process of the run as soon as it has done ``step``."""
     deadline = time.monotonic() + PATIENCE
     while not any(r["step"] >= step for r in read_metrics(str(workdir / "metrics.jsonl"))):
         assert started.poll() is None and time.monotonic() < deadline
@@ -137,9 +137,7 @@ def kill_one(
 
 # tests/train/test_kill.py kills processes that were not started by launch/cluster
 @pytest.mark.slow
-def test_one_killed_ends_all_and_the_next_start_ends_bit_for_bit_as_unkilled(
-    two, folder, environment
-):
+def test_a_killed_process_ends_all_and_the_next_start_resumes_bit_for_bit(two, folder, environment):
     started = subprocess.Popen(
         local(folder, "killed", 2, 4),
         env=environment,
@@ -156,13 +154,13 @@ def test_one_killed_ends_all_and_the_next_start_ends_bit_for_bit_as_unkilled(
     output = line + started.communicate(timeout=PATIENCE)[0]
     assert started.returncode == 0, output
     assert "137" in line and "failure 1" in line, line
-    assert ended < HEARTBEAT * 3, ended  # the service looks every so often
+    assert ended < HEARTBEAT * 3, ended  # the service checks at intervals
     assert numbers(folder / "killed") == numbers(two)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "devices"), [(1, 8), (4, 2)])
-def test_a_killed_run_goes_on_with_other_processes_bit_for_bit(
+def test_a_killed_run_resumes_with_other_processes_bit_for_bit(
     two, folder, environment, processes, devices
 ):
     name = f"other-{processes}"
@@ -175,6 +173,7 @@ def test_a_killed_run_goes_on_with_other_processes_bit_for_bit(
     )
     kill_one(folder / name, 0, 5, started)
     assert started.wait(PATIENCE) != 0
+    started.stdout.close()
     before = len(numbers(folder / name))
     assert 5 <= before < 10
     done = subprocess.run(
@@ -209,7 +208,7 @@ def test_a_signal_to_one_stops_all_at_the_same_step(two, folder, environment):
 
 
 @pytest.mark.slow
-def test_processes_with_other_settings_get_one_line_each(folder, environment):
+def test_processes_with_different_settings_print_one_line_each(folder, environment):
     commands = subprocess.run(
         [*local(folder, "other", 2, 4), "--dry_run"],
         env=environment,
@@ -246,20 +245,21 @@ def dry_run(*flags, cwd=ROOT) -> str:
     ).stdout
 
 
-def test_what_would_run():
+def test_the_commands_of_a_dry_run():
     assert dry_run("--cluster=slurm", "--nodes=4", "--chips=8", "--option=--partition=gpu") == (
-        f"MTNLG_RESTARTS=20 MTNLG_ROOT={ROOT} sbatch --job-name=mtnlg-jax --nodes=4 --gpus-per-node=8 "
-        f"--ntasks-per-node=8 --export=ALL --partition=gpu {CLUSTER}/slurm.sbatch --config={TINY} --workdir=/runs/a "
-        "--set=train.steps=5\n"
+        f"MTNLG_RESTARTS=20 MTNLG_ROOT={ROOT} sbatch --job-name=mtnlg-jax --nodes=4 "
+        "--gpus-per-node=8 --ntasks-per-node=8 --export=ALL --partition=gpu "
+        f"{CLUSTER}/slurm.sbatch --config={TINY} --workdir=/runs/a --set=train.steps=5\n"
     )
     assert dry_run("--cluster=tpu_pod", "--name=pod", "--zone=us-east5-a", "--restarts=3") == (
-        f"MTNLG_RESTARTS=3 bash {CLUSTER}/tpu_pod.sh pod us-east5-a --config=configs/tiny.py --workdir=/runs/a "
-        "--set=train.steps=5\n"
+        f"MTNLG_RESTARTS=3 bash {CLUSTER}/tpu_pod.sh pod us-east5-a --config=configs/tiny.py "
+        "--workdir=/runs/a --set=train.steps=5\n"
     )
     lines = dry_run("--cluster=local", "--nodes=2", "--local_devices=4", "--flags=off").splitlines()
     assert [line.partition(" ")[2] for line in lines] == [
-        f"{ROOT}/launch/pretrain.py --config={TINY} --workdir=/runs/a --set=train.steps=5 --flags=off --noprogress "
-        f"--local_devices=4 --coordinator=localhost:1234 --processes=2 --process_id={number}"
+        f"{ROOT}/launch/pretrain.py --config={TINY} --workdir=/runs/a --set=train.steps=5 "
+        "--flags=off --noprogress --local_devices=4 --coordinator=localhost:1234 --processes=2 "
+        f"--process_id={number}"
         for number in (0, 1)
     ]
     said = subprocess.run(
@@ -305,7 +305,7 @@ def test_what_would_run():
         (("--cluster=gke_gpu", "--config={outside}"), "is outside"),
     ],
 )
-def test_what_is_missing_is_one_line(flags, message, tmp_path):
+def test_a_missing_flag_or_tool_is_reported_in_one_line(flags, message, tmp_path):
     (tmp_path / "mine.py").write_text(TINY.read_text())
     flags = [flag.replace("{outside}", str(tmp_path / "mine.py")) for flag in flags]
     done = subprocess.run(
@@ -343,8 +343,8 @@ def manifest(kind: str, *flags) -> dict:
     ],
 )
 def test_manifests_are_jobsets(kind, flags, resource, replicas):
-    """The fields that the JobSet API (jobset.x-k8s.io/v1alpha2) and the Job API behind it require
-    or that the restart depends on."""
+    """Check the fields that the JobSet API (jobset.x-k8s.io/v1alpha2) and its Job API require, and
+    those that the restart depends on."""
     found = manifest(kind, *flags)
     assert (found["apiVersion"], found["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     assert found["metadata"]["name"] == "big"
@@ -386,7 +386,7 @@ def test_manifests_are_jobsets(kind, flags, resource, replicas):
     )
 
 
-def test_a_home_folder_of_the_hosts_is_theirs():
+def test_a_home_folder_is_expanded_on_the_hosts():
     said = dry_run(
         "--cluster=tpu_pod",
         "--zone=z",
@@ -401,10 +401,9 @@ def test_a_home_folder_of_the_hosts_is_theirs():
     )
 
 
-# Stands in for launch/pretrain.py beside a copy of launch.py: says where it is and what it was
-# given, and does what
-# the file "orders" says of it: a line a start, of a word a process, its exit code or "wait" for a
-# signal.
+# Replaces launch/pretrain.py beside a copy of launch.py. It prints its folder and its arguments,
+# and does what the file "orders" lists: a line for each start, with a word for each process, which
+# is its exit code or "wait" for a signal.
 STAND_IN = """
 import os, signal, sys, time
 from mtnlg_jax import command
@@ -412,9 +411,11 @@ from mtnlg_jax import command
 command.end_with_launcher()
 me = next(flag for flag in sys.argv if flag.startswith("--process_id="))[len("--process_id="):]
 heard = []
+def hear(number, _):
+    heard.append(signal.Signals(number).name)
 for name in ("SIGTERM", "SIGHUP", "SIGUSR1"):
     if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
-        signal.signal(getattr(signal, name), lambda number, _: heard.append(signal.Signals(number).name))
+        signal.signal(getattr(signal, name), hear)
 here = os.environ["STAND_IN"]
 starts = os.path.join(here, "starts-" + me)
 with open(starts, "a") as file:
@@ -434,8 +435,8 @@ sys.exit(75 if heard else int(order))
 
 @pytest.fixture
 def stand_in(tmp_path):
-    """stand_in(orders, *flags) -> a started launch.py of as many processes as a line of orders has
-    words."""
+    """stand_in(orders, *flags) -> a started launch.py, with a process for each word of a line of
+    orders."""
     (tmp_path / "launch/cluster").mkdir(parents=True)
     (tmp_path / "typed").mkdir()
     (tmp_path / "launch/cluster/launch.py").write_text((CLUSTER / "launch.py").read_text())
@@ -476,6 +477,8 @@ def stand_in(tmp_path):
     yield start
     for process in started:
         process.kill()
+        process.wait()
+        process.stdout.close()
 
 
 def wait_for(path: Path, text: str = "") -> str:
@@ -496,13 +499,13 @@ def lines_until_started(process: subprocess.Popen, count: int) -> None:
 @pytest.mark.parametrize(
     ("orders", "code", "starts"),
     [
-        ("74 6\n134 74\n0 0", 0, 3),  # what may pass is started again
+        ("74 6\n134 74\n0 0", 0, 3),  # a failure that may pass is restarted
         ("134 2\n", 2, 1),
         ("5 5\n", 5, 1),
         ("134 74\n6 74\n134 74\n", 74, 3),  # --restarts=2
     ],
 )
-def test_what_may_pass_is_started_again(stand_in, tmp_path, orders, code, starts):
+def test_a_failure_that_may_pass_is_restarted(stand_in, tmp_path, orders, code, starts):
     process = stand_in(orders, "--restarts=2")
     output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == code, output
@@ -523,7 +526,7 @@ def test_processes_end_with_their_launcher(stand_in, tmp_path, name):
     assert process.wait(PATIENCE) == (-signal.SIGKILL if name == "SIGKILL" else 75)
 
 
-def test_a_launcher_under_nohup_minds_no_closed_terminal(stand_in, tmp_path):
+def test_a_launcher_under_nohup_survives_a_closed_terminal(stand_in, tmp_path):
     process = stand_in("wait\n", before=["nohup"], stdin=subprocess.DEVNULL)
     lines_until_started(process, 1)
     process.send_signal(signal.SIGHUP)
@@ -533,7 +536,7 @@ def test_a_launcher_under_nohup_minds_no_closed_terminal(stand_in, tmp_path):
     assert wait_for(tmp_path / "ended-0") == "SIGTERM" and process.wait(PATIENCE) == 75
 
 
-def test_a_launcher_whose_output_nobody_reads_goes_on(stand_in, tmp_path):
+def test_a_launcher_without_a_reader_of_its_output_continues(stand_in, tmp_path):
     process = stand_in("wait 0\n")
     lines_until_started(process, 2)
     process.stdout.close()
@@ -546,8 +549,8 @@ def test_a_launcher_whose_output_nobody_reads_goes_on(stand_in, tmp_path):
     )  # the latter of one that was just ending
 
 
-def test_exit_codes_are_said_in_one_way():
-    """The scripts and the page repeat what mtnlg_jax/errors.py says."""
+def test_exit_codes_are_the_same_everywhere():
+    """The scripts and the page repeat those of mtnlg_jax/errors.py."""
     final = sorted(errors.FINAL)
     for name, pattern in {
         "slurm.sbatch": r"([\d |]+)\) echo",
@@ -574,8 +577,8 @@ def test_exit_codes_are_said_in_one_way():
 
 @pytest.fixture
 def tools(tmp_path, environment):
-    """tools(name, text): a program of that name before all others on the PATH, in an
-    environment."""
+    """tools(name, text) -> an environment whose PATH has a program of that name before all
+    others."""
     (tmp_path / "bin").mkdir()
 
     def add(name: str, text: str) -> dict:
@@ -604,7 +607,7 @@ def tools(tmp_path, environment):
         ([6, 134, 6], ["requeue", "requeue"]),  # no third one: MTNLG_RESTARTS=2
     ],
 )
-def test_slurm_queues_again_what_is_worth_it(tools, tmp_path, codes, calls):
+def test_slurm_requeues_failures_that_may_pass(tools, tmp_path, codes, calls):
     tools("scontrol", 'echo "$1" >>"$CALLS"\n')
     environment = tools("srun", 'echo "$@" >>"$CALLS.srun"; exit "$CODE"\n') | {
         "MTNLG_RESTARTS": "2"
@@ -638,7 +641,7 @@ def test_slurm_queues_again_what_is_worth_it(tools, tmp_path, codes, calls):
         (["", "0 0"], 0),
     ],
 )
-def test_a_tpu_pod_starts_again_what_is_worth_it(tools, tmp_path, runs, code):
+def test_a_tpu_pod_restarts_failures_that_may_pass(tools, tmp_path, runs, code):
     (tmp_path / "runs").write_text("".join(run + "\n" for run in runs))
     environment = tools(
         "gcloud",
@@ -662,7 +665,7 @@ def test_a_tpu_pod_starts_again_what_is_worth_it(tools, tmp_path, runs, code):
 
 @pytest.mark.slow
 def test_the_slurm_script_runs_here(two, folder, tools):
-    """srun's part is to start the tasks and to tell each of them which one it is."""
+    """The script of srun starts the tasks and numbers them."""
     environment = tools(
         "srun",
         """
@@ -686,8 +689,8 @@ def test_the_slurm_script_runs_here(two, folder, tools):
 
 @pytest.mark.slow
 def test_the_tpu_pod_script_runs_here(two, folder, tools, tmp_path):
-    """gcloud's part is to run the command on every host; SLURM's variables stand in for a TPU's
-    metadata."""
+    """The script of gcloud runs the command on every host; variables of SLURM replace the metadata
+    of a TPU."""
     home = tmp_path / "mtnlg_jax"
     (home / ".venv/bin").mkdir(parents=True)
     (home / ".venv/bin/python").write_text(f'#!/usr/bin/env bash\nexec {sys.executable} "$@"\n')
@@ -696,7 +699,9 @@ def test_the_tpu_pod_script_runs_here(two, folder, tools, tmp_path):
     environment = tools(
         "gcloud",
         """
-        for argument; do case $argument in --command=*) command="${argument#--command=}" ;; esac; done
+        for argument; do
+            case $argument in --command=*) command="${argument#--command=}" ;; esac
+        done
         export SLURM_STEP_NODELIST=localhost SLURM_NTASKS=2 SLURM_JOB_ID=$RANDOM
         for host in 0 1; do SLURM_PROCID=$host SLURM_LOCALID=$host bash -c "$command" & done
         wait
@@ -725,7 +730,7 @@ def test_the_tpu_pod_script_runs_here(two, folder, tools, tmp_path):
 
 @pytest.mark.slow
 def test_the_command_of_a_manifest_runs_here(two, folder, tools):
-    """A pod's part is its number; here the name of the first pod is localhost."""
+    """A pod only brings its number; here the name of the first pod is localhost."""
     tools("python", f'exec {sys.executable} "$@"\n')
     found = manifest("gke_gpu", "--accelerator=x")
     [text] = found["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"][

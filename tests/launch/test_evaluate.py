@@ -1,5 +1,4 @@
-"""launch/evaluate.py from end to end: what it says of a text, of many, and of what it cannot
-read."""
+"""launch/evaluate.py from end to end: its report on one text, on many, and its errors."""
 
 import gzip
 import json
@@ -53,7 +52,7 @@ def test_a_text_and_its_figures(ask):
     marked = b"\xef\xbb\xbfthe whale swam north again\n"
     typed = json.loads(ask("--workdir=RUN", "--input=-", "--json", stdin=marked)[1])
     assert typed["loss"] == pytest.approx(record["loss"], rel=1e-6), (
-        "a byte order mark is no part of the text"
+        "a byte order mark is not part of the text"
     )
 
 
@@ -69,8 +68,8 @@ def test_keys_are_named_and_what_is_left_out_is_counted(ask):
     assert ask("--workdir=RUN", "--input={folder}/many")[0] == 2
     code, out, err = ask("--workdir=RUN", "--input={folder}/many", "--on_error=skip")
     assert code == 0 and "2 document(s)" in out
-    for told in ("1 skipped_files", "1 empty", "1 repaired"):
-        assert told in err
+    for reported in ("1 skipped_files", "1 empty", "1 repaired"):
+        assert reported in err
 
 
 @pytest.mark.parametrize(
@@ -85,7 +84,7 @@ def test_keys_are_named_and_what_is_left_out_is_counted(ask):
         ),
         (["--input=-"], b" \n", "standard input contains no text"),
         (["--input=-"], b"\xff\xfa", "standard input: line 1: byte 0xff at 0 is not UTF-8"),
-        (["--input={folder}/a.txt", "--stride=65"], b"", "stride=65 lies outside [1, 64]"),
+        (["--input={folder}/a.txt", "--stride=65"], b"", "stride=65 is outside [1, 64]"),
         (["--input={folder}/a.txt", "--adapt=-1"], b"", "adapt=-1"),
         (
             ["--input={folder}/a.txt", "--adapt=1e-3", "--cache=int8"],

@@ -1,4 +1,4 @@
-"""launch/plan.py: its tables as text, its calibration, and one line for what it cannot do."""
+"""launch/plan.py: its tables as text, its calibration, and its errors."""
 
 import json
 import subprocess
@@ -25,7 +25,10 @@ DRIVER = """
     names = runpy.run_path(sys.argv[1])
     for line in sys.stdin:
         out, err, code = io.StringIO(), io.StringIO(), 0
-        with flagsaver.flagsaver(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(flagsaver.flagsaver())
+            stack.enter_context(contextlib.redirect_stdout(out))
+            stack.enter_context(contextlib.redirect_stderr(err))
             try:
                 sys.argv = [sys.argv[0], *json.loads(line)]
                 command.run(names["main"])
@@ -53,6 +56,7 @@ def ask():
     yield answer
     process.stdin.close()
     process.wait()
+    process.stdout.close()
 
 
 def config_flag(name):
@@ -85,7 +89,7 @@ def test_every_config_has_a_table_of_all_its_bytes(ask, name):
     assert sizes[-1] == sum(sizes[:-1]) and rows[-1][:2] == ["all,", "float32"]
 
 
-def test_a_data_axis_takes_the_devices_it_is_given(ask):
+def test_the_data_axis_takes_the_given_devices(ask):
     code, out, _ = ask(config_flag("tiny.py"), "--devices=4", "--set=mesh.tensor=2")
     assert code == 0 and "pipe 1 x data 2 x context 1 x tensor 2 = 4 devices" in out
     code, out, _ = ask(config_flag("tiny.py"), "--set=mesh.tensor=2")
@@ -125,7 +129,7 @@ def test_another_vocabulary(ask):
         (["--chips=H100:8", f"--calibration={__file__}"], "is not a calibration"),
     ],
 )
-def test_what_cannot_be_planned_is_one_line(ask, flags, words):
+def test_bad_input_is_one_line(ask, flags, words):
     code, out, err = ask(*flags)
     assert (
         code == 2
@@ -137,7 +141,7 @@ def test_what_cannot_be_planned_is_one_line(ask, flags, words):
 
 
 @pytest.mark.slow
-def test_what_does_not_fit_names_a_number_that_does(ask):
+def test_the_number_of_chips_that_would_be_enough_is_enough(ask):
     _, _, err = ask("--chips=v5e:256")
     enough = err.rsplit("; ", 1)[1].split()[0]
     assert ask(f"--chips=v5e:{enough}")[0] == 0
@@ -160,7 +164,6 @@ def test_other_chips_have_layouts_for_530b(ask, chips):
 
 
 # --- calibration
-# ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -198,7 +201,7 @@ def test_a_run_calibrates_the_plan(ask, workdir):
     assert code == 2 and "was measured on A100-80, not H100" in err
 
 
-def test_a_run_that_cannot_calibrate_says_why(ask, workdir):
+def test_a_run_that_cannot_calibrate_is_refused_with_the_reason(ask, workdir):
     assert "is it the chip that the run used?" in ask(f"--calibrate={workdir}", "--chips=v5e:8")[2]
     assert "does not fit 6 devices" in ask(f"--calibrate={workdir}", "--chips=A100-80:6")[2]
     (workdir / "metrics.jsonl").write_text("")

@@ -1,5 +1,5 @@
-"""The scripts as a person starts them: the quickstart on a small text, then its checkpoint in every
-mode."""
+"""The scripts as a user starts them: the quickstart on a small text, then every mode on its
+checkpoint."""
 
 import json
 import os
@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
-TEXT = "the whale swam north while the old captain slept and nobody on the ship dared to wake him again".split()
+TEXT = (
+    "the whale swam north while the old captain slept and nobody on the ship "
+    "dared to wake him again"
+).split()
 
 
 def run(script, *flags, code=0, stdin=None):
@@ -53,7 +56,7 @@ def road(tmp_path_factory):
     return folder, said
 
 
-def test_the_quickstart_says_everything(road):
+def test_the_quickstart_prints_every_part(road):
     folder, said = road
     for part in (
         "loss over 8 steps",

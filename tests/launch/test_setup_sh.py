@@ -16,9 +16,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOLS = "awk bash cat cksum cp cut df dirname du env flock grep mkdir mv rm sleep sort tail tee tr touch"
+TOOLS = (
+    "awk bash cat cksum cp cut df dirname du env flock grep mkdir mv rm sleep sort tail tee tr "
+    "touch"
+)
 
-# A Python of some version: what setup.sh asks of an interpreter, answered without one.
+# A Python of some version: it answers what setup.sh asks an interpreter, without one.
 PYTHON = """#!{bash}
 home="${{0%/*}}"
 case "$2 $3" in
@@ -63,7 +66,7 @@ esac
 
 
 class Machine:
-    """A copy of the set-up scripts in an empty folder, and a PATH with only what is put there."""
+    """A copy of the set-up scripts in an empty folder, and a PATH of given programs only."""
 
     def __init__(self, room: Path):
         self.room = room
@@ -92,7 +95,7 @@ class Machine:
         shutil.copy(self.room / "uv", self.path / "uv")
 
     def installs(self) -> list[str]:
-        """The calls of `uv pip install` since the last time this was asked."""
+        """Return the calls of `uv pip install` since the last call of this."""
         record = self.room / "uv_calls"
         calls = record.read_text().splitlines() if record.exists() else []
         record.unlink(missing_ok=True)
@@ -128,7 +131,7 @@ class Machine:
         )
 
     def set_up(self, kind="run", **environment) -> str:
-        """What a set-up that works reports."""
+        """Return the report of a set-up that works."""
         process = self.start(kind, **environment)
         out, reported = process.communicate(timeout=60)
         assert process.returncode == 0, reported
@@ -136,7 +139,7 @@ class Machine:
         return reported
 
     def refusal(self, kind="run", **environment) -> str:
-        """The last line of a set-up that does not work."""
+        """Return the last line of a set-up that fails."""
         process = self.start(kind, **environment)
         out, reported = process.communicate(timeout=60)
         assert (process.returncode, out) == (2, ""), reported
@@ -191,7 +194,7 @@ def test_pip_installs_uv_where_it_is_missing(machine):
     assert not (machine.room / "pip_calls").exists()
 
 
-def test_neither_uv_nor_a_python_that_could_install_it(machine):
+def test_without_uv_and_without_a_python_to_install_it(machine):
     (machine.path / "uv").unlink()
     assert "needs uv, or a Python 3 with venv" in machine.refusal()
     machine.add_python("python3", "3.13.1", venv=False)
@@ -311,7 +314,7 @@ def test_no_network_is_one_line_and_harms_nothing(machine, words):
     machine.uv("works")
     machine.set_up()
 
-    # The test tools cannot be had, but what was there works on.
+    # The test tools cannot be installed, but what was there still works.
     machine.uv(words)
     assert machine.refusal("dev").startswith("no network:")
     assert machine.set_up("run") == ""

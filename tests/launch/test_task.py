@@ -250,7 +250,7 @@ def test_a_row_without_a_common_character_is_scored(ask, folder):
     [
         (
             ["--workdir=RUN", "--task=sumarise"],
-            "task 'sumarise' is not known; did you mean 'summarise'?",
+            "unknown task 'sumarise'; did you mean 'summarise'?",
         ),
         (["--workdir=RUN"], "--task"),
         (["--task=summarise"], "--workdir is missing"),
@@ -261,11 +261,11 @@ def test_a_row_without_a_common_character_is_scored(ask, folder):
         ),
         (
             ["--workdir=OTHER", "--task=answer", "--passages={folder}/bare"],
-            "bare holds no text to look passages up in",
+            "bare holds no text to retrieve passages from",
         ),
         (
             ["--workdir=OTHER", "--task=sentiment", "--templates={folder}/twice.json"],
-            "label 'a' stands 2 times among 2",
+            "label 'a' occurs 2 times among 2",
         ),
         (
             ["--workdir=OTHER", "--task=summarise", "--examples={folder}/rows.jsonl"],
@@ -336,7 +336,7 @@ def test_a_row_without_a_common_character_is_scored(ask, folder):
         ),
         (
             ["--workdir=RUN", "--task=answer", "--choices=a", "--choices=a"],
-            "choice 'a' stands 2 times among 2",
+            "choice 'a' occurs 2 times among 2",
         ),
         (["--workdir=RUN", "--task=summarise", "--set=num_beam=2"], "did you mean 'num_beams'"),
         (

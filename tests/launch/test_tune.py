@@ -27,7 +27,7 @@ def run(*flags, code=0):
     return done.stdout if code == 0 else done.stderr
 
 
-def test_a_sweep_writes_what_it_timed_and_keeps_what_it_did_not(tmp_path):
+def test_a_sweep_replaces_what_it_timed_and_keeps_the_rest(tmp_path):
     table = tmp_path / "blocks.json"
     other = {
         "device": "H100",
@@ -98,7 +98,7 @@ def test_bad_input_is_one_line(tmp_path, flags, words):
     assert words in said and said.strip().count("\n") == 0
 
 
-def test_the_committed_table_says_of_every_entry_whence_it_is():
+def test_every_entry_of_the_committed_table_has_a_source():
     for entry in blocks.table():
         assert entry.kind in blocks.PASSES and len(entry.source) > 10
         assert (entry.ms is None) == (not entry.source.startswith("timed")), entry

@@ -1,4 +1,4 @@
-"""The longhand attention that every implementation is held against."""
+"""Provide the reference attention in float64 that every implementation is compared with."""
 
 from types import SimpleNamespace
 
@@ -12,7 +12,8 @@ from mtnlg_jax.model.attention import attention
 
 @pytest.fixture(scope="session")
 def longhand():
-    """visible(...), reference(...), inputs(...), everything(...), compare(...): see below."""
+    """Return visible(...), reference(...), inputs(...), everything(...) and compare(...); see
+    below."""
     return SimpleNamespace(
         visible=_visible,
         reference=_reference,
@@ -26,8 +27,8 @@ def longhand():
 def _visible(
     rows, queries, keys, *, causal=True, segment_ids=None, kv_lengths=None, q_offset=0, window=None
 ):
-    """(rows, queries, keys) booleans: the sentences of attention()'s docstring, one pair at a
-    time."""
+    """Return booleans (rows, queries, keys), computed pair by pair as attention()'s docstring
+    defines them."""
     seen = np.zeros((rows, queries, keys), bool)
     for b, i, j in np.ndindex(seen.shape):
         position = (q_offset if np.ndim(q_offset) == 0 else q_offset[b]) + i
@@ -46,7 +47,8 @@ def _visible(
 
 
 def _reference(q, k, v, d_out, d_lse, *, softcap=None, scale=None, bias=None, **mask):
-    """out, lse, dq, dk, dv in float64, for the loss sum(out * d_out) + sum(finite lse * d_lse)."""
+    """Return out, lse, dq, dk, dv in float64, for the loss sum(out * d_out) + sum(finite lse *
+    d_lse)."""
     q, k, v, d_out, d_lse = (np.asarray(x, np.float64) for x in (q, k, v, d_out, d_lse))
     rows, queries, heads, width = q.shape
     keys, kv_heads = k.shape[1:3]
@@ -84,7 +86,7 @@ def _reference(q, k, v, d_out, d_lse, *, softcap=None, scale=None, bias=None, **
 
 
 def _inputs(seed, rows, queries, keys, heads, kv_heads, width=4):
-    """q, k, v and the cotangents of the output and of the log-sum-exp."""
+    """Return q, k, v and the cotangents of the output and of the log-sum-exp."""
     random = np.random.default_rng(seed)
     shapes = [
         (rows, queries, heads, width),
@@ -96,7 +98,7 @@ def _inputs(seed, rows, queries, keys, heads, kv_heads, width=4):
 
 
 def _everything(q, k, v, d_out, d_lse, **options):
-    """out, lse, dq, dk, dv of attention(), in one compilation."""
+    """Return out, lse, dq, dk, dv of attention(), in one compilation."""
 
     def loss(q, k, v):
         out, lse = attention(q, k, v, return_lse=True, **options)

@@ -1,4 +1,4 @@
-"""attention() against a float64 longhand reference, its laws, its errors, and its memory."""
+"""Compare attention() with a float64 reference; check its invariants, errors and memory."""
 
 import functools
 import json
@@ -21,13 +21,13 @@ from mtnlg_jax.parallel.mesh import make_mesh
 IMPLS = ("xla", "xla_blockwise")
 IMPLS_OF_CONFIG = ("auto", *SUPPORT)
 FLOAT32 = 2e-5  # float32 sums of at most some dozens of numbers of size one
-BFLOAT16 = 4e-2  # eight bits of mantissa: 1/256 a rounding, several roundings, values up to about 3
-BLOCKS = (4, 3)  # small, unequal, and dividing none of the lengths below but where said
+BFLOAT16 = 4e-2  # eight bits of mantissa: several roundings of 1/256 each, values up to about 3
+BLOCKS = (4, 3)  # small, unequal, and not divisors of the lengths below unless stated
 
 
-# What is compiled: (queries, keys, heads, key/value heads, static options, the arrays of each run).
-# Every argument at least once, several together, lengths that divide no block. Runs of a case share
-# a compilation.
+# (queries, keys, heads, key/value heads, static options, the arrays of each run). Every argument
+# occurs at least once, several together, and lengths are not multiples of blocks. Runs of a case
+# share a compilation.
 SEGMENTS = ([[1] * 4 + [2] * 3, [9] * 7], [[1] * 8 + [2] * 4 + [0] * 2, [9] * 14])
 CASES = {
     "causal": (10, 10, 4, 2, {}, [{}]),
@@ -70,7 +70,7 @@ CASES = {
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("case", CASES)
-def test_output_lse_and_gradients_equal_the_longhand(case, impl, longhand):
+def test_output_lse_and_gradients_equal_the_reference(case, impl, longhand):
     queries, keys, heads, kv_heads, options, runs = CASES[case]
     arrays = longhand.inputs(0, 2, queries, keys, heads, kv_heads)
     compute = jax.jit(
@@ -83,7 +83,7 @@ def test_output_lse_and_gradients_equal_the_longhand(case, impl, longhand):
         assert np.array_equal(np.isneginf(got[1]), np.isneginf(want[1]))
 
 
-def test_cases_hold_queries_that_see_nothing(longhand):
+def test_cases_include_queries_that_see_nothing(longhand):
     blind = {}
     for name, (queries, keys, _, _, options, runs) in CASES.items():
         mask = {
@@ -97,7 +97,7 @@ def test_cases_hold_queries_that_see_nothing(longhand):
     )
 
 
-def test_bias_equals_the_longhand(longhand):
+def test_bias_equals_the_reference(longhand):
     arrays = longhand.inputs(1, 2, 5, 7, 4, 2)
     bias = np.random.default_rng(2).standard_normal((4, 1, 7)).astype(np.float32)
     got = jax.jit(functools.partial(longhand.everything, bias=bias, causal=False))(*arrays)
@@ -105,7 +105,7 @@ def test_bias_equals_the_longhand(longhand):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_bfloat16_stays_near_the_longhand(impl, longhand):
+def test_bfloat16_stays_near_the_reference(impl, longhand):
     queries, keys, heads, kv_heads, options, runs = CASES["all_options"]
     arrays = longhand.inputs(3, 2, queries, keys, heads, kv_heads)
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in arrays[:3])
@@ -119,7 +119,7 @@ def test_bfloat16_stays_near_the_longhand(impl, longhand):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_large_scores_neither_overflow_nor_lose_the_winner(impl, longhand):
+def test_large_scores_do_not_overflow(impl, longhand):
     arrays = longhand.inputs(4, 1, 7, 7, 2, 2)
     q, k, v = arrays[:3]
     got = jax.jit(functools.partial(longhand.everything, impl=impl, block_sizes=BLOCKS, scale=1e4))(
@@ -131,8 +131,8 @@ def test_large_scores_neither_overflow_nor_lose_the_winner(impl, longhand):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_lengths_beyond_the_keys_show_all_keys_and_no_more(impl, longhand):
-    # Blocks of 3 pad ten keys to twelve: the padding must stay invisible whatever the lengths say.
+def test_lengths_beyond_the_keys_show_all_keys(impl, longhand):
+    # Blocks of 3 pad ten keys to twelve: the padding must stay invisible for all lengths.
     q, k, v, _, _ = longhand.inputs(5, 2, 4, 10, 2, 2)
     run = jax.jit(functools.partial(attention, causal=False, impl=impl, block_sizes=BLOCKS))
     beyond, all_keys = (
@@ -141,8 +141,7 @@ def test_lengths_beyond_the_keys_show_all_keys_and_no_more(impl, longhand):
     np.testing.assert_allclose(beyond, all_keys, atol=FLOAT32)
 
 
-# --- laws
-# --------------------------------------------------------------------------------------------------
+# --- invariants
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -157,7 +156,7 @@ def test_permuted_heads_give_permuted_outputs(impl, longhand):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_parts_of_the_keys_merge_by_their_log_sum_exp(impl, longhand):
-    # What ring attention and split-K decoding rest on.
+    # Ring attention and split-K decoding depend on this.
     q, k, v, _, _ = longhand.inputs(7, 2, 7, 12, 4, 2)
     run = functools.partial(attention, causal=False, return_lse=True, impl=impl, block_sizes=BLOCKS)
     halves = slice(0, 5), slice(5, 12)
@@ -215,11 +214,10 @@ def test_dropout_keeps_the_mean_and_follows_its_key(longhand):
 
 
 # --- under a mesh
-# -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_inside_the_manual_region_rows_and_heads_split(impl, longhand):
+def test_rows_and_heads_are_split_in_the_manual_region(impl, longhand):
     mesh = make_mesh(MeshConfig(data=2, tensor=4))
     arrays = longhand.inputs(11, 4, 7, 7, 8, 4)
     ids = np.array([[1] * 3 + [2] * 4, [1] * 7, [5] * 6 + [0], [2] * 7], np.int32)
@@ -242,8 +240,7 @@ def test_inside_the_manual_region_rows_and_heads_split(impl, longhand):
     longhand.compare(got, longhand.reference(*arrays, segment_ids=ids), FLOAT32)
 
 
-# --- the choice, the errors, the memory
-# ---------------------------------------------------------------------
+# --- choice of implementation, errors, memory
 
 
 def _shapes(queries, keys, heads=2, kv_heads=2, width=4, rows=1, dtype="float32"):
@@ -280,7 +277,7 @@ LENGTHS = jax.ShapeDtypeStruct((1,), "int32")
         ("TPU v6 lite", _shapes(32, 32, width=128), {}, "xla"),
         ("TPU v5p", _shapes(4096, 4096, width=288, dtype="bfloat16"), {}, "xla_blockwise"),
         ("TPU v5p", _shapes(4096, 4096, width=128), {"bias": 0.0}, "xla"),
-        # Described cards: cuDNN cannot be compiled for what is not here.
+        # GPUs that are only described: cuDNN cannot be compiled without one.
         (
             "NVIDIA H100 80GB HBM3",
             _shapes(4096, 4096, width=160, dtype="bfloat16"),
@@ -313,7 +310,7 @@ def test_explain_names_one_choice_and_a_reason_for_every_other(
 
 
 def _on_a_card(monkeypatch, capability="9.0", kind="NVIDIA H100 80GB HBM3"):
-    """As if this process had a card with cuDNN."""
+    """Pretend that this process has a GPU with cuDNN."""
     card = SimpleNamespace(device_kind=kind, compute_capability=capability)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda *_: [card])
@@ -323,7 +320,7 @@ def _on_a_card(monkeypatch, capability="9.0", kind="NVIDIA H100 80GB HBM3"):
 @pytest.mark.parametrize(
     ("capability", "options", "width", "chosen"),
     [
-        ("9.0", {}, 160, "cudnn"),  # until the table says otherwise
+        ("9.0", {}, 160, "cudnn"),  # until the table has other timings
         ("9.0", {"segment_ids": IDS}, 160, "pallas_gpu"),  # where cuDNN would need a mask of S x T
         ("9.0", {"kv_lengths": LENGTHS}, 128, "pallas_gpu"),
         ("9.0", {"window": 512}, 128, "cudnn"),
@@ -335,7 +332,7 @@ def _on_a_card(monkeypatch, capability="9.0", kind="NVIDIA H100 80GB HBM3"):
         ("8.0", {"segment_ids": IDS}, 128, "xla_blockwise"),
     ],
 )
-def test_the_choice_on_a_card(monkeypatch, capability, options, width, chosen):
+def test_the_choice_on_a_gpu(monkeypatch, capability, options, width, chosen):
     _on_a_card(
         monkeypatch,
         capability,
@@ -346,7 +343,7 @@ def test_the_choice_on_a_card(monkeypatch, capability, options, width, chosen):
     ) == [chosen]
 
 
-def test_an_assembler_that_miscompiles_is_refused(monkeypatch):
+def test_an_assembler_that_miscompiles_excludes_the_kernels(monkeypatch):
     _on_a_card(monkeypatch)
     shapes = _shapes(4096, 4096, width=128, dtype="bfloat16")
     for version, causal, chosen in (
@@ -360,7 +357,7 @@ def test_an_assembler_that_miscompiles_is_refused(monkeypatch):
         assert ("12.9.1 or newer" in dict(verdicts)["pallas_gpu"]) == (chosen == "xla_blockwise")
 
 
-def test_a_measurement_moves_the_choice(monkeypatch):
+def test_a_measurement_changes_the_choice(monkeypatch):
     _on_a_card(monkeypatch)
     shapes = _shapes(4096, 4096, width=128, dtype="bfloat16")
     row = {
@@ -386,7 +383,7 @@ def test_a_measurement_moves_the_choice(monkeypatch):
         assert ("pallas_gpu 2 ms, cudnn 3 ms" in dict(verdicts)["pallas_gpu"]) == (theirs == 3.0)
 
 
-def test_falling_back_on_an_accelerator_is_said_once_with_the_reasons(monkeypatch, caplog):
+def test_falling_back_on_an_accelerator_is_logged_once_with_reasons(monkeypatch, caplog):
     monkeypatch.setattr(compat, "_DESCRIBED", ["tpu", "TPU v5p"])
     for _ in range(2):
         jax.eval_shape(
@@ -439,7 +436,7 @@ Q, K, V = (np.zeros((1, 8, 2, 4), np.float32) for _ in range(3))
         ({"block_sizes": (0, 8)}, r"block_sizes=\(0, 8\) must be two sizes"),
     ],
 )
-def test_bad_options_are_refused_by_name(options, words):
+def test_invalid_options_raise_an_error(options, words):
     for call in (attention, explain_attention):
         if "cannot serve" not in words and not words.startswith("runs on"):
             with pytest.raises(ValueError, match=words):
@@ -478,7 +475,7 @@ def test_bad_options_are_refused_by_name(options, words):
         ),
     ],
 )
-def test_shapes_and_types_that_do_not_fit_are_refused(shapes, options, words):
+def test_invalid_shapes_and_types_raise_an_error(shapes, options, words):
     with pytest.raises(ValueError, match=words):
         explain_attention(*shapes, **options)
 
@@ -512,13 +509,13 @@ SCALES = np.zeros((1, 2, 16), np.float32)
         ({}, {"scale": float("inf")}, "scale=inf"),
     ],
 )
-def test_bad_calls_of_decode_attention_are_refused(changes, options, words):
+def test_invalid_calls_of_decode_attention_raise_an_error(changes, options, words):
     given = {name: np.zeros(*what) for name, what in (CACHE | changes).items()}
     with pytest.raises(ValueError, match=words):
         decode_attention(**given, **options)
 
 
-def test_lengths_beyond_the_cache_are_refused():
+def test_lengths_beyond_the_cache_raise_an_error():
     given = {name: np.zeros(*what) for name, what in CACHE.items()} | {"lengths": np.array([17])}
     with pytest.raises(
         ValueError, match="lengths=17 is above 16, the number of positions of the cache"
@@ -538,17 +535,17 @@ def test_blockwise_memory_grows_linearly_and_exact_memory_does_not():
     short, long = (_temporary_bytes("xla_blockwise", length) for length in (512, 2048))
     scores = 2 * 4 * 2048 * 2048  # two heads, float32
     assert long < 5 * short and long < scores / 4
-    assert _temporary_bytes("xla", 2048) > scores  # so the measure does see the scores
+    assert _temporary_bytes("xla", 2048) > scores  # so the measure includes the scores
 
 
-def test_the_config_knows_every_implementation():
+def test_the_config_lists_every_implementation():
     for name in IMPLS_OF_CONFIG:
         validate_model(ModelConfig(attention_impl=name))
     with pytest.raises(ValueError, match="attention_impl"):
         validate_model(ModelConfig(attention_impl="flash"))
 
 
-def test_the_page_of_attention_holds_the_table_of_implementations():
+def test_the_attention_page_shows_the_table_of_implementations():
     page = (Path(__file__).resolve().parents[2] / "docs/attention.md").read_text(encoding="utf-8")
     lines = [
         "| `impl` | runs on | types | head widths | takes | |",

@@ -1,5 +1,4 @@
-"""Attention over a sequence that devices share equals attention over the whole, forward and
-backward."""
+"""Compare attention over a sequence split across devices with attention over the whole."""
 
 import functools
 
@@ -50,7 +49,7 @@ def over_context(parts, mode, causal, q, k, v, d_out, ids):
     return [np.asarray(x)[:, np.argsort(order)] for x in run(*args)]
 
 
-# Slow: the other pairs of these two.
+# Slow: the other combinations of the two.
 @pytest.mark.parametrize(
     ("causal", "segments"),
     [
@@ -87,17 +86,17 @@ def _alone(causal, q, k, v, ids):
 
 
 @pytest.mark.parametrize(("parts", "length"), [(2, 8), (4, 64), (8, 16)])
-def test_zigzag_gives_every_device_the_same_causal_work(parts, length):
+def test_zigzag_balances_causal_work(parts, length):
     order = zigzag(length, parts)
     assert sorted(order) == list(range(length))
-    work = (order + 1).reshape(parts, -1).sum(1)  # a query sees itself and all before it
+    work = (order + 1).reshape(parts, -1).sum(1)  # a query sees itself and all earlier positions
     assert len(set(work.tolist())) == 1
     assert (
         len(set((np.arange(length) + 1).reshape(parts, -1).sum(1).tolist())) > 1
-    )  # in plain order it would not
+    )  # not so in plain order
 
 
-def test_heads_that_do_not_divide_are_refused_by_ulysses_alone():
+def test_indivisible_heads_raise_an_error_in_ulysses_only():
     *tensors, ids = arrays(32, kv_heads=2)
     with pytest.raises(
         ValueError,

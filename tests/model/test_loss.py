@@ -1,5 +1,4 @@
-"""Chunked cross entropy: the plain loss, its gradients, its memory, and a vocabulary split over
-devices."""
+"""Check the chunked cross entropy: loss, gradients, memory, and a vocabulary split over devices."""
 
 import functools
 import math
@@ -24,7 +23,8 @@ VOCABULARY = 40
 
 
 def _inputs(seed=0, size=1.0):
-    """x, head, labels with both ends of the vocabulary and of its fourths, weights with zeros."""
+    """Return x, head, labels with both ends of the vocabulary and of its fourths, weights with
+    zeros."""
     random = np.random.default_rng(seed)
     x = size * random.standard_normal((TOKENS, WIDTH)).astype(np.float32)
     head = random.standard_normal((VOCABULARY, WIDTH)).astype(np.float32)
@@ -36,7 +36,7 @@ def _inputs(seed=0, size=1.0):
 
 
 def _longhand(x, head, labels, weights, smoothing=0.0):
-    """Losses of the tokens, and the gradients of their weighted sum, in float64."""
+    """Return losses of the tokens, and the gradients of their weighted sum, in float64."""
     x = np.asarray(x, np.float64)
     head = np.asarray(head, np.float64)
     losses = np.zeros(len(x))
@@ -66,8 +66,8 @@ def _loss_and_gradients(chunk, smoothing=0.0):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize(
     "chunk", [1, 7, 13, 1000]
-)  # 7 leaves a rest, 13 does not, 1000 is more than all
-def test_loss_and_gradients_equal_the_longhand(chunk, smoothing):
+)  # 7 leaves a remainder, 13 does not, 1000 is more than all tokens
+def test_loss_and_gradients_equal_the_reference(chunk, smoothing):
     x, head, labels, weights = _inputs()
     value, (d_x, d_head) = _loss_and_gradients(chunk, smoothing)(x, head, labels, weights)
     losses, want_x, want_head = _longhand(x, head, labels, weights, smoothing)
@@ -78,7 +78,7 @@ def test_loss_and_gradients_equal_the_longhand(chunk, smoothing):
     assert (d_x[weights == 0] == 0).all() and (np.abs(d_x[weights > 0]).max(-1) > 0).all()
 
 
-def test_what_multiplies_the_loss_multiplies_its_gradients():
+def test_a_factor_of_the_loss_multiplies_its_gradients():
     x, head, labels, weights = _inputs()
     scaled = jax.jit(
         jax.grad(lambda x, head: -3 * cross_entropy(x, head, labels, weights, 7), (0, 1))
@@ -87,24 +87,24 @@ def test_what_multiplies_the_loss_multiplies_its_gradients():
         np.testing.assert_allclose(got, -3 * want, rtol=FLOAT32, atol=4 * FLOAT32)
 
 
-def test_no_weight_no_loss_and_no_gradient():
+def test_tokens_without_weight_have_no_loss_and_no_gradient():
     x, head, labels, weights = _inputs()
     value, grads = _loss_and_gradients(7)(x, head, labels, 0 * weights)
     assert value == 0 and all((grad == 0).all() for grad in grads)
 
 
-def test_large_logits_stay_finite_and_right():
+def test_large_logits_stay_finite_and_exact():
     x, head, labels, weights = _inputs(size=300.0)
     value, (d_x, d_head) = _loss_and_gradients(7)(x, head, labels, weights)
     losses, want_x, want_head = _longhand(x, head, labels, weights)
     np.testing.assert_allclose(value, losses @ weights, rtol=FLOAT32)
     np.testing.assert_allclose(
         d_x, want_x, atol=1e-3
-    )  # float32 logits of about 1000 are known to 1e-4
+    )  # float32 logits of about 1000 are exact to 1e-4
     np.testing.assert_allclose(d_head, want_head, atol=0.3)  # the same, times x of 300
 
 
-def test_bfloat16_sums_in_float32():
+def test_bfloat16_is_summed_in_float32():
     x, head, labels, weights = _inputs()
     x = jnp.asarray(x, jnp.bfloat16)
     head = jnp.asarray(head, jnp.bfloat16)
@@ -117,7 +117,7 @@ def test_bfloat16_sums_in_float32():
 
 
 @pytest.mark.parametrize("chunk", [7, 1000])
-def test_token_log_probs_are_the_losses_with_the_other_sign(chunk):
+def test_token_log_probs_are_the_negative_losses(chunk):
     x, head, labels, weights = _inputs()
     got = jax.jit(functools.partial(token_log_probs, chunk=chunk))(x, head, labels)
     assert got.shape == (TOKENS,) and got.dtype == jnp.float32
@@ -127,7 +127,6 @@ def test_token_log_probs_are_the_losses_with_the_other_sign(chunk):
 
 
 # --- memory
-# -------------------------------------------------------------------------------------------------
 
 MANY = 512
 WIDE = 1024
@@ -140,8 +139,8 @@ def _plain(x, head, labels, weights):
 
 
 def _cost(loss, dtype):
-    """(elements of the largest array of the compiled program, its temporary bytes), gradients
-    included."""
+    """Return (elements of the largest array of the compiled program, its temporary bytes) with
+    gradients."""
     args = (
         jax.ShapeDtypeStruct((MANY, 16), dtype),
         jax.ShapeDtypeStruct((WIDE, 16), dtype),
@@ -155,22 +154,21 @@ def _cost(loss, dtype):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_the_logits_of_all_tokens_never_exist(dtype):
+def test_logits_of_all_tokens_are_never_allocated(dtype):
     largest, temporary = _cost(functools.partial(cross_entropy, chunk=CHUNK), dtype)
     assert largest < MANY * WIDE / 4 and temporary < 4 * MANY * WIDE / 2
     if dtype == jnp.float32:
         plain_largest, plain_temporary = _cost(_plain, dtype)
         assert (
             plain_largest >= MANY * WIDE and plain_temporary >= 4 * MANY * WIDE
-        )  # the measure sees them
+        )  # the measure includes them
 
 
 # --- a split vocabulary
-# -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_a_vocabulary_split_over_tensor_gives_the_same_loss_and_gradients(smoothing):
+def test_a_vocabulary_split_over_tensor_has_the_same_loss_and_gradients(smoothing):
     x, head, labels, weights = _inputs()
 
     def local(x, head, labels, weights):
@@ -190,16 +188,16 @@ def test_a_vocabulary_split_over_tensor_gives_the_same_loss_and_gradients(smooth
     values = np.asarray(values).reshape(2, 4)
     np.testing.assert_allclose(
         values.sum(0), [losses @ weights] * 4, rtol=FLOAT32
-    )  # alike along tensor
+    )  # equal along tensor
     np.testing.assert_allclose(d_x, want_x, rtol=FLOAT32, atol=FLOAT32)
     np.testing.assert_allclose(d_head, want_head, rtol=FLOAT32, atol=FLOAT32)
     plain = _longhand(x, head, labels, weights)[0]
     np.testing.assert_allclose(log_probs, [-plain] * 4, rtol=FLOAT32, atol=FLOAT32)
 
 
-def test_logits_far_below_zero_survive_the_padding_and_the_split():
-    # The maximum over a split vocabulary must be of logits, not of zeros that stand for another
-    # device's.
+def test_logits_far_below_zero_with_padding_and_a_split():
+    # The maximum over a split vocabulary must be over logits, not over zeros in place of another
+    # device's logits.
     x, head, labels, weights = _inputs()
     x = np.abs(x)
     head = -np.abs(head) - 50

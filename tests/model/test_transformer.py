@@ -1,4 +1,4 @@
-"""The Transformer against longhand float64 NumPy; its laws: causality, packing, padding, dropout,
+"""Compare the Transformer with float64 NumPy; check causality, packing, padding, dropout and
 init."""
 
 import functools
@@ -26,7 +26,7 @@ from mtnlg_jax.parallel.collectives import vary
 from mtnlg_jax.parallel.mesh import AXES, make_mesh, parameter_name, shardings_of, specs_of
 
 FLOAT32 = 3e-5  # two layers of float32 products, logits of size ten
-LAST_BITS = 1e-6  # the same float32 formula, vectorised differently: a few units in the last place
+LAST_BITS = 1e-6  # the same float32 formula, vectorized differently: a few units in the last place
 
 SMALL = {
     "num_layers": 2,
@@ -54,7 +54,8 @@ TOKENS = np.array(
 
 
 def _random(tree, seed=0):
-    """Parameters with nothing left at zero or one, so that nothing can be left out unnoticed."""
+    """Return random parameters without zeros and ones, so that leaving one out changes the
+    result."""
     random = np.random.default_rng(seed)
     return jax.tree.map(lambda leaf: jnp.float32(0.3 * random.standard_normal(leaf.shape)), tree)
 
@@ -77,16 +78,16 @@ def _assert_near(tree, other, tolerance):
 
 @functools.cache
 def _hidden(config, **options):
-    """jitted (tokens, **arrays) -> last hidden states of the model of ``config``."""
+    """Return a jitted function (tokens, **arrays) -> last hidden states of the model of
+    ``config``."""
     return jax.jit(functools.partial(_model(config).hidden, **options))
 
 
-# --- longhand
-# -----------------------------------------------------------------------------------------------
+# --- reference
 
 
 def _norm(x, scale, bias, epsilon):
-    """Over the last dim; bias None: RMSNorm."""
+    """Normalize over the last dim; bias None: RMSNorm."""
     if bias is not None:
         x = x - x.mean(-1, keepdims=True)
     x = x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon) * scale
@@ -98,7 +99,7 @@ def _gelu(x):
 
 
 def _rotate(vector, position, base):
-    """One head's vector: the pairs (i, i + H/2) as complex numbers, turned."""
+    """Rotate one head's vector: the pairs (i, i + H/2) as complex numbers."""
     half = len(vector) // 2
     pairs = vector[:half] + 1j * vector[half:]
     pairs = pairs * np.exp(1j * position * base ** (-2 * np.arange(half) / len(vector)))
@@ -106,7 +107,7 @@ def _rotate(vector, position, base):
 
 
 def _forward(config, params, tokens, causal=True):
-    """Logits of one sequence, float64: GPT-2 (Radford 2019), or the switches of Llama."""
+    """Return logits of one sequence in float64: GPT-2 (Radford 2019), or the options of Llama."""
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), nnx.to_pure_dict(params))
     length = len(tokens)
     epsilon = config.norm_epsilon
@@ -155,7 +156,7 @@ def _forward(config, params, tokens, causal=True):
     [(GPT2, True), (GPT2, False), (LLAMA, True)],
     ids=["gpt2", "gpt2_both_ways", "llama"],
 )
-def test_logits_equal_the_longhand(config, causal):
+def test_logits_equal_the_reference(config, causal):
     got = jax.jit(functools.partial(_model(config), causal=causal))(TOKENS)
     want = np.stack([_forward(config, _parts(config)[1], row, causal) for row in TOKENS])
     assert got.shape == (2, 12, 24) and got.dtype == jnp.float32 and np.abs(want).max() > 0.5
@@ -163,20 +164,20 @@ def test_logits_equal_the_longhand(config, causal):
 
 
 @pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
-def test_norm_equals_the_longhand(kind):
+def test_norm_equals_the_reference(kind):
     graph, params = nnx.split(Norm(ModelConfig(**SMALL, normalization=kind, norm_epsilon=0.01)))
     params = _random(params)
     x = (
         np.random.default_rng(1).standard_normal((2, 3, 16)).astype(np.float32) + 5
-    )  # far from centred
-    p = nnx.to_pure_dict(params)
+    )  # far from centered
+    p = jax.tree.map(np.asarray, nnx.to_pure_dict(params))
     assert ("bias_D" in p) == (kind == "layernorm")
     want = _norm(x.astype(np.float64), p["scale_D"], p.get("bias_D"), 0.01)
     norm = nnx.merge(graph, params)
     np.testing.assert_allclose(norm(x), want, rtol=FLOAT32, atol=FLOAT32)
     low = norm(jnp.asarray(x, jnp.bfloat16))
     assert low.dtype == jnp.bfloat16
-    np.testing.assert_allclose(np.float32(low), want, atol=0.03)  # the input's own rounding
+    np.testing.assert_allclose(np.float32(low), want, atol=0.03)  # the rounding of the input
 
 
 def test_gelu_is_the_tanh_form():
@@ -196,7 +197,7 @@ def test_gelu_is_the_tanh_form():
     np.testing.assert_allclose(got, _gelu(x.astype(np.float64)), atol=2e-6)
 
 
-def test_rotary_positions_equal_complex_turns_and_see_only_distances():
+def test_rotary_positions_equal_complex_rotations_and_are_relative():
     x = np.random.default_rng(2).standard_normal((2, 3, 2, 8)).astype(np.float32)
     positions = np.array([[0, 5, 900], [7, 1, 2]], np.int32)
     got = jax.jit(functools.partial(rotate, base=100.0))(x, positions)
@@ -208,14 +209,13 @@ def test_rotary_positions_equal_complex_turns_and_see_only_distances():
     np.testing.assert_allclose(products, moved_products, atol=2e-3)
 
 
-# --- laws
-# --------------------------------------------------------------------------------------------------
+# --- invariants
 
 
-def test_no_gradient_reaches_a_later_token():
+def test_later_tokens_get_no_gradient():
     graph, params = _parts(GPT2)
     direction = np.random.default_rng(3).standard_normal(16)
-    tokens = TOKENS[:1]  # all different: each row of the embedding is one place in the text
+    tokens = TOKENS[:1]  # all different: each row of the embedding is one position of the text
 
     def of_embedding(table):
         other = jax.tree_util.tree_map_with_path(
@@ -239,7 +239,7 @@ POSITIONS = np.array([[*range(5), *range(4), *range(3)]], np.int32)
     ("config", "causal", "impl"),
     [(GPT2, True, "xla"), (GPT2, False, "xla_blockwise"), (LLAMA, False, "xla")],
 )
-def test_packing_leaks_nothing_and_padding_changes_nothing(config, causal, impl):
+def test_packed_documents_and_padding_do_not_interact(config, causal, impl):
     config = ModelConfig(**(vars(config) | {"attention_impl": impl}))
     tokens = TOKENS[:1]
     run = _hidden(config, causal=causal)
@@ -253,12 +253,12 @@ def test_packing_leaks_nothing_and_padding_changes_nothing(config, causal, impl)
     assert np.array_equal(other[:, :9], packed[:, :9]) and not np.array_equal(
         other[:, 9:], packed[:, 9:]
     )
-    # Without the ids the second document does see the first: the test can fail.
+    # Without the ids the second document sees the first, so the test can fail.
     leaking = run(tokens, segment_ids_BS=np.ones_like(SEGMENTS), positions_BS=POSITIONS)
     assert np.abs(leaking[:, SECOND] - packed[:, SECOND]).max() > 0.01
 
 
-# Slow: what lies between elementwise and full.
+# Slow: policies between elementwise and full.
 @pytest.mark.parametrize(
     "recompute",
     [
@@ -267,7 +267,7 @@ def test_packing_leaks_nothing_and_padding_changes_nothing(config, causal, impl)
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("mlp", "projections")),
     ],
 )
-def test_recomputing_changes_no_number(recompute):
+def test_recomputing_does_not_change_the_result(recompute):
     graph, params = _parts(GPT2)
 
     def loss(params, recompute):
@@ -288,7 +288,7 @@ def test_recomputing_changes_no_number(recompute):
     ("recompute", "kept"),
     [("none", 32), ("elementwise", 20), ("mlp", 12), ("projections", 6), ("full", 2)],
 )
-def test_a_recompute_policy_keeps_the_bytes_that_the_table_says(recompute, kept, tensor):
+def test_a_recompute_policy_keeps_the_documented_bytes(recompute, kept, tensor):
     config = ModelConfig(
         num_layers=1,
         hidden_size=512,
@@ -332,7 +332,7 @@ def test_a_recompute_policy_keeps_the_bytes_that_the_table_says(recompute, kept,
     assert found[0] / (3 * 256 * 512) * tensor == pytest.approx(kept, rel=0.05)
 
 
-def test_bfloat16_weights_give_float32_logits_near_the_exact():
+def test_bfloat16_weights_give_float32_logits_near_the_exact_ones():
     graph, params = _parts(GPT2)
     low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     model = nnx.merge(graph, low)
@@ -344,7 +344,6 @@ def test_bfloat16_weights_give_float32_logits_near_the_exact():
 
 
 # --- dropout
-# ------------------------------------------------------------------------------------------------
 
 
 def test_dropout_drops_its_share_and_keeps_the_mean():
@@ -354,21 +353,20 @@ def test_dropout_drops_its_share_and_keeps_the_mean():
     assert set(np.unique(dropped)) == {0.0, np.float32(1 / 0.7)}
     error = 5 * math.sqrt(0.3 * 0.7 / dropped.size)
     assert (dropped == 0).mean() == pytest.approx(0.3, abs=error)
-    for dims in ((0, 1), (0, 2), (1, 2)):  # no row, position or width is favoured
+    for dims in ((0, 1), (0, 2), (1, 2)):  # no row, position or width is preferred
         assert np.ptp((dropped == 0).mean(dims)) < 0.2
 
 
-def test_a_row_takes_its_mask_along():
+def test_dropout_masks_follow_their_rows():
     run = jax.jit(functools.partial(dropout, jnp.ones((3, 4, 32)), 0.5, jax.random.key(0)))
     masks = run(jnp.int32([4, 9, 2]))
     assert np.array_equal(run(jnp.int32([2, 4, 9])), masks[jnp.array([2, 0, 1])])
     assert len({row.tobytes() for row in np.asarray(masks).reshape(12, 32)}) == 12
 
 
-def test_every_half_block_of_every_layer_drops_by_a_mask_of_its_own():
-    # Nothing but ones from the four half blocks: a width then ends with 0 to 4 of them, where it
-    # had one mask for all it would end with 0 or 4, and with one mask for each layer or for each
-    # half with 0, 2 or 4.
+def test_every_half_block_has_its_own_dropout_mask():
+    # The four half blocks add ones, so a width ends with 0 to 4 of them. With one mask for all it
+    # would end with 0 or 4, and with one mask for each layer or for each half with 0, 2 or 4.
     config = ModelConfig(**SMALL, dropout_rate=0.5)
     graph, shapes = abstract_model(config)
     ones = ("b_o_D", "b_out_D", "scale_D")
@@ -407,9 +405,7 @@ def test_hidden_states_with_dropout_are_equal_on_a_mesh():
         )
 
     def run_local(*args):
-        return run(*vary(args))[
-            None
-        ]  # whole on every device of tensor: one copy of each is looked at
+        return run(*vary(args))[None]  # replicated over tensor: one copy of each is compared
 
     segments = np.repeat(SEGMENTS, 2, 0)
     mesh = make_mesh(MeshConfig(data=2, tensor=4, zero=0))
@@ -426,11 +422,10 @@ def test_hidden_states_with_dropout_are_equal_on_a_mesh():
         np.testing.assert_allclose(copy, alone, rtol=FLOAT32, atol=FLOAT32)
     assert (
         np.abs(alone - _hidden(GPT2)(TOKENS, segment_ids_BS=segments)).max() > 0.5
-    )  # dropout did drop
+    )  # dropout took effect
 
 
-# --- initialisation
-# -----------------------------------------------------------------------------------------
+# --- initialization
 
 
 @pytest.fixture(scope="module")
@@ -446,7 +441,7 @@ def initial():
     return config, init_parameters(config, 0)
 
 
-def test_matrices_start_normal_and_what_writes_to_the_residual_smaller(initial):
+def test_matrices_are_normal_and_residual_outputs_are_scaled_down(initial):
     config, params = initial
     small = 0.02 / math.sqrt(2 * config.num_layers)  # Radford 2019; Shoeybi 2019, section 4.2
     stds = {"w_o_NHD": small, "w_out_FD": small}
@@ -469,7 +464,7 @@ def test_matrices_start_normal_and_what_writes_to_the_residual_smaller(initial):
     }
 
 
-def test_no_two_matrices_and_no_two_layers_start_equal(initial):
+def test_initial_matrices_and_layers_all_differ(initial):
     blocks = nnx.to_pure_dict(initial[1])["blocks"]
     starts = [
         np.asarray(blocks["attention"][name]).reshape(8, -1)[:, :16]
@@ -479,12 +474,12 @@ def test_no_two_matrices_and_no_two_layers_start_equal(initial):
     assert len({row.tobytes() for row in np.concatenate(starts)}) == 4 * 8
 
 
-def test_parameters_start_equal_on_a_mesh(initial):
+def test_initial_parameters_are_equal_on_a_mesh(initial):
     config, params = initial
     mesh = make_mesh(MeshConfig(data=2, tensor=4))
     shardings = shardings_of(abstract_model(config)[1], mesh, zero=1)
 
-    def some(params):  # the compiler drops the others, which saves seconds
+    def some(params):  # the compiler removes the others, which saves seconds
         tree = nnx.to_pure_dict(params)
         return (
             tree["tokens_VD"],
@@ -501,8 +496,8 @@ def test_parameters_start_equal_on_a_mesh(initial):
     _assert_near(spread, some(params), LAST_BITS)
 
 
-def test_the_seed_decides():
-    def table(seed):  # of the whole model the compiler keeps this one tensor, which is fast
+def test_the_seed_determines_the_parameters():
+    def table(seed):  # the compiler keeps only this tensor of the model, which is fast
         return jax.jit(lambda: nnx.to_pure_dict(init_parameters(GPT2, seed))["tokens_VD"])()
 
     assert not np.isclose(table(0), table(1)).any()

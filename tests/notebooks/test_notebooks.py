@@ -1,5 +1,4 @@
-"""Every notebook runs from top to bottom and shows something; none defines what a package should
-hold."""
+"""Run every notebook from top to bottom; they must show pictures and define no functions."""
 
 import ast
 from pathlib import Path
@@ -11,11 +10,11 @@ import pytest
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb"))
 
 
-@pytest.mark.slow  # tests/launch/test_road.py and test_task.py go the same roads by the scripts
+@pytest.mark.slow  # tests/launch/test_road.py and test_task.py do the same with the scripts
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_it_runs_and_shows_pictures(path, tmp_path, monkeypatch):
+def test_a_notebook_runs_and_shows_pictures(path, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setenv("XLA_FLAGS", "")  # one device, as a reader has
+    monkeypatch.setenv("XLA_FLAGS", "")  # one device, like most readers
     notebook = nbformat.read(path, as_version=4)
     nbclient.NotebookClient(
         notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}
@@ -28,7 +27,7 @@ def test_it_runs_and_shows_pictures(path, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_it_imports_and_defines_nothing_and_is_committed_without_output(path):
+def test_a_notebook_defines_nothing_and_has_no_output(path):
     for cell in nbformat.read(path, as_version=4).cells:
         if cell.cell_type == "code":
             tree = ast.parse(cell.source)
@@ -40,7 +39,7 @@ def test_it_imports_and_defines_nothing_and_is_committed_without_output(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_what_it_imports_exists(path):
+def test_imports_of_a_notebook_exist(path):
     for cell in nbformat.read(path, as_version=4).cells:
         for node in ast.walk(ast.parse(cell.source)) if cell.cell_type == "code" else ():
             if isinstance(node, ast.ImportFrom) and node.module.startswith("mtnlg_jax"):

@@ -1,5 +1,5 @@
-"""Collectives: nothing outside the manual region and on axes of size 1; inside it, what their names
-say."""
+"""Check the collectives: no-ops outside the manual region and on axes of size 1, exact inside
+it."""
 
 import functools
 
@@ -47,16 +47,16 @@ def _over(mesh, function, in_specs, out_specs):
 
 
 @pytest.mark.parametrize("move", MOVES)
-def test_outside_the_region_nothing_happens(move):
+def test_outside_the_region_collectives_are_no_ops(move):
     assert jax.make_jaxpr(MOVES[move])(jnp.ones((8, 2))).eqns == []
 
 
 @pytest.mark.parametrize("move", MOVES)
-def test_on_an_axis_of_size_one_nothing_is_sent(move):
+def test_collectives_on_an_axis_of_size_one_send_nothing(move):
     mesh = make_mesh(MeshConfig(data=8))
     text = str(jax.make_jaxpr(_over(mesh, MOVES[move], P("data"), P("data")))(jnp.ones((8, 2))))
     assert not [name for name in COMMUNICATES if name in text]
-    # The same program on an axis of size 8 does send, or asks where it stands: the test can fail.
+    # The same program on an axis of size 8 sends, or asks for its index, so the test can fail.
     mesh = make_mesh(MeshConfig(data=1, tensor=8))
     whole = "tensor" if move != "own_part" else None
     text = str(
@@ -69,7 +69,7 @@ def test_on_an_axis_of_size_one_nothing_is_sent(move):
     assert [name for name in COMMUNICATES if name in text]
 
 
-def test_sizes_and_indices_outside_are_those_of_one_device():
+def test_sizes_and_indices_outside_the_region_are_those_of_one_device():
     tree = {"a": jnp.ones(3)}
     assert all(axis_size(axis) == 1 and axis_index(axis) == 0 for axis in AXES)
     assert vary(tree) is tree and reduce_gradients(tree, zero=1, scattered=False) is tree
@@ -77,7 +77,7 @@ def test_sizes_and_indices_outside_are_those_of_one_device():
     assert low["w_in_DF"].dtype == jnp.bfloat16 and low["w_in_DF"].shape == (4, 2)
 
 
-def test_inside_the_region_they_do_what_their_names_say():
+def test_collectives_inside_the_region():
     mesh = make_mesh(MeshConfig(data=2, tensor=4))
     x = np.arange(8 * 3, dtype=np.float32).reshape(8, 3)  # one row a device, tensor fastest
 
@@ -101,14 +101,14 @@ def test_inside_the_region_they_do_what_their_names_say():
     np.testing.assert_array_equal(whole.reshape(2, 4, 4, 3), np.repeat(fours[:, None], 4, 1))
     np.testing.assert_array_equal(
         scattered, 4 * x
-    )  # four equal copies summed, each device's part kept
+    )  # four equal copies summed, and each device's part kept
     np.testing.assert_array_equal(total, fours.sum(1))
     np.testing.assert_array_equal(top, fours.max(1))
     np.testing.assert_array_equal(own, x)
     assert place.tolist() == [[d, t, 4] for d in range(2) for t in range(4)]
 
 
-def test_gather_and_scatter_sum_are_each_others_transpose():
+def test_gather_and_scatter_sum_are_transposes():
     mesh = make_mesh(MeshConfig(data=1, tensor=8))
     x = np.random.default_rng(0).standard_normal((64, 2)).astype(np.float32)
     y = np.random.default_rng(1).standard_normal((64, 2)).astype(np.float32)
@@ -123,10 +123,9 @@ def test_gather_and_scatter_sum_are_each_others_transpose():
 
 
 # --- ZeRO
-# --------------------------------------------------------------------------------------------------
 
 
-def test_weights_arrive_whole_and_their_gradients_are_summed_in_float32():
+def test_weights_are_gathered_and_gradients_summed_in_float32():
     mesh = make_mesh(MeshConfig(data=8))
     params = {
         "w_in_DF": np.arange(8 * 2, dtype=np.float32).reshape(8, 2),
@@ -177,7 +176,7 @@ def test_gradients_may_be_summed_in_bfloat16():
         assert 0 < np.abs(grad - (8 + 28 / 128)).max() < 0.1
 
 
-def test_a_layers_slice_is_gathered_though_it_lost_its_leading_dim():
+def test_a_slice_of_a_layer_without_its_leading_dim_is_gathered():
     mesh = make_mesh(MeshConfig(data=2, tensor=4))
     w = np.arange(3 * 4 * 8 * 2, dtype=np.float32).reshape(3, 4, 8, 2)  # LDNH
 
@@ -189,7 +188,7 @@ def test_a_layers_slice_is_gathered_though_it_lost_its_leading_dim():
     np.testing.assert_array_equal(got, [w[1], w[1]])
 
 
-def test_without_zero_weights_stay_as_they_are():
+def test_without_zero_weights_are_unchanged():
     mesh = make_mesh(MeshConfig(data=8))
 
     def local(w):
@@ -203,15 +202,15 @@ def test_without_zero_weights_stay_as_they_are():
 
 
 @pytest.mark.parametrize(("zero", "scattered"), [(0, False), (1, False), (3, True)])
-def test_gradients_are_summed_once_over_every_axis_that_does_not_split_them(zero, scattered):
+def test_gradients_are_summed_once_over_axes_that_do_not_split_them(zero, scattered):
     mesh = make_mesh(MeshConfig(data=2, tensor=4))
-    number = 1.0 + np.arange(8).reshape(2, 4)  # what device (d, t) adds
+    number = 1.0 + np.arange(8).reshape(2, 4)  # the contribution of device (d, t)
 
     def local():
         mine = 1.0 + 4 * axis_index("data") + axis_index("tensor")
         width = (
             2 if scattered else 4
-        )  # scattered: the sum over data was done, and each device has its part
+        )  # scattered: already summed over data, and each device has its part
         grads = {
             "w_in_DF": jnp.full((width, 3), mine, jnp.bfloat16),
             "scale_D": jnp.full((width,), mine),

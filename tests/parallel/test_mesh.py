@@ -1,4 +1,4 @@
-"""The plan: which dim lies on which axis, and what is said when something does not fit."""
+"""Check which dim is split over which axis, and the errors if sizes do not fit."""
 
 import math
 from pathlib import Path
@@ -57,26 +57,26 @@ def test_the_table_gives_the_spec(dims, zero, spec):
 @pytest.mark.parametrize(
     ("dims", "axis"), [("VF", "tensor"), ("NK", "tensor"), ("FHF", "tensor"), ("DD", "data")]
 )
-def test_an_axis_is_not_used_twice(dims, axis):
+def test_an_axis_used_twice_raises_an_error(dims, axis):
     with pytest.raises(
         ValueError, match=f"'{dims}' would use mesh axis '{axis}' twice; name its dims differently"
     ):
         spec_of(dims)
 
 
-def test_two_widths_are_fine_where_width_is_not_split():
+def test_two_widths_are_allowed_if_width_is_not_split():
     assert spec_of("DD", zero=0) == P(None, None)
 
 
 @pytest.mark.parametrize("dims", ["DX", "d", "D_"])
-def test_a_dim_outside_the_plan_is_refused(dims):
+def test_a_dim_outside_the_plan_raises_an_error(dims):
     with pytest.raises(
         ValueError, match=f"of '{dims}' is not in the plan; add a row to AXIS_OF or UNSPLIT"
     ):
         spec_of(dims)
 
 
-def test_every_parameter_is_in_the_plan_and_its_name_counts_its_dims():
+def test_parameter_names_match_the_plan_and_their_dims():
     params = abstract_model(EVERY_SWITCH)[1]
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         dims = dims_of(path)
@@ -87,7 +87,7 @@ def test_every_parameter_is_in_the_plan_and_its_name_counts_its_dims():
         assert tuple(sizes[dim] for dim in dims) == leaf.shape
 
 
-def test_moments_and_counters_follow_their_parameters():
+def test_moments_are_split_like_their_parameters():
     params = abstract_model(EVERY_SWITCH)[1]
     state = {"params": params, "opt_state": [{"mu": params, "nu": params}], "step": jnp.int32(0)}
     specs = specs_of(state, zero=1)
@@ -95,7 +95,7 @@ def test_moments_and_counters_follow_their_parameters():
     assert specs["step"] == P()
 
 
-def test_what_does_not_divide_is_named_with_the_way_out():
+def test_an_indivisible_size_raises_an_error_with_a_remedy():
     params = abstract_model(EVERY_SWITCH)[1]
     for shape, zero, words in [
         (
@@ -107,10 +107,10 @@ def test_what_does_not_divide_is_named_with_the_way_out():
     ]:
         with pytest.raises(ValueError, match=words):
             shardings_of(params, AbstractMesh(shape, AXES), zero)
-    shardings_of(params, AbstractMesh((1, 3, 1, 2), AXES), zero=0)  # the way out works
+    shardings_of(params, AbstractMesh((1, 3, 1, 2), AXES), zero=0)  # the suggested setting works
 
 
-def test_shardings_of_the_model_put_each_part_on_its_device():
+def test_shardings_place_each_part_on_its_device():
     mesh = make_mesh(MeshConfig(data=2, tensor=4))
     params = abstract_model(ModelConfig(**SMALL))[1]
     for leaf, sharding in zip(
@@ -137,7 +137,6 @@ def test_the_plan_table_accounts_for_every_byte():
 
 
 # --- make_mesh
-# ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -150,7 +149,7 @@ def test_the_plan_table_accounts_for_every_byte():
         (MeshConfig(pipe=2, context=2, tensor=2), (2, 1, 2, 2)),
     ],
 )
-def test_a_mesh_takes_all_devices_and_spells_its_axis_types_out(config, sizes):
+def test_a_mesh_uses_all_devices_with_explicit_axis_types(config, sizes):
     mesh = make_mesh(config)
     assert mesh.axis_names == AXES and tuple(mesh.shape.values()) == sizes
     assert set(mesh.axis_types) == {AxisType.Auto}
@@ -178,12 +177,12 @@ def test_a_mesh_of_some_devices():
         (MeshConfig(context=4, data=4), "context=4 .* does not fit 8 devices"),
     ],
 )
-def test_sizes_that_do_not_fit_the_devices_are_refused(config, words):
+def test_sizes_that_do_not_fit_the_devices_raise_an_error(config, words):
     with pytest.raises(ValueError, match=words):
         make_mesh(config)
 
 
-def test_the_page_of_parallelism_shows_this_table():
+def test_the_parallelism_page_shows_the_table():
     table = [line for line in mesh.__doc__.splitlines() if line.startswith("|")]
     page = (Path(__file__).resolve().parents[2] / "docs/parallelism.md").read_text().splitlines()
     start = page.index(table[0])

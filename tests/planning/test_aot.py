@@ -1,4 +1,4 @@
-"""The command from end to end on virtual CPU devices; on TPU and GPU compilers where they are
+"""Run compile_ahead from end to end on virtual CPU devices, and on TPU and GPU compilers if
 installed."""
 
 import json
@@ -39,25 +39,25 @@ def run(*flags, code=0):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Holds the report, the measurement and the program of the smallest config over data 4 x tensor
-    2."""
+    """Measure the smallest config over data 4 x tensor 2; return the folder of its report and
+    program."""
     folder = tmp_path_factory.mktemp("ahead")
     said = run(*TINY, "--topology=cpu:8", f"--json={folder}/m.json", f"--hlo={folder}/program.txt")
     (folder / "report.txt").write_text(said)
     return folder
 
 
-def test_the_projects_own_train_step_is_measured(folder):
+def test_the_train_step_is_measured(folder):
     m = json.loads((folder / "m.json").read_text())
     assert m["mesh"] == {"pipe": 1, "data": 4, "context": 1, "tensor": 2} and not m["failure"]
     found = {(c["kind"], tuple(c["axes"]), c["depth"]): c["count"] for c in m["collectives"]}
-    # ZeRO gathers once a step: nothing over data stands in a loop, and each of the 16 kinds of
+    # ZeRO gathers once a step: no collective over data is in a loop, and each of the 16 kinds of
     # weights split along D (6 matrices, 6 vectors a block; embeddings, the final norm's two) is
     # gathered and scattered once.
     assert not [key for key in found if "data" in key[1] and key[2]]
     assert found["all-gather", ("data",), 0] == found["reduce-scatter", ("data",), 0] == 16
-    # 2 layers: before each half block a gather, after it a scatter, forward and back; the gathers
-    # again for the backward pass, since their results are not kept.
+    # 2 layers: a gather before each half block and a scatter after it, forward and backward; the
+    # backward pass gathers again, because the results are not kept.
     assert (
         found["all-gather", ("tensor",), 1] == 2 * 6
         and found["reduce-scatter", ("tensor",), 1] == 2 * 4
@@ -74,7 +74,7 @@ def test_the_projects_own_train_step_is_measured(folder):
     assert m["flops"] == 3 * once / 2  # two devices share a row
 
 
-def test_the_report_has_all_that_is_asked_of_it(folder):
+def test_the_report_has_all_sections(folder):
     said = (folder / "report.txt").read_text()
     for word in (
         "tiny: train step on cpu:8",
@@ -90,7 +90,7 @@ def test_the_report_has_all_that_is_asked_of_it(folder):
 
 
 @pytest.mark.slow  # test_report.py has each of its parts
-def test_what_does_not_fit_is_blamed_and_a_change_that_fits_is_proved():
+def test_a_config_that_does_not_fit_gets_a_measured_suggestion():
     said = run(
         *TINY,
         "--topology=cpu:8",
@@ -105,7 +105,7 @@ def test_what_does_not_fit_is_blamed_and_a_change_that_fits_is_proved():
 
 
 @pytest.mark.parametrize("step", ["prefill", "decode"])
-def test_the_steps_of_decoding(step):
+def test_decoding_steps_are_measured(step):
     m = measure(config("mesh.tensor=2"), parse("cpu:8"), step)
     assert not m.failure and m.flops > 0
     # Weights, and a cache of 64 positions for one row: float32, tensor 2; matrices and the
@@ -114,17 +114,17 @@ def test_the_steps_of_decoding(step):
     assert weights < m.arguments < 1.5 * weights
 
 
-def test_what_cannot_be_compiled_is_one_line():
+def test_a_config_that_cannot_be_compiled_exits_with_one_line():
     said = run("--config=configs/tiny.py", "--topology=cpu:8", code=2)
     assert said.count("\n") == 1 and "--set=model.vocab_size=51200" in said
-    # What is only found where the compiler runs comes back as an error, too.
+    # Errors found only in the compiler's process are also raised.
     with pytest.raises(
         ValueError, match="mesh pipe=1 x data=8 x context=1 x tensor=2 does not fit 8 devices"
     ):
         measure(config("mesh.data=8", "mesh.tensor=2"), parse("cpu:8"))
 
 
-def test_a_compiler_that_aborts_is_a_measurement(monkeypatch):
+def test_a_compiler_that_aborts_is_reported(monkeypatch):
     def dies(command, input, env, **_):
         started = Measurement(
             "cpu:8", 8, {"data": 8}, "train", 1, "jaxlib", None, failure="unfinished"
@@ -151,7 +151,7 @@ def test_a_compiler_that_aborts_is_a_measurement(monkeypatch):
         ("v6e:4x4", "LIBTPU_INIT_ARGS", "decode", True, None),
     ],
 )
-def test_a_step_is_compiled_with_the_flags_that_its_run_sets(
+def test_a_step_is_compiled_with_the_flags_of_its_run(
     topology, variable, step, on, kind, monkeypatch
 ):
     asked = []
@@ -193,11 +193,11 @@ def test_a_step_is_compiled_with_the_flags_that_its_run_sets(
         (2**63 / 1.75e9, None),
     ],
 )
-def test_an_estimate_that_stands_for_none_is_none(said, believed):
+def test_an_invalid_estimate_is_none(said, believed):
     assert aot._believable(said) == believed
 
 
-def test_a_process_that_does_not_begin_is_an_error(monkeypatch):
+def test_a_process_that_does_not_start_raises_an_error(monkeypatch):
     monkeypatch.setattr(
         subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stderr="ImportError: x\n")
     )
@@ -218,11 +218,11 @@ def test_a_process_that_does_not_begin_is_an_error(monkeypatch):
         ("INTERNAL: something else", None),
     ],
 )
-def test_what_the_compiler_says_is_needed(words, needed):
+def test_the_memory_needed_is_read_from_the_error(words, needed):
     assert aot._needed(words) == needed
 
 
-def test_a_description_that_cannot_serve_is_refused(monkeypatch):
+def test_an_unusable_description_raises_an_error(monkeypatch):
     monkeypatch.setattr(aot.described, "check_installed", lambda topology: None)
     with pytest.raises(FileNotFoundError, match="--target_config=nowhere is not a file"):
         measure(config(), parse("H100:1x8"), target_config="nowhere")
@@ -230,14 +230,13 @@ def test_a_description_that_cannot_serve_is_refused(monkeypatch):
         measure(config(), parse("cpu:8"), target_config="x")
 
 
-def test_a_place_that_is_not_there_is_found_before_any_work():
+def test_a_missing_folder_raises_before_any_work():
     assert "is in a folder that does not exist" in run(
         *TINY, "--topology=cpu:8", "--json=nowhere/m.json", code=2
     )
 
 
 # --- the real compilers
-# -----------------------------------------------------------------------------------------------
 
 
 def missing(topology):
@@ -264,7 +263,7 @@ def test_a_tpu_program():
 
 @pytest.mark.slow
 @needs_libtpu
-def test_530b_on_a_v5p_pod_fits_in_minutes_and_4_gb():
+def test_530b_on_a_v5p_pod_compiles_in_minutes_and_4_gb():
     big = load_config(
         str(ROOT / "configs/mtnlg_530b.py"),
         ["mesh.pipe=1", "mesh.data=128", "mesh.zero=3", "train.rampup_batch_size=none"],

@@ -1,4 +1,5 @@
-"""Time and memory of a layout: published step times, and what this repository's own step does."""
+"""Compare time and memory of a layout with published step times and with this repository's own
+step."""
 
 import collections
 import dataclasses
@@ -42,18 +43,17 @@ def mtnlg():
 
 
 # --- published step times
-# -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("data", "seconds"), [(8, 60.1), (10, 50.2), (12, 44.4)])
-def test_mtnlgs_step_times_from_one_constant(mtnlg, data, seconds):
+def test_step_times_of_mtnlg_from_one_constant(mtnlg, data, seconds):
     assert Job(mtnlg, A100).estimate(PAPERS._replace(data=data)).step_seconds == pytest.approx(
         seconds, rel=0.03
     )
 
 
-# Narayanan 2021, Table 1, TFLOP/s a GPU with the forward pass twice. Stages are interleaved where
-# that divides.
+# Narayanan 2021, Table 1, TFLOP/s per GPU with the forward pass computed twice. Stages are
+# interleaved if they can be divided.
 @pytest.mark.parametrize(
     ("name", "rounds", "teraflops"),
     [
@@ -69,7 +69,7 @@ def test_mtnlgs_step_times_from_one_constant(mtnlg, data, seconds):
         ("1008b", 2, 163),
     ],
 )
-def test_the_ladders_throughput_within_a_fifth(name, rounds, teraflops):
+def test_throughput_of_the_ladder_within_a_fifth(name, rounds, teraflops):
     config = load_config(str(CONFIGS / f"ladder.py:{name}"))
     layout = layout_of(config)
     if layout.pipe > 1:
@@ -80,7 +80,7 @@ def test_the_ladders_throughput_within_a_fifth(name, rounds, teraflops):
     assert flops / seconds / layout.devices / 1e12 == pytest.approx(teraflops, rel=0.2)
 
 
-def test_utilisation_is_what_the_products_say(mtnlg):
+def test_utilization_equals_that_of_the_products(mtnlg):
     estimate = Job(mtnlg, A100).estimate(PAPERS)
     tokens = 1920 * 2048
     assert estimate.tokens_per_second == pytest.approx(tokens / estimate.step_seconds)
@@ -97,12 +97,12 @@ def test_utilisation_is_what_the_products_say(mtnlg):
     assert estimate.hfu / estimate.mfu == pytest.approx(done / estimate.model_flops, rel=1e-3)
 
 
-def test_the_bubble_is_narayanans(mtnlg):
+def test_the_bubble_equals_narayanan(mtnlg):
     for rounds in (1, 3):
         estimate = Job(mtnlg, A100).estimate(
             PAPERS._replace(schedule="circular", virtual_pipe=rounds)
         )
-        # Micro-batches fill up to a multiple of the pipe; the head stands outside.
+        # Micro-batches are padded to a multiple of the pipe; the head is outside.
         taken = 245
         used = 240
         ticks = taken + 34 / rounds
@@ -115,7 +115,6 @@ def test_the_bubble_is_narayanans(mtnlg):
 
 
 # --- what the step does
-# ---------------------------------------------------------------------------------------
 
 WIDTH = 256
 LENGTH = 64
@@ -152,7 +151,7 @@ def _count(jaxpr, times, found):
                     _count(inner, times * params["length"] if name == "scan" else times, found)
 
 
-def test_every_policy_has_its_cost():
+def test_every_recompute_policy_has_a_cost():
     assert POLICIES.keys() == RECOMPUTE.keys()
 
 
@@ -162,7 +161,7 @@ def test_every_policy_has_its_cost():
     [MeshConfig(1, 1, 1, 2), MeshConfig(2, 1, 1, 2, schedule="1f1b")],
     ids=["plain", "piped"],
 )
-def test_collectives_and_products_of_a_layer_are_the_steps(mesh, policy):
+def test_collectives_and_products_of_a_layer_equal_the_step(mesh, policy):
     config = override(dataclasses.replace(SMALL, mesh=mesh), f"train.recompute={policy}")
     devices = make_mesh(mesh, jax.devices()[: mesh.pipe * 2])
     batch = {
@@ -181,10 +180,9 @@ def test_collectives_and_products_of_a_layer_are_the_steps(mesh, policy):
     layers = LAYERS / mesh.pipe
     again = sum(job.layer[name] for name in POLICIES[policy].again) / job.forward + piped
     head = LENGTH * job.head / 2
-    # Attention that XLA writes out may count scores once more or less than a kernel: 4 % of a layer
-    # here.
+    # XLA's own attention may count scores once more or less than a kernel: 4 % of a layer here.
     assert (found["flops"] - head) / (layers * once) == pytest.approx(3 + again, abs=0.05)
-    # Outside the layers: the look-up's scatter, the head's gather, and the transposes of both.
+    # Outside the layers: the scatter of the look-up, the gather of the head, and their transposes.
     outside = found["collectives"] - layers * (POLICIES[policy].collectives + 4 * piped)
     assert 4 <= outside <= 5
 
@@ -193,7 +191,7 @@ def test_collectives_and_products_of_a_layer_are_the_steps(mesh, policy):
 @pytest.mark.parametrize(
     ("mesh", "zero"), [((2, 2, 1, 2), 1), ((1, 4, 1, 2), 3), ((1, 2, 2, 2), 0)]
 )
-def test_masters_and_moments_are_the_states(optimizer, mesh, zero):
+def test_master_weights_and_moments_equal_the_state(optimizer, mesh, zero):
     config = dataclasses.replace(
         SMALL, mesh=MeshConfig(*mesh, zero=zero), optimizer=OptimizerConfig(name=optimizer)
     )
@@ -211,22 +209,20 @@ def test_masters_and_moments_are_the_states(optimizer, mesh, zero):
 
 
 # --- memory
-# --------------------------------------------------------------------------------------------------
 
 
-def test_the_papers_memory(mtnlg):
+def test_memory_of_the_paper(mtnlg):
     # Megatron-LM's 20 bytes a parameter: float32 master, moments and gradient, bf16 weight and
     # gradient.
     memory = Job(mtnlg, A100).memory(PAPERS)
     parts = sum(memory[name] for name in ("masters", "moments", "weights", "gradients"))
     numbers = memory["masters"] / 4
     assert parts / numbers == pytest.approx(20, rel=0.03)
-    assert numbers == pytest.approx(529.6e9 / 280, rel=0.1)  # embeddings lie with every stage
+    assert numbers == pytest.approx(529.6e9 / 280, rel=0.1)  # every stage holds the embeddings
 
 
-# The peak that the real compilers tell of this repository's train steps, with the flags of a run
-# and the torus of a
-# slice: what README's table shows.
+# Peak memory of this repository's train steps according to the real compilers, with the flags of a
+# run and the torus of a slice.
 COMPILED = [
     row
     for row in json.loads((ROOT / "benchmarks/results/compile_ahead.json").read_text())["rows"]
@@ -237,7 +233,7 @@ COMPILED = [
 @pytest.mark.parametrize(
     "row", COMPILED, ids=lambda row: " ".join([row["config"], row["topology"], *row["set"]])
 )
-def test_the_memory_of_compiled_steps(row):
+def test_memory_of_compiled_steps(row):
     config = load_config(f"{CONFIGS}/{row['config']}", row["set"])
     chip = CHIPS[row["topology"].partition(":")[0]]
     predicted = sum(Job(config, chip).memory(layout_of(config, row["devices"])).values()) / 2**30
@@ -246,7 +242,7 @@ def test_the_memory_of_compiled_steps(row):
     )  # a tenth of memory is left free
 
 
-def test_inputs_grow_with_the_flush_and_not_at_all_under_1f1b(mtnlg):
+def test_stage_inputs_grow_with_the_flush_but_not_under_1f1b(mtnlg):
     job = Job(mtnlg, A100)
     unit = 2 * 2048 * 20480 / 8
     longer = Job(override(mtnlg, "train.global_batch_size=3840"), A100)
@@ -278,11 +274,11 @@ def test_inputs_grow_with_the_flush_and_not_at_all_under_1f1b(mtnlg):
 )
 def test_tiles_of_a_tpu(
     shape, waste
-):  # bytes of an argument compiled for v5p (libtpu 0.0.50.1) over its numbers'
+):  # bytes of an argument compiled for v5p (libtpu 0.0.50.1) over those of its values
     assert padded_size(shape) == pytest.approx(waste * math.prod(shape))
 
 
-def test_head_width_160_costs_a_tpu_state_only_where_zero_cuts_the_width_small(mtnlg):
+def test_head_width_160_pads_tpu_state_only_if_zero_splits_it_small(mtnlg):
     for data, padded in ((8, False), (256, True)):  # 20480 / 256 = 80 is less than a tile
         layout = Layout(1, data, 1, 8, 1, "circular", 1, None, 1, "none")
         config = override(mtnlg, "train.global_batch_size=2048")
@@ -291,7 +287,6 @@ def test_head_width_160_costs_a_tpu_state_only_where_zero_cuts_the_width_small(m
 
 
 # --- network
-# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -307,11 +302,11 @@ def test_head_width_160_costs_a_tpu_state_only_where_zero_cuts_the_width_small(m
         ((2, 1, 4, 2), "context", 300e9),
     ],
 )
-def test_an_axis_goes_as_fast_as_its_way(mtnlg, mesh, axis, speed):
+def test_an_axis_has_the_speed_of_its_network(mtnlg, mesh, axis, speed):
     assert Job(mtnlg, A100).speed(Layout(*mesh, 1, "circular", 1, None, 1, "none"), axis) == speed
 
 
-def test_context_traffic_is_section_4s(mtnlg):
+def test_context_traffic_equals_korthikanti(mtnlg):
     # Korthikanti's s h / t in bf16: Ulysses 8 s h / (t c) (c-1)/c, all keys and values 4 s h / t
     # (c-1)/c.
     sh = 2048 * 20480

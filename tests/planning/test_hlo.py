@@ -1,5 +1,4 @@
-"""Reading compiled programs: known counts of small programs of the CPU compiler, and the texts of
-other compilers."""
+"""Read compiled programs: known counts in small CPU programs, and texts of other compilers."""
 
 import json
 import subprocess
@@ -22,7 +21,7 @@ MESH = {"a": 2, "b": 4}
 
 
 def compiled(function, *shapes, in_specs, out_specs):
-    """The text of ``function`` as one manual region over MESH."""
+    """Return the text of ``function`` as one manual region over MESH."""
     mesh = jax.make_mesh(tuple(MESH.values()), tuple(MESH), axis_types=(AxisType.Auto,) * 2)
     region = jax.shard_map(
         function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
@@ -39,7 +38,7 @@ def rows(text, dynamic=lambda depth: 1):
     return {(c.kind, c.axes, c.depth): (c.count, c.bytes) for c in cost.collectives}
 
 
-def test_each_collective_with_its_axes_and_what_a_device_sends():
+def test_collectives_have_their_axes_and_bytes_sent():
     def region(x):  # float32 (8, 128), 4096 bytes a device
         gathered = lax.all_gather(x, "b", tiled=True)
         part = lax.psum_scatter(gathered * 2, "b", tiled=True)
@@ -58,7 +57,7 @@ def test_each_collective_with_its_axes_and_what_a_device_sends():
     }
 
 
-def test_loops_multiply_what_stands_in_them():
+def test_loops_multiply_their_contents():
     def region(w, x):
         def inner(_, y):
             return lax.psum(jnp.sin(y @ w), "b")
@@ -76,7 +75,7 @@ def test_loops_multiply_what_stands_in_them():
     assert cost_of(Program(text), MESH).flops == 15 * 2 * 8 * 16 * 16
 
 
-def test_a_loop_with_a_traced_end_is_asked_for():
+def test_a_loop_with_a_traced_end_needs_a_trip_count():
     def function(w, x, count):
         return lax.fori_loop(0, count, lambda _, y: jnp.sin(y @ w), x)
 
@@ -92,7 +91,7 @@ def test_a_loop_with_a_traced_end_is_asked_for():
     assert cost.flops == 7 * 2 * 8 * 16 * 16
 
 
-def test_of_a_condition_the_costlier_branch_counts():
+def test_the_costlier_branch_of_a_condition_counts():
     def function(which, w, x):
         return lax.cond(which, lambda: x @ w @ w, lambda: x @ w)
 
@@ -124,12 +123,12 @@ def test_of_a_condition_the_costlier_branch_counts():
         ("source_target_pairs={{0,4},{4,0}}", ("a",), 2),
     ],
 )
-def test_groups_in_every_way_of_writing(written, axes, size):
+def test_replica_groups_in_every_notation(written, axes, size):
     assert groups_of(f" channel_id=1, {written}", MESH) == (axes, size)
 
 
-# As the TPU compiler writes: products as convolutions, a sum kept in parts as a fusion, started
-# collectives, trips only in the loop's condition, comments between the elements of a tuple.
+# Text in the style of the TPU compiler: products as convolutions, a partial sum as a fusion,
+# asynchronous collectives, trips only in the loop's condition, comments in tuples.
 TPU = """HloModule jit_f, is_scheduled=true
 
 %add (x: f32[], y: f32[]) -> f32[] {
@@ -197,19 +196,19 @@ dim_labels=0bf_0oi->0bf
 """
 
 
-def test_the_text_of_the_tpu_compiler():
+def test_text_of_the_tpu_compiler():
     cost = cost_of(Program(TPU), MESH)
     assert [(c.kind, c.axes, c.depth, c.count, c.bytes) for c in cost.collectives] == [
         ("all-gather", ("b",), 0, 1, 3 * 8 * 128 * 2),
         ("all-gather", ("slices",), 0, 1, 8 * 128 * 2),
         ("reduce-scatter", ("b",), 1, 5, 5 * 8 * 512 * 4 * 3 / 4),
     ]
-    # A product of a batch of 16: of a window of 16 places one hits.
+    # A product of a batch of 16: one position of a window of 16 is used.
     assert cost.flops == 2 * 16 * 128 * 128 * 160
     assert cost.guessed_loops == 0
 
 
-def test_products_that_a_library_computes():
+def test_products_of_library_calls():
     text = """HloModule jit_f
 ENTRY %main (a: bf16[8,16], b: bf16[16,32]) -> bf16[8,32] {
   %a = bf16[8,16]{1,0} parameter(0)
@@ -242,7 +241,7 @@ backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting
         ("s4[3]{0}", 2, 2),
     ],
 )
-def test_bytes_with_and_without_padding(shape, exact, padded):
+def test_shape_bytes_with_and_without_padding(shape, exact, padded):
     assert (bytes_of(shape), padded_bytes(shape)) == (exact, padded)
 
 
@@ -256,11 +255,11 @@ def test_arguments_and_the_largest_tensors():
         "argument",
         2,
     )
-    assert "f32[8,128]" not in {t.shape for t in others}  # S(1) is another memory
+    assert "f32[8,128]" not in {t.shape for t in others}  # S(1) is another memory space
     assert ("f32[16,128,128]", "temporary") in {(t.shape, t.held) for t in others}
 
 
-def test_what_is_no_program_is_refused():
+def test_invalid_programs_raise_an_error():
     with pytest.raises(ValueError, match="not HLO text"):
         Program("nothing\n")
 
@@ -296,7 +295,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 """
 
 
-def test_kernels_are_counted_with_the_flops_that_their_scope_tells():
+def test_kernels_have_the_flops_of_their_scope():
     text = KERNELS.replace(
         "METADATA", 'metadata={op_name="jit(step)/while/attention_forward:1000flops/pallas_call"}'
     )
@@ -308,7 +307,6 @@ def test_kernels_are_counted_with_the_flops_that_their_scope_tells():
 
 
 # --- trips of loops
-# -------------------------------------------------------------------------------------------------
 
 LOOP = """HloModule jit_loop
 
@@ -405,7 +403,7 @@ def compare(direction, sides="%j, %m"):
     ],
     ids=str,
 )
-def test_trips_by_start_step_and_condition(first, step, last, test, after, trips):
+def test_trip_counts_from_start_step_and_condition(first, step, last, test, after, trips):
     text = (
         LOOP.replace("FIRST", str(first))
         .replace("STEP", str(step))
@@ -417,7 +415,7 @@ def test_trips_by_start_step_and_condition(first, step, last, test, after, trips
 
 
 @pytest.mark.parametrize(("noted", "trips"), [(9, 9), (2**63 - 1, None)])
-def test_what_the_compiler_has_noted_goes_before_the_sums(noted, trips):
+def test_a_trip_count_noted_by_the_compiler_takes_precedence(noted, trips):
     text = (
         LOOP.replace("FIRST", "0")
         .replace("STEP", "2")
@@ -428,7 +426,7 @@ def test_what_the_compiler_has_noted_goes_before_the_sums(noted, trips):
     assert trips_of(program, "main", program.index("main")["loop"]) == trips
 
 
-def test_a_loop_that_carries_one_number():
+def test_a_loop_that_carries_one_value():
     program = Program("""HloModule jit_loop
 %body (i: s32[]) -> s32[] {
   %i = s32[] parameter(0)
@@ -450,8 +448,8 @@ ENTRY %main () -> s32[] {
     assert trips_of(program, "main", program.index("main")["loop"]) == 4
 
 
-# A product whose left side lies in parts: the TPU compiler multiplies one part while the next is on
-# its way, in a loop that it unrolls by two.
+# A product whose left side is split: the TPU compiler multiplies one part while the next is being
+# received, in a loop that it unrolls by two.
 _COLLECTIVE_PRODUCT = """
 import json
 import jax
@@ -484,7 +482,7 @@ print(json.dumps([loops, cost.flops, cost.guessed_loops, sum(c.bytes for c in co
 """
 
 
-def test_a_collective_product_counts_as_the_whole_one_over_devices():
+def test_a_collective_product_counts_as_its_share_of_the_whole():
     described = parse("v5p:2x2x2")
     try:
         check_installed(described)
@@ -502,4 +500,4 @@ def test_a_collective_product_counts_as_the_whole_one_over_devices():
     assert loops and flops == 2 * 65536 * 8192 * 8192 / 8 and not guessed
     assert sent == pytest.approx(
         65536 * 8192 * 2 * 7 / 8, rel=0.3
-    )  # the parts of the other seven, or one more
+    )  # the parts of the other seven, or one more part

@@ -1,5 +1,5 @@
-"""Kernels through the real compilers, without the chips: no memory overflows, and what the compiler
-says is read."""
+"""Compile kernels with the real compilers, without chips: memory fits, and their estimates are
+read."""
 
 import dataclasses
 import shutil
@@ -22,7 +22,7 @@ LONG = 131072
 
 
 def compiled(topology: str, calls) -> list[Compiled]:
-    """Skips where the compiler is not installed."""
+    """Compile, or skip if the compiler is not installed."""
     described = parse(topology)
     try:
         check_installed(described)
@@ -34,7 +34,7 @@ def compiled(topology: str, calls) -> list[Compiled]:
 
 
 def rows_of(device: str) -> list[Call]:
-    """The calls that the rows of the block table for ``device`` serve, one for each shape."""
+    """Return the calls of the block table's rows for ``device``, one for each shape."""
     found = {}
     for entry in blocks.table():
         if entry.device == device and entry.impl == "pallas_tpu":
@@ -89,18 +89,18 @@ def test_every_row_of_the_table_compiles(device):
     assert not failures
 
 
-def test_the_compilers_estimate_is_read():
+def test_the_estimate_of_the_compiler_is_read():
     calls = [
         Call("forward", queries=1024, keys=1024, heads=heads, kv_heads=heads) for heads in (2, 4)
     ]
     described = parse(TPUS["v5p"])
     compiled(TPUS["v5p"], [])
     one, two = compile_calls(described, calls, estimate=True)
-    assert 1.5 < two.kernels[0][1] / one.kernels[0][1] < 2.5  # two cores: one head or two for each
+    assert 1.5 < two.kernels[0][1] / one.kernels[0][1] < 2.5  # two cores with one head or two each
 
 
 def test_hopper_kernels_assemble_without_spills():
-    """Where the CUDA plugin and an assembler are: the fast forms, at the width that MT-NLG has."""
+    """Needs the CUDA plugin and an assembler. Tests the fast forms at the head width of MT-NLG."""
     if shutil.which("ptxas") is None:
         pytest.skip("no ptxas: it comes with CUDA")
     calls = [
@@ -115,13 +115,13 @@ def test_hopper_kernels_assemble_without_spills():
             == len(result.kernels)
             == (1 if result.call.step == "decode" else 3)
         )
-        # Grouped heads and segment ids are allowed the few loop bounds that they cost, once a tile.
+        # Grouped heads and segment ids may spill the few loop bounds that they need, once a tile.
         assert all(
             spills <= (128 if result.call.masks else 0) for _, _, spills in result.assembled
         ), result.assembled
 
 
-def test_what_the_assembler_says_is_read():
+def test_the_output_of_the_assembler_is_read():
     said = """ptxas info    : Compiling entry function 'flash_dq_mosaic_gpu_kernel' for 'sm_90a'
 ptxas info    : Function properties for flash_dq_mosaic_gpu_kernel
     0 bytes stack frame, 8 bytes spill stores, 16 bytes spill loads
@@ -129,7 +129,7 @@ ptxas info    : Used 168 registers, used 16 barriers"""
     assert assembled_of(said) == [["flash_dq", 168, 24]] and assembled_of("nothing") == []
 
 
-def test_kernels_are_found_in_a_program_whose_metadata_has_several_lines():
+def test_kernels_are_found_if_metadata_has_several_lines():
     text = """
   %splash.1 = bf16[8,64]{1,0} custom-call(%a), custom_call_target="tpu_custom_call", \
 frontend_attributes={x={
@@ -143,7 +143,7 @@ backend_config={"estimated_cycles":"-1"}
   ROOT %attention.12 = (bf16[8]{0}, f32[8]{0}) custom-call(%d), \
 custom_call_target="mosaic_gpu_v2", metadata={}
 """
-    # 2^63 - 1 is the compiler's word for no estimate, and must not stand in a sum.
+    # 2^63 - 1 means that the compiler has no estimate, and must not be added.
     assert kernels_of(text) == [
         ["splash", 120],
         ["lookup", None],
@@ -152,7 +152,7 @@ custom_call_target="mosaic_gpu_v2", metadata={}
     ]
 
 
-def test_a_call_travels_as_json():
+def test_a_call_survives_json():
     call = Call(masks=("window",), blocks=(128, 256))
     from mtnlg_jax.planning import kernel_profile
 

@@ -1,5 +1,5 @@
-"""The small program with which flags are tried: it sends what it is asked to send, along the axes
-of a run."""
+"""Check the small program used to try flags: it has the same collectives as a run, on the same
+axes."""
 
 import math
 
@@ -10,7 +10,7 @@ from mtnlg_jax.config import MeshConfig
 from mtnlg_jax.planning.probe import lower, sizes_of
 from mtnlg_jax.planning.topology import parse
 
-# Of each kind, its name in a program that is not compiled yet.
+# The name of each kind in a program before compilation.
 WRITTEN = {
     "all-gather": "all_gather",
     "reduce-scatter": "reduce_scatter",
@@ -30,7 +30,7 @@ MESHES = {
 
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
 @pytest.mark.parametrize("devices", [8, 64, 128])
-def test_axes_that_nothing_is_sent_along_have_one_device(mesh, devices):
+def test_axes_without_traffic_have_one_device(mesh, devices):
     sent = xla_flags.collectives_of(mesh)
     sizes = sizes_of(sent, devices)
     assert math.prod(sizes.values()) == devices
@@ -39,11 +39,11 @@ def test_axes_that_nothing_is_sent_along_have_one_device(mesh, devices):
 
 
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
-def test_every_collective_of_the_run_stands_in_the_program(mesh):
+def test_the_program_has_every_collective_of_the_run(mesh):
     sent = {kind for kind, _ in xla_flags.collectives_of(mesh)}
     text = lower(parse("cpu:8"), xla_flags.collectives_of(mesh)).as_text()
     found = {kind for kind, name in WRITTEN.items() if f"stablehlo.{name}" in text}
-    # The loss is one sum over all devices, whatever the mesh; a sum's transpose may be a gather.
+    # The loss is one sum over all devices on every mesh; the transpose of a sum may be a gather.
     assert sent <= found | {"all-reduce"} and found <= sent | {
         "all-reduce",
         "all-gather",

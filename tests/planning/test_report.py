@@ -1,4 +1,4 @@
-"""The page that a measurement becomes, and the ways out of one that does not fit."""
+"""Check the report of a measurement, and the suggestions for one that does not fit."""
 
 import dataclasses
 from pathlib import Path
@@ -28,7 +28,7 @@ def config(*changes):
 
 
 def measurement(**changes):
-    """Made up but for its shapes."""
+    """Return a measurement with real shapes and invented numbers."""
     state = "state.params['blocks']['attention']['w_q_DNH'].value"
     tensors = [
         Tensor(3 * GIB // 2, "f32[105,160]", "argument", 3, state),
@@ -96,7 +96,7 @@ took         1.0 s to trace, 33.0 s to compile (30.0 s of processor time), 1.50 
 machine's memory"""
 
 
-def test_the_page_of_a_measurement():
+def test_the_report_of_a_measurement():
     assert render(config(*POD), measurement()) == GOLDEN
 
 
@@ -143,13 +143,13 @@ def test_verdicts(changes, verdict):
         ),
     ],
 )
-def test_the_page_tells_the_flags_that_it_was_compiled_with(changes, said):
+def test_the_report_lists_the_compiler_flags(changes, said):
     assert f"\nflags        {said}\n" in render(config(*POD), measurement(**changes))
     failed = measurement(**changes, failure="out of memory", needed=97 * GIB)
     assert f"\nflags        {said}\n" in render(config(*POD), failed)
 
 
-def test_no_estimate_is_told_as_none():
+def test_a_missing_estimate_is_reported_as_none():
     assert "estimate of the step's time: none" in render(
         config(*POD), measurement(compiler_seconds=None)
     )
@@ -166,19 +166,18 @@ def test_a_pipeline_names_its_schedule():
 @pytest.mark.parametrize(
     ("size", "text"), [(0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (-3 * GIB, "-3.00 GiB")]
 )
-def test_sizes_in_a_unit_of_which_there_is_one(size, text):
+def test_sizes_use_the_largest_fitting_unit(size, text):
     assert size_of(size) == text
 
 
-# --- the way out
-# --------------------------------------------------------------------------------------------------
+# --- suggestions
 
 
 def flags(changes):
     return [" ".join(change.flags) for change in changes]
 
 
-def test_the_sums_are_the_planners():
+def test_totals_equal_those_of_the_planner():
     parts = suggest.estimate(config(*POD), 1024, "train")
     state = parts["masters"] + parts["moments"]
     assert state == pytest.approx(
@@ -199,7 +198,7 @@ def test_smaller_micro_batches_come_first():
         96 * GIB,
         "train",
     )
-    assert changes and not flags(changes)[0].startswith("--set=train.micro")  # 15 has no half
+    assert changes and not flags(changes)[0].startswith("--set=train.micro")  # 15 cannot be halved
     changes = suggest.suggest(
         config(*POD, "train.global_batch_size=2048", "train.micro_batch_size=16"),
         parse("v5p:8x8x16"),
@@ -212,7 +211,7 @@ def test_smaller_micro_batches_come_first():
     assert all(change.predicted <= suggest.MARGIN * 96 * GIB for change in changes)
 
 
-def test_a_pipeline_that_holds_too_much_is_sent_to_1f1b():
+def test_1f1b_is_suggested_for_a_pipeline_that_holds_too_much():
     circular = config(
         "mesh.zero=1",
         "mesh.schedule=circular",
@@ -223,14 +222,14 @@ def test_a_pipeline_that_holds_too_much_is_sent_to_1f1b():
     assert flags(changes)[0] == "--set=mesh.schedule=1f1b --set=mesh.virtual_pipe=1"
 
 
-def test_masters_held_by_every_replica_are_sharded():
+def test_sharding_replicated_master_weights_is_suggested():
     changes = suggest.suggest(
         config("mesh.schedule=1f1b"), parse("H100:280x8"), 2240, 110 * GIB, 80 * GIB, "train"
     )
     assert flags(changes)[0] == "--set=mesh.zero=1"
 
 
-def test_no_change_is_suggested_that_the_config_refuses():
+def test_suggestions_are_valid_configs():
     for change in suggest.suggest(
         config(*POD), parse("v5e:16x16*4"), 1024, 40 * GIB, 16 * GIB, "train"
     ):
@@ -247,11 +246,11 @@ def test_no_change_is_suggested_that_the_config_refuses():
         ("H100:2x8", "H100:8x8"),
     ],
 )
-def test_a_topology_grows_in_shapes_that_there_are(small, large):
+def test_a_topology_grows_to_existing_shapes(small, large):
     assert str(suggest._grown(parse(small), 4)) == large
 
 
-def test_ways_out_are_proved_in_turn(monkeypatch):
+def test_suggestions_are_measured_in_order(monkeypatch):
     tried = []
 
     def measured(config, topology, step, target_config=None, memory=None, flags=True):
@@ -274,7 +273,7 @@ def test_ways_out_are_proved_in_turn(monkeypatch):
     )
 
 
-def test_a_compiler_that_gave_up_is_asked_about_a_chip_with_more_memory(monkeypatch):
+def test_a_failed_compilation_is_repeated_for_a_chip_with_more_memory(monkeypatch):
     monkeypatch.setattr(
         suggest, "measure", lambda config, topology, *_, flags: measurement(topology=str(topology))
     )
@@ -290,7 +289,7 @@ def test_a_compiler_that_gave_up_is_asked_about_a_chip_with_more_memory(monkeypa
 @pytest.mark.parametrize(
     ("devices", "dims"), [(4, (2, 2, 1)), (256, (8, 8, 4)), (1024, (8, 16, 8)), (2240, None)]
 )
-def test_the_stand_in_has_as_many_devices_in_a_shape_that_there_is(devices, dims):
+def test_the_substitute_topology_has_as_many_devices(devices, dims):
     roomy = suggest._roomy(devices)
     assert roomy.chips == devices and not (roomy.dims[0] % 2 or roomy.dims[1] % 2)
     assert dims in (None, roomy.dims)

@@ -1,4 +1,4 @@
-"""The search: what it prints is allowed and fits, and nothing better was left out."""
+"""Check the search: its layouts are valid and fit, and no better one is missed."""
 
 import dataclasses
 import itertools
@@ -40,7 +40,8 @@ def configured(name, *changes):
 
 
 def _every_layout(job, devices):
-    """All that validate and the tensors' sizes admit and the search may choose: the longhand."""
+    """Return every layout that validate, the sizes of tensors and the search admit, by brute
+    force."""
     config = job.config
     sizes = [n for n in range(1, devices + 1) if devices % n == 0]
     for mesh in itertools.product((1, 2, 3, 6), sizes, sizes, (1, 2, 4)):
@@ -66,7 +67,7 @@ def _every_layout(job, devices):
             yield from (layout._replace(recompute=policy) for policy in POLICIES)
 
 
-def test_no_layout_is_faster_than_those_found():
+def test_the_search_finds_the_fastest_layouts():
     job = Job(SMALL, A100)
     devices = 6
     every = list(_every_layout(job, devices))
@@ -87,7 +88,7 @@ def test_no_layout_is_faster_than_those_found():
 
 
 @pytest.mark.parametrize(("chips", "devices"), [("H100", 1024), ("v5p", 1024)])
-def test_what_is_found_is_allowed_and_fits_and_comes_in_order(chips, devices):
+def test_layouts_found_are_valid_fit_and_are_sorted(chips, devices):
     config = configured("mtnlg_530b.py")
     job = Job(config, CHIPS[chips])
     found = search(job, devices)
@@ -102,7 +103,7 @@ def test_what_is_found_is_allowed_and_fits_and_comes_in_order(chips, devices):
         assert job.estimate(estimate.layout) == estimate
 
 
-def test_the_flags_make_the_layout():
+def test_the_flags_reproduce_the_layout():
     config = configured("mtnlg_530b.py")
     for estimate in search(Job(config, CHIPS["H100"]), 1024)[:5]:
         flags = [flag.removeprefix("--set=") for flag in flags_of(config, estimate.layout)]
@@ -110,7 +111,7 @@ def test_the_flags_make_the_layout():
         assert flags and all(override(config, flag) != config for flag in flags)
 
 
-def test_the_papers_mesh_is_among_the_first_on_its_machine():
+def test_the_mesh_of_the_paper_is_among_the_first():
     found = search(Job(configured("mtnlg_530b.py", "train.rampup_batch_size=None"), A100), 2240)
     assert (35, 8, 1, 8) in [estimate.layout.mesh for estimate in found[:3]]
 
@@ -132,7 +133,7 @@ def test_each_mesh_of_the_ladder_fits_its_gpus(name):
         pytest.param("529.6b", 2520, marks=pytest.mark.slow),
     ],
 )
-def test_the_ladders_largest_meshes_are_within_two_percent_of_the_best(name, devices):
+def test_the_largest_meshes_of_the_ladder_are_within_two_percent(name, devices):
     config = configured(f"ladder.py:{name}")
     mesh = config.mesh
     job = Job(config, A100)
@@ -141,30 +142,30 @@ def test_the_ladders_largest_meshes_are_within_two_percent_of_the_best(name, dev
 
 
 @pytest.mark.slow
-def test_the_smallest_number_of_chips_is_the_smallest():
+def test_the_smallest_number_of_chips_is_found():
     job = Job(configured("mtnlg_530b.py"), CHIPS["v5e"])
     enough = smallest_devices(job)
     assert search(job, enough) and not search(job, enough - 1)
     assert leanest(job, enough).bytes <= job.room < leanest(job, enough - 1).bytes
 
 
-def test_where_nothing_is_enough_there_is_no_number():
+def test_a_job_that_never_fits_has_no_number_of_chips():
     job = Job(configured("mtnlg_530b.py"), dataclasses.replace(A100, memory=1e6))
     assert smallest_devices(job, limit=64) is None
 
 
-def test_nothing_fits_and_nothing_is_found():
+def test_a_job_that_does_not_fit_has_no_layout():
     assert search(Job(configured("mtnlg_530b.py"), CHIPS["v5e"]), 256) == []
 
 
-def test_a_mesh_that_is_not_allowed_has_no_layout():
+def test_an_invalid_mesh_has_no_layout():
     assert (
         fastest_on(Job(SMALL, A100), (4, 1, 1, 1)) is None
         and fastest_on(Job(SMALL, A100), (1, 1, 1, 3)) is None
     )
 
 
-def test_a_measured_time_gives_its_efficiency_back():
+def test_efficiency_is_recovered_from_a_measured_time():
     config = configured("mtnlg_530b.py")
     layout = Layout(35, 8, 1, 8, 1, "1f1b", 1, None, 1, "none")
     for efficiency in (0.2, EFFICIENCY, 0.9):

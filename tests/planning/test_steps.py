@@ -1,5 +1,4 @@
-"""Steps traced over arrays that do not exist: loops whose trips are guessed, and what has no
-layout."""
+"""Trace steps over abstract arrays: trip counts of loops, and settings without a layout."""
 
 from pathlib import Path
 
@@ -37,7 +36,7 @@ def config(*changes):
         ([], "decode", 1),
     ],
 )
-def test_the_outermost_loop_turns_for_the_full_batch(changes, step, turns):
+def test_the_outermost_loop_runs_for_the_full_batch(changes, step, turns):
     changed = config(*changes)
     trips = dynamic_trips(changed, make_mesh(changed.mesh, jax.devices()), step)
     assert trips(0) == turns and trips(2) == mean_key_blocks(64, 16, "float32") == 1
@@ -65,7 +64,7 @@ def test_causal_attention_visits_half_of_the_keys(monkeypatch):
     assert mean_key_blocks(300, 64, "float32") == (1 + 2 + 3) / 3
 
 
-def test_the_described_platform_is_what_programs_are_made_for(monkeypatch):
+def test_programs_are_made_for_the_described_platform(monkeypatch):
     monkeypatch.setattr(compat, "_DESCRIBED", [])
     assert compat.platform() == jax.default_backend() and not compat.described()
     compat.compile_for("tpu", "TPU v5 lite")
@@ -75,7 +74,7 @@ def test_the_described_platform_is_what_programs_are_made_for(monkeypatch):
 
 
 @pytest.mark.parametrize("axis", ["pipe", "context"])
-def test_decoding_runs_over_data_and_tensor_only(axis):
+def test_decoding_on_other_axes_raises_an_error(axis):
     changed = config(f"mesh.{axis}=2")
     with pytest.raises(
         ValueError, match=rf"--step=decode runs over data and tensor only.*--set=mesh.{axis}=1"

@@ -1,4 +1,4 @@
-"""Names of described accelerators, and the environment of a process that compiles for them."""
+"""Check names of described accelerators, and the environment of a compiling process."""
 
 import importlib.util
 import json
@@ -55,12 +55,12 @@ def test_a_name_is_read_and_written_back(text, topology, chips, platform):
         ("cpu:4*2", "write cpu:8"),
     ],
 )
-def test_a_name_that_means_nothing_is_refused(text, says):
+def test_an_unknown_name_raises_an_error(text, says):
     with pytest.raises(ValueError, match=says):
         parse(text)
 
 
-def test_the_environment_is_the_childs_alone(monkeypatch):
+def test_only_the_environment_of_the_child_changes(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=x --xla_force_host_platform_device_count=4")
     before = dict(os.environ)
     assert (
@@ -72,7 +72,7 @@ def test_the_environment_is_the_childs_alone(monkeypatch):
     assert dict(os.environ) == before
 
 
-def test_a_missing_compiler_is_named_with_what_to_install(monkeypatch):
+def test_a_missing_compiler_raises_an_error_with_its_package(monkeypatch):
     monkeypatch.setattr(topology, "APART", Path("nowhere"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"compiling for v5e needs libtpu.*\[ahead\]"):
@@ -81,18 +81,18 @@ def test_a_missing_compiler_is_named_with_what_to_install(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", GPUS)
-def test_every_card_is_described(kind):
+def test_every_gpu_is_described(kind):
     text = card(parse(f"{kind}:1x8"))
     assert 'platform_name: "CUDA"' in text and "device_memory_size: " in text and kind in text
     assert text.count("{") == text.count("}")
 
 
-def test_another_description_takes_the_cards_place(tmp_path):
+def test_a_given_description_replaces_the_default(tmp_path):
     (tmp_path / "card.txtpb").write_text("device_memory_size: 7")
     assert card(parse("H100:1x8"), str(tmp_path / "card.txtpb")) == "device_memory_size: 7"
 
 
-def test_the_mesh_is_the_projects_own_and_its_sizes_are_checked():
+def test_the_mesh_is_built_and_checked_like_that_of_a_run():
     mesh = mesh_over(MeshConfig(tensor=2), parse("cpu:8"), jax.devices())
     assert dict(mesh.shape) == {"pipe": 1, "data": 4, "context": 1, "tensor": 2}
     with pytest.raises(ValueError, match="does not fit 8 devices"):
@@ -100,7 +100,6 @@ def test_the_mesh_is_the_projects_own_and_its_sizes_are_checked():
 
 
 # --- the torus
-# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -123,7 +122,7 @@ def test_the_mesh_is_the_projects_own_and_its_sizes_are_checked():
         ("v5e:4x4", (False, False, False)),
     ],
 )
-def test_a_slice_is_described_with_the_links_that_it_is_sold_with(text, wrap, monkeypatch):
+def test_a_slice_is_described_with_its_real_links(text, wrap, monkeypatch):
     asked = []
     from jax.experimental import topologies
 
@@ -136,7 +135,7 @@ def test_a_slice_is_described_with_the_links_that_it_is_sold_with(text, wrap, mo
     assert [given["wrap"] for given in asked] == [wrap]
 
 
-# The algorithms that the compiler lays through groups of a described slice, one line each.
+# The algorithms that the compiler chooses for groups of a described slice, one line each.
 _ALGORITHMS = r"""
 import json, os, re, sys
 import jax
@@ -164,13 +163,13 @@ for text, data, tensor in json.loads(sys.argv[1]):
 """
 
 
-def test_the_compiler_lays_a_group_through_two_dims_of_the_torus():
+def test_the_compiler_uses_two_dims_of_the_torus_for_a_group():
     described = parse("v5p:4x4x4")
     try:
         check_installed(described)
     except ValueError as error:
         pytest.skip(str(error))
-    # 16 chips of 64 as a plane that closes on itself; of 32, which do not close, as one ring
+    # 16 chips of 64 as a plane with wraparound links; of 32, which have none, as one ring
     # through all. A v4 has one device a chip.
     asked = [["v5p:4x4x4", 16, 4], ["v5p:2x4x4", 16, 2], ["v4:4x4x4", 16, 4], ["v5e:8x16", 16, 8]]
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""A tokenizer and a tiny model that knows a few rows of each task by heart, made once."""
+"""Provide a tokenizer and a tiny model that has memorized a few rows of each task."""
 
 import functools
 from typing import NamedTuple
@@ -83,9 +83,8 @@ def memory(tokenizer) -> Memory:
     weights = np.zeros(tokens.shape, np.float32)
     for row, (prompt, answer) in enumerate(made):
         tokens[row, : len(prompt + answer)] = prompt + answer
-        weights[row, len(prompt) : len(prompt + answer)] = (
-            1  # on the answer alone, as in fine-tuning
-        )
+        # On the answer alone, as in fine-tuning.
+        weights[row, len(prompt) : len(prompt + answer)] = 1
     config = ModelConfig(
         num_layers=1,
         hidden_size=64,
@@ -100,11 +99,11 @@ def memory(tokenizer) -> Memory:
         params, state, value = _learn(
             config, optimizer, params, state, jnp.asarray(tokens), jnp.asarray(weights)
         )
-    assert value < 0.02, f"the model has not learnt its rows: loss {value}"
+    assert value < 0.02, f"the model has not learned its rows: loss {value}"
     return Memory(unstack(config, params), tokenizer)
 
 
 @pytest.fixture(scope="session")
 def known() -> dict[str, list[Row]]:
-    """What the model knows, by task."""
+    """Return the rows that the model has memorized, by task."""
     return ROWS

@@ -1,4 +1,4 @@
-"""Rows from the layouts in which people keep them, and one line for what is none."""
+"""Read rows in the layouts of public data sets; invalid rows raise an error of one line."""
 
 import bz2
 import gzip
@@ -92,7 +92,7 @@ def write(folder, name, content):
         ("a.jsonl", '{"input": "a", "reference": 3}', {}, [Row("a", ("3",))]),
     ],
 )
-def test_layouts(tmp_path, name, content, options, rows):
+def test_rows_of_each_layout(tmp_path, name, content, options, rows):
     assert read_rows(write(tmp_path, name, content), **options) == rows
 
 
@@ -109,7 +109,8 @@ def test_layouts(tmp_path, name, content, options, rows):
             "a.jsonl",
             '{"input": "a", "reference": "b", "choices": ["b"]}',
             {"columns": {"choices": "choices.text"}},
-            "no row has a choices under 'choices.text', the first one only input, reference, choices; name the right one, as",
+            "no row has a choices under 'choices.text', the first one only input, reference, "
+            "choices; name the right one, as",
         ),
         (
             "a.jsonl",
@@ -157,18 +158,18 @@ def test_layouts(tmp_path, name, content, options, rows):
             "a.jsonl",
             "{}",
             {"columns": {"inputs": "x"}},
-            "column 'inputs' is not known; name those of input, reference",
+            "unknown column 'inputs'; name some of input, reference",
         ),
     ],
 )
-def test_what_is_no_row(tmp_path, name, content, options, message):
+def test_invalid_rows_raise_an_error(tmp_path, name, content, options, message):
     path = write(tmp_path, name, content)
     with pytest.raises(ValueError) as error:
         read_rows(path, needs=("input", "reference"), **options)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_files_that_cannot_be_read(tmp_path):
+def test_unreadable_files_raise_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         read_rows("nowhere.jsonl")
     (tmp_path / "a.tsv").write_bytes(b"a\xff\tb\n")
@@ -180,7 +181,7 @@ CHOICES = ["x", "y", "z", "w"]
 
 
 def one(folder, item, **options):
-    """The single row of a file that holds ``item``."""
+    """Return the single row of a file that holds ``item``."""
     return read_rows(
         write(folder, "a.jsonl", json.dumps(item)), needs=("input", "reference"), **options
     )[0]
@@ -206,7 +207,7 @@ def one(folder, item, **options):
         (" y ", "y"),
     ],
 )
-def test_a_reference_names_its_choice_by_text_letter_or_number(tmp_path, reference, expected):
+def test_a_reference_is_the_text_letter_or_number_of_a_choice(tmp_path, reference, expected):
     row = one(tmp_path, {"input": "q", "choices": CHOICES, "reference": reference})
     assert row == Row("q", (expected,), choices=tuple(CHOICES))
 
@@ -225,7 +226,7 @@ def test_a_reference_names_its_choice_by_text_letter_or_number(tmp_path, referen
         ("['x', 'y', 'z', 'w']", 2),
     ],
 )
-def test_choices_in_a_dict_in_dicts_or_in_one_cell(tmp_path, item, reference):
+def test_choices_are_read_from_dicts_lists_and_one_cell(tmp_path, item, reference):
     keys = {} if reference is None else {"reference": reference}
     path = write(tmp_path, "a.jsonl", json.dumps({"input": "q", "choices": item} | keys))
     assert read_rows(path, needs=("input", "reference")) == [
@@ -306,7 +307,7 @@ def test_choices_in_a_dict_in_dicts_or_in_one_cell(tmp_path, item, reference):
         ),
     ],
 )
-def test_choices_in_columns_and_where_numbers_begin(tmp_path, items, columns, expected):
+def test_choices_in_columns_set_the_first_number(tmp_path, items, columns, expected):
     path = write(tmp_path, "a.jsonl", "\n".join(map(json.dumps, items)))
     rows = read_rows(path, columns, needs=("input", "reference"))
     assert [row.references[0] for row in rows] == expected and rows[0].input == "g"
@@ -338,7 +339,7 @@ def test_choices_in_columns_and_where_numbers_begin(tmp_path, items, columns, ex
         ([{"e": "['a' 'b']", "r": 0}], "choices are a str"),
     ],
 )
-def test_what_may_mean_two_things_is_refused(tmp_path, items, message):
+def test_ambiguous_references_raise_an_error(tmp_path, items, message):
     path = write(tmp_path, "a.jsonl", "\n".join(json.dumps({"i": "q"} | item) for item in items))
     with pytest.raises(ValueError) as error:
         read_rows(
@@ -347,7 +348,7 @@ def test_what_may_mean_two_things_is_refused(tmp_path, items, message):
     assert message in str(error.value)
 
 
-def test_numbered_columns_without_a_sign_of_the_first_number_are_refused(tmp_path):
+def test_numbered_columns_without_a_first_number_raise_an_error(tmp_path):
     path = write(tmp_path, "a.jsonl", json.dumps({"s": "q", "way1": "a", "way2": "b", "n": "1"}))
     with pytest.raises(
         ValueError, match="may count from 0 or from 1; state which: --columns=reference=n@0, @1"
@@ -442,7 +443,7 @@ def test_well_known_layouts_need_no_columns(tmp_path, item, expected):
     assert notes[0].startswith("columns taken as those of ") and "--columns=" in notes[0]
 
 
-def test_a_key_that_is_named_is_read_for_nothing_else(tmp_path):
+def test_a_key_named_for_a_field_is_read_for_no_other_field(tmp_path):
     row = one(tmp_path, {"context": "c", "reference": "r"}, columns={"input": "context"})
     assert row == Row("c", ("r",))
     row = one(
@@ -479,7 +480,7 @@ ITEMS = [json.loads(line) for line in LINES.split("\n") if line]
         ("a.json", json.dumps(ITEMS, indent=2)),
     ],
 )
-def test_json_as_it_comes(tmp_path, name, content):
+def test_json_layouts(tmp_path, name, content):
     assert read_rows(write(tmp_path, name, content)) == [Row("s", ("A",)), Row("t\u2028", ("B",))]
 
 
@@ -501,7 +502,7 @@ def test_nested_lists_of_dialogues(tmp_path):
     assert read_rows(write(tmp_path, "b.json", content)) == [Row("q", ("a", "b"), "c")]
 
 
-def test_labels_of_a_table_of_floats(tmp_path):
+def test_float_labels_of_a_table(tmp_path):
     path = write(tmp_path, "a.csv", "text,label\na,1.0\nb,0.0\n")
     assert [row.references for row in read_rows(path, labels={"0": "no", "1": "yes"})] == [
         ("yes",),
@@ -597,7 +598,7 @@ def test_tables_with_and_without_quotes(tmp_path, name, content, columns, rows):
         ),
     ],
 )
-def test_tables_and_json_that_cannot_be(tmp_path, name, content, message):
+def test_invalid_tables_and_json_raise_an_error(tmp_path, name, content, message):
     with pytest.raises(ValueError) as error:
         read_rows(write(tmp_path, name, content), needs=("input", "reference"))
     assert message in str(error.value) and "\n" not in str(error.value)
@@ -634,7 +635,7 @@ def test_a_limit_draws_rows_by_a_seed_and_keeps_their_order(tmp_path):
     assert len(read_rows(path, limit=500)) == 100
 
 
-def test_equal_choices_count_once_and_are_told(tmp_path):
+def test_equal_choices_count_once_and_are_reported(tmp_path):
     notes = []
     row = one(tmp_path, {"input": "q", "choices": ["a", "b", "a"], "reference": 2}, notes=notes)
     assert (
@@ -663,7 +664,7 @@ def test_equal_choices_count_once_and_are_told(tmp_path):
         ("tasks/qa/xquad/xquad.zh.json", {}, 1190),
     ],
 )
-def test_real_sets(shared, path, options, count):
+def test_real_data_sets(shared, path, options, count):
     rows = read_rows(shared / "data" / path, needs=("input", "reference"), **options)
     assert len(rows) == count and all(row.input and row.references for row in rows)
     assert all(set(row.references) <= set(row.choices) for row in rows if row.choices)

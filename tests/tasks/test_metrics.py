@@ -1,5 +1,4 @@
-"""Metrics: those of libraries equal the libraries called directly, the others are worked out by
-hand."""
+"""Compare metrics with the libraries called directly, and the others with values by hand."""
 
 import dataclasses
 import json
@@ -15,7 +14,7 @@ from mtnlg_jax.tasks.metrics import (
     chance,
     exact_match,
     measure,
-    squad_normalise,
+    squad_normalize,
     token_f1,
 )
 from mtnlg_jax.tasks.prompts import Row
@@ -36,7 +35,7 @@ CHINESE = (
 )
 
 
-def test_rouge_is_rouge_score():
+def test_rouge_equals_rouge_score():
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
     ours = measure(("rouge1", "rouge2", "rougeL"), *ENGLISH, "en")
     for name, score in ours.items():
@@ -50,8 +49,8 @@ def test_rouge_is_rouge_score():
         )
 
 
-def test_rouge_of_chinese_is_that_of_its_characters():
-    # rouge-score's own tokenizer drops Chinese, so that words of letters stand for the characters.
+def test_rouge_of_chinese_compares_characters():
+    # rouge-score's own tokenizer drops Chinese, so Latin words replace the characters.
     words = {
         c: f"w{ord(c)}"
         for c in "".join(CHINESE[0] + [each[0] for each in CHINESE[1]])
@@ -77,7 +76,7 @@ def test_rouge_of_chinese_is_that_of_its_characters():
 @pytest.mark.parametrize(
     ("rows", "language", "tokenize"), [(ENGLISH, "en", "13a"), (CHINESE, "zh", "zh")]
 )
-def test_bleu_and_chrf_are_sacrebleu(rows, language, tokenize):
+def test_bleu_and_chrf_equal_sacrebleu(rows, language, tokenize):
     answers, references = rows
     streams = [
         [each[0] for each in references],
@@ -108,12 +107,12 @@ def test_bleu_and_chrf_are_sacrebleu(rows, language, tokenize):
     ],
 )
 def test_exact_match_and_f1_by_hand(answer, reference, language, normal, exact, f1):
-    assert squad_normalise(answer, language) == normal
+    assert squad_normalize(answer, language) == normal
     assert exact_match(answer, reference, language) == exact
     assert token_f1(answer, reference, language) == pytest.approx(f1)
 
 
-def test_the_best_reference_counts_and_accuracy():
+def test_the_best_reference_counts():
     scores = measure(
         ("exact_match", "f1", "accuracy"), ["b", "x"], [("a", "b c", "b"), ("y",)], "en"
     )
@@ -121,7 +120,7 @@ def test_the_best_reference_counts_and_accuracy():
     assert measure(("f1",), ["white whale"], [("black cat", "white cat")], "en")["f1"].value == 50
 
 
-def test_the_interval_is_that_of_a_binomial():
+def test_the_interval_equals_that_of_a_binomial():
     answers = ["a"] * 70 + ["b"] * 30
     score = measure(("accuracy",), answers, [("a",)] * 100, "en")["accuracy"]
     half = 1.96 * 100 * np.sqrt(0.7 * 0.3 / 100)
@@ -153,14 +152,14 @@ def test_baselines():
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_rows_ranked_by_labels_of_any_template_have_the_majority_class(name):
+def test_baseline_of_labels_is_the_majority_class(name):
     template = Template("{passages}{input} =>", passage="{text} ", labels={"a": "no", "b": "yes"})
     task = dataclasses.replace(TASKS[name], templates={"en": template})
     rows = [Row("One. Two.", (right,), context="A passage. More.") for right in "aab"]
     assert baseline(task, rows) == ("majority class", ["a"] * 3)
 
 
-def test_choices_have_chance():
+def test_chance_is_the_mean_share_of_correct_choices():
     rows = [Row("q", ("t",), choices=("s", "t")), Row("q", ("u",), choices=("s", "t", "u", "v"))]
     assert chance(rows).value == pytest.approx(37.5)
     assert str(chance(rows[1:] * 5)) == " 25.00 [25.00, 25.00]"
@@ -193,7 +192,7 @@ def test_equal_texts_of_any_script_score_100(text, metric):
     assert measure([metric], [text], [["Ω"]], "en")[metric].value == 0
 
 
-def test_half_of_the_words_of_any_script_is_half():
+def test_half_of_the_words_of_any_script_score_50():
     for ours, theirs in (
         ("Привет мир", "Привет дом"),
         ("안녕 세계", "안녕 집"),
@@ -224,10 +223,10 @@ def test_half_of_the_words_of_any_script_is_half():
     )
 
 
-def test_rouge_of_english_with_a_few_accents_is_that_of_rouge_score():
-    plain = (
-        "and nobody on the coast knew of it at all until the ships came home in the autumn of that year. "
-        * 3
+def test_rouge_of_english_with_a_few_accents_equals_rouge_score():
+    plain = 3 * (
+        "and nobody on the coast knew of it at all until the ships came home in the autumn of that "
+        "year. "
     )
     texts = ["The naïve whale swam north of São Paulo again and again, " + plain]
     references = [("The whale and the naïve captain of São Paulo swam there again, " + plain,)]
@@ -238,7 +237,7 @@ def test_rouge_of_english_with_a_few_accents_is_that_of_rouge_score():
     )
 
 
-def test_bleu_of_scripts_without_spaces_is_that_of_characters():
+def test_bleu_of_scripts_without_spaces_compares_characters():
     ours = ["こんにちは世界です"]
     theirs = [["こんにちは世界でした"]]
     score = measure(["bleu"], ours, theirs, "en")["bleu"].value
@@ -269,7 +268,7 @@ def test_bleu_of_scripts_without_spaces_is_that_of_characters():
         (["\n"], [["a", ""]]),
     ],
 )
-def test_no_metric_fails_on_legal_rows(answers, references):
+def test_metrics_accept_all_valid_rows(answers, references):
     for language in ("en", "zh"):
         for name, score in measure(METRICS, answers, references, language).items():
             assert 0 <= score.low <= score.high <= 100 and 0 <= score.value <= 100, name
@@ -279,7 +278,7 @@ def test_no_metric_fails_on_legal_rows(answers, references):
             )
 
 
-def test_the_interval_of_corpus_metrics_is_that_of_sacrebleu():
+def test_the_interval_of_corpus_metrics_equals_sacrebleu():
     rng = np.random.default_rng(0)
     vocabulary = ["whale", "north", "captain", "sea", "old", "grey"]
     references = [[" ".join(rng.choice(vocabulary, 8))] for _ in range(60)]
@@ -291,10 +290,10 @@ def test_the_interval_of_corpus_metrics_is_that_of_sacrebleu():
         assert (score.high + score.low) / 2 == pytest.approx(theirs._mean, rel=0.03)
 
 
-def test_missing_references():
+def test_missing_references_raise_an_error():
     with pytest.raises(ValueError, match="row 2 of 2 has no reference"):
         measure(("f1",), ["a", "b"], [("a",), ("",)], "en")
     with pytest.raises(ValueError, match="1 answers for 2 rows"):
         measure(("f1",), ["a"], [("a",), ("b",)], "en")
-    with pytest.raises(ValueError, match="metric 'meteor' is not known"):
+    with pytest.raises(ValueError, match="unknown metric 'meteor'"):
         measure(("meteor",), ["a"], [("a",)], "en")

@@ -1,4 +1,4 @@
-"""Retrieval: the planted passage is found, and its range is true."""
+"""Check that retrieval finds a planted passage and reports its exact range."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
         ("Which leg is WOODEN", "rows.jsonl:2", "The cook has one wooden leg."),
     ],
 )
-def test_a_planted_passage_is_found_and_its_range_is_true(folder, question, source, words):
+def test_a_planted_passage_is_found_with_its_range(folder, question, source, words):
     best = read_passages(folder, size=120).best(question, 2)
     assert best[0].source == source and words in best[0].text and len(best[0].text) <= 120
     assert best[0].score > 0 and all(best[0].score >= each.score for each in best)
@@ -42,7 +42,7 @@ def test_a_planted_passage_is_found_and_its_range_is_true(folder, question, sour
         assert whole[best[0].start : best[0].end] == best[0].text
 
 
-def test_order_and_numbers():
+def test_best_passages_come_first_and_at_most_count():
     retriever = Retriever(
         [Document("same words here", "a"), Document("same words here", "b"), Document("other", "c")]
     )
@@ -51,7 +51,7 @@ def test_order_and_numbers():
     assert retriever.best("unknown", 3) == [] and retriever.best("?!", 3) == []
 
 
-def test_splitting_loses_nothing_but_white_space():
+def test_splitting_keeps_all_text_except_white_space():
     rng = np.random.default_rng(1)
     for _ in range(200):
         text = "".join(
@@ -67,12 +67,12 @@ def test_splitting_loses_nothing_but_white_space():
         assert "".join("".join(each.text for each in passages).split()) == "".join(text.split())
 
 
-def test_no_text_to_look_in(folder, tmp_path):
+def test_a_source_without_text_raises_an_error(folder, tmp_path):
     with pytest.raises(ValueError, match=f"{tmp_path} holds no text .*put any of .txt"):
         read_passages(tmp_path)
     (tmp_path / "a.txt").write_text("?! ...")
     with pytest.raises(
-        ValueError, match="no text to look passages up in; give documents with words"
+        ValueError, match="no text to retrieve passages from; give documents with words"
     ):
         read_passages(tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere"):

@@ -1,5 +1,4 @@
-"""Prompts: exact to the letter, never above the context, examples in their order, and one text for
-training and use."""
+"""Check prompts: exact texts, their length, the order of examples, and pairs for training."""
 
 import dataclasses
 import io
@@ -57,7 +56,7 @@ def prompt(name, row, tokenizer, context=10_000, **options):
         ("answer", "是谁？", "简短地回答每个问题。\n\n问题：是谁？\n回答："),
     ],
 )
-def test_prompts_to_the_letter(tokenizer, name, text, expected):
+def test_prompts_are_exact(tokenizer, name, text, expected):
     made = prompt(name, text, tokenizer)
     assert made.text == expected and not made.shortened and made.examples == 0
     assert (made.language == "zh") == ((text[0] > "\u4e00") != (name == "translate"))
@@ -67,7 +66,7 @@ def test_prompts_to_the_letter(tokenizer, name, text, expected):
     }.get((name, text), ())
 
 
-def test_passages_and_examples_to_the_letter(tokenizer):
+def test_passages_and_examples_are_exact(tokenizer):
     made = prompt(
         "answer",
         Row("Where?", context="Given {input}."),
@@ -77,7 +76,8 @@ def test_passages_and_examples_to_the_letter(tokenizer):
     )
     assert made.text == (
         "Answer each question briefly.\n\nQuestion: one\nAnswer: 1\n\nQuestion: two\nAnswer: 2\n\n"
-        "[1] Given {input}.\n[2] It lives in the north.\n[3] {input} is [2].\nQuestion: Where?\nAnswer:"
+        "[1] Given {input}.\n[2] It lives in the north.\n[3] {input} is [2].\n"
+        "Question: Where?\nAnswer:"
     )
     assert made.passages == (Passage("Given {input}.", "context", 0, 14), *PASSAGES)
     assert prompt("answer", "Where?", tokenizer, examples=SHOTS[::-1]).text.index(
@@ -97,7 +97,7 @@ def test_passages_and_examples_to_the_letter(tokenizer):
     assert choices == (("a b", " a b"), ("c", " c"))
 
 
-def test_what_goes_first_where_the_context_is_small(tokenizer):
+def test_parts_are_removed_in_order_if_the_context_is_small(tokenizer):
     row = Row("Where is it now?")
     full = prompt("answer", "Where is it now?", tokenizer, examples=SHOTS, passages=PASSAGES)
     reserve = 8
@@ -127,7 +127,7 @@ def test_what_goes_first_where_the_context_is_small(tokenizer):
     )
 
 
-def test_a_given_context_is_looked_through_for_what_is_asked(tokenizer):
+def test_a_long_context_is_searched_for_the_question(tokenizer):
     filler = "The ship sailed on and on. " * 40
     row = Row("Where is the parrot?", context=f"{filler}The parrot is in the galley. {filler}")
     made = prompt("answer", row, tokenizer, 220)
@@ -137,7 +137,7 @@ def test_a_given_context_is_looked_through_for_what_is_asked(tokenizer):
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
-def test_what_is_shown_of_a_context_stands_in_the_order_of_its_text(tokenizer, language):
+def test_parts_of_a_context_keep_the_order_of_its_text(tokenizer, language):
     sentences = [f"Sentence {i} says whale {'whale ' * (i % 5)}." for i in range(40)]
     row = Row("whale whale?", context=" ".join(sentences))
     if language == "zh":
@@ -165,7 +165,7 @@ def test_what_is_shown_of_a_context_stands_in_the_order_of_its_text(tokenizer, l
     )
 
 
-def test_examples_are_the_first_or_drawn_and_never_the_row():
+def test_examples_are_first_or_drawn_and_never_the_row_itself():
     rows = [Row(f"Question {i}?", (f"answer {i}",)) for i in range(50)]
     examples = Examples(TASKS["answer"], [*rows, Row("问？", ("答",))])
     assert examples.of(rows[1], "en", 3) == [rows[0], rows[2], rows[3]]
@@ -208,24 +208,24 @@ def test_examples_are_the_first_or_drawn_and_never_the_row():
         ("a", "", ""),
     ],
 )
-def test_a_space_joins_two_texts_where_they_need_one(text, behind, space):
+def test_seam_adds_a_space_only_where_needed(text, behind, space):
     assert seam(text, behind) == space
 
 
-def test_choices_that_go_on_from_the_input_get_their_space(tokenizer):
+def test_choices_that_continue_the_input_get_a_space(tokenizer):
     made = prompt(
         "continue", Row("The tap was on, therefore", choices=("it ran", " it stopped")), tokenizer
     )
     assert made.candidates == (("it ran", " it ran"), (" it stopped", " it stopped"))
 
 
-def test_too_many_choices_for_letters(tokenizer):
+def test_more_choices_than_letters_raise_an_error(tokenizer):
     task = dataclasses.replace(TASKS["answer"], templates={"en": Template("{input}\n{choices}")})
     with pytest.raises(ValueError, match="has 27 choices, and there are 26 letters"):
         compose(task, Row("q", choices=tuple(f"c{i}" for i in range(27))), tokenizer, 10_000)
 
 
-def test_the_last_word():
+def test_split_last_word():
     assert split_last_word(Row("a  b c ")) == Row("a  b", ("c",))
     assert split_last_word(Row("a b", ("c",))) == Row("a b", ("c",))
     with pytest.raises(ValueError, match="has no last word"):
@@ -270,9 +270,9 @@ def test_the_context_is_never_exceeded(tokenizer):
     assert 20 < refused < 130 and shortened > 10
 
 
-def test_pairs_go_the_round(tokenizer, known, tmp_path):
-    """Rows to pairs to a file to the reader of training: the prompt is that of use, the answer that
-    of the row."""
+def test_pairs_are_read_back_as_prompts_and_answers(tokenizer, known, tmp_path):
+    """Write rows as pairs and read them as training does: prompts are those of use, answers those
+    of the rows."""
     for name, rows in known.items():
         made = pairs(TASKS[name], rows)
         (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in made))
@@ -312,7 +312,7 @@ def test_pairs_go_the_round(tokenizer, known, tmp_path):
         ("summarise", Row("a", ("b",), context="c"), "task 'summarise' takes no passages"),
     ],
 )
-def test_pairs_that_cannot_be(task, row, message):
+def test_invalid_pairs_raise_an_error(task, row, message):
     with pytest.raises(ValueError, match=message):
         pairs(TASKS[task], [row])
 
@@ -325,7 +325,8 @@ def test_pairs_that_cannot_be(task, row, message):
             "translate",
             Row("Hello there. " * 50),
             {"context": 100},
-            r"takes \d+ tokens .* context holds 100; task 'translate' needs all of it: give it in parts",
+            r"takes \d+ tokens .* context holds 100; task 'translate' needs all of it: "
+            "give it in parts",
         ),
         (
             "summarise",
@@ -344,12 +345,12 @@ def test_pairs_that_cannot_be(task, row, message):
             "answer",
             Row("Who?", choices=("a", "b", "a")),
             {},
-            "choice 'a' stands 2 times among 3; keep one",
+            "choice 'a' occurs 2 times among 3; keep one",
         ),
         ("answer", Row("Who?", choices=("a", " ")), {}, "choice 2 of 2 is empty"),
     ],
 )
-def test_inputs_that_cannot_be(tokenizer, task, row, options, message):
+def test_invalid_inputs_raise_an_error(tokenizer, task, row, options, message):
     with pytest.raises(ValueError, match=message):
         prompt(task, row, tokenizer, **options)
 
@@ -377,29 +378,32 @@ def test_templates_from_files(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("written", "message"),
     [
-        ({"en": {"promt": "{input}"}}, "en: 'promt' is not known; choose from prompt, answer"),
+        ({"en": {"promt": "{input}"}}, "en: unknown field 'promt'; choose from prompt, answer"),
         (
             {"en": {"prompt": "no place"}},
-            "prompt='no place' has no place for the input; write {input} there",
+            "prompt='no place' does not contain {input}; write {input} where the input",
         ),
-        ({"en": {"answer": "x"}}, "has no place for the answer"),
+        ({"en": {"answer": "x"}}, "does not contain {answer}"),
         (
             {"en": {"labels": [["a", "x"], ["a", "y"]]}},
-            "label 'a' stands 2 times among 2; keep one of them",
+            "label 'a' occurs 2 times among 2; keep one of them",
         ),
-        ({"en": {"labels": {"a": "x", "b": "x"}}}, "the word of a label, 'x' stands 2 times"),
+        ({"en": {"labels": {"a": "x", "b": "x"}}}, "the word of a label, 'x' occurs 2 times"),
         ({"en": {"labels": {"a": "x"}}}, "label 'a' is the only one"),
-        ({"en": {"prompt": "{passages}{input}"}}, "passage='' has no place for the text"),
+        ({"en": {"prompt": "{passages}{input}"}}, "passage='' does not contain {text}"),
         ({"en": {"prompt": 3}}, "prompt is a int"),
         (
             {"en": {"prompt": "{input}{choices}", "choice": "{text}"}},
-            "choice='{text}' has no place for the letter or the",
+            "choice='{text}' does not contain both {letter}",
         ),
-        ({"en": {"chosen_by": "number"}}, "chosen_by='number' is not known; choose letter or text"),
-        ([], "hold no object with languages"),
+        (
+            {"en": {"chosen_by": "number"}},
+            "unknown template chosen_by='number'; choose letter or text",
+        ),
+        ([], "do not hold an object that maps languages"),
     ],
 )
-def test_templates_that_cannot_be(tmp_path, written, message):
+def test_invalid_templates_raise_an_error(tmp_path, written, message):
     (tmp_path / "a.json").write_text(json.dumps(written))
     with pytest.raises(ValueError, match=message) as error:
         with_templates(TASKS["sentiment"], str(tmp_path / "a.json"))
@@ -409,12 +413,12 @@ def test_templates_that_cannot_be(tmp_path, written, message):
         with_templates(TASKS["sentiment"], str(tmp_path / "b.json"))
 
 
-def test_unknown_tasks():
-    with pytest.raises(ValueError, match="task 'sumarise' is not known; did you mean 'summarise'"):
+def test_an_unknown_task_raises_an_error():
+    with pytest.raises(ValueError, match="unknown task 'sumarise'; did you mean 'summarise'"):
         task_of("sumarise")
 
 
-def test_a_task_whose_tokens_the_tokenizer_lacks(tokenizer):
+def test_words_that_the_tokenizer_lacks_raise_an_error(tokenizer):
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["Is each review positive or negative? Review: Sentiment: it"] * 9),

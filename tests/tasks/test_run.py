@@ -1,5 +1,4 @@
-"""Tasks done by a model that knows a few rows by heart: every kind of answer, and every refusal
-before any work."""
+"""Run each task with a model that has memorized a few rows; check answers and errors."""
 
 import dataclasses
 import json
@@ -11,7 +10,7 @@ from mtnlg_jax.config import DecodeConfig, StageConfig
 from mtnlg_jax.data.read.documents import Document
 from mtnlg_jax.decode.rank import rank
 from mtnlg_jax.tasks.answers import (
-    NORMALISATIONS,
+    NORMALIZATIONS,
     AnswersFile,
     check_references,
     evaluate,
@@ -27,7 +26,7 @@ GREEDY = DecodeConfig(max_new_tokens=24)
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_each_task_gives_the_answers_that_were_learnt(memory, known, name):
+def test_each_task_returns_the_learned_answers(memory, known, name):
     done = []
     # As the task would, but for continue's draws.
     answers = perform(
@@ -60,7 +59,7 @@ def test_each_task_gives_the_answers_that_were_learnt(memory, known, name):
         assert (result.baseline, result.baseline_scores["accuracy"].value) == ("majority class", 50)
 
 
-def test_the_ranking_is_that_of_rank(memory):
+def test_the_ranking_equals_rank(memory):
     labels = ("negative", "positive")
     answer = perform(*memory, TASKS["sentiment"], ["a fine film"])[0]
     direct = rank(*memory, answer.prompt, [f" {label}" for label in labels], normalise="sum")
@@ -93,7 +92,7 @@ def test_the_ranking_is_that_of_rank(memory):
     )
 
 
-def test_passages_are_looked_up_and_cited(memory):
+def test_passages_are_retrieved_and_cited(memory):
     documents = [
         Document("The sea is grey. " * 9, "sea.txt"),
         Document("Nothing. The whale lives in the north. Nothing else is known.", "whale.txt"),
@@ -116,7 +115,7 @@ def test_passages_are_looked_up_and_cited(memory):
         *memory, TASKS["answer"], ["鲸鱼在哪里？"], retriever=Retriever(documents), decode=GREEDY
     )[0]
     assert nothing.citations == () and nothing.text == "北方", (
-        "where nothing is found the model is on its own"
+        "without passages the model answers from its weights"
     )
 
 
@@ -125,8 +124,8 @@ def test_passages_are_looked_up_and_cited(memory):
     [(1, "pt", " the ca", "the ca"), (2, "pt", " the captain", "the ca"), (2, " ", "", "")],
 )
 def test_an_answer_ends_at_the_stop_of_its_template(memory, beams, stop, raw, text):
-    """Greedy, before it; beams, at a token that begins with it where it is one character, else when
-    all is known."""
+    """Greedy search ends before it. Beams end at a token that begins with it if the stop is one
+    character, else once the whole stop is written."""
     task = TASKS["answer"]
     task = dataclasses.replace(
         task, templates={"en": dataclasses.replace(task.templates["en"], stops=(stop, "zz"))}
@@ -157,7 +156,7 @@ def test_the_context_holds_prompt_and_answer(memory):
     )
 
 
-def test_examples_are_those_of_the_language(memory):
+def test_examples_have_the_language_of_the_input(memory):
     examples = [("x", "negative"), Row("好", ("positive",)), ("y", "positive")]
     english, chinese = perform(*memory, TASKS["sentiment"], ["z", "坏"], examples=examples)
     assert (english.examples, chinese.examples) == (2, 1)
@@ -182,7 +181,7 @@ def test_examples_are_those_of_the_language(memory):
             "sentiment",
             ["a"],
             {"scorer": "bert"},
-            "scorer 'bert' is not known; choose from logprob, pmi",
+            "unknown scorer 'bert'; choose from logprob, pmi",
         ),
         (
             "sentiment",
@@ -195,7 +194,7 @@ def test_examples_are_those_of_the_language(memory):
             "sentiment",
             ["a"],
             {"normalise": "per_token"},
-            "normalise='per_token' is not known; choose from sum, per_char",
+            "unknown normalise='per_token'; choose from sum, per_char",
         ),
         (
             "summarise",
@@ -240,14 +239,14 @@ def test_examples_are_those_of_the_language(memory):
         ("translate", ["Hello. " * 99], {}, "context holds 160"),
     ],
 )
-def test_refusals_come_before_any_work(memory, name, rows, options, message):
+def test_invalid_arguments_raise_before_any_work(memory, name, rows, options, message):
     unable = memory.decoder._replace(params=None)  # work would fail otherwise
     with pytest.raises(ValueError, match=message) as error:
         perform(unable, memory.tokenizer, TASKS[name], rows, **options)
     assert "\n" not in str(error.value)
 
 
-def test_a_model_without_masks_is_told(memory):
+def test_a_model_without_masks_raises_an_error(memory):
     with pytest.raises(ValueError, match="every stage of this one is causal"):
         perform(
             *memory,
@@ -258,11 +257,11 @@ def test_a_model_without_masks_is_told(memory):
         )
 
 
-def test_choices_are_divided_by_their_own_length_without_the_space_before_them(memory):
+def test_choice_scores_are_divided_by_length_without_the_space(memory):
     row = Row("Who sleeps?", ("the captain",), choices=("nobody at all", "the captain", "é"))
-    assert [length_of(name, " é a") for name in NORMALISATIONS] == [1, 3, 4]
+    assert [length_of(name, " é a") for name in NORMALIZATIONS] == [1, 3, 4]
     found = {}
-    for name in NORMALISATIONS:
+    for name in NORMALIZATIONS:
         answer = perform(*memory, TASKS["answer"], [row], normalise=name)[0]
         assert answer.ranked_by == f"logprob {name}"
         for choice in answer.choices:
@@ -281,7 +280,7 @@ def test_choices_are_divided_by_their_own_length_without_the_space_before_them(m
         assert score.value == 100 * (found[name].text == "the captain")
 
 
-def test_what_follows_a_blank_is_scored_behind_each_choice(memory):
+def test_the_text_after_a_blank_is_scored_for_each_choice(memory):
     row = Row("Once upon __ time", ("a",), choices=("a", "no"), blank="_")
     answer = perform(*memory, TASKS["continue"], [row])[0]
     direct = {
@@ -303,7 +302,7 @@ def test_what_follows_a_blank_is_scored_behind_each_choice(memory):
     assert shown.raw == "游去。"
 
 
-def test_the_last_word_of_a_text(memory):
+def test_the_last_word_of_a_text_is_scored(memory):
     rows = [Row("Once upon a time", ("there lived a whale.",)), Row("Once upon", ("nothing",))]
     answers = perform(*memory, TASKS["continue"], rows, last_word=True)
     assert answers[0].text == "there lived a whale." and answers[1].text != "nothing"
@@ -318,7 +317,7 @@ def test_the_last_word_of_a_text(memory):
     )
 
 
-def test_letters_are_ranked_where_the_prompt_lists_choices(memory):
+def test_letters_are_ranked_if_the_prompt_lists_choices(memory):
     template = Template("{input}\n{choices}Answer:", choice="({letter}) {text}\n")
     task = dataclasses.replace(TASKS["answer"], templates={"en": template})
     row = Row("Who?", ("the captain",), choices=("a whale", "the captain"))
@@ -341,7 +340,7 @@ def test_letters_are_ranked_where_the_prompt_lists_choices(memory):
     }
 
 
-def test_an_example_is_never_the_row_itself(memory):
+def test_a_row_is_never_its_own_example(memory):
     examples = [
         Row("Who sleeps?", ("the captain",)),
         Row("Where?", ("there",)),
@@ -358,7 +357,7 @@ def test_an_example_is_never_the_row_itself(memory):
     )
 
 
-def test_answers_are_kept_and_scored_again(memory, known, tmp_path):
+def test_answers_are_written_and_scored_again(memory, known, tmp_path):
     for name in ("sentiment", "answer"):
         file = AnswersFile(tmp_path / f"{name}.jsonl", known[name])
         answers = perform(*memory, TASKS[name], known[name], on_answer=file.add, decode=GREEDY)
@@ -371,7 +370,7 @@ def test_answers_are_kept_and_scored_again(memory, known, tmp_path):
             assert (again.scores, again.baseline_scores) == (result.scores, result.baseline_scores)
 
 
-def test_rows_that_cannot_be_scored_together_are_found_before_any_work():
+def test_rows_that_cannot_be_scored_together_raise_an_error():
     with pytest.raises(
         ValueError,
         match="1 of 2 rows have choices and the others have none, the first of them row 2",
@@ -379,7 +378,7 @@ def test_rows_that_cannot_be_scored_together_are_found_before_any_work():
         check_references(TASKS["answer"], [Row("a", ("b",), choices=("b", "c")), Row("d", ("e",))])
 
 
-def test_references_are_asked_for():
+def test_missing_references_raise_an_error():
     with pytest.raises(ValueError, match="row 2 of 2: the row with input 'b' has no reference"):
         check_references(TASKS["summarise"], [Row("a", ("c",)), Row("b")])
     task = dataclasses.replace(

@@ -1,9 +1,9 @@
-"""What is mended in a text, and where it is cut."""
+"""Check how texts are normalized, cleaned and cut."""
 
 import numpy as np
 import pytest
 
-from mtnlg_jax.tasks.text import clean, cut, language_of, normalise, sentences
+from mtnlg_jax.tasks.text import clean, cut, language_of, normalize, sentences
 
 
 @pytest.mark.parametrize(
@@ -32,21 +32,21 @@ from mtnlg_jax.tasks.text import clean, cut, language_of, normalise, sentences
         ("", "en", ""),
     ],
 )
-def test_cleaning(written, language, handed_in):
+def test_clean(written, language, handed_in):
     assert clean(written, language) == handed_in
-    assert clean(handed_in, language) == handed_in, "cleaning twice is cleaning once"
+    assert clean(handed_in, language) == handed_in, "cleaning is idempotent"
 
 
-def test_cleaning_stops_and_goes_on():
+def test_clean_cuts_at_stops_and_keeps_joined_texts():
     assert clean(" a whale\nReview: b", "en", ("\n",)) == "a whale"
     assert clean("a END b\nc", "en", ("\n", " END")) == "a"
     joined = clean(' said no. "No."\n\nNo. Then  yes. No. \n', "en", joined=True)
     assert joined == ' said no. "No."\n\nThen  yes. No.', (
-        "white space stays; of neighbours that are equal one"
+        "white space is kept; of equal sentences in a row, one is kept"
     )
 
 
-def test_languages():
+def test_language_of():
     for text, language in (
         ("A whale.", "en"),
         ("一头鲸鱼", "zh"),
@@ -58,12 +58,12 @@ def test_languages():
         assert language_of(text) == language, text
 
 
-def test_normalise():
-    assert normalise(" e\u0301\r\n\x07b\u200b  c ") == "\u00e9 b c"
-    assert normalise("\n\n  a\r\n b \n", lines=True) == "  a\n b"
+def test_normalize():
+    assert normalize(" e\u0301\r\n\x07b\u200b  c ") == "\u00e9 b c"
+    assert normalize("\n\n  a\r\n b \n", lines=True) == "  a\n b"
 
 
-def test_sentences_lose_nothing():
+def test_sentences_keep_all_text():
     text = "Mind 3.14! “Yes?” he said\n\n好。真的吗？」对…… end"
     assert "".join(sentences(text)) == text
     assert sentences(text) == [
@@ -77,7 +77,7 @@ def test_sentences_lose_nothing():
     ]
 
 
-def test_cutting_keeps_what_matters():
+def test_cut_keeps_whole_sentences():
     text = "First is here. Second is here. Third is here. Last is here."
 
     def at_most(size):
@@ -87,7 +87,7 @@ def test_cutting_keeps_what_matters():
     assert cut(text, "start", at_most(31)) == "First is here. Second is here."
     assert cut(text, "end", at_most(30)) == "Third is here. Last is here."
     assert cut(text, "both", at_most(32)) == "First is here. … Last is here."
-    assert cut(text, "start", at_most(8)) == "First is", "where no sentence fits, words"
+    assert cut(text, "start", at_most(8)) == "First is", "words, if no sentence fits"
     assert cut(text, "end", at_most(8)) == "is here."
     assert cut("天地玄黄宇宙洪荒", "start", at_most(3)) == "天地玄"
     assert cut(text, "start", at_most(2)) == ""

@@ -1,5 +1,4 @@
-"""Whole runs that stand on others: fine-tuned on answers, adapted by low rank, taught by a
-teacher."""
+"""Train whole runs that start from other runs: fine-tuned, with low-rank adapters, or distilled."""
 
 import contextlib
 import dataclasses
@@ -39,7 +38,7 @@ LOW_RANK = OptimizerConfig(learning_rate=3e-3, lora_rank=2)
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """plain and pairs, prepared with one tokenizer; other, with another; base, a run on plain."""
+    """Prepare plain and pairs with one tokenizer, other with another, and base, a run on plain."""
     folder = tmp_path_factory.mktemp("adapt")
     words = "the old whale swam north past a red ship and nobody woke".split()
     rng = np.random.default_rng(0)
@@ -122,7 +121,7 @@ def assert_equal_trees(a, b):
         pytest.param(LOW_RANK, id="low rank", marks=pytest.mark.slow),
     ],
 )
-def test_a_run_from_another_stops_and_goes_on_bit_for_bit(folder, tmp_path, optimizer):
+def test_a_run_from_another_resumes_bit_for_bit(folder, tmp_path, optimizer):
     config = config_of(folder, init=str(folder / "base"), optimizer=optimizer, eval_every=0)
     train(config, tmp_path / "whole")
     assert train(config, tmp_path / "parts", stop_before=3) is None
@@ -180,7 +179,7 @@ def test_a_run_starts_as_its_base_and_adapters_load_merged(folder, tmp_path):
     assert_equal_trees(load_run(tmp_path).params, load_run(folder / "base").params)
 
 
-def test_the_gradient_is_that_of_a_loss_on_answers_longhand_packed_or_apart(folder):
+def test_the_gradient_equals_a_loss_on_answers_packed_or_separate(folder):
     tokens = open_tokens(folder / "pairs" / "train")
     length = 32
     model = dataclasses.replace(MODEL, vocab_size=384)
@@ -256,7 +255,7 @@ def test_a_stage_learns_from_a_teacher_and_weight_0_is_a_plain_run(folder, tmp_p
     assert saved["teacher"] == {"stage 1": "checkpoint 2"}
 
 
-# --- what does not fit
+# --- invalid configs
 
 
 @pytest.mark.parametrize(
@@ -285,7 +284,7 @@ def test_a_stage_learns_from_a_teacher_and_weight_0_is_a_plain_run(folder, tmp_p
         ({"init": "none"}, r"--init=none is not a run: none does not exist; give the --workdir"),
     ],
 )
-def test_starts_that_do_not_fit(folder, tmp_path, change, message):
+def test_invalid_initial_runs_raise_an_error(folder, tmp_path, change, message):
     config = config_of(folder, **{"init": str(folder / "base")} | change)
     with pytest.raises((ValueError, OSError), match=message):
         train(config, tmp_path)
@@ -305,7 +304,7 @@ def test_starts_that_do_not_fit(folder, tmp_path, change, message):
         ),
     ],
 )
-def test_teachers_that_do_not_fit(folder, tmp_path, teacher, change, message):
+def test_invalid_teachers_raise_an_error(folder, tmp_path, teacher, change, message):
     config = taught(folder, folder / teacher)
     if "data" in change:
         config = dataclasses.replace(config, data=DataConfig(path=str(folder / change["data"])))
@@ -315,13 +314,13 @@ def test_teachers_that_do_not_fit(folder, tmp_path, teacher, change, message):
         train(config, tmp_path)
 
 
-def test_a_folder_of_hugging_faces_is_sent_to_convert(folder, tmp_path):
+def test_a_hugging_face_folder_as_base_raises_an_error_naming_convert(folder, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(ValueError, match="convert it with launch/convert.py"):
         train(config_of(folder, init=str(tmp_path)), tmp_path / "run")
 
 
-def test_an_answer_longer_than_the_sequence_is_refused(folder, tmp_path):
+def test_an_answer_longer_than_the_sequence_raises_an_error(folder, tmp_path):
     config = config_of(folder)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, sequence_length=2))
     with pytest.raises(

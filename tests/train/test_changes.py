@@ -1,4 +1,4 @@
-"""What may change when a run resumes: every key of the config is refused, reported or free."""
+"""Check which config keys may change when a run resumes: each is refused, reported or free."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ def _meta(saved, order=SAMPLE_ORDER):
     return {"config": saved, "order_of_samples": order}
 
 
-def test_every_key_is_of_one_kind():
+def test_every_key_has_one_kind():
     kinds = [changes.IDENTITY, changes.REFUSED, changes.REPORTED, changes.START, changes.FREE]
     for key in keys_of():
         found = sum(key in kind for kind in kinds) + key.startswith(
@@ -47,7 +47,7 @@ def test_every_key_is_of_one_kind():
 
 
 def other(value):
-    """Another value of the same kind."""
+    """Return another value of the same kind."""
     if isinstance(value, bool) or value is None:
         return not value
     if isinstance(value, str):
@@ -58,7 +58,7 @@ def other(value):
 @pytest.mark.parametrize(
     "key", sorted(changes.REPORTED - {"data.blend", "train.stages", "train.rampup_batch_size"})
 )
-def test_what_acts_on_the_next_steps_is_reported_with_both_values(key):
+def test_changes_that_affect_the_next_steps_are_reported_with_both_values(key):
     *sections, name = key.split(".")
     nodes = [BASE]
     for part in sections:
@@ -90,11 +90,11 @@ def test_what_acts_on_the_next_steps_is_reported_with_both_values(key):
         "train.device_flops=1e12",
     ],
 )
-def test_what_acts_on_speed_and_output_alone_is_free(setting):
+def test_changes_of_speed_and_output_are_not_reported(setting):
     assert report(override(BASE, setting)) is None
 
 
-def test_the_batch_and_the_steps_say_what_becomes_of_the_learning_rate():
+def test_changes_of_batch_and_steps_report_the_learning_rate():
     for setting in (
         "train.global_batch_size=4",
         "train.steps=40",
@@ -179,13 +179,13 @@ def refuse(config, base=BASE, step=10, alone=False):
         ("train.steps=9", "train.steps=9 is below the checkpoint's step 10"),
     ],
 )
-def test_what_would_make_the_state_mean_something_else_is_refused(setting, words):
+def test_changes_that_invalidate_the_state_raise_an_error(setting, words):
     with pytest.raises(ValueError, match=words):
         refuse(override(BASE, setting))
     refuse(BASE)
 
 
-def test_the_start_of_a_run_stays_on_its_record(tmp_path):
+def test_the_record_keeps_the_initial_run(tmp_path):
     started = override(BASE, f"train.init={tmp_path}/old")
     refuse(started, started)
     refuse(override(BASE, f"train.init={tmp_path}/./old"), started)
@@ -201,7 +201,7 @@ def test_the_start_of_a_run_stays_on_its_record(tmp_path):
         refuse(override(BASE, "train.init=/other"), alone=True)
 
 
-def test_a_record_without_newer_keys_has_their_defaults():
+def test_a_record_without_newer_keys_uses_their_defaults():
     saved = json.loads(to_json(BASE))
     del (
         saved["train"]["device_flops"],
@@ -217,7 +217,7 @@ def test_a_record_without_newer_keys_has_their_defaults():
     assert "optimizer.muon_momentum 0.95 -> 0.9" in line
 
 
-def test_a_run_of_a_version_with_another_order_of_samples_goes_on_and_says_so():
+def test_an_older_order_of_samples_is_reported():
     saved = json.loads(to_json(BASE))
     for meta in ({"config": saved}, _meta(saved, "1")):  # version 0.1.0 recorded none
         line = changes.report_changes(meta, 10, 80, BASE)
@@ -225,7 +225,7 @@ def test_a_run_of_a_version_with_another_order_of_samples_goes_on_and_says_so():
     assert changes.report_changes(_meta(saved), 10, 80, BASE) is None
 
 
-def test_what_acts_at_a_start_alone_and_a_run_without_steps_to_come():
+def test_changes_that_no_longer_act_are_reported_as_such():
     assert "(it only acts at a fresh start)" in report(override(BASE, "model.init_method_std=0.5"))
     line = report(override(BASE, "train.seed=3"), step=20, samples=160)
     assert line == "step 20 was the last, so these changes do nothing: train.seed 0 -> 3"

@@ -1,4 +1,4 @@
-"""Checkpoints: the same bits on any mesh, whatever is killed, damaged, full or forbidden."""
+"""Save and restore checkpoints exactly on any mesh, and after kills, damage and full disks."""
 
 import contextlib
 import errno
@@ -48,7 +48,7 @@ def abstract_on(data: int, tensor: int):
 
 
 def state_of(step: int, abstract):
-    """A training state whose every number follows from ``step``."""
+    """Return a training state whose every value follows from ``step``."""
     leaves, structure = jax.tree.flatten(abstract)
     made = []
     for index, leaf in enumerate(leaves):
@@ -82,7 +82,7 @@ def one():
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory, one):
-    """A run with the checkpoints 1 (of the lower metric) and 2, and its tokenizer. Tests copy
+    """Make a run with the checkpoints 1 (of the lower metric) and 2, and its tokenizer. Tests copy
     it."""
     folder = tmp_path_factory.mktemp("run")
     checkpoints = Checkpoints(folder / "checkpoints")
@@ -106,7 +106,7 @@ def restore(folder, abstract, identity=IDENTITY):
         checkpoints.close()
 
 
-# --- the same bits
+# --- exact restores
 
 
 def test_any_mesh_restores_any_checkpoint(tmp_path):
@@ -146,7 +146,7 @@ def test_an_empty_folder_restores_nothing(tmp_path, one):
     assert restore(tmp_path / "new", one)[0] is None
 
 
-def test_orbax_says_nothing(tmp_path, one, capfd, recwarn):
+def test_orbax_logs_nothing(tmp_path, one, capfd, recwarn):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, state_of(1, one), meta_of(1), wait=True)
     checkpoints.restore(one, IDENTITY)
@@ -154,10 +154,10 @@ def test_orbax_says_nothing(tmp_path, one, capfd, recwarn):
     assert "".join(capfd.readouterr()) == "" and not recwarn.list
 
 
-# --- which ones stay
+# --- which checkpoints are kept
 
 
-def test_the_last_and_the_best_stay(tmp_path, one):
+def test_the_last_and_the_best_are_kept(tmp_path, one):
     checkpoints = Checkpoints(tmp_path, keep_last=2)
     for step, metric in (
         (1, float("nan")),
@@ -174,7 +174,7 @@ def test_the_last_and_the_best_stay(tmp_path, one):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "5", "6", "lock"]
 
 
-def test_without_best_only_the_last_stay(tmp_path, one):
+def test_without_a_best_only_the_last_are_kept(tmp_path, one):
     checkpoints = Checkpoints(tmp_path, keep_last=1, keep_best=False)
     for step in (1, 2):
         checkpoints.save(step, state_of(step, one), meta_of(step), metric=step)
@@ -186,7 +186,7 @@ def save(checkpoints, step, one, **settings):
     checkpoints.save(step, state_of(step, one), meta_of(step), wait=True, **settings)
 
 
-def test_no_good_one_goes_for_one_that_is_not_proven(tmp_path, one):
+def test_a_proven_checkpoint_is_not_removed_for_an_unproven_one(tmp_path, one):
     checkpoints = Checkpoints(tmp_path, keep_last=1)
     save(checkpoints, 1, one)
     save(checkpoints, 2, one, proven=False)
@@ -201,7 +201,7 @@ def test_no_good_one_goes_for_one_that_is_not_proven(tmp_path, one):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "3.diverged", "lock"]
 
 
-def test_a_start_knows_which_ones_are_proven(tmp_path, one):
+def test_a_restart_knows_which_checkpoints_are_proven(tmp_path, one):
     checkpoints = Checkpoints(tmp_path)
     save(checkpoints, 1, one)
     save(checkpoints, 2, one, proven=False)  # and killed before the next step
@@ -214,7 +214,7 @@ def test_a_start_knows_which_ones_are_proven(tmp_path, one):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2.diverged", "lock"]
 
 
-def test_with_none_that_is_good_a_run_begins_again(tmp_path, one):
+def test_without_a_proven_checkpoint_a_run_starts_over(tmp_path, one):
     checkpoints = Checkpoints(tmp_path)
     save(checkpoints, 1, one, proven=False)
     assert checkpoints.give_up() is None and checkpoints.restore(one, IDENTITY) is None
@@ -228,7 +228,7 @@ def restore_in(checkpoints, one) -> int:
     return checkpoints.restore(one, IDENTITY)[0]
 
 
-def test_a_refusal_comes_before_anything_is_read(run, one, monkeypatch):
+def test_a_refused_config_raises_before_arrays_are_read(run, one, monkeypatch):
     monkeypatch.setattr(manifest, "damage", lambda *_: pytest.fail("hashed"))
     seen = []
 
@@ -251,17 +251,17 @@ def test_a_step_is_saved_once(run, one):
     assert tree_of(run / "checkpoints" / "2") == before
 
 
-def test_none_kept_is_refused(tmp_path):
+def test_keeping_no_checkpoint_raises_an_error(tmp_path):
     with pytest.raises(ValueError, match="keep_last=0"):
         Checkpoints(tmp_path, keep_last=0)
 
 
-# --- kill
+# --- kills
 
 
-def test_a_kill_between_any_two_acts_loses_nothing(tmp_path, one, monkeypatch):
-    """The folder as it lay at every act of a save with pruning: each copy is what a kill there
-    leaves."""
+def test_a_kill_between_any_two_operations_loses_nothing(tmp_path, one, monkeypatch):
+    """Copy the folder at every file operation of a save with pruning: a kill there leaves this
+    copy."""
     taken = []
     live = tmp_path / "live"
 
@@ -280,7 +280,7 @@ def test_a_kill_between_any_two_acts_loses_nothing(tmp_path, one, monkeypatch):
             if live not in (
                 path.parent,
                 path.parent.parent,
-            ):  # deep in a checkpoint Orbax is on its own
+            ):  # operations deep in a checkpoint are those of Orbax
                 return act(*args, **options)
             snapshot(f"before-{name}")
             if between is not None:
@@ -341,8 +341,7 @@ SAVER = """
 
 @pytest.mark.parametrize("kills", [1, pytest.param(12, marks=pytest.mark.slow)])
 def test_kill_nine_in_the_middle_of_saves(tmp_path, kills):
-    """A process that does nothing but save is killed at seeded moments; the next one finds what it
-    left."""
+    """Kill a process that only saves at seeded moments; the next one restores what it left."""
     moments = random.Random(kills)
     here = Path(__file__).resolve()
     command = [sys.executable, "-c", textwrap.dedent(SAVER), tmp_path, here.parents[2], here.parent]
@@ -361,6 +360,7 @@ def test_kill_nine_in_the_middle_of_saves(tmp_path, kills):
         child.send_signal(signal.SIGKILL)
         lines = [first, *child.stdout.read().splitlines()]
         child.wait()
+        child.stdout.close()
         last = max(int(line.split()[1]) for line in lines if line.startswith("saved"))
     abstract = abstract_on(1, 1)
     (step, state, _), checkpoints = restore(tmp_path, abstract)
@@ -371,7 +371,7 @@ def test_kill_nine_in_the_middle_of_saves(tmp_path, kills):
     )
 
 
-def test_a_leftover_without_other_writer_is_removed(run, one):
+def test_a_leftover_without_a_writer_is_removed(run, one):
     folder = run / "checkpoints"
     shutil.copytree(folder / "2", folder / "3")
     (folder / "3" / "record.json").unlink()
@@ -384,7 +384,7 @@ def test_a_leftover_without_other_writer_is_removed(run, one):
     assert sorted(p.name for p in folder.iterdir()) == ["1", "2", "lock"]
 
 
-def test_the_folder_of_another_run_is_left_alone(run):
+def test_the_folder_of_another_run_is_not_changed(run):
     folder = run / "checkpoints"
     (folder / "4.orbax-checkpoint-tmp-17").mkdir()
     hold = (
@@ -434,7 +434,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_the_one_before_a_damaged_checkpoint_is_used(run, one, kind):
+def test_the_checkpoint_before_a_damaged_one_is_restored(run, one, kind):
     folder = run / "checkpoints"
     DAMAGES[kind](folder / "2")
     left = tree_of(folder / "2")
@@ -445,7 +445,7 @@ def test_the_one_before_a_damaged_checkpoint_is_used(run, one, kind):
     assert checkpoints.steps() == [1]
 
 
-def test_every_byte_counts(run):
+def test_a_change_of_any_byte_is_detected(run):
     path = epath.Path(run / "checkpoints" / "2")
     record, damage = manifest.read_record(path)
     assert damage is None and manifest.damage(path, record) is None
@@ -466,7 +466,7 @@ def test_every_byte_counts(run):
     assert manifest.read_record(path)[0] == record
 
 
-def test_all_damaged_is_no_fresh_start(run, one):
+def test_only_damaged_checkpoints_raise_an_error(run, one):
     folder = run / "checkpoints"
     flip(largest(folder / "1", "rest"))
     largest(folder / "2", "params").unlink()
@@ -497,7 +497,7 @@ def test_damage_twice_at_one_step_keeps_both(run, one):
         ({"data": {"other": "d2"}}, "data.corpus: d1 -> absent, data.other: absent -> d2"),
     ],
 )
-def test_another_identity_is_refused(run, one, change, shown):
+def test_another_identity_raises_an_error(run, one, change, shown):
     before = tree_of(run / "checkpoints")
     with pytest.raises(ValueError, match=shown + ".*another --workdir"):
         restore(run / "checkpoints", one, IDENTITY | change)
@@ -506,7 +506,7 @@ def test_another_identity_is_refused(run, one, change, shown):
     }
 
 
-def test_other_arrays_are_refused(run, one):
+def test_other_arrays_raise_an_error(run, one):
     wider = one._asdict() | {"step": jax.ShapeDtypeStruct((3,), jnp.float32), "more": one.step}
     shown = (
         r"arrays .*step: int32\[\] -> float32\[3\], more: absent -> int32\[\]; .*another --workdir"
@@ -515,7 +515,7 @@ def test_other_arrays_are_refused(run, one):
         restore(run / "checkpoints", wider)
 
 
-# --- disk and rights
+# --- full disks and permissions
 
 
 def assert_full_disk_is_told(folder, one, checkpoints, amount=""):
@@ -532,7 +532,7 @@ def assert_full_disk_is_told(folder, one, checkpoints, amount=""):
     assert bits(checkpoints.restore(one, IDENTITY)[1]) == bits(state_of(1, one))
 
 
-def test_disk_full_at_the_record(tmp_path, one, monkeypatch):
+def test_full_disk_at_the_record(tmp_path, one, monkeypatch):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, state_of(1, one), meta_of(1), wait=True)
     write = manifest.write_file
@@ -548,7 +548,7 @@ def test_disk_full_at_the_record(tmp_path, one, monkeypatch):
     checkpoints.close()
 
 
-def test_the_proof_of_a_save_that_failed_is_not_a_second_failure(tmp_path, one, monkeypatch):
+def test_a_failed_save_raises_once(tmp_path, one, monkeypatch):
     checkpoints = Checkpoints(tmp_path)
 
     def full(*args):
@@ -577,7 +577,7 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.parametrize("announced", [True, False])
-def test_disk_full_at_the_arrays(small_disk, one, capfd, monkeypatch, recwarn, announced):
+def test_full_disk_at_the_arrays(small_disk, one, capfd, monkeypatch, recwarn, announced):
     checkpoints = Checkpoints(small_disk)
     checkpoints.save(1, state_of(1, one), meta_of(1), wait=True)
     free = os.statvfs(small_disk)
@@ -604,14 +604,14 @@ def test_disk_full_at_the_arrays(small_disk, one, capfd, monkeypatch, recwarn, a
     checkpoints.close()
 
 
-def test_a_folder_that_cannot_be_written(tmp_path):
+def test_an_unwritable_folder_raises_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="cannot be written to .*another --workdir"):
         Checkpoints(tmp_path / "file" / "checkpoints")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_read_only_folder(tmp_path):
+def test_a_read_only_folder_raises_an_error(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(OSError, match="cannot be written to .*another --workdir"):
         Checkpoints(tmp_path)
@@ -651,7 +651,7 @@ def test_load_run_on_a_mesh(run, one):
     assert jax.tree.map(lambda a: a.sharding, params) == shardings_of(params, mesh, zero=0)
 
 
-def test_load_run_passes_over_damage_and_moves_nothing(run):
+def test_load_run_skips_damage_and_moves_nothing(run):
     flip(largest(run / "checkpoints" / "1", "params"))
     assert load_run(run).step == 2
     flip(largest(run / "checkpoints" / "2", "params"))
@@ -661,7 +661,7 @@ def test_load_run_passes_over_damage_and_moves_nothing(run):
     assert tree_of(run) == before
 
 
-def test_load_run_of_nothing(tmp_path):
+def test_load_run_of_an_empty_folder_raises_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
         load_run(tmp_path / "none")
     with pytest.raises(ValueError, match="which='first'"):
@@ -678,7 +678,7 @@ def test_load_run_without_metrics_takes_the_newest(tmp_path, workdir, one):
     assert jnp.isfinite(load_run(tmp_path).params["tokens_VD"][...]).all()
 
 
-def test_figures_of_another_order_of_samples_do_not_compare(tmp_path):
+def test_metrics_of_another_order_of_samples_are_not_compared(tmp_path):
     # Version 0.1.0 evaluated other rows and named no order.
     for step, metric, meta in [
         (1, 1.0, {}),

@@ -1,5 +1,5 @@
-"""Checkpoints of several processes (gloo on localhost): one writes the record, all agree on what
-they restore."""
+"""Save checkpoints with several processes (gloo on localhost): one writes the record, and all agree
+on which to restore."""
 
 import os
 import socket

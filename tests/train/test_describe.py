@@ -1,4 +1,4 @@
-"""What a run says of itself at its start, and what its folder says."""
+"""Check what a run logs at its start, and what its folder records."""
 
 import dataclasses
 import json
@@ -45,7 +45,7 @@ def changed(**train) -> Config:
         (CONFIG, 100, 1600, "is finished: step 100 of 100 is done"),
     ],
 )
-def test_a_start_says_what_the_run_is(config, first, samples, words):
+def test_a_start_describes_the_run(config, first, samples, words):
     text = said(config, first=first, samples=samples)
     assert text.startswith("'/runs/my run' ") and words in text.splitlines()[0]
     for part in (
@@ -61,17 +61,19 @@ def test_a_start_says_what_the_run_is(config, first, samples, words):
     assert ("compiling" in text) == (first < 100)
 
 
-def test_a_ramp_and_saves_at_the_end_are_said():
+def test_a_ramp_and_saves_at_the_end_are_described():
     text = said(changed(rampup_batch_size=(8, 8, 64), micro_batch_size=1, save_every=0))
     assert "2,048 a step (from 8 on)" in text and "checkpoints/ at the end" in text
 
 
-def test_the_folder_keeps_every_start(tmp_path, monkeypatch):
+def test_the_folder_records_every_start(tmp_path, monkeypatch):
     command = ["python", "launch/pretrain.py", "--workdir=my run"]
     monkeypatch.setattr(sys, "orig_argv", command)
     describe.write(CONFIG, str(tmp_path), 0)
     describe.write(CONFIG, str(tmp_path), 25)
-    (tmp_path / "config.json").write_text("{")  # cut short: the next start tells all settings again
+    (tmp_path / "config.json").write_text(
+        "{"
+    )  # cut short: the next start writes all settings again
     describe.write(changed(global_batch_size=32, seed=3), str(tmp_path), 50)
     describe.write(changed(global_batch_size=8, seed=3), str(tmp_path), 75)
     starts = [json.loads(line) for line in (tmp_path / "starts.jsonl").read_text().splitlines()]
@@ -97,11 +99,11 @@ def test_the_folder_keeps_every_start(tmp_path, monkeypatch):
     assert "pip install tensorboard" in names
 
 
-def test_the_commit_of_a_checkout(tmp_path, monkeypatch):
+def test_the_commit_of_a_checkout_is_recorded(tmp_path, monkeypatch):
     package = tmp_path / "mtnlg_jax/train"
     package.mkdir(parents=True)
     monkeypatch.setattr(describe, "__file__", str(package / "describe.py"))
-    assert describe.commit() is None  # installed, not checked out
+    assert describe.commit() is None  # an installed package without a checkout
     git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e@x"]
     (tmp_path / "file").write_text("1")
     for arguments in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):

@@ -1,5 +1,4 @@
-"""Distillation: the loss and its gradient longhand, on every mesh, and a teacher that teaches
-nothing new."""
+"""Check distillation: the loss and gradient against a reference, every mesh, an equal teacher."""
 
 import dataclasses
 import functools
@@ -49,7 +48,7 @@ def longhand(x, head, teacher_x, teacher_head, labels, weights, temperature, sha
 @pytest.mark.parametrize(
     ("temperature", "share"), [pytest.param(1.0, 1.0, marks=pytest.mark.slow), (2.5, 0.3)]
 )
-def test_loss_and_gradient_equal_longhand(temperature, share):
+def test_loss_and_gradient_equal_the_reference(temperature, share):
     x, head, *rest = states()
     ours, grads = jax.value_and_grad(
         lambda x, head: distilled_cross_entropy(
@@ -63,13 +62,13 @@ def test_loss_and_gradient_equal_longhand(temperature, share):
     assert float(ours) == pytest.approx(float(wanted), rel=1e-6)
     for a, b in zip(grads, by_hand, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-    # Without a gradient to be asked for, the same number.
+    # The same value when no gradient is requested.
     alone = distilled_cross_entropy(x, head, *rest, chunk=4, temperature=temperature, share=share)
     assert float(alone) == pytest.approx(float(wanted), rel=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_of_its_equal_a_student_has_nothing_to_learn(temperature):
+def test_an_equal_teacher_gives_no_gradient(temperature):
     x, head, _, _, labels, weights = states()
     value, grads = jax.value_and_grad(
         lambda x, head: distilled_cross_entropy(
@@ -85,7 +84,7 @@ def test_of_its_equal_a_student_has_nothing_to_learn(temperature):
     assert all(np.abs(grad).max() < 1e-5 for grad in grads)
 
 
-def test_with_weight_0_it_is_the_cross_entropy_bit_for_bit_and_nothing_reaches_the_teacher():
+def test_with_weight_0_the_loss_is_the_cross_entropy_bit_for_bit():
     x, head, *teacher, labels, weights = states()
     plain = jax.value_and_grad(
         lambda x, head: cross_entropy(x, head, labels, weights, 4, 0.1), (0, 1)
@@ -105,7 +104,6 @@ def test_with_weight_0_it_is_the_cross_entropy_bit_for_bit_and_nothing_reaches_t
 
 
 # --- in the step
-# ----------------------------------------------------------------------------------------------
 
 STUDENT = ModelConfig(
     num_layers=1, hidden_size=16, num_attention_heads=4, vocab_size=64, max_position_embeddings=16
@@ -176,7 +174,7 @@ def assert_equal_numbers(got, wanted, tolerance=2e-6):
 
 
 @pytest.mark.parametrize("causal", [pytest.param(True, marks=pytest.mark.slow), False])
-def test_a_step_is_the_loss_of_two_whole_models(causal):
+def test_a_step_equals_the_loss_of_two_whole_models(causal):
     data = rows()
     models = {}
     for seed, model in enumerate((STUDENT, TEACHER)):
@@ -234,6 +232,6 @@ def stage(**settings):
         ),
     ],
 )
-def test_settings_that_do_not_fit(config, message):
+def test_invalid_settings_raise_an_error(config, message):
     with pytest.raises(ValueError, match=message):
         validate(config)

@@ -1,5 +1,5 @@
-"""What held-out figures are of: the same rows whatever the batch, spread over all sources, with
-their own bytes."""
+"""Check held-out metrics: the same rows for every batch size, spread over all sources, with their
+own bytes."""
 
 import dataclasses
 import math
@@ -19,8 +19,8 @@ STAGES = (StageConfig("causal"), StageConfig("masked", masked=1.0))
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Two prepared folders with one tokenizer, in which a token of the second has fewer bytes than
-    one of the first."""
+    """Prepare two folders with one tokenizer; tokens of the second have fewer bytes than those of
+    the first."""
     folder = tmp_path_factory.mktemp("evaluator")
     rng = np.random.default_rng(0)
     for name, words in (("long", "harbour lighthouse forecastle whale"), ("short", "a i o ab cd")):
@@ -51,7 +51,7 @@ def config_of(blend, batch=8, eval_batches=2, mesh=None, **train):
 
 
 def evaluated(config):
-    """(result, labels of all causal tokens scored) where token t costs t / 10 nats."""
+    """Return (result, labels of all causal tokens scored) where token t costs t / 10 nats."""
     data = loop.load_data(config)
     mesh = make_mesh(config.mesh)
     evaluate = loop.Evaluator(loop.resolve(config, data.tokenizer), mesh, data)
@@ -72,7 +72,7 @@ def evaluated(config):
 
 
 @pytest.mark.parametrize("eval_batches", [1, 2, 100])
-def test_bits_per_byte_is_of_the_bytes_of_what_was_scored(folders, eval_batches):
+def test_bits_per_byte_divides_by_the_scored_bytes(folders, eval_batches):
     result, scored, data = evaluated(config_of(((folders[0], 1.0),), eval_batches=eval_batches))
     size = sum(len(data.tokenizer.token_bytes(token)) for token in scored)
     assert result["scored_bytes"] == size and result["scored_tokens"] == len(scored)
@@ -100,7 +100,7 @@ def test_bits_per_byte_is_of_the_bytes_of_what_was_scored(folders, eval_batches)
     ],
     ids=["16", "48", "micro", "tensor", "pipe", "context"],
 )
-def test_the_figures_are_the_same_for_every_batch_and_mesh(folders, settings):
+def test_metrics_do_not_depend_on_batch_and_mesh(folders, settings):
     blend = ((folders[0], 3.0), (folders[1], 1.0))
     usual, scored, _ = evaluated(config_of(blend))
     other, rows, _ = evaluated(config_of(blend, **settings))
@@ -110,7 +110,7 @@ def test_the_figures_are_the_same_for_every_batch_and_mesh(folders, settings):
     )
 
 
-def test_sources_count_by_their_share_of_what_is_trained_on(folders):
+def test_sources_are_weighted_by_their_share_of_training(folders):
     alone = [evaluated(config_of(((folder, 1.0),), eval_batches=100))[0] for folder in folders]
     blend = ((folders[0], 3.0), (folders[1], 1.0))
     both, _, data = evaluated(config_of(blend, eval_batches=100))
@@ -122,7 +122,7 @@ def test_sources_count_by_their_share_of_what_is_trained_on(folders):
         both["causal_loss"] / math.log(2) / size, rel=1e-5
     )
     assert [share for _, share in data.held_out] == pytest.approx([1.5, 0.5])  # of two stages
-    # Stages with data of their own count as much as their share of the steps.
+    # Stages with their own data are weighted by their share of the steps.
     config = config_of(())
     stages = (
         StageConfig("one", fraction=3, blend=((folders[0], 1.0),)),
@@ -136,7 +136,7 @@ def test_sources_count_by_their_share_of_what_is_trained_on(folders):
     assert [share for _, share in loop.load_data(config).held_out] == [3.0, 1.0]
 
 
-def test_rows_are_spread_over_all_of_each_text(folders):
+def test_rows_are_spread_over_each_held_out_text(folders):
     data = loop.load_data(config_of(((folders[0], 1.0), (folders[1], 1.0))))
     held_out = HeldOut(data.held_out, LENGTH, 20)
     assert len(held_out) == 20 and np.bincount(held_out.source).tolist() == [10, 10]
@@ -152,7 +152,7 @@ def test_rows_are_spread_over_all_of_each_text(folders):
     assert every.window.tolist() == list(range(len(every)))
 
 
-def test_without_held_out_text_there_are_no_figures(tmp_path):
+def test_without_held_out_text_there_are_no_metrics(tmp_path):
     (tmp_path / "text.txt").write_text("a text of some words\n" * 300)
     prepare(tmp_path / "text.txt", tmp_path / "data", vocab_size=280, heldout=0.0, progress=False)
     assert evaluated(config_of(((str(tmp_path / "data"), 1.0),)))[0] == {}

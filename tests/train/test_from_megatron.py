@@ -1,4 +1,4 @@
-"""A run from what megatron-core's own writer wrote (tests/data/megatron_peer.py)."""
+"""Train a run on files written by megatron-core's own writer (tests/data/megatron_peer.py)."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ PREFIX = str(Path(__file__).parents[1] / "data" / "fixtures" / "sentences")
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    """256 bytes and an end, as the fixture was made for."""
+    """Return a tokenizer of 256 bytes and an end, as the fixture requires."""
     from mtnlg_jax.data.tokenizer.byte_level import byte_alphabet
 
     folder = tmp_path_factory.mktemp("gpt2")
@@ -53,7 +53,7 @@ def _config(data, steps):
 
 
 @pytest.mark.slow  # tests/data/store/test_megatron.py and test_sources.py read the files
-def test_it_trains_resumes_and_is_evaluated(tokenizer, tmp_path):
+def test_a_run_trains_resumes_and_is_evaluated(tokenizer, tmp_path):
     data = DataConfig(path=PREFIX, tokenizer=tokenizer, heldout=0.1)
     run = str(tmp_path / "run")
     loop.train(_config(data, 2), run, show_progress=False)

@@ -1,5 +1,4 @@
-"""A run of launch/pretrain.py that is killed again and again ends with the numbers of one that was
-not."""
+"""Kill launch/pretrain.py repeatedly; its run ends with the numbers of an uninterrupted one."""
 
 import json
 import os
@@ -19,15 +18,17 @@ from mtnlg_jax.train.checkpoint import load_run
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 30
-MEASURED = {"tokens_per_second", "mfu"}  # of the clock, not of the run
-PATIENCE = 180  # seconds, for a start on a busy machine
+MEASURED = {"tokens_per_second", "mfu"}  # measured times, which differ between runs
+PATIENCE = 180  # seconds that a start may take on a busy machine
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """start(name) -> (process, workdir, when metrics.jsonl was last written): a small run with all
-    that is random in one (the mix of objectives, masking, dropout), saving so often that one save
-    hardly ends before the next."""
+    """Return start(name) -> (process, workdir, when metrics.jsonl was last written).
+
+    The small run uses every kind of randomness (the mix of objectives, masking, dropout) and saves
+    so often that saves nearly overlap.
+    """
     folder = tmp_path_factory.mktemp("kill")
     words = random.Random(0)
     texts = [
@@ -55,7 +56,7 @@ def start(tmp_path_factory):
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
         "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # halves what compiling costs this test
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # halves the compile time of this test
     }
 
     def start(name: str) -> tuple[subprocess.Popen, Path, int]:
@@ -82,7 +83,7 @@ def unkilled(start) -> Path:
 
 
 def numbers(workdir: Path) -> list[dict]:
-    """What metrics.jsonl says, in its order, but for what the clock says."""
+    """Return the records of metrics.jsonl in order, without times."""
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     return [
         {key: value for key, value in json.loads(line).items() if key not in MEASURED}
@@ -91,8 +92,7 @@ def numbers(workdir: Path) -> list[dict]:
 
 
 def changed(workdir: Path) -> int:
-    """When metrics.jsonl was last written to; a run that goes on writes it as it enters the
-    loop."""
+    """Return when metrics.jsonl was last written; a resumed run writes it as it enters the loop."""
     path = workdir / "metrics.jsonl"
     return path.stat().st_mtime_ns if path.exists() else 0
 
@@ -104,7 +104,7 @@ def step_reached(workdir: Path) -> int:
 
 
 def wait_for_step(process: subprocess.Popen, workdir: Path, step: int, before: int) -> None:
-    """Until ``process`` itself has written, not one before it, and ``step`` is done."""
+    """Wait until ``process`` itself has written, and ``step`` is done."""
     deadline = time.monotonic() + PATIENCE
     while changed(workdir) == before or step_reached(workdir) < step:
         assert process.poll() is None, process.stdout.read()
@@ -114,12 +114,12 @@ def wait_for_step(process: subprocess.Popen, workdir: Path, step: int, before: i
 
 @pytest.mark.slow  # test_checkpoint.py kills processes in the middle of saves
 @pytest.mark.parametrize("kills", [2, 20])
-def test_an_interrupted_run_ends_as_an_uninterrupted_one(start, unkilled, kills):
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(start, unkilled, kills):
     name = f"killed-{kills}"
     moments = random.Random(kills)
     for number, target in enumerate(sorted(moments.randrange(1, STEPS - 10) for _ in range(kills))):
         process, workdir, before = start(name)
-        if number % 5 == 4:  # some come between the imports and the first step
+        if number % 5 == 4:  # some kills come between the imports and the first step
             time.sleep(moments.uniform(0, 6))
         else:
             wait_for_step(process, workdir, target, before)

@@ -1,4 +1,4 @@
-"""The lock of a run's folder, and the signals that end a run with its state saved."""
+"""Check the lock of a run's folder, and the signals that save its state and end it."""
 
 import os
 import re
@@ -29,7 +29,7 @@ HOLDS = """
 
 @pytest.fixture
 def held(tmp_path):
-    """A process that holds the lock of tmp_path until its standard input is closed."""
+    """Start a process that holds the lock of tmp_path until its standard input is closed."""
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(HOLDS), str(tmp_path / ".lock-0")],
         text=True,
@@ -40,9 +40,11 @@ def held(tmp_path):
     yield process
     process.kill()
     process.wait()
+    process.stdin.close()
+    process.stdout.close()
 
 
-def test_the_lock_says_who_holds_it_and_since_when(tmp_path):
+def test_the_lock_names_its_holder_and_start(tmp_path):
     with lifetime.own(str(tmp_path)):
         said = (tmp_path / ".lock-0").read_text()
         assert re.fullmatch(
@@ -54,7 +56,7 @@ def test_the_lock_says_who_holds_it_and_since_when(tmp_path):
         ):
             with lifetime.own(str(tmp_path)):
                 pass
-    with lifetime.own(str(tmp_path)):  # what is left of one that ended holds nobody up
+    with lifetime.own(str(tmp_path)):  # the file of a process that ended does not block
         pass
 
 
@@ -70,7 +72,7 @@ def test_the_lock_says_who_holds_it_and_since_when(tmp_path):
         ("\0\0", "an unknown process"),
     ],
 )
-def test_a_lock_that_stays_is_refused_after_a_while(
+def test_a_held_lock_raises_an_error_after_a_while(
     tmp_path, held, monkeypatch, capsys, owner, name
 ):
     monkeypatch.setattr(lifetime, "PATIENCE_HERE", 0.1)
@@ -82,7 +84,7 @@ def test_a_lock_that_stays_is_refused_after_a_while(
     assert "waiting 0.1 s" in capsys.readouterr().err
 
 
-def test_a_lock_that_goes_is_waited_for(tmp_path, held, monkeypatch):
+def test_a_lock_that_is_released_is_acquired(tmp_path, held, monkeypatch):
     clock = types.SimpleNamespace(
         monotonic=time.monotonic, sleep=lambda _: held.communicate()
     )  # which ends it
@@ -92,7 +94,7 @@ def test_a_lock_that_goes_is_waited_for(tmp_path, held, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
-def test_a_signal_asks_to_stop_and_the_second_is_ignored_but_ctrl_c(name):
+def test_a_second_signal_is_ignored_unless_it_is_ctrl_c(name):
     number = getattr(signal, name)
     before = signal.getsignal(number)
     with lifetime.signals() as stop:
@@ -109,7 +111,7 @@ def test_a_signal_asks_to_stop_and_the_second_is_ignored_but_ctrl_c(name):
 
 
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1"])
-def test_a_signal_that_was_ignored_stays_so(name):
+def test_an_ignored_signal_stays_ignored(name):
     number = getattr(signal, name)
     before = signal.signal(number, signal.SIG_IGN)  # as nohup does
     try:

@@ -1,4 +1,4 @@
-"""Whole runs of a tiny model in this process."""
+"""Train whole runs of a tiny model in this process."""
 
 import dataclasses
 import os
@@ -43,8 +43,7 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def one_device():
-    """A run has one device, unless its config asks for more: there is less to compile than for
-    all."""
+    """Give runs one device unless their config asks for more, because that compiles faster."""
     make = loop.make_mesh
 
     def made(mesh):
@@ -89,7 +88,7 @@ def whole(prepared, tmp_path_factory):
     return loop.train(config_of(prepared, stages=STAGES), workdir, show_progress=False)
 
 
-def test_a_run_of_stages_leaves_everything_behind(whole, prepared):
+def test_a_run_of_stages_writes_all_its_files(whole, prepared):
     records = read_metrics(os.path.join(whole.workdir, "metrics.jsonl"))
     train = [r for r in records if r["kind"] == "train"]
     assert [r["step"] for r in train] == [1, 2, 3, 4, 5, 6]
@@ -112,13 +111,13 @@ def test_a_run_of_stages_leaves_everything_behind(whole, prepared):
     assert run.step == 6 and run.tokenizer.decode(run.tokenizer.encode("the whale")) == "the whale"
 
 
-def test_bits_per_byte_is_the_loss_over_the_bytes_that_were_scored(whole):
+def test_bits_per_byte_is_the_loss_per_scored_byte(whole):
     final = whole.final
     bits = final["causal_loss"] / np.log(2) * final["scored_tokens"] / final["scored_bytes"]
     assert final["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
 
 
-def test_a_run_stopped_and_resumed_repeats_the_same_losses(whole, prepared, tmp_path, monkeypatch):
+def test_a_stopped_and_resumed_run_has_the_same_losses(whole, prepared, tmp_path, monkeypatch):
     class Stop(Exception):
         pass
 
@@ -132,7 +131,7 @@ def test_a_run_stopped_and_resumed_repeats_the_same_losses(whole, prepared, tmp_
     monkeypatch.setattr(loop, "batch_at", failing)
     with pytest.raises(Stop):
         loop.train(config_of(prepared, stages=STAGES), str(tmp_path), show_progress=False)
-    assert max(losses(tmp_path)) == 3  # step 4 was running; its numbers were never fetched
+    assert max(losses(tmp_path)) == 3  # step 4 was running, and its metrics were not fetched yet
     monkeypatch.undo()
     loop.train(config_of(prepared, stages=STAGES), str(tmp_path), show_progress=False)
     assert losses(tmp_path) == losses(whole.workdir)
@@ -142,7 +141,7 @@ def test_a_finished_run_started_again_changes_nothing(whole, prepared):
     before = losses(whole.workdir)
     again = loop.train(config_of(prepared, stages=STAGES), whole.workdir, show_progress=False)
     assert again.final == whole.final and losses(whole.workdir) == before
-    # Also where its last evaluation is lost: that is made again.
+    # Also if its last evaluation was lost: it is repeated.
     path = os.path.join(whole.workdir, "metrics.jsonl")
     with open(path, "rb") as file:
         lines = file.read().splitlines()
@@ -153,7 +152,7 @@ def test_a_finished_run_started_again_changes_nothing(whole, prepared):
 
 
 @pytest.mark.slow  # test_other_mesh.py moves a run from mesh to mesh
-def test_another_mesh_reads_the_same_batches_and_gives_the_same_losses(whole, prepared, tmp_path):
+def test_another_mesh_has_the_same_batches_and_losses(whole, prepared, tmp_path):
     config = dataclasses.replace(
         config_of(prepared, stages=STAGES), mesh=MeshConfig(data=2, tensor=4, zero=3)
     )
@@ -163,25 +162,25 @@ def test_another_mesh_reads_the_same_batches_and_gives_the_same_losses(whole, pr
     assert there == pytest.approx(here, rel=1e-5)
 
 
-def test_another_model_is_refused_with_the_difference(whole, prepared):
+def test_another_model_raises_an_error_with_the_difference(whole, prepared):
     config = config_of(prepared, stages=STAGES)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=2))
     with pytest.raises(ValueError, match=r"num_layers"):
         loop.train(config, whole.workdir, show_progress=False)
 
 
-def test_two_runs_in_one_folder(whole, prepared):
+def test_a_second_run_in_a_folder_raises_an_error(whole, prepared):
     with lifetime.own(whole.workdir), pytest.raises(OSError, match="another run"):
         loop.train(config_of(prepared), whole.workdir, show_progress=False)
 
 
-def test_a_read_only_place(prepared):
+def test_a_read_only_folder_raises_an_error(prepared):
     with pytest.raises(OSError, match="cannot write in /proc/nowhere"):
         loop.train(config_of(prepared), "/proc/nowhere", show_progress=False)
 
 
 class Scripted(loop.Evaluator):
-    """Gives the held-out losses that are wanted, in their order."""
+    """Return the given held-out losses in order."""
 
     wanted = []
 
@@ -195,7 +194,7 @@ def folders_of(workdir):
     )
 
 
-def test_after_divergence_the_same_command_goes_on_from_a_good_state(
+def test_after_divergence_the_same_command_resumes_from_a_finite_state(
     prepared, tmp_path, monkeypatch, caplog
 ):
     real = loop.batch_at
@@ -248,7 +247,7 @@ def test_after_divergence_the_same_command_goes_on_from_a_good_state(
     assert load_run(workdir).step == 4 and load_run(workdir, "last").step == 6
 
 
-def test_a_stop_at_a_skipped_step_keeps_the_steps_before_it(prepared, tmp_path, monkeypatch):
+def test_a_stop_at_a_skipped_step_keeps_earlier_steps(prepared, tmp_path, monkeypatch):
     real = loop.batch_at
 
     def batch_at(config, mesh, data, step, samples):
@@ -312,15 +311,15 @@ def test_an_evaluation_that_is_not_finite_ends_a_run_without_a_save(
         ),
     ],
 )
-def test_what_does_not_fit_is_refused_before_any_work(prepared, tmp_path, change, message):
+def test_invalid_configs_raise_before_any_work(prepared, tmp_path, change, message):
     config = dataclasses.replace(config_of(prepared), **change)
     with pytest.raises((ValueError, OSError), match=message):
         loop.train(config, str(tmp_path / "run"), show_progress=False)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_the_papers_flops_per_token():
-    # PaLM's convention for MT-NLG: 6 x 529.6 B plus attention 12 L H Q T.
+def test_flops_per_token_of_the_paper():
+    # PaLM's convention for MT-NLG: 6 x 529.6 B, plus 12 L H Q T for attention.
     model = ModelConfig(
         num_layers=105, hidden_size=20480, num_attention_heads=128, vocab_size=51200
     )

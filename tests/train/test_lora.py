@@ -1,5 +1,5 @@
-"""Low-rank adaptation: the model as it was at the start, merged at the end, and A and B alone
-between."""
+"""Check low-rank adaptation: equal to the base at the start, merged at the end, with only A and B
+trained."""
 
 import dataclasses
 import functools
@@ -84,7 +84,7 @@ def assert_equal_numbers(got, wanted, tolerance=MESH_TOLERANCE):
 
 
 def with_second_factors(params):
-    """B away from 0, where nothing would be to be seen."""
+    """Move B away from 0, where it would hide errors."""
     base, adapters = lora.split(params)
     rng = np.random.default_rng(1)
     blocks = {
@@ -99,7 +99,7 @@ def with_second_factors(params):
 
 
 def numbers(config, causal=True):
-    """(loss, gradients of A and B) with B away from 0."""
+    """Return (loss, gradients of A and B) with B away from 0."""
     mesh = mesh_of(config)
     params = with_second_factors(init_state(config, mesh).params)
     function = make_loss_and_gradients(config, mesh, causal)
@@ -131,7 +131,7 @@ def test_pipeline_and_context_equal_one_device(mesh):
     assert_equal_numbers(numbers(adapted_config(2, 2, 1, TARGETS, mesh)), alone())
 
 
-def test_the_gradient_of_the_factors_is_that_of_a_loss_longhand():
+def test_the_gradient_of_the_factors_equals_a_direct_computation():
     config = adapted_config(targets=TARGETS)
     params = init_state(config, mesh_of(config)).params
     graph = abstract_model(MODEL)[0]
@@ -173,7 +173,7 @@ def plain_loss(config, params):
     return float(total) / float(weight)
 
 
-def test_at_the_start_it_is_the_base_model_bit_for_bit():
+def test_the_initial_model_equals_the_base_bit_for_bit():
     config = adapted_config(targets=TARGETS, model=dataclasses.replace(MODEL, num_layers=1))
     params = init_state(config, mesh_of(config)).params
     base = init_parameters(config.model, config.train.seed)
@@ -186,7 +186,7 @@ def test_at_the_start_it_is_the_base_model_bit_for_bit():
     assert np.asarray(factors["lora_a_out_FR"]).std() == pytest.approx((3 * 128) ** -0.5, rel=0.1)
 
 
-def test_what_is_merged_is_what_was_trained():
+def test_the_merged_model_equals_the_trained_one():
     config = adapted_config(targets=TARGETS)
     mesh = mesh_of(config)
     params = with_second_factors(init_state(config, mesh).params)
@@ -206,13 +206,13 @@ def test_what_is_merged_is_what_was_trained():
     assert plain_loss(lora.without(config), base) != pytest.approx(alone()[0], rel=1e-5)
 
 
-def test_a_step_changes_the_factors_alone_and_has_moments_of_them_alone():
+def test_a_step_updates_only_the_factors():
     config = adapted_config(data=2, tensor=2, zero=3)
     mesh = mesh_of(config)
     state = init_state(config, mesh)
     step = make_train_step(config, mesh, causal=True)
     before = jax.tree.map(np.asarray, state.params)
-    for _ in range(2):  # in the first A gets no gradient: B is 0
+    for _ in range(2):  # in the first step A has no gradient, because B is 0
         state, metrics = step(state, batch_on(mesh), jnp.int32(2), jnp.int32(ROWS), 1.0)
     assert float(metrics["grad_norm"]) > 0
     changed = {
@@ -230,7 +230,7 @@ def test_a_step_changes_the_factors_alone_and_has_moments_of_them_alone():
     assert sorted(moments) == sorted(2 * [leaf.shape for leaf in jax.tree.leaves(before["lora"])])
 
 
-def test_no_gradient_of_a_frozen_matrix_is_computed():
+def test_gradients_of_frozen_matrices_are_not_computed():
     config = adapted_config()
     mesh = mesh_of(config)
     plain = lora.merge(init_state(config, mesh).params, config)
@@ -273,7 +273,7 @@ def test_no_gradient_of_a_frozen_matrix_is_computed():
         ({"name": "muon"}, "optimizer.name=muon is for whole matrices"),
     ],
 )
-def test_settings_that_do_not_fit(settings, message):
+def test_invalid_settings_raise_an_error(settings, message):
     config = adapted_config()
     config = dataclasses.replace(
         config, optimizer=dataclasses.replace(config.optimizer, **settings)
@@ -290,7 +290,7 @@ def test_settings_that_do_not_fit(settings, message):
         validate(config)
 
 
-def test_adapters_of_nothing_are_refused():
+def test_adapters_without_targets_raise_an_error():
     config = adapted_config()
     with pytest.raises(ValueError, match="lora_rank=4 needs pretrained weights; give --init=RUN"):
         validate(dataclasses.replace(config, train=dataclasses.replace(config.train, init="")))

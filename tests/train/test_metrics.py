@@ -1,4 +1,4 @@
-"""metrics.jsonl, of which a damaged line costs that line alone; loss.png; the progress bar."""
+"""Check metrics.jsonl and its repair, loss.png, and the progress bar."""
 
 import io
 import json
@@ -55,7 +55,7 @@ def told(caplog):
     ],
     ids=lambda damage: repr(damage[:24]),
 )
-def test_a_damaged_line_costs_that_line_alone(tmp_path, told, damage):
+def test_a_damaged_line_loses_only_itself(tmp_path, told, damage):
     path = tmp_path / "metrics.jsonl"
     lines = [line(step) for step in (1, 2, 3, 4, 5, 6)]
     lines[3] = damage
@@ -71,7 +71,7 @@ def test_a_damaged_line_costs_that_line_alone(tmp_path, told, damage):
     assert len([message for message in told() if "damaged" in message]) == 1
 
 
-def test_zero_bytes_and_empty_lines_between_lines_cost_nothing(tmp_path, told):
+def test_zero_bytes_and_empty_lines_lose_no_record(tmp_path, told):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(line(1) + b"\n\n" + b"\0" * 4096 + line(2) + b"\r\n" + line(3) + b"\0\0")
     assert [record["step"] for record in read_metrics(str(path))] == [1, 2, 3]
@@ -79,14 +79,14 @@ def test_zero_bytes_and_empty_lines_between_lines_cost_nothing(tmp_path, told):
     assert told() == [] and path.read_bytes().count(b"\n") == 3
 
 
-def test_the_end_that_a_kill_cut_off(tmp_path):
+def test_a_line_cut_off_by_a_kill_is_removed(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(line(1) + b"\n" + line(2)[:20])
     assert scan_metrics(str(path)) == ([json.loads(line(1))], {2: line(2)[:20]})
     assert scan_metrics(str(tmp_path / "none")) == ([], {})
 
 
-def test_a_process_that_does_not_write_moves_nothing(tmp_path):
+def test_a_process_that_does_not_write_changes_no_file(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b"junk\n" + line(1) + b"\n" + line(9) + b"\n")
     log = MetricsLog(str(tmp_path), 3, writing=False)
@@ -97,7 +97,7 @@ def test_a_process_that_does_not_write_moves_nothing(tmp_path):
     )
 
 
-def test_what_is_not_finite_is_null(tmp_path):
+def test_values_that_are_not_finite_are_null(tmp_path):
     log = MetricsLog(str(tmp_path), 0)
     log.write(
         {"kind": "train", "step": 1, "loss": math.nan, "grad_norm": math.inf, "learning_rate": 1e-3}
@@ -121,7 +121,7 @@ def step(number, objective="causal", stage="one", loss=2.0, name="loss"):
 
 
 def quickstart():
-    """Masked, then causal, then both in turns."""
+    """Return records of masked, then causal, then mixed steps."""
     return (
         [step(i, "masked", "masked") for i in range(1, 61)]
         + [step(i, stage="causal") for i in range(61, 145)]
@@ -133,12 +133,12 @@ def ends(records, objective, name="loss"):
     return [(piece[0][0], piece[-1][0]) for piece in curves(records, objective, name)]
 
 
-def test_no_line_is_drawn_over_a_stage_without_such_steps():
+def test_curves_break_at_a_stage_of_another_objective():
     assert ends(quickstart(), "masked") == [(1, 60), (145, 239)]
     assert ends(quickstart(), "causal") == [(61, 240)]  # in each of two stages, one after the other
 
 
-def test_no_line_is_drawn_where_records_are_missing():
+def test_curves_break_where_records_are_missing():
     records = [record for record in quickstart() if not 80 < record["step"] <= 100]
     assert ends(records, "causal") == [(61, 80), (101, 240)]
     sparse = [step(i) for i in range(10, 200, 10)]  # train.log_every=10
@@ -147,7 +147,7 @@ def test_no_line_is_drawn_where_records_are_missing():
     assert ends(rare, "masked") == [(20, 80)]
 
 
-def test_objectives_of_their_own_are_not_the_cross_entropy():
+def test_losses_of_other_objectives_have_their_own_curves():
     records = [
         step(1),
         step(2),
@@ -164,7 +164,7 @@ def test_objectives_of_their_own_are_not_the_cross_entropy():
     assert training_loss({"kind": "train", "step": 1})[0] is None
 
 
-def test_the_smoothed_line_lags_nowhere():
+def test_the_smoothed_curve_does_not_lag():
     falling = [9 - 0.02 * i for i in range(300)]
     falling[100] = math.nan
     line = smoothed(falling)
@@ -191,7 +191,7 @@ def test_the_smoothed_line_lags_nowhere():
     ],
     ids=len,
 )
-def test_every_kind_of_records_makes_a_picture(tmp_path, records):
+def test_every_kind_of_records_is_drawn(tmp_path, records):
     plot_loss(records, str(tmp_path / "loss.png"))
     assert (tmp_path / "loss.png").stat().st_size > 5000 and not list(tmp_path.glob("*.partial*"))
 
@@ -205,12 +205,12 @@ def test_every_kind_of_records_makes_a_picture(tmp_path, records):
         (TrainConfig(), StageConfig(distill="RUN", distill_weight=0.0), "loss"),
     ],
 )
-def test_the_training_loss_is_called_what_it_is(train, stage, name):
+def test_the_training_loss_has_the_name_of_its_objective(train, stage, name):
     assert loss_name(train, stage) == name and name in TRAINING_LOSSES
 
 
 @pytest.mark.parametrize("columns", [60, 80, 100, 200])
-def test_the_bar_leaves_room_for_itself_and_for_the_speed(columns):
+def test_the_progress_bar_fits_its_terminal(columns):
     stream = io.StringIO()
     bar = tqdm(total=240, file=stream, ncols=columns, initial=200)
     show(bar, ["loss 5.321", "12,345 tokens/s", "", "stage a long name of a stage", "MFU 41%"])

@@ -37,14 +37,14 @@ def test_causal_labels_are_the_next_tokens_of_the_same_document():
             assert batch["weights"][i, j] == float(here == after and here > 0)
 
 
-def test_words_by_longhand():
+def test_word_starts():
     tokens = np.array([1, 7, 9, 12, 8, 2, 1, 9, 7, 0])
     segments = np.array([1, 1, 1, 1, 1, 1, 2, 2, 2, 0])
     # 9 and 12 continue a word; after <bos> even a continuing piece begins one.
     assert word_numbers(tokens, segments, TOKENIZER).tolist() == [-1, 0, 0, 0, 1, -1, -1, 2, 3, -1]
 
 
-def test_whole_words_are_masked_in_exact_numbers():
+def test_an_exact_number_of_whole_words_is_masked():
     raw = rows()
     batch = masked_batch(raw, range(4), 0, SHARES, TOKENIZER)
     for i in range(4):
@@ -74,14 +74,14 @@ def test_whole_words_are_masked_in_exact_numbers():
         assert (batch["labels"][i] == before).all()
 
 
-def test_random_words_are_never_special():
+def test_random_tokens_are_never_special():
     all_random = MaskingConfig(word_share=1.0, mask_share=0.0, random_share=1.0)
     raw = rows()
     batch = masked_batch(raw, range(4), 0, all_random, TOKENIZER)
     assert (batch["tokens"][batch["weights"] > 0] >= SPECIALS).all()
 
 
-def test_masks_depend_on_the_sample_not_on_its_batch():
+def test_masks_depend_on_the_sample_and_not_on_its_batch():
     raw = rows()
     whole = masked_batch(raw, [10, 11, 12, 13], 0, SHARES, TOKENIZER)
     alone = masked_batch({k: v[2:3] for k, v in raw.items()}, [12], 0, SHARES, TOKENIZER)
@@ -91,13 +91,13 @@ def test_masks_depend_on_the_sample_not_on_its_batch():
     assert (other["tokens"] != whole["tokens"]).any()
 
 
-def test_a_row_without_words_is_left_alone():
+def test_a_row_without_words_is_not_masked():
     raw = {k: np.zeros((1, 9), np.int32) for k in ("tokens", "segment_ids", "positions")}
     assert masked_batch(raw, [0], 0, SHARES, TOKENIZER)["weights"].sum() == 0
 
 
 @pytest.mark.parametrize("share", [0.01, 0.1, 1.0])
-def test_at_least_one_word_is_chosen(share):
+def test_at_least_one_word_is_masked(share):
     raw = rows(count=1, length=16)
     batch = masked_batch(raw, [0], 0, MaskingConfig(word_share=share), TOKENIZER)
     words = word_numbers(raw["tokens"][0, :-1], raw["segment_ids"][0, :-1], TOKENIZER)

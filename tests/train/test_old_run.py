@@ -1,7 +1,7 @@
-"""A run that an earlier version wrote (0.2.0, commit c8626de) still loads, resumes and decodes.
+"""Load, resume and decode a run of an earlier version (0.2.0, commit c8626de).
 
 fixtures/old_run.tar.xz holds its data, its config and its checkpoint of step 4 of 6. The expected
-figures are those that the earlier version itself printed.
+values were printed by that version.
 """
 
 import json
@@ -31,7 +31,7 @@ def old(tmp_path_factory):
     return folder
 
 
-def test_it_decodes_the_same(old):
+def test_an_old_run_decodes_the_same(old):
     run, decoder = load_decoder(old / "run", "last")
     assert run.step == 4
     settings = DecodeConfig(max_new_tokens=6)
@@ -48,10 +48,10 @@ def test_it_decodes_the_same(old):
     assert scores == pytest.approx(expected, rel=1e-5)
 
 
-def test_it_resumes_with_the_losses_of_before(old, tmp_path):
+def test_an_old_run_resumes_with_the_same_losses(old, tmp_path):
     shutil.copytree(old, tmp_path, dirs_exist_ok=True)
     command = [sys.executable, ROOT / "launch/pretrain.py", "--config=tiny.py", "--workdir=run"]
-    # One device, as the run had: the flags of the tests make eight.
+    # One device, as the run had; the flags of the tests create eight.
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Muon: orthogonal updates for the matrices of the blocks, AdamW for the rest, the same on every
+"""Check Muon: orthogonal updates for the matrices of the blocks, AdamW for the rest, on every
 mesh."""
 
 import dataclasses
@@ -41,9 +41,9 @@ def updates_of(config):
     return optimizer.update(grads, optimizer.init(params), params)[0]
 
 
-def test_each_matrix_of_each_layer_moves_by_an_orthogonal_matrix():
-    # Newton-Schulz with Jordan's coefficients leaves singular values in about [0.68, 1.13], but for
-    # those near 0, of which a square random matrix has one or two.
+def test_updates_of_matrices_are_orthogonal():
+    # Newton-Schulz with Jordan's coefficients gives singular values in about [0.68, 1.13], except
+    # for those near 0, and a square random matrix has one or two such values.
     blocks = updates_of(MUON)["blocks"]
     sizes = {"w_q_DNH": (32, 32), "w_k_DKH": (32, 16), "w_v_DKH": (32, 16), "w_o_NHD": (32, 32)}
     for name, (inputs, outputs) in sizes.items():
@@ -57,7 +57,7 @@ def test_each_matrix_of_each_layer_moves_by_an_orthogonal_matrix():
         assert 0.5 < values[-3] and values.max() < 1.3
 
 
-def test_everything_else_moves_as_by_adamw():
+def test_updates_of_other_parameters_equal_adamw():
     muon = updates_of(MUON)
     adam = updates_of(dataclasses.replace(MUON, name="adamw"))
     same = jax.tree_util.tree_map_with_path(
@@ -99,4 +99,4 @@ def after_two_steps(data, tensor, zero=1):
 @pytest.mark.parametrize("zero", [1, 3])
 def test_a_step_on_a_mesh_equals_one_device(zero):
     for one, many in zip(after_two_steps(1, 1), after_two_steps(4, 2, zero), strict=True):
-        np.testing.assert_allclose(many, one, atol=2e-4)  # two steps move a weight by some 4e-3
+        np.testing.assert_allclose(many, one, atol=2e-4)  # two steps change a weight by about 4e-3

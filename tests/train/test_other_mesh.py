@@ -1,5 +1,4 @@
-"""A run that goes on elsewhere: saved on one mesh, restored on another, the same losses as if it
-had stayed."""
+"""Save a run on one mesh and resume it on another, with the same losses."""
 
 import contextlib
 import dataclasses
@@ -45,7 +44,8 @@ CAUSAL = (StageConfig(),)
 
 
 def config_of(prepared, mesh, micro=1, stages=CAUSAL):
-    """Six steps of 8 and 16 rows; 16 rows are 2 micro-batches of each of 8 data shards."""
+    """Return a config of six steps of 8 and 16 rows; 16 rows are 2 micro-batches of each of 8 data
+    shards."""
     return Config(
         model=ModelConfig(
             num_layers=4, hidden_size=32, num_attention_heads=8, max_position_embeddings=32
@@ -67,7 +67,7 @@ def config_of(prepared, mesh, micro=1, stages=CAUSAL):
     )
 
 
-def told(workdir):
+def results_of(workdir):
     records = read_metrics(os.path.join(workdir, "metrics.jsonl"))
     return (
         [r["loss"] for r in records if r["kind"] == "train"],
@@ -92,7 +92,7 @@ BOTH = (StageConfig("masked", 0.5, masked=1.0), StageConfig("causal", 0.5))
     [((MeshConfig(data=8), MESHES[1]), CAUSAL), pytest.param(MESHES, BOTH, marks=pytest.mark.slow)],
     ids=["quick", "all"],
 )
-def test_a_run_that_moves_from_mesh_to_mesh_tells_what_one_that_stayed_does(
+def test_a_run_moved_between_meshes_equals_one_that_was_not(
     prepared, tmp_path, monkeypatch, meshes, stages
 ):
     stayed = config_of(prepared, MeshConfig(data=8), stages=stages)
@@ -119,8 +119,8 @@ def test_a_run_that_moves_from_mesh_to_mesh_tells_what_one_that_stayed_does(
                 str(tmp_path / "moved"),
                 show_progress=False,
             )
-    losses, sequences, held_out = told(tmp_path / "moved")
-    stayed = told(tmp_path / "stayed")
+    losses, sequences, held_out = results_of(tmp_path / "moved")
+    stayed = results_of(tmp_path / "stayed")
     assert sequences == stayed[1] == [8, 8, 8, 16, 16, 16]
     np.testing.assert_allclose(losses, stayed[0], rtol=LOSSES)
     np.testing.assert_allclose(held_out, stayed[2], rtol=LOSSES)
@@ -145,5 +145,5 @@ def test_a_ramp_through_a_pipeline_compiles_once(prepared, monkeypatch, tmp_path
         config, train=dataclasses.replace(config.train, stages=(StageConfig(),), steps=4)
     )
     loop.train(config, str(tmp_path), show_progress=False)
-    assert told(tmp_path)[1] == [8, 8, 8, 16]
-    assert len(lowered) == 1  # what was compiled for it takes no other shapes
+    assert results_of(tmp_path)[1] == [8, 8, 8, 16]
+    assert len(lowered) == 1  # the compiled step accepts no other shapes

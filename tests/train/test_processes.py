@@ -1,4 +1,4 @@
-"""Start-up, agreement and shutdown of several processes (gloo on localhost).
+"""Start, synchronize and shut down several processes (gloo on localhost).
 
 Whole runs of several processes are tested in tests/launch.
 """
@@ -20,7 +20,7 @@ from mtnlg_jax.train import processes
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
-PATIENCE = 120  # seconds, for a start on a busy machine
+PATIENCE = 120  # seconds that a start may take on a busy machine
 
 
 def free_port() -> int:
@@ -54,6 +54,7 @@ def run_all(program: str, count: int, *arguments, environment=None) -> list[tupl
     finally:
         for process in started:
             process.kill()
+            process.stdout.close()
 
 
 TOGETHER = """
@@ -184,7 +185,7 @@ def test_a_missing_process_is_reported_in_one_line(me, problem):
         (("localhost:1", 0, 0), "does not exist"),
     ],
 )
-def test_invalid_flags_are_refused(flags, message):
+def test_invalid_flags_raise_an_error(flags, message):
     with pytest.raises(ValueError, match=message):
         processes.start(*flags, 10)
 

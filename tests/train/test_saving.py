@@ -1,4 +1,4 @@
-"""Saves and logs that outlast a failure which passes."""
+"""Save and log through transient failures of the file system."""
 
 import errno
 import json
@@ -12,7 +12,7 @@ from mtnlg_jax.train import metrics, saving
 
 
 class Disk:
-    """Stands in for `Checkpoints`: what ``fails`` says happens to each save, at once or in the
+    """Replaces `Checkpoints`; ``fails`` gives the result of each save, at once or in the
     background."""
 
     def __init__(self, *fails):
@@ -40,7 +40,7 @@ class Disk:
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Seconds that pass only by sleeping, or by hand."""
+    """Replace time by seconds that pass only by sleeping, or by hand."""
     now = [0.0]
     monkeypatch.setattr(saving.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(saving.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
@@ -49,7 +49,7 @@ def clock(monkeypatch):
 
 @pytest.mark.parametrize("where", ["at once", "in the background"])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.ESTALE, errno.EIO])
-def test_a_save_that_failed_is_followed_by_one_of_a_later_step(clock, where, number):
+def test_a_failed_save_is_retried_at_a_later_step(clock, where, number):
     disk = Disk((where, number), (where, number))
     saver = saving.Saver(disk)
     for step in range(1, 9):
@@ -62,7 +62,7 @@ def test_a_save_that_failed_is_followed_by_one_of_a_later_step(clock, where, num
     assert not saver.is_due()
 
 
-def test_saves_in_quick_succession_are_one_try(clock):
+def test_saves_within_a_pause_are_one_attempt(clock):
     disk = Disk(("at once", errno.ENOSPC))
     saver = saving.Saver(disk)
     for step in range(20):  # within the pause
@@ -81,7 +81,7 @@ def test_the_last_state_is_saved_before_a_run_ends(clock):
 
 
 @pytest.mark.parametrize("where", ["at once", "in the background"])
-def test_what_does_not_pass_ends_the_run(clock, where):
+def test_a_permanent_failure_ends_the_run(clock, where):
     saver = saving.Saver(Disk(*[(where, errno.ENOSPC)] * 99))
     with pytest.raises(OSError, match="No space") as caught:
         saver.save(lambda: saver.checkpoints.save(1))
@@ -102,7 +102,7 @@ def test_with_several_processes_a_failure_is_raised_at_once(clock, monkeypatch):
 
 
 class Full:
-    """A file on a disk that is full for a while, and takes three bytes of what comes then."""
+    """A file on a disk that is full for a while and then takes three bytes."""
 
     def __init__(self, file):
         self.file = file
@@ -122,7 +122,7 @@ class Full:
         self.file.close()
 
 
-def test_a_log_on_a_full_disk_loses_no_line_and_ends_no_run(tmp_path):
+def test_a_log_on_a_full_disk_loses_no_line(tmp_path):
     log = metrics.MetricsLog(str(tmp_path), 0)
     log._file = disk = Full(log._file)
     for step, disk.full in enumerate([False, True, True, False, True], 1):
@@ -134,7 +134,7 @@ def test_a_log_on_a_full_disk_loses_no_line_and_ends_no_run(tmp_path):
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5]
 
 
-def test_a_log_that_may_not_be_written_is_told(tmp_path):
+def test_a_log_that_cannot_be_written_is_reported(tmp_path):
     log = metrics.MetricsLog(str(tmp_path), 0)
     real = log._file
     log._file = Full(log._file)
@@ -145,7 +145,7 @@ def test_a_log_that_may_not_be_written_is_told(tmp_path):
     log._board.close()
 
 
-def test_a_board_whose_writer_died_is_opened_again(tmp_path):
+def test_a_tensorboard_writer_that_died_is_replaced(tmp_path):
     log = metrics.MetricsLog(str(tmp_path), 0)
     worker = log._board.file_writer.event_writer._worker
     worker.stop()

@@ -17,7 +17,7 @@ RAMP = TrainConfig(
 )
 
 
-def test_the_papers_ramp_goes_from_32_to_1920_by_32():
+def test_the_ramp_of_the_paper():
     sizes = [batch_size_at(RAMP, samples_before(RAMP, step)) for step in range(16_000)]
     assert sizes[0] == 32 and sizes[-1] == 1920
     assert {b - a for a, b in zip(sizes, sizes[1:], strict=False)} == {0, 32}
@@ -28,14 +28,14 @@ def test_the_papers_ramp_goes_from_32_to_1920_by_32():
     )
 
 
-def test_samples_before_adds_up():
+def test_samples_before_is_the_sum_of_the_batches():
     total = 0
     for step in range(16_000):
         assert samples_before(RAMP, step) == total
         total += batch_size_at(RAMP, total)
 
 
-def test_without_a_ramp_every_batch_is_the_global_one():
+def test_without_a_ramp_every_batch_has_the_global_size():
     train = TrainConfig(global_batch_size=12)
     assert samples_before(train, 7) == 84 and batch_size_at(train, 84) == 12
 
@@ -47,7 +47,7 @@ STAGES = (
 )
 
 
-def test_stages_take_their_shares_of_the_steps():
+def test_stages_have_their_shares_of_the_steps():
     train = TrainConfig(steps=400, stages=STAGES)
     names = [stage_at(train, step)[2].name for step in range(400)]
     assert [names.count(name) for name in ("m", "c", "mix")] == [100, 200, 100]
@@ -60,7 +60,7 @@ def test_a_step_after_the_last_belongs_to_the_last_stage():
     assert stage_at(TrainConfig(steps=400, stages=STAGES), 500)[2].name == "mix"
 
 
-def test_learning_rate_by_hand():
+def test_learning_rates_by_hand():
     config = Config(
         optimizer=OptimizerConfig(
             learning_rate=1.0, warmup_fraction=0.1, min_learning_rate_ratio=0.1

@@ -1,5 +1,4 @@
-"""The promise of every mesh: loss and gradients on any factorization of the devices equal one
-device."""
+"""Check that loss and gradients on every mesh of the devices equal those on one device."""
 
 import dataclasses
 import functools
@@ -64,7 +63,7 @@ def batch_on(mesh, micro_batches=2, data=None):
 
 @functools.cache
 def parameters(model):
-    # As NumPy's: laying them out on a mesh then compiles nothing.
+    # NumPy arrays, because placing those on a mesh compiles nothing.
     return jax.tree.map(np.asarray, init_parameters(model, seed=0))
 
 
@@ -103,7 +102,7 @@ def assert_equal_numbers(got, wanted, tolerance=MESH_TOLERANCE):
 
 
 def quick(cases, chosen):
-    """``cases`` as parameters; slow are those that are not ``chosen``."""
+    """Return ``cases`` as parameters, with those that are not ``chosen`` marked slow."""
     assert all(case in cases for case in chosen)
     return [
         pytest.param(
@@ -122,14 +121,13 @@ def quick(cases, chosen):
         [(2, 4, 0), (8, 1, 3)],
     ),
 )
-def test_every_factorization_of_8_devices_equals_one(data, tensor, zero):
+def test_every_mesh_of_8_devices_equals_one_device(data, tensor, zero):
     assert_equal_numbers(loss_and_gradients(config_of(data, tensor, zero)), one_device())
 
 
 # --- pipeline and context
-# ---------------------------------------------------------------------------------------
 
-# Without biases, which compile a third longer; OTHER, below, has them.
+# Without biases, which take a third longer to compile; OTHER, below, has them.
 DEEP = dataclasses.replace(MODEL, num_layers=8, normalization="rmsnorm", add_bias=False)
 # pipe, data, context, tensor
 MESHES = [(2, 1, 2, 2), (2, 2, 1, 2), (4, 1, 1, 2), (1, 2, 2, 2)]
@@ -168,9 +166,9 @@ def deep_alone(causal=True, model=DEEP, count=None):
     return on_a_mesh(1, 1, 1, 1, causal=causal, model=model, count=count)
 
 
-# ZeRO is about data: where that is 1, all of its stages are one program. Quick: interleaved, which
-# is circular with more rounds, and 1f1b, with the stage of ZeRO that gathers most, and a longer
-# pipeline.
+# ZeRO splits over data: where that is 1, all of its stages are the same program. Quick are
+# interleaved, which is circular with more rounds, 1f1b with the stage of ZeRO that gathers most,
+# and a longer pipeline.
 @pytest.mark.parametrize(
     ("mesh", "zero", "schedule"),
     quick(
@@ -213,14 +211,14 @@ def test_every_context_mode_equals_one_device(mesh, mode, zero):
     assert_equal_numbers(on_a_mesh(*mesh, zero, context_mode=mode), deep_alone())
 
 
-# Slow: the modes without a backward pass of their own; each runs without a pipeline above.
+# Slow: modes without their own backward pass; each runs without a pipeline above.
 @pytest.mark.parametrize("mode", quick(MODES, ["ring"]))
-def test_context_inside_a_pipeline_and_with_the_masked_objective(mode):
+def test_context_in_a_pipeline_with_the_masked_objective(mode):
     got = on_a_mesh(2, 1, 2, 2, causal=False, context_mode=mode, schedule="1f1b")
     assert_equal_numbers(got, deep_alone(causal=False))
 
 
-# Quick: a mesh with each axis but data; slow are the other pairs.
+# Quick: a mesh with each axis except data; slow are the other pairs.
 @pytest.mark.parametrize(
     ("mesh", "schedule"),
     quick(
@@ -251,8 +249,8 @@ def test_bf16_on_every_mesh_is_close_to_float32(mesh, schedule):
     ids=str,
 )
 def test_a_pipeline_takes_fewer_micro_batches_and_flushes(mesh):
-    # A count of 2 leaves out the second half of the rows, whose weights the mean counts
-    # nevertheless.
+    # A count of 2 leaves out the second half of the rows, but the mean still counts their
+    # weights.
     wanted = deep_alone(count=2)
     assert wanted[0] < 0.9 * deep_alone()[0]
     assert_equal_numbers(on_a_mesh(2, 1, 1, 2, count=2, **mesh), wanted)
@@ -276,9 +274,9 @@ def test_a_pipeline_takes_fewer_micro_batches_and_flushes(mesh):
     ],
     ids=str,
 )
-def test_gradients_of_micro_batches_add_in_float32(few, many):
-    # Sixteen times the same row, each a micro-batch: the gradient is eight times that of two, but
-    # for what sums lose.
+def test_gradients_of_micro_batches_are_summed_in_float32(few, many):
+    # Sixteen micro-batches of the same row: the gradient is eight times that of two, except for
+    # rounding.
     same = {key: np.repeat(value[:1], ROWS, 0) for key, value in rows().items()}
     (_, few), (_, many) = (
         on_a_mesh(
@@ -298,9 +296,9 @@ def test_gradients_of_micro_batches_add_in_float32(few, many):
         assert np.abs(8 * two - sixteen).max() <= 1e-5 * np.abs(sixteen).max()
 
 
-@pytest.mark.slow  # test_dropout_drops_the_same_on_every_mesh has the same without stages
+@pytest.mark.slow  # test_dropout_masks_are_the_same_on_every_mesh has the same without stages
 @pytest.mark.parametrize("schedule", list(SCHEDULES))
-def test_dropout_drops_the_same_in_a_pipeline(schedule):
+def test_dropout_masks_are_the_same_in_a_pipeline(schedule):
     model = dataclasses.replace(DEEP, dropout_rate=0.1)
     assert deep_alone(model=model)[0] != deep_alone()[0]
     got = on_a_mesh(2, 1, 2, 2, model=model, **SCHEDULES[schedule])
@@ -350,14 +348,14 @@ def test_evaluation_through_pipeline_and_context_equals_one_device(mesh):
     assert evaluate(**mesh) == pytest.approx(evaluate(), rel=1e-6)
 
 
-# test_context_inside_a_pipeline_and_with_the_masked_objective runs it with less and with more
+# test_context_in_a_pipeline_with_the_masked_objective runs it with less and with more
 @pytest.mark.slow
 def test_the_masked_objective_on_a_mesh_equals_one_device():
     assert deep_alone(causal=False)[0] != deep_alone(causal=True)[0]
     assert_equal_numbers(on_a_mesh(1, 2, 1, 4, 3, causal=False), deep_alone(causal=False))
 
 
-def test_dropout_drops_the_same_on_every_mesh():
+def test_dropout_masks_are_the_same_on_every_mesh():
     model = dataclasses.replace(DEEP, dropout_rate=0.1)
     assert deep_alone(model=model)[0] != deep_alone()[0]
     assert_equal_numbers(on_a_mesh(1, 2, 1, 4, model=model), deep_alone(model=model))
@@ -371,7 +369,7 @@ def test_dropout_drops_the_same_on_every_mesh():
         pytest.param({"loss_chunk": 7}, marks=pytest.mark.slow),
     ],
 )
-def test_accumulation_recompute_and_chunks_change_nothing(change):
+def test_accumulation_recompute_and_chunks_do_not_change_the_result(change):
     got = loss_and_gradients(
         config_of(1, 1, **change), micro_batches=change.get("micro_batches", 2)
     )
@@ -379,7 +377,7 @@ def test_accumulation_recompute_and_chunks_change_nothing(change):
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_gradients_equal_plain_autodiff_of_the_logits(smoothing):
+def test_gradients_equal_autodiff_of_the_logits(smoothing):
     config = config_of(1, 1, label_smoothing=smoothing)
     loss, grads = loss_and_gradients(config)
     graph = abstract_model(MODEL)[0]
@@ -401,7 +399,7 @@ def test_gradients_equal_plain_autodiff_of_the_logits(smoothing):
 
 
 @pytest.mark.slow  # test_bf16_on_every_mesh_is_close_to_float32 has less of ZeRO
-def test_bf16_is_close_and_masters_stay_float32():
+def test_bf16_is_close_and_master_weights_stay_float32():
     config = config_of(2, 4, 3, compute_dtype="bfloat16")
     got = loss_and_gradients(config)
     wanted = one_device()
@@ -430,7 +428,7 @@ def stepper():
     return config, mesh, make_train_step(config, mesh, causal=True)
 
 
-def test_a_ramp_of_the_batch_compiles_once_and_equals_the_small_batch():
+def test_a_batch_ramp_compiles_once_and_equals_the_small_batch():
     config, mesh, step = stepper()
     small = {k: v.copy() for k, v in rows().items()}
     small["weights"][ROWS // 2 :] = 0
@@ -450,7 +448,7 @@ def test_a_ramp_of_the_batch_compiles_once_and_equals_the_small_batch():
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
-def test_a_non_finite_step_changes_nothing_and_is_counted(poison):
+def test_a_nonfinite_step_changes_nothing_and_is_counted(poison):
     config, mesh, step = stepper()
     before = init_state(config, mesh)
     kept = jax.tree.map(np.asarray, before.params), jax.tree.map(np.asarray, before.opt_state)
@@ -467,7 +465,7 @@ def test_a_non_finite_step_changes_nothing_and_is_counted(poison):
     assert (int(state.nonfinite_streak), int(state.nonfinite_total)) == (0, 1)
 
 
-def test_the_state_is_donated_not_copied():
+def test_the_state_is_donated():
     config, mesh, step = stepper()
     state = init_state(config, mesh)
     compiled = step.lower(state, batch_on(mesh), jnp.int32(2), jnp.int32(16), 1.0).compile()
@@ -475,7 +473,7 @@ def test_the_state_is_donated_not_copied():
     assert compiled.memory_analysis().alias_size_in_bytes >= 0.99 * held
 
 
-def test_training_learns_one_batch_by_heart():
+def test_training_memorizes_one_batch():
     config = config_of(1, 1, steps=60)
     config = dataclasses.replace(
         config, optimizer=dataclasses.replace(config.optimizer, learning_rate=1e-2)

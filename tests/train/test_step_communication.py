@@ -1,4 +1,4 @@
-"""The collectives of a step, counted in the compiled program with the trips of its loops."""
+"""Count the collectives of a step in the compiled program, with the trip counts of its loops."""
 
 import functools
 
@@ -25,7 +25,7 @@ SCHEDULES = {"circular": {}, "interleaved": {"virtual_pipe": 2}, "1f1b": {"sched
 
 @functools.cache
 def collectives(recompute="elementwise", **mesh):
-    """{(kind, axes, in a loop): count} of loss and gradients on a mesh of 8 devices."""
+    """Return {(kind, axes, in a loop): count} of loss and gradients on a mesh of 8 devices."""
     config = Config(
         model=MODEL,
         mesh=MeshConfig(data=2, **mesh),
@@ -42,8 +42,7 @@ def collectives(recompute="elementwise", **mesh):
     params = abstract_state(config, on).params
     batch = abstract_batch(config, on)
     compiled = step.lower(params, batch, jnp.int32(MICRO_BATCHES), key).compile()
-    # The only loop whose trips are traced is the one over micro-batches; 1F1B fills and drains in
-    # it, too.
+    # Only the loop over micro-batches has a traced trip count; 1F1B also fills and drains in it.
     trips = MICRO_BATCHES + (2 * (on.shape["pipe"] - 1) if config.mesh.schedule == "1f1b" else 0)
     rows = cost_of(Program(compiled.as_text()), dict(on.shape), lambda depth: trips).collectives
     counts = {}
@@ -78,13 +77,13 @@ def test_zero_gathers_weights_once_and_scatters_gradients_once(mesh):
     assert counts["all-gather", ("data",), 0] == counts["reduce-scatter", ("data",), 0] == split
 
 
-def test_zero_3_does_so_for_every_layer():
+def test_zero_3_gathers_and_scatters_every_layer():
     counts = collectives(tensor=4, zero=3)
     assert counts["all-gather", ("data",), 2] > 8 * MICRO_BATCHES
     assert counts["reduce-scatter", ("data",), 2] > 8 * MICRO_BATCHES
 
 
-# Slow: what lies between elementwise and full, and what the first keeps beside elementwise.
+# Slow: policies between elementwise and full, and one that keeps more than elementwise.
 @pytest.mark.parametrize(
     ("recompute", "gathers", "scatters"),
     [
@@ -96,7 +95,7 @@ def test_zero_3_does_so_for_every_layer():
         ),
     ],
 )
-def test_a_layer_gathers_and_scatters_as_often_as_is_written(recompute, gathers, scatters):
+def test_a_layer_gathers_and_scatters_the_documented_number_of_times(recompute, gathers, scatters):
     counts = collectives(recompute, tensor=4)
     layers = 8 * MICRO_BATCHES
     assert (
@@ -111,7 +110,7 @@ def test_a_layer_gathers_and_scatters_as_often_as_is_written(recompute, gathers,
     ("schedule", "ticks"),
     [pytest.param("circular", 9, marks=pytest.mark.slow), ("interleaved", 17)],
 )
-def test_a_pipeline_passes_each_stage_once_more_and_hands_on_twice_a_tick_each_way(schedule, ticks):
+def test_collectives_of_a_flushing_pipeline(schedule, ticks):
     counts = collectives(pipe=2, tensor=2, **SCHEDULES[schedule])
     layers = ticks * 8 // 2 // (2 if schedule == "interleaved" else 1)
     assert counts["all-gather", ("tensor",), 2] / layers == 8
@@ -119,7 +118,7 @@ def test_a_pipeline_passes_each_stage_once_more_and_hands_on_twice_a_tick_each_w
     assert counts["collective-permute", ("pipe",), 1] == 4 * ticks
 
 
-def test_1f1b_hands_on_once_a_tick_each_way():
+def test_1f1b_sends_once_a_tick_in_each_direction():
     assert collectives(pipe=2, tensor=2, schedule="1f1b")[
         "collective-permute", ("pipe",), 1
     ] == 2 * (MICRO_BATCHES + 2)

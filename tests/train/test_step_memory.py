@@ -1,4 +1,4 @@
-"""Temporaries of a step as the micro-batches of a pipeline grow in number."""
+"""Check how the temporaries of a step grow with the number of micro-batches in a pipeline."""
 
 import functools
 
@@ -42,7 +42,7 @@ def temporaries(micro_batches, dtype, **mesh):
     return lowered.compile().memory_analysis().temp_size_in_bytes
 
 
-# Slow: the float32 of what bfloat16, which sums apart, proves with the same code.
+# Slow: float32, which runs the same code as bfloat16 with its separate sums.
 @pytest.mark.parametrize(
     ("dtype", "mesh", "low", "high"),
     [
@@ -54,7 +54,7 @@ def temporaries(micro_batches, dtype, **mesh):
     ],
     ids=str,
 )
-def test_temporaries_grow_with_micro_batches_by_a_few_stage_inputs(dtype, mesh, low, high):
+def test_temporaries_grow_by_a_few_stage_inputs_per_micro_batch(dtype, mesh, low, high):
     # A stage's input is this device's positions of one row; circular keeps one for each round of
     # each micro-batch.
     stage_input = 256 // 2 * MODEL.hidden_size * jnp.dtype(dtype).itemsize

@@ -43,7 +43,7 @@ def test_all_stacks_are_dumped(tmp_path, phase):
         assert f"process 0 of 1: the phase '{phase}' has taken" in text and "waits_forever" in text
 
 
-def test_limits(tmp_path, monkeypatch):
+def test_time_limits(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("mtnlg_jax.train.watchdog.time.monotonic", lambda: now[0])
     watchdog = Watchdog(30.0, 600.0, str(tmp_path))
@@ -51,7 +51,7 @@ def test_limits(tmp_path, monkeypatch):
     watchdog.enter("compilation")
     now[0] = 400.0
     watchdog.enter("step")
-    assert watchdog.limit == 30  # the compilation was not a step
+    assert watchdog.limit == 30  # the compilation does not count as a step
     for seconds in (5, 7, 100):
         now[0] += seconds
         watchdog.enter("step")
@@ -60,7 +60,7 @@ def test_limits(tmp_path, monkeypatch):
     assert watchdog.limit == 600
 
 
-def test_off_starts_nothing(tmp_path):
+def test_a_disabled_watchdog_starts_no_thread(tmp_path):
     import threading
 
     before = threading.active_count()

@@ -16,6 +16,7 @@ import re
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Literal
 
 import ftfy
 import ftfy.chardata
@@ -229,7 +230,8 @@ def _repair(text: str, config: CleanConfig) -> tuple[str, int]:
     if "\r" in text:
         text = text.replace("\r\n", "\n")
     counted = 0
-    if config.normalization != "none" and not unicodedata.is_normalized(config.normalization, text):
+    form = _form(config)
+    if form is not None and not unicodedata.is_normalized(form, text):
         normal = _normalize(text, config)
         counted = int(normal != text)
         text = normal
@@ -273,14 +275,22 @@ _SHIFTED = re.compile(
 )
 
 
+def _form(config: CleanConfig) -> Literal["NFC", "NFKC"] | None:
+    """Return the normal form of Unicode to use; None for none."""
+    if config.normalization == "none":
+        return None
+    return "NFKC" if config.normalization == "NFKC" else "NFC"
+
+
 def _normalize(text: str, config: CleanConfig) -> str:
     """Return Unicode's normal form, except for exponents, indices and fractions: 10³ is not 103."""
-    if config.normalization == "none":
+    form = _form(config)
+    if form is None:
         return text
-    if config.normalization == "NFC":
-        return unicodedata.normalize("NFC", text)
+    if form == "NFC":
+        return unicodedata.normalize(form, text)
     parts = _SHIFTED.split(text)
-    parts[::2] = [unicodedata.normalize(config.normalization, part) for part in parts[::2]]
+    parts[::2] = [unicodedata.normalize(form, part) for part in parts[::2]]
     return "".join(parts)
 
 

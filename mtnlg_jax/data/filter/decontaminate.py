@@ -446,5 +446,5 @@ def _fields(
             names[key] = None
             yield from _fields(item, keys, names, key)
     elif value is not None:
-        counts = isinstance(value, str) and (not keys or name in keys)
-        yield TestText(name, value if counts else None)
+        wanted = not keys or name in keys
+        yield TestText(name, value if isinstance(value, str) and wanted else None)

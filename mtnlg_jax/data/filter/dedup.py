@@ -315,7 +315,9 @@ def paragraph_hashes(text: str, min_length: int = 80) -> np.ndarray:
     )
 
 
-def without_paragraphs(text: str, dropped: Sequence[bool], min_length: int = 80) -> str:
+def without_paragraphs(
+    text: str, dropped: Sequence[bool] | np.ndarray, min_length: int = 80
+) -> str:
     """Return the text without its paragraphs that are true in ``dropped``.
 
     There is one flag for each of `paragraph_hashes`. All other characters stay.

@@ -31,11 +31,16 @@ def embedded_documents() -> Iterator[Document]:
             yield Document("\n\n".join(paragraphs) + "\n", source)
 
 
-def _documentation() -> Iterator[tuple[str, list[str]]]:
+def _topics() -> dict[str, str]:
     try:
         from pydoc_data.topics import topics
     except ImportError:  # some distributions package it separately
-        topics = {}
+        return {}
+    return topics
+
+
+def _documentation() -> Iterator[tuple[str, list[str]]]:
+    topics = _topics()
     for name in sorted(topics):
         yield f"topic:{name}", [topics[name]]
     library = Path(sysconfig.get_path("stdlib"))

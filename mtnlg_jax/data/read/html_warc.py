@@ -39,12 +39,6 @@ class Page(NamedTuple):
     how: str | None = None
 
 
-def page_text(data: bytes, charset: str | None = None) -> str | None:
-    """Return the `main_text` of `decode_page`; None for binary data."""
-    page = decode_page(data, charset)
-    return page.text if page.text is None else main_text(page.text)
-
-
 def decode_page(data: bytes, charset: str | None = None, encoding: str = "") -> Page:
     """Decode an HTML page.
 

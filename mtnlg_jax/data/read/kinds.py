@@ -1,4 +1,4 @@
-"""The kinds of files that can be read, told apart by their suffixes."""
+"""The kinds of files that can be read, distinguished by their suffixes."""
 
 import os
 

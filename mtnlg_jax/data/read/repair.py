@@ -59,7 +59,7 @@ def repair_pair(
 
 
 def is_suspicious(lost: int, characters: int) -> bool:
-    """Whether so many characters are lost that the encoding must be wrong."""
+    """Return whether enough characters are lost that the encoding must be wrong."""
     return lost > _SUSPICIOUS_SHARE * characters
 
 

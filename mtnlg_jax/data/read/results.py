@@ -26,7 +26,7 @@ class Document:
 
 @dataclass
 class ReadReport:
-    """What happened to the input. Counts are documents unless stated otherwise."""
+    """A report on the input. Counts are documents unless stated otherwise."""
 
     files: int = 0
     skipped_files: int = 0  # files of a folder with an unknown suffix

@@ -136,28 +136,26 @@ class _Tabbed:
     def __init__(self, lines: _Lines, limit: int):
         self._lines = lines
         self._limit = limit
-        self._waiting: collections.deque[_Line] = collections.deque()
+        self._waiting: collections.deque[_Line | Row] = collections.deque()
         self._width: int | None = None
         self._quoted = False
 
     def rows(self) -> Iterator[Row]:
-        while True:
-            try:
-                line = self._take()
-            except _LineDamage as error:
-                yield Row(self._lines.number, error.args[0])
-                continue
-            if line is None:
-                return
-            if line.text.strip():
+        while (line := self._take()) is not None:
+            if isinstance(line, Row):
+                yield line
+            elif line.text.strip():
                 yield self._row(line)
 
-    def _take(self) -> _Line | None:
-        """Return the next line, or None at the end."""
+    def _take(self) -> _Line | Row | None:
+        """Return the next line, the `Row` of a damaged one, or None at the end."""
         if self._waiting:
             return self._waiting.popleft()
         self._lines.start()
-        text = next(self._lines, None)
+        try:
+            text = next(self._lines, None)
+        except _LineDamage as error:
+            return Row(self._lines.number, error.args[0])
         if text is None:
             return None
         return _Line(self._lines.number, text.rstrip("\r\n"), self._lines.wrong)
@@ -176,13 +174,13 @@ class _Tabbed:
             self._waiting.extendleft(reversed(more))
         return Row(line.number, [_unquoted(cell, self._quoted) for cell in row], line.wrong)
 
-    def _join(self, line: _Line, count: int) -> tuple[list[str], list[_Line]]:
+    def _join(self, line: _Line, count: int) -> tuple[list[str], list[_Line | Row]]:
         """Return (cells of a row over several lines or [], the lines after the first).
 
         Quotes may enclose line ends or tabs; but a line that is a row by itself is not part of
-        another.
+        another, and neither is a damaged one.
         """
-        more: list[_Line] = []
+        more: list[_Line | Row] = []
         joined = line.text
         try:
             while joined.count('"') % 2 and len(more) < _JOINED_LINES and len(joined) < self._limit:
@@ -190,12 +188,14 @@ class _Tabbed:
                 if following is None:
                     return [], more
                 more.append(following)
+                if isinstance(following, Row):
+                    return [], more
                 if following.text.count("\t") + 1 == self._width and count == self._width:
                     return [], more
                 joined = f"{joined}\n{following.text}"
             whole = io.StringIO(joined, newline="")
             return next(csv.reader(whole, delimiter="\t", strict=True), []), more
-        except (csv.Error, _LineDamage):
+        except csv.Error:
             return [], more
 
 
@@ -216,8 +216,8 @@ def _unquoted(cell: str, always: bool) -> str:
 def parquet(stream: IO[bytes], choose: Callable[[list[str]], list[str] | Damaged]) -> Iterator[Row]:
     """Yield the rows of a Parquet file as dicts of the columns that ``choose`` selects.
 
-    ``choose`` gets the names of all columns; if it returns `Damaged`, that stands for the file.
-    Texts are bytes, because pyarrow refuses strings that are not UTF-8.
+    ``choose`` gets the names of all columns; a `Damaged` result becomes the only row. Texts are
+    bytes, because pyarrow refuses strings that are not UTF-8.
     """
     import pyarrow
     import pyarrow.parquet

@@ -173,8 +173,8 @@ def _encode(
         split_text(rows[number].text, heldout, tail, seed) for number in _order(len(rows), seed)
     ]
     result = {}
-    for part, texts in zip(PARTS, zip(*split, strict=True), strict=True):
-        texts = [text for text in texts if text]
+    for part, pieces in zip(PARTS, zip(*split, strict=True), strict=True):
+        texts = [text for text in pieces if text]
         encoded = list(encode_texts(tokenizer, texts))
         lengths = np.array([len(ids) for ids in encoded], np.int64)
         tokens = np.concatenate([np.empty(0, token_dtype(tokenizer.vocab_size)), *encoded])

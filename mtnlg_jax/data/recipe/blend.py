@@ -97,10 +97,10 @@ def _weights(recipe: Recipe, trained: dict[str, dict]) -> dict[str, float]:
             f"source {empty[0]!r} has the weight {given[empty[0]]}, and no text of it is left to "
             "train on; loosen the rule that dropped it, or leave the source out (--skip_sources)"
         )
-    weights = {
-        name: meta["tokens"] if given[name] is None else given[name]
-        for name, meta in trained.items()
-    }
+    weights: dict[str, float] = {}
+    for name, meta in trained.items():
+        weight = given[name]
+        weights[name] = meta["tokens"] if weight is None else weight
     total = sum(weights.values())
     if not total:
         raise ValueError(

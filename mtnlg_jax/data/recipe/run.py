@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import json
 import os
 from collections.abc import Callable
@@ -95,8 +96,8 @@ def _run(
         "clean": corpus.clean,
         "duplicates": corpus.duplicates,
         "paragraphs": corpus.paragraphs,
-        "decontaminate": lambda *given: corpus.decontaminate(*given, tests),
-        "quality": lambda *given: corpus.quality(*given, samples),
+        "decontaminate": functools.partial(corpus.decontaminate, tests=tests),
+        "quality": functools.partial(corpus.quality, samples=samples),
     }
     idle = {"tokens"} | ({"decontaminate"} if not tests else set())
     idle |= {"quality"} if not recipe.quality.good else set()

@@ -2,8 +2,10 @@
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mtnlg_jax import storage
 from mtnlg_jax.config import PATH, load_object, override
@@ -119,6 +121,43 @@ def load_recipe(path: str, overrides: tuple[str, ...] = ()) -> Recipe:
     return recipe
 
 
+def with_flags(
+    recipe: Recipe,
+    stages: Sequence[str] | None = None,
+    test_sets: Sequence[str] = (),
+    skip_sources: Sequence[str] = (),
+    **settings: Any,
+) -> Recipe:
+    """Return ``recipe`` with what the command line changes.
+
+    ``settings`` replace those of the recipe. A ``text_key`` among them also replaces the default of
+    its sources, but not one that a source has of its own. Raises ValueError if ``skip_sources``
+    names a source that does not exist.
+    """
+    known = [source.name for source in recipe.sources]
+    for name in skip_sources:
+        if name not in known:
+            raise ValueError(
+                f"--skip_sources={name} is not a source of the recipe: "
+                f"{', '.join(known) or 'it names none'}"
+            )
+    sources = [source for source in recipe.sources if source.name not in skip_sources]
+    if "text_key" in settings:
+        sources = [
+            dataclasses.replace(source, text_key=settings["text_key"])
+            if source.text_key == "text"
+            else source
+            for source in sources
+        ]
+    if stages is not None:
+        settings["stages"] = tuple(stages)
+    if test_sets:
+        settings["decontamination"] = dataclasses.replace(
+            recipe.decontamination, test_sets=tuple(test_sets)
+        )
+    return dataclasses.replace(recipe, sources=tuple(sources), **settings)
+
+
 def validate(recipe: Recipe) -> None:
     """Check a recipe. Raises ValueError in one line with the value, the limit and a remedy."""
     for stage in recipe.stages:
@@ -228,7 +267,8 @@ def _entries(root: str) -> tuple[Source, ...]:
     files = list_files(root)
     if not files:
         raise ValueError(f"{root} holds nothing to read; give a folder with any of {READABLE}")
-    if len(files) == 1 and not find(root)[1]:
+    found = find(root)
+    if len(files) == 1 and found is not None and not found.is_folder:
         return (Source("input", (root,)),)
     entries = sorted({file.name.split("/")[0] if "/" in file.name else "" for file in files})
     if "" in entries:

@@ -88,8 +88,12 @@ class Runner:
 
     def run(self, label: str, tasks: list[Task]) -> list[dict]:
         """Run the ``tasks`` that are not done, and return the results of all in their order."""
-        records = [_record(self.root, task) for task in tasks]
-        missing = [number for number, record in enumerate(records) if record is None]
+        records = {
+            number: record
+            for number, task in enumerate(tasks)
+            if (record := _record(self.root, task)) is not None
+        }
+        missing = [number for number in range(len(tasks)) if number not in records]
         with tqdm(
             desc=label,
             total=len(tasks),
@@ -102,9 +106,9 @@ class Runner:
             ):
                 records[missing[number]] = record
                 bar.update()
-        for task, record in zip(tasks, records, strict=True):
-            self._kept |= {task.name + ".json", *record["files"]}
-        return [record["result"] for record in records]
+        for number, task in enumerate(tasks):
+            self._kept |= {task.name + ".json", *records[number]["files"]}
+        return [records[number]["result"] for number in range(len(tasks))]
 
     @property
     def folder(self) -> "Folder":
@@ -150,7 +154,7 @@ class Folder:
 
     def __init__(self, root: str, written: list[str] | None = None):
         self.root = root
-        self._written = written
+        self._written = [] if written is None else written
 
     def read(self, name: str) -> bytes:
         content = storage.read_file(self.root, name)
@@ -247,7 +251,9 @@ def _start() -> None:
     run."""
 
     def watch() -> None:
-        parent_process().join()
+        parent = parent_process()
+        assert parent is not None  # this is a process of the pool
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

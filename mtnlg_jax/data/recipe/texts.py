@@ -197,6 +197,7 @@ def cleaned(folder: Folder, name: str, shard: Shard, config: CleanConfig) -> dic
         if found.dropped:
             tally.took("dropped", found.dropped, row.place, row.text)
             continue
+        assert found.text is not None  # only a dropped document has no text
         for rule in found.counts:
             tally.took("changed", rule, row.place, _change(rule, row.text, found.text))
         kept.append(Row(found.text, row.place))
@@ -239,17 +240,13 @@ def candidate_pairs(
     """Write NAME.npy, int64 [pairs, 2]: documents of the whole corpus that share a key of ``band``
     in this part of its range. ``ranks`` [shards] are those of each shard's first document."""
     found = []
-    numbers = []
-    rank = []
     start = 0
     for file, first in zip(keys, ranks, strict=True):
         values = load(folder, f"{file}-{band:04d}")
         inside = np.flatnonzero(values % np.uint64(parts) == part)
-        found.append(values[inside])
-        numbers.append(start + inside)
-        rank.append(first + inside)
+        found.append((values[inside], start + inside, first + inside))
         start += len(values)
-    values, numbers, rank = map(np.concatenate, (found, numbers, rank))
+    values, numbers, rank = map(np.concatenate, zip(*found, strict=True))
     pairs = dedup.candidates(values[:, None], rank)
     save(folder, name, numbers[pairs])
     return {"pairs": len(pairs)}

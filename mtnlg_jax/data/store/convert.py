@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,6 +22,9 @@ from mtnlg_jax.data.store.prepared import PREPARED, prepared_info, tokenizer_inf
 from mtnlg_jax.data.store.sources import open_tokens
 from mtnlg_jax.data.store.tokens import Tokens, TokenWriter
 from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 _PIECE = 1 << 22  # tokens read at once, or one document
 _LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -168,10 +172,10 @@ def _tokenizer_of(tokens: Tokens, source: str, named: str) -> Tokenizer:
 
 
 @contextlib.contextmanager
-def _open_lines(path: str, target: str):
+def _open_lines(path: str, target: str) -> Iterator["SupportsWrite[bytes]"]:
     """Open a file of bytes, compressed according to the name ``target``."""
     with open(path, "wb") as raw, contextlib.ExitStack() as stack:
-        file = raw
+        file: SupportsWrite[bytes] = raw
         if target.lower().endswith(".gz"):
             import gzip
 

@@ -63,7 +63,7 @@ class MegatronTokens(Tokens):
 
     def __init__(self, location: str, meta: dict, array: np.ndarray, offsets: Offsets):
         super().__init__(location, meta, array, offsets)
-        self._tokenizer = None
+        self._tokenizer: Tokenizer | None = None
 
     def attach(self, tokenizer: Tokenizer) -> None:
         """Set the tokenizer: reading a token outside its vocabulary raises ValueError from now on.
@@ -82,9 +82,15 @@ class MegatronTokens(Tokens):
 
     @functools.cached_property
     def predicted(self) -> tuple[int, int]:
-        """As in `Tokens`; reads all tokens."""
+        """As in `Tokens`; reads all tokens. Raises ValueError without a tokenizer."""
+        tokenizer = self._tokenizer
+        if tokenizer is None:
+            raise ValueError(
+                f"{self.location}: the bytes of its tokens are not known without the tokenizer "
+                "that made them; attach it first"
+            )
         sizes = np.array(
-            [len(self._tokenizer.token_bytes(index)) for index in range(self._tokenizer.vocab_size)]
+            [len(tokenizer.token_bytes(index)) for index in range(tokenizer.vocab_size)]
         )
         count = len(self)
         size = 0
@@ -206,8 +212,7 @@ def write_megatron(tokens: Tokens, prefix: str | os.PathLike, overwrite: bool = 
     vocab_size = tokens.meta["vocab_size"]
     if vocab_size is None:
         raise ValueError(
-            f"{tokens.location}: of what vocabulary the tokens are is not known; give their "
-            "--tokenizer"
+            f"{tokens.location}: the vocabulary of the tokens is unknown; give their --tokenizer"
         )
     if tokens.conversations:
         raise ValueError(

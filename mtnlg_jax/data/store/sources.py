@@ -86,7 +86,8 @@ def open_sources(
     for tokens in [*opened.values(), *held_out.values()]:
         if isinstance(tokens, MegatronTokens):
             tokens.attach(found)
-    if not all(opened[path].begins_with(found.bos_id) for path in foreign):
+    megatron = [tokens for tokens in opened.values() if isinstance(tokens, MegatronTokens)]
+    if not all(tokens.begins_with(found.bos_id) for tokens in megatron):
         found.prompt_bos = False
     return found, opened, held_out
 

@@ -20,6 +20,7 @@ import json
 import os
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import tensorstore
@@ -279,7 +280,7 @@ class Tokens:
         self,
         location: str,
         meta: dict,
-        array: tensorstore.TensorStore,
+        array: tensorstore.TensorStore | np.ndarray,
         offsets: Offsets,
         prompt_lengths: np.ndarray | None = None,
         answers: tensorstore.TensorStore | None = None,
@@ -287,8 +288,8 @@ class Tokens:
         self.location = location
         self.meta = meta
         self.prompt_lengths = prompt_lengths
-        self._answers = answers
-        self._array = array
+        self._answers: Any = answers
+        self._array: Any = array  # a TensorStore here; a subclass may hold a numpy array
         self._offsets = offsets
 
     def __len__(self) -> int:
@@ -349,11 +350,10 @@ class Tokens:
         on."""
         return self._read_windows(self._answers, starts, length, "uint8")
 
-    def _read_windows(self, stored, starts: np.ndarray, length: int, dtype: str) -> np.ndarray:
-        starts = [int(start) for start in starts]
+    def _read_windows(self, stored: Any, starts: np.ndarray, length: int, dtype: str) -> np.ndarray:
         windows = np.empty((len(starts), length), dtype)
         pending = []  # start all reads before waiting for the first
-        for row, start in zip(windows, starts, strict=True):
+        for row, start in zip(windows, map(int, starts), strict=True):
             head = min(length, len(self) - start)
             pending.append((row[:head], stored[start : start + head].read()))
             if head < length:

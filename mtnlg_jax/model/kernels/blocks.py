@@ -17,7 +17,7 @@ import jax
 
 TABLE = resources.files(__package__) / "blocks.json"
 # both: output and all gradients, of any implementation
-PASSES = ("forward", "dq", "dkv", "decode", "both")
+PASSES = ("forward", "dq", "dkv", "both", "decode")
 
 
 def scope(
@@ -33,7 +33,9 @@ def scope(
     """A scope around the call of a kernel, from which a reader of the compiled program learns the
     kernel's name and its FLOPs: ``products`` of (queries x keys x width) for each row and head, or
     half of them if causal."""
+    # A product of (m x k) and (k x n) takes 2 m k n.
     flops = 2 * products * rows * heads * queries * keys * width
+    # Half of the scores are hidden, up to the diagonal.
     if causal and queries > 1:
         flops //= 2
     return jax.named_scope(f"{name}:{flops}flops")
@@ -89,6 +91,7 @@ def read(text: str) -> tuple[Entry, ...]:
 
 
 # Parts of jax's device_kind -> the table's name for the device; the first match counts.
+# The order matters: "v5" is part of the names of v5e.
 _DEVICES = {
     "v5 lite": "v5e",
     "v5e": "v5e",
@@ -121,6 +124,8 @@ def _nearest(
         return (
             entry.causal != causal,
             entry.dtype != dtype,
+            # Logarithms, since 64 and 128 are as far apart as 128 and 256. The tuple puts causality
+            # first and length last.
             abs(math.log(entry.head_width / head_width)),
             abs(math.log(entry.length / max(length, 1))),
         )
@@ -140,6 +145,7 @@ def blocks_for(
     """Block sizes for pass ``kind`` of ``impl``: the table's for the nearest length, or else
     default_blocks()."""
     entry = _nearest(kind, impl, device, dtype, head_width, length, causal)
+    # An entry without sizes says only how long the implementation took.
     if entry and entry.blocks.kv:
         return entry.blocks
     return default_blocks(kind, impl, dtype, head_width, causal)
@@ -171,6 +177,7 @@ def fastest(
 ) -> tuple[str, str] | None:
     """(the implementation that took the least time for output and gradients at the nearest shape,
     the measurement in words), or None unless each of ``impls`` was timed near that shape."""
+    # Only a comparison in which every implementation has a time is fair.
     timed = []
     for impl in impls:
         entry = _nearest("both", impl, device, dtype, head_width, length, causal)

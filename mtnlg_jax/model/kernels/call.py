@@ -10,13 +10,14 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from mtnlg_jax.model.kernels.blocks import Blocks
 from mtnlg_jax.model.kernels.mask import Mask
 
 
 class _Call:
-    """What both kinds of calls derive from q, whose last dim is the head width."""
+    """Values that both kinds of calls derive from q, whose last dim is the head width."""
 
-    q: jax.Array
+    q: jax.Array | jax.ShapeDtypeStruct
     scale: float | None
 
     @property
@@ -39,9 +40,9 @@ class AttentionCall(_Call):
 
     decoding: ClassVar[bool] = False
 
-    q: jax.Array  # (B, S, N, H)
-    k: jax.Array  # (B, T, K, H)
-    v: jax.Array  # (B, T, K, H)
+    q: jax.Array | jax.ShapeDtypeStruct  # (B, S, N, H)
+    k: jax.Array | jax.ShapeDtypeStruct  # (B, T, K, H)
+    v: jax.Array | jax.ShapeDtypeStruct  # (B, T, K, H)
     causal: bool = True
     segment_ids: jax.Array | tuple[jax.Array, jax.Array] | None = None
     kv_lengths: jax.Array | None = None
@@ -53,7 +54,7 @@ class AttentionCall(_Call):
     dropout_rate: float = 0.0
     dropout_key: jax.Array | None = None
     impl: str = "auto"
-    block_sizes: tuple[int, int] | None = None
+    block_sizes: tuple[int, int] | Blocks | None = None
     return_lse: bool = False
 
     @property

@@ -77,10 +77,12 @@ def mask_arrays(mask: Mask) -> tuple:
 def _kernel(impl: str) -> ModuleType:
     # Imported late: neither module is needed on the other's hardware, or on a CPU.
     if impl == "pallas_tpu":
-        from mtnlg_jax.model.kernels.tpu import flash as module
-    else:
-        from mtnlg_jax.model.kernels.gpu import flash as module
-    return module
+        from mtnlg_jax.model.kernels.tpu import flash as tpu_flash
+
+        return tpu_flash
+    from mtnlg_jax.model.kernels.gpu import flash as gpu_flash
+
+    return gpu_flash
 
 
 def forward(plan: DispatchPlan, q, k, v, mask: Mask):

@@ -66,6 +66,7 @@ def visible(
     tests = []
     if causal:
         tests.append(keys <= positions)
+    # A window counts the query's own key: with window=1 a query sees nothing else.
     if window is not None:
         tests.append(keys > positions - window)
         if not causal:
@@ -107,6 +108,7 @@ def any_visible(
     if length is not None:
         tests.append(first_kv < length)
     if q_ids is not None:
+        # Two ranges of ids overlap.
         tests += [q_ids[0] <= kv_ids[1], kv_ids[0] <= q_ids[1]]
     return functools.reduce(jnp.logical_and, tests) if tests else None
 
@@ -165,6 +167,7 @@ def first_block(position, block: int, *, whole: bool = False, lib: ModuleType = 
     there or later. ``position`` None means no bound: block 0."""
     if position is None:
         return 0
+    # A range may begin before position 0, for example with a window: then block 0 is the first.
     position = lib.maximum(position, 0)
     return _divide(position + (block - 1) if whole else position, block, lib)
 
@@ -184,6 +187,7 @@ def end_block(position, block: int, blocks: int, *, whole: bool = False, lib: Mo
 def id_range(ids, blocks: int, block: int):
     """Lowest and highest id of each block, (B, blocks) each."""
     padding = ((0, 0), (0, blocks * block - ids.shape[1]))
+    # The padding repeats the last id, so it does not widen the range of its block.
     ids = jnp.pad(ids, padding, mode="edge").reshape(ids.shape[0], blocks, block)
     return ids.min(-1), ids.max(-1)
 
@@ -193,13 +197,16 @@ def _edges(mask: Mask, rows: int, queries: int, keys: int, block_q: int, block_k
     last block ends where its padding ends."""
     blocks_q = -(-queries // block_q)
     blocks_kv = -(-keys // block_kv)
-    first_q = jnp.arange(blocks_q)[:, None] * block_q
+    first_q = jnp.arange(blocks_q)[None, :, None] * block_q
     last_q = first_q + (block_q - 1)
-    first_kv = jnp.arange(blocks_kv) * block_kv
+    first_kv = jnp.arange(blocks_kv)[None, None, :] * block_kv
     last_kv = first_kv + (block_kv - 1)
+    # With ``clip`` padding does not make a block visible. Without it padding counts, as keys that
+    # no query sees.
     if clip:
         last_q = jnp.minimum(last_q, queries - 1)
         last_kv = jnp.minimum(last_kv, keys - 1)
+    # Positions of queries are on the axis of the keys from here on.
     offset = jnp.broadcast_to(jnp.asarray(mask.q_offset), (rows,))[:, None, None]
     return offset + first_q, offset + last_q, first_kv, last_kv
 
@@ -235,6 +242,7 @@ def wholly_visible_blocks(
     """Booleans (B, blocks of queries, blocks of keys), True only if every query of the one sees
     every key of the other. Padding counts as invisible keys."""
     sizes = (queries, keys, block_q, block_kv)
+    # Always with a length, because keys of the last block may not exist.
     length = jnp.full((rows,), keys)
     if mask.kv_lengths is not None:
         length = jnp.minimum(length, mask.kv_lengths)
@@ -265,6 +273,8 @@ def block_ranges(
     if of_keys:
         seen = seen.swapaxes(1, 2)
     some = seen.any(-1)
+    # The first True. One range for each block: blocks inside of it in which nothing is visible are
+    # visited and masked.
     first = jnp.argmax(seen, -1)
     end = seen.shape[-1] - jnp.argmax(seen[..., ::-1], -1)
     return jnp.where(some, first, 0).astype(jnp.int32), jnp.where(some, end, 0).astype(jnp.int32)

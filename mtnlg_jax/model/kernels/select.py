@@ -1,4 +1,4 @@
-"""What each implementation of attention supports, and which one serves a call: one table."""
+"""The table of attention implementations: what each supports, and which one serves a call."""
 
 # Shapes: S query positions, T key positions, H head width
 
@@ -17,8 +17,10 @@ FLOATS = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Support:
-    """What one implementation supports. ``options`` are the arguments of attention() that it
-    takes."""
+    """The calls that an implementation supports.
+
+    ``options`` are the arguments of attention() that it accepts.
+    """
 
     runs_on: str  # "anything", or the hardware
     dtypes: tuple[str, ...]

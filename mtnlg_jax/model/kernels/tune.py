@@ -14,7 +14,7 @@ from jax import lax
 from mtnlg_jax import compat
 from mtnlg_jax.model.attention import attention
 from mtnlg_jax.model.kernels import dispatch
-from mtnlg_jax.model.kernels.blocks import Blocks
+from mtnlg_jax.model.kernels.blocks import PASSES, Blocks
 from mtnlg_jax.model.kernels.call import AttentionCall
 from mtnlg_jax.model.kernels.mask import Mask
 from mtnlg_jax.model.kernels.select import SUPPORT, device, unsupported_reason
@@ -53,6 +53,7 @@ def milliseconds(run: Callable, arguments, seconds: float = 0.3, rounds: int = 3
     """Median time of one ``run(*arguments)`` on the device: many runs in one program, one after the
     other, less the cost of starting a program."""
 
+    # The number of runs is traced: one compilation serves all.
     @jax.jit
     def repeat(times, arguments):
         def again(_, arguments):
@@ -73,14 +74,17 @@ def milliseconds(run: Callable, arguments, seconds: float = 0.3, rounds: int = 3
         return time.perf_counter() - start
 
     wall(1)
+    # A first guess of one run, to choose how many fill ``seconds``.
     once = max(min(wall(2) for _ in range(3)) / 2, 1e-7)
     times = max(2, round(seconds / once))
+    # The difference removes the start of the program, which on a GPU takes longer than a small
+    # kernel.
     return statistics.median((wall(times + 1) - wall(1)) / times for _ in range(rounds)) * 1e3
 
 
 def passes(impl: str) -> tuple[str, ...]:
     """The passes of an implementation that can be timed."""
-    return ("forward", "dq", "dkv", "both", "decode") if impl.startswith("pallas") else ("both",)
+    return PASSES if impl.startswith("pallas") else ("both",)
 
 
 def shape_of(length: int, head_width: int, heads: int, tokens: int, dtype: str):
@@ -103,6 +107,7 @@ def _run_of(impl: str, kind: str, causal: bool, blocks: Blocks, q, k, v) -> tupl
             return out.astype(jnp.float32).sum()
 
         return jax.grad(loss, (0, 1, 2)), (q, k, v)
+    # One query a row: the first of each sequence, against all keys.
     if kind == "decode":
         run = functools.partial(
             dispatch.decode,
@@ -111,6 +116,7 @@ def _run_of(impl: str, kind: str, causal: bool, blocks: Blocks, q, k, v) -> tupl
             softcap=None,
             block_kv=blocks.kv or None,
         )
+        # A full cache, the longest case.
         lengths = jnp.full(q.shape[:1], q.shape[1], jnp.int32)
         return run, (q[:, 0], k.swapaxes(1, 2), v.swapaxes(1, 2), lengths)
     mask = Mask(causal)
@@ -148,6 +154,7 @@ def sweep(
         if unsupported_reason(impl, AttentionCall(q, k, v, causal=masked)):
             continue
         for kind in passes(impl):
+            # A single query has no causal form; it is timed once.
             if kind == "decode" and masked:
                 continue
             timed = {}
@@ -159,6 +166,7 @@ def sweep(
                     continue
             if timed:
                 best = min(timed, key=lambda blocks: timed[blocks])
+                # The implementations without a choice of sizes record their time alone.
                 sizes = {name: size for name, size in best._asdict().items() if best.kv and size}
                 if impl != "pallas_gpu":
                     sizes.pop("stages", None)

@@ -67,21 +67,22 @@ def _ungroup(x):
 def _visible(mask: Mask, q_ids, kv_ids, q_start, q_size, k_start, k_size):
     """Booleans that broadcast to (B, K, G, q_size, k_size), or None if nothing is masked. The ids
     are those of the block."""
-    positions = jnp.asarray(mask.q_offset)[..., None] + q_start + jnp.arange(q_size)
+    # (1, q_size), or (B, q_size) if offsets differ by row.
+    positions = jnp.reshape(mask.q_offset, (-1, 1)) + q_start + jnp.arange(q_size)[None, :]
     length = None if mask.kv_lengths is None else mask.kv_lengths[:, None, None]
     if q_ids is not None:
         q_ids = q_ids[:, :, None]
         kv_ids = kv_ids[:, None, :]
     seen = visible(
-        positions[..., None],  # (q_size, 1), or (B, q_size, 1) if offsets differ by row
-        k_start + jnp.arange(k_size),
+        positions[:, :, None],
+        k_start + jnp.arange(k_size)[None, None, :],
         causal=mask.causal,
         window=mask.window,
         length=length,
         q_ids=q_ids,
         kv_ids=kv_ids,
     )
-    return seen if seen is None or seen.ndim == 2 else seen[:, None, None]
+    return None if seen is None else seen[:, None, None]
 
 
 def exact(
@@ -133,7 +134,8 @@ def decode(
         scores = scores * k_scale[:, :, None]
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    seen = visible(0, jnp.arange(k_cache.shape[2]), causal=False, length=lengths[:, None])
+    keys_1T = jnp.arange(k_cache.shape[2])[None, :]
+    seen = visible(0, keys_1T, causal=False, length=lengths[:, None])
     weights, lse = softmax(jnp.where(seen[:, None, None], scores, NEG_INF))
     if v_scale is not None:
         weights = weights * v_scale[:, :, None]

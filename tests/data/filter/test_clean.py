@@ -63,7 +63,7 @@ def changed(text):
     return result.text, result.counts
 
 
-def test_good_text_passes_untouched():
+def test_good_text_is_unchanged():
     for text, language in ((ENGLISH, "en"), (CHINESE, "zh")):
         result = clean(text, CleanConfig(languages=(language,)))
         assert (result.text, result.dropped, result.counts, result.language) == (
@@ -78,7 +78,7 @@ def test_good_text_passes_untouched():
 
 
 @pytest.mark.parametrize(
-    "text, mended",
+    "text, repaired",
     [
         ("schÃ¶n und grÃ¼n", "schön und grün"),
         ("It&rsquo;s &lt;b&gt; &amp; more", "It’s <b> & more"),
@@ -95,7 +95,7 @@ def test_good_text_passes_untouched():
         ("a\x1fb\x81c", "a bc"),
         ("co\xadop", "coop"),
         ("\ufff9漢\ufffaかん\ufffb字", "漢(かん)字"),
-        # What is sound, though it looks like damage.
+        # Correct texts that look like damage.
         ("10³ cells, 5½ m², ㎏ ℃ Ⅷ ①", "10³ cells, 5½ m², ㎏ ℃ Ⅷ ①"),
         ("d×² and 2×³√2", "d×² and 2×³√2"),
         ("Ã is A with a tilde", "Ã is A with a tilde"),
@@ -105,13 +105,13 @@ def test_good_text_passes_untouched():
         ("∂²u/∂t² = c²∇²u ± σ²", "∂²u/∂t² = c²∇²u ± σ²"),
     ],
 )
-def test_unicode(text, mended):
-    assert changed(text)[0] == mended
-    assert (changed(text)[1].get("unicode", 0) > 0) == (text != mended)
+def test_unicode_is_repaired(text, repaired):
+    assert changed(text)[0] == repaired
+    assert (changed(text)[1].get("unicode", 0) > 0) == (text != repaired)
 
 
 @pytest.mark.parametrize(
-    "text, mended",
+    "text, repaired",
     [
         ("Johnson &amp; Johnson met at 5 &gt; 3", "Johnson & Johnson met at 5 > 3"),
         ("caf&eacute; &ndash; it&#8217;s &quot;open&quot;", 'café – it’s "open"'),
@@ -121,9 +121,9 @@ def test_unicode(text, mended):
         ("&ldquo;Rock &amp; Roll&rdquo; by the band", "“Rock & Roll” by the band"),
     ],
 )
-def test_entities_that_are_left_over_are_resolved(text, mended):
-    assert changed(text)[0] == mended
-    assert changed(f"A line & another.\n{text}")[0] == f"A line & another.\n{mended}"
+def test_leftover_entities_are_resolved(text, repaired):
+    assert changed(text)[0] == repaired
+    assert changed(f"A line & another.\n{text}")[0] == f"A line & another.\n{repaired}"
 
 
 @pytest.mark.parametrize(
@@ -150,11 +150,11 @@ def test_entities_that_are_left_over_are_resolved(text, mended):
         "the “&quot;” sign",
     ],
 )
-def test_entities_that_a_text_is_about_stay(text):
+def test_entities_in_texts_about_html_are_kept(text):
     assert changed(text) == (text, {})
 
 
-def test_normalization_can_be_left_out():
+def test_normalization_can_be_disabled():
     config = CleanConfig(**KEEP, normalization="none")
     assert (
         clean("cafe\u0301 eﬃcient &amp; sch\u00c3\u00b6n Å", config).text
@@ -162,7 +162,7 @@ def test_normalization_can_be_left_out():
     )
 
 
-def test_nfkc_is_there_for_whoever_asks():
+def test_nfkc_on_request():
     config = CleanConfig(**KEEP, normalization="NFKC")
     assert clean("10³ H₂O ½，Ａ", config).text == "10³ H₂O ½,A"
     assert clean("全角，ＡＢＣ！①", CleanConfig(**KEEP, normalization="NFKC")).text == "全角,ABC!1"
@@ -205,7 +205,7 @@ def random_texts(seed, count, longest=60):
     for _ in range(count):
         scripts = draw.sample(SCRIPTS, draw.randint(1, 4))
         text = "".join(draw.choice(draw.choice(scripts)) for _ in range(draw.randint(0, longest)))
-        if draw.random() < 0.3:  # mojibake as it comes about
+        if draw.random() < 0.3:  # mojibake as it occurs
             text = text.encode("utf-8", "replace").decode(
                 draw.choice(["latin-1", "cp1252", "cp1251"]), "replace"
             )
@@ -214,7 +214,7 @@ def random_texts(seed, count, longest=60):
         yield text
 
 
-def test_any_string_becomes_valid_and_stays_so():
+def test_cleaning_any_string_is_valid_and_idempotent():
     for text in random_texts(1, 3000):
         for config in (CHANGE_ONLY, ANY):
             once = clean(text, config)
@@ -228,7 +228,7 @@ def test_any_string_becomes_valid_and_stays_so():
             assert unicodedata.is_normalized("NFC", once.text)
 
 
-def test_lines_that_are_passed_over_are_those_that_nothing_mends():
+def test_only_lines_that_ftfy_leaves_unchanged_are_skipped():
     touched = 0
     for text in random_texts(2, 6000, longest=24):
         text = unicodedata.normalize("NFC", text.replace("\r", ""))
@@ -241,7 +241,7 @@ def test_lines_that_are_passed_over_are_those_that_nothing_mends():
     assert module._repair(ascii_only, CHANGE_ONLY) == (ascii_only, 0)
 
 
-def test_ftfy_knows_no_pair_of_characters_that_is_passed_over():
+def test_ftfy_repairs_no_skipped_pair_of_characters():
     from ftfy.badness import BADNESS_RE, MOJIBAKE_CATEGORIES
 
     characters = sorted(
@@ -387,13 +387,13 @@ Share the bread on the table.
 
 
 @pytest.mark.parametrize("line", NOTICES)
-def test_boilerplate_lines_go(line):
+def test_boilerplate_lines_are_removed(line):
     assert remove_boilerplate(f"Before.\n{line}\nAfter.") == ("Before.\nAfter.", 1)
     assert clean(f"{ENGLISH}{line}\n{ENGLISH[:9]}", ANY).counts["boilerplate"] == 1
 
 
 @pytest.mark.parametrize("line", PROSE)
-def test_prose_about_such_things_stays(line):
+def test_prose_about_boilerplate_is_kept(line):
     assert remove_boilerplate(f"Before.\n{line}\nAfter.")[1] == 0
     assert remove_boilerplate(line.ljust(100) + NOTICES[0] * 3)[1] == 0  # a long line
 
@@ -452,7 +452,7 @@ CHECKED = "11010519491231002X"  # the example of GB 11643
             r'key = "-----BEGIN PRIVATE KEY-----\nMIIEpAIBAAKCAQEAxyz0\nabcdefghijklmnopqrst"',
             'key = "<PRIVATE_KEY>"',
         ),
-        # Beside any punctuation, in rows, lists and queries.
+        # Next to any punctuation, in rows, lists and queries.
         (
             "Call 13812345678,13987654321 or 010-62345678/62345679.",
             "Call <PHONE>,<PHONE> or <PHONE>/<PHONE>.",
@@ -612,11 +612,11 @@ def test_personal_data_is_masked(text, masked):
         "10^13812345678",
     ],
 )
-def test_other_numbers_stay(text):
+def test_other_numbers_are_kept(text):
     assert changed(text) == (text, {})
 
 
-def test_only_what_is_asked_for_is_masked():
+def test_only_the_requested_kinds_are_masked():
     text = "a@b.org 078-05-1120"
     assert pii.mask(text, ("us_ssn",)) == ("a@b.org <US_SSN>", {"us_ssn": 1})
     assert clean(text, CleanConfig(**KEEP, mask=())).text == text
@@ -675,10 +675,12 @@ def _mostly(line, count=40):
         ("duplicate_ngrams", CHINESE + CHINESE[20:150], {"languages": ("zh",)}),
     ],
 )
-def test_each_rule_drops_what_it_is_for(rule, text, settings):
+def test_each_rule_drops_its_target(rule, text, settings):
     settings = {"stop_words": {"min_stop_words": 2}}.get(rule, {}) | settings
     result = clean(text, CleanConfig(**settings))
-    if rule == "stop_words":  # its words are English, whatever the identifier says of so odd a text
+    if (
+        rule == "stop_words"
+    ):  # its words are English, but the identifier may decide otherwise for such a text
         result = clean(
             "the " + text,
             CleanConfig(languages=("en",), min_language_confidence=0, duplicate_ngrams=()),
@@ -686,7 +688,7 @@ def test_each_rule_drops_what_it_is_for(rule, text, settings):
     assert (result.text, result.dropped, result.counts.get(rule)) == (None, rule, 1)
 
 
-def test_limits_are_kept():
+def test_texts_at_the_limits_are_kept():
     tokens = "word, " * 64  # 64 words and 64 commas
     assert clean(tokens, CleanConfig(**KEEP | {"min_tokens": 128})).dropped is None
     assert clean(tokens, CleanConfig(**KEEP | {"min_tokens": 129})).dropped == "too_short"
@@ -698,7 +700,7 @@ def test_limits_are_kept():
     )
 
 
-def test_measures_of_repetition_by_hand():
+def test_repetition_measures_by_hand():
     assert duplicate_share(["ab", "cdef", "ab", "ab"]) == (0.5, 0.4)
     units = Units("Big dog big dog a b c d")
     assert (len(units), units.unspaced) == (8, False)
@@ -709,7 +711,7 @@ def test_measures_of_repetition_by_hand():
     assert units.top_share(2) == 4 / 10 and units.duplicate_share(1) == 2 / 10
 
 
-def test_ngrams_against_plain_counting():
+def test_ngram_measures_equal_plain_counting():
     draw = random.Random(3)
     for length in (10, 200, 3000):
         words = [draw.choice(WORDS) for _ in range(length)]
@@ -732,7 +734,7 @@ def test_ngrams_against_plain_counting():
             assert units.duplicate_share(n) == sum(len(words[place]) for place in covered) / total
 
 
-def test_a_long_text_is_judged_in_windows():
+def test_a_long_text_is_measured_in_windows():
     draw = random.Random(4)
     words = " ".join(str(draw.randrange(10**6)) for _ in range(20_000))
     once = Units(words)
@@ -740,7 +742,7 @@ def test_a_long_text_is_judged_in_windows():
     assert once.duplicate_share(5) == 0
 
 
-def test_language_of_a_bounded_sample():
+def test_language_is_identified_on_a_bounded_sample():
     assert identify(ENGLISH)[0] == "en" and identify(CHINESE)[0] == "zh"
     assert identify(ENGLISH * 500)[0] == "en" and identify("")[1] < 0.5
     assert all(0 <= identify(text)[1] <= 1 for text in ("", "1", ENGLISH, CHINESE))
@@ -764,7 +766,7 @@ def test_language_of_a_bounded_sample():
         ({"duplicate_ngrams": ((0, 0.1),)}, "n=0"),
     ],
 )
-def test_bad_settings(settings, message):
+def test_invalid_settings_raise_an_error(settings, message):
     with pytest.raises(ValueError, match=message):
         CleanConfig(**settings)
 
@@ -778,7 +780,7 @@ def test_bad_settings(settings, message):
         ("zh/debian_handbook", "zh"),
     ],
 )
-def test_real_text_is_hardly_touched(shared, folder, language):
+def test_real_text_is_almost_unchanged(shared, folder, language):
     config = CleanConfig(languages=(language,))
     for document in read_documents(shared / "data/pretrain" / folder):
         text = document.text[:300_000]
@@ -790,7 +792,7 @@ def test_real_text_is_hardly_touched(shared, folder, language):
         )
 
 
-def test_planted_data_is_found_in_real_text(shared):
+def test_planted_personal_data_is_found_in_real_text(shared):
     lines = (
         (shared / "data/pretrain/zh/classic_novels/西游记.txt").read_text()[:100_000].split("\n")
     )

@@ -53,7 +53,7 @@ def _oracle_lengths(keys):
 
 
 def _oracle_match(text, keys, size):
-    """(start, n-gram) that the script comes upon first in a text, or None; word by word."""
+    """Return (start, n-gram) of the first match of the script in a text, or None, word by word."""
     found = list(re.finditer(r"\w+", text.lower()))
     lengths = _oracle_lengths(frozenset(keys))
 
@@ -103,14 +103,14 @@ def _oracle_pieces(text, keys, config):
 
 
 def _random_text(generator, length):
-    # "İ" is two characters in lower case; how "Σ" is lowered depends on what stands around it, full
-    # stops excepted.
+    # "İ" is two characters in lower case; the lower case of "Σ" depends on its neighbors, except
+    # full stops.
     odd = generator.choice([["b"], ["İ "], ["a.Σ ", "Σ "], ["aΣ ", "Σ ", "Σ"], ["天 "], ["ß."]])
     words = ["a", "a ", "B ", "a b ", "ba ", "a,   ", "a. ", "b!", "_\n", *odd]
     return "".join(generator.choices(words, k=length))
 
 
-def test_equal_to_the_procedure_written_out():
+def test_equal_to_a_direct_implementation():
     generator = random.Random(3)
     outcomes = collections.Counter()
     for _ in range(1000):
@@ -146,8 +146,8 @@ def test_equal_to_the_procedure_written_out():
 
 
 def test_a_cut_through_a_word_leaves_its_end():
-    # A match counts one space between words, so where more stands there the search goes on inside
-    # the last word.
+    # A match counts one space between words, so if there are more the search continues inside the
+    # last word.
     keys = ngrams(["aaa bbb", "bb cccc", "c d"], Decontamination(max_words=2, min_words=2))
     text = "aaa,,, bbb,, cccc d e"
     assert (
@@ -179,7 +179,7 @@ def _tests(request, corpus):
 
 
 @pytest.mark.parametrize("corpus", ["embedded", "real"])
-def test_planted_leaks_are_found_and_nothing_else(corpus, request):
+def test_only_planted_leaks_are_found(corpus, request):
     originals = _corpus(request, corpus)
     tests = _tests(request, corpus)
     keys = ngrams(tests)
@@ -216,7 +216,7 @@ def test_planted_leaks_are_found_and_nothing_else(corpus, request):
         assert all(_oracle_match(piece, rare.keys, 13) is None for piece in left[-1:])
 
 
-def test_a_cut_by_hand():
+def test_pieces_around_a_cut_by_hand():
     leak = "one two three four five six seven eight nine ten eleven twelve thirteen"
     before = "Before. " * 60
     after = "After. " * 60
@@ -237,7 +237,7 @@ def test_more_than_ten_pieces_drop_the_document():
     assert pieces(ten, ngrams([leak])) == ([], [leak] * 10)
 
 
-def test_frequent_n_grams_stay():
+def test_frequent_n_grams_are_kept():
     leak = "a rolling stone gathers no moss and neither does a well used road"
     keys = ngrams([leak])
     counts = collections.Counter()
@@ -268,14 +268,14 @@ def test_n_grams_survive_a_pickle():
     assert other == keys and pieces("x " * 9 + " ".join(keys.keys), other)[1] == list(keys.keys)
 
 
-def test_no_test_texts():
+def test_no_test_texts_raise_an_error():
     with pytest.raises(ValueError, match="hold no text"):
         ngrams([])
     with pytest.raises(ValueError, match="none of 2 test texts has min_words=8"):
         ngrams(["too short", ""])
 
 
-def test_a_test_set_that_equals_the_corpus(texts):
+def test_a_test_set_equal_to_the_corpus(texts):
     english = texts[:-1]
     keys = ngrams(english)
     hit = sum(bool(pieces(text, keys)[1]) for text in english)
@@ -293,7 +293,7 @@ def test_a_test_set_that_equals_the_corpus(texts):
         ({"side": -1}, "side=-1"),
     ],
 )
-def test_bad_settings(wrong, message):
+def test_invalid_settings_raise_an_error(wrong, message):
     with pytest.raises(ValueError, match=message):
         Decontamination(**wrong)
 
@@ -348,7 +348,7 @@ FORMS = {
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst", ".bz2", ".xz"])
 @pytest.mark.parametrize("name", FORMS)
-def test_test_sets_of_every_form_packed_or_not(tmp_path, name, suffix):
+def test_test_sets_of_every_format_compressed_or_not(tmp_path, name, suffix):
     pack = {
         "": bytes,
         ".gz": gzip.compress,
@@ -375,7 +375,7 @@ def test_parquet_test_sets(tmp_path):
     }
 
 
-def test_every_field_counts_however_deep_it_lies(tmp_path):
+def test_fields_at_any_depth_are_read(tmp_path):
     row = {
         "question": "q",
         "choices": {"text": ["a", "b"], "label": ["A", "B"]},
@@ -426,19 +426,19 @@ def test_encodings_of_test_sets(tmp_path):
         ("a.json", "{}", "query", r"\['query'\]"),
     ],
 )
-def test_bad_test_sets(tmp_path, name, content, keys, message):
+def test_invalid_test_sets_raise_an_error(tmp_path, name, content, keys, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         _read(tmp_path / name, keys)
 
 
-def test_a_test_set_that_is_not_there(tmp_path):
+def test_a_missing_test_set_raises_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="b.json"):
         _read(tmp_path / "b.json", ["a"])
 
 
 @pytest.mark.slow
-def test_equal_to_the_script_itself(texts, capsys, monkeypatch):
+def test_equal_to_the_megatron_script(texts, capsys, monkeypatch):
     """MEGATRON_FILTER_NGRAMS: path of Megatron-LM's tools/openwebtext/filter_ngrams.py."""
     if not os.environ.get("MEGATRON_FILTER_NGRAMS"):
         pytest.skip("MEGATRON_FILTER_NGRAMS does not name Megatron-LM's filter_ngrams.py")

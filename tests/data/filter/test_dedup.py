@@ -78,7 +78,7 @@ def test_signatures_do_not_depend_on_how_texts_are_cut_into_blocks(texts, monkey
     np.testing.assert_array_equal(dedup.signatures(texts), expected)
 
 
-def test_band_keys_are_equal_where_bands_are_and_stable():
+def test_band_keys_are_stable_and_equal_for_equal_bands():
     signatures = dedup.signatures(
         ["To be, or not to be", "To be, or not to bee", "that is the question"]
     )
@@ -87,12 +87,12 @@ def test_band_keys_are_equal_where_bands_are_and_stable():
     for row, other in itertools.combinations(range(3), 2):
         np.testing.assert_array_equal(keys[row] == keys[other], (bands[row] == bands[other]).all(1))
     assert len(np.unique(dedup.band_keys(np.zeros((1, 100), np.uint32), 10))) == 10
-    # What an earlier run has written must be found by a later one.
+    # Files of an earlier run must match in a later one.
     written = dedup.band_keys(np.arange(4, dtype=np.uint32)[None], 2)
     assert written.tolist() == [[6728581669027343264, 9677756702392794444]]
 
 
-def test_candidates_of_small_buckets_are_all_pairs_and_of_large_ones_connect():
+def test_small_buckets_give_all_pairs_and_large_ones_connect():
     generator = np.random.default_rng(0)
     keys = generator.integers(0, 30, (200, 3)).astype(np.uint64)
     rank = generator.permutation(200)
@@ -138,7 +138,7 @@ def test_each_component_keeps_the_highest_priority_then_the_first_position():
 
 
 def _sources(shared=None):
-    """Texts of some thousand characters."""
+    """Return texts of several thousand characters."""
     if shared is None:
         texts = [document.text for document in itertools.islice(embedded_documents(), 60)]
     else:
@@ -156,7 +156,7 @@ def _sources(shared=None):
 
 
 def _changed(text, share, generator):
-    """The text with some characters replaced, so that about ``share`` of the shingles differ."""
+    """Return the text with characters replaced, so that about ``share`` of the shingles differ."""
     characters = list(text)
     for position in generator.sample(range(len(text)), max(1, int(share * len(text) / 5))):
         characters[position] = "#"
@@ -173,7 +173,7 @@ def _kept(texts, priority, places, config=MinHashConfig()):  # noqa: B008
 
 
 @pytest.mark.parametrize("corpus", ["embedded", "real"])
-def test_planted_near_duplicates_are_found_and_nothing_else(corpus, request):
+def test_only_planted_near_duplicates_are_found(corpus, request):
     originals = _sources(request.getfixturevalue("shared") if corpus == "real" else None)
     generator = random.Random(1)
     planted = [_changed(text, 0.05, generator) for text in originals[::3]]
@@ -196,7 +196,7 @@ def test_planted_near_duplicates_are_found_and_nothing_else(corpus, request):
     assert recall >= 0.99 and precision == 1
     np.testing.assert_array_equal(
         kept, _kept(texts, priority, places)
-    )  # whatever the order of the input
+    )  # for any order of the input
 
 
 @pytest.mark.parametrize(
@@ -210,12 +210,12 @@ def test_planted_near_duplicates_are_found_and_nothing_else(corpus, request):
         ({"scheme": "affine64"}, "'affine64'"),
     ],
 )
-def test_bad_settings(wrong, message):
+def test_invalid_settings_raise_an_error(wrong, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         MinHashConfig(**wrong)
 
 
-def test_lone_surrogates_are_refused():
+def test_lone_surrogates_raise_an_error():
     with pytest.raises(ValueError, match=r"U\+D800"):
         dedup.signatures(["fine", "not \ud800 fine"])
 
@@ -227,7 +227,7 @@ LONG = [
 ]
 
 
-def test_paragraph_hashes_ignore_case_and_space_alone():
+def test_paragraph_hashes_ignore_only_case_and_space():
     one = dedup.paragraph_hashes(f"{LONG[0]}\n\n{LONG[1]}\n\nshort\n", 40)
     two = dedup.paragraph_hashes(f"\n{LONG[0].upper()}\n \n  {LONG[1]}  ", 40)
     assert len(one) == 2 and one.tolist() == two.tolist()
@@ -237,7 +237,7 @@ def test_paragraph_hashes_ignore_case_and_space_alone():
     assert dedup.paragraph_hashes("Stable.", 1).tolist() == [385901550653322481]
 
 
-def test_repeated_paragraphs_go_and_all_else_stays():
+def test_only_repeated_paragraphs_are_removed():
     texts = [
         f"{LONG[0]}\n\n{LONG[1]}\n\n{LONG[0]}\n",
         f"kept\n\n{LONG[1]}\n\n  {LONG[2]}\n\nkept",
@@ -270,7 +270,7 @@ def test_repeated_by_ranges_of_hashes():
         np.testing.assert_array_equal(dedup.repeated(hashes[inside], order[inside]), result[inside])
 
 
-def test_dropping_nothing_changes_nothing(texts):
+def test_dropping_no_paragraph_keeps_the_text(texts):
     for text in [*texts, *_random_texts(0), "\n\n a \n\n", "a\r\n\r\nb", "\n"]:
         count = len(dedup.paragraph_hashes(text, 10))
         assert dedup.without_paragraphs(text, [False] * count, 10) == text

@@ -1,4 +1,4 @@
-"""Odd texts that people have: read whole, once, and never at the price of the others."""
+"""Read unusual texts completely and once, without losing others."""
 
 import gzip
 import io
@@ -20,22 +20,22 @@ def _texts(folder, on_error="raise", encoding="", report=None):
 
 
 @pytest.mark.parametrize(
-    ("text", "mended"),
+    ("text", "repaired"),
     [
         ("He said â€œhelloâ€\x9d to the world", "He said “hello” to the world"),
         ("so ðŸ˜\x8d it is", "so 😍 it is"),
         ("a \x93quote\x94 and more\x85", "a “quote” and more…"),
     ],
 )
-def test_utf8_that_was_read_as_windows_1252_with_controls_is_decoded(text, mended):
-    assert repair_controls(text)[0] == mended
+def test_utf8_read_as_windows_1252_with_controls_is_decoded(text, repaired):
+    assert repair_controls(text)[0] == repaired
 
 
 @pytest.mark.parametrize("odd", ["&#8;", "&#11;", "&#x1f;", "&#xFFFF;"])
 @pytest.mark.parametrize(
     "element", ["<sup>2{}</sup>", "<pre>a{}b</pre>", "<sub>{}</sub>", "x{}y<img alt='a'>"]
 )
-def test_a_reference_to_a_control_costs_nothing_else(odd, element, tmp_path):
+def test_a_reference_to_a_control_loses_nothing_else(odd, element, tmp_path):
     sentence = "This is a sentence that is long enough to be taken for the text of the page. "
     page = f"<p>{sentence * 4}</p><p>Here it is: {element.format(odd)} and then {sentence * 2}</p>"
     (tmp_path / "a.html").write_text(f"<html><body><article>{page}</article></body></html>")
@@ -53,7 +53,7 @@ def test_a_page_of_an_undefined_encoding_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le"])
-def test_ascii_stays_ascii_whatever_wide_encoding_is_named(encoding):
+def test_ascii_is_read_despite_a_named_wide_encoding(encoding):
     stream, found = as_utf8(io.BufferedReader(io.BytesIO(b"plain ascii text in here")), encoding)
     assert stream.read() == b"plain ascii text in here" and found == ""
     wide = "plain text".encode(encoding)
@@ -68,7 +68,7 @@ def test_ascii_stays_ascii_whatever_wide_encoding_is_named(encoding):
         ("a.csv", "id,text\r1,one\r2,two\r", None),
     ],
 )
-def test_an_odd_value_is_damage_and_no_traceback(name, content, left, tmp_path):
+def test_an_invalid_value_is_damage(name, content, left, tmp_path):
     (tmp_path / name).write_bytes(content.encode())
     with pytest.raises(ValueError, match=name):
         _texts(tmp_path)
@@ -77,7 +77,7 @@ def test_an_odd_value_is_damage_and_no_traceback(name, content, left, tmp_path):
 
 
 @pytest.mark.parametrize("end", [b"\x1a", b"\x00\x00", b"\x7f\n\x1a"])
-def test_what_is_removed_at_the_end_of_a_long_text_repeats_nothing(end, tmp_path, monkeypatch):
+def test_removals_at_the_end_of_a_long_text_repeat_nothing(end, tmp_path, monkeypatch):
     monkeypatch.setattr("mtnlg_jax.data.read.long_texts.PIECE", 900)
     (tmp_path / "a.txt").write_bytes(b"line of text here\n" * 300 + end)
     report = ReadReport()
@@ -94,14 +94,14 @@ def test_a_long_text_that_begins_with_white_space_is_prepared(tmp_path, gpt2_fil
     assert info["train"]["documents"] == 1
 
 
-def test_a_token_over_a_space_is_not_cut():
+def test_a_token_across_a_space_is_not_cut():
     assert _cut_marks(_WithWords(["foo", " bar", "\n"])) == (b"\n", b" ")
     assert _cut_marks(_WithWords(["foo bar", "\n"])) == (b"\n",)
     assert _cut_marks(_WithWords(["foo bar", "a\nb"])) == ()
 
 
 class _WithWords:
-    """A tokenizer of one id a byte, with words beside them."""
+    """A tokenizer with one id a byte, and words as well."""
 
     def __init__(self, words):
         self._pieces = [bytes([byte]) for byte in range(256)] + [word.encode() for word in words]
@@ -114,7 +114,7 @@ class _WithWords:
         return self._pieces[index]
 
 
-def test_a_packed_file_that_is_cut_is_damage_however_it_is_read(tmp_path):
+def test_a_truncated_compressed_file_is_damage(tmp_path):
     whole = gzip.compress(json.dumps({"text": "a" * 5000}).encode())
     (tmp_path / "a.gz").write_bytes(whole[:-9])
     for size in (-1, 100):

@@ -1,8 +1,9 @@
-"""Precision and recall of the rules for personal data on 1,000 labelled lines.
+"""Measure precision and recall of the rules for personal data on 1,000 labeled lines.
 
 The lines (fixtures/personal_lines.jsonl) come from 289 sentences, rows and lines of code written
-for it, filled with invented names and numbers; what must be masked is marked ⟦kind|value⟧. Which
-half a sentence fills was drawn. Rules were tuned on the half "tuned" alone.
+for this purpose, filled with invented names and numbers. Values to be masked are marked
+⟦kind|value⟧. Sentences were assigned to the two halves at random. Only the half "tuned" was used to
+tune the rules.
 """
 
 import json
@@ -19,8 +20,8 @@ _MARK = re.compile(r"⟦(\w+)\|(.*?)⟧")
 _MASK = re.compile("<({})>".format("|".join(kind.upper() for kind in pii.KINDS)))
 
 
-def labelled(text):
-    """(plain text, {(kind, start, end)}) of a line with marks."""
+def labeled(text):
+    """Return (plain text, {(kind, start, end)}) of a line with marks."""
     pieces = []
     spans = set()
     end = 0
@@ -43,13 +44,15 @@ def masked_spans(text):
 
 
 def score(half):
-    """{genre or kind: Counter of right, missed and wrong masks}; one that covers a value is right,
-    also with an extension or a prefix of up to 8 characters."""
+    """Return {genre or kind: Counter of right, missed and wrong masks}.
+
+    A mask that covers a value is right, even with an extension or a prefix of up to 8 characters.
+    """
     scores = {}
     for line in map(json.loads, LINES.read_text().splitlines()):
         if line["half"] != half:
             continue
-        text, expected = labelled(line["text"])
+        text, expected = labeled(line["text"])
         found = masked_spans(text)
         pairs = {
             (kind, start, end)
@@ -71,7 +74,7 @@ def score(half):
 
 
 def rates(counts):
-    """(precision, recall)."""
+    """Return (precision, recall)."""
     return (
         counts["right"] / (counts["right"] + counts["wrong"]),
         counts["right"] / (counts["right"] + counts["missed"]),
@@ -118,14 +121,14 @@ def test_precision_and_recall(half):
         assert min(rates(scores[genre])) >= least, genre
 
 
-def test_the_score_sees_a_miss_and_a_wrong_mask():
-    text, spans = labelled("call ⟦phone|212-555-0123⟧ now")
+def test_the_score_counts_missed_and_wrong_masks():
+    text, spans = labeled("call ⟦phone|212-555-0123⟧ now")
     assert (text, spans) == ("call 212-555-0123 now", {("phone", 5, 17)})
     assert masked_spans(text) == spans and masked_spans("call me") == set()
     assert rates(Counter(right=3, missed=1, wrong=2)) == (0.6, 0.75)
 
 
-def test_the_lines_are_many_and_different():
+def test_the_lines_are_1000_and_distinct():
     lines = list(map(json.loads, LINES.read_text().splitlines()))
     assert len(lines) == len({line["text"] for line in lines}) == 1000
     assert Counter(line["language"] for line in lines)["zh"] >= 300

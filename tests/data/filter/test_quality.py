@@ -14,7 +14,7 @@ from mtnlg_jax.data.read.documents import read_documents
 
 
 def _spoiled(text, generator):
-    """The same words without their order, with advertisement between them."""
+    """Return the same words in random order, with advertisements in between."""
     words = text.split()
     generator.shuffle(words)
     for _ in range(len(words) // 12):
@@ -41,7 +41,7 @@ def classifier(samples):
     return train(*samples)
 
 
-def test_good_and_bad_are_told_apart(samples, classifier):
+def test_good_and_bad_are_separated(samples, classifier):
     assert classifier.result["accuracy"] > 0.9 and classifier.result["held_out"] >= 10
     assert classifier.result["good"] == len(set(samples[0])) and classifier.result["bad"] == len(
         set(samples[1])
@@ -51,7 +51,7 @@ def test_good_and_bad_are_told_apart(samples, classifier):
     assert classifier.scores([]).shape == (0,) and 0 < classifier.scores([""])[0] < 1
 
 
-def test_what_was_held_out_was_not_seen(samples):
+def test_held_out_samples_are_not_trained_on(samples):
     # Two classes of the same kind can be distinguished only by memorizing them.
     result = train(samples[0][::2], samples[0][1::2]).result
     assert 0.2 < result["accuracy"] < 0.8
@@ -71,7 +71,7 @@ def test_scores_do_not_depend_on_the_order_of_samples_or_the_batch(
     np.testing.assert_array_equal(classifier.scores(iter(texts)), scores)
 
 
-def test_files_bring_it_back(samples, classifier):
+def test_a_saved_classifier_loads_the_same(samples, classifier):
     files = classifier.files()
     assert files == classifier.files()
     loaded = Classifier.of(files)
@@ -102,7 +102,7 @@ def test_the_pareto_rule():
     assert abs(kept(np.full(len(texts), 0.3), texts).mean() - drawn.mean()) < 3e-3
 
 
-def test_the_draw_depends_on_text_and_seed_alone():
+def test_the_draw_depends_only_on_text_and_seed():
     texts = [f"text {number}" for number in range(2000)]
     scores = np.linspace(0, 1, len(texts))
     first = kept(scores, texts, seed=7)
@@ -119,7 +119,7 @@ def test_the_draw_depends_on_text_and_seed_alone():
     assert done.stdout.strip() == str(first.nonzero()[0].tolist())
 
 
-def test_border():
+def test_threshold():
     assert border(np.array([0.1, 0.55, 0.9, 0.48]), ["a", "b", "c", "d"], 2) == [
         (0.48, "d"),
         (0.55, "b"),
@@ -142,7 +142,7 @@ MANY = [f"sample {number}" for number in range(30)]
         ),
     ],
 )
-def test_bad_samples(good, bad, message):
+def test_invalid_samples_raise_an_error(good, bad, message):
     with pytest.raises(ValueError, match=message):
         train(good, bad)
 
@@ -155,12 +155,12 @@ def test_bad_samples(good, bad, message):
         ({"strength": 0}, "strength=0"),
     ],
 )
-def test_bad_settings(wrong, message):
+def test_invalid_settings_raise_an_error(wrong, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         ClassifierConfig(**wrong)
 
 
-def test_bad_calls():
+def test_invalid_calls_raise_an_error():
     with pytest.raises(ValueError, match="1 scores for 2 texts"):
         kept(np.zeros(1), ["a", "b"])
     with pytest.raises(ValueError, match="alpha=0"):

@@ -7,7 +7,7 @@ from mtnlg_jax.data.read.controls import CONTROLS, repair_controls
 
 
 @pytest.mark.parametrize(
-    "text, mended",
+    "text, repaired",
     [
         ("ends with a word\fThe next page", "ends with a word\nThe next page"),
         (
@@ -32,8 +32,8 @@ from mtnlg_jax.data.read.controls import CONTROLS, repair_controls
         ("three\x9dfour\x81", "threefour"),
     ],
 )
-def test_controls(text, mended):
-    assert repair_controls(text)[0] == mended
+def test_controls_are_removed(text, repaired):
+    assert repair_controls(text)[0] == repaired
     assert repair_controls(text)[1] == sum(map(bool, map(CONTROLS.match, text)))
 
 
@@ -49,21 +49,21 @@ def test_controls(text, mended):
         "٣\u200f",
     ],
 )
-def test_what_scripts_need_stays(text):
+def test_characters_needed_by_scripts_are_kept(text):
     assert repair_controls(text) == (text, 0)
 
 
-def test_no_control_stays_and_no_word_is_lost():
+def test_controls_are_removed_without_losing_words():
     draw = random.Random(0)
     for _ in range(2000):
         codes = [
             draw.choice([draw.randrange(0xA0), draw.randrange(0x100), 0x2028, 0xFEFF, 0x6587])
             for _ in range(draw.randrange(30))
         ]
-        mended, _ = repair_controls("".join(map(chr, codes)).replace("\r", ""))
-        kept = mended.replace("\t", "").replace("\n", "")
+        repaired, _ = repair_controls("".join(map(chr, codes)).replace("\r", ""))
+        kept = repaired.replace("\t", "").replace("\n", "")
         assert not any(unicodedata.category(character) == "Cc" for character in kept)
-        assert repair_controls(mended) == (mended, 0)
+        assert repair_controls(repaired) == (repaired, 0)
     words = [f"word{number}" for number in range(8)]
     for separator in "\v\f\x1c\x1d\x1e\x1f\x85\u2028\u2029":
         assert repair_controls(separator.join(words))[0].split() == words

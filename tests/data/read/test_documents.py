@@ -54,7 +54,7 @@ def _texts(path, **options):
         ("a.ndjson", b"\n" + _lines(STORY) + b"\n\n"),
     ],
 )
-def test_many_documents_a_file(tmp_path, name, content):
+def test_files_of_many_documents(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     assert _texts(tmp_path / name) == STORY
 
@@ -69,7 +69,7 @@ def test_many_documents_a_file(tmp_path, name, content):
         ("a.md.zst", _zstd),
     ],
 )
-def test_one_document_a_file(tmp_path, name, pack):
+def test_files_of_one_document(tmp_path, name, pack):
     (tmp_path / name).write_bytes(pack("\n".join(STORY).encode()))
     (document,) = read_documents(tmp_path / name)
     assert (document.text, document.source) == ("\n".join(STORY), name)
@@ -86,12 +86,12 @@ def test_parquet(tmp_path):
     assert (documents[-1].source, report.empty) == ("a.parquet:199", 50)
 
 
-def test_one_object_over_several_lines_and_a_list_of_lines(tmp_path):
+def test_json_objects_over_several_lines_and_lists_of_lines(tmp_path):
     (tmp_path / "poem.json").write_text(json.dumps({"paragraphs": STORY}, indent=2))
     assert _texts(tmp_path, text_key="paragraphs") == ["\n".join(STORY)]
 
 
-def test_folders_are_read_in_one_order_and_what_is_hidden_or_unknown_is_left_out(tmp_path):
+def test_folders_are_read_in_a_fixed_order_without_hidden_or_unknown_files(tmp_path):
     names = [
         "b.txt",
         "a/z.txt",
@@ -149,7 +149,7 @@ def test_folders_are_read_in_one_order_and_what_is_hidden_or_unknown_is_left_out
         ),
     ],
 )
-def test_what_is_mended(tmp_path, content, text, counts):
+def test_invalid_text_is_repaired_and_counted(tmp_path, content, text, counts):
     (tmp_path / "a.txt").write_bytes(content)
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "sound"}')
     report = ReadReport()
@@ -220,7 +220,7 @@ LONG = _lines(["a", "b", random.Random(0).randbytes(100_000).hex()])
         ("b.parquet", b"PAR1 nothing PAR1", "not a readable Parquet", []),
     ],
 )
-def test_damage_is_named_or_dropped_and_counted(tmp_path, name, content, place, sound):
+def test_damage_raises_or_is_dropped_and_counted(tmp_path, name, content, place, sound):
     (tmp_path / "a.txt").write_text("before")
     (tmp_path / name).write_bytes(content)
     (tmp_path / "c.txt").write_text("after")
@@ -240,7 +240,7 @@ def test_long_items_of_a_list(tmp_path):
     assert _texts(tmp_path) == items
 
 
-def test_binary_files_are_told_from_text(tmp_path):
+def test_binary_files_are_distinguished_from_text(tmp_path):
     noise = random.Random(0).randbytes(5000)
     (tmp_path / "sound.txt").write_text("sound \0 text with one stray byte")
     binary = [
@@ -278,7 +278,7 @@ def _long(name):
 @pytest.mark.parametrize(
     "name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json", "a.parquet", "a.txt", "a.html"]
 )
-def test_what_is_too_long_is_named_or_skipped(tmp_path, name):
+def test_items_that_are_too_long_raise_or_are_skipped(tmp_path, name):
     content, place, sound = _long(name)
     pack = {"gz": gzip.compress, "zst": _zstd}.get(name.rsplit(".")[-1], bytes)
     (tmp_path / name).write_bytes(pack(content))
@@ -314,7 +314,7 @@ def test_a_line_of_exactly_the_limit_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress, _zstd])
-def test_a_huge_line_is_never_held(tmp_path, pack):
+def test_a_huge_line_is_never_held_in_memory(tmp_path, pack):
     name = {bytes: "a.jsonl", gzip.compress: "a.jsonl.gz"}.get(pack, "a.jsonl.zst")
     (tmp_path / name).write_bytes(
         pack(b'{"text": "' + b"x" * (100 << 20) + b'"}\n' + _lines(["b"]))
@@ -350,7 +350,7 @@ def mixed(tmp_path):
     return tmp_path / "mixed", f"memory://corpus{tmp_path}"
 
 
-def test_urls_are_read_as_folders_are(mixed):
+def test_urls_are_read_like_folders(mixed):
     reports = [ReadReport() for _ in range(3)]
     places = [*mixed, f"file://{mixed[0]}"]
     first, *others = [
@@ -369,14 +369,14 @@ def test_urls_are_read_as_folders_are(mixed):
 @pytest.mark.parametrize(
     "url, package", [("gs://bucket/a.txt", "gcsfs"), ("s3://bucket", "s3fs"), ("nope://x", "nope")]
 )
-def test_a_url_without_its_package(url, package, monkeypatch):
+def test_a_url_without_its_package_raises_an_error(url, package, monkeypatch):
     for name in ("gcsfs", "s3fs"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ValueError, match=f"{url} cannot be opened: .*{package}"):
         list_files(url)
 
 
-def test_single_files_make_up_the_whole(mixed):
+def test_single_files_add_up_to_the_folder(mixed):
     for place in mixed:
         listed = pickle.loads(pickle.dumps(list_files(place)))
         assert [file.name for file in listed] == sorted(file.name for file in listed)
@@ -408,7 +408,7 @@ def test_an_empty_folder_has_no_files(tmp_path):
     assert list_files(tmp_path) == [] and _texts(tmp_path) == []
 
 
-def test_what_cannot_be_read_is_refused_at_once(tmp_path):
+def test_unreadable_inputs_raise_at_once(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         read_documents(tmp_path / "nowhere")
     (tmp_path / "a.pdf").write_text("text")
@@ -422,7 +422,7 @@ def test_what_cannot_be_read_is_refused_at_once(tmp_path):
         read_documents(tmp_path, max_document_bytes=0)
 
 
-def test_parquet_without_the_column(tmp_path):
+def test_parquet_without_the_column_raises_an_error(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"body": STORY}), tmp_path / "a.parquet")
     with pytest.raises(
         ValueError, match="a.parquet: no 'text' among body; name the right one with text_key"
@@ -432,7 +432,7 @@ def test_parquet_without_the_column(tmp_path):
     assert _texts(tmp_path, on_error="skip", report=report) == [] and report.damaged == 1
 
 
-def test_embedded_text():
+def test_builtin_corpus():
     documents = list(embedded_documents())
     text = "\n\n".join(document.text for document in documents)
     assert 800_000 < len(text.encode()) < 1_500_000

@@ -7,7 +7,7 @@ from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
 from mtnlg_jax.data.read.documents import ReadReport, read_documents
-from mtnlg_jax.data.read.html_warc import page_text
+from mtnlg_jax.data.read.html_warc import decode_page, main_text
 
 ENGLISH = [
     "The lighthouse keeper counted the ships that passed before noon, "
@@ -23,6 +23,12 @@ MENU = (
     "<nav><ul><li><a href='/'>Startpage</a></li><li><a href='/x'>Imprint</a></li></ul></nav>"
     "<script>var a=1</script>"
 )
+
+
+def page_text(data, charset=None):
+    """Return the main text of a page; None for binary data."""
+    text = decode_page(data, charset).text
+    return None if text is None else main_text(text)
 
 
 def page(paragraphs, head=""):
@@ -47,11 +53,11 @@ def record(
         )
     else:
         options["warc_content_type"] = content_type
-    writer.write_record(
-        writer.create_warc_record(
-            "http://example.org/", kind, payload=io.BytesIO(content), http_headers=http, **options
-        )
+    made = writer.create_warc_record(
+        "http://example.org/", kind, payload=io.BytesIO(content), http_headers=http, **options
     )
+    writer.write_record(made)
+    made.raw_stream.close()  # warcio leaves its temporary file open
 
 
 def warc(*records, packed=False):
@@ -88,7 +94,7 @@ CRAWL = [
         ('<meta charset="no-such-thing">', "utf-8"),
     ],
 )
-def test_the_charset_is_honoured(head, encoding):
+def test_the_declared_charset_is_used(head, encoding):
     paragraphs = (
         CHINESE
         if encoding != "big5"
@@ -98,7 +104,7 @@ def test_the_charset_is_honoured(head, encoding):
     assert paragraphs[0] in text and "Startpage" not in text and "var a" not in text
 
 
-def test_the_header_goes_before_what_the_page_says_and_names_mean_what_browsers_take_them_for():
+def test_the_header_has_precedence_and_charset_names_follow_browsers():
     data = page(CHINESE, '<meta charset="gbk">').encode()
     assert CHINESE[0] in page_text(data, "UTF-8")
     assert CHINESE[0] in page_text(data)  # cannot be GBK, and is valid UTF-8
@@ -129,7 +135,7 @@ def test_a_page_without_text_is_empty(data):
     assert page_text(data) == ""
 
 
-def test_an_xhtml_declaration_is_no_hindrance():
+def test_an_xhtml_declaration_is_ignored():
     assert ENGLISH[1] in page_text(b'<?xml version="1.0" encoding="utf-8"?>\n' + HTML)
 
 
@@ -277,7 +283,7 @@ TEX = r'<annotation encoding="application/x-tex">{\displaystyle a^{2}}</annotati
         ("one<br>two", "one\ntwo"),
     ],
 )
-def test_what_markup_says_is_written_out(body, text):
+def test_markup_becomes_text(body, text):
     assert written(body) == text
 
 
@@ -290,7 +296,7 @@ def test_code_keeps_its_lines():
     assert code in page_text(colored.encode())
 
 
-def test_tables_and_lists_keep_their_cells_and_items_apart():
+def test_cells_and_items_are_separated():
     body = (
         "</p><table><tr><td>Ann</td><td>Oslo</td></tr></table><ul><li>one</li><li>two</li></ul><p>"
     )

@@ -1,5 +1,4 @@
-"""What of a folder is read: links, compressed files, and that whatever is left out is counted and
-named."""
+"""Check which files of a folder are read: links, compressed files, and reports of omitted files."""
 
 import bz2
 import gzip
@@ -36,7 +35,7 @@ def _write(root, *names):
 
 
 def _read(root):
-    """(names of what is read, names left out by reason)"""
+    """Return (names of files read, names omitted by reason)."""
     report = ReadReport()
     read = [document.source for document in read_documents(root, report=report)]
     assert len(read) == report.documents == report.files
@@ -66,7 +65,7 @@ def test_each_real_file_is_read_once(tmp_path):
     _write(store, "deep/s.txt", "t.txt")
     (root / "0").symlink_to(
         root / "a"
-    )  # to a folder that is read by its own name, though this comes before
+    )  # to a folder that is read by its own name, although this comes first
     (root / "a/again.txt").symlink_to("own.txt")
     (root / "b/1").symlink_to(store / "deep")
     (root / "b/2").symlink_to(store)  # and with it, deep/ a second time
@@ -78,7 +77,7 @@ def test_each_real_file_is_read_once(tmp_path):
     }
 
 
-def test_circles_of_links_end(tmp_path):
+def test_cycles_of_links_end(tmp_path):
     root = tmp_path / "root"
     _write(root, "a/x.txt", "b/y.txt")
     (root / "a/self").symlink_to(root / "a")
@@ -93,7 +92,7 @@ def test_circles_of_links_end(tmp_path):
     }
 
 
-def test_a_link_to_nothing_is_damage(tmp_path):
+def test_a_dangling_link_is_damage(tmp_path):
     _write(tmp_path, "a.txt")
     (tmp_path / "b.txt").symlink_to("gone.txt")
     with pytest.raises(
@@ -107,7 +106,7 @@ def test_a_link_to_nothing_is_damage(tmp_path):
     assert report.damaged == 1
 
 
-def test_what_is_left_out_is_named(tmp_path):
+def test_omitted_files_are_reported(tmp_path):
     _write(
         tmp_path,
         "a.txt",
@@ -154,7 +153,7 @@ def test_compressed_files_of_every_kind(tmp_path, suffix):
         "f.tsv": b"text\nsix\n",
     }
     for name, data in content.items():
-        # Two streams one after another are one file.
+        # Two concatenated streams are one file.
         half = len(data) // 2
         (tmp_path / (name + suffix.upper())).write_bytes(
             PACKS[suffix](data[:half]) + PACKS[suffix](data[half:])
@@ -174,7 +173,6 @@ def test_compressed_files_of_every_kind(tmp_path, suffix):
 
 
 # --- from the command line
-# ------------------------------------------------------------------------------------
 
 
 def _launch(*arguments):
@@ -187,7 +185,7 @@ def _launch(*arguments):
     return done.returncode, done.stdout, done.stderr
 
 
-def test_the_command_tells_what_it_left_out(tmp_path):
+def test_the_command_reports_omitted_files(tmp_path):
     _write(tmp_path / "in", "a/a.txt", "b.pdf", ".c.txt")
     (tmp_path / "in/a/a.txt").write_text("One sentence follows another. " * 300)
     (tmp_path / "in/loop").symlink_to(tmp_path / "in")
@@ -219,7 +217,7 @@ def _recipe(*sources, **more):
     )
 
 
-def test_a_recipe_reads_links_and_tells_what_it_left_out(tmp_path):
+def test_a_recipe_reads_links_and_reports_omitted_files(tmp_path):
     root = tmp_path / "root"
     store = tmp_path / "store"
     _write(store, "x.txt", "y.txt")
@@ -255,7 +253,7 @@ QUESTIONS = [
 ]
 
 
-def test_test_sets_in_a_folder_are_all_used_or_named(tmp_path):
+def test_test_sets_in_a_folder_are_all_used_or_reported(tmp_path):
     filler = (
         "The mill stood at the end of the village where the road turned towards the hills. " * 8
     )

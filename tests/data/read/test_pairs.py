@@ -1,4 +1,4 @@
-"""Prompts with answers: from JSON rows to rows of tokens that know what is to be learnt."""
+"""Check prompts with answers: from JSON rows to rows of tokens with loss only on answers."""
 
 import json
 
@@ -56,11 +56,11 @@ def test_whole_pairs_share_a_row_and_one_too_long_keeps_its_end(tokens, caplog):
     )
 
 
-def test_weights_are_1_on_answers_alone_and_count_each_once(tokens):
+def test_weights_are_1_on_answers_only(tokens):
     batch = causal_batch(Packed(tokens, LENGTH).rows(np.arange(5)))
-    learnt = batch["labels"][batch["weights"] > 0]
+    trained = batch["labels"][batch["weights"] > 0]
     ends = np.cumsum([sum(pair) for pair in PAIRS])
-    assert learnt.tolist() == [
+    assert trained.tolist() == [
         token
         for end, (_, answer) in zip(ends, PAIRS, strict=True)
         for token in range(end - answer, end)
@@ -68,9 +68,8 @@ def test_weights_are_1_on_answers_alone_and_count_each_once(tokens):
     assert tokens.predicted == (21, 21) and batch["weights"].sum() == 21
 
 
-def test_all_rows_come_equally_often_in_changing_order(tokens):
+def test_all_rows_occur_equally_often_in_changing_order(tokens):
     batches = Batches([(tokens, 1.0)], LENGTH, seed=3)
-    assert batches.windows_per_epoch == 5
     firsts = batches.rows(np.arange(5 * 1024))["tokens"][:, 0]
     assert dict(zip(*np.unique(firsts, return_counts=True), strict=True)) == dict.fromkeys(
         [0, 5, 14, 29, 41], 1024
@@ -78,7 +77,7 @@ def test_all_rows_come_equally_often_in_changing_order(tokens):
     assert len({tuple(part) for part in firsts.reshape(-1, 5).tolist()}) > 100
 
 
-def test_beside_plain_text_all_of_that_is_learnt(tokens, tmp_path):
+def test_plain_text_in_a_blend_is_trained_on_completely(tokens, tmp_path):
     writer = TokenWriter(tmp_path, 1000, "")
     writer.add(np.arange(500, 600), 100)
     writer.finish()
@@ -96,7 +95,7 @@ class _Words:
     starts_word = np.ones(1000, bool)
 
 
-def test_masks_fall_on_answers_alone(tokens):
+def test_only_answers_are_masked(tokens):
     rows = Packed(tokens, LENGTH).rows(np.arange(5))
     masked = masked_batch(
         rows, range(5), 0, MaskingConfig(word_share=1.0, mask_share=1.0, random_share=0.0), _Words
@@ -108,7 +107,7 @@ def test_masks_fall_on_answers_alone(tokens):
     ).any()
 
 
-def test_an_answer_longer_than_a_row_is_refused_with_both_numbers(tokens):
+def test_an_answer_longer_than_a_row_raises_with_both_lengths(tokens):
     message = (
         "the answer of pair 2 has 9 tokens with its end, data.sequence_length=8 holds 8; "
         "raise it to 9"
@@ -119,7 +118,6 @@ def test_an_answer_longer_than_a_row_is_refused_with_both_numbers(tokens):
 
 
 # --- from JSON
-# ------------------------------------------------------------------------------------------------
 
 
 def _write(path, rows):
@@ -138,7 +136,7 @@ def _rows(count=120):
     ]
 
 
-def test_prepare_keeps_where_answers_begin(tmp_path):
+def test_prepare_stores_where_answers_begin(tmp_path):
     info = prepare(
         _write(tmp_path / "a.jsonl", _rows()),
         tmp_path / "out",
@@ -161,7 +159,7 @@ def test_prepare_keeps_where_answers_begin(tmp_path):
             ids = tokens.read(begin, end)
             assert ids[0] == tokenizer.bos_id and ids[-1] == tokenizer.eos_id
             texts.append((tokenizer.decode(ids[:asked]), tokenizer.decode(ids[asked:])))
-            # Apart: the answer's tokens are those that a decoder would write.
+            # Encoded separately: the answer's tokens are those that a decoder would write.
             assert ids[asked:-1].tolist() == tokenizer.encode(texts[-1][1])
     assert sorted(texts) == sorted(
         (f"{row['text']}\nIt is", f" {row['label']}, {row['stars']}") for row in _rows()
@@ -196,7 +194,7 @@ def test_answers_to_one_prompt_are_held_out_together(tmp_path):
     assert prompts["train"] and prompts["heldout"] and not prompts["train"] & prompts["heldout"]
 
 
-def test_few_pairs_are_never_cut(tmp_path):
+def test_few_pairs_are_held_out_whole(tmp_path):
     rows = [{"prompt": f"a sentence. {n} " * 100, "answer": "yes. and no. " * 60} for n in range(4)]
     info = prepare(
         _write(tmp_path / "a.jsonl", rows),
@@ -224,14 +222,14 @@ def test_few_pairs_are_never_cut(tmp_path):
         (["a"], "line 2: a list, not an object"),
     ],
 )
-def test_rows_that_are_no_pairs(tmp_path, row, message):
+def test_invalid_pairs_raise_an_error(tmp_path, row, message):
     path = _write(tmp_path / "a.jsonl", [{"text": "a b", "label": "c"}, row])
     with pytest.raises(ValueError, match=message):
         prepare(path, tmp_path / "out", progress=False, prompt="{text}", answer=" {label}")
     assert not (tmp_path / "out").exists()
 
 
-def test_other_files_and_templates_are_refused(tmp_path):
+def test_invalid_files_and_templates_raise_an_error(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(ValueError, match="pairs and conversations are read from .jsonl"):
         prepare(tmp_path / "a.txt", tmp_path / "out", progress=False, answer=" {label}")
@@ -242,6 +240,6 @@ def test_other_files_and_templates_are_refused(tmp_path):
             pair_maker("{prompt}", template)
 
 
-def test_lists_are_joined_and_braces_stay():
+def test_lists_are_joined_and_braces_are_kept():
     pair = pair_maker("{{ {a} }}\\n", "{b}")({"a": ["x", "y"], "b": 1.5})
     assert (pair.prompt, str(pair)) == ("{ x y }\n", "1.5")

@@ -1,5 +1,5 @@
-"""Encodings, forms of JSON, tables and records of WARC: read, or damaged with their place, never
-lost in silence."""
+"""Check encodings, JSON, tables and WARC records: they are read, or reported as damage with a
+location."""
 
 import codecs
 import gzip
@@ -37,7 +37,6 @@ def _write(path, content):
 
 
 # --- encodings
-# ------------------------------------------------------------------------------------------------
 
 ENCODED = [
     ("cp1252", "“I don’t think so,” said the old man. " + GERMAN),
@@ -61,7 +60,7 @@ FORMS = {
 
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("encoding, text", ENCODED)
-def test_text_in_another_encoding_is_damage_until_it_is_named(tmp_path, encoding, text, name):
+def test_text_in_another_encoding_is_damage_unless_named(tmp_path, encoding, text, name):
     data = FORMS[name](text).encode(encoding)
     _write(tmp_path / name, data)
     with pytest.raises(
@@ -72,7 +71,7 @@ def test_text_in_another_encoding_is_damage_until_it_is_named(tmp_path, encoding
     report = ReadReport()
     assert _texts(tmp_path, encoding=encoding, report=report) == [text]
     assert report.repaired == 0 and list(report.notes)[0].startswith("files decoded from ")
-    # What is UTF-8 all the same is not read in the encoding of its neighbors.
+    # Files in UTF-8 are not read in the named encoding.
     _write(tmp_path / name, FORMS[name](text).encode())
     assert _texts(tmp_path, encoding=encoding) == [text]
 
@@ -88,13 +87,13 @@ def test_text_in_another_encoding_is_damage_until_it_is_named(tmp_path, encoding
         (codecs.BOM_UTF32_BE, "utf-32-be"),
     ],
 )
-def test_a_byte_order_mark_is_certain(tmp_path, mark, encoding, name):
+def test_a_byte_order_mark_decides_the_encoding(tmp_path, mark, encoding, name):
     _write(tmp_path / name, mark + FORMS[name](CHINESE + GERMAN).encode(encoding))
     assert _texts(tmp_path) == _texts(tmp_path, encoding="cp1252") == [CHINESE + GERMAN]
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_one_bad_byte_neither_loses_the_rest_nor_passes_in_silence(tmp_path, name):
+def test_one_invalid_byte_is_replaced_and_counted(tmp_path, name):
     data = (
         FORMS[name](GERMAN.replace("ü", "ue") * 9).encode().replace(b"h\xc3\xb6rte", b"h\xf6rte", 1)
     )
@@ -119,7 +118,7 @@ def test_much_in_another_encoding_is_dropped_and_named(tmp_path):
     ]
 
 
-def test_what_the_named_encoding_does_not_have_is_damage(tmp_path):
+def test_bytes_outside_the_named_encoding_are_damage(tmp_path):
     _write(tmp_path / "a.txt", b"one\ntwo\xff\xffthree" + CHINESE.encode("gb18030") * 2)
     with pytest.raises(
         ValueError, match="a.txt: line 2: not gbk; name the right encoding instead of encoding=gbk"
@@ -133,7 +132,7 @@ def test_what_the_named_encoding_does_not_have_is_damage(tmp_path):
             read_documents(tmp_path, encoding=wrong)
 
 
-def test_text_without_a_mark_in_utf_16_needs_its_name(tmp_path):
+def test_utf_16_without_a_mark_must_be_named(tmp_path):
     _write(tmp_path / "a.txt", GERMAN.encode("utf-16-le"))
     with pytest.raises(ValueError, match="binary data and not text .*encoding=utf-16-le"):
         _texts(tmp_path)
@@ -146,7 +145,7 @@ def test_pages_follow_the_same_rule(tmp_path):
     data = body.format("").encode("cp1252")
     _write(tmp_path / "a.html", data)
     report = ReadReport()
-    assert GERMAN in _texts(tmp_path, report=report)[0]  # as browsers have it, and told
+    assert GERMAN in _texts(tmp_path, report=report)[0]  # as in browsers, and reported
     assert "declare no encoding" in note_lines(report.notes)[0]
     russian = body.format("").replace(
         GERMAN, "Дождь начался, и старый мельник услышал колокола города. " * 3
@@ -168,7 +167,7 @@ def test_standard_input_follows_the_same_rule():
     assert found.text == GERMAN
 
 
-def test_random_bytes_are_never_a_traceback(tmp_path):
+def test_random_bytes_never_raise_other_errors(tmp_path):
     draw = random.Random(5)
     for number in range(300):
         name = draw.choice([*FORMS, "a.html", "a.warc", "a.parquet"])
@@ -187,7 +186,6 @@ def test_random_bytes_are_never_a_traceback(tmp_path):
 
 
 # --- JSON
-# --------------------------------------------------------------------------------------------------
 
 A, B, C, D = ({"text": text} for text in "abcd")
 
@@ -220,12 +218,12 @@ def test_every_value_of_a_json_file_is_read(tmp_path, content):
         f"\n{json.dumps(A)} , {json.dumps(B)}\n",
     ],
 )
-def test_json_lines_that_are_none_are_read_all_the_same(tmp_path, content):
+def test_malformed_json_lines_are_read(tmp_path, content):
     _write(tmp_path / "a.jsonl", content.encode())
     assert _texts(tmp_path) == ["a", "b"]
 
 
-def test_keys_of_keys(tmp_path):
+def test_nested_keys(tmp_path):
     squad = {
         "data": [
             {"paragraphs": [{"context": "a", "qas": [{"id": 1}]}, {"context": "b"}]},
@@ -286,7 +284,9 @@ def test_keys_of_keys(tmp_path):
         ('{"text": "a"}\n17\n"b"\n', "item 2: 'text' holds int, not text", "ab", 1),
     ],
 )
-def test_damaged_json_has_a_place_and_costs_itself_alone(tmp_path, content, place, sound, damaged):
+def test_damaged_json_has_a_location_and_loses_only_itself(
+    tmp_path, content, place, sound, damaged
+):
     _write(tmp_path / "a.json", content.encode())
     with pytest.raises(ValueError, match=rf"a\.json, {place}"):
         _texts(tmp_path)
@@ -296,7 +296,7 @@ def test_damaged_json_has_a_place_and_costs_itself_alone(tmp_path, content, plac
 
 
 @pytest.mark.parametrize("size", [1, 7, 1 << 16])
-def test_json_is_the_same_however_it_is_cut(tmp_path, monkeypatch, size):
+def test_json_does_not_depend_on_block_boundaries(tmp_path, monkeypatch, size):
     monkeypatch.setattr(json_rows, "_READ", size)
     values = [
         {"text": "x" * 50 + 'ü€😀\n"\\'},
@@ -323,7 +323,7 @@ def test_json_is_the_same_however_it_is_cut(tmp_path, monkeypatch, size):
     assert [row.number for row in found] == list(range(1, 11))
 
 
-def test_a_compressed_list_cut_short_gives_what_came_before(tmp_path):
+def test_a_truncated_compressed_list_gives_its_first_items(tmp_path):
     items = [{"text": f"{number} {random.Random(number).random()}"} for number in range(5000)]
     _write(tmp_path / "a.json.gz", gzip.compress(json.dumps(items).encode())[:-2000])
     report = ReadReport()
@@ -351,11 +351,10 @@ def test_damage_of_one_kind_is_one_line_of_the_report(tmp_path):
 
 
 # --- tables
-# --------------------------------------------------------------------------------------------------
 
 
 def test_tables(tmp_path):
-    long = "word " * 60_000  # more than Python's csv reads by itself
+    long = "word " * 60_000  # more than the default limit of Python's csv
     _write(
         tmp_path / "a.csv",
         f'id,text\r\n1,"He said ""no"",\nand left."\r\n\r\n2,plain\r\n3,{long}\r\n'.encode(),
@@ -397,8 +396,18 @@ def test_damaged_tables(tmp_path, content, place, sound):
     assert _texts(tmp_path, on_error="skip", report=report) == list(sound) and report.damaged == 1
 
 
+def test_a_line_that_is_too_long_after_an_open_quote_is_counted(tmp_path):
+    """The search for the closing quote reads ahead, and must not lose the damage that it finds."""
+    long = "word " * 300
+    _write(tmp_path / "a.tsv", f'id\ttext\n1\t"open\n{long}\n3\tc\n'.encode())
+    with pytest.raises(ValueError, match=r"a\.tsv, line 3: longer than max_document_bytes=1,000"):
+        _texts(tmp_path, max_document_bytes=1000)
+    report = ReadReport()
+    found = _texts(tmp_path, max_document_bytes=1000, on_error="skip", report=report)
+    assert (found, report.damaged) == (['"open', "c"], 1)
+
+
 # --- WARC
-# --------------------------------------------------------------------------------------------------
 
 PAGE = (
     "<!doctype html><html><body><article><p>"
@@ -413,11 +422,11 @@ def _warc(tmp_path, *records):
     writer = WARCWriter(stream, gzip=False)
     for content, headers, status in records:
         http = StatusAndHeaders(status, headers, protocol="HTTP/1.1")
-        writer.write_record(
-            writer.create_warc_record(
-                "http://e.org/", "response", payload=io.BytesIO(content), http_headers=http
-            )
+        made = writer.create_warc_record(
+            "http://e.org/", "response", payload=io.BytesIO(content), http_headers=http
         )
+        writer.write_record(made)
+        made.raw_stream.close()  # warcio leaves its temporary file open
     return _write(tmp_path / "a.warc", stream.getvalue())
 
 
@@ -468,7 +477,7 @@ def test_pages_in_every_coding(tmp_path, coding, data, chunks):
         ("gzip", bytes(range(200)), "'gzip' cannot be undone"),
     ],
 )
-def test_what_cannot_be_unpacked_is_damage(tmp_path, coding, data, words):
+def test_data_that_cannot_be_decompressed_is_damage(tmp_path, coding, data, words):
     headers = [("Content-Type", "text/html"), ("Content-Encoding", coding)]
     _warc(tmp_path, (data, headers, "200 OK"), (PAGE, [("Content-Type", "text/html")], "200 OK"))
     with pytest.raises(ValueError, match=f"record 1: its Content-Encoding {words}"):
@@ -477,7 +486,7 @@ def test_what_cannot_be_unpacked_is_damage(tmp_path, coding, data, words):
     assert len(_texts(tmp_path, on_error="skip", report=report)) == report.damaged == 1
 
 
-def test_bombs_are_too_long(tmp_path):
+def test_decompression_bombs_are_too_long(tmp_path):
     for coding, data in (
         ("gzip", gzip.compress(bytes(20 << 20))),
         ("zstd", zstandard.ZstdCompressor().compress(bytes(20 << 20))),
@@ -511,12 +520,11 @@ def test_records_are_counted_by_reason(tmp_path):
 
 
 # --- long texts in pieces
-# -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ending", ["", "\n", "\r\n", "\f\n"])
 @pytest.mark.parametrize("name, pack", [("a.txt", bytes), ("a.txt.gz", gzip.compress)])
-def test_a_text_in_pieces_is_the_text(tmp_path, monkeypatch, name, pack, ending):
+def test_pieces_of_a_text_join_to_the_text(tmp_path, monkeypatch, name, pack, ending):
     monkeypatch.setattr(long_texts, "PIECE", 1000)
     text = ("one\r\ntwo\x0bthree\x1f " + GERMAN + CHINESE + ending + "\n") * 40 + "😀" * 900
     _write(tmp_path / name, pack(codecs.BOM_UTF8 + text.encode()))
@@ -532,7 +540,7 @@ def test_a_text_in_pieces_is_the_text(tmp_path, monkeypatch, name, pack, ending)
     assert [document.continued for document in found] == [True] * (len(found) - 1) + [False]
 
 
-def test_what_is_wrong_with_a_piece_is_wrong_with_the_text(tmp_path, monkeypatch):
+def test_damage_in_a_piece_is_damage_of_the_text(tmp_path, monkeypatch):
     monkeypatch.setattr(long_texts, "PIECE", 100)
     for data in (
         b"x y\n" * 100 + b"\xff" + b"x y\n" * 100,
@@ -561,7 +569,7 @@ def test_what_is_wrong_with_a_piece_is_wrong_with_the_text(tmp_path, monkeypatch
             assert on_error == "raise" or outcomes[0] == outcomes[1]
 
 
-def test_rules_of_encodings_agree_with_their_page():
+def test_encoding_rules_agree_with_the_documentation():
     assert charsets.known("GBK") == "gb18030" and charsets.known("latin-1") == "cp1252"
     assert (
         charsets.known("Shift_JIS") == "cp932"

@@ -1,5 +1,4 @@
-"""The data recipe from end to end on real prose with planted faults, stopped, split and disturbed
-in every way."""
+"""Run the data recipe from end to end on real prose with planted faults, and with interruptions."""
 
 import dataclasses
 import errno
@@ -16,6 +15,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mtnlg_jax import storage
@@ -56,9 +56,11 @@ FRENCH = (
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
-    """(folder of text, folder of test sets): two sources, with a near-duplicate in the second of a
-    document of the first, a notice in three documents, a leak, an address, a French text and one
-    that is too short."""
+    """Write (folder of text, folder of test sets) with two sources.
+
+    The second has a near-duplicate of a document of the first. There are also a notice in three
+    documents, a leak, an address, a French text and a text that is too short.
+    """
     root = tmp_path_factory.mktemp("text")
     tests = tmp_path_factory.mktemp("tests")
     texts = [document.text for document in itertools.islice(embedded_documents(), 40)]
@@ -102,13 +104,13 @@ def one():
 
 @pytest.fixture(scope="module")
 def made(planted, recipe, one, tmp_path_factory):
-    """(output, info) of an undisturbed run in one process."""
+    """Return (output, info) of an uninterrupted run in one process."""
     output = tmp_path_factory.mktemp("made") / "out"
     return output, make(recipe, planted[0], output, engine=one(), progress=False)
 
 
 def _texts(output):
-    """place -> text, of what training and held-out part decode to."""
+    """Return {location: text} decoded from the training and held-out parts."""
     tokenizer = load_tokenizer(output / "tokenizer")
     found = []
     for folder in [*sorted((output / "sources").glob("*/train")), output / "heldout"]:
@@ -123,7 +125,7 @@ def _texts(output):
 
 
 def _digests(output):
-    """sha256 of every file but the lock and what says where the input lies."""
+    """Return sha256 of every file except the lock and the record of the input's location."""
     return {
         path.relative_to(output).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(output.rglob("*"))
@@ -131,7 +133,7 @@ def _digests(output):
     }
 
 
-def test_planted_faults_are_found_and_nothing_else(made, planted):
+def test_only_planted_faults_are_found(made, planted):
     output, info = made
     joined = "\n".join(_texts(output))
     stages = {stage["name"]: stage for stage in info["stages"]}
@@ -168,7 +170,7 @@ def test_counts_agree_from_stage_to_stage(made):
     )
 
 
-def test_the_report_is_for_a_browser_without_network(made):
+def test_the_report_needs_no_network(made):
     page = (made[0] / "report.html").read_text()
     for wanted in (
         "near-duplicate of another document",
@@ -185,7 +187,7 @@ def test_the_report_is_for_a_browser_without_network(made):
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_processes_do_not_matter(made, planted, recipe, tmp_path, count):
+def test_the_number_of_processes_does_not_matter(made, planted, recipe, tmp_path, count):
     make(recipe, planted[0], tmp_path / "out", engine=in_processes(count), progress=False)
     assert _digests(tmp_path / "out") == _digests(made[0])
 
@@ -211,7 +213,7 @@ class _Stopped(Exception):
 
 
 def _stopping(after):
-    """An engine that fails after so many tasks in all; it counts what was done."""
+    """Return an engine that fails after a number of tasks, and counts the finished ones."""
     done = []
 
     @contextmanager
@@ -228,9 +230,8 @@ def _stopping(after):
     return engine(), done
 
 
-def test_stopped_after_each_task_it_goes_on(made, planted, recipe, tmp_path):
-    """One output, stopped again and again with a few more tasks done each time: no task is done
-    twice."""
+def test_a_run_stopped_after_each_task_resumes(made, planted, recipe, tmp_path):
+    """Stop repeatedly with a few more finished tasks each time; no task is done twice."""
     everything = []
     rounds = 0
     while True:
@@ -247,7 +248,7 @@ def test_stopped_after_each_task_it_goes_on(made, planted, recipe, tmp_path):
     assert _digests(tmp_path / "out") == _digests(made[0])
 
 
-def test_a_full_disk_is_told_and_what_is_done_is_kept(
+def test_a_full_disk_is_reported_and_finished_tasks_are_kept(
     made, planted, recipe, one, tmp_path, monkeypatch
 ):
     write = storage.write_file
@@ -283,7 +284,7 @@ def _command(planted, output, *more):
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.slow)])
-def test_killed_at_random_moments_it_goes_on(planted, tmp_path, kills):
+def test_a_run_killed_at_random_moments_resumes(planted, tmp_path, kills):
     def run(output, seconds=None):
         process = subprocess.Popen(
             _command(planted, output),
@@ -310,7 +311,7 @@ def test_killed_at_random_moments_it_goes_on(planted, tmp_path, kills):
     assert _digests(tmp_path / "killed") == _digests(tmp_path / "whole")
 
 
-def test_a_changed_input_is_noticed(planted, recipe, one, tmp_path):
+def test_a_changed_input_is_detected(planted, recipe, one, tmp_path):
     root = tmp_path / "text"
     subprocess.run(["cp", "-r", planted[0], root], check=True)
     make(recipe, root, tmp_path / "out", engine=one(), progress=False)
@@ -326,9 +327,7 @@ def test_a_changed_input_is_noticed(planted, recipe, one, tmp_path):
     assert len(read) == 1 and "A sentence that came later" in "\n".join(_texts(tmp_path / "out"))
 
 
-def test_other_settings_are_noticed_and_redo_only_what_depends_on_them(
-    made, planted, recipe, tmp_path
-):
+def test_changed_settings_repeat_only_dependent_stages(made, planted, recipe, tmp_path):
     subprocess.run(["cp", "-r", made[0], tmp_path / "out"], check=True)
     other = dataclasses.replace(recipe, vocab_size=500)
     with pytest.raises(FileExistsError, match="vocab_size was 600 and is 500"):
@@ -349,12 +348,14 @@ def test_a_run_reads_every_source_by_its_weight(made):
     [(held_out, share)] = data.held_out
     assert len(held_out) == info["tokens"]["heldout"] and share == 1
     samples = 1024
-    seen = data.stages[0].epochs_seen(samples) * [-(-row["tokens"] // 64) for row in info["blend"]]
-    assert seen / samples == pytest.approx([row["weight"] for row in info["blend"]], abs=0.001)
+    drawn, _ = data.stages[0]._blend(np.arange(samples))
+    assert np.bincount(drawn) / samples == pytest.approx(
+        [row["weight"] for row in info["blend"]], abs=0.001
+    )
 
 
 def _small(folder, **texts):
-    """A folder of sources, each a file of JSON lines."""
+    """Write a folder of sources, each a file of JSON lines."""
     for name, lines in texts.items():
         (folder / name).mkdir(parents=True)
         (folder / name / "a.jsonl").write_text(
@@ -373,8 +374,8 @@ def _sentences(seed, count):
 PLAIN = Recipe(stages=("tokens",), vocab_size=300)
 
 
-def test_a_run_that_failed_half_way_vouches_for_nothing(one, tmp_path):
-    """With other settings it wrote over files that an older record names."""
+def test_a_failed_run_invalidates_older_records(one, tmp_path):
+    """A run with other settings overwrote files that an older record lists."""
     root = _small(tmp_path / "text", a=[_sentences(seed, 9) for seed in range(10)])
     with open(root / "a" / "a.jsonl", "a") as file:
         file.write('{"text": "cut sh')
@@ -394,7 +395,7 @@ def test_a_run_that_failed_half_way_vouches_for_nothing(one, tmp_path):
     assert sorted(_texts(tmp_path / "out")) == texts
 
 
-def test_another_tokenizer_closes_the_data_until_it_is_whole(
+def test_another_tokenizer_hides_the_data_until_it_is_complete(
     one, tmp_path, monkeypatch, gpt2_files
 ):
     root = _small(tmp_path / "text", a=[_sentences(seed, 40) for seed in range(10)])
@@ -412,7 +413,7 @@ def test_another_tokenizer_closes_the_data_until_it_is_whole(
     )
 
 
-def test_a_remote_output_is_the_same_and_is_not_taken_for_free(one, tmp_path):
+def test_a_remote_output_is_the_same_and_keeps_other_files(one, tmp_path):
     root = _small(tmp_path / "text", a=[_sentences(seed, 40) for seed in range(10)])
     here = make(PLAIN, root, tmp_path / "out", engine=one(), progress=False)
     there = make(PLAIN, root, "memory://recipe/out", engine=one(), progress=False)
@@ -440,7 +441,7 @@ if __name__ == "__main__":
     assert (tmp_path / "0").exists() and not (tmp_path / "2").exists()
 
 
-def test_no_text_is_on_both_sides(one, tmp_path):
+def test_training_and_held_out_texts_are_disjoint(one, tmp_path):
     long = [_sentences(seed, 400) for seed in range(20)]
     root = _small(
         tmp_path / "text", big=long + [_sentences(seed, 1) for seed in range(100, 1100)], small=long
@@ -457,7 +458,7 @@ def test_no_text_is_on_both_sides(one, tmp_path):
     assert count and not set(texts[-count:]) & set(texts[:-count])
 
 
-def test_a_paragraph_that_came_before_stays_once(one, tmp_path):
+def test_a_repeated_paragraph_is_kept_once(one, tmp_path):
     p, q, r, s = (_sentences(seed, 3) for seed in range(4))
     root = _small(
         tmp_path / "text", a=[f"{q}\n\n{r}", f"{p}\n\n{q}", f"{p}\n\n{s}", "Short.", q + "\n\nEnd."]
@@ -474,7 +475,9 @@ def test_a_paragraph_that_came_before_stays_once(one, tmp_path):
     assert info["stages"][-1]["dropped"] == {"fewer than 200 characters left": 1}
 
 
-def test_parts_of_keys_do_not_matter(made, planted, recipe, one, tmp_path, monkeypatch):
+def test_the_number_of_key_partitions_does_not_matter(
+    made, planted, recipe, one, tmp_path, monkeypatch
+):
     monkeypatch.setattr(corpus, "_KEYS_AT_ONCE", 7)
     make(recipe, planted[0], tmp_path / "out", engine=one(), progress=False)
     same = {
@@ -483,7 +486,7 @@ def test_parts_of_keys_do_not_matter(made, planted, recipe, one, tmp_path, monke
     assert same.items() <= _digests(tmp_path / "out").items()
 
 
-def test_changed_samples_and_test_sets_are_told(planted, one, tmp_path):
+def test_changed_samples_and_test_sets_are_reported(planted, one, tmp_path):
     root = _small(tmp_path / "text", a=[_sentences(seed, 40) for seed in range(30)])
     samples = _small(
         tmp_path / "samples",
@@ -507,7 +510,7 @@ def test_changed_samples_and_test_sets_are_told(planted, one, tmp_path):
     assert "40 good and 65 bad" in said and "80 good and 25 bad" in again
 
 
-def test_sources_that_vanish_or_clash_are_told(one, tmp_path):
+def test_missing_or_clashing_sources_are_reported(one, tmp_path):
     root = _small(tmp_path / "text", a=[_sentences(1, 40)], b=[" \n"])
     weighted = dataclasses.replace(
         PLAIN, sources=(Source("a", ("a",), 0.5), Source("b", ("b",), 0.5))
@@ -522,7 +525,7 @@ def test_sources_that_vanish_or_clash_are_told(one, tmp_path):
         make(PLAIN, root, root / "out", engine=one(), progress=False)
 
 
-def test_stages_alone_leave_text(planted, recipe, one, tmp_path):
+def test_selected_stages_write_text(planted, recipe, one, tmp_path):
     only = dataclasses.replace(recipe, stages=("duplicates",))
     info = make(only, planted[0], tmp_path / "out", engine=one(), progress=False)
     assert [stage["name"] for stage in info["stages"]] == ["read", "near-duplicates"]
@@ -530,7 +533,7 @@ def test_stages_alone_leave_text(planted, recipe, one, tmp_path):
     assert list((tmp_path / "out" / "stages" / "duplicates").glob("*.parquet"))
 
 
-def test_a_classifier_takes_what_is_like_the_bad(planted, recipe, one, tmp_path):
+def test_a_classifier_removes_texts_like_the_bad_samples(planted, recipe, one, tmp_path):
     good = tmp_path / "good.jsonl"
     good.write_text(
         "".join(
@@ -562,7 +565,7 @@ def test_a_classifier_takes_what_is_like_the_bad(planted, recipe, one, tmp_path)
 
 
 @pytest.mark.slow
-def test_on_a_ray_cluster_it_is_the_same(made, planted, recipe, tmp_path):
+def test_the_result_on_a_ray_cluster_is_the_same(made, planted, recipe, tmp_path):
     pytest.importorskip("ray")
     make(recipe, planted[0], tmp_path / "out", engine=on_ray(), progress=False)
     assert _digests(tmp_path / "out") == _digests(made[0])
@@ -574,7 +577,7 @@ def test_configs_load(name):
     assert found.name == name
 
 
-def test_the_blend_of_the_paper():
+def test_the_recipe_has_the_blend_of_the_paper():
     found = load_recipe(str(ROOT / "configs/data/mtnlg.py"))
     assert len(found.sources) == 15
     assert sum(source.weight for source in found.sources) == pytest.approx(1, abs=1e-9)
@@ -622,7 +625,7 @@ def test_the_blend_of_the_paper():
         ),
     ],
 )
-def test_bad_recipes_are_refused_before_any_work(planted, recipe, one, tmp_path, change, message):
+def test_invalid_recipes_raise_before_any_work(planted, recipe, one, tmp_path, change, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         make(
             dataclasses.replace(recipe, **change),
@@ -634,7 +637,7 @@ def test_bad_recipes_are_refused_before_any_work(planted, recipe, one, tmp_path,
     assert not (tmp_path / "out" / "stages").exists()
 
 
-def test_a_test_set_that_is_the_corpus_is_told(planted, recipe, one, tmp_path):
+def test_a_test_set_equal_to_the_corpus_is_reported(planted, recipe, one, tmp_path):
     rows = [{"text": path.read_text()} for path in sorted((planted[0] / "books").iterdir())]
     rows += [
         json.loads(line) for line in (planted[0] / "pages" / "web.jsonl").read_text().splitlines()
@@ -647,14 +650,14 @@ def test_a_test_set_that_is_the_corpus_is_told(planted, recipe, one, tmp_path):
         make(own, planted[0], tmp_path / "out", engine=one(), progress=False)
 
 
-def test_a_foreign_folder_is_not_touched(planted, recipe, one, tmp_path):
+def test_a_folder_of_other_files_is_not_changed(planted, recipe, one, tmp_path):
     (tmp_path / "mine.txt").write_text("precious")
     with pytest.raises(FileExistsError, match=r"no recipe\.json"):
         make(recipe, planted[0], tmp_path, engine=one(), progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_the_command_line_refuses_in_one_line(planted, tmp_path):
+def test_errors_of_the_command_are_one_line(planted, tmp_path):
     for more, words in (
         ("--skip_sources=nobody", "nobody"),
         ("--stages=wash", "'wash'"),

@@ -1,4 +1,4 @@
-"""Settings of a recipe that differ by source, and the sources of the paper's blend."""
+"""Check recipe settings that differ by source, and the sources of the paper's blend."""
 
 import dataclasses
 import functools
@@ -27,7 +27,7 @@ def one():
 
 
 def _texts(folder):
-    """[(source, text)] of the Parquet files that a stage left."""
+    """Return [(source, text)] of the Parquet files that a stage wrote."""
     found = []
     for path in sorted(folder.glob("*.parquet")):
         table = pyarrow.parquet.read_table(path)
@@ -66,8 +66,8 @@ _LICENSE = (
 
 @pytest.fixture(scope="module")
 def technical(tmp_path_factory):
-    """(folder, texts by source): code and formulas that a rule for prose would drop, and prose that
-    shares a line."""
+    """Write (folder, texts by source): code and formulas that a rule for prose would drop, and
+    prose that shares a line."""
     root = tmp_path_factory.mktemp("technical")
     documents = (document.text for document in embedded_documents())
     prose = [text for text in documents if not clean(text, CleanConfig()).dropped]
@@ -89,7 +89,7 @@ def _sources(**settings):
     return tuple(Source(name, (name,), **settings.get(name, {})) for name in names)
 
 
-def test_rules_for_prose_leave_code_and_formulas_alone(one, technical, tmp_path):
+def test_rules_for_prose_keep_code_and_formulas(one, technical, tmp_path):
     root, texts = technical
     stages = ("clean", "paragraphs")
     plain = Recipe(sources=_sources(), stages=stages)
@@ -113,7 +113,7 @@ def test_rules_for_prose_leave_code_and_formulas_alone(one, technical, tmp_path)
         assert sum(_LICENSE in text for text in left[name, "paragraphs", "prose"]) == 1
 
 
-def test_personal_data_is_masked_in_code_too(one, technical, tmp_path):
+def test_personal_data_is_also_masked_in_code(one, technical, tmp_path):
     _, texts = technical
     (tmp_path / "in/code").mkdir(parents=True)
     row = {"text": "# ask ann.lee@mail.com about this\n" + texts["code"][0]}
@@ -124,9 +124,7 @@ def test_personal_data_is_masked_in_code_too(one, technical, tmp_path):
     assert text == row["text"].replace("ann.lee@mail.com", "<EMAIL>")
 
 
-def test_a_source_may_skip_every_stage_and_settings_of_the_recipe_reach_it(
-    one, technical, tmp_path
-):
+def test_a_source_may_skip_stages_and_inherits_settings(one, technical, tmp_path):
     root, texts = technical
     passed = {"skip_stages": ("clean", "duplicates", "paragraphs")}
     sources = _sources(
@@ -143,7 +141,7 @@ def test_a_source_may_skip_every_stage_and_settings_of_the_recipe_reach_it(
     )
 
 
-def test_the_run_and_the_recipe_of_the_paper_name_the_same_sources():
+def test_the_run_and_the_recipe_have_the_same_sources():
     recipe = load_recipe(str(ROOT / "configs/data/mtnlg.py"))
     run = load_config(str(ROOT / "configs/mtnlg_530b.py"))
     assert run.data.blend == tuple((f"data/{s.name}", s.weight) for s in recipe.sources)

@@ -46,7 +46,7 @@ def _texts(path):
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
-def test_text_comes_back(prepared, tmp_path, suffix):
+def test_texts_are_recovered(prepared, tmp_path, suffix):
     for part in ("train", "heldout"):
         assert str(tmp_path / part) in convert(str(prepared / part), str(tmp_path / part) + suffix)
     found = _texts(tmp_path / f"train{suffix}") + _texts(tmp_path / f"heldout{suffix}")
@@ -56,7 +56,7 @@ def test_text_comes_back(prepared, tmp_path, suffix):
     assert (tmp_path / f"train{suffix}").read_bytes() == before
 
 
-def test_there_and_back_again(prepared, gpt2_files, tmp_path):
+def test_a_round_trip_is_exact(prepared, gpt2_files, tmp_path):
     prefix = str(tmp_path / "megatron" / "x")
     train = open_tokens(prepared / "train")
     convert(str(prepared / "train"), prefix)
@@ -109,7 +109,7 @@ def test_pairs_keep_their_parts(gpt2_files, tmp_path):
     ]
 
 
-def test_what_cannot_be_is_refused(prepared, trained, gpt2_files, tmp_path):
+def test_invalid_requests_raise_an_error(prepared, trained, gpt2_files, tmp_path):
     train = str(prepared / "train")
     prefix = str(tmp_path / "x")
     there = tmp_path / "there"

@@ -1,4 +1,4 @@
-"""Megatron's .bin and .idx. To ask megatron-core itself, in a Python that has it:
+"""Read and write Megatron's .bin and .idx. To test with megatron-core, in a Python that has it:
 
 MEGATRON_PYTHON=PYTHON pytest --slow tests/data/store/test_megatron.py
 """
@@ -34,7 +34,7 @@ def _arrays(location, texts, vocab_size=300):
 
 
 def test_golden_bytes(tmp_path):
-    """By hand, from the layout in the module's docstring."""
+    """The bytes were written by hand from the layout in the module's docstring."""
     write_megatron(_arrays(tmp_path / "x", [[1, 2, 258], [5]]), tmp_path / "y")
     assert (tmp_path / "y.bin").read_bytes() == b"\x01\0\x02\0\x02\x01\x05\0"
     assert (tmp_path / "y.idx").read_bytes() == (
@@ -65,7 +65,7 @@ def test_the_size_of_the_vocabulary_decides_the_type(tmp_path, vocab_size, dtype
 
 
 @pytest.mark.parametrize("name", ["short", "sentences", "short.bin", "sentences.idx"])
-def test_what_megatron_wrote_is_read(name, monkeypatch):
+def test_files_of_megatron_are_read(name, monkeypatch):
     monkeypatch.setattr(offsets, "BLOCK", 8)
     tokens = open_tokens(FIXTURES / name)
     assert len(tokens) == len(STREAM) and tokens.documents == 40 and tokens.prompt_lengths is None
@@ -82,7 +82,7 @@ def test_what_megatron_wrote_is_read(name, monkeypatch):
         tokens.read(0, 10_000)
 
 
-def test_the_same_rows_as_from_arrays(tmp_path):
+def test_rows_equal_those_from_arrays(tmp_path):
     ours = Batches([(_arrays(tmp_path / "x", documents()), 1.0)], 64, seed=3).rows(np.arange(50))
     for name in ("short", "sentences"):
         theirs = Batches([(open_tokens(FIXTURES / name), 1.0)], 64, seed=3).rows(np.arange(50))
@@ -92,7 +92,7 @@ def test_the_same_rows_as_from_arrays(tmp_path):
 
 
 @pytest.mark.parametrize("first, last", [(0, 39), (39, 40), (3, 17), (0, 0), (40, 40), (0, 40)])
-def test_some_of_the_documents(first, last):
+def test_a_range_of_documents(first, last):
     part = open_megatron(FIXTURES / "sentences", first, last)
     stream = STREAM[BEGINS[first] : BEGINS[last]]
     assert part.documents == last - first and np.array_equal(part.read(0, len(part)), stream)
@@ -100,8 +100,8 @@ def test_some_of_the_documents(first, last):
     assert part.meta["sha256"] != open_megatron(FIXTURES / "sentences", 1, 2).meta["sha256"]
 
 
-def test_written_by_megatron_and_by_us(tmp_path):
-    """The same bytes, from arrays and from its own files; in pieces."""
+def test_our_files_equal_those_of_megatron(tmp_path):
+    """The bytes are the same from arrays, from its own files, and in pieces."""
     for source in (_arrays(tmp_path / "x", documents()), open_megatron(FIXTURES / "short")):
         source.meta["vocab_size"] = 260
         write_megatron(source, tmp_path / "again", overwrite=True)
@@ -127,7 +127,7 @@ def test_round_trip_in_blocks_and_pieces(tmp_path, size, monkeypatch):
 
 
 def test_empty_documents(tmp_path):
-    """Its preprocess_data.py leaves a document without sequences where a text has no sentence."""
+    """preprocess_data.py writes a document without sequences for a text without sentences."""
     index = (
         struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 4, 2, 6)
         + np.array([2, 3], "<i4").tobytes()
@@ -162,8 +162,8 @@ DOCUMENTS = POINTERS + 8 * 40
 
 
 def _shift(prefix):
-    """From the middle on everything lies a byte later: only the ends are read at opening, and they
-    are whole."""
+    """Shift everything after the middle by a byte; only the ends are read at opening, and they are
+    valid."""
     index = bytearray(prefix.with_suffix(".idx").read_bytes())
     pointers = np.frombuffer(index, "<i8", 40, POINTERS)
     pointers[17:] += 1
@@ -220,7 +220,7 @@ def _shift(prefix):
     ],
     ids=range(23),
 )
-def test_damage_is_seen_at_opening(tmp_path, damage, error, message, monkeypatch):
+def test_damage_is_found_at_opening(tmp_path, damage, error, message, monkeypatch):
     monkeypatch.setattr(offsets, "BLOCK", 8)
     for suffix in (".bin", ".idx"):
         shutil.copy(FIXTURES / f"short{suffix}", tmp_path / f"x{suffix}")
@@ -230,7 +230,7 @@ def test_damage_is_seen_at_opening(tmp_path, damage, error, message, monkeypatch
     assert "; " in str(caught.value)
 
 
-def test_damage_inside_is_seen_at_reading(tmp_path, monkeypatch):
+def test_damage_inside_is_found_at_reading(tmp_path, monkeypatch):
     monkeypatch.setattr(offsets, "BLOCK", 8)
     for suffix in (".bin", ".idx"):
         shutil.copy(FIXTURES / f"short{suffix}", tmp_path / f"x{suffix}")
@@ -243,7 +243,7 @@ def test_damage_inside_is_seen_at_reading(tmp_path, monkeypatch):
         tokens.document_of(np.arange(len(tokens)))
 
 
-def test_what_names_a_data_set(tmp_path):
+def test_paths_that_name_a_data_set(tmp_path):
     assert (
         prefix_of(FIXTURES / "short") == prefix_of(f"{FIXTURES}/short.bin") == f"{FIXTURES}/short"
     )
@@ -254,9 +254,11 @@ def test_what_names_a_data_set(tmp_path):
         open_tokens("gs://bucket/x.idx")
 
 
-def test_a_tokenizer_that_does_not_fit(tmp_path, gpt2_files):
+def test_another_tokenizer_raises_an_error(tmp_path, gpt2_files):
     gpt2 = load_tokenizer(gpt2_files)
     tokens = open_megatron(FIXTURES / "short")
+    with pytest.raises(ValueError, match="short: the bytes of its tokens are not known without"):
+        tokens.predicted  # noqa: B018
     tokens.attach(gpt2)
     lengths = [len(document) - 1 for document in documents()]
     # The first token of a document is not predicted, and its end has no bytes.
@@ -277,13 +279,13 @@ def test_a_tokenizer_that_does_not_fit(tmp_path, gpt2_files):
         open_megatron(tmp_path / "y").attach(gpt2)
 
 
-def test_what_megatron_cannot_hold(tmp_path):
+def test_documents_that_megatron_cannot_hold_raise_an_error(tmp_path):
     writer = TokenWriter(tmp_path / "x", 300, "")
     writer.add(np.arange(5), 5, (2, 2))
     writer.finish()
     with pytest.raises(ValueError, match="holds pairs"):
         write_megatron(open_tokens(tmp_path / "x"), tmp_path / "y")
-    with pytest.raises(ValueError, match="of what vocabulary"):
+    with pytest.raises(ValueError, match="the vocabulary of the tokens is unknown"):
         write_megatron(open_megatron(FIXTURES / "short"), tmp_path / "y")
     assert not (tmp_path / "y.bin").exists()
 

@@ -33,7 +33,7 @@ def small_blocks(monkeypatch):
 
 
 def _lazy(values, least=0):
-    """Offsets over ``values``, and the list of the numbers that were read."""
+    """Return offsets over ``values``, and the list of the numbers that were read."""
     reads = []
 
     def read(first, stop):
@@ -44,7 +44,7 @@ def _lazy(values, least=0):
 
 
 @pytest.mark.parametrize("kind", SIZES)
-def test_the_same_as_a_search_in_all(kind):
+def test_lookups_equal_a_search_in_all_offsets(kind):
     values = np.concatenate([[0], np.cumsum(SIZES[kind])])
     lazy, reads = _lazy(values)
     lazy.check_ends()
@@ -61,24 +61,24 @@ def test_the_same_as_a_search_in_all(kind):
 
 
 @pytest.mark.parametrize("kind", ["alike", "skewed", "growing"])
-def test_few_blocks_are_read_for_one_place(kind):
+def test_a_lookup_reads_few_blocks(kind):
     values = np.concatenate([[0], np.cumsum(np.tile(SIZES[kind], 30))])
     counts = []
-    for place in RNG.integers(0, values[-1], 200):
+    for index in RNG.integers(0, values[-1], 200):
         lazy, reads = _lazy(values)
-        lazy.find(np.array([place]))
+        lazy.find(np.array([index]))
         counts.append(len(reads))
     assert max(counts) <= 2 * np.log2(len(values) / 8) + 2
     assert kind != "alike" or np.mean(counts) < 4
 
 
 @pytest.mark.parametrize(
-    "place, value", [(0, 1), (1000, -1), (500, -1), (500, 10**9), (504, 0), (505, 0)]
+    "index, value", [(0, 1), (1000, -1), (500, -1), (500, 10**9), (504, 0), (505, 0)]
 )
-def test_what_does_not_fit_is_seen_when_it_is_read(place, value):
+def test_invalid_offsets_are_found_when_read(index, value):
     values = np.concatenate([[0], np.cumsum(SIZES["alike"])])
     broken = values.copy()
-    broken[place] = values[place - 1] if value == 0 else value
+    broken[index] = values[index - 1] if value == 0 else value
     lazy = Offsets(lambda first, stop: broken[first:stop], 1000, int(values[-1]), ValueError)
     with pytest.raises(
         ValueError,
@@ -89,8 +89,8 @@ def test_what_does_not_fit_is_seen_when_it_is_read(place, value):
         lazy.all()
 
 
-def test_blocks_that_do_not_meet():
-    """Each block is whole by itself, and the second begins before the first one ends."""
+def test_blocks_that_overlap_raise_an_error():
+    """Each block is valid, but the second begins before the first one ends."""
     blocks = {0: np.arange(9) * 2, 8: np.arange(9) + 12, 16: np.arange(9) * 10 + 20}
     lazy = Offsets(lambda first, stop: blocks[first][: stop - first], 24, 100, ValueError)
     with pytest.raises(ValueError, match="do not divide"):
@@ -109,9 +109,9 @@ print(time.perf_counter() - begin, rows["tokens"].shape)
 
 
 @pytest.mark.slow
-def test_the_first_batch_of_many_documents(tmp_path, monkeypatch):
-    """30 million documents, as if `TokenWriter` had written them; a process that has read none of
-    it yet."""
+def test_the_first_batch_of_many_documents_is_fast(tmp_path, monkeypatch):
+    """30 million documents, as if `TokenWriter` had written them, and a process that has not read
+    them yet."""
     monkeypatch.undo()
     values = np.concatenate([[0], np.cumsum(RNG.integers(1, 6, 30_000_000, dtype=np.int64))])
     stored = zarr.create_array(

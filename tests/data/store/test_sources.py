@@ -23,7 +23,7 @@ def prepared(gpt2_files, trained, tmp_path_factory):
     return str(folder / "data"), str(folder / "other")
 
 
-def test_prepared_folders_bring_all(prepared):
+def test_prepared_folders_have_tokenizer_and_held_out_text(prepared):
     tokenizer, opened, held_out = open_sources([prepared[0]])
     assert tokenizer.fingerprint == opened[prepared[0]].meta["tokenizer"] and tokenizer.prompt_bos
     assert {path: part.location for path, part in held_out.items()} == {
@@ -46,7 +46,7 @@ def test_the_last_documents_are_held_out(gpt2_files, share, kept):
     assert not tokenizer.prompt_bos
 
 
-def test_one_document_is_trained_on(gpt2_files, tmp_path):
+def test_a_single_document_is_trained_on(gpt2_files, tmp_path):
     from mtnlg_jax.data.store.megatron import open_megatron, write_megatron
 
     part = open_megatron(SHORT, 20, 21)
@@ -65,7 +65,7 @@ def test_other_tokens_held_out(prepared, gpt2_files):
     assert held_out[f"{prepared[0]}/train"].location == f"{prepared[0]}/train"
 
 
-def test_whether_prompts_begin_with_bos_stays_with_the_tokenizer(gpt2_files, tmp_path):
+def test_prompt_bos_is_kept_with_the_tokenizer(gpt2_files, tmp_path):
     tokenizer, _, _ = open_sources([SHORT], str(gpt2_files))
     tokenizer.save(tmp_path)
     again = load_tokenizer(tmp_path)
@@ -76,7 +76,7 @@ def test_whether_prompts_begin_with_bos_stays_with_the_tokenizer(gpt2_files, tmp
     assert load_tokenizer(gpt2_files).prompt_bos
 
 
-def test_with_bos_before_documents_prompts_have_it(prepared, gpt2_files, tmp_path):
+def test_prompts_have_bos_if_documents_do(prepared, gpt2_files, tmp_path):
     from mtnlg_jax.data.store.megatron import write_megatron
 
     write_megatron(open_tokens(f"{prepared[0]}/train"), tmp_path / "x")
@@ -86,7 +86,7 @@ def test_with_bos_before_documents_prompts_have_it(prepared, gpt2_files, tmp_pat
     assert not tokenizer.prompt_bos
 
 
-def test_what_does_not_fit_is_refused(prepared, gpt2_files, tmp_path):
+def test_incompatible_sources_raise_an_error(prepared, gpt2_files, tmp_path):
     gpt2 = str(gpt2_files)
     data, other = prepared
     shutil.copytree(data, tmp_path / "copy")
@@ -113,8 +113,8 @@ def test_what_does_not_fit_is_refused(prepared, gpt2_files, tmp_path):
             open_sources(*arguments)
 
 
-def test_what_is_not_prepared_is_named_with_what_to_give(tmp_path, monkeypatch):
-    """Each message leads to a path that works, not back to where it came from."""
+def test_unprepared_paths_raise_an_error_with_a_remedy(tmp_path, monkeypatch):
+    """Each message suggests a path that works."""
     monkeypatch.chdir(tmp_path)
     for name in (
         "OUT/train",

@@ -18,7 +18,7 @@ STREAM = np.concatenate(DOCUMENTS)
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """So that a thousand tokens fill many chunks and several files."""
+    """Make chunks small, so that a thousand tokens fill many chunks and several files."""
     for each in (module, zarr):
         monkeypatch.setattr(each, "CHUNK", 16)
         monkeypatch.setattr(each, "SHARD", 128)
@@ -34,7 +34,7 @@ def _write(location, documents=DOCUMENTS, vocab_size=300):
 @pytest.mark.parametrize(
     "vocab_size, dtype", [(300, "uint16"), (65536, "uint16"), (65537, "uint32")]
 )
-def test_what_is_written_is_read(tmp_path, vocab_size, dtype):
+def test_tokens_are_read_as_written(tmp_path, vocab_size, dtype):
     meta = _write(tmp_path / "x", [*DOCUMENTS, [vocab_size - 1]], vocab_size)
     assert (tmp_path / "x/tokens/c/7").exists() and not (tmp_path / "x/tokens/c/9").exists()
     tokens = open_tokens(tmp_path / "x")
@@ -61,13 +61,13 @@ def test_what_is_written_is_read(tmp_path, vocab_size, dtype):
             tokens.read(start, stop)
 
 
-def test_windows_go_around(tmp_path):
+def test_windows_wrap_around(tmp_path):
     _write(tmp_path)
     windows = open_tokens(tmp_path).read_windows(np.array([0, 130, 1035, 1039]), 50)
     assert np.array_equal(windows, [np.roll(STREAM, -start)[:50] for start in (0, 130, 1035, 1039)])
 
 
-def test_the_content_decides_the_hash(tmp_path):
+def test_the_hash_depends_on_the_content(tmp_path):
     same = _write(tmp_path / "a")
     other = _write(tmp_path / "b")
     assert same == other
@@ -76,14 +76,14 @@ def test_the_content_decides_the_hash(tmp_path):
     assert _write(tmp_path / "d", DOCUMENTS[::-1])["sha256"] != same["sha256"]
 
 
-def test_nothing_at_all(tmp_path):
+def test_an_empty_data_set(tmp_path):
     meta = _write(tmp_path, [])
     tokens = open_tokens(tmp_path)
     assert len(tokens) == tokens.documents == meta["bytes"] == 0 and tokens.read(0, 0).size == 0
 
 
 @pytest.mark.parametrize("wrong", [[], [300], [-1]])
-def test_tokens_outside_the_vocabulary_are_refused(tmp_path, wrong):
+def test_tokens_outside_the_vocabulary_raise_an_error(tmp_path, wrong):
     writer = TokenWriter(tmp_path, 300, "")
     writer.add([299], 1)
     with pytest.raises(ValueError, match="document 1 .* vocabulary of 300"):
@@ -110,7 +110,7 @@ def test_urls(tmp_path):
         open_tokens("memory://nowhere")
 
 
-def test_unfinished_and_absent(tmp_path):
+def test_unfinished_and_missing_data_raise_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         open_tokens(tmp_path / "nowhere")
     writer = TokenWriter(tmp_path / "x", 300, "")
@@ -159,7 +159,7 @@ def _offsets(folder):
     ],
     ids=range(9),
 )
-def test_damage_is_seen_at_opening(tmp_path, damage, message):
+def test_damage_is_found_at_opening(tmp_path, damage, message):
     _write(tmp_path)
     damage(tmp_path)
     with pytest.raises(ValueError, match=message) as error:
@@ -177,7 +177,7 @@ def test_damage_is_seen_at_opening(tmp_path, damage, message):
         lambda path: path.write_bytes(path.read_bytes()[:20] + b"\x55" + path.read_bytes()[21:]),
     ],
 )
-def test_damage_inside_is_seen_at_reading(tmp_path, damage):
+def test_damage_inside_is_found_at_reading(tmp_path, damage):
     _write(tmp_path)
     damage(tmp_path / "tokens/c/3")
     tokens = open_tokens(tmp_path)

@@ -1,5 +1,5 @@
-"""Every kernel against the same longhand attention, on shapes that divide nothing, with the race
-detector on."""
+"""Provide every kernel and the reference attention, on unaligned shapes, with the race detector
+on."""
 
 import functools
 from types import SimpleNamespace
@@ -14,12 +14,12 @@ from mtnlg_jax.model.attention import attention, decode_attention
 
 
 def _documents(rows, length, number, seed=0):
-    """Rising ids, (rows, length)."""
+    """Return increasing ids, (rows, length)."""
     return np.sort(np.random.default_rng(seed).integers(0, number, (rows, length)), 1).tolist()
 
 
 def _mixed(rows, length, number, seed=1):
-    """Ids in any order."""
+    """Return ids in any order."""
     return np.random.default_rng(seed).integers(0, number, (rows, length)).tolist()
 
 
@@ -84,9 +84,11 @@ CASES = {
 
 @pytest.fixture(scope="session")
 def kernels(longhand):
-    """``everything(impl, case, dtype)``: (got, want) of out, lse, dq, dk, dv as float64, relative
-    to the largest number of ``want`` where that is above 1; ``decoded(impl, ...)`` likewise of
-    decode_attention."""
+    """Return ``everything(impl, case, dtype)`` and ``decoded(impl, ...)``.
+
+    The first gives (got, want) of out, lse, dq, dk, dv as float64, relative to the largest value of
+    ``want`` if that is above 1; the second does the same for decode_attention.
+    """
 
     def everything(impl, case, dtype="float32", block_sizes=(128, 128)):
         rows, queries, keys, heads, kv_heads, width, options, run = CASES[case]
@@ -121,8 +123,8 @@ def kernels(longhand):
         int8=False,
         num_splits=None,
     ):
-        """(out, lse) of the kernel and of attention() with impl="xla" over the same cache, in
-        float32."""
+        """Return (out, lse) of the kernel and of attention() with impl="xla" over the same cache,
+        in float32."""
         draws = np.random.default_rng(0)
         q = draws.standard_normal((rows, heads, width)).astype(np.float32)
         cache = [

@@ -1,4 +1,5 @@
-"""One query against a cache, interpreted with the race detector, against the exact attention."""
+"""Compare single-token decoding against a cache, interpreted with the race detector, with
+attention()."""
 
 import numpy as np
 import pytest
@@ -7,8 +8,8 @@ from mtnlg_jax.model.attention import decode_attention
 
 FLOAT32 = 2e-5
 FLOAT16 = 3e-3
-# Values are what int8 holds, exactly, on both sides; the weights are rounded to bfloat16 before
-# their product.
+# Both sides have values that int8 holds exactly; the weights are rounded to bfloat16 before their
+# product.
 INT8 = 2e-2
 
 
@@ -51,11 +52,11 @@ def test_the_gpu_kernel_equals_attention(kernels, case):
 
 
 @pytest.mark.parametrize("impl", ["pallas_tpu", "pallas_gpu"])
-def test_an_int8_cache_equals_its_numbers(kernels, impl):
+def test_an_int8_cache_equals_its_dequantized_values(kernels, impl):
     _close(kernels.decoded(impl, "bfloat16", int8=True), INT8)
 
 
-def test_an_int8_cache_without_kernels_equals_its_numbers():
+def test_an_int8_cache_without_kernels_equals_its_dequantized_values():
     draws = np.random.default_rng(0)
     q, k, v = (
         draws.standard_normal(shape).astype(np.float32)
@@ -72,4 +73,4 @@ def test_an_int8_cache_without_kernels_equals_its_numbers():
     )
     np.testing.assert_allclose(got, want, atol=FLOAT32)
     exact = decode_attention(q, k, v, lengths)
-    assert 1e-4 < np.abs(got - exact).max() < 0.05  # eight bits lose something, and not much
+    assert 1e-4 < np.abs(got - exact).max() < 0.05  # eight bits lose a little precision

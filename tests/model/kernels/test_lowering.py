@@ -1,5 +1,4 @@
-"""Every kernel lowers for every device that it is for, at the lengths and widths that people
-use."""
+"""Lower every kernel for every device that it supports, at common lengths and widths."""
 
 import jax
 import pytest
@@ -21,7 +20,7 @@ MASKS = ("segment_ids", "kv_lengths", "q_offset", "window")
 
 
 def _kernels_in(monkeypatch, device: str, call: Call) -> int:
-    """Lowers for a device that is not here; how many kernels the program has."""
+    """Lower for a device that is not present, and return the number of kernels in the program."""
     platform, kind, cores = DEVICES[device]
     monkeypatch.setattr(compat, "_DESCRIBED", [platform, kind])
     function, arguments = function_of(call)
@@ -48,7 +47,7 @@ def _kernels(text: str) -> int:
     return text.count("@tpu_custom_call") + text.count("@mosaic_gpu_v2")
 
 
-# Slow: plainer calls, and TPUs that get the same kernels with other blocks.
+# Slow: simpler calls, and TPUs that use the same kernels with other blocks.
 @pytest.mark.parametrize(
     "device",
     ["v5e", "H100", *(pytest.param(name, marks=pytest.mark.slow) for name in ("v5p", "v6e"))],
@@ -70,7 +69,7 @@ def _kernels(text: str) -> int:
     ],
 )
 def test_attention_and_its_gradients_lower_to_kernels(monkeypatch, device, call):
-    # On TPU the kernel of keys makes dq too, up to the length of which it fits VMEM.
+    # On TPU the kernel of keys also computes dq, up to the length at which it fits VMEM.
     assert _kernels_in(monkeypatch, device, call) == (
         3 if device == "H100" or call.queries > 100_000 else 2
     )
@@ -85,7 +84,7 @@ def test_decoding_lowers_to_a_kernel(monkeypatch, device, dtype):
     )
 
 
-def test_an_a100_gets_no_kernel_and_asking_for_one_is_refused(monkeypatch):
+def test_an_a100_has_no_kernel_and_asking_for_one_raises_an_error(monkeypatch):
     assert _kernels_in(monkeypatch, "A100", Call(masks=("segment_ids",))) == 0
     with pytest.raises(
         ValueError, match="'pallas_gpu' cannot serve this call: runs on Hopper, and this is A100"
@@ -94,7 +93,7 @@ def test_an_a100_gets_no_kernel_and_asking_for_one_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("device", ["v5p", "H100"])
-def test_in_a_manual_region_each_device_runs_its_part(monkeypatch, device):
+def test_each_device_of_a_manual_region_runs_its_part(monkeypatch, device):
     platform, kind, cores = DEVICES[device]
     monkeypatch.setattr(compat, "_DESCRIBED", [platform, kind])
     abstract = jax.sharding.AbstractDevice(device_kind=kind, num_cores=cores, platform=platform)
@@ -114,7 +113,7 @@ def test_in_a_manual_region_each_device_runs_its_part(monkeypatch, device):
     assert "2048x4x128" in text or "4x2048x128" in text  # four of eight heads
 
 
-def test_the_functions_that_are_compiled_are_the_public_ones():
+def test_compiled_functions_are_the_public_ones():
     function, arguments = function_of(
         Call("forward", dtype="float32", queries=64, keys=64, head_width=8)
     )
@@ -139,7 +138,7 @@ def test_cudnn_is_called_forward_and_backward_with_its_window(monkeypatch):
     text = export.export(
         jax.jit(jax.grad(loss, (0, 1, 2))), platforms=["cuda"], disabled_checks=checks
     )(q, q, q).mlir_module()
-    # Of 64 visible keys the query's own is one.
+    # The 64 visible keys include the query's own.
     assert (
         text.count("@__cudnn$fmhaSoftmax") == 2
         and text.count(r"sliding_window_length\22: 64,") == 2

@@ -1,11 +1,13 @@
-"""Blocks that may be left out are those in which nobody sees anybody, and no others where that can
-be known."""
+"""Check that blocks are skipped only if they have no visible pair, and always if that is known."""
+
+import re
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtnlg_jax.model.kernels.mask import Mask, block_ranges, visible_blocks
+from mtnlg_jax.model.kernels import mask as masks
+from mtnlg_jax.model.kernels.mask import Mask, block_ranges, visible, visible_blocks
 
 SORTED = [1] * 9 + [2] * 4 + [5] * 10
 MIXED = [3, 1, 3] * 7 + [1, 1]
@@ -19,7 +21,7 @@ CASES = {
     "offsets of rows": ({"q_offset": [0, -4, 30]}, True),
     "documents": ({"causal": False, "segment_ids": ([SORTED] * 3, [SORTED] * 3)}, True),
     "mixed documents": ({"causal": False, "segment_ids": ([MIXED] * 3, [SORTED] * 3)}, False),
-    # Each of the three shows something in a block where all together show nothing: not looked for.
+    # Each of the three shows a pair in a block, but all together show none: this is not detected.
     "all": (
         {
             "segment_ids": ([SORTED] * 3, [SORTED] * 3),
@@ -61,6 +63,27 @@ def test_no_visible_pair_is_skipped(longhand, case, blocks):
             assert (first[at], end[at]) == ((places[0], places[-1] + 1) if len(places) else (0, 0))
 
 
-def test_a_mask_is_known_where_no_array_is_in_it():
+def test_a_mask_without_arrays_is_known_exactly():
     assert Mask(True, 5, 3).known
     assert not _mask(kv_lengths=[1]).known and not _mask(q_offset=[0]).known
+
+
+def test_the_drawing_of_the_module_is_what_the_code_computes():
+    rows = re.findall(r"\d   ([#.](?: [#.]){5})    (\d)", masks.__doc__)
+    drawn = np.array([[cell == "#" for cell in cells.split()] for cells, _ in rows])
+    assert drawn.shape == (6, 6)
+    ids = jnp.int32([[int(segment) for _, segment in rows]])
+    positions = jnp.arange(6)
+    seen = visible(
+        positions[:, None],
+        positions[None, :],
+        causal=True,
+        window=3,
+        q_ids=ids[0, :, None],
+        kv_ids=ids[0, None, :],
+    )
+    np.testing.assert_array_equal(seen, drawn)
+    # The text below the drawing lists the blocks of two by two that the kernels visit.
+    listed = [(int(i), int(j)) for i, j in re.findall(r"\((\d), (\d)\)", masks.__doc__)]
+    visited = visible_blocks(Mask(True, 3, 0, ids, ids), 1, 6, 6, 2, 2)[0]
+    assert listed == [tuple(block) for block in np.argwhere(visited).tolist()]

@@ -22,6 +22,7 @@ from mtnlg_jax.model.kernels.mask import Mask, visible
 
 COMPUTE = 2  # warpgroups that compute
 # Registers of a thread that computes, and of one that feeds. A multiprocessor has 65536.
+# A warpgroup has 128 threads: 2 x 128 x 240 + 128 x 24 = 64512.
 REGISTERS = (240, 24)
 CORES = 132  # multiprocessors of an H100 SXM or H200, if the device is unknown
 LOG2E = math.log2(math.e)
@@ -69,6 +70,7 @@ class ScoreScale(NamedTuple):
 
     @property
     def factor(self) -> float:
+        # With a softcap the product was scaled before tanh, and is multiplied by the cap after it.
         return LOG2E * (self.softcap or (self.scale if self.scale > 0 else 1.0))
 
     def cap(self, product):
@@ -77,10 +79,12 @@ class ScoreScale(NamedTuple):
         with it the greatest product is not the greatest score."""
         if self.softcap is None:
             return product if self.scale > 0 else product * self.scale
+        # tanh(x) = 1 - 2 / (1 + e^2x).
         return 1.0 - 2.0 / (1.0 + jnp.exp2(product * (2 * LOG2E * self.scale / self.softcap)))
 
     def times_slope(self, weights, capped):
         """``weights`` times the derivative of the softcap."""
+        # The derivative of tanh is 1 - tanh^2.
         return weights if self.softcap is None else weights * (1.0 - capped * capped)
 
 
@@ -138,6 +142,7 @@ def two_products(shape, first, second, use: Callable):
     """use(first product, second) for two pairs of operands. ``second`` is a function: its product
     is still being computed while ``use`` works on the first one."""
 
+    # Both products are issued at once; wait_n=1 lets the second one run on.
     def multiply(acc_first, acc_second):
         plgpu.wgmma(acc_first, *first)
         plgpu.wgmma(acc_second, *second)
@@ -189,10 +194,13 @@ def tiled(shape, dtype, width: int | None = None):
     match."""
     size = jnp.dtype(dtype).itemsize
     piece = 64 if (width or shape[-1]) * size % 128 else 128
+    # JAX's base class declares a method that these two never need as abstract.
+    tiling = plgpu.TilingTransform((8, piece // size))  # type: ignore[abstract]
+    swizzle = plgpu.SwizzleTransform(piece)  # type: ignore[abstract]
     return plgpu.SMEM(
         shape,
         dtype,
-        transforms=(plgpu.TilingTransform((8, piece // size)), plgpu.SwizzleTransform(piece)),
+        transforms=(tiling, swizzle),
     )
 
 
@@ -217,6 +225,7 @@ def fill(step, stages: int, full, empty, copies) -> None:
     empty."""
     slot = lax.rem(step, jnp.int32(stages))
 
+    # The first ``stages`` slots have never been filled, so there is nothing to wait for.
     @pl.when(step >= stages)
     def _():
         plgpu.barrier_wait(empty.at[slot])
@@ -289,8 +298,9 @@ def launch(
             own = jnp.where(lax.rem(i, jnp.int32(2)) == 0, block, mirrored)
             return visit(i * blocks + own, step)
 
-        waves = jnp.where(last < rest, waves + 1, waves) if rest else waves
-        return lax.fori_loop(0, waves, wave, jnp.int32(0))
+        # The last wave is not full: only the blocks whose turn comes before ``rest`` take part.
+        own_waves = jnp.where(last < rest, waves + 1, waves) if rest else waves
+        return lax.fori_loop(0, own_waves, wave, jnp.int32(0))
 
     def body(*refs, **scratch_refs):
         r = SimpleNamespace(**dict(zip((*inputs, *outputs), refs, strict=True)), **scratch_refs)
@@ -298,6 +308,7 @@ def launch(
 
         @pl.when(wg < COMPUTE)
         def _():
+            # Feeding needs few registers, so they go to the warpgroups that hold sums.
             plgpu.set_max_registers(REGISTERS[0], action="increase")
             walk(lambda tile, step: compute(r, wg, tile, step))
 
@@ -339,13 +350,14 @@ def varying_like(results, *inputs):
 
 
 def interpret_params(interpret):
-    """What plgpu.kernel takes as ``interpret``: True becomes the default parameters."""
+    """Return the argument ``interpret`` of plgpu.kernel: True becomes the default parameters."""
     return plgpu.InterpretGPUParams() if interpret is True else interpret
 
 
 def multiprocessors() -> int:
     """Number of multiprocessors of the device that the program is compiled for."""
     device = jax.sharding.get_abstract_mesh().abstract_device
+    # Ahead-of-time compilation names the device that it compiles for.
     if device is not None and device.num_cores:
         return device.num_cores
     if jax.default_backend() == "gpu":

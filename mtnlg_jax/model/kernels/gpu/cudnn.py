@@ -42,6 +42,7 @@ def _installed() -> bool:
 
 def attend(q, k, v, mask: Mask, *, scale: float):
     """out (B, S, N, H)."""
+    # cuDNN counts the keys to the left and to the right without the query's own.
     window = None if mask.window is None else (mask.window - 1, 0)
     out = jax.nn.dot_product_attention(
         q,

@@ -73,11 +73,15 @@ def decode(
     check_blocks(width, "query heads", HEADS, "keys", block_kv)
     group = heads // kv_heads
     blocks = -(-keys // block_kv)
+    # Eight is the smallest tile of the TMA. Beyond HEADS there are several tiles, all of them
+    # whole.
     rows = -(-group // 8) * 8 if group <= HEADS else -(-group // HEADS) * HEADS
     tiles = -(-rows // HEADS)
     if num_splits is None:
+        # Enough thread blocks that every multiprocessor has one.
         free = -(-multiprocessors() // (batch * kv_heads * tiles))
         num_splits = min(free, -(-keys // KEYS_OF_SPLIT))
+    # At least a block of keys for each split.
     splits = max(1, min(num_splits, blocks))
     plan = GpuDecodePlan(
         kv_heads=kv_heads,
@@ -90,6 +94,7 @@ def decode(
         tiles=tiles,
         splits=splits,
         block_kv=block_kv,
+        # Fewer slots for wider heads, whose slots are larger.
         stages=stages or (4 if width <= 64 else 3 if width <= 128 else 2),
         score_scale=ScoreScale(scale, softcap),
         fast=interpret is None if fast is None else fast,
@@ -124,6 +129,7 @@ def _check_arrays(q, k_cache, v_cache, k_scale, v_scale) -> None:
 def _merged(out, lse):
     """Merge the splits' outputs (B, K, splits, G, H) by their log-sum-exps (B, K, splits, G)."""
     top = lse.max(2, keepdims=True)
+    # A row of length 0 has -inf in all splits, and -inf minus -inf would be NaN.
     shares = jnp.exp(lse - jnp.where(jnp.isneginf(top), 0.0, top))
     mass = shares.sum(2)
     mass = jnp.where(mass == 0, 1.0, mass)
@@ -164,6 +170,7 @@ class GpuDecodePlan(NamedTuple):
         head = lax.div(tile, jnp.int32(self.tiles))
         first_head = lax.rem(tile, jnp.int32(self.tiles)) * HEADS
         length = jnp.minimum(scalar(r.lengths, row), self.keys)
+        # Blocks that hold a key of this row.
         live = lax.div(jnp.maximum(length, 0) + (self.block_kv - 1), jnp.int32(self.block_kv))
         # An equal share of the blocks that the row has, not of those that the cache holds.
         share = lax.div(live + (self.splits - 1), jnp.int32(self.splits))
@@ -181,6 +188,7 @@ class GpuDecodePlan(NamedTuple):
             found["out_block"] = tiled((HEADS, self.width), self.partial)
         for name in ("k", "v"):
             shape = (self.stages, self.block_kv, self.width)
+            # Only the one computing warpgroup reads a slot. Scales are copied with their integers.
             found |= ring(name, self.stages, 1 + self.quantized, readers=1)
             if self.quantized:
                 found[f"{name}_block"] = plgpu.SMEM(shape, jnp.int8)
@@ -263,6 +271,7 @@ def _compute(plan: GpuDecodePlan, r, part: Part) -> None:
         plgpu.barrier_wait(full.at[slot])
         if not plan.quantized:
             return block.at[slot], None
+        # The product is of floats, and wgmma takes its right operand from shared memory alone.
         values = plgpu.load(block.at[slot], layout=TILE).astype(plan.dtype)
         factors = plgpu.load(scales.at[slot], layout=COLUMNS)
         release(empty.at[slot], True)
@@ -274,6 +283,7 @@ def _compute(plan: GpuDecodePlan, r, part: Part) -> None:
         right, factors = operand(r.k_block, r.k_full, r.k_empty, r.k_wide, r.k_scale_block, slot)
         scores = product(shape, r.q_block, right.transpose((1, 0)))
         if plan.quantized:
+            # The scale of a key is common to its row of integers, so it multiplies the product.
             scores = scores * broadcast_along(factors, scores.shape, 1)
         else:
             plgpu.barrier_arrive(r.k_empty.at[slot])
@@ -289,6 +299,7 @@ def _compute(plan: GpuDecodePlan, r, part: Part) -> None:
         mass = mass * shrink + weights.sum(axis=1)
         right, factors = operand(r.v_block, r.v_full, r.v_empty, r.v_wide, r.v_scale_block, slot)
         if plan.quantized:  # a key past the length may have any scale, even NaN
+            # The scale of a value joins its key's weight instead of the integers.
             weights = weights * broadcast_along(factors, scores.shape, 1)
             weights = jnp.where(position < part.length, weights, 0.0)
         weights = weights.astype(plan.dtype)
@@ -305,6 +316,7 @@ def _compute(plan: GpuDecodePlan, r, part: Part) -> None:
     total, top, mass = lax.fori_loop(part.first, part.end, block, carry)
     blind = mass == 0.0
     mass = jnp.where(blind, 1.0, mass)
+    # The queries are not needed any more, so their memory is used where the type agrees.
     out_block = r.q_block if plan.partial == plan.dtype else r.out_block
     out_block[...] = (total * broadcast_along(1.0 / mass, total.shape, 0)).astype(plan.partial)
     r.lse_block[...] = jnp.where(blind, -jnp.inf, top * (1 / LOG2E) + jnp.log(mass))

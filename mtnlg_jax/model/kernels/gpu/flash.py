@@ -79,6 +79,7 @@ def forward(
         "q_block": tiled((COMPUTE, blocks.q, width), q.dtype),
         "lse_block": plgpu.SMEM((COMPUTE, blocks.q), jnp.float32),
         "loaded": plgpu.Barrier(num_barriers=COMPUTE, num_arrivals=1 + tiles.has_ids),
+        # One barrier for both: it opens once each has arrived.
         "turn": plgpu.Barrier(num_arrivals=COMPUTE),
     }
     if not fast:
@@ -107,7 +108,7 @@ def forward(
 def _forward_body(
     tiles: QueryTiles, score_scale: ScoreScale, width: int, dtype, fast: bool
 ) -> Callable:
-    """What a computing warpgroup does with a tile, as launch() takes it."""
+    """Return the work of a computing warpgroup on a tile, in the form that launch() expects."""
     rows = tiles.blocks.q
     kv = tiles.blocks.kv
     plan = tiles.plan
@@ -144,6 +145,7 @@ def _forward_body(
 
             scores = score_scale.cap(pl.run_scoped(multiply, plgpu.ACC((rows, kv), jnp.float32)))
             kv_ids = plgpu.load(r.kv_ids_block.at[slot], layout=COLUMNS) if has_ids else None
+            # Early: the keys may be overwritten during the softmax.
             release(r.k_empty.at[slot], has_ids)
             if masked:
                 position = span.offset + start
@@ -182,6 +184,7 @@ def _forward_body(
             await_keys(j + 1)
 
         await_keys(span.first)
+        # The second warpgroup starts one turn later; the first one makes up for it at the end.
         pl.when(wg == 1)(turn)
         start_top = plgpu.layout_cast(jnp.full((rows,), LOW, jnp.float32), ROWS)
         carry = (zeros((rows, width)), start_top, zeros((rows,)))
@@ -189,8 +192,10 @@ def _forward_body(
         if plan.flushes(rows):
             lax.fori_loop(span.last, span.end, flush, None)
         pl.when(wg == 0)(turn)
+        # A query that sees nothing: 0 and -inf.
         blind = mass == 0.0
         mass = jnp.where(blind, 1.0, mass)
+        # The queries are not needed any more.
         r.q_block[wg] = (total * broadcast_along(1.0 / mass, total.shape, 0)).astype(dtype)
         r.lse_block[wg] = jnp.where(blind, -jnp.inf, top * (1 / LOG2E) + jnp.log(mass))
         plgpu.commit_smem()

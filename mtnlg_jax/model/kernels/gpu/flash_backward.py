@@ -104,6 +104,7 @@ def _dq(q, k, v, d_out, mask, lse, delta, score_scale, blocks, interpret, fast):
         scratch[f"{name}_block"] = tiled((COMPUTE, blocks.q, width), dtype)
     for name in ("lse", "delta"):
         scratch[f"{name}_block"] = plgpu.SMEM((COMPUTE, blocks.q), jnp.float32)
+    # Queries, cotangents, lse and delta.
     scratch["loaded"] = plgpu.Barrier(num_barriers=COMPUTE, num_arrivals=4 + tiles.has_ids)
     if not fast:
         scratch["gradient"] = tiled((COMPUTE, blocks.q, blocks.kv), dtype, width)
@@ -125,7 +126,7 @@ def _dq(q, k, v, d_out, mask, lse, delta, score_scale, blocks, interpret, fast):
 
 
 def _dq_body(tiles: QueryTiles, score_scale: ScoreScale, width: int, dtype, fast: bool) -> Callable:
-    """What a computing warpgroup does with a tile of queries, as launch() takes it."""
+    """Return the work of a computing warpgroup on a tile of queries, as launch() expects it."""
     rows = tiles.blocks.q
     kv = tiles.blocks.kv
     plan = tiles.plan
@@ -167,6 +168,8 @@ def _dq_body(tiles: QueryTiles, score_scale: ScoreScale, width: int, dtype, fast
                         plan.mask, scores.shape, position, j * kv, span.length, q_ids, kv_ids
                     )
                     weights = weights if seen is None else jnp.where(seen, weights, 0.0)
+                # Called as late as possible: the second product is computed during the
+                # exponentials.
                 centered = d_weights() - broadcast_along(delta, scores.shape, 0)
                 return (weights * centered).astype(dtype)
 
@@ -192,6 +195,7 @@ def _dq_body(tiles: QueryTiles, score_scale: ScoreScale, width: int, dtype, fast
         total = span.walk(block, zeros((rows, width)))
         if plan.flushes(rows):
             lax.fori_loop(span.last, span.end, flush, None)
+        # The scale of the scores is applied once to the sum and not to every block.
         r.q_block[wg] = (total * score_scale.scale).astype(dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(r.q_block.at[wg], r.dq.at[row, at, head])
@@ -222,6 +226,7 @@ def _dkv(q, k, v, d_out, mask, lse, delta, score_scale, blocks, interpret, fast)
         "delta": _pad_queries(delta, tiles.plan.padded),
     }
     scratch = tiles.scratch(width, dtype)
+    # Keys and values, or one of the two.
     operands = 1 if apart else 2
     scratch["loaded"] = plgpu.Barrier(num_barriers=COMPUTE, num_arrivals=operands + tiles.has_ids)
     shape = (blocks.kv, blocks.q)
@@ -229,8 +234,8 @@ def _dkv(q, k, v, d_out, mask, lse, delta, score_scale, blocks, interpret, fast)
         scratch["handed"] = tiled((HANDED, *shape), dtype)
         scratch |= ring("handed", HANDED, 1, readers=1)
     if not fast:
-        shape = shape if apart else (COMPUTE, *shape)
-        scratch |= {name: tiled(shape, dtype, width) for name in ("weights", "gradient")}
+        stored_shape = shape if apart else (COMPUTE, *shape)
+        scratch |= {name: tiled(stored_shape, dtype, width) for name in ("weights", "gradient")}
     batch, queries, heads, _ = q.shape
     with scope("attention_dkv", batch, heads, queries, keys, width, products=4, causal=mask.causal):
         results = launch(
@@ -244,6 +249,7 @@ def _dkv(q, k, v, d_out, mask, lse, delta, score_scale, blocks, interpret, fast)
             dict.fromkeys(("dk", "dv"), (inputs["k"].shape, dtype)),
             scratch,
             interpret,
+            # The shared form holds both sums in registers, and has none left for the walk.
             walks=apart,
         )
     return tuple(x[:, :keys] for x in results)
@@ -280,6 +286,7 @@ class _DkvParts(NamedTuple):
 
     def end(self, row, head, at, *results):
         """Store (sum, block in shared memory, output) triples."""
+        # The blocks held keys and values, which are not needed any more.
         for total, block, _ in results:
             block[...] = total.astype(self.dtype)
         plgpu.commit_smem()
@@ -290,6 +297,7 @@ class _DkvParts(NamedTuple):
     def weights(self, r, slot, scores, masked, i, start, span, kv_ids):
         """The weights of block i of queries, and the same times the derivative of the softcap."""
         scores = self.score_scale.cap(scores)
+        # An lse of inf, of padding and of queries that see nothing, gives weights of 0.
         lse = plgpu.load(r.lse_block.at[slot], layout=COLUMNS)
         exponents = scores * self.score_scale.factor - broadcast_along(lse, scores.shape, 1)
         weights = jnp.exp2(exponents)
@@ -307,7 +315,7 @@ class _DkvParts(NamedTuple):
 
 
 def _dkv_shared(parts: _DkvParts) -> Callable:
-    """What a computing warpgroup does with its half of a tile of keys: both dk and dv."""
+    """Return the work of a computing warpgroup on its half of a tile of keys: both dk and dv."""
     tiles, score_scale, _, dtype, fast = parts
     rows = tiles.blocks.kv
 
@@ -336,9 +344,11 @@ def _dkv_shared(parts: _DkvParts) -> Callable:
             delta = plgpu.load(r.delta_block.at[slot], layout=COLUMNS)
             centered = d_weights - broadcast_along(delta, scores.shape, 1)
             gradient = (sloped * centered).astype(dtype)
+            # delta was read by ordinary loads, hence the fence.
             release(r.d_out_empty.at[slot], True)
             left = gradient if fast else stored(gradient, r.gradient.at[wg])
             dk = accumulate(dk, left, r.q_block.at[slot], fast)
+            # lse and ids were read by ordinary loads.
             release(r.q_empty.at[slot], True)
             return dk, dv
 
@@ -350,8 +360,11 @@ def _dkv_shared(parts: _DkvParts) -> Callable:
 
 
 def _dkv_apart(parts: _DkvParts) -> Callable:
-    """What a computing warpgroup does with a tile of keys that both have: the first one makes the
-    weights and dv, and hands the weights to the second one, which makes dk."""
+    """Return the work of two computing warpgroups on a shared tile of keys.
+
+    The first one computes the weights and dv, and passes the weights to the second one, which
+    computes dk.
+    """
     tiles, score_scale, _, dtype, fast = parts
     rows = tiles.blocks.kv
 
@@ -371,8 +384,10 @@ def _dkv_apart(parts: _DkvParts) -> Callable:
 
             @pl.when(count >= HANDED)
             def _():
+                # The second warpgroup may be up to HANDED blocks behind.
                 plgpu.barrier_wait(r.handed_empty.at[handed])
 
+            # Handed over before this warpgroup's own product, so that the other one can start.
             r.handed[handed] = sloped.astype(dtype)
             plgpu.barrier_arrive(r.handed_full.at[handed])
             weights = weights.astype(dtype)
@@ -392,6 +407,7 @@ def _dkv_apart(parts: _DkvParts) -> Callable:
             centered = d_weights - broadcast_along(delta, d_weights.shape, 1)
             release(r.d_out_empty.at[slot], True)
             handed = lax.rem(count, jnp.int32(HANDED))
+            # As late as possible: its own product is done while the weights are on their way.
             plgpu.barrier_wait(r.handed_full.at[handed])
             sloped = plgpu.load(r.handed.at[handed], layout=TILE).astype(jnp.float32)
             gradient = (sloped * centered).astype(dtype)
@@ -411,6 +427,8 @@ def _dkv_apart(parts: _DkvParts) -> Callable:
 
         @pl.when(wg == 1)
         def _():
+            # The gradient of one operand leaves through the memory of the other: each warpgroup may
+            # only overwrite what it alone reads.
             parts.begin(r, row, head, at, 1, (r.v, r.v_block.at[0]))
             # The weights come masked from the other warpgroup: one section without a mask.
             whole = span._replace(

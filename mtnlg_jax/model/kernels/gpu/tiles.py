@@ -50,8 +50,8 @@ class Span(NamedTuple):
     """
 
     first: int | jax.Array
-    whole: jax.Array
-    whole_end: jax.Array
+    whole: int | jax.Array
+    whole_end: int | jax.Array
     last: int | jax.Array
     end: int | jax.Array
     offset: int | jax.Array  # of the mask
@@ -137,6 +137,7 @@ class TilePlan(NamedTuple):
         length = jnp.full((batch,), self.keys)
         if mask.kv_lengths is not None:
             length = jnp.minimum(length, mask.kv_lengths)
+        # Six numbers of each tile, in the order in which `span` reads them.
         columns = jnp.broadcast_arrays(
             first, whole_first, whole_end, end, offset[:, None], length[:, None]
         )
@@ -152,13 +153,17 @@ class TilePlan(NamedTuple):
             )
             length = length if mask.kv_lengths is not None or self.ragged else None
             return Span(first, whole, whole_end, end, end, offset, length, (True, True, True))
+        # The whole tile's range: both warpgroups and the feeding one must count the same blocks.
         low, high, _, _ = self._bounds(base, self.outer)
         first = first_block(low, self.inner)
         end = end_block(high, self.inner, self.blocks)
+        # The range may lie behind the last block.
         if low is not None:
             first = jnp.minimum(first, end)
+        # This warpgroup's own range: where it needs no mask, and where it may stop.
         _, high, whole_low, whole_high = self._bounds(start, count)
         whole = jnp.clip(first_block(whole_low, self.inner, whole=True), first, end)
+        # A block with keys that do not exist always needs its mask.
         existing = self.keys // self.inner if self.ragged else self.blocks
         whole_end = end_block(whole_high, self.inner, existing, whole=True)
         whole_end = jnp.clip(whole_end, whole, end)
@@ -204,6 +209,7 @@ class QueryTiles(NamedTuple):
         batch, queries, heads, width = q_shape
         keys, kv_heads = k_shape[1:3]
         group = heads // kv_heads
+        # Keys and values have two bytes a number. The query heads of a group share them.
         section = max(1, L2_BYTES // (4 * keys * width)) * group
         plan = TilePlan(mask, queries, keys, COMPUTE * blocks.q, blocks.kv)
         return cls(plan, batch, heads, group, section, blocks)
@@ -224,6 +230,7 @@ class QueryTiles(NamedTuple):
     def locate(self, tile):
         """Row, query head and position of the first query of a tile."""
         pair, number = split_tile(tile, self.batch * self.heads, self.plan.number, self.section)
+        # Long tiles last would leave most multiprocessors idle at the end.
         if self.plan.mask.causal:  # the longest tiles first
             number = self.plan.number - 1 - number
         heads = jnp.int32(self.heads)
@@ -237,13 +244,17 @@ class QueryTiles(NamedTuple):
     def feed(self, r, tile, step):
         """Fill the rings with the tile's blocks of keys and values."""
         row, head, base = self.locate(tile)
+        # The same blocks in the same order as the computing warpgroups, which find them by the same
+        # arithmetic.
         span = self.plan.span(r, row, base, base, self.plan.outer)
         kv_head = lax.div(head, jnp.int32(self.group))
         stages = self.blocks.stages
 
         def block(j, _):
             at = pl.ds(j * self.blocks.kv, self.blocks.kv)
+            # Slots are numbered over all tiles of a thread block, so the rings never restart.
             i = step + j - span.first
+            # Keys and values have rings of their own: keys are free after the first product.
             copies = [(r.k.at[row, at, kv_head], r.k_block)]
             if self.has_ids:
                 copies.append((r.kv_ids.at[row, at], r.kv_ids_block))
@@ -296,6 +307,7 @@ class KeyTiles(NamedTuple):
         batch, queries, heads, width = q_shape
         keys, kv_heads = k_shape[1:3]
         group = heads // kv_heads
+        # Queries and cotangents have two bytes a number, and a group has several heads of them.
         section = max(1, L2_BYTES // (4 * queries * width * group))
         plan = TilePlan(mask, queries, keys, runs * blocks.kv, blocks.q, of_keys=True)
         return cls(plan, batch, kv_heads, group, section, blocks, runs)
@@ -325,6 +337,7 @@ class KeyTiles(NamedTuple):
         queries."""
 
         def one_head(g, totals):
+            # The rings run on from one head of the group to the next.
             return span.walk(functools.partial(block, step + g * span.count), totals)
 
         return lax.fori_loop(0, self.group, one_head, totals)

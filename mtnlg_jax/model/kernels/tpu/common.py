@@ -58,6 +58,7 @@ class KernelPlan(NamedTuple):
 
     def read(self, table, name: str, row, index=0):
         """An entry of the prefetched vector."""
+        # The layout of the vector is static, so this is one read at a computed index.
         start, size = next(part[1:] for part in self.table if part[0] == name)
         return table[0][start + row * size + index]
 
@@ -82,6 +83,7 @@ class KernelPlan(NamedTuple):
 def known_range(plan: KernelPlan, block, lib: ModuleType = jnp):
     """(first, count) of the blocks that are streamed past block ``block``, from the mask's
     arithmetic alone."""
+    assert plan.q_offset is not None, "an offset in a table leaves nothing to arithmetic"
     if plan.of_keys:
         size = plan.kv
         other = plan.q
@@ -109,11 +111,13 @@ def streamed(plan: KernelPlan, table, row, block, step):
     """(index of the block streamed in step ``step``, whether there is anything to do). The idle
     steps come first, so that the first block is fetched while the previous work is still being
     done."""
+    # Two ways to the same range: a table where the mask holds arrays, arithmetic otherwise.
     if table:
         first, count = (plan.read(table, name, row, block) for name in ("first", "count"))
     else:
         first, count = known_range(plan, block)
     ahead = step - (plan.width - count)
+    # An index past the last block would be a read outside the array, even in an idle step.
     last = (plan.number_q if plan.of_keys else plan.number_kv) - 1
     return jnp.minimum(first + jnp.maximum(ahead, 0), last), ahead >= 0
 
@@ -231,6 +235,7 @@ def _visit(plan: KernelPlan, table, row, i, j, live, tile):
     key are left out."""
 
     def parts(masked, diagonal=False):
+        # A Python loop: sizes are static, so the parts are unrolled.
         for part in range(plan.kv // plan.compute):
             tile(part * plan.compute if diagonal else 0, masked, part)
 
@@ -240,6 +245,7 @@ def _visit(plan: KernelPlan, table, row, i, j, live, tile):
         return
     pl.when(jnp.logical_and(live, whole))(lambda: parts(False))
     edge = jnp.logical_and(live, jnp.logical_not(whole))
+    # The diagonal crosses a block from corner to corner only if blocks are square and aligned.
     if not plan.causal or plan.q != plan.kv or (plan.q_offset or 0) % plan.q:
         pl.when(edge)(lambda: parts(True))
         return
@@ -262,6 +268,7 @@ def forward_kernel(plan: KernelPlan, *refs):
 
     @pl.when(step == 0)
     def _():
+        # Statistics of a query are held in all lanes: a narrower array would be padded to them.
         top[...] = jnp.full(top.shape, HIDDEN, jnp.float32)
         total[...] = jnp.zeros(total.shape, jnp.float32)
         acc[...] = jnp.zeros(acc.shape, jnp.float32)
@@ -273,11 +280,14 @@ def forward_kernel(plan: KernelPlan, *refs):
         keys = pl.ds(part * plan.compute, plan.compute)
         scores, _ = scores_of(start, masked, part)
         old = top[queries, :]
+        # Online softmax (Milakov 2018), in base 2.
         new = jnp.maximum(old, scores.max(-1, keepdims=True))
         weights = jnp.exp2(scores - _widen(new, plan.compute))
         shrink = jnp.exp2(old - new)
         top[queries, :] = new
         total[queries, :] = total[queries, :] * shrink + _lane_sums(weights)
+        # In the type of the values: bfloat16 products are faster, and their sums are float32 all
+        # the same.
         part_out = _product(weights.astype(v.dtype), v[keys, :], 1, 0)
         acc[queries, :] = acc[queries, :] * _widen(shrink, acc.shape[1]) + part_out
 
@@ -315,8 +325,10 @@ def dq_kernel(plan: KernelPlan, *refs):
         queries = pl.ds(start, plan.q - start)
         keys = pl.ds(part * plan.compute, plan.compute)
         scores, slope = scores_of(start, masked, part)
+        # Weights are computed again from the log-sum-exp instead of being kept: O(S) memory.
         weights = jnp.exp2(scores - _widen(lse_column[queries, :], plan.compute))
         d_weights = _product(d_out[queries, :], v[keys, :], 1, 1)
+        # The gradient of softmax: p (dp - sum p dp), with the sum in delta.
         d_scores = weights * (d_weights - _widen(delta_column[queries, :], plan.compute))
         if slope is not None:
             d_scores = d_scores * slope
@@ -326,6 +338,7 @@ def dq_kernel(plan: KernelPlan, *refs):
 
     @pl.when(step == plan.width - 1)
     def _():
+        # The scale of the scores is applied once to the sum.
         dq[...] = (acc[...] * plan.scale).astype(dq.dtype)
 
 
@@ -357,7 +370,8 @@ def dkv_kernel(plan: KernelPlan, *refs):
             id_column[...] = column(ids[1][...])
 
     if plan.with_dq:
-
+        # The sums of dq live through all blocks of keys that share a head: cleared before the
+        # first, stored after the last.
         @pl.when(jnp.logical_and(turn == 0, j == 0))
         def _():
             dq_acc[...] = jnp.zeros(dq_acc.shape, jnp.float32)
@@ -366,6 +380,7 @@ def dkv_kernel(plan: KernelPlan, *refs):
         queries = pl.ds(start, plan.q - start)
         keys = pl.ds(part * plan.compute, plan.compute)
         scores, slope = scores_of(start, masked, part)
+        # Transposed, so the numbers of a query are a row and broadcast over sublanes.
         weights = jnp.exp2(scores - lse[:, queries])
         dv_acc[keys, :] += _product(weights.astype(d_out.dtype), d_out[queries, :], 1, 0)
         d_scores = weights * (_product(v[keys, :], d_out[queries, :], 1, 1) - delta[:, queries])

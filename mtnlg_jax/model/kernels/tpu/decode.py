@@ -64,6 +64,7 @@ def _kernel(plan: _DecodePlan, lengths, q, k, v, *refs):
         keys, values = (x[...].astype(q.dtype) if plan.scaled else x[...] for x in (k, v))
         scores = _product(q[...], keys, 1)
         if plan.scaled:
+            # The scale of a key is common to its row of integers, so it multiplies the product.
             scores = scores * scales[0][...]
         if plan.softcap is None:
             scores = scores * (plan.scale * LOG2_E)
@@ -82,6 +83,7 @@ def _kernel(plan: _DecodePlan, lengths, q, k, v, *refs):
         top[...] = new
         total[...] = total[...] * shrink + weights.sum(-1, keepdims=True)
         if plan.scaled:
+            # The scale of a value joins its key's weight instead of the integers.
             weights = weights * scales[1][...]
             weights = jnp.where(alive, weights, 0.0) if masked else weights
         acc[...] = acc[...] * shrink[:, :1] + _product(weights.astype(values.dtype), values, 0)
@@ -143,6 +145,7 @@ def decode(
     rows, heads, width = q.shape
     kv_heads, keys = k_cache.shape[1:3]
     group = heads // kv_heads
+    # Whole tiles of bfloat16; float32 needs less but fits as well.
     padded = pl.cdiv(group, SUBLANES) * SUBLANES
     block = min(pl.cdiv(block_kv, LANES), pl.cdiv(keys, LANES)) * LANES
     splits = num_splits or (2 if rows * kv_heads == 1 else 1)
@@ -153,6 +156,7 @@ def decode(
     q_groups = jnp.pad(
         q.reshape(rows, kv_heads, group, width), ((0, 0), (0, 0), (0, padded - group), (0, 0))
     )
+    # A length that is only known at run time cannot be checked, but must not read past the cache.
     lengths = jnp.clip(lengths, 0, keys).astype(jnp.int32)
 
     def of_cache(row, head, split, step, lengths):
@@ -168,6 +172,7 @@ def decode(
         return row, head, split, 0, 0
 
     cache = pl.BlockSpec((None, None, block, width), of_cache)
+    # A row of scales for each head, as blocks need two dims.
     scales = [x[:, :, None] for x in (k_scale, v_scale) if x is not None]
     arrays = (q_groups, k_cache, v_cache, *scales)
     # A single part is stored as the result; several are still to be merged.

@@ -53,7 +53,9 @@ def _plan(q, k, mask: Mask, blocks: Blocks, scale: float, softcap: float | None,
     """(plan, [the prefetched vector] or [])."""
     rows, queries, heads, _ = q.shape
     keys, kv_heads = k.shape[1:3]
+    # As few blocks as the sizes asked for, but no more padding than needed.
     block_q = _fitted(queries, blocks.q, LANES)
+    # A short sequence is one unit, so that its padding stays below LANES.
     unit = min(blocks.compute or LANES, pl.cdiv(keys, LANES) * LANES)
     block_kv = _fitted(keys, max(blocks.kv, unit), unit)
     plan = KernelPlan(
@@ -80,9 +82,11 @@ def _plan(q, k, mask: Mask, blocks: Blocks, scale: float, softcap: float | None,
         if of_keys
         else (block_q, block_kv, plan.number_q, plan.number_kv)
     )
+    # The grid has a fixed number of steps: the most that any block needs.
     width = number_other
     if plan.q_offset is not None:
         width = int(np.max(np.broadcast_to(known_range(plan, np.arange(number), np)[1], number)))
+    # An offset in the table leaves the position of the block open.
     elif mask.window is not None:  # most blocks that this many consecutive positions can touch
         seen = size + (mask.window - 1) * (1 if mask.causal else 2)
         width = min(width, (seen + other - 2) // other + 1)
@@ -90,6 +94,7 @@ def _plan(q, k, mask: Mask, blocks: Blocks, scale: float, softcap: float | None,
     if mask.known:
         return plan, []
     first, end = masks.block_ranges(mask, rows, queries, keys, block_q, block_kv, of_keys=of_keys)
+    # One vector for all parts: a kernel has one prefetched argument, whatever the mask holds.
     parts = {"first": first, "count": end - first}
     if plan.q_offset is None:
         parts["offset"] = jnp.broadcast_to(mask.q_offset, (rows,))[:, None]
@@ -114,7 +119,9 @@ def _heads_first(x, block: int):
 
 def _id_rows(mask: Mask, plan: KernelPlan):
     """Segment ids as rows (B, 1, S) and (B, 1, T), padded, or []."""
-    if mask.q_ids is None:
+    # The id of the padding does not matter: its keys are past the length, and its queries are cut
+    # off.
+    if mask.q_ids is None or mask.kv_ids is None:
         return []
     return [
         jnp.pad(ids.astype(jnp.int32), ((0, 0), (0, -ids.shape[1] % block)))[:, None]
@@ -124,6 +131,7 @@ def _id_rows(mask: Mask, plan: KernelPlan):
 
 def dq_bytes(plan: KernelPlan, width: int, dtype) -> int:
     """Bytes of VMEM for dq in the kernel for dk and dv: float32 sums and the result."""
+    # Rows of the result are padded to whole lanes; the sums are transposed and are not.
     padded = pl.cdiv(width, LANES) * LANES
     return plan.group * plan.number_q * plan.q * (width * 4 + padded * jnp.dtype(dtype).itemsize)
 
@@ -140,6 +148,7 @@ def _call(
     def blocks_of(row, head, block, turn, table):
         """(query head, key/value head, block of queries, block of keys)."""
         if plan.of_keys:
+            # The block to copy and the block to compute come from the same function, so they agree.
             at, _ = streamed(plan, table, row, block, plan.step(turn))
             return plan.head(head, turn), head, at, block
         at, _ = streamed(plan, table, row, block, turn)
@@ -150,6 +159,8 @@ def _call(
         size = (plan.q, plan.kv)[side]
 
         if kind == "q_all":  # of all heads that share keys
+            # One buffer: the block only changes with the row and the head, and a second one would
+            # double it.
             length = plan.number_q * plan.q
             return pl.BlockSpec(
                 (None, plan.group, length, width),
@@ -165,6 +176,7 @@ def _call(
                 return row, 0, block
             return (row, head, 0, block) if kind.endswith("row") else (row, head, block, 0)
 
+        # Numbers of a position lie along lanes, so that a block of them is one row.
         shapes = {"id": (None, 1, size), "row": (None, None, 1, size)}
         return pl.BlockSpec(shapes.get(kind.partition("_")[2], (None, None, size, width)), place)
 
@@ -257,6 +269,7 @@ def backward(
     forward() and the cotangents of the results."""
     rows, queries, heads, width = q.shape
     blind = lse == -jnp.inf
+    # The log-sum-exp's own cotangent enters with the opposite sign.
     delta = (
         jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), -1).transpose(0, 2, 1) - d_lse
     )
@@ -275,6 +288,7 @@ def backward(
             (jnp.pad(delta, pad)[:, :, None], "q_row"),
             *zip(_id_rows(mask, plan), ("q_id", "kv_id"), strict=False),
         ]
+        # The side whose gradients are summed in VMEM while the other one streams past it.
         own, kind, size, number = (
             (k, "kv", plan.kv, plan.number_kv) if plan.of_keys else (q, "q", plan.q, plan.number_q)
         )
@@ -296,8 +310,10 @@ def backward(
         ]
 
     plan, table = _plan(q, k, mask, dkv_blocks, scale, softcap, of_keys=True)
+    # One kernel computes the scores once; two need less VMEM.
     plan = plan._replace(with_dq=dq_bytes(plan, width, q.dtype) <= DQ_LIMIT)
     dk, dv, *dq = run(dkv_kernel, plan, table, (k, v), 0)
     if not dq:
-        dq = run(dq_kernel, *_plan(q, k, mask, dq_blocks, scale, softcap, of_keys=False), (q,), 2)
+        plan, table = _plan(q, k, mask, dq_blocks, scale, softcap, of_keys=False)
+        dq = run(dq_kernel, plan, table, (q,), 2)
     return dq[0], dk, dv

@@ -1,14 +1,14 @@
-"""The Hopper kernels in their interpretable form, with the race detector, against the longhand."""
+"""Compare the Hopper kernels in interpretable form, with the race detector, with the reference."""
 
 import pytest
 
-FLOAT16 = 3e-3  # eleven bits of mantissa, twice rounded, relative to the largest number
+FLOAT16 = 3e-3  # eleven bits of mantissa, rounded twice, relative to the largest value
 BFLOAT16 = 3e-2
 
 
-# A case takes seconds, so there is one for each thing that the kernels do in a way of their own.
+# A case takes seconds, so there is one for each feature that these kernels implement differently.
 @pytest.mark.parametrize("case", ["all"])
-def test_output_lse_and_gradients_equal_the_longhand(kernels, longhand, case):
+def test_output_lse_and_gradients_equal_the_reference(kernels, longhand, case):
     longhand.compare(*kernels.everything("pallas_gpu", case, "float16", (64, 64)), FLOAT16)
 
 
@@ -34,10 +34,10 @@ def test_output_lse_and_gradients_equal_the_longhand(kernels, longhand, case):
         "all both ways",
     ],
 )
-def test_the_other_cases_equal_the_longhand(kernels, longhand, case):
+def test_the_other_cases_equal_the_reference(kernels, longhand, case):
     longhand.compare(*kernels.everything("pallas_gpu", case, "float16", (64, 64)), FLOAT16)
 
 
 @pytest.mark.slow
-def test_bfloat16_stays_near_the_longhand(kernels, longhand):
+def test_bfloat16_stays_near_the_reference(kernels, longhand):
     longhand.compare(*kernels.everything("pallas_gpu", "causal", "bfloat16", (64, 64)), BFLOAT16)

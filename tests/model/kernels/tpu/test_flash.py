@@ -1,14 +1,14 @@
-"""The TPU kernels, interpreted with the race detector, against the longhand."""
+"""Compare the TPU kernels, interpreted with the race detector, with the reference."""
 
 import pytest
 
 from mtnlg_jax.model.kernels.tpu import flash
 
 FLOAT32 = 2e-5  # sums of some hundreds of numbers of size one
-BFLOAT16 = 3e-2  # eight bits of mantissa, twice rounded, relative to the largest number
+BFLOAT16 = 3e-2  # eight bits of mantissa, rounded twice, relative to the largest value
 
 
-# Slow: what "all" and "all both ways" do, one thing at a time.
+# Slow: the features of "all" and "all both ways", one at a time.
 @pytest.mark.parametrize(
     "case",
     [
@@ -36,16 +36,16 @@ BFLOAT16 = 3e-2  # eight bits of mantissa, twice rounded, relative to the larges
         ),
     ],
 )
-def test_output_lse_and_gradients_equal_the_longhand(kernels, longhand, case):
+def test_output_lse_and_gradients_equal_the_reference(kernels, longhand, case):
     longhand.compare(*kernels.everything("pallas_tpu", case), FLOAT32)
 
 
 @pytest.mark.parametrize("case", ["causal"])
-def test_bfloat16_stays_near_the_longhand(kernels, longhand, case):
+def test_bfloat16_stays_near_the_reference(kernels, longhand, case):
     longhand.compare(*kernels.everything("pallas_tpu", case, "bfloat16"), BFLOAT16)
 
 
 @pytest.mark.parametrize("case", ["interior blocks", pytest.param("all", marks=pytest.mark.slow)])
-def test_dq_in_a_kernel_of_its_own_is_the_same(kernels, longhand, monkeypatch, case):
-    monkeypatch.setattr(flash, "DQ_LIMIT", 0)  # as for sequences of which dq does not fit VMEM
+def test_dq_in_a_separate_kernel_is_the_same(kernels, longhand, monkeypatch, case):
+    monkeypatch.setattr(flash, "DQ_LIMIT", 0)  # as for sequences whose dq does not fit VMEM
     longhand.compare(*kernels.everything("pallas_tpu", case), FLOAT32)

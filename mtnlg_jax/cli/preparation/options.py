@@ -1,0 +1,137 @@
+"""Flags of launch/prepare_data.py."""
+
+from typing import Any
+
+from absl import flags
+
+from mtnlg_jax import command
+
+with command.flag_group("Input and output"):
+    INPUT = command.define_path(
+        "input",
+        None,
+        "file or folder: .txt .md .rst .jsonl .json .csv .tsv .parquet .html .warc .wet (also .gz "
+        ".zst .bz2 .xz); default: the embedded text",
+    )
+    OUTPUT = command.define_path("output", None, "folder to make (or gs://, s3://)", required=True)
+    OVERWRITE = flags.DEFINE_bool(
+        "overwrite",
+        False,
+        "replace a prepared data set once the new one is complete; of a recipe: remake what "
+        "depends on a changed input or setting",
+    )
+    TEXT_KEY = flags.DEFINE_string(
+        "text_key",
+        "text",
+        "key or column of the text in JSON, tables and Parquet; a|b: the first that exists; "
+        "data.text goes into objects and lists",
+    )
+    ON_ERROR = flags.DEFINE_enum(
+        "on_error", "raise", ["raise", "skip"], "damaged input: stop, or drop and count it"
+    )
+    ENCODING = flags.DEFINE_string(
+        "encoding",
+        "",
+        "encoding of text that is not UTF-8 and does not declare one: cp1252, gb18030, big5, "
+        "shift_jis, euc_kr, utf-16-le and the like",
+    )
+
+with command.flag_group("Tokens"):
+    TOKENIZER = command.define_path(
+        "tokenizer",
+        "bpe",
+        "bpe or unigram, to train one; or the path of one: a Hugging Face folder, GPT-2's files, "
+        "the tokenizer of a run, a tokenizer.json, or a SentencePiece .model",
+    )
+    VOCAB_SIZE = flags.DEFINE_integer(
+        "vocab_size", 8000, "pieces of the tokenizer to train", lower_bound=1
+    )
+    HELDOUT = flags.DEFINE_float(
+        "heldout", 0.02, "share of the text held out from training, 0 to 0.5"
+    )
+    SEED = flags.DEFINE_integer("seed", 0, "draws the held-out part and the order of documents")
+
+with command.flag_group("Prompts with answers"):
+    PROMPT = flags.DEFINE_string("prompt", "{prompt}", "with --answer: the text before it")
+    ANSWER = flags.DEFINE_string(
+        "answer",
+        None,
+        "makes pairs: a template of the answer, with {KEY} for the value of a JSON row, mostly "
+        "with a space in front: ' {answer}'",
+    )
+
+with command.flag_group("Conversations"):
+    MESSAGES = flags.DEFINE_string(
+        "messages",
+        None,
+        "makes conversations: the key of a JSON row that holds a list of {role, content}, mostly "
+        "messages; the tokenizer's chat template renders them",
+    )
+    CHAT_TEMPLATE = command.define_path(
+        "chat_template", None, "file of a chat template, instead of the tokenizer's"
+    )
+    SEQUENCE_LENGTH = flags.DEFINE_integer(
+        "sequence_length",
+        None,
+        "data.sequence_length of the training, to refuse longer conversations",
+        lower_bound=1,
+    )
+    SHOW = flags.DEFINE_integer(
+        "show",
+        0,
+        "number of conversations to print with what is trained on marked",
+        lower_bound=0,
+    )
+
+with command.flag_group("A recipe"):
+    CONFIG = command.define_path(
+        "config", None, "the recipe, a file of configs/data; default: text is taken as it is"
+    )
+    SET = flags.DEFINE_multi_string(
+        "set", [], "a setting of the recipe, such as clean.min_tokens=64"
+    )
+    STAGES = flags.DEFINE_list(
+        "stages",
+        None,
+        "of clean, duplicates, paragraphs, decontaminate, quality, tokens; default: all",
+    )
+    TEST_SETS = command.define_paths(
+        "test_sets",
+        "evaluation data to remove from the text, a file or folder",
+    )
+    SKIP_SOURCES = flags.DEFINE_list("skip_sources", [], "sources to leave out")
+    PROCESSES = flags.DEFINE_integer(
+        "processes", None, "number of processes; default: one for each core", lower_bound=1
+    )
+    ENGINE = flags.DEFINE_enum(
+        "engine", "local", ["local", "ray"], "this machine, or a Ray cluster"
+    )
+
+# Flags of one of the two ways to prepare: a recipe, or text as it is.
+_RECIPE_FLAGS = (SET, STAGES, TEST_SETS, SKIP_SOURCES, PROCESSES, ENGINE)
+_PAIR_FLAGS = (PROMPT, ANSWER)
+_CHAT_FLAGS = (MESSAGES, CHAT_TEMPLATE, SEQUENCE_LENGTH, SHOW)
+# Flags of both; those that are given replace a setting of the recipe.
+_SETTINGS = (VOCAB_SIZE, TOKENIZER, HELDOUT, SEED, TEXT_KEY, ON_ERROR, ENCODING)
+
+
+def settings(given: bool = False) -> dict[str, Any]:
+    """Return the settings that both ways have; if ``given``, those of the command line alone."""
+    return {
+        flag.name: flag.value for flag in _SETTINGS if not given or flags.FLAGS[flag.name].present
+    }
+
+
+def check() -> None:
+    """Raise ValueError if a flag is given that the way to prepare does not use."""
+    if CONFIG.value is None:
+        _refuse(_RECIPE_FLAGS, "is for a recipe; give one with --config=configs/data/english.py")
+        return
+    _refuse(_PAIR_FLAGS, "makes pairs, which no recipe cleans; leave --config out")
+    _refuse(_CHAT_FLAGS, "is for conversations, which no recipe cleans; leave --config out")
+
+
+def _refuse(given: tuple[flags.FlagHolder, ...], why: str) -> None:
+    for flag in given:
+        if flags.FLAGS[flag.name].present:
+            raise ValueError(f"--{flag.name} {why}")

@@ -1,0 +1,56 @@
+"""Report how every tensor of a config lies on its mesh, and the memory of a device in a step."""
+
+import dataclasses
+
+from mtnlg_jax.config import Config, validate
+from mtnlg_jax.model.transformer import abstract_model
+from mtnlg_jax.parallel.mesh import mesh_shape, plan_table
+from mtnlg_jax.planning.cost import Job
+from mtnlg_jax.planning.layout import layout_of
+from mtnlg_jax.planning.text import columns
+
+
+def tensor_table(config: Config, devices: int | None = None) -> str:
+    """Return the table of ``config`` on its mesh.
+
+    If mesh.data is -1, the data axis takes what is left of ``devices``; without ``devices`` it is
+    1. Raises ValueError if the mesh does not fit.
+    """
+    mesh = config.mesh
+    replica = mesh.pipe * mesh.context * mesh.tensor
+    sizes = mesh_shape(mesh, devices or replica * max(mesh.data, 1))
+    config = dataclasses.replace(config, mesh=dataclasses.replace(mesh, data=sizes["data"]))
+    validate(config)
+    rows = plan_table(abstract_model(config.model)[1], sizes, mesh.zero)
+    layout = layout_of(config)
+    memory = Job(config, None).memory(layout)
+
+    axes = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+    cells = [
+        (
+            row.path,
+            row.dims,
+            " ".join(map(str, row.shape)),
+            " ".join(axis or "-" for axis in row.spec),
+            f"{row.bytes:,}",
+        )
+        for row in rows
+    ]
+    table = columns(
+        [
+            ("tensor", "dims", "shape", "split over", "bytes a device"),
+            *cells,
+            ("all, float32", "", "", "", f"{sum(row.bytes for row in rows):,}"),
+        ],
+        left=4,
+    )
+    parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items())
+    return (
+        f"{config.name}: {config.model.parameter_count():,} parameters on {axes} = "
+        f"{replica * sizes['data']:,} devices, zero {mesh.zero}\n\n"
+        f"{table}\n\n"
+        f"GiB a device in a step: {parts}; together {sum(memory.values()) / 2**30:.1f}\n"
+        "masters, moments and gradients are float32, weights "
+        f"{config.train.compute_dtype}; recompute {config.train.recompute}, micro-batches of "
+        f"{layout.micro_batch_size}"
+    )
