@@ -168,8 +168,9 @@ def _train(
 
 
 def _show(spool: Spool, spans: Iterable[np.ndarray], talks: Conversations | None) -> None:
-    for start, stop, _ in spans if talks is not None else ():
-        talks.show(spool.read(start, stop))
+    if talks is not None:
+        for start, stop, _ in spans:
+            talks.show(spool.read(start, stop))
 
 
 def _examples(
