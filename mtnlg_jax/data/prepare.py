@@ -26,6 +26,7 @@ from mtnlg_jax.data.store.tokens import TokenWriter
 from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 _EXAMPLES = 3
+_EXAMPLE_TOKENS = 20  # of a conversation
 
 
 def prepare(
@@ -176,11 +177,14 @@ def _show(spool: Spool, spans: Iterable[np.ndarray], talks: Conversations | None
 def _examples(
     spool: Spool, spans: Iterable[np.ndarray], tokenizer: Tokenizer, talks: Conversations | None
 ) -> list[list[str]]:
-    """Return the pieces of a line of the first documents, or of conversations as rendered."""
+    """Return the pieces of a line of the first documents, or of the start of conversations."""
     examples = []
     for start, stop, _ in itertools.islice(spans, _EXAMPLES):
-        text = spool.head(start, stop) if talks is None else talks.row(spool.read(start, stop)).text
-        examples.append(_example(tokenizer, text))
+        if talks is None:
+            examples.append(_example(tokenizer, spool.head(start, stop)))
+        else:
+            ids = talks.row(spool.read(start, stop)).tokens[:_EXAMPLE_TOKENS]
+            examples.append([tokenizer.decode([index], skip_special=False) for index in ids])
     return examples
 
 

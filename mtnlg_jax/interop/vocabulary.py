@@ -29,6 +29,7 @@ from mtnlg_jax.data.tokenizer.files import (
     first_free_id,
     parse_tokenizer,
     read_tokenizer_files,
+    token_name,
 )
 from mtnlg_jax.data.tokenizer.roles import closed_roles, without_rows
 
@@ -44,6 +45,7 @@ FILES = (
     "vocab.bpe",
     *SENTENCEPIECE_FILES,
 )
+_GENERATION = "generation_config.json"
 # Texts in which similar tokenizers differ: case, spaces, digits, marks, scripts, line breaks, and
 # characters of zero width.
 _PROBES = (
@@ -165,9 +167,12 @@ def write_tokenizer(tokenizer: Tokenizer, context: int) -> tuple[dict[str, bytes
         fast = _fast_of_sentencepiece(tokenizer)
     elif isinstance(tokenizer, HubTokenizer):
         fast = parse_tokenizer(tokenizer.files()["tokenizer.json"])
+        if _is_as_it_came(tokenizer, fast):
+            came = {"tokenizer.json": tokenizer.files()["tokenizer.json"], **_templates(tokenizer)}
+            return came, "as they came"
     else:
         return (
-            tokenizer.files(),
+            {name: data for name, data in tokenizer.files().items() if name != _GENERATION},
             "as tokenizer.model only, because its settings differ; load it with its own class",
         )
     names = {
@@ -205,10 +210,43 @@ def write_tokenizer(tokenizer: Tokenizer, context: int) -> tuple[dict[str, bytes
     }
     if tokenizer.eos_id >= 0:
         settings["eos_token"] = fast.id_to_token(tokenizer.eos_id)
-    return {
+    came = _templates(tokenizer)
+    config = json.loads(came.get("tokenizer_config.json", b"{}"))
+    if "chat_template" in config:
+        settings["chat_template"] = config["chat_template"]
+    template = {name: data for name, data in came.items() if name.endswith(".jinja")}
+    return template | {
         "tokenizer.json": fast.to_str(pretty=True).encode(),
         "tokenizer_config.json": json.dumps(settings, indent=2).encode(),
     }, "as tokenizer.json"
+
+
+def _templates(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """Return the files that came with a tokenizer, except for settings of generation."""
+    return {name: data for name, data in tokenizer.companions.items() if name != _GENERATION}
+
+
+def _is_as_it_came(tokenizer: HubTokenizer, fast: tokenizers.Tokenizer) -> bool:
+    """Whether the files that came with a tokenizer say everything that is known of it."""
+    if "tokenizer_config.json" not in tokenizer.companions:
+        return False
+    config = json.loads(tokenizer.companions["tokenizer_config.json"])
+    for role in ("bos", "eos", "pad"):
+        named = token_name(config.get(f"{role}_token"))
+        index = getattr(tokenizer, f"{role}_id")
+        if named is not None and fast.token_to_id(named) != index:
+            return False
+    try:
+        _compare("the run", tokenizer, fast)
+    except ValueError:  # such as a token behind each text
+        return False
+    added = fast.get_added_tokens_decoder()
+    # Special tokens without a row in the model were left out; transformers would add them again.
+    stated = config.get("added_tokens_decoder") or {}
+    return all(int(index) in added for index in stated) and all(
+        index in added or name.startswith("<unused ")
+        for index, name in tokenizer.special_names.items()
+    )
 
 
 def read_json(path: Path) -> dict | None:

@@ -77,6 +77,7 @@ def test_the_arrays_hold_what_the_template_renders(prepared):
     assert not expected
     assert found == info["train"]["answer_tokens"] + info["heldout"]["answer_tokens"]
     assert "tokens are answers" in describe(info)
+    assert info["examples"][0][:2] == ["<|im_start|>", "u"] and len(info["examples"]) == 3
 
 
 def test_rows_predict_the_turns_of_the_assistant_alone(prepared):
