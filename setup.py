@@ -33,6 +33,8 @@ setup(
         "tensorstore>=0.1.84,<0.2",
         "sentencepiece>=0.2.1,<0.3",
         "tokenizers>=0.22,<0.24",
+        # Chat templates. Earlier ones have known ways out of the sandbox.
+        "jinja2>=3.1.6,<4",
         "safetensors>=0.8,<0.9",
         "sacrebleu>=2.6,<3",
         "rouge-score>=0.1.2,<0.2",

@@ -1,4 +1,4 @@
-"""Generate, rank or fill in text with a trained model.
+"""Generate, rank or fill in text with a trained model, or talk with it.
 
 Continue a prompt: greedily, by sampling (--temperature, --top_k, --top_p ...) or by beam search:
 
@@ -18,6 +18,10 @@ scorer or by several with weights:
         --candidates=" blue" --candidates=" loud"
     python launch/generate.py --workdir=RUN --mode=ranking --prompt="The sky is" --n=8 \\
         --scorer=logprob=1 --scorer=pmi=0.5
+
+Talk with a model that was trained to chat, line by line; /reset begins a new conversation:
+
+    python launch/generate.py --workdir=RUN --chat --system="Answer in one sentence."
 
 Fill in <mask> or [MASK], or show the token ids of a text:
 
@@ -51,6 +55,7 @@ from mtnlg_jax import command
 from mtnlg_jax.cli.decoding import shared_flags
 from mtnlg_jax.cli.generation import options, settings_flags
 from mtnlg_jax.cli.generation.answering import answer
+from mtnlg_jax.cli.generation.chatting import chat
 from mtnlg_jax.cli.generation.checks import check_flags, check_settings
 from mtnlg_jax.cli.generation.other_modes import show_tokens
 from mtnlg_jax.cli.generation.prompts import read_prompt, read_rows
@@ -70,6 +75,8 @@ def main() -> None:
         return show_tokens(read_prompt())
     given = given_settings()
     check_settings(given)
+    if options.CHAT.value:
+        return chat(given)
     path = options.PROMPTS.value
     rows = read_rows(path) if path else [{"prompt": read_prompt()}]
     answer(rows, given)

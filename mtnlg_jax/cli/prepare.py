@@ -22,6 +22,11 @@ Prompts with answers, for the configs/finetune_*.py, which train on the answers 
     python launch/prepare_data.py --input=pairs.jsonl --output=data/pairs \\
         --tokenizer=RUN/tokenizer --prompt='{title}\\n{text}\\nSummary:' --answer=' {summary}'
 
+Conversations, which train the assistant's turns alone, by the chat template of a tokenizer:
+
+    python launch/prepare_data.py --input=chats.jsonl --output=data/chats \\
+        --tokenizer=RUN/tokenizer --messages=messages --sequence_length=1024 --show=3
+
 Exit codes: 0 done, 2 bad input.
 """
 
@@ -47,7 +52,7 @@ def main() -> None:
         print(f"report: {output}/report.html")
     if "tokenizer" in info:  # a recipe without the stage "tokens" leaves nothing to train on
         config = "--config=configs/small.py"
-        if options.ANSWER.value is not None:
+        if options.ANSWER.value is not None or options.MESSAGES.value is not None:
             config = "--config=configs/finetune_sentiment.py, or another that fits"
         path = shlex.quote(output)
         print(f"next: python launch/pretrain.py {config} --set=data.path={path} --workdir=RUN")
@@ -60,6 +65,10 @@ def _prepare() -> dict:
         options.OUTPUT.value,
         prompt=options.PROMPT.value,
         answer=options.ANSWER.value,
+        messages=options.MESSAGES.value,
+        chat_template=options.CHAT_TEMPLATE.value,
+        sequence_length=options.SEQUENCE_LENGTH.value,
+        show=options.SHOW.value,
         overwrite=options.OVERWRITE.value,
         **options.settings(),
     )

@@ -55,7 +55,7 @@ class Batches:
                     f"weight {weight} of {tokens.location} must be above 0 and finite; remove "
                     "the source if you do not need it"
                 )
-            if tokens.prompt_lengths is None and len(tokens) < sequence_length + 1:
+            if not tokens.answers_only and len(tokens) < sequence_length + 1:
                 raise ValueError(
                     f"{tokens.location} has {len(tokens)} tokens, sequence_length="
                     f"{sequence_length} needs {sequence_length + 1}: shorten it or add text"
@@ -64,7 +64,7 @@ class Batches:
         self._length = sequence_length
         self._seed = seed
         self._packed = [
-            None if tokens.prompt_lengths is None else packed(tokens, sequence_length)
+            packed(tokens, sequence_length) if tokens.answers_only else None
             for tokens in self._sources
         ]
         self._sizes = np.array([len(tokens) for tokens in self._sources])
@@ -85,9 +85,9 @@ class Batches:
         numbers [n] from 0 on.
 
         ``segment_ids`` number the documents within a row from 1. ``positions`` start at 0 with each
-        document, and with the row even if it begins inside a document. If a source has pairs,
-        ``answers`` is 1 on the tokens to train on: all of plain text, and of a pair the answer and
-        its eos.
+        document, and with the row even if it begins inside a document. If a source has pairs or
+        conversations, ``answers`` is 1 on the tokens to train on: all of plain text, of a pair the
+        answer and its eos, and of a conversation the turns of the assistant.
         """
         samples = np.asarray(samples, np.int64)
         source, number = self._blend(samples)
@@ -159,13 +159,14 @@ class Batches:
 
 
 class Packed:
-    """Rows of whole pairs, as many as fit into S + 1 tokens; the rest is token 0 of segment 0.
+    """Rows of whole pairs or conversations, as many as fit into S + 1 tokens; the rest is token 0
+    of segment 0.
 
     Only the end of a pair that is longer than a row is kept: the beginning of its prompt is cut
     off, with one warning for all.
 
-    Raises ValueError if an answer with its eos, and one token to predict it from, is longer than a
-    row.
+    Raises ValueError if a conversation is longer than a row, or if an answer of a pair with its
+    eos, and one token to predict it from, is.
     """
 
     def __init__(self, tokens: Tokens, sequence_length: int):
@@ -173,7 +174,12 @@ class Packed:
         self._size = sequence_length + 1
         ends = tokens.document_offsets[1:]
         lengths = np.diff(tokens.document_offsets)
-        answers = lengths - tokens.prompt_lengths
+        if tokens.conversations:
+            # One that was cut would lose turns to train on, or what they answer.
+            self._refuse_long(lengths)
+            answers = np.zeros(0, np.int64)
+        else:
+            answers = lengths - tokens.prompt_lengths
         if answers.size and answers.max() > sequence_length:
             worst = int(answers.argmax())
             raise ValueError(
@@ -201,9 +207,18 @@ class Packed:
             first = last
         self._stretches = np.array(rows, np.int64).reshape(-1, 2)
 
+    def _refuse_long(self, lengths: np.ndarray) -> None:
+        if lengths.size and lengths.max() > self._size:
+            raise ValueError(
+                f"{self._tokens.location}: {int((lengths > self._size).sum())} of {len(lengths)} "
+                f"conversations are longer than data.sequence_length={self._size - 1} allows, the "
+                f"longest has {lengths.max()} tokens; raise it to {lengths.max() - 1}, or prepare "
+                f"the data again with --sequence_length={self._size - 1}, which names their lines"
+            )
+
     @property
     def count(self) -> int:
-        """The number of rows that hold all pairs once."""
+        """The number of rows that hold all pairs or conversations once."""
         return len(self._stretches)
 
     def rows(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
@@ -228,7 +243,7 @@ def heldout_count(tokens: Tokens, sequence_length: int) -> int:
     begins there."""
     if sequence_length < 1:
         raise ValueError(f"sequence_length={sequence_length} must be at least 1")
-    if tokens.prompt_lengths is not None:
+    if tokens.answers_only:
         return packed(tokens, sequence_length).count
     return -(-max(len(tokens) - 1, 0) // sequence_length)
 
@@ -238,10 +253,10 @@ def heldout_rows(
 ) -> dict[str, np.ndarray]:
     """Return rows as `Batches.rows` does, by their numbers [n].
 
-    All of them together predict every token once, or every answer of pairs. No window wraps: the
-    rest of the last one, and of rows after it, is token 0 of segment 0.
+    All of them together predict every token once, or every answer of pairs and conversations. No
+    window wraps: the rest of the last one, and of rows after it, is token 0 of segment 0.
     """
-    if tokens.prompt_lengths is not None:
+    if tokens.answers_only:
         return packed(tokens, sequence_length).rows(np.asarray(numbers, np.int64))
     length = sequence_length
     size = len(tokens)
@@ -289,7 +304,7 @@ class HeldOut:
         """Return rows as `Batches.rows` does, by their numbers [n] from 0 to len - 1."""
         shape = (len(numbers), self._length + 1)
         rows = {name: np.zeros(shape, np.int32) for name in _NAMES}
-        if any(tokens.prompt_lengths is not None for tokens in self.sources):
+        if any(tokens.answers_only for tokens in self.sources):
             rows["answers"] = np.ones(shape, np.int32)
         for index in np.unique(self.source[numbers]):
             chosen = self.source[numbers] == index
@@ -317,7 +332,9 @@ def _windows(tokens: Tokens, starts: np.ndarray, length: int) -> dict[str, np.nd
     # taken for the one in which the window began.
     opens += size * wrapped
     begins = np.maximum(opens, starts[:, None])
-    if tokens.prompt_lengths is not None:
+    if tokens.conversations:
+        answers = {"answers": tokens.read_answers(starts, length)}
+    elif tokens.prompt_lengths is not None:
         answers = {"answers": index - opens >= tokens.prompt_lengths[document]}
     else:
         answers = {}

@@ -46,6 +46,8 @@ class Encoded(NamedTuple):
     text_bytes: int
     prompt: tuple[int, int] | None = None  # tokens (with bos) and bytes of a pair's prompt
     continued: bool = False  # the document goes on in the next piece
+    # Which tokens of a conversation are trained on, and the bytes of these.
+    answers: tuple[np.ndarray, int] | None = None
 
 
 def encode_documents(

@@ -5,7 +5,7 @@ A recipe (`mtnlg_jax.data.recipe`) makes the same data set in parallel tasks, af
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from functools import partial
 
@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mtnlg_jax import storage
+from mtnlg_jax.data.conversations import Conversations, open_conversations
 from mtnlg_jax.data.encode import Text, encode_documents
 from mtnlg_jax.data.heldout import Part, split
 from mtnlg_jax.data.output import check_output, new_folder
@@ -25,6 +26,7 @@ from mtnlg_jax.data.store.tokens import TokenWriter
 from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 _EXAMPLES = 3
+_EXAMPLE_TOKENS = 20  # of a conversation
 
 
 def prepare(
@@ -38,6 +40,10 @@ def prepare(
     text_key: str = "text",
     prompt: str = "{prompt}",
     answer: str | None = None,
+    messages: str | None = None,
+    chat_template: str | os.PathLike | None = None,
+    sequence_length: int | None = None,
+    show: int = 0,
     on_error: str = "raise",
     encoding: str = "",
     overwrite: bool = False,
@@ -56,6 +62,12 @@ def prepare(
     is the row in the template ``prompt``, then the answer, and a model is trained on the answer
     alone. The two are tokenized separately. Pairs with the same prompt are held out together,
     always whole.
+
+    ``messages``, a key of JSON rows, makes conversations: a list of {"role": ..., "content": ...}
+    under it, rendered by the tokenizer's chat template or by the file ``chat_template``. A model is
+    trained on the assistant's turns alone. A row that leaves nothing to train on, or one of more
+    than ``sequence_length`` + 1 tokens, is damaged. ``show`` prints as many of them with what is
+    trained on marked, before anything is written.
 
     ``encoding`` is that of text that is not UTF-8 and does not declare one (`charsets`).
 
@@ -76,25 +88,20 @@ def prepare(
     output = str(output).rstrip("/")
     check_output(output, PREPARED, overwrite=overwrite, input_path=input_path)
     pairs = answer is not None
-    if pairs and input_path is None:
-        raise ValueError("--answer makes pairs of the rows of a JSON file; give that as --input")
+    _check_rows(input_path, answer, messages, bool(chat_template or sequence_length or show))
     ready = None if tokenizer in ("bpe", "unigram") else load_tokenizer(tokenizer)
-    if ready is not None:
+    talks = open_conversations(ready, messages, chat_template, sequence_length)
+    if ready is not None and talks is None:
         ready.check_end()
+    make_row = _row_maker(text_key, prompt, answer, talks)
     report = ReadReport()
-    make_row = text_key if answer is None else pair_maker(prompt, answer)
     documents = _documents(input_path, make_row, on_error, encoding, report)
-    settings = {
-        "input": str(input_path or "embedded"),
-        "tokenizer": str(tokenizer),
-        "vocab_size": vocab_size,
-        "heldout": heldout,
-        "seed": seed,
-        "text_key": text_key,
-        "on_error": on_error,
-        **({"encoding": encoding} if encoding else {}),
-        **({"prompt": prompt, "answer": answer} if pairs else {}),
-    }
+    settings: dict = {"input": str(input_path or "embedded"), "tokenizer": str(tokenizer)}
+    settings |= {"vocab_size": vocab_size, "heldout": heldout, "seed": seed}
+    settings |= {"text_key": text_key, "on_error": on_error}
+    settings |= {"encoding": encoding} if encoding else {}
+    settings |= {"prompt": prompt, "answer": answer} if pairs else {}
+    settings |= {"messages": messages, "sequence_length": sequence_length} if talks else {}
     # None: a bar on a terminal only.
     bar = partial(tqdm, disable=None if progress else True)
     with (
@@ -105,27 +112,80 @@ def prepare(
             storage.remove_file(output, PREPARED)
         with Spool(os.path.join(work, "texts"), seed) as spool:
             _fill(spool, bar(documents, "reading", unit=" documents"), input_path, report)
-            train, held = split(spool, heldout, pairs)
+            train, held = split(spool, heldout, pairs or talks is not None)
             if ready is None:
-                # In the order read, not shuffled: that spreads the sample of a huge corpus over it.
-                reading = f"training {tokenizer}"
-                spans = bar(train.in_order(), reading, len(train), unit=" documents")
-                texts = (text for span in spans for text in spool.lines(*span[:2]))
-                ready = train_tokenizer(texts, vocab_size, tokenizer, seed)
+                ready = _train(spool, train, tokenizer, vocab_size, seed, bar)
+            _show(spool, itertools.islice(_shuffled(train, seed), show), talks)
             ready.save(storage.join(target, "tokenizer"))
             with bar(desc="encoding", total=spool.size, unit="B", unit_scale=True) as encoding_bar:
-                write = partial(_write_tokens, spool, ready, pairs, seed, encoding_bar)
+                write = partial(_write_tokens, spool, ready, talks, pairs, seed, encoding_bar)
                 parts = {
                     "train": write(storage.join(target, "train"), _shuffled(train, seed)),
                     "heldout": write(storage.join(target, "heldout"), held.in_order()),
                 }
-            first = itertools.islice(_shuffled(train, seed), _EXAMPLES)
-            examples = [_example(ready, spool.head(*span[:2])) for span in first]
+            examples = _examples(spool, _shuffled(train, seed), ready, talks)
         os.unlink(spool.path)
         described: dict = {"settings": settings, "input": asdict(report), "examples": examples}
         info = prepared_info(tokenizer_info(ready), **parts, **described)
         write_prepared(target, info)
     return info
+
+
+def _check_rows(
+    input_path: str | os.PathLike | None,
+    answer: str | None,
+    messages: str | None,
+    for_conversations: bool,
+) -> None:
+    """Raise ValueError if settings of rows are given that do not fit together."""
+    if answer is not None and input_path is None:
+        raise ValueError("--answer makes pairs of the rows of a JSON file; give that as --input")
+    if messages is not None and (answer is not None or input_path is None):
+        raise ValueError("--messages reads the rows of a JSON --input, without --answer")
+    if messages is None and for_conversations:
+        raise ValueError(
+            "--chat_template, --sequence_length and --show are for conversations; give the key of "
+            "the messages with --messages, or leave them out"
+        )
+
+
+def _row_maker(
+    text_key: str, prompt: str, answer: str | None, talks: Conversations | None
+) -> str | Callable[[object], str]:
+    """Return what `read_documents` makes a text of a row by."""
+    if talks is not None:
+        return talks.make
+    return text_key if answer is None else pair_maker(prompt, answer)
+
+
+def _train(
+    spool: Spool, train: Part, model_type: str, vocab_size: int, seed: int, bar: partial
+) -> Tokenizer:
+    """Train a tokenizer on the training part."""
+    # In the order read, not shuffled: that spreads the sample of a huge corpus over it.
+    spans = bar(train.in_order(), f"training {model_type}", len(train), unit=" documents")
+    texts = (text for span in spans for text in spool.lines(*span[:2]))
+    return train_tokenizer(texts, vocab_size, model_type, seed)
+
+
+def _show(spool: Spool, spans: Iterable[np.ndarray], talks: Conversations | None) -> None:
+    if talks is not None:
+        for start, stop, _ in spans:
+            talks.show(spool.read(start, stop))
+
+
+def _examples(
+    spool: Spool, spans: Iterable[np.ndarray], tokenizer: Tokenizer, talks: Conversations | None
+) -> list[list[str]]:
+    """Return the pieces of a line of the first documents, or of the start of conversations."""
+    examples = []
+    for start, stop, _ in itertools.islice(spans, _EXAMPLES):
+        if talks is None:
+            examples.append(_example(tokenizer, spool.head(start, stop)))
+        else:
+            ids = talks.row(spool.read(start, stop)).tokens[:_EXAMPLE_TOKENS]
+            examples.append([tokenizer.decode([index], skip_special=False) for index in ids])
+    return examples
 
 
 def _documents(
@@ -177,6 +237,7 @@ def _shuffled(train: Part, seed: int) -> Iterator[np.ndarray]:
 def _write_tokens(
     spool: Spool,
     tokenizer: Tokenizer,
+    talks: Conversations | None,
     pairs: bool,
     seed: int,
     bar: tqdm,
@@ -189,7 +250,12 @@ def _write_tokens(
         for start, stop, answer in spans
     )
     writer = TokenWriter(location, tokenizer.vocab_size, tokenizer.fingerprint, seed)
-    for encoded in encode_documents(tokenizer, texts, os.cpu_count() or 1):
+    found = (
+        encode_documents(tokenizer, texts, os.cpu_count() or 1)
+        if talks is None
+        else talks.encode(texts)
+    )
+    for encoded in found:
         writer.add(*encoded)
         bar.update(encoded.text_bytes)
     return writer.finish()

@@ -21,7 +21,6 @@ from mtnlg_jax.config import DecodeConfig
 Array = np.ndarray | jax.Array
 
 _ANY = -1  # in tables of ids: matches everything
-_OWN_END = -2  # in tables of ends: the tokenizer's end
 _NEVER = -1  # in forced_at: not at all
 LAST = -2  # in forced_at: the row's last position
 
@@ -75,7 +74,8 @@ class Settings:
     rows: Rows
     allowed_V: np.ndarray  # ids that may ever be written; a row's own ends always may
     static_options: StaticOptions = dataclasses.field(metadata={"static": True})
-    eos: int = dataclasses.field(metadata={"static": True})  # the end of rows that name none
+    # The ends of rows that name none.
+    eos: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
     def uses(self, *names: str) -> bool:
         """Return whether any row uses one of the options ``names``."""
@@ -93,10 +93,13 @@ _VALUES = Rows._fields[: Rows._fields.index("bias_before")]
 def batch_settings(
     configs: Sequence[DecodeConfig],
     allowed_V: np.ndarray,
-    eos: int,
+    eos: tuple[int, ...],
     constraint: Callable | None = None,
 ) -> Settings:
-    """Return the settings of a batch, one of ``configs`` a row."""
+    """Return the settings of a batch, one of ``configs`` a row.
+
+    ``eos``: the ids that end a row whose config names none.
+    """
     values = {name: np.array([getattr(config, name) for config in configs]) for name in _VALUES}
     # A processor is part of the program only if some row differs from its neutral default.
     names = {
@@ -125,7 +128,7 @@ def batch_settings(
         "bias_first": _table([[first for _, _, first in row] for row in biases], False, bool),
         "forced_at": _table([[at for at, _ in row] for row in forced], _NEVER, np.int32),
         "forced_token": _table([[token for _, token in row] for row in forced], 0, np.int32),
-        "ends": _table([config.eos_token_id or (_OWN_END,) for config in configs], _ANY, np.int32),
+        "ends": _table([_ends_of(config, eos) for config in configs], _ANY, np.int32),
         "stops": _right(stops),
         "stop_lengths": _table([list(map(len, row)) for row in stops], 0, np.int32),
     }
@@ -152,6 +155,10 @@ def _biases(config: DecodeConfig) -> list[tuple[tuple[int, ...], float, bool]]:
         *(((token,), never, False) for token in config.suppress_tokens),
         *(((token,), never, True) for token in config.begin_suppress_tokens),
     ]
+
+
+def _ends_of(config: DecodeConfig, eos: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(config.eos_token_id) or eos
 
 
 def _forced(config: DecodeConfig) -> list[tuple[int, int]]:
@@ -219,14 +226,15 @@ def check_tokens(config: DecodeConfig, vocabulary: int) -> None:
 
 
 def ends_of(settings: Settings) -> jax.Array:
-    """Return the ids that end each row, (B, E), or ``eos`` where a row names none.
+    """Return the ids that end each row, (B, E): its own, or ``eos`` where it names none.
 
     Entries below 0 are padding.
     """
     rows = settings.rows
     if not settings.uses("ends"):
-        return jnp.full((rows.temperature.shape[0], 1), settings.eos, jnp.int32)
-    return jnp.where(rows.ends == _OWN_END, settings.eos, rows.ends)
+        shape = (rows.temperature.shape[0], len(settings.eos))
+        return jnp.broadcast_to(jnp.array(settings.eos, jnp.int32), shape)
+    return jnp.asarray(rows.ends)
 
 
 def tails(tokens_BS, lengths_B, width: int) -> jax.Array:

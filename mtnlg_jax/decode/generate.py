@@ -152,7 +152,7 @@ def continue_prefix(
     allowed_V = writable(tokenizer, decoder.config.vocabulary, end=False)
 
     def settings_of(configs: Sequence[DecodeConfig]) -> Settings:
-        return batch_settings(configs, allowed_V, tokenizer.eos_id, constraint)
+        return batch_settings(configs, allowed_V, tokenizer.eos_ids, constraint)
 
     # Beam searches with equal (beams, groups, whether sampled) run as one batch. None marks rows.
     kinds = [

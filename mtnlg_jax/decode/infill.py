@@ -48,7 +48,7 @@ def fill(decoder: Decoder, tokenizer, text: str, top_k: int = 5) -> Filled:
             "the text has no mask to fill; write <mask> or [MASK] where a word is missing"
         )
     allowed_V = writable(tokenizer, decoder.config.vocabulary)
-    allowed_V[tokenizer.eos_id] = False
+    allowed_V[list(tokenizer.eos_ids)] = False
     if not 1 <= top_k <= allowed_V.sum():
         raise ValueError(
             f"top_k={top_k} is outside [1, {allowed_V.sum()}], the number of tokens to choose from"

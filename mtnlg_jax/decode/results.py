@@ -79,23 +79,24 @@ def text_stream(tokenizer, config: DecodeConfig) -> TextStream:
 
 def ends_of_config(tokenizer, config: DecodeConfig) -> frozenset[int]:
     """Return the ids that end a row."""
-    return frozenset(config.eos_token_id or (tokenizer.eos_id,))
+    return frozenset(config.eos_token_id or tokenizer.eos_ids)
 
 
 def writable(tokenizer, vocabulary: int, end: bool = True) -> np.ndarray:
     """Return which ids may be written, (V,): ids of the tokenizer that are not control tokens.
 
-    Control tokens are pad, bos, mask and sep, and without ``end`` the end token; rows add their own
-    ends. Other special tokens of an imported tokenizer may be written, as its model was trained to
-    do, and add nothing to the text.
+    Control tokens are pad, bos, mask and sep, and without ``end`` the end tokens; rows add their
+    own ends. Other special tokens of an imported tokenizer may be written, as its model was trained
+    to do, and add nothing to the text.
     """
     # The model's vocabulary is padded, and a tokenizer may have fewer tokens than an imported
     # model.
     size = min(tokenizer.vocab_size, vocabulary)
     allowed = np.zeros(vocabulary, bool)
     allowed[:size] = ~tokenizer.is_special[:size] | _is_learned_special(tokenizer)[:size]
-    if tokenizer.eos_id >= 0:
-        allowed[tokenizer.eos_id] |= end
+    for index in tokenizer.eos_ids:
+        if 0 <= index < size:
+            allowed[index] |= end
     return allowed
 
 
@@ -105,7 +106,7 @@ def _is_learned_special(tokenizer) -> np.ndarray:
     # All special tokens of a sentencepiece tokenizer are control tokens.
     if getattr(tokenizer, "kind", "sentencepiece") == "sentencepiece":
         return found
-    roles = {tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.sep_id}
+    roles = {tokenizer.pad_id, tokenizer.bos_id, tokenizer.sep_id, *tokenizer.eos_ids}
     # A tokenizer without <mask> raises.
     with contextlib.suppress(ValueError):
         roles.add(tokenizer.mask_id)

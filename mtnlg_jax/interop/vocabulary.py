@@ -24,7 +24,13 @@ from mtnlg_jax.data.tokenizer import (
     load_tokenizer,
 )
 from mtnlg_jax.data.tokenizer.byte_level import END_OF_TEXT
-from mtnlg_jax.data.tokenizer.files import first_free_id, parse_tokenizer, read_tokenizer_files
+from mtnlg_jax.data.tokenizer.files import (
+    companions_of,
+    first_free_id,
+    parse_tokenizer,
+    read_tokenizer_files,
+    token_name,
+)
 from mtnlg_jax.data.tokenizer.roles import closed_roles, without_rows
 
 FILES = (
@@ -39,6 +45,7 @@ FILES = (
     "vocab.bpe",
     *SENTENCEPIECE_FILES,
 )
+_GENERATION = "generation_config.json"
 # Texts in which similar tokenizers differ: case, spaces, digits, marks, scripts, line breaks, and
 # characters of zero width.
 _PROBES = (
@@ -80,13 +87,13 @@ def read_tokenizer(
     path = Path(path)
     folder = path.parent if path.name == "tokenizer.json" and path.is_file() else path
     if not folder.exists() or (folder / "tokenizer_meta.json").is_file():
-        tokenizer = load_tokenizer(path)
-        if tokenizer.vocab_size > rows:
+        saved = load_tokenizer(path)
+        if saved.vocab_size > rows:
             raise ValueError(
-                f"the tokenizer of {path} has {tokenizer.vocab_size} tokens and the "
+                f"the tokenizer of {path} has {saved.vocab_size} tokens and the "
                 f"model vocab_size={rows}; {_OTHER}"
             )
-        return tokenizer, []
+        return saved, []
 
     def read(name: str) -> bytes | None:
         if folder.is_file():
@@ -97,7 +104,9 @@ def read_tokenizer(
     try:
         model = next(filter(None, map(read, SENTENCEPIECE_FILES)), None)
         if model is not None and read("tokenizer.json") is None:
-            return _closed_sentencepiece(model, read, config, generation, rows), []
+            closed = _closed_sentencepiece(model, read, config, generation, rows)
+            closed.companions = companions_of(read)
+            return closed, []
         files = read_tokenizer_files(read)
         if files is None:
             raise FileNotFoundError(
@@ -107,10 +116,15 @@ def read_tokenizer(
         content, outside = without_rows(files.content, rows)
         roles = closed_roles(dataclasses.replace(files, content=content), config, generation, rows)
         special = json.dumps(roles).encode()
-        named = {index for role, index in roles.items() if role != "prompt_bos"}
+        named = {index for role, index in roles.items() if role not in ("prompt_bos", "ends")}
+        named |= set(roles.get("ends", ()))
+        tokenizer: Tokenizer
         if files.plain is not None and named == {json.loads(files.plain[0]).get(END_OF_TEXT)}:
-            return ByteLevelBPETokenizer(*files.plain, special), outside
-        return HubTokenizer(content, special), outside
+            tokenizer = ByteLevelBPETokenizer(*files.plain, special)
+        else:
+            tokenizer = HubTokenizer(content, special)
+        tokenizer.companions = companions_of(read)
+        return tokenizer, outside
     except ValueError as error:
         raise ValueError(f"the tokenizer of {folder}: {error}") from None
 
@@ -153,9 +167,12 @@ def write_tokenizer(tokenizer: Tokenizer, context: int) -> tuple[dict[str, bytes
         fast = _fast_of_sentencepiece(tokenizer)
     elif isinstance(tokenizer, HubTokenizer):
         fast = parse_tokenizer(tokenizer.files()["tokenizer.json"])
+        if _is_as_it_came(tokenizer, fast):
+            came = {"tokenizer.json": tokenizer.files()["tokenizer.json"], **_templates(tokenizer)}
+            return came, "as they came"
     else:
         return (
-            tokenizer.files(),
+            {name: data for name, data in tokenizer.files().items() if name != _GENERATION},
             "as tokenizer.model only, because its settings differ; load it with its own class",
         )
     names = {
@@ -193,10 +210,43 @@ def write_tokenizer(tokenizer: Tokenizer, context: int) -> tuple[dict[str, bytes
     }
     if tokenizer.eos_id >= 0:
         settings["eos_token"] = fast.id_to_token(tokenizer.eos_id)
-    return {
+    came = _templates(tokenizer)
+    config = json.loads(came.get("tokenizer_config.json", b"{}"))
+    if "chat_template" in config:
+        settings["chat_template"] = config["chat_template"]
+    template = {name: data for name, data in came.items() if name.endswith(".jinja")}
+    return template | {
         "tokenizer.json": fast.to_str(pretty=True).encode(),
         "tokenizer_config.json": json.dumps(settings, indent=2).encode(),
     }, "as tokenizer.json"
+
+
+def _templates(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """Return the files that came with a tokenizer, except for settings of generation."""
+    return {name: data for name, data in tokenizer.companions.items() if name != _GENERATION}
+
+
+def _is_as_it_came(tokenizer: HubTokenizer, fast: tokenizers.Tokenizer) -> bool:
+    """Whether the files that came with a tokenizer say everything that is known of it."""
+    if "tokenizer_config.json" not in tokenizer.companions:
+        return False
+    config = json.loads(tokenizer.companions["tokenizer_config.json"])
+    for role in ("bos", "eos", "pad"):
+        named = token_name(config.get(f"{role}_token"))
+        index = getattr(tokenizer, f"{role}_id")
+        if named is not None and fast.token_to_id(named) != index:
+            return False
+    try:
+        _compare("the run", tokenizer, fast)
+    except ValueError:  # such as a token behind each text
+        return False
+    added = fast.get_added_tokens_decoder()
+    # Special tokens without a row in the model were left out; transformers would add them again.
+    stated = config.get("added_tokens_decoder") or {}
+    return all(int(index) in added for index in stated) and all(
+        index in added or name.startswith("<unused ")
+        for index, name in tokenizer.special_names.items()
+    )
 
 
 def read_json(path: Path) -> dict | None:

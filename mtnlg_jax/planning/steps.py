@@ -84,7 +84,7 @@ def _decode(config: Config, mesh: Mesh, step: str):
     prefill = functools.partial(cache.prefill_rows, config=model, size=length)
     prefix = jax.eval_shape(prefill, params, tokens, lengths)
     allowed_V = np.ones(model.vocabulary, dtype=np.bool_)
-    settings = batch_settings([DecodeConfig()] * rows, allowed_V, eos=0)
+    settings = batch_settings([DecodeConfig()] * rows, allowed_V, eos=(0,))
     whole = np.arange(rows, dtype=np.int32)
     state, limits = jax.eval_shape(
         lambda prefix: sampling.begin(

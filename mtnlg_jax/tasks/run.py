@@ -387,4 +387,4 @@ def _ends(decoder, tokenizer, decode: DecodeConfig, stops: Sequence[str]) -> tup
         for token in range(min(tokenizer.vocab_size, decoder.config.vocab_size))
         if begins and tokenizer.token_bytes(token).startswith(begins)
     ]
-    return tuple(dict.fromkeys([*(decode.eos_token_id or (tokenizer.eos_id,)), *tokens]))
+    return tuple(dict.fromkeys([*(decode.eos_token_id or tokenizer.eos_ids), *tokens]))

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import sentencepiece
 from hub_folders import FOLDERS, HUB_TEXTS, TEXT, byte_level, older_files, write
-from tokenizers import decoders
+from tokenizers import Tokenizer, decoders
 
 from mtnlg_jax.data.prepare import describe, prepare
 from mtnlg_jax.data.recipe import report
 from mtnlg_jax.data.store.sources import open_tokens
 from mtnlg_jax.data.tokenizer import ByteLevelBPETokenizer, HubTokenizer, load_tokenizer
+from mtnlg_jax.interop.vocabulary import read_tokenizer
 
 IDS = json.loads(Path(__file__).with_name("hub_ids.json").read_text(encoding="utf-8"))
 
@@ -93,6 +94,41 @@ def test_a_saved_tokenizer_loads_the_same(hub, tmp_path):
     (tmp_path / "special_ids.json").write_text(json.dumps(whole | {"eos": 5}))
     with pytest.raises(ValueError, match="fingerprint"):
         load_tokenizer(tmp_path)
+
+
+FILES_BESIDE = {
+    "tokenizer_config.json": '{"chat_template":  "{{ bos_token }}", "eos_token": "<|im_end|>"}',
+    "chat_template.jinja": "{{ messages }}\n",
+}
+
+
+def test_files_beside_a_tokenizer_are_kept_byte_for_byte(tmp_path):
+    """The template and all ends come along, and a changed file is noticed."""
+    folder = FOLDERS["qwen"](tmp_path / "folder")
+    plain = load_tokenizer(folder)
+    assert plain.eos_ids == (plain.eos_id,)
+    added = {name: index for index, name in plain.special_names.items()}
+    first = added["<|im_end|>"]
+    second = added["<|endoftext|>"]
+    files = FILES_BESIDE | {
+        "generation_config.json": json.dumps({"eos_token_id": [second, 3, 900]})
+    }
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.eos_ids == (first, second), "text yields 3, and there is no 900"
+    assert load_tokenizer(folder / "tokenizer.json").eos_ids == (first, second)
+    for where in (tmp_path / "saved", tmp_path / "again"):
+        tokenizer.save(where)
+        for name, text in files.items():
+            assert (where / name).read_text(encoding="utf-8") == text
+        given = (folder / "tokenizer.json").read_bytes()
+        assert (where / "tokenizer.json").read_bytes() == given
+        tokenizer = load_tokenizer(where)
+        assert tokenizer.eos_ids == (first, second)
+    (where / "chat_template.jinja").write_text("{{ other }}")
+    with pytest.raises(ValueError, match="chat_template.jinja is missing or was changed"):
+        load_tokenizer(where)
 
 
 def test_pieces_are_the_bytes_of_the_text(hub):
@@ -346,6 +382,44 @@ def test_a_recipe_reports_what_its_tokenizer_loses():
     assert told in describe(info)
     assert told in report._summary(info).replace("It is", "it is")
     assert "lossless" not in describe(info | {"tokenizer": about | {"losses": []}})
+
+
+# By name in shared/data/weights: tokens, (bos, eos, pad) and losses of the tokenizer.json.
+PUBLISHED = {
+    "stories260K_llama": (512, (1, 2, 2), []),
+    "rxnfp_bert_mlm": (591, (12, 13, 0), ["spaces"]),
+    "bert_tiny_splade": (30_522, (101, 102, 0), ["case", "accents"]),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_tokenizers_of_published_weights(shared, tmp_path, name):
+    """The ids are those of the `tokenizers` package, and the files come back byte for byte."""
+    folder = shared / "data/weights" / name
+    if not folder.is_dir():
+        pytest.skip(f"needs {folder}")
+    size, roles, losses = PUBLISHED[name]
+    config = json.loads((folder / "config.json").read_text())
+    tokenizer, outside = read_tokenizer(folder, config, {}, size)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == roles and outside == []
+    assert isinstance(tokenizer, HubTokenizer) and tokenizer.prompt_bos
+    assert set(losses) <= set(tokenizer.losses()) if losses else tokenizer.losses() == []
+    fast = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    fast.no_truncation()
+    fast.no_padding()
+    fast.encode_special_tokens = True
+    for text in (*HUB_TEXTS, "the quick brown fox " * 400, "CC(=O)Oc1ccccc1>>[NH4+]", "👩‍👩‍👧 é"):
+        ids = tokenizer.encode(text)
+        assert not set(ids) & set(roles)
+        # The pattern of one of them reads its own special tokens in a text; here they are cut.
+        there = fast.encode(text, add_special_tokens=False).ids
+        assert ids == there or set(there) & set(roles), text
+        if not losses:
+            assert tokenizer.decode(ids) == text
+    tokenizer.save(tmp_path)
+    assert load_tokenizer(tmp_path).fingerprint == tokenizer.fingerprint
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / file).read_bytes() == (folder / file).read_bytes()
 
 
 def test_a_published_folder(shared, tmp_path):

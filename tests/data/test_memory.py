@@ -11,7 +11,7 @@ from mtnlg_jax.data.encode import encode_long, encode_texts
 from mtnlg_jax.data.prepare import prepare
 from mtnlg_jax.data.read import long_texts
 from mtnlg_jax.data.read.documents import Document
-from mtnlg_jax.data.store import tokens
+from mtnlg_jax.data.store import tokens, zarr
 from mtnlg_jax.data.store.sources import open_tokens
 from mtnlg_jax.data.store.tokens import TokenWriter
 from mtnlg_jax.data.tokenizer import load_tokenizer
@@ -30,6 +30,7 @@ def _peak(function):
 
 def test_a_document_takes_50_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(tokens, "SHARD", 1 << 16)
+    monkeypatch.setattr(zarr, "SHARD", 1 << 16)
     monkeypatch.setattr(heldout, "_DOCUMENTS_AT_ONCE", 1 << 8)
 
     def run(count):
@@ -63,6 +64,7 @@ def test_a_long_text_is_never_held_in_memory(tmp_path, monkeypatch, gpt2_files):
         (spool, "_PIECE", 200_000),
         (encode, "_PIECE", 200_000),
         (tokens, "SHARD", 1 << 18),
+        (zarr, "SHARD", 1 << 18),
     ):
         monkeypatch.setattr(place, name, value)
     text = _long_text(6)

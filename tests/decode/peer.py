@@ -29,6 +29,7 @@ class Letters:
     vocab_size = made.VOCABULARY
     bos_id = made.END
     eos_id = made.END
+    eos_ids = (made.END,)
     prompt_bos = False
     is_special = np.zeros(made.VOCABULARY, bool)
 

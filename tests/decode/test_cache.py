@@ -62,7 +62,7 @@ def test_a_bfloat16_cache_stays_near_the_exact_logits(learned):
 def test_steps_change_the_cache_in_place(learned, tokenizer, rows):
     prefix = cache.prefill(learned.decoder, [[5, 6, 7]] * rows, 64)
     allowed = results.writable(tokenizer, learned.config.vocab_size)
-    settings = batch_settings([DecodeConfig()] * rows, allowed, tokenizer.eos_id)
+    settings = batch_settings([DecodeConfig()] * rows, allowed, tokenizer.eos_ids)
     state, limits = sampling.begin(
         prefix, np.arange(rows), np.full(rows, 9), np.zeros(rows, np.uint32), settings
     )

@@ -150,6 +150,33 @@ def test_the_end_token_stops_a_row_and_is_not_part_of_it(learned, tokenizer):
         assert len(result.logprobs) == len(result.tokens)
 
 
+def test_each_of_several_ends_of_a_tokenizer_stops_a_row(learned, tokenizer):
+    """As the ends of a chat model do; a config's own ends replace all of them."""
+    free = generate(learned.decoder, tokenizer, PROMPTS, GREEDY)
+    other = next(token for token in free[1].tokens if token not in free[0].tokens)
+    ends = (free[0].tokens[11], other)
+    several = _ending_with(tokenizer, ends[0])
+    several._more_ends = ends
+    assert several.eos_ids == ends
+    ending = dataclasses.replace(GREEDY, min_new_tokens=0)
+    results = generate(learned.decoder, several, PROMPTS, ending)
+    stopped = set()
+    for result, whole in zip(results, free, strict=True):
+        found = [whole.tokens.index(end) for end in ends if end in whole.tokens]
+        at = min(found, default=None)
+        assert result.tokens == whole.tokens[:at]
+        assert result.finish_reason == ("length" if at is None else "stop")
+        stopped |= set() if at is None else {whole.tokens[at]}
+    assert stopped == set(ends)
+    own = dataclasses.replace(ending, eos_token_id=ends[1:])
+    (first, *_) = generate(learned.decoder, several, PROMPTS, own)
+    assert first.tokens == free[0].tokens
+    for beams in generate(
+        learned.decoder, several, PROMPTS, dataclasses.replace(ending, num_beams=3)
+    ):
+        assert not set(beams.tokens) & set(ends)
+
+
 def test_rows_have_their_own_ends_and_stops(learned, letters):
     """One batch with several other ends, a stop token, and a stop sequence across two chunks."""
     free = generate(learned.decoder, letters, PROMPTS, SAMPLED)

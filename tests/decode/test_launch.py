@@ -541,3 +541,60 @@ def test_the_script_exits_with_2():
     assert (
         done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     )
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m.role[0] + m.content + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'a' }}{% endif %}"
+)
+
+
+@pytest.fixture
+def template(tmp_path):
+    """The flag that gives a chat template."""
+    path = tmp_path / "chat.jinja"
+    path.write_text(TEMPLATE)
+    return f"--chat_template={path}"
+
+
+def test_a_conversation_by_standard_input(ask, tokenizer, template):
+    """Each line is answered with the turns before it; /reset forgets them."""
+    lines = b"the cat\n\nsea\n/reset\nthe cat\r\n"
+    code, out, err = ask("--workdir=RUN", "--chat", template, "--max_new_tokens=4", stdin=lines)
+    answers = out.split("\n")
+    assert code == 0 and len(answers) == 4 and answers[0] == answers[2] and answers[3] == ""
+    assert set(err.splitlines()) <= {"(cut off: length)"}
+    assert (
+        ask("--workdir=RUN", "--chat", template, "--max_new_tokens=4", "--nostream", stdin=lines)[1]
+        == out
+    )
+    system = ["--system=the town", "--max_new_tokens=4"]
+    assert ask("--workdir=RUN", "--chat", template, *system, stdin=b"the cat\n")[0] == 0
+
+
+def test_a_conversation_is_the_generation_of_its_rendering(ask, tokenizer, template):
+    end = tokenizer.special_names[tokenizer.eos_id]
+    prompt = f"uthe cat{end}a"
+    arguments = ["--workdir=RUN", "--max_new_tokens=4", "--parse_special"]
+    whole = ask(*arguments, f"--prompt={prompt}", "--json")[1]
+    text = json.loads(whole)["sequences"][0]["text"]
+    out = ask("--workdir=RUN", "--chat", template, "--max_new_tokens=4", stdin=b"the cat\n")[1]
+    assert text and out == text + "\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--chat"], "no chat template: neither chat_template.jinja nor"),
+        (["--chat", "--prompt=x"], "--prompt is for prompts, and --chat reads a conversation"),
+        (["--chat", "--mode=fill"], "--chat generates answers, and --mode=fill does not"),
+        (["--chat", "--n=2"], "--chat continues one answer, and --n=2 asks for several"),
+        (["--system=x", "--prompt=x"], "--system is for a conversation; add --chat"),
+        (["--chat", "TEMPLATE"], "the conversation has 34 tokens and the model's context holds 32"),
+        (["--chat", "--chat_template=/none.jinja"], "none.jinja"),
+    ],
+)
+def test_conversations_that_cannot_be_held(ask, template, arguments, message):
+    arguments = [template if each == "TEMPLATE" else each for each in arguments]
+    code, out, err = ask("--workdir=RUN", *arguments, stdin=b"x" * 20 + b" cat" * 10 + b"\n")
+    assert (code, out) == (2, "") and err.count("\n") == 1 and message in err

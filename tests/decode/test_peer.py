@@ -117,7 +117,7 @@ def test_processors_on_random_logits_equal_hugging_face(number):
     config = DecodeConfig(**{"temperature": 1.0} | made.settings_of(made.PROCESSORS[number]))
     length = ids.shape[1]
     vocabulary = logits.shape[1]
-    settings = batch_settings([config] * len(ids), np.ones(vocabulary, bool), vocabulary - 1)
+    settings = batch_settings([config] * len(ids), np.ones(vocabulary, bool), (vocabulary - 1,))
     padded = np.pad(ids, ((0, 0), (0, 3)), constant_values=7)
     lengths = np.full(len(ids), length)
     processed = processors.process(

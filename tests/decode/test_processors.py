@@ -134,14 +134,14 @@ def _process(logits, allowed=None, eos=39, longest=20, constraint=None, **settin
         DecodeConfig(**{name: column[row] for name, column in settings.items()}) for row in range(4)
     ]
     allowed = np.ones(VOCABULARY, bool) if allowed is None else allowed
-    batch = batch_settings(configs, allowed, eos, constraint)
+    batch = batch_settings(configs, allowed, (eos,), constraint)
     longest_B = np.full(4, longest)
     return np.asarray(p.process(jnp.asarray(logits), batch, TOKENS, LENGTHS, PROMPTS, longest_B))
 
 
 def _sampling(configs):
     """Return settings of rows that may write every id and have no end."""
-    return batch_settings(configs, np.ones(VOCABULARY, bool), eos=0)
+    return batch_settings(configs, np.ones(VOCABULARY, bool), eos=(0,))
 
 
 def test_repetition_penalty_counts_the_prompt(logits):

@@ -301,6 +301,7 @@ class Letters:
     prompt_bos = False
     bos_id = 0
     eos_id = 0
+    eos_ids = (0,)
 
     def encode(self, text):
         return ["abc".index(letter) for letter in text]

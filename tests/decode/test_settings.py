@@ -63,7 +63,7 @@ def test_values_from_the_command_line():
 
 
 def test_tables_are_padded_to_powers_of_two():
-    settings = batch_settings([FULL, DecodeConfig()], np.ones(100, bool), eos=0)
+    settings = batch_settings([FULL, DecodeConfig()], np.ones(100, bool), eos=(0,))
     rows = settings.rows
     assert settings.static_options.names == {"bias", "forced", "ends", "stops"}
     # Two logit biases, a sequence, two bad words, a suppressed token: six, in a table of eight.
@@ -72,11 +72,11 @@ def test_tables_are_padded_to_powers_of_two():
         [2],
         [0],
     ]
-    assert rows.ends.tolist() == [[3], [-2]] and not rows.bias[1].any()
+    assert rows.ends.tolist() == [[3], [0]] and not rows.bias[1].any()
 
 
 def test_default_settings_have_no_tables():
-    settings = batch_settings([DecodeConfig()] * 3, np.ones(100, bool), eos=0)
+    settings = batch_settings([DecodeConfig()] * 3, np.ones(100, bool), eos=(0,))
     assert not settings.static_options.names and not settings.static_options.ngrams
     tables = {name: value for name, value in settings.rows._asdict().items() if np.ndim(value) > 1}
     assert [name for name, value in tables.items() if value.size] == ["ends"]

@@ -130,6 +130,7 @@ class Digits:
     vocab_size = 7
     bos_id = 6
     eos_id = 6
+    eos_ids = (6,)
     prompt_bos = False
     is_special = np.arange(7) == 6
 

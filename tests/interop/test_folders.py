@@ -253,6 +253,31 @@ def test_a_separate_tokenizer_is_limited_to_the_rows_of_the_model(tmp_path, name
         read_tokenizer(path, {}, {}, fewer)
 
 
+CHAT = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+
+
+def test_the_files_of_a_chat_model_are_written_as_they_came(tmp_path):
+    """Byte for byte, with all ends; a tokenizer that was changed keeps the template."""
+    folder = FOLDERS["qwen"](tmp_path / "folder")
+    edit(folder / "tokenizer_config.json", chat_template=CHAT, eos_token="<|im_end|>", odd=[1])
+    (folder / "chat_template.jinja").write_text(CHAT + "x")
+    rows = len(load_tokenizer(folder)._fast.get_vocab(with_added_tokens=True))
+    first, second = (
+        load_tokenizer(folder)._fast.token_to_id(name) for name in ("<|im_end|>", "<|endoftext|>")
+    )
+    closed, _ = read_tokenizer(folder, {}, {"eos_token_id": [first, second]}, rows)
+    assert closed.eos_ids == (first, second) and closed.vocab_size == rows
+    closed.save(tmp_path / "run")
+    files, how = write_tokenizer(load_tokenizer(tmp_path / "run"), 64)
+    assert how == "as they came" and len(files) == 3
+    for name, content in files.items():
+        assert content == (folder / name).read_bytes(), name
+    opened = load_tokenizer(folder)  # with <mask> and others behind the last token
+    files, how = write_tokenizer(opened, 64)
+    assert how == "as tokenizer.json" and files["chat_template.jinja"].decode() == CHAT + "x"
+    assert json.loads(files["tokenizer_config.json"])["chat_template"] == CHAT
+
+
 @pytest.mark.parametrize("name", ["qwen", "vocab.txt", "unigram", "words and masks"])
 def test_hub_tokenizers_are_written_and_read_back(tmp_path, name):
     ours = load_tokenizer(FOLDERS[name](tmp_path / "folder"))

@@ -3,7 +3,7 @@
 import functools
 import gc
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mtnlg_jax.cli.decoding import shared_flags
 from mtnlg_jax.cli.decoding.output import dump
@@ -15,20 +15,23 @@ from mtnlg_jax.cli.generation.ranking import rank_candidates
 from mtnlg_jax.cli.generation.settings import decode_settings, with_words
 from mtnlg_jax.cli.generation.writing import write
 
+if TYPE_CHECKING:
+    from mtnlg_jax.decode.cache import Decoder
+    from mtnlg_jax.train.checkpoint import Run
 
-def answer(rows: list[dict], given: dict[str, Any]) -> None:
-    """Load the model, answer every row with the settings ``given``, and print the answers."""
+
+def load_model() -> "tuple[Run, Decoder]":
+    """Load the run of --workdir and its decoder."""
     # Objects made by imports and loading stay alive; collecting garbage among them takes a tenth
     # of the start-up time.
     gc.disable()
     from mtnlg_jax import compat
     from mtnlg_jax.decode.load import load_decoder
-    from mtnlg_jax.decode.stopping import ShownSpecials
 
     compat.quiet()
     compat.configure_cache(least_seconds=0)
     check_output()
-    run, decoder = load_decoder(
+    found = load_decoder(
         options.WORKDIR.value,
         shared_flags.CHECKPOINT.value,
         shared_flags.DTYPE.value,
@@ -37,6 +40,14 @@ def answer(rows: list[dict], given: dict[str, Any]) -> None:
     )
     gc.freeze()
     gc.enable()
+    return found
+
+
+def answer(rows: list[dict], given: dict[str, Any]) -> None:
+    """Load the model, answer every row with the settings ``given``, and print the answers."""
+    from mtnlg_jax.decode.stopping import ShownSpecials
+
+    run, decoder = load_model()
     run.tokenizer.parse_special = options.PARSE_SPECIAL.value
     decode = decode_settings(rows, run.config.decode, with_words(run.tokenizer, given))
     tokenizer = ShownSpecials(run.tokenizer) if options.SHOW_SPECIAL.value else run.tokenizer

@@ -17,6 +17,7 @@ DECODE_FLAGS = (*NAMES, shared_flags.SET.name)
 def check_flags() -> None:
     """Raise ValueError on a flag that has no effect beside the others."""
     _check_mode()
+    _check_chat()
     _check_prompts()
     if options.STREAM.value and shared_flags.JSON.value:
         raise ValueError(
@@ -58,6 +59,26 @@ def _check_mode() -> None:
                 )
 
 
+def _check_chat() -> None:
+    """Refuse flags of prompts beside --chat, and flags of a conversation without it."""
+    if not options.CHAT.value:
+        for name in ("system", "chat_template"):
+            if options.is_given(name):
+                raise ValueError(f"--{name} is for a conversation; add --chat, or leave it out")
+        return
+    if options.MODE.value != "generative":
+        raise ValueError(
+            f"--chat generates answers, and --mode={options.MODE.value} does not; leave one of the "
+            "two out"
+        )
+    for name in ("prompt", "input", "prompts", "parse_special", "show_special", "stats", "json"):
+        if options.is_given(name):
+            raise ValueError(
+                f"--{name} is for prompts, and --chat reads a conversation; leave one of the two "
+                "out"
+            )
+
+
 def _check_prompts() -> None:
     """Refuse flags of one prompt beside --prompts, and flags of many without it."""
     for name in ("output", "batch"):
@@ -86,7 +107,14 @@ def _note_escapes() -> None:
 
 
 def check_settings(given: dict[str, Any]) -> None:
-    """Refuse --stream for several texts, and settings of a draft model where none can guess."""
+    """Refuse --stream and --chat for several texts, and settings of a draft model where none can
+    guess."""
+    several = given.get("num_return_sequences", 1)
+    if options.CHAT.value and several > 1:
+        raise ValueError(
+            f"--chat continues one answer, and {as_given('num_return_sequences')}={several} asks "
+            "for several; leave one of the two out"
+        )
     if options.STREAM.value and given.get("num_return_sequences", 1) > 1:
         name = as_given("num_return_sequences")
         raise ValueError(

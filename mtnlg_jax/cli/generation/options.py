@@ -37,6 +37,18 @@ with command.flag_group("Mode and prompts"):
         "parse special tokens in the prompt, such as <|im_start|>; off: they are plain text",
     )
 
+with command.flag_group("Conversation"):
+    CHAT = flags.DEFINE_bool(
+        "chat",
+        False,
+        "talk with a model that was trained to chat: read lines, answer each; /reset begins a new "
+        "conversation",
+    )
+    SYSTEM = flags.DEFINE_string("system", None, "what the system says before the conversation")
+    CHAT_TEMPLATE = command.define_path(
+        "chat_template", None, "file of a chat template, instead of the one of the tokenizer"
+    )
+
 with command.flag_group("Output"):
     OUTPUT = command.define_path(
         "output",

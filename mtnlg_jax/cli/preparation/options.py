@@ -60,6 +60,29 @@ with command.flag_group("Prompts with answers"):
         "with a space in front: ' {answer}'",
     )
 
+with command.flag_group("Conversations"):
+    MESSAGES = flags.DEFINE_string(
+        "messages",
+        None,
+        "makes conversations: the key of a JSON row that holds a list of {role, content}, mostly "
+        "messages; the tokenizer's chat template renders them",
+    )
+    CHAT_TEMPLATE = command.define_path(
+        "chat_template", None, "file of a chat template, instead of the tokenizer's"
+    )
+    SEQUENCE_LENGTH = flags.DEFINE_integer(
+        "sequence_length",
+        None,
+        "data.sequence_length of the training, to refuse longer conversations",
+        lower_bound=1,
+    )
+    SHOW = flags.DEFINE_integer(
+        "show",
+        0,
+        "number of conversations to print with what is trained on marked",
+        lower_bound=0,
+    )
+
 with command.flag_group("A recipe"):
     CONFIG = command.define_path(
         "config", None, "the recipe, a file of configs/data; default: text is taken as it is"
@@ -87,6 +110,7 @@ with command.flag_group("A recipe"):
 # Flags of one of the two ways to prepare: a recipe, or text as it is.
 _RECIPE_FLAGS = (SET, STAGES, TEST_SETS, SKIP_SOURCES, PROCESSES, ENGINE)
 _PAIR_FLAGS = (PROMPT, ANSWER)
+_CHAT_FLAGS = (MESSAGES, CHAT_TEMPLATE, SEQUENCE_LENGTH, SHOW)
 # Flags of both; those that are given replace a setting of the recipe.
 _SETTINGS = (VOCAB_SIZE, TOKENIZER, HELDOUT, SEED, TEXT_KEY, ON_ERROR, ENCODING)
 
@@ -104,6 +128,7 @@ def check() -> None:
         _refuse(_RECIPE_FLAGS, "is for a recipe; give one with --config=configs/data/english.py")
         return
     _refuse(_PAIR_FLAGS, "makes pairs, which no recipe cleans; leave --config out")
+    _refuse(_CHAT_FLAGS, "is for conversations, which no recipe cleans; leave --config out")
 
 
 def _refuse(given: tuple[flags.FlagHolder, ...], why: str) -> None:

@@ -63,7 +63,7 @@ class Reader:
     def items(self) -> Iterator[Item]:
         """Yield the items of the file; damage takes the place of an item."""
         if self.make_text and self.kind not in _WITH_KEYS:
-            yield Item(0, Damaged(f"pairs are read from {' '.join(_WITH_KEYS)}"))
+            yield Item(0, Damaged(f"pairs and conversations are read from {' '.join(_WITH_KEYS)}"))
             return
         try:
             with open_files.open_file(self.file.path) as raw:

@@ -66,6 +66,11 @@ def convert(
 def write_lines(tokens: Tokens, target: str, tokenizer: Tokenizer, overwrite: bool = False) -> str:
     """Write the text of each document as a line of JSON. Special tokens are removed; invalid
     characters become U+FFFD."""
+    if tokens.conversations:
+        raise ValueError(
+            f"{tokens.location} holds conversations, whose turns cannot be read back from their "
+            "tokens; use the rows that they were prepared from"
+        )
     if os.path.exists(target) and not overwrite:
         raise FileExistsError(
             f"{target} exists; choose another --to or replace it with --overwrite"

@@ -214,6 +214,11 @@ def write_megatron(tokens: Tokens, prefix: str | os.PathLike, overwrite: bool = 
         raise ValueError(
             f"{tokens.location}: the vocabulary of the tokens is unknown; give their --tokenizer"
         )
+    if tokens.conversations:
+        raise ValueError(
+            f"{tokens.location} holds conversations, and Megatron's files cannot say which tokens "
+            "to train on; convert a data set of text"
+        )
     if tokens.prompt_lengths is not None:
         raise ValueError(
             f"{tokens.location} holds pairs, and Megatron's files cannot say where an answer "

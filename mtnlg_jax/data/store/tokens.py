@@ -5,12 +5,13 @@ A prepared data set is a folder (or a URL below gs://, s3://):
     prepared.json   fingerprint, settings and counts (`mtnlg_jax.data.store.prepared`); written last
     tokenizer/      for `load_tokenizer`
     train/          tokens (uint16, or uint32 above 65,536 pieces), document_offsets (int64,
-                    documents + 1), meta.json; of pairs also prompt_lengths (int64, documents)
+                    documents + 1), meta.json; of pairs also prompt_lengths (int64, documents), of
+                    conversations answers (uint8, 1 on the tokens to train on)
     heldout/        the same
 
 Each document begins with bos and ends with eos even if both are one token, such as <|endoftext|> in
 GPT-2: attention does not leave the document, so its first word must be predicted from something.
-(Megatron's own files have only the eos.)
+(Megatron's own files have only the eos.) A conversation has what its chat template writes instead.
 """
 
 import functools
@@ -18,7 +19,7 @@ import hashlib
 import json
 import os
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -26,11 +27,8 @@ import tensorstore
 
 from mtnlg_jax import errors, storage
 from mtnlg_jax.data.store.offsets import Offsets
+from mtnlg_jax.data.store.zarr import CHUNK, SHARD, create_array, open_array
 
-# In tokens. A random window decompresses one chunk; a shard is one file, and takes 33 MB of memory
-# to write.
-_CHUNK = 1 << 16
-SHARD = 1 << 24
 _AGAIN = "prepare the data again (launch/prepare_data.py --overwrite)"
 
 
@@ -61,6 +59,11 @@ class TokenWriter:
         self._bytes = 0
         self._prompts = array("q")
         self._prompt_bytes = 0
+        # Of conversations: which tokens are trained on, as written and as waiting.
+        self._answers: tensorstore.TensorStore | None = None
+        self._answer_buffer = np.empty(0, np.uint8)
+        self._answer_tokens = 0
+        self._answer_bytes = 0
         self._digest = hashlib.sha256()
 
     def add(
@@ -69,12 +72,14 @@ class TokenWriter:
         text_bytes: int,
         prompt: tuple[int, int] | None = None,
         continued: bool = False,
+        answers: tuple[np.ndarray, int] | None = None,
     ) -> None:
         """Append one document, with its bos and eos.
 
         ``text_bytes`` is the length of its text as UTF-8. ``prompt`` is (tokens with bos, bytes) of
-        a pair's prompt; all documents are pairs, or none. ``continued``: this is a piece of a
-        document that goes on with the next call.
+        a pair's prompt. ``continued``: this is a piece of a document that goes on with the next
+        call. ``answers`` is (which tokens of a conversation to train on, bytes of these). All
+        documents are pairs, all are conversations, or none.
         """
         tokens = np.asarray(tokens)
         if tokens.size == 0 or tokens.min() < 0 or tokens.max() >= self._vocab_size:
@@ -90,9 +95,23 @@ class TokenWriter:
         if prompt is not None:
             self._prompts.append(prompt[0])
             self._prompt_bytes += prompt[1]
+        trained = None
+        if answers is not None:
+            trained = answers[0].astype(np.uint8)
+            self._answer_tokens += int(trained.sum())
+            self._answer_bytes += answers[1]
+            if self._answers is None:
+                self._answers = create_array(
+                    storage.join(self._location, "answers"), np.dtype(np.uint8)
+                )
+                self._answer_buffer = np.empty(SHARD, np.uint8)
         while tokens.size:
             part = tokens[: SHARD - self._filled]
-            self._buffer[self._filled : self._filled + part.size] = part
+            place = slice(self._filled, self._filled + part.size)
+            self._buffer[place] = part
+            if trained is not None:
+                self._answer_buffer[place] = trained[: part.size]
+                trained = trained[part.size :]
             self._filled += part.size
             tokens = tokens[part.size :]
             if self._filled == SHARD:
@@ -105,10 +124,16 @@ class TokenWriter:
         lengths = np.frombuffer(self._lengths, np.int64)
         write_offsets(self._location, [lengths], len(lengths), self._digest)
         counts = {"tokens": tokens, "documents": len(lengths), "bytes": self._bytes}
-        answers = {}
+        answers: dict[str, int | bool] = {}
+        if self._answers is not None:
+            answers = {
+                "answer_tokens": self._answer_tokens,
+                "answer_bytes": self._answer_bytes,
+                "conversations": True,
+            }
         if self._prompts:
             prompts = np.array(self._prompts, "<i8")
-            stored = _create(
+            stored = create_array(
                 storage.join(self._location, "prompt_lengths"), prompts.dtype, prompts.size
             )
             stored.write(prompts).result()
@@ -132,6 +157,10 @@ class TokenWriter:
             part = self._buffer[: self._filled]
             self._array = write_shard(self._array, self._shards, part)
             self._digest.update(part.tobytes())
+            if self._answers is not None:
+                trained = self._answer_buffer[: self._filled]
+                self._answers = write_shard(self._answers, self._shards, trained)
+                self._digest.update(trained.tobytes())
             self._shards += 1
             self._filled = 0
 
@@ -141,12 +170,12 @@ def create_tokens(
 ) -> tensorstore.TensorStore:
     """Create the array of ``tokens`` tokens below ``location``; `write_shard` fills it. An earlier
     array is removed."""
-    return _create(storage.join(location, "tokens"), token_dtype(vocab_size), tokens)
+    return create_array(storage.join(location, "tokens"), token_dtype(vocab_size), tokens)
 
 
 def open_for_writing(location: str | os.PathLike) -> tensorstore.TensorStore:
     """Open what `create_tokens` created, in any process."""
-    return _open(storage.join(location, "tokens"), write=True)
+    return open_array(storage.join(location, "tokens"), write=True)
 
 
 def write_shard(
@@ -180,8 +209,8 @@ def write_offsets(
     """
     # In small chunks: a window needs the offsets around one position, and these are four times as
     # wide as tokens.
-    stored = _create(
-        storage.join(location, "document_offsets"), np.dtype("<i8"), documents + 1, _CHUNK >> 4
+    stored = create_array(
+        storage.join(location, "document_offsets"), np.dtype("<i8"), documents + 1, CHUNK >> 4
     )
     block = np.zeros(min(SHARD, documents + 1), "<i8")
     filled = 1  # the first offset is 0
@@ -211,10 +240,14 @@ def write_offsets(
 
 
 def token_meta(
-    vocab_size: int, tokenizer_fingerprint: str, seed: int, counts: dict[str, int], sha256: str
+    vocab_size: int,
+    tokenizer_fingerprint: str,
+    seed: int,
+    counts: Mapping[str, int | bool],
+    sha256: str,
 ) -> dict:
-    """Return the content of meta.json; ``counts`` holds tokens, documents, bytes, and of pairs
-    answer_tokens and answer_bytes."""
+    """Return the content of meta.json; ``counts`` holds tokens, documents, bytes, and of pairs and
+    conversations answer_tokens and answer_bytes."""
     common = ("tokens", "documents", "bytes")
     return {
         "dtype": token_dtype(vocab_size).name,
@@ -240,7 +273,7 @@ class Tokens:
     """The tokens of one part (train or heldout), from `open_stored`. ``len`` counts tokens.
 
     ``prompt_lengths`` [documents] int64: tokens of each pair before its answer; None for plain
-    text.
+    text and for conversations.
     """
 
     def __init__(
@@ -250,15 +283,27 @@ class Tokens:
         array: tensorstore.TensorStore | np.ndarray,
         offsets: Offsets,
         prompt_lengths: np.ndarray | None = None,
+        answers: tensorstore.TensorStore | None = None,
     ):
         self.location = location
         self.meta = meta
         self.prompt_lengths = prompt_lengths
+        self._answers: Any = answers
         self._array: Any = array  # a TensorStore here; a subclass may hold a numpy array
         self._offsets = offsets
 
     def __len__(self) -> int:
         return self.meta["tokens"]
+
+    @property
+    def conversations(self) -> bool:
+        """Whether the documents are conversations."""
+        return self._answers is not None
+
+    @property
+    def answers_only(self) -> bool:
+        """Whether only answers are trained on: those of pairs or of conversations."""
+        return self.conversations or self.prompt_lengths is not None
 
     @property
     def documents(self) -> int:
@@ -283,8 +328,8 @@ class Tokens:
     @property
     def predicted(self) -> tuple[int, int]:
         """The number of tokens to predict, and of UTF-8 bytes they encode: all but bos, or the
-        answers of pairs."""
-        if self.prompt_lengths is not None:
+        answers of pairs and conversations."""
+        if self.answers_only:
             return self.meta["answer_tokens"], self.meta["answer_bytes"]
         return self.meta["tokens"] - self.meta["documents"], self.meta["bytes"]
 
@@ -298,13 +343,21 @@ class Tokens:
 
     def read_windows(self, starts: np.ndarray, length: int) -> np.ndarray:
         """Return [n, length] tokens from each start; the first token follows the last."""
-        windows = np.empty((len(starts), length), self.meta["dtype"])
+        return self._read_windows(self._array, starts, length, self.meta["dtype"])
+
+    def read_answers(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """Return [n, length] of the tokens of `read_windows`: 1 where a conversation is trained
+        on."""
+        return self._read_windows(self._answers, starts, length, "uint8")
+
+    def _read_windows(self, stored: Any, starts: np.ndarray, length: int, dtype: str) -> np.ndarray:
+        windows = np.empty((len(starts), length), dtype)
         pending = []  # start all reads before waiting for the first
         for row, start in zip(windows, map(int, starts), strict=True):
             head = min(length, len(self) - start)
-            pending.append((row[:head], self._array[start : start + head].read()))
+            pending.append((row[:head], stored[start : start + head].read()))
             if head < length:
-                pending.append((row[head:], self._array[: length - head].read()))
+                pending.append((row[head:], stored[: length - head].read()))
         try:
             for target, future in pending:
                 target[:] = future.result()
@@ -337,11 +390,14 @@ def open_stored(location: str | os.PathLike) -> Tokens:
         tokens = meta["tokens"]
         documents = meta["documents"]
         dtype = meta["dtype"]
-        stored = _open(storage.join(location, "tokens"))
-        offsets = _open(storage.join(location, "document_offsets"))
+        stored = open_array(storage.join(location, "tokens"))
+        offsets = open_array(storage.join(location, "document_offsets"))
         prompts = None
-        if "answer_tokens" in meta:
-            prompts = _open(storage.join(location, "prompt_lengths")).read().result()
+        answers = None
+        if meta.get("conversations"):
+            answers = open_array(storage.join(location, "answers"))
+        elif "answer_tokens" in meta:
+            prompts = open_array(storage.join(location, "prompt_lengths")).read().result()
     except (ValueError, KeyError, TypeError) as error:
         raise _unreadable(location, error) from None
     if stored.shape != (tokens,) or stored.dtype.name != dtype:
@@ -350,6 +406,8 @@ def open_stored(location: str | os.PathLike) -> Tokens:
             f"it holds {stored.shape[0]} tokens of {stored.dtype.name}, meta.json says "
             f"{tokens} of {dtype}",
         )
+    if answers is not None and answers.shape != stored.shape:
+        raise damaged(location, f"answers do not fit {tokens} tokens")
     if offsets.shape != (documents + 1,):
         raise damaged(
             location, f"document_offsets do not divide {tokens} tokens into {documents} documents"
@@ -367,6 +425,7 @@ def open_stored(location: str | os.PathLike) -> Tokens:
         stored,
         Offsets(read, documents, tokens, functools.partial(damaged, location)),
         prompts,
+        answers,
     )
     opened._offsets.check_ends()
     if prompts is not None and (
@@ -387,46 +446,3 @@ def _unreadable(location: str | os.PathLike, error: Exception) -> Exception:
 def damaged(location: str | os.PathLike, reason: str) -> ValueError:
     """Return the error of a damaged data set."""
     return ValueError(f"{location} is damaged: {reason}; {_AGAIN}")
-
-
-def _create(
-    location: str, dtype: np.dtype, size: int = 0, inner: int | None = None
-) -> tensorstore.TensorStore:
-    little = {"name": "bytes", "configuration": {"endian": "little"}}
-    chunk = [little, {"name": "zstd", "configuration": {"level": 3}}, {"name": "crc32c"}]
-    sharding = {
-        "chunk_shape": [inner or _CHUNK],
-        "codecs": chunk,
-        "index_codecs": [little, {"name": "crc32c"}],
-    }
-    return tensorstore.open(
-        {
-            "driver": "zarr3",
-            "kvstore": storage.key_value_spec(location),
-            # Otherwise a chunk of zeros would not be stored, and would look like a missing one.
-            "store_data_equal_to_fill_value": True,
-            "metadata": {
-                "shape": [size],
-                "data_type": dtype.name,
-                "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [SHARD]}},
-                "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-            },
-        },
-        create=True,
-        delete_existing=True,
-        context=storage.CONTEXT,
-    ).result()
-
-
-def _open(location: str, write: bool = False) -> tensorstore.TensorStore:
-    return tensorstore.open(
-        {
-            "driver": "zarr3",
-            "kvstore": storage.key_value_spec(location),
-            "fill_missing_data_reads": False,  # a missing chunk is an error, not zeros
-            "recheck_cached_data": "open",  # not at each read: written data do not change
-        },
-        read=True,
-        write=write,
-        context=storage.CONTEXT,
-    ).result()

@@ -6,16 +6,27 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
 from mtnlg_jax import storage
 
 ROLES = ("pad", "bos", "eos", "mask", "sep")
+# A noncharacter of Unicode, which no text should have; inside a spelling it keeps that text.
+HIDE = "\ufdd0"
 NO_TOKEN = -1  # id of a role that a closed vocabulary lacks
 META = "tokenizer_meta.json"
 SPECIAL_IDS = "special_ids.json"
+# Files of a Hugging Face folder that do not change the ids of texts: kept byte for byte beside the
+# tokenizer, for its chat template and for export.
+COMPANIONS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 # Number of characters from which a faster encoder repays the half second it takes to build.
 MANY_CHARACTERS = 1 << 17
 
@@ -52,12 +63,15 @@ class Tokenizer:
 
     ``pad_id bos_id eos_id mask_id sep_id``: ids of the special tokens. ``eos_id`` is -1 if a model
     trained elsewhere has no token that ends a text.
+    ``eos_ids``: all tokens that end a text, ``eos_id`` first; models for chat have several.
     ``vocab_size``: rows a model needs, before any padding of its own.
     ``starts_word``: bool [vocab_size]; true if the piece begins a word, that is with a space, a
     punctuation mark or a character of a script without spaces.
     ``is_special``: bool [vocab_size]; true if the token is not text.
     ``special_names``: spelling of each special token by id.
     ``fingerprint``: SHA-256 of the content; equal fingerprints mean equal ids.
+    ``companions``: the `COMPANIONS` of the folder it came from, by name. They are saved with it and
+    are not part of the fingerprint, as they do not change ids.
     ``prompt_bos``: a text to continue follows bos, as documents did in training.
     ``parse_special``: special tokens spelled in a text are encoded as such. Meant for prompts; off
     for documents.
@@ -66,6 +80,8 @@ class Tokenizer:
     kind: str
     prompt_bos = True
     parse_special = False
+    companions: Mapping[str, bytes] = MappingProxyType({})
+    _more_ends: tuple[int, ...] = ()
 
     def __init__(
         self,
@@ -101,10 +117,16 @@ class Tokenizer:
         self.fingerprint = digest.hexdigest()
 
     def _read_roles(self, special_ids: bytes) -> dict[str, int]:
-        """Return the roles of special_ids.json and set ``prompt_bos``."""
+        """Return the roles of special_ids.json, and set ``prompt_bos`` and the further ends."""
         roles = json.loads(special_ids)
         self.prompt_bos = roles.pop("prompt_bos")
+        self._more_ends = tuple(roles.pop("ends", ()))
         return {"sep": roles["bos"] if roles["eos"] == NO_TOKEN else roles["eos"]} | roles
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Return the ids that end a text, the one that ends documents first."""
+        return tuple(dict.fromkeys((self.eos_id, *self._more_ends)))
 
     @property
     def mask_id(self) -> int:
@@ -140,20 +162,71 @@ class Tokenizer:
         ids = {name: index for index, name in self.special_names.items()}
         return self._split_at(text, ids, lambda part: self._encode([part], 1)[0])
 
+    def _split_spelled(self, text: str, names: Iterable[str]) -> list[str]:
+        """Split a text at each of ``names``, which are parts as well; the longest wins."""
+        spellings = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+        return re.split(f"({spellings})", text) if spellings else [text]
+
     def _split_at(
         self, text: str, ids_of: dict[str, int], encode: Callable[[str], list[int]]
     ) -> list[int]:
         """Encode a text: spellings in ``ids_of`` to their ids, everything else by ``encode``."""
-        if not ids_of:
-            return encode(text)
-        spellings = "|".join(map(re.escape, sorted(ids_of, key=len, reverse=True)))
         ids: list[int] = []
-        for part in re.split(f"({spellings})", text):
+        for part in self._split_spelled(text, ids_of):
             if part in ids_of:
                 ids.append(ids_of[part])
             elif part:
                 ids += encode(part)
         return ids
+
+    def encode_rendering(self, text: str) -> tuple[list[int], list[tuple[int, int] | None]]:
+        """Return the ids of a text in which special tokens are spelled, and the characters (start,
+        stop) of ``text`` that each came from.
+
+        `HIDE` is a character that is not part of the text: a spelling with it inside is text. The
+         characters are None where the tokenizer loses some of the text.
+        """
+        ids: list[int] = []
+        offsets: list[tuple[int, int] | None] = []
+        names = {name: index for index, name in self._spelled_names().items()}
+        start = 0
+        for part in self._split_spelled(replace_surrogates(text), names):
+            if part in names:
+                ids.append(names[part])
+                offsets.append((start, start + len(part)))
+            elif part:
+                found, spans = self._encode_part(part)
+                ids += found
+                offsets += [span and (start + span[0], start + span[1]) for span in spans]
+            start += len(part)
+        return ids, offsets
+
+    def _spelled_names(self) -> dict[int, str]:
+        """Return the special tokens that `_encode_part` does not read itself."""
+        return self.special_names
+
+    def _encode_part(self, text: str) -> tuple[list[int], Sequence[tuple[int, int] | None]]:
+        """Do the same as `encode_rendering` for a text without special tokens."""
+        kept = [index for index, character in enumerate(text) if character != HIDE]
+        plain = text.replace(HIDE, "")
+        ids = self._encode([plain], 1)[0]
+        data = plain.encode()
+        pieces = [self._bytes[index] for index in ids]
+        lead = 1 if b"".join(pieces) == b" " + data else 0
+        if not lead and b"".join(pieces) != data:
+            return ids, [None] * len(ids)
+        characters = [
+            at for at, character in zip(kept, plain, strict=True) for _ in character.encode()
+        ]
+        offsets = []
+        stop = -lead
+        for piece in pieces:
+            start = max(stop, 0)
+            stop += len(piece)
+            inside = characters[start : max(stop, start)]
+            at = inside[0] if inside else len(text)
+            offsets.append((at, inside[-1] + 1 if inside else at))
+        return ids, offsets
 
     def check_end(self) -> None:
         """Raise ValueError if the vocabulary is closed and has no token that ends a document."""
@@ -204,7 +277,17 @@ class Tokenizer:
         meta = {"kind": self.kind, "fingerprint": self.fingerprint, "vocab_size": self.vocab_size}
         if not self.prompt_bos:
             meta["prompt_bos"] = False
-        return {**self._files, META: json.dumps(meta, indent=1).encode()}
+        if self.companions:
+            hashes = {name: hashlib.sha256(data).hexdigest() for name, data in self._companions()}
+            meta["companions"] = hashes
+        return {
+            **dict(self._companions()),
+            **self._files,
+            META: json.dumps(meta, indent=1).encode(),
+        }
+
+    def _companions(self) -> list[tuple[str, bytes]]:
+        return sorted(self.companions.items())
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write `files` to a folder or below a TensorStore URL."""

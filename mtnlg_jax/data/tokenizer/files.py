@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from mtnlg_jax.data.tokenizer.base import COMPANIONS
 from mtnlg_jax.data.tokenizer.byte_level import (
     END_OF_TEXT,
     gpt2_pair,
@@ -82,12 +83,13 @@ class HubTokenizerFiles:
 
     ``content``: its tokenizer.json, as bytes. ``settings``: tokenizer_config.json merged over
     special_tokens_map.json. ``plain``: vocab.json and merges.txt, if everything else equals GPT-2's
-    own tokenizer.
+    own tokenizer. ``ends``: the eos tokens of generation_config.json.
     """
 
     content: bytes
     settings: dict
     plain: tuple[bytes, bytes] | None
+    ends: tuple[int, ...] = ()
 
     def role(self, role: str) -> str | None:
         """Return the token that the settings name for a role; for bos and eos also BERT's cls and
@@ -129,7 +131,25 @@ def read_tokenizer_files(read: Read) -> HubTokenizerFiles | None:
     after = fast.to_str()
     plain = _plain(json.loads(after), settings, pair)
     content = given if given is not None and after == before else after.encode()
-    return HubTokenizerFiles(content, settings, plain)
+    return HubTokenizerFiles(content, settings, plain, _ends(read))
+
+
+def companions_of(read: Read) -> dict[str, bytes]:
+    """Return the `COMPANIONS` that a folder has, by name."""
+    found = ((name, read(name)) for name in COMPANIONS)
+    return {name: content for name, content in found if content is not None}
+
+
+def _ends(read: Read) -> tuple[int, ...]:
+    """Return the eos tokens that generation_config.json names."""
+    return eos_of(_read_object(read, "generation_config.json"))
+
+
+def eos_of(settings: dict) -> tuple[int, ...]:
+    """Return ``eos_token_id`` of settings, which may be one id, a list of ids or missing."""
+    value = settings.get("eos_token_id")
+    ids = value if isinstance(value, list) else [value]
+    return tuple(index for index in ids if type(index) is int)
 
 
 def first_free_id(read: Read, size: int) -> int:

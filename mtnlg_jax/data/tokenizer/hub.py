@@ -3,13 +3,17 @@
 import functools
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain
+from typing import TYPE_CHECKING
 
-from mtnlg_jax.data.tokenizer.base import MANY_CHARACTERS, SPECIAL_IDS, Tokenizer
+from mtnlg_jax.data.tokenizer.base import HIDE, MANY_CHARACTERS, SPECIAL_IDS, Tokenizer
 from mtnlg_jax.data.tokenizer.byte_level import ByteLevelBPETokenizer, gpt2_pair
 from mtnlg_jax.data.tokenizer.files import parse_tokenizer
 from mtnlg_jax.data.tokenizer.pieces import pieces_of
+
+if TYPE_CHECKING:
+    import tokenizers
 
 
 class HubTokenizer(Tokenizer):
@@ -59,7 +63,8 @@ class HubTokenizer(Tokenizer):
         added = self._fast.get_added_tokens_decoder().items()
         names = {index: token.content for index, token in added if token.special}
         self._parsed = set(names)
-        for index in spelled.keys() & roles.values() - names.keys():
+        used = {*roles.values(), *self._more_ends}
+        for index in spelled.keys() & used - names.keys():
             if index not in self._read([spelled[index]])[0]:
                 names[index] = spelled[index]
         # A name that the model itself reads is cut after its first character; a single character
@@ -113,13 +118,37 @@ class HubTokenizer(Tokenizer):
         return found
 
     def _encode_special(self, text: str) -> list[int]:
-        roles = {self.bos_id, self.eos_id, self.pad_id, self._mask_id, self.sep_id}
-        others = {
-            name: index
+        others = {name: index for index, name in self._spelled_names().items()}
+        return self._split_at(text, others, self._read_special)
+
+    def _spelled_names(self) -> dict[int, str]:
+        roles = {*self.eos_ids, self.bos_id, self.pad_id, self._mask_id, self.sep_id}
+        return {
+            index: name
             for index, name in self.special_names.items()
             if index in roles and index not in self._parsed
         }
-        return self._split_at(text, others, self._read_special)
+
+    def _encode_part(self, text: str) -> tuple[list[int], Sequence[tuple[int, int] | None]]:
+        fast = self._hiding if HIDE in text else self._fast
+        fast.encode_special_tokens = False
+        try:
+            found = fast.encode(text, add_special_tokens=False)
+        finally:
+            fast.encode_special_tokens = True
+        return found.ids, found.offsets
+
+    @functools.cached_property
+    def _hiding(self) -> "tokenizers.Tokenizer":
+        """A tokenizer that leaves `HIDE` out after it has looked for special tokens."""
+        whole = json.loads(self._files["tokenizer.json"])
+        first = {"type": "Replace", "pattern": {"String": HIDE}, "content": ""}
+        after = [whole["normalizer"]] if whole.get("normalizer") else []
+        whole["normalizer"] = {"type": "Sequence", "normalizers": [first, *after]}
+        for token in whole.get("added_tokens", []):
+            # A normalized spelling would be looked for after the character is gone.
+            token["normalized"] = token["normalized"] and not token["special"]
+        return parse_tokenizer(json.dumps(whole, ensure_ascii=False).encode())
 
     def _read_special(self, text: str) -> list[int]:
         """Encode as transformers does, which may strip the spaces around an added token."""

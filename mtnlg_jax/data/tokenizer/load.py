@@ -1,6 +1,7 @@
 """Opening of a tokenizer, whatever its files."""
 
 import functools
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from mtnlg_jax.data.tokenizer.base import META, ROLES, SPECIAL_IDS, Tokenizer
 from mtnlg_jax.data.tokenizer.byte_level import ByteLevelBPETokenizer
 from mtnlg_jax.data.tokenizer.files import (
     HubTokenizerFiles,
+    companions_of,
     first_free_id,
     gpt2_files,
     read_tokenizer_files,
@@ -57,17 +59,28 @@ def _load_json(path: str | os.PathLike) -> Tokenizer:
                 "not a tokenizer.json, which has a 'model'; give the folder that holds it"
             )
         found = read_tokenizer_files({"tokenizer.json": content}.get)
+        companions = {}
     else:
         found = read_tokenizer_files(lambda name: storage.read_file(folder, name))
+        companions = companions_of(lambda name: storage.read_file(folder, name))
     if found is None:
         raise FileNotFoundError(f"{path} does not exist; give a tokenizer.json")
-    return _of_hub_files(found)
+    tokenizer = _of_hub_files(found)
+    tokenizer.companions = companions
+    return tokenizer
 
 
 def _load_folder(path: str | os.PathLike) -> Tokenizer:
     files = functools.cache(lambda name: storage.read_file(path, name))
     if meta := files(META):
         return _load_saved(files, json.loads(meta))
+    tokenizer = _load_foreign(path, files)
+    tokenizer.companions = companions_of(files)
+    return tokenizer
+
+
+def _load_foreign(path: str | os.PathLike, files: Callable[[str], bytes | None]) -> Tokenizer:
+    """Open a folder that `Tokenizer.save` did not write."""
     if files("tokenizer.json") is None:
         for name in SENTENCEPIECE_FILES:
             if model := files(name):
@@ -107,7 +120,20 @@ def _load_saved(files: Callable[[str], bytes | None], meta: dict) -> Tokenizer:
         raise ValueError(
             f"its files do not have the fingerprint in {META}; copy or make them again"
         )
+    tokenizer.companions = {
+        name: _companion(name, files(name), digest)
+        for name, digest in meta.get("companions", {}).items()
+    }
     return tokenizer
+
+
+def _companion(name: str, content: bytes | None, digest: str) -> bytes:
+    if content is None or hashlib.sha256(content).hexdigest() != digest:
+        raise ValueError(
+            f"{name} is missing or was changed since it was saved, as {META} shows; copy the whole "
+            "folder again"
+        )
+    return content
 
 
 def _of_hub_files(files: HubTokenizerFiles) -> Tokenizer:

@@ -4,7 +4,7 @@ import json
 
 from mtnlg_jax.data.tokenizer.base import NO_TOKEN, ROLES
 from mtnlg_jax.data.tokenizer.byte_level import END_OF_TEXT
-from mtnlg_jax.data.tokenizer.files import HubTokenizerFiles, parse_tokenizer
+from mtnlg_jax.data.tokenizer.files import HubTokenizerFiles, eos_of, parse_tokenizer
 
 # Spellings of roles in vocabularies whose folder does not name them.
 _SPELLINGS = {
@@ -35,7 +35,9 @@ def open_roles(files: HubTokenizerFiles) -> dict:
         if roles[role] is None:
             roles[role] = end
             end += 1
-    return roles | {"prompt_bos": True}
+    eos = roles["eos"]
+    more = [index for index in files.ends if vocabulary.can_end(index)]
+    return roles | _several([eos, *more]) | {"prompt_bos": True}
 
 
 def closed_roles(files: HubTokenizerFiles, config: dict, generation: dict, rows: int) -> dict:
@@ -84,7 +86,15 @@ def closed_roles(files: HubTokenizerFiles, config: dict, generation: dict, rows:
     for role in ("mask", "sep"):
         if (index := find(role)) is not None:
             roles[role] = index
-    return roles | {"prompt_bos": bool(prefix)}
+    stated = (*eos_of(generation), *eos_of(config)) if eos is not None else ()
+    more = [index for index in stated if vocabulary.can_end(index) and index < rows]
+    return roles | _several([roles["eos"], *more]) | {"prompt_bos": bool(prefix)}
+
+
+def _several(ends: list) -> dict[str, list[int]]:
+    """Return the entry of special_ids.json for several tokens that end a text."""
+    different = list(dict.fromkeys(ends))
+    return {"ends": different} if len(different) > 1 else {}
 
 
 class Vocabulary:
@@ -105,6 +115,10 @@ class Vocabulary:
         if index in self._special and len(piece) > 1:
             return False
         return index in self._fast.encode(piece, add_special_tokens=False).ids
+
+    def can_end(self, index: int) -> bool:
+        """Whether the id exists and no text yields it, so that it can end a text."""
+        return index in self.pieces and not self.is_text(index)
 
     def first_token(self) -> int:
         """Return the token to put before a text if there are no special tokens: a line end, or the

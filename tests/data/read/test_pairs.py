@@ -231,7 +231,7 @@ def test_invalid_pairs_raise_an_error(tmp_path, row, message):
 
 def test_invalid_files_and_templates_raise_an_error(tmp_path):
     (tmp_path / "a.txt").write_text("text")
-    with pytest.raises(ValueError, match="pairs are read from .jsonl"):
+    with pytest.raises(ValueError, match="pairs and conversations are read from .jsonl"):
         prepare(tmp_path / "a.txt", tmp_path / "out", progress=False, answer=" {label}")
     with pytest.raises(ValueError, match="give that as --input"):
         prepare(None, tmp_path / "out", progress=False, answer=" {label}")

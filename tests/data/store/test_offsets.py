@@ -8,7 +8,7 @@ import pytest
 
 from mtnlg_jax import storage
 from mtnlg_jax.data.store import offsets as module
-from mtnlg_jax.data.store import tokens
+from mtnlg_jax.data.store import zarr
 from mtnlg_jax.data.store.offsets import Offsets
 
 RNG = np.random.default_rng(0)
@@ -114,12 +114,12 @@ def test_the_first_batch_of_many_documents_is_fast(tmp_path, monkeypatch):
     them yet."""
     monkeypatch.undo()
     values = np.concatenate([[0], np.cumsum(RNG.integers(1, 6, 30_000_000, dtype=np.int64))])
-    stored = tokens._create(
-        storage.join(tmp_path, "document_offsets"), values.dtype, values.size, tokens._CHUNK >> 4
+    stored = zarr.create_array(
+        storage.join(tmp_path, "document_offsets"), values.dtype, values.size, zarr.CHUNK >> 4
     )
     stored.write(values).result()
     ids = RNG.integers(0, 50_000, values[-1], dtype=np.uint16)
-    tokens._create(storage.join(tmp_path, "tokens"), ids.dtype, ids.size).write(ids).result()
+    zarr.create_array(storage.join(tmp_path, "tokens"), ids.dtype, ids.size).write(ids).result()
     meta = {
         "dtype": "uint16",
         "tokens": ids.size,

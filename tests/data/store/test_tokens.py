@@ -6,6 +6,7 @@ import pytest
 
 from mtnlg_jax import storage
 from mtnlg_jax.data.store import tokens as module
+from mtnlg_jax.data.store import zarr
 from mtnlg_jax.data.store.prepared import read_prepared
 from mtnlg_jax.data.store.sources import open_tokens
 from mtnlg_jax.data.store.tokens import TokenWriter
@@ -18,8 +19,9 @@ STREAM = np.concatenate(DOCUMENTS)
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Make chunks small, so that a thousand tokens fill many chunks and several files."""
-    monkeypatch.setattr(module, "_CHUNK", 16)
-    monkeypatch.setattr(module, "SHARD", 128)
+    for each in (module, zarr):
+        monkeypatch.setattr(each, "CHUNK", 16)
+        monkeypatch.setattr(each, "SHARD", 128)
 
 
 def _write(location, documents=DOCUMENTS, vocab_size=300):
@@ -134,7 +136,7 @@ def _meta(name, value):
 def _offsets(folder):
     offsets = open_tokens(folder).document_offsets.copy()
     offsets[3] = offsets[2]
-    module._create(str(folder / "document_offsets"), offsets.dtype, offsets.size).write(
+    zarr.create_array(str(folder / "document_offsets"), offsets.dtype, offsets.size).write(
         offsets
     ).result()
 

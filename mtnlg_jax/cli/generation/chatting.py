@@ -1,0 +1,77 @@
+"""--chat: a conversation in the terminal, or with the lines of standard input."""
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mtnlg_jax.cli.generation import options
+from mtnlg_jax.cli.generation.answering import load_model
+from mtnlg_jax.cli.generation.settings import decode_settings, with_words
+from mtnlg_jax.cli.generation.writing import load_draft
+
+if TYPE_CHECKING:
+    from mtnlg_jax.decode.chat import Conversation
+
+_RESET = "/reset"
+
+
+def chat(given: dict[str, Any]) -> None:
+    """Load the model, and answer each line with the settings ``given`` until the input ends."""
+    from mtnlg_jax.decode.chat import Conversation
+
+    run, decoder = load_model()
+    decode = decode_settings([{"prompt": ""}], run.config.decode, with_words(run.tokenizer, given))
+    # The settings of a run may ask for several texts; a conversation goes on from one.
+    decode = dataclasses.replace(decode, num_return_sequences=1)
+    file = options.CHAT_TEMPLATE.value
+    conversation = Conversation(
+        decoder,
+        run.tokenizer,
+        decode,
+        system=options.SYSTEM.value,
+        template=None if file is None else Path(file).read_text(encoding="utf-8"),
+        draft=load_draft(run.tokenizer),
+    )
+    terminal = sys.stdin.isatty()
+    if terminal:
+        print(f"({_RESET} begins a new conversation; the end of input leaves)", file=sys.stderr)
+    for line in _lines(terminal):
+        if line.strip() == _RESET:
+            conversation.reset()
+        elif line.strip():
+            _answer(conversation, line, terminal)
+
+
+def _lines(terminal: bool) -> Iterator[str]:
+    """Yield the lines of standard input, each asked for on a terminal."""
+    if not terminal:
+        yield from (line.rstrip("\r\n") for line in sys.stdin)
+        return
+    import readline  # noqa: F401 - gives input() its history and its keys
+
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            print()
+            return
+
+
+def _answer(conversation: "Conversation", line: str, terminal: bool) -> None:
+    """Print the answer to a line, as it comes unless --nostream."""
+    stream = options.STREAM.value is not False
+    try:
+        answer = conversation.ask(
+            line, (lambda text: print(text, end="", flush=True)) if stream else None
+        )
+    except ValueError as error:
+        # A person can go on; the lines of a file were meant to be answered one after another.
+        if not terminal:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return
+    print("" if stream else answer.text, flush=True)
+    if answer.finish_reason != "stop":
+        print(f"(cut off: {answer.finish_reason})", file=sys.stderr)
