@@ -489,6 +489,7 @@ def decode_ours(decoder, rows: int, prompt: int, new: int, bandwidth: float) -> 
     class Numbers(Ids):
         vocab_size = decoder.config.vocab_size
         bos_id = eos_id = decoder.config.vocab_size - 1
+        eos_ids = (eos_id,)
 
         @functools.cached_property
         def is_special(self):

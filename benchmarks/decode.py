@@ -394,6 +394,7 @@ class Ids:
     vocab_size = VOCABULARY
     bos_id = END
     eos_id = END
+    eos_ids = (END,)
     prompt_bos = False
 
     @functools.cached_property

@@ -124,5 +124,5 @@ def test_invalid_types_raise_an_error(learned, tokenizer):
     with pytest.raises(ValueError, match="unknown cache='fp8'"):
         cache.unstack(learned.config, learned.params, cache="fp8")
     held = cache.unstack(learned.config, learned.params, cache="int8")
-    with pytest.raises(ValueError, match="int8 cache is for rows, and num_beams=2"):
+    with pytest.raises(ValueError, match="does not support an int8 cache, and num_beams=2"):
         generate(held, tokenizer, [[5]], DecodeConfig(num_beams=2))
