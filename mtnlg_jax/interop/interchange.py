@@ -3,16 +3,16 @@
 Everything is read layer by layer: a parameter is never held in two forms as a whole.
 """
 
-import math
 import re
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
 
 from mtnlg_jax.config import ModelConfig
+from mtnlg_jax.decode.load import names_of
 from mtnlg_jax.interop import tensors
 from mtnlg_jax.interop.families import Family
 from mtnlg_jax.interop.tensors import Tensor
@@ -30,14 +30,6 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
 
 
-def flat(tree) -> dict[str, Any]:
-    """Return leaves by dotted name, such as ``blocks.mlp.w_in_DF``."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-
-
 class Interchange:
     """The tensors of a model in a family's names: ``table`` is {their name: Entry}."""
 
@@ -45,7 +37,7 @@ class Interchange:
         self.model = model
         self.family = family
         self.abstract = abstract_model(model)[1]
-        self.shapes = {name: leaf.shape for name, leaf in flat(self.abstract).items()}
+        self.shapes = {name: leaf.shape for name, leaf in names_of(self.abstract).items()}
         self.table: dict[str, Entry] = {}
         self._sources: dict[tuple[str, tuple[int, ...]], tuple[str, int]] = {}
         for theirs, tensor in family.outer.items():
@@ -251,7 +243,3 @@ def problems(interchange: Interchange, found: dict[str, tuple[int, ...]]) -> lis
         elif shape != expected:
             lines.append(f"{name} is {list(shape)} (expected {list(expected)})")
     return sorted(lines)
-
-
-def number_of_parameters(found: dict[str, tuple[int, ...]]) -> int:
-    return sum(math.prod(shape) for shape in found.values())

@@ -7,7 +7,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from mtnlg_jax.interop.interchange import flat
+from mtnlg_jax.decode.load import names_of
 from mtnlg_jax.interop.source import Source, meta_of
 from mtnlg_jax.parallel.mesh import shardings_of
 from mtnlg_jax.train.checkpoint import Run
@@ -35,7 +35,7 @@ def _on_mesh(source: Source, mesh: Mesh, zero: int) -> nnx.State:
     abstract = source.interchange.abstract
     shardings = jax.tree.leaves(shardings_of(abstract, mesh, zero))
     leaves = []
-    for (name, leaf), sharding in zip(flat(abstract).items(), shardings, strict=True):
+    for (name, leaf), sharding in zip(names_of(abstract).items(), shardings, strict=True):
         if name.startswith("blocks."):
             array = np.empty(leaf.shape, np.float32)
             for layer in range(leaf.shape[0]):

@@ -8,8 +8,9 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from mtnlg_jax.config import ModelConfig
+from mtnlg_jax.decode.load import names_of
 from mtnlg_jax.interop.families import FAMILIES
-from mtnlg_jax.interop.interchange import Interchange, flat, stored_names
+from mtnlg_jax.interop.interchange import Interchange, stored_names
 
 # Beside a converted run: tensors that its parameters do not give back bit for bit.
 KEPT = "kept.safetensors"
@@ -33,7 +34,7 @@ class Written:
     ):
         self.family = FAMILIES[family]
         self.interchange = Interchange(model, self.family)
-        self._arrays = flat(params)
+        self._arrays = names_of(params)
         self._kept = kept or {}
         origin = origin or {}
         stored = origin.get("dtypes", {})

@@ -21,7 +21,7 @@ from mtnlg_jax.parallel.collectives import (
     sum_over,
     vary,
 )
-from mtnlg_jax.parallel.mesh import AXES, specs_of
+from mtnlg_jax.parallel.mesh import AXES, specs_of, whole_dims
 from mtnlg_jax.parallel.pipeline import (
     add,
     circular_loss_and_gradients,
@@ -47,7 +47,7 @@ def make_loss_and_gradients(
     """
     zero = config.mesh.zero
     tensor = mesh.shape["tensor"]
-    whole = "K" if config.model.kv_heads < tensor else ""
+    whole = whole_dims("K", (config.model.kv_heads,), tensor)
     weights = make_weights(config)
     targets, with_targets = lora.make_targets(config)
 

@@ -27,12 +27,11 @@ from mtnlg_jax.config import (
 )
 from mtnlg_jax.data.tokenizer import load_tokenizer
 from mtnlg_jax.decode.generate import DecodeConfig, generate
-from mtnlg_jax.decode.load import load_decoder
+from mtnlg_jax.decode.load import load_decoder, names_of
 from mtnlg_jax.interop import registry
 from mtnlg_jax.interop.export import config_of, differences, meaning
 from mtnlg_jax.interop.families import FAMILIES, family_of, model_of
 from mtnlg_jax.interop.huggingface import convert, read_model
-from mtnlg_jax.interop.interchange import flat
 from mtnlg_jax.interop.shards import write_shards
 from mtnlg_jax.interop.source import Source
 from mtnlg_jax.model.transformer import abstract_model
@@ -121,8 +120,8 @@ def test_a_round_trip_of_every_family_keeps_every_bit(folder, tmp_path, name):
     run = load_run(tmp_path / "run")
     _, params, _ = read_model(source)
     assert same_bits(
-        {key: np.asarray(leaf) for key, leaf in flat(params).items()},
-        {key: np.asarray(leaf) for key, leaf in flat(run.params).items()},
+        {key: np.asarray(leaf) for key, leaf in names_of(params).items()},
+        {key: np.asarray(leaf) for key, leaf in names_of(run.params).items()},
     )
     masked = FAMILIES[family_of(config)[0]].masked
     assert run.config.train.stages[0].masked == masked

@@ -21,9 +21,10 @@ from safetensors.numpy import load_file
 
 from mtnlg_jax.config import LayerSpec, RopeScaling
 from mtnlg_jax.decode.cache import prefill, read, step, unstack
+from mtnlg_jax.decode.load import names_of
 from mtnlg_jax.decode.scoring import score, score_rows
 from mtnlg_jax.interop.families import FAMILIES, family_of, model_of
-from mtnlg_jax.interop.interchange import Interchange, flat, problems, stored_names
+from mtnlg_jax.interop.interchange import Interchange, problems, stored_names
 from mtnlg_jax.model.transformer import abstract_model
 
 HERE = Path(__file__).parent / "families"
@@ -100,8 +101,8 @@ def check(case: Fixture) -> None:
     )
     np.testing.assert_allclose(logits, case.expected["logits"], atol=LOGITS)
     assert float(loss) == pytest.approx(float(case.expected["loss"]), abs=1e-5)
-    check_gradients(case, flat(gradients))
-    arrays = {name: np.asarray(leaf) for name, leaf in flat(case.params).items()}
+    check_gradients(case, names_of(gradients))
+    arrays = {name: np.asarray(leaf) for name, leaf in names_of(case.params).items()}
     for name, entry in interchange.table.items():
         stored = case.read(name)
         back = interchange.tensor(name, arrays).astype(stored.dtype)

@@ -11,11 +11,12 @@ import pytest
 from safetensors.numpy import load_file
 
 from mtnlg_jax.config import load_config
+from mtnlg_jax.decode.load import names_of
 from mtnlg_jax.interop import registry
 from mtnlg_jax.interop.families import FAMILIES, model_of
 from mtnlg_jax.interop.gguf_file import _BLOCK, _OUTER, _SANDWICH, GGUF, llama_3_factors
 from mtnlg_jax.interop.huggingface import convert, read_model
-from mtnlg_jax.interop.interchange import Interchange, flat
+from mtnlg_jax.interop.interchange import Interchange
 from mtnlg_jax.interop.source import Source
 from mtnlg_jax.train.checkpoint import load_run
 
@@ -76,7 +77,7 @@ class Model:
             name: (rng.integers(-64, 65, entry.shape) / 64).astype(np.float32)
             for name, entry in interchange.table.items()
         }
-        self.params = flat(interchange.parameters(self.tensors.__getitem__))
+        self.params = names_of(interchange.parameters(self.tensors.__getitem__))
 
     def arrays(self) -> dict[str, np.ndarray]:
         made = {}
@@ -132,7 +133,7 @@ def test_every_architecture_is_read_as_it_was(tmp_path, architecture):
     made = Model(architecture)
     source = Source(made.write(tmp_path / "model.gguf"))
     assert source.model == model_of(made.config) and source.kind == made.kind
-    params = flat(source.interchange.parameters(source.tensor))
+    params = names_of(source.interchange.parameters(source.tensor))
     for name, leaf in made.params.items():
         assert np.array_equal(params[name], leaf), name
     assert source.texts["bos_token_id"] == 1 and source.texts["eos_token_id"] == 2
@@ -146,7 +147,7 @@ def test_formats_that_round_are_near(tmp_path, kind, error):
     made = Model("llama")
     path = made.write(tmp_path / "model.gguf", gguf.GGMLQuantizationType[kind])
     source = Source(path)
-    for name, leaf in flat(source.interchange.parameters(source.tensor)).items():
+    for name, leaf in names_of(source.interchange.parameters(source.tensor)).items():
         difference = np.abs(np.asarray(leaf) - np.asarray(made.params[name])).max()
         assert difference <= error, name
         assert difference > 0 or "scale" in name or kind in ("F16", "BF16")
