@@ -309,8 +309,6 @@ def test_a_run_trained_here_comes_back_with_the_same_parameters(own, tmp_path, f
 )
 @pytest.mark.parametrize("name", ["gemma3", "gpt_oss", "gpt_neox"])
 def test_a_folder_is_decoded_as_its_run_is(folder, tmp_path, name, dtype, weights):
-    if weights and name == "gpt_oss":
-        pytest.skip("experts are not rounded to int8")
     source = folder(name)
     convert(source, tmp_path / "run")
     one = load_decoder(source, dtype=dtype, weights=weights)
