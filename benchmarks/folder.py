@@ -154,9 +154,7 @@ def our_step(args, tokens):
             lora_alpha=2.0 * args.rank,
             lora_targets=("q", "k", "v", "o", "in", "out") + (("gate",) if gated else ()),
         ),
-        train=TrainConfig(
-            init=args.folder, global_batch_size=args.batch, compute_dtype="float32"
-        ),
+        train=TrainConfig(init=args.folder, global_batch_size=args.batch, compute_dtype="float32"),
     )
     validate(config)
     mesh = make_mesh(config.mesh, jax.devices()[:1])

@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from mtnlg_jax.config import DecodeConfig, ModelConfig, to_json
 from mtnlg_jax.decode.results import writable
@@ -15,7 +14,7 @@ from mtnlg_jax.interop import vocabulary
 from mtnlg_jax.interop.export import config_of
 from mtnlg_jax.interop.families import family_of
 from mtnlg_jax.interop.recognize import is_gguf
-from mtnlg_jax.interop.shards import cast, write_shards
+from mtnlg_jax.interop.shards import cast, write_shards, write_tensors
 from mtnlg_jax.interop.source import Source, changed_decoding, meta_of
 from mtnlg_jax.interop.written import KEPT, Written, read_kept
 from mtnlg_jax.storage import is_remote
@@ -132,7 +131,7 @@ def _to_run(given: Path, folder: Path, workdir: str, dtype: str, tokenizer_path:
         (folder / ORIGINALS / "config.json").write_text(content)
     kept = {} if source.is_gguf else source.inexact()
     if kept:
-        save_file(kept, folder / ORIGINALS / KEPT)
+        write_tensors(folder / ORIGINALS / KEPT, kept)
     model = source.model
     lines = _report(model, tokenizer, f"from {_kinds(source.dtypes)} to float32, exact")
     lines += _report_tokenizer(tokenizer, settings.left_out, model.vocabulary)

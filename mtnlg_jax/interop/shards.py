@@ -140,10 +140,7 @@ def write_shards(
     )
     placed: dict[str, str] = {}
     for file_name, names in zip(files, groups, strict=True):
-        # transformers does not read a file without this metadata.
-        save_file(
-            {name: read(name) for name in names}, Path(folder, file_name), metadata={"format": "pt"}
-        )
+        write_tensors(Path(folder, file_name), {name: read(name) for name in names})
         placed |= dict.fromkeys(names, file_name)
     if len(groups) > 1:
         index = {
@@ -153,6 +150,16 @@ def write_shards(
         Path(folder, INDEX).write_text(json.dumps(index, indent=2) + "\n")
         files.append(INDEX)
     return files
+
+
+def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Write ``tensors`` to one safetensors file, which may be read by whom the umask allows."""
+    # save_file creates its file for the owner alone, but a model is often read by other accounts.
+    path.touch()
+    mode = path.stat().st_mode
+    # transformers does not read a file without this metadata.
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def _groups(sizes: dict[str, int], limit: float) -> Iterable[list[str]]:

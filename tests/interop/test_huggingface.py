@@ -337,6 +337,9 @@ def test_shards_are_written_and_read(converted, tmp_path):
     convert(run, tmp_path / "sharded", max_shard_size=16e-6)
     files = sorted(path.name for path in (tmp_path / "sharded").glob("*.safetensors"))
     assert files[0] == f"model-00001-of-{len(files):05}.safetensors" and len(files) > 2
+    # Who may read config.json may read the weights.
+    modes = {path.stat().st_mode for path in (tmp_path / "sharded").iterdir()}
+    assert len(modes) == 1
     index = json.loads((tmp_path / "sharded/model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(
         values.nbytes for values in tensors_of(source).values()
