@@ -43,6 +43,7 @@ _SANDWICH = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+_OTHER_FORMAT = "write it as F16 or Q8_0 with llama-quantize"
 _TOKENS = ("bos", "eos", "padding", "unknown", "mask")
 # Factors of Llama 3's frequencies, which llama.cpp stores as a tensor.
 _FACTORS = "rope_freqs.weight"
@@ -73,6 +74,11 @@ class GGUF:
                 if not name.startswith("tokenizer.ggml.") or name.endswith("_token_id")
             }
         except Exception as error:  # reads beyond the end fail in many ways
+            if "GGMLQuantizationType" in str(error):
+                raise ValueError(
+                    f"a tensor of {path} has a format that the installed package gguf does not "
+                    f"know ({error}); {_OTHER_FORMAT}, or upgrade gguf"
+                ) from None
             raise ValueError(
                 f"{path} is damaged or not a GGUF file ({type(error).__name__}: "
                 f"{str(error).partition(chr(10))[0]}); copy it again"
@@ -107,7 +113,14 @@ class GGUF:
             self._tensors[name] = tensor
             self.shapes[name] = tuple(int(each) for each in reversed(tensor.shape))
             self.dtypes[name] = tensor.tensor_type.name
+        self._refuse_formats()
         self.config = self._config()
+
+    def _refuse_formats(self) -> None:
+        """Raise ValueError that names a tensor whose format cannot be read."""
+        by_format = {tensor.tensor_type: name for name, tensor in self._tensors.items()}
+        for name in by_format.values():
+            self.rows(name, 0, 1)
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.rows(name, 0, self.shapes[name][0])
@@ -119,7 +132,7 @@ class GGUF:
         except NotImplementedError:
             raise ValueError(
                 f"{tensor.name} of {self.path} is {tensor.tensor_type.name}, which the package "
-                "gguf does not dequantize; write it as F16 or Q8_0 with llama-quantize"
+                f"gguf does not dequantize; {_OTHER_FORMAT}"
             ) from None
 
     def _their_name(self, name: str) -> str:

@@ -305,6 +305,13 @@ def _holds_model(source: str) -> bool:
         )
     run = (folder / "checkpoints").is_dir()
     model = "model_type" in (vocabulary.read_json(folder / "config.json") or {})
+    tensors = sorted(found.name for found in folder.glob("*.safetensors*"))
+    if not run and not model and tensors:
+        what = "has no model_type" if (folder / "config.json").is_file() else "is missing"
+        raise ValueError(
+            f"{folder / 'config.json'} {what}, so that nothing names the family of the model in "
+            f"{tensors[0]}; copy the whole folder"
+        )
     if run == model:
         raise ValueError(
             f"{source} holds {'both' if run else 'neither'} checkpoints/ of a run "

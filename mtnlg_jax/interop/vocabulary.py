@@ -111,7 +111,7 @@ def read_tokenizer(
         if files is None:
             raise FileNotFoundError(
                 f"{folder} holds no tokenizer (tokenizer.json; vocab.json and merges.txt; "
-                "vocab.txt; or tokenizer.model); give --tokenizer=FOLDER of one"
+                "vocab.txt; or tokenizer.model); copy one there, or convert with --tokenizer=FOLDER"
             )
         content, outside = without_rows(files.content, rows)
         roles = closed_roles(dataclasses.replace(files, content=content), config, generation, rows)
