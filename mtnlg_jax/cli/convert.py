@@ -1,7 +1,7 @@
 """Convert a Hugging Face model to a run folder or back, without PyTorch.
 
     python launch/convert.py --from=Qwen3-0.6B --to=RUN     config.json, safetensors, tokenizer
-    python launch/convert.py --from=MODEL.gguf --to=RUN --tokenizer=FOLDER
+    python launch/convert.py --from=MODEL.gguf --to=RUN     with the tokenizer inside
     python launch/convert.py --from=RUN --to=FOLDER         a run -> a folder for transformers
     python launch/convert.py --from=RUN --to=FOLDER --dtype=bfloat16 --max_shard_size=2
 

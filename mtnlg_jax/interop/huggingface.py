@@ -11,10 +11,10 @@ from safetensors.numpy import save_file
 
 from mtnlg_jax.config import DecodeConfig, ModelConfig, to_json
 from mtnlg_jax.decode.results import writable
+from mtnlg_jax.foreign import is_gguf
 from mtnlg_jax.interop import vocabulary
 from mtnlg_jax.interop.export import config_of
 from mtnlg_jax.interop.families import family_of
-from mtnlg_jax.interop.recognize import is_gguf
 from mtnlg_jax.interop.shards import cast, write_shards
 from mtnlg_jax.interop.source import Source, changed_decoding, meta_of
 from mtnlg_jax.interop.written import KEPT, Written, read_kept
