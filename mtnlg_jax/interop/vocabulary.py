@@ -172,7 +172,7 @@ def write_tokenizer(tokenizer: Tokenizer, context: int) -> tuple[dict[str, bytes
     """
     if isinstance(tokenizer, ByteLevelBPETokenizer):
         fast = _fast_of_bytes(tokenizer)
-    elif isinstance(tokenizer, SentencePieceTokenizer) and tokenizer.lossless:
+    elif isinstance(tokenizer, SentencePieceTokenizer) and tokenizer.as_trained_here:
         fast = _fast_of_sentencepiece(tokenizer)
     elif isinstance(tokenizer, HubTokenizer):
         fast = parse_tokenizer(tokenizer.files()["tokenizer.json"])
