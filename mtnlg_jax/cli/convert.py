@@ -35,6 +35,11 @@ with command.flag_group("From a run to Hugging Face"):
         ["source", "float32", "float16", "bfloat16"],
         "type of the tensors; source: that of the original model, float32 for a run trained here",
     )
+    _FAMILY = flags.DEFINE_string(
+        "family",
+        None,
+        "model_type to write; default: that of the original, or the first that computes the same",
+    )
     _MAX_SHARD_SIZE = flags.DEFINE_float("max_shard_size", 5.0, "GB per file")
 
 
@@ -52,6 +57,7 @@ def main() -> None:
             which=_CHECKPOINT.value,
             tokenizer=_TOKENIZER.value,
             overwrite=_OVERWRITE.value,
+            family=_FAMILY.value,
         )
     )
 

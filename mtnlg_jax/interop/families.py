@@ -251,6 +251,10 @@ FAMILIES: dict[str, Family] = {
             (r"\.ln_attn\.", ".input_layernorm."),
             (r"\.ln_mlp\.", ".post_attention_layernorm."),
         ),
+        two_norms=(
+            (r"\.input_layernorm\.", ".ln_attn."),
+            (r"\.post_attention_layernorm\.", ".ln_mlp."),
+        ),
         prefix="transformer.",
     ),
     "mixtral": llama_like(

@@ -264,6 +264,7 @@ def bert(c: Keys, skip: int = 0) -> Fields:
 
 
 def roberta(c: Keys) -> Fields:
+    c.must_be("pad_token_id", 1)  # positions begin behind it
     return bert(c, skip=2)
 
 
