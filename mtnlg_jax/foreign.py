@@ -8,6 +8,10 @@ import os
 from typing import Any, Protocol
 
 
+def is_gguf(path: str | os.PathLike) -> bool:
+    return os.fspath(path).endswith(".gguf")
+
+
 class Reader(Protocol):
     """What reads the models of a format."""
 

@@ -1,7 +1,7 @@
 """Convert a Hugging Face model to a run folder or back, without PyTorch.
 
     python launch/convert.py --from=Qwen3-0.6B --to=RUN     config.json, safetensors, tokenizer
-    python launch/convert.py --from=MODEL.gguf --to=RUN --tokenizer=FOLDER
+    python launch/convert.py --from=MODEL.gguf --to=RUN     with the tokenizer inside
     python launch/convert.py --from=RUN --to=FOLDER         a run -> a folder for transformers
     python launch/convert.py --from=RUN --to=FOLDER --dtype=bfloat16 --max_shard_size=2
 
@@ -35,6 +35,11 @@ with command.flag_group("From a run to Hugging Face"):
         ["source", "float32", "float16", "bfloat16"],
         "type of the tensors; source: that of the original model, float32 for a run trained here",
     )
+    _FAMILY = flags.DEFINE_string(
+        "family",
+        None,
+        "model_type to write; default: that of the original, or the first that computes the same",
+    )
     _MAX_SHARD_SIZE = flags.DEFINE_float("max_shard_size", 5.0, "GB per file")
 
 
@@ -52,6 +57,7 @@ def main() -> None:
             which=_CHECKPOINT.value,
             tokenizer=_TOKENIZER.value,
             overwrite=_OVERWRITE.value,
+            family=_FAMILY.value,
         )
     )
 

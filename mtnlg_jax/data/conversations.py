@@ -13,6 +13,7 @@ from mtnlg_jax.data.encode import Encoded, Text
 from mtnlg_jax.data.store.tokens import token_dtype
 from mtnlg_jax.data.tokenizer import Tokenizer
 from mtnlg_jax.data.tokenizer.chat import Chat, TrainingRow
+from mtnlg_jax.data.tokenizer.template import decode_template
 
 
 class Conversations:
@@ -108,5 +109,6 @@ def open_conversations(
         )
     if template is not None:
         content = Path(template).read_bytes()
+        decode_template(content, os.fspath(template))
         tokenizer.companions = {**tokenizer.companions, "chat_template.jinja": content}
     return Conversations(tokenizer, key, sequence_length)

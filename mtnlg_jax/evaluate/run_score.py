@@ -25,6 +25,7 @@ class RunScore(NamedTuple):
     documents: int
     step: int
     adapt: float
+    losses: tuple[str, ...] = ()  # what the tokenizer loses of a text
 
 
 def score_run(
@@ -54,7 +55,8 @@ def score_run(
     if rounded:
         decoder = unstack(run.config.model, run.params, **rounded)
         other = merged(evaluate_texts(decoder, run.tokenizer, texts, stride))
-    return RunScore(merged(found), other, rounded, len(texts), run.step, adapt)
+    losses = tuple(run.tokenizer.losses())
+    return RunScore(merged(found), other, rounded, len(texts), run.step, adapt, losses)
 
 
 def as_json(score: RunScore, left_out: dict[str, int]) -> dict[str, Any]:
@@ -65,6 +67,8 @@ def as_json(score: RunScore, left_out: dict[str, int]) -> dict[str, Any]:
         "adapt": score.adapt,
         "left_out": left_out,
     }
+    if score.losses:
+        result["tokenizer_losses"] = list(score.losses)
     if score.other is not None:
         losses = {"loss": score.other.loss, "perplexity": score.other.perplexity}
         result["rounded"] = score.rounded | losses
@@ -81,6 +85,11 @@ def describe(name: str, score: RunScore) -> str:
         f"{total.bits_per_byte:.4f} bits per byte, word perplexity {total.word_perplexity:.2f} "
         f"of {total.words:,} words (checkpoint of step {score.step}{adapting})",
     ]
+    if score.losses:
+        lines.append(
+            f"the tokenizer is not lossless; a text loses {', '.join(score.losses)}, so bits per "
+            "byte do not compare with those of other tokenizers"
+        )
     if score.other is not None:
         kinds = ", ".join(f"{key} {value}" for key, value in score.rounded.items())
         other = score.other.perplexity

@@ -10,8 +10,9 @@ from typing import Any
 
 from mtnlg_jax.config import LayerSpec, ModelConfig, RopeScaling
 from mtnlg_jax.config.model import BIASES
+from mtnlg_jax.interop.config_parts import ARCHITECTURES
 from mtnlg_jax.interop.families import NESTED, family_of, model_of
-from mtnlg_jax.interop.writers import ARCHITECTURES, WRITERS
+from mtnlg_jax.interop.writers import WRITERS
 
 # Keys of config.json for fields that further training may change; a file may spell them in any of
 # these ways.
@@ -101,37 +102,46 @@ def differences(one: ModelConfig, other: ModelConfig, family: str) -> list[str]:
     ]
 
 
-def config_of(model: ModelConfig, original: dict | None = None) -> dict:
+def config_of(model: ModelConfig, original: dict | None = None, family: str | None = None) -> dict:
     """Return the config.json of ``model``.
 
     That of a converted model is ``original`` with only what changed. Otherwise it is that of the
-    first family in `writers.WRITERS` that computes the same. Raises ValueError naming what no
-    family can express.
+    first family in `writers.WRITERS` that computes the same, or of ``family``. Raises ValueError
+    naming what no family, or not this one, can express.
     """
-    if original is not None:
+    if family is not None and family not in WRITERS:
+        raise ValueError(f"unknown family={family!r}; choose one of {', '.join(sorted(WRITERS))}")
+    if original is not None and family in (None, family_of(original)[0]):
         changed = _changed(model, original)
         if changed is not None:
             return changed
     nearest: tuple[int, str, list[str], ModelConfig] | None = None
-    for family, write in WRITERS.items():
-        config = {"architectures": [ARCHITECTURES[family]], "model_type": family} | write(model)
+    for name in WRITERS if family is None else [family]:
+        config = {"architectures": [ARCHITECTURES[name]], "model_type": name}
+        config |= WRITERS[name](model)
         try:
             found = model_of(config)
         except ValueError:
             continue
-        other = differences(model, found, family)
+        other = differences(model, found, name)
         if not other:
             return config
         if nearest is None or len(other) < nearest[0]:
-            nearest = len(other), family, other, found
+            nearest = len(other), name, other, found
     if nearest is None:
-        raise ValueError("no family of Hugging Face's has this model; keep it in its own folder")
-    _, family, other, found = nearest
-    there = meaning(found, family)
-    here = meaning(model, family)
-    named = ", ".join(f"model.{key}={here[key]} ({family}: {there[key]})" for key in other)
+        which = "no family" if family is None else f"not {family}"
+        raise ValueError(f"{which} of Hugging Face's has this model; keep it in its own folder")
+    _, name, other, found = nearest
+    there = meaning(found, name)
+    here = meaning(model, name)
+    named = ", ".join(f"model.{key}={here[key]} ({name}: {there[key]})" for key in other)
+    if family is not None:
+        raise ValueError(
+            f"{family} cannot express this model, because of {named}; give another family, or "
+            "none to have one found"
+        )
     raise ValueError(
-        f"no family of Hugging Face's can express this model; the nearest is {family}, except for "
+        f"no family of Hugging Face's can express this model; the nearest is {name}, except for "
         f"{named}; keep such a run in its own folder"
     )
 

@@ -5,7 +5,7 @@ One table serves reading, writing, gradients in tests, and adapters. A family is
 
 from mtnlg_jax.config import ModelConfig, validate_model
 from mtnlg_jax.interop import family_settings as settings
-from mtnlg_jax.interop.keys import Keys
+from mtnlg_jax.interop.keys import Keys, check_types
 from mtnlg_jax.interop.layouts import (
     ATTENTION,
     BERT_BLOCK,
@@ -251,6 +251,10 @@ FAMILIES: dict[str, Family] = {
             (r"\.ln_attn\.", ".input_layernorm."),
             (r"\.ln_mlp\.", ".post_attention_layernorm."),
         ),
+        two_norms=(
+            (r"\.input_layernorm\.", ".ln_attn."),
+            (r"\.post_attention_layernorm\.", ".ln_mlp."),
+        ),
         prefix="transformer.",
     ),
     "mixtral": llama_like(
@@ -379,6 +383,7 @@ def family_of(config: dict) -> tuple[str, dict]:
     """Return (model_type, the config of the text model) of a config.json. Raises ValueError if the
     type is not supported."""
     kind = config.get("model_type")
+    check_types(config)
     if kind in NESTED and "text_config" in config:
         inner = config["text_config"]
         return NESTED[kind], inner | {"model_type": NESTED[kind]}
@@ -395,7 +400,14 @@ def model_of(config: dict) -> ModelConfig:
     family = FAMILIES[kind]
     keys = Keys(config, family.defaults)
     keys.get("model_type")
-    fields = family.read(keys)
+    check_types(config)
+    try:
+        fields = family.read(keys)
+    except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        raise ValueError(
+            f"config.json of a {kind} has a value that cannot be used ({type(error).__name__}: "
+            f"{error}); compare it with that of the model's page"
+        ) from None
     keys.refuse_unread()
     model = ModelConfig(**fields)
     validate_model(model)

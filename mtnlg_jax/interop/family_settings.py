@@ -5,8 +5,8 @@ import math
 from mtnlg_jax.config import LayerSpec, MoEConfig, Multipliers
 from mtnlg_jax.interop.keys import Keys
 from mtnlg_jax.interop.settings import (
-    ACTIVATIONS,
     Fields,
+    by_layer,
     common,
     layer_types,
     one_window,
@@ -162,7 +162,7 @@ def smollm3(c: Keys) -> Fields:
     fields = llama(c)
     number = fields["num_layers"]
     every = c.get("no_rope_layer_interval", default=4)
-    rotary = c.get("no_rope_layers") or [int((i + 1) % every != 0) for i in range(number)]
+    rotary = by_layer(c, "no_rope_layers") or [int((i + 1) % every != 0) for i in range(number)]
     types = (c.get("use_sliding_window") and layer_types(c)) or ["full_attention"] * number
     layer_types(c)
     window = c.get("sliding_window")
@@ -234,10 +234,6 @@ def falcon(c: Keys) -> Fields:
         "bias": (*biases, "norm"),
         "parallel_residual": ("two_norms" if two else "one_norm") if parallel else "none",
     }
-    if c.get("activation") is not None:
-        fields["activation"] = ACTIVATIONS[c["activation"]]
-    else:
-        fields["activation"] = "gelu_exact"
     return fields
 
 
@@ -268,6 +264,7 @@ def bert(c: Keys, skip: int = 0) -> Fields:
 
 
 def roberta(c: Keys) -> Fields:
+    c.must_be("pad_token_id", 1)  # positions begin behind it
     return bert(c, skip=2)
 
 

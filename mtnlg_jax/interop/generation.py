@@ -81,6 +81,14 @@ def decode_of(
       ValueError: a setting is out of range or conflicts with another; the message names it.
     """
     given = {key: value for key, value in generation.items() if value is not None}
+    for name in (*_THEIRS, "num_beams"):
+        if isinstance(given.get(name, 0), bool) or not isinstance(given.get(name, 0), int | float):
+            raise ValueError(_refusal(f"{name}={given[name]!r} must be a number"))
+    for name in ("eos_token_id", "suppress_tokens"):
+        if not all(type(index) is int for index in _ids(given.get(name))):
+            raise ValueError(_refusal(f"{name}={given[name]!r} must be ids of tokens"))
+    if given.get("temperature", 1.0) < 0:
+        raise ValueError(_refusal(f"temperature={given['temperature']} is below 0"))
     sampled = bool(given.get("do_sample", False)) and given.get("temperature", 1.0) > 0
     beams = given.get("num_beams", 1) > 1
     not_kept = []
@@ -142,10 +150,12 @@ def decode_of(
         decode = DecodeConfig(**settings)
         validate_decode(decode, standing_by=True)
     except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"generation_config.json cannot be converted: {error}; correct it there"
-        ) from None
+        raise ValueError(_refusal(str(error))) from None
     return decode, not_kept
+
+
+def _refusal(what: str) -> str:
+    return f"generation_config.json cannot be converted: {what}; correct it there"
 
 
 def _ids(value) -> list[int]:

@@ -10,10 +10,11 @@ import dataclasses
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from mtnlg_jax.data.tokenizer.gguf_header import StoredTensor, read_header
 from mtnlg_jax.interop.families import FAMILIES, Family
 from mtnlg_jax.interop.tensors import Tensor
 
@@ -43,10 +44,19 @@ _SANDWICH = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+_OTHER_FORMAT = "write it as F16 or Q8_0 with llama-quantize"
 _TOKENS = ("bos", "eos", "padding", "unknown", "mask")
 # Factors of Llama 3's frequencies, which llama.cpp stores as a tensor.
 _FACTORS = "rope_freqs.weight"
 _LLAMA_3 = ({"factor": 8.0}, {"factor": 32.0})
+
+
+class _Tensor(NamedTuple):
+    """A tensor as bytes: ``rows`` [..., bytes of a row]."""
+
+    kind: Any  # a GGMLQuantizationType
+    shape: tuple[int, ...]
+    rows: np.ndarray
 
 
 class GGUF:
@@ -64,24 +74,15 @@ class GGUF:
                 f"reading {path} needs the package gguf; run pip install 'mtnlg_jax[gguf]'"
             ) from None
         self.path = Path(path)
-        self._dequantize = gguf.quants.dequantize
-        try:
-            reader = gguf.GGUFReader(path)
-            self._meta = {
-                name: field.contents()
-                for name, field in reader.fields.items()
-                if not name.startswith("tokenizer.ggml.") or name.endswith("_token_id")
-            }
-        except Exception as error:  # reads beyond the end fail in many ways
-            raise ValueError(
-                f"{path} is damaged or not a GGUF file ({type(error).__name__}: "
-                f"{str(error).partition(chr(10))[0]}); copy it again"
-            ) from None
-        end = max((each.data_offset + each.n_bytes for each in reader.tensors), default=0)
-        if end > self.path.stat().st_size:
-            raise ValueError(
-                f"{path} ends after {self.path.stat().st_size:,} of {end:,} bytes; copy it again"
-            )
+        self._gguf = gguf
+        header = read_header(path)
+        self._meta = {
+            name: value
+            for name, value in header.metadata.items()
+            if not name.startswith("tokenizer.ggml.") or name.endswith(("_token_id", ".model"))
+        }
+        self._file = np.memmap(path, np.uint8, "r")
+        stored = {each.name: self._open(each) for each in header.tensors}
         if self._meta.get("split.count", 0) > 1:
             raise ValueError(
                 f"{path} is one of {self._meta['split.count']} parts; join them with llama.cpp's "
@@ -99,27 +100,60 @@ class GGUF:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         self._factors: np.ndarray | None = None
-        for tensor in reader.tensors:
-            if tensor.name == _FACTORS:
-                self._factors = np.array(tensor.data, np.float32)
+        for name, tensor in stored.items():
+            if name == _FACTORS:
+                self._factors = self._dequantized(name, tensor).reshape(-1)
                 continue
-            name = self._their_name(tensor.name)
+            name = self._their_name(name)
             self._tensors[name] = tensor
-            self.shapes[name] = tuple(int(each) for each in reversed(tensor.shape))
-            self.dtypes[name] = tensor.tensor_type.name
+            self.shapes[name] = tensor.shape
+            self.dtypes[name] = tensor.kind.name
+        self._refuse_formats()
         self.config = self._config()
+
+    def _refuse_formats(self) -> None:
+        """Raise ValueError that names a tensor whose format cannot be read."""
+        by_format = {tensor.kind: name for name, tensor in self._tensors.items()}
+        for name in by_format.values():
+            self.rows(name, 0, 1)
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.rows(name, 0, self.shapes[name][0])
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         tensor = self._tensors[name]
+        if len(tensor.shape) == 1:
+            return self._dequantized(name, tensor)[start:stop]
+        return self._dequantized(name, tensor._replace(rows=tensor.rows[start:stop]))
+
+    def _open(self, tensor: StoredTensor) -> "_Tensor":
+        """Return the bytes of a tensor, by rows. Raises ValueError if the file ends before it."""
         try:
-            return self._dequantize(tensor.data[start:stop], tensor.tensor_type)
+            kind = self._gguf.GGMLQuantizationType(tensor.kind)
+        except ValueError as error:
+            raise ValueError(
+                f"{tensor.name} of {self.path} has a format that the installed package gguf does "
+                f"not know ({error}); {_OTHER_FORMAT}, or upgrade gguf"
+            ) from None
+        block, size = self._gguf.GGML_QUANT_SIZES[kind]
+        shape = tuple(reversed(tensor.dims))
+        width = shape[-1] // block * size
+        end = tensor.start + math.prod(shape[:-1]) * width
+        if end > len(self._file) or shape[-1] % block:
+            raise ValueError(
+                f"{self.path} ends after {len(self._file):,} of {end:,} bytes, in {tensor.name}; "
+                "copy it again"
+            )
+        rows = self._file[tensor.start : end].reshape(*shape[:-1], width)
+        return _Tensor(kind, shape, rows)
+
+    def _dequantized(self, name: str, tensor: "_Tensor") -> np.ndarray:
+        try:
+            return self._gguf.quants.dequantize(tensor.rows, tensor.kind)
         except NotImplementedError:
             raise ValueError(
-                f"{tensor.name} of {self.path} is {tensor.tensor_type.name}, which the package "
-                "gguf does not dequantize; write it as F16 or Q8_0 with llama-quantize"
+                f"{name} of {self.path} is {tensor.kind.name}, which the package gguf does not "
+                f"dequantize; {_OTHER_FORMAT}"
             ) from None
 
     def _their_name(self, name: str) -> str:
@@ -182,11 +216,17 @@ class GGUF:
         }
         if "model.layers.0.self_attn.q_proj.bias" in self.shapes and self.kind == "llama":
             config["attention_bias"] = True
+        self.has_tokenizer = "tokenizer.ggml.model" in self._meta
         for role in _TOKENS:
             index = self._meta.get(f"tokenizer.ggml.{role}_token_id")
             if index is not None:
                 name = {"padding": "pad", "unknown": "unk"}.get(role, role)
                 config[f"{name}_token_id"] = index
+        # Models for chat have several ends.
+        ends = [self._meta.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot", "eom")]
+        different = [index for index in dict.fromkeys(ends) if index is not None]
+        if len(different) > 1:
+            config["eos_token_id"] = different
         base = self._rounded(self._of("rope.freq_base", 10000.0))
         rope = {"rope_theta": base} | self._scaling(config["head_dim"], base)
         if self.kind.startswith("gemma"):

@@ -10,10 +10,10 @@ import numpy as np
 
 from mtnlg_jax.config import DecodeConfig, ModelConfig, to_json
 from mtnlg_jax.decode.results import writable
+from mtnlg_jax.foreign import is_gguf
 from mtnlg_jax.interop import vocabulary
 from mtnlg_jax.interop.export import config_of
 from mtnlg_jax.interop.families import family_of
-from mtnlg_jax.interop.recognize import is_gguf
 from mtnlg_jax.interop.shards import cast, write_shards, write_tensors
 from mtnlg_jax.interop.source import Source, changed_decoding, meta_of
 from mtnlg_jax.interop.written import KEPT, Written, read_kept
@@ -50,6 +50,7 @@ def convert(
     which: str = "best",
     tokenizer: str | None = None,
     overwrite: bool = False,
+    family: str | None = None,
 ) -> str:
     """Convert ``source`` to ``target``, and return a report for the user.
 
@@ -64,6 +65,8 @@ def convert(
       which: the checkpoint of a run, "best" or "last".
       tokenizer: path of the tokenizer for a model that lacks one.
       overwrite: replace an earlier run or model in ``target`` once the new one is complete.
+      family: the model_type that a run becomes; by default the original one, or the first that
+        computes the same.
 
     Raises:
       ValueError: something cannot be converted.
@@ -77,6 +80,11 @@ def convert(
     os.makedirs(beside)
     try:
         if to_run:
+            if family is not None:
+                raise ValueError(
+                    f"--family={family} is for a run that becomes a model; {source} is a model, so "
+                    "leave it out"
+                )
             report = _to_run(Path(source), Path(beside), os.fspath(target), dtype, tokenizer)
         else:
             if tokenizer is not None:
@@ -84,7 +92,7 @@ def convert(
                     f"--tokenizer={tokenizer} is for a model without one; {source} is a run, so "
                     "leave it out"
                 )
-            report = _to_model(source, Path(beside), dtype, max_shard_size, which)
+            report = _to_model(source, Path(beside), dtype, max_shard_size, which, family)
         _put_in_place(beside, os.path.abspath(target))
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -195,13 +203,20 @@ def _report_decode(decode: DecodeConfig, not_kept: list[str]) -> list[str]:
 # --- ours -> Hugging Face
 
 
-def _to_model(workdir: str, folder: Path, dtype: str, max_shard_size: float, which: str) -> str:
+def _to_model(
+    workdir: str, folder: Path, dtype: str, max_shard_size: float, which: str, family: str | None
+) -> str:
     run = load_run(workdir, which)
     model = run.config.model
     tokenizer = run.tokenizer
     originals = Path(workdir, ORIGINALS)
     original = vocabulary.read_json(originals / "config.json")
-    config = config_of(model, original)
+    config = config_of(model, original, family)
+    if config["model_type"] == "roberta" and tokenizer.pad_id != 1:
+        raise ValueError(
+            f"roberta counts positions from the pad token, which must be token 1; here it is "
+            f"{tokenizer.pad_id}. Write --family=bert, which computes the same"
+        )
     written = _write_tensors(
         run, folder, config, original, dtype, max_shard_size, read_kept(originals)
     )
@@ -304,6 +319,13 @@ def _holds_model(source: str) -> bool:
         )
     run = (folder / "checkpoints").is_dir()
     model = "model_type" in (vocabulary.read_json(folder / "config.json") or {})
+    tensors = sorted(found.name for found in folder.glob("*.safetensors*"))
+    if not run and not model and tensors:
+        what = "has no model_type" if (folder / "config.json").is_file() else "is missing"
+        raise ValueError(
+            f"{folder / 'config.json'} {what}, so that nothing names the family of the model in "
+            f"{tensors[0]}; copy the whole folder"
+        )
     if run == model:
         raise ValueError(
             f"{source} holds {'both' if run else 'neither'} checkpoints/ of a run "

@@ -31,6 +31,62 @@ NO_EFFECT = frozenset(
     """.split()
 )
 
+# Types of values: a wrong one would be understood as another model, or as none.
+_INTEGERS = frozenset(
+    """
+    decoder_sparse_step experts_per_token ffn_dim ffn_hidden_size global_attn_every_n_layers
+    head_dim hidden_size intermediate_size local_attention max_position_embeddings
+    max_window_layers moe_intermediate_size n_embd n_embed n_head n_inner n_layer n_positions
+    num_attention_heads num_experts num_experts_per_tok num_hidden_layers num_key_value_heads
+    n_head_kv no_rope_layer_interval num_kv_heads num_local_experts num_ln_in_parallel_attn
+    original_max_position_embeddings rotary_dim seq_length sliding_window sliding_window_pattern
+    _sliding_window_pattern vocab_size word_embed_proj_dim
+    """.split()
+)
+_NUMBERS = frozenset(
+    """
+    attention_multiplier attn_logit_softcapping embedding_multiplier final_logit_softcapping
+    global_rope_theta initializer_range init_std
+    layer_norm_eps layer_norm_epsilon local_rope_theta logit_scale logits_scaling norm_eps
+    norm_epsilon partial_rotary_factor query_pre_attn_scalar residual_multiplier rms_norm_eps
+    rope_local_base_freq rope_theta rotary_emb_base rotary_pct
+    """.split()
+)
+_BOOLEANS = frozenset(
+    """
+    alibi attention_bias bias decoder_bias mlp_bias multi_query new_decoder_architecture
+    norm_topk_prob parallel_attn tie_word_embeddings use_bias use_parallel_residual
+    use_qk_norm use_qkv_bias use_sliding_window
+    """.split()
+)
+_STRINGS = frozenset(
+    "activation activation_function hidden_act hidden_activation model_type".split()
+)
+_LISTS = frozenset("layer_types mlp_only_layers no_rope_layers".split())
+_OBJECTS = frozenset("rope_parameters rope_scaling text_config".split())
+_KINDS: tuple[tuple[frozenset[str], type | tuple[type, ...], str], ...] = (
+    (_INTEGERS, int, "a whole number"),
+    (_NUMBERS, (int, float), "a number"),
+    (_BOOLEANS, bool, "true or false"),
+    (_STRINGS, str, "a string"),
+    (_LISTS, list, "a list"),
+    (_OBJECTS, dict, "an object"),
+)
+
+
+def check_types(config: dict) -> None:
+    """Raise ValueError that names the first key of a config.json whose value has another type than
+    the key has in transformers; null passes."""
+    for names, kind, said in _KINDS:
+        for key in names & config.keys():
+            value = config[key]
+            wrong = not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
+            if value is not None and wrong:
+                raise ValueError(
+                    f"{key}={value!r} of config.json must be {said}; correct it, or copy the file "
+                    "again"
+                )
+
 
 class Keys:
     """A config.json whose keys are marked as read. ``defaults`` are those of the model's class in

@@ -35,6 +35,8 @@ class Family:
     buffers: str = r"rotary_emb\.inv_freq$|\.masked_bias$|position_ids$"
     first_norm: str = "\0"  # the norm that a layer with first_norm=False does not have
     masked: bool = False  # trained to fill masks
+    # (pattern, replacement) of names in a model whose parallel halves have a norm each.
+    two_norms: tuple[tuple[str, str], ...] = ()
 
     @property
     def embedding(self) -> str:

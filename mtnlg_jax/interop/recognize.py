@@ -4,11 +4,8 @@ import json
 import os
 from pathlib import Path
 
+from mtnlg_jax.foreign import is_gguf
 from mtnlg_jax.storage import is_remote
-
-
-def is_gguf(path: str | os.PathLike) -> bool:
-    return os.fspath(path).endswith(".gguf")
 
 
 def is_model(path: str | os.PathLike) -> bool:

@@ -34,7 +34,7 @@ class HuggingFace:
         source = Source(path)
         settings = source.settings()
         # Text has the same ids with the files alone and with the roles that the model gives them.
-        return settings.config, (settings.tokenizer, load_tokenizer(source.folder))
+        return settings.config, (settings.tokenizer, load_tokenizer(source.tokenizer_path))
 
     def open(self, path: str | os.PathLike) -> tuple["Run", "Source"]:
         from mtnlg_jax.interop.loading import open_model

@@ -9,6 +9,13 @@ from mtnlg_jax.config.coerce import coerce
 from mtnlg_jax.interop.keys import Keys
 
 Fields = dict[str, Any]
+# Keys of rope_scaling without which its type says nothing.
+_NEEDED = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
+}
 
 GATES = {
     "silu": "swiglu",
@@ -35,7 +42,8 @@ ACTIVATIONS = {
 def activation_of(c: Keys, gated: bool) -> str:
     names = GATES if gated else ACTIVATIONS
     default = "silu" if gated else "gelu"
-    value = c.get("hidden_activation", "hidden_act", "activation_function", default=default)
+    keys = ("hidden_activation", "hidden_act", "activation_function", "activation")
+    value = c.get(*keys, default=default)
     if value not in names:
         raise ValueError(
             f"the activation {value!r} of config.json is not supported; it must be one of "
@@ -79,7 +87,13 @@ def common(c: Keys, gated: bool = True) -> Fields:
 def rope(c: Keys) -> Fields:
     """Return rotary positions, of both spellings."""
     given = dict(c.get("rope_parameters", "rope_scaling") or {})
-    given = dict(given.get("full_attention", given))
+    inner = given.get("full_attention", given)
+    if not isinstance(inner, dict):
+        raise ValueError(
+            f"full_attention={inner!r} of rope_parameters in config.json must be an object; copy "
+            "the file again"
+        )
+    given = dict(inner)
     kind = given.pop("rope_type", given.pop("type", "default"))
     given.pop("type", None)
     kind = {"su": "longrope"}.get(kind, kind)
@@ -104,6 +118,12 @@ def rope(c: Keys) -> Fields:
             f"{what} of rope_scaling in config.json is not supported; known are the types "
             f"{', '.join(kinds)} and dynamic with the keys {', '.join(fields)}"
         )
+    missing = [key for key in _NEEDED.get(kind, ()) if key not in known]
+    if missing:
+        raise ValueError(
+            f"rope_scaling of config.json has the type {kind} and no {', '.join(missing)}; copy "
+            "the file again"
+        )
     if kind == "default":
         known = {}
     if percent is None:
@@ -125,7 +145,20 @@ def rms(c: Keys, *bias: str) -> Fields:
 
 
 def layer_types(c: Keys) -> list[str] | None:
-    return c.get("layer_types")
+    return by_layer(c, "layer_types")
+
+
+def by_layer(c: Keys, key: str) -> list | None:
+    """Return a list with a value for each layer, or None. Raises ValueError if its length is
+    another."""
+    values = c.get(key)
+    number = c.number("num_hidden_layers", "n_layer")
+    if values and len(values) != number:
+        raise ValueError(
+            f"{key} of config.json has {len(values)} entries for num_hidden_layers={number}; give "
+            "one for each layer"
+        )
+    return values
 
 
 def pattern(
@@ -135,14 +168,14 @@ def pattern(
     full: Fields | None = None,
 ) -> tuple[LayerSpec, ...]:
     """Return the layers of ``types`` (default: layer_types), as short as they repeat."""
-    types = types or c["layer_types"]
+    types = types or layer_types(c) or c["layer_types"]
     known = {"sliding_attention", "full_attention"}
     if not set(types) <= known:
         raise ValueError(
             f"layer_types {sorted(set(types) - known)} of config.json are not supported; known are "
             f"{' and '.join(sorted(known))}"
         )
-    window = c.get("sliding_window") if "sliding_attention" in types else None
+    window = c["sliding_window"] if "sliding_attention" in types else None
     specs = tuple(
         LayerSpec(window=window, **(local or {}))
         if kind == "sliding_attention"

@@ -65,17 +65,27 @@ class Shards:
             found = (
                 f" but {others[0]}: save it again with transformers' save_pretrained"
                 if others
-                else ""
+                else "; copy the whole folder"
             )
             raise FileNotFoundError(f"{self.folder} holds neither {SINGLE} nor {INDEX}{found}")
         try:
             placed = json.loads(path.read_bytes())["weight_map"]
             if not placed or any(Path(name).name != name for name in placed.values()):
                 raise ValueError("its weight_map must name files beside it")
+            unnamed = sorted(
+                found.name
+                for found in self.folder.glob("model-*-of-*.safetensors")
+                if found.name not in placed.values()
+            )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{path} is not an index of shards ({type(error).__name__}: {error})"
+                f"{path} is not an index of shards ({type(error).__name__}: {error}); copy it again"
             ) from None
+        if unnamed:
+            raise ValueError(
+                f"{path} names no tensor in {', '.join(unnamed[:3])}, beside it; copy the index "
+                "again, or remove the files of another model"
+            )
         return placed
 
     def _open(self, file_name: str) -> None:

@@ -24,12 +24,12 @@ from mtnlg_jax.config import (
     validate,
 )
 from mtnlg_jax.data.tokenizer import Tokenizer
+from mtnlg_jax.foreign import is_gguf
 from mtnlg_jax.interop import vocabulary
 from mtnlg_jax.interop.families import FAMILIES, family_of, model_of
 from mtnlg_jax.interop.generation import decode_of
 from mtnlg_jax.interop.gguf_file import GGUF
 from mtnlg_jax.interop.interchange import Interchange, problems, stored_names
-from mtnlg_jax.interop.recognize import is_gguf
 from mtnlg_jax.interop.shards import Shards, finite
 
 ROWS_AT_ONCE = 4096  # of a table
@@ -74,8 +74,9 @@ class Source:
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        # A tokenizer may lie beside a GGUF file.
+        # A tokenizer beside a GGUF file is used instead of the one inside.
         self.folder = self.path.parent if is_gguf(path) else self.path
+        self.tokenizer_path = self.folder
         self.is_gguf = is_gguf(path)
         self.stored: Stored
         if self.is_gguf:
@@ -85,6 +86,9 @@ class Source:
             self.kind = file.kind
             inner = file.config
             self.stored = file
+            beside = any((self.folder / name).is_file() for name in vocabulary.FILES)
+            if file.has_tokenizer and not beside:
+                self.tokenizer_path = self.path
         else:
             self.original = read_config(self.folder)
             self.kind, inner = family_of(self.original)
@@ -205,7 +209,7 @@ class Source:
         generation = vocabulary.read_json(self.folder / "generation_config.json")
         rows = self.model.vocabulary
         tokenizer, left_out = vocabulary.read_tokenizer(
-            tokenizer_path or self.folder, self.texts, generation or {}, rows
+            tokenizer_path or self.tokenizer_path, self.texts, generation or {}, rows
         )
         # In older folders config.json has the settings of generation_config.json.
         decode, not_kept = decode_of(

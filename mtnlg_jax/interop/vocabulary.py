@@ -31,7 +31,12 @@ from mtnlg_jax.data.tokenizer.files import (
     read_tokenizer_files,
     token_name,
 )
+from mtnlg_jax.data.tokenizer.gguf_tokenizer import (
+    gguf_tokenizer_files,
+    sentencepiece_merges,
+)
 from mtnlg_jax.data.tokenizer.roles import closed_roles, without_rows
+from mtnlg_jax.foreign import is_gguf
 
 FILES = (
     "tokenizer.json",
@@ -70,8 +75,8 @@ def read_tokenizer(
     """Read the tokenizer of a model that was trained elsewhere.
 
     Args:
-      path: a folder of Hugging Face's or one written by `Tokenizer.save`, a tokenizer.json, or a
-        SentencePiece model.
+      path: a folder of Hugging Face's or one written by `Tokenizer.save`, a tokenizer.json, a
+        SentencePiece model, or a GGUF file with a tokenizer inside.
       config: the object in config.json; like ``generation``, it names bos, eos and pad.
       generation: the object in generation_config.json.
       rows: the model's vocabulary size. Special tokens without a row are left out, because no text
@@ -95,7 +100,11 @@ def read_tokenizer(
             )
         return saved, []
 
+    inside = gguf_tokenizer_files(path) if is_gguf(path) and path.is_file() else None
+
     def read(name: str) -> bytes | None:
+        if inside is not None:
+            return inside(name)
         if folder.is_file():
             alone = "tokenizer.json" if folder.suffix == ".json" else SENTENCEPIECE_FILES[0]
             return folder.read_bytes() if name == alone else None
@@ -111,7 +120,7 @@ def read_tokenizer(
         if files is None:
             raise FileNotFoundError(
                 f"{folder} holds no tokenizer (tokenizer.json; vocab.json and merges.txt; "
-                "vocab.txt; or tokenizer.model); give --tokenizer=FOLDER of one"
+                "vocab.txt; or tokenizer.model); copy one there, or convert with --tokenizer=FOLDER"
             )
         content, outside = without_rows(files.content, rows)
         roles = closed_roles(dataclasses.replace(files, content=content), config, generation, rows)
@@ -163,7 +172,7 @@ def write_tokenizer(tokenizer: Tokenizer, context: int) -> tuple[dict[str, bytes
     """
     if isinstance(tokenizer, ByteLevelBPETokenizer):
         fast = _fast_of_bytes(tokenizer)
-    elif isinstance(tokenizer, SentencePieceTokenizer) and tokenizer.lossless:
+    elif isinstance(tokenizer, SentencePieceTokenizer) and tokenizer.as_trained_here:
         fast = _fast_of_sentencepiece(tokenizer)
     elif isinstance(tokenizer, HubTokenizer):
         fast = parse_tokenizer(tokenizer.files()["tokenizer.json"])
@@ -304,7 +313,7 @@ def _fast_of_sentencepiece(tokenizer: SentencePieceTokenizer) -> tokenizers.Toke
         numbers = {piece: index for index, (piece, _) in enumerate(scores)}
         model = models.BPE(
             vocab=numbers,
-            merges=_merges(scores, numbers),
+            merges=sentencepiece_merges(scores, numbers),
             unk_token=scores[unknown][0],
             fuse_unk=True,
             byte_fallback=True,
@@ -315,18 +324,3 @@ def _fast_of_sentencepiece(tokenizer: SentencePieceTokenizer) -> tokenizers.Toke
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
     return fast
-
-
-def _merges(scores: list[tuple[str, float]], numbers: dict[str, int]) -> list[tuple[str, str]]:
-    """Return the merges of a SentencePiece BPE model, in order.
-
-    SentencePiece merges the two adjacent pieces whose union has the highest score.
-    """
-    merges = []
-    for piece, score in scores:
-        splits = ((piece[:at], piece[at:]) for at in range(1, len(piece)))
-        merges += [
-            (-score, left, right) for left, right in splits if left in numbers and right in numbers
-        ]
-    merges.sort(key=lambda merge: (merge[0], numbers[merge[1]], numbers[merge[2]]))
-    return [(left, right) for _, left, right in merges]

@@ -1,5 +1,6 @@
 """The tensors of a run in a family's names, for `shards.write_shards`."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,9 @@ class Written:
 
     def stored_name(self, name: str) -> str:
         """Return the name in the files: without the prefix if the original had none."""
+        if self.interchange.model.parallel_residual == "two_norms":
+            for pattern, replacement in self.family.two_norms:
+                name = re.sub(pattern, replacement, name)
         return name if self._prefix else name.removeprefix(self.family.prefix)
 
     def shape(self, name: str) -> tuple[int, ...]:

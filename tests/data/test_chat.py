@@ -1,6 +1,7 @@
 """Chat templates: the texts and ids of transformers, but a message spells no special token;
 the loss is on the assistant's turns alone."""
 
+import copy
 import json
 import re
 from datetime import datetime
@@ -223,3 +224,13 @@ def test_rows_without_anything_to_train_on_are_refused(qwen):
     rewriting = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
     with pytest.raises(ValueError, match="turn 2 cannot be told apart .* generation"):
         Chat(qwen, rewriting).training_row(TURNS)
+
+
+def test_templates_that_cannot_be_read_are_named(qwen):
+    other = copy.copy(qwen)
+    other.companions = {"chat_template.jinja": b"\xff{{ messages }}"}
+    with pytest.raises(ValueError, match="chat_template.jinja is not UTF-8 at byte 0"):
+        Chat(other)
+    other.companions = {"tokenizer_config.json": b'{"chat_template": [{"x": 1}]}'}
+    with pytest.raises(ValueError, match="must be a string or a list of objects with a name"):
+        Chat(other)

@@ -164,6 +164,7 @@ LOSSES = {
 def test_losses_are_listed(hub):
     name, _, tokenizer = hub
     found = tokenizer.losses()
+    assert tokenizer.lossless == (not found)
     assert set(LOSSES.get(name, found)) <= set(found)
     if not found:
         for text in (*HUB_TEXTS, "\x00\x7f \n\r\t", "ﬁ１²"):

@@ -11,7 +11,15 @@ from flax import nnx
 from mtnlg_jax.config import ModelConfig
 from mtnlg_jax.decode.cache import prefill, step, to_int8, unstack
 from mtnlg_jax.evaluate import perplexity
-from mtnlg_jax.evaluate.perplexity import evaluate_text, evaluate_texts, merged, spans, widths_of
+from mtnlg_jax.evaluate.perplexity import (
+    Evaluation,
+    evaluate_text,
+    evaluate_texts,
+    merged,
+    spans,
+    widths_of,
+)
+from mtnlg_jax.evaluate.run_score import RunScore, as_json, describe
 from mtnlg_jax.model.transformer import Transformer
 
 TOKENIZER = SimpleNamespace(bos_id=1, encode=lambda text: [3 + byte % 20 for byte in text.encode()])
@@ -234,3 +242,12 @@ def test_invalid_arguments_raise_an_error(model):
     for rate in (-1e-3, math.nan, math.inf):
         with pytest.raises(ValueError, match=f"adapt={rate}.*4e-4"):
             evaluate_text(model, TOKENIZER, "text", adapt=rate)
+
+
+def test_what_a_tokenizer_loses_is_said_beside_bits_per_byte():
+    total = Evaluation(10, 20, 1.0, 2.7, 0.7, 5, 7.4)
+    exact = RunScore(total, None, {}, 1, 3, 0.0)
+    assert "lossless" not in describe("x", exact) and "tokenizer_losses" not in as_json(exact, {})
+    lossy = exact._replace(losses=("case", "accents"))
+    assert "a text loses case, accents, so bits per byte do not compare" in describe("x", lossy)
+    assert as_json(lossy, {})["tokenizer_losses"] == ["case", "accents"]

@@ -553,7 +553,7 @@ def test_a_wrong_tensor_raises_an_error(model, tmp_path, change, message):
         ({"quantization_config": {"bits": 4}}, "quantization_config="),
         ({"model_type": "mamba"}, "model_type is 'mamba' in config.json; supported are bert, "),
         ({"n_head": 3}, "num_attention_heads=3"),
-        ({"n_layer": "2"}, "n_layer='2' of config.json must be a number"),
+        ({"n_layer": "2"}, "n_layer='2' of config.json must be a whole number"),
         ({"n_embd": None}, r"ln_1.bias is \[16\] \(expected \[768\]\)"),
         ({"tie_word_embeddings": False}, r"lm_head.weight is missing \(expected \[268, 16\]\)"),
         ({"layer_norm_epsilon": 0}, "norm_epsilon=0"),

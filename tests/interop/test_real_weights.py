@@ -13,8 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 
 from mtnlg_jax.config import DecodeConfig
+from mtnlg_jax.data.tokenizer import load_tokenizer
 from mtnlg_jax.decode.generate import generate
 from mtnlg_jax.decode.infill import fill
 from mtnlg_jax.decode.load import load_decoder
@@ -109,3 +111,24 @@ def test_gemma_270m_has_the_perplexity_and_the_text_of_transformers(shared):
     ids = [[2, *run.tokenizer.encode(prompt)]]
     (result,) = generate(decoder, run.tokenizer, ids, DecodeConfig(max_new_tokens=32))
     assert re.match(r" She was a very smart girl, and she loved to play", result.text)
+
+
+@pytest.mark.slow
+def test_the_tokenizer_inside_gemma_is_that_of_its_tokenizer_json(shared):
+    """GEMMA_GGUF is as above. Lines and whole pages of English and Chinese, and corner cases."""
+    path = os.environ.get("GEMMA_GGUF")
+    if path is None:
+        pytest.skip("set GEMMA_GGUF to the file of Gemma 3 270M")
+    inside = load_tokenizer(path)
+    beside = tokenizers.Tokenizer.from_file(os.fspath(Path(path).with_name("tokenizer.json")))
+    beside.encode_special_tokens = True
+    texts = ["  two   spaces\n\n\n\ttabs", "<eos>a<bos>", "▁x ▁▁", "🙂 e\u0301", "[multimodal] x"]
+    for language in ("en", "zh"):
+        folder = shared / "data/pretrain" / language
+        for file in sorted(folder.glob("**/*.txt"))[:2]:
+            lines = file.read_text(encoding="utf-8", errors="replace").split("\n")[:1000]
+            texts += [*lines, *("\n".join(lines[at : at + 20]) for at in range(0, 1000, 20))]
+    assert len(texts) > 4000
+    theirs = beside.encode_batch(texts, add_special_tokens=False)
+    assert inside.encode_batch(texts) == [found.ids for found in theirs]
+    assert (inside.bos_id, inside.eos_ids, inside.pad_id) == (2, (1,), 0)

@@ -19,19 +19,23 @@ _RESET = "/reset"
 
 def chat(given: dict[str, Any]) -> None:
     """Load the model, and answer each line with the settings ``given`` until the input ends."""
+    from mtnlg_jax.data.tokenizer.template import ChatTemplate, decode_template
     from mtnlg_jax.decode.chat import Conversation
 
+    file = options.CHAT_TEMPLATE.value
+    template = None if file is None else decode_template(Path(file).read_bytes(), file)
+    if template is not None:
+        ChatTemplate(template, {})  # is refused before the model is loaded
     run, decoder = load_model()
     decode = decode_settings([{"prompt": ""}], run.config.decode, with_words(run.tokenizer, given))
     # The settings of a run may ask for several texts; a conversation goes on from one.
     decode = dataclasses.replace(decode, num_return_sequences=1)
-    file = options.CHAT_TEMPLATE.value
     conversation = Conversation(
         decoder,
         run.tokenizer,
         decode,
         system=options.SYSTEM.value,
-        template=None if file is None else Path(file).read_text(encoding="utf-8"),
+        template=template,
         draft=load_draft(run.tokenizer),
     )
     terminal = sys.stdin.isatty()

@@ -1,6 +1,7 @@
 """The interface that all tokenizers share."""
 
 import copy
+import functools
 import hashlib
 import json
 import os
@@ -236,6 +237,15 @@ class Tokenizer:
                 "cannot be separated; name one of its tokens as eos_token in the "
                 "tokenizer_config.json of the folder that was converted, and convert again"
             )
+
+    @functools.cached_property
+    def lossless(self) -> bool:
+        """Whether each text survives encoding and decoding, as far as `losses` can find out.
+
+        Where it is false, as with NFC, lower case or WordPiece, the decoded text, what streams
+        show and bits per byte are those of the changed text.
+        """
+        return not self.losses()
 
     def losses(self) -> list[str]:
         """List what a text can lose by encoding and decoding, found by trial; [] for nothing."""

@@ -197,7 +197,9 @@ def parse_tokenizer(content: bytes) -> "tokenizers.Tokenizer":
     try:
         fast = tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"tokenizer.json is not a tokenizer ({first_line(error)})") from None
+        raise ValueError(
+            f"tokenizer.json is not a tokenizer ({first_line(error)}); copy it again"
+        ) from None
     fast.no_truncation()
     fast.no_padding()
     return fast

@@ -17,9 +17,11 @@ from mtnlg_jax.data.tokenizer.files import (
     gpt2_files,
     read_tokenizer_files,
 )
+from mtnlg_jax.data.tokenizer.gguf_tokenizer import gguf_tokenizer_files
 from mtnlg_jax.data.tokenizer.hub import HubTokenizer
 from mtnlg_jax.data.tokenizer.roles import open_roles
 from mtnlg_jax.data.tokenizer.sentence_piece import SENTENCEPIECE_FILES, SentencePieceTokenizer
+from mtnlg_jax.foreign import is_gguf
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
@@ -28,7 +30,8 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     A folder is one that `Tokenizer.save` wrote, or has Hugging Face's files (tokenizer.json; or
     vocab.json and merges.txt, or vocab.txt; with the additions of tokenizer_config.json,
     special_tokens_map.json and added_tokens.json), GPT-2's encoder.json and vocab.bpe, or a
-    SentencePiece model. A file is a tokenizer.json or a SentencePiece model.
+    SentencePiece model. A file is a tokenizer.json, a SentencePiece model, or a GGUF file with a
+    tokenizer inside.
 
     Raises FileNotFoundError if there is none, ValueError if one is damaged or cannot be reproduced
     here.
@@ -39,6 +42,8 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
             "or a SentencePiece .model"
         )
     try:
+        if is_gguf(path):
+            return _load_gguf(path)
         if os.fspath(path).endswith(".json") and not Path(path).is_dir():
             return _load_json(path)
         if not storage.is_remote(path) and Path(path).is_file():
@@ -46,6 +51,18 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
         return _load_folder(path)
     except (ValueError, KeyError) as error:
         raise ValueError(f"tokenizer {path}: {error}") from None
+
+
+def _load_gguf(path: str | os.PathLike) -> Tokenizer:
+    """Open the tokenizer inside a GGUF file."""
+    if storage.is_remote(path):
+        raise ValueError("a GGUF file is read where it lies; copy it to this machine first")
+    read = gguf_tokenizer_files(path)
+    found = read_tokenizer_files(read)
+    assert found is not None  # the files hold a tokenizer.json
+    tokenizer = _of_hub_files(found)
+    tokenizer.companions = companions_of(read)
+    return tokenizer
 
 
 def _load_json(path: str | os.PathLike) -> Tokenizer:

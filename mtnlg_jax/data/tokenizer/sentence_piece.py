@@ -16,7 +16,8 @@ class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model.
 
     A model from elsewhere keeps its own normalization, so it may not be lossless, and its own
-    special pieces. Missing special tokens are numbered after its last piece.
+    special pieces. Missing special tokens are numbered after its last piece. ``as_trained_here``:
+    no piece reaches over a line end, and no space is put before a text.
     """
 
     kind = "sentencepiece"
@@ -59,7 +60,7 @@ class SentencePieceTokenizer(Tokenizer):
         # must not be split.
         self._prefixed = sp.encode("a", out_type=str)[0].startswith(SPACE)
         breaks = ["\n", "\n", "\t"]
-        self.lossless = not self._prefixed and sp.encode("\n\n\t", out_type=str) == breaks
+        self.as_trained_here = not self._prefixed and sp.encode("\n\n\t", out_type=str) == breaks
         self._space_ids = (
             [byte_ids[byte] for byte in SPACE.encode()] if len(byte_ids) == 256 else []
         )
@@ -81,7 +82,7 @@ class SentencePieceTokenizer(Tokenizer):
             ids: list[int] = []
             for unit in units:
                 unit_ids = next(encoded)
-                ids += self._space_ids if unit == SPACE and self.lossless else unit_ids
+                ids += self._space_ids if unit == SPACE and self.as_trained_here else unit_ids
             results.append(ids)
         return results
 
@@ -94,7 +95,7 @@ class SentencePieceTokenizer(Tokenizer):
 
         For a model trained here no piece reaches over a cut, so the ids stay those of the whole.
         """
-        if not self.lossless:
+        if not self.as_trained_here:
             return self._cuts.split(text) if self._cuts.pattern else [text]
         units: list[str] = []
         for line in re.findall(f"{SPACE}|[^\n{SPACE}]*\n|[^\n{SPACE}]+", text):

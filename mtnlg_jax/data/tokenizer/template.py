@@ -101,7 +101,7 @@ def read_template(tokenizer: Tokenizer, source: str | None = None) -> ChatTempla
     config = _settings(tokenizer)
     if source is None:
         content = tokenizer.companions.get("chat_template.jinja")
-        found = config.get("chat_template") if content is None else content.decode()
+        found = config.get("chat_template") if content is None else decode_template(content)
         source = _default(found) if isinstance(found, list) else found
     if not isinstance(source, str):
         raise ValueError(
@@ -116,6 +116,16 @@ def read_template(tokenizer: Tokenizer, source: str | None = None) -> ChatTempla
             for role in ("bos", "eos", "pad", "sep")
         }
     return ChatTemplate(source, {name: token for name, token in names.items() if token})
+
+
+def decode_template(content: bytes, name: str = "chat_template.jinja") -> str:
+    """Return the text of a chat template. Raises ValueError if it is not UTF-8."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{name} is not UTF-8 at byte {error.start}; convert it, for example with iconv"
+        ) from None
 
 
 def check_messages(messages: Any, *, answered: bool) -> None:
@@ -181,7 +191,13 @@ def _settings(tokenizer: Tokenizer) -> dict:
 
 def _default(named: list) -> str | None:
     """Return the template called default of a list of {"name": ..., "template": ...}."""
-    found = {each["name"]: each["template"] for each in named}
+    try:
+        found = {each["name"]: each["template"] for each in named}
+    except (TypeError, LookupError):
+        raise ValueError(
+            "chat_template of tokenizer_config.json must be a string or a list of objects with a "
+            "name and a template; copy the file again"
+        ) from None
     if found and "default" not in found:
         raise ValueError(
             f"none of the chat templates {', '.join(found)} is called default; give the text of "
