@@ -52,7 +52,7 @@ def load_decoder(
         # whole.
         if not lora.used(config):
             return _assemble(config.model, dtype, weights, StoredArrays(path))
-        return _assemble(config.model, dtype, weights, _Held(load_run(workdir, which).params))
+        return _assemble(config.model, dtype, weights, Held(load_run(workdir, which).params))
 
     run = find_run(workdir, which, read)
     _trim()
@@ -68,8 +68,8 @@ def _trim() -> None:
         libc.malloc_trim(0)
 
 
-class _Held:
-    """Parameters in memory, with the interface of a checkpoint."""
+class Held:
+    """Parameters in memory, by the interface of `train.arrays.StoredArrays`."""
 
     def __init__(self, params):
         self._arrays = names_of(params)

@@ -17,11 +17,10 @@ from mtnlg_jax.interop.families import family_of
 from mtnlg_jax.interop.recognize import is_gguf
 from mtnlg_jax.interop.shards import cast, write_shards
 from mtnlg_jax.interop.source import Source, changed_decoding, meta_of
-from mtnlg_jax.interop.written import KEPT, Written, read_kept
+from mtnlg_jax.interop.written import KEPT, ORIGINALS, Written, read_kept
 from mtnlg_jax.storage import is_remote
 from mtnlg_jax.train.checkpoint import Checkpoints, Run, load_run
 
-ORIGINALS = "huggingface"  # folder in a converted run: the original config.json and tokenizer
 DTYPES = ("source", "float32", "float16", "bfloat16")
 _ITEM = {"float32": 4, "float16": 2, "bfloat16": 2}
 

@@ -94,7 +94,7 @@ def _target_matrices(params: Any, config: Config) -> dict[str, dict[str, Any]]:
     names = {parameter_name(path): leaf for path, leaf in leaves}
     # Below "blocks", as in a model, so that `dims_of` sees the leading L.
     targets = config.optimizer.lora_targets
-    return {"blocks": {name: leaf for name, leaf in names.items() if _target(name) in targets}}
+    return {"blocks": {name: leaf for name, leaf in names.items() if target_of(name) in targets}}
 
 
 def _with_matrices(params: Any, matrices: dict[str, dict[str, Any]]) -> Any:
@@ -104,7 +104,7 @@ def _with_matrices(params: Any, matrices: dict[str, dict[str, Any]]) -> Any:
     )
 
 
-def _target(name: str) -> str | None:
+def target_of(name: str) -> str | None:
     """Return "q" for w_q_DNH, None for a parameter that is not a matrix of a block."""
     # Biases (b_q_NH) and norms (scale_D) have no low-rank form.
     return name.split("_")[1] if name.startswith("w_") else None
@@ -116,7 +116,7 @@ def _adapted(matrices: dict, adapters: dict, config: Config) -> dict:
     factors = adapters["blocks"]
 
     def one(path, leaf):
-        first, second = _names(parameter_name(path))
+        first, second = factor_names(parameter_name(path))
         # R is the only letter that both factors share besides L, so the einsum sums over it alone.
         dims = ["L" + name.rsplit("_", 1)[1] for name in (first, second)]
         # By default TPUs would round the factors to bfloat16 before the product.
@@ -176,7 +176,7 @@ def with_new_adapters(params: nnx.State, config: Config, shardings: dict | None)
     return joined(params, jax.jit(make, out_shardings=shardings)())
 
 
-def _names(name: str) -> tuple[str, str]:
+def factor_names(name: str) -> tuple[str, str]:
     """Return the names of the factors: lora_a_q_DR and lora_b_q_RNH for w_q_DNH."""
     _, target, dims = name.split("_")
     # The inputs of a matrix are D alone (DNH, DF), or all dims before D (NHD, FD).
@@ -191,7 +191,7 @@ def _abstract(config: Config) -> dict:
     for name, leaf in matrices.items():
         # Names hold the dims, so sizes by letter follow from the matrices themselves.
         sizes |= dict(zip("L" + name.split("_")[2], leaf.shape, strict=True))
-    names = [factor for name in matrices for factor in _names(name)]
+    names = [factor for name in matrices for factor in factor_names(name)]
 
     def one(name):
         shape = tuple(sizes[dim] for dim in "L" + name.rsplit("_", 1)[1])
