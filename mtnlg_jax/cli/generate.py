@@ -75,9 +75,7 @@ def main() -> None:
 
     registry.register()
     check_flags()
-    registry.adapt(
-        options.WORKDIR.value, shared_flags.ADAPTER.value, shared_flags.CHECKPOINT.value
-    )
+    registry.adapt(options.WORKDIR.value, shared_flags.ADAPTER.value, shared_flags.CHECKPOINT.value)
     if options.MODE.value == "tokens":
         return show_tokens(read_prompt())
     given = given_settings()

@@ -13,7 +13,6 @@ import numpy as np
 
 from mtnlg_jax.config import Config, ModelConfig, OptimizerConfig, validate
 from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer
-from mtnlg_jax.decode.load import Held
 from mtnlg_jax.interop import vocabulary
 from mtnlg_jax.interop.adapter_config import CONFIG, AdapterConfig
 from mtnlg_jax.interop.adapters import Adapter, Base, Merged
@@ -25,7 +24,7 @@ from mtnlg_jax.interop.recognize import is_adapter, is_gguf, is_model
 from mtnlg_jax.interop.source import Source, meta_of, read_config
 from mtnlg_jax.interop.written import ORIGINALS
 from mtnlg_jax.train import checkpoint_arrays, lora
-from mtnlg_jax.train.arrays import StoredArrays
+from mtnlg_jax.train.arrays import Held, StoredArrays
 from mtnlg_jax.train.checkpoint import Run, find_run
 
 _TARGETS = tuple("q k v o in gate out".split())
@@ -48,7 +47,7 @@ class RunBase:
         self.run = dataclasses.replace(run, params=None)
         self.model: ModelConfig = run.config.model
         self.original = original_of(workdir)
-        self.kind = config_of(self.model, self.original)["model_type"]
+        self.kind = base_family(workdir, self.model)
         self.family = FAMILIES[self.kind]
         self.interchange = Interchange(self.model, self.family)
 
@@ -74,6 +73,23 @@ class RunBase:
 def original_of(workdir: str | os.PathLike) -> dict | None:
     """Return the config.json of Hugging Face's of which a run was made; None for a run of ours."""
     return vocabulary.read_json(Path(workdir, ORIGINALS, "config.json"))
+
+
+def base_family(path: str | os.PathLike, model: ModelConfig) -> str:
+    """Return the family in whose names the model at ``path`` is stored, or would be exported.
+
+    A run that was trained from another one has the names of that.
+    """
+    if is_adapter(path):
+        path = base_of(path)
+    if is_model(path):
+        return family_of(_config_json(path))[0]
+    original = original_of(path)
+    content = vocabulary.read_json(Path(path, "config.json")) or {}
+    init = content.get("train", {}).get("init", "")
+    if original is None and init and os.path.exists(init):
+        return base_family(init, model)
+    return config_of(model, original)["model_type"]
 
 
 def base_of(adapter: str | os.PathLike, base: str | os.PathLike | None = None) -> str:
@@ -176,9 +192,7 @@ class Beside:
             for ours in tensor.ours:
                 self._places.setdefault(ours, {})[layer] = name
         self.targets = tuple(
-            target
-            for target in _TARGETS
-            if any(_target(name) == target for name in self._places)
+            target for target in _TARGETS if any(_target(name) == target for name in self._places)
         )
         self.shapes: dict[str, tuple[int, ...]] = {}
         for name in self._places:
@@ -226,9 +240,7 @@ class Beside:
         """Yield (name, None, array) of the factors."""
         for ours, places in self._places.items():
             names = lora.factor_names(ours.rpartition(".")[2])
-            made = [
-                np.zeros(self.shapes[f"lora.blocks.{name}"], np.float32) for name in names
-            ]
+            made = [np.zeros(self.shapes[f"lora.blocks.{name}"], np.float32) for name in names]
             for layer, theirs in places.items():
                 change = self._adapter.changes[theirs]
                 first, second = self._adapter.factors(theirs)

@@ -18,6 +18,7 @@ from mtnlg_jax.interop import tensors
 from mtnlg_jax.interop.families import Family
 from mtnlg_jax.interop.tensors import Tensor
 from mtnlg_jax.model.transformer import abstract_model
+from mtnlg_jax.train import lora
 
 Read = Callable[[str], np.ndarray]
 HEAD_BIAS = "b_head_V"
@@ -202,8 +203,7 @@ class Interchange:
         made = []
         for number, name in enumerate(tensor.ours):
             shape = self.shapes[name][len(index) :]
-            outputs = shape[1:] if tensors.dims_of(name).startswith("D") else shape[-1:]
-            shape = (rows.shape[1], *outputs)
+            shape = (rows.shape[1], *lora.outputs_of(name, shape))
             made.append(self._from_rows(tensor, number, name, rows, shape, index, _nothing))
         return made
 
