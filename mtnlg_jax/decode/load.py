@@ -17,9 +17,10 @@ from flax import nnx
 from mtnlg_jax import foreign
 from mtnlg_jax.config import Config, ModelConfig
 from mtnlg_jax.decode.cache import ROUTER, TABLES, Decoder, by_rows, check_held, split_abstract
-from mtnlg_jax.decode.quantized import ExpertWeight, RowWeight, quantize_numpy
+from mtnlg_jax.decode.quantized import ExpertWeight, RowWeight
+from mtnlg_jax.model.quantize import quantize_numpy
 from mtnlg_jax.train import lora
-from mtnlg_jax.train.arrays import StoredArrays
+from mtnlg_jax.train.arrays import Held, StoredArrays
 from mtnlg_jax.train.checkpoint import Run, find_run, load_run
 
 _SEPARATOR = "."
@@ -66,20 +67,6 @@ def _trim() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):  # glibc
         libc.malloc_trim(0)
-
-
-class Held:
-    """Parameters in memory, by the interface of `train.arrays.StoredArrays`."""
-
-    def __init__(self, params):
-        self._arrays = names_of(params)
-
-    def read(self, name: str, index: int | None = None) -> np.ndarray:
-        array = np.asarray(self._arrays[name])
-        return array if index is None else array[index]
-
-    def blocks(self, name: str):
-        yield 0, self.read(name)
 
 
 def names_of(tree) -> dict:
