@@ -23,8 +23,8 @@ from mtnlg_jax.interop.interchange import Interchange
 from mtnlg_jax.interop.recognize import is_adapter, is_gguf, is_model
 from mtnlg_jax.interop.source import Source, meta_of, read_config
 from mtnlg_jax.interop.written import ORIGINALS
-from mtnlg_jax.train import checkpoint_arrays, lora
-from mtnlg_jax.train.arrays import Held, StoredArrays
+from mtnlg_jax.train import lora
+from mtnlg_jax.train.adapted_arrays import stored_arrays
 from mtnlg_jax.train.checkpoint import Run, find_run
 
 _TARGETS = tuple("q k v o in gate out".split())
@@ -35,14 +35,7 @@ class RunBase:
 
     def __init__(self, workdir: str | os.PathLike, which: str = "best"):
         self.path = Path(workdir)
-
-        def read(path, config: Config):
-            if lora.used(config):
-                params = checkpoint_arrays.read_params(path, config, None, 0)
-                return Held(lora.merge(params, config))
-            return StoredArrays(path)
-
-        run = find_run(workdir, which, read)
+        run = find_run(workdir, which, stored_arrays)
         self._stored = run.params
         self.run = dataclasses.replace(run, params=None)
         self.model: ModelConfig = run.config.model

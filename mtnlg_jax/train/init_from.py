@@ -12,8 +12,8 @@ from mtnlg_jax.config import Config, ModelConfig, StageConfig, TrainConfig, from
 from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mtnlg_jax.model.transformer import abstract_model
 from mtnlg_jax.parallel.mesh import AXES, plan_table
-from mtnlg_jax.train import checkpoint_arrays, lora, quantized_base
-from mtnlg_jax.train.arrays import Held, StoredArrays
+from mtnlg_jax.train import lora, quantized_base
+from mtnlg_jax.train.adapted_arrays import stored_arrays
 from mtnlg_jax.train.checkpoint import find_run, load_run
 from mtnlg_jax.train.distill import Distillation
 
@@ -84,13 +84,7 @@ def _stored(folder: str) -> Any:
     if reader is not None:
         return reader.open(folder)[1]
 
-    def read(path, config: Config) -> Any:
-        if lora.used(config):  # merging needs a matrix and both of its factors
-            params = checkpoint_arrays.read_params(path, config, None, 0)
-            return Held(lora.merge(params, config))
-        return StoredArrays(path)
-
-    return find_run(folder, "best", read).params
+    return find_run(folder, "best", stored_arrays).params
 
 
 def load_teachers(config: Config, mesh: Mesh) -> Teachers:

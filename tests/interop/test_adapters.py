@@ -284,8 +284,8 @@ def test_the_flag_adapter_merges_when_the_base_is_read(run, monkeypatch):
         registry.adapt(str(workdir), str(HERE / "gpt2"))
     assert largest_difference(load_run(folder).params, merged_parameters("gpt2")) < 1e-6
     twice = load_run(run).params
-    change = jax.tree.map(jnp.subtract, merged_parameters("gpt2"), load_run_plain(folder))
-    wanted = jax.tree.map(jnp.add, merged_parameters("gpt2"), change)
+    change = jax.tree.map(np.subtract, merged_parameters("gpt2"), load_run_plain(folder))
+    wanted = jax.tree.map(np.add, merged_parameters("gpt2"), change)
     assert largest_difference(twice, wanted) < 1e-5
     with pytest.raises(ValueError, match="needs its base; give --workdir=BASE"):
         registry.adapt(None, "adapter")
