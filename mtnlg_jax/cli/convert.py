@@ -5,6 +5,12 @@
     python launch/convert.py --from=RUN --to=FOLDER         a run -> a folder for transformers
     python launch/convert.py --from=RUN --to=FOLDER --dtype=bfloat16 --max_shard_size=2
 
+Adapters that PEFT has saved, and those of a run with LoRA:
+
+    python launch/convert.py --from=ADAPTER --to=RUN        a run that trains the adapter further
+    python launch/convert.py --from=ADAPTER --to=RUN --adapters=merge --base=FOLDER
+    python launch/convert.py --from=RUN --to=ADAPTER --adapters=keep    RUN's adapter, for PEFT
+
 The content of --from decides the direction. docs/huggingface.md lists the families. A round trip
 keeps every bit of every tensor, and memory holds one shard and one layer at a time. The tokenizer
 and generation_config.json of --from are copied; the report names what has no counterpart.
@@ -26,6 +32,17 @@ with command.flag_group("Both directions"):
     _TOKENIZER = command.define_path("tokenizer", None, "folder of a tokenizer, if --from has none")
     _OVERWRITE = flags.DEFINE_bool(
         "overwrite", False, "replace a run or model at --to, once the new one is whole"
+    )
+with command.flag_group("Low-rank adapters"):
+    _ADAPTERS = flags.DEFINE_enum(
+        "adapters",
+        None,
+        ["merge", "keep"],
+        "merge the adapters of --from into the model, or keep them apart; default: merge those of "
+        "a run, keep PEFT's",
+    )
+    _BASE = command.define_path(
+        "base", None, "model or run that the adapters change; default: the one that they name"
     )
 with command.flag_group("From a run to Hugging Face"):
     _CHECKPOINT = flags.DEFINE_enum("checkpoint", "best", ["best", "last"], "which checkpoint")
@@ -58,6 +75,8 @@ def main() -> None:
             tokenizer=_TOKENIZER.value,
             overwrite=_OVERWRITE.value,
             family=_FAMILY.value,
+            adapters=_ADAPTERS.value,
+            base=_BASE.value,
         )
     )
 

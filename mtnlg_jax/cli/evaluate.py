@@ -46,6 +46,9 @@ with command.flag_group("The run and the text"):
     _ENCODING = flags.DEFINE_string(
         "encoding", "", "encoding of text that is not UTF-8 and does not declare one: cp1252"
     )
+    _ADAPTER = command.define_path(
+        "adapter", None, "folder of a PEFT adapter to merge into the model at --workdir"
+    )
 with command.flag_group("Scoring"):
     _STRIDE = flags.DEFINE_integer(
         "stride", None, "tokens scored in each window; default: half the context"
@@ -81,6 +84,7 @@ def main() -> None:
             f"--adapt={_ADAPT.value} trains weights, and --{name}={value} rounds them; leave one "
             "of the two out"
         )
+    registry.adapt(_WORKDIR.value, _ADAPTER.value, _CHECKPOINT.value)
     texts, left_out = read_texts(_INPUT.value, _TEXT_KEY.value, _ON_ERROR.value, _ENCODING.value)
     compat.configure_cache()
 

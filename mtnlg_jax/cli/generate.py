@@ -23,6 +23,10 @@ Talk with a model that was trained to chat, line by line; /reset begins a new co
 
     python launch/generate.py --workdir=RUN --chat --system="Answer in one sentence."
 
+Use an adapter that PEFT has saved; --workdir is its base, a run or a Hugging Face folder:
+
+    python launch/generate.py --workdir=BASE --adapter=FOLDER --prompt="Once upon a time"
+
 Fill in <mask> or [MASK], or show the token ids of a text:
 
     python launch/generate.py --workdir=RUN --mode=fill --prompt="The captain <mask> the ship."
@@ -71,6 +75,7 @@ def main() -> None:
 
     registry.register()
     check_flags()
+    registry.adapt(options.WORKDIR.value, shared_flags.ADAPTER.value, shared_flags.CHECKPOINT.value)
     if options.MODE.value == "tokens":
         return show_tokens(read_prompt())
     given = given_settings()

@@ -87,6 +87,7 @@ def main() -> None:
     logging.set_verbosity(logging.WARNING)
     task = task_of(options.TASK.value, options.TEMPLATES.value)
     check_flags()
+    registry.adapt(options.WORKDIR.value, shared_flags.ADAPTER.value, shared_flags.CHECKPOINT.value)
     if options.SCORE.value:
         score_answers(task)
     elif options.MAKE_PAIRS.value:

@@ -96,6 +96,12 @@ _LORA_RULES: Rules = (  # for lora_rank above 0
         "optimizer.lora_rank={c.optimizer.lora_rank} needs pretrained weights; give --init=RUN, or "
         "set optimizer.lora_rank=0",
     ),
+    (
+        lambda c: c.optimizer.lora_base != "float" and c.mesh.pipe > 1,
+        "optimizer.lora_base={c.optimizer.lora_base} with mesh.pipe={c.mesh.pipe}: stages do not "
+        "pass on quantized layers; set mesh.pipe=1, and raise mesh.data (mesh.zero=3) or "
+        "mesh.tensor",
+    ),
 )
 
 
@@ -195,12 +201,41 @@ def _check_lora(config: Config) -> None:
         check_rules(_LORA_RULES, config)
     else:
         why = "is for low-rank adaptation, and optimizer.lora_rank=0 turns it off; set that to 8"
-        refuse_changed(optimizer, ("lora_targets", "lora_alpha"), why, "optimizer.")
+        keys = ("lora_targets", "lora_alpha", "lora_base")
+        refuse_changed(optimizer, keys, why, "optimizer.")
+
+
+def _check_blocks(config: Config, data_size: int) -> None:
+    """Check that each device's part of a matrix in NF4 has whole blocks along its inputs."""
+    if not config.optimizer.lora_rank or config.optimizer.lora_base != "nf4":
+        return
+    model = config.model
+    split = data_size if config.mesh.zero else 1
+    for what, size, axis, parts in (
+        ("model.hidden_size", model.hidden_size, "mesh.data", split),
+        (
+            "model.num_attention_heads x head width",
+            model.num_attention_heads * model.head_width,
+            "mesh.tensor",
+            config.mesh.tensor,
+        ),
+        ("model.ffn_hidden_size", model.mlp_width, "mesh.tensor", config.mesh.tensor),
+    ):
+        if size % (64 * parts):
+            ways = "set optimizer.lora_base=int8"
+            if parts > 1:
+                whole = f"lower {axis}" + (", or set mesh.zero=0" if axis == "mesh.data" else "")
+                ways = f"{whole}, or {ways}"
+            raise ValueError(
+                f"optimizer.lora_base=nf4 has blocks of 64 inputs, and {what}={size} over "
+                f"{axis}={parts} is not a multiple of them; {ways}"
+            )
 
 
 def validate_batch(config: Config, data_size: int) -> None:
     """Raise ValueError if a batch, of the ramp or after it, does not split evenly over a data axis
     of ``data_size``."""
+    _check_blocks(config, data_size)
     train = config.train
     micro = train.micro_batch_size
     sizes = {"train.global_batch_size": train.global_batch_size}

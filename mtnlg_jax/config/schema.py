@@ -135,6 +135,9 @@ class OptimizerConfig:
     # Matrices to adapt: q, k, v, o of attention; in, gate, out of the MLP. The default is that of
     # Hu 2021.
     lora_targets: tuple[str, ...] = ("q", "v")
+    # Type in which the frozen matrices of the blocks are held (QLoRA, Dettmers 2023): float32, int8
+    # with one scale for each output, or 4-bit NF4 with one for each 64 inputs.
+    lora_base: Literal["float", "int8", "nf4"] = "float"
 
 
 @dataclass(frozen=True)

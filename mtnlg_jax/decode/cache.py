@@ -19,9 +19,10 @@ import numpy as np
 from flax import nnx
 
 from mtnlg_jax.config import ModelConfig
-from mtnlg_jax.decode.quantized import RowWeight, experts_of, on_cpu, quantize, rows_of
+from mtnlg_jax.decode.quantized import RowWeight, experts_of, on_cpu, rows_of
 from mtnlg_jax.model.attention import attention, decode_attention, merge, merge_lse
 from mtnlg_jax.model.head import Head
+from mtnlg_jax.model.quantize import quantize
 from mtnlg_jax.model.transformer import abstract_model
 
 ROUTER = "w_router_DE"

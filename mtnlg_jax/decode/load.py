@@ -17,10 +17,10 @@ from flax import nnx
 from mtnlg_jax import foreign
 from mtnlg_jax.config import Config, ModelConfig
 from mtnlg_jax.decode.cache import ROUTER, TABLES, Decoder, by_rows, check_held, split_abstract
-from mtnlg_jax.decode.quantized import ExpertWeight, RowWeight, quantize_numpy
-from mtnlg_jax.train import lora
-from mtnlg_jax.train.arrays import StoredArrays
-from mtnlg_jax.train.checkpoint import Run, find_run, load_run
+from mtnlg_jax.decode.quantized import ExpertWeight, RowWeight
+from mtnlg_jax.model.quantize import quantize_numpy
+from mtnlg_jax.train.adapted_arrays import stored_arrays
+from mtnlg_jax.train.checkpoint import Run, find_run
 
 _SEPARATOR = "."
 
@@ -48,11 +48,7 @@ def load_decoder(
         return run, Decoder(run.config.model, params, cache == "int8")
 
     def read(path, config: Config) -> tuple:
-        # Merging needs a matrix and both its factors at once, so runs with adapters are loaded
-        # whole.
-        if not lora.used(config):
-            return _assemble(config.model, dtype, weights, StoredArrays(path))
-        return _assemble(config.model, dtype, weights, _Held(load_run(workdir, which).params))
+        return _assemble(config.model, dtype, weights, stored_arrays(path, config))
 
     run = find_run(workdir, which, read)
     _trim()
@@ -66,20 +62,6 @@ def _trim() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):  # glibc
         libc.malloc_trim(0)
-
-
-class _Held:
-    """Parameters in memory, with the interface of a checkpoint."""
-
-    def __init__(self, params):
-        self._arrays = names_of(params)
-
-    def read(self, name: str, index: int | None = None) -> np.ndarray:
-        array = np.asarray(self._arrays[name])
-        return array if index is None else array[index]
-
-    def blocks(self, name: str):
-        yield 0, self.read(name)
 
 
 def names_of(tree) -> dict:

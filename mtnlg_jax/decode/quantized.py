@@ -19,35 +19,13 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mtnlg_jax import compat
+from mtnlg_jax.model.quantize import quantize
 
 # With fewer rows XLA:CPU does not use its kernels, or they are not faster.
 LEAST_ROWS = 4
 _ROWS_BY_ROWS = (((1,), (1,)), ((), ()))
-
-
-def quantize(x, axes):
-    """Return int8 numbers, and float32 scales without ``axes``.
-
-    Symmetric: the largest number along ``axes`` becomes 127.
-    """
-    x = x.astype(jnp.float32)
-    # -128 is not used, so that the range is symmetric.
-    scale = jnp.abs(x).max(axes, keepdims=True) / 127
-    # All zeros have scale 0, by which nothing can be divided.
-    number = jnp.round(x / jnp.where(scale > 0, scale, 1.0))
-    return number.astype(jnp.int8), scale.squeeze(axes)
-
-
-def quantize_numpy(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return ``quantize(x, 1)`` of a float32 matrix, computed on the host."""
-    # In place, since int8 is there to save another copy of a table.
-    scale = np.maximum(x.max(1, keepdims=True), -x.min(1, keepdims=True)) / np.float32(127)
-    number = x / np.where(scale > 0, scale, np.float32(1))
-    # Rounds half to even, as jnp.round does.
-    return np.rint(number, out=number).astype(np.int8), scale[:, 0]
 
 
 @jax.tree_util.register_dataclass

@@ -1,5 +1,6 @@
 """Convert a folder of Hugging Face to a run folder, and back."""
 
+import itertools
 import json
 import math
 import os
@@ -12,33 +13,24 @@ from mtnlg_jax.config import DecodeConfig, ModelConfig, to_json
 from mtnlg_jax.decode.results import writable
 from mtnlg_jax.foreign import is_gguf
 from mtnlg_jax.interop import vocabulary
+from mtnlg_jax.interop.adapter_config import CONFIG
+from mtnlg_jax.interop.adapter_export import to_adapter
+from mtnlg_jax.interop.adapter_runs import Beside, base_of, open_base, run_of_base
+from mtnlg_jax.interop.adapters import Adapter, Merged
 from mtnlg_jax.interop.export import config_of
 from mtnlg_jax.interop.families import family_of
-from mtnlg_jax.interop.shards import cast, write_shards, write_tensors
-from mtnlg_jax.interop.source import Source, changed_decoding, meta_of
-from mtnlg_jax.interop.written import KEPT, Written, read_kept
+from mtnlg_jax.interop.recognize import is_adapter
+from mtnlg_jax.interop.run_folder import keep_originals, write_run
+from mtnlg_jax.interop.shards import cast, write_shards
+from mtnlg_jax.interop.source import Source, changed_decoding, meta_of, parameters_of
+from mtnlg_jax.interop.written import ORIGINALS, Written, read_kept
 from mtnlg_jax.storage import is_remote
-from mtnlg_jax.train.checkpoint import Checkpoints, Run, load_run
+from mtnlg_jax.train.checkpoint import Run, load_run
+from mtnlg_jax.train.init_from import identity_of
 
-ORIGINALS = "huggingface"  # folder in a converted run: the original config.json and tokenizer
 DTYPES = ("source", "float32", "float16", "bfloat16")
+ADAPTERS = ("merge", "keep")
 _ITEM = {"float32": 4, "float16": 2, "bfloat16": 2}
-
-# Placed in a converted run.
-_CONFIG = '''"""The settings of this run, to train it further (WORKDIR is this folder):
-
-    python launch/prepare_data.py --input=TEXT --output=OUT --tokenizer=WORKDIR/tokenizer
-    python launch/pretrain.py --config=WORKDIR/config.py --set=data.path=OUT --workdir=WORKDIR
-"""
-
-from pathlib import Path
-
-from mtnlg_jax.config import Config, from_json
-
-
-def get_config() -> Config:
-    return from_json(Path(__file__).with_name("config.json").read_text())
-'''
 
 
 def convert(
@@ -51,11 +43,14 @@ def convert(
     tokenizer: str | None = None,
     overwrite: bool = False,
     family: str | None = None,
+    adapters: str | None = None,
+    base: str | None = None,
 ) -> str:
     """Convert ``source`` to ``target``, and return a report for the user.
 
     The contents of ``source`` decide the direction: a config.json with a model_type is a model of
-    Hugging Face's, and checkpoints/ are those of a run.
+    Hugging Face's, an adapter_config.json an adapter of PEFT's, and checkpoints/ are those of a
+    run.
 
     Args:
       dtype: type of the tensors written for Hugging Face, one of DTYPES. "source" is the original
@@ -67,6 +62,9 @@ def convert(
       overwrite: replace an earlier run or model in ``target`` once the new one is complete.
       family: the model_type that a run becomes; by default the original one, or the first that
         computes the same.
+      adapters: "merge" low-rank adapters into the model, or "keep" them apart: as an adapter of
+        PEFT's, or as a run that trains them further. None: merge those of a run, keep PEFT's.
+      base: the base of the adapter; None: the one that it names.
 
     Raises:
       ValueError: something cannot be converted.
@@ -74,17 +72,33 @@ def convert(
     """
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype={dtype!r}; choose one of {', '.join(DTYPES)}")
-    to_run = _holds_model(source)
+    if adapters not in (None, *ADAPTERS):
+        raise ValueError(f"unknown adapters={adapters!r}; choose one of {', '.join(ADAPTERS)}")
+    adapter = not is_remote(source) and is_adapter(source)
+    to_run = adapter or _holds_model(source)
+    if base is not None and not (adapter or adapters == "keep"):
+        raise ValueError(f"--base={base} is for adapters, and {source} holds none; leave it out")
+    if base is not None and not os.path.exists(base):
+        raise FileNotFoundError(f"--base={base} does not exist; give the folder of the base")
+    if to_run and not adapter and adapters is not None:
+        raise ValueError(
+            f"--adapters={adapters} is for adapters, and {source} is a whole model; leave it out"
+        )
+    to_adapters = adapters == "keep" and not adapter
+    if family is not None and (adapter or to_run or to_adapters):
+        raise ValueError(
+            f"--family={family} is for a run that becomes a model; {source} becomes "
+            f"{'an adapter' if to_adapters else 'a run'}, so leave it out"
+        )
     _refuse_target(source, target, overwrite)
     beside = f"{os.path.abspath(target)}.partial-{os.getpid()}"
     os.makedirs(beside)
     try:
-        if to_run:
-            if family is not None:
-                raise ValueError(
-                    f"--family={family} is for a run that becomes a model; {source} is a model, so "
-                    "leave it out"
-                )
+        if adapter:
+            _refuse_dtype(dtype)
+            how = adapters or "keep"
+            report = _adapter_to_run(source, Path(beside), target, how, base, tokenizer)
+        elif to_run:
             report = _to_run(Path(source), Path(beside), os.fspath(target), dtype, tokenizer)
         else:
             if tokenizer is not None:
@@ -92,7 +106,11 @@ def convert(
                     f"--tokenizer={tokenizer} is for a model without one; {source} is a run, so "
                     "leave it out"
                 )
-            report = _to_model(source, Path(beside), dtype, max_shard_size, which, family)
+            if adapters == "keep":
+                run, rest = to_adapter(source, Path(beside), dtype, which, base)
+                report = "\n".join([*_report(run.config.model, run.tokenizer), rest])
+            else:
+                report = _to_model(source, Path(beside), dtype, max_shard_size, which, family)
         _put_in_place(beside, os.path.abspath(target))
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -112,34 +130,14 @@ def read_model(folder: str | os.PathLike) -> tuple[ModelConfig, object, dict]:
 
 
 def _to_run(given: Path, folder: Path, workdir: str, dtype: str, tokenizer_path: str | None) -> str:
-    if dtype not in ("source", "float32"):
-        raise ValueError(
-            f"--dtype={dtype} is for tensors of Hugging Face's; a run is float32, so leave it out"
-        )
+    _refuse_dtype(dtype)
     source = Source(given)
     settings = source.settings(tokenizer_path)
     config = settings.config
     tokenizer = settings.tokenizer
-    checkpoints = Checkpoints(folder / "checkpoints")
-    try:
-        checkpoints.save_parameters(
-            0, source.interchange.shapes, source.parameters(), meta_of(settings, source)
-        )
-    finally:
-        checkpoints.close()
-    tokenizer.save(folder / "tokenizer")
-    (folder / "config.json").write_text(to_json(config))
-    (folder / "config.py").write_text(_CONFIG)
-    (folder / ORIGINALS).mkdir()
-    for name in source.files():
-        if tokenizer_path is None or name not in vocabulary.FILES:
-            shutil.copyfile(source.folder / name, folder / ORIGINALS / name)
-    if source.is_gguf:
-        content = json.dumps(source.original, indent=2) + "\n"
-        (folder / ORIGINALS / "config.json").write_text(content)
-    kept = {} if source.is_gguf else source.inexact()
-    if kept:
-        write_tensors(folder / ORIGINALS / KEPT, kept)
+    meta = meta_of(settings, source)
+    write_run(folder, config, tokenizer, source.interchange.shapes, source.parameters(), meta)
+    keep_originals(source, folder, tokenizer_path is None)
     model = source.model
     lines = _report(model, tokenizer, f"from {_kinds(source.dtypes)} to float32, exact")
     lines += _report_tokenizer(tokenizer, settings.left_out, model.vocabulary)
@@ -158,6 +156,67 @@ def _to_run(given: Path, folder: Path, workdir: str, dtype: str, tokenizer_path:
         [
             *lines,
             f"next       python launch/generate.py --workdir={workdir} {how}",
+            f"           {workdir}/config.py shows how to train further",
+        ]
+    )
+
+
+def _refuse_dtype(dtype: str) -> None:
+    if dtype not in ("source", "float32"):
+        raise ValueError(
+            f"--dtype={dtype} is for tensors of Hugging Face's; a run is float32, so leave it out"
+        )
+
+
+def _adapter_to_run(
+    given: str, folder: Path, workdir: str, how: str, base: str | None, tokenizer: str | None
+) -> str:
+    """Write a run of an adapter: merged into its base, or beside it."""
+    path = base_of(given, base)
+    found = open_base(path)
+    adapter = Adapter(given, found)
+    run = run_of_base(found, tokenizer)
+    config = run.config
+    interchange = found.interchange
+    shapes = dict(interchange.shapes)
+    meta = dict(run.meta)
+    if how == "merge":
+        parts = parameters_of(interchange, Merged(found, adapter))
+        line = (
+            f"merged     {len(adapter.changes)} matrices, {len(adapter.whole)} tensors as a whole"
+        )
+    else:
+        low_rank = Beside(adapter)
+        config = low_rank.config(config, path)
+        shapes |= low_rank.shapes
+        parts = itertools.chain(parameters_of(interchange, found), low_rank.parameters())
+        line = (
+            f"adapter    beside its base: optimizer.lora_rank={low_rank.rank}, lora_alpha="
+            f"{low_rank.scale * low_rank.rank:g}, lora_targets={','.join(low_rank.targets)}"
+        )
+    meta |= {"config": json.loads(to_json(config)), "samples": 0, "metrics": {}}
+    identity = {key: meta["identity"][key] for key in ("model", "tokenizer")}
+    meta["identity"] = identity | identity_of(config, {})
+    write_run(folder, config, run.tokenizer, shapes, parts, meta)
+    if isinstance(found, Source):
+        keep_originals(found, folder, tokenizer is None)
+    elif Path(path, ORIGINALS).is_dir():
+        shutil.copytree(Path(path, ORIGINALS), folder / ORIGINALS)
+    named = adapter.config.base
+    note = (
+        []
+        if not named or os.path.basename(named) in os.path.abspath(path)
+        else [
+            f"note       the adapter names {named} as its base; shapes and names agree with {path}"
+        ]
+    )
+    return "\n".join(
+        [
+            *_report(found.model, run.tokenizer),
+            f"base       {path}",
+            line,
+            *note,
+            f"next       python launch/generate.py --workdir={workdir} --prompt=TEXT",
             f"           {workdir}/config.py shows how to train further",
         ]
     )
@@ -351,7 +410,7 @@ def _refuse_target(source: str, target: str, overwrite: bool) -> None:
             raise ValueError(
                 f"{target} is not empty; give --overwrite to replace it, or another --to"
             )
-        if not (there / "config.json").is_file():
+        if not any((there / name).is_file() for name in ("config.json", CONFIG)):
             raise ValueError(
                 f"{target} is neither a run nor a model, so --overwrite does not replace it; "
                 "give another --to"
@@ -383,13 +442,13 @@ def _kinds(dtypes: dict[str, str]) -> str:
     return " and ".join(sorted(set(dtypes.values())))
 
 
-def _report(model: ModelConfig, tokenizer, numbers: str) -> list[str]:
+def _report(model: ModelConfig, tokenizer, numbers: str | None = None) -> list[str]:
     rest = model.vocabulary - tokenizer.vocab_size
     padding = f"; {rest} more rows are kept but never written" if rest > 0 else ""
     head = "tied" if model.tie_embeddings else "separate"
     return [
         f"model      {model.parameter_count():,} parameters, {model.num_layers} layers of width "
         f"{model.hidden_size}, {model.num_attention_heads} heads, output embedding {head}",
-        f"numbers    {numbers}",
+        *([f"numbers    {numbers}"] if numbers else []),
         f"vocabulary {model.vocab_size:,} rows for {tokenizer.vocab_size:,} tokens{padding}",
     ]

@@ -5,6 +5,7 @@ Everything is read layer by layer: a parameter is never held in two forms as a w
 
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -17,9 +18,14 @@ from mtnlg_jax.interop import tensors
 from mtnlg_jax.interop.families import Family
 from mtnlg_jax.interop.tensors import Tensor
 from mtnlg_jax.model.transformer import abstract_model
+from mtnlg_jax.train import lora
 
 Read = Callable[[str], np.ndarray]
 HEAD_BIAS = "b_head_V"
+
+
+def _nothing(name: str) -> np.ndarray:
+    raise AssertionError(f"no tensor is added to a factor, and {name} was asked for")
 
 
 class Entry(NamedTuple):
@@ -187,6 +193,24 @@ class Interchange:
     def joined(self, theirs: str, parts: list[np.ndarray]) -> np.ndarray:
         """Undo `parts`, without the rows that are skipped or added."""
         return self._to_rows(self.table[theirs].tensor, parts, gradient=False)
+
+    # --- factors of low rank R, which have R where the matrix has its inputs
+
+    def factors(self, theirs: str, rows: np.ndarray) -> list[np.ndarray]:
+        """Return the parts (R, outputs ...) of a factor (outputs, R) of ``theirs``."""
+        tensor, index, _ = self.table[theirs]
+        tensor = replace(tensor, columns=False)
+        made = []
+        for number, name in enumerate(tensor.ours):
+            shape = self.shapes[name][len(index) :]
+            shape = (rows.shape[1], *lora.outputs_of(name, shape))
+            made.append(self._from_rows(tensor, number, name, rows, shape, index, _nothing))
+        return made
+
+    def joined_factors(self, theirs: str, parts: list[np.ndarray]) -> np.ndarray:
+        """Undo `factors`."""
+        tensor = replace(self.table[theirs].tensor, columns=False)
+        return self._to_rows(tensor, parts, gradient=True)
 
     def _to_rows(self, tensor: Tensor, layer: list[np.ndarray], gradient: bool) -> np.ndarray:
         parts = []

@@ -8,6 +8,11 @@ from mtnlg_jax.foreign import is_gguf
 from mtnlg_jax.storage import is_remote
 
 
+def is_adapter(path: str | os.PathLike) -> bool:
+    """Return whether ``path`` is a folder that PEFT has saved."""
+    return not is_remote(path) and os.path.isfile(os.path.join(path, "adapter_config.json"))
+
+
 def is_model(path: str | os.PathLike) -> bool:
     """Return whether ``path`` is a folder of Hugging Face's or a GGUF file. Runs have a config.json
     as well, but no model_type in it."""

@@ -1,4 +1,4 @@
-"""Let Hugging Face's folders and GGUF files take the place of a run.
+"""Let Hugging Face's folders, GGUF files and PEFT's adapters take the place of a run.
 
 After `register`, `train.checkpoint.load_run`, `decode.load.load_decoder`, `config.load_config` and
 train.init read them without conversion. The commands call it; programs call it themselves.
@@ -12,6 +12,7 @@ from mtnlg_jax.interop import recognize
 
 if TYPE_CHECKING:
     from mtnlg_jax.config import Config
+    from mtnlg_jax.interop.adapters import Merged
     from mtnlg_jax.interop.source import Source
     from mtnlg_jax.train.checkpoint import Run
 
@@ -19,32 +20,48 @@ if TYPE_CHECKING:
 class HuggingFace:
     """A `foreign.Reader`. Imports wait until a model is read."""
 
+    def __init__(self) -> None:
+        # {folder of a base: (adapter to merge when it is read, checkpoint of a run)}
+        self.adapted: dict[str, tuple[str, str]] = {}
+
+    def _adapter(self, path: str | os.PathLike) -> tuple[str | None, str]:
+        return self.adapted.get(os.path.abspath(path), (None, "best"))
+
     def is_model(self, path: str | os.PathLike) -> bool:
-        return recognize.is_model(path)
+        adapted = self._adapter(path)[0] is not None
+        return adapted or recognize.is_adapter(path) or recognize.is_model(path)
 
     def config(self, path: str | os.PathLike) -> "Config":
         from mtnlg_jax.interop.source import read_run
 
-        return read_run(path)
+        if self._adapter(path)[0] is None and not recognize.is_adapter(path):
+            return read_run(path)
+        return self.settings(path)[0]
 
     def settings(self, path: str | os.PathLike) -> tuple["Config", tuple]:
         from mtnlg_jax.data.tokenizer import load_tokenizer
         from mtnlg_jax.interop.source import Source
 
+        adapter, which = self._adapter(path)
+        if adapter is not None or recognize.is_adapter(path):
+            from mtnlg_jax.interop.adapter_runs import open_merged, tokenizers_of
+
+            _, merged = open_merged(adapter or path, path if adapter else None, which)
+            return tokenizers_of(merged.base)
         source = Source(path)
         settings = source.settings()
         # Text has the same ids with the files alone and with the roles that the model gives them.
         return settings.config, (settings.tokenizer, load_tokenizer(source.tokenizer_path))
 
-    def open(self, path: str | os.PathLike) -> tuple["Run", "Source"]:
+    def open(self, path: str | os.PathLike) -> tuple["Run", "Source | Merged"]:
         from mtnlg_jax.interop.loading import open_model
 
-        return open_model(path)
+        return open_model(path, *self._adapter(path))
 
     def load(self, path: str | os.PathLike, mesh: Any, zero: int) -> "Run":
         from mtnlg_jax.interop.loading import load_model
 
-        return load_model(path, mesh, zero)
+        return load_model(path, mesh, zero, *self._adapter(path))
 
 
 _READER = HuggingFace()
@@ -53,3 +70,19 @@ _READER = HuggingFace()
 def register() -> None:
     """Let runs be such models."""
     foreign.register(_READER)
+
+
+def adapt(workdir: str | None, adapter: str | None, which: str = "best") -> None:
+    """Merge the PEFT ``adapter`` into the model at ``workdir`` whenever that is read; None: none.
+
+    ``which`` is the checkpoint where ``workdir`` is a run. Raises what `open_merged` raises, before
+    any tensor is read.
+    """
+    if adapter is None:
+        return
+    if workdir is None:
+        raise ValueError(f"--adapter={adapter} needs its base; give --workdir=BASE")
+    from mtnlg_jax.interop.adapter_runs import open_merged
+
+    open_merged(adapter, workdir, which)
+    _READER.adapted[os.path.abspath(workdir)] = (adapter, which)

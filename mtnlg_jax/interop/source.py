@@ -177,14 +177,7 @@ class Source:
 
     def parameters(self) -> Iterator[tuple[str, int | None, np.ndarray]]:
         """Yield (name, layer, array) of all parameters, layer by layer, as shards hold them."""
-        shapes = self.interchange.shapes
-        for name in shapes:
-            if not name.startswith("blocks."):
-                yield name, None, self.read(name)
-        for layer in range(self.model.num_layers):
-            for name in shapes:
-                if name.startswith("blocks."):
-                    yield name, layer, self.read(name, layer)
+        yield from parameters_of(self.interchange, self)
 
     def inexact(self) -> dict[str, np.ndarray]:
         """Return the tensors that our parameters do not give back bit for bit: those to which
@@ -227,6 +220,21 @@ class Source:
         names = ("config.json", "generation_config.json", *vocabulary.FILES)
         found = [name for name in names if (self.folder / name).is_file()]
         return [name for name in found if name != "config.json" or not self.is_gguf]
+
+
+def parameters_of(
+    interchange: Interchange, stored: Any
+) -> Iterator[tuple[str, int | None, np.ndarray]]:
+    """Yield (name, layer, array) of all parameters, layer by layer, as shards hold them. ``stored``
+    reads them like `train.arrays.StoredArrays`."""
+    shapes = interchange.shapes
+    for name in shapes:
+        if not name.startswith("blocks."):
+            yield name, None, stored.read(name)
+    for layer in range(interchange.model.num_layers):
+        for name in shapes:
+            if name.startswith("blocks."):
+                yield name, layer, stored.read(name, layer)
 
 
 def run_of(path: Path, original: dict) -> Config:

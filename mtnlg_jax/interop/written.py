@@ -13,7 +13,8 @@ from mtnlg_jax.decode.load import names_of
 from mtnlg_jax.interop.families import FAMILIES
 from mtnlg_jax.interop.interchange import Interchange, stored_names
 
-# Beside a converted run: tensors that its parameters do not give back bit for bit.
+ORIGINALS = "huggingface"  # folder in a converted run: the original config.json and tokenizer
+# In it: tensors that its parameters do not give back bit for bit.
 KEPT = "kept.safetensors"
 TYPES = 2  # rows of BERT's table of token types where a run has none of its own
 

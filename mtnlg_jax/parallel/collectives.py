@@ -156,6 +156,16 @@ def gather_weights(params: Any, dtype, zero: int, reduce_dtype=jnp.float32) -> A
     return jax.tree_util.tree_map_with_path(one, params)
 
 
+def gather_unchanged(params: Any, zero: int) -> Any:
+    """Gather shards of frozen parameters, whole along D, in the type that they have."""
+
+    def one(path, leaf):
+        spec = spec_of(dims_of(path), zero)
+        return gather(leaf, "data", _data_dim(spec, leaf)) if "data" in spec else leaf
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
 def reduce_gradients(
     grads: Any, zero: int, scattered: bool, reduce_dtype=jnp.float32, whole: str = ""
 ) -> Any:

@@ -178,7 +178,7 @@ class Row(NamedTuple):
     shape: tuple[int, ...]
     spec: P
     local: tuple[int, ...]  # the shape of one device's part
-    bytes: int  # of one device's part, in float32
+    bytes: int  # of one device's part
 
 
 def plan_table(tree, sizes: dict[str, int], zero: int = 1) -> list[Row]:
@@ -193,5 +193,6 @@ def plan_table(tree, sizes: dict[str, int], zero: int = 1) -> list[Row]:
         name = ".".join(key.key for key in path if isinstance(getattr(key, "key", None), str))
         local = local_shape(parameter_name(path), dims, leaf.shape, sizes, zero)
         spec = spec_of(dims, zero, whole_dims(dims, leaf.shape, sizes["tensor"]))
-        rows.append(Row(name, dims, leaf.shape, spec, local, 4 * math.prod(local)))
+        size = leaf.dtype.itemsize * math.prod(local)
+        rows.append(Row(name, dims, leaf.shape, spec, local, size))
     return rows

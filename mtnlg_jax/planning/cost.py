@@ -20,7 +20,9 @@ from mtnlg_jax.config import Config
 from mtnlg_jax.hardware import Chip, flops_per_token, layer_flops
 from mtnlg_jax.model.transformer import abstract_model
 from mtnlg_jax.parallel.mesh import AXES, plan_table
+from mtnlg_jax.planning import adapters
 from mtnlg_jax.planning.layout import POLICIES, Layout
+from mtnlg_jax.train import lora
 
 # Share of peak that products reach while a stage is busy: the one constant of the model. It comes
 # from MT-NLG on A100s: the paper's 60.1, 50.2 and 44.4 s a step on 2,240, 2,800 and 3,360 of them
@@ -152,6 +154,7 @@ class Job:
         self.flops = flops_per_token(model, self.sequence)
         self.params = abstract_model(model)[1]
         self.state = functools.cache(self._state)
+        self.adapters = functools.cache(self._adapters)
         self.room = MEMORY_SHARE * chip.memory if chip else math.inf
 
     def _state(self, pipe: int, data: int, tensor: int) -> tuple[int, int, int]:
@@ -175,6 +178,10 @@ class Job:
             if not (muon and matrix):
                 second += numbers
         return blocks, rest, second
+
+    def _adapters(self, pipe: int, data: int, tensor: int) -> adapters.Adapters:
+        size = padded_size if self.chip and self.chip.tpu else math.prod
+        return adapters.adapters_of(self.config, pipe, data, tensor, size)
 
     @property
     def _known_chip(self) -> Chip:
@@ -242,11 +249,18 @@ class Job:
             layer += 2 * self.item * tokens * context * model.kv_heads * model.head_width / tensor
         chunk = min(self.config.train.loss_chunk, tokens)
         head = model.vocabulary / tensor * (10 * chunk + 4 * model.hidden_size)
-        return {
+        parameters = {
             "masters": 4 * (blocks + rest),
             "moments": 4 * (blocks + rest + second),
             "weights": weights,
             "gradients": gradients,
+        }
+        if lora.used(self.config):
+            held = self.adapters(pipe, data if layout.zero else 1, tensor)
+            parameters = adapters.memory(
+                self.config, held, layers, all_blocks, all_rest, self.item, layout.zero
+            )
+        return parameters | {
             "stage inputs": inputs,
             "layers": kept + layer,
             "logits": head,

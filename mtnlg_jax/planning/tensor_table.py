@@ -3,11 +3,11 @@
 import dataclasses
 
 from mtnlg_jax.config import Config, validate
-from mtnlg_jax.model.transformer import abstract_model
 from mtnlg_jax.parallel.mesh import mesh_shape, plan_table
 from mtnlg_jax.planning.cost import Job
 from mtnlg_jax.planning.layout import layout_of
 from mtnlg_jax.planning.text import columns
+from mtnlg_jax.train import lora, quantized_base
 
 
 def tensor_table(config: Config, devices: int | None = None) -> str:
@@ -21,7 +21,7 @@ def tensor_table(config: Config, devices: int | None = None) -> str:
     sizes = mesh_shape(mesh, devices or replica * max(mesh.data, 1))
     config = dataclasses.replace(config, mesh=dataclasses.replace(mesh, data=sizes["data"]))
     validate(config)
-    rows = plan_table(abstract_model(config.model)[1], sizes, mesh.zero)
+    rows = plan_table(lora.abstract_parameters(config), sizes, mesh.zero)
     layout = layout_of(config)
     memory = Job(config, None).memory(layout)
 
@@ -40,7 +40,7 @@ def tensor_table(config: Config, devices: int | None = None) -> str:
         [
             ("tensor", "dims", "shape", "split over", "bytes a device"),
             *cells,
-            ("all, float32", "", "", "", f"{sum(row.bytes for row in rows):,}"),
+            (f"all, {_types(config)}", "", "", "", f"{sum(row.bytes for row in rows):,}"),
         ],
         left=4,
     )
@@ -50,7 +50,15 @@ def tensor_table(config: Config, devices: int | None = None) -> str:
         f"{replica * sizes['data']:,} devices, zero {mesh.zero}\n\n"
         f"{table}\n\n"
         f"GiB a device in a step: {parts}; together {sum(memory.values()) / 2**30:.1f}\n"
-        "masters, moments and gradients are float32, weights "
+        f"{_trained(config)}, moments and gradients are float32, weights "
         f"{config.train.compute_dtype}; recompute {config.train.recompute}, micro-batches of "
         f"{layout.micro_batch_size}"
     )
+
+
+def _trained(config: Config) -> str:
+    return "adapters" if lora.used(config) else "masters"
+
+
+def _types(config: Config) -> str:
+    return f"float32 and {config.optimizer.lora_base}" if quantized_base.used(config) else "float32"

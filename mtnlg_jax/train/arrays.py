@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -64,6 +65,24 @@ class StoredArrays:
 
         spec = {"driver": "zarr", "kvstore": self._store | {"path": f"{name}/"}}
         return ts.open(spec, open=True, read=True, context=self._context).result()
+
+
+class Held:
+    """Parameters in memory, by the interface of `StoredArrays`."""
+
+    def __init__(self, params: Any) -> None:
+        leaves = jax.tree_util.tree_leaves_with_path(params)
+        self._arrays = {
+            jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): leaf
+            for path, leaf in leaves
+        }
+
+    def read(self, name: str, index: int | None = None) -> np.ndarray:
+        array = np.asarray(self._arrays[name])
+        return array if index is None else array[index]
+
+    def blocks(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
+        yield 0, self.read(name)
 
 
 def check_finite(array: np.ndarray, name: str, source: str) -> None:

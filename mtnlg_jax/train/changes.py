@@ -59,6 +59,7 @@ IDENTITY = (
         "optimizer.lora_rank",
         "optimizer.lora_alpha",
         "optimizer.lora_targets",
+        "optimizer.lora_base",
     }
 ) - _TRAINING_OF_MOE
 

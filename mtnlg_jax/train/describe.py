@@ -1,6 +1,7 @@
 """Describe a run: in text at its start, and in files in its folder."""
 
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -12,7 +13,9 @@ import jax
 from jax.sharding import Mesh
 
 from mtnlg_jax.config import Config, to_json
+from mtnlg_jax.parallel.mesh import plan_table
 from mtnlg_jax.storage import write_file
+from mtnlg_jax.train import lora
 from mtnlg_jax.train.metrics import environment
 from mtnlg_jax.train.schedule import samples_at_end
 
@@ -69,6 +72,7 @@ def at_start(
         f"  model   {model.parameter_count():,} parameters: {model.num_layers} layers, "
         f"width {model.hidden_size}, {model.num_attention_heads} heads, "
         f"vocabulary {model.vocab_size:,}",
+        *_adapters(config, mesh),
         f"  mesh    {axes}, zero {config.mesh.zero}: {devices}",
         f"  tokens  {batch} x {length} = {batch * length:,} a step{ramp}; "
         f"{total:,} by the end{epochs}",
@@ -79,6 +83,26 @@ def at_start(
     if first < train.steps:
         lines.append("compiling the first step ...")
     return "\n".join(lines)
+
+
+def _adapters(config: Config, mesh: Mesh) -> list[str]:
+    """Return the line of low-rank adapters, if there are any, with the memory of the base."""
+    if not lora.used(config):
+        return []
+    optimizer = config.optimizer
+    rows = plan_table(lora.abstract_parameters(config), dict(mesh.shape), config.mesh.zero)
+    base = sum(row.bytes for row in rows if not row.path.startswith("lora."))
+    trained = sum(math.prod(row.shape) for row in rows if row.path.startswith("lora."))
+    plain = plan_table(
+        lora.abstract_parameters(lora.without(config)), dict(mesh.shape), config.mesh.zero
+    )
+    whole = sum(row.bytes for row in plain)
+    compared = "" if base == whole else f" (float32: {whole / 2**20:,.1f})"
+    return [
+        f"  adapt   {trained:,} parameters: rank {optimizer.lora_rank} of "
+        f"{', '.join(optimizer.lora_targets)}; the {optimizer.lora_base} base takes "
+        f"{base / 2**20:,.1f} MiB a device{compared}"
+    ]
 
 
 def _beginning(config: Config, first: int, restored: bool) -> str:

@@ -21,6 +21,7 @@ from mtnlg_jax.model.head import Head
 from mtnlg_jax.model.hooks import Hooks
 from mtnlg_jax.model.params import join_params, split_params
 from mtnlg_jax.model.transformer import abstract_model
+from mtnlg_jax.train import lora
 from mtnlg_jax.train.weights import make_weights
 
 
@@ -43,7 +44,7 @@ class Teacher:
         self._graph = abstract_model(given.model)[0]
         self._causal = causal
         # The same ZeRO stage as the student's. The reduce type of gradients does not matter here.
-        self._weights = make_weights(config)
+        self._weights = make_weights(lora.without(config))
         self._params = split_params(self._weights.at_start(params))
         self._hooks = Hooks(
             prepare=self._weights.of_layer,

@@ -19,7 +19,6 @@ from jax.sharding import PartitionSpec as P
 from mtnlg_jax.config import Config
 from mtnlg_jax.data.batches import HeldOut
 from mtnlg_jax.model.params import split_params
-from mtnlg_jax.model.transformer import abstract_model
 from mtnlg_jax.parallel.collectives import axis_index, axis_size, vary
 from mtnlg_jax.parallel.mesh import specs_of
 from mtnlg_jax.parallel.pipeline import circular, to_rounds
@@ -67,7 +66,7 @@ class Evaluator:
         """
         result: dict[str, float] = {}
         # Once for all batches and objectives.
-        params = lora.merge(params, self.config)
+        params = lora.computed(params, self.config)
         for name in self.objectives if len(self.held_out) else ():
             total = 0.0
             weight = 0.0
@@ -209,6 +208,6 @@ def make_eval(config: Config, mesh: Mesh, causal: bool) -> Callable:
         return sums(losses, batch)
 
     function = pipelined_evaluate if mesh.shape["pipe"] > 1 else evaluate
-    abstract = abstract_model(config.model)[1]
+    abstract = lora.abstract_computed(config)
     specs = specs_of(abstract, config.mesh.zero, mesh.shape["tensor"])
     return jax.jit(over_mesh(function, mesh, (specs, batch_specs()), (P(), P())))

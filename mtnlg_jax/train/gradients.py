@@ -42,7 +42,8 @@ def make_loss_and_gradients(
     """Return (params, batch, micro_batches, key) -> (mean loss, gradients) over the whole mesh.
 
     ``params`` are a plain model's, and gradients have their structure. With optimizer.lora_rank
-    they are only those of the adapted matrices (`lora.make_targets`). With a ``distillation`` the
+    they are only those of the adapted matrices, or of the adapters of a quantized base
+    (`lora.make_targets`). With a ``distillation`` the
     teacher's parameters are one more argument, the last.
     """
     zero = config.mesh.zero
@@ -106,7 +107,7 @@ def make_loss_and_gradients(
         (blocks,) = to_natural(gradients.blocks)
         return loss, targets(join_params(gradients._replace(blocks=blocks)))
 
-    abstract = abstract_model(config.model)[1]
+    abstract = lora.abstract_computed(config)
     in_specs = [specs_of(abstract, zero, tensor), batch_specs(), P(), P()]
     if distillation is not None:
         in_specs.append(specs_of(abstract_model(distillation.model)[1], zero, tensor))

@@ -12,8 +12,9 @@ from mtnlg_jax.config import Config, ModelConfig, StageConfig, TrainConfig, from
 from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mtnlg_jax.model.transformer import abstract_model
 from mtnlg_jax.parallel.mesh import AXES, plan_table
-from mtnlg_jax.train import lora
-from mtnlg_jax.train.checkpoint import load_run
+from mtnlg_jax.train import lora, quantized_base
+from mtnlg_jax.train.adapted_arrays import stored_arrays
+from mtnlg_jax.train.checkpoint import find_run, load_run
 from mtnlg_jax.train.distill import Distillation
 
 # {index of a stage: (settings of its loss, the teacher's parameters, the teacher's step)}
@@ -71,7 +72,19 @@ def load_start(config: Config, mesh: Mesh) -> nnx.State | None:
     """Return the best parameters of train.init, on ``mesh``; None where the run starts afresh."""
     if not config.train.init:
         return None
+    if quantized_base.used(config):
+        # Quantized parameter by parameter: the model in float32 need not fit the devices.
+        return quantized_base.read_base(config, _stored(config.train.init), mesh)
     return load_run(config.train.init, "best", mesh, config.mesh.zero).params
+
+
+def _stored(folder: str) -> Any:
+    """Return the best parameters of the run or model in ``folder``, to be read one at a time."""
+    reader = foreign.reader_of(folder)
+    if reader is not None:
+        return reader.open(folder)[1]
+
+    return find_run(folder, "best", stored_arrays).params
 
 
 def load_teachers(config: Config, mesh: Mesh) -> Teachers:
@@ -128,6 +141,9 @@ def identity_of(config: Config, teachers: Teachers) -> dict[str, dict]:
             "alpha": optimizer.lora_alpha,
             "targets": sorted(optimizer.lora_targets),
         }
+        # Runs of earlier versions do not record it.
+        if quantized_base.used(config):
+            found["lora"]["base"] = optimizer.lora_base
     if teachers:
         found["teacher"] = {
             f"stage {number}": f"checkpoint {step}" for number, (_, _, step) in teachers.items()

@@ -10,7 +10,8 @@ parameter.
 
 The step adds A B to each device's part of the float32 masters. So the loss is always computed with
 a plain model, the one that decoding loads afterwards. The price: gradients of the adapted matrices
-exist during a step. Moments exist for A and B alone.
+exist during a step. Moments exist for A and B alone. A base in fewer bits (`quantized_base`) is
+merged a layer at a time instead, inside the step.
 """
 
 # Shapes: L layers, R low rank, and in names of parameters D width, F MLP width, N query heads,
@@ -28,9 +29,11 @@ from flax import nnx
 
 from mtnlg_jax.config import Config, OptimizerConfig
 from mtnlg_jax.model.transformer import abstract_model
-from mtnlg_jax.parallel.mesh import dims_of, parameter_name
+from mtnlg_jax.parallel.mesh import parameter_name
+from mtnlg_jax.train import quantized_base
 
-_OFF = {key: getattr(OptimizerConfig(), key) for key in ("lora_rank", "lora_alpha", "lora_targets")}
+_KEYS = ("lora_rank", "lora_alpha", "lora_targets", "lora_base")
+_OFF = {key: getattr(OptimizerConfig(), key) for key in _KEYS}
 
 
 def used(config: Config) -> bool:
@@ -58,6 +61,9 @@ def make_mappings(config: Config) -> tuple[Callable, Callable]:
         return _identity, _identity
 
     def to_model(params):
+        if quantized_base.used(config):
+            # The loss is differentiated by the factors themselves.
+            return computed(params, config), lambda gradients: gradients
         base, adapters = split(params)
         targets = _target_matrices(base, config)
         # The loss is differentiated by the merged matrices. This transpose turns their gradients
@@ -85,7 +91,20 @@ def make_targets(config: Config) -> tuple[Callable, Callable]:
     """
     if not used(config):
         return lambda params: params, lambda params, targets: targets
+    if quantized_base.used(config):
+        return _factors_of, _with_factors
     return functools.partial(_target_matrices, config=config), _with_matrices
+
+
+def _factors_of(params: Any) -> dict[str, dict[str, Any]]:
+    """Return the factors among the blocks of `computed`."""
+    return {"blocks": params.raw_mapping["blocks"]["lora"]}
+
+
+def _with_factors(params: Any, factors: dict[str, dict[str, Any]]) -> Any:
+    mapping = params.raw_mapping
+    blocks = {**mapping["blocks"], "lora": factors["blocks"]}
+    return type(params)({**mapping, "blocks": blocks})
 
 
 def _target_matrices(params: Any, config: Config) -> dict[str, dict[str, Any]]:
@@ -94,7 +113,7 @@ def _target_matrices(params: Any, config: Config) -> dict[str, dict[str, Any]]:
     names = {parameter_name(path): leaf for path, leaf in leaves}
     # Below "blocks", as in a model, so that `dims_of` sees the leading L.
     targets = config.optimizer.lora_targets
-    return {"blocks": {name: leaf for name, leaf in names.items() if _target(name) in targets}}
+    return {"blocks": {name: leaf for name, leaf in names.items() if target_of(name) in targets}}
 
 
 def _with_matrices(params: Any, matrices: dict[str, dict[str, Any]]) -> Any:
@@ -104,7 +123,7 @@ def _with_matrices(params: Any, matrices: dict[str, dict[str, Any]]) -> Any:
     )
 
 
-def _target(name: str) -> str | None:
+def target_of(name: str) -> str | None:
     """Return "q" for w_q_DNH, None for a parameter that is not a matrix of a block."""
     # Biases (b_q_NH) and norms (scale_D) have no low-rank form.
     return name.split("_")[1] if name.startswith("w_") else None
@@ -112,23 +131,30 @@ def _target(name: str) -> str | None:
 
 def _adapted(matrices: dict, adapters: dict, config: Config) -> dict:
     """Return W + alpha / r x A B for the matrices W, in float32."""
-    scale = config.optimizer.lora_alpha / config.optimizer.lora_rank
     factors = adapters["blocks"]
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: adapt(config, parameter_name(path), leaf, factors, "L"), matrices
+    )
 
-    def one(path, leaf):
-        first, second = _names(parameter_name(path))
-        # R is the only letter that both factors share besides L, so the einsum sums over it alone.
-        dims = ["L" + name.rsplit("_", 1)[1] for name in (first, second)]
-        # By default TPUs would round the factors to bfloat16 before the product.
-        product = jnp.einsum(
-            f"{dims[0]},{dims[1]}->{dims_of(path)}",
-            factors[first],
-            factors[second],
-            precision=jax.lax.Precision.HIGHEST,
-        )
-        return leaf + scale * product
 
-    return jax.tree_util.tree_map_with_path(one, matrices)
+def adapt(
+    config: Config, name: str, matrix: jax.Array, factors: dict, stacked: str = ""
+) -> jax.Array:
+    """Return ``matrix`` + alpha / r x A B if there are factors of ``name``, for all layers if
+    ``stacked`` is L."""
+    first, second = factor_names(name)
+    if first not in factors:
+        return matrix
+    # R is the only letter that both factors share besides L, so the einsum sums over it alone.
+    dims = [stacked + each.rsplit("_", 1)[1] for each in (first, second, name)]
+    # By default TPUs would round the factors to bfloat16 before the product.
+    product = jnp.einsum(
+        f"{dims[0]},{dims[1]}->{dims[2]}",
+        factors[first],
+        factors[second],
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    return matrix + config.optimizer.lora_alpha / config.optimizer.lora_rank * product
 
 
 # --- the adapters of a state
@@ -170,13 +196,13 @@ def with_new_adapters(params: nnx.State, config: Config, shardings: dict | None)
 
     def make():
         # The number decides the draw: with other targets a matrix gets other adapters.
-        leaves = enumerate(_abstract(config)["blocks"].items())
+        leaves = enumerate(abstract_adapters(config)["blocks"].items())
         return {"blocks": {name: one(number, name, leaf.shape) for number, (name, leaf) in leaves}}
 
     return joined(params, jax.jit(make, out_shardings=shardings)())
 
 
-def _names(name: str) -> tuple[str, str]:
+def factor_names(name: str) -> tuple[str, str]:
     """Return the names of the factors: lora_a_q_DR and lora_b_q_RNH for w_q_DNH."""
     _, target, dims = name.split("_")
     # The inputs of a matrix are D alone (DNH, DF), or all dims before D (NHD, FD).
@@ -184,14 +210,20 @@ def _names(name: str) -> tuple[str, str]:
     return f"lora_a_{target}_{inputs}R", f"lora_b_{target}_R{outputs}"
 
 
-def _abstract(config: Config) -> dict:
+def outputs_of(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the outputs' part of the ``shape`` of one layer of a matrix: (N, H) for w_q_DNH."""
+    dims = name.rsplit("_", 1)[1]
+    return shape[1:] if dims[0] == "D" else shape[-1:]
+
+
+def abstract_adapters(config: Config) -> dict:
     """Return the adapters as ShapeDtypeStructs."""
     matrices = _target_matrices(abstract_model(config.model)[1], config)["blocks"]
     sizes = {"R": config.optimizer.lora_rank}
     for name, leaf in matrices.items():
         # Names hold the dims, so sizes by letter follow from the matrices themselves.
         sizes |= dict(zip("L" + name.split("_")[2], leaf.shape, strict=True))
-    names = [factor for name in matrices for factor in _names(name)]
+    names = [factor for name in matrices for factor in factor_names(name)]
 
     def one(name):
         shape = tuple(sizes[dim] for dim in "L" + name.rsplit("_", 1)[1])
@@ -202,13 +234,44 @@ def _abstract(config: Config) -> dict:
 
 def abstract_parameters(config: Config) -> nnx.State:
     """Return ``state.params`` as ShapeDtypeStructs: the model, and its adapters under ``lora``."""
-    params = abstract_model(config.model)[1]
-    return joined(params, _abstract(config)) if used(config) else params
+    if not used(config):
+        return abstract_model(config.model)[1]
+    quantized = quantized_base.used(config)
+    base = quantized_base.abstract_base(config) if quantized else abstract_model(config.model)[1]
+    return joined(base, abstract_adapters(config))
+
+
+def abstract_targets(config: Config) -> dict:
+    """Return the adapted matrices as ShapeDtypeStructs."""
+    return _target_matrices(abstract_model(config.model)[1], config)
+
+
+def computed(params: nnx.State, config: Config) -> nnx.State:
+    """Return, for ``state.params``, the parameters with which a loss is computed: a plain model's,
+    or with a quantized base what `weights.make_weights` makes them of, layer by layer."""
+    if quantized_base.used(config):
+        return quantized_base.for_loss(*split(params))
+    return merge(params, config)
+
+
+def abstract_computed(config: Config) -> nnx.State:
+    """Return `computed` as ShapeDtypeStructs."""
+    if quantized_base.used(config):
+        return quantized_base.for_loss(*split(abstract_parameters(config)))
+    return abstract_model(config.model)[1]
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _merged(params: nnx.State, config: Config) -> nnx.State:
-    return make_mappings(config)[0](params)[0]
+    if not quantized_base.used(config):
+        return make_mappings(config)[0](params)[0]
+    whole = computed(params, config).raw_mapping
+
+    def adapted(name, matrix, factors):
+        return adapt(config, name, matrix, factors, "L")
+
+    blocks = quantized_base.assemble(config, whole["blocks"], adapted, stacked=True)
+    return type(params)({**whole, "blocks": blocks.raw_mapping})
 
 
 def merge(params: nnx.State, config: Config) -> nnx.State:

@@ -11,14 +11,17 @@ from jax.sharding import Mesh
 from mtnlg_jax.config import Config
 from mtnlg_jax.model.transformer import init_parameters
 from mtnlg_jax.parallel.mesh import shardings_of
-from mtnlg_jax.train import lora
+from mtnlg_jax.train import lora, quantized_base
+from mtnlg_jax.train.arrays import Held
 from mtnlg_jax.train.optimizer import make_optimizer
 
 
 class TrainState(NamedTuple):
     """Everything that a step reads and replaces."""
 
-    params: nnx.State  # float32 masters; with optimizer.lora_rank also the adapters, under "lora"
+    # float32 masters; with optimizer.lora_rank also the adapters, under "lora", and with lora_base
+    # the matrices under "quantized"
+    params: nnx.State
     opt_state: Any  # moments of the trained parameters, float32
     step: jax.Array  # int32; steps done, the non-finite ones included
     samples: jax.Array  # int32; sequences read, the clock of the ramp and of the learning rate
@@ -36,12 +39,20 @@ def init_state(config: Config, mesh: Mesh, params: nnx.State | None = None) -> T
     base, adapters = lora.split(shardings.params)
     if params is None:
         # Drawn into their shards: the model need not fit one device.
-        params = init_parameters(config.model, config.train.seed, base)
+        params = _initial(config, mesh, base)
     params = lora.with_new_adapters(params, config, adapters)
     # The parameters may fill the devices: they are left out of this program, not copied by it.
     make_rest = functools.partial(_rest, config)
     rest = jax.jit(make_rest, out_shardings=shardings._replace(params=nnx.State({})))(params)
     return rest._replace(params=params)
+
+
+def _initial(config: Config, mesh: Mesh, shardings: Any) -> nnx.State:
+    """Return new parameters, of which a quantized base has the matrices in fewer bits."""
+    if quantized_base.used(config):
+        params = init_parameters(config.model, config.train.seed)
+        return quantized_base.read_base(config, Held(params), mesh)
+    return init_parameters(config.model, config.train.seed, shardings)
 
 
 def _rest(config: Config, params: nnx.State) -> TrainState:

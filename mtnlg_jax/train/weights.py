@@ -4,10 +4,13 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from mtnlg_jax.config import Config
-from mtnlg_jax.parallel.collectives import gather_weights
+from mtnlg_jax.model.params import Params, join_params, split_params
+from mtnlg_jax.parallel.collectives import gather_unchanged, gather_weights
+from mtnlg_jax.train import lora, quantized_base
 
 
 class Weights(NamedTuple):
@@ -31,6 +34,8 @@ def make_weights(config: Config) -> Weights:
         zero=config.mesh.zero,
         reduce_dtype=jnp.dtype(config.train.reduce_dtype),
     )
+    if quantized_base.used(config):
+        return _of_quantized_base(config, gather)
     # Compute weights of all layers must fit beside the masters. They are gathered once and used by
     # every micro-batch.
     if config.mesh.zero < 3:
@@ -42,6 +47,33 @@ def make_weights(config: Config) -> Weights:
 
     # ZeRO-3 holds one gathered layer at a time and pays with a gather for each use, forward and
     # backward.
+    return Weights(_unchanged, gather, of_layer, scattered=True)
+
+
+def _of_quantized_base(config: Config, gather: Callable[[Any], Any]) -> Weights:
+    """Return the gathers for a base in fewer bits: a layer is dequantized where it is applied."""
+    dtype = jnp.dtype(config.train.compute_dtype)
+    zero = config.mesh.zero
+
+    def at_start(params):
+        rest, blocks = split_params(params)
+        return join_params(Params(gather(rest), blocks))
+
+    def of_layer(layer):
+        mapping = dict(layer.raw_mapping)
+        # The name of the parent tells the plan that these parameters have a leading L.
+        codes = gather_unchanged({"blocks": mapping.pop(quantized_base.KEY)}, zero)["blocks"]
+        factors = gather({"blocks": mapping.pop("lora")}, dtype=jnp.float32)["blocks"]
+        plain = gather({"blocks": mapping})["blocks"]
+        whole = {**plain, quantized_base.KEY: codes, "lora": factors}
+        adapt = functools.partial(lora.adapt, config)
+        return jax.tree.map(
+            lambda leaf: leaf.astype(dtype),
+            quantized_base.assemble(config, whole, adapt, stacked=False),
+        )
+
+    if zero < 3:
+        return Weights(at_start, _unchanged, of_layer, scattered=True)
     return Weights(_unchanged, gather, of_layer, scattered=True)
 
 

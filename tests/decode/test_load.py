@@ -104,7 +104,7 @@ def test_adapters_of_a_run_are_merged(learned, tokenizer, tmp_path):
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, init="elsewhere"))
     rng = np.random.default_rng(0)
     adapters = jax.tree.map(
-        lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape), x.dtype), lora._abstract(config)
+        lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape), x.dtype), lora.abstract_adapters(config)
     )
     folder = _save(tmp_path, config, lora.joined(learned.params, adapters), tokenizer)
     run, found = load_decoder(folder)

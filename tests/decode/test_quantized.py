@@ -11,6 +11,7 @@ from mtnlg_jax.config import DecodeConfig
 from mtnlg_jax.decode import cache, quantized
 from mtnlg_jax.decode.generate import generate
 from mtnlg_jax.decode.rank import rank
+from mtnlg_jax.model.quantize import quantize
 
 PROMPTS = [[40], [50, 60, 70, 50, 60], list(range(30, 61))]
 SETTINGS = DecodeConfig(max_new_tokens=20, min_new_tokens=20)
@@ -20,7 +21,7 @@ def test_rounding_is_symmetric_and_at_most_half_a_step():
     x = np.random.default_rng(0).normal(size=(5, 40)).astype(np.float32)
     x[2] = 0
     x[3, 7] = -9
-    number, scale = map(np.asarray, quantized.quantize(x, 1))
+    number, scale = map(np.asarray, quantize(x, 1))
     assert (
         number.dtype == np.int8
         and number.min() == -127

@@ -23,6 +23,8 @@ from mtnlg_jax.config import (
 from mtnlg_jax.data.batches import Packed
 from mtnlg_jax.data.prepare import prepare
 from mtnlg_jax.data.store.sources import open_tokens
+from mtnlg_jax.decode.cache import unstack
+from mtnlg_jax.decode.load import load_decoder
 from mtnlg_jax.interop import registry
 from mtnlg_jax.model.transformer import abstract_model, init_parameters
 from mtnlg_jax.parallel.mesh import make_mesh
@@ -254,6 +256,44 @@ def test_a_stage_learns_from_a_teacher_and_weight_0_is_a_plain_run(folder, tmp_p
     assert first[0] == second[0] and first[1] != second[1]
     saved = load_run(tmp_path / "half").meta["identity"]
     assert saved["teacher"] == {"stage 1": "checkpoint 2"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["int8", "nf4"])
+def test_a_run_of_a_quantized_base_resumes_and_decodes(folder, tmp_path, base):
+    model = dataclasses.replace(MODEL, hidden_size=128, ffn_hidden_size=128)
+    if not (folder / "wide").exists():
+        train(config_of(folder, "plain", steps=8, model=model), folder / "wide")
+
+    def of(kind, targets=LOW_RANK.lora_targets):
+        optimizer = dataclasses.replace(LOW_RANK, lora_base=kind, lora_targets=targets)
+        init = str(folder / "wide")
+        return config_of(folder, init=init, model=model, optimizer=optimizer, eval_every=0)
+
+    config = of(base)
+    train(config, tmp_path / "whole")
+    assert train(config, tmp_path / "parts", stop_before=3) is None
+    # The checkpoint holds the quantized base, so the run that it came from may be gone.
+    (folder / "wide").rename(folder / "gone")
+    train(config, tmp_path / "parts")
+    (folder / "gone").rename(folder / "wide")
+    assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole")
+    ours = load_run(tmp_path / "parts", "last")
+    assert_equal_trees(ours.params, load_run(tmp_path / "whole", "last").params)
+    train(of("float"), tmp_path / "float")
+    got, wanted = (
+        [
+            record["loss"]
+            for record in read_metrics(tmp_path / name / "metrics.jsonl")
+            if record["kind"] == "train"
+        ]
+        for name in ("whole", "float")
+    )
+    assert got != wanted and np.allclose(got, wanted, rtol=0.02)
+    _, decoder = load_decoder(tmp_path / "parts", "last")
+    assert_equal_trees(decoder.params, unstack(ours.config.model, ours.params).params)
+    with pytest.raises(ValueError, match="lora: .*base|lora.base"):
+        train(of("float"), tmp_path / "parts")
 
 
 # --- invalid configs

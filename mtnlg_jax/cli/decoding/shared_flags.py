@@ -10,6 +10,10 @@ with command.flag_group("Model"):
         "dtype", "float32", ["float32", "bfloat16"], "type of the products and the cache"
     )
 
+    ADAPTER = command.define_path(
+        "adapter", None, "folder of a PEFT adapter to merge into the model at --workdir"
+    )
+
 with command.flag_group("Output"):
     JSON = flags.DEFINE_bool("json", False, "print one JSON object")
 

@@ -1,0 +1,78 @@
+"""Memory of a step that trains low-rank adapters."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+from mtnlg_jax.config import Config
+from mtnlg_jax.parallel.mesh import plan_table
+from mtnlg_jax.train import lora, quantized_base
+
+
+class Adapters(NamedTuple):
+    """What a device holds of a run with low-rank adapters."""
+
+    base: int  # bytes of the frozen parameters
+    factors: int  # numbers of A and B
+    targets: int  # numbers of the adapted matrices
+    whole: int  # the same with D whole
+
+
+def adapters_of(
+    config: Config, pipe: int, data: int, tensor: int, size: Callable[[tuple[int, ...]], int]
+) -> Adapters:
+    """Return what a device holds on a mesh; ``size`` counts the numbers stored for a shape."""
+
+    def rows(tree, data):
+        return plan_table(tree, dict(pipe=pipe, data=data, context=1, tensor=tensor))
+
+    params = rows(lora.abstract_parameters(config), data)
+    base = 0
+    factors = 0
+    for row in params:
+        numbers = size(row.local)
+        if row.path.startswith("lora."):
+            factors += numbers
+        else:
+            base += numbers * row.bytes // math.prod(row.local)
+    targets, whole = (
+        sum(size(row.local) for row in rows(lora.abstract_targets(config), split))
+        for split in (data, 1)
+    )
+    return Adapters(base, factors, targets, whole)
+
+
+def memory(
+    config: Config,
+    held: Adapters,
+    layers: int,
+    all_blocks: int,
+    all_rest: int,
+    item: int,
+    zero: int,
+) -> dict[str, float]:
+    """Return the bytes of parameters and gradients of a device, by content.
+
+    ``layers`` of a stage have ``all_blocks`` numbers with D whole, and the other parameters
+    ``all_rest``; compute weights have ``item`` bytes each.
+    """
+    held_factors = {
+        "base": held.base,
+        "adapters": 4 * held.factors,
+        "moments": 8 * held.factors,
+    }
+    layer = all_blocks / layers
+    if quantized_base.used(config):
+        # A layer in float32, the sum with A B, and two layers of compute weights.
+        weights = 8 * layer + item * (2 * layer + all_rest)
+        gradients = 8 * held.factors + (4 + item) * held.whole / layers
+        return held_factors | {"weights": weights, "gradients": gradients}
+    merged = 4 * held.targets
+    if zero == 3:
+        weights = item * (2 * layer + all_rest)
+        gradients = 4 * (held.targets + 2 * held.whole / layers)
+    else:
+        weights = item * (all_blocks + all_rest)
+        gradients = (4 + item) * held.whole + 4 * held.targets * bool(zero)
+    gradients += 4 * held.factors
+    return held_factors | {"merged": merged, "weights": weights, "gradients": gradients}
