@@ -77,8 +77,8 @@ def test_the_memory_of_a_quantized_base_is_described():
     model = dataclasses.replace(CONFIG.model, hidden_size=256)
     optimizer = OptimizerConfig(lora_rank=4, lora_base="nf4")
     text = said(dataclasses.replace(changed(init="/a b"), model=model, optimizer=optimizer))
-    # 2 layers of 12 x 256 x 256 weights with 4.5 bits, over 8 devices; tables and vectors float32.
-    assert "rank 4 of q, v; the nf4 base takes 0.2 MiB a device (float32: 0.9)" in text
+    # 2 x 12 x 256 x 256 weights with 4.5 bits over 8 devices; the rest is float32.
+    assert "rank 4 of q, v; the nf4 base takes 0.2 MiB a device (float32: 0.8)" in text
     assert "adapt " not in said()
 
 
