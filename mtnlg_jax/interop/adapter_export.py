@@ -147,7 +147,7 @@ def _factor_names(ours: str, factors: dict) -> tuple[str, str] | None:
 def _pair(interchange: Interchange, theirs: str, names: list, factors: dict) -> Pair:
     tensor, (layer,), _ = interchange.table[theirs]
     firsts: list[np.ndarray] = []
-    places = []  # of each part among them
+    places: list[int | None] = []  # of each part among them
     for pair in names:
         if pair is None:
             places.append(None)
@@ -163,7 +163,7 @@ def _pair(interchange: Interchange, theirs: str, names: list, factors: dict) -> 
     for ours, pair, place in zip(tensor.ours, names, places, strict=True):
         outputs = lora.outputs_of(ours.rpartition(".")[2], interchange.shapes[ours][1:])
         part = np.zeros((rank * len(firsts), *outputs), np.float32)
-        if pair is not None:
+        if pair is not None and place is not None:
             part[place * rank : (place + 1) * rank] = factors[pair[1]][layer]
         parts.append(part)
     return Pair(np.concatenate(firsts), interchange.joined_factors(theirs, parts))

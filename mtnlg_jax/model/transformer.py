@@ -168,8 +168,8 @@ class Transformer(nnx.Module):
                 **options,
             )
 
-        def layer(spec, x_BSD, numbered):
-            number, params = numbered
+        def layer(spec, at, x_BSD, numbered):
+            number, params = jax.tree.map(lambda a: a[at], numbered)
             block = nnx.merge(graph, hooks.prepare(params))
 
             def drop(x_BSD, half):
@@ -184,11 +184,11 @@ class Transformer(nnx.Module):
                 # XLA cannot merge the body of a scan with that of its backward pass, so the
                 # barriers of prevent_cse are not needed there.
                 one = jax.checkpoint(
-                    functools.partial(layer, spec),
+                    functools.partial(layer, spec, at),
                     policy=RECOMPUTE[hooks.recompute],
                     prevent_cse=not in_scan,
                 )
-                x_BSD = one(x_BSD, jax.tree.map(lambda a, at=at: a[at], numbered))
+                x_BSD = one(x_BSD, numbered)
             return x_BSD
 
         # The scan runs whole periods of the pattern; what is left is unrolled.

@@ -256,9 +256,9 @@ class Job:
             "gradients": gradients,
         }
         if lora.used(self.config):
-            held = self.adapters(pipe, data if layout.zero else 1, tensor)
+            of_run = self.adapters(pipe, data if layout.zero else 1, tensor)
             parameters = adapters.memory(
-                self.config, held, layers, all_blocks, all_rest, self.item, layout.zero
+                self.config, of_run, layers, all_blocks, all_rest, self.item, layout.zero
             )
         return parameters | {
             "stage inputs": inputs,

@@ -50,7 +50,7 @@ def make_weights(config: Config) -> Weights:
     return Weights(_unchanged, gather, of_layer, scattered=True)
 
 
-def _of_quantized_base(config: Config, gather: Callable[[Any], Any]) -> Weights:
+def _of_quantized_base(config: Config, gather: Callable[..., Any]) -> Weights:
     """Return the gathers for a base in fewer bits: a layer is dequantized where it is applied."""
     dtype = jnp.dtype(config.train.compute_dtype)
     zero = config.mesh.zero

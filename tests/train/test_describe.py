@@ -10,7 +10,14 @@ import sys
 import jax
 import pytest
 
-from mtnlg_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
+from mtnlg_jax.config import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from mtnlg_jax.parallel.mesh import make_mesh
 from mtnlg_jax.train import describe
 
@@ -64,6 +71,15 @@ def test_a_start_describes_the_run(config, first, samples, words):
 def test_a_ramp_and_saves_at_the_end_are_described():
     text = said(changed(rampup_batch_size=(8, 8, 64), micro_batch_size=1, save_every=0))
     assert "2,048 a step (from 8 on)" in text and "checkpoints/ at the end" in text
+
+
+def test_the_memory_of_a_quantized_base_is_described():
+    model = dataclasses.replace(CONFIG.model, hidden_size=256)
+    optimizer = OptimizerConfig(lora_rank=4, lora_base="nf4")
+    text = said(dataclasses.replace(changed(init="/a b"), model=model, optimizer=optimizer))
+    # 2 x 12 x 256 x 256 weights with 4.5 bits over 8 devices; the rest is float32.
+    assert "rank 4 of q, v; the nf4 base takes 0.2 MiB a device (float32: 0.8)" in text
+    assert "adapt " not in said()
 
 
 def test_the_folder_records_every_start(tmp_path, monkeypatch):
