@@ -297,7 +297,7 @@ def _to_model(
         config |= {
             "bos_token_id": tokenizer.bos_id,
             "pad_token_id": tokenizer.pad_id,
-            "eos_token_id": tokenizer.eos_id if tokenizer.eos_id >= 0 else None,
+            "eos_token_id": _ends(tokenizer),
         }
         files, how = vocabulary.write_tokenizer(tokenizer, model.max_position_embeddings)
         for name, content in files.items():
@@ -353,13 +353,20 @@ def _generation(tokenizer, model: ModelConfig) -> dict:
     It suppresses special tokens and the padding of the vocabulary, which are never written here.
     """
     never = np.flatnonzero(~writable(tokenizer, model.vocabulary)).tolist()
-    end = tokenizer.eos_id if tokenizer.eos_id >= 0 else None
     return {
         "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": end,
+        "eos_token_id": _ends(tokenizer),
         "pad_token_id": tokenizer.pad_id,
         "suppress_tokens": never or None,
     }
+
+
+def _ends(tokenizer) -> int | list[int] | None:
+    """Return eos_token_id: one id, a list of several, or None where no token ends a text."""
+    if tokenizer.eos_id < 0:
+        return None
+    several = [index for index in tokenizer.eos_ids if index >= 0]
+    return several if len(several) > 1 else several[0]
 
 
 # --- both directions

@@ -186,6 +186,10 @@ def test_a_file_needs_nothing_beside_it(tmp_path):
     other = load_run(tmp_path / "run")
     assert other.tokenizer.fingerprint == run.tokenizer.fingerprint
     convert(tmp_path / "run", tmp_path / "back")
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "back" / name).read_text())["eos_token_id"] == [2, 5]
+    settings = json.loads((tmp_path / "back/tokenizer_config.json").read_text())
+    assert settings["chat_template"] == TEMPLATE
     assert Source(tmp_path / "back").settings().tokenizer.encode("the") == run.tokenizer.encode(
         "the"
     )

@@ -5,6 +5,7 @@ import json
 from typing import TYPE_CHECKING
 
 from mtnlg_jax.data.tokenizer.base import MANY_CHARACTERS, SPECIAL_IDS, Tokenizer, find_roles
+from mtnlg_jax.data.tokenizer.merge_order import in_merge_order
 from mtnlg_jax.storage import first_line
 
 if TYPE_CHECKING:
@@ -35,6 +36,15 @@ def piece_bytes(piece: str) -> bytes:
     """Return the bytes of a piece in GPT-2's alphabet; other characters are taken as UTF-8."""
     alphabet = byte_alphabet()
     return b"".join(alphabet.get(character) or character.encode() for character in piece)
+
+
+def byte_ranks(ids: dict[str, int], merged: dict[str, int]) -> dict[bytes, int]:
+    """Return the ids of single bytes and of merged tokens by their bytes, for tiktoken."""
+    alphabet = byte_alphabet()
+    ranks = {content: ids[character] for character, content in alphabet.items()}
+    for piece, index in merged.items():
+        ranks[b"".join(alphabet[character] for character in piece)] = index
+    return ranks
 
 
 def parse_vocabulary(vocabulary: bytes) -> dict[str, int]:
@@ -165,9 +175,7 @@ class ByteLevelBPETokenizer(Tokenizer):
 
         self._tokenizer = tokenizers.Tokenizer(model)
         self._tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        merged = {ids[left + right]: left + right for left, right in pairs}
-        self._merged = merged
-        self._in_order = list(merged) == sorted(merged) and len(merged) == len(pairs)
+        self._pairs = pairs
         self._characters = 0
 
     def _encode(self, texts: list[str], threads: int) -> list[list[int]]:
@@ -181,29 +189,18 @@ class ByteLevelBPETokenizer(Tokenizer):
 
     @functools.cached_property
     def _tiktoken(self) -> "tiktoken.Encoding | None":
-        """The same tokenizer, several times as fast, or None if its ids could differ.
-
-        tiktoken merges whatever spells a token, in the order of ids; `tokenizers` merges the pairs
-        of the list, in the order of the list. They agree if ids follow the order of the list and
-        each token, encoded alone, is itself. For the text between the ends of a token just before
-        its merge was made by earlier merges that crossed neither end, as in the token alone, so it
-        is the pair of the list.
-        """
+        """The same tokenizer, several times as fast, or None if its ids could differ."""
         import tiktoken
         import tokenizers
 
-        bare = tokenizers.Tokenizer(self._tokenizer.model)  # without splitting into words
-        encoded = bare.encode_batch_fast(list(self._merged.values()))
-        alone = all(
-            found.ids == [index] for found, index in zip(encoded, self._merged, strict=True)
-        )
-        if not (self._in_order and alone):
-            return None
-        alphabet = byte_alphabet()
         ids = json.loads(self._files["vocab.json"])
-        ranks = {content: ids[character] for character, content in alphabet.items()}
-        for index, piece in self._merged.items():
-            ranks[b"".join(alphabet[character] for character in piece)] = index
+        bare = tokenizers.Tokenizer(self._tokenizer.model)
+        merged = in_merge_order(bare, ids, self._pairs)
+        if merged is None:
+            return None
         return tiktoken.Encoding(
-            self.fingerprint, pat_str=_GPT2_WORDS, mergeable_ranks=ranks, special_tokens={}
+            self.fingerprint,
+            pat_str=_GPT2_WORDS,
+            mergeable_ranks=byte_ranks(ids, merged),
+            special_tokens={},
         )

@@ -13,6 +13,7 @@ from typing import Any
 
 from mtnlg_jax.data.tokenizer.byte_level import byte_alphabet
 from mtnlg_jax.data.tokenizer.gguf_header import read_header
+from mtnlg_jax.data.tokenizer.merge_order import GPT_4O, LLAMA_3, QWEN_2, TEKKEN
 
 _SPACE = "\u2581"
 # token_type of llama.cpp.
@@ -22,36 +23,19 @@ _USER_DEFINED = 4
 _UNUSED = 5
 _BYTE = 6
 
-_LLAMA_3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN_2 = _LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}")
-_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_ENDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-_TEKKEN = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
-    rf"|\p{{N}}{_REST}"
-)
-_GPT_4O = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENDS}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDS}"
-    rf"|\p{{N}}{{1,3}}{_REST}"
-)
 # ``pre`` -> (pattern, whether a word of the vocabulary is taken whole, whether texts are normalized
 # to NFC). None: GPT-2's pattern; "digits": each digit apart before that.
 _SPLITS: dict[str, tuple[str | None, bool, bool]] = {
     **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais"), (None, False, False)),
     **dict.fromkeys(("starcoder", "refact", "smollm", "codeshell"), ("digits", False, False)),
     **dict.fromkeys(
-        ("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral"), (_LLAMA_3, True, False)
+        ("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral"), (LLAMA_3, True, False)
     ),
-    **dict.fromkeys(("dbrx", "smaug-bpe"), (_LLAMA_3, False, False)),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), (_QWEN_2, False, True)),
-    "stablelm2": (_QWEN_2, False, False),
-    "tekken": (_TEKKEN, True, False),
-    **dict.fromkeys(("gpt-4o", "llama4"), (_GPT_4O, False, False)),
+    **dict.fromkeys(("dbrx", "smaug-bpe"), (LLAMA_3, False, False)),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), (QWEN_2, False, True)),
+    "stablelm2": (QWEN_2, False, False),
+    "tekken": (TEKKEN, True, False),
+    **dict.fromkeys(("gpt-4o", "llama4"), (GPT_4O, False, False)),
 }
 _BOS_BY_DEFAULT = ("llama3", "llama-v3", "llama-bpe", "tekken")  # of llama.cpp, for older files
 _WAY_OUT = (
@@ -120,7 +104,11 @@ def tokenizer_files(metadata: dict[str, Any], path: str) -> dict[str, bytes]:
 
 def _roles(given: dict[str, Any], kind: str) -> dict[str, int]:
     """Return {role: id}. llama.cpp writes "seperator" in its key."""
-    names = {"unk": ("unknown",), "pad": ("padding",), "mask": ("mask",)}
+    names: dict[str, tuple[str, ...]] = {
+        "unk": ("unknown",),
+        "pad": ("padding",),
+        "mask": ("mask",),
+    }
     names |= {"sep": ("seperator", "separator")} if kind == "bert" else {}
     names |= {"bos": ("bos", "cls"), "eos": ("eos",)}
     found = {}
@@ -229,11 +217,13 @@ def _sentence_piece(
         "merges": sentencepiece_merges(list(made.items()), numbers),
     }
     prefixed = given.get("add_space_prefix", True)
-    first = [{"type": "Prepend", "prepend": _SPACE}] if prefixed else []
-    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
-    back = {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}
-    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefixed else []
-    decoders = [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]
+    first: list[dict] = [{"type": "Prepend", "prepend": _SPACE}] if prefixed else []
+    spaces: dict = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+    back: dict = {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}
+    strip: list[dict] = (
+        [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefixed else []
+    )
+    decoders: list[dict] = [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]
     return _whole(
         model,
         _sequence("normalizers", [*first, spaces]),
@@ -273,8 +263,8 @@ def _byte_level(
         )
     pattern, ignore_merges, composed = _SPLITS[pre]
     if pattern is None or pattern == "digits":
-        digits = [{"type": "Digits", "individual_digits": True}] if pattern else []
-        steps = [*digits, _BYTES]
+        digits: list[dict] = [{"type": "Digits", "individual_digits": True}] if pattern else []
+        steps: list[dict] = [*digits, _BYTES]
     else:
         split = {"type": "Split", "pattern": {"Regex": pattern}}
         steps = [

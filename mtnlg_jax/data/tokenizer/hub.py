@@ -8,11 +8,18 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from mtnlg_jax.data.tokenizer.base import HIDE, MANY_CHARACTERS, SPECIAL_IDS, Tokenizer
-from mtnlg_jax.data.tokenizer.byte_level import ByteLevelBPETokenizer, gpt2_pair
+from mtnlg_jax.data.tokenizer.byte_level import (
+    ByteLevelBPETokenizer,
+    byte_alphabet,
+    byte_ranks,
+    gpt2_pair,
+)
 from mtnlg_jax.data.tokenizer.files import parse_tokenizer
+from mtnlg_jax.data.tokenizer.merge_order import COMPARED, encode_words, in_merge_order
 from mtnlg_jax.data.tokenizer.pieces import pieces_of
 
 if TYPE_CHECKING:
+    import tiktoken
     import tokenizers
 
 
@@ -41,6 +48,7 @@ class HubTokenizer(Tokenizer):
         pieces = pieces_of(whole, self._fast)
         self._prefixed = pieces.prefixed
         self._characters = 0
+        self._words: dict[str, int] = {}  # words that were added, for tiktoken
         names = self._special_pieces(roles, spelled)
         for index in range(len(pieces.content)):
             if index not in spelled:
@@ -99,6 +107,8 @@ class HubTokenizer(Tokenizer):
         self._characters += sum(map(len, texts))
         if self._characters > MANY_CHARACTERS and self._gpt2 is not None:
             return self._gpt2.encode_batch(texts, threads)
+        if self._characters > MANY_CHARACTERS and self._tiktoken is not None:
+            return self._encode_faster(self._tiktoken, texts, threads)
         cuts = self._cuts
         if cuts is None:
             return self._read(texts)
@@ -116,6 +126,61 @@ class HubTokenizer(Tokenizer):
         found = ByteLevelBPETokenizer(*pair)
         found._characters = self._characters
         return found
+
+    @functools.cached_property
+    def _tiktoken(self) -> "tiktoken.Encoding | None":
+        """The model in tiktoken, if it is a byte-level BPE in merge order that splits texts by one
+        of the patterns that were compared."""
+        import tiktoken
+        import tokenizers
+
+        whole = json.loads(self._files["tokenizer.json"])
+        pattern = _pattern_of(whole)
+        model = whole["model"]
+        ids = model.get("vocab")
+        words = [token for token in whole.get("added_tokens", []) if not token["special"]]
+        flags = ("single_word", "lstrip", "rstrip", "normalized")
+        odd = any(token[flag] for token in words for flag in flags)
+        if pattern is None or odd or self._cuts is not None or byte_alphabet().keys() - ids.keys():
+            return None
+        pairs: list[tuple[str, str]] = []
+        for merge in model["merges"]:
+            left, right = merge.split(" ") if isinstance(merge, str) else merge
+            pairs.append((left, right))
+        bare = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=ids, merges=pairs))
+        merged = in_merge_order(bare, ids, pairs)
+        added = {token["content"] for token in whole.get("added_tokens", [])}
+        # A word that is a token without merges would be one by ignore_merges alone.
+        if merged is None or ids.keys() - merged.keys() - byte_alphabet().keys() - added:
+            return None
+        self._words = {token["content"]: token["id"] for token in words}
+        return tiktoken.Encoding(
+            self.fingerprint,
+            pat_str=pattern,
+            mergeable_ranks=byte_ranks(ids, merged),
+            special_tokens={},
+        )
+
+    def _encode_faster(
+        self, encoding: "tiktoken.Encoding", texts: list[str], threads: int
+    ) -> list[list[int]]:
+        normalizer = self._fast.normalizer
+        parts_of = [self._split_spelled(text, self._words) for text in texts]
+        parts = [part for parts in parts_of for part in parts if part not in self._words]
+        if normalizer is not None:
+            parts = [normalizer.normalize_str(part) for part in parts]
+        encoded = zip(parts, encode_words(encoding, parts, threads), strict=True)
+        results = []
+        for own in parts_of:
+            ids: list[int] = []
+            for part in own:
+                if part in self._words:
+                    ids.append(self._words[part])
+                    continue
+                plain, found = next(encoded)
+                ids += self._read([plain])[0] if found is None else found
+            results.append(ids)
+        return results
 
     def _encode_special(self, text: str) -> list[int]:
         others = {name: index for index, name in self._spelled_names().items()}
@@ -157,6 +222,31 @@ class HubTokenizer(Tokenizer):
             return self._read([text])[0]
         finally:
             self._fast.encode_special_tokens = True
+
+
+def _pattern_of(whole: dict) -> str | None:
+    """Return the pattern by which a byte-level BPE splits texts, if it is one of COMPARED and all
+    else is as tiktoken has it."""
+    model = whole["model"]
+    steps = (whole.get("pre_tokenizer") or {}).get("pretokenizers") or [{}]
+    first = steps[0]
+    last = steps[-1]
+    pattern = (first.get("pattern") or {}).get("Regex")
+    off = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+    if (
+        model.get("type") == "BPE"
+        and not any(model.get(key) for key in off)
+        and (whole.get("normalizer") or {"type": "NFC"}) == {"type": "NFC"}
+        and len(steps) == 2
+        and first.get("type") == "Split"
+        and (first.get("behavior"), first.get("invert")) == ("Isolated", False)
+        and last.get("type") == "ByteLevel"
+        and not last.get("add_prefix_space")
+        and not last.get("use_regex", True)
+        and pattern in COMPARED
+    ):
+        return pattern
+    return None
 
 
 def _unknown_id(model: dict, ids: dict[str, int]) -> int | None:
