@@ -1,11 +1,13 @@
-"""Convert a Hugging Face model to a run folder or back, without PyTorch.
+"""Convert a model of Hugging Face's or Megatron-LM's to a run folder, or a run to Hugging Face's.
 
     python launch/convert.py --from=Qwen3-0.6B --to=RUN     config.json, safetensors, tokenizer
     python launch/convert.py --from=MODEL.gguf --to=RUN --tokenizer=FOLDER
+    python launch/convert.py --from=CHECKPOINTS --to=RUN    Megatron-LM: torch_dist, mp_rank_*
     python launch/convert.py --from=RUN --to=FOLDER         a run -> a folder for transformers
     python launch/convert.py --from=RUN --to=FOLDER --dtype=bfloat16 --max_shard_size=2
 
-The content of --from decides the direction. docs/huggingface.md lists the families. A round trip
+The content of --from decides the direction. docs/huggingface.md lists the families,
+docs/megatron.md tells of checkpoints of Megatron-LM. PyTorch is not needed. A round trip
 keeps every bit of every tensor, and memory holds one shard and one layer at a time. The tokenizer
 and generation_config.json of --from are copied; the report names what has no counterpart.
 
@@ -20,7 +22,10 @@ from mtnlg_jax import command
 
 with command.flag_group("Both directions"):
     _FROM = command.define_path(
-        "from", None, "folder of a Hugging Face model, GGUF file, or folder of a run", required=True
+        "from",
+        None,
+        "folder of a Hugging Face model, GGUF file, checkpoint of Megatron-LM, or run",
+        required=True,
     )
     _TO = command.define_path("to", None, "folder to create", required=True)
     _TOKENIZER = command.define_path("tokenizer", None, "folder of a tokenizer, if --from has none")

@@ -1,4 +1,4 @@
-"""Convert a folder of Hugging Face to a run folder, and back."""
+"""Convert a folder of Hugging Face, or of another project, to a run folder, and back."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from mtnlg_jax.decode.results import writable
 from mtnlg_jax.interop import vocabulary
 from mtnlg_jax.interop.export import config_of
 from mtnlg_jax.interop.families import family_of
-from mtnlg_jax.interop.recognize import is_gguf
+from mtnlg_jax.interop.recognize import is_gguf, is_megatron
 from mtnlg_jax.interop.shards import cast, write_shards
 from mtnlg_jax.interop.source import Source, changed_decoding, meta_of
 from mtnlg_jax.interop.written import KEPT, Written, read_kept
@@ -55,7 +55,7 @@ def convert(
     """Convert ``source`` to ``target``, and return a report for the user.
 
     The contents of ``source`` decide the direction: a config.json with a model_type is a model of
-    Hugging Face's, and checkpoints/ are those of a run.
+    Hugging Face's, iter_*/ are checkpoints of Megatron-LM, and checkpoints/ are those of a run.
 
     Args:
       dtype: type of the tensors written for Hugging Face, one of DTYPES. "source" is the original
@@ -109,7 +109,7 @@ def _to_run(given: Path, folder: Path, workdir: str, dtype: str, tokenizer_path:
         raise ValueError(
             f"--dtype={dtype} is for tensors of Hugging Face's; a run is float32, so leave it out"
         )
-    source = Source(given)
+    source = Source(given, tokenizer_path)
     settings = source.settings(tokenizer_path)
     config = settings.config
     tokenizer = settings.tokenizer
@@ -127,23 +127,25 @@ def _to_run(given: Path, folder: Path, workdir: str, dtype: str, tokenizer_path:
     for name in source.files():
         if tokenizer_path is None or name not in vocabulary.FILES:
             shutil.copyfile(source.folder / name, folder / ORIGINALS / name)
-    if source.is_gguf:
+    if source.original and not source.returns:
         content = json.dumps(source.original, indent=2) + "\n"
         (folder / ORIGINALS / "config.json").write_text(content)
-    kept = {} if source.is_gguf else source.inexact()
+    kept = source.inexact() if source.returns else {}
     if kept:
         save_file(kept, folder / ORIGINALS / KEPT)
     model = source.model
     lines = _report(model, tokenizer, f"from {_kinds(source.dtypes)} to float32, exact")
     lines += _report_tokenizer(tokenizer, settings.left_out, model.vocabulary)
     lines += _report_decode(config.decode, settings.not_kept)
+    if source.left_optimizer:
+        lines.append("left out   the optimizer's state; training begins with a new one")
     if source.left_out:
         lines.append(
             f"left out   {_first(source.left_out)}: tensors that the model does not compute with"
         )
     if model.dropout_rate:
         lines.append(
-            f"dropout    {model.dropout_rate:g} when training further (resid_pdrop; "
+            f"dropout    {model.dropout_rate:g} when training further (as there; "
             "attention weights are not dropped)"
         )
     how = "--mode=fill --prompt='A <mask>.'" if source.family.masked else "--prompt=TEXT"
@@ -297,11 +299,12 @@ def _holds_model(source: str) -> bool:
     if is_remote(source):
         raise ValueError(f"{source} is a URL; copy the folder to this machine first")
     folder = Path(source)
-    if is_gguf(source) and folder.is_file():
+    if (is_gguf(source) and folder.is_file()) or is_megatron(source):
         return True
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"{source} is not a folder; give a model of Hugging Face's, a GGUF file or a run"
+            f"{source} is not a folder; give a model of Hugging Face's, a GGUF file, a "
+            "checkpoint of Megatron-LM, or a run"
         )
     run = (folder / "checkpoints").is_dir()
     model = "model_type" in (vocabulary.read_json(folder / "config.json") or {})

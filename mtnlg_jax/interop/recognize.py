@@ -1,4 +1,4 @@
-"""Recognize a model of Hugging Face's, without importing what reads it."""
+"""Recognize a model of another project, without importing what reads it."""
 
 import json
 import os
@@ -11,15 +11,37 @@ def is_gguf(path: str | os.PathLike) -> bool:
     return os.fspath(path).endswith(".gguf")
 
 
+MEGATRON_LATEST = "latest_checkpointed_iteration.txt"
+
+
+def megatron_format(folder: str | os.PathLike) -> str | None:
+    """Return the format of one iteration of Megatron-LM's: torch, torch_dist, or None."""
+    folder = Path(folder)
+    if any(path.is_dir() for path in folder.glob("mp_rank_*")):
+        return "torch"
+    if (folder / ".metadata").is_file() or (folder / "common.pt").is_file():
+        return "torch_dist"
+    return None
+
+
+def is_megatron(path: str | os.PathLike) -> bool:
+    """Return whether ``path`` is a checkpoint of Megatron-LM, or the folder of several."""
+    if is_remote(path) or not os.path.isdir(path):
+        return False
+    return os.path.isfile(os.path.join(path, MEGATRON_LATEST)) or megatron_format(path) is not None
+
+
 def is_model(path: str | os.PathLike) -> bool:
-    """Return whether ``path`` is a folder of Hugging Face's or a GGUF file. Runs have a config.json
-    as well, but no model_type in it."""
+    """Return whether ``path`` is a folder of Hugging Face's, a GGUF file or a checkpoint of
+    Megatron-LM. Runs have a config.json as well, but no model_type in it."""
     if is_remote(path):
         return False
     if is_gguf(path):
         return os.path.isfile(path)
     if os.path.isdir(os.path.join(path, "checkpoints")):
         return False
+    if is_megatron(path):
+        return True
     try:
         found = json.loads(Path(path, "config.json").read_bytes())
     except (OSError, ValueError):
