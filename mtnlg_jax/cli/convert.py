@@ -1,15 +1,16 @@
-"""Convert a model of Hugging Face's or Megatron-LM's to a run folder, or a run to Hugging Face's.
+"""Convert a model of another project to a run folder, or a run to a folder of Hugging Face's.
 
     python launch/convert.py --from=Qwen3-0.6B --to=RUN     config.json, safetensors, tokenizer
     python launch/convert.py --from=MODEL.gguf --to=RUN --tokenizer=FOLDER
     python launch/convert.py --from=CHECKPOINTS --to=RUN    Megatron-LM: torch_dist, mp_rank_*
+    python launch/convert.py --from=CHECKPOINTS/10000 --to=RUN    MaxText, with its config.yml
     python launch/convert.py --from=RUN --to=FOLDER         a run -> a folder for transformers
     python launch/convert.py --from=RUN --to=FOLDER --dtype=bfloat16 --max_shard_size=2
 
 The content of --from decides the direction. docs/huggingface.md lists the families,
-docs/megatron.md tells of checkpoints of Megatron-LM. PyTorch is not needed. A round trip
-keeps every bit of every tensor, and memory holds one shard and one layer at a time. The tokenizer
-and generation_config.json of --from are copied; the report names what has no counterpart.
+docs/megatron.md tells of Megatron-LM and MaxText. PyTorch is not needed. A round trip of Hugging
+Face's keeps every bit of every tensor, and memory holds one shard and one layer at a time. The
+tokenizer and generation_config.json of --from are copied; the report names what has no counterpart.
 
 Generating, evaluating, planning and --set=train.init take such a folder without conversion.
 
@@ -24,7 +25,7 @@ with command.flag_group("Both directions"):
     _FROM = command.define_path(
         "from",
         None,
-        "folder of a Hugging Face model, GGUF file, checkpoint of Megatron-LM, or run",
+        "folder of a Hugging Face model, GGUF file, checkpoint of Megatron-LM or MaxText, or run",
         required=True,
     )
     _TO = command.define_path("to", None, "folder to create", required=True)

@@ -14,7 +14,7 @@ from mtnlg_jax.decode.results import writable
 from mtnlg_jax.interop import vocabulary
 from mtnlg_jax.interop.export import config_of
 from mtnlg_jax.interop.families import family_of
-from mtnlg_jax.interop.recognize import is_gguf, is_megatron
+from mtnlg_jax.interop.recognize import is_gguf, is_megatron, maxtext_items
 from mtnlg_jax.interop.shards import cast, write_shards
 from mtnlg_jax.interop.source import Source, changed_decoding, meta_of
 from mtnlg_jax.interop.written import KEPT, Written, read_kept
@@ -299,12 +299,14 @@ def _holds_model(source: str) -> bool:
     if is_remote(source):
         raise ValueError(f"{source} is a URL; copy the folder to this machine first")
     folder = Path(source)
-    if (is_gguf(source) and folder.is_file()) or is_megatron(source):
+    if is_gguf(source) and folder.is_file():
+        return True
+    if is_megatron(source) or maxtext_items(source) is not None:
         return True
     if not folder.is_dir():
         raise FileNotFoundError(
             f"{source} is not a folder; give a model of Hugging Face's, a GGUF file, a "
-            "checkpoint of Megatron-LM, or a run"
+            "checkpoint of Megatron-LM or MaxText, or a run"
         )
     run = (folder / "checkpoints").is_dir()
     model = "model_type" in (vocabulary.read_json(folder / "config.json") or {})

@@ -340,8 +340,9 @@ def _experts(a: Arguments) -> Fields:
         num_moe_experts=number,
         moe_router_topk=top,
         moe_router_score_function=score,
-        moe_router_pre_softmax=before or score == "sigmoid",
-        moe_router_norm=score == "sigmoid" and top > 1,
+        # A softmax over the best alone is that over all, divided by the sum of the best.
+        moe_router_pre_softmax=True,
+        moe_router_norm=top > 1 if score == "sigmoid" else not before,
         moe_router_topk_scaling_factor=float(factor or 1.0),
         moe_shared_expert_intermediate_size=shared or 0,
         moe_shared_expert_gate=gate and bool(shared),

@@ -31,16 +31,32 @@ def is_megatron(path: str | os.PathLike) -> bool:
     return os.path.isfile(os.path.join(path, MEGATRON_LATEST)) or megatron_format(path) is not None
 
 
+def maxtext_items(path: str | os.PathLike) -> Path | None:
+    """Return the folder of a MaxText checkpoint's arrays: ``path``, items/ in it, or that of the
+    last step in it. None if it is not such a checkpoint."""
+    if is_remote(path) or not os.path.isdir(path):
+        return None
+    folder = Path(path)
+    steps = sorted(
+        (each for each in folder.iterdir() if each.name.isdigit()), key=lambda e: int(e.name)
+    )
+    for place in (folder, folder / "items", *(step / "items" for step in steps[-1:])):
+        metadata = place / "_METADATA"
+        if metadata.is_file() and b"token_embedder" in metadata.read_bytes():
+            return place
+    return None
+
+
 def is_model(path: str | os.PathLike) -> bool:
-    """Return whether ``path`` is a folder of Hugging Face's, a GGUF file or a checkpoint of
-    Megatron-LM. Runs have a config.json as well, but no model_type in it."""
+    """Return whether ``path`` is a folder of Hugging Face's, a GGUF file, or a checkpoint
+    of Megatron-LM or MaxText. Runs have a config.json as well, but no model_type in it."""
     if is_remote(path):
         return False
     if is_gguf(path):
         return os.path.isfile(path)
     if os.path.isdir(os.path.join(path, "checkpoints")):
         return False
-    if is_megatron(path):
+    if is_megatron(path) or maxtext_items(path) is not None:
         return True
     try:
         found = json.loads(Path(path, "config.json").read_bytes())

@@ -1,5 +1,5 @@
 """A model of another project as it is stored: a folder of Hugging Face's, a GGUF file, or a
-checkpoint of Megatron-LM.
+checkpoint of Megatron-LM or MaxText.
 
 Parameters of ours are read one layer at a time, so a model is converted, decoded and trained
 without ever being in memory twice.
@@ -30,8 +30,9 @@ from mtnlg_jax.interop.families import FAMILIES, family_of, model_of
 from mtnlg_jax.interop.generation import decode_of
 from mtnlg_jax.interop.gguf_file import GGUF
 from mtnlg_jax.interop.interchange import Interchange, problems, stored_names
+from mtnlg_jax.interop.maxtext_file import MaxText
 from mtnlg_jax.interop.megatron_file import Megatron
-from mtnlg_jax.interop.recognize import is_gguf, is_megatron
+from mtnlg_jax.interop.recognize import is_gguf, is_megatron, maxtext_items
 from mtnlg_jax.interop.shards import Shards, finite
 
 ROWS_AT_ONCE = 4096  # of a table
@@ -82,7 +83,7 @@ class Source:
         # A tokenizer may lie beside a GGUF file.
         self.folder = self.path.parent if is_gguf(path) else self.path
         self.returns = False  # whether conversion back gives this format
-        self.left_optimizer = is_megatron(path)
+        self.left_optimizer = is_megatron(path) or maxtext_items(path) is not None
         self.stored: Stored
         self._megatron: Megatron | None = None
         self.original: dict = {}
@@ -100,6 +101,12 @@ class Source:
             self.kind = "model of Megatron-LM"
             self.stored = self._megatron.stored
             self.model = self._megatron.model
+        elif maxtext_items(path) is not None:
+            found = MaxText(path)
+            self.family = found.family
+            self.kind = "model of MaxText"
+            self.stored = found.stored
+            self.model = found.model
         else:
             self.returns = True
             self.original = read_config(self.folder)
@@ -179,7 +186,7 @@ class Source:
         """Yield (first row, rows) of a table."""
         theirs = {entry.tensor.ours: key for key, entry in self.interchange.table.items()}[(name,)]
         tensor = self.interchange.table[theirs].tensor
-        if tensor.skip or tensor.add is not None:
+        if tensor.skip or tensor.columns or tensor.add is not None:
             yield 0, self.read(name)
             return
         full = self.names[theirs]
@@ -264,6 +271,8 @@ def read_run(path: str | os.PathLike) -> Config:
     path = Path(path)
     if is_megatron(path):
         return run_of(path, Megatron(path).model, masked=False)
+    if maxtext_items(path) is not None:
+        return run_of(path, MaxText(path).model, masked=False)
     original = GGUF(path).config if is_gguf(path) else read_config(path)
     return run_of(path, model_of(original), FAMILIES[family_of(original)[0]].masked)
 
