@@ -5,6 +5,7 @@ the layout of the devices that wrote them does not matter.
 """
 
 import functools
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,14 @@ class Distributed(Joined):
     def __init__(self, folder: Path):
         super().__init__(folder)
         self._folder = folder
+        about = folder / "metadata.json"
+        if about.is_file():
+            backend = json.loads(about.read_bytes()).get("sharded_backend")
+            if backend != "torch_dist":
+                raise ValueError(
+                    f"{about} says that the format is {backend}; known is torch_dist, which "
+                    "Megatron-LM writes with --ckpt-convert-format=torch_dist"
+                )
         common = folder / "common.pt"
         if not common.is_file():
             raise FileNotFoundError(f"{common} is missing; copy the whole folder")

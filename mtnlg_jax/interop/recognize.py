@@ -19,9 +19,12 @@ def megatron_format(folder: str | os.PathLike) -> str | None:
     folder = Path(folder)
     if any(path.is_dir() for path in folder.glob("mp_rank_*")):
         return "torch"
-    if (folder / ".metadata").is_file() or (folder / "common.pt").is_file():
-        return "torch_dist"
-    return None
+    try:
+        if b"sharded_backend" in (folder / "metadata.json").read_bytes():
+            return "torch_dist"
+    except OSError:
+        pass
+    return "torch_dist" if (folder / "common.pt").is_file() else None
 
 
 def is_megatron(path: str | os.PathLike) -> bool:
@@ -37,10 +40,8 @@ def maxtext_items(path: str | os.PathLike) -> Path | None:
     if is_remote(path) or not os.path.isdir(path):
         return None
     folder = Path(path)
-    steps = sorted(
-        (each for each in folder.iterdir() if each.name.isdigit()), key=lambda e: int(e.name)
-    )
-    for place in (folder, folder / "items", *(step / "items" for step in steps[-1:])):
+    last = max((int(each.name) for each in folder.iterdir() if each.name.isdigit()), default=None)
+    for place in (folder, folder / "items", folder / str(last) / "items"):
         metadata = place / "_METADATA"
         if metadata.is_file() and b"token_embedder" in metadata.read_bytes():
             return place

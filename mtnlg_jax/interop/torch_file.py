@@ -140,6 +140,22 @@ class _Part(io.RawIOBase):
         return len(found)
 
 
+class _Call:
+    """A function that a pickle may call, and cannot change."""
+
+    __slots__ = ("_function",)
+    _function: Callable[..., Any]
+
+    def __init__(self, function: Callable[..., Any]):
+        object.__setattr__(self, "_function", function)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise ValueError(f"it would set {name} of a function")
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._function(*arguments)
+
+
 def _tensor(storage: _Storage, offset: int, shape: Any, strides: Any, *_: Any) -> Tensor:
     return Tensor(storage, offset, shape, strides)
 
@@ -158,15 +174,13 @@ def _characters(text: str, encoding: str = "latin1") -> bytes:
 
 # What stands for the functions and classes that plain data is pickled with.
 _PLAIN: dict[tuple[str, str], Any] = {
-    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    ("torch._utils", "_rebuild_parameter"): _parameter,
-    ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
-    ("torch._tensor", "_rebuild_from_type_v2"): _typed,
+    ("torch._utils", "_rebuild_tensor_v2"): _Call(_tensor),
+    ("torch._utils", "_rebuild_parameter"): _Call(_parameter),
+    ("torch._utils", "_rebuild_parameter_with_state"): _Call(_parameter),
+    ("torch._tensor", "_rebuild_from_type_v2"): _Call(_typed),
     ("torch", "Size"): tuple,
     ("collections", "OrderedDict"): collections.OrderedDict,
-    ("argparse", "Namespace"): argparse.Namespace,
-    ("types", "SimpleNamespace"): argparse.Namespace,
-    ("_codecs", "encode"): _characters,
+    ("_codecs", "encode"): _Call(_characters),
     ("builtins", "set"): set,
     ("builtins", "frozenset"): frozenset,
     ("builtins", "complex"): complex,
@@ -174,6 +188,7 @@ _PLAIN: dict[tuple[str, str], Any] = {
     ("builtins", "slice"): slice,
     ("builtins", "range"): range,
 }
+_NAMESPACES = (("argparse", "Namespace"), ("types", "SimpleNamespace"))
 # Named, never called.
 _INERT = {
     *(("builtins", name) for name in ("getattr", "int", "float", "list", "dict", "object")),
@@ -193,6 +208,8 @@ class _Unpickler(pickle.Unpickler):
         module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
         if (module, name) in _PLAIN:
             return _PLAIN[module, name]
+        if (module, name) in _NAMESPACES:
+            return type(name, (argparse.Namespace,), {})  # a new one, as a pickle may change it
         if module.partition(".")[0] not in MODULES and (module, name) not in _INERT:
             raise ValueError(
                 f"{self._where} asks to run {module}.{name}, which no checkpoint needs; do not "

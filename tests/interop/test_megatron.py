@@ -441,6 +441,10 @@ def test_damaged_distributed_folders_are_named(copied, tmp_path):
     (inside / ".metadata").unlink()
     assert ".metadata is missing" in raised(folder, FileNotFoundError)
     (inside / ".metadata").write_bytes(metadata)
+    about = (inside / "metadata.json").read_text()
+    (inside / "metadata.json").write_text(about.replace("torch_dist", "zarr"))
+    assert "the format is zarr" in raised(folder)
+    (inside / "metadata.json").write_text(about)
     state = _arrays(torch_file.load(inside / "common.pt"))
     del state["args"]
     save(inside / "common.pt", state)
@@ -480,6 +484,9 @@ def test_a_file_that_asks_to_run_code_is_refused(copied, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=f"asks to run builtins.{name}"):
             torch_file.unpickle(data, "FILE")
     assert not (tmp_path / "planted").exists()
+    # Setting attributes of the functions that rebuild tensors, too.
+    with pytest.raises(ValueError, match="it would set x"):
+        torch_file.unpickle(b"ctorch._utils\n_rebuild_parameter\n(N}S'x'\nI1\nstb.", "FILE")
 
 
 def test_a_checkpoint_without_tokenizer_says_how_to_give_one(tmp_path):
