@@ -71,7 +71,6 @@ _NEUTRAL: dict[str, tuple] = {
     "moe_apply_probs_on_input": (False,),
     "moe_expert_capacity_factor": (),
     "moe_latent_size": (),
-    "moe_layer_freq": (1,),
     "moe_mlp_glu_interleave_size": (),
     "moe_router_group_topk": (),
     "moe_router_num_groups": (),
@@ -91,7 +90,7 @@ _NEUTRAL: dict[str, tuple] = {
 # An argument that is not known is refused if its name looks like one of the model.
 _OF_MODELS = re.compile(
     r"rope|rotary|position|atten|attn|norm(?!al)|moe|expert|router|mlp|mla(_|$)|activation|gelu"
-    r"|glu|relu|bias|embed|window|head|logit|softmax|(^|_)qk|scal|residual|multiplier|interleav"
+    r"|glu|relu|bias|embed|window|head|logit|softmax|(^|_)qk|scal|residual|multiplier|interleav|mup|hyper_conn"
 )
 # Names with these words that change nothing: training, memory, kernels, other models' settings.
 _NO_EFFECT = re.compile(
@@ -107,6 +106,7 @@ _NO_EFFECT = re.compile(
     r"|^(head_lr_mult|embedding_path|attention_softmax_in_fp32|clone_scatter_output_in_embedding)$"
     r"|^(moe_grouped_gemm|moe_use_legacy_grouped_gemm|moe_extended_tp|moe_token_dropping)$"
     r"|^(apply_query_key_layer_scaling|scatter_embedding_sequence_parallel|window_size_.*)$"
+    r"|^(reset_.*|create_attention_mask_in_dataloader)$"
     r"|^(use_flash_attn.*|moe_shared_expert_overlap|mtp_.*|yarn_.*|moe_router_fusion|router_.*)$"
 )
 
@@ -332,8 +332,12 @@ def _experts(a: Arguments) -> Fields:
     losses = [each[0] if isinstance(each, list) else each for each in losses]
     balance = a.get("moe_router_load_balancing_type", default="aux_loss")
     number = a.get("num_experts", "num_moe_experts")
+    every = a.get("moe_layer_freq", default=1)
     if not number:
+        a.get(*(name for name in _NEUTRAL if name.startswith("moe_")))
         return {}
+    if every != 1 and not (isinstance(every, list | tuple) and all(each == 1 for each in every)):
+        raise a.refuse("moe_layer_freq", "every layer must have experts")
     if "sinkhorn" in balance:
         raise a.refuse("moe_router_load_balancing_type", "it changes which expert a token visits")
     moe = MoEConfig(

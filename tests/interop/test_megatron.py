@@ -351,6 +351,10 @@ def test_args_become_fields():
     assert windows == (LayerSpec(window=8), LayerSpec(window=8), LayerSpec())
     bare = read(no_rope_freq=[0, 1, 0]).layer_pattern
     assert [spec.rotary for spec in bare] == [True, False]  # and True again
+    # Of data, and of experts that the model does not have.
+    same = {"reset_attention_mask": True, "create_attention_mask_in_dataloader": True}
+    assert read(**same, moe_layer_freq=2, moe_router_num_groups=8) == read()
+    assert read("experts", moe_layer_freq=[1, 1]) == read("experts")
     moe = read("experts", moe_router_score_function="sigmoid").moe
     assert moe.moe_router_norm and moe.moe_router_pre_softmax
 
@@ -369,8 +373,9 @@ def test_scales_that_are_stored_less_1_are_undone():
     [
         ({"multi_latent_attention": True}, "multi_latent_attention=True"),
         ({"qk_l2_norm": True}, "qk_l2_norm=True"),
-        ({"moe_layer_freq": [0, 1, 1]}, "moe_layer_freq"),
-        ({"moe_router_enable_expert_bias": True}, "moe_router_enable_expert_bias"),
+        ({"num_experts": 4, "moe_layer_freq": [0, 1, 1]}, "moe_layer_freq"),
+        ({"num_experts": 4, "moe_router_enable_expert_bias": True}, "enable_expert_bias"),
+        ({"use_mup": True}, "use_mup=True"),
         ({"apply_residual_connection_post_layernorm": True}, "post_layernorm=True"),
         ({"position_embedding_type": "mrope"}, "position_embedding_type='mrope'"),
         ({"normalization": "DyT"}, "normalization='DyT'"),
