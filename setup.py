@@ -36,6 +36,8 @@ setup(
         # Chat templates. Earlier ones have known ways out of the sandbox.
         "jinja2>=3.1.6,<4",
         "safetensors>=0.8,<0.9",
+        # config.yml of MaxText.
+        "pyyaml>=6,<7",
         "sacrebleu>=2.6,<3",
         "rouge-score>=0.1.2,<0.2",
         # Not rank_bm25: no release since 2022. This one needs NumPy alone.

@@ -1,7 +1,7 @@
 """Models of other projects that take the place of a run.
 
 The room that knows a format registers what reads it, so that the rooms below need not import it:
-`interop.registry` for Hugging Face's folders and GGUF files.
+`interop.registry` for Hugging Face's folders, GGUF files and checkpoints of Megatron-LM.
 """
 
 import os

@@ -1,7 +1,9 @@
-"""Convert a Hugging Face model to a run folder or back, without PyTorch.
+"""Convert a model of another project to a run folder, or a run to a folder of Hugging Face's.
 
     python launch/convert.py --from=Qwen3-0.6B --to=RUN     config.json, safetensors, tokenizer
     python launch/convert.py --from=MODEL.gguf --to=RUN     with the tokenizer inside
+    python launch/convert.py --from=CHECKPOINTS --to=RUN    Megatron-LM: torch_dist, mp_rank_*
+    python launch/convert.py --from=CHECKPOINTS/10000 --to=RUN    MaxText, with its config.yml
     python launch/convert.py --from=RUN --to=FOLDER         a run -> a folder for transformers
     python launch/convert.py --from=RUN --to=FOLDER --dtype=bfloat16 --max_shard_size=2
 
@@ -11,9 +13,11 @@ Adapters that PEFT has saved, and those of a run with LoRA:
     python launch/convert.py --from=ADAPTER --to=RUN --adapters=merge --base=FOLDER
     python launch/convert.py --from=RUN --to=ADAPTER --adapters=keep    RUN's adapter, for PEFT
 
-The content of --from decides the direction. docs/huggingface.md lists the families. A round trip
-keeps every bit of every tensor, and memory holds one shard and one layer at a time. The tokenizer
-and generation_config.json of --from are copied; the report names what has no counterpart.
+The content of --from decides the direction. docs/huggingface.md lists the families, and
+docs/megatron.md describes Megatron-LM and MaxText. PyTorch is not needed. A round trip of Hugging
+Face's keeps every bit of every tensor, and memory holds one shard and one layer at a time. The
+tokenizer and generation_config.json of --from are copied; the report names what has no
+counterpart.
 
 Generating, evaluating, planning and --set=train.init take such a folder without conversion.
 
@@ -26,7 +30,10 @@ from mtnlg_jax import command
 
 with command.flag_group("Both directions"):
     _FROM = command.define_path(
-        "from", None, "folder of a Hugging Face model, GGUF file, or folder of a run", required=True
+        "from",
+        None,
+        "folder of a Hugging Face model, GGUF file, checkpoint of Megatron-LM or MaxText, or run",
+        required=True,
     )
     _TO = command.define_path("to", None, "folder to create", required=True)
     _TOKENIZER = command.define_path("tokenizer", None, "folder of a tokenizer, if --from has none")

@@ -1,4 +1,4 @@
-"""Convert a folder of Hugging Face to a run folder, and back."""
+"""Convert a folder of Hugging Face, or of another project, to a run folder, and back."""
 
 import itertools
 import json
@@ -19,7 +19,7 @@ from mtnlg_jax.interop.adapter_runs import Beside, base_of, open_base, run_of_ba
 from mtnlg_jax.interop.adapters import Adapter, Merged
 from mtnlg_jax.interop.export import config_of
 from mtnlg_jax.interop.families import family_of
-from mtnlg_jax.interop.recognize import is_adapter
+from mtnlg_jax.interop.recognize import is_adapter, is_megatron, maxtext_items
 from mtnlg_jax.interop.run_folder import keep_originals, write_run
 from mtnlg_jax.interop.shards import cast, write_shards
 from mtnlg_jax.interop.source import Source, changed_decoding, meta_of, parameters_of
@@ -49,8 +49,8 @@ def convert(
     """Convert ``source`` to ``target``, and return a report for the user.
 
     The contents of ``source`` decide the direction: a config.json with a model_type is a model of
-    Hugging Face's, an adapter_config.json an adapter of PEFT's, and checkpoints/ are those of a
-    run.
+    Hugging Face's, an adapter_config.json an adapter of PEFT's, iter_*/ are checkpoints of
+    Megatron-LM, and checkpoints/ are those of a run.
 
     Args:
       dtype: type of the tensors written for Hugging Face, one of DTYPES. "source" is the original
@@ -131,7 +131,7 @@ def read_model(folder: str | os.PathLike) -> tuple[ModelConfig, object, dict]:
 
 def _to_run(given: Path, folder: Path, workdir: str, dtype: str, tokenizer_path: str | None) -> str:
     _refuse_dtype(dtype)
-    source = Source(given)
+    source = Source(given, tokenizer_path)
     settings = source.settings(tokenizer_path)
     config = settings.config
     tokenizer = settings.tokenizer
@@ -142,13 +142,15 @@ def _to_run(given: Path, folder: Path, workdir: str, dtype: str, tokenizer_path:
     lines = _report(model, tokenizer, f"from {_kinds(source.dtypes)} to float32, exact")
     lines += _report_tokenizer(tokenizer, settings.left_out, model.vocabulary)
     lines += _report_decode(config.decode, settings.not_kept)
+    if source.left_optimizer:
+        lines.append("left out   the optimizer's state; training begins with a new one")
     if source.left_out:
         lines.append(
             f"left out   {_first(source.left_out)}: tensors that the model does not compute with"
         )
     if model.dropout_rate:
         lines.append(
-            f"dropout    {model.dropout_rate:g} when training further (resid_pdrop; "
+            f"dropout    {model.dropout_rate:g} when training further (as there; "
             "attention weights are not dropped)"
         )
     how = "--mode=fill --prompt='A <mask>.'" if source.family.masked else "--prompt=TEXT"
@@ -379,9 +381,12 @@ def _holds_model(source: str) -> bool:
     folder = Path(source)
     if is_gguf(source) and folder.is_file():
         return True
+    if is_megatron(source) or maxtext_items(source) is not None:
+        return True
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"{source} is not a folder; give a model of Hugging Face's, a GGUF file or a run"
+            f"{source} is not a folder; give a model of Hugging Face's, a GGUF file, a "
+            "checkpoint of Megatron-LM or MaxText, or a run"
         )
     run = (folder / "checkpoints").is_dir()
     model = "model_type" in (vocabulary.read_json(folder / "config.json") or {})

@@ -1,4 +1,4 @@
-"""Use a model of Hugging Face's as a run, without conversion."""
+"""Use a model of another project as a run, without conversion."""
 
 import os
 

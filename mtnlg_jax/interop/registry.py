@@ -1,4 +1,5 @@
-"""Let Hugging Face's folders, GGUF files and PEFT's adapters take the place of a run.
+"""Let Hugging Face's folders, GGUF files, PEFT's adapters, and checkpoints of Megatron-LM and
+MaxText take the place of a run.
 
 After `register`, `train.checkpoint.load_run`, `decode.load.load_decoder`, `config.load_config` and
 train.init read them without conversion. The commands call it; programs call it themselves.

@@ -59,9 +59,9 @@ def keep_originals(source: Source, folder: Path, own_tokenizer: bool) -> None:
     for name in source.files():
         if own_tokenizer or name not in vocabulary.FILES:
             shutil.copyfile(source.folder / name, folder / ORIGINALS / name)
-    if source.is_gguf:
+    if source.original and not source.returns:
         content = json.dumps(source.original, indent=2) + "\n"
         (folder / ORIGINALS / "config.json").write_text(content)
-    kept = {} if source.is_gguf else source.inexact()
+    kept = source.inexact() if source.returns else {}
     if kept:
         write_tensors(folder / ORIGINALS / KEPT, kept)

@@ -1,4 +1,5 @@
-"""A model of Hugging Face's as it is stored: a folder, or a GGUF file.
+"""A model of another project as it is stored: a folder of Hugging Face's, a GGUF file, or a
+checkpoint of Megatron-LM or MaxText.
 
 Parameters of ours are read one layer at a time, so a model is converted, decoded and trained
 without ever being in memory twice.
@@ -30,6 +31,9 @@ from mtnlg_jax.interop.families import FAMILIES, family_of, model_of
 from mtnlg_jax.interop.generation import decode_of
 from mtnlg_jax.interop.gguf_file import GGUF
 from mtnlg_jax.interop.interchange import Interchange, problems, stored_names
+from mtnlg_jax.interop.maxtext_file import MaxText
+from mtnlg_jax.interop.megatron_file import Megatron
+from mtnlg_jax.interop.recognize import is_megatron, maxtext_items
 from mtnlg_jax.interop.shards import Shards, finite
 
 ROWS_AT_ONCE = 4096  # of a table
@@ -65,38 +69,58 @@ def read_config(path: str | os.PathLike) -> dict:
 
 
 class Source:
-    """The model at ``path``, a folder or a GGUF file: its config, and its tensors as parameters of
-    ours.
+    """The model at ``path``: its config, and its tensors as parameters of ours.
+
+    Args:
+      tokenizer: path of the tokenizer of a checkpoint of Megatron-LM, which decides how many rows
+        of the vocabulary are padding.
 
     Raises ValueError or FileNotFoundError, from headers alone, if something is missing, unknown, of
     another shape, or not supported.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, tokenizer: str | os.PathLike | None = None):
         self.path = Path(path)
         # A tokenizer beside a GGUF file is used instead of the one inside.
         self.folder = self.path.parent if is_gguf(path) else self.path
         self.tokenizer_path = self.folder
-        self.is_gguf = is_gguf(path)
+        self.returns = False  # whether conversion back gives this format
+        self.left_optimizer = is_megatron(path) or maxtext_items(path) is not None
         self.stored: Stored
-        if self.is_gguf:
+        self._megatron: Megatron | None = None
+        self.original: dict = {}
+        inner: dict = {}
+        if is_gguf(path):
             file = GGUF(path)
-            self.original = file.config
+            self.original = inner = file.config
             self.family = file.family()
             self.kind = file.kind
-            inner = file.config
             self.stored = file
             beside = any((self.folder / name).is_file() for name in vocabulary.FILES)
             if file.has_tokenizer and not beside:
                 self.tokenizer_path = self.path
+            self.model: ModelConfig = model_of(self.original)
+        elif is_megatron(path):
+            self._megatron = Megatron(path, tokenizer)
+            self.family = self._megatron.family
+            self.kind = "model of Megatron-LM"
+            self.stored = self._megatron.stored
+            self.model = self._megatron.model
+        elif maxtext_items(path) is not None:
+            found = MaxText(path)
+            self.family = found.family
+            self.kind = "model of MaxText"
+            self.stored = found.stored
+            self.model = found.model
         else:
+            self.returns = True
             self.original = read_config(self.folder)
             self.kind, inner = family_of(self.original)
             self.family = FAMILIES[self.kind]
             self.stored = Shards(self.folder, self.family.buffers)
+            self.model = model_of(self.original)
         # Names of tokens and settings of generation may be outside the text model's config.
         self.texts = self.original | {key: each for key, each in inner.items() if each is not None}
-        self.model: ModelConfig = model_of(self.original)
         self.interchange = Interchange(self.model, self.family)
         stored = self.stored
         self.names = stored_names(self.family, stored.shapes)
@@ -153,7 +177,7 @@ class Source:
 
     def origin(self) -> dict[str, Any]:
         """Return what conversion back needs."""
-        if self.is_gguf:  # it does not go back to GGUF
+        if not self.returns:
             return {}
         return {"family": self.kind, "dtypes": self.dtypes, "prefix": self.prefix}
 
@@ -167,7 +191,7 @@ class Source:
         """Yield (first row, rows) of a table."""
         theirs = {entry.tensor.ours: key for key, entry in self.interchange.table.items()}[(name,)]
         tensor = self.interchange.table[theirs].tensor
-        if tensor.skip or tensor.add is not None:
+        if tensor.skip or tensor.columns or tensor.add is not None:
             yield 0, self.read(name)
             return
         full = self.names[theirs]
@@ -201,9 +225,12 @@ class Source:
         """Return the config of a run with this model, and its tokenizer."""
         generation = vocabulary.read_json(self.folder / "generation_config.json")
         rows = self.model.vocabulary
-        tokenizer, left_out = vocabulary.read_tokenizer(
-            tokenizer_path or self.tokenizer_path, self.texts, generation or {}, rows
-        )
+        if self._megatron is not None:
+            tokenizer, left_out = self._megatron.tokenizer(self.texts, generation or {}, rows)
+        else:
+            tokenizer, left_out = vocabulary.read_tokenizer(
+                tokenizer_path or self.tokenizer_path, self.texts, generation or {}, rows
+            )
         # In older folders config.json has the settings of generation_config.json.
         decode, not_kept = decode_of(
             self.texts if generation is None else generation,
@@ -211,7 +238,8 @@ class Source:
             rows,
             whole=generation is not None,
         )
-        config = dataclasses.replace(run_of(self.path, self.original), decode=decode)
+        run = run_of(self.path, self.model, self.family.masked)
+        config = dataclasses.replace(run, decode=decode)
         validate(config)
         return Settings(config, tokenizer, left_out, not_kept)
 
@@ -219,7 +247,7 @@ class Source:
         """Return the names of the files that a run keeps for the way back."""
         names = ("config.json", "generation_config.json", *vocabulary.FILES)
         found = [name for name in names if (self.folder / name).is_file()]
-        return [name for name in found if name != "config.json" or not self.is_gguf]
+        return [name for name in found if name != "config.json" or self.returns]
 
 
 def parameters_of(
@@ -237,24 +265,29 @@ def parameters_of(
                 yield name, layer, stored.read(name, layer)
 
 
-def run_of(path: Path, original: dict) -> Config:
-    """Return the config of a run with the model of a config.json."""
+def run_of(path: Path, model: ModelConfig, masked: bool) -> Config:
+    """Return the config of a run with ``model``."""
     config = Config(
         name=path.resolve().name,
-        model=model_of(original),
+        model=model,
         # Usual values for further training.
         optimizer=OptimizerConfig(learning_rate=5e-5, weight_decay=0.01),
     )
-    if FAMILIES[family_of(original)[0]].masked:
-        masked = (StageConfig(name="masked", masked=1.0),)
-        config = dataclasses.replace(config, train=TrainConfig(stages=masked))
+    if masked:
+        stages = (StageConfig(name="masked", masked=1.0),)
+        config = dataclasses.replace(config, train=TrainConfig(stages=stages))
     return config
 
 
 def read_run(path: str | os.PathLike) -> Config:
-    """Return the config of a run with the model at ``path``, from its config alone."""
+    """Return the config of a run with the model at ``path``, without reading its tensors."""
     path = Path(path)
-    return run_of(path, GGUF(path).config if is_gguf(path) else read_config(path))
+    if is_megatron(path):
+        return run_of(path, Megatron(path).model, masked=False)
+    if maxtext_items(path) is not None:
+        return run_of(path, MaxText(path).model, masked=False)
+    original = GGUF(path).config if is_gguf(path) else read_config(path)
+    return run_of(path, model_of(original), FAMILIES[family_of(original)[0]].masked)
 
 
 def changed_decoding(decode: DecodeConfig) -> dict[str, Any]:

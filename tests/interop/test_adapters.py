@@ -24,7 +24,7 @@ from mtnlg_jax.interop.adapter_export import pairs_of, write_adapter
 from mtnlg_jax.interop.adapter_runs import Beside, base_of, open_base
 from mtnlg_jax.interop.adapters import Adapter, Merged
 from mtnlg_jax.interop.huggingface import convert
-from mtnlg_jax.interop.source import run_of
+from mtnlg_jax.interop.source import read_run
 from mtnlg_jax.model.transformer import abstract_model
 from mtnlg_jax.train import lora
 from mtnlg_jax.train.checkpoint import load_run
@@ -75,7 +75,7 @@ def kept(name):
     """Return (params with adapters, config) of a fixture beside its base."""
     found = base(name)
     beside = Beside(Adapter(HERE / name, found))
-    config = beside.config(run_of(found.path, found.original), "BASE")
+    config = beside.config(read_run(found.path), "BASE")
     factors = {full.split(".")[-1]: jnp.asarray(array) for full, _, array in beside.parameters()}
     abstract = lora.abstract_parameters(config)
     assert {n: leaf.shape for n, leaf in lora.split(abstract)[1]["blocks"].items()} == {
@@ -329,7 +329,7 @@ def test_peft_reads_what_is_written(tmp_path):
         out = tmp_path / folder.name
         out.mkdir()
         write_adapter(out, found.interchange, factors, 2.0, str(folder))
-        config = run_of(found.path, found.original)
+        config = read_run(found.path)
         optimizer = dataclasses.replace(
             config.optimizer, lora_rank=3, lora_alpha=6.0, lora_targets=targets
         )
