@@ -3,8 +3,9 @@
     PYTHON tests/interop/make_megatron.py FOLDER
 
 Each case is one GPTModel of megatron-core (local layers, float32) with random weights. Its logits
-are computed in one process. The folders are written by megatron-core itself: `dist` and `experts`
-by dist_checkpointing, the others by processes that load that checkpoint, each its own part.
+are computed in one process. The folders are written by megatron-core itself: `dist`, `experts`
+and `singles` by dist_checkpointing, the others by processes that load that checkpoint, each its
+own part.
 """
 
 import argparse
@@ -160,6 +161,13 @@ CASES = {
         | {"moe_shared_expert_intermediate_size": 12, "moe_aux_loss_coeff": 0.01},
         "layout": None,
     },
+    "singles": {
+        "args": LLAMA
+        | {"num_layers": 2, "ffn_hidden_size": 24, "num_experts": 2, "moe_ffn_hidden_size": 8},
+        "layout": None,
+        # Each layer, expert, gate and rest of a product as a tensor of its own.
+        "metadata": {"singleton_local_shards": True},
+    },
     "expert_ranks": {
         "args": LLAMA
         | {"num_layers": 2, "ffn_hidden_size": 24, "num_experts": 4, "moe_ffn_hidden_size": 8}
@@ -309,7 +317,7 @@ def whole(case: str, folder: str, source: str, port: int) -> None:
         tokens=tokens.numpy().astype(np.uint8),
         logits=logits.numpy(),
     )
-    state = model.sharded_state_dict()
+    state = model.sharded_state_dict(metadata=CASES[case].get("metadata"))
     state |= {
         "args": namespace(args, alone, dtype),
         "checkpoint_version": 3.0,

@@ -39,7 +39,7 @@ from mtnlg_jax.train.checkpoint import load_run
 
 HERE = Path(__file__).parent
 FIXTURES = HERE / "megatron"
-CASES = ("dist", "ranks", "chunks", "experts", "expert_ranks")
+CASES = ("dist", "ranks", "chunks", "experts", "singles", "expert_ranks")
 VOCABULARY = 59
 LOGITS = 1e-4
 registry.register()
@@ -410,6 +410,10 @@ def test_damaged_folders_are_named(copied):
     assert "iter_0009000 is missing" in raised(folder, FileNotFoundError)
     (folder / "latest_checkpointed_iteration.txt").write_text("soon")
     assert "'soon'" in raised(folder)
+    (folder / "latest_checkpointed_iteration.txt").write_text("release\n")
+    inside.rename(folder / "release")
+    assert Megatron(folder).iteration == folder / "release"
+    (folder / "release").rename(inside)
     (folder / "latest_checkpointed_iteration.txt").write_text("7")
     shutil.move(inside / "mp_rank_01_001", folder / "kept")
     assert "mp_rank_01_001 is missing (1 of 4" in raised(folder, FileNotFoundError)
