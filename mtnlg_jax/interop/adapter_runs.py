@@ -13,16 +13,14 @@ import numpy as np
 
 from mtnlg_jax.config import Config, ModelConfig, OptimizerConfig, validate
 from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer
-from mtnlg_jax.foreign import is_gguf
 from mtnlg_jax.interop import vocabulary
 from mtnlg_jax.interop.adapter_config import CONFIG, AdapterConfig
 from mtnlg_jax.interop.adapters import Adapter, Base, Merged
 from mtnlg_jax.interop.export import config_of
-from mtnlg_jax.interop.families import FAMILIES, family_of, model_of
-from mtnlg_jax.interop.gguf_file import GGUF
+from mtnlg_jax.interop.families import FAMILIES, family_of
 from mtnlg_jax.interop.interchange import Interchange
 from mtnlg_jax.interop.recognize import is_adapter, is_model
-from mtnlg_jax.interop.source import Source, meta_of, read_config
+from mtnlg_jax.interop.source import Source, meta_of, read_run
 from mtnlg_jax.interop.written import ORIGINALS
 from mtnlg_jax.train import lora
 from mtnlg_jax.train.adapted_arrays import stored_arrays
@@ -103,18 +101,14 @@ def base_of(adapter: str | os.PathLike, base: str | os.PathLike | None = None) -
             )
         return os.path.normpath(places[0])
     if places and not os.path.samefile(places[0], base) and is_model(places[0]) and is_model(base):
-        there = model_of(_config_json(places[0]))
-        here = model_of(_config_json(base))
+        there = read_run(places[0]).model
+        here = read_run(base).model
         if there != here:
             raise ValueError(
                 f"the adapter {adapter} is for another base: {named}, and {base} is another model; "
                 f"give {named}"
             )
     return os.fspath(base)
-
-
-def _config_json(path: str | os.PathLike) -> dict:
-    return GGUF(path).config if is_gguf(path) else read_config(path)
 
 
 def _is_base(path: str | os.PathLike) -> bool:
