@@ -20,7 +20,7 @@ from mtnlg_jax.interop.export import config_of
 from mtnlg_jax.interop.families import FAMILIES, family_of
 from mtnlg_jax.interop.interchange import Interchange
 from mtnlg_jax.interop.recognize import is_adapter, is_model
-from mtnlg_jax.interop.source import Source, meta_of, read_run
+from mtnlg_jax.interop.source import Source, meta_of, original_of_model, read_run
 from mtnlg_jax.interop.written import ORIGINALS
 from mtnlg_jax.train import lora
 from mtnlg_jax.train.adapted_arrays import stored_arrays
@@ -75,7 +75,8 @@ def base_family(path: str | os.PathLike, model: ModelConfig) -> str:
     if is_adapter(path):
         path = base_of(path)
     if is_model(path):
-        return family_of(_config_json(path))[0]
+        stored = original_of_model(path)
+        return family_of(stored)[0] if stored else config_of(model, None)["model_type"]
     original = original_of(path)
     content = vocabulary.read_json(Path(path, "config.json")) or {}
     init = content.get("train", {}).get("init", "")

@@ -286,8 +286,16 @@ def read_run(path: str | os.PathLike) -> Config:
         return run_of(path, Megatron(path).model, masked=False)
     if maxtext_items(path) is not None:
         return run_of(path, MaxText(path).model, masked=False)
-    original = GGUF(path).config if is_gguf(path) else read_config(path)
+    original = original_of_model(path)
     return run_of(path, model_of(original), FAMILIES[family_of(original)[0]].masked)
+
+
+def original_of_model(path: str | os.PathLike) -> dict:
+    """Return the config.json of a model, which a GGUF file has in its header. Models of other
+    trainers have none: {}."""
+    if is_megatron(path) or maxtext_items(path) is not None:
+        return {}
+    return GGUF(path).config if is_gguf(path) else read_config(Path(path))
 
 
 def changed_decoding(decode: DecodeConfig) -> dict[str, Any]:
