@@ -44,6 +44,8 @@ class MeshConfig:
     pipe: AxisSize = 1
     # Data-parallel shards. -1: all devices that the other axes leave.
     data: int = -1
+    # Parts into which the experts of each layer are split. Rows are split over data x expert.
+    expert: AxisSize = 1
     # Parts into which attention splits the sequence.
     context: AxisSize = 1
     # Tensor-parallel shards of each matrix, with the sequence split between half blocks.

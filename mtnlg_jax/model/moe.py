@@ -5,7 +5,8 @@ Nothing is dropped. Tokens are sorted by expert, and one grouped product compute
 """
 
 # Shapes: B rows, S query positions, D width, F width of an expert, E experts, X experts of a token,
-# T tokens (B x S), U visits (T x X, sorted by expert), C 1 (the gate of the shared expert)
+# T tokens (B x S), U visits (T x X, sorted by expert), C 1 (the gate of the shared expert). Where
+# experts are split, T and U are the tokens and visits of all devices along expert.
 
 import math
 
@@ -17,7 +18,14 @@ from jax import lax
 from mtnlg_jax.config import ModelConfig
 from mtnlg_jax.model.mlp import Mlp
 from mtnlg_jax.model.parts import activate, add_bias, constant, multiply, normal
-from mtnlg_jax.parallel.collectives import axis_size, own_part, scatter_sum, sum_over
+from mtnlg_jax.parallel.collectives import (
+    axis_index,
+    axis_size,
+    gather,
+    own_part,
+    scatter_sum,
+    sum_over,
+)
 
 
 @jax.custom_vjp
@@ -119,12 +127,53 @@ class Moe(nnx.Module):
         experts_TX, weights_TX = self.route(logits_TE)
         if penalty_B is not None:
             x_TD = with_penalty(x_TD, self.penalty(logits_TE, experts_TX, penalty_B))
-        number, visits = experts_TX.shape
+        y_BSD = self._visit(x_TD, experts_TX, weights_TX, (batch, length))
+        if self.shared is not None:
+            y_BSD = y_BSD + self._gated(self.shared(x_BSD), x_BSD)
+        if self.b_out_ED is None:
+            return y_BSD
         experts = self.config.num_moe_experts
-        order_U = jnp.argsort(experts_TX.reshape(-1), stable=True)
-        experts_U = experts_TX.reshape(-1)[order_U]
-        sizes_E = jnp.bincount(experts_TX.reshape(-1), length=experts).astype(jnp.int32)
+        shares_TE = (jax.nn.one_hot(experts_TX, experts) * weights_TX[..., None]).sum(1)
+        shares_BSE = own_part(shares_TE.reshape(batch, length, experts), "tensor", 1)
+        # Few numbers, so each device gathers the biases of all experts.
+        bias_ED = gather(self.b_out_ED[...], "expert", 0)
+        return y_BSD + multiply("BSE,ED->BSD", shares_BSE.astype(y_BSD.dtype), bias_ED)
+
+    def _visit(
+        self, x_TD: jax.Array, experts_TX: jax.Array, weights_TX: jax.Array, rows: tuple[int, int]
+    ) -> jax.Array:
+        """Return the weighted outputs of each token's experts, this device's part of (B, S, D).
+
+        ``rows`` is (B, S). Where experts are split, every device gathers the tokens of all devices
+        along expert, computes the visits to its own experts, and a reduce-scatter adds the outputs.
+        An exact all-to-all with fixed shapes would send as much: in the worst case all tokens of a
+        device visit the experts of one other, so each pair needs room for all of them.
+        """
+        batch, length = rows
+        visits = experts_TX.shape[1]
+        x_TD, experts_TX, weights_TX = (
+            gather(each, "expert", 0) for each in (x_TD, experts_TX, weights_TX)
+        )
+        number = len(x_TD)
+        parts = axis_size("expert")
+        experts = self.config.num_moe_experts // parts
+        # Experts of this device count from 0, those of others are sorted behind them.
+        own_U = experts_TX.reshape(-1) - axis_index("expert") * experts
+        if parts > 1:
+            own_U = jnp.where((own_U >= 0) & (own_U < experts), own_U, experts)
+        order_U = jnp.argsort(own_U, stable=True)
+        places_U = jnp.argsort(order_U)
+        # A token visits different experts, so this is the most visits that a device can have.
+        most = number * min(visits, experts)
+        order_U = order_U[:most]
+        # A bound, since the rows behind the last visit read biases as well.
+        experts_U = jnp.minimum(own_U[order_U], experts - 1)
+        sizes_E = jnp.bincount(own_U, length=experts).astype(jnp.int32)
         x_UD = x_TD[order_U // visits]
+        if parts > 1:
+            # Rows behind the last visit are in no group: they and their gradients are 0.
+            mine_U = own_U[order_U] < experts
+            x_UD = jnp.where(mine_U[:, None], x_UD, 0)
 
         def product(x, weight, bias):
             weight = weight[...]
@@ -142,16 +191,14 @@ class Moe(nnx.Module):
             gate_UF = product(x_UD, self.w_gate_EDF, self.b_gate_EF)
         y_UD = product(activate(self.activation, h_UF, gate_UF), self.w_out_EFD, None)
         y_UD = y_UD * weights_TX.reshape(-1)[order_U][:, None].astype(y_UD.dtype)
+        if parts > 1:
+            y_UD = jnp.where(mine_U[:, None], y_UD, 0)
         # Back in the order of the tokens, whose visits are then neighbors.
-        y_TD = y_UD[jnp.argsort(order_U)].reshape(number, visits, width).sum(1)
-        y_BSD = scatter_sum(y_TD.reshape(batch, length, width), "tensor", 1)
-        if self.shared is not None:
-            y_BSD = y_BSD + self._gated(self.shared(x_BSD), x_BSD)
-        if self.b_out_ED is None:
-            return y_BSD
-        shares_TE = (jax.nn.one_hot(experts_TX, experts) * weights_TX[..., None]).sum(1)
-        shares_BSE = own_part(shares_TE.reshape(batch, length, experts), "tensor", 1)
-        return y_BSD + multiply("BSE,ED->BSD", shares_BSE.astype(y_BSD.dtype), self.b_out_ED[...])
+        y_UD = y_UD.at[places_U].get(mode="fill", fill_value=0) if parts > 1 else y_UD[places_U]
+        y_TD = y_UD.reshape(number, visits, -1).sum(1)
+        # Rows of all devices along expert: the sum over tensor comes first and leaves less to send.
+        y_BSD = scatter_sum(y_TD.reshape(parts * batch, length, -1), "tensor", 1)
+        return scatter_sum(y_BSD, "expert", 0)
 
     def _gated(self, y_BSD: jax.Array, x_BSD: jax.Array) -> jax.Array:
         """Return the output of the shared expert through its gate, if it has one."""

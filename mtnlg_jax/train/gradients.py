@@ -21,7 +21,7 @@ from mtnlg_jax.parallel.collectives import (
     sum_over,
     vary,
 )
-from mtnlg_jax.parallel.mesh import AXES, specs_of, whole_dims
+from mtnlg_jax.parallel.mesh import AXES, ROWS, specs_of, whole_dims
 from mtnlg_jax.parallel.pipeline import (
     add,
     circular_loss_and_gradients,
@@ -53,9 +53,12 @@ def make_loss_and_gradients(
 
     def enter(params, batch, key, teacher):
         """Mark all as varying and gather: (compute weights, the micro-batches)."""
-        # Devices along pipe and tensor hold the same rows, so only data and context are summed
-        # over. At least 1: a batch without a predicted token has loss 0 and not NaN.
-        total = jnp.maximum(sum_over(sum_over(batch["weights"].sum(), "data"), "context"), 1.0)
+        # Devices along pipe and tensor hold the same tokens, so these axes are not summed over.
+        total = batch["weights"].sum()
+        for axis in (*ROWS, "context"):
+            total = sum_over(total, axis)
+        # At least 1: a batch without a predicted token has loss 0 and not NaN.
+        total = jnp.maximum(total, 1.0)
         # Before the gather: otherwise autodiff would insert its own reductions at every use.
         params, batch, total = vary((params, batch, total))
         params = weights.at_start(params)
@@ -70,7 +73,7 @@ def make_loss_and_gradients(
         # Once a step, after all micro-batches: gradient traffic does not grow with their number.
         # Only ZeRO-3 reduces inside the loop.
         gradients = reduce_gradients(gradients, zero, weights.scattered, reduce_dtype, whole)
-        return sum_shared(loss, ("pipe", "data", "context")), gradients
+        return sum_shared(loss, ("pipe", *ROWS, "context")), gradients
 
     def loss_and_gradients(params, batch, count, key, teacher=None):
         params, micro_batches = enter(params, batch, key, teacher)
