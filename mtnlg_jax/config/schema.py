@@ -44,8 +44,6 @@ class MeshConfig:
     pipe: AxisSize = 1
     # Data-parallel shards. -1: all devices that the other axes leave.
     data: int = -1
-    # Parts into which the experts of each layer are split. Rows are split over data x expert.
-    expert: AxisSize = 1
     # Parts into which attention splits the sequence.
     context: AxisSize = 1
     # Tensor-parallel shards of each matrix, with the sequence split between half blocks.
@@ -63,6 +61,8 @@ class MeshConfig:
     # How attention works over context. auto: ulysses where the key/value heads of a device divide,
     # else gather.
     context_mode: Literal["auto", "ulysses", "gather", "ring"] = "auto"
+    # Parts into which the experts of each layer are split. Rows are split over data x expert.
+    expert: AxisSize = 1
 
 
 @dataclass(frozen=True)

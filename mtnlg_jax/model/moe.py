@@ -16,6 +16,7 @@ from flax import nnx
 from jax import lax
 
 from mtnlg_jax.config import ModelConfig
+from mtnlg_jax.model.grouped import grouped_product
 from mtnlg_jax.model.mlp import Mlp
 from mtnlg_jax.model.parts import activate, add_bias, constant, multiply, normal
 from mtnlg_jax.parallel.collectives import (
@@ -42,6 +43,21 @@ with_penalty.defvjp(
 )
 
 
+@jax.custom_vjp
+def with_loads(x: jax.Array, bias_E: jax.Array, loads_E: jax.Array) -> jax.Array:
+    """Return ``x``; the gradient of ``bias_E`` is ``loads_E``, whatever the loss is.
+
+    So loads are summed over micro-batches, stages and devices as gradients are.
+    """
+    return x
+
+
+with_loads.defvjp(
+    lambda x, bias_E, loads_E: (x, loads_E),
+    lambda loads_E, grad: (grad, loads_E, jnp.zeros_like(loads_E)),
+)
+
+
 class Moe(nnx.Module):
     """A router and its experts."""
 
@@ -56,6 +72,8 @@ class Moe(nnx.Module):
         bias = config.has_bias("mlp")
         self.w_router_DE = normal(rngs, std, D, E)
         self.b_router_E = constant(0.0, E) if config.moe.moe_router_bias else None
+        choosing = config.moe.moe_router_enable_expert_bias
+        self.b_balance_E = constant(0.0, E) if choosing else None
         self.w_in_EDF = normal(rngs, std, E, D, F)
         self.w_gate_EDF = normal(rngs, std, E, D, F) if config.gated else None
         self.w_out_EFD = normal(rngs, out_std, E, F, D)
@@ -81,7 +99,13 @@ class Moe(nnx.Module):
             scores_TE = jax.nn.softmax(logits_TE, -1)
         else:
             scores_TE = logits_TE
-        weights_TX, experts_TX = lax.top_k(scores_TE, config.moe_router_topk)
+        if self.b_balance_E is None:
+            weights_TX, experts_TX = lax.top_k(scores_TE, config.moe_router_topk)
+        else:
+            # The bias chooses; the weights are the scores without it.
+            biased_TE = add_bias(lax.stop_gradient(scores_TE), self.b_balance_E)
+            experts_TX = lax.top_k(biased_TE, config.moe_router_topk)[1]
+            weights_TX = jnp.take_along_axis(scores_TE, experts_TX, -1)
         if config.moe_router_score_function == "softmax" and not config.moe_router_pre_softmax:
             weights_TX = jax.nn.softmax(weights_TX, -1)
         elif config.moe_router_norm:
@@ -116,10 +140,24 @@ class Moe(nnx.Module):
         losses_B = config.moe_aux_loss_coeff * balance_B + config.moe_z_loss_coeff * z_B
         return jnp.dot(losses_B, penalty_B) / axis_size("tensor")
 
-    def __call__(self, x_BSD: jax.Array, penalty_B: jax.Array | None = None) -> jax.Array:
+    def loads(self, experts_TX: jax.Array, counted_B: jax.Array) -> jax.Array:
+        """Return this device's share of the tokens of each expert, float32 (E,)."""
+        counted_TX = jnp.repeat(counted_B, experts_TX.size // counted_B.size)
+        experts = self.config.num_moe_experts
+        # Devices along tensor count the same tokens.
+        loads_E = jnp.bincount(experts_TX.reshape(-1), weights=counted_TX, length=experts)
+        return loads_E / axis_size("tensor")
+
+    def __call__(
+        self,
+        x_BSD: jax.Array,
+        penalty_B: jax.Array | None = None,
+        counted_B: jax.Array | None = None,
+    ) -> jax.Array:
         """Return the experts' output, (B, S, D); in the manual region this device's part of S.
 
-        ``penalty_B`` weights the losses of each row; None leaves them out.
+        ``penalty_B`` weights the losses of each row, and tokens of rows with ``counted_B`` 1 are
+        loads of their experts; None leaves either out.
         """
         batch, length, width = x_BSD.shape
         x_TD = x_BSD.reshape(-1, width)
@@ -127,6 +165,8 @@ class Moe(nnx.Module):
         experts_TX, weights_TX = self.route(logits_TE)
         if penalty_B is not None:
             x_TD = with_penalty(x_TD, self.penalty(logits_TE, experts_TX, penalty_B))
+        if counted_B is not None and self.b_balance_E is not None:
+            x_TD = with_loads(x_TD, self.b_balance_E[...], self.loads(experts_TX, counted_B))
         y_BSD = self._visit(x_TD, experts_TX, weights_TX, (batch, length))
         if self.shared is not None:
             y_BSD = y_BSD + self._gated(self.shared(x_BSD), x_BSD)
@@ -181,7 +221,7 @@ class Moe(nnx.Module):
             y = (
                 weight.grouped(x, sizes_E, experts_U)
                 if hasattr(weight, "grouped")
-                else lax.ragged_dot(x, weight, sizes_E)
+                else grouped_product(x, weight, sizes_E)
             )
             return y if bias is None else y + bias[...][experts_U]
 

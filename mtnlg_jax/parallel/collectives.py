@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mtnlg_jax.parallel.mesh import AXES, axes_in, dims_of, spec_of
+from mtnlg_jax.parallel.mesh import AXES, EXPERT_BIAS, axes_in, dims_of, parameter_name, spec_of
 
 
 def axis_size(axis: str) -> int:
@@ -151,6 +151,8 @@ def gather_weights(params: Any, dtype, zero: int, reduce_dtype=jnp.float32) -> A
     def one(path, leaf):
         # The name of a parameter decides; no list of shardings is passed along.
         spec = spec_of(dims_of(path), zero)
+        if parameter_name(path) == EXPERT_BIAS:
+            return leaf
         axes, dim = _shared_dim(spec, leaf)
         # A parameter without D (b_q_NH), ZeRO off, or one device along data: nothing is split over
         # data.
@@ -174,7 +176,8 @@ def reduce_gradients(
 
     def one(path, grad):
         spec = spec_of(dims_of(path), zero, whole)
-        grad = grad.astype(reduce_dtype)
+        # Counts of tokens stay exact.
+        grad = grad.astype(jnp.float32 if parameter_name(path) == EXPERT_BIAS else reduce_dtype)
         # First the sum over data, which leaves each device a part: the sums that follow are over
         # less.
         axes, dim = _shared_dim(spec, grad)

@@ -10,7 +10,7 @@ share the plan.
 | N query heads, K key/value heads | tensor | gather of S before, reduce-scatter after attention |
 | K key/value heads, fewer than the parts | none | products of all K on every device |
 | F MLP width | tensor | the same around the MLP |
-| D width, weights only | data x expert (ZeRO) | all-gather of a weight, reduce-scatter of its gradient |
+| D width, weights only | data x expert (ZeRO) | all-gather, reduce-scatter of its gradient |
 | L layers | pipe | one activation to the next stage a tick, each way |
 | M micro-batches, embedding and head only | pipe | none: the pipeline sends each to its home |
 | D width, weights of experts | data (ZeRO) | the same |
@@ -52,6 +52,9 @@ AXIS_OF: dict[str, str | tuple[str, ...]] = {
 }
 UNSPLIT = "CHPR"
 
+# The bias by which routers choose experts: float32 in every step, and its gradient counts tokens.
+EXPERT_BIAS = "b_balance_E"
+
 # Tokens, labels and weights, (M, B, S): rows are split over ROWS, positions over context.
 # Every stage looks up what it needs of a micro-batch by its number, so M stays whole.
 BATCH = P(None, ROWS, "context")
@@ -60,6 +63,12 @@ BATCH = P(None, ROWS, "context")
 def row_shards(sizes: Mapping[str, int]) -> int:
     """Return the number of parts into which a mesh of ``sizes`` (axis -> size) splits rows."""
     return math.prod(sizes[axis] for axis in ROWS)
+
+
+def described(sizes: Mapping[str, int]) -> str:
+    """Return text such as "pipe 1 x data 8 x context 1 x tensor 4"; expert only where above 1."""
+    shown = {axis: size for axis, size in sizes.items() if axis != "expert" or size > 1}
+    return " x ".join(f"{axis} {size}" for axis, size in shown.items())
 
 
 def axes_in(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from mtnlg_jax.config import Config, to_json
+from mtnlg_jax.parallel.mesh import described
 from mtnlg_jax.storage import write_file
 from mtnlg_jax.train.metrics import environment
 from mtnlg_jax.train.schedule import samples_at_end
@@ -62,7 +63,7 @@ def at_start(
         epochs = f", {total / training_tokens:,.3g} times the data's {training_tokens:,}"
     sources = " + ".join(shlex.quote(path) for path, _ in config.data.sources)
     devices = f"{mesh.size} of {jax.device_count()} {jax.devices()[0].device_kind} in {processes}"
-    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    axes = described(mesh.shape)
     folder = shlex.quote(workdir)
     lines = [
         f"{folder} {_beginning(config, first, restored)}",
