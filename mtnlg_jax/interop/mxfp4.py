@@ -5,7 +5,7 @@ numbers each with the low half first, and ``X_scales`` (E, outputs, groups), exp
 which 127 is added. A group is 32 inputs.
 """
 
-# Shapes: E experts, O outputs, G groups of 32 inputs, I inputs
+# Shapes: E experts, O outputs, G groups of 32 inputs, I inputs, B 16 (bytes of a group)
 
 import jax.numpy as jnp
 import numpy as np

@@ -21,6 +21,7 @@ from mtnlg_jax.hardware import Chip, flops_per_token, layer_flops
 from mtnlg_jax.model.transformer import abstract_model
 from mtnlg_jax.parallel.mesh import AXES, ROWS, plan_table
 from mtnlg_jax.planning.layout import POLICIES, Layout
+from mtnlg_jax.planning.tiles import padded_size
 
 # Share of peak that products reach while a stage is busy: the one constant of the model. It comes
 # from MT-NLG on A100s: the paper's 60.1, 50.2 and 44.4 s a step on 2,240, 2,800 and 3,360 of them
@@ -92,25 +93,6 @@ class Estimate(NamedTuple):
         return worst if sum(losses.values()) > 0.2 * self.step_seconds else "compute"
 
 
-def padded_size(shape: tuple[int, ...]) -> int:
-    """Return the numbers that a TPU stores for a tensor of ``shape``: tiles of 8 x 128 over the two
-    dims that waste least. XLA orders the dims of a parameter in this way: (L, D, N, H) with H 160
-    has D innermost and no padding (compiled for v5p, libtpu 0.0.50)."""
-    if len(shape) < 2:
-        return math.prod(shape)
-
-    def tiles(size, tile):
-        return -(-size // tile) * tile / size
-
-    waste = min(
-        tiles(inner, 128) * tiles(rows, min(8, 1 << (rows - 1).bit_length()))
-        for i, inner in enumerate(shape)
-        for j, rows in enumerate(shape)
-        if i != j
-    )
-    return round(math.prod(shape) * waste)
-
-
 class _Stage(NamedTuple):
     """Seconds of one micro-batch in one stage, forward and backward, by purpose."""
 
@@ -128,8 +110,7 @@ class _Stage(NamedTuple):
 
     @property
     def total(self) -> float:
-        sent = self.tensor + self.context + self.expert + self.fetch
-        return self.compute + self.recompute + sent
+        return sum(self[:6])  # up to what is fetched
 
 
 class _Held(NamedTuple):
@@ -193,8 +174,7 @@ class Job:
                 rest += numbers
             if "E" in row.dims[:-1]:
                 experts += numbers
-            matrix = inside and len(row.dims) > 2 and "w_" in row.path
-            if not (muon and matrix):
+            if not (muon and inside and len(row.dims) > 2 and "w_" in row.path):
                 second += numbers
         return _Held(blocks, rest, second, experts)
 
@@ -257,12 +237,13 @@ class Job:
             held = CIRCULAR_COPIES * (layout.virtual_pipe * flush + pipe - 1)
             inputs = (held + 4 * flush / pipe) * x
         kept = layers / layout.virtual_pipe * policy.kept / 2 * x
-        layer = LAYER_BYTES / 2 * x
+        if model.moe.num_moe_experts:  # no policy keeps the products of experts
+            kept *= min(1, POLICIES["mlp"].kept / policy.kept)
+        layer = LAYER_BYTES / 2 * x + self._visit_bytes(layout, tokens)
         if tensor > 1:  # the sequence, gathered for products
             layer += 4 * x * tensor
         if context > 1 and self.context_mode(layout) == "gather":
             layer += 2 * self.item * tokens * context * model.kv_heads * model.head_width / tensor
-        layer += self._visit_bytes(layout, tokens)
         chunk = min(self.config.train.loss_chunk, tokens)
         head = model.vocabulary / tensor * (10 * chunk + 4 * model.hidden_size)
         return {

@@ -1,5 +1,7 @@
 """Loss and gradients in one manual region over the whole mesh, with or without a pipeline."""
 
+# Shapes: L layers, E experts
+
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -52,37 +54,30 @@ def make_loss_and_gradients(
     (L, E), as well.
     """
     zero = config.mesh.zero
-    model = config.model
+    model = config.model  # without counters
     tensor = mesh.shape["tensor"]
     whole = whole_dims("K", (config.model.kv_heads,), tensor)
     weights = make_weights(config)
+    reduced = jnp.dtype(config.train.reduce_dtype)
     targets, with_targets = lora.make_targets(config)
     if counting:
         config = dataclasses.replace(config, model=expert_loads.counted(model))
 
     def enter(params, batch, key, teacher):
         """Mark all as varying and gather: (compute weights, the micro-batches)."""
-        # Devices along pipe and tensor hold the same tokens, so these axes are not summed over.
-        total = batch["weights"].sum()
-        for axis in (*ROWS, "context"):
-            total = sum_over(total, axis)
-        # At least 1: a batch without a predicted token has loss 0 and not NaN.
-        total = jnp.maximum(total, 1.0)
         # Before the gather: otherwise autodiff would insert its own reductions at every use.
-        params, batch, total = vary((params, batch, total))
+        params, batch, total = vary((params, batch, _weight_of(batch)))
         params = weights.at_start(params)
         if distillation is not None:
             teacher = Teacher(config, distillation, causal, vary(teacher))
         key = jax.random.wrap_key_data(key)
-        micro_batches = MicroBatches(config, causal, batch, total, key, teacher, counting)
-        return params, micro_batches
+        return params, MicroBatches(config, causal, batch, total, key, teacher, counting)
 
     def leave(loss, gradients):
         """Sum over devices: (mean loss, gradients as the masters are split)."""
-        reduce_dtype = jnp.dtype(config.train.reduce_dtype)
         # Once a step, after all micro-batches: gradient traffic does not grow with their number.
         # Only ZeRO-3 reduces inside the loop.
-        gradients = reduce_gradients(gradients, zero, weights.scattered, reduce_dtype, whole)
+        gradients = reduce_gradients(gradients, zero, weights.scattered, reduced, whole)
         return sum_shared(loss, ("pipe", *ROWS, "context")), gradients
 
     def loss_and_gradients(params, batch, count, key, teacher=None):
@@ -97,10 +92,8 @@ def make_loss_and_gradients(
 
         def leave_all(loss, gradients):
             gradients, loads_LE = gradients
-            if not counting:
-                return leave(loss, gradients)
-            named = reduce_gradients({"blocks": {EXPERT_BIAS: loads_LE}}, zero, weights.scattered)
-            return *leave(loss, gradients), named["blocks"][EXPERT_BIAS]
+            found = leave(loss, gradients)
+            return (*found, _summed_loads(loads_LE)) if counting else found
 
         # With adapters only the adapted matrices are differentiated, so no gradient of the others
         # exists.
@@ -133,22 +126,33 @@ def make_loss_and_gradients(
         # transpose of the permutes brings gradients back to it.
         (blocks,) = to_natural(gradients.blocks)
         gradients = join_params(gradients._replace(blocks=blocks))
-        if not counting:
-            return loss, targets(gradients)
-        gradients, loads = expert_loads.split_loads(gradients, like)
-        return loss, targets(gradients), loads
+        gradients, *loads = expert_loads.split_loads(gradients, like) if counting else (gradients,)
+        return loss, targets(gradients), *loads
 
     abstract = abstract_model(model)[1]
     in_specs = [specs_of(abstract, zero, tensor), batch_specs(), P(), P()]
     if distillation is not None:
         in_specs.append(specs_of(abstract_model(distillation.model)[1], zero, tensor))
-    out_specs: tuple = (P(), specs_of(targets(abstract), zero, tensor))
-    if counting:
-        out_specs += (spec_of("LE"),)
+    gradient_specs = specs_of(targets(abstract), zero, tensor)
+    out_specs = (P(), gradient_specs, *([spec_of("LE")] if counting else []))
     # Chosen here, outside the traced function, since the two are different programs.
-    piped = mesh.shape["pipe"] > 1
-    function = pipelined_loss_and_gradients if piped else loss_and_gradients
+    function = pipelined_loss_and_gradients if mesh.shape["pipe"] > 1 else loss_and_gradients
     return over_mesh(function, mesh, in_specs, out_specs)
+
+
+def _weight_of(batch: dict[str, jax.Array]) -> jax.Array:
+    """Return the weight of the whole batch, of which a device has its part."""
+    # Devices along pipe and tensor hold the same tokens, so these axes are not summed over.
+    total = batch["weights"].sum()
+    for axis in (*ROWS, "context"):
+        total = sum_over(total, axis)
+    # At least 1: a batch without a predicted token has loss 0 and not NaN.
+    return jnp.maximum(total, 1.0)
+
+
+def _summed_loads(loads_LE: jax.Array) -> jax.Array:
+    named = reduce_gradients({"blocks": {EXPERT_BIAS: loads_LE}}, zero=0, scattered=False)
+    return named["blocks"][EXPERT_BIAS]
 
 
 # --- through the pipeline

@@ -25,8 +25,9 @@ from mtnlg_jax.hardware import CHIPS
 from mtnlg_jax.model.hooks import RECOMPUTE
 from mtnlg_jax.model.transformer import abstract_model
 from mtnlg_jax.parallel.mesh import make_mesh
-from mtnlg_jax.planning.cost import CIRCULAR_COPIES, Job, padded_size
+from mtnlg_jax.planning.cost import CIRCULAR_COPIES, Job
 from mtnlg_jax.planning.layout import POLICIES, Layout, layout_of
+from mtnlg_jax.planning.tiles import padded_size
 from mtnlg_jax.train.batch import BATCH_KEYS
 from mtnlg_jax.train.gradients import make_loss_and_gradients
 from mtnlg_jax.train.state import abstract_state
