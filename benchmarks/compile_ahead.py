@@ -14,6 +14,7 @@ import datetime
 import importlib.metadata
 import json
 import os
+import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent.parent
@@ -53,6 +54,7 @@ ROWS = [
     ("mtnlg_530b.py", "H100:120x8", "train", CIRCULAR),
     ("mtnlg_530b.py", "v5p:4x4x8", "prefill", DECODE),
     ("mtnlg_530b.py", "v5p:4x4x8", "decode", DECODE),
+    ("mixtral_8x7b.py", "v5p:4x4x8", "train", []),
     *((f"ladder.py:{name}", f"H100:{cards}", "train", []) for name, cards in LADDER.items()),
 ]
 
@@ -79,11 +81,15 @@ def main() -> None:
             f"no row contains {' or '.join(args.words)}; the rows are:\n"
             + "\n".join(label(*row) for row in ROWS)
         )
-    known = json.loads(path.read_text())["rows"] if path.exists() else []
-    rows = {label(row["config"], row["topology"], row["step"], row["set"]): row for row in known}
+    known = json.loads(path.read_text()) if path.exists() else {"rows": [], "versions": {}}
+    rows = {
+        label(row["config"], row["topology"], row["step"], row["set"]): row for row in known["rows"]
+    }
     for row in chosen:
         rows[label(*row)] = measured(*row)
-        save(path, [rows[name] for name in (label(*each) for each in ROWS) if name in rows])
+        kept = [rows[name] for name in (label(*each) for each in ROWS) if name in rows]
+        # Rows that are not compiled again keep the version of their compiler.
+        save(path, kept, known["versions"] | versions())
         print(json.dumps(rows[label(*row)]), flush=True)
     print(f"written to {path}")
 
@@ -126,18 +132,28 @@ def measured(config: str, topology: str, step: str, settings: list[str]) -> dict
     }
 
 
+def versions() -> dict[str, str]:
+    """Return the versions of the compilers here; libtpu may lie in a folder of its own."""
+    from mtnlg_jax.planning.topology import APART
+
+    found = {}
+    for name in ("jax", "libtpu", "jax-cuda12-pjrt"):
+        for path in (sys.path, [str(APART)]):
+            for each in importlib.metadata.distributions(name=name, path=path):
+                found.setdefault(name, each.version)
+    return found
+
+
 def gib(size: int | None) -> float | None:
     return None if size is None else round(size / 2**30, 2)
 
 
-def save(path: Path, rows: list[dict]) -> None:
+def save(path: Path, rows: list[dict], versions: dict[str, str]) -> None:
     from mtnlg_jax import storage
 
     result = {
         "device": f"CPU, {os.cpu_count()} cores; the chips are described, none was present",
-        "versions": {
-            name: importlib.metadata.version(name) for name in ("jax", "libtpu", "jax-cuda12-pjrt")
-        },
+        "versions": versions,
         "command": "python benchmarks/compile_ahead.py",
         "rows": rows,
     }

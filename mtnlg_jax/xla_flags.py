@@ -204,6 +204,8 @@ def collectives_of(mesh: MeshConfig) -> list[tuple[str, str]]:
         found.append(("all-reduce", "data"))
         if mesh.zero:
             found += [("all-gather", "data"), ("reduce-scatter", "data")]
+    if mesh.expert > 1:
+        found += [(kind, "expert") for kind in ("all-gather", "reduce-scatter", "all-reduce")]
     if mesh.tensor > 1:
         found += [(kind, "tensor") for kind in ("all-gather", "reduce-scatter", "all-reduce")]
     if mesh.pipe > 1:

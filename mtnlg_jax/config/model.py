@@ -109,6 +109,11 @@ class MoEConfig:
     moe_shared_expert_intermediate_size: CountFrom0 = 0
     # Scale the shared expert's output by a learned sigmoid gate (Qwen2-MoE).
     moe_shared_expert_gate: bool = False
+    # Add a bias to the score of each expert when the best are chosen. It is moved after each step
+    # toward even loads and has no gradient (Wang 2024, arXiv 2408.15664; DeepSeek-V3).
+    moe_router_enable_expert_bias: bool = False
+    # How far that bias moves in a step. The default is that of DeepSeek-V3.
+    moe_router_bias_update_rate: NotNegative = 1e-3
     # Weight of the load-balancing loss (Fedus 2021, equation 4), computed for each sequence
     # (DeepSeek-V3, equation 17). It adds to gradients, not to the reported loss.
     moe_aux_loss_coeff: NotNegative = 0.0
@@ -305,7 +310,8 @@ class ModelConfig:
         moe = self.moe
         if not moe.num_moe_experts:
             return self._one_mlp_count(self.mlp_width)
-        per_expert = self.hidden_size + moe.moe_router_bias  # of the router
+        # Of the router.
+        per_expert = self.hidden_size + moe.moe_router_bias + moe.moe_router_enable_expert_bias
         count = moe.num_moe_experts * (self._one_mlp_count(self.mlp_width) + per_expert)
         if moe.moe_shared_expert_intermediate_size:
             count += self._one_mlp_count(moe.moe_shared_expert_intermediate_size)

@@ -34,6 +34,11 @@ _RULES: Rules = (
         "times; set it to 1, or mesh.schedule=circular",
     ),
     (
+        lambda c: c.mesh.expert > 1 and not c.model.moe.num_moe_experts,
+        "mesh.expert={c.mesh.expert} splits experts, and this model has none "
+        "(model.moe.num_moe_experts=0); set mesh.expert=1 and raise mesh.data",
+    ),
+    (
         lambda c: c.mesh.pipe > 1 and c.train.micro_batch_size is None,
         "mesh.pipe={c.mesh.pipe} needs train.micro_batch_size, since a pipeline takes "
         "micro-batches; set it so that each data shard has {c.mesh.pipe} or more",
@@ -125,7 +130,8 @@ def validate(config: Config) -> None:
     for stage in config.train.stages:
         _check_stage(stage, config)
     _check_lora(config)
-    validate_batch(config, 1 if config.mesh.data == -1 else config.mesh.data)
+    data = 1 if config.mesh.data == -1 else config.mesh.data
+    validate_batch(config, data * config.mesh.expert)
 
 
 def _check_divisors(config: Config) -> None:
@@ -143,6 +149,8 @@ def _check_divisors(config: Config) -> None:
     }
     for name, number in split_by_tensor.items():
         must_divide(name, number, "mesh.tensor", mesh.tensor)
+    experts = model.moe.num_moe_experts
+    must_divide("model.moe.num_moe_experts", experts, "mesh.expert", mesh.expert)
     chunks = "mesh.pipe x mesh.virtual_pipe" if mesh.virtual_pipe > 1 else "mesh.pipe"
     must_divide("model.num_layers", model.num_layers, chunks, mesh.pipe * mesh.virtual_pipe)
     if mesh.pipe > 1:
@@ -233,8 +241,8 @@ def _check_blocks(config: Config, data_size: int) -> None:
 
 
 def validate_batch(config: Config, data_size: int) -> None:
-    """Raise ValueError if a batch, of the ramp or after it, does not split evenly over a data axis
-    of ``data_size``."""
+    """Raise ValueError if a batch, of the ramp or after it, does not split evenly over
+    ``data_size`` parts, those of mesh.data x mesh.expert."""
     _check_blocks(config, data_size)
     train = config.train
     micro = train.micro_batch_size
@@ -257,7 +265,8 @@ def validate_batch(config: Config, data_size: int) -> None:
             )
         sizes |= ramp
     unit = (micro or 1) * data_size
-    name = "train.micro_batch_size x mesh.data" if micro else "mesh.data"
+    name = "mesh.data x mesh.expert" if config.mesh.expert > 1 else "mesh.data"
+    name = f"train.micro_batch_size x {name}" if micro else name
     for what, size in sizes.items():
         if size % unit:
             near = [str(rounds * unit) for rounds in (size // unit, size // unit + 1) if rounds]

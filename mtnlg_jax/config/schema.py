@@ -61,6 +61,8 @@ class MeshConfig:
     # How attention works over context. auto: ulysses where the key/value heads of a device divide,
     # else gather.
     context_mode: Literal["auto", "ulysses", "gather", "ring"] = "auto"
+    # Parts into which the experts of each layer are split. Rows are split over data x expert.
+    expert: AxisSize = 1
 
 
 @dataclass(frozen=True)

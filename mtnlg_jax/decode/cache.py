@@ -24,6 +24,7 @@ from mtnlg_jax.model.attention import attention, decode_attention, merge, merge_
 from mtnlg_jax.model.head import Head
 from mtnlg_jax.model.quantize import quantize
 from mtnlg_jax.model.transformer import abstract_model
+from mtnlg_jax.parallel.mesh import EXPERT_BIAS, parameter_name
 
 ROUTER = "w_router_DE"
 TABLES = ("tokens_VD", "head_VD")  # quantized to int8 along with the products of the blocks
@@ -118,7 +119,11 @@ def unstack_params(params, *, config, dtype, weights=None, rows=False):
     int8 = weights == "int8"
     graph = abstract_model(config)[0]
     model = nnx.merge(graph, params)
-    rounded = nnx.merge(graph, jax.tree.map(lambda x: x.astype(dtype), params))
+
+    def in_dtype(path, leaf):
+        return leaf if parameter_name(path) == EXPERT_BIAS else leaf.astype(dtype)
+
+    rounded = nnx.merge(graph, jax.tree_util.tree_map_with_path(in_dtype, params))
     exact, stacked = (nnx.split(each.blocks)[1] for each in (model, rounded))
     rounded.blocks = None
 

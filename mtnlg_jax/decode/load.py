@@ -19,6 +19,7 @@ from mtnlg_jax.config import Config, ModelConfig
 from mtnlg_jax.decode.cache import ROUTER, TABLES, Decoder, by_rows, check_held, split_abstract
 from mtnlg_jax.decode.quantized import ExpertWeight, RowWeight
 from mtnlg_jax.model.quantize import quantize_numpy
+from mtnlg_jax.parallel.mesh import EXPERT_BIAS
 from mtnlg_jax.train.adapted_arrays import stored_arrays
 from mtnlg_jax.train.checkpoint import Run, find_run
 
@@ -120,6 +121,8 @@ def _converted_experts(array: np.ndarray, dtype: str, int8: bool):
 def _converted(name: str, dtype: str, int8: bool, array: np.ndarray):
     """Return one parameter of a block in the form that decoding holds."""
     int8 = int8 and name != ROUTER
+    if name == EXPERT_BIAS:
+        return jnp.asarray(array)
     # Only the matrices of products are held in rows.
     if not name.startswith("w_") or not (int8 or by_rows()):
         return jnp.asarray(array.astype(dtype, copy=False))

@@ -49,7 +49,7 @@ def meaning(model: ModelConfig, family: str | None = None) -> dict[str, Any]:
     moe = {}
     if model.moe.num_moe_experts:
         moe = dataclasses.asdict(model.moe)
-        for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff"):
+        for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_router_bias_update_rate"):
             del moe[name]
     return {
         "num_layers": model.num_layers,
@@ -149,7 +149,8 @@ def config_of(model: ModelConfig, original: dict | None = None, family: str | No
 def _changed(model: ModelConfig, original: dict) -> dict | None:
     """Return ``original`` with what changed, or None if its family cannot express ``model``."""
     family, inner = family_of(original)
-    config = original
+    # Tensors are written as they are, and never quantized again.
+    config = {key: value for key, value in original.items() if key != "quantization_config"}
     if original.get("model_type") in NESTED:
         config = inner | {"architectures": [ARCHITECTURES[family]]}
     before = model_of(config)

@@ -54,8 +54,12 @@ def activation_of(c: Keys, gated: bool) -> str:
 
 def common(c: Keys, gated: bool = True) -> Fields:
     """Return sizes, norm and activation."""
-    for key in ("quantization_config", "pruned_heads", "add_cross_attention", "cross_attention"):
+    for key in ("pruned_heads", "add_cross_attention", "cross_attention"):
         c.must_be(key, False, {})
+    quantized = c.get("quantization_config")
+    # Tensors in MXFP4 are read as bfloat16 (`mxfp4`).
+    if not (isinstance(quantized, dict) and quantized.get("quant_method") == "mxfp4"):
+        c.must_be("quantization_config", False, {})
     return {
         "num_layers": c.number("num_hidden_layers", "n_layer"),
         "hidden_size": c.number("hidden_size", "n_embd", "n_embed"),

@@ -12,6 +12,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from mtnlg_jax.interop import mxfp4
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # The types that float32 parameters hold exactly.
@@ -22,7 +24,8 @@ class Shards:
     """The tensors of a folder, with ``shapes`` and ``dtypes`` by name from the headers alone.
 
     One file is mapped at a time, so that memory holds at most one shard and the tensor that was
-    read. Tensors whose names match ``unread`` may have any dtype.
+    read. Tensors whose names match ``unread`` may have any dtype. Two halves of MXFP4 (`mxfp4`) are
+    one tensor, bfloat16.
 
     Raises FileNotFoundError if a file is missing; ValueError if one is damaged, has a dtype that is
     not in DTYPES, or does not agree with the index.
@@ -40,13 +43,33 @@ class Shards:
             self._open(name)
         if placed:
             self._compare(placed)
+        self._packed = self._join_packed()
 
     def __getitem__(self, name: str) -> np.ndarray:
+        if name in self._packed:
+            return mxfp4.unpack(*(self[half] for half in self._packed[name]))
         return self._file(self._paths[name]).get_tensor(name)
+
+    def _join_packed(self) -> dict[str, tuple[str, str]]:
+        """Put the tensors that MXFP4 stores in two halves in place of these."""
+        packed = mxfp4.pairs_of({name for name, dtype in self.dtypes.items() if dtype == "U8"})
+        for name, halves in packed.items():
+            if name in self.shapes:
+                raise ValueError(f"{self.folder} holds {name} and {halves[0]}; keep one of them")
+            self.shapes[name] = mxfp4.shape_of(name, *(self.shapes.pop(half) for half in halves))
+            self.dtypes[name] = "bfloat16"
+            for half in halves:
+                del self.dtypes[half]
+        return packed
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Return rows of the first dim, as many of them as there are."""
         last = min(stop, self.shapes[name][0])
+        if name in self._packed:
+            return mxfp4.unpack(*(self._part(half, start, last) for half in self._packed[name]))
+        return self._part(name, start, last)
+
+    def _part(self, name: str, start: int, last: int) -> np.ndarray:
         return self._file(self._paths[name]).get_slice(name)[start:last]
 
     def _file(self, path: Path) -> Any:
@@ -103,7 +126,8 @@ class Shards:
                 raise ValueError(f"{path} and another shard both hold {name}; keep one of them")
             header = file.get_slice(name)
             dtype = header.get_dtype()
-            if dtype not in DTYPES and not re.search(self._unread, name):
+            packed = dtype == "U8" and name.endswith((mxfp4.BLOCKS, mxfp4.SCALES))
+            if dtype not in DTYPES and not packed and not re.search(self._unread, name):
                 raise ValueError(
                     f"{name} in {path} is {dtype}; parameters here are float32, which holds only "
                     f"{', '.join(DTYPES)} exactly; save it as one of them"

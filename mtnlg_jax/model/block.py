@@ -139,12 +139,13 @@ class Block(nnx.Module):
         drop: Callable = lambda x, half: x,
         spec: LayerSpec = PLAIN_LAYER,
         penalty_B: jax.Array | None = None,
+        counted_B: jax.Array | None = None,
     ) -> jax.Array:
         """Return the block's output, (B, S, D).
 
         ``attend(q, k, v, **options)`` is the attention over the keys of this sequence, or of a
-        cache. ``drop(x, half)`` is the dropout after half block 0 or 1. ``penalty_B`` weights the
-        router's losses of each row.
+        cache. ``drop(x, half)`` is the dropout after half block 0 or 1. ``penalty_B`` and
+        ``counted_B`` are those of `Moe`.
         """
 
         def attention(x_BSD):
@@ -153,7 +154,9 @@ class Block(nnx.Module):
 
         def mlp(x_BSD):
             whole = gather(x_BSD, "tensor", 1)
-            return self.mlp(whole, penalty_B) if isinstance(self.mlp, Moe) else self.mlp(whole)
+            if isinstance(self.mlp, Moe):
+                return self.mlp(whole, penalty_B, counted_B)
+            return self.mlp(whole)
 
         def added(y_BSD, half):
             y_BSD = drop(y_BSD, half)

@@ -55,7 +55,7 @@ class Hooks(NamedTuple):
     """Changes to the plain forward pass. Each field serves one guest; the defaults change nothing.
 
     Mixed precision and ZeRO-3 use ``prepare``, activation recomputation ``recompute``, context
-    parallelism ``attend``, dropout the next two fields, and experts the last one.
+    parallelism ``attend``, dropout the next two fields, and experts the last two.
     """
 
     prepare: Callable = lambda layer: layer  # one layer's stored parameters -> compute weights
@@ -64,6 +64,7 @@ class Hooks(NamedTuple):
     dropout_key: jax.Array | None = None  # None: no dropout
     rows_B: jax.Array | None = None  # number of each row in the global batch, for dropout
     penalty_B: jax.Array | None = None  # weight of each row's router losses; None: no such losses
+    counted_B: jax.Array | None = None  # 1 for rows whose tokens count as loads of experts, else 0
 
 
 PLAIN = Hooks()

@@ -5,7 +5,8 @@ Nothing is dropped. Tokens are sorted by expert, and one grouped product compute
 """
 
 # Shapes: B rows, S query positions, D width, F width of an expert, E experts, X experts of a token,
-# T tokens (B x S), U visits (T x X, sorted by expert), C 1 (the gate of the shared expert)
+# T tokens (B x S), U visits (T x X, sorted by expert), C 1 (the gate of the shared expert). Where
+# experts are split, T and U are the tokens and visits of all devices along expert.
 
 import math
 
@@ -15,9 +16,17 @@ from flax import nnx
 from jax import lax
 
 from mtnlg_jax.config import ModelConfig
+from mtnlg_jax.model.grouped import grouped_product
 from mtnlg_jax.model.mlp import Mlp
 from mtnlg_jax.model.parts import activate, add_bias, constant, multiply, normal
-from mtnlg_jax.parallel.collectives import axis_size, own_part, scatter_sum, sum_over
+from mtnlg_jax.parallel.collectives import (
+    axis_index,
+    axis_size,
+    gather,
+    own_part,
+    scatter_sum,
+    sum_over,
+)
 
 
 @jax.custom_vjp
@@ -31,6 +40,21 @@ def with_penalty(x: jax.Array, penalty: jax.Array) -> jax.Array:
 
 with_penalty.defvjp(
     lambda x, penalty: (x, penalty), lambda penalty, grad: (grad, jnp.ones_like(penalty))
+)
+
+
+@jax.custom_vjp
+def with_loads(x: jax.Array, bias_E: jax.Array, loads_E: jax.Array) -> jax.Array:
+    """Return ``x``; the gradient of ``bias_E`` is ``loads_E``, whatever the loss is.
+
+    So loads are summed over micro-batches, stages and devices as gradients are.
+    """
+    return x
+
+
+with_loads.defvjp(
+    lambda x, bias_E, loads_E: (x, loads_E),
+    lambda loads_E, grad: (grad, loads_E, jnp.zeros_like(loads_E)),
 )
 
 
@@ -48,6 +72,8 @@ class Moe(nnx.Module):
         bias = config.has_bias("mlp")
         self.w_router_DE = normal(rngs, std, D, E)
         self.b_router_E = constant(0.0, E) if config.moe.moe_router_bias else None
+        choosing = config.moe.moe_router_enable_expert_bias
+        self.b_balance_E = constant(0.0, E) if choosing else None
         self.w_in_EDF = normal(rngs, std, E, D, F)
         self.w_gate_EDF = normal(rngs, std, E, D, F) if config.gated else None
         self.w_out_EFD = normal(rngs, out_std, E, F, D)
@@ -73,7 +99,13 @@ class Moe(nnx.Module):
             scores_TE = jax.nn.softmax(logits_TE, -1)
         else:
             scores_TE = logits_TE
-        weights_TX, experts_TX = lax.top_k(scores_TE, config.moe_router_topk)
+        if self.b_balance_E is None:
+            weights_TX, experts_TX = lax.top_k(scores_TE, config.moe_router_topk)
+        else:
+            # The bias chooses; the weights are the scores without it.
+            biased_TE = add_bias(lax.stop_gradient(scores_TE), self.b_balance_E)
+            experts_TX = lax.top_k(biased_TE, config.moe_router_topk)[1]
+            weights_TX = jnp.take_along_axis(scores_TE, experts_TX, -1)
         if config.moe_router_score_function == "softmax" and not config.moe_router_pre_softmax:
             weights_TX = jax.nn.softmax(weights_TX, -1)
         elif config.moe_router_norm:
@@ -108,10 +140,24 @@ class Moe(nnx.Module):
         losses_B = config.moe_aux_loss_coeff * balance_B + config.moe_z_loss_coeff * z_B
         return jnp.dot(losses_B, penalty_B) / axis_size("tensor")
 
-    def __call__(self, x_BSD: jax.Array, penalty_B: jax.Array | None = None) -> jax.Array:
+    def loads(self, experts_TX: jax.Array, counted_B: jax.Array) -> jax.Array:
+        """Return this device's share of the tokens of each expert, float32 (E,)."""
+        counted_TX = jnp.repeat(counted_B, experts_TX.size // counted_B.size)
+        experts = self.config.num_moe_experts
+        # Devices along tensor count the same tokens.
+        loads_E = jnp.bincount(experts_TX.reshape(-1), weights=counted_TX, length=experts)
+        return loads_E / axis_size("tensor")
+
+    def __call__(
+        self,
+        x_BSD: jax.Array,
+        penalty_B: jax.Array | None = None,
+        counted_B: jax.Array | None = None,
+    ) -> jax.Array:
         """Return the experts' output, (B, S, D); in the manual region this device's part of S.
 
-        ``penalty_B`` weights the losses of each row; None leaves them out.
+        ``penalty_B`` weights the losses of each row, and tokens of rows with ``counted_B`` 1 are
+        loads of their experts; None leaves either out.
         """
         batch, length, width = x_BSD.shape
         x_TD = x_BSD.reshape(-1, width)
@@ -119,12 +165,55 @@ class Moe(nnx.Module):
         experts_TX, weights_TX = self.route(logits_TE)
         if penalty_B is not None:
             x_TD = with_penalty(x_TD, self.penalty(logits_TE, experts_TX, penalty_B))
-        number, visits = experts_TX.shape
+        if counted_B is not None and self.b_balance_E is not None:
+            x_TD = with_loads(x_TD, self.b_balance_E[...], self.loads(experts_TX, counted_B))
+        y_BSD = self._visit(x_TD, experts_TX, weights_TX, (batch, length))
+        if self.shared is not None:
+            y_BSD = y_BSD + self._gated(self.shared(x_BSD), x_BSD)
+        if self.b_out_ED is None:
+            return y_BSD
         experts = self.config.num_moe_experts
-        order_U = jnp.argsort(experts_TX.reshape(-1), stable=True)
-        experts_U = experts_TX.reshape(-1)[order_U]
-        sizes_E = jnp.bincount(experts_TX.reshape(-1), length=experts).astype(jnp.int32)
+        shares_TE = (jax.nn.one_hot(experts_TX, experts) * weights_TX[..., None]).sum(1)
+        shares_BSE = own_part(shares_TE.reshape(batch, length, experts), "tensor", 1)
+        # Few numbers, so each device gathers the biases of all experts.
+        bias_ED = gather(self.b_out_ED[...], "expert", 0)
+        return y_BSD + multiply("BSE,ED->BSD", shares_BSE.astype(y_BSD.dtype), bias_ED)
+
+    def _visit(
+        self, x_TD: jax.Array, experts_TX: jax.Array, weights_TX: jax.Array, rows: tuple[int, int]
+    ) -> jax.Array:
+        """Return the weighted outputs of each token's experts, this device's part of (B, S, D).
+
+        ``rows`` is (B, S). Where experts are split, every device gathers the tokens of all devices
+        along expert, computes the visits to its own experts, and a reduce-scatter adds the outputs.
+        An exact all-to-all with fixed shapes would send as much: in the worst case all tokens of a
+        device visit the experts of one other, so each pair needs room for all of them.
+        """
+        batch, length = rows
+        visits = experts_TX.shape[1]
+        x_TD, experts_TX, weights_TX = (
+            gather(each, "expert", 0) for each in (x_TD, experts_TX, weights_TX)
+        )
+        number = len(x_TD)
+        parts = axis_size("expert")
+        experts = self.config.num_moe_experts // parts
+        # Experts of this device count from 0, those of others are sorted behind them.
+        own_U = experts_TX.reshape(-1) - axis_index("expert") * experts
+        if parts > 1:
+            own_U = jnp.where((own_U >= 0) & (own_U < experts), own_U, experts)
+        order_U = jnp.argsort(own_U, stable=True)
+        places_U = jnp.argsort(order_U)
+        # A token visits different experts, so this is the most visits that a device can have.
+        most = number * min(visits, experts)
+        order_U = order_U[:most]
+        # A bound, since the rows behind the last visit read biases as well.
+        experts_U = jnp.minimum(own_U[order_U], experts - 1)
+        sizes_E = jnp.bincount(own_U, length=experts).astype(jnp.int32)
         x_UD = x_TD[order_U // visits]
+        if parts > 1:
+            # Rows behind the last visit are in no group: they and their gradients are 0.
+            mine_U = own_U[order_U] < experts
+            x_UD = jnp.where(mine_U[:, None], x_UD, 0)
 
         def product(x, weight, bias):
             weight = weight[...]
@@ -132,7 +221,7 @@ class Moe(nnx.Module):
             y = (
                 weight.grouped(x, sizes_E, experts_U)
                 if hasattr(weight, "grouped")
-                else lax.ragged_dot(x, weight, sizes_E)
+                else grouped_product(x, weight, sizes_E)
             )
             return y if bias is None else y + bias[...][experts_U]
 
@@ -142,16 +231,14 @@ class Moe(nnx.Module):
             gate_UF = product(x_UD, self.w_gate_EDF, self.b_gate_EF)
         y_UD = product(activate(self.activation, h_UF, gate_UF), self.w_out_EFD, None)
         y_UD = y_UD * weights_TX.reshape(-1)[order_U][:, None].astype(y_UD.dtype)
+        if parts > 1:
+            y_UD = jnp.where(mine_U[:, None], y_UD, 0)
         # Back in the order of the tokens, whose visits are then neighbors.
-        y_TD = y_UD[jnp.argsort(order_U)].reshape(number, visits, width).sum(1)
-        y_BSD = scatter_sum(y_TD.reshape(batch, length, width), "tensor", 1)
-        if self.shared is not None:
-            y_BSD = y_BSD + self._gated(self.shared(x_BSD), x_BSD)
-        if self.b_out_ED is None:
-            return y_BSD
-        shares_TE = (jax.nn.one_hot(experts_TX, experts) * weights_TX[..., None]).sum(1)
-        shares_BSE = own_part(shares_TE.reshape(batch, length, experts), "tensor", 1)
-        return y_BSD + multiply("BSE,ED->BSD", shares_BSE.astype(y_BSD.dtype), self.b_out_ED[...])
+        y_UD = y_UD.at[places_U].get(mode="fill", fill_value=0) if parts > 1 else y_UD[places_U]
+        y_TD = y_UD.reshape(number, visits, -1).sum(1)
+        # Rows of all devices along expert: the sum over tensor comes first and leaves less to send.
+        y_BSD = scatter_sum(y_TD.reshape(parts * batch, length, -1), "tensor", 1)
+        return scatter_sum(y_BSD, "expert", 0)
 
     def _gated(self, y_BSD: jax.Array, x_BSD: jax.Array) -> jax.Array:
         """Return the output of the shared expert through its gate, if it has one."""

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mtnlg_jax.parallel.mesh import AXES, dims_of, spec_of
+from mtnlg_jax.parallel.mesh import AXES, EXPERT_BIAS, axes_in, dims_of, parameter_name, spec_of
 
 
 def axis_size(axis: str) -> int:
@@ -109,32 +109,36 @@ def vary(tree: Any) -> Any:
 
 # The transpose by autodiff would reduce in ``dtype``. A rule of its own lets the sum have another
 # type than the products.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gather_weight(w, dim: int, dtype, reduce_dtype):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _gather_weight(w, axes: tuple[str, ...], dim: int, dtype, reduce_dtype):
     # Cast before the gather: bfloat16 halves what is sent.
-    return lax.all_gather(w.astype(dtype), "data", axis=dim, tiled=True)
+    return lax.all_gather(w.astype(dtype), axes, axis=dim, tiled=True)
 
 
-def _gather_weight_forward(w, dim, dtype, reduce_dtype):
-    return _gather_weight(w, dim, dtype, reduce_dtype), None
+def _gather_weight_forward(w, axes, dim, dtype, reduce_dtype):
+    return _gather_weight(w, axes, dim, dtype, reduce_dtype), None
 
 
-def _gather_weight_backward(dim, dtype, reduce_dtype, _, grad):
+def _gather_weight_backward(axes, dim, dtype, reduce_dtype, _, grad):
     # Master gradients are float32, whatever the type of the sum on the network.
-    grad = lax.psum_scatter(grad.astype(reduce_dtype), "data", scatter_dimension=dim, tiled=True)
+    grad = lax.psum_scatter(grad.astype(reduce_dtype), axes, scatter_dimension=dim, tiled=True)
     return (grad.astype(jnp.float32),)
 
 
 _gather_weight.defvjp(_gather_weight_forward, _gather_weight_backward)
 
 
-def _data_dim(spec, leaf: jax.Array) -> int:
-    """Return the dim of ``leaf`` that is split over data.
+def _shared_dim(spec, leaf: jax.Array) -> tuple[tuple[str, ...], int]:
+    """Return (axes, dim) of the dim of ``leaf`` that ZeRO splits, and () where none is split.
 
-    It is counted from the end: inside the scan over layers the leading L is gone, and the rounds of
-    a pipeline have two dims in its place.
+    The dim is counted from the end: inside the scan over layers the leading L is gone, and the
+    rounds of a pipeline have two dims in its place. Axes of size 1 are left out.
     """
-    return list(spec).index("data") - len(spec) + leaf.ndim
+    for number, entry in enumerate(spec):
+        if "data" in axes_in(entry):
+            axes = tuple(axis for axis in axes_in(entry) if axis_size(axis) > 1)
+            return axes, number - len(spec) + leaf.ndim
+    return (), 0
 
 
 def gather_weights(params: Any, dtype, zero: int, reduce_dtype=jnp.float32) -> Any:
@@ -147,11 +151,12 @@ def gather_weights(params: Any, dtype, zero: int, reduce_dtype=jnp.float32) -> A
     def one(path, leaf):
         # The name of a parameter decides; no list of shardings is passed along.
         spec = spec_of(dims_of(path), zero)
+        if parameter_name(path) == EXPERT_BIAS:
+            return leaf
+        axes, dim = _shared_dim(spec, leaf)
         # A parameter without D (b_q_NH), ZeRO off, or one device along data: nothing is split over
         # data.
-        if "data" not in spec or axis_size("data") == 1:
-            return leaf.astype(dtype)
-        return _gather_weight(leaf, _data_dim(spec, leaf), dtype, reduce_dtype)
+        return _gather_weight(leaf, axes, dim, dtype, reduce_dtype) if axes else leaf.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(one, params)
 
@@ -160,8 +165,8 @@ def gather_unchanged(params: Any, zero: int) -> Any:
     """Gather shards of frozen parameters, whole along D, in the type that they have."""
 
     def one(path, leaf):
-        spec = spec_of(dims_of(path), zero)
-        return gather(leaf, "data", _data_dim(spec, leaf)) if "data" in spec else leaf
+        axes, dim = _shared_dim(spec_of(dims_of(path), zero), leaf)
+        return lax.all_gather(leaf, axes, axis=dim, tiled=True) if axes else leaf
 
     return jax.tree_util.tree_map_with_path(one, params)
 
@@ -181,13 +186,16 @@ def reduce_gradients(
 
     def one(path, grad):
         spec = spec_of(dims_of(path), zero, whole)
-        grad = grad.astype(reduce_dtype)
+        # Counts of tokens stay exact.
+        grad = grad.astype(jnp.float32 if parameter_name(path) == EXPERT_BIAS else reduce_dtype)
         # First the sum over data, which leaves each device a part: the sums that follow are over
         # less.
-        if "data" in spec and not scattered:
-            grad = scatter_sum(grad, "data", _data_dim(spec, grad))
+        axes, dim = _shared_dim(spec, grad)
+        if axes and not scattered:
+            grad = lax.psum_scatter(grad, axes, scatter_dimension=dim, tiled=True)
         # For example pipe for the embedding: each stage has a part of its gradient, or 0.
-        missing = tuple(axis for axis in manual if axis not in spec)
+        split = {axis for entry in spec for axis in axes_in(entry)}
+        missing = tuple(axis for axis in manual if axis not in split)
         return (lax.psum(grad, missing) if missing else grad).astype(jnp.float32)
 
     return jax.tree_util.tree_map_with_path(one, grads)

@@ -10,17 +10,20 @@ share the plan.
 | N query heads, K key/value heads | tensor | gather of S before, reduce-scatter after attention |
 | K key/value heads, fewer than the parts | none | products of all K on every device |
 | F MLP width | tensor | the same around the MLP |
-| D width, weights only | data (ZeRO) | all-gather of a weight, reduce-scatter of its gradient |
+| D width, weights only | data x expert (ZeRO) | all-gather, reduce-scatter of its gradient |
 | L layers | pipe | one activation to the next stage a tick, each way |
 | M micro-batches, embedding and head only | pipe | none: the pipeline sends each to its home |
-| B rows | data | one sum of the gradients a step |
+| D width, weights of experts | data (ZeRO) | the same |
+| B rows | data x expert | one sum of the gradients a step |
 | S sequence | context | exchange of keys and values, or of heads, in attention |
 | S sequence, between half blocks | tensor too | none: norms and residuals are per token |
-| H head width, P positions, R rank of an adapter, C width of a masked head, E experts | none | |
+| E experts | expert | gather of tokens before, reduce-scatter after the experts |
+| E experts, outputs of a router | none | |
+| H head width, P positions, R rank of an adapter, C width of a masked head | none | |
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,15 +34,46 @@ from mtnlg_jax.config import MeshConfig, near_divisors
 
 # The last axis numbers neighboring devices: tensor, which communicates most, spans the fastest
 # links.
-AXES = ("pipe", "data", "context", "tensor")  # slowest network first
+AXES = ("pipe", "data", "expert", "context", "tensor")  # slowest network first
+
+# Devices along these have rows of their own. All parameters but those of experts are alike on
+# them, so ZeRO splits D over both.
+ROWS = ("data", "expert")
 
 # No two dims of one tensor may share an axis, so the dims of a new parameter must differ in it.
-AXIS_OF = {"L": "pipe", "V": "tensor", "N": "tensor", "K": "tensor", "F": "tensor", "D": "data"}
-UNSPLIT = "CEHPR"
+AXIS_OF: dict[str, str | tuple[str, ...]] = {
+    "L": "pipe",
+    "V": "tensor",
+    "N": "tensor",
+    "K": "tensor",
+    "F": "tensor",
+    "D": ROWS,
+    "E": "expert",
+}
+UNSPLIT = "CHPR"
 
-# Tokens, labels and weights, (M, B, S): rows are split over data, positions over context.
+# The bias by which routers choose experts: float32 in every step, and its gradient counts tokens.
+EXPERT_BIAS = "b_balance_E"
+
+# Tokens, labels and weights, (M, B, S): rows are split over ROWS, positions over context.
 # Every stage looks up what it needs of a micro-batch by its number, so M stays whole.
-BATCH = P(None, "data", "context")
+BATCH = P(None, ROWS, "context")
+
+
+def row_shards(sizes: Mapping[str, int]) -> int:
+    """Return the number of parts into which a mesh of ``sizes`` (axis -> size) splits rows."""
+    return math.prod(sizes[axis] for axis in ROWS)
+
+
+def described(sizes: Mapping[str, int]) -> str:
+    """Return text such as "pipe 1 x data 8 x context 1 x tensor 4"; expert only where above 1."""
+    shown = {axis: size for axis, size in sizes.items() if axis != "expert" or size > 1}
+    return " x ".join(f"{axis} {size}" for axis, size in shown.items())
+
+
+def axes_in(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Return the axes that an entry of a PartitionSpec names."""
+    return entry if isinstance(entry, tuple) else (entry,) if entry else ()
 
 
 def mesh_shape(config: MeshConfig, devices: int) -> dict[str, int]:
@@ -49,16 +83,17 @@ def mesh_shape(config: MeshConfig, devices: int) -> dict[str, int]:
     """
     # data is the axis that grows with the number of devices, since it changes nothing else in the
     # plan.
-    fixed = config.pipe * config.context * config.tensor
+    fixed = config.pipe * config.expert * config.context * config.tensor
     data = devices // fixed if config.data == -1 else config.data
     # data is 0 where the other axes need more devices than there are.
     if fixed * data != devices or data == 0:
         raise ValueError(
-            f"mesh pipe={config.pipe} x data={config.data} x context={config.context} x "
-            f"tensor={config.tensor} does not fit {devices} devices; their product must be "
-            f"{devices} (data=-1 takes the rest)"
+            f"mesh pipe={config.pipe} x data={config.data} x expert={config.expert} x "
+            f"context={config.context} x tensor={config.tensor} does not fit {devices} devices; "
+            f"their product must be {devices} (data=-1 takes the rest)"
         )
-    return dict(zip(AXES, (config.pipe, data, config.context, config.tensor), strict=True))
+    sizes = (config.pipe, data, config.expert, config.context, config.tensor)
+    return dict(zip(AXES, sizes, strict=True))
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -67,7 +102,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     shape = mesh_shape(config, len(devices))
     # Auto: outside the manual region, as in the optimizer's update, XLA derives how to split.
     return jax.make_mesh(
-        tuple(shape.values()), AXES, axis_types=(AxisType.Auto,) * 4, devices=devices
+        tuple(shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
     )
 
 
@@ -90,21 +125,29 @@ def spec_of(dims: str, zero: int = 1, whole: str = "") -> P:
 
     Raises ValueError on an unknown dim, or when two dims would be split over the same axis.
     """
-    axes = []
+    # The experts of a weight are split, and those of a router, whose last dim they are, are not.
+    of_experts = "E" in dims[:-1]
+    axes: list[str | tuple[str, ...] | None] = []
+    used: set[str] = set()
     for dim in dims:
         if dim not in AXIS_OF and dim not in UNSPLIT:
             raise ValueError(
                 f"dim {dim!r} of {dims!r} is not in the plan; add a row to AXIS_OF or UNSPLIT"
             )
         axis = AXIS_OF.get(dim)
+        if axis == ROWS and of_experts:
+            axis = "data"
         # Without ZeRO every device along data holds whole parameters and moments.
-        if (axis == "data" and zero == 0) or dim in whole:
+        unsharded = dim == "D" and zero == 0
+        if unsharded or dim in whole or (dim == "E" and not of_experts):
             axis = None
         # JAX would refuse such a spec as well, but without the name of the tensor.
-        if axis is not None and axis in axes:
-            raise ValueError(
-                f"{dims!r} would use mesh axis {axis!r} twice; name its dims differently"
-            )
+        for name in axes_in(axis):
+            if name in used:
+                raise ValueError(
+                    f"{dims!r} would use mesh axis {name!r} twice; name its dims differently"
+                )
+            used.add(name)
         axes.append(axis)
     return P(*axes)
 
@@ -141,13 +184,16 @@ def local_shape(
     local = []
     spec = spec_of(dims, zero, whole_dims(dims, shape, sizes["tensor"]))
     for dim, size, axis in zip(dims, shape, spec, strict=True):
-        parts = sizes[axis] if axis else 1
+        parts = math.prod(sizes[each] for each in axes_in(axis))
         if size % parts:
+            over = [each for each in axes_in(axis) if sizes[each] > 1]
             # The message gives sizes that do divide.
-            way_out = f"try mesh.{axis}={near_divisors(size, parts)}"
-            if axis == "data":
+            way_out = f"try mesh.{' x mesh.'.join(over)}={near_divisors(size, parts)}"
+            if "data" in axes_in(axis):
                 way_out += ", or mesh.zero=0"
-            raise ValueError(f"{name}: {dim}={size} is not divisible by {axis}={parts}; {way_out}")
+            raise ValueError(
+                f"{name}: {dim}={size} is not divisible by {' x '.join(over)}={parts}; {way_out}"
+            )
         local.append(size // parts)
     return tuple(local)
 

@@ -19,14 +19,15 @@ class Adapters(NamedTuple):
 
 
 def adapters_of(
-    config: Config, pipe: int, data: int, tensor: int, size: Callable[[tuple[int, ...]], int]
+    config: Config, sizes: dict[str, int], zero: int, size: Callable[[tuple[int, ...]], int]
 ) -> Adapters:
-    """Return what a device holds on a mesh; ``size`` counts the numbers stored for a shape."""
+    """Return what a device holds on a mesh of ``sizes`` (axis -> size); ``size`` counts the numbers
+    stored for a shape."""
 
-    def rows(tree, data):
-        return plan_table(tree, dict(pipe=pipe, data=data, context=1, tensor=tensor))
+    def rows(tree, zero):
+        return plan_table(tree, sizes, zero=zero)
 
-    params = rows(lora.abstract_parameters(config), data)
+    params = rows(lora.abstract_parameters(config), zero)
     base = 0
     factors = 0
     for row in params:
@@ -37,7 +38,7 @@ def adapters_of(
             base += numbers * row.bytes // math.prod(row.local)
     targets, whole = (
         sum(size(row.local) for row in rows(lora.abstract_targets(config), split))
-        for split in (data, 1)
+        for split in (zero, 0)
     )
     return Adapters(base, factors, targets, whole)
 

@@ -8,8 +8,8 @@ of magnitude and ranks layouts of large models; a run of your own calibrates it
 (search.measured_efficiency).
 
 Formulas: Narayanan 2021 (bubble, FLOPs), Korthikanti 2022 (activation bytes), Jacobs 2023 and Llama
-Team 2024 (context traffic). Collectives a layer and recomputed FLOPs are counted in this
-repository's step.
+Team 2024 (context traffic). Experts count as visited equally often. Collectives a layer and
+recomputed FLOPs are counted in this repository's step.
 """
 
 import functools
@@ -19,9 +19,10 @@ from typing import NamedTuple
 from mtnlg_jax.config import Config
 from mtnlg_jax.hardware import Chip, flops_per_token, layer_flops
 from mtnlg_jax.model.transformer import abstract_model
-from mtnlg_jax.parallel.mesh import AXES, plan_table
+from mtnlg_jax.parallel.mesh import AXES, ROWS, plan_table
 from mtnlg_jax.planning import adapters
 from mtnlg_jax.planning.layout import POLICIES, Layout
+from mtnlg_jax.planning.tiles import padded_size
 from mtnlg_jax.train import lora
 
 # Share of peak that products reach while a stage is busy: the one constant of the model. It comes
@@ -84,6 +85,7 @@ class Estimate(NamedTuple):
             "memory": self.seconds["recompute"],
             "tensor comm": self.seconds["tensor"],
             "context comm": self.seconds["context"],
+            "expert comm": self.seconds["expert"],
             "pipeline bubble": self.seconds["bubble"],
             "pipeline comm": self.seconds["pipe"],
             "data comm": self.seconds["data"],
@@ -93,25 +95,6 @@ class Estimate(NamedTuple):
         return worst if sum(losses.values()) > 0.2 * self.step_seconds else "compute"
 
 
-def padded_size(shape: tuple[int, ...]) -> int:
-    """Return the numbers that a TPU stores for a tensor of ``shape``: tiles of 8 x 128 over the two
-    dims that waste least. XLA orders the dims of a parameter in this way: (L, D, N, H) with H 160
-    has D innermost and no padding (compiled for v5p, libtpu 0.0.50)."""
-    if len(shape) < 2:
-        return math.prod(shape)
-
-    def tiles(size, tile):
-        return -(-size // tile) * tile / size
-
-    waste = min(
-        tiles(inner, 128) * tiles(rows, min(8, 1 << (rows - 1).bit_length()))
-        for i, inner in enumerate(shape)
-        for j, rows in enumerate(shape)
-        if i != j
-    )
-    return round(math.prod(shape) * waste)
-
-
 class _Stage(NamedTuple):
     """Seconds of one micro-batch in one stage, forward and backward, by purpose."""
 
@@ -119,6 +102,7 @@ class _Stage(NamedTuple):
     recompute: float
     tensor: float
     context: float
+    expert: float
     fetch: float  # of weights, by ZeRO-3
     hidden: float  # traffic during products, not in ``total``
     head: float  # the head's products; the stages share them unless the schedule is 1f1b
@@ -128,7 +112,16 @@ class _Stage(NamedTuple):
 
     @property
     def total(self) -> float:
-        return self.compute + self.recompute + self.tensor + self.context + self.fetch
+        return sum(self[:6])  # up to what is fetched
+
+
+class _Held(NamedTuple):
+    """Numbers that a device holds."""
+
+    blocks: int  # of the blocks' parameters
+    rest: int  # of the other parameters
+    second: int  # of Adam's second moments; Muon keeps none for the blocks' matrices
+    experts: int  # of the weights of experts, which are among those of the blocks
 
 
 class Job:
@@ -157,15 +150,23 @@ class Job:
         self.adapters = functools.cache(self._adapters)
         self.room = MEMORY_SHARE * chip.memory if chip else math.inf
 
-    def _state(self, pipe: int, data: int, tensor: int) -> tuple[int, int, int]:
-        """Count the numbers that a device holds of the blocks' parameters, of the other parameters,
-        and of Adam's second moments (Muon keeps none for the blocks' matrices), with D split over
-        ``data``. Raises ValueError if a dim is not divisible."""
-        rows = plan_table(self.params, dict(pipe=pipe, data=data, context=1, tensor=tensor))
+    def held(self, layout: Layout, gathered: bool = False) -> _Held:
+        """Count what a device holds of the masters, or of the weights ``gathered`` over data.
+        Raises ValueError if a dim is not divisible."""
+        zero = layout.zero > 0 and not gathered
+        return self.state(layout.pipe, layout.data, layout.tensor, layout.expert, zero)
+
+    def _state(
+        self, pipe: int, data: int, tensor: int, expert: int = 1, zero: bool = True
+    ) -> _Held:
+        """Count what a device holds with D split over ``data`` and ``expert``, or whole."""
+        sizes = (pipe, data, expert, 1, tensor)
+        rows = plan_table(self.params, dict(zip(AXES, sizes, strict=True)), zero=int(zero))
         size = padded_size if self.chip and self.chip.tpu else math.prod
         blocks = 0
         rest = 0
         second = 0
+        experts = 0
         muon = self.config.optimizer.name == "muon"
         for row in rows:
             numbers = size(row.local)
@@ -174,14 +175,15 @@ class Job:
                 blocks += numbers
             else:
                 rest += numbers
-            matrix = inside and len(row.dims) > 2 and "w_" in row.path
-            if not (muon and matrix):
+            if "E" in row.dims[:-1]:
+                experts += numbers
+            if not (muon and inside and len(row.dims) > 2 and "w_" in row.path):
                 second += numbers
-        return blocks, rest, second
+        return _Held(blocks, rest, second, experts)
 
-    def _adapters(self, pipe: int, data: int, tensor: int) -> adapters.Adapters:
+    def _adapters(self, sizes: tuple[int, ...], zero: int) -> adapters.Adapters:
         size = padded_size if self.chip and self.chip.tpu else math.prod
-        return adapters.adapters_of(self.config, pipe, data, tensor, size)
+        return adapters.adapters_of(self.config, dict(zip(AXES, sizes, strict=True)), zero, size)
 
     @property
     def _known_chip(self) -> Chip:
@@ -194,7 +196,7 @@ class Job:
         innermost axis. Members within one domain share its links: a ring over the nodes enters each
         node once."""
         chip = self._known_chip
-        inner = layout.mesh[AXES.index(axis) + 1 :]
+        inner = layout.sizes[AXES.index(axis) + 1 :]
         size = getattr(layout, axis)
         near = min(size, max(1, chip.domain // math.prod(inner)))
         return chip.fast if near == size else min(chip.fast, near * chip.slow)
@@ -202,7 +204,7 @@ class Job:
     def micro_batches(self, layout: Layout) -> tuple[int, int, int]:
         """Return (micro-batches of a step, those plus the empty ones that fill the last flush of a
         pipeline, micro-batches of a flush)."""
-        used = self.batch // (layout.data * layout.micro_batch_size)
+        used = self.batch // (layout.rows * layout.micro_batch_size)
         if layout.pipe == 1 or layout.schedule == "1f1b":
             return used, used, used
         unit = layout.flush or layout.pipe
@@ -214,8 +216,8 @@ class Job:
         pipe, data, context, tensor = layout.mesh
         model = self.config.model
         policy = POLICIES[layout.recompute]
-        blocks, rest, second = self.state(pipe, data if layout.zero else 1, tensor)
-        all_blocks, all_rest, _ = self.state(pipe, 1, tensor)
+        blocks, rest, second, _ = self.held(layout)
+        all_blocks, all_rest, *_ = self.held(layout, gathered=True)
         layers = model.num_layers // pipe
         used, taken, flush = self.micro_batches(layout)
         if layout.zero == 3:
@@ -226,7 +228,7 @@ class Job:
             # The sums; the result of the reduction over data; the gradients of the present
             # micro-batch or flush.
             gradients = 4 * (all_blocks + all_rest)
-            if data > 1 and layout.zero:
+            if layout.rows > 1 and layout.zero:
                 gradients += 4 * (blocks + rest)
             if pipe == 1 or layout.schedule == "1f1b":
                 gradients += self.item * all_blocks
@@ -242,7 +244,9 @@ class Job:
             held = CIRCULAR_COPIES * (layout.virtual_pipe * flush + pipe - 1)
             inputs = (held + 4 * flush / pipe) * x
         kept = layers / layout.virtual_pipe * policy.kept / 2 * x
-        layer = LAYER_BYTES / 2 * x
+        if model.moe.num_moe_experts:  # no policy keeps the products of experts
+            kept *= min(1, POLICIES["mlp"].kept / policy.kept)
+        layer = LAYER_BYTES / 2 * x + self._visit_bytes(layout, tokens)
         if tensor > 1:  # the sequence, gathered for products
             layer += 4 * x * tensor
         if context > 1 and self.context_mode(layout) == "gather":
@@ -256,7 +260,7 @@ class Job:
             "gradients": gradients,
         }
         if lora.used(self.config):
-            of_run = self.adapters(pipe, data if layout.zero else 1, tensor)
+            of_run = self.adapters(layout.sizes, layout.zero)
             parameters = adapters.memory(
                 self.config, of_run, layers, all_blocks, all_rest, self.item, layout.zero
             )
@@ -265,6 +269,18 @@ class Job:
             "layers": kept + layer,
             "logits": head,
         }
+
+    def _visit_bytes(self, layout: Layout, tokens: float) -> float:
+        """Bytes of a layer's visits to experts: input, output and what is between them. Where
+        experts are split there is room for all tokens that may come."""
+        model = self.config.model
+        moe = model.moe
+        if not moe.num_moe_experts:
+            return 0.0
+        most = min(moe.moe_router_topk, moe.num_moe_experts // layout.expert)
+        inner = (3 if model.gated else 2) * model.mlp_width / layout.tensor
+        width = 2 * model.hidden_size + inner
+        return self.item * tokens * layout.expert * most * width
 
     def context_mode(self, layout: Layout) -> str:
         mode = self.config.mesh.context_mode
@@ -279,7 +295,7 @@ class Job:
         model = self.config.model
         pipe = layout.pipe
         used = self.micro_batches(layout)[0]
-        blocks, rest, _ = self.state(pipe, layout.data if layout.zero else 1, layout.tensor)
+        blocks, rest, *_ = self.held(layout)
         stage = self._stage(layout)
         bubble, passing = self._pipeline(layout, stage)
         seconds = {
@@ -287,6 +303,7 @@ class Job:
             "recompute": used * stage.recompute,
             "tensor": used * (stage.tensor + stage.head_tensor / pipe),
             "context": used * stage.context,
+            "expert": used * stage.expert,
             "pipe": passing,
             "bubble": bubble,
             "data": self._reduction(layout, stage),
@@ -300,7 +317,7 @@ class Job:
         pipe, _, context, tensor = layout.mesh
         model = self.config.model
         piped = pipe > 1
-        all_blocks, all_rest, _ = self.state(pipe, 1, tensor)
+        all_blocks, all_rest, _, experts = self.held(layout, gathered=True)
         layers = model.num_layers // pipe
         tokens = layout.micro_batch_size * self.sequence / context
         x = self.item * tokens * model.hidden_size / tensor
@@ -312,7 +329,11 @@ class Job:
         twice = piped and layers > layout.virtual_pipe
         if piped and not twice:
             policy = POLICIES["full"]
-        again = sum(self.layer[name] for name in policy.again) / self.forward + twice
+        repeated = set(policy.again)
+        if model.moe.num_moe_experts:
+            # No policy keeps the visits to experts, of which a token has several.
+            repeated |= {"fc1", "fc2"}
+        again = sum(self.layer[name] for name in repeated) / self.forward + twice
         products = tokens * self.forward / rate
         forward = layers * max(products, self.item * all_blocks / layers / chip.memory_speed)
         compute = 3 * forward
@@ -320,18 +341,21 @@ class Job:
 
         by_tensor = x * (tensor - 1) / self.speed(layout, "tensor")
         sent = (3 + piped) * layers * self._context_bytes(layout, tokens)
+        by_expert = layers * self._expert_bytes(layout, tokens, twice)
         hidden = 0.0
         fetch = 0.0
         if layout.zero == 3:
-            remote = self._remote(layout)
-            moved = remote * ((2 + piped) * self.item + self.reduced) * all_blocks
+            moved = self._moved(layout, all_blocks, experts)
+            moved *= (2 + piped) * self.item + self.reduced
             hidden = min(moved * self.behind, compute + recompute)
-            fetch = moved - hidden + remote * 2 * (self.item + self.reduced) * all_rest
+            fetch = moved - hidden
+            fetch += self._moved(layout, all_rest) * 2 * (self.item + self.reduced)
         return _Stage(
             compute=compute,
             recompute=recompute,
             tensor=(policy.collectives + 4 * twice) * layers * by_tensor,
             context=sent / self.speed(layout, "context"),
+            expert=by_expert / self.speed(layout, "expert"),
             fetch=fetch,
             hidden=hidden,
             head=tokens * self.head / rate,
@@ -340,9 +364,25 @@ class Job:
             again=again,
         )
 
-    def _remote(self, layout: Layout) -> float:
-        """Seconds to move one byte of a tensor's share between the data shards."""
-        return (layout.data - 1) / layout.data / self.speed(layout, "data")
+    def _moved(self, layout: Layout, numbers: float, experts: float = 0) -> float:
+        """Seconds to move one byte of each of ``numbers`` between the devices that share them.
+        ``experts`` of them belong to experts, which only devices along data share."""
+
+        def remote(*axes):
+            size = math.prod(getattr(layout, axis) for axis in axes)
+            slowest = min(self.speed(layout, axis) for axis in axes)
+            return (size - 1) / size / slowest
+
+        others = ROWS if layout.expert > 1 else ("data",)
+        return (numbers - experts) * remote(*others) + experts * remote("data")
+
+    def _expert_bytes(self, layout: Layout, tokens: float, twice: bool) -> float:
+        """Bytes that a device sends in one layer for its experts, forward and backward: tokens
+        gathered over expert, whole along tensor, and outputs reduce-scattered after tensor is. The
+        backward pass gathers the tokens again; a stage that is recomputed does both again."""
+        width = self.config.model.hidden_size
+        sent = self.item * tokens * width * (layout.expert - 1)
+        return sent * (3 + 2 / layout.tensor + twice * (1 + 1 / layout.tensor))
 
     def _pipeline(self, layout: Layout, stage: _Stage) -> tuple[float, float]:
         """Return the seconds of a step that a device waits for its pipeline, and that activations,
@@ -370,23 +410,23 @@ class Job:
         link = (chip.fast / 2 if chip.tpu else chip.fast) if inside else chip.slow
         passing = 2 * hops * stage.passed / link  # the activation forward, its gradient back
         if rounds > 1:  # from layers in natural order to the stages' chunks, and gradients back
-            blocks = self.state(pipe, layout.data if layout.zero else 1, layout.tensor)[0]
+            blocks = self.held(layout).blocks
             passing += 8 * blocks / link
         return bubble, passing
 
     def _reduction(self, layout: Layout, stage: _Stage) -> float:
         """Seconds of a step in which weights and gradients move between replicas of parameters."""
-        pipe, data, context, tensor = layout.mesh
+        pipe, _, context, _ = layout.mesh
         used = self.micro_batches(layout)[0]
-        remote = self._remote(layout)
-        blocks, rest, _ = self.state(pipe, data if layout.zero else 1, tensor)
-        all_blocks, all_rest, _ = self.state(pipe, 1, tensor)
+        blocks, rest, *_ = self.held(layout)
+        all_blocks, all_rest, _, experts = self.held(layout, gathered=True)
+        moved = self._moved(layout, all_blocks + all_rest, experts)
         if layout.zero == 3:
             seconds = used * stage.fetch
         elif layout.zero:  # weights there, gradients back
-            seconds = (self.item + self.reduced) * (all_blocks + all_rest) * remote
+            seconds = (self.item + self.reduced) * moved
         else:
-            seconds = 2 * self.reduced * (all_blocks + all_rest) * remote
+            seconds = 2 * self.reduced * moved
         both = 2 * self.reduced  # a sum sends everything twice
         by_context = both * (blocks + rest) * (context - 1) / context
         seconds += by_context / self.speed(layout, "context")

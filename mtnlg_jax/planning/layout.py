@@ -1,9 +1,10 @@
 """A layout: the settings of a config that the planner chooses."""
 
+import math
 from typing import NamedTuple
 
 from mtnlg_jax.config import Config
-from mtnlg_jax.parallel.mesh import mesh_shape
+from mtnlg_jax.parallel.mesh import mesh_shape, row_shards
 
 
 class Policy(NamedTuple):
@@ -37,14 +38,25 @@ class Layout(NamedTuple):
     flush: int | None
     micro_batch_size: int
     recompute: str
+    expert: int = 1
 
     @property
     def devices(self) -> int:
-        return self.pipe * self.data * self.context * self.tensor
+        return math.prod(self.sizes)
 
     @property
     def mesh(self) -> tuple[int, int, int, int]:
         return self[:4]
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """The sizes of parallel.mesh.AXES."""
+        return self.pipe, self.data, self.expert, self.context, self.tensor
+
+    @property
+    def rows(self) -> int:
+        """Parts into which rows are split."""
+        return self.data * self.expert
 
 
 def layout_of(config: Config, devices: int | None = None) -> Layout:
@@ -53,7 +65,8 @@ def layout_of(config: Config, devices: int | None = None) -> Layout:
     mesh = config.mesh
     train = config.train
     data = mesh.data if devices is None else mesh_shape(mesh, devices)["data"]
-    micro = train.micro_batch_size or train.global_batch_size // data
+    rows = row_shards({"data": data, "expert": mesh.expert})
+    micro = train.micro_batch_size or train.global_batch_size // rows
     return Layout(
         mesh.pipe,
         data,
@@ -65,4 +78,5 @@ def layout_of(config: Config, devices: int | None = None) -> Layout:
         mesh.flush,
         micro,
         train.recompute,
+        mesh.expert,
     )

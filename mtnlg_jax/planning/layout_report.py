@@ -4,6 +4,7 @@ import dataclasses
 
 from mtnlg_jax.config import Config, validate
 from mtnlg_jax.hardware import CHIPS
+from mtnlg_jax.parallel.mesh import AXES, described
 from mtnlg_jax.planning.calibration import read_calibration
 from mtnlg_jax.planning.cost import EFFICIENCY, MEMORY_SHARE, Estimate, Job
 from mtnlg_jax.planning.layout import Layout, layout_of
@@ -13,7 +14,19 @@ from mtnlg_jax.train.schedule import samples_before
 
 CHINCHILLA = 20  # tokens a parameter (Hoffmann 2022)
 _HEADER = (
-    *("", "pipe", "data", "context", "tensor", "zero", "schedule", "flush", "micro", "recompute"),
+    *(
+        "",
+        "pipe",
+        "data",
+        "expert",
+        "context",
+        "tensor",
+        "zero",
+        "schedule",
+        "flush",
+        "micro",
+        "recompute",
+    ),
     *("step", "tokens/s", "MFU", "HFU", "bubble", "GiB of {}", "binds"),
 )
 _NOTE = (
@@ -44,7 +57,11 @@ def layout_report(
     if own and own not in (estimate.layout for _, estimate in marked):
         marked.append(("own", job.estimate(own)))
     header = tuple(cell.format(f"{CHIPS[name].memory / 2**30:.1f}") for cell in _HEADER)
-    table = columns([header, *(_cells(mark, estimate) for mark, estimate in marked)], left=0)
+    cells = [header, *(_cells(mark, estimate) for mark, estimate in marked)]
+    if not config.model.moe.num_moe_experts:
+        number_of = _HEADER.index("expert")
+        cells = [row[:number_of] + row[number_of + 1 :] for row in cells]
+    table = columns(cells, left=0)
     lines = [
         _head(config, name, number),
         f"products at {efficiency:.1%} of peak ({origin}); up to {MEMORY_SHARE:.0%} of memory is "
@@ -76,7 +93,8 @@ def _head(config: Config, name: str, number: int) -> str:
 def _own_layout(config: Config, devices: int) -> Layout | None:
     """Return the layout of the config as it is; None if it is not allowed or needs more devices."""
     mesh = config.mesh
-    data = devices // (mesh.pipe * mesh.context * mesh.tensor) if mesh.data == -1 else mesh.data
+    replica = mesh.pipe * mesh.expert * mesh.context * mesh.tensor
+    data = devices // replica if mesh.data == -1 else mesh.data
     config = dataclasses.replace(config, mesh=dataclasses.replace(mesh, data=data))
     try:
         validate(config)
@@ -94,7 +112,7 @@ def _cells(mark: str, estimate: Estimate) -> tuple[str, ...]:
         schedule += f" x {layout.virtual_pipe}"
     return (
         mark,
-        *map(str, layout.mesh),
+        *map(str, layout.sizes),
         str(layout.zero),
         schedule,
         str(layout.flush or "-"),
@@ -176,9 +194,10 @@ def _missing(job: Job, name: str, number: int) -> str:
         if enough
         else "no number of them would be enough: lower train.global_batch_size or the sequence"
     )
+    mesh = described(dict(zip(AXES, best.layout.sizes, strict=True)))
     return (
-        f"{job.config.name} does not fit {number:,} {name}: the leanest layout, pipe x data x "
-        f"context x tensor {' x '.join(map(str, best.layout.mesh))} with zero {best.layout.zero}, "
+        f"{job.config.name} does not fit {number:,} {name}: the leanest layout, {mesh} with "
+        f"zero {best.layout.zero}, "
         f"needs {best.bytes / 2**30:.1f} GiB a device of {job.room / 2**30:.1f} "
         f"({MEMORY_SHARE:.0%} of its memory), most for {parts}; {remedy}"
     )

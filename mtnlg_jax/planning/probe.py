@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Collection
 
-from mtnlg_jax.parallel.mesh import AXES
+from mtnlg_jax.parallel.mesh import AXES, ROWS, row_shards
 from mtnlg_jax.planning import topology as described
 from mtnlg_jax.planning.topology import Topology
 
@@ -25,7 +25,9 @@ def sizes_of(collectives: Collection[tuple[str, str]], devices: int) -> dict[str
     """Return the sizes of the mesh axes over ``devices`` (a power of two). Only axes with traffic
     are larger than 1; ``data`` is the largest."""
     used = {axis for _, axis in collectives}
-    order = [axis for axis in ("data", "tensor", "pipe", "context") if axis in used] or ["data"]
+    order = [axis for axis in ("data", "tensor", "pipe", "context", "expert") if axis in used] or [
+        "data"
+    ]
     sizes = dict.fromkeys(AXES, 1)
     left = devices
     for index, axis in enumerate(order[1:]):
@@ -51,6 +53,7 @@ def lower(topology: Topology, collectives: Collection[tuple[str, str]]):
     layout = MeshConfig(
         pipe=sizes["pipe"],
         data=sizes["data"],
+        expert=sizes["expert"],
         context=sizes["context"],
         tensor=sizes["tensor"],
     )
@@ -63,6 +66,8 @@ def lower(topology: Topology, collectives: Collection[tuple[str, str]]):
     def layer(x_BSD, w_DF):
         if has("all-gather", "data"):
             w_DF = lax.all_gather(w_DF, "data", axis=0, tiled=True)
+        if has("all-gather", "expert"):
+            x_BSD = lax.all_gather(x_BSD, "expert", axis=0, tiled=True)
         if has("all-gather", "tensor"):
             x_BSD = lax.all_gather(x_BSD, "tensor", axis=1, tiled=True)
         if has("all-to-all", "context"):
@@ -74,6 +79,8 @@ def lower(topology: Topology, collectives: Collection[tuple[str, str]]):
         if has("reduce-scatter", "tensor"):
             y_BSF = lax.all_gather(y_BSF, "tensor", axis=2, tiled=True)
             y_BSF = lax.psum_scatter(y_BSF, "tensor", scatter_dimension=1, tiled=True)
+        if has("reduce-scatter", "expert"):
+            y_BSF = lax.psum_scatter(y_BSF, "expert", scatter_dimension=0, tiled=True)
         for axis in AXES:
             if has("collective-permute", axis):
                 y_BSF = lax.ppermute(y_BSF, axis, neighbors[axis])
@@ -90,7 +97,7 @@ def lower(topology: Topology, collectives: Collection[tuple[str, str]]):
         return lax.psum(value, AXES), w_LDF - gradient_LDF
 
     weights = P(None, "data" if has("all-gather", "data") else None, "tensor")
-    rows = P("data", ("context", "tensor"), None)
+    rows = P(ROWS, ("context", "tensor"), None)
     region = jax.shard_map(
         step, mesh=mesh, in_specs=(weights, rows), out_specs=(P(), weights), check_vma=False
     )
@@ -100,7 +107,7 @@ def lower(topology: Topology, collectives: Collection[tuple[str, str]]):
 
     return jax.jit(region, donate_argnums=0).lower(
         array((LAYERS, WIDTH, WIDTH), jnp.float32, weights),
-        array((sizes["data"], LENGTH, WIDTH), jnp.bfloat16, rows),
+        array((row_shards(sizes), LENGTH, WIDTH), jnp.bfloat16, rows),
     )
 
 

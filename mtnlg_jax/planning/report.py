@@ -4,6 +4,7 @@ import math
 
 from mtnlg_jax.config import Config
 from mtnlg_jax.decode.results import CHUNK
+from mtnlg_jax.parallel.mesh import described, row_shards
 from mtnlg_jax.planning.aot import Measurement
 from mtnlg_jax.planning.topology import GIB, GPUS
 
@@ -78,7 +79,7 @@ def size_of(size: float) -> str:
 
 
 def _layout(config: Config, m: Measurement) -> str:
-    text = " x ".join(f"{axis} {size}" for axis, size in m.mesh.items())
+    text = described(m.mesh)
     if m.step != "train":
         tokens = (
             f"prompts of {config.sequence_length}" if m.step == "prefill" else f"{CHUNK} tokens"
@@ -89,7 +90,7 @@ def _layout(config: Config, m: Measurement) -> str:
         text += f", {config.mesh.schedule}" + (
             f" x{config.mesh.virtual_pipe}" if config.mesh.virtual_pipe > 1 else ""
         )
-    rows = config.train.micro_batch_size or config.train.global_batch_size // m.mesh["data"]
+    rows = config.train.micro_batch_size or config.train.global_batch_size // row_shards(m.mesh)
     return (
         text
         + f", recompute {config.train.recompute}, {m.micro_batches} micro-batches, {_rows(rows)}"

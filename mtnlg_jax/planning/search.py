@@ -30,8 +30,9 @@ def flags_of(config: Config, layout: Layout) -> list[str]:
     """Return the --set flags that give ``config`` the ``layout``."""
     wanted = with_layout(config, layout)
     flags = []
-    # The last two fields of a layout, micro_batch_size and recompute, belong to train.
-    for section, keys in (("mesh", Layout._fields[:8]), ("train", Layout._fields[8:])):
+    trained = ("micro_batch_size", "recompute")
+    of_mesh = tuple(key for key in Layout._fields if key not in trained)
+    for section, keys in (("mesh", of_mesh), ("train", trained)):
         for key in keys:
             value = getattr(getattr(wanted, section), key)
             if value != getattr(getattr(config, section), key):
@@ -51,9 +52,9 @@ def _allowed(check: Callable, *args) -> bool:
 class _Validity:
     """The values that config.validate accepts, with one cached call for each combination of them.
 
-    `split` checks settings of the mesh, `batch` (data, micro_batch_size), and `policies` are the
-    allowed values of train.recompute, most memory first. Each is checked with neutral values of the
-    others.
+    `split` checks settings of the mesh, `batch` (parts of the rows, micro_batch_size), and
+    `policies` are the allowed values of train.recompute, most memory first. Each is checked with
+    neutral values of the others.
     """
 
     def __init__(self, config: Config):
@@ -76,15 +77,15 @@ class _Validity:
     def _split(self, **values) -> bool:
         return _allowed(validate, self._plain_with("mesh", **values))
 
-    def _batch(self, data: int, micro: int) -> bool:
+    def _batch(self, rows: int, micro: int) -> bool:
         train = dataclasses.replace(self.config.train, micro_batch_size=micro)
-        return _allowed(validate_batch, dataclasses.replace(self.config, train=train), data)
+        return _allowed(validate_batch, dataclasses.replace(self.config, train=train), rows)
 
 
-def _layout(mesh: Mesh, zero: int, how: Schedule, micro: int, policy: str) -> Layout:
-    pipe, data, context, tensor = mesh
-    schedule, virtual_pipe, flush = how
-    return Layout(pipe, data, context, tensor, zero, schedule, virtual_pipe, flush, micro, policy)
+def _layout(
+    mesh: Mesh, zero: int, how: Schedule, micro: int, policy: str, expert: int = 1
+) -> Layout:
+    return Layout(*mesh, zero, *how, micro, policy, expert)
 
 
 def _schedules(
@@ -119,16 +120,17 @@ def _lean(job: Job, valid: _Validity, pipe: int) -> list[Schedule]:
     return [("1f1b", 1, None), *(("circular", 1, flush) for flush in flushes)]
 
 
-def _meshes(job: Job, valid: _Validity, devices: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (pipe, context, tensor) of each allowed mesh."""
+def _meshes(job: Job, valid: _Validity, devices: int) -> Iterator[tuple[int, int, int, int]]:
+    """Yield (pipe, expert, context, tensor) of each allowed mesh."""
     model = job.config.model
     for pipe in divisors(model.num_layers):
         for tensor in divisors(model.num_attention_heads):
             for context in divisors(job.sequence):
-                if pipe * tensor * context > devices:
-                    continue
-                if valid.split(pipe=pipe, tensor=tensor, context=context):
-                    yield pipe, context, tensor
+                for expert in divisors(model.moe.num_moe_experts or 1):
+                    if pipe * tensor * context * expert > devices:
+                        break
+                    if valid.split(pipe=pipe, tensor=tensor, context=context, expert=expert):
+                        yield pipe, expert, context, tensor
 
 
 def search(job: Job, devices: int) -> list[Estimate]:
@@ -139,52 +141,59 @@ def search(job: Job, devices: int) -> list[Estimate]:
     """
     valid = _Validity(job.config)
     found = []
-    for pipe, context, tensor in _meshes(job, valid, devices):
-        fit = devices // (pipe * context * tensor)
-        datas = [data for data in divisors(job.batch) if fit / 2 < data <= fit]
-        for data in datas or [max(data for data in divisors(job.batch) if data <= fit)]:
-            found.append(fastest_on(job, (pipe, data, context, tensor), valid))
+    for pipe, expert, context, tensor in _meshes(job, valid, devices):
+        if job.batch % expert:
+            continue
+        fit = devices // (pipe * expert * context * tensor)
+        possible = divisors(job.batch // expert)
+        datas = [data for data in possible if fit / 2 < data <= fit]
+        for data in datas or [max(data for data in possible if data <= fit)]:
+            found.append(fastest_on(job, (pipe, data, context, tensor), valid, expert))
     return sorted(filter(None, found), key=lambda estimate: (estimate.step_seconds, estimate.bytes))
 
 
-def fastest_on(job: Job, mesh: Mesh, valid: _Validity | None = None) -> Estimate | None:
+def fastest_on(
+    job: Job, mesh: Mesh, valid: _Validity | None = None, expert: int = 1
+) -> Estimate | None:
     """Return the fastest layout of one mesh; None if no layout is allowed and fits."""
     valid = valid or _Validity(job.config)
     pipe, _, context, tensor = mesh
-    if not valid.split(pipe=pipe, tensor=tensor, context=context):
+    if not valid.split(pipe=pipe, tensor=tensor, context=context, expert=expert):
         return None
     # Policies are equally fast if a stage is one layer: then the config keeps its own.
     own = job.config.train.recompute
     return min(
-        _fitting(job, valid, mesh),
+        _fitting(job, valid, mesh, expert),
         default=None,
         key=lambda found: (found.step_seconds, found.layout.recompute != own, found.bytes),
     )
 
 
-def _fitting(job: Job, valid: _Validity, mesh: Mesh) -> Iterator[Estimate]:
+def _fitting(job: Job, valid: _Validity, mesh: Mesh, expert: int) -> Iterator[Estimate]:
     """Yield estimates of layouts of ``mesh`` that fit.
 
     Layouts that are certainly slower than another one that fits are left out.
     """
     pipe, data, _, tensor = mesh
-    for zero in (0, 1, 3) if data > 1 else (1,):
+    rows = data * expert
+    for zero in (0, 1, 3) if rows > 1 else (1,):
         # `state` raises ValueError if a dim is not divisible by its axis.
-        if not _allowed(job.state, pipe, data if zero else 1, tensor):
+        if not _allowed(job.state, pipe, data, tensor, expert, zero > 0):
             continue
-        for micro in divisors(job.batch // data):
-            if not valid.batch(data, micro):
+        for micro in divisors(job.batch // rows):
+            if not valid.batch(rows, micro):
                 continue
             leanest_policy = valid.policies[-1]
             lean = [
-                _layout(mesh, zero, how, micro, leanest_policy) for how in _lean(job, valid, pipe)
+                _layout(mesh, zero, how, micro, leanest_policy, expert)
+                for how in _lean(job, valid, pipe)
             ]
             if not any(map(job.fits, lean)):
                 break  # a larger micro-batch fits even less
-            for schedules in _schedules(job, valid, pipe, job.batch // (data * micro)):
+            for schedules in _schedules(job, valid, pipe, job.batch // (rows * micro)):
                 for policy in valid.policies:
                     # From fast and large to slow and small, so the first one that fits is enough.
-                    layouts = (_layout(mesh, zero, how, micro, policy) for how in schedules)
+                    layouts = (_layout(mesh, zero, how, micro, policy, expert) for how in schedules)
                     fitting = next(filter(job.fits, layouts), None)
                     if fitting:
                         yield job.estimate(fitting)
@@ -194,12 +203,12 @@ def leanest(job: Job, devices: int) -> Estimate:
     """Return the layout on up to ``devices`` devices that needs the least memory per device."""
     valid = _Validity(job.config)
     candidates = (
-        _layout((pipe, data, context, tensor), zero, how, 1, valid.policies[-1])
-        for pipe, context, tensor in _meshes(job, valid, devices)
+        _layout((pipe, data, context, tensor), zero, how, 1, valid.policies[-1], expert)
+        for pipe, expert, context, tensor in _meshes(job, valid, devices)
         for data in divisors(job.batch)
-        if pipe * context * tensor * data <= devices and valid.batch(data, 1)
-        for zero in ((1, 3) if data > 1 else (1,))
-        if _allowed(job.state, pipe, data, tensor)
+        if pipe * expert * context * tensor * data <= devices and valid.batch(data * expert, 1)
+        for zero in ((1, 3) if data * expert > 1 else (1,))
+        if _allowed(job.state, pipe, data, tensor, expert)
         for how in _lean(job, valid, pipe)
     )
     return job.estimate(min(candidates, key=lambda layout: sum(job.memory(layout).values())))

@@ -46,7 +46,7 @@ def _train(config: Config, mesh: Mesh):
 
 
 def _decode(config: Config, mesh: Mesh, step: str):
-    for axis in ("pipe", "context"):
+    for axis in ("pipe", "expert", "context"):
         if mesh.shape[axis] > 1:
             raise ValueError(
                 f"--step={step} runs over data and tensor only, not over "

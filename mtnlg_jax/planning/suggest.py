@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator
 
 from mtnlg_jax.config import Config, override, validate, validate_batch
-from mtnlg_jax.parallel.mesh import mesh_shape
+from mtnlg_jax.parallel.mesh import mesh_shape, row_shards
 from mtnlg_jax.planning.aot import Measurement, measure
 from mtnlg_jax.planning.cost import Job
 from mtnlg_jax.planning.layout import layout_of
@@ -58,9 +58,9 @@ def suggest(
             )
             validate(changed)
             count = devices * grown.chips // topology.chips
-            data = mesh_shape(changed.mesh, count)["data"]
-            validate_batch(changed, data)
-            if changed.mesh.zero and changed.model.hidden_size % data:
+            rows = row_shards(mesh_shape(changed.mesh, count))
+            validate_batch(changed, rows)
+            if changed.mesh.zero and changed.model.hidden_size % rows:
                 continue
             predicted = int(needed * sum(estimate(changed, count, step).values()) / base)
         except ValueError:  # not a valid config
@@ -79,9 +79,8 @@ def _candidates(config: Config, topology: Topology, devices: int, step: str):
         return tuple(f"--set={value}" for value in values), None
 
     if step == "train":
-        rows = (
-            train.micro_batch_size or train.global_batch_size // mesh_shape(mesh, devices)["data"]
-        )
+        shards = row_shards(mesh_shape(mesh, devices))
+        rows = train.micro_batch_size or train.global_batch_size // shards
         smaller = [rows // 2**n for n in range(1, rows.bit_length()) if rows % 2**n == 0]
         yield from (of(f"train.micro_batch_size={size}") for size in smaller)
         if train.recompute != "full":
@@ -96,6 +95,8 @@ def _candidates(config: Config, topology: Topology, devices: int, step: str):
             for zero in ((1, 3) if mesh.pipe == 1 else (1,))
             if mesh.zero < zero
         )
+    if step == "train" and config.model.moe.num_moe_experts:
+        yield from (of(f"mesh.expert={mesh.expert * n}", "mesh.data=-1") for n in (2, 4, 8))
     for factor in (2, 4, 8):
         yield of(f"mesh.tensor={mesh.tensor * factor}", "mesh.data=-1")
     if step == "train":

@@ -3,7 +3,7 @@
 import dataclasses
 
 from mtnlg_jax.config import Config, validate
-from mtnlg_jax.parallel.mesh import mesh_shape, plan_table
+from mtnlg_jax.parallel.mesh import axes_in, described, mesh_shape, plan_table
 from mtnlg_jax.planning.cost import Job
 from mtnlg_jax.planning.layout import layout_of
 from mtnlg_jax.planning.text import columns
@@ -17,7 +17,7 @@ def tensor_table(config: Config, devices: int | None = None) -> str:
     1. Raises ValueError if the mesh does not fit.
     """
     mesh = config.mesh
-    replica = mesh.pipe * mesh.context * mesh.tensor
+    replica = mesh.pipe * mesh.expert * mesh.context * mesh.tensor
     sizes = mesh_shape(mesh, devices or replica * max(mesh.data, 1))
     config = dataclasses.replace(config, mesh=dataclasses.replace(mesh, data=sizes["data"]))
     validate(config)
@@ -25,13 +25,13 @@ def tensor_table(config: Config, devices: int | None = None) -> str:
     layout = layout_of(config)
     memory = Job(config, None).memory(layout)
 
-    axes = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+    axes = described(sizes)
     cells = [
         (
             row.path,
             row.dims,
             " ".join(map(str, row.shape)),
-            " ".join(axis or "-" for axis in row.spec),
+            " ".join(_split_over(entry, sizes) for entry in row.spec),
             f"{row.bytes:,}",
         )
         for row in rows
@@ -62,3 +62,9 @@ def _trained(config: Config) -> str:
 
 def _types(config: Config) -> str:
     return f"float32 and {config.optimizer.lora_base}" if quantized_base.used(config) else "float32"
+
+
+def _split_over(entry: str | tuple[str, ...] | None, sizes: dict[str, int]) -> str:
+    """Return the axes of an entry of a PartitionSpec: "data", "data+expert", or "-" for none."""
+    axes = axes_in(entry)
+    return "+".join(axis for axis in axes if axis != "expert" or sizes[axis] > 1) or "-"

@@ -215,8 +215,10 @@ def mesh_over(config: MeshConfig, topology: Topology, devices: list):
     try:
         if topology.slices == 1 or topology.platform != "tpu":
             return make_mesh(config, devices)
-        outer = [1, 1, 1, 1]
-        outer[AXES.index("data" if shape[1] % topology.slices == 0 else "pipe")] = topology.slices
+        outer = [1] * len(AXES)
+        outer[
+            AXES.index("data" if shape[AXES.index("data")] % topology.slices == 0 else "pipe")
+        ] = topology.slices
         inner = [size // n for size, n in zip(shape, outer, strict=True)]
         return mesh(mesh_utils.create_hybrid_device_mesh(inner, outer, devices=devices))
     except (NotImplementedError, ValueError):  # no assignment to this torus: use any order

@@ -1,6 +1,6 @@
 """A training batch on the mesh: int32/float32 arrays (M, B, S), M micro-batches of B rows.
 
-B is split over ``data``, S over ``context`` in zigzag order.
+B is split over ``data`` and ``expert``, S over ``context`` in zigzag order.
 """
 
 # Shapes: M micro-batches, B rows of one over the whole mesh, S query positions
@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from mtnlg_jax.config import Config
 from mtnlg_jax.parallel.collectives import zigzag
-from mtnlg_jax.parallel.mesh import BATCH
+from mtnlg_jax.parallel.mesh import BATCH, ROWS, row_shards
 
 BATCH_KEYS = ("tokens", "labels", "segment_ids", "positions", "weights", "rows")
 
@@ -26,7 +26,7 @@ def micro_batch_shape(config: Config, mesh: Mesh) -> tuple[int, int]:
 
     A circular pipeline takes micro-batches by the flush, so some may have to stay empty.
     """
-    size = mesh.shape["data"]
+    size = row_shards(mesh.shape)
     train = config.train
     rows = (train.micro_batch_size or train.global_batch_size // size) * size
     # `validate_batch` has checked that this divides.
@@ -56,7 +56,7 @@ def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct
 def layout_of(name: str, shape: tuple[int, int, int]) -> tuple[tuple[int, ...], P]:
     """Return the shape and the PartitionSpec of one array of a batch (M, B, S)."""
     # Row numbers have no position, so they are the one array without S.
-    return (shape[:2], P(None, "data")) if name == "rows" else (shape, BATCH)
+    return (shape[:2], P(None, ROWS)) if name == "rows" else (shape, BATCH)
 
 
 def put_batch(

@@ -36,6 +36,7 @@ _SECTIONS = {"rope_scaling": RopeScaling, "multipliers": Multipliers, "moe": MoE
 _TRAINING_OF_MOE = {
     "model.moe.moe_aux_loss_coeff",
     "model.moe.moe_z_loss_coeff",
+    "model.moe.moe_router_bias_update_rate",
 }
 IDENTITY = (
     {

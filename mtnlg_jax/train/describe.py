@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from mtnlg_jax.config import Config, to_json
-from mtnlg_jax.parallel.mesh import plan_table
+from mtnlg_jax.parallel.mesh import described, plan_table
 from mtnlg_jax.storage import write_file
 from mtnlg_jax.train import lora
 from mtnlg_jax.train.metrics import environment
@@ -65,7 +65,7 @@ def at_start(
         epochs = f", {total / training_tokens:,.3g} times the data's {training_tokens:,}"
     sources = " + ".join(shlex.quote(path) for path, _ in config.data.sources)
     devices = f"{mesh.size} of {jax.device_count()} {jax.devices()[0].device_kind} in {processes}"
-    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    axes = described(mesh.shape)
     folder = shlex.quote(workdir)
     lines = [
         f"{folder} {_beginning(config, first, restored)}",

@@ -20,7 +20,7 @@ from mtnlg_jax.config import Config
 from mtnlg_jax.data.batches import HeldOut
 from mtnlg_jax.model.params import split_params
 from mtnlg_jax.parallel.collectives import axis_index, axis_size, vary
-from mtnlg_jax.parallel.mesh import specs_of
+from mtnlg_jax.parallel.mesh import ROWS, specs_of
 from mtnlg_jax.parallel.pipeline import circular, to_rounds
 from mtnlg_jax.train import lora
 from mtnlg_jax.train.batch import micro_batch_shape, put_batch
@@ -177,8 +177,8 @@ def make_eval(config: Config, mesh: Mesh, causal: bool) -> Callable:
     weights = make_weights(config)
 
     def sums(losses, batch):
-        total = sum_shared(losses.sum(), ("pipe", "data", "context"))
-        return total, sum_shared(batch["weights"].sum(), ("data", "context"))
+        total = sum_shared(losses.sum(), ("pipe", *ROWS, "context"))
+        return total, sum_shared(batch["weights"].sum(), (*ROWS, "context"))
 
     def evaluate(params, batch):
         # No gradient is taken here, but the loss is written for varying values, as in training.

@@ -1,5 +1,8 @@
 """Loss and gradients in one manual region over the whole mesh, with or without a pipeline."""
 
+# Shapes: L layers, E experts
+
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,7 +24,7 @@ from mtnlg_jax.parallel.collectives import (
     sum_over,
     vary,
 )
-from mtnlg_jax.parallel.mesh import AXES, specs_of, whole_dims
+from mtnlg_jax.parallel.mesh import AXES, EXPERT_BIAS, ROWS, spec_of, specs_of, whole_dims
 from mtnlg_jax.parallel.pipeline import (
     add,
     circular_loss_and_gradients,
@@ -29,7 +32,7 @@ from mtnlg_jax.parallel.pipeline import (
     to_rounds,
     zeros,
 )
-from mtnlg_jax.train import lora
+from mtnlg_jax.train import expert_loads, lora
 from mtnlg_jax.train.batch import BATCH_KEYS, layout_of
 from mtnlg_jax.train.distill import Distillation, Teacher
 from mtnlg_jax.train.micro_batches import MicroBatches
@@ -37,64 +40,81 @@ from mtnlg_jax.train.weights import make_weights
 
 
 def make_loss_and_gradients(
-    config: Config, mesh: Mesh, causal: bool, distillation: Distillation | None = None
+    config: Config,
+    mesh: Mesh,
+    causal: bool,
+    distillation: Distillation | None = None,
+    counting: bool = False,
 ) -> Callable:
     """Return (params, batch, micro_batches, key) -> (mean loss, gradients) over the whole mesh.
 
     ``params`` are a plain model's, and gradients have their structure. With optimizer.lora_rank
     they are only those of the adapted matrices, or of the adapters of a quantized base
-    (`lora.make_targets`). With a ``distillation`` the
-    teacher's parameters are one more argument, the last.
+    (`lora.make_targets`). With a ``distillation`` the teacher's parameters are one more argument,
+    the last. ``counting``: return the loads of experts, (L, E), as well.
     """
     zero = config.mesh.zero
+    model = config.model  # without counters
     tensor = mesh.shape["tensor"]
     whole = whole_dims("K", (config.model.kv_heads,), tensor)
     weights = make_weights(config)
+    reduced = jnp.dtype(config.train.reduce_dtype)
     targets, with_targets = lora.make_targets(config)
+    if counting:
+        config = dataclasses.replace(config, model=expert_loads.counted(model))
 
     def enter(params, batch, key, teacher):
         """Mark all as varying and gather: (compute weights, the micro-batches)."""
-        # Devices along pipe and tensor hold the same rows, so only data and context are summed
-        # over. At least 1: a batch without a predicted token has loss 0 and not NaN.
-        total = jnp.maximum(sum_over(sum_over(batch["weights"].sum(), "data"), "context"), 1.0)
         # Before the gather: otherwise autodiff would insert its own reductions at every use.
-        params, batch, total = vary((params, batch, total))
+        params, batch, total = vary((params, batch, _weight_of(batch)))
         params = weights.at_start(params)
         if distillation is not None:
             teacher = Teacher(config, distillation, causal, vary(teacher))
         key = jax.random.wrap_key_data(key)
-        return params, MicroBatches(config, causal, batch, total, key, teacher)
+        return params, MicroBatches(config, causal, batch, total, key, teacher, counting)
 
     def leave(loss, gradients):
         """Sum over devices: (mean loss, gradients as the masters are split)."""
-        reduce_dtype = jnp.dtype(config.train.reduce_dtype)
         # Once a step, after all micro-batches: gradient traffic does not grow with their number.
         # Only ZeRO-3 reduces inside the loop.
-        gradients = reduce_gradients(gradients, zero, weights.scattered, reduce_dtype, whole)
-        return sum_shared(loss, ("pipe", "data", "context")), gradients
+        gradients = reduce_gradients(gradients, zero, weights.scattered, reduced, whole)
+        return sum_shared(loss, ("pipe", *ROWS, "context")), gradients
 
     def loss_and_gradients(params, batch, count, key, teacher=None):
         params, micro_batches = enter(params, batch, key, teacher)
 
         def loss_of(leaves, number):
-            return micro_batches.whole(with_targets(params, leaves), number)
+            leaves, counters = leaves
+            whole = with_targets(params, leaves)
+            if counting:
+                whole = expert_loads.with_counters(whole, counters, model)
+            return micro_batches.whole(whole, number)
+
+        def leave_all(loss, gradients):
+            gradients, loads_LE = gradients
+            found = leave(loss, gradients)
+            return (*found, _summed_loads(loads_LE)) if counting else found
 
         # With adapters only the adapted matrices are differentiated, so no gradient of the others
         # exists.
-        leaves = targets(params)
+        counters = vary(expert_loads.new_counters(model)) if counting else ()
+        leaves = (targets(params), counters)
         one = jax.value_and_grad(loss_of)
         # The sums are float32 even where compute weights are bfloat16, in which small terms would
         # vanish.
         total = vary((jnp.float32(0), zeros(leaves)))
         if len(micro_batches) == 1:  # no loop is needed
-            return leave(*add(total, one(leaves, 0)))
+            return leave_all(*add(total, one(leaves, 0)))
         # ``count`` is traced, so that a batch ramp does not compile again. A loop of unknown length
         # has no backward pass, which is why gradients are taken inside it.
-        return leave(*lax.fori_loop(0, count, lambda m, sums: add(sums, one(leaves, m)), total))
+        return leave_all(*lax.fori_loop(0, count, lambda m, sums: add(sums, one(leaves, m)), total))
 
     def pipelined_loss_and_gradients(params, batch, count, key, teacher=None):
         # Layers move to their stages before the gather, and gradients back after the
         # reduce-scatter, so that each device sends shards and not whole weights.
+        like = params
+        if counting:
+            params = expert_loads.with_counters(params, expert_loads.new_counters(model), model)
         natural = split_params(params)
         blocks, to_natural = jax.vjp(
             lambda blocks: to_rounds(blocks, config.mesh.virtual_pipe), natural.blocks
@@ -105,17 +125,34 @@ def make_loss_and_gradients(
         # The masters, and so the optimizer and checkpoints, keep the natural order of layers. The
         # transpose of the permutes brings gradients back to it.
         (blocks,) = to_natural(gradients.blocks)
-        return loss, targets(join_params(gradients._replace(blocks=blocks)))
+        gradients = join_params(gradients._replace(blocks=blocks))
+        gradients, *loads = expert_loads.split_loads(gradients, like) if counting else (gradients,)
+        return loss, targets(gradients), *loads
 
     abstract = lora.abstract_computed(config)
     in_specs = [specs_of(abstract, zero, tensor), batch_specs(), P(), P()]
     if distillation is not None:
         in_specs.append(specs_of(abstract_model(distillation.model)[1], zero, tensor))
-    out_specs = (P(), specs_of(targets(abstract), zero, tensor))
+    gradient_specs = specs_of(targets(abstract), zero, tensor)
+    out_specs = (P(), gradient_specs, *([spec_of("LE")] if counting else []))
     # Chosen here, outside the traced function, since the two are different programs.
-    piped = mesh.shape["pipe"] > 1
-    function = pipelined_loss_and_gradients if piped else loss_and_gradients
+    function = pipelined_loss_and_gradients if mesh.shape["pipe"] > 1 else loss_and_gradients
     return over_mesh(function, mesh, in_specs, out_specs)
+
+
+def _weight_of(batch: dict[str, jax.Array]) -> jax.Array:
+    """Return the weight of the whole batch, of which a device has its part."""
+    # Devices along pipe and tensor hold the same tokens, so these axes are not summed over.
+    total = batch["weights"].sum()
+    for axis in (*ROWS, "context"):
+        total = sum_over(total, axis)
+    # At least 1: a batch without a predicted token has loss 0 and not NaN.
+    return jnp.maximum(total, 1.0)
+
+
+def _summed_loads(loads_LE: jax.Array) -> jax.Array:
+    named = reduce_gradients({"blocks": {EXPERT_BIAS: loads_LE}}, zero=0, scattered=False)
+    return named["blocks"][EXPERT_BIAS]
 
 
 # --- through the pipeline

@@ -8,7 +8,15 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mtnlg_jax import foreign, storage
-from mtnlg_jax.config import Config, ModelConfig, StageConfig, TrainConfig, from_json, validate
+from mtnlg_jax.config import (
+    Config,
+    ModelConfig,
+    MoEConfig,
+    StageConfig,
+    TrainConfig,
+    from_json,
+    validate,
+)
 from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mtnlg_jax.model.transformer import abstract_model
 from mtnlg_jax.parallel.mesh import AXES, plan_table
@@ -23,7 +31,9 @@ Teachers = dict[int, tuple[Distillation, nnx.State, int]]
 
 # Settings of the model that act on training alone.
 _FREE = ("attention_impl", "dropout_rate", "init_method_std", "vocab_size_divisible_by")
-_FREE_OF_MOE = ("moe_aux_loss_coeff", "moe_z_loss_coeff")
+_FREE_OF_MOE = ("moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_router_bias_update_rate")
+# Added to the experts' settings later: left out where they are off.
+_ADDED_TO_MOE = ("moe_router_enable_expert_bias",)
 # Runs of version 0.2 do not record these.
 _ADDED = (
     "rotary_percent rope_scaling norm_placement qk_layernorm parallel_residual embedding_norm bias "
@@ -36,6 +46,10 @@ def meaning(model: ModelConfig) -> dict:
     """Return the settings that give the parameters their meaning."""
     given = dataclasses.asdict(model)
     given["moe"] = {key: v for key, v in given["moe"].items() if key not in _FREE_OF_MOE}
+    plain = MoEConfig()
+    for key in _ADDED_TO_MOE:
+        if given["moe"][key] == getattr(plain, key):
+            del given["moe"][key]
     return {key: value for key, value in given.items() if key not in _FREE}
 
 

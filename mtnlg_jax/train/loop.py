@@ -17,7 +17,7 @@ from mtnlg_jax.config import Config, to_json, validate, validate_batch
 from mtnlg_jax.data.batches import SAMPLE_ORDER
 from mtnlg_jax.data.tokenizer import Tokenizer
 from mtnlg_jax.errors import Preempted
-from mtnlg_jax.parallel.mesh import make_mesh
+from mtnlg_jax.parallel.mesh import make_mesh, row_shards
 from mtnlg_jax.train import changes, describe, init_from, lifetime, processes
 from mtnlg_jax.train.checkpoint import Checkpoints
 from mtnlg_jax.train.evaluate import Evaluator
@@ -61,7 +61,7 @@ def train(
         data = load_data(config)
         config = resolve(config, data.tokenizer)
         mesh = make_mesh(config.mesh)
-        validate_batch(config, mesh.shape["data"])  # data=-1 is only known now
+        validate_batch(config, row_shards(mesh.shape))  # data=-1 is only known now
         checkpoints = _open_checkpoints(config, workdir)
         resources.callback(checkpoints.close)
         init_from.refuse_other_runs(config, data.tokenizer, fresh=not checkpoints.steps())

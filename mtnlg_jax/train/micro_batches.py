@@ -36,14 +36,17 @@ class MicroBatches:
         total: float | jax.Array,
         key: jax.Array | None = None,
         teacher: Teacher | None = None,
+        counting: bool = False,
     ):
-        """``total`` is the weight of the whole batch; without ``key`` there is no dropout."""
+        """``total`` is the weight of the whole batch; without ``key`` there is no dropout.
+        ``counting``: the loads of experts are the gradients of their biases."""
         self.config = config
         self.causal = causal
         self.batch = batch
         self.total = total
         self.key = key if config.model.dropout_rate else None
         self.teacher = teacher
+        self.counting = counting
         self.weights = make_weights(config)
         # Only the structure of the module is needed here: its parameters are an argument of each
         # method, so that they can be differentiated.
@@ -93,7 +96,11 @@ class MicroBatches:
             micro["positions"],
             micro["segment_ids"],
             causal=self.causal,
-            hooks=self._hooks(micro["rows"], self._penalty(number, micro["weights"])),
+            hooks=self._hooks(
+                micro["rows"],
+                self._penalty(number, micro["weights"]),
+                self._counted(number, micro["weights"]),
+            ),
         )
 
     def loss(self, rest: nnx.State, number: int | jax.Array, x_BSD: jax.Array) -> jax.Array:
@@ -154,7 +161,20 @@ class MicroBatches:
         share_B = sum_over(weights_BS.sum(-1), "context") / self.total
         return jnp.where(number < BUBBLE, share_B, 0.0)
 
-    def _hooks(self, rows_B: jax.Array, penalty_B: jax.Array | None = None) -> Hooks:
+    def _counted(self, number: int | jax.Array, weights_BS: jax.Array) -> jax.Array | None:
+        """Return 1 for each row with a predicted token and 0 for the others, which fill up the
+        batch; None if loads are not counted."""
+        if not self.counting:
+            return None
+        used_B = sum_over(weights_BS.sum(-1), "context") > 0
+        return jnp.where((number < BUBBLE) & used_B, 1.0, 0.0)
+
+    def _hooks(
+        self,
+        rows_B: jax.Array,
+        penalty_B: jax.Array | None = None,
+        counted_B: jax.Array | None = None,
+    ) -> Hooks:
         return Hooks(
             prepare=self.weights.of_layer,
             recompute=self.config.train.recompute,
@@ -162,4 +182,5 @@ class MicroBatches:
             dropout_key=self.key,
             rows_B=rows_B,
             penalty_B=penalty_B,
+            counted_B=counted_B,
         )

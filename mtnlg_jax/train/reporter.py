@@ -138,7 +138,7 @@ class Reporter:
         meter = self.meter
         # This waits for the step. It is called after the next one was started, so the device stays
         # busy.
-        values = {key: value.item() for key, value in jax.device_get(metrics).items()}
+        values = {key: value.tolist() for key, value in jax.device_get(metrics).items()}
         # Sequences and not rows: the padding of a ramp is not speed.
         meter.add(sequences * self.config.sequence_length)
         _, _, stage = stage_at(train, step)
@@ -157,6 +157,7 @@ class Reporter:
                     "objective": "masked" if is_masked(train, step) else "causal",
                     "sequences": sequences,
                     "skipped": values["nonfinite_total"],
+                    **{key: x for key, x in values.items() if key.startswith("expert_")},
                     "tokens_per_second": round(meter.rate, 1),
                     **meter.mfu_entry,
                 }

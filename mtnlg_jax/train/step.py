@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mtnlg_jax.config import Config
-from mtnlg_jax.train import lora
+from mtnlg_jax.train import expert_loads, lora, quantized_base
 from mtnlg_jax.train.distill import Distillation
 from mtnlg_jax.train.gradients import make_loss_and_gradients
 from mtnlg_jax.train.optimizer import make_optimizer
@@ -40,7 +40,12 @@ def make_train_step(
       total_samples: sequences of the whole run, as in `learning_rate`.
     """
     optimizer = make_optimizer(config.optimizer)
-    loss_and_gradients = make_loss_and_gradients(config, mesh, causal, distillation)
+    moe = config.model.moe
+    # The layers of a quantized base are assembled where they are applied, so none can be counted.
+    counting = moe.num_moe_experts > 0 and not quantized_base.used(config)
+    loss_and_gradients = make_loss_and_gradients(config, mesh, causal, distillation, counting)
+    # Adapters leave the model as it is, and so its biases.
+    balancing = counting and moe.moe_router_enable_expert_bias and not lora.used(config)
     to_model, to_trainable = lora.make_mappings(config)
     shardings = state_shardings(config, mesh)
 
@@ -52,7 +57,7 @@ def make_train_step(
         # the parameters.
         model, pull_back = to_model(state.params)
         trained, to_params = to_trainable(state.params)
-        loss, grads = loss_and_gradients(model, batch, micro_batches, key, *teacher)
+        loss, grads, *loads = loss_and_gradients(model, batch, micro_batches, key, *teacher)
         grads = pull_back(grads)
 
         # The schedule follows the samples at the end of the step, so that the first step of a
@@ -63,6 +68,8 @@ def make_train_step(
         # the rate scales it as well.
         updates, opt_state = optimizer.update(grads, state.opt_state, trained)
         params = jax.tree.map(lambda p, u: p - rate * u, trained, updates)
+        if balancing:
+            params = expert_loads.balanced(params, loads[0], config)
 
         # Global arrays: the sums go over all shards. This is the norm before clipping.
         grad_norm = jnp.sqrt(sum(jnp.sum(jnp.square(grad)) for grad in jax.tree.leaves(grads)))
@@ -90,6 +97,8 @@ def make_train_step(
             "nonfinite_streak": new_state.nonfinite_streak,
             "nonfinite_total": new_state.nonfinite_total,
         }
+        if counting:
+            metrics |= expert_loads.metrics_of(loads[0], moe)
         return new_state, metrics
 
     # The new state takes the memory of the old one. Its shardings are fixed, so that the output of

@@ -42,7 +42,7 @@ def over_context(parts, mode, causal, q, k, v, d_out, ids, **options):
         return value_and_gradients(attend, *vary(args))
 
     args = [x[:, order] for x in (q, k, v, d_out, ids) if x is not None]
-    everywhere = P(("pipe", "data", "tensor"), "context")
+    everywhere = P(("pipe", "data", "expert", "tensor"), "context")
     run = jax.jit(
         jax.shard_map(local, mesh=mesh, in_specs=(PLACES,) * len(args), out_specs=(everywhere,) * 4)
     )

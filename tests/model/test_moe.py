@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from mtnlg_jax.config import ModelConfig, MoEConfig
+from mtnlg_jax.model.grouped import grouped_product
 from mtnlg_jax.model.moe import Moe, with_penalty
 from mtnlg_jax.model.parts import activate
 
@@ -135,3 +136,53 @@ def test_a_penalty_has_weight_1_whatever_multiplies_the_output():
     x = jnp.arange(3.0)
     gradient = jax.grad(lambda x: 5 * with_penalty(x, jnp.square(x).sum())[0])(x)
     np.testing.assert_allclose(gradient, [5.0, 2.0, 4.0])
+
+
+def test_a_bias_of_balance_chooses_experts_and_does_not_weight_them():
+    plain = experts_of(moe_router_score_function="sigmoid")
+    module = experts_of(moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True)
+    for name in ("w_router_DE", "b_router_E"):
+        getattr(module, name)[...] = getattr(plain, name)[...]
+    module.b_balance_E[...] = jnp.asarray([0.0, 5.0, 0.0, 5.0, 0.0])
+    logits_TE = module.router_logits(rows().reshape(-1, 16))
+    experts_TX, weights_TX = module.route(logits_TE)
+    assert (np.sort(experts_TX, -1) == [1, 3]).all()
+    scores = np.take_along_axis(np.asarray(jax.nn.sigmoid(logits_TE)), np.asarray(experts_TX), -1)
+    np.testing.assert_allclose(weights_TX, scores / scores.sum(-1, keepdims=True), rtol=1e-6)
+    module.b_balance_E[...] = jnp.zeros(EXPERTS)
+    for one, other in zip(module.route(logits_TE), plain.route(logits_TE), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_the_loads_of_counted_rows_are_the_gradient_of_the_bias():
+    module = experts_of(moe_router_enable_expert_bias=True)
+    graph, params = nnx.split(module)
+    x_BSD = rows()
+
+    def output(params):
+        return jnp.sin(nnx.merge(graph, params)(x_BSD, None, jnp.asarray([1.0, 0.0]))).sum()
+
+    loads_E = jax.grad(output)(params)["b_balance_E"][...]
+    chosen = module.route(module.router_logits(x_BSD[0]))[0]
+    np.testing.assert_array_equal(loads_E, np.bincount(np.asarray(chosen).reshape(-1), minlength=5))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "behind"), [([300, 0, 257, 64, 1, 130], 9), ([0, 5, 2], 0), ([0, 0], 1)]
+)
+def test_products_in_blocks_equal_a_product_for_each_expert(sizes, behind):
+    rng = np.random.default_rng(0)
+    rows = sum(sizes) + behind
+    x_UI = jnp.asarray(rng.normal(size=(rows, 3)), jnp.float32)
+    w_EIO = jnp.asarray(rng.normal(size=(len(sizes), 3, 2)), jnp.float32)
+    d_UO = rng.normal(size=(rows, 2))
+    # Rows behind the last group have no gradient.
+    d_UO[sum(sizes) :] = 0
+    ends = np.cumsum([0, *sizes])
+    parts = [slice(start, end) for start, end in zip(ends, ends[1:], strict=False)]
+    y_UO, back = jax.vjp(lambda x, w: grouped_product(x, w, jnp.asarray(sizes)), x_UI, w_EIO)
+    d_x, d_w = back(jnp.asarray(d_UO, jnp.float32))
+    for expert, part in enumerate(parts):
+        np.testing.assert_allclose(y_UO[part], x_UI[part] @ w_EIO[expert], atol=1e-5)
+        np.testing.assert_allclose(d_x[part], d_UO[part] @ w_EIO[expert].T, atol=1e-5)
+        np.testing.assert_allclose(d_w[expert], x_UI[part].T @ d_UO[part], atol=1e-4)

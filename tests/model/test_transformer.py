@@ -320,7 +320,7 @@ def test_a_recompute_policy_keeps_the_documented_bytes(recompute, kept, tensor):
             local,
             mesh=mesh,
             in_specs=(specs_of(params), P("data", "tensor")),
-            out_specs=P(("pipe", "data", "context"), "tensor"),
+            out_specs=P(("pipe", "data", "expert", "context"), "tensor"),
         ),
         params,
         x,

@@ -22,7 +22,7 @@ from mtnlg_jax.parallel.collectives import (
     sum_over,
     vary,
 )
-from mtnlg_jax.parallel.mesh import AXES, make_mesh
+from mtnlg_jax.parallel.mesh import AXES, ROWS, make_mesh
 
 MOVES = {
     "gather": lambda x: gather(x, "tensor", 0),
@@ -142,7 +142,7 @@ def test_weights_are_gathered_and_gradients_summed_in_float32():
         return jax.tree.map(lambda w: w[None], weights), back(ones)[0]["w_in_DF"]
 
     weights, grad = _over(
-        mesh, local, (specs,), (P(AXES), P("data", ("pipe", "context", "tensor")))
+        mesh, local, (specs,), (P(AXES), P("data", ("pipe", "expert", "context", "tensor")))
     )(params)
     assert weights["w_in_DF"].dtype == weights["b_in_F"].dtype == jnp.bfloat16
     for copy in weights["w_in_DF"]:
@@ -167,7 +167,10 @@ def test_gradients_may_be_summed_in_bfloat16():
             {"b_in_F": vary(jnp.full((2,), share))}, 1, False, jnp.bfloat16
         )
 
-    specs = ({"w_in_DF": P("data", ("pipe", "context", "tensor"))}, {"b_in_F": P("tensor")})
+    specs = (
+        {"w_in_DF": P("data", ("pipe", "expert", "context", "tensor"))},
+        {"b_in_F": P("tensor")},
+    )
     for grad in jax.tree.leaves(
         _over(mesh, local, (P("data", "tensor"),), specs)(np.ones((8, 2), np.float32))
     ):
@@ -218,7 +221,7 @@ def test_gradients_are_summed_once_over_axes_that_do_not_split_them(zero, scatte
         }
         return reduce_gradients(vary(grads), zero, scattered)
 
-    data = None if zero == 0 else "data"
+    data = None if zero == 0 else ROWS
     grads = _over(
         mesh, local, (), {"w_in_DF": P(data, "tensor"), "scale_D": P(data), "b_in_F": P("tensor")}
     )()

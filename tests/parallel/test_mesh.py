@@ -14,6 +14,8 @@ from mtnlg_jax.model.transformer import abstract_model
 from mtnlg_jax.parallel import mesh
 from mtnlg_jax.parallel.mesh import (
     AXES,
+    ROWS,
+    axes_in,
     dims_of,
     make_mesh,
     plan_table,
@@ -35,16 +37,19 @@ EVERY_SWITCH = ModelConfig(**SMALL, activation="swiglu", num_query_groups=2, tie
 @pytest.mark.parametrize(
     ("dims", "zero", "spec"),
     [
-        ("VD", 1, P("tensor", "data")),
+        ("VD", 1, P("tensor", ROWS)),
         ("VD", 0, P("tensor", None)),
-        ("VD", 3, P("tensor", "data")),
-        ("LDNH", 1, P("pipe", "data", "tensor", None)),
-        ("LDKH", 1, P("pipe", "data", "tensor", None)),
-        ("LNHD", 1, P("pipe", "tensor", None, "data")),
-        ("LDF", 1, P("pipe", "data", "tensor")),
+        ("VD", 3, P("tensor", ROWS)),
+        ("LDNH", 1, P("pipe", ROWS, "tensor", None)),
+        ("LDKH", 1, P("pipe", ROWS, "tensor", None)),
+        ("LNHD", 1, P("pipe", "tensor", None, ROWS)),
+        ("LDF", 1, P("pipe", ROWS, "tensor")),
+        ("LEDF", 1, P("pipe", "expert", "data", "tensor")),
+        ("LEFD", 0, P("pipe", "expert", "tensor", None)),
+        ("LDE", 1, P("pipe", ROWS, None)),  # a router
         ("LF", 0, P("pipe", "tensor")),
-        ("PD", 1, P(None, "data")),
-        ("D", 1, P("data")),
+        ("PD", 1, P(None, ROWS)),
+        ("D", 1, P(ROWS)),
         ("D", 0, P(None)),
         ("LHPR", 1, P("pipe", None, None, None)),
         ("", 1, P()),
@@ -55,7 +60,8 @@ def test_the_table_gives_the_spec(dims, zero, spec):
 
 
 @pytest.mark.parametrize(
-    ("dims", "axis"), [("VF", "tensor"), ("NK", "tensor"), ("FHF", "tensor"), ("DD", "data")]
+    ("dims", "axis"),
+    [("VF", "tensor"), ("NK", "tensor"), ("FHF", "tensor"), ("DD", "data"), ("EED", "expert")],
 )
 def test_an_axis_used_twice_raises_an_error(dims, axis):
     with pytest.raises(
@@ -99,15 +105,21 @@ def test_an_indivisible_size_raises_an_error_with_a_remedy():
     params = abstract_model(EVERY_SWITCH)[1]
     for shape, zero, words in [
         (
-            (1, 3, 1, 1),
+            (1, 3, 1, 1, 1),
             1,
             r": D=16 is not divisible by data=3; try mesh.data=2 or 4, or mesh.zero=0$",
         ),
-        ((1, 1, 1, 3), 1, r"b_k_KH: K=2 is not divisible by tensor=3; try mesh.tensor=1 or 2$"),
+        (
+            (1, 2, 3, 1, 1),
+            1,
+            r": D=16 is not divisible by data x expert=6; try mesh.data x mesh.expert=4 or 8, or "
+            "mesh.zero=0$",
+        ),
+        ((1, 1, 1, 1, 3), 1, r"b_k_KH: K=2 is not divisible by tensor=3; try mesh.tensor=1 or 2$"),
     ]:
         with pytest.raises(ValueError, match=words):
             shardings_of(params, AbstractMesh(shape, AXES), zero)
-    shardings_of(params, AbstractMesh((1, 3, 1, 2), AXES), zero=0)  # the suggested setting works
+    shardings_of(params, AbstractMesh((1, 3, 1, 1, 2), AXES), zero=0)  # the suggested setting works
 
 
 def test_shardings_place_each_part_on_its_device():
@@ -117,19 +129,21 @@ def test_shardings_place_each_part_on_its_device():
         jax.tree.leaves(params), jax.tree.leaves(shardings_of(params, mesh)), strict=True
     ):
         share = math.prod(leaf.shape) / math.prod(sharding.shard_shape(leaf.shape))
-        assert share == math.prod(mesh.shape[axis] for axis in sharding.spec if axis)
+        assert share == math.prod(
+            mesh.shape[axis] for entry in sharding.spec for axis in axes_in(entry)
+        )
 
 
 def test_the_plan_table_accounts_for_every_byte():
     config = ModelConfig(**SMALL)
-    rows = plan_table(abstract_model(config)[1], {"pipe": 2, "data": 2, "context": 3, "tensor": 4})
+    rows = plan_table(abstract_model(config)[1], dict(zip(AXES, (2, 2, 1, 3, 4), strict=True)))
     assert sum(math.prod(row.shape) for row in rows) == config.parameter_count()
     table = {row.path: row for row in rows}
     assert table["blocks.mlp.w_in_DF"] == (
         "blocks.mlp.w_in_DF",
         "LDF",
         (2, 16, 64),
-        P("pipe", "data", "tensor"),
+        P("pipe", ROWS, "tensor"),
         (1, 8, 16),
         4 * 8 * 16,
     )
@@ -142,11 +156,12 @@ def test_the_plan_table_accounts_for_every_byte():
 @pytest.mark.parametrize(
     ("config", "sizes"),
     [
-        (MeshConfig(), (1, 8, 1, 1)),
-        (MeshConfig(tensor=4), (1, 2, 1, 4)),
-        (MeshConfig(data=1, tensor=8), (1, 1, 1, 8)),
-        (MeshConfig(data=4, tensor=2), (1, 4, 1, 2)),
-        (MeshConfig(pipe=2, context=2, tensor=2), (2, 1, 2, 2)),
+        (MeshConfig(), (1, 8, 1, 1, 1)),
+        (MeshConfig(tensor=4), (1, 2, 1, 1, 4)),
+        (MeshConfig(data=1, tensor=8), (1, 1, 1, 1, 8)),
+        (MeshConfig(data=4, tensor=2), (1, 4, 1, 1, 2)),
+        (MeshConfig(expert=4), (1, 2, 4, 1, 1)),
+        (MeshConfig(pipe=2, context=2, tensor=2), (2, 1, 1, 2, 2)),
     ],
 )
 def test_a_mesh_uses_all_devices_with_explicit_axis_types(config, sizes):
@@ -158,7 +173,7 @@ def test_a_mesh_uses_all_devices_with_explicit_axis_types(config, sizes):
 
 def test_a_mesh_of_some_devices():
     mesh = make_mesh(MeshConfig(tensor=2), jax.devices()[2:6])
-    assert tuple(mesh.shape.values()) == (1, 2, 1, 2)
+    assert tuple(mesh.shape.values()) == (1, 2, 1, 1, 2)
     assert set(mesh.devices.flat) == set(jax.devices()[2:6])
 
 

@@ -15,6 +15,7 @@ from mtnlg_jax.config import (
     Config,
     MeshConfig,
     ModelConfig,
+    MoEConfig,
     OptimizerConfig,
     TrainConfig,
     load_config,
@@ -24,8 +25,9 @@ from mtnlg_jax.hardware import CHIPS
 from mtnlg_jax.model.hooks import RECOMPUTE
 from mtnlg_jax.model.transformer import abstract_model
 from mtnlg_jax.parallel.mesh import make_mesh
-from mtnlg_jax.planning.cost import CIRCULAR_COPIES, Job, padded_size
+from mtnlg_jax.planning.cost import CIRCULAR_COPIES, Job
 from mtnlg_jax.planning.layout import POLICIES, Layout, layout_of
+from mtnlg_jax.planning.tiles import padded_size
 from mtnlg_jax.train.batch import BATCH_KEYS
 from mtnlg_jax.train.gradients import make_loss_and_gradients
 from mtnlg_jax.train.state import abstract_state
@@ -285,6 +287,67 @@ def test_head_width_160_pads_tpu_state_only_if_zero_splits_it_small(mtnlg):
         config = override(mtnlg, "train.global_batch_size=2048")
         tpu, gpu = (Job(config, CHIPS[chip]).memory(layout)["masters"] for chip in ("v5p", "H100"))
         assert (tpu > 1.05 * gpu) == padded
+
+
+# --- experts
+
+MOE = dataclasses.replace(
+    SMALL,
+    model=dataclasses.replace(SMALL.model, num_layers=2, moe=MoEConfig(4, 2), activation="swiglu"),
+)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(1, 1, expert=2), MeshConfig(1, 1, 1, 2, expert=2)])
+def test_what_is_sent_for_experts_equals_the_step(mesh):
+    config = dataclasses.replace(MOE, mesh=mesh)
+    devices = make_mesh(mesh, jax.devices()[: 2 * mesh.tensor])
+    batch = {
+        key: jax.ShapeDtypeStruct((2, 2, LENGTH), jnp.float32 if key == "weights" else jnp.int32)
+        for key in BATCH_KEYS
+    } | {"rows": jax.ShapeDtypeStruct((2, 2), jnp.int32)}
+    step = make_loss_and_gradients(config, devices, causal=True)
+    program = jax.make_jaxpr(step)(
+        abstract_model(config.model)[1], batch, 2, jax.random.key_data(jax.random.key(0))
+    )
+    sent = _sent_over_expert(program.jaxpr, 1)
+    job = Job(config, A100)
+    layout = layout_of(config)
+    expected = job.seconds(layout)[0]["expert"] * job.speed(layout, "expert")
+    assert sent == expected / job.micro_batches(layout)[0]
+
+
+def _sent_over_expert(jaxpr, times):
+    """Return the bytes of activations (..., WIDTH) that a device sends in one micro-batch."""
+    total = 0
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name in ("all_gather", "reduce_scatter") and "expert" in equation.params["axis_name"]:
+            # The smaller side is one device's part; there are two of them.
+            parts = [var.aval for var in (*equation.invars, *equation.outvars)]
+            part = min(parts, key=lambda aval: aval.size)
+            if part.shape[-1] == WIDTH and part.ndim > 1 and part.dtype == jnp.bfloat16:
+                total += times * part.size * part.dtype.itemsize
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    more = equation.params["length"] if name == "scan" else 1
+                    total += _sent_over_expert(inner, times * more)
+    return total
+
+
+def test_a_device_holds_its_part_of_the_experts():
+    mixtral = load_config(str(CONFIGS / "mixtral_8x7b.py"))
+    job = Job(mixtral, CHIPS["H100"])
+    own = layout_of(mixtral)
+    alone = own._replace(data=128, expert=1)
+    experts = 32 * 8 * 3 * 4096 * 14336
+    assert job.held(alone, gathered=True).experts == experts
+    held = job.held(own, gathered=True)
+    assert held.experts == experts // 8 and held.blocks - held.experts < 0.05 * experts
+    # Sharded, both hold 1/128 of nearly everything.
+    assert sum(job.held(own)[:2]) == sum(job.held(alone)[:2])
+    assert job.seconds(alone)[0]["expert"] == 0 < job.seconds(own)[0]["expert"]
 
 
 # --- network

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from mtnlg_jax.config import Config, ModelConfig, TrainConfig, load_config, override, validate
+from mtnlg_jax.config import (
+    Config,
+    ModelConfig,
+    MoEConfig,
+    TrainConfig,
+    load_config,
+    override,
+    validate,
+)
 from mtnlg_jax.hardware import CHIPS
 from mtnlg_jax.planning.cost import EFFICIENCY, Job
 from mtnlg_jax.planning.layout import POLICIES, Layout
@@ -65,6 +73,17 @@ def _every_layout(job, devices):
             except ValueError:
                 continue
             yield from (layout._replace(recompute=policy) for policy in POLICIES)
+
+
+def test_the_search_splits_experts_where_that_is_the_way_to_fit():
+    moe = dataclasses.replace(SMALL.model, moe=MoEConfig(4, 2))
+    job = Job(dataclasses.replace(SMALL, model=moe), A100)
+    found = search(job, 4)
+    assert {estimate.layout.expert for estimate in found} == {1, 2, 4}
+    split = next(estimate.layout for estimate in found if estimate.layout.expert == 4)
+    assert split.devices == 4 and "--set=mesh.expert=4" in flags_of(job.config, split)
+    for estimate in found:
+        validate(with_layout(job.config, estimate.layout))
 
 
 def test_the_search_finds_the_fastest_layouts():

@@ -94,7 +94,7 @@ def test_a_given_description_replaces_the_default(tmp_path):
 
 def test_the_mesh_is_built_and_checked_like_that_of_a_run():
     mesh = mesh_over(MeshConfig(tensor=2), parse("cpu:8"), jax.devices())
-    assert dict(mesh.shape) == {"pipe": 1, "data": 4, "context": 1, "tensor": 2}
+    assert dict(mesh.shape) == {"pipe": 1, "data": 4, "expert": 1, "context": 1, "tensor": 2}
     with pytest.raises(ValueError, match="does not fit 8 devices"):
         mesh_over(MeshConfig(tensor=3, data=2), parse("cpu:8"), jax.devices())
 

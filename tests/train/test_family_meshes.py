@@ -23,7 +23,7 @@ from mtnlg_jax.parallel.mesh import make_mesh, shardings_of
 from mtnlg_jax.train.batch import put_batch
 from mtnlg_jax.train.gradients import make_loss_and_gradients
 
-ROWS = 8
+ROWS = 16
 LENGTH = 32
 TOLERANCE = 1e-5
 SIZES = {
@@ -105,9 +105,23 @@ MESHES = {
     "1f1b": MeshConfig(data=1, pipe=2, tensor=2, schedule="1f1b"),
     "ZeRO 3": MeshConfig(data=4, tensor=2, zero=3),
 }
+# Each of the axes beside expert, and both schedules; 8 devices but where rows are too few.
+OF_EXPERTS = {
+    "expert and data": MeshConfig(data=2, expert=4),
+    "expert alone": MeshConfig(data=1, expert=4, zero=0),
+    "expert and tensor": MeshConfig(data=1, expert=2, tensor=4),
+    "expert, data and tensor": MeshConfig(data=2, expert=2, tensor=2, zero=3),
+    "expert and context": MeshConfig(data=1, expert=2, context=2, tensor=2),
+    "expert, context and ZeRO 3": MeshConfig(data=2, expert=2, context=2, zero=3),
+    "expert and pipe": MeshConfig(data=1, expert=2, pipe=2, tensor=2, zero=3),
+    "expert, data and pipe": MeshConfig(data=2, expert=2, pipe=2, virtual_pipe=2),
+    "expert and 1f1b": MeshConfig(data=1, expert=4, pipe=2, schedule="1f1b"),
+    "expert, data, 1f1b": MeshConfig(data=2, expert=2, pipe=2, schedule="1f1b", zero=0),
+}
 QUICK = {
     ("windows", "data and tensor"),
     ("experts", "data and tensor"),
+    ("experts", "expert, data and tensor"),
     ("masked", "data and tensor"),
 }
 
@@ -141,13 +155,14 @@ def parameters(name: str):
 
 @functools.cache
 def loss_and_gradients(name: str, mesh_config: MeshConfig):
-    sizes = (mesh_config.pipe, mesh_config.data, mesh_config.context, mesh_config.tensor)
+    sizes = (mesh_config.pipe, mesh_config.data, mesh_config.expert)
+    sizes += (mesh_config.context, mesh_config.tensor)
     config = Config(
         model=MODELS[name],
         mesh=mesh_config,
         train=TrainConfig(
             global_batch_size=ROWS,
-            micro_batch_size=ROWS // 2 // mesh_config.data,
+            micro_batch_size=ROWS // 2 // mesh_config.data // mesh_config.expert,
             compute_dtype="float32",
             loss_chunk=24,
             steps=10,
@@ -178,12 +193,12 @@ def loss_and_gradients(name: str, mesh_config: MeshConfig):
             name, mesh, marks=[] if (name, mesh) in QUICK else pytest.mark.slow, id=f"{name}-{mesh}"
         )
         for name in MODELS
-        for mesh in MESHES
+        for mesh in (MESHES | OF_EXPERTS if name == "experts" else MESHES)
     ],
 )
 def test_a_mesh_equals_one_device(name, mesh):
     wanted_loss, wanted = loss_and_gradients(name, MeshConfig(data=1))
-    loss, gradients = loss_and_gradients(name, MESHES[mesh])
+    loss, gradients = loss_and_gradients(name, (MESHES | OF_EXPERTS)[mesh])
     assert loss == pytest.approx(wanted_loss, rel=TOLERANCE)
     largest = max(np.abs(gradient).max() for gradient in wanted.values())
     for key, gradient in wanted.items():

@@ -189,7 +189,7 @@ def test_the_base_takes_the_bytes_of_its_type():
     assert weights < held("int8") < 1.05 * weights
     state = abstract_state(config, mesh_of(config))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state.params)} == {"float32", "uint8"}
-    mesh = dict(pipe=1, data=2, context=1, tensor=2)
+    mesh = dict(pipe=1, data=2, expert=1, context=1, tensor=2)
     rows = {row.path: row for row in plan_table(state.params, mesh)}
     assert rows["quantized.blocks.nf4_o_ND"].local == (1, 32, 64)
     assert rows["quantized.blocks.absmax_q_DNH"].local == (1, 1, 4, 16)
