@@ -29,7 +29,7 @@ from mtnlg_jax.interop.families import FAMILIES, family_of, model_of
 from mtnlg_jax.interop.generation import decode_of
 from mtnlg_jax.interop.gguf_file import GGUF
 from mtnlg_jax.interop.interchange import Interchange, problems, stored_names
-from mtnlg_jax.interop.recognize import is_gguf
+from mtnlg_jax.interop.recognize import folder_of, is_gguf
 from mtnlg_jax.interop.shards import Shards, finite
 
 ROWS_AT_ONCE = 4096  # of a table
@@ -73,7 +73,7 @@ class Source:
     """
 
     def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
+        self.path = Path(path if is_gguf(path) else folder_of(path))
         # A tokenizer may lie beside a GGUF file.
         self.folder = self.path.parent if is_gguf(path) else self.path
         self.is_gguf = is_gguf(path)
@@ -241,8 +241,10 @@ def run_of(path: Path, original: dict) -> Config:
 
 def read_run(path: str | os.PathLike) -> Config:
     """Return the config of a run with the model at ``path``, from its config alone."""
-    path = Path(path)
-    return run_of(path, GGUF(path).config if is_gguf(path) else read_config(path))
+    if is_gguf(path):
+        return run_of(Path(path), GGUF(path).config)
+    folder = Path(folder_of(path))
+    return run_of(folder, read_config(folder))
 
 
 def changed_decoding(decode: DecodeConfig) -> dict[str, Any]:

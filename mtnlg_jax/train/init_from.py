@@ -13,15 +13,21 @@ from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mtnlg_jax.model.transformer import abstract_model
 from mtnlg_jax.parallel.mesh import AXES, plan_table
 from mtnlg_jax.train import lora
-from mtnlg_jax.train.checkpoint import load_run
+from mtnlg_jax.train.checkpoint import Run, load_run
 from mtnlg_jax.train.distill import Distillation
 
 # {index of a stage: (settings of its loss, the teacher's parameters, the teacher's step)}
 Teachers = dict[int, tuple[Distillation, nnx.State, int]]
 
 
-# Settings of the model that act on training alone.
-_FREE = ("attention_impl", "dropout_rate", "init_method_std", "vocab_size_divisible_by")
+# Settings of the model that act on training alone, and what the mesh decides.
+_FREE = (
+    "attention_impl",
+    "dropout_rate",
+    "init_method_std",
+    "vocab_size_divisible_by",
+    "vocab_padding",
+)
 _FREE_OF_MOE = ("moe_aux_loss_coeff", "moe_z_loss_coeff")
 # Runs of version 0.2 do not record these.
 _ADDED = (
@@ -71,7 +77,12 @@ def load_start(config: Config, mesh: Mesh) -> nnx.State | None:
     """Return the best parameters of train.init, on ``mesh``; None where the run starts afresh."""
     if not config.train.init:
         return None
-    return load_run(config.train.init, "best", mesh, config.mesh.zero).params
+    return _load(config.train.init, config, mesh).params
+
+
+def _load(folder: str, config: Config, mesh: Mesh) -> Run:
+    """Load a run onto this run's mesh, with this run's padding of the vocabulary."""
+    return load_run(folder, "best", mesh, config.mesh.zero, config.model.vocab_padding)
 
 
 def load_teachers(config: Config, mesh: Mesh) -> Teachers:
@@ -83,7 +94,7 @@ def load_teachers(config: Config, mesh: Mesh) -> Teachers:
     }
     # A set: a teacher of several stages is loaded and held once.
     folders = {stage.distill for stage in stages.values()}
-    runs = {folder: load_run(folder, "best", mesh, config.mesh.zero) for folder in sorted(folders)}
+    runs = {folder: _load(folder, config, mesh) for folder in sorted(folders)}
     return {
         number: (
             Distillation(
@@ -218,7 +229,7 @@ def _refuse_other_vocabulary(what: str, theirs: Config, config: Config) -> None:
     # The teacher runs on this run's mesh with these batches, so the usual checks apply to it.
     plain = dataclasses.replace(
         lora.without(config),
-        model=theirs.model,
+        model=dataclasses.replace(theirs.model, vocab_padding=config.model.vocab_padding),
         train=dataclasses.replace(config.train, stages=TrainConfig.stages),
     )
     try:
@@ -228,7 +239,8 @@ def _refuse_other_vocabulary(what: str, theirs: Config, config: Config) -> None:
 
 
 def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    # A mesh of size 1 along every axis: whole shapes.
+    # A mesh of size 1 along every axis: whole shapes. Padding depends on the mesh.
+    model = dataclasses.replace(model, vocab_padding=0)
     return {
         row.path: row.shape for row in plan_table(abstract_model(model)[1], dict.fromkeys(AXES, 1))
     }
