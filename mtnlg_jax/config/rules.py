@@ -142,8 +142,8 @@ def _check_divisors(config: Config) -> None:
         raise ValueError(
             f"mesh.tensor={mesh.tensor} does not divide the {model.vocabulary} rows of the "
             f"vocabulary (model.vocab_size={model.vocab_size}, "
-            f"model.vocab_padding={model.vocab_padding}); try --set=model.vocab_padding={padding}, or "
-            f"mesh.tensor={near_divisors(model.vocabulary, mesh.tensor)}"
+            f"model.vocab_padding={model.vocab_padding}); try --set=model.vocab_padding={padding}, "
+            f"or mesh.tensor={near_divisors(model.vocabulary, mesh.tensor)}"
         )
     chunks = "mesh.pipe x mesh.virtual_pipe" if mesh.virtual_pipe > 1 else "mesh.pipe"
     must_divide("model.num_layers", model.num_layers, chunks, mesh.pipe * mesh.virtual_pipe)

@@ -30,7 +30,7 @@ from mtnlg_jax.interop.generation import decode_of
 from mtnlg_jax.interop.gguf_file import GGUF
 from mtnlg_jax.interop.interchange import Interchange, problems, stored_names
 from mtnlg_jax.interop.recognize import folder_of, is_gguf
-from mtnlg_jax.interop.shards import Shards, finite
+from mtnlg_jax.interop.shards import Shards, as_float32, finite
 
 ROWS_AT_ONCE = 4096  # of a table
 
@@ -169,7 +169,7 @@ class Source:
         full = self.names[theirs]
         for start in range(0, self.stored.shapes[full][0], ROWS_AT_ONCE):
             rows = self.stored.rows(full, start, start + ROWS_AT_ONCE)
-            yield start, finite(f"{full} of {self.path}", rows).astype(np.float32)
+            yield start, as_float32(finite(f"{full} of {self.path}", rows))
 
     def parameters(self) -> Iterator[tuple[str, int | None, np.ndarray]]:
         """Yield (name, layer, array) of all parameters, layer by layer, as shards hold them."""

@@ -8,9 +8,9 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from mtnlg_jax.config import ModelConfig
-from mtnlg_jax.decode.load import names_of
 from mtnlg_jax.interop.families import FAMILIES
 from mtnlg_jax.interop.interchange import Interchange, stored_names
+from mtnlg_jax.model.params import names_of
 
 # Beside a converted run: tensors that its parameters do not give back bit for bit.
 KEPT = "kept.safetensors"

@@ -20,6 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from mtnlg_jax.config import Config
+from mtnlg_jax.model.params import names_of
 from mtnlg_jax.parallel.mesh import shardings_of
 from mtnlg_jax.storage import is_remote
 from mtnlg_jax.train import lora
@@ -50,12 +51,7 @@ def flatten(tree: Any) -> dict[str, Any]:
 
     For example ``params.blocks.mlp.w_in_DF``, ``opt_state.1.mu.tokens_VD``, ``step``.
     """
-    leaves = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
-        # A variable of Flax NNX adds ".value" to the path of its array; names on disk have none.
-        leaves[SAVED_NAMES.get(name, name)] = leaf
-    return leaves
+    return {SAVED_NAMES.get(name, name): leaf for name, leaf in names_of(tree).items()}
 
 
 def is_parameter(name: str) -> bool:
