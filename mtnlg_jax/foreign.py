@@ -24,11 +24,16 @@ class Reader(Protocol):
     def settings(self, path: str | os.PathLike) -> tuple[Any, tuple]:
         """Return (Config, the tokenizers with which data for the model may be prepared)."""
 
+    def tokenizer(self, path: str | os.PathLike) -> Any:
+        """Return the model's own tokenizer where data for it needs that one: where the roles that
+        are added for new models have no row in this one. None elsewhere."""
+
     def open(self, path: str | os.PathLike) -> tuple[Any, Any]:
         """Return (the Run without parameters, its parameters as `train.arrays.StoredArrays`)."""
 
-    def load(self, path: str | os.PathLike, mesh: Any, zero: int) -> Any:
-        """Return the Run, with its parameters on one device or on ``mesh``."""
+    def load(self, path: str | os.PathLike, mesh: Any, zero: int, vocab_padding: int) -> Any:
+        """Return the Run, with its parameters on one device or on ``mesh``, and with this many rows
+        of padding behind the vocabulary."""
 
 
 _READERS: list[Reader] = []

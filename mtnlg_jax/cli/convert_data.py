@@ -43,7 +43,9 @@ with command.flag_group("From a Megatron prefix to a prepared folder"):
 
 def main() -> None:
     from mtnlg_jax.data.store.convert import convert
+    from mtnlg_jax.interop import registry
 
+    registry.register()
     print(convert(_FROM.value, _TO.value, _TOKENIZER.value, _HELDOUT.value, _OVERWRITE.value))
 
 

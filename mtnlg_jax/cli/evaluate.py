@@ -30,7 +30,12 @@ from absl import flags
 from mtnlg_jax import command
 
 with command.flag_group("The run and the text"):
-    _WORKDIR = command.define_path("workdir", None, "folder of the run", required=True)
+    _WORKDIR = command.define_path(
+        "workdir",
+        None,
+        "folder of a run or of a Hugging Face model, or a GGUF file",
+        required=True,
+    )
     _CHECKPOINT = flags.DEFINE_enum("checkpoint", "best", ["best", "last"], "which checkpoint")
     _INPUT = command.define_path(
         "input", None, "file or folder to score, - for standard input", required=True

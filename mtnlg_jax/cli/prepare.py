@@ -43,6 +43,9 @@ flags.adopt_module_key_flags(options)  # --help lists them
 
 
 def main() -> None:
+    from mtnlg_jax.interop import registry
+
+    registry.register()
     options.check()
     recipe = options.CONFIG.value is not None
     info = _make() if recipe else _prepare()

@@ -19,16 +19,20 @@ from mtnlg_jax.config.coerce import base_of, coerce, hints_of, kind_name, plain
 from mtnlg_jax.config.rules import validate
 from mtnlg_jax.config.schema import Config
 
+WAY_OUT = "give one of configs/*.py, or a Hugging Face folder or GGUF file that exists"
+
 
 def load_config(path: str, overrides: Iterable[str] = ()) -> Config:
     """Run ``get_config()`` of the Python file ``path``, apply ``overrides`` ("train.steps=10") and
     validate the result. "FILE.py:TEXT" calls ``get_config("TEXT")``. A model of another format
-    (`foreign`) gives the config of a run with it. Raises FileNotFoundError or ValueError."""
+    (`foreign`) gives the config of a run with it. The vocabulary is padded for mesh.tensor. Raises
+    FileNotFoundError or ValueError."""
     reader = foreign.reader_of(path)
     if reader is not None:
         config = map_paths(override(reader.config(path), *overrides), command.expand)
     else:
         config = load_object(path, Config, overrides)
+    config = dataclasses.replace(config, model=config.model.padded(config.mesh.tensor))
     validate(config)
     return config
 
@@ -42,11 +46,12 @@ def load_object(path: str, kind: type, overrides: Iterable[str] = ()):
     if not os.path.isfile(path):
         root = os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir, os.pardir)
         there = os.path.normpath(os.path.join(root, path))
-        hint = f"did you mean {there}?" if os.path.isfile(there) else "give one of configs/*.py"
-        raise FileNotFoundError(f"config {path!r} is not a file; {hint}")
+        hint = f"did you mean {there}?" if os.path.isfile(there) else WAY_OUT
+        found = "is a folder without config.json" if os.path.isdir(path) else "is not a file"
+        raise FileNotFoundError(f"config {path!r} {found}; {hint}")
     spec = importlib.util.spec_from_file_location("mtnlg_config", path)
     if spec is None or spec.loader is None:
-        raise ValueError(f"config {path!r} is not a Python file; give one of configs/*.py")
+        raise ValueError(f"config {path!r} is not a Python file; {WAY_OUT}")
     module = importlib.util.module_from_spec(spec)
     get_config = None
     try:

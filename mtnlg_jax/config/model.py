@@ -1,6 +1,7 @@
 """The shape of the Transformer: MT-NLG's block by default, and the switches that turn it into the
 blocks of today's open models. docs/models.md lists the families and what each one sets."""
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -145,6 +146,10 @@ class ModelConfig:
     # The vocabulary is padded to a multiple of this, so that mesh.tensor divides it. The default is
     # Megatron-LM's.
     vocab_size_divisible_by: Count = 128
+    # Rows behind vocab_size that no token has. They take no part in the softmax, and are cut off
+    # where the model is exported. load_config sets this where mesh.tensor does not divide
+    # vocab_size, such as GPT-2's 50,257.
+    vocab_padding: CountFrom0 = 0
     # Longest sequence, in tokens. The default is MT-NLG's.
     max_position_embeddings: Count = 2048
     # How positions enter: a learned vector for each, rotations of queries and keys (RoPE), a
@@ -240,10 +245,19 @@ class ModelConfig:
 
     @property
     def vocabulary(self) -> int:
-        """``vocab_size`` of a resolved model. Raises ValueError while it is None."""
+        """Rows of the embedding table of a resolved model, padding included. Raises ValueError
+        while ``vocab_size`` is None."""
         if self.vocab_size is None:
             raise ValueError("model.vocab_size is not known yet: set it, or give data.path")
-        return self.vocab_size
+        return self.vocab_size + self.vocab_padding
+
+    def padded(self, parts: int) -> "ModelConfig":
+        """Return this model with a vocabulary that ``parts`` devices can share: the padding that it
+        has if that divides, else up to a multiple of ``vocab_size_divisible_by``."""
+        if self.vocab_size is None or self.vocabulary % parts == 0:
+            return self
+        unit = math.lcm(parts, self.vocab_size_divisible_by)
+        return dataclasses.replace(self, vocab_padding=-self.vocab_size % unit)
 
     def has_bias(self, where: str) -> bool:
         """Return whether ``where``, one of BIASES, has a bias."""

@@ -9,6 +9,7 @@ from mtnlg_jax.config.checks import (
     check_fields,
     check_rules,
     must_divide,
+    near_divisors,
     one_of,
     refuse_changed,
     within,
@@ -145,12 +146,19 @@ def _check_divisors(config: Config) -> None:
         "model.num_attention_heads": model.num_attention_heads,
         "model.num_query_groups": heads,
         "model.ffn_hidden_size": model.mlp_width,
-        "model.vocab_size": model.vocab_size or 0,  # 0: not known yet
     }
     for name, number in split_by_tensor.items():
         must_divide(name, number, "mesh.tensor", mesh.tensor)
     experts = model.moe.num_moe_experts
     must_divide("model.moe.num_moe_experts", experts, "mesh.expert", mesh.expert)
+    if model.vocab_size is not None and model.vocabulary % mesh.tensor:
+        padding = model.padded(mesh.tensor).vocab_padding
+        raise ValueError(
+            f"mesh.tensor={mesh.tensor} does not divide the {model.vocabulary} rows of the "
+            f"vocabulary (model.vocab_size={model.vocab_size}, "
+            f"model.vocab_padding={model.vocab_padding}); try --set=model.vocab_padding={padding}, "
+            f"or mesh.tensor={near_divisors(model.vocabulary, mesh.tensor)}"
+        )
     chunks = "mesh.pipe x mesh.virtual_pipe" if mesh.virtual_pipe > 1 else "mesh.pipe"
     must_divide("model.num_layers", model.num_layers, chunks, mesh.pipe * mesh.virtual_pipe)
     if mesh.pipe > 1:

@@ -23,7 +23,7 @@ from mtnlg_jax.data.read.pairs import pair_maker
 from mtnlg_jax.data.spool import Spool
 from mtnlg_jax.data.store.prepared import PREPARED, prepared_info, tokenizer_info, write_prepared
 from mtnlg_jax.data.store.tokens import TokenWriter
-from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from mtnlg_jax.data.tokenizer import Tokenizer, tokenizer_for_data, train_tokenizer
 
 _EXAMPLES = 3
 _EXAMPLE_TOKENS = 20  # of a conversation
@@ -89,7 +89,7 @@ def prepare(
     check_output(output, PREPARED, overwrite=overwrite, input_path=input_path)
     pairs = answer is not None
     _check_rows(input_path, answer, messages, bool(chat_template or sequence_length or show))
-    ready = None if tokenizer in ("bpe", "unigram") else load_tokenizer(tokenizer)
+    ready = None if tokenizer in ("bpe", "unigram") else tokenizer_for_data(tokenizer)
     talks = open_conversations(ready, messages, chat_template, sequence_length)
     if ready is not None and talks is None:
         ready.check_end()

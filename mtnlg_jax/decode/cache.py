@@ -132,7 +132,9 @@ def unstack_params(params, *, config, dtype, weights=None, rows=False):
         if not (int8 or rows):
             return layer
         source, target = (nnx.merge(_graphs(config)[1], each) for each in (exact_layer, layer))
-        pairs = (source.attention, target.attention), (source.mlp, target.mlp)
+        pairs = [(source.attention, target.attention), (source.mlp, target.mlp)]
+        if getattr(source.mlp, "shared", None) is not None:
+            pairs.append((source.mlp.shared, target.mlp.shared))
         for part, held in pairs:
             for name, value in list(vars(part).items()):
                 if not name.startswith("w_") or value is None:

@@ -18,12 +18,11 @@ from mtnlg_jax import foreign
 from mtnlg_jax.config import Config, ModelConfig
 from mtnlg_jax.decode.cache import ROUTER, TABLES, Decoder, by_rows, check_held, split_abstract
 from mtnlg_jax.decode.quantized import ExpertWeight, RowWeight
+from mtnlg_jax.model.params import name_of, names_of
 from mtnlg_jax.model.quantize import quantize_numpy
 from mtnlg_jax.parallel.mesh import EXPERT_BIAS
 from mtnlg_jax.train.adapted_arrays import stored_arrays
 from mtnlg_jax.train.checkpoint import Run, find_run
-
-_SEPARATOR = "."
 
 
 def load_decoder(
@@ -65,16 +64,6 @@ def _trim() -> None:
         libc.malloc_trim(0)
 
 
-def names_of(tree) -> dict:
-    """Return the leaves by dotted name, such as blocks.mlp.w_in_DF or tokens_VD."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {_name(path): leaf for path, leaf in leaves}
-
-
-def _name(path) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=_SEPARATOR).removesuffix(".value")
-
-
 def _assemble(config: ModelConfig, dtype: str, weights: str | None, stored) -> tuple:
     """Return the decoder's parameters. Each is read, converted and freed before the next one."""
     outer, block = split_abstract(config)
@@ -89,14 +78,14 @@ def _assemble(config: ModelConfig, dtype: str, weights: str | None, stored) -> t
     # Name by name, each through all layers: an array that is stored in one piece is read once.
     layers: list[dict[str, jax.Array | RowWeight]] = [{} for _ in range(config.num_layers)]
     for name in names_of(block):
-        convert = functools.partial(_converted, name.rpartition(_SEPARATOR)[2], dtype, int8)
+        convert = functools.partial(_converted, name.rpartition(".")[2], dtype, int8)
         for number, layer in enumerate(layers):
             layer[name] = convert(stored.read(f"blocks.{name}", number))
     return _filled(outer, made), tuple(_filled(block, layer) for layer in layers)
 
 
 def _filled(abstract: nnx.State, made: dict) -> nnx.State:
-    return jax.tree_util.tree_map_with_path(lambda path, _: made[_name(path)], abstract)
+    return jax.tree_util.tree_map_with_path(lambda path, _: made[name_of(path)], abstract)
 
 
 def _int8_table(stored, name: str, shape: tuple[int, ...]) -> RowWeight:

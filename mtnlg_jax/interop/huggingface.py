@@ -267,7 +267,7 @@ def _report_decode(decode: DecodeConfig, not_kept: list[str]) -> list[str]:
 def _to_model(
     workdir: str, folder: Path, dtype: str, max_shard_size: float, which: str, family: str | None
 ) -> str:
-    run = load_run(workdir, which)
+    run = load_run(workdir, which, vocab_padding=0)
     model = run.config.model
     tokenizer = run.tokenizer
     originals = Path(workdir, ORIGINALS)

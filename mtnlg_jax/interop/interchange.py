@@ -13,10 +13,11 @@ import numpy as np
 from flax import nnx
 
 from mtnlg_jax.config import ModelConfig
-from mtnlg_jax.decode.load import names_of
 from mtnlg_jax.interop import tensors
 from mtnlg_jax.interop.families import Family
+from mtnlg_jax.interop.shards import as_float32
 from mtnlg_jax.interop.tensors import Tensor
+from mtnlg_jax.model.params import names_of
 from mtnlg_jax.model.transformer import abstract_model
 from mtnlg_jax.train import lora
 
@@ -124,7 +125,7 @@ class Interchange:
     def _one(self, name: str, index: tuple[int, ...], shape: tuple[int, ...], read: Read):
         theirs, number = self._sources[name, index]
         tensor = self.table[theirs].tensor
-        rows = np.asarray(read(theirs)).astype(np.float32)
+        rows = as_float32(np.asarray(read(theirs)))
         if self._has_experts(name, index):
             experts = [
                 self._from_rows(tensor, number, name, rows[expert], shape[1:], index, read)

@@ -1,19 +1,47 @@
 """Use a model of another project as a run, without conversion."""
 
+import dataclasses
+import functools
 import os
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
-from mtnlg_jax.decode.load import names_of
+from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mtnlg_jax.decode.cache import TABLES
+from mtnlg_jax.interop import vocabulary
 from mtnlg_jax.interop.adapter_runs import open_merged
 from mtnlg_jax.interop.adapters import Merged
-from mtnlg_jax.interop.recognize import is_adapter
-from mtnlg_jax.interop.source import Source, meta_of
+from mtnlg_jax.interop.families import family_of, model_of
+from mtnlg_jax.interop.recognize import folder_of, is_adapter
+from mtnlg_jax.interop.source import Source, meta_of, read_config
+from mtnlg_jax.model.params import names_of
+from mtnlg_jax.model.transformer import abstract_model
 from mtnlg_jax.parallel.mesh import shardings_of
 from mtnlg_jax.train.checkpoint import Run
+
+
+def tokenizer_for_data(path: str | os.PathLike) -> Tokenizer | None:
+    """Return the tokenizer of the model at ``path`` if the one that `load_tokenizer` returns has
+    more tokens than the model has rows, else None. Tensors are not read."""
+    folder = Path(folder_of(path))
+    # GGUF files, adapters and checkpoints of other trainers have none.
+    if not (folder / "config.json").is_file():
+        return None
+    original = read_config(folder)
+    try:
+        rows = model_of(original).vocabulary
+    except ValueError:  # a tokenizer is of use without a model that runs here
+        return None
+    if load_tokenizer(folder).vocab_size <= rows:
+        return None
+    inner = family_of(original)[1]
+    texts = original | {key: each for key, each in inner.items() if each is not None}
+    generation = vocabulary.read_json(folder / "generation_config.json") or {}
+    return vocabulary.read_tokenizer(folder, texts, generation, rows)[0]
 
 
 def open_model(
@@ -37,35 +65,86 @@ def load_model(
     path: str | os.PathLike,
     mesh: Mesh | None = None,
     zero: int = 0,
+    vocab_padding: int = 0,
     adapter: str | os.PathLike | None = None,
     which: str = "best",
 ) -> Run:
     """Return the model at ``path``, as `open_model` reads it, as `train.checkpoint.load_run`
     returns a run."""
     run, source = open_model(path, adapter, which)
-    if mesh is None and isinstance(source, Source):
-        params = source.interchange.parameters(source.tensor)
+    model = dataclasses.replace(run.config.model, vocab_padding=vocab_padding)
+    abstract = abstract_model(model)[1]
+    leaves = names_of(abstract)
+    if mesh is None:
+        places = dict.fromkeys(leaves, SingleDeviceSharding(jax.local_devices()[0]))
     else:
-        params = _on_mesh(source, mesh, zero)
-    return Run(run.config, params, run.tokenizer, run.step, run.meta)
+        places = names_of(shardings_of(abstract, mesh, zero))
+    targets = {name: _Target(leaf.shape, places[name]) for name, leaf in leaves.items()}
+    # Layer by layer, as the files have them: each tensor is read once.
+    for name, target in targets.items():
+        if not name.startswith("blocks."):
+            pieces = source.blocks(name) if name in TABLES else [(0, source.read(name))]
+            for start, rows in pieces:
+                target.write(start, rows)
+    for layer in range(model.num_layers):
+        for name, target in targets.items():
+            if name.startswith("blocks.") and target.holds(layer):
+                target.write(layer, source.read(name, layer)[None])
+    arrays = [target.array() for target in targets.values()]
+    params = jax.tree.unflatten(jax.tree.structure(abstract), arrays)
+    config = dataclasses.replace(run.config, model=model)
+    return dataclasses.replace(run, config=config, params=params)
 
 
-def _on_mesh(source: Source | Merged, mesh: Mesh | None, zero: int) -> nnx.State:
-    """Return the parameters on ``mesh``, or on this process's first device; the host holds one of
-    them at a time."""
-    abstract = source.interchange.abstract
-    shardings = jax.tree.leaves(
-        jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), abstract)
-        if mesh is None
-        else shardings_of(abstract, mesh, zero)
-    )
-    leaves = []
-    for (name, leaf), sharding in zip(names_of(abstract).items(), shardings, strict=True):
-        if name.startswith("blocks."):
-            array = np.empty(leaf.shape, np.float32)
-            for layer in range(leaf.shape[0]):
-                array[layer] = source.read(name, layer)
-        else:
-            array = source.read(name)
-        leaves.append(jax.make_array_from_callback(leaf.shape, sharding, array.__getitem__))
-    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+class _Target:
+    """A float32 parameter that is filled on its devices, some rows of its first dim at a time, so
+    that the host never holds it. Rows that are not written are zeros."""
+
+    def __init__(self, shape: tuple[int, ...], sharding: Sharding) -> None:
+        self._shape = shape
+        self._sharding = sharding
+        self._parts = [
+            _Part(device, index, shape)
+            for device, index in sharding.addressable_devices_indices_map(shape).items()
+        ]
+
+    def holds(self, row: int) -> bool:
+        """Return whether a device of this process has ``row`` of the first dim."""
+        return any(part.bounds[0][0] <= row < part.bounds[0][1] for part in self._parts)
+
+    def write(self, start: int, rows: np.ndarray) -> None:
+        """Write ``rows`` from row ``start`` on."""
+        for part in self._parts:
+            part.write(start, rows)
+
+    def array(self) -> jax.Array:
+        arrays = [part.array for part in self._parts]
+        return jax.make_array_from_single_device_arrays(self._shape, self._sharding, arrays)
+
+
+class _Part:
+    """What one device holds of a `_Target`."""
+
+    def __init__(self, device: jax.Device, index: tuple, shape: tuple[int, ...]) -> None:
+        self.bounds = [each.indices(size)[:2] for each, size in zip(index, shape, strict=True)]
+        sizes = tuple(stop - start for start, stop in self.bounds)
+        self.array = jnp.zeros(sizes, jnp.float32, device=device)
+        self._device = device
+
+    def write(self, start: int, rows: np.ndarray) -> None:
+        first, last = self.bounds[0]
+        begin = max(first, start)
+        end = min(last, start + len(rows))
+        if begin >= end:
+            return
+        columns = tuple(slice(*each) for each in self.bounds[1:])
+        part = np.ascontiguousarray(rows[begin - start : end - start][:, *columns])
+        on_device = jax.device_put(part, self._device)
+        self.array = _put_rows(self.array, on_device, begin - first)
+        # Else copies on the host wait for the devices, and pile up.
+        self.array.block_until_ready()
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put_rows(array: jax.Array, rows: jax.Array, start: int) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(array, rows, start, 0)

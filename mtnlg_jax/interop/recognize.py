@@ -50,13 +50,24 @@ def maxtext_items(path: str | os.PathLike) -> Path | None:
     return None
 
 
+def folder_of(path: str | os.PathLike) -> str:
+    """Return the folder of a model that is named by its config.json or by one of its weights; other
+    paths as they are."""
+    path = os.fspath(path)
+    folder, name = os.path.split(path)
+    named = name == "config.json" or name.endswith((".safetensors", ".safetensors.index.json"))
+    return (folder or os.curdir) if named and os.path.isfile(path) else path
+
+
 def is_model(path: str | os.PathLike) -> bool:
-    """Return whether ``path`` is a folder of Hugging Face's, a GGUF file, or a checkpoint
-    of Megatron-LM or MaxText. Runs have a config.json as well, but no model_type in it."""
+    """Return whether ``path`` is a folder of Hugging Face's, its config.json or weights, a GGUF
+    file, or a checkpoint of Megatron-LM or MaxText. Runs have a config.json as well, but no
+    model_type in it."""
     if is_remote(path):
         return False
     if is_gguf(path):
         return os.path.isfile(path)
+    path = folder_of(path)
     if os.path.isdir(os.path.join(path, "checkpoints")):
         return False
     if is_megatron(path) or maxtext_items(path) is not None:

@@ -54,15 +54,20 @@ class HuggingFace:
         # Text has the same ids with the files alone and with the roles that the model gives them.
         return settings.config, (settings.tokenizer, load_tokenizer(source.tokenizer_path))
 
+    def tokenizer(self, path: str | os.PathLike) -> Any:
+        from mtnlg_jax.interop.loading import tokenizer_for_data
+
+        return tokenizer_for_data(path)
+
     def open(self, path: str | os.PathLike) -> tuple["Run", "Source | Merged"]:
         from mtnlg_jax.interop.loading import open_model
 
         return open_model(path, *self._adapter(path))
 
-    def load(self, path: str | os.PathLike, mesh: Any, zero: int) -> "Run":
+    def load(self, path: str | os.PathLike, mesh: Any, zero: int, vocab_padding: int) -> "Run":
         from mtnlg_jax.interop.loading import load_model
 
-        return load_model(path, mesh, zero, *self._adapter(path))
+        return load_model(path, mesh, zero, vocab_padding, *self._adapter(path))
 
 
 _READER = HuggingFace()

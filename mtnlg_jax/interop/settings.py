@@ -68,7 +68,6 @@ def common(c: Keys, gated: bool = True) -> Fields:
         "kv_channels": c.get("head_dim"),
         "ffn_hidden_size": c.get("intermediate_size", "ffn_dim", "n_inner"),
         "vocab_size": c.number("vocab_size"),
-        "vocab_size_divisible_by": 1,
         "max_position_embeddings": c.number(
             "max_position_embeddings", "n_positions", "seq_length", default=2048
         ),

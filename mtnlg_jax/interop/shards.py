@@ -211,6 +211,10 @@ def _groups(sizes: dict[str, int], limit: float) -> Iterable[list[str]]:
 
 def finite(what: str, values: np.ndarray) -> np.ndarray:
     """Return ``values``, or raise ValueError that names the first one that is not finite."""
+    # On the bits, several times as fast: an exponent of ones is infinity or not a number.
+    if values.dtype == jnp.bfloat16 and values.size:
+        if (values.view(np.uint16) & np.uint16(0x7FFF)).max() < 0x7F80:
+            return values
     known = np.isfinite(values)
     if not known.all():
         position = np.unravel_index(np.argmin(known), values.shape)
@@ -220,6 +224,16 @@ def finite(what: str, values: np.ndarray) -> np.ndarray:
             "them; use an earlier checkpoint without them"
         )
     return values
+
+
+def as_float32(values: np.ndarray) -> np.ndarray:
+    """Return ``values`` as float32."""
+    if values.dtype != jnp.bfloat16:
+        return values.astype(np.float32)
+    # A bfloat16 is the upper half of a float32; on the bits, because the library's cast is slower.
+    bits = values.view(np.uint16).astype(np.uint32)
+    bits <<= 16
+    return bits.view(np.float32)
 
 
 def cast(name: str, values: np.ndarray, dtype: str) -> np.ndarray:

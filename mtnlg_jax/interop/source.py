@@ -33,8 +33,8 @@ from mtnlg_jax.interop.gguf_file import GGUF
 from mtnlg_jax.interop.interchange import Interchange, problems, stored_names
 from mtnlg_jax.interop.maxtext_file import MaxText
 from mtnlg_jax.interop.megatron_file import Megatron
-from mtnlg_jax.interop.recognize import is_megatron, maxtext_items
-from mtnlg_jax.interop.shards import Shards, finite
+from mtnlg_jax.interop.recognize import folder_of, is_megatron, maxtext_items
+from mtnlg_jax.interop.shards import Shards, as_float32, finite
 
 ROWS_AT_ONCE = 4096  # of a table
 
@@ -80,7 +80,7 @@ class Source:
     """
 
     def __init__(self, path: str | os.PathLike, tokenizer: str | os.PathLike | None = None):
-        self.path = Path(path)
+        self.path = Path(path if is_gguf(path) else folder_of(path))
         # A tokenizer beside a GGUF file is used instead of the one inside.
         self.folder = self.path.parent if is_gguf(path) else self.path
         self.tokenizer_path = self.folder
@@ -197,7 +197,7 @@ class Source:
         full = self.names[theirs]
         for start in range(0, self.stored.shapes[full][0], ROWS_AT_ONCE):
             rows = self.stored.rows(full, start, start + ROWS_AT_ONCE)
-            yield start, finite(f"{full} of {self.path}", rows).astype(np.float32)
+            yield start, as_float32(finite(f"{full} of {self.path}", rows))
 
     def parameters(self) -> Iterator[tuple[str, int | None, np.ndarray]]:
         """Yield (name, layer, array) of all parameters, layer by layer, as shards hold them."""
@@ -281,7 +281,7 @@ def run_of(path: Path, model: ModelConfig, masked: bool) -> Config:
 
 def read_run(path: str | os.PathLike) -> Config:
     """Return the config of a run with the model at ``path``, without reading its tensors."""
-    path = Path(path)
+    path = Path(path if is_gguf(path) else folder_of(path))
     if is_megatron(path):
         return run_of(path, Megatron(path).model, masked=False)
     if maxtext_items(path) is not None:
@@ -295,7 +295,7 @@ def original_of_model(path: str | os.PathLike) -> dict:
     trainers have none: {}."""
     if is_megatron(path) or maxtext_items(path) is not None:
         return {}
-    return GGUF(path).config if is_gguf(path) else read_config(Path(path))
+    return GGUF(path).config if is_gguf(path) else read_config(Path(folder_of(path)))
 
 
 def changed_decoding(decode: DecodeConfig) -> dict[str, Any]:

@@ -9,9 +9,9 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from mtnlg_jax.config import ModelConfig
-from mtnlg_jax.decode.load import names_of
 from mtnlg_jax.interop.families import FAMILIES
 from mtnlg_jax.interop.interchange import Interchange, stored_names
+from mtnlg_jax.model.params import names_of
 
 ORIGINALS = "huggingface"  # folder in a converted run: the original config.json and tokenizer
 # In it: tensors that its parameters do not give back bit for bit.

@@ -7,6 +7,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from mtnlg_jax.parallel.collectives import axis_index, axis_size
+
+# The logit of padding: its probability is 0. It is finite, since 0 x infinity is not a number.
+NEVER = -1e9
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +26,8 @@ class Head:
     bias_V: jax.Array | None = None
     softcap: float | None = dataclasses.field(default=None, metadata={"static": True})
     multiplier: float = dataclasses.field(default=1.0, metadata={"static": True})
+    # Rows at the end of the whole table that no token has.
+    padding: int = dataclasses.field(default=0, metadata={"static": True})
 
     @property
     def vocabulary(self) -> int:
@@ -41,7 +48,17 @@ class Head:
             product = product + jnp.expand_dims(bias, tuple(range(product.ndim - 1)))
         if self.softcap is not None:
             product = self.softcap * jnp.tanh(product / self.softcap)
+        if self.padding:
+            product = jnp.where(self.real(product.shape[-1]), product, NEVER)
         return product
+
+    def real(self, own: int) -> jax.Array | None:
+        """Return which of this device's ``own`` logits belong to tokens, bool (V,); None if all
+        do."""
+        if not self.padding:
+            return None
+        last = own * axis_size("tensor") - self.padding
+        return axis_index("tensor") * own + jnp.arange(own) < last
 
     def before_cap(self, d_logits: jax.Array, logits: jax.Array) -> jax.Array:
         """Return the gradient by the capped quantity, given that by the ``logits``."""

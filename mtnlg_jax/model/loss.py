@@ -70,10 +70,12 @@ def _chunk_losses(
     x: jax.Array, head: Head, labels: jax.Array, smoothing: float = 0.0
 ) -> tuple[jax.Array, tuple]:
     """Return the losses (B,) of a chunk, and what `_losses_of` returns for their gradient."""
-    return _losses_of(head.logits(x), labels, smoothing)
+    return _losses_of(head, head.logits(x), labels, smoothing)
 
 
-def _losses_of(logits: jax.Array, labels: jax.Array, smoothing: float) -> tuple[jax.Array, tuple]:
+def _losses_of(
+    head: Head, logits: jax.Array, labels: jax.Array, smoothing: float
+) -> tuple[jax.Array, tuple]:
     """Return (losses, (exp(logits - max), their sums, targets)), reduced over ``tensor``."""
     own = logits.shape[-1]
     # Softmax does not change with the maximum, so no gradient goes through it.
@@ -87,9 +89,12 @@ def _losses_of(logits: jax.Array, labels: jax.Array, smoothing: float) -> tuple[
     target = sum_over(jnp.where(mine, picked, 0.0), "tensor")
     hits = jnp.arange(own)[None, :] == jnp.where(mine, local, -1)[:, None]
     if smoothing:
-        even = 1 / (own * axis_size("tensor"))
-        target = (1 - smoothing) * target + smoothing * even * sum_over(logits.sum(-1), "tensor")
-        hits = (1 - smoothing) * hits + smoothing * even
+        even = 1 / (own * axis_size("tensor") - head.padding)
+        real = head.real(own)
+        summed = logits.sum(-1, where=real)
+        target = (1 - smoothing) * target + smoothing * even * sum_over(summed, "tensor")
+        spread = even if real is None else even * real[None, :]
+        hits = (1 - smoothing) * hits + smoothing * spread
     return jnp.log(total) + top - target, (exped, total, hits)
 
 
@@ -108,7 +113,7 @@ def _forward(chunk, smoothing, x_BD, head, labels_B, weights_B):
         total, d_head = carry
         x, labels, weights = part
         logits = head.logits(x)
-        losses, (exped, sums, targets) = _losses_of(logits, labels, smoothing)
+        losses, (exped, sums, targets) = _losses_of(head, logits, labels, smoothing)
         d_logits = (exped / sums[:, None] - targets) * weights[:, None]
         d_head, d_x = _through_head(head, d_head, x, logits, d_logits)
         total = total + jnp.dot(losses, weights)
@@ -207,7 +212,7 @@ def _softmax(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _distilled_chunk(smoothing, temperature, share, x, head, teacher_x, teacher_head, labels):
     """Return the losses (B,) of a chunk, and the logits (B, V) with their gradients."""
     logits = head.logits(x)
-    hard, (exped, sums, targets) = _losses_of(logits, labels, smoothing)
+    hard, (exped, sums, targets) = _losses_of(head, logits, labels, smoothing)
     teacher_logits = teacher_head.logits(teacher_x)
     q, _ = _softmax(teacher_logits / temperature)
     p, log_total = _softmax(logits / temperature)

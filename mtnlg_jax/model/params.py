@@ -1,7 +1,8 @@
 """A model's parameters, in two parts."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 from flax import nnx
 
 
@@ -22,3 +23,16 @@ def join_params(params: Params) -> nnx.State:
     """Join what `split_params` has split."""
     whole = {**params.rest.raw_mapping, "blocks": params.blocks.raw_mapping}
     return type(params.rest)(whole)
+
+
+def name_of(path: tuple) -> str:
+    """Return the dotted name of the leaf at ``path``, such as blocks.mlp.w_in_DF.
+
+    A variable of Flax NNX adds ".value" to the path of its array; names have none.
+    """
+    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+
+
+def names_of(tree: Any) -> dict[str, Any]:
+    """Return the leaves of ``tree`` by `name_of`."""
+    return {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

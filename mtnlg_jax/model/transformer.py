@@ -217,6 +217,7 @@ class Transformer(nnx.Module):
             None if self.b_head_V is None else self.b_head_V[...],
             self.config.final_logit_softcapping,
             self.config.multipliers.logits,
+            self.config.vocab_padding,
         )
 
     def _drop(self, x_BSD: jax.Array, number: int | jax.Array, hooks: Hooks) -> jax.Array:

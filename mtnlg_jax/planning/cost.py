@@ -286,7 +286,7 @@ class Job:
         mode = self.config.mesh.context_mode
         if mode != "auto":
             return mode
-        heads = self.config.model.kv_heads // layout.tensor
+        heads = max(1, self.config.model.kv_heads // layout.tensor)
         return "gather" if heads % layout.context else "ulysses"
 
     def seconds(self, layout: Layout) -> tuple[dict[str, float], float, float]:

@@ -47,6 +47,10 @@ def layout_report(
     origin = "MT-NLG's on A100s; your own with --calibrate"
     if calibration:
         efficiency, origin = read_calibration(calibration, name)
+    if config.model.vocabulary % config.model.vocab_size_divisible_by:
+        # A vocabulary from elsewhere is padded for any mesh.tensor, which divides the heads.
+        model = config.model.padded(config.model.num_attention_heads)
+        config = dataclasses.replace(config, model=model)
     job = Job(config, CHIPS[name], efficiency)
     devices = number * CHIPS[name].devices
     found = search(job, devices)

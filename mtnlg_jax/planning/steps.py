@@ -16,7 +16,7 @@ from mtnlg_jax.decode import cache, sampling
 from mtnlg_jax.decode.batched_settings import batch_settings
 from mtnlg_jax.model.attention import mean_key_blocks
 from mtnlg_jax.model.transformer import abstract_model
-from mtnlg_jax.parallel.mesh import shardings_of
+from mtnlg_jax.parallel.mesh import shardings_of, whole_dims
 from mtnlg_jax.train.batch import abstract_batch, micro_batch_shape
 from mtnlg_jax.train.state import abstract_state
 from mtnlg_jax.train.step import make_train_step
@@ -55,6 +55,7 @@ def _decode(config: Config, mesh: Mesh, step: str):
     model = config.model
     length = config.sequence_length
     rows = (config.train.micro_batch_size or 1) * mesh.shape["data"]
+    tensor = mesh.shape["tensor"]
 
     def split(tree, *spec):
         return jax.tree.map(
@@ -96,7 +97,9 @@ def _decode(config: Config, mesh: Mesh, step: str):
         ),
         prefix,
     )
-    held = split(state.cache, "data", "tensor")
+    # Fewer key/value heads than parts are held by every device.
+    heads = whole_dims("BKTH", (rows, model.kv_heads, length, model.head_width), tensor)
+    held = split(state.cache, "data", None if heads else "tensor")
     state = split(state._replace(cache=()), "data")._replace(cache=held)
     with jax.set_mesh(mesh):
         return sampling.advance.lower(

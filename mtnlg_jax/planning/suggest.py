@@ -56,6 +56,8 @@ def suggest(
                 config,
                 *(flag.removeprefix("--set=") for flag in flags if flag.startswith("--set=")),
             )
+            model = changed.model.padded(changed.mesh.tensor)
+            changed = dataclasses.replace(changed, model=model)
             validate(changed)
             count = devices * grown.chips // topology.chips
             rows = row_shards(mesh_shape(changed.mesh, count))

@@ -102,6 +102,7 @@ START = {"model.init_method_std"}
 FREE = {
     "name",
     "model.vocab_size_divisible_by",
+    "model.vocab_padding",
     "model.attention_impl",
     "train.micro_batch_size",
     "train.recompute",

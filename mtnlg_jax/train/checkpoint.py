@@ -23,6 +23,7 @@ A checkpoint of parameters alone, such as a converted model, has no rest/. A run
 has a fresh optimizer and counters at 0, and may choose its data and its optimizer.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -276,13 +277,18 @@ class Run:
 
 
 def load_run(
-    workdir: str | os.PathLike, which: str = "best", mesh: Mesh | None = None, zero: int = 0
+    workdir: str | os.PathLike,
+    which: str = "best",
+    mesh: Mesh | None = None,
+    zero: int = 0,
+    vocab_padding: int | None = None,
 ) -> Run:
     """Load the model with the lowest metric in ``workdir`` ("best"), or the newest ("last").
 
     Without any metric "best" is the newest. Read parameters only, to one device, or sharded over
     ``mesh`` as the plan says; low-rank adapters are merged. Write nothing, so that a run may be
-    training there; a damaged checkpoint is skipped with a warning.
+    training there; a damaged checkpoint is skipped with a warning. ``vocab_padding`` is that of the
+    model that is returned; None: as it was saved.
 
     A model of another format in ``workdir`` is read without conversion (`foreign`).
 
@@ -291,15 +297,24 @@ def load_run(
     """
     reader = foreign.reader_of(workdir)
     if reader is not None:
-        return reader.load(workdir, mesh, zero)
+        return reader.load(workdir, mesh, zero, vocab_padding or 0)
 
     def read(path: epath.Path, config: Config) -> nnx.State:
+        config = _padded(config, vocab_padding)
         params = lora.merge(checkpoint_arrays.read_params(path, config, mesh, zero), config)
         for name, array in checkpoint_arrays.flatten(params).items() if mesh is None else ():
             check_finite(np.asarray(array), name, f"checkpoint {path.parent}")
         return params
 
-    return find_run(workdir, which, read)
+    run = find_run(workdir, which, read)
+    return dataclasses.replace(run, config=_padded(run.config, vocab_padding))
+
+
+def _padded(config: Config, vocab_padding: int | None) -> Config:
+    if vocab_padding is None:
+        return config
+    model = dataclasses.replace(config.model, vocab_padding=vocab_padding)
+    return dataclasses.replace(config, model=model)
 
 
 def find_run(
@@ -348,7 +363,7 @@ def find_run(
 def _no_run(workdir: epath.Path) -> str:
     """Describe what ``workdir``, which holds no checkpoint, is instead, and what to give."""
     path = os.fspath(workdir)
-    way_out = "give --workdir of a launch/pretrain.py run"
+    way_out = "give --workdir of a launch/pretrain.py run, a Hugging Face folder or a GGUF file"
     if is_remote(workdir):
         return f"{path} holds no checkpoint; {way_out}"
     if not os.path.exists(path):

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from mtnlg_jax.config import Config
+from mtnlg_jax.model.params import names_of
 from mtnlg_jax.parallel.mesh import shardings_of
 from mtnlg_jax.storage import is_remote
 from mtnlg_jax.train import lora
@@ -49,12 +51,7 @@ def flatten(tree: Any) -> dict[str, Any]:
 
     For example ``params.blocks.mlp.w_in_DF``, ``opt_state.1.mu.tokens_VD``, ``step``.
     """
-    leaves = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
-        # A variable of Flax NNX adds ".value" to the path of its array; names on disk have none.
-        leaves[SAVED_NAMES.get(name, name)] = leaf
-    return leaves
+    return {SAVED_NAMES.get(name, name): leaf for name, leaf in names_of(tree).items()}
 
 
 def is_parameter(name: str) -> bool:
@@ -73,6 +70,30 @@ def split(flat: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 def shapes(flat: dict[str, Any]) -> dict[str, str]:
     """Return the type and shape of each leaf as text, "float32[2, 64]"."""
     return {name: f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}" for name, leaf in flat.items()}
+
+
+def vocabulary_dim(name: str) -> int | None:
+    """Return which dim of the array ``name`` is the vocabulary, None if none is."""
+    dims = name.rpartition("_")[2]
+    return dims.index("V") if dims.isupper() and "V" in dims else None
+
+
+def with_padding_of(arrays: dict[str, str], saved: dict[str, str]) -> dict[str, str]:
+    """Return `shapes` of ``arrays`` with as many rows of the vocabulary as ``saved`` has."""
+
+    def adapted(name: str, shape: str) -> str:
+        dim = vocabulary_dim(name)
+        if dim is None or name not in saved:
+            return shape
+        found = re.findall(r"\[.*\]", saved[name])[0]
+        kind, _, _ = shape.partition("[")
+        sizes = json.loads(shape.removeprefix(kind))
+        rows = json.loads(found)
+        if len(rows) == len(sizes):
+            sizes[dim] = rows[dim]
+        return f"{kind}{sizes}"
+
+    return {name: adapted(name, shape) for name, shape in arrays.items()}
 
 
 # --- Orbax. It is imported inside functions: loading a model can do without it for half a second.
@@ -213,7 +234,12 @@ def read(path: epath.Path, abstract: dict[str, Any]) -> dict[str, jax.Array]:
 
     one_device = SingleDeviceSharding(jax.local_devices()[0])
     arguments = {
-        name: ocp.ArrayRestoreArgs(sharding=leaf.sharding or one_device, global_shape=leaf.shape)
+        name: ocp.ArrayRestoreArgs(
+            sharding=leaf.sharding or one_device,
+            global_shape=leaf.shape,
+            # Rows of padding are added as zeros, or left out, where the mesh needs another number.
+            strict=vocabulary_dim(name) is None,
+        )
         for name, leaf in abstract.items()
     }
     # A reader of its own: the writer is asynchronous and belongs to the run.

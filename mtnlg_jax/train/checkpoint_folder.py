@@ -255,7 +255,8 @@ def _check_record(
         path,
         "arrays",
         record["arrays"],
-        wanted,
+        # The identity has the size of the vocabulary; its padding depends on the mesh.
+        checkpoint_arrays.with_padding_of(wanted, record["arrays"]),
         "set model and optimizer as they were, or give another --workdir",
     )
     return params_only

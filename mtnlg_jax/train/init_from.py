@@ -22,15 +22,21 @@ from mtnlg_jax.model.transformer import abstract_model
 from mtnlg_jax.parallel.mesh import AXES, plan_table
 from mtnlg_jax.train import lora, quantized_base
 from mtnlg_jax.train.adapted_arrays import stored_arrays
-from mtnlg_jax.train.checkpoint import find_run, load_run
+from mtnlg_jax.train.checkpoint import Run, find_run, load_run
 from mtnlg_jax.train.distill import Distillation
 
 # {index of a stage: (settings of its loss, the teacher's parameters, the teacher's step)}
 Teachers = dict[int, tuple[Distillation, nnx.State, int]]
 
 
-# Settings of the model that act on training alone.
-_FREE = ("attention_impl", "dropout_rate", "init_method_std", "vocab_size_divisible_by")
+# Settings of the model that act on training alone, and what the mesh decides.
+_FREE = (
+    "attention_impl",
+    "dropout_rate",
+    "init_method_std",
+    "vocab_size_divisible_by",
+    "vocab_padding",
+)
 _FREE_OF_MOE = ("moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_router_bias_update_rate")
 # Added to the experts' settings later: left out where they are off.
 _ADDED_TO_MOE = ("moe_router_enable_expert_bias",)
@@ -89,7 +95,12 @@ def load_start(config: Config, mesh: Mesh) -> nnx.State | None:
     if quantized_base.used(config):
         # Quantized parameter by parameter: the model in float32 need not fit the devices.
         return quantized_base.read_base(config, _stored(config.train.init), mesh)
-    return load_run(config.train.init, "best", mesh, config.mesh.zero).params
+    return _load(config.train.init, config, mesh).params
+
+
+def _load(folder: str, config: Config, mesh: Mesh) -> Run:
+    """Load a run onto this run's mesh, with this run's padding of the vocabulary."""
+    return load_run(folder, "best", mesh, config.mesh.zero, config.model.vocab_padding)
 
 
 def _stored(folder: str) -> Any:
@@ -110,7 +121,7 @@ def load_teachers(config: Config, mesh: Mesh) -> Teachers:
     }
     # A set: a teacher of several stages is loaded and held once.
     folders = {stage.distill for stage in stages.values()}
-    runs = {folder: load_run(folder, "best", mesh, config.mesh.zero) for folder in sorted(folders)}
+    runs = {folder: _load(folder, config, mesh) for folder in sorted(folders)}
     return {
         number: (
             Distillation(
@@ -248,7 +259,7 @@ def _refuse_other_vocabulary(what: str, theirs: Config, config: Config) -> None:
     # The teacher runs on this run's mesh with these batches, so the usual checks apply to it.
     plain = dataclasses.replace(
         lora.without(config),
-        model=theirs.model,
+        model=dataclasses.replace(theirs.model, vocab_padding=config.model.vocab_padding),
         train=dataclasses.replace(config.train, stages=TrainConfig.stages),
     )
     try:
@@ -258,7 +269,8 @@ def _refuse_other_vocabulary(what: str, theirs: Config, config: Config) -> None:
 
 
 def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    # A mesh of size 1 along every axis: whole shapes.
+    # A mesh of size 1 along every axis: whole shapes. Padding depends on the mesh.
+    model = dataclasses.replace(model, vocab_padding=0)
     return {
         row.path: row.shape for row in plan_table(abstract_model(model)[1], dict.fromkeys(AXES, 1))
     }

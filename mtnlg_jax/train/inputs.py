@@ -87,10 +87,12 @@ def resolve(config: Config, tokenizer: Tokenizer) -> Config:
     if size < tokenizer.vocab_size:
         raise ValueError(
             f"model.vocab_size={size} is smaller than the tokenizer's {tokenizer.vocab_size}; "
-            f"set it to at least that, or to None"
+            "set it to at least that, or to None; for a model from elsewhere prepare the data with "
+            "--tokenizer=FOLDER of that model"
         )
     # Checked again, because the sizes of the vocabulary's shards are only known now.
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+    model = dataclasses.replace(config.model, vocab_size=size).padded(config.mesh.tensor)
+    config = dataclasses.replace(config, model=model)
     validate(config)
     return config
 

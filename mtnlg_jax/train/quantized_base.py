@@ -23,6 +23,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mtnlg_jax.config import Config
+from mtnlg_jax.model.params import name_of
 from mtnlg_jax.model.quantize import NF4_BLOCK, dequantize_nf4, quantize_nf4, quantize_numpy
 from mtnlg_jax.model.transformer import abstract_model
 from mtnlg_jax.parallel.mesh import parameter_name, shardings_of
@@ -132,13 +133,12 @@ def read_base(config: Config, stored: Any, mesh: Mesh) -> nnx.State:
     abstract = abstract_base(config)
     shardings = shardings_of(abstract, mesh, config.mesh.zero)
     plain = {
-        parameter_name(path): _full_name(path)
+        parameter_name(path): name_of(path)
         for path, _ in jax.tree_util.tree_leaves_with_path(abstract_model(config.model)[1])
     }
     made: dict[str, jax.Array] = {}
     placed = {
-        _full_name(path): sharding
-        for path, sharding in jax.tree_util.tree_leaves_with_path(shardings)
+        name_of(path): sharding for path, sharding in jax.tree_util.tree_leaves_with_path(shardings)
     }
     for name, leaf in matrices(config).items():
         names = names_of(name, base)
@@ -151,19 +151,19 @@ def read_base(config: Config, stored: Any, mesh: Mesh) -> nnx.State:
             made[full] = _place(np.stack(arrays), placed[full])
 
     def one(path, leaf):
-        name = _full_name(path)
-        return made[name] if name in made else _place(stored.read(name), placed[name])
+        name = name_of(path)
+        if name in made:
+            return made[name]
+        array = stored.read(name)
+        # The rows of model.vocab_padding are not stored.
+        more = [(0, size - had) for size, had in zip(leaf.shape, array.shape, strict=True)]
+        return _place(np.pad(array, more) if any(map(any, more)) else array, placed[name])
 
     return jax.tree_util.tree_map_with_path(one, abstract)
 
 
 def _place(array: np.ndarray, sharding: Any) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
-
-
-def _full_name(path: Any) -> str:
-    name = jax.tree_util.keystr(path, simple=True, separator=".")
-    return name.removesuffix(".value")
 
 
 # --- computing
@@ -205,12 +205,12 @@ def assemble(
     factors = mapping.pop("lora", {})
     base = config.optimizer.lora_base
     head = config.model.head_width
-    plain = {_full_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(mapping)}
+    plain = {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(mapping)}
 
     def one(path, _):
         name = parameter_name(path)
         if not is_quantized(name):
-            return plain[_full_name(path)]
+            return plain[name_of(path)]
         codes, scales = (quantized[part] for part in names_of(name, base))
         return adapt(name, dequantize(name, codes, scales, base, stacked, head), factors)
 

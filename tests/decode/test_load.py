@@ -14,13 +14,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtnlg_jax.config import Config, DecodeConfig, ModelConfig, OptimizerConfig, to_json
+from mtnlg_jax.config import (
+    Config,
+    DecodeConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    to_json,
+)
 from mtnlg_jax.decode import cache
+from mtnlg_jax.decode import load as loading
 from mtnlg_jax.decode.generate import generate
 from mtnlg_jax.decode.infill import fill
 from mtnlg_jax.decode.load import load_decoder, names_of
 from mtnlg_jax.decode.rank import rank
-from mtnlg_jax.model.transformer import abstract_model
+from mtnlg_jax.model.transformer import abstract_model, init_parameters
 from mtnlg_jax.train import arrays, checkpoint, checkpoint_arrays, lora
 from mtnlg_jax.train.checkpoint import Checkpoints, load_run
 
@@ -247,3 +255,30 @@ def test_a_warm_start_is_fast(learned, tokenizer, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     environment["XDG_CACHE_HOME"] = str(tmp_path)
     assert min(_ask(folder, environment=environment)[1] for _ in range(4)) < 2.5
+
+
+def test_a_shared_expert_is_rounded_as_from_parameters_in_memory():
+    moe = MoEConfig(
+        num_moe_experts=2,
+        moe_router_topk=1,
+        moe_shared_expert_intermediate_size=8,
+        moe_shared_expert_gate=True,
+    )
+    model = ModelConfig(
+        num_layers=1,
+        hidden_size=16,
+        num_attention_heads=2,
+        ffn_hidden_size=8,
+        vocab_size=32,
+        max_position_embeddings=16,
+        activation="swiglu",
+        bias=(),
+        moe=moe,
+    )
+    params = init_parameters(model, 0)
+    read = loading._assemble(model, "float32", "int8", loading._Held(params))
+    held = cache.unstack(model, params, weights="int8").params
+    assert jax.tree.structure(read) == jax.tree.structure(held)
+    for one, other in zip(jax.tree.leaves(read), jax.tree.leaves(held), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+    assert read[1][0].mlp.shared.w_in_DF[...].number_OI.dtype == jnp.int8

@@ -205,6 +205,41 @@ def test_a_vocabulary_split_over_tensor_has_the_same_loss_and_gradients(smoothin
     np.testing.assert_allclose(log_probs, [-plain] * 4, rtol=FLOAT32, atol=FLOAT32)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_padding_of_the_vocabulary_takes_no_part(smoothing):
+    x, head, labels, weights = _inputs()
+    # Logits of the padding would be the largest ones.
+    padded = np.concatenate([head, 9 * np.sign(x[:8]) + x[:8]])
+
+    def local(padding, x, head, labels, weights):
+        def total(x, head):
+            return loss.cross_entropy(x, head, labels, weights, chunk=7, smoothing=smoothing)
+
+        whole = Head(head, softcap=30.0, padding=padding)
+        value, (d_x, d_head) = jax.value_and_grad(total, (0, 1))(x, whole)
+        return value[None], d_x, d_head.table_VD, loss.token_log_probs(x, whole, labels, 7)[None]
+
+    def over(tensor, padding, head):
+        mesh = make_mesh(MeshConfig(data=1, tensor=tensor), jax.devices()[:tensor])
+        function = jax.shard_map(
+            functools.partial(local, padding),
+            mesh=mesh,
+            in_specs=(P(), P("tensor"), P(), P()),
+            out_specs=(P(AXES), P("tensor"), P("tensor"), P("tensor")),
+        )
+        value, d_x, d_head, log_probs = jax.jit(function)(x, head, labels, weights)
+        return value[0], d_x[:TOKENS], d_head, log_probs.reshape(tensor, TOKENS)[0]
+
+    value, d_x, d_head, log_probs = over(8, 8, padded)  # the last device has padding alone
+    want, want_x, want_head, want_log_probs = over(1, 0, head)
+    np.testing.assert_allclose(value, want, rtol=FLOAT32)
+    np.testing.assert_allclose(d_x, want_x, rtol=FLOAT32, atol=FLOAT32)
+    np.testing.assert_allclose(d_head[:VOCABULARY], want_head, rtol=FLOAT32, atol=FLOAT32)
+    np.testing.assert_allclose(log_probs, want_log_probs, rtol=FLOAT32, atol=FLOAT32)
+    assert (np.asarray(d_head[VOCABULARY:]) == 0).all()
+    assert float(over(8, 0, padded)[0]) > 2 * float(want)  # padding that is not masked shows
+
+
 def test_logits_far_below_zero_with_padding_and_a_split():
     # The maximum over a split vocabulary must be over logits, not over zeros in place of another
     # device's logits.

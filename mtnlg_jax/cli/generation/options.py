@@ -5,7 +5,9 @@ from absl import flags
 from mtnlg_jax import command
 
 with command.flag_group("Model"):
-    WORKDIR = command.define_path("workdir", None, "folder of the run", required=True)
+    WORKDIR = command.define_path(
+        "workdir", None, "folder of a run or of a Hugging Face model, or a GGUF file", required=True
+    )
     WEIGHTS = flags.DEFINE_enum(
         "weights",
         None,
@@ -126,7 +128,7 @@ with command.flag_group("Speculative decoding"):
     DRAFT = command.define_path(
         "draft",
         None,
-        "folder of the run of a smaller model with the same tokenizer, for speculative decoding: "
+        "a smaller model with the same tokenizer, as --workdir, for speculative decoding: "
         "it guesses tokens that the model verifies; the distribution of texts does not change",
     )
 

@@ -24,7 +24,9 @@ def check_flags() -> None:
         if options.INPUT.value in (None, "-"):
             raise ValueError("--make_pairs takes its rows from a file; name it with --input")
     elif not options.WORKDIR.value:
-        raise ValueError("--workdir is missing; name the folder of a run, from launch/pretrain.py")
+        raise ValueError(
+            "--workdir is missing; name a run of launch/pretrain.py or a Hugging Face folder"
+        )
 
 
 def _check_score() -> None:

@@ -5,7 +5,9 @@ from absl import flags
 from mtnlg_jax import command
 
 with command.flag_group("Model"):
-    WORKDIR = command.define_path("workdir", None, "folder of the run")
+    WORKDIR = command.define_path(
+        "workdir", None, "folder of a run or of a Hugging Face model, or a GGUF file"
+    )
     BATCH = flags.DEFINE_integer(
         "batch", 8, "number of answers that are generated at once", lower_bound=1
     )

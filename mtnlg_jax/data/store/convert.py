@@ -21,7 +21,7 @@ from mtnlg_jax.data.store.megatron import (
 from mtnlg_jax.data.store.prepared import PREPARED, prepared_info, tokenizer_info, write_prepared
 from mtnlg_jax.data.store.sources import open_tokens
 from mtnlg_jax.data.store.tokens import Tokens, TokenWriter
-from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mtnlg_jax.data.tokenizer import Tokenizer, tokenizer_for_data
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
@@ -160,7 +160,9 @@ def _tokenizer_of(tokens: Tokens, source: str, named: str) -> Tokenizer:
             f"{source} is a Megatron data set, which does not hold its tokenizer; give "
             "--tokenizer=FOLDER"
         )
-    found = load_tokenizer(named or storage.join(os.path.dirname(source.rstrip("/")), "tokenizer"))
+    found = tokenizer_for_data(
+        named or storage.join(os.path.dirname(source.rstrip("/")), "tokenizer")
+    )
     if isinstance(tokens, MegatronTokens):
         tokens.attach(found)
     elif found.fingerprint != tokens.meta["tokenizer"]:

@@ -8,7 +8,7 @@ from mtnlg_jax import storage
 from mtnlg_jax.data.store.megatron import MegatronTokens, kept_documents, open_megatron, prefix_of
 from mtnlg_jax.data.store.prepared import PREPARED, read_prepared
 from mtnlg_jax.data.store.tokens import Tokens, open_stored
-from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mtnlg_jax.data.tokenizer import Tokenizer, tokenizer_for_data
 
 
 def open_tokens(location: str | os.PathLike) -> Tokens:
@@ -76,7 +76,7 @@ def open_sources(
             f"the sources were tokenized differently: {prints}; prepare them with one --tokenizer"
         )
     other = tokenizer or storage.join(_home(paths[0]), "tokenizer")
-    found = load_tokenizer(other)
+    found = tokenizer_for_data(other)
     if set(prints.values()) - {found.fingerprint}:
         raise ValueError(
             f"{next(iter(prints))} was not tokenized with {other}; leave data.tokenizer out if "

@@ -11,7 +11,7 @@ token adds fixed bytes to a text, so a text can be decoded while it is generated
 from mtnlg_jax.data.tokenizer.base import Tokenizer
 from mtnlg_jax.data.tokenizer.byte_level import ByteLevelBPETokenizer
 from mtnlg_jax.data.tokenizer.hub import HubTokenizer
-from mtnlg_jax.data.tokenizer.load import load_tokenizer
+from mtnlg_jax.data.tokenizer.load import load_tokenizer, tokenizer_for_data
 from mtnlg_jax.data.tokenizer.sentence_piece import SENTENCEPIECE_FILES, SentencePieceTokenizer
 from mtnlg_jax.data.tokenizer.training import train_tokenizer
 
@@ -22,5 +22,6 @@ __all__ = [
     "SentencePieceTokenizer",
     "Tokenizer",
     "load_tokenizer",
+    "tokenizer_for_data",
     "train_tokenizer",
 ]

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from mtnlg_jax import storage
+from mtnlg_jax import foreign, storage
 from mtnlg_jax.data.tokenizer.base import META, ROLES, SPECIAL_IDS, Tokenizer
 from mtnlg_jax.data.tokenizer.byte_level import ByteLevelBPETokenizer
 from mtnlg_jax.data.tokenizer.files import (
@@ -63,6 +63,17 @@ def _load_gguf(path: str | os.PathLike) -> Tokenizer:
     tokenizer = _of_hub_files(found)
     tokenizer.companions = companions_of(read)
     return tokenizer
+
+
+def tokenizer_for_data(path: str | os.PathLike) -> Tokenizer:
+    """Return the tokenizer at ``path`` to prepare data with.
+
+    It is that of `load_tokenizer`, which adds the roles that a new model may need. If ``path`` is a
+    model (`foreign`) without rows for them, it is the model's own.
+    """
+    reader = foreign.reader_of(path)
+    found = None if reader is None else reader.tokenizer(path)
+    return load_tokenizer(path) if found is None else found
 
 
 def _load_json(path: str | os.PathLike) -> Tokenizer:
