@@ -104,7 +104,7 @@ class _Target:
         self._shape = shape
         self._sharding = sharding
         self._parts = [
-            _Part(device, index, shape)
+            _Part(device, index or (), shape)
             for device, index in sharding.addressable_devices_indices_map(shape).items()
         ]
 

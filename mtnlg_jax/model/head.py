@@ -48,8 +48,9 @@ class Head:
             product = product + jnp.expand_dims(bias, tuple(range(product.ndim - 1)))
         if self.softcap is not None:
             product = self.softcap * jnp.tanh(product / self.softcap)
-        if self.padding:
-            product = jnp.where(self.real(product.shape[-1]), product, NEVER)
+        real = self.real(product.shape[-1])
+        if real is not None:
+            product = jnp.where(real, product, NEVER)
         return product
 
     def real(self, own: int) -> jax.Array | None:

@@ -80,3 +80,9 @@ def test_decoding_on_other_axes_raises_an_error(axis):
         ValueError, match=rf"--step=decode runs over data and tensor only.*--set=mesh.{axis}=1"
     ):
         lower(changed, make_mesh(changed.mesh, jax.devices()), "decode")
+
+
+def test_decoding_may_have_fewer_key_value_heads_than_parts():
+    changed = config("mesh.tensor=2", "model.num_query_groups=1", "model.vocab_size=511")
+    assert changed.model.vocabulary == 512  # padded
+    assert "func" in lower(changed, make_mesh(changed.mesh, jax.devices()), "decode").as_text()
