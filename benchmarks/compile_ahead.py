@@ -136,7 +136,7 @@ def versions() -> dict[str, str]:
     """Return the versions of the compilers here; libtpu may lie in a folder of its own."""
     from mtnlg_jax.planning.topology import APART
 
-    found = {}
+    found: dict[str, str] = {}
     for name in ("jax", "libtpu", "jax-cuda12-pjrt"):
         for path in (sys.path, [str(APART)]):
             for each in importlib.metadata.distributions(name=name, path=path):
