@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from mtnlg_jax.config import DecodeConfig, ModelConfig, to_json
+from mtnlg_jax.config import ModelConfig, to_json
 from mtnlg_jax.decode.results import writable
 from mtnlg_jax.foreign import is_gguf
-from mtnlg_jax.interop import vocabulary
+from mtnlg_jax.interop import report, vocabulary
 from mtnlg_jax.interop.adapter_config import CONFIG
 from mtnlg_jax.interop.adapter_export import to_adapter
 from mtnlg_jax.interop.adapter_runs import Beside, base_of, open_base, run_of_base
@@ -22,7 +22,7 @@ from mtnlg_jax.interop.families import family_of
 from mtnlg_jax.interop.recognize import is_adapter, is_megatron, maxtext_items
 from mtnlg_jax.interop.run_folder import keep_originals, write_run
 from mtnlg_jax.interop.shards import cast, write_shards
-from mtnlg_jax.interop.source import Source, changed_decoding, meta_of, parameters_of
+from mtnlg_jax.interop.source import Source, meta_of, parameters_of
 from mtnlg_jax.interop.written import ORIGINALS, Written, read_kept
 from mtnlg_jax.storage import is_remote
 from mtnlg_jax.train.checkpoint import Run, load_run
@@ -97,9 +97,9 @@ def convert(
         if adapter:
             _refuse_dtype(dtype)
             how = adapters or "keep"
-            report = _adapter_to_run(source, Path(beside), target, how, base, tokenizer)
+            text = _adapter_to_run(source, Path(beside), target, how, base, tokenizer)
         elif to_run:
-            report = _to_run(Path(source), Path(beside), os.fspath(target), dtype, tokenizer)
+            text = _to_run(Path(source), Path(beside), os.fspath(target), dtype, tokenizer)
         else:
             if tokenizer is not None:
                 raise ValueError(
@@ -108,13 +108,13 @@ def convert(
                 )
             if adapters == "keep":
                 run, rest = to_adapter(source, Path(beside), dtype, which, base)
-                report = "\n".join([*_report(run.config.model, run.tokenizer), rest])
+                text = "\n".join([*report.of_model(run.config.model, run.tokenizer), rest])
             else:
-                report = _to_model(source, Path(beside), dtype, max_shard_size, which, family)
+                text = _to_model(source, Path(beside), dtype, max_shard_size, which, family)
         _put_in_place(beside, os.path.abspath(target))
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    return f"{source} -> {target}\n{report}"
+    return f"{source} -> {target}\n{text}"
 
 
 # --- Hugging Face -> ours
@@ -139,14 +139,17 @@ def _to_run(given: Path, folder: Path, workdir: str, dtype: str, tokenizer_path:
     write_run(folder, config, tokenizer, source.interchange.shapes, source.parameters(), meta)
     keep_originals(source, folder, tokenizer_path is None)
     model = source.model
-    lines = _report(model, tokenizer, f"from {_kinds(source.dtypes)} to float32, exact")
-    lines += _report_tokenizer(tokenizer, settings.left_out, model.vocabulary)
-    lines += _report_decode(config.decode, settings.not_kept)
+    lines = report.of_model(
+        model, tokenizer, f"from {report.kinds(source.dtypes)} to float32, exact"
+    )
+    lines += report.of_tokenizer(tokenizer, settings.left_out, model.vocabulary)
+    lines += report.of_decode(config.decode, settings.not_kept)
     if source.left_optimizer:
         lines.append("left out   the optimizer's state; training begins with a new one")
     if source.left_out:
         lines.append(
-            f"left out   {_first(source.left_out)}: tensors that the model does not compute with"
+            f"left out   {report.first(source.left_out)}: tensors that the model does not compute "
+            "with"
         )
     if model.dropout_rate:
         lines.append(
@@ -214,7 +217,7 @@ def _adapter_to_run(
     )
     return "\n".join(
         [
-            *_report(found.model, run.tokenizer),
+            *report.of_model(found.model, run.tokenizer),
             f"base       {path}",
             line,
             *note,
@@ -222,43 +225,6 @@ def _adapter_to_run(
             f"           {workdir}/config.py shows how to train further",
         ]
     )
-
-
-def _first(names: list[str]) -> str:
-    return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
-
-
-def _report_tokenizer(tokenizer, outside: list[str], rows: int) -> list[str]:
-    def spelled(index: int) -> str:
-        name = tokenizer.special_names.get(index) or repr(tokenizer.decode([index]))
-        return f"{name} ({index})"
-
-    bos = "begin with bos" if tokenizer.prompt_bos else "get no bos, as there"
-    end = (
-        f"the end token is {spelled(tokenizer.eos_id)}"
-        if tokenizer.eos_id >= 0
-        else f"there is no end token; an empty prompt starts from {spelled(tokenizer.bos_id)}"
-    )
-    lines = [f"prompts    {bos}; {end}"]
-    if outside:
-        more = " ..." if len(outside) > 6 else ""
-        lines.append(
-            f"left out   {', '.join(outside[:6])}{more}: special tokens without a row "
-            f"among the model's {rows:,}; no text has them"
-        )
-    if losses := tokenizer.losses():
-        lines.append(f"lossy      this tokenizer is not lossless; a text loses {', '.join(losses)}")
-    return lines
-
-
-def _report_decode(decode: DecodeConfig, not_kept: list[str]) -> list[str]:
-    changed = [f"{name}={value}" for name, value in changed_decoding(decode).items()]
-    lines = []
-    if changed:
-        lines.append(f"decoding   as generation_config.json has it: {', '.join(changed)}")
-    if not_kept:
-        lines.append(f"not kept   of generation_config.json: {', '.join(not_kept)}")
-    return lines
 
 
 # --- ours -> Hugging Face
@@ -310,7 +276,7 @@ def _to_model(
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return "\n".join(
         [
-            *_report(model, tokenizer, f"from float32 to {_kinds(written)}"),
+            *report.of_model(model, tokenizer, f"from float32 to {report.kinds(written)}"),
             f"tokenizer  {how}",
             f"checkpoint of step {run.step}",
         ]
@@ -448,19 +414,3 @@ def _put_in_place(beside: str, target: str) -> None:
             os.rename(old, target)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _kinds(dtypes: dict[str, str]) -> str:
-    return " and ".join(sorted(set(dtypes.values())))
-
-
-def _report(model: ModelConfig, tokenizer, numbers: str | None = None) -> list[str]:
-    rest = model.vocabulary - tokenizer.vocab_size
-    padding = f"; {rest} more rows are kept but never written" if rest > 0 else ""
-    head = "tied" if model.tie_embeddings else "separate"
-    return [
-        f"model      {model.parameter_count():,} parameters, {model.num_layers} layers of width "
-        f"{model.hidden_size}, {model.num_attention_heads} heads, output embedding {head}",
-        *([f"numbers    {numbers}"] if numbers else []),
-        f"vocabulary {model.vocab_size:,} rows for {tokenizer.vocab_size:,} tokens{padding}",
-    ]
