@@ -121,7 +121,7 @@ SLOW = pytest.mark.slow
     "mesh",
     [
         MeshConfig(data=2, expert=2, tensor=2),
-        pytest.param(MeshConfig(data=2, expert=4, zero=0), marks=SLOW),
+        pytest.param(MeshConfig(data=1, expert=4, zero=0), marks=SLOW),
         pytest.param(MeshConfig(data=1, expert=4, tensor=2, zero=3), marks=SLOW),
         pytest.param(MeshConfig(data=2, expert=2, context=2), marks=SLOW),
         pytest.param(MeshConfig(data=1, expert=2, pipe=2, tensor=2), marks=SLOW),
