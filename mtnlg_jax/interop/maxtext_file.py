@@ -147,7 +147,6 @@ class MaxText:
             kv_channels=head_width,
             ffn_hidden_size=inner[-1],
             vocab_size=vocabulary,
-            vocab_size_divisible_by=1,
             max_position_embeddings=int(self._number("max_target_length", 2048)),
             normalization="rmsnorm",
             norm_epsilon=float(self._number("normalization_layer_epsilon", 1e-5)),

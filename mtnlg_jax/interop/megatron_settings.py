@@ -191,7 +191,6 @@ def model_of(values: dict[str, Any], where: str, vocabulary: int) -> ModelConfig
         "kv_channels": a.get("kv_channels"),
         "ffn_hidden_size": a.get("ffn_hidden_size"),
         "vocab_size": vocabulary,
-        "vocab_size_divisible_by": 1,
         "max_position_embeddings": a.number("max_position_embeddings", "seq_length"),
         "normalization": norm,
         "norm_epsilon": float(a.number("norm_epsilon", "layernorm_epsilon", default=1e-5)),
