@@ -122,7 +122,7 @@ class Distributed(Joined):
             )
 
     def _read(self, name: str, entry: Any, index: tuple[int, ...]) -> np.ndarray:
-        """Return the tensor at ``index`` of the first axes, from the pieces that it lies in."""
+        """Return the tensor at ``index`` of the first axes, from the pieces that hold it."""
         axes = len(index)
         shape = tuple(entry.size)[axes:]
         made: np.ndarray | None = None

@@ -172,7 +172,7 @@ def _characters(text: str, encoding: str = "latin1") -> bytes:
     return text.encode(encoding)
 
 
-# What stands for the functions and classes that plain data is pickled with.
+# Replacements of the functions and classes with which plain data is pickled.
 _PLAIN: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor_v2"): _Call(_tensor),
     ("torch._utils", "_rebuild_parameter"): _Call(_parameter),

@@ -65,7 +65,7 @@ def _by_path(tree: Any) -> dict[str, jax.Array]:
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
 
-# --- what a step does with them
+# --- their use in a step
 
 
 def balanced(params: Any, loads_LE: jax.Array, config: Config) -> Any:
