@@ -56,7 +56,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
 def _load_gguf(path: str | os.PathLike) -> Tokenizer:
     """Open the tokenizer inside a GGUF file."""
     if storage.is_remote(path):
-        raise ValueError(f"{path} is remote, and GGUF is read from a local disk; copy it here first")
+        raise ValueError(f"{path} is remote, and GGUF is read from a local disk; copy it")
     read = gguf_tokenizer_files(path)
     found = read_tokenizer_files(read)
     assert found is not None  # the files hold a tokenizer.json
