@@ -29,7 +29,6 @@ from mtnlg_jax.config import DecodeConfig, ModelConfig
 from mtnlg_jax.decode import cache, sampling
 from mtnlg_jax.decode.batched_settings import batch_settings
 from mtnlg_jax.decode.results import CHUNK
-from mtnlg_jax.decode.rolling import slots_of
 from mtnlg_jax.interop.families import model_of
 from mtnlg_jax.model.transformer import abstract_model
 
@@ -149,7 +148,6 @@ def times(model: ModelConfig, positions: int, chunks: int, rounds: int) -> dict:
     tokens = [np.asarray(state.tokens_BS) for state, _ in sides.values()]
     pairs = zip(seconds["all positions"], seconds["windows"], strict=True)
     return {
-        "slots_by_layer": [slots_of(model, i, positions) for i in range(model.num_layers)],
         "seconds_per_token": {name: statistics.median(each) for name, each in seconds.items()},
         "times_as_fast": statistics.median(one / other for one, other in pairs),
         "same_tokens": bool(np.array_equal(*tokens)),
