@@ -7,7 +7,7 @@ sets on these chips; the report names them:
         --set=mesh.pipe=1 --set=mesh.data=128 --set=mesh.zero=3 --set=train.rampup_batch_size=none
     python launch/compile_ahead.py --config=configs/ladder.py:7.5b --topology=H100:16x8
 
-The step that reads a prompt, and the one that writes a token:
+The step that reads a prompt, and the one that writes a token; layers with a window cache only that:
 
     python launch/compile_ahead.py --config=configs/ladder.py:7.5b --topology=v5e:2x4 \\
         --set=mesh.data=2 --step=prefill

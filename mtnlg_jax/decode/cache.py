@@ -2,7 +2,7 @@
 
 Prompts are padded on the right. Key j is visible iff j <= the query's position, so padding is never
 attended to and is overwritten as a row grows. A cache is a tuple over layers of (k, v), each
-(B, K, T, H), updated in place.
+(B, K, T, H), updated in place; rolling.py has the layers that keep only a window.
 """
 
 # Shapes: B rows, S query positions, T key positions, D width, N query heads, K key/value heads,
@@ -20,6 +20,7 @@ from flax import nnx
 
 from mtnlg_jax.config import ModelConfig
 from mtnlg_jax.decode.quantized import RowWeight, experts_of, on_cpu, rows_of
+from mtnlg_jax.decode.rolling import Rolling, roll
 from mtnlg_jax.model.attention import attention, decode_attention, merge, merge_lse
 from mtnlg_jax.model.head import Head
 from mtnlg_jax.model.quantize import quantize
@@ -48,7 +49,7 @@ class Prefix(NamedTuple):
     tokens_BS: jax.Array  # int32, right-padded to the capacity of the cache
     lengths_B: jax.Array
     logits_BV: jax.Array  # float32, for the token after each prompt
-    cache: tuple[tuple[jax.Array, jax.Array], ...]
+    cache: tuple[Any, ...]  # for each layer (k, v), or Rolling
 
 
 @functools.cache
@@ -216,8 +217,13 @@ def capacity(length: int, limit: int) -> int:
     return min(between if 128 < power and length <= between else power, limit)
 
 
-def prefill(decoder: Decoder, prompts: Sequence[Sequence[int]], size: int) -> Prefix:
+def prefill(
+    decoder: Decoder, prompts: Sequence[Sequence[int]], size: int, *, rolling: bool = False
+) -> Prefix:
     """Read ``prompts`` (token ids, at least one each) into a cache of ``size`` positions.
+
+    ``rolling``: keep only the windows of windowed layers, which is all that rows need to continue
+    the prompts. Speculation, beams and scores need all positions.
 
     Raises ValueError on an empty prompt, one longer than ``size``, and ids outside the vocabulary.
     """
@@ -233,21 +239,25 @@ def prefill(decoder: Decoder, prompts: Sequence[Sequence[int]], size: int) -> Pr
     if padded.min() < 0 or padded.max() >= vocabulary:
         token = padded.min() if padded.min() < 0 else padded.max()
         raise ValueError(f"token {token} is outside the model's vocabulary, 0 to {vocabulary - 1}")
-    return prefill_rows(decoder.params, padded, lengths, config=decoder.config, size=size)
+    return prefill_rows(
+        decoder.params, padded, lengths, config=decoder.config, size=size, rolling=rolling
+    )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "size"))
-def prefill_rows(params, tokens_BS, lengths_B, *, config, size) -> Prefix:
-    """Read padded prompts into a cache of ``size`` positions."""
+@functools.partial(jax.jit, static_argnames=("config", "size", "rolling"))
+def prefill_rows(params, tokens_BS, lengths_B, *, config, size, rolling=False) -> Prefix:
+    """Read padded prompts into a cache of ``size`` positions; ``rolling`` as in `prefill`."""
     positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1]), tokens_BS.shape)
     more = size - tokens_BS.shape[1]
     cache = []
 
     def pad(x):
-        return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, more), (0, 0)))
+        return jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0)))
 
-    def attend(_, q, k, v, **options):
-        cache.append((pad(k), pad(v)))
+    def attend(layer, q, k, v, **options):
+        pair = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        held = roll(config, layer, pair, lengths_B, size) if rolling else pair
+        cache.append(held if isinstance(held, Rolling) else tuple(map(pad, held)))
         return attention(q, k, v, impl=config.attention_impl, **options)
 
     x_BSD, head = run(config, params, tokens_BS, positions_BS, attend)
@@ -265,8 +275,20 @@ def step(config: ModelConfig, params, cache, tokens_B, positions_B):
     written = []
 
     def attend(layer, q, k, v, return_lse=False, **options):
-        written.append(_write(cache[layer], k, v, positions_B[:, None]))
-        out, lse = _attend_cached(q[:, 0], written[-1], positions_B + 1, return_lse=True, **options)
+        held = cache[layer]
+        at_B = positions_B
+        lengths_B = positions_B + 1
+        if isinstance(held, Rolling):
+            # The slot of the key that just left the window. All that is held then is visible.
+            window = options.pop("window")
+            at_B = positions_B % window
+            lengths_B = jnp.minimum(lengths_B, window)
+            arrays = _write(held.arrays, k, v, at_B[:, None])
+            written.append(Rolling(arrays))
+        else:
+            arrays = _write(held, k, v, at_B[:, None])
+            written.append(arrays)
+        out, lse = _attend_cached(q[:, 0], arrays, lengths_B, return_lse=True, **options)
         return (out[:, None], lse[..., None]) if return_lse else out[:, None]
 
     x_BSD, head = run(config, params, tokens_B[:, None], positions_B[:, None], attend)
@@ -324,7 +346,10 @@ def to_int8(cache):
         v, v_scale = quantize(v, -1)
         return k, v, k_scale, v_scale
 
-    return tuple(layer(*pair) for pair in cache)
+    return tuple(
+        Rolling(layer(*held.arrays)) if isinstance(held, Rolling) else layer(*held)
+        for held in cache
+    )
 
 
 def as_cached(x):

@@ -31,6 +31,7 @@ from mtnlg_jax.decode.results import (
     time_limits,
     writable,
 )
+from mtnlg_jax.decode.rolling import check_whole
 from mtnlg_jax.decode.sampling import advance, begin
 from mtnlg_jax.decode.speculative import Speculation
 
@@ -97,8 +98,18 @@ def generate(
     ]
     if rows:
         size = capacity(max(longest, *rows), decoder.context)
-    prefix = prefill(decoder, token_prompts, size)
+    rolling = draft is None and all(keeps_windows(config) for config in configs)
+    prefix = prefill(decoder, token_prompts, size, rolling=rolling)
     return continue_prefix(decoder, tokenizer, prefix, configs, on_text, constraint, draft)
+
+
+def keeps_windows(config: DecodeConfig) -> bool:
+    """Return whether a windowed layer may keep only its window under these settings.
+
+    Beams share the prompt's cache, and guesses, those of a draft as well, would overwrite keys that
+    are still needed once they are rejected.
+    """
+    return config.num_beams == 1 and not config.prompt_lookup_num_tokens
 
 
 def check_draft(decoder: Decoder, draft: Decoder | None, configs: Sequence[DecodeConfig]) -> None:
@@ -146,8 +157,14 @@ def continue_prefix(
     """Generate from prompts that are already in a cache; ``prefix`` stays usable.
 
     ``configs`` has one entry for each prompt of ``prefix``; the other arguments and the result are
-    those of `generate`. Raises ValueError if beams are to use an int8 cache.
+    those of `generate`. Raises ValueError if beams are to use an int8 cache, and if beams or
+    guesses are to continue a prefix that keeps only windows (``rolling`` of `prefill`).
     """
+    for config in configs:
+        if not keeps_windows(config):
+            check_whole(prefix.cache, "beam search or prompt_lookup_num_tokens")
+    if draft is not None:
+        check_whole(prefix.cache, "a draft model")
     # Without the end token: each row adds its own ends, which may differ.
     allowed_V = writable(tokenizer, decoder.config.vocabulary, end=False)
 
@@ -235,6 +252,7 @@ def _continue_rows(
     # A number above the context might not fit int32.
     max_new_tokens = [min(config.max_new_tokens, decoder.context) for config in per_row]
     settings = settings_of(per_row)
+    speculates = draft is not None or not all(map(keeps_windows, per_row))
     state, limits = begin(
         prefix,
         np.array(owners, np.int32),
@@ -242,9 +260,10 @@ def _continue_rows(
         seeds_B,
         settings,
         int8_cache=decoder.int8_cache,
+        rolling=None if speculates else decoder.config,
     )
     speculation = None
-    if draft is not None or any(config.prompt_lookup_num_tokens for config in per_row):
+    if speculates:
         speculation = Speculation(decoder, draft, prefix, owners, per_row)
     advance_rows = advance if speculation is None else speculation.advance
     # The device checks stop sequences. Only the host can check text and time, after every chunk.

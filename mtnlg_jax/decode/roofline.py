@@ -1,8 +1,8 @@
 """The upper limit on decoding speed: the bytes a step reads, at the measured memory bandwidth.
 
 A step reads every weight of its products once, whatever the number of rows, and the whole cache,
-even past a row's end. At small batches this takes most of the time; sampling, norms and sums are
-not counted.
+even past a row's end; windowed layers hold only their window (rolling.py). At small batches this
+takes most of the time; sampling, norms and sums are not counted.
 """
 
 import time
@@ -13,12 +13,14 @@ import numpy as np
 from flax import nnx
 
 from mtnlg_jax.decode.cache import Decoder, capacity
+from mtnlg_jax.decode.rolling import slots_of
 
 
-def step_bytes(decoder: Decoder, rows: int, length: int) -> dict[str, int]:
+def step_bytes(decoder: Decoder, rows: int, length: int, *, rolling: bool = True) -> dict[str, int]:
     """Return the bytes that a step of ``rows`` rows reads.
 
-    ``weights`` is for the weights, ``cache`` for a cache of ``length`` tokens a row.
+    ``weights`` is for the weights, ``cache`` for a cache of ``length`` tokens a row, of which
+    windowed layers hold only their windows if ``rolling``.
     """
     config = decoder.config
     outer, layers = decoder.params
@@ -32,10 +34,9 @@ def step_bytes(decoder: Decoder, rows: int, length: int) -> dict[str, int]:
     # An int8 cache has a float32 scale for each token and head, for keys and for values.
     wide = config.head_width + 4 if decoder.int8_cache else config.head_width * item
     size = capacity(min(length, decoder.context), decoder.context)
-    return {
-        "weights": weights,
-        "cache": 2 * config.num_layers * config.kv_heads * wide * size * rows,
-    }
+    numbers = range(config.num_layers)
+    slots = sum(slots_of(config, number, size) if rolling else size for number in numbers)
+    return {"weights": weights, "cache": 2 * config.kv_heads * wide * slots * rows}
 
 
 def _size(tree) -> int:
@@ -61,12 +62,14 @@ def copy_bandwidth(size: int = 2**28, rounds: int = 5) -> float:
     return 2 * x.nbytes / min(seconds)
 
 
-def roofline(decoder: Decoder, rows: int, length: int, bandwidth: float) -> dict[str, float]:
+def roofline(
+    decoder: Decoder, rows: int, length: int, bandwidth: float, *, rolling: bool = True
+) -> dict[str, float]:
     """Return the bytes of a step, the bandwidth, and the tokens/s of all rows they allow.
 
-    Guesses of speculative decoding are not counted.
+    Guesses of speculative decoding are not counted; ``rolling`` as in `step_bytes`.
     """
-    read = step_bytes(decoder, rows, length)
+    read = step_bytes(decoder, rows, length, rolling=rolling)
     return {
         "weight_bytes_per_step": read["weights"],
         "cache_bytes_per_step": read["cache"],

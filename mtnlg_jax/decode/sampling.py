@@ -4,7 +4,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +15,13 @@ from mtnlg_jax.decode.batched_settings import Settings, ends_of, stopped
 from mtnlg_jax.decode.cache import Prefix, step, to_int8
 from mtnlg_jax.decode.processors import choose, process
 from mtnlg_jax.decode.results import CHUNK
+from mtnlg_jax.decode.rolling import roll
 
 
 class State(NamedTuple):
     """The state of the rows, which changes in every step; donated to update the cache in place."""
 
-    cache: tuple[tuple[jax.Array, ...], ...]
+    cache: tuple[Any, ...]  # for each layer its arrays, or Rolling
     tokens_BS: jax.Array  # prompt and continuation
     logprobs_BS: jax.Array
     lengths_B: jax.Array  # known tokens; the last one is not in the cache yet
@@ -76,7 +77,7 @@ def append(
     )
 
 
-@functools.partial(jax.jit, static_argnames="int8_cache")
+@functools.partial(jax.jit, static_argnames=("int8_cache", "rolling"))
 def begin(
     prefix: Prefix,
     owners_B,
@@ -85,11 +86,18 @@ def begin(
     settings: Settings,
     *,
     int8_cache: bool = False,
+    rolling: ModelConfig | None = None,
 ) -> tuple[State, Limits]:
     """Start one row for each sequence to write, and choose its first token.
 
-    Row i continues prompt ``owners_B[i]`` of ``prefix``.
+    Row i continues prompt ``owners_B[i]`` of ``prefix``. ``rolling``: the model, to keep only the
+    windows of its windowed layers; None keeps the cache of ``prefix`` as it is.
     """
+    if rolling is not None:
+        size = prefix.tokens_BS.shape[1]
+        layers = enumerate(prefix.cache)
+        cache = tuple(roll(rolling, i, each, prefix.lengths_B, size) for i, each in layers)
+        prefix = prefix._replace(cache=cache)
     # Prompts are read in floats; their keys and values are rounded once, here.
     if int8_cache:
         prefix = prefix._replace(cache=to_int8(prefix.cache))

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtnlg_jax.decode.cache import Decoder, Prefix, bucket, options_of_heads, run_layers
+from mtnlg_jax.decode.rolling import check_whole
 from mtnlg_jax.model.attention import attention, merge, merge_lse
 from mtnlg_jax.model.loss import token_log_probs
 
@@ -42,7 +43,11 @@ def blocks(lengths: Sequence[int], limit: int) -> Iterator[tuple[list[int], int,
 def score(
     decoder: Decoder, prefix: Prefix, candidates: Sequence[Sequence[int]]
 ) -> list[np.ndarray]:
-    """Return the log-probability of every token of every candidate after ``prefix`` (one row)."""
+    """Return the log-probability of every token of every candidate after ``prefix`` (one row).
+
+    Raises ValueError on a prefix that keeps only windows.
+    """
+    check_whole(prefix.cache, "scoring")
     scored = [np.empty(0, np.float32)] * len(candidates)
     for chosen, rows, width in blocks(list(map(len, candidates)), decoder.context):
         labels_CS = np.zeros((rows, width), np.int32)

@@ -80,9 +80,12 @@ def _decode(config: Config, mesh: Mesh, step: str):
     )
     if step == "prefill":
         with jax.set_mesh(mesh):  # kernels read the mesh from context
-            return cache.prefill_rows.lower(params, tokens, lengths, config=model, size=length)
+            return cache.prefill_rows.lower(
+                params, tokens, lengths, config=model, size=length, rolling=True
+            )
 
-    prefill = functools.partial(cache.prefill_rows, config=model, size=length)
+    # Windowed layers hold their window alone, as in `generate`.
+    prefill = functools.partial(cache.prefill_rows, config=model, size=length, rolling=True)
     prefix = jax.eval_shape(prefill, params, tokens, lengths)
     allowed_V = np.ones(model.vocabulary, dtype=np.bool_)
     settings = batch_settings([DecodeConfig()] * rows, allowed_V, eos=(0,))

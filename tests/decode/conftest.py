@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mtnlg_jax.config import ModelConfig
+from mtnlg_jax.config import LayerSpec, ModelConfig
 from mtnlg_jax.data.tokenizer import train_tokenizer
 from mtnlg_jax.decode.cache import Decoder, unstack
 from mtnlg_jax.model.transformer import abstract_model
@@ -112,6 +112,18 @@ def rotary(tokenizer):
         normalization="rmsnorm",
         tie_embeddings=False,
         add_bias=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def windowed(tokenizer):
+    """Return a model with sinks whose first layer sees 7 keys, its second all."""
+    return _tiny(
+        tokenizer.vocab_size,
+        position_embedding_type="rotary",
+        num_query_groups=2,
+        attention_sink=True,
+        layer_pattern=(LayerSpec(window=7), LayerSpec()),
     )
 
 

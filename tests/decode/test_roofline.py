@@ -25,6 +25,13 @@ def test_bytes_of_a_step(tiny, held):
     assert each[0] * products <= read["weights"] <= each[1] * products
 
 
+@pytest.mark.parametrize("rolling", [True, False])
+def test_windowed_layers_hold_their_window(windowed, rolling):
+    cache = prefill(windowed.decoder, [[1]] * 3, 64, rolling=rolling).cache
+    read = step_bytes(windowed.decoder, 3, 40, rolling=rolling)
+    assert read["cache"] == sum(x.nbytes for x in jax.tree.leaves(cache))
+
+
 def test_tokens_per_second_at_the_roofline(learned):
     line = roofline(learned.decoder, 2, 40, 1e9)
     read = step_bytes(learned.decoder, 2, 40)

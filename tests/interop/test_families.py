@@ -22,6 +22,7 @@ from safetensors.numpy import load_file
 from mtnlg_jax.config import LayerSpec, RopeScaling
 from mtnlg_jax.decode.cache import prefill, read, step, unstack
 from mtnlg_jax.decode.load import names_of
+from mtnlg_jax.decode.rolling import Rolling
 from mtnlg_jax.decode.scoring import score, score_rows
 from mtnlg_jax.interop.families import FAMILIES, family_of, model_of
 from mtnlg_jax.interop.interchange import Interchange, problems, stored_names
@@ -145,9 +146,14 @@ def test_greedy_text_through_the_cache_equals_generate(name):
     case = fixture(name)
     tokens = case.expected["greedy"]
     decoder = unstack(case.model, case.params)
-    start = prefill(decoder, [row[:12].tolist() for row in tokens], 64)
+    # The texts are four windows long, and the prompts longer than one.
+    start = prefill(decoder, [row[:12].tolist() for row in tokens], 64, rolling=True)
     logits = start.logits_BV
     cache = start.cache
+    windows = [case.model.layer(number).window for number in range(case.model.num_layers)]
+    assert [isinstance(layer, Rolling) for layer in cache] == [bool(each) for each in windows]
+    for window, layer in zip(windows, cache, strict=True):
+        assert {x.shape[2] for x in jax.tree.leaves(layer)} == {window or 64}
     advance = jax.jit(functools.partial(step, case.model))
     for position in range(12, tokens.shape[1]):
         shown = np.array(logits)

@@ -1,12 +1,13 @@
 """Trace steps over abstract arrays: trip counts of loops, and settings without a layout."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
 import pytest
 
 from mtnlg_jax import compat
-from mtnlg_jax.config import load_config
+from mtnlg_jax.config import LayerSpec, load_config
 from mtnlg_jax.model.attention import mean_key_blocks
 from mtnlg_jax.model.kernels import blocks
 from mtnlg_jax.parallel.mesh import make_mesh
@@ -40,6 +41,16 @@ def test_the_outermost_loop_runs_for_the_full_batch(changes, step, turns):
     changed = config(*changes)
     trips = dynamic_trips(changed, make_mesh(changed.mesh, jax.devices()), step)
     assert trips(0) == turns and trips(2) == mean_key_blocks(64, 16, "float32") == 1
+
+
+def test_a_windowed_layer_holds_only_its_window():
+    changed = config("model.position_embedding_type=rotary")
+    pattern = (LayerSpec(window=16), LayerSpec())
+    model = dataclasses.replace(changed.model, layer_pattern=pattern)
+    changed = dataclasses.replace(changed, model=model)
+    lowered = lower(changed, make_mesh(changed.mesh, jax.devices()), "decode")
+    held = [x.shape for x in jax.tree.leaves(lowered.args_info[0][1].cache)]
+    assert [shape[2] for shape in held] == [16, 16, 64, 64]
 
 
 def test_causal_attention_visits_half_of_the_keys(monkeypatch):

@@ -97,6 +97,7 @@ def _stats(
     seconds: float,
 ) -> dict:
     """Return the speed, the limit of the memory bandwidth, and the share of accepted guesses."""
+    from mtnlg_jax.decode.generate import keeps_windows
     from mtnlg_jax.decode.results import encode_prompt
     from mtnlg_jax.decode.roofline import copy_bandwidth, roofline
 
@@ -105,7 +106,11 @@ def _stats(
     rows = max(decode.num_return_sequences, decode.num_beams)
     length = len(encode_prompt(tokenizer, prompt)) + decode.max_new_tokens
     stats: dict[str, Any] = {"tokens_per_second": round(tokens / seconds, 2)} | roofline(
-        decoder, rows, length, copy_bandwidth()
+        decoder,
+        rows,
+        length,
+        copy_bandwidth(),
+        rolling=options.DRAFT.value is None and keeps_windows(decode),
     )
     if guessed:
         accepted = sum(result.accepted for result in results)

@@ -1,0 +1,79 @@
+"""A rolling cache for windowed layers: only the keys that the next query sees are kept.
+
+Position p is held in slot p mod W, where W is the window (the rolling buffer of Jiang 2023, Mistral
+7B). A query overwrites the key that just left its window before it attends, so that every slot in
+use is visible: no mask of the window is needed, and the kernels of decode_attention serve it as
+they serve any cache. A softmax does not depend on the order of keys, and keys are rotated before
+they are cached.
+"""
+
+# Shapes: B rows, K key/value heads, T key positions, W slots in use, H head width
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mtnlg_jax.config import ModelConfig
+
+# The GPU kernels copy a cache that is not a multiple of 8 long, and TPUs pad it in memory.
+MULTIPLE = 8
+
+
+class Rolling(NamedTuple):
+    """The cache of a windowed layer, in slots instead of positions."""
+
+    arrays: tuple[jax.Array, ...]  # as of other layers: (k, v), or those and their scales
+
+
+def slots_of(config: ModelConfig, number: int, size: int) -> int:
+    """Return the positions that layer ``number`` holds of a row in a cache for ``size`` tokens.
+
+    Below ``size`` only where the layer has a window that is so short. ALiBi adds a number for each
+    distance, so its layers need positions and keep all.
+    """
+    window = config.layer(number).window
+    if window is None or config.position_embedding_type == "alibi":
+        return size
+    # Slots of the rounding are never written and never seen.
+    return min(-(-window // MULTIPLE) * MULTIPLE, size)
+
+
+def roll(config: ModelConfig, number: int, layer, lengths_B, size: int):
+    """Return the cache of layer ``number`` as decoding keeps it: `Rolling` where that is shorter.
+
+    Args:
+      layer: arrays (B, K, T, H) or (B, K, T) whose first ``lengths_B`` positions are known. A
+        `Rolling` is returned as it is.
+      size: the tokens for which a cache of all positions would have room, T or more.
+    """
+    slots = slots_of(config, number, size)
+    if isinstance(layer, Rolling) or slots == size:
+        return layer
+    window = config.layer(number).window
+    assert window is not None, "only a window makes a layer hold fewer positions"
+    last_B1 = lengths_B[:, None] - 1
+    # The newest position of each slot. Those below 0 do not exist; they are not seen before a token
+    # is written there.
+    positions_BW = last_B1 - (last_B1 - jnp.arange(slots)[None, :]) % window
+    positions_BW = jnp.maximum(positions_BW, 0)
+
+    def gather(x):
+        at = positions_BW.reshape(len(positions_BW), 1, slots, *(1,) * (x.ndim - 3))
+        return jnp.take_along_axis(x, at, 2)
+
+    return Rolling(jax.tree.map(gather, layer))
+
+
+def check_whole(cache: Sequence[Any], reader: str) -> None:
+    """Raise ValueError if ``cache`` lacks earlier keys of windowed layers, which ``reader`` needs.
+
+    Speculation overwrites keys by guesses that may be rejected; candidates and beams share a prompt
+    that each of them continues.
+    """
+    if any(isinstance(layer, Rolling) for layer in cache):
+        raise ValueError(
+            f"this prefix keeps only the last keys of windowed layers, and {reader} needs all; "
+            "read the prompts with prefill(..., rolling=False)"
+        )
