@@ -1,16 +1,19 @@
-"""Time loading a Hugging Face folder beside safetensors' own loader, on the same files.
+"""Time loading a Hugging Face folder beside the disk and safetensors' own loader.
 
     python benchmarks/load_folder.py            2 GB in shards of 0.5 GB; --small: 0.1 GB
 
-A folder of bf16 tensors in the shapes of Llama is written with random values. The sides alternate
-with the page cache in the same, warm state; each reads every tensor:
+A folder of bf16 tensors in the shapes of Llama is written with random values. The sides alternate;
+each reads every tensor:
 
+    disk           the files in pieces of 8 MB, into one buffer
     safetensors    safetensors.numpy.load_file of each shard, bf16 arrays
     decoder        load_decoder(dtype="bfloat16"): tensors checked, turned to our layout and put on
                    the device
     run            load_run: the same as float32, in stacked parameters
 
-The result is bytes of the files a second, and the median of the ratios of neighbouring calls.
+"warm" reads the files from the page cache. "cold" drops them from it before each call
+(posix_fadvise); what lies between this machine and its disk may still hold them. The result is
+bytes of the files a second, and the median of the ratios of neighboring calls.
 """
 
 import argparse
@@ -87,7 +90,7 @@ def write_folder(folder: Path, small: bool) -> int:
 
 
 def measure(folder: Path, size: int, rounds: int) -> dict:
-    """Return the rate of each side and their ratios."""
+    """Return the rate of each side and their ratios, with a warm and a cold page cache."""
     import jax
     from safetensors.numpy import load_file
 
@@ -97,6 +100,13 @@ def measure(folder: Path, size: int, rounds: int) -> dict:
 
     registry.register()
     paths = sorted(folder.glob("*.safetensors"))
+    buffer = bytearray(8 << 20)
+
+    def disk() -> None:
+        for path in paths:
+            with open(path, "rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
 
     def peer() -> None:
         for path in paths:
@@ -108,26 +118,51 @@ def measure(folder: Path, size: int, rounds: int) -> dict:
     def run() -> None:
         jax.block_until_ready(load_run(folder).params)
 
-    sides = {"safetensors": peer, "decoder": decoder, "run": run}
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(rounds + 1):
-        for name, call in sides.items():
-            start = time.perf_counter()
-            with contextlib.redirect_stdout(None):
-                call()
-            if number:  # the first round compiles and fills the page cache
-                seconds[name].append(time.perf_counter() - start)
-    rates = {name: round(size / statistics.median(each) / 1e9, 3) for name, each in seconds.items()}
-    ratios = {
-        name: round(
-            statistics.median(
-                peer / own for peer, own in zip(seconds["safetensors"], seconds[name], strict=True)
-            ),
-            3,
-        )
-        for name in ("decoder", "run")
+    sides = {"disk": disk, "safetensors": peer, "decoder": decoder, "run": run}
+    for call in sides.values():  # compiles and fills the page cache
+        _timed(call)
+    result: dict = {"bytes": size, "rounds": rounds}
+    for state in ("warm", "cold"):
+        seconds: dict[str, list[float]] = {name: [] for name in sides}
+        for _ in range(rounds):
+            for name, call in sides.items():
+                if state == "cold":
+                    _drop(paths)
+                seconds[name].append(_timed(call))
+        result[state] = _compared(seconds, size)
+    return result
+
+
+def _timed(call) -> float:
+    start = time.perf_counter()
+    with contextlib.redirect_stdout(None):
+        call()
+    return time.perf_counter() - start
+
+
+def _drop(paths: list[Path]) -> None:
+    """Drop files from the page cache."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)  # pages that are not written yet would stay
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(handle)
+
+
+def _compared(seconds: dict[str, list[float]], size: int) -> dict:
+    def ratio(own: str, peer: str) -> float:
+        pairs = zip(seconds[peer], seconds[own], strict=True)
+        return round(statistics.median(there / here for there, here in pairs), 3)
+
+    return {
+        "GB_per_second": {
+            name: round(size / statistics.median(each) / 1e9, 3) for name, each in seconds.items()
+        },
+        "of_disk": {name: ratio(name, "disk") for name in ("safetensors", "decoder", "run")},
+        "of_safetensors": {name: ratio(name, "safetensors") for name in ("decoder", "run")},
     }
-    return {"bytes": size, "rounds": rounds, "GB_per_second": rates, "of_safetensors": ratios}
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ float32 weights are held once.
 # Shapes: O outputs, I inputs
 
 import ctypes
-import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from mtnlg_jax.decode.cache import ROUTER, TABLES, Decoder, by_rows, check_held,
 from mtnlg_jax.decode.quantized import ExpertWeight, RowWeight
 from mtnlg_jax.model.params import name_of, names_of
 from mtnlg_jax.model.quantize import quantize_numpy
+from mtnlg_jax.parallel.host import on_device, one_ahead
 from mtnlg_jax.parallel.mesh import EXPERT_BIAS
 from mtnlg_jax.train.adapted_arrays import stored_arrays
 from mtnlg_jax.train.checkpoint import Run, find_run
@@ -68,19 +69,35 @@ def _assemble(config: ModelConfig, dtype: str, weights: str | None, stored) -> t
     """Return the decoder's parameters. Each is read, converted and freed before the next one."""
     outer, block = split_abstract(config)
     int8 = weights == "int8"
-    # The largest first, while little else is held.
+    shapes = names_of(outer)
+    # The largest first, while little else is held. Then name by name, each through all layers: an
+    # array that is stored in one piece is read once.
+    wanted: list[tuple[str, int | None]] = [
+        (name, None) for name, _ in sorted(shapes.items(), key=lambda pair: -pair[1].size)
+    ]
+    inner = {f"blocks.{name}": name for name in names_of(block)}
+    wanted += [(name, number) for name in inner for number in range(config.num_layers)]
+    in_order = hasattr(stored, "in_file_order")
+    if in_order:
+        wanted = stored.in_file_order(wanted)
+
+    def read() -> Iterator[tuple[str, int | None, np.ndarray | RowWeight]]:
+        for name, layer in wanted:
+            if int8 and name in TABLES:
+                yield name, None, _int8_table(stored, name, shapes[name].shape)
+            else:
+                yield name, layer, stored.read(name, layer)
+
     made: dict[str, jax.Array | RowWeight] = {}
-    for name, leaf in sorted(names_of(outer).items(), key=lambda pair: -pair[1].size):
-        if int8 and name in TABLES:
-            made[name] = _int8_table(stored, name, leaf.shape)
-        else:
-            made[name] = jnp.asarray(stored.read(name).astype(dtype, copy=False))
-    # Name by name, each through all layers: an array that is stored in one piece is read once.
     layers: list[dict[str, jax.Array | RowWeight]] = [{} for _ in range(config.num_layers)]
-    for name in names_of(block):
-        convert = functools.partial(_converted, name.rpartition(".")[2], dtype, int8)
-        for number, layer in enumerate(layers):
-            layer[name] = convert(stored.read(f"blocks.{name}", number))
+    for name, layer, values in one_ahead(read()) if in_order else read():
+        if isinstance(values, RowWeight):
+            made[name] = values
+        elif layer is None:
+            made[name] = on_device(values, dtype)
+        else:
+            last = name.rpartition(".")[2]
+            layers[layer][inner[name]] = _converted(last, dtype, int8, values)
     return _filled(outer, made), tuple(_filled(block, layer) for layer in layers)
 
 
@@ -94,14 +111,14 @@ def _int8_table(stored, name: str, shape: tuple[int, ...]) -> RowWeight:
     for start, rows in stored.blocks(name):
         # A scale for each row, so pieces of the table are quantized independently.
         part = slice(start, start + len(rows))
-        number_OI[part], scale_O[part] = quantize_numpy(rows)
+        number_OI[part], scale_O[part] = quantize_numpy(rows.astype(np.float32, copy=False))
     return RowWeight(jnp.asarray(number_OI), jnp.asarray(scale_O), shape[:1], 1)
 
 
 def _converted_experts(array: np.ndarray, dtype: str, int8: bool):
     """Return the weights of a layer's experts; grouped products take arrays."""
     if not int8:
-        return jnp.asarray(array.astype(dtype, copy=False))
+        return on_device(array, dtype)
     experts = [quantize_numpy(np.ascontiguousarray(matrix.T)) for matrix in array]
     numbers = np.stack([number.T for number, _ in experts])
     return ExpertWeight(jnp.asarray(numbers), jnp.asarray(np.stack([s for _, s in experts])))
@@ -111,10 +128,12 @@ def _converted(name: str, dtype: str, int8: bool, array: np.ndarray):
     """Return one parameter of a block in the form that decoding holds."""
     int8 = int8 and name != ROUTER
     if name == EXPERT_BIAS:
-        return jnp.asarray(array)
+        return on_device(array, np.float32)
     # Only the matrices of products are held in rows.
     if not name.startswith("w_") or not (int8 or by_rows()):
-        return jnp.asarray(array.astype(dtype, copy=False))
+        return on_device(array, dtype)
+    if int8:
+        array = array.astype(np.float32, copy=False)
     if name.rpartition("_")[2].startswith("E"):
         return _converted_experts(array, dtype, int8)
     # Dims that the product sums over: N and H of the output projection, the first one elsewhere.
@@ -123,8 +142,6 @@ def _converted(name: str, dtype: str, int8: bool, array: np.ndarray):
     # Outputs first, as RowWeight holds them.
     matrix_OI = array.reshape(-1, int(np.prod(outputs))).T
     if not int8:
-        return RowWeight(
-            jnp.asarray(np.ascontiguousarray(matrix_OI, dtype=dtype)), None, outputs, inputs
-        )
+        return RowWeight(on_device(matrix_OI, dtype), None, outputs, inputs)
     number_OI, scale_O = quantize_numpy(np.ascontiguousarray(matrix_OI))
     return RowWeight(jnp.asarray(number_OI), jnp.asarray(scale_O), outputs, inputs)

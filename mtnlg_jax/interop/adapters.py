@@ -277,10 +277,16 @@ class Merged:
         return self._last[1]
 
     def read(self, name: str, index: int | None = None) -> np.ndarray:
-        """Return parameter ``name`` or layer ``index`` of it, float32."""
+        """Return parameter ``name`` or layer ``index`` of it, as `Interchange.parameter` does."""
         if (name, index) in self._changed:
             return self.interchange.parameter(name, index, self.tensor)
         return self.base.read(name, index)
+
+    def in_file_order(self, wanted: list[tuple[str, int | None]]) -> list[tuple[str, int | None]]:
+        """Return (name, layer) of parameters in the order in which the base's files hold them."""
+        if hasattr(self.base, "in_file_order"):
+            return self.base.in_file_order(wanted)
+        return wanted
 
     def blocks(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (first row, rows) of a table."""

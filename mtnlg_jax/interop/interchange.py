@@ -19,6 +19,7 @@ from mtnlg_jax.interop.shards import as_float32
 from mtnlg_jax.interop.tensors import Tensor
 from mtnlg_jax.model.params import names_of
 from mtnlg_jax.model.transformer import abstract_model
+from mtnlg_jax.parallel import host
 from mtnlg_jax.train import lora
 
 Read = Callable[[str], np.ndarray]
@@ -109,15 +110,19 @@ class Interchange:
     # --- theirs -> ours
 
     def parameter(self, name: str, layer: int | None, read: Read) -> np.ndarray:
-        """Return a parameter of ours, or one layer of a stacked one, float32."""
+        """Return a parameter of ours, or one layer of a stacked one: in its stored dtype, which
+        float32 holds exactly, or float32 where something is computed."""
         index = () if layer is None else (layer,)
         shape = self.shapes[name][len(index) :]
         if (name, index) in self._sources:
             return self._one(name, index, shape, read)
         if (name, (*index, 0)) in self._sources:
-            array = np.empty(shape, np.float32)
-            for expert in range(shape[0]):
-                array[expert] = self._one(name, (*index, expert), shape[1:], read)
+            experts = (self._one(name, (*index, e), shape[1:], read) for e in range(shape[0]))
+            first = next(experts)
+            array = host.empty(shape, first.dtype)
+            host.write(array[0], first)
+            for expert, values in enumerate(experts, 1):
+                host.write(array[expert], values)
             return array
         # A norm that this layer has no use for.
         return np.ones(shape, np.float32) if "scale" in name else np.zeros(shape, np.float32)
@@ -125,7 +130,7 @@ class Interchange:
     def _one(self, name: str, index: tuple[int, ...], shape: tuple[int, ...], read: Read):
         theirs, number = self._sources[name, index]
         tensor = self.table[theirs].tensor
-        rows = as_float32(np.asarray(read(theirs)))
+        rows = np.asarray(read(theirs))
         if self._has_experts(name, index):
             experts = [
                 self._from_rows(tensor, number, name, rows[expert], shape[1:], index, read)
@@ -139,9 +144,9 @@ class Interchange:
             rows = rows.T
         rows = rows[tensor.skip :]
         if tensor.plus_one:
-            rows = rows + np.float32(1)
+            rows = as_float32(rows) + np.float32(1)
         if tensor.add is not None:
-            rows = rows + np.asarray(read(tensor.add)).astype(np.float32)[:1]
+            rows = as_float32(rows) + as_float32(np.asarray(read(tensor.add)))[:1]
         sizes = [self._rows_of(other, index) for other in tensor.ours]
         part = tensors.part_of(tensor, rows, sizes, number, self.model)
         if tensor.pairs and name.endswith(("w_q_DNH", "w_k_DKH", "b_q_NH", "b_k_KH")):
@@ -164,7 +169,7 @@ class Interchange:
         arrays = []
         for name, shape in self.shapes.items():
             if not name.startswith("blocks."):
-                arrays.append(self.parameter(name, None, read))
+                arrays.append(as_float32(self.parameter(name, None, read)))
                 continue
             array = np.empty(shape, np.float32)
             for layer in range(shape[0]):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -20,6 +21,7 @@ from mtnlg_jax.interop.recognize import folder_of, is_adapter
 from mtnlg_jax.interop.source import Source, meta_of, read_config
 from mtnlg_jax.model.params import names_of
 from mtnlg_jax.model.transformer import abstract_model
+from mtnlg_jax.parallel import host
 from mtnlg_jax.parallel.mesh import shardings_of
 from mtnlg_jax.train.checkpoint import Run
 
@@ -80,16 +82,27 @@ def load_model(
     else:
         places = names_of(shardings_of(abstract, mesh, zero))
     targets = {name: _Target(leaf.shape, places[name]) for name, leaf in leaves.items()}
-    # Layer by layer, as the files have them: each tensor is read once.
-    for name, target in targets.items():
-        if not name.startswith("blocks."):
-            pieces = source.blocks(name) if name in TABLES else [(0, source.read(name))]
-            for start, rows in pieces:
-                target.write(start, rows)
-    for layer in range(model.num_layers):
-        for name, target in targets.items():
-            if name.startswith("blocks.") and target.holds(layer):
-                target.write(layer, source.read(name, layer)[None])
+    # Layer by layer, or as the files have them: each tensor is read once.
+    wanted: list[tuple[str, int | None]] = [
+        (name, None) for name in targets if not name.startswith("blocks.")
+    ]
+    wanted += [
+        (name, layer)
+        for layer in range(model.num_layers)
+        for name, target in targets.items()
+        if name.startswith("blocks.") and target.holds(layer)
+    ]
+
+    def read() -> Iterator[tuple[str, int, np.ndarray]]:
+        for name, layer in source.in_file_order(wanted):
+            if layer is not None:
+                yield name, layer, source.read(name, layer)[None]
+                continue
+            for start, rows in source.blocks(name) if name in TABLES else [(0, source.read(name))]:
+                yield name, start, rows
+
+    for name, start, rows in host.one_ahead(read()):
+        targets[name].write(start, rows)
     arrays = [target.array() for target in targets.values()]
     params = jax.tree.unflatten(jax.tree.structure(abstract), arrays)
     config = dataclasses.replace(run.config, model=model)
@@ -118,7 +131,7 @@ class _Target:
             part.write(start, rows)
 
     def array(self) -> jax.Array:
-        arrays = [part.array for part in self._parts]
+        arrays = [part.array() for part in self._parts]
         return jax.make_array_from_single_device_arrays(self._shape, self._sharding, arrays)
 
 
@@ -128,8 +141,15 @@ class _Part:
     def __init__(self, device: jax.Device, index: tuple, shape: tuple[int, ...]) -> None:
         self.bounds = [each.indices(size)[:2] for each, size in zip(index, shape, strict=True)]
         sizes = tuple(stop - start for start, stop in self.bounds)
-        self.array = jnp.zeros(sizes, jnp.float32, device=device)
         self._device = device
+        self._host: np.ndarray | None = None
+        self._array: jax.Array | None = None
+        if device.platform == "cpu":  # whose memory is the host's
+            self._host = host.empty(sizes, np.float32)
+            if self._host.nbytes < host.LARGE:
+                self._host[...] = 0
+        else:
+            self._array = jnp.zeros(sizes, jnp.float32, device=device)
 
     def write(self, start: int, rows: np.ndarray) -> None:
         first, last = self.bounds[0]
@@ -138,11 +158,20 @@ class _Part:
         if begin >= end:
             return
         columns = tuple(slice(*each) for each in self.bounds[1:])
-        part = np.ascontiguousarray(rows[begin - start : end - start][:, *columns])
-        on_device = jax.device_put(part, self._device)
-        self.array = _put_rows(self.array, on_device, begin - first)
+        part = rows[begin - start : end - start][:, *columns]
+        if self._host is not None:
+            host.write(self._host[begin - first : end - first], part)
+            return
+        on_device = host.on_device(part, np.float32, self._device)
+        self._array = _put_rows(self._array, on_device, begin - first)
         # Else copies on the host wait for the devices, and pile up.
-        self.array.block_until_ready()
+        self._array.block_until_ready()
+
+    def array(self) -> jax.Array:
+        """Return what was written, which is not written to any more."""
+        if self._array is None:
+            self._array = jax.device_put(self._host, self._device)
+        return self._array
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -1,11 +1,12 @@
 """Read and write ``safetensors`` folders of Hugging Face: one file, or shards and an index."""
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mtnlg_jax.interop import mxfp4
+from mtnlg_jax.parallel import host
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -23,9 +25,8 @@ DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 class Shards:
     """The tensors of a folder, with ``shapes`` and ``dtypes`` by name from the headers alone.
 
-    One file is mapped at a time, so that memory holds at most one shard and the tensor that was
-    read. Tensors whose names match ``unread`` may have any dtype. Two halves of MXFP4 (`mxfp4`) are
-    one tensor, bfloat16.
+    Memory holds only the tensor that was read. Tensors whose names match ``unread`` may have any
+    dtype. Two halves of MXFP4 (`mxfp4`) are one tensor, bfloat16.
 
     Raises FileNotFoundError if a file is missing; ValueError if one is damaged, has a dtype that is
     not in DTYPES, or does not agree with the index.
@@ -36,8 +37,7 @@ class Shards:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         self._unread = unread
-        self._paths: dict[str, Path] = {}  # by tensor
-        self._mapped: tuple[Path, Any] | None = None
+        self._places: dict[str, _Place] = {}  # by tensor
         placed = self._index()
         for name in sorted(set(placed.values())) if placed else [SINGLE]:
             self._open(name)
@@ -48,7 +48,7 @@ class Shards:
     def __getitem__(self, name: str) -> np.ndarray:
         if name in self._packed:
             return mxfp4.unpack(*(self[half] for half in self._packed[name]))
-        return self._file(self._paths[name]).get_tensor(name)
+        return self._part(name, 0, None)
 
     def _join_packed(self) -> dict[str, tuple[str, str]]:
         """Put the tensors that MXFP4 stores in two halves in place of these."""
@@ -69,14 +69,28 @@ class Shards:
             return mxfp4.unpack(*(self._part(half, start, last) for half in self._packed[name]))
         return self._part(name, start, last)
 
-    def _part(self, name: str, start: int, last: int) -> np.ndarray:
-        return self._file(self._paths[name]).get_slice(name)[start:last]
+    def _part(self, name: str, start: int, last: int | None) -> np.ndarray:
+        """Return rows of a tensor of the files, all of them without ``last``."""
+        place = self._places[name]
+        shape = place.shape if last is None else (last - start, *place.shape[1:])
+        values = host.empty(shape, place.dtype)
+        row = math.prod(place.shape[1:]) * values.dtype.itemsize
+        into = memoryview(values.reshape(-1).view(np.uint8))
+        # Straight from the page cache into memory that a device may keep.
+        with open(place.path, "rb", buffering=0) as file:
+            file.seek(place.start + start * row)
+            done = 0
+            while done < len(into):
+                count = file.readinto(into[done:])  # at most 2 GB at a time
+                if not count:
+                    raise ValueError(f"{place.path} ends within {name}; copy it again")
+                done += count
+        return values
 
-    def _file(self, path: Path) -> Any:
-        if self._mapped is None or self._mapped[0] != path:
-            self._mapped = None  # unmaps the last one
-            self._mapped = path, safe_open(path, "np")
-        return self._mapped[1]
+    def position(self, name: str) -> tuple[str, int]:
+        """Return where a tensor lies: its file, and the first byte in it."""
+        place = self._places[self._packed[name][0] if name in self._packed else name]
+        return place.path.name, place.start
 
     def _index(self) -> dict[str, str]:
         """Return {tensor: file} of the index; {} if there is a single file, which is preferred."""
@@ -121,8 +135,9 @@ class Shards:
             raise ValueError(
                 f"{path} is damaged or not a safetensors file ({error}); copy it again"
             ) from None
+        starts = _starts(path)
         for name in file.keys():
-            if name in self._paths:
+            if name in self._places:
                 raise ValueError(f"{path} and another shard both hold {name}; keep one of them")
             header = file.get_slice(name)
             dtype = header.get_dtype()
@@ -132,9 +147,10 @@ class Shards:
                     f"{name} in {path} is {dtype}; parameters here are float32, which holds only "
                     f"{', '.join(DTYPES)} exactly; save it as one of them"
                 )
-            self._paths[name] = path
             self.shapes[name] = tuple(header.get_shape())
             self.dtypes[name] = DTYPES.get(dtype, dtype)
+            kind = DTYPES.get(dtype, "uint8")
+            self._places[name] = _Place(path, starts[name], self.shapes[name], kind)
 
     def _compare(self, placed: dict[str, str]) -> None:
         missing = sorted(placed.keys() - self.shapes.keys())
@@ -145,6 +161,27 @@ class Shards:
                 f"index alone ({', '.join(missing[:3])}), {len(extra)} in the shards alone "
                 f"({', '.join(extra[:3])}); copy all files again"
             )
+
+
+class _Place(NamedTuple):
+    """Where a tensor lies in the files."""
+
+    path: Path
+    start: int  # of its first byte
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def _starts(path: Path) -> dict[str, int]:
+    """Return the first byte of each tensor of a file whose header was checked."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    return {
+        name: 8 + size + entry["data_offsets"][0]
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
 
 
 def write_shards(
@@ -209,11 +246,24 @@ def _groups(sizes: dict[str, int], limit: float) -> Iterable[list[str]]:
     yield group
 
 
+# The bits of infinity.
+_ENDLESS = {
+    jnp.dtype("bfloat16"): 0x7F80,
+    jnp.dtype("float16"): 0x7C00,
+    jnp.dtype("float32"): 0x7F800000,
+}
+
+
 def finite(what: str, values: np.ndarray) -> np.ndarray:
     """Return ``values``, or raise ValueError that names the first one that is not finite."""
-    # On the bits, several times as fast: an exponent of ones is infinity or not a number.
-    if values.dtype == jnp.bfloat16 and values.size:
-        if (values.view(np.uint16) & np.uint16(0x7FFF)).max() < 0x7F80:
+    # On the bits, several times as fast: an exponent of ones is infinity or not a number. Signed,
+    # the largest is the largest positive number; unsigned, the largest negative one.
+    kind = jnp.dtype(values.dtype)
+    if kind in _ENDLESS and values.size and values.flags.c_contiguous:
+        bits = values.view(f"u{kind.itemsize}")
+        sign = 1 << (8 * kind.itemsize - 1)
+        end = _ENDLESS[kind]
+        if bits.view(f"i{kind.itemsize}").max() < end and bits.max() < sign + end:
             return values
     known = np.isfinite(values)
     if not known.all():
@@ -228,12 +278,7 @@ def finite(what: str, values: np.ndarray) -> np.ndarray:
 
 def as_float32(values: np.ndarray) -> np.ndarray:
     """Return ``values`` as float32."""
-    if values.dtype != jnp.bfloat16:
-        return values.astype(np.float32)
-    # A bfloat16 is the upper half of a float32; on the bits, because the library's cast is slower.
-    bits = values.view(np.uint16).astype(np.uint32)
-    bits <<= 16
-    return bits.view(np.float32)
+    return values.astype(np.float32, copy=False)
 
 
 def cast(name: str, values: np.ndarray, dtype: str) -> np.ndarray:

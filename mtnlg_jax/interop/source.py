@@ -184,8 +184,22 @@ class Source:
     # --- parameters of ours, by the interface of `train.arrays.StoredArrays`
 
     def read(self, name: str, index: int | None = None) -> np.ndarray:
-        """Return parameter ``name`` or layer ``index`` of it, float32."""
+        """Return parameter ``name`` or layer ``index`` of it, as `Interchange.parameter` does."""
         return self.interchange.parameter(name, index, self.tensor)
+
+    def in_file_order(self, wanted: list[tuple[str, int | None]]) -> list[tuple[str, int | None]]:
+        """Return (name, layer) of parameters in the order in which the files hold them, so that
+        each file is read once and from its start to its end."""
+        stored = self.stored
+        if not isinstance(stored, Shards):
+            return wanted
+        places = {
+            (ours, entry.at[0] if entry.at else None): stored.position(self.names[name])
+            for name, entry in reversed(self.interchange.table.items())
+            for ours in entry.tensor.ours
+        }
+        nowhere = ("", 0)  # parameters that no tensor holds
+        return sorted(wanted, key=lambda each: places.get(each, nowhere))
 
     def blocks(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (first row, rows) of a table."""
@@ -197,7 +211,7 @@ class Source:
         full = self.names[theirs]
         for start in range(0, self.stored.shapes[full][0], ROWS_AT_ONCE):
             rows = self.stored.rows(full, start, start + ROWS_AT_ONCE)
-            yield start, as_float32(finite(f"{full} of {self.path}", rows))
+            yield start, finite(f"{full} of {self.path}", rows)
 
     def parameters(self) -> Iterator[tuple[str, int | None, np.ndarray]]:
         """Yield (name, layer, array) of all parameters, layer by layer, as shards hold them."""
@@ -258,11 +272,11 @@ def parameters_of(
     shapes = interchange.shapes
     for name in shapes:
         if not name.startswith("blocks."):
-            yield name, None, stored.read(name)
+            yield name, None, as_float32(stored.read(name))
     for layer in range(interchange.model.num_layers):
         for name in shapes:
             if name.startswith("blocks."):
-                yield name, layer, stored.read(name, layer)
+                yield name, layer, as_float32(stored.read(name, layer))
 
 
 def run_of(path: Path, model: ModelConfig, masked: bool) -> Config:
