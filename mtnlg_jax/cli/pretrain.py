@@ -44,9 +44,7 @@ with command.flag_group("The run"):
     _CONFIG = command.define_path("config", None, "file of configs/, or a model", required=True)
     _SET = flags.DEFINE_multi_string("set", [], "a value of the config, such as train.steps=10")
     _WORKDIR = command.define_path("workdir", None, "folder of the run", required=True)
-    _INIT = command.define_path(
-        "init", None, "model to start from: the best parameters of a run, or a Hugging Face model"
-    )
+    _INIT = command.define_path("init", None, "run or Hugging Face model to start from")
     _PROGRESS = flags.DEFINE_bool("progress", True, "show a progress bar")
     _FLAGS = flags.DEFINE_enum(
         "flags", "on", ["on", "off"], "set the compiler's flags that mtnlg_jax/xla_flags.py lists"

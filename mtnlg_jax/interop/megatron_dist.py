@@ -128,7 +128,8 @@ class Distributed(Joined):
         made: np.ndarray | None = None
         filled = 0
         for chunk in entry.chunks:
-            starts, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
+            starts = tuple(chunk.offsets)
+            sizes = tuple(chunk.sizes)
             inside = all(
                 start <= at < start + size
                 for start, size, at in zip(starts, sizes, index, strict=False)

@@ -127,7 +127,8 @@ class Ranks(Joined):
 
     def _add_stage(self, ranks: dict[tuple[int, int], dict], before: int) -> int:
         """Add a stage whose first layer has the number ``before``; return how many it has."""
-        parts, experts = self._sizes["tensor"], self._sizes["expert"]
+        parts = self._sizes["tensor"]
+        experts = self._sizes["expert"]
         tables = {place: self._split_groups(tensors) for place, tensors in ranks.items()}
         names = tables[0, 0].keys()
         layers = set()

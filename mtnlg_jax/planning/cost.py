@@ -21,6 +21,7 @@ from mtnlg_jax.hardware import Chip, flops_per_token, layer_flops
 from mtnlg_jax.model.transformer import abstract_model
 from mtnlg_jax.parallel.mesh import AXES, ROWS, plan_table
 from mtnlg_jax.planning import adapters
+from mtnlg_jax.planning.estimate import Estimate
 from mtnlg_jax.planning.layout import POLICIES, Layout
 from mtnlg_jax.planning.tiles import padded_size
 from mtnlg_jax.train import lora
@@ -39,60 +40,6 @@ MEMORY_SHARE = 0.9
 CIRCULAR_COPIES = 1.25
 # Bytes in units of s b h that the backward pass of one layer holds (Korthikanti 2022, equation 4).
 LAYER_BYTES = 34
-
-
-class Estimate(NamedTuple):
-    layout: Layout
-    seconds: dict[str, float]  # of a step, by purpose
-    memory: dict[str, float]  # bytes of a device, by content
-    tokens: int
-    model_flops: float  # of a step as PaLM counts: full attention, nothing recomputed
-    done_flops: float  # of a step, with what is recomputed
-    # Seconds in which ZeRO-3 moves weights and gradients during products; not in ``seconds``.
-    hidden: float
-    chip: Chip
-
-    @property
-    def step_seconds(self) -> float:
-        return sum(self.seconds.values())
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.step_seconds
-
-    @property
-    def bytes(self) -> float:
-        return sum(self.memory.values())
-
-    @property
-    def mfu(self) -> float:
-        return self.model_flops / self.step_seconds / (self.layout.devices * self.chip.flops)
-
-    @property
-    def hfu(self) -> float:
-        return self.done_flops / self.step_seconds / (self.layout.devices * self.chip.flops)
-
-    @property
-    def bubble(self) -> float:
-        """Share of the step that a device waits for its pipeline."""
-        return self.seconds["bubble"] / self.step_seconds
-
-    @property
-    def binds(self) -> str:
-        """The resource to buy more of; compute if nothing else takes a fifth of the step. Memory is
-        charged for recomputation because memory is short."""
-        losses = {
-            "memory": self.seconds["recompute"],
-            "tensor comm": self.seconds["tensor"],
-            "context comm": self.seconds["context"],
-            "expert comm": self.seconds["expert"],
-            "pipeline bubble": self.seconds["bubble"],
-            "pipeline comm": self.seconds["pipe"],
-            "data comm": self.seconds["data"],
-            "memory speed": self.seconds["update"],
-        }
-        worst = max(losses, key=losses.__getitem__)
-        return worst if sum(losses.values()) > 0.2 * self.step_seconds else "compute"
 
 
 class _Stage(NamedTuple):

@@ -6,7 +6,8 @@ from mtnlg_jax.config import Config, validate
 from mtnlg_jax.hardware import CHIPS
 from mtnlg_jax.parallel.mesh import AXES, described
 from mtnlg_jax.planning.calibration import read_calibration
-from mtnlg_jax.planning.cost import EFFICIENCY, MEMORY_SHARE, Estimate, Job
+from mtnlg_jax.planning.cost import EFFICIENCY, MEMORY_SHARE, Job
+from mtnlg_jax.planning.estimate import Estimate
 from mtnlg_jax.planning.layout import Layout, layout_of
 from mtnlg_jax.planning.search import flags_of, leanest, search, smallest_devices
 from mtnlg_jax.planning.text import amount, columns, duration

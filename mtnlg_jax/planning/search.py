@@ -8,7 +8,8 @@ import math
 from collections.abc import Callable, Iterator
 
 from mtnlg_jax.config import Config, divisors, validate, validate_batch
-from mtnlg_jax.planning.cost import Estimate, Job
+from mtnlg_jax.planning.cost import Job
+from mtnlg_jax.planning.estimate import Estimate
 from mtnlg_jax.planning.layout import POLICIES, Layout
 
 Mesh = tuple[int, int, int, int]  # pipe, data, context, tensor

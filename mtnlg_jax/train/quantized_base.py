@@ -9,8 +9,8 @@ A step dequantizes a layer when it applies it, and adds A B: the sum is never he
 layer. Gradients flow through it to A and B alone. Codes are what travels where a mesh splits D.
 """
 
-# Shapes: in names of parameters D width, F MLP width, N query heads, K key/value heads, H head
-# width, E experts
+# Shapes: I inputs, O outputs, and in names of parameters D width, F MLP width, N query heads,
+# K key/value heads, H head width, E experts
 
 import math
 from collections.abc import Callable, Iterator

@@ -59,7 +59,8 @@ def merged_parameters(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_merged_adapter_gives_the_logits_of_peft(name):
-    tokens, wanted = expected(name)["tokens"], expected(name)["logits"]
+    tokens = expected(name)["tokens"]
+    wanted = expected(name)["logits"]
     got = logits(base(name).model, merged_parameters(name), tokens)
     assert np.abs(got - wanted).max() < LOGITS
     assert np.abs(wanted).max() > 1

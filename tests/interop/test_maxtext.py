@@ -21,7 +21,14 @@ from mtnlg_jax.interop.source import Source
 from mtnlg_jax.train.checkpoint import load_run
 
 registry.register()
-N, K, H, D, F, V, L, E = 4, 2, 8, 16, 24, 59, 3, 4
+N = 4
+K = 2
+H = 8
+D = 16
+F = 24
+V = 59
+L = 3
+E = 4
 BASE = {
     "vocab_size": V,
     "hidden_size": D,

@@ -95,7 +95,8 @@ def save(path: Path, state: object) -> None:
             made = (_Storage(array.reshape(-1)), 0, array.shape, strides, False, hooks)
             return _rebuild_tensor_v2, made
 
-    fake, utils = types.ModuleType("torch"), types.ModuleType("torch._utils")
+    fake = types.ModuleType("torch")
+    utils = types.ModuleType("torch._utils")
 
     def _rebuild_tensor_v2(*arguments):
         raise AssertionError("only its name is pickled")

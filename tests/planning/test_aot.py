@@ -49,7 +49,10 @@ def folder(tmp_path_factory):
 
 def test_the_train_step_is_measured(folder):
     m = json.loads((folder / "m.json").read_text())
-    assert m["mesh"] == {"pipe": 1, "data": 4, "context": 1, "tensor": 2} and not m["failure"]
+    assert (
+        m["mesh"] == {"pipe": 1, "data": 4, "expert": 1, "context": 1, "tensor": 2}
+        and not m["failure"]
+    )
     found = {(c["kind"], tuple(c["axes"]), c["depth"]): c["count"] for c in m["collectives"]}
     # ZeRO gathers once a step: no collective over data is in a loop, and each of the 16 kinds of
     # weights split along D (6 matrices, 6 vectors a block; embeddings, the final norm's two) is
@@ -119,7 +122,8 @@ def test_a_config_that_cannot_be_compiled_exits_with_one_line():
     assert said.count("\n") == 1 and "--set=model.vocab_size=51200" in said
     # Errors found only in the compiler's process are also raised.
     with pytest.raises(
-        ValueError, match="mesh pipe=1 x data=8 x context=1 x tensor=2 does not fit 8 devices"
+        ValueError,
+        match="mesh pipe=1 x data=8 x expert=1 x context=1 x tensor=2 does not fit 8 devices",
     ):
         measure(config("mesh.data=8", "mesh.tensor=2"), parse("cpu:8"))
 
