@@ -1,6 +1,6 @@
 """Time loading a Hugging Face folder beside the disk and safetensors' own loader.
 
-    python benchmarks/load_folder.py            2 GB in shards of 0.5 GB; --small: 0.1 GB
+    python benchmarks/load_folder.py            1.2 GB in shards of 0.5 GB; --small: 0.1 GB
 
 A folder of bf16 tensors in the shapes of Llama is written with random values. The sides alternate;
 each reads every tensor:
@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--small", action="store_true", help="0.1 GB instead of 2 GB")
+    parser.add_argument("--small", action="store_true", help="0.1 GB instead of 1.2 GB")
     parser.add_argument("--rounds", type=int, default=5, help="calls of each side")
     parser.add_argument("--output", default=os.fspath(RESULT), help="file for the result")
     flags = parser.parse_args()

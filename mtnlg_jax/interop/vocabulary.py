@@ -6,7 +6,6 @@ is to Hugging Face's form of them. And of two segmentations that are equally lik
 model (4 of 5,488 lines of code and prose), Hugging Face may choose the other one.
 """
 
-import dataclasses
 import json
 import os
 from pathlib import Path
@@ -122,8 +121,8 @@ def read_tokenizer(
                 f"{folder} holds no tokenizer (tokenizer.json; vocab.json and merges.txt; "
                 "vocab.txt; or tokenizer.model); copy one there, or convert with --tokenizer=FOLDER"
             )
-        content, outside = without_rows(files.content, rows)
-        roles = closed_roles(dataclasses.replace(files, content=content), config, generation, rows)
+        files, outside = without_rows(files, rows)
+        roles = closed_roles(files, config, generation, rows)
         special = json.dumps(roles).encode()
         named = {index for role, index in roles.items() if role not in ("prompt_bos", "ends")}
         named |= set(roles.get("ends", ()))
@@ -131,7 +130,7 @@ def read_tokenizer(
         if files.plain is not None and named == {json.loads(files.plain[0]).get(END_OF_TEXT)}:
             tokenizer = ByteLevelBPETokenizer(*files.plain, special)
         else:
-            tokenizer = HubTokenizer(content, special)
+            tokenizer = HubTokenizer(files.content, special, files.fast)
         tokenizer.companions = companions_of(read)
         return tokenizer, outside
     except ValueError as error:

@@ -276,7 +276,7 @@ def test_a_shared_expert_is_rounded_as_from_parameters_in_memory():
         moe=moe,
     )
     params = init_parameters(model, 0)
-    read = loading._assemble(model, "float32", "int8", loading._Held(params))
+    read = loading._assemble(model, "float32", "int8", arrays.Held(params))
     held = cache.unstack(model, params, weights="int8").params
     assert jax.tree.structure(read) == jax.tree.structure(held)
     for one, other in zip(jax.tree.leaves(read), jax.tree.leaves(held), strict=True):

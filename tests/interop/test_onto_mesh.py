@@ -13,14 +13,16 @@ import pytest
 from safetensors.numpy import load_file
 
 from mtnlg_jax.config import load_config, to_json
-from mtnlg_jax.data.tokenizer import load_tokenizer, tokenizer_for_data
-from mtnlg_jax.decode.load import names_of
+from mtnlg_jax.data.tokenizer import files, hub, load_tokenizer, roles, tokenizer_for_data
+from mtnlg_jax.data.tokenizer.files import parse_tokenizer
+from mtnlg_jax.decode.load import load_decoder, names_of
 from mtnlg_jax.interop import registry
 from mtnlg_jax.interop.families import FAMILIES, model_of
 from mtnlg_jax.interop.huggingface import convert
 from mtnlg_jax.interop.interchange import Interchange
 from mtnlg_jax.interop.recognize import is_model
-from mtnlg_jax.interop.shards import write_shards
+from mtnlg_jax.interop.shards import Shards, write_shards
+from mtnlg_jax.interop.source import Source
 from mtnlg_jax.parallel.mesh import make_mesh
 from mtnlg_jax.train.checkpoint import Checkpoints, load_run
 from mtnlg_jax.train.init_from import load_start
@@ -144,3 +146,35 @@ def test_the_host_holds_one_layer_of_a_model_of_many_shards(folder):
     name = "model.layers.20.mlp.up_proj.weight"
     assert np.array_equal(np.asarray(stacked[20]).T, made[name])
     assert np.array_equal(np.asarray(arrays["tokens_VD"]), made["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "llama3", "gemma3"])
+def test_a_folder_is_read_from_its_start_to_its_end(folder, monkeypatch, name):
+    source = folder(name)
+    read = []
+    part = Shards._part
+
+    def record(self, tensor, start, last):
+        read.append((*self.position(tensor), start))
+        return part(self, tensor, start, last)
+
+    monkeypatch.setattr(Shards, "_part", record)
+    load_run(source)
+    assert len(read) > 10 and read == sorted(set(read))
+    read.clear()
+    load_decoder(source, dtype="bfloat16")
+    assert len(read) > 10 and read == sorted(set(read))
+
+
+def test_a_tokenizer_is_parsed_once(folder, monkeypatch):
+    source = folder("gptj")
+    parsed = []
+
+    def record(content):
+        parsed.append(content)
+        return parse_tokenizer(content)
+
+    for module in (files, hub, roles):
+        monkeypatch.setattr(module, "parse_tokenizer", record)
+    assert Source(source).settings().tokenizer.encode("a cat")
+    assert len(parsed) == 1

@@ -81,12 +81,14 @@ _WAY_OUT = (
 class HubTokenizerFiles:
     """The tokenizer of a folder.
 
-    ``content``: its tokenizer.json, as bytes. ``settings``: tokenizer_config.json merged over
+    ``content``: its tokenizer.json, as bytes. ``fast``: what `parse_tokenizer` makes of it, since
+    a large one takes seconds. ``settings``: tokenizer_config.json merged over
     special_tokens_map.json. ``plain``: vocab.json and merges.txt, if everything else equals GPT-2's
     own tokenizer. ``ends``: the eos tokens of generation_config.json.
     """
 
     content: bytes
+    fast: "tokenizers.Tokenizer"
     settings: dict
     plain: tuple[bytes, bytes] | None
     ends: tuple[int, ...] = ()
@@ -125,13 +127,15 @@ def read_tokenizer_files(read: Read) -> HubTokenizerFiles | None:
         fast = _word_piece(words, settings)
     else:
         return None
-    before = fast.to_str()
-    _set_prefix_space(fast, settings)
-    _add_tokens(fast, _stated_tokens(read, settings), settings)
-    after = fast.to_str()
-    plain = _plain(json.loads(after), settings, pair)
-    content = given if given is not None and after == before else after.encode()
-    return HubTokenizerFiles(content, settings, plain, _ends(read))
+    touched = _set_prefix_space(fast, settings)
+    touched |= _add_tokens(fast, _stated_tokens(read, settings), settings)
+    plain = _plain(fast, settings, pair)
+    if given is not None and (not touched or fast.to_str() == parse_tokenizer(given).to_str()):
+        content = given
+    else:
+        content = fast.to_str().encode()
+        fast = parse_tokenizer(content)
+    return HubTokenizerFiles(content, fast, settings, plain, _ends(read))
 
 
 def companions_of(read: Read) -> dict[str, bytes]:
@@ -334,17 +338,22 @@ def _special_names(settings: dict) -> list[str]:
     return list(dict.fromkeys(filter(None, names)))
 
 
-def _add_tokens(fast: "tokenizers.Tokenizer", stated: list[dict], settings: dict) -> None:
-    """Add missing tokens as transformers does: those with stated ids, then the special ones."""
+def _add_tokens(fast: "tokenizers.Tokenizer", stated: list[dict], settings: dict) -> bool:
+    """Add missing tokens as transformers does: those with stated ids, then the special ones.
+
+    Returns whether any were missing.
+    """
     from tokenizers import AddedToken
 
     present = {token.content for token in fast.get_added_tokens_decoder().values()}
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    touched = False
     for token in stated:
         if token["content"] not in present:
             given = {flag: token[flag] for flag in flags if flag in token}
             add = fast.add_special_tokens if token["special"] else fast.add_tokens
             add([AddedToken(token["content"], **given)])
+            touched = True
         found = fast.token_to_id(token["content"])
         if found != token["id"]:
             raise ValueError(
@@ -355,27 +364,35 @@ def _add_tokens(fast: "tokenizers.Tokenizer", stated: list[dict], settings: dict
         added = fast.get_added_tokens_decoder().values()
         if not any(token.special and token.content == name for token in added):
             fast.add_special_tokens([AddedToken(name, special=True, normalized=False)])
+            touched = True
+    return touched
 
 
-def _set_prefix_space(fast: "tokenizers.Tokenizer", settings: dict) -> None:
-    """Apply add_prefix_space of tokenizer_config.json to a byte-level pre-tokenizer."""
+def _set_prefix_space(fast: "tokenizers.Tokenizer", settings: dict) -> bool:
+    """Apply add_prefix_space of tokenizer_config.json to a byte-level pre-tokenizer.
+
+    Returns whether it differed.
+    """
     import tokenizers
 
     add_prefix_space = settings.get("add_prefix_space")
     step = fast.pre_tokenizer
     if not isinstance(step, tokenizers.pre_tokenizers.ByteLevel):
-        return
-    if isinstance(add_prefix_space, bool) and step.add_prefix_space != add_prefix_space:
-        step.add_prefix_space = add_prefix_space
-        fast.pre_tokenizer = step
+        return False
+    if not isinstance(add_prefix_space, bool) or step.add_prefix_space == add_prefix_space:
+        return False
+    step.add_prefix_space = add_prefix_space
+    fast.pre_tokenizer = step
+    return True
 
 
 def _plain(
-    whole: dict, settings: dict, pair: tuple[bytes, bytes] | None
+    fast: "tokenizers.Tokenizer", settings: dict, pair: tuple[bytes, bytes] | None
 ) -> tuple[bytes, bytes] | None:
     """Return vocab.json and merges.txt if only they distinguish this tokenizer from GPT-2's."""
-    added = {token["content"] for token in whole.get("added_tokens", [])}
+    added = {token.content for token in fast.get_added_tokens_decoder().values()}
     if not added | set(_special_names(settings)) <= {END_OF_TEXT}:
         return None
+    whole = json.loads(fast.to_str())
     found = gpt2_pair(whole, pair)
     return found if not added or END_OF_TEXT in whole["model"]["vocab"] else None

@@ -34,18 +34,25 @@ class HubTokenizer(Tokenizer):
 
     kind = "tokenizer.json"
 
-    def __init__(self, content: bytes, special_ids: bytes):
-        """Raises ValueError if a token's text depends on the tokens around it, or an id occurs
+    def __init__(
+        self,
+        content: bytes,
+        special_ids: bytes,
+        fast: "tokenizers.Tokenizer | None" = None,
+    ):
+        """``fast`` is what `parse_tokenizer` makes of ``content``, to be used by this object alone.
+
+        Raises ValueError if a token's text depends on the tokens around it, or an id occurs
         twice."""
         roles = self._read_roles(special_ids)
-        self._fast = parse_tokenizer(content)
+        self._fast = parse_tokenizer(content) if fast is None else fast
         self._fast.encode_special_tokens = True  # special tokens in a text are read as text
         ids = self._fast.get_vocab(with_added_tokens=True)
         spelled = {index: piece for piece, index in ids.items()}
         if len(spelled) < len(ids):
             raise ValueError("the vocabulary is damaged: an id occurs twice")
         whole = json.loads(content)
-        pieces = pieces_of(whole, self._fast)
+        pieces = pieces_of(whole, self._fast, ids)
         self._prefixed = pieces.prefixed
         self._characters = 0
         self._words: dict[str, int] = {}  # words that were added, for tiktoken

@@ -168,7 +168,7 @@ def _of_hub_files(files: HubTokenizerFiles) -> Tokenizer:
     """Return a tokenizer for a model to be trained here."""
     if files.plain is not None:
         return ByteLevelBPETokenizer(*files.plain)
-    return HubTokenizer(files.content, json.dumps(open_roles(files)).encode())
+    return HubTokenizer(files.content, json.dumps(open_roles(files)).encode(), files.fast)
 
 
 def _of_sentencepiece(model: bytes, files: Callable[[str], bytes | None]) -> SentencePieceTokenizer:

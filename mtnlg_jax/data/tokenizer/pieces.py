@@ -37,14 +37,14 @@ class Pieces:
     prefixed: bool
 
 
-def pieces_of(whole: dict, fast: "tokenizers.Tokenizer") -> Pieces:
+def pieces_of(whole: dict, fast: "tokenizers.Tokenizer", ids: dict[str, int]) -> Pieces:
     """Return what the decoder of a tokenizer.json makes of each token in the middle of a text.
 
-    ``whole`` is the object of the JSON and ``fast`` its tokenizer. Raises ValueError for a decoder
-    that makes a token's text depend on the tokens around it. If there is no decoder, transformers
-    writes a space between tokens; here the pre-tokenizer is inverted instead.
+    ``whole`` is the object of the JSON, ``fast`` its tokenizer, and ``ids`` all of its tokens.
+    Raises ValueError for a decoder that makes a token's text depend on the tokens around it. If
+    there is no decoder, transformers writes a space between tokens; here the pre-tokenizer is
+    inverted instead.
     """
-    ids = fast.get_vocab(with_added_tokens=True)
     added = {index: token.content for index, token in fast.get_added_tokens_decoder().items()}
     steps = list(_flat(whole.get("decoder"), "decoders")) or [_inverse(whole, ids)]
     content = [b""] * (1 + max(ids.values()))

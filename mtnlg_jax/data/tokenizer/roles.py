@@ -1,10 +1,15 @@
 """Which tokens of a tokenizer.json are pad, bos, eos, mask and sep."""
 
+import dataclasses
 import json
+from typing import TYPE_CHECKING
 
 from mtnlg_jax.data.tokenizer.base import NO_TOKEN, ROLES
 from mtnlg_jax.data.tokenizer.byte_level import END_OF_TEXT
 from mtnlg_jax.data.tokenizer.files import HubTokenizerFiles, eos_of, parse_tokenizer
+
+if TYPE_CHECKING:
+    import tokenizers
 
 # Spellings of roles in vocabularies whose folder does not name them.
 _SPELLINGS = {
@@ -22,7 +27,7 @@ def open_roles(files: HubTokenizerFiles) -> dict:
     Roles are as the folder names them, else as they are usually spelled. Missing ones are numbered
     after the last id in use.
     """
-    vocabulary = Vocabulary(files.content)
+    vocabulary = Vocabulary(files.fast)
     roles: dict[str, int | None] = {}
     for role in ROLES:
         names = [files.role(role), *_SPELLINGS[role]]
@@ -49,7 +54,7 @@ def closed_roles(files: HubTokenizerFiles, config: dict, generation: dict, rows:
     A token that ordinary text yields is never eos, because a text would end at it. Raises
     ValueError if the tokenizer puts tokens other than bos before a text.
     """
-    vocabulary = Vocabulary(files.content)
+    vocabulary = Vocabulary(files.fast)
     ids = vocabulary.ids
 
     def find(role: str) -> int | None:
@@ -100,8 +105,8 @@ def _several(ends: list) -> dict[str, list[int]]:
 class Vocabulary:
     """Ids and pieces of a tokenizer.json, and which of them text can yield."""
 
-    def __init__(self, content: bytes):
-        self._fast = parse_tokenizer(content)
+    def __init__(self, fast: "tokenizers.Tokenizer"):
+        self._fast = fast
         self.ids = self._fast.get_vocab(with_added_tokens=True)
         self.pieces = {index: piece for piece, index in self.ids.items()}
         self._special = {
@@ -133,28 +138,28 @@ class Vocabulary:
         return found.ids[: mask.index(0)]
 
 
-def without_rows(content: bytes, rows: int) -> tuple[bytes, list[str]]:
-    """Return (tokenizer.json without special tokens from id ``rows`` on, their spellings).
+def without_rows(files: HubTokenizerFiles, rows: int) -> tuple[HubTokenizerFiles, list[str]]:
+    """Return (files without special tokens from id ``rows`` on, the spellings of these).
 
     Raises ValueError if a text could yield a token beyond ``rows``.
     """
-    vocabulary = parse_tokenizer(content)
+    size = 1 + max(files.fast.get_vocab(with_added_tokens=True).values())
+    if size <= rows:
+        return files, []
     outside = {
         index: token
-        for index, token in vocabulary.get_added_tokens_decoder().items()
+        for index, token in files.fast.get_added_tokens_decoder().items()
         if index >= rows
     }
-    size = 1 + max(vocabulary.get_vocab(with_added_tokens=True).values())
     words = [token.content for token in outside.values() if not token.special]
-    if words or max(vocabulary.get_vocab(with_added_tokens=False).values()) >= rows:
+    if words or max(files.fast.get_vocab(with_added_tokens=False).values()) >= rows:
         named = f", and text yields {', '.join(map(repr, words[:3]))}" if words else ""
         raise ValueError(
             f"it has {size} tokens and the model vocab_size={rows}{named}; give --tokenizer=FOLDER "
             "of the one that it was trained with"
         )
-    if not outside:
-        return content, []
-    whole = json.loads(content)
+    whole = json.loads(files.content)
     whole["added_tokens"] = [token for token in whole["added_tokens"] if token["id"] < rows]
     names = [outside[index].content for index in sorted(outside)]
-    return json.dumps(whole, ensure_ascii=False).encode(), names
+    content = json.dumps(whole, ensure_ascii=False).encode()
+    return dataclasses.replace(files, content=content, fast=parse_tokenizer(content)), names
