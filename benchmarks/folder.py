@@ -364,8 +364,9 @@ def summary(seconds: dict, tokens: int, goal: float) -> dict:
 
 
 def measure(args, argv: list[str]) -> dict:
+    """Return the results; they are also written after each case, so that none is lost."""
     sys.path.insert(0, str(ROOT))
-    from mtnlg_jax import foreign
+    from mtnlg_jax import foreign, storage
     from mtnlg_jax.interop import registry
 
     registry.register()
@@ -374,15 +375,23 @@ def measure(args, argv: list[str]) -> dict:
     ids = tokenizer.encode(Path(args.text).read_text())
     needed = max(args.prompt * max(args.batches), args.prefix, args.batch * args.length)
     ids = ids * (needed // len(ids) + 2)
+    output = Path(args.output)
     results = {}
     with contextlib.ExitStack() as stack:
         workers = {}
         for name in SIDES:
             workers[name] = Worker(name, args, argv)
             stack.callback(workers[name].close)
+        versions = {name: worker.versions for name, worker in list(workers.items())[:2]}
 
         def sides(request):
             return {name: lambda w=worker: w.ask(request) for name, worker in workers.items()}
+
+        def add(name, found):
+            results[name] = found
+            whole = described(args, argv, load, versions, results)
+            content = (json.dumps(whole, indent=1) + "\n").encode()
+            storage.write_file(output.parent, output.name, content)
 
         for batch in args.batches if "greedy" in args.cases else ():
             rows = [ids[i * args.prompt :][: args.prompt] for i in range(batch)]
@@ -391,18 +400,20 @@ def measure(args, argv: list[str]) -> dict:
                 next((i for i, (a, b) in enumerate(zip(*pair, strict=True)) if a != b), args.new)
                 for pair in zip(first["ours"], first["peer"], strict=True)
             ]
-            results[f"greedy_{batch}"] = summary(seconds, batch * args.new, 1.3) | {
-                "equal_first_tokens": {"fewest": min(same), "of": args.new}
-            }
+            equal = {"equal_first_tokens": {"fewest": min(same), "of": args.new}}
+            add(f"greedy_{batch}", summary(seconds, batch * args.new, 1.3) | equal)
         if "ranking" in args.cases:
-            results[f"ranking_{args.candidates}"] = ranking(args, tokenizer, ids, workers, sides)
+            add(f"ranking_{args.candidates}", ranking(args, tokenizer, ids, workers, sides))
         if "lora" in args.cases:
             tokens = [ids[i * args.length :][: args.length] for i in range(args.batch)]
             first, seconds = alternate(sides({"case": "lora", "tokens": tokens}), args.rounds)
-            results["lora"] = summary(seconds, args.batch * args.length, 1.0) | {
-                "first_losses": first
-            }
-        versions = {name: worker.versions for name, worker in list(workers.items())[:2]}
+            found = summary(seconds, args.batch * args.length, 1.0)
+            add("lora", found | {"first_losses": first})
+    return results
+
+
+def described(args, argv: list[str], load: float, versions: dict, results: dict) -> dict:
+    """Return what the result file holds."""
     return {
         "what": "a Hugging Face folder beside transformers, float32, CPU",
         "model": json.loads((Path(args.folder) / "config.json").read_text()),
@@ -464,14 +475,9 @@ def main(argv: list[str]) -> int:
     if args.worker:
         work(args)
         return 0
-    result = measure(args, argv)
-    from mtnlg_jax import storage  # after measure() has put the repository on the path
-
-    output = Path(args.output)
-    storage.write_file(output.parent, output.name, (json.dumps(result, indent=1) + "\n").encode())
-    for name, found in result["results"].items():
+    for name, found in measure(args, argv).items():
         print(f"{name}: {found['ratio']} times the faster peer (goal {found['goal']})")
-    print(f"written to {output}")
+    print(f"written to {args.output}")
     return 0
 
 
