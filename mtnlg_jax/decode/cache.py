@@ -278,16 +278,14 @@ def step(config: ModelConfig, params, cache, tokens_B, positions_B):
         held = cache[layer]
         at_B = positions_B
         lengths_B = positions_B + 1
-        if isinstance(held, Rolling):
+        rolling = isinstance(held, Rolling)
+        if rolling:
             # The slot of the key that just left the window. All that is held then is visible.
             window = options.pop("window")
             at_B = positions_B % window
             lengths_B = jnp.minimum(lengths_B, window)
-            arrays = _write(held.arrays, k, v, at_B[:, None])
-            written.append(Rolling(arrays))
-        else:
-            arrays = _write(held, k, v, at_B[:, None])
-            written.append(arrays)
+        arrays = _write(held.arrays if rolling else held, k, v, at_B[:, None])
+        written.append(Rolling(arrays) if rolling else arrays)
         out, lse = _attend_cached(q[:, 0], arrays, lengths_B, return_lse=True, **options)
         return (out[:, None], lse[..., None]) if return_lse else out[:, None]
 

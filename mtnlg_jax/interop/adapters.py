@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from mtnlg_jax.config import ModelConfig
 from mtnlg_jax.interop.adapter_config import CONFIG, TENSORS, AdapterConfig
 from mtnlg_jax.interop.families import Family
 from mtnlg_jax.interop.interchange import Interchange, stored_names
-from mtnlg_jax.interop.shards import DTYPES, finite
+from mtnlg_jax.interop.shards import DTYPES, finite, open_safetensors
 
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(.+)\.(lora_A|lora_B)\.weight")
@@ -306,12 +305,7 @@ def _open(folder: Path) -> tuple[Any, dict[str, tuple[int, ...]]]:
         other = folder / "adapter_model.bin"
         found = f" but {other.name}: save it again with a current PEFT" if other.is_file() else ""
         raise FileNotFoundError(f"{folder} holds no {TENSORS}{found or '; copy the whole folder'}")
-    try:
-        file = safe_open(path, "np")
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is damaged or not a safetensors file ({error}); copy it again"
-        ) from None
+    file = open_safetensors(path)
     shapes = {}
     for name in file.keys():
         header = file.get_slice(name)

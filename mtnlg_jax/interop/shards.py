@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -129,12 +129,7 @@ class Shards:
         path = self.folder / file_name
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing, and {INDEX} names it; copy all shards")
-        try:
-            file = safe_open(path, "np")
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path} is damaged or not a safetensors file ({error}); copy it again"
-            ) from None
+        file = open_safetensors(path)
         starts = _starts(path)
         for name in file.keys():
             if name in self._places:
@@ -221,6 +216,16 @@ def write_shards(
         Path(folder, INDEX).write_text(json.dumps(index, indent=2) + "\n")
         files.append(INDEX)
     return files
+
+
+def open_safetensors(path: Path) -> Any:
+    """Open a safetensors file. Raise ValueError if it is damaged."""
+    try:
+        return safe_open(path, "np")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is damaged or not a safetensors file ({error}); copy it again"
+        ) from None
 
 
 def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:

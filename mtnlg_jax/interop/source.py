@@ -85,9 +85,9 @@ class Source:
         self.folder = self.path.parent if is_gguf(path) else self.path
         self.tokenizer_path = self.folder
         self.returns = False  # whether conversion back gives this format
-        self.left_optimizer = is_megatron(path) or maxtext_items(path) is not None
         self.stored: Stored
         self._megatron: Megatron | None = None
+        self.left_optimizer = False
         self.original: dict = {}
         inner: dict = {}
         if is_gguf(path):
@@ -104,12 +104,14 @@ class Source:
             self._megatron = Megatron(path, tokenizer)
             self.family = self._megatron.family
             self.kind = "model of Megatron-LM"
+            self.left_optimizer = True
             self.stored = self._megatron.stored
             self.model = self._megatron.model
         elif maxtext_items(path) is not None:
             found = MaxText(path)
             self.family = found.family
             self.kind = "model of MaxText"
+            self.left_optimizer = True
             self.stored = found.stored
             self.model = found.model
         else:
@@ -296,12 +298,11 @@ def run_of(path: Path, model: ModelConfig, masked: bool) -> Config:
 def read_run(path: str | os.PathLike) -> Config:
     """Return the config of a run with the model at ``path``, without reading its tensors."""
     path = Path(path if is_gguf(path) else folder_of(path))
-    if is_megatron(path):
-        return run_of(path, Megatron(path).model, masked=False)
-    if maxtext_items(path) is not None:
-        return run_of(path, MaxText(path).model, masked=False)
     original = original_of_model(path)
-    return run_of(path, model_of(original), FAMILIES[family_of(original)[0]].masked)
+    if original:
+        return run_of(path, model_of(original), FAMILIES[family_of(original)[0]].masked)
+    model = Megatron(path).model if is_megatron(path) else MaxText(path).model
+    return run_of(path, model, masked=False)
 
 
 def original_of_model(path: str | os.PathLike) -> dict:

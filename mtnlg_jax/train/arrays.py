@@ -8,10 +8,10 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 
+from mtnlg_jax.model.params import names_of
 from mtnlg_jax.storage import is_remote
 
 
@@ -71,11 +71,7 @@ class Held:
     """Parameters in memory, by the interface of `StoredArrays`."""
 
     def __init__(self, params: Any) -> None:
-        leaves = jax.tree_util.tree_leaves_with_path(params)
-        self._arrays = {
-            jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): leaf
-            for path, leaf in leaves
-        }
+        self._arrays = names_of(params)
 
     def read(self, name: str, index: int | None = None) -> np.ndarray:
         array = np.asarray(self._arrays[name])
