@@ -45,13 +45,14 @@ def make_loss_and_gradients(
     causal: bool,
     distillation: Distillation | None = None,
     counting: bool = False,
+    sparse: bool = False,
 ) -> Callable:
     """Return (params, batch, micro_batches, key) -> (mean loss, gradients) over the whole mesh.
 
-    ``params`` are a plain model's, and gradients have their structure. With optimizer.lora_rank
-    they are only those of the adapted matrices, or of the adapters of a quantized base
-    (`lora.make_targets`). With a ``distillation`` the teacher's parameters are one more argument,
-    the last. ``counting``: return the loads of experts, (L, E), as well.
+    ``params`` are those of `lora.computed`, and gradients have their structure; with
+    optimizer.lora_rank they are only those of the factors (`lora.make_targets`). With a
+    ``distillation`` the teacher's parameters are one more argument, the last. ``counting``: return
+    the loads of experts, (L, E), as well. ``sparse``: as in `cross_entropy`.
     """
     zero = config.mesh.zero
     model = config.model  # without counters
@@ -71,7 +72,9 @@ def make_loss_and_gradients(
         if distillation is not None:
             teacher = Teacher(config, distillation, causal, vary(teacher))
         key = jax.random.wrap_key_data(key)
-        return params, MicroBatches(config, causal, batch, total, key, teacher, counting)
+        return params, MicroBatches(
+            config, causal, batch, total, key, teacher, counting, sparse
+        )
 
     def leave(loss, gradients):
         """Sum over devices: (mean loss, gradients as the masters are split)."""
@@ -95,8 +98,7 @@ def make_loss_and_gradients(
             found = leave(loss, gradients)
             return (*found, _summed_loads(loads_LE)) if counting else found
 
-        # With adapters only the adapted matrices are differentiated, so no gradient of the others
-        # exists.
+        # With adapters only the factors are differentiated, so no gradient of a matrix exists.
         counters = vary(expert_loads.new_counters(model)) if counting else ()
         leaves = (targets(params), counters)
         one = jax.value_and_grad(loss_of)

@@ -81,7 +81,7 @@ def train(
         bar = resources.enter_context(_progress_bar(config, first, show_progress))
         reporter = Reporter(config, log, bar, Meter(config), checkpoints)
         saver = Saver(checkpoints)
-        steps = _compiled_steps(config, mesh, teachers, total_samples, watchdog)
+        steps = _compiled_steps(config, mesh, data, teachers, total_samples, watchdog)
         evaluate = Evaluator(config, mesh, data)
         vote = processes.PreemptionVote()
         best = checkpoints.best_metric()  # of earlier starts as well
@@ -177,7 +177,12 @@ def _first_state(
 
 
 def _compiled_steps(
-    config: Config, mesh: Mesh, teachers: dict, total_samples: int, watchdog: Watchdog
+    config: Config,
+    mesh: Mesh,
+    data: Data,
+    teachers: dict,
+    total_samples: int,
+    watchdog: Watchdog,
 ) -> dict[tuple[int, bool], CompiledStep]:
     """Return {(kind, masked): step}, where kind is -1 or the number of a stage with a teacher."""
     steps = {}
@@ -186,7 +191,12 @@ def _compiled_steps(
         # stage is masked, because a step is compiled at its first call.
         for masked in (False, True):
             step = make_train_step(
-                config, mesh, causal=not masked, total_samples=total_samples, **options
+                config,
+                mesh,
+                causal=not masked,
+                total_samples=total_samples,
+                sparse=data.has_answers,
+                **options,
             )
             steps[kind, masked] = CompiledStep(step, watchdog)
     return steps

@@ -86,9 +86,8 @@ def numbers(config, params):
 
     @jax.jit
     def run(params, batch):
-        plain, pull_back = lora.make_mappings(config)[0](params)
-        loss, grads = function(plain, batch, jnp.int32(2), jax.random.key_data(jax.random.key(3)))
-        return loss, pull_back(grads)
+        key = jax.random.key_data(jax.random.key(3))
+        return function(lora.computed(params, config), batch, jnp.int32(2), key)
 
     loss, grads = run(params, batch_on(mesh))
     return float(loss), [np.asarray(grad) for grad in jax.tree.leaves(grads)]
