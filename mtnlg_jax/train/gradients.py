@@ -61,6 +61,8 @@ def make_loss_and_gradients(
     weights = make_weights(config)
     reduced = jnp.dtype(config.train.reduce_dtype)
     targets, with_targets = lora.make_targets(config)
+    # Before counters: callers pass the parameters of the plain model.
+    abstract = lora.abstract_computed(config)
     if counting:
         config = dataclasses.replace(config, model=expert_loads.counted(model))
 
@@ -131,7 +133,6 @@ def make_loss_and_gradients(
         gradients, *loads = expert_loads.split_loads(gradients, like) if counting else (gradients,)
         return loss, targets(gradients), *loads
 
-    abstract = lora.abstract_computed(config)
     in_specs = [specs_of(abstract, zero, tensor), batch_specs(), P(), P()]
     if distillation is not None:
         in_specs.append(specs_of(abstract_model(distillation.model)[1], zero, tensor))

@@ -168,9 +168,17 @@ def test_rows_that_fill_up_the_batch_are_no_load():
     assert (part <= whole).all()
 
 
-@SLOW
-def test_a_model_without_the_bias_has_the_same_loads():
-    gradients, loads_LE = loads_of(ONE, 0, False)
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param(ONE, marks=SLOW),
+        pytest.param(MeshConfig(data=2), marks=SLOW),
+        MeshConfig(data=2, pipe=2),
+    ],
+    ids=str,
+)
+def test_a_model_without_the_bias_has_the_same_loads(mesh):
+    gradients, loads_LE = loads_of(mesh, 0, False)
     assert EXPERT_BIAS not in gradients
     np.testing.assert_array_equal(loads_LE, loads_of(ONE, 0, True)[1])
 
