@@ -1,8 +1,8 @@
 """Log-probabilities of given tokens: after one shared prefix, in rows of their own, or masked.
 
 Any number of sequences is scored in blocks of at most BLOCK_TOKENS tokens (but at least one row),
-so that memory is bounded. A block's rows and width are powers of two, so that few programs are
-compiled; where blocks end changes only the last bits of rounding.
+so that memory is bounded. A block's rows are a power of two and its width is 16, 24, 32, 48, 64 ...,
+so that few programs are compiled; where blocks end changes only the last bits of rounding.
 """
 
 # Shapes: C candidates (rows of a block), S positions, D width, V vocabulary
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtnlg_jax.decode.cache import Decoder, Prefix, bucket, options_of_heads, run_layers
+from mtnlg_jax.decode.cache import Decoder, Prefix, options_of_heads, run_layers
 from mtnlg_jax.decode.rolling import check_whole
 from mtnlg_jax.model.attention import attention, merge, merge_lse
 from mtnlg_jax.model.loss import token_log_probs
@@ -34,12 +34,18 @@ def blocks(lengths: Sequence[int], limit: int) -> Iterator[tuple[list[int], int,
     """
     if not len(lengths):
         return
-    most = max(1, BLOCK_TOKENS // bucket(max(lengths), limit))
+    most = max(1, BLOCK_TOKENS // _width(max(lengths), limit))
     most = 1 << (most.bit_length() - 1)
     order = np.argsort(lengths, kind="stable").tolist()
     for start in range(0, len(order), most):
         chosen = order[start : start + most]
-        yield chosen, 1 << (len(chosen) - 1).bit_length(), bucket(lengths[chosen[-1]], limit)
+        yield chosen, 1 << (len(chosen) - 1).bit_length(), _width(lengths[chosen[-1]], limit)
+
+
+def _width(length: int, limit: int) -> int:
+    power = max(16, 1 << (length - 1).bit_length())
+    between = power // 4 * 3
+    return min(between if power > 16 and length <= between else power, limit)
 
 
 def score(

@@ -47,17 +47,18 @@ def make_loss_and_gradients(
     counting: bool = False,
     sparse: bool = False,
 ) -> Callable:
-    """Return (params, batch, micro_batches, key) -> (mean loss, gradients) over the whole mesh.
+    """Return (params, batch, count, key) -> (mean loss, gradients) over the whole mesh.
 
-    ``params`` are those of `lora.computed`, and gradients have their structure; with
-    optimizer.lora_rank they are only those of the factors (`lora.make_targets`). With a
-    ``distillation`` the teacher's parameters are one more argument, the last. ``counting``: return
-    the loads of experts, (L, E), as well. ``sparse``: as in `cross_entropy`.
+    ``count`` of the micro-batches are used. ``params`` are those of `lora.computed`, and gradients
+    have their structure; with optimizer.lora_rank they are only those of the factors
+    (`lora.make_targets`). With a ``distillation`` the teacher's parameters are one more argument,
+    the last. ``counting``: return the loads of experts, (L, E), as well. ``sparse``: as in
+    `cross_entropy`.
     """
     zero = config.mesh.zero
-    model = config.model  # without counters
+    model = config.model  # below, that of ``config`` may have counters of expert loads
     tensor = mesh.shape["tensor"]
-    whole = whole_dims("K", (config.model.kv_heads,), tensor)
+    unsplit = whole_dims("K", (config.model.kv_heads,), tensor)
     weights = make_weights(config)
     reduced = jnp.dtype(config.train.reduce_dtype)
     targets, with_targets = lora.make_targets(config)
@@ -74,26 +75,24 @@ def make_loss_and_gradients(
         if distillation is not None:
             teacher = Teacher(config, distillation, causal, vary(teacher))
         key = jax.random.wrap_key_data(key)
-        return params, MicroBatches(
-            config, causal, batch, total, key, teacher, counting, sparse
-        )
+        return params, MicroBatches(config, causal, batch, total, key, teacher, counting, sparse)
 
     def leave(loss, gradients):
         """Sum over devices: (mean loss, gradients as the masters are split)."""
         # Once a step, after all micro-batches: gradient traffic does not grow with their number.
         # Only ZeRO-3 reduces inside the loop.
-        gradients = reduce_gradients(gradients, zero, weights.scattered, reduced, whole)
+        gradients = reduce_gradients(gradients, zero, weights.scattered, reduced, unsplit)
         return sum_shared(loss, ("pipe", *ROWS, "context")), gradients
 
     def loss_and_gradients(params, batch, count, key, teacher=None):
         params, micro_batches = enter(params, batch, key, teacher)
 
         def loss_of(leaves, number):
-            leaves, counters = leaves
-            whole = with_targets(params, leaves)
+            trained, counters = leaves
+            all_params = with_targets(params, trained)
             if counting:
-                whole = expert_loads.with_counters(whole, counters, model)
-            return micro_batches.whole(whole, number)
+                all_params = expert_loads.with_counters(all_params, counters, model)
+            return micro_batches.whole(all_params, number)
 
         def leave_all(loss, gradients):
             gradients, loads_LE = gradients
@@ -154,6 +153,7 @@ def _weight_of(batch: dict[str, jax.Array]) -> jax.Array:
 
 
 def _summed_loads(loads_LE: jax.Array) -> jax.Array:
+    # Under the name of the bias, whose dims tell how it is split.
     named = reduce_gradients({"blocks": {EXPERT_BIAS: loads_LE}}, zero=0, scattered=False)
     return named["blocks"][EXPERT_BIAS]
 

@@ -121,9 +121,7 @@ class MicroBatches:
         smoothing = train.label_smoothing
         if self.teacher is None:
             # Head and loss in one call, which never holds the logits of all tokens.
-            nats = cross_entropy(
-                x_BD, model.head(), labels, weights, chunk, smoothing, self.sparse
-            )
+            nats = cross_entropy(x_BD, model.head(), labels, weights, chunk, smoothing, self.sparse)
         else:
             nats = distilled_cross_entropy(
                 x_BD,

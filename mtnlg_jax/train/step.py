@@ -48,7 +48,7 @@ def make_train_step(
     loss_and_gradients = make_loss_and_gradients(
         config, mesh, causal, distillation, counting, sparse
     )
-    # Adapters leave the model as it is, and so its biases.
+    # With adapters the base is frozen, and the routers' biases are part of it.
     balancing = counting and moe.moe_router_enable_expert_bias and not lora.used(config)
     shardings = state_shardings(config, mesh)
 
@@ -78,13 +78,13 @@ def make_train_step(
 
         # An elementwise selection, not a branch: the update is always computed, and a NaN in it is
         # not selected.
-        def if_finite(new, old):
+        def select(new, old):
             return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
         # The counters always advance: the data of a non-finite step is not read again.
         new_state = TrainState(
-            params=to_params(if_finite(params, trained)),
-            opt_state=if_finite(opt_state, state.opt_state),
+            params=to_params(select(params, trained)),
+            opt_state=select(opt_state, state.opt_state),
             step=state.step + 1,
             samples=samples,
             nonfinite_streak=jnp.where(finite, 0, state.nonfinite_streak + 1),
