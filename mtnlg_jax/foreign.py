@@ -12,6 +12,15 @@ def is_gguf(path: str | os.PathLike) -> bool:
     return os.fspath(path).endswith(".gguf")
 
 
+def folder_of(path: str | os.PathLike) -> str:
+    """Return the folder of a model that is named by its config.json or by one of its weights; other
+    paths as they are."""
+    path = os.fspath(path)
+    folder, name = os.path.split(path)
+    named = name == "config.json" or name.endswith((".safetensors", ".safetensors.index.json"))
+    return (folder or os.curdir) if named and os.path.isfile(path) else path
+
+
 class Reader(Protocol):
     """What reads the models of a format."""
 

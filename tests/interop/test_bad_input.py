@@ -184,7 +184,10 @@ def test_tensors_of_a_wrong_shape_and_type_are_named_together(tmp_path):
         ({"max_shard_size": 0.0}, "--max_shard_size=0 GB holds no tensor; set it above 0"),
         ({"max_shard_size": -1.0}, "--max_shard_size=-1 GB holds no tensor"),
         ({"max_shard_size": float("nan")}, "--max_shard_size=nan GB holds no tensor"),
-        ({"max_shard_size": 5.0}, "--max_shard_size=5 is for a run .* becomes a run, so leave it out"),
+        (
+            {"max_shard_size": 5.0},
+            "--max_shard_size=5 is for a run .* becomes a run, so leave it out",
+        ),
         ({"which": "best"}, "--checkpoint=best is for a run .* becomes a run, so leave it out"),
         ({"family": "llama"}, "--family=llama is for a run .* becomes a run, so leave it out"),
     ],
