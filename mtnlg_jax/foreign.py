@@ -7,6 +7,10 @@ The room that knows a format registers what reads it, so that the rooms below ne
 import os
 from typing import Any, Protocol
 
+# Folder in a run that came from such a model: the original config.json, tokenizer and settings of
+# generation, from which export writes a model of the same form.
+ORIGINALS = "huggingface"
+
 
 def is_gguf(path: str | os.PathLike) -> bool:
     return os.fspath(path).endswith(".gguf")
@@ -39,6 +43,9 @@ class Reader(Protocol):
 
     def open(self, path: str | os.PathLike) -> tuple[Any, Any]:
         """Return (the Run without parameters, its parameters as `train.arrays.StoredArrays`)."""
+
+    def keep(self, path: str | os.PathLike, folder: str | os.PathLike) -> None:
+        """Write the content of ORIGINALS into the empty ``folder``."""
 
     def load(self, path: str | os.PathLike, mesh: Any, zero: int, vocab_padding: int) -> Any:
         """Return the Run, with its parameters on one device or on ``mesh``, and with this many rows

@@ -11,7 +11,7 @@ import numpy as np
 
 from mtnlg_jax.config import ModelConfig, to_json
 from mtnlg_jax.decode.results import writable
-from mtnlg_jax.foreign import is_gguf
+from mtnlg_jax.foreign import ORIGINALS, is_gguf
 from mtnlg_jax.interop import report, vocabulary
 from mtnlg_jax.interop.adapter_config import CONFIG
 from mtnlg_jax.interop.adapter_export import to_adapter
@@ -23,13 +23,14 @@ from mtnlg_jax.interop.recognize import is_adapter, is_megatron, maxtext_items
 from mtnlg_jax.interop.run_folder import keep_originals, write_run
 from mtnlg_jax.interop.shards import cast, write_shards
 from mtnlg_jax.interop.source import Source, meta_of, parameters_of
-from mtnlg_jax.interop.written import ORIGINALS, Written, read_kept
+from mtnlg_jax.interop.written import Written, read_kept
 from mtnlg_jax.storage import is_remote
 from mtnlg_jax.train.checkpoint import Run, load_run
 from mtnlg_jax.train.init_from import identity_of
 
 DTYPES = ("source", "float32", "float16", "bfloat16")
 ADAPTERS = ("merge", "keep")
+TEMPLATE = "chat_template.jinja"
 MAX_SHARD_SIZE = 5.0  # GB
 _ITEM = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -137,7 +138,7 @@ def _to_run(given: Path, folder: Path, workdir: str, dtype: str, tokenizer_path:
     tokenizer = settings.tokenizer
     meta = meta_of(settings, source)
     write_run(folder, config, tokenizer, source.interchange.shapes, source.parameters(), meta)
-    keep_originals(source, folder, tokenizer_path is None)
+    keep_originals(source, folder / ORIGINALS, tokenizer_path is None)
     model = source.model
     lines = report.of_model(
         model, tokenizer, f"from {report.kinds(source.dtypes)} to float32, exact"
@@ -203,10 +204,7 @@ def _adapter_to_run(
     identity = {key: meta["identity"][key] for key in ("model", "tokenizer")}
     meta["identity"] = identity | identity_of(config, {})
     write_run(folder, config, run.tokenizer, shapes, parts, meta)
-    if isinstance(found, Source):
-        keep_originals(found, folder, tokenizer is None)
-    elif Path(path, ORIGINALS).is_dir():
-        shutil.copytree(Path(path, ORIGINALS), folder / ORIGINALS)
+    keep_originals(found, folder / ORIGINALS, tokenizer is None)
     named = adapter.config.base
     note = (
         []
@@ -260,6 +258,10 @@ def _to_model(
         ]
         for name in copied:
             shutil.copyfile(originals / name, folder / name)
+        # The one that the run was trained with, which may be another than the original.
+        template = tokenizer.companions.get(TEMPLATE)
+        if template is not None:
+            (folder / TEMPLATE).write_bytes(template)
         how = "as it came"
     else:
         config |= {

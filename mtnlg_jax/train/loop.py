@@ -74,6 +74,8 @@ def train(
         if processes.is_first():
             describe.write(config, workdir, first)
             _keep_tokenizer(data.tokenizer, workdir)
+            if not restored:
+                init_from.keep_originals(config, workdir)
             tokens = data.training_tokens
             announce(describe.at_start(config, mesh, workdir, first, samples, tokens, restored))
         log = MetricsLog(workdir, first, writing=processes.is_first())

@@ -44,7 +44,7 @@ def convert(
     (.gz, .zst) gets the text of each document, {"text": ...}, or of pairs {"prompt": ...,
     "answer": ...}. Otherwise arrays become Megatron's files, token by token, and Megatron's files
     become a prepared folder: missing bos and eos are added to each document, and the last
-    documents, a share of ``heldout`` (0 to 0.5, by default HELDOUT), are held out. ``tokenizer`` is a
+    documents, a share of ``heldout`` (0 to 0.5; None: HELDOUT), are held out. ``tokenizer`` is a
     folder; that of arrays is next to them.
 
     The target is written completely or not at all. Raises ValueError (also for an argument that has
@@ -62,15 +62,15 @@ def convert(
     to_arrays = isinstance(tokens, MegatronTokens) and not lines
     if heldout is not None and not to_arrays:
         raise ValueError(
-            f"--heldout={heldout:g} is for Megatron's files that become a prepared folder; {target} "
-            f"is {'text' if lines else 'a prefix of them'}, so leave it out"
+            f"--heldout={heldout:g} is for Megatron's files that become a prepared folder; "
+            f"{target} is {'text' if lines else 'a prefix of them'}, so leave it out"
         )
     if isinstance(tokens, MegatronTokens) or lines:
         found = _tokenizer_of(tokens, source, tokenizer)
     elif tokenizer:
         raise ValueError(
-            f"--tokenizer={tokenizer} is for text or a prepared folder; {target} becomes Megatron's "
-            "files, which hold the same tokens and no tokenizer, so leave it out"
+            f"--tokenizer={tokenizer} is for text or a prepared folder; {target} becomes "
+            "Megatron's files, which hold the same tokens and no tokenizer, so leave it out"
         )
     if lines:
         return write_lines(tokens, target, found, overwrite)
