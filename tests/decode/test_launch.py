@@ -595,6 +595,14 @@ def test_a_conversation_is_the_generation_of_its_rendering(ask, tokenizer, templ
     assert text and out == text + "\n"
 
 
+def test_a_chat_template_that_is_not_one_is_named(ask, tmp_path):
+    path = tmp_path / "cut.jinja"
+    path.write_text("{% for m in messages %}\n{{ m.content }")
+    code, out, err = ask("--workdir=RUN", "--chat", f"--chat_template={path}", stdin=b"a\n")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: --chat_template={path}: the chat template is not valid Jinja at")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

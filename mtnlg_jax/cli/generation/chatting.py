@@ -25,7 +25,10 @@ def chat(given: dict[str, Any]) -> None:
     file = options.CHAT_TEMPLATE.value
     template = None if file is None else decode_template(Path(file).read_bytes(), file)
     if template is not None:
-        ChatTemplate(template, {})  # is refused before the model is loaded
+        try:
+            ChatTemplate(template, {})  # is refused before the model is loaded
+        except ValueError as error:
+            raise ValueError(f"--chat_template={file}: {error}") from None
     run, decoder = load_model()
     decode = decode_settings([{"prompt": ""}], run.config.decode, with_words(run.tokenizer, given))
     # The settings of a run may ask for several texts; a conversation goes on from one.
@@ -78,6 +81,9 @@ def _answer(conversation: "Conversation", line: str, number: int | None) -> None
     """
     stream = options.STREAM.value is not False
     try:
+        # Python keeps bytes that a terminal sent in another encoding as lone surrogates.
+        if not line.isascii() and any("\ud800" <= letter <= "\udfff" for letter in line):
+            raise ValueError("the line is not UTF-8; set the terminal's encoding to UTF-8")
         answer = conversation.ask(
             line, (lambda text: print(text, end="", flush=True)) if stream else None
         )
