@@ -8,9 +8,22 @@ Megatron-LM and MaxText.
 import os
 from typing import Any, Protocol
 
+# Folder in a run that came from such a model: the original config.json, tokenizer and settings of
+# generation, from which export writes a model of the same form.
+ORIGINALS = "huggingface"
+
 
 def is_gguf(path: str | os.PathLike) -> bool:
     return os.fspath(path).endswith(".gguf")
+
+
+def folder_of(path: str | os.PathLike) -> str:
+    """Return the folder of a model that is named by its config.json or by one of its weights; other
+    paths as they are."""
+    path = os.fspath(path)
+    folder, name = os.path.split(path)
+    named = name == "config.json" or name.endswith((".safetensors", ".safetensors.index.json"))
+    return (folder or os.curdir) if named and os.path.isfile(path) else path
 
 
 class Reader(Protocol):
@@ -33,6 +46,9 @@ class Reader(Protocol):
 
     def open(self, path: str | os.PathLike) -> tuple[Any, Any]:
         """Return (the Run without parameters, its parameters as `train.arrays.StoredArrays`)."""
+
+    def keep(self, path: str | os.PathLike, folder: str | os.PathLike) -> None:
+        """Write the content of ORIGINALS into the empty ``folder``."""
 
     def load(self, path: str | os.PathLike, mesh: Any, zero: int, vocab_padding: int) -> Any:
         """Return the Run, with its parameters on one device or on ``mesh``, and with

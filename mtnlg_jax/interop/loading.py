@@ -13,11 +13,12 @@ from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mtnlg_jax.decode.cache import TABLES
+from mtnlg_jax.foreign import folder_of
 from mtnlg_jax.interop import vocabulary
 from mtnlg_jax.interop.adapter_runs import open_merged
 from mtnlg_jax.interop.adapters import Merged
 from mtnlg_jax.interop.families import family_of, model_of
-from mtnlg_jax.interop.recognize import folder_of, is_adapter
+from mtnlg_jax.interop.recognize import is_adapter
 from mtnlg_jax.interop.source import Source, meta_of, read_config
 from mtnlg_jax.model.params import names_of
 from mtnlg_jax.model.transformer import abstract_model

@@ -6,6 +6,7 @@ train.init read them without conversion. The commands call it; programs call it 
 """
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mtnlg_jax import foreign
@@ -63,6 +64,12 @@ class _Reader:
         from mtnlg_jax.interop.loading import open_model
 
         return open_model(path, *self._adapter(path))
+
+    def keep(self, path: str | os.PathLike, folder: str | os.PathLike) -> None:
+        from mtnlg_jax.interop.run_folder import keep_originals
+
+        opened = self.open(path)[1]
+        keep_originals(getattr(opened, "base", opened), Path(folder))
 
     def load(self, path: str | os.PathLike, mesh: Any, zero: int, vocab_padding: int) -> "Run":
         from mtnlg_jax.interop.loading import load_model

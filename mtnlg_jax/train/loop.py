@@ -73,7 +73,7 @@ def train(
         total_samples = samples_at_end(config.train, min(first, config.train.steps), samples)
         if processes.is_first():
             describe.write(config, workdir, first)
-            _keep_tokenizer(data.tokenizer, workdir)
+            _keep_files(config, data.tokenizer, workdir, fresh=not restored)
             tokens = data.training_tokens
             announce(describe.at_start(config, mesh, workdir, first, samples, tokens, restored))
         log = MetricsLog(workdir, first, writing=processes.is_first())
@@ -308,11 +308,14 @@ def _summary(
     )
 
 
-def _keep_tokenizer(tokenizer: Tokenizer, workdir: str) -> None:
-    """Copy the tokenizer into the run folder, so that the folder can be used on its own."""
+def _keep_files(config: Config, tokenizer: Tokenizer, workdir: str, fresh: bool) -> None:
+    """Copy the tokenizer into the run folder, so that the folder can be used on its own, and at a
+    ``fresh`` start what export needs of train.init."""
     target = os.path.join(workdir, "tokenizer")
     if not os.path.exists(target):
         # Written to another name and renamed, so a folder named tokenizer is always complete.
         shutil.rmtree(target + ".partial", ignore_errors=True)
         tokenizer.save(target + ".partial")
         os.replace(target + ".partial", target)
+    if fresh:
+        init_from.keep_originals(config, workdir)

@@ -156,6 +156,8 @@ def test_readers_of_all_positions_refuse_a_rolled_prefix(windowed, tokenizer):
     run = functools.partial(generate.continue_prefix, windowed.decoder, tokenizer, prefix)
     with pytest.raises(ValueError, match="keeps only the last keys .* beam search .* needs all"):
         run([DecodeConfig(num_beams=2)] * len(LENGTHS))
+    with pytest.raises(ValueError, match="or prompt_lookup_num_tokens needs all"):
+        run([DecodeConfig(prompt_lookup_num_tokens=3)] * len(LENGTHS))
     with pytest.raises(ValueError, match="a draft model needs all; .*rolling=False"):
         run([DecodeConfig()] * len(LENGTHS), draft=windowed.decoder)
     with pytest.raises(ValueError, match="scoring needs all"):
