@@ -1,7 +1,7 @@
 """Log-probabilities of given tokens: after one shared prefix, in rows of their own, or masked.
 
-Any number of sequences is scored in blocks of at most BLOCK_TOKENS tokens (but at least one row),
-so that memory is bounded. A block's rows are a power of two and its width is 16, 24, 32, 48, 64 ...,
+Any number of sequences is scored in blocks of at most BLOCK_TOKENS tokens (at least one row), so
+that memory is bounded. Rows of a block are a power of two and its width is 16, 24, 32, 48, 64 ...,
 so that few programs are compiled; where blocks end changes only the last bits of rounding.
 """
 
