@@ -192,6 +192,9 @@ def deep_alone(causal=True, model=DEEP, count=None, seed=3):
 )
 def test_every_schedule_on_every_mesh_equals_one_device(mesh, schedule, zero):
     assert_equal_numbers(on_a_mesh(*mesh, zero, **SCHEDULES[schedule]), deep_alone())
+    if schedule == "1f1b":  # a ramp gives it fewer micro-batches
+        fewer = on_a_mesh(*mesh, zero, count=2, **SCHEDULES[schedule])
+        assert_equal_numbers(fewer, deep_alone(count=2))
 
 
 # Slow: gather, which tests/model/test_context_attention.py compares, ring, which the next test runs
@@ -239,7 +242,8 @@ def test_bf16_on_every_mesh_is_close_to_float32(mesh, schedule):
     assert all(gradient.dtype == np.float32 for gradient in got[1])  # as the masters
 
 
-# tests/train/test_other_mesh.py runs a ramp through 1f1b and through interleaved flushes.
+# test_every_schedule_on_every_mesh_equals_one_device runs 1f1b with fewer micro-batches, and
+# tests/train/test_other_mesh.py a ramp through interleaved flushes.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh", [{"schedule": "1f1b"}, {"flush": 2}, {"flush": 2, "virtual_pipe": 2}], ids=str
