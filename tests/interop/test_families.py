@@ -115,10 +115,11 @@ def check_logits(case: Fixture) -> None:
     assert count == case.model.parameter_count()
     logits = case.logits()
     np.testing.assert_allclose(logits, case.expected["logits"], atol=LOGITS)
-    shown, labels = logits, case.tokens
+    labels = np.asarray(case.tokens)
     if not case.family.masked:
-        shown, labels = logits[:, :-1], labels[:, 1:]
-    log_probs = np.take_along_axis(_log_softmax(shown), np.asarray(labels)[..., None], -1)
+        logits = logits[:, :-1]
+        labels = labels[:, 1:]
+    log_probs = np.take_along_axis(_log_softmax(logits), labels[..., None], -1)
     assert -log_probs.mean() == pytest.approx(float(case.expected["loss"]), abs=1e-5)
     arrays = {name: np.asarray(leaf) for name, leaf in names_of(case.params).items()}
     for name, entry in interchange.table.items():
