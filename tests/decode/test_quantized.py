@@ -78,8 +78,9 @@ def test_logits_stay_near_and_products_use_int8(tiny, dtype):
 @pytest.mark.parametrize(
     "held",
     [
-        {"weights": "int8"},
-        {"cache": "int8"},
+        {"weights": "int8", "cache": "int8"},
+        pytest.param({"weights": "int8"}, marks=pytest.mark.slow),
+        pytest.param({"cache": "int8"}, marks=pytest.mark.slow),
         pytest.param({"dtype": "bfloat16"}, marks=pytest.mark.slow),
     ],
     ids=str,

@@ -62,14 +62,15 @@ def _slots(layers):
     return [{x.shape[2] for x in jax.tree.leaves(layer)} for layer in layers]
 
 
+# Slow: float32, and rows that are rolled as they begin, which test_generate_keeps_windows has.
 # bfloat16 rounds the weights of the softmax and its sums, which come in another order.
 @pytest.mark.parametrize(
     ("held", "rolling", "tolerance"),
     [
-        ({}, True, ROUNDING),
-        ({"cache": "int8"}, False, ROUNDING),
+        ({"cache": "int8"}, True, ROUNDING),
+        pytest.param({}, True, ROUNDING, marks=pytest.mark.slow),
         pytest.param({}, False, ROUNDING, marks=pytest.mark.slow),
-        pytest.param({"cache": "int8"}, True, ROUNDING, marks=pytest.mark.slow),
+        pytest.param({"cache": "int8"}, False, ROUNDING, marks=pytest.mark.slow),
         pytest.param({"dtype": "bfloat16"}, True, 0.05, marks=pytest.mark.slow),
     ],
     ids=str,

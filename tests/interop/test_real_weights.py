@@ -58,7 +58,9 @@ def test_a_real_llama_has_the_perplexity_and_the_text_of_transformers(load):
         assert len(result.tokens) > 60 or result.finish_reason == "stop"
 
 
-@pytest.mark.parametrize("name", ["rxnfp_bert_mlm", "bert_tiny_splade"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("rxnfp_bert_mlm", marks=pytest.mark.slow), "bert_tiny_splade"]
+)
 def test_a_real_bert_guesses_the_tokens_that_transformers_guesses(load, name):
     run, decoder, expected = load(name)
     mask = run.tokenizer.mask_id

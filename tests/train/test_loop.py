@@ -42,7 +42,7 @@ def prepared(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_device():
+def one_device(compiled_once):
     """Give runs one device unless their config asks for more, because that compiles faster."""
     make = loop.make_mesh
 
@@ -58,7 +58,12 @@ def config_of(prepared, steps=6, **train):
     train = {"global_batch_size": 8, "eval_every": 3, "save_every": 3, "eval_batches": 2} | train
     return Config(
         model=ModelConfig(
-            num_layers=1, hidden_size=32, num_attention_heads=8, max_position_embeddings=32
+            num_layers=1,
+            hidden_size=32,
+            num_attention_heads=8,
+            max_position_embeddings=32,
+            normalization="rmsnorm",
+            add_bias=False,
         ),
         mesh=MeshConfig(data=1),
         data=DataConfig(path=prepared),

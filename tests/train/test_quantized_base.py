@@ -117,6 +117,7 @@ def with_float_base(params, config):
 def test_gradients_equal_those_with_the_dequantized_float_base(base):
     # Small, because both programs are compiled.
     small = {"hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 64}
+    small |= {"normalization": "rmsnorm", "add_bias": False}
     small = {"model": dataclasses.replace(MODEL, **small), "targets": ("q", "out")}
     config = config_of(base, **small)
     params = start(config)
