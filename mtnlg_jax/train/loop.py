@@ -79,7 +79,7 @@ def train(
         log = MetricsLog(workdir, first, writing=processes.is_first())
         resources.callback(log.close)
         bar = resources.enter_context(_progress_bar(config, first, show_progress))
-        reporter = Reporter(config, log, bar, Meter(config), checkpoints)
+        reporter = Reporter(config, log, bar, Meter(config, data.has_answers), checkpoints)
         saver = Saver(checkpoints)
         steps = _compiled_steps(config, mesh, data, teachers, total_samples, watchdog)
         evaluate = Evaluator(config, mesh, data)

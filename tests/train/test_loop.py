@@ -330,3 +330,9 @@ def test_flops_per_token_of_the_paper():
     )
     expected = 6 * (model.parameter_count() - 2048 * 20480) + 12 * 105 * 20480 * 2048
     assert flops_per_token(model, 2048) == expected
+    head = 6 * model.vocabulary * model.hidden_size
+    assert flops_per_token(model, 2048, head=False) == pytest.approx(expected - head)
+    # 4 of 6 parts of the products, and all of the attention.
+    attention = 12 * model.num_layers * model.hidden_size * 2048
+    frozen = attention + (expected - attention) * 4 / 6
+    assert flops_per_token(model, 2048, frozen=True) == pytest.approx(frozen)
