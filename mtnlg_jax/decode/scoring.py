@@ -117,7 +117,7 @@ def _score(params, prefix: Prefix, labels_CS, lengths_C, *, config):
         return (out, merge_lse(lse_shared.swapaxes(1, 2), lse_own)) if return_lse else out
 
     x_CSD, head = run_layers(config, params, tokens_CS, positions_CS, attend)
-    return _log_probs(x_CSD, head, labels_CS, jnp.arange(width) < lengths_C[:, None])
+    return _log_probs(x_CSD, head, labels_CS, jnp.arange(width)[None] < lengths_C[:, None])
 
 
 def _log_probs(x_CSD, head, labels_CS, wanted_CS):
@@ -192,7 +192,7 @@ def _score_rows(params, tokens_CS, spans_2C, *, config):
 
     positions_CS = jnp.broadcast_to(jnp.arange(tokens_CS.shape[1]), tokens_CS.shape)
     x_CSD, head = run_layers(config, params, tokens_CS, positions_CS, attend)
-    number = 1 + jnp.arange(tokens_CS.shape[1])
+    number = 1 + jnp.arange(tokens_CS.shape[1])[None]
     wanted_CS = (spans_2C[0, :, None] <= number) & (number < spans_2C[1, :, None])
     return _log_probs(x_CSD, head, jnp.roll(tokens_CS, -1, 1), wanted_CS)
 
