@@ -68,15 +68,13 @@ def token_log_probs(
 
     tokens = x_BD.shape[0]
     chunk = min(chunk, tokens)
-    sparse = wanted_B is not None
-    order = jnp.argsort(~wanted_B) if sparse else jnp.arange(tokens)
-    weights_B = wanted_B if sparse else jnp.ones(tokens)
-    parts = (x_BD, labels_B, weights_B)
-    if sparse:
-        parts = tuple(each[order] for each in parts)
-    losses = _over_chunks(one, (), chunk, sparse, *_padded(chunk, *parts))[1]
-    log_probs = -losses.reshape(-1)[:tokens]
-    return jnp.zeros_like(log_probs).at[order].set(log_probs) if sparse else log_probs
+    if wanted_B is None:
+        parts = _padded(chunk, x_BD, labels_B, jnp.ones(tokens))
+        return -_over_chunks(one, (), chunk, False, *parts)[1].reshape(-1)[:tokens]
+    order = jnp.argsort(~wanted_B)
+    parts = _padded(chunk, *(each[order] for each in (x_BD, labels_B, wanted_B)))
+    losses = _over_chunks(one, (), chunk, True, *parts)[1].reshape(-1)[:tokens]
+    return jnp.zeros_like(losses).at[order].set(-losses)
 
 
 def _padded(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:

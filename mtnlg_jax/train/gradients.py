@@ -99,7 +99,6 @@ def make_loss_and_gradients(
             found = leave(loss, gradients)
             return (*found, _summed_loads(loads_LE)) if counting else found
 
-        # With adapters only the factors are differentiated, so no gradient of a matrix exists.
         counters = vary(expert_loads.new_counters(model)) if counting else ()
         leaves = (targets(params), counters)
         one = jax.value_and_grad(loss_of)

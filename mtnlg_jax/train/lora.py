@@ -84,9 +84,10 @@ def computed(params: nnx.State, config: Config) -> nnx.State:
     """Return, for ``state.params``, the parameters with which a loss is computed: a plain model's,
     with adapters (and the codes of a quantized base) among the blocks. There
     `weights.make_weights` takes them, layer by layer."""
-    base, adapters = split(params)
-    if adapters is None:
+    if not used(config):
         return params
+    base, adapters = split(params)
+    assert adapters is not None, "a run with a rank holds adapters"
     if quantized_base.used(config):
         base = quantized_base.among_blocks(base)
     mapping = base.raw_mapping
@@ -271,6 +272,7 @@ def abstract_parameters(config: Config) -> nnx.State:
 @functools.partial(jax.jit, static_argnums=1)
 def _merged(params: nnx.State, config: Config) -> nnx.State:
     base, adapters = split(params)
+    assert adapters is not None, "a run with a rank holds adapters"
     factors = adapters["blocks"]
     if quantized_base.used(config):
         mapping = quantized_base.among_blocks(base).raw_mapping
