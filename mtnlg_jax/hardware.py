@@ -193,20 +193,26 @@ def parse_chips(text: str) -> tuple[str, int]:
     return known[name.lower()], int(number)
 
 
-def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
+def flops_per_token(
+    model: ModelConfig, sequence_length: int, frozen: bool = False, head: bool = True
+) -> float:
     """Return forward and backward FLOPs per token, 6 N + 12 L H Q T (PaLM, appendix B).
 
     Attention counts in full, not halved for causality; T is at most the window of a layer. N
     excludes the input embeddings, which are looked up, and the experts that a token does not visit.
-    It includes the output embedding.
+    It includes the output embedding, unless ``head`` is False. ``frozen``: 4 N, since frozen
+    matrices have no gradient.
     """
     products = model.active_parameter_count()  # raises where the vocabulary is not known
     if model.position_embedding_type == "learned":
         products -= model.max_position_embeddings * model.hidden_size
     if not model.tie_embeddings:
         products -= model.vocabulary * model.hidden_size
+    if not head:
+        products -= model.vocabulary * model.hidden_size
     width = model.num_attention_heads * model.head_width
-    return 6 * products + 12 * model.num_layers * width * model.attended(sequence_length)
+    each = 4 if frozen else 6
+    return each * products + 12 * model.num_layers * width * model.attended(sequence_length)
 
 
 def layer_flops(model: ModelConfig, sequence_length: int) -> dict[str, float]:

@@ -334,10 +334,14 @@ def test_an_interrupt_prints_one_line():
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=PATIENCE)[1] == "interrupted\n"
-    assert process.returncode == errors.INTERRUPTED
+    try:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=PATIENCE)[1] == "interrupted\n"
+        assert process.returncode == errors.INTERRUPTED
+    finally:  # a test that fails leaves nothing that a later one is blamed for
+        process.kill()
+        process.communicate()
 
 
 # --- the launcher's end

@@ -52,7 +52,9 @@ with command.flag_group("Low-rank adapters"):
         "base", None, "model or run that the adapters change; default: the one that they name"
     )
 with command.flag_group("From a run to Hugging Face"):
-    _CHECKPOINT = flags.DEFINE_enum("checkpoint", "best", ["best", "last"], "which checkpoint")
+    _CHECKPOINT = flags.DEFINE_enum(
+        "checkpoint", None, ["best", "last"], "which checkpoint; default: best"
+    )
     _DTYPE = flags.DEFINE_enum(
         "dtype",
         "source",
@@ -64,7 +66,7 @@ with command.flag_group("From a run to Hugging Face"):
         None,
         "model_type to write; default: that of the original, or the first that computes the same",
     )
-    _MAX_SHARD_SIZE = flags.DEFINE_float("max_shard_size", 5.0, "GB per file")
+    _MAX_SHARD_SIZE = flags.DEFINE_float("max_shard_size", None, "GB per file; default: 5")
 
 
 def main() -> None:

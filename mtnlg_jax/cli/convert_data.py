@@ -38,7 +38,9 @@ with command.flag_group("All directions"):
         "overwrite", False, "replace what is at --to, once the new one is whole"
     )
 with command.flag_group("From a Megatron prefix to a prepared folder"):
-    _HELDOUT = flags.DEFINE_float("heldout", 0.01, "share of the last documents to hold out")
+    _HELDOUT = flags.DEFINE_float(
+        "heldout", None, "share of the last documents to hold out, 0 to 0.5; default: 0.01"
+    )
 
 
 def main() -> None:

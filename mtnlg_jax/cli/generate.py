@@ -36,11 +36,11 @@ An empty prompt starts a new text. --prompts=FILE holds one prompt a line: texts
 file objects of the form {"prompt": ..., "candidates": [...]}. The model is loaded once, and each
 answer is written to --output as a JSON line as soon as it is known.
 
-Settings that are not given come from config.decode of the run. --set=decode.KEY=VALUE gives any of
-them, also those that have a flag. Settings that have no effect beside the others are refused. The
-prompt and its continuation share the context of the model; the text ends where the context is full.
-Special tokens other than the end may be generated; they appear in the text only with
---show_special.
+Settings that are not given come from config.decode of the run. --set=decode.KEY=VALUE sets any of
+them, also those that have a flag. A setting that has no effect beside the others is refused. The
+prompt and its continuation share the context of the model; the text ends when the context is full.
+Control tokens (pad, bos, mask, sep) are not generated. Other special tokens of an imported
+tokenizer may be; they appear in the text only with --show_special.
 
 Texts to forbid, to favor or to stop at are given as text: --bad_words="of course"
 --suppress_words=the --word_bias=sea:2.5 --stop_words=END. These match with and without a space

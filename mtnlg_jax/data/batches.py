@@ -80,6 +80,11 @@ class Batches:
         self._shares = np.round(weights / left * 2**_SHARE_BITS).astype(np.int64)
         self._block = functools.lru_cache(maxsize=_BLOCKS_KEPT)(self._draw_block)
 
+    @property
+    def has_answers(self) -> bool:
+        """Whether a source has tokens that are read and not predicted."""
+        return any(tokens.answers_only for tokens in self._sources)
+
     def rows(self, samples: np.ndarray) -> dict[str, np.ndarray]:
         """Return int32 ``tokens``, ``segment_ids`` and ``positions``, each [n, S + 1], of sample
         numbers [n] from 0 on.

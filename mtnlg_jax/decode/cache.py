@@ -28,7 +28,7 @@ from mtnlg_jax.model.transformer import abstract_model
 from mtnlg_jax.parallel.mesh import EXPERT_BIAS, parameter_name
 
 ROUTER = "w_router_DE"
-TABLES = ("tokens_VD", "head_VD")  # quantized to int8 along with the products of the blocks
+TABLES = ("tokens_VD", "head_VD")  # quantized to int8 together with the matrices of the blocks
 
 
 class Decoder(NamedTuple):
@@ -36,7 +36,7 @@ class Decoder(NamedTuple):
 
     config: ModelConfig
     params: tuple[Any, ...]  # (all but the blocks, a tuple of blocks)
-    int8_cache: bool = False  # holds the keys and values of rows in int8
+    int8_cache: bool = False  # whether keys and values of rows are held in int8
 
     @property
     def context(self) -> int:
@@ -89,7 +89,7 @@ def unstack(
 
 
 def check_held(dtype, weights: str | None, cache: str | None) -> str:
-    """Return the name of ``dtype``. Raise ValueError on a form that a decoder cannot have."""
+    """Return the name of ``dtype``. Raise ValueError if a decoder cannot have one of the three."""
     if str(jnp.dtype(dtype)) not in ("float32", "bfloat16"):
         raise ValueError(f"dtype={dtype!r} cannot decode; choose float32 or bfloat16")
     for name, value in (("weights", weights), ("cache", cache)):
@@ -115,7 +115,8 @@ def split_abstract(config: ModelConfig) -> tuple[nnx.State, nnx.State]:
 def unstack_params(params, *, config, dtype, weights=None, rows=False):
     """Return a decoder's parameters.
 
-    ``rows``: hold float weights as RowWeights as well. A mesh can split only arrays, by name.
+    ``rows``: hold float weights as RowWeights as well. Over a mesh they must stay arrays, which are
+    split by their names.
     """
     int8 = weights == "int8"
     graph = abstract_model(config)[0]
@@ -154,18 +155,18 @@ def unstack_params(params, *, config, dtype, weights=None, rows=False):
     layers = tuple(map(layer, range(config.num_layers)))
     for name in TABLES if int8 else ():
         if (table := getattr(model, name)) is not None:
-            weight = rows_of(table[...], 1, int8, dtype, outputs_first=True)
+            weight = rows_of(table[...], 1, True, dtype, outputs_first=True)
             setattr(rounded, name, nnx.Param(weight))
     return nnx.split(rounded)[1], layers
 
 
 def by_rows() -> bool:
-    """Return whether float weights are best held as RowWeights as well."""
+    """Return whether float weights are faster as RowWeights too, as int8 weights are held."""
     return on_cpu()
 
 
 def run_layers(config: ModelConfig, params, tokens_BS, positions_BS, attend: Callable):
-    """Return what the head multiplies, (B, S, D), and the `Head`, whose table is an array.
+    """Return the input of the head, (B, S, D), and the `Head`, with its table as an array.
 
     ``attend(layer, q, k, v, **options)`` computes the attention of layer number ``layer``.
     """
@@ -176,7 +177,7 @@ def run_layers(config: ModelConfig, params, tokens_BS, positions_BS, attend: Cal
 
 
 def run(config: ModelConfig, params, tokens_BS, positions_BS, attend: Callable):
-    """Do the same as ``run_layers``, but return the head as it is held."""
+    """Do the same as ``run_layers``, but keep a table that is a RowWeight as it is."""
     outer_graph, block_graph = _graphs(config)
     outer, layers = params
     model = nnx.merge(outer_graph, outer)
@@ -222,8 +223,8 @@ def prefill(
 ) -> Prefix:
     """Read ``prompts`` (token ids, at least one each) into a cache of ``size`` positions.
 
-    ``rolling``: keep only the windows of windowed layers, which is all that rows need to continue
-    the prompts. Speculation, beams and scores need all positions.
+    ``rolling``: keep only the windows of windowed layers. Rows need no more to continue the
+    prompts; speculation, beams and scores need all positions.
 
     Raises ValueError on an empty prompt, one longer than ``size``, and ids outside the vocabulary.
     """
@@ -280,7 +281,7 @@ def step(config: ModelConfig, params, cache, tokens_B, positions_B):
         lengths_B = positions_B + 1
         rolling = isinstance(held, Rolling)
         if rolling:
-            # The slot of the key that just left the window. All that is held then is visible.
+            # The slot of the key that just left the window. All other slots in use are visible.
             window = options.pop("window")
             at_B = positions_B % window
             lengths_B = jnp.minimum(lengths_B, window)
@@ -296,8 +297,9 @@ def step(config: ModelConfig, params, cache, tokens_B, positions_B):
 def read(config: ModelConfig, params, cache, tokens_BS, starts_B):
     """Read S tokens of each row, from position ``starts_B`` on.
 
-    None of them needs to be kept: tokens that are not advanced over are never attended to, and are
-    overwritten. Positions past the cache are not written, and their logits have no meaning.
+    The caller may discard any of them: a row that does not advance over a token never attends to
+    it, and overwrites it later. Positions past the cache are not written, and their logits have no
+    meaning.
 
     Returns: float32 logits after each token (B, S, V), and the cache with the tokens.
     """
@@ -306,8 +308,8 @@ def read(config: ModelConfig, params, cache, tokens_BS, starts_B):
     written = []
 
     def attend(layer, q, k, v, return_lse=False, **options):
-        # All S queries of a row see the whole old cache, so they attend to it as more query heads
-        # of one position. Among themselves they are causal.
+        # All S queries of a row see the whole old cache, so decode_attention takes them as more
+        # query heads of one position. Among themselves they are causal.
         batch, _, heads, width = q.shape
         kv_heads = k.shape[2]
         grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, width)
@@ -357,10 +359,10 @@ def as_cached(x):
 
 
 def options_of_heads(options: dict, shape: Sequence[int], inserted: int) -> dict:
-    """Return attention options for queries that are presented as more heads.
+    """Return attention options for queries that are passed as more heads.
 
-    Slopes are one for each of N heads. The presented heads have ``shape``, which is (K, G) of the N
-    heads with one more dim at ``inserted``.
+    There is one slope for each of the N heads. The passed heads have ``shape``: (K, N / K) with one
+    more dim at ``inserted``.
     """
     if "alibi_slopes" not in options:
         return dict(options)
@@ -394,7 +396,7 @@ def _write(layer, k_BSKH, v_BSKH, positions_BS):
 
 
 def logits_of(x, head: Head):
-    """Return float32 logits (..., V) of what the `Head` multiplies, (..., D)."""
+    """Return float32 logits (..., V) of the head's input ``x`` (..., D)."""
     table: Any = head.table_VD
     if not isinstance(table, RowWeight):
         if not by_rows():

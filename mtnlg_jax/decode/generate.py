@@ -55,16 +55,16 @@ def generate(
       constraint: a pure JAX function (tokens_BS, lengths_B, prompts_B) -> bool (B, V) that marks
         the ids that may come next, such as a grammar; see ``StaticOptions``. A row ends if it
         allows none.
-      on_text: called with (index in the result, text) as text is generated; the pieces joined are
+      on_text: called with (index in the result, text) as text is generated; the pieces add up to
         the result's text. The text of beams comes at the end, when the best are known.
       draft: a smaller model with the same tokens, which guesses num_assistant_tokens at a time for
         ``decoder`` to verify together; faster if it guesses well and the batch is small. See
         speculative.py.
 
-    Special tokens (except ends and forced tokens) and the padding of the vocabulary are never
-    written. The i-th sequence of a prompt draws with seed + i; the beams of a prompt are one draw
-    with seed. There may be fewer beams than num_return_sequences if fewer different sequences
-    exist.
+    Control tokens (except ends and forced tokens; see `results.writable`) and the padding of the
+    vocabulary are never written. The i-th sequence of a prompt draws with seed + i; the beams of a
+    prompt are one draw with seed. There may be fewer beams than num_return_sequences if fewer
+    different sequences exist.
 
     Raises:
       ValueError: settings are out of range or in conflict, ids are outside the vocabulary, or a
@@ -106,8 +106,8 @@ def generate(
 def keeps_windows(config: DecodeConfig) -> bool:
     """Return whether a windowed layer may keep only its window under these settings.
 
-    Beams share the prompt's cache, and guesses, those of a draft as well, would overwrite keys that
-    are still needed once they are rejected.
+    Beams share the prompt's cache, which each of them continues. Guesses overwrite keys, and if a
+    guess is rejected those keys are still needed.
     """
     return config.num_beams == 1 and not config.prompt_lookup_num_tokens
 
@@ -249,7 +249,7 @@ def _continue_rows(
     per_row = [configs[i] for i in owners]
     # Seeds wrap around, so that seed + i of the largest seed is a seed as well.
     seeds_B = np.array([(configs[i].seed + copy) % 2**32 for i, copy in copies], np.uint32)
-    # A number above the context might not fit int32.
+    # At most the context: a larger number might not fit int32.
     max_new_tokens = [min(config.max_new_tokens, decoder.context) for config in per_row]
     settings = settings_of(per_row)
     speculates = draft is not None or not all(map(keeps_windows, per_row))
@@ -287,7 +287,7 @@ def _continue_rows(
             )
         # The host may end rows that the device would continue, by a stop string or by time.
         done_B = np.asarray(state.done_B) | texts.push(tokens_BS, lengths_B)
-        # A row that is done in the same round ended by itself.
+        # A row that is already done did not time out.
         timed_out_B |= ~done_B & (time.monotonic() - start > time_limits_B)
         done_B |= timed_out_B
         if done_B.all():
@@ -304,7 +304,7 @@ def _continue_rows(
     results = []
     for row, stream in enumerate(texts.streams):
         written = slice(texts.start_B[row], texts.seen_B[row])
-        # A token that was written but not taken into the text is an end token, or follows a stop.
+        # A token that was written but is not in the text is an end token, or follows a stop.
         ended = stream.stopped or lengths_B[row] > texts.seen_B[row]
         results.append(
             Generated(

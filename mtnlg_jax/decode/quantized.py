@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from mtnlg_jax import compat
+from mtnlg_jax.model.grouped import grouped_product
 from mtnlg_jax.model.quantize import quantize
 
 # With fewer rows XLA:CPU does not use its kernels, or they are not faster.
@@ -92,9 +93,15 @@ class ExpertWeight:
 
     def grouped(self, x_BI, sizes_E, experts_B):
         """Return the products of rows that are sorted by expert, (B, O)."""
-        y_BO = jax.lax.ragged_dot(
-            x_BI, self.number_EIO.astype(x_BI.dtype), sizes_E, preferred_element_type=jnp.float32
-        )
+        if on_cpu():
+            # float32, since XLA:CPU multiplies it the fastest; it holds the integers exactly.
+            numbers_EIO = self.number_EIO.astype(jnp.float32)
+            y_BO = grouped_product(x_BI.astype(jnp.float32), numbers_EIO, sizes_E)
+        else:
+            numbers_EIO = self.number_EIO.astype(x_BI.dtype)
+            y_BO = jax.lax.ragged_dot(
+                x_BI, numbers_EIO, sizes_E, preferred_element_type=jnp.float32
+            )
         return (y_BO * self.scale_EO[experts_B]).astype(x_BI.dtype)
 
 

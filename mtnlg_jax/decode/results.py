@@ -23,9 +23,8 @@ class Generated:
     text: str  # without special tokens and stops, nor a character cut in two at the end
     # "stop": end token or stop; "length": max_new_tokens or the context's end; "timeout": max_time
     finish_reason: str
-    logprobs: tuple[
-        float, ...
-    ]  # of ``tokens``, natural logarithms, in the model's own distribution
+    # of ``tokens``, natural logarithms, in the model's own distribution
+    logprobs: tuple[float, ...]
     # of beams: the value they are sorted by, sequences_scores in Hugging Face
     score: float | None = None
     guessed: int = 0  # tokens that speculative decoding guessed

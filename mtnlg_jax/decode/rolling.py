@@ -1,13 +1,13 @@
 """A rolling cache for windowed layers: only the keys that the next query sees are kept.
 
-Position p is held in slot p mod W, where W is the window (the rolling buffer of Jiang 2023, Mistral
-7B). A query overwrites the key that just left its window before it attends, so that every slot in
-use is visible: no mask of the window is needed, and the kernels of decode_attention serve it as
-they serve any cache. A softmax does not depend on the order of keys, and keys are rotated before
-they are cached.
+Position p is held in slot p mod the window (the rolling buffer of Jiang 2023, Mistral 7B). A new
+key overwrites the one that just left the window before its query attends, so every slot in use is
+visible: no mask of the window is needed, and the kernels of decode_attention take it like any other
+cache. The order of keys does not matter: a softmax does not depend on it, and keys are rotated
+before they are cached.
 """
 
-# Shapes: B rows, K key/value heads, T key positions, W slots in use, H head width
+# Shapes: B rows, K key/value heads, T key positions, W slots, H head width
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -24,24 +24,24 @@ MULTIPLE = 8
 class Rolling(NamedTuple):
     """The cache of a windowed layer, in slots instead of positions."""
 
-    arrays: tuple[jax.Array, ...]  # as of other layers: (k, v), or those and their scales
+    arrays: tuple[jax.Array, ...]  # as in other layers: (k, v), in int8 followed by their scales
 
 
 def slots_of(config: ModelConfig, number: int, size: int) -> int:
-    """Return the positions that layer ``number`` holds of a row in a cache for ``size`` tokens.
+    """Return how many positions of a row layer ``number`` holds in a cache for ``size`` tokens.
 
-    Below ``size`` only where the layer has a window that is so short. ALiBi adds a number for each
-    distance, so its layers need positions and keep all.
+    This is less than ``size`` only if the layer has a shorter window. ALiBi depends on the distance
+    of each key, so its layers keep all positions.
     """
     window = config.layer(number).window
     if window is None or config.position_embedding_type == "alibi":
         return size
-    # Slots of the rounding are never written and never seen.
+    # The slots that rounding adds are never written and never seen.
     return min(-(-window // MULTIPLE) * MULTIPLE, size)
 
 
 def roll(config: ModelConfig, number: int, layer, lengths_B, size: int):
-    """Return the cache of layer ``number`` as decoding keeps it: `Rolling` where that is shorter.
+    """Return the cache of layer ``number`` as decoding keeps it: a `Rolling` if that is shorter.
 
     Args:
       layer: arrays (B, K, T, H) or (B, K, T) whose first ``lengths_B`` positions are known. A
@@ -54,8 +54,8 @@ def roll(config: ModelConfig, number: int, layer, lengths_B, size: int):
     window = config.layer(number).window
     assert window is not None, "only a window makes a layer hold fewer positions"
     last_B1 = lengths_B[:, None] - 1
-    # The newest position of each slot. Those below 0 do not exist; they are not seen before a token
-    # is written there.
+    # The newest position of each slot. Positions below 0 do not exist: a slot that has none is not
+    # seen before a token is written there.
     positions_BW = last_B1 - (last_B1 - jnp.arange(slots)[None, :]) % window
     positions_BW = jnp.maximum(positions_BW, 0)
 

@@ -1,8 +1,8 @@
 """Log-probabilities of given tokens: after one shared prefix, in rows of their own, or masked.
 
-Any number of sequences is scored in blocks of at most BLOCK_TOKENS tokens (but at least one row),
-so that memory is bounded. A block's rows and width are powers of two, so that few programs are
-compiled; where blocks end changes only the last bits of rounding.
+Any number of sequences is scored in blocks of at most BLOCK_TOKENS tokens (at least one row), so
+that memory is bounded. Rows of a block are a power of two and its width is 16, 24, 32, 48, 64 ...,
+so that few programs are compiled; where blocks end changes only the last bits of rounding.
 """
 
 # Shapes: C candidates (rows of a block), S positions, D width, V vocabulary
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtnlg_jax.decode.cache import Decoder, Prefix, bucket, options_of_heads, run_layers
+from mtnlg_jax.decode.cache import Decoder, Prefix, options_of_heads, run_layers
 from mtnlg_jax.decode.rolling import check_whole
 from mtnlg_jax.model.attention import attention, merge, merge_lse
 from mtnlg_jax.model.loss import token_log_probs
@@ -23,6 +23,8 @@ BLOCK_TOKENS = 4096
 # Sequences whose starts are within this distance share a block: tokens before a start are read
 # again, not scored.
 NEAR = 16
+# Tokens whose logits are held at once.
+CHUNK = 256
 
 
 def blocks(lengths: Sequence[int], limit: int) -> Iterator[tuple[list[int], int, int]]:
@@ -32,12 +34,18 @@ def blocks(lengths: Sequence[int], limit: int) -> Iterator[tuple[list[int], int,
     """
     if not len(lengths):
         return
-    most = max(1, BLOCK_TOKENS // bucket(max(lengths), limit))
+    most = max(1, BLOCK_TOKENS // _width(max(lengths), limit))
     most = 1 << (most.bit_length() - 1)
     order = np.argsort(lengths, kind="stable").tolist()
     for start in range(0, len(order), most):
         chosen = order[start : start + most]
-        yield chosen, 1 << (len(chosen) - 1).bit_length(), bucket(lengths[chosen[-1]], limit)
+        yield chosen, 1 << (len(chosen) - 1).bit_length(), _width(lengths[chosen[-1]], limit)
+
+
+def _width(length: int, limit: int) -> int:
+    power = max(16, 1 << (length - 1).bit_length())
+    between = power // 4 * 3
+    return min(between if power > 16 and length <= between else power, limit)
 
 
 def score(
@@ -53,7 +61,11 @@ def score(
         labels_CS = np.zeros((rows, width), np.int32)
         for row, i in zip(labels_CS, chosen, strict=False):
             row[: len(candidates[i])] = candidates[i]
-        table_CS = np.asarray(_score(decoder.params, prefix, labels_CS, config=decoder.config))
+        lengths_C = np.zeros(rows, np.int32)
+        lengths_C[: len(chosen)] = [len(candidates[i]) for i in chosen]
+        table_CS = np.asarray(
+            _score(decoder.params, prefix, labels_CS, lengths_C, config=decoder.config)
+        )
         for row, i in zip(table_CS, chosen, strict=False):
             scored[i] = row[: len(candidates[i])]
     return scored
@@ -83,8 +95,8 @@ def score_from(
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _score(params, prefix: Prefix, labels_CS, *, config):
-    """Score a block of candidates.
+def _score(params, prefix: Prefix, labels_CS, lengths_C, *, config):
+    """Score a block of candidates of ``lengths_C`` tokens.
 
     The block begins with the prefix's last token, whose output predicts each candidate's first. Its
     queries see the cache before that token, and the block itself causally.
@@ -105,9 +117,14 @@ def _score(params, prefix: Prefix, labels_CS, *, config):
         return (out, merge_lse(lse_shared.swapaxes(1, 2), lse_own)) if return_lse else out
 
     x_CSD, head = run_layers(config, params, tokens_CS, positions_CS, attend)
-    return token_log_probs(x_CSD.reshape(-1, x_CSD.shape[-1]), head, labels_CS.reshape(-1)).reshape(
-        number, width
-    )
+    return _log_probs(x_CSD, head, labels_CS, jnp.arange(width)[None] < lengths_C[:, None])
+
+
+def _log_probs(x_CSD, head, labels_CS, wanted_CS):
+    """Return the log-probabilities of ``labels_CS`` where wanted."""
+    flat = (x_CSD.reshape(-1, x_CSD.shape[-1]), head, labels_CS.reshape(-1))
+    found = token_log_probs(*flat, CHUNK, wanted_CS.reshape(-1))
+    return found.reshape(labels_CS.shape)
 
 
 def _attend_shared(q, k, v, before, options: dict):
@@ -151,25 +168,33 @@ def score_rows(
         tokens_CS = np.zeros((number, width), np.int32)
         for row, i in zip(tokens_CS, chosen, strict=False):
             row[: len(rows[i])] = rows[i]
-        table_CS = np.asarray(_score_rows(decoder.params, tokens_CS, config=decoder.config))
+        # Padding begins and ends at 1: nothing of it is wanted.
+        spans_2C = np.ones((2, number), np.int32)
+        spans_2C[:, : len(chosen)] = [
+            [starts[i] for i in chosen],
+            [len(rows[i]) for i in chosen],
+        ]
+        table_CS = np.asarray(
+            _score_rows(decoder.params, tokens_CS, spans_2C, config=decoder.config)
+        )
         for row, i in zip(table_CS, chosen, strict=False):
             scored[i] = row[starts[i] - 1 : len(rows[i]) - 1]
     return scored
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _score_rows(params, tokens_CS, *, config):
-    """Return a table whose entry j is the log-probability of token j + 1."""
+def _score_rows(params, tokens_CS, spans_2C, *, config):
+    """Return a table whose entry j is the log-probability of token j + 1, for the tokens from the
+    start of each row's span to its end."""
 
     def attend(_, q, k, v, **options):
         return attention(q, k, v, impl=config.attention_impl, **options)
 
     positions_CS = jnp.broadcast_to(jnp.arange(tokens_CS.shape[1]), tokens_CS.shape)
     x_CSD, head = run_layers(config, params, tokens_CS, positions_CS, attend)
-    labels_CS = jnp.roll(tokens_CS, -1, 1)
-    return token_log_probs(x_CSD.reshape(-1, x_CSD.shape[-1]), head, labels_CS.reshape(-1)).reshape(
-        labels_CS.shape
-    )
+    number = 1 + jnp.arange(tokens_CS.shape[1])[None]
+    wanted_CS = (spans_2C[0, :, None] <= number) & (number < spans_2C[1, :, None])
+    return _log_probs(x_CSD, head, jnp.roll(tokens_CS, -1, 1), wanted_CS)
 
 
 def score_masked(

@@ -13,6 +13,7 @@ import numpy as np
 
 from mtnlg_jax.config import Config, ModelConfig, OptimizerConfig, validate
 from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mtnlg_jax.foreign import ORIGINALS
 from mtnlg_jax.interop import vocabulary
 from mtnlg_jax.interop.adapter_config import CONFIG, AdapterConfig
 from mtnlg_jax.interop.adapters import Adapter, Base, Merged
@@ -21,7 +22,6 @@ from mtnlg_jax.interop.families import FAMILIES, family_of
 from mtnlg_jax.interop.interchange import Interchange
 from mtnlg_jax.interop.recognize import is_adapter, is_model
 from mtnlg_jax.interop.source import Source, meta_of, original_of_model, read_run
-from mtnlg_jax.interop.written import ORIGINALS
 from mtnlg_jax.train import lora
 from mtnlg_jax.train.adapted_arrays import stored_arrays
 from mtnlg_jax.train.checkpoint import Run, find_run

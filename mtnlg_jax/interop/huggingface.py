@@ -11,7 +11,7 @@ import numpy as np
 
 from mtnlg_jax.config import ModelConfig, to_json
 from mtnlg_jax.decode.results import writable
-from mtnlg_jax.foreign import is_gguf
+from mtnlg_jax.foreign import ORIGINALS, is_gguf
 from mtnlg_jax.interop import report, vocabulary
 from mtnlg_jax.interop.adapter_config import CONFIG
 from mtnlg_jax.interop.adapter_export import to_adapter
@@ -23,13 +23,15 @@ from mtnlg_jax.interop.recognize import is_adapter, is_megatron, maxtext_items
 from mtnlg_jax.interop.run_folder import keep_originals, write_run
 from mtnlg_jax.interop.shards import cast, write_shards
 from mtnlg_jax.interop.source import Source, meta_of, parameters_of
-from mtnlg_jax.interop.written import ORIGINALS, Written, read_kept
+from mtnlg_jax.interop.written import Written, read_kept
 from mtnlg_jax.storage import is_remote
 from mtnlg_jax.train.checkpoint import Run, load_run
 from mtnlg_jax.train.init_from import identity_of
 
 DTYPES = ("source", "float32", "float16", "bfloat16")
 ADAPTERS = ("merge", "keep")
+TEMPLATE = "chat_template.jinja"
+MAX_SHARD_SIZE = 5.0  # GB
 _ITEM = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -38,8 +40,8 @@ def convert(
     target: str,
     *,
     dtype: str = "source",
-    max_shard_size: float = 5.0,
-    which: str = "best",
+    max_shard_size: float | None = None,
+    which: str | None = None,
     tokenizer: str | None = None,
     overwrite: bool = False,
     family: str | None = None,
@@ -56,8 +58,8 @@ def convert(
       dtype: type of the tensors written for Hugging Face, one of DTYPES. "source" is the original
         type for a run that was converted and not trained since, else float32. Runs are always
         float32.
-      max_shard_size: maximum size of a file in GB.
-      which: the checkpoint of a run, "best" or "last".
+      max_shard_size: maximum size of a file in GB, above 0; None: MAX_SHARD_SIZE.
+      which: the checkpoint of a run, "best" or "last"; None: "best".
       tokenizer: path of the tokenizer for a model that lacks one.
       overwrite: replace an earlier run or model in ``target`` once the new one is complete.
       family: the model_type that a run becomes; by default the original one, or the first that
@@ -67,7 +69,7 @@ def convert(
       base: the base of the adapter; None: the one that it names.
 
     Raises:
-      ValueError: something cannot be converted.
+      ValueError: something cannot be converted, or an argument has no use in this direction.
       OSError: a file is missing or cannot be read.
     """
     if dtype not in DTYPES:
@@ -85,11 +87,8 @@ def convert(
             f"--adapters={adapters} is for adapters, and {source} is a whole model; leave it out"
         )
     to_adapters = adapters == "keep" and not adapter
-    if family is not None and (adapter or to_run or to_adapters):
-        raise ValueError(
-            f"--family={family} is for a run that becomes a model; {source} becomes "
-            f"{'an adapter' if to_adapters else 'a run'}, so leave it out"
-        )
+    becomes = "an adapter" if to_adapters else "a run" if adapter or to_run else "a model"
+    _refuse_unused(source, becomes, family, max_shard_size, which)
     _refuse_target(source, target, overwrite)
     beside = f"{os.path.abspath(target)}.partial-{os.getpid()}"
     os.makedirs(beside)
@@ -106,11 +105,13 @@ def convert(
                     f"--tokenizer={tokenizer} is for a model without one; {source} is a run, so "
                     "leave it out"
                 )
-            if adapters == "keep":
+            which = which or "best"
+            if to_adapters:
                 run, rest = to_adapter(source, Path(beside), dtype, which, base)
                 text = "\n".join([*report.of_model(run.config.model, run.tokenizer), rest])
             else:
-                text = _to_model(source, Path(beside), dtype, max_shard_size, which, family)
+                size = MAX_SHARD_SIZE if max_shard_size is None else max_shard_size
+                text = _to_model(source, Path(beside), dtype, size, which, family)
         _put_in_place(beside, os.path.abspath(target))
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -137,7 +138,7 @@ def _to_run(given: Path, folder: Path, workdir: str, dtype: str, tokenizer_path:
     tokenizer = settings.tokenizer
     meta = meta_of(settings, source)
     write_run(folder, config, tokenizer, source.interchange.shapes, source.parameters(), meta)
-    keep_originals(source, folder, tokenizer_path is None)
+    keep_originals(source, folder / ORIGINALS, tokenizer_path is None)
     model = source.model
     lines = report.of_model(
         model, tokenizer, f"from {report.kinds(source.dtypes)} to float32, exact"
@@ -203,10 +204,7 @@ def _adapter_to_run(
     identity = {key: meta["identity"][key] for key in ("model", "tokenizer")}
     meta["identity"] = identity | identity_of(config, {})
     write_run(folder, config, run.tokenizer, shapes, parts, meta)
-    if isinstance(found, Source):
-        keep_originals(found, folder, tokenizer is None)
-    elif Path(path, ORIGINALS).is_dir():
-        shutil.copytree(Path(path, ORIGINALS), folder / ORIGINALS)
+    keep_originals(found, folder / ORIGINALS, tokenizer is None)
     named = adapter.config.base
     note = (
         []
@@ -260,6 +258,10 @@ def _to_model(
         ]
         for name in copied:
             shutil.copyfile(originals / name, folder / name)
+        # The one that the run was trained with, which may be another than the original.
+        template = tokenizer.companions.get(TEMPLATE)
+        if template is not None:
+            (folder / TEMPLATE).write_bytes(template)
         how = "as it came"
     else:
         config |= {
@@ -370,6 +372,36 @@ def _holds_model(source: str) -> bool:
             "give one of them"
         )
     return model
+
+
+def _refuse_unused(
+    source: str,
+    becomes: str,
+    family: str | None,
+    max_shard_size: float | None,
+    which: str | None,
+) -> None:
+    """Raise ValueError for an argument that is out of range, or that has no use where ``source``
+    ``becomes`` this. None: not given."""
+    # Written so that it refuses nan too.
+    if max_shard_size is not None and not max_shard_size > 0:
+        raise ValueError(
+            f"--max_shard_size={max_shard_size:g} GB holds no tensor; set it above 0, such as "
+            f"{MAX_SHARD_SIZE:g}"
+        )
+    if becomes != "a model":
+        for name, value in (("family", family), ("max_shard_size", max_shard_size)):
+            if value is not None:
+                text = value if isinstance(value, str) else f"{value:g}"
+                raise ValueError(
+                    f"--{name}={text} is for a run that becomes a model; {source} becomes "
+                    f"{becomes}, so leave it out"
+                )
+    if becomes == "a run" and which is not None:
+        raise ValueError(
+            f"--checkpoint={which} is for a run that becomes a model or an adapter; {source} "
+            "becomes a run, so leave it out"
+        )
 
 
 def _refuse_target(source: str, target: str, overwrite: bool) -> None:

@@ -90,7 +90,9 @@ class Interchange:
         return tensors.their_shape(name, shape)
 
     def _has_experts(self, name: str, index: tuple[int, ...]) -> bool:
-        return tensors.dims_of(name).startswith("E") and len(index) == 1 and "b_router" not in name
+        # Vectors of a number for each expert are tensors of their own.
+        whole = name.endswith(("b_router_E", "b_balance_E"))
+        return tensors.dims_of(name).startswith("E") and len(index) == 1 and not whole
 
     def copied(self, theirs: str) -> str | None:
         """Return the tensor of the table of which ``theirs`` may be a copy: a tied head of the

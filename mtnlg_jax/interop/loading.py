@@ -13,11 +13,12 @@ from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mtnlg_jax.decode.cache import TABLES
+from mtnlg_jax.foreign import folder_of
 from mtnlg_jax.interop import vocabulary
 from mtnlg_jax.interop.adapter_runs import open_merged
 from mtnlg_jax.interop.adapters import Merged
 from mtnlg_jax.interop.families import family_of, model_of
-from mtnlg_jax.interop.recognize import folder_of, is_adapter
+from mtnlg_jax.interop.recognize import is_adapter
 from mtnlg_jax.interop.source import Source, meta_of, read_config
 from mtnlg_jax.model.params import names_of
 from mtnlg_jax.model.transformer import abstract_model
@@ -36,7 +37,7 @@ def tokenizer_for_data(path: str | os.PathLike) -> Tokenizer | None:
     original = read_config(folder)
     try:
         rows = model_of(original).vocabulary
-    except ValueError:  # a tokenizer is of use without a model that runs here
+    except ValueError:  # data may be prepared for a model that does not run here
         return None
     if load_tokenizer(folder).vocab_size <= rows:
         return None
@@ -71,8 +72,8 @@ def load_model(
     adapter: str | os.PathLike | None = None,
     which: str = "best",
 ) -> Run:
-    """Return the model at ``path``, as `open_model` reads it, as `train.checkpoint.load_run`
-    returns a run."""
+    """Return the model at ``path``, with its parameters, as `train.checkpoint.load_run` returns a
+    run. The arguments ``adapter`` and ``which`` are those of `open_model`."""
     run, source = open_model(path, adapter, which)
     model = dataclasses.replace(run.config.model, vocab_padding=vocab_padding)
     abstract = abstract_model(model)[1]
@@ -136,7 +137,7 @@ class _Target:
 
 
 class _Part:
-    """What one device holds of a `_Target`."""
+    """The part of a `_Target` that one device holds."""
 
     def __init__(self, device: jax.Device, index: tuple, shape: tuple[int, ...]) -> None:
         self.bounds = [each.indices(size)[:2] for each, size in zip(index, shape, strict=True)]
@@ -146,7 +147,7 @@ class _Part:
         self._array: jax.Array | None = None
         if device.platform == "cpu":  # whose memory is the host's
             self._host = host.empty(sizes, np.float32)
-            if self._host.nbytes < host.LARGE:
+            if self._host.nbytes < host.LARGE:  # a larger one is zero
                 self._host[...] = 0
         else:
             self._array = jnp.zeros(sizes, jnp.float32, device=device)
@@ -164,11 +165,11 @@ class _Part:
             return
         on_device = host.on_device(part, np.float32, self._device)
         self._array = _put_rows(self._array, on_device, begin - first)
-        # Else copies on the host wait for the devices, and pile up.
+        # Without this wait, copies would pile up on the host faster than the device takes them.
         self._array.block_until_ready()
 
     def array(self) -> jax.Array:
-        """Return what was written, which is not written to any more."""
+        """Return the device's array. Call this once, after the last `write`."""
         if self._array is None:
             self._array = jax.device_put(self._host, self._device)
         return self._array

@@ -74,7 +74,6 @@ _NEUTRAL: dict[str, tuple] = {
     "moe_mlp_glu_interleave_size": (),
     "moe_router_group_topk": (),
     "moe_router_num_groups": (),
-    "moe_router_enable_expert_bias": (False,),
     "moe_router_force_load_balancing": (False,),
     "moe_router_topk_limited_devices": (),
     "multi_latent_attention": (False,),
@@ -330,6 +329,8 @@ def _experts(a: Arguments) -> Fields:
     losses = [a.get(name, default=0.0) for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff")]
     losses = [each[0] if isinstance(each, list) else each for each in losses]
     balance = a.get("moe_router_load_balancing_type", default="aux_loss")
+    chosen_by_bias = bool(a.get("moe_router_enable_expert_bias", default=False))
+    rate = a.number("moe_router_bias_update_rate", default=MoEConfig.moe_router_bias_update_rate)
     number = a.get("num_experts", "num_moe_experts")
     every = a.get("moe_layer_freq", default=1)
     if not number:
@@ -339,6 +340,12 @@ def _experts(a: Arguments) -> Fields:
         raise a.refuse("moe_layer_freq", "every layer must have experts")
     if "sinkhorn" in balance:
         raise a.refuse("moe_router_load_balancing_type", "it changes which expert a token visits")
+    if chosen_by_bias and score != "sigmoid":
+        # megatron-core refuses it too: added to a softmax, the bias would choose other experts.
+        raise a.refuse(
+            "moe_router_enable_expert_bias",
+            "it is known with moe_router_score_function=sigmoid alone",
+        )
     moe = MoEConfig(
         num_moe_experts=number,
         moe_router_topk=top,
@@ -347,6 +354,8 @@ def _experts(a: Arguments) -> Fields:
         moe_router_pre_softmax=True,
         moe_router_norm=top > 1 if score == "sigmoid" else not before,
         moe_router_topk_scaling_factor=float(factor or 1.0),
+        moe_router_enable_expert_bias=chosen_by_bias,
+        moe_router_bias_update_rate=float(rate),
         moe_shared_expert_intermediate_size=shared or 0,
         moe_shared_expert_gate=gate and bool(shared),
         moe_aux_loss_coeff=float(losses[0]),
@@ -375,6 +384,7 @@ def family_of(values: dict[str, Any], model: ModelConfig) -> Family:
         if model.gated:
             up = ("mlp.w_gate_EDF mlp.w_in_EDF", "mlp.b_gate_EF mlp.b_in_EF")
         block |= both("mlp.router", "mlp.w_router_DE", "mlp.b_router_E")
+        block["mlp.router.expert_bias"] = tensor("mlp.b_balance_E")
         block |= both(f"{EXPERT}linear_fc1", *up)
         block |= both(f"{EXPERT}linear_fc2", "mlp.w_out_EFD", "mlp.b_out_ED")
         block |= _mlp("mlp.shared_experts", "mlp.shared", gated=model.gated)

@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from mtnlg_jax.foreign import is_gguf
+from mtnlg_jax.foreign import folder_of, is_gguf
 from mtnlg_jax.storage import is_remote
 
 
@@ -48,15 +48,6 @@ def maxtext_items(path: str | os.PathLike) -> Path | None:
         if metadata.is_file() and b"token_embedder" in metadata.read_bytes():
             return place
     return None
-
-
-def folder_of(path: str | os.PathLike) -> str:
-    """Return the folder of a model that is named by its config.json or by one of its weights; other
-    paths as they are."""
-    path = os.fspath(path)
-    folder, name = os.path.split(path)
-    named = name == "config.json" or name.endswith((".safetensors", ".safetensors.index.json"))
-    return (folder or os.curdir) if named and os.path.isfile(path) else path
 
 
 def is_model(path: str | os.PathLike) -> bool:

@@ -6,6 +6,7 @@ train.init read them without conversion. The commands call it; programs call it 
 """
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mtnlg_jax import foreign
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
     from mtnlg_jax.train.checkpoint import Run
 
 
-class HuggingFace:
-    """A `foreign.Reader`. Imports wait until a model is read."""
+class _Reader:
+    """The `foreign.Reader` of all these formats. Imports wait until a model is read."""
 
     def __init__(self) -> None:
         # {folder of a base: (adapter to merge when it is read, checkpoint of a run)}
@@ -51,7 +52,7 @@ class HuggingFace:
             return tokenizers_of(merged.base)
         source = Source(path)
         settings = source.settings()
-        # Text has the same ids with the files alone and with the roles that the model gives them.
+        # The first one has the roles that the model gives its tokens. Both encode a text alike.
         return settings.config, (settings.tokenizer, load_tokenizer(source.tokenizer_path))
 
     def tokenizer(self, path: str | os.PathLike) -> Any:
@@ -64,25 +65,32 @@ class HuggingFace:
 
         return open_model(path, *self._adapter(path))
 
+    def keep(self, path: str | os.PathLike, folder: str | os.PathLike) -> None:
+        from mtnlg_jax.interop.run_folder import keep_originals
+
+        opened = self.open(path)[1]
+        keep_originals(getattr(opened, "base", opened), Path(folder))
+
     def load(self, path: str | os.PathLike, mesh: Any, zero: int, vocab_padding: int) -> "Run":
         from mtnlg_jax.interop.loading import load_model
 
         return load_model(path, mesh, zero, vocab_padding, *self._adapter(path))
 
 
-_READER = HuggingFace()
+_READER = _Reader()
 
 
 def register() -> None:
-    """Let runs be such models."""
+    """Let such models take the place of runs."""
     foreign.register(_READER)
 
 
 def adapt(workdir: str | None, adapter: str | None, which: str = "best") -> None:
-    """Merge the PEFT ``adapter`` into the model at ``workdir`` whenever that is read; None: none.
+    """Merge the PEFT ``adapter`` into the model at ``workdir`` whenever that is read; None: do
+    nothing.
 
-    ``which`` is the checkpoint where ``workdir`` is a run. Raises what `open_merged` raises, before
-    any tensor is read.
+    ``which`` is the checkpoint to read if ``workdir`` is a run. Raises what `open_merged` raises,
+    before any tensor is read.
     """
     if adapter is None:
         return

@@ -1,4 +1,4 @@
-"""The folder of a run that is a converted model."""
+"""The folder of a run that is a converted model, or that started from one."""
 
 import json
 import shutil
@@ -9,10 +9,13 @@ import numpy as np
 
 from mtnlg_jax.config import Config, to_json
 from mtnlg_jax.data.tokenizer import Tokenizer
+from mtnlg_jax.foreign import ORIGINALS
 from mtnlg_jax.interop import vocabulary
+from mtnlg_jax.interop.adapter_runs import RunBase
+from mtnlg_jax.interop.adapters import Base
 from mtnlg_jax.interop.shards import write_tensors
 from mtnlg_jax.interop.source import Source
-from mtnlg_jax.interop.written import KEPT, ORIGINALS
+from mtnlg_jax.interop.written import KEPT
 from mtnlg_jax.train.checkpoint import Checkpoints
 
 # Placed in a converted run.
@@ -52,16 +55,21 @@ def write_run(
     (folder / "config.py").write_text(_CONFIG)
 
 
-def keep_originals(source: Source, folder: Path, own_tokenizer: bool) -> None:
-    """Keep what the way back needs: config.json, the tokenizer unless another one was given, and
-    tensors that parameters do not give back bit for bit."""
-    (folder / ORIGINALS).mkdir()
-    for name in source.files():
+def keep_originals(base: Base, folder: Path, own_tokenizer: bool = True) -> None:
+    """Write into ``folder``, ORIGINALS of a run, what the way back needs: config.json, the
+    tokenizer unless another one was given, and tensors that parameters do not give back bit for
+    bit. A run that is the ``base`` of an adapter may have them itself."""
+    if not isinstance(base, Source):
+        if isinstance(base, RunBase) and (base.path / ORIGINALS).is_dir():
+            shutil.copytree(base.path / ORIGINALS, folder)
+        return
+    folder.mkdir()
+    for name in base.files():
         if own_tokenizer or name not in vocabulary.FILES:
-            shutil.copyfile(source.folder / name, folder / ORIGINALS / name)
-    if source.original and not source.returns:
-        content = json.dumps(source.original, indent=2) + "\n"
-        (folder / ORIGINALS / "config.json").write_text(content)
-    kept = source.inexact() if source.returns else {}
+            shutil.copyfile(base.folder / name, folder / name)
+    if base.original and not base.returns:
+        content = json.dumps(base.original, indent=2) + "\n"
+        (folder / "config.json").write_text(content)
+    kept = base.inexact() if base.returns else {}
     if kept:
-        write_tensors(folder / ORIGINALS / KEPT, kept)
+        write_tensors(folder / KEPT, kept)

@@ -25,7 +25,7 @@ from mtnlg_jax.config import (
     validate,
 )
 from mtnlg_jax.data.tokenizer import Tokenizer
-from mtnlg_jax.foreign import is_gguf
+from mtnlg_jax.foreign import folder_of, is_gguf
 from mtnlg_jax.interop import vocabulary
 from mtnlg_jax.interop.families import FAMILIES, family_of, model_of
 from mtnlg_jax.interop.generation import decode_of
@@ -33,7 +33,7 @@ from mtnlg_jax.interop.gguf_file import GGUF
 from mtnlg_jax.interop.interchange import Interchange, problems, stored_names
 from mtnlg_jax.interop.maxtext_file import MaxText
 from mtnlg_jax.interop.megatron_file import Megatron
-from mtnlg_jax.interop.recognize import folder_of, is_megatron, maxtext_items
+from mtnlg_jax.interop.recognize import is_megatron, maxtext_items
 from mtnlg_jax.interop.shards import Shards, as_float32, finite
 
 ROWS_AT_ONCE = 4096  # of a table

@@ -13,8 +13,7 @@ from mtnlg_jax.interop.families import FAMILIES
 from mtnlg_jax.interop.interchange import Interchange, stored_names
 from mtnlg_jax.model.params import names_of
 
-ORIGINALS = "huggingface"  # folder in a converted run: the original config.json and tokenizer
-# In it: tensors that its parameters do not give back bit for bit.
+# In the folder of originals: tensors that the run's parameters do not give back bit for bit.
 KEPT = "kept.safetensors"
 TYPES = 2  # rows of BERT's table of token types where a run has none of its own
 

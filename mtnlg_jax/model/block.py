@@ -73,7 +73,10 @@ class Attention(nnx.Module):
         return checkpoint_name((q, k, v), "qkv")
 
     def _own_heads(self, x_BSKH: jax.Array) -> jax.Array:
-        """Return the key/value head of this device's queries, where all devices hold all heads."""
+        """Return the key/value head of this device's queries if every device holds all heads.
+
+        That is so where there are fewer heads than devices along tensor; else return ``x_BSKH``.
+        """
         parts = axis_size("tensor")
         heads = self.config.kv_heads
         if heads >= parts:
@@ -86,8 +89,8 @@ class Attention(nnx.Module):
     ) -> jax.Array:
         """Return ``attend(q, k, v, **options)``, (B, S, N, H), with this layer's options.
 
-        A sink is one more key of a learned score and value 0, so its share of the softmax follows
-        from the log-sum-exp of the others (Xiao 2023).
+        A sink acts like one more key, with a trained score and value 0. So its share of the softmax
+        follows from the log-sum-exp of the other keys (Xiao 2023).
         """
         config = self.config
         options: dict[str, Any] = {}

@@ -12,13 +12,13 @@ from jax import lax
 
 from mtnlg_jax.parallel.collectives import vary
 
-# Rows of a block, and the step of the sizes of the last block of a group. Smaller blocks are slow,
-# larger ones waste more.
+# Rows of a full block, and the step between the sizes of a group's last block. Smaller blocks are
+# slow, and larger ones waste more on rows of other groups.
 BLOCK = 256
 STEP = 64
 
 
-# Traced once for each shape: a step has the product in several places.
+# Jitted, so that it is traced once for each shape: a step calls it in several places.
 @jax.jit
 def grouped_product(x_UI: jax.Array, w_EIO: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """Return the product of each row with the matrix of its expert, (U, O).
@@ -52,24 +52,27 @@ _product_in_blocks.defvjp(_forward, _backward)
 def _in_blocks(sizes_E: jax.Array, rows: int, visit, carry):
     """Return ``carry`` after carry = visit(carry, block, expert, start, own) for all blocks.
 
-    ``block`` is a number of rows, from ``start`` on; ``own``, (block,), says which of them are the
-    expert's, and is None if all are.
+    A block has ``block`` rows from ``start`` on. ``own``, (block,), marks those that belong to
+    ``expert``; it is None if all do.
     """
     full = min(BLOCK, rows)
     starts_E = jnp.cumsum(sizes_E) - sizes_E
     rest_E = sizes_E % full if rows > full else sizes_E
 
-    def over(count_E, block, first_E, carry):
-        """Visit ``count_E`` blocks of each expert, from row ``first_E`` on."""
+    def over(count_E, block, first_E, carry, is_full=False):
+        """Visit ``count_E`` blocks of each expert, from row ``first_E`` on.
+
+        ``is_full``: all rows of each block belong to its expert.
+        """
         until_E = jnp.cumsum(count_E)
 
         def one(number, carry):
             expert = jnp.searchsorted(until_E, number, side="right").astype(jnp.int32)
             turn = number - (until_E - count_E)[expert]
             first = first_E[expert] + turn * block
-            if block == full and first_E is starts_E:
+            if is_full:
                 return vary(visit(carry, block, expert, first, None))
-            # The last block of all may not fit behind its first row.
+            # Fewer than ``block`` rows may follow the first one; the block then starts earlier.
             start = jnp.minimum(first, rows - block)
             row = start + jnp.arange(block)
             own = (row >= first) & (row < starts_E[expert] + sizes_E[expert])
@@ -77,10 +80,10 @@ def _in_blocks(sizes_E: jax.Array, rows: int, visit, carry):
 
         return lax.fori_loop(0, until_E[-1], one, vary(carry))
 
-    # With few rows a group has at most one full block, which the loop below takes as well.
+    # With few rows a group has at most one full block, which the loop below visits as well.
     if rows > full:
-        carry = over(sizes_E // full, full, starts_E, carry)
-    # What is left of each group is one smaller block, a bit larger than it.
+        carry = over(sizes_E // full, full, starts_E, carry, is_full=True)
+    # The rest of each group goes into one block of the smallest size that holds it.
     lasts = list(range(STEP, full, STEP)) + [full]
     for smaller, block in zip([0, *lasts], lasts, strict=False):
         fits_E = (rest_E > smaller) & (rest_E <= block)

@@ -52,10 +52,10 @@ RECOMPUTE = {
 
 
 class Hooks(NamedTuple):
-    """Changes to the plain forward pass. Each field serves one guest; the defaults change nothing.
+    """Changes to the plain forward pass; the defaults change nothing.
 
     Mixed precision and ZeRO-3 use ``prepare``, activation recomputation ``recompute``, context
-    parallelism ``attend``, dropout the next two fields, and experts the last two.
+    parallelism ``attend``, dropout ``dropout_key`` and ``rows_B``, and experts the last two fields.
     """
 
     prepare: Callable = lambda layer: layer  # one layer's stored parameters -> compute weights

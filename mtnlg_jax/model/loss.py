@@ -17,6 +17,7 @@ from jax import lax
 
 from mtnlg_jax.model.head import Head
 from mtnlg_jax.parallel.collectives import axis_index, axis_size, max_over, sum_over, vary
+from mtnlg_jax.parallel.mesh import ROWS
 
 
 def cross_entropy(
@@ -26,6 +27,7 @@ def cross_entropy(
     weights_B: jax.Array,
     chunk: int = 1024,
     smoothing: float = 0.0,
+    sparse: bool = False,
 ) -> jax.Array:
     """Return the sum over tokens of weight x -log p(label), a float32 scalar.
 
@@ -37,21 +39,42 @@ def cross_entropy(
       chunk: how many tokens have logits at the same time.
       smoothing: the share, in [0, 1), of every target that is spread evenly over the vocabulary
         (Szegedy 2016, Rethinking the Inception Architecture, section 7).
+      sparse: compute no logits of tokens with weight 0, but for those that fill up a chunk. It
+        pays where most weights are 0, as in training on answers alone.
     """
+    if sparse:
+        order = jnp.argsort(weights_B == 0)
+        x_BD, labels_B, weights_B = (each[order] for each in (x_BD, labels_B, weights_B))
     chunk = min(chunk, x_BD.shape[0])
     x_BD, labels_B, weights_B = _padded(chunk, x_BD, labels_B, weights_B)
-    return _summed(chunk, smoothing, *vary((x_BD, head, labels_B, weights_B)))
+    return _summed(chunk, smoothing, sparse, *vary((x_BD, head, labels_B, weights_B)))
 
 
 def token_log_probs(
-    x_BD: jax.Array, head: Head, labels_B: jax.Array, chunk: int = 1024
+    x_BD: jax.Array,
+    head: Head,
+    labels_B: jax.Array,
+    chunk: int = 1024,
+    wanted_B: jax.Array | None = None,
 ) -> jax.Array:
-    """Return log p(label) of every token, float32 (B,); not for training."""
+    """Return log p(label) of every token, float32 (B,); not for training.
+
+    With ``wanted_B``, bool, logits are computed of these tokens alone; others may get 0.
+    """
+
+    def one(carry, part):
+        x, labels, _ = part
+        return carry, _chunk_losses(x, head, labels)[0]
+
     tokens = x_BD.shape[0]
     chunk = min(chunk, tokens)
-    parts = _chunks(chunk, *_padded(chunk, x_BD, labels_B))
-    losses = lax.map(lambda part: _chunk_losses(part[0], head, part[1])[0], parts)
-    return -losses.reshape(-1)[:tokens]
+    if wanted_B is None:
+        parts = _padded(chunk, x_BD, labels_B, jnp.ones(tokens))
+        return -_over_chunks(one, (), chunk, False, *parts)[1].reshape(-1)[:tokens]
+    order = jnp.argsort(~wanted_B)
+    parts = _padded(chunk, *(each[order] for each in (x_BD, labels_B, wanted_B)))
+    losses = _over_chunks(one, (), chunk, True, *parts)[1].reshape(-1)[:tokens]
+    return jnp.zeros_like(losses).at[order].set(-losses)
 
 
 def _padded(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -98,17 +121,45 @@ def _losses_of(
     return jnp.log(total) + top - target, (exped, total, hits)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _summed(chunk, smoothing, x_BD, head, labels_B, weights_B):
+def _over_chunks(one, start, chunk, sparse, x_BD, labels_B, weights_B):
+    """Apply ``one`` to the chunks like `lax.scan`: return (the last carry, the outputs, of tokens).
+
+    ``sparse``: chunks at the end are left out if all their weights are 0; their outputs are 0.
+    """
+    parts = _chunks(chunk, x_BD, labels_B, weights_B)
+    if not sparse:
+        return lax.scan(one, start, parts)
+    used = jnp.count_nonzero(weights_B.reshape(-1, chunk).any(1))
+    if axis_size("tensor") > 1:
+        # Devices along tensor sum within a chunk. With equal numbers all devices do so at once.
+        for axis in (*ROWS, "context"):
+            used = max_over(used, axis)
+
+    def at(number):
+        return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, number, keepdims=False), parts)
+
+    def step(number, state):
+        carry, outputs = state
+        carry, output = one(carry, at(number))
+        put = functools.partial(lax.dynamic_update_index_in_dim, index=number, axis=0)
+        return carry, jax.tree.map(lambda a, update: put(a, update), outputs, output)
+
+    _, output = jax.eval_shape(one, start, jax.tree.map(lambda a: a[0], parts))
+    outputs = jax.tree.map(lambda a: jnp.zeros((len(parts[0]), *a.shape), a.dtype), output)
+    return lax.fori_loop(0, used, step, (start, vary(outputs)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _summed(chunk, smoothing, sparse, x_BD, head, labels_B, weights_B):
     def one(total, part):
         x, labels, weights = part
         return total + jnp.dot(_chunk_losses(x, head, labels, smoothing)[0], weights), None
 
-    total, _ = lax.scan(one, vary(jnp.float32(0)), _chunks(chunk, x_BD, labels_B, weights_B))
-    return total
+    start = vary(jnp.float32(0))
+    return _over_chunks(one, start, chunk, sparse, x_BD, labels_B, weights_B)[0]
 
 
-def _forward(chunk, smoothing, x_BD, head, labels_B, weights_B):
+def _forward(chunk, smoothing, sparse, x_BD, head, labels_B, weights_B):
     def one(carry, part):
         total, d_head = carry
         x, labels, weights = part
@@ -120,7 +171,7 @@ def _forward(chunk, smoothing, x_BD, head, labels_B, weights_B):
         return vary((total, d_head)), d_x
 
     start = vary((jnp.float32(0), _zeros_like(head)))
-    (total, d_head), d_x = lax.scan(one, start, _chunks(chunk, x_BD, labels_B, weights_B))
+    (total, d_head), d_x = _over_chunks(one, start, chunk, sparse, x_BD, labels_B, weights_B)
     return total, (d_x.reshape(x_BD.shape), d_head, head, weights_B)
 
 
@@ -143,7 +194,7 @@ def _through_head(
     return d_head, jnp.einsum("BV,VD->BD", d_logits, head.table_VD)
 
 
-def _backward(chunk, smoothing, residuals, grad):
+def _backward(chunk, smoothing, sparse, residuals, grad):
     d_x, d_head, head, weights_B = residuals
     # The weights are data: nothing is differentiated by them.
     return (
@@ -280,7 +331,7 @@ def _distilled_forward(
 
 
 def _distilled_backward(chunk, smoothing, temperature, share, residuals, grad):
-    d_x, d_head, _, d_weights = _backward(chunk, smoothing, residuals, grad)
+    d_x, d_head, _, d_weights = _backward(chunk, smoothing, False, residuals, grad)
     return d_x, d_head, None, None, None, d_weights
 
 

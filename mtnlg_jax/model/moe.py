@@ -5,8 +5,8 @@ Nothing is dropped. Tokens are sorted by expert, and one grouped product compute
 """
 
 # Shapes: B rows, S query positions, D width, F width of an expert, E experts, X experts of a token,
-# T tokens (B x S), U visits (T x X, sorted by expert), C 1 (the gate of the shared expert). Where
-# experts are split, T and U are the tokens and visits of all devices along expert.
+# T tokens (B x S), U visits of a token to an expert (T x X), C 1 (the gate of the shared expert).
+# Where experts are split, T and U are the tokens and visits of all devices along expert.
 
 import math
 
@@ -33,7 +33,7 @@ from mtnlg_jax.parallel.collectives import (
 def with_penalty(x: jax.Array, penalty: jax.Array) -> jax.Array:
     """Return ``x``; its gradient is that of a loss to which the scalar ``penalty`` is added.
 
-    So the losses of routers need no way of their own through scans and pipelines.
+    So scans and pipelines need not return the routers' losses beside their outputs.
     """
     return x
 
@@ -47,7 +47,7 @@ with_penalty.defvjp(
 def with_loads(x: jax.Array, bias_E: jax.Array, loads_E: jax.Array) -> jax.Array:
     """Return ``x``; the gradient of ``bias_E`` is ``loads_E``, whatever the loss is.
 
-    So loads are summed over micro-batches, stages and devices as gradients are.
+    So loads are summed over micro-batches, stages and devices in the same way as gradients.
     """
     return x
 
@@ -117,8 +117,8 @@ class Moe(nnx.Module):
     ) -> jax.Array:
         """Return this device's share of the router's losses, a scalar.
 
-        Of each row: moe_aux_loss_coeff x E sum_e f_e P_e, with the share f of visits and the mean
-        probability P of each expert, and moe_z_loss_coeff x mean(logsumexp(logits)^2).
+        The loss of a row is moe_aux_loss_coeff x E sum_e f_e P_e, with the share f of visits and
+        the mean probability P of each expert, plus moe_z_loss_coeff x mean(logsumexp(logits)^2).
         """
         config = self.config
         rows = penalty_B.shape[0]
@@ -156,8 +156,8 @@ class Moe(nnx.Module):
     ) -> jax.Array:
         """Return the experts' output, (B, S, D); in the manual region this device's part of S.
 
-        ``penalty_B`` weights the losses of each row, and tokens of rows with ``counted_B`` 1 are
-        loads of their experts; None leaves either out.
+        ``penalty_B`` weights the router's losses of each row. Tokens of rows with ``counted_B`` 1
+        count as loads of their experts. None leaves either out.
         """
         batch, length, width = x_BSD.shape
         x_TD = x_BSD.reshape(-1, width)
@@ -197,16 +197,16 @@ class Moe(nnx.Module):
         number = len(x_TD)
         parts = axis_size("expert")
         experts = self.config.num_moe_experts // parts
-        # Experts of this device count from 0, those of others are sorted behind them.
+        # This device's experts are numbered from 0. Visits to others are sorted behind theirs.
         own_U = experts_TX.reshape(-1) - axis_index("expert") * experts
         if parts > 1:
             own_U = jnp.where((own_U >= 0) & (own_U < experts), own_U, experts)
         order_U = jnp.argsort(own_U, stable=True)
         places_U = jnp.argsort(order_U)
-        # A token visits different experts, so this is the most visits that a device can have.
+        # A token visits an expert at most once, so a device has at most this many visits.
         most = number * min(visits, experts)
         order_U = order_U[:most]
-        # A bound, since the rows behind the last visit read biases as well.
+        # Rows behind the last visit read a bias as well, so their expert must exist.
         experts_U = jnp.minimum(own_U[order_U], experts - 1)
         sizes_E = jnp.bincount(own_U, length=experts).astype(jnp.int32)
         x_UD = x_TD[order_U // visits]
@@ -233,7 +233,7 @@ class Moe(nnx.Module):
         y_UD = y_UD * weights_TX.reshape(-1)[order_U][:, None].astype(y_UD.dtype)
         if parts > 1:
             y_UD = jnp.where(mine_U[:, None], y_UD, 0)
-        # Back in the order of the tokens, whose visits are then neighbors.
+        # Back to the order of tokens, in which the visits of a token are neighbors.
         y_UD = y_UD.at[places_U].get(mode="fill", fill_value=0) if parts > 1 else y_UD[places_U]
         y_TD = y_UD.reshape(number, visits, -1).sum(1)
         # Rows of all devices along expert: the sum over tensor comes first and leaves less to send.

@@ -34,7 +34,7 @@ from mtnlg_jax.parallel.collectives import axis_index, axis_size, gather, own_pa
 
 
 class MaskedHead(nnx.Module):
-    """What BERT applies before its output embedding: norm(activation(x W + b)) (Devlin 2018)."""
+    """The transform before BERT's output embedding: norm(activation(x W + b)) (Devlin 2018)."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         D = config.hidden_size
@@ -55,7 +55,7 @@ class Transformer(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        V = config.vocabulary  # raises ValueError while it is not known
+        V = config.vocabulary  # raises ValueError if it is not known yet
         D = config.hidden_size
         std = config.init_method_std
         self.config = config
@@ -125,7 +125,7 @@ class Transformer(nnx.Module):
         return self.place(x_BSD, own_part(positions_BS, "tensor", 1))
 
     def place(self, x_BSD: jax.Array, positions_BS: jax.Array) -> jax.Array:
-        """Return the embedding, given the rows of the token table, (B, S, D)."""
+        """Return the embedding, (B, S, D), given the tokens' rows of the table."""
         if self.config.multipliers.embedding != 1:
             x_BSD = x_BSD * jnp.asarray(self.config.multipliers.embedding, x_BSD.dtype)
         if self.positions_PD is not None:
@@ -149,8 +149,9 @@ class Transformer(nnx.Module):
     ) -> jax.Array:
         """Apply the stacked ``layers`` to ``x_BSD``.
 
-        ``layers`` are any consecutive layers of this model, such as those of a pipeline stage, and
-        ``first`` is the number of the first one in the model.
+        ``layers`` are consecutive layers of this model, such as those of a pipeline stage, and
+        ``first`` is the number of the first one in the model: a multiple of the length of
+        layer_pattern.
         """
         graph = nnx.graphdef(self.blocks)
         count = jax.tree.leaves(layers)[0].shape[0]
@@ -191,7 +192,7 @@ class Transformer(nnx.Module):
                 x_BSD = one(x_BSD, numbered)
             return x_BSD
 
-        # The scan runs whole periods of the pattern; what is left is unrolled.
+        # The scan runs whole periods of the pattern; the remaining layers are unrolled.
         period = len(pattern)
         whole = count // period * period
         periods = jax.tree.map(lambda a: a[:whole].reshape(-1, period, *a.shape[1:]), numbered)
@@ -205,7 +206,7 @@ class Transformer(nnx.Module):
         return gather(self.normed(x_BSD), "tensor", 1)
 
     def normed(self, x_BSD: jax.Array) -> jax.Array:
-        """Return what the head multiplies, given the last layer's output."""
+        """Return the input of the head, given the last layer's output."""
         if self.final_norm is not None:
             x_BSD = self.final_norm(x_BSD)
         return x_BSD if self.mlm is None else self.mlm(x_BSD)

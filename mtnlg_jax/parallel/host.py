@@ -1,8 +1,8 @@
 """Arrays of the host on their way to a device, with as few copies as the device allows.
 
-JAX's CPU backend takes over aligned host memory. A parameter that is read into `empty` is on the
-device without a copy. Large pages count as well: the kernel clears memory in pages of 4 KB several
-times as slowly as the processor copies.
+JAX's CPU backend uses aligned host memory as it is, so a parameter that is read into `empty` is on
+the device without a copy. Large pages save time as well: the kernel clears memory in pages of 4 KB
+several times as slowly as the processor copies.
 """
 
 import contextlib
@@ -25,12 +25,15 @@ _HAS_LARGE_PAGES = hasattr(mmap, "MADV_HUGEPAGE")  # Linux
 def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """Return an array for values that are written once and then given to `on_device`.
 
-    A large one is zero, in large pages, and aligned for every backend; a small one has any values.
+    A large one is zero, and on Linux in large pages and aligned for every backend. A small one has
+    any values.
     """
     kind = jnp.dtype(dtype)
     size = math.prod(shape) * kind.itemsize
-    if size < LARGE or not _HAS_LARGE_PAGES:
+    if size < LARGE:
         return np.empty(shape, kind)
+    if not _HAS_LARGE_PAGES:
+        return np.zeros(shape, kind)
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel without large pages
         pages.madvise(mmap.MADV_HUGEPAGE)
@@ -40,7 +43,7 @@ def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 def one_ahead[T](values: Iterator[T]) -> Iterator[T]:
     """Yield ``values``, each made by a thread while the one before it is in use.
 
-    Disks and copies of memory do not hold up Python.
+    The thread runs beside the caller, since reading a file and copying an array release the GIL.
     """
     with ThreadPoolExecutor(1) as pool:
         following = pool.submit(next, values, _END)
@@ -83,7 +86,7 @@ def on_device(
     """
     kind = jnp.dtype(dtype)
     if values.dtype != kind:
-        if kind != np.float32:  # rounds once, from what every stored type is exactly
+        if kind != np.float32:  # float32 holds every stored type exactly, so this rounds once
             values = values.astype(np.float32, copy=False)
         made = empty(values.shape, kind)
         write(made, values)

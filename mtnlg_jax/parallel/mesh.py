@@ -11,9 +11,9 @@ share the plan.
 | K key/value heads, fewer than the parts | none | products of all K on every device |
 | F MLP width | tensor | the same around the MLP |
 | D width, weights only | data x expert (ZeRO) | all-gather, reduce-scatter of its gradient |
-| L layers | pipe | one activation to the next stage a tick, each way |
-| M micro-batches, embedding and head only | pipe | none: the pipeline sends each to its home |
 | D width, weights of experts | data (ZeRO) | the same |
+| L layers | pipe | one activation to the next stage a tick, each way |
+| M micro-batches, embedding and head only | pipe | none: the pipeline sends each to its device |
 | B rows | data x expert | one sum of the gradients a step |
 | S sequence | context | exchange of keys and values, or of heads, in attention |
 | S sequence, between half blocks | tensor too | none: norms and residuals are per token |

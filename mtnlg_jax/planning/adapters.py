@@ -14,7 +14,6 @@ class Adapters(NamedTuple):
 
     base: int  # bytes of the frozen parameters
     factors: int  # numbers of A and B
-    targets: int  # numbers of the adapted matrices
     whole: int  # the same with D whole
 
 
@@ -36,11 +35,8 @@ def adapters_of(
             factors += numbers
         else:
             base += numbers * row.bytes // math.prod(row.local)
-    targets, whole = (
-        sum(size(row.local) for row in rows(lora.abstract_targets(config), split))
-        for split in (zero, 0)
-    )
-    return Adapters(base, factors, targets, whole)
+    whole = sum(size(row.local) for row in rows({"lora": lora.abstract_adapters(config)}, 0))
+    return Adapters(base, factors, whole)
 
 
 def memory(
@@ -64,16 +60,12 @@ def memory(
     }
     layer = all_blocks / layers
     if quantized_base.used(config):
-        # A layer in float32, the sum with A B, and two layers of compute weights.
-        weights = 8 * layer + item * (2 * layer + all_rest)
-        gradients = 8 * held.factors + (4 + item) * held.whole / layers
-        return held_factors | {"weights": weights, "gradients": gradients}
-    merged = 4 * held.targets
-    if zero == 3:
+        # A layer in float32, and two layers of compute weights.
+        weights = 4 * layer + item * (2 * layer + all_rest)
+    elif zero == 3:
         weights = item * (2 * layer + all_rest)
-        gradients = 4 * (held.targets + 2 * held.whole / layers)
     else:
         weights = item * (all_blocks + all_rest)
-        gradients = (4 + item) * held.whole + 4 * held.targets * bool(zero)
-    gradients += 4 * held.factors
-    return held_factors | {"merged": merged, "weights": weights, "gradients": gradients}
+    # Whole in float32 and in compute_dtype, then this device's part.
+    gradients = (4 + item) * held.whole + 4 * held.factors
+    return held_factors | {"weights": weights, "gradients": gradients}

@@ -21,6 +21,7 @@ from mtnlg_jax.config import (
     to_json,
 )
 from mtnlg_jax.data.batches import SAMPLE_ORDER
+from mtnlg_jax.foreign import folder_of
 from mtnlg_jax.storage import is_remote
 from mtnlg_jax.train.schedule import (
     batch_size_at,
@@ -314,8 +315,13 @@ def _same_path(one: str, other: str) -> bool:
 
 
 def _real_path(path: str) -> str:
-    # The same folder may be given in several ways, such as by a link or relative to another folder.
-    return path if not path or is_remote(path) else os.path.realpath(os.path.expanduser(path))
+    """Return one spelling of ``path`` for all of the same folder or URL."""
+    if not path:
+        return path
+    if is_remote(path):
+        return path.rstrip("/")
+    # A link, a path relative to this folder, or a file that names its folder.
+    return os.path.realpath(folder_of(os.path.expanduser(path)))
 
 
 def _text(value: Any) -> str:

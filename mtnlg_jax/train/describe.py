@@ -26,6 +26,8 @@ checkpoints/      the last states and the best one; a folder for each step, with
 config.json       all settings of the last start; starts.jsonl: every start and what it changed
 environment.json  date, command, commit, versions, devices and compiler flags of the last start
 tokenizer/        the tokenizer of the data and of generated text
+huggingface/      of a run that came from a model of another format: its config.json, tokenizer and
+                  settings of generation, which launch/convert.py writes again
 metrics.jsonl     a line for each step (kind train) and each evaluation (kind eval); loss in nats
                   per token
 loss.png          the curves;  tensorboard/ the same for TensorBoard (pip install tensorboard)

@@ -55,7 +55,8 @@ class Evaluator:
             data.held_out, config.sequence_length, EVALUATION_ROWS * config.train.eval_batches
         )
         self._steps = {
-            name: make_eval(config, mesh, causal=name == "causal") for name in self.objectives
+            name: make_eval(config, mesh, causal=name == "causal", sparse=data.has_answers)
+            for name in self.objectives
         }
 
     def __call__(self, params: nnx.State) -> dict[str, float]:
@@ -166,8 +167,11 @@ class Evaluator:
             yield put_batch(rows_of, (micro_batches, rows, self.config.sequence_length), self.mesh)
 
 
-def make_eval(config: Config, mesh: Mesh, causal: bool) -> Callable:
-    """Return (params, batch) -> (sum of weight x -log p, sum of weights) of a batch (M, B, S)."""
+def make_eval(config: Config, mesh: Mesh, causal: bool, sparse: bool = False) -> Callable:
+    """Return (params, batch) -> (sum of weight x -log p, sum of weights) of a batch (M, B, S).
+
+    ``sparse`` is as in `cross_entropy`.
+    """
     # The plain loss: neither dropout nor label smoothing.
     config = dataclasses.replace(
         config,
@@ -185,7 +189,7 @@ def make_eval(config: Config, mesh: Mesh, causal: bool) -> Callable:
         params, batch = vary((params, batch))
         params = weights.at_start(params)
         # A total of 1: sums and not means leave the device, since batches have different weights.
-        micro_batches = MicroBatches(config, causal, batch, 1.0)
+        micro_batches = MicroBatches(config, causal, batch, 1.0, sparse=sparse)
         numbers = jnp.arange(len(micro_batches))
         return sums(lax.map(lambda m: micro_batches.whole(params, m), numbers), batch)
 
@@ -194,7 +198,7 @@ def make_eval(config: Config, mesh: Mesh, causal: bool) -> Callable:
         # As in the train step, layers move to their stages as shards, before the gather.
         blocks = to_rounds(params.blocks, config.mesh.virtual_pipe)
         rest, blocks = weights.at_start(params._replace(blocks=blocks))
-        micro_batches = MicroBatches(config, causal, batch, 1.0)
+        micro_batches = MicroBatches(config, causal, batch, 1.0, sparse=sparse)
         size = axis_size("pipe")
         # The micro-batches that this stage embeds and whose loss it computes, as in `circular`.
         mine = jnp.arange(len(micro_batches) // size) * size + axis_index("pipe")

@@ -30,7 +30,10 @@ def counted(model: ModelConfig) -> ModelConfig:
 def new_counters(model: ModelConfig) -> jax.Array:
     """Return zeros, (L, E) of the layers of this stage."""
     layers = model.num_layers // axis_size("pipe")
-    return jnp.zeros((layers, model.moe.num_moe_experts), jnp.float32)
+    counters_LE = jnp.zeros((layers, model.moe.num_moe_experts), jnp.float32)
+    # Split over pipe, as the bias is whose gradient they receive.
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return lax.pcast(counters_LE, "pipe", to="varying") if manual else counters_LE
 
 
 def with_counters(params: nnx.State, counters_LE: jax.Array, model: ModelConfig) -> nnx.State:

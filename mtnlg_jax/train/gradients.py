@@ -45,21 +45,25 @@ def make_loss_and_gradients(
     causal: bool,
     distillation: Distillation | None = None,
     counting: bool = False,
+    sparse: bool = False,
 ) -> Callable:
-    """Return (params, batch, micro_batches, key) -> (mean loss, gradients) over the whole mesh.
+    """Return (params, batch, count, key) -> (mean loss, gradients) over the whole mesh.
 
-    ``params`` are a plain model's, and gradients have their structure. With optimizer.lora_rank
-    they are only those of the adapted matrices, or of the adapters of a quantized base
+    ``count`` of the micro-batches are used. ``params`` are those of `lora.computed`, and gradients
+    have their structure; with optimizer.lora_rank they are only those of the factors
     (`lora.make_targets`). With a ``distillation`` the teacher's parameters are one more argument,
-    the last. ``counting``: return the loads of experts, (L, E), as well.
+    the last. ``counting``: return the loads of experts, (L, E), as well. ``sparse``: as in
+    `cross_entropy`.
     """
     zero = config.mesh.zero
-    model = config.model  # without counters
+    model = config.model  # below, that of ``config`` may have counters of expert loads
     tensor = mesh.shape["tensor"]
-    whole = whole_dims("K", (config.model.kv_heads,), tensor)
+    unsplit = whole_dims("K", (config.model.kv_heads,), tensor)
     weights = make_weights(config)
     reduced = jnp.dtype(config.train.reduce_dtype)
     targets, with_targets = lora.make_targets(config)
+    # Before counters: callers pass the parameters of the plain model.
+    abstract = lora.abstract_computed(config)
     if counting:
         config = dataclasses.replace(config, model=expert_loads.counted(model))
 
@@ -71,32 +75,30 @@ def make_loss_and_gradients(
         if distillation is not None:
             teacher = Teacher(config, distillation, causal, vary(teacher))
         key = jax.random.wrap_key_data(key)
-        return params, MicroBatches(config, causal, batch, total, key, teacher, counting)
+        return params, MicroBatches(config, causal, batch, total, key, teacher, counting, sparse)
 
     def leave(loss, gradients):
         """Sum over devices: (mean loss, gradients as the masters are split)."""
         # Once a step, after all micro-batches: gradient traffic does not grow with their number.
         # Only ZeRO-3 reduces inside the loop.
-        gradients = reduce_gradients(gradients, zero, weights.scattered, reduced, whole)
+        gradients = reduce_gradients(gradients, zero, weights.scattered, reduced, unsplit)
         return sum_shared(loss, ("pipe", *ROWS, "context")), gradients
 
     def loss_and_gradients(params, batch, count, key, teacher=None):
         params, micro_batches = enter(params, batch, key, teacher)
 
         def loss_of(leaves, number):
-            leaves, counters = leaves
-            whole = with_targets(params, leaves)
+            trained, counters = leaves
+            all_params = with_targets(params, trained)
             if counting:
-                whole = expert_loads.with_counters(whole, counters, model)
-            return micro_batches.whole(whole, number)
+                all_params = expert_loads.with_counters(all_params, counters, model)
+            return micro_batches.whole(all_params, number)
 
         def leave_all(loss, gradients):
             gradients, loads_LE = gradients
             found = leave(loss, gradients)
             return (*found, _summed_loads(loads_LE)) if counting else found
 
-        # With adapters only the adapted matrices are differentiated, so no gradient of the others
-        # exists.
         counters = vary(expert_loads.new_counters(model)) if counting else ()
         leaves = (targets(params), counters)
         one = jax.value_and_grad(loss_of)
@@ -129,7 +131,6 @@ def make_loss_and_gradients(
         gradients, *loads = expert_loads.split_loads(gradients, like) if counting else (gradients,)
         return loss, targets(gradients), *loads
 
-    abstract = lora.abstract_computed(config)
     in_specs = [specs_of(abstract, zero, tensor), batch_specs(), P(), P()]
     if distillation is not None:
         in_specs.append(specs_of(abstract_model(distillation.model)[1], zero, tensor))
@@ -151,6 +152,7 @@ def _weight_of(batch: dict[str, jax.Array]) -> jax.Array:
 
 
 def _summed_loads(loads_LE: jax.Array) -> jax.Array:
+    # Under the name of the bias, whose dims tell how it is split.
     named = reduce_gradients({"blocks": {EXPERT_BIAS: loads_LE}}, zero=0, scattered=False)
     return named["blocks"][EXPERT_BIAS]
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 from typing import Any
 
 from flax import nnx
@@ -110,6 +111,32 @@ def _stored(folder: str) -> Any:
         return reader.open(folder)[1]
 
     return find_run(folder, "best", stored_arrays).params
+
+
+def keep_originals(config: Config, workdir: str) -> None:
+    """Keep in ``workdir`` what export needs to write the model of train.init again, such as its
+    chat template (`foreign.ORIGINALS`). A run of train.init may have come from such a model.
+
+    Call it at a fresh start: what an earlier one left, perhaps of another model, is removed.
+    """
+    target = os.path.join(workdir, foreign.ORIGINALS)
+    # Written to another name and renamed, so that the folder is always complete.
+    partial = target + ".partial"
+    for folder in (target, partial):
+        shutil.rmtree(folder, ignore_errors=True)
+    init = config.train.init
+    if not init:
+        return
+    reader = foreign.reader_of(init)
+    if reader is not None:
+        reader.keep(init, partial)
+    else:
+        for name in storage.list_files(init, foreign.ORIGINALS):
+            content = storage.read_file(init, name)
+            if content is not None:
+                storage.write_file(partial, name.removeprefix(f"{foreign.ORIGINALS}/"), content)
+    if os.path.isdir(partial):
+        os.replace(partial, target)
 
 
 def load_teachers(config: Config, mesh: Mesh) -> Teachers:

@@ -28,6 +28,11 @@ class Data:
     fingerprints: dict[str, str]  # source -> hash of its tokens
     training_tokens: int  # of all sources together
 
+    @property
+    def has_answers(self) -> bool:
+        """Whether a stage has tokens that are read and not predicted."""
+        return any(stage.has_answers for stage in self.stages)
+
 
 def load_data(config: Config) -> Data:
     """Open every source of the run.

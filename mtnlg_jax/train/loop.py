@@ -73,15 +73,15 @@ def train(
         total_samples = samples_at_end(config.train, min(first, config.train.steps), samples)
         if processes.is_first():
             describe.write(config, workdir, first)
-            _keep_tokenizer(data.tokenizer, workdir)
+            _keep_files(config, data.tokenizer, workdir, fresh=not restored)
             tokens = data.training_tokens
             announce(describe.at_start(config, mesh, workdir, first, samples, tokens, restored))
         log = MetricsLog(workdir, first, writing=processes.is_first())
         resources.callback(log.close)
         bar = resources.enter_context(_progress_bar(config, first, show_progress))
-        reporter = Reporter(config, log, bar, Meter(config), checkpoints)
+        reporter = Reporter(config, log, bar, Meter(config, data.has_answers), checkpoints)
         saver = Saver(checkpoints)
-        steps = _compiled_steps(config, mesh, teachers, total_samples, watchdog)
+        steps = _compiled_steps(config, mesh, data, teachers, total_samples, watchdog)
         evaluate = Evaluator(config, mesh, data)
         vote = processes.PreemptionVote()
         best = checkpoints.best_metric()  # of earlier starts as well
@@ -177,7 +177,12 @@ def _first_state(
 
 
 def _compiled_steps(
-    config: Config, mesh: Mesh, teachers: dict, total_samples: int, watchdog: Watchdog
+    config: Config,
+    mesh: Mesh,
+    data: Data,
+    teachers: dict,
+    total_samples: int,
+    watchdog: Watchdog,
 ) -> dict[tuple[int, bool], CompiledStep]:
     """Return {(kind, masked): step}, where kind is -1 or the number of a stage with a teacher."""
     steps = {}
@@ -186,7 +191,12 @@ def _compiled_steps(
         # stage is masked, because a step is compiled at its first call.
         for masked in (False, True):
             step = make_train_step(
-                config, mesh, causal=not masked, total_samples=total_samples, **options
+                config,
+                mesh,
+                causal=not masked,
+                total_samples=total_samples,
+                sparse=data.has_answers,
+                **options,
             )
             steps[kind, masked] = CompiledStep(step, watchdog)
     return steps
@@ -298,11 +308,14 @@ def _summary(
     )
 
 
-def _keep_tokenizer(tokenizer: Tokenizer, workdir: str) -> None:
-    """Copy the tokenizer into the run folder, so that the folder can be used on its own."""
+def _keep_files(config: Config, tokenizer: Tokenizer, workdir: str, fresh: bool) -> None:
+    """Copy the tokenizer into the run folder, so that the folder can be used on its own, and at a
+    ``fresh`` start what export needs of train.init."""
     target = os.path.join(workdir, "tokenizer")
     if not os.path.exists(target):
         # Written to another name and renamed, so a folder named tokenizer is always complete.
         shutil.rmtree(target + ".partial", ignore_errors=True)
         tokenizer.save(target + ".partial")
         os.replace(target + ".partial", target)
+    if fresh:
+        init_from.keep_originals(config, workdir)

@@ -8,10 +8,8 @@ Those of ``w_q_DNH`` are ``lora_a_q_DR`` and ``lora_b_q_RNH``, stacked over laye
 Their names end in their dims, so the plan of the mesh, ZeRO and checkpoints treat them like any
 parameter.
 
-The step adds A B to each device's part of the float32 masters. So the loss is always computed with
-a plain model, the one that decoding loads afterwards. The price: gradients of the adapted matrices
-exist during a step. Moments exist for A and B alone. A base in fewer bits (`quantized_base`) is
-merged a layer at a time instead, inside the step.
+A step computes x W + (x A) B and never the sum: W has no gradient, so a backward pass costs one
+product with W instead of two. Moments exist for A and B alone. Decoding loads the merged model.
 """
 
 # Shapes: L layers, R low rank, and in names of parameters D width, F MLP width, N query heads,
@@ -26,6 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from mtnlg_jax.config import Config, OptimizerConfig
 from mtnlg_jax.model.transformer import abstract_model
@@ -49,51 +48,25 @@ def without(config: Config) -> Config:
 # --- what a step does with parameters; without a rank, nothing
 
 
-def make_mappings(config: Config) -> tuple[Callable, Callable]:
-    """Return (to_model, to_trainable) for the parameters of a state. Each returns a pair.
-
-    to_model: params -> (those of a plain model, a function from gradients of its `targets` to
-    gradients of the trainable ones).
-    to_trainable: params -> (the trainable ones, a function from new ones to params).
-    """
+def trainable(params: nnx.State, config: Config) -> tuple[Any, Callable]:
+    """Return (the trained part of ``state.params``, a function from a new one to params)."""
     # Full training takes the same path with identities, so the step has no branch for adapters.
     if not used(config):
-        return _identity, _identity
-
-    def to_model(params):
-        if quantized_base.used(config):
-            # The loss is differentiated by the factors themselves.
-            return computed(params, config), lambda gradients: gradients
-        base, adapters = split(params)
-        targets = _target_matrices(base, config)
-        # The loss is differentiated by the merged matrices. This transpose turns their gradients
-        # into those of A and B, once a step and not once a micro-batch.
-        adapted, pull_back = jax.vjp(lambda new: _adapted(targets, new, config), adapters)
-        return _with_matrices(base, adapted), lambda gradients: pull_back(gradients)[0]
-
-    def to_trainable(params):
-        base, adapters = split(params)
-        # The frozen base goes back into the new state as it is.
-        return adapters, functools.partial(joined, base)
-
-    return to_model, to_trainable
-
-
-def _identity(params: Any) -> tuple[Any, Callable]:
-    return params, lambda new: new
+        return params, lambda new: new
+    base, adapters = split(params)
+    # The frozen base goes back into the new state as it is.
+    return adapters, functools.partial(joined, base)
 
 
 def make_targets(config: Config) -> tuple[Callable, Callable]:
-    """Return (targets, with_targets): which leaves of a plain model the loss is differentiated by.
+    """Return (targets, with_targets): which leaves of `computed` the loss is differentiated by.
 
-    targets: params -> these leaves; with adapters, only the adapted matrices.
+    targets: params -> these leaves; with adapters, only their factors.
     with_targets: (params, these leaves) -> params.
     """
     if not used(config):
         return lambda params: params, lambda params, targets: targets
-    if quantized_base.used(config):
-        return _factors_of, _with_factors
-    return functools.partial(_target_matrices, config=config), _with_matrices
+    return _factors_of, _with_factors
 
 
 def _factors_of(params: Any) -> dict[str, dict[str, Any]]:
@@ -107,6 +80,72 @@ def _with_factors(params: Any, factors: dict[str, dict[str, Any]]) -> Any:
     return type(params)({**mapping, "blocks": blocks})
 
 
+def computed(params: nnx.State, config: Config) -> nnx.State:
+    """Return, for ``state.params``, the parameters with which a loss is computed: a plain model's,
+    with adapters (and the codes of a quantized base) among the blocks. There
+    `weights.make_weights` takes them, layer by layer."""
+    if not used(config):
+        return params
+    base, adapters = split(params)
+    assert adapters is not None, "a run with a rank holds adapters"
+    if quantized_base.used(config):
+        base = quantized_base.among_blocks(base)
+    mapping = base.raw_mapping
+    return type(base)({**mapping, "blocks": {**mapping["blocks"], "lora": adapters["blocks"]}})
+
+
+def abstract_computed(config: Config) -> nnx.State:
+    """Return `computed` as ShapeDtypeStructs."""
+    return computed(abstract_parameters(config), config)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LowRankSum:
+    """W + scale x A B, multiplied without adding it up; takes an array's place in a Param."""
+
+    matrix: jax.Array
+    first: jax.Array  # A: the inputs, then R
+    second: jax.Array  # B: R, then the outputs
+    scale: float = dataclasses.field(metadata={"static": True})
+
+    def __getitem__(self, key: Any) -> "LowRankSum":
+        """Return the sum itself for ``param[...]``, as an array does."""
+        assert key is ..., "a sum is read as a whole"
+        return self
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        inputs = self.first.ndim - 1
+        # Frozen, also where a pipeline differentiates a stage by all that it holds.
+        y = jnp.tensordot(x, lax.stop_gradient(self.matrix), inputs)
+        return y + jnp.tensordot(self.scale * jnp.tensordot(x, self.first, inputs), self.second, 1)
+
+
+def low_rank_sum(
+    config: Config, name: str, matrix: jax.Array, factors: dict
+) -> jax.Array | LowRankSum:
+    """Return one layer's ``matrix`` with its adapter, or alone if there are no factors of
+    ``name``."""
+    first, second = factor_names(name)
+    if first not in factors:
+        return matrix
+    if name.rsplit("_", 1)[1].startswith("E"):  # grouped products take arrays
+        return adapt(config, name, matrix, factors)
+    return LowRankSum(matrix, factors[first], factors[second], _scale(config))
+
+
+def with_adapters(config: Config, layer: nnx.State) -> nnx.State:
+    """Return one layer of `computed` as that of a plain model: its adapters join their matrices."""
+    mapping = dict(layer.raw_mapping)
+    factors = mapping.pop("lora")
+
+    def one(path, leaf):
+        name = parameter_name(path)
+        return leaf if target_of(name) is None else low_rank_sum(config, name, leaf, factors)
+
+    return jax.tree_util.tree_map_with_path(one, type(layer)(mapping))
+
+
 def _target_matrices(params: Any, config: Config) -> dict[str, dict[str, Any]]:
     """Return the leaves named in lora_targets (arrays, specs or shapes), below "blocks"."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
@@ -116,25 +155,10 @@ def _target_matrices(params: Any, config: Config) -> dict[str, dict[str, Any]]:
     return {"blocks": {name: leaf for name, leaf in names.items() if target_of(name) in targets}}
 
 
-def _with_matrices(params: Any, matrices: dict[str, dict[str, Any]]) -> Any:
-    """Return ``params`` with ``matrices`` in place of its own."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: matrices["blocks"].get(parameter_name(path), leaf), params
-    )
-
-
 def target_of(name: str) -> str | None:
     """Return "q" for w_q_DNH, None for a parameter that is not a matrix of a block."""
     # Biases (b_q_NH) and norms (scale_D) have no low-rank form.
     return name.split("_")[1] if name.startswith("w_") else None
-
-
-def _adapted(matrices: dict, adapters: dict, config: Config) -> dict:
-    """Return W + alpha / r x A B for the matrices W, in float32."""
-    factors = adapters["blocks"]
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: adapt(config, parameter_name(path), leaf, factors, "L"), matrices
-    )
 
 
 def adapt(
@@ -154,7 +178,11 @@ def adapt(
         factors[second],
         precision=jax.lax.Precision.HIGHEST,
     )
-    return matrix + config.optimizer.lora_alpha / config.optimizer.lora_rank * product
+    return matrix + _scale(config) * product
+
+
+def _scale(config: Config) -> float:
+    return config.optimizer.lora_alpha / config.optimizer.lora_rank
 
 
 # --- the adapters of a state
@@ -241,37 +269,25 @@ def abstract_parameters(config: Config) -> nnx.State:
     return joined(base, abstract_adapters(config))
 
 
-def abstract_targets(config: Config) -> dict:
-    """Return the adapted matrices as ShapeDtypeStructs."""
-    return _target_matrices(abstract_model(config.model)[1], config)
-
-
-def computed(params: nnx.State, config: Config) -> nnx.State:
-    """Return, for ``state.params``, the parameters with which a loss is computed: a plain model's,
-    or with a quantized base what `weights.make_weights` makes them of, layer by layer."""
-    if quantized_base.used(config):
-        return quantized_base.for_loss(*split(params))
-    return merge(params, config)
-
-
-def abstract_computed(config: Config) -> nnx.State:
-    """Return `computed` as ShapeDtypeStructs."""
-    if quantized_base.used(config):
-        return quantized_base.for_loss(*split(abstract_parameters(config)))
-    return abstract_model(config.model)[1]
-
-
 @functools.partial(jax.jit, static_argnums=1)
 def _merged(params: nnx.State, config: Config) -> nnx.State:
-    if not quantized_base.used(config):
-        return make_mappings(config)[0](params)[0]
-    whole = computed(params, config).raw_mapping
+    base, adapters = split(params)
+    assert adapters is not None, "a run with a rank holds adapters"
+    factors = adapters["blocks"]
+    if quantized_base.used(config):
+        mapping = quantized_base.among_blocks(base).raw_mapping
 
-    def adapted(name, matrix, factors):
-        return adapt(config, name, matrix, factors, "L")
+        def adapted(name, matrix):
+            return adapt(config, name, matrix, factors, "L")
 
-    blocks = quantized_base.assemble(config, whole["blocks"], adapted, stacked=True)
-    return type(params)({**whole, "blocks": blocks.raw_mapping})
+        blocks = quantized_base.assemble(config, mapping["blocks"], adapted, stacked=True)
+        return type(params)({**mapping, "blocks": blocks.raw_mapping})
+
+    def one(path, leaf):
+        name = parameter_name(path)
+        return leaf if target_of(name) is None else adapt(config, name, leaf, factors, "L")
+
+    return jax.tree_util.tree_map_with_path(one, base)
 
 
 def merge(params: nnx.State, config: Config) -> nnx.State:

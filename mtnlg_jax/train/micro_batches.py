@@ -37,9 +37,11 @@ class MicroBatches:
         key: jax.Array | None = None,
         teacher: Teacher | None = None,
         counting: bool = False,
+        sparse: bool = False,
     ):
         """``total`` is the weight of the whole batch; without ``key`` there is no dropout.
-        ``counting``: the loads of experts are the gradients of their biases."""
+        ``counting``: the loads of experts are the gradients of their biases. ``sparse``: as in
+        `cross_entropy`."""
         self.config = config
         self.causal = causal
         self.batch = batch
@@ -47,6 +49,7 @@ class MicroBatches:
         self.key = key if config.model.dropout_rate else None
         self.teacher = teacher
         self.counting = counting
+        self.sparse = sparse
         self.weights = make_weights(config)
         # Only the structure of the module is needed here: its parameters are an argument of each
         # method, so that they can be differentiated.
@@ -118,7 +121,7 @@ class MicroBatches:
         smoothing = train.label_smoothing
         if self.teacher is None:
             # Head and loss in one call, which never holds the logits of all tokens.
-            nats = cross_entropy(x_BD, model.head(), labels, weights, chunk, smoothing)
+            nats = cross_entropy(x_BD, model.head(), labels, weights, chunk, smoothing, self.sparse)
         else:
             nats = distilled_cross_entropy(
                 x_BD,

@@ -58,30 +58,29 @@ def _labels(params: Any) -> Any:
     )
 
 
-def _first_output(path: Path, ndim: int) -> int:
-    """Return the axis where a matrix's output dims begin.
+def _matrix_dims(path: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return (the input dims, the output dims) of a stacked matrix.
 
-    Its input is D (LDNH, LDF), or its output is D (LNHD, LFD).
+    Its input is D (LDNH, LDF, LEDF), or its output is D (LNHD, LFD, LEFD).
     """
-    return 2 if dims_of(path)[1] == "D" else ndim - 1
+    dims = dims_of(path)
+    # L and E belong to neither side: each layer and each expert has a matrix of its own.
+    first = 2 if dims[1] == "E" else 1
+    split = first + 1 if dims[first] == "D" else len(dims) - 1
+    return tuple(range(first, split)), tuple(range(split, len(dims)))
 
 
 def _matrix_axes(updates: Any) -> Any:
     """Tell Muon which dims of each stacked matrix are inputs and which are outputs."""
 
-    def axes(path: Path, leaf: jax.Array) -> contrib.MuonDimensionNumbers:
-        split = _first_output(path, leaf.ndim)
-        # Dim 0 is L: it belongs to neither side, so each layer is orthogonalized by itself.
-        return contrib.MuonDimensionNumbers(tuple(range(1, split)), tuple(range(split, leaf.ndim)))
-
-    return jax.tree_util.tree_map_with_path(axes, updates)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: contrib.MuonDimensionNumbers(*_matrix_dims(path)), updates
+    )
 
 
 def _scale(path: Path, update: jax.Array) -> jax.Array:
     """Scale an orthogonal m x n matrix, whose RMS is 1 / sqrt(max(m, n)), to _MUON_RMS."""
-    split = _first_output(path, update.ndim)
-    # Dims 1 to split are the inputs, the others the outputs.
-    size = max(math.prod(update.shape[1:split]), math.prod(update.shape[split:]))
+    size = max(math.prod(update.shape[dim] for dim in dims) for dims in _matrix_dims(path))
     return _MUON_RMS * math.sqrt(size) * update
 
 

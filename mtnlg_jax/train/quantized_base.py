@@ -5,8 +5,8 @@ that no device ever holds them in float32. In ``state.params`` they lie under ``
 over layers: ``nf4_q_DNH`` and ``absmax_q_DNH`` for ``w_q_DNH``, or ``int8_q_DNH`` and
 ``int8scale_q_NH``. Norms, biases, routers and tables stay float32.
 
-A step dequantizes a layer when it applies it, and adds A B: the sum is never held for more than one
-layer. Gradients flow through it to A and B alone. Codes are what travels where a mesh splits D.
+A step dequantizes a layer when it applies it: the matrices are never held for more than one layer.
+Gradients flow to A and B alone. Codes are what travels where a mesh splits D.
 """
 
 # Shapes: I inputs, O outputs, and in names of parameters D width, F MLP width, N query heads,
@@ -184,25 +184,22 @@ def dequantize(name: str, codes: jax.Array, scales: jax.Array, base: str, stacke
     return matrix
 
 
-def for_loss(params: nnx.State, adapters: dict | None) -> nnx.State:
-    """Return ``params`` with codes, scales and ``adapters`` among the blocks, from which a step
-    takes one layer after the other (`assemble`)."""
+def among_blocks(params: nnx.State) -> nnx.State:
+    """Return the base with its codes and scales among the blocks, from which a step takes one layer
+    after the other (`assemble`)."""
     mapping = dict(params.raw_mapping)
-    blocks = {**mapping["blocks"], KEY: mapping.pop(KEY)["blocks"]}
-    if adapters is not None:
-        blocks["lora"] = adapters["blocks"]
-    return type(params)({**mapping, "blocks": blocks})
+    codes = mapping.pop(KEY)["blocks"]
+    return type(params)({**mapping, "blocks": {**mapping["blocks"], KEY: codes}})
 
 
 def assemble(
-    config: Config, blocks: Any, adapt: Callable[[str, jax.Array, dict], jax.Array], stacked: bool
+    config: Config, blocks: Any, adapt: Callable[[str, jax.Array], Any], stacked: bool
 ) -> Any:
     """Return a plain model's blocks, or one layer of them: matrices dequantized, and changed by
-    ``adapt`` (name, matrix, the factors)."""
+    ``adapt`` (name, matrix)."""
     # Inside a scan over layers the mapping is a State.
     mapping = dict(getattr(blocks, "raw_mapping", blocks))
     quantized = mapping.pop(KEY)
-    factors = mapping.pop("lora", {})
     base = config.optimizer.lora_base
     head = config.model.head_width
     plain = {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(mapping)}
@@ -212,6 +209,6 @@ def assemble(
         if not is_quantized(name):
             return plain[name_of(path)]
         codes, scales = (quantized[part] for part in names_of(name, base))
-        return adapt(name, dequantize(name, codes, scales, base, stacked, head), factors)
+        return adapt(name, dequantize(name, codes, scales, base, stacked, head))
 
     return jax.tree_util.tree_map_with_path(one, abstract_model(config.model)[1]["blocks"])

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from mtnlg_jax.config import Config
 from mtnlg_jax.errors import Diverged
 from mtnlg_jax.hardware import flops_per_token
+from mtnlg_jax.train import lora
 from mtnlg_jax.train.checkpoint import Checkpoints
 from mtnlg_jax.train.metrics import MetricsLog, peak_flops
 from mtnlg_jax.train.schedule import is_masked, loss_name, stage_at
@@ -66,8 +67,11 @@ class Summary:
 class Meter:
     """Recent tokens per second and model FLOP utilization; pauses do not count."""
 
-    def __init__(self, config: Config) -> None:
-        self.flops = flops_per_token(config.model, config.sequence_length)
+    def __init__(self, config: Config, sparse: bool = False) -> None:
+        # With a ``sparse`` loss few tokens reach the head, so it is left out.
+        self.flops = flops_per_token(
+            config.model, config.sequence_length, frozen=lora.used(config), head=not sparse
+        )
         self.peak = peak_flops(config.train.device_flops)
         self.rate = 0.0
         self.tokens = 0

@@ -57,10 +57,9 @@ def _initial(config: Config, mesh: Mesh, shardings: Any) -> nnx.State:
 
 def _rest(config: Config, params: nnx.State) -> TrainState:
     """Return the state without its parameters."""
-    _, to_trainable = lora.make_mappings(config)
     # Moments exist for the trained parameters alone, which saves most of the state of a run with
     # adapters.
-    trained, _ = to_trainable(params)
+    trained, _ = lora.trainable(params, config)
     # int32 counts 2.1 billion sequences; MT-NLG read 0.13 billion.
     zero = jnp.int32(0)
     opt_state = make_optimizer(config.optimizer).init(trained)

@@ -26,6 +26,7 @@ def make_train_step(
     causal: bool,
     distillation: Distillation | None = None,
     total_samples: int | None = None,
+    sparse: bool = False,
 ) -> jax.stages.Wrapped:
     """Return the jitted step.
 
@@ -38,27 +39,26 @@ def make_train_step(
     Args:
       causal: whether attention is causal, as for the causal objective, or bidirectional.
       total_samples: sequences of the whole run, as in `learning_rate`.
+      sparse: as in `cross_entropy`; the loss is the same.
     """
     optimizer = make_optimizer(config.optimizer)
     moe = config.model.moe
     # The layers of a quantized base are assembled where they are applied, so none can be counted.
     counting = moe.num_moe_experts > 0 and not quantized_base.used(config)
-    loss_and_gradients = make_loss_and_gradients(config, mesh, causal, distillation, counting)
-    # Adapters leave the model as it is, and so its biases.
+    loss_and_gradients = make_loss_and_gradients(
+        config, mesh, causal, distillation, counting, sparse
+    )
+    # With adapters the base is frozen, and the routers' biases are part of it.
     balancing = counting and moe.moe_router_enable_expert_bias and not lora.used(config)
-    to_model, to_trainable = lora.make_mappings(config)
     shardings = state_shardings(config, mesh)
 
     def train_step(state: TrainState, batch, micro_batches, sequences, rate_scale, *teacher):
         # Dropout depends only on the seed and the step, so a resumed run repeats it.
         key = jax.random.key_data(jax.random.fold_in(jax.random.key(config.train.seed), state.step))
-        # With LoRA the model and the trained parameters differ: the loss is computed with the
-        # merged matrices, and the optimizer sees only the factors A and B. Without LoRA both are
-        # the parameters.
-        model, pull_back = to_model(state.params)
-        trained, to_params = to_trainable(state.params)
+        # With LoRA the optimizer sees only the factors A and B. Without it both are the parameters.
+        model = lora.computed(state.params, config)
+        trained, to_params = lora.trainable(state.params, config)
         loss, grads, *loads = loss_and_gradients(model, batch, micro_batches, key, *teacher)
-        grads = pull_back(grads)
 
         # The schedule follows the samples at the end of the step, so that the first step of a
         # warm-up does not have rate 0.
@@ -78,13 +78,13 @@ def make_train_step(
 
         # An elementwise selection, not a branch: the update is always computed, and a NaN in it is
         # not selected.
-        def if_finite(new, old):
+        def select(new, old):
             return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
         # The counters always advance: the data of a non-finite step is not read again.
         new_state = TrainState(
-            params=to_params(if_finite(params, trained)),
-            opt_state=if_finite(opt_state, state.opt_state),
+            params=to_params(select(params, trained)),
+            opt_state=select(opt_state, state.opt_state),
             step=state.step + 1,
             samples=samples,
             nonfinite_streak=jnp.where(finite, 0, state.nonfinite_streak + 1),

@@ -36,14 +36,16 @@ def make_weights(config: Config) -> Weights:
     )
     if quantized_base.used(config):
         return _of_quantized_base(config, gather)
+    with_adapters = functools.partial(lora.with_adapters, config)
+    prepare = with_adapters if lora.used(config) else _unchanged
     # Compute weights of all layers must fit beside the masters. They are gathered once and used by
     # every micro-batch.
     if config.mesh.zero < 3:
-        return Weights(gather, _unchanged, _unchanged, scattered=False)
+        return Weights(gather, _unchanged, prepare, scattered=False)
 
     def of_layer(layer):
         # The name of the parent tells the plan that these parameters have a leading L.
-        return gather({"blocks": layer})["blocks"]
+        return prepare(gather({"blocks": layer})["blocks"])
 
     # ZeRO-3 holds one gathered layer at a time and pays with a gather for each use, forward and
     # backward.
@@ -65,12 +67,13 @@ def _of_quantized_base(config: Config, gather: Callable[..., Any]) -> Weights:
         codes = gather_unchanged({"blocks": mapping.pop(quantized_base.KEY)}, zero)["blocks"]
         factors = gather({"blocks": mapping.pop("lora")}, dtype=jnp.float32)["blocks"]
         plain = gather({"blocks": mapping})["blocks"]
-        whole = {**plain, quantized_base.KEY: codes, "lora": factors}
-        adapt = functools.partial(lora.adapt, config)
-        return jax.tree.map(
-            lambda leaf: leaf.astype(dtype),
-            quantized_base.assemble(config, whole, adapt, stacked=False),
-        )
+
+        def adapt(name, matrix):
+            return lora.low_rank_sum(config, name, matrix, factors)
+
+        whole = {**plain, quantized_base.KEY: codes}
+        assembled = quantized_base.assemble(config, whole, adapt, stacked=False)
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), assembled)
 
     if zero < 3:
         return Weights(at_start, _unchanged, of_layer, scattered=True)

@@ -207,7 +207,7 @@ def test_templates_that_fail_say_why(qwen, llama):
     system = [{"role": "system", "content": "x"}, *TURNS]
     with pytest.raises(ValueError, match="refuses the conversation: no system here"):
         Chat(llama).training_row(system)
-    with pytest.raises(ValueError, match="not one, at line 2: .*endfor"):
+    with pytest.raises(ValueError, match="not valid Jinja at line 2: .*endfor"):
         Chat(qwen, "x\n{% endfor %}")
     with pytest.raises(ValueError, match="cannot render the conversation .TypeError"):
         Chat(qwen, "{{ messages + 1 }}").text(TURNS)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mtnlg_jax.config import LayerSpec, ModelConfig
+from mtnlg_jax.config import LayerSpec, ModelConfig, MoEConfig
 from mtnlg_jax.data.tokenizer import train_tokenizer
 from mtnlg_jax.decode.cache import Decoder, unstack
 from mtnlg_jax.model.transformer import abstract_model
@@ -63,6 +63,16 @@ class Tiny(NamedTuple):
         return np.asarray(_full(self.config, self.params, padded, **options))[
             :, : np.shape(tokens)[1]
         ]
+
+    def with_bias(self, bias: list[float]) -> "Tiny":
+        """Return the model with this bias of the experts in every layer."""
+
+        def change(path, leaf):
+            chooses = "b_balance_E" in jax.tree_util.keystr(path)
+            return jnp.broadcast_to(jnp.asarray(bias, leaf.dtype), leaf.shape) if chooses else leaf
+
+        params = jax.tree_util.tree_map_with_path(change, self.params)
+        return Tiny(self.config, params, unstack(self.config, params))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "causal"))
@@ -125,6 +135,17 @@ def windowed(tokenizer):
         attention_sink=True,
         layer_pattern=(LayerSpec(window=7), LayerSpec()),
     )
+
+
+@pytest.fixture(scope="session")
+def balanced(tokenizer):
+    """Return a model whose experts are chosen by their scores and a bias."""
+    model = _tiny(
+        tokenizer.vocab_size,
+        activation="swiglu",
+        moe=MoEConfig(4, 2, "sigmoid", moe_router_enable_expert_bias=True),
+    )
+    return model.with_bias([0.0, 0.3, -0.3, 0.6])
 
 
 @pytest.fixture(params=["learned", "rotary"])

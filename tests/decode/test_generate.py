@@ -49,6 +49,23 @@ def test_greedy_equals_argmax_of_full_forward_passes(tiny, tokenizer):
         )
 
 
+def test_greedy_with_a_bias_of_experts_equals_argmax_of_full_forward_passes(balanced, tokenizer):
+    settings = dataclasses.replace(GREEDY, max_new_tokens=8, min_new_tokens=8)
+    prompt = encode_prompt(tokenizer, PROMPTS[1])
+    (result,) = generate(balanced.decoder, tokenizer, PROMPTS[1:2], settings)
+    tokens, logprobs = _argmax_loop(balanced, tokenizer, prompt, 8)
+    assert list(result.tokens) == tokens
+    np.testing.assert_allclose(result.logprobs, logprobs, atol=ROUNDING)
+    # Without the bias, other experts compute another text.
+    unbiased = balanced.with_bias([0.0] * 4)
+    (plain,) = generate(unbiased.decoder, tokenizer, PROMPTS[1:2], settings)
+    assert plain.tokens != result.tokens
+    # The weights are the scores alone: moved for all experts alike, the bias changes nothing.
+    shifted = balanced.with_bias([0.25, 0.55, -0.05, 0.85])
+    (moved,) = generate(shifted.decoder, tokenizer, PROMPTS[1:2], settings)
+    np.testing.assert_allclose(moved.logprobs, result.logprobs, atol=ROUNDING)
+
+
 def test_a_prompt_without_tokens_starts_from_bos(learned, tokenizer):
     empty, bos, text = generate(learned.decoder, tokenizer, [[], [tokenizer.bos_id], ""], GREEDY)
     assert empty.tokens == bos.tokens == text.tokens

@@ -572,6 +572,19 @@ def test_a_conversation_by_standard_input(ask, tokenizer, template):
     assert ask("--workdir=RUN", "--chat", template, *system, stdin=b"the cat\n")[0] == 0
 
 
+def test_a_wrong_line_of_a_conversation_is_named(ask, template):
+    """The lines before it are answered."""
+    arguments = ["--workdir=RUN", "--chat", template, "--max_new_tokens=2"]
+    first = ask(*arguments, stdin=b"the cat\n")[1]
+    for wrong, message in (
+        (b"s\xffea", "line 3 of standard input is not UTF-8 at byte 1; convert it"),
+        (b" cat" * 20, "line 3 of standard input: the conversation has"),
+    ):
+        code, out, err = ask(*arguments, stdin=b"\xef\xbb\xbfthe cat\n\n" + wrong + b"\nsea\n")
+        assert (code, out) == (2, first)
+        assert err.splitlines()[-1].startswith(f"error: {message}")
+
+
 def test_a_conversation_is_the_generation_of_its_rendering(ask, tokenizer, template):
     end = tokenizer.special_names[tokenizer.eos_id]
     prompt = f"uthe cat{end}a"
@@ -580,6 +593,14 @@ def test_a_conversation_is_the_generation_of_its_rendering(ask, tokenizer, templ
     text = json.loads(whole)["sequences"][0]["text"]
     out = ask("--workdir=RUN", "--chat", template, "--max_new_tokens=4", stdin=b"the cat\n")[1]
     assert text and out == text + "\n"
+
+
+def test_a_chat_template_that_is_not_one_is_named(ask, tmp_path):
+    path = tmp_path / "cut.jinja"
+    path.write_text("{% for m in messages %}\n{{ m.content }")
+    code, out, err = ask("--workdir=RUN", "--chat", f"--chat_template={path}", stdin=b"a\n")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: --chat_template={path}: the chat template is not valid Jinja at")
 
 
 @pytest.mark.parametrize(

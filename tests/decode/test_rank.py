@@ -272,7 +272,11 @@ def test_candidates_of_an_empty_prompt_follow_bos(learned, tokenizer):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"num_beam_groups": 2, "diversity_penalty": 0.5}], ids=["beams", "diverse"]
+    "settings",
+    [
+        pytest.param({}, id="beams", marks=pytest.mark.slow),
+        pytest.param({"num_beam_groups": 2, "diversity_penalty": 0.5}, id="diverse"),
+    ],
 )
 def test_beams_are_candidates_in_one_call(learned, tokenizer, settings):
     """All beams are candidates if num_return_sequences is not set."""

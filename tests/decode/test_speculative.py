@@ -157,7 +157,7 @@ def test_sampled_rows_follow_the_distribution_of_the_model(guess):
     model = drawn(1)
     draft = drawn(2) if guess == "draft" else None
     prompt = [0, 1, 2, 3, 0, 1, 2]
-    number = 6000
+    number = 3000
     news = 3
     settings = DecodeConfig(
         max_new_tokens=news,

@@ -3,9 +3,9 @@
     PYTHON tests/interop/make_megatron.py FOLDER
 
 Each case is one GPTModel of megatron-core (local layers, float32) with random weights. Its logits
-are computed in one process. The folders are written by megatron-core itself: `dist`, `experts`
-and `singles` by dist_checkpointing, the others by processes that load that checkpoint, each its
-own part.
+are computed in one process. The folders are written by megatron-core itself: `dist`, `experts`,
+`singles` and `balanced` by dist_checkpointing, the others by processes that load that checkpoint,
+each its own part.
 """
 
 import argparse
@@ -174,6 +174,13 @@ CASES = {
         | {"moe_router_pre_softmax": True},
         "layout": (1, 1, 1, 2),
     },
+    "balanced": {
+        "args": LLAMA
+        | {"num_layers": 2, "ffn_hidden_size": 24, "num_experts": 4, "moe_ffn_hidden_size": 8}
+        | {"moe_router_score_function": "sigmoid", "moe_router_topk_scaling_factor": 1.5}
+        | {"moe_router_enable_expert_bias": True, "moe_router_bias_update_rate": 2e-3},
+        "layout": None,
+    },
 }
 
 
@@ -224,6 +231,8 @@ def build(args: dict, layout: tuple) -> list:
         *("rotary_interleaved", "hidden_dropout", "attention_dropout", "moe_ffn_hidden_size"),
         *("moe_shared_expert_intermediate_size", "moe_router_topk", "moe_router_pre_softmax"),
         *("moe_router_load_balancing_type", "moe_aux_loss_coeff", "init_method_std"),
+        *("moe_router_score_function", "moe_router_topk_scaling_factor"),
+        *("moe_router_enable_expert_bias", "moe_router_bias_update_rate"),
     )
     config = TransformerConfig(
         **{name: args[name] for name in same},
@@ -306,6 +315,9 @@ def whole(case: str, folder: str, source: str, port: int) -> None:
             plus -= args["apply_layernorm_1p"] * plus
             drawn = plus + scale * torch.randn(parameter.shape)
             parameter.copy_(drawn.to(getattr(torch, dtype)).float())
+        for name, buffer in model.named_buffers():
+            if name.endswith("expert_bias"):
+                buffer.copy_(0.5 * torch.randn(buffer.shape))
     model.eval()
     tokens = torch.randint(0, VOCABULARY, (2, TOKENS))
     places = torch.arange(TOKENS).expand(2, TOKENS)

@@ -176,3 +176,38 @@ def test_tensors_of_a_wrong_shape_and_type_are_named_together(tmp_path):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"extra.weight \[2\] is not .*wte.weight is \[267, 16\]"):
         convert(folder, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"max_shard_size": 0.0}, "--max_shard_size=0 GB holds no tensor; set it above 0"),
+        ({"max_shard_size": -1.0}, "--max_shard_size=-1 GB holds no tensor"),
+        ({"max_shard_size": float("nan")}, "--max_shard_size=nan GB holds no tensor"),
+        (
+            {"max_shard_size": 5.0},
+            "--max_shard_size=5 is for a run .* becomes a run, so leave it out",
+        ),
+        ({"which": "best"}, "--checkpoint=best is for a run .* becomes a run, so leave it out"),
+        ({"family": "llama"}, "--family=llama is for a run .* becomes a run, so leave it out"),
+    ],
+)
+def test_arguments_without_a_use_on_the_way_to_a_run_are_refused(tmp_path, given, message):
+    adapter = HERE / "adapters/llama"
+    for source in (TIED, adapter):
+        with pytest.raises(ValueError, match=message):
+            convert(source, tmp_path / "run", **given)
+    assert not os.listdir(tmp_path)
+
+
+def test_arguments_without_a_use_on_the_way_from_a_run_are_refused(tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    for given, message in [
+        ({"max_shard_size": 0.0}, "--max_shard_size=0 GB holds no tensor"),
+        ({"max_shard_size": 5.0, "adapters": "keep"}, "--max_shard_size=5 .* becomes an adapter"),
+        ({"tokenizer": "x"}, "--tokenizer=x is for a model without one; .* leave it out"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            convert(run, tmp_path / "model", **given)
+    assert os.listdir(tmp_path) == ["run"]

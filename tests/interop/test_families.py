@@ -79,6 +79,11 @@ def _loss_and_gradients(graph, params, tokens, masked):
     return jax.value_and_grad(loss, has_aux=True)(params)
 
 
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
 @functools.cache
 def maker():
     """make_families.py, without running what needs torch."""
@@ -91,11 +96,7 @@ def maker():
 
 def check(case: Fixture) -> None:
     """Compare everything but greedy text."""
-    interchange = case.interchange
-    found = {name: case.stored[full].shape for name, full in case.names.items()}
-    assert problems(interchange, found) == []
-    count = sum(leaf.size for leaf in jax.tree.leaves(case.params))
-    assert count == case.model.parameter_count()
+    check_logits(case)
     graph = abstract_model(case.model)[0]
     (loss, logits), gradients = _loss_and_gradients(
         graph, case.params, case.tokens, masked=case.family.masked
@@ -103,6 +104,23 @@ def check(case: Fixture) -> None:
     np.testing.assert_allclose(logits, case.expected["logits"], atol=LOGITS)
     assert float(loss) == pytest.approx(float(case.expected["loss"]), abs=1e-5)
     check_gradients(case, names_of(gradients))
+
+
+def check_logits(case: Fixture) -> None:
+    """Compare the logits, their loss and the way back."""
+    interchange = case.interchange
+    found = {name: case.stored[full].shape for name, full in case.names.items()}
+    assert problems(interchange, found) == []
+    count = sum(leaf.size for leaf in jax.tree.leaves(case.params))
+    assert count == case.model.parameter_count()
+    logits = case.logits()
+    np.testing.assert_allclose(logits, case.expected["logits"], atol=LOGITS)
+    labels = np.asarray(case.tokens)
+    if not case.family.masked:
+        logits = logits[:, :-1]
+        labels = labels[:, 1:]
+    log_probs = np.take_along_axis(_log_softmax(logits), labels[..., None], -1)
+    assert -log_probs.mean() == pytest.approx(float(case.expected["loss"]), abs=1e-5)
     arrays = {name: np.asarray(leaf) for name, leaf in names_of(case.params).items()}
     for name, entry in interchange.table.items():
         stored = case.read(name)
@@ -132,7 +150,19 @@ def check_gradients(case: Fixture, gradients: dict) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_logits_loss_gradients_and_the_way_back_equal_transformers(name):
+def test_logits_loss_and_the_way_back_equal_transformers(name):
+    check_logits(fixture(name))
+
+
+# Gradients take most of the time to compile. Quick: softcaps, windows and sandwich norms; experts
+# with biases and sinks; ALiBi; both ways. Each other switch is differentiated by JAX.
+QUICK = ("bert", "bloom", "gemma2", "gpt_oss")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in NAMES]
+)
+def test_logits_loss_and_gradients_equal_transformers(name):
     check(fixture(name))
 
 
@@ -141,7 +171,13 @@ def test_logits_loss_gradients_and_the_way_back_equal_transformers(name):
 GREEDY = [n for n in NAMES if not fixture(n).family.masked and n != "phi3_longrope"]
 
 
-@pytest.mark.parametrize("name", GREEDY)
+# Slow: rotary models whose switches the others have, too.
+PLAIN = ("gemma2", "gptj", "llama3", "qwen2_window")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in PLAIN else []) for n in GREEDY]
+)
 def test_greedy_text_through_the_cache_equals_generate(name):
     case = fixture(name)
     tokens = case.expected["greedy"]
@@ -163,8 +199,10 @@ def test_greedy_text_through_the_cache_equals_generate(name):
         logits, cache = advance(decoder.params, cache, read_BS, jnp.full(2, position, jnp.int32))
 
 
-# A window, a sink and ALiBi, on the paths of speculation and of ranking.
-@pytest.mark.parametrize("name", ["gemma3", "gpt_oss", "bloom"])
+# A window with a sink, and ALiBi, on the paths of speculation and of ranking.
+@pytest.mark.parametrize(
+    "name", [pytest.param("gemma3", marks=pytest.mark.slow), "gpt_oss", "bloom"]
+)
 def test_several_tokens_at_once_and_scores_equal_full_passes(name):
     case = fixture(name)
     decoder = unstack(case.model, case.params)
@@ -184,7 +222,7 @@ def test_several_tokens_at_once_and_scores_equal_full_passes(name):
     np.testing.assert_allclose(alone, wanted, atol=LOGITS)
 
 
-@pytest.mark.parametrize("name", ["gemma3", "mixtral"])
+@pytest.mark.parametrize("name", [pytest.param("gemma3", marks=pytest.mark.slow), "mixtral"])
 def test_int8_weights_stay_near_and_differ(name):
     case = fixture(name)
     prompts = [row[:12].tolist() for row in np.asarray(case.tokens)]
@@ -282,7 +320,22 @@ def _moved(case: Fixture, logits) -> float:
     return float(np.abs(np.asarray(logits) - case.expected["logits"]).max())
 
 
-@pytest.mark.parametrize("mistake", SWITCHES)
+# Each compiles another model. Quick: one of each kind.
+FEW = (
+    "window one longer",
+    "no softcap of scores",
+    "default attention scale",
+    "embedding not scaled",
+    "one rotary base",
+    "no rope scaling",
+    "tanh GELU for the exact one",
+    "experts' weights not normed",
+)
+
+
+@pytest.mark.parametrize(
+    "mistake", [pytest.param(m, marks=[] if m in FEW else pytest.mark.slow) for m in SWITCHES]
+)
 def test_a_wrong_switch_moves_the_logits(mistake):
     name, change = SWITCHES[mistake]
     case = fixture(name)

@@ -39,7 +39,7 @@ from mtnlg_jax.train.checkpoint import load_run
 
 HERE = Path(__file__).parent
 FIXTURES = HERE / "megatron"
-CASES = ("dist", "ranks", "chunks", "experts", "singles", "expert_ranks")
+CASES = ("dist", "ranks", "chunks", "experts", "singles", "expert_ranks", "balanced")
 VOCABULARY = 59
 LOGITS = 1e-4
 registry.register()
@@ -162,6 +162,28 @@ def test_parts_that_are_joined_otherwise_move_the_logits():
     assert planted("chunks", "linear_fc1.weight", as_one) > 1e-2
     by_kind = np.r_[0:12, 24:36, 12:18, 36:42, 18:24, 42:48]
     assert planted("chunks", "linear_qkv.weight", lambda rows: rows[by_kind]) > 1e-2
+
+
+def test_the_bias_that_chooses_experts_moves_the_logits():
+    assert planted("balanced", "expert_bias", np.zeros_like) > 1e-2
+    # It is no part of the weights: moved alike for all experts, it chooses the same ones.
+    assert planted("balanced", "expert_bias", lambda bias: bias + np.float32(0.25)) < LOGITS
+
+
+def test_the_bias_that_chooses_experts_is_read_from_expert_parts(copied):
+    folder = copied("expert_ranks")
+    biases = np.arange(8, dtype=np.float32).reshape(2, 4)
+    for path in folder.glob("iter_*/mp_rank_*/*.pt"):
+        state = _arrays(torch_file.load(path))
+        state["args"].moe_router_enable_expert_bias = True
+        state["args"].moe_router_score_function = "sigmoid"
+        for layer, bias in enumerate(biases):
+            # Every rank has the biases of all experts.
+            state["model"][f"decoder.layers.{layer}.mlp.router.expert_bias"] = bias
+        save(path, state)
+    source = Source(folder)
+    for layer, bias in enumerate(biases):
+        np.testing.assert_array_equal(source.read("blocks.mlp.b_balance_E", layer), bias)
 
 
 def test_the_layout_of_the_writer_does_not_matter():
@@ -358,6 +380,9 @@ def test_args_become_fields():
     assert read("experts", moe_layer_freq=[1, 1]) == read("experts")
     moe = read("experts", moe_router_score_function="sigmoid").moe
     assert moe.moe_router_norm and moe.moe_router_pre_softmax
+    moe = read("balanced").moe
+    assert moe.moe_router_enable_expert_bias and moe.moe_router_bias_update_rate == 2e-3
+    assert read("balanced", num_experts=None).moe == read().moe
 
 
 def test_scales_that_are_stored_less_1_are_undone():
@@ -375,7 +400,10 @@ def test_scales_that_are_stored_less_1_are_undone():
         ({"multi_latent_attention": True}, "multi_latent_attention=True"),
         ({"qk_l2_norm": True}, "qk_l2_norm=True"),
         ({"num_experts": 4, "moe_layer_freq": [0, 1, 1]}, "moe_layer_freq"),
-        ({"num_experts": 4, "moe_router_enable_expert_bias": True}, "enable_expert_bias"),
+        (
+            {"num_experts": 4, "moe_router_enable_expert_bias": True},
+            "enable_expert_bias=True .* moe_router_score_function=sigmoid alone",
+        ),
         ({"use_mup": True}, "use_mup=True"),
         ({"apply_residual_connection_post_layernorm": True}, "post_layernorm=True"),
         ({"position_embedding_type": "mrope"}, "position_embedding_type='mrope'"),

@@ -7,13 +7,16 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tokenizers
+from flax import nnx
 
 from mtnlg_jax.config import DecodeConfig
 from mtnlg_jax.data.tokenizer import load_tokenizer
@@ -22,6 +25,8 @@ from mtnlg_jax.decode.infill import fill
 from mtnlg_jax.decode.load import load_decoder
 from mtnlg_jax.decode.scoring import score_masked, score_rows
 from mtnlg_jax.interop import registry
+from mtnlg_jax.model.transformer import abstract_model
+from mtnlg_jax.train.checkpoint import load_run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -53,7 +58,9 @@ def test_a_real_llama_has_the_perplexity_and_the_text_of_transformers(load):
         assert len(result.tokens) > 60 or result.finish_reason == "stop"
 
 
-@pytest.mark.parametrize("name", ["rxnfp_bert_mlm", "bert_tiny_splade"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("rxnfp_bert_mlm", marks=pytest.mark.slow), "bert_tiny_splade"]
+)
 def test_a_real_bert_guesses_the_tokens_that_transformers_guesses(load, name):
     run, decoder, expected = load(name)
     mask = run.tokenizer.mask_id
@@ -132,3 +139,53 @@ def test_the_tokenizer_inside_gemma_is_that_of_its_tokenizer_json(shared):
     theirs = beside.encode_batch(texts, add_special_tokens=False)
     assert inside.encode_batch(texts) == [found.ids for found in theirs]
     assert (inside.bos_id, inside.eos_ids, inside.pad_id) == (2, (1,), 0)
+
+
+READ = """
+    import sys
+    import numpy, torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    folder, text, to = sys.argv[1:]
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", output_loading_info=True
+    )
+    assert model.dtype == torch.float32
+    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        logits = model(ids).logits[0].numpy()
+    numpy.savez(to, ids=ids.numpy(), logits=logits, ends=model.generation_config.eos_token_id)
+"""
+
+
+@pytest.mark.slow
+def test_transformers_reads_gemma_270m_as_it_is_exported(tmp_path):
+    """GEMMA_GGUF is as above; TRANSFORMERS_PYTHON is a Python with torch and transformers. It takes
+    2.5 GB of disk and 5 GB of memory."""
+    path = os.environ.get("GEMMA_GGUF")
+    if path is None:
+        pytest.skip("set GEMMA_GGUF to the file of Gemma 3 270M")
+    python = os.environ.get("TRANSFORMERS_PYTHON", sys.executable)
+    if subprocess.run([python, "-c", "import torch, transformers"], capture_output=True).returncode:
+        pytest.skip("needs torch and transformers: set TRANSFORMERS_PYTHON to a Python with both")
+
+    def finish(*command) -> None:
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    script = ROOT / "launch/convert.py"
+    finish(sys.executable, script, f"--from={path}", f"--to={tmp_path}/run")
+    finish(sys.executable, script, f"--from={tmp_path}/run", f"--to={tmp_path}/model")
+    text = "Once upon a time, there was a little girl named Lily. " * 3
+    finish(python, "-c", textwrap.dedent(READ), tmp_path / "model", text, tmp_path / "theirs.npz")
+    for made in ("run", "model"):  # pytest keeps the folder for some time
+        shutil.rmtree(tmp_path / made)
+    theirs = np.load(tmp_path / "theirs.npz")
+    registry.register()
+    run = load_run(path)
+    assert theirs["ids"].tolist() == [[run.tokenizer.bos_id, *run.tokenizer.encode(text)]]
+    assert theirs["ends"].tolist() in (run.tokenizer.eos_id, list(run.tokenizer.eos_ids))
+    model = nnx.merge(abstract_model(run.config.model)[0], run.params)
+    logits = np.asarray(model(theirs["ids"].astype(np.int32)))[0]
+    assert np.abs(logits).max() > 10
+    np.testing.assert_allclose(logits, theirs["logits"], atol=1e-4)

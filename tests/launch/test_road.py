@@ -75,14 +75,12 @@ def test_the_quickstart_prints_every_part(road):
 
 def test_evaluate_for_people_and_for_programs(road):
     folder, _ = road
-    counts = json.loads(
-        run("evaluate.py", f"--workdir={folder}/run", f"--input={folder}/book.txt", "--json")
-    )
-    assert counts["bytes"] == (folder / "book.txt").stat().st_size and counts["bits_per_byte"] > 0
-    said = run(
-        "evaluate.py", f"--workdir={folder}/run", f"--input={folder}/book.txt", "--adapt=1e-3"
-    )
-    assert "adapting at 0.001" in said
+    text = "the old captain slept. " * 4
+    (folder / "short.txt").write_text(text)
+    base = ["evaluate.py", f"--workdir={folder}/run", f"--input={folder}/short.txt"]
+    counts = json.loads(run(*base, "--json"))
+    assert counts["bytes"] == len(text) and counts["bits_per_byte"] > 0
+    assert "adapting at 0.001" in run(*base, "--adapt=1e-3")
 
 
 def test_generate_in_three_modes(road):
@@ -127,13 +125,23 @@ def test_generate_in_three_modes(road):
 @pytest.mark.parametrize(
     ("script", "flags", "message"),
     [
-        ("pretrain.py", ["--config=nowhere.py", "--workdir=x"], "nowhere.py"),
+        pytest.param(
+            "pretrain.py",
+            ["--config=nowhere.py", "--workdir=x"],
+            "nowhere.py",
+            marks=pytest.mark.slow,  # tests/test_config.py has it without a process
+        ),
         (
             "pretrain.py",
             ["--config={configs}/tiny.py", "--set=train.step=3", "--workdir=x"],
             "did you mean 'steps'",
         ),
-        ("evaluate.py", ["--workdir=/nowhere", "--input={book}"], "/nowhere"),
+        pytest.param(
+            "evaluate.py",
+            ["--workdir=/nowhere", "--input={book}"],
+            "/nowhere",
+            marks=pytest.mark.slow,  # as the next
+        ),
         ("evaluate.py", ["--workdir={folder}/run", "--input=/nowhere.txt"], "/nowhere.txt"),
         ("evaluate.py", ["--workdir={folder}/run", "--input={book}", "--adapt=-1"], "adapt=-1.0"),
     ],

@@ -49,7 +49,7 @@ def over_context(parts, mode, causal, q, k, v, d_out, ids, **options):
     return [np.asarray(x)[:, np.argsort(order)] for x in run(*args)]
 
 
-# Slow: the other combinations of the two.
+# Slow: the other combinations of the two, and other numbers of parts and of key/value heads.
 @pytest.mark.parametrize(
     ("causal", "segments"),
     [
@@ -62,15 +62,20 @@ def over_context(parts, mode, causal, q, k, v, d_out, ids, **options):
 @pytest.mark.parametrize(
     ("mode", "parts", "kv_heads"),
     [
-        ("ulysses", 2, 8),
-        ("ulysses", 8, 8),
         ("ulysses", 2, 2),
-        ("gather", 2, 8),
         ("gather", 8, 2),
-        ("ring", 2, 8),
         ("ring", 4, 2),
-        pytest.param("ring", 8, 1, marks=pytest.mark.slow),
         ("auto", 4, 2),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("ulysses", 2, 8),
+                ("ulysses", 8, 8),
+                ("gather", 2, 8),
+                ("ring", 2, 8),
+                ("ring", 8, 1),
+            )
+        ),
     ],
 )
 def test_every_mode_equals_attention_over_the_whole(mode, parts, kv_heads, causal, segments):

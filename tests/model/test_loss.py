@@ -65,21 +65,20 @@ def _longhand(x, head, labels, weights, smoothing=0.0):
     return losses, d_x, d_head
 
 
-def _loss_and_gradients(chunk, smoothing=0.0):
-    return jax.jit(
-        jax.value_and_grad(
-            functools.partial(cross_entropy, chunk=chunk, smoothing=smoothing), (0, 1)
-        )
-    )
+def _loss_and_gradients(chunk, smoothing=0.0, sparse=False):
+    function = functools.partial(cross_entropy, chunk=chunk, smoothing=smoothing, sparse=sparse)
+    return jax.jit(jax.value_and_grad(function, (0, 1)))
 
 
+@pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize(
     "chunk", [1, 7, 13, 1000]
 )  # 7 leaves a remainder, 13 does not, 1000 is more than all tokens
-def test_loss_and_gradients_equal_the_reference(chunk, smoothing):
+def test_loss_and_gradients_equal_the_reference(chunk, smoothing, sparse):
     x, head, labels, weights = _inputs()
-    value, (d_x, d_head) = _loss_and_gradients(chunk, smoothing)(x, head, labels, weights)
+    function = _loss_and_gradients(chunk, smoothing, sparse)
+    value, (d_x, d_head) = function(x, head, labels, weights)
     losses, want_x, want_head = _longhand(x, head, labels, weights, smoothing)
     assert value.shape == () and value.dtype == jnp.float32
     np.testing.assert_allclose(value, losses @ weights, rtol=FLOAT32)
@@ -97,10 +96,25 @@ def test_a_factor_of_the_loss_multiplies_its_gradients():
         np.testing.assert_allclose(got, -3 * want, rtol=FLOAT32, atol=4 * FLOAT32)
 
 
-def test_tokens_without_weight_have_no_loss_and_no_gradient():
+@pytest.mark.parametrize("sparse", [False, True])
+def test_tokens_without_weight_have_no_loss_and_no_gradient(sparse):
     x, head, labels, weights = _inputs()
-    value, grads = _loss_and_gradients(7)(x, head, labels, 0 * weights)
+    value, grads = _loss_and_gradients(7, 0.0, sparse)(x, head, labels, 0 * weights)
     assert value == 0 and all((grad == 0).all() for grad in grads)
+
+
+def test_a_sparse_loss_skips_tokens_without_weight():
+    x, head, labels, weights = _inputs()
+    weights[np.arange(TOKENS) % 5 > 0] = 0
+    want = _loss_and_gradients(7)(x, head, labels, weights)
+    # The five others and the first two of these fill the only chunk. A product with one more would
+    # not be a number.
+    assert np.count_nonzero(weights) == 5
+    x[np.flatnonzero(weights == 0)[2:]] = np.nan
+    got = _loss_and_gradients(7, 0.0, sparse=True)(x, head, labels, weights)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=FLOAT32, atol=FLOAT32)
+    assert np.isnan(_loss_and_gradients(7)(x, head, labels, weights)[0])
 
 
 def test_large_logits_stay_finite_and_exact():
@@ -177,12 +191,14 @@ def test_logits_of_all_tokens_are_never_allocated(dtype):
 # --- a split vocabulary
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_a_vocabulary_split_over_tensor_has_the_same_loss_and_gradients(smoothing):
+@pytest.mark.parametrize(("smoothing", "sparse"), [(0.0, False), (0.1, False), (0.1, True)])
+def test_a_vocabulary_split_over_tensor_has_the_same_loss_and_gradients(smoothing, sparse):
     x, head, labels, weights = _inputs()
+    if sparse:  # of the two devices along data, one needs two chunks and the other one
+        weights[15:] = 0
 
     def local(x, head, labels, weights):
-        value, grads = _loss_and_gradients(7, smoothing)(x, head, labels, weights)
+        value, grads = _loss_and_gradients(7, smoothing, sparse)(x, head, labels, weights)
         return value[None], *grads, token_log_probs(x, head, labels, chunk=7)[None]
 
     mesh = make_mesh(MeshConfig(data=2, tensor=4))

@@ -45,6 +45,14 @@ def test_a_large_array_is_taken_over_by_the_cpu():
     assert host.on_device(made, np.int8, cpu).unsafe_buffer_pointer() == made.ctypes.data
 
 
+@pytest.mark.parametrize("large_pages", [True, False])
+def test_a_large_array_is_zero_with_and_without_large_pages(large_pages, monkeypatch):
+    monkeypatch.setattr(host, "_HAS_LARGE_PAGES", large_pages and host._HAS_LARGE_PAGES)
+    monkeypatch.setattr(np, "empty", np.ones)  # memory that another array has used
+    assert not host.empty((host.LARGE,), np.int8).any()
+    assert host.empty((host.LARGE - 1,), np.int8).all()
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan, -np.nan])
 def test_values_that_are_not_finite_are_found_by_their_bits(dtype, bad):

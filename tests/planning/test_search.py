@@ -106,7 +106,9 @@ def test_the_search_finds_the_fastest_layouts():
         assert len(best) > 4 and found == pytest.approx(best, rel=1e-9)
 
 
-@pytest.mark.parametrize(("chips", "devices"), [("H100", 1024), ("v5p", 1024)])
+@pytest.mark.parametrize(
+    ("chips", "devices"), [pytest.param("H100", 1024, marks=pytest.mark.slow), ("v5p", 1024)]
+)
 def test_layouts_found_are_valid_fit_and_are_sorted(chips, devices):
     config = configured("mtnlg_530b.py")
     job = Job(config, CHIPS[chips])

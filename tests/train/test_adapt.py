@@ -39,8 +39,8 @@ MODEL = ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=4, max_pos
 LOW_RANK = OptimizerConfig(learning_rate=3e-3, lora_rank=2)
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, compiled_once):
     """Prepare plain and pairs with one tokenizer, other with another, and base, a run on plain."""
     folder = tmp_path_factory.mktemp("adapt")
     words = "the old whale swam north past a red ship and nobody woke".split()

@@ -201,6 +201,28 @@ def test_the_record_keeps_the_initial_run(tmp_path):
         refuse(override(BASE, "train.init=/other"), alone=True)
 
 
+def test_spellings_of_one_initial_model_are_equal(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").touch()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "link").symlink_to("model")
+    monkeypatch.chdir(tmp_path)
+    local = ["model", "./model", "model/", "other/../model", "link", "model/config.json"]
+    local.append(f"{tmp_path}/model")
+    remote = ["gs://bucket/model", "gs://bucket/model/"]
+    for spellings, others in (
+        (local, ["other", "model/other", "other/config.json", *remote]),
+        (remote, ["gs://bucket/other", "gs://other/model", "bucket/model", *local]),
+    ):
+        for one in spellings:
+            started = override(BASE, f"train.init={one}")
+            for same in spellings:
+                refuse(override(BASE, f"train.init={same}"), started)
+            for other in others:
+                with pytest.raises(ValueError, match="is not what this run started from"):
+                    refuse(override(BASE, f"train.init={other}"), started)
+
+
 def test_a_record_without_newer_keys_uses_their_defaults():
     saved = json.loads(to_json(BASE))
     del (

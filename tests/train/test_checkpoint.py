@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import gc
 import itertools
 import json
 import math
@@ -576,6 +577,8 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", folder], check=True)
 
 
+# When one array fails, Orbax drops the coroutines that would have written the others.
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 @pytest.mark.parametrize("announced", [True, False])
 def test_full_disk_at_the_arrays(small_disk, one, capfd, monkeypatch, recwarn, announced):
     checkpoints = Checkpoints(small_disk)
@@ -597,11 +600,14 @@ def test_full_disk_at_the_arrays(small_disk, one, capfd, monkeypatch, recwarn, a
         monkeypatch.setattr(type(checkpoints.folder), "rmtree", rmtree)
     amount = "0.1 MB are free, 0.2 MB needed" if announced else ""
     assert_full_disk_is_told(small_disk, one, checkpoints, amount)
-    assert "".join(capfd.readouterr()) == "" and not recwarn.list
+    warned = [str(each.message) for each in recwarn.list]
+    assert "".join(capfd.readouterr()) == ""
+    assert not [message for message in warned if not message.endswith("was never awaited")]
     (small_disk / "ballast").unlink()
     checkpoints.save(2, state_of(2, one), meta_of(2), wait=True)
     assert checkpoints.steps() == [1, 2]
     checkpoints.close()
+    gc.collect()  # here, and not in a later test that would be blamed for them
 
 
 def test_an_unwritable_folder_raises_an_error(tmp_path):

@@ -1,5 +1,6 @@
 """Check loads of experts, the bias that evens them out, and whole steps with split experts."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -21,10 +22,11 @@ from mtnlg_jax.config import (
 from mtnlg_jax.model.transformer import init_parameters
 from mtnlg_jax.parallel.mesh import EXPERT_BIAS, make_mesh, parameter_name, shardings_of
 from mtnlg_jax.train.batch import put_batch
+from mtnlg_jax.train.checkpoint import Checkpoints
 from mtnlg_jax.train.expert_loads import balanced, metrics_of
 from mtnlg_jax.train.gradients import make_loss_and_gradients
 from mtnlg_jax.train.init_from import recorded_meaning
-from mtnlg_jax.train.state import init_state
+from mtnlg_jax.train.state import abstract_state, init_state
 from mtnlg_jax.train.step import make_train_step
 
 ROWS = 8
@@ -97,8 +99,8 @@ def devices_of(mesh: MeshConfig):
 
 
 @functools.cache
-def after_steps(mesh_config: MeshConfig):
-    """Return (parameters, metrics of each step) after STEPS steps of two micro-batches."""
+def trained(mesh_config: MeshConfig):
+    """Return (step, state, metrics of each step) after STEPS steps of two micro-batches."""
     config = config_of(mesh_config)
     mesh = devices_of(mesh_config)
     step = make_train_step(config, mesh, causal=True)
@@ -110,8 +112,12 @@ def after_steps(mesh_config: MeshConfig):
         batch = batch_on(mesh, number, unused=3 * (number == STEPS - 1))
         state, found = step(state, batch, jnp.int32(2), jnp.int32(ROWS), 1.0)
         metrics.append({name: np.asarray(value) for name, value in found.items()})
-    leaves = jax.tree_util.tree_leaves_with_path(state.params)
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}, metrics
+    return step, state, metrics
+
+
+def numbers(tree) -> dict[str, np.ndarray]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
 SLOW = pytest.mark.slow
@@ -132,8 +138,10 @@ SLOW = pytest.mark.slow
     ids=str,
 )
 def test_three_steps_on_a_mesh_equal_one_device(mesh):
-    wanted, wanted_metrics = after_steps(ONE)
-    got, metrics = after_steps(mesh)
+    _, state, wanted_metrics = trained(ONE)
+    wanted = numbers(state.params)
+    _, state, metrics = trained(mesh)
+    got = numbers(state.params)
     for path, value in wanted.items():
         np.testing.assert_allclose(got[path], value, atol=2e-5, err_msg=path)
         if EXPERT_BIAS in path:
@@ -143,6 +151,41 @@ def test_three_steps_on_a_mesh_equal_one_device(mesh):
         for name, value in other.items():
             np.testing.assert_allclose(one[name], value, rtol=1e-4, err_msg=name)
     assert wanted_metrics[0]["expert_load_max"] > 1
+
+
+@pytest.mark.parametrize(
+    ("saved", "resumed"),
+    [
+        (MeshConfig(data=2, expert=2, tensor=2), ONE),
+        pytest.param(ONE, MeshConfig(data=2, expert=2, tensor=2), marks=SLOW),
+        pytest.param(
+            MeshConfig(data=1, expert=4, tensor=2, zero=3),
+            MeshConfig(data=2, expert=2, pipe=2, zero=3),
+            marks=SLOW,
+        ),
+        pytest.param(
+            MeshConfig(data=2, expert=2, tensor=2), MeshConfig(data=4, tensor=2), marks=SLOW
+        ),
+    ],
+    ids=str,
+)
+def test_split_experts_resume_on_another_mesh(tmp_path, saved, resumed):
+    _, state, _ = trained(saved)
+    with contextlib.closing(Checkpoints(tmp_path / "checkpoints")) as checkpoints:
+        checkpoints.save(STEPS, state, {"config": {}, "identity": {}}, wait=True)
+        losses = []
+        for mesh_config in (saved, resumed):
+            mesh = devices_of(mesh_config)
+            found = checkpoints.restore(abstract_state(config_of(mesh_config), mesh), {})
+            assert found is not None
+            # With the optimizer's moments, bit for bit.
+            for path, value in numbers(state).items():
+                np.testing.assert_array_equal(numbers(found[1])[path], value, err_msg=path)
+            step = trained(mesh_config)[0]
+            batch = batch_on(mesh, STEPS)
+            _, metrics = step(found[1], batch, jnp.int32(2), jnp.int32(ROWS), 1.0)
+            losses.append(float(metrics["loss"]))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 @functools.cache
@@ -168,9 +211,17 @@ def test_rows_that_fill_up_the_batch_are_no_load():
     assert (part <= whole).all()
 
 
-@SLOW
-def test_a_model_without_the_bias_has_the_same_loads():
-    gradients, loads_LE = loads_of(ONE, 0, False)
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param(ONE, marks=SLOW),
+        pytest.param(MeshConfig(data=2), marks=SLOW),
+        MeshConfig(data=2, pipe=2),
+    ],
+    ids=str,
+)
+def test_a_model_without_the_bias_has_the_same_loads(mesh):
+    gradients, loads_LE = loads_of(mesh, 0, False)
     assert EXPERT_BIAS not in gradients
     np.testing.assert_array_equal(loads_LE, loads_of(ONE, 0, True)[1])
 

@@ -1,5 +1,6 @@
 """Loss and gradients of the families' switches on every mesh equal those of one device."""
 
+import dataclasses
 import functools
 
 import jax
@@ -118,12 +119,19 @@ OF_EXPERTS = {
     "expert and 1f1b": MeshConfig(data=1, expert=4, pipe=2, schedule="1f1b"),
     "expert, data, 1f1b": MeshConfig(data=2, expert=2, pipe=2, schedule="1f1b", zero=0),
 }
-QUICK = {
-    ("windows", "data and tensor"),
-    ("experts", "data and tensor"),
-    ("experts", "expert, data and tensor"),
-    ("masked", "data and tensor"),
-}
+# One layer with nearly all switches: slow are the families, which tell what is wrong if it fails.
+MODELS["all"] = dataclasses.replace(
+    MODELS["windows"],
+    num_layers=2,
+    layer_pattern=(LayerSpec(window=6, rotary_base=100.0),),
+    bias=("mlp", "head", "mlm"),
+    activation="swiglu",
+    embedding_norm=True,
+    mlm_head=True,
+    attention_sink=True,
+    moe=MODELS["experts"].moe,
+)
+QUICK = {("all", "expert, data and tensor")}
 
 
 @functools.cache
@@ -193,7 +201,7 @@ def loss_and_gradients(name: str, mesh_config: MeshConfig):
             name, mesh, marks=[] if (name, mesh) in QUICK else pytest.mark.slow, id=f"{name}-{mesh}"
         )
         for name in MODELS
-        for mesh in (MESHES | OF_EXPERTS if name == "experts" else MESHES)
+        for mesh in (MESHES | OF_EXPERTS if MODELS[name].moe.num_moe_experts else MESHES)
     ],
 )
 def test_a_mesh_equals_one_device(name, mesh):

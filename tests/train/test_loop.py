@@ -42,7 +42,7 @@ def prepared(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_device():
+def one_device(compiled_once):
     """Give runs one device unless their config asks for more, because that compiles faster."""
     make = loop.make_mesh
 
@@ -58,7 +58,12 @@ def config_of(prepared, steps=6, **train):
     train = {"global_batch_size": 8, "eval_every": 3, "save_every": 3, "eval_batches": 2} | train
     return Config(
         model=ModelConfig(
-            num_layers=1, hidden_size=32, num_attention_heads=8, max_position_embeddings=32
+            num_layers=1,
+            hidden_size=32,
+            num_attention_heads=8,
+            max_position_embeddings=32,
+            normalization="rmsnorm",
+            add_bias=False,
         ),
         mesh=MeshConfig(data=1),
         data=DataConfig(path=prepared),
@@ -325,3 +330,9 @@ def test_flops_per_token_of_the_paper():
     )
     expected = 6 * (model.parameter_count() - 2048 * 20480) + 12 * 105 * 20480 * 2048
     assert flops_per_token(model, 2048) == expected
+    head = 6 * model.vocabulary * model.hidden_size
+    assert flops_per_token(model, 2048, head=False) == pytest.approx(expected - head)
+    # 4 of 6 parts of the products, and all of the attention.
+    attention = 12 * model.num_layers * model.hidden_size * 2048
+    frozen = attention + (expected - attention) * 4 / 6
+    assert flops_per_token(model, 2048, frozen=True) == pytest.approx(frozen)

@@ -22,6 +22,7 @@ from mtnlg_jax.train import loop
 from mtnlg_jax.train.metrics import read_metrics
 from mtnlg_jax.train.step import make_train_step
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
 LOSSES = 1e-5  # float32, after updates by Adam
 WORDS = (
     "the whale swam north while the old captain slept "
@@ -48,7 +49,12 @@ def config_of(prepared, mesh, micro=1, stages=CAUSAL):
     shards."""
     return Config(
         model=ModelConfig(
-            num_layers=4, hidden_size=32, num_attention_heads=8, max_position_embeddings=32
+            num_layers=4,
+            hidden_size=32,
+            num_attention_heads=8,
+            max_position_embeddings=32,
+            normalization="rmsnorm",
+            add_bias=False,
         ),
         mesh=mesh,
         data=DataConfig(path=prepared),
@@ -126,6 +132,7 @@ def test_a_run_moved_between_meshes_equals_one_that_was_not(
     np.testing.assert_allclose(held_out, stayed[2], rtol=LOSSES)
 
 
+@pytest.mark.slow  # the test above has a ramp, and CompiledStep accepts no other shapes
 def test_a_ramp_through_a_pipeline_compiles_once(prepared, monkeypatch, tmp_path):
     lowered = []
 

@@ -25,7 +25,10 @@ def chat(given: dict[str, Any]) -> None:
     file = options.CHAT_TEMPLATE.value
     template = None if file is None else decode_template(Path(file).read_bytes(), file)
     if template is not None:
-        ChatTemplate(template, {})  # is refused before the model is loaded
+        try:
+            ChatTemplate(template, {})  # is refused before the model is loaded
+        except ValueError as error:
+            raise ValueError(f"--chat_template={file}: {error}") from None
     run, decoder = load_model()
     decode = decode_settings([{"prompt": ""}], run.config.decode, with_words(run.tokenizer, given))
     # The settings of a run may ask for several texts; a conversation goes on from one.
@@ -41,17 +44,25 @@ def chat(given: dict[str, Any]) -> None:
     terminal = sys.stdin.isatty()
     if terminal:
         print(f"({_RESET} begins a new conversation; the end of input leaves)", file=sys.stderr)
-    for line in _lines(terminal):
+    for number, line in enumerate(_lines(terminal), 1):
         if line.strip() == _RESET:
             conversation.reset()
         elif line.strip():
-            _answer(conversation, line, terminal)
+            _answer(conversation, line, None if terminal else number)
 
 
 def _lines(terminal: bool) -> Iterator[str]:
     """Yield the lines of standard input, each asked for on a terminal."""
     if not terminal:
-        yield from (line.rstrip("\r\n") for line in sys.stdin)
+        for number, raw in enumerate(sys.stdin.buffer, 1):
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"line {number} of standard input is not UTF-8 at byte {error.start}; convert "
+                    "it, for example with iconv"
+                ) from None
+            yield line.rstrip("\r\n")
         return
     import readline  # noqa: F401 - gives input() its history and its keys
 
@@ -63,17 +74,23 @@ def _lines(terminal: bool) -> Iterator[str]:
             return
 
 
-def _answer(conversation: "Conversation", line: str, terminal: bool) -> None:
-    """Print the answer to a line, as it comes unless --nostream."""
+def _answer(conversation: "Conversation", line: str, number: int | None) -> None:
+    """Print the answer to a line, as it comes unless --nostream.
+
+    ``number`` is that of the line in a file; None on a terminal.
+    """
     stream = options.STREAM.value is not False
     try:
+        # Python keeps bytes that a terminal sent in another encoding as lone surrogates.
+        if not line.isascii() and any("\ud800" <= letter <= "\udfff" for letter in line):
+            raise ValueError("the line is not UTF-8; set the terminal's encoding to UTF-8")
         answer = conversation.ask(
             line, (lambda text: print(text, end="", flush=True)) if stream else None
         )
     except ValueError as error:
         # A person can go on; the lines of a file were meant to be answered one after another.
-        if not terminal:
-            raise
+        if number is not None:
+            raise ValueError(f"line {number} of standard input: {error}") from None
         print(f"error: {error}", file=sys.stderr)
         return
     print("" if stream else answer.text, flush=True)

@@ -30,7 +30,7 @@ def make(
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict:
-    """Run ``recipe``, and return the content of its report.json.
+    """Run ``recipe``, and return the content of its report.json (without prepared.json's).
 
     After an interruption the same call continues. Every result depends only on the text and the
     recipe.
@@ -44,15 +44,15 @@ def make(
     each document and 80 for each pair of possible duplicates.
 
     Args:
-      root: file or folder of the input, to which the paths of the recipe's sources are relative;
-        None if those are complete.
+      root: file or folder of the input, from which the relative paths of the recipe's sources
+        start; None if those paths are complete.
       output: folder or URL.
       engine: `in_processes` (default: one process for each core) or `on_ray`.
       overwrite: remake what depends on a changed setting or input.
       progress: whether to show a progress bar on a terminal.
 
     Raises:
-      ValueError: the recipe or the input is invalid; raised before any work if that is known then.
+      ValueError: the recipe or the input is invalid; raised before any work where possible.
       FileNotFoundError: an input is missing.
       FileExistsError: ``output`` was begun with other settings or input and ``overwrite`` is false,
         or another run is writing to it.
@@ -72,7 +72,7 @@ def make(
     ]
     left_out += [texts.named_after(name, report.notes) for name, report in reports.items()]
     left_out += [beside_sources(recipe, str(root))] if root is not None else []
-    # A stamp changes with the content of a file: `_check_settings` finds changed input by it.
+    # A stamp changes with the content of a file, so `_check_settings` notices changed input.
     stamps = {f"{name}/{file.name}": file.stamp for name, group in files.items() for file in group}
     stamps |= {file.path: file.stamp for file in (*tests, *samples[0], *samples[1])}
     if recipe.tokenizer not in ("bpe", "unigram"):
@@ -112,7 +112,7 @@ def _run(
         "decontaminate": functools.partial(corpus.decontaminate, tests=tests),
         "quality": functools.partial(corpus.quality, samples=samples),
     }
-    # Tokens are made below; the other two have nothing to compare with.
+    # Tokens are made below; the other two are left out if there is nothing to compare with.
     idle = {"tokens"} | ({"decontaminate"} if not tests else set())
     idle |= {"quality"} if not recipe.quality.good else set()
     skipping = {source.name: source.skip_stages for source in recipe.sources}

@@ -26,12 +26,17 @@ from mtnlg_jax.data.tokenizer import Tokenizer, tokenizer_for_data
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
+HELDOUT = 0.01  # share of the documents
 _PIECE = 1 << 22  # tokens read at once, or one document
 _LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 
 
 def convert(
-    source: str, target: str, tokenizer: str = "", heldout: float = 0.01, overwrite: bool = False
+    source: str,
+    target: str,
+    tokenizer: str = "",
+    heldout: float | None = None,
+    overwrite: bool = False,
 ) -> str:
     """Convert ``source`` to ``target``, and return a line that describes the result.
 
@@ -39,26 +44,40 @@ def convert(
     (.gz, .zst) gets the text of each document, {"text": ...}, or of pairs {"prompt": ...,
     "answer": ...}. Otherwise arrays become Megatron's files, token by token, and Megatron's files
     become a prepared folder: missing bos and eos are added to each document, and the last
-    documents, a share of ``heldout`` (0 to 0.5), are held out. ``tokenizer`` is a folder; that of
-    arrays is next to them.
+    documents, a share of ``heldout`` (0 to 0.5; None: HELDOUT), are held out. ``tokenizer`` is a
+    folder; that of arrays is next to them.
 
-    The target is written completely or not at all. Raises ValueError, FileNotFoundError or
-    FileExistsError (the target exists and not ``overwrite``) before any work.
+    The target is written completely or not at all. Raises ValueError (also for an argument that has
+    no use in this direction), FileNotFoundError or FileExistsError (the target exists and not
+    ``overwrite``) before any work.
     """
-    if not 0 <= heldout <= 0.5:
-        raise ValueError(f"heldout={heldout} must be in 0 to 0.5")
+    if heldout is not None and not 0 <= heldout <= 0.5:
+        raise ValueError(f"--heldout={heldout:g} must be in 0 to 0.5")
     if storage.is_remote(target):
         raise ValueError(f"{target} is a URL; convert to a local path and copy that")
     if prefix_of(target) and prefix_of(target) == prefix_of(source):
         raise ValueError(f"{target} is the source itself; choose another --to")
     tokens = open_tokens(source)
     lines = target.lower().endswith(_LINES)
+    to_arrays = isinstance(tokens, MegatronTokens) and not lines
+    if heldout is not None and not to_arrays:
+        raise ValueError(
+            f"--heldout={heldout:g} is for Megatron's files that become a prepared folder; "
+            f"{target} is {'text' if lines else 'a prefix of them'}, so leave it out"
+        )
     if isinstance(tokens, MegatronTokens) or lines:
         found = _tokenizer_of(tokens, source, tokenizer)
+    elif tokenizer:
+        raise ValueError(
+            f"--tokenizer={tokenizer} is for text or a prepared folder; {target} becomes "
+            "Megatron's files, which hold the same tokens and no tokenizer, so leave it out"
+        )
     if lines:
         return write_lines(tokens, target, found, overwrite)
     if isinstance(tokens, MegatronTokens):
-        return write_arrays(tokens, target, found, heldout, overwrite)
+        return write_arrays(
+            tokens, target, found, HELDOUT if heldout is None else heldout, overwrite
+        )
     write_megatron(tokens, target, overwrite)
     return f"{prefix_of(target)}.bin, .idx: {tokens.documents:,} documents, {len(tokens):,} tokens"
 
@@ -100,7 +119,7 @@ def write_arrays(
     tokens: MegatronTokens,
     target: str,
     tokenizer: Tokenizer,
-    heldout: float = 0.01,
+    heldout: float = HELDOUT,
     overwrite: bool = False,
 ) -> str:
     """Write a prepared folder, as `prepare` does, from Megatron's files."""

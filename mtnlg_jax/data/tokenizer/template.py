@@ -51,8 +51,8 @@ class ChatTemplate:
             self._template = _environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise ValueError(
-                f"the chat template is not one, at line {error.lineno}: {error.message}; copy it "
-                "again"
+                f"the chat template is not valid Jinja at line {error.lineno}: {error.message}; "
+                "correct it, or copy it again"
             ) from None
 
     def render(

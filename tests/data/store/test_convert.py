@@ -136,6 +136,22 @@ def test_invalid_requests_raise_an_error(prepared, trained, gpt2_files, tmp_path
             ValueError,
             "heldout=0.7 must be in 0 to 0.5",
         ),
+        ((train, str(tmp_path / "y"), "", -0.1), ValueError, "--heldout=-0.1 must be in 0 to 0.5"),
+        (
+            (train, str(tmp_path / "y"), "", 0.01),
+            ValueError,
+            "--heldout=0.01 is for Megatron's files .*/y is a prefix of them, so leave it out",
+        ),
+        (
+            (train, str(tmp_path / "y.jsonl"), "", 0.01),
+            ValueError,
+            "--heldout=0.01 is for Megatron's files .*/y.jsonl is text, so leave it out",
+        ),
+        (
+            (train, str(tmp_path / "y"), str(gpt2_files)),
+            ValueError,
+            "--tokenizer=.* is for text or a prepared folder; .*/y becomes Megatron's files",
+        ),
         (
             (train, str(tmp_path / "y.jsonl"), str(tmp_path / "other")),
             ValueError,

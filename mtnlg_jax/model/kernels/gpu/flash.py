@@ -2,15 +2,16 @@
 
 A thread block has three warpgroups. The last one feeds: it copies blocks of keys and values to
 shared memory with the TMA, into a ring of ``stages`` slots. The other two compute, each for
-``blocks.q`` queries of its own, and take turns: while one does its softmax, the other has the
-tensor cores. There is one thread block for every multiprocessor, and each walks over many tiles; a
-tile is what both computing warpgroups do for one row, one head and one run of queries (Shah et al.
-2024, FlashAttention-3, without its second overlap, of a warpgroup's softmax with its own product).
+``blocks.q`` queries of its own, and take turns: while one does its softmax, the other uses the
+tensor cores. There is one thread block for every multiprocessor, and each walks over many tiles. A
+tile is the work of both computing warpgroups for one row, one head and one run of queries (Shah et
+al. 2024, FlashAttention-3, without its second overlap, of a warpgroup's softmax with its own
+product).
 
-Every kernel has two forms of one body. The fast form keeps the weights in registers and adds to
-accumulators in place. Pallas' interpreter can do neither, so in its form the weights go through
-shared memory and every product has a new accumulator. ``fast`` chooses the form; it is True unless
-the kernel is interpreted.
+Every kernel has two forms of one body. The fast form keeps the attention weights in registers and
+adds to accumulators in place. Pallas' interpreter can do neither, so in the other form the weights
+go through shared memory and every product has a new accumulator. ``fast`` chooses the form; by
+default it is True unless the kernel is interpreted.
 
 Head widths are multiples of 32 up to 256; dtypes are bfloat16 and float16.
 """
@@ -66,12 +67,15 @@ def forward(
     interpret=None,
     fast: bool | None = None,
 ):
-    """Attention of q (B, S, N, H) to k and v (B, T, K, H): out (B, S, N, H) and its log-sum-exp,
-    float32 (B, N, S).
+    """Return the attention of q (B, S, N, H) to k and v (B, T, K, H), (B, S, N, H), and its
+    log-sum-exp, float32 (B, N, S).
 
-    alibi_slopes: float32 (N,) or None.
-    interpret: parameters of Pallas' GPU interpreter (or True), or None to compile.
-    fast: the form, see above. None: fast unless interpreted."""
+    Args:
+      alibi_slopes: float32 (N,) or None.
+      interpret: parameters of Pallas' GPU interpreter (or True), or None to compile.
+      fast: the form of the kernel, as the docstring of this file explains. None: fast unless
+        interpreted.
+    """
     check_arrays(q, k, v)
     check_blocks(q.shape[3], "queries", blocks.q, "keys", blocks.kv)
     fast = interpret is None if fast is None else fast
@@ -86,7 +90,7 @@ def forward(
         "q_block": tiled((COMPUTE, blocks.q, width), q.dtype),
         "lse_block": plgpu.SMEM((COMPUTE, blocks.q), jnp.float32),
         "loaded": plgpu.Barrier(num_barriers=COMPUTE, num_arrivals=1 + tiles.has_ids),
-        # One barrier for both: it opens once each has arrived.
+        # One barrier for both computing warpgroups: it opens when each has arrived.
         "turn": plgpu.Barrier(num_arrivals=COMPUTE),
     }
     if not fast:
@@ -148,12 +152,12 @@ def _forward_body(
 
             def multiply(scores):
                 plgpu.wgmma(scores, r.q_block.at[wg], r.k_block.at[slot].transpose((1, 0)))
-                turn()  # while this product is computed, the other warpgroup may start its own
+                turn()  # the other warpgroup may start its product while this one is computed
                 return scores[...]
 
             scores = score_scale.cap(pl.run_scoped(multiply, plgpu.ACC((rows, kv), jnp.float32)))
             kv_ids = plgpu.load(r.kv_ids_block.at[slot], layout=COLUMNS) if has_ids else None
-            # Early: the keys may be overwritten during the softmax.
+            # Released here, so that the next keys are copied during the softmax.
             release(r.k_empty.at[slot], has_ids)
             where = (span.offset + start, j * kv)
             scores = with_distances(scores, slope, *where)
@@ -168,7 +172,7 @@ def _forward_body(
             mass = mass * shrink + weights.sum(axis=1)
             weights = weights.astype(dtype)
             if fast:
-                # No part of the softmax may slip behind the barrier, into the other's turn.
+                # No part of the softmax may move past the barrier, into the other's turn.
                 held = lax.optimization_barrier((total, mass, new_top, weights))
                 total, mass, new_top, weights = held
             plgpu.barrier_arrive(r.turn)
@@ -181,7 +185,7 @@ def _forward_body(
             return total, new_top, mass
 
         def flush(j, _):
-            """Pass over a block that only the other warpgroup needs."""
+            """Skip a block that only the other warpgroup needs, and keep the turns in step."""
             slot = tiles.slot(step, j, span)
             turn()
             plgpu.barrier_arrive(r.k_empty.at[slot])
@@ -202,7 +206,7 @@ def _forward_body(
         # A query that sees nothing: 0 and -inf.
         blind = mass == 0.0
         mass = jnp.where(blind, 1.0, mass)
-        # The queries are not needed any more.
+        # The queries are no longer needed, so the output takes their place.
         r.q_block[wg] = (total * broadcast_along(1.0 / mass, total.shape, 0)).astype(dtype)
         r.lse_block[wg] = jnp.where(blind, -jnp.inf, top * (1 / LOG2E) + jnp.log(mass))
         plgpu.commit_smem()

@@ -13,18 +13,18 @@ FLOAT32 = 2e-5  # sums of some hundreds of numbers of size one
 BFLOAT16 = 3e-2  # eight bits of mantissa, rounded twice, relative to the largest value
 
 
-# Slow: the features of "all" and "all both ways", one at a time.
+# Slow: the features of "alibi and all" and "all both ways", one at a time.
 @pytest.mark.parametrize(
     "case",
     [
         "head width 160",
-        "lengths",
-        "all",
         "all both ways",
         "alibi and all",
         *(
             pytest.param(case, marks=pytest.mark.slow)
             for case in (
+                "lengths",
+                "all",
                 "causal",
                 "interior blocks",
                 "window",
