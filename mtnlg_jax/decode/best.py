@@ -68,7 +68,7 @@ def score_best(
 
 @functools.partial(jax.jit, static_argnames=("config", "top"))
 def _best(params, tokens_CS, *, config, top):
-    """Return log p of token j + 1 at entry j, (C, S), and the best ids and their log p, (C, S, K)."""
+    """Return log p of token j + 1 at entry j, (C, S), the best ids and their log p, (C, S, K)."""
 
     def attend(_, q, k, v, **options):
         return attention(q, k, v, impl=config.attention_impl, **options)

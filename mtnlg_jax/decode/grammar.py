@@ -1,8 +1,8 @@
 """Text of a given form: a JSON schema, a regular expression or a grammar, by llguidance.
 
-A grammar is compiled once, before anything is written. `Grammar.row` gives the state of one row that
-is checked on the host; `Grammar.rows` gives the ``constraint`` of `generate`, which also serves
-beams and look-up speculation, where rows are copied and guesses are taken back.
+A grammar is compiled once, before anything is written. `Grammar.row` gives the state of one row
+that is checked on the host. `Grammar.rows` gives the ``constraint`` of `generate`, also for beams
+and look-up speculation, where rows are copied and guesses are taken back.
 """
 
 # Shapes: B rows, S positions, V vocabulary

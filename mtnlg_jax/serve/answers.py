@@ -74,8 +74,8 @@ class EventStream(Response):
     """Server-sent events: each value as ``data: JSON``, [DONE] at the end.
 
     ``values``: an asynchronous generator; None is a ping. An error in it becomes an event with
-    OpenAI's error shape. It is closed, and ``close`` called, at the end, or when the client goes away
-    or takes nothing for SEND_SECONDS.
+    OpenAI's error shape. It is closed, and ``close`` called, at the end, or when the client goes
+    away or takes nothing for SEND_SECONDS.
     """
 
     def __init__(self, values: AsyncIterator[Any], close: Callable[[], None] = lambda: None):

@@ -28,6 +28,7 @@ async def within_seconds(function: Callable[[], Any], seconds: float) -> Any:
             future.set_exception(error)
 
     def body() -> None:
+        outcome: tuple[Any, BaseException | None]
         try:
             outcome = (function(), None)
         except _TooLong:

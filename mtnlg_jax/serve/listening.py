@@ -41,8 +41,8 @@ def bind(host: str, port: int, keys: Keys) -> socket.socket:
     except OSError as error:
         bound.close()
         raise ValueError(
-            f"--port={port} of {host} cannot be used ({error.strerror}); end what listens there, or "
-            "give another --port"
+            f"--port={port} of {host} cannot be used ({error.strerror}); end what listens there, "
+            "or give another --port"
         ) from None
     return bound
 

@@ -1,7 +1,7 @@
 """The bodies of requests, as types. A body is read once, and every field is checked."""
 
 import re
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import msgspec
 
@@ -16,8 +16,6 @@ HARMLESS = frozenset(
 )
 # Values by which a client says that it does not use a field.
 _UNUSED: tuple[Any, ...] = (None, False, 0, "", [], {}, "auto", "none")
-
-Body = TypeVar("Body", bound=msgspec.Struct)
 
 
 class Choice(msgspec.Struct, kw_only=True):
@@ -162,7 +160,7 @@ class Detokenize(msgspec.Struct, kw_only=True):
     model: str | None = None
 
 
-def parse(body: bytes, kind: type[Body]) -> Body:
+def parse[Body: msgspec.Struct](body: bytes, kind: type[Body]) -> Body:
     """Return a body as ``kind``. Raise Refused with the place and the way out."""
     try:
         given = msgspec.json.decode(body)

@@ -31,8 +31,8 @@ from mtnlg_jax.data.tokenizer.chat import Chat  # noqa: E402
 from mtnlg_jax.decode.cache import unstack  # noqa: E402
 from mtnlg_jax.model.transformer import abstract_model  # noqa: E402
 from mtnlg_jax.serve.http import Api, Limits  # noqa: E402
-from mtnlg_jax.serve.listening import Server, bind  # noqa: E402
 from mtnlg_jax.serve.keys import Keys  # noqa: E402
+from mtnlg_jax.serve.listening import Server, bind  # noqa: E402
 from mtnlg_jax.serve.models import Model, Models  # noqa: E402
 
 CONTEXT = 128
@@ -139,3 +139,9 @@ def make(parts):
 def served(make):
     with serving(make()) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def serving_of():
+    """Return `serving`: a server of its own for a test."""
+    return serving

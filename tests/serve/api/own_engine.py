@@ -80,7 +80,8 @@ class OwnEngine:
         if isinstance(work, Generation):
             return self._write(ticket)
         value = None
-        for value in work.run(self.decoder):
+        for part in work.run(self.decoder):
+            value = part
             if ticket.gone:
                 self.cancelled += 1
                 return Finished("cancelled", "", nothing)
@@ -100,8 +101,7 @@ class OwnEngine:
         row = [*work.tokens, *made.tokens]
         tops = None
         if work.alternatives:
-            for (tops,) in score_best(self.decoder, [row], work.alternatives):
-                pass
+            *_, (tops,) = score_best(self.decoder, [row], work.alternatives)
         stream = text_stream(self.tokenizer, work.settings)
         for index, token in enumerate(made.tokens):
             if ticket.gone:
