@@ -22,7 +22,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["mtnlg_jax", "mtnlg_jax.*"]),
-    package_data={"mtnlg_jax": ["**/*.json", "**/*.txtpb"]},
+    package_data={"mtnlg_jax": ["**/*.json", "**/*.txtpb", "serve/page/*"]},
     python_requires=">=3.12",
     install_requires=[
         # Pallas and the typing of shard_map move with each minor release of JAX.
@@ -72,6 +72,7 @@ setup(
             "mtnlg-plan=mtnlg_jax.cli.plan:run",
             "mtnlg-compile-ahead=mtnlg_jax.cli.compile_ahead:run",
             "mtnlg-convert=mtnlg_jax.cli.convert:run",
+            "mtnlg-serve=mtnlg_jax.cli.serve:run",
         ],
     },
     extras_require={
@@ -87,6 +88,16 @@ setup(
         "ray": ["ray[data]>=2.49,<3"],
         # gs:// and s3:// as places of text to read.
         "cloud": ["gcsfs", "s3fs"],
+        # launch/serve.py. msgspec checks bodies; pydantic and FastAPI would do it at ten times the
+        # size.
+        "serve": [
+            "starlette>=1,<2",
+            "uvicorn>=0.48,<1",
+            "msgspec>=0.20,<1",
+            "prometheus-client>=0.21,<1",
+        ],
+        # Answers by a JSON schema, a regular expression or a grammar.
+        "grammar": ["llguidance>=1.7,<2"],
         "dev": [
             "pytest>=9,<10",
             "pytest-xdist>=3.8,<4",
@@ -97,6 +108,12 @@ setup(
             "ipykernel",
             "datasketch>=1.6,<3",
             "gguf>=0.17,<1",
+            # The extras serve and grammar, which are small.
+            "starlette>=1,<2",
+            "uvicorn>=0.48,<1",
+            "msgspec>=0.20,<1",
+            "prometheus-client>=0.21,<1",
+            "llguidance>=1.7,<2",
         ],
         # launch/convert.py and --workdir of GGUF files.
         "gguf": ["gguf>=0.17,<1"],

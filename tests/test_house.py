@@ -28,6 +28,7 @@ ORDER = """
     train
     decode
     tasks evaluate interop planning
+    serve
     cli
 """
 

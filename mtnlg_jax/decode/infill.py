@@ -35,6 +35,11 @@ class Filled:
     masks: tuple[tuple[Candidate, ...], ...]  # best first, for each mask in order
 
 
+def has_mask(text: str) -> bool:
+    """Return whether a text has a <mask> or [MASK] to fill."""
+    return _MASK.search(text) is not None
+
+
 def fill(decoder: Decoder, tokenizer, text: str, top_k: int = 5) -> Filled:
     """Return the ``top_k`` best tokens for each <mask> or [MASK] in ``text``.
 

@@ -10,7 +10,7 @@ from mtnlg_jax.config import DecodeConfig, StageConfig, validate_decode
 from mtnlg_jax.decode.batched_settings import check_tokens
 from mtnlg_jax.decode.cache import Decoder, capacity, prefill
 from mtnlg_jax.decode.generate import continue_prefix
-from mtnlg_jax.decode.results import check_context, encode_prompt
+from mtnlg_jax.decode.results import Generated, check_context, encode_prompt
 from mtnlg_jax.decode.scorers import (
     NORMALIZATIONS,
     SCORERS,
@@ -73,6 +73,7 @@ def rank(
     candidates: Sequence[str] | None = None,
     *,
     decode: DecodeConfig | None = None,
+    written: Sequence[Generated] | None = None,
     scorers: str | Sequence[str] | Mapping[str, float] = "logprob",
     normalise: str = "per_token",
     options: ScorerOptions | None = None,
@@ -86,6 +87,8 @@ def rank(
       candidates: texts that continue ``prompt``, each with its own leading space if it has one.
         None: generate ``decode.num_return_sequences`` of them, by sampling or, with num_beams
         above 1, as beams; if that number is 1, all beams.
+      written: results that were generated behind ``prompt`` already, such as in the slots of a
+        server, in place of ``candidates`` and ``decode``; those without tokens are left out.
       scorers: a name of ``scorers.SCORERS``, several of equal weight, or {name: weight}.
       normalise: "sum", or what to divide log-probabilities by: "per_token", "per_char" or
         "per_byte" (UTF-8).
@@ -115,14 +118,18 @@ def rank(
     prefix = None
     known = {}
     if candidates is None:
-        prompt_tokens, prefix, written = _write(
-            decoder, tokenizer, prompt, decode or DecodeConfig(), weights
-        )
+        if written is None:
+            prompt_tokens, prefix, written = _write(
+                decoder, tokenizer, prompt, decode or DecodeConfig(), weights
+            )
+        else:
+            prompt_tokens = tuple(encode_prompt(tokenizer, prompt))
+            written = _with_tokens(written)
         found = [_generated(tokenizer, prompt_tokens, result) for result in written]
         # With an int8 cache, generated tokens were read less exactly than given ones.
         if not decoder.int8_cache:
             known = {each: result.logprobs for each, result in zip(found, written, strict=True)}
-    elif decode is not None:
+    elif decode is not None or written is not None:
         raise ValueError(
             f"decode writes candidates, and {len(candidates)} are given; leave one of the two out"
         )
@@ -286,15 +293,19 @@ def _write(decoder, tokenizer, prompt, decode, weights):
     )
     # Room for the prompt and the longest candidate. Scoring may read behind this prefix again.
     prefix = prefill(decoder, [tokens], capacity(len(tokens) + longest, decoder.context))
-    written = [
-        result for result in continue_prefix(decoder, tokenizer, prefix, [decode]) if result.tokens
-    ]
-    if not written:
+    written = _with_tokens(continue_prefix(decoder, tokenizer, prefix, [decode]))
+    return tokens, prefix, written
+
+
+def _with_tokens(written: Sequence[Generated]) -> list[Generated]:
+    """Return the results that have tokens to score. Raise ValueError if there are none."""
+    kept = [result for result in written if result.tokens]
+    if not kept:
         raise ValueError(
             "the settings let nothing be written, so there are no candidates to rank; allow more "
             "tokens"
         )
-    return tokens, prefix, written
+    return kept
 
 
 def _read(decoder, tokenizer, prompt: str, candidates) -> tuple[tuple[int, ...], list[Candidate]]:

@@ -1,0 +1,102 @@
+"""Log-probabilities of given tokens with the most probable tokens beside them.
+
+Both come from the same logits, so that "the token is the best one" can be read off the numbers bit
+for bit. An API's echo and lm-evaluation-harness's is_greedy need that; `scoring` has the
+log-probabilities alone.
+"""
+
+# Shapes: C rows of a block, S positions, D width, U tokens of a piece, V vocabulary, K best tokens
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from mtnlg_jax.decode.cache import Decoder, bucket, run_layers
+from mtnlg_jax.model.attention import attention
+
+# Tokens of a block, but at least one row.
+BLOCK_TOKENS = 1024
+# Places that have logits at the same time: (prompt x V) logits would fill the memory.
+PIECE = 128
+
+
+class Best(NamedTuple):
+    """The numbers of a row of S tokens, from its second token on."""
+
+    logprobs: np.ndarray  # (S - 1,) of the tokens
+    best: np.ndarray  # (S - 1, K) ids, best first
+    best_logprobs: np.ndarray  # (S - 1, K)
+
+
+def score_best(
+    decoder: Decoder, rows: Sequence[Sequence[int]], top: int
+) -> Iterator[list[Best | None]]:
+    """Yield the results so far after each block; the last ones are complete, in the order of rows.
+
+    Args:
+      rows: each within the context, and at least one token.
+      top: how many of the best tokens to tell of each place, 1 or more.
+    """
+    found: list[Best | None] = [None] * len(rows)
+    if not rows:
+        yield found
+        return
+    # Rows of similar length share a block, so that little of it is padding.
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    while order:
+        width = bucket(len(rows[order[-1]]), decoder.context)
+        most = max(1, BLOCK_TOKENS // width)
+        most = 1 << (most.bit_length() - 1)
+        chosen = order[-most:]
+        del order[-most:]
+        number = 1 << (len(chosen) - 1).bit_length()
+        tokens_CS = np.zeros((number, width), np.int32)
+        for row, index in zip(tokens_CS, chosen, strict=False):
+            row[: len(rows[index])] = rows[index]
+        outputs = _best(decoder.params, tokens_CS, config=decoder.config, top=top)
+        tables = [np.asarray(each) for each in outputs]
+        for at, index in enumerate(chosen):
+            length = len(rows[index]) - 1
+            found[index] = Best(*(table[at, :length] for table in tables))
+        yield found
+
+
+@functools.partial(jax.jit, static_argnames=("config", "top"))
+def _best(params, tokens_CS, *, config, top):
+    """Return log p of token j + 1 at entry j, (C, S), the best ids and their log p, (C, S, K)."""
+
+    def attend(_, q, k, v, **options):
+        return attention(q, k, v, impl=config.attention_impl, **options)
+
+    positions_CS = jnp.broadcast_to(jnp.arange(tokens_CS.shape[1]), tokens_CS.shape)
+    x_CSD, head = run_layers(config, params, tokens_CS, positions_CS, attend)
+    labels = jnp.roll(tokens_CS, -1, 1).reshape(-1)
+    flat = x_CSD.reshape(-1, x_CSD.shape[-1])
+    size = min(PIECE, len(labels))
+    pad = -len(labels) % size
+
+    def piece(part):
+        x, label_U = part
+        logits_UV = head.logits(x)
+        lse_U1 = jax.nn.logsumexp(logits_UV, -1, keepdims=True)
+        # One array for the token and for the best ones: equal entries are equal numbers.
+        logprobs_UV = logits_UV - lse_U1
+        best_logprobs_UK, best_UK = lax.top_k(logprobs_UV, top)
+        own_U1 = jnp.take_along_axis(logprobs_UV, label_U[:, None], 1)
+        return own_U1[:, 0], best_UK, best_logprobs_UK
+
+    pieces = (
+        jnp.pad(flat, ((0, pad), (0, 0))).reshape(-1, size, flat.shape[1]),
+        jnp.pad(labels, (0, pad)).reshape(-1, size),
+    )
+    out = lax.map(piece, pieces)
+
+    def whole(x):
+        return x.reshape(-1, *x.shape[2:])[: len(labels)].reshape(*tokens_CS.shape, *x.shape[2:])
+
+    return tuple(map(whole, out))

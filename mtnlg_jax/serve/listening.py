@@ -1,0 +1,105 @@
+"""Listen, and end well: SIGTERM lets what runs finish, and a second signal ends it."""
+
+import asyncio
+import contextlib
+import socket
+import threading
+from types import FrameType
+
+import uvicorn
+
+from mtnlg_jax.serve.http import Api, is_loopback
+from mtnlg_jax.serve.keys import Keys
+
+# Seconds in which running requests may finish after SIGTERM.
+DRAIN_SECONDS = 120.0
+_BACKLOG = 2048
+
+
+def bind(host: str, port: int, keys: Keys) -> socket.socket:
+    """Return a socket that is bound, before a model is loaded for nothing.
+
+    Raises ValueError on an address of the network without API keys, and on a port in use.
+    """
+    if not keys and not is_loopback(host):
+        raise ValueError(
+            f"--host={host} lets others call this server, and there are no API keys; give "
+            "--api_keys=FILE or MTNLG_API_KEYS, or leave --host out to serve this machine alone"
+        )
+    try:
+        family, kind, number, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except socket.gaierror as error:
+        raise ValueError(f"--host={host} is not an address here ({error}); give another") from None
+    bound = socket.socket(family, kind, number)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind(address)
+        # Another process that listens there makes listen fail where bind did not.
+        bound.listen(_BACKLOG)
+    except OSError as error:
+        bound.close()
+        raise ValueError(
+            f"--port={port} of {host} cannot be used ({error.strerror}); end what listens there, "
+            "or give another --port"
+        ) from None
+    return bound
+
+
+class Server(uvicorn.Server):
+    """uvicorn with a drain: it goes on listening, and answers 503, while requests finish."""
+
+    def __init__(self, api: Api, drain_seconds: float = DRAIN_SECONDS):
+        config = uvicorn.Config(
+            api.app,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            server_header=False,
+            date_header=False,
+            timeout_keep_alive=30,
+            # After the drain the connections that are left are idle.
+            timeout_graceful_shutdown=5,
+            h11_max_incomplete_event_size=64 << 10,
+            backlog=_BACKLOG,
+        )
+        super().__init__(config)
+        self.api = api
+        self.drain_seconds = drain_seconds
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().serve(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin the drain at the first signal; end at once at the second."""
+        if self.api.draining:
+            self.should_exit = True
+            self.force_exit = True
+            return
+        self.api.draining = True
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._begin_drain)
+
+    def _begin_drain(self) -> None:
+        self._draining = asyncio.ensure_future(self._drain())
+
+    async def _drain(self) -> None:
+        for engine in self.api.models.engines:
+            # It may wait until what runs has finished.
+            threading.Thread(target=engine.drain, name="drain", daemon=True).start()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.drain_seconds):
+                while self.api.running:
+                    await asyncio.sleep(0.05)
+        self.should_exit = True
+
+    def run_until_signal(self, bound: socket.socket) -> None:
+        """Serve until SIGTERM or Ctrl-C, and close the engines."""
+        try:
+            self.run(sockets=[bound])
+        finally:
+            for engine in self.api.models.engines:
+                engine.close()

@@ -1,0 +1,36 @@
+"use strict";
+// The words of the page in its two languages.
+const WORDS = {
+  en: {
+    model: "Model", write: "Write", chat: "Chat", rank: "Rank", fill: "Fill", prompt: "Prompt", go: "Write", stop: "Stop",
+    append: "Keep the text", keys: "Ctrl+Enter starts, Escape stops", text: "Text",
+    legend: "probability of each token; point at one to see the alternatives",
+    message: "Message", send: "Send", forget: "New conversation",
+    candidates: "Candidates, one a line, with their leading space (empty: the model writes some)",
+    number: "how many to write", scorer: "scorer", normalise: "normalize", order: "Rank",
+    gaps: "Text with <mask> where a word is missing", guess: "Fill in", settings: "Settings",
+    form: "JSON schema of the answer (empty: free text)", key: "API key (kept until the tab is closed)",
+    curl: "Copy as curl", writing: "writing …", ranking: "ranking …", filling: "filling …", done: "done",
+    stopped: "stopped", copied: "copied", ranked: (n) => `ranked ${n}`, you: "you", answer: "model",
+    nochat: "this model has no chat template", nofill: "this model was not trained to fill masks",
+    stats: (r, w, f, s, seed) => `${r} tokens read, ${w} written, the first after ${f} ms, ${s} tokens/s, seed ${seed}`,
+    context: (n) => `context of ${n} tokens`, lost: "the server does not answer; is it running?",
+    cut: "max_tokens or the context is reached",
+  },
+  zh: {
+    model: "模型", write: "续写", chat: "对话", rank: "排序", fill: "填空", prompt: "提示", go: "开始写", stop: "停止",
+    append: "保留文本", keys: "Ctrl+Enter 开始,Esc 停止", text: "文本",
+    legend: "每个词元的概率;指向词元可看其他候选",
+    message: "消息", send: "发送", forget: "新对话",
+    candidates: "候选文本,每行一个,保留开头的空格(留空则由模型生成)",
+    number: "生成数量", scorer: "评分方法", normalise: "归一化", order: "排序",
+    gaps: "在缺词处写 <mask>", guess: "填空", settings: "设置",
+    form: "回答的 JSON schema(留空为自由文本)", key: "API 密钥(关闭标签页即清除)",
+    curl: "复制为 curl", writing: "正在写…", ranking: "正在排序…", filling: "正在填空…", done: "完成",
+    stopped: "已停止", copied: "已复制", ranked: (n) => `已排序 ${n} 个`, you: "你", answer: "模型",
+    nochat: "此模型没有对话模板", nofill: "此模型没有学过填空",
+    stats: (r, w, f, s, seed) => `读入 ${r} 个词元,写出 ${w} 个,首个用时 ${f} 毫秒,每秒 ${s} 个,种子 ${seed}`,
+    context: (n) => `上下文 ${n} 个词元`, lost: "服务器没有响应;它在运行吗?",
+    cut: "已达到 max_tokens 或上下文上限",
+  },
+};

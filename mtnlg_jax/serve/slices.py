@@ -1,0 +1,108 @@
+"""Work of the model in slices, so that the engine can write tokens of others in between."""
+
+import math
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from mtnlg_jax.decode.best import Best as Scored
+from mtnlg_jax.decode.best import score_best
+from mtnlg_jax.decode.cache import Decoder
+
+__all__ = ["Scored", "in_slices", "mean_slices", "score_slices"]
+
+
+def score_slices(
+    rows: Sequence[Sequence[int]], top: int
+) -> Callable[[Decoder], Iterator[list[Scored]]]:
+    """Return the `Job.run` that scores every token of each row; see `score_best`."""
+
+    def run(decoder: Decoder) -> Iterator[list[Any]]:
+        for found in score_best(decoder, rows, top):
+            for each in found:
+                if each is not None and not np.isfinite(each.logprobs).all():
+                    raise ValueError(
+                        "the log-probabilities of the prompt are not finite; look for parameters "
+                        "of the model that are not finite, or take another checkpoint"
+                    )
+            yield found
+
+    return run
+
+
+def mean_slices(
+    rows: Sequence[Sequence[int]], starts: Sequence[int]
+) -> Callable[[Decoder], Iterator[list[float]]]:
+    """Return the `Job.run` that yields, for each row, exp of the mean log-probability from its
+    start on."""
+
+    def run(decoder: Decoder) -> Iterator[list[float]]:
+        for found in score_slices(rows, 1)(decoder):
+            yield [
+                0.0 if each is None else math.exp(float(each.logprobs[start - 1 :].mean()))
+                for each, start in zip(found, starts, strict=True)
+            ]
+
+    return run
+
+
+class _Closed(BaseException):
+    """Raised inside the work when nobody wants its result any more."""
+
+
+def in_slices(work: Callable[[Decoder], object]) -> Callable[[Decoder], Iterator[object]]:
+    """Return the `Job.run` of a function that calls the model several times, such as `rank`.
+
+    The function runs in a thread of its own, but never at the same time as the caller: it stops
+    each time it takes the parameters for another call of the model, and next() lets it go on. What
+    it raises, next() raises. If the iterator is closed, the function ends at its next call.
+    """
+
+    def run(decoder: Decoder) -> Iterator[object]:
+        turns: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        reports: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        first = True
+
+        class Stepping(Decoder):
+            """A decoder whose parameters are handed out once a slice."""
+
+            __slots__ = ()
+
+            @property
+            def params(self):
+                nonlocal first
+                if not first:
+                    reports.put(("slice", None))
+                    if not turns.get():
+                        raise _Closed
+                first = False
+                return decoder.params
+
+        def body() -> None:
+            try:
+                reports.put(("result", work(Stepping(*decoder))))
+            except _Closed:
+                reports.put(("closed", None))
+            except BaseException as error:
+                reports.put(("error", error))
+
+        thread = threading.Thread(target=body, name="slices", daemon=True)
+        thread.start()
+        try:
+            while True:
+                kind, value = reports.get()
+                if kind == "error":
+                    raise value
+                yield value
+                if kind == "result":
+                    return
+                turns.put(True)
+        finally:
+            if thread.is_alive():
+                turns.put(False)
+                thread.join()
+
+    return run
