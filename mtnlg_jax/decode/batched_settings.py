@@ -34,6 +34,9 @@ class StaticOptions(NamedTuple):
     # ``tokens_BS`` is known up to ``lengths_B`` and generated from ``prompts_B`` on. Each new
     # function is a new program.
     constraint: Callable | None = None
+    # Ask in every step whether a row uses an option, so that one program serves all mixtures. The
+    # n-gram sizes are then those of the rows, up to the largest of ``ngrams``.
+    skips: bool = False
 
 
 class Rows(NamedTuple):
@@ -81,11 +84,20 @@ class Settings:
         """Return whether any row uses one of the options ``names``."""
         return bool(self.static_options.names & set(names))
 
+    def differs(self, name: str) -> jax.Array:
+        """Return whether a row uses the option ``name``, as a traced bool."""
+        if name in _UNUSED:
+            column, unused = _UNUSED[name]
+            return (getattr(self.rows, column) != unused).any()
+        return (getattr(self.rows, name) != getattr(DecodeConfig, name)).any()
+
     def map_rows(self, change: Callable) -> "Settings":
         """Return the settings with ``change`` applied to every array of ``rows``."""
         return dataclasses.replace(self, rows=jax.tree.map(change, self.rows))
 
 
+# Of options with tables: a column, and its value in entries that do nothing.
+_UNUSED = {"bias": ("bias", 0.0), "forced": ("forced_at", _NEVER)}
 _WHOLE = ("top_k", "no_repeat_ngram_size", "min_new_tokens", "min_length")
 _VALUES = Rows._fields[: Rows._fields.index("bias_before")]
 

@@ -20,7 +20,7 @@ from flax import nnx
 
 from mtnlg_jax.config import ModelConfig
 from mtnlg_jax.decode.quantized import RowWeight, experts_of, on_cpu, rows_of
-from mtnlg_jax.decode.rolling import Rolling, roll
+from mtnlg_jax.decode.rolling import Rolling, read_window, roll
 from mtnlg_jax.model.attention import attention, decode_attention, merge, merge_lse
 from mtnlg_jax.model.head import Head
 from mtnlg_jax.model.quantize import quantize
@@ -268,8 +268,10 @@ def prefill_rows(params, tokens_BS, lengths_B, *, config, size, rolling=False) -
     )
 
 
-def step(config: ModelConfig, params, cache, tokens_B, positions_B):
+def step(config: ModelConfig, params, cache, tokens_B, positions_B, active_B=None):
     """Read one token of each row at its position.
+
+    ``active_B``: the rows whose token is written to the cache; None writes all.
 
     Returns: float32 logits of the next token (B, V), and the cache with the token.
     """
@@ -285,6 +287,9 @@ def step(config: ModelConfig, params, cache, tokens_B, positions_B):
             window = options.pop("window")
             at_B = positions_B % window
             lengths_B = jnp.minimum(lengths_B, window)
+        if active_B is not None:
+            # Past the cache, where nothing is written.
+            at_B = jnp.where(active_B, at_B, jnp.iinfo(jnp.int32).max)
         arrays = _write(held.arrays if rolling else held, k, v, at_B[:, None])
         written.append(Rolling(arrays) if rolling else arrays)
         out, lse = _attend_cached(q[:, 0], arrays, lengths_B, return_lse=True, **options)
@@ -294,12 +299,14 @@ def step(config: ModelConfig, params, cache, tokens_B, positions_B):
     return logits_of(x_BSD[:, 0], head), tuple(written)
 
 
-def read(config: ModelConfig, params, cache, tokens_BS, starts_B):
+def read(config: ModelConfig, params, cache, tokens_BS, starts_B, counts_B=None):
     """Read S tokens of each row, from position ``starts_B`` on.
 
     The caller may discard any of them: a row that does not advance over a token never attends to
     it, and overwrites it later. Positions past the cache are not written, and their logits have no
     meaning.
+
+    ``counts_B``: how many of the S are tokens of each row. Needed where layers keep only windows.
 
     Returns: float32 logits after each token (B, S, V), and the cache with the tokens.
     """
@@ -310,6 +317,17 @@ def read(config: ModelConfig, params, cache, tokens_BS, starts_B):
     def attend(layer, q, k, v, return_lse=False, **options):
         # All S queries of a row see the whole old cache, so decode_attention takes them as more
         # query heads of one position. Among themselves they are causal.
+        held = cache[layer]
+        own = (k, v)
+        if len(held.arrays if isinstance(held, Rolling) else held) == 4:
+            own = as_cached(k), as_cached(v)
+        if isinstance(held, Rolling):
+            window = options.pop("window")
+            found, at_BS = read_window(
+                q, *own, held, window, starts_B, counts_B, return_lse=return_lse, **options
+            )
+            written.append(Rolling(_write(held.arrays, k, v, at_BS)))
+            return found
         batch, _, heads, width = q.shape
         kv_heads = k.shape[2]
         grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, width)
@@ -319,13 +337,10 @@ def read(config: ModelConfig, params, cache, tokens_BS, starts_B):
         if "window" in options or "alibi_slopes" in options:
             positions = jnp.broadcast_to(positions_BS[:, None, :, None], grouped.shape[:4])
             old_options["positions"] = positions.reshape(batch, -1)
-        o_old, lse_old = _attend_cached(
-            queries, cache[layer], starts_B, return_lse=True, **old_options
-        )
+        o_old, lse_old = _attend_cached(queries, held, starts_B, return_lse=True, **old_options)
         o_old = o_old.reshape(grouped.shape).transpose(0, 2, 1, 3, 4).reshape(q.shape)
         lse_old = lse_old.reshape(grouped.shape[:-1]).transpose(0, 2, 1, 3).reshape(q.shape[:-1])
-        written.append(_write(cache[layer], k, v, positions_BS))
-        own = (as_cached(k), as_cached(v)) if len(cache[layer]) == 4 else (k, v)
+        written.append(_write(held, k, v, positions_BS))
         o_own, lse_own = attention(q, *own, return_lse=True, **options)
         out = merge(o_old, lse_old, o_own, lse_own.swapaxes(1, 2)).astype(q.dtype)
         return (out, merge_lse(lse_old.swapaxes(1, 2), lse_own)) if return_lse else out

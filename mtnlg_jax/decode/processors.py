@@ -6,8 +6,11 @@ frequency penalties follow OpenAI's API. See batched_settings.py for what is sta
 
 # Shapes: B rows, S positions, V vocabulary, E entries of a table, U blocks of ids, I ids of a block
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from mtnlg_jax.decode.batched_settings import LAST, Rows, Settings, ends_of, matches, tails
 
@@ -30,21 +33,38 @@ def process(logits_BV, settings: Settings, tokens_BS, lengths_B, prompts_B, long
     # count.
     known_BS = positions_1S < lengths_B[:, None]
     new_B = lengths_B - prompts_B
-    if settings.uses("bias"):
-        logits_BV = logits_BV + biases(rows, tokens_BS, lengths_B, new_B, vocabulary)
-    if settings.uses("repetition_penalty"):
+
+    def bias(logits_BV):
+        return logits_BV + biases(rows, tokens_BS, lengths_B, new_B, vocabulary)
+
+    def repeat(logits_BV):
         # The prompt counts as well, unlike for presence and frequency.
         seen_BV = counts(tokens_BS, known_BS, vocabulary) > 0
-        logits_BV = repetition(logits_BV, seen_BV, rows.repetition_penalty)
-    if settings.uses("presence_penalty", "frequency_penalty"):
+        return repetition(logits_BV, seen_BV, rows.repetition_penalty)
+
+    def penalize(logits_BV):
         counts_BV = counts(tokens_BS, known_BS & (positions_1S >= prompts_B[:, None]), vocabulary)
-        logits_BV = presence_frequency(
+        return presence_frequency(
             logits_BV, counts_BV, rows.presence_penalty, rows.frequency_penalty
         )
-    for n in settings.static_options.ngrams:
-        logits_BV = no_repeat_ngram(
-            logits_BV, tokens_BS, lengths_B, n, rows.no_repeat_ngram_size == n
-        )
+
+    def block_ngrams(logits_BV):
+        if settings.static_options.skips:
+            most = max(settings.static_options.ngrams)
+            return no_repeat_ngrams(
+                logits_BV, tokens_BS, lengths_B, rows.no_repeat_ngram_size, most
+            )
+        for n in settings.static_options.ngrams:
+            logits_BV = no_repeat_ngram(
+                logits_BV, tokens_BS, lengths_B, n, rows.no_repeat_ngram_size == n
+            )
+        return logits_BV
+
+    logits_BV = where_used(settings, ("bias",), bias, logits_BV)
+    logits_BV = where_used(settings, ("repetition_penalty",), repeat, logits_BV)
+    penalties = ("presence_penalty", "frequency_penalty")
+    logits_BV = where_used(settings, penalties, penalize, logits_BV)
+    logits_BV = where_used(settings, ("no_repeat_ngram_size",), block_ngrams, logits_BV)
     ends_BV = one_hot(ends_of(settings), vocabulary)
     if settings.uses("min_new_tokens", "min_length"):
         # min_length counts the prompt, min_new_tokens does not.
@@ -55,25 +75,46 @@ def process(logits_BV, settings: Settings, tokens_BS, lengths_B, prompts_B, long
         logits_BV = jnp.where(constraint(tokens_BS, lengths_B, prompts_B), logits_BV, NEG_INF)
     # Late, so that no bias can bring back what must not be written.
     logits_BV = jnp.where(settings.allowed_V[None, :] | ends_BV, logits_BV, NEG_INF)
-    if settings.uses("forced"):
+
+    def force(logits_BV):
         # LAST is the position where the row must end, which may be the end of the context.
         last_B1 = (longest_B - prompts_B)[:, None] - 1
         at_BE = jnp.where(rows.forced_at == LAST, last_B1, rows.forced_at)
         now_BE = at_BE == new_B[:, None]
         forced_BV = one_hot(jnp.where(now_BE, rows.forced_token, -1), vocabulary)
-        # Last: a forced token wins over everything that forbids it.
         only_forced_BV = jnp.where(forced_BV, 0.0, NEG_INF)
-        logits_BV = jnp.where(now_BE.any(-1)[:, None], only_forced_BV, logits_BV)
-    return logits_BV
+        return jnp.where(now_BE.any(-1)[:, None], only_forced_BV, logits_BV)
+
+    # Last: a forced token wins over everything that forbids it.
+    return where_used(settings, ("forced",), force, logits_BV)
 
 
 def warp(logits_BV, settings: Settings) -> jax.Array:
     """Apply the temperature and the filters of sampling, in Hugging Face's order."""
     logits_BV = temper(logits_BV, settings.rows.temperature)
     for name, function in WARPERS:
-        if settings.uses(name):
-            logits_BV = function(logits_BV, getattr(settings.rows, name))
+        value_B = getattr(settings.rows, name)
+        logits_BV = where_used(
+            settings, (name,), lambda x, f=function, v=value_B: f(x, v), logits_BV
+        )
     return logits_BV
+
+
+def where_used(
+    settings: Settings, names: tuple[str, ...], function: Callable, logits_BV
+) -> jax.Array:
+    """Return ``function(logits_BV)`` if a row uses one of the options ``names``.
+
+    The choice is made while compiling, or in every step where the program has all options
+    (``skips`` of `StaticOptions`): a sort of a vocabulary that no row wants costs as much as a
+    layer.
+    """
+    if not settings.uses(*names):
+        return logits_BV
+    if not settings.static_options.skips:
+        return function(logits_BV)
+    used = [settings.differs(name) for name in names]
+    return lax.cond(jnp.stack(used).any(), function, lambda x: x, logits_BV)
 
 
 def choose(logits_BV, settings: Settings, keys_B, index_B) -> jax.Array:
@@ -86,9 +127,15 @@ def choose(logits_BV, settings: Settings, keys_B, index_B) -> jax.Array:
     best_B = jnp.argmax(logits_BV, -1)
     if not settings.uses("temperature"):
         return best_B
-    keys = jax.vmap(jax.random.fold_in)(keys_B, index_B)
-    drawn_B = draw(keys, jax.nn.softmax(warp(logits_BV, settings), -1))
-    return jnp.where(settings.rows.temperature > 0, drawn_B, best_B)
+
+    def drawn(logits_BV):
+        keys = jax.vmap(jax.random.fold_in)(keys_B, index_B)
+        drawn_B = draw(keys, jax.nn.softmax(warp(logits_BV, settings), -1))
+        return jnp.where(settings.rows.temperature > 0, drawn_B, best_B)
+
+    if not settings.static_options.skips:
+        return drawn(logits_BV)
+    return lax.cond(settings.differs("temperature"), drawn, lambda x: best_B, logits_BV)
 
 
 def draw(keys_B, odds_BV) -> jax.Array:
@@ -170,6 +217,19 @@ def no_repeat_ngram(logits_BV, tokens_BS, lengths_B, n: int, on_B):
     # repetition.
     hit = (grams[:, :, : n - 1] == tail[:, None]).all(-1) & known & on_B[:, None]
     return jnp.where(counts(grams[:, :, -1], hit, logits_BV.shape[1]) > 0, NEG_INF, logits_BV)
+
+
+def no_repeat_ngrams(logits_BV, tokens_BS, lengths_B, n_B, most: int):
+    """Do the same with a size for each row, 0 to ``most``, of which 0 forbids nothing."""
+    positions_1S = jnp.arange(tokens_BS.shape[1])[None, :]
+    # Whether the tokens before a position are the row's last ones, one more each time.
+    same_BS = jnp.ones(tokens_BS.shape, bool)
+    for back in range(1, min(most, tokens_BS.shape[1])):
+        last_B1 = jnp.take_along_axis(tokens_BS, jnp.maximum(lengths_B - back, 0)[:, None], 1)
+        alike_BS = (jnp.roll(tokens_BS, back, 1) == last_B1) & (positions_1S >= back)
+        same_BS &= alike_BS | (back >= n_B)[:, None]
+    hit_BS = same_BS & (positions_1S < lengths_B[:, None]) & (n_B > 0)[:, None]
+    return jnp.where(counts(tokens_BS, hit_BS, logits_BV.shape[1]) > 0, NEG_INF, logits_BV)
 
 
 def temper(logits_BV, temperature_B):

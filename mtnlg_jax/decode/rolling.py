@@ -7,7 +7,8 @@ cache. The order of keys does not matter: a softmax does not depend on it, and k
 before they are cached.
 """
 
-# Shapes: B rows, K key/value heads, T key positions, W slots, H head width
+# Shapes: B rows, S new tokens, N query heads, K key/value heads, T key positions, W slots in use,
+# H head width
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from mtnlg_jax.config import ModelConfig
+from mtnlg_jax.model.attention import attention
 
 # The GPU kernels copy a cache that is not a multiple of 8 long, and TPUs pad it in memory.
 MULTIPLE = 8
@@ -77,3 +79,49 @@ def check_whole(cache: Sequence[Any], reader: str) -> None:
             f"this prefix keeps only the last keys of windowed layers, and {reader} needs all; "
             "read the prompts with prefill(..., rolling=False)"
         )
+
+
+def read_window(q, k, v, held: Rolling, window: int, starts_B, counts_B, **options):
+    """Attend from S new tokens of each row to its window and to each other.
+
+    Args:
+      q, k, v: (B, S, N or K, H) of the new tokens, at positions from ``starts_B`` on; rounded as
+        the cache holds them.
+      counts_B: how many of the S are tokens of the row; those behind are padding, which may not
+        take the slots of keys that are still needed.
+      options: those of `attention` besides the window.
+
+    Returns: what `attention` returns, and the slots to write (B, S), past the last one for tokens
+    that are not kept.
+    """
+    batch, length = q.shape[:2]
+    # The window before the first new token, in the order of positions, and then the new tokens.
+    before_BW = starts_B[:, None] - window + jnp.arange(window)[None, :]
+    slots_BW = before_BW % window
+
+    def ordered(x, scale=None):
+        index = slots_BW[:, None, :]
+        if scale is not None:
+            x = x * scale[..., None]
+        return jnp.take_along_axis(x, index[..., None], 2, mode="clip").swapaxes(1, 2)
+
+    keys, values, *scales = held.arrays
+    old_k = ordered(keys, *scales[:1]).astype(k.dtype)
+    old_v = ordered(values, *scales[1:]).astype(v.dtype)
+    # Positions below 0 do not exist.
+    exists_BW = (before_BW >= 0).astype(jnp.int32)
+    new_BS = jnp.ones((batch, length), jnp.int32)
+    out = attention(
+        q,
+        jnp.concatenate([old_k, k], 1),
+        jnp.concatenate([old_v, v], 1),
+        q_offset=window,
+        window=window,
+        segment_ids=(new_BS, jnp.concatenate([exists_BW, new_BS], 1)),
+        **options,
+    )
+    index_1S = jnp.arange(length)[None, :]
+    # A chunk longer than the window would write a slot twice: only its last tokens are kept.
+    kept_BS = (index_1S < counts_B[:, None]) & (index_1S >= counts_B[:, None] - window)
+    at_BS = jnp.where(kept_BS, (starts_B[:, None] + index_1S) % window, keys.shape[2])
+    return out, at_BS

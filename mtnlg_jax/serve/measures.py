@@ -1,0 +1,78 @@
+"""Counters and histograms of the engine, which /metrics shows."""
+
+import bisect
+import threading
+from collections import Counter
+
+import jax
+
+# Seconds, from a step on an accelerator to a long wait on a CPU.
+BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+_COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+class Histogram:
+    """Counts of values by upper bound, cumulative as Prometheus has them."""
+
+    def __init__(self, bounds: tuple[float, ...] = BOUNDS):
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def add(self, value: float) -> None:
+        """Count one value."""
+        self._counts[bisect.bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def read(self) -> dict:
+        """Return {"buckets": [(upper bound, count up to it), ...], "sum", "count"}; the last bound
+        is infinity."""
+        buckets = []
+        total = 0
+        for bound, count in zip((*self._bounds, float("inf")), self._counts, strict=True):
+            total += count
+            buckets.append((bound, total))
+        return {"buckets": buckets, "sum": self._sum, "count": total}
+
+
+class Measures:
+    """What an engine counts. One thread writes; a reader may see a number one event old."""
+
+    def __init__(self):
+        self.counters: Counter[str] = Counter()
+        self.histograms = {
+            name: Histogram()
+            for name in (
+                "queue_seconds",  # from arrival to a slot, or to the first slice of a job
+                "first_token_seconds",  # from arrival
+                "gap_seconds",  # between two turns that gave a request tokens
+                "request_seconds",  # from arrival to the end
+                "turn_seconds",
+            )
+        }
+
+
+class Compiles:
+    """The programs compiled by one thread, that which calls `watch`.
+
+    JAX reports each to listeners of the whole process. ``kind`` is under which they count now.
+    """
+
+    def __init__(self):
+        self.counts: Counter[str] = Counter()
+        self.kind = "warm"
+        self._thread = 0
+        jax.monitoring.register_event_duration_secs_listener(self._heard)
+
+    def watch(self) -> None:
+        """Count what the calling thread compiles from now on."""
+        self._thread = threading.get_ident()
+
+    def close(self) -> None:
+        """Stop counting."""
+        self._thread = 0
+        jax.monitoring.unregister_event_duration_listener(self._heard)
+
+    def _heard(self, event: str, seconds: float, **_) -> None:
+        if event == _COMPILED and threading.get_ident() == self._thread:
+            self.counts[self.kind] += 1

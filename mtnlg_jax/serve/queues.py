@@ -1,0 +1,50 @@
+"""Requests that wait: bounded, fair between keys, first come first served within a key."""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+
+
+class FairQueue[T]:
+    """Items that wait under keys.
+
+    The next one is of the key that has the fewest running; of equal keys, of the one that was
+    served longest ago. So neither many requests nor long ones of a key keep the others waiting.
+    """
+
+    def __init__(self):
+        # In the order in which the keys were served last.
+        self._queues: dict[str, deque[T]] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._queues.values()))
+
+    def __iter__(self) -> Iterator[T]:
+        for queue in self._queues.values():
+            yield from queue
+
+    def push(self, key: str, item: T) -> None:
+        """Add an item behind those of its key."""
+        self._queues.setdefault(key, deque()).append(item)
+
+    def pop(self, running: Mapping[str, int]) -> T | None:
+        """Remove and return the next item, or None. ``running``: how many run of each key."""
+        if not self._queues:
+            return None
+        # min takes the first of equals, which was served longest ago.
+        key = min(self._queues, key=lambda key: running.get(key, 0))
+        queue = self._queues.pop(key)
+        item = queue.popleft()
+        if queue:
+            self._queues[key] = queue
+        return item
+
+    def take(self, wanted: Callable[[T], bool]) -> list[T]:
+        """Remove and return all items that are ``wanted``."""
+        found = [item for item in self if wanted(item)]
+        for key, queue in list(self._queues.items()):
+            left = deque(item for item in queue if not wanted(item))
+            if left:
+                self._queues[key] = left
+            else:
+                del self._queues[key]
+        return found
