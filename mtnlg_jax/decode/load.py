@@ -70,7 +70,7 @@ def _trim() -> None:
 
 
 def _assemble(
-    config: ModelConfig, dtype: str, weights: str | None, stored, mesh: Mesh | None
+    config: ModelConfig, dtype: str, weights: str | None, stored, mesh: Mesh | None = None
 ) -> tuple:
     """Return the decoder's parameters. Each is read, converted and freed before the next one."""
     outer, block = split_abstract(config)
