@@ -1,5 +1,7 @@
 """Start launch/pretrain.py on many hosts, or in several local processes, and restart it on failure.
 
+Other commands run on many hosts as well (--script).
+
     python launch/cluster/launch.py --cluster=local --nodes=2 --local_devices=4 \\
         --config=C --workdir=RUN
     python launch/cluster/launch.py --cluster=slurm --nodes=4 --chips=8 \\
@@ -10,6 +12,12 @@
         --accelerator=tpu-v6e-slice --topology=4x4 ...
     python launch/cluster/launch.py --cluster=tpu_pod --name=TPU --zone=ZONE \\
         --config=C --workdir=RUN
+
+Generate, evaluate or do a task with a model that is split over several processes; --argument gives
+any flag of that command. Process 0 prints; nothing is restarted:
+
+    python launch/cluster/launch.py --cluster=local --nodes=2 --local_devices=4 --script=generate \\
+        --workdir=RUN --set=mesh.tensor=8 --set=mesh.data=1 --argument=--prompt="Once upon a time"
 
 --dry_run only prints what would run. --config, --set, --workdir and --flags are those of
 launch/pretrain.py. Paths are relative to the current folder. The hosts of gke and tpu_pod do not
@@ -45,7 +53,13 @@ _CLUSTER = flags.DEFINE_enum(
     "where to run",
     required=True,
 )
-_CONFIG = command.define_path("config", None, "a file of configs/", required=True)
+_SCRIPT = flags.DEFINE_enum(
+    "script", "pretrain", ["pretrain", "generate", "evaluate", "task"], "the command of launch/"
+)
+_ARGUMENT = flags.DEFINE_multi_string(
+    "argument", [], "another flag of --script, such as --argument=--prompt=Once"
+)
+_CONFIG = command.define_path("config", None, "pretrain: a file of configs/")
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "folder of the run, visible to every host", required=True
 )
@@ -85,13 +99,16 @@ _GRACE = flags.DEFINE_integer(
 
 
 def main() -> int:
+    _check_script()
     here = _CLUSTER.value in ("local", "slurm")
     given = _flags_here() if here else _flags_of_a_host()
     if _FLAGS.value == "off":
         given.append("--flags=off")
     if _CLUSTER.value == "local":
         return local(given)
-    environment = {"MTNLG_RESTARTS": str(_RESTARTS.value)}
+    environment = {"MTNLG_RESTARTS": str(_restarts())}
+    if not _trains():
+        environment["MTNLG_SCRIPT"] = _SCRIPT.value
     text = None
     if _CLUSTER.value == "slurm":
         environment["MTNLG_ROOT"] = ROOT
@@ -126,8 +143,38 @@ def main() -> int:
         ) from None
 
 
+def _trains() -> bool:
+    return _SCRIPT.value == "pretrain"
+
+
+def _restarts() -> int:
+    # A run resumes from its last checkpoint; the other commands would print their output again.
+    return _RESTARTS.value if _trains() else 0
+
+
+def _check_script() -> None:
+    """Raise ValueError on flags that do not go with --script."""
+    if _trains():
+        _need(config=_CONFIG.value)
+        return
+    for flag in (_CONFIG, _FLAGS):
+        if flag.present:
+            raise ValueError(
+                f"--{flag.name} is for --script=pretrain, not --script={_SCRIPT.value}; leave it "
+                "out"
+            )
+    for value in _ARGUMENT.value:
+        if not re.match(r"--\w", value):
+            raise ValueError(
+                f"--argument={value!r} is not a flag of launch/{_SCRIPT.value}.py; write "
+                "--argument=--NAME=VALUE"
+            )
+
+
 def _flags_here() -> list[str]:
-    """Return the flags of launch/pretrain.py for processes that have the current folder."""
+    """Return the flags of --script for processes that have the current folder."""
+    if not _trains():
+        return _decoding_flags(command.expand(_WORKDIR.value))
     load_config(_CONFIG.value, _SET.value)  # report errors once, before anything starts
     return [
         f"--config={_CONFIG.value}",
@@ -136,11 +183,19 @@ def _flags_here() -> list[str]:
     ]
 
 
+def _decoding_flags(workdir: str) -> list[str]:
+    settings = [f"--set={value}" for value in _SET.value]
+    return [f"--workdir={workdir}", *settings, *_ARGUMENT.value]
+
+
 def _flags_of_a_host() -> list[str]:
-    """Return the flags of launch/pretrain.py for hosts that only have the repository.
+    """Return the flags of --script for hosts that only have the repository.
 
     --config is relative to it, all other paths are absolute.
     """
+    if not _trains():
+        _refuse_relative("--workdir", _WORKDIR.value)
+        return _decoding_flags(_WORKDIR.value)
     config = _CONFIG.value
     # An absolute path may exist on the hosts only.
     if os.path.isfile(split_argument(config)[0]) or not os.path.isabs(config):
@@ -193,7 +248,8 @@ def manifest(given: list[str]) -> str:
         "NAME": _NAME.value,
         "NODES": _NODES.value,
         "CHIPS": _CHIPS.value,
-        "RESTARTS": _RESTARTS.value,
+        "RESTARTS": _restarts(),
+        "SCRIPT": " ".join([f"launch/{_SCRIPT.value}.py", *_no_progress()]),
         "IMAGE": _IMAGE.value,
         "ACCELERATOR": _ACCELERATOR.value,
         "TOPOLOGY": _TOPOLOGY.value,
@@ -209,7 +265,10 @@ def manifest(given: list[str]) -> str:
 def _need(**values: str | None) -> None:
     missing = [f"--{name}" for name, value in values.items() if not value]
     if missing:
-        raise ValueError(f"--cluster={_CLUSTER.value} needs {' and '.join(missing)}; see --help")
+        raise ValueError(
+            f"--script={_SCRIPT.value} on --cluster={_CLUSTER.value} needs "
+            f"{' and '.join(missing)}; see --help"
+        )
 
 
 def local(given: list[str]) -> int:
@@ -231,7 +290,7 @@ def local(given: list[str]) -> int:
             number = getattr(signal, name)
             if name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, pass_on)
-    for failure in range(1, _RESTARTS.value + 2):
+    for failure in range(1, _restarts() + 2):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = 1234 if _DRY_RUN.value else free.getsockname()[1]
@@ -263,7 +322,7 @@ def local(given: list[str]) -> int:
         followed = (errors.PROCESS_LOST, 128 + signal.SIGABRT)  # ended because of another process
         own = [code for code in codes if code and code not in followed]
         code = final[0] if final else max(own or codes, default=errors.PREEMPTED)
-        if not any(codes) or final or stop.is_set() or failure > _RESTARTS.value:
+        if not any(codes) or final or stop.is_set() or failure > _restarts():
             break
         wait = float(os.environ.get("MTNLG_WAIT", min(10 * 2 ** (failure - 1), 300)))
         print(
@@ -280,14 +339,18 @@ def _local_command(given: list[str], port: int, process: int) -> list[str]:
     devices = [f"--local_devices={_LOCAL_DEVICES.value}"] if _LOCAL_DEVICES.value else []
     return [
         sys.executable,
-        os.path.join(ROOT, "launch", "pretrain.py"),
+        os.path.join(ROOT, "launch", f"{_SCRIPT.value}.py"),
         *given,
-        "--noprogress",
+        *_no_progress(),
         *devices,
         f"--coordinator=localhost:{port}",
         f"--processes={_NODES.value}",
         f"--process_id={process}",
     ]
+
+
+def _no_progress() -> list[str]:
+    return ["--noprogress"] if _trains() else []
 
 
 def _follow(running: list[subprocess.Popen]) -> list[int]:

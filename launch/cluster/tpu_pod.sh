@@ -3,7 +3,7 @@
 #   bash launch/cluster/tpu_pod.sh TPU_NAME ZONE --config=... --workdir=RUN
 # Every host has the repository with its .venv (extra tpu) in ~/mtnlg_jax; RUN is a folder that all
 # of them see. After a failure all are restarted, MTNLG_RESTARTS times. --dry_run before TPU_NAME
-# only prints the command.
+# only prints the command. MTNLG_SCRIPT names another command of launch/, such as generate.
 set -uo pipefail
 dry=""
 if [[ "${1:-}" == --dry_run ]]; then dry=1 && shift; fi
@@ -15,7 +15,9 @@ tpu="$1" zone="$2"
 shift 2
 flags="$(printf ' %q' "$@")"
 # ssh may hide the exit code of a host, so each host prints its own.
-remote="cd mtnlg_jax && .venv/bin/python launch/pretrain.py --distributed=on --noprogress$flags; echo \"host ended with \$?\""
+script="${MTNLG_SCRIPT:-pretrain}"
+if [[ "$script" == pretrain ]]; then flags=" --noprogress$flags"; fi
+remote="cd mtnlg_jax && .venv/bin/python launch/$script.py --distributed=on$flags; echo \"host ended with \$?\""
 command=(gcloud compute tpus tpu-vm ssh "$tpu" --zone="$zone" --worker=all --command="$remote")
 if [[ -n "$dry" ]]; then
   printf '%q ' "${command[@]}" && echo

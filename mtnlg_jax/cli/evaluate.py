@@ -19,15 +19,20 @@ quality:
 
     python launch/evaluate.py --workdir=RUN --input=FILE --weights=int8 --cache=int8
 
-Exit codes: 0 done, 2 bad input.
+Split the model over devices, also of several processes (launch/cluster/launch.py
+--script=evaluate):
+
+    python launch/evaluate.py --workdir=RUN --input=FILE --set=mesh.tensor=4 --set=mesh.data=2
+
+Exit codes: 0 done, 2 bad input, 6 another process ended (134: detected by JAX).
 """
 
 import json
-import sys
 
 from absl import flags
 
 from mtnlg_jax import command
+from mtnlg_jax.cli.decoding import devices
 
 with command.flag_group("The run and the text"):
     _WORKDIR = command.define_path(
@@ -71,9 +76,16 @@ with command.flag_group("A second score, as launch/generate.py would hold the mo
     _CACHE = flags.DEFINE_enum("cache", None, ["int8"], "type of the keys and values")
 
 
+with command.flag_group("Devices"):
+    _SET = flags.DEFINE_multi_string(
+        "set", [], "mesh.KEY=VALUE: devices to split the model over (data, tensor)"
+    )
+
+flags.adopt_module_key_flags(devices)
+
+
 def main() -> None:
     from mtnlg_jax import compat
-    from mtnlg_jax.evaluate.texts import read_texts
     from mtnlg_jax.interop import registry
 
     compat.quiet()
@@ -89,22 +101,42 @@ def main() -> None:
             f"--adapt={_ADAPT.value} trains weights, and --{name}={value} rounds them; leave one "
             "of the two out"
         )
+    for entry in _SET.value:
+        if not devices.of_mesh(entry):
+            raise ValueError(f"--set={entry} is not of the mesh; write --set=mesh.KEY=VALUE")
     registry.adapt(_WORKDIR.value, _ADAPTER.value, _CHECKPOINT.value)
-    texts, left_out = read_texts(_INPUT.value, _TEXT_KEY.value, _ON_ERROR.value, _ENCODING.value)
+    with devices.started(_SET.value):
+        _evaluate(rounded)
+
+
+def _evaluate(rounded: dict[str, str]) -> None:
+    """Score the text and print the report."""
+    from mtnlg_jax import compat
+    from mtnlg_jax.evaluate.texts import read_texts
+
+    texts, left_out = devices.on_first(
+        lambda: read_texts(_INPUT.value, _TEXT_KEY.value, _ON_ERROR.value, _ENCODING.value)
+    )
     compat.configure_cache()
 
     # Imported here: bad input is reported before JAX is imported, which takes longer.
     from mtnlg_jax.evaluate.run_score import as_json, describe, score_run
 
     score = score_run(
-        _WORKDIR.value, _CHECKPOINT.value, texts, _STRIDE.value, _ADAPT.value, rounded
+        _WORKDIR.value,
+        _CHECKPOINT.value,
+        texts,
+        _STRIDE.value,
+        _ADAPT.value,
+        rounded,
+        devices.mesh(),
     )
     if _JSON.value:
         print(json.dumps(as_json(score, left_out), allow_nan=False))
         return
     if left_out:
         counts = ", ".join(f"{count:,} {what}" for what, count in left_out.items())
-        print(f"{_INPUT.value}: {counts}", file=sys.stderr)
+        devices.note(f"{_INPUT.value}: {counts}")
     print(describe(_INPUT.value, score))
 
 

@@ -32,6 +32,11 @@ Fill in <mask> or [MASK], or show the token ids of a text:
     python launch/generate.py --workdir=RUN --mode=fill --prompt="The captain <mask> the ship."
     python launch/generate.py --workdir=RUN --mode=tokens --prompt="Once upon a time"
 
+Split the model over devices, here heads, MLP and vocabulary over 4 and rows over 2, also of several
+processes (launch/cluster/launch.py --script=generate starts them):
+
+    python launch/generate.py --workdir=RUN --set=mesh.tensor=4 --set=mesh.data=2 --prompt=...
+
 An empty prompt starts a new text. --prompts=FILE holds one prompt a line: texts, or in a .jsonl
 file objects of the form {"prompt": ..., "candidates": [...]}. The model is loaded once, and each
 answer is written to --output as a JSON line as soon as it is known.
@@ -56,17 +61,17 @@ Exit codes: 0 done, 2 bad input, which includes a model with nonfinite parameter
 from absl import flags
 
 from mtnlg_jax import command
-from mtnlg_jax.cli.decoding import shared_flags
+from mtnlg_jax.cli.decoding import devices, shared_flags
 from mtnlg_jax.cli.generation import options, settings_flags
 from mtnlg_jax.cli.generation.answering import answer
 from mtnlg_jax.cli.generation.chatting import chat
-from mtnlg_jax.cli.generation.checks import check_flags, check_settings
+from mtnlg_jax.cli.generation.checks import check_flags, check_output, check_settings
 from mtnlg_jax.cli.generation.other_modes import show_tokens
 from mtnlg_jax.cli.generation.prompts import read_prompt, read_rows
 from mtnlg_jax.cli.generation.settings import given_settings
 
 # --help lists the flags of these modules.
-for module in (options, settings_flags, shared_flags):
+for module in (options, settings_flags, shared_flags, devices):
     flags.adopt_module_key_flags(module)
 
 
@@ -80,11 +85,12 @@ def main() -> None:
         return show_tokens(read_prompt())
     given = given_settings()
     check_settings(given)
-    if options.CHAT.value:
-        return chat(given)
-    path = options.PROMPTS.value
-    rows = read_rows(path) if path else [{"prompt": read_prompt()}]
-    answer(rows, given)
+    with devices.started(shared_flags.SET.value, check_output):
+        if options.CHAT.value:
+            return chat(given)
+        path = options.PROMPTS.value
+        rows = devices.on_first(lambda: read_rows(path) if path else [{"prompt": read_prompt()}])
+        answer(rows, given)
 
 
 def run() -> None:

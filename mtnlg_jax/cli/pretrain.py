@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from mtnlg_jax import command
+from mtnlg_jax.cli import several_processes
 
 if TYPE_CHECKING:
     from mtnlg_jax.train.reporter import Summary
@@ -49,24 +50,7 @@ with command.flag_group("The run"):
     _FLAGS = flags.DEFINE_enum(
         "flags", "on", ["on", "off"], "set the compiler's flags that mtnlg_jax/xla_flags.py lists"
     )
-with command.flag_group("Several processes"):
-    _DISTRIBUTED = flags.DEFINE_enum(
-        "distributed",
-        "auto",
-        ["auto", "on", "off"],
-        "join the processes that SLURM, a TPU pod or GKE started; on: fail where there are none",
-    )
-    _COORDINATOR = flags.DEFINE_string(
-        "coordinator", None, "HOST:PORT of process 0, the same in every process"
-    )
-    _PROCESSES = flags.DEFINE_integer("processes", None, "number of processes")
-    _PROCESS_ID = flags.DEFINE_integer("process_id", None, "number of this process, from 0")
-    _LOCAL_DEVICES = flags.DEFINE_integer(
-        "local_devices", None, "number of devices to simulate on the CPU of this process"
-    )
-    _COORDINATOR_TIMEOUT = flags.DEFINE_integer(
-        "coordinator_timeout", 300, "seconds to wait for all processes to connect"
-    )
+flags.adopt_module_key_flags(several_processes)
 
 
 def main() -> None:
@@ -81,15 +65,7 @@ def main() -> None:
     compat.configure_cache()
     init = [f"train.init={_INIT.value}"] if _INIT.value else []
     config = load_config(_CONFIG.value, [*_SET.value, *init])
-    processes.start(
-        _COORDINATOR.value,
-        _PROCESSES.value,
-        _PROCESS_ID.value,
-        config.train.heartbeat_seconds,
-        _LOCAL_DEVICES.value,
-        _DISTRIBUTED.value,
-        _COORDINATOR_TIMEOUT.value,
-    )
+    several_processes.start(config.train.heartbeat_seconds)
     if _FLAGS.value == "on":
         xla_flags.set_flags(config.mesh, config.train.recompute)
     with processes.exit_on_failure():

@@ -64,15 +64,15 @@ input.
 from absl import flags
 
 from mtnlg_jax import command
-from mtnlg_jax.cli.decoding import shared_flags
+from mtnlg_jax.cli.decoding import devices, shared_flags
 from mtnlg_jax.cli.task_modes import options
 from mtnlg_jax.cli.task_modes.answering import answer_input
-from mtnlg_jax.cli.task_modes.checks import check_flags
+from mtnlg_jax.cli.task_modes.checks import check_flags, check_output
 from mtnlg_jax.cli.task_modes.pairs import make_pairs
 from mtnlg_jax.cli.task_modes.scoring import evaluate_rows, score_answers
 
 # --help lists the flags of these modules.
-for module in (options, shared_flags):
+for module in (options, shared_flags, devices):
     flags.adopt_module_key_flags(module)
 
 
@@ -92,10 +92,9 @@ def main() -> None:
         score_answers(task)
     elif options.MAKE_PAIRS.value:
         make_pairs(task)
-    elif options.EVAL.value:
-        evaluate_rows(task)
     else:
-        answer_input(task)
+        with devices.started(shared_flags.SET.value, check_output):
+            (evaluate_rows if options.EVAL.value else answer_input)(task)
 
 
 def run() -> None:

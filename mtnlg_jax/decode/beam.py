@@ -40,11 +40,13 @@ from mtnlg_jax.decode.beams import (
     max_new_tokens_of,
     process_beams,
     run_until_done,
+    split_search,
     static_of,
     take,
 )
 from mtnlg_jax.decode.cache import Decoder, Prefix
 from mtnlg_jax.decode.results import Generated
+from mtnlg_jax.parallel.auto import fetch
 
 # As in transformers: below every real score, and finite, so that marked scores keep their order.
 NEG = -1e9
@@ -89,7 +91,7 @@ def search(
     max_new_tokens_P = max_new_tokens_of(decoder, prefix, configs)
     static = static_of(configs[0], max_new_tokens_P, decoder.context)
     search_params = SearchParams(
-        np.asarray(prefix.lengths_B),
+        fetch(prefix.lengths_B),
         max_new_tokens_P,
         np.array([config.length_penalty for config in configs], np.float32),
         np.array([config.length_penalty_type == "gnmt" for config in configs]),
@@ -112,10 +114,12 @@ def search(
         )
 
     def active_prompts(state):
-        return np.asarray(_active_now(state, search_params)).any(0)
+        return fetch(_active_now(state, search_params)).any(0)
 
     state = begin(prefix, search_params, static=static)
-    state = run_until_done(state, start, static.size, configs, active_prompts, more)
+    state = run_until_done(
+        state, start, static.size, configs, active_prompts, more, mesh=decoder.mesh
+    )
     return collect(tokenizer, configs, prefix, state.ended, state.ended.scores)
 
 
@@ -150,7 +154,7 @@ def begin(prefix: Prefix, search_params: SearchParams, *, static: Static) -> Sta
     scores = ended.scores.at[0, :, 0].set(jnp.where(no_room_P, 0.0, NEG))
     # (G, P, W).
     shape = running.scores.shape
-    return State(
+    state = State(
         empty_beams(prefix.cache, shape, static.size),
         running,
         jnp.zeros(shape, jnp.int32),
@@ -158,6 +162,7 @@ def begin(prefix: Prefix, search_params: SearchParams, *, static: Static) -> Sta
         jnp.broadcast_to(~no_room_P, shape[:2]),
         jnp.int32(0),
     )
+    return split_search(state)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "static"), donate_argnames="state")

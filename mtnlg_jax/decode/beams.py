@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh
 
 from mtnlg_jax.config import DecodeConfig, ModelConfig
 from mtnlg_jax.decode.batched_settings import Settings, ends_of, stopped
@@ -26,6 +27,7 @@ from mtnlg_jax.decode.results import (
     text_stream,
     time_limits,
 )
+from mtnlg_jax.parallel.auto import agreed, fetch, split
 
 EMPTY, LENGTH, STOP, TIMEOUT = range(4)
 REASONS = {LENGTH: "length", STOP: "stop", TIMEOUT: "timeout"}
@@ -55,7 +57,7 @@ def max_new_tokens_of(
     """Return how many new tokens each prompt may get, within the context: (P,)."""
     # Cut first: a very large number would not fit int32.
     asked = [min(config.max_new_tokens, decoder.context) for config in configs]
-    return np.minimum(asked, decoder.context - np.asarray(prefix.lengths_B)).astype(np.int32)
+    return np.minimum(asked, decoder.context - fetch(prefix.lengths_B)).astype(np.int32)
 
 
 def static_of(config: DecodeConfig, max_new_tokens_P: np.ndarray, context: int) -> Static:
@@ -73,6 +75,7 @@ def run_until_done(
     configs: Sequence[DecodeConfig],
     active_prompts: Callable,
     advance: Callable,
+    mesh: Mesh | None = None,
 ):
     """Advance a search until no prompt is active.
 
@@ -80,12 +83,14 @@ def run_until_done(
       start: when the search began, by time.monotonic().
       active_prompts: state -> (P,), the prompts whose search continues.
       advance: (state, timed_out_P, steps) -> state; see ``advance_while``.
+      mesh: that of the decoder.
     """
     time_limits_P = time_limits(configs)
     # Without a time limit the host has nothing to decide, so one call does it all.
     steps = CHUNK if np.isfinite(time_limits_P).any() else size
-    while (active_P := np.asarray(active_prompts(state))).any():
-        timed_out_P = active_P & (time.monotonic() - start > time_limits_P)
+    while (active_P := active_prompts(state)).any():
+        late_P = time.monotonic() - start > time_limits_P
+        timed_out_P = active_P & agreed(late_P, mesh)
         # A prompt that timed out ends with its next token, so one step is enough.
         state = advance(state, timed_out_P, np.int32(1 if timed_out_P.any() else steps))
     return state
@@ -120,16 +125,17 @@ def advance_while(
         count, state = carry
         return (count < steps) & (state.written < size) & is_active(state).any()
 
-    return lax.while_loop(more, one_token, (jnp.int32(0), state))[1]
+    return split_search(lax.while_loop(more, one_token, (jnp.int32(0), state))[1])
 
 
 def collect(
     tokenizer, configs: Sequence[DecodeConfig], prefix: Prefix, ended: Sequences, order_GPW
 ) -> list[Generated]:
     """Return the results of all prompts from the ended beams of all groups, by falling order."""
-    prompt_lengths = np.asarray(prefix.lengths_B)
+    prompt_lengths = fetch(prefix.lengths_B)
     # One copy to the host for all prompts.
-    tokens, logprobs, scores, lengths, why = map(np.asarray, ended)
+    tokens, logprobs, scores, lengths, why = map(fetch, ended)
+    order_GPW = fetch(order_GPW)
     results = []
     for prompt, config in enumerate(configs):
         if (why[:, prompt] == EMPTY).all():
@@ -139,7 +145,7 @@ def collect(
                 "another checkpoint"
             )
         ends = ends_of_config(tokenizer, config)
-        order_GW = np.asarray(order_GPW)[:, prompt]
+        order_GW = order_GPW[:, prompt]
         # Over all groups; stable, so that of equals the earlier group comes first.
         best = np.argsort(-order_GW.reshape(-1), kind="stable").tolist()
         indices = [(i // scores.shape[2], prompt, i % scores.shape[2]) for i in best]
@@ -239,6 +245,20 @@ def ending(tokens_PCS, last_PC, prompts_P, written, settings: Settings) -> jax.A
     # The token that was just chosen counts, hence + 1.
     hit_B = stopped(settings.map_rows(repeat), tokens_BS, prompts_B + written + 1, prompts_B)
     return ended_PC | hit_B.reshape(prompts, candidates)
+
+
+def split_search(state):
+    """Return the state of a search split over the mesh in context: its prompts over data."""
+    layers, writers_GPWT = state.cache
+    # The rows of the cache are (G, P), so those of a prompt are apart if there are groups.
+    rows = "B" if writers_GPWT.shape[0] == 1 else "G"
+    layers = jax.tree.map(lambda x: split(x, f"{rows}KSH"), layers)
+
+    def by_prompt(x):
+        return split(x, "GPWS"[: x.ndim])
+
+    rest = jax.tree.map(by_prompt, state._replace(cache=()))
+    return rest._replace(cache=type(state.cache)(layers, by_prompt(writers_GPWT)))
 
 
 def blank(prefix: Prefix, static: Static, score: float) -> Sequences:

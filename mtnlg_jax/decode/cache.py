@@ -17,14 +17,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from mtnlg_jax.config import ModelConfig
 from mtnlg_jax.decode.quantized import RowWeight, experts_of, on_cpu, rows_of
 from mtnlg_jax.decode.rolling import Rolling, read_window, roll
+from mtnlg_jax.decode.sharding import Placement
 from mtnlg_jax.model.attention import attention, decode_attention, merge, merge_lse
 from mtnlg_jax.model.head import Head
 from mtnlg_jax.model.quantize import quantize
 from mtnlg_jax.model.transformer import abstract_model
+from mtnlg_jax.parallel.auto import over_its_mesh, split
 from mtnlg_jax.parallel.mesh import EXPERT_BIAS, parameter_name
 
 ROUTER = "w_router_DE"
@@ -37,6 +40,7 @@ class Decoder(NamedTuple):
     config: ModelConfig
     params: tuple[Any, ...]  # (all but the blocks, a tuple of blocks)
     int8_cache: bool = False  # whether keys and values of rows are held in int8
+    mesh: Mesh | None = None  # over which ``params`` are split; None: on one device
 
     @property
     def context(self) -> int:
@@ -47,7 +51,7 @@ class Prefix(NamedTuple):
     """Prompts that the model has read, from which decoding continues."""
 
     tokens_BS: jax.Array  # int32, right-padded to the capacity of the cache
-    lengths_B: jax.Array
+    lengths_B: jax.Array | np.ndarray
     logits_BV: jax.Array  # float32, for the token after each prompt
     cache: tuple[Any, ...]  # for each layer (k, v), or Rolling
 
@@ -68,6 +72,7 @@ def unstack(
     *,
     weights: str | None = None,
     cache: str | None = None,
+    mesh: Mesh | None = None,
 ) -> Decoder:
     """Return the decoder of trained parameters.
 
@@ -82,10 +87,15 @@ def unstack(
         output; see quantized.py.
       cache: None, or "int8" for the keys and values of rows (not beams), with a scale for each
         token and head.
+      mesh: None, or devices to split the parameters over; see sharding.py.
     """
     dtype = check_held(dtype, weights, cache)
+    placement = None if mesh is None else Placement(split_abstract(config), mesh)
     params = unstack_params(params, config=config, dtype=dtype, weights=weights, rows=by_rows())
-    return Decoder(config, params, cache == "int8")
+    if placement is not None:
+        outer, layers = params
+        params = placement.move(outer), tuple(map(placement.move, layers))
+    return Decoder(config, params, cache == "int8", mesh)
 
 
 def check_held(dtype, weights: str | None, cache: str | None) -> str:
@@ -182,7 +192,9 @@ def run(config: ModelConfig, params, tokens_BS, positions_BS, attend: Callable):
     outer, layers = params
     model = nnx.merge(outer_graph, outer)
     blocks = [nnx.merge(block_graph, layer) for layer in layers]
+    tokens_BS = split(tokens_BS, "BS")
     x_BSD = _embed(model, tokens_BS, positions_BS, blocks[0].norm_1.scale_D[...].dtype)
+    x_BSD = split(x_BSD, "BSD")
     for number, block in enumerate(blocks):
         x_BSD = block(
             x_BSD,
@@ -190,6 +202,7 @@ def run(config: ModelConfig, params, tokens_BS, positions_BS, attend: Callable):
             functools.partial(attend, number),
             spec=config.layer(number),
         )
+        x_BSD = split(x_BSD, "BSD")
     return model.normed(x_BSD), model.head()
 
 
@@ -218,6 +231,7 @@ def capacity(length: int, limit: int) -> int:
     return min(between if 128 < power and length <= between else power, limit)
 
 
+@over_its_mesh
 def prefill(
     decoder: Decoder, prompts: Sequence[Sequence[int]], size: int, *, rolling: bool = False
 ) -> Prefix:
@@ -263,9 +277,23 @@ def prefill_rows(params, tokens_BS, lengths_B, *, config, size, rolling=False) -
 
     x_BSD, head = run(config, params, tokens_BS, positions_BS, attend)
     last_BD = jnp.take_along_axis(x_BSD, (lengths_B - 1)[:, None, None], 1)[:, 0]
+    tokens_BS = jnp.pad(tokens_BS, ((0, 0), (0, more)))
+    return split_prefix(Prefix(tokens_BS, lengths_B, logits_of(last_BD, head), tuple(cache)))
+
+
+def split_prefix(prefix: Prefix) -> Prefix:
+    """Return ``prefix`` split over the mesh in context."""
     return Prefix(
-        jnp.pad(tokens_BS, ((0, 0), (0, more))), lengths_B, logits_of(last_BD, head), tuple(cache)
+        split(prefix.tokens_BS, "BS"),
+        split(jnp.asarray(prefix.lengths_B), "B"),
+        split(prefix.logits_BV, "BV"),
+        split_cache(prefix.cache),
     )
+
+
+def split_cache(cache):
+    """Return a cache of rows split over the mesh in context; scales have no H."""
+    return jax.tree.map(lambda x: split(x, "BKTH"[: x.ndim]), cache)
 
 
 def step(config: ModelConfig, params, cache, tokens_B, positions_B, active_B=None):

@@ -14,13 +14,12 @@ import time
 from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mtnlg_jax.config import DecodeConfig, validate_decode
 from mtnlg_jax.decode import beam, stochastic
 from mtnlg_jax.decode.batched_settings import Settings, batch_settings, check_tokens
-from mtnlg_jax.decode.cache import Decoder, Prefix, bucket, capacity, prefill
+from mtnlg_jax.decode.cache import Decoder, Prefix, bucket, capacity, prefill, split_prefix
 from mtnlg_jax.decode.results import (
     Generated,
     check_context,
@@ -34,6 +33,7 @@ from mtnlg_jax.decode.results import (
 from mtnlg_jax.decode.rolling import check_whole
 from mtnlg_jax.decode.sampling import advance, begin
 from mtnlg_jax.decode.speculative import Speculation
+from mtnlg_jax.parallel.auto import agreed, fetch, over_its_mesh, padded
 
 
 def generate(
@@ -99,7 +99,10 @@ def generate(
     if rows:
         size = capacity(max(longest, *rows), decoder.context)
     rolling = draft is None and all(keeps_windows(config) for config in configs)
-    prefix = prefill(decoder, token_prompts, size, rolling=rolling)
+    # Rows that nobody reads make their number divisible by the mesh.
+    extra = padded(len(token_prompts), decoder.mesh) - len(token_prompts)
+    filled = [*token_prompts, *[token_prompts[0][:1]] * extra]
+    prefix = prefill(decoder, filled, size, rolling=rolling)
     return continue_prefix(decoder, tokenizer, prefix, configs, on_text, constraint, draft)
 
 
@@ -119,6 +122,10 @@ def check_draft(decoder: Decoder, draft: Decoder | None, configs: Sequence[Decod
     # Guesses are token ids, so both models must number tokens alike.
     ours = decoder.config.vocabulary
     theirs = draft.config.vocabulary
+    if draft.mesh != decoder.mesh:
+        raise ValueError(
+            "the draft model and the model are on different devices; load both with the same mesh"
+        )
     if theirs != ours:
         raise ValueError(
             f"the draft model has a vocabulary of {theirs} tokens and the model one of {ours}; "
@@ -145,6 +152,7 @@ def check_draft(decoder: Decoder, draft: Decoder | None, configs: Sequence[Decod
             )
 
 
+@over_its_mesh
 def continue_prefix(
     decoder: Decoder,
     tokenizer,
@@ -156,9 +164,10 @@ def continue_prefix(
 ) -> list[Generated]:
     """Generate from prompts that are already in a cache; ``prefix`` stays usable.
 
-    ``configs`` has one entry for each prompt of ``prefix``; the other arguments and the result are
-    those of `generate`. Raises ValueError if beams are to use an int8 cache, and if beams or
-    guesses are to continue a prefix that keeps only windows (``rolling`` of `prefill`).
+    ``configs`` has one entry for each prompt of ``prefix``; prompts behind those are not continued.
+    The other arguments and the result are those of `generate`. Raises ValueError if beams are to
+    use an int8 cache, and if beams or guesses are to continue a prefix that keeps only windows
+    (``rolling`` of `prefill`).
     """
     for config in configs:
         if not keeps_windows(config):
@@ -196,11 +205,15 @@ def continue_prefix(
     # Beams first: there may be fewer than requested, and on_text needs indices in the result.
     for kind in sorted({kind for kind in kinds if kind is not None}):
         chosen = [i for i, each in enumerate(kinds) if each == kind]
+        filled = [*chosen, *chosen[:1] * (padded(len(chosen), decoder.mesh) - len(chosen))]
         # Selecting prompts copies the cache, so it is skipped if all are selected.
-        part = prefix if len(chosen) == len(kinds) else _prompts_of(prefix, chosen)
+        part = (
+            prefix if filled == list(range(len(prefix.lengths_B))) else _prompts_of(prefix, filled)
+        )
         search = stochastic.draw if kind[2] else beam.search
-        part_configs = [configs[i] for i in chosen]
-        add(search(decoder, tokenizer, part, part_configs, settings_of(part_configs)), chosen)
+        part_configs = [configs[i] for i in filled]
+        found = search(decoder, tokenizer, part, part_configs, settings_of(part_configs))
+        add([result for result in found if result.prompt < len(chosen)], chosen)
     rest = [i for i, kind in enumerate(kinds) if kind is None]
     # Beams are known already; a prompt of rows always has all its sequences.
     counts = [
@@ -226,7 +239,12 @@ def continue_prefix(
 
 def _prompts_of(prefix: Prefix, chosen: list[int]) -> Prefix:
     """Return a copy of ``prefix`` with only the prompts at the indices ``chosen``."""
-    return jax.tree.map(lambda x: x[np.array(chosen)], prefix)
+    return _select(prefix, np.array(chosen))
+
+
+@jax.jit
+def _select(prefix: Prefix, chosen_P) -> Prefix:
+    return split_prefix(jax.tree.map(lambda x: x[chosen_P], prefix))
 
 
 def _continue_rows(
@@ -245,12 +263,16 @@ def _continue_rows(
     start = time.monotonic()
     # Copies of a prompt are rows of their own: they share its prefill but not its cache.
     copies = [(i, copy) for i, c in enumerate(configs) for copy in range(c.num_return_sequences)]
+    number = len(copies)
+    # Rows without new tokens make their number divisible by the mesh.
+    copies += copies[:1] * (padded(number, decoder.mesh) - number)
     owners = [i for i, _ in copies]
     per_row = [configs[i] for i in owners]
     # Seeds wrap around, so that seed + i of the largest seed is a seed as well.
     seeds_B = np.array([(configs[i].seed + copy) % 2**32 for i, copy in copies], np.uint32)
     # At most the context: a larger number might not fit int32.
     max_new_tokens = [min(config.max_new_tokens, decoder.context) for config in per_row]
+    max_new_tokens[number:] = [0] * (len(copies) - number)
     settings = settings_of(per_row)
     speculates = draft is not None or not all(map(keeps_windows, per_row))
     state, limits = begin(
@@ -265,6 +287,9 @@ def _continue_rows(
     speculation = None
     if speculates:
         speculation = Speculation(decoder, draft, prefix, owners, per_row)
+    # The host looks only at rows that somebody reads.
+    never_B = np.ones(len(copies) - number, bool)
+    owners, per_row = owners[:number], per_row[:number]
     advance_rows = advance if speculation is None else speculation.advance
     # The device checks stop sequences. Only the host can check text and time, after every chunk.
     host_checks = on_text is not None or any(c.stop_strings or c.max_time for c in per_row)
@@ -272,12 +297,12 @@ def _continue_rows(
     chunks = 1 if host_checks else decoder.context
     # The clock includes the first token but not the prefill, which all rows share.
     time_limits_B = time_limits(per_row)
-    texts = _Texts(tokenizer, per_row, np.asarray(limits.prompts_B), on_text)
+    texts = _Texts(tokenizer, per_row, fetch(limits.prompts_B)[:number], on_text)
     timed_out_B = np.zeros(len(per_row), bool)
 
     while True:
         tokens_BS, lengths_B, logprobs_BS = (
-            np.asarray(x) for x in (state.tokens_BS, state.lengths_B, state.logprobs_BS)
+            fetch(x)[:number] for x in (state.tokens_BS, state.lengths_B, state.logprobs_BS)
         )
         for row, owner in enumerate(owners):
             # Only tokens that are new since the last return to the host.
@@ -286,14 +311,15 @@ def _continue_rows(
                 logprobs_BS[row, first : lengths_B[row]], owner, first - texts.start_B[row]
             )
         # The host may end rows that the device would continue, by a stop string or by time.
-        done_B = np.asarray(state.done_B) | texts.push(tokens_BS, lengths_B)
+        done_B = fetch(state.done_B)[:number] | texts.push(tokens_BS, lengths_B)
         # A row that is already done did not time out.
-        timed_out_B |= ~done_B & (time.monotonic() - start > time_limits_B)
+        late_B = time.monotonic() - start > time_limits_B
+        timed_out_B |= ~done_B & agreed(late_B, decoder.mesh)
         done_B |= timed_out_B
         if done_B.all():
             break
         # The device writes no more tokens in rows that are done.
-        state = state._replace(done_B=jnp.asarray(done_B))
+        state = state._replace(done_B=np.concatenate([done_B, never_B]))
         state = advance_rows(
             decoder.params, state, limits, settings, np.int32(chunks), config=decoder.config
         )

@@ -13,6 +13,7 @@ import numpy as np
 from mtnlg_jax.decode.cache import Decoder, bucket, run_layers
 from mtnlg_jax.decode.results import check_context, writable
 from mtnlg_jax.model.attention import attention
+from mtnlg_jax.parallel.auto import fetch, over_its_mesh
 
 # A mask includes the space before it, since tokens begin with theirs.
 _MASK = re.compile(r" ?(?:<mask>|\[MASK\])")
@@ -40,6 +41,7 @@ def has_mask(text: str) -> bool:
     return _MASK.search(text) is not None
 
 
+@over_its_mesh
 def fill(decoder: Decoder, tokenizer, text: str, top_k: int = 5) -> Filled:
     """Return the ``top_k`` best tokens for each <mask> or [MASK] in ``text``.
 
@@ -73,7 +75,7 @@ def fill(decoder: Decoder, tokenizer, text: str, top_k: int = 5) -> Filled:
     positions_U = np.full(1 << (len(positions) - 1).bit_length(), positions[0], np.int32)
     positions_U[: len(positions)] = positions
     probabilities, best = map(
-        np.asarray,
+        fetch,
         _guess(
             decoder.params,
             row_S,

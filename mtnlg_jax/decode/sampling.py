@@ -12,10 +12,11 @@ from jax import lax
 
 from mtnlg_jax.config import ModelConfig
 from mtnlg_jax.decode.batched_settings import Settings, ends_of, stopped
-from mtnlg_jax.decode.cache import Prefix, step, to_int8
+from mtnlg_jax.decode.cache import Prefix, split_cache, step, to_int8
 from mtnlg_jax.decode.processors import choose, process
 from mtnlg_jax.decode.results import CHUNK
 from mtnlg_jax.decode.rolling import roll
+from mtnlg_jax.parallel.auto import split
 
 
 class State(NamedTuple):
@@ -34,6 +35,17 @@ class Limits(NamedTuple):
     prompts_B: jax.Array  # length of the prompt
     longest_B: jax.Array  # length of prompt and continuation at most
     keys_B: jax.Array
+
+
+def split_state(state: State) -> State:
+    """Return ``state`` split over the mesh in context."""
+    return State(
+        split_cache(state.cache),
+        split(state.tokens_BS, "BS"),
+        split(state.logprobs_BS, "BS"),
+        split(state.lengths_B, "B"),
+        split(state.done_B, "B"),
+    )
 
 
 def append(
@@ -108,7 +120,7 @@ def begin(
     limits = Limits(prompts_B, longest_B, jax.vmap(jax.random.key)(seeds_B))
     state = State(cache, tokens_BS, jnp.zeros(tokens_BS.shape), prompts_B, prompts_B >= longest_B)
     # The first token needs no step of the model: the prefill has its logits.
-    return append(logits_BV, state, limits, settings), limits
+    return split_state(append(logits_BV, state, limits, settings)), limits
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
@@ -134,4 +146,4 @@ def advance(
         count, state = carry
         return count + 1, lax.scan(one_token, state, length=CHUNK)[0]
 
-    return lax.while_loop(more, one_chunk, (jnp.int32(0), state))[1]
+    return split_state(lax.while_loop(more, one_chunk, (jnp.int32(0), state))[1])

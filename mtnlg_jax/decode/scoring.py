@@ -18,6 +18,7 @@ from mtnlg_jax.decode.cache import Decoder, Prefix, options_of_heads, run_layers
 from mtnlg_jax.decode.rolling import check_whole
 from mtnlg_jax.model.attention import attention, merge, merge_lse
 from mtnlg_jax.model.loss import token_log_probs
+from mtnlg_jax.parallel.auto import fetch, over_its_mesh, padded
 
 BLOCK_TOKENS = 4096
 # Sequences whose starts are within this distance share a block: tokens before a start are read
@@ -48,6 +49,7 @@ def _width(length: int, limit: int) -> int:
     return min(between if power > 16 and length <= between else power, limit)
 
 
+@over_its_mesh
 def score(
     decoder: Decoder, prefix: Prefix, candidates: Sequence[Sequence[int]]
 ) -> list[np.ndarray]:
@@ -58,12 +60,12 @@ def score(
     check_whole(prefix.cache, "scoring")
     scored = [np.empty(0, np.float32)] * len(candidates)
     for chosen, rows, width in blocks(list(map(len, candidates)), decoder.context):
-        labels_CS = np.zeros((rows, width), np.int32)
+        labels_CS = np.zeros((padded(rows, decoder.mesh), width), np.int32)
         for row, i in zip(labels_CS, chosen, strict=False):
             row[: len(candidates[i])] = candidates[i]
-        lengths_C = np.zeros(rows, np.int32)
+        lengths_C = np.zeros(len(labels_CS), np.int32)
         lengths_C[: len(chosen)] = [len(candidates[i]) for i in chosen]
-        table_CS = np.asarray(
+        table_CS = fetch(
             _score(decoder.params, prefix, labels_CS, lengths_C, config=decoder.config)
         )
         for row, i in zip(table_CS, chosen, strict=False):
@@ -86,7 +88,7 @@ def score_from(
         group = [i for i in left if starts[i] <= first + NEAR]
         left = left[len(group) :]
         # The keys of a prefix are those of its beginnings as well.
-        begun = prefix._replace(lengths_B=jnp.array([first], jnp.int32))
+        begun = prefix._replace(lengths_B=np.array([first], np.int32))
         for i, part in zip(
             group, score(decoder, begun, [rows[i][first:] for i in group]), strict=True
         ):
@@ -156,6 +158,7 @@ def _attend_shared(q, k, v, before, options: dict):
     return out, lse
 
 
+@over_its_mesh
 def score_rows(
     decoder: Decoder, rows: Sequence[Sequence[int]], starts: Sequence[int]
 ) -> list[np.ndarray]:
@@ -165,18 +168,16 @@ def score_rows(
     """
     scored = [np.empty(0, np.float32)] * len(rows)
     for chosen, number, width in blocks(list(map(len, rows)), decoder.context):
-        tokens_CS = np.zeros((number, width), np.int32)
+        tokens_CS = np.zeros((padded(number, decoder.mesh), width), np.int32)
         for row, i in zip(tokens_CS, chosen, strict=False):
             row[: len(rows[i])] = rows[i]
         # Padding begins and ends at 1: nothing of it is wanted.
-        spans_2C = np.ones((2, number), np.int32)
+        spans_2C = np.ones((2, len(tokens_CS)), np.int32)
         spans_2C[:, : len(chosen)] = [
             [starts[i] for i in chosen],
             [len(rows[i]) for i in chosen],
         ]
-        table_CS = np.asarray(
-            _score_rows(decoder.params, tokens_CS, spans_2C, config=decoder.config)
-        )
+        table_CS = fetch(_score_rows(decoder.params, tokens_CS, spans_2C, config=decoder.config))
         for row, i in zip(table_CS, chosen, strict=False):
             scored[i] = row[starts[i] - 1 : len(rows[i]) - 1]
     return scored
@@ -197,6 +198,7 @@ def _score_rows(params, tokens_CS, spans_2C, *, config):
     return _log_probs(x_CSD, head, jnp.roll(tokens_CS, -1, 1), wanted_CS)
 
 
+@over_its_mesh
 def score_masked(
     decoder: Decoder,
     mask_id: int,
@@ -213,6 +215,7 @@ def score_masked(
     copies = [(i, position, end) for i, spans in enumerate(hidden) for position, end in spans]
     scored = np.empty(len(copies), np.float32)
     for chosen, number, width in blocks([len(rows[i]) for i, _, _ in copies], decoder.context):
+        number = padded(number, decoder.mesh)
         tokens_CS = np.zeros((number, width), np.int32)
         lengths_C = np.ones(number, np.int32)
         positions_C = np.zeros(number, np.int32)
@@ -224,7 +227,7 @@ def score_masked(
             lengths_C[at] = len(rows[i])
             positions_C[at] = position
             labels_C[at] = rows[i][position]
-        table_C = np.asarray(
+        table_C = fetch(
             _score_masked(
                 decoder.params, tokens_CS, lengths_C, positions_C, labels_C, config=decoder.config
             )

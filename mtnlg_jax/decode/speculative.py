@@ -26,10 +26,20 @@ from jax import lax
 
 from mtnlg_jax.config import DecodeConfig, ModelConfig
 from mtnlg_jax.decode.batched_settings import Array, Settings
-from mtnlg_jax.decode.cache import Decoder, Prefix, bucket, prefill, read, step, to_int8
+from mtnlg_jax.decode.cache import (
+    Decoder,
+    Prefix,
+    bucket,
+    prefill,
+    read,
+    split_cache,
+    step,
+    to_int8,
+)
 from mtnlg_jax.decode.processors import choose, draw, process, warp
 from mtnlg_jax.decode.results import CHUNK
-from mtnlg_jax.decode.sampling import Limits, State, append
+from mtnlg_jax.decode.sampling import Limits, State, append, split_state
+from mtnlg_jax.parallel.auto import fetch
 
 # Each position is decided once, by the tokens before it; these numbers keep its draws independent.
 DRAFT = 1
@@ -80,14 +90,13 @@ class Speculation:
         self._draft_cache: tuple = ()
         if draft is not None:
             self._draft_params = draft.params
-            lengths = np.asarray(prefix.lengths_B)
-            tokens = np.asarray(prefix.tokens_BS)
+            lengths = fetch(prefix.lengths_B)
+            tokens = fetch(prefix.tokens_BS)
             prompts = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
             # The draft reads the prompts itself: its keys and values are not the model's.
             cache = prefill(draft, prompts, bucket(prefix.tokens_BS.shape[1], draft.context)).cache
-            cache = to_int8(cache) if draft.int8_cache else cache
             # As many draft rows as rows, in the same order.
-            self._draft_cache = jax.tree.map(lambda x: x[np.array(owners)], cache)
+            self._draft_cache = _rows_of(cache, np.array(owners), int8=draft.int8_cache)
         self.counts = np.zeros((2, len(configs)), np.int32)
 
     def advance(
@@ -105,8 +114,15 @@ class Speculation:
             chunks,
             config=config,
         )
-        self.counts = self.counts + np.asarray(counts)
+        self.counts = self.counts + np.stack([fetch(each) for each in counts])
         return state
+
+
+@functools.partial(jax.jit, static_argnames="int8")
+def _rows_of(cache, owners_B, *, int8: bool):
+    """Return the rows ``owners_B`` of a draft's cache, in int8 if it holds that."""
+    cache = to_int8(cache) if int8 else cache
+    return split_cache(jax.tree.map(lambda x: x[owners_B], cache))
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames=("state", "draft_cache"))
@@ -166,7 +182,9 @@ def _advance(
         return ~state.done_B.all() & (progress_B.min() < chunks * CHUNK)
 
     nothing_B = jnp.zeros_like(guessing.most_B)
-    return lax.while_loop(more, one_round, (state, draft_cache, (nothing_B, nothing_B)))
+    start = state, draft_cache, (nothing_B, nothing_B)
+    state, draft_cache, counts = lax.while_loop(more, one_round, start)
+    return split_state(state), split_cache(draft_cache), counts
 
 
 def look_up(tokens_BS, lengths_B, guessing: Guessing) -> tuple[jax.Array, jax.Array]:

@@ -36,12 +36,14 @@ from mtnlg_jax.decode.beams import (
     max_new_tokens_of,
     process_beams,
     run_until_done,
+    split_search,
     static_of,
     take,
 )
 from mtnlg_jax.decode.cache import Decoder, Prefix
 from mtnlg_jax.decode.processors import warp
 from mtnlg_jax.decode.results import Generated
+from mtnlg_jax.parallel.auto import fetch
 
 
 class SearchParams(NamedTuple):
@@ -81,7 +83,7 @@ def draw(
     max_new_tokens_P = max_new_tokens_of(decoder, prefix, configs)
     static = static_of(configs[0], max_new_tokens_P, decoder.context)
     search_params = SearchParams(
-        np.asarray(prefix.lengths_B),
+        fetch(prefix.lengths_B),
         max_new_tokens_P,
         np.array([config.seed for config in configs], np.uint32),
     )
@@ -100,10 +102,12 @@ def draw(
         )
 
     def active_prompts(state):
-        return np.asarray(_active_now(state)).any(-1)
+        return fetch(_active_now(state)).any(-1)
 
     state = begin(prefix, search_params, static=static)
-    state = run_until_done(state, start, static.size, configs, active_prompts, more)
+    state = run_until_done(
+        state, start, static.size, configs, active_prompts, more, mesh=decoder.mesh
+    )
     # Beams without a sequence have no probability: there were fewer sequences than beams.
     beams = state.running
     beams = beams._replace(why=jnp.where(beams.scores > -jnp.inf, beams.why, EMPTY))
@@ -129,13 +133,14 @@ def begin(prefix: Prefix, search_params: SearchParams, *, static: Static) -> Sta
     # A prompt that fills the context is itself the only sequence.
     no_room_P = search_params.max_new_tokens <= 0
     why = beams.why.at[0, :, 0].set(jnp.where(no_room_P, LENGTH, EMPTY).astype(jnp.int8))
-    return State(
+    state = State(
         empty_beams(prefix.cache, shape, static.size),
         beams._replace(scores=scores, why=why),
         scores,
         jnp.zeros(shape, jnp.int32),
         jnp.int32(0),
     )
+    return split_search(state)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "static"), donate_argnames="state")

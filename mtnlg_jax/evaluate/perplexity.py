@@ -19,6 +19,7 @@ from mtnlg_jax.decode.cache import Decoder, as_cached, run_layers
 from mtnlg_jax.model.attention import attention
 from mtnlg_jax.model.loss import cross_entropy, token_log_probs
 from mtnlg_jax.model.transformer import Transformer
+from mtnlg_jax.parallel.auto import auto_size, fetch, over_its_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +165,7 @@ def evaluate_text(
     return evaluate_texts(model, tokenizer, [text], stride, batch, adapt, on_batch)[0]
 
 
+@over_its_mesh
 def evaluate_texts(
     model: Transformer | Decoder,
     tokenizer,
@@ -285,6 +287,7 @@ def _groups(todo: Sequence[Window], widths: Sequence[int], most: int):
     for width in sorted(set(widths), reverse=True):
         these = [window for window, each in zip(todo, widths, strict=True) if each == width]
         rows = min(max(1, most // width), len(these))
+        rows += -rows % auto_size("data")
         for start in range(0, len(these), rows):
             yield these[start : start + rows], rows, width
 
@@ -296,7 +299,7 @@ def _scoring(model: Transformer | Decoder, documents: Sequence[np.ndarray]):
         )
     else:
         losses = functools.partial(_window_losses, *nnx.split(model))
-    return lambda chosen, rows, width: np.asarray(losses(*_arrays(documents, chosen, rows, width)))
+    return lambda chosen, rows, width: fetch(losses(*_arrays(documents, chosen, rows, width)))
 
 
 def _adapting(model: Transformer, rate: float, documents: Sequence[np.ndarray]):
@@ -311,6 +314,6 @@ def _adapting(model: Transformer, rate: float, documents: Sequence[np.ndarray]):
         loss, params, state = _score_then_learn(
             graph, rate, params, state, *_arrays(documents, chosen, rows, width)
         )
-        return [loss]
+        return [fetch(loss)]
 
     return score

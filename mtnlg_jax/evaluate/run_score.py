@@ -1,15 +1,19 @@
 """Score texts with the model of a run, and report the result."""
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 from flax import nnx
+from jax.sharding import Mesh
 from tqdm import tqdm
 
-from mtnlg_jax.decode.cache import unstack
+from mtnlg_jax.decode.cache import Decoder, unstack
+from mtnlg_jax.decode.load import load_decoder
 from mtnlg_jax.evaluate.perplexity import Evaluation, evaluate_texts, merged
-from mtnlg_jax.model.transformer import abstract_model
+from mtnlg_jax.model.transformer import Transformer, abstract_model
 from mtnlg_jax.train.checkpoint import load_run
 
 
@@ -35,16 +39,24 @@ def score_run(
     stride: int | None = None,
     adapt: float = 0.0,
     rounded: dict[str, str] | None = None,
+    mesh: Mesh | None = None,
 ) -> RunScore:
     """Score ``texts`` with the checkpoint ``which`` ("best" or "last"), with a progress bar.
 
     ``stride`` and ``adapt`` are for `evaluate_texts`. ``rounded`` may hold dtype, weights and cache
-    of `unstack`; the texts are then scored a second time with the model as those hold it.
+    of `unstack`; the texts are then scored a second time with the model as those hold it. ``mesh``:
+    devices to split the model over.
     """
     rounded = rounded or {}
-    run = load_run(workdir, which)
-    model = nnx.merge(abstract_model(run.config.model)[0], run.params)
-    with tqdm(unit="window", disable=None, leave=False) as bar:
+    model: Transformer | Decoder
+    if mesh is not None and not adapt:
+        run, model = load_decoder(workdir, which, mesh=mesh)
+    else:
+        # Only this form can be trained.
+        run = load_run(workdir, which) if mesh is None else load_run(workdir, which, mesh)
+        model = nnx.merge(abstract_model(run.config.model)[0], run.params)
+    in_context = contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+    with in_context, tqdm(unit="window", disable=None, leave=False) as bar:
 
         def show(done: int, windows: int) -> None:
             bar.total = windows
@@ -53,7 +65,10 @@ def score_run(
         found = evaluate_texts(model, run.tokenizer, texts, stride, adapt=adapt, on_batch=show)
     other = None
     if rounded:
-        decoder = unstack(run.config.model, run.params, **rounded)
+        if mesh is None:
+            decoder = unstack(run.config.model, run.params, **rounded)  # type: ignore[arg-type]
+        else:
+            decoder = load_decoder(workdir, which, **rounded, mesh=mesh)[1]
         other = merged(evaluate_texts(decoder, run.tokenizer, texts, stride))
     losses = tuple(run.tokenizer.losses())
     return RunScore(merged(found), other, rounded, len(texts), run.step, adapt, losses)

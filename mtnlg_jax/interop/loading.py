@@ -1,15 +1,13 @@
 """Use a model of another project as a run, without conversion."""
 
 import dataclasses
-import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, Sharding, SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mtnlg_jax.decode.cache import TABLES
@@ -82,7 +80,9 @@ def load_model(
         places = dict.fromkeys(leaves, SingleDeviceSharding(jax.local_devices()[0]))
     else:
         places = names_of(shardings_of(abstract, mesh, zero))
-    targets = {name: _Target(leaf.shape, places[name]) for name, leaf in leaves.items()}
+    targets = {
+        name: host.Filling(leaf.shape, np.float32, places[name]) for name, leaf in leaves.items()
+    }
     # Layer by layer, or as the files have them: each tensor is read once.
     wanted: list[tuple[str, int | None]] = [
         (name, None) for name in targets if not name.startswith("blocks.")
@@ -108,73 +108,3 @@ def load_model(
     params = jax.tree.unflatten(jax.tree.structure(abstract), arrays)
     config = dataclasses.replace(run.config, model=model)
     return dataclasses.replace(run, config=config, params=params)
-
-
-class _Target:
-    """A float32 parameter that is filled on its devices, some rows of its first dim at a time, so
-    that the host never holds it. Rows that are not written are zeros."""
-
-    def __init__(self, shape: tuple[int, ...], sharding: Sharding) -> None:
-        self._shape = shape
-        self._sharding = sharding
-        self._parts = [
-            _Part(device, index or (), shape)
-            for device, index in sharding.addressable_devices_indices_map(shape).items()
-        ]
-
-    def holds(self, row: int) -> bool:
-        """Return whether a device of this process has ``row`` of the first dim."""
-        return any(part.bounds[0][0] <= row < part.bounds[0][1] for part in self._parts)
-
-    def write(self, start: int, rows: np.ndarray) -> None:
-        """Write ``rows`` from row ``start`` on."""
-        for part in self._parts:
-            part.write(start, rows)
-
-    def array(self) -> jax.Array:
-        arrays = [part.array() for part in self._parts]
-        return jax.make_array_from_single_device_arrays(self._shape, self._sharding, arrays)
-
-
-class _Part:
-    """The part of a `_Target` that one device holds."""
-
-    def __init__(self, device: jax.Device, index: tuple, shape: tuple[int, ...]) -> None:
-        self.bounds = [each.indices(size)[:2] for each, size in zip(index, shape, strict=True)]
-        sizes = tuple(stop - start for start, stop in self.bounds)
-        self._device = device
-        self._host: np.ndarray | None = None
-        self._array: jax.Array | None = None
-        if device.platform == "cpu":  # whose memory is the host's
-            self._host = host.empty(sizes, np.float32)
-            if self._host.nbytes < host.LARGE:  # a larger one is zero
-                self._host[...] = 0
-        else:
-            self._array = jnp.zeros(sizes, jnp.float32, device=device)
-
-    def write(self, start: int, rows: np.ndarray) -> None:
-        first, last = self.bounds[0]
-        begin = max(first, start)
-        end = min(last, start + len(rows))
-        if begin >= end:
-            return
-        columns = tuple(slice(*each) for each in self.bounds[1:])
-        part = rows[begin - start : end - start][:, *columns]
-        if self._host is not None:
-            host.write(self._host[begin - first : end - first], part)
-            return
-        on_device = host.on_device(part, np.float32, self._device)
-        self._array = _put_rows(self._array, on_device, begin - first)
-        # Without this wait, copies would pile up on the host faster than the device takes them.
-        self._array.block_until_ready()
-
-    def array(self) -> jax.Array:
-        """Return the device's array. Call this once, after the last `write`."""
-        if self._array is None:
-            self._array = jax.device_put(self._host, self._device)
-        return self._array
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _put_rows(array: jax.Array, rows: jax.Array, start: int) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(array, rows, start, 0)

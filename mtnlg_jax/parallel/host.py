@@ -6,6 +6,7 @@ several times as slowly as the processor copies.
 """
 
 import contextlib
+import functools
 import math
 import mmap
 from collections.abc import Iterator
@@ -84,11 +85,89 @@ def on_device(
 
     The caller must not change them afterwards: on CPUs the result may be the same memory.
     """
+    return jax.device_put(as_type(values, dtype), where)
+
+
+def as_type(values: np.ndarray, dtype: Any) -> np.ndarray:
+    """Return ``values`` as ``dtype`` on the host."""
     kind = jnp.dtype(dtype)
-    if values.dtype != kind:
-        if kind != np.float32:  # float32 holds every stored type exactly, so this rounds once
-            values = values.astype(np.float32, copy=False)
-        made = empty(values.shape, kind)
-        write(made, values)
-        values = made
-    return jax.device_put(values, where)
+    if values.dtype == kind:
+        return values
+    if kind != np.float32:  # rounds once, from what every stored type is exactly
+        values = values.astype(np.float32, copy=False)
+    made = empty(values.shape, kind)
+    write(made, values)
+    return made
+
+
+class Filling:
+    """A parameter that is filled on its devices, some rows of its first dim at a time, so
+    that the host never holds it. Rows that are not written are zeros."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Sharding) -> None:
+        self._shape = shape
+        self._sharding = sharding
+        self._parts = [
+            _Part(device, index or (), shape, dtype)
+            for device, index in sharding.addressable_devices_indices_map(shape).items()
+        ]
+
+    def holds(self, row: int) -> bool:
+        """Return whether a device of this process has ``row`` of the first dim."""
+        return any(part.bounds[0][0] <= row < part.bounds[0][1] for part in self._parts)
+
+    def write(self, start: int, rows: np.ndarray) -> None:
+        """Write ``rows`` from row ``start`` on."""
+        for part in self._parts:
+            part.write(start, rows)
+
+    def array(self) -> jax.Array:
+        arrays = [part.array() for part in self._parts]
+        return jax.make_array_from_single_device_arrays(self._shape, self._sharding, arrays)
+
+
+class _Part:
+    """What one device holds of a `Filling`."""
+
+    def __init__(
+        self, device: jax.Device, index: tuple, shape: tuple[int, ...], dtype: Any
+    ) -> None:
+        self.bounds = [each.indices(size)[:2] for each, size in zip(index, shape, strict=True)]
+        sizes = tuple(stop - start for start, stop in self.bounds)
+        self._device = device
+        self._dtype = dtype
+        self._host: np.ndarray | None = None
+        self._array: jax.Array | None = None
+        if device.platform == "cpu":  # whose memory is the host's
+            self._host = empty(sizes, dtype)
+            if self._host.nbytes < LARGE:
+                self._host[...] = 0
+        else:
+            self._array = jnp.zeros(sizes, dtype, device=device)
+
+    def write(self, start: int, rows: np.ndarray) -> None:
+        first, last = self.bounds[0]
+        begin = max(first, start)
+        end = min(last, start + len(rows))
+        if begin >= end:
+            return
+        columns = tuple(slice(*each) for each in self.bounds[1:])
+        part = rows[begin - start : end - start][:, *columns]
+        if self._host is not None:
+            write(self._host[begin - first : end - first], part)
+            return
+        sent = on_device(part, self._dtype, self._device)
+        self._array = _put_rows(self._array, sent, begin - first)
+        # Else copies on the host wait for the devices, and pile up.
+        self._array.block_until_ready()
+
+    def array(self) -> jax.Array:
+        """Return what was written, which is not written to any more."""
+        if self._array is None:
+            self._array = jax.device_put(self._host, self._device)
+        return self._array
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put_rows(array: jax.Array, rows: jax.Array, start: int) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(array, rows, start, 0)

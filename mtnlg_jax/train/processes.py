@@ -184,8 +184,10 @@ def exit_now(code: int) -> None:
 
 
 @contextlib.contextmanager
-def exit_on_failure() -> Iterator[None]:
-    """With several processes, end this one on an exception.
+def exit_on_failure(
+    advice: str = "start all of them again to resume from the last checkpoint",
+) -> Iterator[None]:
+    """With several processes, end this one on an exception; ``advice`` is for a lost process.
 
     The others did not see the exception, so nobody may wait for them. Exceptions that all processes
     raise together (they have an ``exit_code``) pass, and with one process every exception does.
@@ -199,8 +201,8 @@ def exit_on_failure() -> Iterator[None]:
         name = f"process {jax.process_index()} of {jax.process_count()}"
         if _is_from_lost_process(error):
             print(
-                f"{name}: another process ended, so this one ends; start all of them again to "
-                f"resume from the last checkpoint ({str(error).splitlines()[0]})",
+                f"{name}: another process ended, so this one ends; {advice} "
+                f"({str(error).splitlines()[0]})",
                 file=sys.stderr,
             )
             code = errors.PROCESS_LOST

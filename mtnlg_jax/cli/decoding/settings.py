@@ -5,14 +5,18 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from mtnlg_jax.cli.decoding.devices import of_mesh
+
 
 def read_assignments(entries: Iterable[str]) -> dict[str, Any]:
     """Return {key: value} of entries "decode.KEY=VALUE" or "KEY=VALUE"; later entries win.
 
+    Entries of the mesh are left out: `devices` reads them.
+
     Raise ValueError if a key is not a setting of DecodeConfig, or if a value has another type than
     the setting or is out of its range.
     """
-    return dict(_read_assignment(entry) for entry in entries)
+    return dict(_read_assignment(entry) for entry in entries if not of_mesh(entry))
 
 
 def _read_assignment(entry: str) -> tuple[str, Any]:

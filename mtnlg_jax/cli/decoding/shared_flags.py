@@ -21,5 +21,6 @@ with command.flag_group("Any setting of decoding"):
     SET = flags.DEFINE_multi_string(
         "set",
         [],
-        "decode.KEY=VALUE: a setting of the section decode of docs/configuration.md",
+        "decode.KEY=VALUE: a setting of the section decode of docs/configuration.md; "
+        "mesh.KEY=VALUE: devices to split the model over (data, tensor)",
     )

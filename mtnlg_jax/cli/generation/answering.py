@@ -5,10 +5,9 @@ import gc
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from mtnlg_jax.cli.decoding import shared_flags
+from mtnlg_jax.cli.decoding import devices, shared_flags
 from mtnlg_jax.cli.decoding.output import dump
 from mtnlg_jax.cli.generation import options
-from mtnlg_jax.cli.generation.checks import check_output
 from mtnlg_jax.cli.generation.many import answer_all
 from mtnlg_jax.cli.generation.other_modes import fill_masks
 from mtnlg_jax.cli.generation.ranking import rank_candidates
@@ -30,13 +29,13 @@ def load_model() -> "tuple[Run, Decoder]":
 
     compat.quiet()
     compat.configure_cache(least_seconds=0)
-    check_output()
     found = load_decoder(
         options.WORKDIR.value,
         shared_flags.CHECKPOINT.value,
         shared_flags.DTYPE.value,
         weights=options.WEIGHTS.value,
         cache=options.CACHE.value,
+        mesh=devices.mesh(),
     )
     gc.freeze()
     gc.enable()

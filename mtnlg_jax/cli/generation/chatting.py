@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mtnlg_jax.cli.decoding import devices
 from mtnlg_jax.cli.generation import options
 from mtnlg_jax.cli.generation.answering import load_model
 from mtnlg_jax.cli.generation.settings import decode_settings, with_words
@@ -41,10 +42,12 @@ def chat(given: dict[str, Any]) -> None:
         template=template,
         draft=load_draft(run.tokenizer),
     )
-    terminal = sys.stdin.isatty()
+    terminal = devices.on_first(sys.stdin.isatty)
     if terminal:
-        print(f"({_RESET} begins a new conversation; the end of input leaves)", file=sys.stderr)
-    for number, line in enumerate(_lines(terminal), 1):
+        devices.note(f"({_RESET} begins a new conversation; the end of input leaves)")
+    lines = enumerate(_lines(terminal), 1)
+    while (numbered := devices.on_first(lambda: next(lines, None))) is not None:
+        number, line = numbered
         if line.strip() == _RESET:
             conversation.reset()
         elif line.strip():

@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from mtnlg_jax.cli.decoding import shared_flags
+from mtnlg_jax.cli.decoding.devices import of_mesh
 from mtnlg_jax.cli.generation import options
 from mtnlg_jax.cli.generation.settings import as_given
 from mtnlg_jax.cli.generation.settings_flags import NAMES
@@ -41,7 +42,7 @@ def _check_mode() -> None:
         ("generative", "ranking", "fill"),
     )
     for name, modes in acts_in.items():
-        if not options.is_given(name) or mode in modes:
+        if not _is_given(name) or mode in modes:
             continue
         if mode == "ranking" and name in ("cache", "show_special"):
             raise ValueError(
@@ -52,11 +53,18 @@ def _check_mode() -> None:
         )
     if mode == "ranking" and options.CANDIDATES.value:
         for name in DECODE_FLAGS:
-            if options.is_given(name):
+            if _is_given(name):
                 raise ValueError(
                     f"--{name} affects generated candidates, and --candidates gives them; leave "
                     "one of the two out"
                 )
+
+
+def _is_given(name: str) -> bool:
+    """Check whether a flag is given, --set for more than the mesh."""
+    if name == shared_flags.SET.name and all(map(of_mesh, shared_flags.SET.value)):
+        return False
+    return options.is_given(name)
 
 
 def _check_chat() -> None:

@@ -5,7 +5,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from mtnlg_jax.cli.decoding import shared_flags
+from mtnlg_jax.cli.decoding import devices, shared_flags
 from mtnlg_jax.cli.generation import options
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def load_draft(tokenizer) -> "Decoder | None":
         shared_flags.DTYPE.value,
         weights=options.WEIGHTS.value,
         cache=options.CACHE.value,
+        mesh=devices.mesh(),
     )
     if run.tokenizer.vocab_size != tokenizer.vocab_size or any(
         run.tokenizer.token_bytes(i) != tokenizer.token_bytes(i)

@@ -4,7 +4,7 @@ import dataclasses
 import sys
 from typing import TYPE_CHECKING
 
-from mtnlg_jax.cli.decoding import shared_flags
+from mtnlg_jax.cli.decoding import devices, shared_flags
 from mtnlg_jax.cli.decoding.output import dump
 from mtnlg_jax.cli.task_modes import options, performing
 from mtnlg_jax.cli.task_modes.rows import read_input
@@ -19,7 +19,7 @@ def answer_input(task: "Task") -> None:
     """Answer the text of --input or standard input, and print the answer."""
     from mtnlg_jax.tasks.rendering import Row
 
-    row = Row(read_input(), choices=tuple(options.CHOICES.value))
+    row = Row(devices.on_first(read_input), choices=tuple(options.CHOICES.value))
     notes: list[str] = []
     support = performing.read_support(task, notes)
     run, answers = performing.perform(task, [row], support)

@@ -1,5 +1,7 @@
 """Check that the flags of launch/task.py fit together."""
 
+import os
+
 from mtnlg_jax.cli.decoding import shared_flags
 from mtnlg_jax.cli.task_modes import options
 
@@ -26,6 +28,15 @@ def check_flags() -> None:
     elif not options.WORKDIR.value:
         raise ValueError(
             "--workdir is missing; name a run of launch/pretrain.py or a Hugging Face folder"
+        )
+
+
+def check_output() -> None:
+    """Raise ValueError if --output exists, before the model is loaded."""
+    path = options.OUTPUT.value
+    if path and os.path.exists(path):
+        raise ValueError(
+            f"--output={path} exists; name another file, or score it with --score={path}"
         )
 
 

@@ -20,7 +20,7 @@ def make_pairs(task: "Task") -> None:
     rows = read_rows(task, options.INPUT.value, options.LIMIT.value)
     size: dict[str, Any] = {}
     if options.WORKDIR.value:
-        run = performing.load()
+        run, _ = performing.load()
         size = {"tokenizer": run.tokenizer, "context": run.config.model.max_position_embeddings}
     made = pairs(task, rows, language=options.LANGUAGE.value, **size)
     lines = "".join(dump(pair) + "\n" for pair in made)

@@ -4,13 +4,14 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mtnlg_jax.cli.decoding import shared_flags
+from mtnlg_jax.cli.decoding import devices, shared_flags
 from mtnlg_jax.cli.decoding.settings import read_assignments
 from mtnlg_jax.cli.task_modes import options
 from mtnlg_jax.cli.task_modes.rows import read_rows
 
 if TYPE_CHECKING:
     from mtnlg_jax.config import DecodeConfig
+    from mtnlg_jax.decode.cache import Decoder
     from mtnlg_jax.tasks.answers import Answer
     from mtnlg_jax.tasks.rendering import Row
     from mtnlg_jax.tasks.templates import Task
@@ -51,14 +52,19 @@ def read_support(task: "Task", notes: list[str]) -> dict[str, Any]:
     }
 
 
-def load() -> "Run":
-    """Load the run of --workdir."""
+def load() -> "tuple[Run, Decoder]":
+    """Load the run of --workdir and its decoder."""
     from mtnlg_jax import compat
-    from mtnlg_jax.train.checkpoint import load_run
+    from mtnlg_jax.decode.load import load_decoder
 
     compat.quiet()
     compat.configure_cache()
-    return load_run(options.WORKDIR.value, shared_flags.CHECKPOINT.value)
+    return load_decoder(
+        options.WORKDIR.value,
+        shared_flags.CHECKPOINT.value,
+        shared_flags.DTYPE.value,
+        mesh=devices.mesh(),
+    )
 
 
 def perform(
@@ -74,12 +80,10 @@ def perform(
     """
     from tqdm import tqdm
 
-    from mtnlg_jax.decode.cache import unstack
     from mtnlg_jax.tasks import run as tasks_run
 
     decode = decode_settings(task)
-    run = load()
-    decoder = unstack(run.config.model, run.params, shared_flags.DTYPE.value)
+    run, decoder = load()
     hidden = None if len(rows) > 1 else True  # None: hidden unless on a terminal
     with tqdm(total=len(rows), unit="row", disable=hidden, leave=False) as bar:
 

@@ -34,10 +34,6 @@ def evaluate_rows(task: "Task") -> None:
         check_references(task, rows, options.LANGUAGE.value)
     support = performing.read_support(task, notes)
     path = options.OUTPUT.value
-    if path and os.path.exists(path):
-        raise ValueError(
-            f"--output={path} exists; name another file, or score it with --score={path}"
-        )
     if not path:
         folder = tempfile.mkdtemp(prefix="mtnlg_jax_task_")
         path = os.path.join(folder, "answers.jsonl")
