@@ -68,7 +68,7 @@ class Row:
         self.known += tokens
         self.read = len(self.known) - 1
         try:
-            check_finite(logprobs, 0, first)
+            check_finite(np.asarray(logprobs), 0, first)
         except ValueError as error:
             self.fail(str(error))
             return []

@@ -95,14 +95,14 @@ def advance(
     if extras is not None:
         settings = _constrained(settings, extras.allowed_BW, vocabulary)
     keys_B = jax.vmap(jax.random.key)(rows.seeds_B)
-    limits = Limits(rows.prompts_B, rows.longest_B, keys_B)
+    limits = Limits(jnp.asarray(rows.prompts_B), jnp.asarray(rows.longest_B), keys_B)
     # Sliced once a turn, not in every step; where B is all slots this copies nothing.
     state = State(
         jax.tree.map(lambda x: x[:batch], cache),
-        rows.tokens_BS,
+        jnp.asarray(rows.tokens_BS),
         jnp.zeros(rows.tokens_BS.shape),
-        rows.lengths_B,
-        ~rows.active_B,
+        jnp.asarray(rows.lengths_B),
+        ~jnp.asarray(rows.active_B),
     )
     idle_B = state.done_B
     tops = None if extras is None else _no_tops(batch)
@@ -225,7 +225,8 @@ def resize(cache, *, lengths: tuple[int, ...]) -> tuple[Any, ...]:
     return tuple(jax.tree.map(lambda x, n=length: to(x, n), layer) for layer, length in pairs)
 
 
-PROGRAMS = (advance, fill, swap, copy, resize)
+# Any: the size of a jitted function's cache is not in its type.
+PROGRAMS: tuple[Any, ...] = (advance, fill, swap, copy, resize)
 
 
 def programs() -> int:

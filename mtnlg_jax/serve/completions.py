@@ -166,7 +166,7 @@ class _Completion:
         if self.rows:
             following = Following(self.model.engine, self.rows, watch)
             choices = await gather(following, len(self.rows), self.count)
-        told = []
+        told: list[Any] = []
         for prompt, score in enumerate(scores):
             own = choices[prompt * self.samples : (prompt + 1) * self.samples]
             if self.samples > self.query.n:

@@ -73,6 +73,6 @@ class Compiles:
         self._thread = 0
         jax.monitoring.unregister_event_duration_listener(self._heard)
 
-    def _heard(self, event: str, seconds: float, **_) -> None:
+    def _heard(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event == _COMPILED and threading.get_ident() == self._thread:
             self.counts[self.kind] += 1
