@@ -243,8 +243,8 @@ def _prompts_of(prefix: Prefix, chosen: list[int]) -> Prefix:
 
 
 @jax.jit
-def _select(prefix: Prefix, chosen_P) -> Prefix:
-    return split_prefix(jax.tree.map(lambda x: x[chosen_P], prefix))
+def _select(prefix: Prefix, chosen_B) -> Prefix:
+    return split_prefix(jax.tree.map(lambda x: x[chosen_B], prefix))
 
 
 def _continue_rows(
@@ -289,7 +289,8 @@ def _continue_rows(
         speculation = Speculation(decoder, draft, prefix, owners, per_row)
     # The host looks only at rows that somebody reads.
     never_B = np.ones(len(copies) - number, bool)
-    owners, per_row = owners[:number], per_row[:number]
+    owners = owners[:number]
+    per_row = per_row[:number]
     advance_rows = advance if speculation is None else speculation.advance
     # The device checks stop sequences. Only the host can check text and time, after every chunk.
     host_checks = on_text is not None or any(c.stop_strings or c.max_time for c in per_row)

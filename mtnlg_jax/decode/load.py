@@ -105,9 +105,12 @@ def _assemble(
             made[name] = values
             continue
         if layer is None:
-            into, key, held = made, name, to(values, dtype)
+            into = made
+            key = name
+            held = to(values, dtype)
         else:
-            into, key = layers[layer], inner[name]
+            into = layers[layer]
+            key = inner[name]
             held = _converted(name.rpartition(".")[2], dtype, int8, values, to)
         into[key] = held if placement is None else placement.put(key, held)
     return _filled(outer, made), tuple(_filled(block, layer) for layer in layers)

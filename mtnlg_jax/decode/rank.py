@@ -139,40 +139,35 @@ def rank(
     counts = collections.Counter(found)
     for index, each in enumerate(found):
         first.setdefault(each, index)
-    pool = Pool(
-        decoder,
-        tokenizer,
-        prompt,
-        list(first),
-        np.array([counts[each] for each in first]),
-        normalise,
-        options,
-    )
+    counted = np.array([counts[each] for each in first])
+    pool = Pool(decoder, tokenizer, prompt, list(first), counted, normalise, options)
     # All checks come before any scorer runs the model.
     planned = {name: SCORERS[name](pool) for name in weights}
     # The log-probabilities of generated candidates are already known.
-    logprobs = (
-        [known[each] for each in first]
-        if known
-        else _score(decoder, prefix, prompt_tokens, list(first))
-    )
+    if known:
+        logprobs = [known[each] for each in first]
+    else:
+        logprobs = _score(decoder, prefix, prompt_tokens, list(first))
     sums = np.array([np.sum(each, dtype=np.float64) for each in logprobs])
     scored = {name: run(sums) for name, run in planned.items()}
     totals = sum(weight * scored[name].parts[name] for name, weight in weights.items())
     _check_finite(totals, pool)
     # A stable sort keeps ties in the order in which the candidates came.
     order = np.argsort(-totals, kind="stable")
-    indices = list(first.values())
     ranked = tuple(
-        _ranked(number, i, totals, sums, scored, pool, indices)
+        _ranked(number, i, totals, sums, scored, pool, list(first.values()))
         for number, i in enumerate(order.tolist(), 1)
     )
-    utilities = next(
-        (each.utilities for each in scored.values() if each.utilities is not None), None
-    )
-    if utilities is not None:
-        utilities = tuple(map(tuple, utilities[np.ix_(order, order)].tolist()))
+    utilities = _utilities(scored, order)
     return Ranking(ranked, len(found), len(found) - len(first), weights, normalise, utilities)
+
+
+def _utilities(scored: Mapping[str, Scores], order: np.ndarray) -> tuple | None:
+    """Return the utilities of the scorer that has some, in ``order``."""
+    for each in scored.values():
+        if each.utilities is not None:
+            return tuple(map(tuple, each.utilities[np.ix_(order, order)].tolist()))
+    return None
 
 
 def _generated(tokenizer, prompt_tokens: Sequence[int], result) -> Candidate:

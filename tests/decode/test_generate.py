@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mtnlg_jax.config import DecodeConfig, acting
+from mtnlg_jax.decode import cache
 from mtnlg_jax.decode import generate as module
 from mtnlg_jax.decode.generate import generate
 from mtnlg_jax.decode.results import CHUNK, encode_prompt
@@ -127,13 +128,11 @@ def test_the_step_compiles_once_for_mixed_requests_and_all_lengths(learned, toke
 
     rng = np.random.default_rng(0)
     steps = module.advance._cache_size()
-    prefills = module.prefill.__globals__["prefill_rows"]._cache_size()
+    prefills = cache.prefill_rows._cache_size()
     for _ in range(6):
         batch(rng)
     assert module.advance._cache_size() == steps + 1
-    assert (
-        module.prefill.__globals__["prefill_rows"]._cache_size() <= prefills + 2
-    )  # prompts of 16 and of 32
+    assert cache.prefill_rows._cache_size() <= prefills + 2  # prompts of 16 and of 32
 
 
 def test_special_tokens_and_padding_ids_are_never_written(learned, tokenizer):

@@ -143,7 +143,8 @@ def assert_same(one, other):
     """Compare nested results: numbers within ROUNDING, relative above 1, and the rest exactly."""
     if isinstance(one, dict):
         assert one.keys() == other.keys()
-        one, other = list(one.values()), list(other.values())
+        one = list(one.values())
+        other = list(other.values())
     if isinstance(one, list | tuple):
         assert len(one) == len(other)
         for pair in zip(one, other, strict=True):
