@@ -142,6 +142,11 @@ def _forget_scripts() -> None:
     """Unload scripts: their flags are defined on import, and the next command needs them again."""
     for name in [name for name in sys.modules if name.startswith("mtnlg_jax.cli.")]:
         del sys.modules[name]
+    for module, defined in list(flags.FLAGS.flags_by_module_dict().items()):
+        if module.startswith("mtnlg_jax.cli."):
+            for flag in list(defined):
+                if flag.name in flags.FLAGS:
+                    delattr(flags.FLAGS, flag.name)
 
 
 class _Parsed(Exception):

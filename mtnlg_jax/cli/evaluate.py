@@ -30,11 +30,11 @@ Exit codes: 0 done, 2 bad input, 6 another process ended (134: detected by JAX).
 from absl import flags
 
 from mtnlg_jax import command
-from mtnlg_jax.cli import evaluating
 from mtnlg_jax.cli.decoding import devices
+from mtnlg_jax.cli.evaluation import score
 
 flags.adopt_module_key_flags(devices)
-flags.adopt_module_key_flags(evaluating)
+flags.adopt_module_key_flags(score)
 
 
 def main() -> None:
@@ -45,21 +45,21 @@ def main() -> None:
     registry.register()
     rounded = {
         flag.name: flag.value
-        for flag in (evaluating.DTYPE, evaluating.WEIGHTS, evaluating.CACHE)
+        for flag in (score.DTYPE, score.WEIGHTS, score.CACHE)
         if flag.value not in (None, "float32")
     }
-    if rounded and evaluating.ADAPT.value:
+    if rounded and score.ADAPT.value:
         name, value = next(iter(rounded.items()))
         raise ValueError(
-            f"--adapt={evaluating.ADAPT.value} trains weights, and --{name}={value} rounds them; "
+            f"--adapt={score.ADAPT.value} trains weights, and --{name}={value} rounds them; "
             "leave one of the two out"
         )
-    for entry in evaluating.SET.value:
+    for entry in score.SET.value:
         if not devices.of_mesh(entry):
             raise ValueError(f"--set={entry} is not of the mesh; write --set=mesh.KEY=VALUE")
-    registry.adapt(evaluating.WORKDIR.value, evaluating.ADAPTER.value, evaluating.CHECKPOINT.value)
-    with devices.started(evaluating.SET.value):
-        evaluating.evaluate(rounded)
+    registry.adapt(score.WORKDIR.value, score.ADAPTER.value, score.CHECKPOINT.value)
+    with devices.started(score.SET.value):
+        score.evaluate(rounded)
 
 
 def run() -> None:

@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from mtnlg_jax import command
-from mtnlg_jax.cli import several_processes
+from mtnlg_jax.cli.processes import several_processes
 
 if TYPE_CHECKING:
     from mtnlg_jax.train.reporter import Summary

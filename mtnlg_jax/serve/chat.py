@@ -203,5 +203,5 @@ class _Answer:
         }
 
     def _told(self, token: int, logprob: float) -> dict[str, Any]:
-        data = self.model.tokenizer.token_bytes(token)
+        data = self.model.token_bytes(token)
         return {"token": self.model.piece(token), "logprob": logprob, "bytes": list(data)}

@@ -63,15 +63,25 @@ class Model:
     def special_ids(self) -> dict[str, int]:
         return {name: index for index, name in self.tokenizer.special_names.items()}
 
+    def token_bytes(self, token: int) -> bytes:
+        """Return the text of a token as UTF-8, empty for a row of the head that no token has.
+
+        Such a row is never written, but it may be among the best alternatives.
+        """
+        return self.tokenizer.token_bytes(token) if token < self.tokenizer.vocab_size else b""
+
     def piece(self, token: int) -> str:
         """Return a token as text for log-probabilities: different tokens, different texts.
 
-        A token that is not UTF-8 by itself is "bytes:\\xe4", as in OpenAI's API.
+        A token that is not UTF-8 by itself is "bytes:\\xe4", as in OpenAI's API. A row of the head
+        that no token has is "unused:" and its number.
         """
         name = self.tokenizer.special_names.get(token)
         if name is not None:
             return name
-        data = self.tokenizer.token_bytes(token)
+        if token >= self.tokenizer.vocab_size:
+            return f"unused:{token}"
+        data = self.token_bytes(token)
         try:
             return data.decode()
         except UnicodeDecodeError:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from mtnlg_jax import command
-from mtnlg_jax.cli import several_processes
+from mtnlg_jax.cli.processes import several_processes
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh

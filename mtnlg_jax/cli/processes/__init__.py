@@ -1,0 +1,1 @@
+"""What commands share that several processes may run together."""
