@@ -101,7 +101,7 @@ def test_bad_input_is_one_line_and_names_only_flags_that_exist(ask, arguments, s
         and err.count("\n") == 1
         and message in err
     )
-    source = (SCRIPT.parents[1] / "mtnlg_jax/cli" / SCRIPT.name).read_text()
+    source = (SCRIPT.parents[1] / "mtnlg_jax/cli/evaluation/score.py").read_text()
     known = set(re.findall(r'(?:DEFINE_\w+|define_path)\(\s*"(\w+)"', source))
     assert (
         set(re.findall(r"--(\w+)", err)) | set(re.findall(r"\b(on_error|text_key)\b", err)) <= known
