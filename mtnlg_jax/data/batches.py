@@ -105,7 +105,7 @@ class Batches:
         starts = (window * self._length + shift.astype(np.int64)) % size
         shape = (len(samples), self._length + 1)
         rows = {name: np.empty(shape, np.int32) for name in _NAMES}
-        if any(self._packed):
+        if self.has_answers:
             rows["answers"] = np.ones(shape, np.int32)
         for index in np.unique(source):
             chosen = source == index

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mtnlg_jax.decode.cache import Decoder, bucket, run_layers
-from mtnlg_jax.model.attention import attention
+from mtnlg_jax.decode.cache import Decoder, bucket
+from mtnlg_jax.decode.scoring import read_rows
 
 # Tokens of a block, but at least one row.
 BLOCK_TOKENS = 1024
@@ -70,11 +70,7 @@ def score_best(
 def _best(params, tokens_CS, *, config, top):
     """Return log p of token j + 1 at entry j, (C, S), the best ids and their log p, (C, S, K)."""
 
-    def attend(_, q, k, v, **options):
-        return attention(q, k, v, impl=config.attention_impl, **options)
-
-    positions_CS = jnp.broadcast_to(jnp.arange(tokens_CS.shape[1]), tokens_CS.shape)
-    x_CSD, head = run_layers(config, params, tokens_CS, positions_CS, attend)
+    x_CSD, head = read_rows(config, params, tokens_CS)
     labels = jnp.roll(tokens_CS, -1, 1).reshape(-1)
     flat = x_CSD.reshape(-1, x_CSD.shape[-1])
     size = min(PIECE, len(labels))

@@ -220,15 +220,15 @@ def bucket(length: int, limit: int) -> int:
     return min(max(16, 1 << (length - 1).bit_length()), limit)
 
 
-def capacity(length: int, limit: int) -> int:
+def capacity(length: int, limit: int, least: int = 128) -> int:
     """Return the positions of a cache for ``length`` tokens: 128, 192, 256, 384 ... ``limit``.
 
     Coarse, so that few programs are compiled; not always ``limit``, since every step reads the
-    whole cache.
+    whole cache. ``least``: the first of these sizes, a power of two.
     """
-    power = max(128, 1 << (length - 1).bit_length())
+    power = max(least, 1 << (length - 1).bit_length())
     between = power // 4 * 3
-    return min(between if 128 < power and length <= between else power, limit)
+    return min(between if least < power and length <= between else power, limit)
 
 
 @over_its_mesh

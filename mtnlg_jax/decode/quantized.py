@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from mtnlg_jax import compat
 from mtnlg_jax.model.grouped import grouped_product
+from mtnlg_jax.model.parts import WholeWeight
 from mtnlg_jax.model.quantize import quantize
 
 # With fewer rows XLA:CPU does not use its kernels, or they are not faster.
@@ -31,18 +32,13 @@ _ROWS_BY_ROWS = (((1,), (1,)), ((), ()))
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class RowWeight:
+class RowWeight(WholeWeight):
     """A weight with outputs first, (O, I), and its product; takes an array's place in a Param."""
 
     number_OI: jax.Array
     scale_O: jax.Array | None  # of int8
     outputs: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     inputs: int = dataclasses.field(metadata={"static": True})  # dims of x summed over
-
-    def __getitem__(self, key):
-        """Return the weight itself for ``param[...]``, as an array does."""
-        assert key is ..., "a weight in rows is read as a whole"
-        return self
 
     def __call__(self, x):
         return self.float32(x).astype(x.dtype)
@@ -80,16 +76,11 @@ class RowWeight:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class ExpertWeight:
+class ExpertWeight(WholeWeight):
     """The weights of experts in int8, with a scale for each output of each expert."""
 
     number_EIO: jax.Array
     scale_EO: jax.Array
-
-    def __getitem__(self, key):
-        """Return the weight itself for ``param[...]``, as an array does."""
-        assert key is ..., "a quantized weight is read as a whole"
-        return self
 
     def grouped(self, x_BI, sizes_E, experts_B):
         """Return the products of rows that are sorted by expert, (B, O)."""

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtnlg_jax.decode.cache import Decoder, Prefix, options_of_heads, run_layers
+from mtnlg_jax.config import ModelConfig
+from mtnlg_jax.decode.cache import Decoder, Prefix, capacity, options_of_heads, run_layers
 from mtnlg_jax.decode.rolling import check_whole
 from mtnlg_jax.model.attention import attention, merge, merge_lse
 from mtnlg_jax.model.loss import token_log_probs
@@ -24,6 +25,8 @@ BLOCK_TOKENS = 4096
 # Sequences whose starts are within this distance share a block: tokens before a start are read
 # again, not scored.
 NEAR = 16
+# The smallest width of a block.
+LEAST = 16
 # Tokens whose logits are held at once.
 CHUNK = 256
 
@@ -35,18 +38,13 @@ def blocks(lengths: Sequence[int], limit: int) -> Iterator[tuple[list[int], int,
     """
     if not len(lengths):
         return
-    most = max(1, BLOCK_TOKENS // _width(max(lengths), limit))
+    most = max(1, BLOCK_TOKENS // capacity(max(lengths), limit, LEAST))
     most = 1 << (most.bit_length() - 1)
     order = np.argsort(lengths, kind="stable").tolist()
     for start in range(0, len(order), most):
         chosen = order[start : start + most]
-        yield chosen, 1 << (len(chosen) - 1).bit_length(), _width(lengths[chosen[-1]], limit)
-
-
-def _width(length: int, limit: int) -> int:
-    power = max(16, 1 << (length - 1).bit_length())
-    between = power // 4 * 3
-    return min(between if power > 16 and length <= between else power, limit)
+        width = capacity(lengths[chosen[-1]], limit, LEAST)
+        yield chosen, 1 << (len(chosen) - 1).bit_length(), width
 
 
 @over_its_mesh
@@ -183,16 +181,22 @@ def score_rows(
     return scored
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _score_rows(params, tokens_CS, spans_2C, *, config):
-    """Return a table whose entry j is the log-probability of token j + 1, for the tokens from the
-    start of each row's span to its end."""
+def read_rows(config: ModelConfig, params, tokens_CS):
+    """Return the last hidden states (C, S, D) of rows that begin at position 0, and the head."""
 
     def attend(_, q, k, v, **options):
         return attention(q, k, v, impl=config.attention_impl, **options)
 
     positions_CS = jnp.broadcast_to(jnp.arange(tokens_CS.shape[1]), tokens_CS.shape)
-    x_CSD, head = run_layers(config, params, tokens_CS, positions_CS, attend)
+    return run_layers(config, params, tokens_CS, positions_CS, attend)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _score_rows(params, tokens_CS, spans_2C, *, config):
+    """Return a table whose entry j is the log-probability of token j + 1, for the tokens from the
+    start of each row's span to its end."""
+
+    x_CSD, head = read_rows(config, params, tokens_CS)
     number = 1 + jnp.arange(tokens_CS.shape[1])[None]
     wanted_CS = (spans_2C[0, :, None] <= number) & (number < spans_2C[1, :, None])
     return _log_probs(x_CSD, head, jnp.roll(tokens_CS, -1, 1), wanted_CS)

@@ -5,6 +5,7 @@
 import functools
 import math
 from collections.abc import Callable
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -44,11 +45,20 @@ def _look_up_backward(residuals, grad):
 look_up.defvjp(lambda table, ids: (table[ids], (table, ids)), _look_up_backward)
 
 
+class WholeWeight:
+    """A weight in another form than an array, which takes an array's place in a Param."""
+
+    def __getitem__(self, key: Any) -> Self:
+        """Return the weight itself for ``param[...]``, as an array does."""
+        assert key is ..., "such a weight is read as a whole"
+        return self
+
+
 def multiply(dims: str, x: jax.Array, weight: jax.Array | Callable) -> jax.Array:
     """Return the einsum ``dims`` of ``x`` and ``weight``.
 
-    Decoding may hold a quantized weight instead of an array: a callable that computes the same
-    product.
+    A weight may be a callable that computes the same product instead of an array: a quantized one
+    in decoding, or one with an adapter in training.
     """
     return weight(x) if callable(weight) else jnp.einsum(dims, x, weight)
 

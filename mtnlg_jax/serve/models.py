@@ -81,7 +81,7 @@ class Model:
             return name
         if token >= self.tokenizer.vocab_size:
             return f"unused:{token}"
-        data = self.token_bytes(token)
+        data = self.tokenizer.token_bytes(token)
         try:
             return data.decode()
         except UnicodeDecodeError:

@@ -27,6 +27,7 @@ from flax import nnx
 from jax import lax
 
 from mtnlg_jax.config import Config, OptimizerConfig
+from mtnlg_jax.model.parts import WholeWeight
 from mtnlg_jax.model.transformer import abstract_model
 from mtnlg_jax.parallel.mesh import parameter_name
 from mtnlg_jax.train import quantized_base
@@ -101,18 +102,13 @@ def abstract_computed(config: Config) -> nnx.State:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LowRankSum:
+class LowRankSum(WholeWeight):
     """W + scale x A B, multiplied without adding it up; takes an array's place in a Param."""
 
     matrix: jax.Array
     first: jax.Array  # A: the inputs, then R
     second: jax.Array  # B: R, then the outputs
     scale: float = dataclasses.field(metadata={"static": True})
-
-    def __getitem__(self, key: Any) -> "LowRankSum":
-        """Return the sum itself for ``param[...]``, as an array does."""
-        assert key is ..., "a sum is read as a whole"
-        return self
 
     def __call__(self, x: jax.Array) -> jax.Array:
         inputs = self.first.ndim - 1
@@ -144,15 +140,6 @@ def with_adapters(config: Config, layer: nnx.State) -> nnx.State:
         return leaf if target_of(name) is None else low_rank_sum(config, name, leaf, factors)
 
     return jax.tree_util.tree_map_with_path(one, type(layer)(mapping))
-
-
-def _target_matrices(params: Any, config: Config) -> dict[str, dict[str, Any]]:
-    """Return the leaves named in lora_targets (arrays, specs or shapes), below "blocks"."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    names = {parameter_name(path): leaf for path, leaf in leaves}
-    # Below "blocks", as in a model, so that `dims_of` sees the leading L.
-    targets = config.optimizer.lora_targets
-    return {"blocks": {name: leaf for name, leaf in names.items() if target_of(name) in targets}}
 
 
 def target_of(name: str) -> str | None:
@@ -246,18 +233,21 @@ def outputs_of(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def abstract_adapters(config: Config) -> dict:
     """Return the adapters as ShapeDtypeStructs."""
-    matrices = _target_matrices(abstract_model(config.model)[1], config)["blocks"]
+    leaves = jax.tree_util.tree_leaves_with_path(abstract_model(config.model)[1])
+    names = {parameter_name(path): leaf for path, leaf in leaves}
+    targets = config.optimizer.lora_targets
+    matrices = {name: leaf for name, leaf in names.items() if target_of(name) in targets}
     sizes = {"R": config.optimizer.lora_rank}
     for name, leaf in matrices.items():
         # Names hold the dims, so sizes by letter follow from the matrices themselves.
         sizes |= dict(zip("L" + name.split("_")[2], leaf.shape, strict=True))
-    names = [factor for name in matrices for factor in factor_names(name)]
+    factors = [factor for name in matrices for factor in factor_names(name)]
 
     def one(name):
         shape = tuple(sizes[dim] for dim in "L" + name.rsplit("_", 1)[1])
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
-    return {"blocks": {name: one(name) for name in names}}
+    return {"blocks": {name: one(name) for name in factors}}
 
 
 def abstract_parameters(config: Config) -> nnx.State:
