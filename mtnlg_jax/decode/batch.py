@@ -30,6 +30,7 @@ from mtnlg_jax.decode.cache import Decoder
 from mtnlg_jax.decode.constraint import Constraint
 from mtnlg_jax.decode.quantized import on_cpu
 from mtnlg_jax.decode.results import writable
+from mtnlg_jax.decode.rolling import keeps_positions
 from mtnlg_jax.decode.row import NewToken, Row
 from mtnlg_jax.decode.slots import STEPS, Extras, Rows
 from mtnlg_jax.decode.tiers import TIERS, row_settings, tier_settings
@@ -73,7 +74,7 @@ class Batch:
         self.counts = ladder(1, slots)
         self._length = self.lengths[0]
         self._cache = programs.empty_cache(decoder, slots, self._length, self.size)
-        self._whole = programs.keeps_positions(self._cache)
+        self._whole = keeps_positions(self._cache)
         full = jax.eval_shape(lambda: programs.empty_cache(decoder, 1, self.size, self.size))
         # Positions of each layer at most: windowed layers keep only their windows.
         self._limits = [jax.tree.leaves(layer)[0].shape[2] for layer in full]
@@ -175,15 +176,7 @@ class Batch:
         count = min(todo, chunk)
         tokens_C = np.zeros(chunk, np.int32)
         tokens_C[:count] = row.known[row.read : row.read + count]
-        self._cache = programs.fill(
-            self.decoder.params,
-            self._cache,
-            tokens_C,
-            np.int32(row.slot),
-            np.int32(row.read),
-            np.int32(count),
-            config=self.decoder.config,
-        )
+        self._read(tokens_C, row.slot, row.read, count)
         row.read += count
         self._start()
         return True
@@ -235,20 +228,10 @@ class Batch:
         """
         if self._busy or self._filling:
             raise ValueError("rows are in the batch; warm it before they are admitted")
-        config = self.decoder.config
         for length in self.lengths:
             self._resize(length)
             for chunk in self.chunks:
-                zero = np.int32(0)
-                self._cache = programs.fill(
-                    self.decoder.params,
-                    self._cache,
-                    np.zeros(chunk, np.int32),
-                    zero,
-                    zero,
-                    zero,
-                    config=config,
-                )
+                self._read(np.zeros(chunk, np.int32), 0, 0, 0)
             if self.slots > 1:
                 self._cache = programs.swap(self._cache, np.int32(0), np.int32(1))
             if self.slots > 1 and self._whole:
@@ -265,6 +248,14 @@ class Batch:
         return programs.programs()
 
     # Slots
+
+    def _read(self, tokens_C: np.ndarray, slot: int, start: int, count: int) -> None:
+        """Read ``count`` of ``tokens_C`` into ``slot``, from position ``start`` on."""
+        numbers = map(np.int32, (slot, start, count))
+        config = self.decoder.config
+        self._cache = programs.fill(
+            self.decoder.params, self._cache, tokens_C, *numbers, config=config
+        )
 
     def _choose(self, tokens: list[int]) -> tuple[int, int]:
         """Return a free slot and the tokens of the prompt whose keys it then holds."""
@@ -377,17 +368,21 @@ class Batch:
         tier = max(row.tier for row in rows)
         if self._settings is None:
             self._settings = self._settings_of(tier, [row.fields for row in rows], count)
-        extras = self._extras(padded) if tier == len(TIERS) - 1 else None
+        return jax.device_get(self._write(arrays, self._settings, tier, padded, steps))
+
+    def _write(self, arrays: Rows, settings: Settings, tier: int, rows: Sequence, steps: int):
+        """Run the program of ``tier`` for ``rows``, of which None are padding."""
+        extras = self._extras(rows) if tier == len(TIERS) - 1 else None
         self._cache, written = programs.advance(
             self.decoder.params,
             self._cache,
             arrays,
-            self._settings,
+            settings,
             extras,
             np.int32(steps),
             config=self.decoder.config,
         )
-        return jax.device_get(written)
+        return written
 
     def _settings_of(self, tier: int, fields: list, count: int):
         """Return the settings of a turn on the device: they change only as rows come and go."""
@@ -419,17 +414,8 @@ class Batch:
             ones_B,
             np.zeros(count, np.uint32),
         )
-        extras = self._extras([None] * count) if tier == len(TIERS) - 1 else None
-        self._cache, written = programs.advance(
-            self.decoder.params,
-            self._cache,
-            rows,
-            self._settings_of(tier, [neutral] * count, count),
-            extras,
-            np.int32(0),
-            config=self.decoder.config,
-        )
-        jax.block_until_ready(written)
+        settings = self._settings_of(tier, [neutral] * count, count)
+        jax.block_until_ready(self._write(rows, settings, tier, [None] * count, 0))
 
 
 def common(one: Sequence[int], other: Sequence[int]) -> int:

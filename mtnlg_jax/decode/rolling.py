@@ -68,13 +68,18 @@ def roll(config: ModelConfig, number: int, layer, lengths_B, size: int):
     return Rolling(jax.tree.map(gather, layer))
 
 
+def keeps_positions(cache: Sequence[Any]) -> bool:
+    """Return whether every layer keeps all positions, not only a window."""
+    return not any(isinstance(layer, Rolling) for layer in cache)
+
+
 def check_whole(cache: Sequence[Any], reader: str) -> None:
     """Raise ValueError if ``cache`` lacks earlier keys of windowed layers, which ``reader`` needs.
 
     Speculation overwrites keys by guesses that may be rejected; candidates and beams share a prompt
     that each of them continues.
     """
-    if any(isinstance(layer, Rolling) for layer in cache):
+    if not keeps_positions(cache):
         raise ValueError(
             f"this prefix keeps only the last keys of windowed layers, and {reader} needs all; "
             "read the prompts with prefill(..., rolling=False)"

@@ -20,7 +20,6 @@ from jax import lax
 from mtnlg_jax.config import ModelConfig
 from mtnlg_jax.decode.batched_settings import Settings
 from mtnlg_jax.decode.cache import Decoder, prefill_rows, read, step, to_int8
-from mtnlg_jax.decode.rolling import Rolling
 from mtnlg_jax.decode.sampling import Limits, State, append
 
 STEPS = 32  # of a turn at most
@@ -75,11 +74,6 @@ def empty_cache(decoder: Decoder, slots: int, size: int, limit: int) -> tuple[An
     return jax.tree.map(
         lambda x: jnp.zeros((slots, x.shape[1], min(x.shape[2], size), *x.shape[3:]), x.dtype), like
     )
-
-
-def keeps_positions(cache: tuple[Any, ...]) -> bool:
-    """Return whether every layer keeps all positions, not only a window."""
-    return not any(isinstance(layer, Rolling) for layer in cache)
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
