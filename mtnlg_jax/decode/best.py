@@ -16,11 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mtnlg_jax.decode.cache import Decoder, bucket
-from mtnlg_jax.decode.scoring import read_rows
+from mtnlg_jax.decode.cache import Decoder
+from mtnlg_jax.decode.scoring import blocks, read_rows
 
-# Tokens of a block, but at least one row.
-BLOCK_TOKENS = 1024
 # Places that have logits at the same time: (prompt x V) logits would fill the memory.
 PIECE = 128
 
@@ -46,15 +44,7 @@ def score_best(
     if not rows:
         yield found
         return
-    # Rows of similar length share a block, so that little of it is padding.
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-    while order:
-        width = bucket(len(rows[order[-1]]), decoder.context)
-        most = max(1, BLOCK_TOKENS // width)
-        most = 1 << (most.bit_length() - 1)
-        chosen = order[-most:]
-        del order[-most:]
-        number = 1 << (len(chosen) - 1).bit_length()
+    for chosen, number, width in blocks(list(map(len, rows)), decoder):
         tokens_CS = np.zeros((number, width), np.int32)
         for row, index in zip(tokens_CS, chosen, strict=False):
             row[: len(rows[index])] = rows[index]

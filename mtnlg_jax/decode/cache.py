@@ -41,6 +41,7 @@ class Decoder(NamedTuple):
     params: tuple[Any, ...]  # (all but the blocks, a tuple of blocks)
     int8_cache: bool = False  # whether keys and values of rows are held in int8
     mesh: Mesh | None = None  # over which ``params`` are split; None: on one device
+    block_tokens: int = 4096  # of given texts that one call of the model scores
 
     @property
     def context(self) -> int:

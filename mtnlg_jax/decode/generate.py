@@ -166,13 +166,14 @@ def continue_prefix(
 
     ``configs`` has one entry for each prompt of ``prefix``; prompts behind those are not continued.
     The other arguments and the result are those of `generate`. Raises ValueError if beams are to
-    use an int8 cache, and if beams or guesses are to continue a prefix that keeps only windows
-    (``rolling`` of `prefill`).
+    use an int8 cache or a draft model, and if beams or guesses are to continue a prefix that keeps
+    only windows (``rolling`` of `prefill`).
     """
     for config in configs:
         if not keeps_windows(config):
             check_whole(prefix.cache, "beam search or prompt_lookup_num_tokens")
     if draft is not None:
+        check_draft(decoder, draft, configs)
         check_whole(prefix.cache, "a draft model")
     # Without the end token: each row adds its own ends, which may differ.
     allowed_V = writable(tokenizer, decoder.config.vocabulary, end=False)

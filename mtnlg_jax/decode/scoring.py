@@ -1,8 +1,8 @@
 """Log-probabilities of given tokens: after one shared prefix, in rows of their own, or masked.
 
-Any number of sequences is scored in blocks of at most BLOCK_TOKENS tokens (at least one row), so
-that memory is bounded. Rows of a block are a power of two and its width is 16, 24, 32, 48, 64 ...,
-so that few programs are compiled; where blocks end changes only the last bits of rounding.
+Any number of sequences is scored in blocks of at most the decoder's ``block_tokens`` (at least one
+row), so that memory is bounded. Rows of a block are a power of two and its width is 16, 24, 32, 48,
+64 ..., so that few programs are compiled; where blocks end changes only the last bits of rounding.
 """
 
 # Shapes: C candidates (rows of a block), S positions, D width, V vocabulary
@@ -21,7 +21,6 @@ from mtnlg_jax.model.attention import attention, merge, merge_lse
 from mtnlg_jax.model.loss import token_log_probs
 from mtnlg_jax.parallel.auto import fetch, over_its_mesh, padded
 
-BLOCK_TOKENS = 4096
 # Sequences whose starts are within this distance share a block: tokens before a start are read
 # again, not scored.
 NEAR = 16
@@ -31,19 +30,19 @@ LEAST = 16
 CHUNK = 256
 
 
-def blocks(lengths: Sequence[int], limit: int) -> Iterator[tuple[list[int], int, int]]:
-    """Yield (indices of sequences, rows, width) of each block; further rows are padding.
+def blocks(lengths: Sequence[int], decoder: Decoder) -> Iterator[tuple[list[int], int, int]]:
+    """Yield (indices of sequences, rows, width) of each block, the longest sequences first.
 
-    Sequences of similar length share a block, so that little of it is padding.
+    Further rows are padding. Sequences of similar length share a block, so that little of it is
+    padding.
     """
-    if not len(lengths):
-        return
-    most = max(1, BLOCK_TOKENS // capacity(max(lengths), limit, LEAST))
-    most = 1 << (most.bit_length() - 1)
     order = np.argsort(lengths, kind="stable").tolist()
-    for start in range(0, len(order), most):
-        chosen = order[start : start + most]
-        width = capacity(lengths[chosen[-1]], limit, LEAST)
+    while order:
+        width = capacity(lengths[order[-1]], decoder.context, LEAST)
+        most = max(1, decoder.block_tokens // width)
+        most = 1 << (most.bit_length() - 1)
+        chosen = order[-most:]
+        del order[-most:]
         yield chosen, 1 << (len(chosen) - 1).bit_length(), width
 
 
@@ -57,7 +56,7 @@ def score(
     """
     check_whole(prefix.cache, "scoring")
     scored = [np.empty(0, np.float32)] * len(candidates)
-    for chosen, rows, width in blocks(list(map(len, candidates)), decoder.context):
+    for chosen, rows, width in blocks(list(map(len, candidates)), decoder):
         labels_CS = np.zeros((padded(rows, decoder.mesh), width), np.int32)
         for row, i in zip(labels_CS, chosen, strict=False):
             row[: len(candidates[i])] = candidates[i]
@@ -165,7 +164,7 @@ def score_rows(
     Does the same as ``score``, but each row has a context of its own.
     """
     scored = [np.empty(0, np.float32)] * len(rows)
-    for chosen, number, width in blocks(list(map(len, rows)), decoder.context):
+    for chosen, number, width in blocks(list(map(len, rows)), decoder):
         tokens_CS = np.zeros((padded(number, decoder.mesh), width), np.int32)
         for row, i in zip(tokens_CS, chosen, strict=False):
             row[: len(rows[i])] = rows[i]
@@ -218,7 +217,7 @@ def score_masked(
     """
     copies = [(i, position, end) for i, spans in enumerate(hidden) for position, end in spans]
     scored = np.empty(len(copies), np.float32)
-    for chosen, number, width in blocks([len(rows[i]) for i, _, _ in copies], decoder.context):
+    for chosen, number, width in blocks([len(rows[i]) for i, _, _ in copies], decoder):
         number = padded(number, decoder.mesh)
         tokens_CS = np.zeros((number, width), np.int32)
         lengths_C = np.ones(number, np.int32)

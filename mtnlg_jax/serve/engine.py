@@ -45,6 +45,7 @@ BUDGET = 0.1  # seconds of steps in a turn
 # Of the budget while a request waits for a slot or for its prompt to be read.
 SHARE_WHILE_WAITING = 0.25
 LONGEST_RETRY = 60.0
+SLICE_TOKENS = 1024  # that a job scores before others may write again
 
 
 class Engine:
@@ -333,7 +334,7 @@ class Engine:
         work = ticket.work
         assert isinstance(work, Job)
         if ticket.slices is None:
-            ticket.slices = iter(work.run(self.decoder))
+            ticket.slices = iter(work.run(self.decoder._replace(block_tokens=SLICE_TOKENS)))
         try:
             ticket.value = next(ticket.slices)
         except StopIteration:

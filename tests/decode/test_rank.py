@@ -14,7 +14,7 @@ from flax import nnx
 from mtnlg_jax.config import DecodeConfig, ModelConfig
 from mtnlg_jax.decode import cache, scorers, scoring
 from mtnlg_jax.decode import rank as module
-from mtnlg_jax.decode.cache import unstack
+from mtnlg_jax.decode.cache import Decoder, unstack
 from mtnlg_jax.decode.generate import generate
 from mtnlg_jax.decode.rank import rank
 from mtnlg_jax.decode.results import encode_prompt
@@ -380,13 +380,15 @@ def test_lengths_of_chinese_text_are_exact(learned, tokenizer):
     ("lengths", "limit"),
     [([3, 70, 5, 5, 200], 256), (list(range(1, 65)) * 20, 64), ([900], 1000), ([7] * 5000, 16)],
 )
-def test_blocks_are_bounded_and_have_few_shapes(lengths, limit):
-    blocks = list(scoring.blocks(lengths, limit))
+@pytest.mark.parametrize("block_tokens", [4096, 1024])
+def test_blocks_are_bounded_and_have_few_shapes(lengths, limit, block_tokens):
+    decoder = Decoder(ModelConfig(max_position_embeddings=limit), (), block_tokens=block_tokens)
+    blocks = list(scoring.blocks(lengths, decoder))
     assert sorted(i for chosen, _, _ in blocks for i in chosen) == list(range(len(lengths)))
     for chosen, rows, width in blocks:
         assert len(chosen) <= rows < 2 * len(chosen) and rows & (rows - 1) == 0
         assert max(lengths[i] for i in chosen) <= width <= limit
-        assert rows * width <= scoring.BLOCK_TOKENS or rows == 1
+        assert rows * width <= block_tokens or rows == 1
     assert len({block[1:] for block in blocks}) <= 6
 
 

@@ -9,7 +9,7 @@ import sacrebleu
 
 from mtnlg_jax.config import DecodeConfig, StageConfig
 from mtnlg_jax.decode import rank as rank_module
-from mtnlg_jax.decode import scorers, scoring
+from mtnlg_jax.decode import scorers
 from mtnlg_jax.decode.rank import rank
 from mtnlg_jax.decode.results import encode_prompt
 from mtnlg_jax.decode.scorers import ScorerOptions
@@ -296,17 +296,22 @@ ALL = {
 }
 
 
-def test_mixtures_permutations_and_blocks(learned, tokenizer, monkeypatch):
+def test_mixtures_permutations_and_blocks(learned, tokenizer):
     """A mixture is the weighted sum of its scorers. The order of candidates and the ends of blocks
     do not matter."""
     options = ScorerOptions(answer=" the")
 
-    def of(candidates, weights):
+    def of(candidates, weights, **held):
         chosen = options if "self_consistency" in weights else None
         return {
             each.text: each
             for each in rank(
-                learned.decoder, tokenizer, "The cat", candidates, scorers=weights, options=chosen
+                learned.decoder._replace(**held),
+                tokenizer,
+                "The cat",
+                candidates,
+                scorers=weights,
+                options=chosen,
             )
         }
 
@@ -330,8 +335,7 @@ def test_mixtures_permutations_and_blocks(learned, tokenizer, monkeypatch):
             assert each.parts == pytest.approx(mixed[text].parts, abs=1e-4)
 
     same(of(CANDIDATES[::-1], ALL))
-    monkeypatch.setattr(scoring, "BLOCK_TOKENS", 64)
-    same(of(CANDIDATES, ALL))
+    same(of(CANDIDATES, ALL, block_tokens=64))
 
 
 def test_generated_candidates_accept_every_scorer(learned, letters):

@@ -10,7 +10,7 @@ from scipy import stats
 
 from mtnlg_jax.config import DecodeConfig, ModelConfig
 from mtnlg_jax.decode.cache import Decoder, prefill, read, step, unstack
-from mtnlg_jax.decode.generate import generate
+from mtnlg_jax.decode.generate import continue_prefix, generate
 from mtnlg_jax.decode.speculative import Guessing, look_up
 from mtnlg_jax.model.transformer import abstract_model
 
@@ -109,6 +109,13 @@ def test_context_ends_stops_and_streams_do_not_change(learned, tokenizer):
             learned.decoder, tokenizer, PROMPTS, _guessing(changed, None), on_text=show
         )
         assert _plain(results) == _plain(expected) and pieces == [each.text for each in results]
+
+
+def test_a_draft_for_beams_is_refused_behind_a_prefix_as_well(learned, tokenizer):
+    prefix = prefill(learned.decoder, [tokenizer.encode("The cat")], 64)
+    beams = [DecodeConfig(num_beams=2)]
+    with pytest.raises(ValueError, match="num_beams=2 continues several; set num_beams=1"):
+        continue_prefix(learned.decoder, tokenizer, prefix, beams, draft=learned.decoder)
 
 
 @pytest.mark.slow

@@ -195,6 +195,7 @@ def test_a_job_is_done_in_slices_between_turns(stopped):
     seen = []
 
     def run(decoder):
+        assert decoder.block_tokens == 1024 < stopped.decoder.block_tokens
         for part in range(3):
             seen.append(len(writing.tokens))
             yield part * 10
