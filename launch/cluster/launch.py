@@ -13,8 +13,8 @@ Other commands run on many hosts as well (--script).
     python launch/cluster/launch.py --cluster=tpu_pod --name=TPU --zone=ZONE \\
         --config=C --workdir=RUN
 
-Generate, evaluate or do a task with a model that is split over several processes; --argument gives
-any flag of that command. Process 0 prints; nothing is restarted:
+Generate, evaluate, do a task or serve with a model that is split over several processes; --argument
+gives any flag of that command. Process 0 prints and listens; nothing is restarted:
 
     python launch/cluster/launch.py --cluster=local --nodes=2 --local_devices=4 --script=generate \\
         --workdir=RUN --set=mesh.tensor=8 --set=mesh.data=1 --argument=--prompt="Once upon a time"
@@ -54,7 +54,10 @@ _CLUSTER = flags.DEFINE_enum(
     required=True,
 )
 _SCRIPT = flags.DEFINE_enum(
-    "script", "pretrain", ["pretrain", "generate", "evaluate", "task"], "the command of launch/"
+    "script",
+    "pretrain",
+    ["pretrain", "generate", "evaluate", "task", "serve"],
+    "the command of launch/",
 )
 _ARGUMENT = flags.DEFINE_multi_string(
     "argument", [], "another flag of --script, such as --argument=--prompt=Once"

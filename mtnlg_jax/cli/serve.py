@@ -14,6 +14,15 @@ line, each with optional limits, and only its owner may read it:
     openssl rand -hex 24 > keys.txt && chmod 600 keys.txt
     python launch/serve.py --workdir=RUN --host=0.0.0.0 --api_keys=keys.txt
 
+Split the model over devices, also of several processes (launch/cluster/launch.py --script=serve
+starts them; process 0 listens):
+
+    python launch/serve.py --workdir=RUN --set=mesh.tensor=4
+
+Check on the loaded model that the text of a request does not depend on the others:
+
+    python launch/serve.py --workdir=RUN --selftest
+
 Adapters that PEFT has saved become models of their own, which requests name:
 
     python launch/serve.py --workdir=BASE --lora=polite=FOLDER --lora=terse=FOLDER
@@ -21,21 +30,23 @@ Adapters that PEFT has saved become models of their own, which requests name:
 SIGTERM and Ctrl-C let running requests finish and refuse new ones with 503; a second one ends the
 server at once. docs/serving.md describes the API.
 
-Exit codes: 0 ended by a signal, 2 bad input, which includes a port in use and keys that others may
-read.
+Exit codes: 0 ended by a signal, or --selftest passed; 1 --selftest failed; 2 bad input, which
+includes a port in use and keys that others may read.
 """
 
 from absl import flags
 
 from mtnlg_jax import command
+from mtnlg_jax.cli.decoding import devices
 from mtnlg_jax.cli.serving import options, start
 
-flags.adopt_module_key_flags(options)
+for module in (options, devices):
+    flags.adopt_module_key_flags(module)
 
 
-def main() -> None:
+def main() -> int:
     """Check the flags, bind the port, load the models and serve until a signal."""
-    start.serve()
+    return start.serve()
 
 
 def run() -> None:

@@ -18,21 +18,19 @@ with the same tokens reads only the rest.
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-import jax
 import numpy as np
 
 from mtnlg_jax.config import DecodeConfig
 from mtnlg_jax.decode import slots as programs
-from mtnlg_jax.decode.batched_settings import Settings, check_tokens
+from mtnlg_jax.decode.batched_settings import check_tokens
 from mtnlg_jax.decode.cache import Decoder
 from mtnlg_jax.decode.constraint import Constraint
 from mtnlg_jax.decode.quantized import on_cpu
 from mtnlg_jax.decode.results import writable
-from mtnlg_jax.decode.rolling import keeps_positions
 from mtnlg_jax.decode.row import NewToken, Row
-from mtnlg_jax.decode.slots import STEPS, Extras, Rows
+from mtnlg_jax.decode.slots import STEPS, Extras, Rows, Slots
 from mtnlg_jax.decode.tiers import TIERS, row_settings, tier_settings
 
 CHUNKS = (32, 128)
@@ -50,6 +48,7 @@ class Batch:
       size: positions of a row at most; default the context.
       chunks: tokens of a prompt that are read at a time, smallest first.
       least: positions of the shortest cache.
+      make_slots: makes the `Slots`.
     """
 
     def __init__(
@@ -61,6 +60,7 @@ class Batch:
         size: int | None = None,
         chunks: Sequence[int] = CHUNKS,
         least: int = LEAST,
+        make_slots: Callable[..., Slots] = Slots,
     ):
         if slots < 1:
             raise ValueError(f"{slots} slots hold no row; give at least 1")
@@ -73,12 +73,9 @@ class Batch:
         self.lengths = ladder(min(least, self.size), self.size) if on_cpu() else [self.size]
         self.counts = ladder(1, slots)
         self._length = self.lengths[0]
-        self._cache = programs.empty_cache(decoder, slots, self._length, self.size)
-        self._whole = keeps_positions(self._cache)
-        full = jax.eval_shape(lambda: programs.empty_cache(decoder, 1, self.size, self.size))
-        # Positions of each layer at most: windowed layers keep only their windows.
-        self._limits = [jax.tree.leaves(layer)[0].shape[2] for layer in full]
-        self._allowed_V = jax.device_put(writable(tokenizer, decoder.config.vocabulary, end=False))
+        self._device = make_slots(decoder, slots, self.size, self._length)
+        self._whole = self._device.whole
+        self._allowed_V = writable(tokenizer, decoder.config.vocabulary, end=False)
         self._rows: list[Row | None] = [None] * slots
         # Of free slots: the tokens whose keys they hold, and when they were left.
         self._kept: list[list[int]] = [[] for _ in range(slots)]
@@ -86,7 +83,7 @@ class Batch:
         self._clock = 0
         self._busy = 0
         self._filling: list[Row] = []
-        self._settings: Settings | None = None  # of the last turn, on the device
+        self._tier: int | None = None  # of the settings that the devices hold
         self._unused = 0
 
     @property
@@ -112,7 +109,7 @@ class Batch:
     @property
     def cache_bytes(self) -> int:
         """The memory of the cache now; it doubles for a moment while the cache grows."""
-        return sum(x.nbytes for x in jax.tree.leaves(self._cache))
+        return self._device.nbytes
 
     @property
     def rows_of_turn(self) -> int:
@@ -176,7 +173,7 @@ class Batch:
         count = min(todo, chunk)
         tokens_C = np.zeros(chunk, np.int32)
         tokens_C[:count] = row.known[row.read : row.read + count]
-        self._read(tokens_C, row.slot, row.read, count)
+        self._device.fill(tokens_C, row.slot, row.read, count)
         row.read += count
         self._start()
         return True
@@ -231,11 +228,11 @@ class Batch:
         for length in self.lengths:
             self._resize(length)
             for chunk in self.chunks:
-                self._read(np.zeros(chunk, np.int32), 0, 0, 0)
+                self._device.fill(np.zeros(chunk, np.int32), 0, 0, 0)
             if self.slots > 1:
-                self._cache = programs.swap(self._cache, np.int32(0), np.int32(1))
+                self._device.swap(0, 1)
             if self.slots > 1 and self._whole:
-                self._cache = programs.copy(self._cache, np.int32(0), np.int32(1))
+                self._device.copy(0, 1)
             for tier in range(len(TIERS)):
                 for count in self.counts:
                     self._warm_turn(tier, count)
@@ -248,14 +245,6 @@ class Batch:
         return programs.programs()
 
     # Slots
-
-    def _read(self, tokens_C: np.ndarray, slot: int, start: int, count: int) -> None:
-        """Read ``count`` of ``tokens_C`` into ``slot``, from position ``start`` on."""
-        numbers = map(np.int32, (slot, start, count))
-        config = self.decoder.config
-        self._cache = programs.fill(
-            self.decoder.params, self._cache, tokens_C, *numbers, config=config
-        )
 
     def _choose(self, tokens: list[int]) -> tuple[int, int]:
         """Return a free slot and the tokens of the prompt whose keys it then holds."""
@@ -277,7 +266,7 @@ class Batch:
                 # The slot whose keys are the least use: the one that was left first.
                 best = min(free, key=lambda i: self._left[i])
                 found = longest
-                self._cache = programs.copy(self._cache, np.int32(source.slot), np.int32(best))
+                self._device.copy(source.slot, best)
         return best, found
 
     def _start(self) -> None:
@@ -288,7 +277,7 @@ class Batch:
                 self._swap(row.slot, self._busy)
                 self._busy += 1
                 row.placed = True
-                self._settings = None
+                self._tier = None
 
     def _leave(self, row: Row) -> None:
         if row in self._filling:
@@ -296,7 +285,7 @@ class Batch:
         else:
             self._swap(row.slot, self._busy - 1)
             self._busy -= 1
-            self._settings = None
+            self._tier = None
         self._rows[row.slot] = None
         self._kept[row.slot] = row.known[: row.read]
         self._clock += 1
@@ -305,7 +294,7 @@ class Batch:
     def _swap(self, one: int, other: int) -> None:
         if one == other:
             return
-        self._cache = programs.swap(self._cache, np.int32(one), np.int32(other))
+        self._device.swap(one, other)
         lists: list[list] = [self._rows, self._kept, self._left]
         for held in lists:
             held[one], held[other] = held[other], held[one]
@@ -331,8 +320,7 @@ class Batch:
         self._unused = 0
         if length == self._length:
             return
-        lengths = tuple(min(length, limit) for limit in self._limits)
-        self._cache = programs.resize(self._cache, lengths=lengths)
+        self._device.resize(length)
         self._length = length
         # A window that was cut holds other positions than its tokens say.
         self._kept = [kept[:length] if self._whole else [] for kept in self._kept]
@@ -366,32 +354,22 @@ class Batch:
             column(lambda row: row.seed, 0, np.uint32),
         )
         tier = max(row.tier for row in rows)
-        if self._settings is None:
-            self._settings = self._settings_of(tier, [row.fields for row in rows], count)
-        return jax.device_get(self._write(arrays, self._settings, tier, padded, steps))
+        if self._tier is None:
+            self._set(tier, [row.fields for row in rows], count)
+        return self._device.advance(arrays, self._extras(padded), steps)
 
-    def _write(self, arrays: Rows, settings: Settings, tier: int, rows: Sequence, steps: int):
-        """Run the program of ``tier`` for ``rows``, of which None are padding."""
-        extras = self._extras(rows) if tier == len(TIERS) - 1 else None
-        self._cache, written = programs.advance(
-            self.decoder.params,
-            self._cache,
-            arrays,
-            settings,
-            extras,
-            np.int32(steps),
-            config=self.decoder.config,
-        )
-        return written
-
-    def _settings_of(self, tier: int, fields: list, count: int):
-        """Return the settings of a turn on the device: they change only as rows come and go."""
+    def _set(self, tier: int, fields: list, count: int) -> None:
+        """Hold the settings of ``count`` rows on the devices; rows without fields are padding."""
         neutral = row_settings(DecodeConfig(), self.tokenizer.eos_ids)[1]
         fields = [*fields, *[neutral] * (count - len(fields))]
         eos = tuple(self.tokenizer.eos_ids)
-        return jax.device_put(tier_settings(tier, fields, self._allowed_V, eos))
+        self._device.hold(tier_settings(tier, fields, self._allowed_V, eos))
+        self._tier = tier
 
-    def _extras(self, rows: Sequence[Row | None]) -> Extras:
+    def _extras(self, rows: Sequence[Row | None]) -> Extras | None:
+        """Return what the widest tier takes beside its settings; None for the others."""
+        if self._tier != len(TIERS) - 1:
+            return None
         words = -(-self.decoder.config.vocabulary // 32)
         allowed_BW = np.full((len(rows), words), 2**32 - 1, np.uint32)
         for at, row in enumerate(rows):
@@ -404,7 +382,6 @@ class Batch:
         return Extras(allowed_BW, np.array(alternatives, np.int32))
 
     def _warm_turn(self, tier: int, count: int) -> None:
-        neutral = row_settings(DecodeConfig(), self.tokenizer.eos_ids)[1]
         ones_B = np.ones(count, np.int32)
         rows = Rows(
             np.zeros((count, self.size), np.int32),
@@ -414,8 +391,9 @@ class Batch:
             ones_B,
             np.zeros(count, np.uint32),
         )
-        settings = self._settings_of(tier, [neutral] * count, count)
-        jax.block_until_ready(self._write(rows, settings, tier, [None] * count, 0))
+        self._set(tier, [], count)
+        self._device.advance(rows, self._extras([None] * count), 0)
+        self._tier = None
 
 
 def common(one: Sequence[int], other: Sequence[int]) -> int:

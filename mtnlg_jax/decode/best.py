@@ -18,6 +18,7 @@ from jax import lax
 
 from mtnlg_jax.decode.cache import Decoder
 from mtnlg_jax.decode.scoring import blocks, read_rows
+from mtnlg_jax.parallel.auto import fetch, over_its_mesh, padded
 
 # Places that have logits at the same time: (prompt x V) logits would fill the memory.
 PIECE = 128
@@ -45,15 +46,21 @@ def score_best(
         yield found
         return
     for chosen, number, width in blocks(list(map(len, rows)), decoder):
-        tokens_CS = np.zeros((number, width), np.int32)
+        tokens_CS = np.zeros((padded(number, decoder.mesh), width), np.int32)
         for row, index in zip(tokens_CS, chosen, strict=False):
             row[: len(rows[index])] = rows[index]
-        outputs = _best(decoder.params, tokens_CS, config=decoder.config, top=top)
-        tables = [np.asarray(each) for each in outputs]
+        tables = _tables(decoder, tokens_CS, top)
         for at, index in enumerate(chosen):
             length = len(rows[index]) - 1
             found[index] = Best(*(table[at, :length] for table in tables))
         yield found
+
+
+@over_its_mesh
+def _tables(decoder: Decoder, tokens_CS: np.ndarray, top: int) -> list[np.ndarray]:
+    return [
+        fetch(each) for each in _best(decoder.params, tokens_CS, config=decoder.config, top=top)
+    ]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "top"))

@@ -1,8 +1,8 @@
-"""The compiled programs of a running batch: a cache of slots, and what changes it.
+"""The cache of a running batch, and the compiled programs that change it.
 
 Each slot holds the keys and values of one row. All else that a step needs, tokens, lengths and
-settings, is small and comes from the host with every turn, so that rows join and leave without a
-program of their own.
+settings, is small and comes from the host, so that rows join and leave without a program of their
+own, and so that other processes of a mesh can repeat every call of `Slots`.
 """
 
 # Shapes: B rows of a turn (the first slots), S positions, V vocabulary, W words of 32 ids,
@@ -16,11 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from mtnlg_jax.config import ModelConfig
 from mtnlg_jax.decode.batched_settings import Settings
 from mtnlg_jax.decode.cache import Decoder, prefill_rows, read, step, to_int8
+from mtnlg_jax.decode.rolling import keeps_positions
 from mtnlg_jax.decode.sampling import Limits, State, append
+from mtnlg_jax.parallel.auto import fetch, over_its_mesh, split, spread, whole
 
 STEPS = 32  # of a turn at most
 ALTERNATIVES = 20
@@ -55,25 +59,123 @@ class Written(NamedTuple):
     top_logprobs_UBA: jax.Array | None
 
 
-def empty_cache(decoder: Decoder, slots: int, size: int, limit: int) -> tuple[Any, ...]:
-    """Return a cache of ``slots`` rows with room for ``size`` tokens of at most ``limit``.
+class Slots:
+    """A cache of ``slots`` rows on the devices of ``decoder``. All arguments are of the host.
 
-    Layers keep only their windows where ``limit`` is longer.
+    Args:
+      limit: positions of a row at most. Layers keep only their windows where it is longer.
+      length: positions that the cache has room for at first.
+
+    Raises ValueError if the decoder's mesh splits rows, positions or stages.
     """
 
-    def begin(params):
-        one_11 = jnp.zeros((1, 1), jnp.int32)
-        one_1 = jnp.ones(1, jnp.int32)
-        cache = prefill_rows(
-            params, one_11, one_1, config=decoder.config, size=limit, rolling=True
-        ).cache
-        return to_int8(cache) if decoder.int8_cache else cache
+    def __init__(self, decoder: Decoder, slots: int, limit: int, length: int):
+        check_mesh(decoder.mesh)
+        self.decoder = decoder
+        self.mesh = decoder.mesh
+        self.slots = slots
+        like = self._like(limit)
+        # Positions of each layer at most.
+        self._limits = [jax.tree.leaves(layer)[0].shape[2] for layer in like]
+        self._settings: Settings | None = None
+        self.cache: tuple[Any, ...] = self._empty(like, length)
 
-    # Shapes alone: nothing is computed.
-    like = jax.eval_shape(begin, decoder.params)
-    return jax.tree.map(
-        lambda x: jnp.zeros((slots, x.shape[1], min(x.shape[2], size), *x.shape[3:]), x.dtype), like
-    )
+    def _like(self, limit: int) -> tuple[Any, ...]:
+        """Return the shapes of the cache of one row."""
+
+        def begin(params):
+            one_11 = jnp.zeros((1, 1), jnp.int32)
+            one_1 = jnp.ones(1, jnp.int32)
+            config = self.decoder.config
+            cache = prefill_rows(params, one_11, one_1, config=config, size=limit, rolling=True)
+            return to_int8(cache.cache) if self.decoder.int8_cache else cache.cache
+
+        return jax.eval_shape(begin, self.decoder.params)
+
+    @over_its_mesh
+    def _empty(self, like, length: int) -> tuple[Any, ...]:
+        def zeros():
+            return jax.tree.map(
+                lambda x: jnp.zeros(
+                    (self.slots, x.shape[1], min(x.shape[2], length), *x.shape[3:]), x.dtype
+                ),
+                like,
+            )
+
+        return jax.jit(lambda: _split(zeros()))()
+
+    @property
+    def whole(self) -> bool:
+        """Whether all layers keep all positions."""
+        return keeps_positions(self.cache)
+
+    @property
+    def nbytes(self) -> int:
+        """The memory of the cache now, of all devices; it doubles for a moment in `resize`."""
+        return sum(x.nbytes for x in jax.tree.leaves(self.cache))
+
+    @over_its_mesh
+    def fill(self, tokens_C: np.ndarray, slot: int, start: int, count: int) -> None:
+        """Read ``count`` of ``tokens_C`` into ``slot``, from position ``start`` on."""
+        numbers = map(np.int32, (slot, start, count))
+        config = self.decoder.config
+        self.cache = fill(self.decoder.params, self.cache, tokens_C, *numbers, config=config)
+
+    @over_its_mesh
+    def swap(self, one: int, other: int) -> None:
+        """Exchange two slots."""
+        self.cache = swap(self.cache, np.int32(one), np.int32(other))
+
+    @over_its_mesh
+    def copy(self, source: int, target: int) -> None:
+        """Copy a slot over another one."""
+        self.cache = copy(self.cache, np.int32(source), np.int32(target))
+
+    @over_its_mesh
+    def resize(self, length: int) -> None:
+        """Cut or pad the cache to ``length`` positions, windows to theirs."""
+        lengths = tuple(min(length, limit) for limit in self._limits)
+        self.cache = resize(self.cache, lengths=lengths)
+
+    def hold(self, settings: Settings) -> None:
+        """Hold the settings of the next turns on the devices: they change only with the rows."""
+        if self.mesh is None:
+            self._settings = jax.device_put(settings)
+        else:
+            everywhere = NamedSharding(self.mesh, P())
+            self._settings = jax.tree.map(lambda x: spread(np.asarray(x), everywhere), settings)
+
+    @over_its_mesh
+    def advance(self, rows: "Rows", extras: "Extras | None", steps: int) -> "Written":
+        """Write at most ``steps`` tokens of the first B slots. Return them on the host."""
+        self.cache, written = advance(
+            self.decoder.params,
+            self.cache,
+            rows,
+            self._settings,
+            extras,
+            np.int32(steps),
+            config=self.decoder.config,
+        )
+        return jax.tree.map(fetch, written)
+
+
+def check_mesh(mesh: Mesh | None) -> None:
+    """Raise ValueError if a running batch cannot be split as ``mesh`` says."""
+    if mesh is None:
+        return
+    for axis in ("data", "pipe", "context"):
+        if mesh.shape[axis] > 1:
+            raise ValueError(
+                f"mesh.{axis}={mesh.shape[axis]}, but rows that come and go are written over "
+                f"mesh.tensor and mesh.expert; set mesh.{axis}=1, or start one server for each "
+                "part of the devices"
+            )
+
+
+def _split(cache):
+    """Return a cache split over the mesh in context: heads, but not slots."""
+    return jax.tree.map(lambda x: split(x, "IKTH"[: x.ndim]), cache)
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
@@ -129,10 +231,11 @@ def advance(
     start = jnp.int32(0), state, written_UB, jnp.zeros((STEPS, batch)), tops
     _, state, tokens_UB, logprobs_UB, tops = lax.while_loop(more, one, start)
     cache = jax.tree.map(
-        lambda whole, part: lax.dynamic_update_slice_in_dim(whole, part, 0, 0), cache, state.cache
+        lambda all, x: lax.dynamic_update_slice_in_dim(all, x, 0, 0), cache, state.cache
     )
     told = tops or (None, None)
-    return cache, Written(tokens_UB, logprobs_UB, state.lengths_B, state.done_B, *told)
+    written = Written(tokens_UB, logprobs_UB, state.lengths_B, state.done_B, *told)
+    return _split(cache), whole(written)
 
 
 def _constrained(settings: Settings, allowed_BW, vocabulary: int) -> Settings:
@@ -175,8 +278,8 @@ def fill(params, cache, tokens_C, slot, start, count, *, config: ModelConfig) ->
     """
     row = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, slot, 1, 0), cache)
     _, row = read(config, params, row, tokens_C[None], start[None], count[None])
-    return jax.tree.map(
-        lambda whole, part: lax.dynamic_update_slice_in_dim(whole, part, slot, 0), cache, row
+    return _split(
+        jax.tree.map(lambda all, x: lax.dynamic_update_slice_in_dim(all, x, slot, 0), cache, row)
     )
 
 
@@ -190,7 +293,7 @@ def swap(cache, one, other) -> tuple[Any, ...]:
         x = lax.dynamic_update_slice_in_dim(x, second, one, 0)
         return lax.dynamic_update_slice_in_dim(x, first, other, 0)
 
-    return jax.tree.map(exchange, cache)
+    return _split(jax.tree.map(exchange, cache))
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
@@ -201,7 +304,7 @@ def copy(cache, source, target) -> tuple[Any, ...]:
         row = lax.dynamic_slice_in_dim(x, source, 1, 0)
         return lax.dynamic_update_slice_in_dim(x, row, target, 0)
 
-    return jax.tree.map(over, cache)
+    return _split(jax.tree.map(over, cache))
 
 
 @functools.partial(jax.jit, static_argnames="lengths")
@@ -216,7 +319,7 @@ def resize(cache, *, lengths: tuple[int, ...]) -> tuple[Any, ...]:
         return jnp.pad(x, more)
 
     pairs = zip(cache, lengths, strict=True)
-    return tuple(jax.tree.map(lambda x, n=length: to(x, n), layer) for layer, length in pairs)
+    return _split(tuple(jax.tree.map(lambda x, n=length: to(x, n), held) for held, length in pairs))
 
 
 # Any: the size of a jitted function's cache is not in its type.

@@ -44,6 +44,14 @@ def split(x: jax.Array, dims: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(*spec))
 
 
+def whole[T](tree: T) -> T:
+    """Return arrays that every device of the mesh in context holds all of."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if AxisType.Auto not in mesh.axis_types:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, P())
+
+
 def row_multiple(mesh: Mesh | None) -> int:
     """Return the number by which the rows of a batch should be divisible on ``mesh``."""
     return 1 if mesh is None else mesh.shape["data"]

@@ -23,6 +23,7 @@ from mtnlg_jax.decode.batch import Batch
 from mtnlg_jax.decode.cache import Decoder
 from mtnlg_jax.decode.row import NewToken, Row
 from mtnlg_jax.serve.measures import Compiles, Measures
+from mtnlg_jax.serve.mirror import Mirror
 from mtnlg_jax.serve.queues import FairQueue
 from mtnlg_jax.serve.requests import (
     Busy,
@@ -58,6 +59,7 @@ class Engine:
         may always wait.
       warm: compile all programs before ``ready``, so that none is compiled while others wait.
       budget: seconds of steps in a turn.
+      mirror: lets other processes of the decoder's mesh do the same; see mirror.py.
       batch: further options of `Batch`.
     """
 
@@ -71,10 +73,14 @@ class Engine:
         waiting_tokens: int | None = None,
         warm: bool = True,
         budget: float = BUDGET,
+        mirror: Mirror | None = None,
         **batch,
     ):
         self.decoder = decoder
         self.tokenizer = tokenizer
+        self._mirror = mirror
+        if mirror is not None:
+            batch["make_slots"] = mirror.make_slots
         self._make = lambda: Batch(decoder, tokenizer, slots=slots, **batch)
         self._batch = self._make()
         self._most = waiting
@@ -251,6 +257,8 @@ class Engine:
         except Exception as error:
             # The cache may be lost with the failed step, so no row can go on.
             log.exception("a turn failed")
+            if self._mirror is not None:
+                raise  # The other processes may be gone, or elsewhere.
             self._lose(f"the device failed: {error}")
         self._measures.counters["turns"] += 1
         self._measures.histograms["turn_seconds"].add(time.monotonic() - began)
@@ -334,7 +342,11 @@ class Engine:
         work = ticket.work
         assert isinstance(work, Job)
         if ticket.slices is None:
-            ticket.slices = iter(work.run(self.decoder._replace(block_tokens=SLICE_TOKENS)))
+            decoder = self.decoder._replace(block_tokens=SLICE_TOKENS)
+            if self._mirror is None:
+                ticket.slices = iter(work.run(decoder))
+            else:
+                ticket.slices = self._mirror.slices(work.run, decoder)
         try:
             ticket.value = next(ticket.slices)
         except StopIteration:

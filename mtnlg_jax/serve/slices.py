@@ -1,5 +1,9 @@
-"""Work of the model in slices, so that the engine can write tokens of others in between."""
+"""Work of the model in slices, so that the engine can write tokens of others in between.
 
+What these functions return can be pickled, since other processes may have to do the same.
+"""
+
+import functools
 import math
 import queue
 import threading
@@ -19,18 +23,18 @@ def score_slices(
     rows: Sequence[Sequence[int]], top: int
 ) -> Callable[[Decoder], Iterator[list[Scored]]]:
     """Return the `Job.run` that scores every token of each row; see `score_best`."""
+    return functools.partial(_score, rows, top)
 
-    def run(decoder: Decoder) -> Iterator[list[Any]]:
-        for found in score_best(decoder, rows, top):
-            for each in found:
-                if each is not None and not np.isfinite(each.logprobs).all():
-                    raise ValueError(
-                        "the log-probabilities of the prompt are not finite; look for parameters "
-                        "of the model that are not finite, or take another checkpoint"
-                    )
-            yield found
 
-    return run
+def _score(rows: Sequence[Sequence[int]], top: int, decoder: Decoder) -> Iterator[list[Any]]:
+    for found in score_best(decoder, rows, top):
+        for each in found:
+            if each is not None and not np.isfinite(each.logprobs).all():
+                raise ValueError(
+                    "the log-probabilities of the prompt are not finite; look for parameters "
+                    "of the model that are not finite, or take another checkpoint"
+                )
+        yield found
 
 
 def mean_slices(
@@ -38,15 +42,17 @@ def mean_slices(
 ) -> Callable[[Decoder], Iterator[list[float]]]:
     """Return the `Job.run` that yields, for each row, exp of the mean log-probability from its
     start on."""
+    return functools.partial(_mean, rows, starts)
 
-    def run(decoder: Decoder) -> Iterator[list[float]]:
-        for found in score_slices(rows, 1)(decoder):
-            yield [
-                0.0 if each is None else math.exp(float(each.logprobs[start - 1 :].mean()))
-                for each, start in zip(found, starts, strict=True)
-            ]
 
-    return run
+def _mean(
+    rows: Sequence[Sequence[int]], starts: Sequence[int], decoder: Decoder
+) -> Iterator[list[float]]:
+    for found in _score(rows, 1, decoder):
+        yield [
+            0.0 if each is None else math.exp(float(each.logprobs[start - 1 :].mean()))
+            for each, start in zip(found, starts, strict=True)
+        ]
 
 
 class _Closed(BaseException):
@@ -60,49 +66,49 @@ def in_slices(work: Callable[[Decoder], object]) -> Callable[[Decoder], Iterator
     each time it takes the parameters for another call of the model, and next() lets it go on. What
     it raises, next() raises. If the iterator is closed, the function ends at its next call.
     """
+    return functools.partial(_run, work)
 
-    def run(decoder: Decoder) -> Iterator[object]:
-        turns: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        reports: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
-        first = True
 
-        class Stepping(Decoder):
-            """A decoder whose parameters are handed out once a slice."""
+def _run(work: Callable[[Decoder], object], decoder: Decoder) -> Iterator[object]:
+    turns: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    reports: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+    first = True
 
-            __slots__ = ()
+    class Stepping(Decoder):
+        """A decoder whose parameters are handed out once a slice."""
 
-            @property
-            def params(self):
-                nonlocal first
-                if not first:
-                    reports.put(("slice", None))
-                    if not turns.get():
-                        raise _Closed
-                first = False
-                return decoder.params
+        __slots__ = ()
 
-        def body() -> None:
-            try:
-                reports.put(("result", work(Stepping(*decoder))))
-            except _Closed:
-                reports.put(("closed", None))
-            except BaseException as error:
-                reports.put(("error", error))
+        @property
+        def params(self):
+            nonlocal first
+            if not first:
+                reports.put(("slice", None))
+                if not turns.get():
+                    raise _Closed
+            first = False
+            return decoder.params
 
-        thread = threading.Thread(target=body, name="slices", daemon=True)
-        thread.start()
+    def body() -> None:
         try:
-            while True:
-                kind, value = reports.get()
-                if kind == "error":
-                    raise value
-                yield value
-                if kind == "result":
-                    return
-                turns.put(True)
-        finally:
-            if thread.is_alive():
-                turns.put(False)
-                thread.join()
+            reports.put(("result", work(Stepping(*decoder))))
+        except _Closed:
+            reports.put(("closed", None))
+        except BaseException as error:
+            reports.put(("error", error))
 
-    return run
+    thread = threading.Thread(target=body, name="slices", daemon=True)
+    thread.start()
+    try:
+        while True:
+            kind, value = reports.get()
+            if kind == "error":
+                raise value
+            yield value
+            if kind == "result":
+                return
+            turns.put(True)
+    finally:
+        if thread.is_alive():
+            turns.put(False)
+            thread.join()

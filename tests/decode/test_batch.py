@@ -2,14 +2,16 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
-from mtnlg_jax.config import DecodeConfig
+from mtnlg_jax.config import DecodeConfig, MeshConfig
 from mtnlg_jax.decode import slots
 from mtnlg_jax.decode.batch import Batch
 from mtnlg_jax.decode.cache import unstack
 from mtnlg_jax.decode.generate import generate
+from mtnlg_jax.parallel.mesh import make_mesh
 
 ROUNDING = 1e-5
 SHAPES = {"slots": 2, "chunks": (16,), "least": 64}
@@ -210,6 +212,35 @@ def test_what_cannot_be_written_is_refused(batch):
     with pytest.raises(ValueError, match="0 slots hold no row"):
         Batch(batch.decoder, batch.tokenizer, slots=0)
     assert batch.free == 2
+
+
+@pytest.mark.parametrize(
+    ("tensor", "count"),
+    # Two requests need few programs.
+    [
+        (2, 2),
+        pytest.param(4, 10, marks=pytest.mark.slow),
+        pytest.param(8, 10, marks=pytest.mark.slow),
+    ],
+)
+def test_rows_over_a_mesh_equal_one_device(learned, tokenizer, tensor, count):
+    mesh = make_mesh(MeshConfig(data=1, tensor=tensor), jax.devices()[:tensor])
+    decoder = unstack(learned.config, learned.params, mesh=mesh)
+    batch = Batch(decoder, tokenizer, **SHAPES)
+    held = jax.tree.leaves(batch._device.cache)
+    # Four heads: two devices have two each.
+    assert all(x.sharding.shard_shape(x.shape)[1] == max(4 // tensor, 4 % tensor) for x in held)
+    requests = _requests(tokenizer, count)
+    _check_alone(learned.decoder, tokenizer, requests, _written(batch, requests, 2))
+    again = slots.programs()
+    _check_alone(learned.decoder, tokenizer, requests, _written(batch, requests, 2))
+    assert slots.programs() == again, "arrays that a program gives fit the next one"
+
+
+def test_a_mesh_that_splits_rows_is_refused(learned, tokenizer):
+    decoder = learned.decoder._replace(mesh=make_mesh(MeshConfig(data=8), jax.devices()))
+    with pytest.raises(ValueError, match="mesh.data=8, but rows that come and go .*=1, or start"):
+        Batch(decoder, tokenizer, **SHAPES)
 
 
 @pytest.mark.slow

@@ -36,8 +36,19 @@ with command.flag_group("Engine"):
     WAITING = flags.DEFINE_integer(
         "waiting", 64, "requests that may wait; further ones get 429", lower_bound=0
     )
+    SELFTEST = flags.DEFINE_bool(
+        "selftest",
+        False,
+        "instead of serving, write requests alone and then together, and compare what each was "
+        "told",
+    )
     WARM = flags.DEFINE_bool(
         "warm", True, "compile every program before the server is ready, so that none is later"
+    )
+
+with command.flag_group("Devices"):
+    SET = flags.DEFINE_multi_string(
+        "set", [], "mesh.KEY=VALUE: devices to split the model over (tensor, expert)"
     )
 
 with command.flag_group("Server"):
