@@ -137,13 +137,15 @@ def _is_split(call: AttentionCall) -> bool:
 
 
 def _ring(call: AttentionCall):
+    support = SUPPORT.get(call.impl)
     attend = functools.partial(
         attention,
         window=call.window,
         softcap=call.softcap,
         alibi_slopes=call.slopes,
         scale=call.scale,
-        impl=call.impl,
+        # Parts need lengths and a log-sum-exp, which cuDNN does not have.
+        impl=call.impl if support is None or "kv_lengths" in support.options else "auto",
         block_sizes=call.block_sizes,
     )
 
