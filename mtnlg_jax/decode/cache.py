@@ -20,6 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mtnlg_jax.config import ModelConfig
+from mtnlg_jax.decode.positions import lengthened, write
 from mtnlg_jax.decode.quantized import RowWeight, experts_of, on_cpu, rows_of
 from mtnlg_jax.decode.rolling import Rolling, read_window, roll
 from mtnlg_jax.decode.sharding import Placement
@@ -27,7 +28,7 @@ from mtnlg_jax.model.attention import attention, decode_attention, merge, merge_
 from mtnlg_jax.model.head import Head
 from mtnlg_jax.model.quantize import quantize
 from mtnlg_jax.model.transformer import abstract_model
-from mtnlg_jax.parallel.auto import over_its_mesh, split
+from mtnlg_jax.parallel.auto import over_its_mesh, padded_positions, split
 from mtnlg_jax.parallel.mesh import EXPERT_BIAS, parameter_name
 
 ROUTER = "w_router_DE"
@@ -195,7 +196,7 @@ def run(config: ModelConfig, params, tokens_BS, positions_BS, attend: Callable):
     blocks = [nnx.merge(block_graph, layer) for layer in layers]
     tokens_BS = split(tokens_BS, "BS")
     x_BSD = _embed(model, tokens_BS, positions_BS, blocks[0].norm_1.scale_D[...].dtype)
-    x_BSD = split(x_BSD, "BSD")
+    x_BSD = split(x_BSD, "BQD")
     for number, block in enumerate(blocks):
         x_BSD = block(
             x_BSD,
@@ -203,7 +204,7 @@ def run(config: ModelConfig, params, tokens_BS, positions_BS, attend: Callable):
             functools.partial(attend, number),
             spec=config.layer(number),
         )
-        x_BSD = split(x_BSD, "BSD")
+        x_BSD = split(x_BSD, "BQD")
     return model.normed(x_BSD), model.head()
 
 
@@ -248,7 +249,8 @@ def prefill(
         raise ValueError(
             f"prompts of {lengths.tolist()} tokens do not fit a cache of {size}: give 1 to {size}"
         )
-    padded = np.zeros((len(prompts), bucket(int(lengths.max()), size)), np.int32)
+    width = padded_positions(bucket(int(lengths.max()), size))
+    padded = np.zeros((len(prompts), width), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
     vocabulary = decoder.config.vocabulary
@@ -262,13 +264,15 @@ def prefill(
 
 @functools.partial(jax.jit, static_argnames=("config", "size", "rolling"))
 def prefill_rows(params, tokens_BS, lengths_B, *, config, size, rolling=False) -> Prefix:
-    """Read padded prompts into a cache of ``size`` positions; ``rolling`` as in `prefill`."""
+    """Read padded prompts into a cache of ``size`` positions; ``rolling`` as in `prefill`.
+
+    The cache has a few positions more where ``context`` does not divide ``size``.
+    """
     positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1]), tokens_BS.shape)
-    more = size - tokens_BS.shape[1]
     cache = []
 
     def pad(x):
-        return jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0)))
+        return lengthened(x, padded_positions(size))
 
     def attend(layer, q, k, v, **options):
         pair = k.swapaxes(1, 2), v.swapaxes(1, 2)
@@ -278,7 +282,8 @@ def prefill_rows(params, tokens_BS, lengths_B, *, config, size, rolling=False) -
 
     x_BSD, head = run(config, params, tokens_BS, positions_BS, attend)
     last_BD = jnp.take_along_axis(x_BSD, (lengths_B - 1)[:, None, None], 1)[:, 0]
-    tokens_BS = jnp.pad(tokens_BS, ((0, 0), (0, more)))
+    more = max(0, size - tokens_BS.shape[1])
+    tokens_BS = jnp.pad(tokens_BS[:, :size], ((0, 0), (0, more)))
     return split_prefix(Prefix(tokens_BS, lengths_B, logits_of(last_BD, head), tuple(cache)))
 
 
@@ -319,7 +324,7 @@ def step(config: ModelConfig, params, cache, tokens_B, positions_B, active_B=Non
         if active_B is not None:
             # Past the cache, where nothing is written.
             at_B = jnp.where(active_B, at_B, jnp.iinfo(jnp.int32).max)
-        arrays = _write(held.arrays if rolling else held, k, v, at_B[:, None])
+        arrays = write(held.arrays if rolling else held, k, v, at_B[:, None])
         written.append(Rolling(arrays) if rolling else arrays)
         out, lse = _attend_cached(q[:, 0], arrays, lengths_B, return_lse=True, **options)
         return (out[:, None], lse[..., None]) if return_lse else out[:, None]
@@ -355,7 +360,7 @@ def read(config: ModelConfig, params, cache, tokens_BS, starts_B, counts_B=None)
             found, at_BS = read_window(
                 q, *own, held, window, starts_B, counts_B, return_lse=return_lse, **options
             )
-            written.append(Rolling(_write(held.arrays, k, v, at_BS)))
+            written.append(Rolling(write(held.arrays, k, v, at_BS)))
             return found
         batch, _, heads, width = q.shape
         kv_heads = k.shape[2]
@@ -369,7 +374,7 @@ def read(config: ModelConfig, params, cache, tokens_BS, starts_B, counts_B=None)
         o_old, lse_old = _attend_cached(queries, held, starts_B, return_lse=True, **old_options)
         o_old = o_old.reshape(grouped.shape).transpose(0, 2, 1, 3, 4).reshape(q.shape)
         lse_old = lse_old.reshape(grouped.shape[:-1]).transpose(0, 2, 1, 3).reshape(q.shape[:-1])
-        written.append(_write(held, k, v, positions_BS))
+        written.append(write(held, k, v, positions_BS))
         o_own, lse_own = attention(q, *own, return_lse=True, **options)
         out = merge(o_old, lse_old, o_own, lse_own.swapaxes(1, 2)).astype(q.dtype)
         return (out, merge_lse(lse_old.swapaxes(1, 2), lse_own)) if return_lse else out
@@ -420,23 +425,6 @@ def _attend_cached(q_BNH, layer, lengths_B, **options):
     k, v, *scales = layer
     names = dict(zip(("k_scale", "v_scale"), scales, strict=False))
     return decode_attention(q_BNH, k, v, lengths_B, **names, **options)
-
-
-def _write(layer, k_BSKH, v_BSKH, positions_BS):
-    """Return a layer's cache with new keys and values; positions past it are not written."""
-    new: tuple[jax.Array, ...] = (k_BSKH, v_BSKH)
-    if len(layer) == 4:
-        (k, k_scale), (v, v_scale) = (quantize(x, -1) for x in new)
-        new = k, v, k_scale, v_scale
-    rows_B1 = jnp.arange(positions_BS.shape[0])[:, None]
-
-    def write(old, x):
-        written = old.at[rows_B1, :, positions_BS].set(x.astype(old.dtype), mode="drop")
-        # Without the barrier XLA:CPU writes again inside the attention's fusion, and so copies the
-        # whole cache.
-        return jax.lax.optimization_barrier(written)
-
-    return tuple(write(old, x) for old, x in zip(layer, new, strict=True))
 
 
 def logits_of(x, head: Head):

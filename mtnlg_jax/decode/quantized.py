@@ -16,9 +16,11 @@ together, as two rows of one integer product.
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from mtnlg_jax import compat
 from mtnlg_jax.model.grouped import grouped_product
@@ -79,8 +81,14 @@ class RowWeight(WholeWeight):
 class ExpertWeight(WholeWeight):
     """The weights of experts in int8, with a scale for each output of each expert."""
 
-    number_EIO: jax.Array
-    scale_EO: jax.Array
+    number_EIO: Any  # arrays, or what describes them
+    scale_EO: Any
+
+    @staticmethod
+    def specs(spec: P) -> "ExpertWeight":
+        """Return the specs of the arrays of a weight (E, I, O) that ``spec`` splits."""
+        expert, _, output = spec
+        return ExpertWeight(spec, P(expert, output))
 
     def grouped(self, x_BI, sizes_E, experts_B):
         """Return the products of rows that are sorted by expert, (B, O)."""

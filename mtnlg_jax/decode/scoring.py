@@ -17,9 +17,9 @@ import numpy as np
 from mtnlg_jax.config import ModelConfig
 from mtnlg_jax.decode.cache import Decoder, Prefix, capacity, options_of_heads, run_layers
 from mtnlg_jax.decode.rolling import check_whole
-from mtnlg_jax.model.attention import attention, merge, merge_lse
+from mtnlg_jax.model.attention import attention, attention_to_cache, merge, merge_lse
 from mtnlg_jax.model.loss import token_log_probs
-from mtnlg_jax.parallel.auto import fetch, over_its_mesh, padded
+from mtnlg_jax.parallel.auto import fetch, over_its_mesh, padded, padded_positions
 
 # Sequences whose starts are within this distance share a block: tokens before a start are read
 # again, not scored.
@@ -38,7 +38,7 @@ def blocks(lengths: Sequence[int], decoder: Decoder) -> Iterator[tuple[list[int]
     """
     order = np.argsort(lengths, kind="stable").tolist()
     while order:
-        width = capacity(lengths[order[-1]], decoder.context, LEAST)
+        width = padded_positions(capacity(lengths[order[-1]], decoder.context, LEAST))
         most = max(1, decoder.block_tokens // width)
         most = 1 << (most.bit_length() - 1)
         chosen = order[-most:]
@@ -133,21 +133,19 @@ def _attend_shared(q, k, v, before, options: dict):
     if "window" not in options and "alibi_slopes" not in options:
         # One long row of queries: positions do not matter.
         flat = q.reshape(1, number * width, heads, head_width)
-        out, lse = attention(
-            flat, k, v, causal=False, kv_lengths=before[None], return_lse=True, **options
-        )
+        lengths_1 = before[None]
+        out, lse = attention_to_cache(flat, k, v, causal=False, kv_lengths=lengths_1, **options)
         return out.reshape(q.shape), lse.reshape(heads, number, width).transpose(1, 2, 0)
     # One row in which the candidates are more query heads, so that query i is at before + i.
     kv_heads = k.shape[2]
     shape = (kv_heads, number, heads // kv_heads)
     grouped = q.reshape(number, width, kv_heads, -1, head_width).transpose(1, 2, 0, 3, 4)
-    out, lse = attention(
+    out, lse = attention_to_cache(
         grouped.reshape(1, width, -1, head_width),
         k,
         v,
         q_offset=before[None],
         kv_lengths=before[None],
-        return_lse=True,
         **options_of_heads(options, shape, 1),
     )
     out = out.reshape(grouped.shape).transpose(2, 0, 1, 3, 4).reshape(q.shape)

@@ -1,6 +1,7 @@
 """Split a decoder's parameters over a mesh: the plan of training, without ZeRO.
 
-Heads, MLP width and vocabulary are split over ``tensor``; rows and caches follow in the programs.
+Heads, MLP width and vocabulary are split over ``tensor``, experts over ``expert``; rows and caches
+follow in the programs.
 A vocabulary that ``tensor`` does not divide is not padded, since the padding would change what a
 seed draws: the table is split along D instead.
 """
@@ -31,17 +32,21 @@ class Placement:
     """
 
     def __init__(self, abstract: tuple[Any, Any], mesh: Mesh) -> None:
-        for axis in ("pipe", "expert", "context"):
-            if mesh.shape[axis] > 1:
-                raise ValueError(
-                    f"mesh.{axis}={mesh.shape[axis]}, but decoding is split over data and tensor; "
-                    f"set mesh.{axis}=1 and raise mesh.tensor, which splits every layer"
-                )
+        if mesh.shape["pipe"] > 1:
+            raise ValueError(
+                f"mesh.pipe={mesh.shape['pipe']}, but decoding is not split over stages; "
+                "set mesh.pipe=1 and raise mesh.tensor, which splits every layer"
+            )
         self.mesh = mesh
         self._specs: dict[str, P] = {}
         for part in abstract:
             for name, leaf in names_of(part).items():
                 self._specs[name] = self._spec(name, leaf.shape)
+        if mesh.shape["expert"] > 1 and not any("expert" in each for each in self._specs.values()):
+            raise ValueError(
+                f"mesh.expert={mesh.shape['expert']} splits experts, and this model has none "
+                "(model.moe.num_moe_experts=0); set mesh.expert=1 and raise mesh.data"
+            )
 
     def _spec(self, name: str, shape: tuple[int, ...]) -> P:
         last = name.rpartition(".")[2]
@@ -72,7 +77,7 @@ class Placement:
             scale = None if held.scale_O is None else place(outputs)
             return dataclasses.replace(held, number_OI=place(outputs, inputs), scale_O=scale)
         if isinstance(held, ExpertWeight):
-            return ExpertWeight(place(*spec), place(spec[0], spec[2]))
+            return jax.tree.map(lambda each: place(*each), ExpertWeight.specs(spec))
         return place(*spec)
 
     def put(self, name: str, held: Held) -> Held:

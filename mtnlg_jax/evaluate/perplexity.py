@@ -19,7 +19,8 @@ from mtnlg_jax.decode.cache import Decoder, as_cached, run_layers
 from mtnlg_jax.model.attention import attention
 from mtnlg_jax.model.loss import cross_entropy, token_log_probs
 from mtnlg_jax.model.transformer import Transformer
-from mtnlg_jax.parallel.auto import auto_size, fetch, over_its_mesh
+from mtnlg_jax.parallel.auto import auto_size, fetch, over_its_mesh, padded_positions
+from mtnlg_jax.parallel.mesh import ROWS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,7 +288,7 @@ def _groups(todo: Sequence[Window], widths: Sequence[int], most: int):
     for width in sorted(set(widths), reverse=True):
         these = [window for window, each in zip(todo, widths, strict=True) if each == width]
         rows = min(max(1, most // width), len(these))
-        rows += -rows % auto_size("data")
+        rows += -rows % math.prod(map(auto_size, ROWS))
         for start in range(0, len(these), rows):
             yield these[start : start + rows], rows, width
 
@@ -299,7 +300,11 @@ def _scoring(model: Transformer | Decoder, documents: Sequence[np.ndarray]):
         )
     else:
         losses = functools.partial(_window_losses, *nnx.split(model))
-    return lambda chosen, rows, width: fetch(losses(*_arrays(documents, chosen, rows, width)))
+
+    def score(chosen, rows, width):
+        return fetch(losses(*_arrays(documents, chosen, rows, padded_positions(width))))
+
+    return score
 
 
 def _adapting(model: Transformer, rate: float, documents: Sequence[np.ndarray]):

@@ -23,16 +23,17 @@ from mtnlg_jax.model.kernels.dispatch import (
     fused,
     mask_arrays,
     plan_for,
-    split_cache,
-    split_heads,
 )
 from mtnlg_jax.model.kernels.gpu import cudnn
+from mtnlg_jax.model.kernels.over_mesh import by_parts, ring, split_cache, split_heads
 from mtnlg_jax.model.kernels.select import SUPPORT, choose, device, explain
+from mtnlg_jax.parallel.auto import axes_of
 
 __all__ = [
     "SUPPORT",
     "attention",
     "attention_gradients",
+    "attention_to_cache",
     "decode_attention",
     "explain_attention",
     "mean_key_blocks",
@@ -89,8 +90,8 @@ def attention(
     known while tracing. Otherwise a length above T counts as T, and queries before the first key
     see none.
 
-    Under an automatic mesh with axes ``data`` and ``tensor``, rows are split over ``data`` and
-    heads over ``tensor``.
+    Under an automatic mesh rows are split over ``data`` and ``expert``, heads over ``tensor``, and
+    the positions of a text that attends to itself over ``context``.
     """
     call = AttentionCall(
         q,
@@ -112,8 +113,47 @@ def attention(
         return_lse=return_lse,
     )
     check_attention(call)
-    out, lse = _run(call, choose(call))
+    out, lse = _ring(call) if _is_split(call) else _run(call, choose(call))
     return (out, lse) if return_lse else out
+
+
+def attention_to_cache(q, k, v, *, q_offset=0, kv_lengths, **options):
+    """attention() with ``return_lse`` of queries that all follow the keys below ``kv_lengths``, or
+    that see them all: ``k`` and ``v`` may be a cache that ``context`` splits.
+    """
+    if not axes_of("T", k.shape[1]):
+        options |= {"q_offset": q_offset, "kv_lengths": kv_lengths, "return_lse": True}
+        return attention(q, k, v, **options)
+    q_offset = jnp.broadcast_to(jnp.asarray(q_offset), kv_lengths.shape)
+    return by_parts(attention, q, k, v, q_offset, kv_lengths, options)
+
+
+def _is_split(call: AttentionCall) -> bool:
+    """Whether ``context`` splits the positions of a text that attends to itself."""
+    starts = isinstance(call.q_offset, int) and call.q_offset == 0
+    itself = starts and call.queries == call.keys and not isinstance(call.segment_ids, tuple)
+    plain = call.bias is None and call.dropout_rate == 0
+    return itself and plain and bool(axes_of("Q", call.queries))
+
+
+def _ring(call: AttentionCall):
+    support = SUPPORT.get(call.impl)
+    attend = functools.partial(
+        attention,
+        window=call.window,
+        softcap=call.softcap,
+        alibi_slopes=call.slopes,
+        scale=call.scale,
+        # Parts need lengths and a log-sum-exp, which cuDNN does not have.
+        impl=call.impl if support is None or "kv_lengths" in support.options else "auto",
+        block_sizes=call.block_sizes,
+    )
+
+    def add(out, lse, other, other_lse):
+        return merge(out, lse, other, other_lse), merge_lse(lse, other_lse)
+
+    arrays = (call.q, call.k, call.v, call.segment_ids, call.kv_lengths)
+    return ring(attend, add, *arrays, bool(call.causal))
 
 
 def _run(call: AttentionCall, chosen: str):
@@ -252,7 +292,7 @@ def decode_attention(
     )
     lengths = jnp.asarray(lengths, jnp.int32)
     arrays = (q, k_cache, v_cache, lengths, (k_scale, v_scale), call.query_positions, call.slopes)
-    out, lse = run(*arrays) if chosen == "xla" else split_cache(run, *arrays)
+    out, lse = split_cache(run, *arrays, opaque=chosen != "xla")
     return (out, lse) if return_lse else out
 
 
@@ -260,7 +300,8 @@ def merge(out, lse, other, other_lse):
     """Merge attention over two parts of the keys into attention over both (Milakov 2018): outputs
     (..., H) are weighted by their parts' shares of the softmax's sum, which the log-sum-exps (...)
     give."""
-    share = jax.nn.sigmoid(lse - other_lse)[..., None]
+    neither = jnp.isneginf(lse) & jnp.isneginf(other_lse)
+    share = jax.nn.sigmoid(jnp.where(neither, 0.0, lse - other_lse))[..., None]
     return share * out + (1 - share) * other
 
 

@@ -67,7 +67,8 @@ def _in_blocks(sizes_E: jax.Array, rows: int, visit, carry):
         until_E = jnp.cumsum(count_E)
 
         def one(number, carry):
-            expert = jnp.searchsorted(until_E, number, side="right").astype(jnp.int32)
+            # Not searchsorted, which has no type where only some axes are manual (jax 0.12).
+            expert = (until_E <= number).sum(dtype=jnp.int32)
             turn = number - (until_E - count_E)[expert]
             first = first_E[expert] + turn * block
             if is_full:

@@ -9,16 +9,19 @@ Nothing is dropped. Tokens are sorted by expert, and one grouped product compute
 # Where experts are split, T and U are the tokens and visits of all devices along expert.
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
 from mtnlg_jax.config import ModelConfig
 from mtnlg_jax.model.grouped import grouped_product
 from mtnlg_jax.model.mlp import Mlp
 from mtnlg_jax.model.parts import activate, add_bias, constant, multiply, normal
+from mtnlg_jax.parallel.auto import auto_size, axes_of
 from mtnlg_jax.parallel.collectives import (
     axis_index,
     axis_size,
@@ -27,6 +30,7 @@ from mtnlg_jax.parallel.collectives import (
     scatter_sum,
     sum_over,
 )
+from mtnlg_jax.parallel.mesh import AXES, spec_of
 
 
 @jax.custom_vjp
@@ -190,11 +194,61 @@ class Moe(nnx.Module):
         device visit the experts of one other, so each pair needs room for all of them.
         """
         batch, length = rows
-        visits = experts_TX.shape[1]
-        x_TD, experts_TX, weights_TX = (
-            gather(each, "expert", 0) for each in (x_TD, experts_TX, weights_TX)
-        )
-        number = len(x_TD)
+        tokens = (x_TD, experts_TX, weights_TX)
+        if math.prod(map(auto_size, AXES)) > 1:
+            return self._visit_over_mesh(*(x.reshape(batch, length, -1) for x in tokens))
+        y_TD = self._own_visits(*(gather(x, "expert", 0) for x in tokens), self._matrices())
+        # Rows of all devices along expert: the sum over tensor comes first and leaves less to send.
+        y_BSD = scatter_sum(y_TD.reshape(-1, length, y_TD.shape[-1]), "tensor", 1)
+        return scatter_sum(y_BSD, "expert", 0)
+
+    def _visit_over_mesh(
+        self, x_BSD: jax.Array, experts_BSX: jax.Array, weights_BSX: jax.Array
+    ) -> jax.Array:
+        """Do the same as `_visit` where XLA splits the program, (B, S, D).
+
+        XLA would gather the experts' weights for the sort and the loops of grouped products, so
+        this part has collectives of its own: each device computes the visits of its tokens to its
+        experts, and a sum over ``expert`` and ``tensor`` adds the outputs.
+        """
+        batch, length, width = x_BSD.shape
+        rows = tuple(axis for axis in axes_of("B", batch) if axis != "expert")
+        positions = axes_of("Q", length)
+        by_token = P(rows or None, positions or None)
+        matrices = self._matrices()
+        specs: dict[str, Any] = {}
+        for name, weight in matrices.items():
+            spec = spec_of(name.rpartition("_")[2], zero=0)
+            # A quantized weight has several arrays.
+            specs[name] = weight.specs(spec) if hasattr(weight, "specs") else spec
+
+        def own(x_BSD, experts_BSX, weights_BSX, matrices):
+            tokens = (x.reshape(-1, x.shape[-1]) for x in (x_BSD, experts_BSX, weights_BSX))
+            y_TD = self._own_visits(*tokens, matrices)
+            return lax.psum(y_TD, ("expert", "tensor")).reshape(x_BSD.shape)
+
+        return jax.shard_map(
+            own,
+            in_specs=(by_token, by_token, by_token, specs),
+            out_specs=by_token,
+            axis_names={"expert", "tensor", *rows, *positions},
+        )(x_BSD, experts_BSX, weights_BSX, matrices)
+
+    def _matrices(self) -> dict[str, Any]:
+        """Return the weights and biases of grouped products by their names."""
+        names = ("w_in_EDF", "b_in_EF", "w_gate_EDF", "b_gate_EF", "w_out_EFD")
+        held = {name: getattr(self, name) for name in names}
+        return {name: value[...] for name, value in held.items() if value is not None}
+
+    def _own_visits(
+        self,
+        x_TD: jax.Array,
+        experts_TX: jax.Array,
+        weights_TX: jax.Array,
+        matrices: dict[str, Any],
+    ) -> jax.Array:
+        """Return the weighted outputs of this device's experts for tokens (T, D)."""
+        number, visits = experts_TX.shape
         parts = axis_size("expert")
         experts = self.config.num_moe_experts // parts
         # This device's experts are numbered from 0. Visits to others are sorted behind theirs.
@@ -215,30 +269,25 @@ class Moe(nnx.Module):
             mine_U = own_U[order_U] < experts
             x_UD = jnp.where(mine_U[:, None], x_UD, 0)
 
-        def product(x, weight, bias):
-            weight = weight[...]
+        def product(x, name, bias=None):
+            weight = matrices[name]
             # Decoding may hold a quantized weight, which computes the same product.
             y = (
                 weight.grouped(x, sizes_E, experts_U)
                 if hasattr(weight, "grouped")
                 else grouped_product(x, weight, sizes_E)
             )
-            return y if bias is None else y + bias[...][experts_U]
+            return y if bias not in matrices else y + matrices[bias][experts_U]
 
-        h_UF = product(x_UD, self.w_in_EDF, self.b_in_EF)
-        gate_UF = None
-        if self.w_gate_EDF is not None:
-            gate_UF = product(x_UD, self.w_gate_EDF, self.b_gate_EF)
-        y_UD = product(activate(self.activation, h_UF, gate_UF), self.w_out_EFD, None)
+        h_UF = product(x_UD, "w_in_EDF", "b_in_EF")
+        gate_UF = product(x_UD, "w_gate_EDF", "b_gate_EF") if "w_gate_EDF" in matrices else None
+        y_UD = product(activate(self.activation, h_UF, gate_UF), "w_out_EFD")
         y_UD = y_UD * weights_TX.reshape(-1)[order_U][:, None].astype(y_UD.dtype)
         if parts > 1:
             y_UD = jnp.where(mine_U[:, None], y_UD, 0)
         # Back to the order of tokens, in which the visits of a token are neighbors.
         y_UD = y_UD.at[places_U].get(mode="fill", fill_value=0) if parts > 1 else y_UD[places_U]
-        y_TD = y_UD.reshape(number, visits, -1).sum(1)
-        # Rows of all devices along expert: the sum over tensor comes first and leaves less to send.
-        y_BSD = scatter_sum(y_TD.reshape(parts * batch, length, -1), "tensor", 1)
-        return scatter_sum(y_BSD, "expert", 0)
+        return y_UD.reshape(number, visits, -1).sum(1)
 
     def _gated(self, y_BSD: jax.Array, x_BSD: jax.Array) -> jax.Array:
         """Return the output of the shared expert through its gate, if it has one."""

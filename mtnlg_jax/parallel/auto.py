@@ -15,9 +15,20 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-# Axes that split the dims of activations and caches: rows, prompts of beams, key/value heads,
-# vocabulary. The others stay whole.
-ACTIVATION_AXES = {"B": "data", "P": "data", "K": "tensor", "V": "tensor"}
+from mtnlg_jax.parallel.mesh import ROWS, row_shards
+
+# Axes that split the dims of activations and caches: B rows, P prompts of beams, K key/value heads,
+# V vocabulary, T positions of a cache, Q positions of long texts. The others stay whole.
+ACTIVATION_AXES = {
+    "B": ROWS,
+    "P": ROWS,
+    "K": ("tensor",),
+    "V": ("tensor",),
+    "T": ("context",),
+    "Q": ("context",),
+}
+# Of Q on a device: fewer positions, as those of guesses, are not worth an exchange.
+LEAST_POSITIONS = 4
 
 
 def auto_size(axis: str) -> int:
@@ -27,20 +38,30 @@ def auto_size(axis: str) -> int:
     return mesh.shape[axis] if kinds.get(axis) == AxisType.Auto else 1
 
 
+def axes_of(dim: str, size: int) -> tuple[str, ...]:
+    """Return the axes of the mesh in context over which XLA splits a dim of ``size``.
+
+    These are the axes of ACTIVATION_AXES that divide it; () where it stays whole.
+    """
+    axes: tuple[str, ...] = ()
+    for axis in ACTIVATION_AXES.get(dim, ()):
+        parts = auto_size(axis)
+        least = LEAST_POSITIONS if dim == "Q" else 1
+        if parts > 1 and size % parts == 0 and size // parts >= least:
+            axes += (axis,)
+            size //= parts
+    return axes
+
+
 def split(x: jax.Array, dims: str) -> jax.Array:
     """Return ``x`` split over the mesh in context as ACTIVATION_AXES says for its ``dims``.
 
     A dim that its axis does not divide stays whole. What leaves a program is always split like
     this, so that the next program is compiled once.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if AxisType.Auto not in mesh.axis_types:
+    if AxisType.Auto not in jax.sharding.get_abstract_mesh().axis_types:
         return x
-    spec = []
-    for dim, size in zip(dims, x.shape, strict=True):
-        axis = ACTIVATION_AXES.get(dim)
-        parts = 1 if axis is None else auto_size(axis)
-        spec.append(axis if parts > 1 and size % parts == 0 else None)
+    spec = [axes_of(dim, size) or None for dim, size in zip(dims, x.shape, strict=True)]
     return jax.lax.with_sharding_constraint(x, P(*spec))
 
 
@@ -52,9 +73,14 @@ def whole[T](tree: T) -> T:
     return jax.lax.with_sharding_constraint(tree, P())
 
 
+def padded_positions(length: int) -> int:
+    """Return ``length`` rounded up so that the mesh in context divides positions."""
+    return length + -length % auto_size("context")
+
+
 def row_multiple(mesh: Mesh | None) -> int:
     """Return the number by which the rows of a batch should be divisible on ``mesh``."""
-    return 1 if mesh is None else mesh.shape["data"]
+    return 1 if mesh is None else row_shards(mesh.shape)
 
 
 def padded(rows: int, mesh: Mesh | None) -> int:

@@ -27,8 +27,9 @@ SAMPLED = dataclasses.replace(GREEDY, temperature=1.5, seed=5)
 MESHES = [(8, 1), (4, 2), (2, 4), (1, 4)]  # (data, tensor)
 
 
-def mesh_of(data: int, tensor: int):
-    return make_mesh(MeshConfig(data=data, tensor=tensor), jax.devices()[: data * tensor])
+def mesh_of(data: int, tensor: int, expert: int = 1, context: int = 1):
+    config = MeshConfig(data=data, tensor=tensor, expert=expert, context=context)
+    return make_mesh(config, jax.devices()[: data * tensor * expert * context])
 
 
 def _generated(results):

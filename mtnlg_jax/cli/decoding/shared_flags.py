@@ -22,5 +22,5 @@ with command.flag_group("Any setting of decoding"):
         "set",
         [],
         "decode.KEY=VALUE: a setting of the section decode of docs/configuration.md; "
-        "mesh.KEY=VALUE: devices to split the model over (data, tensor)",
+        "mesh.KEY=VALUE: devices to split the model over (data, tensor, expert, context)",
     )

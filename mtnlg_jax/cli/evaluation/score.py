@@ -51,7 +51,9 @@ with command.flag_group("A second score, as launch/generate.py would hold the mo
 
 with command.flag_group("Devices"):
     SET = flags.DEFINE_multi_string(
-        "set", [], "mesh.KEY=VALUE: devices to split the model over (data, tensor)"
+        "set",
+        [],
+        "mesh.KEY=VALUE: devices to split the model over (data, tensor, expert, context)",
     )
 
 

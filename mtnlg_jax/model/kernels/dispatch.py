@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
 
 from mtnlg_jax import compat
 from mtnlg_jax.model.kernels import blocks as sizes
@@ -183,64 +181,3 @@ def decode(
             interpret=compat.interpret_params(impl),
             **options,
         )
-
-
-# --- a mesh that XLA partitions: kernels are opaque to XLA, so they are split over it here
-
-
-def _axes(rows: int, heads: int) -> tuple[str | None, str | None]:
-    """The mesh axes to split ``rows`` and ``heads`` over: those that XLA partitions automatically
-    and that divide them."""
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-
-    def axis_if_it_divides(axis: str, number: int) -> str | None:
-        if kinds.get(axis) != AxisType.Auto or mesh.shape[axis] == 1:
-            return None
-        return axis if number % mesh.shape[axis] == 0 else None
-
-    return axis_if_it_divides("data", rows), axis_if_it_divides("tensor", heads)
-
-
-def split_heads(run: Callable, q, k, v, arrays, alibi_slopes=None):
-    """``run(q, k, v, arrays, alibi_slopes)`` -> (out, lse), with rows split over data and heads,
-    and their slopes, over tensor."""
-    rows, heads = _axes(k.shape[0], k.shape[2])
-    if rows is None and heads is None:
-        return run(q, k, v, arrays, alibi_slopes)
-    whole = P(rows, None, heads)
-    by_row = P(rows)
-    return jax.shard_map(
-        run,
-        in_specs=(
-            whole,
-            whole,
-            whole,
-            jax.tree.map(lambda _: by_row, arrays),
-            None if alibi_slopes is None else P(heads),
-        ),
-        out_specs=(whole, P(rows, heads)),
-    )(q, k, v, arrays, alibi_slopes)
-
-
-def split_cache(
-    run: Callable, q, k_cache, v_cache, lengths, scales, positions=None, alibi_slopes=None
-):
-    """``run`` of the other arguments -> (out, lse), split as in split_heads()."""
-    rows, heads = _axes(k_cache.shape[0], k_cache.shape[1])
-    if rows is None and heads is None:
-        return run(q, k_cache, v_cache, lengths, scales, positions, alibi_slopes)
-    by_head = P(rows, heads)
-    return jax.shard_map(
-        run,
-        in_specs=(
-            by_head,
-            by_head,
-            by_head,
-            P(rows),
-            jax.tree.map(lambda _: by_head, scales),
-            None if positions is None else P(rows),
-            None if alibi_slopes is None else P(heads),
-        ),
-        out_specs=(by_head, by_head),
-    )(q, k_cache, v_cache, lengths, scales, positions, alibi_slopes)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtnlg_jax.model.kernels.dispatch import split_cache, split_heads
+from mtnlg_jax.model.kernels.over_mesh import split_cache, split_heads
 
 SLOPES = np.float32([0.5, 0.25, 0.1, 0.01])
 

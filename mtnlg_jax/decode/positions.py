@@ -1,0 +1,91 @@
+"""Write to a cache whose positions ``context`` may split: each device writes to those it holds."""
+
+# Shapes: B rows, S new tokens, K key/value heads, T key positions, H head width
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from mtnlg_jax.model.quantize import quantize
+from mtnlg_jax.parallel.auto import axes_of
+from mtnlg_jax.parallel.collectives import axis_index, axis_size, vary
+
+CONTEXT = "context"
+NOWHERE = jnp.iinfo(jnp.int32).max
+
+
+def write(layer, k_BSKH, v_BSKH, positions_BS):
+    """Return a layer's cache with new keys and values; positions past it are not written."""
+    new: tuple[jax.Array, ...] = (k_BSKH, v_BSKH)
+    if len(layer) == 4:
+        (k, k_scale), (v, v_scale) = (quantize(x, -1) for x in new)
+        new = k, v, k_scale, v_scale
+    rows_B1 = jnp.arange(positions_BS.shape[0])[:, None]
+
+    def own(layer, new, positions_BS):
+        def one(old, x):
+            written = old.at[rows_B1, :, at_BS].set(x.astype(old.dtype), mode="drop")
+            # Without the barrier XLA:CPU writes again inside the attention's fusion, and so copies
+            # the whole cache.
+            return lax.optimization_barrier(written)
+
+        at_BS = positions_BS
+        if axis_size(CONTEXT) > 1:
+            size = layer[0].shape[2]
+            at_BS = positions_BS - axis_index(CONTEXT) * size
+            # Below 0 an index would count from the end.
+            at_BS = jnp.where((at_BS >= 0) & (at_BS < size), at_BS, NOWHERE)
+        return tuple(one(old, x) for old, x in zip(layer, new, strict=True))
+
+    axes = axes_of("T", layer[0].shape[2])
+    if not axes:
+        return own(tuple(layer), new, positions_BS)
+    of_cache = P(None, None, axes)
+    run = jax.shard_map(
+        own, in_specs=(of_cache, P(), P()), out_specs=of_cache, axis_names={CONTEXT}
+    )
+    return run(tuple(layer), new, positions_BS)
+
+
+def lengthened(x_BKTH, size: int):
+    """Return keys or values with zeros behind them, for ``size`` positions.
+
+    Where ``context`` splits both, the parts move from device to device, since the longer array has
+    other positions on each.
+    """
+    length = x_BKTH.shape[2]
+    if length == size:
+        return x_BKTH
+    before = axes_of("Q", length)
+    after = axes_of("T", size)
+    if not (before and after):
+        return jnp.pad(x_BKTH, ((0, 0), (0, 0), (0, size - length), (0, 0)))
+
+    def own(part_BKTH):
+        parts = axis_size(CONTEXT)
+        here = axis_index(CONTEXT)
+        had = part_BKTH.shape[2]
+        following = [(i, (i + 1) % parts) for i in range(parts)]
+        positions_T = here * (size // parts) + jnp.arange(size // parts)
+
+        def copied(hop, part_BKTH, found_BKTH):
+            """Copy what belongs here of the part that began ``hop`` devices before this one."""
+            at_T = positions_T - (here - hop) % parts * had
+            mine_T = (at_T >= 0) & (at_T < had)
+            taken_BKTH = part_BKTH[:, :, jnp.clip(at_T, 0, had - 1)]
+            return jnp.where(mine_T[None, None, :, None], taken_BKTH, found_BKTH)
+
+        def one(hop, carry):
+            part_BKTH, found_BKTH = carry
+            part_BKTH = lax.ppermute(part_BKTH, CONTEXT, following)
+            return vary((part_BKTH, copied(hop, part_BKTH, found_BKTH)))
+
+        empty = jnp.zeros(
+            (*part_BKTH.shape[:2], size // parts, part_BKTH.shape[3]), part_BKTH.dtype
+        )
+        start = vary((part_BKTH, copied(0, part_BKTH, empty)))
+        return lax.fori_loop(1, parts, one, start)[1]
+
+    of_cache = P(None, None, after)
+    return jax.shard_map(own, in_specs=of_cache, out_specs=of_cache, axis_names={CONTEXT})(x_BKTH)
