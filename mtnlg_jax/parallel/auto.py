@@ -15,9 +15,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-# Axes that split the dims of activations and caches: rows, prompts of beams, key/value heads,
-# vocabulary. The others stay whole.
-ACTIVATION_AXES = {"B": "data", "P": "data", "K": "tensor", "V": "tensor"}
+# Axes that split the dims of activations and caches: rows, prompts of beams, vocabulary, and
+# key/value heads of a layer of every stage. The others stay whole.
+ACTIVATION_AXES = {"B": ("data",), "P": ("data",), "V": ("tensor",), "L": ("pipe", "tensor")}
 
 
 def auto_size(axis: str) -> int:
@@ -30,17 +30,21 @@ def auto_size(axis: str) -> int:
 def split(x: jax.Array, dims: str) -> jax.Array:
     """Return ``x`` split over the mesh in context as ACTIVATION_AXES says for its ``dims``.
 
-    A dim that its axis does not divide stays whole. What leaves a program is always split like
-    this, so that the next program is compiled once.
+    A dim is not split over an axis that does not divide it. What leaves a program is always split
+    like this, so that the next program is compiled once.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if AxisType.Auto not in mesh.axis_types:
         return x
     spec = []
     for dim, size in zip(dims, x.shape, strict=True):
-        axis = ACTIVATION_AXES.get(dim)
-        parts = 1 if axis is None else auto_size(axis)
-        spec.append(axis if parts > 1 and size % parts == 0 else None)
+        axes: tuple[str, ...] = ()
+        for axis in ACTIVATION_AXES.get(dim, ()):
+            parts = auto_size(axis)
+            if parts > 1 and size % parts == 0:
+                axes = (*axes, axis)
+                size //= parts
+        spec.append(axes[0] if len(axes) == 1 else axes or None)
     return jax.lax.with_sharding_constraint(x, P(*spec))
 
 
