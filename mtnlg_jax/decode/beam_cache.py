@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from mtnlg_jax.config import ModelConfig
-from mtnlg_jax.decode.cache import Prefix, logits_of, options_of_heads, run
+from mtnlg_jax.decode.cache import Prefix, options_of_heads
+from mtnlg_jax.decode.forward import logits_of, run
 from mtnlg_jax.model.attention import attention, decode_attention, merge, merge_lse
 
 
@@ -20,7 +21,7 @@ class BeamCache(NamedTuple):
     Nothing in it moves: a beam that continues another one reads other entries.
     """
 
-    # (k, v) of each layer, each (G*P, heads, T*W, H): for each new token all W beams of a group
+    # (k, v) of each layer, each (P*G, heads, T*W, H): for each new token all W beams of a group
     layers: tuple[tuple[jax.Array, jax.Array], ...]
     writers_GPWT: jax.Array  # which of the W beams wrote a beam's token at T; -1: none yet
 
@@ -68,20 +69,20 @@ def step_beams(
     Returns: float32 logits of the next token (G, P, W, V), and the cache with the tokens.
     """
     groups, prompts, beams = tokens_GPW.shape
-    rows = groups * prompts * beams
     writers_GPWT = jnp.take_along_axis(cache.writers_GPWT, sources_GPW[..., None], 2)
     writers_GPWT = writers_GPWT.at[..., read].set(jnp.arange(beams))
     visible_GPWTW = writers_GPWT[..., None] == jax.lax.broadcast_to_rank(jnp.arange(beams), 5)
-    visible = visible_GPWTW.reshape(groups * prompts, 1, beams, -1)
-    # How far after the query each key is: 0 for the token that is read now.
-    distance = jnp.repeat(jnp.arange(writers_GPWT.shape[-1]) - read, beams)[None, None, None]
+    # The rows of a prompt stand together, so that prompts can be split.
+    visible = visible_GPWTW.swapaxes(0, 1).reshape(prompts * groups, 1, beams, -1)
+    tokens_B1 = tokens_GPW.swapaxes(0, 1).reshape(-1, 1)
     positions_P = prefix.lengths_B + read
-    positions_B = jnp.broadcast_to(positions_P[:, None], tokens_GPW.shape).reshape(rows)
-    written = []
+    positions_B1 = jnp.repeat(positions_P, groups * beams)[:, None]
 
-    def own_options(options):
+    def own_options(options, visible, read):
         """Options for the tokens of the beams, whose positions are folded into a bias."""
         seen = visible
+        # How far after the query each key is: 0 for the token that is read now.
+        distance = jnp.repeat(jnp.arange(writers_GPWT.shape[-1]) - read, beams)[None, None, None]
         bias = jnp.zeros(())
         options = dict(options)
         window = options.pop("window", None)
@@ -93,31 +94,36 @@ def step_beams(
         return options | {"bias": jnp.where(seen, bias, -jnp.inf)}
 
     def attend(layer, q, k, v, return_lse=False, **options):
-        def per_prompt(x):  # from one row a beam to (G*P, W, heads, H)
-            return x.reshape(groups * prompts, beams, *x.shape[2:])
+        visible, positions_P, lengths_P, read = layer.rows
+        prompts = len(lengths_P)  # those of a micro-batch, as far as there are stages
+
+        def per_group(x):  # from one row a beam to (P*G, W, heads, H)
+            return x.reshape(prompts * groups, beams, *x.shape[2:])
 
         def write(old, new):
-            new = per_prompt(new).swapaxes(1, 2).astype(old.dtype)
-            return jax.lax.dynamic_update_slice(old, new, (0, 0, read * beams, 0))
+            new = per_group(new).swapaxes(1, 2).astype(old.dtype)
+            at = (0, 0, read * beams, 0)
+            if layer.live is not None:
+                new = jnp.where(layer.live, new, jax.lax.dynamic_slice(old, at, new.shape))
+            return jax.lax.dynamic_update_slice(old, new, at)
 
-        own = tuple(write(x, new) for x, new in zip(cache.layers[layer], (k, v), strict=True))
-        written.append(own)
+        own = tuple(write(x, new) for x, new in zip(layer.cache, (k, v), strict=True))
         o_own, lse_own = attention(
-            per_prompt(q),
+            per_group(q),
             *(x.swapaxes(1, 2) for x in own),
             causal=False,
             impl="xla",
             return_lse=True,
-            **own_options(options),
+            **own_options(options, visible, read),
         )
         o_own = o_own.reshape(q[:, 0].shape)
         lse_own = lse_own.swapaxes(1, 2).reshape(q.shape[0], -1)
         # To attend to the shared keys once, present the beams of a prompt as more query heads of
         # one row.
-        shared_k, shared_v = prefix.cache[layer]
+        shared_k, shared_v = layer.shared
         heads = shared_k.shape[1]
-        shape = groups, prompts, beams, heads, q.shape[2] // heads
-        grouped = q.reshape(*shape, q.shape[-1]).transpose(1, 3, 0, 2, 4, 5)
+        shape = prompts, groups, beams, heads, q.shape[2] // heads
+        grouped = q.reshape(*shape, q.shape[-1]).transpose(0, 3, 1, 2, 4, 5)
         # Slopes (N,) are those of (heads, rest); the presented heads are (heads, G, W, rest).
         presented = (heads, groups * beams, q.shape[2] // heads)
         shared_options = options_of_heads(options, presented, 1)
@@ -127,20 +133,32 @@ def step_beams(
             grouped.reshape(prompts, -1, q.shape[-1]),
             shared_k,
             shared_v,
-            prefix.lengths_B,
+            lengths_P,
             return_lse=True,
             **shared_options,
         )
-        o_shared = o_shared.reshape(grouped.shape).transpose(2, 0, 3, 1, 4, 5)
-        lse_shared = lse_shared.reshape(grouped.shape[:-1]).transpose(2, 0, 3, 1, 4)
+        o_shared = o_shared.reshape(grouped.shape).transpose(0, 2, 3, 1, 4, 5)
+        lse_shared = lse_shared.reshape(grouped.shape[:-1]).transpose(0, 2, 3, 1, 4)
         o_shared = o_shared.reshape(o_own.shape)
         lse_shared = lse_shared.reshape(lse_own.shape)
         out = merge(o_shared, lse_shared, o_own, lse_own).astype(q.dtype)[:, None]
-        return (out, merge_lse(lse_shared, lse_own)[..., None]) if return_lse else out
+        found = (out, merge_lse(lse_shared, lse_own)[..., None]) if return_lse else out
+        return found, own
 
-    x_BSD, head = run(config, params, tokens_GPW.reshape(rows, 1), positions_B[:, None], attend)
-    logits_GPWV = logits_of(x_BSD[:, 0], head).reshape(*tokens_GPW.shape, -1)
-    return logits_GPWV, BeamCache(tuple(written), writers_GPWT)
+    x_BSD, head, layers = run(
+        config,
+        params,
+        tokens_B1,
+        positions_B1,
+        attend,
+        cache=cache.layers,
+        shared=prefix.cache,
+        rows=(visible, positions_P, jnp.asarray(prefix.lengths_B), jnp.asarray(read)),
+        units=prompts,
+    )
+    logits_BV = logits_of(x_BSD[:, 0], head)
+    logits_GPWV = logits_BV.reshape(prompts, groups, beams, -1).swapaxes(0, 1)
+    return logits_GPWV, BeamCache(layers, writers_GPWT)
 
 
 def empty_beams(prompt_cache, shape: tuple[int, ...], size: int) -> BeamCache:
@@ -148,6 +166,6 @@ def empty_beams(prompt_cache, shape: tuple[int, ...], size: int) -> BeamCache:
     groups, prompts, beams = shape
 
     def empty(x):
-        return jnp.zeros((groups * prompts, x.shape[1], size * beams, x.shape[3]), x.dtype)
+        return jnp.zeros((prompts * groups, x.shape[1], size * beams, x.shape[3]), x.dtype)
 
     return BeamCache(jax.tree.map(empty, prompt_cache), jnp.full((*shape, size), -1, jnp.int32))

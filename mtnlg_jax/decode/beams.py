@@ -250,9 +250,7 @@ def ending(tokens_PCS, last_PC, prompts_P, written, settings: Settings) -> jax.A
 def split_search(state):
     """Return the state of a search split over the mesh in context: its prompts over data."""
     layers, writers_GPWT = state.cache
-    # The rows of the cache are (G, P), so those of a prompt are apart if there are groups.
-    rows = "B" if writers_GPWT.shape[0] == 1 else "G"
-    layers = jax.tree.map(lambda x: split(x, f"{rows}KSH"), layers)
+    layers = jax.tree.map(lambda x: split(x, "BLSH"), layers)
 
     def by_prompt(x):
         return split(x, "GPWS"[: x.ndim])

@@ -8,9 +8,8 @@ attended to and is overwritten as a row grows. A cache is a tuple over layers of
 # Shapes: B rows, S query positions, T key positions, D width, N query heads, K key/value heads,
 # H head width, V vocabulary, L layers
 
-import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,12 +19,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mtnlg_jax.config import ModelConfig
+from mtnlg_jax.decode.forward import graphs, logits_of, run
 from mtnlg_jax.decode.positions import lengthened, write
-from mtnlg_jax.decode.quantized import RowWeight, experts_of, on_cpu, rows_of
+from mtnlg_jax.decode.quantized import by_rows, experts_of, rows_of
 from mtnlg_jax.decode.rolling import Rolling, read_window, roll
 from mtnlg_jax.decode.sharding import Placement
+from mtnlg_jax.decode.stages import stacked
 from mtnlg_jax.model.attention import attention, decode_attention, merge, merge_lse
-from mtnlg_jax.model.head import Head
 from mtnlg_jax.model.quantize import quantize
 from mtnlg_jax.model.transformer import abstract_model
 from mtnlg_jax.parallel.auto import over_its_mesh, padded_positions, split
@@ -58,15 +58,6 @@ class Prefix(NamedTuple):
     cache: tuple[Any, ...]  # for each layer (k, v), or Rolling
 
 
-@functools.cache
-def _graphs(config: ModelConfig):
-    """Return the graphdefs of the model without its blocks, and of one block."""
-    model = nnx.merge(*abstract_model(config))
-    block_graph, _ = nnx.split(model.blocks)
-    model.blocks = None
-    return nnx.split(model)[0], block_graph
-
-
 def unstack(
     config: ModelConfig,
     params,
@@ -92,10 +83,11 @@ def unstack(
       mesh: None, or devices to split the parameters over; see sharding.py.
     """
     dtype = check_held(dtype, weights, cache)
-    placement = None if mesh is None else Placement(split_abstract(config), mesh)
+    placement = None if mesh is None else Placement(config, split_abstract(config), mesh)
     params = unstack_params(params, config=config, dtype=dtype, weights=weights, rows=by_rows())
     if placement is not None:
         outer, layers = params
+        layers = stacked(layers, placement.stages)
         params = placement.move(outer), tuple(map(placement.move, layers))
     return Decoder(config, params, cache == "int8", mesh)
 
@@ -145,7 +137,7 @@ def unstack_params(params, *, config, dtype, weights=None, rows=False):
         exact_layer, layer = (jax.tree.map(lambda x: x[number], each) for each in (exact, stacked))
         if not (int8 or rows):
             return layer
-        source, target = (nnx.merge(_graphs(config)[1], each) for each in (exact_layer, layer))
+        source, target = (nnx.merge(graphs(config)[1], each) for each in (exact_layer, layer))
         pairs = [(source.attention, target.attention), (source.mlp, target.mlp)]
         if getattr(source.mlp, "shared", None) is not None:
             pairs.append((source.mlp.shared, target.mlp.shared))
@@ -170,50 +162,6 @@ def unstack_params(params, *, config, dtype, weights=None, rows=False):
             weight = rows_of(table[...], 1, True, dtype, outputs_first=True)
             setattr(rounded, name, nnx.Param(weight))
     return nnx.split(rounded)[1], layers
-
-
-def by_rows() -> bool:
-    """Return whether float weights are faster as RowWeights too, as int8 weights are held."""
-    return on_cpu()
-
-
-def run_layers(config: ModelConfig, params, tokens_BS, positions_BS, attend: Callable):
-    """Return the input of the head, (B, S, D), and the `Head`, with its table as an array.
-
-    ``attend(layer, q, k, v, **options)`` computes the attention of layer number ``layer``.
-    """
-    x_BSD, head = run(config, params, tokens_BS, positions_BS, attend)
-    if isinstance(head.table_VD, RowWeight):
-        head = dataclasses.replace(head, table_VD=head.table_VD.array(x_BSD.dtype))
-    return x_BSD, head
-
-
-def run(config: ModelConfig, params, tokens_BS, positions_BS, attend: Callable):
-    """Do the same as ``run_layers``, but keep a table that is a RowWeight as it is."""
-    outer_graph, block_graph = _graphs(config)
-    outer, layers = params
-    model = nnx.merge(outer_graph, outer)
-    blocks = [nnx.merge(block_graph, layer) for layer in layers]
-    tokens_BS = split(tokens_BS, "BS")
-    x_BSD = _embed(model, tokens_BS, positions_BS, blocks[0].norm_1.scale_D[...].dtype)
-    x_BSD = split(x_BSD, "BQD")
-    for number, block in enumerate(blocks):
-        x_BSD = block(
-            x_BSD,
-            positions_BS,
-            functools.partial(attend, number),
-            spec=config.layer(number),
-        )
-        x_BSD = split(x_BSD, "BQD")
-    return model.normed(x_BSD), model.head()
-
-
-def _embed(model, tokens_BS, positions_BS, dtype):
-    """Do the same as ``model.embed``, also from a quantized table."""
-    table = model.tokens_VD[...]
-    if not isinstance(table, RowWeight):
-        return model.embed(tokens_BS, positions_BS)
-    return model.place(table.rows(tokens_BS, dtype), positions_BS)
 
 
 def bucket(length: int, limit: int) -> int:
@@ -269,22 +217,22 @@ def prefill_rows(params, tokens_BS, lengths_B, *, config, size, rolling=False) -
     The cache has a few positions more where ``context`` does not divide ``size``.
     """
     positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1]), tokens_BS.shape)
-    cache = []
 
     def pad(x):
         return lengthened(x, padded_positions(size))
 
     def attend(layer, q, k, v, **options):
         pair = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        held = roll(config, layer, pair, lengths_B, size) if rolling else pair
-        cache.append(held if isinstance(held, Rolling) else tuple(map(pad, held)))
-        return attention(q, k, v, impl=config.attention_impl, **options)
+        held = roll(config, layer.number, pair, layer.rows, size) if rolling else pair
+        held = held if isinstance(held, Rolling) else tuple(map(pad, held))
+        return attention(q, k, v, impl=config.attention_impl, **options), held
 
-    x_BSD, head = run(config, params, tokens_BS, positions_BS, attend)
+    lengths_B = jnp.asarray(lengths_B)
+    x_BSD, head, cache = run(config, params, tokens_BS, positions_BS, attend, rows=lengths_B)
     last_BD = jnp.take_along_axis(x_BSD, (lengths_B - 1)[:, None, None], 1)[:, 0]
     more = max(0, size - tokens_BS.shape[1])
     tokens_BS = jnp.pad(tokens_BS[:, :size], ((0, 0), (0, more)))
-    return split_prefix(Prefix(tokens_BS, lengths_B, logits_of(last_BD, head), tuple(cache)))
+    return split_prefix(Prefix(tokens_BS, lengths_B, logits_of(last_BD, head), cache))
 
 
 def split_prefix(prefix: Prefix) -> Prefix:
@@ -299,7 +247,7 @@ def split_prefix(prefix: Prefix) -> Prefix:
 
 def split_cache(cache):
     """Return a cache of rows split over the mesh in context; scales have no H."""
-    return jax.tree.map(lambda x: split(x, "BKTH"[: x.ndim]), cache)
+    return jax.tree.map(lambda x: split(x, "BLTH"[: x.ndim]), cache)
 
 
 def step(config: ModelConfig, params, cache, tokens_B, positions_B, active_B=None):
@@ -309,10 +257,10 @@ def step(config: ModelConfig, params, cache, tokens_B, positions_B, active_B=Non
 
     Returns: float32 logits of the next token (B, V), and the cache with the token.
     """
-    written = []
 
     def attend(layer, q, k, v, return_lse=False, **options):
-        held = cache[layer]
+        held = layer.cache
+        positions_B, active_B = layer.rows
         at_B = positions_B
         lengths_B = positions_B + 1
         rolling = isinstance(held, Rolling)
@@ -324,13 +272,21 @@ def step(config: ModelConfig, params, cache, tokens_B, positions_B, active_B=Non
         if active_B is not None:
             # Past the cache, where nothing is written.
             at_B = jnp.where(active_B, at_B, jnp.iinfo(jnp.int32).max)
-        arrays = write(held.arrays if rolling else held, k, v, at_B[:, None])
-        written.append(Rolling(arrays) if rolling else arrays)
+        arrays = write(held.arrays if rolling else held, k, v, at_B[:, None], layer.live)
         out, lse = _attend_cached(q[:, 0], arrays, lengths_B, return_lse=True, **options)
-        return (out[:, None], lse[..., None]) if return_lse else out[:, None]
+        found = (out[:, None], lse[..., None]) if return_lse else out[:, None]
+        return found, Rolling(arrays) if rolling else arrays
 
-    x_BSD, head = run(config, params, tokens_B[:, None], positions_B[:, None], attend)
-    return logits_of(x_BSD[:, 0], head), tuple(written)
+    x_BSD, head, cache = run(
+        config,
+        params,
+        tokens_B[:, None],
+        positions_B[:, None],
+        attend,
+        cache=cache,
+        rows=(positions_B, active_B),
+    )
+    return logits_of(x_BSD[:, 0], head), cache
 
 
 def read(config: ModelConfig, params, cache, tokens_BS, starts_B, counts_B=None):
@@ -346,12 +302,12 @@ def read(config: ModelConfig, params, cache, tokens_BS, starts_B, counts_B=None)
     """
     length = tokens_BS.shape[1]
     positions_BS = starts_B[:, None] + jnp.arange(length)[None, :]
-    written = []
 
     def attend(layer, q, k, v, return_lse=False, **options):
         # All S queries of a row see the whole old cache, so decode_attention takes them as more
         # query heads of one position. Among themselves they are causal.
-        held = cache[layer]
+        held = layer.cache
+        positions_BS, starts_B, counts_B = layer.rows
         own = (k, v)
         if len(held.arrays if isinstance(held, Rolling) else held) == 4:
             own = as_cached(k), as_cached(v)
@@ -360,8 +316,7 @@ def read(config: ModelConfig, params, cache, tokens_BS, starts_B, counts_B=None)
             found, at_BS = read_window(
                 q, *own, held, window, starts_B, counts_B, return_lse=return_lse, **options
             )
-            written.append(Rolling(write(held.arrays, k, v, at_BS)))
-            return found
+            return found, Rolling(write(held.arrays, k, v, at_BS, layer.live))
         batch, _, heads, width = q.shape
         kv_heads = k.shape[2]
         grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, width)
@@ -374,14 +329,16 @@ def read(config: ModelConfig, params, cache, tokens_BS, starts_B, counts_B=None)
         o_old, lse_old = _attend_cached(queries, held, starts_B, return_lse=True, **old_options)
         o_old = o_old.reshape(grouped.shape).transpose(0, 2, 1, 3, 4).reshape(q.shape)
         lse_old = lse_old.reshape(grouped.shape[:-1]).transpose(0, 2, 1, 3).reshape(q.shape[:-1])
-        written.append(write(held, k, v, positions_BS))
+        written = write(held, k, v, positions_BS, layer.live)
         o_own, lse_own = attention(q, *own, return_lse=True, **options)
         out = merge(o_old, lse_old, o_own, lse_own.swapaxes(1, 2)).astype(q.dtype)
-        return (out, merge_lse(lse_old.swapaxes(1, 2), lse_own)) if return_lse else out
+        found = (out, merge_lse(lse_old.swapaxes(1, 2), lse_own)) if return_lse else out
+        return found, written
 
     valid_BS = jnp.minimum(positions_BS, config.max_position_embeddings - 1)
-    x_BSD, head = run(config, params, tokens_BS, valid_BS, attend)
-    return logits_of(x_BSD, head), tuple(written)
+    rows = positions_BS, starts_B, counts_B
+    x_BSD, head, cache = run(config, params, tokens_BS, valid_BS, attend, cache=cache, rows=rows)
+    return logits_of(x_BSD, head), cache
 
 
 def to_int8(cache):
@@ -425,13 +382,3 @@ def _attend_cached(q_BNH, layer, lengths_B, **options):
     k, v, *scales = layer
     names = dict(zip(("k_scale", "v_scale"), scales, strict=False))
     return decode_attention(q_BNH, k, v, lengths_B, **names, **options)
-
-
-def logits_of(x, head: Head):
-    """Return float32 logits (..., V) of the head's input ``x`` (..., D)."""
-    table: Any = head.table_VD
-    if not isinstance(table, RowWeight):
-        if not by_rows():
-            return head.logits(x)
-        table = rows_of(table, 1, False, table.dtype, outputs_first=True)
-    return head.finish(table.float32(x))

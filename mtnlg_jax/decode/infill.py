@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtnlg_jax.decode.cache import Decoder, bucket, run_layers
+from mtnlg_jax.decode.cache import Decoder, bucket
+from mtnlg_jax.decode.forward import run_layers
 from mtnlg_jax.decode.results import check_context, writable
 from mtnlg_jax.model.attention import attention
 from mtnlg_jax.parallel.auto import fetch, over_its_mesh
@@ -113,18 +114,20 @@ def fill(decoder: Decoder, tokenizer, text: str, top_k: int = 5) -> Filled:
 def _guess(params, row_S, length, positions_U, allowed_V, *, config, top_k):
     """Return (probabilities, ids), each (U, top_k), of the best tokens at ``positions_U``."""
 
-    def attend(_, q, k, v, **options):
+    def attend(layer, q, k, v, **options):
         return attention(
             q,
             k,
             v,
             causal=False,
-            kv_lengths=length[None],
+            kv_lengths=layer.rows,
             impl=config.attention_impl,
             **options,
         )
 
     positions_1S = jnp.arange(row_S.shape[0])[None]
-    x_1SD, head = run_layers(config, params, row_S[None], positions_1S, attend)
+    x_1SD, head = run_layers(
+        config, params, row_S[None], positions_1S, attend, rows=jnp.asarray(length)[None]
+    )
     logits_UV = head.logits(x_1SD[0, positions_U])
     return jax.lax.top_k(jnp.where(allowed_V[None, :], jax.nn.softmax(logits_UV, -1), -1.0), top_k)

@@ -17,8 +17,8 @@ from jax.sharding import Mesh
 
 from mtnlg_jax import foreign
 from mtnlg_jax.config import Config, ModelConfig
-from mtnlg_jax.decode.cache import ROUTER, TABLES, Decoder, by_rows, check_held, split_abstract
-from mtnlg_jax.decode.quantized import ExpertWeight, RowWeight
+from mtnlg_jax.decode.cache import ROUTER, TABLES, Decoder, check_held, split_abstract
+from mtnlg_jax.decode.quantized import ExpertWeight, RowWeight, by_rows
 from mtnlg_jax.decode.sharding import Placement
 from mtnlg_jax.model.params import name_of, names_of
 from mtnlg_jax.model.quantize import quantize_numpy
@@ -74,7 +74,7 @@ def _assemble(
 ) -> tuple:
     """Return the decoder's parameters. Each is read, converted and freed before the next one."""
     outer, block = split_abstract(config)
-    placement = None if mesh is None else Placement((outer, block), mesh)
+    placement = None if mesh is None else Placement(config, (outer, block), mesh)
     # On a mesh they are converted on the host, of which each device then gets its part.
     to = on_device if placement is None else as_type
     int8 = weights == "int8"
@@ -85,7 +85,8 @@ def _assemble(
         (name, None) for name, _ in sorted(shapes.items(), key=lambda pair: -pair[1].size)
     ]
     inner = {f"blocks.{name}": name for name in names_of(block)}
-    wanted += [(name, number) for name in inner for number in range(config.num_layers)]
+    numbers = [n for n in range(config.num_layers) if placement is None or placement.holds(n)]
+    wanted += [(name, number) for name in inner for number in numbers]
     in_order = hasattr(stored, "in_file_order")
     if in_order:
         wanted = stored.in_file_order(wanted)
@@ -99,7 +100,7 @@ def _assemble(
                 yield name, layer, stored.read(name, layer)
 
     made: dict[str, Any] = {}
-    layers: list[dict[str, Any]] = [{} for _ in range(config.num_layers)]
+    layers: dict[int, dict[str, Any]] = {number: {} for number in numbers}
     for name, layer, values in one_ahead(read()) if in_order else read():
         if not isinstance(values, np.ndarray):  # a table
             made[name] = values
@@ -112,8 +113,18 @@ def _assemble(
             into = layers[layer]
             key = inner[name]
             held = _converted(name.rpartition(".")[2], dtype, int8, values, to)
-        into[key] = held if placement is None else placement.put(key, held)
-    return _filled(outer, made), tuple(_filled(block, layer) for layer in layers)
+        into[key] = held if placement is None else placement.put(key, held, layer)
+    stacks = list(layers.values())
+    if placement is not None and placement.stages > 1:
+        # Name by name, so that the layers of one are freed before the next.
+        joined = {
+            key: placement.join(key, {n: layer.pop(key) for n, layer in layers.items()})
+            for key in inner.values()
+        }
+        stacks = [
+            dict(zip(joined, each, strict=True)) for each in zip(*joined.values(), strict=True)
+        ]
+    return _filled(outer, made), tuple(_filled(block, stack) for stack in stacks)
 
 
 def _filled(abstract: nnx.State, made: dict) -> nnx.State:

@@ -15,15 +15,21 @@ CONTEXT = "context"
 NOWHERE = jnp.iinfo(jnp.int32).max
 
 
-def write(layer, k_BSKH, v_BSKH, positions_BS):
-    """Return a layer's cache with new keys and values; positions past it are not written."""
+def write(layer, k_BSKH, v_BSKH, positions_BS, live=None):
+    """Return a layer's cache with new keys and values.
+
+    Positions past it are not written, and none if ``live`` is False.
+    """
+    if live is not None:
+        positions_BS = jnp.where(live, positions_BS, NOWHERE)
     new: tuple[jax.Array, ...] = (k_BSKH, v_BSKH)
     if len(layer) == 4:
         (k, k_scale), (v, v_scale) = (quantize(x, -1) for x in new)
         new = k, v, k_scale, v_scale
-    rows_B1 = jnp.arange(positions_BS.shape[0])[:, None]
 
     def own(layer, new, positions_BS):
+        rows_B1 = jnp.arange(positions_BS.shape[0])[:, None]
+
         def one(old, x):
             written = old.at[rows_B1, :, at_BS].set(x.astype(old.dtype), mode="drop")
             # Without the barrier XLA:CPU writes again inside the attention's fusion, and so copies
@@ -38,12 +44,21 @@ def write(layer, k_BSKH, v_BSKH, positions_BS):
             at_BS = jnp.where((at_BS >= 0) & (at_BS < size), at_BS, NOWHERE)
         return tuple(one(old, x) for old, x in zip(layer, new, strict=True))
 
-    axes = axes_of("T", layer[0].shape[2])
-    if not axes:
+    batch, heads, length = layer[0].shape[:3]
+    rows = axes_of("B", batch)
+    heads = axes_of("L", heads)
+    positions = axes_of("T", length)
+    if not positions:
         return own(tuple(layer), new, positions_BS)
-    of_cache = P(None, None, axes)
+    # All axes by hand: XLA's partitioner aborts on scatters in a region that is manual over some
+    # (jax 0.12: "Check failed: num_replica_groups").
+    of_cache = P(rows or None, heads or None, positions)
+    of_new = P(rows or None, None, heads or None)
     run = jax.shard_map(
-        own, in_specs=(of_cache, P(), P()), out_specs=of_cache, axis_names={CONTEXT}
+        own,
+        in_specs=(of_cache, of_new, P(rows or None)),
+        out_specs=of_cache,
+        axis_names={*rows, *heads, *positions},
     )
     return run(tuple(layer), new, positions_BS)
 

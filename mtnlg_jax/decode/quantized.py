@@ -113,6 +113,11 @@ def on_cpu() -> bool:
     return compat.device_kind() == "cpu"
 
 
+def by_rows() -> bool:
+    """Return whether float weights are faster as RowWeights too, as int8 weights are held."""
+    return on_cpu()
+
+
 def rows_of(weight, inputs: int, int8: bool, dtype, outputs_first: bool = False) -> RowWeight:
     """Return a float weight as a RowWeight.
 

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtnlg_jax.config import ModelConfig
-from mtnlg_jax.decode.cache import Decoder, Prefix, capacity, options_of_heads, run_layers
+from mtnlg_jax.decode.cache import Decoder, Prefix, capacity, options_of_heads
+from mtnlg_jax.decode.forward import run_layers
 from mtnlg_jax.decode.rolling import check_whole
 from mtnlg_jax.model.attention import attention, attention_to_cache, merge, merge_lse
 from mtnlg_jax.model.loss import token_log_probs
@@ -109,13 +110,16 @@ def _score(params, prefix: Prefix, labels_CS, lengths_C, *, config):
     positions_CS = jnp.broadcast_to(positions_CS, (number, width))
 
     def attend(layer, q, k, v, return_lse=False, **options):
-        shared_k, shared_v = (x.swapaxes(1, 2) for x in prefix.cache[layer])
+        before = layer.rows
+        shared_k, shared_v = (x.swapaxes(1, 2) for x in layer.shared)
         o_shared, lse_shared = _attend_shared(q, shared_k, shared_v, before, options)
         o_own, lse_own = attention(q, k, v, return_lse=True, **options)
         out = merge(o_shared, lse_shared, o_own, lse_own.swapaxes(1, 2)).astype(q.dtype)
         return (out, merge_lse(lse_shared.swapaxes(1, 2), lse_own)) if return_lse else out
 
-    x_CSD, head = run_layers(config, params, tokens_CS, positions_CS, attend)
+    x_CSD, head = run_layers(
+        config, params, tokens_CS, positions_CS, attend, shared=prefix.cache, rows=before
+    )
     return _log_probs(x_CSD, head, labels_CS, jnp.arange(width)[None] < lengths_C[:, None])
 
 
@@ -241,17 +245,18 @@ def score_masked(
 def _score_masked(params, tokens_CS, lengths_C, positions_C, labels_C, *, config):
     """Return the log-probability of each label at its position, (C,)."""
 
-    def attend(_, q, k, v, **options):
+    def attend(layer, q, k, v, **options):
         return attention(
             q,
             k,
             v,
             causal=False,
-            kv_lengths=lengths_C,
+            kv_lengths=layer.rows,
             impl=config.attention_impl,
             **options,
         )
 
     positions_CS = jnp.broadcast_to(jnp.arange(tokens_CS.shape[1]), tokens_CS.shape)
-    x_CSD, head = run_layers(config, params, tokens_CS, positions_CS, attend)
+    lengths_C = jnp.asarray(lengths_C)
+    x_CSD, head = run_layers(config, params, tokens_CS, positions_CS, attend, rows=lengths_C)
     return token_log_probs(x_CSD[jnp.arange(len(positions_C)), positions_C], head, labels_C)

@@ -1,7 +1,7 @@
 """Split a decoder's parameters over a mesh: the plan of training, without ZeRO.
 
-Heads, MLP width and vocabulary are split over ``tensor``, experts over ``expert``; rows and caches
-follow in the programs.
+Heads, MLP width and vocabulary are split over ``tensor``, experts over ``expert``, and layers, as
+stages.py stacks them, over ``pipe``; rows and caches follow in the programs.
 A vocabulary that ``tensor`` does not divide is not padded, since the padding would change what a
 seed draws: the table is split along D instead.
 """
@@ -16,7 +16,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mtnlg_jax.config import ModelConfig
 from mtnlg_jax.decode.quantized import ExpertWeight, RowWeight
+from mtnlg_jax.decode.stages import check_stages
 from mtnlg_jax.model.params import name_of, names_of
 from mtnlg_jax.parallel.auto import spread
 from mtnlg_jax.parallel.mesh import local_shape, spec_of, whole_dims
@@ -27,18 +29,25 @@ Held = Any  # an array, a RowWeight or an ExpertWeight
 class Placement:
     """Where the parameters of a model lie on ``mesh``.
 
-    Raises ValueError on an axis that decoding does not use, and naming the first parameter with a
-    dim that the mesh does not divide.
+    Raises ValueError on an axis that decoding does not use, on stages that would differ, and naming
+    the first parameter with a dim that the mesh does not divide.
     """
 
-    def __init__(self, abstract: tuple[Any, Any], mesh: Mesh) -> None:
-        if mesh.shape["pipe"] > 1:
-            raise ValueError(
-                f"mesh.pipe={mesh.shape['pipe']}, but decoding is not split over stages; "
-                "set mesh.pipe=1 and raise mesh.tensor, which splits every layer"
-            )
+    def __init__(self, config: ModelConfig, abstract: tuple[Any, Any], mesh: Mesh) -> None:
+        for axis in ("expert", "context"):
+            if mesh.shape["pipe"] > 1 and mesh.shape[axis] > 1:
+                raise ValueError(
+                    f"mesh.pipe={mesh.shape['pipe']} and mesh.{axis}={mesh.shape[axis]}: decoding "
+                    f"splits layers over stages or over {axis}, not both; set one of them to 1 "
+                    "and raise mesh.tensor"
+                )
         self.mesh = mesh
+        self.stages = mesh.shape["pipe"]
+        self._layers = config.num_layers
+        check_stages(config, self.stages)
         self._specs: dict[str, P] = {}
+        # Blocks are stacked over stages.
+        self._stacked = set(names_of(abstract[1])) if self.stages > 1 else set()
         for part in abstract:
             for name, leaf in names_of(part).items():
                 self._specs[name] = self._spec(name, leaf.shape)
@@ -64,10 +73,14 @@ class Placement:
 
     def shardings(self, name: str, held: Held) -> Held:
         """Return the sharding of parameter ``name``, or those of the arrays of its `Held` form."""
+        return self._on(self.mesh, name, held)
+
+    def _on(self, mesh: Mesh, name: str, held: Held) -> Held:
         spec = self._specs[name]
+        stack = ("pipe",) if name in self._stacked else ()
 
         def place(*axes):
-            return NamedSharding(self.mesh, P(*axes))
+            return NamedSharding(mesh, P(*stack, *axes))
 
         if isinstance(held, RowWeight):
             dims = name.rsplit("_", 1)[1]
@@ -80,11 +93,48 @@ class Placement:
             return jax.tree.map(lambda each: place(*each), ExpertWeight.specs(spec))
         return place(*spec)
 
-    def put(self, name: str, held: Held) -> Held:
-        """Return parameter ``name``, held in arrays of the host, on the devices of the mesh."""
-        return jax.tree.map(
-            lambda x, sharding: spread(np.asarray(x), sharding), held, self.shardings(name, held)
-        )
+    def put(self, name: str, held: Held, layer: int | None = None) -> Held:
+        """Return parameter ``name``, held in arrays of the host, on the devices of the mesh.
+
+        With stages, ``layer`` is put on those of its stage, for `join`.
+        """
+        mesh = self.mesh
+        if name in self._stacked:
+            assert layer is not None, "each layer of a block is put by itself"
+            mesh = self._mesh_of(layer)
+            held = jax.tree.map(lambda x: np.asarray(x)[None], held)
+        shardings = self._on(mesh, name, held)
+        return jax.tree.map(lambda x, sharding: spread(np.asarray(x), sharding), held, shardings)
+
+    def _mesh_of(self, layer: int) -> Mesh:
+        """Return the devices of the stage that holds ``layer``."""
+        stage = layer * self.stages // self._layers
+        axis = self.mesh.axis_names.index("pipe")
+        devices = np.take(self.mesh.devices, [stage], axis)
+        return Mesh(devices, self.mesh.axis_names, axis_types=self.mesh.axis_types)
+
+    def holds(self, layer: int) -> bool:
+        """Return whether a device of this process holds ``layer``."""
+        here = jax.process_index()
+        return any(each.process_index == here for each in self._mesh_of(layer).devices.flat)
+
+    def join(self, name: str, layers: dict[int, Held]) -> list[Held]:
+        """Return the stacks of parameter ``name``, given its layers that this process `holds`.
+
+        Nothing is copied: each device's part becomes its part of a stack.
+        """
+        here = self._layers // self.stages
+
+        def one(sharding, *parts):
+            arrays = [shard.data for part in parts for shard in part.addressable_shards]
+            shape = (self.stages, *parts[0].shape[1:])
+            return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+        stacks = []
+        for number in range(here):
+            parts = [layers[each] for each in sorted(layers) if each % here == number]
+            stacks.append(jax.tree.map(one, self.shardings(name, parts[0]), *parts))
+        return stacks
 
     def move(self, tree: Any) -> Any:
         """Return a part of a decoder's parameters, which are on one device, on the mesh."""

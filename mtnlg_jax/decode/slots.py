@@ -175,7 +175,7 @@ def check_mesh(mesh: Mesh | None) -> None:
 
 def _split(cache):
     """Return a cache split over the mesh in context: heads, but not slots."""
-    return jax.tree.map(lambda x: split(x, "IKTH"[: x.ndim]), cache)
+    return jax.tree.map(lambda x: split(x, "ILTH"[: x.ndim]), cache)
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")

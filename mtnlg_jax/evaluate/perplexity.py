@@ -15,7 +15,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from mtnlg_jax.decode.cache import Decoder, as_cached, run_layers
+from mtnlg_jax.decode.cache import Decoder, as_cached
+from mtnlg_jax.decode.forward import run_layers
 from mtnlg_jax.model.attention import attention
 from mtnlg_jax.model.loss import cross_entropy, token_log_probs
 from mtnlg_jax.model.transformer import Transformer

@@ -9,6 +9,7 @@ the key axis and sees keys up to that position.
 # multiple of K), H head width
 
 import functools
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -146,7 +147,7 @@ def _ring(call: AttentionCall):
         scale=call.scale,
         # Parts need lengths and a log-sum-exp, which cuDNN does not have.
         impl=call.impl if support is None or "kv_lengths" in support.options else "auto",
-        block_sizes=call.block_sizes,
+        block_sizes=cast(tuple[int, int] | None, call.block_sizes),
     )
 
     def add(out, lse, other, other_lse):

@@ -197,7 +197,7 @@ class Moe(nnx.Module):
         tokens = (x_TD, experts_TX, weights_TX)
         if math.prod(map(auto_size, AXES)) > 1:
             return self._visit_over_mesh(*(x.reshape(batch, length, -1) for x in tokens))
-        y_TD = self._own_visits(*(gather(x, "expert", 0) for x in tokens), self._matrices())
+        y_TD = self._own_visits(self._matrices(), *(gather(x, "expert", 0) for x in tokens))
         # Rows of all devices along expert: the sum over tensor comes first and leaves less to send.
         y_BSD = scatter_sum(y_TD.reshape(-1, length, y_TD.shape[-1]), "tensor", 1)
         return scatter_sum(y_BSD, "expert", 0)
@@ -224,7 +224,7 @@ class Moe(nnx.Module):
 
         def own(x_BSD, experts_BSX, weights_BSX, matrices):
             tokens = (x.reshape(-1, x.shape[-1]) for x in (x_BSD, experts_BSX, weights_BSX))
-            y_TD = self._own_visits(*tokens, matrices)
+            y_TD = self._own_visits(matrices, *tokens)
             return lax.psum(y_TD, ("expert", "tensor")).reshape(x_BSD.shape)
 
         return jax.shard_map(
@@ -242,10 +242,10 @@ class Moe(nnx.Module):
 
     def _own_visits(
         self,
+        matrices: dict[str, Any],
         x_TD: jax.Array,
         experts_TX: jax.Array,
         weights_TX: jax.Array,
-        matrices: dict[str, Any],
     ) -> jax.Array:
         """Return the weighted outputs of this device's experts for tokens (T, D)."""
         number, visits = experts_TX.shape

@@ -17,12 +17,13 @@ from jax.sharding import PartitionSpec as P
 
 from mtnlg_jax.parallel.mesh import ROWS, row_shards
 
-# Axes that split the dims of activations and caches: B rows, P prompts of beams, K key/value heads,
-# V vocabulary, T positions of a cache, Q positions of long texts. The others stay whole.
+# Axes that split the dims of activations and caches: B rows, P prompts of beams, L key/value heads
+# of a layer of every stage, V vocabulary, T positions of a cache, Q positions of long texts. The
+# others stay whole.
 ACTIVATION_AXES = {
     "B": ROWS,
     "P": ROWS,
-    "K": ("tensor",),
+    "L": ("pipe", "tensor"),
     "V": ("tensor",),
     "T": ("context",),
     "Q": ("context",),
@@ -56,8 +57,8 @@ def axes_of(dim: str, size: int) -> tuple[str, ...]:
 def split(x: jax.Array, dims: str) -> jax.Array:
     """Return ``x`` split over the mesh in context as ACTIVATION_AXES says for its ``dims``.
 
-    A dim that its axis does not divide stays whole. What leaves a program is always split like
-    this, so that the next program is compiled once.
+    A dim is not split over an axis that does not divide it. What leaves a program is always split
+    like this, so that the next program is compiled once.
     """
     if AxisType.Auto not in jax.sharding.get_abstract_mesh().axis_types:
         return x

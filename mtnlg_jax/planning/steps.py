@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from mtnlg_jax.config import Config, DecodeConfig
 from mtnlg_jax.decode import cache, sampling
 from mtnlg_jax.decode.batched_settings import batch_settings
+from mtnlg_jax.decode.stages import check_stages
 from mtnlg_jax.model.attention import mean_key_blocks
 from mtnlg_jax.model.transformer import abstract_model
 from mtnlg_jax.parallel.mesh import shardings_of, whole_dims
@@ -46,16 +47,18 @@ def _train(config: Config, mesh: Mesh):
 
 
 def _decode(config: Config, mesh: Mesh, step: str):
-    for axis in ("pipe", "expert", "context"):
+    for axis in ("expert", "context"):
         if mesh.shape[axis] > 1:
             raise ValueError(
-                f"--step={step} runs over data and tensor only, not over "
+                f"--step={step} runs over data, tensor and pipe only, not over "
                 f"mesh.{axis}={mesh.shape[axis]}; add --set=mesh.{axis}=1 --set=mesh.data=-1"
             )
     model = config.model
     length = config.sequence_length
     rows = (config.train.micro_batch_size or 1) * mesh.shape["data"]
     tensor = mesh.shape["tensor"]
+    pipe = mesh.shape["pipe"]
+    check_stages(model, pipe)
 
     def split(tree, *spec):
         return jax.tree.map(
@@ -74,6 +77,9 @@ def _decode(config: Config, mesh: Mesh, step: str):
         params,
         shardings_of(params, mesh, zero=0),
     )
+    if pipe > 1:
+        outer, layers = params
+        params = outer, tuple(_stack_of(layer, pipe) for layer in layers[: len(layers) // pipe])
     tokens, lengths = split(
         (jax.ShapeDtypeStruct((rows, length), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.int32)),
         "data",
@@ -86,7 +92,8 @@ def _decode(config: Config, mesh: Mesh, step: str):
 
     # Windowed layers hold their window alone, as in `generate`.
     prefill = functools.partial(cache.prefill_rows, config=model, size=length, rolling=True)
-    prefix = jax.eval_shape(prefill, params, tokens, lengths)
+    with jax.set_mesh(mesh):
+        prefix = jax.eval_shape(prefill, params, tokens, lengths)
     allowed_V = np.ones(model.vocabulary, dtype=np.bool_)
     settings = batch_settings([DecodeConfig()] * rows, allowed_V, eos=(0,))
     whole = np.arange(rows, dtype=np.int32)
@@ -102,7 +109,7 @@ def _decode(config: Config, mesh: Mesh, step: str):
     )
     # Fewer key/value heads than parts are held by every device.
     heads = whole_dims("BKTH", (rows, model.kv_heads, length, model.head_width), tensor)
-    held = split(state.cache, "data", None if heads else "tensor")
+    held = split(state.cache, "data", "pipe" if heads else ("pipe", "tensor"))
     state = split(state._replace(cache=()), "data")._replace(cache=held)
     with jax.set_mesh(mesh):
         return sampling.advance.lower(
@@ -113,6 +120,17 @@ def _decode(config: Config, mesh: Mesh, step: str):
             np.int32(1),
             config=model,
         )
+
+
+def _stack_of(layer, stages: int):
+    """Return a layer's parameters, as they are stacked over the stages of a pipeline."""
+
+    def stack(x):
+        spec = P("pipe", *x.sharding.spec)
+        sharding = NamedSharding(x.sharding.mesh, spec)
+        return jax.ShapeDtypeStruct((stages, *x.shape), x.dtype, sharding=sharding)
+
+    return jax.tree.map(stack, layer)
 
 
 def dynamic_trips(config: Config, mesh: Mesh, step: str):

@@ -82,10 +82,10 @@ def _full(config, params, tokens, causal=True, segment_ids_BS=None):
     )
 
 
-def _tiny(vocabulary, **shape) -> Tiny:
+def _tiny(vocabulary, layers=2, **shape) -> Tiny:
     # 17 ids more than the tokenizer has are the padding of the vocabulary.
     config = ModelConfig(
-        num_layers=2,
+        num_layers=layers,
         hidden_size=32,
         num_attention_heads=4,
         vocab_size=vocabulary + 17,
@@ -126,10 +126,31 @@ def rotary(tokenizer):
 
 
 @pytest.fixture(scope="session")
+def deep(tokenizer):
+    """Return a model of 4 layers with rotary positions and two query heads to a key head."""
+    return _tiny(
+        tokenizer.vocab_size, layers=4, position_embedding_type="rotary", num_query_groups=2
+    )
+
+
+@pytest.fixture(scope="session")
 def windowed(tokenizer):
     """Return a model with sinks whose first layer sees 7 keys, its second all."""
     return _tiny(
         tokenizer.vocab_size,
+        position_embedding_type="rotary",
+        num_query_groups=2,
+        attention_sink=True,
+        layer_pattern=(LayerSpec(window=7), LayerSpec()),
+    )
+
+
+@pytest.fixture(scope="session")
+def striped(tokenizer):
+    """Return a model of 4 layers with sinks of which every other one sees 7 keys."""
+    return _tiny(
+        tokenizer.vocab_size,
+        layers=4,
         position_embedding_type="rotary",
         num_query_groups=2,
         attention_sink=True,

@@ -18,7 +18,8 @@ import pytest
 from mtnlg_jax.config import DecodeConfig
 from mtnlg_jax.decode import beam as module
 from mtnlg_jax.decode import beams, stochastic
-from mtnlg_jax.decode.cache import prefill, run_layers
+from mtnlg_jax.decode.cache import prefill
+from mtnlg_jax.decode.forward import run_layers
 from mtnlg_jax.decode.generate import generate
 from mtnlg_jax.decode.results import CHUNK, encode_prompt
 from mtnlg_jax.model.attention import attention

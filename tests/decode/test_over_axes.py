@@ -120,9 +120,9 @@ def test_a_cache_is_lengthened_by_moving_its_parts():
 
 def test_meshes_that_do_not_fit_the_model_are_refused(balanced, rotary):
     with pytest.raises(ValueError, match="mesh.expert=2 splits experts, and this .* mesh.expert=1"):
-        Placement(cache.split_abstract(rotary.config), mesh_of(1, 1, 2))
+        Placement(rotary.config, cache.split_abstract(rotary.config), mesh_of(1, 1, 2))
     with pytest.raises(ValueError, match="E=4 is not divisible by expert=3; try mesh.expert=2"):
-        Placement(cache.split_abstract(balanced.config), mesh_of(1, 1, 3))
+        Placement(balanced.config, cache.split_abstract(balanced.config), mesh_of(1, 1, 3))
 
 
 @pytest.mark.slow

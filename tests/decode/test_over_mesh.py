@@ -205,7 +205,8 @@ def test_windows_over_a_mesh_equal_one_device(windowed, tokenizer, sizes):
 
 def test_a_vocabulary_that_tensor_does_not_divide_splits_the_width(learned):
     assert learned.config.vocabulary % 2
-    place = Placement(cache.split_abstract(learned.config), mesh_of(1, 2))
+    abstract = cache.split_abstract(learned.config)
+    place = Placement(learned.config, abstract, mesh_of(1, 2))
     table = place.shardings(
         "tokens_VD", jax.ShapeDtypeStruct((learned.config.vocabulary, 32), "f4")
     )
@@ -215,10 +216,10 @@ def test_a_vocabulary_that_tensor_does_not_divide_splits_the_width(learned):
 def test_sizes_that_do_not_divide_are_named(rotary):
     abstract = cache.split_abstract(rotary.config)
     with pytest.raises(ValueError, match="N=4 is not divisible by tensor=8; try"):
-        Placement(abstract, mesh_of(1, 8))
-    mesh = make_mesh(MeshConfig(data=4, pipe=2))
-    with pytest.raises(ValueError, match="mesh.pipe=2, but decoding .*set mesh.pipe=1"):
-        Placement(abstract, mesh)
+        Placement(rotary.config, abstract, mesh_of(1, 8))
+    mesh = make_mesh(MeshConfig(data=2, pipe=2, context=2))
+    with pytest.raises(ValueError, match="mesh.pipe=2 and mesh.context=2: .* set one of them to 1"):
+        Placement(rotary.config, abstract, mesh)
 
 
 def test_a_draft_on_other_devices_is_refused(learned, tokenizer):

@@ -84,11 +84,11 @@ def test_programs_are_made_for_the_described_platform(monkeypatch):
     )
 
 
-@pytest.mark.parametrize("axis", ["pipe", "context"])
+@pytest.mark.parametrize("axis", ["context"])
 def test_decoding_on_other_axes_raises_an_error(axis):
     changed = config(f"mesh.{axis}=2")
     with pytest.raises(
-        ValueError, match=rf"--step=decode runs over data and tensor only.*--set=mesh.{axis}=1"
+        ValueError, match=rf"--step=decode runs over data, tensor and pipe.*--set=mesh.{axis}=1"
     ):
         lower(changed, make_mesh(changed.mesh, jax.devices()), "decode")
 
@@ -97,3 +97,10 @@ def test_decoding_may_have_fewer_key_value_heads_than_parts():
     changed = config("mesh.tensor=2", "model.num_query_groups=1", "model.vocab_size=511")
     assert changed.model.vocabulary == 512  # padded
     assert "func" in lower(changed, make_mesh(changed.mesh, jax.devices()), "decode").as_text()
+
+
+@pytest.mark.parametrize("step", ["prefill", "decode"])
+def test_decoding_runs_over_pipeline_stages(step):
+    changed = config("mesh.pipe=2", "mesh.tensor=2")
+    text = lower(changed, make_mesh(changed.mesh, jax.devices()), step).as_text()
+    assert "collective_permute" in text

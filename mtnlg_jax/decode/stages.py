@@ -1,0 +1,293 @@
+"""The layers of a decoder over the stages of a pipeline, the mesh axis ``pipe``.
+
+Stage p of P holds the L/P layers from number p L/P on, and their cache. The layers with number i
+of all stages are one stack, split over pipe: parameters (P, ...) and caches (B, P K, T, H). So
+whatever selects rows or positions of a cache need not know of stages.
+
+Rows are cut into M micro-batches. In tick t stage p applies its layers to micro-batch t - p, and
+sends the result to stage p + 1. P=2 stages, M=3 micro-batches, P + M - 1 ticks:
+
+    tick       0     1     2     3
+    stage 0    0     1     2     .
+    stage 1    .     0     1     2
+
+All stages run one program in lockstep. In the bubble (.) a stage computes with whatever it holds,
+and writes nothing to a cache.
+
+Embedding and head are outside: every stage computes them for all rows, split over the other axes.
+"""
+
+# Shapes: B rows, S query positions, D width, K key/value heads, T key positions, H head width
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from mtnlg_jax.config import ModelConfig
+from mtnlg_jax.config.checks import near_divisors
+from mtnlg_jax.decode.quantized import on_cpu
+from mtnlg_jax.parallel.auto import auto_size
+
+# Tokens whose products take as long as reading the weights: FLOP/s over bytes/s, for weights of 2
+# bytes. 166 on v5p, 295 on H100, 560 on v6e by their data sheets. A CPU computes from the first.
+RIDGE = 256
+
+
+class Layer(NamedTuple):
+    """What the attention of a layer can use beside its queries, keys and values.
+
+    The rows are those of x: all of them, or those of a micro-batch.
+    """
+
+    number: int  # of the layer in its stage, whose LayerSpec is that of all its stack
+    cache: Any  # the layer's entry of the cache that is written, or None
+    shared: Any  # the layer's entry of a cache that is only read, or None
+    rows: Any  # arrays of the rows
+    live: jax.Array | None  # False in a bubble, where nothing may be written; None: never a bubble
+
+
+class Flow(NamedTuple):
+    """What goes through the layers. The first dim of an array has the same number of entries for
+    each row, or is 1 for all of them; scalars are for all."""
+
+    x_BSD: jax.Array
+    positions_BS: jax.Array
+    rows: Any
+
+
+def stages_of(config: ModelConfig, layers: tuple[Any, ...]) -> int:
+    """Return the number of stages over which the ``layers`` of a decoder are split."""
+    return config.num_layers // len(layers)
+
+
+def check_stages(config: ModelConfig, stages: int) -> None:
+    """Raise ValueError if ``stages`` cannot hold the layers of ``config``."""
+    number = config.num_layers
+    if number % stages:
+        raise ValueError(
+            f"model.num_layers={number} is not divisible by mesh.pipe={stages}; "
+            f"try mesh.pipe={near_divisors(number, stages)}"
+        )
+    here = number // stages
+    for layer in range(number):
+        if config.layer(layer) != config.layer(layer % here):
+            period = len(config.layer_pattern)
+            possible = [
+                str(parts)
+                for parts in range(1, number + 1)
+                if number % parts == 0 and number // parts % period == 0
+            ]
+            raise ValueError(
+                f"mesh.pipe={stages} gives each stage {here} of {number} layers, which are not "
+                f"whole periods of model.layer_pattern ({period} layers), so that stages would "
+                f"differ; try mesh.pipe={' or '.join(possible) or 1}, or raise mesh.tensor"
+            )
+
+
+def stacked(layers: tuple[Any, ...], stages: int) -> tuple[Any, ...]:
+    """Return all layers of a model as the stacks of ``stages``, each with a leading P.
+
+    A single stage holds them as they are.
+    """
+    if stages == 1:
+        return layers
+    here = len(layers) // stages
+    return tuple(
+        jax.tree.map(lambda *parts: jnp.stack(parts), *layers[i::here]) for i in range(here)
+    )
+
+
+def micro_batches(units: int, stages: int, fixed: float, divided: float) -> int:
+    """Return into how many micro-batches to cut ``units`` rows, or groups of rows.
+
+    A tick costs ``fixed`` and 1/M of ``divided``, so that M micro-batches take
+    (P + M - 1) (fixed + divided / M). A few rows stay together: cut, they would read the weights
+    more often. M divides the units of each data shard.
+    """
+    parts = auto_size("data")
+    units = units // parts if units % parts == 0 else units
+
+    def ticks(number):
+        return (stages + number - 1) * (fixed + divided / parts / number)
+
+    return min((m for m in range(1, units + 1) if units % m == 0), key=ticks)
+
+
+def through(
+    apply: Callable,
+    layers: tuple[Any, ...],
+    flow: Flow,
+    cache: tuple[Any, ...] | None,
+    shared: tuple[Any, ...] | None,
+    *,
+    stages: int,
+    units: int,
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    """Send the rows through the layers of all stages.
+
+    Args:
+      apply: (layers, flow, cache, shared, live) -> (x_BSD, written), one stage; ``written`` has an
+        entry for each layer, like ``cache`` if that is given.
+      cache, shared: as in `Layer`, an entry for each layer of a stage; None: no cache.
+      units: rows that must stay in one micro-batch are one unit; B is a multiple.
+
+    Returns: the output of the last stage, and what the layers wrote, for all rows.
+    """
+    if stages == 1:
+        return apply(layers, flow, cache, shared, None)
+    if auto_size("pipe") != stages:
+        raise ValueError(
+            f"the layers are split over {stages} pipeline stages, and the mesh in context has "
+            f"mesh.pipe={auto_size('pipe')}; call what is decorated with over_its_mesh"
+        )
+    count = _count(layers, flow, cache, stages, units)
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def region(layers, flow, cache, shared):
+        layers = jax.tree.map(lambda leaf: leaf[0], layers)
+        here = lax.axis_index("pipe")
+        ring = [(i, (i + 1) % stages) for i in range(stages)]
+        made = cache is None
+
+        def stage(flow, cache, shared, live):
+            return apply(layers, flow, cache, shared, live)
+
+        if made:
+            start = _part((flow, shared), 0, count, units)
+            _, shapes = jax.eval_shape(lambda pair: stage(pair[0], None, pair[1], None), start)
+            cache = jax.tree.map(
+                lambda x: jnp.zeros((x.shape[0] * count, *x.shape[1:]), x.dtype), shapes
+            )
+
+        def tick(carry, number):
+            arrived, outputs, cache = carry
+            m = number - here
+            live = (m >= 0) & (m < count)
+            m = jnp.clip(m, 0, count - 1)
+            now, held, read = _part((flow, cache, shared), m, count, units)
+            now = now._replace(x_BSD=jnp.where(here == 0, now.x_BSD, arrived))
+            y_BSD, written = stage(now, None if made else held, read, live)
+            if made:
+                written = jax.tree.map(lambda new, old: jnp.where(live, new, old), written, held)
+            # Only what the last stage stores is read. Its bubble comes first, and is overwritten.
+            stored = _stored((outputs, cache), (y_BSD, written), m, count, units)
+            return (lax.ppermute(y_BSD, "pipe", ring), *stored), None
+
+        first = _part(flow.x_BSD, 0, count, units)
+        begin = jnp.zeros_like(first), jnp.zeros_like(flow.x_BSD), cache
+        (_, outputs, cache), _ = lax.scan(tick, begin, jnp.arange(stages + count - 1))
+        return outputs[None], cache
+
+    held = P(None, "pipe")
+    # Axes of size 1 are manual too, so that without data and tensor all of them are: kernels then
+    # need no partitioning.
+    manual = {axis for axis, size in mesh.shape.items() if size == 1}
+    outputs, cache = jax.shard_map(
+        region,
+        in_specs=(P("pipe"), P(), held, held),
+        out_specs=(P("pipe"), held),
+        axis_names={"pipe", *manual},
+        check_vma=False,
+    )(layers, flow, cache, shared)
+    return outputs[-1], cache
+
+
+def by_parts(attend: Callable, layer: Layer, q, k, v, **options):
+    """Return ``attend(layer, q, k, v, **options)`` of a stage, split over data and tensor by hand.
+
+    Attention and cache need nothing of other rows and heads. XLA's partitioner aborts on scatters
+    in a region that is manual over pipe alone (jax 0.12: "Check failed: num_replica_groups").
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = {axis for axis in mesh.axis_names if auto_size(axis) > 1}
+    if not axes:
+        return attend(layer, q, k, v, **options)
+
+    def divides(axis, number):
+        return axis if axis in axes and number % mesh.shape[axis] == 0 else None
+
+    # What an axis does not divide is whole on its devices, and they compute the same.
+    rows = divides("data", k.shape[0])
+    heads = divides("tensor", k.shape[2])
+    arrays = {name: x for name, x in options.items() if isinstance(x, jax.Array)}
+    static = {name: x for name, x in options.items() if name not in arrays}
+
+    def of_rows(x, *more):
+        # One entry for all rows is whole.
+        return P(rows if x.shape[0] > 1 else None, *more)
+
+    def cached(tree):
+        return jax.tree.map(lambda x: of_rows(x, heads), tree)
+
+    def one(cache, shared, given, live, arrays, q, k, v):
+        part = Layer(layer.number, cache, shared, given, live)
+        return attend(part, q, k, v, **static, **arrays)
+
+    by_head = P(rows, None, heads)
+    found = (by_head, P(rows, heads)) if static.get("return_lse") else by_head
+    return jax.shard_map(
+        one,
+        in_specs=(
+            cached(layer.cache),
+            cached(layer.shared),
+            jax.tree.map(lambda x: of_rows(x) if x.ndim else P(), layer.rows),
+            P(),
+            P(heads),
+            by_head,
+            by_head,
+            by_head,
+        ),
+        out_specs=(found, P(rows, heads)),
+        axis_names=axes,
+        check_vma=False,
+    )(layer.cache, layer.shared, layer.rows, layer.live, arrays, q, k, v)
+
+
+def _count(layers, flow: Flow, cache, stages: int, units: int) -> int:
+    """Return the number of micro-batches that takes the least time by `micro_batches`."""
+    weights = _bytes(layers)
+    tokens = flow.positions_BS.size
+    # Each row reads its own cache.
+    divided = weights * tokens / (1 if on_cpu() else RIDGE) + _bytes(cache)
+    return micro_batches(units, stages, weights, divided)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+# Micro-batch m has the units u with u % M == m, so that each has units of every data shard.
+
+
+def _cut(x: jax.Array, count: int, units: int) -> jax.Array:
+    """Return ``x`` with dims (units of a micro-batch, M, rows of a unit) in place of its first."""
+    return x.reshape(units // count, count, x.shape[0] // units, *x.shape[1:])
+
+
+def _part(tree: Any, m: int | jax.Array, count: int, units: int) -> Any:
+    """Return the arrays of micro-batch ``m``."""
+
+    def one(x):
+        if count == 1 or x.ndim == 0 or x.shape[0] == 1:
+            return x
+        part = lax.dynamic_index_in_dim(_cut(x, count, units), m, 1, keepdims=False)
+        return part.reshape(-1, *x.shape[1:])
+
+    return jax.tree.map(one, tree)
+
+
+def _stored(tree: Any, parts: Any, m: jax.Array, count: int, units: int) -> Any:
+    """Return ``tree`` with ``parts`` as the arrays of micro-batch ``m``."""
+
+    def one(x, part):
+        if count == 1:
+            return part
+        part = part.reshape(units // count, part.shape[0] * count // units, *x.shape[1:])
+        new = lax.dynamic_update_index_in_dim(_cut(x, count, units), part, m, 1)
+        return new.reshape(x.shape)
+
+    return jax.tree.map(one, tree, parts)
