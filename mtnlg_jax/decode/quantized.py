@@ -136,12 +136,22 @@ def rows_of(weight, inputs: int, int8: bool, dtype, outputs_first: bool = False)
 def _multiply(x_BI, number_OI):
     """Return the product in float32, (B, O)."""
     rows = x_BI.shape[0]
-    if on_cpu() and x_BI.dtype != jnp.float32:
-        # Rows of zeros reach XLA:CPU's kernels; a row more costs less than its plain loop.
-        x_BI = jnp.pad(x_BI, ((0, max(0, LEAST_ROWS - rows)), (0, 0)))
-    return jax.lax.dot_general(x_BI, number_OI, _ROWS_BY_ROWS, preferred_element_type=jnp.float32)[
-        :rows
-    ]
+
+    def product(x_BI):
+        return jax.lax.dot_general(
+            x_BI, number_OI, _ROWS_BY_ROWS, preferred_element_type=jnp.float32
+        )
+
+    if not on_cpu():
+        return product(x_BI)
+    if x_BI.dtype == jnp.float32:
+        if not 1 < rows < LEAST_ROWS:
+            return product(x_BI)
+        # XLA:CPU reads a float32 weight as it is for one row, and copies it into another layout for
+        # several, which takes as long as two more rows.
+        return jnp.concatenate([product(x_BI[at : at + 1]) for at in range(rows)])
+    # Rows of zeros reach XLA:CPU's kernels; a row more costs less than its plain loop.
+    return product(jnp.pad(x_BI, ((0, max(0, LEAST_ROWS - rows)), (0, 0))))[:rows]
 
 
 def _multiply_int8(x_BI, number_OI):

@@ -45,6 +45,18 @@ def test_a_product_equals_that_of_the_dequantized_weight(on_cpu, rows, monkeypat
     assert 0.01 < np.abs(exact - np.einsum("BSNH,NHD->BSD", x, weight)).max() < 1
 
 
+@pytest.mark.parametrize(("rows", "products"), [(1, 1), (2, 2), (3, 3), (4, 1)])
+def test_few_float32_rows_are_multiplied_one_by_one(rows, products):
+    """XLA:CPU copies the weight for a product of several rows, which only many rows pay for."""
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(rng.normal(size=(rows, 16)), jnp.float32)
+    weight = quantized.rows_of(
+        jnp.asarray(rng.normal(size=(16, 24)), jnp.float32), 1, False, "float32"
+    )
+    assert str(jax.make_jaxpr(weight)(x)).count("dot_general") == products
+    np.testing.assert_allclose(weight(x), x @ weight.number_OI.T, atol=1e-5)
+
+
 @pytest.mark.parametrize("on_cpu", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_products_of_experts_equal_those_of_the_dequantized_weights(on_cpu, dtype, monkeypatch):
