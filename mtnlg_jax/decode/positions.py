@@ -8,8 +8,8 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from mtnlg_jax.model.quantize import quantize
-from mtnlg_jax.parallel.auto import axes_of
-from mtnlg_jax.parallel.collectives import axis_index, axis_size, vary
+from mtnlg_jax.parallel.auto import auto_axes, axes_of
+from mtnlg_jax.parallel.collectives import axis_index, axis_size
 
 CONTEXT = "context"
 NOWHERE = jnp.iinfo(jnp.int32).max
@@ -36,6 +36,7 @@ def write(layer, k_BSKH, v_BSKH, positions_BS, live=None):
             # the whole cache.
             return lax.optimization_barrier(written)
 
+        rows_B1 = jnp.arange(positions_BS.shape[0])[:, None]
         at_BS = positions_BS
         if axis_size(CONTEXT) > 1:
             size = layer[0].shape[2]
@@ -44,23 +45,22 @@ def write(layer, k_BSKH, v_BSKH, positions_BS, live=None):
             at_BS = jnp.where((at_BS >= 0) & (at_BS < size), at_BS, NOWHERE)
         return tuple(one(old, x) for old, x in zip(layer, new, strict=True))
 
-    batch, heads, length = layer[0].shape[:3]
-    rows = axes_of("B", batch)
-    heads = axes_of("L", heads)
-    positions = axes_of("T", length)
-    if not positions:
+    of_cache = _spec(layer[0])
+    rows, heads, context = of_cache
+    if context is None:
         return own(tuple(layer), new, positions_BS)
-    # All axes by hand: XLA's partitioner aborts on scatters in a region that is manual over some
-    # (jax 0.12: "Check failed: num_replica_groups").
-    of_cache = P(rows or None, heads or None, positions)
-    of_new = P(rows or None, None, heads or None)
-    run = jax.shard_map(
+    # Of all axes: XLA aborts where it splits the rows of a scatter and positions are not its own.
+    return jax.shard_map(
         own,
-        in_specs=(of_cache, of_new, P(rows or None)),
+        in_specs=(of_cache, P(rows, None, heads), P(rows)),
         out_specs=of_cache,
-        axis_names={*rows, *heads, *positions},
-    )
-    return run(tuple(layer), new, positions_BS)
+        axis_names=auto_axes(),
+    )(tuple(layer), new, positions_BS)
+
+
+def _spec(x_BKTH) -> P:
+    """Return how the first three dims of a layer's cache are split."""
+    return P(*(axes_of(dim, size) or None for dim, size in zip("BLT", x_BKTH.shape, strict=False)))
 
 
 def lengthened(x_BKTH, size: int):
@@ -72,9 +72,9 @@ def lengthened(x_BKTH, size: int):
     length = x_BKTH.shape[2]
     if length == size:
         return x_BKTH
-    before = axes_of("Q", length)
-    after = axes_of("T", size)
-    if not (before and after):
+    longer = jax.ShapeDtypeStruct((*x_BKTH.shape[:2], size), x_BKTH.dtype)
+    of_cache = _spec(longer)
+    if of_cache[2] is None or not axes_of("Q", length):
         return jnp.pad(x_BKTH, ((0, 0), (0, 0), (0, size - length), (0, 0)))
 
     def own(part_BKTH):
@@ -94,13 +94,12 @@ def lengthened(x_BKTH, size: int):
         def one(hop, carry):
             part_BKTH, found_BKTH = carry
             part_BKTH = lax.ppermute(part_BKTH, CONTEXT, following)
-            return vary((part_BKTH, copied(hop, part_BKTH, found_BKTH)))
+            return part_BKTH, copied(hop, part_BKTH, found_BKTH)
 
         empty = jnp.zeros(
             (*part_BKTH.shape[:2], size // parts, part_BKTH.shape[3]), part_BKTH.dtype
         )
-        start = vary((part_BKTH, copied(0, part_BKTH, empty)))
+        start = part_BKTH, copied(0, part_BKTH, empty)
         return lax.fori_loop(1, parts, one, start)[1]
 
-    of_cache = P(None, None, after)
-    return jax.shard_map(own, in_specs=of_cache, out_specs=of_cache, axis_names={CONTEXT})(x_BKTH)
+    return jax.shard_map(own, in_specs=of_cache, out_specs=of_cache, axis_names=auto_axes())(x_BKTH)

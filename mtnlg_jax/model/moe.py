@@ -215,6 +215,9 @@ class Moe(nnx.Module):
         rows = tuple(axis for axis in axes_of("B", batch) if axis != "expert")
         positions = axes_of("Q", length)
         by_token = P(rows or None, positions or None)
+        # XLA may abort on a sort that it splits in part, so it splits nothing here.
+        used = {"expert", "tensor", *rows, *positions}
+        unused = tuple(axis for axis in AXES if auto_size(axis) > 1 and axis not in used)
         matrices = self._matrices()
         specs: dict[str, Any] = {}
         for name, weight in matrices.items():
@@ -225,13 +228,16 @@ class Moe(nnx.Module):
         def own(x_BSD, experts_BSX, weights_BSX, matrices):
             tokens = (x.reshape(-1, x.shape[-1]) for x in (x_BSD, experts_BSX, weights_BSX))
             y_TD = self._own_visits(matrices, *tokens)
-            return lax.psum(y_TD, ("expert", "tensor")).reshape(x_BSD.shape)
+            y_TD = lax.psum(y_TD, ("expert", "tensor"))
+            # Equal on all devices of other axes, which only a reduction tells JAX.
+            y_TD = lax.pmax(y_TD, unused) if unused else y_TD
+            return y_TD.reshape(x_BSD.shape)
 
         return jax.shard_map(
             own,
             in_specs=(by_token, by_token, by_token, specs),
             out_specs=by_token,
-            axis_names={"expert", "tensor", *rows, *positions},
+            axis_names=used.union(unused),
         )(x_BSD, experts_BSX, weights_BSX, matrices)
 
     def _matrices(self) -> dict[str, Any]:

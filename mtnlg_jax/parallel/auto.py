@@ -34,9 +34,14 @@ LEAST_POSITIONS = 4
 
 def auto_size(axis: str) -> int:
     """Return the size of ``axis`` in the mesh in context if XLA splits programs over it, else 1."""
+    return jax.sharding.get_abstract_mesh().shape[axis] if axis in auto_axes() else 1
+
+
+def auto_axes() -> frozenset[str]:
+    """Return the axes of the mesh in context over which XLA splits programs."""
     mesh = jax.sharding.get_abstract_mesh()
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    return mesh.shape[axis] if kinds.get(axis) == AxisType.Auto else 1
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return frozenset(name for name, kind in kinds if kind == AxisType.Auto)
 
 
 def axes_of(dim: str, size: int) -> tuple[str, ...]:
@@ -60,7 +65,7 @@ def split(x: jax.Array, dims: str) -> jax.Array:
     A dim is not split over an axis that does not divide it. What leaves a program is always split
     like this, so that the next program is compiled once.
     """
-    if AxisType.Auto not in jax.sharding.get_abstract_mesh().axis_types:
+    if not auto_axes():
         return x
     spec = [axes_of(dim, size) or None for dim, size in zip(dims, x.shape, strict=True)]
     return jax.lax.with_sharding_constraint(x, P(*spec))

@@ -258,11 +258,14 @@ def test_a_cache_that_grows_and_shrinks_keeps_its_rows(windowed, tokenizer):
     batch = Batch(windowed.decoder, tokenizer, **options)
     programs = batch.warm()
     requests = _requests(tokenizer, 15)
+    # Long enough with few tokens that the cache is cut, twice.
+    requests += [([25 + each], DecodeConfig(max_new_tokens=4), each) for each in range(30)]
     lengths = []
     fit = batch._fit
     batch._fit = lambda positions: (fit(positions), lengths.append(batch.length))
     found = _written(batch, requests)
-    assert set(lengths) == {16, 32, 64} and slots.programs() == programs
+    assert set(lengths) == {16, 32, 64} and lengths[-1] == 16
+    assert slots.programs() == programs
     _check_alone(windowed.decoder, tokenizer, requests, found)
 
 

@@ -50,7 +50,7 @@ def local(x) -> int:
     return x.addressable_shards[0].data.size
 
 
-def started(over, tokenizer, prompts, int8_cache=False):
+def started(over, tokenizer, prompts):
     """Return the state of greedy rows after their prompts, and what ``advance`` takes with it."""
     tokens = [encode_prompt(tokenizer, each) for each in prompts]
     tokens += [tokens[0]] * (padded(len(tokens), over.mesh) - len(tokens))
@@ -58,11 +58,10 @@ def started(over, tokenizer, prompts, int8_cache=False):
     settings = batch_settings(
         [GREEDY] * len(tokens), np.ones(over.config.vocabulary, bool), tokenizer.eos_ids, None
     )
-    count = np.full(len(tokens), 4, np.int32)
+    numbers = np.arange(len(tokens), dtype=np.int32)
     state, limits = sampling.begin(
-        prefix, np.arange(len(tokens)), count, count.astype(np.uint32), settings,
-        int8_cache=int8_cache,
-    )  # fmt: skip
+        prefix, numbers, np.full_like(numbers, 4), numbers.astype(np.uint32), settings
+    )
     return state, limits, settings, np.int32(1)
 
 

@@ -102,7 +102,9 @@ def ranked(decoder, tokenizer):
 
 
 def ranked_samples(decoder, tokenizer):
-    decode = dataclasses.replace(SAMPLED, num_return_sequences=5, max_new_tokens=6)
+    decode = dataclasses.replace(
+        SAMPLED, num_return_sequences=5, max_new_tokens=6, min_new_tokens=6
+    )
     options = ScorerOptions(answer=r"\w", votes="probability")
     scorers = {"logprob": 1.0, "self_consistency": 0.5}
     found = rank(decoder, tokenizer, "The", decode=decode, scorers=scorers, options=options)

@@ -13,20 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from mtnlg_jax.parallel.auto import axes_of
+from mtnlg_jax.parallel.auto import auto_axes, axes_of
 from mtnlg_jax.parallel.collectives import axis_index, axis_size, vary
 
 CONTEXT = "context"
-
-
-def _auto_axes() -> set[str]:
-    """The axes of the mesh in context over which XLA partitions."""
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return {name for name, kind in kinds if kind == AxisType.Auto}
 
 
 def split_heads(run: Callable, q, k, v, arrays, alibi_slopes=None):
@@ -48,7 +40,7 @@ def split_heads(run: Callable, q, k, v, arrays, alibi_slopes=None):
             None if alibi_slopes is None else P(heads),
         ),
         out_specs=(whole, P(rows, heads)),
-        axis_names=_auto_axes(),
+        axis_names=auto_axes(),
     )(q, k, v, arrays, alibi_slopes)
 
 
@@ -95,7 +87,7 @@ def split_cache(
             None if alibi_slopes is None else P(heads),
         ),
         out_specs=(by_head, by_head),
-        axis_names=_auto_axes() if opaque else {CONTEXT},
+        axis_names=auto_axes() if opaque else {CONTEXT},
     )(q, k_cache, v_cache, lengths, scales, positions, alibi_slopes)
 
 
