@@ -258,35 +258,40 @@ def step(config: ModelConfig, params, cache, tokens_B, positions_B, active_B=Non
     Returns: float32 logits of the next token (B, V), and the cache with the token.
     """
 
-    def attend(layer, q, k, v, return_lse=False, **options):
-        held = layer.cache
-        positions_B, active_B = layer.rows
-        at_B = positions_B
-        lengths_B = positions_B + 1
-        rolling = isinstance(held, Rolling)
-        if rolling:
-            # The slot of the key that just left the window. All other slots in use are visible.
-            window = options.pop("window")
-            at_B = positions_B % window
-            lengths_B = jnp.minimum(lengths_B, window)
-        if active_B is not None:
-            # Past the cache, where nothing is written.
-            at_B = jnp.where(active_B, at_B, jnp.iinfo(jnp.int32).max)
-        arrays = write(held.arrays if rolling else held, k, v, at_B[:, None], layer.live)
-        out, lse = _attend_cached(q[:, 0], arrays, lengths_B, return_lse=True, **options)
-        found = (out[:, None], lse[..., None]) if return_lse else out[:, None]
-        return found, Rolling(arrays) if rolling else arrays
-
     x_BSD, head, cache = run(
         config,
         params,
         tokens_B[:, None],
         positions_B[:, None],
-        attend,
+        attend_newest,
         cache=cache,
-        rows=(positions_B, active_B),
+        rows=positions_B if active_B is None else (positions_B, active_B),
     )
     return logits_of(x_BSD[:, 0], head), cache
+
+
+def attend_newest(layer, q, k, v, return_lse=False, **options):
+    """Attend from one token of each row to its cache, and return the cache with the token.
+
+    ``layer.rows``: the positions, or (positions, which rows write their token).
+    """
+    held = layer.cache
+    positions_B, active_B = layer.rows if isinstance(layer.rows, tuple) else (layer.rows, None)
+    at_B = positions_B
+    lengths_B = positions_B + 1
+    rolling = isinstance(held, Rolling)
+    if rolling:
+        # The slot of the key that just left the window. All other slots in use are visible.
+        window = options.pop("window")
+        at_B = positions_B % window
+        lengths_B = jnp.minimum(lengths_B, window)
+    if active_B is not None:
+        # Past the cache, where nothing is written.
+        at_B = jnp.where(active_B, at_B, jnp.iinfo(jnp.int32).max)
+    arrays = write(held.arrays if rolling else held, k, v, at_B[:, None], layer.live)
+    out, lse = _attend_cached(q[:, 0], arrays, lengths_B, return_lse=True, **options)
+    found = (out[:, None], lse[..., None]) if return_lse else out[:, None]
+    return found, Rolling(arrays) if rolling else arrays
 
 
 def read(config: ModelConfig, params, cache, tokens_BS, starts_B, counts_B=None):

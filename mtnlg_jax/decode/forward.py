@@ -7,11 +7,21 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from flax import nnx
 
 from mtnlg_jax.config import ModelConfig
 from mtnlg_jax.decode.quantized import RowWeight, by_rows, rows_of
-from mtnlg_jax.decode.stages import Flow, Layer, by_parts, stages_of, through
+from mtnlg_jax.decode.stages import (
+    Flow,
+    Layer,
+    by_parts,
+    cost_of,
+    in_flight,
+    stages_of,
+    stream,
+    through,
+)
 from mtnlg_jax.model.head import Head
 from mtnlg_jax.model.transformer import abstract_model
 from mtnlg_jax.parallel.auto import split
@@ -69,12 +79,88 @@ def run(
     Returns: the input of the head (B, S, D), the `Head`, whose table may be a RowWeight, and what
     ``attend`` returned for each layer.
     """
-    outer_graph, block_graph = graphs(config)
-    outer, layers = params
-    model = nnx.merge(outer_graph, outer)
-    dtype = nnx.merge(block_graph, layers[0]).norm_1.scale_D[...].dtype
+    model, layers = _model(config, params)
     tokens_BS = split(tokens_BS, "BS")
-    x_BSD = split(_embed(model, tokens_BS, positions_BS, dtype), "BQD")
+    x_BSD, written = through(
+        _stage(config, attend),
+        layers,
+        Flow(_embed(config, model, layers, tokens_BS, positions_BS), positions_BS, rows),
+        cache,
+        shared,
+        stages=stages_of(config, layers),
+        units=units or tokens_BS.shape[0],
+    )
+    return model.normed(x_BSD), model.head(), written
+
+
+def flying(config: ModelConfig, params, cache, rows: int) -> int:
+    """Return the micro-batches with which ``rows`` should write by `write_in_flight`, or 0."""
+    layers = params[1]
+    return in_flight(rows, stages_of(config, layers), cost_of(layers, rows, cache))
+
+
+def write_in_flight(
+    config: ModelConfig,
+    params,
+    cache,
+    state,
+    fixed,
+    *,
+    attend: Callable,
+    newest: Callable,
+    append: Callable,
+    steps: int,
+    count: int,
+):
+    """Write ``steps`` tokens of every row over the stages of a pipeline.
+
+    Args:
+      state, fixed: pytrees of arrays of the rows; a step changes ``state`` alone.
+      attend: as for `run`, with the positions (B,) as ``layer.rows``.
+      newest: state -> (tokens (B,), positions (B,)) to read.
+      append: (float32 logits (B, V), state, fixed) -> state with the next tokens.
+      count: the number of micro-batches, from `flying`.
+
+    Returns: the cache and the state.
+    """
+    model, layers = _model(config, params)
+
+    def enter(state):
+        tokens_B, positions_B = newest(state)
+        return _embed(config, model, layers, tokens_B[:, None], positions_B[:, None])
+
+    def leave(x_BSD, state, fixed):
+        return append(logits_of(model.normed(x_BSD)[:, 0], model.head()), state, fixed)
+
+    def flow_of(state):
+        positions_B = newest(state)[1]
+        return positions_B[:, None], positions_B
+
+    return stream(
+        _stage(config, attend),
+        layers,
+        cache,
+        state,
+        fixed,
+        enter=enter,
+        leave=leave,
+        flow_of=flow_of,
+        steps=steps,
+        count=count,
+        stages=stages_of(config, layers),
+        units=jax.tree.leaves(state)[0].shape[0],
+    )
+
+
+def _model(config: ModelConfig, params):
+    """Return the model without its blocks, and the parameters of the blocks."""
+    outer, layers = params
+    return nnx.merge(graphs(config)[0], outer), layers
+
+
+def _stage(config: ModelConfig, attend: Callable) -> Callable:
+    """Return the function that applies the layers of a stage; see `through`."""
+    block_graph = graphs(config)[1]
 
     def apply(layers, flow: Flow, cache, shared, live):
         x_BSD = split(flow.x_BSD, "BQD")
@@ -100,24 +186,16 @@ def run(
             x_BSD = split(x_BSD, "BQD")
         return x_BSD, tuple(written)
 
-    x_BSD, written = through(
-        apply,
-        layers,
-        Flow(x_BSD, positions_BS, rows),
-        cache,
-        shared,
-        stages=stages_of(config, layers),
-        units=units or tokens_BS.shape[0],
-    )
-    return model.normed(x_BSD), model.head(), written
+    return apply
 
 
-def _embed(model, tokens_BS, positions_BS, dtype):
+def _embed(config: ModelConfig, model, layers, tokens_BS, positions_BS):
     """Do the same as ``model.embed``, also from a quantized table."""
     table = model.tokens_VD[...]
     if not isinstance(table, RowWeight):
-        return model.embed(tokens_BS, positions_BS)
-    return model.place(table.rows(tokens_BS, dtype), positions_BS)
+        return split(model.embed(tokens_BS, positions_BS), "BQD")
+    dtype = nnx.merge(graphs(config)[1], layers[0]).norm_1.scale_D[...].dtype
+    return split(model.place(table.rows(tokens_BS, dtype), positions_BS), "BQD")
 
 
 def logits_of(x, head: Head):

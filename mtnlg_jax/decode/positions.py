@@ -28,8 +28,6 @@ def write(layer, k_BSKH, v_BSKH, positions_BS, live=None):
         new = k, v, k_scale, v_scale
 
     def own(layer, new, positions_BS):
-        rows_B1 = jnp.arange(positions_BS.shape[0])[:, None]
-
         def one(old, x):
             written = old.at[rows_B1, :, at_BS].set(x.astype(old.dtype), mode="drop")
             # Without the barrier XLA:CPU writes again inside the attention's fusion, and so copies

@@ -2,6 +2,7 @@
 
 # Shapes: B rows, S positions, V vocabulary, E end tokens of a row
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,7 +13,8 @@ from jax import lax
 
 from mtnlg_jax.config import ModelConfig
 from mtnlg_jax.decode.batched_settings import Settings, ends_of, stopped
-from mtnlg_jax.decode.cache import Prefix, split_cache, step, to_int8
+from mtnlg_jax.decode.cache import Prefix, attend_newest, split_cache, step, to_int8
+from mtnlg_jax.decode.forward import flying, write_in_flight
 from mtnlg_jax.decode.processors import choose, process
 from mtnlg_jax.decode.results import CHUNK
 from mtnlg_jax.decode.rolling import roll
@@ -129,21 +131,50 @@ def advance(
 ) -> State:
     """Write at most ``chunks`` times CHUNK more tokens; fewer when all rows are done."""
 
-    def one_token(state, _):
+    def newest(state):
         # The newest token is not in the cache yet: reading it writes its keys and gives the next
         # logits.
         last_B = state.lengths_B - 1
-        tokens_B = jnp.take_along_axis(state.tokens_BS, last_B[:, None], 1)[:, 0]
-        logits_BV, cache = step(config, params, state.cache, tokens_B, last_B)
+        return jnp.take_along_axis(state.tokens_BS, last_B[:, None], 1)[:, 0], last_B
+
+    def one_token(state, _):
+        logits_BV, cache = step(config, params, state.cache, *newest(state))
         return append(logits_BV, state._replace(cache=cache), limits, settings), None
+
+    # A constraint may know the rows by their numbers in the batch.
+    whole = settings.static_options.constraint is not None
+    count = 0 if whole else flying(config, params, state.cache, len(state.lengths_B))
+
+    def in_flight(state):
+        """Do the same as CHUNK times ``one_token``, with micro-batches in the pipeline."""
+
+        def append_part(logits_BV, state, fixed):
+            limits, rows = fixed
+            return append(logits_BV, state, limits, dataclasses.replace(settings, rows=rows))
+
+        cache, grown = write_in_flight(
+            config,
+            params,
+            state.cache,
+            state._replace(cache=()),
+            (limits, settings.rows),
+            attend=attend_newest,
+            newest=newest,
+            append=append_part,
+            steps=CHUNK,
+            count=count,
+        )
+        return grown._replace(cache=cache)
 
     # Looked at once a chunk: rows that are done inside of one compute without effect.
     def more(carry):
-        count, state = carry
-        return (count < chunks) & ~state.done_B.all()
+        number, state = carry
+        return (number < chunks) & ~state.done_B.all()
 
     def one_chunk(carry):
-        count, state = carry
-        return count + 1, lax.scan(one_token, state, length=CHUNK)[0]
+        number, state = carry
+        if count:
+            return number + 1, in_flight(state)
+        return number + 1, lax.scan(one_token, state, length=CHUNK)[0]
 
     return split_state(lax.while_loop(more, one_chunk, (jnp.int32(0), state))[1])

@@ -12,7 +12,8 @@ sends the result to stage p + 1. P=2 stages, M=3 micro-batches, P + M - 1 ticks:
     stage 1    .     0     1     2
 
 All stages run one program in lockstep. In the bubble (.) a stage computes with whatever it holds,
-and writes nothing to a cache.
+and writes nothing to a cache. Rows that write one token after the other have no bubble between
+their tokens (`stream`).
 
 Embedding and head are outside: every stage computes them for all rows, split over the other axes.
 """
@@ -101,20 +102,50 @@ def stacked(layers: tuple[Any, ...], stages: int) -> tuple[Any, ...]:
     )
 
 
-def micro_batches(units: int, stages: int, fixed: float, divided: float) -> int:
-    """Return into how many micro-batches to cut ``units`` rows, or groups of rows.
+class Cost(NamedTuple):
+    """What a tick costs, in bytes read: ``fixed``, and 1/M of ``divided``."""
 
-    A tick costs ``fixed`` and 1/M of ``divided``, so that M micro-batches take
-    (P + M - 1) (fixed + divided / M). A few rows stay together: cut, they would read the weights
-    more often. M divides the units of each data shard.
+    fixed: float
+    divided: float
+
+    def tick(self, count: int) -> float:
+        return self.fixed + self.divided / count
+
+
+def cost_of(layers: tuple[Any, ...], tokens: int, cache: tuple[Any, ...] | None) -> Cost:
+    """Return the cost of ``tokens`` of all rows, each of which reads its own cache."""
+    weights = _bytes(layers)
+    # Rows are split over data, weights are not.
+    rows = weights * tokens / (1 if on_cpu() else RIDGE) + _bytes(cache)
+    return Cost(weights, rows / auto_size("data"))
+
+
+def micro_batches(units: int, stages: int, cost: Cost) -> int:
+    """Return into how many micro-batches `through` cuts ``units`` rows, or groups of rows.
+
+    It is the number that takes the least time. A few rows stay together: cut, they would read the
+    weights more often.
     """
+    return min(_counts(units), key=lambda m: (stages + m - 1) * cost.tick(m))
+
+
+def in_flight(units: int, stages: int, cost: Cost) -> int:
+    """Return into how many micro-batches `stream` should cut ``units``; 0 if `through` is faster.
+
+    A step takes M ticks, and M must be P or more.
+    """
+    count = next((m for m in _counts(units) if m >= stages), 0)
+    alone = micro_batches(units, stages, cost)
+    if stages == 1 or not count:
+        return 0
+    return count if count * cost.tick(count) < (stages + alone - 1) * cost.tick(alone) else 0
+
+
+def _counts(units: int) -> list[int]:
+    """Return the possible numbers of micro-batches: each has equal units of every data shard."""
     parts = auto_size("data")
-    units = units // parts if units % parts == 0 else units
-
-    def ticks(number):
-        return (stages + number - 1) * (fixed + divided / parts / number)
-
-    return min((m for m in range(1, units + 1) if units % m == 0), key=ticks)
+    here = units // parts if units % parts == 0 else units
+    return [m for m in range(1, here + 1) if here % m == 0]
 
 
 def through(
@@ -144,8 +175,7 @@ def through(
             f"the layers are split over {stages} pipeline stages, and the mesh in context has "
             f"mesh.pipe={auto_size('pipe')}; call what is decorated with over_its_mesh"
         )
-    count = _count(layers, flow, cache, stages, units)
-    mesh = jax.sharding.get_abstract_mesh()
+    count = micro_batches(units, stages, cost_of(layers, flow.positions_BS.size, cache))
 
     def region(layers, flow, cache, shared):
         layers = jax.tree.map(lambda leaf: leaf[0], layers)
@@ -182,18 +212,96 @@ def through(
         (_, outputs, cache), _ = lax.scan(tick, begin, jnp.arange(stages + count - 1))
         return outputs[None], cache
 
-    held = P(None, "pipe")
+    outputs, cache = _manual(region, (P("pipe"), P(), _HELD, _HELD), (P("pipe"), _HELD))(
+        layers, flow, cache, shared
+    )
+    return outputs[-1], cache
+
+
+def stream(
+    apply: Callable,
+    layers: tuple[Any, ...],
+    cache: tuple[Any, ...],
+    state: Any,
+    fixed: Any,
+    *,
+    enter: Callable,
+    leave: Callable,
+    flow_of: Callable,
+    steps: int,
+    count: int,
+    stages: int,
+    units: int,
+) -> tuple[tuple[Any, ...], Any]:
+    """Take ``steps`` steps with every row: a micro-batch begins its next one when it is through.
+
+    With M >= P micro-batches no stage waits between steps: P=2, M=2, two steps (a, b):
+
+        tick       0     1     2     3     4
+        stage 0   0a    1a    0b    1b     .
+        stage 1    .    0a    1a    0b    1b
+
+    Args:
+      apply, layers, cache: as for `through`.
+      state, fixed: pytrees of arrays of all rows; steps change ``state`` alone.
+      enter: state -> x_BSD; leave: (y_BSD, state, fixed) -> state after the step. Both are of a
+        micro-batch.
+      flow_of: state -> (positions_BS, rows) of the step, of all rows.
+
+    Returns: the cache and the state.
+    """
+    ring = [(i, (i + 1) % stages) for i in range(stages)]
+    ticks = steps * count
+
+    def region(layers, cache, x_BSD, arrived, flow, tick):
+        layers, arrived = jax.tree.map(lambda leaf: leaf[0], (layers, arrived))
+        here = lax.axis_index("pipe")
+        live = (tick >= here) & (tick - here < ticks)
+        m = jnp.mod(tick - here, count)
+        held, now = _part((cache, flow), m, count, units)
+        x_BSD = jnp.where(here == 0, x_BSD, arrived)
+        y_BSD, written = apply(layers, Flow(x_BSD, *now), held, None, live)
+        return lax.ppermute(y_BSD, "pipe", ring)[None], _stored(cache, written, m, count, units)
+
+    inside = _manual(region, (P("pipe"), _HELD, P(), P("pipe"), P(), P()), (P("pipe"), _HELD))
+
+    def one(carry, tick):
+        cache, state, arrived = carry
+        x_BSD = enter(_part(state, tick % count, count, units))
+        arrived, cache = inside(layers, cache, x_BSD, arrived, flow_of(state), tick)
+        # The ring brings the first stage what leaves the last one.
+        m = jnp.mod(tick - stages + 1, count)
+        before, constants = _part((state, fixed), m, count, units)
+        after = leave(arrived[0], before, constants)
+        # In the first ticks nothing has come through yet.
+        after = jax.tree.map(
+            lambda new, old: jnp.where(tick >= stages - 1, new, old), after, before
+        )
+        return (cache, _stored(state, after, m, count, units), arrived), None
+
+    like = jax.eval_shape(lambda: enter(_part(state, 0, count, units)))
+    arrived = jnp.zeros((stages, *like.shape), like.dtype)
+    start = cache, state, arrived
+    (cache, state, _), _ = lax.scan(one, start, jnp.arange(ticks + stages - 1))
+    return cache, state
+
+
+_HELD = P(None, "pipe")
+
+
+def _manual(region: Callable, in_specs: Any, out_specs: Any) -> Callable:
+    """Return ``region`` as a program of each stage."""
+    mesh = jax.sharding.get_abstract_mesh()
     # Axes of size 1 are manual too, so that without data and tensor all of them are: kernels then
     # need no partitioning.
-    manual = {axis for axis, size in mesh.shape.items() if size == 1}
-    outputs, cache = jax.shard_map(
+    alone = {axis for axis, size in mesh.shape.items() if size == 1}
+    return jax.shard_map(
         region,
-        in_specs=(P("pipe"), P(), held, held),
-        out_specs=(P("pipe"), held),
-        axis_names={"pipe", *manual},
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names={"pipe", *alone},
         check_vma=False,
-    )(layers, flow, cache, shared)
-    return outputs[-1], cache
+    )
 
 
 def by_parts(attend: Callable, layer: Layer, q, k, v, **options):
@@ -247,15 +355,6 @@ def by_parts(attend: Callable, layer: Layer, q, k, v, **options):
     )(layer.cache, layer.shared, layer.rows, layer.live, arrays, q, k, v)
 
 
-def _count(layers, flow: Flow, cache, stages: int, units: int) -> int:
-    """Return the number of micro-batches that takes the least time by `micro_batches`."""
-    weights = _bytes(layers)
-    tokens = flow.positions_BS.size
-    # Each row reads its own cache.
-    divided = weights * tokens / (1 if on_cpu() else RIDGE) + _bytes(cache)
-    return micro_batches(units, stages, weights, divided)
-
-
 def _bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
@@ -275,7 +374,7 @@ def _part(tree: Any, m: int | jax.Array, count: int, units: int) -> Any:
         if count == 1 or x.ndim == 0 or x.shape[0] == 1:
             return x
         part = lax.dynamic_index_in_dim(_cut(x, count, units), m, 1, keepdims=False)
-        return part.reshape(-1, *x.shape[1:])
+        return part.reshape(x.shape[0] // count, *x.shape[1:])
 
     return jax.tree.map(one, tree)
 

@@ -17,12 +17,13 @@ from jax.sharding import PartitionSpec as P
 
 from mtnlg_jax.parallel.mesh import ROWS, row_shards
 
-# Axes that split the dims of activations and caches: B rows, P prompts of beams, L key/value heads
-# of a layer of every stage, V vocabulary, T positions of a cache, Q positions of long texts. The
-# others stay whole.
+# Axes that split the dims of activations and caches: B rows, P prompts of beams, K key/value heads,
+# L those of a layer of every stage, V vocabulary, T positions of a cache, Q positions of long
+# texts. The others stay whole.
 ACTIVATION_AXES = {
     "B": ROWS,
     "P": ROWS,
+    "K": ("tensor",),
     "L": ("pipe", "tensor"),
     "V": ("tensor",),
     "T": ("context",),

@@ -21,6 +21,9 @@ from mtnlg_jax.tasks.run import perform
 from mtnlg_jax.tasks.templates import task_of
 
 ROUNDING = 1e-5
+# Activations become 16-bit integers there: the last bit of a sum may round one of them the other
+# way, by 3e-5 of the largest.
+INT8_ROUNDING = 1e-4
 PROMPTS = ["The cat", "In the town where I was", "天地"]  # not a multiple of data
 GREEDY = DecodeConfig(max_new_tokens=12, min_new_tokens=12)
 SAMPLED = dataclasses.replace(GREEDY, temperature=1.5, seed=5)
@@ -142,8 +145,8 @@ WAYS = [
 ]
 
 
-def assert_same(one, other):
-    """Compare nested results: numbers within ROUNDING, relative above 1, and the rest exactly."""
+def assert_same(one, other, rounding=ROUNDING):
+    """Compare nested results: numbers within ``rounding``, relative above 1, and the rest exactly."""
     if isinstance(one, dict):
         assert one.keys() == other.keys()
         one = list(one.values())
@@ -151,9 +154,9 @@ def assert_same(one, other):
     if isinstance(one, list | tuple):
         assert len(one) == len(other)
         for pair in zip(one, other, strict=True):
-            assert_same(*pair)
+            assert_same(*pair, rounding)
     elif isinstance(one, float):
-        assert math.isclose(one, other, rel_tol=ROUNDING, abs_tol=ROUNDING), (one, other)
+        assert math.isclose(one, other, rel_tol=rounding, abs_tol=rounding), (one, other)
     else:
         assert one == other
 
@@ -161,13 +164,13 @@ def assert_same(one, other):
 _ONE: dict = {}
 
 
-def check(way, tiny, tokenizer, sizes, **held):
+def check(way, tiny, tokenizer, sizes, rounding=ROUNDING, **held):
     """Compare ``way`` over a mesh with one device, whose results are kept for other meshes."""
     key = way.__name__, tiny.config, tuple(held.items())
     if key not in _ONE:
         _ONE[key] = way(unstack(tiny.config, tiny.params, **held), tokenizer)
     over = unstack(tiny.config, tiny.params, **held, mesh=mesh_of(*sizes))
-    assert_same(way(over, tokenizer), _ONE[key])
+    assert_same(way(over, tokenizer), _ONE[key], rounding)
     return over
 
 
@@ -195,7 +198,7 @@ def test_every_way_with_a_vocabulary_that_is_not_divisible(learned, tokenizer, w
 @pytest.mark.parametrize("sizes", [(2, 4), (4, 2)], ids=str)
 def test_int8_over_a_mesh_equals_one_device(rotary, tokenizer, held, sizes):
     for way in (rows, look_up, perplexity):
-        check(way, rotary, tokenizer, sizes, **held)
+        check(way, rotary, tokenizer, sizes, INT8_ROUNDING, **held)
 
 
 @pytest.mark.slow

@@ -9,7 +9,15 @@ from test_over_pipe import mesh_of
 from mtnlg_jax.config import LayerSpec, ModelConfig
 from mtnlg_jax.decode import cache, stages
 from mtnlg_jax.decode.sharding import Placement
-from mtnlg_jax.decode.stages import Flow, check_stages, micro_batches, through
+from mtnlg_jax.decode.stages import (
+    Cost,
+    Flow,
+    check_stages,
+    in_flight,
+    micro_batches,
+    stream,
+    through,
+)
 
 ROWS = 8
 FACTORS = np.array([2.0, 3.0, 5.0, 7.0])
@@ -20,7 +28,7 @@ def _run(count, monkeypatch, *, held: bool):
 
     Written is what each stage read: its input, added to the cache if that is ``held``.
     """
-    monkeypatch.setattr(stages, "_count", lambda *_: count)
+    monkeypatch.setattr(stages, "micro_batches", lambda *_: count)
 
     def apply(layers, flow, cache, shared, live):
         x_BSD = flow.x_BSD
@@ -57,12 +65,64 @@ def test_each_stage_reads_each_row_once(monkeypatch, count, held):
 
 
 def test_the_number_of_micro_batches_takes_the_least_time():
-    assert micro_batches(8, 4, fixed=1, divided=0.1) == 1  # weights take all the time
-    assert micro_batches(8, 4, fixed=0, divided=1) == 8  # a tick costs its rows
-    assert micro_batches(8, 4, fixed=1, divided=4) == 4  # (4 + 4 - 1) (1 + 1) = 14
-    assert micro_batches(7, 4, fixed=1, divided=100) == 7
+    assert micro_batches(8, 4, Cost(1, 0.1)) == 1  # weights take all the time
+    assert micro_batches(8, 4, Cost(0, 1)) == 8  # a tick costs its rows
+    assert micro_batches(8, 4, Cost(1, 4)) == 4  # (4 + 4 - 1) (1 + 4 / 4) = 14
+    assert micro_batches(7, 4, Cost(1, 100)) == 7
+    # Without a bubble between steps, M ticks take M 1 + 100 instead of (4 + 7 - 1) (1 + 100 / 7).
+    assert in_flight(7, 4, Cost(1, 100)) == 7
+    assert in_flight(7, 4, Cost(1, 0.1)) == 0  # 7.1 instead of 4.4
+    assert in_flight(8, 4, Cost(1, 0.1)) == 4  # 4.1 instead of 4.4
+    assert in_flight(3, 4, Cost(1, 100)) == 0  # too few rows
     with jax.set_mesh(mesh_of(2, 4)):
-        assert micro_batches(8, 4, fixed=0, divided=1) == 2  # each data shard has two rows
+        assert micro_batches(8, 2, Cost(0, 1)) == 2  # each data shard has two rows
+
+
+@pytest.mark.parametrize("count", [4, 8])
+def test_rows_in_flight_take_steps_without_a_bubble_between(count):
+    """Each step of a row multiplies it by all factors and adds the number of the step."""
+
+    def apply(layers, flow, cache, shared, live):
+        seen = cache[0] + jnp.where(live, flow.x_BSD[:, 0], 0)
+        return flow.x_BSD * layers[0], (seen,)
+
+    def leave(y_BSD, state, fixed):
+        values, numbers = state
+        return y_BSD[:, 0, 0] + numbers * fixed, numbers + 1
+
+    values = jnp.arange(1.0, ROWS + 1)
+    fixed = values / 8
+
+    def run(factors):
+        return stream(
+            apply,
+            (factors,),
+            (jnp.zeros((ROWS, 4)),),
+            (values, jnp.zeros(ROWS)),
+            fixed,
+            enter=lambda state: state[0][:, None, None],
+            leave=leave,
+            flow_of=lambda state: (jnp.zeros((ROWS, 1), jnp.int32), state[1]),
+            steps=3,
+            count=count,
+            stages=4,
+            units=ROWS,
+        )
+
+    with jax.set_mesh(mesh_of(4)):
+        factors = jnp.asarray(FACTORS)
+        assert f"length={3 * count + 4 - 1}\n" in str(jax.make_jaxpr(run)(factors)), "ticks"
+        (seen,), (found, numbers) = jax.device_get(jax.jit(run)(factors))
+    expected = np.arange(1.0, ROWS + 1)
+    read = np.zeros((ROWS, 4))
+    for step in range(3):
+        for stage, factor in enumerate(FACTORS):
+            read[:, stage] += expected
+            expected = expected * factor
+        expected = expected + step * np.asarray(fixed)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_allclose(seen, read, rtol=1e-6)
+    assert (numbers == 3).all()
 
 
 def test_stages_that_would_differ_are_refused():

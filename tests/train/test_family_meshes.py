@@ -201,7 +201,10 @@ def loss_and_gradients(name: str, mesh_config: MeshConfig):
             name, mesh, marks=[] if (name, mesh) in QUICK else pytest.mark.slow, id=f"{name}-{mesh}"
         )
         for name in MODELS
-        for mesh in (MESHES | OF_EXPERTS if MODELS[name].moe.num_moe_experts else MESHES)
+        for mesh, sizes in (
+            MESHES | OF_EXPERTS if MODELS[name].moe.num_moe_experts else MESHES
+        ).items()
+        if MODELS[name].num_layers % (sizes.pipe * sizes.virtual_pipe) == 0
     ],
 )
 def test_a_mesh_equals_one_device(name, mesh):
