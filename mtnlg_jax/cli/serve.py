@@ -28,9 +28,11 @@ read.
 from absl import flags
 
 from mtnlg_jax import command
+from mtnlg_jax.cli.decoding import fitting
 from mtnlg_jax.cli.serving import options, start
 
 flags.adopt_module_key_flags(options)
+flags.adopt_module_key_flags(fitting)
 
 
 def main() -> None:

@@ -5,10 +5,12 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mtnlg_jax.cli.decoding import fitting
 from mtnlg_jax.cli.serving import options
 from mtnlg_jax.command import expand
 
 if TYPE_CHECKING:
+    from mtnlg_jax.config import Config
     from mtnlg_jax.serve.models import Model
 
 
@@ -97,6 +99,7 @@ def _load(name: str, adapter: str | None, template: str | None) -> "Model":
         options.DTYPE.value,
         weights=options.WEIGHTS.value,
         cache=options.CACHE.value,
+        before=_check_memory if adapter is None else lambda config, tokenizer: None,
     )
     chat = None
     try:
@@ -123,6 +126,25 @@ def _load(name: str, adapter: str | None, template: str | None) -> "Model":
         stages=run.config.train.stages if adapter is None else None,
         base=base,
     )
+
+
+def _check_memory(config: "Config", _: object) -> None:
+    """Raise ValueError if the models of all names, and all slots at their full length, do not
+    fit. The model itself is loaded first, so nothing is loaded yet."""
+    from mtnlg_jax.decode.memory import Caches, Choices, Plan
+
+    slots = options.SLOTS.value
+    plan = Plan(
+        config.model,
+        options.DTYPE.value,
+        options.WEIGHTS.value,
+        options.CACHE.value,
+        caches=(Caches(slots, config.model.max_position_embeddings),),
+    )
+    # Each adapter is merged into weights of its own, and has slots of its own.
+    plans = [plan] * len(_adapters())
+    rows = ("--slots", slots)
+    fitting.check(options.WORKDIR.value, plans, Choices(mesh=False, rows=rows))
 
 
 def _own_template(tokenizer) -> str | None:
