@@ -291,9 +291,9 @@ def split_prefix(prefix: Prefix) -> Prefix:
     )
 
 
-def split_cache(cache):
+def split_cache(cache, place: Callable = split):
     """Return a cache of rows split over the mesh in context; scales have no H."""
-    return jax.tree.map(lambda x: split(x, "BKTH"[: x.ndim]), cache)
+    return jax.tree.map(lambda x: place(x, "BKTH"[: x.ndim]), cache)
 
 
 def step(config: ModelConfig, params, cache, tokens_B, positions_B, active_B=None):

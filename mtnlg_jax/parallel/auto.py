@@ -6,7 +6,7 @@ nothing here has an effect, so the same code runs on one device.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -33,15 +33,29 @@ def split(x: jax.Array, dims: str) -> jax.Array:
     A dim that its axis does not divide stays whole. What leaves a program is always split like
     this, so that the next program is compiled once.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if AxisType.Auto not in mesh.axis_types:
+    if AxisType.Auto not in jax.sharding.get_abstract_mesh().axis_types:
         return x
+    return jax.lax.with_sharding_constraint(x, _split_of(x.shape, dims))
+
+
+def _split_of(shape: Sequence[int], dims: str) -> P:
     spec = []
-    for dim, size in zip(dims, x.shape, strict=True):
+    for dim, size in zip(dims, shape, strict=True):
         axis = ACTIVATION_AXES.get(dim)
         parts = 1 if axis is None else auto_size(axis)
         spec.append(axis if parts > 1 and size % parts == 0 else None)
-    return jax.lax.with_sharding_constraint(x, P(*spec))
+    return P(*spec)
+
+
+def placed(mesh: Mesh) -> Callable[[Any, str], jax.ShapeDtypeStruct]:
+    """Return a function that does to shapes what `split` does to arrays on ``mesh``, which must be
+    in context."""
+
+    def place(x: Any, dims: str) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(mesh, _split_of(x.shape, dims))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return place
 
 
 def row_multiple(mesh: Mesh | None) -> int:
