@@ -179,6 +179,14 @@ def dense_flops(device_kind: str) -> float | None:
     return next((flops for kind, flops, _ in _BF16_FLOPS if re.fullmatch(kind, name)), None)
 
 
+def size_of(size: float) -> str:
+    """Format bytes in the largest unit that fits, such as 15.64 GiB."""
+    for unit, name in ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if abs(size) >= unit:
+            return f"{size / unit:.2f} {name}"
+    return f"{size:.0f} B"
+
+
 def parse_chips(text: str) -> tuple[str, int]:
     """Parse "H100:1024" to ("H100", 1024). Raise ValueError naming the known chips otherwise."""
     name, _, number = text.partition(":")

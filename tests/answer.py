@@ -39,18 +39,21 @@ params = jax.tree.map(
 config = Config(model=model, decode=DecodeConfig(max_new_tokens=int(new_tokens)))
 
 
-def load_decoder(workdir, which, dtype="float32", **held):
-    run = load_run(workdir, which)
+def load_decoder(workdir, which, dtype="float32", *, before=None, **held):
+    run = load_run(workdir, which, before=before)
     return run, unstack(model, params, dtype, **held)
 
 
-def load_run(workdir, which):
+def load_run(workdir, which, mesh=None, *, before=None):
     if workdir != "RUN":
         raise FileNotFoundError(f"{workdir} holds no checkpoint")
+    if before is not None:
+        before(config, tokenizer)
     return checkpoint.Run(config, params, tokenizer, 7, {})
 
 
 checkpoint.load_run = load_run
+checkpoint.config_of = lambda workdir, which: load_run(workdir, which).config
 load.load_decoder = load_decoder
 compat.configure_cache = lambda **_: None
 names = runpy.run_path(script)

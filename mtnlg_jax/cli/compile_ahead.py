@@ -12,7 +12,7 @@ The step that reads a prompt, and the one that writes a token; layers with a win
     python launch/compile_ahead.py --config=configs/ladder.py:7.5b --topology=v5e:2x4 \\
         --set=mesh.data=2 --step=prefill
     python launch/compile_ahead.py --config=configs/ladder.py:7.5b --topology=v5e:2x4 \\
-        --set=mesh.data=2 --step=decode
+        --set=mesh.data=2 --step=decode --weights=int8 --cache=int8
 
 Topologies: v4, v5p, tpu7x (three sizes), v5e, v6e (two), each with *N for N slices; A100, H100,
 H200, B200 as hosts x cards; cpu:N. All but cpu need the extra `ahead`.
@@ -39,6 +39,10 @@ with command.flag_group("What to compile"):
         ["on", "off"],
         "compile a train step with the compiler flags that launch/pretrain.py sets",
     )
+    _WEIGHTS = flags.DEFINE_enum(
+        "weights", None, ["int8"], "prefill, decode: type of the stored weights"
+    )
+    _CACHE = flags.DEFINE_enum("cache", None, ["int8"], "decode: type of the keys and values")
 with command.flag_group("The chips"):
     _TOPOLOGY = flags.DEFINE_string(
         "topology", None, "such as v5p:8x8x16, v5p:8x8x8*2, H100:280x8, cpu:8", required=True
@@ -65,6 +69,12 @@ def main() -> int:
     from mtnlg_jax.planning import aot, report, suggest, topology
 
     registry.register()
+    for held, fitting in ((_WEIGHTS, ("prefill", "decode")), (_CACHE, ("decode",))):
+        if held.value and _STEP.value not in fitting:
+            raise ValueError(
+                f"--{held.name}={held.value} is for --step={' or '.join(fitting)}, not "
+                f"--step={_STEP.value}; leave it out"
+            )
     for flag in (_JSON, _TEXT):
         if flag.value and not os.path.isdir(os.path.dirname(flag.value) or "."):
             raise FileNotFoundError(
@@ -81,6 +91,8 @@ def main() -> int:
         memory,
         _TEXT.value,
         _FLAGS.value == "on",
+        _WEIGHTS.value,
+        _CACHE.value,
     )
     print(report.render(config, result), flush=True)
     if _JSON.value:

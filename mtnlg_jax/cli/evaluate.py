@@ -30,10 +30,11 @@ Exit codes: 0 done, 2 bad input, 6 another process ended (134: detected by JAX).
 from absl import flags
 
 from mtnlg_jax import command
-from mtnlg_jax.cli.decoding import devices
+from mtnlg_jax.cli.decoding import devices, fitting
 from mtnlg_jax.cli.evaluation import score
 
 flags.adopt_module_key_flags(devices)
+flags.adopt_module_key_flags(fitting)
 flags.adopt_module_key_flags(score)
 
 

@@ -55,13 +55,14 @@ before the text. They can also be given as ids of --mode=tokens: --suppress_toke
 line end, a tab, a carriage return and a backslash. Prompts and candidates are taken literally;
 write $'\\n' there.
 
-Exit codes: 0 done, 2 bad input, which includes a model with nonfinite parameters or scores.
+Exit codes: 0 done, 2 bad input, which includes a model that does not fit and one with nonfinite
+parameters or scores, 6 another process ended (134: detected by JAX).
 """
 
 from absl import flags
 
 from mtnlg_jax import command
-from mtnlg_jax.cli.decoding import devices, shared_flags
+from mtnlg_jax.cli.decoding import devices, fitting, shared_flags
 from mtnlg_jax.cli.generation import options, settings_flags
 from mtnlg_jax.cli.generation.answering import answer
 from mtnlg_jax.cli.generation.chatting import chat
@@ -71,7 +72,7 @@ from mtnlg_jax.cli.generation.prompts import read_prompt, read_rows
 from mtnlg_jax.cli.generation.settings import given_settings
 
 # --help lists the flags of these modules.
-for module in (options, settings_flags, shared_flags, devices):
+for module in (options, settings_flags, shared_flags, devices, fitting):
     flags.adopt_module_key_flags(module)
 
 

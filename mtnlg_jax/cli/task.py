@@ -58,13 +58,13 @@ choices, `log_prob` is the natural logarithm of a choice's probability after its
 `probability` is that of this choice among all choices of the row.
 
 Exit codes: 0 done, 1 the metrics failed (the answers are kept, and their file is named), 2 bad
-input.
+input, 6 another process ended (134: detected by JAX).
 """
 
 from absl import flags
 
 from mtnlg_jax import command
-from mtnlg_jax.cli.decoding import devices, shared_flags
+from mtnlg_jax.cli.decoding import devices, fitting, shared_flags
 from mtnlg_jax.cli.task_modes import options
 from mtnlg_jax.cli.task_modes.answering import answer_input
 from mtnlg_jax.cli.task_modes.checks import check_flags, check_output
@@ -72,7 +72,7 @@ from mtnlg_jax.cli.task_modes.pairs import make_pairs
 from mtnlg_jax.cli.task_modes.scoring import evaluate_rows, score_answers
 
 # --help lists the flags of these modules.
-for module in (options, shared_flags, devices):
+for module in (options, shared_flags, devices, fitting):
     flags.adopt_module_key_flags(module)
 
 

@@ -9,7 +9,7 @@ attended to and is overwritten as a row grows. A cache is a tuple over layers of
 # H head width, V vocabulary, L layers
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -245,9 +245,9 @@ def split_prefix(prefix: Prefix) -> Prefix:
     )
 
 
-def split_cache(cache):
+def split_cache(cache, place: Callable = split):
     """Return a cache of rows split over the mesh in context; scales have no H."""
-    return jax.tree.map(lambda x: split(x, "BLTH"[: x.ndim]), cache)
+    return jax.tree.map(lambda x: place(x, "BLTH"[: x.ndim]), cache)
 
 
 def step(config: ModelConfig, params, cache, tokens_B, positions_B, active_B=None):

@@ -25,7 +25,7 @@ from mtnlg_jax.model.quantize import quantize_numpy
 from mtnlg_jax.parallel.host import Filling, as_type, on_device, one_ahead
 from mtnlg_jax.parallel.mesh import EXPERT_BIAS
 from mtnlg_jax.train.adapted_arrays import stored_arrays
-from mtnlg_jax.train.checkpoint import Run, find_run
+from mtnlg_jax.train.checkpoint import Before, Run, find_run
 
 
 def load_decoder(
@@ -36,18 +36,21 @@ def load_decoder(
     weights: str | None = None,
     cache: str | None = None,
     mesh: Mesh | None = None,
+    before: Before = lambda config, tokenizer: None,
 ) -> tuple[Run, Decoder]:
     """Return the run, without parameters, and its decoder.
 
     Does the same as ``unstack`` of ``load_run`` in less memory, and takes their arguments. A host
-    holds one parameter of one layer at a time, and its devices their parts. Raises what they raise,
-    and ValueError with the parameter's name if one is not finite.
+    holds one parameter of one layer at a time, and its devices their parts. ``before`` is called
+    with the config and the tokenizer before any parameter is read; it may raise. Raises what they
+    raise, and ValueError with the parameter's name if one is not finite.
     """
     # Before anything is read, since reading takes long.
     dtype = check_held(dtype, weights, cache)
     reader = foreign.reader_of(workdir)
     if reader is not None:
         run, source = reader.open(workdir)
+        before(run.config, run.tokenizer)
         params = _assemble(run.config.model, dtype, weights, source, mesh)
         _trim()
         return run, Decoder(run.config.model, params, cache == "int8", mesh)
@@ -55,7 +58,7 @@ def load_decoder(
     def read(path, config: Config) -> tuple:
         return _assemble(config.model, dtype, weights, stored_arrays(path, config), mesh)
 
-    run = find_run(workdir, which, read)
+    run = find_run(workdir, which, read, before)
     _trim()
     return Run(run.config, None, run.tokenizer, run.step, run.meta), Decoder(
         run.config.model, run.params, cache == "int8", mesh

@@ -39,14 +39,17 @@ class Limits(NamedTuple):
     keys_B: jax.Array
 
 
-def split_state(state: State) -> State:
-    """Return ``state`` split over the mesh in context."""
+def split_state(state: State, place: Callable = split) -> State:
+    """Return ``state`` split over the mesh in context.
+
+    ``place``: `split`, or `placed` for ShapeDtypeStructs.
+    """
     return State(
-        split_cache(state.cache),
-        split(state.tokens_BS, "BS"),
-        split(state.logprobs_BS, "BS"),
-        split(state.lengths_B, "B"),
-        split(state.done_B, "B"),
+        split_cache(state.cache, place),
+        place(state.tokens_BS, "BS"),
+        place(state.logprobs_BS, "BS"),
+        place(state.lengths_B, "B"),
+        place(state.done_B, "B"),
     )
 
 

@@ -93,6 +93,17 @@ class Placement:
             return jax.tree.map(lambda each: place(*each), ExpertWeight.specs(spec))
         return place(*spec)
 
+    def abstract(self, tree: Any) -> Any:
+        """Return a part of a decoder's parameters as ShapeDtypeStructs with their shardings."""
+
+        def one(path, held):
+            def struct(x, sharding):
+                return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+            return jax.tree.map(struct, held, self.shardings(name_of(path), held))
+
+        return jax.tree_util.tree_map_with_path(one, tree, is_leaf=_is_held)
+
     def put(self, name: str, held: Held, layer: int | None = None) -> Held:
         """Return parameter ``name``, held in arrays of the host, on the devices of the mesh.
 

@@ -14,7 +14,7 @@ from mtnlg_jax.decode.cache import Decoder, unstack
 from mtnlg_jax.decode.load import load_decoder
 from mtnlg_jax.evaluate.perplexity import Evaluation, evaluate_texts, merged
 from mtnlg_jax.model.transformer import Transformer, abstract_model
-from mtnlg_jax.train.checkpoint import load_run
+from mtnlg_jax.train.checkpoint import Before, load_run
 
 
 class RunScore(NamedTuple):
@@ -40,20 +40,21 @@ def score_run(
     adapt: float = 0.0,
     rounded: dict[str, str] | None = None,
     mesh: Mesh | None = None,
+    before: Before = lambda config, tokenizer: None,
 ) -> RunScore:
     """Score ``texts`` with the checkpoint ``which`` ("best" or "last"), with a progress bar.
 
     ``stride`` and ``adapt`` are for `evaluate_texts`. ``rounded`` may hold dtype, weights and cache
     of `unstack`; the texts are then scored a second time with the model as those hold it. ``mesh``:
-    devices to split the model over.
+    devices to split the model over. ``before`` is that of `load_run`.
     """
     rounded = rounded or {}
     model: Transformer | Decoder
     if mesh is not None and not adapt:
-        run, model = load_decoder(workdir, which, mesh=mesh)
+        run, model = load_decoder(workdir, which, mesh=mesh, before=before)
     else:
         # Only this form can be trained.
-        run = load_run(workdir, which) if mesh is None else load_run(workdir, which, mesh)
+        run = load_run(workdir, which, mesh, before=before)
         model = nnx.merge(abstract_model(run.config.model)[0], run.params)
     in_context = contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
     with in_context, tqdm(unit="window", disable=None, leave=False) as bar:
@@ -68,7 +69,7 @@ def score_run(
         if mesh is None:
             decoder = unstack(run.config.model, run.params, **rounded)  # type: ignore[arg-type]
         else:
-            decoder = load_decoder(workdir, which, **rounded, mesh=mesh)[1]
+            decoder = load_decoder(workdir, which, **rounded, mesh=mesh)[1]  # type: ignore[arg-type]
         other = merged(evaluate_texts(decoder, run.tokenizer, texts, stride))
     losses = tuple(run.tokenizer.losses())
     return RunScore(merged(found), other, rounded, len(texts), run.step, adapt, losses)

@@ -6,7 +6,7 @@ nothing here has an effect, so the same code runs on one device.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -68,14 +68,27 @@ def split(x: jax.Array, dims: str) -> jax.Array:
     """
     if not auto_axes():
         return x
-    spec = [axes_of(dim, size) or None for dim, size in zip(dims, x.shape, strict=True)]
-    return jax.lax.with_sharding_constraint(x, P(*spec))
+    return jax.lax.with_sharding_constraint(x, _spec_of(x.shape, dims))
+
+
+def _spec_of(shape: Sequence[int], dims: str) -> P:
+    return P(*(axes_of(dim, size) or None for dim, size in zip(dims, shape, strict=True)))
+
+
+def placed(mesh: Mesh) -> Callable[[Any, str], jax.ShapeDtypeStruct]:
+    """Return a function that does to shapes what `split` does to arrays on ``mesh``, which must be
+    in context."""
+
+    def place(x: Any, dims: str) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(mesh, _spec_of(x.shape, dims))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return place
 
 
 def whole[T](tree: T) -> T:
     """Return arrays that every device of the mesh in context holds all of."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if AxisType.Auto not in mesh.axis_types:
+    if not auto_axes():
         return tree
     return jax.lax.with_sharding_constraint(tree, P())
 

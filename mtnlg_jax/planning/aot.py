@@ -56,6 +56,9 @@ class Measurement:
     flags_left_out: str = ""  # why some of a run's flags are not among them
     # Processor time of compiling, child processes included; other load does not change it.
     processor_seconds: float = 0.0
+    # Of decoding, as in `unstack`.
+    weights: str | None = None
+    cache: str | None = None
 
     @property
     def fits(self) -> bool | None:
@@ -78,6 +81,8 @@ def measure(
     memory: int | None = None,
     text: str | None = None,
     flags: bool = True,
+    weights: str | None = None,
+    cache: str | None = None,
 ) -> Measurement:
     """Compile ``step`` in a separate process.
 
@@ -86,6 +91,7 @@ def measure(
       text: file to write the compiled program to.
       flags: add the compiler flags that launch/pretrain.py sets for these chips to those of the
         environment. Decoding has none.
+      weights, cache: "int8" to hold weights, or the cache of the step "decode", in int8.
 
     Raises ValueError if config, mesh or topology is wrong. A compiler that gives up or dies is not
     an error: the measurement reports it."""
@@ -122,6 +128,8 @@ def measure(
             "target_config": target_config,
             "memory": memory,
             "text": text and os.path.abspath(text),
+            "weights": weights,
+            "cache": cache,
             "answer": answer,
             "flags": environment[variable].split(),
             "flags_left_out": choice.left_out,
@@ -198,6 +206,8 @@ def _answer() -> None:
             request["target_config"],
             request["memory"],
             request["text"],
+            request["weights"],
+            request["cache"],
         ):
             state.flags = request["flags"]
             state.flags_left_out = request["flags_left_out"]
@@ -206,7 +216,16 @@ def _answer() -> None:
         say({"error": str(error)})
 
 
-def _compile(config: Config, topology: described.Topology, step: str, target_config, memory, text):
+def _compile(
+    config: Config,
+    topology: described.Topology,
+    step: str,
+    target_config,
+    memory,
+    text,
+    weights: str | None,
+    cache: str | None,
+):
     """Yield what is known before the compiler starts, which may abort this process, and then the
     whole measurement."""
     import jax
@@ -221,7 +240,7 @@ def _compile(config: Config, topology: described.Topology, step: str, target_con
     sizes = dict(mesh.shape)
     limit = memory or described.memory_of(topology, devices, target_config)
     start = time.perf_counter()
-    lowered = steps.lower(config, mesh, step)
+    lowered = steps.lower(config, mesh, step, weights, cache)
     result = Measurement(
         str(topology),
         len(devices),
@@ -231,6 +250,8 @@ def _compile(config: Config, topology: described.Topology, step: str, target_con
         _compiler(topology),
         limit,
         failure="unfinished",
+        weights=weights,
+        cache=cache,
     )
     result.lower_seconds = time.perf_counter() - start
     yield result

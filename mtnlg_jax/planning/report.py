@@ -1,12 +1,15 @@
 """Render a measurement as a page for a person. The same measurement gives the same text."""
 
 import math
+from collections.abc import Iterator
 
 from mtnlg_jax.config import Config
 from mtnlg_jax.decode.results import CHUNK
+from mtnlg_jax.hardware import size_of
 from mtnlg_jax.parallel.mesh import described, row_shards
 from mtnlg_jax.planning.aot import Measurement
-from mtnlg_jax.planning.topology import GIB, GPUS
+from mtnlg_jax.planning.decode_bound import bound_of
+from mtnlg_jax.planning.topology import GPUS
 
 _INDENT = " " * 13
 
@@ -40,6 +43,7 @@ def render(config: Config, m: Measurement) -> str:
             for c in m.collectives
         ]
         lines += [_row("compiler's", _estimate(m))]
+        lines += [_row("at best", text) for text in _at_best(config, m)]
     lines += [
         _row(
             "took",
@@ -70,21 +74,15 @@ def _row(name: str, text: str) -> str:
     return f"{name:<{len(_INDENT)}}{text}"
 
 
-def size_of(size: float) -> str:
-    """Format bytes in the largest unit that fits, such as 15.64 GiB."""
-    for unit, name in ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if abs(size) >= unit:
-            return f"{size / unit:.2f} {name}"
-    return f"{size:.0f} B"
-
-
 def _layout(config: Config, m: Measurement) -> str:
     text = described(m.mesh)
     if m.step != "train":
         tokens = (
             f"prompts of {config.sequence_length}" if m.step == "prefill" else f"{CHUNK} tokens"
         )
-        return f"{text}, {tokens}, {_rows(config.train.micro_batch_size or 1)}"
+        kinds = (("weights", m.weights), ("cache", m.cache))
+        held = "".join(f", {name} {value}" for name, value in kinds if value)
+        return f"{text}, {tokens}, {_rows(config.train.micro_batch_size or 1)}{held}"
     text += f", zero {config.mesh.zero}"
     if m.mesh["pipe"] > 1:
         text += f", {config.mesh.schedule}" + (
@@ -188,6 +186,17 @@ def _collectives_head(m: Measurement) -> str:
     if not m.collectives:
         return "none"
     return f"{'kind':<18} {'axes':<14} {'loops':>5} {'times':>9} {'sent':>11}  a device and step"
+
+
+def _at_best(config: Config, m: Measurement) -> Iterator[str]:
+    bound = bound_of(config, m)
+    if bound is None:
+        return
+    yield (
+        f"{bound.seconds * 1e3:,.2f} ms a call: reads {bound.read * 1e3:,.2f}, products "
+        f"{bound.products * 1e3:,.2f}, sends {bound.sent * 1e3:,.2f}; at most "
+        f"{bound.tokens_per_second:,.1f} tokens/s a device (a bound, not a prediction)"
+    )
 
 
 def _estimate(m: Measurement) -> str:

@@ -5,11 +5,12 @@ import math
 from collections.abc import Iterator
 
 from mtnlg_jax.config import Config, override, validate, validate_batch
+from mtnlg_jax.hardware import size_of
 from mtnlg_jax.parallel.mesh import mesh_shape, row_shards
 from mtnlg_jax.planning.aot import Measurement, measure
 from mtnlg_jax.planning.cost import Job
 from mtnlg_jax.planning.layout import layout_of
-from mtnlg_jax.planning.report import largest_tensors, size_of
+from mtnlg_jax.planning.report import largest_tensors
 from mtnlg_jax.planning.topology import Topology
 
 

@@ -263,6 +263,9 @@ class Checkpoints:
 
 # --- reading a run without writing to it
 
+# Looks at the config and, where it is known by then, the tokenizer; raises where they do not do.
+Before = Callable[[Config, Tokenizer | None], None]
+
 
 @dataclass(frozen=True)
 class Run:
@@ -282,13 +285,15 @@ def load_run(
     mesh: Mesh | None = None,
     zero: int = 0,
     vocab_padding: int | None = None,
+    before: Before = lambda config, tokenizer: None,
 ) -> Run:
     """Load the model with the lowest metric in ``workdir`` ("best"), or the newest ("last").
 
     Without any metric "best" is the newest. Read parameters only, to one device, or sharded over
     ``mesh`` as the plan says; low-rank adapters are merged. Write nothing, so that a run may be
     training there; a damaged checkpoint is skipped with a warning. ``vocab_padding`` is that of the
-    model that is returned; None: as it was saved.
+    model that is returned; None: as it was saved. ``before`` is called with the config, and the
+    tokenizer of a run, before any parameter is read; it may raise.
 
     A model of another format in ``workdir`` is read without conversion (`foreign`).
 
@@ -297,6 +302,7 @@ def load_run(
     """
     reader = foreign.reader_of(workdir)
     if reader is not None:
+        before(reader.config(workdir), None)
         return reader.load(workdir, mesh, zero, vocab_padding or 0)
 
     def read(path: epath.Path, config: Config) -> nnx.State:
@@ -306,7 +312,7 @@ def load_run(
             check_finite(np.asarray(array), name, f"checkpoint {path.parent}")
         return params
 
-    run = find_run(workdir, which, read)
+    run = find_run(workdir, which, read, before)
     return dataclasses.replace(run, config=_padded(run.config, vocab_padding))
 
 
@@ -318,33 +324,29 @@ def _padded(config: Config, vocab_padding: int | None) -> Config:
 
 
 def find_run(
-    workdir: str | os.PathLike, which: str, read: Callable[[epath.Path, Config], Any]
+    workdir: str | os.PathLike,
+    which: str,
+    read: Callable[[epath.Path, Config], Any],
+    before: Before = lambda config, tokenizer: None,
 ) -> Run:
     """Like ``load_run``, with parameters from ``read``, given the folder of the arrays and the
     config."""
-    if which not in ("best", "last"):
-        raise ValueError(f"unknown value which={which!r}; choose best or last")
     run = epath.Path(workdir).absolute()
     folder = run / "checkpoints"
-    steps = manifest.finished(folder)[::-1]
-    best = manifest.best(folder)
-    if not steps:
-        raise FileNotFoundError(_no_run(run))
-    if which == "best" and best is not None:
-        # The others follow in case the best is damaged or deleted while it is read.
-        steps = [best, *(step for step in steps if step != best)]
     damaged = []
-    for step in steps:
+    for step in _steps(run, which):
         path = folder / str(step)
         try:
             record, damage = manifest.read_record(path)
             if record is not None:
+                config = from_json(json.dumps(record["meta"]["config"]))
+                tokenizer = load_tokenizer(os.fspath(run / "tokenizer"))
+                # Hashing reads all bytes as well.
+                before(config, tokenizer)
                 # Only params/ is hashed: Adam's moments are twice as large and are not read.
                 damage = manifest.damage(path, record, below="params/")
             if record is not None and damage is None:
-                config = from_json(json.dumps(record["meta"]["config"]))
                 params = read(path / "params", config)
-                tokenizer = load_tokenizer(os.fspath(run / "tokenizer"))
                 # Adapters are merged, so the config that goes with the parameters has none.
                 return Run(lora.without(config), params, tokenizer, step, record["meta"])
         except Exception:
@@ -358,6 +360,33 @@ def find_run(
         f"{folder} holds no whole checkpoint: {', '.join(damaged)}; restore a good copy, or train "
         "again"
     )
+
+
+def _steps(run: epath.Path, which: str) -> list[int]:
+    """Return the steps of the checkpoints of ``run``, the one to take first."""
+    if which not in ("best", "last"):
+        raise ValueError(f"unknown value which={which!r}; choose best or last")
+    folder = run / "checkpoints"
+    steps = manifest.finished(folder)[::-1]
+    best = manifest.best(folder)
+    if not steps:
+        raise FileNotFoundError(_no_run(run))
+    if which == "best" and best is not None:
+        # The others follow in case the best is damaged or deleted while it is read.
+        return [best, *(step for step in steps if step != best)]
+    return steps
+
+
+def config_of(workdir: str | os.PathLike, which: str = "best") -> Config | None:
+    """Return the config of the model that `load_run` would load, without reading its parameters;
+    None if its record is damaged."""
+    reader = foreign.reader_of(workdir)
+    if reader is not None:
+        return reader.config(workdir)
+    run = epath.Path(workdir).absolute()
+    step = _steps(run, which)[0]
+    record = manifest.read_record(run / "checkpoints" / str(step))[0]
+    return None if record is None else from_json(json.dumps(record["meta"]["config"]))
 
 
 def _no_run(workdir: epath.Path) -> str:

@@ -291,6 +291,23 @@ def test_words_are_replaced_by_their_tokens(ask, tokenizer):
     )
 
 
+def test_a_model_that_does_not_fit_is_refused_with_the_way_out(ask):
+    arguments = ["--workdir=RUN", "--prompt=The cat"]
+    code, out, err = ask(*arguments, "--memory=0.00004")
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert "error: RUN does not fit: a machine would hold at least" in err
+    assert "it fits with --dtype=bfloat16 (" in err and "all the same with --memory=0\n" in err
+    # Samples of one prompt may be fewer, and beams have no int8 cache.
+    more = ["--mode=ranking", "--temperature=1", "--n=64", "--dtype=bfloat16", "--memory=0.00012"]
+    assert "it fits with --cache=int8 (" in ask(*arguments, *more)[2]
+    assert "--n=" in ask(*arguments, *more, "--cache=int8", "--n=512")[2]
+    err = ask(*arguments, "--num_beams=64", "--dtype=bfloat16", "--memory=0.00002")[2]
+    assert "does not fit" in err and "--cache" not in err
+    # A draft is counted with the model.
+    assert "does not fit" in ask(*arguments, "--draft=RUN", "--memory=0.00007")[2]
+    assert ask(*arguments, "--memory=0.00007") == ask(*arguments) == ask(*arguments, "--memory=0")
+
+
 def test_a_file_of_prompts_is_answered_line_by_line(ask, tmp_path):
     (tmp_path / "prompts.txt").write_text("The cat\n\nIn the\n")
     code, out, err = ask(

@@ -2,7 +2,6 @@
 only."""
 
 import dataclasses
-import json
 import os
 import resource
 import subprocess
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from runs import save_run
 
 from mtnlg_jax.config import (
     Config,
@@ -20,7 +20,6 @@ from mtnlg_jax.config import (
     ModelConfig,
     MoEConfig,
     OptimizerConfig,
-    to_json,
 )
 from mtnlg_jax.decode import cache
 from mtnlg_jax.decode import load as loading
@@ -30,7 +29,7 @@ from mtnlg_jax.decode.load import load_decoder, names_of
 from mtnlg_jax.decode.rank import rank
 from mtnlg_jax.model.transformer import abstract_model, init_parameters
 from mtnlg_jax.train import arrays, checkpoint, checkpoint_arrays, lora
-from mtnlg_jax.train.checkpoint import Checkpoints, load_run
+from mtnlg_jax.train.checkpoint import load_run
 
 ROOT = Path(__file__).resolve().parents[2]
 HELD = [
@@ -39,16 +38,6 @@ HELD = [
     {"weights": "int8"},
     {"weights": "int8", "dtype": "bfloat16", "cache": "int8"},
 ]
-
-
-def _save(folder, config: Config, params, tokenizer):
-    tokenizer.save(folder / "tokenizer")
-    checkpoints = Checkpoints(folder / "checkpoints")
-    checkpoints.save(
-        3, {"params": params}, {"config": json.loads(to_json(config)), "identity": {}}, wait=True
-    )
-    checkpoints.close()
-    return folder
 
 
 def _poisoned(tiny, name: str, value: float):
@@ -69,7 +58,7 @@ def test_a_loaded_decoder_equals_the_parameters_in_memory(
     tiny, tokenizer, tmp_path, monkeypatch, chunk
 ):
     monkeypatch.setattr(checkpoint_arrays, "CHUNK_BYTES", chunk)
-    folder = _save(tmp_path, Config(model=tiny.config), tiny.params, tokenizer)
+    folder = save_run(tmp_path, Config(model=tiny.config), tiny.params, tokenizer)
     stored = arrays.StoredArrays(checkpoint.epath.Path(folder / "checkpoints/3/params"))
     layers = stored._open("blocks.mlp.w_in_DF").chunk_layout.read_chunk.shape[0]
     assert layers == (2 if chunk == 2**24 else 1), "stored as the test means it"
@@ -114,7 +103,7 @@ def test_adapters_of_a_run_are_merged(learned, tokenizer, tmp_path):
     adapters = jax.tree.map(
         lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape), x.dtype), lora.abstract_adapters(config)
     )
-    folder = _save(tmp_path, config, lora.joined(learned.params, adapters), tokenizer)
+    folder = save_run(tmp_path, config, lora.joined(learned.params, adapters), tokenizer)
     run, found = load_decoder(folder)
     expected = cache.unstack(learned.config, load_run(folder).params)
     assert run.config.optimizer.lora_rank == 0
@@ -129,7 +118,7 @@ def test_adapters_of_a_run_are_merged(learned, tokenizer, tmp_path):
     [("blocks.mlp.b_in_F", np.nan), ("tokens_VD", np.inf), ("final_norm.scale_D", -np.inf)],
 )
 def test_a_parameter_that_is_not_finite_raises_an_error(learned, tokenizer, tmp_path, name, value):
-    folder = _save(
+    folder = save_run(
         tmp_path, Config(model=learned.config), _poisoned(learned, name, value), tokenizer
     )
     for load in (load_run, load_decoder, lambda folder: load_decoder(folder, weights="int8")):
@@ -203,7 +192,7 @@ def gpt2_124m(tokenizer, tmp_path_factory):
     params = jax.tree.map(
         lambda x: jnp.asarray(rng.normal(0, 0.02, x.shape), jnp.float32), abstract_model(model)[1]
     )
-    return _save(tmp_path_factory.mktemp("gpt2"), Config(model=model), params, tokenizer)
+    return save_run(tmp_path_factory.mktemp("gpt2"), Config(model=model), params, tokenizer)
 
 
 def _ask(folder, *flags, environment=None) -> tuple[float, float]:
@@ -251,7 +240,7 @@ def test_int8_and_bfloat16_reduce_memory(gpt2_124m, tmp_path):
 
 @pytest.mark.slow
 def test_a_warm_start_is_fast(learned, tokenizer, tmp_path):
-    folder = _save(tmp_path / "run", Config(model=learned.config), learned.params, tokenizer)
+    folder = save_run(tmp_path / "run", Config(model=learned.config), learned.params, tokenizer)
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     environment["XDG_CACHE_HOME"] = str(tmp_path)
     assert min(_ask(folder, environment=environment)[1] for _ in range(4)) < 2.5

@@ -146,7 +146,7 @@ WAYS = [
 
 
 def assert_same(one, other, rounding=ROUNDING):
-    """Compare nested results: numbers within ``rounding``, relative above 1, and the rest exactly."""
+    """Compare nested results: numbers within ``rounding`` (relative above 1), the rest exactly."""
     if isinstance(one, dict):
         assert one.keys() == other.keys()
         one = list(one.values())

@@ -56,6 +56,16 @@ def test_a_text_and_its_figures(ask):
     )
 
 
+def test_a_model_that_does_not_fit_is_refused(ask):
+    arguments = ["--workdir=RUN", "--input={folder}/a.txt"]
+    code, out, err = ask(*arguments, "--memory=0.00001")
+    assert (code, out) == (2, "") and "RUN does not fit" in err and "--weights" not in err
+    # A second form, or the copies that a text changes, are held beside it.
+    for more in ("--weights=int8", "--adapt=1e-3"):
+        assert "RUN does not fit" in ask(*arguments, "--memory=0.00004", more)[2]
+    assert ask(*arguments, "--memory=0.00004")[0] == 0
+
+
 def test_keys_are_named_and_what_is_left_out_is_counted(ask):
     record = json.loads(
         ask("--workdir=RUN", "--input={folder}/rows.jsonl", "--text_key=text|body", "--json")[1]

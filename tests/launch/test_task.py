@@ -93,6 +93,16 @@ def test_one_answer(ask):
     )
 
 
+def test_a_model_that_does_not_fit_is_refused(ask):
+    arguments = ["--workdir=RUN", "--task=summarise", "--input={folder}/review.txt"]
+    code, out, err = ask(*arguments, "--memory=0.00001")
+    assert (code, out) == (2, "") and "RUN does not fit" in err
+    # Summaries are written by beams, which have no int8 cache.
+    assert "--weights=int8" in err and "--cache" not in err
+    code, _, err = ask(*arguments, "--cache=int8")
+    assert code == 2 and "add --set=decode.num_beams=1" in err
+
+
 def test_an_answer_from_passages(ask):
     asked = (
         "--workdir=RUN",

@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 
 from mtnlg_jax.config import load_config
+from mtnlg_jax.hardware import CHIPS, size_of
 from mtnlg_jax.planning import suggest
 from mtnlg_jax.planning.aot import Measurement
+from mtnlg_jax.planning.decode_bound import bound_of
 from mtnlg_jax.planning.hlo import Tensor
 from mtnlg_jax.planning.hlo_cost import Collective, Kernel
-from mtnlg_jax.planning.report import render, size_of
+from mtnlg_jax.planning.report import render
 from mtnlg_jax.planning.topology import GIB, parse
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,6 +100,36 @@ machine's memory"""
 
 def test_the_report_of_a_measurement():
     assert render(config(*POD), measurement()) == GOLDEN
+
+
+def test_a_step_of_decoding_has_a_bound():
+    chip = CHIPS["v5p"]
+    m = measurement(
+        step="decode",
+        topology="v5p:2x4x4",
+        devices=32,
+        mesh={"data": 4, "tensor": 8},
+        arguments_exact=int(chip.memory_speed / 1000),  # 1 ms a token, 8 tokens a call
+        flops=chip.flops / 1000,
+        collectives=[Collective("all-reduce", ("tensor",), 8, 1, 1.0, chip.fast * 2e-3)],
+        weights="int8",
+    )
+    bound = bound_of(config(*POD), m)
+    assert (bound.read, bound.products, bound.sent) == pytest.approx((8e-3, 1e-3, 2e-3))
+    assert bound.tokens == 4 * 8
+    assert bound.tokens_per_second == pytest.approx(32 / 10e-3 / 32)
+    text = render(config(*POD), m)
+    assert "8 tokens, 1 row a data shard, weights int8\n" in text
+    assert "at best      10.00 ms a call: reads 8.00, products 1.00, sends 2.00; at most" in text
+    assert bound_of(config(*POD), measurement()) is None  # a train step has a prediction
+    # All weights are read once for a whole prompt.
+    prefill = bound_of(config(*POD), dataclasses.replace(m, step="prefill"))
+    assert prefill.read == pytest.approx(1e-3) and prefill.tokens == 4 * 2048
+    # Groups beyond a node use its slow network.
+    cards = dataclasses.replace(m, topology="A100:4x8")
+    wide = dataclasses.replace(m.collectives[0], group=32)
+    slow = bound_of(config(*POD), dataclasses.replace(cards, collectives=[wide]))
+    assert slow.sent > 10 * bound_of(config(*POD), cards).sent
 
 
 @pytest.mark.parametrize(

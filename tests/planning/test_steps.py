@@ -4,14 +4,21 @@ import dataclasses
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from mtnlg_jax import compat
-from mtnlg_jax.config import LayerSpec, load_config
+from mtnlg_jax.config import DecodeConfig, LayerSpec, load_config
+from mtnlg_jax.decode import cache, sampling
+from mtnlg_jax.decode.batched_settings import batch_settings
+from mtnlg_jax.decode.load import _assemble
 from mtnlg_jax.model.attention import mean_key_blocks
 from mtnlg_jax.model.kernels import blocks
+from mtnlg_jax.model.transformer import init_parameters
+from mtnlg_jax.parallel.auto import placed
 from mtnlg_jax.parallel.mesh import make_mesh
 from mtnlg_jax.planning.steps import dynamic_trips, lower
+from mtnlg_jax.train.arrays import Held
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -41,6 +48,51 @@ def test_the_outermost_loop_runs_for_the_full_batch(changes, step, turns):
     changed = config(*changes)
     trips = dynamic_trips(changed, make_mesh(changed.mesh, jax.devices()), step)
     assert trips(0) == turns and trips(2) == mean_key_blocks(64, 16, "float32") == 1
+
+
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_a_prompt_is_read_by_the_program_of_decoding(weights):
+    changed = config("mesh.tensor=2")
+    mesh = make_mesh(changed.mesh, jax.devices())
+    model = changed.model
+    params = _assemble(model, "float32", weights, Held(init_parameters(model, 0)), mesh)
+    tokens_BS = np.zeros((4, changed.sequence_length), np.int32)
+    options = {"config": model, "size": changed.sequence_length, "rolling": True}
+    with jax.set_mesh(mesh):
+        ours = cache.prefill_rows.lower(params, tokens_BS, np.ones(4, np.int32), **options)
+    ahead = lower(changed, mesh, "prefill", weights)
+    assert ahead.as_text() == ours.as_text()
+    assert lower(changed, mesh, "prefill").as_text() != ours.as_text() or weights is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [None, "int8"])
+def test_tokens_are_written_from_the_state_of_decoding(form):
+    changed = config("mesh.tensor=2")
+    mesh = make_mesh(changed.mesh, jax.devices())
+    model = changed.model
+    params = _assemble(model, "float32", None, Held(init_parameters(model, 0)), mesh)
+    whole = np.arange(4, dtype=np.int32)
+    settings = batch_settings([DecodeConfig()] * 4, np.ones(model.vocabulary, bool), eos=(0,))
+    options = {"config": model, "size": changed.sequence_length, "rolling": True}
+    with jax.set_mesh(mesh):
+        tokens_BS = np.zeros((4, changed.sequence_length), np.int32)
+        prefix = cache.prefill_rows(params, tokens_BS, np.ones(4, np.int32), **options)
+        state, _ = sampling.begin(
+            prefix,
+            whole,
+            whole,
+            whole.astype(np.uint32),
+            settings,
+            int8_cache=form == "int8",
+            rolling=model,
+        )
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+        ahead = sampling.split_state(shapes, placed(mesh))
+    info = lower(changed, mesh, "decode", None, form).args_info[0][1]
+    assert [x.shape for x in jax.tree.leaves(info)] == [x.shape for x in jax.tree.leaves(state)]
+    for one, other in zip(jax.tree.leaves(ahead), jax.tree.leaves(state), strict=True):
+        assert other.sharding.is_equivalent_to(one.sharding, other.ndim)
 
 
 def test_a_windowed_layer_holds_only_its_window():
@@ -84,23 +136,15 @@ def test_programs_are_made_for_the_described_platform(monkeypatch):
     )
 
 
-@pytest.mark.parametrize("axis", ["context"])
-def test_decoding_on_other_axes_raises_an_error(axis):
-    changed = config(f"mesh.{axis}=2")
-    with pytest.raises(
-        ValueError, match=rf"--step=decode runs over data, tensor and pipe.*--set=mesh.{axis}=1"
-    ):
-        lower(changed, make_mesh(changed.mesh, jax.devices()), "decode")
-
-
 def test_decoding_may_have_fewer_key_value_heads_than_parts():
     changed = config("mesh.tensor=2", "model.num_query_groups=1", "model.vocab_size=511")
     assert changed.model.vocabulary == 512  # padded
     assert "func" in lower(changed, make_mesh(changed.mesh, jax.devices()), "decode").as_text()
 
 
+@pytest.mark.parametrize("axis", ["pipe", "context"])
 @pytest.mark.parametrize("step", ["prefill", "decode"])
-def test_decoding_runs_over_pipeline_stages(step):
-    changed = config("mesh.pipe=2", "mesh.tensor=2")
+def test_decoding_runs_over_stages_and_positions(step, axis):
+    changed = config(f"mesh.{axis}=2", "mesh.tensor=2")
     text = lower(changed, make_mesh(changed.mesh, jax.devices()), step).as_text()
-    assert "collective_permute" in text
+    assert ("collective_permute" if axis == "pipe" else "manual_computation") in text

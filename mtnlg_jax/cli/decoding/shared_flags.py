@@ -9,6 +9,13 @@ with command.flag_group("Model"):
     DTYPE = flags.DEFINE_enum(
         "dtype", "float32", ["float32", "bfloat16"], "type of the products and the cache"
     )
+    WEIGHTS = flags.DEFINE_enum(
+        "weights",
+        None,
+        ["int8"],
+        "type of the stored weights; launch/evaluate.py measures the loss in quality",
+    )
+    CACHE = flags.DEFINE_enum("cache", None, ["int8"], "type of the cached keys and values")
 
     ADAPTER = command.define_path(
         "adapter", None, "folder of a PEFT adapter to merge into the model at --workdir"

@@ -1,11 +1,18 @@
 """The flags of `cli.evaluate`, and what it does after they are checked."""
 
 import json
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from mtnlg_jax import command
-from mtnlg_jax.cli.decoding import devices
+from mtnlg_jax.cli.decoding import devices, fitting
+
+if TYPE_CHECKING:
+    from mtnlg_jax.config import Config
+
+# Parameters, those that a text changes, and Adam's two moments of them.
+ADAPTING_COPIES = 4
 
 with command.flag_group("The run and the text"):
     WORKDIR = command.define_path(
@@ -57,6 +64,19 @@ with command.flag_group("Devices"):
     )
 
 
+def _check_memory(config: "Config", rounded: dict[str, str]) -> None:
+    """Raise ValueError if the model, and the one that is held otherwise, do not fit."""
+    from mtnlg_jax.decode.memory import Choices, Plan
+
+    mesh = devices.mesh()
+    copies = ADAPTING_COPIES if ADAPT.value else 1
+    plans = [Plan(config.model, mesh=mesh, copies=copies)]
+    if rounded:
+        plans.append(Plan(config.model, mesh=mesh, **rounded))  # type: ignore[arg-type]
+    choices = Choices(dtype=False, weights=False, cache=False)
+    fitting.check(WORKDIR.value, plans, choices, mesh)
+
+
 def evaluate(rounded: dict[str, str]) -> None:
     """Score the text and print the report."""
     from mtnlg_jax import compat
@@ -78,6 +98,7 @@ def evaluate(rounded: dict[str, str]) -> None:
         ADAPT.value,
         rounded,
         devices.mesh(),
+        before=lambda config, _: _check_memory(config, rounded),
     )
     if JSON.value:
         print(json.dumps(as_json(score, left_out), allow_nan=False))

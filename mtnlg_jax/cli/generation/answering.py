@@ -5,7 +5,7 @@ import gc
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from mtnlg_jax.cli.decoding import devices, shared_flags
+from mtnlg_jax.cli.decoding import devices, fitting, shared_flags
 from mtnlg_jax.cli.decoding.output import dump
 from mtnlg_jax.cli.generation import options
 from mtnlg_jax.cli.generation.many import answer_all
@@ -15,12 +15,17 @@ from mtnlg_jax.cli.generation.settings import decode_settings, with_words
 from mtnlg_jax.cli.generation.writing import write
 
 if TYPE_CHECKING:
+    from mtnlg_jax.config import Config, DecodeConfig
+    from mtnlg_jax.data.tokenizer import Tokenizer
     from mtnlg_jax.decode.cache import Decoder
     from mtnlg_jax.train.checkpoint import Run
 
 
-def load_model() -> "tuple[Run, Decoder]":
-    """Load the run of --workdir and its decoder."""
+def load_model(rows: list[dict], given: dict[str, Any]) -> "tuple[Run, Decoder, DecodeConfig]":
+    """Load the run of --workdir and its decoder, and return the settings for ``rows`` as well.
+
+    Raise ValueError before anything is loaded if the settings, or the memory, do not do.
+    """
     # Objects made by imports and loading stay alive; collecting garbage among them takes a tenth
     # of the start-up time.
     gc.disable()
@@ -29,26 +34,77 @@ def load_model() -> "tuple[Run, Decoder]":
 
     compat.quiet()
     compat.configure_cache(least_seconds=0)
-    found = load_decoder(
+    settings: list[DecodeConfig] = []
+
+    def before(config: "Config", tokenizer: "Tokenizer | None") -> None:
+        assert tokenizer is not None, "a decoder is loaded with its tokenizer"
+        tokenizer.parse_special = options.PARSE_SPECIAL.value
+        # Not once more where a damaged checkpoint is skipped.
+        settings[:] = [decode_settings(rows, config.decode, with_words(tokenizer, given))]
+        _check_memory(config, tokenizer, rows, settings[0])
+
+    run, decoder = load_decoder(
         options.WORKDIR.value,
         shared_flags.CHECKPOINT.value,
         shared_flags.DTYPE.value,
-        weights=options.WEIGHTS.value,
-        cache=options.CACHE.value,
+        weights=shared_flags.WEIGHTS.value,
+        cache=shared_flags.CACHE.value,
         mesh=devices.mesh(),
+        before=before,
     )
     gc.freeze()
     gc.enable()
-    return found
+    return run, decoder, settings[0]
+
+
+def _check_memory(
+    config: "Config", tokenizer: "Tokenizer", rows: list[dict], decode: "DecodeConfig"
+) -> None:
+    """Raise ValueError if weights and caches do not fit."""
+    from mtnlg_jax.decode.cache import bucket
+    from mtnlg_jax.decode.memory import Caches, Choices, Plan, caches_of
+    from mtnlg_jax.decode.results import encode_prompt
+    from mtnlg_jax.train.checkpoint import config_of
+
+    model = config.model
+    mode = options.MODE.value
+    shrink = None
+    caches: tuple[Caches, ...] = ()  # infilling has none
+    if mode != "fill":
+        longest = max(len(encode_prompt(tokenizer, row["prompt"])) for row in rows)
+        at_once = 1
+        if mode == "generative" and options.PROMPTS.value:
+            at_once = min(len(rows), options.BATCH.value)
+            shrink = ("--batch", at_once)
+        elif decode.num_return_sequences > 1 and decode.num_beams == 1:
+            shrink = ("--n", decode.num_return_sequences)
+        caches = caches_of(model, at_once, longest, decode)
+    given = bool(options.CANDIDATES.value) or all("candidates" in row for row in rows)
+    if mode == "ranking" and given:
+        # Candidates are read behind one prompt, which is cached.
+        shrink = None
+        caches = (Caches(1, bucket(longest, model.max_position_embeddings), floats=True),)
+    form = (
+        shared_flags.DTYPE.value,
+        shared_flags.WEIGHTS.value,
+        shared_flags.CACHE.value,
+        devices.mesh(),
+    )
+    plans = [Plan(model, *form, caches)]
+    if options.DRAFT.value is not None and mode == "generative":
+        draft = config_of(options.DRAFT.value, shared_flags.CHECKPOINT.value)
+        plans += [] if draft is None else [Plan(draft.model, *form, caches)]
+    # The cache of beams and of prompts holds only floats.
+    rounds = any(not each.floats for each in caches)
+    choices = Choices(cache=rounds, rows=shrink)
+    fitting.check(options.WORKDIR.value, plans, choices, devices.mesh())
 
 
 def answer(rows: list[dict], given: dict[str, Any]) -> None:
     """Load the model, answer every row with the settings ``given``, and print the answers."""
     from mtnlg_jax.decode.stopping import ShownSpecials
 
-    run, decoder = load_model()
-    run.tokenizer.parse_special = options.PARSE_SPECIAL.value
-    decode = decode_settings(rows, run.config.decode, with_words(run.tokenizer, given))
+    run, decoder, decode = load_model(rows, given)
     tokenizer = ShownSpecials(run.tokenizer) if options.SHOW_SPECIAL.value else run.tokenizer
     ranking = functools.partial(rank_candidates, stages=run.config.train.stages)
     if options.PROMPTS.value:

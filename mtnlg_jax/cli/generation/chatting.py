@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from mtnlg_jax.cli.decoding import devices
 from mtnlg_jax.cli.generation import options
 from mtnlg_jax.cli.generation.answering import load_model
-from mtnlg_jax.cli.generation.settings import decode_settings, with_words
 from mtnlg_jax.cli.generation.writing import load_draft
 
 if TYPE_CHECKING:
@@ -30,8 +29,7 @@ def chat(given: dict[str, Any]) -> None:
             ChatTemplate(template, {})  # is refused before the model is loaded
         except ValueError as error:
             raise ValueError(f"--chat_template={file}: {error}") from None
-    run, decoder = load_model()
-    decode = decode_settings([{"prompt": ""}], run.config.decode, with_words(run.tokenizer, given))
+    run, decoder, decode = load_model([{"prompt": ""}], given)
     # The settings of a run may ask for several texts; a conversation goes on from one.
     decode = dataclasses.replace(decode, num_return_sequences=1)
     conversation = Conversation(

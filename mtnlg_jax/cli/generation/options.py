@@ -8,13 +8,6 @@ with command.flag_group("Model"):
     WORKDIR = command.define_path(
         "workdir", None, "folder of a run or of a Hugging Face model, or a GGUF file", required=True
     )
-    WEIGHTS = flags.DEFINE_enum(
-        "weights",
-        None,
-        ["int8"],
-        "type of the stored weights; launch/evaluate.py measures the loss in quality",
-    )
-    CACHE = flags.DEFINE_enum("cache", None, ["int8"], "type of the cached keys and values")
 
 with command.flag_group("Mode and prompts"):
     MODE = flags.DEFINE_enum(

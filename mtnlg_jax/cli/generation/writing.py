@@ -73,8 +73,8 @@ def load_draft(tokenizer) -> "Decoder | None":
         options.DRAFT.value,
         shared_flags.CHECKPOINT.value,
         shared_flags.DTYPE.value,
-        weights=options.WEIGHTS.value,
-        cache=options.CACHE.value,
+        weights=shared_flags.WEIGHTS.value,
+        cache=shared_flags.CACHE.value,
         mesh=devices.mesh(),
     )
     if run.tokenizer.vocab_size != tokenizer.vocab_size or any(

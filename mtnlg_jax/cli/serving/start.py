@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from mtnlg_jax.cli.decoding import devices
+from mtnlg_jax.cli.decoding import devices, fitting
 from mtnlg_jax.cli.serving import options
 from mtnlg_jax.command import expand
 
 if TYPE_CHECKING:
+    from mtnlg_jax.config import Config
     from mtnlg_jax.decode.cache import Decoder
     from mtnlg_jax.serve.engine import Engine
     from mtnlg_jax.serve.keys import Keys
@@ -225,6 +226,7 @@ def _load(name: str, adapter: str | None) -> _Loaded:
         weights=options.WEIGHTS.value,
         cache=options.CACHE.value,
         mesh=devices.mesh(),
+        before=_check_memory if adapter is None else lambda config, tokenizer: None,
     )
     return _Loaded(name, adapter, run, decoder)
 
@@ -266,6 +268,26 @@ def _engine(loaded: _Loaded, mirror: "Mirror | None") -> "Engine":
         warm=options.WARM.value,
         mirror=mirror,
     )
+
+
+def _check_memory(config: "Config", _: object) -> None:
+    """Raise ValueError if the models of all names, and all slots at their full length, do not
+    fit. The model itself is loaded first, so nothing is loaded yet."""
+    from mtnlg_jax.decode.memory import Caches, Choices, Plan
+
+    slots = options.SLOTS.value
+    plan = Plan(
+        config.model,
+        options.DTYPE.value,
+        options.WEIGHTS.value,
+        options.CACHE.value,
+        mesh=devices.mesh(),
+        caches=(Caches(slots, config.model.max_position_embeddings),),
+    )
+    # Each adapter is merged into weights of its own, and has slots of its own.
+    plans = [plan] * len(_adapters())
+    rows = ("--slots", slots)
+    fitting.check(options.WORKDIR.value, plans, Choices(rows=rows), devices.mesh())
 
 
 def _own_template(tokenizer) -> str | None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 def make_pairs(task: "Task") -> None:
     """Write a JSON line for each row of --input, and print the first."""
+    from mtnlg_jax.config import DecodeConfig
     from mtnlg_jax.storage import write_file
     from mtnlg_jax.tasks.prompts import pairs
 
@@ -20,7 +21,7 @@ def make_pairs(task: "Task") -> None:
     rows = read_rows(task, options.INPUT.value, options.LIMIT.value)
     size: dict[str, Any] = {}
     if options.WORKDIR.value:
-        run, _ = performing.load()
+        run, _ = performing.load(1, DecodeConfig())
         size = {"tokenizer": run.tokenizer, "context": run.config.model.max_position_embeddings}
     made = pairs(task, rows, language=options.LANGUAGE.value, **size)
     lines = "".join(dump(pair) + "\n" for pair in made)

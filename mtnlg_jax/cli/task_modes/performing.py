@@ -4,13 +4,13 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mtnlg_jax.cli.decoding import devices, shared_flags
+from mtnlg_jax.cli.decoding import devices, fitting, shared_flags
 from mtnlg_jax.cli.decoding.settings import read_assignments
 from mtnlg_jax.cli.task_modes import options
 from mtnlg_jax.cli.task_modes.rows import read_rows
 
 if TYPE_CHECKING:
-    from mtnlg_jax.config import DecodeConfig
+    from mtnlg_jax.config import Config, DecodeConfig
     from mtnlg_jax.decode.cache import Decoder
     from mtnlg_jax.tasks.answers import Answer
     from mtnlg_jax.tasks.rendering import Row
@@ -52,18 +52,41 @@ def read_support(task: "Task", notes: list[str]) -> dict[str, Any]:
     }
 
 
-def load() -> "tuple[Run, Decoder]":
-    """Load the run of --workdir and its decoder."""
+def load(rows: int, decode: "DecodeConfig") -> "tuple[Run, Decoder]":
+    """Load the run of --workdir and its decoder, to answer ``rows`` rows.
+
+    Raise ValueError before anything is loaded if it does not fit.
+    """
     from mtnlg_jax import compat
     from mtnlg_jax.decode.load import load_decoder
 
+    if shared_flags.CACHE.value and decode.num_beams > 1:
+        raise ValueError(
+            f"--cache={shared_flags.CACHE.value} is for rows, and num_beams={decode.num_beams} "
+            "continues beams; add --set=decode.num_beams=1, or leave --cache out"
+        )
     compat.quiet()
     compat.configure_cache()
+    held = (shared_flags.DTYPE.value, shared_flags.WEIGHTS.value, shared_flags.CACHE.value)
+
+    def before(config: "Config", _: object) -> None:
+        from mtnlg_jax.decode.memory import Choices, Plan, caches_of
+
+        at_once = min(rows, options.BATCH.value)
+        # Prompts have at least one token; how many more is not known before they are made.
+        caches = caches_of(config.model, at_once, 1, decode)
+        plan = Plan(config.model, *held, devices.mesh(), caches)
+        choices = Choices(cache=decode.num_beams == 1, rows=("--batch", at_once))
+        fitting.check(options.WORKDIR.value, [plan], choices, devices.mesh())
+
     return load_decoder(
         options.WORKDIR.value,
         shared_flags.CHECKPOINT.value,
-        shared_flags.DTYPE.value,
+        held[0],
+        weights=held[1],
+        cache=held[2],
         mesh=devices.mesh(),
+        before=before,
     )
 
 
@@ -83,7 +106,7 @@ def perform(
     from mtnlg_jax.tasks import run as tasks_run
 
     decode = decode_settings(task)
-    run, decoder = load()
+    run, decoder = load(len(rows), decode)
     hidden = None if len(rows) > 1 else True  # None: hidden unless on a terminal
     with tqdm(total=len(rows), unit="row", disable=hidden, leave=False) as bar:
 
