@@ -56,7 +56,7 @@ def test_weights_are_counted_as_they_are_held(request, model):
 @pytest.mark.parametrize("form", [None, "int8"])
 def test_caches_are_counted_as_they_are_held(windowed, form):
     decoder = windowed.decoder._replace(int8_cache=form == "int8")
-    made = slots.empty_cache(decoder, 3, 64, 64)
+    made = slots.Slots(decoder, slots=3, limit=64, length=64).cache
     caches = (Caches(3, 64),)
     found = Plan(windowed.config, cache=form, caches=caches).cache_bytes
     assert found == held_by(made)

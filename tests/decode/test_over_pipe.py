@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from test_load import _save
+from runs import save_run
 from test_over_mesh import WAYS, assert_same, beams, look_up, perplexity, ranked, rows
 
 from mtnlg_jax.config import Config, MeshConfig
@@ -69,7 +69,7 @@ def test_windows_over_stages_equal_one_device(striped, tokenizer):
 
 @pytest.mark.parametrize("held", [{}, {"weights": "int8", "dtype": "bfloat16"}], ids=str)
 def test_a_loaded_decoder_has_each_layer_on_its_stage(deep, tokenizer, tmp_path, held):
-    folder = _save(tmp_path, Config(model=deep.config), deep.params, tokenizer)
+    folder = save_run(tmp_path, Config(model=deep.config), deep.params, tokenizer)
     mesh = mesh_of(2, 1, 2)
     expected = unstack(deep.config, load_run(folder).params, **held, mesh=mesh)
     _, found = load_decoder(folder, mesh=mesh, **held)
