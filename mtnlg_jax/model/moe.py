@@ -29,6 +29,7 @@ from mtnlg_jax.parallel.collectives import (
     own_part,
     scatter_sum,
     sum_over,
+    vary,
 )
 from mtnlg_jax.parallel.mesh import AXES, spec_of
 
@@ -226,7 +227,8 @@ class Moe(nnx.Module):
             specs[name] = weight.specs(spec) if hasattr(weight, "specs") else spec
 
         def own(x_BSD, experts_BSX, weights_BSX, matrices):
-            tokens = (x.reshape(-1, x.shape[-1]) for x in (x_BSD, experts_BSX, weights_BSX))
+            # The two products of `grouped_product` differ in type unless all vary.
+            tokens = vary([x.reshape(-1, x.shape[-1]) for x in (x_BSD, experts_BSX, weights_BSX)])
             y_TD = self._own_visits(*tokens, matrices)
             y_TD = lax.psum(y_TD, ("expert", "tensor"))
             # Equal on all devices of other axes, which only a reduction tells JAX.
