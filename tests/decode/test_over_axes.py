@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from test_over_mesh import (
     GREEDY,
-    INT8_ROUNDING,
     PROMPTS,
     SAMPLED,
     WAYS,
@@ -147,7 +146,7 @@ def long_rows(decoder, tokenizer):
 @pytest.mark.parametrize("held", [{"weights": "int8"}, {"weights": "int8", "cache": "int8"}])
 def test_int8_over_experts_and_context_equals_one_device(balanced, tokenizer, held):
     for way in (rows, look_up, perplexity, long_rows):
-        over = check(way, balanced, tokenizer, (1, 2, 2, 2), INT8_ROUNDING, **held)
+        over = check(way, balanced, tokenizer, (1, 2, 2, 2), **held)
     weight = over.params[1][0]["mlp"]["w_out_EFD"][...]
     assert local(weight.number_EIO) * 4 == weight.number_EIO.size
     assert local(weight.scale_EO) * 2 == weight.scale_EO.size
