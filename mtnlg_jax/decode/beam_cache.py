@@ -78,21 +78,6 @@ def step_beams(
     positions_P = prefix.lengths_B + read
     positions_B1 = jnp.repeat(positions_P, groups * beams)[:, None]
 
-    def own_options(options, visible, read):
-        """Options for the tokens of the beams, whose positions are folded into a bias."""
-        seen = visible
-        # How far after the query each key is: 0 for the token that is read now.
-        distance = jnp.repeat(jnp.arange(writers_GPWT.shape[-1]) - read, beams)[None, None, None]
-        bias = jnp.zeros(())
-        options = dict(options)
-        window = options.pop("window", None)
-        if window is not None:
-            seen = seen & (distance > -window)
-        slopes = options.pop("alibi_slopes", None)
-        if slopes is not None:
-            bias = slopes[None, :, None, None] * distance.astype(jnp.float32)
-        return options | {"bias": jnp.where(seen, bias, -jnp.inf)}
-
     def attend(layer, q, k, v, return_lse=False, **options):
         visible, positions_P, lengths_P, read = layer.rows
         prompts = len(lengths_P)  # those of a micro-batch, as far as there are stages
@@ -114,7 +99,7 @@ def step_beams(
             causal=False,
             impl="xla",
             return_lse=True,
-            **own_options(options, visible, read),
+            **_own_options(options, visible, read),
         )
         o_own = o_own.reshape(q[:, 0].shape)
         lse_own = lse_own.swapaxes(1, 2).reshape(q.shape[0], -1)
@@ -159,6 +144,26 @@ def step_beams(
     logits_BV = logits_of(x_BSD[:, 0], head)
     logits_GPWV = logits_BV.reshape(prompts, groups, beams, -1).swapaxes(0, 1)
     return logits_GPWV, BeamCache(layers, writers_GPWT)
+
+
+def _own_options(options: dict, visible, read) -> dict:
+    """Return options for the tokens of the beams, whose positions are folded into a bias.
+
+    ``visible``: (P*G, 1, W, T*W), which keys each beam sees.
+    """
+    seen = visible
+    beams, keys = visible.shape[-2:]
+    # How far after the query each key is: 0 for the token that is read now.
+    distance = jnp.repeat(jnp.arange(keys // beams) - read, beams)[None, None, None]
+    bias = jnp.zeros(())
+    options = dict(options)
+    window = options.pop("window", None)
+    if window is not None:
+        seen = seen & (distance > -window)
+    slopes = options.pop("alibi_slopes", None)
+    if slopes is not None:
+        bias = slopes[None, :, None, None] * distance.astype(jnp.float32)
+    return options | {"bias": jnp.where(seen, bias, -jnp.inf)}
 
 
 def empty_beams(prompt_cache, shape: tuple[int, ...], size: int) -> BeamCache:

@@ -67,7 +67,11 @@ def test_windows_over_stages_equal_one_device(striped, tokenizer):
         check(way, striped, tokenizer, (2, 2, 1))
 
 
-@pytest.mark.parametrize("held", [{}, {"weights": "int8", "dtype": "bfloat16"}], ids=str)
+@pytest.mark.parametrize(
+    "held",
+    [{}, pytest.param({"weights": "int8", "dtype": "bfloat16"}, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_a_loaded_decoder_has_each_layer_on_its_stage(deep, tokenizer, tmp_path, held):
     folder = save_run(tmp_path, Config(model=deep.config), deep.params, tokenizer)
     mesh = mesh_of(2, 1, 2)
