@@ -49,8 +49,8 @@ print(json.dumps([peak() - before, own]))
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """Return {form: (a model of one layer, a model of 600 MB)}, in shards and as checkpoints."""
+def shards(tmp_path_factory):
+    """Return the folders of a model of one layer and of one of 600 MB."""
     import tokenizers
 
     root = tmp_path_factory.mktemp("models")
@@ -78,19 +78,26 @@ def models(tmp_path_factory):
         )
         return folder
 
-    made = {"shards": (make("small", 1), make("large", 40))}
-    assert len(list(made["shards"][1].glob("*.safetensors"))) > 20
-    runs = [root / f"{folder.name} run" for folder in made["shards"]]
-    for folder, run in zip(made["shards"], runs, strict=True):
-        convert(os.fspath(folder), os.fspath(run))
-    yield made | {"checkpoint": tuple(runs)}
+    made = (make("small", 1), make("large", 40))
+    assert len(list(made[1].glob("*.safetensors"))) > 20
+    yield made
     shutil.rmtree(root)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(shards):
+    """Return the folders of runs with the same models."""
+    runs = tuple(folder.with_name(f"{folder.name} run") for folder in shards)
+    for folder, run in zip(shards, runs, strict=True):
+        convert(os.fspath(folder), os.fspath(run))
+    return runs
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["shards", "checkpoint"])
 @pytest.mark.parametrize(("processes", "devices"), [(1, 4), (2, 1)])
-def test_a_host_holds_its_parts_and_one_piece(models, form, processes, devices):
+def test_a_host_holds_its_parts_and_one_piece(request, form, processes, devices):
+    models = request.getfixturevalue(form)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -99,7 +106,7 @@ def test_a_host_holds_its_parts_and_one_piece(models, form, processes, devices):
         subprocess.Popen(
             [
                 *(sys.executable, "-c", LOAD, f"localhost:{port}", str(processes), str(me)),
-                *(str(devices), *map(str, models[form])),
+                *(str(devices), *map(str, models)),
             ],
             env=environment,
             text=True,
