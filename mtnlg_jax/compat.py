@@ -1,8 +1,10 @@
 """Everything that differs between platforms and JAX releases."""
 
 import contextlib
+import ctypes
 import inspect
 import os
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -42,6 +44,41 @@ def cuda_version() -> int | None:
     if cuda_versions is None or described():
         return None
     return cuda_versions.cuda_runtime_get_version()
+
+
+def hold_aborts() -> None:
+    """Let a thread that aborts this process wait for 6 seconds first, without a dump of stacks.
+
+    JAX aborts from a thread of its own as soon as it knows that another process was lost. Python's
+    handlers run in the main thread and could not hold it back; the C library's ``sleep``, called
+    with the number of the signal, does.
+    """
+    libc = ctypes.CDLL(None)
+    libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
+
+
+_ENDED = "mtnlg_jax/ended"
+
+
+def tell_others_that_this_ends() -> None:
+    """Let `others_go_on` be False in the other processes."""
+    from jax._src import distributed
+
+    client: Any = distributed.global_state.client
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        client.key_value_set(_ENDED, "", allow_overwrite=True)
+
+
+def others_go_on() -> bool:
+    """Return False if another process has told that it ends, or if process 0 does not answer."""
+    from jax._src import distributed
+
+    client: Any = distributed.global_state.client
+    try:
+        client.key_value_try_get(_ENDED)
+    except jax.errors.JaxRuntimeError as error:
+        return "NOT_FOUND" in str(error)
+    return False
 
 
 # ``detect_races`` of each `interpreted` context that is open.

@@ -2,8 +2,8 @@
 
 Crash-only: a process that fails exits at once, without the JAX shutdown barrier, which the others
 would never reach. They notice in their next collective (gloo), through the heartbeat (JAX aborts
-them, exit code 134) or through their watchdogs. Whoever started the processes starts all of them
-again, and they resume from the last checkpoint.
+them, exit code 134, if they cannot end by themselves) or through their watchdogs. Whoever started
+the processes starts all of them again, and they resume from the last checkpoint.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -32,6 +32,8 @@ from mtnlg_jax.train.state import TrainState
 # Process 0 hosts the coordination service: JAX aborts the others as soon as it exits. It waits this
 # long, so that they can still report their own errors.
 EXIT_DELAY_SECONDS = 3
+_ending = threading.Lock()  # held by the thread that reports why this process ends
+LOOK_SECONDS = 1  # between looks at whether the others go on
 
 
 def start(
@@ -174,7 +176,7 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def exit_now(code: int) -> None:
+def exit_now(code: int) -> NoReturn:
     """End this process immediately: no cleanup handler waits for another process."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
@@ -191,32 +193,63 @@ def exit_on_failure(
 
     The others did not see the exception, so nobody may wait for them. Exceptions that all processes
     raise together (they have an ``exit_code``) pass, and with one process every exception does.
+    A process that waits for others ends as well, as soon as one of them tells that it ends.
     """
+    if not several():
+        yield
+        return
+    over = threading.Event()
+    compat.hold_aborts()
+    watch = threading.Thread(target=_watch_others, args=(over, advice), name="others", daemon=True)
+    watch.start()
     try:
         yield
     except Exception as error:
-        if not several() or hasattr(error, "exit_code"):
+        if hasattr(error, "exit_code"):
             raise
-        # All processes may write to one terminal, so each line says whose it is.
-        name = f"process {jax.process_index()} of {jax.process_count()}"
+        _ending.acquire()
         if _is_from_lost_process(error):
-            print(
-                f"{name}: another process ended, so this one ends; {advice} "
-                f"({str(error).splitlines()[0]})",
-                file=sys.stderr,
-            )
-            code = errors.PROCESS_LOST
-        else:
-            line, code = errors.explain(error)
-            print(
-                f"{name}: {line}" if line else "".join(traceback.format_exception(error)),
-                file=sys.stderr,
-            )
-        sys.stderr.flush()
-        # The others must be able to report first: they are aborted when process 0 ends.
-        if is_first():
-            time.sleep(EXIT_DELAY_SECONDS)
-        exit_now(code)
+            _end_after_others(f"{advice} ({str(error).splitlines()[0]})")
+        line, code = errors.explain(error)
+        text = f"{_name()}: {line}" if line else "".join(traceback.format_exception(error))
+        _end(text, code)
+    finally:
+        over.set()
+
+
+def _watch_others(over: threading.Event, advice: str) -> None:
+    """End this process once another one ends, unless it is ``over`` or ending already."""
+    lost = 0
+    # Twice, since a call may fail by itself, and the main thread often reports the same by then.
+    while lost < 2:
+        if over.wait(LOOK_SECONDS):
+            return
+        lost = 0 if compat.others_go_on() else lost + 1
+    if _ending.acquire(blocking=False):
+        _end_after_others(advice)
+
+
+def _end_after_others(advice: str) -> NoReturn:
+    line = f"{_name()}: another process ended, so this one ends; {advice}"
+    _end(line, errors.PROCESS_LOST)
+
+
+def _name() -> str:
+    # All processes may write to one terminal, so each line says whose it is.
+    return f"process {jax.process_index()} of {jax.process_count()}"
+
+
+def _end(text: str, code: int) -> NoReturn:
+    """Print ``text`` and exit with ``code``, process 0 after the others."""
+    print(text, file=sys.stderr, flush=True)
+    # In a thread, since process 0 may be the one that does not answer.
+    tell = threading.Thread(target=compat.tell_others_that_this_ends, daemon=True)
+    tell.start()
+    tell.join(LOOK_SECONDS)
+    # The others must be able to report first: they are aborted when process 0 ends.
+    if is_first():
+        time.sleep(EXIT_DELAY_SECONDS)
+    exit_now(code)
 
 
 def _is_from_lost_process(error: Exception) -> bool:
@@ -230,9 +263,11 @@ def _is_from_lost_process(error: Exception) -> bool:
         "heartbeat",
         "barrier",
     )
-    return isinstance(error, jax.errors.JaxRuntimeError) and any(
-        word in str(error).lower() for word in words
-    )
+    text = str(error).lower()
+    # JAX raises some of these as ValueError, which is ours for bad input.
+    if isinstance(error, ValueError):
+        return "gloo" in text
+    return isinstance(error, jax.errors.JaxRuntimeError) and any(word in text for word in words)
 
 
 # --- agreement
