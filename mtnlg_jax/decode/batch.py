@@ -18,7 +18,7 @@ with the same tokens reads only the rest.
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -221,10 +221,10 @@ class Batch:
         """The compiled programs that the batches of this process hold."""
         return programs.programs()
 
-    def warm(self) -> int:
+    def warm(self, stop: Callable[[], bool] = lambda: False) -> int:
         """Compile every program that rows may need, and return how many there are.
 
-        The batch must be empty.
+        The batch must be empty. ``stop`` is asked before each program; True leaves the rest out.
         """
         if self._busy or self._filling:
             raise ValueError("rows are in the batch; warm it before they are admitted")
@@ -232,15 +232,20 @@ class Batch:
             self._resize(length)
             for chunk in self.chunks:
                 self._read(np.zeros(chunk, np.int32), 0, 0, 0)
+            if stop():
+                break
             if self.slots > 1:
                 self._cache = programs.swap(self._cache, np.int32(0), np.int32(1))
             if self.slots > 1 and self._whole:
                 self._cache = programs.copy(self._cache, np.int32(0), np.int32(1))
             for tier in range(len(TIERS)):
                 for count in self.counts:
-                    self._warm_turn(tier, count)
+                    if not stop():
+                        self._warm_turn(tier, count)
         # Any length may follow any other.
         for one, other in itertools.permutations(self.lengths, 2):
+            if stop():
+                break
             self._resize(one)
             self._resize(other)
         self._resize(self.lengths[0])

@@ -170,8 +170,7 @@ class Api:
             account = self._account(request)
             if self.draining:
                 raise later("the server is shutting down; try again, or ask another one", 5)
-            if not self.models.ready:
-                raise later("the model is still loading; /ready says when it is not", 5)
+            self._check_engines()
             account.enter()
             self._enter()
             entered = True
@@ -199,6 +198,13 @@ class Api:
             return response
 
         return run
+
+    def _check_engines(self) -> None:
+        """Raise Refused (503) while an engine compiles, and when one has stopped by itself."""
+        if self.models.failure is not None:
+            raise later("the model has stopped and the server ends; its log tells why", 30)
+        if not self.models.ready:
+            raise later("the model is still loading; /ready says when it is not", 5)
 
     def _enter(self) -> None:
         self.running += 1
@@ -244,14 +250,15 @@ class Api:
         return Response(text, media_type=kind)
 
     async def _health(self, request: Request) -> Response:
+        if self.models.failure is not None:
+            self._check_engines()
         return answer({"status": "ok"})
 
     async def _ready(self, request: Request) -> Response:
         """Answer 200 while requests are taken, and 503 before that and during the drain."""
         if self.draining:
             raise later("the server is shutting down", 5)
-        if not self.models.ready:
-            raise later("the model is still loading or compiling", 5)
+        self._check_engines()
         return answer({"status": "ready"})
 
     async def _version(self, request: Request) -> Response:

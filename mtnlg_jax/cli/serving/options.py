@@ -36,6 +36,12 @@ with command.flag_group("Engine"):
     WAITING = flags.DEFINE_integer(
         "waiting", 64, "requests that may wait; further ones get 429", lower_bound=0
     )
+    WAITING_TOKENS = flags.DEFINE_integer(
+        "waiting_tokens",
+        None,
+        "tokens of prompts that may wait together; default: 8 contexts",
+        lower_bound=1,
+    )
     WARM = flags.DEFINE_bool(
         "warm", True, "compile every program before the server is ready, so that none is later"
     )

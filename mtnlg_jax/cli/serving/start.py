@@ -110,6 +110,7 @@ def _load(name: str, adapter: str | None, template: str | None) -> "Model":
         run.tokenizer,
         slots=options.SLOTS.value,
         waiting=options.WAITING.value,
+        waiting_tokens=options.WAITING_TOKENS.value,
         warm=options.WARM.value,
     )
     base = None if adapter is None else next(iter(_adapters()))

@@ -23,6 +23,7 @@ class OwnEngine:
         self.waiting = waiting
         self.pause = pause
         self.ready = False
+        self.failure = None
         self.closed = False
         self.draining = False
         self.cancelled = 0
@@ -53,10 +54,12 @@ class OwnEngine:
         return ticket
 
     def statistics(self):
+        # The form of `Engine.statistics`.
+        buckets = [(0.1, 1), (1.0, 2), (float("inf"), 2)]
         return {
-            "waiting": len(self._queue),
-            "programs_total": 3,
-            "step_seconds": {"buckets": {0.1: 1, 1.0: 2}, "sum": 0.5, "count": 2},
+            "counters": {"turns": 3},
+            "gauges": {"waiting_requests": len(self._queue)},
+            "histograms": {"step_seconds": {"buckets": buckets, "sum": 0.5, "count": 2}},
         }
 
     def _run(self):

@@ -1,0 +1,59 @@
+"""Try a regular expression of a request on its texts in a process that ends when time is over.
+
+Python's expressions can take exponential time, such as (a|a)*b on a text of a's, and nothing inside
+the process can stop one. So it is tried apart before the engine's thread runs it.
+"""
+
+import asyncio
+import contextlib
+import json
+import sys
+from collections.abc import Sequence
+
+from mtnlg_jax.serve.refusals import Refused
+
+# Seconds of processor time for all texts of a request; the engine then needs as long again.
+PATTERN_SECONDS = 0.25
+# Seconds until the process is given up, on a machine that is busy.
+WALL_SECONDS = 20.0
+# Starting Python is not counted. SIGVTALRM ends the process.
+_TRY = """
+import json, re, signal, sys
+pattern, texts, seconds = json.load(sys.stdin)
+signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+for text in texts:
+    for match in re.finditer(pattern, text):
+        pass
+"""
+
+
+async def check_time(name: str, pattern: str, texts: Sequence[str]) -> None:
+    """Raise Refused if finding all matches of ``pattern`` in ``texts`` takes too long.
+
+    ``name``: what the request calls the pattern.
+    """
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-I", "-S", "-c", _TRY),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.DEVNULL,
+        # Then Python starts it by posix_spawn, not by a fork of a process with JAX's threads.
+        close_fds=False,
+    )
+    given = json.dumps([pattern, list(texts), PATTERN_SECONDS]).encode()
+    try:
+        async with asyncio.timeout(WALL_SECONDS):
+            await process.communicate(given)
+    except TimeoutError:
+        pass
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        code = await process.wait()
+    if code:
+        raise Refused(
+            f"{name}={pattern!r} takes more than {PATTERN_SECONDS:g} s on these texts; write a "
+            "simpler pattern, without repetitions that overlap",
+            "options",
+        )
