@@ -137,7 +137,8 @@ class Engine:
         with self._changed:
             if self._draining or self._closing or self._failure is not None:
                 raise Draining("the server is shutting down and takes no new request")
-            self._check_room(ticket)
+            self.check_room()
+            self._check_weight(ticket)
             queue = self._rows if isinstance(work, Generation) else self._jobs
             queue.push(work.key, ticket)
             self._changed.notify_all()
@@ -194,24 +195,31 @@ class Engine:
         with self._changed:
             self._changed.notify_all()
 
-    def _check_room(self, ticket: Ticket) -> None:
-        waiting = len(self._rows) + len(self._jobs)
+    def check_room(self) -> None:
+        """Raise `Busy` if no request at all would be taken now, before any work is done for one."""
+        with self._changed:
+            waiting = len(self._rows) + len(self._jobs)
+            # A request that finds a free slot waits for one turn only.
+            if waiting >= self._most + self._batch.free:
+                raise self._busy(
+                    f"{waiting} requests wait, and {self._most} may beside those with a free slot"
+                )
+
+    def _check_weight(self, ticket: Ticket) -> None:
+        """Raise `Busy` if the prompts that wait are too long together."""
         tokens = self._rows.weight
-        # A request that finds a free slot waits for one turn only.
-        full = waiting >= self._most + self._batch.free
-        heavy = waiting > 0 and tokens + ticket.tokens > self._most_tokens
-        if not full and not heavy:
-            return
+        if tokens and tokens + ticket.tokens > self._most_tokens:
+            raise self._busy(
+                f"prompts of {tokens} tokens wait, {self._most_tokens} may, and this one has "
+                f"{ticket.tokens}"
+            )
+
+    def _busy(self, what: str) -> Busy:
         self._measures.counters["refused_requests"] += 1
+        waiting = len(self._rows) + len(self._jobs)
         after = self._mean * (waiting + 1) / self._batch.slots
         after = min(max(1.0, math.ceil(after)), LONGEST_RETRY)
-        what = (
-            f"{waiting} requests wait, and {self._most} may beside those with a free slot"
-            if full
-            else f"prompts of {tokens} tokens wait, {self._most_tokens} may, and this one has "
-            f"{ticket.tokens}"
-        )
-        raise Busy(f"{what}; try again in {after:.0f} s", after)
+        return Busy(f"{what}; try again in {after:.0f} s", after)
 
     def _idle(self) -> bool:
         if self._thread is None or not self._thread.is_alive():

@@ -5,8 +5,8 @@ the process can stop one. So it is tried apart before the engine's thread runs i
 """
 
 import asyncio
-import contextlib
 import json
+import subprocess
 import sys
 from collections.abc import Sequence
 
@@ -32,28 +32,29 @@ async def check_time(name: str, pattern: str, texts: Sequence[str]) -> None:
 
     ``name``: what the request calls the pattern.
     """
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *("-I", "-S", "-c", _TRY),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.DEVNULL,
-        # Then Python starts it by posix_spawn, not by a fork of a process with JAX's threads.
-        close_fds=False,
-    )
     given = json.dumps([pattern, list(texts), PATTERN_SECONDS]).encode()
-    try:
-        async with asyncio.timeout(WALL_SECONDS):
-            await process.communicate(given)
-    except TimeoutError:
-        pass
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        code = await process.wait()
+    code = await asyncio.to_thread(_try, given)
     if code:
         raise Refused(
             f"{name}={pattern!r} takes more than {PATTERN_SECONDS:g} s on these texts; write a "
             "simpler pattern, without repetitions that overlap",
             "options",
         )
+
+
+def _try(given: bytes) -> int:
+    """Return the exit code of the process; not 0 if its time was over."""
+    command = [sys.executable, "-I", "-S", "-c", _TRY]
+    try:
+        # close_fds=False: Python then starts it by posix_spawn, without a fork of JAX's threads.
+        done = subprocess.run(
+            command,
+            input=given,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            close_fds=False,
+            timeout=WALL_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return 1
+    return done.returncode

@@ -42,12 +42,15 @@ class OwnEngine:
             self.closed = True
             self._wake.notify()
 
+    def check_room(self):
+        if len(self._queue) >= self.waiting:
+            raise Busy("the queue is full", 3.0)
+
     def submit(self, work, on_events):
         if self.draining:
             raise Draining("the engine drains")
         with self._wake:
-            if len(self._queue) >= self.waiting:
-                raise Busy("the queue is full", 3.0)
+            self.check_room()
             ticket = _Ticket(work, on_events)
             self._queue.append(ticket)
             self._wake.notify()

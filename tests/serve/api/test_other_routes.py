@@ -340,6 +340,10 @@ def test_a_full_queue_says_when_to_ask_again(make, serving_of):
         status, headers, told = server.ask("POST", "/v1/completions", body)
         assert status == 429 and int(headers["Retry-After"]) >= 3
         assert told["error"]["type"] == "rate_limit_error"
+        # A flood costs nothing: not even the mistake in this body is looked for.
+        assert server.ask("POST", "/v1/completions", {"prompt": 1})[0] == 429
+        # What needs no model is answered.
+        assert server.ask("POST", "/tokenize", {"prompt": "a"})[0] == 200
         first.join()
         assert done[0]["usage"]["completion_tokens"] == 20
 
