@@ -218,10 +218,10 @@ class Batch:
         """The compiled programs that the batches of this process hold."""
         return programs.programs()
 
-    def warm(self) -> int:
+    def warm(self, stop: Callable[[], bool] = lambda: False) -> int:
         """Compile every program that rows may need, and return how many there are.
 
-        The batch must be empty.
+        The batch must be empty. ``stop`` is asked before each program; True leaves the rest out.
         """
         if self._busy or self._filling:
             raise ValueError("rows are in the batch; warm it before they are admitted")
@@ -229,15 +229,20 @@ class Batch:
             self._resize(length)
             for chunk in self.chunks:
                 self._device.fill(np.zeros(chunk, np.int32), 0, 0, 0)
+            if stop():
+                break
             if self.slots > 1:
                 self._device.swap(0, 1)
             if self.slots > 1 and self._whole:
                 self._device.copy(0, 1)
             for tier in range(len(TIERS)):
                 for count in self.counts:
-                    self._warm_turn(tier, count)
+                    if not stop():
+                        self._warm_turn(tier, count)
         # Any length may follow any other.
         for one, other in itertools.permutations(self.lengths, 2):
+            if stop():
+                break
             self._resize(one)
             self._resize(other)
         self._resize(self.lengths[0])

@@ -133,6 +133,10 @@ class Grammar:
 
         The state of a row follows from its tokens, so rows may be copied, dropped and taken back.
         """
+        return SwitchedGrammar().of(self)
+
+    def look(self) -> Callable[..., np.ndarray]:
+        """Return `rows` as a function of arrays on the host."""
         states: collections.OrderedDict[tuple[int, ...], GrammarRow] = collections.OrderedDict()
         states[()] = self.row()
 
@@ -154,11 +158,38 @@ class Grammar:
             rows = [after(tuple(row[start:stop].tolist())) for row, start, stop in pairs]
             return np.stack([row.allowed() for row in rows])
 
-        def constraint(tokens_BS, lengths_B, prompts_B):
-            shape = jax.ShapeDtypeStruct((tokens_BS.shape[0], self._vocabulary), bool)
-            return jax.pure_callback(look, shape, tokens_BS, lengths_B, prompts_B)
+        return look
 
-        return constraint
+    @property
+    def vocabulary(self) -> int:
+        """The width of the model's logits."""
+        return self._vocabulary
+
+
+class SwitchedGrammar:
+    """The ``constraint`` of `generate` for one grammar after another.
+
+    A constraint is a static argument: each new function compiles the steps again and keeps them.
+    This one stays the same function, so a server compiles for the first grammar alone.
+    """
+
+    def __init__(self):
+        self._look: Callable[..., np.ndarray] | None = None
+        self._vocabulary = 0
+
+    def of(self, grammar: Grammar) -> Callable:
+        """Return the constraint, which asks ``grammar`` until the next call of this method."""
+        self._look = grammar.look()
+        self._vocabulary = grammar.vocabulary
+        return self._constrain
+
+    def _constrain(self, tokens_BS, lengths_B, prompts_B):
+        shape = jax.ShapeDtypeStruct((tokens_BS.shape[0], self._vocabulary), bool)
+        return jax.pure_callback(self._ask, shape, tokens_BS, lengths_B, prompts_B)
+
+    def _ask(self, tokens_BS, lengths_B, prompts_B) -> np.ndarray:
+        assert self._look is not None
+        return self._look(tokens_BS, lengths_B, prompts_B)
 
 
 class GrammarRow:

@@ -9,14 +9,26 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from mtnlg_jax.serve.answers import PING_SECONDS, EventStream, answer, unless_gone
+from mtnlg_jax.serve.beams import Beams
 from mtnlg_jax.serve.bounded import within_seconds
-from mtnlg_jax.serve.following import MOST_BEHIND, Following, Watch
+from mtnlg_jax.serve.following import MOST_BEHIND, Watch
 from mtnlg_jax.serve.models import Model
 from mtnlg_jax.serve.refusals import Refused, not_found
-from mtnlg_jax.serve.requests import MOST_ALTERNATIVES, Finished, Generation, Token
+from mtnlg_jax.serve.requests import MOST_ALTERNATIVES, Finished, Token
 from mtnlg_jax.serve.schema import Chat, Message
 from mtnlg_jax.serve.settings import grammar_of, seed_of, settings_of, within
-from mtnlg_jax.serve.writing import Call, Count, gather, generations, now, reason_of, stream_rows
+from mtnlg_jax.serve.writing import (
+    Call,
+    Count,
+    Followed,
+    Rows,
+    Writer,
+    gather,
+    generations,
+    now,
+    reason_of,
+    stream_rows,
+)
 
 MOST_MESSAGES = 1024
 # A template is a program that came with the weights.
@@ -39,24 +51,22 @@ async def chat(request: Request, query: Chat, model: Model, call: Call, watch: W
     for name in ("max_tokens", "max_completion_tokens"):
         if getattr(query, name) is not None:
             within(name, getattr(query, name), 1, 2**31 - 1)
-    settings = settings_of(query, model, new or model.decoder.context - len(prompt))
+    most = new or model.decoder.context - len(prompt)
+    settings = settings_of(query, model, most, query.n)
     assert model.chat is not None
     settings = dataclasses.replace(settings, eos_token_id=model.chat.ends())
     seed = seed_of(query.seed)
     grammar = await grammar_of(query, model)
-    rows = generations(
-        model,
-        [prompt],
-        settings,
-        query.n,
-        seed,
-        call,
-        alternatives=query.top_logprobs,
-        grammar=grammar,
-    )
-    one = _Answer(query, model, rows, len(prompt), seed)
+    alternatives = query.top_logprobs
+    writer: Writer
+    if query.use_beam_search:
+        writer = Beams(model, [prompt], settings, seed, call, alternatives, grammar)
+    else:
+        rows = generations(model, [prompt], settings, query.n, seed, call, alternatives, grammar)
+        writer = Rows(model, rows)
+    one = _Answer(query, model, writer, len(prompt), seed)
     if query.stream:
-        following = Following(model.engine, rows, watch, MOST_BEHIND)
+        following = writer.follow(watch, MOST_BEHIND)
         return EventStream(one.stream(following), following.cancel)
     return await unless_gone(request, one.whole(watch))
 
@@ -120,10 +130,10 @@ def _turn(number: int, message: Message) -> dict[str, Any]:
 class _Answer:
     """A request that passed its checks, and how it is answered."""
 
-    def __init__(self, query: Chat, model: Model, rows: list[Generation], prompt: int, seed: int):
+    def __init__(self, query: Chat, model: Model, writer: Writer, prompt: int, seed: int):
         self.query = query
         self.model = model
-        self.rows = rows
+        self.writer = writer
         self.count = Count(prompt)
         self.head = {
             "id": "chatcmpl-" + secrets.token_hex(12),
@@ -133,8 +143,7 @@ class _Answer:
         }
 
     async def whole(self, watch: Watch) -> Response:
-        following = Following(self.model.engine, self.rows, watch)
-        choices = await gather(following, len(self.rows), self.count)
+        choices = await gather(self.writer.follow(watch), self.writer.number, self.count)
         told = [
             {
                 "index": index,
@@ -143,6 +152,7 @@ class _Answer:
                 "logprobs": self.logprobs(choice.tokens),
             }
             for index, choice in enumerate(choices)
+            if choice.reason
         ]
         return answer(
             {
@@ -153,7 +163,7 @@ class _Answer:
             }
         )
 
-    async def stream(self, following: Following) -> AsyncIterator[dict[str, Any] | None]:
+    async def stream(self, following: Followed) -> AsyncIterator[dict[str, Any] | None]:
         """Yield the chunks of a streamed answer."""
         usage = self.query.stream_options is not None and self.query.stream_options.include_usage
         head = {**self.head, "object": "chat.completion.chunk"}

@@ -8,10 +8,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from mtnlg_jax.serve.answers import PING_SECONDS, EventStream, answer, unless_gone
-from mtnlg_jax.serve.following import MOST_BEHIND, Following, Watch, result_of
+from mtnlg_jax.serve.beams import Beams
+from mtnlg_jax.serve.following import MOST_BEHIND, Watch, result_of
 from mtnlg_jax.serve.models import Model
 from mtnlg_jax.serve.refusals import Refused
-from mtnlg_jax.serve.requests import Finished, Generation, Job, Token
+from mtnlg_jax.serve.requests import Finished, Job, Token
 from mtnlg_jax.serve.schema import Completion
 from mtnlg_jax.serve.settings import MOST_SAMPLES, grammar_of, seed_of, settings_of, within
 from mtnlg_jax.serve.slices import Scored, score_slices
@@ -19,7 +20,10 @@ from mtnlg_jax.serve.writing import (
     Call,
     Choice,
     Count,
+    Followed,
     Offsets,
+    Rows,
+    Writer,
     gather,
     generations,
     now,
@@ -46,27 +50,28 @@ async def completions(
             f"and {MOST_ROWS} are the most; send fewer at once",
             "prompt",
         )
-    settings = settings_of(query, model, max(query.max_tokens, 1))
+    settings = settings_of(query, model, max(query.max_tokens, 1), best_of)
     seed = seed_of(query.seed)
     grammar = await grammar_of(query, model)
-    rows: list[Generation] = []
-    if query.max_tokens:
+    writer: Writer | None = None
+    samples = best_of
+    if query.max_tokens and query.use_beam_search:
+        samples = query.n
+        writer = Beams(model, prompts, settings, seed, call, query.logprobs or 0, grammar)
+    elif query.max_tokens:
+        alternatives = query.logprobs or 0
         rows = generations(
-            model,
-            prompts,
-            settings,
-            best_of,
-            seed,
-            call,
-            alternatives=query.logprobs or 0,
-            grammar=grammar,
+            model, prompts, settings, best_of, seed, call, alternatives, grammar=grammar
         )
-    one = _Completion(query, model, prompts, rows, best_of, seed)
-    if query.stream:
-        following = Following(model.engine, rows, watch, MOST_BEHIND) if rows else None
-        close = following.cancel if following else lambda: None
-        return EventStream(one.stream(following, call, watch), close)
-    return await unless_gone(request, one.whole(call, watch))
+        writer = Rows(model, rows)
+    one = _Completion(query, model, prompts, writer, samples, seed)
+    if not query.stream:
+        return await unless_gone(request, one.whole(call, watch))
+    # Before the rows: nobody would read their events while the prompts are scored.
+    scores = await unless_gone(request, one.scores(call, watch))
+    following = writer.follow(watch, MOST_BEHIND) if writer else None
+    close = following.cancel if following else lambda: None
+    return EventStream(one.stream(following, scores), close)
 
 
 def _check(query: Completion) -> None:
@@ -87,7 +92,7 @@ def _check(query: Completion) -> None:
     within("n", query.n, 1, MOST_SAMPLES)
     if query.best_of is not None:
         within("best_of", query.best_of, query.n, MOST_SAMPLES)
-        if query.stream and query.best_of > query.n:
+        if query.stream and query.best_of > query.n and not query.use_beam_search:
             raise Refused(
                 f"best_of={query.best_of} chooses when all texts are known, so it cannot stream; "
                 f"set stream=false, or best_of={query.n}",
@@ -133,14 +138,14 @@ class _Completion:
         query: Completion,
         model: Model,
         prompts: Sequence[tuple[int, ...]],
-        rows: list[Generation],
+        writer: Writer | None,
         samples: int,
         seed: int,
     ):
         self.query = query
         self.model = model
         self.prompts = prompts
-        self.rows = rows
+        self.writer = writer
         self.samples = samples
         self.count = Count(sum(map(len, prompts)))
         self.head = {
@@ -156,19 +161,21 @@ class _Completion:
         """Return the log-probabilities of the prompts where echo shows them."""
         if not self.query.echo or self.query.logprobs is None:
             return [None] * len(self.prompts)
-        top = max(self.query.logprobs, 1)
+        # Each number of best tokens is a program of its own, so there are two.
+        top = 1 if self.query.logprobs <= 1 else MOST_LOGPROBS
         run = score_slices(self.prompts, top)
         return await result_of(self.model.engine, Job(run, call.key, call.deadline), watch)
 
     async def whole(self, call: Call, watch: Watch) -> Response:
         scores = await self.scores(call, watch)
-        choices: list[Choice] = [Choice() for _ in range(len(self.prompts) * self.samples)]
-        if self.rows:
-            following = Following(self.model.engine, self.rows, watch)
-            choices = await gather(following, len(self.rows), self.count)
+        number = len(self.prompts) * self.samples
+        choices = [Choice(reason="length") for _ in range(number)]
+        if self.writer is not None:
+            choices = await gather(self.writer.follow(watch), self.writer.number, self.count)
         told: list[Any] = []
         for prompt, score in enumerate(scores):
             own = choices[prompt * self.samples : (prompt + 1) * self.samples]
+            own = [choice for choice in own if choice.reason]
             if self.samples > self.query.n:
                 own = sorted(own, key=lambda each: -each.per_token)[: self.query.n]
             for choice in own:
@@ -181,7 +188,7 @@ class _Completion:
         return answer({**self.head, "choices": told, "usage": self.count.usage()})
 
     async def stream(
-        self, following: Following | None, call: Call, watch: Watch
+        self, following: Followed | None, scores: Sequence[Scored | None]
     ) -> AsyncIterator[dict[str, Any] | None]:
         """Yield the chunks of a streamed answer."""
         usage = self.query.stream_options is not None and self.query.stream_options.include_usage
@@ -192,12 +199,12 @@ class _Completion:
 
         tables: list[dict[str, Any] | None] = []
         try:
-            for prompt, score in enumerate(await self.scores(call, watch)):
+            for prompt, score in enumerate(scores):
                 for _ in range(self.query.n):
                     table = self.table(prompt, score)
                     tables.append(table)
                     if self.query.echo:
-                        end = None if self.rows else "length"
+                        end = None if self.writer else "length"
                         shown = _shown(table)
                         yield chunk(len(tables) - 1, self.echoed(prompt), end, shown)
             if following is not None:

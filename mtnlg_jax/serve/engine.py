@@ -88,7 +88,8 @@ class Engine:
         self._warm = warm
         self._budget = budget
         self._changed = threading.Condition()
-        self._rows: FairQueue[Ticket] = FairQueue()  # wait for a slot
+        # Those that wait for a slot.
+        self._rows: FairQueue[Ticket] = FairQueue(lambda ticket: ticket.tokens)
         self._jobs: FairQueue[Ticket] = FairQueue()
         self._running: dict[Row, Ticket] = {}
         self._job: Ticket | None = None
@@ -118,6 +119,11 @@ class Engine:
         """Whether all programs are compiled and requests are taken."""
         return self._ready and not self._draining and self._failure is None
 
+    @property
+    def failure(self) -> BaseException | None:
+        """What ended the thread; None while it runs, and after `close`."""
+        return self._failure
+
     def wait_ready(self, timeout: float | None = None) -> bool:
         """Wait until all programs are compiled. Raise RuntimeError if that failed."""
         with self._changed:
@@ -138,7 +144,8 @@ class Engine:
         with self._changed:
             if self._draining or self._closing or self._failure is not None:
                 raise Draining("the server is shutting down and takes no new request")
-            self._check_room(ticket)
+            self.check_room()
+            self._check_weight(ticket)
             queue = self._rows if isinstance(work, Generation) else self._jobs
             queue.push(work.key, ticket)
             self._changed.notify_all()
@@ -169,15 +176,16 @@ class Engine:
         "sum", "count"}}}; names end in their units."""
         batch = self._batch
         with self._changed:
-            tickets = [*self._rows, *self._jobs]
+            waiting = len(self._rows) + len(self._jobs)
+            tokens = self._rows.weight
         gauges = {
             "ready": int(self.ready),
             "draining": int(self._draining),
             "slots": batch.slots,
             "writing_requests": batch.busy,
             "filling_requests": batch.filling,
-            "waiting_requests": len(tickets),
-            "waiting_prompt_tokens": sum(ticket.tokens for ticket in tickets),
+            "waiting_requests": waiting,
+            "waiting_prompt_tokens": tokens,
             "running_jobs": int(self._job is not None),
             "cache_bytes": batch.cache_bytes,
             "cache_positions": batch.length,
@@ -194,24 +202,31 @@ class Engine:
         with self._changed:
             self._changed.notify_all()
 
-    def _check_room(self, ticket: Ticket) -> None:
-        waiting = len(self._rows) + len(self._jobs)
-        tokens = sum(each.tokens for each in self._rows)
-        # A request that finds a free slot waits for one turn only.
-        full = waiting >= self._most + self._batch.free
-        heavy = waiting > 0 and tokens + ticket.tokens > self._most_tokens
-        if not full and not heavy:
-            return
+    def check_room(self) -> None:
+        """Raise `Busy` if no request at all would be taken now, before any work is done for one."""
+        with self._changed:
+            waiting = len(self._rows) + len(self._jobs)
+            # A request that finds a free slot waits for one turn only.
+            if waiting >= self._most + self._batch.free:
+                raise self._busy(
+                    f"{waiting} requests wait, and {self._most} may beside those with a free slot"
+                )
+
+    def _check_weight(self, ticket: Ticket) -> None:
+        """Raise `Busy` if the prompts that wait are too long together."""
+        tokens = self._rows.weight
+        if tokens and tokens + ticket.tokens > self._most_tokens:
+            raise self._busy(
+                f"prompts of {tokens} tokens wait, {self._most_tokens} may, and this one has "
+                f"{ticket.tokens}"
+            )
+
+    def _busy(self, what: str) -> Busy:
         self._measures.counters["refused_requests"] += 1
+        waiting = len(self._rows) + len(self._jobs)
         after = self._mean * (waiting + 1) / self._batch.slots
         after = min(max(1.0, math.ceil(after)), LONGEST_RETRY)
-        what = (
-            f"{waiting} requests wait, and {self._most} may beside those with a free slot"
-            if full
-            else f"prompts of {tokens} tokens wait, {self._most_tokens} may, and this one has "
-            f"{ticket.tokens}"
-        )
-        raise Busy(f"{what}; try again in {after:.0f} s", after)
+        return Busy(f"{what}; try again in {after:.0f} s", after)
 
     def _idle(self) -> bool:
         if self._thread is None or not self._thread.is_alive():
@@ -225,7 +240,7 @@ class Engine:
         self._compiles.watch()
         try:
             if self._warm:
-                self._batch.warm()
+                self._batch.warm(stop=lambda: self._closing)
             self._compiles.kind = "serving"
             with self._changed:
                 self._ready = True
@@ -303,7 +318,8 @@ class Engine:
             return
         work = ticket.work
         assert isinstance(work, Generation)
-        self._measures.histograms["queue_seconds"].add(time.monotonic() - ticket.arrived)
+        ticket.admitted = time.monotonic()
+        self._measures.histograms["queue_seconds"].add(ticket.admitted - ticket.arrived)
         try:
             ticket.row = self._batch.admit(
                 work.tokens,
@@ -406,9 +422,14 @@ class Engine:
         measures.histograms["request_seconds"].add(seconds)
         if row is not None:
             self._running.pop(row, None)
-            self._mean += 0.1 * (seconds - self._mean)
+            # Without the wait: whoever is told when to come again waits for the slots alone.
+            self._mean += 0.1 * (time.monotonic() - ticket.admitted - self._mean)
         if ticket is self._job:
             self._job = None
+        # A job that is cut short frees what it holds now, not when it is collected.
+        close = getattr(ticket.slices, "close", None)
+        if close is not None:
+            close()
         self._say(
             ticket, Finished(cast(Reason, reason), tail, Usage(ticket.tokens, new, cached), error)
         )

@@ -42,9 +42,7 @@ class Watch(Protocol):
 def refusal_of(error: Exception) -> Refused:
     """Return what a failed `submit` answers."""
     if isinstance(error, Busy):
-        return later(
-            f"{error}; try again later", error.retry_after, status=429, kind="rate_limit_error"
-        )
+        return later(str(error), error.retry_after, status=429, kind="rate_limit_error")
     if isinstance(error, Draining):
         return later("the server is shutting down; try again, or ask another one", 5)
     return Refused(str(error))

@@ -24,12 +24,14 @@ from mtnlg_jax.serve import schema
 from mtnlg_jax.serve.answers import EventStream, Gone, answer, failure, refusal
 from mtnlg_jax.serve.chat import chat
 from mtnlg_jax.serve.completions import completions
+from mtnlg_jax.serve.following import refusal_of
 from mtnlg_jax.serve.keys import Account, Keys
 from mtnlg_jax.serve.metrics import Metrics
 from mtnlg_jax.serve.models import Model, Models
 from mtnlg_jax.serve.openapi import document
 from mtnlg_jax.serve.ranking import rank_texts, rerank
 from mtnlg_jax.serve.refusals import Refused, later, not_found
+from mtnlg_jax.serve.requests import Busy
 from mtnlg_jax.serve.texts import detokenize, fill_masks, tokenize, tokenizer_info
 from mtnlg_jax.serve.writing import Call
 
@@ -60,6 +62,9 @@ POSTS: tuple[tuple[str, type[msgspec.Struct], Callable[..., Awaitable[Response]]
     ("/tokenize", schema.Tokenize, tokenize),
     ("/detokenize", schema.Detokenize, detokenize),
 )
+
+
+_WITHOUT_ENGINE = (schema.Tokenize, schema.Detokenize)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,8 +175,9 @@ class Api:
             account = self._account(request)
             if self.draining:
                 raise later("the server is shutting down; try again, or ask another one", 5)
-            if not self.models.ready:
-                raise later("the model is still loading; /ready says when it is not", 5)
+            self._check_engines()
+            if kind not in _WITHOUT_ENGINE:
+                self._check_room()
             account.enter()
             self._enter()
             entered = True
@@ -199,6 +205,27 @@ class Api:
             return response
 
         return run
+
+    def _check_engines(self) -> None:
+        """Raise Refused (503) while an engine compiles, and when one has stopped by itself."""
+        if self.models.failure is not None:
+            raise later("the model has stopped and the server ends; its log tells why", 30)
+        if not self.models.ready:
+            raise later("the model is still loading; /ready says when it is not", 5)
+
+    def _check_room(self) -> None:
+        """Raise Refused (429) if no engine takes anything: a flood then costs no reading of bodies,
+        no tokens and no grammars."""
+        refused = None
+        for engine in self.models.engines:
+            try:
+                engine.check_room()
+            except Busy as error:
+                refused = error
+            else:
+                return
+        if refused is not None:
+            raise refusal_of(refused)
 
     def _enter(self) -> None:
         self.running += 1
@@ -244,14 +271,15 @@ class Api:
         return Response(text, media_type=kind)
 
     async def _health(self, request: Request) -> Response:
+        if self.models.failure is not None:
+            self._check_engines()
         return answer({"status": "ok"})
 
     async def _ready(self, request: Request) -> Response:
         """Answer 200 while requests are taken, and 503 before that and during the drain."""
         if self.draining:
             raise later("the server is shutting down", 5)
-        if not self.models.ready:
-            raise later("the model is still loading or compiling", 5)
+        self._check_engines()
         return answer({"status": "ready"})
 
     async def _version(self, request: Request) -> Response:

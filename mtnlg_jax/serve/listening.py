@@ -8,6 +8,7 @@ from types import FrameType
 
 import uvicorn
 
+from mtnlg_jax.serve.connections import Connection, raise_file_limit
 from mtnlg_jax.serve.http import Api, is_loopback
 from mtnlg_jax.serve.keys import Keys
 
@@ -53,6 +54,8 @@ class Server(uvicorn.Server):
     def __init__(self, api: Api, drain_seconds: float = DRAIN_SECONDS):
         config = uvicorn.Config(
             api.app,
+            http=Connection,
+            ws="none",
             log_config=None,
             access_log=False,
             lifespan="off",
@@ -71,7 +74,14 @@ class Server(uvicorn.Server):
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
+        Connection.most = raise_file_limit()
         await super().serve(sockets)
+
+    async def on_tick(self, counter: int) -> bool:
+        """End when an engine has stopped by itself: whoever watches the process starts it again."""
+        if self.api.models.failure is not None:
+            self.should_exit = True
+        return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin the drain at the first signal; end at once at the second."""
@@ -97,9 +107,15 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     def run_until_signal(self, bound: socket.socket) -> None:
-        """Serve until SIGTERM or Ctrl-C, and close the engines."""
+        """Serve until SIGTERM or Ctrl-C, and close the engines.
+
+        Raises RuntimeError if an engine stopped by itself.
+        """
         try:
             self.run(sockets=[bound])
         finally:
             for engine in self.api.models.engines:
                 engine.close()
+        failure = self.api.models.failure
+        if failure is not None:
+            raise RuntimeError(f"the engine stopped: {failure}") from failure

@@ -8,6 +8,8 @@ import jax
 
 # Seconds, from a step on an accelerator to a long wait on a CPU.
 BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+# The name of threads that do a job for an engine.
+JOB_THREAD = "engine-job"
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
@@ -35,11 +37,19 @@ class Histogram:
         return {"buckets": buckets, "sum": self._sum, "count": total}
 
 
+COUNTERS = (
+    *(f"requests_{reason}" for reason in ("stop", "length", "cancelled", "deadline", "error")),
+    *("refused_requests", "prompt_tokens", "cached_tokens", "completion_tokens"),
+    *("turns", "chunks", "slices"),
+)
+
+
 class Measures:
     """What an engine counts. One thread writes; a reader may see a number one event old."""
 
     def __init__(self):
-        self.counters: Counter[str] = Counter()
+        # All from the start: a rate of a counter needs its 0.
+        self.counters: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
         self.histograms = {
             name: Histogram()
             for name in (
@@ -53,15 +63,17 @@ class Measures:
 
 
 class Compiles:
-    """The programs compiled by one thread, that which calls `watch`.
+    """The programs compiled by one thread, that which calls `watch`, and by those of jobs.
 
-    JAX reports each to listeners of the whole process. ``kind`` is under which they count now.
+    JAX reports each to listeners of the whole process. ``kind`` is under which they count now. The
+    programs of jobs count for every engine of the process.
     """
 
     def __init__(self):
         self.counts: Counter[str] = Counter()
         self.kind = "warm"
         self._thread = 0
+        self._closed = False
         jax.monitoring.register_event_duration_secs_listener(self._heard)
 
     def watch(self) -> None:
@@ -69,10 +81,16 @@ class Compiles:
         self._thread = threading.get_ident()
 
     def close(self) -> None:
-        """Stop counting."""
+        """Stop counting; safe to call again."""
+        if not self._closed:
+            jax.monitoring.unregister_event_duration_listener(self._heard)
+        self._closed = True
         self._thread = 0
-        jax.monitoring.unregister_event_duration_listener(self._heard)
 
     def _heard(self, event: str, duration_secs: float, **_: str | int) -> None:
-        if event == _COMPILED and threading.get_ident() == self._thread:
+        if event != _COMPILED:
+            return
+        if threading.get_ident() == self._thread:
             self.counts[self.kind] += 1
+        elif threading.current_thread().name == JOB_THREAD:
+            self.counts["jobs"] += 1

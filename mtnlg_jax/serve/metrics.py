@@ -1,5 +1,6 @@
 """/metrics: what the API counts itself, and the engine's own numbers, for Prometheus."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -88,8 +89,7 @@ class Metrics:
 
 
 class _OfEngines:
-    """The statistics of each engine: a number is a gauge, or a counter where its name ends with
-    _total; {"buckets": {bound: count}, "sum": ...} is a histogram with cumulative counts."""
+    """The `Engine.statistics` of each engine."""
 
     def __init__(self, models: Models):
         self._models = models
@@ -98,11 +98,21 @@ class _OfEngines:
         families: dict[str, Any] = {}
         names = {id(model.engine): model.name for model in reversed(self._models.all)}
         for engine in self._models.engines:
-            for name, value in engine.statistics().items():
-                family = families.get(name)
-                if family is None:
-                    family = families[name] = _family(name, value)
-                _add(family, names[id(engine)], value)
+            statistics = engine.statistics()
+            labels = [names[id(engine)]]
+            for group, kind in _KINDS.items():
+                for name, value in statistics[group].items():
+                    family = families.get(name)
+                    if family is None:
+                        family = families[name] = kind(
+                            f"{PREFIX}engine_{name}",
+                            f"Of the engine: {name.replace('_', ' ')}",
+                            labels=["model"],
+                        )
+                    if group == "histograms":
+                        family.add_metric(labels, _buckets(value), value["sum"])
+                    else:
+                        family.add_metric(labels, float(value))
         yield from families.values()
 
     def describe(self) -> list[Any]:
@@ -110,25 +120,13 @@ class _OfEngines:
         return []
 
 
-def _family(name: str, value: Any) -> Any:
-    whole = PREFIX + "engine_" + name
-    kind: Any = GaugeMetricFamily
-    if isinstance(value, Mapping):
-        kind = HistogramMetricFamily
-    elif name.endswith("_total"):
-        kind = CounterMetricFamily
-    return kind(whole, f"Of the engine: {name.replace('_', ' ')}", labels=["model"])
+_KINDS: dict[str, Any] = {
+    "counters": CounterMetricFamily,
+    "gauges": GaugeMetricFamily,
+    "histograms": HistogramMetricFamily,
+}
 
 
-def _add(family: Any, model: str, value: Any) -> None:
-    if not isinstance(value, Mapping):
-        family.add_metric([model], float(value))
-        return
-    buckets = [(_bound(bound), count) for bound, count in value["buckets"].items()]
-    if not buckets or buckets[-1][0] != "+Inf":
-        buckets.append(("+Inf", value.get("count", buckets[-1][1] if buckets else 0)))
-    family.add_metric([model], buckets, value["sum"])
-
-
-def _bound(bound: Any) -> str:
-    return "+Inf" if float(bound) == float("inf") else str(float(bound))
+def _buckets(value: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """Return the cumulative counts of a histogram by the upper bound as Prometheus writes it."""
+    return [("+Inf" if math.isinf(bound) else str(bound), n) for bound, n in value["buckets"]]

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from mtnlg_jax.config import StageConfig
 from mtnlg_jax.data.tokenizer.chat import Chat
 from mtnlg_jax.decode.cache import Decoder
-from mtnlg_jax.decode.grammar import Grammars
+from mtnlg_jax.decode.grammar import Grammar, Grammars, SwitchedGrammar
 from mtnlg_jax.decode.results import encode_prompt
 from mtnlg_jax.serve.refusals import Refused, not_found
 from mtnlg_jax.serve.requests import Event, Work
@@ -28,11 +28,16 @@ class Engine(Protocol):
     @property
     def ready(self) -> bool: ...
 
+    @property
+    def failure(self) -> BaseException | None: ...
+
     def start(self) -> None: ...
 
     def drain(self) -> object: ...
 
     def close(self) -> None: ...
+
+    def check_room(self) -> None: ...
 
     def submit(self, work: Work, on_events: Callable[[list[Event]], None]) -> Ticket: ...
 
@@ -58,6 +63,14 @@ class Model:
         """Raises ValueError where llguidance is not installed."""
         more = self.chat.ends() if self.chat else ()
         return Grammars(self.tokenizer, self.decoder.config.vocabulary, more)
+
+    @functools.cached_property
+    def _switched(self) -> SwitchedGrammar:
+        return SwitchedGrammar()
+
+    def grammar_of_jobs(self, grammar: Grammar) -> Callable:
+        """Return the ``constraint`` of a job of this model; jobs run one at a time."""
+        return self._switched.of(grammar)
 
     @functools.cached_property
     def special_ids(self) -> dict[str, int]:
@@ -145,3 +158,8 @@ class Models:
     @property
     def ready(self) -> bool:
         return all(engine.ready for engine in self.engines)
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What ended an engine, or None."""
+        return next((each.failure for each in self.engines if each.failure is not None), None)

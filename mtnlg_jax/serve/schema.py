@@ -51,7 +51,7 @@ class Sampling(msgspec.Struct, kw_only=True):
     """The settings that completions and chat share; names of OpenAI, vLLM and DecodeConfig."""
 
     model: str | None = None
-    temperature: float = 1.0
+    temperature: float | None = None  # 1, and 0 for beams
     top_p: float = 1.0
     n: int = 1
     stream: bool = False
@@ -74,6 +74,10 @@ class Sampling(msgspec.Struct, kw_only=True):
     suppress_tokens: list[int] = msgspec.field(default_factory=list)
     ignore_eos: bool = False
     max_time: float | None = None
+    # vLLM's: n beams, or best_of of them.
+    use_beam_search: bool = False
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
     response_format: ResponseFormat | None = None
     structured_outputs: Choice | None = None
 

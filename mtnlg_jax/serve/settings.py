@@ -25,8 +25,10 @@ MOST_SAMPLES = 16  # n, best_of
 def within(name: str, value: float, low: float, high: float) -> None:
     """Raise Refused unless ``value`` is in [low, high]."""
     if not low <= value <= high:
+        # An int of many digits is no float.
+        shown = f"{value:g}" if isinstance(value, float) else str(value)[:40]
         raise Refused(
-            f"{name}={value:g} is outside {low:g} to {high:g}; give a value in between", name
+            f"{name}={shown} is outside {low:g} to {high:g}; give a value in between", name
         )
 
 
@@ -52,18 +54,24 @@ def seed_of(seed: int | None) -> int:
     if seed is None:
         return secrets.randbits(31)
     if not -(2**63) <= seed < 2**64:
-        raise Refused(f"seed={seed} does not fit 64 bits; give a smaller one", "seed")
+        raise Refused(f"seed={str(seed)[:40]} does not fit 64 bits; give a smaller one", "seed")
     return seed % 2**32
 
 
-def settings_of(query: Sampling, model: Model, new: int) -> DecodeConfig:
-    """Return the settings of one row that writes at most ``new`` tokens.
+def settings_of(query: Sampling, model: Model, new: int, samples: int = 1) -> DecodeConfig:
+    """Return the settings of one row that writes at most ``new`` tokens, or of its beams.
+
+    ``samples``: how many beams are searched; n of them are told.
 
     Raises Refused on a value that is out of range. At temperature 0 the limits of sampling change
     nothing, and are left out.
     """
     within("n", query.n, 1, MOST_SAMPLES)
-    within("temperature", query.temperature, 0, 100)
+    temperature = query.temperature
+    if temperature is None:
+        temperature = 0.0 if query.use_beam_search else 1.0
+    within("temperature", temperature, 0, 100)
+    beams = _beams(query, samples)
     within("top_p", query.top_p, 0, 1)
     within("presence_penalty", query.presence_penalty, -2, 2)
     within("frequency_penalty", query.frequency_penalty, -2, 2)
@@ -80,7 +88,7 @@ def settings_of(query: Sampling, model: Model, new: int) -> DecodeConfig:
         max_new_tokens=new,
         # guidellm and the benchmark of vLLM ask for texts of a known length.
         min_new_tokens=new if query.ignore_eos else query.min_tokens,
-        temperature=query.temperature,
+        temperature=temperature,
         # 0 keeps the best token alone; DecodeConfig wants a share above 0.
         top_p=query.top_p or 1e-6,
         top_k=max(query.top_k, 0),
@@ -98,6 +106,7 @@ def settings_of(query: Sampling, model: Model, new: int) -> DecodeConfig:
         stop_strings=stops_of(query.stop),
         stop_token_ids=tuple(query.stop_token_ids),
         max_time=query.max_time,
+        **beams,
     )
     config = acting(config)
     try:
@@ -106,6 +115,35 @@ def settings_of(query: Sampling, model: Model, new: int) -> DecodeConfig:
     except ValueError as error:
         raise Refused(str(error), _named(str(error), query)) from None
     return config
+
+
+def _beams(query: Sampling, samples: int) -> dict[str, Any]:
+    """Return the settings of beam search. Raise Refused on what it cannot do."""
+    if not query.use_beam_search:
+        for name, neutral in (("length_penalty", 1.0), ("early_stopping", False)):
+            if getattr(query, name) != neutral:
+                raise Refused(
+                    f"{name} affects beams only; set use_beam_search=true, or leave it out", name
+                )
+        return {}
+    if samples < 2:
+        raise Refused(
+            "use_beam_search needs 2 beams or more, and n is 1; raise n (or best_of of "
+            "/v1/completions), or set temperature=0 without beams for greedy text",
+            "n",
+        )
+    if query.stop:
+        raise Refused(
+            "stop cannot be looked for while beams are compared; give stop_token_ids, or leave it "
+            "out",
+            "stop",
+        )
+    return {
+        "num_beams": samples,
+        "num_return_sequences": query.n,
+        "length_penalty": query.length_penalty,
+        "early_stopping": query.early_stopping,
+    }
 
 
 def with_room(config: DecodeConfig, room: int) -> DecodeConfig:

@@ -15,6 +15,7 @@ import numpy as np
 from mtnlg_jax.decode.best import Best as Scored
 from mtnlg_jax.decode.best import score_best
 from mtnlg_jax.decode.cache import Decoder
+from mtnlg_jax.serve.measures import JOB_THREAD
 
 __all__ = ["Scored", "in_slices", "mean_slices", "score_slices"]
 
@@ -59,12 +60,22 @@ class _Closed(BaseException):
     """Raised inside the work when nobody wants its result any more."""
 
 
+# Seconds that the caller waits for a slice, and for one that was late already: a program that is
+# compiled may take minutes.
+PATIENCE = 0.1
+PATIENCE_WHEN_LATE = 0.01
+
+
 def in_slices(work: Callable[[Decoder], object]) -> Callable[[Decoder], Iterator[object]]:
     """Return the `Job.run` of a function that calls the model several times, such as `rank`.
 
-    The function runs in a thread of its own, but never at the same time as the caller: it stops
-    each time it takes the parameters for another call of the model, and next() lets it go on. What
-    it raises, next() raises. If the iterator is closed, the function ends at its next call.
+    The function runs in a thread of its own. It stops each time it takes the parameters for another
+    call of the model, and next() lets it go on. What it raises, next() raises. If the iterator is
+    closed, the function ends at its next call.
+
+    A slice that takes long, since it compiles, goes on while next() returns None, so that others
+    can write. Over a mesh next() waits: programs of two threads could meet in another order on each
+    device, and their collectives would wait for each other.
     """
     return functools.partial(_run, work)
 
@@ -97,18 +108,24 @@ def _run(work: Callable[[Decoder], object], decoder: Decoder) -> Iterator[object
         except BaseException as error:
             reports.put(("error", error))
 
-    thread = threading.Thread(target=body, name="slices", daemon=True)
+    thread = threading.Thread(target=body, name=JOB_THREAD, daemon=True)
     thread.start()
+    patience = PATIENCE if decoder.mesh is None else None
     try:
         while True:
-            kind, value = reports.get()
+            try:
+                kind, value = reports.get(timeout=patience)
+            except queue.Empty:
+                patience = PATIENCE_WHEN_LATE
+                yield None
+                continue
             if kind == "error":
                 raise value
             yield value
             if kind == "result":
                 return
+            patience = PATIENCE if decoder.mesh is None else None
             turns.put(True)
     finally:
-        if thread.is_alive():
-            turns.put(False)
-            thread.join()
+        # Not joined: it may compile for long yet. It ends at its next call of the model.
+        turns.put(False)

@@ -1,11 +1,13 @@
 """/v1/fill, /tokenize, /detokenize and /tokenizer_info."""
 
 import dataclasses
+import functools
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
+from mtnlg_jax.decode.cache import Decoder
 from mtnlg_jax.decode.infill import Filled, fill, has_mask
 from mtnlg_jax.serve.answers import answer, unless_gone
 from mtnlg_jax.serve.chat import prompt_of
@@ -43,17 +45,19 @@ async def fill_masks(
     # An upper bound of its tokens, before the queue.
     model.check_room(model.tokenizer.encode(query.text), 0, "text")
 
-    def work(decoder) -> Filled | Refused:
-        try:
-            return fill(decoder, model.tokenizer, query.text, query.top_k)
-        except ValueError as error:
-            return Refused(str(error), "text")
-
+    work = functools.partial(_filled, model, query.text, query.top_k)
     job = Job(in_slices(work), call.key, call.deadline)
     filled = await unless_gone(request, result_of(model.engine, job, watch))
     if isinstance(filled, Refused):
         raise filled
     return answer({"object": "fill", "model": model.name, **dataclasses.asdict(filled)})
+
+
+def _filled(model: Model, text: str, top_k: int, decoder: Decoder) -> Filled | Refused:
+    try:
+        return fill(decoder, model.tokenizer, text, top_k)
+    except ValueError as error:
+        return Refused(str(error), "text")
 
 
 async def tokenize(

@@ -19,6 +19,7 @@ class Ticket:
         self._on_events = on_events
         self._wake = wake
         self.arrived = time.monotonic()
+        self.admitted = 0.0  # when it got a slot
         self.last = 0.0  # when its last tokens came
         self.events: list[Event] = []  # of this turn
         self.row: Row | None = None

@@ -4,11 +4,11 @@ import codecs
 import dataclasses
 import time
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from mtnlg_jax.config import DecodeConfig
 from mtnlg_jax.decode.grammar import Grammar
-from mtnlg_jax.serve.following import Following, ended
+from mtnlg_jax.serve.following import Following, Watch, ended
 from mtnlg_jax.serve.models import Model
 from mtnlg_jax.serve.requests import Event, Finished, Generation, Token
 from mtnlg_jax.serve.settings import with_room
@@ -24,12 +24,45 @@ class Call:
     deadline: float  # of time.monotonic()
 
 
+class Followed(Protocol):
+    """Rows that are written; `Following` is one."""
+
+    def events(self, patience: float | None = None) -> AsyncIterator[tuple[int, Event] | None]: ...
+
+    def cancel(self) -> None: ...
+
+
+class Writer(Protocol):
+    """What writes the rows of a request: `Rows`, or beams."""
+
+    @property
+    def number(self) -> int: ...
+
+    def follow(self, watch: Watch, most_behind: int | None = None) -> Followed: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Rows that the engine writes beside those of other requests."""
+
+    model: Model
+    rows: Sequence[Generation]
+
+    @property
+    def number(self) -> int:
+        return len(self.rows)
+
+    def follow(self, watch: Watch, most_behind: int | None = None) -> Following:
+        """Queue the rows. Raise Refused where the engine takes none."""
+        return Following(self.model.engine, self.rows, watch, most_behind)
+
+
 @dataclasses.dataclass
 class Choice:
     """One row as it is written."""
 
     text: str = ""
-    reason: str = "length"
+    reason: str = ""  # "" until it has ended; a search may find fewer beams than were asked for
     tokens: list[Token] = dataclasses.field(default_factory=list)
 
     def take(self, event: Event) -> None:
@@ -86,7 +119,6 @@ def generations(
     samples: int,
     seed: int,
     call: Call,
-    *,
     alternatives: int = 0,
     grammar: Grammar | None = None,
 ) -> list[Generation]:
@@ -112,7 +144,7 @@ def generations(
     return rows
 
 
-async def gather(following: Following, number: int, count: Count) -> list[Choice]:
+async def gather(following: Followed, number: int, count: Count) -> list[Choice]:
     """Return the rows when all have ended, in order. Cancels them if it is cancelled or fails."""
     choices = [Choice() for _ in range(number)]
     try:
@@ -129,7 +161,7 @@ async def gather(following: Following, number: int, count: Count) -> list[Choice
 
 
 async def stream_rows(
-    following: Following, count: Count, patience: float
+    following: Followed, count: Count, patience: float
 ) -> AsyncIterator[tuple[int, Event] | None]:
     """Yield the events of rows; None after ``patience`` seconds of silence."""
     begun = set()

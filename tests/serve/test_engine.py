@@ -155,6 +155,20 @@ def test_a_full_queue_refuses_with_a_time(stopped):
     stopped._turn()
 
 
+def test_the_time_to_come_again_counts_the_slots_and_not_the_wait(stopped):
+    answers = [_ask(stopped) for _ in range(3)]
+    for answer in answers:
+        # As if it had waited for an hour.
+        answer.ticket.arrived -= 3600
+    _turns(stopped, *answers)
+    for _ in range(4 + stopped._batch.slots):
+        _ask(stopped)
+    with pytest.raises(Busy) as raised:
+        _ask(stopped)
+    # Each took less than a minute in its slot, also on a machine that compiles slowly.
+    assert raised.value.retry_after < 60
+
+
 def test_bad_requests_never_reach_the_queue(stopped):
     with pytest.raises(ValueError, match="prompt has 64 tokens and the context holds 64"):
         _ask(stopped, tokens=(30,) * 64)

@@ -42,6 +42,12 @@ with command.flag_group("Engine"):
         "instead of serving, write requests alone and then together, and compare what each was "
         "told",
     )
+    WAITING_TOKENS = flags.DEFINE_integer(
+        "waiting_tokens",
+        None,
+        "tokens of prompts that may wait together; default: 8 contexts",
+        lower_bound=1,
+    )
     WARM = flags.DEFINE_bool(
         "warm", True, "compile every program before the server is ready, so that none is later"
     )

@@ -265,6 +265,7 @@ def _engine(loaded: _Loaded, mirror: "Mirror | None") -> "Engine":
         loaded.run.tokenizer,
         slots=options.SLOTS.value,
         waiting=options.WAITING.value,
+        waiting_tokens=options.WAITING_TOKENS.value,
         warm=options.WARM.value,
         mirror=mirror,
     )

@@ -1,7 +1,8 @@
 """Provide a server on a loopback port with a tiny random model.
 
-Its engine runs the real `generate` in a thread, one request after another, so that the tests of the
-API need nothing of the scheduling; the tests of the engine have that.
+The engine of ``served`` runs the real `generate` in a thread, one request after another, so that
+the tests of the API need nothing of the scheduling; the tests of the engine have that. ``live`` has
+the real engine, for the tests with clients.
 """
 
 import contextlib
@@ -30,6 +31,7 @@ from mtnlg_jax.data.tokenizer import train_tokenizer  # noqa: E402
 from mtnlg_jax.data.tokenizer.chat import Chat  # noqa: E402
 from mtnlg_jax.decode.cache import unstack  # noqa: E402
 from mtnlg_jax.model.transformer import abstract_model  # noqa: E402
+from mtnlg_jax.serve.engine import Engine  # noqa: E402
 from mtnlg_jax.serve.http import Api, Limits  # noqa: E402
 from mtnlg_jax.serve.keys import Keys  # noqa: E402
 from mtnlg_jax.serve.listening import Server, bind  # noqa: E402
@@ -57,7 +59,7 @@ class Served(NamedTuple):
 
     def ask(self, method: str, path: str, body: Any = None, **headers: str):
         """Return (status, headers, body); a body that is not text is sent as JSON."""
-        link = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        link = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
         with contextlib.closing(link):
             data = body if isinstance(body, bytes | str) or body is None else json.dumps(body)
             named = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -138,6 +140,30 @@ def make(parts):
 @pytest.fixture(scope="session")
 def served(make):
     with serving(make()) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def make_live(parts):
+    """Return a factory of models with the real engine, which compiles what a request first needs.
+
+    The server that gets the model closes the engine.
+    """
+    tokenizer, decoder = parts
+
+    def new(**options) -> Model:
+        engine = Engine(decoder, tokenizer, slots=4, waiting=8, warm=False, **options)
+        engine.start()
+        engine.wait_ready()
+        chat = Chat(tokenizer, TEMPLATE)
+        return Model("tiny", engine, decoder, tokenizer, chat=chat, chat_template=TEMPLATE)
+
+    return new
+
+
+@pytest.fixture(scope="session")
+def live(make_live):
+    with serving(make_live()) as server:
         yield server
 
 

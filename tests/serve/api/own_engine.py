@@ -23,6 +23,7 @@ class OwnEngine:
         self.waiting = waiting
         self.pause = pause
         self.ready = False
+        self.failure = None
         self.closed = False
         self.draining = False
         self.cancelled = 0
@@ -41,22 +42,27 @@ class OwnEngine:
             self.closed = True
             self._wake.notify()
 
+    def check_room(self):
+        if len(self._queue) >= self.waiting:
+            raise Busy("the queue is full", 3.0)
+
     def submit(self, work, on_events):
         if self.draining:
             raise Draining("the engine drains")
         with self._wake:
-            if len(self._queue) >= self.waiting:
-                raise Busy("the queue is full", 3.0)
+            self.check_room()
             ticket = _Ticket(work, on_events)
             self._queue.append(ticket)
             self._wake.notify()
         return ticket
 
     def statistics(self):
+        # The form of `Engine.statistics`.
+        buckets = [(0.1, 1), (1.0, 2), (float("inf"), 2)]
         return {
-            "waiting": len(self._queue),
-            "programs_total": 3,
-            "step_seconds": {"buckets": {0.1: 1, 1.0: 2}, "sum": 0.5, "count": 2},
+            "counters": {"turns": 3},
+            "gauges": {"waiting_requests": len(self._queue)},
+            "histograms": {"step_seconds": {"buckets": buckets, "sum": 0.5, "count": 2}},
         }
 
     def _run(self):

@@ -175,11 +175,12 @@ def test_filling_is_that_of_fill(served):
         (
             "/v1/rank",
             {
-                "candidates": ["a"],
+                # Neither repeats a repetition in plain sight.
+                "candidates": ["a" * 40 + "b"],
                 "scorers": ["self_consistency"],
-                "options": {"answer": "(a+)+$"},
+                "options": {"answer": "(?:a|a)*$"},
             },
-            "never end",
+            "takes more than 0.25 s",
         ),
         ("/v1/rank", {"n": 2, "temperature": 0}, "same text"),
         ("/v1/rerank", {"query": " ", "documents": ["a"]}, "query is empty"),
@@ -339,6 +340,10 @@ def test_a_full_queue_says_when_to_ask_again(make, serving_of):
         status, headers, told = server.ask("POST", "/v1/completions", body)
         assert status == 429 and int(headers["Retry-After"]) >= 3
         assert told["error"]["type"] == "rate_limit_error"
+        # A flood costs nothing: not even the mistake in this body is looked for.
+        assert server.ask("POST", "/v1/completions", {"prompt": 1})[0] == 429
+        # What needs no model is answered.
+        assert server.ask("POST", "/tokenize", {"prompt": "a"})[0] == 200
         first.join()
         assert done[0]["usage"]["completion_tokens"] == 20
 
@@ -392,7 +397,7 @@ def test_metrics_count(served):
     _, _, text = served.ask("GET", "/metrics")
     page = text.decode()
     assert 'mtnlg_requests_total{route="/tokenize",status="200"}' in page
-    assert 'mtnlg_engine_programs_total{model="tiny"} 3.0' in page
+    assert 'mtnlg_engine_turns_total{model="tiny"} 3.0' in page
     assert 'mtnlg_engine_step_seconds_bucket{le="+Inf",model="tiny"} 2.0' in page
     assert "mtnlg_time_to_first_token_seconds_count" in page
 
