@@ -45,7 +45,7 @@ async def _rank(query: Rank, model: Model, call: Call, watch: Watch) -> Response
         seed = seed_of(query.seed)
         written = await _write(query, model, call, watch, seed, count)
 
-    if options.answer is not None:
+    if isinstance(options.answer, str):
         texts = query.candidates or [each.text for each in written or ()]
         await check_time("answer", options.answer, texts)
 
