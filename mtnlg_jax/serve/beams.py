@@ -76,6 +76,7 @@ class Beams:
             settings = dataclasses.replace(
                 settings,
                 max_time=min(settings.max_time or _NO_LIMIT, left),
+                # Nothing is drawn at temperature 0, and a seed is refused.
                 seed=self.seed if settings.temperature else settings.seed,
             )
             try:

@@ -48,7 +48,7 @@ async def _rank(query: Rank, model: Model, call: Call, watch: Watch) -> Response
         seed = seed_of(query.seed)
         written = await _write(query, model, call, watch, seed, count)
 
-    if options.answer is not None:
+    if isinstance(options.answer, str):
         texts = query.candidates or [each.text for each in written or ()]
         # A function is for Python alone.
         await check_time("answer", cast(str, options.answer), texts)

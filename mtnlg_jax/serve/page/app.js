@@ -285,6 +285,8 @@ function able() {
 function speak(to) {
   language = to;
   store("language", to);
+  // What it said was in the other language.
+  if (!running) say("");
   document.documentElement.lang = to;
   for (const each of all("[data-w]")) each.textContent = word(each.dataset.w);
   $("language").textContent = to === "en" ? "中文" : "English";
