@@ -541,8 +541,9 @@ def main() -> int:
     parser.add_argument("--queue", type=int, default=8, help="places that wait in the part flood")
     parser.add_argument("--flood_seconds", type=float, default=15.0)
     parser.add_argument("--output", help="a JSON file")
-    args, flags = parser.parse_known_args()
-    args.flags = [f"--workdir={args.workdir}", *flags]
+    parser.add_argument("flags", nargs="*", help="behind --: further flags of launch/serve.py")
+    args = parser.parse_args()
+    args.flags = [f"--workdir={args.workdir}", *args.flags]
     results: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},

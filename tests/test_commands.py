@@ -268,9 +268,15 @@ def test_a_command_shows_its_own_help(command):
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     docstring = ast.get_docstring(ast.parse(command.read_text()), clean=False)
-    # Flags may be defined in the subpackage that the command imports.
-    subpackages = set(re.findall(r"from mtnlg_jax\.cli\.(\w+)", command.read_text()))
-    parts = [path for name in subpackages for path in (command.parent / name).glob("*.py")]
+    # Flags may be defined in the modules of subpackages that the command imports.
+    imports = re.findall(r"from mtnlg_jax\.cli\.(\w+) import ([\w, ]+)", command.read_text())
+    paths = [
+        command.parent / folder / f"{name}.py"
+        for folder, names in imports
+        for name in names.split(", ")
+    ]
+    parts = [path for path in paths if path.is_file()]
+    assert parts or not imports
     source = "".join(path.read_text() for path in [command, *parts])
     own = re.findall(r'(?:DEFINE_\w+|define_paths?)\(\s*"(\w+)"', source)
     assert docstring.splitlines()[0] in done.stdout, done.stdout + done.stderr

@@ -358,8 +358,8 @@ class Batch:
             column(lambda row: row.longest, 1),
             column(lambda row: row.seed, 0, np.uint32),
         )
-        tier = max(row.tier for row in rows)
         if self._tier is None:
+            tier = max(row.tier for row in rows)
             self._set(tier, [row.fields for row in rows], count)
         return self._device.advance(arrays, self._extras(padded), steps)
 

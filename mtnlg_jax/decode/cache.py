@@ -119,8 +119,7 @@ def split_abstract(config: ModelConfig) -> tuple[nnx.State, nnx.State]:
 def unstack_params(params, *, config, dtype, weights=None, rows=False):
     """Return a decoder's parameters.
 
-    ``rows``: hold float weights as RowWeights as well. Over a mesh they must stay arrays, which are
-    split by their names.
+    ``rows``: hold float weights as RowWeights as well.
     """
     int8 = weights == "int8"
     graph = abstract_model(config)[0]

@@ -48,9 +48,15 @@ def load_decoder(
     # Before anything is read, since reading takes long.
     dtype = check_held(dtype, weights, cache)
     reader = foreign.reader_of(workdir)
+
+    def check(config: Config, tokenizer) -> None:
+        if mesh is not None:
+            Placement(config.model, split_abstract(config.model), mesh)
+        before(config, tokenizer)
+
     if reader is not None:
         run, source = reader.open(workdir)
-        before(run.config, run.tokenizer)
+        check(run.config, run.tokenizer)
         params = _assemble(run.config.model, dtype, weights, source, mesh)
         _trim()
         return run, Decoder(run.config.model, params, cache == "int8", mesh)
@@ -58,7 +64,7 @@ def load_decoder(
     def read(path, config: Config) -> tuple:
         return _assemble(config.model, dtype, weights, stored_arrays(path, config), mesh)
 
-    run = find_run(workdir, which, read, before)
+    run = find_run(workdir, which, read, check)
     _trim()
     return Run(run.config, None, run.tokenizer, run.step, run.meta), Decoder(
         run.config.model, run.params, cache == "int8", mesh

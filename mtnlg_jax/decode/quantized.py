@@ -26,6 +26,7 @@ from mtnlg_jax import compat
 from mtnlg_jax.model.grouped import grouped_product
 from mtnlg_jax.model.parts import WholeWeight
 from mtnlg_jax.model.quantize import quantize
+from mtnlg_jax.parallel.auto import axes_of
 
 # With fewer rows XLA:CPU does not use its kernels, or they are not faster.
 LEAST_ROWS = 4
@@ -145,7 +146,7 @@ def _multiply(x_BI, number_OI):
     if not on_cpu():
         return product(x_BI)
     if x_BI.dtype == jnp.float32:
-        if not 1 < rows < LEAST_ROWS:
+        if not 1 < rows < LEAST_ROWS or axes_of("B", rows):
             return product(x_BI)
         # XLA:CPU reads a float32 weight as it is for one row, and copies it into another layout for
         # several, which takes as long as two more rows.

@@ -29,8 +29,9 @@ Held = Any  # an array, a RowWeight or an ExpertWeight
 class Placement:
     """Where the parameters of a model lie on ``mesh``.
 
-    Raises ValueError on an axis that decoding does not use, on stages that would differ, and naming
-    the first parameter with a dim that the mesh does not divide.
+    Raises ValueError on axes that do not go together, on stages that would differ, on ``expert``
+    for a model without experts, and naming the first parameter with a dim that the mesh does not
+    divide.
     """
 
     def __init__(self, config: ModelConfig, abstract: tuple[Any, Any], mesh: Mesh) -> None:
@@ -41,6 +42,13 @@ class Placement:
                     f"splits layers over stages or over {axis}, not both; set one of them to 1 "
                     "and raise mesh.tensor"
                 )
+        others = [axis for axis in ("data", "tensor") if mesh.shape[axis] > 1]
+        if mesh.shape["pipe"] > 1 and config.moe.num_moe_experts and others:
+            raise ValueError(
+                f"mesh.pipe={mesh.shape['pipe']} and mesh.{others[0]}={mesh.shape[others[0]]}: a "
+                "model with experts decodes over stages alone; set mesh.pipe=1 and raise "
+                "mesh.expert or mesh.tensor"
+            )
         self.mesh = mesh
         self.stages = mesh.shape["pipe"]
         self._layers = config.num_layers

@@ -146,7 +146,7 @@ class Slots:
             self._settings = jax.tree.map(lambda x: spread(np.asarray(x), everywhere), settings)
 
     @over_its_mesh
-    def advance(self, rows: "Rows", extras: "Extras | None", steps: int) -> "Written":
+    def advance(self, rows: Rows, extras: Extras | None, steps: int) -> Written:
         """Write at most ``steps`` tokens of the first B slots. Return them on the host."""
         self.cache, written = advance(
             self.decoder.params,
@@ -157,6 +157,8 @@ class Slots:
             np.int32(steps),
             config=self.decoder.config,
         )
+        if self.mesh is None or not self.mesh.is_multi_process:
+            return jax.device_get(written)
         return jax.tree.map(fetch, written)
 
 

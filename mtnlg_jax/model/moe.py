@@ -232,7 +232,7 @@ class Moe(nnx.Module):
             y_TD = self._own_visits(matrices, *tokens)
             y_TD = lax.psum(y_TD, ("expert", "tensor"))
             # Equal on all devices of other axes, which only a reduction tells JAX.
-            y_TD = lax.pmax(y_TD, unused) if unused else y_TD
+            y_TD = lax.pmean(y_TD, unused) if unused else y_TD
             return y_TD.reshape(x_BSD.shape)
 
         return jax.shard_map(

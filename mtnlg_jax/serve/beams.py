@@ -53,6 +53,13 @@ class Beams:
                 "use_beam_search out, or start it without --cache=int8",
                 "use_beam_search",
             )
+        mesh = self.model.decoder.mesh
+        if self.grammar is not None and mesh is not None and mesh.is_multi_process:
+            raise Refused(
+                "beam search with a response_format does not run over several processes; leave one "
+                "of the two out",
+                "use_beam_search",
+            )
 
     @property
     def number(self) -> int:

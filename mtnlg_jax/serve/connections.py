@@ -78,8 +78,16 @@ class Connection(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
+        self._watch_buffer()
+
+    def _watch_buffer(self, left: int | None = None) -> None:
+        """Abort unless the client takes something of what is ``left`` in each STUCK_SECONDS."""
         self._stop("_stuck")
-        self._stuck = self.loop.call_later(STUCK_SECONDS, self.transport.abort)
+        size = self.transport.get_write_buffer_size()
+        if left is not None and size >= left:
+            self.transport.abort()
+        else:
+            self._stuck = self.loop.call_later(STUCK_SECONDS, self._watch_buffer, size)
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -88,7 +96,7 @@ class Connection(H11Protocol):
     def timeout_keep_alive_handler(self) -> None:
         # close() would wait until the client has taken what is left of the last answer.
         if self.transport.get_write_buffer_size():
-            self.transport.abort()
+            self._watch_buffer()
         else:
             super().timeout_keep_alive_handler()
 

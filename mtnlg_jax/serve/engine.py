@@ -11,6 +11,7 @@ a long prompt or a ranking delays the text of others by one chunk and one slice 
 The thread owns the device. `submit`, `Ticket.cancel` and `statistics` are for any thread.
 """
 
+import functools
 import logging
 import math
 import threading
@@ -55,9 +56,8 @@ class Engine:
     Args:
       slots: rows that write at once.
       waiting: requests that may wait for a slot; one more raises `Busy`.
-      waiting_tokens: tokens of prompts that may wait together; None: 8 contexts. A single prompt
-        may always wait.
-      warm: compile all programs before ``ready``, so that none is compiled while others wait.
+      waiting_tokens: tokens of prompts, but one, that may wait together; None: 8 contexts.
+      warm: compile all programs before ``ready``.
       budget: seconds of steps in a turn.
       mirror: lets other processes of the decoder's mesh do the same; see mirror.py.
       batch: further options of `Batch`.
@@ -192,11 +192,7 @@ class Engine:
             # Flat once ``ready``, unless jobs compile their own.
             "programs": batch.programs,
         }
-        counters = dict(self._measures.counters)
-        for kind in ("warm", "serving", "jobs"):
-            counters[f"compiles_{kind}"] = self._compiles.counts[kind]
-        histograms = {name: each.read() for name, each in self._measures.histograms.items()}
-        return {"counters": counters, "gauges": gauges, "histograms": histograms}
+        return self._measures.report(gauges, self._compiles)
 
     def _wake(self) -> None:
         with self._changed:
@@ -208,17 +204,15 @@ class Engine:
             waiting = len(self._rows) + len(self._jobs)
             # A request that finds a free slot waits for one turn only.
             if waiting >= self._most + self._batch.free:
-                raise self._busy(
-                    f"{waiting} requests wait, and {self._most} may beside those with a free slot"
-                )
+                raise self._busy(f"{waiting} requests are waiting; at most {self._most} may wait")
 
     def _check_weight(self, ticket: Ticket) -> None:
         """Raise `Busy` if the prompts that wait are too long together."""
         tokens = self._rows.weight
         if tokens and tokens + ticket.tokens > self._most_tokens:
             raise self._busy(
-                f"prompts of {tokens} tokens wait, {self._most_tokens} may, and this one has "
-                f"{ticket.tokens}"
+                f"{tokens} prompt tokens are waiting, the limit is {self._most_tokens}, and this "
+                f"prompt has {ticket.tokens}"
             )
 
     def _busy(self, what: str) -> Busy:
@@ -359,10 +353,9 @@ class Engine:
         assert isinstance(work, Job)
         if ticket.slices is None:
             decoder = self.decoder._replace(block_tokens=SLICE_TOKENS)
-            if self._mirror is None:
-                ticket.slices = iter(work.run(decoder))
-            else:
-                ticket.slices = self._mirror.slices(work.run, decoder)
+            mirror = self._mirror
+            run = work.run if mirror is None else functools.partial(mirror.slices, work.run)
+            ticket.slices = iter(run(decoder))
         try:
             ticket.value = next(ticket.slices)
         except StopIteration:
@@ -444,6 +437,9 @@ class Engine:
         """Finish whatever is left, so that nobody waits for an engine that is gone."""
         with self._changed:
             left = [*self._rows.take(lambda _: True), *self._jobs.take(lambda _: True)]
+        # What a turn that failed could not send.
+        for ticket in self._told:
+            ticket.send()
         left += list(self._running.values())
         left += [self._job] if self._job is not None else []
         reason: Reason = "cancelled" if self._failure is None else "error"

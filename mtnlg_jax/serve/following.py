@@ -208,4 +208,8 @@ def ended(event: Finished) -> Refused:
         return later("the request took too long for this server; ask for less, or try later", 5)
     if event.reason == "cancelled":
         return later("the request was cancelled while the server shut down; try again", 5)
-    return Refused(event.error or "the model failed", status=500, kind="server_error")
+    told = event.error
+    if not told or "/" in told or "\n" in told or len(told) > 200:
+        # Words of a library, which may hold paths. The log has them.
+        told = "the model failed; the log of the server says why"
+    return Refused(told, status=500, kind="server_error")

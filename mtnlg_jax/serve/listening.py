@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import socket
-import threading
 from types import FrameType
 
 import uvicorn
@@ -14,7 +13,7 @@ from mtnlg_jax.serve.keys import Keys
 
 # Seconds in which running requests may finish after SIGTERM.
 DRAIN_SECONDS = 120.0
-_BACKLOG = 2048
+_BACKLOG = 4096
 
 
 def bind(host: str, port: int, keys: Keys) -> socket.socket:
@@ -59,6 +58,9 @@ class Server(uvicorn.Server):
             log_config=None,
             access_log=False,
             lifespan="off",
+            # uvloop accepts one connection a turn of its loop, so that a burst overflows the queue
+            # of the kernel, which then forgets connections that clients believe to have.
+            loop="asyncio",
             server_header=False,
             date_header=False,
             timeout_keep_alive=30,
@@ -97,9 +99,7 @@ class Server(uvicorn.Server):
         self._draining = asyncio.ensure_future(self._drain())
 
     async def _drain(self) -> None:
-        for engine in self.api.models.engines:
-            # It may wait until what runs has finished.
-            threading.Thread(target=engine.drain, name="drain", daemon=True).start()
+        # The API takes no new request. The engines still take what accepted ones need.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.drain_seconds):
                 while self.api.running:

@@ -61,6 +61,14 @@ class Measures:
             )
         }
 
+    def report(self, gauges: dict, compiles: "Compiles") -> dict:
+        """Return {"counters", "gauges", "histograms"}, as `Engine.statistics` tells them."""
+        counters = dict(self.counters)
+        for kind in ("warm", "serving", "jobs"):
+            counters[f"compiles_{kind}"] = compiles.counts[kind]
+        histograms = {name: each.read() for name, each in self.histograms.items()}
+        return {"counters": counters, "gauges": gauges, "histograms": histograms}
+
 
 class Compiles:
     """The programs compiled by one thread, that which calls `watch`, and by those of jobs.

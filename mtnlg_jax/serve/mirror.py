@@ -141,9 +141,10 @@ def follow(connection: Connection, decoders: Sequence[Decoder], named: dict[str,
             elif call == "close":
                 _close(jobs.pop((model, arguments[0]), None))
             else:
+                # What fails here alone must end this process: the others wait for its part.
                 getattr(slots[model], call)(*arguments)
-        except Exception:
-            # Process 0 meets the same error and tells whoever asked.
+        except ValueError:
+            # Of a job. Process 0 meets the same error and tells whoever asked.
             log.exception("a repeated call failed")
 
 
@@ -200,5 +201,5 @@ def _unpickled(data: bytes, named: dict[str, Any]) -> Any:
         def persistent_load(self, name):
             return named[name]
 
-    # From process 0 of this job, over a connection that its key protects.
+    # From process 0 of this job, which knows the key.
     return Unpickler(io.BytesIO(data)).load()

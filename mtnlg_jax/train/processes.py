@@ -225,7 +225,7 @@ def _watch_others(over: threading.Event, advice: str) -> None:
         if over.wait(LOOK_SECONDS):
             return
         lost = 0 if compat.others_go_on() else lost + 1
-    if _ending.acquire(blocking=False):
+    if not over.is_set() and _ending.acquire(blocking=False):
         _end_after_others(advice)
 
 

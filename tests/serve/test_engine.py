@@ -138,9 +138,7 @@ def test_a_deadline_ends_a_request_with_what_is_there(stopped):
 def test_a_full_queue_refuses_with_a_time(stopped):
     # Two find a free slot and four wait.
     answers = [_ask(stopped, settings=LONG) for _ in range(6)]
-    with pytest.raises(
-        Busy, match="6 requests wait, and 4 may beside those with a free slot; try"
-    ) as caught:
+    with pytest.raises(Busy, match="6 requests are waiting; at most 4 may wait; try") as caught:
         _ask(stopped)
     assert 1 <= caught.value.retry_after <= 60
     assert stopped.statistics()["counters"]["refused_requests"] == 1
@@ -149,7 +147,9 @@ def test_a_full_queue_refuses_with_a_time(stopped):
     stopped._turn()
     stopped._most_tokens = 40
     one = _ask(stopped, tokens=(30,) * 50)
-    with pytest.raises(Busy, match="prompts of 50 tokens wait, 40 may, and this one has 20"):
+    with pytest.raises(
+        Busy, match="50 prompt tokens are waiting, the limit is 40, and this prompt has 20"
+    ):
         _ask(stopped, tokens=(30,) * 20)
     one.ticket.cancel()
     stopped._turn()

@@ -264,8 +264,9 @@ def _engine(loaded: _Loaded, mirror: "Mirror | None") -> "Engine":
         loaded.decoder,
         loaded.run.tokenizer,
         slots=options.SLOTS.value,
-        waiting=options.WAITING.value,
-        waiting_tokens=options.WAITING_TOKENS.value,
+        # The self-test asks for all at once.
+        waiting=64 if options.SELFTEST.value else options.WAITING.value,
+        waiting_tokens=1 << 30 if options.SELFTEST.value else options.WAITING_TOKENS.value,
         warm=options.WARM.value,
         mirror=mirror,
     )
@@ -277,13 +278,16 @@ def _check_memory(config: "Config", _: object) -> None:
     from mtnlg_jax.decode.memory import Caches, Choices, Plan
 
     slots = options.SLOTS.value
+    mesh = devices.mesh()
+    # Every device holds all slots, which `Plan` would split over experts.
+    parts = 1 if mesh is None else mesh.shape["expert"]
     plan = Plan(
         config.model,
         options.DTYPE.value,
         options.WEIGHTS.value,
         options.CACHE.value,
         mesh=devices.mesh(),
-        caches=(Caches(slots, config.model.max_position_embeddings),),
+        caches=(Caches(slots * parts, config.model.max_position_embeddings),),
     )
     # Each adapter is merged into weights of its own, and has slots of its own.
     plans = [plan] * len(_adapters())

@@ -66,6 +66,8 @@ def test_a_client_that_takes_nothing_is_ended(quick):
 
 def test_a_connection_too_many_is_told_to_come_later(make, serving_of, monkeypatch):
     with serving_of(make()) as server:
+        # The server sets the limit when it starts.
+        assert server.ask("GET", "/health")[0] == 200
         monkeypatch.setattr(Connection, "most", 2)
         with contextlib.ExitStack() as stack:
             for _ in range(2):
