@@ -107,7 +107,7 @@ def test_a_config_that_does_not_fit_gets_a_measured_suggestion():
     assert "\nway out      --set=train.micro_batch_size=16: compiled, FITS with a peak of " in said
 
 
-@pytest.mark.parametrize("step", ["prefill", "decode"])
+@pytest.mark.parametrize("step", [pytest.param("prefill", marks=pytest.mark.slow), "decode"])
 def test_decoding_steps_are_measured(step):
     m = measure(config("mesh.tensor=2"), parse("cpu:8"), step)
     assert not m.failure and m.flops > 0

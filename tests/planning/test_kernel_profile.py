@@ -91,6 +91,7 @@ def test_every_row_of_the_table_compiles(device):
     assert not failures
 
 
+@pytest.mark.slow
 def test_the_estimate_of_the_compiler_is_read():
     calls = [
         Call("forward", queries=1024, keys=1024, heads=heads, kv_heads=heads) for heads in (2, 4)

@@ -126,7 +126,7 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh",
     [
-        MeshConfig(data=2, expert=2, tensor=2),
+        pytest.param(MeshConfig(data=2, expert=2, tensor=2), marks=SLOW),
         pytest.param(MeshConfig(data=1, expert=4, zero=0), marks=SLOW),
         pytest.param(MeshConfig(data=1, expert=4, tensor=2, zero=3), marks=SLOW),
         pytest.param(MeshConfig(data=2, expert=2, context=2), marks=SLOW),

@@ -95,7 +95,10 @@ BOTH = (StageConfig("masked", 0.5, masked=1.0), StageConfig("causal", 0.5))
 # Slow: every mesh, with both objectives.
 @pytest.mark.parametrize(
     ("meshes", "stages"),
-    [((MeshConfig(data=8), MESHES[1]), CAUSAL), pytest.param(MESHES, BOTH, marks=pytest.mark.slow)],
+    [
+        pytest.param((MeshConfig(data=8), MESHES[1]), CAUSAL, marks=pytest.mark.slow),
+        pytest.param(MESHES, BOTH, marks=pytest.mark.slow),
+    ],
     ids=["quick", "all"],
 )
 def test_a_run_moved_between_meshes_equals_one_that_was_not(

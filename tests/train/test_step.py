@@ -320,7 +320,7 @@ OTHER = dataclasses.replace(
 @pytest.mark.parametrize(
     ("mesh", "zero", "options"),
     [
-        ((1, 2, 1, 4), 3, {}),
+        pytest.param((1, 2, 1, 4), 3, {}, marks=pytest.mark.slow),
         pytest.param(
             (2, 1, 2, 2), 3, {"virtual_pipe": 2, "context_mode": "ring"}, marks=pytest.mark.slow
         ),

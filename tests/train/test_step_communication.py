@@ -66,7 +66,7 @@ def collectives(recompute="elementwise", **mesh):
     [
         pytest.param({"pipe": 2, "tensor": 2}, marks=pytest.mark.slow),
         {"pipe": 2, "tensor": 2, **SCHEDULES["interleaved"]},
-        {"pipe": 2, "tensor": 2, **SCHEDULES["1f1b"]},
+        pytest.param({"pipe": 2, "tensor": 2, **SCHEDULES["1f1b"]}, marks=pytest.mark.slow),
         {"tensor": 4},
         pytest.param({"context": 2, "tensor": 2}, marks=pytest.mark.slow),
     ],

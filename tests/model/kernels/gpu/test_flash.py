@@ -7,7 +7,7 @@ BFLOAT16 = 3e-2
 
 
 # A case takes seconds: one has every feature, and the other the path without ALiBi.
-@pytest.mark.parametrize("case", ["softcap", "alibi and all"])
+@pytest.mark.parametrize("case", [pytest.param("softcap", marks=pytest.mark.slow), "alibi and all"])
 def test_output_lse_and_gradients_equal_the_reference(kernels, longhand, case):
     longhand.compare(*kernels.everything("pallas_gpu", case, "float16", (64, 64)), FLOAT16)
 
