@@ -128,24 +128,34 @@ def follow(connection: Connection, decoders: Sequence[Decoder], named: dict[str,
         model, call, arguments = _unpickled(connection.recv_bytes(), named)
         if call == END:
             return
-        try:
-            if call == "slots":
-                slots.pop(model, None)  # frees the old cache first, as process 0 does
-                slots[model] = Slots(decoders[model], *arguments)
-            elif call == "job":
-                number, run, block_tokens = arguments
-                decoder = decoders[model]._replace(block_tokens=block_tokens)
-                jobs[model, number] = iter(run(decoder))
-            elif call == "slice":
-                next(jobs[model, arguments[0]], None)
-            elif call == "close":
-                _close(jobs.pop((model, arguments[0]), None))
-            else:
-                # What fails here alone must end this process: the others wait for its part.
-                getattr(slots[model], call)(*arguments)
-        except ValueError:
-            # Of a job. Process 0 meets the same error and tells whoever asked.
-            log.exception("a repeated call failed")
+        if call in ("job", "slice", "close"):
+            try:
+                _follow_job(jobs, (model, arguments[0]), call, decoders[model], arguments[1:])
+            except Exception:
+                # Process 0 meets the same mistake and tells whoever asked.
+                log.exception("a repeated job failed")
+        elif call == "slots":
+            slots.pop(model, None)  # frees the old cache first, as process 0 does
+            slots[model] = Slots(decoders[model], *arguments)
+        else:
+            # What fails here alone must end this process: the others wait for its part.
+            getattr(slots[model], call)(*arguments)
+
+
+def _follow_job(
+    jobs: dict[tuple[int, int], Iterator],
+    key: tuple[int, int],
+    call: str,
+    decoder: Decoder,
+    arguments: Sequence[Any],
+) -> None:
+    if call == "job":
+        run, block_tokens = arguments
+        jobs[key] = iter(run(decoder._replace(block_tokens=block_tokens)))
+    elif call == "slice":
+        next(jobs[key], None)
+    else:
+        _close(jobs.pop(key, None))
 
 
 def _close(slices: Any) -> None:
