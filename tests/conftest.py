@@ -35,6 +35,9 @@ jax.config.update("jax_cpu_enable_async_dispatch", False)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+MOST_MAPPINGS = 30_000
+
+
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests marked slow, too")
 
@@ -45,6 +48,18 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="slow: give --slow to run it"))
         if item.get_closest_marker("hardware") and os.environ["JAX_PLATFORMS"] == "cpu":
             item.add_marker(pytest.mark.skip(reason="needs an accelerator: JAX_PLATFORMS is cpu"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_mappings():
+    """Drop compiled programs before they use up what a process may map.
+
+    Each has three mappings, and Linux allows 65,530 (vm.max_map_count). XLA aborts at the limit.
+    """
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
