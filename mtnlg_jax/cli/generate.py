@@ -62,7 +62,7 @@ parameters or scores, 6 another process ended (134: detected by JAX).
 from absl import flags
 
 from mtnlg_jax import command
-from mtnlg_jax.cli.decoding import devices, fitting, shared_flags
+from mtnlg_jax.cli.decoding import devices, fitting, held_flags, shared_flags
 from mtnlg_jax.cli.generation import options, settings_flags
 from mtnlg_jax.cli.generation.answering import answer
 from mtnlg_jax.cli.generation.chatting import chat
@@ -72,7 +72,7 @@ from mtnlg_jax.cli.generation.prompts import read_prompt, read_rows
 from mtnlg_jax.cli.generation.settings import given_settings
 
 # --help lists the flags of these modules.
-for module in (options, settings_flags, shared_flags, devices, fitting):
+for module in (options, settings_flags, held_flags, shared_flags, devices, fitting):
     flags.adopt_module_key_flags(module)
 
 
@@ -81,7 +81,7 @@ def main() -> None:
 
     registry.register()
     check_flags()
-    registry.adapt(options.WORKDIR.value, shared_flags.ADAPTER.value, shared_flags.CHECKPOINT.value)
+    registry.adapt(options.WORKDIR.value, shared_flags.ADAPTER.value, held_flags.CHECKPOINT.value)
     if options.MODE.value == "tokens":
         return show_tokens(read_prompt())
     given = given_settings()

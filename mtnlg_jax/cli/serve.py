@@ -37,10 +37,10 @@ includes a port in use and keys that others may read.
 from absl import flags
 
 from mtnlg_jax import command
-from mtnlg_jax.cli.decoding import devices, fitting
+from mtnlg_jax.cli.decoding import devices, fitting, held_flags
 from mtnlg_jax.cli.serving import options, start
 
-for module in (options, devices, fitting):
+for module in (options, held_flags, devices, fitting):
     flags.adopt_module_key_flags(module)
 
 

@@ -64,7 +64,7 @@ input, 6 another process ended (134: detected by JAX).
 from absl import flags
 
 from mtnlg_jax import command
-from mtnlg_jax.cli.decoding import devices, fitting, shared_flags
+from mtnlg_jax.cli.decoding import devices, fitting, held_flags, shared_flags
 from mtnlg_jax.cli.task_modes import options
 from mtnlg_jax.cli.task_modes.answering import answer_input
 from mtnlg_jax.cli.task_modes.checks import check_flags, check_output
@@ -72,7 +72,7 @@ from mtnlg_jax.cli.task_modes.pairs import make_pairs
 from mtnlg_jax.cli.task_modes.scoring import evaluate_rows, score_answers
 
 # --help lists the flags of these modules.
-for module in (options, shared_flags, devices, fitting):
+for module in (options, held_flags, shared_flags, devices, fitting):
     flags.adopt_module_key_flags(module)
 
 
@@ -87,7 +87,7 @@ def main() -> None:
     logging.set_verbosity(logging.WARNING)
     task = task_of(options.TASK.value, options.TEMPLATES.value)
     check_flags()
-    registry.adapt(options.WORKDIR.value, shared_flags.ADAPTER.value, shared_flags.CHECKPOINT.value)
+    registry.adapt(options.WORKDIR.value, shared_flags.ADAPTER.value, held_flags.CHECKPOINT.value)
     if options.SCORE.value:
         score_answers(task)
     elif options.MAKE_PAIRS.value:

@@ -24,6 +24,7 @@ import numpy as np
 
 from mtnlg_jax.config import DecodeConfig
 from mtnlg_jax.decode import slots as programs
+from mtnlg_jax.decode.batched_settings import Rows as SettingsRows
 from mtnlg_jax.decode.batched_settings import check_tokens
 from mtnlg_jax.decode.cache import Decoder
 from mtnlg_jax.decode.constraint import Constraint
@@ -84,6 +85,7 @@ class Batch:
         self._busy = 0
         self._filling: list[Row] = []
         self._tier: int | None = None  # of the settings that the devices hold
+        self._neutral = row_settings(DecodeConfig(), tokenizer.eos_ids)[1]  # of rows of padding
         self._unused = 0
 
     @property
@@ -116,8 +118,13 @@ class Batch:
         """The rows that the next turn computes: a power of two, or all slots."""
         return next(count for count in self.counts if count >= self._busy) if self._busy else 0
 
-    def check(self, tokens: Sequence[int], settings: DecodeConfig) -> None:
-        """Raise ValueError if no slot could ever take this row."""
+    def check(
+        self, tokens: Sequence[int], settings: DecodeConfig, extras: bool = False
+    ) -> tuple[int, SettingsRows]:
+        """Return the tier and the settings of a row; ``extras`` as for `row_settings`.
+
+        Raises ValueError if no slot could ever take this row.
+        """
         vocabulary = self.decoder.config.vocabulary
         if len(tokens) >= self.size:
             raise ValueError(
@@ -130,7 +137,7 @@ class Batch:
                     f"token {token} is outside the model's vocabulary, 0 to {vocabulary - 1}"
                 )
         check_tokens(settings, vocabulary)
-        row_settings(settings, self.tokenizer.eos_ids)
+        return row_settings(settings, self.tokenizer.eos_ids, extras)
 
     def admit(
         self,
@@ -145,15 +152,16 @@ class Batch:
 
         Raises ValueError if there is no free slot, and what `check` raises.
         """
-        self.check(tokens, settings)
+        extras = constraint is not None or alternatives > 0
+        tier, fields = self.check(tokens, settings, extras)
         if not self.free:
             raise ValueError(f"all {self.slots} slots are in use; drop a row first")
         row = Row(self.tokenizer, tokens, settings, seed)
         row.constraint = constraint
         row.alternatives = alternatives
         row.longest = min(row.prompt + settings.max_new_tokens, self.size)
-        extras = constraint is not None or alternatives > 0
-        row.tier, row.fields = row_settings(settings, self.tokenizer.eos_ids, extras)
+        row.tier = tier
+        row.fields = fields
         self._fit(row.prompt)
         row.slot, row.cached = self._choose(row.known)
         row.read = row.cached
@@ -365,8 +373,7 @@ class Batch:
 
     def _set(self, tier: int, fields: list, count: int) -> None:
         """Hold the settings of ``count`` rows on the devices; rows without fields are padding."""
-        neutral = row_settings(DecodeConfig(), self.tokenizer.eos_ids)[1]
-        fields = [*fields, *[neutral] * (count - len(fields))]
+        fields = [*fields, *[self._neutral] * (count - len(fields))]
         eos = tuple(self.tokenizer.eos_ids)
         self._device.hold(tier_settings(tier, fields, self._allowed_V, eos))
         self._tier = tier

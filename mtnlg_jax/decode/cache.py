@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from mtnlg_jax.config import ModelConfig
 from mtnlg_jax.decode.forward import graphs, logits_of, run
-from mtnlg_jax.decode.positions import lengthened, write
+from mtnlg_jax.decode.positions import NOWHERE, lengthened, write
 from mtnlg_jax.decode.quantized import by_rows, experts_of, rows_of
 from mtnlg_jax.decode.rolling import Rolling, read_window, roll
 from mtnlg_jax.decode.sharding import Placement
@@ -286,7 +286,7 @@ def attend_newest(layer, q, k, v, return_lse=False, **options):
         lengths_B = jnp.minimum(lengths_B, window)
     if active_B is not None:
         # Past the cache, where nothing is written.
-        at_B = jnp.where(active_B, at_B, jnp.iinfo(jnp.int32).max)
+        at_B = jnp.where(active_B, at_B, NOWHERE)
     arrays = write(held.arrays if rolling else held, k, v, at_B[:, None], layer.live)
     out, lse = _attend_cached(q[:, 0], arrays, lengths_B, return_lse=True, **options)
     found = (out[:, None], lse[..., None]) if return_lse else out[:, None]

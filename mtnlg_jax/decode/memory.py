@@ -41,6 +41,7 @@ class Caches(NamedTuple):
     rows: int
     positions: int
     floats: bool = False  # in dtype even if rows are held in int8, as prompts and beams are
+    split: bool = True  # whether the mesh splits the rows; every device holds all slots of a server
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Plan:
         if self.cache == "int8" and not caches.floats:
             wide = config.head_width + 4  # a float32 scale for each token and head
         sizes = dict.fromkeys(AXES, 1) if self.mesh is None else self.mesh.shape
-        rows = -(-caches.rows // row_shards(sizes))  # rows are padded
+        rows = -(-caches.rows // (row_shards(sizes) if caches.split else 1))  # rows are padded
 
         def part(size: int, axis: str) -> int:
             return size if size % sizes[axis] else size // sizes[axis]

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from mtnlg_jax.model.kernels.over_mesh import CONTEXT
 from mtnlg_jax.model.quantize import quantize
 from mtnlg_jax.parallel.auto import auto_axes, axes_of
-from mtnlg_jax.parallel.collectives import axis_index, axis_size
+from mtnlg_jax.parallel.collectives import axis_index, axis_size, to_next
 
-CONTEXT = "context"
 NOWHERE = jnp.iinfo(jnp.int32).max
 
 
@@ -79,7 +79,6 @@ def lengthened(x_BKTH, size: int):
         parts = axis_size(CONTEXT)
         here = axis_index(CONTEXT)
         had = part_BKTH.shape[2]
-        following = [(i, (i + 1) % parts) for i in range(parts)]
         positions_T = here * (size // parts) + jnp.arange(size // parts)
 
         def copied(hop, part_BKTH, found_BKTH):
@@ -91,7 +90,7 @@ def lengthened(x_BKTH, size: int):
 
         def one(hop, carry):
             part_BKTH, found_BKTH = carry
-            part_BKTH = lax.ppermute(part_BKTH, CONTEXT, following)
+            part_BKTH = lax.ppermute(part_BKTH, CONTEXT, to_next(parts))
             return part_BKTH, copied(hop, part_BKTH, found_BKTH)
 
         empty = jnp.zeros(

@@ -32,6 +32,7 @@ from mtnlg_jax.config import ModelConfig
 from mtnlg_jax.config.checks import near_divisors
 from mtnlg_jax.decode.quantized import on_cpu
 from mtnlg_jax.parallel.auto import auto_size
+from mtnlg_jax.parallel.collectives import to_next
 
 # Tokens whose products take as long as reading the weights: FLOP/s over bytes/s, for weights of 2
 # bytes. 166 on v5p, 295 on H100, 560 on v6e by their data sheets. A CPU computes from the first.
@@ -135,9 +136,9 @@ def in_flight(units: int, stages: int, cost: Cost) -> int:
     A step takes M ticks, and M must be P or more.
     """
     count = next((m for m in _counts(units) if m >= stages), 0)
-    alone = micro_batches(units, stages, cost)
     if stages == 1 or not count:
         return 0
+    alone = micro_batches(units, stages, cost)
     return count if count * cost.tick(count) < (stages + alone - 1) * cost.tick(alone) else 0
 
 
@@ -180,7 +181,6 @@ def through(
     def region(layers, flow, cache, shared):
         layers = jax.tree.map(lambda leaf: leaf[0], layers)
         here = lax.axis_index("pipe")
-        ring = [(i, (i + 1) % stages) for i in range(stages)]
         made = cache is None
 
         def stage(flow, cache, shared, live):
@@ -205,7 +205,7 @@ def through(
                 written = jax.tree.map(lambda new, old: jnp.where(live, new, old), written, held)
             # Only what the last stage stores is read. Its bubble comes first, and is overwritten.
             stored = _stored((outputs, cache), (y_BSD, written), m, count, units)
-            return (lax.ppermute(y_BSD, "pipe", ring), *stored), None
+            return (lax.ppermute(y_BSD, "pipe", to_next(stages)), *stored), None
 
         first = _part(flow.x_BSD, 0, count, units)
         begin = jnp.zeros_like(first), jnp.zeros_like(flow.x_BSD), cache
@@ -250,7 +250,6 @@ def stream(
 
     Returns: the cache and the state.
     """
-    ring = [(i, (i + 1) % stages) for i in range(stages)]
     ticks = steps * count
 
     def region(layers, cache, x_BSD, arrived, flow, tick):
@@ -261,7 +260,8 @@ def stream(
         held, now = _part((cache, flow), m, count, units)
         x_BSD = jnp.where(here == 0, x_BSD, arrived)
         y_BSD, written = apply(layers, Flow(x_BSD, *now), held, None, live)
-        return lax.ppermute(y_BSD, "pipe", ring)[None], _stored(cache, written, m, count, units)
+        cache = _stored(cache, written, m, count, units)
+        return lax.ppermute(y_BSD, "pipe", to_next(stages))[None], cache
 
     inside = _manual(region, (P("pipe"), _HELD, P(), P("pipe"), P(), P()), (P("pipe"), _HELD))
 

@@ -26,7 +26,7 @@ from mtnlg_jax.model.kernels.dispatch import (
     plan_for,
 )
 from mtnlg_jax.model.kernels.gpu import cudnn
-from mtnlg_jax.model.kernels.over_mesh import by_parts, ring, split_cache, split_heads
+from mtnlg_jax.model.kernels.over_mesh import by_keys, ring, split_cache, split_heads
 from mtnlg_jax.model.kernels.select import SUPPORT, choose, device, explain
 from mtnlg_jax.parallel.auto import axes_of
 
@@ -126,7 +126,7 @@ def attention_to_cache(q, k, v, *, q_offset=0, kv_lengths, **options):
         options |= {"q_offset": q_offset, "kv_lengths": kv_lengths, "return_lse": True}
         return attention(q, k, v, **options)
     q_offset = jnp.broadcast_to(jnp.asarray(q_offset), kv_lengths.shape)
-    return by_parts(attention, q, k, v, q_offset, kv_lengths, options)
+    return by_keys(attention, q, k, v, q_offset, kv_lengths, options)
 
 
 def _is_split(call: AttentionCall) -> bool:

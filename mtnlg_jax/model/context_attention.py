@@ -29,6 +29,7 @@ from mtnlg_jax.parallel.collectives import (
     axis_size,
     gather,
     own_part,
+    to_next,
     vary,
     zigzag,
 )
@@ -170,7 +171,7 @@ def _hops(causal, kv):
     """Yield each hop's (keys, values, ids) and visible pairs, and pass the former on in between."""
     parts = axis_size("context")
     here = axis_index("context")
-    right = [(i, (i + 1) % parts) for i in range(parts)]
+    right = to_next(parts)
     for hop in range(parts):
         yield kv, _visible_pairs(hop, causal, (here - hop) % parts)
         if hop < parts - 1:
@@ -239,7 +240,7 @@ def _ring_backward(static: _Ring, residuals, d_out):
     half = q.shape[1] // 2
     dq, dk, dv = (vary(jnp.zeros(x.shape, jnp.float32)) for x in (q, k, v))
     parts = axis_size("context")
-    right = [(i, (i + 1) % parts) for i in range(parts)]
+    right = to_next(parts)
 
     def add(total, part, which):
         return lax.dynamic_update_slice_in_dim(

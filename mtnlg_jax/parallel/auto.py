@@ -98,14 +98,9 @@ def padded_positions(length: int) -> int:
     return length + -length % auto_size("context")
 
 
-def row_multiple(mesh: Mesh | None) -> int:
-    """Return the number by which the rows of a batch should be divisible on ``mesh``."""
-    return 1 if mesh is None else row_shards(mesh.shape)
-
-
 def padded(rows: int, mesh: Mesh | None) -> int:
-    """Return ``rows`` rounded up to `row_multiple`."""
-    return rows + -rows % row_multiple(mesh)
+    """Return ``rows`` rounded up so that ``mesh`` divides them."""
+    return rows if mesh is None else rows + -rows % row_shards(mesh.shape)
 
 
 def over_its_mesh[**A, R](function: Callable[A, R]) -> Callable[A, R]:

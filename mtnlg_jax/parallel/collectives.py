@@ -29,6 +29,12 @@ def axis_index(axis: str) -> jax.Array | int:
     return lax.axis_index(axis) if axis_size(axis) > 1 else 0
 
 
+def to_next(parts: int) -> list[tuple[int, int]]:
+    """Return the permutation (source, target) in which each of ``parts`` devices of an axis sends
+    to the next one, and the last to the first."""
+    return [(i, (i + 1) % parts) for i in range(parts)]
+
+
 def gather(x: jax.Array, axis: str, dim: int) -> jax.Array:
     """Concatenate the shards of ``x`` along ``dim``. The transpose is `scatter_sum`."""
     # ``tiled`` concatenates along an existing dim and adds none.

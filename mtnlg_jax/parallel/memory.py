@@ -20,9 +20,7 @@ class Room(NamedTuple):
     """What one device may still take."""
 
     bytes: int
-    shared: (
-        int  # devices that take it from the same memory, that of a host; 1 with memory of its own
-    )
+    shared: int  # devices that take it from the same memory: those of a host, or 1
     of_host: bool = False  # whether it is the host's memory
 
 

@@ -42,7 +42,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mtnlg_jax.parallel.collectives import axis_index, axis_size, vary
+from mtnlg_jax.parallel.collectives import axis_index, axis_size, to_next, vary
 
 # Number of the micro-batch where a stage waits. Look-ups clamp it to the last one.
 BUBBLE = 2**30
@@ -56,7 +56,7 @@ def _at(array: jax.Array, index: int | jax.Array) -> jax.Array:
 def _rings(size: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """Return the permutations (source, target) to the right and to the left neighbor."""
     # A ring: the last stage sends to the first one, which is where the next round begins.
-    right = [(i, (i + 1) % size) for i in range(size)]
+    right = to_next(size)
     return right, [(j, i) for i, j in right]
 
 

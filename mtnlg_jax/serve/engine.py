@@ -38,6 +38,7 @@ from mtnlg_jax.serve.requests import (
     Token,
     Usage,
     Work,
+    close,
 )
 from mtnlg_jax.serve.ticket import Ticket
 
@@ -420,9 +421,7 @@ class Engine:
         if ticket is self._job:
             self._job = None
         # A job that is cut short frees what it holds now, not when it is collected.
-        close = getattr(ticket.slices, "close", None)
-        if close is not None:
-            close()
+        close(ticket.slices)
         self._say(
             ticket, Finished(cast(Reason, reason), tail, Usage(ticket.tokens, new, cached), error)
         )

@@ -19,6 +19,7 @@ import jax
 
 from mtnlg_jax.decode.cache import Decoder
 from mtnlg_jax.decode.slots import Slots
+from mtnlg_jax.serve.requests import close
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ class Mirror:
         finally:
             with self._leader.lock:
                 self._leader.tell(self._model, "close", number)
-                _close(slices)
+                close(slices)
 
 
 class _ToldSlots(Slots):
@@ -155,12 +156,7 @@ def _follow_job(
     elif call == "slice":
         next(jobs[key], None)
     else:
-        _close(jobs.pop(key, None))
-
-
-def _close(slices: Any) -> None:
-    # Only generators have an end to run.
-    getattr(slices, "close", lambda: None)()
+        close(jobs.pop(key, None))
 
 
 def connect(on_first: Callable[[Callable[[], Any]], Any]) -> Any:

@@ -97,12 +97,9 @@ def _checked(query: Rank, model: Model) -> tuple[ScorerOptions, dict[str, float]
         raise Refused("give candidates to rank, or n of them to write, and not both", "candidates")
     if query.n is not None:
         within("n", query.n, 1, MOST_WRITTEN)
-    number = query.n if query.candidates is None else len(query.candidates)
-    within_number = number or 0
-    if not 1 <= within_number <= MOST_CANDIDATES:
-        raise Refused(
-            f"candidates has {within_number} texts; give 1 to {MOST_CANDIDATES}", "candidates"
-        )
+    number = (query.n if query.candidates is None else len(query.candidates)) or 0
+    if not 1 <= number <= MOST_CANDIDATES:
+        raise Refused(f"candidates has {number} texts; give 1 to {MOST_CANDIDATES}", "candidates")
     known = {each.name for each in dataclasses.fields(ScorerOptions)}
     for name in query.options:
         if name not in known:
@@ -117,9 +114,9 @@ def _checked(query: Rank, model: Model) -> tuple[ScorerOptions, dict[str, float]
         )
     except (ValueError, TypeError) as error:
         raise Refused(str(error), "scorers") from None
-    if "mbr" in weights and within_number > MOST_PAIRED:
+    if "mbr" in weights and number > MOST_PAIRED:
         raise Refused(
-            f"mbr compares each of {within_number} candidates with each other, and {MOST_PAIRED} "
+            f"mbr compares each of {number} candidates with each other, and {MOST_PAIRED} "
             "are the most; give fewer, or another scorer",
             "candidates",
         )

@@ -94,6 +94,12 @@ class Job:
 Work = Generation | Job
 
 
+def close(slices: object) -> None:
+    """End what `Job.run` returned before its last slice; None, or closed already, is no mistake."""
+    # Only generators have an end to run.
+    getattr(slices, "close", lambda: None)()
+
+
 @dataclasses.dataclass(frozen=True)
 class Usage:
     """Tokens that a request took. The prompt counts whole, also where keys were reused."""

@@ -164,12 +164,21 @@ _ONE: dict = {}
 
 
 def check(way, tiny, tokenizer, sizes, **held):
-    """Compare ``way`` over a mesh with one device, whose results are kept for other meshes."""
+    """Compare ``way`` over a mesh with one device; see `compare`."""
+    rounding = INT8_ROUNDING if held else ROUNDING
+    return compare(way, tiny, tokenizer, mesh_of(*sizes), rounding, **held)
+
+
+def compare(way, tiny, tokenizer, mesh, rounding, **held):
+    """Return the decoder on ``mesh`` once ``way`` gives the same as on one device.
+
+    The results of one device are kept for other meshes.
+    """
     key = way.__name__, tiny.config, tuple(held.items())
     if key not in _ONE:
         _ONE[key] = way(unstack(tiny.config, tiny.params, **held), tokenizer)
-    over = unstack(tiny.config, tiny.params, **held, mesh=mesh_of(*sizes))
-    assert_same(way(over, tokenizer), _ONE[key], INT8_ROUNDING if held else ROUNDING)
+    over = unstack(tiny.config, tiny.params, **held, mesh=mesh)
+    assert_same(way(over, tokenizer), _ONE[key], rounding)
     return over
 
 

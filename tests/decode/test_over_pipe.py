@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 from runs import save_run
-from test_over_mesh import WAYS, assert_same, beams, look_up, perplexity, ranked, rows
+from test_over_mesh import ROUNDING, WAYS, beams, compare, look_up, perplexity, ranked, rows
 
 from mtnlg_jax.config import Config, MeshConfig
 from mtnlg_jax.decode.cache import unstack
@@ -20,17 +20,9 @@ def mesh_of(pipe: int, data: int = 1, tensor: int = 1):
     return make_mesh(MeshConfig(pipe=pipe, data=data, tensor=tensor), devices)
 
 
-_ONE: dict = {}
-
-
 def check(way, tiny, tokenizer, sizes, **held):
-    """Compare ``way`` over a mesh with one device, whose results are kept for other meshes."""
-    key = way.__name__, tiny.config, tuple(held.items())
-    if key not in _ONE:
-        _ONE[key] = way(unstack(tiny.config, tiny.params, **held), tokenizer)
-    over = unstack(tiny.config, tiny.params, **held, mesh=mesh_of(*sizes))
-    assert_same(way(over, tokenizer), _ONE[key])
-    return over
+    """Compare ``way`` over stages with one device; see `compare`."""
+    return compare(way, tiny, tokenizer, mesh_of(*sizes), ROUNDING, **held)
 
 
 def test_rows_over_stages_equal_one_device(deep, tokenizer):

@@ -5,18 +5,6 @@ from absl import flags
 from mtnlg_jax import command
 
 with command.flag_group("Model"):
-    CHECKPOINT = flags.DEFINE_enum("checkpoint", "best", ["best", "last"], "which checkpoint")
-    DTYPE = flags.DEFINE_enum(
-        "dtype", "float32", ["float32", "bfloat16"], "type of the products and the cache"
-    )
-    WEIGHTS = flags.DEFINE_enum(
-        "weights",
-        None,
-        ["int8"],
-        "type of the stored weights; launch/evaluate.py measures the loss in quality",
-    )
-    CACHE = flags.DEFINE_enum("cache", None, ["int8"], "type of the cached keys and values")
-
     ADAPTER = command.define_path(
         "adapter", None, "folder of a PEFT adapter to merge into the model at --workdir"
     )

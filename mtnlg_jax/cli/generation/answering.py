@@ -5,7 +5,7 @@ import gc
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from mtnlg_jax.cli.decoding import devices, fitting, shared_flags
+from mtnlg_jax.cli.decoding import devices, fitting, held_flags, shared_flags
 from mtnlg_jax.cli.decoding.output import dump
 from mtnlg_jax.cli.generation import options
 from mtnlg_jax.cli.generation.many import answer_all
@@ -45,10 +45,10 @@ def load_model(rows: list[dict], given: dict[str, Any]) -> "tuple[Run, Decoder, 
 
     run, decoder = load_decoder(
         options.WORKDIR.value,
-        shared_flags.CHECKPOINT.value,
-        shared_flags.DTYPE.value,
-        weights=shared_flags.WEIGHTS.value,
-        cache=shared_flags.CACHE.value,
+        held_flags.CHECKPOINT.value,
+        held_flags.DTYPE.value,
+        weights=held_flags.WEIGHTS.value,
+        cache=held_flags.CACHE.value,
         mesh=devices.mesh(),
         before=before,
     )
@@ -85,14 +85,14 @@ def _check_memory(
         shrink = None
         caches = (Caches(1, bucket(longest, model.max_position_embeddings), floats=True),)
     form = (
-        shared_flags.DTYPE.value,
-        shared_flags.WEIGHTS.value,
-        shared_flags.CACHE.value,
+        held_flags.DTYPE.value,
+        held_flags.WEIGHTS.value,
+        held_flags.CACHE.value,
         devices.mesh(),
     )
     plans = [Plan(model, *form, caches)]
     if options.DRAFT.value is not None and mode == "generative":
-        draft = config_of(options.DRAFT.value, shared_flags.CHECKPOINT.value)
+        draft = config_of(options.DRAFT.value, held_flags.CHECKPOINT.value)
         plans += [] if draft is None else [Plan(draft.model, *form, caches)]
     # The cache of beams and of prompts holds only floats.
     rounds = any(not each.floats for each in caches)

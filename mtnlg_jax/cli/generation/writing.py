@@ -5,7 +5,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from mtnlg_jax.cli.decoding import devices, shared_flags
+from mtnlg_jax.cli.decoding import devices, held_flags, shared_flags
 from mtnlg_jax.cli.generation import options
 
 if TYPE_CHECKING:
@@ -71,10 +71,10 @@ def load_draft(tokenizer) -> "Decoder | None":
         return None
     run, draft = load_decoder(
         options.DRAFT.value,
-        shared_flags.CHECKPOINT.value,
-        shared_flags.DTYPE.value,
-        weights=shared_flags.WEIGHTS.value,
-        cache=shared_flags.CACHE.value,
+        held_flags.CHECKPOINT.value,
+        held_flags.DTYPE.value,
+        weights=held_flags.WEIGHTS.value,
+        cache=held_flags.CACHE.value,
         mesh=devices.mesh(),
     )
     if run.tokenizer.vocab_size != tokenizer.vocab_size or any(

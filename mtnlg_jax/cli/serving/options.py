@@ -8,17 +8,6 @@ with command.flag_group("Model"):
     WORKDIR = command.define_path(
         "workdir", None, "folder of a run or of a Hugging Face model, or a GGUF file", required=True
     )
-    CHECKPOINT = flags.DEFINE_enum("checkpoint", "best", ["best", "last"], "which checkpoint")
-    DTYPE = flags.DEFINE_enum(
-        "dtype", "float32", ["float32", "bfloat16"], "type of the products and the cache"
-    )
-    WEIGHTS = flags.DEFINE_enum(
-        "weights",
-        None,
-        ["int8"],
-        "type of the stored weights; on a CPU several rows are then much faster",
-    )
-    CACHE = flags.DEFINE_enum("cache", None, ["int8"], "type of the cached keys and values")
     NAME = flags.DEFINE_string(
         "name", None, "name of the model in requests; default: that of the folder"
     )

@@ -6,12 +6,11 @@ import os
 import signal
 import socket
 import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from mtnlg_jax.cli.decoding import devices, fitting
+from mtnlg_jax.cli.decoding import devices, fitting, held_flags
 from mtnlg_jax.cli.serving import options
 from mtnlg_jax.command import expand
 
@@ -143,8 +142,8 @@ def _listen(models: Sequence["Model"], keys: "Keys", bound: socket.socket) -> No
 
     limits = Limits(options.BODY_BYTES.value, options.REQUEST_SECONDS.value)
     for model in models:
-        # Warming takes long; /health answers meanwhile, and /ready says when it is over.
-        threading.Thread(target=model.engine.start, name="start", daemon=True).start()
+        # It warms in a thread; /health answers meanwhile, and /ready says when it is over.
+        model.engine.start()
     address, port = bound.getsockname()[:2]
     shown = f"[{address}]" if ":" in address else address
     names = ", ".join(model.name for model in models)
@@ -218,13 +217,13 @@ def _load(name: str, adapter: str | None) -> _Loaded:
     compat.quiet()
     compat.configure_cache(least_seconds=0)
     path = options.WORKDIR.value
-    registry.adapt(path, adapter, options.CHECKPOINT.value)
+    registry.adapt(path, adapter, held_flags.CHECKPOINT.value)
     run, decoder = load_decoder(
         path,
-        options.CHECKPOINT.value,
-        options.DTYPE.value,
-        weights=options.WEIGHTS.value,
-        cache=options.CACHE.value,
+        held_flags.CHECKPOINT.value,
+        held_flags.DTYPE.value,
+        weights=held_flags.WEIGHTS.value,
+        cache=held_flags.CACHE.value,
         mesh=devices.mesh(),
         before=_check_memory if adapter is None else lambda config, tokenizer: None,
     )
@@ -278,16 +277,13 @@ def _check_memory(config: "Config", _: object) -> None:
     from mtnlg_jax.decode.memory import Caches, Choices, Plan
 
     slots = options.SLOTS.value
-    mesh = devices.mesh()
-    # Every device holds all slots, which `Plan` would split over experts.
-    parts = 1 if mesh is None else mesh.shape["expert"]
     plan = Plan(
         config.model,
-        options.DTYPE.value,
-        options.WEIGHTS.value,
-        options.CACHE.value,
+        held_flags.DTYPE.value,
+        held_flags.WEIGHTS.value,
+        held_flags.CACHE.value,
         mesh=devices.mesh(),
-        caches=(Caches(slots * parts, config.model.max_position_embeddings),),
+        caches=(Caches(slots, config.model.max_position_embeddings, split=False),),
     )
     # Each adapter is merged into weights of its own, and has slots of its own.
     plans = [plan] * len(_adapters())

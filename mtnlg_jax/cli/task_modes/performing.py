@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mtnlg_jax.cli.decoding import devices, fitting, shared_flags
+from mtnlg_jax.cli.decoding import devices, fitting, held_flags, shared_flags
 from mtnlg_jax.cli.decoding.settings import read_assignments
 from mtnlg_jax.cli.task_modes import options
 from mtnlg_jax.cli.task_modes.rows import read_rows
@@ -60,14 +60,14 @@ def load(rows: int, decode: "DecodeConfig") -> "tuple[Run, Decoder]":
     from mtnlg_jax import compat
     from mtnlg_jax.decode.load import load_decoder
 
-    if shared_flags.CACHE.value and decode.num_beams > 1:
+    if held_flags.CACHE.value and decode.num_beams > 1:
         raise ValueError(
-            f"--cache={shared_flags.CACHE.value} is for rows, and num_beams={decode.num_beams} "
+            f"--cache={held_flags.CACHE.value} is for rows, and num_beams={decode.num_beams} "
             "continues beams; add --set=decode.num_beams=1, or leave --cache out"
         )
     compat.quiet()
     compat.configure_cache()
-    held = (shared_flags.DTYPE.value, shared_flags.WEIGHTS.value, shared_flags.CACHE.value)
+    held = (held_flags.DTYPE.value, held_flags.WEIGHTS.value, held_flags.CACHE.value)
 
     def before(config: "Config", _: object) -> None:
         from mtnlg_jax.decode.memory import Choices, Plan, caches_of
@@ -81,7 +81,7 @@ def load(rows: int, decode: "DecodeConfig") -> "tuple[Run, Decoder]":
 
     return load_decoder(
         options.WORKDIR.value,
-        shared_flags.CHECKPOINT.value,
+        held_flags.CHECKPOINT.value,
         held[0],
         weights=held[1],
         cache=held[2],

@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from mtnlg_jax.parallel.auto import auto_axes, axes_of
-from mtnlg_jax.parallel.collectives import axis_index, axis_size, vary
+from mtnlg_jax.parallel.collectives import axis_index, axis_size, to_next, vary
 
 CONTEXT = "context"
 
@@ -103,7 +103,7 @@ def _merged(out, lse):
     return (weighted / jnp.where(total > 0, total, 1.0)[..., None]).astype(out.dtype), lse
 
 
-def by_parts(attend: Callable, q, k, v, q_offset, kv_lengths, options: dict[str, Any]):
+def by_keys(attend: Callable, q, k, v, q_offset, kv_lengths, options: dict[str, Any]):
     """``attend(q, k, v, q_offset=, kv_lengths=, return_lse=True, **options)`` -> (out (B, S, N, H),
     lse (B, N, S)), with the keys split over context and the queries whole.
 
@@ -150,7 +150,6 @@ def ring(attend: Callable, merge: Callable, q, k, v, ids, kv_lengths, causal: bo
         rows, size = q.shape[:2]
         parts = axis_size(CONTEXT)
         here = axis_index(CONTEXT)
-        following = [(i, (i + 1) % parts) for i in range(parts)]
 
         def part(hop, k, v, kv_ids):
             """Attend to the keys that began ``hop`` devices before this one."""
@@ -179,7 +178,7 @@ def ring(attend: Callable, merge: Callable, q, k, v, ids, kv_lengths, causal: bo
 
         def one(hop, carry):
             held, out, lse = carry
-            held = jax.tree.map(lambda x: lax.ppermute(x, CONTEXT, following), held)
+            held = jax.tree.map(lambda x: lax.ppermute(x, CONTEXT, to_next(parts)), held)
             return vary((held, *merge(out, lse, *part(hop, *held))))
 
         held = k, v, ids

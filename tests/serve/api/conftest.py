@@ -123,6 +123,12 @@ def parts():
     return tokenizer, unstack(config, params)
 
 
+def _model(engine) -> Model:
+    tokenizer = engine.tokenizer
+    chat = Chat(tokenizer, TEMPLATE)
+    return Model("tiny", engine, engine.decoder, tokenizer, chat=chat, chat_template=TEMPLATE)
+
+
 @pytest.fixture(scope="session")
 def make(parts):
     """Return a factory of models with an engine of their own."""
@@ -131,8 +137,7 @@ def make(parts):
     def new(**options) -> Model:
         engine = OwnEngine(decoder, tokenizer, **options)
         engine.start()
-        chat = Chat(tokenizer, TEMPLATE)
-        return Model("tiny", engine, decoder, tokenizer, chat=chat, chat_template=TEMPLATE)
+        return _model(engine)
 
     return new
 
@@ -155,8 +160,7 @@ def make_live(parts):
         engine = Engine(decoder, tokenizer, slots=4, waiting=8, warm=False, **options)
         engine.start()
         engine.wait_ready()
-        chat = Chat(tokenizer, TEMPLATE)
-        return Model("tiny", engine, decoder, tokenizer, chat=chat, chat_template=TEMPLATE)
+        return _model(engine)
 
     return new
 
