@@ -9,12 +9,13 @@ separates them, and a document of fewer than 13 words is never searched.
 
 import bisect
 import codecs
+import contextlib
 import functools
 import io
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -327,9 +328,8 @@ def read_test_texts(
 
     These are all strings under one of ``keys`` (such as "question"; without keys, under any key),
     however deep in the rows of .jsonl, .json (lists, objects, one after another), .csv, .tsv and
-    .parquet. Columns of a table have the names in its first line, or are numbered from "0", and
-    then each line is a row. A .txt yields each line, and each paragraph of several lines. Files may
-    be compressed, and anywhere that fsspec reaches.
+    .parquet. A table has names in its first line, or columns numbered from "0" and only rows. A
+    .txt yields each line, and each paragraph of several lines. A file may be compressed or a URL.
 
     Raises FileNotFoundError, and ValueError for an unknown suffix, for a text that is invalid or
     not in its ``encoding`` (`charsets`), or if no key is found.
@@ -345,19 +345,19 @@ def read_test_texts(
             f"also with {' '.join(PACKED)}"
         )
     names: dict[str, None] = {}  # in the order of the file, for the message
-    for row in _test_rows(file, kind, keys, encoding):
-        position = f"{file.path}, {_UNITS.get(kind, 'line')} {row.number}"
-        if isinstance(row.value, Damaged):
-            raise ValueError(f"{position}: {row.value}; repair the test set")
-        if row.wrong:
-            raise ValueError(
-                f"{position}: {row.wrong}; name its encoding, as in encoding=cp1252, or repair the "
-                "test set"
-            )
-        if kind in TEXT:
-            yield TestText(*row.value)
-        else:
-            yield from _fields(row.value, keys, names, "text")
+    # Closed here: an error that is kept holds the generator, and with it the open file.
+    with contextlib.closing(_test_rows(file, kind, keys, encoding)) as found:
+        for row in found:
+            position = f"{file.path}, {_UNITS.get(kind, 'line')} {row.number}"
+            if isinstance(row.value, Damaged):
+                raise ValueError(f"{position}: {row.value}; repair the test set")
+            if row.wrong:
+                way_out = "name its encoding, as in encoding=cp1252, or repair the test set"
+                raise ValueError(f"{position}: {row.wrong}; {way_out}")
+            if kind in TEXT:
+                yield TestText(*row.value)
+            else:
+                yield from _fields(row.value, keys, names, "text")
     if keys and kind not in TEXT and not names.keys() & set(keys):
         raise ValueError(
             f"{file.path} has none of the keys {', '.join(keys)}; "
@@ -365,7 +365,7 @@ def read_test_texts(
         )
 
 
-def _test_rows(file: File, kind: str, keys: tuple[str, ...], encoding: str) -> Iterator[rows.Row]:
+def _test_rows(file: File, kind: str, keys: tuple[str, ...], encoding: str) -> Generator[rows.Row]:
     try:
         with open_file(file.path) as raw:
             if kind in PARQUET:

@@ -6,6 +6,7 @@ Documents are clean: valid Unicode, LF line ends, no control characters except t
 first names.
 """
 
+import contextlib
 import dataclasses
 import io
 import logging
@@ -157,7 +158,9 @@ def read_file(
     survey = long_texts.survey(reader) if pieces and long_texts.is_long(reader) else None
     if survey is None:
         unit = unit_of(file.name)
-        yield from _documents(reader, reader.items(), on_error, report, file.path, unit)
+        # Closed here: an error that is kept holds the generator, and with it the open file.
+        with contextlib.closing(reader.items()) as items:
+            yield from _documents(reader, items, on_error, report, file.path, unit)
     else:
         yield from long_texts.read_pieces(reader, survey, on_error, report)
     if reader.decoded_from:

@@ -1,7 +1,7 @@
 """Reading of one file by its kind: bytes in, items with text or damage out."""
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import NamedTuple
 
 from mtnlg_jax.data.read import charsets, html_warc, json_rows, open_files, rows
@@ -60,7 +60,7 @@ class Reader:
         raw = self.stream.raw if self.recoded else None
         return self.recoded if isinstance(raw, charsets.Recoded) and raw.changed else ""
 
-    def items(self) -> Iterator[Item]:
+    def items(self) -> Generator[Item]:
         """Yield the items of the file; damage takes the place of an item."""
         if self.make_text and self.kind not in _WITH_KEYS:
             yield Item(0, Damaged(f"pairs and conversations are read from {' '.join(_WITH_KEYS)}"))

@@ -16,6 +16,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
+from mtnlg_jax.data.read import open_files
 from mtnlg_jax.data.read.builtin_corpus import embedded_documents
 from mtnlg_jax.data.read.documents import (
     ReadReport,
@@ -232,6 +233,23 @@ def test_damage_raises_or_is_dropped_and_counted(tmp_path, name, content, place,
     report = ReadReport()
     assert _texts(tmp_path, on_error="skip", report=report) == ["before", *sound, "after"]
     assert report.damaged == content.count(b"\n3\n") + 1
+
+
+def test_an_error_that_is_kept_leaves_no_file_open(tmp_path, monkeypatch):
+    opened = []
+
+    def recorded(path):
+        opened.append(real(path))
+        return opened[-1]
+
+    real = open_files.open_file
+    monkeypatch.setattr(open_files, "open_file", recorded)
+    for name in ("b.jsonl", "b.jsonl.gz", "b.json"):
+        content = b'{"text": "a"}\n{"te'
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+        with pytest.raises(ValueError) as error:
+            _texts(tmp_path / name)
+        assert error.traceback and opened.pop().closed
 
 
 def test_long_items_of_a_list(tmp_path):
