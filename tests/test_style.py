@@ -5,6 +5,9 @@ Each rule is also tested on a planted violation. Ruff checks the width of lines 
 
 import ast
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -148,3 +151,13 @@ def test_a_planted_letter_is_found():
     assert letters_without_legend(text) == {"D"}
     assert letters_without_legend("LIMIT_BS = 3\n") == set()
     assert letters_without_legend("x_B1 = 3\n") == {"B"}
+
+
+def test_the_order_of_imports_does_not_depend_on_what_the_quickstart_leaves(tmp_path):
+    shutil.copy(ROOT / ".ruff.toml", tmp_path)
+    (tmp_path / "runs").mkdir()  # made by the quickstart; tests have a module of this name
+    imports = "import pytest\nfrom runs import save_run\n\nfrom mtnlg_jax import errors\n"
+    (tmp_path / "test_a.py").write_text(imports)
+    command = [sys.executable, "-m", "ruff", "check", "--no-cache", "--select=I", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
