@@ -30,7 +30,7 @@ from mtnlg_jax.decode.results import (
     time_limits,
     writable,
 )
-from mtnlg_jax.decode.rolling import check_whole
+from mtnlg_jax.decode.rolling import check_whole, keeps_windows
 from mtnlg_jax.decode.sampling import advance, begin
 from mtnlg_jax.decode.speculative import Speculation
 from mtnlg_jax.parallel.auto import agreed, fetch, over_its_mesh, padded
@@ -104,15 +104,6 @@ def generate(
     filled = [*token_prompts, *[token_prompts[0][:1]] * extra]
     prefix = prefill(decoder, filled, size, rolling=rolling)
     return continue_prefix(decoder, tokenizer, prefix, configs, on_text, constraint, draft)
-
-
-def keeps_windows(config: DecodeConfig) -> bool:
-    """Return whether a windowed layer may keep only its window under these settings.
-
-    Beams share the prompt's cache, which each of them continues. Guesses overwrite keys, and if a
-    guess is rejected those keys are still needed.
-    """
-    return config.num_beams == 1 and not config.prompt_lookup_num_tokens
 
 
 def check_draft(decoder: Decoder, draft: Decoder | None, configs: Sequence[DecodeConfig]) -> None:

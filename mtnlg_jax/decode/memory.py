@@ -24,7 +24,7 @@ from mtnlg_jax.decode.cache import (
     unstack_params,
 )
 from mtnlg_jax.decode.quantized import by_rows
-from mtnlg_jax.decode.rolling import slots_of
+from mtnlg_jax.decode.rolling import keeps_windows, slots_of
 from mtnlg_jax.decode.sharding import Placement
 from mtnlg_jax.decode.stages import stacked
 from mtnlg_jax.hardware import size_of
@@ -42,6 +42,7 @@ class Caches(NamedTuple):
     positions: int
     floats: bool = False  # in dtype even if rows are held in int8, as prompts and beams are
     split: bool = True  # whether the mesh splits the rows; every device holds all slots of a server
+    whole: bool = False  # whether windowed layers keep all positions; see `rolling.check_whole`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +91,9 @@ class Plan:
         def part(size: int, axis: str) -> int:
             return size if size % sizes[axis] else size // sizes[axis]
 
+        size = caches.positions
         slots = sorted(
-            part(slots_of(config, number, caches.positions), "context")
+            part(size if caches.whole else slots_of(config, number, size), "context")
             for number in range(config.num_layers)
         )
         heads = part(config.kv_heads, "tensor")
@@ -141,20 +143,28 @@ def abstract_decoder(
 
 
 def caches_of(
-    config: ModelConfig, prompts: int, longest: int, decode: DecodeConfig
+    config: ModelConfig, prompts: int, longest: int, decode: DecodeConfig, draft: bool = False
 ) -> tuple[Caches, ...]:
-    """Return the caches of `generate` for ``prompts`` of at most ``longest`` tokens at once."""
+    """Return the caches of `generate` for ``prompts`` of at most ``longest`` tokens at once.
+
+    ``draft``: whether a draft model guesses.
+    """
     context = config.max_position_embeddings
     longest = max(1, min(longest, context))
     new = min(decode.max_new_tokens, context)
     if decode.num_beams > 1:
         # Beams share the cache of their prompt, and keep new tokens in one of their own.
-        beams = Caches(prompts * decode.num_beams, new, floats=True)
-        return Caches(prompts, bucket(longest, context), floats=True), beams
+        return (
+            Caches(prompts, bucket(longest, context), floats=True, whole=True),
+            Caches(prompts * decode.num_beams, new, floats=True, whole=True),
+        )
     size = capacity(min(longest + new, context), context)
-    rows = Caches(prompts * decode.num_return_sequences, size)
+    whole = draft or not keeps_windows(decode)
     # The prompts stay while their copies are continued.
-    return Caches(prompts, size, floats=True), rows
+    return (
+        Caches(prompts, size, floats=True, whole=whole),
+        Caches(prompts * decode.num_return_sequences, size, whole=whole),
+    )
 
 
 class Choices(NamedTuple):

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mtnlg_jax.config import ModelConfig
+from mtnlg_jax.config import DecodeConfig, ModelConfig
 from mtnlg_jax.model.attention import attention
 
 # The GPU kernels copy a cache that is not a multiple of 8 long, and TPUs pad it in memory.
@@ -66,6 +66,15 @@ def roll(config: ModelConfig, number: int, layer, lengths_B, size: int):
         return jnp.take_along_axis(x, at, 2)
 
     return Rolling(jax.tree.map(gather, layer))
+
+
+def keeps_windows(config: DecodeConfig) -> bool:
+    """Return whether a windowed layer may keep only its window under these settings.
+
+    Beams share the prompt's cache, which each of them continues. Guesses overwrite keys, and if a
+    guess is rejected those keys are still needed.
+    """
+    return config.num_beams == 1 and not config.prompt_lookup_num_tokens
 
 
 def keeps_positions(cache: Sequence[Any]) -> bool:

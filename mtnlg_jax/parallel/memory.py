@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from mtnlg_jax.hardware import CHIPS
 
 _UNIT = 1 << 20  # bytes in which processes tell each other sizes
+_MOST = 2**32 - 1  # no device tells its size
 
 
 class Room(NamedTuple):
@@ -35,7 +36,11 @@ def room(mesh: Mesh | None) -> Room | None:
         free = host_free()
         return None if free is None else _among_processes(free, len(here), mesh)
     found = [each for each in map(_device_free, here) if each is not None]
-    return Room(min(found), 1) if found else None
+    free = min(found) // _UNIT if found else _MOST
+    if mesh is not None and mesh.is_multi_process:
+        # All decide alike: if one refused alone, the others would wait for it.
+        free = int(multihost_utils.process_allgather(np.uint32(min(free, _MOST))).min())
+    return None if free == _MOST else Room(free * _UNIT, 1)
 
 
 def _device_free(device: jax.Device) -> int | None:
@@ -52,7 +57,7 @@ def _among_processes(free: int, devices: int, mesh: Mesh | None) -> Room:
         return Room(free // devices, devices, True)
     # Containers have names of their own, and memory of their own.
     host = zlib.crc32(socket.gethostname().encode())
-    mine = np.array([host, min(free // _UNIT, 2**32 - 1), devices], np.uint32)
+    mine = np.array([host, min(free // _UNIT, _MOST), devices], np.uint32)
     everyone = np.asarray(multihost_utils.process_allgather(mine)).astype(np.int64)
     rooms = []
     for name in np.unique(everyone[:, 0]):

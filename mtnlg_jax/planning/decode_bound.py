@@ -1,7 +1,8 @@
 """The least time of a step of decoding on described chips: what it reads, multiplies and sends.
 
 A bound and no prediction: kernels that wait, norms, sampling and the latency of messages are left
-out, so a real step takes longer.
+out, so a real step takes longer. All weights count as read: for a model with an input table of its
+own, or with experts that no row chooses, the true bound is lower by their share.
 """
 
 import math

@@ -121,10 +121,18 @@ class Api:
         async def run(request: Request) -> Response:
             begun = time.monotonic()
             status = 500
+            streams = False
+
+            def answered() -> None:
+                self.metrics.answered(route, status, time.monotonic() - begun)
+
             try:
                 self._check_origin(request)
                 response = await handler(request)
                 status = response.status_code
+                if isinstance(response, EventStream):
+                    streams = True
+                    response.at_end(answered)
                 return response
             except (Gone, ClientDisconnect):
                 status = 499  # nginx's number for it; nobody reads the answer
@@ -135,7 +143,8 @@ class Api:
             except Exception as error:
                 return refusal(failure(error))
             finally:
-                self.metrics.answered(route, status, time.monotonic() - begun)
+                if not streams:
+                    answered()
 
         return run
 

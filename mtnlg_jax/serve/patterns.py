@@ -6,6 +6,7 @@ the process can stop one. So it is tried apart before the engine's thread runs i
 
 import asyncio
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -33,8 +34,7 @@ async def check_time(name: str, pattern: str, texts: Sequence[str]) -> None:
     ``name``: what the request calls the pattern.
     """
     given = json.dumps([pattern, list(texts), PATTERN_SECONDS]).encode()
-    code = await asyncio.to_thread(_try, given)
-    if code:
+    if not await asyncio.to_thread(_is_quick, given):
         raise Refused(
             f"{name}={pattern!r} takes more than {PATTERN_SECONDS:g} s on these texts; write a "
             "simpler pattern, without repetitions that overlap",
@@ -42,8 +42,8 @@ async def check_time(name: str, pattern: str, texts: Sequence[str]) -> None:
         )
 
 
-def _try(given: bytes) -> int:
-    """Return the exit code of the process; not 0 if its time was over."""
+def _is_quick(given: bytes) -> bool:
+    """Return whether the process ends in time. Raise RuntimeError if it fails in another way."""
     command = [sys.executable, "-I", "-S", "-c", _TRY]
     try:
         # close_fds=False: Python then starts it by posix_spawn, without a fork of JAX's threads.
@@ -51,10 +51,13 @@ def _try(given: bytes) -> int:
             command,
             input=given,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
             close_fds=False,
             timeout=WALL_SECONDS,
         )
     except subprocess.TimeoutExpired:
-        return 1
-    return done.returncode
+        return False
+    if done.returncode not in (0, -signal.SIGVTALRM):
+        told = done.stderr.decode(errors="replace")
+        raise RuntimeError(f"the trial of a pattern ended with {done.returncode}: {told}")
+    return done.returncode == 0

@@ -64,6 +64,8 @@ class _Closed(BaseException):
 # compiled may take minutes.
 PATIENCE = 0.1
 PATIENCE_WHEN_LATE = 0.01
+# Threads of iterators that were closed, by the parameters that they may still use.
+_left: dict[int, threading.Thread] = {}
 
 
 def in_slices(work: Callable[[Decoder], object]) -> Callable[[Decoder], Iterator[object]]:
@@ -74,8 +76,10 @@ def in_slices(work: Callable[[Decoder], object]) -> Callable[[Decoder], Iterator
     closed, the function ends at its next call.
 
     A slice that takes long, since it compiles, goes on while next() returns None, so that others
-    can write. Over a mesh next() waits: programs of two threads could meet in another order on each
-    device, and their collectives would wait for each other.
+    can write. If the iterator is closed meanwhile, the next function waits for its end: two at a
+    time would change what belongs to the model, such as the form of a grammar. Over a mesh next()
+    waits: programs of two threads could meet in another order on each device, and their
+    collectives would wait for each other.
     """
     return functools.partial(_run, work)
 
@@ -108,6 +112,13 @@ def _run(work: Callable[[Decoder], object], decoder: Decoder) -> Iterator[object
         except BaseException as error:
             reports.put(("error", error))
 
+    key = id(decoder.params)
+    while (before := _left.get(key)) is not None:
+        before.join(PATIENCE)
+        if not before.is_alive():
+            _left.pop(key, None)
+            break
+        yield None
     thread = threading.Thread(target=body, name=JOB_THREAD, daemon=True)
     thread.start()
     patience = PATIENCE if decoder.mesh is None else None
@@ -127,5 +138,9 @@ def _run(work: Callable[[Decoder], object], decoder: Decoder) -> Iterator[object
             patience = PATIENCE if decoder.mesh is None else None
             turns.put(True)
     finally:
-        # Not joined: it may compile for long yet. It ends at its next call of the model.
+        # It ends at its next call of the model, until which it may compile for long yet.
         turns.put(False)
+        if decoder.mesh is None:
+            _left[key] = thread
+        else:
+            thread.join()

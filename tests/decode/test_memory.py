@@ -62,6 +62,18 @@ def test_caches_are_counted_as_they_are_held(windowed, form):
     assert found == held_by(made)
 
 
+def test_prompts_of_beams_and_guesses_keep_all_positions(windowed):
+    prefix = cache.prefill(windowed.decoder, [[5, 6]] * 2, 64)
+    beams = DecodeConfig(num_beams=2, max_new_tokens=4)
+    guesses = DecodeConfig(prompt_lookup_num_tokens=3, max_new_tokens=4)
+    for decode, drafted in [(beams, False), (guesses, False), (DecodeConfig(), True)]:
+        prompts, _ = caches_of(windowed.config, 2, 60, decode, drafted)
+        found = Plan(windowed.config, caches=(prompts._replace(positions=64),)).cache_bytes
+        assert found == held_by(prefix.cache)
+    prompts, _ = caches_of(windowed.config, 2, 60, DecodeConfig())
+    assert Plan(windowed.config, caches=(prompts,)).cache_bytes < held_by(prefix.cache)
+
+
 @pytest.mark.slow
 def test_caches_on_a_mesh_are_counted_as_they_are_held(rotary):
     mesh = make_mesh(MeshConfig(data=4, tensor=2))
@@ -77,7 +89,10 @@ def test_generation_holds_the_prompts_and_their_copies(learned):
     assert (prompts.rows, rows.rows, rows.positions) == (2, 6, 64)  # the context has 64
     assert prompts.floats and not rows.floats
     decode = dataclasses.replace(decode, num_return_sequences=1, num_beams=4, max_new_tokens=9)
-    assert caches_of(learned.config, 2, 20, decode) == (Caches(2, 32, True), Caches(8, 9, True))
+    assert caches_of(learned.config, 2, 20, decode) == (
+        Caches(2, 32, floats=True, whole=True),
+        Caches(8, 9, floats=True, whole=True),
+    )
 
 
 def told(plan: Plan, free: float, choices: Choices = ANY, **room) -> str:

@@ -78,12 +78,14 @@ def _check_memory(
             shrink = ("--batch", at_once)
         elif decode.num_return_sequences > 1 and decode.num_beams == 1:
             shrink = ("--n", decode.num_return_sequences)
-        caches = caches_of(model, at_once, longest, decode)
+        drafted = options.DRAFT.value is not None and mode == "generative"
+        caches = caches_of(model, at_once, longest, decode, drafted)
     given = bool(options.CANDIDATES.value) or all("candidates" in row for row in rows)
     if mode == "ranking" and given:
         # Candidates are read behind one prompt, which is cached.
         shrink = None
-        caches = (Caches(1, bucket(longest, model.max_position_embeddings), floats=True),)
+        size = bucket(longest, model.max_position_embeddings)
+        caches = (Caches(1, size, floats=True, whole=True),)
     form = (
         held_flags.DTYPE.value,
         held_flags.WEIGHTS.value,

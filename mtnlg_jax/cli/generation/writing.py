@@ -98,8 +98,8 @@ def _stats(
     seconds: float,
 ) -> dict:
     """Return the speed, the limit of the memory bandwidth, and the share of accepted guesses."""
-    from mtnlg_jax.decode.generate import keeps_windows
     from mtnlg_jax.decode.results import encode_prompt
+    from mtnlg_jax.decode.rolling import keeps_windows
     from mtnlg_jax.decode.roofline import copy_bandwidth, roofline
 
     tokens = sum(len(result.tokens) for result in results)

@@ -148,8 +148,23 @@ def _listen(models: Sequence["Model"], keys: "Keys", bound: socket.socket) -> No
     shown = f"[{address}]" if ":" in address else address
     names = ", ".join(model.name for model in models)
     print(f"serving {names} at http://{shown}:{port}/", flush=True)
+    _note_cpu()
     api = Api(Models(models), keys, limits)
     listening.Server(api, options.DRAIN_SECONDS.value).run_until_signal(bound)
+
+
+def _note_cpu() -> None:
+    """Tell that several rows in float32 are slow on a CPU, which packs the weights each step."""
+    import jax
+
+    floats = held_flags.DTYPE.value == "float32" and held_flags.WEIGHTS.value is None
+    if floats and options.SLOTS.value > 1 and jax.default_backend() == "cpu":
+        print(
+            "note: on a CPU several rows in float32 take up to twice as long as with "
+            "--weights=int8 or --dtype=bfloat16; docs/serving.md has the figures",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _selftest(models: Sequence["Model"]) -> int:

@@ -1,5 +1,6 @@
 """Chat, ranking, filling, tokens, grammars, keys, limits and errors over a socket."""
 
+import asyncio
 import dataclasses
 import json
 import math
@@ -16,8 +17,10 @@ from mtnlg_jax.decode.rank import rank
 from mtnlg_jax.decode.scorers import ScorerOptions
 from mtnlg_jax.decode.scoring import score_rows
 from mtnlg_jax.serve import chat as chat_module
+from mtnlg_jax.serve import patterns
 from mtnlg_jax.serve.http import Limits
 from mtnlg_jax.serve.keys import VARIABLE, load_keys
+from mtnlg_jax.serve.refusals import Refused
 
 MESSAGES = [{"role": "user", "content": "The cat"}]
 KEY = "k" * 24
@@ -392,6 +395,19 @@ def test_a_failure_shows_no_path(served, monkeypatch, caplog):
     assert number in caplog.text and "secret at" in caplog.text
 
 
+async def _trial(text: str) -> None:
+    await patterns.check_time("answer", "(a|a)*b", [text])
+
+
+def test_a_trial_of_a_pattern_that_fails_is_not_told_as_too_long(monkeypatch):
+    asyncio.run(_trial("aab"))
+    with pytest.raises(Refused, match="takes more than 0.25 s"):
+        asyncio.run(_trial("a" * 40))
+    monkeypatch.setattr(patterns, "_TRY", "raise SystemExit(3)")
+    with pytest.raises(RuntimeError, match="ended with 3"):
+        asyncio.run(_trial("aab"))
+
+
 def test_metrics_count(served):
     served.post("/tokenize", prompt="a")
     _, _, text = served.ask("GET", "/metrics")
@@ -400,6 +416,19 @@ def test_metrics_count(served):
     assert 'mtnlg_engine_turns_total{model="tiny"} 3.0' in page
     assert 'mtnlg_engine_step_seconds_bucket{le="+Inf",model="tiny"} 2.0' in page
     assert "mtnlg_time_to_first_token_seconds_count" in page
+
+
+def test_a_stream_counts_once_with_all_its_time(served, monkeypatch):
+    counted = []
+    metrics = served.api.metrics
+    monkeypatch.setattr(metrics, "answered", lambda *values: counted.append(values))
+    begun = time.monotonic()
+    served.stream("/v1/completions", prompt="The cat", max_tokens=4)
+    whole = time.monotonic() - begun
+    while not counted and time.monotonic() - begun < 60:
+        time.sleep(0.01)
+    ((route, status, seconds),) = counted
+    assert (route, status) == ("/v1/completions", 200) and 0.5 * whole < seconds
 
 
 def test_the_page_asks_nobody_else(served):

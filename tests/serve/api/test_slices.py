@@ -60,3 +60,27 @@ def test_a_mistake_of_late_work_is_raised(parts, monkeypatch):
 
     with pytest.raises(ValueError, match="no candidate"):
         list(in_slices(work)(parts[1]))
+
+
+def test_the_next_function_waits_for_one_that_was_closed_while_it_compiled(parts, monkeypatch):
+    monkeypatch.setattr(slices, "PATIENCE", 0.01)
+    compiled = threading.Event()
+    running = []
+
+    def work(decoder):
+        running.append("in")
+        decoder.params  # noqa: B018
+        if len(running) == 1:
+            compiled.wait(60)
+        running.append("out")
+        return "result"
+
+    first = in_slices(work)(parts[1])
+    assert next(first) is None
+    first.close()
+    second = in_slices(work)(parts[1])
+    assert [next(second) for _ in range(3)] == [None] * 3
+    assert running == ["in"]
+    compiled.set()
+    assert _until(second, "result") == "result"
+    assert running == ["in", "out"] * 2
