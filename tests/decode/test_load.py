@@ -195,6 +195,17 @@ def gpt2_124m(tokenizer, tmp_path_factory):
     return save_run(tmp_path_factory.mktemp("gpt2"), Config(model=model), params, tokenizer)
 
 
+PACKAGES = "import jax, flax.nnx, optax"
+
+
+def _seconds(command: list[str]) -> float:
+    """Return the processor time of a command."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime)
+
+
 def _ask(folder, *flags, environment=None) -> tuple[float, float]:
     """Return (peak memory in bytes, processor time in seconds) of launch/generate.py."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -243,7 +254,9 @@ def test_a_warm_start_is_fast(learned, tokenizer, tmp_path):
     folder = save_run(tmp_path / "run", Config(model=learned.config), learned.params, tokenizer)
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     environment["XDG_CACHE_HOME"] = str(tmp_path)
-    assert min(_ask(folder, environment=environment)[1] for _ in range(4)) < 2.5
+    took = min(_ask(folder, environment=environment)[1] for _ in range(4))
+    # Machines differ, so beside the packages alone; a start that compiles takes about 1.7 times.
+    assert took < 1.4 * min(_seconds([sys.executable, "-c", PACKAGES]) for _ in range(3))
 
 
 def test_a_shared_expert_is_rounded_as_from_parameters_in_memory():
