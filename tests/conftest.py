@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,21 @@ def bounded_mappings():
     mappings = Path("/proc/self/maps")
     if mappings.exists() and mappings.read_bytes().count(b"\n") > MOST_MAPPINGS:
         jax.clear_caches()
+
+
+@pytest.fixture
+def heeded_signals():
+    """Heed the signals that nohup, or a script that runs in the background, makes pytest ignore.
+
+    Processes inherit that they are ignored.
+    """
+    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    ignored = [each for each in defaults if signal.getsignal(each) is signal.SIG_IGN]
+    for each in ignored:
+        signal.signal(each, defaults[each])
+    yield
+    for each in ignored:
+        signal.signal(each, signal.SIG_IGN)
 
 
 @pytest.fixture(scope="session")

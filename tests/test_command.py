@@ -321,6 +321,7 @@ def test_unencodable_characters_are_escaped():
     )
 
 
+@pytest.mark.usefixtures("heeded_signals")
 def test_an_interrupt_prints_one_line():
     process = python(
         """

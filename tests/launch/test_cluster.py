@@ -516,6 +516,7 @@ def test_a_failure_that_may_pass_is_restarted(stand_in, tmp_path, orders, code, 
     assert "--workdir=myrun --set=data.path=../data --noprogress" in lines[0]
 
 
+@pytest.mark.usefixtures("heeded_signals")
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGHUP", "SIGTERM", "SIGUSR1"])
 def test_processes_end_with_their_launcher(stand_in, tmp_path, name):
     process = stand_in("wait wait\n")

@@ -93,6 +93,7 @@ def test_a_lock_that_is_released_is_acquired(tmp_path, held, monkeypatch):
         assert (tmp_path / ".lock-0").read_text().startswith(f"{os.getpid()} on ")
 
 
+@pytest.mark.usefixtures("heeded_signals")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
 def test_a_second_signal_is_ignored_unless_it_is_ctrl_c(name):
     number = getattr(signal, name)
