@@ -41,6 +41,8 @@ CIRCULAR = [
     *FULL,
 ]
 DECODE = ["mesh.pipe=1", "mesh.data=1", "mesh.tensor=128"]
+# A host's cards share a layer, as messages between hosts are slow.
+STAGES = ["mesh.pipe=15", "mesh.data=1", "mesh.tensor=8"]
 
 # config, topology, step, --set values
 ROWS = [
@@ -52,8 +54,11 @@ ROWS = [
     ("mtnlg_530b.py", "v5p:8x14x20", "train", FULL),
     ("mtnlg_530b.py", "H100:280x8", "train", FULL),
     ("mtnlg_530b.py", "H100:120x8", "train", CIRCULAR),
-    ("mtnlg_530b.py", "v5p:4x4x8", "prefill", DECODE),
-    ("mtnlg_530b.py", "v5p:4x4x8", "decode", DECODE),
+    *(
+        ("mtnlg_530b.py", topology, step, held + rows)
+        for topology, held in [("v5p:4x4x8", DECODE), ("v6e:8x16", DECODE), ("H100:15x8", STAGES)]
+        for step, rows in [("prefill", []), ("decode", ["train.micro_batch_size=32"])]
+    ),
     ("mixtral_8x7b.py", "v5p:4x4x8", "train", []),
     *((f"ladder.py:{name}", f"H100:{cards}", "train", []) for name, cards in LADDER.items()),
 ]
@@ -102,10 +107,12 @@ def measured(config: str, topology: str, step: str, settings: list[str]) -> dict
     from mtnlg_jax.config import load_config
     from mtnlg_jax.planning import aot
     from mtnlg_jax.planning import topology as described
+    from mtnlg_jax.planning.decode_bound import bound_of
 
     loaded = load_config(f"{FOLDER}/configs/{config}", settings)
     kernels: collections.Counter[str] = collections.Counter()  # over all depths of loops
     m = aot.measure(loaded, described.parse(topology), step)
+    bound = bound_of(loaded, m)
     for kernel in m.kernels:
         kernels[kernel.name] += kernel.count
     return {
@@ -120,6 +127,7 @@ def measured(config: str, topology: str, step: str, settings: list[str]) -> dict
         "limit_gib": gib(m.limit),
         "arguments_gib": gib(m.arguments),
         "flops_per_device": m.flops,
+        "most_tokens_per_second_and_device": bound and round(bound.tokens_per_second, 1),
         "kernels": kernels,
         "failure": m.failure,
         "flags": m.flags,

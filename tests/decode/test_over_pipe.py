@@ -4,7 +4,17 @@ import jax
 import numpy as np
 import pytest
 from runs import save_run
-from test_over_mesh import ROUNDING, WAYS, beams, compare, look_up, perplexity, ranked, rows
+from test_over_mesh import (
+    INT8_ROUNDING,
+    ROUNDING,
+    WAYS,
+    beams,
+    compare,
+    look_up,
+    perplexity,
+    ranked,
+    rows,
+)
 
 from mtnlg_jax.config import Config, MeshConfig
 from mtnlg_jax.decode.cache import unstack
@@ -22,7 +32,8 @@ def mesh_of(pipe: int, data: int = 1, tensor: int = 1):
 
 def check(way, tiny, tokenizer, sizes, **held):
     """Compare ``way`` over stages with one device; see `compare`."""
-    return compare(way, tiny, tokenizer, mesh_of(*sizes), ROUNDING, **held)
+    rounding = INT8_ROUNDING if held else ROUNDING
+    return compare(way, tiny, tokenizer, mesh_of(*sizes), rounding, **held)
 
 
 def test_rows_over_stages_equal_one_device(deep, tokenizer):
