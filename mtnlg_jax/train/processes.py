@@ -9,6 +9,7 @@ the processes starts all of them again, and they resume from the last checkpoint
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import socket
@@ -34,6 +35,8 @@ from mtnlg_jax.train.state import TrainState
 EXIT_DELAY_SECONDS = 3
 _ending = threading.Lock()  # held by the thread that reports why this process ends
 LOOK_SECONDS = 1  # between looks at whether the others go on
+# Seconds until a process 0 that does not answer is lost: before JAX aborts this process for it.
+_longest_silence = math.inf
 
 
 def start(
@@ -60,9 +63,11 @@ def start(
         # Both must be set before JAX starts its backend, which the first use of a device does.
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", local_devices)
+    global _longest_silence
     arguments = _initialize_arguments(coordinator, processes, process_id, distributed)
     if arguments is None:
         return
+    _longest_silence = 0.8 * heartbeat_seconds
     with _deadline(timeout, coordinator, process_id):
         try:
             # When its own time is over, JAX aborts without a readable message: ours comes first.
@@ -218,13 +223,28 @@ def exit_on_failure(
 
 
 def _watch_others(over: threading.Event, advice: str) -> None:
-    """End this process once another one ends, unless it is ``over`` or ending already."""
+    """End this process once another one ends or process 0 is silent.
+
+    Not if it is ``over`` or ending already.
+    """
     lost = 0
+    answered = time.monotonic()
+
+    def look() -> None:
+        nonlocal lost, answered
+        while not over.wait(LOOK_SECONDS):
+            # This waits as long as process 0 is stopped.
+            if compat.others_go_on():
+                answered = time.monotonic()
+                lost = 0
+            else:
+                lost += 1
+
+    threading.Thread(target=look, name="looks", daemon=True).start()
     # Twice, since a call may fail by itself, and the main thread often reports the same by then.
-    while lost < 2:
-        if over.wait(LOOK_SECONDS):
+    while lost < 2 and time.monotonic() - answered < _longest_silence:
+        if over.wait(LOOK_SECONDS / 4):
             return
-        lost = 0 if compat.others_go_on() else lost + 1
     if not over.is_set() and _ending.acquire(blocking=False):
         _end_after_others(advice)
 

@@ -166,7 +166,8 @@ def test_the_others_end_with_a_word_when_a_process_is_lost(run, environment, los
         # JAX looks at heartbeats at intervals.
         assert seconds < 3 * HEARTBEAT + 6, seconds
         assert not any(re.search("Traceback|Fatal Python|Check failed", line) for line in lines)
-        if how == "SIGSTOP" and left.returncode == -signal.SIGABRT:
+        if (how, lost) == ("SIGSTOP", 1) and left.returncode == -signal.SIGABRT:
+            # JAX may tell first of a process that is stopped but not dead.
             assert "heartbeat" in err.decode(), lines
             return
         assert left.returncode == errors.PROCESS_LOST, err.decode()

@@ -90,6 +90,7 @@ def started(entries: Sequence[str], check: Callable[[], None] = lambda: None) ->
     from mtnlg_jax.parallel.mesh import make_mesh
     from mtnlg_jax.train import processes
 
+    compat.quiet()  # or JAX tells of every connection that it makes
     several_processes.start(_HEARTBEAT.value)
     with processes.exit_on_failure("start all of them again"):
         if on_mesh or processes.several():
