@@ -1,7 +1,7 @@
 """Load a server with requests of all kinds, and check what each of them is told.
 
     python benchmarks/serve_load.py --workdir=RUN                     all parts
-    python benchmarks/serve_load.py --workdir=RUN --parts soak --requests 10000 --seconds 3600
+    python benchmarks/serve_load.py --workdir=RUN --parts soak --spread
 
 It starts launch/serve.py for each part. The parts:
 
@@ -298,6 +298,9 @@ async def soak(args, kinds: Kinds) -> dict:
         nonlocal done
         while done < args.requests and time.monotonic() - begun < args.seconds:
             done += 1
+            if args.spread:
+                due = begun + done * args.seconds / args.requests
+                await asyncio.sleep(max(0.0, due - time.monotonic()))
             if done % 250 == 0:
                 memory.append((done, round(server.memory(), 1)))
                 print(f"{done} requests, {memory[-1][1]} MB, {len(wrong)} wrong", flush=True)
@@ -310,6 +313,7 @@ async def soak(args, kinds: Kinds) -> dict:
             counts[name] = counts.get(name, 0) + 1
             if told not in ("", "refused"):
                 wrong.append(told)
+                print("wrong:", told[:500], file=sys.stderr, flush=True)
 
     try:
         await server.wait_ready()
@@ -335,8 +339,6 @@ async def soak(args, kinds: Kinds) -> dict:
         }
     finally:
         server.stop()
-    for line in wrong[:10]:
-        print("wrong:", line, file=sys.stderr)
     print(server.log()[-3000:], file=sys.stderr)
     late = [megabytes for at, megabytes in memory if at >= 1000]
     result["memory_growth"] = round(max(late) / late[0] - 1, 4) if late else None
@@ -536,6 +538,9 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=10000, help="most of the part soak")
     parser.add_argument("--seconds", type=float, default=3600.0, help="longest of the part soak")
     parser.add_argument("--clients", type=int, default=24, help="at once in the part soak")
+    parser.add_argument(
+        "--spread", action="store_true", help="spread the requests of the part soak over --seconds"
+    )
     parser.add_argument("--connections", type=int, default=10000, help="of the part idle")
     parser.add_argument("--slots", type=int, default=8, help="of the part flood")
     parser.add_argument("--queue", type=int, default=8, help="places that wait in the part flood")
