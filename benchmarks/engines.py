@@ -51,9 +51,10 @@ BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "f32": 32, "f16": 16, "q8_0": 
 DEFAULT = (
     *("ours:float32", "ours:bfloat16", "ours:int8", "transformers:float32"),
     *("ctranslate2:float32", "ctranslate2:int8"),
-    *("llama_cpp:f32", "llama_cpp:f16", "llama_cpp:q8_0", "vllm:bfloat16"),
+    *("llama_cpp:f32", "llama_cpp:f16", "llama_cpp:q8_0"),
+    *("vllm:float32", "vllm:bfloat16"),
 )
-MORE = ("transformers:bfloat16", "vllm:float32")
+MORE = ("transformers:bfloat16",)
 CANNOT = {"llama_cpp": ("beam_5",), "vllm": ("beam_5", "ranking_16")}
 CASES = ("batch_1", "batch_8", "beam_5", "ranking_16")
 
@@ -97,8 +98,8 @@ def compare(args) -> dict:
         engines = {}
         left_out = {}
         versions = {"python": platform.python_version()}
-        for name in args.engines:
-            engine = stack.enter_context(Engine(name, folder, args))
+        started = [stack.enter_context(Engine(name, folder, args)) for name in args.engines]
+        for name, engine in zip(args.engines, started, strict=True):
             ready = engine.read()
             print(name, ready, flush=True)
             if "error" in ready:
@@ -179,7 +180,7 @@ def run_case(args, case: str, engines: dict) -> dict:
     for turn in range(args.rounds):
         for name in list(first)[:: 1 if turn % 2 == 0 else -1]:
             time.sleep(REST)
-            seconds[name].append(round(engines[name].ask(request)["seconds"], 4))
+            seconds[name].append(engines[name].seconds(request))
         print(case, {name: values[-1] for name, values in seconds.items()}, flush=True)
     speed = {name: tokens / statistics.median(values) for name, values in seconds.items()}
     reference = next(
@@ -291,15 +292,23 @@ class Engine:
             self.process.kill()
 
     def ask(self, request: dict) -> dict:
-        print(json.dumps(request), file=self.process.stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps(request), file=self.process.stdin, flush=True)
         return self.read()
 
     def read(self) -> dict:
         line = self.process.stdout.readline()
-        if not line:
-            end = "\n".join(self.log.read_text().splitlines()[-20:])
-            raise SystemExit(f"{self.name} ended before it answered; its last output:\n{end}")
-        return json.loads(line)
+        if line:
+            return json.loads(line)
+        end = self.log.read_text().splitlines()[-20:]
+        print(f"{self.name} ended; its last output:", *end, sep="\n", flush=True)
+        return {"error": f"its process ended, {end[-1] if end else 'without output'}"[:500]}
+
+    def seconds(self, request: dict) -> float:
+        reply = self.ask(request)
+        if "error" in reply:
+            raise SystemExit(f"{self.name} failed in a later call: {reply['error']}")
+        return round(reply["seconds"], 4)
 
 
 if __name__ == "__main__":
