@@ -127,7 +127,7 @@ def measured(config: str, topology: str, step: str, settings: list[str]) -> dict
         "limit_gib": gib(m.limit),
         "arguments_gib": gib(m.arguments),
         "flops_per_device": m.flops,
-        "most_tokens_per_second_and_device": bound and round(bound.tokens_per_second, 1),
+        "bound_tokens_per_second_per_device": bound and round(bound.tokens_per_second, 1),
         "kernels": kernels,
         "failure": m.failure,
         "flags": m.flags,

@@ -298,12 +298,13 @@ async def soak(args, kinds: Kinds) -> dict:
         nonlocal done
         while done < args.requests and time.monotonic() - begun < args.seconds:
             done += 1
+            number = done
             if args.spread:
-                due = begun + done * args.seconds / args.requests
+                due = begun + number * args.seconds / args.requests
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
-            if done % 250 == 0:
-                memory.append((done, round(server.memory(), 1)))
-                print(f"{done} requests, {memory[-1][1]} MB, {len(wrong)} wrong", flush=True)
+            if number % 250 == 0:
+                memory.append((number, round(server.memory(), 1)))
+                print(f"{number} requests, {memory[-1][1]} MB, {len(wrong)} wrong", flush=True)
             kind = kinds.random.choices([*clients.weights], [*clients.weights.values()])[0]
             try:
                 told = await kind()
@@ -313,7 +314,8 @@ async def soak(args, kinds: Kinds) -> dict:
             counts[name] = counts.get(name, 0) + 1
             if told not in ("", "refused"):
                 wrong.append(told)
-                print("wrong:", told[:500], file=sys.stderr, flush=True)
+                if len(wrong) <= 10:
+                    print("wrong:", told[:500], file=sys.stderr, flush=True)
 
     try:
         await server.wait_ready()
@@ -328,6 +330,7 @@ async def soak(args, kinds: Kinds) -> dict:
             "requests": done,
             "seconds": round(seconds),
             "clients": args.clients,
+            "spread": args.spread,
             "counts": dict(sorted(counts.items())),
             "wrong": len(wrong),
             "memory_mb": memory,

@@ -1,6 +1,7 @@
 """Set up eight virtual CPU devices, and skip tests that are slow or need hardware."""
 
 import contextlib
+import gc
 import itertools
 import json
 import os
@@ -37,7 +38,6 @@ jax.config.update("jax_cpu_enable_async_dispatch", False)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-MOST_MAPPINGS = 30_000
 _tests = itertools.count(1)
 
 
@@ -53,19 +53,30 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="needs an accelerator: JAX_PLATFORMS is cpu"))
 
 
-@pytest.fixture(autouse=True)
-def bounded_mappings():
-    """Drop compiled programs before they use up what a process may map.
+def _drop_programs(most: int) -> None:
+    """Drop compiled programs if this process has more than ``most`` mappings of memory.
 
-    Each has three mappings, and Linux allows 65,530 (vm.max_map_count). XLA aborts at the limit.
+    Each has three, and Linux allows 65,530 (vm.max_map_count). XLA aborts at the limit.
     """
-    yield
-    # Reading the mappings takes milliseconds, and a test adds some thousands at most.
-    if next(_tests) % 4:
-        return
     mappings = Path("/proc/self/maps")
-    if mappings.exists() and mappings.read_bytes().count(b"\n") > MOST_MAPPINGS:
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > most:
+        gc.collect()
         jax.clear_caches()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_mappings():
+    yield
+    _drop_programs(30_000)
+
+
+@pytest.fixture(autouse=True)
+def bounded_mappings_within_a_file():
+    yield
+    # Later than between files, whose engines may go on. Reading the mappings takes milliseconds,
+    # and a test adds some thousands at most.
+    if next(_tests) % 4 == 0:
+        _drop_programs(45_000)
 
 
 @pytest.fixture

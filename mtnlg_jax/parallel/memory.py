@@ -33,10 +33,9 @@ def room(mesh: Mesh | None) -> Room | None:
     """
     here = jax.local_devices()[:1] if mesh is None else list(mesh.local_devices)
     if here[0].platform == "cpu":
-        free = host_free()
-        return None if free is None else _among_processes(free, len(here), mesh)
+        return _among_processes(host_free(), len(here), mesh)
     found = [each for each in map(_device_free, here) if each is not None]
-    free = min(found) // _UNIT if found else _MOST
+    free = max(0, min(found)) // _UNIT if found else _MOST
     if mesh is not None and mesh.is_multi_process:
         # All decide alike: if one refused alone, the others would wait for it.
         free = int(multihost_utils.process_allgather(np.uint32(min(free, _MOST))).min())
@@ -51,20 +50,24 @@ def _device_free(device: jax.Device) -> int | None:
     return sizes[0] if sizes else None
 
 
-def _among_processes(free: int, devices: int, mesh: Mesh | None) -> Room:
+def _among_processes(free: int | None, devices: int, mesh: Mesh | None) -> Room | None:
     """Divide the free memory of hosts by the devices of all processes that they run."""
     if mesh is None or not mesh.is_multi_process:
-        return Room(free // devices, devices, True)
+        return None if free is None else Room(free // devices, devices, True)
     # Containers have names of their own, and memory of their own.
     host = zlib.crc32(socket.gethostname().encode())
-    mine = np.array([host, min(free // _UNIT, _MOST), devices], np.uint32)
-    everyone = np.asarray(multihost_utils.process_allgather(mine)).astype(np.int64)
+    mine = [host, _MOST if free is None else min(free // _UNIT, _MOST), devices]
+    everyone = np.asarray(multihost_utils.process_allgather(np.array(mine, np.uint32))).astype(
+        np.int64
+    )
     rooms = []
     for name in np.unique(everyone[:, 0]):
         of_host = everyone[everyone[:, 0] == name]
+        if of_host[:, 1].min() == _MOST:
+            continue
         count = int(of_host[:, 2].sum())
         rooms.append(Room(int(of_host[:, 1].min()) * _UNIT // count, count, True))
-    return min(rooms)
+    return min(rooms, default=None)
 
 
 def host_free(root: Path = Path("/")) -> int | None:

@@ -37,9 +37,12 @@ class Bound(NamedTuple):
 
 
 def bound_of(config: Config, m: Measurement) -> Bound | None:
-    """Return the bound of a compiled "prefill" or "decode"; None for chips without figures."""
+    """Return the bound of a compiled "prefill" or "decode"; None for chips without figures.
+
+    None over stages too: there every micro-batch reads the weights of its stage again.
+    """
     chip = chip_of(m.topology)
-    if chip is None or m.failure or m.step == "train":
+    if chip is None or m.failure or m.step == "train" or m.mesh.get("pipe", 1) > 1:
         return None
     shards = math.prod(m.mesh.get(axis, 1) for axis in ROWS)
     rows = (config.train.micro_batch_size or 1) * shards

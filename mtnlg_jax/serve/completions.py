@@ -167,18 +167,11 @@ class _Completion:
         return await result_of(self.model.engine, Job(run, call.key, call.deadline), watch)
 
     async def whole(self, call: Call, watch: Watch) -> Response:
+        scores = await self.scores(call, watch)
         number = len(self.prompts) * self.samples
         choices = [Choice(reason="length") for _ in range(number)]
-        # Before the prompts are scored, so that a full queue refuses at once.
-        following = self.writer.follow(watch) if self.writer else None
-        try:
-            scores = await self.scores(call, watch)
-        except BaseException:
-            if following is not None:
-                following.cancel()
-            raise
-        if self.writer is not None and following is not None:
-            choices = await gather(following, self.writer.number, self.count)
+        if self.writer is not None:
+            choices = await gather(self.writer.follow(watch), self.writer.number, self.count)
         told: list[Any] = []
         for prompt, score in enumerate(scores):
             own = choices[prompt * self.samples : (prompt + 1) * self.samples]

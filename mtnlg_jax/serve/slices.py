@@ -113,12 +113,11 @@ def _run(work: Callable[[Decoder], object], decoder: Decoder) -> Iterator[object
             reports.put(("error", error))
 
     key = id(decoder.params)
-    while (before := _left.get(key)) is not None:
-        before.join(PATIENCE)
-        if not before.is_alive():
-            _left.pop(key, None)
-            break
-        yield None
+    before = _left.get(key)
+    while before is not None and before.is_alive():
+        before.join(PATIENCE_WHEN_LATE)
+        if before.is_alive():
+            yield None
     thread = threading.Thread(target=body, name=JOB_THREAD, daemon=True)
     thread.start()
     patience = PATIENCE if decoder.mesh is None else None

@@ -35,7 +35,8 @@ from mtnlg_jax.train.state import TrainState
 EXIT_DELAY_SECONDS = 3
 _ending = threading.Lock()  # held by the thread that reports why this process ends
 LOOK_SECONDS = 1  # between looks at whether the others go on
-# Seconds until a process 0 that does not answer is lost: before JAX aborts this process for it.
+# Seconds after which a process 0 that does not answer counts as lost; less than JAX waits before it
+# aborts this process.
 _longest_silence = math.inf
 
 
@@ -223,34 +224,39 @@ def exit_on_failure(
 
 
 def _watch_others(over: threading.Event, advice: str) -> None:
-    """End this process once another one ends or process 0 is silent.
+    """End this process once another one ends or process 0 does not answer.
 
-    Not if it is ``over`` or ending already.
+    Do nothing if the body is ``over`` or the process is ending already.
     """
     lost = 0
-    answered = time.monotonic()
+    asking = threading.Event()
 
     def look() -> None:
-        nonlocal lost, answered
+        nonlocal lost
         while not over.wait(LOOK_SECONDS):
-            # This waits as long as process 0 is stopped.
-            if compat.others_go_on():
-                answered = time.monotonic()
-                lost = 0
-            else:
-                lost += 1
+            asking.set()
+            try:
+                # This waits as long as process 0 is stopped.
+                lost = 0 if compat.others_go_on() else lost + 1
+            finally:
+                asking.clear()
 
     threading.Thread(target=look, name="looks", daemon=True).start()
+    poll = LOOK_SECONDS / 4
+    # Waits are counted, not seconds: those in which this process itself was stopped do not count.
+    silent = 0.0
     # Twice, since a call may fail by itself, and the main thread often reports the same by then.
-    while lost < 2 and time.monotonic() - answered < _longest_silence:
-        if over.wait(LOOK_SECONDS / 4):
+    while lost < 2 and silent < _longest_silence:
+        if over.wait(poll):
             return
+        silent = silent + poll if asking.is_set() else 0.0
     if not over.is_set() and _ending.acquire(blocking=False):
-        _end_after_others(advice)
+        what = "another process ended" if lost else "process 0 does not answer"
+        _end_after_others(advice, what)
 
 
-def _end_after_others(advice: str) -> NoReturn:
-    line = f"{_name()}: another process ended, so this one ends; {advice}"
+def _end_after_others(advice: str, what: str = "another process ended") -> NoReturn:
+    line = f"{_name()}: {what}, so this one ends; {advice}"
     _end(line, errors.PROCESS_LOST)
 
 

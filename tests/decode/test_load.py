@@ -198,17 +198,22 @@ def gpt2_124m(tokenizer, tmp_path_factory):
 PACKAGES = "import jax, flax.nnx, optax"
 
 
+def _processor_time() -> float:
+    """Return the seconds that all ended child processes took."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def _seconds(command: list[str]) -> float:
     """Return the processor time of a command."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    before = _processor_time()
     subprocess.run(command, check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime)
+    return _processor_time() - before
 
 
 def _ask(folder, *flags, environment=None) -> tuple[float, float]:
     """Return (peak memory in bytes, processor time in seconds) of launch/generate.py."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    before = _processor_time()
     program = (
         "import resource, subprocess, sys; done = subprocess.run(sys.argv[1:]); "
         "used = resource.getrusage(resource.RUSAGE_CHILDREN); print('peak', used.ru_maxrss); "
@@ -226,10 +231,7 @@ def _ask(folder, *flags, environment=None) -> tuple[float, float]:
         *flags,
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return 1024 * int(done.stdout.split()[-1]), (after.ru_utime + after.ru_stime) - (
-        before.ru_utime + before.ru_stime
-    )
+    return 1024 * int(done.stdout.split()[-1]), _processor_time() - before
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 from runs import save_run
@@ -232,6 +233,8 @@ def test_devices_of_a_host_share_its_memory(monkeypatch):
         is_multi_process = True
 
     assert memory._among_processes(8 * GIB, 2, Several()) == Room(2000 * 2**20, 4, True)
+    everyone = [[7, 8192, 2], [9, 2**32 - 1, 1]]
+    assert memory._among_processes(None, 2, Several()) == Room(4 * GIB, 2, True)
 
 
 def test_an_accelerator_tells_what_it_has(monkeypatch):
@@ -244,3 +247,21 @@ def test_an_accelerator_tells_what_it_has(monkeypatch):
     assert memory._device_free(used) == 59 * GIB
     assert memory._device_free(Device("TPU v5 lite", None)) == 16 * GIB
     assert memory._device_free(Device("unknown", {})) is None
+    used.platform = "gpu"
+
+    class Several:
+        is_multi_process = True
+        local_devices = (used,)
+
+    # The other process has less, and both decide by that.
+    told = []
+
+    def process_allgather(mine):
+        told.append(int(mine))
+        return np.array([mine, 20 * 1024], np.uint32)
+
+    monkeypatch.setattr(memory.multihost_utils, "process_allgather", process_allgather)
+    assert memory.room(Several()) == Room(20 * GIB, 1)
+    used.memory_stats = lambda: {"bytes_limit": GIB, "bytes_in_use": 2 * GIB}
+    assert memory.room(Several()) == Room(0, 1)
+    assert told == [59 * 1024, 0]

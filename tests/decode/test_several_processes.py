@@ -171,7 +171,9 @@ def test_the_others_end_with_a_word_when_a_process_is_lost(run, environment, los
             assert "heartbeat" in err.decode(), lines
             return
         assert left.returncode == errors.PROCESS_LOST, err.decode()
-        said = [line for line in lines if "another process ended, so this one ends" in line]
+        stopped = (how, lost) == ("SIGSTOP", 0)
+        what = "process 0 does not answer" if stopped else "another process ended"
+        said = [line for line in lines if f"{what}, so this one ends" in line]
         assert len(said) == 1 and f"process {1 - lost} of 2: " in said[0], lines
         assert "start all of them again" in said[0]
     finally:

@@ -68,6 +68,7 @@ def _check_memory(
 
     model = config.model
     mode = options.MODE.value
+    drafted = options.DRAFT.value is not None and mode == "generative"
     shrink = None
     caches: tuple[Caches, ...] = ()  # infilling has none
     if mode != "fill":
@@ -78,22 +79,23 @@ def _check_memory(
             shrink = ("--batch", at_once)
         elif decode.num_return_sequences > 1 and decode.num_beams == 1:
             shrink = ("--n", decode.num_return_sequences)
-        drafted = options.DRAFT.value is not None and mode == "generative"
         caches = caches_of(model, at_once, longest, decode, drafted)
     given = bool(options.CANDIDATES.value) or all("candidates" in row for row in rows)
-    if mode == "ranking" and given:
-        # Candidates are read behind one prompt, which is cached.
-        shrink = None
-        size = bucket(longest, model.max_position_embeddings)
-        caches = (Caches(1, size, floats=True, whole=True),)
     form = (
         held_flags.DTYPE.value,
         held_flags.WEIGHTS.value,
         held_flags.CACHE.value,
         devices.mesh(),
     )
+    if mode == "ranking":
+        # Candidates are read behind one prompt, which is cached, after they are written.
+        size = bucket(longest, model.max_position_embeddings)
+        read = (Caches(1, size, floats=True, whole=True),)
+        shrink = None if given else shrink
+        held_in_turn = (read,) if given else (read, caches)
+        caches = max(held_in_turn, key=lambda each: Plan(model, *form, each).cache_bytes)
     plans = [Plan(model, *form, caches)]
-    if options.DRAFT.value is not None and mode == "generative":
+    if drafted:
         draft = config_of(options.DRAFT.value, held_flags.CHECKPOINT.value)
         plans += [] if draft is None else [Plan(draft.model, *form, caches)]
     # The cache of beams and of prompts holds only floats.

@@ -155,15 +155,13 @@ def _listen(models: Sequence["Model"], keys: "Keys", bound: socket.socket) -> No
 
 def _note_cpu() -> None:
     """Tell that several rows in float32 are slow on a CPU, which packs the weights each step."""
-    import jax
+    from mtnlg_jax import compat
 
     floats = held_flags.DTYPE.value == "float32" and held_flags.WEIGHTS.value is None
-    if floats and options.SLOTS.value > 1 and jax.default_backend() == "cpu":
-        print(
+    if floats and options.SLOTS.value > 1 and compat.platform() == "cpu":
+        devices.note(
             "note: on a CPU several rows in float32 take up to twice as long as with "
-            "--weights=int8 or --dtype=bfloat16; docs/serving.md has the figures",
-            file=sys.stderr,
-            flush=True,
+            "--weights=int8 or --dtype=bfloat16; docs/serving.md has the figures"
         )
 
 

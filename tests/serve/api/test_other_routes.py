@@ -422,13 +422,18 @@ def test_a_stream_counts_once_with_all_its_time(served, monkeypatch):
     counted = []
     metrics = served.api.metrics
     monkeypatch.setattr(metrics, "answered", lambda *values: counted.append(values))
-    begun = time.monotonic()
-    served.stream("/v1/completions", prompt="The cat", max_tokens=4)
-    whole = time.monotonic() - begun
-    while not counted and time.monotonic() - begun < 60:
+    tokens = []
+    monkeypatch.setattr(metrics, "next_token", lambda seconds: tokens.append(seconds))
+    served.stream("/v1/completions", prompt="The cat", max_tokens=4, ignore_eos=True)
+    served.post("/tokenize", prompt="a")
+    until = time.monotonic() + 60
+    while len(counted) < 2 and time.monotonic() < until:
         time.sleep(0.01)
-    ((route, status, seconds),) = counted
-    assert (route, status) == ("/v1/completions", 200) and 0.5 * whole < seconds
+    routes = {route: (status, seconds) for route, status, seconds in counted}
+    assert len(counted) == 2 and routes.keys() == {"/v1/completions", "/tokenize"}
+    status, seconds = routes["/v1/completions"]
+    # The headers are sent before the first token.
+    assert status == 200 and len(tokens) == 3 and seconds > sum(tokens)
 
 
 def test_the_page_asks_nobody_else(served):
