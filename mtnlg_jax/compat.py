@@ -3,14 +3,17 @@
 import contextlib
 import ctypes
 import inspect
+import logging as standard_logging
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 from absl import logging
 
+_NVIDIA = Path("/dev/nvidiactl")  # of the driver
 # Platform and device kind of `compile_for`, or empty.
 _DESCRIBED: list[str] = []
 
@@ -156,8 +159,19 @@ def cache_folder() -> str:
 
 
 def quiet() -> None:
-    """Silence third-party INFO logs; warnings are still shown."""
+    """Silence third-party INFO logs; warnings are still shown.
+
+    So are errors, except that the CUDA plugin, which compile-ahead installs without CUDA's
+    libraries, cannot start on a machine without an NVIDIA card.
+    """
     logging.set_verbosity(logging.WARNING)
+    # A filter is added once: it is the same object each time.
+    standard_logging.getLogger("jax._src.xla_bridge").addFilter(_concerns_this_machine)
+
+
+def _concerns_this_machine(record: standard_logging.LogRecord) -> bool:
+    is_plugin = record.getMessage().startswith("Jax plugin configuration error")
+    return not (is_plugin and "cuda" in record.getMessage() and not _NVIDIA.exists())
 
 
 def serialize_cpu_collectives() -> None:

@@ -1,8 +1,11 @@
-"""Check the hardware table, and compare FLOP counts with published tables."""
+"""Check the hardware table, compare FLOP counts with published tables, and what JAX logs of cards."""
+
+import logging
 
 import jax
 import pytest
 
+from mtnlg_jax import compat
 from mtnlg_jax.config import ModelConfig
 from mtnlg_jax.hardware import CHIPS, flops_per_token, layer_flops, parse_chips
 from mtnlg_jax.train import metrics
@@ -177,3 +180,17 @@ def test_devices_of_a_cpu_share_its_cores_and_hosts_do_not(monkeypatch):
     assert peak_flops() == 1e11
     monkeypatch.setattr(metrics, "_hosts", lambda: 2)
     assert peak_flops() == 2e11
+
+
+def test_a_cuda_plugin_without_a_card_is_not_told(monkeypatch, caplog, tmp_path):
+    compat.quiet()
+    logger = logging.getLogger("jax._src.xla_bridge")
+    logger.propagate = True
+    told = "Jax plugin configuration error: Exception when calling jax_plugins.xla_cuda12"
+    monkeypatch.setattr(compat, "_NVIDIA", tmp_path / "none")
+    logger.error(told)
+    assert not caplog.records
+    logger.error("Jax plugin configuration error: Exception when calling libtpu")
+    monkeypatch.setattr(compat, "_NVIDIA", tmp_path)
+    logger.error(told)
+    assert len(caplog.records) == 2
