@@ -1,4 +1,4 @@
-"""Check the hardware table, compare FLOP counts with published tables, and what JAX logs of cards."""
+"""Check the hardware table, FLOP counts beside published tables, and what JAX logs of cards."""
 
 import logging
 
