@@ -34,7 +34,7 @@ from mtnlg_jax.decode.row import NewToken, Row
 from mtnlg_jax.decode.slots import STEPS, Extras, Rows, Slots
 from mtnlg_jax.decode.tiers import TIERS, row_settings, tier_settings
 
-CHUNKS = (32, 128)
+CHUNKS = (32, 64, 128)
 # The shortest cache: below it a step costs the same.
 LEAST = 256
 # Turns for which half the cache must be unused before it is cut: a change copies all of it.
