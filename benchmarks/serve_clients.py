@@ -62,9 +62,12 @@ class Server:
         raise SystemExit(f"the server was not ready after {seconds} s")
 
     def memory(self) -> float:
-        """Return the resident memory in MB."""
+        """Return the memory in MB that the process has made its own.
+
+        Pages of libraries come and go with what the system reclaims.
+        """
         status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
+        return sum(map(int, re.findall(r"(?:RssAnon|VmSwap):\s+(\d+)", status))) / 1024
 
     def files(self) -> int:
         """Return how many files, and so connections, are open."""
