@@ -170,8 +170,9 @@ def quiet() -> None:
 
 
 def _concerns_this_machine(record: standard_logging.LogRecord) -> bool:
-    is_plugin = record.getMessage().startswith("Jax plugin configuration error")
-    return not (is_plugin and "cuda" in record.getMessage() and not _NVIDIA.exists())
+    told = record.getMessage()
+    of_cuda = told.startswith("Jax plugin configuration error") and "cuda" in told
+    return not of_cuda or _NVIDIA.exists()
 
 
 def serialize_cpu_collectives() -> None:

@@ -35,10 +35,10 @@ def room(mesh: Mesh | None) -> Room | None:
     if here[0].platform == "cpu":
         return _among_processes(host_free(), len(here), mesh)
     found = [each for each in map(_device_free, here) if each is not None]
-    free = max(0, min(found)) // _UNIT if found else _MOST
+    free = _units(min(found, default=None))
     if mesh is not None and mesh.is_multi_process:
         # All decide alike: if one refused alone, the others would wait for it.
-        free = int(multihost_utils.process_allgather(np.uint32(min(free, _MOST))).min())
+        free = int(multihost_utils.process_allgather(np.uint32(free)).min())
     return None if free == _MOST else Room(free * _UNIT, 1)
 
 
@@ -50,16 +50,19 @@ def _device_free(device: jax.Device) -> int | None:
     return sizes[0] if sizes else None
 
 
+def _units(free: int | None) -> int:
+    """Return ``free`` bytes as processes tell them each other; ``_MOST`` for None."""
+    return _MOST if free is None else min(max(0, free) // _UNIT, _MOST)
+
+
 def _among_processes(free: int | None, devices: int, mesh: Mesh | None) -> Room | None:
     """Divide the free memory of hosts by the devices of all processes that they run."""
     if mesh is None or not mesh.is_multi_process:
         return None if free is None else Room(free // devices, devices, True)
     # Containers have names of their own, and memory of their own.
     host = zlib.crc32(socket.gethostname().encode())
-    mine = [host, _MOST if free is None else min(free // _UNIT, _MOST), devices]
-    everyone = np.asarray(multihost_utils.process_allgather(np.array(mine, np.uint32))).astype(
-        np.int64
-    )
+    mine = np.array([host, _units(free), devices], np.uint32)
+    everyone = np.asarray(multihost_utils.process_allgather(mine)).astype(np.int64)
     rooms = []
     for name in np.unique(everyone[:, 0]):
         of_host = everyone[everyone[:, 0] == name]

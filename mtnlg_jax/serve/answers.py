@@ -136,5 +136,13 @@ class EventStream(Response):
         await put(b"", more=False)
 
 
+def at_end(response: Response, function: Callable[[], None]) -> None:
+    """Call ``function`` when ``response`` has ended: at once unless it is a stream."""
+    if isinstance(response, EventStream):
+        response.at_end(function)
+    else:
+        function()
+
+
 def _event(value: Any) -> bytes:
     return b"data: " + msgspec.json.encode(value) + b"\n\n"

@@ -6,6 +6,7 @@ stack or a key; the log never shows a prompt.
 
 import asyncio
 import dataclasses
+import functools
 import ipaddress
 import time
 from collections.abc import Awaitable, Callable
@@ -21,7 +22,7 @@ from starlette.routing import Route
 
 from mtnlg_jax import __version__
 from mtnlg_jax.serve import schema
-from mtnlg_jax.serve.answers import EventStream, Gone, answer, failure, refusal
+from mtnlg_jax.serve.answers import Gone, answer, at_end, failure, refusal
 from mtnlg_jax.serve.chat import chat
 from mtnlg_jax.serve.completions import completions
 from mtnlg_jax.serve.following import refusal_of
@@ -120,31 +121,25 @@ class Api:
 
         async def run(request: Request) -> Response:
             begun = time.monotonic()
-            status = 500
-            streams = False
 
-            def answered() -> None:
+            def answered(status: int) -> None:
                 self.metrics.answered(route, status, time.monotonic() - begun)
 
             try:
                 self._check_origin(request)
                 response = await handler(request)
-                status = response.status_code
-                if isinstance(response, EventStream):
-                    streams = True
-                    response.at_end(answered)
-                return response
             except (Gone, ClientDisconnect):
-                status = 499  # nginx's number for it; nobody reads the answer
-                return Response(status_code=status)
+                # nginx's number for it; nobody reads the answer.
+                response = Response(status_code=499)
             except Refused as error:
-                status = error.status
-                return refusal(error)
+                response = refusal(error)
             except Exception as error:
-                return refusal(failure(error))
-            finally:
-                if not streams:
-                    answered()
+                response = refusal(failure(error))
+            except BaseException:  # it is cancelled
+                answered(500)
+                raise
+            at_end(response, functools.partial(answered, response.status_code))
+            return response
 
         return run
 
@@ -207,10 +202,7 @@ class Api:
             except BaseException:
                 leave()
                 raise
-            if isinstance(response, EventStream):
-                response.at_end(leave)
-            else:
-                leave()
+            at_end(response, leave)
             return response
 
         return run
