@@ -171,9 +171,13 @@ def compare(args) -> dict:
 
 
 def prompts_of(args, batch: int) -> list[list[int]]:
+    return random_rows(batch, args.prompt)
+
+
+def random_rows(rows: int, tokens: int) -> list[list[int]]:
     import numpy as np
 
-    return np.random.default_rng(batch).integers(0, END, (batch, args.prompt)).tolist()
+    return np.random.default_rng(rows).integers(0, END, (rows, tokens)).tolist()
 
 
 def against_peers(args, decoder, peers: dict, bandwidth: float) -> dict:
@@ -356,12 +360,7 @@ def alternate(sides: dict, rounds: int, tokens: int, equal: bool = True) -> dict
     ``equal``: whether all sides should write the same tokens.
     """
     first = {name: side()[1] for name, side in sides.items()}
-    seconds = {name: [] for name in sides}
-    for number in range(rounds):
-        for name in list(sides)[:: 1 if number % 2 == 0 else -1]:
-            time.sleep(REST)
-            seconds[name].append(round(sides[name]()[0], 4))
-        print({name: values[-1] for name, values in seconds.items()}, flush=True)
+    seconds = in_turn({name: lambda side=side: side()[0] for name, side in sides.items()}, rounds)
     median = {name: statistics.median(values) for name, values in seconds.items()}
     best = min(PEERS, key=median.get)
     result = {
@@ -382,6 +381,20 @@ def alternate(sides: dict, rounds: int, tokens: int, equal: bool = True) -> dict
         result["equal_first_tokens"] = {"fewest": min(same), "of": len(first["ours"][0])}
     print(result, flush=True)
     return result
+
+
+def in_turn(calls: dict, rounds: int, *label: str) -> dict[str, list[float]]:
+    """Return the seconds that each of ``calls`` gives in ``rounds``, every other one backwards.
+
+    After each round the last ones are printed behind ``label``.
+    """
+    seconds = {name: [] for name in calls}
+    for number in range(rounds):
+        for name in list(calls)[:: 1 if number % 2 == 0 else -1]:
+            time.sleep(REST)
+            seconds[name].append(round(calls[name](), 4))
+        print(*label, {name: values[-1] for name, values in seconds.items()}, flush=True)
+    return seconds
 
 
 def as_text(tokens: list[int]) -> str:

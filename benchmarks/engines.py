@@ -30,6 +30,7 @@ float32 of transformers or else ours.
 import argparse
 import contextlib
 import datetime
+import functools
 import json
 import os
 import platform
@@ -37,16 +38,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-from decode import END, POSITIONS, VOCABULARY, processor
+from decode import END, POSITIONS, VOCABULARY, in_turn, processor, random_rows
 
 WORKER = Path(__file__).parent / "engine_kinds.py"
 RESULT = Path(__file__).parent / "results" / "engines.json"
 SIZES = {"num_layers": 12, "hidden_size": 768, "num_attention_heads": 12}
 SMALL = {"num_layers": 2, "hidden_size": 128, "num_attention_heads": 2}
-REST = 0.5  # seconds between calls: idle OpenMP threads spin for up to 0.2 s after their work
 BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "f32": 32, "f16": 16, "q8_0": 8}
 DEFAULT = (
     *("ours:float32", "ours:bfloat16", "ours:int8", "transformers:float32"),
@@ -176,12 +175,8 @@ def run_case(args, case: str, engines: dict) -> dict:
             failed[name] = reply["error"]
         else:
             first[name] = reply["result"]
-    seconds = {name: [] for name in first}
-    for turn in range(args.rounds):
-        for name in list(first)[:: 1 if turn % 2 == 0 else -1]:
-            time.sleep(REST)
-            seconds[name].append(engines[name].seconds(request))
-        print(case, {name: values[-1] for name, values in seconds.items()}, flush=True)
+    calls = {name: functools.partial(engines[name].seconds, request) for name in first}
+    seconds = in_turn(calls, args.rounds, case)
     speed = {name: tokens / statistics.median(values) for name, values in seconds.items()}
     reference = next(
         (name for name in ("transformers:float32", "ours:float32") if name in first), None
@@ -237,12 +232,6 @@ def compare_scores(reference: list, scores: list) -> dict:
         "of": round(-max(reference), 2),
         "same_best": reference[best] == max(reference),
     }
-
-
-def random_rows(rows: int, tokens: int) -> list[list[int]]:
-    import numpy as np
-
-    return np.random.default_rng(rows).integers(0, END, (rows, tokens)).tolist()
 
 
 def kind_of(name: str) -> str:
@@ -308,7 +297,7 @@ class Engine:
         reply = self.ask(request)
         if "error" in reply:
             raise SystemExit(f"{self.name} failed in a later call: {reply['error']}")
-        return round(reply["seconds"], 4)
+        return reply["seconds"]
 
 
 if __name__ == "__main__":
