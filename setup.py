@@ -22,7 +22,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["mtnlg_jax", "mtnlg_jax.*"]),
-    package_data={"mtnlg_jax": ["**/*.json", "**/*.txtpb", "serve/page/*"]},
+    package_data={"mtnlg_jax": ["**/*.json", "**/*.txtpb", "serve/page/*", "tasks/many/page/*"]},
     python_requires=">=3.12",
     install_requires=[
         # Pallas and the typing of shard_map move with each minor release of JAX.
@@ -60,6 +60,8 @@ setup(
         "absl-py>=2.1,<3",
         "tqdm>=4.66,<5",
         "matplotlib>=3.10,<4",
+        # Images as prefixes of texts; comes with matplotlib as well.
+        "pillow>=11,<14",
         "tensorboardX>=2.6.4,<3",
     ],
     entry_points={
@@ -69,6 +71,7 @@ setup(
             "mtnlg-prepare=mtnlg_jax.cli.prepare:run",
             "mtnlg-evaluate=mtnlg_jax.cli.evaluate:run",
             "mtnlg-task=mtnlg_jax.cli.task:run",
+            "mtnlg-adapt=mtnlg_jax.cli.adapt:run",
             "mtnlg-plan=mtnlg_jax.cli.plan:run",
             "mtnlg-compile-ahead=mtnlg_jax.cli.compile_ahead:run",
             "mtnlg-convert=mtnlg_jax.cli.convert:run",

@@ -201,6 +201,11 @@ def define_paths(name: str, help: str) -> flags.FlagHolder:
     return flags.DEFINE_multi(_PathParser(), flags.ArgumentSerializer(), name, [], help)
 
 
+def names_a_file(flag: flags.Flag) -> bool:
+    """Return whether a flag was defined by `define_path`."""
+    return isinstance(flag.parser, _PathParser)
+
+
 class _PathParser(flags.ArgumentParser):
     def parse(self, argument: str) -> str:
         return expand(argument)

@@ -12,6 +12,7 @@ Adapters that PEFT has saved, and those of a run with LoRA:
     python launch/convert.py --from=ADAPTER --to=RUN        a run that trains the adapter further
     python launch/convert.py --from=ADAPTER --to=RUN --adapters=merge --base=FOLDER
     python launch/convert.py --from=RUN --to=ADAPTER --adapters=keep    RUN's adapter, for PEFT
+    python launch/convert.py --from=RUN/adapters/NAME.safetensors --base=RUN --to=ADAPTER
 
 The content of --from decides the direction. docs/huggingface.md lists the families, and
 docs/megatron.md describes Megatron-LM and MaxText. PyTorch is not needed. A round trip of Hugging
@@ -71,9 +72,16 @@ with command.flag_group("From a run to Hugging Face"):
 
 def main() -> None:
     from mtnlg_jax import compat
+    from mtnlg_jax.interop.adapter_export import convert_file
     from mtnlg_jax.interop.huggingface import convert
+    from mtnlg_jax.interop.recognize import is_model
+    from mtnlg_jax.train.adapter_file import is_adapter_file
 
     compat.quiet()
+    # A file of a model's weights has its config.json beside it.
+    if is_adapter_file(_FROM.value) and not is_model(_FROM.value):
+        print(convert_file(_FROM.value, _TO.value, _BASE.value, _DTYPE.value))
+        return
     print(
         convert(
             _FROM.value,

@@ -19,6 +19,12 @@ quality:
 
     python launch/evaluate.py --workdir=RUN --input=FILE --weights=int8 --cache=int8
 
+Measure repetition, diversity, coherence, loss by position and recall of long texts, in place of the
+score (docs/measuring_text.md), beside real texts and with plots:
+
+    python launch/evaluate.py --workdir=RUN --input=FILE --longtext --references=REAL \\
+        --plots=FOLDER --needle
+
 Split the model over devices, also of several processes (launch/cluster/launch.py
 --script=evaluate):
 
@@ -31,11 +37,12 @@ from absl import flags
 
 from mtnlg_jax import command
 from mtnlg_jax.cli.decoding import devices, fitting
-from mtnlg_jax.cli.evaluation import score
+from mtnlg_jax.cli.evaluation import longtext, score
 
 flags.adopt_module_key_flags(devices)
 flags.adopt_module_key_flags(fitting)
 flags.adopt_module_key_flags(score)
+flags.adopt_module_key_flags(longtext)
 
 
 def main() -> None:
@@ -55,12 +62,16 @@ def main() -> None:
             f"--adapt={score.ADAPT.value} trains weights, and --{name}={value} rounds them; "
             "leave one of the two out"
         )
+    longtext.check()
     for entry in score.SET.value:
         if not devices.of_mesh(entry):
             raise ValueError(f"--set={entry} is not of the mesh; write --set=mesh.KEY=VALUE")
     registry.adapt(score.WORKDIR.value, score.ADAPTER.value, score.CHECKPOINT.value)
-    with devices.started(score.SET.value):
-        score.evaluate(rounded)
+    with devices.started(score.SET.value, longtext.check_folder):
+        if longtext.LONGTEXT.value:
+            longtext.measure(rounded)
+        else:
+            score.evaluate(rounded)
 
 
 def run() -> None:

@@ -5,10 +5,14 @@ Continue a prompt: greedily, by sampling (--temperature, --top_k, --top_p ...) o
     python launch/generate.py --workdir=RUN --prompt="Once upon a time" --temperature=0.8
     python launch/generate.py --workdir=RUN --prompt="Once upon a time" --num_beams=4
 
-Read the prompt from standard input or a file, or many prompts from a file:
+Choose tokens against repetition, or write more words than the context holds, with a window that
+slides over the text (docs/presets.md, docs/decoding.md):
 
-    echo "Once upon a time" | python launch/generate.py --workdir=RUN
-    python launch/generate.py --workdir=RUN --input=PROMPT.txt
+    python launch/generate.py --workdir=RUN --prompt="Once upon a time" --preset=contrastive
+    python launch/generate.py --workdir=RUN --prompt="Once upon a time" --words=5000
+
+Read the prompt from standard input (or --input=FILE), or many prompts from a file:
+
     python launch/generate.py --workdir=RUN --prompts=PROMPTS.txt --output=ANSWERS.jsonl
 
 Rank candidates, given or generated (by --n=8 samples or by --num_beams=8), and score them by one
@@ -23,9 +27,11 @@ Talk with a model that was trained to chat, line by line; /reset begins a new co
 
     python launch/generate.py --workdir=RUN --chat --system="Answer in one sentence."
 
-Use an adapter that PEFT has saved; --workdir is its base, a run or a Hugging Face folder:
+Caption an image, or rank captions of it, by a model that was trained with model.prefix:
 
-    python launch/generate.py --workdir=BASE --adapter=FOLDER --prompt="Once upon a time"
+    python launch/generate.py --workdir=RUN --image=PICTURE.png
+    python launch/generate.py --workdir=RUN --image=PICTURE.png --mode=ranking \\
+        --candidates="a red ring" --candidates="a blue cross"
 
 Fill in <mask> or [MASK], or show the token ids of a text:
 
@@ -39,21 +45,23 @@ processes (launch/cluster/launch.py --script=generate starts them):
 
 An empty prompt starts a new text. --prompts=FILE holds one prompt a line: texts, or in a .jsonl
 file objects of the form {"prompt": ..., "candidates": [...]}. The model is loaded once, and each
-answer is written to --output as a JSON line as soon as it is known.
+answer is written to --output as a JSON line as soon as it is known. An object may name its own
+"adapter", null for none, in place of --adapter; a batch may have several.
 
-Settings that are not given come from config.decode of the run. --set=decode.KEY=VALUE sets any of
-them, also those that have a flag. A setting that has no effect beside the others is refused. The
-prompt and its continuation share the context of the model; the text ends when the context is full.
+--adapter=NAME is one of launch/adapt.py, and --adapter=FOLDER one that PEFT has saved; --workdir is
+its base. Settings that are not given come from config.decode of the run. --set=decode.KEY=VALUE
+sets any of them. A setting that has no effect beside the others is refused. The prompt and its
+continuation share the context of the model; the text ends when the context is full, unless a flag
+such as --words makes a window slide over it.
 Control tokens (pad, bos, mask, sep) are not generated. Other special tokens of an imported
 tokenizer may be; they appear in the text only with --show_special.
 
 Texts to forbid, to favor or to stop at are given as text: --bad_words="of course"
 --suppress_words=the --word_bias=sea:2.5 --stop_words=END. These match with and without a space
-before the text. They can also be given as ids of --mode=tokens: --suppress_tokens=5,6
---bad_words_ids=7,8 (a sequence; repeat the flag for more) --logit_bias=13:-5 (an id and its bias)
---sequence_bias=7,8:2.5. In these texts, --stop_strings and --reverse, \\n, \\t, \\r and \\\\ mean a
-line end, a tab, a carriage return and a backslash. Prompts and candidates are taken literally;
-write $'\\n' there.
+before the text, and are also given as ids of --mode=tokens: --suppress_tokens=5,6
+--bad_words_ids=7,8 (a sequence) --logit_bias=13:-5 (id and bias) --sequence_bias=7,8:2.5. In these
+texts, --stop_strings and --reverse, \\n, \\t, \\r and \\\\ mean line end, tab, carriage return and
+backslash. Prompts and candidates are taken literally; write $'\\n' there.
 
 Exit codes: 0 done, 2 bad input, which includes a model that does not fit and one with nonfinite
 parameters or scores, 6 another process ended (134: detected by JAX).
@@ -62,8 +70,15 @@ parameters or scores, 6 another process ended (134: detected by JAX).
 from absl import flags
 
 from mtnlg_jax import command
-from mtnlg_jax.cli.decoding import devices, fitting, held_flags, shared_flags
-from mtnlg_jax.cli.generation import options, settings_flags
+from mtnlg_jax.cli.decoding import devices, fitting, held_flags, preset_flag, shared_flags
+from mtnlg_jax.cli.generation import (
+    adapters,
+    control_flags,
+    options,
+    prefixes,
+    settings_flags,
+    sliding,
+)
 from mtnlg_jax.cli.generation.answering import answer
 from mtnlg_jax.cli.generation.chatting import chat
 from mtnlg_jax.cli.generation.checks import check_flags, check_output, check_settings
@@ -72,7 +87,8 @@ from mtnlg_jax.cli.generation.prompts import read_prompt, read_rows
 from mtnlg_jax.cli.generation.settings import given_settings
 
 # --help lists the flags of these modules.
-for module in (options, settings_flags, held_flags, shared_flags, devices, fitting):
+own = (options, prefixes, settings_flags, control_flags, sliding)
+for module in (*own, held_flags, preset_flag, shared_flags, devices, fitting):
     flags.adopt_module_key_flags(module)
 
 
@@ -81,16 +97,21 @@ def main() -> None:
 
     registry.register()
     check_flags()
-    registry.adapt(options.WORKDIR.value, shared_flags.ADAPTER.value, held_flags.CHECKPOINT.value)
+    path = options.PROMPTS.value
+    if not path:
+        adapters.merge([])
     if options.MODE.value == "tokens":
         return show_tokens(read_prompt())
-    given = given_settings()
+    given = sliding.lengthened(given_settings())
     check_settings(given)
     with devices.started(shared_flags.SET.value, check_output):
         if options.CHAT.value:
             return chat(given)
-        path = options.PROMPTS.value
-        rows = devices.on_first(lambda: read_rows(path) if path else [{"prompt": read_prompt()}])
+        rows = devices.on_first(
+            lambda: read_rows(path) if path else [{"prompt": read_prompt()} | prefixes.of_flags()]
+        )
+        if path:
+            adapters.merge(rows)
         answer(rows, given)
 
 

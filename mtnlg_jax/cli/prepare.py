@@ -22,6 +22,13 @@ Prompts with answers, for the configs/finetune_*.py, which train on the answers 
     python launch/prepare_data.py --input=pairs.jsonl --output=data/pairs \\
         --tokenizer=RUN/tokenizer --prompt='{title}\\n{text}\\nSummary:' --answer=' {summary}'
 
+Images with captions, or features of another encoder (.npy), for a model with model.prefix:
+
+    python launch/prepare_data.py --input=pairs.jsonl --output=data/captions --image=image \\
+        --image_size=32 --answer='{caption}'
+    python launch/prepare_data.py --input=clips.parquet --output=data/clips --prefix=features \\
+        --prompt='{question}' --answer=' {answer}'
+
 Conversations, which train the assistant's turns alone, by the chat template of a tokenizer:
 
     python launch/prepare_data.py --input=chats.jsonl --output=data/chats \\
@@ -55,7 +62,9 @@ def main() -> None:
         print(f"report: {output}/report.html")
     if "tokenizer" in info:  # a recipe without the stage "tokens" leaves nothing to train on
         config = "--config=configs/small.py"
-        if options.ANSWER.value is not None or options.MESSAGES.value is not None:
+        if options.prefix() is not None:
+            config = "--config=configs/shapes.py, or another with this model.prefix"
+        elif options.ANSWER.value is not None or options.MESSAGES.value is not None:
             config = "--config=configs/finetune_sentiment.py, or another that fits"
         path = shlex.quote(output)
         print(f"next: python launch/pretrain.py {config} --set=data.path={path} --workdir=RUN")
@@ -66,8 +75,9 @@ def _prepare() -> dict:
     return prepare(
         options.INPUT.value,
         options.OUTPUT.value,
-        prompt=options.PROMPT.value,
+        prompt=options.prompt(),
         answer=options.ANSWER.value,
+        prefix=options.prefix(),
         messages=options.MESSAGES.value,
         chat_template=options.CHAT_TEMPLATE.value,
         sequence_length=options.SEQUENCE_LENGTH.value,

@@ -13,7 +13,14 @@ from mtnlg_jax.config.load import (
     split_argument,
     to_json,
 )
-from mtnlg_jax.config.model import LayerSpec, ModelConfig, MoEConfig, Multipliers, RopeScaling
+from mtnlg_jax.config.model import (
+    LayerSpec,
+    ModelConfig,
+    MoEConfig,
+    Multipliers,
+    PrefixConfig,
+    RopeScaling,
+)
 from mtnlg_jax.config.rules import validate, validate_batch, validate_model
 from mtnlg_jax.config.schema import (
     PATH,

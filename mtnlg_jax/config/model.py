@@ -123,6 +123,56 @@ class MoEConfig:
 
 
 @dataclass(frozen=True)
+class PrefixConfig:
+    """What a row may have ahead of its tokens: an image, or features of an encoder outside of the
+    model, such as one of vision or audio. A learned projector brings them to the width of the model
+    (Liu 2023, LLaVA, section 4.1). docs/images.md."""
+
+    # Positions that features take. 0: none; an image takes one for each patch.
+    length: CountFrom0 = 0
+    # Width of a feature, or of the patch encoder's output. 0: the model has no prefix.
+    width: CountFrom0 = 0
+    # Height and width of images, in pixels. 0: rows have features in place of an image.
+    image_size: CountFrom0 = 0
+    # Height and width of a patch of an image, in pixels.
+    patch_size: Count = 8
+    # Channels of an image: 3 for RGB, 1 for gray.
+    image_channels: Literal[1, 3] = 3
+
+    @property
+    def positions(self) -> int:
+        """Positions ahead of the tokens; 0 in a model of text alone."""
+        return (self.image_size // self.patch_size) ** 2 if self.image_size else self.length
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the prefix of a row: (height, width, channels) of an image, (positions, width)
+        of features; () in a model of text alone."""
+        if self.image_size:
+            return self.image_size, self.image_size, self.image_channels
+        return (self.length, self.width) if self.length else ()
+
+    @property
+    def dtype(self) -> str:
+        """Type of the numbers of a prefix."""
+        return "uint8" if self.image_size else "float32"
+
+    @property
+    def patch_numbers(self) -> int:
+        """Numbers of a patch of an image."""
+        return self.patch_size**2 * self.image_channels
+
+    def parameter_count(self, hidden: int) -> int:
+        """Number of parameters of the projector to ``hidden``, and of the patch encoder."""
+        if not self.positions:
+            return 0
+        count = (self.width + 1) * hidden
+        if self.image_size:
+            count += (self.patch_numbers + 1 + self.positions) * self.width
+        return count
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Shape of the Transformer. The defaults are the block of MT-NLG: pre-LayerNorm, learned
     positions, an MLP of four widths with tanh-GELU, biases, tied embeddings. Names follow
@@ -208,6 +258,8 @@ class ModelConfig:
     attention_sink: bool = False
     # Experts.
     moe: MoEConfig = field(default_factory=MoEConfig)
+    # An image or features ahead of the tokens.
+    prefix: PrefixConfig = field(default_factory=PrefixConfig)
     # Dropout on the embedding and on the output of each half block. 0 suits large runs, which read
     # a text about once.
     dropout_rate: ShareBelow1 = 0.0
@@ -290,7 +342,7 @@ class ModelConfig:
             outer += norm
         if self.mlm_head:
             outer += hidden * hidden + norm + (hidden if self.has_bias("mlm") else 0)
-        return self.num_layers * block + embeddings + outer
+        return self.num_layers * block + embeddings + outer + self.prefix.parameter_count(hidden)
 
     def _attention_count(self) -> int:
         query = self.num_attention_heads * self.head_width

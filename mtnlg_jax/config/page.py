@@ -20,6 +20,7 @@ SECTIONS = {
     "model.layer_pattern": model.LayerSpec,
     "model.multipliers": model.Multipliers,
     "model.moe": model.MoEConfig,
+    "model.prefix": model.PrefixConfig,
     "mesh": schema.MeshConfig,
     "data": schema.DataConfig,
     "data.masking": schema.MaskingConfig,

@@ -65,6 +65,11 @@ _RULES: Rules = (
         "sequence, or set model.position_embedding_type=rotary",
     ),
     (
+        lambda c: c.sequence_length < c.model.prefix.positions + 2,
+        "data.sequence_length={c.sequence_length} holds the {c.model.prefix.positions} positions "
+        "of model.prefix and the text; set it to more",
+    ),
+    (
         lambda c: c.data.path and c.data.blend,
         "data.path and data.blend are both set; keep one of them",
     ),
@@ -322,6 +327,40 @@ _MODEL_RULES: Rules = (
 )
 
 
+# c.length and c.image_size are 0 in a model of text alone.
+_PREFIX_RULES: Rules = (
+    (
+        lambda c: c.length and c.image_size,
+        "model.prefix.length={c.length} is for features, and model.prefix.image_size="
+        "{c.image_size} takes a position for each patch; set one of the two to 0",
+    ),
+    (
+        lambda c: (c.length or c.image_size) and not c.width,
+        "model.prefix.width=0 leaves the prefix no numbers; set it to the width of the features, "
+        "or of the patch encoder, such as 64",
+    ),
+    (
+        lambda c: c.width and not (c.length or c.image_size),
+        "model.prefix.width={c.width} without positions: set model.prefix.length, or "
+        "model.prefix.image_size, or model.prefix.width=0",
+    ),
+)
+
+
+def _check_prefix(model: ModelConfig) -> None:
+    prefix = model.prefix
+    check_rules(_PREFIX_RULES, prefix)
+    must_divide(
+        "model.prefix.image_size", prefix.image_size, "model.prefix.patch_size", prefix.patch_size
+    )
+    # A <bos> and a token to predict.
+    if prefix.positions > model.max_position_embeddings - 2:
+        raise ValueError(
+            f"model.prefix takes {prefix.positions} positions of model.max_position_embeddings="
+            f"{model.max_position_embeddings}, which leaves no room for a text; raise that"
+        )
+
+
 def validate_model(model: ModelConfig) -> None:
     check_fields(model, "model.")
     heads = model.num_attention_heads
@@ -345,4 +384,5 @@ def validate_model(model: ModelConfig) -> None:
     for name in model.bias or ():
         one_of("model.bias", name, BIASES)
     _check_rope(model)
+    _check_prefix(model)
     check_rules(_MODEL_RULES, model)

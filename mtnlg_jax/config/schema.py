@@ -255,6 +255,14 @@ class DecodeConfig:
     epsilon_cutoff: ShareBelow1 = 0.0
     # Drop tokens below a probability that depends on the entropy (Hewitt 2022). 0: off.
     eta_cutoff: ShareBelow1 = 0.0
+    # Mirostat 2.0 (Basu 2021): mean surprise of a token in bits, to which sampling is steered. 0:
+    # off.
+    mirostat_tau: NotNegative = 0.0
+    # Share of a token's error in surprise by which mirostat moves its limit.
+    mirostat_eta: Positive = 0.1
+    # Contrastive search (Su 2022) at temperature 0: weight of the similarity to earlier tokens,
+    # against the probability, by which one of the top_k most likely tokens is chosen. 0: off.
+    penalty_alpha: Share = 0.0
     # Divide positive logits of tokens in prompt or text by this and multiply negative ones. 1: off.
     repetition_penalty: Positive = 1.0
     # Subtracted once from the logit of each generated token.
@@ -263,6 +271,17 @@ class DecodeConfig:
     frequency_penalty: Finite = 0.0
     # Never repeat a sequence of this number of tokens. 0: off.
     no_repeat_ngram_size: CountFrom0 = 0
+    # DRY: a token that would continue a repetition of n tokens, prompt included, loses
+    # dry_multiplier * dry_base ** (n - dry_allowed_length) of its logit. 0: off.
+    dry_multiplier: NotNegative = 0.0
+    # Growth of the penalty of DRY with each token of the repetition.
+    dry_base: Annotated[float, Range(1, math.inf, high_open=True)] = 1.75
+    # Shortest repetition whose continuation DRY penalizes, in tokens.
+    dry_allowed_length: Count = 2
+    # Last tokens in which DRY looks for repetitions. -1: all.
+    dry_penalty_last_n: Annotated[int, Range(-1)] = -1
+    # A token whose text contains one of these strings ends a repetition and is not penalized.
+    dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
     # ((token, what is added to its logit), ...). -inf: never generate it.
     logit_bias: tuple[tuple[int, float], ...] = ()
     # ((tokens, what is added to the logit of the last one after the others), ...).

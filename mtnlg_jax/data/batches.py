@@ -92,7 +92,9 @@ class Batches:
         ``segment_ids`` number the documents within a row from 1. ``positions`` start at 0 with each
         document, and with the row even if it begins inside a document. If a source has pairs or
         conversations, ``answers`` is 1 on the tokens to train on: all of plain text, of a pair the
-        answer and its eos, and of a conversation the turns of the assistant.
+        answer and its eos, and of a conversation the turns of the assistant. If a source has images
+        or features, ``prefix`` [n, ...] holds them and ``prefixed`` [n] is 1 for rows with one:
+        the first tokens of these, all 0, leave room for it.
         """
         samples = np.asarray(samples, np.int64)
         source, number = self._blend(samples)
@@ -104,9 +106,7 @@ class Batches:
         shift = _keys(self._seed, _SHIFT, source, epoch) % size.astype(np.uint64)
         starts = (window * self._length + shift.astype(np.int64)) % size
         shape = (len(samples), self._length + 1)
-        rows = {name: np.empty(shape, np.int32) for name in _NAMES}
-        if self.has_answers:
-            rows["answers"] = np.ones(shape, np.int32)
+        rows = _empty(self._sources, shape)
         for index in np.unique(source):
             chosen = source == index
             if self._packed[index]:
@@ -163,9 +163,20 @@ class Batches:
         return boundaries
 
 
+def _empty(sources: Sequence[Tokens], shape: tuple[int, int]) -> dict[str, np.ndarray]:
+    """Return the arrays of rows [n, S + 1] from ``sources``, to be filled in."""
+    rows: dict[str, np.ndarray] = {name: np.zeros(shape, np.int32) for name in _NAMES}
+    if any(tokens.answers_only for tokens in sources):
+        rows["answers"] = np.ones(shape, np.int32)
+    for prefixes in (tokens.prefixes for tokens in sources if tokens.prefixes is not None):
+        rows["prefix"] = np.zeros((shape[0], *prefixes.shape), prefixes.dtype)
+        rows["prefixed"] = np.zeros(shape[0], np.int32)
+    return rows
+
+
 class Packed:
     """Rows of whole pairs or conversations, as many as fit into S + 1 tokens; the rest is token 0
-    of segment 0.
+    of segment 0. A pair with an image or features has a row of its own, with room for these.
 
     Only the end of a pair that is longer than a row is kept: the beginning of its prompt is cut
     off, with one warning for all.
@@ -176,7 +187,8 @@ class Packed:
 
     def __init__(self, tokens: Tokens, sequence_length: int):
         self._tokens = tokens
-        self._size = sequence_length + 1
+        self._before = 0 if tokens.prefixes is None else tokens.prefixes.positions
+        self._size = sequence_length + 1 - self._before
         ends = tokens.document_offsets[1:]
         lengths = np.diff(tokens.document_offsets)
         if tokens.conversations:
@@ -185,12 +197,12 @@ class Packed:
             answers = np.zeros(0, np.int64)
         else:
             answers = lengths - tokens.prompt_lengths
-        if answers.size and answers.max() > sequence_length:
+        if answers.size and answers.max() >= self._size:
             worst = int(answers.argmax())
             raise ValueError(
                 f"{tokens.location}: the answer of pair {worst} has {answers[worst]} tokens with "
-                f"its end, data.sequence_length={sequence_length} holds {sequence_length}; raise "
-                f"it to {answers[worst]}, or remove such pairs"
+                f"its end, data.sequence_length={sequence_length} holds {self._size - 1}; raise "
+                f"it to {answers[worst] + self._before}, or remove such pairs"
             )
         kept = np.minimum(lengths, self._size)
         if cut := int((kept < lengths).sum()):
@@ -208,6 +220,7 @@ class Packed:
         rows = []
         while first < len(kept):
             last = int(np.searchsorted(total, total[first] + self._size, side="right")) - 1
+            last = first + 1 if tokens.prefixes is not None else last
             rows.append((ends[first] - kept[first], ends[last - 1]))
             first = last
         self._stretches = np.array(rows, np.int64).reshape(-1, 2)
@@ -237,7 +250,24 @@ class Packed:
         used = (np.arange(width) < (ends - begins)[:, None]) & inside[:, None]
         for name, values in _windows(self._tokens, begins, width).items():
             rows[name][:, :width] = np.where(used, values, 0)
-        return rows
+        return rows if self._tokens.prefixes is None else self._prefixed(rows, numbers, inside)
+
+    def _prefixed(
+        self, rows: dict[str, np.ndarray], numbers: np.ndarray, inside: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """Return ``rows``, each of the document of its number, with room for its prefix in
+        front."""
+        room = np.zeros((len(numbers), self._before), np.int32)
+        first = {
+            "tokens": room,
+            "segment_ids": room + inside[:, None],
+            "positions": room + np.arange(self._before, dtype=np.int32),
+            "answers": room,
+        }
+        rows["positions"] += self._before
+        found = {name: np.concatenate([first[name], rows[name]], axis=1) for name in rows}
+        prefix = self._tokens.prefixes.of_documents(np.where(inside, numbers, 0))
+        return found | {"prefix": prefix, "prefixed": inside.astype(np.int32)}
 
 
 packed = functools.lru_cache(maxsize=16)(Packed)
@@ -308,9 +338,7 @@ class HeldOut:
     def rows(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
         """Return rows as `Batches.rows` does, by their numbers [n] from 0 to len - 1."""
         shape = (len(numbers), self._length + 1)
-        rows = {name: np.zeros(shape, np.int32) for name in _NAMES}
-        if any(tokens.answers_only for tokens in self.sources):
-            rows["answers"] = np.ones(shape, np.int32)
+        rows = _empty(self.sources, shape)
         for index in np.unique(self.source[numbers]):
             chosen = self.source[numbers] == index
             windows = heldout_rows(self.sources[index], self._length, self.window[numbers][chosen])

@@ -1,8 +1,14 @@
 """Prepare: documents -> held-out split -> tokenizer -> token arrays, whole or not at all.
 
 A recipe (`mtnlg_jax.data.recipe`) makes the same data set in parallel tasks, after cleaning.
+
+Needs disk space for another copy of the text, and memory for 50 bytes of each document. A long text
+file is read and tokenized in pieces of some megabytes. A single value or page (a line of JSON, a
+cell, HTML) takes some five times its size in memory, and so does a text without a line end or space
+where it could be cut.
 """
 
+import contextlib
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -17,10 +23,12 @@ from mtnlg_jax.data.conversations import Conversations, open_conversations
 from mtnlg_jax.data.encode import Text, encode_documents
 from mtnlg_jax.data.heldout import Part, split
 from mtnlg_jax.data.output import check_output, new_folder
+from mtnlg_jax.data.prefix.rows import KEY_BYTES, PrefixInput, PrefixRows
 from mtnlg_jax.data.read.builtin_corpus import embedded_documents
 from mtnlg_jax.data.read.documents import Document, ReadReport, note_lines, read_documents
 from mtnlg_jax.data.read.pairs import pair_maker
 from mtnlg_jax.data.spool import Spool
+from mtnlg_jax.data.store.prefixes import write_prefixes
 from mtnlg_jax.data.store.prepared import PREPARED, prepared_info, tokenizer_info, write_prepared
 from mtnlg_jax.data.store.tokens import TokenWriter
 from mtnlg_jax.data.tokenizer import Tokenizer, tokenizer_for_data, train_tokenizer
@@ -40,6 +48,7 @@ def prepare(
     text_key: str = "text",
     prompt: str = "{prompt}",
     answer: str | None = None,
+    prefix: PrefixInput | None = None,
     messages: str | None = None,
     chat_template: str | os.PathLike | None = None,
     sequence_length: int | None = None,
@@ -61,7 +70,8 @@ def prepare(
     ``answer``, a template such as " {label}" over the keys of JSON rows, makes pairs: each document
     is the row in the template ``prompt``, then the answer, and a model is trained on the answer
     alone. The two are tokenized separately. Pairs with the same prompt are held out together,
-    always whole.
+    always whole. ``prefix``: where rows, also of Parquet, have an image or features ahead of the
+    prompt; then pairs of one image are held out together.
 
     ``messages``, a key of JSON rows, makes conversations: a list of {"role": ..., "content": ...}
     under it, rendered by the tokenizer's chat template or by the file ``chat_template``. A model is
@@ -75,11 +85,6 @@ def prepare(
     ``output.partial-<process>`` and renamed at the end; at a URL (gs://, s3://) prepared.json,
     without which nothing opens it, comes last.
 
-    Needs disk space for another copy of the text, and memory for 50 bytes of each document. A long
-    text file is read and tokenized in pieces of some megabytes. A single value or page (a line of
-    JSON, a cell, HTML) takes some five times its size in memory, and so does a text without a line
-    end or space where it could be cut.
-
     Raises ValueError, FileNotFoundError, FileExistsError (``output`` exists and not ``overwrite``)
     or OSError (cannot be written), before any work where that can be known.
     """
@@ -89,36 +94,39 @@ def prepare(
     check_output(output, PREPARED, overwrite=overwrite, input_path=input_path)
     pairs = answer is not None
     _check_rows(input_path, answer, messages, bool(chat_template or sequence_length or show))
+    ahead = _prefix_rows(input_path, prefix, prompt, answer)
     ready = None if tokenizer in ("bpe", "unigram") else tokenizer_for_data(tokenizer)
     talks = open_conversations(ready, messages, chat_template, sequence_length)
     if ready is not None and talks is None:
         ready.check_end()
-    make_row = _row_maker(text_key, prompt, answer, talks)
+    make_row = ahead or _row_maker(text_key, prompt, answer, talks)
     report = ReadReport()
     documents = _documents(input_path, make_row, on_error, encoding, report)
     settings: dict = {"input": str(input_path or "embedded"), "tokenizer": str(tokenizer)}
     settings |= {"vocab_size": vocab_size, "heldout": heldout, "seed": seed}
     settings |= {"text_key": text_key, "on_error": on_error}
     settings |= {"encoding": encoding} if encoding else {}
-    settings |= {"prompt": prompt, "answer": answer} if pairs else {}
+    settings |= _pair_settings(prompt, answer, prefix) if pairs else {}
     settings |= {"messages": messages, "sequence_length": sequence_length} if talks else {}
-    # None: a bar on a terminal only.
-    bar = partial(tqdm, disable=None if progress else True)
+    bar = partial(tqdm, disable=None if progress else True)  # None: on a terminal only
     with (
         storage.disk_errors(output, "nothing was kept"),
         new_folder(output, overwrite) as (work, target),
     ):
         if storage.is_remote(output) and overwrite:
             storage.remove_file(output, PREPARED)
-        with Spool(os.path.join(work, "texts"), seed) as spool:
+        with (
+            Spool(os.path.join(work, "texts"), seed, KEY_BYTES if ahead else 0) as spool,
+            ahead.keeping_in(work) if ahead else contextlib.nullcontext(),
+        ):
             _fill(spool, bar(documents, "reading", unit=" documents"), input_path, report)
             train, held = split(spool, heldout, pairs or talks is not None)
             if ready is None:
                 ready = _train(spool, train, tokenizer, vocab_size, seed, bar)
             _show(spool, itertools.islice(_shuffled(train, seed), show), talks)
             ready.save(storage.join(target, "tokenizer"))
-            with bar(desc="encoding", total=spool.size, unit="B", unit_scale=True) as encoding_bar:
-                write = partial(_write_tokens, spool, ready, talks, pairs, seed, encoding_bar)
+            with bar(desc="encoding", total=spool.size, unit="B", unit_scale=True) as encoded:
+                write = partial(_write_tokens, spool, ready, talks, pairs, ahead, seed, encoded)
                 parts = {
                     "train": write(storage.join(target, "train"), _shuffled(train, seed)),
                     "heldout": write(storage.join(target, "heldout"), held.in_order()),
@@ -147,6 +155,35 @@ def _check_rows(
             "--chat_template, --sequence_length and --show are for conversations; give the key of "
             "the messages with --messages, or leave them out"
         )
+
+
+def _pair_settings(prompt: str, answer: str | None, prefix: PrefixInput | None) -> dict:
+    ahead = {} if prefix is None else {"prefix": prefix._asdict()}
+    return {"prompt": prompt, "answer": answer} | ahead
+
+
+def _prefix_rows(
+    input_path: str | os.PathLike | None,
+    prefix: PrefixInput | None,
+    prompt: str,
+    answer: str | None,
+) -> PrefixRows | None:
+    """Return what makes pairs of rows with images or features. Raise ValueError if the input has
+    none."""
+    if prefix is None:
+        return None
+    if answer is None or input_path is None:
+        raise ValueError(
+            "--image and --prefix are for rows with an answer; give their file with --input, and "
+            "the text to learn with --answer='{caption}'"
+        )
+    if storage.is_remote(input_path):
+        raise ValueError(
+            f"--input={input_path} is not on this machine, from which images and features are "
+            "read; copy it here"
+        )
+    folder = str(input_path) if os.path.isdir(input_path) else os.path.dirname(str(input_path))
+    return PrefixRows(prefix, prompt, answer, folder)
 
 
 def _row_maker(
@@ -239,16 +276,23 @@ def _write_tokens(
     tokenizer: Tokenizer,
     talks: Conversations | None,
     pairs: bool,
+    ahead: PrefixRows | None,
     seed: int,
     bar: tqdm,
     location: str,
     spans: Iterable[np.ndarray],
 ) -> dict:
-    """Write the tokens of ``spans`` below ``location``, and return their meta.json."""
-    texts = (
-        Text(spool.read_bytes, int(start), int(stop), int(answer) if pairs else None)
-        for start, stop, answer in spans
-    )
+    """Write the tokens of ``spans`` below ``location``, and what is ahead of them; return their
+    meta.json."""
+    keys: list[bytes] = []  # of what is ahead of each text
+
+    def read() -> Iterator[Text]:
+        for start, stop, answer in spans:
+            if ahead is not None:
+                keys.append(spool.key_of(int(start)))
+            yield Text(spool.read_bytes, int(start), int(stop), int(answer) if pairs else None)
+
+    texts = read()
     writer = TokenWriter(location, tokenizer.vocab_size, tokenizer.fingerprint, seed)
     found = (
         encode_documents(tokenizer, texts, os.cpu_count() or 1)
@@ -258,7 +302,10 @@ def _write_tokens(
     for encoded in found:
         writer.add(*encoded)
         bar.update(encoded.text_bytes)
-    return writer.finish()
+    if ahead is None:
+        return writer.finish()
+    index, arrays = ahead.stored(keys)
+    return writer.finish(write_prefixes(location, index, arrays, ahead.shape, ahead.dtype))
 
 
 def _example(tokenizer: Tokenizer, text: str) -> list[str]:
@@ -320,6 +367,16 @@ def _tokenizer_rows(info: dict) -> Iterator[tuple[str, str]]:
         yield "", f"it is not lossless; a text loses {', '.join(losses)}"
 
 
+def _ahead(part: dict) -> str:
+    """Return what stands ahead of the documents of a part."""
+    found = part.get("prefix")
+    if found is None:
+        return ""
+    size = " x ".join(map(str, found["shape"]))
+    kind = "images" if found["dtype"] == "uint8" else "arrays of features"
+    return f"; {found['count']:,} {kind} of {size}"
+
+
 def _token_rows(info: dict) -> Iterator[tuple[str, str]]:
     for row in info.get("blend", ()):
         yield (
@@ -340,7 +397,7 @@ def _token_rows(info: dict) -> Iterator[tuple[str, str]]:
             yield (
                 name,
                 f"{part['documents']:,} documents, {part['bytes']:,} bytes, {part['tokens']:,} "
-                f"tokens, {ratio:.2f} bytes/token{answers}",
+                f"tokens, {ratio:.2f} bytes/token{answers}{_ahead(part)}",
             )
     if "heldout" in info and not info["heldout"]["tokens"]:
         yield "", "nothing is held out: there will be no held-out loss"

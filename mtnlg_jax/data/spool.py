@@ -20,13 +20,15 @@ def text_hash(seed: int) -> hashlib.blake2b:
 class Spool:
     """The texts on disk in the order read.
 
-    Memory holds two 64-bit numbers for each document, three for pairs.
+    Memory holds two 64-bit numbers for each document, three for pairs. ``key_bytes``: each prompt
+    begins with a key of that length, by which pairs are held out and which is no part of the text.
     """
 
-    def __init__(self, path: str, seed: int):
+    def __init__(self, path: str, seed: int, key_bytes: int = 0):
         self.path = path
         self.size = 0
         self._seed = seed
+        self._key_bytes = key_bytes
         self._ends = array("q")
         self._hashes = array("Q")
         self._answers: array | None = None
@@ -51,7 +53,7 @@ class Spool:
                 prompt = document.prompt.encode()
                 self._answers = array("q") if self._answers is None else self._answers
                 self._answers.append(self.size + len(prompt))
-                digest.update(prompt)
+                digest.update(prompt[: self._key_bytes or None])
                 self._file.write(prompt)
                 self.size += len(prompt)
             else:
@@ -87,7 +89,11 @@ class Spool:
         answers = (
             starts if self._answers is None else np.frombuffer(self._answers, np.int64)[numbers]
         )
-        return np.stack([starts, ends[numbers], answers], axis=1)
+        return np.stack([starts + self._key_bytes, ends[numbers], answers], axis=1)
+
+    def key_of(self, start: int) -> bytes:
+        """Return the key of the text that begins at ``start``."""
+        return self.read_bytes(start - self._key_bytes, start)
 
     def read_bytes(self, start: int, stop: int) -> bytes:
         """Return the bytes [start, stop) of the file."""

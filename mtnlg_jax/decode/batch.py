@@ -85,7 +85,7 @@ class Batch:
         self._busy = 0
         self._filling: list[Row] = []
         self._tier: int | None = None  # of the settings that the devices hold
-        self._neutral = row_settings(DecodeConfig(), tokenizer.eos_ids)[1]  # of rows of padding
+        self._neutral = self._settings_of(DecodeConfig())[1]  # of rows of padding
         self._unused = 0
 
     @property
@@ -137,7 +137,10 @@ class Batch:
                     f"token {token} is outside the model's vocabulary, 0 to {vocabulary - 1}"
                 )
         check_tokens(settings, vocabulary)
-        return row_settings(settings, self.tokenizer.eos_ids, extras)
+        return self._settings_of(settings, extras)
+
+    def _settings_of(self, settings: DecodeConfig, extras: bool = False) -> tuple:
+        return row_settings(settings, self.tokenizer, self.decoder.config.vocabulary, extras)
 
     def admit(
         self,
@@ -365,6 +368,7 @@ class Batch:
             column(lambda row: row.prompt, 1),
             column(lambda row: row.longest, 1),
             column(lambda row: row.seed, 0, np.uint32),
+            column(lambda row: row.mu, 0, np.float32),
         )
         if self._tier is None:
             tier = max(row.tier for row in rows)
@@ -402,6 +406,7 @@ class Batch:
             ones_B,
             ones_B,
             np.zeros(count, np.uint32),
+            np.zeros(count, np.float32),
         )
         self._set(tier, [], count)
         self._device.advance(rows, self._extras([None] * count), 0)

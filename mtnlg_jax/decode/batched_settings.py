@@ -5,7 +5,8 @@ are only the options that any row uses, the n-gram sizes, the constraint and the
 Lists become tables padded to powers of two, so that few programs are compiled.
 """
 
-# Shapes: B rows, S positions, V vocabulary, E entries of a table, J tokens of an entry
+# Shapes: B rows, S positions, V vocabulary, E entries of a table, J tokens of an entry, W words of
+# 32 ids
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -49,10 +50,17 @@ class Rows(NamedTuple):
     typical_p: np.ndarray
     epsilon_cutoff: np.ndarray
     eta_cutoff: np.ndarray
+    mirostat_tau: np.ndarray
+    mirostat_eta: np.ndarray
+    penalty_alpha: np.ndarray
     repetition_penalty: np.ndarray
     presence_penalty: np.ndarray
     frequency_penalty: np.ndarray
     no_repeat_ngram_size: np.ndarray
+    dry_multiplier: np.ndarray
+    dry_base: np.ndarray
+    dry_allowed_length: np.ndarray
+    dry_penalty_last_n: np.ndarray
     min_new_tokens: np.ndarray
     min_length: np.ndarray
     bias_before: np.ndarray  # (B, E, J): tokens that must precede bias_token
@@ -64,6 +72,7 @@ class Rows(NamedTuple):
     ends: np.ndarray  # (B, E)
     stops: np.ndarray  # (B, E, J), right-aligned
     stop_lengths: np.ndarray  # (B, E); 0: no entry
+    breakers: np.ndarray  # uint32 (B, W), a bit for each id; no words where no row uses DRY
 
 
 @jax.tree_util.register_dataclass
@@ -98,7 +107,10 @@ class Settings:
 
 # Of options with tables: a column, and its value in entries that do nothing.
 _UNUSED = {"bias": ("bias", 0.0), "forced": ("forced_at", _NEVER)}
-_WHOLE = ("top_k", "no_repeat_ngram_size", "min_new_tokens", "min_length")
+_WHOLE = (
+    *("top_k", "no_repeat_ngram_size", "min_new_tokens", "min_length"),
+    *("dry_allowed_length", "dry_penalty_last_n"),
+)
 _VALUES = Rows._fields[: Rows._fields.index("bias_before")]
 
 
@@ -107,10 +119,14 @@ def batch_settings(
     allowed_V: np.ndarray,
     eos: tuple[int, ...],
     constraint: Callable | None = None,
+    breakers_of: Callable[[tuple[str, ...]], np.ndarray] | None = None,
 ) -> Settings:
     """Return the settings of a batch, one of ``configs`` a row.
 
-    ``eos``: the ids that end a row whose config names none.
+    Args:
+      eos: the ids that end a row whose config names none.
+      breakers_of: returns the tokens that contain one of the strings, as bits (W,); see
+        `dry.breaker_bits`. Needed where a row uses DRY.
     """
     values = {name: np.array([getattr(config, name) for config in configs]) for name in _VALUES}
     # A processor is part of the program only if some row differs from its neutral default.
@@ -143,6 +159,7 @@ def batch_settings(
         "ends": _table([_ends_of(config, eos) for config in configs], _ANY, np.int32),
         "stops": _right(stops),
         "stop_lengths": _table([list(map(len, row)) for row in stops], 0, np.int32),
+        "breakers": _breakers(configs, breakers_of),
     }
     # Fix the types: another type would compile another program.
     values = {
@@ -167,6 +184,14 @@ def _biases(config: DecodeConfig) -> list[tuple[tuple[int, ...], float, bool]]:
         *(((token,), never, False) for token in config.suppress_tokens),
         *(((token,), never, True) for token in config.begin_suppress_tokens),
     ]
+
+
+def _breakers(configs: Sequence[DecodeConfig], breakers_of: Callable | None) -> np.ndarray:
+    """Return the breakers of each row, (B, W)."""
+    if not any(config.dry_multiplier for config in configs):
+        return np.zeros((len(configs), 0), np.uint32)
+    assert breakers_of is not None, "DRY needs the texts of the tokens"
+    return np.stack([breakers_of(config.dry_sequence_breakers) for config in configs])
 
 
 def _ends_of(config: DecodeConfig, eos: tuple[int, ...]) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 # Shapes: G groups of beams, P prompts, W beams of a group, S positions, T new-token positions (the
 # keys of the cache of beams), B rows: one for each beam of each prompt and group, D width,
-# V vocabulary
+# V vocabulary, R rows of a prompt, N query heads, K key/value heads, H head width
 
 from typing import NamedTuple
 
@@ -103,29 +103,7 @@ def step_beams(
         )
         o_own = o_own.reshape(q[:, 0].shape)
         lse_own = lse_own.swapaxes(1, 2).reshape(q.shape[0], -1)
-        # To attend to the shared keys once, present the beams of a prompt as more query heads of
-        # one row.
-        shared_k, shared_v = layer.shared
-        heads = shared_k.shape[1]
-        shape = prompts, groups, beams, heads, q.shape[2] // heads
-        grouped = q.reshape(*shape, q.shape[-1]).transpose(0, 3, 1, 2, 4, 5)
-        # Slopes (N,) are those of (heads, rest); the presented heads are (heads, G, W, rest).
-        presented = (heads, groups * beams, q.shape[2] // heads)
-        shared_options = options_of_heads(options, presented, 1)
-        if "window" in options or "alibi_slopes" in options:
-            shared_options["positions"] = positions_P
-        o_shared, lse_shared = decode_attention(
-            grouped.reshape(prompts, -1, q.shape[-1]),
-            shared_k,
-            shared_v,
-            lengths_P,
-            return_lse=True,
-            **shared_options,
-        )
-        o_shared = o_shared.reshape(grouped.shape).transpose(0, 2, 3, 1, 4, 5)
-        lse_shared = lse_shared.reshape(grouped.shape[:-1]).transpose(0, 2, 3, 1, 4)
-        o_shared = o_shared.reshape(o_own.shape)
-        lse_shared = lse_shared.reshape(lse_own.shape)
+        o_shared, lse_shared = attend_shared(q, layer.shared, lengths_P, positions_P, options)
         out = merge(o_shared, lse_shared, o_own, lse_own).astype(q.dtype)[:, None]
         found = (out, merge_lse(lse_shared, lse_own)[..., None]) if return_lse else out
         return found, own
@@ -144,6 +122,40 @@ def step_beams(
     logits_BV = logits_of(x_BSD[:, 0], head)
     logits_GPWV = logits_BV.reshape(prompts, groups, beams, -1).swapaxes(0, 1)
     return logits_GPWV, BeamCache(layers, writers_GPWT)
+
+
+def attend_shared(q, shared, lengths_P, positions_P, options: dict):
+    """Attend from the rows of each prompt to the prompt's keys, which are not copied.
+
+    Args:
+      q: (P*R, 1, N, H), one query of each of the R rows of a prompt.
+      shared: (k, v) of the prompts, (P, K, T, H) each.
+      lengths_P: the keys that are visible.
+      positions_P: of the queries.
+      options: those of `decode_attention`.
+
+    Returns: (P*R, N, H), and the log-sum-exp (P*R, N).
+    """
+    k, v = shared
+    heads = k.shape[1]
+    shape = len(lengths_P), q.shape[0] // len(lengths_P), heads, q.shape[2] // heads
+    # To attend to the keys once, present the rows of a prompt as more query heads of one row.
+    grouped = q.reshape(*shape, q.shape[-1]).transpose(0, 2, 1, 3, 4)
+    # Slopes (N,) are those of (heads, rest); the presented heads are (heads, R, rest).
+    shared_options = options_of_heads(options, grouped.shape[1:4], 1)
+    if "window" in options or "alibi_slopes" in options:
+        shared_options["positions"] = positions_P
+    out, lse = decode_attention(
+        grouped.reshape(len(lengths_P), -1, q.shape[-1]),
+        k,
+        v,
+        lengths_P,
+        return_lse=True,
+        **shared_options,
+    )
+    out = out.reshape(grouped.shape).transpose(0, 2, 1, 3, 4).reshape(q[:, 0].shape)
+    lse = lse.reshape(grouped.shape[:-1]).transpose(0, 2, 1, 3).reshape(q.shape[0], -1)
+    return out, lse
 
 
 def _own_options(options: dict, visible, read) -> dict:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from mtnlg_jax.decode.adapters import of_rows
 from mtnlg_jax.decode.cache import Decoder
 from mtnlg_jax.decode.scoring import blocks, read_rows
 from mtnlg_jax.parallel.auto import fetch, over_its_mesh, padded
@@ -49,7 +50,7 @@ def score_best(
         tokens_CS = np.zeros((padded(number, decoder.mesh), width), np.int32)
         for row, index in zip(tokens_CS, chosen, strict=False):
             row[: len(rows[index])] = rows[index]
-        tables = _tables(decoder, tokens_CS, top)
+        tables = _tables(of_rows(decoder, chosen, len(tokens_CS)), tokens_CS, top)
         for at, index in enumerate(chosen):
             length = len(rows[index]) - 1
             found[index] = Best(*(table[at, :length] for table in tables))

@@ -43,6 +43,7 @@ class Decoder(NamedTuple):
     int8_cache: bool = False  # whether keys and values of rows are held in int8
     mesh: Mesh | None = None  # over which ``params`` are split; None: on one device
     block_tokens: int = 4096  # of given texts that one call of the model scores
+    adapters: tuple[str, ...] = ()  # names of those that rows may have; see adapters.py
 
     @property
     def context(self) -> int:
@@ -182,12 +183,18 @@ def capacity(length: int, limit: int, least: int = 128) -> int:
 
 @over_its_mesh
 def prefill(
-    decoder: Decoder, prompts: Sequence[Sequence[int]], size: int, *, rolling: bool = False
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    size: int,
+    *,
+    rolling: bool = False,
+    prefixes: np.ndarray | None = None,
 ) -> Prefix:
     """Read ``prompts`` (token ids, at least one each) into a cache of ``size`` positions.
 
     ``rolling``: keep only the windows of windowed layers. Rows need no more to continue the
-    prompts; speculation, beams and scores need all positions.
+    prompts; speculation, beams and scores need all positions. ``prefixes``: what stands where a
+    prompt has tokens below 0, from `decode.prefixes.stacked`.
 
     Raises ValueError on an empty prompt, one longer than ``size``, and ids outside the vocabulary.
     """
@@ -201,17 +208,19 @@ def prefill(
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
     vocabulary = decoder.config.vocabulary
-    if padded.min() < 0 or padded.max() >= vocabulary:
+    if prefixes is None and padded.min() < 0 or padded.max() >= vocabulary:
         token = padded.min() if padded.min() < 0 else padded.max()
         raise ValueError(f"token {token} is outside the model's vocabulary, 0 to {vocabulary - 1}")
     return prefill_rows(
-        decoder.params, padded, lengths, config=decoder.config, size=size, rolling=rolling
+        decoder.params, padded, lengths, prefixes, config=decoder.config, size=size, rolling=rolling
     )
 
 
 @functools.partial(jax.jit, static_argnames=("config", "size", "rolling"))
-def prefill_rows(params, tokens_BS, lengths_B, *, config, size, rolling=False) -> Prefix:
-    """Read padded prompts into a cache of ``size`` positions; ``rolling`` as in `prefill`.
+def prefill_rows(
+    params, tokens_BS, lengths_B, prefixes=None, *, config, size, rolling=False
+) -> Prefix:
+    """Read padded prompts into a cache of ``size`` positions; the options are those of `prefill`.
 
     The cache has a few positions more where ``context`` does not divide ``size``.
     """
@@ -227,7 +236,13 @@ def prefill_rows(params, tokens_BS, lengths_B, *, config, size, rolling=False) -
         return attention(q, k, v, impl=config.attention_impl, **options), held
 
     lengths_B = jnp.asarray(lengths_B)
-    x_BSD, head, cache = run(config, params, tokens_BS, positions_BS, attend, rows=lengths_B)
+    x_BSD, head, cache = run(
+        config, params, tokens_BS, positions_BS, attend, rows=lengths_B, prefix=prefixes
+    )
+    if prefixes is not None:
+        # Penalties and bans read the tokens of a prompt: its <bos> stands for the prefix there.
+        first = config.prefix.positions
+        tokens_BS = jnp.where(tokens_BS < 0, tokens_BS[:, first : first + 1], tokens_BS)
     last_BD = jnp.take_along_axis(x_BSD, (lengths_B - 1)[:, None, None], 1)[:, 0]
     more = max(0, size - tokens_BS.shape[1])
     tokens_BS = jnp.pad(tokens_BS[:, :size], ((0, 0), (0, more)))

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from mtnlg_jax.config import ModelConfig
@@ -37,7 +38,15 @@ def graphs(config: ModelConfig):
 
 
 def run_layers(
-    config: ModelConfig, params, tokens_BS, positions_BS, attend: Callable, *, shared=None, rows=()
+    config: ModelConfig,
+    params,
+    tokens_BS,
+    positions_BS,
+    attend: Callable,
+    *,
+    shared=None,
+    rows=(),
+    units: int | None = None,
 ):
     """Return the input of the head, (B, S, D), and the `Head`, with its table as an array.
 
@@ -48,7 +57,14 @@ def run_layers(
         return attend(*args, **options), None
 
     x_BSD, head, _ = run(
-        config, params, tokens_BS, positions_BS, attend_only, shared=shared, rows=rows
+        config,
+        params,
+        tokens_BS,
+        positions_BS,
+        attend_only,
+        shared=shared,
+        rows=rows,
+        units=units,
     )
     if isinstance(head.table_VD, RowWeight):
         head = dataclasses.replace(head, table_VD=head.table_VD.array(x_BSD.dtype))
@@ -66,6 +82,7 @@ def run(
     shared=None,
     rows=(),
     units: int | None = None,
+    prefix=None,
 ):
     """Run the model, over the stages of a pipeline if its layers are split over them.
 
@@ -75,6 +92,7 @@ def run(
       cache, shared: for each layer; see `Layer`.
       rows: a pytree of arrays of the rows; see `Flow`.
       units: rows that attend to each other's keys are a unit; B is a multiple. Default B.
+      prefix: what stands where tokens are below 0, (B, *config.prefix.shape).
 
     Returns: the input of the head (B, S, D), the `Head`, whose table may be a RowWeight, and what
     ``attend`` returned for each layer.
@@ -84,7 +102,7 @@ def run(
     x_BSD, written = through(
         _stage(config, attend),
         layers,
-        Flow(_embed(config, model, layers, tokens_BS, positions_BS), positions_BS, rows),
+        Flow(_embed(config, model, layers, tokens_BS, positions_BS, prefix), positions_BS, rows),
         cache,
         shared,
         stages=stages_of(config, layers),
@@ -189,13 +207,18 @@ def _stage(config: ModelConfig, attend: Callable) -> Callable:
     return apply
 
 
-def _embed(config: ModelConfig, model, layers, tokens_BS, positions_BS):
+def _embed(config: ModelConfig, model, layers, tokens_BS, positions_BS, prefix=None):
     """Do the same as ``model.embed``, also from a quantized table."""
     table = model.tokens_VD[...]
     if not isinstance(table, RowWeight):
-        return split(model.embed(tokens_BS, positions_BS), "BQD")
+        return split(model.embed(tokens_BS, positions_BS, prefix), "BQD")
     dtype = nnx.merge(graphs(config)[1], layers[0]).norm_1.scale_D[...].dtype
-    return split(model.place(table.rows(tokens_BS, dtype), positions_BS), "BQD")
+    if prefix is None:
+        x_BSD = table.rows(tokens_BS, dtype)
+    else:
+        x_BSD = table.rows(jnp.maximum(tokens_BS, 0), dtype)
+        x_BSD = model.put_prefix(x_BSD, tokens_BS, prefix)
+    return split(model.place(x_BSD, positions_BS), "BQD")
 
 
 def logits_of(x, head: Head):

@@ -1,39 +1,37 @@
 """Generative decoding: prompts in, continuations out.
 
-A row is one sequence of the batch that is written greedily or by sampling, not by beams. A prompt
-and its continuation must fit the model's context; a row that fills it ends with "length". A row's
-tokens depend only on its prompt, settings and seed: not on other rows, its index in the batch or
-the lengths of chunks (up to rounding, since other shapes may round a product differently in its
-last bit).
+A row is one sequence of the batch that is written greedily, by sampling or by contrastive search,
+not by beams. A prompt and its continuation must fit the model's context; a row that fills it ends
+with "length". A row's tokens depend only on its prompt, settings and seed: not on other rows, its
+index in the batch or the lengths of chunks (up to rounding, since other shapes may round a product
+differently in its last bit).
 """
 
 # Shapes: B rows, S positions, V vocabulary
 
 import dataclasses
-import time
+import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from mtnlg_jax.config import DecodeConfig, validate_decode
 from mtnlg_jax.decode import beam, stochastic
+from mtnlg_jax.decode.adapters import for_rows, of_rows
 from mtnlg_jax.decode.batched_settings import Settings, batch_settings, check_tokens
 from mtnlg_jax.decode.cache import Decoder, Prefix, bucket, capacity, prefill, split_prefix
+from mtnlg_jax.decode.dry import breaker_bits
+from mtnlg_jax.decode.prefixes import encode_behind, marked, stacked
 from mtnlg_jax.decode.results import (
     Generated,
     check_context,
-    check_finite,
-    encode_prompt,
-    ends_of_config,
-    text_stream,
-    time_limits,
     writable,
 )
 from mtnlg_jax.decode.rolling import check_whole, keeps_windows
-from mtnlg_jax.decode.sampling import advance, begin
-from mtnlg_jax.decode.speculative import Speculation
-from mtnlg_jax.parallel.auto import agreed, fetch, over_its_mesh, padded
+from mtnlg_jax.decode.rows import continue_rows
+from mtnlg_jax.parallel.auto import over_its_mesh, padded
 
 
 def generate(
@@ -45,6 +43,8 @@ def generate(
     constraint: Callable | None = None,
     on_text: Callable[[int, str], None] | None = None,
     draft: Decoder | None = None,
+    adapters: Sequence[str | None] | None = None,
+    prefixes: Sequence[Any | None] | None = None,
 ) -> list[Generated]:
     """Return num_return_sequences continuations of each prompt, in the order of ``prompts``.
 
@@ -60,6 +60,11 @@ def generate(
       draft: a smaller model with the same tokens, which guesses num_assistant_tokens at a time for
         ``decoder`` to verify together; faster if it guesses well and the batch is small. See
         speculative.py.
+      adapters: the name of each prompt's adapter, None for none, of those that `adapters.stack`
+        has given ``decoder``. Default: what the decoder is set to.
+      prefixes: for each prompt an image (uint8, size x size x channels) or features (positions x
+        width), as config.prefix of the model has it, which the model reads ahead of the prompt;
+        None for a prompt without. A text behind one always gets a <bos>.
 
     Control tokens (except ends and forced tokens; see `results.writable`) and the padding of the
     vocabulary are never written. The i-th sequence of a prompt draws with seed + i; the beams of a
@@ -67,15 +72,16 @@ def generate(
     different sequences exist.
 
     Raises:
-      ValueError: settings are out of range or in conflict, ids are outside the vocabulary, or a
-        prompt is longer than the context.
+      ValueError: settings are out of range or in conflict, ids are outside the vocabulary, a
+        prompt is longer than the context, or a prefix is not what the model takes.
     """
     # Tokens and checks come first, so that a mistake costs no time on the device.
+    ahead = [None] * len(prompts) if prefixes is None else list(prefixes)
+    if len(ahead) != len(prompts):
+        raise ValueError(f"{len(ahead)} prefixes for {len(prompts)} prompts; give one for each")
     token_prompts = [
-        encode_prompt(tokenizer, prompt)
-        if isinstance(prompt, str)
-        else list(prompt) or [tokenizer.bos_id]
-        for prompt in prompts
+        _encode(decoder, tokenizer, prompt, prefix)
+        for prompt, prefix in zip(prompts, ahead, strict=True)
     ]
     configs = [decode] * len(prompts) if isinstance(decode, DecodeConfig) else list(decode)
     if len(configs) != len(token_prompts):
@@ -86,8 +92,24 @@ def generate(
         validate_decode(config)
         check_tokens(config, decoder.config.vocabulary)
     check_draft(decoder, draft, configs)
+    if adapters is not None and len(adapters) != len(token_prompts):
+        raise ValueError(
+            f"{len(adapters)} adapters for {len(token_prompts)} prompts; give one for each"
+        )
     if not token_prompts:
         return []
+    # Rows that nobody reads make their number divisible by the mesh.
+    rows_of_mesh = padded(len(token_prompts), decoder.mesh)
+    arrays = stacked(decoder.config, ahead, rows_of_mesh)
+    if arrays is not None and draft is not None:
+        raise ValueError(
+            "a draft model reads tokens alone, and a prompt has a prefix; give no draft model"
+        )
+    if arrays is not None and any(config.penalty_alpha for config in configs):
+        raise ValueError(
+            "contrastive search compares hidden states of tokens alone, and a prompt has a prefix; "
+            "set penalty_alpha=0"
+        )
     longest = max(map(len, token_prompts))
     check_context(decoder, longest)
     size = bucket(longest, decoder.context)
@@ -99,11 +121,24 @@ def generate(
     if rows:
         size = capacity(max(longest, *rows), decoder.context)
     rolling = draft is None and all(keeps_windows(config) for config in configs)
-    # Rows that nobody reads make their number divisible by the mesh.
-    extra = padded(len(token_prompts), decoder.mesh) - len(token_prompts)
+    extra = rows_of_mesh - len(token_prompts)
     filled = [*token_prompts, *[token_prompts[0][:1]] * extra]
-    prefix = prefill(decoder, filled, size, rolling=rolling)
+    if adapters is not None:
+        decoder = for_rows(decoder, [*adapters, *[None] * extra])
+    prefix = prefill(decoder, filled, size, rolling=rolling, prefixes=arrays)
     return continue_prefix(decoder, tokenizer, prefix, configs, on_text, constraint, draft)
+
+
+def _encode(decoder: Decoder, tokenizer, prompt: str | Sequence[int], prefix: Any) -> list[int]:
+    """Return the tokens of a prompt, behind those that stand for its prefix if it has one."""
+    if isinstance(prompt, str):
+        return encode_behind(decoder.config, tokenizer, prefix, prompt)
+    tokens = list(prompt) or [tokenizer.bos_id]
+    if prefix is None:
+        return tokens
+    if min(tokens) < 0:  # it would stand for a position of the prefix
+        raise ValueError(f"token {min(tokens)} is below 0; give ids of the model's vocabulary")
+    return marked(decoder.config, tokens)
 
 
 def check_draft(decoder: Decoder, draft: Decoder | None, configs: Sequence[DecodeConfig]) -> None:
@@ -129,6 +164,12 @@ def check_draft(decoder: Decoder, draft: Decoder | None, configs: Sequence[Decod
             f"{decoder.context}; give a draft with at least as many positions, or none"
         )
     for config in configs:
+        for name in ("penalty_alpha", "mirostat_tau"):
+            if getattr(config, name):
+                raise ValueError(
+                    f"{name}={getattr(config, name)} decides one token after the other, and a "
+                    f"draft model guesses several at once; set {name}=0, or give no draft model"
+                )
         if config.num_beams > 1:
             raise ValueError(
                 "a draft model guesses the next tokens of one sequence, and "
@@ -156,32 +197,35 @@ def continue_prefix(
     """Generate from prompts that are already in a cache; ``prefix`` stays usable.
 
     ``configs`` has one entry for each prompt of ``prefix``; prompts behind those are not continued.
-    The other arguments and the result are those of `generate`. Raises ValueError if beams are to
-    use an int8 cache or a draft model, and if beams or guesses are to continue a prefix that keeps
-    only windows (``rolling`` of `prefill`).
+    The other arguments and the result are those of `generate`. Raises ValueError if beams or
+    contrastive search are to use an int8 cache or a draft model, and if these or guesses are to
+    continue a prefix that keeps only windows (``rolling`` of `prefill`).
     """
     for config in configs:
         if not keeps_windows(config):
-            check_whole(prefix.cache, "beam search or prompt_lookup_num_tokens")
+            check_whole(prefix.cache, "beam search, penalty_alpha or prompt_lookup_num_tokens")
     if draft is not None:
         check_draft(decoder, draft, configs)
         check_whole(prefix.cache, "a draft model")
     # Without the end token: each row adds its own ends, which may differ.
-    allowed_V = writable(tokenizer, decoder.config.vocabulary, end=False)
+    vocabulary = decoder.config.vocabulary
+    allowed_V = writable(tokenizer, vocabulary, end=False)
+    breakers_of = functools.partial(breaker_bits, tokenizer, vocabulary)
 
     def settings_of(configs: Sequence[DecodeConfig]) -> Settings:
-        return batch_settings(configs, allowed_V, tokenizer.eos_ids, constraint)
+        return batch_settings(configs, allowed_V, tokenizer.eos_ids, constraint, breakers_of)
 
     # Beam searches with equal (beams, groups, whether sampled) run as one batch. None marks rows.
     kinds = [
         (c.num_beams, c.num_beam_groups, c.temperature > 0) if c.num_beams > 1 else None
         for c in configs
     ]
+    contrastive = [config.penalty_alpha > 0 for config in configs]
     # The usual case: text can then be shown as it is written.
-    if set(kinds) == {None}:
-        return _continue_rows(decoder, tokenizer, prefix, configs, settings_of, on_text, draft)
+    if set(kinds) == {None} and len(set(contrastive)) == 1:
+        return continue_rows(decoder, tokenizer, prefix, configs, settings_of, on_text, draft)
     # The cache of beams holds only floats.
-    if decoder.int8_cache:
+    if decoder.int8_cache and set(kinds) != {None}:
         raise ValueError(
             "beam search does not support an int8 cache, and "
             f"num_beams={max(c.num_beams for c in configs)}; set num_beams=1, or leave cache=int8 "
@@ -204,9 +248,9 @@ def continue_prefix(
         )
         search = stochastic.draw if kind[2] else beam.search
         part_configs = [configs[i] for i in filled]
-        found = search(decoder, tokenizer, part, part_configs, settings_of(part_configs))
+        model = of_rows(decoder, filled)
+        found = search(model, tokenizer, part, part_configs, settings_of(part_configs))
         add([result for result in found if result.prompt < len(chosen)], chosen)
-    rest = [i for i, kind in enumerate(kinds) if kind is None]
     # Beams are known already; a prompt of rows always has all its sequences.
     counts = [
         len(found) or config.num_return_sequences * (kind is None)
@@ -219,14 +263,25 @@ def continue_prefix(
             for index, result in enumerate(found, start):
                 if result.text:
                     on_text(index, result.text)
-    if rest:
+    for contrasts in (False, True):
+        rest = [i for i, kind in enumerate(kinds) if kind is None and contrastive[i] == contrasts]
+        if not rest:
+            continue
         part = _prompts_of(prefix, rest)
         # Rows are numbered within their own batch; on_text needs their number in the whole result.
         indices = [starts[i] + copy for i in rest for copy in range(counts[i])]
-        show = (lambda row, text: on_text(indices[row], text)) if on_text else None
+        show = _renumbered(on_text, indices) if on_text else None
         part_configs = [configs[i] for i in rest]
-        add(_continue_rows(decoder, tokenizer, part, part_configs, settings_of, show), rest)
+        model = of_rows(decoder, rest)
+        add(continue_rows(model, tokenizer, part, part_configs, settings_of, show), rest)
     return [result for found in results for result in found]
+
+
+def _renumbered(
+    on_text: Callable[[int, str], None], indices: Sequence[int]
+) -> Callable[[int, str], None]:
+    """Return ``on_text`` for rows that have the numbers ``indices`` in the result."""
+    return lambda row, text: on_text(indices[row], text)
 
 
 def _prompts_of(prefix: Prefix, chosen: list[int]) -> Prefix:
@@ -237,145 +292,3 @@ def _prompts_of(prefix: Prefix, chosen: list[int]) -> Prefix:
 @jax.jit
 def _select(prefix: Prefix, chosen_B) -> Prefix:
     return split_prefix(jax.tree.map(lambda x: x[chosen_B], prefix))
-
-
-def _continue_rows(
-    decoder: Decoder,
-    tokenizer,
-    prefix: Prefix,
-    configs: Sequence[DecodeConfig],
-    settings_of: Callable[[Sequence[DecodeConfig]], Settings],
-    on_text: Callable[[int, str], None] | None,
-    draft: Decoder | None = None,
-) -> list[Generated]:
-    """Generate rows: num_return_sequences for each prompt of ``prefix``.
-
-    ``on_text`` is called with (number of the row, text).
-    """
-    start = time.monotonic()
-    # Copies of a prompt are rows of their own: they share its prefill but not its cache.
-    copies = [(i, copy) for i, c in enumerate(configs) for copy in range(c.num_return_sequences)]
-    number = len(copies)
-    # Rows without new tokens make their number divisible by the mesh.
-    copies += copies[:1] * (padded(number, decoder.mesh) - number)
-    owners = [i for i, _ in copies]
-    per_row = [configs[i] for i in owners]
-    # Seeds wrap around, so that seed + i of the largest seed is a seed as well.
-    seeds_B = np.array([(configs[i].seed + copy) % 2**32 for i, copy in copies], np.uint32)
-    # At most the context: a larger number might not fit int32.
-    max_new_tokens = [min(config.max_new_tokens, decoder.context) for config in per_row]
-    max_new_tokens[number:] = [0] * (len(copies) - number)
-    settings = settings_of(per_row)
-    speculates = draft is not None or not all(map(keeps_windows, per_row))
-    state, limits = begin(
-        prefix,
-        np.array(owners, np.int32),
-        np.array(max_new_tokens, np.int32),
-        seeds_B,
-        settings,
-        int8_cache=decoder.int8_cache,
-        rolling=None if speculates else decoder.config,
-    )
-    speculation = None
-    if speculates:
-        speculation = Speculation(decoder, draft, prefix, owners, per_row)
-    # The host looks only at rows that somebody reads.
-    never_B = np.ones(len(copies) - number, bool)
-    owners = owners[:number]
-    per_row = per_row[:number]
-    advance_rows = advance if speculation is None else speculation.advance
-    # The device checks stop sequences. Only the host can check text and time, after every chunk.
-    host_checks = on_text is not None or any(c.stop_strings or c.max_time for c in per_row)
-    # Each return to the host costs a wait for the device, so without a reason there is only one.
-    chunks = 1 if host_checks else decoder.context
-    # The clock includes the first token but not the prefill, which all rows share.
-    time_limits_B = time_limits(per_row)
-    texts = _Texts(tokenizer, per_row, fetch(limits.prompts_B)[:number], on_text)
-    timed_out_B = np.zeros(len(per_row), bool)
-
-    while True:
-        tokens_BS, lengths_B, logprobs_BS = (
-            fetch(x)[:number] for x in (state.tokens_BS, state.lengths_B, state.logprobs_BS)
-        )
-        for row, owner in enumerate(owners):
-            # Only tokens that are new since the last return to the host.
-            first = texts.seen_B[row]
-            check_finite(
-                logprobs_BS[row, first : lengths_B[row]], owner, first - texts.start_B[row]
-            )
-        # The host may end rows that the device would continue, by a stop string or by time.
-        done_B = fetch(state.done_B)[:number] | texts.push(tokens_BS, lengths_B)
-        # A row that is already done did not time out.
-        late_B = time.monotonic() - start > time_limits_B
-        timed_out_B |= ~done_B & agreed(late_B, decoder.mesh)
-        done_B |= timed_out_B
-        if done_B.all():
-            break
-        # The device writes no more tokens in rows that are done.
-        state = state._replace(done_B=np.concatenate([done_B, never_B]))
-        state = advance_rows(
-            decoder.params, state, limits, settings, np.int32(chunks), config=decoder.config
-        )
-
-    texts.finish()
-    none_B = np.zeros(len(per_row), np.int32)
-    guessed_B, accepted_B = (none_B, none_B) if speculation is None else speculation.counts
-    results = []
-    for row, stream in enumerate(texts.streams):
-        written = slice(texts.start_B[row], texts.seen_B[row])
-        # A token that was written but is not in the text is an end token, or follows a stop.
-        ended = stream.stopped or lengths_B[row] > texts.seen_B[row]
-        results.append(
-            Generated(
-                owners[row],
-                tuple(tokens_BS[row, written].tolist()),
-                stream.text,
-                "stop" if ended else "timeout" if timed_out_B[row] else "length",
-                tuple(logprobs_BS[row, written].tolist()),
-                guessed=int(guessed_B[row]),
-                accepted=int(accepted_B[row]),
-            )
-        )
-    return results
-
-
-class _Texts:
-    """The texts of rows, built on the host as tokens arrive.
-
-    ``start_B`` is the length of each row's prompt. ``seen_B`` is the length of the prompt and the
-    text so far, without the end token and anything after a stop.
-    """
-
-    def __init__(
-        self,
-        tokenizer,
-        configs: Sequence[DecodeConfig],
-        start_B: np.ndarray,
-        on_text: Callable[[int, str], None] | None,
-    ):
-        self.streams = [text_stream(tokenizer, config) for config in configs]
-        self.start_B = start_B
-        self.seen_B = start_B.copy()
-        self._ends = [ends_of_config(tokenizer, config) for config in configs]
-        self._on_text = on_text
-
-    def push(self, tokens_BS: np.ndarray, lengths_B: np.ndarray) -> np.ndarray:
-        """Read the tokens that are new, and return which rows stopped, (B,)."""
-        for row, stream in enumerate(self.streams):
-            # Tokens after an end or a stop stay unseen: they are not part of the result.
-            for token in tokens_BS[row, self.seen_B[row] : lengths_B[row]].tolist():
-                if stream.stopped or token in self._ends[row]:
-                    break
-                self.seen_B[row] += 1
-                self._show(row, stream.push(token))
-        # Rows that the device ended are in its own done_B.
-        return np.array([stream.stopped for stream in self.streams])
-
-    def finish(self) -> None:
-        """Show what the streams held back."""
-        for row, stream in enumerate(self.streams):
-            self._show(row, stream.finish())
-
-    def _show(self, row: int, piece: str) -> None:
-        if piece and self._on_text:
-            self._on_text(row, piece)

@@ -1,7 +1,8 @@
 """The steps between the model's logits and the next token: pure functions, every value one a row.
 
 Order and definitions follow Hugging Face's logits processors (transformers 5); the presence and
-frequency penalties follow OpenAI's API. See batched_settings.py for what is static.
+frequency penalties follow OpenAI's API, and DRY is in dry.py. See batched_settings.py for what is
+static.
 """
 
 # Shapes: B rows, S positions, V vocabulary, E entries of a table, U blocks of ids, I ids of a block
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mtnlg_jax.decode import dry
 from mtnlg_jax.decode.batched_settings import LAST, Rows, Settings, ends_of, matches, tails
 
 NEG_INF = -jnp.inf
@@ -48,6 +50,9 @@ def process(logits_BV, settings: Settings, tokens_BS, lengths_B, prompts_B, long
             logits_BV, counts_BV, rows.presence_penalty, rows.frequency_penalty
         )
 
+    def dry_penalty(logits_BV):
+        return dry.penalize(logits_BV, rows, tokens_BS, lengths_B)
+
     def block_ngrams(logits_BV):
         if settings.static_options.skips:
             most = max(settings.static_options.ngrams)
@@ -64,6 +69,7 @@ def process(logits_BV, settings: Settings, tokens_BS, lengths_B, prompts_B, long
     logits_BV = where_used(settings, ("repetition_penalty",), repeat, logits_BV)
     penalties = ("presence_penalty", "frequency_penalty")
     logits_BV = where_used(settings, penalties, penalize, logits_BV)
+    logits_BV = where_used(settings, ("dry_multiplier",), dry_penalty, logits_BV)
     logits_BV = where_used(settings, ("no_repeat_ngram_size",), block_ngrams, logits_BV)
     ends_BV = one_hot(ends_of(settings), vocabulary)
     if settings.uses("min_new_tokens", "min_length"):
@@ -100,21 +106,19 @@ def warp(logits_BV, settings: Settings) -> jax.Array:
     return logits_BV
 
 
-def where_used(
-    settings: Settings, names: tuple[str, ...], function: Callable, logits_BV
-) -> jax.Array:
-    """Return ``function(logits_BV)`` if a row uses one of the options ``names``.
+def where_used(settings: Settings, names: tuple[str, ...], function: Callable, x) -> jax.Array:
+    """Return ``function(x)`` if a row uses one of the options ``names``, else ``x``.
 
     The choice is made while compiling, or in every step where the program has all options
     (``skips`` of `StaticOptions`): a sort of a vocabulary that no row wants costs as much as a
     layer.
     """
     if not settings.uses(*names):
-        return logits_BV
+        return x
     if not settings.static_options.skips:
-        return function(logits_BV)
+        return function(x)
     used = [settings.differs(name) for name in names]
-    return lax.cond(jnp.stack(used).any(), function, lambda x: x, logits_BV)
+    return lax.cond(jnp.stack(used).any(), function, lambda x: x, x)
 
 
 def choose(logits_BV, settings: Settings, keys_B, index_B) -> jax.Array:

@@ -1,8 +1,11 @@
-"""Rank candidates, given or generated, after one shared prefix, by one scorer or several."""
+"""Rank candidates, given or generated, after one shared prefix, by one scorer or several; or those
+of many prompts, which the model reads together."""
 
 import collections
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -10,18 +13,16 @@ from mtnlg_jax.config import DecodeConfig, StageConfig, validate_decode
 from mtnlg_jax.decode.batched_settings import check_tokens
 from mtnlg_jax.decode.cache import Decoder, capacity, prefill
 from mtnlg_jax.decode.generate import continue_prefix
+from mtnlg_jax.decode.given import read_candidates
+from mtnlg_jax.decode.many_prompts import score_behind
+from mtnlg_jax.decode.pool import NORMALIZATIONS, Candidate, Pool, ScorerOptions, Scores
+from mtnlg_jax.decode.prefixes import encode_behind, stacked
 from mtnlg_jax.decode.results import Generated, check_context, encode_prompt
-from mtnlg_jax.decode.scorers import (
-    NORMALIZATIONS,
-    SCORERS,
-    Candidate,
-    Pool,
-    ScorerOptions,
-    Scores,
-    check_request,
-    weights_of,
-)
+from mtnlg_jax.decode.scorers import SCORERS, check_request, weights_of
 from mtnlg_jax.decode.scoring import score_from, score_rows
+
+# Scorers that read other texts than the prompt with a candidate behind it.
+_READ_OTHER_TEXTS = ("pmi", "noisy_channel", "pseudo_log_likelihood", "coherence")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +79,7 @@ def rank(
     normalise: str = "per_token",
     options: ScorerOptions | None = None,
     stages: Sequence[StageConfig] | None = None,
+    prefix: Any = None,
 ) -> Ranking:
     """Return the candidates by falling score.
 
@@ -95,6 +97,9 @@ def rank(
       options: settings of single scorers.
       stages: the stages that trained the model, if known; pseudo_log_likelihood needs one with
         masks.
+      prefix: an image or features that the model reads ahead of the prompt, as for `generate`.
+        Scorers that read other texts than the prompt with a candidate behind it (pmi,
+        noisy_channel, pseudo_log_likelihood, coherence) take none.
 
     Each given candidate is scored at its own boundary, whatever else is in the list, as
     lm-evaluation-harness does it (``_encode_pair``): whitespace that ends the prompt is moved to
@@ -115,15 +120,17 @@ def rank(
     weights = weights_of(scorers)
     options = options or ScorerOptions()
     check_request(weights, normalise, options, tokenizer, prompt, stages)
-    prefix = None
+    ahead = _ahead(decoder, prefix, weights)
+    encode = functools.partial(encode_behind, decoder.config, tokenizer, prefix)
+    read = None
     known = {}
     if candidates is None:
         if written is None:
-            prompt_tokens, prefix, written = _write(
-                decoder, tokenizer, prompt, decode or DecodeConfig(), weights
+            prompt_tokens, read, written = _write(
+                decoder, tokenizer, encode(prompt), ahead, decode or DecodeConfig(), weights
             )
         else:
-            prompt_tokens = tuple(encode_prompt(tokenizer, prompt))
+            prompt_tokens = tuple(encode(prompt))
             written = _with_tokens(written)
         found = [_generated(tokenizer, prompt_tokens, result) for result in written]
         # With an int8 cache, generated tokens were read less exactly than given ones.
@@ -134,32 +141,114 @@ def rank(
             f"decode writes candidates, and {len(candidates)} are given; leave one of the two out"
         )
     else:
-        prompt_tokens, found = _read(decoder, tokenizer, prompt, candidates)
+        prompt_tokens, found = read_candidates(decoder, tokenizer, encode, prompt, candidates)
+    request = _request(
+        decoder, tokenizer, prompt, found, weights=weights, normalise=normalise, options=options
+    )
+    # The log-probabilities of generated candidates are already known.
+    if known:
+        logprobs = [known[each] for each in request.pool.candidates]
+    else:
+        logprobs = _score(decoder, read, ahead, prompt_tokens, request.pool.candidates)
+    return _ranking(request, logprobs)
+
+
+def rank_many(
+    decoder: Decoder,
+    tokenizer,
+    prompts: Sequence[str],
+    candidates: Sequence[Sequence[str]],
+    *,
+    scorers: str | Sequence[str] | Mapping[str, float] = "logprob",
+    normalise: str = "per_token",
+    options: Sequence[ScorerOptions] | None = None,
+    stages: Sequence[StageConfig] | None = None,
+) -> list[Ranking]:
+    """Return for each prompt what `rank` returns for it and its candidates, up to rounding.
+
+    The model reads many prompts at once, those of similar lengths together. ``options`` has an
+    entry for each prompt. Raises ValueError as `rank` does, before the model does any work.
+    """
+    weights = weights_of(scorers)
+    options = options or [ScorerOptions()] * len(prompts)
+    encode = functools.partial(encode_prompt, tokenizer)
+    known: dict = {}
+    requests = []
+    tokens = []
+    for prompt, texts, own in zip(prompts, candidates, options, strict=True):
+        check_request(weights, normalise, own, tokenizer, prompt, stages)
+        prompt_tokens, found = read_candidates(decoder, tokenizer, encode, prompt, texts)
+        tokens.append(prompt_tokens)
+        settings = {"weights": weights, "normalise": normalise, "options": own}
+        requests.append(_request(decoder, tokenizer, prompt, found, known=known, **settings))
+    return [
+        _ranking(request, logprobs)
+        for request, logprobs in zip(requests, _score_many(decoder, tokens, requests), strict=True)
+    ]
+
+
+class _Request(NamedTuple):
+    """Candidates that were checked and are to be scored."""
+
+    pool: Pool
+    planned: dict[str, Callable[[np.ndarray], Scores]]  # by the name of the scorer
+    weights: dict[str, float]
+    indices: list[int]  # of the first occurrence of each of the pool's candidates
+    size: int  # number of candidates, duplicates included
+
+
+def _request(
+    decoder,
+    tokenizer,
+    prompt,
+    found: Sequence[Candidate],
+    *,
+    weights,
+    normalise,
+    options,
+    known=None,
+) -> _Request:
+    """Check the candidates; raise ValueError if a scorer cannot score them."""
     first: dict[Candidate, int] = {}
     counts = collections.Counter(found)
     for index, each in enumerate(found):
         first.setdefault(each, index)
     counted = np.array([counts[each] for each in first])
-    pool = Pool(decoder, tokenizer, prompt, list(first), counted, normalise, options)
+    known = {} if known is None else known
+    pool = Pool(decoder, tokenizer, prompt, list(first), counted, normalise, options, known)
     # All checks come before any scorer runs the model.
     planned = {name: SCORERS[name](pool) for name in weights}
-    # The log-probabilities of generated candidates are already known.
-    if known:
-        logprobs = [known[each] for each in first]
-    else:
-        logprobs = _score(decoder, prefix, prompt_tokens, list(first))
+    return _Request(pool, planned, weights, list(first.values()), len(found))
+
+
+def _ranking(request: _Request, logprobs: Sequence[np.ndarray]) -> Ranking:
+    """Return the ranking by the log-probabilities of the tokens of the pool's candidates."""
+    pool, planned, weights, indices, size = request
     sums = np.array([np.sum(each, dtype=np.float64) for each in logprobs])
     scored = {name: run(sums) for name, run in planned.items()}
-    totals = sum(weight * scored[name].parts[name] for name, weight in weights.items())
+    weighted = [weight * scored[name].parts[name] for name, weight in weights.items()]
+    totals = np.sum(weighted, 0)
     _check_finite(totals, pool)
     # A stable sort keeps ties in the order in which the candidates came.
     order = np.argsort(-totals, kind="stable")
     ranked = tuple(
-        _ranked(number, i, totals, sums, scored, pool, list(first.values()))
+        _ranked(number, i, totals, sums, scored, pool, indices)
         for number, i in enumerate(order.tolist(), 1)
     )
     utilities = _utilities(scored, order)
-    return Ranking(ranked, len(found), len(found) - len(first), weights, normalise, utilities)
+    duplicates = size - len(pool.candidates)
+    return Ranking(ranked, size, duplicates, weights, pool.normalise, utilities)
+
+
+def _ahead(decoder: Decoder, prefix: Any, weights: Mapping[str, float]) -> np.ndarray | None:
+    """Return what stands ahead of the prompt, for `prefill`; None without a ``prefix``."""
+    refused = [name for name in _READ_OTHER_TEXTS if name in weights]
+    if prefix is not None and refused:
+        raise ValueError(
+            f"{refused[0]} reads texts without the prefix, which the model was not trained to do; "
+            "rank by logprob, gnmt, mbr or self_consistency"
+        )
+    return stacked(decoder.config, [prefix], 1)
 
 
 def _utilities(scored: Mapping[str, Scores], order: np.ndarray) -> tuple | None:
@@ -219,46 +308,83 @@ def _ranked(
     )
 
 
-def _score(decoder, prefix, prompt_tokens, candidates: Sequence[Candidate]) -> list[np.ndarray]:
+def _score(
+    decoder, prefix, ahead, prompt_tokens, candidates: Sequence[Candidate]
+) -> list[np.ndarray]:
     """Return the log-probabilities of the tokens of each candidate, reading the prompt once.
 
     Candidates that share no token with the prompt follow <bos> alone, and are read in rows of their
     own.
     """
-    logprobs = [np.empty(0, np.float32)] * len(candidates)
+    behind, alone = _by_prefix(prompt_tokens, candidates)
+    logprobs = {}
+    if behind:
+        prefix = prefix or prefill(
+            decoder,
+            [prompt_tokens],
+            capacity(len(prompt_tokens), decoder.context),
+            prefixes=ahead,
+        )
+        rows = [candidates[i].row for i in behind]
+        starts = [candidates[i].start for i in behind]
+        logprobs = dict(zip(behind, score_from(decoder, prefix, rows, starts), strict=True))
+    logprobs |= _score_alone(decoder, {i: candidates[i] for i in alone})
+    return [logprobs[i] for i in range(len(candidates))]
+
+
+def _score_many(
+    decoder, prompts: Sequence[Sequence[int]], requests: Sequence[_Request]
+) -> list[list[np.ndarray]]:
+    """Return what `_score` returns for each prompt, reading many prompts at once."""
+    pools = [request.pool.candidates for request in requests]
+    shares = [_by_prefix(*each) for each in zip(prompts, pools, strict=True)]
+    asked = [number for number, (behind, _) in enumerate(shares) if behind]
+    given = [[pools[number][i] for i in shares[number][0]] for number in asked]
+    found = score_behind(
+        decoder,
+        [prompts[number] for number in asked],
+        [[each.row for each in of_prompt] for of_prompt in given],
+        [[each.start for each in of_prompt] for of_prompt in given],
+    )
+    logprobs = _score_alone(
+        decoder,
+        {(number, i): pools[number][i] for number, (_, alone) in enumerate(shares) for i in alone},
+    )
+    for number, parts in zip(asked, found, strict=True):
+        keys = [(number, i) for i in shares[number][0]]
+        logprobs |= dict(zip(keys, parts, strict=True))
+    return [
+        [logprobs[number, i] for i in range(len(candidates))]
+        for number, candidates in enumerate(pools)
+    ]
+
+
+def _by_prefix(prompt_tokens: Sequence[int], candidates: Sequence[Candidate]):
+    """Return (indices of the candidates that the prompt's cache serves, indices of the others)."""
     behind = [
         i
         for i, each in enumerate(candidates)
-        # The row agrees with the prompt up to its start, so the prompt's cache serves it.
+        # The row agrees with the prompt up to its start.
         if each.row[: each.start] == prompt_tokens[: each.start]
     ]
-    alone = [i for i in range(len(candidates)) if i not in set(behind)]
-    if behind:
-        prefix = prefix or prefill(
-            decoder, [prompt_tokens], capacity(len(prompt_tokens), decoder.context)
-        )
-        parts = score_from(
-            decoder,
-            prefix,
-            *zip(*((candidates[i].row, candidates[i].start) for i in behind), strict=True),
-        )
-        for i, part in zip(behind, parts, strict=True):
-            logprobs[i] = part
-    if alone:
-        parts = score_rows(
-            decoder, *zip(*((candidates[i].row, candidates[i].start) for i in alone), strict=True)
-        )
-        for i, part in zip(alone, parts, strict=True):
-            logprobs[i] = part
-    return logprobs
+    return behind, sorted(set(range(len(candidates))) - set(behind))
+
+
+def _score_alone(decoder, candidates: dict[Any, Candidate]) -> dict[Any, np.ndarray]:
+    """Return the log-probabilities of candidates in rows of their own, under their keys."""
+    if not candidates:
+        return {}
+    rows = [each.row for each in candidates.values()]
+    starts = [each.start for each in candidates.values()]
+    return dict(zip(candidates, score_rows(decoder, rows, starts), strict=True))
 
 
 def _bytes_of(tokenizer, tokens) -> bytes:
     return b"".join(map(tokenizer.token_bytes, tokens))
 
 
-def _write(decoder, tokenizer, prompt, decode, weights):
-    """Generate candidates, reading the prompt once.
+def _write(decoder, tokenizer, tokens, ahead, decode, weights):
+    """Generate candidates, reading the ``tokens`` of the prompt once.
 
     Returns: the prompt's tokens, its prefix, and the results.
     """
@@ -272,7 +398,6 @@ def _write(decoder, tokenizer, prompt, decode, weights):
         raise ValueError(
             "mbr compares a candidate with the others, and num_return_sequences=1; ask for more"
         )
-    tokens = encode_prompt(tokenizer, prompt)
     # The bidirectional model also reads the end of the text.
     ends = int("pseudo_log_likelihood" in weights)
     check_context(
@@ -287,7 +412,8 @@ def _write(decoder, tokenizer, prompt, decode, weights):
         decode, max_new_tokens=longest, min_new_tokens=min(max(1, decode.min_new_tokens), longest)
     )
     # Room for the prompt and the longest candidate. Scoring may read behind this prefix again.
-    prefix = prefill(decoder, [tokens], capacity(len(tokens) + longest, decoder.context))
+    size = capacity(len(tokens) + longest, decoder.context)
+    prefix = prefill(decoder, [tokens], size, prefixes=ahead)
     written = _with_tokens(continue_prefix(decoder, tokenizer, prefix, [decode]))
     return tokens, prefix, written
 
@@ -301,57 +427,3 @@ def _with_tokens(written: Sequence[Generated]) -> list[Generated]:
             "tokens"
         )
     return kept
-
-
-def _read(decoder, tokenizer, prompt: str, candidates) -> tuple[tuple[int, ...], list[Candidate]]:
-    """Return the tokens of the prompt, and each candidate after the tokens it leaves unchanged."""
-    if isinstance(candidates, str):
-        raise ValueError(f"candidates={candidates[:40]!r} is one text; give a list of texts")
-    candidates = list(candidates)
-    if not candidates:
-        raise ValueError("there are no candidates to rank; give at least one")
-    if "" in candidates:
-        raise ValueError(
-            f"candidate {candidates.index('') + 1} of {len(candidates)} is empty; leave it out"
-        )
-    for number, text in enumerate(candidates, 1):
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise ValueError(
-                f"candidate {number} of {len(candidates)}, {text[:40]!r}, is not Unicode text; "
-                "decode it from bytes with its encoding"
-            )
-    # Tokenizers join a space with the word behind it, so it belongs to the candidate.
-    context = prompt.rstrip()
-    spaces = prompt[len(context) :]
-    alone = tuple(encode_prompt(tokenizer, context))
-    # Equal candidates are tokenized once.
-    read = {
-        text: _at_its_boundary(decoder, tokenizer, context, spaces, text, alone)
-        for text in dict.fromkeys(candidates)
-    }
-    return alone, [read[text] for text in candidates]
-
-
-def _at_its_boundary(
-    decoder, tokenizer, context: str, spaces: str, text: str, alone: tuple[int, ...]
-) -> Candidate:
-    row = tuple(encode_prompt(tokenizer, context + spaces + text))
-    # The first token that the candidate changes; from there on all is scored.
-    start = _common(alone, row)
-    # Tokens of the prompt that the candidate changed: their text is part of what is scored.
-    joined = alone[start:]
-    if start == 0:
-        # Without a <bos> the texts may differ in their first token, which needs a token before it.
-        row = (tokenizer.bos_id, *row)
-        joined = () if alone == (tokenizer.bos_id,) else joined
-        start = 1
-    check_context(decoder, len(row), f"the prompt with candidate {text[:40]!r}")
-    if len(row) == start:
-        raise ValueError(f"candidate {text[:40]!r} adds no token to the prompt; leave it out")
-    return Candidate(text, row, start, _bytes_of(tokenizer, joined) + (spaces + text).encode())
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return the number of tokens that both begin with."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((i for i, (left, right) in pairs if left != right), min(len(one), len(other)))

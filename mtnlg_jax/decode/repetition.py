@@ -5,6 +5,8 @@ Tokens are anything that can be compared and hashed: token ids, words or charact
 
 from collections.abc import Hashable, Sequence
 
+import numpy as np
+
 
 def ngrams(tokens: Sequence[Hashable], n: int) -> list[tuple[Hashable, ...]]:
     """Return the runs of ``n`` tokens in their order: max(0, len(tokens) - n + 1) of them.
@@ -47,18 +49,28 @@ def longest_repeat(tokens: Sequence[Hashable]) -> tuple[int, int, int]:
     The two occurrences may overlap, as those of a loop do. Of spans of equal length it is the one
     that is repeated first. Without a repeated token the result is (0, 0, 0).
     """
-    found = (0, 0, 0)
-    low = 0
-    high = len(tokens) - 1
-    # If a span of n tokens occurs twice, so does one of n - 1: bisect the length.
-    while low < high:
-        middle = (low + high + 1) // 2
-        if occurrence := _repeat_of(tokens, middle):
-            found = (middle, *occurrence)
-            low = middle
-        else:
-            high = middle - 1
-    return found
+    number: dict[Hashable, int] = {}
+    ids = np.array([number.setdefault(token, len(number)) for token in tokens], np.int64)
+    # ladder[k] numbers the span of 2^k tokens from each position on: equal spans, equal numbers.
+    ladder = [ids]
+    while _repeats(ladder[-1]):
+        half = 1 << (len(ladder) - 1)
+        ladder.append(_joined(ladder[-1][:-half], ladder[-1][half:]))
+    # If a span of n tokens occurs twice, so does one of n - 1: set the bits of the length from the
+    # highest on.
+    length = 0
+    spans = np.zeros(len(ids), np.int64)
+    for power in reversed(range(len(ladder))):
+        longer = _joined(spans, ladder[power][length:])
+        if _repeats(longer):
+            spans = longer
+            length += 1 << power
+    if not length:
+        return 0, 0, 0
+    _, firsts, spans = np.unique(spans, return_index=True, return_inverse=True)
+    first_of = firsts[spans]
+    start = int(np.flatnonzero(first_of != np.arange(len(spans)))[0])
+    return length, int(first_of[start]), start
 
 
 def distinct(sequences: Sequence[Sequence[Hashable]], n: int) -> float:
@@ -70,12 +82,14 @@ def distinct(sequences: Sequence[Sequence[Hashable]], n: int) -> float:
     return len(set(found)) / len(found) if found else 0.0
 
 
-def _repeat_of(tokens: Sequence[Hashable], length: int) -> tuple[int, int] | None:
-    """Return the starts of the first span of ``length`` tokens that occurred before, or None."""
-    seen: dict[tuple[Hashable, ...], int] = {}
-    for start in range(len(tokens) - length + 1):
-        span = tuple(tokens[start : start + length])
-        if span in seen:
-            return seen[span], start
-        seen[span] = start
-    return None
+def _joined(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Return numbers of the pairs of both, as many as the shorter has: equal pairs, equal ones."""
+    size = min(len(left), len(right))
+    if not size:
+        return np.zeros(0, np.int64)
+    pairs = left[:size] * (int(right.max()) + 1) + right[:size]
+    return np.unique(pairs, return_inverse=True)[1]
+
+
+def _repeats(numbers: np.ndarray) -> bool:
+    return len(np.unique(numbers)) < len(numbers)

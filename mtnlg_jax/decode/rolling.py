@@ -71,10 +71,12 @@ def roll(config: ModelConfig, number: int, layer, lengths_B, size: int):
 def keeps_windows(config: DecodeConfig) -> bool:
     """Return whether a windowed layer may keep only its window under these settings.
 
-    Beams share the prompt's cache, which each of them continues. Guesses overwrite keys, and if a
-    guess is rejected those keys are still needed.
+    Beams share the prompt's cache, which each of them continues, and so do the candidates of
+    contrastive search. Guesses overwrite keys, and if a guess is rejected those keys are still
+    needed.
     """
-    return config.num_beams == 1 and not config.prompt_lookup_num_tokens
+    shared = config.num_beams > 1 or config.penalty_alpha > 0
+    return not shared and not config.prompt_lookup_num_tokens
 
 
 def keeps_positions(cache: Sequence[Any]) -> bool:

@@ -42,6 +42,7 @@ class Row:
         self.read = 0  # tokens whose keys are in the cache
         self.cached = 0  # tokens of the prompt whose keys were there already
         self.longest = 0
+        self.mu = 2 * settings.mirostat_tau  # as `mirostat.start`
         self.reason = ""
         self.error = ""
         self.tail = ""  # text that was held back, shown at the end
@@ -67,6 +68,7 @@ class Row:
         logprobs = written.logprobs_UB[:count, at]
         self.known += tokens
         self.read = len(self.known) - 1
+        self.mu = float(written.mu_B[at])
         try:
             check_finite(np.asarray(logprobs), 0, first)
         except ValueError as error:

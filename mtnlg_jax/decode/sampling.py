@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mtnlg_jax.config import ModelConfig
+from mtnlg_jax.decode import mirostat
 from mtnlg_jax.decode.batched_settings import Settings, ends_of, stopped
 from mtnlg_jax.decode.cache import Prefix, attend_newest, split_cache, step, to_int8
 from mtnlg_jax.decode.forward import flying, write_in_flight
@@ -29,6 +30,7 @@ class State(NamedTuple):
     logprobs_BS: jax.Array
     lengths_B: jax.Array  # known tokens; the last one is not in the cache yet
     done_B: jax.Array
+    mu_B: jax.Array  # the limits of mirostat
 
 
 class Limits(NamedTuple):
@@ -50,6 +52,7 @@ def split_state(state: State, place: Callable = split) -> State:
         place(state.logprobs_BS, "BS"),
         place(state.lengths_B, "B"),
         place(state.done_B, "B"),
+        place(state.mu_B, "B"),
     )
 
 
@@ -70,7 +73,16 @@ def append(
         limits.prompts_B,
         limits.longest_B,
     )
-    tokens_B = choose(processed_BV, settings, limits.keys_B, state.lengths_B - limits.prompts_B)
+    cut_BV = mirostat.cut(processed_BV, settings, state.mu_B)
+    tokens_B = choose(cut_BV, settings, limits.keys_B, state.lengths_B - limits.prompts_B)
+    mu_B = mirostat.steer(state.mu_B, tokens_B, processed_BV, settings)
+    return put(logits_BV, processed_BV, tokens_B, state._replace(mu_B=mu_B), limits, settings)
+
+
+def put(
+    logits_BV, processed_BV, tokens_B, state: State, limits: Limits, settings: Settings
+) -> State:
+    """Append the chosen ``tokens_B`` to every row that is not done."""
     ends_BE = ends_of(settings)
     # Where every token is forbidden, as by n-grams of size 1 in a small vocabulary, end the row.
     nothing_B = processed_BV.max(-1) == -jnp.inf
@@ -91,6 +103,7 @@ def append(
         state.logprobs_BS.at[at].set(logprobs_B, mode="drop"),
         lengths_B,
         state.done_B | ended_B | (lengths_B >= limits.longest_B),
+        state.mu_B,
     )
 
 
@@ -118,14 +131,33 @@ def begin(
     # Prompts are read in floats; their keys and values are rounded once, here.
     if int8_cache:
         prefix = prefix._replace(cache=to_int8(prefix.cache))
+    state, limits, logits_BV = copy_prompts(prefix, owners_B, max_new_tokens_B, seeds_B, settings)
+    # The first token needs no step of the model: the prefill has its logits.
+    return split_state(append(logits_BV, state, limits, settings)), limits
+
+
+def copy_prompts(
+    prefix: Prefix, owners_B, max_new_tokens_B, seeds_B, settings: Settings
+) -> tuple[State, Limits, jax.Array]:
+    """Return rows that have written nothing, and the logits of their first tokens (B, V).
+
+    Row i continues prompt ``owners_B[i]`` of ``prefix``.
+    """
     # Each row has a copy of its prompt's cache, because it writes behind it.
     tokens_BS, prompts_B, logits_BV, cache = jax.tree.map(lambda x: x[owners_B], prefix)
     longest_B = jnp.minimum(prompts_B + max_new_tokens_B, tokens_BS.shape[1])
     # A key for each row, so that its draws do not depend on the batch.
     limits = Limits(prompts_B, longest_B, jax.vmap(jax.random.key)(seeds_B))
-    state = State(cache, tokens_BS, jnp.zeros(tokens_BS.shape), prompts_B, prompts_B >= longest_B)
-    # The first token needs no step of the model: the prefill has its logits.
-    return split_state(append(logits_BV, state, limits, settings)), limits
+    done_B = prompts_B >= longest_B
+    state = State(
+        cache,
+        tokens_BS,
+        jnp.zeros(tokens_BS.shape),
+        prompts_B,
+        done_B,
+        mirostat.start(settings),
+    )
+    return state, limits, logits_BV
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")

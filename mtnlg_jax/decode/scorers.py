@@ -6,43 +6,28 @@ tokens, characters or UTF-8 bytes, as ``normalise`` says.
 """
 
 import collections
-import dataclasses
 import math
 import numbers
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from mtnlg_jax.config import StageConfig
-from mtnlg_jax.data.tokenizer.base import Tokenizer
-from mtnlg_jax.decode.cache import Decoder, capacity, prefill
+from mtnlg_jax.decode.pool import (
+    NORMALIZATIONS,
+    Pool,
+    ScorerOptions,
+    Scores,
+    check_behind,
+    length_of,
+    sums_behind,
+    sums_of,
+)
 from mtnlg_jax.decode.results import check_context, encode_prompt
-from mtnlg_jax.decode.scoring import score, score_masked, score_rows
+from mtnlg_jax.decode.scoring import score_masked, score_rows
+from mtnlg_jax.decode.text_scorers import coherence, diversity, repetition
 from mtnlg_jax.decode.utilities import UTILITIES, extract_answer, utility_of
-
-NORMALIZATIONS = ("sum", "per_token", "per_char", "per_byte")
-
-
-@dataclasses.dataclass(frozen=True)
-class ScorerOptions:
-    """Settings of single scorers. Setting one that none of the chosen scorers uses is an error."""
-
-    gnmt_alpha: float = 0.6  # any finite number; 0: the sum
-    neutral: str = ""  # context of log p(y); empty text means <bos> alone
-    # x of the noisy channel, without the prompt's other words; None: the prompt
-    source: str | None = None
-    reverse: str = "{candidate}\n"  # prompt before the source, for log p(x|y)
-    channel_weight: float = 1.0  # of log p(x|y)
-    language_weight: float = 1.0  # of log p(y)
-    within_word_l2r: bool = False  # also masks the rest of the token's word
-    # a name of UTILITIES, or a function of (candidate, reference)
-    utility: str | Callable[[str, str], float] = "chrf"
-    # a pattern (group 1, or all, of its last match), or a function of the text
-    answer: str | Callable[[str], str | None] | None = None
-    votes: str = "count"  # count | probability: count x exp(log p(y|x) / |y|)
-
 
 # The scorers that use each option.
 _ACTS_IN = {
@@ -57,70 +42,6 @@ _ACTS_IN = {
     "answer": ("self_consistency",),
     "votes": ("self_consistency",),
 }
-
-
-class Candidate(NamedTuple):
-    """A text to score, with the tokens before it."""
-
-    text: str
-    row: tuple[int, ...]  # the prompt's tokens, then its own
-    start: int  # index in ``row`` of the first token scored, 1 or more
-    scored: bytes  # text of the tokens scored, in UTF-8
-
-    @property
-    def tokens(self) -> tuple[int, ...]:
-        return self.row[self.start :]
-
-    def length(self, normalise: str) -> int:
-        """Return |y|.
-
-        A candidate has at least one token. Its text may be empty, like that of a stop token, and
-        then has length 1.
-        """
-        return length_of(normalise, self.scored, self.tokens)
-
-
-class Pool(NamedTuple):
-    """The different candidates, and how to score them."""
-
-    decoder: Decoder
-    tokenizer: Tokenizer
-    prompt: str
-    candidates: list[Candidate]
-    counts: np.ndarray  # how often each occurred
-    normalise: str
-    options: ScorerOptions
-
-    @property
-    def texts(self) -> list[str]:
-        return [each.text for each in self.candidates]
-
-    @property
-    def tokens(self) -> list[tuple[int, ...]]:
-        return [each.tokens for each in self.candidates]
-
-    def lengths(self, normalise: str | None = None) -> np.ndarray:
-        return np.array([each.length(normalise or self.normalise) for each in self.candidates])
-
-
-class Scores(NamedTuple):
-    """The result of a scorer for all candidates of a pool."""
-
-    parts: dict[str, np.ndarray]  # by name, one number a candidate; the scorer's name is its score
-    answers: list[str | None] | None = None  # of self_consistency
-    utilities: np.ndarray | None = None  # of mbr: each candidate (row) against each
-
-
-def length_of(normalise: str, text: bytes, tokens: Sequence[int]) -> int:
-    """Return the length to divide by; a character counts where it begins in ``text`` (UTF-8)."""
-    # Continuation bytes of UTF-8 are 10xxxxxx.
-    characters = sum(byte & 0xC0 != 0x80 for byte in text)
-    return {
-        "sum": 1,
-        "per_token": len(tokens),
-        "per_char": max(characters, 1),
-        "per_byte": max(len(text), 1),
-    }[normalise]
 
 
 def _logprob(pool: Pool) -> Callable[[np.ndarray], Scores]:
@@ -143,10 +64,10 @@ def _pmi(pool: Pool):
     neutral = _neutral(pool.tokenizer, pool.options.neutral, pool.prompt)
     for each in pool.candidates:
         _check_neutral(pool.options, neutral, each.row[: each.start])
-    _check_behind(pool, neutral, "the neutral context")
+    check_behind(pool, neutral, "the neutral context")
 
     def run(sums):
-        alone = _sums_behind(pool, neutral)
+        alone = sums_behind(pool, neutral)
         return Scores({"pmi": (sums - alone) / pool.lengths(), "pmi.neutral": alone})
 
     return run
@@ -164,7 +85,7 @@ def _noisy_channel(pool: Pool):
     text = pool.prompt if options.source is None else options.source
     source = tokenizer.encode(text)
     neutral = _neutral(tokenizer, options.neutral, pool.prompt)
-    _check_behind(pool, neutral, "the neutral context")
+    check_behind(pool, neutral, "the neutral context")
     contexts = [
         encode_prompt(tokenizer, options.reverse.replace("{candidate}", each))
         for each in pool.texts
@@ -180,8 +101,8 @@ def _noisy_channel(pool: Pool):
 
     def run(sums):
         rows = [[*context, *source] for context in contexts]
-        channel = _sums(score_rows(pool.decoder, rows, list(map(len, contexts))))
-        language = _sums_behind(pool, neutral)
+        channel = sums_of(score_rows(pool.decoder, rows, list(map(len, contexts))))
+        language = sums_behind(pool, neutral)
         direct = sums / pool.lengths()
         total = (
             direct
@@ -234,7 +155,7 @@ def _pseudo_log_likelihood(pool: Pool):
             else [(i, i + 1) for i in range(start, len(row) - 1)]
             for row, start in zip(rows, starts, strict=True)
         ]
-        totals = _sums(score_masked(pool.decoder, pool.tokenizer.mask_id, rows, hidden))
+        totals = sums_of(score_masked(pool.decoder, pool.tokenizer.mask_id, rows, hidden))
         return Scores(
             {"pseudo_log_likelihood": totals / pool.lengths(), "pseudo_log_likelihood.sum": totals}
         )
@@ -310,6 +231,9 @@ SCORERS = {
     "pseudo_log_likelihood": _pseudo_log_likelihood,
     "mbr": _mbr,
     "self_consistency": _self_consistency,
+    "repetition": repetition,
+    "diversity": diversity,
+    "coherence": coherence,
 }
 
 
@@ -424,20 +348,3 @@ def _check_answer(answer) -> None:
             re.compile(answer)
         except re.error as error:
             raise ValueError(f"answer={answer!r} is not a regular expression: {error}") from None
-
-
-def _check_behind(pool: Pool, context: Sequence[int], what: str) -> None:
-    for text, tokens in zip(pool.texts, pool.tokens, strict=True):
-        check_context(
-            pool.decoder, len(context) + len(tokens), f"{what} with candidate {text[:40]!r}"
-        )
-
-
-def _sums_behind(pool: Pool, context: Sequence[int]) -> np.ndarray:
-    """Return log p of the same tokens y after another context."""
-    prefix = prefill(pool.decoder, [context], capacity(len(context), pool.decoder.context))
-    return _sums(score(pool.decoder, prefix, pool.tokens))
-
-
-def _sums(scored: Sequence[np.ndarray]) -> np.ndarray:
-    return np.array([each.sum(dtype=np.float64) for each in scored])

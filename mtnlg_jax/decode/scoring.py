@@ -5,7 +5,7 @@ row), so that memory is bounded. Rows of a block are a power of two and its widt
 64 ..., so that few programs are compiled; where blocks end changes only the last bits of rounding.
 """
 
-# Shapes: C candidates (rows of a block), S positions, D width, V vocabulary
+# Shapes: B prompts, C candidates (rows of a block), S positions, D width, V vocabulary
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtnlg_jax.config import ModelConfig
+from mtnlg_jax.decode.adapters import of_rows
 from mtnlg_jax.decode.cache import Decoder, Prefix, capacity, options_of_heads
 from mtnlg_jax.decode.forward import run_layers
 from mtnlg_jax.decode.rolling import check_whole
@@ -31,23 +32,24 @@ LEAST = 16
 CHUNK = 256
 
 
-def blocks(lengths: Sequence[int], decoder: Decoder) -> Iterator[tuple[list[int], int, int]]:
+def blocks(
+    lengths: Sequence[int], decoder: Decoder, limit: int | None = None
+) -> Iterator[tuple[list[int], int, int]]:
     """Yield (indices of sequences, rows, width) of each block, the longest sequences first.
 
     Further rows are padding. Sequences of similar length share a block, so that little of it is
-    padding.
+    padding. ``limit``: the maximum number of sequences; None: as many as the tokens allow.
     """
     order = np.argsort(lengths, kind="stable").tolist()
     while order:
         width = padded_positions(capacity(lengths[order[-1]], decoder.context, LEAST))
-        most = max(1, decoder.block_tokens // width)
+        most = max(1, min(decoder.block_tokens // width, limit or decoder.block_tokens))
         most = 1 << (most.bit_length() - 1)
         chosen = order[-most:]
         del order[-most:]
         yield chosen, 1 << (len(chosen) - 1).bit_length(), width
 
 
-@over_its_mesh
 def score(
     decoder: Decoder, prefix: Prefix, candidates: Sequence[Sequence[int]]
 ) -> list[np.ndarray]:
@@ -58,17 +60,30 @@ def score(
     check_whole(prefix.cache, "scoring")
     scored = [np.empty(0, np.float32)] * len(candidates)
     for chosen, rows, width in blocks(list(map(len, candidates)), decoder):
-        labels_CS = np.zeros((padded(rows, decoder.mesh), width), np.int32)
-        for row, i in zip(labels_CS, chosen, strict=False):
-            row[: len(candidates[i])] = candidates[i]
-        lengths_C = np.zeros(len(labels_CS), np.int32)
-        lengths_C[: len(chosen)] = [len(candidates[i]) for i in chosen]
-        table_CS = fetch(
-            _score(decoder.params, prefix, labels_CS, lengths_C, config=decoder.config)
-        )
-        for row, i in zip(table_CS, chosen, strict=False):
-            scored[i] = row[: len(candidates[i])]
+        found = score_block(decoder, prefix, [candidates[i] for i in chosen], rows, width)
+        for i, each in zip(chosen, found, strict=True):
+            scored[i] = each
     return scored
+
+
+@over_its_mesh
+def score_block(
+    decoder: Decoder, prefix: Prefix, candidates: Sequence[Sequence[int]], rows: int, width: int
+) -> list[np.ndarray]:
+    """Return the log-probability of every token of each candidate, all in one call of the model.
+
+    Args:
+      prefix: B prompts. The first len(candidates) / B candidates follow the first of them, and so
+        on. With one prompt, ``rows`` may be more than there are candidates.
+      width: at least the length of the longest candidate. A candidate may be empty.
+    """
+    labels_CS = np.zeros((padded(rows, decoder.mesh), width), np.int32)
+    lengths_C = np.zeros(len(labels_CS), np.int32)
+    for at, tokens in enumerate(candidates):
+        labels_CS[at, : len(tokens)] = tokens
+        lengths_C[at] = len(tokens)
+    table_CS = fetch(_score(decoder.params, prefix, labels_CS, lengths_C, config=decoder.config))
+    return [row[: len(tokens)] for row, tokens in zip(table_CS, candidates, strict=False)]
 
 
 def score_from(
@@ -96,29 +111,40 @@ def score_from(
 
 @functools.partial(jax.jit, static_argnames="config")
 def _score(params, prefix: Prefix, labels_CS, lengths_C, *, config):
-    """Score a block of candidates of ``lengths_C`` tokens.
+    """Score a block of candidates of ``lengths_C`` tokens, C / B of them behind each of B prompts.
 
-    The block begins with the prefix's last token, whose output predicts each candidate's first. Its
-    queries see the cache before that token, and the block itself causally.
+    The block begins with the last token of each prompt, whose output predicts each candidate's
+    first. Its queries see the cache before that token, and the block itself causally.
     """
     number, width = labels_CS.shape
-    before = prefix.lengths_B[0] - 1
-    first_C1 = jnp.broadcast_to(prefix.tokens_BS[0, before], (number, 1))
+    prompts = prefix.tokens_BS.shape[0]
+    before_B = jnp.asarray(prefix.lengths_B) - 1
+    before_C1 = jnp.repeat(before_B, number // prompts)[:, None]
+    first_B1 = jnp.take_along_axis(prefix.tokens_BS, before_B[:, None], 1)
+    first_C1 = jnp.repeat(first_B1, number // prompts, 0)
     tokens_CS = jnp.concatenate([first_C1, labels_CS[:, :-1]], 1)
     # Padding may reach past the last position; it is never scored.
-    positions_CS = jnp.minimum(before + jnp.arange(width), config.max_position_embeddings - 1)
-    positions_CS = jnp.broadcast_to(positions_CS, (number, width))
+    positions_CS = jnp.minimum(
+        before_C1 + jnp.arange(width)[None], config.max_position_embeddings - 1
+    )
 
     def attend(layer, q, k, v, return_lse=False, **options):
-        before = layer.rows
         shared_k, shared_v = (x.swapaxes(1, 2) for x in layer.shared)
-        o_shared, lse_shared = _attend_shared(q, shared_k, shared_v, before, options)
+        o_shared, lse_shared = _attend_shared(q, shared_k, shared_v, layer.rows, options)
         o_own, lse_own = attention(q, k, v, return_lse=True, **options)
         out = merge(o_shared, lse_shared, o_own, lse_own.swapaxes(1, 2)).astype(q.dtype)
         return (out, merge_lse(lse_shared.swapaxes(1, 2), lse_own)) if return_lse else out
 
     x_CSD, head = run_layers(
-        config, params, tokens_CS, positions_CS, attend, shared=prefix.cache, rows=before
+        config,
+        params,
+        tokens_CS,
+        positions_CS,
+        attend,
+        shared=prefix.cache,
+        rows=before_B,
+        # The candidates of one prompt stay together; one prompt is for all of them.
+        units=prompts if prompts > 1 else number,
     )
     return _log_probs(x_CSD, head, labels_CS, jnp.arange(width)[None] < lengths_C[:, None])
 
@@ -130,31 +156,34 @@ def _log_probs(x_CSD, head, labels_CS, wanted_CS):
     return found.reshape(labels_CS.shape)
 
 
-def _attend_shared(q, k, v, before, options: dict):
-    """Return (out (C, S, N, H), lse (C, S, N)) of all candidates over the first ``before`` keys of
-    one row. The keys are not copied for each candidate."""
+def _attend_shared(q, k, v, before_B, options: dict):
+    """Return (out (C, S, N, H), lse (C, S, N)) of all candidates over the first ``before_B`` keys
+    of their prompts, C / B candidates a prompt. The keys are not copied for each candidate."""
     number, width, heads, head_width = q.shape
+    prompts = k.shape[0]
+    each = number // prompts
     if "window" not in options and "alibi_slopes" not in options:
-        # One long row of queries: positions do not matter.
-        flat = q.reshape(1, number * width, heads, head_width)
-        lengths_1 = before[None]
-        out, lse = attention_to_cache(flat, k, v, causal=False, kv_lengths=lengths_1, **options)
-        return out.reshape(q.shape), lse.reshape(heads, number, width).transpose(1, 2, 0)
-    # One row in which the candidates are more query heads, so that query i is at before + i.
+        # One long row of queries a prompt: positions do not matter.
+        flat = q.reshape(prompts, each * width, heads, head_width)
+        out, lse = attention_to_cache(flat, k, v, causal=False, kv_lengths=before_B, **options)
+        lse = lse.reshape(prompts, heads, each, width).transpose(0, 2, 3, 1)
+        return out.reshape(q.shape), lse.reshape(number, width, heads)
+    # A row a prompt, in which the candidates are more query heads, so that query i is at
+    # before + i.
     kv_heads = k.shape[2]
-    shape = (kv_heads, number, heads // kv_heads)
-    grouped = q.reshape(number, width, kv_heads, -1, head_width).transpose(1, 2, 0, 3, 4)
+    shape = (kv_heads, each, heads // kv_heads)
+    grouped = q.reshape(prompts, each, width, kv_heads, -1, head_width).transpose(0, 2, 3, 1, 4, 5)
     out, lse = attention_to_cache(
-        grouped.reshape(1, width, -1, head_width),
+        grouped.reshape(prompts, width, -1, head_width),
         k,
         v,
-        q_offset=before[None],
-        kv_lengths=before[None],
+        q_offset=before_B,
+        kv_lengths=before_B,
         **options_of_heads(options, shape, 1),
     )
-    out = out.reshape(grouped.shape).transpose(2, 0, 1, 3, 4).reshape(q.shape)
-    lse = lse.reshape(*shape, width).transpose(1, 3, 0, 2).reshape(number, width, heads)
-    return out, lse
+    out = out.reshape(grouped.shape).transpose(0, 3, 1, 2, 4, 5).reshape(q.shape)
+    lse = lse.reshape(prompts, *shape, width).transpose(0, 2, 4, 1, 3)
+    return out, lse.reshape(number, width, heads)
 
 
 @over_its_mesh
@@ -176,7 +205,8 @@ def score_rows(
             [starts[i] for i in chosen],
             [len(rows[i]) for i in chosen],
         ]
-        table_CS = fetch(_score_rows(decoder.params, tokens_CS, spans_2C, config=decoder.config))
+        params = of_rows(decoder, chosen, len(tokens_CS)).params
+        table_CS = fetch(_score_rows(params, tokens_CS, spans_2C, config=decoder.config))
         for row, i in zip(table_CS, chosen, strict=False):
             scored[i] = row[starts[i] - 1 : len(rows[i]) - 1]
     return scored
@@ -232,11 +262,9 @@ def score_masked(
             lengths_C[at] = len(rows[i])
             positions_C[at] = position
             labels_C[at] = rows[i][position]
-        table_C = fetch(
-            _score_masked(
-                decoder.params, tokens_CS, lengths_C, positions_C, labels_C, config=decoder.config
-            )
-        )
+        params = of_rows(decoder, [copies[copy][0] for copy in chosen], number).params
+        arrays = (tokens_CS, lengths_C, positions_C, labels_C)
+        table_C = fetch(_score_masked(params, *arrays, config=decoder.config))
         scored[chosen] = table_C[: len(chosen)]
     return np.split(scored, np.cumsum([len(spans) for spans in hidden])[:-1])
 

@@ -39,6 +39,7 @@ class Rows(NamedTuple):
     prompts_B: np.ndarray
     longest_B: np.ndarray
     seeds_B: np.ndarray
+    mu_B: np.ndarray  # the limits of mirostat
 
 
 class Extras(NamedTuple):
@@ -55,6 +56,7 @@ class Written(NamedTuple):
     logprobs_UB: jax.Array
     lengths_B: jax.Array
     done_B: jax.Array
+    mu_B: jax.Array
     top_tokens_UBA: jax.Array | None
     top_logprobs_UBA: jax.Array | None
 
@@ -201,6 +203,7 @@ def advance(
         jnp.zeros(rows.tokens_BS.shape),
         jnp.asarray(rows.lengths_B),
         ~jnp.asarray(rows.active_B),
+        jnp.asarray(rows.mu_B),
     )
     idle_B = state.done_B
     tops = None if extras is None else _no_tops(batch)
@@ -236,7 +239,7 @@ def advance(
         lambda all, x: lax.dynamic_update_slice_in_dim(all, x, 0, 0), cache, state.cache
     )
     told = tops or (None, None)
-    written = Written(tokens_UB, logprobs_UB, state.lengths_B, state.done_B, *told)
+    written = Written(tokens_UB, logprobs_UB, state.lengths_B, state.done_B, state.mu_B, *told)
     return _split(cache), whole(written)
 
 

@@ -7,12 +7,14 @@ its rows use.
 
 # Shapes: B rows, V vocabulary, E entries of a table, J tokens of an entry
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
 
 from mtnlg_jax.config import DecodeConfig
 from mtnlg_jax.decode.batched_settings import Rows, Settings, StaticOptions, batch_settings
+from mtnlg_jax.decode.dry import breaker_bits
 
 _FIRST_TABLE = Rows._fields.index("bias_before")
 # The longest n-gram that rows of a running batch may forbid.
@@ -48,15 +50,25 @@ _SETTINGS = {
 
 
 def row_settings(
-    config: DecodeConfig, eos: Sequence[int], extras: bool = False
+    config: DecodeConfig, tokenizer, vocabulary: int, extras: bool = False
 ) -> tuple[int, Rows]:
     """Return the tier of one row, 0 to 2, and its settings with tables of the fixed widths.
 
-    ``extras``: the row has a constraint or tells alternatives, which the last tier does.
+    Args:
+      vocabulary: ids of the model.
+      extras: the row has a constraint or tells alternatives, which the last tier does.
 
-    Raises ValueError if a list is longer than its table.
+    Raises ValueError if a list is longer than its table, and on contrastive search.
     """
-    found = batch_settings([config], np.zeros(0, bool), tuple(eos))
+    if config.penalty_alpha > 0:
+        raise ValueError(
+            f"penalty_alpha={config.penalty_alpha} computes top_k candidates for a token, and rows "
+            "that share steps compute one; set penalty_alpha=0, or call `generate`"
+        )
+    bits_of = functools.partial(breaker_bits, tokenizer, vocabulary)
+    found = batch_settings(
+        [config], np.zeros(0, bool), tuple(tokenizer.eos_ids), breakers_of=bits_of
+    )
     for name, setting in _SETTINGS.items():
         _check_width(setting, getattr(found.rows, name).shape[1:], _WIDTHS[name][0])
     if config.no_repeat_ngram_size > NGRAM:
@@ -66,7 +78,8 @@ def row_settings(
         )
     names = found.static_options.names
     tier = next(i for i, options in enumerate(TIERS) if names <= options.names)
-    tables = {name: _widened(getattr(found.rows, name), *_WIDTHS[name]) for name in _WIDTHS}
+    widths = _WIDTHS | {"breakers": ((-(-vocabulary // 32),), 0)}
+    tables = {name: _widened(getattr(found.rows, name), *widths[name]) for name in widths}
     return (len(TIERS) - 1 if extras else tier), found.rows._replace(**tables)
 
 

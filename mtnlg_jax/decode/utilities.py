@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 UTILITIES = ("chrf", "bleu", "bleu_zh", "token_f1", "exact")
 # A character of a script without spaces counts as a word.
-_SPACELESS = (
+SPACELESS = (
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
     "\U00020000-\U0003ffff]"
 )
-_WORD = re.compile(rf"{_SPACELESS}|(?:(?!{_SPACELESS})\w)+")
+_WORD = re.compile(rf"{SPACELESS}|(?:(?!{SPACELESS})\w)+")
 
 
 def extract_answer(answer: str | Callable[[str], str | None], text: str) -> str | None:

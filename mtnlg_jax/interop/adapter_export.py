@@ -7,6 +7,7 @@ queries, keys and values has three times the rank, or the same where the three A
 import json
 import math
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -16,12 +17,12 @@ import numpy as np
 from mtnlg_jax.config import Config, ModelConfig
 from mtnlg_jax.foreign import is_gguf
 from mtnlg_jax.interop.adapter_config import CONFIG, TENSORS, AdapterConfig
-from mtnlg_jax.interop.adapter_runs import base_family, original_of
+from mtnlg_jax.interop.adapter_runs import base_family, open_base, original_of, run_of_base
 from mtnlg_jax.interop.families import FAMILIES
 from mtnlg_jax.interop.interchange import Interchange
 from mtnlg_jax.interop.recognize import is_model
 from mtnlg_jax.interop.shards import cast, write_tensors
-from mtnlg_jax.train import lora
+from mtnlg_jax.train import adapter_file, lora
 from mtnlg_jax.train.arrays import StoredArrays
 from mtnlg_jax.train.checkpoint import Run, find_run
 
@@ -62,6 +63,38 @@ def to_adapter(
         )
     lines.append(f"checkpoint of step {run.step}")
     return run, "\n".join(lines)
+
+
+def convert_file(source: str, target: str, base: str | None, dtype: str = "source") -> str:
+    """Write an adapter's file of ours into the new folder ``target`` for PEFT; return a report.
+
+    ``base`` is the model that it was trained on. Raises ValueError on another one, and if PEFT
+    cannot hold the adapter.
+    """
+    if base is None:
+        raise ValueError(
+            f"{source} does not hold its base; give the model that it was trained on with --base"
+        )
+    if os.path.exists(target):
+        raise ValueError(f"--to={target} exists; name another folder, or remove it")
+    found = open_base(base)
+    adapter = adapter_file.load_adapter(base, source, base=(run_of_base(found), found))
+    folder = Path(f"{os.path.abspath(target)}.partial-{os.getpid()}")
+    folder.mkdir(parents=True)
+    try:
+        kind = "float32" if dtype == "source" else dtype
+        named = os.path.abspath(base)
+        interchange = found.interchange
+        factors = dict(adapter.factors)
+        _, settings = write_adapter(folder, interchange, factors, adapter.scale, named, kind)
+        os.rename(folder, target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return (
+        f"{source} -> {target}\nadapter    rank {settings['r']}, lora_alpha "
+        f"{settings['lora_alpha']:g}, of {', '.join(settings['target_modules'][:8])}\n"
+        f"base       {base}"
+    )
 
 
 def write_adapter(

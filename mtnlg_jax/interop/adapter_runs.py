@@ -4,8 +4,9 @@ The base is a folder of Hugging Face's, a GGUF file, or a run.
 """
 
 import dataclasses
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,12 @@ from mtnlg_jax.interop import vocabulary
 from mtnlg_jax.interop.adapter_config import CONFIG, AdapterConfig
 from mtnlg_jax.interop.adapters import Adapter, Base, Merged
 from mtnlg_jax.interop.export import config_of
-from mtnlg_jax.interop.families import FAMILIES, family_of
+from mtnlg_jax.interop.families import FAMILIES, Family, family_of
 from mtnlg_jax.interop.interchange import Interchange
 from mtnlg_jax.interop.recognize import is_adapter, is_model
 from mtnlg_jax.interop.source import Source, meta_of, original_of_model, read_run
-from mtnlg_jax.train import lora
-from mtnlg_jax.train.adapted_arrays import stored_arrays
+from mtnlg_jax.train import adapter_file, lora
+from mtnlg_jax.train.adapted_arrays import WithAdapter, stored_arrays
 from mtnlg_jax.train.checkpoint import Run, find_run
 
 _TARGETS = tuple("q k v o in gate out".split())
@@ -39,9 +40,20 @@ class RunBase:
         self.run = dataclasses.replace(run, params=None)
         self.model: ModelConfig = run.config.model
         self.original = original_of(workdir)
-        self.kind = base_family(workdir, self.model)
-        self.family = FAMILIES[self.kind]
-        self.interchange = Interchange(self.model, self.family)
+
+    # Adapters of PEFT's need the names of a family. A model may have none.
+
+    @functools.cached_property
+    def kind(self) -> str:
+        return base_family(self.path, self.model)
+
+    @functools.cached_property
+    def family(self) -> Family:
+        return FAMILIES[self.kind]
+
+    @functools.cached_property
+    def interchange(self) -> Interchange:
+        return Interchange(self.model, self.family)
 
     def read(self, name: str, index: int | None = None) -> np.ndarray:
         return self._stored.read(name, index)
@@ -138,11 +150,48 @@ def run_of_base(base: Base, tokenizer: str | os.PathLike | None = None) -> Run:
 
 def open_merged(
     adapter: str | os.PathLike, base: str | os.PathLike | None = None, which: str = "best"
-) -> tuple[Run, Merged]:
-    """Return the adapted model as a run without parameters, and where those are read."""
+) -> tuple[Run, Merged | WithAdapter]:
+    """Return the adapted model as a run without parameters, and where those are read.
+
+    ``adapter`` is a folder of PEFT's, or the file of an adapter of ours.
+    """
+    if adapter_file.is_adapter_file(adapter):
+        assert base is not None, "such a file does not name its base"
+        found = open_base(base, which)
+        run = run_of_base(found)
+        given = adapter_file.load_adapter(base, os.fspath(adapter), base=(run, found))
+        return run, WithAdapter(found, given.config, given.factors)
     found = open_base(base_of(adapter, base), which)
     merged = Merged(found, Adapter(adapter, found))
     return run_of_base(found), merged
+
+
+def read_adapters(
+    workdir: str | os.PathLike, names: Sequence[str], which: str = "best"
+) -> dict[str, adapter_file.Adapter]:
+    """Return adapters of the model at ``workdir`` by name, to decode beside each other.
+
+    Each is the name of one of the run, its file, or a folder of PEFT's. Raises ValueError on what
+    does not fit the model, and on what PEFT's hold that only a merged model has.
+    """
+    found = open_base(workdir, which)
+    identity: dict[str, Any] = {}
+    adapters = {}
+    for name in names:
+        path = adapter_file.find(workdir, name)
+        if is_adapter(path):
+            base_of(path, workdir)
+            beside = Beside(Adapter(path, found))
+            config = adapter_file.adapter_config(
+                found.model, beside.rank, beside.scale * beside.rank, beside.targets
+            )
+            factors = {full.rpartition(".")[2]: array for full, _, array in beside.parameters()}
+            adapters[name] = adapter_file.Adapter(config, factors, {}, {}, path)
+            continue
+        adapters[name] = adapter_file.read(path, found.model)
+        identity = identity or adapter_file.identity_of(run_of_base(found), found)
+        adapter_file.check_fits(adapters[name], identity, workdir)
+    return adapters
 
 
 def tokenizers_of(base: Base) -> tuple[Config, tuple[Tokenizer, ...]]:

@@ -31,8 +31,12 @@ class Base(Protocol):
 
     path: Path
     model: ModelConfig
-    family: Family
-    interchange: Interchange
+
+    @property
+    def family(self) -> Family: ...
+
+    @property
+    def interchange(self) -> Interchange: ...
 
     def tensor(self, name: str) -> np.ndarray: ...
 

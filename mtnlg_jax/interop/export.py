@@ -83,6 +83,7 @@ def meaning(model: ModelConfig, family: str | None = None) -> dict[str, Any]:
             multipliers.logits,
         ),
         "attention_sink": model.attention_sink,
+        "prefix": model.prefix.shape,
         "moe": moe,
         "init_method_std": model.init_method_std,
         "dropout_rate": model.dropout_rate if family == "gpt2" else 0.0,

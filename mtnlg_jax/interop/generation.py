@@ -24,6 +24,7 @@ _SAME = (
     "max_matching_ngram_size",
     "sequence_bias",
     "num_assistant_tokens",
+    "penalty_alpha",
     *SAMPLING_LIMITS,
     *(name for name in BEAM_ORDER if name != "length_penalty_type"),
 )
@@ -81,7 +82,7 @@ def decode_of(
       ValueError: a setting is out of range or conflicts with another; the message names it.
     """
     given = {key: value for key, value in generation.items() if value is not None}
-    for name in (*_THEIRS, "num_beams"):
+    for name in (*_THEIRS, "num_beams", "penalty_alpha"):
         if isinstance(given.get(name, 0), bool) or not isinstance(given.get(name, 0), int | float):
             raise ValueError(_refusal(f"{name}={given[name]!r} must be a number"))
     for name in ("eos_token_id", "suppress_tokens"):
@@ -102,8 +103,13 @@ def decode_of(
                 not_kept.append(f"{name}={given[name]} ({why})")
             given.pop(name, None)
 
+    top_k = given.get("top_k", _THEIRS["top_k"])
+    contrastive = given.get("penalty_alpha", 0) > 0 and top_k > 1 and not (sampled or beams)
     if not sampled:
-        leave_out(("temperature", *SAMPLING_LIMITS), "do_sample is false")
+        limits = [name for name in SAMPLING_LIMITS if name != "top_k" or not contrastive]
+        leave_out(("temperature", *limits), "do_sample is false")
+    if not contrastive:
+        leave_out(("penalty_alpha",), "contrastive search is off")
     if sampled and beams:
         leave_out(("num_beams",), "beam sampling differs here")
         beams = False
@@ -112,6 +118,8 @@ def decode_of(
     settings = {name: given[name] for name in _SAME if name in given}
     if sampled:
         settings |= {name: given.get(name, value) for name, value in _THEIRS.items()}
+    elif contrastive:
+        settings["top_k"] = top_k
     if "max_length" in given and "max_new_tokens" not in given:
         settings["max_new_tokens"] = given["max_length"]
         not_kept.append(

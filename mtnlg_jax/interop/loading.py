@@ -22,6 +22,7 @@ from mtnlg_jax.model.params import names_of
 from mtnlg_jax.model.transformer import abstract_model
 from mtnlg_jax.parallel import host
 from mtnlg_jax.parallel.mesh import shardings_of
+from mtnlg_jax.train.adapted_arrays import WithAdapter
 from mtnlg_jax.train.checkpoint import Run
 
 
@@ -47,7 +48,7 @@ def tokenizer_for_data(path: str | os.PathLike) -> Tokenizer | None:
 
 def open_model(
     path: str | os.PathLike, adapter: str | os.PathLike | None = None, which: str = "best"
-) -> tuple[Run, Source | Merged]:
+) -> tuple[Run, Source | Merged | WithAdapter]:
     """Return the model at ``path`` as a run without parameters, and where those are read.
 
     With an ``adapter`` it is merged; then ``path`` may also be a run, with its checkpoint

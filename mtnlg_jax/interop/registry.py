@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mtnlg_jax.config import Config
     from mtnlg_jax.interop.adapters import Merged
     from mtnlg_jax.interop.source import Source
+    from mtnlg_jax.train.adapted_arrays import WithAdapter
     from mtnlg_jax.train.checkpoint import Run
 
 
@@ -60,7 +61,7 @@ class _Reader:
 
         return tokenizer_for_data(path)
 
-    def open(self, path: str | os.PathLike) -> tuple["Run", "Source | Merged"]:
+    def open(self, path: str | os.PathLike) -> tuple["Run", "Source | Merged | WithAdapter"]:
         from mtnlg_jax.interop.loading import open_model
 
         return open_model(path, *self._adapter(path))
@@ -68,7 +69,7 @@ class _Reader:
     def keep(self, path: str | os.PathLike, folder: str | os.PathLike) -> None:
         from mtnlg_jax.interop.run_folder import keep_originals
 
-        opened = self.open(path)[1]
+        opened: Any = self.open(path)[1]
         keep_originals(getattr(opened, "base", opened), Path(folder))
 
     def load(self, path: str | os.PathLike, mesh: Any, zero: int, vocab_padding: int) -> "Run":
@@ -86,17 +87,19 @@ def register() -> None:
 
 
 def adapt(workdir: str | None, adapter: str | None, which: str = "best") -> None:
-    """Merge the PEFT ``adapter`` into the model at ``workdir`` whenever that is read; None: do
-    nothing.
+    """Merge ``adapter`` into the model at ``workdir`` whenever that is read; None: do nothing.
 
-    ``which`` is the checkpoint to read if ``workdir`` is a run. Raises what `open_merged` raises,
-    before any tensor is read.
+    It is the name of one of the run, its file, or a folder of PEFT's. ``which`` is the checkpoint
+    to read if ``workdir`` is a run. Raises what `adapter_file.find` and `open_merged` raise, before
+    the model is loaded.
     """
     if adapter is None:
         return
     if workdir is None:
         raise ValueError(f"--adapter={adapter} needs its base; give --workdir=BASE")
     from mtnlg_jax.interop.adapter_runs import open_merged
+    from mtnlg_jax.train.adapter_file import find
 
+    adapter = find(workdir, adapter)
     open_merged(adapter, workdir, which)
     _READER.adapted[os.path.abspath(workdir)] = (adapter, which)

@@ -30,6 +30,7 @@ from mtnlg_jax.model.parts import (
     multiply,
     normal,
 )
+from mtnlg_jax.model.prefix import PrefixEncoder
 from mtnlg_jax.parallel.collectives import axis_index, axis_size, gather, own_part, scatter_sum
 
 
@@ -73,6 +74,7 @@ class Transformer(nnx.Module):
 
         self.blocks = stacked(rngs)
         self.embedding_norm = Norm(config) if config.embedding_norm else None
+        self.prefix = PrefixEncoder(config, rngs=rngs) if config.prefix.positions else None
         self.final_norm = None if config.norm_placement == "post" else Norm(config)
         self.mlm = MaskedHead(config, rngs=rngs) if config.mlm_head else None
         self.head_VD = None if config.tie_embeddings else normal(rngs, std, V, D)
@@ -93,17 +95,19 @@ class Transformer(nnx.Module):
         *,
         positions_BS: jax.Array | None = None,
         segment_ids_BS: jax.Array | None = None,
+        prefix: jax.Array | None = None,
         causal: bool = True,
         hooks: Hooks = PLAIN,
     ) -> jax.Array:
         """Return the last hidden states after the final norm, (B, S, D), whole in S.
 
         Positions count from 0 by default. Tokens attend within equal ``segment_ids_BS``.
+        ``prefix`` (B, *config.prefix.shape) stands where tokens are below 0; see `embed`.
         """
         if positions_BS is None:
             positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1]), tokens_BS.shape)
         layers = nnx.state(self.blocks)
-        x_BSD = self.start(tokens_BS, positions_BS, hooks)
+        x_BSD = self.start(tokens_BS, positions_BS, hooks, prefix)
         x_BSD = self.run_layers(
             layers, 0, x_BSD, positions_BS, segment_ids_BS, causal=causal, hooks=hooks
         )
@@ -111,9 +115,17 @@ class Transformer(nnx.Module):
 
     # --- its parts, between which the trainer puts a pipeline
 
-    def embed(self, tokens_BS: jax.Array, positions_BS: jax.Array) -> jax.Array:
-        """Embed ids below vocab_size, (B, S, D); in the manual region this device's part of S."""
+    def embed(
+        self, tokens_BS: jax.Array, positions_BS: jax.Array, prefix: jax.Array | None = None
+    ) -> jax.Array:
+        """Embed ids below vocab_size, (B, S, D); in the manual region this device's part of S.
+
+        With a ``prefix``, token -1 - p stands for its position p.
+        """
         table = self.tokens_VD[...]
+        given_BS = tokens_BS
+        if prefix is not None:
+            tokens_BS = jnp.maximum(tokens_BS, 0)
         if axis_size("tensor") == 1:
             x_BSD = look_up(table, tokens_BS)
         else:
@@ -122,7 +134,18 @@ class Transformer(nnx.Module):
             mine = (local >= 0) & (local < table.shape[0])
             x_BSD = jnp.where(mine[..., None], look_up(table, jnp.where(mine, local, 0)), 0)
             x_BSD = scatter_sum(x_BSD, "tensor", 1)
+        if prefix is not None:
+            x_BSD = self.put_prefix(x_BSD, own_part(given_BS, "tensor", 1), prefix)
         return self.place(x_BSD, own_part(positions_BS, "tensor", 1))
+
+    def put_prefix(self, x_BSD: jax.Array, tokens_BS: jax.Array, prefix: jax.Array) -> jax.Array:
+        """Return the tokens' rows of the table ``x_BSD`` with the projected ``prefix`` in place of
+        those of tokens below 0."""
+        assert self.prefix is not None, "a model without a prefix was given one"
+        prefix_BPD = self.prefix(prefix).astype(x_BSD.dtype)
+        at_BS = jnp.clip(-1 - tokens_BS, 0, prefix_BPD.shape[1] - 1)
+        found_BSD = jnp.take_along_axis(prefix_BPD, at_BS[..., None], 1)
+        return jnp.where((tokens_BS < 0)[..., None], found_BSD, x_BSD)
 
     def place(self, x_BSD: jax.Array, positions_BS: jax.Array) -> jax.Array:
         """Return the embedding, (B, S, D), given the tokens' rows of the table."""
@@ -132,9 +155,15 @@ class Transformer(nnx.Module):
             x_BSD = x_BSD + look_up(self.positions_PD[...], positions_BS)
         return x_BSD if self.embedding_norm is None else self.embedding_norm(x_BSD)
 
-    def start(self, tokens_BS: jax.Array, positions_BS: jax.Array, hooks: Hooks) -> jax.Array:
+    def start(
+        self,
+        tokens_BS: jax.Array,
+        positions_BS: jax.Array,
+        hooks: Hooks,
+        prefix: jax.Array | None = None,
+    ) -> jax.Array:
         """Return the input of the first layer, (B, S, D)."""
-        return self._drop(self.embed(tokens_BS, positions_BS), 0, hooks)
+        return self._drop(self.embed(tokens_BS, positions_BS, prefix), 0, hooks)
 
     def run_layers(
         self,

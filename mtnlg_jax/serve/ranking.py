@@ -11,9 +11,10 @@ from starlette.responses import Response
 
 from mtnlg_jax.config import DecodeConfig
 from mtnlg_jax.decode.cache import Decoder
+from mtnlg_jax.decode.pool import ScorerOptions
 from mtnlg_jax.decode.rank import Ranking, rank
 from mtnlg_jax.decode.results import Generated
-from mtnlg_jax.decode.scorers import ScorerOptions, check_request, weights_of
+from mtnlg_jax.decode.scorers import check_request, weights_of
 from mtnlg_jax.serve.answers import answer, unless_gone
 from mtnlg_jax.serve.following import Following, Watch, result_of
 from mtnlg_jax.serve.models import Model

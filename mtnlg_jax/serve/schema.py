@@ -66,8 +66,14 @@ class Sampling(msgspec.Struct, kw_only=True):
     typical_p: float = 1.0
     epsilon_cutoff: float = 0.0
     eta_cutoff: float = 0.0
+    mirostat_tau: float = 0.0
+    mirostat_eta: float = 0.1
     repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int = -1
     min_tokens: int = 0
     stop_token_ids: list[int] = msgspec.field(default_factory=list)
     bad_words_ids: list[list[int]] = msgspec.field(default_factory=list)

@@ -12,8 +12,10 @@ import numpy as np
 
 from mtnlg_jax.tasks.metrics import RESAMPLES, Score, baseline, chance, mean, measure
 from mtnlg_jax.tasks.passages import Passage
+from mtnlg_jax.tasks.profile import Entry
 from mtnlg_jax.tasks.rendering import Row, answer_of, template_of
 from mtnlg_jax.tasks.templates import Task
+from mtnlg_jax.tasks.work import Work
 
 NORMALIZATIONS = ("sum", "per_char", "per_byte")
 
@@ -49,6 +51,8 @@ class Answer:
     # Scorer and normalization, such as "logprob per_byte"; empty if the answer was generated.
     ranked_by: str = ""
     log_prob: float | None = None  # of the reference after the prompt, for last words
+    profile: tuple[Entry, ...] = ()  # the entries of the person's profile in the prompt
+    work: Work | None = None  # parts, calls and tokens; None in answers read from a file
 
 
 @dataclass(frozen=True)

@@ -11,30 +11,37 @@ SUFFIXES = (
     ".jsonl, .ndjson, .json, .csv, .tsv and .txt (each also with .gz, .zst, .bz2 or .xz), and "
     ".parquet"
 )
-_TABLES = (".csv", ".tsv", ".txt")
-_JSON = (".jsonl", ".ndjson", ".json")
+TABLES = (".csv", ".tsv", ".txt")
+JSON = (".jsonl", ".ndjson", ".json")
 _SQUAD = {"input": "question", "reference": "answers", "context": "context"}
 
 
-def read_items(path: Path, columns, needs, notes):
-    """Return ((number, object) of each row, columns or None where the file does not name them)."""
-    kind = _kind(path)
-    if kind in _TABLES:
-        return read_table(path, kind, _text(path), columns, notes)
-    return _objects(path, kind, columns, needs, notes)
+def read_items(path: Path, columns, needs, notes, lenient: bool = False):
+    """Return ((number, object) of each row, columns or None where the file does not name them).
+
+    ``lenient``: a damaged row is its ValueError in place of the object, where others can be read.
+    """
+    kind = kind_of(path)
+    if kind in TABLES:
+        return read_table(path, kind, read_text(path), columns, notes, lenient)
+    return _objects(path, kind, columns, needs, notes, lenient)
 
 
-def _kind(path: Path) -> str:
+def kind_of(path: Path) -> str:
+    """Return the suffix that says how rows are read, without that of a compression.
+
+    Raises ValueError on an unknown one.
+    """
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     if suffixes and suffixes[-1] in open_files.PACKED:
         suffixes.pop()
     kind = suffixes[-1] if suffixes else ""
-    if kind not in (*_TABLES, *_JSON, ".parquet"):
+    if kind not in (*TABLES, *JSON, ".parquet"):
         raise ValueError(f"{path} has an unknown suffix; rows are read from {SUFFIXES}")
     return kind
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
     try:
         with open_files.open_file(str(path)) as stream:
             data = stream.read()
@@ -50,11 +57,11 @@ def _text(path: Path) -> str:
         ) from None
 
 
-def _objects(path: Path, kind: str, columns, needs, notes):
+def _objects(path: Path, kind: str, columns, needs, notes, lenient):
     """Return ((number, object) of each row, columns or None)."""
     if kind == ".parquet":
         return list(enumerate(_parquet(path), 1)), columns
-    text = _text(path)
+    text = read_text(path)
     # Not splitlines: a text may hold U+2028 and the like.
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
@@ -66,7 +73,7 @@ def _objects(path: Path, kind: str, columns, needs, notes):
             alone = False
         if alone:
             return [
-                (number, _json(f"{path}, row {number}", line)) for number, line in lines
+                (number, _json(f"{path}, row {number}", line, lenient)) for number, line in lines
             ], columns
     try:
         whole = json.loads(text, strict=False)
@@ -80,11 +87,14 @@ def _objects(path: Path, kind: str, columns, needs, notes):
     return _whole(path, kind, whole, columns, needs, notes)
 
 
-def _json(where: str, text: str):
+def _json(where: str, text: str, lenient: bool = False):
     try:
         return json.loads(text, strict=False)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not valid JSON ({error})") from None
+        damage = ValueError(f"{where}: not valid JSON ({error})")
+        if lenient:
+            return damage
+        raise damage from None
 
 
 def _parquet(path: Path) -> list[dict]:

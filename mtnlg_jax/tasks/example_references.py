@@ -20,30 +20,37 @@ _YES_NO = (
 def resolve_references(
     path: Path, parsed: Sequence[ParsedRow], columns, labels: Mapping[str, str], blank: str, notes
 ):
-    chosen = [row for row in parsed if row.choices and row.values and not labels]
-    reading = _reading(path, chosen, columns, notes) if chosen else ""
-    rows = []
+    reading = find_reading(path, parsed, columns, labels, notes)
     if twice := sum(len(set(row.choices)) < len(row.choices) for row in parsed):
         notes.append(f"{twice:,} of {len(parsed):,} rows have duplicate choices, which count once")
-    for row in parsed:
-        if row.right is not None:
-            references = tuple(row.choices[i] for i in row.right)
-        elif labels:
-            references = tuple(_renamed(row.where, value, labels) for value in row.values)
-        elif row.choices and row.values:
-            references = tuple(row.choices[i] for i in _known_indices(row, reading))
-        else:
-            references = tuple(map(str, row.values))
-        distinct = tuple(dict.fromkeys(row.choices))
-        rows.append(
-            Row(
-                references=references,
-                choices=distinct,
-                blank=blank if row.choices else "",
-                **row.texts,
-            )
-        )
-    return rows
+    return [resolve_row(row, reading, labels, blank) for row in parsed]
+
+
+def find_reading(
+    path: Path, parsed: Sequence[ParsedRow], columns, labels: Mapping[str, str], notes: list[str]
+) -> str:
+    """Return how the references of all rows name choices: one of READINGS, "name", or "" if no row
+    has both."""
+    chosen = [row for row in parsed if row.choices and row.values and not labels]
+    return _reading(path, chosen, columns, notes) if chosen else ""
+
+
+def resolve_row(row: ParsedRow, reading: str, labels: Mapping[str, str], blank: str) -> Row:
+    """Return the row with its references; ``reading`` comes from `find_reading`."""
+    if row.right is not None:
+        references = tuple(row.choices[i] for i in row.right)
+    elif labels:
+        references = tuple(_renamed(row.where, value, labels) for value in row.values)
+    elif row.choices and row.values:
+        references = tuple(row.choices[i] for i in _known_indices(row, reading))
+    else:
+        references = tuple(map(str, row.values))
+    return Row(
+        references=references,
+        choices=tuple(dict.fromkeys(row.choices)),
+        blank=blank if row.choices else "",
+        **row.texts,
+    )
 
 
 def _renamed(where: str, value, labels: Mapping[str, str]) -> str:

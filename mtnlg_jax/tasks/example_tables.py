@@ -3,6 +3,7 @@
 import csv
 import io
 from pathlib import Path
+from typing import Any
 
 from mtnlg_jax.tasks.layouts import FIELDS, LAYOUTS, keys_of
 
@@ -16,10 +17,12 @@ _HEADS = {
 } | set(FIELDS)
 
 
-def read_table(path: Path, kind: str, text: str, columns, notes):
-    """Return ((number, object) of each record, columns), None if the header names the columns."""
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    records = _csv(path, text) if kind == ".csv" else _tabbed(text)
+def read_table(path: Path, kind: str, text: str, columns, notes, lenient: bool = False):
+    """Return ((number, object) of each record, columns), None if the header names the columns.
+
+    ``lenient``: a record with too many columns is its ValueError in place of the object.
+    """
+    records = read_records(path, kind, text)
     if not records:
         return [], columns or {}
     head = records[0][1]
@@ -58,14 +61,18 @@ def read_table(path: Path, kind: str, text: str, columns, notes):
                         f"{', '.join(head)[:80]}; "
                         "name one of them, or give the column's number from 0"
                     )
-    items = []
+    items: list[tuple[int, Any]] = []
     for number, cells in records[1:]:
         if any(cell.strip() for cell in cells[len(head) :]):
-            raise ValueError(
+            damage = ValueError(
                 f"{path}, row {number}: {len(cells)} columns where the first line "
                 f"names {len(head)}; "
                 "put quotes around texts that hold the separator"
             )
+            if not lenient:
+                raise damage
+            items.append((number, damage))
+            continue
         cells = cells[: len(head)]
         item = dict(zip(names, cells, strict=False))
         items.append(
@@ -76,6 +83,12 @@ def read_table(path: Path, kind: str, text: str, columns, notes):
             )
         )
     return items, columns
+
+
+def read_records(path: Path, kind: str, text: str) -> list[tuple[int, list[str]]]:
+    """Return (number of its first line, cells) of each record, the header among them."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return _csv(path, text) if kind == ".csv" else _tabbed(text)
 
 
 def _csv(path: Path, text: str) -> list[tuple[int, list[str]]]:

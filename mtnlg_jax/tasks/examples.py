@@ -71,7 +71,7 @@ def read_rows(
     items, columns = read_items(path, columns, needs, notes)
     blank = ""
     if columns is None:
-        columns, choices, blank = _layout_of(items, choices, notes)
+        columns, choices, blank = layout_of(items, choices, notes)
     else:
         taken = {key for column in columns.values() for key in keys_of(column)}
         _check_named(
@@ -117,7 +117,7 @@ def _check_named(path: Path, items, columns: Mapping[str, str]) -> None:
                 )
 
 
-def _layout_of(items, choices, notes):
+def layout_of(items, choices, notes):
     """Return (columns, choices, blank) of the first layout that fits the rows."""
     first = items[0][1] if items else {}
     if isinstance(first, dict) and "input" not in first:

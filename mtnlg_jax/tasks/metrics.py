@@ -13,9 +13,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mtnlg_jax.data.segment import UNSPACED, WORDS, sentences, words
 from mtnlg_jax.tasks.rendering import Row, template_of
 from mtnlg_jax.tasks.templates import Task
-from mtnlg_jax.tasks.text import UNSPACED, WORDS, ascii_share, normalize, sentences, words
+from mtnlg_jax.tasks.text import ascii_share, normalize
 
 RESAMPLES = 1000
 METRICS = ("rouge1", "rouge2", "rougeL", "bleu", "chrf", "accuracy", "exact_match", "f1")
@@ -82,8 +83,8 @@ def measure(
       language: language of all answers, or a list with one for each. In "zh", characters are words.
         In other languages, ROUGE uses rouge-score's tokenizer if 99 % of the references' letters
         are ASCII, so that English scores are comparable with published ones, and otherwise the
-        words of every script (`text.words`). BLEU uses sacrebleu's tokenizer "zh" for all rows if
-        any answer is Chinese, "char" if most letters of the references belong to scripts without
+        words of every script (`segment.words`). BLEU uses sacrebleu's tokenizer "zh" for all rows
+        if any answer is Chinese, "char" if most letters of the references belong to scripts without
         spaces, and otherwise "13a".
 
     Raises:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from mtnlg_jax.data.read.documents import READABLE, Document, read_documents
-from mtnlg_jax.tasks.text import WORDS, sentences
+from mtnlg_jax.data.segment import WORDS, sentences
 
 
 @dataclasses.dataclass(frozen=True)

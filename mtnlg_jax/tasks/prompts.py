@@ -24,6 +24,11 @@ from mtnlg_jax.tasks.rendering import (
 )
 from mtnlg_jax.tasks.templates import Task, Template, check_choices
 from mtnlg_jax.tasks.text import cut, normalize
+from mtnlg_jax.tasks.work import Work
+
+
+class InputTooLong(ValueError):
+    """The input does not fit the context, and the task can spare no part of it."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,15 @@ class Examples:
         return found
 
 
+def work_of(tokenizer, prompt: Prompt, written: int) -> Work:
+    """Return the work of an answer to a whole input; ``written`` is its number of new tokens."""
+    from mtnlg_jax.decode.results import encode_prompt
+
+    prompts = prompt.texts or (prompt.text,)
+    read = sum(len(encode_prompt(tokenizer, text)) for text in prompts)
+    return Work("whole", 1, len(prompts), read, written)
+
+
 def same_question(one: Row, other: Row) -> bool:
     """Return whether two rows ask the same question, regardless of their answers.
 
@@ -129,7 +143,8 @@ def compose(
     relevant to the input are shown instead, as many as fit, in the order of the text.
 
     Raises:
-      ValueError: the input is empty, or still too long.
+      InputTooLong: the input is still too long.
+      ValueError: the input is empty.
     """
     from mtnlg_jax.decode.results import encode_prompt
 
@@ -304,13 +319,13 @@ def _shortened(task: Task, row: Row, text: str, fits, length: int, context: int)
         f"answer, and the model's context holds {context}"
     )
     if not task.keep:
-        raise ValueError(
+        raise InputTooLong(
             f"{what}; task {task.name!r} needs all of it: give it in parts, such as "
             "its sentences, or use a model with more positions"
         )
     text = cut(text, task.keep, fits)
     if not text:
-        raise ValueError(
+        raise InputTooLong(
             f"{what}, and not one word of it fits; use a shorter template, or a "
             "model with more positions"
         )

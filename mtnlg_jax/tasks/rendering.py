@@ -5,9 +5,10 @@ import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mtnlg_jax.data.segment import UNSPACED, language_of
 from mtnlg_jax.tasks.passages import Passage
 from mtnlg_jax.tasks.templates import LANGUAGES, Task, Template, check_choices, fill_in
-from mtnlg_jax.tasks.text import UNSPACED, language_of, normalize
+from mtnlg_jax.tasks.text import normalize
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -10,13 +10,13 @@ from mtnlg_jax.config import DecodeConfig, StageConfig, validate_decode
 from mtnlg_jax.decode.batched_settings import check_tokens
 from mtnlg_jax.decode.cache import Decoder
 from mtnlg_jax.decode.generate import generate
-from mtnlg_jax.decode.rank import rank
 from mtnlg_jax.decode.results import encode_prompt
-from mtnlg_jax.decode.scorers import ScorerOptions
 from mtnlg_jax.decode.scoring import score_rows
-from mtnlg_jax.tasks.answers import NORMALIZATIONS, Answer, Choice, length_of
+from mtnlg_jax.tasks.answers import NORMALIZATIONS, Answer
+from mtnlg_jax.tasks.choosing import choose
 from mtnlg_jax.tasks.passages import Retriever
-from mtnlg_jax.tasks.prompts import Examples, Prompt, compose
+from mtnlg_jax.tasks.profile import Profile, ShownProfile
+from mtnlg_jax.tasks.prompts import Examples, Prompt, compose, work_of
 from mtnlg_jax.tasks.rendering import Row, check_passages, check_task, seam, template_of
 from mtnlg_jax.tasks.templates import Task
 from mtnlg_jax.tasks.text import clean, normalize
@@ -36,6 +36,7 @@ def perform(
     seed: int | None = None,
     retriever: Retriever | None = None,
     passages: int = 3,
+    profile: Profile | None = None,
     decode: DecodeConfig | None = None,
     scorer: str = "logprob",
     normalise: str | None = None,
@@ -52,9 +53,9 @@ def perform(
       examples: rows with references, or (input, answer), shown in this order before each input of
         their language. Examples that ask the row's own question (`prompts.same_question`) are
         skipped.
-      shots: number of examples to show: the first ones or, with ``seed``, a random draw per row;
-        None: all.
+      shots: examples to show: the first ones or, with ``seed``, a random draw per row; None: all.
       retriever: source of up to ``passages`` passages for each input, as many as fit.
+      profile: of a person; each prompt shows what fits its input, and the answer names it.
       decode: settings that replace the task's decoding. The length is limited to the context, and
         the task's stops are added.
       scorer: one of SCORERS, for rankings. "pmi" subtracts the score after a prompt without an
@@ -66,23 +67,21 @@ def perform(
         or choices. The answer is the model's greedy continuation of the reference's token count;
         its ``log_prob`` is the reference's.
       stages: the training stages of the model, if known, for "pseudo_log_likelihood".
-      batch: number of rows generated at once.
+      batch: number of rows answered at once.
       on_answer: called with (index of the row, answer) as soon as the answer is available.
 
     Raises:
       ValueError: an argument or a row is invalid; raised before the model does any work.
     """
-    asked = [_row(row) for row in rows]
-    pool = Examples(task, [_row(each) for each in examples], language)
+    asked = [row_of(row) for row in rows]
+    pool = Examples(task, [row_of(each) for each in examples], language)
     decode = decode or task.decode
     if not asked:
         raise ValueError(f"task {task.name!r} has no rows to answer; give at least one")
-    if batch < 1 or passages < 1:
-        raise ValueError(f"batch={batch} and passages={passages}: give 1 or more of both")
-    _check_ranking(task, scorer, normalise, last_word)
-    _check_decode(decode, decoder)
+    check_arguments(task, decoder, decode, scorer, normalise, last_word, batch, passages)
     task_here = dataclasses.replace(task, decode=decode)
     checked: set[str] = set()
+    shown = ShownProfile(profile, tokenizer, decoder.context, language)
 
     def prompt_of(row: Row) -> Prompt:
         chosen, template = template_of(task, row.input, language)
@@ -92,7 +91,7 @@ def perform(
         if retriever:
             check_passages(task, template)
         return compose(
-            task_here,
+            shown.task_of(task_here, row),
             row,
             tokenizer,
             decoder.context,
@@ -107,23 +106,36 @@ def perform(
     answers: dict[int, Answer] = {}
 
     def give(index: int, answer: Answer) -> None:
-        answers[index] = answer
-        on_answer(index, answer)
+        answers[index] = dataclasses.replace(answer, profile=shown.entries[index])
+        on_answer(index, answers[index])
 
     if last_word:
         _last_words(decoder, tokenizer, asked, prompts, batch, give)
     else:
-        for index, (row, prompt) in enumerate(zip(asked, prompts, strict=True)):
-            if prompt.candidates:
-                give(index, _choose(decoder, tokenizer, row, prompt, scorer, normalise, stages))
+        ranked = functools.partial(
+            choose, decoder, tokenizer, scorer=scorer, normalise=normalise, stages=stages
+        )
         write = functools.partial(
             _write, decoder, tokenizer, task, decode=decode, language=language
         )
-        _write_batches(write, asked, prompts, batch, give)
+        _in_batches(ranked, asked, prompts, True, batch, give)
+        _in_batches(write, asked, prompts, False, batch, give)
     return [answers[index] for index in range(len(asked))]
 
 
-def _check_ranking(task: Task, scorer: str, normalise: str | None, last_word: bool) -> None:
+def check_arguments(
+    task: Task,
+    decoder: Decoder,
+    decode: DecodeConfig,
+    scorer: str,
+    normalise: str | None,
+    last_word: bool,
+    batch: int,
+    passages: int,
+) -> None:
+    """Raise ValueError on invalid arguments of `perform`, whatever the rows are."""
+    if batch < 1 or passages < 1:
+        raise ValueError(f"batch={batch} and passages={passages}: give 1 or more of both")
     if scorer not in SCORERS:
         raise ValueError(f"unknown scorer {scorer!r}; choose from {', '.join(SCORERS)}")
     if normalise not in (None, *NORMALIZATIONS):
@@ -135,9 +147,6 @@ def _check_ranking(task: Task, scorer: str, normalise: str | None, last_word: bo
             f"last-word scoring requires a text to continue, and task {task.name!r} "
             "does not continue its input; use task 'continue'"
         )
-
-
-def _check_decode(decode: DecodeConfig, decoder: Decoder) -> None:
     validate_decode(decode)
     check_tokens(decode, decoder.config.vocabulary)
     if decode.num_return_sequences != 1:
@@ -184,25 +193,27 @@ def _for_each_row(prompt_of: Callable[[Row], Prompt], rows: Sequence[Row]) -> li
     return prompts
 
 
-def _write_batches(
-    write: Callable[[list[Row], list[Prompt]], list[Answer]],
+def _in_batches(
+    answer: Callable[[list[Row], list[Prompt]], Iterable[Answer]],
     rows: Sequence[Row],
     prompts: Sequence[Prompt],
+    ranked: bool,
     batch: int,
     give: Callable[[int, Answer], None],
 ) -> None:
-    """Write the answers of all rows without candidates, ``batch`` of them at once."""
+    """Answer all rows with candidates (``ranked``) or all others, ``batch`` of them at once."""
     # Prompts of similar lengths go together: a batch costs as much as its longest.
-    indices = [index for index, prompt in enumerate(prompts) if not prompt.candidates]
+    indices = [index for index, prompt in enumerate(prompts) if bool(prompt.candidates) == ranked]
     indices.sort(key=lambda index: len(prompts[index].text))
     for start in range(0, len(indices), batch):
         group = indices[start : start + batch]
-        answers = write([rows[i] for i in group], [prompts[i] for i in group])
-        for index, answer in zip(group, answers, strict=True):
-            give(index, answer)
+        answers = answer([rows[i] for i in group], [prompts[i] for i in group])
+        for index, given in zip(group, answers, strict=True):
+            give(index, given)
 
 
-def _row(row) -> Row:
+def row_of(row) -> Row:
+    """Return a text, or an example (input, answer), as a row."""
     if isinstance(row, Row):
         return row
     if isinstance(row, str):
@@ -215,67 +226,6 @@ def _row(row) -> Row:
         return Row(row[0], (row[1],))
     raise ValueError(
         f"{str(row)[:60]!r} is not a row; give a text, a Row, or for an example (input, answer)"
-    )
-
-
-def _choose(
-    decoder, tokenizer, row: Row, prompt: Prompt, scorer: str, normalization: str | None, stages
-) -> Answer:
-    labels, texts = zip(*prompt.candidates, strict=True)
-    if prompt.texts:
-        # Each choice has its own prompt, and all of them score the same text after the blank.
-        ranked = [
-            (
-                i,
-                rank(
-                    decoder,
-                    tokenizer,
-                    before,
-                    [behind],
-                    scorers=scorer,
-                    stages=stages,
-                    normalise="sum",
-                )[0],
-            )
-            for i, (before, behind) in enumerate(zip(prompt.texts, texts, strict=True))
-        ]
-    else:
-        options = ScorerOptions(neutral=prompt.neutral) if scorer == "pmi" else None
-        ranking = rank(
-            decoder,
-            tokenizer,
-            prompt.text,
-            texts,
-            scorers=scorer,
-            options=options,
-            stages=stages,
-            normalise="sum",
-        )
-        ranked = sorted(((each.index, each) for each in ranking), key=lambda pair: pair[0])
-    normalization = normalization or ("per_byte" if row.choices and not prompt.texts else "sum")
-    scores = np.array([each.score / length_of(normalization, each.scored) for _, each in ranked])
-    sums = np.array([each.sum for _, each in ranked])
-    probabilities = np.exp(sums - sums.max())
-    probabilities /= probabilities.sum()
-    choices = []
-    for i in np.argsort(-scores, kind="stable").tolist():
-        index, each = ranked[i]
-        choices.append(
-            Choice(labels[index], each.scored, float(scores[i]), each.sum, float(probabilities[i]))
-        )
-    best = labels.index(choices[0].label)
-    return Answer(
-        choices[0].label,
-        texts[best],
-        prompt.language,
-        "ranked",
-        tuple(choices),
-        prompt.passages,
-        prompt.examples,
-        prompt.shortened,
-        prompt.context_shortened,
-        prompt.texts[best] if prompt.texts else prompt.text,
-        f"{scorer} {normalization}",
     )
 
 
@@ -321,6 +271,7 @@ def _last_words(
                     prompt.context_shortened,
                     prompt.text,
                     log_prob=sums[i],
+                    work=work_of(tokenizer, prompt, len(result.tokens)),
                 ),
             )
 
@@ -336,27 +287,11 @@ def _common(first, second) -> int:
 def _write(
     decoder, tokenizer, task: Task, rows, prompts: Sequence[Prompt], decode: DecodeConfig, language
 ) -> list[Answer]:
-    configs = []
-    stops = []
-    for row, prompt in zip(rows, prompts, strict=True):
-        template = template_of(task, row.input, language)[1]
-        # Beam search cannot match strings, so every token that may begin a stop ends a beam.
-        stop = (
-            {"eos_token_id": _ends(decoder, tokenizer, decode, template.stops)}
-            if decode.num_beams > 1
-            else {"stop_strings": tuple(dict.fromkeys([*decode.stop_strings, *template.stops]))}
-        )
-        left = decoder.context - len(encode_prompt(tokenizer, prompt.text))
-        longest = min(decode.max_new_tokens, left)
-        stops.append(template.stops)
-        configs.append(
-            dataclasses.replace(
-                decode,
-                max_new_tokens=longest,
-                min_new_tokens=min(decode.min_new_tokens, longest),
-                **stop,
-            )
-        )
+    stops = [template_of(task, row.input, language)[1].stops for row in rows]
+    configs = [
+        settings_of(decoder, tokenizer, decode, prompt.text, stop)
+        for prompt, stop in zip(prompts, stops, strict=True)
+    ]
     results = generate(decoder, tokenizer, [prompt.text for prompt in prompts], configs)
     return [
         Answer(
@@ -370,9 +305,30 @@ def _write(
             prompt.shortened,
             prompt.context_shortened,
             prompt.text,
+            work=work_of(tokenizer, prompt, len(result.tokens)),
         )
         for result, prompt, stop in zip(results, prompts, stops, strict=True)
     ]
+
+
+def settings_of(
+    decoder: Decoder, tokenizer, decode: DecodeConfig, prompt: str, stops: Sequence[str]
+) -> DecodeConfig:
+    """Return ``decode`` with the length limited to the context, and the stops of a template."""
+    # Beam search cannot match strings, so every token that may begin a stop ends a beam.
+    stop = (
+        {"eos_token_id": _ends(decoder, tokenizer, decode, stops)}
+        if decode.num_beams > 1
+        else {"stop_strings": tuple(dict.fromkeys([*decode.stop_strings, *stops]))}
+    )
+    left = decoder.context - len(encode_prompt(tokenizer, prompt))
+    longest = min(decode.max_new_tokens, left)
+    return dataclasses.replace(
+        decode,
+        max_new_tokens=longest,
+        min_new_tokens=min(decode.min_new_tokens, longest),
+        **stop,
+    )
 
 
 def _ends(decoder, tokenizer, decode: DecodeConfig, stops: Sequence[str]) -> tuple[int, ...]:
@@ -382,9 +338,12 @@ def _ends(decoder, tokenizer, decode: DecodeConfig, stops: Sequence[str]) -> tup
     stops are cut off after decoding.
     """
     begins = tuple(stop.encode() for stop in stops if len(stop) == 1)
-    tokens = [
-        token
-        for token in range(min(tokenizer.vocab_size, decoder.config.vocab_size))
-        if begins and tokenizer.token_bytes(token).startswith(begins)
-    ]
+    size = min(tokenizer.vocab_size, decoder.config.vocab_size)
+    tokens = _tokens_beginning(tokenizer, size, begins) if begins else ()
     return tuple(dict.fromkeys([*(decode.eos_token_id or tokenizer.eos_ids), *tokens]))
+
+
+@functools.lru_cache(16)
+def _tokens_beginning(tokenizer, size: int, begins: tuple[bytes, ...]) -> tuple[int, ...]:
+    """Return the token ids below ``size`` whose bytes begin with one of ``begins``."""
+    return tuple(token for token in range(size) if tokenizer.token_bytes(token).startswith(begins))

@@ -1,35 +1,17 @@
 """Normalize and shorten input texts, and clean up generated answers.
 
 English and Chinese ("en", "zh") have their own rules; other languages are treated as English.
-`words` splits text in every script.
 """
 
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
 
-_HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+from mtnlg_jax.data.segment import HAN, SENTENCE, WORDS, sentences
+
 _FULL = "，。！？；：、“”‘’（）《》【】「」『』…"
 _CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b\ufeff\ufffd]")
-# A sentence with the white space after it, so that all of them joined are the text. "Mr. Smith"
-# counts as two.
-_SENTENCE = re.compile(
-    r".+?(?:[。！？…]+[”’」』）】]*"  # the end of a Chinese sentence
-    r"|[.!?]+[\"'”’)\]]*(?=\s|\Z)"  # the end of an English one
-    r"|(?=\n)|\Z)\s*",
-    re.DOTALL,
-)
-_WORD = re.compile(rf"[{_HAN}]|[^\s{_HAN}]+")
-WORDS = re.compile(rf"[{_HAN}]|(?:(?![{_HAN}])\w)+")  # without punctuation
-
-# Scripts without spaces between words: Thai, Lao, Burmese, Khmer, kana, bopomofo, half-width
-# katakana.
-_UNSPACED = (
-    "\u0e01-\u0e3a\u0e40-\u0e4e\u0e81-\u0ece\u1000-\u103f\u1050-\u108f\u1780-\u17b3"
-    "\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u3105-\u312f\u31f0-\u31ff\uff66-\uff9f"
-)
-UNSPACED = re.compile(f"[{_HAN}{_UNSPACED}]")
-_JOINERS = "\u200c\u200d"  # used inside words in Indic scripts and Persian
+_WORD = re.compile(rf"[{HAN}]|[^\s{HAN}]+")
 
 _HALF_OF = dict(zip("，。！？；：", ",.!?;:", strict=True))
 _FULL_OF = {half: full for full, half in _HALF_OF.items()}
@@ -39,41 +21,6 @@ _PLAIN = {
     for first, last in ("０９", "ＡＺ", "ａｚ")
     for code in range(ord(first), ord(last) + 1)
 }
-
-
-def language_of(text: str) -> str:
-    """Return "zh" if Chinese characters outnumber the words of other scripts, else "en"."""
-    words = WORDS.findall(text)
-    chinese = sum(bool(re.match(f"[{_HAN}]", word)) for word in words)
-    return "zh" if 2 * chinese > len(words) else "en"
-
-
-def words(text: str) -> list[str]:
-    """Return the words of a text in any script, in lower case and without punctuation.
-
-    A word consists of letters and digits with their combining marks. In scripts without spaces
-    between words (Han, kana, Thai, Lao, Khmer, Burmese) each character with its marks is a word.
-    """
-    found: list[str] = []
-    # Kind of the previous character: "word", "character" (in a script without spaces), or "" for
-    # any other.
-    before = ""
-    for character in unicodedata.normalize("NFKC", text).casefold():
-        kind = unicodedata.category(character)[0]
-        if kind == "M" or character in _JOINERS:
-            if before:
-                found[-1] += character
-        elif kind not in "LN":
-            before = ""
-        elif UNSPACED.match(character):
-            found.append(character)
-            before = "character"
-        elif before == "word":
-            found[-1] += character
-        else:
-            found.append(character)
-            before = "word"
-    return [word.rstrip(_JOINERS) for word in found]
 
 
 def ascii_share(texts: Sequence[str]) -> float:
@@ -103,11 +50,6 @@ def normalize(text: str, lines: bool = False) -> str:
     return text.rstrip().lstrip("\n") if lines else " ".join(text.split())
 
 
-def sentences(text: str) -> list[str]:
-    """Split a text into sentences that include the white space after them."""
-    return _SENTENCE.findall(text)
-
-
 def cut(text: str, keep: str, fits: Callable[[str], bool]) -> str:
     """Return the longest part of a text that fits, or "" if nothing fits.
 
@@ -117,7 +59,7 @@ def cut(text: str, keep: str, fits: Callable[[str], bool]) -> str:
     """
     if fits(text):
         return text
-    for pattern in (_SENTENCE, _WORD):
+    for pattern in (SENTENCE, _WORD):
         spans = [match.span() for match in pattern.finditer(text)]
         low = 0
         high = len(spans) - 1
@@ -164,16 +106,16 @@ def _punctuated(text: str, language: str) -> str:
     if language == "zh":
         # Leave 3.14, 10:30 and domain names alone.
         text = re.sub(
-            rf"(?<=[{_HAN}”’）》】」』])\s*(?:([,!?;])|([.:])(?![\w.]))",
+            rf"(?<=[{HAN}”’）》】」』])\s*(?:([,!?;])|([.:])(?![\w.]))",
             lambda match: _FULL_OF[match[1] or match[2]],
             text,
         )
-        text = re.sub(rf"[,!?;](?=\s*[{_HAN}])", lambda match: _FULL_OF[match[0]], text)
-        text = re.sub(rf"(?<=[{_HAN}{_FULL}])\s+(?=[{_HAN}{_FULL}])", "", text)
+        text = re.sub(rf"[,!?;](?=\s*[{HAN}])", lambda match: _FULL_OF[match[0]], text)
+        text = re.sub(rf"(?<=[{HAN}{_FULL}])\s+(?=[{HAN}{_FULL}])", "", text)
         text = re.sub(r"\s+(?=[，。！？；：、）》】])|(?<=[，。！？；：、（《【])\s+", "", text)
     else:
         text = re.sub(
-            rf"(?<![{_HAN}])\s*([，。！？；：])(?![{_HAN}])\s*",
+            rf"(?<![{HAN}])\s*([，。！？；：])(?![{HAN}])\s*",
             lambda match: _HALF_OF[match[1]] + " ",
             text,
         )

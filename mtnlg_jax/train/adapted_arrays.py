@@ -1,7 +1,8 @@
-"""Read the parameters of a run with low-rank adapters as those of the merged model, a layer at a
-time: neither its matrices nor a quantized base are ever held in float32 as a whole."""
+"""Read the parameters of a run with low-rank adapters, or of a model and an adapter, as those of
+the merged model, a layer at a time: neither its matrices nor a quantized base are ever held in
+float32 as a whole."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -62,3 +63,40 @@ class AdaptedArrays:
     def blocks(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (first row, rows) of a table, which no adapter changes."""
         return self._stored.blocks(name)
+
+
+class WithAdapter:
+    """A model with an adapter merged as it is read, by the interface of `StoredArrays`.
+
+    ``config`` has the model and the settings of the adapter, and ``factors`` are its arrays.
+    """
+
+    def __init__(self, base: Any, config: Config, factors: Mapping[str, np.ndarray]) -> None:
+        self.base = base
+        self._config = config
+        self._factors = factors
+
+    def read(self, name: str, index: int | None = None) -> np.ndarray:
+        """Return parameter ``name``, or layer ``index`` of it; float32 where it is adapted."""
+        values = self.base.read(name, index)
+        last = name.rpartition(".")[2]
+        if not name.startswith("blocks.") or lora.target_of(last) is None:
+            return values
+        names = lora.factor_names(last)
+        if names[0] not in self._factors:
+            return values
+        at = slice(None) if index is None else index
+        factors = {each: jnp.asarray(self._factors[each][at]) for each in names}
+        matrix = jnp.asarray(values, jnp.float32)
+        stacked = "L" if index is None else ""
+        return np.asarray(lora.adapt(self._config, last, matrix, factors, stacked))
+
+    def blocks(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (first row, rows) of a table, which no adapter changes."""
+        return self.base.blocks(name)
+
+    def in_file_order(self, wanted: list[tuple[str, int | None]]) -> list[tuple[str, int | None]]:
+        """Return (name, layer) of parameters in the order in which the base's files hold them."""
+        if hasattr(self.base, "in_file_order"):
+            return self.base.in_file_order(wanted)
+        return wanted

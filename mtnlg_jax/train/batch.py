@@ -1,6 +1,8 @@
 """A training batch on the mesh: int32/float32 arrays (M, B, S), M micro-batches of B rows.
 
-B is split over ``data`` and ``expert``, S over ``context`` in zigzag order.
+B is split over ``data`` and ``expert``, S over ``context`` in zigzag order. A model with a prefix
+has that of each row as well, (M, B, *model.prefix.shape), on every device that has tokens of the
+row.
 """
 
 # Shapes: M micro-batches, B rows of one over the whole mesh, S query positions
@@ -14,11 +16,16 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mtnlg_jax.config import Config
+from mtnlg_jax.config import Config, ModelConfig
 from mtnlg_jax.parallel.collectives import zigzag
 from mtnlg_jax.parallel.mesh import BATCH, ROWS, row_shards
 
 BATCH_KEYS = ("tokens", "labels", "segment_ids", "positions", "weights", "rows")
+
+
+def batch_keys(model: ModelConfig) -> tuple[str, ...]:
+    """Return the names of the arrays of a batch for ``model``."""
+    return (*BATCH_KEYS, "prefix") if model.prefix.positions else BATCH_KEYS
 
 
 def micro_batch_shape(config: Config, mesh: Mesh) -> tuple[int, int]:
@@ -43,32 +50,35 @@ def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct
     micro, rows = micro_batch_shape(config, mesh)
 
     def one(name):
-        shape, spec = layout_of(name, (micro, rows, config.sequence_length))
-        return jax.ShapeDtypeStruct(
-            shape,
-            jnp.float32 if name == "weights" else jnp.int32,
-            sharding=NamedSharding(mesh, spec),
-        )
+        shape, spec = layout_of(name, (micro, rows, config.sequence_length), config.model)
+        dtype = {"weights": "float32", "prefix": config.model.prefix.dtype}.get(name, "int32")
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=NamedSharding(mesh, spec))
 
-    return {name: one(name) for name in BATCH_KEYS}
+    return {name: one(name) for name in batch_keys(config.model)}
 
 
-def layout_of(name: str, shape: tuple[int, int, int]) -> tuple[tuple[int, ...], P]:
+def layout_of(
+    name: str, shape: tuple[int, int, int], model: ModelConfig
+) -> tuple[tuple[int, ...], P]:
     """Return the shape and the PartitionSpec of one array of a batch (M, B, S)."""
-    # Row numbers have no position, so they are the one array without S.
-    return (shape[:2], P(None, ROWS)) if name == "rows" else (shape, BATCH)
+    # Row numbers and prefixes have no position in the sequence, so they are without S.
+    tail = {"rows": (), "prefix": model.prefix.shape}.get(name)
+    return (shape, BATCH) if tail is None else ((*shape[:2], *tail), P(None, ROWS))
 
 
 def put_batch(
     rows_of: Callable[[np.ndarray], dict[str, np.ndarray]],
     shape: tuple[int, int, int],
     mesh: Mesh,
+    model: ModelConfig | None = None,
 ) -> dict[str, jax.Array]:
     """Return the global batch (M, B, S) as sharded arrays, S in the zigzag order of ``context``.
 
-    ``rows_of(numbers)`` returns a dict of (n, S) arrays for global row numbers m * B + b. It is
-    called only for rows that this process holds.
+    ``rows_of(numbers)`` returns a dict of (n, S) arrays for global row numbers m * B + b, and for
+    a ``model`` with a prefix "prefix" (n, *model.prefix.shape). It is called only for rows that
+    this process holds.
     """
+    model = ModelConfig() if model is None else model
     micro, rows, length = shape
     # The order is applied on the host, so that devices never exchange tokens.
     order = zigzag(length, mesh.shape["context"])
@@ -81,7 +91,9 @@ def put_batch(
             # Row b of micro-batch m is global row m B + b on every mesh, which makes a batch
             # independent of the number of devices.
             numbers = (np.arange(micro)[:, None] * rows + np.arange(*key)).reshape(-1)
-            flat = {name: x[:, order] for name, x in rows_of(numbers).items()}
+            found = rows_of(numbers)
+            prefix = {"prefix": found.pop("prefix")} if model.prefix.positions else {}
+            flat = {name: x[:, order] for name, x in found.items()} | prefix
             flat["rows"] = numbers.astype(np.int32)
             parts[key] = {
                 name: x.reshape(micro, key[1] - key[0], *x.shape[1:]) for name, x in flat.items()
@@ -93,7 +105,7 @@ def put_batch(
             # Rows are selected already; what is left of the index is the part of S.
             return part(index)[name][:, :, *index[2:]]
 
-        size, spec = layout_of(name, shape)
+        size, spec = layout_of(name, shape, model)
         return jax.make_array_from_callback(size, NamedSharding(mesh, spec), shard)
 
-    return {name: array(name) for name in BATCH_KEYS}
+    return {name: array(name) for name in batch_keys(model)}

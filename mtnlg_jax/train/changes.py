@@ -15,6 +15,7 @@ from mtnlg_jax.config import (
     Config,
     MoEConfig,
     Multipliers,
+    PrefixConfig,
     RopeScaling,
     TrainConfig,
     from_json,
@@ -33,7 +34,8 @@ from mtnlg_jax.train.schedule import (
 
 # The checkpoint's identity refuses these (`loop._identity`, `init_from.meaning`), by value rather
 # than by name: data.path and the paths of a blend may move while the tokens stay the same.
-_SECTIONS = {"rope_scaling": RopeScaling, "multipliers": Multipliers, "moe": MoEConfig}
+_SECTIONS = {"rope_scaling": RopeScaling, "multipliers": Multipliers}
+_SECTIONS |= {"moe": MoEConfig, "prefix": PrefixConfig}
 _TRAINING_OF_MOE = {
     "model.moe.moe_aux_loss_coeff",
     "model.moe.moe_z_loss_coeff",

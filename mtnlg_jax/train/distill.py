@@ -60,6 +60,7 @@ class Teacher:
             micro["tokens"],
             positions_BS=micro["positions"],
             segment_ids_BS=micro["segment_ids"],
+            prefix=micro.get("prefix"),
             causal=self._causal,
             hooks=self._hooks,
         )

@@ -27,7 +27,7 @@ from mtnlg_jax.train.batch import micro_batch_shape, put_batch
 from mtnlg_jax.train.gradients import batch_specs, chunk_of, over_mesh, sum_shared
 from mtnlg_jax.train.inputs import Data
 from mtnlg_jax.train.micro_batches import MicroBatches
-from mtnlg_jax.train.objectives import causal_batch, masked_batch
+from mtnlg_jax.train.objectives import causal_batch, masked_batch, with_prefix
 from mtnlg_jax.train.weights import make_weights
 
 EVALUATION_ROWS = 16  # held-out sequences in one of train.eval_batches
@@ -94,12 +94,13 @@ class Evaluator:
     def _rows(self, objective: str, numbers: np.ndarray) -> dict[str, np.ndarray]:
         raw = self.held_out.rows(numbers)
         if objective == "causal":
-            return causal_batch(raw)
+            return with_prefix(causal_batch(raw), raw, self.config.model.prefix)
         # Seed 0 and the window's number, not train.seed: the same masks in every run and at every
         # step.
-        return masked_batch(
+        made = masked_batch(
             raw, self.held_out.window[numbers], 0, self.config.data.masking, self.data.tokenizer
         )
+        return with_prefix(made, raw, self.config.model.prefix)
 
     @functools.cached_property
     def _scales(self) -> dict[str, np.ndarray]:
@@ -164,7 +165,8 @@ class Evaluator:
                 made = self._rows(objective, chosen)
                 return made | {"weights": made["weights"] * (scales[chosen] * used)[:, None]}
 
-            yield put_batch(rows_of, (micro_batches, rows, self.config.sequence_length), self.mesh)
+            shape = (micro_batches, rows, self.config.sequence_length)
+            yield put_batch(rows_of, shape, self.mesh, self.config.model)
 
 
 def make_eval(config: Config, mesh: Mesh, causal: bool, sparse: bool = False) -> Callable:
@@ -214,4 +216,4 @@ def make_eval(config: Config, mesh: Mesh, causal: bool, sparse: bool = False) ->
     function = pipelined_evaluate if mesh.shape["pipe"] > 1 else evaluate
     abstract = lora.abstract_computed(config)
     specs = specs_of(abstract, config.mesh.zero, mesh.shape["tensor"])
-    return jax.jit(over_mesh(function, mesh, (specs, batch_specs()), (P(), P())))
+    return jax.jit(over_mesh(function, mesh, (specs, batch_specs(config.model)), (P(), P())))

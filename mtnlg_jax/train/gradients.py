@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from mtnlg_jax.config import Config
+from mtnlg_jax.config import Config, ModelConfig
 from mtnlg_jax.model.params import Params, join_params, split_params
 from mtnlg_jax.model.transformer import abstract_model
 from mtnlg_jax.parallel.collectives import (
@@ -33,7 +33,7 @@ from mtnlg_jax.parallel.pipeline import (
     zeros,
 )
 from mtnlg_jax.train import expert_loads, lora
-from mtnlg_jax.train.batch import BATCH_KEYS, layout_of
+from mtnlg_jax.train.batch import batch_keys, layout_of
 from mtnlg_jax.train.distill import Distillation, Teacher
 from mtnlg_jax.train.micro_batches import MicroBatches
 from mtnlg_jax.train.weights import make_weights
@@ -131,7 +131,7 @@ def make_loss_and_gradients(
         gradients, *loads = expert_loads.split_loads(gradients, like) if counting else (gradients,)
         return loss, targets(gradients), *loads
 
-    in_specs = [specs_of(abstract, zero, tensor), batch_specs(), P(), P()]
+    in_specs = [specs_of(abstract, zero, tensor), batch_specs(model), P(), P()]
     if distillation is not None:
         in_specs.append(specs_of(abstract_model(distillation.model)[1], zero, tensor))
     gradient_specs = specs_of(targets(abstract), zero, tensor)
@@ -269,9 +269,9 @@ def sum_shared(x: jax.Array, axes: Sequence[str]) -> jax.Array:
     return lax.psum(jnp.where(first, vary(x), 0.0), AXES)
 
 
-def batch_specs() -> dict[str, P]:
-    """Return the PartitionSpecs of a batch."""
-    return {name: layout_of(name, (0, 0, 0))[1] for name in BATCH_KEYS}
+def batch_specs(model: ModelConfig) -> dict[str, P]:
+    """Return the PartitionSpecs of a batch for ``model``."""
+    return {name: layout_of(name, (0, 0, 0), model)[1] for name in batch_keys(model)}
 
 
 def over_mesh(function: Callable, mesh: Mesh, in_specs: Sequence, out_specs: Any) -> Callable:

@@ -5,6 +5,7 @@ import os
 import shutil
 from typing import Any
 
+import jax
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -13,14 +14,16 @@ from mtnlg_jax.config import (
     Config,
     ModelConfig,
     MoEConfig,
+    PrefixConfig,
     StageConfig,
     TrainConfig,
     from_json,
     validate,
 )
 from mtnlg_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mtnlg_jax.model.prefix import PrefixEncoder
 from mtnlg_jax.model.transformer import abstract_model
-from mtnlg_jax.parallel.mesh import AXES, plan_table
+from mtnlg_jax.parallel.mesh import AXES, plan_table, shardings_of
 from mtnlg_jax.train import lora, quantized_base
 from mtnlg_jax.train.adapted_arrays import stored_arrays
 from mtnlg_jax.train.checkpoint import Run, find_run, load_run
@@ -45,7 +48,7 @@ _ADDED_TO_MOE = ("moe_router_enable_expert_bias",)
 _ADDED = (
     "rotary_percent rope_scaling norm_placement qk_layernorm parallel_residual embedding_norm bias "
     "mlm_head layer_pattern attn_logit_softcapping final_logit_softcapping multipliers "
-    "attention_sink moe"
+    "attention_sink moe prefix"
 ).split()
 
 
@@ -80,7 +83,15 @@ def refuse_other_runs(config: Config, tokenizer: Tokenizer, fresh: bool = True) 
     # Only the first start reads train.init, so a run resumes even where that run is gone.
     if config.train.init and fresh:
         theirs = _settings("--init", config.train.init, tokenizer)
-        _refuse_other_model(f"--init={config.train.init}", theirs.model, config.model)
+        ours = config.model
+        if ours.prefix.positions and not theirs.model.prefix.positions:
+            if lora.used(config):
+                raise ValueError(
+                    f"--init={config.train.init} reads text alone: the projector of model.prefix "
+                    "is new, and optimizer.lora_rank trains adapters alone; set it to 0"
+                )
+            ours = dataclasses.replace(ours, prefix=PrefixConfig())
+        _refuse_other_model(f"--init={config.train.init}", theirs.model, ours)
     # Teachers are read at every start.
     for stage in config.train.stages:
         if _learns_from_teacher(stage):
@@ -96,7 +107,20 @@ def load_start(config: Config, mesh: Mesh) -> nnx.State | None:
     if quantized_base.used(config):
         # Quantized parameter by parameter: the model in float32 need not fit the devices.
         return quantized_base.read_base(config, _stored(config.train.init), mesh)
-    return _load(config.train.init, config, mesh).params
+    return _with_prefix(_load(config.train.init, config, mesh).params, config, mesh)
+
+
+def _with_prefix(params: nnx.State, config: Config, mesh: Mesh) -> nnx.State:
+    """Return ``params`` with a new projector, and patch encoder, where a run of text has none."""
+    if not config.model.prefix.positions or "prefix" in params.raw_mapping:
+        return params
+    shardings = shardings_of(abstract_model(config.model)[1], mesh, config.mesh.zero)
+
+    def make():
+        return nnx.split(PrefixEncoder(config.model, rngs=nnx.Rngs(config.train.seed)))[1]
+
+    new = jax.jit(make, out_shardings=shardings["prefix"])()
+    return type(params)({**params.raw_mapping, "prefix": new.raw_mapping})
 
 
 def _load(folder: str, config: Config, mesh: Mesh) -> Run:
@@ -282,6 +306,13 @@ def _refuse_other_vocabulary(what: str, theirs: Config, config: Config) -> None:
         raise ValueError(
             f"{what}: the teacher's vocabulary has {rows} rows and this model's has {ours}; "
             f"give --set=model.vocab_size={rows}"
+        )
+    # The teacher reads what the student reads.
+    prefix = config.model.prefix
+    if prefix.positions and theirs.model.prefix.shape != prefix.shape:
+        raise ValueError(
+            f"{what}: the teacher's prefix has shape {theirs.model.prefix.shape} and this model's "
+            f"{prefix.shape} (model.prefix); take a teacher with the same"
         )
     # The teacher runs on this run's mesh with these batches, so the usual checks apply to it.
     plain = dataclasses.replace(

@@ -10,11 +10,12 @@ from jax.sharding import Mesh
 
 from mtnlg_jax.config import Config, validate
 from mtnlg_jax.data.batches import Batches, heldout_count
+from mtnlg_jax.data.store.prefixes import attach
 from mtnlg_jax.data.store.sources import open_sources, spread
 from mtnlg_jax.data.store.tokens import Tokens
 from mtnlg_jax.data.tokenizer import Tokenizer
 from mtnlg_jax.train.batch import micro_batch_shape, put_batch
-from mtnlg_jax.train.objectives import causal_batch, masked_batch
+from mtnlg_jax.train.objectives import causal_batch, masked_batch, with_prefix
 from mtnlg_jax.train.schedule import batch_size_at, is_masked, stage_at
 
 
@@ -37,7 +38,8 @@ class Data:
 def load_data(config: Config) -> Data:
     """Open every source of the run.
 
-    Raises ValueError when none is named, or when their tokenizers differ.
+    Raises ValueError when none is named, when their tokenizers differ, or when they have images or
+    features that the model does not take.
     """
     if not config.data.sources:
         raise ValueError(
@@ -48,6 +50,7 @@ def load_data(config: Config) -> Data:
     # Each source once, in a fixed order, since the fingerprints are numbered by it.
     folders = list(dict.fromkeys(path for blend in blends for path, _ in blend))
     tokenizer, opened, held_out = open_sources(folders, config.data.tokenizer, config.data.heldout)
+    attach([*opened.values(), *held_out.values()], config.model.prefix)
     # One order of samples for each stage, although stages may share sources.
     batches = tuple(
         Batches(
@@ -127,6 +130,7 @@ def batch_at(
             )
         else:
             made = causal_batch(raw)
+        made = with_prefix(made, raw, config.model.prefix)
         # The arrays always have the size of a full batch, so that the ramp needs no second program.
         made["weights"] = made["weights"] * used[:, None]
         return made
@@ -134,4 +138,8 @@ def batch_at(
     shape = (micro_batches, rows, config.sequence_length)
     # As arrays, since Python numbers would be constants of the program. Rounded up: the last
     # micro-batch may be partly unused.
-    return put_batch(rows_of, shape, mesh), jnp.int32(-(-sequences // rows)), jnp.int32(sequences)
+    return (
+        put_batch(rows_of, shape, mesh, config.model),
+        jnp.int32(-(-sequences // rows)),
+        jnp.int32(sequences),
+    )

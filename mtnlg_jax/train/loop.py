@@ -36,10 +36,12 @@ def train(
     workdir: str,
     show_progress: bool = True,
     announce: Callable[[str], None] = lambda text: None,
+    enough: Callable[[dict], bool] = lambda result: False,
 ) -> Summary:
     """Train ``config`` in ``workdir``, resuming from the newest good checkpoint, and summarize it.
 
     Every process calls this. The first one writes the files and describes the run to ``announce``.
+    The run ends early after an evaluation whose result is ``enough``.
 
     Raises ValueError if a setting is invalid or contradicts the run in ``workdir``, Preempted after
     a signal to any process (the state is saved if it is finite), Diverged after train.max_bad_steps
@@ -71,11 +73,7 @@ def train(
         # Data order, the batch ramp and the learning rate follow the samples, not the steps.
         samples = int(state.samples)
         total_samples = samples_at_end(config.train, min(first, config.train.steps), samples)
-        if processes.is_first():
-            describe.write(config, workdir, first)
-            _keep_files(config, data.tokenizer, workdir, fresh=not restored)
-            tokens = data.training_tokens
-            announce(describe.at_start(config, mesh, workdir, first, samples, tokens, restored))
+        _describe_start(config, mesh, data, workdir, first, samples, restored, announce)
         log = MetricsLog(workdir, first, writing=processes.is_first())
         resources.callback(log.close)
         bar = resources.enter_context(_progress_bar(config, first, show_progress))
@@ -115,6 +113,8 @@ def train(
                     meta = _meta(config, identity, samples, result)
                     save = functools.partial(_save, checkpoints, done, state, meta, metric)
                     best = min(best, metric) if saver.save(save) else best
+                if evaluating and enough(result) and not stopping:
+                    break
                 if not stopping and done < config.train.steps:
                     save = None  # it would keep this state in memory beside the next one
                 reporter.meter.restart()  # time of evaluation and saving does not count
@@ -174,6 +174,24 @@ def _first_state(
         if reported:
             logging.warning("%s", reported)
     return config, first, state, True
+
+
+def _describe_start(
+    config: Config,
+    mesh: Mesh,
+    data: Data,
+    workdir: str,
+    first: int,
+    samples: int,
+    restored: bool,
+    announce: Callable[[str], None],
+) -> None:
+    """Write the files of a start, and describe it to ``announce``, in the first process."""
+    if processes.is_first():
+        describe.write(config, workdir, first)
+        _keep_files(config, data.tokenizer, workdir, fresh=not restored)
+        tokens = data.training_tokens
+        announce(describe.at_start(config, mesh, workdir, first, samples, tokens, restored))
 
 
 def _compiled_steps(

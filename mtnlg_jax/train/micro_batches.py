@@ -73,11 +73,13 @@ class MicroBatches:
         tokens = self.batch["tokens"][numbers]
         positions = self.batch["positions"][numbers]
         rows = self.batch["rows"][numbers]
+        prefix = self.batch["prefix"][numbers] if "prefix" in self.batch else None
         # The rows of all G are embedded at once.
         x_BSD = self._model(rest).start(
             tokens.reshape(-1, tokens.shape[-1]),
             positions.reshape(-1, tokens.shape[-1]),
             self._hooks(rows.reshape(-1)),
+            None if prefix is None else prefix.reshape(-1, *prefix.shape[2:]),
         )
         # S may be shorter than that of the tokens: between half blocks it is split over tensor.
         return x_BSD.reshape(*tokens.shape[:2], *x_BSD.shape[1:])

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from mtnlg_jax.config import MaskingConfig
+from mtnlg_jax.config import MaskingConfig, PrefixConfig
 from mtnlg_jax.data.tokenizer import Tokenizer
 
 
@@ -91,6 +91,25 @@ def masked_batch(
         "positions": rows["positions"][:, :-1],
         "weights": weights,
     }
+
+
+def with_prefix(
+    made: dict[str, np.ndarray], rows: dict[str, np.ndarray], prefix: PrefixConfig
+) -> dict[str, np.ndarray]:
+    """Return a batch of an objective with what a model with a ``prefix`` reads ahead of the tokens.
+
+    Rows with one, where ``rows["prefixed"]`` is 1, begin with the tokens -1, -2 ... that stand for
+    its positions (`Transformer.embed`), and no objective predicts or masks these. Rows of text have
+    a prefix of zeros that no token stands for.
+    """
+    if not prefix.positions:
+        return made
+    tokens = made["tokens"]
+    if "prefixed" not in rows:
+        return made | {"prefix": np.zeros((len(tokens), *prefix.shape), prefix.dtype)}
+    tokens = tokens.copy()
+    tokens[rows["prefixed"] > 0, : prefix.positions] = -1 - np.arange(prefix.positions)
+    return made | {"tokens": tokens, "prefix": rows["prefix"]}
 
 
 def word_numbers(tokens: np.ndarray, segments: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:

@@ -106,6 +106,12 @@ def _tiny(vocabulary, layers=2, **shape) -> Tiny:
 
 
 @pytest.fixture(scope="session")
+def make_tiny():
+    """Return a function of (vocabulary, layers, settings of ModelConfig) that returns a `Tiny`."""
+    return _tiny
+
+
+@pytest.fixture(scope="session")
 def learned(tokenizer):
     return _tiny(tokenizer.vocab_size)
 
@@ -143,6 +149,12 @@ def windowed(tokenizer):
         attention_sink=True,
         layer_pattern=(LayerSpec(window=7), LayerSpec()),
     )
+
+
+@pytest.fixture(scope="session")
+def biased(tokenizer):
+    """Return a model whose attention is biased by distance (ALiBi)."""
+    return _tiny(tokenizer.vocab_size, position_embedding_type="alibi", num_query_groups=2)
 
 
 @pytest.fixture(scope="session")

@@ -40,9 +40,15 @@ def _requests(tokenizer, count=10):
                 stop_strings=("a",),
                 presence_penalty=0.5,
                 logit_bias=((30, 2.0),),
+                mirostat_tau=6.0,
             ),
             dataclasses.replace(
-                new, min_new_tokens=2, frequency_penalty=0.7, stop_token_ids=(40, 41, 42)
+                new,
+                min_new_tokens=2,
+                frequency_penalty=0.7,
+                stop_token_ids=(40, 41, 42),
+                dry_multiplier=3.0,
+                dry_allowed_length=1,
             ),
         ][number % 5]
         length = int(draws.integers(1, 40))
@@ -206,6 +212,8 @@ def test_what_cannot_be_written_is_refused(batch):
         batch.admit([99999], DecodeConfig(), 0)
     with pytest.raises(ValueError, match="no_repeat_ngram_size=17 is above 16"):
         batch.admit([30], DecodeConfig(no_repeat_ngram_size=17), 0)
+    with pytest.raises(ValueError, match="penalty_alpha=0.6 computes top_k candidates"):
+        batch.admit([30], DecodeConfig(penalty_alpha=0.6, top_k=4), 0)
     many = tuple((token % 400, 1.0) for token in range(513))
     with pytest.raises(ValueError, match="logit_bias.* more than 512 entries"):
         batch.admit([30], DecodeConfig(logit_bias=many), 0)

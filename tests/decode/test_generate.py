@@ -12,6 +12,7 @@ import pytest
 from mtnlg_jax.config import DecodeConfig, acting
 from mtnlg_jax.decode import cache
 from mtnlg_jax.decode import generate as module
+from mtnlg_jax.decode import rows as rows_module
 from mtnlg_jax.decode.generate import generate
 from mtnlg_jax.decode.results import CHUNK, encode_prompt
 
@@ -127,11 +128,11 @@ def test_the_step_compiles_once_for_mixed_requests_and_all_lengths(learned, toke
         return generate(learned.decoder, tokenizer, prompts, values)
 
     rng = np.random.default_rng(0)
-    steps = module.advance._cache_size()
+    steps = rows_module.advance._cache_size()
     prefills = cache.prefill_rows._cache_size()
     for _ in range(6):
         batch(rng)
-    assert module.advance._cache_size() == steps + 1
+    assert rows_module.advance._cache_size() == steps + 1
     assert cache.prefill_rows._cache_size() <= prefills + 2  # prompts of 16 and of 32
 
 
@@ -261,7 +262,9 @@ def test_max_time_ends_only_its_row(learned, tokenizer, monkeypatch):
     of tokens."""
     free = generate(learned.decoder, tokenizer, PROMPTS, GREEDY)
     ticks = itertools.count()
-    monkeypatch.setattr(module, "time", types.SimpleNamespace(monotonic=lambda: float(next(ticks))))
+    monkeypatch.setattr(
+        rows_module, "time", types.SimpleNamespace(monotonic=lambda: float(next(ticks)))
+    )
     settings = [
         dataclasses.replace(GREEDY, max_time=1.5),
         GREEDY,
@@ -363,9 +366,9 @@ def test_stop_strings_span_tokens_and_chunks(learned, letters):
 
 def test_work_ends_when_all_rows_have_stopped(learned, letters, monkeypatch):
     calls = []
-    advance = module.advance
+    advance = rows_module.advance
     monkeypatch.setattr(
-        module, "advance", lambda *args, **static: calls.append(1) or advance(*args, **static)
+        rows_module, "advance", lambda *args, **static: calls.append(1) or advance(*args, **static)
     )
     (free,) = generate(
         learned.decoder, letters, ["The cat"], SAMPLED, on_text=lambda row, text: None

@@ -11,8 +11,8 @@ from mtnlg_jax.decode import cache
 from mtnlg_jax.decode.cache import unstack
 from mtnlg_jax.decode.generate import generate
 from mtnlg_jax.decode.infill import fill
-from mtnlg_jax.decode.rank import rank
-from mtnlg_jax.decode.scorers import ScorerOptions
+from mtnlg_jax.decode.pool import ScorerOptions
+from mtnlg_jax.decode.rank import rank, rank_many
 from mtnlg_jax.decode.sharding import Placement
 from mtnlg_jax.evaluate.perplexity import evaluate_texts
 from mtnlg_jax.parallel.auto import padded
@@ -103,6 +103,14 @@ def ranked(decoder, tokenizer):
     return [dataclasses.asdict(each) for each in found]
 
 
+def ranked_many(decoder, tokenizer):
+    """Rank behind three prompts, which the rows of most meshes do not divide."""
+    prompts = ["The cat", "In the town where I was born lived", "天地"]
+    candidates = [[" sat", " on the mat"], [" a", " sat", " in Spain", " the"], ["玄", " sat"]]
+    found = rank_many(decoder, tokenizer, prompts, candidates, scorers=["logprob", "gnmt"])
+    return [dataclasses.asdict(each) for of_prompt in found for each in of_prompt]
+
+
 def ranked_samples(decoder, tokenizer):
     decode = dataclasses.replace(
         SAMPLED, num_return_sequences=5, max_new_tokens=6, min_new_tokens=6
@@ -137,6 +145,7 @@ WAYS = [
     look_up,
     draft,
     ranked,
+    ranked_many,
     ranked_samples,
     filled,
     perplexity,
@@ -212,7 +221,7 @@ def test_int8_over_a_mesh_equals_one_device(rotary, tokenizer, held, sizes):
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(2, 4), (2, 2)], ids=str)
 def test_windows_over_a_mesh_equal_one_device(windowed, tokenizer, sizes):
-    for way in (rows, look_up, beams, ranked):
+    for way in (rows, look_up, beams, ranked, ranked_many):
         check(way, windowed, tokenizer, sizes)
 
 

@@ -13,6 +13,7 @@ from test_over_mesh import (
     look_up,
     perplexity,
     ranked,
+    ranked_many,
     rows,
 )
 
@@ -66,7 +67,7 @@ def test_int8_over_stages_equals_one_device(deep, tokenizer, held):
 
 @pytest.mark.slow
 def test_windows_over_stages_equal_one_device(striped, tokenizer):
-    for way in (rows, look_up, beams, ranked):
+    for way in (rows, look_up, beams, ranked, ranked_many):
         check(way, striped, tokenizer, (2, 2, 1))
 
 

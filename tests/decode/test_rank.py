@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from mtnlg_jax.config import DecodeConfig, ModelConfig
-from mtnlg_jax.decode import cache, scorers, scoring
+from mtnlg_jax.decode import cache, pool, scoring
 from mtnlg_jax.decode import rank as module
 from mtnlg_jax.decode.cache import Decoder, unstack
 from mtnlg_jax.decode.generate import generate
@@ -97,7 +97,11 @@ def test_sampled_candidates_come_from_one_prefill_and_score_as_given_ones(
     learned, tokenizer, monkeypatch
 ):
     calls = []
-    monkeypatch.setattr(module, "prefill", lambda *args: calls.append(args) or cache.prefill(*args))
+    monkeypatch.setattr(
+        module,
+        "prefill",
+        lambda *args, **ahead: calls.append(args) or cache.prefill(*args, **ahead),
+    )
     ranked = rank(learned.decoder, tokenizer, "The cat", decode=SAMPLED)
     assert len(calls) == 1 and len(calls[0][1]) == 1
     assert sum(each.count for each in ranked) == 7 and len(ranked) > 3
@@ -233,7 +237,7 @@ def test_a_space_at_the_end_of_the_prompt_moves_to_the_candidates(learned, token
                 candidates,
                 scorers={"logprob": 1, "pmi": 1},
                 normalise="per_char",
-                options=scorers.ScorerOptions(neutral="In the town"),
+                options=pool.ScorerOptions(neutral="In the town"),
             )
             for prompt, candidates in (
                 (f"The{space}", ["cat", "dog"]),
@@ -393,7 +397,7 @@ def test_blocks_are_bounded_and_have_few_shapes(lengths, limit, block_tokens):
 
 
 def test_invalid_arguments_raise_an_error(learned, tokenizer, monkeypatch):
-    for room in (module, scorers):
+    for room in (module, pool):
         monkeypatch.setattr(room, "prefill", lambda *args: pytest.fail("the model began to work"))
 
     def refused(message, *args, **options):

@@ -10,7 +10,7 @@ import pytest
 
 from mtnlg_jax import compat
 from mtnlg_jax.config import DecodeConfig, LayerSpec
-from mtnlg_jax.decode import cache, generate, results, sampling
+from mtnlg_jax.decode import cache, generate, results, rows, sampling
 from mtnlg_jax.decode.batched_settings import batch_settings
 from mtnlg_jax.decode.rolling import Rolling, roll
 from mtnlg_jax.decode.scoring import score
@@ -114,14 +114,14 @@ def test_a_window_off_by_one_is_caught(windowed, tokenizer, more):
 def held(monkeypatch):
     """Collect the positions of each layer in the caches of rows that `generate` begins."""
     found = []
-    begin = generate.begin
+    begin = rows.begin
 
     def spy(*args, **options):
         state, limits = begin(*args, **options)
         found.append(_slots(state.cache))
         return state, limits
 
-    monkeypatch.setattr(generate, "begin", spy)
+    monkeypatch.setattr(rows, "begin", spy)
     return found
 
 
@@ -155,7 +155,7 @@ def test_guesses_and_beams_keep_all_positions(windowed, tokenizer, held):
 def test_readers_of_all_positions_refuse_a_rolled_prefix(windowed, tokenizer):
     prefix = cache.prefill(windowed.decoder, _prompts(windowed), 64, rolling=True)
     run = functools.partial(generate.continue_prefix, windowed.decoder, tokenizer, prefix)
-    with pytest.raises(ValueError, match="keeps only the last keys .* beam search .* needs all"):
+    with pytest.raises(ValueError, match="keeps only the last keys .* beam search, .* needs all"):
         run([DecodeConfig(num_beams=2)] * len(LENGTHS))
     with pytest.raises(ValueError, match="or prompt_lookup_num_tokens needs all"):
         run([DecodeConfig(prompt_lookup_num_tokens=3)] * len(LENGTHS))

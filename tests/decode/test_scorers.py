@@ -8,11 +8,11 @@ import pytest
 import sacrebleu
 
 from mtnlg_jax.config import DecodeConfig, StageConfig
+from mtnlg_jax.decode import pool as pool_module
 from mtnlg_jax.decode import rank as rank_module
-from mtnlg_jax.decode import scorers
+from mtnlg_jax.decode.pool import ScorerOptions
 from mtnlg_jax.decode.rank import rank
 from mtnlg_jax.decode.results import encode_prompt
-from mtnlg_jax.decode.scorers import ScorerOptions
 
 ROUNDING = 1e-5
 CANDIDATES = [
@@ -358,7 +358,7 @@ def test_generated_candidates_accept_every_scorer(learned, letters):
 
 
 def test_invalid_arguments_raise_an_error(learned, tokenizer, monkeypatch):
-    for room in (rank_module, scorers):
+    for room in (rank_module, pool_module):
         monkeypatch.setattr(room, "prefill", lambda *args: pytest.fail("the model began to work"))
     pool = [" cat", " dog"]
 

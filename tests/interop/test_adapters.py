@@ -20,13 +20,13 @@ from safetensors.numpy import load_file, save_file
 
 from mtnlg_jax.config import from_json
 from mtnlg_jax.interop import registry
-from mtnlg_jax.interop.adapter_export import pairs_of, write_adapter
-from mtnlg_jax.interop.adapter_runs import Beside, base_of, open_base
+from mtnlg_jax.interop.adapter_export import convert_file, pairs_of, write_adapter
+from mtnlg_jax.interop.adapter_runs import Beside, base_of, open_base, read_adapters, run_of_base
 from mtnlg_jax.interop.adapters import Adapter, Merged
 from mtnlg_jax.interop.huggingface import convert
 from mtnlg_jax.interop.source import read_run
 from mtnlg_jax.model.transformer import abstract_model
-from mtnlg_jax.train import lora
+from mtnlg_jax.train import adapter_file, lora
 from mtnlg_jax.train.checkpoint import load_run
 
 HERE = Path(__file__).parent / "adapters"
@@ -355,3 +355,42 @@ def test_the_fixtures_are_what_peft_computes(tmp_path):
     for name in NAMES:
         again = np.load(tmp_path / name / "expected.npz")["logits"]
         assert np.abs(again - expected(name)["logits"]).max() < 1e-5
+
+
+def test_an_adapters_file_of_ours_goes_to_peft_and_back(tmp_path):
+    name = "gpt2"  # whose base has a tokenizer
+    folder = str(base(name).path)
+    given = read_adapters(folder, [str(HERE / name)])[str(HERE / name)]
+    identity = adapter_file.identity_of(run_of_base(base(name)), base(name))
+    path = str(tmp_path / "mine.safetensors")
+    adapter_file.write(path, dataclasses.replace(given, base=identity))
+    report = convert_file(path, str(tmp_path / "peft"), folder)
+    assert "rank" in report and folder in report
+    names = [path, str(tmp_path / "peft")]
+    ours, back = (read_adapters(folder, names)[each] for each in names)
+    for adapter in (ours, back):
+        wanted = [np.einsum("lir,lro->lio", *pair) * given.scale for pair in matrices(given)]
+        found = [np.einsum("lir,lro->lio", *pair) * adapter.scale for pair in matrices(adapter)]
+        for one, other in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-6)
+    with pytest.raises(ValueError, match="exists; name another folder"):
+        convert_file(path, str(tmp_path / "peft"), folder)
+    with pytest.raises(ValueError, match="does not hold its base.*--base"):
+        convert_file(path, str(tmp_path / "other"), None)
+    adapter_file.write(path, dataclasses.replace(given, base=identity | {"weights": "0"}))
+    with pytest.raises(ValueError, match=r"is of another model than .*: the weights differ"):
+        convert_file(path, str(tmp_path / "other"), folder)
+    assert not list(tmp_path.glob("other*"))
+
+
+def matrices(adapter):
+    """Yield (A (L, I, R), B (L, R, O)) of each matrix."""
+    for name in sorted(adapter.factors):
+        if name.startswith("lora_a"):
+            target = name.split("_")[2]
+            second = next(n for n in adapter.factors if n.startswith(f"lora_b_{target}_"))
+            layers, rank = adapter.factors[second].shape[:2]
+            yield (
+                adapter.factors[name].reshape(layers, -1, rank),
+                adapter.factors[second].reshape(layers, rank, -1),
+            )

@@ -291,6 +291,7 @@ def test_hub_tokenizers_are_written_and_read_back(tmp_path, name):
 
 # --- generation_config.json -----------------------------------------------------------------------
 
+NOT_KEPT = ["watermarking_config={'bias': 2.5}", "guidance_scale=1.5"]
 CASES = [
     (
         {
@@ -378,10 +379,19 @@ CASES = [
         ["eos_token_id [900] (outside the model's 268 rows)"],
     ),
     ({"eos_token_id": 50256}, {}, []),
+    ({"watermarking_config": {"bias": 2.5}, "guidance_scale": 1.5}, {}, NOT_KEPT),
+    # Contrastive search needs a top_k, which is 50 there by default.
+    ({"penalty_alpha": 0.6, "top_k": 4}, {"penalty_alpha": 0.6, "top_k": 4}, []),
+    ({"penalty_alpha": 0.6}, {"penalty_alpha": 0.6, "top_k": 50}, []),
     (
-        {"penalty_alpha": 0.6, "guidance_scale": 1.5},
-        {},
-        ["penalty_alpha=0.6", "guidance_scale=1.5"],
+        {"penalty_alpha": 0.6, "do_sample": True},
+        {"temperature": 1.0, "top_k": 50},
+        ["penalty_alpha=0.6 (contrastive search is off)"],
+    ),
+    (
+        {"penalty_alpha": 0.6, "num_beams": 2},
+        {"num_beams": 2},
+        ["penalty_alpha=0.6 (contrastive search is off)"],
     ),
 ]
 
@@ -414,7 +424,7 @@ def test_a_converted_run_keeps_the_generation_settings(model, tmp_path):
         model / "generation_config.json",
         eos_token_id=[32, 267],
         repetition_penalty=1.5,
-        penalty_alpha=0.6,
+        guidance_scale=1.5,
     )
     report = convert(model, tmp_path / "run")
     decode = load_run(tmp_path / "run").config.decode
@@ -423,7 +433,7 @@ def test_a_converted_run_keeps_the_generation_settings(model, tmp_path):
         "decoding   as generation_config.json has it: repetition_penalty=1.5, "
         "eos_token_id=(32, 267)" in report
     )
-    assert "not kept   of generation_config.json: penalty_alpha=0.6" in report
+    assert "not kept   of generation_config.json: guidance_scale=1.5" in report
     # A word that ends generation is still text.
     tokenizer = load_run(tmp_path / "run").tokenizer
     assert tokenizer.eos_id == 267 and tokenizer.decode([32]) == "A"

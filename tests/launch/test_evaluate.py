@@ -116,3 +116,40 @@ def test_bad_input_is_one_line_and_names_only_flags_that_exist(ask, arguments, s
     assert (
         set(re.findall(r"--(\w+)", err)) | set(re.findall(r"\b(on_error|text_key)\b", err)) <= known
     )
+
+
+STORY = "the whale swam north again. the whale saw the cold sea. north again swam the whale. "
+
+
+def test_long_texts_have_a_table_plots_and_an_object(ask, folder):
+    (folder / "story.txt").write_text(STORY * 12)
+    (folder / "rest.txt").write_text(STORY * 60)
+    arguments = ["--workdir=RUN", "--input={folder}/story.txt", "--longtext", "--sentences=4"]
+    code, out, err = ask(*arguments, "--references={folder}/rest.txt", "--plots={folder}/plots")
+    assert code == 0 and "zipf.png, repetition.png, loss_by_position.png" in err
+    lines = out.splitlines()
+    assert lines[0].endswith("1 text(s), 192 words, 276 tokens (checkpoint of step 7)") or lines
+    assert "repeated 4-grams (seq-rep-4)" in out and "references" in lines[1]
+    assert "self-BLEU of the texts, texts: absent, compares texts with each other" in out
+    assert {each.name for each in (folder / "plots").iterdir()} >= {"zipf.png", "repetition.png"}
+    record = json.loads(ask(*arguments, "--json")[1])
+    assert record["references"] is record["needles"] is None
+    assert record["texts"]["figures"]["seq_rep_4"]["value"] > 0.9
+    assert record["texts"]["figures"]["context_gain"]["value"] is None, "its sentences are three"
+
+
+def test_flags_of_long_texts_that_have_no_effect_are_refused(ask):
+    arguments = ["--workdir=RUN", "--input={folder}/a.txt"]
+    for more, message in (
+        (["--plots=x"], "--plots=x has no effect without --longtext"),
+        (["--needle"], "--needle=True has no effect without --longtext"),
+        (["--longtext", "--stride=3"], "--stride=3 is of the score, which --longtext"),
+        (["--longtext", "--cache=int8"], "--cache=int8 is of the score"),
+        (["--longtext", "--needle_trials=2"], "--needle_trials=2 has no effect without --needle"),
+        (["--longtext", "--needle", "--needle_lengths=a"], "is not a list of numbers"),
+        (["--longtext", "--plots={folder}/a.txt"], "a.txt is a file; give a folder"),
+        (["--longtext", "--needle"], "does not fit: the prompt without filler has"),
+        (["--longtext", "--references={folder}/empty.txt"], "contains no text"),
+    ):
+        code, out, err = ask(*arguments, *more)
+        assert (code, out) == (2, "") and message in err, more

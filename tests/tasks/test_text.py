@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mtnlg_jax.tasks.text import clean, cut, language_of, normalize, sentences
+from mtnlg_jax.tasks.text import clean, cut, normalize
 
 
 @pytest.mark.parametrize(
@@ -46,35 +46,9 @@ def test_clean_cuts_at_stops_and_keeps_joined_texts():
     )
 
 
-def test_language_of():
-    for text, language in (
-        ("A whale.", "en"),
-        ("一头鲸鱼", "zh"),
-        ("iPhone 手机怎么样", "zh"),
-        ("", "en"),
-        ("the word 好 means good", "en"),
-        ("3.14", "en"),
-    ):
-        assert language_of(text) == language, text
-
-
 def test_normalize():
     assert normalize(" e\u0301\r\n\x07b\u200b  c ") == "\u00e9 b c"
     assert normalize("\n\n  a\r\n b \n", lines=True) == "  a\n b"
-
-
-def test_sentences_keep_all_text():
-    text = "Mind 3.14! “Yes?” he said\n\n好。真的吗？」对…… end"
-    assert "".join(sentences(text)) == text
-    assert sentences(text) == [
-        "Mind 3.14! ",
-        "“Yes?” ",
-        "he said\n\n",
-        "好。",
-        "真的吗？」",
-        "对…… ",
-        "end",
-    ]
 
 
 def test_cut_keeps_whole_sentences():

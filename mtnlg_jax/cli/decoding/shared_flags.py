@@ -6,7 +6,10 @@ from mtnlg_jax import command
 
 with command.flag_group("Model"):
     ADAPTER = command.define_path(
-        "adapter", None, "folder of a PEFT adapter to merge into the model at --workdir"
+        "adapter",
+        None,
+        "adapter of the model at --workdir: the name of one in the run, its file, or the folder of "
+        "a PEFT adapter",
     )
 
 with command.flag_group("Output"):

@@ -37,7 +37,10 @@ with command.flag_group("The run and the text"):
         "encoding", "", "encoding of text that is not UTF-8 and does not declare one: cp1252"
     )
     ADAPTER = command.define_path(
-        "adapter", None, "folder of a PEFT adapter to merge into the model at --workdir"
+        "adapter",
+        None,
+        "adapter of the model at --workdir: the name of one in the run, its file, or the folder of "
+        "a PEFT adapter",
     )
 with command.flag_group("Scoring"):
     STRIDE = flags.DEFINE_integer(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mtnlg_jax.cli.decoding import devices, fitting, held_flags, shared_flags
 from mtnlg_jax.cli.decoding.output import dump
-from mtnlg_jax.cli.generation import options
+from mtnlg_jax.cli.generation import adapters, options, prefixes, sliding
 from mtnlg_jax.cli.generation.many import answer_all
 from mtnlg_jax.cli.generation.other_modes import fill_masks
 from mtnlg_jax.cli.generation.ranking import rank_candidates
@@ -34,6 +34,7 @@ def load_model(rows: list[dict], given: dict[str, Any]) -> "tuple[Run, Decoder, 
 
     compat.quiet()
     compat.configure_cache(least_seconds=0)
+    found = adapters.load(rows)
     settings: list[DecodeConfig] = []
 
     def before(config: "Config", tokenizer: "Tokenizer | None") -> None:
@@ -41,7 +42,10 @@ def load_model(rows: list[dict], given: dict[str, Any]) -> "tuple[Run, Decoder, 
         tokenizer.parse_special = options.PARSE_SPECIAL.value
         # Not once more where a damaged checkpoint is skipped.
         settings[:] = [decode_settings(rows, config.decode, with_words(tokenizer, given))]
-        _check_memory(config, tokenizer, rows, settings[0])
+        if sliding.asked():
+            sliding.check_model(config.model, settings[0])
+        ahead = prefixes.check(rows, config.model, prefixes.folder_of(options.PROMPTS.value))
+        _check_memory(config, tokenizer, rows, settings[0], ahead)
 
     run, decoder = load_decoder(
         options.WORKDIR.value,
@@ -52,15 +56,24 @@ def load_model(rows: list[dict], given: dict[str, Any]) -> "tuple[Run, Decoder, 
         mesh=devices.mesh(),
         before=before,
     )
+    if found:
+        from mtnlg_jax.decode.adapters import stack
+
+        decoder = stack(decoder, found)
     gc.freeze()
     gc.enable()
     return run, decoder, settings[0]
 
 
 def _check_memory(
-    config: "Config", tokenizer: "Tokenizer", rows: list[dict], decode: "DecodeConfig"
+    config: "Config",
+    tokenizer: "Tokenizer",
+    rows: list[dict],
+    decode: "DecodeConfig",
+    ahead: int = 0,
 ) -> None:
-    """Raise ValueError if weights and caches do not fit."""
+    """Raise ValueError if weights and caches do not fit, with ``ahead`` positions ahead of
+    prompts."""
     from mtnlg_jax.decode.cache import bucket
     from mtnlg_jax.decode.memory import Caches, Choices, Plan, caches_of
     from mtnlg_jax.decode.results import encode_prompt
@@ -72,7 +85,7 @@ def _check_memory(
     shrink = None
     caches: tuple[Caches, ...] = ()  # infilling has none
     if mode != "fill":
-        longest = max(len(encode_prompt(tokenizer, row["prompt"])) for row in rows)
+        longest = ahead + max(len(encode_prompt(tokenizer, row["prompt"])) for row in rows)
         at_once = 1
         if mode == "generative" and options.PROMPTS.value:
             at_once = min(len(rows), options.BATCH.value)
@@ -114,7 +127,12 @@ def answer(rows: list[dict], given: dict[str, Any]) -> None:
     if options.PROMPTS.value:
         answer_all(decoder, tokenizer, rows, decode, ranking)
         return
-    modes: dict[str, Callable] = {"generative": write, "ranking": ranking, "fill": fill_masks}
+    ahead = prefixes.array_of(rows[0], decoder.config)
+    modes: dict[str, Callable] = {
+        "generative": functools.partial(write, prefix=ahead),
+        "ranking": functools.partial(ranking, prefix=ahead),
+        "fill": fill_masks,
+    }
     prompt = rows[0]["prompt"]
     result = modes[options.MODE.value](decoder, tokenizer, prompt, decode)
     if shared_flags.JSON.value:

@@ -7,12 +7,14 @@ from typing import Any
 
 from mtnlg_jax.cli.decoding import shared_flags
 from mtnlg_jax.cli.decoding.devices import of_mesh
-from mtnlg_jax.cli.generation import options
+from mtnlg_jax.cli.decoding.preset_flag import PRESET
+from mtnlg_jax.cli.generation import options, prefixes, sliding
+from mtnlg_jax.cli.generation.control_flags import check_preset
 from mtnlg_jax.cli.generation.settings import as_given
 from mtnlg_jax.cli.generation.settings_flags import NAMES
 
 # Every flag that sets DecodeConfig.
-DECODE_FLAGS = (*NAMES, shared_flags.SET.name)
+DECODE_FLAGS = (*NAMES, PRESET.name, shared_flags.SET.name)
 
 
 def check_flags() -> None:
@@ -20,6 +22,8 @@ def check_flags() -> None:
     _check_mode()
     _check_chat()
     _check_prompts()
+    check_preset()
+    sliding.check_flags()
     if options.STREAM.value and shared_flags.JSON.value:
         raise ValueError(
             "--stream shows text as it comes, and --json prints it at the end; leave one of the "
@@ -35,7 +39,9 @@ def _check_mode() -> None:
     acts_in: dict[str, tuple[str, ...]] = {}  # modes by the names of flags
     acts_in |= dict.fromkeys(DECODE_FLAGS, ("generative", "ranking"))
     acts_in |= dict.fromkeys(["stream", "stats", "draft", "num_assistant_tokens"], ("generative",))
+    acts_in |= dict.fromkeys(sliding.FLAGS, ("generative",))
     acts_in |= dict.fromkeys(["candidates", "normalise", "scorer", *options.SCORING], ("ranking",))
+    acts_in |= dict.fromkeys(prefixes.KEYS, ("generative", "ranking"))
     acts_in |= {"guesses": ("fill",)} | dict.fromkeys(["cache", "show_special"], generated)
     acts_in |= dict.fromkeys(
         ["checkpoint", "dtype", "weights", "prompts", "output", "batch"],
@@ -79,7 +85,8 @@ def _check_chat() -> None:
             f"--chat generates answers, and --mode={options.MODE.value} does not; leave one of the "
             "two out"
         )
-    for name in ("prompt", "input", "prompts", "parse_special", "show_special", "stats", "json"):
+    of_text = ("prompt", "input", "prompts", "parse_special", "show_special", "stats", "json")
+    for name in (*of_text, *prefixes.KEYS):
         if options.is_given(name):
             raise ValueError(
                 f"--{name} is for prompts, and --chat reads a conversation; leave one of the two "
@@ -95,7 +102,7 @@ def _check_prompts() -> None:
                 f"--{name} is for many prompts; name their file with --prompts, or leave it out"
             )
     if options.PROMPTS.value:
-        for name in ("prompt", "input", "stream", "stats", "json"):
+        for name in ("prompt", "input", "stream", "stats", "json", *prefixes.KEYS):
             if options.is_given(name):
                 raise ValueError(
                     f"--{name} is for one prompt, and --prompts={options.PROMPTS.value} holds "

@@ -76,7 +76,8 @@ with command.flag_group("--mode=ranking"):
         "scorer",
         ["logprob"],
         "NAME or NAME=WEIGHT: logprob, gnmt, pmi, noisy_channel, "
-        "pseudo_log_likelihood, mbr, self_consistency; repeat to combine several",
+        "pseudo_log_likelihood, mbr, self_consistency, repetition, diversity, coherence; repeat to "
+        "combine several",
     )
     # By the names of ScorerOptions.
     SCORING = {

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from mtnlg_jax import command
-from mtnlg_jax.cli.generation import options
+from mtnlg_jax.cli.generation import options, prefixes
 
 
 def read_prompt() -> str:
@@ -13,6 +13,8 @@ def read_prompt() -> str:
         if options.INPUT.value is not None:
             raise ValueError("--prompt and --input are both given; keep one of them")
         return options.PROMPT.value
+    if options.INPUT.value is None and prefixes.of_flags():
+        return ""
     _, text = command.read_text(options.INPUT.value, "the prompt")
     return text.removesuffix("\n")  # the line end at the end of a file
 
@@ -47,6 +49,11 @@ def read_rows(path: str) -> list[dict]:
             raise ValueError(
                 f"{name}, line {number} has candidates that are not a list of texts; write "
                 "[TEXT, TEXT]"
+            )
+        if not isinstance(row.get("adapter", ""), str | None):
+            raise ValueError(
+                f"{name}, line {number} has an adapter that is not a name; write "
+                '"adapter": NAME, or null for none'
             )
         rows.append(row)
     if not rows:

@@ -4,6 +4,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from mtnlg_jax.cli.decoding import shared_flags
+from mtnlg_jax.cli.decoding.preset_flag import apply_preset
 from mtnlg_jax.cli.decoding.settings import merge, read_assignments
 from mtnlg_jax.cli.generation import options
 from mtnlg_jax.cli.generation.entries import unescape
@@ -22,8 +23,9 @@ def _given_by_flags() -> dict[str, Any]:
     given = {name: flag.value for name, flag in SETTINGS.items() if flag.value is not None}
     if "early_stopping" in given:
         given["early_stopping"] = EARLY[given["early_stopping"]]
-    if "stop_strings" in given:
-        given["stop_strings"] = tuple(map(unescape, given["stop_strings"]))
+    for name in ("stop_strings", "dry_sequence_breakers"):
+        if name in given:
+            given[name] = tuple(map(unescape, given[name]))
     for name, (read, form, several, flag) in LISTS.items():
         if flag.value is None:
             continue
@@ -105,7 +107,10 @@ def _forms(tokenizer, name: str, text: str) -> list[tuple[int, ...]]:
 def decode_settings(
     rows: list[dict], run_decode: "DecodeConfig", given: dict[str, Any]
 ) -> "DecodeConfig":
-    """Return the settings of the run with those of the command line; refuse idle ones."""
+    """Return the settings of the run, or of --preset, with those of the command line.
+
+    Raise ValueError on settings of the command line that cannot act.
+    """
     from mtnlg_jax.config import DecodeConfig, acting, validate_decode
 
     all_have_candidates = all("candidates" in row for row in rows)
@@ -114,11 +119,11 @@ def decode_settings(
             f"{as_given(next(iter(given)))} affects generated candidates, and each line of "
             f"{options.PROMPTS.value} has its own; leave one of the two out"
         )
-    decode = dataclasses.replace(run_decode, **given)
+    decode = dataclasses.replace(apply_preset(run_decode), **given)
     given_candidates = bool(options.CANDIDATES.value) or all_have_candidates
     # Ranking needs different samples, which greedy decoding does not give.
     sampling = options.MODE.value == "ranking" and not given_candidates
-    greedy = decode.temperature == 0 and decode.num_beams == 1
+    greedy = decode.temperature == 0 and decode.num_beams == 1 and decode.penalty_alpha == 0
     if sampling and greedy and "temperature" not in given:
         decode = dataclasses.replace(decode, temperature=1.0)
     # Settings of the run that have no effect are reset; those of the command line are refused.

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from mtnlg_jax import command
+from mtnlg_jax.cli.generation import control_flags
 from mtnlg_jax.cli.generation.entries import read_biased, read_forced, read_ids
 
 FLAG_OF = {"num_return_sequences": "n"}  # flags named otherwise than their setting
@@ -178,5 +179,6 @@ with command.flag_group("Speculative decoding"):
         ),
     }
 
+SETTINGS |= control_flags.SETTINGS
 # The names of all flags above.
 NAMES = tuple(FLAG_OF.get(name, name) for name in (*SETTINGS, *LISTS, *WORDS))

@@ -1,12 +1,15 @@
 """--mode=generative: continue a prompt."""
 
 import dataclasses
+import functools
 import sys
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from mtnlg_jax.cli.decoding import devices, held_flags, shared_flags
-from mtnlg_jax.cli.generation import options
+from mtnlg_jax.cli.decoding.preset_flag import preset_scorers
+from mtnlg_jax.cli.generation import options, sliding
 
 if TYPE_CHECKING:
     from mtnlg_jax.config import DecodeConfig
@@ -14,12 +17,22 @@ if TYPE_CHECKING:
     from mtnlg_jax.decode.results import Generated
 
 
-def write(decoder: "Decoder", tokenizer, prompt: str, decode: "DecodeConfig") -> dict:
-    """Generate the texts of one prompt, print them, and return them."""
-    from mtnlg_jax.decode.generate import generate
-    from mtnlg_jax.decode.results import encode_prompt
+def write(
+    decoder: "Decoder", tokenizer, prompt: str, decode: "DecodeConfig", prefix: Any = None
+) -> dict:
+    """Generate the texts of one prompt behind ``prefix``, print them, and return them."""
+    from mtnlg_jax.decode.prefixes import encode_behind
+    from mtnlg_jax.decode.words import Pace
 
-    draft = load_draft(tokenizer)
+    if preset_scorers():
+        best = write_best(decoder, tokenizer, prompt, decode, prefix)
+        if not shared_flags.JSON.value:
+            print(prompt + best["text"])
+        return best
+    once = _writer(decoder, tokenizer, prompt, prefix)
+    read = len(encode_behind(decoder.config, tokenizer, prefix, prompt))
+    if sliding.asked():
+        sliding.note_prompt(decoder.config, read)
     stream = sys.stdout.isatty() if options.STREAM.value is None else options.STREAM.value
     # Several texts cannot be streamed to one terminal at once.
     stream = stream and decode.num_return_sequences == 1 and not shared_flags.JSON.value
@@ -30,9 +43,7 @@ def write(decoder: "Decoder", tokenizer, prompt: str, decode: "DecodeConfig") ->
     if stream:
         show(0, prompt)
     begin = time.perf_counter()
-    results = generate(
-        decoder, tokenizer, [prompt], decode, on_text=show if stream else None, draft=draft
-    )
+    results = once(decode, on_text=show if stream else None)
     seconds = time.perf_counter() - begin
     for number, result in enumerate(results, 1):
         if stream:
@@ -40,27 +51,58 @@ def write(decoder: "Decoder", tokenizer, prompt: str, decode: "DecodeConfig") ->
         elif not shared_flags.JSON.value:
             score = "" if result.score is None else f", score {result.score:.4f}"
             print(f"--- {number}{score} ---\n" * (len(results) > 1) + prompt + result.text)
-        if (
-            len(encode_prompt(tokenizer, prompt)) + len(result.tokens) == decoder.context
-            and not shared_flags.JSON.value
-        ):
+        if shared_flags.JSON.value:
+            continue
+        if sliding.asked():
+            sliding.note_end(result, decode)
+        elif read + len(result.tokens) == decoder.context:
             print(f"(ended: the context of {decoder.context} tokens is full)", file=sys.stderr)
     answer: dict[str, Any] = {"sequences": [dataclasses.asdict(result) for result in results]}
     if options.STATS.value:
         # Time a second call, since the first one compiles.
         begin = time.perf_counter()
-        results = generate(
-            decoder, tokenizer, [prompt], dataclasses.replace(decode, max_time=None), draft=draft
+        pace = Pace()
+        results = once(
+            dataclasses.replace(decode, max_time=None),
+            on_text=pace.on_text if sliding.asked() else None,
         )
-        answer["stats"] = _stats(
-            decoder, tokenizer, prompt, results, decode, time.perf_counter() - begin
-        ) | {"first_seconds": round(seconds, 3)}
+        answer["stats"] = _stats(decoder, read, results, decode, time.perf_counter() - begin) | {
+            "first_seconds": round(seconds, 3)
+        }
+        if sliding.asked():
+            answer["stats"] |= sliding.near_words(pace, tokenizer, results[0].tokens)
         if not shared_flags.JSON.value:
             print(
                 "\n".join(f"{name}: {value}" for name, value in answer["stats"].items()),
                 file=sys.stderr,
             )
     return answer
+
+
+def write_best(
+    decoder: "Decoder", tokenizer, prompt: str, decode: "DecodeConfig", prefix: Any = None
+) -> dict:
+    """Return the best of the texts of one prompt by the scorers of --preset, and the ranking."""
+    from mtnlg_jax.decode.rank import rank
+
+    ranking = rank(
+        decoder, tokenizer, prompt, decode=decode, scorers=preset_scorers(), prefix=prefix
+    )
+    return {"text": ranking[0].text, "ranking": dataclasses.asdict(ranking)}
+
+
+def _writer(
+    decoder: "Decoder", tokenizer, prompt: str, prefix: Any
+) -> "Callable[..., list[Generated]]":
+    """Return a function that continues ``prompt`` by its settings, and takes ``on_text``."""
+    from mtnlg_jax.decode.generate import generate
+    from mtnlg_jax.decode.sliding import continue_sliding
+
+    if sliding.asked():
+        continued = functools.partial(continue_sliding, sliding=sliding.sliding())
+    else:
+        continued = functools.partial(generate, draft=load_draft(tokenizer), prefixes=[prefix])
+    return functools.partial(continued, decoder, tokenizer, [prompt])
 
 
 def load_draft(tokenizer) -> "Decoder | None":
@@ -91,21 +133,22 @@ def load_draft(tokenizer) -> "Decoder | None":
 
 def _stats(
     decoder: "Decoder",
-    tokenizer,
-    prompt: str,
+    read: int,
     results: list["Generated"],
     decode: "DecodeConfig",
     seconds: float,
 ) -> dict:
-    """Return the speed, the limit of the memory bandwidth, and the share of accepted guesses."""
-    from mtnlg_jax.decode.results import encode_prompt
+    """Return the speed, the limit of the memory bandwidth, and the share of accepted guesses.
+
+    ``read``: tokens of the prompt.
+    """
     from mtnlg_jax.decode.rolling import keeps_windows
     from mtnlg_jax.decode.roofline import copy_bandwidth, roofline
 
     tokens = sum(len(result.tokens) for result in results)
     guessed = sum(result.guessed for result in results)
     rows = max(decode.num_return_sequences, decode.num_beams)
-    length = len(encode_prompt(tokenizer, prompt)) + decode.max_new_tokens
+    length = read + decode.max_new_tokens
     stats: dict[str, Any] = {"tokens_per_second": round(tokens / seconds, 2)} | roofline(
         decoder,
         rows,

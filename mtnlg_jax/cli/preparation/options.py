@@ -5,6 +5,7 @@ from typing import Any
 from absl import flags
 
 from mtnlg_jax import command
+from mtnlg_jax.data.prefix.rows import PrefixInput
 
 with command.flag_group("Input and output"):
     INPUT = command.define_path(
@@ -60,6 +61,29 @@ with command.flag_group("Prompts with answers"):
         "with a space in front: ' {answer}'",
     )
 
+with command.flag_group("Images and features ahead of pairs"):
+    IMAGE = flags.DEFINE_string(
+        "image",
+        None,
+        "key of a row that holds an image: a path relative to the input, the bytes of a file, or "
+        "an object with one of the two; --prompt may stay empty",
+    )
+    IMAGE_SIZE = flags.DEFINE_integer(
+        "image_size",
+        32,
+        "height and width in pixels to which images are resized: model.prefix.image_size",
+        lower_bound=1,
+    )
+    IMAGE_CHANNELS = flags.DEFINE_enum(
+        "image_channels", "3", ["1", "3"], "channels of an image: 3 for RGB, 1 for gray"
+    )
+    PREFIX = flags.DEFINE_string(
+        "prefix",
+        None,
+        "key of a row that holds features of another encoder: a .npy file of shape (positions, "
+        "width), given as for --image",
+    )
+
 with command.flag_group("Conversations"):
     MESSAGES = flags.DEFINE_string(
         "messages",
@@ -109,7 +133,7 @@ with command.flag_group("A recipe"):
 
 # Flags of one of the two ways to prepare: a recipe, or text as it is.
 _RECIPE_FLAGS = (SET, STAGES, TEST_SETS, SKIP_SOURCES, PROCESSES, ENGINE)
-_PAIR_FLAGS = (PROMPT, ANSWER)
+_PAIR_FLAGS = (PROMPT, ANSWER, IMAGE, IMAGE_SIZE, IMAGE_CHANNELS, PREFIX)
 _CHAT_FLAGS = (MESSAGES, CHAT_TEMPLATE, SEQUENCE_LENGTH, SHOW)
 # Flags of both; those that are given replace a setting of the recipe.
 _SETTINGS = (VOCAB_SIZE, TOKENIZER, HELDOUT, SEED, TEXT_KEY, ON_ERROR, ENCODING)
@@ -122,10 +146,32 @@ def settings(given: bool = False) -> dict[str, Any]:
     }
 
 
+def prefix() -> PrefixInput | None:
+    """Return where rows have what a model reads ahead of their text; None for text alone."""
+    if PREFIX.value is not None:
+        return PrefixInput(PREFIX.value)
+    if IMAGE.value is not None:
+        return PrefixInput(IMAGE.value, IMAGE_SIZE.value, int(IMAGE_CHANNELS.value))
+    return None
+
+
+def prompt() -> str:
+    """Return the template of prompts. An image needs no text before the answer."""
+    given = flags.FLAGS[PROMPT.name].present or prefix() is None
+    return PROMPT.value if given else ""
+
+
 def check() -> None:
     """Raise ValueError if a flag is given that the way to prepare does not use."""
     if CONFIG.value is None:
         _refuse(_RECIPE_FLAGS, "is for a recipe; give one with --config=configs/data/english.py")
+        if IMAGE.value is None:
+            _refuse((IMAGE_SIZE, IMAGE_CHANNELS), "is for images; name their key with --image")
+        elif PREFIX.value is not None:
+            raise ValueError(
+                f"--image={IMAGE.value} and --prefix={PREFIX.value}: a row has one of the two "
+                "ahead of its text; leave one out"
+            )
         return
     _refuse(_PAIR_FLAGS, "makes pairs, which no recipe cleans; leave --config out")
     _refuse(_CHAT_FLAGS, "is for conversations, which no recipe cleans; leave --config out")

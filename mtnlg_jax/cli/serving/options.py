@@ -12,7 +12,10 @@ with command.flag_group("Model"):
         "name", None, "name of the model in requests; default: that of the folder"
     )
     LORA = flags.DEFINE_multi_string(
-        "lora", [], "NAME=FOLDER: a PEFT adapter of the model, served as the model NAME; repeat"
+        "lora",
+        [],
+        "NAME=PATH: an adapter of the model, a folder of PEFT or a file of launch/adapt.py, "
+        "served as the model NAME; repeat",
     )
     CHAT_TEMPLATE = command.define_path(
         "chat_template", None, "file of a chat template, instead of the one of the tokenizer"

@@ -200,10 +200,11 @@ def _adapters() -> dict[str, str | None]:
         if name in found:
             raise ValueError(f"--lora={given} repeats the name {name}; give each its own")
         folder = expand(folder)
-        if not Path(folder, "adapter_config.json").is_file():
+        ours = folder.endswith(".safetensors")
+        if not ours and not Path(folder, "adapter_config.json").is_file():
             raise ValueError(
                 f"--lora={given}: {folder} holds no adapter_config.json; name the folder that PEFT "
-                "has saved"
+                "has saved, or a file of launch/adapt.py"
             )
         found[name] = folder
     return found

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from mtnlg_jax.cli.decoding import devices, shared_flags
 from mtnlg_jax.cli.decoding.output import dump
-from mtnlg_jax.cli.task_modes import options, performing
+from mtnlg_jax.cli.task_modes import options, performing, profiles
+from mtnlg_jax.cli.task_modes.long_printing import print_work
 from mtnlg_jax.cli.task_modes.rows import read_input
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ def answer_input(task: "Task") -> None:
         print(dump(head | dataclasses.asdict(answer)))
         return
     _print_answer(task, row, answer)
+    if support["profile"] is not None:
+        print(profiles.describe(support["profile"], answer), file=sys.stderr)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
 
@@ -47,6 +50,7 @@ def _print_answer(task: "Task", row: "Row", answer: "Answer") -> None:
             f"[{number}] {passage.source}, characters {passage.start} to {passage.end}: "
             f"{passage.text[:60]!r} ..."
         )
+    print_work(answer)
     for part, shortened in (
         ("input", answer.shortened),
         ("input's own context", answer.context_shortened),

@@ -14,13 +14,22 @@ with command.flag_group("Model"):
 
 with command.flag_group("Task and input"):
     TASK = flags.DEFINE_string(
-        "task", None, "continue, summarise, translate, sentiment or answer", required=True
+        "task",
+        None,
+        "continue, summarise, translate, sentiment, answer or write",
+        required=True,
     )
     INPUT = command.define_path(
         "input", None, "file with the text, - for standard input; rows for --make_pairs"
     )
     LANGUAGE = flags.DEFINE_string(
         "language", None, "language of the input, en or zh; default: detect it"
+    )
+    KIND = flags.DEFINE_string(
+        "kind",
+        None,
+        "of summaries: general (default), news, abstract or product; of --task=write: story "
+        "(default), news, review, description or letter",
     )
     TEMPLATES = command.define_path("templates", None, "JSON or Python file with other prompts")
 
@@ -42,7 +51,8 @@ with command.flag_group("Output"):
     OUTPUT = command.define_path(
         "output",
         None,
-        "with --eval: file for the answers, a JSON line for each as soon as it is known",
+        "with --eval: file for the answers, a JSON line for each as soon as it is known; with "
+        "--task=write: file for the text",
     )
 
 with command.flag_group("Reading rows"):

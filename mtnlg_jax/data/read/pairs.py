@@ -10,6 +10,11 @@ class Pair(str):
     prompt: str
 
 
+def template_keys(prompt: str, answer: str) -> set[str]:
+    """Return the keys of a row that two templates read; `pair_maker` says what they are."""
+    return {*_keys("prompt", prompt), *_keys("answer", answer)}
+
+
 def pair_maker(prompt: str, answer: str) -> Callable[[object], Pair]:
     """Return a function from a JSON object to its `Pair`, for `read_documents`.
 

@@ -62,7 +62,9 @@ class Reader:
 
     def items(self) -> Generator[Item]:
         """Yield the items of the file; damage takes the place of an item."""
-        if self.make_text and self.kind not in _WITH_KEYS:
+        # A maker that names its columns reads Parquet as well.
+        columns = getattr(self.make_text, "columns", None)
+        if self.make_text and self.kind not in (_WITH_KEYS + PARQUET if columns else _WITH_KEYS):
             yield Item(0, Damaged(f"pairs and conversations are read from {' '.join(_WITH_KEYS)}"))
             return
         try:
@@ -89,9 +91,10 @@ class Reader:
         elif self.kind in PARQUET:
             packed = self.file.name.lower().endswith(open_files.PACKED)
             stream = io.BytesIO(raw.read()) if packed else raw
-            for row in rows.parquet(stream, self._column):
+            columns = getattr(self.make_text, "columns", None)
+            for row in rows.parquet(stream, columns or self._column, texts=bool(columns)):
                 self._number = row.number
-                yield self._of_parquet(row)
+                yield from self._of_row(row) if columns else [self._of_parquet(row)]
         else:
             yield from self._of_rows(self.as_utf8(raw))
 

@@ -213,11 +213,14 @@ def _unquoted(cell: str, always: bool) -> str:
 # --- Parquet --------------------------------------------------------------------------------------
 
 
-def parquet(stream: IO[bytes], choose: Callable[[list[str]], list[str] | Damaged]) -> Iterator[Row]:
+def parquet(
+    stream: IO[bytes], choose: Callable[[list[str]], list[str] | Damaged], texts: bool = False
+) -> Iterator[Row]:
     """Yield the rows of a Parquet file as dicts of the columns that ``choose`` selects.
 
-    ``choose`` gets the names of all columns; a `Damaged` result becomes the only row. Texts are
-    bytes, because pyarrow refuses strings that are not UTF-8.
+    ``choose`` gets the names of all columns; a `Damaged` result becomes the only row. Strings are
+    bytes, because pyarrow refuses those that are not UTF-8; with ``texts`` they are texts, such
+    bytes as surrogates.
     """
     import pyarrow
     import pyarrow.parquet
@@ -230,7 +233,7 @@ def parquet(stream: IO[bytes], choose: Callable[[list[str]], list[str] | Damaged
                 yield Row(0, columns)
                 return
             for batch in file.iter_batches(batch_size=64, columns=columns):
-                parts = [_column_values(column) for column in batch.columns]
+                parts = [_column_values(column, texts) for column in batch.columns]
                 for values in zip(*parts, strict=True):
                     number += 1
                     yield Row(number, dict(zip(batch.schema.names, values, strict=True)))
@@ -240,9 +243,12 @@ def parquet(stream: IO[bytes], choose: Callable[[list[str]], list[str] | Damaged
         yield Row(number, Damaged(f"not a readable Parquet file ({str(error).splitlines()[0]})"))
 
 
-def _column_values(column: Any) -> list:
+def _column_values(column: Any, texts: bool) -> list:
     import pyarrow
 
-    if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
-        column = column.cast(pyarrow.large_binary())
-    return column.to_pylist()
+    if not (pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)):
+        return column.to_pylist()
+    values = column.cast(pyarrow.large_binary()).to_pylist()
+    if not texts:
+        return values
+    return [None if each is None else each.decode("utf-8", "surrogateescape") for each in values]

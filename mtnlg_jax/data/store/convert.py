@@ -58,6 +58,11 @@ def convert(
     if prefix_of(target) and prefix_of(target) == prefix_of(source):
         raise ValueError(f"{target} is the source itself; choose another --to")
     tokens = open_tokens(source)
+    if tokens.prefixes is not None:
+        raise ValueError(
+            f"{source} has images or features ahead of its tokens, which neither Megatron's files "
+            "nor lines of text hold; train from it as it is"
+        )
     lines = target.lower().endswith(_LINES)
     to_arrays = isinstance(tokens, MegatronTokens) and not lines
     if heldout is not None and not to_arrays:

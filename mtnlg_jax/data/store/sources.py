@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from mtnlg_jax import storage
 from mtnlg_jax.data.store.megatron import MegatronTokens, kept_documents, open_megatron, prefix_of
+from mtnlg_jax.data.store.prefixes import open_with_prefixes
 from mtnlg_jax.data.store.prepared import PREPARED, read_prepared
-from mtnlg_jax.data.store.tokens import Tokens, open_stored
+from mtnlg_jax.data.store.tokens import Tokens
 from mtnlg_jax.data.tokenizer import Tokenizer, tokenizer_for_data
 
 
@@ -18,7 +19,7 @@ def open_tokens(location: str | os.PathLike) -> Tokens:
     Raises FileNotFoundError if nothing was prepared, ValueError if something is damaged or missing.
     """
     location = str(location).rstrip("/")
-    return open_megatron(location) if prefix_of(location) else open_stored(location)
+    return open_megatron(location) if prefix_of(location) else open_with_prefixes(location)
 
 
 def spread(blend: Sequence[tuple[str, float]]) -> tuple[tuple[str, float], ...]:

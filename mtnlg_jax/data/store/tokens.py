@@ -117,16 +117,16 @@ class TokenWriter:
             if self._filled == SHARD:
                 self._flush()
 
-    def finish(self) -> dict:
-        """Write the rest and, last, meta.json; return its content."""
+    def finish(self, prefix: dict | None = None) -> dict:
+        """Write the rest and, last, meta.json, with what `write_prefixes` returned; return it."""
         tokens = self._shards * SHARD + self._filled
         self._flush()
         lengths = np.frombuffer(self._lengths, np.int64)
         write_offsets(self._location, [lengths], len(lengths), self._digest)
-        counts = {"tokens": tokens, "documents": len(lengths), "bytes": self._bytes}
-        answers: dict[str, int | bool] = {}
+        counts: dict[str, Any] = {"tokens": tokens, "documents": len(lengths)}
+        counts["bytes"] = self._bytes
         if self._answers is not None:
-            answers = {
+            counts |= {
                 "answer_tokens": self._answer_tokens,
                 "answer_bytes": self._answer_bytes,
                 "conversations": True,
@@ -138,17 +138,15 @@ class TokenWriter:
             )
             stored.write(prompts).result()
             self._digest.update(prompts.tobytes())
-            answers = {
+            counts |= {
                 "answer_tokens": tokens - int(prompts.sum()),  # with their eos
                 "answer_bytes": self._bytes - self._prompt_bytes,
             }
-        meta = token_meta(
-            self._vocab_size,
-            self._tokenizer,
-            self._seed,
-            counts | answers,
-            self._digest.hexdigest(),
-        )
+        if prefix is not None:
+            counts["prefix"] = prefix
+            self._digest.update(prefix["sha256"].encode())
+        digest = self._digest.hexdigest()
+        meta = token_meta(self._vocab_size, self._tokenizer, self._seed, counts, digest)
         write_meta(self._location, meta)
         return meta
 
@@ -243,7 +241,7 @@ def token_meta(
     vocab_size: int,
     tokenizer_fingerprint: str,
     seed: int,
-    counts: Mapping[str, int | bool],
+    counts: Mapping[str, Any],
     sha256: str,
 ) -> dict:
     """Return the content of meta.json; ``counts`` holds tokens, documents, bytes, and of pairs and
@@ -273,8 +271,10 @@ class Tokens:
     """The tokens of one part (train or heldout), from `open_stored`. ``len`` counts tokens.
 
     ``prompt_lengths`` [documents] int64: tokens of each pair before its answer; None for plain
-    text and for conversations.
+    text and for conversations. ``prefixes``: images or features of the documents (`Prefixes`).
     """
+
+    prefixes: Any = None
 
     def __init__(
         self,

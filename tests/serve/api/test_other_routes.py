@@ -13,8 +13,8 @@ import pytest
 
 from mtnlg_jax.config import DecodeConfig
 from mtnlg_jax.decode.infill import fill
+from mtnlg_jax.decode.pool import ScorerOptions
 from mtnlg_jax.decode.rank import rank
-from mtnlg_jax.decode.scorers import ScorerOptions
 from mtnlg_jax.decode.scoring import score_rows
 from mtnlg_jax.serve import chat as chat_module
 from mtnlg_jax.serve import patterns

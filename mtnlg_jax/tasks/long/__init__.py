@@ -1,0 +1,1 @@
+"""Inputs longer than the context: every task by parts, no part left out."""

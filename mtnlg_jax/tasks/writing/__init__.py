@@ -1,0 +1,1 @@
+"""Write a text longer than the context: outline, sections, rolling memory, ranked pieces."""
