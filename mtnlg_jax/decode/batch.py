@@ -29,7 +29,7 @@ from mtnlg_jax.decode.batched_settings import check_tokens
 from mtnlg_jax.decode.cache import Decoder
 from mtnlg_jax.decode.constraint import Constraint
 from mtnlg_jax.decode.quantized import on_cpu
-from mtnlg_jax.decode.results import writable
+from mtnlg_jax.decode.results import common_prefix, writable
 from mtnlg_jax.decode.row import NewToken, Row
 from mtnlg_jax.decode.slots import STEPS, Extras, Rows, Slots
 from mtnlg_jax.decode.tiers import TIERS, row_settings, tier_settings
@@ -266,7 +266,7 @@ class Batch:
         """Return a free slot and the tokens of the prompt whose keys it then holds."""
         most = len(tokens) - 1
         free = [i for i, row in enumerate(self._rows) if row is None]
-        shared = {i: min(common(self._kept[i], tokens), most) for i in free}
+        shared = {i: min(common_prefix(self._kept[i], tokens), most) for i in free}
         if not self._whole:
             # A window that moved on cannot go back: all of it must be of this prompt.
             shared = {i: n if n == len(self._kept[i]) else 0 for i, n in shared.items()}
@@ -275,7 +275,7 @@ class Batch:
         if self._whole:
             # Copying a slot costs less than reading a chunk.
             others = [row for row in self._rows if row is not None]
-            lengths = [min(common(row.known[: row.read], tokens), most) for row in others]
+            lengths = [min(common_prefix(row.known[: row.read], tokens), most) for row in others]
             longest = max(lengths, default=0)
             if longest >= found + self.chunks[0]:
                 source = others[lengths.index(longest)]
@@ -411,13 +411,6 @@ class Batch:
         self._set(tier, [], count)
         self._device.advance(rows, self._extras([None] * count), 0)
         self._tier = None
-
-
-def common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return the length of the longest common prefix."""
-    most = min(len(one), len(other))
-    differs = np.flatnonzero(np.array(one[:most]) != np.array(other[:most]))
-    return int(differs[0]) if len(differs) else most
 
 
 def ladder(first: int, last: int) -> list[int]:

@@ -1,9 +1,9 @@
 """Read given candidates: their tokens behind a prompt, each at its own boundary."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from mtnlg_jax.decode.pool import Candidate
-from mtnlg_jax.decode.results import check_context
+from mtnlg_jax.decode.results import check_context, common_prefix
 
 
 def read_candidates(
@@ -47,7 +47,7 @@ def _at_its_boundary(
 ) -> Candidate:
     row = tuple(encode(context + spaces + text))
     # The first token that the candidate changes; from there on all is scored.
-    start = _common(alone, row)
+    start = common_prefix(alone, row)
     # Tokens of the prompt that the candidate changed: their text is part of what is scored.
     joined = alone[start:]
     if start == 0:
@@ -60,9 +60,3 @@ def _at_its_boundary(
         raise ValueError(f"candidate {text[:40]!r} adds no token to the prompt; leave it out")
     before = b"".join(map(tokenizer.token_bytes, joined))
     return Candidate(text, row, start, before + (spaces + text).encode())
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return the number of tokens that both begin with."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((i for i, (left, right) in pairs if left != right), min(len(one), len(other)))

@@ -118,4 +118,4 @@ def sums_behind(pool: Pool, context: Sequence[int]) -> np.ndarray:
 
 def sums_of(scored: Sequence[np.ndarray]) -> np.ndarray:
     """Return the sum of each sequence's log-probabilities."""
-    return np.array([each.sum(dtype=np.float64) for each in scored])
+    return np.array([np.sum(each, dtype=np.float64) for each in scored])

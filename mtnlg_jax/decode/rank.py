@@ -15,7 +15,7 @@ from mtnlg_jax.decode.cache import Decoder, capacity, prefill
 from mtnlg_jax.decode.generate import continue_prefix
 from mtnlg_jax.decode.given import read_candidates
 from mtnlg_jax.decode.many_prompts import score_behind
-from mtnlg_jax.decode.pool import NORMALIZATIONS, Candidate, Pool, ScorerOptions, Scores
+from mtnlg_jax.decode.pool import NORMALIZATIONS, Candidate, Pool, ScorerOptions, Scores, sums_of
 from mtnlg_jax.decode.prefixes import encode_behind, stacked
 from mtnlg_jax.decode.results import Generated, check_context, encode_prompt
 from mtnlg_jax.decode.scorers import SCORERS, check_request, weights_of
@@ -224,7 +224,7 @@ def _request(
 def _ranking(request: _Request, logprobs: Sequence[np.ndarray]) -> Ranking:
     """Return the ranking by the log-probabilities of the tokens of the pool's candidates."""
     pool, planned, weights, indices, size = request
-    sums = np.array([np.sum(each, dtype=np.float64) for each in logprobs])
+    sums = sums_of(logprobs)
     scored = {name: run(sums) for name, run in planned.items()}
     weighted = [weight * scored[name].parts[name] for name, weight in weights.items()]
     totals = np.sum(weighted, 0)

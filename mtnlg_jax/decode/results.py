@@ -41,6 +41,13 @@ def encode_prompt(tokenizer, text: str) -> list[int]:
     return [tokenizer.bos_id, *tokens] if tokenizer.prompt_bos or not tokens else tokens
 
 
+def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return the length of the longest common prefix of two sequences of tokens."""
+    most = min(len(one), len(other))
+    differs = np.flatnonzero(np.array(one[:most]) != np.array(other[:most]))
+    return int(differs[0]) if len(differs) else most
+
+
 def check_context(decoder: Decoder, length: int, what: str = "the prompt") -> None:
     """Raise ValueError if ``length`` tokens do not fit the model's context."""
     if length > decoder.context:

@@ -8,11 +8,11 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from mtnlg_jax.data.segment import SENTENCE, words
-from mtnlg_jax.decode.cache import Decoder, capacity, prefill
-from mtnlg_jax.decode.scoring import score, score_rows
+from mtnlg_jax.decode.cache import Decoder
+from mtnlg_jax.decode.many_prompts import score_behind
+from mtnlg_jax.decode.pool import sums_of
+from mtnlg_jax.decode.scoring import score_rows
 from mtnlg_jax.evaluate.figures import Figure, TooShort, mean_figure
 
 # A sentence of fewer words is joined with the next, as "Mr." and "Yes." are.
@@ -154,28 +154,32 @@ def measure_coherence(decoder: Decoder, bos_id: int, trials: Sequence[Trial]) ->
         [*rows, *([bos_id, *each] for each in alone)],
         [*starts, *(1 for _ in alone)],
     )
-    sums = _sums(found)
+    sums = sums_of(found)
     shuffled = sums[: len(trials)]
     alone_sums = sums[len(trials) :].reshape(len(trials), -1)
-    # One size for all contexts, so that few programs are compiled.
-    longest = 1 + max(len(trial.true_context) for trial in trials)
-    size = capacity(longest, decoder.context)
+    # The context of a trial is read once for all candidates.
+    contexts = [[bos_id, *trial.true_context] for trial in trials]
+    behind = score_behind(
+        decoder,
+        contexts,
+        [
+            [[*context, *each] for each in trial.candidates]
+            for context, trial in zip(contexts, trials, strict=True)
+        ],
+        [
+            [len(context)] * len(trial.candidates)
+            for context, trial in zip(contexts, trials, strict=True)
+        ],
+    )
     gains = []
     hits = []
     tokens = []
-    for trial, other, without in zip(trials, shuffled, alone_sums, strict=True):
-        # The context is read once for all candidates.
-        before = [bos_id, *trial.true_context]
-        prefix = prefill(decoder, [before], size)
-        behind = _sums(score(decoder, prefix, trial.candidates))
+    for trial, scored, other, without in zip(trials, behind, shuffled, alone_sums, strict=True):
+        sums_behind = sums_of(scored)
         tokens.append(float(len(trial.candidates[0])))
-        gains.append(float(behind[0] - other) / tokens[-1])
-        shared = behind - without
+        gains.append(float(sums_behind[0] - other) / tokens[-1])
+        shared = sums_behind - without
         # A tie counts as what a draw among the best would reach.
         best = shared >= shared.max()
         hits.append(float(best[0]) / int(best.sum()))
     return Coherence(mean_figure(gains, tokens), mean_figure(hits))
-
-
-def _sums(logprobs: Sequence[np.ndarray]) -> np.ndarray:
-    return np.array([np.sum(each, dtype=np.float64) for each in logprobs])

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,11 +103,14 @@ class Profile:
             )
         )
 
-    def choose(self, query: str, fits: Callable[[list[Entry]], bool]) -> tuple[Entry, ...]:
-        """Return as many of `ranked` as fit together; one that does not fit is passed over."""
+    def choose(self, query: str, language: str, tokenizer, room: int) -> tuple[Entry, ...]:
+        """Return as many of `ranked` as take at most ``room`` tokens together in `text`.
+
+        One that does not fit is passed over.
+        """
         chosen: list[Entry] = []
         for entry in self.ranked(query):
-            if fits([*chosen, entry]):
+            if _size(tokenizer, self.text([*chosen, entry], language)) <= room:
                 chosen.append(entry)
         return tuple(chosen)
 
@@ -141,10 +144,7 @@ def with_profile(
         answer = min(task.decode.max_new_tokens, max(1, context // 4))
         room = min(room, context - answer - _size(tokenizer, prompt))
 
-    def fits(entries: Sequence[Entry]) -> bool:
-        return _size(tokenizer, profile.text(entries, seen)) <= room
-
-    shown = profile.choose(row.input, fits)
+    shown = profile.choose(row.input, seen, tokenizer, room)
     instruction = profile.text(shown, seen) + template.instruction
     changed = dataclasses.replace(template, instruction=instruction)
     return dataclasses.replace(task, templates={**task.templates, seen: changed}), shown

@@ -10,7 +10,7 @@ from mtnlg_jax.config import DecodeConfig, StageConfig, validate_decode
 from mtnlg_jax.decode.batched_settings import check_tokens
 from mtnlg_jax.decode.cache import Decoder
 from mtnlg_jax.decode.generate import generate
-from mtnlg_jax.decode.results import encode_prompt
+from mtnlg_jax.decode.results import common_prefix, encode_prompt
 from mtnlg_jax.decode.scoring import score_rows
 from mtnlg_jax.tasks.answers import NORMALIZATIONS, Answer
 from mtnlg_jax.tasks.choosing import choose
@@ -244,7 +244,7 @@ def _last_words(
     ]
     # Score from the first token that differs from those of the prompt alone.
     starts = [
-        max(1, _common(encode_prompt(tokenizer, prompt.text), tokens))
+        max(1, common_prefix(encode_prompt(tokenizer, prompt.text), tokens))
         for prompt, tokens in zip(prompts, whole, strict=True)
     ]
     sums = [float(np.sum(each, dtype=np.float64)) for each in score_rows(decoder, whole, starts)]
@@ -274,14 +274,6 @@ def _last_words(
                     work=work_of(tokenizer, prompt, len(result.tokens)),
                 ),
             )
-
-
-def _common(first, second) -> int:
-    """Return the length of the common prefix of two token sequences."""
-    return next(
-        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b),
-        min(len(first), len(second)),
-    )
 
 
 def _write(

@@ -1,6 +1,5 @@
 """What the writer is asked for, and what it gives back."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mtnlg_jax.config import DecodeConfig, validate_decode
@@ -110,9 +109,6 @@ def _profile_text(request: Request, tokenizer, room: int) -> str:
         return ""
     profile = Profile(request.profile, request.profile_share)
     profile.check(tokenizer, room)
-
-    def fits(entries: Sequence[Entry]) -> bool:
-        text = profile.text(entries, request.language)
-        return len(tokenizer.encode(text)) <= int(profile.share * room)
-
-    return profile.text(profile.choose(request.topic, fits), request.language)
+    limit = int(profile.share * room)
+    shown = profile.choose(request.topic, request.language, tokenizer, limit)
+    return profile.text(shown, request.language)
