@@ -33,6 +33,10 @@ class Chip:
     date: str  # of the source
     devices: int = 1
     tpu: bool = False
+    # Of a TPU, to simulate its schedule: cycles/s, which are the peak over the FLOPs of a cycle of
+    # its matrix units, and bytes/s of one ICI link in one direction. 0: not known.
+    clock: float = 0.0
+    link: float = 0.0
 
 
 _BOOK = "JAX scaling book, TPU table"
@@ -83,7 +87,18 @@ CHIPS = {
         "2026-03",
     ),
     "v4": Chip(
-        ("TPU v4",), 275e12, 32 * GIB, 1.2e12, 4096, 90 * GB, 6.25 * GB, _BOOK, "2025-02", tpu=True
+        ("TPU v4",),
+        275e12,
+        32 * GIB,
+        1.2e12,
+        4096,
+        90 * GB,
+        6.25 * GB,
+        _BOOK,
+        "2025-02",
+        tpu=True,
+        clock=1.05e9,
+        link=45 * GB,
     ),
     "v5e": Chip(
         ("TPU v5 lite", "TPU v5e"),
@@ -96,6 +111,8 @@ CHIPS = {
         _BOOK,
         "2025-02",
         tpu=True,
+        clock=1.5e9,
+        link=45 * GB,
     ),
     "v5p": Chip(
         ("TPU v5p", "TPU v5"),
@@ -108,6 +125,8 @@ CHIPS = {
         _CLOUD,
         "2026",
         tpu=True,
+        clock=1.75e9,
+        link=90 * GB,
     ),
     "v6e": Chip(
         ("TPU v6 lite", "TPU v6e"),
@@ -120,6 +139,8 @@ CHIPS = {
         _CLOUD,
         "2026",
         tpu=True,
+        clock=1.75e9,
+        link=90 * GB,
     ),
     # Its two cores are two devices that share the chip's memory and network.
     "TPU7x": Chip(

@@ -61,6 +61,12 @@ with command.flag_group("The result"):
     )
     _JSON = command.define_path("json", None, "file for the measurement, as JSON")
     _TEXT = command.define_path("hlo", None, "file for the compiled program's text")
+    _TIME = flags.DEFINE_boolean(
+        "time", False, "predict the seconds of a train step from the compiler's schedule (TPUs)"
+    )
+    _TRACE = command.define_path(
+        "trace", None, "file for the timeline of --time, which Perfetto opens"
+    )
 
 
 def main() -> int:
@@ -75,7 +81,9 @@ def main() -> int:
                 f"--{held.name}={held.value} is for --step={' or '.join(fitting)}, not "
                 f"--step={_STEP.value}; leave it out"
             )
-    for flag in (_JSON, _TEXT):
+    if _TRACE.value and not _TIME.value:
+        raise ValueError(f"--trace={_TRACE.value} is the timeline of --time; add --time")
+    for flag in (_JSON, _TEXT, _TRACE):
         if flag.value and not os.path.isdir(os.path.dirname(flag.value) or "."):
             raise FileNotFoundError(
                 f"--{flag.name}={flag.value} is in a folder that does not exist; create it first"
@@ -93,6 +101,8 @@ def main() -> int:
         _FLAGS.value == "on",
         _WEIGHTS.value,
         _CACHE.value,
+        _TIME.value,
+        _TRACE.value,
     )
     print(report.render(config, result), flush=True)
     if _JSON.value:

@@ -18,8 +18,9 @@ from typing import Any
 
 from mtnlg_jax import xla_flags
 from mtnlg_jax.config import Config, from_json, to_json
-from mtnlg_jax.planning import hlo, hlo_cost
+from mtnlg_jax.planning import cycles, hlo, hlo_cost, prediction
 from mtnlg_jax.planning import topology as described
+from mtnlg_jax.planning.trace import write_trace
 
 SUSPECTS = 8
 
@@ -59,6 +60,7 @@ class Measurement:
     # Of decoding, as in `unstack`.
     weights: str | None = None
     cache: str | None = None
+    predicted: prediction.Prediction | None = None  # of a train step, if it was asked for
 
     @property
     def fits(self) -> bool | None:
@@ -83,6 +85,8 @@ def measure(
     flags: bool = True,
     weights: str | None = None,
     cache: str | None = None,
+    predict: bool = False,
+    trace: str | None = None,
 ) -> Measurement:
     """Compile ``step`` in a separate process.
 
@@ -92,6 +96,8 @@ def measure(
       flags: add the compiler flags that launch/pretrain.py sets for these chips to those of the
         environment. Decoding has none.
       weights, cache: "int8" to hold weights, or the cache of the step "decode", in int8.
+      predict: simulate the compiled train step (`prediction`).
+      trace: file to write the simulated step to, for Perfetto.
 
     Raises ValueError if config, mesh or topology is wrong. A compiler that gives up or dies is not
     an error: the measurement reports it."""
@@ -111,6 +117,8 @@ def measure(
             f"--target_config={target_config} is not a file; give a dumped GpuTargetConfigProto "
             "in text form, or leave it out"
         )
+    if predict:
+        prediction.check(topology, step)
     environment = described.environment(topology)
     choice = xla_flags.Choice()
     if flags and step == "train":
@@ -128,12 +136,16 @@ def measure(
             "target_config": target_config,
             "memory": memory,
             "text": text and os.path.abspath(text),
+            "predict": predict,
+            "trace": trace and os.path.abspath(trace),
             "weights": weights,
             "cache": cache,
             "answer": answer,
             "flags": environment[variable].split(),
             "flags_left_out": choice.left_out,
         }
+        if predict and topology.platform == "tpu":
+            environment[variable] += f" {cycles.PROFILE}{folder}"
         done = subprocess.run(
             [sys.executable, "-m", "mtnlg_jax.planning.aot"],
             input=json.dumps(request),
@@ -179,6 +191,8 @@ def _from_json(said: dict) -> Measurement:
     ]
     found.kernels = [hlo_cost.Kernel(**row) for row in found.kernels]
     found.suspects = [hlo.Tensor(**row) for row in found.suspects]
+    if said["predicted"]:
+        found.predicted = prediction.Prediction(**said["predicted"])
     return found
 
 
@@ -208,6 +222,8 @@ def _answer() -> None:
             request["text"],
             request["weights"],
             request["cache"],
+            request["predict"],
+            request["trace"],
         ):
             state.flags = request["flags"]
             state.flags_left_out = request["flags_left_out"]
@@ -225,6 +241,8 @@ def _compile(
     text,
     weights: str | None,
     cache: str | None,
+    predict: bool,
+    trace: str | None,
 ):
     """Yield what is known before the compiler starts, which may abort this process, and then the
     whole measurement."""
@@ -291,7 +309,8 @@ def _compile(
         reverse=True,
     )
     result.padded = [[name, size] for size, name in lost[:SUSPECTS] if size > 0]
-    cost = hlo_cost.cost_of(program, sizes, steps.dynamic_trips(config, mesh, step))
+    trips = steps.dynamic_trips(config, mesh, step)
+    cost = hlo_cost.cost_of(program, sizes, trips)
     result.flops = cost.flops
     result.collectives = list(cost.collectives)
     result.guessed_loops = cost.guessed_loops
@@ -301,6 +320,13 @@ def _compile(
     result.compiler_seconds = _believable(
         (said[0] if isinstance(said, list) else said or {}).get("optimal_seconds")
     )
+    if predict:
+        timeline, costs = prediction.simulate(
+            written, topology, list(mesh.devices.flat), sizes, trips
+        )
+        result.predicted = prediction.predict(config, timeline, costs, len(devices))
+        if trace:
+            write_trace(timeline, trace)
     yield result
 
 

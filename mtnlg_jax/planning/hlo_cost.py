@@ -10,7 +10,7 @@ import functools
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -133,6 +133,34 @@ def kernel_of(instruction: Instruction) -> tuple[str, float] | None:
     return name, float(flops)
 
 
+_INLINE = ("calls", "to_apply", "called_computations")
+
+
+def _products(
+    program: Program, computation: str, instruction: Instruction
+) -> Iterator[tuple[Instruction, float]]:
+    """Yield (product or kernel, FLOPs) of an instruction and of what it calls."""
+    kernel = kernel_of(instruction) if instruction.opcode == "custom-call" else None
+    index = program.index(computation)
+    flops = kernel[1] if kernel else _flops(instruction, lambda name: index[name].shape)
+    if flops:
+        yield instruction, flops
+    for name in program.called(instruction, *_INLINE):
+        for inner in program.computations[name]:
+            yield from _products(program, name, inner)
+
+
+def flops_of(program: Program, computation: str, instruction: Instruction) -> float:
+    """Return the FLOPs of the products of an instruction that is not a loop, with those of what
+    it calls."""
+    return sum(flops for _, flops in _products(program, computation, instruction))
+
+
+def product_origins(program: Program, computation: str, instruction: Instruction) -> list[str]:
+    """Return the origins in the traced program of the products of an instruction."""
+    return [product.op_name for product, _ in _products(program, computation, instruction)]
+
+
 # --- collectives ---
 
 
@@ -144,13 +172,13 @@ def groups_of(attributes: str, mesh: dict[str, int]) -> tuple[tuple[str, ...], i
     source_target_pairs={{0,1},{1,0}}."""
     pairs = re.search(r"source_target_pairs=\{(\{.*?\})\}", attributes)
     if pairs:  # devices that pass on to each other are one group
-        axes = _differing(_listed(pairs[1]), mesh)
+        axes = _differing(pairs_of(pairs[1]), mesh)
         return axes, math.prod(mesh[axis] for axis in axes)
-    groups = _groups(attributes, math.prod(mesh.values()))
+    groups = device_groups(attributes, math.prod(mesh.values()))
     return _differing(groups, mesh), groups.shape[1]
 
 
-def _listed(text: str) -> np.ndarray:
+def pairs_of(text: str) -> np.ndarray:
     return np.array(
         [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", text)]
     )
@@ -162,7 +190,7 @@ def _differing(groups: np.ndarray, mesh: dict[str, int]) -> tuple[str, ...]:
     return tuple(axis for axis, differs in zip(mesh, moved, strict=True) if differs)
 
 
-def _groups(attributes: str, count: int) -> np.ndarray:
+def device_groups(attributes: str, count: int) -> np.ndarray:
     """Return device numbers, (groups, devices of each)."""
     named = re.search(r"replica_groups=mesh\[(.*?)\] *\{(.*?)\}", attributes)
     if named:  # the compiler's own mesh, whose axes may have other names
@@ -190,7 +218,7 @@ def _groups(attributes: str, count: int) -> np.ndarray:
             ids = ids.transpose([int(n) for n in iota[3].split(",")])
         return ids.reshape(shape)
     listed = re.search(r"replica_groups=\{(.*?\})\}", attributes)
-    return _listed(listed[1]) if listed else np.arange(count)[None]
+    return pairs_of(listed[1]) if listed else np.arange(count)[None]
 
 
 def _sent(kind: str, whole: float, size: int) -> float:
@@ -198,6 +226,19 @@ def _sent(kind: str, whole: float, size: int) -> float:
     if kind == "collective-permute":
         return whole
     return (2 if kind == "all-reduce" else 1) * whole * (size - 1) / size
+
+
+def between_slices(instruction: Instruction) -> tuple[str, int] | None:
+    """Return (kind, slices) of the part of a collective that leaves a TPU slice; None if
+    ``instruction`` does not send one."""
+    if instruction.opcode != "send":
+        return None
+    found = re.search(
+        r'megascale_target="\{([\d,]+)\}.*megascale_transfer_type="(\w+)"', instruction.attributes
+    )
+    if found is None:
+        return None
+    return found[2].lower().replace("_", "-"), found[1].count(",") + 1
 
 
 def _collective(
@@ -208,15 +249,12 @@ def _collective(
 ) -> tuple[tuple[str, tuple[str, ...], int], float] | None:
     """Return ((kind, axes, group), bytes that a device sends). None if it is not a collective."""
     kind = instruction.opcode.removesuffix("-start")
-    between = kind == "send" and re.search(
-        r'megascale_target="\{([\d,]+)\}.*megascale_transfer_type="(\w+)"', instruction.attributes
-    )
+    between = between_slices(instruction)
     if kind not in KINDS and not between:
         return None
     given = sum(bytes_of(shape_of(name)) for name in instruction.operands)
-    if between:  # the part of a collective that leaves a TPU slice
-        kind = between[2].lower().replace("_", "-")
-        size = between[1].count(",") + 1
+    if between:
+        kind, size = between
         whole = given * size if kind == "all-gather" else given
         return (kind, ("slices",), size), _sent(kind, whole, size)
     axes, size = groups_of(instruction.attributes, mesh)
@@ -229,8 +267,6 @@ def _collective(
 
 
 # --- adding up ---
-
-_INLINE = ("calls", "to_apply", "called_computations")
 
 
 # Collectives of a computation: {(kind, axes, group, depth, "count" or "bytes"): number}; kernels:

@@ -17,9 +17,7 @@ from typing import Any
 
 from mtnlg_jax.planning import topology as described
 from mtnlg_jax.planning.aot import last_words
-
-# libtpu estimates the cycles of each kernel only if it may write them to a folder.
-_PROFILE = "--xla_jf_dump_static_llo_profile_to="
+from mtnlg_jax.planning.cycles import PROFILE, cycles_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +76,7 @@ def compile_calls(
             environment["MOSAIC_GPU_DUMP_PTXAS"] = "1"
             if estimate:
                 environment["LIBTPU_INIT_ARGS"] = (
-                    f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {_PROFILE}{folder}".strip()
+                    f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {PROFILE}{folder}".strip()
                 )
             argv = [sys.executable, "-m", "mtnlg_jax.planning.kernel_profile"]
             done = subprocess.run(
@@ -268,17 +266,11 @@ _KERNEL = re.compile(
 )
 
 
-UNKNOWN = 2**62  # the compiler writes 2^63 - 1 cycles where it has no estimate
-
-
 def kernels_of(text: str) -> list:
     """Read [[name, estimated cycles or None]] of the kernels in a compiled program."""
     found = []
     for name, rest in _KERNEL.findall(text):
-        cycles = re.search(r'"estimated_cycles":"?(-?\d+)', rest)
-        count = int(cycles[1]) if cycles else -1
-        known = 0 <= count < UNKNOWN
-        found.append([re.sub(r"\.\d+$", "", name), count if known else None])
+        found.append([re.sub(r"\.\d+$", "", name), cycles_of(rest)])
     return found
 
 

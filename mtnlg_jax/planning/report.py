@@ -9,6 +9,7 @@ from mtnlg_jax.hardware import size_of
 from mtnlg_jax.parallel.mesh import described, row_shards
 from mtnlg_jax.planning.aot import Measurement
 from mtnlg_jax.planning.decode_bound import bound_of
+from mtnlg_jax.planning.prediction_report import prediction_rows
 from mtnlg_jax.planning.topology import GPUS
 
 _INDENT = " " * 13
@@ -44,6 +45,7 @@ def render(config: Config, m: Measurement) -> str:
         ]
         lines += [_row("compiler's", _estimate(m))]
         lines += [_row("at best", text) for text in _at_best(config, m)]
+        lines += [_row(name, text) for name, text in prediction_rows(m)]
     lines += [
         _row(
             "took",

@@ -1,0 +1,47 @@
+"""Render a predicted step as lines of the report of compile_ahead."""
+
+from mtnlg_jax.hardware import size_of
+from mtnlg_jax.planning.aot import Measurement
+from mtnlg_jax.planning.prediction import Prediction, chip_of
+from mtnlg_jax.planning.topology import parse
+
+SHOWN = 0.002  # share of a step below which a class is not shown
+
+
+def prediction_rows(m: Measurement) -> list[tuple[str, str]]:
+    """Return (name, text) of each line; the name is "" where a line goes on. Empty if no step was
+    predicted."""
+    p = m.predicted
+    if p is None:
+        return []
+    peak = chip_of(parse(m.topology)).flops
+    rows = [
+        (
+            "predicted",
+            f"{p.seconds:.4g} s a step, {p.tokens_per_second:,.0f} tokens/s; MFU {p.mfu:.1%}, HFU "
+            f"{p.hfu:.1%}",
+        )
+    ]
+    for label, seconds in p.classes.items():
+        if seconds < SHOWN * p.seconds:
+            continue
+        text = f"{seconds:>9.4f} s  {seconds / p.seconds:>5.1%}  {label}"
+        if label in p.flops:
+            text += f", at {p.flops[label] / seconds / peak:.0%} of peak"
+        rows.append(("", text))
+    if p.waits:
+        rows.append(("waits", "seconds, times, bytes of one, what for, where it is asked for"))
+    for label, source, seconds, count, size in p.waits:
+        text = f"{seconds:>9.4f} s  {count:>7,.0f}  {size_of(size):>11}  {label}  {source}"
+        rows.append(("", text.rstrip()))
+    rows.append(("not known", _not_known(p)))
+    return rows
+
+
+def _not_known(p: Prediction) -> str:
+    parts = ["input and host, gaps between launches, traffic between slices, throttling"]
+    if p.assumed_kernels:
+        parts.append(f"{', '.join(p.assumed_kernels)}: taken at half of peak")
+    if p.unknown:
+        parts.append(f"{', '.join(p.unknown)}: taken as no time")
+    return "; ".join(parts)

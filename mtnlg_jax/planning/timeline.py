@@ -1,0 +1,439 @@
+"""Simulate one run of a compiled program on one device, by the compiler's own schedule.
+
+Computing is one lane. Its instructions run in the order of the program's text, which is the
+schedule. Each set of links is a lane of its own, and so are copies within a device and to the host:
+what an instruction starts there runs beside the computing until the instruction that waits for it.
+A synchronous collective stops the computing. The body of a loop is simulated once, and counts as
+often as it runs. `Costs` gives the seconds of each piece.
+"""
+
+import dataclasses
+import functools
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from mtnlg_jax.planning import hlo_cost
+from mtnlg_jax.planning.hlo import Instruction, Program, bytes_of
+from mtnlg_jax.planning.source_lines import SourceLines
+from mtnlg_jax.planning.trips import trips_of
+
+COMPUTE = "compute"
+# Classes of computing. The others are those of `Transfer`.
+PRODUCTS = "products"
+AGAIN = "products again"
+KERNELS = "attention kernels"
+ELEMENTWISE = "element-wise"
+OPTIMIZER = "optimizer"
+OUTSIDE = "outside loops"
+
+# The scope of the update in train/step.py.
+OPTIMIZER_SCOPE = "optimizer"
+# Scopes of what jax.checkpoint computes a second time.
+_REMATERIALIZED = ("rematted_computation", "checkpoint/remat")
+
+
+@dataclasses.dataclass(frozen=True)
+class Transfer:
+    """One collective, or one copy within a device or to the host."""
+
+    kind: str  # one of hlo_cost.KINDS, "copy" or "host copy"
+    axes: str  # mesh axes joined by "+", "slices" between TPU slices, "" for copies
+    group: int  # devices that take part
+    given: int  # bytes of the operands
+    attributes: str = ""
+
+    @property
+    def label(self) -> str:
+        return f"{self.kind} {self.axes}".strip()
+
+
+class Costs(Protocol):
+    """Seconds of the pieces of a program on one kind of chip."""
+
+    def compute(
+        self, program: Program, computation: str, instruction: Instruction, flops: float
+    ) -> float:
+        """Return the seconds of an instruction of the computing lane; ``flops`` are those of its
+        products."""
+        ...
+
+    def transfer(self, transfer: Transfer) -> float: ...
+
+    def lane(self, transfer: Transfer) -> str:
+        """Return the lane of a transfer. Transfers in one lane run one after another."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """A piece of a lane. ``begin`` counts from the start of its computation, in seconds."""
+
+    name: str
+    lane: str
+    begin: float
+    seconds: float
+    label: str
+    source: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    name: str
+    begin: float
+    seconds: float  # of all trips
+    trips: float
+    body: str
+
+
+@dataclasses.dataclass
+class Wait:
+    """What computing waits for at one place of a program, in all runs of it."""
+
+    label: str  # "wait all-gather data", or "all-gather data" where it is synchronous
+    source: str
+    count: float = 0.0
+    seconds: float = 0.0
+    bytes: float = 0.0  # of the operands
+
+
+@dataclasses.dataclass
+class Span:
+    """One run of a computation."""
+
+    seconds: float = 0.0
+    classes: Counter[str] = dataclasses.field(default_factory=Counter)  # seconds of computing
+    flops: Counter[str] = dataclasses.field(default_factory=Counter)  # of products, by class
+    waits: dict[str, Wait] = dataclasses.field(default_factory=dict)  # by instruction
+    events: list[Event] = dataclasses.field(default_factory=list)  # of this computation alone
+    loops: list[Loop] = dataclasses.field(default_factory=list)
+
+    def include(self, other: "Span", times: float = 1.0) -> None:
+        """Add the sums of ``other``, not its events."""
+        for label, seconds in other.classes.items():
+            self.classes[label] += times * seconds
+        for label, flops in other.flops.items():
+            self.flops[label] += times * flops
+        for name, wait in other.waits.items():
+            self.wait(name, wait.label, wait.source, wait.seconds, wait.bytes, wait.count, times)
+
+    def wait(
+        self,
+        name: str,
+        label: str,
+        source: str,
+        seconds: float,
+        given: float,
+        count: float = 1.0,
+        times: float = 1.0,
+    ) -> None:
+        total = self.waits.setdefault(name, Wait(label, source))
+        total.seconds += times * seconds
+        total.bytes += times * given
+        total.count += times * count
+
+
+@dataclasses.dataclass(frozen=True)
+class _Running:
+    """A transfer that was started."""
+
+    end: float
+    transfer: Transfer
+    source: str
+
+
+class Timeline:
+    """A simulated program.
+
+    Args:
+      mesh: {axis: size}, in the order in which the program's devices are numbered.
+      dynamic_trips: trips of a loop that only knows them at run time, given the number of loops
+        around it.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        mesh: Mapping[str, int],
+        costs: Costs,
+        dynamic_trips: Callable[[int], float] = lambda depth: 1,
+        sources: SourceLines | None = None,
+    ):
+        self.program = program
+        self.mesh = dict(mesh)
+        self.costs = costs
+        self.dynamic_trips = dynamic_trips
+        self.sources = sources or SourceLines("")
+        self.guessed_loops: set[str] = set()
+        self.span = functools.cache(self._span)
+
+    @property
+    def step(self) -> Span:
+        """The whole program."""
+        return self.span(self.program.entry, 0)
+
+    def _span(self, computation: str, depth: int) -> Span:
+        return _Walk(self, computation, depth).run()
+
+    def trips(self, computation: str, loop: Instruction, depth: int) -> float:
+        trips = trips_of(self.program, computation, loop)
+        if trips is not None:
+            return trips
+        self.guessed_loops.add(loop.name)
+        return self.dynamic_trips(depth)
+
+    def transfer_of(self, instruction: Instruction, given: int, computation: str) -> Transfer:
+        """Describe a collective whose operands have ``given`` bytes."""
+        kind = instruction.opcode.removesuffix("-start")
+        between = hlo_cost.between_slices(instruction)
+        if between:
+            return Transfer(between[0], "slices", between[1], given, instruction.attributes)
+        axes, size = hlo_cost.groups_of(instruction.attributes, self.mesh)
+        if kind == "all-reduce" and "all-reduce-scatter" in computation:
+            kind = "reduce-scatter"
+        return Transfer(kind, "+".join(axes), size, given, instruction.attributes)
+
+    def collective_in(self, instruction: Instruction) -> Transfer | None:
+        """Return the first collective in what an instruction calls."""
+        for name in self.program.called(instruction, "calls", "to_apply", "called_computations"):
+            index = self.program.index(name)
+            for inner in self.program.computations[name]:
+                if inner.opcode.removesuffix("-start") in hlo_cost.KINDS:
+                    given = sum(
+                        bytes_of(index[operand].shape)
+                        for operand in inner.operands
+                        if operand in index
+                    )
+                    scattered = "all-reduce-scatter" in instruction.name
+                    return self.transfer_of(
+                        inner, given, "all-reduce-scatter" if scattered else name
+                    )
+                found = self.collective_in(inner)
+                if found:
+                    return found
+        return None
+
+
+# The steps of such a collective are fused into the products between start and done (v5e).
+_FUSED = re.compile(r"async-collective-(start|done)([.\d]*)")
+_STARTED = (
+    "all-gather",
+    "reduce-scatter",
+    "all-reduce",
+    "all-to-all",
+    "collective-permute",
+    "call",
+    "async",
+    "custom-call",
+)
+_COPIED = ("copy", "slice", "dynamic-slice", "dynamic-update-slice")
+_BRANCHES = ("branch_computations", "true_computation", "false_computation")
+_HOST = "S(5)"  # the memory of the host in a shape
+
+
+class _Walk:
+    """One run through the instructions of a computation."""
+
+    def __init__(self, timeline: Timeline, computation: str, depth: int):
+        self.timeline = timeline
+        self.program = timeline.program
+        self.costs = timeline.costs
+        self.computation = computation
+        self.depth = depth
+        self.index = self.program.index(computation)
+        self.now = 0.0
+        self.free: Counter[str] = Counter()  # seconds at which a lane is free again
+        self.running: dict[str, _Running] = {}
+        self.span = Span()
+
+    def run(self) -> Span:
+        for instruction in self.program.computations[self.computation]:
+            self._take(instruction)
+        # What nobody waits for still belongs to a step, but not to a turn of a loop.
+        end = max([self.now, *self.free.values()]) if self.depth == 0 else self.now
+        self.span.seconds = end
+        return self.span
+
+    def _take(self, instruction: Instruction) -> None:
+        opcode = instruction.opcode
+        base, _, phase = opcode.rpartition("-")
+        fused = _FUSED.fullmatch(instruction.name) if opcode == "fusion" else None
+        if fused:
+            self._fused(instruction, *fused.groups())
+        elif phase in ("start", "update", "done") and base in (*_STARTED, *_COPIED):
+            self._asynchronous(instruction, base, phase)
+        elif opcode in ("send", "recv", "send-done", "recv-done"):
+            self._between_slices(instruction)
+        elif opcode == "while":
+            self._loop(instruction)
+        elif opcode == "conditional":
+            branches = [
+                self.timeline.span(name, self.depth)
+                for name in self.program.called(instruction, *_BRANCHES)
+            ]
+            self._inline(max(branches, key=lambda branch: branch.seconds))
+        elif opcode == "call":
+            for name in self.program.called(instruction, "to_apply"):
+                self._inline(self.timeline.span(name, self.depth))
+        elif opcode in hlo_cost.KINDS:
+            self._synchronous(instruction, self._transfer(instruction))
+        elif opcode == "fusion" and "all-reduce-scatter" in instruction.name:
+            self._synchronous(instruction, self.timeline.collective_in(instruction))
+        else:
+            self._compute(instruction)
+
+    # --- computing
+
+    def _compute(self, instruction: Instruction) -> None:
+        flops = hlo_cost.flops_of(self.program, self.computation, instruction)
+        seconds = self.costs.compute(self.program, self.computation, instruction, flops)
+        if not seconds and not flops:
+            return
+        label = self._class(instruction, flops)
+        self.span.flops[label] += flops
+        self._spend(
+            instruction.name, label, seconds, self.timeline.sources.of(instruction.attributes)
+        )
+
+    def _class(self, instruction: Instruction, flops: float) -> str:
+        if f"/{OPTIMIZER_SCOPE}/" in instruction.op_name:
+            return OPTIMIZER
+        if instruction.opcode == "custom-call" and hlo_cost.kernel_of(instruction):
+            return KERNELS
+        if flops:
+            origins = hlo_cost.product_origins(self.program, self.computation, instruction)
+            again = any(scope in name for name in origins for scope in _REMATERIALIZED)
+            return AGAIN if again else PRODUCTS
+        return OUTSIDE if self.depth == 0 else ELEMENTWISE
+
+    def _spend(self, name: str, label: str, seconds: float, source: str = "") -> None:
+        if seconds > 0:
+            self.span.events.append(Event(name, COMPUTE, self.now, seconds, label, source))
+            self.span.classes[label] += seconds
+            self.now += seconds
+
+    def _loop(self, instruction: Instruction) -> None:
+        trips = self.timeline.trips(self.computation, instruction, self.depth)
+        for body in self.program.called(instruction, "body"):
+            inner = self.timeline.span(body, self.depth + 1)
+            self.span.loops.append(
+                Loop(instruction.name, self.now, inner.seconds * trips, trips, body)
+            )
+            self.span.include(inner, trips)
+            self.now += inner.seconds * trips
+
+    def _inline(self, inner: Span) -> None:
+        self.span.include(inner)
+        shift = self.now
+        self.span.events += [
+            dataclasses.replace(event, begin=event.begin + shift) for event in inner.events
+        ]
+        self.span.loops += [
+            dataclasses.replace(loop, begin=loop.begin + shift) for loop in inner.loops
+        ]
+        self.now += inner.seconds
+
+    # --- transfers
+
+    def _given(self, instruction: Instruction) -> int:
+        return sum(
+            bytes_of(self.index[name].shape) for name in instruction.operands if name in self.index
+        )
+
+    def _transfer(self, instruction: Instruction) -> Transfer:
+        return self.timeline.transfer_of(instruction, self._given(instruction), self.computation)
+
+    def _source(self, instruction: Instruction, transfer: Transfer) -> str:
+        of = self.timeline.sources.of
+        return of(transfer.attributes) or of(instruction.attributes)
+
+    def _synchronous(self, instruction: Instruction, transfer: Transfer | None) -> None:
+        if transfer is None or transfer.group == 1:
+            return
+        # Links of other axes may still be busy; those of the same axes must be free.
+        begin = max(self.now, self.free[self.costs.lane(transfer)])
+        seconds = begin - self.now + self.costs.transfer(transfer)
+        source = self._source(instruction, transfer)
+        self.span.wait(instruction.name, transfer.label, source, seconds, transfer.given)
+        self._spend(instruction.name, transfer.label, seconds, source)
+
+    def _begin(self, instruction: Instruction, transfer: Transfer) -> _Running:
+        lane = self.costs.lane(transfer)
+        begin = max(self.now, self.free[lane])
+        seconds = self.costs.transfer(transfer)
+        source = self._source(instruction, transfer)
+        self.free[lane] = begin + seconds
+        if seconds > 0:
+            self.span.events.append(
+                Event(instruction.name, lane, begin, seconds, transfer.label, source)
+            )
+        return _Running(begin + seconds, transfer, source)
+
+    def _finish(self, instruction: Instruction, running: _Running | None) -> None:
+        if running is None or running.end <= self.now:
+            return
+        label = f"wait {running.transfer.label}"
+        seconds = running.end - self.now
+        self.span.wait(instruction.name, label, running.source, seconds, running.transfer.given)
+        self._spend(instruction.name, label, seconds, running.source)
+
+    def _fused(self, instruction: Instruction, phase: str, number: str) -> None:
+        key = f"async-collective{number}"
+        if phase == "done":
+            self._finish(instruction, self.running.get(key))
+            return
+        transfer = self.timeline.collective_in(instruction)
+        if transfer is not None and transfer.group > 1:
+            given = self._given(instruction)
+            transfer = dataclasses.replace(transfer, given=given)
+            self.running[key] = self._begin(instruction, transfer)
+
+    def _asynchronous(self, instruction: Instruction, base: str, phase: str) -> None:
+        origin = self._origin(instruction).name
+        if phase == "done":
+            self._finish(instruction, self.running.get(origin))
+            return
+        if origin in self.running or (phase == "start" and not instruction.operands):
+            return  # operands come with the first update
+        transfer = self._started(instruction, base)
+        if transfer is None:  # computing on a lane of its own counts as if it were in turn
+            self._compute(instruction)
+            return
+        if transfer.axes and transfer.group == 1:
+            return
+        if '"is_sync":true' in instruction.attributes.replace(" ", ""):  # GPU
+            self._synchronous(instruction, transfer)
+            return
+        self.running[origin] = self._begin(instruction, transfer)
+
+    def _origin(self, instruction: Instruction) -> Instruction:
+        """Return the instruction that starts what ``instruction`` updates or ends."""
+        while instruction.opcode.endswith(("-update", "-done")) or (
+            instruction.opcode == "get-tuple-element"
+        ):
+            source = self.index.get(instruction.operands[0])
+            if source is None:
+                break
+            instruction = source
+        return instruction
+
+    def _started(self, instruction: Instruction, base: str) -> Transfer | None:
+        given = self._given(instruction)
+        if base in _COPIED:
+            host = _HOST in instruction.shape or any(
+                _HOST in self.index[name].shape
+                for name in instruction.operands
+                if name in self.index
+            )
+            return Transfer("host copy" if host else "copy", "", 1, given)
+        if base in hlo_cost.KINDS:
+            return self._transfer(instruction)
+        return self.timeline.collective_in(self._origin(instruction))
+
+    def _between_slices(self, instruction: Instruction) -> None:
+        key = "between slices"  # a receive has no bytes of its own: it waits for the last send
+        if instruction.opcode == "send" and hlo_cost.between_slices(instruction):
+            self.running[key] = self._begin(instruction, self._transfer(instruction))
+        elif instruction.opcode == "recv-done":
+            self._finish(instruction, self.running.get(key))
