@@ -9,7 +9,6 @@ import json
 import os
 import re
 import resource
-import signal
 import subprocess
 import sys
 import tempfile
@@ -18,8 +17,9 @@ from typing import Any
 
 from mtnlg_jax import xla_flags
 from mtnlg_jax.config import Config, from_json, to_json
-from mtnlg_jax.planning import cycles, hlo, hlo_cost, prediction
+from mtnlg_jax.planning import hlo, hlo_cost, prediction
 from mtnlg_jax.planning import topology as described
+from mtnlg_jax.planning.text import last_words
 from mtnlg_jax.planning.trace import write_trace
 
 SUSPECTS = 8
@@ -144,8 +144,6 @@ def measure(
             "flags": environment[variable].split(),
             "flags_left_out": choice.left_out,
         }
-        if predict and topology.platform == "tpu":
-            environment[variable] += f" {cycles.PROFILE}{folder}"
         done = subprocess.run(
             [sys.executable, "-m", "mtnlg_jax.planning.aot"],
             input=json.dumps(request),
@@ -171,17 +169,6 @@ def measure(
 def kind_of(topology: described.Topology) -> str:
     """Return the kind of its chips by the names of mtnlg_jax.xla_flags."""
     return {"cuda": "gpu", "cpu": "cpu"}.get(topology.platform, topology.kind)
-
-
-def last_words(done: subprocess.CompletedProcess) -> str:
-    """Describe in one line why a process ended."""
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    errors = [line for line in lines if re.search(r"Check failed|Error|^F\d{4}", line)]
-    last = (errors or lines or ["it printed nothing"])[-1]
-    how = f"exit code {done.returncode}"
-    if done.returncode < 0:
-        how = signal.Signals(-done.returncode).name
-    return f"the compiler ended with {how}: {last[:300]}"
 
 
 def _from_json(said: dict) -> Measurement:
@@ -322,7 +309,7 @@ def _compile(
     )
     if predict:
         timeline, costs = prediction.simulate(
-            written, topology, list(mesh.devices.flat), sizes, trips
+            written, topology, list(mesh.devices.flat), sizes, trips, steps.is_causal(config)
         )
         result.predicted = prediction.predict(config, timeline, costs, len(devices))
         if trace:

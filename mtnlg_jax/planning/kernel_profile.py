@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from mtnlg_jax.planning import topology as described
-from mtnlg_jax.planning.aot import last_words
 from mtnlg_jax.planning.cycles import PROFILE, cycles_of
+from mtnlg_jax.planning.text import last_words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Compiled:
     temporaries: int = 0  # bytes
     # From a GPU's assembler: [[name, registers of a thread at launch, bytes spilled], ...]
     assembled: list = dataclasses.field(default_factory=list)
+    text: str = ""  # the compiled program
 
 
 def compile_calls(
@@ -135,7 +136,8 @@ def _answer() -> None:
             except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
                 result.failure = " ".join(str(error).split())[:1500]
             else:
-                result.kernels = kernels_of(compiled.as_text() or "")
+                result.text = compiled.as_text() or ""
+                result.kernels = kernels_of(result.text)
                 result.assembled = assembled_of("".join(output))
                 sizes: Any = compiled.memory_analysis()
                 result.temporaries = sizes.temp_size_in_bytes

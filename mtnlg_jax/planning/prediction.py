@@ -7,6 +7,7 @@ from mtnlg_jax.config import Config
 from mtnlg_jax.hardware import CHIPS, Chip, flops_per_token
 from mtnlg_jax.planning import tpu_costs
 from mtnlg_jax.planning.hlo import Program
+from mtnlg_jax.planning.kernel_cycles import profile
 from mtnlg_jax.planning.source_lines import SourceLines
 from mtnlg_jax.planning.timeline import Timeline
 from mtnlg_jax.planning.topology import Topology, wrapped
@@ -71,6 +72,7 @@ def simulate(
     devices: Sequence,
     mesh: Mapping[str, int],
     dynamic_trips: Callable[[int], float],
+    causal: bool = True,
 ) -> tuple[Timeline, tpu_costs.TpuCosts]:
     """Simulate the compiled program ``text``. Raises ValueError if the compiler wrote no
     estimates."""
@@ -80,8 +82,10 @@ def simulate(
             "program; leave --time out"
         )
     chip = chip_of(topology)
-    costs = tpu_costs.TpuCosts(chip, torus_of(topology, devices, chip))
-    timeline = Timeline(Program(text), mesh, costs, dynamic_trips, SourceLines(text))
+    program = Program(text)
+    kernels = profile(program, topology, causal)
+    costs = tpu_costs.TpuCosts(chip, torus_of(topology, devices, chip), kernels)
+    timeline = Timeline(program, mesh, costs, dynamic_trips, SourceLines(text))
     return timeline, costs
 
 

@@ -41,10 +41,14 @@ def lower(
     return _decode(config, mesh, step, weights, cache)
 
 
+def is_causal(config: Config) -> bool:
+    """Return whether the train step that is compiled is that of the causal objective."""
+    return any(stage.masked < 1 for stage in config.train.stages)
+
+
 def _train(config: Config, mesh: Mesh):
     whole = jax.ShapeDtypeStruct((), jnp.int32)
-    causal = any(stage.masked < 1 for stage in config.train.stages)
-    step: Any = make_train_step(config, mesh, causal)
+    step: Any = make_train_step(config, mesh, is_causal(config))
     return step.lower(
         abstract_state(config, mesh),
         abstract_batch(config, mesh),

@@ -1,4 +1,8 @@
-"""Write tables, numbers and times for a person."""
+"""Write tables, numbers, times and ends of processes for a person."""
+
+import re
+import signal
+import subprocess
 
 
 def columns(lines: list[tuple[str, ...]], left: int) -> str:
@@ -28,3 +32,14 @@ def duration(seconds: float) -> str:
     unit, size = next((unit for unit in units if seconds >= unit[1]), units[-1])
     digits = 0 if seconds >= 1000 * size else 1 if seconds >= 10 * size else 2
     return f"{seconds / size:,.{digits}f} {unit}"
+
+
+def last_words(done: subprocess.CompletedProcess) -> str:
+    """Describe in one line why a process ended."""
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if re.search(r"Check failed|Error|^F\d{4}", line)]
+    last = (errors or lines or ["it printed nothing"])[-1]
+    how = f"exit code {done.returncode}"
+    if done.returncode < 0:
+        how = signal.Signals(-done.returncode).name
+    return f"the compiler ended with {how}: {last[:300]}"

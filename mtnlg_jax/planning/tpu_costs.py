@@ -16,6 +16,7 @@ from mtnlg_jax.hardware import Chip
 from mtnlg_jax.planning import hlo_cost
 from mtnlg_jax.planning.cycles import cycles_of, is_estimated
 from mtnlg_jax.planning.hlo import Instruction, Program, arrays_of, bytes_of, dims_of
+from mtnlg_jax.planning.kernel_cycles import KernelCycles, key_of
 from mtnlg_jax.planning.timeline import Transfer
 from mtnlg_jax.planning.torus import Torus
 
@@ -33,9 +34,10 @@ _ON_CHIP = "S(1)"  # vector memory
 class TpuCosts:
     """Costs on ``chip``. ``unknown`` counts what has no estimate, by name."""
 
-    def __init__(self, chip: Chip, torus: Torus):
+    def __init__(self, chip: Chip, torus: Torus, kernels: KernelCycles | None = None):
         self.chip = chip
         self.torus = torus
+        self.kernels = kernels or {}
         self.unknown: Counter[str] = Counter()
         self.assumed: Counter[str] = Counter()  # kernels that count at KERNEL_SHARE
 
@@ -45,6 +47,9 @@ class TpuCosts:
         cycles = cycles_of(instruction.attributes)
         name = re.sub(r"[.\d]+$", "", instruction.name)
         if instruction.opcode == "custom-call" and hlo_cost.kernel_of(instruction):
+            key = key_of(program, computation, instruction)
+            if cycles is None and key is not None:
+                cycles = self.kernels.get(key)
             if cycles is not None:
                 return cycles / self.chip.clock
             if flops:
