@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -27,6 +28,7 @@ from mtnlg_jax.train.adapted_arrays import stored_arrays
 from mtnlg_jax.train.arrays import check_finite
 from mtnlg_jax.train.checkpoint import Run, find_run
 from mtnlg_jax.train.init_from import recorded_meaning
+from mtnlg_jax.train.manifest import RECORD
 
 FOLDER = "adapters"
 SUFFIX = ".safetensors"
@@ -137,6 +139,18 @@ def identity_of(run: Run, stored: Any) -> dict[str, Any]:
         "weights": digest.hexdigest(),
         "step": run.step,
     }
+
+
+def weights_of(workdir: str | os.PathLike, which: str, step: int) -> str:
+    """Return digits that tell the weights of a model that was loaded, as ``step``, from others.
+
+    They stand for the record of a run's checkpoint, which has the hash of every file, and elsewhere
+    for the weights of `identity_of`, with what an adapter changes.
+    """
+    if foreign.reader_of(workdir) is None:
+        record = epath.Path(workdir) / "checkpoints" / str(step) / RECORD
+        return hashlib.sha256(record.read_bytes()).hexdigest()[:16]
+    return identity_of(*open_base(workdir, which))["weights"][:16]
 
 
 def check_fits(adapter: Adapter, identity: Mapping[str, Any], workdir: str | os.PathLike) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from safetensors.numpy import load_file, save_file
 
 from mtnlg_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
@@ -20,7 +22,7 @@ from mtnlg_jax.errors import Preempted
 from mtnlg_jax.evaluate.adapting import adapt, describe, output_of
 from mtnlg_jax.evaluate.perplexity import evaluate_text
 from mtnlg_jax.interop import registry
-from mtnlg_jax.train import adapter_file, loop
+from mtnlg_jax.train import adapter_file, loop, manifest
 from mtnlg_jax.train.adapt import AdaptSettings, Patience, Texts, config_of
 from mtnlg_jax.train.checkpoint import load_run
 
@@ -158,6 +160,17 @@ def test_adapters_of_other_models_are_refused_with_what_differs(folder, adapted,
         with pytest.raises(ValueError, match=message):
             adapter_file.check_fits(adapter, identity, "OTHER")
     adapter_file.check_fits(found, base, "RUN")
+
+
+def test_a_run_with_another_checkpoint_of_that_step_has_other_weights(folder, tmp_path):
+    copy = shutil.copytree(folder / "run", tmp_path / "run")
+    before = adapter_file.weights_of(folder / "run", "best", 40)
+    assert adapter_file.weights_of(copy, "best", 40) == before
+    path = copy / "checkpoints" / "40"
+    record = manifest.read_record(epath.Path(path))[0]
+    (path / "params" / "more").write_bytes(b"x")
+    manifest.write_record(epath.Path(path), record)
+    assert adapter_file.weights_of(copy, "best", 40) != before
 
 
 def test_damaged_and_other_files_are_refused(folder, adapted, tmp_path):

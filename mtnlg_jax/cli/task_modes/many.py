@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mtnlg_jax.tasks.many.inputs import Inputs, Item
     from mtnlg_jax.tasks.many.record import Record
     from mtnlg_jax.tasks.templates import Task
+    from mtnlg_jax.train.checkpoint import Run
 
 # Flags that change neither the answers nor what a line holds of them.
 _FREE = {
@@ -59,7 +60,7 @@ def answer_file(task: "Task") -> None:
         left = inputs.asked - len(done)
         if left:
             run, decoder = performing.load(left, decode)
-            devices.on_first(lambda: _require_step(record, run.step))
+            devices.on_first(lambda: _require_model(record, run))
             with _progress(inputs, record) as bar:
                 answer_items(
                     (item for item in inputs.items() if item.number not in done),
@@ -75,10 +76,11 @@ def answer_file(task: "Task") -> None:
             _finish(task, inputs, record)
 
 
-def _require_step(record: "Record | None", step: int) -> None:
+def _require_model(record: "Record | None", run: "Run") -> None:
     """Raise ValueError if the lines so far are of another checkpoint."""
     assert record is not None, "the first process has the record"
-    record.require("step", step, "give that checkpoint to go on")
+    for name, value in (("step", run.step), ("the weights", performing.weights_of(run))):
+        record.require(name, value, "give that checkpoint to go on")
 
 
 def check_outputs(task: "Task") -> None:

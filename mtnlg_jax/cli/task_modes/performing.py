@@ -101,6 +101,13 @@ def load(
     )
 
 
+def weights_of(run: "Run") -> str:
+    """Return digits that tell the weights of `load` from others of the same path and step."""
+    from mtnlg_jax.train import adapter_file
+
+    return adapter_file.weights_of(options.WORKDIR.value, held_flags.CHECKPOINT.value, run.step)
+
+
 def perform(
     task: "Task",
     rows: Sequence["Row"],

@@ -154,6 +154,10 @@ def settings_of(request: "Request", run: "Run") -> dict[str, Any]:
     return dataclasses.asdict(request) | {
         "model": {
             "step": run.step,
+            # Only a record needs it, and reading takes long.
+            "weights": devices.on_first(
+                lambda: performing.weights_of(run) if options.OUTPUT.value else ""
+            ),
             "config": hashlib.sha256(config.encode()).hexdigest()[:16],
             "tokenizer": run.tokenizer.fingerprint[:16],
         },

@@ -237,7 +237,7 @@ class Record:
 
 
 # Parts of the identity that are known only after the model is loaded.
-LATE = ("step",)
+LATE = ("step", "the weights")
 
 
 def check_writable(path: str | os.PathLike) -> None:
