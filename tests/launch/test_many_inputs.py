@@ -213,6 +213,14 @@ def test_a_folder_of_texts(ask, folder):
             "would replace the answers of --outputs=",
         ),
         (
+            [
+                "--inputs={folder}/rows.jsonl",
+                "--outputs={folder}/x.jsonl",
+                "--report={folder}/rows.jsonl/x.html",
+            ],
+            "the folder {folder}/rows.jsonl does not exist; create it",
+        ),
+        (
             ["--inputs={folder}/rows.jsonl", "--outputs={folder}/x.jsonl", "--labels=0=neg"],
             "--labels=0=neg: task 'sentiment' has the labels negative, positive; write them",
         ),
@@ -243,6 +251,7 @@ def test_a_folder_of_texts(ask, folder):
 def test_bad_input_is_one_line_and_leaves_no_file(ask, folder, arguments, message):
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     code, out, err = ask("--workdir=RUN", "--task=sentiment", *arguments)
+    message = message.replace("{folder}", str(folder))
     assert (code, out) == (2, "") and message in err, err
     assert err.splitlines()[-1].startswith("error: ")
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before

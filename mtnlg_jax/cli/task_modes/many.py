@@ -104,11 +104,18 @@ def _require_model(record: "Record | None", run: "Run") -> None:
 
 def check_outputs(task: "Task") -> None:
     """Raise ValueError if --outputs or the report cannot be such files, before anything is read."""
+    from mtnlg_jax import storage
     from mtnlg_jax.tasks.many.record import SUFFIX, check_writable
 
     path = many_options.OUTPUTS.value
     check_writable(path)
     report = report_path(task)
+    folder = os.path.dirname(report or "")
+    if report and not (storage.is_remote(report) or os.path.isdir(folder or ".")):
+        raise ValueError(
+            f"--report={report}: the folder {folder} does not exist; create it, or name another "
+            "file"
+        )
     if report and os.path.realpath(report) in map(os.path.realpath, (path, path + SUFFIX)):
         raise ValueError(
             f"--report={report} would replace the answers of --outputs={path}; name another file, "
