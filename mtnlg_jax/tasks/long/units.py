@@ -9,21 +9,26 @@ from dataclasses import dataclass
 from mtnlg_jax.data.segment import sentences
 
 _HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+# "10 月", "5 个人" and "三、四个" are words and no list marker.
+_COUNTED = "年月日号时点分秒周天岁世个位名人只条件次块元万亿千百里米层楼句段页章节"
+_DIGITS = "一二三四五六七八九十"
 # What stands before the words of a heading, a list item or a quoted line.
 _MARKER = re.compile(
     r"[ \t\u3000]*(?:>[ \t]*)*(?:"
     r"#{1,6}[ \t]+"
     r"|[-*+\u2022\u2023\u25e6\u25aa\u00b7\u25cf\u25cb\u25a0\u2013\u2014][ \t]+"
     r"|[(（]?\d{1,3}(?:\.\d{1,3})*(?:[.)][ \t]+|[）、][ \t]*)"
-    rf"|\d{{1,3}}(?:\.\d{{1,3}})*\.?[ \t]*(?=[{_HAN}])(?<=[. \t])"
+    rf"|\d{{1,3}}(?:\.\d{{1,3}})*\.?[ \t]*(?=[{_HAN}])(?![{_COUNTED}])(?<=[. \t])"
     r"|\d{1,3}(?:\.\d{1,3})+[ \t]+(?=[A-Z])"
     r"|[(（]?(?:[a-z]|[ivx]{1,5})[.)][ \t]+|[A-Z]\)[ \t]+"
-    r"|[(（]?[一二三四五六七八九十百]{1,4}[、）)][ \t]*"
+    rf"|[(（]?[{_DIGITS}百]{{1,4}}[、）)](?![{_DIGITS}])[ \t]*"
     r")?"
 )
 _QUOTES = {"“": "”", '"': '"', "「": "」", "『": "』", "«": "»"}
 OPENING = "".join(_QUOTES)
 CLOSING = "".join(_QUOTES.values())
+# Three back quotes begin or end code; a line of code between back quotes is words.
+_FENCE = re.compile(r"\s*```[^`]*\Z")
 _FINAL = re.compile(r"[.!?:。！？：…][\"'”’」』)）]*\s*$")
 # Lines of a text that was wrapped are about this long.
 _WRAPPED = range(30, 121)
@@ -73,7 +78,7 @@ def layout_of(text: str) -> Layout:
     before = ""  # the line before, if its unit may go on
     at = 0
     for line in lines:
-        fence = line.lstrip().startswith("```")
+        fence = _FENCE.match(line) is not None
         fenced ^= fence
         if fenced or fence or not _has_words(line):
             before = ""

@@ -56,6 +56,12 @@ def test_a_document_keeps_its_markers_and_quotation_marks():
         assert DOCUMENT[unit.start : unit.end] == unit.text
 
 
+def test_code_between_quotes_and_counted_nouns_are_words():
+    lines = ["```x = 1``` is code.", "10 月 1 日，他来了。", "5 个人走了。", "三、四个人走了。"]
+    layout = layout_of("\n\n".join([*lines, "2 概述", "三、概述"]))
+    assert [unit.text for unit in layout.units] == [*lines, "概述", "概述"]
+
+
 def test_wrapped_lines_are_one_paragraph_and_others_are_not():
     wrapped = (
         "The whale swam to the north, where nobody\n"
