@@ -72,7 +72,13 @@ class Calls:
             self.tick()
 
         settings = self.settings | changes
+        if not any(self.ranks(task, row) for row in rows):
+            settings |= {"scorer": "logprob", "normalise": None}  # they are for other rows
         return run.perform(self.decoder, self.tokenizer, task, rows, on_answer=finished, **settings)
+
+    def ranks(self, task: Task, row: Row) -> bool:
+        """Return whether the answer to a row is a label or a choice."""
+        return bool(row.choices or any(each.labels for each in task.templates.values()))
 
     def tokens_of(self, text: str) -> int:
         return len(self.tokenizer.encode(normalize(text)))

@@ -112,7 +112,7 @@ def terms_in(text: str, terms: Sequence[Term]) -> list[Term]:
     taken: list[tuple[int, int]] = []
     found = set()
     for term in sorted(terms, key=lambda term: -len(term.source)):
-        for match in _pattern(term.source).finditer(text):
+        for match in pattern_of(term.source).finditer(text):
             if all(match.end() <= start or end <= match.start() for start, end in taken):
                 taken.append(match.span())
                 found.add(term)
@@ -121,11 +121,12 @@ def terms_in(text: str, terms: Sequence[Term]) -> list[Term]:
 
 def honours(text: str, term: Term) -> bool:
     """Return whether a translation contains the target of a term, in any case."""
-    return _pattern(term.target).search(text) is not None
+    return pattern_of(term.target).search(text) is not None
 
 
 @functools.lru_cache(1 << 14)
-def _pattern(term: str) -> re.Pattern:
+def pattern_of(term: str) -> re.Pattern:
+    """Return a pattern that finds a term in any case."""
     # Whole words, with the endings of an English plural; no word boundaries in Chinese.
     escaped = re.escape(term).replace(r"\ ", r"\s+")
     if UNSPACED.search(term):

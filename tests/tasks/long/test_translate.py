@@ -32,6 +32,12 @@ def test_a_document_keeps_its_paragraphs_lists_and_quotation_marks(memory):
     ] * 4
 
 
+@pytest.mark.parametrize("rest", ["\n\n```\nHello, captain.\n```\n", "\n* * *\n"])
+def test_a_single_paragraph_keeps_what_follows_it(memory, rest):
+    answer = perform_long(*memory, TASK, [f"Hello, captain.{rest}"], decode=GREEDY)[0]
+    assert answer.text == f"你好，船长。{rest}"
+
+
 def test_the_round_trip_and_the_reference_are_compared(memory):
     source = "Hello, captain.\n\nHello, captain."
     options = LongOptions(previous=0, reference="你好，船长。\n\n再见，船长。", round_trip=True)
