@@ -111,11 +111,14 @@ class Calls:
             return tokens(text) + grown + reserve
 
         if self.context - needed("") < LEAST_ROOM * (1 + growth):
+            profile = self.decoder.context - self.context
+            beside = f" beside {profile} of the profile" if profile else ""
             raise ValueError(
                 f"the prompt of task {task.name!r} without its text takes {needed('')} tokens with "
-                f"room for the answer, and the model's context holds {self.context}: not "
+                f"room for the answer, and the model's context holds {self.context}{beside}: not "
                 f"even {LEAST_ROOM} tokens of the text fit; use a shorter template, fewer new "
-                "tokens, or a model with more positions"
+                f"tokens, {'a smaller --profile_share, ' if profile else ''}or a model with more "
+                "positions"
             )
         return lambda text: needed(text) <= self.context
 

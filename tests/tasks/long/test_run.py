@@ -12,6 +12,7 @@ from mtnlg_jax.tasks.long.glossary import Term
 from mtnlg_jax.tasks.long.options import LongOptions
 from mtnlg_jax.tasks.long.run import perform_long
 from mtnlg_jax.tasks.long.units import layout_of
+from mtnlg_jax.tasks.profile import Entry, Profile
 from mtnlg_jax.tasks.rendering import Row
 from mtnlg_jax.tasks.run import perform
 from mtnlg_jax.tasks.templates import TASKS, Template
@@ -258,6 +259,12 @@ def test_a_context_without_room_for_a_few_tokens_is_one_error(random_model, text
     row = _long_rows(text_of, name, 300)[0]
     with pytest.raises(ValueError, match=f"not even {LEAST_ROOM} tokens of the text fit"):
         perform_long(decoder._replace(params=None), tokenizer, task, [row])
+
+
+def test_a_profile_without_room_for_parts_is_named(random_model):
+    profile = Profile([Entry("fact", "The sea.", 1)], share=0.95)
+    with pytest.raises(ValueError, match="holds 13 beside 243 of the profile.*--profile_share"):
+        perform_long(*random_model, TASKS["summarise"], ["sea " * 300], profile=profile)
 
 
 def test_templates_that_long_inputs_cannot_use_are_refused_before_any_work(random_model):
