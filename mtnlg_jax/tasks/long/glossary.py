@@ -79,6 +79,8 @@ def _json(path: Path, text: str) -> Iterable[tuple[str, str, str]]:
         if path.suffix.lower() == ".json":
             # Pairs and not a dict, which would keep only the last of two equal keys.
             found = json.loads(text, object_pairs_hook=list)
+            if not isinstance(found, list):
+                raise ValueError("it holds neither a list nor an object")
             items = [(f"entry {number}", item) for number, item in enumerate(found, 1)]
         else:
             items = [
@@ -86,7 +88,7 @@ def _json(path: Path, text: str) -> Iterable[tuple[str, str, str]]:
                 for number, line in enumerate(text.split("\n"), 1)
                 if line.strip()
             ]
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise ValueError(f"glossary {path} is not valid JSON: {error}") from None
     for where, item in items:
         if isinstance(item, tuple):

@@ -142,6 +142,7 @@ def test_a_paragraph_that_the_model_leaves_empty_stands_untranslated(random_mode
         ("a.json", '{"a": "b", "a": "c"}', "entry 1 translates 'a' as 'b', and entry 2 as 'c'"),
         ("a.tsv", "net\n", "line 1: a term has a source and a target"),
         ("a.json", "{", "is not valid JSON"),
+        ("a.json", "5", "it holds neither a list nor an object"),
         ("a.json", '[{"source": 3, "target": "b"}]', "entry 1: source and target must be texts"),
         ("a.tsv", "\n", "holds no terms"),
         ("a.csv", "a,b", "unknown suffix"),
