@@ -6,9 +6,8 @@ All of it is exact: the pieces joined are the text. English and Chinese have the
 import re
 from dataclasses import dataclass
 
-from mtnlg_jax.data.segment import sentences
+from mtnlg_jax.data.segment import HAN, sentences
 
-_HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 # "10 月", "5 个人" and "三、四个" are words and no list marker.
 _COUNTED = "年月日号时点分秒周天岁世个位名人只条件次块元万亿千百里米层楼句段页章节"
 _DIGITS = "一二三四五六七八九十"
@@ -18,12 +17,13 @@ _MARKER = re.compile(
     r"#{1,6}[ \t]+"
     r"|[-*+\u2022\u2023\u25e6\u25aa\u00b7\u25cf\u25cb\u25a0\u2013\u2014][ \t]+"
     r"|[(（]?\d{1,3}(?:\.\d{1,3})*(?:[.)][ \t]+|[）、][ \t]*)"
-    rf"|\d{{1,3}}(?:\.\d{{1,3}})*\.?[ \t]*(?=[{_HAN}])(?![{_COUNTED}])(?<=[. \t])"
+    rf"|\d{{1,3}}(?:\.\d{{1,3}})*\.?[ \t]*(?=[{HAN}])(?![{_COUNTED}])(?<=[. \t])"
     r"|\d{1,3}(?:\.\d{1,3})+[ \t]+(?=[A-Z])"
     r"|[(（]?(?:[a-z]|[ivx]{1,5})[.)][ \t]+|[A-Z]\)[ \t]+"
     rf"|[(（]?[{_DIGITS}百]{{1,4}}[、）)](?![{_DIGITS}])[ \t]*"
     r")?"
 )
+_QUOTE = re.compile(r"[ \t\u3000]*(?:>[ \t]*)*")
 _QUOTES = {"“": "”", '"': '"', "「": "」", "『": "』", "«": "»"}
 OPENING = "".join(_QUOTES)
 CLOSING = "".join(_QUOTES.values())
@@ -32,7 +32,7 @@ _FENCE = re.compile(r"\s*```[^`]*\Z")
 _FINAL = re.compile(r"[.!?:。！？：…][\"'”’」』)）]*\s*$")
 # Lines of a text that was wrapped are about this long.
 _WRAPPED = range(30, 121)
-_FIRST_WORD = re.compile(rf"[{_HAN}]|[^\s{_HAN}]+")
+_FIRST_WORD = re.compile(rf"[{HAN}]|[^\s{HAN}]+")
 # Titles and initials never end a sentence. The others end one unless a small letter follows.
 _TITLE = re.compile(
     r"(?:\b(?:Mr|Mrs|Ms|Mme|Dr|St|Prof|Rev|Hon|Capt|Col|Gen|Lt|Sgt|Messrs|No|Fig|vs|e\.g|i\.e)"
@@ -124,18 +124,33 @@ def _indent(line: str) -> int:
     return len(line) - len(line.lstrip())
 
 
+def _quote(line: str) -> str:
+    """Return the indentation of a line with its ">"."""
+    found = _QUOTE.match(line)
+    return found[0] if found else ""
+
+
+def _is_item(line: str) -> bool:
+    """Return whether a line is a list item or a heading."""
+    return _marker_length(line) > len(_quote(line))
+
+
 def _continues(before: str, line: str, width: int) -> bool:
     """Return whether ``line`` goes on with the unit of the line before it."""
-    if _marker_length(line) > _indent(line) or before.lstrip().startswith("#"):
+    above = _quote(before)
+    here = _quote(line)
+    if above.count(">") != here.count(">"):
+        return False
+    if _is_item(line) or before[len(above) :].startswith("#"):
         return False  # a list item or heading, or the line after one
-    if _marker_length(before) > _indent(before) and _indent(line) >= _indent(before) + 2:
+    if _is_item(before) and len(here) >= len(above) + 2:
         return True  # the hanging line of a list item
     return bool(width) and _full(before, line, width)
 
 
 def _full(before: str, line: str, width: int) -> bool:
     """Return whether the first word of ``line`` would not have fitted into the line before."""
-    first = _FIRST_WORD.search(line)
+    first = _FIRST_WORD.search(line, len(_quote(line)))
     return first is not None and len(before.rstrip()) + 1 + len(first[0]) > width
 
 
@@ -160,7 +175,7 @@ def _laid_out(text: str, spans: list[list[int]]) -> Layout:
 
 def unwrapped(text: str) -> str:
     """Return the text of a unit on one line; Chinese lines are joined without a space."""
-    text = re.sub(rf"(?<=[{_HAN}，。！？；：、])[ \t]*\n[ \t>]*(?=[{_HAN}“「『（])", "", text)
+    text = re.sub(rf"(?<=[{HAN}，。！？；：、])[ \t]*\n[ \t>]*(?=[{HAN}“「『（])", "", text)
     return re.sub(r"[ \t]*\n[ \t>]*", " ", text)
 
 

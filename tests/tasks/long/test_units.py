@@ -72,6 +72,10 @@ def test_wrapped_lines_are_one_paragraph_and_others_are_not():
     )
     texts = [unwrapped(unit.text) for unit in layout_of(wrapped).units]
     assert len(texts) == 2 and texts[0].endswith("afraid of it. Nobody said a word.")
+    quoted = "".join(f"> {line}\n" for line in wrapped.split("\n")[:4])
+    layout = layout_of(f"{quoted}>> Another one.\n")
+    assert [unwrapped(unit.text) for unit in layout.units] == [texts[0], "Another one."]
+    assert [unit.lead for unit in layout.units] == ["> ", "\n>> "]
     lines = "鲸鱼向北游去，那里很冷，没有人见过鲸鱼。\n第二天它又回来了，船长还在睡觉，他很累。\n"
     assert len(lines) > 40
     assert len(layout_of(lines * 3).units) == 6
