@@ -76,6 +76,7 @@ def layout_of(text: str) -> Layout:
     spans: list[list[int]] = []  # [start, end] of the words of each unit
     fenced = False
     before = ""  # the line before, if its unit may go on
+    head = ""  # the first line of that unit
     at = 0
     for line in lines:
         fence = _FENCE.match(line) is not None
@@ -85,10 +86,11 @@ def layout_of(text: str) -> Layout:
         else:
             start = at + _marker_length(line)
             end = at + len(line.rstrip())
-            if before and _continues(before, line, width):
+            if before and _continues(head, before, line, width):
                 spans[-1][1] = end
             else:
                 spans.append([start, end])
+                head = line
             before = line
         at += len(line) + 1
     return _laid_out(text, spans)
@@ -135,16 +137,16 @@ def _is_item(line: str) -> bool:
     return _marker_length(line) > len(_quote(line))
 
 
-def _continues(before: str, line: str, width: int) -> bool:
-    """Return whether ``line`` goes on with the unit of the line before it."""
+def _continues(head: str, before: str, line: str, width: int) -> bool:
+    """Return whether ``line`` goes on with the unit from ``head`` to ``before``."""
     above = _quote(before)
     here = _quote(line)
     if above.count(">") != here.count(">"):
         return False
     if _is_item(line) or before[len(above) :].startswith("#"):
         return False  # a list item or heading, or the line after one
-    if _is_item(before) and len(here) >= len(above) + 2:
-        return True  # the hanging line of a list item
+    if _is_item(head) and len(here) >= len(_quote(head)) + 2:
+        return True  # a hanging line of a list item
     return bool(width) and _full(before, line, width)
 
 

@@ -72,6 +72,11 @@ def test_wrapped_lines_are_one_paragraph_and_others_are_not():
     )
     texts = [unwrapped(unit.text) for unit in layout_of(wrapped).units]
     assert len(texts) == 2 and texts[0].endswith("afraid of it. Nobody said a word.")
+    hanging = "- One item,\n  which goes on\n  and on.\n- Two.\n"
+    assert [unwrapped(unit.text) for unit in layout_of(hanging).units] == [
+        "One item, which goes on and on.",
+        "Two.",
+    ]
     quoted = "".join(f"> {line}\n" for line in wrapped.split("\n")[:4])
     layout = layout_of(f"{quoted}>> Another one.\n")
     assert [unwrapped(unit.text) for unit in layout.units] == [texts[0], "Another one."]
