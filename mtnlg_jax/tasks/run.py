@@ -157,14 +157,19 @@ def check_arguments(
 
 
 def _check_prompts(prompts: Sequence[Prompt], scorer: str, normalise: str | None) -> None:
-    if not any(prompt.candidates for prompt in prompts) and (normalise or scorer != "logprob"):
-        what = f"normalise={normalise}" if normalise else f"scorer={scorer}"
-        raise ValueError(f"{what} ranks labels and choices, and these rows have none; leave it out")
+    check_ranking(any(prompt.candidates for prompt in prompts), scorer, normalise)
     if any(prompt.texts for prompt in prompts) and scorer != "logprob":
         raise ValueError(
             f"scorer={scorer} cannot compare choices that fill a blank, because all of them score "
             "the same text after the blank; use scorer=logprob, or leave the blank out"
         )
+
+
+def check_ranking(ranked: bool, scorer: str, normalise: str | None) -> None:
+    """Raise ValueError on settings of rankings if no row is ``ranked``."""
+    if not ranked and (normalise or scorer != "logprob"):
+        what = f"normalise={normalise}" if normalise else f"scorer={scorer}"
+        raise ValueError(f"{what} ranks labels and choices, and these rows have none; leave it out")
 
 
 def _last_word_reserve(tokenizer, row: Row) -> int:

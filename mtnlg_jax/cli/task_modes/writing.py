@@ -51,6 +51,10 @@ def check_flags() -> None:
         options.EXAMPLES,
         options.SHOTS,
         options.PASSAGES,
+        options.BEST,
+        options.PASSAGE_SIZE,
+        options.TEXT_KEY,
+        options.ON_ERROR,
         options.CHOICES,
         options.BLANK,
         options.SCORER,
@@ -165,6 +169,7 @@ def settings_of(request: "Request", run: "Run") -> dict[str, Any]:
             "dtype": held_flags.DTYPE.value,
             "weights": held_flags.WEIGHTS.value,
             "cache": held_flags.CACHE.value,
+            "adapter": shared_flags.ADAPTER.value,
         },
     }
 

@@ -21,7 +21,7 @@ from mtnlg_jax.tasks.answers import Answer
 from mtnlg_jax.tasks.long.calls import Calls, whole_text
 from mtnlg_jax.tasks.long.glossary import Term, TermMemory, honours, terms_in
 from mtnlg_jax.tasks.long.options import LongOptions
-from mtnlg_jax.tasks.long.parts import broken, pack
+from mtnlg_jax.tasks.long.parts import Fits, broken, pack
 from mtnlg_jax.tasks.long.units import (
     CLOSING,
     OPENING,
@@ -87,7 +87,7 @@ def plan_layout(
     calls: Calls, task: Task, row: Row, language: str, layout: Layout, group: int
 ) -> Document:
     """Return a document with the groups of its paragraphs, as `plan` does."""
-    fits = calls.fitting(task, row, language, SPARE, GROWTH)
+    fits = fitting(calls, task, row, language)
     groups: list[Group] = []
     for number, unit in enumerate(layout.units):
         pieces: list[tuple[str, bool]] = []
@@ -103,6 +103,14 @@ def plan_layout(
             groups.append(Group(number, "".join(texts[start:end]).strip(), is_broken))
             start = end
     return Document(row, language, layout, groups, [calls.tokens_of(each.text) for each in groups])
+
+
+def fitting(calls: Calls, task: Task, row: Row, language: str) -> Fits:
+    """Return whether a text fits a prompt together with its translation.
+
+    Raises ValueError if the prompt leaves no room.
+    """
+    return calls.fitting(task, row, language, SPARE, GROWTH)
 
 
 def translate(
