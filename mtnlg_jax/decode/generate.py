@@ -10,7 +10,6 @@ differently in its last bit).
 # Shapes: B rows, S positions, V vocabulary
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,17 +19,12 @@ import numpy as np
 from mtnlg_jax.config import DecodeConfig, validate_decode
 from mtnlg_jax.decode import beam, stochastic
 from mtnlg_jax.decode.adapters import for_rows, of_rows
-from mtnlg_jax.decode.batched_settings import Settings, batch_settings, check_tokens
+from mtnlg_jax.decode.batched_settings import check_tokens
 from mtnlg_jax.decode.cache import Decoder, Prefix, bucket, capacity, prefill, split_prefix
-from mtnlg_jax.decode.dry import breaker_bits
 from mtnlg_jax.decode.prefixes import encode_behind, marked, stacked
-from mtnlg_jax.decode.results import (
-    Generated,
-    check_context,
-    writable,
-)
+from mtnlg_jax.decode.results import Generated, check_context
 from mtnlg_jax.decode.rolling import check_whole, keeps_windows
-from mtnlg_jax.decode.rows import continue_rows
+from mtnlg_jax.decode.rows import continue_rows, settings_maker
 from mtnlg_jax.parallel.auto import over_its_mesh, padded
 
 
@@ -207,14 +201,7 @@ def continue_prefix(
     if draft is not None:
         check_draft(decoder, draft, configs)
         check_whole(prefix.cache, "a draft model")
-    # Without the end token: each row adds its own ends, which may differ.
-    vocabulary = decoder.config.vocabulary
-    allowed_V = writable(tokenizer, vocabulary, end=False)
-    breakers_of = functools.partial(breaker_bits, tokenizer, vocabulary)
-
-    def settings_of(configs: Sequence[DecodeConfig]) -> Settings:
-        return batch_settings(configs, allowed_V, tokenizer.eos_ids, constraint, breakers_of)
-
+    settings_of = settings_maker(decoder, tokenizer, constraint)
     # Beam searches with equal (beams, groups, whether sampled) run as one batch. None marks rows.
     kinds = [
         (c.num_beams, c.num_beam_groups, c.temperature > 0) if c.num_beams > 1 else None
