@@ -45,6 +45,8 @@ def load_model(rows: list[dict], given: dict[str, Any]) -> "tuple[Run, Decoder, 
         if sliding.asked():
             sliding.check_model(config.model, settings[0])
         ahead = prefixes.check(rows, config.model, prefixes.folder_of(options.PROMPTS.value))
+        if ahead:
+            prefixes.check_ways(settings[0], rows)
         _check_memory(config, tokenizer, rows, settings[0], ahead)
 
     run, decoder = load_decoder(

@@ -4,11 +4,13 @@ import os
 from typing import TYPE_CHECKING
 
 from mtnlg_jax import command
+from mtnlg_jax.cli.decoding.preset_flag import preset_scorers
+from mtnlg_jax.cli.generation import options
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from mtnlg_jax.config import ModelConfig
+    from mtnlg_jax.config import DecodeConfig, ModelConfig
 
 with command.flag_group("Ahead of the prompt"):
     IMAGE = command.define_path(
@@ -64,6 +66,23 @@ def array_of(row: dict, model: "ModelConfig", folder: str = "") -> "np.ndarray |
         return image_of(row[key], wanted.image_size, wanted.image_channels, folder)
     except FileNotFoundError as error:
         raise ValueError(str(error)) from None
+
+
+def check_ways(decode: "DecodeConfig", rows: list[dict]) -> None:
+    """Raise ValueError if texts behind an image or features are not written or ranked so."""
+    from mtnlg_jax.cli.generation.ranking import scorer_weights
+    from mtnlg_jax.decode import prefixes
+
+    mode = options.MODE.value
+    if mode == "fill":
+        raise ValueError(
+            "--mode=fill reads text alone, and a prompt has an image or features; leave them out"
+        )
+    if mode == "ranking" or preset_scorers():
+        prefixes.check_scorers(scorer_weights())
+    given = bool(options.CANDIDATES.value) or all("candidates" in row for row in rows)
+    if mode == "generative" or not given:
+        prefixes.check_ways([decode], draft=options.DRAFT.value is not None)
 
 
 def folder_of(prompts: str | None) -> str:
