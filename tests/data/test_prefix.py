@@ -3,10 +3,13 @@
 import base64
 import io
 import json
+import struct
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -75,6 +78,25 @@ def test_an_image_is_resized_converted_and_turned():
     exif[0x0112] = 6  # to be turned to the right by a quarter: the left side becomes the top
     PIL.Image.fromarray(left).save(buffer, "PNG", exif=exif)
     np.testing.assert_array_equal(image_of(buffer.getvalue(), SIZE)[: SIZE // 2], 255)
+
+
+def test_gray_of_16_bits_keeps_its_shades(tmp_path):
+    shades = np.arange(SIZE * SIZE, dtype=np.uint16).reshape(SIZE, SIZE) * 1000
+    for channels in (1, 3):
+        found = image_of(png(shades), SIZE, channels)
+        np.testing.assert_array_equal(found, np.repeat(shades[..., None] // 256, channels, -1))
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(np.ones((SIZE, SIZE), np.float32)).save(buffer, "TIFF")
+    with pytest.raises(ValueError, match="a shade of 32 bits.*save it with 8 or 16"):
+        image_of(buffer.getvalue(), SIZE)
+
+
+def test_damage_to_the_notes_of_a_camera_is_one_error(monkeypatch):
+    """Pillow raises errors of struct, and some others, for damaged EXIF data."""
+    for error in (struct.error("short"), TypeError("bad operand"), OverflowError("too large")):
+        monkeypatch.setattr(PIL.ImageOps, "exif_transpose", Mock(side_effect=error))
+        with pytest.raises(ValueError, match="is not an image"):
+            image_of(png(picture(0)), SIZE)
 
 
 @pytest.mark.parametrize(
