@@ -89,6 +89,14 @@ def test_the_best_of_several_texts_is_written(ask, tmp_path):
         (["--preset=best", "--stream"], "--stream is for a text as it is written"),
         (["--preset=best", "--chat"], "--chat is for a text as it is written"),
         (["--preset=mirostat", "--top_k=3"], "top_k=3 limits sampling, and mirostat_tau=5.0"),
+        # Without its method a preset would be another one.
+        (
+            ["--preset=contrastive", "--temperature=0.8"],
+            "contrastive search, which does not sample",
+        ),
+        (["--preset=contrastive", "--num_beams=2"], "compares candidates for one sequence"),
+        (["--preset=mirostat", "--num_beams=2"], "is steered by the tokens of one sequence"),
+        (["--preset=mirostat", "--temperature=0"], "mirostat_tau=5.0 affects sampling only"),
         (["--preset=nucleus", "--mode=fill"], "--preset is for --mode=generative or ranking"),
         (
             ["--preset=nucleus", "--mode=ranking", "--candidates=a"],

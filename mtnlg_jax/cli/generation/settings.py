@@ -4,7 +4,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from mtnlg_jax.cli.decoding import shared_flags
-from mtnlg_jax.cli.decoding.preset_flag import apply_preset
+from mtnlg_jax.cli.decoding.preset_flag import apply_preset, must_act
 from mtnlg_jax.cli.decoding.settings import merge, read_assignments
 from mtnlg_jax.cli.generation import options
 from mtnlg_jax.cli.generation.entries import unescape
@@ -127,7 +127,7 @@ def decode_settings(
     if sampling and greedy and "temperature" not in given:
         decode = dataclasses.replace(decode, temperature=1.0)
     # Settings of the run that have no effect are reset; those of the command line are refused.
-    decode = acting(decode, given)
+    decode = acting(decode, must_act(given))
     if options.DRAFT.value is None:
         decode = dataclasses.replace(decode, num_assistant_tokens=DecodeConfig.num_assistant_tokens)
     validate_decode(decode)
