@@ -10,7 +10,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,7 @@ def train_adapter(
     run_config = config_of(config, workdir, data, training, settings)
     _check_size(texts, training, held_out, run_config)
     run = os.path.join(folder, "run")
-    summary = train(run_config, run, progress, announce, Patience(PATIENCE))
+    summary = train(run_config, run, progress, announce, out_of_patience)
     adapter, step = _adapter_of(run, identity)
     trained = {
         "documents": training.documents,
@@ -137,19 +137,13 @@ def train_adapter(
     return Trained(adapter, held_out, base[0].tokenizer)
 
 
-class Patience:
-    """Tell when the held-out loss has not fallen for ``most`` evaluations in a row."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._best = math.inf
-        self._worse = 0
-
-    def __call__(self, result: dict) -> bool:
-        loss = result.get("causal_loss", math.inf)
-        self._worse = 0 if loss < self._best else self._worse + 1
-        self._best = min(self._best, loss)
-        return self._worse >= self._most
+def out_of_patience(evaluations: Sequence[Mapping[str, Any]], most: int = PATIENCE) -> bool:
+    """Return whether the held-out loss has not fallen for the last ``most`` evaluations."""
+    # A loss that is not finite is None in the records of an earlier start.
+    losses = [each.get("causal_loss") for each in evaluations]
+    losses = [math.inf if loss is None or math.isnan(loss) else loss for loss in losses]
+    best = min(losses, default=math.inf)
+    return bool(losses) and len(losses) - 1 - losses.index(best) >= most
 
 
 def config_of(
