@@ -104,24 +104,17 @@ def train_adapter(
     _refuse_masked(config, workdir)
     _keep_matching(folder, [workdir, identity, dataclasses.asdict(settings), _state_of(texts)])
     data = os.path.join(folder, "data")
-    if not storage.exists(data, PREPARED):
-        tokenizer = workdir
-        if foreign.reader_of(workdir) is None:
-            tokenizer = storage.join(workdir, "tokenizer")
-        prepare(
-            texts.path,
-            data,
-            tokenizer=tokenizer,
-            heldout=settings.heldout,
-            text_key=texts.text_key,
-            on_error=texts.on_error,
-            encoding=texts.encoding,
-            overwrite=True,
-            progress=progress,
-        )
-    training, held_out = (open_tokens(storage.join(data, part)) for part in ("train", "heldout"))
-    run_config = config_of(config, workdir, data, training, settings)
-    _check_size(texts, training, held_out, run_config)
+    try:
+        if not storage.exists(data, PREPARED):
+            _prepare(workdir, texts, data, settings.heldout, progress)
+        parts = ("train", "heldout")
+        training, held_out = (open_tokens(storage.join(data, part)) for part in parts)
+        run_config = config_of(config, workdir, data, training, settings)
+        _check_size(texts, training, held_out, run_config)
+    except (ValueError, FileNotFoundError):
+        # A person's texts do not stay where they cannot be trained on.
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     run = os.path.join(folder, "run")
     summary = train(run_config, run, progress, announce, out_of_patience)
     adapter, step = _adapter_of(run, identity)
@@ -135,6 +128,24 @@ def train_adapter(
     }
     adapter = dataclasses.replace(adapter, trained=trained)
     return Trained(adapter, held_out, base[0].tokenizer)
+
+
+def _prepare(workdir: str, texts: Texts, data: str, heldout: float, progress: bool) -> None:
+    """Write the tokens of ``texts``, by the tokenizer of the model, into the folder ``data``."""
+    tokenizer = workdir
+    if foreign.reader_of(workdir) is None:
+        tokenizer = storage.join(workdir, "tokenizer")
+    prepare(
+        texts.path,
+        data,
+        tokenizer=tokenizer,
+        heldout=heldout,
+        text_key=texts.text_key,
+        on_error=texts.on_error,
+        encoding=texts.encoding,
+        overwrite=True,
+        progress=progress,
+    )
 
 
 def out_of_patience(evaluations: Sequence[Mapping[str, Any]], most: int = PATIENCE) -> bool:

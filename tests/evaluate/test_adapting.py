@@ -218,6 +218,9 @@ def test_too_little_text_is_refused(folder, tmp_path):
     output = str(tmp_path / "me.safetensors")
     with pytest.raises(ValueError, match=r"tokens to train on, and one row has 33"):
         adapt(str(folder / "run"), Texts(str(tmp_path / "short.txt")), output, progress=False)
+    with pytest.raises(FileNotFoundError):
+        adapt(str(folder / "run"), Texts(str(tmp_path / "none.txt")), output, progress=False)
+    assert os.listdir(tmp_path) == ["short.txt"]
 
 
 def test_training_ends_when_the_held_out_loss_stops_falling():
