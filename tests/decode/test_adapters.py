@@ -193,7 +193,7 @@ def test_stages_and_experts_are_refused(deep, balanced):
     held = unstack(deep.config, deep.params, mesh=mesh)
     with pytest.raises(ValueError, match=r"mesh\.pipe=2.*merge one adapter"):
         stacking.stack(held, {"one": adapter_of(deep.config, 1, 2)})
-    with pytest.raises(ValueError, match=r"w_in_EDF of the experts.*--targets=q,k,v,o"):
+    with pytest.raises(ValueError, match=r"'in' of the experts.*--targets=q,k,v,o"):
         stacking.stack(balanced.decoder, {"one": adapter_of(balanced.config, 1, 2, ("in",))})
     stacking.stack(balanced.decoder, {"one": adapter_of(balanced.config, 1, 2, ("q", "v"))})
 

@@ -112,6 +112,15 @@ def test_what_does_not_go_together_is_refused(ask, given, message):
     assert code == 2 and out == "" and message in err and err.count("\n") == 1
 
 
+def test_candidates_of_every_row_leave_a_preset_nothing_to_write(ask, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "The", "candidates": [" cat", " dog"]}\n')
+    given = ["--workdir=RUN", f"--prompts={path}", "--mode=ranking", "--preset=nucleus"]
+    code, out, err = ask(*given)
+    assert (code, out) == (2, "")
+    assert f"--preset affects generated candidates, and each line of {path} has its own" in err
+
+
 def test_the_page_shows_the_figures_of_the_benchmark():
     root = Path(__file__).resolve().parents[2]
     report = json.loads((root / "benchmarks/results/presets.json").read_text())

@@ -34,7 +34,8 @@ def load_model(rows: list[dict], given: dict[str, Any]) -> "tuple[Run, Decoder, 
 
     compat.quiet()
     compat.configure_cache(least_seconds=0)
-    found = adapters.load(rows)
+    mesh = devices.mesh()
+    found = adapters.load(rows, 1 if mesh is None else mesh.shape["pipe"])
     settings: list[DecodeConfig] = []
 
     def before(config: "Config", tokenizer: "Tokenizer | None") -> None:
@@ -55,7 +56,7 @@ def load_model(rows: list[dict], given: dict[str, Any]) -> "tuple[Run, Decoder, 
         held_flags.DTYPE.value,
         weights=held_flags.WEIGHTS.value,
         cache=held_flags.CACHE.value,
-        mesh=devices.mesh(),
+        mesh=mesh,
         before=before,
     )
     if found:
