@@ -18,8 +18,9 @@ from mtnlg_jax.config import MaskingConfig, PrefixConfig
 from mtnlg_jax.data.batches import Batches, HeldOut
 from mtnlg_jax.data.prefix import shapes
 from mtnlg_jax.data.prefix.arrays import features_of, image_of
-from mtnlg_jax.data.prefix.rows import PrefixInput
+from mtnlg_jax.data.prefix.rows import PrefixInput, PrefixRows
 from mtnlg_jax.data.prepare import describe, prepare
+from mtnlg_jax.data.read.documents import read_documents
 from mtnlg_jax.data.store import prefixes
 from mtnlg_jax.data.store.convert import convert
 from mtnlg_jax.data.store.sources import open_sources, open_tokens
@@ -192,6 +193,23 @@ def test_other_images_are_other_data(folder, tmp_path):
         path.write_text("\n".join(map(json.dumps, rows)))
         prints.append(made(path, tmp_path / f"out{shift}", heldout=0.0)["fingerprint"])
     assert prints[0] != prints[1]
+
+
+def test_texts_of_parquet_that_are_not_utf8_are_damage(tmp_path):
+    captions = pyarrow.array([b"a caf\xe9", b"a ring"], pyarrow.binary()).view(pyarrow.string())
+    table = pyarrow.table({"caption": captions, "image": [png(picture(0)), png(picture(1))]})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+
+    def read(on_error, encoding=""):
+        rows = PrefixRows(PrefixInput("image", SIZE), "", "{caption}", "")
+        with rows.keeping_in(str(tmp_path)):
+            path = tmp_path / "rows.parquet"
+            return [each.text for each in read_documents(path, rows, on_error, encoding=encoding)]
+
+    with pytest.raises(ValueError, match=r"row 1: byte 0xe9 at 5 is not UTF-8; name its encoding"):
+        read("raise")
+    assert read("skip") == ["a caf\ufffd", "a ring"]
+    assert read("raise", "cp1252") == ["a café", "a ring"]
 
 
 def test_parquet_holds_bytes_or_structs(folder, tmp_path):
