@@ -94,8 +94,8 @@ def train_adapter(
     resumed from there, and what another call left is removed. The adapter is that of the
     evaluation with the lowest held-out loss.
 
-    Raises ValueError if the texts or the settings do not do, before any training, and what
-    `train.loop.train` raises.
+    Raises ValueError on bad texts or settings, before any training, and what `train.loop.train`
+    raises.
     """
     settings = settings or AdaptSettings()
     base = open_base(workdir)
@@ -151,8 +151,8 @@ def _prepare(workdir: str, texts: Texts, data: str, heldout: float, progress: bo
 def out_of_patience(evaluations: Sequence[Mapping[str, Any]], most: int = PATIENCE) -> bool:
     """Return whether the held-out loss has not fallen for the last ``most`` evaluations."""
     # A loss that is not finite is None in the records of an earlier start.
-    losses = [each.get("causal_loss") for each in evaluations]
-    losses = [math.inf if loss is None or math.isnan(loss) else loss for loss in losses]
+    found = [each.get("causal_loss") for each in evaluations]
+    losses = [math.inf if loss is None or math.isnan(loss) else loss for loss in found]
     best = min(losses, default=math.inf)
     return bool(losses) and len(losses) - 1 - losses.index(best) >= most
 

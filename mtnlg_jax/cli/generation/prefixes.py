@@ -91,7 +91,7 @@ def folder_of(prompts: str | None) -> str:
 
 
 def check(rows: list[dict], model: "ModelConfig", folder: str) -> int:
-    """Raise ValueError with the number of the first row whose image or features do not do.
+    """Raise ValueError with the number of the first row whose image or features do not fit.
 
     Returns the positions that they take of the context.
     """
