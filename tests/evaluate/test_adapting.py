@@ -196,6 +196,8 @@ def test_damaged_and_other_files_are_refused(folder, adapted, tmp_path):
         adapter_file.read(path, model)
     with pytest.raises(FileNotFoundError, match=r"has no adapter 'you': it has me"):
         adapter_file.find(folder / "run", "you")
+    with pytest.raises(ValueError, match=r"book.txt is no adapter's file, whose name ends with"):
+        adapter_file.find(folder / "run", str(folder / "book.txt"))
 
 
 def test_bad_names_and_existing_files_are_refused(folder, adapted, tmp_path):
