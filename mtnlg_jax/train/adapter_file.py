@@ -95,7 +95,7 @@ def find(workdir: str | os.PathLike, adapter: str) -> str:
             f"{adapter} is no adapter's file, whose name ends with {SUFFIX}; give one of "
             "launch/adapt.py, or the folder that PEFT has saved"
         )
-    if os.path.exists(adapter) or os.sep in adapter or adapter.endswith(SUFFIX):
+    if os.path.exists(adapter):
         return adapter
     folder = Path(workdir, FOLDER)
     names = sorted(path.stem for path in folder.glob("*" + SUFFIX)) if folder.is_dir() else []

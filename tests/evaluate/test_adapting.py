@@ -194,8 +194,9 @@ def test_damaged_and_other_files_are_refused(folder, adapted, tmp_path):
     adapter_file.write(str(path), dataclasses.replace(found, factors=factors))
     with pytest.raises(ValueError, match=r"is damaged: lora_a_\w+ is \(2, 1"):
         adapter_file.read(path, model)
-    with pytest.raises(FileNotFoundError, match=r"has no adapter 'you': it has me"):
-        adapter_file.find(folder / "run", "you")
+    for name in ("you", "away/you.safetensors"):
+        with pytest.raises(FileNotFoundError, match=f"has no adapter '{name}': it has me"):
+            adapter_file.find(folder / "run", name)
     with pytest.raises(ValueError, match=r"book.txt is no adapter's file, whose name ends with"):
         adapter_file.find(folder / "run", str(folder / "book.txt"))
 
