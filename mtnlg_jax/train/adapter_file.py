@@ -86,12 +86,18 @@ def path_of(workdir: str | os.PathLike, name: str) -> str:
 def find(workdir: str | os.PathLike, adapter: str) -> str:
     """Return the path of an adapter: that of a file or a folder as it is, or of a name in a run.
 
-    Raises FileNotFoundError that lists the names in the run.
+    Raises FileNotFoundError that lists the names in the run, and ValueError on a file of another
+    kind.
     """
     named = path_of(workdir, adapter)
     if os.path.isfile(named):
         return named
-    if os.path.exists(adapter) or os.sep in adapter or adapter.endswith(SUFFIX):
+    if os.path.isfile(adapter) and not adapter.endswith(SUFFIX):
+        raise ValueError(
+            f"{adapter} is no adapter's file, whose name ends with {SUFFIX}; give one of "
+            "launch/adapt.py, or the folder that PEFT has saved"
+        )
+    if os.path.exists(adapter):
         return adapter
     folder = Path(workdir, FOLDER)
     names = sorted(path.stem for path in folder.glob("*" + SUFFIX)) if folder.is_dir() else []

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mtnlg_jax.cli.decoding import devices, fitting, held_flags, shared_flags
-from mtnlg_jax.cli.decoding.preset_flag import apply_preset
+from mtnlg_jax.cli.decoding.preset_flag import apply_preset, must_act
 from mtnlg_jax.cli.decoding.settings import read_assignments
 from mtnlg_jax.cli.task_modes import long_options, options, profiles
 from mtnlg_jax.cli.task_modes.rows import read_rows
@@ -179,4 +179,4 @@ def decode_settings(task: "Task") -> "DecodeConfig":
     from mtnlg_jax.config import acting
 
     given = read_assignments(shared_flags.SET.value)
-    return acting(dataclasses.replace(apply_preset(task.decode), **given), given)
+    return acting(dataclasses.replace(apply_preset(task.decode), **given), must_act(given))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mtnlg_jax.cli.decoding import devices, held_flags, shared_flags
 from mtnlg_jax.cli.decoding.output import dump
-from mtnlg_jax.cli.decoding.preset_flag import PRESET, apply_preset, preset_scorers
+from mtnlg_jax.cli.decoding.preset_flag import PRESET, apply_preset, must_act, preset_scorers
 from mtnlg_jax.cli.decoding.settings import merge, read_assignments
 from mtnlg_jax.cli.task_modes import (
     long_options,
@@ -129,7 +129,7 @@ def read_request(topic: str) -> "Request":
         headings=headings,
         candidates=writing_options.CANDIDATES.value,
         weights=WEIGHTS | _weights(),
-        decode=acting(dataclasses.replace(apply_preset(DECODE), **given), given),
+        decode=acting(dataclasses.replace(apply_preset(DECODE), **given), must_act(given)),
         piece=given.get("max_new_tokens"),
         profile=profile.entries if profile else (),
         profile_share=profiles.SHARE.value,
