@@ -10,7 +10,7 @@ differently in its last bit).
 # Shapes: B rows, S positions, V vocabulary
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -82,7 +82,7 @@ def generate(
         raise ValueError(
             f"{len(configs)} settings for {len(token_prompts)} prompts; give one, or one for each"
         )
-    for config in configs:
+    for config in _distinct(configs):
         validate_decode(config)
         check_tokens(config, decoder.config.vocabulary)
     check_draft(decoder, draft, configs)
@@ -114,6 +114,14 @@ def generate(
         decoder = for_rows(decoder, [*adapters, *[None] * extra])
     prefix = prefill(decoder, filled, size, rolling=rolling, prefixes=arrays)
     return continue_prefix(decoder, tokenizer, prefix, configs, on_text, constraint, draft)
+
+
+def _distinct(configs: Sequence[DecodeConfig]) -> Iterable[DecodeConfig]:
+    """Return ``configs`` without repetitions: the rows of a batch often share theirs."""
+    try:
+        return dict.fromkeys(configs)
+    except TypeError:  # a setting is a list, which the check refuses by its name
+        return configs
 
 
 def _encode(decoder: Decoder, tokenizer, prompt: str | Sequence[int], prefix: Any) -> list[int]:

@@ -151,6 +151,7 @@ def _step(
 ) -> None:
     """Translate groups, given as (document, group), in one batch."""
     prompts = []
+    tokens: list[list[int]] = []
     configs = []
     for index, number in asked:
         document = documents[index]
@@ -158,18 +159,18 @@ def _step(
         template = task.templates[document.language]
         decode = candidates_of(calls.decode_of(task), options.candidates)
         prompts.append(prompt)
+        tokens.append(encode_prompt(calls.tokenizer, prompt.text))
         configs.append(
-            settings_of(calls.decoder, calls.tokenizer, decode, prompt.text, template.stops)
+            settings_of(calls.decoder, calls.tokenizer, decode, len(tokens[-1]), template.stops)
         )
-    texts = [prompt.text for prompt in prompts]
     written: dict[int, list[Generated]] = {i: [] for i in range(len(asked))}
-    for result in generate(calls.decoder, calls.tokenizer, texts, configs) if texts else []:
+    for result in generate(calls.decoder, calls.tokenizer, tokens, configs) if tokens else []:
         written[result.prompt].append(result)
     for i, (index, number) in enumerate(asked):
         document = documents[index]
         _choose(task, document, number, prompts[i], written[i], options)
         document.prompts.append(prompts[i])
-        document.tokens_in += len(encode_prompt(calls.tokenizer, prompts[i].text))
+        document.tokens_in += len(tokens[i])
         document.tokens_out += sum(len(each.tokens) for each in written[i])
         calls.tick()
 
