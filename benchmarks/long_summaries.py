@@ -33,6 +33,7 @@ from mtnlg_jax.tasks.metrics import RESAMPLES, baseline, measure
 from mtnlg_jax.tasks.templates import TASKS
 
 METRICS = ("rouge1", "rouge2", "rougeL")
+SHOWN = ("columns", "limit", "context", "new_tokens", "batch")  # flags in the result
 
 
 def main() -> None:
@@ -62,13 +63,10 @@ def main() -> None:
     rows = random.Random(0).sample(rows, min(flags.limit, len(rows)))
     trivial, lead = baseline(TASKS["summarise"], rows)
     found = {}
-    command = (
-        f"python benchmarks/long_summaries.py --workdir=RUN --rows={Path(flags.rows).name} "
-        f"--columns={flags.columns} --limit={flags.limit} --context={flags.context} "
-        f"--new_tokens={flags.new_tokens} --batch={flags.batch}"
-    )
+    given = [f"--{name}={getattr(flags, name)}" for name in SHOWN if getattr(flags, name)]
+    command = ["python", f"benchmarks/{Path(__file__).name}", "--workdir=RUN"]
     result: dict = {
-        "command": command,
+        "command": " ".join([*command, f"--rows={Path(flags.rows).name}", *given]),
         "rows": len(rows),
         "context": decoder.context,
         "new_tokens": flags.new_tokens,
