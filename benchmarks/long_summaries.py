@@ -1,13 +1,14 @@
-"""Compare summaries by hierarchy with summaries of cut inputs, by one model on the same rows.
+"""Compare summaries of whole inputs with summaries of cut ones, by one model on the same rows.
 
     python benchmarks/long_summaries.py --workdir=RUN --rows=FILE.jsonl \\
         --columns=input=source,reference=target
 
 Rows are drawn by seed 0 among those whose input does not fit the context, so that the two sides
-differ on every row. Where the model writes nothing, the first sentence stands in on both sides; the
-result counts these rows. --context reduces the context of a model with more positions. The result
-holds ROUGE of both sides and of the first sentences alone with 95 % bootstrap intervals, and of the
-difference of the two sides row by row.
+differ on every row. The sides cut the input, summarize by hierarchy, or refine one summary. Where
+the model writes nothing, the first sentence stands in on all sides; the result counts these rows.
+--context reduces the context of a model with more positions. The result holds ROUGE of each side
+and of the first sentences alone with 95 % bootstrap intervals, and of the differences from the cut
+inputs row by row.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from mtnlg_jax.tasks.metrics import RESAMPLES, baseline, measure
 from mtnlg_jax.tasks.templates import TASKS
 
 METRICS = ("rouge1", "rouge2", "rougeL")
+SHOWN = ("columns", "limit", "context", "new_tokens", "batch")  # flags in the result
 
 
 def main() -> None:
@@ -61,7 +63,14 @@ def main() -> None:
     rows = random.Random(0).sample(rows, min(flags.limit, len(rows)))
     trivial, lead = baseline(TASKS["summarise"], rows)
     found = {}
-    result: dict = {"rows": len(rows), "context": decoder.context, "new_tokens": flags.new_tokens}
+    given = [f"--{name}={getattr(flags, name)}" for name in SHOWN if getattr(flags, name)]
+    command = ["python", f"benchmarks/{Path(__file__).name}", "--workdir=RUN"]
+    result: dict = {
+        "command": " ".join([*command, f"--rows={Path(flags.rows).name}", *given]),
+        "rows": len(rows),
+        "context": decoder.context,
+        "new_tokens": flags.new_tokens,
+    }
     for side, options in SIDES.items():
         begin = time.perf_counter()
         answers = perform_long(
@@ -88,7 +97,8 @@ def main() -> None:
         result[side] = result.get(side, {}) | {
             metric: str(score).strip() for metric, score in scores.items()
         }
-    result["hierarchical - cut"] = _differences(found, references)
+    for side in ("hierarchical", "refine"):
+        result[f"{side} - cut"] = _differences(found[side], found["cut"], references)
     result |= {
         "date": datetime.date.today().isoformat(),
         "cores": os.cpu_count(),
@@ -99,25 +109,29 @@ def main() -> None:
         Path(flags.output).write_text(json.dumps(result, indent=2) + "\n")
 
 
-SIDES = {"cut": LongOptions(mode="cut"), "hierarchical": LongOptions()}
+SIDES = {
+    "cut": LongOptions(mode="cut"),
+    "hierarchical": LongOptions(),
+    "refine": LongOptions(method="refine"),
+}
 
 
-def _differences(found: dict[str, list[str]], references) -> dict[str, str]:
+def _differences(texts: list[str], others: list[str], references) -> dict[str, str]:
     """Return the mean difference of each metric with its paired 95 % bootstrap interval."""
     rng = np.random.default_rng(0)
     differences = {}
     for name in METRICS:
         # One row at a time, because `measure` gives means.
-        ours, cut = (
+        ours, theirs = (
             np.array(
                 [
                     measure((name,), [text], [reference], "en")[name].value
-                    for text, reference in zip(found[side], references, strict=True)
+                    for text, reference in zip(side, references, strict=True)
                 ]
             )
-            for side in ("hierarchical", "cut")
+            for side in (texts, others)
         )
-        each = ours - cut
+        each = ours - theirs
         means = [each[rng.integers(0, len(each), len(each))].mean() for _ in range(RESAMPLES)]
         low, high = np.percentile(means, [2.5, 97.5])
         differences[name] = f"{each.mean():.2f} [{low:.2f}, {high:.2f}]"

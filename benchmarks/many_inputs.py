@@ -5,13 +5,15 @@
 
 One side answers the rows of a file into a file, as launch/task.py --inputs does, once the model is
 loaded: read, compose, batch, generate, write. The other side gives the same prompts to
-decode.generate, sorted by length and in batches of the same size, without stop strings and without
-files. Both write the same number of tokens a row, greedily. The weights are random, the prompts 5
-to 120 words long. In each round both sides take a turn, and the side that begins alternates; the
-result is the median of each side's tokens per second and the median of the rounds' ratios.
+decode.generate, sorted by length, in batches of the same size, with the same stop strings and
+without files. Both write the same number of tokens a row, greedily. The weights are random, the
+prompts 5 to 120 words long. In each round both sides take a turn, and the side that begins
+alternates; the result is the median of each side's tokens per second and the median of the rounds'
+ratios.
 """
 
 import argparse
+import dataclasses
 import datetime
 import json
 import os
@@ -130,9 +132,12 @@ def measure(
         # The first turns compile.
         prompts = sorted(many(-1, keep=True), key=len)
 
+        stops = TASKS[name].templates["en"].stops
+        alike = dataclasses.replace(decode, stop_strings=stops)
+
         def plain(number: int) -> None:
             for start in range(0, len(prompts), batch):
-                counting(decoder, tokenizer, prompts[start : start + batch], decode)
+                counting(decoder, tokenizer, prompts[start : start + batch], alike)
 
         plain(-1)
         speeds: dict[str, list[float]] = {"many": [], "plain": []}

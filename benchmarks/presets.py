@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--workdir", required=True, help="the run")
     parser.add_argument("--text", required=True, help="a book that the model has not read")
-    parser.add_argument("--prompts", type=int, default=16, help="number of passages")
+    parser.add_argument("--prompts", type=int, default=21, help="number of passages")
     parser.add_argument("--prompt_tokens", type=int, default=48, help="tokens of a prompt")
     parser.add_argument("--words", type=int, default=120, help="words of a continuation")
     parser.add_argument(

@@ -16,6 +16,7 @@ SENTENCE = re.compile(
     r"|(?=\n)|\Z)\s*",
     re.DOTALL,
 )
+_CHINESE = re.compile(f"[{HAN}]")
 WORDS = re.compile(rf"[{HAN}]|(?:(?![{HAN}])\w)+")  # without punctuation
 
 # Scripts without spaces between words: Thai, Lao, Burmese, Khmer, kana, bopomofo, half-width
@@ -30,9 +31,8 @@ _JOINERS = "\u200c\u200d"  # used inside words in Indic scripts and Persian
 
 def language_of(text: str) -> str:
     """Return "zh" if Chinese characters outnumber the words of other scripts, else "en"."""
-    words = WORDS.findall(text)
-    chinese = sum(bool(re.match(f"[{HAN}]", word)) for word in words)
-    return "zh" if 2 * chinese > len(words) else "en"
+    chinese = len(_CHINESE.findall(text))
+    return "zh" if 2 * chinese > len(WORDS.findall(text)) else "en"
 
 
 def words(text: str) -> list[str]:

@@ -13,8 +13,9 @@ the beams of a prompt.
 # Shapes: B rows, S positions, N adapters (the first is none), I inputs, O outputs, R low rank
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -68,18 +69,32 @@ def _product(dims: str, x: jax.Array, factor: jax.Array) -> jax.Array:
     return jnp.einsum(dims, x, factor, preferred_element_type=jnp.float32)
 
 
+def check_stackable(adapters: Iterable[Adapter], stages: int) -> None:
+    """Raise ValueError if rows cannot have each their own of ``adapters``: those of a model's
+    experts, and over ``stages`` of a pipeline."""
+    if stages > 1:
+        raise ValueError(
+            f"adapters of single rows do not decode over stages (mesh.pipe={stages}); set "
+            "mesh.pipe=1, or merge one adapter into the model with --adapter"
+        )
+    for name in itertools.chain.from_iterable(each.factors for each in adapters):
+        _, _, target, dims = name.split("_")
+        if dims.startswith("E"):
+            raise ValueError(
+                f"an adapter changes the matrices {target!r} of the experts, which rows cannot "
+                "have each their own of; merge one adapter into the model with --adapter, or train "
+                "adapters of attention alone (--targets=q,k,v,o)"
+            )
+
+
 def stack(decoder: Decoder, adapters: Mapping[str, Adapter]) -> Decoder:
     """Return ``decoder`` with ``adapters`` by name, all rows with none until `for_rows`.
 
     The adapters are of the decoder's model (`adapter_file.load_adapter` has checked it). Raises
-    ValueError on adapters of a model's experts, and over stages of a pipeline.
+    ValueError as `check_stackable` does.
     """
-    if decoder.mesh is not None and decoder.mesh.shape["pipe"] > 1:
-        raise ValueError(
-            f"adapters of single rows do not decode over stages (mesh.pipe="
-            f"{decoder.mesh.shape['pipe']}); set mesh.pipe=1, or merge one adapter into the model "
-            "with --adapter"
-        )
+    mesh = decoder.mesh
+    check_stackable(adapters.values(), 1 if mesh is None else mesh.shape["pipe"])
     outer, layers = decoder.params
     dtype = _dtype_of(layers[0])
     params = (
@@ -105,12 +120,6 @@ def _with_factors(
         first, second = lora.factor_names(name)
         if not any(first in each.factors for each in adapters):
             return held
-        if isinstance(held, ExpertWeight) or name.rpartition("_")[2].startswith("E"):
-            raise ValueError(
-                f"an adapter changes {name} of the experts, which rows cannot have each their "
-                "own of; merge one adapter into the model with --adapter, or train adapters of "
-                "attention alone (--targets=q,k,v,o)"
-            )
         pairs = [_matrices(each, first, second, number) for each in adapters]
         rank = max(len(second_RO) for _, second_RO in pairs)
         first_NIR = np.zeros((1 + len(pairs), pairs[0][0].shape[0], rank), np.float32)

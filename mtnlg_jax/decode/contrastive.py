@@ -13,8 +13,8 @@ The k candidates of a row are read as one batch. They share the row's cache, and
 the token that is taken are written to it.
 """
 
-# Shapes: B rows, P prompts, W candidates of a row, X their rows (B x W), S positions, T positions
-# of a cache, K key/value heads, H head width, V vocabulary, D width
+# Shapes: B rows, W candidates of a row, X their rows (B x W), S positions, T positions of a cache,
+# K key/value heads, H head width, V vocabulary, D width
 
 import functools
 from collections.abc import Sequence
@@ -111,9 +111,9 @@ def _begin(
     """Start the rows; ``width`` positions hold every prompt."""
     state, limits, logits_BV = copy_prompts(prefix, owners_B, max_new_tokens_B, seeds_B, settings)
     # The cache has no hidden states, so the prompts are read once more.
-    x_PSD, _ = read_rows(config, params, prefix.tokens_BS[:, :width])
-    more = state.cache[0][0].shape[2] - x_PSD.shape[1]
-    units_BTD = jnp.pad(_unit(x_PSD)[owners_B], ((0, 0), (0, more), (0, 0)))
+    x_BSD, _ = read_rows(config, params, state.tokens_BS[:, :width])
+    more = state.cache[0][0].shape[2] - x_BSD.shape[1]
+    units_BTD = jnp.pad(_unit(x_BSD), ((0, 0), (0, more), (0, 0)))
     return split_state(state), limits, _split(Memory(logits_BV, units_BTD))
 
 

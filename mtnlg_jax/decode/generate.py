@@ -10,8 +10,7 @@ differently in its last bit).
 # Shapes: B rows, S positions, V vocabulary
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -20,17 +19,12 @@ import numpy as np
 from mtnlg_jax.config import DecodeConfig, validate_decode
 from mtnlg_jax.decode import beam, stochastic
 from mtnlg_jax.decode.adapters import for_rows, of_rows
-from mtnlg_jax.decode.batched_settings import Settings, batch_settings, check_tokens
+from mtnlg_jax.decode.batched_settings import check_tokens
 from mtnlg_jax.decode.cache import Decoder, Prefix, bucket, capacity, prefill, split_prefix
-from mtnlg_jax.decode.dry import breaker_bits
-from mtnlg_jax.decode.prefixes import encode_behind, marked, stacked
-from mtnlg_jax.decode.results import (
-    Generated,
-    check_context,
-    writable,
-)
+from mtnlg_jax.decode.prefixes import check_ways, encode_behind, marked, stacked
+from mtnlg_jax.decode.results import Generated, check_context
 from mtnlg_jax.decode.rolling import check_whole, keeps_windows
-from mtnlg_jax.decode.rows import continue_rows
+from mtnlg_jax.decode.rows import continue_rows, settings_maker
 from mtnlg_jax.parallel.auto import over_its_mesh, padded
 
 
@@ -88,7 +82,7 @@ def generate(
         raise ValueError(
             f"{len(configs)} settings for {len(token_prompts)} prompts; give one, or one for each"
         )
-    for config in configs:
+    for config in _distinct(configs):
         validate_decode(config)
         check_tokens(config, decoder.config.vocabulary)
     check_draft(decoder, draft, configs)
@@ -101,15 +95,8 @@ def generate(
     # Rows that nobody reads make their number divisible by the mesh.
     rows_of_mesh = padded(len(token_prompts), decoder.mesh)
     arrays = stacked(decoder.config, ahead, rows_of_mesh)
-    if arrays is not None and draft is not None:
-        raise ValueError(
-            "a draft model reads tokens alone, and a prompt has a prefix; give no draft model"
-        )
-    if arrays is not None and any(config.penalty_alpha for config in configs):
-        raise ValueError(
-            "contrastive search compares hidden states of tokens alone, and a prompt has a prefix; "
-            "set penalty_alpha=0"
-        )
+    if arrays is not None:
+        check_ways(configs, draft=draft is not None)
     longest = max(map(len, token_prompts))
     check_context(decoder, longest)
     size = bucket(longest, decoder.context)
@@ -129,16 +116,22 @@ def generate(
     return continue_prefix(decoder, tokenizer, prefix, configs, on_text, constraint, draft)
 
 
+def _distinct(configs: Sequence[DecodeConfig]) -> Iterable[DecodeConfig]:
+    """Return ``configs`` without repetitions: the rows of a batch often share theirs."""
+    try:
+        return dict.fromkeys(configs)
+    except TypeError:  # a setting is a list, which the check refuses by its name
+        return configs
+
+
 def _encode(decoder: Decoder, tokenizer, prompt: str | Sequence[int], prefix: Any) -> list[int]:
     """Return the tokens of a prompt, behind those that stand for its prefix if it has one."""
     if isinstance(prompt, str):
         return encode_behind(decoder.config, tokenizer, prefix, prompt)
     tokens = list(prompt) or [tokenizer.bos_id]
-    if prefix is None:
-        return tokens
-    if min(tokens) < 0:  # it would stand for a position of the prefix
+    if min(tokens) < 0:  # it would stand for a position of a prefix
         raise ValueError(f"token {min(tokens)} is below 0; give ids of the model's vocabulary")
-    return marked(decoder.config, tokens)
+    return tokens if prefix is None else marked(decoder.config, tokens)
 
 
 def check_draft(decoder: Decoder, draft: Decoder | None, configs: Sequence[DecodeConfig]) -> None:
@@ -207,14 +200,7 @@ def continue_prefix(
     if draft is not None:
         check_draft(decoder, draft, configs)
         check_whole(prefix.cache, "a draft model")
-    # Without the end token: each row adds its own ends, which may differ.
-    vocabulary = decoder.config.vocabulary
-    allowed_V = writable(tokenizer, vocabulary, end=False)
-    breakers_of = functools.partial(breaker_bits, tokenizer, vocabulary)
-
-    def settings_of(configs: Sequence[DecodeConfig]) -> Settings:
-        return batch_settings(configs, allowed_V, tokenizer.eos_ids, constraint, breakers_of)
-
+    settings_of = settings_maker(decoder, tokenizer, constraint)
     # Beam searches with equal (beams, groups, whether sampled) run as one batch. None marks rows.
     kinds = [
         (c.num_beams, c.num_beam_groups, c.temperature > 0) if c.num_beams > 1 else None

@@ -4,13 +4,16 @@ Token -1 - p of a prompt stands for position p of its prefix (`Transformer.embed
 positions of the context, and a text behind it begins with <bos>, as in training.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from mtnlg_jax.config import ModelConfig, PrefixConfig
+from mtnlg_jax.config import DecodeConfig, ModelConfig, PrefixConfig
 from mtnlg_jax.decode.results import encode_prompt
+
+# Scorers that read other texts than the prompt with a candidate behind it.
+_READ_OTHER_TEXTS = ("pmi", "noisy_channel", "pseudo_log_likelihood", "coherence")
 
 
 def encode_behind(model: ModelConfig, tokenizer, prefix: Any, text: str) -> list[int]:
@@ -58,6 +61,29 @@ def stacked(model: ModelConfig, prefixes: Sequence[Any], rows: int) -> np.ndarra
         if prefix is not None:
             found[row] = checked(model, prefix, f"prefix {row + 1} of {len(prefixes)}")
     return found
+
+
+def check_ways(configs: Iterable[DecodeConfig], *, draft: bool) -> None:
+    """Raise ValueError if a text behind a prefix cannot be written in one of these ways."""
+    if draft:
+        raise ValueError(
+            "a draft model reads tokens alone, and a prompt has a prefix; give no draft model"
+        )
+    if any(config.penalty_alpha for config in configs):
+        raise ValueError(
+            "contrastive search compares hidden states of tokens alone, and a prompt has a prefix; "
+            "set penalty_alpha=0"
+        )
+
+
+def check_scorers(names: Iterable[str]) -> None:
+    """Raise ValueError if a text behind a prefix cannot be ranked by one of these scorers."""
+    refused = [name for name in _READ_OTHER_TEXTS if name in names]
+    if refused:
+        raise ValueError(
+            f"{refused[0]} reads texts without the prefix, which the model was not trained to do; "
+            "rank by logprob, gnmt, mbr or self_consistency"
+        )
 
 
 def _described(prefix: PrefixConfig) -> str:

@@ -16,13 +16,11 @@ from mtnlg_jax.decode.generate import continue_prefix
 from mtnlg_jax.decode.given import read_candidates
 from mtnlg_jax.decode.many_prompts import score_behind
 from mtnlg_jax.decode.pool import NORMALIZATIONS, Candidate, Pool, ScorerOptions, Scores, sums_of
-from mtnlg_jax.decode.prefixes import encode_behind, stacked
+from mtnlg_jax.decode.prefixes import check_scorers, encode_behind, stacked
 from mtnlg_jax.decode.results import Generated, check_context, encode_prompt
 from mtnlg_jax.decode.scorers import SCORERS, check_request, weights_of
 from mtnlg_jax.decode.scoring import score_from, score_rows
-
-# Scorers that read other texts than the prompt with a candidate behind it.
-_READ_OTHER_TEXTS = ("pmi", "noisy_channel", "pseudo_log_likelihood", "coherence")
+from mtnlg_jax.decode.text_scorers import shuffled_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +118,9 @@ def rank(
     weights = weights_of(scorers)
     options = options or ScorerOptions()
     check_request(weights, normalise, options, tokenizer, prompt, stages)
-    ahead = _ahead(decoder, prefix, weights)
+    if prefix is not None:
+        check_scorers(weights)
+    ahead = stacked(decoder.config, [prefix], 1)
     encode = functools.partial(encode_behind, decoder.config, tokenizer, prefix)
     read = None
     known = {}
@@ -238,17 +238,6 @@ def _ranking(request: _Request, logprobs: Sequence[np.ndarray]) -> Ranking:
     utilities = _utilities(scored, order)
     duplicates = size - len(pool.candidates)
     return Ranking(ranked, size, duplicates, weights, pool.normalise, utilities)
-
-
-def _ahead(decoder: Decoder, prefix: Any, weights: Mapping[str, float]) -> np.ndarray | None:
-    """Return what stands ahead of the prompt, for `prefill`; None without a ``prefix``."""
-    refused = [name for name in _READ_OTHER_TEXTS if name in weights]
-    if prefix is not None and refused:
-        raise ValueError(
-            f"{refused[0]} reads texts without the prefix, which the model was not trained to do; "
-            "rank by logprob, gnmt, mbr or self_consistency"
-        )
-    return stacked(decoder.config, [prefix], 1)
 
 
 def _utilities(scored: Mapping[str, Scores], order: np.ndarray) -> tuple | None:
@@ -398,6 +387,8 @@ def _write(decoder, tokenizer, tokens, ahead, decode, weights):
         raise ValueError(
             "mbr compares a candidate with the others, and num_return_sequences=1; ask for more"
         )
+    if "coherence" in weights:
+        shuffled_of(tokenizer, tokens)
     # The bidirectional model also reads the end of the text.
     ends = int("pseudo_log_likelihood" in weights)
     check_context(

@@ -2,6 +2,7 @@
 
 # Shapes: B rows, S positions, V vocabulary
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -10,15 +11,17 @@ import numpy as np
 
 from mtnlg_jax.config import DecodeConfig
 from mtnlg_jax.decode.adapters import of_rows
-from mtnlg_jax.decode.batched_settings import Settings
+from mtnlg_jax.decode.batched_settings import Settings, batch_settings
 from mtnlg_jax.decode.cache import Decoder, Prefix
 from mtnlg_jax.decode.contrastive import ContrastiveSearch
+from mtnlg_jax.decode.dry import breaker_bits
 from mtnlg_jax.decode.results import (
     Generated,
     check_finite,
     ends_of_config,
     text_stream,
     time_limits,
+    writable,
 )
 from mtnlg_jax.decode.rolling import keeps_windows
 from mtnlg_jax.decode.sampling import Limits, advance, begin
@@ -27,6 +30,22 @@ from mtnlg_jax.decode.speculative import Speculation
 from mtnlg_jax.decode.stopping import TextStream
 from mtnlg_jax.decode.words import SentenceStream
 from mtnlg_jax.parallel.auto import agreed, fetch, padded
+
+
+def settings_maker(
+    decoder: Decoder, tokenizer, constraint: Callable | None
+) -> Callable[[Sequence[DecodeConfig]], Settings]:
+    """Return a function from the configs of rows, one each, to the settings of their batch."""
+    vocabulary = decoder.config.vocabulary
+    # Without the end token: each row adds its own ends, which may differ.
+    allowed_V = writable(tokenizer, vocabulary, end=False)
+    return functools.partial(
+        batch_settings,
+        allowed_V=allowed_V,
+        eos=tokenizer.eos_ids,
+        constraint=constraint,
+        breakers_of=functools.partial(breaker_bits, tokenizer, vocabulary),
+    )
 
 
 def continue_rows(

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtnlg_jax.config import DecodeConfig, ModelConfig, validate_decode
-from mtnlg_jax.decode.batched_settings import batch_settings, check_tokens
+from mtnlg_jax.decode.batched_settings import check_tokens
 from mtnlg_jax.decode.cache import Decoder, Prefix, capacity, prefill
-from mtnlg_jax.decode.results import Generated, encode_prompt, writable
-from mtnlg_jax.decode.rows import continue_rows
+from mtnlg_jax.decode.results import Generated, encode_prompt
+from mtnlg_jax.decode.rows import continue_rows, settings_maker
 from mtnlg_jax.decode.slider import LEAST_TEXT, MOST_TOKENS, Room, Slider
 from mtnlg_jax.parallel.auto import over_its_mesh, padded
 
@@ -143,13 +143,12 @@ def continue_sliding(
     prefix = prefill(
         decoder, [room.read(p) for p in filled], room.size, rolling=room.rolls(decoder.config)
     )
-    allowed_V = writable(tokenizer, decoder.config.vocabulary, end=False)
     return continue_rows(
         decoder,
         tokenizer,
         _with_texts(prefix, filled, longest),
         configs,
-        lambda configs: batch_settings(configs, allowed_V, tokenizer.eos_ids, constraint),
+        settings_maker(decoder, tokenizer, constraint),
         on_text,
         slider=Slider(decoder, room, list(map(len, filled))),
         words=sliding.words,

@@ -3,7 +3,7 @@
 See scorers.py for what a scorer is. The three do not depend on ``normalise``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -77,12 +77,7 @@ def coherence(pool: Pool) -> Callable[[np.ndarray], Scores]:
     Raises ValueError if the prompt's tokens have no other order.
     """
     context = max((each.row[: each.start] for each in pool.candidates), key=len)
-    shuffled = _shuffled(context, pool.tokenizer.bos_id)
-    if shuffled == list(context):
-        raise ValueError(
-            "coherence compares the prompt with its tokens in another order, and the prompt "
-            f"{pool.prompt[:40]!r} has no other; give a longer prompt, or rank by pmi"
-        )
+    shuffled = shuffled_of(pool.tokenizer, context)
     check_behind(pool, shuffled, "the prompt in another order")
 
     def run(sums):
@@ -91,6 +86,18 @@ def coherence(pool: Pool) -> Callable[[np.ndarray], Scores]:
         return Scores({"coherence": gain, "coherence.shuffled": elsewhere})
 
     return run
+
+
+def shuffled_of(tokenizer, context: Sequence[int]) -> list[int]:
+    """Return the tokens of a prompt in another order. Raise ValueError if they have none."""
+    shuffled = _shuffled(tuple(context), tokenizer.bos_id)
+    if shuffled == list(context):
+        raise ValueError(
+            "coherence compares the prompt with its tokens in another order, and the prompt "
+            f"{tokenizer.decode(shuffled)[:40]!r} has no other; give a longer prompt, or rank by "
+            "pmi"
+        )
+    return shuffled
 
 
 def _shuffled(context: tuple[int, ...], bos: int) -> list[int]:

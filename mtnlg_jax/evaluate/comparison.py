@@ -41,7 +41,7 @@ def split_references(references: Sequence[str], texts: Sequence[str]) -> Referen
                 pieces.append(text[start:end])
                 start = end
                 count = 0
-        if text[start:].strip():
+        if words(text[start:]):
             rest.append(text[start:])
     return References(pieces, rest)
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from mtnlg_jax.config import Config
 from mtnlg_jax.data.segment import language_of
 from mtnlg_jax.decode.load import load_decoder
 from mtnlg_jax.evaluate.comparison import compare_with
@@ -18,7 +19,7 @@ from mtnlg_jax.evaluate.longtext import (
     as_json,
     measure_texts,
 )
-from mtnlg_jax.evaluate.needle import Needle, measure_needles
+from mtnlg_jax.evaluate.needle import Needle, lengths_of, measure_needles
 from mtnlg_jax.train.checkpoint import Before
 
 
@@ -55,10 +56,19 @@ def measure_run(
 
     ``references`` are real texts for `compare_with`. ``needle``: also ask for pass keys. ``held``
     may hold dtype and weights of `unstack`. ``mesh``: devices to split the model over. ``before``
-    is that of `load_run`.
+    is that of `load_run`. Raises ValueError before the model is loaded if a length of ``needle``
+    does not fit.
     """
     settings = settings or LongTextSettings()
-    run, decoder = load_decoder(workdir, which, **(held or {}), mesh=mesh, before=before)
+    language = (needle.language or language_of(" ".join(texts))) if needle else ""
+
+    def check(config: Config, tokenizer: Any) -> None:
+        before(config, tokenizer)
+        if needle is not None:
+            context = config.model.max_position_embeddings
+            lengths_of(tokenizer, context, language, needle.lengths)
+
+    run, decoder = load_decoder(workdir, which, **(held or {}), mesh=mesh, before=check)
     real = needles = None
     with tqdm(unit="part", disable=None, leave=False) as bar:
 
@@ -76,7 +86,7 @@ def measure_run(
             needles = measure_needles(
                 decoder,
                 run.tokenizer,
-                needle.language or language_of(" ".join(texts)),
+                language,
                 needle.lengths,
                 trials=needle.trials,
                 seed=settings.seed,

@@ -97,23 +97,10 @@ def measure_needles(
       candidates: keys to rank; chance is 1 / candidates.
       on_cell: called with (cells done, cells) after each.
 
-    Raises ValueError on settings outside their ranges, and on a length that the prompt without
-    filler exceeds or that exceeds the context.
+    Raises ValueError as `lengths_of` does, and on settings outside their ranges.
     """
-    wording = _wording_of(language)
     _check(depths, trials, candidates, seed)
-    least = _size(tokenizer, wording, "", 0, 0.0)
-    if lengths is None:
-        quarters = [decoder.context * part // 4 for part in (1, 2, 3, 4)]
-        # The context alone is refused below if it is too short.
-        lengths = [length for length in quarters if length >= least] or quarters[-1:]
-    for length in lengths:
-        if not least <= length <= decoder.context:
-            raise ValueError(
-                f"length={length} does not fit: the prompt without filler has {least} tokens and "
-                f"the model's context holds {decoder.context}; give a length between them"
-                + (", or use a model with more positions" if least > decoder.context else "")
-            )
+    lengths = lengths_of(tokenizer, decoder.context, language, lengths)
     draw = random.Random(seed)
     found = []
     for length in lengths:
@@ -128,21 +115,46 @@ def measure_needles(
     return found
 
 
+def lengths_of(
+    tokenizer, context: int, language: str, lengths: Sequence[int] | None = None
+) -> list[int]:
+    """Return ``lengths``, or those by default; see `measure_needles`.
+
+    Raises ValueError on a length above ``context``, or below the prompt without filler.
+    """
+    wording = _wording_of(language)
+    # A tokenizer may split some keys more than others.
+    longest = _longest(tokenizer, wording, _keys(random.Random(0), 100))
+    least = _size(tokenizer, wording, longest, longest, 0, 0.0)
+    if lengths is None:
+        quarters = [context * part // 4 for part in (1, 2, 3, 4)]
+        # The context alone is refused below if it is too short.
+        lengths = [length for length in quarters if length >= least] or quarters[-1:]
+    for length in lengths:
+        if not least <= length <= context:
+            raise ValueError(
+                f"length={length} does not fit: the prompt without filler has {least} tokens and "
+                f"the model's context holds {context}; give a length between them"
+                + (", or use a model with more positions" if least > context else "")
+            )
+    return list(lengths)
+
+
 def needle_prompt(
     tokenizer, length: int, depth: float, language: str, candidates: int, seed: float
 ) -> NeedlePrompt:
-    """Return a prompt that has, with its key, at most ``length`` tokens, and as much filler as
-    fits."""
+    """Return a prompt that has, with any of its candidates, at most ``length`` tokens, and as much
+    filler as fits."""
     wording = _wording_of(language)
     draw = random.Random(seed)
-    numbers = draw.sample(range(10 ** (DIGITS - 1), 10**DIGITS), candidates)
-    keys = list(map(str, numbers))
+    keys = _keys(draw, candidates)
+    longest = _longest(tokenizer, wording, keys)
     low = 0
     high = length
     # The most sentences of filler that fit: the number of tokens grows with them.
     while low < high:
         middle = (low + high + 1) // 2
-        if _size(tokenizer, wording, keys[0], middle, depth) <= length:
+        if _size(tokenizer, wording, keys[0], longest, middle, depth) <= length:
             low = middle
         else:
             high = middle - 1
@@ -181,11 +193,19 @@ def _text(wording: Wording, key: str, sentences: int, depth: float) -> str:
     return wording.join.join([wording.task, *filler, wording.question])
 
 
-def _size(tokenizer, wording: Wording, key: str, sentences: int, depth: float) -> int:
-    """Return the tokens of a prompt with its key; ``key`` "": a key of all nines."""
-    key = key or "9" * DIGITS
+def _size(tokenizer, wording: Wording, key: str, answer: str, sentences: int, depth: float) -> int:
+    """Return the tokens of the prompt that hides ``key``, with ``answer`` behind it."""
     text = _text(wording, key, sentences, depth)
-    return len(encode_prompt(tokenizer, text + wording.lead + key))
+    return len(encode_prompt(tokenizer, text + wording.lead + answer))
+
+
+def _keys(draw: random.Random, count: int) -> list[str]:
+    return list(map(str, draw.sample(range(10 ** (DIGITS - 1), 10**DIGITS), count)))
+
+
+def _longest(tokenizer, wording: Wording, keys: Sequence[str]) -> str:
+    """Return the key of the most tokens."""
+    return max(keys, key=lambda key: len(tokenizer.encode(wording.lead + key)))
 
 
 def _wording_of(language: str) -> Wording:

@@ -74,7 +74,10 @@ def read_table(path: Path, kind: str, text: str, columns, notes, lenient: bool =
             items.append((number, damage))
             continue
         cells = cells[: len(head)]
-        item = dict(zip(names, cells, strict=False))
+        item: dict[str, str] = {}
+        for name, cell in zip(head, cells, strict=False):
+            # The first of several columns with one name counts.
+            item.setdefault(name.strip(), cell)
         items.append(
             (
                 number,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mtnlg_jax.data.read.documents import Document
+from mtnlg_jax.data.segment import words
 from mtnlg_jax.tasks.passages import Retriever
 from mtnlg_jax.tasks.rendering import Row, input_of, template_of
 from mtnlg_jax.tasks.templates import Task
@@ -66,25 +67,32 @@ class Profile:
         # Each entry is one passage: nothing is longer than the longest.
         longest = max(len(each.text) for each in entries)
         documents = [Document(each.text, str(at)) for at, each in enumerate(entries)]
+        if not any(map(words, (each.text for each in entries))):
+            raise ValueError(f"{name} has no words; write facts, samples or preferences into it")
         self._retriever = Retriever(documents, longest)
 
-    def check(self, tokenizer, context: int) -> None:
-        """Raise ValueError if an entry alone, or all preferences together, exceed the share."""
+    def check(
+        self, tokenizer, context: int, language: str = "en", what: str = "the context of"
+    ) -> None:
+        """Raise ValueError if an entry alone, or all preferences together, exceed the share.
+
+        ``language``: that of the prompt. ``what`` says what ``context`` is the size of.
+        """
         room = int(self.share * context)
         for entry in self.entries:
-            size = _size(tokenizer, self.text([entry], "en"))
+            size = _size(tokenizer, self.text([entry], language))
             if size > room:
                 raise ValueError(
                     f"entry {entry.number} of {self.name}, {entry.text[:40]!r}, takes {size} "
-                    f"tokens, and --profile_share={self.share:g} of the context of {context} is "
+                    f"tokens, and --profile_share={self.share:g} of {what} {context} is "
                     f"{room}; split it, shorten it, or raise --profile_share"
                 )
         preferences = [each for each in self.entries if each.kind == "preference"]
-        size = _size(tokenizer, self.text(preferences, "en"))
+        size = _size(tokenizer, self.text(preferences, language))
         if size > room:
             raise ValueError(
                 f"the {len(preferences)} preferences of {self.name}, which are always shown, take "
-                f"{size} tokens, and --profile_share={self.share:g} of the context of {context} is "
+                f"{size} tokens, and --profile_share={self.share:g} of {what} {context} is "
                 f"{room}; shorten them, or raise --profile_share"
             )
 
@@ -151,22 +159,23 @@ def with_profile(
 
 
 class ShownProfile:
-    """What the prompts of rows show of a profile, or of none, row by row in ``entries``.
-
-    Raises what `Profile.check` raises.
-    """
+    """What the prompts of rows show of a profile, or of none, row by row in ``entries``."""
 
     def __init__(self, profile: Profile | None, tokenizer, context: int, language: str | None):
         self.entries: list[tuple[Entry, ...]] = []
         self._profile = profile
         self._given = (tokenizer, context, language)
-        if profile is not None:
-            profile.check(tokenizer, context)
+        self._checked: set[str] = set()  # languages
 
     def task_of(self, task: Task, row: Row) -> Task:
-        """Return the task for the next row."""
+        """Return the task for the next row. Raises what `Profile.check` raises."""
         shown: tuple[Entry, ...] = ()
         if self._profile is not None:
+            tokenizer, context, language = self._given
+            spoken, _ = template_of(task, row.input, language)
+            if spoken not in self._checked:
+                self._profile.check(tokenizer, context, spoken)
+                self._checked.add(spoken)
             task, shown = with_profile(task, self._profile, row, *self._given)
         self.entries.append(shown)
         return task
@@ -209,7 +218,7 @@ def read_profile(path: str | os.PathLike, share: float = SHARE) -> Profile:
 def _of_json(path: Path, text: str, lines: bool) -> Iterator[tuple[str, str]]:
     try:
         if lines:
-            content: Any = [json.loads(line) for line in text.splitlines() if line.strip()]
+            content: Any = [json.loads(line) for line in text.split("\n") if line.strip()]
         else:
             content = json.loads(text)
     except ValueError as error:

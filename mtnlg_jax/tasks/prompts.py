@@ -168,6 +168,7 @@ def compose(
         endings = [ending for _, ending in candidates] or [""]
     reserve = _reserve(task, context) if reserve is None else reserve
 
+    @functools.cache
     def length(prompt: str) -> int:
         # Leave room for the <bos> that a ranking may add if the tokenizer adds none.
         longest = max(len(encode_prompt(tokenizer, prompt + ending)) for ending in endings)

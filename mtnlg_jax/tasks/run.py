@@ -20,6 +20,7 @@ from mtnlg_jax.tasks.prompts import Examples, Prompt, compose, work_of
 from mtnlg_jax.tasks.rendering import Row, check_passages, check_task, seam, template_of
 from mtnlg_jax.tasks.templates import Task
 from mtnlg_jax.tasks.text import clean, normalize
+from mtnlg_jax.tasks.work import Work
 
 SCORERS = ("logprob", "pmi", "pseudo_log_likelihood")
 
@@ -157,14 +158,19 @@ def check_arguments(
 
 
 def _check_prompts(prompts: Sequence[Prompt], scorer: str, normalise: str | None) -> None:
-    if not any(prompt.candidates for prompt in prompts) and (normalise or scorer != "logprob"):
-        what = f"normalise={normalise}" if normalise else f"scorer={scorer}"
-        raise ValueError(f"{what} ranks labels and choices, and these rows have none; leave it out")
+    check_ranking(any(prompt.candidates for prompt in prompts), scorer, normalise)
     if any(prompt.texts for prompt in prompts) and scorer != "logprob":
         raise ValueError(
             f"scorer={scorer} cannot compare choices that fill a blank, because all of them score "
             "the same text after the blank; use scorer=logprob, or leave the blank out"
         )
+
+
+def check_ranking(ranked: bool, scorer: str, normalise: str | None) -> None:
+    """Raise ValueError on settings of rankings if no row is ``ranked``."""
+    if not ranked and (normalise or scorer != "logprob"):
+        what = f"normalise={normalise}" if normalise else f"scorer={scorer}"
+        raise ValueError(f"{what} ranks labels and choices, and these rows have none; leave it out")
 
 
 def _last_word_reserve(tokenizer, row: Row) -> int:
@@ -280,11 +286,12 @@ def _write(
     decoder, tokenizer, task: Task, rows, prompts: Sequence[Prompt], decode: DecodeConfig, language
 ) -> list[Answer]:
     stops = [template_of(task, row.input, language)[1].stops for row in rows]
+    tokens = [encode_prompt(tokenizer, prompt.text) for prompt in prompts]
     configs = [
-        settings_of(decoder, tokenizer, decode, prompt.text, stop)
-        for prompt, stop in zip(prompts, stops, strict=True)
+        settings_of(decoder, tokenizer, decode, len(each), stop)
+        for each, stop in zip(tokens, stops, strict=True)
     ]
-    results = generate(decoder, tokenizer, [prompt.text for prompt in prompts], configs)
+    results = generate(decoder, tokenizer, tokens, configs)
     return [
         Answer(
             clean(result.text, prompt.language, stop, task.joined),
@@ -297,24 +304,24 @@ def _write(
             prompt.shortened,
             prompt.context_shortened,
             prompt.text,
-            work=work_of(tokenizer, prompt, len(result.tokens)),
+            work=Work("whole", 1, 1, len(each), len(result.tokens)),
         )
-        for result, prompt, stop in zip(results, prompts, stops, strict=True)
+        for result, prompt, stop, each in zip(results, prompts, stops, tokens, strict=True)
     ]
 
 
 def settings_of(
-    decoder: Decoder, tokenizer, decode: DecodeConfig, prompt: str, stops: Sequence[str]
+    decoder: Decoder, tokenizer, decode: DecodeConfig, read: int, stops: Sequence[str]
 ) -> DecodeConfig:
-    """Return ``decode`` with the length limited to the context, and the stops of a template."""
+    """Return ``decode`` with the length limited to the context behind a prompt of ``read`` tokens,
+    and the stops of a template."""
     # Beam search cannot match strings, so every token that may begin a stop ends a beam.
     stop = (
         {"eos_token_id": _ends(decoder, tokenizer, decode, stops)}
         if decode.num_beams > 1
         else {"stop_strings": tuple(dict.fromkeys([*decode.stop_strings, *stops]))}
     )
-    left = decoder.context - len(encode_prompt(tokenizer, prompt))
-    longest = min(decode.max_new_tokens, left)
+    longest = min(decode.max_new_tokens, decoder.context - read)
     return dataclasses.replace(
         decode,
         max_new_tokens=longest,

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +94,8 @@ def train_adapter(
     resumed from there, and what another call left is removed. The adapter is that of the
     evaluation with the lowest held-out loss.
 
-    Raises ValueError if the texts or the settings do not do, before any training, and what
-    `train.loop.train` raises.
+    Raises ValueError on bad texts or settings, before any training, and what `train.loop.train`
+    raises.
     """
     settings = settings or AdaptSettings()
     base = open_base(workdir)
@@ -104,26 +104,19 @@ def train_adapter(
     _refuse_masked(config, workdir)
     _keep_matching(folder, [workdir, identity, dataclasses.asdict(settings), _state_of(texts)])
     data = os.path.join(folder, "data")
-    if not storage.exists(data, PREPARED):
-        tokenizer = workdir
-        if foreign.reader_of(workdir) is None:
-            tokenizer = storage.join(workdir, "tokenizer")
-        prepare(
-            texts.path,
-            data,
-            tokenizer=tokenizer,
-            heldout=settings.heldout,
-            text_key=texts.text_key,
-            on_error=texts.on_error,
-            encoding=texts.encoding,
-            overwrite=True,
-            progress=progress,
-        )
-    training, held_out = (open_tokens(storage.join(data, part)) for part in ("train", "heldout"))
-    run_config = config_of(config, workdir, data, training, settings)
-    _check_size(texts, training, held_out, run_config)
+    try:
+        if not storage.exists(data, PREPARED):
+            _prepare(workdir, texts, data, settings.heldout, progress)
+        parts = ("train", "heldout")
+        training, held_out = (open_tokens(storage.join(data, part)) for part in parts)
+        run_config = config_of(config, workdir, data, training, settings)
+        _check_size(texts, training, held_out, run_config)
+    except (ValueError, FileNotFoundError):
+        # A person's texts do not stay where they cannot be trained on.
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     run = os.path.join(folder, "run")
-    summary = train(run_config, run, progress, announce, Patience(PATIENCE))
+    summary = train(run_config, run, progress, announce, out_of_patience)
     adapter, step = _adapter_of(run, identity)
     trained = {
         "documents": training.documents,
@@ -137,19 +130,31 @@ def train_adapter(
     return Trained(adapter, held_out, base[0].tokenizer)
 
 
-class Patience:
-    """Tell when the held-out loss has not fallen for ``most`` evaluations in a row."""
+def _prepare(workdir: str, texts: Texts, data: str, heldout: float, progress: bool) -> None:
+    """Write the tokens of ``texts``, by the tokenizer of the model, into the folder ``data``."""
+    tokenizer = workdir
+    if foreign.reader_of(workdir) is None:
+        tokenizer = storage.join(workdir, "tokenizer")
+    prepare(
+        texts.path,
+        data,
+        tokenizer=tokenizer,
+        heldout=heldout,
+        text_key=texts.text_key,
+        on_error=texts.on_error,
+        encoding=texts.encoding,
+        overwrite=True,
+        progress=progress,
+    )
 
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._best = math.inf
-        self._worse = 0
 
-    def __call__(self, result: dict) -> bool:
-        loss = result.get("causal_loss", math.inf)
-        self._worse = 0 if loss < self._best else self._worse + 1
-        self._best = min(self._best, loss)
-        return self._worse >= self._most
+def out_of_patience(evaluations: Sequence[Mapping[str, Any]], most: int = PATIENCE) -> bool:
+    """Return whether the held-out loss has not fallen for the last ``most`` evaluations."""
+    # A loss that is not finite is None in the records of an earlier start.
+    found = [each.get("causal_loss") for each in evaluations]
+    losses = [math.inf if loss is None or math.isnan(loss) else loss for loss in found]
+    best = min(losses, default=math.inf)
+    return bool(losses) and len(losses) - 1 - losses.index(best) >= most
 
 
 def config_of(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -27,6 +28,7 @@ from mtnlg_jax.train.adapted_arrays import stored_arrays
 from mtnlg_jax.train.arrays import check_finite
 from mtnlg_jax.train.checkpoint import Run, find_run
 from mtnlg_jax.train.init_from import recorded_meaning
+from mtnlg_jax.train.manifest import RECORD
 
 FOLDER = "adapters"
 SUFFIX = ".safetensors"
@@ -84,12 +86,18 @@ def path_of(workdir: str | os.PathLike, name: str) -> str:
 def find(workdir: str | os.PathLike, adapter: str) -> str:
     """Return the path of an adapter: that of a file or a folder as it is, or of a name in a run.
 
-    Raises FileNotFoundError that lists the names in the run.
+    Raises FileNotFoundError that lists the names in the run, and ValueError on a file of another
+    kind.
     """
     named = path_of(workdir, adapter)
     if os.path.isfile(named):
         return named
-    if os.path.exists(adapter) or os.sep in adapter or adapter.endswith(SUFFIX):
+    if os.path.isfile(adapter) and not adapter.endswith(SUFFIX):
+        raise ValueError(
+            f"{adapter} is no adapter's file, whose name ends with {SUFFIX}; give one of "
+            "launch/adapt.py, or the folder that PEFT has saved"
+        )
+    if os.path.exists(adapter):
         return adapter
     folder = Path(workdir, FOLDER)
     names = sorted(path.stem for path in folder.glob("*" + SUFFIX)) if folder.is_dir() else []
@@ -137,6 +145,18 @@ def identity_of(run: Run, stored: Any) -> dict[str, Any]:
         "weights": digest.hexdigest(),
         "step": run.step,
     }
+
+
+def weights_of(workdir: str | os.PathLike, which: str, step: int) -> str:
+    """Return digits that tell the weights of a model that was loaded, as ``step``, from others.
+
+    They stand for the record of a run's checkpoint, which has the hash of every file, and elsewhere
+    for the weights of `identity_of`, with what an adapter changes.
+    """
+    if foreign.reader_of(workdir) is None:
+        record = epath.Path(workdir) / "checkpoints" / str(step) / RECORD
+        return hashlib.sha256(record.read_bytes()).hexdigest()[:16]
+    return identity_of(*open_base(workdir, which))["weights"][:16]
 
 
 def check_fits(adapter: Adapter, identity: Mapping[str, Any], workdir: str | os.PathLike) -> None:

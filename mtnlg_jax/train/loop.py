@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from absl import logging
 from jax.sharding import Mesh
@@ -36,12 +36,12 @@ def train(
     workdir: str,
     show_progress: bool = True,
     announce: Callable[[str], None] = lambda text: None,
-    enough: Callable[[dict], bool] = lambda result: False,
+    enough: Callable[[Sequence[dict]], bool] = lambda evaluations: False,
 ) -> Summary:
     """Train ``config`` in ``workdir``, resuming from the newest good checkpoint, and summarize it.
 
     Every process calls this. The first one writes the files and describes the run to ``announce``.
-    The run ends early after an evaluation whose result is ``enough``.
+    The run ends early once the records of its evaluations, also of earlier starts, are ``enough``.
 
     Raises ValueError if a setting is invalid or contradicts the run in ``workdir``, Preempted after
     a signal to any process (the state is saved if it is finite), Diverged after train.max_bad_steps
@@ -85,7 +85,7 @@ def train(
         best = checkpoints.best_metric()  # of earlier starts as well
         save = None  # saves the newest state again, if the last save failed
 
-        for step in range(first, config.train.steps):
+        for step in range(first, first if enough(log.evaluations()) else config.train.steps):
             batch, micro_batches, sequences = batch_at(config, mesh, data, step, samples)
             samples += int(sequences)
             number, _, stage = stage_at(config.train, step)
@@ -113,7 +113,7 @@ def train(
                     meta = _meta(config, identity, samples, result)
                     save = functools.partial(_save, checkpoints, done, state, meta, metric)
                     best = min(best, metric) if saver.save(save) else best
-                if evaluating and enough(result) and not stopping:
+                if evaluating and enough(log.evaluations()) and not stopping:
                     break
                 if not stopping and done < config.train.steps:
                     save = None  # it would keep this state in memory beside the next one

@@ -155,7 +155,11 @@ class MetricsLog:
 
     def has_eval(self, step: int) -> bool:
         """Return whether an evaluation after ``step`` is recorded."""
-        return any(record["kind"] == "eval" and record["step"] == step for record in self.records)
+        return any(record["step"] == step for record in self.evaluations())
+
+    def evaluations(self) -> list[dict]:
+        """Return the records of all evaluations, those of earlier starts as well."""
+        return [record for record in self.records if record["kind"] == "eval"]
 
     def close(self) -> None:
         """Write what is left and close the files."""

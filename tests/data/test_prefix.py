@@ -3,10 +3,13 @@
 import base64
 import io
 import json
+import struct
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -15,8 +18,9 @@ from mtnlg_jax.config import MaskingConfig, PrefixConfig
 from mtnlg_jax.data.batches import Batches, HeldOut
 from mtnlg_jax.data.prefix import shapes
 from mtnlg_jax.data.prefix.arrays import features_of, image_of
-from mtnlg_jax.data.prefix.rows import PrefixInput
+from mtnlg_jax.data.prefix.rows import PrefixInput, PrefixRows
 from mtnlg_jax.data.prepare import describe, prepare
+from mtnlg_jax.data.read.documents import read_documents
 from mtnlg_jax.data.store import prefixes
 from mtnlg_jax.data.store.convert import convert
 from mtnlg_jax.data.store.sources import open_sources, open_tokens
@@ -75,6 +79,25 @@ def test_an_image_is_resized_converted_and_turned():
     exif[0x0112] = 6  # to be turned to the right by a quarter: the left side becomes the top
     PIL.Image.fromarray(left).save(buffer, "PNG", exif=exif)
     np.testing.assert_array_equal(image_of(buffer.getvalue(), SIZE)[: SIZE // 2], 255)
+
+
+def test_gray_of_16_bits_keeps_its_shades(tmp_path):
+    shades = np.arange(SIZE * SIZE, dtype=np.uint16).reshape(SIZE, SIZE) * 1000
+    for channels in (1, 3):
+        found = image_of(png(shades), SIZE, channels)
+        np.testing.assert_array_equal(found, np.repeat(shades[..., None] // 256, channels, -1))
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(np.ones((SIZE, SIZE), np.float32)).save(buffer, "TIFF")
+    with pytest.raises(ValueError, match="a shade of 32 bits.*save it with 8 or 16"):
+        image_of(buffer.getvalue(), SIZE)
+
+
+def test_damage_to_the_notes_of_a_camera_is_one_error(monkeypatch):
+    """Pillow raises errors of struct, and some others, for damaged EXIF data."""
+    for error in (struct.error("short"), TypeError("bad operand"), OverflowError("too large")):
+        monkeypatch.setattr(PIL.ImageOps, "exif_transpose", Mock(side_effect=error))
+        with pytest.raises(ValueError, match="is not an image"):
+            image_of(png(picture(0)), SIZE)
 
 
 @pytest.mark.parametrize(
@@ -170,6 +193,23 @@ def test_other_images_are_other_data(folder, tmp_path):
         path.write_text("\n".join(map(json.dumps, rows)))
         prints.append(made(path, tmp_path / f"out{shift}", heldout=0.0)["fingerprint"])
     assert prints[0] != prints[1]
+
+
+def test_texts_of_parquet_that_are_not_utf8_are_damage(tmp_path):
+    captions = pyarrow.array([b"a caf\xe9", b"a ring"], pyarrow.binary()).view(pyarrow.string())
+    table = pyarrow.table({"caption": captions, "image": [png(picture(0)), png(picture(1))]})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+
+    def read(on_error, encoding=""):
+        rows = PrefixRows(PrefixInput("image", SIZE), "", "{caption}", "")
+        with rows.keeping_in(str(tmp_path)):
+            path = tmp_path / "rows.parquet"
+            return [each.text for each in read_documents(path, rows, on_error, encoding=encoding)]
+
+    with pytest.raises(ValueError, match=r"row 1: byte 0xe9 at 5 is not UTF-8; name its encoding"):
+        read("raise")
+    assert read("skip") == ["a caf\ufffd", "a ring"]
+    assert read("raise", "cp1252") == ["a café", "a ring"]
 
 
 def test_parquet_holds_bytes_or_structs(folder, tmp_path):

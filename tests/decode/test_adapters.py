@@ -188,12 +188,27 @@ def test_rows_with_adapters_are_split_over_a_mesh(rotary, tokenizer):
     assert_close(found, wanted, 1e-4)
 
 
+@pytest.mark.slow
+def test_contrastive_rows_with_adapters_are_filled_up_to_the_mesh(rotary, tokenizer):
+    """Of four prompts three are searched, which is no multiple of the devices."""
+    contrastive = dataclasses.replace(SETTINGS, penalty_alpha=0.6, top_k=3)
+    configs = [*[contrastive] * 3, SETTINGS]
+    mesh = make_mesh(MeshConfig(data=2), jax.devices()[:2])
+    found, wanted = (
+        generate(
+            stacking.stack(each, adapters_of(rotary)), tokenizer, PROMPTS, configs, adapters=NAMES
+        )
+        for each in (unstack(rotary.config, rotary.params, mesh=mesh), rotary.decoder)
+    )
+    assert_close(found, wanted, 1e-4)
+
+
 def test_stages_and_experts_are_refused(deep, balanced):
     mesh = make_mesh(MeshConfig(data=1, pipe=2), jax.devices()[:2])
     held = unstack(deep.config, deep.params, mesh=mesh)
     with pytest.raises(ValueError, match=r"mesh\.pipe=2.*merge one adapter"):
         stacking.stack(held, {"one": adapter_of(deep.config, 1, 2)})
-    with pytest.raises(ValueError, match=r"w_in_EDF of the experts.*--targets=q,k,v,o"):
+    with pytest.raises(ValueError, match=r"'in' of the experts.*--targets=q,k,v,o"):
         stacking.stack(balanced.decoder, {"one": adapter_of(balanced.config, 1, 2, ("in",))})
     stacking.stack(balanced.decoder, {"one": adapter_of(balanced.config, 1, 2, ("q", "v"))})
 

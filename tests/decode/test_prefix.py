@@ -12,6 +12,7 @@ from flax import nnx
 from runs import save_run
 
 from mtnlg_jax.config import Config, DecodeConfig, MeshConfig, ModelConfig, PrefixConfig
+from mtnlg_jax.decode import load
 from mtnlg_jax.decode.cache import unstack
 from mtnlg_jax.decode.generate import generate
 from mtnlg_jax.decode.rank import rank
@@ -178,8 +179,9 @@ def test_what_does_not_fit_is_refused(decoder, tokenizer):
         ask(picture(0), draft=decoder)
     with pytest.raises(ValueError, match="2 prefixes for 1 prompts"):
         generate(decoder, tokenizer, ["The"], GREEDY, prefixes=[None, None])
-    with pytest.raises(ValueError, match="token -1 is below 0"):
-        generate(decoder, tokenizer, [[-1, 5]], GREEDY, prefixes=[picture(0)])
+    for prefixes in ([picture(0), None], [None, picture(0)]):
+        with pytest.raises(ValueError, match="token -1 is below 0"):
+            generate(decoder, tokenizer, [[-1, 5], "The"], GREEDY, prefixes=prefixes)
     with pytest.raises(ValueError, match="pmi reads texts without the prefix"):
         rank(decoder, tokenizer, "The", CANDIDATES, scorers="pmi", prefix=picture(0))
     # A prefix takes positions of the context: 4 + <bos> + 28 are more than 32.
@@ -249,10 +251,22 @@ def test_rows_name_their_images(ask, run, tmp_path):
         (["--image={run}/0.png", "--mode=fill", "--prompt=a"], "--image is for --mode=gen"),
         (["--image={run}/0.png", "--prompts={run}/rows.jsonl"], "--image is for one prompt"),
         (["--prompts={run}/bad.jsonl"], "prompt 2 of 2: .*text.png.* is not an image"),
+        (["--image={run}/0.png", "--preset=contrastive"], "contrastive search compares"),
+        (["--image={run}/0.png", "--preset=best"], "coherence reads texts without the prefix"),
+        (["--prompts={run}/second.jsonl", "--draft=RUN"], "a draft model reads tokens alone"),
+        (["--prompts={run}/second.jsonl", "--mode=fill"], "--mode=fill reads text alone"),
+        (
+            ["--prompts={run}/second.jsonl", "--mode=ranking", "--scorer=pmi", "--output={run}/a"],
+            "^pmi reads texts without the prefix",
+        ),
     ],
 )
-def test_an_image_that_is_none_is_one_error(ask, run, arguments, words):
+def test_an_image_that_cannot_be_read_is_one_error(ask, run, arguments, words, monkeypatch):
     rows = [{"prompt": "", "image": "0.png"}, {"prompt": "", "image": "text.png"}]
     (run / "bad.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (run / "second.jsonl").write_text("\n".join(map(json.dumps, [{"prompt": "a"}, rows[0]])))
+    # All of it is known before a parameter is read.
+    monkeypatch.setattr(load, "_assemble", lambda *_, **__: pytest.fail("it was read"))
     with pytest.raises(ValueError, match=words):
         ask(*(argument.format(run=run) for argument in arguments))
+    assert not (run / "a").exists()

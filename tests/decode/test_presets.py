@@ -89,6 +89,14 @@ def test_the_best_of_several_texts_is_written(ask, tmp_path):
         (["--preset=best", "--stream"], "--stream is for a text as it is written"),
         (["--preset=best", "--chat"], "--chat is for a text as it is written"),
         (["--preset=mirostat", "--top_k=3"], "top_k=3 limits sampling, and mirostat_tau=5.0"),
+        # Without its method a preset would be another one.
+        (
+            ["--preset=contrastive", "--temperature=0.8"],
+            "contrastive search, which does not sample",
+        ),
+        (["--preset=contrastive", "--num_beams=2"], "compares candidates for one sequence"),
+        (["--preset=mirostat", "--num_beams=2"], "is steered by the tokens of one sequence"),
+        (["--preset=mirostat", "--temperature=0"], "mirostat_tau=5.0 affects sampling only"),
         (["--preset=nucleus", "--mode=fill"], "--preset is for --mode=generative or ranking"),
         (
             ["--preset=nucleus", "--mode=ranking", "--candidates=a"],
@@ -102,6 +110,15 @@ def test_what_does_not_go_together_is_refused(ask, given, message):
     prompt = [] if "--chat" in given else ["--prompt=The cat"]
     code, out, err = ask("--workdir=RUN", *prompt, *given)
     assert code == 2 and out == "" and message in err and err.count("\n") == 1
+
+
+def test_candidates_of_every_row_leave_a_preset_nothing_to_write(ask, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "The", "candidates": [" cat", " dog"]}\n')
+    given = ["--workdir=RUN", f"--prompts={path}", "--mode=ranking", "--preset=nucleus"]
+    code, out, err = ask(*given)
+    assert (code, out) == (2, "")
+    assert f"--preset affects generated candidates, and each line of {path} has its own" in err
 
 
 def test_the_page_shows_the_figures_of_the_benchmark():

@@ -235,6 +235,25 @@ def test_the_array_of_the_text_grows_and_all_of_it_is_penalized(rotary, tokenize
         assert len(set(zip(text, text[1:], strict=False))) == len(text) - 1
 
 
+def test_dry_finds_repetitions_of_dropped_tokens(rotary, tokenizer):
+    decode = dataclasses.replace(GREEDY, max_new_tokens=60, min_new_tokens=60)
+    penalized = dataclasses.replace(decode, dry_multiplier=1e4, dry_allowed_length=1)
+    prompt = tokenizer.encode("The cat sat in a town where I was born.")
+    rows = continue_sliding(
+        rotary.decoder, tokenizer, [prompt] * 2, [penalized, decode], Sliding(window=16)
+    )
+
+    def breaks(token):
+        return any(each in tokenizer.token_bytes(token) for each in (b"\n", b":", b'"', b"*"))
+
+    def repeated(row):
+        text = [*prompt, *row.tokens]
+        pairs = [p for p in zip(text, text[1:], strict=False) if not any(map(breaks, p))]
+        return len(pairs) - len(set(pairs))
+
+    assert repeated(rows[0]) == 0 < repeated(rows[1])
+
+
 def _forced(model, text):
     """Return a constraint that writes ``text`` behind its prompt."""
     text_S = jnp.asarray(text)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mtnlg_jax.config import DecodeConfig
+from mtnlg_jax.decode import rank as ranking
 from mtnlg_jax.decode import text_scorers
 from mtnlg_jax.decode.rank import rank
 from mtnlg_jax.decode.results import encode_prompt
@@ -94,6 +95,9 @@ def test_coherence_needs_a_prompt_with_an_order(learned, tokenizer, monkeypatch)
     monkeypatch.setattr(text_scorers, "sums_behind", lambda *_: pytest.fail("the model began"))
     with pytest.raises(ValueError, match="coherence compares.*longer prompt, or rank by pmi"):
         rank(learned.decoder, tokenizer, "", [" cat"], scorers="coherence")
+    monkeypatch.setattr(ranking, "prefill", lambda *_, **__: pytest.fail("the model began"))
+    with pytest.raises(ValueError, match="coherence compares.*longer prompt, or rank by pmi"):
+        rank(learned.decoder, tokenizer, "", decode=DecodeConfig(), scorers="coherence")
     assert text_scorers._shuffled((1, 5, 5), 1) == [1, 5, 5]
 
 

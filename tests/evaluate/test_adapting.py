@@ -3,13 +3,16 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
+from unittest.mock import Mock
 
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from safetensors.numpy import load_file, save_file
 
 from mtnlg_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
@@ -17,11 +20,13 @@ from mtnlg_jax.data.prepare import prepare
 from mtnlg_jax.decode.adapters import for_rows, stack
 from mtnlg_jax.decode.load import load_decoder
 from mtnlg_jax.errors import Preempted
+from mtnlg_jax.evaluate import adapting
 from mtnlg_jax.evaluate.adapting import adapt, describe, output_of
 from mtnlg_jax.evaluate.perplexity import evaluate_text
 from mtnlg_jax.interop import registry
-from mtnlg_jax.train import adapter_file, loop
-from mtnlg_jax.train.adapt import AdaptSettings, Patience, Texts, config_of
+from mtnlg_jax.train import adapt as training
+from mtnlg_jax.train import adapter_file, loop, manifest
+from mtnlg_jax.train.adapt import AdaptSettings, Texts, config_of, out_of_patience
 from mtnlg_jax.train.checkpoint import load_run
 
 PERSON = "my dear friend the garden is green and the tea is cold and my dear friend sleeps".split()
@@ -132,6 +137,23 @@ def test_an_interrupted_call_goes_on_and_gives_the_same_adapter(folder, adapted,
     assert os.listdir(folder / "run" / "adapters") == ["me.safetensors"]
 
 
+def test_a_call_interrupted_behind_its_training_trains_no_more(folder, adapted, monkeypatch):
+    workdir = str(folder / "run")
+    output = output_of(workdir, "later", None, overwrite=False)
+    given = (workdir, Texts(str(folder / "person")), output, SETTINGS)
+    monkeypatch.setattr(training, "out_of_patience", lambda found: len(found) >= 2)
+    steps = []
+    batch_at = loop.batch_at
+    monkeypatch.setattr(loop, "batch_at", lambda *args: steps.append(args[3]) or batch_at(*args))
+    with monkeypatch.context() as patch:
+        patch.setattr(adapting, "load_decoder", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            adapt(*given, progress=False)
+    adapt(*given, progress=False)
+    assert steps == [0, 1, 2, 3]
+    os.remove(output)
+
+
 def test_adapters_of_other_models_are_refused_with_what_differs(folder, adapted, tmp_path):
     run, stored = adapter_file.open_base(folder / "run")
     base = adapter_file.identity_of(run, stored)
@@ -160,6 +182,17 @@ def test_adapters_of_other_models_are_refused_with_what_differs(folder, adapted,
     adapter_file.check_fits(found, base, "RUN")
 
 
+def test_a_run_with_another_checkpoint_of_that_step_has_other_weights(folder, tmp_path):
+    copy = shutil.copytree(folder / "run", tmp_path / "run")
+    before = adapter_file.weights_of(folder / "run", "best", 40)
+    assert adapter_file.weights_of(copy, "best", 40) == before
+    path = copy / "checkpoints" / "40"
+    record = manifest.read_record(epath.Path(path))[0]
+    (path / "params" / "more").write_bytes(b"x")
+    manifest.write_record(epath.Path(path), record)
+    assert adapter_file.weights_of(copy, "best", 40) != before
+
+
 def test_damaged_and_other_files_are_refused(folder, adapted, tmp_path):
     model = load_decoder(folder / "run")[0].config.model
     path = tmp_path / "a.safetensors"
@@ -174,8 +207,11 @@ def test_damaged_and_other_files_are_refused(folder, adapted, tmp_path):
     adapter_file.write(str(path), dataclasses.replace(found, factors=factors))
     with pytest.raises(ValueError, match=r"is damaged: lora_a_\w+ is \(2, 1"):
         adapter_file.read(path, model)
-    with pytest.raises(FileNotFoundError, match=r"has no adapter 'you': it has me"):
-        adapter_file.find(folder / "run", "you")
+    for name in ("you", "away/you.safetensors"):
+        with pytest.raises(FileNotFoundError, match=f"has no adapter '{name}': it has me"):
+            adapter_file.find(folder / "run", name)
+    with pytest.raises(ValueError, match=r"book.txt is no adapter's file, whose name ends with"):
+        adapter_file.find(folder / "run", str(folder / "book.txt"))
 
 
 def test_bad_names_and_existing_files_are_refused(folder, adapted, tmp_path):
@@ -198,12 +234,17 @@ def test_too_little_text_is_refused(folder, tmp_path):
     output = str(tmp_path / "me.safetensors")
     with pytest.raises(ValueError, match=r"tokens to train on, and one row has 33"):
         adapt(str(folder / "run"), Texts(str(tmp_path / "short.txt")), output, progress=False)
+    with pytest.raises(FileNotFoundError):
+        adapt(str(folder / "run"), Texts(str(tmp_path / "none.txt")), output, progress=False)
+    assert os.listdir(tmp_path) == ["short.txt"]
 
 
 def test_training_ends_when_the_held_out_loss_stops_falling():
-    patience = Patience(2)
     losses = [3.0, 2.0, 2.5, 1.9, 2.0, 1.9]
-    assert [patience({"causal_loss": loss}) for loss in losses] == [False] * 5 + [True]
+    found = [{"causal_loss": loss} for loss in losses]
+    ends = [out_of_patience(found[:count], 2) for count in range(7)]
+    assert ends == [False] * 6 + [True]
+    assert out_of_patience([{"causal_loss": None}] * 3, 2)
 
 
 def test_steps_follow_the_size_of_the_texts(folder):

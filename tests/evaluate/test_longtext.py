@@ -129,6 +129,8 @@ def test_references_are_cut_to_the_same_number_of_words(text):
     assert "".join(found.pieces[:2]) + found.rest[0] == references[0]
     assert found.pieces[2] + found.rest[1] == references[1] and found.rest[2] == references[2]
     assert split_references([text], texts).pieces == []
+    # What is left of a reference may be a mark, which is no text to compare with.
+    assert split_references([texts[0] + " —", "* * *"], texts[:1]) == ([texts[0] + " "], [])
 
 
 def test_texts_are_compared_with_pieces_as_long_as_they_are():

@@ -1,5 +1,7 @@
 """Pass keys: a model made by hand that copies what followed recalls them, a random one does not."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -134,6 +136,24 @@ def test_a_prompt_is_as_long_as_asked_and_has_its_key_at_its_depth(tokenizer, la
     assert len(set(made.candidates)) == 10 and made.answer in made.candidates
     assert needle_prompt(tokenizer, length, depth, language, 10, 0.25) == made
     assert needle_prompt(tokenizer, length, depth, language, 10, 0.5).key != made.key
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_no_candidate_exceeds_the_length(tokenizer, language):
+    """Tokenizers split some keys more than others."""
+
+    class Uneven:
+        bos_id = tokenizer.bos_id
+        prompt_bos = tokenizer.prompt_bos
+
+        def encode(self, text):
+            # As GPT-2's does: some digits are one token together.
+            return tokenizer.encode(re.sub(r"([1-6])\d", r"\1", text))
+
+    for length in range(480, 500):
+        made = needle_prompt(Uneven(), length, 0.5, language, 10, length / 500)
+        sizes = [len(encode_prompt(Uneven(), made.prompt + each)) for each in made.candidates]
+        assert min(sizes) < max(sizes) <= length
 
 
 def test_lengths_by_default_end_with_the_context(random_decoder, tokenizer):

@@ -394,3 +394,22 @@ def matrices(adapter):
                 adapter.factors[name].reshape(layers, -1, rank),
                 adapter.factors[second].reshape(layers, rank, -1),
             )
+
+
+def test_replaced_weights_are_told_from_those_before(tmp_path):
+    folder = shutil.copytree(base_of(HERE / "gpt2"), tmp_path / "base")
+    registry.register()
+    before = adapter_file.weights_of(folder, "best", 0)
+    again = shutil.copytree(folder, tmp_path / "copy")
+    assert adapter_file.weights_of(again, "best", 0) == before
+    registry.adapt(str(again), str(HERE / "gpt2"))
+    try:
+        adapted = adapter_file.weights_of(again, "best", 0)
+    finally:
+        registry._READER.adapted.clear()
+    (path,) = folder.glob("*.safetensors")
+    tensors = load_file(path)
+    name = next(name for name in tensors if "mlp" in name and tensors[name].ndim == 2)
+    tensors[name][-1, -1] += 0.5
+    save_file(tensors, path)
+    assert len({before, adapted, adapter_file.weights_of(folder, "best", 0)}) == 3

@@ -4,10 +4,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
+from mtnlg_jax.cli.decoding import held_flags, shared_flags
+from mtnlg_jax.cli.generation import adapters, options
 from mtnlg_jax.config import Config, DecodeConfig, ModelConfig, to_json
 from mtnlg_jax.data.tokenizer import train_tokenizer
 from mtnlg_jax.decode.adapters import stack
@@ -96,6 +99,16 @@ def test_unknown_adapters_are_refused_before_the_model_is_loaded(folder):
     (folder / "bad.jsonl").write_text('{"prompt": "The", "adapter": 3}\n')
     code, _, err = launch("generate.py", run, f"--prompts={folder / 'bad.jsonl'}")
     assert code == 2 and "line 1 has an adapter that is not a name" in err
+
+
+def test_rows_over_stages_are_refused_before_the_model_is_loaded(folder, monkeypatch):
+    monkeypatch.setattr(options, "WORKDIR", Mock(value=str(folder / "run")))
+    monkeypatch.setattr(held_flags, "CHECKPOINT", Mock(value="best"))
+    monkeypatch.setattr(shared_flags, "ADAPTER", Mock(value=None))
+    assert list(adapters.load([{"adapter": "loud"}, {"adapter": None}], stages=1)) == ["loud"]
+    assert adapters.load([{"adapter": None}], stages=2) == {}
+    with pytest.raises(ValueError, match=r"do not decode over stages \(mesh.pipe=2\)"):
+        adapters.load([{"adapter": "loud"}], stages=2)
 
 
 @pytest.mark.slow

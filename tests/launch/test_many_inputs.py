@@ -194,7 +194,35 @@ def test_a_folder_of_texts(ask, folder):
         ),
         (
             ["--inputs={folder}/rows.jsonl", "--outputs={folder}/x.jsonl", "--time_column=day"],
-            "--time_column=day: no row has this column, only id, text, source",
+            "--time_column=day: rows have no such column beside their id and input, only source;",
+        ),
+        (
+            ["--inputs={folder}/rows.jsonl", "--outputs={folder}/x.jsonl", "--group_column=id"],
+            "--group_column=id: rows have no such column beside their id and input, only source",
+        ),
+        (
+            ["--inputs={folder}/rows.jsonl", "--outputs={folder}/x.jsonl", "--time_column=source"],
+            "--time_column=source: no value of this column is a date",
+        ),
+        (
+            [
+                "--inputs={folder}/rows.jsonl",
+                "--outputs={folder}/x.jsonl",
+                "--report={folder}/notes/../x.jsonl",
+            ],
+            "would replace the answers of --outputs=",
+        ),
+        (
+            [
+                "--inputs={folder}/rows.jsonl",
+                "--outputs={folder}/x.jsonl",
+                "--report={folder}/rows.jsonl/x.html",
+            ],
+            "the folder {folder}/rows.jsonl does not exist; create it",
+        ),
+        (
+            ["--inputs={folder}/rows.jsonl", "--outputs={folder}/x.jsonl", "--labels=0=neg"],
+            "--labels=0=neg: task 'sentiment' has the labels negative, positive; write them",
         ),
         (
             ["--inputs={folder}/rows.jsonl", "--outputs={folder}/x.jsonl", "--scorer=bert"],
@@ -223,6 +251,7 @@ def test_a_folder_of_texts(ask, folder):
 def test_bad_input_is_one_line_and_leaves_no_file(ask, folder, arguments, message):
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     code, out, err = ask("--workdir=RUN", "--task=sentiment", *arguments)
+    message = message.replace("{folder}", str(folder))
     assert (code, out) == (2, "") and message in err, err
     assert err.splitlines()[-1].startswith("error: ")
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before

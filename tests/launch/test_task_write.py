@@ -65,6 +65,10 @@ def test_a_stopped_text_goes_on(ask, folder):
     assert code == 2 and "made with weights.span=1.0, and this command has 3.0" in err
     code, _, err = ask(*SHORT, "--output={folder}/on.md", "--dtype=bfloat16")
     assert code == 2 and 'held.dtype="float32", and this command has "bfloat16"' in err
+    (folder / "on.md.jsonl").write_bytes(b"".join(lines[:3]).replace(b'er": null', b'er": "anna"'))
+    code, _, err = ask(*SHORT, "--output={folder}/on.md")
+    assert code == 2 and 'held.adapter="anna", and this command has null (--dtype,' in err
+    (folder / "on.md.jsonl").write_bytes(b"".join(lines[:3]) + lines[3][:20])
     code, _, err = ask(*SHORT, "--output={folder}/on.md")
     assert (code, err) == (0, "")
     assert (folder / "on.md").read_bytes() == text
@@ -84,6 +88,9 @@ def test_a_stopped_text_goes_on(ask, folder):
         (["--input={folder}/empty.txt"], "empty.txt is empty"),
         (["--score_weights=outlin=1"], "unknown part 'outlin' of a score"),
         (["--score_weights=outline=x"], "'x' is not a number"),
+        (["--score_weights=outline"], "as in --score_weights=repetition=4,outline=0"),
+        (["--output={folder}/mine.md/story.md"], "mine.md, which is a file; name another file"),
+        (["--best=2"], "leave --best out"),
         (["--eval=rows.tsv"], "--task=write writes one text; leave --eval out"),
         (["--set=num_beams=2", "--set=temperature=0"], "num_beams=2"),
         (["--set=temperature=0"], "temperature=0 makes all 2 candidates of a piece the same"),

@@ -94,6 +94,11 @@ def test_entries_and_preferences_that_cannot_fit_are_refused():
     with pytest.raises(ValueError, match=r"entry 6 of me\.md, 'many .*takes 34 tokens, and --prof"):
         profile.check(Words(), 100)
     profile.check(Words(), 200)
+    # The English head has four words, the Chinese one a single word.
+    short = Profile([Entry("preference", "回答要短。", 1)], share=0.05)
+    short.check(Words(), 100, "zh")
+    with pytest.raises(ValueError, match="entry 1 of the profile, '回答要短。', takes 6 tokens"):
+        short.check(Words(), 100, "en")
     wishes = [Entry("preference", f"Wish number {number} is this.", number) for number in range(9)]
     with pytest.raises(ValueError, match=r"the 9 preferences of the profile, .*take 58 tokens"):
         Profile(wishes).check(Words(), 200)
@@ -108,6 +113,8 @@ def test_formats_are_read_alike(tmp_path):
     (tmp_path / "me.md").write_text(
         "I sail.\n\n## Facts\n- I have a dog.\n\n# Style:\n1. Ahoy!\n\n# 偏好\n"
     )
+    (tmp_path / "line.jsonl").write_text('"I sail.\u2028Often."\n')  # JSON takes U+2028 as it is
+    assert read_profile(tmp_path / "line.jsonl").entries[0].text == "I sail.\u2028Often."
     expected = [
         *(Entry("fact", "I sail.", 1), Entry("fact", "I have a dog.", 2)),
         Entry("sample", "Ahoy!", 3),
@@ -124,6 +131,7 @@ def test_formats_are_read_alike(tmp_path):
         ("a.json", "[3]", "entry 1 is not a text"),
         ("a.md", "# Hobbies\n- chess\n", "heading '# Hobbies': unknown kind"),
         ("a.md", "# Facts\n", "has no entries"),
+        ("a.md", "- ...\n", "a.md has no words; write facts"),
         ("a.txt", b"\xff", "is not UTF-8 at byte 0"),
     ],
 )

@@ -1,6 +1,6 @@
 """--preset: a named way to choose tokens."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -25,6 +25,14 @@ with command.flag_group("Repetition and diversity"):
 def apply_preset(decode: "DecodeConfig") -> "DecodeConfig":
     """Return ``decode`` with the settings of --preset, if it is given."""
     return decode if PRESET.value is None else with_preset(decode, PRESET.value)
+
+
+def must_act(given: Iterable[str]) -> set[str]:
+    """Return the settings that are refused where they cannot act: those ``given``, and of --preset
+    the one that is its method, without which another one would write the text."""
+    if PRESET.value is None:
+        return set(given)
+    return {*given} | {"penalty_alpha", "mirostat_tau"} & PRESETS[PRESET.value].decode.keys()
 
 
 def preset_scorers() -> Mapping[str, float]:

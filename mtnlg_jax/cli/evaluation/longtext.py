@@ -28,7 +28,10 @@ with command.flag_group("Long texts"):
     SENTENCES = flags.DEFINE_integer(
         "sentences", 64, "sentences that the model scores for coherence", lower_bound=1
     )
-    SEED = flags.DEFINE_integer("seed", 0, "seed of every draw", lower_bound=0)
+    # scikit-learn takes 32 bits.
+    SEED = flags.DEFINE_integer(
+        "seed", 0, "seed of every draw", lower_bound=0, upper_bound=2**32 - 1
+    )
     NEEDLE = flags.DEFINE_bool("needle", False, "measure recall of a pass key by length and depth")
     NEEDLE_LANGUAGE = flags.DEFINE_enum(
         "needle_language", None, ["en", "zh"], "of the pass keys; default: that of the texts"
@@ -78,7 +81,8 @@ def _lengths() -> tuple[int, ...] | None:
     if NEEDLE_LENGTHS.value is None:
         return None
     try:
-        return tuple(map(int, NEEDLE_LENGTHS.value))
+        # An empty value is no number either.
+        return tuple(map(int, NEEDLE_LENGTHS.value or [""]))
     except ValueError:
         given = ",".join(NEEDLE_LENGTHS.value)
         raise ValueError(
@@ -110,7 +114,12 @@ def measure(held: dict[str, str]) -> None:
         )
 
     texts, left_out = read(score.INPUT.value)
-    references = None if REFERENCES.value is None else read(REFERENCES.value)[0]
+    references, missed = (None, {}) if REFERENCES.value is None else read(REFERENCES.value)
+    # The JSON object has the counts of the texts.
+    for path, counts in ((score.INPUT, {} if score.JSON.value else left_out), (REFERENCES, missed)):
+        if counts:
+            shown = ", ".join(f"{count:,} {what}" for what, count in counts.items())
+            devices.note(f"{path.value}: {shown}")
     compat.configure_cache()
 
     # Imported here: bad input is reported before JAX is imported, which takes longer.
@@ -130,15 +139,13 @@ def measure(held: dict[str, str]) -> None:
         devices.mesh(),
         before=lambda config, _: _check_memory(config, held),
     )
+    if score.JSON.value:
+        print(json.dumps(score_json(found, left_out), allow_nan=False), flush=True)
+    else:
+        print(describe(score.INPUT.value, found), flush=True)
+    # Last, so that a full disk costs the plots alone.
     if PLOTS.value is not None and devices.on_first_process():
         from mtnlg_jax.evaluate.longtext_plots import write_plots
 
         names = write_plots(PLOTS.value, found.texts, found.real, found.needles)
         devices.note(f"{PLOTS.value}: {', '.join(names)}")
-    if score.JSON.value:
-        print(json.dumps(score_json(found, left_out), allow_nan=False))
-        return
-    if left_out:
-        counts = ", ".join(f"{count:,} {what}" for what, count in left_out.items())
-        devices.note(f"{score.INPUT.value}: {counts}")
-    print(describe(score.INPUT.value, found))

@@ -21,17 +21,21 @@ def merge(rows: Sequence[dict]) -> None:
         )
 
 
-def load(rows: Sequence[dict]) -> "dict[str, Adapter]":
+def load(rows: Sequence[dict], stages: int) -> "dict[str, Adapter]":
     """Return the adapters of rows that name theirs, by name; {} if no row does.
 
-    Raise what `adapter_file.load_adapter` raises, before the model is loaded.
+    ``stages``: of the mesh. Raise what `adapter_file.load_adapter` and `check_stackable` raise,
+    before the model is loaded.
     """
-    if not any("adapter" in row for row in rows):
+    names = dict.fromkeys(name for row in rows if (name := name_of(row)) is not None)
+    if not names or not any("adapter" in row for row in rows):
         return {}
+    from mtnlg_jax.decode.adapters import check_stackable
     from mtnlg_jax.interop.adapter_runs import read_adapters
 
-    names = dict.fromkeys(name for row in rows if (name := name_of(row)) is not None)
-    return read_adapters(options.WORKDIR.value, list(names), held_flags.CHECKPOINT.value)
+    found = read_adapters(options.WORKDIR.value, list(names), held_flags.CHECKPOINT.value)
+    check_stackable(found.values(), stages)
+    return found
 
 
 def name_of(row: Mapping[str, Any]) -> str | None:

@@ -34,7 +34,8 @@ def load_model(rows: list[dict], given: dict[str, Any]) -> "tuple[Run, Decoder, 
 
     compat.quiet()
     compat.configure_cache(least_seconds=0)
-    found = adapters.load(rows)
+    mesh = devices.mesh()
+    found = adapters.load(rows, 1 if mesh is None else mesh.shape["pipe"])
     settings: list[DecodeConfig] = []
 
     def before(config: "Config", tokenizer: "Tokenizer | None") -> None:
@@ -45,6 +46,8 @@ def load_model(rows: list[dict], given: dict[str, Any]) -> "tuple[Run, Decoder, 
         if sliding.asked():
             sliding.check_model(config.model, settings[0])
         ahead = prefixes.check(rows, config.model, prefixes.folder_of(options.PROMPTS.value))
+        if ahead:
+            prefixes.check_ways(settings[0], rows)
         _check_memory(config, tokenizer, rows, settings[0], ahead)
 
     run, decoder = load_decoder(
@@ -53,7 +56,7 @@ def load_model(rows: list[dict], given: dict[str, Any]) -> "tuple[Run, Decoder, 
         held_flags.DTYPE.value,
         weights=held_flags.WEIGHTS.value,
         cache=held_flags.CACHE.value,
-        mesh=devices.mesh(),
+        mesh=mesh,
         before=before,
     )
     if found:

@@ -4,11 +4,13 @@ import os
 from typing import TYPE_CHECKING
 
 from mtnlg_jax import command
+from mtnlg_jax.cli.decoding.preset_flag import preset_scorers
+from mtnlg_jax.cli.generation import options
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from mtnlg_jax.config import ModelConfig
+    from mtnlg_jax.config import DecodeConfig, ModelConfig
 
 with command.flag_group("Ahead of the prompt"):
     IMAGE = command.define_path(
@@ -66,13 +68,30 @@ def array_of(row: dict, model: "ModelConfig", folder: str = "") -> "np.ndarray |
         raise ValueError(str(error)) from None
 
 
+def check_ways(decode: "DecodeConfig", rows: list[dict]) -> None:
+    """Raise ValueError if texts behind an image or features are not written or ranked so."""
+    from mtnlg_jax.cli.generation.ranking import scorer_weights
+    from mtnlg_jax.decode import prefixes
+
+    mode = options.MODE.value
+    if mode == "fill":
+        raise ValueError(
+            "--mode=fill reads text alone, and a prompt has an image or features; leave them out"
+        )
+    if mode == "ranking" or preset_scorers():
+        prefixes.check_scorers(scorer_weights())
+    given = bool(options.CANDIDATES.value) or all("candidates" in row for row in rows)
+    if mode == "generative" or not given:
+        prefixes.check_ways([decode], draft=options.DRAFT.value is not None)
+
+
 def folder_of(prompts: str | None) -> str:
     """Return the folder to which the paths in the rows of --prompts are relative."""
     return os.path.dirname(prompts) if prompts and prompts != "-" else ""
 
 
 def check(rows: list[dict], model: "ModelConfig", folder: str) -> int:
-    """Raise ValueError with the number of the first row whose image or features do not do.
+    """Raise ValueError with the number of the first row whose image or features do not fit.
 
     Returns the positions that they take of the context.
     """

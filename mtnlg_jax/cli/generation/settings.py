@@ -4,7 +4,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from mtnlg_jax.cli.decoding import shared_flags
-from mtnlg_jax.cli.decoding.preset_flag import apply_preset
+from mtnlg_jax.cli.decoding.preset_flag import PRESET, apply_preset, must_act
 from mtnlg_jax.cli.decoding.settings import merge, read_assignments
 from mtnlg_jax.cli.generation import options
 from mtnlg_jax.cli.generation.entries import unescape
@@ -114,10 +114,11 @@ def decode_settings(
     from mtnlg_jax.config import DecodeConfig, acting, validate_decode
 
     all_have_candidates = all("candidates" in row for row in rows)
-    if options.MODE.value == "ranking" and given and all_have_candidates:
+    if options.MODE.value == "ranking" and all_have_candidates and (given or PRESET.value):
+        name = as_given(next(iter(given))) if given else f"--{PRESET.name}"
         raise ValueError(
-            f"{as_given(next(iter(given)))} affects generated candidates, and each line of "
-            f"{options.PROMPTS.value} has its own; leave one of the two out"
+            f"{name} affects generated candidates, and each line of {options.PROMPTS.value} has "
+            "its own; leave one of the two out"
         )
     decode = dataclasses.replace(apply_preset(run_decode), **given)
     given_candidates = bool(options.CANDIDATES.value) or all_have_candidates
@@ -127,7 +128,7 @@ def decode_settings(
     if sampling and greedy and "temperature" not in given:
         decode = dataclasses.replace(decode, temperature=1.0)
     # Settings of the run that have no effect are reset; those of the command line are refused.
-    decode = acting(decode, given)
+    decode = acting(decode, must_act(given))
     if options.DRAFT.value is None:
         decode = dataclasses.replace(decode, num_assistant_tokens=DecodeConfig.num_assistant_tokens)
     validate_decode(decode)

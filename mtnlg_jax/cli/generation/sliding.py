@@ -17,9 +17,12 @@ if TYPE_CHECKING:
 
 # Tokens for each word that is asked for, where --max_new_tokens does not say how many.
 TOKENS_PER_WORD = 16
-# The words between whose costs --stats tells the ratio.
+# The words between whose costs --stats tells the ratio, each the mean of the words around it.
 EARLY = 500
 LATE = 5000
+AROUND = 250
+# From here on the last words are others than those around EARLY.
+LEAST_WORDS = EARLY + 3 * AROUND
 
 with command.flag_group("Texts longer than the context"):
     WORDS = flags.DEFINE_integer(
@@ -123,12 +126,24 @@ def note_end(result: "Generated", decode: "DecodeConfig") -> None:
 
 
 def near_words(pace: "Pace", tokenizer, tokens: Sequence[int]) -> dict[str, Any]:
-    """Return what a token costs near word EARLY and near word LATE, or the nearest there are."""
+    """Return what a token costs near word EARLY and near word LATE, or the last words there are.
+
+    Of a text that is too short for both, say so and return {}.
+    """
+    from mtnlg_jax.decode.words import words_by_token
+
+    words = words_by_token(tokenizer, tokens)[0][-1] if tokens else 0
+    if words < LEAST_WORDS:
+        devices.note(
+            f"(late_over_early compares the {2 * AROUND} words around word {EARLY} with "
+            f"{2 * AROUND} later ones, so it needs a text of {LEAST_WORDS:,} words; this one has "
+            f"{words:,})"
+        )
+        return {}
     found: dict[str, Any] = {}
     for name, word in (("early", EARLY), ("late", LATE)):
-        near = pace.seconds_per_token(tokenizer, tokens, word)
-        if near is None:
-            return {}
+        near = pace.seconds_per_token(tokenizer, tokens, word, AROUND)
+        assert near is not None, "a text of so many words has two"
         found |= {f"{name}_word": near[0], f"{name}_ms_per_token": round(1000 * near[1], 4)}
     ratio = found["late_ms_per_token"] / found["early_ms_per_token"]
     return found | {"late_over_early": round(ratio, 3)}

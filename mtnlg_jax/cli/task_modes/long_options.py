@@ -30,7 +30,8 @@ with command.flag_group("Long summaries"):
     LENGTH = flags.DEFINE_string(
         "length",
         None,
-        "short, medium, long or a number of words, of characters in Chinese; default: one sentence",
+        "short, medium, long or a number of words, of characters in Chinese, which replaces "
+        "max_new_tokens; default: one sentence",
     )
 
 with command.flag_group("Answers from a document"):

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mtnlg_jax.tasks.many.inputs import Inputs, Item
     from mtnlg_jax.tasks.many.record import Record
     from mtnlg_jax.tasks.templates import Task
+    from mtnlg_jax.train.checkpoint import Run
 
 # Flags that change neither the answers nor what a line holds of them.
 _FREE = {
@@ -33,12 +34,7 @@ def answer_file(task: "Task") -> None:
     from mtnlg_jax.tasks.many.answering import answer_items
 
     inputs = _read(task)
-    for flag in (many_options.TIME_COLUMN, many_options.GROUP_COLUMN):
-        if flag.value not in (None, "none", *inputs.names):
-            raise ValueError(
-                f"--{flag.name}={flag.value}: no row has this column, only "
-                f"{', '.join(inputs.names)[:80]}; name one of them, or leave --{flag.name} out"
-            )
+    _check_columns(inputs)
     notes = list(inputs.notes)
     support = performing.read_support(task, notes)
     for note in notes:
@@ -59,7 +55,7 @@ def answer_file(task: "Task") -> None:
         left = inputs.asked - len(done)
         if left:
             run, decoder = performing.load(left, decode)
-            devices.on_first(lambda: _require_step(record, run.step))
+            devices.on_first(lambda: _require_model(record, run))
             with _progress(inputs, record) as bar:
                 answer_items(
                     (item for item in inputs.items() if item.number not in done),
@@ -75,19 +71,56 @@ def answer_file(task: "Task") -> None:
             _finish(task, inputs, record)
 
 
-def _require_step(record: "Record | None", step: int) -> None:
+def _check_columns(inputs: "Inputs") -> None:
+    """Raise ValueError if the report cannot use the columns that flags name for it."""
+    from mtnlg_jax.tasks.many.dates import parse_date
+
+    for flag in (many_options.TIME_COLUMN, many_options.GROUP_COLUMN):
+        name = flag.value
+        if name in (None, "none"):
+            continue
+        others: dict[str, Any] = {}
+        for item in inputs.items():
+            others |= item.columns
+            value = item.columns.get(name)
+            if value is not None and (flag is many_options.GROUP_COLUMN or parse_date(value)):
+                break
+        else:
+            what = (
+                "no value of this column is a date; write them as 2026-01-31"
+                if name in others
+                else "rows have no such column beside their id and input, only "
+                f"{', '.join(others)[:80] or 'those'}; name another one"
+            )
+            raise ValueError(f"--{flag.name}={name}: {what}, or leave --{flag.name} out")
+
+
+def _require_model(record: "Record | None", run: "Run") -> None:
     """Raise ValueError if the lines so far are of another checkpoint."""
     assert record is not None, "the first process has the record"
-    record.require("step", step, "give that checkpoint to go on")
+    for name, value in (("step", run.step), ("the weights", performing.weights_of(run))):
+        record.require(name, value, "give that checkpoint to go on")
 
 
 def check_outputs(task: "Task") -> None:
     """Raise ValueError if --outputs or the report cannot be such files, before anything is read."""
-    from mtnlg_jax.tasks.many.record import check_writable
+    from mtnlg_jax import storage
+    from mtnlg_jax.tasks.many.record import SUFFIX, check_writable
 
     path = many_options.OUTPUTS.value
     check_writable(path)
     report = report_path(task)
+    folder = os.path.dirname(report or "")
+    if report and not (storage.is_remote(report) or os.path.isdir(folder or ".")):
+        raise ValueError(
+            f"--report={report}: the folder {folder} does not exist; create it, or name another "
+            "file"
+        )
+    if report and os.path.realpath(report) in map(os.path.realpath, (path, path + SUFFIX)):
+        raise ValueError(
+            f"--report={report} would replace the answers of --outputs={path}; name another file, "
+            "or none"
+        )
     if report and os.path.exists(report) and not (os.path.exists(path) and _is_report(report)):
         raise ValueError(
             f"the report {report} exists, and is not known to be of {path}; name another file with "
@@ -110,10 +143,18 @@ def _read(task: "Task") -> "Inputs":
             f"--blank={options.BLANK.value} fills the input itself, and task {task.name!r} asks "
             "about the input; use --task=continue"
         )
+    labels = read_assignments("labels", options.LABELS.value)
+    known = _labels_of(task)
+    ranked = known and not options.CHOICES.value
+    if labels and ranked and known.keys().isdisjoint(labels.values()):
+        raise ValueError(
+            f"--labels={','.join(options.LABELS.value)}: task {task.name!r} has the labels "
+            f"{', '.join(known)}; write them as in --labels=0={next(iter(known))}"
+        )
     return Inputs(
         many_options.INPUTS.value,
         read_assignments("columns", options.COLUMNS.value) or None,
-        read_assignments("labels", options.LABELS.value),
+        labels,
         choices=options.CHOICES.value,
         blank=options.BLANK.value or "",
         limit=options.LIMIT.value,
@@ -151,16 +192,13 @@ def _settings() -> dict[str, Any]:
 
 
 def _digest(path: str) -> str:
-    """Return 12 digits that change with a file, or with the names and sizes of a folder's files."""
+    """Return 12 digits that change with a file, or with the names and bytes of a folder's files."""
     if os.path.isfile(path):
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:12]
-    names = sorted(
-        (os.path.join(folder, name), os.path.getsize(os.path.join(folder, name)))
-        for folder, _, files in os.walk(path)
-        for name in files
-    )
-    return hashlib.sha256(repr(names).encode()).hexdigest()[:12]
+    names = [os.path.join(folder, name) for folder, _, files in os.walk(path) for name in files]
+    stamps = [(os.path.relpath(name, path), _digest(name)) for name in sorted(names)]
+    return hashlib.sha256(repr(stamps).encode("utf-8", "replace")).hexdigest()[:12]
 
 
 class _Silent:
@@ -228,12 +266,17 @@ def _finish(task: "Task", inputs: "Inputs", record: "Record") -> None:
     )
 
 
+def _labels_of(task: "Task") -> dict[str, None]:
+    """Return the labels of the templates of a task, in their order."""
+    return {label: None for each in task.templates.values() for label, _ in each.labels}
+
+
 def report_path(task: "Task") -> str | None:
     """Return the file of the report; None without one.
 
     Raises ValueError if flags of the report have no effect.
     """
-    ranked = any(template.labels for template in task.templates.values())
+    ranked = bool(_labels_of(task))
     path = many_options.REPORT.value
     if ranked and path != "none":
         return path or many_options.OUTPUTS.value + ".html"
@@ -255,10 +298,9 @@ def _report(task: "Task", record: "Record") -> str | None:
     from mtnlg_jax.tasks.many.report import render
     from mtnlg_jax.tasks.many.summary import summarize
 
-    labels = [label for each in task.templates.values() for label, _ in each.labels]
     summary = summarize(
         lambda: read_records(record.path),
-        list(dict.fromkeys(labels)),
+        list(_labels_of(task)),
         many_options.TIME_COLUMN.value,
         many_options.GROUP_COLUMN.value,
     )

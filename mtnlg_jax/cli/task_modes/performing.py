@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mtnlg_jax.cli.decoding import devices, fitting, held_flags, shared_flags
-from mtnlg_jax.cli.decoding.preset_flag import apply_preset
+from mtnlg_jax.cli.decoding.preset_flag import apply_preset, must_act
 from mtnlg_jax.cli.decoding.settings import read_assignments
 from mtnlg_jax.cli.task_modes import long_options, options, profiles
 from mtnlg_jax.cli.task_modes.rows import read_rows
@@ -101,6 +101,13 @@ def load(
     )
 
 
+def weights_of(run: "Run") -> str:
+    """Return digits that tell the weights of `load` from others of the same path and step."""
+    from mtnlg_jax.train import adapter_file
+
+    return adapter_file.weights_of(options.WORKDIR.value, held_flags.CHECKPOINT.value, run.step)
+
+
 def perform(
     task: "Task",
     rows: Sequence["Row"],
@@ -172,4 +179,4 @@ def decode_settings(task: "Task") -> "DecodeConfig":
     from mtnlg_jax.config import acting
 
     given = read_assignments(shared_flags.SET.value)
-    return acting(dataclasses.replace(apply_preset(task.decode), **given), given)
+    return acting(dataclasses.replace(apply_preset(task.decode), **given), must_act(given))

@@ -10,6 +10,12 @@ if TYPE_CHECKING:
     from mtnlg_jax.tasks.rendering import Row
     from mtnlg_jax.tasks.templates import Task
 
+_EXAMPLES = {
+    "columns": "input=0,reference=1",
+    "labels": "0=negative,1=positive",
+    "score_weights": "repetition=4,outline=0",
+}
+
 
 def read_input() -> str:
     """Return the text of --input or standard input."""
@@ -52,7 +58,7 @@ def read_rows(
 
 
 def read_assignments(flag: str, entries: list[str]) -> dict[str, str]:
-    """Return {name: value} of the entries NAME=VALUE of --columns or --labels."""
+    """Return {name: value} of the entries NAME=VALUE of a flag in `_EXAMPLES`."""
     found: dict[str, str] = {}
     name = ""
     for entry in entries:
@@ -61,9 +67,8 @@ def read_assignments(flag: str, entries: list[str]) -> dict[str, str]:
             continue
         name, equals, value = entry.partition("=")
         if not equals or not value:
-            example = "input=0,reference=1" if flag == "columns" else "0=negative,1=positive"
             raise ValueError(
-                f"--{flag}={entry} is not of the form NAME=VALUE, as in --{flag}={example}"
+                f"--{flag}={entry} is not of the form NAME=VALUE, as in --{flag}={_EXAMPLES[flag]}"
             )
         if name in found:
             raise ValueError(f"--{flag} names {name!r} twice; keep one of them")

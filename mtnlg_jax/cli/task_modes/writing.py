@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mtnlg_jax.cli.decoding import devices, held_flags, shared_flags
 from mtnlg_jax.cli.decoding.output import dump
-from mtnlg_jax.cli.decoding.preset_flag import PRESET, apply_preset, preset_scorers
+from mtnlg_jax.cli.decoding.preset_flag import PRESET, apply_preset, must_act, preset_scorers
 from mtnlg_jax.cli.decoding.settings import merge, read_assignments
 from mtnlg_jax.cli.task_modes import (
     long_options,
@@ -51,6 +51,10 @@ def check_flags() -> None:
         options.EXAMPLES,
         options.SHOTS,
         options.PASSAGES,
+        options.BEST,
+        options.PASSAGE_SIZE,
+        options.TEXT_KEY,
+        options.ON_ERROR,
         options.CHOICES,
         options.BLANK,
         options.SCORER,
@@ -125,7 +129,7 @@ def read_request(topic: str) -> "Request":
         headings=headings,
         candidates=writing_options.CANDIDATES.value,
         weights=WEIGHTS | _weights(),
-        decode=acting(dataclasses.replace(apply_preset(DECODE), **given), given),
+        decode=acting(dataclasses.replace(apply_preset(DECODE), **given), must_act(given)),
         piece=given.get("max_new_tokens"),
         profile=profile.entries if profile else (),
         profile_share=profiles.SHARE.value,
@@ -154,6 +158,10 @@ def settings_of(request: "Request", run: "Run") -> dict[str, Any]:
     return dataclasses.asdict(request) | {
         "model": {
             "step": run.step,
+            # Only a record needs it, and reading takes long.
+            "weights": devices.on_first(
+                lambda: performing.weights_of(run) if options.OUTPUT.value else ""
+            ),
             "config": hashlib.sha256(config.encode()).hexdigest()[:16],
             "tokenizer": run.tokenizer.fingerprint[:16],
         },
@@ -161,6 +169,7 @@ def settings_of(request: "Request", run: "Run") -> dict[str, Any]:
             "dtype": held_flags.DTYPE.value,
             "weights": held_flags.WEIGHTS.value,
             "cache": held_flags.CACHE.value,
+            "adapter": shared_flags.ADAPTER.value,
         },
     }
 

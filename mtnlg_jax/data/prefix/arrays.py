@@ -4,10 +4,15 @@ import base64
 import binascii
 import io
 import os
+import struct
 import warnings
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import PIL.Image
 
 _SHOWN = 60  # characters of a value in a message
 
@@ -35,7 +40,7 @@ def image_of(value: object, size: int, channels: int = 3, folder: str = "") -> n
             # A picture of more pixels than Pillow's limit may be an attack on the memory.
             warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
             with PIL.Image.open(io.BytesIO(data)) as opened:
-                turned = PIL.ImageOps.exif_transpose(opened)
+                turned = _of_8_bits(PIL.ImageOps.exif_transpose(opened))
                 image = turned.convert("RGB" if channels == 3 else "L")
     # Pillow's readers raise all of these for damaged files.
     except (
@@ -44,6 +49,9 @@ def image_of(value: object, size: int, channels: int = 3, folder: str = "") -> n
         ValueError,
         EOFError,
         IndexError,
+        OverflowError,
+        TypeError,
+        struct.error,
         PIL.Image.DecompressionBombError,
         PIL.Image.DecompressionBombWarning,
     ) as error:
@@ -53,6 +61,17 @@ def image_of(value: object, size: int, channels: int = 3, folder: str = "") -> n
         raise ValueError(f"{name} is not an image ({reason}); give a PNG, JPEG or WebP") from None
     pixels = np.asarray(image.resize((size, size), PIL.Image.Resampling.BILINEAR), np.uint8)
     return pixels.reshape(size, size, channels)
+
+
+def _of_8_bits(image: "PIL.Image.Image") -> "PIL.Image.Image":
+    """Return an image whose shades of gray of 16 bits are scaled to 8; `convert` would cut them."""
+    import PIL.Image
+
+    if image.mode in ("I", "F"):
+        raise ValueError("a shade of 32 bits has no known range; save it with 8 or 16")
+    if not image.mode.startswith("I;16"):
+        return image
+    return PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
 
 
 def features_of(value: object, folder: str = "") -> np.ndarray:

@@ -92,7 +92,8 @@ class Reader:
             packed = self.file.name.lower().endswith(open_files.PACKED)
             stream = io.BytesIO(raw.read()) if packed else raw
             columns = getattr(self.make_text, "columns", None)
-            for row in rows.parquet(stream, columns or self._column, texts=bool(columns)):
+            decode = self._decode if columns else None
+            for row in rows.parquet(stream, columns or self._column, decode):
                 self._number = row.number
                 yield from self._of_row(row) if columns else [self._of_parquet(row)]
         else:

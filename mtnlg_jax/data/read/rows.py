@@ -214,13 +214,15 @@ def _unquoted(cell: str, always: bool) -> str:
 
 
 def parquet(
-    stream: IO[bytes], choose: Callable[[list[str]], list[str] | Damaged], texts: bool = False
+    stream: IO[bytes],
+    choose: Callable[[list[str]], list[str] | Damaged],
+    decode: Callable[[bytes], tuple[str, str | None]] | None = None,
 ) -> Iterator[Row]:
     """Yield the rows of a Parquet file as dicts of the columns that ``choose`` selects.
 
     ``choose`` gets the names of all columns; a `Damaged` result becomes the only row. Strings are
-    bytes, because pyarrow refuses those that are not UTF-8; with ``texts`` they are texts, such
-    bytes as surrogates.
+    bytes, because pyarrow refuses those that are not UTF-8; ``decode`` returns their (text, what is
+    wrong with it).
     """
     import pyarrow
     import pyarrow.parquet
@@ -233,22 +235,41 @@ def parquet(
                 yield Row(0, columns)
                 return
             for batch in file.iter_batches(batch_size=64, columns=columns):
-                parts = [_column_values(column, texts) for column in batch.columns]
+                parts = [_column_values(column) for column in batch.columns]
+                strings = [
+                    name
+                    for name, column in zip(batch.schema.names, batch.columns, strict=True)
+                    if decode and _is_string(column)
+                ]
                 for values in zip(*parts, strict=True):
                     number += 1
-                    yield Row(number, dict(zip(batch.schema.names, values, strict=True)))
+                    row = dict(zip(batch.schema.names, values, strict=True))
+                    yield Row(number, row, _decoded(row, strings, decode) if decode else None)
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno:
             raise  # a fault of the disk, not of the file
         yield Row(number, Damaged(f"not a readable Parquet file ({str(error).splitlines()[0]})"))
 
 
-def _column_values(column: Any, texts: bool) -> list:
+def _column_values(column: Any) -> list:
     import pyarrow
 
-    if not (pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)):
-        return column.to_pylist()
-    values = column.cast(pyarrow.large_binary()).to_pylist()
-    if not texts:
-        return values
-    return [None if each is None else each.decode("utf-8", "surrogateescape") for each in values]
+    return (column.cast(pyarrow.large_binary()) if _is_string(column) else column).to_pylist()
+
+
+def _is_string(column: Any) -> bool:
+    import pyarrow
+
+    return pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)
+
+
+def _decoded(
+    row: dict, names: list[str], decode: Callable[[bytes], tuple[str, str | None]]
+) -> str | None:
+    """Decode the values of a row under ``names``, and return what is wrong with the first one."""
+    first = None
+    for name in names:
+        if row[name] is not None:
+            row[name], wrong = decode(row[name])
+            first = first or wrong
+    return first

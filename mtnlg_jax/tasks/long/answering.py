@@ -1,9 +1,9 @@
 """Answer questions from a document that is longer than the context.
 
 The document is indexed in passages, all of it: whole paragraphs, short ones together. The passages
-that share most words with the question stand in the prompt, as many as fit. If none shares a word,
-the question is asked of every part of the document, and the answer that its part supports best is
-kept.
+that share most words with the question stand in the prompt, as many as fit, before those of another
+source. If none of either shares a word, the question is asked of every part of the document, and
+the answer that its part supports best is kept.
 """
 
 import dataclasses
@@ -73,7 +73,7 @@ def plan(calls: Calls, task: Task, row: Row) -> Plan:
     size = _passage_size(calls, text, calls.context - reserve)
     parts = calls.parts_of(text, fits, lambda part: len(part.strip()) <= size)
     retriever = Passages(text, parts, calls.settings["retriever"])
-    ask_all = not retriever.of_document(row.input)
+    ask_all = not retriever.best(row.input, 1)
     if ask_all:
         parts = calls.parts_of(text, fits)
     return Plan(row, text, language, retriever, parts, ask_all)

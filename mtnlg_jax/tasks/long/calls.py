@@ -72,7 +72,13 @@ class Calls:
             self.tick()
 
         settings = self.settings | changes
+        if not any(self.ranks(task, row) for row in rows):
+            settings |= {"scorer": "logprob", "normalise": None}  # they are for other rows
         return run.perform(self.decoder, self.tokenizer, task, rows, on_answer=finished, **settings)
+
+    def ranks(self, task: Task, row: Row) -> bool:
+        """Return whether the answer to a row is a label or a choice."""
+        return bool(row.choices or any(each.labels for each in task.templates.values()))
 
     def tokens_of(self, text: str) -> int:
         return len(self.tokenizer.encode(normalize(text)))
@@ -105,11 +111,14 @@ class Calls:
             return tokens(text) + grown + reserve
 
         if self.context - needed("") < LEAST_ROOM * (1 + growth):
+            profile = self.decoder.context - self.context
+            beside = f" beside {profile} of the profile" if profile else ""
             raise ValueError(
                 f"the prompt of task {task.name!r} without its text takes {needed('')} tokens with "
-                f"room for the answer, and the model's context holds {self.context}: not "
+                f"room for the answer, and the model's context holds {self.context}{beside}: not "
                 f"even {LEAST_ROOM} tokens of the text fit; use a shorter template, fewer new "
-                "tokens, or a model with more positions"
+                f"tokens, {'a smaller --profile_share, ' if profile else ''}or a model with more "
+                "positions"
             )
         return lambda text: needed(text) <= self.context
 

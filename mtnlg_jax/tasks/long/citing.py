@@ -79,6 +79,7 @@ def rank_labels(calls: Calls, pairs: Sequence[tuple[str, str]]) -> list[Answer]:
         examples=(),
         shots=None,
         retriever=None,
+        profile=None,
         normalise=None,
     )
 

@@ -79,6 +79,8 @@ def _json(path: Path, text: str) -> Iterable[tuple[str, str, str]]:
         if path.suffix.lower() == ".json":
             # Pairs and not a dict, which would keep only the last of two equal keys.
             found = json.loads(text, object_pairs_hook=list)
+            if not isinstance(found, list):
+                raise ValueError("it holds neither a list nor an object")
             items = [(f"entry {number}", item) for number, item in enumerate(found, 1)]
         else:
             items = [
@@ -86,7 +88,7 @@ def _json(path: Path, text: str) -> Iterable[tuple[str, str, str]]:
                 for number, line in enumerate(text.split("\n"), 1)
                 if line.strip()
             ]
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise ValueError(f"glossary {path} is not valid JSON: {error}") from None
     for where, item in items:
         if isinstance(item, tuple):
@@ -112,7 +114,7 @@ def terms_in(text: str, terms: Sequence[Term]) -> list[Term]:
     taken: list[tuple[int, int]] = []
     found = set()
     for term in sorted(terms, key=lambda term: -len(term.source)):
-        for match in _pattern(term.source).finditer(text):
+        for match in pattern_of(term.source).finditer(text):
             if all(match.end() <= start or end <= match.start() for start, end in taken):
                 taken.append(match.span())
                 found.add(term)
@@ -121,11 +123,12 @@ def terms_in(text: str, terms: Sequence[Term]) -> list[Term]:
 
 def honours(text: str, term: Term) -> bool:
     """Return whether a translation contains the target of a term, in any case."""
-    return _pattern(term.target).search(text) is not None
+    return pattern_of(term.target).search(text) is not None
 
 
 @functools.lru_cache(1 << 14)
-def _pattern(term: str) -> re.Pattern:
+def pattern_of(term: str) -> re.Pattern:
+    """Return a pattern that finds a term in any case."""
     # Whole words, with the endings of an English plural; no word boundaries in Chinese.
     escaped = re.escape(term).replace(r"\ ", r"\s+")
     if UNSPACED.search(term):

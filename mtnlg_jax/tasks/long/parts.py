@@ -3,14 +3,14 @@
 import re
 from collections.abc import Callable, Sequence
 
+from mtnlg_jax.data.segment import HAN
 from mtnlg_jax.tasks.long.units import layout_of, whole_sentences
 
 Fits = Callable[[str], bool]
 
 # A clause with the punctuation and white space after it. "3,000" and "10:30" are not broken.
 _CLAUSE = re.compile(r".+?(?:[,;:\u2014](?=\s)\s*|[，；：、][”’」』）]*\s*|\Z)", re.DOTALL)
-_HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-_WORD = re.compile(rf"\s*(?:[{_HAN}]|[^\s{_HAN}]+)\s*")
+_WORD = re.compile(rf"\s*(?:[{HAN}]|[^\s{HAN}]+)\s*")
 
 
 def pack(pieces: Sequence[str], fits: Fits, most: int | None = None) -> list[int]:

@@ -80,6 +80,8 @@ def perform_long(
         answers[index] = answer
         on_answer(index, answer)
 
+    ranked = any(calls.ranks(task, row) for row in asked)
+    run.check_ranking(ranked, settings["scorer"], settings["normalise"])
     plans = _plans(calls, task, asked, options)
     whole = [index for index in range(len(asked)) if index not in plans]
     calls.expect(len(whole) + sum(map(_parts_of, plans.values())))
@@ -106,8 +108,11 @@ def _plans(calls: Calls, task: Task, rows: Sequence[Row], options: LongOptions) 
             if language not in checked:
                 check_task(task, template, calls.tokenizer)
                 checked.add(language)
-            if calls.settings["retriever"]:
+            if calls.settings["retriever"] or row.context.strip():
                 check_passages(task, template)
+            if row.choices and task.name in _WRITTEN:
+                _check_choices(calls, task, row, options)
+                continue
             plan = _PLANNERS[task.name](calls, task, row, options)
         except ValueError as error:
             where = f"row {index + 1} of {len(rows)}: " if len(rows) > 1 else ""
@@ -117,19 +122,33 @@ def _plans(calls: Calls, task: Task, rows: Sequence[Row], options: LongOptions) 
     return plans
 
 
+def _check_choices(calls: Calls, task: Task, row: Row, options: LongOptions) -> None:
+    """Raise ValueError unless the choices of a row are ranked after its whole input."""
+    if options != LongOptions() or not calls.is_whole(task, row):
+        raise ValueError(
+            f"the input {row.input[:40]!r} has {len(row.choices)} choices, which are ranked after "
+            "one prompt with all of it; leave the choices out, or the options of "
+            f"{task.name!r}, and give a text that fits the context of {calls.context}"
+        )
+
+
 def _plan_translation(calls: Calls, task: Task, row: Row, options: LongOptions):
     layout = layout_of(whole_text(row.input))
-    plain = len(layout.units) < 2 and not any(unit.lead.strip() for unit in layout.units)
+    around = "".join(unit.lead for unit in layout.units) + layout.tail
+    plain = len(layout.units) < 2 and not around.strip()
     asked = options.glossary or options.reference is not None or options.round_trip
     if not layout.units or (plain and not asked and _translates_whole(calls, task, row)):
         return None
     document = translate.plan(calls, task, row, options.group)
     target = task.templates[document.language].answer_language
-    if options.round_trip and target not in task.templates:
-        raise ValueError(
-            f"round_trip translates back from {target!r}, and task {task.name!r} has templates of "
-            f"{', '.join(task.templates)} only; add one with a templates file, or leave it out"
-        )
+    if options.round_trip:
+        if target not in task.templates:
+            raise ValueError(
+                f"round_trip translates back from {target!r}, and task {task.name!r} has templates "
+                f"of {', '.join(task.templates)} only; add one with a templates file, or leave it "
+                "out"
+            )
+        translate.fitting(calls, task, row, target)  # raises without room on the way back
     return document
 
 
@@ -156,9 +175,16 @@ def _plan_answer(calls: Calls, task: Task, row: Row, options: LongOptions):
 def _plan_sentiment(calls: Calls, task: Task, row: Row, options: LongOptions):
     if not options.aspects and calls.is_whole(task, row):
         return None
+    if not calls.ranks(task, row):
+        raise ValueError(
+            f"task {task.name!r} votes and judges aspects by labels, and its templates have none; "
+            "add labels, or use mode='cut' (--long=cut)"
+        )
     return sentiment.plan(calls, task, row, options.aspects)
 
 
+# Tasks whose parts are written and not ranked.
+_WRITTEN = ("translate", "summarise")
 _PLANNERS: dict[str, Callable] = {
     "translate": _plan_translation,
     "summarise": _plan_summary,

@@ -13,9 +13,11 @@ from collections.abc import Sequence
 from mtnlg_jax.data.read.documents import Document
 from mtnlg_jax.tasks.answers import Answer, Choice
 from mtnlg_jax.tasks.long.calls import Calls, part_rows, whole_text
-from mtnlg_jax.tasks.passages import Retriever
+from mtnlg_jax.tasks.long.glossary import pattern_of
+from mtnlg_jax.tasks.passages import split
 from mtnlg_jax.tasks.rendering import Row
 from mtnlg_jax.tasks.templates import Task
+from mtnlg_jax.tasks.text import normalize
 from mtnlg_jax.tasks.work import Aspect, Part, Vote, total
 
 # Characters of a part that mentions an aspect: a sentence or two.
@@ -142,12 +144,13 @@ def vote(votes: Sequence[Vote], answers: Sequence[Answer]) -> tuple[Choice, ...]
 
 
 def _mentions(text: str, words: Sequence[str]) -> list[tuple[int, int]]:
-    """Return (start, end) of the passages that share a word with an aspect, in their order."""
-    retriever = Retriever([Document(text, "input")], ASPECT_SIZE)
-    # Words are compared whole, so the plural is looked up beside the singular.
-    query = " ".join(f"{word} {word}s" if word.isascii() else word for word in words)
-    found = retriever.best(query, len(retriever.passages))
-    return sorted((passage.start, passage.end) for passage in found)
+    """Return (start, end) of the passages that hold a word of an aspect, in their order."""
+    patterns = [pattern_of(normalize(word)) for word in words]
+    return [
+        (passage.start, passage.end)
+        for passage in split(Document(text, "input"), ASPECT_SIZE)
+        if any(pattern.search(normalize(passage.text)) for pattern in patterns)
+    ]
 
 
 def _aspect_task(task: Task, aspect: str, language: str) -> Task:

@@ -131,8 +131,10 @@ def _merged(calls: Calls, plan: Plan, summaries: Sequence[str]) -> list[str]:
     lines = [text + "\n" for text in summaries]
     texts = joined(lines, pack(lines, fits))
     if len(texts) < plan.pieces:
-        # All fit into fewer prompts than the pieces of the summary.
-        texts = joined(lines, pack(lines, fits, math.ceil(len(lines) / plan.pieces)))
+        # All fit into fewer prompts than the pieces of the summary: each has its share of them.
+        ends = [len(lines) * (i + 1) // plan.pieces for i in range(plan.pieces)]
+        shares = [lines[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        texts = [text for share in shares for text in joined(share, pack(share, fits))]
     return texts
 
 

@@ -21,7 +21,7 @@ from mtnlg_jax.tasks.answers import Answer
 from mtnlg_jax.tasks.long.calls import Calls, whole_text
 from mtnlg_jax.tasks.long.glossary import Term, TermMemory, honours, terms_in
 from mtnlg_jax.tasks.long.options import LongOptions
-from mtnlg_jax.tasks.long.parts import broken, pack
+from mtnlg_jax.tasks.long.parts import Fits, broken, pack
 from mtnlg_jax.tasks.long.units import (
     CLOSING,
     OPENING,
@@ -87,7 +87,7 @@ def plan_layout(
     calls: Calls, task: Task, row: Row, language: str, layout: Layout, group: int
 ) -> Document:
     """Return a document with the groups of its paragraphs, as `plan` does."""
-    fits = calls.fitting(task, row, language, SPARE, GROWTH)
+    fits = fitting(calls, task, row, language)
     groups: list[Group] = []
     for number, unit in enumerate(layout.units):
         pieces: list[tuple[str, bool]] = []
@@ -103,6 +103,14 @@ def plan_layout(
             groups.append(Group(number, "".join(texts[start:end]).strip(), is_broken))
             start = end
     return Document(row, language, layout, groups, [calls.tokens_of(each.text) for each in groups])
+
+
+def fitting(calls: Calls, task: Task, row: Row, language: str) -> Fits:
+    """Return whether a text fits a prompt together with its translation.
+
+    Raises ValueError if the prompt leaves no room.
+    """
+    return calls.fitting(task, row, language, SPARE, GROWTH)
 
 
 def translate(
@@ -143,6 +151,7 @@ def _step(
 ) -> None:
     """Translate groups, given as (document, group), in one batch."""
     prompts = []
+    tokens: list[list[int]] = []
     configs = []
     for index, number in asked:
         document = documents[index]
@@ -150,18 +159,18 @@ def _step(
         template = task.templates[document.language]
         decode = candidates_of(calls.decode_of(task), options.candidates)
         prompts.append(prompt)
+        tokens.append(encode_prompt(calls.tokenizer, prompt.text))
         configs.append(
-            settings_of(calls.decoder, calls.tokenizer, decode, prompt.text, template.stops)
+            settings_of(calls.decoder, calls.tokenizer, decode, len(tokens[-1]), template.stops)
         )
-    texts = [prompt.text for prompt in prompts]
     written: dict[int, list[Generated]] = {i: [] for i in range(len(asked))}
-    for result in generate(calls.decoder, calls.tokenizer, texts, configs) if texts else []:
+    for result in generate(calls.decoder, calls.tokenizer, tokens, configs) if tokens else []:
         written[result.prompt].append(result)
     for i, (index, number) in enumerate(asked):
         document = documents[index]
         _choose(task, document, number, prompts[i], written[i], options)
         document.prompts.append(prompts[i])
-        document.tokens_in += len(encode_prompt(calls.tokenizer, prompts[i].text))
+        document.tokens_in += len(tokens[i])
         document.tokens_out += sum(len(each.tokens) for each in written[i])
         calls.tick()
 

@@ -6,28 +6,33 @@ All of it is exact: the pieces joined are the text. English and Chinese have the
 import re
 from dataclasses import dataclass
 
-from mtnlg_jax.data.segment import sentences
+from mtnlg_jax.data.segment import HAN, sentences
 
-_HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+# "10 月", "5 个人" and "三、四个" are words and no list marker.
+_COUNTED = "年月日号时点分秒周天岁世个位名人只条件次块元万亿千百里米层楼句段页章节"
+_DIGITS = "一二三四五六七八九十"
 # What stands before the words of a heading, a list item or a quoted line.
 _MARKER = re.compile(
     r"[ \t\u3000]*(?:>[ \t]*)*(?:"
     r"#{1,6}[ \t]+"
     r"|[-*+\u2022\u2023\u25e6\u25aa\u00b7\u25cf\u25cb\u25a0\u2013\u2014][ \t]+"
     r"|[(（]?\d{1,3}(?:\.\d{1,3})*(?:[.)][ \t]+|[）、][ \t]*)"
-    rf"|\d{{1,3}}(?:\.\d{{1,3}})*\.?[ \t]*(?=[{_HAN}])(?<=[. \t])"
+    rf"|\d{{1,3}}(?:\.\d{{1,3}})*\.?[ \t]*(?=[{HAN}])(?![{_COUNTED}])(?<=[. \t])"
     r"|\d{1,3}(?:\.\d{1,3})+[ \t]+(?=[A-Z])"
     r"|[(（]?(?:[a-z]|[ivx]{1,5})[.)][ \t]+|[A-Z]\)[ \t]+"
-    r"|[(（]?[一二三四五六七八九十百]{1,4}[、）)][ \t]*"
+    rf"|[(（]?[{_DIGITS}百]{{1,4}}[、）)](?![{_DIGITS}])[ \t]*"
     r")?"
 )
+_QUOTE = re.compile(r"[ \t\u3000]*(?:>[ \t]*)*")
 _QUOTES = {"“": "”", '"': '"', "「": "」", "『": "』", "«": "»"}
 OPENING = "".join(_QUOTES)
 CLOSING = "".join(_QUOTES.values())
+# Three back quotes begin or end code; a line of code between back quotes is words.
+_FENCE = re.compile(r"\s*```[^`]*\Z")
 _FINAL = re.compile(r"[.!?:。！？：…][\"'”’」』)）]*\s*$")
 # Lines of a text that was wrapped are about this long.
 _WRAPPED = range(30, 121)
-_FIRST_WORD = re.compile(rf"[{_HAN}]|[^\s{_HAN}]+")
+_FIRST_WORD = re.compile(rf"[{HAN}]|[^\s{HAN}]+")
 # Titles and initials never end a sentence. The others end one unless a small letter follows.
 _TITLE = re.compile(
     r"(?:\b(?:Mr|Mrs|Ms|Mme|Dr|St|Prof|Rev|Hon|Capt|Col|Gen|Lt|Sgt|Messrs|No|Fig|vs|e\.g|i\.e)"
@@ -71,19 +76,21 @@ def layout_of(text: str) -> Layout:
     spans: list[list[int]] = []  # [start, end] of the words of each unit
     fenced = False
     before = ""  # the line before, if its unit may go on
+    head = ""  # the first line of that unit
     at = 0
     for line in lines:
-        fence = line.lstrip().startswith("```")
+        fence = _FENCE.match(line) is not None
         fenced ^= fence
         if fenced or fence or not _has_words(line):
             before = ""
         else:
             start = at + _marker_length(line)
             end = at + len(line.rstrip())
-            if before and _continues(before, line, width):
+            if before and _continues(head, before, line, width):
                 spans[-1][1] = end
             else:
                 spans.append([start, end])
+                head = line
             before = line
         at += len(line) + 1
     return _laid_out(text, spans)
@@ -119,18 +126,33 @@ def _indent(line: str) -> int:
     return len(line) - len(line.lstrip())
 
 
-def _continues(before: str, line: str, width: int) -> bool:
-    """Return whether ``line`` goes on with the unit of the line before it."""
-    if _marker_length(line) > _indent(line) or before.lstrip().startswith("#"):
+def _quote(line: str) -> str:
+    """Return the indentation of a line with its ">"."""
+    found = _QUOTE.match(line)
+    return found[0] if found else ""
+
+
+def _is_item(line: str) -> bool:
+    """Return whether a line is a list item or a heading."""
+    return _marker_length(line) > len(_quote(line))
+
+
+def _continues(head: str, before: str, line: str, width: int) -> bool:
+    """Return whether ``line`` goes on with the unit from ``head`` to ``before``."""
+    above = _quote(before)
+    here = _quote(line)
+    if above.count(">") != here.count(">"):
+        return False
+    if _is_item(line) or before[len(above) :].startswith("#"):
         return False  # a list item or heading, or the line after one
-    if _marker_length(before) > _indent(before) and _indent(line) >= _indent(before) + 2:
-        return True  # the hanging line of a list item
+    if _is_item(head) and len(here) >= len(_quote(head)) + 2:
+        return True  # a hanging line of a list item
     return bool(width) and _full(before, line, width)
 
 
 def _full(before: str, line: str, width: int) -> bool:
     """Return whether the first word of ``line`` would not have fitted into the line before."""
-    first = _FIRST_WORD.search(line)
+    first = _FIRST_WORD.search(line, len(_quote(line)))
     return first is not None and len(before.rstrip()) + 1 + len(first[0]) > width
 
 
@@ -155,7 +177,7 @@ def _laid_out(text: str, spans: list[list[int]]) -> Layout:
 
 def unwrapped(text: str) -> str:
     """Return the text of a unit on one line; Chinese lines are joined without a space."""
-    text = re.sub(rf"(?<=[{_HAN}，。！？；：、])[ \t]*\n[ \t>]*(?=[{_HAN}“「『（])", "", text)
+    text = re.sub(rf"(?<=[{HAN}，。！？；：、])[ \t]*\n[ \t>]*(?=[{HAN}“「『（])", "", text)
     return re.sub(r"[ \t]*\n[ \t>]*", " ", text)
 
 

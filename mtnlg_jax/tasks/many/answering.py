@@ -84,8 +84,9 @@ def _perform(
         answered: set[int] = set()
 
         def done(index: int, answer: Answer, group=group, answered=answered) -> None:
-            answered.add(index)
+            # An answer that cannot be written is the error of its row.
             give(group[index], answer)
+            answered.add(index)
 
         try:
             perform([item.row for item in group if item.row is not None], done)

@@ -6,9 +6,11 @@ from typing import Any
 
 # Formats beside those of ISO 8601. None of them confuses days with months.
 _FORMATS = (
-    *("%Y/%m/%d", "%Y.%m.%d", "%Y年%m月%d日", "%Y-%m", "%Y/%m", "%Y年%m月", "%Y"),
-    *("%Y/%m/%d %H:%M:%S", "%Y/%m/%d %H:%M", "%Y年%m月%d日 %H:%M", "%d.%m.%Y"),
-    *("%B %d, %Y", "%b %d, %Y", "%d %B %Y", "%d %b %Y", "%d-%b-%Y", "%a, %d %b %Y %H:%M:%S %z"),
+    *("%Y-%m-%d", "%Y/%m/%d", "%Y.%m.%d", "%Y年%m月%d日", "%Y-%m", "%Y/%m", "%Y年%m月", "%Y"),
+    *("%Y-%m-%d %H:%M:%S", "%Y-%m-%d %H:%M", "%Y/%m/%d %H:%M:%S", "%Y/%m/%d %H:%M"),
+    *("%Y年%m月%d日 %H:%M", "%d.%m.%Y", "%B %d, %Y", "%b %d, %Y", "%d %B %Y", "%d %b %Y"),
+    *("%d-%b-%Y", "%a, %d %b %Y %H:%M:%S %z", "%a, %d %b %Y %H:%M:%S %Z"),
+    "%a %b %d %H:%M:%S %z %Y",
 )
 # Seconds since 1970 of the years 1973 to 2096; other numbers are not taken for dates.
 _SECONDS = range(10**8, 4 * 10**9)
@@ -25,9 +27,12 @@ def parse_date(value: Any) -> datetime.datetime | None:
     text = str(value).strip()
     if isinstance(value, bool) or not text:
         return None
-    digits = text.removesuffix(".0")
-    if digits.isdecimal() and len(digits) not in (4, 8):
-        return _of_epoch(int(digits))
+    # Columns of whole numbers with gaps become floats, and clocks give parts of seconds.
+    digits, _, fraction = text.partition(".")
+    if digits.isdecimal() and (not fraction or fraction.isdecimal()):
+        if len(digits) not in (4, 8):
+            return _of_epoch(int(digits))
+        text = text if fraction.strip("0") else digits
     if not (text.isdecimal() and len(text) == 4):
         try:
             return datetime.datetime.fromisoformat(text).replace(tzinfo=None)

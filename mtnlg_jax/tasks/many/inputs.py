@@ -167,7 +167,9 @@ class Inputs:
         column = self._columns["input"]
         keys = [column] if column in record else keys_of(column)
         values = [value_at(record, key) for key in keys]
-        if None not in values and not any(str(value).strip() for value in values):
+        given = [str(value) for value in values if value is not None]
+        named = column in record or len(given) == len(keys)
+        if named and not any(value.strip() for value in given):
             raise ValueError(f"row {number}: the input under {column!r} is empty")
         parsed = parse_row(f"row {number}", record, self._columns, self._choices, ("input",))
         if not parsed.texts["input"].strip():

@@ -147,12 +147,10 @@ class Record:
             line["columns"] = item.columns
         text = json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n"
         # Lone surrogates cannot be encoded as UTF-8.
-        data = text.encode("utf-8", "replace")
         with storage.disk_errors(
             str(self.path), "the rows so far are kept; the same command goes on"
         ):
-            while data:
-                data = data[self._handle.write(data) :]
+            _write(self._handle, text.encode("utf-8", "replace"))
         self.done[item.number] = 1
 
     def _check_identity(self, identity: dict) -> None:
@@ -225,7 +223,7 @@ class Record:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for line in _whole_lines(self.path):
                 if "error" not in json.loads(line):
-                    handle.write(line)
+                    _write(handle, line)
             os.fsync(handle.fileno())
             os.replace(beside, self.path)
         except BaseException:
@@ -237,7 +235,7 @@ class Record:
 
 
 # Parts of the identity that are known only after the model is loaded.
-LATE = ("step",)
+LATE = ("step", "the weights")
 
 
 def check_writable(path: str | os.PathLike) -> None:
@@ -285,6 +283,12 @@ def _locked(path: Path):
         if path.exists() and os.path.samestat(os.fstat(handle.fileno()), os.stat(path)):
             return handle
         handle.close()
+
+
+def _write(handle, data: bytes) -> None:
+    """Write all of ``data``; a disk that fills up takes a part of it at first, without an error."""
+    while data:
+        data = data[handle.write(data) :]
 
 
 def _whole_lines(path: Path) -> Iterator[bytes]:

@@ -109,7 +109,8 @@ def summarize(
     Raises:
       ValueError: no value of a named ``time_column`` is a date.
     """
-    shown = [line.get("columns", {}) for line in itertools.islice(read(), _SHOWN)]
+    answered = (line for line in read() if "error" not in line)
+    shown = [line.get("columns", {}) for line in itertools.islice(answered, _SHOWN)]
     time_column = _column(read, time_column, "--time_column", shown, _TIMES, _are_dates)
     group_column = _column(read, group_column, "--group_column", shown, _GROUPS, _are_groups)
     counter = _Counter(labels, time_column, group_column)

@@ -8,6 +8,8 @@ rules of thumb: a table may hold a word that is not a name, and miss a name.
 import collections
 import re
 
+from mtnlg_jax.tasks.writing.text import ends_sentence
+
 MOST = 12  # entries of a table
 _HAN = "\u3400-\u4dbf\u4e00-\u9fff"
 _NAME = re.compile(r"[A-Z][a-z]+(?:[-'’][A-Z]?[a-z]+)*(?: [A-Z][a-z]+(?:[-'’][A-Z]?[a-z]+)*)*")
@@ -30,7 +32,8 @@ _COMMON = set(
     "a an the and but or so if then when while as at by for from in into of on to with without i he"
     " she it we you they his her its my our your their this that these those there here what who"
     " why how not no yes all some any each every one two now once after before upon never ever"
-    " let chapter mr mrs nobody nothing everyone everybody somebody someone something"
+    " let chapter mr mrs ms dr prof capt col gen"
+    " nobody nothing everyone everybody somebody someone something"
     " later soon again also still even only just perhaps maybe often sometimes always suddenly"
     " outside inside behind under over between during until because although though however"
     " are is was were have had do did can could will would shall should may might must be"
@@ -91,6 +94,8 @@ def _without_start(text: str, match: re.Match) -> tuple[str, bool]:
 def _starts(text: str, at: int) -> bool:
     """Return whether a sentence, a line or a quotation starts at ``at``."""
     before = text[max(0, at - 8) : at].rstrip(" ")
+    if before.endswith(".") and not ends_sentence(before):
+        return False  # behind "Dr."
     return not before or before[-1] in ".!?:;\n\"'“‘(-—"
 
 

@@ -139,7 +139,9 @@ class Composer:
                 f"tokens for instruction and heading and {LEAST} for the text before it, and of "
                 f"the model's context of {self.context} a prompt has {budget}, beside pieces of "
                 f"{self.piece}; shorten the heading, write shorter pieces with a smaller "
-                "--set=decode.max_new_tokens, or use a model with more positions"
+                "--set=decode.max_new_tokens, "
+                f"{'lower --profile_share, ' if self.profile else ''}or use a model with more "
+                "positions"
             )
         return room
 

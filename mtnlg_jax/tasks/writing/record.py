@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import IO, Any
 
 from mtnlg_jax import storage
@@ -23,7 +24,7 @@ _FLAGS = {
     "decode": "--set=decode.KEY",
     "weights": "--score_weights",
     "headings": "--outline",
-    "held": "--dtype, --weights or --cache",
+    "held": "--dtype, --weights, --cache or --adapter",
 }
 
 
@@ -32,8 +33,8 @@ def read_lines(output: str) -> list[dict]:
 
     A last line without its end was cut off by a kill, and is left out. Nothing is written.
 
-    Raises ValueError if ``output`` is finished, is a URL, or exists without a record of its own,
-    and if the record is damaged.
+    Raises ValueError if ``output`` is finished, is a URL, is below a file, or exists without a
+    record of its own, and if the record is damaged.
     """
     if storage.is_remote(output):
         raise ValueError(
@@ -41,6 +42,10 @@ def read_lines(output: str) -> list[dict]:
             "local file, and copy it when it is finished"
         )
     path = output + SUFFIX
+    folder = Path(output).absolute().parent
+    above = next(each for each in (folder, *folder.parents) if each.exists())
+    if not above.is_dir():
+        raise ValueError(f"--output={output} is below {above}, which is a file; name another file")
     if not os.path.exists(path):
         if os.path.exists(output):
             raise ValueError(

@@ -108,7 +108,7 @@ def _profile_text(request: Request, tokenizer, room: int) -> str:
     if not request.profile:
         return ""
     profile = Profile(request.profile, request.profile_share)
-    profile.check(tokenizer, room)
+    profile.check(tokenizer, room, request.language, "what a piece leaves of the context,")
     limit = int(profile.share * room)
     shown = profile.choose(request.topic, request.language, tokenizer, limit)
     return profile.text(shown, request.language)

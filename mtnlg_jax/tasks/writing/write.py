@@ -295,7 +295,8 @@ class _Writer:
         raw = result.text
         if last:
             raw = end_near(raw, aim)
-        elif result.finish_reason == "length":
+        cut_off = result.finish_reason == "length" and raw == result.text
+        if cut_off and not (last and ends_sentence(raw)):
             raw = whole_words(raw)
         low = 1
         high = len(result.tokens)

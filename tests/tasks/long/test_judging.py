@@ -6,12 +6,17 @@ import math
 import pytest
 
 from mtnlg_jax.config import DecodeConfig
+from mtnlg_jax.data.read.documents import Document
 from mtnlg_jax.decode.rank import rank
 from mtnlg_jax.tasks.answers import Answer, Choice
-from mtnlg_jax.tasks.long.citing import CITE, LABELS
+from mtnlg_jax.tasks.long.calls import Calls
+from mtnlg_jax.tasks.long.citing import CITE, LABELS, rank_labels
 from mtnlg_jax.tasks.long.options import LongOptions
 from mtnlg_jax.tasks.long.run import perform_long
 from mtnlg_jax.tasks.long.sentiment import vote, votes_of
+from mtnlg_jax.tasks.passages import Retriever
+from mtnlg_jax.tasks.profile import Entry, Profile
+from mtnlg_jax.tasks.prompts import Examples
 from mtnlg_jax.tasks.rendering import Row
 from mtnlg_jax.tasks.run import perform
 from mtnlg_jax.tasks.templates import TASKS
@@ -77,6 +82,15 @@ def test_aspects_are_judged_by_the_sentences_that_mention_them(random_model):
     assert direct[0].text.strip() == price.label
 
 
+def test_an_aspect_needs_all_of_its_word(random_model):
+    """性格 shares a character with 价格 and "life" a word with "battery life"."""
+    for review, aspect in (("他的性格很好。", "价格"), ("The story of my life.", "battery life")):
+        for text, parts in ((review, 0), (f"{review}\n{aspect}", 1), ("!!!", 0)):
+            options = LongOptions(aspects=(aspect,))
+            answer = perform_long(*random_model, TASKS["sentiment"], [text], options=options)[0]
+            assert len(answer.work.aspects[0].votes) == parts
+
+
 def test_sentences_carry_their_passage_and_labels(random_model, monkeypatch):
     context = "The whale swam north. The captain slept."
     row = Row("Where is the whale?", context=context)
@@ -95,6 +109,14 @@ def test_sentences_carry_their_passage_and_labels(random_model, monkeypatch):
     direct = rank(*random_model, prompt, [f" {label}" for label in LABELS], normalise="sum")
     cited = Row("The whale swam.", context=context)
     assert perform(*random_model, CITE, [cited])[0].text == direct[0].text.strip()
+
+
+def test_a_profile_says_nothing_on_whether_a_passage_supports_a_sentence(random_model):
+    profile = Profile([Entry("preference", "The captain slept.", 1)])
+    settings = {"profile": profile, "examples": (), "batch": 8}
+    calls = Calls(*random_model, settings, Examples(TASKS["answer"], []), lambda *counts: None)
+    (label,) = rank_labels(calls, [("The whale swam.", "The whale swam north.")])
+    assert label.profile == () and label.prompt.startswith("Is each claim supported")
 
 
 def test_sentences_without_a_shared_word_are_not_said(random_model, monkeypatch):
@@ -130,3 +152,7 @@ def test_a_question_without_shared_words_is_asked_of_every_part(random_model, te
     assert "".join(text[part.start : part.end] for part in work.plan) == text
     (citation,) = answer.citations
     assert text[citation.start : citation.end] == citation.text
+    # Passages of another source that share a word come first.
+    other = Retriever([Document("Zzz is a xylophone.", "f.txt")])
+    answer = perform_long(*random_model, TASKS["answer"], [row], decode=FEW, retriever=other)[0]
+    assert [each.source for each in answer.citations] == ["f.txt"] and answer.work.calls == 1

@@ -12,6 +12,7 @@ from mtnlg_jax.tasks.long.glossary import Term
 from mtnlg_jax.tasks.long.options import LongOptions
 from mtnlg_jax.tasks.long.run import perform_long
 from mtnlg_jax.tasks.long.units import layout_of
+from mtnlg_jax.tasks.profile import Entry, Profile
 from mtnlg_jax.tasks.rendering import Row
 from mtnlg_jax.tasks.run import perform
 from mtnlg_jax.tasks.templates import TASKS, Template
@@ -167,6 +168,11 @@ def test_a_long_length_is_written_in_pieces(random_model, text_of):
     )
     assert answer.text.count("\n") > 1 and len(answer.text.split()) <= 100
     assert len(short.text.split()) <= 12
+    # Five calls write 200 words, from the summaries of seven parts.
+    long = perform_long(
+        *random_model, TASKS["summarise"], [text_of("en", 500)], options=LongOptions(length=200)
+    )[0]
+    assert len(long.work.plan) == 7 and long.text.count("\n") == 4
     with pytest.raises(ValueError, match="method='refine' keeps one running summary"):
         perform_long(
             *random_model,
@@ -202,6 +208,8 @@ def test_answers_with_work_are_written_and_old_files_still_read(memory, known, t
     )
 
 
+CHOICE = Row("a", choices=("b", "c"))
+LONG_CHOICE = Row("a " * 300, choices=("b", "c"))
 TERMS = (Term("whale", "鲸鱼"),)
 
 
@@ -218,6 +226,10 @@ TERMS = (Term("whale", "鲸鱼"),)
         ("translate", ["a"], {"group": 0}, {}, "group=0; give 1 or more"),
         ("translate", ["a.\n\nb."], {}, {"batch": 0}, "batch=0"),
         ("summarise", ["a", " "], {}, {}, "row 2 of 2: the input of task 'summarise' is empty"),
+        ("translate", ["a.\n\nb."], {}, {"scorer": "pmi"}, "scorer=pmi ranks labels and choices"),
+        ("summarise", [LONG_CHOICE], {}, {}, "has 2 choices, which are ranked after one prompt"),
+        ("translate", [CHOICE], {"glossary": TERMS}, {}, "leave the choices out, or the options"),
+        ("summarise", [Row("a " * 300, context="b")], {}, {}, "takes no passages"),
         ("answer", ["a " * 300], {"document": "The sea. " * 99}, {}, "not even 8 tokens of the"),
     ],
 )
@@ -247,6 +259,35 @@ def test_a_context_without_room_for_a_few_tokens_is_one_error(random_model, text
     row = _long_rows(text_of, name, 300)[0]
     with pytest.raises(ValueError, match=f"not even {LEAST_ROOM} tokens of the text fit"):
         perform_long(decoder._replace(params=None), tokenizer, task, [row])
+
+
+def test_a_profile_without_room_for_parts_is_named(random_model):
+    profile = Profile([Entry("fact", "The sea.", 1)], share=0.95)
+    with pytest.raises(ValueError, match="holds 13 beside 243 of the profile.*--profile_share"):
+        perform_long(*random_model, TASKS["summarise"], ["sea " * 300], profile=profile)
+
+
+def test_templates_that_long_inputs_cannot_use_are_refused_before_any_work(random_model):
+    decoder, tokenizer = random_model
+    unable = decoder._replace(params=None)
+    task = TASKS["translate"]
+    wide = dataclasses.replace(task.templates["zh"], instruction="把中文译成英文。" * 80)
+    task = dataclasses.replace(task, templates={**task.templates, "zh": wide})
+    with pytest.raises(ValueError, match="not even 8 tokens of the text fit"):
+        perform_long(unable, tokenizer, task, ["a. b."], options=LongOptions(round_trip=True))
+    task = TASKS["sentiment"]
+    bare = dataclasses.replace(task.templates["en"], labels=())
+    task = dataclasses.replace(task, templates={"en": bare})
+    with pytest.raises(ValueError, match="its templates have none; add labels, or use mode='cut'"):
+        perform_long(unable, tokenizer, task, ["good sea. " * 200])
+
+
+def test_choices_are_ranked_whichever_lines_the_input_has(random_model):
+    row = Row("The whale.\n\nThe cook.", choices=("鲸鱼", "厨师"))
+    answers = perform_long(
+        *random_model, TASKS["translate"], [row, "A.\n\nB."], decode=FEW, normalise="per_char"
+    )
+    assert answers[0].ranked_by == "logprob per_char" and answers[1].work.method == "parts"
 
 
 def test_cutting_is_what_perform_does(random_model, text_of):

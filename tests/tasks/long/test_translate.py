@@ -32,6 +32,12 @@ def test_a_document_keeps_its_paragraphs_lists_and_quotation_marks(memory):
     ] * 4
 
 
+@pytest.mark.parametrize("rest", ["\n\n```\nHello, captain.\n```\n", "\n* * *\n"])
+def test_a_single_paragraph_keeps_what_follows_it(memory, rest):
+    answer = perform_long(*memory, TASK, [f"Hello, captain.{rest}"], decode=GREEDY)[0]
+    assert answer.text == f"你好，船长。{rest}"
+
+
 def test_the_round_trip_and_the_reference_are_compared(memory):
     source = "Hello, captain.\n\nHello, captain."
     options = LongOptions(previous=0, reference="你好，船长。\n\n再见，船长。", round_trip=True)
@@ -136,6 +142,7 @@ def test_a_paragraph_that_the_model_leaves_empty_stands_untranslated(random_mode
         ("a.json", '{"a": "b", "a": "c"}', "entry 1 translates 'a' as 'b', and entry 2 as 'c'"),
         ("a.tsv", "net\n", "line 1: a term has a source and a target"),
         ("a.json", "{", "is not valid JSON"),
+        ("a.json", "5", "it holds neither a list nor an object"),
         ("a.json", '[{"source": 3, "target": "b"}]', "entry 1: source and target must be texts"),
         ("a.tsv", "\n", "holds no terms"),
         ("a.csv", "a,b", "unknown suffix"),

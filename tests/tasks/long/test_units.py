@@ -56,6 +56,12 @@ def test_a_document_keeps_its_markers_and_quotation_marks():
         assert DOCUMENT[unit.start : unit.end] == unit.text
 
 
+def test_code_between_quotes_and_counted_nouns_are_words():
+    lines = ["```x = 1``` is code.", "10 月 1 日，他来了。", "5 个人走了。", "三、四个人走了。"]
+    layout = layout_of("\n\n".join([*lines, "2 概述", "三、概述"]))
+    assert [unit.text for unit in layout.units] == [*lines, "概述", "概述"]
+
+
 def test_wrapped_lines_are_one_paragraph_and_others_are_not():
     wrapped = (
         "The whale swam to the north, where nobody\n"
@@ -66,6 +72,15 @@ def test_wrapped_lines_are_one_paragraph_and_others_are_not():
     )
     texts = [unwrapped(unit.text) for unit in layout_of(wrapped).units]
     assert len(texts) == 2 and texts[0].endswith("afraid of it. Nobody said a word.")
+    hanging = "- One item,\n  which goes on\n  and on.\n- Two.\n"
+    assert [unwrapped(unit.text) for unit in layout_of(hanging).units] == [
+        "One item, which goes on and on.",
+        "Two.",
+    ]
+    quoted = "".join(f"> {line}\n" for line in wrapped.split("\n")[:4])
+    layout = layout_of(f"{quoted}>> Another one.\n")
+    assert [unwrapped(unit.text) for unit in layout.units] == [texts[0], "Another one."]
+    assert [unit.lead for unit in layout.units] == ["> ", "\n>> "]
     lines = "鲸鱼向北游去，那里很冷，没有人见过鲸鱼。\n第二天它又回来了，船长还在睡觉，他很累。\n"
     assert len(lines) > 40
     assert len(layout_of(lines * 3).units) == 6

@@ -90,6 +90,20 @@ def test_rows_at_fault_are_found_by_halving(partly):
     assert len(calls) <= 2 * 2 * 6 + 1
 
 
+def test_an_answer_that_cannot_be_written_is_an_error_of_its_row():
+    """JSON lacks scores that are not finite."""
+
+    class Strict(Lines):
+        def add(self, item, answer):
+            if item.number == 2:
+                raise ValueError("not finite")
+            super().add(item, answer)
+
+    lines = Strict()
+    answer_items(map(item, range(1, 4)), lines, performer(), batch=1)
+    assert sorted(lines.lines) == [(1, "answer"), (2, "not finite"), (3, "answer")]
+
+
 def test_a_mistake_of_the_settings_is_raised_and_writes_nothing():
     bad = {f"t{n}" for n in range(1, 40)}
     lines = Lines()

@@ -115,6 +115,13 @@ def test_a_table_with_a_known_and_one_without_a_head(tmp_path):
     assert [item.row.input for item in named.items()] == ["1", "0"]
 
 
+def test_columns_with_one_name_do_not_shift_the_others(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("id,,text, text,,source\n1,a,b,c,d,shop\n")
+    (only,) = Inputs(str(path)).items()
+    assert (only.row.input, only.columns) == ("b", {"": "a", "source": "shop"})
+
+
 def test_a_folder_has_a_row_for_each_text(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "two.md").write_text("Zwei.")

@@ -1,6 +1,7 @@
 """The file of answers: each row once, whatever a kill leaves, and never two kinds in one file."""
 
 import json
+import resource
 import subprocess
 import sys
 
@@ -126,10 +127,11 @@ def test_other_settings_are_refused_and_the_file_is_left_as_it_was(tmp_path, ide
     assert rows(path) == [1, 2, 3, 4, 5]
 
 
-def test_a_step_is_known_late_and_compared(tmp_path):
+def test_a_step_and_weights_are_known_late_and_compared(tmp_path):
     path = tmp_path / "a.jsonl"
     with Record(path, IDENTITY, 5) as record:
         record.require("step", 900, "give that checkpoint")
+        record.require("the weights", "0a", "give that checkpoint")
         record.add(ITEMS[0], answer("a"))
     with Record(path, IDENTITY, 5) as record:
         record.require("step", 900, "give that checkpoint")
@@ -137,6 +139,8 @@ def test_a_step_is_known_late_and_compared(tmp_path):
             ValueError, match="step 900, and this is step 950; give that checkpoint"
         ):
             record.require("step", 950, "give that checkpoint")
+        with pytest.raises(ValueError, match="begun with the weights 0a, and this is the weights"):
+            record.require("the weights", "0b", "give that checkpoint")
 
 
 def test_files_of_others_are_refused_untouched(tmp_path):
@@ -193,6 +197,23 @@ def test_errors_are_kept_unless_they_are_to_be_tried_again(tmp_path):
         "a.jsonl",
         f"a.jsonl{SUFFIX}",
     ]
+
+
+def test_a_disk_that_fills_up_costs_no_line(tmp_path):
+    """It takes a part of a line without an error, and refuses the rest."""
+    path = tmp_path / "a.jsonl"
+    with Record(path, IDENTITY, 5) as record:
+        record.add_error(ITEMS[1], "too long")
+        record.add(ITEMS[0], answer("a"))
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before.splitlines()[1]) - 9, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            Record(path, IDENTITY, 5, retry_errors=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_record_without_a_line_leaves_nothing(tmp_path):

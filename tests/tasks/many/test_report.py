@@ -78,6 +78,11 @@ def test_the_numbers_of_the_page_are_those_of_the_summary():
     assert len(widths) == 6 and sum(widths) == pytest.approx(300, abs=1e-2)
 
 
+def test_kappa_of_one_label_alone_is_not_a_number():
+    page = Page(page_of([line(n, reference="positive") for n in range(1, 4)]))
+    assert "Cohen's kappa is undefined, since only one label occurs." in page.text
+
+
 def test_the_chart_fills_its_space():
     summary = summarize(lambda: iter(ROWS), LABELS)
     chart = chart_of(summary)

@@ -113,6 +113,9 @@ def test_columns_are_detected_named_or_left_out(lines):
     assert summary(chinese, None, "来源").groups[0].name == "京东"
     with pytest.raises(ValueError, match="--time_column=source: no value is a date"):
         summary(lines, "source")
+    # Rows with errors have no part in it.
+    errors = [{"row": n, "error": "damaged"} for n in range(9, 12)]
+    assert summary([*errors, *chinese]).time_column == "日期"
     undated = summary([line(1, date="2026-01-01"), line(2, date="soon")], "date")
     assert (undated.undated, sum(group.rows for group in undated.times)) == (1, 1)
 
@@ -136,9 +139,15 @@ def test_errors_are_counted_and_the_first_are_kept():
         ("1772600767000", "2026-03-04 05:06:07"),
         ("2026-03", "2026-03-01 00:00:00"),
         (2026, "2026-01-01 00:00:00"),
+        (2026.0, "2026-01-01 00:00:00"),
+        (1772600767.25, "2026-03-04 05:06:07"),
+        ("2026-3-4", "2026-03-04 00:00:00"),
+        ("2026-3-4 5:06", "2026-03-04 05:06:00"),
+        ("Wed, 04 Mar 2026 05:06:07 GMT", "2026-03-04 05:06:07"),
+        ("Wed Mar 04 05:06:07 +0000 2026", "2026-03-04 05:06:07"),
         *[
             (none, "None")
-            for none in (None, "", "soon", 5, 3.5, True, "03/04/2026", "12345", "nan")
+            for none in (None, "", "soon", 5, 3.5, True, "03/04/2026", "12345", "nan", "1e9")
         ],
     ],
 )

@@ -25,6 +25,7 @@ def test_a_name_that_only_begins_sentences_counts_from_its_second_time():
     text = "Anna ran. Anna sang. Nobody saw it. Nobody cared. Bread was eaten. Bread? No bread."
     assert find_facts(text, "en") == ("Anna",)
     assert find_facts("Anna ran. She sang.", "en") == ()
+    assert find_facts("We saw Dr. Watson. Bread was eaten.", "en") == ("Watson",)
 
 
 def test_chinese_names_titles_and_numbers():

@@ -88,5 +88,5 @@ def test_prompts_show_what_fits_of_a_profile(tokenizer):
     before = "What the person wants:\n- short sentences\nAbout the person:\n- Anna is my whale\n\n"
     # The third entry shares no word with the topic.
     assert shown == before + plain
-    with pytest.raises(ValueError, match="entry 1 of the profile.*profile_share=0.05"):
+    with pytest.raises(ValueError, match="profile_share=0.05 of what a piece leaves of the"):
         composer(tokenizer, profile=entries, profile_share=0.05)

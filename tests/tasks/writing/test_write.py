@@ -6,9 +6,10 @@ import re
 
 import pytest
 
+from mtnlg_jax.decode.results import Generated
 from mtnlg_jax.tasks.writing import write as writing
 from mtnlg_jax.tasks.writing.record import Record, opened, read_lines
-from mtnlg_jax.tasks.writing.request import Request, check_request
+from mtnlg_jax.tasks.writing.request import Request, check_request, composer_of
 from mtnlg_jax.tasks.writing.text import count_words, ends_sentence
 from mtnlg_jax.tasks.writing.write import write
 
@@ -48,7 +49,10 @@ def test_the_words_asked_for_are_written(model, language, words):
     document = write(*model, request, record=record)
     assert words * 0.9 <= document.words <= words * 1.1
     assert document.words == sum(count_words(section.text) for section in document.sections)
-    assert ends_sentence(document.text) and document.text.endswith("\n")
+    # The text ends at a sentence if any candidate of its last piece did.
+    *_, last = (line for line in record.lines if "candidates" in line)
+    ended = any(ends_sentence(each["text"]) for each in last["candidates"])
+    assert ends_sentence(document.text) == ended and document.text.endswith("\n")
     # Every section stands in the text, in order, below its heading.
     whole = "\n\n".join(f"## {each.heading}\n\n{each.text}" for each in document.sections)
     assert document.text == whole + "\n"
@@ -80,6 +84,18 @@ def test_every_choice_is_the_best_of_its_scores(model):
         chosen = candidates[piece["chosen"]]
         assert chosen["score"] == max(each["score"] for each in candidates if each["allowed"])
     assert any(piece["chosen"] != 0 for piece in pieces)
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [("The whale swam nor", "The whale swam"), ("The whale swam.", "The whale swam.")],
+)
+def test_a_last_piece_that_its_length_ends_keeps_whole_words(model, text, kept):
+    composer = composer_of(SHORT, model.tokenizer, model.decoder.context)
+    writer = writing._Writer(model.decoder, composer, SHORT, Kept(), None, lambda words: None)
+    tokens = tuple(model.tokenizer.encode(text))
+    result = Generated(0, tokens, text, "length", (-1.0,) * len(tokens))
+    assert writer.kept_of(result, aim=9, last=True, opens=True).text == kept
 
 
 def test_prompts_carry_the_memory_on(model, monkeypatch):
