@@ -1,0 +1,271 @@
+"""Hold predicted steps against published ones: MaxText's own program, its authors' figures.
+
+    python benchmarks/calibration.py --maxtext=PYTHON                 all points
+    python benchmarks/calibration.py --maxtext=PYTHON --points=v5p-64b,v5e-32b
+
+PYTHON is the interpreter of an environment with maxtext (0.2.5 or newer). Each point compiles
+MaxText's train step for the described slice with its scripts' arguments and flags, simulates the
+program (mtnlg_jax/planning/timeline.py), and writes predicted / published into
+benchmarks/results/calibration.json as it comes. A point that does not compile is written with the
+compiler's words. "seen" marks the points that were known while the rules were made; the others are
+blind. No constant is fitted.
+
+Published figures count model FLOPs as 6 N and attention in full, as here (PaLM's count).
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from mtnlg_jax.hardware import CHIPS
+from mtnlg_jax.planning import hlo_cost, topology, tpu_costs
+from mtnlg_jax.planning.hlo import Instruction, Program, arrays_of, dims_of
+from mtnlg_jax.planning.source_lines import SourceLines
+from mtnlg_jax.planning.timeline import Timeline
+from mtnlg_jax.planning.torus import Torus
+
+RESULT = Path(__file__).parent / "results" / "calibration.json"
+CHILD = Path(__file__).parent / "maxtext_step.py"
+SECONDS = 2400  # limit of one compilation
+
+_ASYNC = (
+    "--xla_enable_async_collective_permute=true --xla_enable_async_all_gather=true "
+    "--xla_tpu_enable_data_parallel_all_reduce_opt=true "
+    "--xla_tpu_data_parallel_opt_different_sized_ops=true"
+)
+# Those of configs/tpu/v5p/32b.sh. The other scripts of v5p lack the SparseCore flags and ask for
+# fused gathers, which today's compiler refuses on v5p.
+V5P = (
+    f"{_ASYNC} --xla_tpu_megacore_fusion_allow_ags=false "
+    "--xla_tpu_enable_ag_backward_pipelining=true --xla_tpu_enable_async_collective_fusion=true "
+    "--xla_tpu_enable_async_collective_fusion_multiple_steps=true "
+    "--xla_tpu_overlap_compute_collective_tc=true --xla_sc_disable_megacore_partitioning=true "
+    "--xla_tpu_use_tc_device_shape_on_sc=true "
+    "--xla_tpu_enable_sparse_core_collective_offload_all_gather=true "
+    "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=false"
+)
+V5E = (
+    "--xla_tpu_enable_data_parallel_all_reduce_opt=true "
+    "--xla_tpu_data_parallel_opt_different_sized_ops=true "
+    "--xla_tpu_enable_async_collective_fusion=true "
+    "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true "
+    "--xla_tpu_enable_async_collective_fusion_multiple_steps=true "
+    "--xla_tpu_overlap_compute_collective_tc=true --xla_enable_async_all_gather=true"
+)
+_COMMON = (
+    "compile_topology_num_slices=1 steps=15 enable_checkpointing=false max_target_length=2048 "
+    "use_iota_embed=true reuse_example_batch=1 dataset_type=synthetic attention=flash "
+    "run_name=calibration base_output_directory=unused"
+)
+_README_V5P = "MaxText, configs/v5p/README.md"
+_README_V5E = "MaxText, configs/v5e/README.md"
+
+
+@dataclass(frozen=True)
+class Point:
+    """A published step. ``tflops``: model TFLOP/s of a chip."""
+
+    slice: str  # MaxText's name: chips x cores
+    described: str
+    arguments: str
+    flags: str
+    tflops: float
+    source: str
+    seen: bool = False
+
+
+def _v5p(size: int, slices: str, described: str, batch: int, tensor: int, tflops: float, **more):
+    arguments = (
+        f"per_device_batch_size={batch} remat_policy=minimal global_parameter_scale={size} "
+        f"ici_fsdp_parallelism=-1 ici_tensor_parallelism={tensor}"
+    )
+    return Point(slices, described, arguments, V5P, tflops, _README_V5P, **more)
+
+
+def _v5e(size: int, batch: int, tflops: float, **more):
+    arguments = f"per_device_batch_size={batch} remat_policy=full global_parameter_scale={size}"
+    return Point("v5e-256", "v5e:16x16", arguments, V5E, tflops, _README_V5E, **more)
+
+
+POINTS = {
+    "v5p-32b": _v5p(32, "v5p-128", "v5p:4x4x4", 6, 4, 328, seen=True),
+    "v5e-16b": _v5e(16, 6, 120, seen=True),
+    "v5p-64b": _v5p(64, "v5p-128", "v5p:4x4x4", 3, 4, 323),
+    "v5p-128b": _v5p(128, "v5p-256", "v5p:4x4x8", 1, 8, 315),
+    "v5p-128b-512": _v5p(128, "v5p-512", "v5p:4x8x8", 1, 8, 316),
+    "v5e-32b": _v5e(32, 4, 132),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--maxtext", required=True, help="Python of an environment with maxtext")
+    parser.add_argument("--points", default=",".join(POINTS), help="names, with commas")
+    parser.add_argument("--keep", help="folder for the programs; default: none is kept")
+    parser.add_argument("--output", default=str(RESULT), help=f"default {RESULT}")
+    flags = parser.parse_args()
+    output = Path(flags.output)
+    result = json.loads(output.read_text()) if output.exists() else {"points": {}}
+    for name in flags.points.split(","):
+        found = measure(name, POINTS[name], flags.maxtext, flags.keep)
+        print(name, json.dumps(found), flush=True)
+        result["points"][name] = found
+        result |= {
+            "command": "python benchmarks/calibration.py --maxtext=PYTHON",
+            "rules": tpu_costs.RULES,
+            "libtpu": topology_version(),
+        }
+        output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def topology_version() -> str:
+    path = [os.fspath(topology.APART)]
+    found = next(iter(importlib.metadata.distributions(name="libtpu", path=path)), None)
+    return found.version if found else importlib.metadata.version("libtpu")
+
+
+def measure(name: str, point: Point, python: str, keep: str | None) -> dict:
+    """Compile and simulate a point."""
+    found = {
+        "date": datetime.date.today().isoformat(),
+        "topology": point.described,
+        "arguments": point.arguments,
+        "flags": point.flags,
+        "published_tflops": point.tflops,
+        "source": point.source,
+        "seen": point.seen,
+    }
+    described = topology.parse(point.described)
+    environment = topology.environment(described)
+    environment["LIBTPU_INIT_ARGS"] = point.flags
+    environment["PYTHONPATH"] = os.fspath(topology.APART)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(keep, name) if keep else Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        start = time.perf_counter()
+        if not (folder / "step.json").exists():
+            argv = [python, os.fspath(CHILD), os.fspath(folder)]
+            argv += [f"compile_topology={point.slice}", *_COMMON.split(), *point.arguments.split()]
+            try:
+                done = subprocess.run(
+                    argv,
+                    capture_output=True,
+                    text=True,
+                    errors="replace",
+                    env=environment,
+                    timeout=SECONDS,
+                )
+            except subprocess.TimeoutExpired:
+                return found | {"failure": f"more than {SECONDS} s to compile"}
+            if not (folder / "step.json").exists():
+                last = [line for line in done.stderr.splitlines() if line.strip()][-1:]
+                return found | {"failure": "".join(last)[:300]}
+        found["seconds_to_compile"] = round(time.perf_counter() - start, 1)
+        said = json.loads((folder / "step.json").read_text())
+        text = (folder / "step.hlo").read_text()
+    return found | simulate(described, said, text, point.tflops)
+
+
+def simulate(described: topology.Topology, said: dict, text: str, published: float) -> dict:
+    chip = CHIPS[described.kind]
+    dims = len(described.dims)
+    torus = Torus(
+        tuple(tuple(place[:dims]) for place in said["coords"]),
+        described.dims,
+        topology.wrapped(described)[:dims],
+        chip.link,
+        chip.slow,
+    )
+    costs = SplashCosts(chip, torus)
+    timeline = Timeline(Program(text), said["mesh"], costs, sources=SourceLines(text))
+    step = timeline.step
+    flops = model_flops(said["model"]) / described.chips
+    tflops = flops / step.seconds / 1e12
+    return {
+        "peak_bytes": said["peak"],
+        "predicted_seconds": round(step.seconds, 4),
+        "published_seconds": round(flops / published / 1e12, 4),
+        "predicted_tflops": round(tflops, 1),
+        "predicted_mfu": round(tflops * 1e12 / chip.flops, 4),
+        "ratio": round(tflops / published, 3),
+        "shares": {
+            label: round(seconds / step.seconds, 3)
+            for label, seconds in step.classes.most_common(12)
+        },
+        "guessed_loops": len(timeline.guessed_loops),
+        "unknown": sorted(costs.unknown),
+    }
+
+
+def model_flops(model: dict) -> float:
+    """Return the FLOPs of a step of the whole batch, 6 N + 12 L H Q T a token."""
+    width = model["emb_dim"]
+    heads = model["head_dim"] * (2 * model["num_query_heads"] + 2 * model["num_kv_heads"])
+    matrices = len(model["mlp_activations"]) + 1
+    layer = width * heads + matrices * width * model["mlp_dim"]
+    weights = model["num_decoder_layers"] * layer + model["vocab_size"] * width
+    length = model["max_target_length"]
+    attention = model["num_decoder_layers"] * model["num_query_heads"] * model["head_dim"] * length
+    tokens = model["global_batch_size_to_train_on"] * length
+    return tokens * (6 * weights + 12 * attention)
+
+
+class SplashCosts(tpu_costs.TpuCosts):
+    """Costs of a program with splash attention, whose kernels do not tell their FLOPs.
+
+    Its tables of blocks are known only at run time, so the compiler's estimate of a kernel leaves
+    most of it out. Its FLOPs, halved for causality, count at KERNEL_SHARE of the peak.
+    """
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.kernels_seen: Counter[str] = Counter()
+
+    def compute(
+        self, program: Program, computation: str, instruction: Instruction, flops: float
+    ) -> float:
+        if instruction.opcode == "custom-call" and hlo_cost.kernel_of(instruction) and not flops:
+            self.kernels_seen[instruction.name] += 1
+            return _splash_flops(program, instruction) / (tpu_costs.KERNEL_SHARE * self.chip.flops)
+        return super().compute(program, computation, instruction, flops)
+
+
+def _splash_flops(program: Program, instruction: Instruction) -> float:
+    """Return the FLOPs of a kernel over (rows, heads, positions, width), or without rows.
+
+    It has 2 products forward and 5 backward; two backward kernels share 7, as both form the scores.
+    """
+    arrays = [dims_of(array) for array in arrays_of(instruction.shape)]
+    wide = max((dims for dims in arrays if len(dims) >= 3), key=_product, default=None)
+    if wide is None or "splash" not in instruction.name:
+        return 0.0
+    apart = any(
+        "_dq" in each.name
+        for instructions in program.computations.values()
+        for each in instructions
+        if each.opcode == "custom-call"
+    )
+    name = instruction.name
+    products = 2 if "fwd" in name else 3 if "_dq" in name else 4 if apart else 5
+    return products * 2 * _product(wide) * wide[-2] / 2
+
+
+def _product(dims: tuple[int, ...]) -> int:
+    total = 1
+    for size in dims:
+        total *= size
+    return total
+
+
+if __name__ == "__main__":
+    main()
