@@ -201,6 +201,24 @@ def define_paths(name: str, help: str) -> flags.FlagHolder:
     return flags.DEFINE_multi(_PathParser(), flags.ArgumentSerializer(), name, [], help)
 
 
+def check_output(flag: flags.FlagHolder) -> None:
+    """Raise OSError, which names the flag, if no file can be written to its path."""
+    path = flag.value
+    if path is None:
+        return
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(
+            f"--{flag.name}={path} is in a folder that does not exist; create it first"
+        )
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"--{flag.name}={path} is a folder; name a file in it")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(
+            f"--{flag.name}={path}: the folder is not writable; choose another one"
+        )
+
+
 def names_a_file(flag: flags.Flag) -> bool:
     """Return whether a flag was defined by `define_path`."""
     return isinstance(flag.parser, _PathParser)

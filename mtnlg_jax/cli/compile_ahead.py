@@ -1,18 +1,18 @@
 """Compile a step for accelerators that are not present, and report whether it fits.
 
 A train step, on TPUs and on GPUs. It is compiled with the compiler flags that launch/pretrain.py
-sets on these chips; the report names them:
+sets on these chips; the report names them. --time predicts its seconds, and --trace=FILE keeps them
+as a timeline for Perfetto:
 
     python launch/compile_ahead.py --config=configs/mtnlg_530b.py --topology=v5p:8x8x16 \\
-        --set=mesh.pipe=1 --set=mesh.data=128 --set=mesh.zero=3 --set=train.rampup_batch_size=none
+        --set=mesh.pipe=1 --set=mesh.data=128 --set=mesh.zero=3 \\
+        --set=train.rampup_batch_size=none --time --trace=step.json
     python launch/compile_ahead.py --config=configs/ladder.py:7.5b --topology=H100:16x8
 
 The step that reads a prompt, and the one that writes a token; layers with a window cache only that:
 
     python launch/compile_ahead.py --config=configs/ladder.py:7.5b --topology=v5e:2x4 \\
-        --set=mesh.data=2 --step=prefill
-    python launch/compile_ahead.py --config=configs/ladder.py:7.5b --topology=v5e:2x4 \\
-        --set=mesh.data=2 --step=decode --weights=int8 --cache=int8
+        --set=mesh.data=2 --step=decode --weights=int8 --cache=int8   # or --step=prefill
 
 Topologies: v4, v5p, tpu7x (three sizes), v5e, v6e (two), each with *N for N slices; A100, H100,
 H200, B200 as hosts x cards; cpu:N. All but cpu need the extra `ahead`.
@@ -62,7 +62,7 @@ with command.flag_group("The result"):
     _JSON = command.define_path("json", None, "file for the measurement, as JSON")
     _TEXT = command.define_path("hlo", None, "file for the compiled program's text")
     _TIME = flags.DEFINE_boolean(
-        "time", False, "predict the seconds of a train step from the compiler's schedule (TPUs)"
+        "time", False, "predict the seconds of a train step from the compiler's schedule"
     )
     _TRACE = command.define_path(
         "trace", None, "file for the timeline of --time, which Perfetto opens"
@@ -73,6 +73,7 @@ def main() -> int:
     from mtnlg_jax.config import load_config
     from mtnlg_jax.interop import registry
     from mtnlg_jax.planning import aot, report, suggest, topology
+    from mtnlg_jax.storage import write_file
 
     registry.register()
     for held, fitting in ((_WEIGHTS, ("prefill", "decode")), (_CACHE, ("decode",))):
@@ -84,10 +85,7 @@ def main() -> int:
     if _TRACE.value and not _TIME.value:
         raise ValueError(f"--trace={_TRACE.value} is the timeline of --time; add --time")
     for flag in (_JSON, _TEXT, _TRACE):
-        if flag.value and not os.path.isdir(os.path.dirname(flag.value) or "."):
-            raise FileNotFoundError(
-                f"--{flag.name}={flag.value} is in a folder that does not exist; create it first"
-            )
+        command.check_output(flag)
     described = topology.parse(_TOPOLOGY.value)
     config = load_config(_CONFIG.value, _SET.value)
     memory = None if _MEMORY.value is None else int(_MEMORY.value * topology.GIB)
@@ -105,10 +103,10 @@ def main() -> int:
         _TRACE.value,
     )
     print(report.render(config, result), flush=True)
+    if _TIME.value and result.predicted is None:
+        print("predicted    nothing: a step that does not compile has no schedule", flush=True)
     if _JSON.value:
-        with open(_JSON.value + ".new", "w", encoding="utf-8") as file:
-            file.write(aot.to_text(result))
-        os.replace(_JSON.value + ".new", _JSON.value)
+        write_file(*os.path.split(_JSON.value), aot.to_text(result).encode())
     if result.fits or (result.fits is None and not result.failure):
         return 0
     for line in suggest.way_out(
