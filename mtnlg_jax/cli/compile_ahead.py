@@ -17,8 +17,7 @@ The step that reads a prompt, and the one that writes a token; layers with a win
 Topologies: v4, v5p, tpu7x (three sizes), v5e, v6e (two), each with *N for N slices; A100, H100,
 H200, B200 as hosts x cards; cpu:N. All but cpu need the extra `ahead`.
 
-Exit codes: 0 it compiles and, as far as memory is known, fits; 1 it does not fit, or the compiler
-died; 2 bad input.
+Exit codes: 0 it fits, as far as memory is known; 1 it does not, or the compiler died; 2 bad input.
 """
 
 import os
