@@ -26,11 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mtnlg_jax.hardware import CHIPS
-from mtnlg_jax.planning import hlo_cost, topology, tpu_costs
+from mtnlg_jax.planning import hlo_cost, prediction, topology, tpu_costs
 from mtnlg_jax.planning.hlo import Instruction, Program, arrays_of, dims_of
 from mtnlg_jax.planning.source_lines import SourceLines
 from mtnlg_jax.planning.timeline import Timeline
-from mtnlg_jax.planning.torus import Torus
 
 RESULT = Path(__file__).parent / "results" / "calibration.json"
 CHILD = Path(__file__).parent / "maxtext_step.py"
@@ -178,14 +177,7 @@ def measure(name: str, point: Point, python: str, keep: str | None) -> dict:
 
 def simulate(described: topology.Topology, said: dict, text: str, published: float) -> dict:
     chip = CHIPS[described.kind]
-    dims = len(described.dims)
-    torus = Torus(
-        tuple(tuple(place[:dims]) for place in said["coords"]),
-        described.dims,
-        topology.wrapped(described)[:dims],
-        chip.link,
-        chip.slow,
-    )
+    torus = prediction.torus_between(described, said["coords"], chip)
     costs = SplashCosts(chip, torus)
     timeline = Timeline(Program(text), said["mesh"], costs, sources=SourceLines(text))
     step = timeline.step

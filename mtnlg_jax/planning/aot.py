@@ -159,8 +159,8 @@ def measure(
             if "error" in said:
                 raise ValueError(said["error"])
             if not done.returncode or not said["failure"].startswith("unfinished"):
-                return _from_json(said)
-            lost = _from_json(said)
+                return from_dict(said)
+            lost = from_dict(said)
             lost.failure = last_words(done)
             return lost
     raise ValueError(f"compiling for {topology} did not begin: {last_words(done)}")
@@ -171,7 +171,8 @@ def kind_of(topology: described.Topology) -> str:
     return {"cuda": "gpu", "cpu": "cpu"}.get(topology.platform, topology.kind)
 
 
-def _from_json(said: dict) -> Measurement:
+def from_dict(said: dict) -> Measurement:
+    """Return the measurement that `to_text` wrote, from its JSON."""
     found = Measurement(**said)
     found.collectives = [
         hlo_cost.Collective(**row | {"axes": tuple(row["axes"])}) for row in found.collectives
@@ -309,7 +310,12 @@ def _compile(
     )
     if predict:
         timeline, costs = prediction.simulate(
-            written, topology, list(mesh.devices.flat), sizes, trips, steps.is_causal(config)
+            written,
+            topology,
+            [device.coords for device in mesh.devices.flat],
+            sizes,
+            trips,
+            steps.is_causal(config),
         )
         result.predicted = prediction.predict(config, timeline, costs, len(devices))
         if trace:

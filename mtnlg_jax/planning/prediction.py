@@ -54,11 +54,11 @@ def chip_of(topology: Topology) -> Chip:
     return chip
 
 
-def torus_of(topology: Topology, devices: Sequence, chip: Chip) -> Torus:
-    """Describe the links between ``devices``, in the order of the mesh."""
+def torus_between(topology: Topology, places: Sequence[Sequence[int]], chip: Chip) -> Torus:
+    """Describe the links between devices at ``places`` of the slice, in the order of the mesh."""
     dims = len(topology.dims)
     return Torus(
-        tuple(tuple(device.coords[:dims]) for device in devices),
+        tuple(tuple(place[:dims]) for place in places),
         topology.dims,
         wrapped(topology)[:dims],
         chip.link,
@@ -69,13 +69,13 @@ def torus_of(topology: Topology, devices: Sequence, chip: Chip) -> Torus:
 def simulate(
     text: str,
     topology: Topology,
-    devices: Sequence,
+    places: Sequence[Sequence[int]],
     mesh: Mapping[str, int],
     dynamic_trips: Callable[[int], float],
     causal: bool = True,
 ) -> tuple[Timeline, tpu_costs.TpuCosts]:
-    """Simulate the compiled program ``text``. Raises ValueError if the compiler wrote no
-    estimates."""
+    """Simulate the compiled program ``text``; ``places`` are those of the devices in the slice, in
+    the order of the mesh. Raises ValueError if the compiler wrote no estimates."""
     if '"estimated_cycles"' not in text:
         raise ValueError(
             f"--time: the compiler for {topology.kind} wrote no estimates of cycles into the "
@@ -84,7 +84,7 @@ def simulate(
     chip = chip_of(topology)
     program = Program(text)
     kernels = profile(program, topology, causal)
-    costs = tpu_costs.TpuCosts(chip, torus_of(topology, devices, chip), kernels)
+    costs = tpu_costs.TpuCosts(chip, torus_between(topology, places, chip), kernels)
     timeline = Timeline(program, mesh, costs, dynamic_trips, SourceLines(text))
     return timeline, costs
 

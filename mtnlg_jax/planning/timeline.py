@@ -28,8 +28,7 @@ ELEMENTWISE = "element-wise"
 OPTIMIZER = "optimizer"
 OUTSIDE = "outside loops"
 
-# The scope of the update in train/step.py.
-OPTIMIZER_SCOPE = "optimizer"
+OPTIMIZER_SCOPE = "optimizer"  # of the update in train/step.py
 # Scopes of what jax.checkpoint computes a second time.
 _REMATERIALIZED = ("rematted_computation", "checkpoint/remat")
 

@@ -66,8 +66,9 @@ def make_train_step(
         rate = learning_rate(config, samples, total_samples) * rate_scale
         # Clipping acts inside the optimizer. The decoupled weight decay is part of the updates, so
         # the rate scales it as well.
-        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
-        params = jax.tree.map(lambda p, u: p - rate * u, trained, updates)
+        with jax.named_scope("optimizer"):  # planning.timeline finds it by this name
+            updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+            params = jax.tree.map(lambda p, u: p - rate * u, trained, updates)
         if balancing:
             params = expert_loads.balanced(params, loads[0], config)
 

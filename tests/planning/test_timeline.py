@@ -235,7 +235,7 @@ PRODUCT = """
 %product (a: f32[8,8], b: f32[8,8]) -> f32[8,8] {
   %a = f32[8,8]{1,0} parameter(0)
   %b = f32[8,8]{1,0} parameter(1)
-  ROOT %dot = f32[8,8]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}, METADATA
+  ROOT %dot = f32[8,8]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}, META
 }
 """
 
@@ -249,7 +249,7 @@ PRODUCT = """
     ],
 )
 def test_flops_of_each_class_are_the_counted_ones(origin, scope, label):
-    before = PRODUCT.replace("METADATA", f'metadata={{op_name="{origin}"}}')
+    before = PRODUCT.replace("META", f'metadata={{op_name="{origin}"}}')
     line = (
         "  %m = f32[8,8]{1,0} broadcast(%x), dimensions={0}\n"
         "  %f = f32[8,8]{1,0} fusion(%m, %m), kind=kOutput, calls=%product, "

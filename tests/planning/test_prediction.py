@@ -1,0 +1,126 @@
+"""What is said of a predicted step, and what is refused."""
+
+import dataclasses
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from mtnlg_jax.config import Config, ModelConfig, TrainConfig
+from mtnlg_jax.hardware import CHIPS
+from mtnlg_jax.planning import aot, hlo_cost, prediction, prediction_report, topology, tpu_costs
+from mtnlg_jax.planning.hlo import Program
+from mtnlg_jax.planning.source_lines import SourceLines
+from mtnlg_jax.planning.timeline import Timeline
+
+PROGRAMS = Path(__file__).parent / "programs"
+
+
+def simulated(name: str) -> tuple[Timeline, tpu_costs.TpuCosts, dict]:
+    """Return a committed program, simulated without cycles of kernels compiled alone."""
+    said = json.loads((PROGRAMS / f"{name}.json").read_text())
+    text = gzip.decompress((PROGRAMS / f"{name}.hlo.gz").read_bytes()).decode()
+    described = topology.parse(said["topology"])
+    chip = prediction.chip_of(described)
+    links = prediction.torus_between(described, said["coords"], chip)
+    costs = tpu_costs.TpuCosts(chip, links)
+    trips = said["micro_batches"]
+    timeline = Timeline(
+        Program(text),
+        said["mesh"],
+        costs,
+        lambda depth: trips if depth == 0 else 1,
+        SourceLines(text),
+    )
+    return timeline, costs, said
+
+
+@pytest.fixture(params=["v5e", "v5p", "v6e"], scope="module")
+def program(request):
+    return simulated(request.param)
+
+
+def test_committed_programs_have_the_counted_flops(program):
+    timeline, _, said = program
+    trips = said["micro_batches"]
+    counted = hlo_cost.cost_of(
+        timeline.program, said["mesh"], lambda depth: trips if depth == 0 else 1
+    )
+    assert sum(timeline.step.flops.values()) == counted.flops > 0
+
+
+def test_classes_of_computing_fill_the_step(program):
+    timeline, _, said = program
+    step = timeline.step
+    assert sum(step.classes.values()) == pytest.approx(step.seconds, rel=1e-3)
+    assert step.seconds == pytest.approx(said["seconds"], rel=1e-6)
+    assert {"products", "attention kernels", "optimizer"} <= step.classes.keys()
+
+
+def test_waits_name_axes_and_lines_of_the_package(program):
+    timeline, _, said = program
+    waits = sorted(timeline.step.waits.values(), key=lambda wait: -wait.seconds)
+    assert waits and waits[0].bytes > 0
+    assert any(axis in waits[0].label for axis in said["mesh"])
+    assert any(wait.source.startswith("mtnlg_jax/") for wait in waits[:5])
+    # No product reaches more than the peak.
+    products = timeline.step.flops["products"] / timeline.step.classes["products"]
+    assert products < CHIPS[topology.parse(said["topology"]).kind].flops
+
+
+CONFIG = Config(
+    name="small",
+    model=ModelConfig(vocab_size=1000, num_layers=2, hidden_size=64, num_attention_heads=2),
+    train=TrainConfig(global_batch_size=8),
+)
+
+
+def measured(**more) -> aot.Measurement:
+    found = prediction.Prediction(
+        rules=1,
+        seconds=2.0,
+        tokens_per_second=1e5,
+        mfu=0.5,
+        hfu=0.6,
+        classes={"products": 1.5, "wait all-gather data": 0.499, "optimizer": 0.001},
+        flops={"products": 1.5 * 0.8 * CHIPS["v5p"].flops},
+        waits=[["wait all-gather data", "mtnlg_jax/model/mlp.py:42", 0.499, 36, 2**20]],
+        assumed_kernels=["attention_forward"],
+    )
+    mesh = {"pipe": 1, "data": 64, "expert": 1, "context": 1, "tensor": 1}
+    return aot.Measurement(
+        "v5p:4x4x4", 64, mesh, "train", 1, "libtpu 0", 2**36, predicted=found, **more
+    )
+
+
+def test_report_shows_classes_waits_and_what_is_not_known():
+    rows = prediction_report.prediction_rows(measured())
+    text = "\n".join(f"{name} {row}" for name, row in rows)
+    assert "2 s a step, 100,000 tokens/s; MFU 50.0%, HFU 60.0%" in text
+    assert "75.0%  products, at 80% of peak" in text
+    assert "optimizer" not in text  # a twentieth of a percent
+    assert "36     1.00 MiB  wait all-gather data  mtnlg_jax/model/mlp.py:42" in text
+    assert "attention_forward: taken at half of peak" in text and "throttling" in text
+    assert prediction_report.prediction_rows(dataclasses.replace(measured(), predicted=None)) == []
+
+
+def test_prediction_survives_json():
+    written = json.loads(aot.to_text(measured()))
+    assert aot.from_dict(written).predicted == measured().predicted
+
+
+@pytest.mark.parametrize("kind", ["tpu7x:2x2x1", "cpu:8"])
+def test_chips_without_figures_are_refused_before_compiling(kind):
+    with pytest.raises(ValueError, match="no figures of the clock.*choose one of v4, v5e, v5p"):
+        prediction.check(topology.parse(kind), "train")
+
+
+def test_other_steps_are_refused():
+    with pytest.raises(ValueError, match="--time predicts train steps, not --step=decode"):
+        prediction.check(topology.parse("v5p:4x4x4"), "decode")
+
+
+def test_program_without_estimates_is_refused():
+    with pytest.raises(ValueError, match="wrote no estimates"):
+        prediction.simulate("HloModule m", topology.parse("v5p:2x2x1"), [], {}, lambda depth: 1)
