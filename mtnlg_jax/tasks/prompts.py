@@ -196,11 +196,7 @@ def compose(
         if fits(text, _ordered([*taken, passage], own), shown):
             taken = _ordered([*taken, passage], own)
         elif not taken and (
-            part := cut(
-                passage.text,
-                "start",
-                functools.partial(begins_to_fit, passage),
-            )
+            part := cut(passage.text, "start", functools.partial(begins_to_fit, passage))
         ):
             taken.append(dataclasses.replace(passage, text=part, end=passage.start + len(part)))
             own = [taken[0] if each is passage else each for each in own]

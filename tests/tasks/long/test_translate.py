@@ -53,7 +53,8 @@ def _writer(monkeypatch, choices):
     """Replace generation: ``choices`` maps a prompt to [(text, mean log-probability)]."""
     prompts = []
 
-    def generate(decoder, tokenizer, texts, configs):
+    def generate(decoder, tokenizer, tokens, configs):
+        texts = [tokenizer.decode(each) for each in tokens]
         prompts.append(texts)
         return [
             Generated(i, (1, 2), f"{text}\n", "stop", (score, score))
