@@ -83,7 +83,12 @@ class TpuCosts:
     def lane(self, transfer: Transfer) -> str:
         if not transfer.axes:
             return {"host copy": "host", "copy": "copies"}[transfer.kind]
-        return "between slices" if transfer.axes == "slices" else f"links of {transfer.axes}"
+        if transfer.axes == "slices":
+            return "between slices"
+        lane = f"links of {transfer.axes}"
+        # A permute uses one direction of the links, and another one may use the other.
+        to = re.search(r"source_target_pairs=\{\{(\d+,\d+)\}", transfer.attributes)
+        return f"{lane}, {to[1].replace(',', ' to ')}" if to else lane
 
 
 def traffic(program: Program, computation: str, instruction: Instruction) -> int:

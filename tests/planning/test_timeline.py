@@ -4,11 +4,12 @@ import json
 
 import pytest
 
+from mtnlg_jax.hardware import CHIPS
 from mtnlg_jax.planning import hlo_cost, torus, tpu_costs
 from mtnlg_jax.planning.cycles import cycles_of
 from mtnlg_jax.planning.hlo import Program
 from mtnlg_jax.planning.source_lines import SourceLines
-from mtnlg_jax.planning.timeline import Timeline
+from mtnlg_jax.planning.timeline import Timeline, Transfer
 from mtnlg_jax.planning.trace import events_of, write_trace
 
 MESH = {"data": 2, "tensor": 2}
@@ -271,8 +272,6 @@ def ring_of(size: int, wrapped: bool) -> torus.Torus:
 
 
 def transfer(kind: str, group: int, given: int, attributes: str = "", axes: str = "data"):
-    from mtnlg_jax.planning.timeline import Transfer
-
     return Transfer(kind, axes, group, given, attributes)
 
 
@@ -327,6 +326,16 @@ def test_part_of_a_ring_is_not_closed():
 def test_permute_uses_one_link():
     pairs = "source_target_pairs={{0,1},{1,2},{2,3},{3,0}}"
     assert ring_of(4, True).seconds(transfer("collective-permute", 4, 100, pairs)) == 10
+
+
+def test_permutes_in_two_directions_run_at_once():
+    chip = CHIPS["v5p"]
+    costs = tpu_costs.TpuCosts(chip, ring_of(4, True))
+    there = transfer("collective-permute", 4, 1, "source_target_pairs={{0,1},{1,2},{2,3},{3,0}}")
+    back = transfer("collective-permute", 4, 1, "source_target_pairs={{0,3},{1,0},{2,1},{3,2}}")
+    gather = transfer("all-gather", 4, 1)
+    assert len({costs.lane(each) for each in (there, back, gather)}) == 3
+    assert costs.lane(there) == "links of data, 0 to 1"
 
 
 def test_small_collective_takes_its_hops():
