@@ -89,8 +89,8 @@ def _v5p(size: int, slices: str, described: str, batch: int, tensor: int, tflops
     return Point(slices, described, arguments, V5P, tflops, _README_V5P, **more)
 
 
-def _v5e(size: int, batch: int, tflops: float, **more):
-    arguments = f"per_device_batch_size={batch} remat_policy=full global_parameter_scale={size}"
+def _v5e(size: int, batch: int, tflops: float, rest: str = "remat_policy=full", **more):
+    arguments = f"per_device_batch_size={batch} {rest} global_parameter_scale={size}"
     return Point("v5e-256", "v5e:16x16", arguments, V5E, tflops, _README_V5E, **more)
 
 
@@ -100,7 +100,16 @@ POINTS = {
     "v5p-64b": _v5p(64, "v5p-128", "v5p:4x4x4", 3, 4, 323),
     "v5p-128b": _v5p(128, "v5p-256", "v5p:4x4x8", 1, 8, 315),
     "v5p-128b-512": _v5p(128, "v5p-512", "v5p:4x8x8", 1, 8, 316),
+    "v5p-256b": _v5p(256, "v5p-1024", "v5p:8x8x8", 1, 8, 308),
     "v5e-32b": _v5e(32, 4, 132),
+    "v5e-64b": _v5e(64, 1, 118),
+    "v5e-128b": _v5e(
+        128,
+        1,
+        110,
+        "remat_policy=qkv_proj_offloaded ici_fsdp_parallelism=16 ici_tensor_parallelism=16 "
+        "fused_qkv=True fused_mlp=True",
+    ),
 }
 
 
