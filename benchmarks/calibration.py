@@ -60,9 +60,41 @@ V5E = (
     "--xla_tpu_overlap_compute_collective_tc=true --xla_enable_async_all_gather=true"
 )
 _COMMON = (
-    "compile_topology_num_slices=1 steps=15 enable_checkpointing=false max_target_length=2048 "
+    "compile_topology_num_slices=1 steps=15 enable_checkpointing=false "
     "use_iota_embed=true reuse_example_batch=1 dataset_type=synthetic attention=flash "
     "run_name=calibration base_output_directory=unused"
+)
+V6E = (
+    "--xla_tpu_scoped_vmem_limit_kib=98304 "
+    "--xla_tpu_use_minor_sharding_for_major_trivial_input=true "
+    "--xla_tpu_relayout_group_size_threshold_for_reduce_scatter=1 "
+    "--xla_tpu_assign_all_reduce_scatter_layout=true "
+    "--xla_tpu_enable_data_parallel_all_reduce_opt=true "
+    "--xla_tpu_data_parallel_opt_different_sized_ops=true "
+    "--xla_tpu_enable_async_collective_fusion=true "
+    "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=false "
+    "--xla_tpu_enable_async_collective_fusion_multiple_steps=true "
+    "--xla_tpu_overlap_compute_collective_tc=true --xla_enable_async_all_gather=true "
+    "--xla_tpu_enable_all_experimental_scheduler_features=true "
+    "--xla_tpu_enable_scheduler_memory_pressure_tracking=true "
+    "--xla_tpu_host_transfer_overlap_limit=24 "
+    "--xla_tpu_aggressive_opt_barrier_removal=ENABLED "
+    "--xla_lhs_prioritize_async_depth_over_stall=ENABLED "
+    "--xla_tpu_enable_ag_backward_pipelining=true "
+    "--xla_should_allow_loop_variant_parameter_in_chain=ENABLED "
+    "--xla_should_add_loop_invariant_op_in_chain=ENABLED "
+    "--xla_max_concurrent_host_send_recv=100 "
+    "--xla_tpu_scheduler_percent_shared_memory_limit=100 --xla_latency_hiding_scheduler_rerun=2"
+)
+_BLOCKS = " ".join(
+    f"sa_block_{part}=2048"
+    for part in ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+)
+# Of the stored configuration of that name; the batch behind the published figure is not stated.
+_LLAMA_70B = (
+    "model_name=llama3.1-70b per_device_batch_size=4 remat_policy=custom "
+    "decoder_layer_input=offload query_proj=offload key_proj=offload value_proj=offload "
+    f"{_BLOCKS} sa_use_fused_bwd_kernel=true"
 )
 _README_V5P = "MaxText, configs/v5p/README.md"
 _README_V5E = "MaxText, configs/v5e/README.md"
@@ -70,15 +102,17 @@ _README_V5E = "MaxText, configs/v5e/README.md"
 
 @dataclass(frozen=True)
 class Point:
-    """A published step. ``tflops``: model TFLOP/s of a chip."""
+    """A published step. ``tflops``: model TFLOP/s of a chip; ``tokens``: tokens/s of a chip."""
 
     slice: str  # MaxText's name: chips x cores
     described: str
     arguments: str
     flags: str
-    tflops: float
     source: str
+    tflops: float = 0.0
+    tokens: float = 0.0
     seen: bool = False
+    length: int = 2048  # tokens of a sequence
 
 
 def _v5p(size: int, slices: str, described: str, batch: int, tensor: int, tflops: float, **more):
@@ -86,12 +120,12 @@ def _v5p(size: int, slices: str, described: str, batch: int, tensor: int, tflops
         f"per_device_batch_size={batch} remat_policy=minimal global_parameter_scale={size} "
         f"ici_fsdp_parallelism=-1 ici_tensor_parallelism={tensor}"
     )
-    return Point(slices, described, arguments, V5P, tflops, _README_V5P, **more)
+    return Point(slices, described, arguments, V5P, _README_V5P, tflops, **more)
 
 
 def _v5e(size: int, batch: int, tflops: float, rest: str = "remat_policy=full", **more):
     arguments = f"per_device_batch_size={batch} {rest} global_parameter_scale={size}"
-    return Point("v5e-256", "v5e:16x16", arguments, V5E, tflops, _README_V5E, **more)
+    return Point("v5e-256", "v5e:16x16", arguments, V5E, _README_V5E, tflops, **more)
 
 
 POINTS = {
@@ -109,6 +143,15 @@ POINTS = {
         110,
         "remat_policy=qkv_proj_offloaded ici_fsdp_parallelism=16 ici_tensor_parallelism=16 "
         "fused_qkv=True fused_mlp=True",
+    ),
+    "v6e-70b": Point(
+        "v6e-256",
+        "v6e:16x16",
+        _LLAMA_70B,
+        V6E,
+        "MaxText, docs/reference/models/tiering.md",
+        tokens=960,
+        length=8192,
     ),
 }
 
@@ -149,7 +192,7 @@ def measure(name: str, point: Point, python: str, keep: str | None) -> dict:
         "topology": point.described,
         "arguments": point.arguments,
         "flags": point.flags,
-        "published_tflops": point.tflops,
+        "published": f"{point.tflops or point.tokens} {'TFLOP' if point.tflops else 'tokens'}/s",
         "source": point.source,
         "seen": point.seen,
     }
@@ -163,7 +206,8 @@ def measure(name: str, point: Point, python: str, keep: str | None) -> dict:
         start = time.perf_counter()
         if not (folder / "step.json").exists():
             argv = [python, os.fspath(CHILD), os.fspath(folder)]
-            argv += [f"compile_topology={point.slice}", *_COMMON.split(), *point.arguments.split()]
+            argv += [f"compile_topology={point.slice}", f"max_target_length={point.length}"]
+            argv += [*_COMMON.split(), *point.arguments.split()]
             try:
                 done = subprocess.run(
                     argv,
@@ -181,10 +225,10 @@ def measure(name: str, point: Point, python: str, keep: str | None) -> dict:
         found["seconds_to_compile"] = round(time.perf_counter() - start, 1)
         said = json.loads((folder / "step.json").read_text())
         text = (folder / "step.hlo").read_text()
-    return found | simulate(described, said, text, point.tflops)
+    return found | simulate(described, said, text, point)
 
 
-def simulate(described: topology.Topology, said: dict, text: str, published: float) -> dict:
+def simulate(described: topology.Topology, said: dict, text: str, point: Point) -> dict:
     chip = CHIPS[described.kind]
     torus = prediction.torus_between(described, said["coords"], chip)
     costs = SplashCosts(chip, torus)
@@ -192,13 +236,15 @@ def simulate(described: topology.Topology, said: dict, text: str, published: flo
     step = timeline.step
     flops = model_flops(said["model"]) / described.chips
     tflops = flops / step.seconds / 1e12
+    tokens = said["model"]["global_batch_size_to_train_on"] * point.length / described.chips
+    published = tokens / point.tokens if point.tokens else flops / point.tflops / 1e12
     return {
         "peak_bytes": said["peak"],
         "predicted_seconds": round(step.seconds, 4),
-        "published_seconds": round(flops / published / 1e12, 4),
+        "published_seconds": round(published, 4),
         "predicted_tflops": round(tflops, 1),
         "predicted_mfu": round(tflops * 1e12 / chip.flops, 4),
-        "ratio": round(tflops / published, 3),
+        "ratio": round(published / step.seconds, 3),
         "shares": {
             label: round(seconds / step.seconds, 3)
             for label, seconds in step.classes.most_common(12)
