@@ -40,16 +40,18 @@ _ASYNC = (
     "--xla_tpu_enable_data_parallel_all_reduce_opt=true "
     "--xla_tpu_data_parallel_opt_different_sized_ops=true"
 )
-# Those of configs/tpu/v5p/32b.sh. The other scripts of v5p lack the SparseCore flags and ask for
-# fused gathers, which today's compiler refuses on v5p.
-V5P = (
+# Today's compiler refuses fused gathers on v5p, which all scripts ask for and that of 32B takes back.
+_V5P = (
     f"{_ASYNC} --xla_tpu_megacore_fusion_allow_ags=false "
     "--xla_tpu_enable_ag_backward_pipelining=true --xla_tpu_enable_async_collective_fusion=true "
     "--xla_tpu_enable_async_collective_fusion_multiple_steps=true "
-    "--xla_tpu_overlap_compute_collective_tc=true --xla_sc_disable_megacore_partitioning=true "
-    "--xla_tpu_use_tc_device_shape_on_sc=true "
-    "--xla_tpu_enable_sparse_core_collective_offload_all_gather=true "
+    "--xla_tpu_overlap_compute_collective_tc=true "
     "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=false"
+)
+# Only the script of 32B has these.
+_SPARSECORE = (
+    "--xla_sc_disable_megacore_partitioning=true --xla_tpu_use_tc_device_shape_on_sc=true "
+    "--xla_tpu_enable_sparse_core_collective_offload_all_gather=true"
 )
 V5E = (
     "--xla_tpu_enable_data_parallel_all_reduce_opt=true "
@@ -115,23 +117,36 @@ class Point:
     length: int = 2048  # tokens of a sequence
 
 
-def _v5p(size: int, slices: str, described: str, batch: int, tensor: int, tflops: float, **more):
+def _v5p(
+    size: int,
+    slices: str,
+    described: str,
+    batch: int,
+    tensor: int,
+    tflops: float,
+    sparsecore: bool = False,
+    seen: bool = False,
+) -> Point:
     arguments = (
         f"per_device_batch_size={batch} remat_policy=minimal global_parameter_scale={size} "
         f"ici_fsdp_parallelism=-1 ici_tensor_parallelism={tensor}"
     )
-    return Point(slices, described, arguments, V5P, _README_V5P, tflops, **more)
+    flags = f"{_V5P} {_SPARSECORE}" if sparsecore else _V5P
+    return Point(slices, described, arguments, flags, _README_V5P, tflops, seen=seen)
 
 
-def _v5e(size: int, batch: int, tflops: float, rest: str = "remat_policy=full", **more):
+def _v5e(
+    size: int, batch: int, tflops: float, rest: str = "remat_policy=full", seen: bool = False
+) -> Point:
     arguments = f"per_device_batch_size={batch} {rest} global_parameter_scale={size}"
-    return Point("v5e-256", "v5e:16x16", arguments, V5E, _README_V5E, tflops, **more)
+    return Point("v5e-256", "v5e:16x16", arguments, V5E, _README_V5E, tflops, seen=seen)
 
 
 POINTS = {
-    "v5p-32b": _v5p(32, "v5p-128", "v5p:4x4x4", 6, 4, 328, seen=True),
+    "v5p-32b": _v5p(32, "v5p-128", "v5p:4x4x4", 6, 4, 328, sparsecore=True, seen=True),
     "v5e-16b": _v5e(16, 6, 120, seen=True),
     "v5p-64b": _v5p(64, "v5p-128", "v5p:4x4x4", 3, 4, 323),
+    "v5p-64b-sparsecore": _v5p(64, "v5p-128", "v5p:4x4x4", 3, 4, 323, sparsecore=True),
     "v5p-128b": _v5p(128, "v5p-256", "v5p:4x4x8", 1, 8, 315),
     "v5p-128b-512": _v5p(128, "v5p-512", "v5p:4x8x8", 1, 8, 316),
     "v5p-256b": _v5p(256, "v5p-1024", "v5p:8x8x8", 1, 8, 308),

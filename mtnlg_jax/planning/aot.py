@@ -60,6 +60,7 @@ class Measurement:
     # Of decoding, as in `unstack`.
     weights: str | None = None
     cache: str | None = None
+    places: list = dataclasses.field(default_factory=list)  # of the devices in a slice, in order
     predicted: prediction.Prediction | None = None  # of a train step, if it was asked for
 
     @property
@@ -185,7 +186,9 @@ def from_dict(said: dict) -> Measurement:
 
 
 def to_text(measurement: Measurement) -> str:
-    return json.dumps(dataclasses.asdict(measurement), indent=1)
+    said = dataclasses.asdict(measurement)
+    del said["places"]  # three numbers for each of thousands of devices
+    return json.dumps(said, indent=1)
 
 
 # --- the other end ---
@@ -258,6 +261,7 @@ def _compile(
         failure="unfinished",
         weights=weights,
         cache=cache,
+        places=[list(getattr(device, "coords", ())) for device in mesh.devices.flat],
     )
     result.lower_seconds = time.perf_counter() - start
     yield result
@@ -312,7 +316,7 @@ def _compile(
         timeline, costs = prediction.simulate(
             written,
             topology,
-            [device.coords for device in mesh.devices.flat],
+            result.places,
             sizes,
             trips,
             steps.is_causal(config),

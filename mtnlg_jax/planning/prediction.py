@@ -5,15 +5,19 @@ from collections.abc import Callable, Mapping, Sequence
 
 from mtnlg_jax.config import Config
 from mtnlg_jax.hardware import CHIPS, Chip, flops_per_token
-from mtnlg_jax.planning import tpu_costs
+from mtnlg_jax.planning.cycles import is_estimated
+from mtnlg_jax.planning.gpu_costs import GpuCosts
 from mtnlg_jax.planning.hlo import Program
 from mtnlg_jax.planning.kernel_cycles import profile
 from mtnlg_jax.planning.source_lines import SourceLines
 from mtnlg_jax.planning.timeline import Timeline
 from mtnlg_jax.planning.topology import Topology, wrapped
 from mtnlg_jax.planning.torus import Torus
+from mtnlg_jax.planning.tpu_costs import RULES, TpuCosts
 
 WORST = 5  # waits that a prediction keeps
+
+Costs = TpuCosts | GpuCosts
 
 
 @dataclasses.dataclass
@@ -43,15 +47,19 @@ def check(topology: Topology, step: str) -> None:
 
 
 def chip_of(topology: Topology) -> Chip:
-    """Return the figures of a topology's chips. Raises ValueError if they lack clock or links."""
-    chip = CHIPS.get(topology.kind)
-    if chip is None or not chip.clock or not chip.link:
-        known = ", ".join(name for name, each in CHIPS.items() if each.clock and each.link)
+    """Return the figures of a topology's chips. Raises ValueError if a TPU lacks clock or links, or
+    if there are none."""
+    known = {
+        ("A100" if name == "A100-80" else name): chip
+        for name, chip in CHIPS.items()
+        if not chip.tpu or (chip.clock and chip.link)
+    }
+    if topology.kind not in known:
         raise ValueError(
             f"--time: there are no figures of the clock and the links of {topology.kind}; "
-            f"leave --time out, or choose one of {known}"
+            f"leave --time out, or choose one of {', '.join(known)}"
         )
-    return chip
+    return known[topology.kind]
 
 
 def torus_between(topology: Topology, places: Sequence[Sequence[int]], chip: Chip) -> Torus:
@@ -73,25 +81,31 @@ def simulate(
     mesh: Mapping[str, int],
     dynamic_trips: Callable[[int], float],
     causal: bool = True,
-) -> tuple[Timeline, tpu_costs.TpuCosts]:
-    """Simulate the compiled program ``text``; ``places`` are those of the devices in the slice, in
-    the order of the mesh. Raises ValueError if the compiler wrote no estimates."""
-    if '"estimated_cycles"' not in text:
+) -> tuple[Timeline, Costs]:
+    """Simulate the compiled program ``text``.
+
+    Args:
+      places: those of the devices in a TPU slice, in the order of the mesh.
+      causal: whether attention is.
+
+    Raises ValueError if the TPU compiler wrote no estimates."""
+    chip = chip_of(topology)
+    if chip.tpu and not is_estimated(text):
         raise ValueError(
             f"--time: the compiler for {topology.kind} wrote no estimates of cycles into the "
             "program; leave --time out"
         )
-    chip = chip_of(topology)
     program = Program(text)
-    kernels = profile(program, topology, causal)
-    costs = tpu_costs.TpuCosts(chip, torus_between(topology, places, chip), kernels)
-    timeline = Timeline(program, mesh, costs, dynamic_trips, SourceLines(text))
-    return timeline, costs
+    costs: Costs
+    if chip.tpu:
+        links = torus_between(topology, places, chip)
+        costs = TpuCosts(chip, links, profile(program, topology, causal))
+    else:
+        costs = GpuCosts(chip, topology.dims[-1])
+    return Timeline(program, mesh, costs, dynamic_trips, SourceLines(text)), costs
 
 
-def predict(
-    config: Config, timeline: Timeline, costs: tpu_costs.TpuCosts, devices: int
-) -> Prediction:
+def predict(config: Config, timeline: Timeline, costs: Costs, devices: int) -> Prediction:
     """Sum up a simulated train step of the whole batch."""
     step = timeline.step
     peak = costs.chip.flops * step.seconds
@@ -99,7 +113,7 @@ def predict(
     model_flops = tokens * flops_per_token(config.model, config.sequence_length) / devices
     waits = sorted(step.waits.values(), key=lambda wait: -wait.seconds)[:WORST]
     return Prediction(
-        rules=tpu_costs.RULES,
+        rules=RULES,
         seconds=step.seconds,
         tokens_per_second=tokens / step.seconds,
         mfu=model_flops / peak,

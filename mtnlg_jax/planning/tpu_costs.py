@@ -46,16 +46,17 @@ class TpuCosts:
     ) -> float:
         cycles = cycles_of(instruction.attributes)
         name = re.sub(r"[.\d]+$", "", instruction.name)
-        if instruction.opcode == "custom-call" and hlo_cost.kernel_of(instruction):
+        kernel = hlo_cost.kernel_of(instruction) if instruction.opcode == "custom-call" else None
+        if kernel:
             key = key_of(program, computation, instruction)
             if cycles is None and key is not None:
                 cycles = self.kernels.get(key)
             if cycles is not None:
                 return cycles / self.chip.clock
             if flops:
-                self.assumed[name] += 1
+                self.assumed[kernel[0]] += 1
                 return flops / (KERNEL_SHARE * self.chip.flops)
-            self.unknown[name] += 1
+            self.unknown[kernel[0]] += 1
             return 0.0
         if cycles is None:
             if is_estimated(instruction.attributes) or instruction.opcode == "sort":
