@@ -11,7 +11,7 @@ from mtnlg_jax.planning.hlo import Program
 from mtnlg_jax.planning.kernel_cycles import profile
 from mtnlg_jax.planning.source_lines import SourceLines
 from mtnlg_jax.planning.timeline import Timeline
-from mtnlg_jax.planning.topology import Topology, wrapped
+from mtnlg_jax.planning.topology import Topology, check_slice, wrapped
 from mtnlg_jax.planning.torus import Torus
 from mtnlg_jax.planning.tpu_costs import RULES, TpuCosts
 
@@ -44,6 +44,7 @@ def check(topology: Topology, step: str) -> None:
             f"--time predicts train steps, not --step={step}; leave --time or --step out"
         )
     chip_of(topology)
+    check_slice(topology)
 
 
 def chip_of(topology: Topology) -> Chip:

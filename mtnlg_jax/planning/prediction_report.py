@@ -2,6 +2,7 @@
 
 from mtnlg_jax.hardware import size_of
 from mtnlg_jax.planning.aot import Measurement
+from mtnlg_jax.planning.gpu_costs import MEMORY_SHARE, PRODUCT_SHARE
 from mtnlg_jax.planning.prediction import Prediction, chip_of
 from mtnlg_jax.planning.topology import parse
 
@@ -34,12 +35,18 @@ def prediction_rows(m: Measurement) -> list[tuple[str, str]]:
     for label, source, seconds, count, size in p.waits:
         text = f"{seconds:>9.4f} s  {count:>7,.0f}  {size_of(size):>11}  {label}  {source}"
         rows.append(("", text.rstrip()))
-    rows.append(("not known", _not_known(p)))
+    rows.append(("not known", _not_known(p, m.topology)))
     return rows
 
 
-def _not_known(p: Prediction) -> str:
+def _not_known(p: Prediction, topology: str) -> str:
     parts = ["input and host, gaps between launches, traffic between slices, throttling"]
+    if parse(topology).platform == "cuda":
+        parts = [
+            f"this compiler estimates nothing: rooflines, products at {PRODUCT_SHARE:.0%} of the "
+            f"peak and bytes at {MEMORY_SHARE:.0%} of the memory's speed",
+            "input and host, throttling",
+        ]
     if p.assumed_kernels:
         parts.append(f"{', '.join(p.assumed_kernels)}: taken at half of peak")
     if p.unknown:

@@ -72,6 +72,62 @@ def wrapped(topology: Topology) -> tuple[bool, bool, bool]:
     return (all(size % 4 == 0 for size in topology.dims),) * 3
 
 
+_SMALL_FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
+_SMALL_CUBES = ((1, 2, 2), (2, 2, 2), (2, 2, 4), (2, 4, 4))
+_LARGEST = 9216  # chips of the largest slice of any kind
+
+
+@functools.cache
+def _slices(flat: bool) -> tuple[tuple[int, ...], ...]:
+    """Return the dims of all slices, shortest dim first, smallest slice first.
+
+    v5e and v6e have eight sizes. The others are cubes of 4 x 4 x 4 joined along any dim, and parts
+    of one (Google Cloud, TPU v4, v5p and TPU7x pages).
+    """
+    if flat:
+        return _SMALL_FLAT
+    sides = range(4, 65, 4)
+    cubes = [
+        (a, b, c)
+        for a in sides
+        for b in sides
+        for c in sides
+        if a <= b <= c and a * b * c <= _LARGEST
+    ]
+    return tuple(sorted([*_SMALL_CUBES, *cubes], key=lambda dims: (math.prod(dims), dims[::-1])))
+
+
+def check_slice(topology: Topology) -> None:
+    """Raise ValueError, which names the nearest ones, if no TPU slice has these dims."""
+    if topology.platform != "tpu" or tuple(sorted(topology.dims)) in _slices(topology.kind in FLAT):
+        return
+    wanted = math.prod(topology.dims)
+    sizes = _slices(topology.kind in FLAT)
+    below = [dims for dims in sizes if math.prod(dims) <= wanted][-1:]
+    above = [dims for dims in sizes if math.prod(dims) > wanted][:1]
+    named = " and ".join(
+        f"{topology.kind}:{'x'.join(map(str, _written(dims)))}" for dims in [*below, *above]
+    )
+    raise ValueError(f"topology {topology}: no slice has these dims; the nearest have {named}")
+
+
+def _written(dims: tuple[int, ...]) -> tuple[int, ...]:
+    return (2, 2, 1) if dims == (1, 2, 2) else dims  # as Google writes it
+
+
+def slice_of(kind: str, chips: int) -> Topology:
+    """Return the slice of ``chips`` whose longest dim is the shortest. Raises ValueError, which
+    names the nearest ones, if there is none."""
+    sizes = _slices(kind in FLAT)
+    fitting = [dims for dims in sizes if math.prod(dims) == chips]
+    if fitting:
+        return Topology(kind, _written(min(fitting, key=max)))
+    below = [math.prod(dims) for dims in sizes if math.prod(dims) < chips][-1:]
+    above = [math.prod(dims) for dims in sizes if math.prod(dims) > chips][:1]
+    named = " and ".join(map(str, [*below, *above]))
+    raise ValueError(f"no {kind} slice has {chips} chips; the nearest have {named}")
+
+
 def parse(text: str) -> Topology:
     """Parse "v5p:8x8x8*2". Raises ValueError on another form or an unknown kind."""
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)(?:\*(\d+))?", text)

@@ -112,7 +112,7 @@ def test_prediction_survives_json():
 
 @pytest.mark.parametrize("kind", ["tpu7x:2x2x1", "cpu:8"])
 def test_chips_without_figures_are_refused_before_compiling(kind):
-    with pytest.raises(ValueError, match="no figures of the clock.*choose one of v4, v5e, v5p"):
+    with pytest.raises(ValueError, match="no figures of the clock.*choose one of A100, H100, .*v4, v5e, v5p"):
         prediction.check(topology.parse(kind), "train")
 
 
@@ -124,3 +124,26 @@ def test_other_steps_are_refused():
 def test_program_without_estimates_is_refused():
     with pytest.raises(ValueError, match="wrote no estimates"):
         prediction.simulate("HloModule m", topology.parse("v5p:2x2x1"), [], {}, lambda depth: 1)
+
+
+@pytest.mark.parametrize(
+    "text, named",
+    [
+        ("v5p:3x5x7", "v5p:4x4x4 and v5p:4x4x8"),
+        ("v5e:4x16", "v5e:8x8 and v5e:8x16"),
+        ("v5p:8x14x20", "v5p:4x20x28 and v5p:12x12x16"),
+    ],
+)
+def test_dims_of_no_slice_are_refused_with_the_nearest(text, named):
+    with pytest.raises(ValueError, match="no slice has these dims; the nearest have") as error:
+        prediction.check(topology.parse(text), "train")
+    assert str(error.value).endswith(named)
+
+
+def test_slices_that_exist_are_taken():
+    for text in ("v5p:2x2x1", "v5p:8x8x16", "v5e:16x16", "v6e:2x4", "v4:4x4x8", "H100:280x8"):
+        prediction.check(topology.parse(text), "train")
+    assert str(topology.slice_of("v5p", 1024)) == "v5p:8x8x16"
+    assert str(topology.slice_of("v6e", 256)) == "v6e:16x16"
+    with pytest.raises(ValueError, match="no v6e slice has 100 chips; the nearest have 64 and 128"):
+        topology.slice_of("v6e", 100)

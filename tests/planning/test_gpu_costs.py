@@ -1,0 +1,83 @@
+"""Rooflines of a GPU, worked out by hand."""
+
+import pytest
+
+from mtnlg_jax.hardware import CHIPS
+from mtnlg_jax.planning.gpu_costs import (
+    FLOAT32_SHARE,
+    LATENCY,
+    LAUNCH,
+    LINK_SHARE,
+    MEMORY_SHARE,
+    PRODUCT_SHARE,
+    GpuCosts,
+)
+from mtnlg_jax.planning.hlo import Program
+from mtnlg_jax.planning.timeline import Timeline, Transfer
+
+CHIP = CHIPS["H100"]
+MESH = {"data": 16}
+
+
+def step_of(*lines: str, given: str = "bf16") -> Timeline:
+    text = f"""HloModule m, is_scheduled=true
+
+%product (a: {given}[64,64], b: {given}[64,64]) -> {given}[64,64] {{
+  %a = {given}[64,64]{{1,0}} parameter(0)
+  %b = {given}[64,64]{{1,0}} parameter(1)
+  ROOT %d = {given}[64,64]{{1,0}} dot(%a, %b), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+}}
+
+ENTRY %main (x: {given}[64,64]) -> {given}[64,64] {{
+  %x = {given}[64,64]{{1,0}} parameter(0)
+"""
+    return Timeline(Program(text + "\n".join(lines) + "\n}\n"), MESH, GpuCosts(CHIP, 8))
+
+
+PRODUCT = "  %f = GIVEN[64,64]{1,0} fusion(%x, %x), kind=kCustom, calls=%product"
+
+
+@pytest.mark.parametrize(
+    "given, share, size", [("bf16", PRODUCT_SHARE, 2), ("f32", FLOAT32_SHARE, 4)]
+)
+def test_fusion_takes_the_longer_of_its_products_and_its_bytes(given, share, size):
+    seconds = step_of(PRODUCT.replace("GIVEN", given), given=given).step.seconds
+    products = 2 * 64**3 / (share * CHIP.flops)
+    moved = 3 * 64 * 64 * size / (MEMORY_SHARE * CHIP.memory_speed)
+    assert seconds == pytest.approx(LAUNCH + max(products, moved))
+
+
+def group(first: int, stride: int, size: int) -> str:
+    return "replica_groups={{" + ",".join(str(first + stride * n) for n in range(size)) + "}}"
+
+
+@pytest.mark.parametrize(
+    "groups, size, speed, lane",
+    [
+        (group(0, 1, 8), 8, CHIP.fast, "NVLink data"),
+        (group(0, 8, 2), 2, CHIP.slow, "network data"),
+        (group(0, 4, 4), 4, 2 * CHIP.slow, "network data"),  # two of a node share its cards
+        (group(0, 1, 16), 16, 8 * CHIP.slow, "network data"),
+    ],
+)
+def test_rings_leave_a_node_over_the_cards_of_their_members(groups, size, speed, lane):
+    costs = GpuCosts(CHIP, 8)
+    gather = Transfer("all-gather", "data", size, 1000, groups)
+    moved = 1000 * size * (size - 1) / size
+    assert costs.transfer(gather) == pytest.approx(LATENCY + moved / (LINK_SHARE * speed))
+    assert costs.lane(gather) == lane
+
+
+def test_synchronous_start_stops_computing():
+    lines = (
+        "  %g = (bf16[64,64]{1,0}, bf16[1024,64]{1,0}) all-gather-start(%x), dimensions={0}, "
+        f'{group(0, 1, 16)}, backend_config={{"collective_backend_config":{{"is_sync":SYNC}}}}',
+        PRODUCT.replace("GIVEN", "bf16"),
+        "  %d = bf16[1024,64]{1,0} all-gather-done(%g)",
+    )
+    apart = step_of(*(line.replace("SYNC", "true") for line in lines)).step
+    beside = step_of(*(line.replace("SYNC", "false") for line in lines)).step
+    gather = apart.classes["all-gather data"]
+    product = apart.classes["products"]
+    assert apart.seconds == pytest.approx(gather + product)
+    assert beside.seconds == pytest.approx(max(gather, product))
