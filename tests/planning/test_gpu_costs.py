@@ -19,13 +19,16 @@ CHIP = CHIPS["H100"]
 MESH = {"data": 16}
 
 
+DIMS = "lhs_contracting_dims={1}, rhs_contracting_dims={0}"
+
+
 def step_of(*lines: str, given: str = "bf16") -> Timeline:
     text = f"""HloModule m, is_scheduled=true
 
 %product (a: {given}[64,64], b: {given}[64,64]) -> {given}[64,64] {{
   %a = {given}[64,64]{{1,0}} parameter(0)
   %b = {given}[64,64]{{1,0}} parameter(1)
-  ROOT %d = {given}[64,64]{{1,0}} dot(%a, %b), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+  ROOT %d = {given}[64,64]{{1,0}} dot(%a, %b), {DIMS}
 }}
 
 ENTRY %main (x: {given}[64,64]) -> {given}[64,64] {{
