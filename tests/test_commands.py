@@ -122,8 +122,8 @@ def problem(command: list[str]) -> str | None:
 
 
 def _absl_problem(script: str, given: list[str]) -> str | None:
-    before = set(flags.FLAGS)
     _forget_scripts()
+    before = set(flags.FLAGS)
     try:
         runpy.run_path(str(ROOT / script), run_name="shown")
         try:
