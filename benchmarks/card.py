@@ -10,7 +10,7 @@ The parts, most important first, each in its own process with its own time limit
     attention    forward and backward at 2,048 and 8,192 tokens, head widths 64, 128, 160; cuDNN;
                  PyTorch's SDPA
     train        a step of 1.3 billion parameters: our kernels, cuDNN, PyTorch eager and
-                 torch.compile; MFU
+                 torch.compile; MFU; the seconds that planning predicts for our program
     decode       1.3 billion parameters, bfloat16 and int8, 1, 8 and 64 rows, beside copy bandwidth;
                  Hugging Face
 
@@ -42,6 +42,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 # The machine with the card may have the repository without having installed it.
 sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+import card_prediction  # noqa: E402  the path above leads to it
 
 # The largest share of the remaining time that a part may take; what it does not use is left to the
 # next.
@@ -338,18 +340,22 @@ def train_ours(sizes: dict, rows: int, impl: str, packed: bool) -> dict:
 
         batch = batches.put_batch(rows_of, (1, *tokens.shape), mesh)
         state = init_state(config, mesh)
-        train_step = make_train_step(config, mesh, causal=True)
+        rest = (batch, np.int32(1), np.int32(rows), np.float32(1))
+        compiled = make_train_step(config, mesh, causal=True).lower(state, *rest).compile()
 
         def one():
             nonlocal state
-            state, metrics = train_step(state, batch, np.int32(1), np.int32(rows), np.float32(1))
+            state, metrics = compiled(state, *rest)
             return metrics["loss"]
 
         losses, seconds = timed(one, lambda loss: float(jax.block_until_ready(loss)))
     finally:
         if not packed:
             micro_batches.context_attention = whole
-    return of_step(sizes, rows, seconds) | {"losses": losses, "packed_documents": packed}
+    predicted = card_prediction.beside(compiled.as_text() or "", seconds)
+    return (
+        of_step(sizes, rows, seconds) | predicted | {"losses": losses, "packed_documents": packed}
+    )
 
 
 def train_torch(sizes: dict, rows: int, compiled: bool) -> dict:
@@ -452,7 +458,10 @@ def decode(small: bool) -> None:
             def ours(held=held, rows=rows):
                 nonlocal decoder
                 decoder = decoder or make_decoder(sizes, held)
-                return decode_ours(decoder, rows, prompt, new, bandwidth)
+                found = decode_ours(decoder, rows, prompt, new, bandwidth)
+                predicted = card_prediction.decode(sizes, held, rows, prompt + new)
+                ratio = found["tokens_per_second"] / predicted["predicted_tokens_per_second"]
+                return found | predicted | {"predicted_over_measured": ratio}
 
             attempt(row, ours)
     decoder = None  # free its memory for the peer

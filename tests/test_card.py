@@ -68,6 +68,10 @@ def test_every_part_runs_on_a_cpu(environment, tmp_path):
         found = result["parts"][part]
         assert found["ended"] == "done" and key in found["rows"][0], (part, found)
         assert not [row for row in found["rows"] if row.get("failure")]
+    for part in ("train", "decode"):
+        # A CPU is none of the cards, so the figures of one stand in.
+        ours = result["parts"][part]["rows"][0]
+        assert ours["predicted_for"] == "H100" and ours["predicted_over_measured"] > 0
     peers = [row for row in result["parts"]["train"]["rows"] if row["side"] == "torch"]
     assert len(peers) == 1 and ("tflops" in peers[0] or "torch" in peers[0]["left_out"])
 
