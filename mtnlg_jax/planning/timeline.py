@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from mtnlg_jax.planning import hlo_cost
-from mtnlg_jax.planning.hlo import Instruction, Program, bytes_of
+from mtnlg_jax.planning.hlo import Instruction, Program, bytes_of, split_top
 from mtnlg_jax.planning.source_lines import SourceLines
 from mtnlg_jax.planning.trips import trips_of
 
@@ -418,17 +418,25 @@ class _Walk:
         return instruction
 
     def _started(self, instruction: Instruction, base: str) -> Transfer | None:
-        given = self._given(instruction)
         if base in _COPIED:
             host = _HOST in instruction.shape or any(
                 _HOST in self.index[name].shape
                 for name in instruction.operands
                 if name in self.index
             )
-            return Transfer("host copy" if host else "copy", "", 1, given)
+            return Transfer("host copy" if host else "copy", "", 1, self._copied(instruction, base))
         if base in hlo_cost.KINDS:
             return self._transfer(instruction)
         return self.timeline.collective_in(self._origin(instruction))
+
+    def _copied(self, instruction: Instruction, base: str) -> int:
+        """Return the bytes that a copy moves: of a slice, not of the array that has it."""
+        parts = split_top(instruction.shape[1:-1])
+        if base in ("slice", "dynamic-slice") and len(parts) > 1:
+            return bytes_of(parts[1])  # operands, result, context
+        if base == "dynamic-update-slice" and len(instruction.operands) > 1:
+            return bytes_of(self.index[instruction.operands[1]].shape)
+        return self._given(instruction)
 
     def _between_slices(self, instruction: Instruction) -> None:
         key = "between slices"  # a receive has no bytes of its own: it waits for the last send

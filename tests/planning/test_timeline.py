@@ -153,6 +153,21 @@ def test_copy_to_the_host_has_a_lane_of_its_own():
     assert {event.lane for event in step.events} == {"compute", "copy", "host copy"}
 
 
+def test_copy_of_a_slice_moves_the_slice():
+    big = "  %big = f32[100,8]{1,0} broadcast(%x), dimensions={1}\n  %i = s32[] constant(0)\n"
+    read = simulate(
+        big + "  %s = ((f32[100,8]{1,0:S(5)}, s32[]), f32[1,8]{1,0}, u32[]) "
+        "dynamic-slice-start(%big, %i, %i), dynamic_slice_sizes={1,8}",
+        "  %d = f32[1,8]{1,0} dynamic-slice-done(%s)",
+    ).step
+    write = simulate(
+        big + "  %s = ((f32[100,8]{1,0:S(5)}, f32[8]{0}, s32[]), f32[100,8]{1,0:S(5)}, u32[]) "
+        "dynamic-update-slice-start(%big, %x, %i, %i)",
+        "  %d = f32[100,8]{1,0:S(5)} dynamic-update-slice-done(%s)",
+    ).step
+    assert read.classes == write.classes == {"wait host copy": 8}
+
+
 def test_reduce_scatter_written_as_a_fusion():
     before = f"""
 %scattered (p: f32[8]) -> f32[4] {{
