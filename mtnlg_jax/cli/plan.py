@@ -9,6 +9,10 @@ The fastest layouts of a config on these chips, as --set flags:
 
     python launch/plan.py --config=configs/mtnlg_530b.py --chips=H100:1024
 
+The same; then the first two are compiled and ranked by their predicted seconds, minutes for each:
+
+    python launch/plan.py --config=configs/ladder.py:7.5b --chips=v5p:64 --prove=2
+
 The share of the peak at which a run computed, written to RUN/calibration.json; then layouts that
 are estimated with it:
 
@@ -47,6 +51,12 @@ with command.flag_group("The fastest layouts"):
         "chips", None, "kind and number, such as H100:1024 or v5p:1024: rank the layouts on them"
     )
     _TOP = flags.DEFINE_integer("top", 5, "number of layouts to print", lower_bound=1)
+    _PROVE = flags.DEFINE_integer(
+        "prove",
+        0,
+        "number of the fastest layouts to compile and to rank by their predicted seconds",
+        lower_bound=0,
+    )
     _CALIBRATION = command.define_path(
         "calibration", None, "a calibration.json, whose efficiency replaces that of MT-NLG"
     )
@@ -86,10 +96,19 @@ def main() -> None:
         )
         model = dataclasses.replace(config.model, vocab_size=VOCABULARY)
         config = dataclasses.replace(config, model=model)
+    if _PROVE.value and not chips:
+        raise ValueError(f"--prove={_PROVE.value} needs --chips, such as --chips=v5p:64")
     if chips:
-        from mtnlg_jax.planning.layout_report import layout_report
+        from mtnlg_jax.planning import prove
+        from mtnlg_jax.planning.layout_report import job_of, layout_report
 
-        print(layout_report(config, *chips, _TOP.value, _CALIBRATION.value))
+        topology = prove.topology_of(*chips) if _PROVE.value else None
+        print(layout_report(config, *chips, _TOP.value, _CALIBRATION.value), flush=True)
+        if topology is not None:
+            job, _ = job_of(config, chips[0], _CALIBRATION.value)
+            print()
+            for line in prove.proofs(job, topology, topology.chips, _PROVE.value):
+                print(line, flush=True)
     else:
         from mtnlg_jax.planning.tensor_table import tensor_table
 

@@ -36,6 +36,19 @@ _NOTE = (
 )
 
 
+def job_of(config: Config, name: str, calibration: str | None = None) -> tuple[Job, str]:
+    """Return ``config`` on chips ``name``, and where its efficiency comes from. A vocabulary from
+    elsewhere is padded for any mesh.tensor, which divides the heads."""
+    efficiency = EFFICIENCY
+    origin = "MT-NLG's on A100s; your own with --calibrate"
+    if calibration:
+        efficiency, origin = read_calibration(calibration, name)
+    if config.model.vocabulary % config.model.vocab_size_divisible_by:
+        model = config.model.padded(config.model.num_attention_heads)
+        config = dataclasses.replace(config, model=model)
+    return Job(config, CHIPS[name], efficiency), origin
+
+
 def layout_report(
     config: Config, name: str, number: int, most: int = 5, calibration: str | None = None
 ) -> str:
@@ -44,15 +57,9 @@ def layout_report(
     ``calibration`` is the path of a calibration.json, whose efficiency replaces that of MT-NLG.
     Raises ValueError if nothing fits, with the number of chips that would be enough.
     """
-    efficiency = EFFICIENCY
-    origin = "MT-NLG's on A100s; your own with --calibrate"
-    if calibration:
-        efficiency, origin = read_calibration(calibration, name)
-    if config.model.vocabulary % config.model.vocab_size_divisible_by:
-        # A vocabulary from elsewhere is padded for any mesh.tensor, which divides the heads.
-        model = config.model.padded(config.model.num_attention_heads)
-        config = dataclasses.replace(config, model=model)
-    job = Job(config, CHIPS[name], efficiency)
+    job, origin = job_of(config, name, calibration)
+    config = job.config
+    efficiency = job.efficiency
     devices = number * CHIPS[name].devices
     found = search(job, devices)
     if not found:

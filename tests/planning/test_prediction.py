@@ -1,52 +1,24 @@
 """What is said of a predicted step, and what is refused."""
 
 import dataclasses
-import gzip
 import json
-from pathlib import Path
 
+import kept_programs
 import pytest
 
 from mtnlg_jax.config import Config, ModelConfig, TrainConfig
 from mtnlg_jax.hardware import CHIPS
-from mtnlg_jax.planning import aot, hlo_cost, prediction, prediction_report, topology, tpu_costs
-from mtnlg_jax.planning.hlo import Program
-from mtnlg_jax.planning.source_lines import SourceLines
-from mtnlg_jax.planning.timeline import Timeline
-
-PROGRAMS = Path(__file__).parent / "programs"
-
-
-def simulated(name: str) -> tuple[Timeline, tpu_costs.TpuCosts, dict]:
-    """Return a committed program, simulated without cycles of kernels compiled alone."""
-    said = json.loads((PROGRAMS / f"{name}.json").read_text())
-    text = gzip.decompress((PROGRAMS / f"{name}.hlo.gz").read_bytes()).decode()
-    described = topology.parse(said["topology"])
-    chip = prediction.chip_of(described)
-    links = prediction.torus_between(described, said["coords"], chip)
-    costs = tpu_costs.TpuCosts(chip, links)
-    trips = said["micro_batches"]
-    timeline = Timeline(
-        Program(text),
-        said["mesh"],
-        costs,
-        lambda depth: trips if depth == 0 else 1,
-        SourceLines(text),
-    )
-    return timeline, costs, said
+from mtnlg_jax.planning import aot, hlo_cost, prediction, prediction_report, topology
 
 
 @pytest.fixture(params=["v5e", "v5p", "v6e"], scope="module")
 def program(request):
-    return simulated(request.param)
+    return kept_programs.simulated(request.param)
 
 
 def test_committed_programs_have_the_counted_flops(program):
     timeline, _, said = program
-    trips = said["micro_batches"]
-    counted = hlo_cost.cost_of(
-        timeline.program, said["mesh"], lambda depth: trips if depth == 0 else 1
-    )
+    counted = hlo_cost.cost_of(timeline.program, said["mesh"], kept_programs.trips_of(said))
     assert sum(timeline.step.flops.values()) == counted.flops > 0
 
 

@@ -1,0 +1,76 @@
+"""Compile the fastest layouts of the planner, and rank them by their predicted seconds."""
+
+from collections.abc import Iterator
+
+from mtnlg_jax.hardware import size_of
+from mtnlg_jax.planning import prediction
+from mtnlg_jax.planning.aot import Measurement, measure
+from mtnlg_jax.planning.cost import Job
+from mtnlg_jax.planning.estimate import Estimate
+from mtnlg_jax.planning.search import flags_of, search, with_layout
+from mtnlg_jax.planning.text import columns, duration
+from mtnlg_jax.planning.topology import Topology, slice_of
+
+CARDS = 8  # GPUs of a node
+_HEADER = ("", "by sums", "predicted", "MFU", "HFU", "peak", "longest wait")
+
+
+def topology_of(name: str, number: int) -> Topology:
+    """Return the slice of ``number`` chips ``name`` (a key of hardware.CHIPS), or nodes of 8 GPUs.
+
+    Raises ValueError if no slice has as many chips, or nothing can be predicted for them.
+    """
+    kind = name.removesuffix("-80")
+    if name.startswith(("A", "H", "B")):
+        whole = number % CARDS == 0
+        found = Topology(kind, (number // CARDS, CARDS) if whole else (1, number))
+    else:
+        found = slice_of({"TPU7x": "tpu7x"}.get(name, name), number)
+    prediction.check(found, "train")
+    return found
+
+
+def proofs(job: Job, topology: Topology, devices: int, count: int) -> Iterator[str]:
+    """Compile the ``count`` fastest layouts of ``job`` and yield a line for each, then the table,
+    fastest first, and the flags of the first."""
+    found = []
+    for rank, estimate in enumerate(search(job, devices)[:count], 1):
+        config = with_layout(job.config, estimate.layout)
+        measurement = measure(config, topology, predict=True)
+        found.append((rank, estimate, measurement))
+        yield f"layout {rank}: {_summary(estimate, measurement)}"
+    proven = [each for each in found if each[2].predicted is not None]
+    if not proven:
+        yield "no layout compiled; --prove=N with a larger N tries more"
+        return
+    proven.sort(key=lambda each: each[2].predicted.seconds if each[2].predicted else 0.0)
+    yield ""
+    yield columns([_HEADER, *(_cells(*each) for each in proven)], left=0)
+    rank, estimate, _ = proven[0]
+    yield f"\nfastest by prediction: {rank}: {' '.join(flags_of(job.config, estimate.layout))}"
+    yield "a difference within the error of the predictions (docs/predicted_step.md) is a tie"
+
+
+def _summary(estimate: Estimate, measurement: Measurement) -> str:
+    if measurement.predicted is None:
+        return measurement.failure[:200]
+    return (
+        f"{duration(estimate.step_seconds)} a step by sums, "
+        f"{duration(measurement.predicted.seconds)} predicted"
+    )
+
+
+def _cells(rank: int, estimate: Estimate, measurement: Measurement) -> tuple[str, ...]:
+    predicted = measurement.predicted
+    if predicted is None:
+        raise ValueError(f"layout {rank} was not predicted")
+    label, source, seconds, *_ = predicted.waits[0] if predicted.waits else ("none", "", 0.0)
+    return (
+        str(rank),
+        duration(estimate.step_seconds),
+        duration(predicted.seconds),
+        f"{predicted.mfu:.1%}",
+        f"{predicted.hfu:.1%}",
+        size_of(measurement.peak),
+        f"{duration(seconds)} {label} {source}".rstrip(),
+    )
