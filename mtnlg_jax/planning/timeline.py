@@ -3,8 +3,8 @@
 Computing is one lane. Its instructions run in the order of the program's text, which is the
 schedule. Each set of links is a lane of its own, and so are copies within a device and to the host:
 what an instruction starts there runs beside the computing until the instruction that waits for it.
-A synchronous collective stops the computing. The body of a loop is simulated once, and counts as
-often as it runs. `Costs` gives the seconds of each piece.
+A synchronous collective stops the computing, and shares its links with what runs there. The body of
+a loop is simulated once, and counts as often as it runs. `Costs` gives the seconds of each piece.
 """
 
 import dataclasses
@@ -133,11 +133,12 @@ class Span:
         total.count += times * count
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class _Running:
     """A transfer that was started."""
 
     end: float
+    lane: str
     transfer: Transfer
     source: str
 
@@ -350,9 +351,15 @@ class _Walk:
     def _synchronous(self, instruction: Instruction, transfer: Transfer | None) -> None:
         if transfer is None or transfer.group == 1:
             return
-        # Links of other axes may still be busy; those of the same axes must be free.
-        begin = max(self.now, self.free[self.costs.lane(transfer)])
-        seconds = begin - self.now + self.costs.transfer(transfer)
+        seconds = self.costs.transfer(transfer)
+        # What runs on the same links meanwhile shares them: both go at half speed until one ends.
+        lane = self.costs.lane(transfer)
+        shared = max(0.0, min(seconds, self.free[lane] - self.now))
+        for running in self.running.values():
+            if running.lane == lane and running.end > self.now:
+                running.end += shared
+        self.free[lane] += shared
+        seconds += shared
         source = self._source(instruction, transfer)
         self.span.wait(instruction.name, transfer.label, source, seconds, transfer.given)
         self._spend(instruction.name, transfer.label, seconds, source)
@@ -367,7 +374,7 @@ class _Walk:
             self.span.events.append(
                 Event(instruction.name, lane, begin, seconds, transfer.label, source)
             )
-        return _Running(begin + seconds, transfer, source)
+        return _Running(begin + seconds, lane, transfer, source)
 
     def _finish(self, instruction: Instruction, running: _Running | None) -> None:
         if running is None or running.end <= self.now:

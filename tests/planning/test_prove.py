@@ -39,7 +39,9 @@ def test_fastest_by_prediction_comes_first(job, monkeypatch):
     assert lines[1] == "layout 2: out of memory"
     table = lines[4].splitlines()
     assert [row.split()[0] for row in table[1:]] == ["3", "1"]
-    assert "500.0 ms wait all-gather data mtnlg_jax/train/weights.py:48" in " ".join(table[1].split())
+    assert "500.0 ms wait all-gather data mtnlg_jax/train/weights.py:48" in " ".join(
+        table[1].split()
+    )
     assert "fastest by prediction: 3: --set=" in lines[5]
 
 

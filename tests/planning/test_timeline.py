@@ -82,6 +82,20 @@ def test_synchronous_collective_stops_computing():
     assert step.classes["all-reduce tensor"] == 8
 
 
+def test_synchronous_collective_shares_busy_links():
+    # The gather needs 8 seconds, the sum 8: side by side both end after 16.
+    total = f"  %s = f32[8]{{0}} all-reduce(%x), {DATA}, to_apply=%inner"
+    step = simulate(GATHER[0], total, GATHER[1]).step
+    assert step.classes == {"all-reduce data": 16}
+    # After 6 seconds of computing the gather lacks 2, which take 4 beside the sum.
+    step = simulate(GATHER[0], work("a", 6), total, work("b", 1), GATHER[1]).step
+    assert step.classes == {"outside loops": 7, "all-reduce data": 10}
+    # A short sum ends first, and delays the gather by as much as it takes.
+    short = f"  %y = f32[2]{{0}} slice(%x), slice={{[0:2]}}\n{total.replace('%x', '%y')}"
+    step = simulate(GATHER[0], short, GATHER[1]).step
+    assert step.classes == {"all-reduce data": 4, "wait all-gather data": 6}
+
+
 def test_collectives_over_other_axes_use_other_links():
     other = (
         "  %h = (f32[8]{0}, f32[16]{0}) all-gather-start(%x), dimensions={0}, " + TENSOR,
