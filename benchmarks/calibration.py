@@ -29,7 +29,7 @@ from mtnlg_jax.hardware import CHIPS
 from mtnlg_jax.planning import hlo_cost, prediction, topology, tpu_costs
 from mtnlg_jax.planning.hlo import Instruction, Program, arrays_of, dims_of
 from mtnlg_jax.planning.source_lines import SourceLines
-from mtnlg_jax.planning.timeline import Timeline
+from mtnlg_jax.planning.timeline import Timeline, largest_first
 
 RESULT = Path(__file__).parent / "results" / "calibration.json"
 CHILD = Path(__file__).parent / "maxtext_step.py"
@@ -264,7 +264,8 @@ def simulate(described: topology.Topology, said: dict, text: str, point: Point) 
         "ratio": round(published / step.seconds, 3),
         "shares": {
             label: round(seconds / step.seconds, 3)
-            for label, seconds in step.classes.most_common(12)
+            for label, seconds in largest_first(step.classes).items()
+            if seconds > 0.001 * step.seconds
         },
         "guessed_loops": len(timeline.guessed_loops),
         "unknown": sorted(costs.unknown),

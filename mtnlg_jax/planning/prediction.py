@@ -10,7 +10,7 @@ from mtnlg_jax.planning.gpu_costs import GpuCosts
 from mtnlg_jax.planning.hlo import Program
 from mtnlg_jax.planning.kernel_cycles import profile
 from mtnlg_jax.planning.source_lines import SourceLines
-from mtnlg_jax.planning.timeline import Timeline
+from mtnlg_jax.planning.timeline import Timeline, largest_first
 from mtnlg_jax.planning.topology import Topology, check_slice, wrapped
 from mtnlg_jax.planning.torus import Torus
 from mtnlg_jax.planning.tpu_costs import RULES, TpuCosts
@@ -119,8 +119,8 @@ def predict(config: Config, timeline: Timeline, costs: Costs, devices: int) -> P
         tokens_per_second=tokens / step.seconds,
         mfu=model_flops / peak,
         hfu=sum(step.flops.values()) / peak,
-        classes=dict(step.classes.most_common()),
-        flops={label: flops for label, flops in step.flops.most_common() if flops},
+        classes=largest_first(step.classes),
+        flops={label: flops for label, flops in largest_first(step.flops).items() if flops},
         waits=[
             [wait.label, wait.source, wait.seconds, wait.count, wait.bytes / wait.count]
             for wait in waits

@@ -10,7 +10,7 @@ a loop is simulated once, and counts as often as it runs. `Costs` gives the seco
 import dataclasses
 import functools
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
@@ -97,13 +97,24 @@ class Wait:
     bytes: float = 0.0  # of the operands
 
 
+Sums = defaultdict[str, float]
+
+
+def _sums() -> Sums:
+    return defaultdict(float)
+
+
+def largest_first(sums: Mapping[str, float]) -> dict[str, float]:
+    return dict(sorted(sums.items(), key=lambda item: -item[1]))
+
+
 @dataclasses.dataclass
 class Span:
     """One run of a computation."""
 
     seconds: float = 0.0
-    classes: Counter[str] = dataclasses.field(default_factory=Counter)  # seconds of computing
-    flops: Counter[str] = dataclasses.field(default_factory=Counter)  # of products, by class
+    classes: Sums = dataclasses.field(default_factory=_sums)  # seconds of computing
+    flops: Sums = dataclasses.field(default_factory=_sums)  # of products, by class
     waits: dict[str, Wait] = dataclasses.field(default_factory=dict)  # by instruction
     events: list[Event] = dataclasses.field(default_factory=list)  # of this computation alone
     loops: list[Loop] = dataclasses.field(default_factory=list)
@@ -243,7 +254,7 @@ class _Walk:
         self.depth = depth
         self.index = self.program.index(computation)
         self.now = 0.0
-        self.free: Counter[str] = Counter()  # seconds at which a lane is free again
+        self.free = _sums()  # seconds at which a lane is free again
         self.running: dict[str, _Running] = {}
         self.span = Span()
 

@@ -54,8 +54,8 @@ class Torus:
         speed = rings * min(self.link * line.directions / line.stride for line in lines)
         if transfer.kind == "all-to-all":
             # Each device sends 1/n of its bytes to each other one, n/4 hops away on a closed ring.
-            hops = max(line.size / (2 * line.directions) for line in lines)
-            return max(whole * hops / size / speed, HOP * sum(line.size / 2 for line in lines))
+            far = max(line.size / (2 * line.directions) for line in lines)
+            return max(whole * far / size / speed, HOP * sum(line.size / 2 for line in lines))
         seconds = sums * whole * (size - 1) / size / speed
         return max(seconds, HOP * sum(line.size / 2 for line in lines))
 
