@@ -54,6 +54,7 @@ _SPARSECORE = (
     "--xla_sc_disable_megacore_partitioning=true --xla_tpu_use_tc_device_shape_on_sc=true "
     "--xla_tpu_enable_sparse_core_collective_offload_all_gather=true"
 )
+V5P_SPARSECORE = f"{_V5P} {_SPARSECORE}"
 V5E = (
     "--xla_tpu_enable_data_parallel_all_reduce_opt=true "
     "--xla_tpu_data_parallel_opt_different_sized_ops=true "
@@ -132,7 +133,7 @@ def _v5p(
         f"per_device_batch_size={batch} remat_policy=minimal global_parameter_scale={size} "
         f"ici_fsdp_parallelism=-1 ici_tensor_parallelism={tensor}"
     )
-    flags = f"{_V5P} {_SPARSECORE}" if sparsecore else _V5P
+    flags = V5P_SPARSECORE if sparsecore else _V5P
     return Point(slices, described, arguments, flags, _README_V5P, tflops, seen=seen)
 
 
@@ -192,6 +193,7 @@ def main() -> None:
             "command": "python benchmarks/calibration.py --maxtext=PYTHON",
             "rules": tpu_costs.RULES,
             "libtpu": topology_version(),
+            "maxtext": version_in(flags.maxtext),
         }
         output.write_text(json.dumps(result, indent=1) + "\n")
 
@@ -200,6 +202,11 @@ def topology_version() -> str:
     path = [os.fspath(topology.APART)]
     found = next(iter(importlib.metadata.distributions(name="libtpu", path=path)), None)
     return found.version if found else importlib.metadata.version("libtpu")
+
+
+def version_in(python: str) -> str:
+    ask = "import importlib.metadata as m; print(m.version('maxtext'))"
+    return subprocess.run([python, "-c", ask], capture_output=True, text=True).stdout.strip()
 
 
 def measure(name: str, point: Point, python: str, keep: str | None) -> dict:
