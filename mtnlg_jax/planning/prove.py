@@ -31,17 +31,18 @@ def topology_of(name: str, number: int) -> Topology:
 
 
 def proofs(job: Job, topology: Topology, devices: int, count: int) -> Iterator[str]:
-    """Compile the ``count`` fastest layouts of ``job`` and yield a line for each, then the table,
-    fastest first, and the flags of the first."""
+    """Compile the ``count`` fastest layouts of ``job`` that leave no device idle. Yield a line for
+    each, then the table, fastest first, and the flags of the first."""
     found = []
-    for rank, estimate in enumerate(search(job, devices)[:count], 1):
+    whole = [each for each in search(job, devices) if each.layout.devices == devices]
+    for rank, estimate in enumerate(whole[:count], 1):
         config = with_layout(job.config, estimate.layout)
         measurement = measure(config, topology, predict=True)
         found.append((rank, estimate, measurement))
         yield f"layout {rank}: {_summary(estimate, measurement)}"
     proven = [each for each in found if each[2].predicted is not None]
     if not proven:
-        yield "no layout compiled; --prove=N with a larger N tries more"
+        yield "no layout on all devices compiled; --prove=N with a larger N tries more"
         return
     proven.sort(key=lambda each: each[2].predicted.seconds if each[2].predicted else 0.0)
     yield ""

@@ -48,7 +48,7 @@ def test_fastest_by_prediction_comes_first(job, monkeypatch):
 def test_nothing_that_compiles_is_said(job, monkeypatch):
     monkeypatch.setattr(prove, "measure", fake({1: None}, []))
     *_, last = prove.proofs(job, prove.topology_of("v5p", 64), 64, 1)
-    assert "no layout compiled" in last
+    assert "no layout on all devices compiled" in last
 
 
 def test_topologies_of_numbers_of_chips():
