@@ -308,7 +308,7 @@ class _Walk:
         )
 
     def _class(self, instruction: Instruction, flops: float) -> str:
-        if f"/{OPTIMIZER_SCOPE}/" in instruction.op_name:
+        if self._updates(instruction):
             return OPTIMIZER
         if instruction.opcode == "custom-call" and hlo_cost.kernel_of(instruction):
             return KERNELS
@@ -317,6 +317,16 @@ class _Walk:
             again = any(scope in name for name in origins for scope in _REMATERIALIZED)
             return AGAIN if again else PRODUCTS
         return OUTSIDE if self.depth == 0 else ELEMENTWISE
+
+    def _updates(self, instruction: Instruction) -> bool:
+        """Return whether an instruction, or a part of what is fused to it, is of the optimizer."""
+        scope = f"/{OPTIMIZER_SCOPE}/"
+        inside = (
+            inner
+            for name in self.program.called(instruction, "calls")
+            for inner in self.program.computations[name]
+        )
+        return scope in instruction.op_name or any(scope in inner.op_name for inner in inside)
 
     def _spend(self, name: str, label: str, seconds: float, source: str = "") -> None:
         if seconds > 0:
