@@ -46,8 +46,8 @@ OURS = {
     "ours-data16": _llama(16, 4, 12, "elementwise"),
     "ours-data32": _llama(32, 2, 6, "elementwise"),
     "ours-data64": _llama(64, 1, 3, "elementwise"),
-    "ours-data64-mlp6": _llama(64, 1, 6, "mlp"),
-    "ours-data16-mlp24": _llama(16, 4, 24, "mlp"),
+    "ours-data64-6": _llama(64, 1, 6, "elementwise"),
+    "ours-data16-none": _llama(16, 4, 12, "none"),
     "mtnlg-micro1": MTNLG,
     "mtnlg-micro5": MTNLG + "--set=train.micro_batch_size=5",
 }
@@ -63,11 +63,11 @@ def _maxtext(fsdp: int, tensor: int, policy: str, rest: str = "") -> Point:
 
 MAXTEXT = {
     "maxtext-fsdp16": _maxtext(16, 4, "minimal"),  # 32b.sh
-    "maxtext-fsdp32": _maxtext(32, 2, "minimal"),
     "maxtext-fsdp64": _maxtext(64, 1, "minimal"),
     "maxtext-fsdp64-full": _maxtext(64, 1, "full"),
-    "maxtext-fsdp32-full": _maxtext(32, 2, "full"),
     "maxtext-fsdp64-qkv": _maxtext(64, 1, "save_qkv_proj"),
+    "maxtext-fsdp16-full": _maxtext(16, 4, "full"),
+    "maxtext-fsdp16-qkv": _maxtext(16, 4, "save_qkv_proj"),
 }
 
 
