@@ -3,6 +3,7 @@ init."""
 
 import functools
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from mtnlg_jax.config import MeshConfig, ModelConfig, RopeScaling
+from mtnlg_jax.model import parts
 from mtnlg_jax.model.hooks import Hooks, dropout
 from mtnlg_jax.model.mlp import Mlp
 from mtnlg_jax.model.parts import Norm
@@ -510,3 +512,23 @@ def test_an_abstract_model_allocates_nothing():
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     logits = jax.eval_shape(lambda params, tokens: nnx.merge(graph, params)(tokens), shapes, tokens)
     assert logits.shape == (1, 8, 51200)
+
+
+@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
+def test_what_stands_apart_on_a_tpu_has_the_same_values_and_gradients(config, monkeypatch):
+    graph, params = _parts(config)
+
+    def loss(params):
+        return jnp.mean(jnp.square(nnx.merge(graph, params).hidden(TOKENS)))
+
+    def lowered():
+        # A function of its own each time, since a trace is remembered.
+        return jax.jit(lambda params: jax.value_and_grad(loss)(params)).lower(params)
+
+    fused = lowered()
+    # Kernels of attention are still those of a CPU.
+    monkeypatch.setattr(parts, "compat", types.SimpleNamespace(platform=lambda: "tpu"))
+    apart = lowered()
+    assert "optimization_barrier" not in fused.as_text()
+    assert "optimization_barrier" in apart.as_text()
+    _assert_near(fused.compile()(params), apart.compile()(params), LAST_BITS)
