@@ -42,12 +42,12 @@ def _llama(data: int, tensor: int, micro: int, recompute: str) -> str:
 
 
 OURS = {
-    "ours-data16-mlp6": _llama(16, 4, 6, "mlp"),
     "ours-data16": _llama(16, 4, 12, "elementwise"),
+    "ours-data16-none": _llama(16, 4, 12, "none"),
     "ours-data32": _llama(32, 2, 6, "elementwise"),
     "ours-data64": _llama(64, 1, 3, "elementwise"),
+    "ours-data64-none": _llama(64, 1, 3, "none"),
     "ours-data64-6": _llama(64, 1, 6, "elementwise"),
-    "ours-data16-none": _llama(16, 4, 12, "none"),
     "mtnlg-micro1": MTNLG,
     "mtnlg-micro5": MTNLG + "--set=train.micro_batch_size=5",
 }
