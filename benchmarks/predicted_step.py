@@ -43,8 +43,8 @@ def _llama(data: int, tensor: int, micro: int, recompute: str) -> str:
     )
 
 
-# Gathers over planes of the torus on SparseCore. pretrain.py does not set these: they help the first
-# of these steps and slow the second.
+# Gathers over planes of the torus on SparseCore. pretrain.py does not set these: they help the step
+# of 32B and slow that of 530B.
 PLANES = (
     "--xla_tpu_enable_sparse_core_collective_offload_2d_all_gather=true "
     "--xla_tpu_enable_sparse_core_collective_offload_3d_all_gather=true"
