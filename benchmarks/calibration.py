@@ -29,7 +29,8 @@ from mtnlg_jax.hardware import CHIPS
 from mtnlg_jax.planning import hlo_cost, prediction, topology, tpu_costs
 from mtnlg_jax.planning.hlo import Instruction, Program, arrays_of, dims_of
 from mtnlg_jax.planning.source_lines import SourceLines
-from mtnlg_jax.planning.timeline import Timeline, largest_first
+from mtnlg_jax.planning.span import largest_first
+from mtnlg_jax.planning.timeline import Timeline
 
 RESULT = Path(__file__).parent / "results" / "calibration.json"
 CHILD = Path(__file__).parent / "maxtext_step.py"

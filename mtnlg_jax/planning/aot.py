@@ -313,18 +313,22 @@ def _compile(
         (said[0] if isinstance(said, list) else said or {}).get("optimal_seconds")
     )
     if predict:
-        timeline, costs = prediction.simulate(
-            written,
-            topology,
-            result.places,
-            sizes,
-            trips,
-            steps.is_causal(config),
-        )
-        result.predicted = prediction.predict(config, timeline, costs, len(devices))
-        if trace:
-            write_trace(timeline, trace)
+        _predict(config, topology, result, written, trips, trace)
     yield result
+
+
+def _predict(
+    config: Config, topology: described.Topology, result: Measurement, text: str, trips, trace
+) -> None:
+    """Simulate the compiled program ``text``, and write its timeline to ``trace`` if not None."""
+    from mtnlg_jax.planning import steps
+
+    timeline, costs = prediction.simulate(
+        text, topology, result.places, result.mesh, trips, steps.is_causal(config)
+    )
+    result.predicted = prediction.predict(config, timeline, costs, result.devices)
+    if trace:
+        write_trace(timeline, trace)
 
 
 def _processor_seconds() -> float:

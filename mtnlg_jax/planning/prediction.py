@@ -10,7 +10,8 @@ from mtnlg_jax.planning.gpu_costs import GpuCosts
 from mtnlg_jax.planning.hlo import Program
 from mtnlg_jax.planning.kernel_cycles import profile
 from mtnlg_jax.planning.source_lines import SourceLines
-from mtnlg_jax.planning.timeline import Timeline, largest_first
+from mtnlg_jax.planning.span import largest_first
+from mtnlg_jax.planning.timeline import Timeline
 from mtnlg_jax.planning.topology import Topology, check_slice, wrapped
 from mtnlg_jax.planning.torus import Torus
 from mtnlg_jax.planning.tpu_costs import RULES, TpuCosts

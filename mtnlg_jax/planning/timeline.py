@@ -10,13 +10,13 @@ a loop is simulated once, and counts as often as it runs. `Costs` gives the seco
 import dataclasses
 import functools
 import re
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from mtnlg_jax.planning import hlo_cost
 from mtnlg_jax.planning.hlo import Instruction, Program, bytes_of, split_top
 from mtnlg_jax.planning.source_lines import SourceLines
+from mtnlg_jax.planning.span import Event, Loop, Span, empty_sums
 from mtnlg_jax.planning.trips import trips_of
 
 COMPUTE = "compute"
@@ -63,85 +63,6 @@ class Costs(Protocol):
     def lane(self, transfer: Transfer) -> str:
         """Return the lane of a transfer. Transfers in one lane run one after another."""
         ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Event:
-    """A piece of a lane. ``begin`` counts from the start of its computation, in seconds."""
-
-    name: str
-    lane: str
-    begin: float
-    seconds: float
-    label: str
-    source: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Loop:
-    name: str
-    begin: float
-    seconds: float  # of all trips
-    trips: float
-    body: str
-
-
-@dataclasses.dataclass
-class Wait:
-    """What computing waits for at one place of a program, in all runs of it."""
-
-    label: str  # "wait all-gather data", or "all-gather data" where it is synchronous
-    source: str
-    count: float = 0.0
-    seconds: float = 0.0
-    bytes: float = 0.0  # of the operands
-
-
-Sums = defaultdict[str, float]
-
-
-def _sums() -> Sums:
-    return defaultdict(float)
-
-
-def largest_first(sums: Mapping[str, float]) -> dict[str, float]:
-    return dict(sorted(sums.items(), key=lambda item: -item[1]))
-
-
-@dataclasses.dataclass
-class Span:
-    """One run of a computation."""
-
-    seconds: float = 0.0
-    classes: Sums = dataclasses.field(default_factory=_sums)  # seconds of computing
-    flops: Sums = dataclasses.field(default_factory=_sums)  # of products, by class
-    waits: dict[str, Wait] = dataclasses.field(default_factory=dict)  # by instruction
-    events: list[Event] = dataclasses.field(default_factory=list)  # of this computation alone
-    loops: list[Loop] = dataclasses.field(default_factory=list)
-
-    def include(self, other: "Span", times: float = 1.0) -> None:
-        """Add the sums of ``other``, not its events."""
-        for label, seconds in other.classes.items():
-            self.classes[label] += times * seconds
-        for label, flops in other.flops.items():
-            self.flops[label] += times * flops
-        for name, wait in other.waits.items():
-            self.wait(name, wait.label, wait.source, wait.seconds, wait.bytes, wait.count, times)
-
-    def wait(
-        self,
-        name: str,
-        label: str,
-        source: str,
-        seconds: float,
-        given: float,
-        count: float = 1.0,
-        times: float = 1.0,
-    ) -> None:
-        total = self.waits.setdefault(name, Wait(label, source))
-        total.seconds += times * seconds
-        total.bytes += times * given
-        total.count += times * count
 
 
 @dataclasses.dataclass
@@ -254,7 +175,7 @@ class _Walk:
         self.depth = depth
         self.index = self.program.index(computation)
         self.now = 0.0
-        self.free = _sums()  # seconds at which a lane is free again
+        self.free = empty_sums()  # seconds at which a lane is free again
         self.running: dict[str, _Running] = {}
         self.span = Span()
 

@@ -8,7 +8,8 @@ named by its trips. A lane is a thread.
 import json
 import os
 
-from mtnlg_jax.planning.timeline import COMPUTE, Span, Timeline
+from mtnlg_jax.planning.span import Span
+from mtnlg_jax.planning.timeline import COMPUTE, Timeline
 
 _LOOPS = "loops"
 
