@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from mtnlg_jax.config import LayerSpec, ModelConfig
 from mtnlg_jax.model.mlp import Mlp
 from mtnlg_jax.model.moe import Moe
-from mtnlg_jax.model.parts import HeadNorm, Norm, add_bias, apart, constant, multiply, normal
+from mtnlg_jax.model.parts import HeadNorm, Norm, add_bias, constant, multiply, normal
 from mtnlg_jax.model.positions import alibi_slopes, layer_frequencies, rotate
 from mtnlg_jax.parallel.collectives import axis_index, axis_size, gather, own_part, scatter_sum
 
@@ -58,9 +58,9 @@ class Attention(nnx.Module):
 
         Queries and keys are normed and rotated as the config and ``spec`` say.
         """
-        q = add_bias(multiply("BSD,DNH->BSNH", apart(x_BSD), self.w_q_DNH[...]), self.b_q_NH)
-        k = add_bias(multiply("BSD,DKH->BSKH", apart(x_BSD), self.w_k_DKH[...]), self.b_k_KH)
-        v = add_bias(multiply("BSD,DKH->BSKH", apart(x_BSD), self.w_v_DKH[...]), self.b_v_KH)
+        q = add_bias(multiply("BSD,DNH->BSNH", x_BSD, self.w_q_DNH[...]), self.b_q_NH)
+        k = add_bias(multiply("BSD,DKH->BSKH", x_BSD, self.w_k_DKH[...]), self.b_k_KH)
+        v = add_bias(multiply("BSD,DKH->BSKH", x_BSD, self.w_v_DKH[...]), self.b_v_KH)
         if self.q_norm is not None and self.k_norm is not None:
             q = self.q_norm(q)
             k = self.k_norm(k)

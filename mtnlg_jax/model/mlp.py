@@ -32,12 +32,14 @@ class Mlp(nnx.Module):
         self.b_out_D = constant(0.0, D) if bias else None
 
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
-        h_BSF = add_bias(multiply("BSD,DF->BSF", apart(x_BSD), self.w_in_DF[...]), self.b_in_F)
+        h_BSF = add_bias(multiply("BSD,DF->BSF", x_BSD, self.w_in_DF[...]), self.b_in_F)
         g_BSF = None
         if self.w_gate_DF is not None:
-            g_BSF = multiply("BSD,DF->BSF", apart(x_BSD), self.w_gate_DF[...])
+            g_BSF = multiply("BSD,DF->BSF", x_BSD, self.w_gate_DF[...])
             g_BSF = add_bias(g_BSF, self.b_gate_F)
         h_BSF = activate(self.activation, h_BSF, g_BSF)
-        h_BSF = checkpoint_name(apart(h_BSF), "activation")
+        if g_BSF is not None:
+            h_BSF = apart(h_BSF)
+        h_BSF = checkpoint_name(h_BSF, "activation")
         y_BSD = scatter_sum(multiply("BSF,FD->BSD", h_BSF, self.w_out_FD[...]), "tensor", 1)
         return add_bias(y_BSD, self.b_out_D)

@@ -67,9 +67,10 @@ def multiply(dims: str, x: jax.Array, weight: jax.Array | Callable) -> jax.Array
 def apart(x: jax.Array) -> jax.Array:
     """Return ``x``. On TPUs neither what computes it nor its gradient is fused to a product.
 
-    The TPU compiler fuses the gradient of an activation, and the sum of the gradients of an input,
-    to the product beside it, which then takes 0.61 and 0.73 of the peak by the compiler's own
-    estimate instead of 0.85 (docs/predicted_step.md). Values are those of the program as written.
+    The TPU compiler fuses a gated activation and its gradient to the products beside them, which
+    then take 0.70 and 0.61 of the peak by the compiler's own estimate instead of 0.85
+    (docs/predicted_step.md). An activation without a gate is better fused: its gradient reads one
+    array, not two.
     """
     return lax.optimization_barrier(x) if compat.platform() == "tpu" else x
 
