@@ -17,6 +17,9 @@ from mtnlg_jax.planning.torus import Torus
 from mtnlg_jax.planning.tpu_costs import RULES, TpuCosts
 
 WORST = 5  # waits that a prediction keeps
+# The best MFU that benchmarks/calibration.py holds predictions against, by kind of chip. Above it
+# nothing is known of the error.
+BEST_PUBLISHED = {"v5p": 0.7147, "v5e": 0.6686, "v6e": 0.5033}
 
 Costs = TpuCosts | GpuCosts
 
@@ -36,6 +39,11 @@ class Prediction:
     waits: list = dataclasses.field(default_factory=list)
     assumed_kernels: list = dataclasses.field(default_factory=list)  # kernels without an estimate
     unknown: list = dataclasses.field(default_factory=list)  # instructions counted as no time
+
+
+def is_beyond(kind: str, mfu: float) -> bool:
+    """Return whether no published step of chips of this kind reaches ``mfu``."""
+    return mfu > BEST_PUBLISHED.get(kind, 1.0)
 
 
 def check(topology: Topology, step: str) -> None:

@@ -3,7 +3,7 @@
 from mtnlg_jax.hardware import size_of
 from mtnlg_jax.planning.aot import Measurement
 from mtnlg_jax.planning.gpu_costs import MEMORY_SHARE, PRODUCT_SHARE
-from mtnlg_jax.planning.prediction import Prediction, chip_of
+from mtnlg_jax.planning.prediction import BEST_PUBLISHED, Prediction, chip_of, is_beyond
 from mtnlg_jax.planning.topology import parse
 
 SHOWN = 0.002  # share of a step below which a class is not shown
@@ -15,14 +15,16 @@ def prediction_rows(m: Measurement) -> list[tuple[str, str]]:
     p = m.predicted
     if p is None:
         return []
-    peak = chip_of(parse(m.topology)).flops
-    rows = [
-        (
-            "predicted",
-            f"{p.seconds:.4g} s a step, {p.tokens_per_second:,.0f} tokens/s; MFU {p.mfu:.1%}, HFU "
-            f"{p.hfu:.1%}",
-        )
-    ]
+    topology = parse(m.topology)
+    peak = chip_of(topology).flops
+    head = (
+        f"{p.seconds:.4g} s a step, {p.tokens_per_second:,.0f} tokens/s; MFU {p.mfu:.1%}, HFU "
+        f"{p.hfu:.1%}"
+    )
+    if is_beyond(topology.kind, p.mfu):
+        best = BEST_PUBLISHED[topology.kind]
+        head = f"({head}) beyond the best published MFU of {topology.kind}, {best:.1%}"
+    rows = [("predicted", head)]
     for label, seconds in p.classes.items():
         if seconds < SHOWN * p.seconds:
             continue

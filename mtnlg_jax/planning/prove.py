@@ -9,7 +9,7 @@ from mtnlg_jax.planning.cost import Job
 from mtnlg_jax.planning.estimate import Estimate
 from mtnlg_jax.planning.search import flags_of, search, with_layout
 from mtnlg_jax.planning.text import columns, duration
-from mtnlg_jax.planning.topology import Topology, slice_of
+from mtnlg_jax.planning.topology import Topology, parse, slice_of
 
 CARDS = 8  # GPUs of a node
 _HEADER = ("", "by sums", "predicted", "MFU", "HFU", "peak", "longest wait")
@@ -65,12 +65,13 @@ def _cells(rank: int, estimate: Estimate, measurement: Measurement) -> tuple[str
     predicted = measurement.predicted
     if predicted is None:
         raise ValueError(f"layout {rank} was not predicted")
+    beyond = prediction.is_beyond(parse(measurement.topology).kind, predicted.mfu)
     label, source, seconds, *_ = predicted.waits[0] if predicted.waits else ("none", "", 0.0)
     return (
         str(rank),
         duration(estimate.step_seconds),
         duration(predicted.seconds),
-        f"{predicted.mfu:.1%}",
+        f"({predicted.mfu:.1%})" if beyond else f"{predicted.mfu:.1%}",
         f"{predicted.hfu:.1%}",
         size_of(measurement.peak),
         f"{duration(seconds)} {label} {source}".rstrip(),

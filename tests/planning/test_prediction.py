@@ -77,6 +77,15 @@ def test_report_shows_classes_waits_and_what_is_not_known():
     assert prediction_report.prediction_rows(dataclasses.replace(measured(), predicted=None)) == []
 
 
+def test_prediction_beyond_what_is_published_stands_in_parentheses():
+    m = measured()
+    m.predicted.mfu = 0.75
+    assert prediction_report.prediction_rows(m)[0][1] == (
+        "(2 s a step, 100,000 tokens/s; MFU 75.0%, HFU 60.0%) beyond the best published MFU of v5p, "
+        "71.5%"
+    )
+
+
 def test_prediction_survives_json():
     written = json.loads(aot.to_text(measured()))
     assert aot.from_dict(written).predicted == measured().predicted
