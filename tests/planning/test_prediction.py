@@ -81,8 +81,8 @@ def test_prediction_beyond_what_is_published_stands_in_parentheses():
     m = measured()
     m.predicted.mfu = 0.75
     assert prediction_report.prediction_rows(m)[0][1] == (
-        "(2 s a step, 100,000 tokens/s; MFU 75.0%, HFU 60.0%) beyond the best published MFU of v5p, "
-        "71.5%"
+        "(2 s a step, 100,000 tokens/s; MFU 75.0%, HFU 60.0%) beyond the best published MFU of "
+        "v5p, 71.5%"
     )
 
 
