@@ -37,6 +37,9 @@ class Chip:
     # its matrix units, and bytes/s of one ICI link in one direction. 0: not known.
     clock: float = 0.0
     link: float = 0.0
+    # Share of the peak that products of large matrices reach in this package's compiled steps, by
+    # the compiler's estimates (docs/predicted_step.md). 0: not known.
+    products: float = 0.0
 
 
 _BOOK = "JAX scaling book, TPU table"
@@ -127,6 +130,7 @@ CHIPS = {
         tpu=True,
         clock=1.75e9,
         link=90 * GB,
+        products=0.82,
     ),
     "v6e": Chip(
         ("TPU v6 lite", "TPU v6e"),

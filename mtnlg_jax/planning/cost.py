@@ -26,10 +26,10 @@ from mtnlg_jax.planning.layout import POLICIES, Layout
 from mtnlg_jax.planning.tiles import padded_size
 from mtnlg_jax.train import lora
 
-# Share of peak that products reach while a stage is busy: the one constant of the model. It comes
-# from MT-NLG on A100s: the paper's 60.1, 50.2 and 44.4 s a step on 2,240, 2,800 and 3,360 of them
-# are predicted within 3 %. That was software of 2021 with unfused kernels; Megatron-LM of 2022
-# reached 1.3 times as much on the same card.
+# Share of peak that products reach while a stage is busy: the one constant of the model, for chips
+# whose own (Chip.products) is not known. It comes from MT-NLG on A100s: the paper's 60.1, 50.2 and
+# 44.4 s a step on 2,240, 2,800 and 3,360 of them are predicted within 3 %. That was software of
+# 2021 with unfused kernels; Megatron-LM of 2022 reached 1.3 times as much on the same card.
 EFFICIENCY = 0.50
 
 # Share of the chip's memory to fill. XLA's workspace, network buffers and the runtime take the
@@ -75,10 +75,10 @@ class Job:
     """A config's model and batch on a kind of chip: everything an estimate needs except the layout.
     Without a chip only ``memory`` is available."""
 
-    def __init__(self, config: Config, chip: Chip | None, efficiency: float = EFFICIENCY):
+    def __init__(self, config: Config, chip: Chip | None, efficiency: float | None = None):
         self.config = config
         self.chip = chip
-        self.efficiency = efficiency
+        self.efficiency = efficiency or (chip and chip.products) or EFFICIENCY
         model = config.model
         self.sequence = config.sequence_length
         self.batch = config.train.global_batch_size

@@ -6,7 +6,7 @@ from mtnlg_jax.config import Config, validate
 from mtnlg_jax.hardware import CHIPS
 from mtnlg_jax.parallel.mesh import AXES, described
 from mtnlg_jax.planning.calibration import read_calibration
-from mtnlg_jax.planning.cost import EFFICIENCY, MEMORY_SHARE, Job
+from mtnlg_jax.planning.cost import MEMORY_SHARE, Job
 from mtnlg_jax.planning.estimate import Estimate
 from mtnlg_jax.planning.layout import Layout, layout_of
 from mtnlg_jax.planning.search import flags_of, leanest, search, smallest_devices
@@ -39,8 +39,10 @@ _NOTE = (
 def job_of(config: Config, name: str, calibration: str | None = None) -> tuple[Job, str]:
     """Return ``config`` on chips ``name``, and where its efficiency comes from. A vocabulary from
     elsewhere is padded for any mesh.tensor, which divides the heads."""
-    efficiency = EFFICIENCY
+    efficiency = None
     origin = "MT-NLG's on A100s; your own with --calibrate"
+    if CHIPS[name].products:
+        origin = "by the compiler's schedules of this package; --prove=N for a layout's own"
     if calibration:
         efficiency, origin = read_calibration(calibration, name)
     if config.model.vocabulary % config.model.vocab_size_divisible_by:
