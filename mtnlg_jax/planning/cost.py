@@ -71,6 +71,12 @@ class _Held(NamedTuple):
     experts: int  # of the weights of experts, which are among those of the blocks
 
 
+def known_share(config: Config, chip: Chip | None) -> float:
+    """Return the share of peak that products of ``config`` reach on ``chip``; 0 if not known, as
+    for the products of experts."""
+    return 0.0 if chip is None or config.model.moe.num_moe_experts else chip.products
+
+
 class Job:
     """A config's model and batch on a kind of chip: everything an estimate needs except the layout.
     Without a chip only ``memory`` is available."""
@@ -78,7 +84,7 @@ class Job:
     def __init__(self, config: Config, chip: Chip | None, efficiency: float | None = None):
         self.config = config
         self.chip = chip
-        self.efficiency = efficiency or (chip and chip.products) or EFFICIENCY
+        self.efficiency = efficiency or known_share(config, chip) or EFFICIENCY
         model = config.model
         self.sequence = config.sequence_length
         self.batch = config.train.global_batch_size

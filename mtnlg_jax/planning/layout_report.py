@@ -6,7 +6,7 @@ from mtnlg_jax.config import Config, validate
 from mtnlg_jax.hardware import CHIPS
 from mtnlg_jax.parallel.mesh import AXES, described
 from mtnlg_jax.planning.calibration import read_calibration
-from mtnlg_jax.planning.cost import MEMORY_SHARE, Job
+from mtnlg_jax.planning.cost import MEMORY_SHARE, Job, known_share
 from mtnlg_jax.planning.estimate import Estimate
 from mtnlg_jax.planning.layout import Layout, layout_of
 from mtnlg_jax.planning.search import flags_of, leanest, search, smallest_devices
@@ -41,7 +41,7 @@ def job_of(config: Config, name: str, calibration: str | None = None) -> tuple[J
     elsewhere is padded for any mesh.tensor, which divides the heads."""
     efficiency = None
     origin = "MT-NLG's on A100s; your own with --calibrate"
-    if CHIPS[name].products:
+    if known_share(config, CHIPS[name]):
         origin = "by the compiler's schedules of this package; --prove=N for a layout's own"
     if calibration:
         efficiency, origin = read_calibration(calibration, name)
