@@ -6,8 +6,9 @@ from mtnlg_jax.hardware import CHIPS
 STAND_IN = "H100"
 
 
-def seconds_of(text: str) -> tuple[str, float]:
-    """Return (card, predicted seconds of one run of the compiled program ``text``)."""
+def seconds_of(text: str, trips=lambda depth: 1) -> tuple[str, float]:
+    """Return (card, predicted seconds of one run of the compiled program ``text``); ``trips`` of
+    loops that know theirs at run time, by the loops around them."""
     from mtnlg_jax import compat
     from mtnlg_jax.model.kernels import select
     from mtnlg_jax.planning.gpu_costs import GpuCosts
@@ -17,7 +18,7 @@ def seconds_of(text: str) -> tuple[str, float]:
     here = select.device() if compat.platform() == "gpu" else None
     card = here if here in CHIPS else STAND_IN
     mesh = {"data": 1}
-    return card, Timeline(Program(text), mesh, GpuCosts(CHIPS[card], 1)).step.seconds
+    return card, Timeline(Program(text), mesh, GpuCosts(CHIPS[card], 1), trips).step.seconds
 
 
 def beside(text: str, seconds: float) -> dict:
@@ -48,5 +49,5 @@ def decode(sizes: dict, held: str, rows: int, positions: int) -> dict:
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     weights = "int8" if held == "int8" else None
     text = steps.lower(config, mesh, "decode", weights).compile().as_text() or ""
-    card, seconds = seconds_of(text)
+    card, seconds = seconds_of(text, steps.dynamic_trips(config, mesh, "decode"))
     return {"predicted_for": card, "predicted_tokens_per_second": rows * CHUNK / seconds}

@@ -17,7 +17,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from calibration import V5P_SPARSECORE, Point, measure
+from calibration import V5P_SPARSECORE, Point, measure, topology_version
+
+from mtnlg_jax.planning.tpu_costs import RULES
 
 RESULT = Path(__file__).parent / "results" / "predicted_step.json"
 
@@ -55,7 +57,6 @@ OURS = {
     "ours-data32": _llama(32, 2, 6, "elementwise"),
     "ours-data64": _llama(64, 1, 3, "elementwise"),
     "ours-data64-none": _llama(64, 1, 3, "none"),
-    "ours-data64-6": _llama(64, 1, 6, "elementwise"),
     "mtnlg-micro1": MTNLG,
     "mtnlg-micro5": MTNLG + "--set=train.micro_batch_size=5",
     "ours-data64-planes": _llama(64, 1, 3, "elementwise"),
@@ -143,6 +144,8 @@ def theirs(name: str, python: str | None, keep: str | None) -> dict:
         raise ValueError(f"row {name} needs --maxtext=PYTHON")
     found = measure(name, MAXTEXT[name], python, keep)
     kept = ("arguments", "flags", "peak_bytes", "shares", "failure")
+    found |= {"compiler": f"libtpu {topology_version()}", "rules": RULES}
+    kept = (*kept, "compiler", "rules")
     return {key: found[key] for key in kept if key in found} | (
         {"seconds": found["predicted_seconds"], "mfu": found["predicted_mfu"]}
         if "predicted_seconds" in found

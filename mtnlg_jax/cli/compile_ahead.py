@@ -103,7 +103,7 @@ def main() -> int:
     )
     print(report.render(config, result), flush=True)
     if _TIME.value and result.predicted is None:
-        print("predicted    nothing: a step that does not compile has no schedule", flush=True)
+        print(f"predicted    nothing: {result.not_predicted}", flush=True)
     if _JSON.value:
         write_file(*os.path.split(_JSON.value), aot.to_text(result).encode())
     if result.fits or (result.fits is None and not result.failure):

@@ -61,6 +61,7 @@ class Measurement:
     weights: str | None = None
     cache: str | None = None
     places: list = dataclasses.field(default_factory=list)  # of the devices in a slice, in order
+    not_predicted: str = "a step that does not compile has no schedule"  # why, if that was asked
     predicted: prediction.Prediction | None = None  # of a train step, if it was asked for
 
     @property
@@ -312,9 +313,13 @@ def _compile(
     result.compiler_seconds = _believable(
         (said[0] if isinstance(said, list) else said or {}).get("optimal_seconds")
     )
+    yield result  # what is measured stands, whatever becomes of the prediction
     if predict:
-        _predict(config, topology, result, written, trips, trace)
-    yield result
+        try:
+            _predict(config, topology, result, written, trips, trace)
+        except (ValueError, KeyError, RuntimeError, OSError) as error:
+            result.not_predicted = " ".join(f"{type(error).__name__}: {error}".split())
+        yield result
 
 
 def _predict(
@@ -323,8 +328,18 @@ def _predict(
     """Simulate the compiled program ``text``, and write its timeline to ``trace`` if not None."""
     from mtnlg_jax.planning import steps
 
+    model = config.model
+    windowed = any(model.layer(number).window for number in range(model.num_layers))
+    split = result.mesh["context"] > 1 and config.mesh.context_mode != "ulysses"
     timeline, costs = prediction.simulate(
-        text, topology, result.places, result.mesh, trips, steps.is_causal(config)
+        text,
+        topology,
+        result.places,
+        result.mesh,
+        trips,
+        steps.is_causal(config),
+        # Other masks visit other blocks, which only the step itself knows.
+        profiled=not windowed and not split,
     )
     result.predicted = prediction.predict(config, timeline, costs, result.devices)
     if trace:

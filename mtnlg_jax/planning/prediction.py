@@ -15,6 +15,7 @@ from mtnlg_jax.planning.timeline import Timeline
 from mtnlg_jax.planning.topology import Topology, check_slice, wrapped
 from mtnlg_jax.planning.torus import Torus
 from mtnlg_jax.planning.tpu_costs import RULES, TpuCosts
+from mtnlg_jax.train import lora
 
 WORST = 5  # waits that a prediction keeps
 # The best MFU that benchmarks/calibration.py holds predictions against, by kind of chip. Above it
@@ -46,17 +47,17 @@ def is_beyond(kind: str, mfu: float) -> bool:
     return mfu > BEST_PUBLISHED.get(kind, 1.0)
 
 
-def check(topology: Topology, step: str) -> None:
-    """Raise ValueError if ``step`` on ``topology`` cannot be predicted."""
+def check(topology: Topology, step: str, flag: str = "--time") -> None:
+    """Raise ValueError if ``step`` on ``topology`` cannot be predicted; ``flag`` asks for it."""
     if step != "train":
         raise ValueError(
             f"--time predicts train steps, not --step={step}; leave --time or --step out"
         )
-    chip_of(topology)
+    chip_of(topology, flag)
     check_slice(topology)
 
 
-def chip_of(topology: Topology) -> Chip:
+def chip_of(topology: Topology, flag: str = "--time") -> Chip:
     """Return the figures of a topology's chips. Raises ValueError if a TPU lacks clock or links, or
     if there are none."""
     known = {
@@ -66,8 +67,8 @@ def chip_of(topology: Topology) -> Chip:
     }
     if topology.kind not in known:
         raise ValueError(
-            f"--time: there are no figures of the clock and the links of {topology.kind}; "
-            f"leave --time out, or choose one of {', '.join(known)}"
+            f"{flag}: there are no figures of the clock and the links of {topology.kind}; "
+            f"leave {flag} out, or choose one of {', '.join(known)}"
         )
     return known[topology.kind]
 
@@ -91,12 +92,14 @@ def simulate(
     mesh: Mapping[str, int],
     dynamic_trips: Callable[[int], float],
     causal: bool = True,
+    profiled: bool = True,
 ) -> tuple[Timeline, Costs]:
     """Simulate the compiled program ``text``.
 
     Args:
       places: those of the devices in a TPU slice, in the order of the mesh.
       causal: whether attention is.
+      profiled: whether attention kernels may be compiled alone: their mask is known then.
 
     Raises ValueError if the TPU compiler wrote no estimates."""
     chip = chip_of(topology)
@@ -109,7 +112,8 @@ def simulate(
     costs: Costs
     if chip.tpu:
         links = torus_between(topology, places, chip)
-        costs = TpuCosts(chip, links, profile(program, topology, causal))
+        kernels = profile(program, topology, causal) if profiled else {}
+        costs = TpuCosts(chip, links, kernels)
     else:
         costs = GpuCosts(chip, topology.dims[-1])
     return Timeline(program, mesh, costs, dynamic_trips, SourceLines(text)), costs
@@ -120,8 +124,10 @@ def predict(config: Config, timeline: Timeline, costs: Costs, devices: int) -> P
     step = timeline.step
     peak = costs.chip.flops * step.seconds
     tokens = config.train.global_batch_size * config.sequence_length
-    model_flops = tokens * flops_per_token(config.model, config.sequence_length) / devices
-    waits = sorted(step.waits.values(), key=lambda wait: -wait.seconds)[:WORST]
+    each = flops_per_token(config.model, config.sequence_length, frozen=lora.used(config))
+    model_flops = tokens * each / devices
+    real = [wait for wait in step.waits.values() if wait.seconds > 0]
+    waits = sorted(real, key=lambda wait: -wait.seconds)[:WORST]
     return Prediction(
         rules=RULES,
         seconds=step.seconds,

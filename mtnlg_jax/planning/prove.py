@@ -22,11 +22,15 @@ def topology_of(name: str, number: int) -> Topology:
     """
     kind = name.removesuffix("-80")
     if name.startswith(("A", "H", "B")):
-        whole = number % CARDS == 0
-        found = Topology(kind, (number // CARDS, CARDS) if whole else (1, number))
+        if number > CARDS and number % CARDS:
+            raise ValueError(
+                f"--prove: {number} {name} are no whole nodes of {CARDS}; choose a multiple of it"
+            )
+        cards = min(number, CARDS)
+        found = Topology(kind, (number // cards, cards))
     else:
         found = slice_of({"TPU7x": "tpu7x"}.get(name, name), number)
-    prediction.check(found, "train")
+    prediction.check(found, "train", "--prove")
     return found
 
 
@@ -34,13 +38,16 @@ def proofs(job: Job, topology: Topology, devices: int, count: int) -> Iterator[s
     """Compile the ``count`` fastest layouts of ``job`` that leave no device idle. Yield a line for
     each, then the table, fastest first, and the flags of the first."""
     found = []
-    whole = [each for each in search(job, devices) if each.layout.devices == devices]
-    for rank, estimate in enumerate(whole[:count], 1):
+    on_all = [each for each in search(job, devices) if each.layout.devices == devices]
+    for rank, estimate in enumerate(on_all[:count], 1):
         config = with_layout(job.config, estimate.layout)
         measurement = measure(config, topology, predict=True)
         found.append((rank, estimate, measurement))
         yield f"layout {rank}: {_summary(estimate, measurement)}"
     proven = [each for each in found if each[2].predicted is not None]
+    if not on_all:
+        yield f"no layout uses all of {devices:,} devices, so none is compiled"
+        return
     if not proven:
         yield "no layout on all devices compiled; --prove=N with a larger N tries more"
         return

@@ -346,9 +346,10 @@ class _Walk:
             return  # operands come with the first update
         transfer = self._started(instruction, base)
         if transfer is None:  # computing on a lane of its own counts as if it were in turn
-            self._compute(instruction)
+            if phase == "start":
+                self._compute(instruction)
             return
-        if transfer.axes and transfer.group == 1:
+        if transfer.kind in hlo_cost.KINDS and transfer.group == 1:
             return
         if '"is_sync":true' in instruction.attributes.replace(" ", ""):  # GPU
             self._synchronous(instruction, transfer)

@@ -74,17 +74,17 @@ def wrapped(topology: Topology) -> tuple[bool, bool, bool]:
 
 _SMALL_FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 _SMALL_CUBES = ((1, 2, 2), (2, 2, 2), (2, 2, 4), (2, 4, 4))
-_LARGEST = 9216  # chips of the largest slice of any kind
+_LARGEST = {"v4": 4096, "v5p": 6144, "tpu7x": 9216}  # chips of a slice (Google Cloud, TPU pages)
 
 
 @functools.cache
-def _slices(flat: bool) -> tuple[tuple[int, ...], ...]:
-    """Return the dims of all slices, shortest dim first, smallest slice first.
+def _slices(kind: str) -> tuple[tuple[int, ...], ...]:
+    """Return the dims of all slices of a kind, shortest dim first, smallest slice first.
 
     v5e and v6e have eight sizes. The others are cubes of 4 x 4 x 4 joined along any dim, and parts
     of one (Google Cloud, TPU v4, v5p and TPU7x pages).
     """
-    if flat:
+    if kind in FLAT:
         return _SMALL_FLAT
     sides = range(4, 65, 4)
     cubes = [
@@ -92,17 +92,17 @@ def _slices(flat: bool) -> tuple[tuple[int, ...], ...]:
         for a in sides
         for b in sides
         for c in sides
-        if a <= b <= c and a * b * c <= _LARGEST
+        if a <= b <= c and a * b * c <= _LARGEST[kind]
     ]
     return tuple(sorted([*_SMALL_CUBES, *cubes], key=lambda dims: (math.prod(dims), dims[::-1])))
 
 
 def check_slice(topology: Topology) -> None:
     """Raise ValueError, which names the nearest ones, if no TPU slice has these dims."""
-    if topology.platform != "tpu" or tuple(sorted(topology.dims)) in _slices(topology.kind in FLAT):
+    if topology.platform != "tpu" or tuple(sorted(topology.dims)) in _slices(topology.kind):
         return
     wanted = math.prod(topology.dims)
-    sizes = _slices(topology.kind in FLAT)
+    sizes = _slices(topology.kind)
     below = [dims for dims in sizes if math.prod(dims) <= wanted][-1:]
     above = [dims for dims in sizes if math.prod(dims) > wanted][:1]
     named = " and ".join(
@@ -118,7 +118,7 @@ def _written(dims: tuple[int, ...]) -> tuple[int, ...]:
 def slice_of(kind: str, chips: int) -> Topology:
     """Return the slice of ``chips`` whose longest dim is the shortest. Raises ValueError, which
     names the nearest ones, if there is none."""
-    sizes = _slices(kind in FLAT)
+    sizes = _slices(kind)
     fitting = [dims for dims in sizes if math.prod(dims) == chips]
     if fitting:
         return Topology(kind, _written(min(fitting, key=max)))

@@ -46,7 +46,7 @@ class Torus:
         members = self._members(transfer.attributes)
         if transfer.kind == "collective-permute":
             hops = max(sum(self._steps(pair)) for pair in members)
-            return max(transfer.given / self.link, HOP * hops)
+            return max(transfer.given * max(hops, 1) / self.link, HOP * hops)
         lines = self._lines(members[0])
         if not lines:  # the devices of one chip
             return 0.0
@@ -54,8 +54,9 @@ class Torus:
         speed = rings * min(self.link * line.directions / line.stride for line in lines)
         if transfer.kind == "all-to-all":
             # Each device sends 1/n of its bytes to each other one, n/4 hops away on a closed ring.
-            far = max(line.size / (2 * line.directions) for line in lines)
-            return max(whole * far / size / speed, HOP * sum(line.size / 2 for line in lines))
+            # Hops along one dim pass beside those along another.
+            part = max(line.size * line.stride / (4 * line.directions) for line in lines)
+            return max(whole * part / self.link, HOP * sum(line.size / 2 for line in lines))
         seconds = sums * whole * (size - 1) / size / speed
         return max(seconds, HOP * sum(line.size / 2 for line in lines))
 

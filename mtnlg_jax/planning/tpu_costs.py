@@ -9,7 +9,8 @@ estimate and of the bytes at ``MEMORY_SHARE`` of that speed counts.
 names the version that it tested. Version 2 counts copies of slices as the slices, where version 1
 counted the whole arrays: a fault that the point v5e-128b of benchmarks/calibration.py showed. In
 version 3 a synchronous collective shares busy links, where it waited for them before: a small sum
-of the 530B step waited for the scatter of a whole matrix.
+of the 530B step waited for the scatter of a whole matrix. Version 4 counts the hops of all-to-alls
+and of permutes between devices that are no neighbors.
 """
 
 import re
@@ -23,7 +24,7 @@ from mtnlg_jax.planning.kernel_cycles import KernelCycles, key_of
 from mtnlg_jax.planning.timeline import Transfer
 from mtnlg_jax.planning.torus import Torus
 
-RULES = 3
+RULES = 4
 
 MEMORY_SHARE = 0.85
 START = 1e-6  # seconds of an operation that moves few bytes
@@ -31,6 +32,8 @@ START = 1e-6  # seconds of an operation that moves few bytes
 KERNEL_SHARE = 0.5
 HOST = 12.5e9  # bytes/s of a chip's share of its host's link
 
+# Operations that take time whether or not the compiler estimates it.
+_WORKS = ("sort", "fusion", "gather", "scatter", "call-start", "async-start")
 _ON_CHIP = "S(1)"  # vector memory
 
 
@@ -62,7 +65,7 @@ class TpuCosts:
             self.unknown[kernel[0]] += 1
             return 0.0
         if cycles is None:
-            if is_estimated(instruction.attributes) or instruction.opcode == "sort":
+            if is_estimated(instruction.attributes) or instruction.opcode in _WORKS:
                 self.unknown[name] += 1
             if instruction.opcode == "copy" and dims_of(instruction.shape):
                 return START + 2 * bytes_of(instruction.shape) / self._memory_speed

@@ -57,5 +57,7 @@ def test_topologies_of_numbers_of_chips():
     assert str(prove.topology_of("v6e", 256)) == "v6e:16x16"
     with pytest.raises(ValueError, match="no v5e slice has 48 chips; the nearest have 32 and 64"):
         prove.topology_of("v5e", 48)
-    with pytest.raises(ValueError, match="no figures of the clock"):
+    with pytest.raises(ValueError, match="12 H100 are no whole nodes of 8"):
+        prove.topology_of("H100", 12)
+    with pytest.raises(ValueError, match="--prove: there are no figures of the clock"):
         prove.topology_of("TPU7x", 4)

@@ -357,6 +357,23 @@ def test_permute_uses_one_link():
     assert ring_of(4, True).seconds(transfer("collective-permute", 4, 100, pairs)) == 10
 
 
+@pytest.mark.parametrize("size", [4, 16])
+def test_all_to_all_passes_a_quarter_of_the_ring(size):
+    # Each device sends size pieces of 1/size over size/4 hops in the mean, half of them each way.
+    every = transfer("all-to-all", size, 1600)
+    assert ring_of(size, True).seconds(every) == pytest.approx(1600 * size / 4 / (2 * LINK))
+
+
+def test_permute_between_far_devices_takes_its_hops():
+    pairs = "source_target_pairs={{0,2},{1,3},{2,0},{3,1}}"
+    assert ring_of(4, True).seconds(transfer("collective-permute", 4, 100, pairs)) == 20
+
+
+def test_collective_of_one_device_is_none():
+    line = GATHER[0].replace(DATA, "replica_groups={{0},{1},{2},{3}}")
+    assert simulate(line, work("a", 5), GATHER[1]).step.seconds == 5
+
+
 def test_permutes_in_two_directions_run_at_once():
     chip = CHIPS["v5p"]
     costs = tpu_costs.TpuCosts(chip, ring_of(4, True))
