@@ -8,14 +8,13 @@ node over NVLink and between nodes over the cards' network, which the members of
 node share.
 """
 
-import re
 from collections import Counter
 
 import numpy as np
 
 from mtnlg_jax.hardware import Chip
 from mtnlg_jax.planning import hlo_cost
-from mtnlg_jax.planning.hlo import Instruction, Program, arrays_of
+from mtnlg_jax.planning.hlo import Instruction, Program
 from mtnlg_jax.planning.timeline import Transfer
 from mtnlg_jax.planning.tpu_costs import HOST, traffic
 
@@ -62,13 +61,10 @@ class GpuCosts:
         if not transfer.axes:
             speed = HOST if transfer.kind == "host copy" else MEMORY_SHARE * self.chip.memory_speed
             return transfer.given / speed
-        size = transfer.group
-        whole = transfer.given * (size if transfer.kind == "all-gather" else 1)
-        sums = 2 if transfer.kind == "all-reduce" else 1
         near = self._near(transfer)
-        speed = self.chip.fast if near == size else min(self.chip.fast, near * self.chip.slow)
-        part = 1.0 if transfer.kind == "collective-permute" else sums * (size - 1) / size
-        return LATENCY + part * whole / (LINK_SHARE * speed)
+        inside = near == transfer.group
+        speed = self.chip.fast if inside else min(self.chip.fast, near * self.chip.slow)
+        return LATENCY + transfer.sent / (LINK_SHARE * speed)
 
     def lane(self, transfer: Transfer) -> str:
         if not transfer.axes:
@@ -78,17 +74,13 @@ class GpuCosts:
 
     def _near(self, transfer: Transfer) -> int:
         """Return the most members of a group in one node."""
-        pairs = re.search(r"source_target_pairs=\{(\{.*?\})\}", transfer.attributes)
-        if pairs:
-            nodes = hlo_cost.pairs_of(pairs[1]) // self.cards
+        nodes = hlo_cost.members_of(transfer.attributes, transfer.group) // self.cards
+        if transfer.kind == "collective-permute":
             return transfer.group if (nodes[:, 0] == nodes[:, 1]).all() else 1
-        groups = hlo_cost.device_groups(transfer.attributes, transfer.group)
-        return int(np.unique(groups[0] // self.cards, return_counts=True)[1].max())
+        return int(np.unique(nodes[0], return_counts=True)[1].max())
 
 
 def _is_short(program: Program, computation: str, instruction: Instruction) -> bool:
     """Return whether the products of an instruction are not of float32."""
-    index = program.index(computation)
-    given = [index[name].shape for name in instruction.operands if name in index]
-    arrays = [array for shape in given for array in arrays_of(shape)]
+    arrays = program.operand_arrays(computation, instruction)
     return any(array.startswith(("bf16", "f16", "f8", "s8")) for array in arrays)

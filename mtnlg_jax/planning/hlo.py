@@ -120,6 +120,19 @@ class Program:
             self._indices[computation] = {i.name: i for i in self.computations[computation]}
         return self._indices[computation]
 
+    def operand_arrays(self, computation: str, instruction: Instruction) -> list[str]:
+        """Return the arrays of the operands of an instruction; tuples are flattened."""
+        index = self.index(computation)
+        return [
+            array
+            for name in instruction.operands
+            if name in index
+            for array in arrays_of(index[name].shape)
+        ]
+
+    def operand_bytes(self, computation: str, instruction: Instruction) -> int:
+        return sum(map(bytes_of, self.operand_arrays(computation, instruction)))
+
     def called(self, instruction: Instruction, *keys: str) -> list[str]:
         """Return the computations that an instruction names under ``keys`` (body, calls,
         branch_computations ...)."""

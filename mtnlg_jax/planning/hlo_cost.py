@@ -10,7 +10,7 @@ import functools
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 
@@ -136,29 +136,19 @@ def kernel_of(instruction: Instruction) -> tuple[str, float] | None:
 _INLINE = ("calls", "to_apply", "called_computations")
 
 
-def _products(
+def products_of(
     program: Program, computation: str, instruction: Instruction
-) -> Iterator[tuple[Instruction, float]]:
-    """Yield (product or kernel, FLOPs) of an instruction and of what it calls."""
+) -> list[tuple[Instruction, float]]:
+    """Return (product or kernel, FLOPs) of an instruction that is not a loop, and of what it
+    calls."""
     kernel = kernel_of(instruction) if instruction.opcode == "custom-call" else None
     index = program.index(computation)
     flops = kernel[1] if kernel else _flops(instruction, lambda name: index[name].shape)
-    if flops:
-        yield instruction, flops
+    found = [(instruction, flops)] if flops else []
     for name in program.called(instruction, *_INLINE):
         for inner in program.computations[name]:
-            yield from _products(program, name, inner)
-
-
-def flops_of(program: Program, computation: str, instruction: Instruction) -> float:
-    """Return the FLOPs of the products of an instruction that is not a loop, with those of what
-    it calls."""
-    return sum(flops for _, flops in _products(program, computation, instruction))
-
-
-def product_origins(program: Program, computation: str, instruction: Instruction) -> list[str]:
-    """Return the origins in the traced program of the products of an instruction."""
-    return [product.op_name for product, _ in _products(program, computation, instruction)]
+            found += products_of(program, name, inner)
+    return found
 
 
 # --- collectives ---
@@ -170,15 +160,24 @@ def groups_of(attributes: str, mesh: dict[str, int]) -> tuple[tuple[str, ...], i
     The devices of the program are numbered along the mesh, its last axis fastest. Groups have four
     notations: {{0,1},{2,3}}, [2,4]<=[4,2]T(1,0), mesh['x'=2,'y'=4] {'y'}, and
     source_target_pairs={{0,1},{1,0}}."""
-    pairs = re.search(r"source_target_pairs=\{(\{.*?\})\}", attributes)
-    if pairs:  # devices that pass on to each other are one group
-        axes = _differing(pairs_of(pairs[1]), mesh)
+    members = members_of(attributes, math.prod(mesh.values()))
+    axes = _differing(members, mesh)
+    if _PAIRS.search(attributes):  # devices that pass on to each other are one group
         return axes, math.prod(mesh[axis] for axis in axes)
-    groups = device_groups(attributes, math.prod(mesh.values()))
-    return _differing(groups, mesh), groups.shape[1]
+    return axes, members.shape[1]
 
 
-def pairs_of(text: str) -> np.ndarray:
+_PAIRS = re.compile(r"source_target_pairs=\{(\{.*?\})\}")
+
+
+def members_of(attributes: str, count: int) -> np.ndarray:
+    """Return device numbers, (groups, devices of each), of a collective among ``count`` devices;
+    of a permute (pairs, 2): from where, and to where."""
+    pairs = _PAIRS.search(attributes)
+    return _listed(pairs[1]) if pairs else _groups(attributes, count)
+
+
+def _listed(text: str) -> np.ndarray:
     return np.array(
         [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", text)]
     )
@@ -190,8 +189,7 @@ def _differing(groups: np.ndarray, mesh: dict[str, int]) -> tuple[str, ...]:
     return tuple(axis for axis, differs in zip(mesh, moved, strict=True) if differs)
 
 
-def device_groups(attributes: str, count: int) -> np.ndarray:
-    """Return device numbers, (groups, devices of each)."""
+def _groups(attributes: str, count: int) -> np.ndarray:
     named = re.search(r"replica_groups=mesh\[(.*?)\] *\{(.*?)\}", attributes)
     if named:  # the compiler's own mesh, whose axes may have other names
         sizes = {axis: int(n) for axis, n in re.findall(r"'(\w+)'=(\d+)", named[1])}
@@ -218,11 +216,11 @@ def device_groups(attributes: str, count: int) -> np.ndarray:
             ids = ids.transpose([int(n) for n in iota[3].split(",")])
         return ids.reshape(shape)
     listed = re.search(r"replica_groups=\{(.*?\})\}", attributes)
-    return pairs_of(listed[1]) if listed else np.arange(count)[None]
+    return _listed(listed[1]) if listed else np.arange(count)[None]
 
 
-def _sent(kind: str, whole: float, size: int) -> float:
-    """Bytes that a device sends in a collective over a ring of ``size`` devices."""
+def sent(kind: str, whole: float, size: int) -> float:
+    """Return the bytes that a device sends in a collective over a ring of ``size`` devices."""
     if kind == "collective-permute":
         return whole
     return (2 if kind == "all-reduce" else 1) * whole * (size - 1) / size
@@ -256,14 +254,14 @@ def _collective(
     if between:
         kind, size = between
         whole = given * size if kind == "all-gather" else given
-        return (kind, ("slices",), size), _sent(kind, whole, size)
+        return (kind, ("slices",), size), sent(kind, whole, size)
     axes, size = groups_of(instruction.attributes, mesh)
     if size == 1:  # the CPU compiler keeps these
         return None
     whole = given * size if kind == "all-gather" else given
     if kind == "all-reduce" and scattered:
         kind = "reduce-scatter"
-    return (kind, axes, size), _sent(kind, whole, size)
+    return (kind, axes, size), sent(kind, whole, size)
 
 
 # --- adding up ---

@@ -9,17 +9,15 @@ rows are those of all.
 """
 
 import json
-import os
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
 from mtnlg_jax.planning import hlo_cost
 from mtnlg_jax.planning import topology as described
-from mtnlg_jax.planning.cycles import PROFILE, cycles_of
+from mtnlg_jax.planning.child import ask_each
+from mtnlg_jax.planning.cycles import cycles_of
 from mtnlg_jax.planning.hlo import Instruction, Program, arrays_of, dims_of
 from mtnlg_jax.planning.kernel_profile import Call, compile_calls
 
@@ -39,7 +37,7 @@ def key_of(program: Program, computation: str, instruction: Instruction) -> Key 
     # Queries and keys come first, (rows, heads, positions, width).
     wide = [
         dims
-        for array in _operands(program, computation, instruction)
+        for array in program.operand_arrays(computation, instruction)
         if array.startswith(("bf16[", "f32[")) and len(dims := dims_of(array)) == 4
     ]
     return (kernel[0], wide[0], wide[1]) if len(wide) > 1 else None
@@ -95,22 +93,12 @@ def custom_calls(program: Program) -> list[tuple[str, dict[str, Any]]]:
             _, _, written = instruction.attributes.partition("backend_config=")
             config = json.JSONDecoder().raw_decode(written)[0] if written else {}
             description = {
-                "operands": list(map(_short, _operands(program, computation, instruction))),
+                "operands": list(map(_short, program.operand_arrays(computation, instruction))),
                 "results": list(map(_short, arrays_of(instruction.shape))),
                 "config": {"custom_call_config": config.get("custom_call_config", {})},
             }
             found.append((kernel[0], description))
     return found
-
-
-def _operands(program: Program, computation: str, instruction: Instruction) -> list[str]:
-    index = program.index(computation)
-    return [
-        array
-        for name in instruction.operands
-        if name in index
-        for array in arrays_of(index[name].shape)
-    ]
 
 
 def _short(array: str) -> str:
@@ -123,35 +111,14 @@ def cycles_alone(
 ) -> list[int | None]:
     """Compile each of `custom_calls` alone, and return the compiler's estimates of their cycles;
     None where it has none, or dies over the call."""
-    found: list[int | None] = []
-    while len(found) < len(calls):
-        with tempfile.TemporaryDirectory() as folder:
-            answer = os.path.join(folder, "answer.jsonl")
-            environment = described.environment(topology)
-            environment["LIBTPU_INIT_ARGS"] = f"{PROFILE}{folder}"
-            request = {
-                "topology": str(topology),
-                "calls": [description for _, description in calls[len(found) :]],
-                "answer": answer,
-            }
-            done = subprocess.run(
-                [sys.executable, "-m", "mtnlg_jax.planning.kernel_cycles"],
-                input=json.dumps(request),
-                capture_output=True,
-                text=True,
-                errors="replace",
-                env=environment,
-            )
-            lines = []
-            if os.path.exists(answer):
-                with open(answer, encoding="utf-8") as file:
-                    lines = file.read().splitlines()
-            found += [json.loads(line) for line in lines]
-            if len(found) < len(calls):
-                if done.returncode == 0:
-                    raise RuntimeError("the compiler of kernels answered fewer than were asked")
-                found.append(None)
-    return found
+    return ask_each(
+        "mtnlg_jax.planning.kernel_cycles",
+        topology,
+        [description for _, description in calls],
+        read=lambda cycles: cycles,
+        died=lambda number, done: None,
+        profile=True,
+    )
 
 
 # --- the other end ---

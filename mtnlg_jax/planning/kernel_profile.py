@@ -9,14 +9,14 @@ import dataclasses
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from typing import Any
 
 from mtnlg_jax.planning import topology as described
-from mtnlg_jax.planning.cycles import PROFILE, cycles_of
+from mtnlg_jax.planning.child import ask_each
+from mtnlg_jax.planning.cycles import cycles_of
 from mtnlg_jax.planning.text import last_words
 
 
@@ -63,43 +63,18 @@ def compile_calls(
 
     Raises ValueError if the compiler is not installed."""
     described.check_installed(topology)
-    results: list[Compiled] = []
-    while len(results) < len(calls):
-        with tempfile.TemporaryDirectory() as folder:
-            answer = os.path.join(folder, "answer.jsonl")
-            rest = calls[len(results) :]
-            request = {
-                "topology": str(topology),
-                "calls": list(map(dataclasses.asdict, rest)),
-                "answer": answer,
-            }
-            environment = described.environment(topology)
-            environment["MOSAIC_GPU_DUMP_PTXAS"] = "1"
-            if estimate:
-                environment["LIBTPU_INIT_ARGS"] = (
-                    f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {PROFILE}{folder}".strip()
-                )
-            argv = [sys.executable, "-m", "mtnlg_jax.planning.kernel_profile"]
-            done = subprocess.run(
-                argv,
-                input=json.dumps(request),
-                capture_output=True,
-                text=True,
-                errors="replace",
-                env=environment,
-            )
-            lines = []
-            if os.path.exists(answer):
-                with open(answer, encoding="utf-8") as file:
-                    lines = file.read().splitlines()
-            results += [_read(line) for line in lines if line.endswith("}")]
-            if done.returncode and len(results) < len(calls):
-                results.append(Compiled(calls[len(results)], failure=last_words(done)))
-    return results
+    return ask_each(
+        "mtnlg_jax.planning.kernel_profile",
+        topology,
+        list(map(dataclasses.asdict, calls)),
+        _read,
+        lambda number, done: Compiled(calls[number], failure=last_words(done)),
+        profile=estimate,
+        variables={"MOSAIC_GPU_DUMP_PTXAS": "1"},
+    )
 
 
-def _read(line: str) -> Compiled:
-    said = json.loads(line)
+def _read(said: dict) -> Compiled:
     return Compiled(**said | {"call": _call(said["call"])})
 
 

@@ -37,41 +37,38 @@ def topology_of(name: str, number: int) -> Topology:
 def proofs(job: Job, topology: Topology, devices: int, count: int) -> Iterator[str]:
     """Compile the ``count`` fastest layouts of ``job`` that leave no device idle. Yield a line for
     each, then the table, fastest first, and the flags of the first."""
-    found = []
     on_all = [each for each in search(job, devices) if each.layout.devices == devices]
-    for rank, estimate in enumerate(on_all[:count], 1):
-        config = with_layout(job.config, estimate.layout)
-        measurement = measure(config, topology, predict=True)
-        found.append((rank, estimate, measurement))
-        yield f"layout {rank}: {_summary(estimate, measurement)}"
-    proven = [each for each in found if each[2].predicted is not None]
     if not on_all:
         yield f"no layout uses all of {devices:,} devices, so none is compiled"
         return
+    proven = []
+    for rank, estimate in enumerate(on_all[:count], 1):
+        config = with_layout(job.config, estimate.layout)
+        measurement = measure(config, topology, predict=True)
+        predicted = measurement.predicted
+        if predicted is None:
+            yield f"layout {rank}: {(measurement.failure or measurement.not_predicted)[:200]}"
+            continue
+        proven.append((rank, estimate, measurement, predicted))
+        by_sums = duration(estimate.step_seconds)
+        yield f"layout {rank}: {by_sums} a step by sums, {duration(predicted.seconds)} predicted"
     if not proven:
         yield "no layout on all devices compiled; --prove=N with a larger N tries more"
         return
-    proven.sort(key=lambda each: each[2].predicted.seconds if each[2].predicted else 0.0)
+    proven.sort(key=lambda each: each[3].seconds)
     yield ""
     yield columns([_HEADER, *(_cells(*each) for each in proven)], left=0)
-    rank, estimate, _ = proven[0]
+    rank, estimate, *_ = proven[0]
     yield f"\nfastest by prediction: {rank}: {' '.join(flags_of(job.config, estimate.layout))}"
     yield "a difference within the error of the predictions (docs/predicted_step.md) is a tie"
 
 
-def _summary(estimate: Estimate, measurement: Measurement) -> str:
-    if measurement.predicted is None:
-        return measurement.failure[:200]
-    return (
-        f"{duration(estimate.step_seconds)} a step by sums, "
-        f"{duration(measurement.predicted.seconds)} predicted"
-    )
-
-
-def _cells(rank: int, estimate: Estimate, measurement: Measurement) -> tuple[str, ...]:
-    predicted = measurement.predicted
-    if predicted is None:
-        raise ValueError(f"layout {rank} was not predicted")
+def _cells(
+    rank: int,
+    estimate: Estimate,
+    measurement: Measurement,
+    predicted: prediction.Prediction,
+) -> tuple[str, ...]:
     beyond = prediction.is_beyond(parse(measurement.topology).kind, predicted.mfu)
     label, source, seconds, *_ = predicted.waits[0] if predicted.waits else ("none", "", 0.0)
     return (

@@ -47,6 +47,12 @@ class Transfer:
     def label(self) -> str:
         return f"{self.kind} {self.axes}".strip()
 
+    @property
+    def sent(self) -> float:
+        """The bytes that a device sends in a collective over a ring."""
+        whole = self.given * (self.group if self.kind == "all-gather" else 1)
+        return hlo_cost.sent(self.kind, whole, self.group)
+
 
 class Costs(Protocol):
     """Seconds of the pieces of a program on one kind of chip."""
@@ -129,14 +135,9 @@ class Timeline:
     def collective_in(self, instruction: Instruction) -> Transfer | None:
         """Return the first collective in what an instruction calls."""
         for name in self.program.called(instruction, "calls", "to_apply", "called_computations"):
-            index = self.program.index(name)
             for inner in self.program.computations[name]:
                 if inner.opcode.removesuffix("-start") in hlo_cost.KINDS:
-                    given = sum(
-                        bytes_of(index[operand].shape)
-                        for operand in inner.operands
-                        if operand in index
-                    )
+                    given = self.program.operand_bytes(name, inner)
                     scattered = "all-reduce-scatter" in instruction.name
                     return self.transfer_of(
                         inner, given, "all-reduce-scatter" if scattered else name
@@ -218,23 +219,24 @@ class _Walk:
     # --- computing
 
     def _compute(self, instruction: Instruction) -> None:
-        flops = hlo_cost.flops_of(self.program, self.computation, instruction)
+        products = hlo_cost.products_of(self.program, self.computation, instruction)
+        flops = sum(flops for _, flops in products)
         seconds = self.costs.compute(self.program, self.computation, instruction, flops)
         if not seconds and not flops:
             return
-        label = self._class(instruction, flops)
+        label = self._class(instruction, [product.op_name for product, _ in products])
         self.span.flops[label] += flops
         self._spend(
             instruction.name, label, seconds, self.timeline.sources.of(instruction.attributes)
         )
 
-    def _class(self, instruction: Instruction, flops: float) -> str:
+    def _class(self, instruction: Instruction, origins: list[str]) -> str:
+        """Return the class of an instruction; ``origins`` are those of its products."""
         if self._updates(instruction):
             return OPTIMIZER
         if instruction.opcode == "custom-call" and hlo_cost.kernel_of(instruction):
             return KERNELS
-        if flops:
-            origins = hlo_cost.product_origins(self.program, self.computation, instruction)
+        if origins:
             again = any(scope in name for name in origins for scope in _REMATERIALIZED)
             return AGAIN if again else PRODUCTS
         return OUTSIDE if self.depth == 0 else ELEMENTWISE
@@ -279,9 +281,7 @@ class _Walk:
     # --- transfers
 
     def _given(self, instruction: Instruction) -> int:
-        return sum(
-            bytes_of(self.index[name].shape) for name in instruction.operands if name in self.index
-        )
+        return self.program.operand_bytes(self.computation, instruction)
 
     def _transfer(self, instruction: Instruction) -> Transfer:
         return self.timeline.transfer_of(instruction, self._given(instruction), self.computation)
@@ -369,11 +369,8 @@ class _Walk:
 
     def _started(self, instruction: Instruction, base: str) -> Transfer | None:
         if base in _COPIED:
-            host = _HOST in instruction.shape or any(
-                _HOST in self.index[name].shape
-                for name in instruction.operands
-                if name in self.index
-            )
+            arrays = self.program.operand_arrays(self.computation, instruction)
+            host = _HOST in instruction.shape or any(_HOST in array for array in arrays)
             return Transfer("host copy" if host else "copy", "", 1, self._copied(instruction, base))
         if base in hlo_cost.KINDS:
             return self._transfer(instruction)

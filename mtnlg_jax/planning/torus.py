@@ -38,12 +38,9 @@ class Torus:
 
     def seconds(self, transfer: Transfer) -> float:
         """Return the seconds of a collective that has the links of its axes to itself."""
-        size = transfer.group
-        whole = transfer.given * (size if transfer.kind == "all-gather" else 1)
-        sums = 2 if transfer.kind == "all-reduce" else 1
         if transfer.axes == "slices":
-            return sums * whole * (size - 1) / size / self.between
-        members = self._members(transfer.attributes)
+            return transfer.sent / self.between
+        members = hlo_cost.members_of(transfer.attributes, len(self.coords))
         if transfer.kind == "collective-permute":
             hops = max(sum(self._steps(pair)) for pair in members)
             return max(transfer.given * max(hops, 1) / self.link, HOP * hops)
@@ -56,16 +53,10 @@ class Torus:
             # Each device sends 1/n of its bytes to each other one, n/4 hops away on a closed ring.
             # Hops along one dim pass beside those along another.
             part = max(line.size * line.stride / (4 * line.directions) for line in lines)
-            return max(whole * part / self.link, HOP * sum(line.size / 2 for line in lines))
-        seconds = sums * whole * (size - 1) / size / speed
-        return max(seconds, HOP * sum(line.size / 2 for line in lines))
-
-    def _members(self, attributes: str) -> np.ndarray:
-        """Return device numbers, (groups or pairs, devices of each)."""
-        pairs = re.search(r"source_target_pairs=\{(\{.*?\})\}", attributes)
-        if pairs:
-            return hlo_cost.pairs_of(pairs[1])
-        return hlo_cost.device_groups(attributes, len(self.coords))
+            return max(
+                transfer.given * part / self.link, HOP * sum(line.size / 2 for line in lines)
+            )
+        return max(transfer.sent / speed, HOP * sum(line.size / 2 for line in lines))
 
     def _steps(self, pair: Sequence[int]) -> list[int]:
         """Return the hops from one device to another, along each dim."""
